@@ -1,0 +1,45 @@
+# `make demo` and `make test` do all the set-up themselves; it needs Python 3.11 or newer and a package index.
+PYTHON   ?= auto#  interpreter for .venv; auto: the first on PATH that fits
+PARTS     = auto#  cpu or cuda; auto: cuda where nvidia-smi lists a GPU
+PIP_ARGS ?=#       options for pip, such as the index of CPU wheels
+WORKERS   = 2#     processes that share the tests, each with one thread of torch's
+ARGS      =#       options for the command behind demo, test or bench
+
+BIN   := .venv/bin
+READY := .venv/ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format bench clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+	@echo "Variables: PYTHON, PARTS=cpu|cuda, PIP_ARGS, WORKERS, ARGS; for example: make test ARGS='-k contract'"
+
+setup: $(READY) ## make .venv and install everything into it (nothing to do: under a second)
+
+$(READY): pyproject.toml packaging/fbgemm-gpu-cpu/pyproject.toml packaging/setup.sh
+	@sh packaging/setup.sh $(PYTHON) $(PARTS) $(PIP_ARGS)
+
+demo: $(READY) ## train sparse and dense models on real images, compare them, show where the pictures lie
+	$(BIN)/python -m apps.demo $(ARGS)
+
+test: $(READY) ## run the tests, without those marked slow or gpu
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 5 $(ARGS)
+
+lint: $(READY) ## ruff check, ruff format --check, mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY) ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY) ## time the sparse layer against a dense one of equal active FLOPs
+	$(BIN)/python benchmarks/layer.py $(ARGS)
+
+clean: ## remove .venv, caches and build files; runs/ stays
+	rm -rf .venv build dist .pytest_cache .ruff_cache .mypy_cache
+	rm -rf packaging/fbgemm-gpu-cpu/build
+	find . -name '*.egg-info' -prune -exec rm -rf {} +
+	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""The apps: vision, recommendation, translation and image with text, on one Lightning command line."""

@@ -1,0 +1,416 @@
+"""Callbacks and the checkpoint file: what makes a killed run resume as if nothing had happened."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import os
+import random
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, RichProgressBar
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its place and moves it there: a kill or a full disk leaves the old file as it was."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # One name for all writers of a file: what a kill left behind is overwritten by the next save.
+        temporary = path.with_name(f".{path.name}.tmp")
+        try:
+            with open(temporary, "wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException as error:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            if isinstance(error, (OSError, RuntimeError)):
+                # torch reports a failed write as a RuntimeError about its zip file, without the reason.
+                cause = _os_error(error)
+                reason = os.strerror(cause.errno) if cause is not None and cause.errno else "the disk may be full"
+                kept = "; the earlier one is intact" if path.exists() else ""
+                raise OSError(f"cannot write the checkpoint {path}: {reason}{kept}") from error
+            raise
+
+
+def _os_error(error: BaseException | None) -> OSError | None:
+    while error is not None:
+        if isinstance(error, OSError):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+class BestAndLast(Checkpoint):
+    """Keeps ``best.ckpt`` and ``last.ckpt`` in a folder.
+
+    Both are written at the end of an epoch, after its validation; ``last.ckpt`` also between two steps of an epoch, every
+    ``every_n_minutes`` or ``every_n_steps``. A model with a weight that is not finite is never written.
+
+    Args:
+        dirpath: the folder; None: ``checkpoints`` in the trainer's ``default_root_dir``.
+        monitor: the logged value that decides the best; None: the module's own ``monitor``, else "val/loss".
+        mode: "min" or "max"; None: the module's own ``monitor_mode``, else "min".
+        every_n_minutes: minutes of training between two writings of ``last.ckpt`` within an epoch; None: none.
+        every_n_steps: steps between them; None: none.
+
+    Raises:
+        ValueError: a mode that is neither, or an interval that is not positive.
+    """
+
+    def __init__(
+        self,
+        dirpath: str | None = None,
+        monitor: str | None = None,
+        mode: str | None = None,
+        every_n_minutes: float | None = 10.0,
+        every_n_steps: int | None = None,
+    ) -> None:
+        if mode not in (None, "min", "max"):
+            raise ValueError(f"mode={mode!r} is not one of 'min', 'max'")
+        if every_n_minutes is not None and every_n_minutes <= 0:
+            raise ValueError(f"every_n_minutes={every_n_minutes} must be positive")
+        if every_n_steps is not None and every_n_steps < 1:
+            raise ValueError(f"every_n_steps={every_n_steps} must be at least 1")
+        self.dirpath, self.monitor, self.mode = dirpath, monitor, mode
+        self.every_n_minutes, self.every_n_steps = every_n_minutes, every_n_steps
+        self.best_score: float | None = None
+        self._saved_at = time.monotonic()
+        self._saved_step = 0
+
+    @property
+    def best_model_path(self) -> str:
+        path = os.path.join(self.dirpath or "", "best.ckpt")
+        return path if os.path.exists(path) else ""
+
+    @property
+    def last_model_path(self) -> str:
+        path = os.path.join(self.dirpath or "", "last.ckpt")
+        return path if os.path.exists(path) else ""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.dirpath = self.dirpath or os.path.join(trainer.default_root_dir, "checkpoints")
+        self.monitor = self.monitor or getattr(pl_module, "monitor", "val/loss")
+        self.mode = self.mode or getattr(pl_module, "monitor_mode", "min")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not self._due(trainer):
+            return
+        loop = trainer.fit_loop.epoch_loop
+        # Not within an accumulation: its gradients would be lost. Not on an epoch's last batch: Lightning would resume
+        # after the validation, and the end of the epoch saves anyway.
+        if loop._should_accumulate() or loop.batch_progress.is_last_batch or trainer.global_step == self._saved_step:
+            return
+        # A step's values reach the log after this hook: with a checkpoint here, a kill in between would lose them.
+        logs = trainer.log_every_n_steps
+        if logs > 1 and trainer.global_step % logs == 0:
+            return
+        self._save(trainer, pl_module, "last.ckpt")
+
+    def _due(self, trainer: Trainer) -> bool:
+        if trainer.fast_dev_run or trainer.sanity_checking:
+            return False
+        by_step = self.every_n_steps is not None and trainer.global_step - self._saved_step >= self.every_n_steps
+        minutes = (time.monotonic() - self._saved_at) / 60
+        by_time = self.every_n_minutes is not None and minutes >= self.every_n_minutes
+        return bool(trainer.strategy.broadcast(by_step or by_time)) if trainer.world_size > 1 else by_step or by_time
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.fast_dev_run:
+            return
+        assert self.monitor is not None
+        value = trainer.callback_metrics.get(self.monitor)
+        if value is not None and trainer.fit_loop.epoch_loop._should_check_val_epoch():
+            score = float(value)
+            sign = 1 if self.mode == "max" else -1
+            if self.best_score is None or sign * score > sign * self.best_score:
+                self.best_score = score
+                self._save(trainer, pl_module, "best.ckpt")
+        # After the best: the last one remembers its score.
+        self._save(trainer, pl_module, "last.ckpt")
+
+    def _save(self, trainer: Trainer, pl_module: LightningModule, name: str) -> None:
+        broken = [n for n, p in pl_module.named_parameters() if not bool(torch.isfinite(p).all())]
+        if broken:
+            from apps.training import NonFiniteError
+
+            raise NonFiniteError(
+                f"{broken[0]} is not finite after step {trainer.global_step} ({len(broken)} such parameters); the checkpoint "
+                "was not written. Try a lower model.optimizer.lr or trainer.gradient_clip_val=1.0"
+            )
+        for logger in trainer.loggers:
+            logger.save()
+        trainer.save_checkpoint(os.path.join(self.dirpath or "", name))
+        self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best_score": self.best_score, "monitor": self.monitor}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict.get("monitor") == self.monitor:
+            self.best_score = state_dict["best_score"]
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.state.fn == "fit":
+            continue_logs(trainer, checkpoint["global_step"])
+
+
+class GeneratorState(Callback):
+    """Saves the state of the random generators (``random``, numpy, torch on CPU and CUDA) and restores it on resuming.
+
+    Each process of a distributed run has its own state, saved by rank; with another number of processes none is restored.
+    """
+
+    def __init__(self) -> None:
+        self._to_restore: Mapping[str, Any] | None = None
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        states: list[Any] = [generator_state()]
+        if trainer.world_size > 1:
+            states = [None] * trainer.world_size
+            torch.distributed.all_gather_object(states, generator_state())
+        checkpoint["generators"] = states
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        states = checkpoint.get("generators", [])
+        self._to_restore = states[trainer.global_rank] if len(states) == trainer.world_size else None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Last before the first step: set-up, the sanity check and the data loaders draw numbers too.
+        if self._to_restore is not None:
+            restore_generators(self._to_restore)
+            self._to_restore = None
+
+
+def generator_state() -> dict[str, Any]:
+    """The state of this process's random generators, of plain numbers and tensors."""
+    name, keys, pos, has_gauss, cached = np.random.get_state()
+    version, internal, gauss_next = random.getstate()
+    return {
+        "python": [version, list(internal), gauss_next],
+        "numpy": [name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), int(pos), int(has_gauss), float(cached)],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def restore_generators(state: Mapping[str, Any]) -> None:
+    """Set this process's random generators to a ``generator_state``."""
+    version, internal, gauss_next = state["python"]
+    random.setstate((version, tuple(internal), gauss_next))
+    name, keys, pos, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), pos, has_gauss, cached))
+    torch.set_rng_state(state["torch"].cpu())
+    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+
+
+class WeightEMA(Callback):
+    """An exponential moving average of the weights, used in validation and kept in the checkpoint.
+
+    After optimizer step t the average moves by ``1 - d`` towards the weights, with ``d = min(decay, (1 + t) / (10 + t))``,
+    so that a short run is not an average of its start. A checkpoint's ``state_dict`` holds the average, what test and
+    predict load; the weights being trained are under ``trained_state_dict``. Buffers that are not floating point follow the
+    model. (Lightning's EMAWeightAveraging was tried: it deep-copies the module with its metrics, averages with the full
+    decay from the first step, and warns whenever a checkpoint is tested.)
+
+    Args:
+        decay: in (0, 1), such as 0.999.
+    """
+
+    def __init__(self, decay: float) -> None:
+        self.decay = decay
+        self.average: dict[str, Tensor] = {}
+        self._step = 0
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        state = _averaged(pl_module)
+        if self.average:  # of the checkpoint
+            self.average = {name: self.average[name].to(value.device) for name, value in state.items()}
+        else:
+            self.average = {name: value.detach().clone() for name, value in state.items()}
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == self._step:
+            return
+        self._step = trainer.global_step
+        decay = min(self.decay, (1 + self._step) / (10 + self._step))
+        with torch.no_grad():
+            state = _averaged(pl_module)
+            torch._foreach_lerp_([self.average[n] for n in state], [v.detach() for v in state.values()], 1 - decay)
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._swap(pl_module)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._swap(pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # The trained module is left with the average, so that a test in the same program sees what a later one will.
+        self._swap(pl_module)
+        self.average = {}
+
+    def _swap(self, pl_module: LightningModule) -> None:
+        if not self.average:  # validation without training: the weights are the checkpoint's, the average already
+            return
+        with torch.no_grad():
+            for name, value in _averaged(pl_module).items():
+                trained = value.detach().clone()
+                value.copy_(self.average[name])
+                self.average[name].copy_(trained)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if not self.average:
+            return
+        checkpoint["trained_state_dict"] = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {**checkpoint["state_dict"], **self.average}
+        checkpoint["ema_step"] = self._step
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.state.fn != "fit" or "trained_state_dict" not in checkpoint:
+            return
+        names = _averaged(pl_module).keys()
+        self.average = {n: v.clone() for n, v in checkpoint["state_dict"].items() if n in names}
+        self._step = checkpoint["ema_step"]
+        pl_module.load_state_dict(checkpoint["trained_state_dict"])
+
+
+def _averaged(module: LightningModule) -> dict[str, Tensor]:
+    """The tensors of the state dict that have an average: the floating-point ones."""
+    return {name: value for name, value in module.state_dict(keep_vars=True).items() if _floating(value)}
+
+
+def _floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+class ProgressBar(RichProgressBar):
+    """Lightning's rich bar, with short names and without the version number."""
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        metrics = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)
+        return {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in metrics.items()}
+
+
+class EpochLines(Callback):
+    """One line an epoch, where the output is a file or a pipe and a bar would be noise."""
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._started = time.monotonic()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        shown = {k: v for k, v in trainer.progress_bar_metrics.items() if k != "v_num"}
+        values = "  ".join(f"{k} {float(v):.4g}" for k, v in shown.items())
+        total = f"/{trainer.max_epochs}" if trainer.max_epochs and trainer.max_epochs > 0 else ""
+        seconds = time.monotonic() - self._started
+        print(f"epoch {trainer.current_epoch + 1}{total}  {values}  ({seconds:.1f} s)", flush=True)
+
+
+def progress() -> Callback:
+    """A bar on a terminal, a line an epoch elsewhere."""
+    return ProgressBar(leave=False) if sys.stdout.isatty() else EpochLines()
+
+
+class MetricsCSV(Logger):
+    """``metrics.csv`` in a folder, a row a step, written at once and continued where a resumed run goes on.
+
+    Rows of steps that the checkpoint had not reached are dropped on resuming, so that the file of a killed and resumed run
+    is that of an unbroken one. (Lightning's CSVLogger deletes the file on resuming.)
+    """
+
+    def __init__(self, folder: str) -> None:
+        super().__init__()
+        self.folder = folder
+        self._keys: list[str] = []
+        self._before: int | None = None
+
+    @property
+    def name(self) -> str:
+        return ""
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @property
+    def save_dir(self) -> str:
+        return self.folder
+
+    @property
+    def log_dir(self) -> str:
+        return self.folder
+
+    @property
+    def path(self) -> Path:
+        return Path(self.folder) / "metrics.csv"
+
+    def continue_from(self, step: int) -> None:
+        """Keep the rows of the steps before ``step``."""
+        self._before = step
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """They are in the run's ``config.yaml``."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        row = {"step": step or 0, **{k: float(v) for k, v in metrics.items()}}
+        new = [k for k in row if k not in self._keys]
+        if not new:
+            with open(self.path, "a", newline="") as file:
+                csv.DictWriter(file, self._keys).writerow(row)
+            return
+        rows = self._kept_rows()
+        self._keys += [k for k in dict.fromkeys(k for r in rows for k in r) if k not in self._keys]
+        self._keys += [k for k in row if k not in self._keys]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_suffix(".csv.tmp")
+        with open(temporary, "w", newline="") as file:
+            writer = csv.DictWriter(file, self._keys)
+            writer.writeheader()
+            writer.writerows([*rows, row])
+        os.replace(temporary, self.path)
+
+    def _kept_rows(self) -> list[dict[str, Any]]:
+        """The rows to carry over into a file with more columns: this run's, or at first those before the resumed step."""
+        first = not self._keys
+        if not self.path.exists() or (first and self._before is None):
+            return []
+        with open(self.path, newline="") as file:
+            rows = [r for r in csv.DictReader(file) if (r.get("step") or "").isdigit()]  # a kill may cut the last row
+        return [r for r in rows if not first or int(r["step"]) < self._before]  # type: ignore[operator]
+
+
+def continue_logs(trainer: Trainer, step: int) -> None:
+    """Tell the loggers that the run goes on from optimizer step ``step``."""
+    for logger in trainer.loggers:
+        if isinstance(logger, MetricsCSV):
+            logger.continue_from(step)

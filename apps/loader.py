@@ -1,0 +1,176 @@
+"""A DataLoader that resumes exactly: batch b of epoch e is a function of (seed, e, b), and of nothing else.
+
+Lightning saves no sampler position, so a run resumed in mid-epoch would see the first batches of the epoch twice and never
+the last ones. Here the order of an epoch is drawn from its number, the position is counted and saved, and the random
+transforms of a batch are seeded by the batch. Neither the number of workers nor what the model draws in between matters.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.distributed import DistributedSampler
+
+# DistributedSampler seeds an epoch with seed + epoch: neighbouring seeds would share all their orders but one.
+_SEED_STRIDE = 1_000_003
+
+
+class ResumableLoader(DataLoader):
+    """Batches of a map-style dataset, in an order and with random draws that a resumed run repeats.
+
+    Args:
+        dataset: map-style; ``dataset[i]`` may draw from the global generators of torch, numpy and ``random``.
+        batch_size: examples a batch and process.
+        seed: of the order and of the transforms; None takes the one given to ``torch.manual_seed``.
+        shuffle: a new order each epoch; False keeps the dataset's.
+        drop_last: leave out a last batch that is not full.
+        collate_fn: makes a batch of a list of examples; it may draw random numbers as well (mixup).
+        loader_kwargs: ``num_workers``, ``pin_memory``, ``persistent_workers`` ... of ``DataLoader``.
+
+    Raises:
+        ValueError: batch_size below 1, an empty dataset, or no full batch with ``drop_last``.
+
+    Example::
+
+        ResumableLoader(dataset, batch_size=64, num_workers=2)
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        batch_size: int,
+        *,
+        seed: int | None = None,
+        shuffle: bool = True,
+        drop_last: bool = False,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        **loader_kwargs: Any,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be at least 1")
+        size = len(dataset)  # type: ignore[arg-type]
+        if size == 0:
+            raise ValueError("the training dataset is empty")
+        if drop_last and size < batch_size:
+            raise ValueError(f"batch_size={batch_size} exceeds the {size} training examples, and drop_last drops the rest")
+        seed = torch.initial_seed() % 2**31 if seed is None else seed
+        distributed = dist.is_available() and dist.is_initialized()
+        # A DistributedSampler also on one process: Lightning leaves it as it is and tells it the epoch.
+        sampler = DistributedSampler(
+            dataset,
+            num_replicas=dist.get_world_size() if distributed else 1,
+            rank=dist.get_rank() if distributed else 0,
+            shuffle=shuffle,
+            seed=seed * _SEED_STRIDE,
+        )
+        batches = _Batches(sampler, batch_size, drop_last, seed)
+        collate = collate_fn or torch.utils.data.default_collate
+        super().__init__(
+            _SeededDataset(dataset, collate),
+            batch_sampler=batches,
+            collate_fn=_identity,
+            # Its own generator: the base seed of an epoch's workers must not move the model's generator.
+            generator=torch.Generator().manual_seed(seed),
+            **loader_kwargs,
+        )
+        self.served = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        # A generator starts at its first batch, after Lightning has told the sampler the epoch.
+        batches = self.batch_sampler
+        assert isinstance(batches, _Batches)
+        self.served = batches.start()
+        for batch in super().__iter__():
+            self.served += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the loader stands: the epoch, the batches of it that were served, and the seed."""
+        batches = self.batch_sampler
+        assert isinstance(batches, _Batches)
+        return {"epoch": batches.sampler.epoch, "served": self.served, "seed": batches.seed}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue there: the next pass over that epoch begins after the batches served."""
+        batches = self.batch_sampler
+        assert isinstance(batches, _Batches)
+        batches.seed = state["seed"]
+        batches.sampler.seed = state["seed"] * _SEED_STRIDE
+        batches.resume = (state["epoch"], state["served"])
+        self.served = state["served"]
+
+
+class _Draw(list):
+    """The indices of one batch and the seed of its random transforms."""
+
+    seed: int
+
+
+class _Batches:
+    """The batches of the sampler's epoch, each with its own seed."""
+
+    def __init__(self, sampler: DistributedSampler, batch_size: int, drop_last: bool, seed: int) -> None:
+        self.sampler, self.batch_size, self.drop_last, self.seed = sampler, batch_size, drop_last, seed
+        self.resume = (-1, 0)
+
+    def start(self) -> int:
+        """The first batch to serve in the sampler's epoch."""
+        epoch, served = self.resume
+        return served if epoch == self.sampler.epoch else 0
+
+    def __len__(self) -> int:
+        n = len(self.sampler)
+        return n // self.batch_size if self.drop_last else -(-n // self.batch_size)
+
+    def __iter__(self) -> Iterator[_Draw]:
+        start, epoch = self.start(), self.sampler.epoch
+        self.resume = (-1, 0)
+        indices = list(self.sampler)
+        for b in range(start, len(self)):
+            draw = _Draw(indices[b * self.batch_size : (b + 1) * self.batch_size])
+            draw.seed = int(np.random.SeedSequence([self.seed, epoch, b, self.sampler.rank]).generate_state(1)[0])
+            yield draw
+
+
+class _SeededDataset(Dataset):
+    """``source`` by whole batches, each drawn under its own seed, ``collate`` included."""
+
+    def __init__(self, source: Dataset, collate: Callable[[list[Any]], Any]) -> None:
+        self.source, self.collate = source, collate
+
+    def __len__(self) -> int:
+        return len(self.source)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> Any:
+        return self.source[index]
+
+    def __getitems__(self, draw: _Draw) -> Any:
+        with seeded(draw.seed):
+            fetch = getattr(self.source, "__getitems__", None)
+            return self.collate(fetch(list(draw)) if fetch else [self.source[i] for i in draw])
+
+
+def _identity(batch: Any) -> Any:
+    return batch
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """The CPU generators of torch, numpy and ``random`` start from ``seed`` inside, and are as before afterwards."""
+    torch_state, numpy_state, python_state = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    torch.default_generator.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(torch_state)
+        np.random.set_state(numpy_state)
+        random.setstate(python_state)

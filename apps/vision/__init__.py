@@ -1,0 +1,1 @@
+"""Image classification: V-MoE, its data and its metrics."""

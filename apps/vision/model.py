@@ -1,0 +1,423 @@
+"""V-MoE on timm: a VisionTransformer in which the FFN of chosen blocks is a mixture of experts.
+
+Riquelme et al., "Scaling Vision with Sparse Mixture of Experts" (2106.05974), section 2. timm does the patches, the
+attention, the position embeddings and the pretrained weights; ``core`` does the routing and the experts. Dense is the
+same class with ``moe=None``, so a comparison changes the FFN of the chosen blocks and nothing else.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from timm.layers import Mlp
+from timm.layers.patch_dropout import patch_dropout_forward
+from timm.models import adapt_input_conv, checkpoint
+from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
+from torch import Tensor, nn
+
+import core
+
+_logger = logging.getLogger(__name__)
+
+# embed_dim, depth, num_heads. Ti/S/B/L are timm's; nano is ours, for images of about 28x28 on a CPU.
+VARIANTS: Mapping[str, tuple[int, int, int]] = {
+    "nano": (96, 6, 3),
+    "tiny": (192, 12, 3),
+    "small": (384, 12, 6),
+    "base": (768, 12, 12),
+    "large": (1024, 24, 16),
+}
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """The transformer around the experts. A field left at None takes the variant's value."""
+
+    variant: Literal["nano", "tiny", "small", "base", "large"] = "nano"
+    """Size: embed_dim / depth / num_heads of 96/6/3, 192/12/3, 384/12/6, 768/12/12, 1024/24/16."""
+    patch_size: int = 4
+    """Height and width of a patch in pixels; must divide the image's."""
+    embed_dim: int | None = None
+    """Model dim D."""
+    depth: int | None = None
+    """Number of blocks."""
+    num_heads: int | None = None
+    """Attention heads; must divide ``embed_dim``."""
+    hidden_dim: int | None = None
+    """FFN hidden dim F of the dense blocks; None: 4 * embed_dim."""
+    pool: Literal["token", "avg"] = "token"
+    """What the head reads: the class token, or the mean of the patches."""
+    class_token: bool | None = None
+    """Prepend a class token; None: only where ``pool`` reads it."""
+    reg_tokens: int = 0
+    """Register tokens."""
+    no_embed_class: bool = False
+    """Give class and register tokens no position embedding."""
+    qkv_bias: bool = True
+    """Bias of the query, key and value projections."""
+    qk_norm: bool = False
+    """Normalise queries and keys."""
+    init_values: float | None = None
+    """Initial scale of LayerScale; None leaves LayerScale out."""
+    drop_path: float = 0.0
+    """Stochastic depth rate of the last block; it grows linearly from 0."""
+    drop: float = 0.0
+    """Dropout before the head."""
+    pos_drop: float = 0.0
+    """Dropout after the position embedding."""
+    patch_drop: float = 0.0
+    """Share of the patches left out in training."""
+    proj_drop: float = 0.0
+    """Dropout after the attention projection and in the dense FFNs; experts have none."""
+    attn_drop: float = 0.0
+    """Dropout of the attention weights."""
+    weight_init: Literal["", "jax", "moco"] = ""
+    """timm's scheme of initial weights."""
+
+    def __post_init__(self) -> None:
+        if self.variant not in VARIANTS:
+            raise ValueError(f"variant={self.variant!r} is not one of {', '.join(VARIANTS)}")
+        for name in ("patch_size", "dim", "num_blocks", "heads", "dense_hidden_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{_FIELD.get(name, name)}={getattr(self, name)} must be at least 1")
+        if self.reg_tokens < 0:
+            raise ValueError(f"reg_tokens={self.reg_tokens} must be at least 0")
+        if self.dim % self.heads:
+            raise ValueError(f"embed_dim={self.dim} is not divisible by num_heads={self.heads}")
+        if self.pool not in ("token", "avg"):
+            raise ValueError(f"pool={self.pool!r} is not one of token, avg")
+        if self.pool == "token" and self.class_token is False:
+            raise ValueError("pool='token' needs class_token=True")
+        for name in ("drop_path", "drop", "pos_drop", "patch_drop", "proj_drop", "attn_drop"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"{name}={getattr(self, name)} is not in [0, 1)")
+
+    @property
+    def dim(self) -> int:
+        """Model dim D, the variant's unless set."""
+        return VARIANTS[self.variant][0] if self.embed_dim is None else self.embed_dim
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of blocks, the variant's unless set."""
+        return VARIANTS[self.variant][1] if self.depth is None else self.depth
+
+    @property
+    def heads(self) -> int:
+        """Attention heads, the variant's unless set."""
+        return VARIANTS[self.variant][2] if self.num_heads is None else self.num_heads
+
+    @property
+    def dense_hidden_dim(self) -> int:
+        """FFN hidden dim F of the dense blocks, 4 * D unless set."""
+        return 4 * self.dim if self.hidden_dim is None else self.hidden_dim
+
+    @property
+    def has_class_token(self) -> bool:
+        return self.pool == "token" if self.class_token is None else self.class_token
+
+
+_FIELD = {"dim": "embed_dim", "num_blocks": "depth", "heads": "num_heads", "dense_hidden_dim": "hidden_dim"}
+
+
+def resolve_blocks(moe_blocks: str | Sequence[int], depth: int) -> tuple[int, ...]:
+    """Indices of the blocks whose FFN is replaced, ascending.
+
+    Args:
+        moe_blocks: "everyN": every N-th block, V-MoE's Every-N; "lastN": the last N of "every2", its Last-N; or
+            indices, of which negative ones count from the end.
+        depth: number of blocks.
+
+    Raises:
+        ValueError: not one of these, an index out of range or twice, or N that does not fit the depth.
+
+    Example::
+
+        resolve_blocks("every2", 6)    # (1, 3, 5)
+        resolve_blocks("last2", 6)     # (3, 5)
+        resolve_blocks([-1], 6)        # (5,)
+    """
+    if isinstance(moe_blocks, str):
+        rule, count = moe_blocks[:4], moe_blocks[4:]
+        every = moe_blocks.startswith("every")
+        if every:
+            rule, count = "every", moe_blocks[5:]
+        if rule not in ("last", "every") or not count.isdigit() or int(count) < 1:
+            raise ValueError(f"moe_blocks={moe_blocks!r} is not lastN or everyN (N at least 1), nor a list of indices")
+        n = int(count)
+        # As in the paper's code: Every-N is range(N - 1, depth, N), Last-N the end of Every-2.
+        chosen = list(range(n - 1, depth, n)) if every else list(range(1, depth, 2))[-n:]
+        most = depth if every else depth // 2
+        if n > most:
+            raise ValueError(f"moe_blocks={moe_blocks!r} does not fit depth={depth}: N is at most {most}")
+        return tuple(chosen)
+    if not moe_blocks:
+        raise ValueError("moe_blocks=[] names no block: name one, or leave moe out for a dense model")
+    for index in moe_blocks:
+        if not -depth <= index < depth:
+            raise ValueError(f"moe_blocks index {index} is out of range for depth={depth}")
+    chosen = sorted(index % depth for index in moe_blocks)
+    if len(set(chosen)) != len(chosen):
+        raise ValueError(f"moe_blocks={list(moe_blocks)} names a block twice (depth={depth})")
+    return tuple(chosen)
+
+
+class MoEBlock(Block):
+    """timm's pre-norm block, whose ``mlp`` may be an MoE layer that is told the routing context."""
+
+    def forward(
+        self,
+        x: Tensor,
+        context: core.RoutingContext | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        """(B, S, D) to (B, S, D). Without a context, token ids are the positions in ``x``."""
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)))
+        h = self.norm2(x)
+        if isinstance(self.mlp, core.MoELayer):
+            h = self.mlp(h, _positions(h) if context is None else context)
+        else:
+            h = self.mlp(h)
+        return x + self.drop_path2(self.ls2(h))
+
+
+def _positions(x: Tensor) -> core.RoutingContext:
+    return core.RoutingContext(token_ids_BS=torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1))
+
+
+class VMoE(VisionTransformer):
+    """timm's VisionTransformer with MoE layers in chosen blocks.
+
+    Args:
+        vit: the transformer.
+        image_size: height and width of the images in pixels.
+        in_chans: channels of an image.
+        num_classes: classes; 0 leaves the head out.
+        moe: the MoE layer; None: a dense model.
+        moe_blocks: which blocks; see ``resolve_blocks``. "last2" is V-MoE's Last-2. A dense model uses it only to
+            know which blocks ``replaced_hidden_dim`` widens.
+        replaced_hidden_dim: FFN hidden dim of those blocks in a dense model; None: that of the other blocks. With
+            ``moe`` it is refused: the experts' own hidden dim says it.
+
+    Token ids in the context are positions in the full sequence: prefix tokens first, then the patches row by row.
+
+    Raises:
+        ValueError: a combination that cannot be built.
+
+    Example::
+
+        model = VMoE(ViTConfig(variant="small", patch_size=32), image_size=224, in_chans=3, num_classes=1000,
+                     moe=core.MoEConfig(num_experts=8), moe_blocks="last2")
+        logits = model(torch.randn(2, 3, 224, 224))          # (2, 1000)
+    """
+
+    def __init__(
+        self,
+        vit: ViTConfig,
+        *,
+        image_size: int,
+        in_chans: int,
+        num_classes: int,
+        moe: core.MoEConfig | None = None,
+        moe_blocks: str | Sequence[int] = "last2",
+        replaced_hidden_dim: int | None = None,
+    ) -> None:
+        for name, value, least in (
+            ("image_size", image_size, 1),
+            ("in_chans", in_chans, 1),
+            ("num_classes", num_classes, 0),
+            ("replaced_hidden_dim", replaced_hidden_dim, 1),
+        ):
+            if value is not None and value < least:
+                raise ValueError(f"{name}={value} must be at least {least}")
+        if image_size % vit.patch_size:
+            raise ValueError(f"image_size={image_size} is not divisible by patch_size={vit.patch_size}")
+        replaced = resolve_blocks(moe_blocks, vit.num_blocks)
+        if moe is not None and replaced_hidden_dim is not None:
+            raise ValueError(
+                f"replaced_hidden_dim={replaced_hidden_dim} is for a dense model: with moe, set moe.expert.hidden_dim"
+            )
+        widths = [vit.dense_hidden_dim] * vit.num_blocks
+        for index in replaced:
+            widths[index] = replaced_hidden_dim or vit.dense_hidden_dim
+
+        def block_fn(*, mlp_layer: Any, depth: int, **kwargs: Any) -> MoEBlock:
+            # timm hands every block one mlp_ratio; the width is bound here instead, exact and per block.
+            def ffn(in_features: int, hidden_features: int, **mlp: Any) -> nn.Module:
+                if moe is not None and depth in replaced:
+                    return moe.build(in_features)
+                return mlp_layer(in_features, hidden_features=widths[depth], **mlp)
+
+            return MoEBlock(mlp_layer=ffn, depth=depth, **kwargs)
+
+        super().__init__(
+            img_size=image_size,
+            patch_size=vit.patch_size,
+            in_chans=in_chans,
+            num_classes=num_classes,
+            global_pool=vit.pool,
+            embed_dim=vit.dim,
+            depth=vit.num_blocks,
+            num_heads=vit.heads,
+            qkv_bias=vit.qkv_bias,
+            qk_norm=vit.qk_norm,
+            init_values=vit.init_values,
+            class_token=vit.has_class_token,
+            no_embed_class=vit.no_embed_class,
+            reg_tokens=vit.reg_tokens,
+            drop_rate=vit.drop,
+            pos_drop_rate=vit.pos_drop,
+            patch_drop_rate=vit.patch_drop,
+            proj_drop_rate=vit.proj_drop,
+            attn_drop_rate=vit.attn_drop,
+            drop_path_rate=vit.drop_path,
+            weight_init=vit.weight_init,
+            block_fn=block_fn,
+            mlp_layer=Mlp,
+        )
+        self.vit = vit
+        self.moe = moe
+        self.moe_blocks = replaced
+
+    def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
+        """timm's scheme for the whole model, and the same distribution for each expert as for a dense FFN.
+
+        With ``nn.Linear``'s default an expert would start at about twice the scale of the FFN it stands for (D = 192).
+        """
+        super().init_weights(mode, needs_reset)
+        mode = mode or self.weight_init_mode
+        if mode == "reset":
+            return
+        for layer in core.moe_layers(self).values():
+            for name, weight in layer.named_parameters():
+                leaf = name.rpartition(".")[2]
+                if leaf in ("w_in", "w_gate", "w_out"):
+                    for expert in weight.unbind(0):
+                        if mode:
+                            nn.init.xavier_uniform_(expert)
+                        else:
+                            nn.init.trunc_normal_(expert, std=0.02)
+                elif leaf in ("b_in", "b_out"):
+                    nn.init.zeros_(weight)
+
+    def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """(B, C, H, W) images to (B, S, D) normalised tokens."""
+        x = self._pos_embed(self.patch_embed(x))
+        context = _positions(x)
+        if isinstance(self.patch_drop, nn.Identity):
+            kept = None
+        else:
+            x, kept = patch_dropout_forward(
+                x, self.patch_drop.prob, self.num_prefix_tokens, self.patch_drop.ordered, self.training
+            )
+        if kept is not None:
+            ids_BS = context.token_ids_BS
+            prefix, patches = ids_BS[:, : self.num_prefix_tokens], ids_BS[:, self.num_prefix_tokens :]
+            context = core.RoutingContext(token_ids_BS=torch.cat((prefix, patches.gather(1, kept)), dim=1))
+        x = self.norm_pre(x)
+        for block in self.blocks:
+            call = partial(block, attn_mask=attn_mask, is_causal=is_causal)
+            x = checkpoint(call, x, context) if self.grad_checkpointing and self.training else call(x, context)
+        return self.norm(x)
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What ``load_pretrained_weights`` did, by parameter name.
+
+    Attributes:
+        loaded: taken from the source.
+        missing: of the model, not in the source.
+        unexpected: in the source, not of the model.
+        skipped: in both, but of another shape: a head of other classes, a widened FFN.
+        replaced: of the model's MoE layers; left at their initial values unless the source has them.
+    """
+
+    loaded: tuple[str, ...]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    skipped: tuple[str, ...]
+    replaced: tuple[str, ...]
+
+    def __str__(self) -> str:
+        parts = [f"{len(self.loaded)} loaded"]
+        for what in ("missing", "unexpected", "skipped", "replaced"):
+            names = getattr(self, what)
+            if names:
+                more = ", ..." if len(names) > 4 else ""
+                parts.append(f"{len(names)} {what} ({', '.join(names[:4])}{more})")
+        return "; ".join(parts)
+
+
+def load_pretrained_weights(model: VMoE, source: str | Path) -> LoadReport:
+    """Load timm's weights into the dense parts of ``model`` and log one line about it.
+
+    Patch and position embeddings are resampled to the model's by timm's own functions, and the first layer adapted to
+    the number of channels. FFNs that the model replaced stay at their initial values, unless ``source`` is an MoE
+    model of the same shapes.
+
+    Args:
+        model: changed in place.
+        source: a file (safetensors, or torch loaded with ``weights_only``), else the name of a timm model whose
+            pretrained weights timm downloads.
+
+    Raises:
+        ValueError: no such file or timm model, the weights cannot be read or fetched, or nothing in them fits.
+    """
+    weights = checkpoint_filter_fn(_read_weights(str(source)), model)
+    conv = "patch_embed.proj.weight"
+    if conv in weights and weights[conv].shape[1] != model.in_chans:
+        if weights[conv].shape[1] != 3:
+            raise ValueError(f"pretrained={source}: {weights[conv].shape[1]} channels do not adapt to {model.in_chans}")
+        weights[conv] = adapt_input_conv(model.in_chans, weights[conv])
+    own = model.state_dict()
+    replaced_prefixes = tuple(f"blocks.{i}.mlp." for i in model.moe_blocks) if model.moe is not None else ()
+    fits = {name: w for name, w in weights.items() if name in own and own[name].shape == w.shape}
+    if not fits:
+        raise ValueError(f"pretrained={source}: none of its {len(weights)} tensors fits this model")
+    model.load_state_dict(fits, strict=False)
+
+    def is_replaced(name: str) -> bool:
+        return bool(replaced_prefixes) and name.startswith(replaced_prefixes)
+
+    report = LoadReport(
+        loaded=tuple(fits),
+        missing=tuple(n for n in own if n not in weights and not is_replaced(n)),
+        unexpected=tuple(n for n in weights if n not in own and not is_replaced(n)),
+        skipped=tuple(n for n in weights if n in own and n not in fits),
+        replaced=tuple(n for n in own if n not in weights and is_replaced(n)),
+    )
+    _logger.info("pretrained %s: %s", source, report)
+    return report
+
+
+def _read_weights(source: str) -> dict[str, Tensor]:
+    if Path(source).is_file():
+        from timm.models import load_state_dict
+
+        try:
+            weights = load_state_dict(source, weights_only=True)
+        except Exception as error:  # a corrupt file raises whatever its format's reader raises
+            raise ValueError(f"pretrained={source} cannot be read: {_first_line(error)}") from error
+        # A checkpoint of our own keeps the network under "model.".
+        inner = {n.removeprefix("model."): w for n, w in weights.items() if n.startswith("model.")}
+        return inner or weights
+    import timm
+
+    if not timm.is_model(source.split(".")[0]):
+        raise ValueError(f"pretrained={source!r} is neither a file nor a timm model")
+    try:
+        return timm.create_model(source, pretrained=True).state_dict()
+    except Exception as error:  # hub, network and file errors have no common base
+        raise ValueError(f"pretrained={source!r} cannot be fetched: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,238 @@
+"""``VisionClassifier``: what ``moesaic fit`` trains on images."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch.nn.functional as F
+from lightning.pytorch import Callback
+from torch import Tensor
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+
+import core
+from apps.training import Baseline, OptimizerConfig, SparseModule, TaskOutput
+from apps.vision.evaluation import ReportConfig, VisionReport, hard_labels
+from apps.vision.model import ViTConfig, VMoE, load_pretrained_weights
+
+
+@dataclass(frozen=True)
+class ImagePrediction:
+    """Predictions of a batch.
+
+    Attributes:
+        index: int64 (B,), the image's place in its dataset.
+        label: int64 (B, k), the k likeliest classes, best first.
+        probability: float32 (B, k), theirs.
+    """
+
+    index: Tensor
+    label: Tensor
+    probability: Tensor
+
+
+class VisionClassifier(SparseModule):
+    """A vision transformer, sparse or dense, as an image classifier.
+
+    Args:
+        vit: the transformer.
+        moe: the MoE layer that replaces the FFN of some blocks; None: a dense model.
+        moe_blocks: which blocks: "lastN" (V-MoE's Last-N: the last N of every second block), "everyN", or indices.
+        replaced_hidden_dim: FFN hidden dim of those blocks in a dense model, as in the baselines; None: the others'.
+        image_size: height and width of the images in pixels; the command line takes it from the data.
+        in_chans: channels of an image; the command line takes it from the data.
+        num_classes: the command line takes it from the data.
+        label_smoothing: share of the target spread evenly over the classes, in training.
+        pretrained: weights for the dense parts: a timm model name, or a safetensors or torch file.
+        grad_checkpointing: recompute the blocks in the backward, to save memory.
+        optimizer: learning rate, weight decay and schedule.
+        ema_decay: of the moving average of the weights; None: none.
+        report: what a test adds to the accuracy; None: nothing.
+
+    Raises:
+        ValueError: a value out of its range, a combination that cannot be built, or weights that do not load.
+    """
+
+    data_arguments: ClassVar[tuple[str, ...]] = ("image_size", "in_chans", "num_classes")
+    monitor: ClassVar[str] = "val/top1"
+    monitor_mode: ClassVar[Literal["min", "max"]] = "max"
+
+    def __init__(
+        self,
+        vit: ViTConfig | None = None,
+        moe: core.MoEConfig | None = None,
+        moe_blocks: str | list[int] = "last2",
+        replaced_hidden_dim: int | None = None,
+        image_size: int = 28,
+        in_chans: int = 1,
+        num_classes: int = 10,
+        label_smoothing: float = 0.0,
+        pretrained: str | None = None,
+        grad_checkpointing: bool = False,
+        optimizer: OptimizerConfig | None = None,
+        ema_decay: float | None = None,
+        report: ReportConfig | None = None,
+    ) -> None:
+        # A checkpoint's hyperparameters come as plain dicts.
+        vit, moe, optimizer, report = (_from_plain(v) for v in (vit, moe, optimizer, report))
+        super().__init__(optimizer=optimizer, ema_decay=ema_decay)
+        if not 0.0 <= label_smoothing < 1.0:
+            raise ValueError(f"label_smoothing={label_smoothing} is not in [0, 1)")
+        if num_classes < 2:
+            raise ValueError(f"num_classes={num_classes} must be at least 2 for a classifier")
+        self.vit, self.moe, self.moe_blocks = vit or ViTConfig(), moe, moe_blocks
+        self.image_size, self.in_chans, self.num_classes = image_size, in_chans, num_classes
+        self.label_smoothing, self.pretrained, self.report = label_smoothing, pretrained, report
+        self.grad_checkpointing = grad_checkpointing
+        self.model = VMoE(
+            self.vit,
+            image_size=image_size,
+            in_chans=in_chans,
+            num_classes=num_classes,
+            moe=moe,
+            moe_blocks=moe_blocks,
+            replaced_hidden_dim=replaced_hidden_dim,
+        )
+        self.model.set_grad_checkpointing(grad_checkpointing)
+        if pretrained is not None:
+            load_pretrained_weights(self.model, pretrained)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(B, C, H, W) normalised images to (B, num_classes) logits."""
+        return self.model(image)
+
+    def task_loss(self, batch: Any) -> TaskOutput:
+        """Cross-entropy against class numbers or, under mixup and cutmix, shares of classes."""
+        logits = self(batch.image).float()
+        smoothing = self.label_smoothing if self.training else 0.0
+        loss = F.cross_entropy(logits, batch.label, label_smoothing=smoothing)
+        return TaskOutput(loss, logits, hard_labels(batch.label), len(logits))
+
+    def example_inputs(self, batch: Any) -> tuple[Tensor]:
+        return (batch.image,)
+
+    def build_metrics(self) -> MetricCollection:
+        """Top-1, and top-5 where there are more than 5 classes."""
+        metrics = {"top1": MulticlassAccuracy(self.num_classes, top_k=1, average="micro")}
+        if self.num_classes > 5:
+            metrics["top5"] = MulticlassAccuracy(self.num_classes, top_k=5, average="micro")
+        return MetricCollection(metrics)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> ImagePrediction:
+        """The 5 likeliest classes of each image."""
+        best = self(batch.image).float().softmax(-1).topk(min(5, self.num_classes), dim=-1)
+        return ImagePrediction(batch.index, best.indices, best.values)
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        data = getattr(self.trainer, "datamodule", None)
+        for name in self.data_arguments:
+            found = getattr(data, name, None)
+            if found is not None and found != getattr(self, name):
+                raise ValueError(f"model.{name}={getattr(self, name)} does not fit the data, whose {name} is {found}")
+
+    def configure_callbacks(self) -> list[Callback]:
+        callbacks = super().configure_callbacks()
+        return callbacks if self.report is None else [*callbacks, VisionReport(self.report)]
+
+    def baselines(self) -> Mapping[str, Baseline]:
+        """Dense models of equal active FLOPs and of equal parameters; only the FFNs in place of experts are wider."""
+        if self.moe is None:
+            return {}
+        widths = baseline_widths(self.moe, self.vit.dim)
+        found: dict[str, Baseline] = {}
+        for name, solved in widths.items():
+            twin = next((n for n, b in found.items() if b.build and _close(solved.width, widths[n].width)), None)
+            replaced = f"FFN hidden dim {solved.width} in the replaced blocks"
+            if solved.problem:
+                found[name] = Baseline(None, solved.problem)
+            elif twin is not None:
+                found[name] = Baseline(None, f"coincides with {twin}: {replaced}, there {widths[twin].width}")
+            else:
+                found[name] = Baseline(_Dense(self, solved.width), f"{replaced}, {self.vit.dense_hidden_dim} elsewhere")
+        return found
+
+
+@dataclass(frozen=True)
+class SolvedWidth:
+    """FFN hidden dim of a dense baseline; ``problem`` says why there is none."""
+
+    width: int
+    problem: str = ""
+
+
+def baseline_widths(moe: core.MoEConfig, dim: int, tolerance: float = 0.05) -> dict[str, SolvedWidth]:
+    """FFN hidden dims F of dense layers that cost what ``moe`` does at width ``dim``, router included.
+
+    timm's FFN takes ``4 D F`` FLOPs a token and has ``2 D F + F + D`` parameters, biases included.
+
+    Args:
+        moe: the sparse layer.
+        dim: D.
+        tolerance: relative difference beyond which a width does not count as equal.
+
+    Returns:
+        "dense_equal_flops" and "dense_equal_params".
+    """
+    flops, params = moe.flops_per_token(dim), moe.num_params(dim)
+    solved = {}
+    for name, target, cost, width in (
+        ("dense_equal_flops", flops, lambda f: 4 * dim * f, flops / (4 * dim)),
+        ("dense_equal_params", params, lambda f: 2 * dim * f + f + dim, (params - dim) / (2 * dim + 1)),
+    ):
+        hidden = max(1, round(width))
+        off = abs(cost(hidden) - target) / target
+        what = name.rpartition("_")[2]
+        problem = f"no whole FFN hidden dim comes within {tolerance:.0%} of {target} {what}" if off > tolerance else ""
+        solved[name] = SolvedWidth(hidden, problem)
+    return solved
+
+
+def _close(a: int, b: int) -> bool:
+    return abs(a - b) <= 0.01 * max(a, b)
+
+
+@dataclass(frozen=True)
+class _Dense:
+    """Makes the dense twin of ``sparse``. A class and not a closure: it pickles into another process."""
+
+    sparse: VisionClassifier
+    width: int
+
+    def __call__(self) -> VisionClassifier:
+        s = self.sparse
+        return VisionClassifier(
+            vit=s.vit,
+            moe=None,
+            moe_blocks=s.moe_blocks,
+            replaced_hidden_dim=self.width,
+            image_size=s.image_size,
+            in_chans=s.in_chans,
+            num_classes=s.num_classes,
+            label_smoothing=s.label_smoothing,
+            pretrained=s.pretrained,
+            grad_checkpointing=s.grad_checkpointing,
+            optimizer=s.optimizer_config,
+            ema_decay=s.ema_decay,
+            report=s.report,
+        )
+
+
+def _from_plain(value: Any) -> Any:
+    """A config dataclass of what ``apps.training.to_plain`` made of it; other values as they are."""
+    if isinstance(value, Mapping) and "class_path" in value:
+        module, _, name = value["class_path"].rpartition(".")
+        try:
+            kind = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError, ValueError):
+            raise ValueError(f"class_path={value['class_path']!r} cannot be imported") from None
+        if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
+            raise ValueError(f"class_path={value['class_path']!r} is not a config")
+        return kind(**{k: _from_plain(v) for k, v in value.get("init_args", {}).items()})
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return tuple(_from_plain(v) for v in value)
+    return value

@@ -1,0 +1,273 @@
+"""Image files to uint8 tensors: the formats of the standard datasets, image folders, and the split of a set.
+
+A reader that meets a file it cannot read raises one ValueError that names the file and the rule it breaks.
+"""
+
+from __future__ import annotations
+
+import gzip
+import pickle
+import zlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torchvision.datasets import ImageFolder
+
+
+class ImageSet(torch.utils.data.Dataset[Any]):
+    """Images that are read by whole batches: ``set.__getitems__(positions)`` is (uint8 (B, C, H, W), label, index)."""
+
+    def __init__(self, read: Callable[[Tensor], Tensor], labels: Tensor, index: Tensor | None = None) -> None:
+        """``read`` gives the images at the indices it is passed; ``index`` selects and orders, by default everything."""
+        self.read = read
+        self.labels = labels
+        self.index = torch.arange(len(labels)) if index is None else index
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, position: int) -> tuple[Tensor, Tensor, Tensor]:
+        image, label, index = self.__getitems__([position])
+        return image[0], label[0], index[0]
+
+    def __getitems__(self, positions: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        index = self.index[torch.as_tensor(positions)]
+        return self.read(index), self.labels[index], index
+
+    def subset(self, positions: Tensor) -> ImageSet:
+        """The same images, fewer of them."""
+        return ImageSet(self.read, self.labels, self.index[positions])
+
+
+@dataclass(frozen=True)
+class FromTensor:
+    """Images in memory: uint8 (N, C, H, W)."""
+
+    images: Tensor
+
+    def __call__(self, index: Tensor) -> Tensor:
+        return self.images[index]
+
+
+@dataclass(frozen=True)
+class FromFiles:
+    """Image files, each decoded, cut and scaled by ``transform`` to uint8 (3, H, W)."""
+
+    paths: tuple[str, ...]
+    transform: Callable[[Image.Image], Tensor]
+
+    def __call__(self, index: Tensor) -> Tensor:
+        return torch.stack([self.transform(open_image(self.paths[i])) for i in index.tolist()])
+
+
+class Splits(NamedTuple):
+    """What a dataset brings along. ``val`` is None where it has no validation split of its own."""
+
+    train: ImageSet
+    test: ImageSet
+    val: ImageSet | None = None
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """An array in the IDX format of MNIST (yann.lecun.com/exdb/mnist), plain or gzipped, bytes only.
+
+    Raises:
+        ValueError: truncated, not gzip, a wrong magic number, or more or fewer bytes than its header says.
+    """
+    data = _read_bytes(path)
+    # magic: two zero bytes, the type (8: unsigned byte), the number of dimensions; then each size, big-endian
+    if len(data) < 4 or data[:3] != b"\0\0\x08" or not 1 <= data[3] <= 4 or len(data) < 4 + 4 * data[3]:
+        found = data[:4].hex(" ") or "nothing"
+        raise ValueError(
+            f"{path} is corrupt: an IDX file of bytes starts with 00 00 08 and a rank of 1 to 4, not {found}"
+        )
+    shape = tuple(np.frombuffer(data, ">u4", count=data[3], offset=4).tolist())
+    body = np.frombuffer(data, np.uint8, offset=4 + 4 * data[3])
+    if body.size != int(np.prod(shape, dtype=object)):
+        raise ValueError(f"{path} is corrupt: its header says {shape}, but {body.size} bytes follow")
+    return body.reshape(shape)
+
+
+def read_mnist(root: Path, folder: str) -> Splits:
+    """The four IDX files of MNIST's layout in ``root``, gzipped or not, or in torchvision's ``root/folder/raw``."""
+    torchvision_raw = root / folder / "raw"
+    home = torchvision_raw if torchvision_raw.is_dir() else root
+
+    def split(prefix: str) -> ImageSet:
+        pair = [f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte"]
+        paths = [p if p.exists() else p.with_name(p.name + ".gz") for p in (home / name for name in pair)]
+        images, labels = (read_idx(p) for p in paths)
+        if images.ndim != 3:
+            raise ValueError(f"{paths[0]} is corrupt: images have rank 3, not {images.ndim}")
+        if labels.shape != images.shape[:1]:
+            raise ValueError(f"{paths[1]} is corrupt: {labels.shape[0]} labels for {images.shape[0]} images")
+        return in_memory(images[:, None], labels, paths[1], num_classes=10)
+
+    return Splits(split("train"), split("t10k"))
+
+
+def read_csv_digits(root: Path, name: str, side: int, top: int) -> Splits:
+    """Rows of ``side * side`` pixels from 0 to ``top`` and a label. Every fifth image of a class is for testing.
+
+    The file has no split of its own: 20 % are held out, stratified, the same ones always.
+    """
+    path = root / name
+    try:
+        rows = np.loadtxt(_read_bytes(path).decode().splitlines(), delimiter=",", dtype=np.float32, ndmin=2)
+    except (ValueError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is corrupt: it is not a table of numbers ({error})") from error
+    if rows.shape[1] != side * side + 1:
+        raise ValueError(f"{path} is corrupt: {rows.shape[1]} columns, not {side * side} pixels and a label")
+    pixels = rows[:, :-1]
+    if pixels.min() < 0 or pixels.max() > top:
+        raise ValueError(f"{path} is corrupt: pixels go from 0 to {top}, not {pixels.min():g} to {pixels.max():g}")
+    images = (pixels * (255 / top)).round().astype(np.uint8).reshape(-1, 1, side, side)
+    everything = in_memory(images, rows[:, -1].astype(np.int64), path, num_classes=10)
+    test, train = stratified_split(everything.labels, round(0.2 * len(everything)), seed=0)
+    return Splits(everything.subset(train), everything.subset(test))
+
+
+def read_cifar(
+    root: Path, folder: str, train: Sequence[str], test: str, key: str, class_names: Sequence[str]
+) -> Splits:
+    """CIFAR's Python batches in ``root/folder``, or an image folder ``root/{train,test}/CLASS/``."""
+    if not (root / folder).is_dir():
+        return Splits(*(read_small_images(root / split, class_names, side=32) for split in ("train", "test")))
+
+    def split(names: Sequence[str]) -> ImageSet:
+        batches = [_read_cifar_batch(root / folder / name, key) for name in names]
+        images = np.concatenate([b[0] for b in batches])
+        return in_memory(images, np.concatenate([b[1] for b in batches]), root / folder, len(class_names))
+
+    return Splits(split(train), split((test,)))
+
+
+def read_small_images(folder: Path, class_names: Sequence[str], side: int) -> ImageSet:
+    """All images below ``folder/CLASS`` in memory; each one must be ``side`` x ``side``."""
+    listing = _list_images(folder)
+    if sorted(listing.classes) != sorted(class_names):
+        odd = sorted(set(listing.classes) ^ set(class_names))
+        rule = f"its folders are not the {len(class_names)} classes"
+        raise ValueError(f"{folder}: {rule}; they differ in {', '.join(odd[:5])}")
+
+    def read(path: str) -> np.ndarray:
+        pixels = np.asarray(open_image(path))
+        if pixels.shape != (side, side, 3):
+            raise ValueError(f"{path} is {pixels.shape[1]}x{pixels.shape[0]}, not {side}x{side} like the others")
+        return pixels
+
+    with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter's lock
+        images = np.stack(list(pool.map(read, (path for path, _ in listing.samples))))
+    names = list(class_names)
+    labels = np.array([names.index(listing.classes[label]) for label in listing.targets])
+    return in_memory(images.transpose(0, 3, 1, 2), labels, folder, len(names))
+
+
+def read_image_folder(root: Path, train: Callable[..., Tensor], evaluate: Callable[..., Tensor]) -> Splits:
+    """``root/{train,val,test}/CLASS/``; without ``test``, ``val`` is the test split, as ImageNet is used."""
+    listings = {name: _list_images(root / name) for name in ("train", "val", "test") if (root / name).is_dir()}
+    for name, listing in listings.items():
+        if listing.classes != listings["train"].classes:
+            odd = sorted(set(listing.classes) ^ set(listings["train"].classes))
+            raise ValueError(f"{root / name}: its classes are not those of train; they differ in {', '.join(odd[:5])}")
+
+    def split(name: str, transform: Callable[..., Tensor]) -> ImageSet:
+        paths, labels = zip(*listings[name].samples, strict=True)
+        return ImageSet(FromFiles(paths, transform), torch.tensor(labels))
+
+    test = "test" if "test" in listings else "val"
+    val = split("val", evaluate) if test != "val" and "val" in listings else None
+    return Splits(split("train", train), split(test, evaluate), val)
+
+
+def open_image(path: str) -> Image.Image:
+    """The image as RGB.
+
+    Raises:
+        ValueError: the file is not an image, or is cut.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise ValueError(f"{path} is corrupt: {error}") from error
+
+
+def in_memory(images: np.ndarray, labels: np.ndarray, path: Path, num_classes: int) -> ImageSet:
+    """Uint8 (N, C, H, W) and labels in ``range(num_classes)``, which came from ``path``, as a set."""
+    if len(labels) and not 0 <= labels.min() <= labels.max() < num_classes:
+        found = f"{labels.min()} to {labels.max()}"
+        raise ValueError(f"{path} is corrupt: labels go from 0 to {num_classes - 1}, not {found}")
+    # a copy: arrays made of file bytes are read-only, and torch warns
+    pixels = torch.from_numpy(np.array(images, order="C"))
+    return ImageSet(FromTensor(pixels), torch.from_numpy(labels.astype(np.int64)))
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        data = path.read_bytes()
+        return gzip.decompress(data) if path.suffix == ".gz" else data
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} is missing") from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(
+            f"{path} is corrupt: it is truncated or no gzip file ({error}); delete it to have it fetched again"
+        ) from error
+
+
+class _NumpyUnpickler(pickle.Unpickler):
+    """Arrays and nothing else: a pickle may run any code, and a user's folder is not checked by hash."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        array = module.split(".")[0] == "numpy" and name in ("_reconstruct", "ndarray", "dtype", "_frombuffer")
+        if array or (module, name) == ("_codecs", "encode"):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it holds a {module}.{name}")
+
+
+def _read_cifar_batch(path: Path, key: str) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        with open(path, "rb") as file:
+            batch = _NumpyUnpickler(file, encoding="latin1").load()
+        images, labels = np.asarray(batch["data"]), np.asarray(batch[key])
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} is missing") from error
+    except Exception as error:  # a cut pickle raises nearly anything
+        raise ValueError(f"{path} is corrupt: it is no CIFAR batch ({error})") from error
+    if images.dtype != np.uint8 or images.ndim != 2 or images.shape[1] != 3072 or labels.shape != images.shape[:1]:
+        raise ValueError(f"{path} is corrupt: images {images.shape} and labels {labels.shape}, not (N, 3072) and (N,)")
+    return images.reshape(-1, 3, 32, 32), labels
+
+
+def _list_images(folder: Path) -> ImageFolder:
+    try:
+        return ImageFolder(str(folder))
+    except FileNotFoundError as error:
+        raise ValueError(f"{folder} is no image folder: {' '.join(str(error).split())}") from error
+
+
+def stratified_split(labels: Tensor, num: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Choose ``num`` positions at random with the classes in their shares, and the rest; both sorted.
+
+    The images of a class are shuffled and put at even distances on [0, 1]; the first ``num`` on that line are chosen.
+
+    Args:
+        labels: int64 (N,).
+        num: how many to choose, 0 to N.
+        seed: the only source of randomness.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(labels), generator=generator)
+    place = torch.empty(len(labels), dtype=torch.float64)
+    for label in labels.unique():
+        mine = order[labels[order] == label]
+        place[mine] = (torch.arange(len(mine), dtype=torch.float64) + 0.5) / len(mine)
+    ranked = order[place[order].argsort(stable=True)]  # ties between classes fall as they were shuffled
+    return ranked[:num].sort().values, ranked[num:].sort().values

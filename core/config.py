@@ -1,0 +1,153 @@
+"""``MoEConfig``: the parts of a layer put together. Its fields are the YAML schema."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+from .experts import FFN, ExpertConfig
+from .kernels import BACKENDS
+from .layers import MoE
+from .routing.balance import Balance
+from .routing.router import RouterConfig, TokenChoice
+from .routing.selection import Capacity, check_group
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """A mixture-of-experts layer, to be built at any width.
+
+    Attributes:
+        num_experts: E.
+        router: who computes what: ``TokenChoice(...)`` or another router config.
+        expert: what is computed: ``FFN(...)``, ``SwiGLU(...)``, ``GEGLU(...)``.
+        capacity_factor: in training an expert takes ``ceil(capacity_factor * K * tokens in group / E)`` tokens and the
+            rest are dropped; None: dropless.
+        eval_capacity_factor: the same in evaluation; None: as in training.
+        priority: who is served first where capacity is short: "position", "score" (batch-prioritised routing) or "random".
+        group: whose tokens compete: "batch", "sequence", a number of tokens, or None for the router's default.
+        num_shared_experts: experts that every token takes besides.
+        balance: weights of the balance losses.
+        backend: "auto", "eager", "cpu" or "grouped".
+
+    Example::
+
+        layer = MoEConfig(num_experts=8, router=TokenChoice(top_k=2)).build(dim=64)
+        y = layer(torch.randn(4, 16, 64))
+
+    Raises:
+        ValueError: a value is out of its range, or two of them do not go together.
+    """
+
+    num_experts: int
+    router: RouterConfig = TokenChoice()
+    expert: ExpertConfig = FFN()
+    capacity_factor: float | None = None
+    eval_capacity_factor: float | None = None
+    priority: str = "position"
+    group: str | int | None = None
+    num_shared_experts: int = 0
+    balance: Balance = Balance()
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.num_experts < 1:
+            raise ValueError(f"num_experts={self.num_experts} is not at least 1")
+        if self.num_shared_experts < 0:
+            raise ValueError(f"num_shared_experts={self.num_shared_experts} is negative")
+        if self.group is not None:
+            check_group(self.group)
+        if self.backend != "auto" and self.backend not in BACKENDS:
+            raise ValueError(f"backend={self.backend!r} is not one of auto, {', '.join(BACKENDS)}")
+        self.router.check(self.num_experts)
+        self.balance.check(self.router.balance_terms(), type(self.router).__name__)
+        self.capacity()  # checks the factors and the priority
+
+    def capacity(self) -> Capacity:
+        """The capacity limits, with the router's default group filled in."""
+        group = self.router.default_group() if self.group is None else self.group
+        return Capacity(self.capacity_factor, self.eval_capacity_factor, self.priority, group)
+
+    def build(self, dim: int, out_dim: int | None = None) -> MoE:
+        """The layer for tokens of width ``dim``.
+
+        Raises:
+            ValueError: ``dim`` or ``out_dim`` is below 1.
+        """
+        for name, value in (("dim", dim), ("out_dim", out_dim)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} is not at least 1")
+        shared = self.num_shared_experts
+        return MoE(
+            self.router.build(dim, self.num_experts, self.capacity()),
+            self.expert.build(self.num_experts, dim, out_dim, self.backend),
+            self.balance,
+            shared_experts=self.expert.build(shared, dim, out_dim) if shared else None,
+            num_experts=self.num_experts,
+            pairs_per_token=self.router.pairs_per_token(self.num_experts),
+        )
+
+    def num_params(self, dim: int, out_dim: int | None = None) -> int:
+        """Parameters of the layer, equal to the sum of ``numel`` of the built one."""
+        experts = self.num_experts + self.num_shared_experts
+        return self.router.num_params(dim, self.num_experts) + experts * self.expert.num_params(dim, out_dim)
+
+    def active_params(self, dim: int, out_dim: int | None = None) -> int:
+        """Parameters that one token touches."""
+        experts = self._pairs_per_token() + self.num_shared_experts
+        return self.router.num_params(dim, self.num_experts) + round(experts * self.expert.num_params(dim, out_dim))
+
+    def flops_per_token(self, dim: int, out_dim: int | None = None) -> int:
+        """Forward FLOPs a token, two a multiply-add, router included. A capacity factor below 1 bounds the pairs."""
+        pairs = self._pairs_per_token() * min(1.0, self.capacity_factor or 1.0) + self.num_shared_experts
+        return self.router.flops_per_token(dim, self.num_experts) + round(
+            pairs * self.expert.flops_per_row(dim, out_dim)
+        )
+
+    def _pairs_per_token(self) -> float:
+        return self.router.pairs_per_token(self.num_experts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists and numbers, as in YAML: parts that may be of several classes name theirs."""
+        return {f.name: _to_plain(getattr(self, f.name)) for f in fields(self)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> MoEConfig:
+        """The config that ``to_dict`` wrote; parts may also be config objects already.
+
+        Raises:
+            ValueError: an unknown field or class, naming it.
+        """
+        known = {f.name for f in fields(cls)}
+        for name in values:
+            if name not in known:
+                raise ValueError(f"MoEConfig has no field {name!r}; it has {', '.join(sorted(known))}")
+        parts = {name: _from_plain(value) for name, value in values.items()}
+        if isinstance(parts.get("balance"), dict):
+            parts["balance"] = Balance(**parts["balance"])
+        return cls(**parts)
+
+
+def _to_plain(value: Any) -> Any:
+    if not is_dataclass(value) or isinstance(value, type):
+        return value
+    args = {f.name: _to_plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Balance):
+        return args
+    kind = type(value)
+    module = "core" if kind.__module__.split(".")[0] == "core" else kind.__module__
+    return {"class_path": f"{module}.{kind.__qualname__}", "init_args": args}
+
+
+def _from_plain(value: Any) -> Any:
+    if not isinstance(value, dict) or "class_path" not in value:
+        return value
+    module, _, name = value["class_path"].rpartition(".")
+    try:
+        kind = getattr(importlib.import_module(module or "core"), name)
+    except (ImportError, AttributeError):
+        raise ValueError(f"class_path={value['class_path']!r} cannot be imported") from None
+    if not (isinstance(kind, type) and issubclass(kind, (RouterConfig, ExpertConfig))):
+        raise ValueError(f"class_path={value['class_path']!r} is neither a router config nor an expert config")
+    return kind(**value.get("init_args", {}))

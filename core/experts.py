@@ -1,0 +1,201 @@
+"""Experts with stacked parameters: one tensor holds a weight of all E experts. Each config lies beside what it builds."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .contract import Rows
+from .kernels import BACKENDS, resolve_backend
+from .kernels.eager import ACTIVATIONS
+
+
+class Experts(nn.Module):
+    """Base of all experts: ``experts(rows)`` returns the rows computed.
+
+    A subclass may read ``rows.materialize()``, (R, D) rows sorted by expert, and ``rows.offsets_E``, and return
+    ``rows.with_output(y_RD)``; the dispatcher weights and sums. See ``FFNExperts`` for one that does it all itself.
+    """
+
+    def forward(self, rows: Rows) -> Rows:
+        raise NotImplementedError
+
+
+class FFNExperts(Experts):
+    """E feed-forward networks: ``act(x w_in + b_in) w_out + b_out``, gated when ``w_gate`` is there.
+
+    Parameters: ``w_in`` (E, D, F), ``w_out`` (E, F, D_out); ``w_gate`` (E, D, F) in gated ones; ``b_in`` (E, F) and
+    ``b_out`` (E, D_out) with bias.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        dim: int,
+        hidden_dim: int,
+        out_dim: int | None = None,
+        *,
+        activation: str = "gelu",
+        gated: bool = False,
+        bias: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        out_dim = dim if out_dim is None else out_dim
+        self.num_experts, self.activation, self.backend = num_experts, activation, backend
+        self.w_in = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
+        self.w_out = nn.Parameter(torch.empty(num_experts, hidden_dim, out_dim))
+        self.w_gate = nn.Parameter(torch.empty(num_experts, dim, hidden_dim)) if gated else None
+        self.b_in = nn.Parameter(torch.empty(num_experts, hidden_dim)) if bias else None
+        self.b_out = nn.Parameter(torch.empty(num_experts, out_dim)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Each expert as ``nn.Linear`` would start: U(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
+        for weight, bias in ((self.w_in, self.b_in), (self.w_gate, None), (self.w_out, self.b_out)):
+            if weight is not None:
+                bound = 1 / math.sqrt(weight.shape[1])
+                nn.init.uniform_(weight, -bound, bound)
+                if bias is not None:
+                    nn.init.uniform_(bias, -bound, bound)
+
+    def forward(self, rows: Rows) -> Rows:
+        x, *weights = _autocast(rows.x, self.w_in, self.w_out, self.b_in, self.b_out, self.w_gate)
+        plan = rows.plan
+        y = BACKENDS[resolve_backend(self.backend, x.device, x.dtype)].expert_ffn(
+            x,
+            None if rows.gathered else rows.row_index_R,
+            rows.offsets_E,
+            rows.gates_R,
+            *weights,
+            activation=self.activation,
+            inverse_N=getattr(plan, "inverse_N", None),
+            top_k=getattr(plan, "top_k", None),
+        )
+        return rows.with_output(y, weighted=True, combined=not rows.gathered)
+
+    def dense(self, x: Tensor) -> Tensor:
+        """Every token through every expert, summed: how shared experts run. (..., D) to (..., D_out)."""
+        act = ACTIVATIONS[self.activation]
+        y = None
+        for e in range(self.num_experts):
+            h = F.linear(x, self.w_in[e].t(), None if self.b_in is None else self.b_in[e])
+            h = act(h) if self.w_gate is None else act(F.linear(x, self.w_gate[e].t())) * h
+            y_e = F.linear(h, self.w_out[e].t(), None if self.b_out is None else self.b_out[e])
+            y = y_e if y is None else y + y_e
+        assert y is not None
+        return y
+
+    def extra_repr(self) -> str:
+        E, D, H = self.w_in.shape
+        gated = ", gated" if self.w_gate is not None else ""
+        return f"num_experts={E}, dim={D}, hidden_dim={H}, activation={self.activation}{gated}, backend={self.backend}"
+
+
+def _autocast(x: Tensor, *weights: Tensor | None) -> tuple[Tensor, *tuple[Tensor | None, ...]]:
+    """Tokens and weights in the dtype of the products: autocast does not know custom ops."""
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    if dtype is None or x.dtype == torch.float64:
+        wrong = next((w for w in weights if w is not None and w.dtype != x.dtype), None)
+        if wrong is not None:
+            raise ValueError(f"tokens are {x.dtype} and expert weights {wrong.dtype}: they must agree outside autocast")
+        return x, *weights
+    return x.to(dtype), *(None if w is None else w.to(dtype) for w in weights)
+
+
+@dataclass(frozen=True)
+class ExpertConfig:
+    """Base of the expert configs: a subclass is a frozen dataclass with ``build`` and the costs of one expert."""
+
+    def build(self, num_experts: int, dim: int, out_dim: int | None = None, backend: str = "auto") -> Experts:
+        raise NotImplementedError
+
+    def num_params(self, dim: int, out_dim: int | None = None) -> int:
+        """Of one expert."""
+        raise NotImplementedError
+
+    def flops_per_row(self, dim: int, out_dim: int | None = None) -> int:
+        """Forward FLOPs of one expert on one row, two a multiply-add; activations are not counted."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class FFN(ExpertConfig):
+    """``act(x w_in + b_in) w_out + b_out``.
+
+    Attributes:
+        hidden_dim: F; None: 4 * dim.
+        activation: "relu", "gelu" or "silu".
+        bias: with ``b_in`` and ``b_out``.
+
+    Raises:
+        ValueError: an unknown activation, or ``hidden_dim`` below 1.
+    """
+
+    hidden_dim: int | None = None
+    activation: str = "gelu"
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation={self.activation!r} is not one of {', '.join(ACTIVATIONS)}")
+        if self.hidden_dim is not None and self.hidden_dim < 1:
+            raise ValueError(f"hidden_dim={self.hidden_dim} is not at least 1")
+
+    def hidden(self, dim: int) -> int:
+        """F for this model dim, the default filled in."""
+        return 4 * dim if self.hidden_dim is None else self.hidden_dim
+
+    def matrices(self) -> int:
+        """Products that widen to F."""
+        return 1
+
+    def build(self, num_experts: int, dim: int, out_dim: int | None = None, backend: str = "auto") -> FFNExperts:
+        return FFNExperts(
+            num_experts,
+            dim,
+            self.hidden(dim),
+            out_dim,
+            activation=self.activation,
+            gated=self.matrices() == 2,
+            bias=self.bias,
+            backend=backend,
+        )
+
+    def num_params(self, dim: int, out_dim: int | None = None) -> int:
+        out_dim = dim if out_dim is None else out_dim
+        hidden = self.hidden(dim)
+        return hidden * (dim * self.matrices() + out_dim) + (hidden + out_dim if self.bias else 0)
+
+    def flops_per_row(self, dim: int, out_dim: int | None = None) -> int:
+        out_dim = dim if out_dim is None else out_dim
+        return 2 * self.hidden(dim) * (dim * self.matrices() + out_dim)
+
+
+@dataclass(frozen=True)
+class SwiGLU(FFN):
+    """``(act(x w_gate) * (x w_in)) w_out`` with SiLU (Shazeer, arXiv 2002.05202). ``b_in`` belongs to ``w_in``.
+
+    Attributes:
+        hidden_dim: F; None: 8/3 * dim, up to the next multiple of 8, for the parameters of a plain FFN of 4 * dim.
+    """
+
+    activation: str = "silu"
+
+    def hidden(self, dim: int) -> int:
+        return -(-8 * dim // 24) * 8 if self.hidden_dim is None else self.hidden_dim
+
+    def matrices(self) -> int:
+        return 2
+
+
+@dataclass(frozen=True)
+class GEGLU(SwiGLU):
+    """``SwiGLU`` with GELU in place of SiLU (arXiv 2002.05202)."""
+
+    activation: str = "gelu"

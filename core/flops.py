@@ -1,0 +1,71 @@
+"""FLOP formulas for ``torch.utils.flop_counter``, which counts 0 for custom ops, ``grouped_mm`` and attention on CPU.
+
+Two FLOPs a multiply-add, products alone. Rows are those really computed, read from the offsets; where offsets are fake
+(tracing) every routed pair counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
+
+from .kernels import cpu, grouped  # noqa: F401  their custom ops are registered on import
+
+
+def count_flops(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
+    """FLOPs of one call of ``fn``, products alone, two a multiply-add."""
+    with FlopCounterMode(display=False) as counter:
+        fn(*args, **kwargs)
+    return int(counter.get_total_flops())
+
+
+def _rows(offsets_E: Tensor, upper: int) -> int:
+    return upper if isinstance(offsets_E, FakeTensor) or offsets_E.is_meta else int(offsets_E[-1])
+
+
+@register_flop_formula(torch.ops.moesaic.cpu_expert_ffn, get_raw=True)
+def _(x, row_index_R, offsets_E, gates_R, w_in, w_out, b_in, b_out, w_gate, *args, out_val=None, **kwargs):
+    _, D, F = w_in.shape
+    return 2 * _rows(offsets_E, gates_R.shape[0]) * F * (D * (1 if w_gate is None else 2) + w_out.shape[-1])
+
+
+@register_flop_formula(torch.ops.moesaic.cpu_expert_ffn_backward, get_raw=True)
+def _(dy, x, row_index_R, offsets_E, gates_R, w_in, w_out, b_in, b_out, w_gate, *args, out_val=None, **kwargs):
+    _, D, F = w_in.shape
+    return 4 * _rows(offsets_E, gates_R.shape[0]) * F * (D * (1 if w_gate is None else 2) + w_out.shape[-1])
+
+
+@register_flop_formula(torch.ops.moesaic.grouped_mm, get_raw=True)
+def _(x_R, w, offsets_E, *args, out_val=None, **kwargs):
+    return 2 * _rows(offsets_E, x_R.shape[0]) * w.shape[1] * w.shape[2]
+
+
+@register_flop_formula(torch.ops.moesaic.grouped_mm_dw, get_raw=True)
+def _(x_R, dy_R, offsets_E, *args, out_val=None, **kwargs):
+    return 2 * _rows(offsets_E, x_R.shape[0]) * x_R.shape[1] * dy_R.shape[1]
+
+
+@register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu)
+def _(query_shape, key_shape, value_shape, *args, out_shape=None, **kwargs):
+    # Two products, q k^T and scores v; a causal mask still computes both triangles here.
+    *batch, length, width = query_shape
+    return 2 * _product(batch) * length * key_shape[-2] * (width + value_shape[-1])
+
+
+@register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward)
+def _(grad_shape, query_shape, key_shape, value_shape, *args, out_shape=None, **kwargs):
+    # Scores once more, then dv, dscores, dq and dk.
+    *batch, length, width = query_shape
+    return 2 * _product(batch) * length * key_shape[-2] * (3 * width + 2 * value_shape[-1])
+
+
+def _product(sizes: list[int]) -> int:
+    total = 1
+    for size in sizes:
+        total *= size
+    return total

@@ -1,0 +1,182 @@
+"""The oracle: loops that read like the equations. Any device, any dtype, differentiable by autograd alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
+# Matrix products accumulate in float32 below this width, sums over a token's rows too.
+_ACCUMULATE = {torch.bfloat16: torch.float32, torch.float16: torch.float32}
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which sums over rows are kept: float32 for half precisions, else ``dtype`` itself."""
+    return _ACCUMULATE.get(dtype, dtype)
+
+
+def supports(device_type: str, dtype: torch.dtype) -> bool:
+    return True
+
+
+@dataclass(frozen=True)
+class TopK:
+    """What ``topk_gate`` decides: ``scores_TE`` of all experts, ``expert_ids_TK`` and ``gates_TK`` of the chosen ones."""
+
+    scores_TE: Tensor
+    expert_ids_TK: Tensor
+    gates_TK: Tensor
+
+
+def topk_gate(
+    logits_TE: Tensor,
+    top_k: int,
+    *,
+    score_func: str = "softmax",
+    normalize: bool = True,
+    bias_E: Tensor | None = None,
+    num_groups: int = 1,
+    limited_groups: int = 1,
+    scale: float = 1.0,
+) -> TopK:
+    """Scores, the ``top_k`` best experts of each token, and their gates.
+
+    Args:
+        logits_TE: float32 (T, E).
+        top_k: experts per token.
+        score_func: "softmax" or "sigmoid".
+        normalize: gates of a token are divided by their sum; for softmax scores this is the softmax of the chosen logits.
+        bias_E: float32 (E,), added to the scores for the choice alone (aux-loss-free balancing, arXiv 2408.15664).
+        num_groups, limited_groups: the choice is limited to the ``limited_groups`` of ``num_groups`` equal groups of
+            experts whose two best biased scores sum highest (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
+        scale: factor on the gates.
+    """
+    scores_TE = logits_TE.softmax(-1) if score_func == "softmax" else logits_TE.sigmoid()
+    choice_TE = scores_TE.detach() if bias_E is None else scores_TE.detach() + bias_E
+    if limited_groups < num_groups:
+        grouped = choice_TE.unflatten(-1, (num_groups, -1))
+        best = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1)
+        keep = torch.zeros_like(best, dtype=torch.bool).scatter_(-1, best.topk(limited_groups, dim=-1).indices, True)
+        # -inf and not 0: a biased score may be negative, and must still win over an expert outside the groups.
+        choice_TE = grouped.masked_fill(~keep.unsqueeze(-1), -torch.inf).flatten(-2)
+    expert_ids_TK = choice_TE.topk(top_k, dim=-1).indices
+    gates_TK = scores_TE.gather(-1, expert_ids_TK)
+    if normalize and score_func == "softmax":
+        gates_TK = logits_TE.gather(-1, expert_ids_TK).softmax(-1)
+    elif normalize:
+        gates_TK = gates_TK / gates_TK.sum(-1, keepdim=True).clamp_min(1e-20)
+    return TopK(scores_TE, expert_ids_TK, gates_TK * scale if scale != 1.0 else gates_TK)
+
+
+@dataclass(frozen=True)
+class Sorted:
+    """``order_R``: the pair of each row; ``inverse_N``: the row of each pair; ``offsets_E``: inclusive row counts."""
+
+    order_R: Tensor
+    inverse_N: Tensor
+    offsets_E: Tensor
+
+
+def count_experts(expert_ids_N: Tensor, num_experts: int) -> Tensor:
+    """Pairs of each expert, int64 (E,); the id E (not computed) is left out. No host synchronisation."""
+    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=expert_ids_N.device)
+    return counts.scatter_add_(0, expert_ids_N, torch.ones_like(expert_ids_N))[:num_experts]
+
+
+def sort_pairs(expert_ids_N: Tensor, tokens_per_expert_E: Tensor) -> Sorted:
+    """Order the pairs by expert, earlier pairs first; those with the id E come last.
+
+    Args:
+        expert_ids_N: int64 (N,), E where a pair is not computed.
+        tokens_per_expert_E: int64 (E,), how many pairs each expert computes.
+    """
+    order_R = expert_ids_N.argsort(stable=True)
+    inverse_N = torch.empty_like(order_R).scatter_(0, order_R, torch.arange(order_R.shape[0], device=order_R.device))
+    return Sorted(order_R, inverse_N, tokens_per_expert_E.cumsum(0).to(torch.int32))
+
+
+def capacity_ranks(expert_ids_N: Tensor, priority_N: Tensor, num_experts: int) -> Tensor:
+    """Each pair's place in its expert's queue, 0 first.
+
+    Args:
+        expert_ids_N: int64 (N,), a queue number: an expert, or an expert of a group.
+        priority_N: int64 (N,), distinct; the lowest is served first.
+        num_experts: one more than the highest queue number.
+    """
+    by_priority = priority_N.argsort()
+    by_queue = by_priority[expert_ids_N[by_priority].argsort(stable=True)]
+    counts = torch.zeros(num_experts, dtype=torch.int64, device=expert_ids_N.device)
+    counts.scatter_add_(0, expert_ids_N, torch.ones_like(expert_ids_N))
+    starts = counts.cumsum(0) - counts
+    place = torch.arange(by_queue.shape[0], device=by_queue.device) - starts[expert_ids_N[by_queue]]
+    return torch.empty_like(place).scatter_(0, by_queue, place)
+
+
+def capacity(factor: float, top_k: int, num_tokens: int | Tensor, num_experts: int) -> int | Tensor:
+    """``ceil(factor * top_k * num_tokens / num_experts)`` in whole numbers: 1.1 * 10 stays 11, not 12."""
+    ratio = Fraction(str(factor)) * top_k / num_experts
+    return -((-num_tokens * ratio.numerator) // ratio.denominator)
+
+
+def expert_ffn(
+    x: Tensor,
+    row_index_R: Tensor | None,
+    offsets_E: Tensor,
+    gates_R: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    b_in: Tensor | None = None,
+    b_out: Tensor | None = None,
+    w_gate: Tensor | None = None,
+    *,
+    activation: str,
+    inverse_N: Tensor | None = None,
+    top_k: int | None = None,
+) -> Tensor:
+    """``y_t = sum of g_r * f_e(x_t)`` over the rows ``r`` of token ``t``, with ``e`` the expert of row ``r``.
+
+    ``f_e(x) = act(x w_in + b_in) w_out + b_out``, or with ``w_gate`` ``(act(x w_gate) * (x w_in + b_in)) w_out + b_out``.
+
+    Args:
+        x: (T, D) tokens.
+        row_index_R: int64 (R,), the token of each row; None where rows are the tokens themselves.
+        offsets_E: int32 (E,), inclusive counts; rows past the last offset are not computed.
+        gates_R: (R,) weights.
+        w_in, w_gate: (E, D, F); w_out: (E, F, D_out); b_in: (E, F); b_out: (E, D_out).
+        activation: a key of ``ACTIVATIONS``.
+        inverse_N, top_k: the row of each pair and K, where pairs are token-major; a faster combine may use them.
+
+    Returns:
+        (T, D_out), in the dtype of ``x``. Tokens without a row are zero.
+    """
+    act = ACTIVATIONS[activation]
+    y = torch.zeros(x.shape[0], w_out.shape[-1], dtype=accumulate_dtype(x.dtype), device=x.device)
+    start = 0
+    for e, end in enumerate(offsets_E.tolist()):
+        rows = torch.arange(start, end, device=x.device) if row_index_R is None else row_index_R[start:end]
+        x_e = x[rows]
+        h = x_e @ w_in[e]
+        if b_in is not None:
+            h = h + b_in[e]
+        h = act(h) if w_gate is None else act(x_e @ w_gate[e]) * h
+        y_e = h @ w_out[e]
+        if b_out is not None:
+            y_e = y_e + b_out[e]
+        y = y.index_add(0, rows, y_e.to(y.dtype) * gates_R[start:end, None])
+        start = end
+    return y.to(x.dtype)
+
+
+def combine(y_RD: Tensor, row_index_R: Tensor, offsets_E: Tensor, gates_R: Tensor | None, num_tokens: int) -> Tensor:
+    """Sum of the (weighted) rows of each token, (T, D). Rows past the last offset may hold anything."""
+    live_R = torch.arange(row_index_R.shape[0], device=y_RD.device) < offsets_E[-1]
+    y_RD = torch.where(live_R[:, None], y_RD, 0).to(accumulate_dtype(y_RD.dtype))
+    if gates_R is not None:
+        y_RD = y_RD * torch.where(live_R, gates_R, 0)[:, None]
+    y = torch.zeros(num_tokens, y_RD.shape[-1], dtype=y_RD.dtype, device=y_RD.device)
+    return y.index_add(0, row_index_R, y_RD)

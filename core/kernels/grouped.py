@@ -1,0 +1,125 @@
+"""``torch.nn.functional.grouped_mm`` in a custom op: the path on CUDA without Triton.
+
+``grouped_mm`` alone does not survive ``torch.compile`` or export in float32, refuses rows that are not multiples of 16
+bytes, and leaves garbage in the rows past the last offset. The op here mends the three.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .eager import ACTIVATIONS, accumulate_dtype, combine, sort_pairs, topk_gate
+
+
+def supports(device_type: str, dtype: torch.dtype) -> bool:
+    return device_type in ("cpu", "cuda") and dtype in (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _aligned(t: Tensor) -> Tensor:
+    """Contiguous, its last dimension padded to whole 16-byte units with zeros."""
+    unit = 16 // t.element_size()
+    missing = -t.shape[-1] % unit
+    return F.pad(t, (0, missing)) if missing else t.contiguous()
+
+
+def _zero_tail(y_R: Tensor, offsets_E: Tensor) -> Tensor:
+    live_R = torch.arange(y_R.shape[0], device=y_R.device) < offsets_E[-1]
+    return y_R.masked_fill_(~live_R[:, None], 0)  # fill, not multiply: the tail may be NaN
+
+
+@torch.library.custom_op("moesaic::grouped_mm", mutates_args=())
+def grouped_mm(x_R: Tensor, w: Tensor, offsets_E: Tensor) -> Tensor:
+    """``y_r = x_r w_e`` for the rows ``r`` of expert ``e``; zero past the last offset.
+
+    Args:
+        x_R: (R, D) rows sorted by expert.
+        w: (E, D, F).
+        offsets_E: int32 (E,), inclusive.
+    """
+    if x_R.shape[0] == 0:
+        return x_R.new_empty(0, w.shape[-1])
+    x_R, w, width = _aligned(x_R), _aligned(w), w.shape[-1]
+    if w.shape[1] != x_R.shape[1]:
+        w = F.pad(w, (0, 0, 0, x_R.shape[1] - w.shape[1]))
+    y_R = F.grouped_mm(x_R, w, offs=offsets_E)
+    return _zero_tail(y_R, offsets_E)[:, :width].contiguous()
+
+
+@torch.library.custom_op("moesaic::grouped_mm_dw", mutates_args=())
+def grouped_mm_dw(x_R: Tensor, dy_R: Tensor, offsets_E: Tensor) -> Tensor:
+    """``dw_e = x^T dy`` over the rows of expert ``e``, (E, D, F)."""
+    E, D, width = offsets_E.shape[0], x_R.shape[1], dy_R.shape[1]
+    if x_R.shape[0] == 0:
+        return x_R.new_zeros(E, D, width)
+    # Rows past the last offset belong to no group and are not read.
+    x_R, dy_R = _aligned(x_R), _aligned(dy_R)
+    return F.grouped_mm(x_R.t(), dy_R, offs=offsets_E)[:, :D, :width].contiguous()
+
+
+@grouped_mm.register_fake
+def _(x_R, w, offsets_E):
+    return x_R.new_empty(x_R.shape[0], w.shape[-1])
+
+
+@grouped_mm_dw.register_fake
+def _(x_R, dy_R, offsets_E):
+    return x_R.new_empty(offsets_E.shape[0], x_R.shape[1], dy_R.shape[1])
+
+
+def _setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, dy_R):
+    x_R, w, offsets_E = ctx.saved_tensors
+    dx_R = grouped_mm(dy_R.contiguous(), w.transpose(1, 2), offsets_E) if ctx.needs_input_grad[0] else None
+    dw = grouped_mm_dw(x_R, dy_R.contiguous(), offsets_E) if ctx.needs_input_grad[1] else None
+    return dx_R, dw, None
+
+
+grouped_mm.register_autograd(_backward, setup_context=_setup)
+
+
+def expert_ffn(
+    x: Tensor,
+    row_index_R: Tensor | None,
+    offsets_E: Tensor,
+    gates_R: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    b_in: Tensor | None = None,
+    b_out: Tensor | None = None,
+    w_gate: Tensor | None = None,
+    *,
+    activation: str,
+    inverse_N: Tensor | None = None,
+    top_k: int | None = None,
+) -> Tensor:
+    """As ``eager.expert_ffn``, in grouped products over rows gathered once."""
+    act = ACTIVATIONS[activation]
+    x_R = x if row_index_R is None else x.index_select(0, row_index_R)
+    live_R = torch.arange(x_R.shape[0], device=x.device) < offsets_E[-1]
+    gates = torch.where(live_R, gates_R, 0).to(x.dtype)[:, None]
+    expert_R = None
+    if b_in is not None or b_out is not None:
+        row_R = torch.arange(x_R.shape[0], device=x.device)
+        expert_R = torch.bucketize(row_R, offsets_E, right=True).clamp_max(w_in.shape[0] - 1)
+    h = grouped_mm(x_R, w_in, offsets_E)
+    if b_in is not None:
+        h = h + b_in[expert_R]
+    h = act(h) if w_gate is None else act(grouped_mm(x_R, w_gate, offsets_E)) * h
+    y_R = grouped_mm(h * gates, w_out, offsets_E)
+    if b_out is not None:
+        y_R = y_R + b_out[expert_R] * gates
+    if row_index_R is None:
+        return y_R
+    if inverse_N is not None and top_k is not None:
+        # Token-major pairs: a gather and a sum, no atomics, the same bits every time.
+        y_TKD = y_R.index_select(0, inverse_N).unflatten(0, (x.shape[0], top_k))
+        return y_TKD.sum(1, dtype=accumulate_dtype(x.dtype)).to(x.dtype)
+    return combine(y_R, row_index_R, offsets_E, None, x.shape[0]).to(x.dtype)
+
+
+__all__ = ["combine", "expert_ffn", "sort_pairs", "supports", "topk_gate"]

@@ -1,0 +1,252 @@
+"""MoE layers, and what a model's layers have in common: losses, bias updates, parameter counts."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .contract import Entry, RoutingContext, Tape
+from .dispatch import Dispatcher, LocalDispatcher
+from .experts import Experts, FFNExperts
+from .routing.balance import TERMS, Balance, balance_sums, balance_terms
+from .routing.router import Router
+
+
+class MoELayer(nn.Module):
+    """Base of the MoE layers: what ``record``, ``moe_layers`` and ``active_params`` look for.
+
+    Attributes:
+        router, experts, dispatcher: the parts.
+        balance: weights of the layer's balance losses.
+    """
+
+    router: Router
+    experts: Experts
+    balance: Balance
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._tapes: tuple[tuple[str, Tape], ...] = ()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy or pickle taken inside ``record`` is not recorded.
+        return {**self.__dict__, "_tapes": ()}
+
+    def _record(self, routing: Any, context: RoutingContext | None) -> None:
+        if not self._tapes:
+            return
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            return  # an activation checkpoint repeats the forward inside the backward: counted already
+        needs_grad = self.training and any(p.requires_grad for p in self.router.parameters())
+        for name, tape in self._tapes:
+            entry = Entry(
+                name=name,
+                routing=routing,
+                context=context,
+                balance=self.balance,
+                terms=self.router.terms,
+                needs_grad=needs_grad and tape.grad_wanted,
+                has_grad=torch.is_grad_enabled(),
+            )
+            tape.append(entry)
+
+    def active_expert_params(self) -> int:
+        """Parameters of the routed experts that one token touches."""
+        raise NotImplementedError
+
+
+class MoE(MoELayer):
+    """Sparse mixture of experts: ``y_t = sum over its experts of gate * f_e(x_t)``, plus the shared experts.
+
+    The path of a token: the router decides (float32), the dispatcher indexes, the experts compute, the dispatcher sums.
+    A token no expert computes comes out zero (plus the shared experts): the block's residual carries it.
+
+    Args:
+        router: decides.
+        experts: E experts.
+        balance: loss weights.
+        dispatcher: ``LocalDispatcher`` by default.
+        shared_experts: experts that every token takes.
+        pairs_per_token: experts a token takes, for ``active_params``.
+    """
+
+    def __init__(
+        self,
+        router: Router,
+        experts: Experts,
+        balance: Balance = Balance(),
+        dispatcher: Dispatcher | None = None,
+        shared_experts: FFNExperts | None = None,
+        *,
+        num_experts: int,
+        pairs_per_token: float,
+    ) -> None:
+        super().__init__()
+        self.router, self.experts, self.balance = router, experts, balance
+        self.dispatcher = dispatcher or LocalDispatcher()
+        self.shared_experts = shared_experts
+        self.num_experts, self.pairs_per_token = num_experts, pairs_per_token
+
+    def forward(self, x: Tensor, context: RoutingContext | None = None) -> Tensor:
+        """Run the layer.
+
+        Args:
+            x: (..., S, D), at least two dimensions; (S, D) is one sequence.
+            context: what the gate may know beside ``x``; its (B, S) fields have ``x``'s leading shape flattened to B.
+
+        Returns:
+            (..., S, D_out).
+
+        Raises:
+            ValueError: ``x`` has one dimension, or the context's shape is another.
+        """
+        if x.ndim < 2:
+            raise ValueError(f"x has shape {tuple(x.shape)}: an MoE layer needs at least (tokens, dim)")
+        x_BSD = x.unsqueeze(0) if x.ndim == 2 else x.flatten(0, -3)
+        if context is not None and context.valid_BS is not None and context.valid_BS.shape != x_BSD.shape[:2]:
+            raise ValueError(
+                f"context.valid_BS has shape {tuple(context.valid_BS.shape)}, the tokens {tuple(x_BSD.shape[:2])}"
+            )
+        routing = self.router(x_BSD, context)
+        self._record(routing, context)
+        rows = self.dispatcher.dispatch(x_BSD.flatten(0, 1), routing)
+        y_TD = self.dispatcher.combine(self.experts(rows))
+        y = y_TD.unflatten(0, x_BSD.shape[:2]).reshape(*x.shape[:-1], y_TD.shape[-1])
+        if self.shared_experts is not None:
+            y = y + self.shared_experts.dense(x)
+        return y
+
+    def active_expert_params(self) -> int:
+        total = sum(p.numel() for p in self.experts.parameters())
+        return round(total * min(self.pairs_per_token / self.num_experts, 1.0))
+
+
+def moe_layers(model: nn.Module) -> dict[str, MoELayer]:
+    """The MoE layers of a model by dotted name, in the order of its modules."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, MoELayer)}
+
+
+def active_params(model: nn.Module) -> int:
+    """Parameters that one token touches: all but the routed experts it does not take."""
+    total = sum(p.numel() for p in model.parameters())
+    for layer in moe_layers(model).values():
+        total -= sum(p.numel() for p in layer.experts.parameters()) - layer.active_expert_params()
+    return total
+
+
+@dataclass(frozen=True)
+class AuxLosses:
+    """``total``: the weighted sum over layers and terms. ``terms``: each term unweighted, the mean over the passes it
+    applies to, for the log; detached."""
+
+    total: Tensor
+    terms: dict[str, Tensor]
+
+
+def aux_loss(tape: Tape) -> Tensor:
+    """The weighted balance losses of all recorded passes, to be added to the task's loss. See ``aux_losses``."""
+    return aux_losses(tape).total
+
+
+def aux_losses(tape: Tape) -> AuxLosses:
+    """Weighted sum and unweighted terms of the balance losses of all recorded passes, each by its layer's ``Balance``.
+
+    Statistics are those of the tokens of all ranks, in one collective for all layers; the gradient is exact once DDP or
+    FSDP has averaged it over the ranks.
+
+    Raises:
+        RuntimeError: a pass ran without gradients although its router trains, as under reentrant checkpointing.
+    """
+    sums, entries = [], []
+    for entry in tape.entries:
+        if entry.needs_grad and not entry.has_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                f"layer {entry.name!r} ran without gradients, so its balance loss has none: "
+                "use checkpoint(..., use_reentrant=False), or freeze its router"
+            )
+        weights = entry.balance.weights()
+        wanted = frozenset(t for t in TERMS if t in entry.terms and weights[t] > 0)
+        if wanted:
+            entries.append((entry, wanted))
+            sums.append(balance_sums(entry.routing, wanted))
+    if not sums:
+        return AuxLosses(torch.zeros(()), {})
+    sums, world = _all_reduce(sums)
+    total: Tensor | None = None
+    seen: dict[str, list[Tensor]] = {}
+    for (entry, wanted), entry_sums in zip(entries, sums, strict=True):
+        weights = entry.balance.weights()
+        for name, value in balance_terms(entry_sums).items():
+            if name in wanted:  # a term of weight 0 is not in the graph: it could be NaN
+                seen.setdefault(name, []).append(value.detach())
+                total = weights[name] * value if total is None else total + weights[name] * value
+    assert total is not None
+    if world > 1:
+        # Each rank holds only its own tokens' part of the gradient, and DDP averages: the mean of world * parts is it.
+        total = total.detach() + world * (total - total.detach())
+    return AuxLosses(total, {name: torch.stack(values).mean() for name, values in seen.items()})
+
+
+def _all_reduce(sums: list[dict[str, Tensor]]) -> tuple[list[dict[str, Tensor]], int]:
+    """Add each sum over the ranks, in one collective; the gradient stays that of this rank's part."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return sums, 1
+    flat = [t for s in sums for t in s.values()]
+    local = torch.cat([t.reshape(-1) for t in flat])
+    total = local.detach().clone()
+    dist.all_reduce(total)
+    added = (local + (total - local.detach())).split([t.numel() for t in flat])
+    parts = iter(added)
+    return [{name: next(parts).reshape(t.shape) for name, t in s.items()} for s in sums], dist.get_world_size()
+
+
+def update_expert_bias(model: nn.Module, tape: Tape) -> None:
+    """Move the selection biases by the loads on the tape: once per optimizer step, in training.
+
+    Under accumulation give it the micro-batches' tapes merged: ``steps = steps.merge(tape.detach())``. The loads of all
+    ranks are added in one collective.
+
+    Args:
+        model: the recorded model, or the same one wrapped.
+        tape: the passes since the last step.
+    """
+    layers = {name: m for name, m in moe_layers(model).items() if m.training and m.router.expert_bias is not None}
+    if not layers:
+        return
+    loads = {name: torch.zeros_like(m.router.expert_bias) for name, m in layers.items()}
+    for name, load in loads.items():
+        for entry in tape.entries:
+            if entry.name == Tape.clean_name(name):
+                load += entry.routing.chosen_per_expert_E
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        flat = torch.cat(list(loads.values()))
+        dist.all_reduce(flat)
+        loads = dict(zip(loads, flat.split([len(v) for v in loads.values()]), strict=True))
+    for name, layer in layers.items():
+        layer.router.update_expert_bias(loads[name])
+
+
+@contextlib.contextmanager
+def set_capacity_factor(model: nn.Module, factor: float | None, priority: str | None = None) -> Iterator[None]:
+    """Change the evaluation capacity of every layer inside the ``with`` block; None is dropless.
+
+    Args:
+        model: any module with MoE layers.
+        factor: as ``MoEConfig.eval_capacity_factor``, but None means no limit.
+        priority: as ``MoEConfig.priority``; None keeps each layer's own.
+    """
+    before = [(m.router, m.router.capacity) for m in moe_layers(model).values()]
+    for router, old in before:
+        train = old.factor if factor is not None else None
+        router.capacity = replace(old, factor=train, eval_factor=factor, priority=priority or old.priority)
+    try:
+        yield
+    finally:
+        for router, old in before:
+            router.capacity = old

@@ -1,0 +1,1 @@
+"""Routing: gates make logits, selections make a ``Routing``, balance losses keep it even."""

@@ -1,0 +1,276 @@
+"""``Router``: gate, selection and balance terms put together, and the configs that build routers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..contract import Routing, RoutingContext
+from ..kernels.eager import topk_gate
+from .balance import Balance, expert_bias_step
+from .gates import LinearGate, NoisyGate
+from .selection import Capacity, select_tokens_choice
+
+
+class Router(nn.Module):
+    """Base of all routers: ``router(x_BSD, context)`` decides which expert computes which token.
+
+    Attributes:
+        capacity: ``Capacity`` limits, replaced by ``set_capacity_factor``.
+        terms: the balance terms that apply.
+        expert_bias: float32 (E,) buffer added to the scores for the choice alone, or None.
+    """
+
+    capacity: Capacity
+    terms: frozenset[str] = frozenset()
+    expert_bias: Tensor | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("expert_bias", None)
+
+    def forward(self, x: Tensor, context: RoutingContext | None = None) -> Any:
+        raise NotImplementedError
+
+    def update_expert_bias(self, chosen_per_expert_E: Tensor) -> None:
+        """Nothing to do without a selection bias."""
+
+
+class TokenChoiceRouter(Router):
+    """Each token takes its ``top_k`` best experts. Built by ``TokenChoice``."""
+
+    def __init__(self, dim: int, num_experts: int, config: TokenChoice, capacity: Capacity) -> None:
+        super().__init__()
+        self.config, self.capacity, self.num_experts = config, capacity, num_experts
+        gate = NoisyGate if config.noise == "learned" else LinearGate
+        self.gate = gate(dim, num_experts, config.init_scale)
+        self.terms = config.balance_terms()
+        if config.expert_bias:
+            self.expert_bias = torch.zeros(num_experts, dtype=torch.float32)
+
+    def forward(self, x: Tensor, context: RoutingContext | None = None) -> Routing:
+        """Decide.
+
+        Args:
+            x: (B, S, D) tokens.
+            context: ``valid_BS`` marks the real ones.
+        """
+        config = self.config
+        B = x.shape[0]
+        with torch.autocast(x.device.type, enabled=False):
+            x_TD = x.flatten(0, 1).float()
+            valid_T = None if context is None or context.valid_BS is None else context.valid_BS.flatten()
+            if valid_T is not None:
+                # Padding may hold anything, NaN too; a masked gradient would not stop 0 * NaN.
+                x_TD = x_TD.masked_fill(~valid_T[:, None], 0.0)
+            if self.training and config.jitter_eps:
+                x_TD = x_TD * torch.empty_like(x_TD).uniform_(1 - config.jitter_eps, 1 + config.jitter_eps)
+            logits_TE = self.gate(x_TD)
+            noise_std, noisy_TE = None, logits_TE
+            if self.training and config.noise is not None:
+                learned = self.gate.noise_std(x_TD)
+                noise_std = config.noise_std / self.num_experts if learned is None else learned
+                noisy_TE = logits_TE + torch.randn_like(logits_TE) * noise_std
+            choice = topk_gate(
+                noisy_TE,
+                config.top_k,
+                score_func=config.score_func,
+                normalize=config.normalizes,
+                bias_E=self.expert_bias,
+                num_groups=config.num_groups,
+                limited_groups=config.limited_groups,
+                scale=config.scale,
+            )
+            keep_second_T = None
+            if self.training and config.second == "random":
+                # GShard, algorithm 1: with probability 2 * g2, so a second expert of gate 1/2 always stays.
+                g2_T = choice.gates_TK[:, 1].detach()
+                keep_second_T = 2 * g2_T > torch.rand_like(g2_T)
+            routing = select_tokens_choice(
+                choice,
+                num_sequences=B,
+                valid_T=valid_T,
+                limit=self.capacity,
+                training=self.training,
+                keep_second_T=keep_second_T,
+            )
+            scores_TE = choice.scores_TE
+            threshold_TE = None
+            if noise_std is not None:
+                # The losses see the clean logits, as in V-MoE's code; noise only explores.
+                scores_TE = logits_TE.softmax(-1) if config.score_func == "softmax" else logits_TE.sigmoid()
+                threshold_TE = _noise_threshold(noisy_TE, config)
+        return Routing(
+            **{
+                **vars(routing),
+                "logits_TE": logits_TE,
+                "scores_TE": scores_TE,
+                "noise_std": noise_std,
+                "threshold_TE": threshold_TE,
+            }
+        )
+
+    @torch.no_grad()
+    def update_expert_bias(self, chosen_per_expert_E: Tensor) -> None:
+        """One step of aux-loss-free balancing, from the pairs that chose each expert since the last one."""
+        if self.expert_bias is not None:
+            self.expert_bias += expert_bias_step(chosen_per_expert_E, self.config.bias_update_rate)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> TokenChoiceRouter:
+        super()._apply(fn, recurse)
+        if self.expert_bias is not None and self.expert_bias.dtype != torch.float32:
+            # In bfloat16 a bias above 0.25 would swallow steps of 1e-3.
+            self.expert_bias = self.expert_bias.float()
+        return self
+
+
+def _noise_threshold(noisy_TE: Tensor, config: TokenChoice) -> Tensor:
+    """What a noisy logit had to reach to be among the ``top_k``.
+
+    Fixed noise: the k-th largest (V-MoE, arXiv 2106.05974, section A.2). Learned noise: the k-th largest of the *others*
+    (arXiv 1701.06538, eq. 9), which is the (k+1)-th for the chosen ones.
+    """
+    K, E = config.top_k, noisy_TE.shape[-1]
+    top = noisy_TE.topk(min(K + 1, E), dim=-1).values
+    kth = top[:, K - 1 : K]
+    if config.noise == "fixed":
+        return kth
+    beyond = top[:, K:] if K < E else torch.full_like(kth, -torch.inf)
+    return torch.where(noisy_TE >= kth, beyond, kth)
+
+
+@dataclass(frozen=True)
+class RouterConfig:
+    """Base of the router configs. A subclass is one frozen dataclass with ``build`` and the costs of its router."""
+
+    def build(self, dim: int, num_experts: int, capacity: Capacity = Capacity()) -> Router:
+        raise NotImplementedError
+
+    def check(self, num_experts: int) -> None:
+        """Raise a ``ValueError`` where the router cannot work with this many experts."""
+
+    def balance_terms(self) -> frozenset[str]:
+        """Names of the balance terms that apply to this router."""
+        return frozenset()
+
+    def pairs_per_token(self, num_experts: int) -> float:
+        """Experts that compute a token, before capacity."""
+        raise NotImplementedError
+
+    def default_group(self) -> str | int:
+        return "batch"
+
+    def num_params(self, dim: int, num_experts: int) -> int:
+        return 0
+
+    def flops_per_token(self, dim: int, num_experts: int) -> int:
+        return 0
+
+
+@dataclass(frozen=True)
+class TokenChoice(RouterConfig):
+    """Each token takes its ``top_k`` best experts.
+
+    ========================  ==========================================================================================
+    Switch                    ``TokenChoice(top_k=1, jitter_eps=0.01)``
+    GShard                    ``TokenChoice(top_k=2, second="random")``
+    Shazeer                   ``TokenChoice(top_k=4, noise="learned")``
+    V-MoE                     ``TokenChoice(top_k=2, normalize=False, noise="fixed")``
+    Mixtral                   ``TokenChoice(top_k=2)``
+    DeepSeek-V3               ``TokenChoice(top_k=8, score_func="sigmoid", expert_bias=True, num_groups=8,
+                              limited_groups=4, scale=2.5)``
+    ========================  ==========================================================================================
+
+    Attributes:
+        top_k: experts per token, K.
+        score_func: "softmax" or "sigmoid" of the logits.
+        normalize: True: the gates of a token sum to 1 (softmax after the selection). False: its scores over all E
+            experts (softmax before). None: True for K > 1, False for K = 1, where it would cut the router's gradient.
+        noise: normal noise on the logits in training: None, "fixed" (V-MoE) or "learned" (Shazeer).
+        noise_std: of the fixed noise, times E: its standard deviation is ``noise_std / E``.
+        jitter_eps: in training, the router's input times U(1 - eps, 1 + eps).
+        second: "always", or "random": in training the second of two experts is kept with probability 2 * gate.
+        expert_bias: a bias on the scores steers the choice, never the gate, and is moved by ``update_expert_bias``.
+        bias_update_rate: its step.
+        num_groups, limited_groups: the choice is limited to the best ``limited_groups`` of ``num_groups`` equal groups.
+        scale: factor on the gates.
+        init_scale: variance of the gate's initial weights times D.
+
+    Raises:
+        ValueError: a value is out of its range, or two of them do not go together.
+    """
+
+    top_k: int = 2
+    score_func: str = "softmax"
+    normalize: bool | None = None
+    noise: str | None = None
+    noise_std: float = 1.0
+    jitter_eps: float = 0.0
+    second: str = "always"
+    expert_bias: bool = False
+    bias_update_rate: float = 1e-3
+    num_groups: int = 1
+    limited_groups: int = 1
+    scale: float = 1.0
+    init_scale: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.top_k < 1:
+            raise ValueError(f"top_k={self.top_k} is not at least 1")
+        for name, allowed in (
+            ("score_func", ("softmax", "sigmoid")),
+            ("noise", (None, "fixed", "learned")),
+            ("second", ("always", "random")),
+        ):
+            if getattr(self, name) not in allowed:
+                choices = ", ".join(str(a) for a in allowed)
+                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {choices}")
+        if self.top_k == 1 and self.normalize:
+            raise ValueError("normalize=True with top_k=1 makes every gate 1: the router would get no gradient")
+        if self.second == "random" and self.top_k != 2:
+            raise ValueError(f"second='random' needs top_k=2, not top_k={self.top_k}")
+        if not 0 <= self.jitter_eps < 1:
+            raise ValueError(f"jitter_eps={self.jitter_eps} is not in [0, 1)")
+        for name in ("noise_std", "init_scale", "scale", "bias_update_rate"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}={getattr(self, name)} is not a positive number")
+        if not 1 <= self.limited_groups <= self.num_groups:
+            raise ValueError(f"limited_groups={self.limited_groups} is not between 1 and num_groups={self.num_groups}")
+
+    @property
+    def normalizes(self) -> bool:
+        """``normalize`` with its default filled in."""
+        return self.top_k > 1 if self.normalize is None else self.normalize
+
+    def build(self, dim: int, num_experts: int, capacity: Capacity = Capacity()) -> TokenChoiceRouter:
+        self.check(num_experts)
+        return TokenChoiceRouter(dim, num_experts, self, capacity)
+
+    def check(self, num_experts: int) -> None:
+        if self.top_k > num_experts:
+            raise ValueError(f"top_k={self.top_k} exceeds num_experts={num_experts}")
+        if num_experts % self.num_groups:
+            raise ValueError(f"num_groups={self.num_groups} does not divide num_experts={num_experts}")
+        reachable = num_experts // self.num_groups * self.limited_groups
+        if self.top_k > reachable:
+            raise ValueError(f"top_k={self.top_k} exceeds the {reachable} experts of limited_groups={self.limited_groups}")
+
+    def balance_terms(self) -> frozenset[str]:
+        terms = {"load_balancing", "router_z", "importance"}
+        return frozenset(terms | {"load"} if self.noise else terms)
+
+    def pairs_per_token(self, num_experts: int) -> float:
+        return float(self.top_k)
+
+    def num_params(self, dim: int, num_experts: int) -> int:
+        return dim * num_experts * (2 if self.noise == "learned" else 1)
+
+    def flops_per_token(self, dim: int, num_experts: int) -> int:
+        # The noise gate runs in training only.
+        return 2 * dim * num_experts
+
+
+__all__ = ["Balance", "Router", "RouterConfig", "TokenChoice", "TokenChoiceRouter"]

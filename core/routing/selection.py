@@ -1,0 +1,130 @@
+"""Logits to a ``Routing``: pure functions. Which pairs are chosen, and which of them fit the experts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..contract import Routing
+from ..kernels.eager import TopK, capacity, capacity_ranks, count_experts
+
+PRIORITIES = ("position", "score", "random")
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """How many tokens an expert takes, and whom first.
+
+    Attributes:
+        factor: each expert of a group takes ``ceil(factor * K * tokens in group / E)`` pairs in training; None: all.
+        eval_factor: the same in evaluation; None: as in training.
+        priority: "position": first choices before second ones, then the earlier token (GShard, arXiv 2006.16668);
+            "score": first choices before second ones, then the token with the highest score (batch-prioritised routing,
+            arXiv 2106.05974, algorithm 2); "random": a random order of the tokens, in training only.
+        group: whose tokens compete: "batch", "sequence", or a number of neighbouring tokens.
+
+    Raises:
+        ValueError: a factor is not positive, the priority is unknown, or the group is neither.
+    """
+
+    factor: float | None = None
+    eval_factor: float | None = None
+    priority: str = "position"
+    group: str | int = "batch"
+
+    def __post_init__(self) -> None:
+        for name, value in (("capacity_factor", self.factor), ("eval_capacity_factor", self.eval_factor)):
+            if value is not None and not 0 < value < float("inf"):
+                raise ValueError(f"{name}={value} is not a positive number (None means dropless)")
+        if self.priority not in PRIORITIES:
+            raise ValueError(f"priority={self.priority!r} is not one of {', '.join(PRIORITIES)}")
+        check_group(self.group)
+
+
+def check_group(group: str | int) -> None:
+    if group not in ("batch", "sequence") and (isinstance(group, (str, bool)) or group < 1):
+        raise ValueError(f"group={group!r} is not 'batch', 'sequence' or a positive number of tokens")
+
+
+def group_tokens(group: str | int, num_sequences: int, length: int, device: torch.device) -> tuple[Tensor, int]:
+    """The group of each token, int64 (T,), and how many groups there are. A last, shorter group is a group too."""
+    T = num_sequences * length
+    if group == "batch":
+        return torch.zeros(T, dtype=torch.int64, device=device), 1
+    size = length if group == "sequence" else int(group)
+    size = max(size, 1)
+    return torch.arange(T, device=device) // size, -(-T // size)
+
+
+def token_order(priority: str, scores_TE: Tensor, training: bool) -> Tensor:
+    """Each token's place in the queue of its group, int64 (T,), 0 served first."""
+    T = scores_TE.shape[0]
+    place = torch.arange(T, device=scores_TE.device)
+    if priority == "score":
+        best_first = scores_TE.detach().amax(-1).argsort(descending=True, stable=True)
+    elif priority == "random" and training:
+        best_first = torch.randperm(T, device=scores_TE.device)
+    else:
+        return place
+    return torch.empty_like(place).scatter_(0, best_first, place)
+
+
+def select_tokens_choice(
+    choice: TopK,
+    *,
+    num_sequences: int,
+    valid_T: Tensor | None,
+    limit: Capacity,
+    training: bool,
+    keep_second_T: Tensor | None = None,
+) -> Routing:
+    """Flatten each token's ``top_k`` choices to pairs and mark those that are not computed.
+
+    Args:
+        choice: scores, chosen experts and gates of T tokens.
+        num_sequences: B, for groups by sequence.
+        valid_T: bool (T,), False for padding.
+        limit: capacity, priority and groups.
+        training: which of the two capacity factors holds, and whether random priority is random.
+        keep_second_T: bool (T,), False where the second expert is left out.
+    """
+    T, K = choice.expert_ids_TK.shape
+    E = choice.scores_TE.shape[-1]
+    device = choice.scores_TE.device
+    expert_ids_TK, gates_TK = choice.expert_ids_TK, choice.gates_TK
+    if keep_second_T is not None:
+        second = torch.where(keep_second_T, expert_ids_TK[:, 1], E)
+        expert_ids_TK = torch.stack((expert_ids_TK[:, 0], second), -1)
+    if valid_T is not None:
+        expert_ids_TK = expert_ids_TK.masked_fill(~valid_T[:, None], E)
+    expert_ids_N = expert_ids_TK.flatten()
+    chosen_E = tokens_E = count_experts(expert_ids_N, E)
+    factor = limit.factor if training or limit.eval_factor is None else limit.eval_factor
+    # K * factor >= E: an expert could take every token, so nothing can be dropped.
+    if factor is not None and factor * K < E:
+        group_T, num_groups = group_tokens(limit.group, num_sequences, T // max(num_sequences, 1), device)
+        real_T = torch.ones_like(group_T) if valid_T is None else valid_T.to(torch.int64)
+        size_G = torch.zeros(num_groups, dtype=torch.int64, device=device).scatter_add_(0, group_T, real_T)
+        capacity_G = capacity(factor, K, size_G, E)
+        queue_TK = torch.where(expert_ids_TK < E, group_T[:, None] * E + expert_ids_TK, num_groups * E)
+        # First choices of all tokens before second ones, as GShard and V-MoE do.
+        order_T = token_order(limit.priority, choice.scores_TE, training)
+        priority_TK = torch.arange(K, device=device) * T + order_T[:, None]
+        rank_N = capacity_ranks(queue_TK.flatten(), priority_TK.flatten(), num_groups * E + 1)
+        full_TK = rank_N.unflatten(0, (T, K)) >= capacity_G[group_T][:, None]
+        expert_ids_N = expert_ids_TK.masked_fill(full_TK, E).flatten()
+        tokens_E = count_experts(expert_ids_N, E)
+    gates_N = gates_TK.flatten().masked_fill(expert_ids_N == E, 0.0)
+    return Routing(
+        token_index_N=torch.arange(T * K, device=device) // K,
+        expert_ids_N=expert_ids_N,
+        gates_N=gates_N,
+        tokens_per_expert_E=tokens_E,
+        chosen_per_expert_E=chosen_E,
+        num_tokens=T,
+        top_k=K,
+        scores_TE=choice.scores_TE,
+        valid_T=valid_T,
+    )

@@ -1,0 +1,107 @@
+"""``RoutingStats``: what a tape says of the experts' use, as arrays. Plots are the apps'."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .contract import Entry, Tape
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """Sums over the recorded tokens of one layer; the figures are properties. Real tokens only.
+
+    Attributes:
+        tokens_per_expert: int64 (E,), pairs each expert computed.
+        chosen_per_expert: int64 (E,), pairs that chose it, before capacity.
+        entropy_sum: sum over tokens of the entropy of their scores, in nats.
+        num_tokens: real tokens.
+    """
+
+    tokens_per_expert: Tensor
+    chosen_per_expert: Tensor
+    entropy_sum: Tensor
+    num_tokens: Tensor
+
+    @property
+    def load_imbalance(self) -> float:
+        """Most loaded expert over the mean, 1 at balance, E when one expert takes all; by choice, before capacity."""
+        chosen = self.chosen_per_expert.double()
+        return float(chosen.max() / chosen.mean()) if chosen.sum() > 0 else 1.0
+
+    @property
+    def entropy(self) -> float:
+        """Mean entropy of a token's scores over log E: 0 certain, 1 undecided."""
+        E = len(self.chosen_per_expert)
+        if E == 1 or self.num_tokens == 0:
+            return 0.0
+        return float(self.entropy_sum / self.num_tokens / torch.tensor(float(E)).log())
+
+    @property
+    def load_entropy(self) -> float:
+        """Entropy of the load over log E: 1 at balance, 0 when one expert takes all."""
+        share = self.chosen_per_expert.double() / self.chosen_per_expert.sum().clamp_min(1)
+        E = len(share)
+        return float(torch.special.entr(share).sum() / torch.tensor(float(E)).log()) if E > 1 else 1.0
+
+    @property
+    def drop_rate(self) -> float:
+        """Share of chosen pairs of real tokens that no expert had room for."""
+        chosen = int(self.chosen_per_expert.sum())
+        return 1 - int(self.tokens_per_expert.sum()) / chosen if chosen else 0.0
+
+    @property
+    def dead_experts(self) -> int:
+        """Experts that no token chose."""
+        return int((self.chosen_per_expert == 0).sum())
+
+    def figures(self) -> dict[str, float]:
+        """The scalars by name, for a log."""
+        names = ("load_imbalance", "entropy", "load_entropy", "drop_rate", "dead_experts")
+        return {name: float(getattr(self, name)) for name in names}
+
+    def __add__(self, other: LayerStats) -> LayerStats:
+        return LayerStats(**{k: v + getattr(other, k) for k, v in vars(self).items()})
+
+
+@dataclass(frozen=True)
+class RoutingStats:
+    """Per layer, what the experts were used for. Adds up over batches; reads any tape, in training or evaluation.
+
+    Attributes:
+        layers: ``LayerStats`` by layer name, in the order of the passes.
+    """
+
+    layers: dict[str, LayerStats]
+
+    @classmethod
+    def from_tape(cls, tape: Tape) -> RoutingStats:
+        """Of all passes on the tape; passes of one layer add up. No host synchronisation until a figure is read."""
+        layers: dict[str, LayerStats] = {}
+        for entry in tape.entries:
+            stats = _layer_stats(entry)
+            layers[entry.name] = layers[entry.name] + stats if entry.name in layers else stats
+        return cls(layers)
+
+    def __add__(self, other: RoutingStats) -> RoutingStats:
+        merged = dict(self.layers)
+        for name, stats in other.layers.items():
+            merged[name] = merged[name] + stats if name in merged else stats
+        return RoutingStats(merged)
+
+
+@torch.no_grad()
+def _layer_stats(entry: Entry) -> LayerStats:
+    routing = entry.routing
+    valid_T = routing.valid_T
+    device = routing.chosen_per_expert_E.device
+    num_tokens = torch.tensor(routing.num_tokens, device=device) if valid_T is None else valid_T.sum()
+    entropy_sum = torch.zeros((), device=device)
+    if routing.scores_TE is not None:
+        scores_TE = routing.scores_TE / routing.scores_TE.sum(-1, keepdim=True).clamp_min(1e-20)
+        entropy_T = torch.special.entr(scores_TE).sum(-1)
+        entropy_sum = (entropy_T if valid_T is None else entropy_T * valid_T).sum()
+    return LayerStats(routing.tokens_per_expert_E, routing.chosen_per_expert_E, entropy_sum, num_tokens)

@@ -1,0 +1,196 @@
+"""Imports run one way. This reads the tree with `ast`: nothing is imported, so a broken module is judged too."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Each part of core imports from the rows above its own. Only the parts of the last row may also import each other
+# (convert needs config), without a cycle. `core/__init__.py` is above them all: nothing inside core imports it.
+ROWS = (
+    ("contract", "kernels"),
+    ("routing", "experts", "dispatch"),
+    ("layers",),
+    ("config", "parallel", "offload", "quant", "convert", "telemetry", "flops"),
+)
+ROW_OF = {part: row for row, parts in enumerate(ROWS) for part in parts} | {"": len(ROWS)}
+LAST_ROW = len(ROWS) - 1
+
+# The apps, and the towers of others that one may use.
+MAY_USE: dict[str, tuple[str, ...]] = {"vision": (), "recsys": (), "nlp": (), "multimodal": ("vision", "nlp")}
+# Of the modules that the apps share, these start a program and may know the apps; the others serve any app.
+ENTRY_POINTS = {"cli", "demo", "bench", "report"}
+
+TRITON_OPS = "core.kernels.triton_ops"
+
+
+@dataclass(frozen=True)
+class Import:
+    """One imported name: ``target`` is absolute and dotted, ``lazy`` means inside a function."""
+
+    line: int
+    target: str
+    lazy: bool
+
+
+def module_name(path: str) -> str:
+    """``core/kernels/eager.py`` -> ``core.kernels.eager``; a package's ``__init__.py`` is the package."""
+    parts = PurePosixPath(path).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path: str, source: str) -> Iterator[Import]:
+    """Every import of a file, also those inside functions and ``if TYPE_CHECKING``."""
+    package = PurePosixPath(path).parts[:-1]
+
+    def visit(node: ast.AST, lazy: bool) -> Iterator[Import]:
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield Import(node.lineno, alias.name, lazy)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            prefix = ".".join((*base, *([node.module] if node.module else [])))
+            for alias in node.names:  # `from . import cpu` and `from .cpu import f`: a name may be a module
+                yield Import(node.lineno, f"{prefix}.{alias.name}", lazy)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("importlib.import_module", "__import__"):
+            yield from (Import(node.lineno, str(a.value), lazy) for a in node.args[:1] if isinstance(a, ast.Constant))
+        inside = lazy or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        for child in ast.iter_child_nodes(node):
+            yield from visit(child, inside)
+
+    yield from visit(ast.parse(source, path), False)
+
+
+def part_of(module: str) -> str:
+    """The part of core, or the app, that a module lies in; "" for the package itself."""
+    return module.split(".")[1] if "." in module else ""
+
+
+def part_imported(target: str) -> str:
+    """The part that an imported name lies in; "" where the name, as ``core.MoEConfig``, comes from ``__init__``."""
+    part = part_of(target)
+    return part if part in ROW_OF or (ROOT / "core" / f"{part}.py").exists() else ""
+
+
+def core_rule(module: str, imported: Import) -> str | None:
+    """Why a module of core may not have this import, or None."""
+    target, top = imported.target, imported.target.split(".")[0]
+    if top == "triton":
+        return None if module == TRITON_OPS else f"triton is imported in {TRITON_OPS} alone"
+    if target.startswith(TRITON_OPS) and not imported.lazy:
+        return f"{TRITON_OPS} is imported inside a function, since triton may be missing"
+    if top != "core":
+        return (
+            None if top == "torch" or top in sys.stdlib_module_names else "core imports torch and the standard library"
+        )
+    here, there = part_of(module), part_imported(target)
+    for part in (here, there):
+        if part not in ROW_OF:
+            return f"core.{part} has no place in the import order: add it to ROWS"
+    if here == there or ROW_OF[there] < ROW_OF[here] or ROW_OF[here] == ROW_OF[there] == LAST_ROW:
+        return None
+    return f"core.{here} may not use {f'core.{there}' if there else 'the package core'}: imports run one way"
+
+
+def app_rule(module: str, imported: Import) -> str | None:
+    """Why a module of apps may not have this import, or None."""
+    here, there = part_of(module), part_of(imported.target)
+    if imported.target.split(".")[0] != "apps" or there not in MAY_USE or here in (there, *ENTRY_POINTS):
+        return None
+    if here not in MAY_USE:
+        return f"apps.{here} serves every app and may not use apps.{there}"
+    return None if there in MAY_USE[here] else f"apps.{here} may not use apps.{there}: an app never imports another"
+
+
+def violations(path: str, source: str) -> list[str]:
+    """One line for each import in a file that breaks a rule."""
+    module = module_name(path)
+    rule = core_rule if module.split(".")[0] == "core" else app_rule
+    broken = ((imported, rule(module, imported)) for imported in imports(path, source))
+    return [f"{path}:{imported.line}: imports {imported.target}: {why}" for imported, why in broken if why]
+
+
+def tree() -> dict[str, str]:
+    files = (path for top in ("core", "apps") for path in sorted((ROOT / top).rglob("*.py")))
+    return {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in files}
+
+
+def test_the_tree_keeps_the_rules():
+    sources = tree()
+    assert {"core/__init__.py", "core/contract.py", "apps/__init__.py"} <= set(sources)
+    broken = [line for path, source in sources.items() for line in violations(path, source)]
+    assert not broken, "\n".join(broken)
+
+
+def test_every_app_is_known_to_the_rules():
+    apps = {path.parent.name for path in (ROOT / "apps").glob("*/model.py")}
+    assert apps <= set(MAY_USE), f"add to MAY_USE: {sorted(apps - set(MAY_USE))}"
+
+
+def test_modules_of_core_import_each_other_without_a_cycle():
+    # Imports inside functions are left out: they are the usual way to break a cycle at run time.
+    sources = {module_name(path): (path, source) for path, source in tree().items() if path.startswith("core/")}
+    graph: dict[str, set[str]] = {}
+    for module, (path, source) in sources.items():
+        targets = (name.target for name in imports(path, source) if not name.lazy)
+        known = {t if t in sources else t.rpartition(".")[0] for t in targets}
+        graph[module] = {t for t in known & set(sources) if t != module}
+    while free := [module for module, needs in graph.items() if not needs & set(graph)]:
+        for module in free:
+            del graph[module]
+    assert not graph, f"a cycle among {sorted(graph)}"
+
+
+@pytest.mark.parametrize(
+    "path, source",
+    [
+        ("core/layers.py", "from .kernels.eager import combine\nfrom .dispatch import LocalDispatcher"),
+        ("core/routing/router.py", "from . import gates\nfrom ..contract import Routing\nfrom .. import kernels"),
+        ("core/convert.py", "from .config import MoEConfig"),
+        ("core/kernels/triton_ops.py", "import triton\nimport triton.language as tl"),
+        ("core/kernels/__init__.py", "def load():\n    from . import triton_ops"),
+        ("core/contract.py", "import math, torch\nfrom torch.nn import functional"),
+        (
+            "apps/vision/module.py",
+            "import core\nimport torchvision\nfrom apps.training import SparseModule\nfrom .model import V",
+        ),
+        ("apps/multimodal/model.py", "from apps.vision.model import VMoE\nfrom apps import nlp"),
+        ("apps/demo.py", "from apps.vision.data import VisionData"),
+    ],
+)
+def test_allowed(path, source):
+    assert violations(path, source) == []
+
+
+@pytest.mark.parametrize(
+    "path, source, reason",
+    [
+        ("core/kernels/eager.py", "from ..contract import Routing", "core.kernels may not use core.contract"),
+        ("core/experts.py", "from .dispatch import LocalDispatcher", "core.experts may not use core.dispatch"),
+        ("core/routing/gates.py", "def f():\n    from core.layers import MoE", "core.routing may not use core.layers"),
+        ("core/layers.py", "from .config import MoEConfig", "core.layers may not use core.config"),
+        ("core/layers.py", "from core import MoEConfig", "may not use the package core"),
+        ("core/layers.py", "from . import config", "core.layers may not use core.config"),
+        ("core/layers.py", "import apps.training", "core imports torch and the standard library"),
+        ("core/layers.py", "if TYPE_CHECKING:\n    import lightning", "core imports torch and the standard library"),
+        ("core/experts.py", "from torchvision.ops import MLP", "core imports torch and the standard library"),
+        ("core/experts.py", "import importlib\nimportlib.import_module('numpy')", "core imports torch"),
+        ("core/kernels/cpu.py", "def f():\n    import triton", "triton is imported in core.kernels.triton_ops alone"),
+        ("core/kernels/__init__.py", "from . import triton_ops", "inside a function"),
+        ("core/brand_new.py", "from .contract import Rows", "no place in the import order"),
+        ("apps/recsys/model.py", "from apps.vision.model import VMoE", "apps.recsys may not use apps.vision"),
+        ("apps/vision/data.py", "from ..multimodal import data", "apps.vision may not use apps.multimodal"),
+        ("apps/training.py", "from .vision.data import VisionData", "apps.training serves every app"),
+    ],
+)
+def test_refused(path, source, reason):
+    (line,) = violations(path, source)
+    assert reason in line
+    assert line.startswith(f"{path}:{len(source.splitlines())}: ")
