@@ -22,6 +22,10 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 
+class NonFiniteError(RuntimeError):
+    """The loss or a weight is NaN or infinite. The message names the step, the terms and what to try."""
+
+
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint beside its place and moves it there: a kill or a full disk leaves the old file as it was."""
 
@@ -59,8 +63,8 @@ def _os_error(error: BaseException | None) -> OSError | None:
 class BestAndLast(Checkpoint):
     """Keeps ``best.ckpt`` and ``last.ckpt`` in a folder.
 
-    Both are written at the end of an epoch, after its validation; ``last.ckpt`` also between two steps of an epoch, every
-    ``every_n_minutes`` or ``every_n_steps``. A model with a weight that is not finite is never written.
+    Both are written at the end of an epoch, after its validation; ``last.ckpt`` also between two steps of an epoch,
+    every ``every_n_minutes`` or ``every_n_steps``. A model with a weight that is not finite is never written.
 
     Args:
         dirpath: the folder; None: ``checkpoints`` in the trainer's ``default_root_dir``.
@@ -117,9 +121,11 @@ class BestAndLast(Checkpoint):
         if not self._due(trainer):
             return
         loop = trainer.fit_loop.epoch_loop
-        # Not within an accumulation: its gradients would be lost. Not on an epoch's last batch: Lightning would resume
-        # after the validation, and the end of the epoch saves anyway.
-        if loop._should_accumulate() or loop.batch_progress.is_last_batch or trainer.global_step == self._saved_step:
+        # Not within an accumulation: its gradients would be lost. Not before a validation or an epoch's end: Lightning
+        # would resume after them.
+        if loop._should_accumulate() or trainer.global_step == self._saved_step:
+            return
+        if loop.batch_progress.is_last_batch or loop._should_check_val_fx(trainer.fit_loop._data_fetcher):
             return
         # A step's values reach the log after this hook: with a checkpoint here, a kill in between would lose them.
         logs = trainer.log_every_n_steps
@@ -152,11 +158,9 @@ class BestAndLast(Checkpoint):
     def _save(self, trainer: Trainer, pl_module: LightningModule, name: str) -> None:
         broken = [n for n, p in pl_module.named_parameters() if not bool(torch.isfinite(p).all())]
         if broken:
-            from apps.training import NonFiniteError
-
             raise NonFiniteError(
-                f"{broken[0]} is not finite after step {trainer.global_step} ({len(broken)} such parameters); the checkpoint "
-                "was not written. Try a lower model.optimizer.lr or trainer.gradient_clip_val=1.0"
+                f"{broken[0]} is not finite after step {trainer.global_step} ({len(broken)} such parameters); the "
+                "checkpoint was not written. Try a lower model.optimizer.lr or trainer.gradient_clip_val=1.0"
             )
         for logger in trainer.loggers:
             logger.save()
@@ -178,7 +182,8 @@ class BestAndLast(Checkpoint):
 class GeneratorState(Callback):
     """Saves the state of the random generators (``random``, numpy, torch on CPU and CUDA) and restores it on resuming.
 
-    Each process of a distributed run has its own state, saved by rank; with another number of processes none is restored.
+    Each process of a distributed run has its own state, saved by rank; with another number of processes none is
+    restored.
     """
 
     def __init__(self) -> None:
@@ -192,6 +197,11 @@ class GeneratorState(Callback):
         checkpoint["generators"] = states
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.state.fn != "fit":
+            return
+        # With max_steps, Lightning restarts *inside* an epoch that the checkpoint has finished: it would count the epoch
+        # twice and leave out a batch. Without the distinction it goes on with the next epoch, as it does with max_epochs.
+        trainer.fit_loop._iteration_based_training = lambda: False  # type: ignore[method-assign]
         states = checkpoint.get("generators", [])
         self._to_restore = states[trainer.global_rank] if len(states) == trainer.world_size else None
 
@@ -228,10 +238,10 @@ def restore_generators(state: Mapping[str, Any]) -> None:
 class WeightEMA(Callback):
     """An exponential moving average of the weights, used in validation and kept in the checkpoint.
 
-    After optimizer step t the average moves by ``1 - d`` towards the weights, with ``d = min(decay, (1 + t) / (10 + t))``,
-    so that a short run is not an average of its start. A checkpoint's ``state_dict`` holds the average, what test and
-    predict load; the weights being trained are under ``trained_state_dict``. Buffers that are not floating point follow the
-    model. (Lightning's EMAWeightAveraging was tried: it deep-copies the module with its metrics, averages with the full
+    After optimizer step t the average moves by ``1 - d`` towards the weights, with ``d = min(decay, (1 + t) / (10 +
+    t))``, so that a short run is not an average of its start. A checkpoint holds the average as ``state_dict``, what test
+    and predict load; the weights being trained are under ``trained_state_dict``. Buffers that are not floating point
+    follow the model. (Lightning's EMAWeightAveraging deep-copies the module with its metrics, averages with the full
     decay from the first step, and warns whenever a checkpoint is tested.)
 
     Args:
@@ -342,8 +352,8 @@ def progress() -> Callback:
 class MetricsCSV(Logger):
     """``metrics.csv`` in a folder, a row a step, written at once and continued where a resumed run goes on.
 
-    Rows of steps that the checkpoint had not reached are dropped on resuming, so that the file of a killed and resumed run
-    is that of an unbroken one. (Lightning's CSVLogger deletes the file on resuming.)
+    Rows of steps that the checkpoint had not reached are dropped on resuming, so that the file of a killed and resumed
+    run is that of an unbroken one. (Lightning's CSVLogger deletes the file on resuming.)
     """
 
     def __init__(self, folder: str) -> None:
@@ -400,7 +410,7 @@ class MetricsCSV(Logger):
         os.replace(temporary, self.path)
 
     def _kept_rows(self) -> list[dict[str, Any]]:
-        """The rows to carry over into a file with more columns: this run's, or at first those before the resumed step."""
+        """The rows to carry over into a file with more columns: this run's, at first those before the resumed step."""
         first = not self._keys
         if not self.path.exists() or (first and self._before is None):
             return []

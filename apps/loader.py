@@ -1,8 +1,9 @@
 """A DataLoader that resumes exactly: batch b of epoch e is a function of (seed, e, b), and of nothing else.
 
-Lightning saves no sampler position, so a run resumed in mid-epoch would see the first batches of the epoch twice and never
-the last ones. Here the order of an epoch is drawn from its number, the position is counted and saved, and the random
-transforms of a batch are seeded by the batch. Neither the number of workers nor what the model draws in between matters.
+Lightning saves no sampler position, so a run resumed in mid-epoch would see the first batches of the epoch twice and
+never the last ones. Here the order of an epoch is drawn from its number, the position is counted and saved, and the
+random transforms of a batch are seeded by the batch. Neither the number of workers nor what the model draws in between
+matters.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class ResumableLoader(DataLoader):
         if size == 0:
             raise ValueError("the training dataset is empty")
         if drop_last and size < batch_size:
-            raise ValueError(f"batch_size={batch_size} exceeds the {size} training examples, and drop_last drops the rest")
+            raise ValueError(f"batch_size={batch_size} exceeds the {size} training examples; drop_last drops them all")
         seed = torch.initial_seed() % 2**31 if seed is None else seed
         distributed = dist.is_available() and dist.is_initialized()
         # A DistributedSampler also on one process: Lightning leaves it as it is and tells it the epoch.
@@ -80,6 +81,9 @@ class ResumableLoader(DataLoader):
             generator=torch.Generator().manual_seed(seed),
             **loader_kwargs,
         )
+        if distributed:
+            # Lightning looks here alone for a distributed sampler, and would build the loader anew if it found none.
+            object.__setattr__(self, "sampler", sampler)
         self.served = 0
 
     def __iter__(self) -> Iterator[Any]:

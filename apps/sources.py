@@ -25,7 +25,6 @@ import importlib
 import importlib.util
 import logging
 import os
-import pkgutil
 import shutil
 import signal
 import subprocess
@@ -33,10 +32,10 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple, Protocol
+from typing import IO, NamedTuple, Protocol
 
 log = logging.getLogger(__name__)
 
@@ -290,10 +289,11 @@ def prepare(
             raise ValueError(f"root={str(root)!r} holds no {lacking}: {name} expects {_layout(dataset)}")
         return folder
     cache = _cache_root(cache_dir)
-    if (folder := _local(dataset, cache)) is not None:
-        return folder
+    if (ready := _local(dataset, cache)) is not None:
+        return ready
     if not dataset.sources:
-        raise DataError(f"{name} cannot be fetched: set root (--data.root) to a folder with {_layout(dataset)}")
+        how = f"set root (--data.root) to a folder with {_layout(dataset)}"
+        raise DataError(f"{name} cannot be fetched: {how}. {dataset.note}".strip())
     try:
         (cache / ".locks").mkdir(parents=True, exist_ok=True)
         (cache / ".partial").mkdir(exist_ok=True)
@@ -320,13 +320,12 @@ def unknown_name(option: str, value: str, valid: list[str]) -> str:
 
 def _import_apps() -> None:
     """Import the ``data`` module of every app, which registers its records."""
-    package = importlib.import_module("apps")
-    for app in pkgutil.iter_modules(package.__path__, "apps."):
-        if app.ispkg and importlib.util.find_spec(f"{app.name}.data") is not None:
-            try:
-                importlib.import_module(f"{app.name}.data")
-            except ImportError as error:  # an optional library of one app must not hide the data of the others
-                log.warning("the datasets of %s are not listed: %s", app.name, error)
+    for module in sorted(Path(__file__).parent.glob("*/data.py")):  # find_spec would import the app to look
+        name = f"apps.{module.parent.name}.data"
+        try:
+            importlib.import_module(name)
+        except ImportError as error:  # an optional library of one app must not hide the data of the others
+            log.warning("the datasets of %s are not listed: %s", name, error)
 
 
 def _layout(dataset: Dataset) -> str:
@@ -399,7 +398,8 @@ def _download(url: str, path: Path) -> None:
     try:
         pooch.HTTPDownloader(timeout=(CONNECT_TIMEOUT_S, READ_TIMEOUT_S))(url, str(path), None)
     except requests.HTTPError as error:
-        raise SourceFailed(f"HTTP status {error.response.status_code}") from error
+        status = "unknown" if error.response is None else error.response.status_code
+        raise SourceFailed(f"HTTP status {status}") from error
     except requests.ConnectTimeout as error:
         raise SourceFailed(f"no connection within {CONNECT_TIMEOUT_S:g} s") from error
     except requests.Timeout as error:
@@ -437,9 +437,14 @@ def _unpack(archive: Path, folder: Path) -> None:
 
 def _extract(archive: Path, pattern: str, folder: str, target: Path) -> Iterator[Path]:
     """Write the members of ``archive`` that match ``pattern`` into ``target``, by their path below ``folder``."""
-    is_zip = zipfile.is_zipfile(archive)
-    with zipfile.ZipFile(archive) if is_zip else tarfile.open(archive) as opened:
-        names = opened.namelist() if is_zip else [m.name for m in opened.getmembers() if m.isfile()]
+    with contextlib.ExitStack() as stack:
+        open_member: Callable[[str], IO[bytes] | None]
+        if zipfile.is_zipfile(archive):
+            zipped = stack.enter_context(zipfile.ZipFile(archive))
+            names, open_member = zipped.namelist(), zipped.open
+        else:
+            tar = stack.enter_context(tarfile.open(archive))
+            names, open_member = [m.name for m in tar.getmembers() if m.isfile()], tar.extractfile
         for name in names:
             # the members of a source archive lie below one more folder, NAME-VERSION
             if not (fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"*/{pattern}")):
@@ -449,7 +454,9 @@ def _extract(archive: Path, pattern: str, folder: str, target: Path) -> Iterator
                 raise SourceFailed(f"{archive.name} holds {name}, which leads out of its folder")
             path = target / relative
             path.parent.mkdir(parents=True, exist_ok=True)
-            with opened.open(name) if is_zip else opened.extractfile(name) as member, open(path, "wb") as out:
+            member = open_member(name)
+            assert member is not None
+            with member, open(path, "wb") as out:
                 shutil.copyfileobj(member, out)
             yield path
 

@@ -1,12 +1,14 @@
 """What every app's LightningModule shares: the auxiliary loss, the optimizer, the log of the routing, and the guards.
 
-An app subclasses ``SparseModule`` and brings a network, a task loss and metrics; everything here is the same for images,
-users and sentences.
+An app subclasses ``SparseModule`` and brings a network, a task loss and metrics; everything here is the same for
+images, users and sentences.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -15,12 +17,14 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 import core
-from apps.callbacks import WeightEMA
+from apps.callbacks import NonFiniteError, WeightEMA
+
+_logger = logging.getLogger(__name__)
 
 Stage = Literal["train", "val", "test"]
 
@@ -130,16 +134,12 @@ class Baseline:
     note: str = ""
 
 
-class NonFiniteError(RuntimeError):
-    """The loss or a weight is NaN or infinite. The message names the step, the terms and what to try."""
-
-
 class SparseModule(LightningModule):
     """A LightningModule for a network that may have MoE layers.
 
-    A subclass brings ``forward``, ``task_loss`` and ``example_inputs``, and may bring ``build_metrics`` and ``baselines``.
-    The weighted auxiliary loss of all MoE layers is added to the loss that ``training_step`` returns, so that gradient
-    accumulation and AMP scale it as they scale the task's.
+    A subclass brings ``forward``, ``task_loss`` and ``example_inputs``, and may bring ``build_metrics`` and
+    ``baselines``. The weighted auxiliary loss of all MoE layers is added to the loss that ``training_step`` returns, so
+    that gradient accumulation and AMP scale it as they scale the task's.
 
     Args:
         optimizer: learning rate, weight decay and schedule.
@@ -166,12 +166,14 @@ class SparseModule(LightningModule):
         self.ema_decay = ema_decay
         # Lightning gathers the arguments of the subclass's constructor from here. Plain dicts, or a checkpoint could
         # not be loaded with weights_only.
-        self.save_hyperparameters()
+        self.save_hyperparameters(logger=False)
         plain = {k: to_plain(v) for k, v in self.hparams.items()}
         self._set_hparams(plain)
         self._hparams_initial = dict(plain)
         self._stage_metrics = nn.ModuleDict()
         self._tape: core.Tape | None = None
+        self._stats: core.RoutingStats | None = None
+        self._total_steps = math.inf
         self._clock = _Clock()
 
     # ---- what a subclass brings
@@ -209,7 +211,7 @@ class SparseModule(LightningModule):
             if len(tape):
                 terms["train/aux_loss"] = aux.total
                 terms |= routing_metrics(core.RoutingStats.from_tape(kept))
-            self.log_dict({k: v.detach() if isinstance(v, Tensor) else float(v) for k, v in terms.items()}, batch_size=1)
+            self.log_dict({k: v.detach() for k, v in terms.items()}, batch_size=1)
         self._clock.add(out.num_examples)
         return loss
 
@@ -227,12 +229,18 @@ class SparseModule(LightningModule):
             out = self.task_loss(batch)
         self.log(f"{stage}/loss", out.loss, on_epoch=True, batch_size=out.num_examples, sync_dist=True)
         if len(tape):
-            stats = routing_metrics(core.RoutingStats.from_tape(tape.detach()), prefix=f"{stage}/routing")
-            self.log_dict(stats, on_epoch=True, batch_size=out.num_examples, sync_dist=True)
+            stats = core.RoutingStats.from_tape(tape.detach())
+            self._stats = stats if self._stats is None else self._stats + stats
         if stage in self._stage_metrics:
             metrics = self._stage_metrics[stage]
             metrics.update(out.outputs, out.targets)  # type: ignore[operator]
             self.log_dict(metrics, on_epoch=True, batch_size=out.num_examples, prog_bar=stage == "val")  # type: ignore[arg-type]
+
+    def _log_stats(self, stage: Stage) -> None:
+        """The figures of the whole pass: the imbalance of a sum, not a mean of the batches' imbalances."""
+        stats, self._stats = self._stats, None
+        if stats is not None:
+            self.log_dict(routing_metrics(stats, prefix=f"{stage}/routing"), sync_dist=True)
 
     # ---- optimizer
 
@@ -241,9 +249,8 @@ class SparseModule(LightningModule):
         optimizer = torch.optim.AdamW(
             parameter_groups(self, config), lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=0.0
         )
-        total = float(self.trainer.estimated_stepping_batches)
         # A plain function: the state of a LambdaLR holds none, so a resumed run follows its own flags.
-        scheduler = LambdaLR(optimizer, lambda step: config.factor(step, total))
+        scheduler = LambdaLR(optimizer, lambda step: config.factor(step, self._total_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -254,11 +261,14 @@ class SparseModule(LightningModule):
             core.update_expert_bias(self, tape)
 
     def on_train_start(self) -> None:
+        # Not in configure_optimizers: asking for the number of steps there makes Lightning set up the data loader before
+        # it has read the checkpoint, and the loader's position is then never restored.
+        self._total_steps = float(self.trainer.estimated_stepping_batches)
         self._restore_own_rates()
         self._clock.restart()
 
     def _restore_own_rates(self) -> None:
-        """Resuming loads the old run's rates with the optimizer: put this run's back, so that its flags count."""
+        """Set the rates of the step ahead: resuming loads the old run's with the optimizer, and this run's flags count."""
         optimizer, scheduler = self.optimizers(use_pl_optimizer=False), self.lr_schedulers()
         if not isinstance(optimizer, torch.optim.Optimizer) or not isinstance(scheduler, LambdaLR):
             return
@@ -288,9 +298,27 @@ class SparseModule(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         self._clock.pause()
+        self._stats = None
 
     def on_validation_epoch_end(self) -> None:
+        self._log_stats("val")
         self._clock.resume()
+
+    def on_test_epoch_start(self) -> None:
+        self._stats = None
+
+    def on_test_epoch_end(self) -> None:
+        self._log_stats("test")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["module_class"] = f"{type(self).__module__}.{type(self).__qualname__}"
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """The module of a checkpoint, with the weights that a test uses; ``kwargs`` beat what it remembers."""
+        hparams = torch.load(checkpoint_path, map_location="cpu", weights_only=True).get("hyper_parameters", {})
+        remembered = {k: from_plain(v) for k, v in hparams.items()}
+        return super().load_from_checkpoint(checkpoint_path, *args, **{"weights_only": True, **remembered, **kwargs})
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         if self.global_step == 0 and batch_idx == 0:
@@ -306,10 +334,14 @@ class SparseModule(LightningModule):
         size = model_size(self, self.example_inputs(batch))
         for logger in self.loggers:
             logger.log_metrics({f"model/{k}": float(v) for k, v in size.items()}, step=0)
-        rank_zero_info(
-            f"{type(self).__name__}: {size['num_params']:,} parameters, {size['active_params']:,} active, "
-            f"{size['flops_per_example'] / 1e6:,.1f} MFLOPs an example (forward)"
-        )
+        if rank_zero_only.rank == 0:
+            _logger.info(
+                "%s: %s parameters, %s active, %.2f MFLOPs an example (forward)",
+                type(self).__name__,
+                f"{size['num_params']:,}",
+                f"{size['active_params']:,}",
+                size["flops_per_example"] / 1e6,
+            )
 
     def _logs_this_step(self) -> bool:
         return (self.global_step + 1) % self.trainer.log_every_n_steps == 0
@@ -320,7 +352,7 @@ class SparseModule(LightningModule):
             return
         values = ", ".join(f"{name}={float(value):.4g}" for name, value in terms.items())
         raise NonFiniteError(
-            f"the training loss is {float(loss)} at step {self.global_step + 1} ({values}); no checkpoint holds this step. "
+            f"the training loss is {float(loss)} at step {self.global_step + 1} ({values}); no checkpoint holds it. "
             f"Try a lower model.optimizer.lr (now {self.optimizer_config.lr:g}), a longer warmup, "
             "trainer.gradient_clip_val=1.0, or trainer.precision=32-true"
         )
@@ -353,7 +385,7 @@ class _Clock:
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """The trainable parameters of ``model`` as AdamW groups: routers, experts and the rest, each with and without decay.
+    """The trainable parameters of ``model`` as AdamW groups: routers, experts, the rest, each with and without decay.
 
     No decay for 1-d parameters, biases (also the experts', which are (E, F)), and what a submodule names in
     ``no_weight_decay()`` as timm's models do. A group has the keys ``name``, ``params``, ``lr`` and ``weight_decay``;
@@ -399,20 +431,14 @@ def _no_weight_decay(model: nn.Module) -> Iterator[str]:
 
 
 def routing_metrics(stats: core.RoutingStats, prefix: str = "routing") -> dict[str, Tensor]:
-    """Load imbalance, entropy, drop rate and dead experts of each layer, and their mean over the layers, to log."""
-    names = ("load_imbalance", "entropy", "drop_rate", "dead_experts")
+    """The figures of each layer, ``{prefix}/{layer}/{figure}``, and their means, ``{prefix}/{figure}``."""
     metrics: dict[str, Tensor] = {}
-    for measure in names:
-        values = []
-        for layer, layer_stats in stats.layers.items():
-            value = getattr(layer_stats, measure)
-            if value is None:
-                continue
-            value = torch.as_tensor(value, dtype=torch.float32)
-            metrics[f"{prefix}/{layer}/{measure}"] = value
-            values.append(value)
-        if values:
-            metrics[f"{prefix}/{measure}"] = torch.stack(values).mean()
+    figures: dict[str, list[float]] = {}
+    for layer, layer_stats in stats.layers.items():
+        for name, value in layer_stats.figures().items():
+            metrics[f"{prefix}/{layer}/{name}"] = torch.tensor(value)
+            figures.setdefault(name, []).append(value)
+    metrics |= {f"{prefix}/{name}": torch.tensor(sum(v) / len(v)) for name, v in figures.items()}
     return metrics
 
 
@@ -436,7 +462,7 @@ def model_size(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, float]:
 
 
 def to_plain(value: Any) -> Any:
-    """``value`` as plain dicts, lists, strings and numbers; a dataclass as ``{"class_path": ..., "init_args": ...}``."""
+    """``value`` as plain dicts, lists and numbers; a dataclass as ``{"class_path": ..., "init_args": ...}``."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
         return {"class_path": f"{type(value).__module__}.{type(value).__qualname__}", "init_args": fields}
@@ -447,3 +473,25 @@ def to_plain(value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     return str(value)
+
+
+def from_plain(value: Any) -> Any:
+    """What ``to_plain`` made its argument of, with the config dataclasses of class_path back; lists stay lists.
+
+    Raises:
+        ValueError: a class_path that is no dataclass of this environment.
+    """
+    if isinstance(value, list):
+        return [from_plain(v) for v in value]
+    if not isinstance(value, dict):
+        return value
+    if set(value) != {"class_path", "init_args"}:
+        return {k: from_plain(v) for k, v in value.items()}
+    module, _, name = value["class_path"].rpartition(".")
+    try:
+        kind = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError):
+        raise ValueError(f"class_path={value['class_path']!r} cannot be imported") from None
+    if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
+        raise ValueError(f"class_path={value['class_path']!r} is not a config dataclass")
+    return kind(**{k: from_plain(v) for k, v in value["init_args"].items()})

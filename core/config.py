@@ -25,7 +25,7 @@ class MoEConfig:
         capacity_factor: in training an expert takes ``ceil(capacity_factor * K * tokens in group / E)`` tokens and the
             rest are dropped; None: dropless.
         eval_capacity_factor: the same in evaluation; None: as in training.
-        priority: who is served first where capacity is short: "position", "score" (batch-prioritised routing) or "random".
+        priority: who is served first where capacity is short: "position", "score" (batch-prioritised) or "random".
         group: whose tokens compete: "batch", "sequence", a number of tokens, or None for the router's default.
         num_shared_experts: experts that every token takes besides.
         balance: weights of the balance losses.
@@ -119,14 +119,10 @@ class MoEConfig:
         Raises:
             ValueError: an unknown field or class, naming it.
         """
-        known = {f.name for f in fields(cls)}
-        for name in values:
-            if name not in known:
-                raise ValueError(f"MoEConfig has no field {name!r}; it has {', '.join(sorted(known))}")
         parts = {name: _from_plain(value) for name, value in values.items()}
         if isinstance(parts.get("balance"), dict):
-            parts["balance"] = Balance(**parts["balance"])
-        return cls(**parts)
+            parts["balance"] = _make(Balance, parts["balance"])
+        return _make(cls, parts)
 
 
 def _to_plain(value: Any) -> Any:
@@ -150,4 +146,12 @@ def _from_plain(value: Any) -> Any:
         raise ValueError(f"class_path={value['class_path']!r} cannot be imported") from None
     if not (isinstance(kind, type) and issubclass(kind, (RouterConfig, ExpertConfig))):
         raise ValueError(f"class_path={value['class_path']!r} is neither a router config nor an expert config")
-    return kind(**value.get("init_args", {}))
+    return _make(kind, value.get("init_args", {}))
+
+
+def _make(kind: type, args: dict[str, Any]) -> Any:
+    known = {f.name for f in fields(kind)}
+    for name in args:
+        if name not in known:
+            raise ValueError(f"{kind.__name__} has no field {name!r}; it has {', '.join(sorted(known))}")
+    return kind(**args)

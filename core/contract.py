@@ -52,12 +52,12 @@ class Routing:
         tokens_per_expert_E: int64 (E,), pairs each expert computes.
         chosen_per_expert_E: int64 (E,), pairs of real tokens that chose it, before capacity.
         num_tokens: T, padding included.
-        top_k: K where the pairs are token-major with K a token, so that pair ``n`` belongs to token ``n // K``; else None.
+        top_k: K where the pairs are token-major, so that pair ``n`` belongs to token ``n // K``; else None.
         logits_TE: float32 (T, E), without noise; None where E is too large to hold them.
         scores_TE: float32 (T, E), the score function of ``logits_TE``; each row sums to 1 in the balance losses.
         valid_T: bool (T,), False for padding; None where every token is real.
         noise_std: standard deviation of the noise added to the logits, a float or (T, E); None without noise.
-        threshold_TE: float32, broadcastable to (T, E): what a noisy logit had to reach to be chosen; None without noise.
+        threshold_TE: float32, broadcastable to (T, E): what a noisy logit had to reach to be chosen; or None.
     """
 
     token_index_N: Tensor
@@ -75,7 +75,8 @@ class Routing:
 
     def detach(self) -> Routing:
         """The same decision without its graph."""
-        return replace(self, **{k: v.detach() for k, v in vars(self).items() if isinstance(v, Tensor)})
+        detached: dict[str, Any] = {k: v.detach() for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **detached)
 
 
 @dataclass(frozen=True)
@@ -162,8 +163,8 @@ class Tape:
     @staticmethod
     def clean_name(name: str) -> str:
         """A module's dotted name without the levels that DDP, ``torch.compile`` and checkpoint wrappers add."""
-        inner = name.removeprefix("module.")
-        return ".".join(p for p in inner.split(".") if p not in ("_orig_mod", "_checkpoint_wrapped_module"))
+        parts = [p for p in name.split(".") if p not in ("_orig_mod", "_checkpoint_wrapped_module")]
+        return ".".join(parts[1:] if parts[0:1] == ["module"] else parts)
 
     @property
     def entries(self) -> tuple[Entry, ...]:

@@ -6,7 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from .contract import RowPlan, Rows, Routing
+from .contract import Routing, RowPlan, Rows
 from .kernels import eager
 
 

@@ -1,4 +1,4 @@
-"""Experts with stacked parameters: one tensor holds a weight of all E experts. Each config lies beside what it builds."""
+"""Experts with stacked parameters: one tensor holds a weight of all E experts. A config lies beside what it builds."""
 
 from __future__ import annotations
 
@@ -22,6 +22,10 @@ class Experts(nn.Module):
     """
 
     def forward(self, rows: Rows) -> Rows:
+        raise NotImplementedError
+
+    def dense(self, x: Tensor) -> Tensor:
+        """Every token through every expert, summed: how shared experts run. (..., D) to (..., D_out)."""
         raise NotImplementedError
 
 
@@ -79,7 +83,6 @@ class FFNExperts(Experts):
         return rows.with_output(y, weighted=True, combined=not rows.gathered)
 
     def dense(self, x: Tensor) -> Tensor:
-        """Every token through every expert, summed: how shared experts run. (..., D) to (..., D_out)."""
         act = ACTIVATIONS[self.activation]
         y = None
         for e in range(self.num_experts):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .contract import Entry, RoutingContext, Tape
 from .dispatch import Dispatcher, LocalDispatcher
-from .experts import Experts, FFNExperts
+from .experts import Experts
 from .routing.balance import TERMS, Balance, balance_sums, balance_terms
 from .routing.router import Router
 
@@ -82,7 +82,7 @@ class MoE(MoELayer):
         experts: Experts,
         balance: Balance = Balance(),
         dispatcher: Dispatcher | None = None,
-        shared_experts: FFNExperts | None = None,
+        shared_experts: Experts | None = None,
         *,
         num_experts: int,
         pairs_per_token: float,
@@ -186,7 +186,8 @@ def aux_losses(tape: Tape) -> AuxLosses:
             if name in wanted:  # a term of weight 0 is not in the graph: it could be NaN
                 seen.setdefault(name, []).append(value.detach())
                 total = weights[name] * value if total is None else total + weights[name] * value
-    assert total is not None
+    if total is None:  # a load term alone, in evaluation
+        return AuxLosses(torch.zeros(()), {})
     if world > 1:
         # Each rank holds only its own tokens' part of the gradient, and DDP averages: the mean of world * parts is it.
         total = total.detach() + world * (total - total.detach())
@@ -216,10 +217,10 @@ def update_expert_bias(model: nn.Module, tape: Tape) -> None:
         model: the recorded model, or the same one wrapped.
         tape: the passes since the last step.
     """
-    layers = {name: m for name, m in moe_layers(model).items() if m.training and m.router.expert_bias is not None}
-    if not layers:
+    layers = {name: m for name, m in moe_layers(model).items() if m.training}
+    loads = {n: torch.zeros_like(m.router.expert_bias) for n, m in layers.items() if m.router.expert_bias is not None}
+    if not loads:
         return
-    loads = {name: torch.zeros_like(m.router.expert_bias) for name, m in layers.items()}
     for name, load in loads.items():
         for entry in tape.entries:
             if entry.name == Tape.clean_name(name):
@@ -228,8 +229,8 @@ def update_expert_bias(model: nn.Module, tape: Tape) -> None:
         flat = torch.cat(list(loads.values()))
         dist.all_reduce(flat)
         loads = dict(zip(loads, flat.split([len(v) for v in loads.values()]), strict=True))
-    for name, layer in layers.items():
-        layer.router.update_expert_bias(loads[name])
+    for name, load in loads.items():
+        layers[name].router.update_expert_bias(load)
 
 
 @contextlib.contextmanager

@@ -4,13 +4,15 @@
 # PYTHON  the interpreter for .venv, or "auto": the first one on PATH that fits
 # PARTS   "cuda", "cpu", or "auto": cuda where nvidia-smi lists a GPU
 #
-# Two marks lie in .venv: `unfinished` from its first moment to the end of a successful run, so that a venv which was
-# cut off half-way is made anew; `ready`, written last, which make compares with the files that say what to install.
+# Two marks lie in .venv. `unfinished` is there while a run lasts, so that a venv whose run was killed is made anew; pip
+# leaves a venv whole when it reports an error, so then only `ready` is missing and the next run goes on from there.
+# `ready` is written last, and make compares it with the files that say what to install.
 set -eu
 
 python=$1 parts=$2
 shift 2
 venv=.venv
+on_error=:  # what else to do when a step fails
 
 say() { printf '%s\n' "$*"; }
 die() { printf 'set-up: %s\n' "$*" >&2; exit 1; }
@@ -20,7 +22,7 @@ step() {
     text=$1; shift
     printf '%-72s' "$text ..."
     begin=$(date +%s)
-    "$@" || { printf '\n'; die "stopped at \"$text\": the lines above say why"; }
+    "$@" || { printf '\n'; $on_error; die "stopped at \"$text\": the lines above say why"; }
     printf '%4d s\n' "$(($(date +%s) - begin))"
 }
 
@@ -50,7 +52,7 @@ torch_brings_cuda() {
 }
 
 install() { "$venv/bin/python" -m pip install --quiet --no-input --disable-pip-version-check "$@"; }
-check() { "$venv/bin/python" -m pip check >"$venv/check.log" 2>&1 || { printf '\n'; cat "$venv/check.log"; return 1; }; }
+check() { report=$("$venv/bin/python" -m pip check 2>&1) || { printf '\n%s\n' "$report"; return 1; }; }
 
 case $parts in
     cpu | cuda) ;;
@@ -66,22 +68,24 @@ if [ ! -e "$venv" ]; then
     find_python
     mkdir "$venv"
     : >"$venv/unfinished"
-    step "Making $venv with $("$python" -c 'import sys; print("Python %d.%d.%d" % sys.version_info[:3])')" "$python" -m venv "$venv"
+    step "Making $venv with $("$python" --version)" "$python" -m venv "$venv"
 fi
 : >"$venv/unfinished"
 rm -f "$venv/ready"
+on_error="rm -f $venv/unfinished"
 
 if [ "$parts" = cuda ]; then
-    step "Installing moesaic with the CUDA parts (a download of some 4 GB)" install "$@" -e ".[dev]"
+    step "Installing moesaic with the CUDA parts" install "$@" -e ".[dev]"
 else
     if [ "$(uname -s)" = Linux ] && torch_brings_cuda "$@"; then
-        say "Note: no GPU here, yet the package index offers a torch that brings CUDA libraries, about 3 GB. It works on"
-        say "      a CPU too. To get the small CPU build instead, stop now (Ctrl-C) and name an index of CPU wheels:"
-        say "      make setup PIP_ARGS='--index-url URL --extra-index-url URL'    (README.md, under set-up)"
+        say "Note: no GPU here, yet the package index offers a torch that brings CUDA libraries, about 3 GB. It works"
+        say "      on a CPU too. To get the small CPU build instead, stop now (Ctrl-C) and name an index of CPU wheels:"
+        say "      make setup PIP_ARGS='--extra-index-url URL'"
     fi
-    step "Installing moesaic with the CPU parts" install "$@" ./packaging/fbgemm-gpu-cpu -e ".[dev]"
+    step "Installing moesaic with the CPU parts" \
+        install "$@" ./packaging/fbgemm-gpu-cpu -e ".[dev]"
 fi
 step "Checking that the packages fit together (pip check)" check
-rm -f "$venv/unfinished" "$venv/check.log"
+rm -f "$venv/unfinished"
 : >"$venv/ready"
 say "Set-up done in $(($(date +%s) - begin_all)) s: source $venv/bin/activate, then moesaic --help"

@@ -54,7 +54,7 @@ class ImageBatch(NamedTuple):
 
     image: Tensor
     label: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index
 
 
 # --- batches --------------------------------------------------------------------------------------------------------
@@ -365,7 +365,7 @@ class VisionData(LightningDataModule):
         random_erasing: probability of blanking a random box.
         mixup_alpha: of mixup's Beta distribution; labels become soft. 0: off.
         cutmix_alpha: of CutMix's Beta distribution; with mixup as well, each batch takes one of the two. 0: off.
-        eval_crop: for folders of images: scale to image_size / eval_crop and keep the centre; 0.875 is usual on ImageNet.
+        eval_crop: for folders of images: scale to image_size / eval_crop, keep the centre; ImageNet: 0.875.
         mean: of each channel, pixels in [0, 1], for normalising; default the dataset's, ImageNet's for folders.
         std: standard deviation of each channel, likewise.
         drop_last: leave out the last training batch of an epoch if it is not full.
@@ -482,7 +482,7 @@ class VisionData(LightningDataModule):
             seed=self.seed,
             shuffle=not overfit,
             drop_last=self.drop_last,
-            collate_fn=self._collate(train=True),
+            collate_fn=self._collate(train=True),  # type: ignore[arg-type]  # __getitems__ stacks
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
         )
@@ -511,8 +511,8 @@ class VisionData(LightningDataModule):
         # A plain DataLoader: Lightning gives it the sampler that a distributed or a predicting run needs.
         return DataLoader(
             images,
-            self.eval_batch_size,
-            collate_fn=self._collate(train=False),
+            batch_size=self.eval_batch_size,
+            collate_fn=self._collate(train=False),  # type: ignore[arg-type]  # __getitems__ stacks
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             generator=torch.Generator(),  # starting a pass must not move the model's generator
@@ -535,10 +535,10 @@ class VisionData(LightningDataModule):
     def _file_transform(self, train: bool) -> v2.Compose:
         size = self.image_size
         if train and self.random_resized_crop is not None:
-            cut: list[Any] = [v2.RandomResizedCrop(size, scale=(self.random_resized_crop, 1.0), antialias=True)]
+            cut: list[Any] = [v2.RandomResizedCrop(size, scale=(self.random_resized_crop, 1.0))]
         else:
             cut = [v2.Resize(size if train else round(size / self.eval_crop)), v2.CenterCrop(size)]
-        return v2.Compose([*cut, v2.PILToTensor()])
+        return v2.Compose(cut)
 
     def _count_val(self, num_train: int) -> int:
         size = 0.1 if self.val_size is None else self.val_size

@@ -170,9 +170,9 @@ def capacity_sweep(
 ) -> tuple[CapacityPoint, ...]:
     """Accuracy against FLOPs as the evaluation capacity falls (V-MoE, 2106.05974, section 4.1 and figure 8).
 
-    Below a factor of 1 some pairs must be dropped: by position whatever they show, by score those the router cares least
-    for. Images of a batch compete for capacity where the layer's group is the batch, so a point depends on the batches,
-    which are the same for all points.
+    Below a factor of 1 some pairs must be dropped: by position whatever they show, by score those the router cares for
+    least. Where the layer's group is the batch its images compete for capacity, so a point depends on the batches: they
+    are the same for all points.
 
     Args:
         model: with MoE layers; in evaluation mode.
@@ -368,7 +368,7 @@ class VisionReport(Callback):
             )
         print_table(
             "Capacity sweep at inference",
-            ("capacity factor", "dropped, %", "MFLOPs an image", "top-1 by position, %", "top-1 batch-prioritised, %"),
+            ("capacity", "dropped, %", "MFLOPs/image", "top-1, %", "with batch priority, %"),
             rows,
         )
         records = [{f.name: getattr(p, f.name) for f in fields(p)} for p in points]

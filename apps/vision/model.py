@@ -77,6 +77,9 @@ class ViTConfig:
     """Dropout after the attention projection and in the dense FFNs; experts have none."""
     attn_drop: float = 0.0
     """Dropout of the attention weights."""
+    fused_attn: bool | None = None
+    """Use torch's fused attention; None: timm's choice. With False its products are explicit: on a CPU a training step
+    at 50 tokens was then 1.7 times as fast in bfloat16 (1.0 in float32), and 1.2 times at 16 tokens in float32."""
     weight_init: Literal["", "jax", "moco"] = ""
     """timm's scheme of initial weights."""
 
@@ -201,8 +204,8 @@ class VMoE(VisionTransformer):
         in_chans: channels of an image.
         num_classes: classes; 0 leaves the head out.
         moe: the MoE layer; None: a dense model.
-        moe_blocks: which blocks; see ``resolve_blocks``. "last2" is V-MoE's Last-2. A dense model uses it only to
-            know which blocks ``replaced_hidden_dim`` widens.
+        moe_blocks: which blocks; see ``resolve_blocks``. "last2" is V-MoE's Last-2. In a dense model: which blocks
+            ``replaced_hidden_dim`` widens.
         replaced_hidden_dim: FFN hidden dim of those blocks in a dense model; None: that of the other blocks. With
             ``moe`` it is refused: the experts' own hidden dim says it.
 
@@ -239,7 +242,8 @@ class VMoE(VisionTransformer):
                 raise ValueError(f"{name}={value} must be at least {least}")
         if image_size % vit.patch_size:
             raise ValueError(f"image_size={image_size} is not divisible by patch_size={vit.patch_size}")
-        replaced = resolve_blocks(moe_blocks, vit.num_blocks)
+        plain = moe is None and replaced_hidden_dim is None
+        replaced = () if plain else resolve_blocks(moe_blocks, vit.num_blocks)
         if moe is not None and replaced_hidden_dim is not None:
             raise ValueError(
                 f"replaced_hidden_dim={replaced_hidden_dim} is for a dense model: with moe, set moe.expert.hidden_dim"
@@ -282,6 +286,9 @@ class VMoE(VisionTransformer):
             block_fn=block_fn,
             mlp_layer=Mlp,
         )
+        if vit.fused_attn is not None:
+            for block in self.blocks:
+                block.attn.fused_attn = vit.fused_attn
         self.vit = vit
         self.moe = moe
         self.moe_blocks = replaced

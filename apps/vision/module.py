@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -18,6 +16,8 @@ import core
 from apps.training import Baseline, OptimizerConfig, SparseModule, TaskOutput
 from apps.vision.evaluation import ReportConfig, VisionReport, hard_labels
 from apps.vision.model import ViTConfig, VMoE, load_pretrained_weights
+
+_REPORT = ReportConfig()
 
 
 @dataclass(frozen=True)
@@ -75,10 +75,8 @@ class VisionClassifier(SparseModule):
         grad_checkpointing: bool = False,
         optimizer: OptimizerConfig | None = None,
         ema_decay: float | None = None,
-        report: ReportConfig | None = None,
+        report: ReportConfig | None = _REPORT,
     ) -> None:
-        # A checkpoint's hyperparameters come as plain dicts.
-        vit, moe, optimizer, report = (_from_plain(v) for v in (vit, moe, optimizer, report))
         super().__init__(optimizer=optimizer, ema_decay=ema_decay)
         if not 0.0 <= label_smoothing < 1.0:
             raise ValueError(f"label_smoothing={label_smoothing} is not in [0, 1)")
@@ -220,19 +218,3 @@ class _Dense:
             ema_decay=s.ema_decay,
             report=s.report,
         )
-
-
-def _from_plain(value: Any) -> Any:
-    """A config dataclass of what ``apps.training.to_plain`` made of it; other values as they are."""
-    if isinstance(value, Mapping) and "class_path" in value:
-        module, _, name = value["class_path"].rpartition(".")
-        try:
-            kind = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError, ValueError):
-            raise ValueError(f"class_path={value['class_path']!r} cannot be imported") from None
-        if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
-            raise ValueError(f"class_path={value['class_path']!r} is not a config")
-        return kind(**{k: _from_plain(v) for k, v in value.get("init_args", {}).items()})
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return tuple(_from_plain(v) for v in value)
-    return value

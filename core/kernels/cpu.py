@@ -3,22 +3,29 @@
 Decisions, each measured at T=4096, D=512 on 2 cores with ``benchmarks/layer.py``:
 
 - A loop of plain matrix products beats ``grouped_mm`` on CPU, the more the smaller the experts (1.2x against 1.6x of a
-  dense FFN's time at E=64, K=8, F=256): gather, activation, gate and sum of a block run on rows that are still in cache.
-- Blocks of ``BLOCK`` rows. Smaller ones pay for kernel starts and for adding up the weight gradients, larger ones leave
-  the cache. Padding blocks to a multiple of 32 or 64 rows, to reuse oneDNN's compiled kernels, was slower.
-- The gate multiplies the narrower of the two sides of the second product. Its gradient comes from the activation side,
-  ``<dy w_out^T, h> + <dy, b_out>`` (arXiv 2512.14080, section 3), so only ``x`` and the pre-activations are kept.
-- Sums over a token's rows are kept in float32 when the products are in half precision.
+  dense FFN's time at E=64, K=8, F=256): gather, activation, gate and sum of a block run on rows still in cache.
+- Blocks of about ``BLOCK`` rows. Smaller ones pay for kernel starts and for adding up the weight gradients, larger ones
+  leave the cache. An expert's blocks are equal: a full block and a sliver are slower than two halves.
+- In half precision oneDNN compiles a kernel for each new shape (0.8 ms, as long as two products of 512 rows), and a
+  dropless router makes new shapes every step: products run on a multiple of ``TILE`` rows. The rows past a block's end
+  are its neighbours'; what they would add to a weight gradient is set to zero, and of the rest nothing is read.
+- The gate's gradient comes from the activation side, ``<dy w_out^T, h> + <dy, b_out>`` (arXiv 2512.14080, section 3),
+  so only ``x`` and the pre-activations are kept.
+- A token's rows are summed in float32, block by block from cache; in half precision the gate rides on the conversion.
+  Writing all rows out and summing them with ``embedding_bag`` was slower: 33 MB of fresh pages cost 20 ms.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .eager import ACTIVATIONS, accumulate_dtype, combine, sort_pairs, topk_gate
 
-BLOCK = 512
+BLOCK = 1024
+TILE = 32
 
 
 def supports(device_type: str, dtype: torch.dtype) -> bool:
@@ -33,17 +40,81 @@ def _activation_backward(grad: Tensor, pre: Tensor, activation: str) -> Tensor:
     return torch.ops.aten.threshold_backward(grad, pre, 0)
 
 
-def _blocks(offsets_E: Tensor) -> list[tuple[int, int, int]]:
-    """(expert, first row, end) of each block; an expert's blocks are neighbours."""
-    blocks, start = [], 0
+def _tile(dtype: torch.dtype) -> int:
+    return TILE if dtype in (torch.bfloat16, torch.float16) else 1
+
+
+class _Block(NamedTuple):
+    """Rows ``start`` to ``end`` of one expert; products run up to ``stop``, the end rounded up to the tile."""
+
+    expert: int
+    start: int
+    end: int
+    stop: int
+    first: bool
+    last: bool
+
+
+def _blocks(offsets_E: Tensor, tile: int) -> list[_Block]:
+    """Each expert's rows in equal blocks, in the order of the rows."""
+    blocks, begin = [], 0
     for e, end in enumerate(offsets_E.tolist()):
-        # Equal halves rather than a full block and a sliver: short products are slow.
-        count = -(-(end - start) // BLOCK)
+        rows = end - begin
+        count = max(1, round(rows / BLOCK)) if rows else 0
         for i in range(count):
-            first = start + (end - start) * i // count
-            blocks.append((e, first, start + (end - start) * (i + 1) // count))
-        start = end
+            start, stop = begin + rows * i // count, begin + rows * (i + 1) // count
+            blocks.append(_Block(e, start, stop, start - (start - stop) // tile * tile, i == 0, i == count - 1))
+        begin = end
     return blocks
+
+
+class _RowSum:
+    """Adds gated rows to their tokens, in the accumulating dtype."""
+
+    def __init__(self, like: Tensor, width: int, blocks: list[_Block]) -> None:
+        self.dtype = like.dtype
+        self.y = like.new_zeros(like.shape[0], width, dtype=accumulate_dtype(like.dtype))
+        longest = max((b.end - b.start for b in blocks), default=0)
+        # One buffer for all blocks stays in cache and is not asked of the system again and again.
+        self.buffer = None if self.y.dtype == like.dtype else self.y.new_empty(longest, width)
+
+    def add(self, index: Tensor | None, start: int, end: int, y_b: Tensor, gates: Tensor) -> None:
+        y_b = torch.mul(y_b, gates, out=y_b if self.buffer is None else self.buffer[: end - start])
+        if index is None:
+            self.y[start:end] = y_b
+        else:
+            self.y.index_add_(0, index[start:end], y_b)
+
+    def result(self) -> Tensor:
+        return self.y.to(self.dtype)
+
+
+class _WeightGrad:
+    """The gradient of a stacked weight, expert by expert; experts without rows get zeros."""
+
+    def __init__(self, like: Tensor | None, empty: Tensor) -> None:
+        self.dw = empty if like is None else torch.empty_like(like)
+        self.begun = 0  # experts written so far
+        # Adding up blocks in half precision would round each time.
+        half = like is not None and accumulate_dtype(like.dtype) != like.dtype
+        self.sum = torch.empty_like(like[0], dtype=torch.float32) if like is not None and half else None
+
+    def add(self, block: _Block, left: Tensor, right: Tensor) -> None:
+        dw = self.dw[block.expert]
+        self.dw[self.begun : block.expert].zero_()
+        self.begun = block.expert + 1
+        if (block.first and block.last) or self.sum is None:
+            torch.mm(left.t(), right, out=dw) if block.first else dw.addmm_(left.t(), right)
+            return
+        part = left.t() @ right
+        self.sum.copy_(part) if block.first else self.sum.add_(part)
+        if block.last:
+            dw.copy_(self.sum)
+
+    def result(self) -> Tensor:
+        if self.dw.ndim == 3:
+            self.dw[self.begun :].zero_()
+        return self.dw
 
 
 @torch.library.custom_op("moesaic::cpu_expert_ffn", mutates_args=(), device_types="cpu")
@@ -60,43 +131,44 @@ def _cpu_expert_ffn(
     activation: str,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    R, F, D_out = gates_R.shape[0], w_in.shape[-1], w_out.shape[-1]
-    act = ACTIVATIONS[activation]
-    gates = gates_R.to(x.dtype).unsqueeze(-1)
-    y = x.new_zeros(x.shape[0], D_out, dtype=accumulate_dtype(x.dtype))
-    pre = x.new_empty(R if keep else 0, F)
-    pre_gate = x.new_empty(R if keep and w_gate is not None else 0, F)
-    for e, start, end in _blocks(offsets_E):
-        index = None if row_index_R is None else row_index_R[start:end]
-        x_b = x[start:end] if index is None else x.index_select(0, index)
-        a = torch.mm(x_b, w_in[e], out=pre[start:end]) if keep else x_b @ w_in[e]
+    R, width, D_out = gates_R.shape[0], w_in.shape[-1], w_out.shape[-1]
+    act, tile = ACTIVATIONS[activation], _tile(x.dtype)
+    index_R = None if row_index_R is None else _past_the_end(row_index_R, tile)
+    x_full = _past_the_end(x, tile) if index_R is None else x
+    gates = gates_R.unsqueeze(-1)
+    blocks = _blocks(offsets_E, tile)
+    total = _RowSum(x, D_out, blocks)
+    kept = R + tile - 1 if keep else 0
+    pre, pre_gate = x.new_empty(kept, width), x.new_empty(kept if w_gate is not None else 0, width)
+    for e, start, end, stop, *_ in blocks:
+        x_b = x_full[start:stop] if index_R is None else x.index_select(0, index_R[start:stop])
+        # Blocks run in the order of their rows, so what a tile writes past its end is written over by the next.
+        a = torch.mm(x_b, w_in[e], out=pre[start:stop]) if keep else x_b @ w_in[e]
         if b_in is not None:
             a.add_(b_in[e])
         if w_gate is None:
             h = act(a)
         else:
-            u = torch.mm(x_b, w_gate[e], out=pre_gate[start:end]) if keep else x_b @ w_gate[e]
+            u = torch.mm(x_b, w_gate[e], out=pre_gate[start:stop]) if keep else x_b @ w_gate[e]
             h = act(u).mul_(a)
-        if F <= D_out and b_out is None:
-            y_b = h.mul_(gates[start:end]) @ w_out[e]
-        else:
-            y_b = h @ w_out[e] if b_out is None else torch.addmm(b_out[e], h, w_out[e])
-            y_b.mul_(gates[start:end])
-        if index is None:
-            y[start:end] = y_b
-        else:
-            y.index_add_(0, index, y_b.to(y.dtype))
-    return y.to(x.dtype), pre, pre_gate
+        y_b = h @ w_out[e] if b_out is None else torch.addmm(b_out[e], h, w_out[e])
+        total.add(index_R, start, end, y_b[: end - start], gates[start:end])
+    return total.result(), pre, pre_gate
 
 
 @_cpu_expert_ffn.register_fake
 def _(x, row_index_R, offsets_E, gates_R, w_in, w_out, b_in, b_out, w_gate, activation, keep):
-    R, F = gates_R.shape[0], w_in.shape[-1]
+    kept, width = gates_R.shape[0] + _tile(x.dtype) - 1 if keep else 0, w_in.shape[-1]
     return (
         x.new_empty(x.shape[0], w_out.shape[-1]),
-        x.new_empty(R if keep else 0, F),
-        x.new_empty(R if keep and w_gate is not None else 0, F),
+        x.new_empty(kept, width),
+        x.new_empty(kept if w_gate is not None else 0, width),
     )
+
+
+def _past_the_end(rows: Tensor, tile: int) -> Tensor:
+    """A tile's worth of zeros appended, so that the last block can be read past its end."""
+    return rows if tile == 1 else torch.cat((rows, rows.new_zeros(tile - 1, *rows.shape[1:])))
 
 
 @torch.library.custom_op("moesaic::cpu_expert_ffn_backward", mutates_args=(), device_types="cpu")
@@ -115,112 +187,89 @@ def _cpu_expert_ffn_backward(
     pre_gate: Tensor,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    F, D_out = w_in.shape[-1], w_out.shape[-1]
-    act = ACTIVATIONS[activation]
-    gates = gates_R.to(x.dtype).unsqueeze(-1)
-    dx = x.new_zeros(x.shape, dtype=accumulate_dtype(x.dtype))
+    act, tile = ACTIVATIONS[activation], _tile(x.dtype)
+    index_R = None if row_index_R is None else _past_the_end(row_index_R, tile)
+    x_full, dy_full = (_past_the_end(t, tile) if index_R is None else t for t in (x, dy))
+    gates = gates_R.unsqueeze(-1)
+    # The weight gradients scale the narrower of their two factors.
+    narrow = w_in.shape[-1] <= w_out.shape[-1]
+    blocks = _blocks(offsets_E, tile)
+    total = _RowSum(x, x.shape[-1], blocks)
     dgates = torch.zeros_like(gates_R)
-    dw_in, dw_out = torch.empty_like(w_in), torch.empty_like(w_out)
-    dw_gate = x.new_empty(0) if w_gate is None else torch.empty_like(w_gate)
-    db_in = x.new_empty(0) if b_in is None else torch.zeros_like(b_in)
-    db_out = x.new_empty(0) if b_out is None else torch.zeros_like(b_out)
-    written = -1  # the last expert whose weight gradients were begun
-    for e, start, end in _blocks(offsets_E):
-        index = None if row_index_R is None else row_index_R[start:end]
-        x_b = x[start:end] if index is None else x.index_select(0, index)
-        dy_b = dy[start:end] if index is None else dy.index_select(0, index)
-        a, g = pre[start:end], gates[start:end]
+    dw_in, dw_out, dw_gate = (_WeightGrad(w, x.new_empty(0)) for w in (w_in, w_out, w_gate))
+    db_in, db_out = (x.new_empty(0) if b is None else torch.zeros_like(b, dtype=total.y.dtype) for b in (b_in, b_out))
+    for block in blocks:
+        e, start, end, stop, *_ = block
+        rows = end - start
+        # Copies, for they are written to below.
+        x_b = x_full[start:stop].clone() if index_R is None else x.index_select(0, index_R[start:stop])
+        dy_b = dy_full[start:stop].clone() if index_R is None else dy.index_select(0, index_R[start:stop])
+        a, g = pre[start:stop], gates[start:end].to(x.dtype)
         if w_gate is None:
             h = act(a)
         else:
-            s = act(pre_gate[start:end])
+            s = act(pre_gate[start:stop])
             h = s * a
         dh = dy_b @ w_out[e].t()
-        dg = torch.sum(dh * h, -1)
+        dg = torch.sum(dh[:rows] * h[:rows], -1)
         if b_out is not None:
-            dg += dy_b @ b_out[e]
-            db_out[e] += (dy_b * g).sum(0)
+            dg += dy_b[:rows] @ b_out[e]
+            db_out[e] += (dy_b[:rows] * g).sum(0, dtype=db_out.dtype)
         dgates[start:end] = dg
         if w_gate is None:
             da, du = _activation_backward(dh, a, activation), None
+            dx_b = da @ w_in[e].t()
         else:
-            da, du = dh * s, _activation_backward(dh.mul_(a), pre_gate[start:end], activation)
-        if F <= D_out and b_in is None:
-            h.mul_(g), da.mul_(g)
-            if du is not None:
-                du.mul_(g)
-            xg_b, dyg_b, scale = x_b, dy_b, None
-        else:
-            xg_b, dyg_b, scale = x_b * g, dy_b * g, g
-        fresh = e != written
-        for dw, left, right in ((dw_out, h, dyg_b), (dw_in, xg_b, da), (dw_gate, xg_b, du)):
-            if right is not None:
-                torch.mm(left.t(), right, out=dw[e]) if fresh else dw[e].addmm_(left.t(), right)
+            da, du = dh * s, _activation_backward(dh.mul_(a), pre_gate[start:stop], activation)
+            dx_b = (da @ w_in[e].t()).addmm_(du, w_gate[e].t())
+        total.add(index_R, start, end, dx_b[:rows], gates[start:end])
         if b_in is not None:
-            db_in[e] += (da * g).sum(0)
-        for unused in range(written + 1, e):
-            _zero(unused, dw_in, dw_out, dw_gate)
-        written = e
-        dx_b = da @ w_in[e].t()
-        if du is not None:
-            dx_b.addmm_(du, w_gate[e].t())
-        if scale is not None:
-            dx_b.mul_(scale)
-        if index is None:
-            dx[start:end] = dx_b
+            db_in[e] += (da[:rows] * g).sum(0, dtype=db_in.dtype)
+        if narrow:
+            for t in (h, da) if du is None else (h, da, du):
+                t[:rows].mul_(g)
         else:
-            dx.index_add_(0, index, dx_b.to(dx.dtype))
-    for unused in range(written + 1, w_in.shape[0]):
-        _zero(unused, dw_in, dw_out, dw_gate)
-    return dx.to(x.dtype), dgates, dw_in, dw_out, db_in, db_out, dw_gate
-
-
-def _zero(e: int, *grads: Tensor) -> None:
-    for grad in grads:
-        if grad.numel():
-            grad[e].zero_()
+            dy_b[:rows].mul_(g), x_b[:rows].mul_(g)
+        # Rows past the block are another expert's, or padding that may hold NaN: they must not reach the sums over
+        # rows. Both factors are cleared, for 0 * NaN is NaN.
+        if stop > end:
+            for t in (h, da, x_b, dy_b) if du is None else (h, da, du, x_b, dy_b):
+                t[rows:].zero_()
+        dw_out.add(block, h, dy_b)
+        dw_in.add(block, x_b, da)
+        if du is not None:
+            dw_gate.add(block, x_b, du)
+    return (
+        total.result(),
+        dgates,
+        dw_in.result(),
+        dw_out.result(),
+        db_in.to(x.dtype),
+        db_out.to(x.dtype),
+        dw_gate.result(),
+    )
 
 
 @_cpu_expert_ffn_backward.register_fake
 def _(dy, x, row_index_R, offsets_E, gates_R, w_in, w_out, b_in, b_out, w_gate, pre, pre_gate, activation):
-    def like(t: Tensor | None) -> Tensor:
-        return x.new_empty(0) if t is None else torch.empty_like(t)
-
-    return (
-        x.new_empty(x.shape),
-        torch.empty_like(gates_R),
-        like(w_in),
-        like(w_out),
-        like(b_in),
-        like(b_out),
-        like(w_gate),
-    )
+    weights = (w_in, w_out, b_in, b_out, w_gate)
+    grads = (x.new_empty(0) if w is None else torch.empty_like(w) for w in weights)
+    return (x.new_empty(x.shape), torch.empty_like(gates_R), *grads)
 
 
 def _setup(ctx, inputs, output):
-    x, row_index_R, offsets_E, gates_R, w_in, w_out, b_in, b_out, w_gate, ctx.activation, keep = inputs
+    *tensors, ctx.activation, _ = inputs
     _, pre, pre_gate = output
     ctx.mark_non_differentiable(pre, pre_gate)
-    ctx.save_for_backward(x, row_index_R, offsets_E, gates_R, w_in, w_out, b_in, b_out, w_gate, pre, pre_gate)
+    ctx.save_for_backward(*tensors, pre, pre_gate)
 
 
 def _backward(ctx, dy, _dpre, _dpre_gate):
     saved = ctx.saved_tensors
-    dx, dgates, dw_in, dw_out, db_in, db_out, dw_gate = _cpu_expert_ffn_backward(dy.contiguous(), *saved, ctx.activation)
-    _, _, _, _, _, _, b_in, b_out, w_gate, _, _ = saved
-    return (
-        dx,
-        None,
-        None,
-        dgates,
-        dw_in,
-        dw_out,
-        None if b_in is None else db_in,
-        None if b_out is None else db_out,
-        None if w_gate is None else dw_gate,
-        None,
-        None,
-    )
+    dx, dgates, *dweights = _cpu_expert_ffn_backward(dy.contiguous(), *saved, ctx.activation)
+    weights = saved[4:9]  # w_in, w_out, b_in, b_out, w_gate
+    dweights = [None if w is None else dw for w, dw in zip(weights, dweights, strict=True)]
+    return dx, None, None, dgates, *dweights, None, None
 
 
 _cpu_expert_ffn.register_autograd(_backward, setup_context=_setup)
@@ -244,9 +293,7 @@ def expert_ffn(
     """As ``eager.expert_ffn``. Memory kept for the backward: ``x`` and (R, F) pre-activations."""
     inputs = (x, gates_R, w_in, w_out, b_in, b_out, w_gate)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-    return _cpu_expert_ffn(
-        x, row_index_R, offsets_E, gates_R, w_in, w_out, b_in, b_out, w_gate, activation, keep
-    )[0]
+    return _cpu_expert_ffn(x, row_index_R, offsets_E, gates_R, w_in, w_out, b_in, b_out, w_gate, activation, keep)[0]
 
 
 __all__ = ["combine", "expert_ffn", "sort_pairs", "supports", "topk_gate"]

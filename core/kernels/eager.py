@@ -26,7 +26,7 @@ def supports(device_type: str, dtype: torch.dtype) -> bool:
 
 @dataclass(frozen=True)
 class TopK:
-    """What ``topk_gate`` decides: ``scores_TE`` of all experts, ``expert_ids_TK`` and ``gates_TK`` of the chosen ones."""
+    """What ``topk_gate`` decides: the scores of all experts, ids and gates of the chosen ones."""
 
     scores_TE: Tensor
     expert_ids_TK: Tensor
@@ -50,7 +50,7 @@ def topk_gate(
         logits_TE: float32 (T, E).
         top_k: experts per token.
         score_func: "softmax" or "sigmoid".
-        normalize: gates of a token are divided by their sum; for softmax scores this is the softmax of the chosen logits.
+        normalize: a token's gates are divided by their sum; for softmax scores: the softmax of the chosen logits.
         bias_E: float32 (E,), added to the scores for the choice alone (aux-loss-free balancing, arXiv 2408.15664).
         num_groups, limited_groups: the choice is limited to the ``limited_groups`` of ``num_groups`` equal groups of
             experts whose two best biased scores sum highest (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
@@ -117,10 +117,23 @@ def capacity_ranks(expert_ids_N: Tensor, priority_N: Tensor, num_experts: int) -
     return torch.empty_like(place).scatter_(0, by_queue, place)
 
 
-def capacity(factor: float, top_k: int, num_tokens: int | Tensor, num_experts: int) -> int | Tensor:
-    """``ceil(factor * top_k * num_tokens / num_experts)`` in whole numbers: 1.1 * 10 stays 11, not 12."""
-    ratio = Fraction(str(factor)) * top_k / num_experts
-    return -((-num_tokens * ratio.numerator) // ratio.denominator)
+def whole_ratio(factor: float) -> tuple[int, int]:
+    """The factor as it is written, in whole numbers: 1.1 is 11 / 10, and 0.3333333333333333 is 1 / 3."""
+    # A bounded denominator: 16 digits times the tokens would overflow int64.
+    return Fraction(str(factor)).limit_denominator(10**9).as_integer_ratio()
+
+
+def capacity(ratio: tuple[int, int], top_k: int, num_tokens: int | Tensor, num_experts: int) -> int | Tensor:
+    """``ceil(factor * top_k * num_tokens / num_experts)`` in whole numbers: 1.1 * 10 stays 11, not 12.
+
+    Args:
+        ratio: ``whole_ratio`` of the factor.
+        top_k: experts per token.
+        num_tokens: real tokens of a group, or int64 of several.
+        num_experts: E.
+    """
+    over, under = ratio
+    return -((-num_tokens * (over * top_k)) // (under * num_experts))
 
 
 def expert_ffn(
@@ -140,7 +153,8 @@ def expert_ffn(
 ) -> Tensor:
     """``y_t = sum of g_r * f_e(x_t)`` over the rows ``r`` of token ``t``, with ``e`` the expert of row ``r``.
 
-    ``f_e(x) = act(x w_in + b_in) w_out + b_out``, or with ``w_gate`` ``(act(x w_gate) * (x w_in + b_in)) w_out + b_out``.
+    ``f_e(x) = act(x w_in + b_in) w_out + b_out``, or with ``w_gate``
+    ``(act(x w_gate) * (x w_in + b_in)) w_out + b_out``.
 
     Args:
         x: (T, D) tokens.

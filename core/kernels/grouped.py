@@ -82,6 +82,11 @@ def _backward(ctx, dy_R):
 grouped_mm.register_autograd(_backward, setup_context=_setup)
 
 
+def _bias_rows(bias: Tensor, expert_R: Tensor) -> Tensor:
+    """The bias of each row, (R, F). Its gradient is a sum over rows, kept in float32 like every other."""
+    return bias.to(accumulate_dtype(bias.dtype)).index_select(0, expert_R).to(bias.dtype)
+
+
 def expert_ffn(
     x: Tensor,
     row_index_R: Tensor | None,
@@ -102,17 +107,15 @@ def expert_ffn(
     x_R = x if row_index_R is None else x.index_select(0, row_index_R)
     live_R = torch.arange(x_R.shape[0], device=x.device) < offsets_E[-1]
     gates = torch.where(live_R, gates_R, 0).to(x.dtype)[:, None]
-    expert_R = None
-    if b_in is not None or b_out is not None:
-        row_R = torch.arange(x_R.shape[0], device=x.device)
-        expert_R = torch.bucketize(row_R, offsets_E, right=True).clamp_max(w_in.shape[0] - 1)
+    row_R = torch.arange(x_R.shape[0], device=x.device)
+    expert_R = torch.bucketize(row_R, offsets_E, right=True).clamp_max(w_in.shape[0] - 1)
     h = grouped_mm(x_R, w_in, offsets_E)
     if b_in is not None:
-        h = h + b_in[expert_R]
+        h = h + _bias_rows(b_in, expert_R)
     h = act(h) if w_gate is None else act(grouped_mm(x_R, w_gate, offsets_E)) * h
     y_R = grouped_mm(h * gates, w_out, offsets_E)
     if b_out is not None:
-        y_R = y_R + b_out[expert_R] * gates
+        y_R = y_R + _bias_rows(b_out, expert_R) * gates
     if row_index_R is None:
         return y_R
     if inverse_N is not None and top_k is not None:

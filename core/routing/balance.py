@@ -63,7 +63,7 @@ def load_balancing_loss(score_sum_E: Tensor, chosen_per_expert_E: Tensor, num_to
     """``E * sum_e f_e P_e``: 1 at balance, E when one expert takes all.
 
     Args:
-        score_sum_E: (E,), sum over tokens of the scores, each token's scores summing to 1; ``P_e`` is it over ``num_tokens``.
+        score_sum_E: (E,), sum over tokens of the scores, which sum to 1 in a token; ``P_e`` is it over ``num_tokens``.
         chosen_per_expert_E: (E,), pairs that chose each expert before capacity; ``f_e`` is its share of all pairs.
         num_tokens: real tokens summed over.
     """
@@ -119,8 +119,9 @@ def balance_sums(routing: Routing, wanted: frozenset[str]) -> dict[str, Tensor]:
         sums["score"] = total(scores_TE / scores_TE.sum(-1, keepdim=True).clamp_min(1e-20))
     if routing.logits_TE is not None and "router_z" in wanted:
         sums["square"] = total(routing.logits_TE.logsumexp(-1).square()).reshape(1)
-    if routing.threshold_TE is not None and "load" in wanted:
-        sums["load"] = total(smooth_load(routing.logits_TE, routing.threshold_TE, routing.noise_std))
+    noise, logits_TE = routing.noise_std, routing.logits_TE
+    if routing.threshold_TE is not None and noise is not None and logits_TE is not None and "load" in wanted:
+        sums["load"] = total(smooth_load(logits_TE, routing.threshold_TE, noise))
     return sums
 
 

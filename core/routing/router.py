@@ -87,7 +87,7 @@ class TokenChoiceRouter(Router):
             keep_second_T = None
             if self.training and config.second == "random":
                 # GShard, algorithm 1: with probability 2 * g2, so a second expert of gate 1/2 always stays.
-                g2_T = choice.gates_TK[:, 1].detach()
+                g2_T = choice.gates_TK[:, 1].detach() / config.scale
                 keep_second_T = 2 * g2_T > torch.rand_like(g2_T)
             routing = select_tokens_choice(
                 choice,
@@ -120,25 +120,27 @@ class TokenChoiceRouter(Router):
             self.expert_bias += expert_bias_step(chosen_per_expert_E, self.config.bias_update_rate)
 
     def _apply(self, fn: Any, recurse: bool = True) -> TokenChoiceRouter:
+        before = self.expert_bias
         super()._apply(fn, recurse)
-        if self.expert_bias is not None and self.expert_bias.dtype != torch.float32:
-            # In bfloat16 a bias above 0.25 would swallow steps of 1e-3.
-            self.expert_bias = self.expert_bias.float()
+        if before is not None and self.expert_bias is not None and self.expert_bias.dtype != before.dtype:
+            # In bfloat16 a bias above 0.25 would swallow steps of 1e-3: keep its dtype, and its value unrounded.
+            self.expert_bias = before.to(self.expert_bias.device)
         return self
 
 
 def _noise_threshold(noisy_TE: Tensor, config: TokenChoice) -> Tensor:
     """What a noisy logit had to reach to be among the ``top_k``.
 
-    Fixed noise: the k-th largest (V-MoE, arXiv 2106.05974, section A.2). Learned noise: the k-th largest of the *others*
-    (arXiv 1701.06538, eq. 9), which is the (k+1)-th for the chosen ones.
+    Fixed noise: the k-th largest (V-MoE, arXiv 2106.05974, section A.2). Learned noise: the k-th largest of the
+    *others* (arXiv 1701.06538, eq. 9), which is the (k+1)-th for the chosen ones.
     """
     K, E = config.top_k, noisy_TE.shape[-1]
     top = noisy_TE.topk(min(K + 1, E), dim=-1).values
     kth = top[:, K - 1 : K]
     if config.noise == "fixed":
         return kth
-    beyond = top[:, K:] if K < E else torch.full_like(kth, -torch.inf)
+    # With K = E every expert is chosen. Far below and not -inf, which would make the gradient of the noise 0 * inf.
+    beyond = top[:, K:] if K < E else torch.full_like(kth, -1e9)
     return torch.where(noisy_TE >= kth, beyond, kth)
 
 
@@ -192,7 +194,8 @@ class TokenChoice(RouterConfig):
         noise: normal noise on the logits in training: None, "fixed" (V-MoE) or "learned" (Shazeer).
         noise_std: of the fixed noise, times E: its standard deviation is ``noise_std / E``.
         jitter_eps: in training, the router's input times U(1 - eps, 1 + eps).
-        second: "always", or "random": in training the second of two experts is kept with probability 2 * gate.
+        second: "always", or "random": in training the second of two experts is kept with probability 2 * gate, the gate
+            before ``scale``.
         expert_bias: a bias on the scores steers the choice, never the gate, and is moved by ``update_expert_bias``.
         bias_update_rate: its step.
         num_groups, limited_groups: the choice is limited to the best ``limited_groups`` of ``num_groups`` equal groups.
@@ -256,7 +259,9 @@ class TokenChoice(RouterConfig):
             raise ValueError(f"num_groups={self.num_groups} does not divide num_experts={num_experts}")
         reachable = num_experts // self.num_groups * self.limited_groups
         if self.top_k > reachable:
-            raise ValueError(f"top_k={self.top_k} exceeds the {reachable} experts of limited_groups={self.limited_groups}")
+            raise ValueError(
+                f"top_k={self.top_k} exceeds the {reachable} experts of limited_groups={self.limited_groups}"
+            )
 
     def balance_terms(self) -> frozenset[str]:
         terms = {"load_balancing", "router_z", "importance"}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ..contract import Routing
-from ..kernels.eager import TopK, capacity, capacity_ranks, count_experts
+from ..kernels.eager import TopK, capacity, capacity_ranks, count_experts, whole_ratio
 
 PRIORITIES = ("position", "score", "random")
 
@@ -33,6 +33,9 @@ class Capacity:
     eval_factor: float | None = None
     priority: str = "position"
     group: str | int = "batch"
+    # Whole numbers, made here: under ``torch.compile(dynamic=True)`` a float cannot be read digit by digit.
+    _ratio: tuple[int, int] | None = field(init=False, repr=False, compare=False, default=None)
+    _eval_ratio: tuple[int, int] | None = field(init=False, repr=False, compare=False, default=None)
 
     def __post_init__(self) -> None:
         for name, value in (("capacity_factor", self.factor), ("eval_capacity_factor", self.eval_factor)):
@@ -41,10 +44,18 @@ class Capacity:
         if self.priority not in PRIORITIES:
             raise ValueError(f"priority={self.priority!r} is not one of {', '.join(PRIORITIES)}")
         check_group(self.group)
+        object.__setattr__(self, "_ratio", None if self.factor is None else whole_ratio(self.factor))
+        eval_factor = self.factor if self.eval_factor is None else self.eval_factor
+        object.__setattr__(self, "_eval_ratio", None if eval_factor is None else whole_ratio(eval_factor))
+
+    def ratio(self, training: bool) -> tuple[int, int] | None:
+        """The factor that holds, in whole numbers."""
+        return self._ratio if training else self._eval_ratio
 
 
 def check_group(group: str | int) -> None:
-    if group not in ("batch", "sequence") and (isinstance(group, (str, bool)) or group < 1):
+    number = isinstance(group, int) and not isinstance(group, bool) and group >= 1
+    if group not in ("batch", "sequence") and not number:
         raise ValueError(f"group={group!r} is not 'batch', 'sequence' or a positive number of tokens")
 
 
@@ -101,13 +112,13 @@ def select_tokens_choice(
         expert_ids_TK = expert_ids_TK.masked_fill(~valid_T[:, None], E)
     expert_ids_N = expert_ids_TK.flatten()
     chosen_E = tokens_E = count_experts(expert_ids_N, E)
-    factor = limit.factor if training or limit.eval_factor is None else limit.eval_factor
+    ratio = limit.ratio(training)
     # K * factor >= E: an expert could take every token, so nothing can be dropped.
-    if factor is not None and factor * K < E:
+    if ratio is not None and K * ratio[0] < E * ratio[1]:
         group_T, num_groups = group_tokens(limit.group, num_sequences, T // max(num_sequences, 1), device)
         real_T = torch.ones_like(group_T) if valid_T is None else valid_T.to(torch.int64)
         size_G = torch.zeros(num_groups, dtype=torch.int64, device=device).scatter_add_(0, group_T, real_T)
-        capacity_G = capacity(factor, K, size_G, E)
+        capacity_G = torch.as_tensor(capacity(ratio, K, size_G, E))
         queue_TK = torch.where(expert_ids_TK < E, group_T[:, None] * E + expert_ids_TK, num_groups * E)
         # First choices of all tokens before second ones, as GShard and V-MoE do.
         order_T = token_order(limit.priority, choice.scores_TE, training)

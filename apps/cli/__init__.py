@@ -1,0 +1,121 @@
+"""The command ``moesaic``: finds the command, runs it, and turns what goes wrong into one line.
+
+Nothing heavy is imported here: ``moesaic --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+_TRAINING = {
+    "fit": "train a model; --ckpt_path last goes on where a run was stopped",
+    "validate": "the metrics of a checkpoint on the validation data",
+    "test": "the metrics of a checkpoint on the test data, as a table; pictures of the routing",
+    "predict": "the outputs of a checkpoint, into a file",
+}
+_OTHERS = {
+    "compare": ("apps.compare", "train sparse and dense models of equal cost, and compare them"),
+    "bench": ("apps.bench", "measure the speed of layers, routing and training"),
+    "data": ("apps.sources", "list the datasets, or fetch one"),
+}
+_PLANNED = {"convert": "upcycle, densify, quantize and merge checkpoints"}
+
+_OPTIONS = """options:
+  --config FILE           a configuration; may be given again: a later file overrides an earlier one
+  --KEY.SUBKEY VALUE      any value in it, such as --data.batch_size 64 or --model.moe.num_experts 4
+  --run_dir DIR           where logs, checkpoints and the configuration go (default: runs/<config name>)
+  --ckpt_path WHICH       last, best, or a file; fit goes on from it
+  --seed_everything N     seed of weights, order and transforms (default: 0)
+  --trainer.max_epochs N  and whatever else Lightning's Trainer takes
+  --traceback             in case of an error, show where in the code
+  --help_all              every option (long); --model.help CLASS and --data.help CLASS those of one class"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``moesaic ARGV``.
+
+    Returns:
+        0; 1 for what goes wrong while running, 2 for wrong usage, 130 for an interrupt. Each of these prints one line
+        to stderr, and no traceback without ``--traceback``.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    show_traceback = "--traceback" in args
+    args = [a for a in args if a != "--traceback"]
+    try:
+        return _dispatch(args)
+    except KeyboardInterrupt:
+        return _interrupted()
+    except SystemExit as stop:
+        if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning turns one into exit(1)
+            return _interrupted()
+        return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+    except BrokenPipeError:  # such as `moesaic data list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        from apps.cli.errors import describe
+
+        if show_traceback:
+            traceback.print_exception(error)
+        line, code = describe(error)
+        print(f"error: {line}", file=sys.stderr)
+        return code
+
+
+def _interrupted() -> int:
+    print("\ninterrupted; --ckpt_path last goes on from the last checkpoint, if there is one", file=sys.stderr)
+    return 130
+
+
+class UsageError(ValueError):
+    """The command line or a configuration is wrong."""
+
+
+def _dispatch(args: list[str]) -> int:
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0
+    command, rest = args[0], args[1:]
+    if command == "--version":
+        from importlib.metadata import version
+
+        print(f"moesaic {version('moesaic')}")
+        return 0
+    if command in _TRAINING:
+        if rest in (["-h"], ["--help"]):
+            print(f"usage: moesaic {command} --config FILE [options]\n\n{_TRAINING[command]}\n\n{_OPTIONS}")
+            return 0
+        from apps.cli.train import run
+
+        return run(command, ["--help" if a == "--help_all" else a for a in rest])
+    if command == "data":
+        from apps.cli.data import run as run_data
+
+        return run_data(rest)
+    if command in _available():
+        return int(importlib.import_module(_OTHERS[command][0]).main(rest) or 0)
+    if command in (*_PLANNED, *_OTHERS):
+        raise UsageError(f"moesaic {command} is not available in this version")
+    names = [*_TRAINING, *_available()]
+    near = difflib.get_close_matches(command, names, n=1)
+    suggestion = f"; did you mean {near[0]!r}?" if near else ""
+    raise UsageError(f"{command!r} is not one of {', '.join(names)}{suggestion}")
+
+
+def _available() -> dict[str, str]:
+    """The commands beside the training ones that this installation has."""
+    return {name: text for name, (module, text) in _OTHERS.items() if importlib.util.find_spec(module)}
+
+
+def _help() -> str:
+    lines = ["usage: moesaic COMMAND [options]", "", "Mixture-of-experts models on PyTorch.", "", "commands:"]
+    lines += [f"  {name:<10}{text}" for name, text in {**_TRAINING, **_available()}.items()]
+    lines += ["", "`moesaic COMMAND --help` tells more. To begin:", ""]
+    lines += ["  moesaic fit --config configs/vision/digits.yaml", "  moesaic test --config configs/vision/digits.yaml"]
+    return "\n".join(lines)

@@ -1,0 +1,42 @@
+"""``moesaic data list`` and ``moesaic data prepare NAME``."""
+
+from __future__ import annotations
+
+import argparse
+
+from apps import sources
+from apps.cli import UsageError
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise UsageError(message)
+
+
+def run(argv: list[str]) -> int:
+    """Run ``moesaic data ARGV``."""
+    parser = _Parser(prog="moesaic data", description="List the datasets, or fetch one into the cache.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="list|prepare")
+    listing = commands.add_parser("list", help="every dataset, and whether it is on this machine")
+    prepare = commands.add_parser("prepare", help="fetch a dataset, unless it is here already")
+    prepare.add_argument("name")
+    prepare.add_argument("--root", help="a folder with your own copy: check it, fetch nothing")
+    for sub in (listing, prepare):
+        sub.add_argument("--cache_dir", help="where downloads are kept (default: ~/.cache/moesaic)")
+    args = parser.parse_args(argv)
+    if args.command == "prepare":
+        print(sources.prepare(args.name, root=args.root, cache_dir=args.cache_dir))
+        return 0
+    _list(args.cache_dir)
+    return 0
+
+
+def _list(cache_dir: str | None) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("name", "app", "here", "what", "licence", title="datasets")
+    for row in sources.list_datasets(cache_dir):
+        here = "yes" if row.ready else "" if row.sources else "bring it"
+        table.add_row(row.name, row.app, here, row.title, row.licence)
+    Console().print(table)

@@ -1,0 +1,387 @@
+"""The command line of ``moesaic compare``, and the order of its work."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import gc
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import core
+from apps.cli import UsageError
+from apps.compare import table
+from apps.compare.experiment import Experiment, arguments
+from apps.compare.files import locked, read_json, write_json, write_text
+from apps.compare.measure import Job, measure
+from apps.compare.plan import Options, Plan, at_edge
+from apps.compare.stats import choose
+from apps.compare.summary import Summary, summarize
+from apps.compare.systems import SPARSE, System, find_systems, label
+from apps.compare.training import Unit, quiet, train
+from apps.training import SparseModule
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise UsageError(message)
+
+
+_DESCRIPTION = """\
+Train the sparse model of a configuration and dense ones of equal cost on the same data and steps, each with the same
+learning-rate search on validation data, and compare them on test data."""
+
+_EPILOG = """\
+Any value of the configuration may be given as well, as for moesaic fit: --trainer.max_epochs 5,
+--model.moe.num_experts 16, --seed_everything 7. Stopped at any moment, the same command goes on."""
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        prog="moesaic compare",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+    )
+    add = parser.add_argument
+    add("config", help="configuration of the sparse model")
+    overlay = "another configuration over it, such as configs/debug.yaml; may be given again"
+    add("--config", "-c", dest="overlays", action="append", default=[], metavar="FILE", help=overlay)
+    add("--output", metavar="DIR", help="folder of the comparison (default: runs/compare/<config name>)")
+    add("--seeds", type=int, default=3, metavar="N", help="runs of each model (default: 3)")
+    add("--baselines", nargs="+", metavar="NAME", help="those to train, such as dense_equal_flops (default: all)")
+    rates = "tried for each model; one: no search (default: the config's, a third and 3 times it)"
+    add("--learning_rates", nargs="+", type=float, default=[], metavar="LR", help=rates)
+    share = "part of the training that a run of the search has (default: 1)"
+    add("--search_share", type=float, default=1.0, metavar="SHARE", help=share)
+    rounds = "timed rounds of speed; 0 measures neither speed nor memory (default: 5)"
+    add("--rounds", type=int, default=5, metavar="N", help=rounds)
+    return parser
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run ``moesaic compare ARGV``.
+
+    Returns:
+        0, or 130 where the user stopped it.
+
+    Raises:
+        UsageError: a wrong option.
+        ValueError: a wrong value, a refused comparison, or a folder with another one.
+    """
+    args, rest = _parser().parse_known_args(list(argv))
+    extra = [a for a in rest if not a.startswith("--")]
+    if rest and (
+        rest[0] in extra or not all("." in a or a.startswith("--seed_everything") for a in rest if a[:2] == "--")
+    ):
+        raise UsageError(f"{rest[0]} is no option of moesaic compare (--help lists them)")
+    options = Options(
+        num_seeds=args.seeds,
+        learning_rates=tuple(args.learning_rates),
+        search_share=args.search_share,
+        baselines=None if args.baselines is None else tuple(args.baselines),
+        rounds=args.rounds,
+    )
+    read = arguments(args.config, args.overlays, rest)
+    name = "-".join(Path(p).stem for p in (args.config, *args.overlays))
+    output = Path(args.output) if args.output else Path("runs") / "compare" / name
+    command = shlex.join(["moesaic", "compare", *argv])
+    try:
+        compare(read, options, output, command=command, title=f"Sparse and dense: {name}")
+    except KeyboardInterrupt:
+        print(f"\nstopped; what is finished is kept in {output}. To go on: {command}", file=sys.stderr)
+        return 130
+    return 0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished comparison.
+
+    Attributes:
+        summary: its numbers.
+        output: its folder.
+        files: what was written for people: the table, the JSON file, the picture.
+        checkpoints: by system, the trained weights of the first seed; without estimators.
+    """
+
+    summary: Summary
+    output: Path
+    files: tuple[Path, ...]
+    checkpoints: Mapping[str, Path]
+
+
+def compare(
+    read: Sequence[str], options: Options, output: Path, command: str = "", title: str = "Sparse and dense"
+) -> Outcome:
+    """Do a comparison, or what is left of it, and show the table.
+
+    Args:
+        read: arguments of ``Experiment``.
+        options: of the comparison.
+        output: its folder; what is finished there is not done again.
+        command: how to repeat it; written into the JSON file.
+        title: of the table and the picture.
+
+    Raises:
+        UsageError, ValueError: see ``run``.
+        NonFiniteError: a final run diverged.
+    """
+    with quiet():
+        experiment = Experiment(read)
+    plan = Plan.make(experiment.plain(), options, experiment.rate, experiment.seed)
+    with locked(output):
+        plan.claim(output)
+        display = Display()
+        with display:
+            systems = _systems(experiment, options, output, display)
+            done = _Work(experiment, plan, systems, output, display).run()
+        return _report(experiment, plan, systems, done, output, command, title)
+
+
+def _systems(experiment: Experiment, options: Options, output: Path, display: Display) -> list[System]:
+    """The systems with their costs; counted each time, since it takes no more than a forward of each."""
+    with quiet(), display.step("counting FLOPs"):
+        torch.manual_seed(experiment.seed)
+        sparse, data = experiment.build(SPARSE)
+        assert isinstance(sparse, SparseModule)
+        data.prepare_data()
+        data.setup("fit")
+        loader = data.val_dataloader()
+        if not len(loader):
+            raise ValueError("the data has no validation split, which the learning rates are chosen by (data.val_size)")
+        systems = find_systems(sparse, next(iter(loader)), options.baselines)
+    write_json(output / "systems.json", [s.to_dict() for s in systems])
+    for system in systems:
+        if system.refused:
+            display.say(f"{label(system.name)} is left out: {system.refused}")
+    return systems
+
+
+class _Work:
+    """The units of a plan, in order."""
+
+    def __init__(
+        self, experiment: Experiment, plan: Plan, systems: Sequence[System], output: Path, display: Display
+    ) -> None:
+        self.experiment, self.plan, self.output, self.display = experiment, plan, output, display
+        self.systems = [s for s in systems if not s.refused]
+        self.higher = experiment.monitor_mode == "max"
+
+    def run(self) -> dict[str, Any]:
+        searched = {s.name: self.plan.search_units(s.name) if s.cost else [] for s in self.systems}
+        units = sum(len(u) for u in searched.values()) + len(self.systems) * len(self.plan.seeds)
+        self.display.start(units + (1 if self.plan.options.rounds else 0))
+        searches = {name: [self._train(u) for u in units] for name, units in searched.items()}
+        rates = {s.name: self._choose(s, searched[s.name], searches[s.name]) for s in self.systems}
+        # Seed by seed, so that a stopped comparison has whole pairs.
+        finals: dict[str, list[Any]] = {s.name: [] for s in self.systems}
+        units_of = {s.name: self.plan.final_units(s.name, rates[s.name][0]) for s in self.systems}
+        for index in range(len(self.plan.seeds)):
+            for s in self.systems:
+                finals[s.name].append(self._train(units_of[s.name][index]))
+        checkpoints = {s.name: units_of[s.name][0].checkpoint(self.output) for s in self.systems if s.cost}
+        speeds = self._measure(checkpoints) if self.plan.options.rounds else {}
+        return {"searches": searches, "rates": rates, "finals": finals, "speeds": speeds, "checkpoints": checkpoints}
+
+    def _train(self, unit: Unit) -> Any:
+        known = unit.read(self.output) is not None
+        with self.display.unit(describe(unit)) as progress:
+            result = train(self.experiment, unit, self.output, progress)
+            gc.collect()
+        if not known:
+            self.display.say(f"{describe(unit)}: {self._found(result)}")
+        return result
+
+    def _found(self, result: Mapping[str, Any]) -> str:
+        if result["quality"] is None:
+            return f"diverged ({result['diverged']})"
+        metric = self.experiment.monitor.partition("/")[2]
+        text = f"validation {metric} {result['quality']:.4g}"
+        if "test_quality" in result:
+            text += f", test {result['test_quality']:.4g}"
+        return f"{text}, {result['train_seconds']:.1f} s"
+
+    def _choose(self, system: System, units: Sequence[Unit], results: Sequence[Any]) -> tuple[float | None, bool]:
+        if system.cost is None:
+            return None, False
+        if not units:
+            return self.plan.rates[0], False
+        try:
+            index = choose(self.plan.rates, [r["quality"] for r in results], self.plan.configured_rate, self.higher)
+        except ValueError as error:
+            raise ValueError(f"{label(system.name)}: {error}; give lower --learning_rates") from None
+        return self.plan.rates[index], at_edge(self.plan.rates[index], self.plan.rates)
+
+    def _measure(self, checkpoints: Mapping[str, Path]) -> dict[str, Any]:
+        path = self.output / "speed.json"
+        found = read_json(path)
+        if found is None:
+            sparse, data = self.experiment.build(SPARSE)
+            assert isinstance(sparse, SparseModule)
+            replaced = tuple(core.moe_layers(sparse))
+            modules = (type(sparse).__module__, type(data).__module__)
+            del sparse, data
+            jobs = {
+                name: Job(self.experiment.arguments, name, str(file), replaced, torch.get_num_threads())
+                for name, file in checkpoints.items()
+            }
+            with self.display.unit("speed and memory") as progress:
+                found = measure(jobs, self.plan.options.rounds, progress, modules)
+            write_json(path, found)
+        else:
+            with self.display.unit("speed and memory"):
+                pass
+        return found
+
+
+def describe(unit: Unit) -> str:
+    """A unit in words."""
+    what = f"seed {unit.seed}" if unit.final else "search"
+    rate = "" if unit.rate is None else f" at learning rate {unit.rate:g}"
+    return f"[{label(unit.system)}] {what}{rate}"
+
+
+def _report(
+    experiment: Experiment,
+    plan: Plan,
+    systems: Sequence[System],
+    done: Mapping[str, Any],
+    output: Path,
+    command: str,
+    title: str,
+) -> Outcome:
+    metric = f"test/{experiment.monitor.partition('/')[2]}"
+    summary = summarize(
+        systems, done["finals"], done["rates"], done["speeds"], metric, experiment.monitor_mode == "max", plan.seeds
+    )
+    about = machine()
+    path = output / "results.json"
+    saved = read_json(path)
+    # Of a comparison shown again, the day it was finished.
+    date = saved["date"] if saved else datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+    results = {
+        "title": title,
+        "command": command,
+        "date": date,
+        "machine": saved["machine"] if saved else about,
+        **plan.to_dict(),
+        "summary": summary.to_dict(),
+        "searches": done["searches"],
+        "finals": done["finals"],
+        "speed": done["speeds"],
+    }
+    write_json(path, results)
+    picture = table.picture(title, summary, output / "quality_against_flops.png")
+    m = results["machine"]
+    rates = ", ".join(f"{r:g}" for r in plan.rates)
+    share = "" if plan.options.search_share == 1 else f" and {plan.options.search_share:g} of the training"
+    searched = f"Learning rates tried for each system, with seed {plan.search_seed}{share}: {rates}."
+    facts = [
+        searched if len(plan.rates) > 1 else f"One learning rate for all: {rates}.",
+        f"Seeds {', '.join(map(str, plan.seeds))}.",
+        f"{date}, on {m['device']} ({m['threads']} threads), torch {m['torch']}, Python {m['python']}.",
+        *([f"Command: `{command}`"] if command else []),
+    ]
+    page = write_text(output / "table.md", table.markdown(title, summary, facts))
+    table.show(title, summary)
+    files = tuple(p for p in (page, path, picture) if p is not None)
+    print("\n".join(["", "written:", *(f"  {p}" for p in files)]))
+    return Outcome(summary, output, files, done["checkpoints"])
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were measured on."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    versions = {}
+    for package in ("moesaic", "lightning", "timm", "torchvision", "scikit-learn"):
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu()
+    return {
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "packages": versions,
+    }
+
+
+def _cpu() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+class Display:
+    """One bar for the whole comparison and one for the unit at work; on a pipe, the finished units alone."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+        self.console = Console()
+        self.bars = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+        )
+        self.total = self.bars.add_task("comparison", total=None)
+        self.done = 0
+
+    def __enter__(self) -> Display:
+        self.bars.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.bars.stop()
+
+    def start(self, units: int) -> None:
+        self.bars.update(self.total, total=units)
+
+    def say(self, line: str) -> None:
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    @contextlib.contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        task = self.bars.add_task(name, total=None)
+        try:
+            yield
+        finally:
+            self.bars.remove_task(task)
+
+    @contextlib.contextmanager
+    def unit(self, name: str) -> Iterator[Any]:
+        task = self.bars.add_task(name, total=None)
+        last = 0.0
+
+        def progress(done: int, total: int) -> None:
+            nonlocal last
+            now = time.monotonic()
+            if now - last > 0.1:
+                last = now
+                self.bars.update(task, completed=done, total=total or None)
+
+        try:
+            yield progress
+            self.bars.advance(self.total)
+        finally:
+            self.bars.remove_task(task)

@@ -1,0 +1,114 @@
+"""What a configuration describes, made anew as often as a comparison needs it: models, data, trainer options."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from jsonargparse import set_parsing_settings
+from lightning.pytorch import Callback, LightningDataModule
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ProgressBar, Timer
+
+import core
+from apps.cli import UsageError
+from apps.cli.train import Request, SparseCLI
+from apps.compare.systems import SPARSE, Estimator
+from apps.training import SparseModule
+
+# Of the trainer, what a comparison sets itself.
+_OWN = ("callbacks", "logger", "default_root_dir", "plugins", "enable_progress_bar", "enable_model_summary",
+        "enable_checkpointing", "num_sanity_val_steps", "fast_dev_run", "devices", "num_nodes")  # fmt: skip
+
+
+class _Parsed(SparseCLI):
+    """The command line of ``moesaic fit``, read and checked, with nothing made of it yet."""
+
+    def instantiate_classes(self) -> None:
+        pass
+
+
+class Experiment:
+    """A sparse model's configuration.
+
+    Args:
+        arguments: as after ``moesaic fit``: ``--config FILE``, again for overlays, and ``--KEY.SUBKEY VALUE``. They are
+            plain strings, so that another process can read the same configuration.
+
+    Raises:
+        UsageError: a wrong option or configuration.
+        ValueError: a value that the model or the data refuses.
+    """
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        self.arguments = tuple(arguments)
+        set_parsing_settings(subclasses_enabled=[core.RouterConfig, core.ExpertConfig])
+        request = Request.read("fit", list(arguments))
+        if request.checkpoint is not None:
+            raise UsageError(f"--ckpt_path {request.checkpoint}: a comparison trains every model from its start")
+        if request.model_class is not None and not issubclass(request.model_class, SparseModule):
+            raise UsageError(f"{request.model_class.__name__} is no SparseModule: compare starts from a sparse config")
+        self._cli = _Parsed(request)
+        self._parser, self._config = self._cli._parser("fit"), self._cli.config["fit"]
+        self.name = request.run_dir.name
+        seed = self._config.get("seed_everything")
+        self.seed = seed if isinstance(seed, int) and not isinstance(seed, bool) else 0
+        made = self._make()
+        self.trainer_options = {k: v for k, v in made["trainer"].items() if k not in _OWN} | {"devices": 1}
+        if made["trainer"].get("fast_dev_run"):
+            raise UsageError(
+                "trainer.fast_dev_run: a comparison needs whole runs; use few steps, as configs/debug.yaml"
+            )
+        self._cli.datamodule = made["data"]
+        self._cli._check_links()
+        self.monitor = made["model"].monitor
+        self.monitor_mode = made["model"].monitor_mode
+        self.rate = made["model"].optimizer_config.lr
+
+    def _make(self) -> Any:
+        return self._parser.instantiate_classes(self._config)
+
+    def plain(self) -> dict[str, Any]:
+        """Model, data, trainer and seed as plain values, without what a comparison sets itself."""
+        values = yaml.safe_load(self._parser.dump(self._config, skip_none=False))
+        trainer = {k: v for k, v in values["trainer"].items() if k not in _OWN or k == "callbacks"}
+        return {"model": values["model"], "data": values["data"], "trainer": trainer, "seed": self.seed}
+
+    def data(self) -> LightningDataModule:
+        """A new data module."""
+        return self._make()["data"]
+
+    def callbacks(self) -> list[Callback]:
+        """New ones of those the configuration names; without bars, checkpoints and what ends a training early."""
+        if not self._config["trainer"].get("callbacks"):
+            return []
+        given = self._make()["trainer"]["callbacks"]
+        given = given if isinstance(given, list) else [given]
+        return [c for c in given if not isinstance(c, (Checkpoint, EarlyStopping, ProgressBar, Timer))]
+
+    def module(self, system: str) -> SparseModule | Estimator:
+        """A new, untrained model of ``system``."""
+        return self.build(system)[0]
+
+    def build(self, system: str) -> tuple[SparseModule | Estimator, LightningDataModule]:
+        """A new, untrained model of ``system`` and new data; the weights follow from the generators' state alone."""
+        state = torch.get_rng_state()
+        made = self._make()
+        model, data = made["model"], made["data"]
+        if system != SPARSE:
+            build = model.baselines()[system].build
+            assert build is not None, system
+            torch.set_rng_state(state)
+            model = build()
+            del made, build
+            gc.collect()
+        return model, data
+
+
+def arguments(config: str | Path, overlays: Sequence[str], rest: Sequence[str]) -> tuple[str, ...]:
+    """Arguments of ``Experiment`` for a configuration, overlays over it, and single values over both."""
+    files = [str(config), *overlays]
+    return (*(part for file in files for part in ("--config", file)), *rest)

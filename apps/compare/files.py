@@ -1,0 +1,83 @@
+"""Files of a comparison: written whole or not at all, so that what exists is finished."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write ``text`` beside ``path`` and move it there in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    return path
+
+
+def write_json(path: Path, value: Any) -> Path:
+    return write_text(path, json.dumps(value, indent=1, allow_nan=True) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The value in ``path``; None where there is no such file.
+
+    Raises:
+        ValueError: the file is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ValueError(f"{path} is not a JSON file ({error}): delete it to have it made again") from None
+
+
+def differences(saved: Any, wanted: Any, name: str = "") -> list[str]:
+    """One line for each value that differs between two plain values, by its dotted name.
+
+    Example::
+
+        differences({"lr": 1, "seeds": 3}, {"lr": 1, "seeds": 5})     # ["seeds: 3 saved, 5 now"]
+    """
+    if isinstance(saved, Mapping) and isinstance(wanted, Mapping):
+        lines = []
+        for key in dict.fromkeys([*saved, *wanted]):
+            lines += differences(saved.get(key), wanted.get(key), f"{name}.{key}" if name else str(key))
+        return lines
+    if isinstance(saved, (list, tuple)) and isinstance(wanted, (list, tuple)):
+        saved, wanted = list(saved), list(wanted)
+    return [] if saved == wanted else [f"{name}: {json.dumps(saved)} saved, {json.dumps(wanted)} now"]
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold ``folder`` for this process.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:  # not a POSIX system: no lock, as before
+        yield
+        return
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another comparison is running in {folder}") from None
+        yield

@@ -1,0 +1,285 @@
+"""Speed and memory of each system, in a process of its own.
+
+A worker process holds one trained system and does rounds on command. The parent asks the workers in turn, so a machine
+that slows down slows all of them alike, and medians are taken over the rounds. Peak memory is the worker's own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import itertools
+import multiprocessing
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from torch import Tensor
+
+import core
+from apps.compare.experiment import Experiment
+from apps.compare.training import quiet
+from apps.training import SparseModule, parameter_groups
+
+ROUND_SECONDS = 0.3
+"""A round is as many steps as take this long, at least one."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker holds.
+
+    Attributes:
+        arguments: of ``Experiment``.
+        system: name.
+        checkpoint: its trained weights.
+        replaced: names of the blocks that are MoE layers in the sparse model, to count FLOPs of.
+        threads: of torch on the CPU.
+    """
+
+    arguments: tuple[str, ...]
+    system: str
+    checkpoint: str
+    replaced: tuple[str, ...]
+    threads: int
+
+
+def measure(
+    jobs: Mapping[str, Job],
+    rounds: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    modules: Sequence[str] = (),
+) -> dict[str, dict[str, Any]]:
+    """Throughput and peak memory of each system, the systems interleaved.
+
+    Args:
+        jobs: a worker each.
+        rounds: timed rounds a system, of training and of inference; one more, untimed, comes first.
+        progress: told the rounds done and to do.
+        modules: what the workers need, to be imported once for all of them.
+
+    Returns:
+        By system: ``train_examples_per_second`` and ``inference_examples_per_second`` (medians), the rounds they are
+        the medians of, ``seconds_per_step`` of the optimizer, ``peak_memory_bytes`` while training with
+        ``base_memory_bytes`` before the model was built, and ``cost`` with the trained weights.
+
+    Raises:
+        RuntimeError: a worker failed; the message is its error.
+    """
+    # Not a plain fork: threads of this process are not in the child. A forkserver imports torch once for all workers.
+    methods = multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+    if "forkserver" in methods:
+        context.set_forkserver_preload([__name__, *modules])  # type: ignore[attr-defined]
+    workers: dict[str, tuple[Any, Connection]] = {}
+    found: dict[str, dict[str, Any]] = {}
+    total, done = 2 * (rounds + 1) * len(jobs), 0
+    try:
+        for name, job in jobs.items():
+            ours, theirs = context.Pipe()
+            process = context.Process(  # type: ignore[attr-defined]
+                target=_work, args=(theirs, job), daemon=True
+            )
+            process.start()
+            theirs.close()
+            workers[name] = (process, ours)
+        for name, (_, pipe) in workers.items():
+            found[name] = _answer(name, pipe)
+        for phase in ("train", "inference"):
+            rates: dict[str, list[float]] = {name: [] for name in jobs}
+            for number in range(rounds + 1):
+                for name, (_, pipe) in workers.items():
+                    pipe.send(phase)
+                    rate = _answer(name, pipe)
+                    if number:
+                        rates[name].append(rate)
+                    done += 1
+                    progress(done, total)
+            for name, (_, pipe) in workers.items():
+                found[name][f"{phase}_rounds"] = rates[name]
+                found[name][f"{phase}_examples_per_second"] = statistics.median(rates[name])
+                pipe.send("memory")
+                if phase == "train":
+                    found[name]["peak_memory_bytes"] = _answer(name, pipe)
+                    found[name]["seconds_per_step"] = (
+                        found[name]["examples_per_step"] / found[name]["train_examples_per_second"]
+                    )
+                else:
+                    _answer(name, pipe)
+        for _, pipe in workers.values():
+            pipe.send("stop")
+        return found
+    finally:
+        for process, pipe in workers.values():
+            pipe.close()
+            process.join(timeout=5)
+            if process.is_alive():
+                process.terminate()
+
+
+def _answer(name: str, pipe: Connection) -> Any:
+    try:
+        ok, value = pipe.recv()
+    except EOFError:
+        raise RuntimeError(f"the process that measures {name} ended without an answer (out of memory?)") from None
+    if not ok:
+        raise RuntimeError(f"measuring {name} failed: {value}")
+    return value
+
+
+def _work(pipe: Connection, job: Job) -> None:
+    """The worker: build, then one round for each command."""
+    try:
+        with quiet(), suppress(KeyboardInterrupt, EOFError, BrokenPipeError):
+            torch.set_num_threads(job.threads)
+            bench = _Bench(job)
+            pipe.send((True, bench.found))
+            while (command := pipe.recv()) != "stop":
+                pipe.send((True, getattr(bench, command)()))
+    except Exception as error:
+        line = (str(error).strip().splitlines() or [""])[0]
+        with suppress(OSError):
+            pipe.send((False, f"{type(error).__name__}: {line}"))
+
+
+class _Bench:
+    """One system on its device with a few batches, ready for rounds."""
+
+    def __init__(self, job: Job) -> None:
+        from apps.compare.systems import measure_cost
+
+        experiment = Experiment(job.arguments)
+        trainer = Trainer(
+            **experiment.trainer_options,
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+        )
+        self.device, self.precision = trainer.strategy.root_device, trainer.precision_plugin
+        seed_everything(experiment.seed, verbose=False)
+        data = experiment.data()
+        data.prepare_data()
+        data.setup("fit")
+        self.train_batches = [self._to_device(b) for b in itertools.islice(data.train_dataloader(), 4)]
+        self.eval_batch = self._to_device(next(iter(data.val_dataloader())))
+        _release()
+        base = _current_memory(self.device)
+        module = experiment.module(job.system)
+        assert isinstance(module, SparseModule)
+        state = torch.load(job.checkpoint, map_location="cpu", weights_only=True)["state_dict"]
+        module.load_state_dict({k: v for k, v in state.items() if k in module.state_dict()})
+        del state
+        self.module = self.precision.convert_module(module.to(self.device))
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(self.module, module.optimizer_config), betas=module.optimizer_config.betas
+        )
+        self.found: dict[str, Any] = {"base_memory_bytes": base}
+        own = {name for name, _ in module.named_modules()}
+        replaced = job.replaced if own.issuperset(job.replaced) else ()
+        with self.precision.forward_context():
+            self.found["cost"] = measure_cost(module, self.eval_batch, replaced, as_evaluated=True).to_dict()
+        self.batches = itertools.cycle(self.train_batches)
+        counts = [next(len(x) for x in module.example_inputs(b) if isinstance(x, Tensor)) for b in self.train_batches]
+        accumulated = int(experiment.trainer_options.get("accumulate_grad_batches") or 1)
+        self.found["examples_per_step"] = accumulated * statistics.mean(counts)
+        # The peak begins here: not this system's are the sparse model that made a baseline, the weights as they were
+        # read, and the forward that was counted.
+        _release()
+        _reset_peak(self.device)
+
+    def _to_device(self, batch: Any) -> Any:
+        from lightning.pytorch.utilities import move_data_to_device
+
+        return move_data_to_device(batch, self.device)
+
+    def train(self) -> float:
+        """Examples a second of forward, backward and optimizer step."""
+        self.module.train()
+        return self._round(self._train_step)
+
+    def _train_step(self) -> int:
+        batch = next(self.batches)
+        with self.precision.forward_context(), core.record(self.module) as tape:
+            out = self.module.task_loss(batch)
+            loss = out.loss + core.aux_loss(tape) if len(tape) else out.loss
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        return out.num_examples
+
+    @torch.no_grad()
+    def inference(self) -> float:
+        """Examples a second of the forward alone, in evaluation mode."""
+        self.module.eval()
+        return self._round(self._infer)
+
+    def _infer(self) -> int:
+        inputs = self.module.example_inputs(self.eval_batch)
+        with self.precision.forward_context():
+            self.module(*inputs)
+        return next(len(x) for x in inputs if isinstance(x, Tensor))
+
+    def memory(self) -> int:
+        """Peak bytes since the set-up."""
+        return _peak_memory(self.device)
+
+    def _round(self, step: Callable[[], int]) -> float:
+        examples, began = 0, time.perf_counter()
+        while True:
+            examples += step()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            seconds = time.perf_counter() - began
+            if seconds >= ROUND_SECONDS:
+                return examples / seconds
+
+
+def _release() -> None:
+    """Collect garbage and give freed memory back to the system, so that it is not counted as used."""
+    gc.collect()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def _status(field: str) -> int | None:
+    """A field of this process's status on Linux, in bytes. (``ru_maxrss`` starts at the parent's size after a fork.)"""
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(f"{field}:"):
+                return 1024 * int(line.split()[1])
+    return None
+
+
+def _current_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return _status("VmRSS") or _ru_maxrss()
+
+
+def _reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return _status("VmHWM") or _ru_maxrss()
+
+
+def _ru_maxrss() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak

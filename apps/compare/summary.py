@@ -1,0 +1,220 @@
+"""The numbers of a comparison from its finished units: pure, from plain values to plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from apps.compare.stats import Interval, mean_interval, paired_difference, quality_at, verdict
+from apps.compare.systems import SPARSE, TOLERANCE, System, claim, label
+
+
+@dataclass(frozen=True)
+class Row:
+    """One system's results.
+
+    Attributes:
+        system: which, with its cost before training.
+        rate: the chosen learning rate; None for an estimator.
+        rate_at_edge: a better one may lie outside the tried ones.
+        test: test quality over the seeds.
+        difference: sparse minus this system, paired by seed; None for the sparse one.
+        equal_time: validation quality at equal time over the seeds; None where one had not been validated by then.
+        train_seconds: mean of a final run.
+        speed: what was measured of speed and memory; empty where nothing was.
+    """
+
+    system: System
+    rate: float | None
+    rate_at_edge: bool
+    test: Interval
+    difference: Interval | None
+    equal_time: Interval | None
+    equal_time_difference: Interval | None
+    train_seconds: float
+    speed: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Everything the table shows.
+
+    Attributes:
+        rows: the sparse system first, then the trained baselines.
+        left_out: baselines that were not trained; ``refused`` says why.
+        metric: name of the test quality, such as "test/top1".
+        higher_is_better: of it.
+        percent: it is a share in 0..1, and shown in percent.
+        seeds: of the final runs.
+        equal_seconds: per seed, the training time at which systems are compared.
+        clock: what time is: "steps" times the measured seconds of one, or as "recorded" in each run.
+    """
+
+    rows: tuple[Row, ...]
+    left_out: tuple[System, ...]
+    metric: str
+    higher_is_better: bool
+    percent: bool
+    seeds: tuple[int, ...]
+    equal_seconds: tuple[float, ...]
+    clock: Literal["steps", "recorded"]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def sentences(self) -> list[str]:
+        """What the intervals allow to be said, one sentence a baseline."""
+        return [sentence(row, self) for row in self.rows if row.difference is not None]
+
+
+def summarize(
+    systems: Sequence[System],
+    finals: Mapping[str, Sequence[Mapping[str, Any]]],
+    rates: Mapping[str, tuple[float | None, bool]],
+    speeds: Mapping[str, Mapping[str, Any]],
+    metric: str,
+    higher_is_better: bool,
+    seeds: Sequence[int],
+) -> Summary:
+    """Put the units together.
+
+    Equal time is set seed by seed: the shortest training time among the systems with that seed, so that each has
+    reached it and the fastest is compared with all of its training. The others stop before the end of their schedule.
+    Runs follow one another, perhaps for hours, and the machine's load differs between them; so time is a run's steps
+    times the median seconds of a step, measured with the systems taking turns; where that was not measured, as recorded.
+
+    Args:
+        systems: all of them, the sparse one first.
+        finals: by system, the results of the final units in the order of ``seeds``.
+        rates: by system, the chosen rate and whether it is at the edge of those tried.
+        speeds: by system, what ``measure`` returned.
+        metric: name of the test quality.
+        higher_is_better: of it.
+        seeds: of the final units.
+    """
+    trained = [s for s in systems if s.name in finals]
+    tests = {s.name: [float(r["test_quality"]) for r in finals[s.name]] for s in trained}
+    clock: Literal["steps", "recorded"] = "steps"
+    if not all("seconds_per_step" in speeds.get(s.name, {}) for s in trained):
+        clock = "recorded"
+
+    def timed(s: System, step: int, seconds: float) -> float:
+        return step * float(speeds[s.name]["seconds_per_step"]) if clock == "steps" else seconds
+
+    def end(s: System, i: int) -> float:
+        return timed(s, finals[s.name][i]["steps"], finals[s.name][i]["train_seconds"])
+
+    equal = [min(end(s, i) for s in trained) for i in range(len(seeds))]
+    at_time: dict[str, list[float] | None] = {}
+    for s in trained:
+        reached = [
+            quality_at([(timed(s, step, seconds), q) for step, seconds, q in result["curve"]], equal[i])
+            for i, result in enumerate(finals[s.name])
+        ]
+        at_time[s.name] = None if any(q is None for q in reached) else [float(q) for q in reached if q is not None]
+    rows = []
+    mine = at_time[SPARSE]
+    for s in trained:
+        its = at_time[s.name]
+        other = s.name != SPARSE
+        rows.append(
+            Row(
+                system=s,
+                rate=rates[s.name][0],
+                rate_at_edge=rates[s.name][1],
+                test=mean_interval(tests[s.name]),
+                difference=paired_difference(tests[SPARSE], tests[s.name]) if other else None,
+                equal_time=None if its is None else mean_interval(its),
+                equal_time_difference=paired_difference(mine, its) if other and mine and its else None,
+                train_seconds=sum(float(r["train_seconds"]) for r in finals[s.name]) / len(seeds),
+                speed=speeds.get(s.name, {}),
+            )
+        )
+    values = [v for name in tests for v in tests[name]]
+    return Summary(
+        rows=tuple(rows),
+        left_out=tuple(s for s in systems if s.name not in finals),
+        metric=metric,
+        higher_is_better=higher_is_better,
+        percent=higher_is_better and all(0 <= v <= 1 for v in values),
+        seeds=tuple(seeds),
+        equal_seconds=tuple(equal),
+        clock=clock,
+    )
+
+
+def sentence(row: Row, summary: Summary) -> str:
+    """What the difference to one baseline allows to be said."""
+    difference = row.difference
+    assert difference is not None
+    against, unit = f"Against {label(row.system.name)}", " points" if summary.percent else ""
+    if difference.half_width is None:
+        return f"{against}: one seed gives no interval, so no difference is shown at this budget."
+    n = difference.count
+    other = "dense" if row.system.name.startswith("dense") else "it"
+    shown = f"sparse minus {other} {number(difference.mean, summary, signed=True)}{unit}"
+    if difference.half_width == 0:
+        every = f"{shown} with each of {n} seeds, which do not tell how far others would spread"
+        return f"{against}: no difference shown at this budget ({every})."
+    low, high = number(difference.low, summary, signed=True), number(difference.high, summary, signed=True)
+    interval = f"95 % interval {low} to {high}{unit}, {n} seeds"
+    found = verdict(difference, summary.higher_is_better)
+    if found == "no difference shown":
+        return f"{against}: no difference shown at this budget ({shown}; {interval}, which holds 0)."
+    return f"{against}: sparse {found} at this budget ({shown}; {interval}, which excludes 0)."
+
+
+def notes(summary: Summary) -> list[str]:
+    """What a reader must know to read the table: left-out baselines, ratios, rates at the edge, limits of a measure."""
+    lines = []
+    for row in summary.rows:
+        s = row.system
+        what = claim(s.name)
+        if what is not None and s.flops_ratio is not None:
+            ratio = s.replaced_ratio if what == "flops" else s.params_ratio
+            unit = "FLOPs" if what == "flops" else "parameters"
+            lines.append(
+                f"{label(s.name)}: {s.note}; measured, its replaced blocks have {ratio:.3f} x the sparse model's "
+                f"{unit} (the rule is within {TOLERANCE:.0%}), the whole model {s.flops_ratio:.3f} x its FLOPs."
+            )
+        elif s.name != SPARSE and s.note:
+            lines.append(f"{label(s.name)}: {s.note}.")
+    lines += [f"{label(s.name)}: left out: {s.refused}." for s in summary.left_out]
+    lines += _drops(summary)
+    edge = [f"{label(row.system.name)} ({row.rate:g})" for row in summary.rows if row.rate_at_edge]
+    if edge:
+        lines.append(
+            f"Best at the edge of the learning rates tried: {'; '.join(edge)}. A better one may lie outside "
+            "(--learning_rates)."
+        )
+    return lines
+
+
+def _drops(summary: Summary) -> list[str]:
+    """Where the trained model computes less than counted before: its experts' capacity drops tokens."""
+    lines = []
+    for row in summary.rows:
+        before, after = row.system.cost, row.speed.get("cost")
+        if before and after and before.replaced_flops_per_example:
+            ratio = after["replaced_flops_per_example"] / before.replaced_flops_per_example
+            if abs(ratio - 1) > TOLERANCE:
+                lines.append(
+                    f"{label(row.system.name)}: trained, its replaced blocks compute {ratio:.3f} of the FLOPs they "
+                    "could: capacity drops the rest. The table shows what is computed."
+                )
+    return lines
+
+
+def flops(row: Row) -> float | None:
+    """FLOPs an example, with the trained weights where that was measured."""
+    cost = row.speed.get("cost")
+    if cost:
+        return float(cost["flops_per_example"])
+    return row.system.cost.flops_per_example if row.system.cost else None
+
+
+def number(value: float, summary: Summary, signed: bool = False) -> str:
+    """A quality as it is shown, without its unit: in percent where it is a share."""
+    sign = "+" if signed else ""
+    return f"{100 * value:{sign}.2f}" if summary.percent else f"{value:{sign}.4g}"

@@ -1,0 +1,238 @@
+"""What is compared: the sparse model, its baselines, what each costs, and whether a pair may be called equal."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor, nn
+
+import core
+from apps.training import SparseModule
+
+TOLERANCE = 0.05
+"""Relative difference of the replaced blocks beyond which a pair is not called equal."""
+
+SPARSE = "sparse"
+
+
+@runtime_checkable
+class Estimator(Protocol):
+    """A baseline that is no LightningModule, such as boosted trees: ``Baseline.build`` may return one.
+
+    It has no steps, learning rate or FLOPs; what it tunes, it tunes in ``fit``, on the validation split.
+    """
+
+    def fit(self, data: LightningDataModule, seed: int) -> None:
+        """Train on the training split of ``data``, which is set up already."""
+
+    def evaluate(self, data: LightningDataModule, split: Literal["val", "test"]) -> Mapping[str, float]:
+        """The same metrics as the sparse module logs, named without the split: ``{"top1": 0.93}``."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a torch system costs, as measured.
+
+    Attributes:
+        num_params: parameters.
+        active_params: parameters that one token touches.
+        flops_per_example: forward FLOPs of the whole model, products alone, two a multiply-add.
+        replaced_flops_per_example: of the blocks that are MoE layers in the sparse model; None where there are none.
+        replaced_params: parameters of those blocks; None where there are none.
+    """
+
+    num_params: int
+    active_params: int
+    flops_per_example: float
+    replaced_flops_per_example: float | None = None
+    replaced_params: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class System:
+    """One column of the table.
+
+    Attributes:
+        name: "sparse", or the baseline's.
+        note: what it is.
+        cost: as measured before training; None for an estimator.
+        refused: why it is not trained; empty where it is.
+        flops_ratio: whole-model FLOPs over the sparse model's.
+        replaced_ratio: FLOPs of the replaced blocks over the sparse model's.
+        params_ratio: parameters of the replaced blocks over the sparse model's.
+    """
+
+    name: str
+    note: str
+    cost: Cost | None = None
+    refused: str = ""
+    flops_ratio: float | None = None
+    replaced_ratio: float | None = None
+    params_ratio: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def label(name: str) -> str:
+    """A system's name as a heading: "dense_equal_flops" is "dense, equal FLOPs"."""
+    words = {"flops": "FLOPs", "params": "parameters"}
+    text = " ".join(words.get(w, w) for w in name.split("_"))
+    return text.replace(" equal ", ", equal ")
+
+
+def claim(name: str) -> Literal["flops", "params"] | None:
+    """What a baseline's name promises to be equal: names that end in ``equal_flops`` or ``equal_params`` do."""
+    for what in ("flops", "params"):
+        if name.endswith(f"equal_{what}"):
+            return what  # type: ignore[return-value]
+    return None
+
+
+def measure_cost(module: SparseModule, batch: Any, replaced: Sequence[str], as_evaluated: bool = False) -> Cost:
+    """Count parameters, and FLOPs of one evaluation forward of ``batch``.
+
+    Args:
+        module: left as it was.
+        batch: of the data module, on the module's device.
+        replaced: dotted names of the blocks that are MoE layers in the sparse model.
+        as_evaluated: count what is computed under the module's evaluation capacity. Else capacity limits of 1 and more
+            are lifted: what an untrained router drops says nothing of the model.
+
+    Raises:
+        ValueError: a name in ``replaced`` is not a submodule.
+    """
+    inputs = module.example_inputs(batch)
+    examples = next(len(x) for x in inputs if isinstance(x, Tensor))
+    modules = dict(module.named_modules())
+    missing = [name for name in replaced if name not in modules]
+    if missing:
+        raise ValueError(f"it has no module {missing[0]!r}, which is an MoE layer of the sparse model")
+    calls: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = []
+    hooks = [
+        modules[name].register_forward_pre_hook(lambda m, a, k: calls.append((m, a, k)), with_kwargs=True)
+        for name in replaced
+    ]
+    factors = [layer.router.capacity.factor for layer in core.moe_layers(module).values()]
+    lift = bool(factors) and not as_evaluated and all(f is None or f >= 1 for f in factors)
+    training = module.training
+    devices = [module.device.index or 0] if module.device.type == "cuda" else []
+    module.eval()
+    try:
+        limits = core.set_capacity_factor(module, None) if lift else contextlib.nullcontext()
+        with torch.no_grad(), torch.random.fork_rng(devices=devices), limits:
+            total = core.count_flops(module, *inputs)
+            for hook in hooks:
+                hook.remove()
+            inside = sum(core.count_flops(m, *args, **kwargs) for m, args, kwargs in calls)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        module.train(training)
+    return Cost(
+        num_params=sum(p.numel() for p in module.parameters()),
+        active_params=core.active_params(module),
+        flops_per_example=total / examples,
+        replaced_flops_per_example=inside / examples if replaced else None,
+        replaced_params=sum(p.numel() for name in replaced for p in modules[name].parameters()) if replaced else None,
+    )
+
+
+def check_equal(name: str, sparse: Cost, other: Cost, tolerance: float = TOLERANCE) -> str:
+    """Why ``other`` may not be called what its name says, or "" where it may.
+
+    Args:
+        name: of the baseline; see ``claim``.
+        sparse: cost of the sparse model.
+        other: cost of the baseline.
+        tolerance: the largest relative difference of the replaced blocks.
+    """
+    what = claim(name)
+    if what is None:
+        return ""
+    unit = "FLOPs an example" if what == "flops" else "parameters"
+    field = "replaced_flops_per_example" if what == "flops" else "replaced_params"
+    mine, its = getattr(sparse, field), getattr(other, field)
+    if not mine or its is None:
+        return f"not called equal: the sparse model has no replaced block to measure {unit} of"
+    ratio = its / mine
+    if abs(ratio - 1) <= tolerance:
+        return ""
+    return (
+        f"not called equal: its replaced blocks take {its:,.0f} {unit}, the sparse model's {mine:,.0f}: "
+        f"{ratio:.3f} of them, and the rule is within {tolerance:.0%}"
+    )
+
+
+def find_systems(sparse: SparseModule, batch: Any, wanted: Iterable[str] | None = None) -> list[System]:
+    """The sparse model and its baselines with their measured costs; those that may not be trained say why.
+
+    Args:
+        sparse: the configured module, untrained.
+        batch: of its data.
+        wanted: names of the baselines to take; None: all.
+
+    Raises:
+        ValueError: the module has no MoE layer, a wanted baseline is unknown, or none is left to compare with.
+    """
+    replaced = list(core.moe_layers(sparse))
+    if not replaced:
+        raise ValueError(f"{type(sparse).__name__} has no MoE layer: compare starts from a sparse config")
+    baselines = dict(sparse.baselines())
+    if wanted is not None:
+        wanted = list(wanted)
+        unknown = [name for name in wanted if name not in baselines]
+        if unknown:
+            raise ValueError(f"baseline {unknown[0]!r} is unknown: the module has {', '.join(baselines) or 'none'}")
+        baselines = {name: baselines[name] for name in wanted}
+    mine = measure_cost(sparse, batch, replaced)
+    found = [System(SPARSE, "the configured model", mine, flops_ratio=1.0, replaced_ratio=1.0, params_ratio=1.0)]
+    for name, baseline in baselines.items():
+        if baseline.build is None:
+            found.append(System(name, baseline.note, refused=baseline.note or "cannot be built"))
+            continue
+        model: Any = baseline.build()
+        if not isinstance(model, SparseModule):
+            found.append(System(name, baseline.note))
+            continue
+        try:
+            its = measure_cost(model.to(sparse.device), batch, replaced if claim(name) else _shared(model, replaced))
+            refused = check_equal(name, mine, its)
+        except ValueError as error:
+            its, refused = measure_cost(model, batch, ()), f"not called equal: {error}"
+        found.append(
+            System(
+                name,
+                baseline.note,
+                its,
+                refused,
+                flops_ratio=its.flops_per_example / mine.flops_per_example,
+                replaced_ratio=_ratio(its.replaced_flops_per_example, mine.replaced_flops_per_example),
+                params_ratio=_ratio(its.replaced_params, mine.replaced_params),
+            )
+        )
+        del model
+        gc.collect()
+    if all(s.refused for s in found[1:]):
+        reasons = "; ".join(f"{s.name}: {s.refused}" for s in found[1:]) or "the module has no baselines"
+        raise ValueError(f"nothing to compare with: {reasons}")
+    return found
+
+
+def _shared(model: nn.Module, names: Sequence[str]) -> Sequence[str]:
+    """All of ``names`` where the model has them; a baseline of another structure has no replaced blocks."""
+    own = {name for name, _ in model.named_modules()}
+    return names if own.issuperset(names) else ()
+
+
+def _ratio(a: float | None, b: float | None) -> float | None:
+    return a / b if a is not None and b else None

@@ -1,0 +1,142 @@
+"""A comparison as a table: on the screen, as Markdown, and as a picture of quality against FLOPs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from apps import plots
+from apps.compare.stats import Interval
+from apps.compare.summary import Row, Summary, flops, notes, number
+from apps.compare.systems import label
+
+NONE = "–"
+
+_CLOCKS = {
+    "steps": "steps times the median seconds a step of the speed measurement, in which the systems take turns",
+    "recorded": "as recorded in each run, whatever else the machine did",
+}
+
+
+def cells(summary: Summary) -> list[list[str]]:
+    """The table: a heading line, then a line a quantity, systems in columns."""
+
+    def quality(value: Interval | None, signed: bool = False) -> str:
+        if value is None:
+            return NONE
+        shown = number(value.mean, summary, signed)
+        return shown if value.half_width is None else f"{shown} ± {number(value.half_width, summary)}"
+
+    def speed(name: str) -> Callable[[Row], str]:
+        return lambda row: f"{row.speed[name]:,.0f}" if name in row.speed else NONE
+
+    def memory(row: Row) -> str:
+        if "peak_memory_bytes" not in row.speed:
+            return NONE
+        return f"{(row.speed['peak_memory_bytes'] - row.speed['base_memory_bytes']) / 2**20:,.0f}"
+
+    def ratio(name: str) -> Callable[[Row], str]:
+        def show(row: Row) -> str:
+            value = getattr(row.system, name)
+            return NONE if value is None else f"{value:.3f}"
+
+        return show
+
+    def flop(row: Row) -> str:
+        value = flops(row)
+        return NONE if value is None else f"{value / 1e6:,.2f}"
+
+    name = summary.metric.partition("/")[2]
+    unit, points = (", %", ", points") if summary.percent else ("", "")
+    lines: list[tuple[str, Callable[[Row], str]]] = [
+        (f"test {name}{unit}", lambda r: quality(r.test)),
+        (f"  sparse minus it{points}", lambda r: quality(r.difference, signed=True)),
+        (f"val. {name} at {_seconds(summary.equal_seconds)}{unit}", lambda r: quality(r.equal_time)),
+        (f"  sparse minus it{points}", lambda r: quality(r.equal_time_difference, signed=True)),
+        ("learning rate", lambda r: NONE if r.rate is None else f"{r.rate:g}{' (edge)' if r.rate_at_edge else ''}"),
+        ("parameters", lambda r: f"{r.system.cost.num_params:,}" if r.system.cost else NONE),
+        ("active parameters", lambda r: f"{r.system.cost.active_params:,}" if r.system.cost else NONE),
+        ("MFLOPs an example", flop),
+        ("  x sparse, replaced", ratio("replaced_ratio")),
+        ("  x sparse, whole model", ratio("flops_ratio")),
+        ("training, examples/s", speed("train_examples_per_second")),
+        ("inference, examples/s", speed("inference_examples_per_second")),
+        ("peak memory, MiB", memory),
+        ("training time, s", lambda r: f"{r.train_seconds:,.1f}"),
+    ]
+    table = [["", *(label(row.system.name) for row in summary.rows)]]
+    table += [[title, *(show(row) for row in summary.rows)] for title, show in lines]
+    return [table[0], *(line for line in table[1:] if any(cell != NONE for cell in line[1:]))]
+
+
+def _seconds(values: Sequence[float]) -> str:
+    mean = sum(values) / len(values)
+    return f"{mean:.1f} s" if mean < 120 else f"{mean / 60:.1f} min"
+
+
+def legend(summary: Summary) -> list[str]:
+    """How each line was measured, in few words."""
+    n = len(summary.seeds)
+    lines = [
+        f"Means of {n} seed{'s' if n > 1 else ''}, ± half a 95 % interval (Student's t); differences are paired by "
+        "seed. Test data was read once a seed, with the weights of the last step.",
+        "Equal time: the last validation by the time the fastest system had ended its training; the slower ones are "
+        f"cut short of their schedule. Time is {_CLOCKS[summary.clock]}.",
+        "FLOPs: products alone, two a multiply-add, counted by torch.utils.flop_counter in an evaluation forward; of "
+        "the replaced blocks and of the whole model over the sparse one's.",
+    ]
+    if any(row.speed for row in summary.rows):
+        lines.append(
+            "Speed: median of rounds in which the systems take turns, after a warm-up round, without reading data. "
+            "Peak memory: in training, of a process of its own, above what it held before the model was built."
+        )
+    return lines
+
+
+def markdown(title: str, summary: Summary, facts: Sequence[str]) -> str:
+    """The table with its sentences, notes and legend as a Markdown page."""
+    table = cells(summary)
+    lines = [f"# {title}", "", "| " + " | ".join(table[0]) + " |"]
+    lines.append("|" + " --- |" + " ---: |" * (len(table[0]) - 1))
+    lines += ["| " + " | ".join(row) + " |" for row in table[1:]]
+    lines += ["", *(f"**{s}**  " for s in summary.sentences()), ""]
+    lines += [f"- {note}" for note in [*notes(summary), *legend(summary), *facts]]
+    return "\n".join(lines) + "\n"
+
+
+def show(title: str, summary: Summary) -> None:
+    """The table with its sentences and notes on the screen."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    rows = cells(summary)
+    table = Table(title=escape(title), title_justify="left", title_style="bold")
+    for index, name in enumerate(rows[0]):
+        first = index == 0
+        table.add_column(escape(name.replace(", ", ",\n")), justify="left" if first else "right", no_wrap=first)
+    for row in rows[1:]:
+        table.add_row(*(escape(cell) for cell in row))
+    console = Console()
+    console.print(table)
+    for line in summary.sentences():
+        console.print(f"[bold]{escape(line)}[/bold]", highlight=False)
+    for line in [*notes(summary), *legend(summary)[:2]]:
+        console.print(f"- {escape(line)}", highlight=False)
+
+
+def picture(title: str, summary: Summary, path: Path) -> Path | None:
+    """Quality against FLOPs, one point a system with its interval; None where no system has FLOPs."""
+    series = []
+    for row in summary.rows:
+        cost = flops(row)
+        if cost is not None:
+            half = row.test.half_width
+            series.append(
+                plots.Series(label(row.system.name), [cost], [row.test.mean], None if half is None else [half])
+            )
+    if not series:
+        return None
+    metric = f"test {summary.metric.partition('/')[2]}"
+    figure = plots.quality_against_flops(series, metric, title, percent=summary.percent)
+    return plots.save_figure(figure, path)

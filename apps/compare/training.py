@@ -1,0 +1,309 @@
+"""One unit of work of a comparison: a model trained at one rate with one seed, validated, and tested where it is final.
+
+A finished unit is one JSON file. An unfinished one goes on from its last checkpoint, as ``moesaic fit`` does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import math
+import signal
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+
+from apps.callbacks import AtomicCheckpointIO, BestAndLast, GeneratorState
+from apps.compare.experiment import Experiment
+from apps.compare.files import read_json, write_json
+from apps.training import NonFiniteError, SparseModule, to_plain
+
+CHECKPOINT = "last.ckpt"
+
+Progress = Callable[[int, int], None]
+"""Told the optimizer steps done and to do."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is trained.
+
+    Attributes:
+        system: name of the system.
+        rate: learning rate; None: an estimator, which has none.
+        seed: of the initial weights, the data order and everything else that is random.
+        share: part of the configured training, in (0, 1].
+        final: also read the test split, once, with the weights of the last step, and keep them.
+    """
+
+    system: str
+    rate: float | None
+    seed: int
+    share: float = 1.0
+    final: bool = False
+
+    @property
+    def name(self) -> str:
+        kind = "final" if self.final else "search"
+        rate = "" if self.rate is None else f"-lr{self.rate:g}"
+        return f"{self.system}/{kind}{rate}-seed{self.seed}"
+
+    def folder(self, output: Path) -> Path:
+        return output / "units" / self.name
+
+    def read(self, output: Path) -> dict[str, Any] | None:
+        """Its result; None where it is not finished.
+
+        Raises:
+            ValueError: the file is not whole JSON.
+        """
+        return read_json(self.folder(output) / "result.json")
+
+    def checkpoint(self, output: Path) -> Path:
+        """Where a final unit keeps its trained weights, and an unfinished one its state."""
+        return self.folder(output) / CHECKPOINT
+
+
+class Curve(Callback):
+    """Validation quality over seconds of training: reading data, forward, backward and step, without validation.
+
+    It is saved in the checkpoint, so the time of a resumed run is that of its kept steps.
+
+    Attributes:
+        points: (step, seconds, quality) of each validation.
+    """
+
+    def __init__(self, monitor: str) -> None:
+        self.monitor = monitor
+        self.points: list[tuple[int, float, float]] = []
+        self._seconds, self._since = 0.0, None  # type: tuple[float, float | None]
+
+    @property
+    def seconds(self) -> float:
+        running = 0.0 if self._since is None else time.perf_counter() - self._since
+        return self._seconds + running
+
+    def _pause(self) -> None:
+        self._seconds, self._since = self.seconds, None
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._since = time.perf_counter()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._pause()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        value = trainer.callback_metrics.get(self.monitor)
+        if value is None:
+            raise ValueError(
+                f"validation logs no {self.monitor!r}; it logs {', '.join(sorted(trainer.callback_metrics))}"
+            )
+        self.points.append((trainer.global_step, self.seconds, float(value)))
+        if trainer.state.fn == "fit":
+            self._since = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._pause()  # a checkpoint is written next
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"points": [list(p) for p in self.points], "seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.points = [(int(s), float(t), float(q)) for s, t, q in state_dict["points"]]
+        self._seconds, self._since = float(state_dict["seconds"]), None
+
+
+class _Report(Callback):
+    def __init__(self, progress: Progress) -> None:
+        self.progress, self.total = progress, 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        total = trainer.estimated_stepping_batches
+        self.total = int(total) if math.isfinite(total) else 0
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        self.progress(trainer.global_step, self.total)
+
+
+def set_rate(module: SparseModule, rate: float) -> None:
+    """Give ``module`` another peak learning rate."""
+    module.optimizer_config = dataclasses.replace(module.optimizer_config, lr=rate)
+    if "optimizer" in module.hparams:
+        module.hparams["optimizer"] = to_plain(module.optimizer_config)
+
+
+def shortened(options: dict[str, Any], share: float) -> dict[str, Any]:
+    """Trainer options for ``share`` of the training; the schedule of the learning rate shortens with it.
+
+    Whole epochs, or steps where the config counts steps; at least one.
+    """
+    changed = dict(options)
+    for name in ("max_epochs", "max_steps"):
+        value = options.get(name)
+        if value is not None and value > 0:
+            changed[name] = max(1, round(share * value))
+    return changed
+
+
+def train(
+    experiment: Experiment, unit: Unit, output: Path, progress: Progress = lambda done, total: None
+) -> dict[str, Any]:
+    """Do ``unit``, or return its result where it is done already.
+
+    Args:
+        experiment: makes models and data.
+        unit: what to do.
+        output: the comparison's folder.
+        progress: told the steps.
+
+    Returns:
+        The unit's result: plain values, also in ``result.json`` of its folder.
+
+    Raises:
+        NonFiniteError: a final run diverged; a search run records it.
+        ValueError: the module does not log what it promises.
+    """
+    done = unit.read(output)
+    if done is not None:
+        return done
+    folder = unit.folder(output)
+    result: dict[str, Any] = {"unit": {**dataclasses.asdict(unit), "name": unit.name}}
+    started = time.time()
+    with quiet():
+        seed_everything(unit.seed, verbose=False)
+        module, data = experiment.build(unit.system)
+        if isinstance(module, SparseModule):
+            assert unit.rate is not None
+            set_rate(module, unit.rate)
+            try:
+                result |= _fit(experiment, module, data, unit, folder, progress)
+            except NonFiniteError as error:
+                if unit.final:
+                    raise NonFiniteError(f"{unit.name}: {error}") from None
+                result |= {"quality": None, "diverged": str(error)}
+        else:
+            result |= _fit_estimator(experiment, module, data, unit)
+    result["wall_seconds"] = time.time() - started
+    write_json(folder / "result.json", result)
+    if not unit.final:
+        (folder / CHECKPOINT).unlink(missing_ok=True)
+    return result
+
+
+def _fit(
+    experiment: Experiment, module: SparseModule, data: Any, unit: Unit, folder: Path, progress: Progress
+) -> dict[str, Any]:
+    curve = Curve(module.monitor)
+    last = folder / CHECKPOINT
+    _without_reports(module)
+    trainer = Trainer(
+        **shortened(experiment.trainer_options, unit.share),
+        callbacks=[*experiment.callbacks(), curve, GeneratorState(), _Report(progress), _checkpoints(folder)],
+        plugins=[AtomicCheckpointIO()],
+        logger=False,
+        default_root_dir=str(folder),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+    with interruptible():
+        trainer.fit(module, datamodule=data, ckpt_path=str(last) if last.exists() else None, weights_only=True)
+    steps = trainer.global_step
+    if not steps or not last.exists():
+        raise ValueError(f"{unit.name}: the training has no step (trainer options {experiment.trainer_options})")
+    # From the checkpoint: of a run resumed after its last step, only that holds the averaged weights.
+    where: dict[str, Any] = {"datamodule": data, "ckpt_path": str(last), "verbose": False, "weights_only": True}
+    if not curve.points or curve.points[-1][0] < steps:
+        with interruptible():
+            trainer.validate(module, **where)  # the config's steps end between two validations
+    result: dict[str, Any] = {
+        "quality": curve.points[-1][2],
+        "steps": steps,
+        "train_seconds": curve.seconds,
+        "curve": [list(p) for p in curve.points],
+    }
+    if unit.final:
+        with interruptible():
+            logged = trainer.test(module, **where)
+        name = f"test/{module.monitor.partition('/')[2]}"
+        result["test"] = {k: float(v) for k, v in logged[0].items() if k.count("/") == 1}
+        if name not in result["test"]:
+            raise ValueError(f"{type(module).__name__} monitors {module.monitor!r}, but a test logs no {name!r}")
+        result["test_quality"] = result["test"][name]
+    return result
+
+
+def _fit_estimator(experiment: Experiment, model: Any, data: Any, unit: Unit) -> dict[str, Any]:
+    metric = experiment.monitor.partition("/")[2]
+    data.prepare_data()
+    data.setup("fit")
+    began = time.perf_counter()
+    model.fit(data, unit.seed)
+    seconds = time.perf_counter() - began
+    quality = float(model.evaluate(data, "val")[metric])
+    result: dict[str, Any] = {"quality": quality, "steps": None, "train_seconds": seconds}
+    result["curve"] = [[0, seconds, quality]]
+    if unit.final:
+        data.setup("test")
+        result["test"] = {f"test/{k}": float(v) for k, v in model.evaluate(data, "test").items()}
+        result["test_quality"] = result["test"][f"test/{metric}"]
+    return result
+
+
+def _checkpoints(folder: Path) -> BestAndLast:
+    # A monitor that nothing logs: the last weights are compared, and a best checkpoint would only take time.
+    return BestAndLast(dirpath=str(folder), monitor="-", every_n_minutes=2.0)
+
+
+def _without_reports(module: SparseModule) -> None:
+    """Leave out callbacks that only act in a test: pictures and further evaluations are not part of a comparison."""
+    configured = module.configure_callbacks
+
+    def kept() -> list[Callback]:
+        return [c for c in configured() if _hooks(c) - {"on_test"}]  # type: ignore[union-attr]
+
+    module.configure_callbacks = kept  # type: ignore[method-assign]
+
+
+def _hooks(callback: Callback) -> set[str]:
+    """Families of hooks that a callback overrides, as {"on_test", "on_train"}."""
+    changed = (n for n in dir(Callback) if getattr(type(callback), n) is not getattr(Callback, n))
+    return {"_".join(n.split("_")[:2]) for n in changed if n.startswith(("on_", "state_dict"))}
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Lightning's notes and hints off inside."""
+    loggers = [logging.getLogger(n) for n in ("lightning.pytorch", "lightning.fabric", "lightning")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"lightning\.")
+        warnings.filterwarnings("ignore", message=r".*(does not have many workers|num_workers|lr_scheduler\.step).*")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Ctrl-C is a KeyboardInterrupt here: Lightning's trainer makes an exit of it and leaves the signal ignored."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and handler is not signal.SIG_IGN:
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        with contextlib.suppress(ValueError):  # not the main thread, which has no handler to restore
+            signal.signal(signal.SIGINT, handler)

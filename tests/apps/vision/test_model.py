@@ -1,0 +1,342 @@
+"""VMoE is timm's VisionTransformer wherever it is dense, and core's layer wherever it is not."""
+
+import copy
+import math
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from timm.models.vision_transformer import VisionTransformer
+from torch.testing import assert_close
+
+import core
+from apps.vision.model import VARIANTS, MoEBlock, ViTConfig, VMoE, load_pretrained_weights, resolve_blocks
+
+# 8x8 images, patches of 2: a grid of 4x4, and 17 tokens with the class token.
+TINY = ViTConfig(patch_size=2, embed_dim=16, depth=4, num_heads=2)
+MOE = core.MoEConfig(num_experts=4, expert=core.FFN(hidden_dim=24))
+
+
+def build(vit=TINY, moe=None, blocks="last2", hidden=None, *, image_size=8, in_chans=1, num_classes=10, seed=0):
+    torch.manual_seed(seed)
+    return VMoE(
+        vit,
+        image_size=image_size,
+        in_chans=in_chans,
+        num_classes=num_classes,
+        moe=moe,
+        moe_blocks=blocks,
+        replaced_hidden_dim=hidden,
+    )
+
+
+def images(n=3, chans=1, size=8):
+    return torch.randn(n, chans, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def numel(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+# ---- which blocks
+
+
+@pytest.mark.parametrize(
+    ("moe_blocks", "depth", "expected"),
+    [
+        ("every2", 6, (1, 3, 5)),  # V-MoE: every second block, the first of them block 1
+        ("last2", 6, (3, 5)),  # the last two of those
+        ("last2", 12, (9, 11)),
+        ("last1", 5, (3,)),  # an odd depth: block 4 is not one of every2
+        ("every1", 3, (0, 1, 2)),
+        ("every3", 8, (2, 5)),
+        ([-1, 0], 4, (0, 3)),
+    ],
+)
+def test_blocks(moe_blocks, depth, expected):
+    assert resolve_blocks(moe_blocks, depth) == expected
+
+
+@pytest.mark.parametrize(
+    ("moe_blocks", "message"),
+    [
+        ([], r"moe_blocks=\[\] names no block"),
+        ([4], "moe_blocks index 4 is out of range for depth=4"),
+        ([-5], "moe_blocks index -5 is out of range for depth=4"),
+        ([3, -1], r"moe_blocks=\[3, -1\] names a block twice"),
+        ("last3", "moe_blocks='last3' does not fit depth=4: N is at most 2"),
+        ("every5", "moe_blocks='every5' does not fit depth=4: N is at most 4"),
+        ("last0", "moe_blocks='last0' is not lastN"),
+        ("first2", "moe_blocks='first2' is not lastN"),
+    ],
+)
+def test_refused_blocks_name_the_value_and_the_rule(moe_blocks, message):
+    with pytest.raises(ValueError, match=message):
+        build(moe=MOE, blocks=moe_blocks)
+
+
+# ---- dense is timm's
+
+
+def timm_twin(**kwargs):
+    torch.manual_seed(0)
+    sizes = {"img_size": 8, "patch_size": 2, "in_chans": 1, "num_classes": 10}
+    return VisionTransformer(**sizes, embed_dim=16, depth=4, num_heads=2, **kwargs)
+
+
+@pytest.mark.parametrize("pool", ["token", "avg"])
+def test_dense_is_timms_model_weight_by_weight_and_in_its_output(pool):
+    vit = ViTConfig(patch_size=2, embed_dim=16, depth=4, num_heads=2, pool=pool, init_values=0.1, qk_norm=True)
+    ours = build(vit)
+    twin = timm_twin(global_pool=pool, class_token=pool == "token", init_values=0.1, qk_norm=True)
+    assert ours.state_dict().keys() == twin.state_dict().keys()
+    for name, weight in twin.state_dict().items():
+        assert_close(ours.state_dict()[name], weight, rtol=0, atol=0, msg=name)
+    assert_close(ours(images()), twin(images()), rtol=0, atol=0)
+
+
+def test_explicit_attention_is_the_fused_one():
+    fused, explicit = (
+        build(ViTConfig(patch_size=2, embed_dim=16, depth=4, num_heads=2, fused_attn=f)) for f in (True, False)
+    )
+    assert_close(explicit(images()), fused(images()))
+    # Two products of 17 x 17 x 16 in each of the 4 blocks, counted either way.
+    counts = [core.count_flops(m, images(1)) for m in (fused, explicit)]
+    assert counts[0] == counts[1]
+
+
+def test_timms_other_calls_go_through_the_same_blocks():
+    model = build(moe=MOE).eval()
+    features, middle = model.forward_intermediates(images(), indices=2, norm=True)
+    assert_close(features, model.forward_features(images()))
+    assert [m.shape for m in middle] == [(3, 16, 4, 4)] * 2
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variant_sizes_are_timms(variant):
+    dim, depth, heads = VARIANTS[variant]
+    vit = ViTConfig(variant=variant)
+    assert (vit.dim, vit.num_blocks, vit.heads, vit.dense_hidden_dim) == (dim, depth, heads, 4 * dim)
+    assert ViTConfig(variant=variant, depth=2).num_blocks == 2
+    if variant != "nano":
+        import timm
+
+        with torch.device("meta"):
+            reference = timm.create_model(f"vit_{variant}_patch16_224")
+        assert (reference.embed_dim, len(reference.blocks)) == (dim, depth)
+        assert reference.blocks[0].attn.num_heads == heads
+
+
+# ---- sparse
+
+
+def test_an_expert_that_is_the_ffn_gives_the_dense_output():
+    # One expert, taken by every token with gate softmax over one logit = 1.
+    moe = core.MoEConfig(1, router=core.TokenChoice(top_k=1), expert=core.FFN(hidden_dim=64, bias=True))
+    dense, sparse = build().eval(), build(moe=moe).eval()
+    weights = dense.state_dict()
+    for i in sparse.moe_blocks:
+        mlp = {n: weights.pop(f"blocks.{i}.mlp.{n}") for n in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")}
+        weights[f"blocks.{i}.mlp.experts.w_in"] = mlp["fc1.weight"].t()[None]
+        weights[f"blocks.{i}.mlp.experts.w_out"] = mlp["fc2.weight"].t()[None]
+        weights[f"blocks.{i}.mlp.experts.b_in"] = mlp["fc1.bias"][None]
+        weights[f"blocks.{i}.mlp.experts.b_out"] = mlp["fc2.bias"][None]
+        weights[f"blocks.{i}.mlp.router.gate.weight"] = torch.randn(1, 16)
+    sparse.load_state_dict(weights)
+    assert_close(sparse(images()), dense(images()))
+
+
+def test_parameters_are_the_dense_ones_less_the_ffns_plus_the_experts():
+    # FFN: 2 * 16 * 64 + 64 + 16 = 2128. MoE: gate 4 * 16 = 64, experts 4 * 2 * 16 * 24 = 3072.
+    assert MOE.num_params(16) == 64 + 3072
+    assert numel(build(moe=MOE)) == numel(build()) + 2 * (3136 - 2128)
+    # Of the experts a token takes two of four.
+    assert core.active_params(build(moe=MOE)) == numel(build()) + 2 * (64 + 3072 // 2 - 2128)
+
+
+def test_flops_are_the_dense_ones_less_the_ffns_plus_the_experts():
+    # 17 tokens, two blocks. FFN: 4 * 16 * 64 = 4096 a token. Router: 2 * 16 * 4 = 128. An expert: 4 * 16 * 24 = 1536.
+    assert MOE.flops_per_token(16) == 128 + 2 * 1536
+    x = images(2)
+    with torch.no_grad():
+        dense, sparse = (core.count_flops(m.eval(), x) for m in (build(), build(moe=MOE)))
+    assert sparse - dense == 2 * 17 * 2 * (3200 - 4096)
+
+
+def test_only_the_replaced_blocks_are_widened():
+    vit = ViTConfig(patch_size=2, embed_dim=16, depth=4, num_heads=2, hidden_dim=40)
+    model = build(vit, hidden=100)
+    assert [b.mlp.fc1.out_features for b in model.blocks] == [40, 100, 40, 100]
+    assert all(isinstance(b, MoEBlock) for b in model.blocks)
+
+
+def test_widths_are_exact_where_a_ratio_would_be_rounded_down():
+    # timm's int(dim * mlp_ratio), with 56 * (61 / 56) just below 61.
+    assert int(56 * (61 / 56)) == 60
+    vit = ViTConfig(patch_size=2, embed_dim=56, depth=2, num_heads=2, hidden_dim=61)
+    assert build(vit, blocks="last1").blocks[0].mlp.fc1.out_features == 61
+
+
+def test_routers_are_told_patch_positions():
+    model = build(moe=MOE)
+    with core.record(model) as tape:
+        model(images(2))
+    assert [e.name for e in tape.entries] == ["blocks.1.mlp", "blocks.3.mlp"]
+    for entry in tape.entries:
+        assert entry.context.token_ids_BS.tolist() == [list(range(17))] * 2
+
+
+def test_left_out_patches_keep_the_positions_they_had():
+    vit = ViTConfig(patch_size=2, embed_dim=16, depth=4, num_heads=2, patch_drop=0.5, reg_tokens=1)
+    model = build(vit, MOE).train()
+    with core.record(model) as tape:
+        model(images(2))
+    first, second = tape.entries[0].context.token_ids_BS.tolist()
+    for ids in (first, second):  # class and register token, and 8 of the 16 patches, which are 2 .. 17
+        assert ids[:2] == [0, 1]
+        assert len(set(ids)) == 10
+        assert set(ids[2:]) <= set(range(2, 18))
+    assert first != second
+    with core.record(model.eval()) as tape:
+        model(images(2))
+    assert tape.entries[0].context.token_ids_BS.shape == (2, 18)
+
+
+def test_an_image_does_not_depend_on_its_neighbours_without_a_capacity():
+    model = build(moe=MOE).eval()
+    x = images(4)
+    assert_close(model(x)[:1], model(x[:1]))
+
+
+def test_checkpointing_gives_the_same_gradients_and_counts_no_pass_twice():
+    x = images(2)
+    found = []
+    for recompute in (False, True):
+        model = build(moe=MOE).train()
+        model.set_grad_checkpointing(recompute)
+        with core.record(model) as tape:
+            loss = model(x).square().mean()
+        (loss + core.aux_loss(tape)).backward()
+        found.append(({n: p.grad for n, p in model.named_parameters()}, len(tape)))
+    (plain, passes), (again, passes_again) = found
+    assert passes == passes_again == 2
+    for name, grad in plain.items():
+        assert grad is not None, name
+        assert_close(again[name], grad, msg=name)
+
+
+def test_experts_start_like_the_dense_ffn():
+    vit = ViTConfig(patch_size=2, embed_dim=64, depth=2, num_heads=2)
+    experts = build(vit, core.MoEConfig(4, expert=core.FFN(bias=True)), blocks=[1]).blocks[1].mlp.experts
+    dense = build(vit).blocks[1].mlp
+    # Both are cut normals of deviation 0.02; nn.Linear's default would be 1 / sqrt(3 * 64) = 0.072.
+    for weight in (*experts.w_in, *experts.w_out, dense.fc1.weight, dense.fc2.weight):
+        assert float(weight.detach().std()) == pytest.approx(0.02, rel=0.05)
+    assert not experts.b_in.any()
+    assert not experts.b_out.any()
+
+
+def test_jax_scheme_reaches_the_experts():
+    vit = ViTConfig(patch_size=2, embed_dim=16, depth=2, num_heads=2, weight_init="jax")
+    w_in = build(vit, MOE, blocks=[1]).blocks[1].mlp.experts.w_in
+    bound = math.sqrt(6 / (16 + 24))  # Glorot's, of each expert and not of the stack
+    assert 0.9 * bound < float(w_in.detach().abs().max()) <= bound
+
+
+def test_copies_and_state_dicts_give_the_same_output():
+    model = build(moe=MOE).eval()
+    other = build(moe=MOE, seed=7).eval()
+    other.load_state_dict(model.state_dict())
+    for twin in (copy.deepcopy(model), other):
+        assert_close(twin(images()), model(images()), rtol=0, atol=0)
+
+
+# ---- refused
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ViTConfig(embed_dim=10, num_heads=3), "embed_dim=10 is not divisible by num_heads=3"),
+        (lambda: ViTConfig(variant="huge"), "variant='huge' is not one of nano, tiny, small, base, large"),
+        (lambda: ViTConfig(depth=0), "depth=0 must be at least 1"),
+        (lambda: ViTConfig(hidden_dim=0), "hidden_dim=0 must be at least 1"),
+        (lambda: ViTConfig(drop_path=1.0), r"drop_path=1.0 is not in \[0, 1\)"),
+        (lambda: ViTConfig(pool="token", class_token=False), "pool='token' needs class_token=True"),
+        (lambda: ViTConfig(pool="max"), "pool='max' is not one of token, avg"),
+        (lambda: build(ViTConfig(patch_size=3)), "image_size=8 is not divisible by patch_size=3"),
+        (lambda: build(in_chans=0), "in_chans=0 must be at least 1"),
+        (lambda: build(hidden=0), "replaced_hidden_dim=0 must be at least 1"),
+        (lambda: build(moe=MOE, hidden=64), "replaced_hidden_dim=64 is for a dense model"),
+    ],
+)
+def test_refused_combinations_are_one_line(make, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        make()
+    assert "\n" not in str(caught.value)
+
+
+# ---- pretrained weights
+
+
+@pytest.fixture
+def source():
+    """A dense model of other patches, channels and classes: 12x12 colour images, patches of 4, 5 classes."""
+    return build(
+        ViTConfig(patch_size=4, embed_dim=16, depth=4, num_heads=2), image_size=12, in_chans=3, num_classes=5, seed=3
+    )
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "torch", "checkpoint"])
+def test_dense_parts_load_and_the_rest_is_named(source, tmp_path, kind, caplog):
+    weights = source.state_dict()
+    path = tmp_path / ("w.safetensors" if kind == "safetensors" else "w.pt")
+    if kind == "safetensors":
+        save_file(weights, path)
+    elif kind == "torch":
+        torch.save({**weights, "extra": torch.zeros(2)}, path)
+    else:  # as Lightning saves a VisionClassifier
+        torch.save({"state_dict": {f"model.{n}": w for n, w in weights.items()}, "epoch": 3}, path)
+    model = build(moe=MOE)
+    before = copy.deepcopy(model.state_dict())
+    caplog.set_level("INFO", logger="apps.vision.model")
+    report = load_pretrained_weights(model, path)
+    assert_close(model.blocks[0].mlp.fc1.weight, source.blocks[0].mlp.fc1.weight)
+    assert_close(model.blocks[3].attn.qkv.weight, source.blocks[3].attn.qkv.weight)
+    # Position embeddings of 3x3 patches became those of 4x4, patches of 4x4x3 pixels 2x2x1.
+    assert {"pos_embed", "patch_embed.proj.weight"} <= set(report.loaded)
+    assert not torch.equal(model.pos_embed, before["pos_embed"])
+    assert_close(model.pos_embed[:, 0], source.pos_embed[:, 0])
+    assert set(report.skipped) == {"head.weight", "head.bias"}
+    assert len(report.replaced) == 2 * 3  # gate, w_in, w_out
+    for name in (*report.skipped, *report.replaced):
+        assert torch.equal(model.state_dict()[name], before[name]), name
+    assert report.missing == ()
+    assert report.unexpected == (("extra",) if kind == "torch" else ())
+    (line,) = [r.getMessage() for r in caplog.records if r.name == "apps.vision.model"]
+    assert "\n" not in line
+    assert f"{len(report.loaded)} loaded" in line
+
+
+def test_an_own_sparse_checkpoint_loads_whole(tmp_path):
+    trained = build(moe=MOE, seed=5)
+    torch.save(trained.state_dict(), tmp_path / "w.pt")
+    model = build(moe=MOE)
+    report = load_pretrained_weights(model, tmp_path / "w.pt")
+    assert (report.replaced, report.missing, report.unexpected, report.skipped) == ((),) * 4
+    assert_close(model(images()), trained(images()))
+
+
+def test_weights_that_cannot_be_had_are_one_line(tmp_path):
+    (tmp_path / "w.safetensors").write_bytes(b"not weights")
+    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pt")
+    for bad, message in (
+        (tmp_path / "w.safetensors", "cannot be read"),
+        (tmp_path / "other.pt", "none of its 1 tensors fits"),
+        ("vit_tinny_patch16_224", "is neither a file nor a timm model"),
+        (tmp_path / "gone.pt", "is neither a file nor a timm model"),
+    ):
+        with pytest.raises(ValueError, match=message) as caught:
+            load_pretrained_weights(build(), bad)
+        assert "\n" not in str(caught.value)
+        assert "pretrained=" in str(caught.value)

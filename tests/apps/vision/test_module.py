@@ -1,0 +1,207 @@
+"""VisionClassifier: its loss, its baselines, and a run through Lightning."""
+
+import math
+import pickle
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from torch.testing import assert_close
+
+import core
+from apps.training import OptimizerConfig, parameter_groups
+from apps.vision.data import ImageBatch, VisionData
+from apps.vision.model import ViTConfig
+from apps.vision.module import VisionClassifier, baseline_widths
+
+TINY = ViTConfig(patch_size=2, embed_dim=8, depth=2, num_heads=2, pool="avg")
+MOE = core.MoEConfig(num_experts=4, expert=core.FFN(hidden_dim=16))
+
+
+def build(moe=MOE, **kwargs):
+    torch.manual_seed(0)
+    options = {"vit": TINY, "moe": moe, "moe_blocks": [1], "image_size": 8, "report": None}
+    return VisionClassifier(**{**options, **kwargs})
+
+
+def batch(n=4, label=None):
+    image = torch.randn(n, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    return ImageBatch(image, torch.arange(n) if label is None else label, torch.arange(n))
+
+
+# ---- the loss
+
+
+def constant(module, values):
+    """Make ``module`` answer every image with the logits ``values``."""
+    head = module.model.head
+    with torch.no_grad():
+        head.weight.zero_()
+        head.bias.copy_(torch.tensor(values))
+    return module
+
+
+def test_label_smoothing_is_of_training_alone():
+    # Three classes, logits log(2), 0, 0: probabilities 1/2, 1/4, 1/4. The target is class 0.
+    # Plain: -log(1/2) = 0.693. Smoothed by 0.3: targets 0.8, 0.1, 0.1: 0.8 * 0.693 + 0.2 * 1.386 = 0.832.
+    module = constant(build(None, num_classes=3, label_smoothing=0.3), [math.log(2.0), 0.0, 0.0])
+    one = batch(1, torch.tensor([0]))
+    assert float(module.train().task_loss(one).loss.detach()) == pytest.approx(0.8318, abs=1e-4)
+    assert float(module.eval().task_loss(one).loss.detach()) == pytest.approx(0.6931, abs=1e-4)
+
+
+def test_mixed_labels_give_the_mix_of_the_losses_and_count_as_the_larger_part():
+    module = constant(build(None, num_classes=3), [math.log(2.0), 0.0, 0.0])
+    # 0.3 of class 0 (0.693) and 0.7 of class 2 (1.386): 0.208 + 0.970.
+    out = module.task_loss(batch(1, torch.tensor([[0.3, 0.0, 0.7]])))
+    assert float(out.loss.detach()) == pytest.approx(1.1783, abs=1e-4)
+    assert out.targets.tolist() == [2]
+    assert out.num_examples == 1
+
+
+def test_metrics_are_top1_and_top5():
+    metrics = build().build_metrics()
+    logits = torch.eye(10)[:4]  # guesses 0, 1, 2, 3; beyond the first, ties go to the lower classes
+    found = metrics(logits + torch.linspace(0.09, 0, 10), torch.tensor([0, 1, 9, 4]))
+    assert float(found["top1"]) == 0.5
+    # Of 9 and 4 the fourth image's 4 is among its five best: 3, 0, 1, 2, 4.
+    assert float(found["top5"]) == 0.75
+    assert "top5" not in build(num_classes=5).build_metrics()
+
+
+def test_prediction_lists_the_likeliest_classes():
+    module = constant(build(None, num_classes=3), [0.0, math.log(2.0), math.log(5.0)])
+    found = module.predict_step(batch(2), 0)
+    assert found.label.tolist() == [[2, 1, 0]] * 2
+    assert_close(found.probability[0], torch.tensor([5.0, 2.0, 1.0]) / 8)
+    assert found.index.tolist() == [0, 1]
+
+
+# ---- baselines
+
+
+def test_baseline_widths_by_hand():
+    # D = 8, E = 4, K = 2, F = 16. FLOPs a token: router 2*8*4 = 64, experts 2 * 4*8*16 = 1024; 1088 / (4*8) = 34.
+    # Parameters: router 32, experts 4 * 2*8*16 = 1024; 2*8*F + F + 8 = 1056 gives F = 61.6.
+    widths = baseline_widths(MOE, 8)
+    assert {n: (w.width, w.problem) for n, w in widths.items()} == {
+        "dense_equal_flops": (34, ""),
+        "dense_equal_params": (62, ""),
+    }
+
+
+def test_baselines_cost_what_they_say_in_the_replaced_blocks_and_elsewhere_the_same():
+    sparse = build()
+    baselines = sparse.baselines()
+    assert list(baselines) == ["dense_equal_flops", "dense_equal_params"]
+    flops, params = (baselines[n].build() for n in baselines)
+    x = torch.randn(2, 16, 8)
+    layer = sparse.model.blocks[1].mlp
+    with torch.no_grad():
+        assert core.count_flops(layer, x) == 2 * 16 * 1088
+        assert core.count_flops(flops.model.blocks[1].mlp, x) == 2 * 16 * 1088
+    sizes = [sum(p.numel() for p in m.parameters()) for m in (layer, params.model.blocks[1].mlp)]
+    assert sizes == [1056, 1062]  # 0.6 % more
+    for dense in (flops, params):
+        assert not core.moe_layers(dense)
+        assert dense.baselines() == {}
+        assert dense.model.blocks[0].mlp.fc1.out_features == 32
+        assert dense.optimizer_config == sparse.optimizer_config
+    assert "FFN hidden dim 34 in the replaced blocks, 32 elsewhere" in baselines["dense_equal_flops"].note
+
+
+def test_a_baseline_that_is_another_is_not_built():
+    # With K = E every token takes every expert. FLOPs: 2*8*2 + 2 * 4*8*256 = 16416 = 4*8 * 513.
+    # Parameters: 2*8 + 2 * (2*8*256 + 256 + 8) = 8736 = 17 * 513.4 + 8.
+    same = build(core.MoEConfig(num_experts=2, expert=core.FFN(hidden_dim=256, bias=True))).baselines()
+    assert same["dense_equal_flops"].build is not None
+    assert same["dense_equal_params"].build is None
+    assert "coincides with dense_equal_flops" in same["dense_equal_params"].note
+
+
+def test_a_baseline_that_cannot_exist_says_why():
+    tiny = core.MoEConfig(num_experts=3, router=core.TokenChoice(top_k=1), expert=core.FFN(hidden_dim=1))
+    # 2*8*3 + 4*8*1 = 80 FLOPs = 4*8 * 2.5, and neither 2 nor 3 is within 5 % of it.
+    found = build(tiny).baselines()["dense_equal_flops"]
+    assert found.build is None
+    assert found.note == "no whole FFN hidden dim comes within 5% of 80 flops"
+
+
+def test_baselines_travel_to_another_process():
+    make = pickle.loads(pickle.dumps(build().baselines()["dense_equal_flops"].build))
+    assert make().model.blocks[1].mlp.fc1.out_features == 34
+
+
+# ---- options
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"label_smoothing": 1.0}, r"label_smoothing=1.0 is not in \[0, 1\)"),
+        ({"num_classes": 1}, "num_classes=1 must be at least 2"),
+        ({"moe_blocks": [2]}, "moe_blocks index 2 is out of range for depth=2"),
+        ({"image_size": 9}, "image_size=9 is not divisible by patch_size=2"),
+        ({"pretrained": "gone.safetensors"}, "pretrained='gone.safetensors' is neither a file nor a timm model"),
+    ],
+)
+def test_refused_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        build(**options)
+
+
+def test_parameter_groups_know_routers_experts_and_what_does_not_decay():
+    module = build(core.MoEConfig(num_experts=4, expert=core.FFN(hidden_dim=16, bias=True)))
+    names = {id(p): n for n, p in module.named_parameters()}
+    groups = {g["name"]: {names[id(p)] for p in g["params"]} for g in parameter_groups(module, OptimizerConfig())}
+    layer = "model.blocks.1.mlp"
+    assert groups["router"] == {f"{layer}.router.gate.weight"}
+    assert groups["experts"] == {f"{layer}.experts.w_in", f"{layer}.experts.w_out"}
+    assert groups["experts_no_decay"] == {f"{layer}.experts.b_in", f"{layer}.experts.b_out"}
+    assert "model.pos_embed" in groups["rest_no_decay"]
+
+
+# ---- a run
+
+
+def trainer(tmp_path, **kwargs):
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    return Trainer(**{"default_root_dir": tmp_path, "num_sanity_val_steps": 0, **quiet, **kwargs})
+
+
+def test_it_learns_and_its_checkpoint_loads_with_plain_values(tmp_path):
+    data = VisionData("digits", batch_size=32, subset=512, seed=0, mixup_alpha=0.2)
+    module = build(optimizer=OptimizerConfig(lr=1e-2, warmup=0.0), ema_decay=0.9, label_smoothing=0.1)
+    fit = trainer(tmp_path, max_epochs=6, enable_checkpointing=False, log_every_n_steps=1)
+    start = module.task_loss(next(iter(data.test_dataloader()))).loss.detach()
+    fit.fit(module, datamodule=data)
+    assert fit.callback_metrics["val/top1"] > 0.2  # guessing gets 0.1
+    assert fit.callback_metrics["val/loss"] < start
+    assert {"train/load_balancing", "train/router_z", "train/aux_loss"} <= fit.logged_metrics.keys()
+    assert {f"val/routing/model.blocks.1.mlp/{m}" for m in ("load_imbalance", "entropy", "drop_rate", "dead_experts")} <= (
+        fit.callback_metrics.keys()
+    )
+    fit.save_checkpoint(tmp_path / "m.ckpt")
+    saved = torch.load(tmp_path / "m.ckpt", weights_only=True)
+    assert saved["hyper_parameters"]["moe"]["init_args"]["num_experts"] == 4
+    again = VisionClassifier.load_from_checkpoint(tmp_path / "m.ckpt", weights_only=True)
+    assert (again.moe, again.vit, again.optimizer_config.lr) == (MOE, TINY, 1e-2)
+    x = batch().image
+    assert_close(again.eval()(x), module.eval()(x))
+
+
+def test_data_of_another_shape_is_refused_by_name(tmp_path):
+    module = build(image_size=12)
+    with pytest.raises(ValueError, match="model.image_size=12 does not fit the data, whose image_size is 8"):
+        trainer(tmp_path, fast_dev_run=True).fit(module, datamodule=VisionData("digits"))
+
+
+def test_recomputed_blocks_train_the_same():
+    grads = []
+    for recompute in (False, True):
+        module = build(grad_checkpointing=recompute).train()
+        with core.record(module) as tape:
+            loss = module.task_loss(batch()).loss
+        (loss + core.aux_loss(tape)).backward()
+        grads.append(module.model.blocks[1].mlp.router.gate.weight.grad)
+    assert_close(grads[0], grads[1])

@@ -1,0 +1,201 @@
+"""MoEConfig: its formulas, its plain form, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import FrozenInstanceError, dataclass, replace
+
+import pytest
+import torch
+
+from core import FFN, GEGLU, Balance, MoEConfig, RouterConfig, SwiGLU, TokenChoice, active_params
+from core.routing.router import Router
+from core.routing.selection import Capacity
+
+CONFIGS = [
+    MoEConfig(1, TokenChoice(1)),
+    MoEConfig(8),
+    MoEConfig(8, TokenChoice(top_k=3, noise="learned"), FFN(20, "relu", bias=True)),
+    MoEConfig(4, TokenChoice(1, jitter_eps=0.01), SwiGLU(20), capacity_factor=1.25, eval_capacity_factor=2.0),
+    MoEConfig(4, expert=GEGLU(20, bias=True), num_shared_experts=2, priority="score", group="sequence"),
+    MoEConfig(
+        8,
+        TokenChoice(2, score_func="sigmoid", expert_bias=True, num_groups=4, limited_groups=2, scale=2.5),
+        group=16,
+        balance=Balance(load_balancing=0.0, router_z=1e-4),
+        backend="eager",
+    ),
+    MoEConfig(4, TokenChoice(noise="fixed"), balance=Balance(0.0, 0.0, importance=0.005, load=0.005)),
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=range(len(CONFIGS)))
+@pytest.mark.parametrize("out_dim", [None, 6])
+def test_parameter_formulas_equal_numel(config, out_dim):
+    layer = config.build(12, out_dim)
+    assert config.num_params(12, out_dim) == sum(p.numel() for p in layer.parameters())
+    assert config.active_params(12, out_dim) == active_params(layer)
+
+
+def test_parameters_by_hand():
+    # Gate 12 * 8 = 96; an expert 12 * 20 + 20 * 12 = 480; one shared.
+    config = MoEConfig(8, expert=FFN(20), num_shared_experts=1)
+    assert config.num_params(12) == 96 + 9 * 480
+    assert config.active_params(12) == 96 + 3 * 480
+
+
+def test_active_params_of_a_model_leave_out_the_experts_a_token_does_not_take():
+    model = torch.nn.Sequential(torch.nn.Linear(12, 12), MoEConfig(8, expert=FFN(20)).build(12))
+    assert active_params(model) == 12 * 12 + 12 + 96 + 2 * 480
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=range(len(CONFIGS)))
+def test_plain_form_survives_json_and_comes_back_equal(config):
+    plain = config.to_dict()
+    assert MoEConfig.from_dict(json.loads(json.dumps(plain))) == config
+
+
+def test_plain_form_is_the_yaml_schema():
+    plain = MoEConfig(8, TokenChoice(1), SwiGLU(16)).to_dict()
+    assert plain["num_experts"] == 8
+    assert plain["router"]["class_path"] == "core.TokenChoice"
+    assert plain["router"]["init_args"]["top_k"] == 1
+    assert plain["expert"] == {
+        "class_path": "core.SwiGLU",
+        "init_args": {"hidden_dim": 16, "activation": "silu", "bias": False},
+    }
+    assert plain["balance"] == {"load_balancing": 0.01, "router_z": 0.001, "importance": 0.0, "load": 0.0}
+    assert plain["capacity_factor"] is None
+
+
+def test_plain_form_may_be_short_and_partial():
+    config = MoEConfig.from_dict(
+        {"num_experts": 4, "router": {"class_path": "TokenChoice", "init_args": {"top_k": 1}}, "expert": SwiGLU()}
+    )
+    assert config == MoEConfig(4, TokenChoice(1), SwiGLU())
+
+
+def test_plain_form_does_not_share_anything_with_the_config_or_change_what_it_is_given():
+    plain = MoEConfig(8).to_dict()
+    before = json.dumps(plain)
+    MoEConfig.from_dict(plain)
+    assert json.dumps(plain) == before
+    plain["router"]["init_args"]["top_k"] = 5
+    assert MoEConfig(8).router.top_k == 2
+
+
+class EveryOther(Router):
+    """Token ``t`` goes to expert ``t mod E``."""
+
+    def __init__(self, num_experts: int, offset: int) -> None:
+        super().__init__()
+        self.num_experts, self.offset = num_experts, offset
+
+    def forward(self, x, context=None):
+        from core import Routing
+
+        T = x.shape[0] * x.shape[1]
+        tokens = torch.arange(T)
+        ids = (tokens + self.offset) % self.num_experts
+        counts = torch.bincount(ids, minlength=self.num_experts)
+        return Routing(tokens, ids, torch.ones(T), counts, counts, T, 1)
+
+
+@dataclass(frozen=True)
+class EveryOtherConfig(RouterConfig):
+    """A user's own router, without parameters or balance terms."""
+
+    offset: int = 0
+
+    def build(self, dim: int, num_experts: int, capacity: Capacity = Capacity()) -> Router:
+        return EveryOther(num_experts, self.offset)
+
+    def pairs_per_token(self, num_experts: int) -> float:
+        return 1.0
+
+
+def test_a_router_of_a_users_own_round_trips_builds_and_runs():
+    config = MoEConfig(3, EveryOtherConfig(offset=2), FFN(4))
+    plain = config.to_dict()
+    assert plain["router"] == {"class_path": f"{__name__}.EveryOtherConfig", "init_args": {"offset": 2}}
+    again = MoEConfig.from_dict(plain)
+    assert again == config
+    assert again.num_params(2) == 3 * 16
+    layer = again.build(2)
+    x = torch.randn(1, 4, 2)
+    # Token 0 to expert 2, 1 to 0, 2 to 1, 3 to 2.
+    for t, e in enumerate((2, 0, 1, 2)):
+        w_in, w_out = layer.experts.w_in[e], layer.experts.w_out[e]
+        torch.testing.assert_close(layer(x)[0, t], torch.nn.functional.gelu(x[0, t] @ w_in) @ w_out)
+
+
+def test_a_router_without_balance_terms_refuses_one_set_by_hand_and_skips_the_defaults():
+    MoEConfig(3, EveryOtherConfig())
+    with pytest.raises(ValueError, match=r"balance.importance=0.1 does not apply to EveryOtherConfig"):
+        MoEConfig(3, EveryOtherConfig(), balance=Balance(importance=0.1))
+
+
+def test_default_group_is_the_routers_own():
+    assert MoEConfig(4).capacity().group == "batch"
+    assert MoEConfig(4, group="sequence").capacity().group == "sequence"
+
+
+def test_configs_are_frozen():
+    with pytest.raises(FrozenInstanceError):
+        MoEConfig(4).num_experts = 8  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"num_experts": 0}, r"num_experts=0 is not at least 1"),
+        ({"router": TokenChoice(9)}, r"top_k=9 exceeds num_experts=8"),
+        ({"router": TokenChoice(num_groups=3)}, r"num_groups=3 does not divide num_experts=8"),
+        ({"capacity_factor": 0}, r"capacity_factor=0 is not a positive number \(None means dropless\)"),
+        ({"capacity_factor": -1.5}, r"capacity_factor=-1.5 is not a positive number"),
+        ({"eval_capacity_factor": 0.0}, r"eval_capacity_factor=0.0 is not a positive number"),
+        ({"priority": "best"}, r"priority='best' is not one of position, score, random"),
+        ({"group": "token"}, r"group='token' is not 'batch', 'sequence' or a positive number of tokens"),
+        ({"group": -2}, r"group=-2 is not 'batch', 'sequence' or a positive number of tokens"),
+        ({"num_shared_experts": -1}, r"num_shared_experts=-1 is negative"),
+        ({"backend": "cuda"}, r"backend='cuda' is not one of auto, eager, cpu, grouped"),
+        ({"balance": Balance(load=0.1)}, r"balance.load=0.1 does not apply to TokenChoice without noise"),
+    ],
+)
+def test_a_wrong_option_is_refused_with_its_value_and_the_rule(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        MoEConfig(**{"num_experts": 8, **arguments})
+    with pytest.raises(ValueError, match=message):
+        replace(MoEConfig(8), **arguments)
+
+
+@pytest.mark.parametrize(
+    "plain, message",
+    [
+        ({"num_experts": 8, "topk": 2}, r"MoEConfig has no field 'topk'"),
+        ({"num_experts": 8, "balance": {"z": 0.1}}, r"Balance has no field 'z'"),
+        (
+            {"num_experts": 8, "router": {"class_path": "core.TokenChoice", "init_args": {"k": 2}}},
+            r"TokenChoice has no field 'k'; it has .*top_k",
+        ),
+        ({"num_experts": 8, "router": {"class_path": "core.TopK"}}, r"class_path='core.TopK' cannot be imported"),
+        ({"num_experts": 8, "router": {"class_path": "nowhere.Router"}}, r"class_path='nowhere.Router' cannot be impo"),
+        (
+            {"num_experts": 8, "expert": {"class_path": "os.system", "init_args": {}}},
+            r"class_path='os.system' is neither a router config nor an expert config",
+        ),
+        (
+            {"num_experts": 8, "router": {"class_path": "core.TokenChoice", "init_args": {"top_k": 9}}},
+            r"top_k=9 exceeds",
+        ),
+    ],
+)
+def test_a_wrong_plain_form_is_refused_naming_the_field_or_class(plain, message):
+    with pytest.raises(ValueError, match=message):
+        MoEConfig.from_dict(plain)
+
+
+@pytest.mark.parametrize("arguments, message", [((0,), "dim=0 is not at least 1"), ((8, -1), "out_dim=-1 is not at")])
+def test_a_width_below_one_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        MoEConfig(4).build(*arguments)

@@ -1,0 +1,199 @@
+"""The tape: what ``record`` collects, under which names, and that nothing is left behind in a module."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from core import MoEConfig, RoutingContext, Tape, TokenChoice, aux_loss, moe_layers, record, update_expert_bias
+from core.contract import Rows
+
+
+class Net(nn.Module):
+    """Two MoE layers, the first of which may run twice."""
+
+    def __init__(self, passes: int = 1, **options) -> None:
+        super().__init__()
+        config = MoEConfig(4, **options)
+        self.blocks = nn.ModuleList([config.build(8), config.build(8)])
+        self.passes = passes
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(self.passes):
+            x = x + self.blocks[0](x)
+        return x + self.blocks[1](x)
+
+
+def names(tape: Tape) -> list[str]:
+    return [entry.name for entry in tape.entries]
+
+
+def test_one_entry_a_pass_in_the_order_of_the_passes():
+    net = Net(passes=2)
+    with record(net) as tape:
+        net(torch.randn(2, 3, 8))
+        net(torch.randn(1, 5, 8))
+    assert names(tape) == ["blocks.0", "blocks.0", "blocks.1"] * 2
+    assert len(tape) == 6
+    assert [entry.routing.num_tokens for entry in tape.entries] == [6] * 3 + [5] * 3
+
+
+def test_a_layer_used_twice_counts_twice_in_the_loss():
+    net = Net(passes=2)
+    x = torch.randn(2, 3, 8)
+    with record(net) as tape:
+        net(x)
+    single = [aux_loss(Tape((entry,))).item() for entry in tape.entries]
+    assert aux_loss(tape).item() == pytest.approx(sum(single), rel=1e-6)
+    assert single[0] != single[1]
+
+
+def test_an_entry_tells_the_routing_the_context_and_the_layers_own_balance():
+    layer = MoEConfig(4, router=TokenChoice(1)).build(8)
+    context = RoutingContext(valid_BS=torch.tensor([[True, True, False]]))
+    with record(layer) as tape:
+        layer(torch.randn(1, 3, 8), context)
+    (entry,) = tape.entries
+    assert entry.name == ""
+    assert entry.context is context
+    assert entry.balance is layer.balance
+    assert entry.terms == {"load_balancing", "router_z", "importance"}
+    assert entry.routing.tokens_per_expert_E.sum() == 2
+
+
+def test_passes_outside_the_block_and_of_other_models_are_not_recorded():
+    net, other = Net(), Net()
+    x = torch.randn(1, 3, 8)
+    net(x)
+    with record(net) as tape:
+        other(x)
+    net(x)
+    assert len(tape) == 0
+
+
+def test_blocks_may_be_nested_and_each_hears_its_own_part():
+    net = Net()
+    x = torch.randn(1, 3, 8)
+    with record(net) as outer:
+        net(x)
+        with record(net.blocks[1]) as inner:
+            net(x)
+        net(x)
+    assert names(outer) == ["blocks.0", "blocks.1"] * 3
+    assert names(inner) == [""]
+
+
+def test_nothing_is_left_behind_in_the_modules_even_after_an_error():
+    net = Net()
+    with pytest.raises(RuntimeError, match="stop"), record(net):
+        net(torch.randn(1, 3, 8))
+        raise RuntimeError("stop")
+    assert all(layer._tapes == () for layer in moe_layers(net).values())
+    assert not [name for layer in moe_layers(net).values() for name in vars(layer) if "routing" in name]
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
+def test_a_copy_or_pickle_taken_inside_the_block_is_equal_and_not_recorded(duplicate):
+    net = Net()
+    x = torch.randn(1, 3, 8)
+    with record(net) as tape:
+        y = net(x)
+        twin = duplicate(net)
+        assert torch.equal(twin(x), y)
+    assert names(tape) == ["blocks.0", "blocks.1"]
+    with record(twin) as own:
+        twin(x)
+    assert names(own) == ["blocks.0", "blocks.1"]
+
+
+def test_a_copy_trains_apart_from_its_original():
+    net = Net()
+    twin = copy.deepcopy(net)
+    x = torch.randn(1, 3, 8)
+    with record(twin) as tape:
+        loss = twin(x).square().mean()
+    (loss + aux_loss(tape)).backward()
+    assert all(p.grad is not None for p in twin.parameters())
+    assert all(p.grad is None for p in net.parameters())
+
+
+def test_merged_tapes_hold_both_and_change_neither():
+    net = Net()
+    tapes = []
+    for length in (3, 5):
+        with record(net) as tape:
+            net(torch.randn(1, length, 8))
+        tapes.append(tape)
+    merged = tapes[0].merge(tapes[1])
+    assert [entry.routing.num_tokens for entry in merged.entries] == [3, 3, 5, 5]
+    assert (len(tapes[0]), len(tapes[1])) == (2, 2)
+    assert aux_loss(merged).item() == pytest.approx(sum(aux_loss(t).item() for t in tapes), rel=1e-6)
+
+
+def test_a_detached_tape_keeps_the_numbers_and_drops_the_graph():
+    net = Net()
+    with record(net) as tape:
+        net(torch.randn(1, 3, 8))
+    detached = tape.detach()
+    assert aux_loss(tape).requires_grad
+    assert not aux_loss(detached).requires_grad
+    assert aux_loss(detached).item() == aux_loss(tape).item()
+    for entry, kept in zip(tape.entries, detached.entries, strict=True):
+        assert torch.equal(entry.routing.chosen_per_expert_E, kept.routing.chosen_per_expert_E)
+        assert not any(t.requires_grad for t in vars(kept.routing).values() if isinstance(t, Tensor))
+
+
+@pytest.mark.parametrize(
+    "name, clean",
+    [
+        ("blocks.0.mlp", "blocks.0.mlp"),
+        ("", ""),
+        ("module.blocks.0", "blocks.0"),  # DDP
+        ("module", ""),  # DDP around the layer itself
+        ("_orig_mod.blocks.0", "blocks.0"),  # torch.compile
+        ("_orig_mod", ""),
+        ("module._orig_mod.blocks.0", "blocks.0"),  # DDP around a compiled model
+        ("_orig_mod.module.blocks.0", "blocks.0"),  # and the other way round
+        ("blocks.0._checkpoint_wrapped_module.mlp", "blocks.0.mlp"),
+        ("blocks.0.module.mlp", "blocks.0.module.mlp"),  # a name of the model's own
+    ],
+)
+def test_names_are_those_of_the_unwrapped_model(name, clean):
+    assert Tape.clean_name(name) == clean
+
+
+class Wrapper(nn.Module):
+    """Names its content as DDP does."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.module(x)
+
+
+def test_a_tape_of_a_wrapped_layer_moves_the_bias_of_the_bare_one():
+    layer = MoEConfig(2, router=TokenChoice(1, expert_bias=True, bias_update_rate=0.5)).build(2)
+    with torch.no_grad():
+        layer.router.gate.weight.copy_(torch.eye(2))
+    wrapped = Wrapper(layer)
+    with record(wrapped) as tape:
+        wrapped(torch.tensor([[[1.0, 0.0], [2.0, 0.0], [0.0, 1.0]]]))
+    update_expert_bias(layer, tape)
+    assert layer.router.expert_bias.tolist() == [-0.5, 0.5]  # loads 2 and 1
+
+
+def test_rows_materialize_to_the_tokens_sorted_by_expert():
+    x = torch.tensor([[1.0], [2.0], [3.0]])
+    rows = Rows(x, torch.tensor([2, 0, 2, 1]), torch.tensor([2, 4], dtype=torch.int32), torch.ones(4), 3)
+    assert rows.materialize().tolist() == [[3.0], [1.0], [3.0], [2.0]]
+    done = rows.with_output(torch.zeros(4, 5))
+    assert (done.gathered, done.weighted, done.combined) == (True, False, False)
+    assert done.materialize() is done.x
+    summed = rows.with_output(torch.zeros(3, 5), combined=True)
+    assert (summed.gathered, summed.weighted, summed.combined) == (True, True, True)

@@ -1,0 +1,225 @@
+"""Two gloo ranks against one process that sees both ranks' tokens: gradients, losses and bias steps are the same.
+
+One spawn runs every scenario; each test reads the outcome of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from core import FFN, Balance, MoEConfig, RoutingContext, TokenChoice, aux_losses, record, update_expert_bias
+
+WORLD = 2
+# Every term, so heavy that the aux loss makes most of the gradient.
+BALANCE = Balance(load_balancing=1.0, router_z=0.1, importance=1.0, load=1.0)
+# "fsdp": fully_shard of each block and the root.
+WRAPS = ("ddp", "fsdp")
+
+Outcome = dict[str, Tensor]
+
+
+class Net(nn.Module):
+    """Two residual MoE blocks with noise on the logits, maybe checkpointed."""
+
+    def __init__(self, noise: str, checkpointed: bool = False) -> None:
+        super().__init__()
+        router = TokenChoice(2, noise=noise, noise_std=4.0, init_scale=1.0)
+        config = MoEConfig(4, router, FFN(12), balance=BALANCE)
+        self.stem = nn.Linear(8, 8)
+        self.blocks = nn.ModuleList([config.build(8), config.build(8)])
+        self.checkpointed = checkpointed
+
+    def forward(self, x: Tensor, context: RoutingContext) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            y = checkpoint(block, x, context, use_reentrant=False) if self.checkpointed else block(x, context)
+            x = x + y
+        return x
+
+
+@contextmanager
+def noise_of_the_token() -> Iterator[None]:
+    """Noise that is a function of the token: the same however the tokens are split over ranks."""
+
+    def noise(logits: Tensor) -> Tensor:
+        return (3 * logits.detach()).sin()
+
+    with mock.patch.object(torch, "randn_like", noise):
+        yield
+
+
+def batch(micro: int = 0) -> tuple[Tensor, Tensor]:
+    """Tokens (4, 6, 8) and their validity. The ranks' halves have other means and other numbers of real tokens."""
+    g = torch.Generator().manual_seed(10 + micro)
+    x = torch.randn(4, 6, 8, generator=g)
+    x[2:] += 1.0
+    valid = torch.ones(4, 6, dtype=torch.bool)
+    valid[3, 1:] = False
+    return x, valid
+
+
+def model(noise: str, checkpointed: bool = False) -> Net:
+    torch.manual_seed(0)
+    return Net(noise, checkpointed)
+
+
+def run(net: nn.Module, x: Tensor, valid: Tensor, factor: float = 1.0) -> Outcome:
+    """Forward and backward of task and aux loss; the loss and its terms."""
+    with noise_of_the_token(), record(net) as tape:
+        y = net(x, RoutingContext(valid_BS=valid))
+        losses = aux_losses(tape)
+        ((y.square().mean() + losses.total) * factor).backward()  # inside both: a checkpoint draws the noise again
+    assert len(tape) == 2
+    return {"aux": losses.total.detach(), **losses.terms}
+
+
+def gradients(net: nn.Module) -> Outcome:
+    found = {}
+    for name, p in net.named_parameters():
+        grad = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+        found[name.removeprefix("module.")] = grad.clone()
+    return found
+
+
+def mine(tensors: tuple[Tensor, ...], rank: int) -> list[Tensor]:
+    """This rank's half of the batch; the whole one where ``rank`` is -1."""
+    return list(tensors) if rank < 0 else [t.chunk(WORLD)[rank] for t in tensors]
+
+
+def wrap(net: Net, kind: str) -> nn.Module:
+    if kind == "ddp":
+        return DistributedDataParallel(net)
+    if kind == "fsdp":
+        mesh = init_device_mesh("cpu", (WORLD,))
+        for block in net.blocks:
+            fully_shard(block, mesh=mesh)
+        return fully_shard(net, mesh=mesh)
+    return net
+
+
+def one_step(rank: int, kind: str, noise: str, checkpointed: bool = False, factor: float = 1.0) -> Outcome:
+    net = wrap(model(noise, checkpointed), kind)
+    found = run(net, *mine(batch(), rank), factor)
+    return found | gradients(net)
+
+
+def accumulation(rank: int, kind: str) -> Outcome:
+    """Two micro-batches, gradients synchronised with the second one."""
+    net = wrap(model("fixed"), kind)
+    for micro in range(2):
+        if isinstance(net, DistributedDataParallel) and micro == 0:
+            with net.no_sync():
+                run(net, *mine(batch(micro), rank), 0.5)
+        else:
+            run(net, *mine(batch(micro), rank), 0.5)
+    return gradients(net)
+
+
+def bias_step(rank: int, kind: str) -> Outcome:
+    """Rank 0 sends 4 tokens to expert 0, rank 1 sends 6 to expert 1; one process sees all ten."""
+    layer = MoEConfig(3, TokenChoice(1, expert_bias=True, bias_update_rate=0.125)).build(3)
+    with torch.no_grad():
+        layer.router.gate.weight.copy_(torch.eye(3))
+    halves = [torch.eye(3)[[0] * 4], torch.eye(3)[[1] * 6]]
+    x = torch.cat(halves) if rank < 0 else halves[rank]
+    net = DistributedDataParallel(layer) if kind == "ddp" else layer
+    with record(net) as tape:
+        net(x)
+    update_expert_bias(net, tape)
+    return {"bias": layer.router.expert_bias.clone()}
+
+
+def idle_rank(rank: int, kind: str) -> Outcome:
+    """Rank 1 has padding alone."""
+    x, valid = batch()
+    valid[2:] = False
+    net = wrap(model("fixed"), kind)
+    return run(net, *mine((x, valid), rank)) | gradients(net)
+
+
+SCENARIOS: dict[str, Callable[[int, str], Outcome]] = {
+    "fixed": lambda rank, kind: one_step(rank, kind, "fixed"),
+    "learned": lambda rank, kind: one_step(rank, kind, "learned"),
+    "checkpointed": lambda rank, kind: one_step(rank, kind, "fixed", checkpointed=True),
+    "scaled": lambda rank, kind: one_step(rank, kind, "fixed", factor=2.0**16),
+    "accumulation": accumulation,
+    "idle rank": idle_rank,
+    "bias": bias_step,
+}
+CASES = [
+    (name, kind)
+    for name in SCENARIOS
+    for kind in WRAPS
+    if (name, kind) not in {("accumulation", "fsdp"), ("bias", "fsdp")}
+]
+
+
+def worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store", WORLD)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD)
+    try:
+        outcomes = {case: SCENARIOS[case[0]](rank, case[1]) for case in CASES}
+        torch.save(outcomes, f"{folder}/rank{rank}.pt")
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, str], Outcome]]:
+    """What each rank found, by scenario and wrapper."""
+    folder: Path = tmp_path_factory.mktemp("ranks")
+    mp.spawn(worker, args=(str(folder),), nprocs=WORLD)
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(WORLD)]
+
+
+@pytest.mark.parametrize("name, kind", [case for case in CASES if case[0] != "bias"])
+def test_two_ranks_equal_one_process_on_the_whole_batch(ranks, name, kind):
+    expected = SCENARIOS[name](-1, "none")
+    for rank in range(WORLD):
+        found = ranks[rank][name, kind]
+        assert found.keys() == expected.keys()
+        for key, tensor in expected.items():
+            bound = 1e-6 * max(1.0, tensor.abs().max().item())
+            error = (found[key] - tensor).abs().max().item()
+            assert error <= bound, f"rank {rank}, {key}: off by {error:.1e} of {tensor.abs().max().item():.1e}"
+
+
+def test_the_loss_is_not_a_mean_of_the_ranks_own_losses():
+    # Otherwise the test above could not tell global statistics from local ones.
+    halves = []
+    for rank in range(WORLD):
+        net = model("fixed")
+        halves.append(run(net, *mine(batch(), rank)) | gradients(net))
+    whole = one_step(-1, "none", "fixed")
+    for key in ("load_balancing", "importance", "load", "blocks.0.router.gate.weight"):
+        mean = (halves[0][key] + halves[1][key]) / 2
+        assert (mean - whole[key]).abs().max() > 1e-2 * whole[key].abs().max(), key
+
+
+def test_bias_moves_by_the_loads_of_all_ranks(ranks):
+    # Loads 4, 6, 0 around 10/3. Rank 0 alone would raise expert 1: 4, 0, 0 around 4/3.
+    assert bias_step(-1, "none")["bias"].tolist() == [-0.125, -0.125, 0.125]
+    for rank in range(WORLD):
+        assert ranks[rank]["bias", "ddp"]["bias"].tolist() == [-0.125, -0.125, 0.125]
+
+
+def test_a_scaled_loss_scales_gradients_on_every_rank_exactly(ranks):
+    for kind in WRAPS:
+        for name, grad in ranks[0]["fixed", kind].items():
+            if "." in name:  # parameters; the logged losses are not scaled
+                assert torch.equal(ranks[0]["scaled", kind][name], grad * 2.0**16), name

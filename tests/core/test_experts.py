@@ -1,0 +1,157 @@
+"""Stacked experts against plain ``nn.Linear`` networks."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from core import FFN, GEGLU, MoE, MoEConfig, SwiGLU, TokenChoice
+from core.contract import Rows
+from core.experts import Experts, FFNExperts
+
+ACTIVATION = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
+CONFIGS = [
+    FFN(12, "relu"),
+    FFN(12, "gelu", bias=True),
+    FFN(12, "silu", bias=True),
+    SwiGLU(12),
+    GEGLU(12),
+    GEGLU(12, bias=True),
+]
+
+
+def linear_network(experts: FFNExperts, e: int, x: Tensor) -> Tensor:
+    """Expert ``e`` with ``nn.Linear`` alone."""
+
+    def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+        layer = nn.Linear(weight.shape[1], weight.shape[2], bias=bias is not None)
+        with torch.no_grad():
+            layer.weight.copy_(weight[e].t())
+            if bias is not None:
+                layer.bias.copy_(bias[e])
+        return layer
+
+    act = ACTIVATION[experts.activation]
+    up = linear(experts.w_in, experts.b_in)(x)
+    h = act(up) if experts.w_gate is None else act(linear(experts.w_gate, None)(x)) * up
+    return linear(experts.w_out, experts.b_out)(h)
+
+
+def rows_of(x: Tensor, counts: list[int], gates: Tensor | None = None) -> Rows:
+    """Rows that are the tokens themselves, ``counts`` of them for each expert."""
+    offsets = torch.tensor(counts).cumsum(0).to(torch.int32)
+    gates = torch.ones(len(x)) if gates is None else gates
+    return Rows(x, torch.arange(len(x)), offsets, gates, len(x))
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("backend", ["eager", "cpu", "grouped"])
+def test_each_expert_equals_a_network_of_linear_layers(config, backend):
+    experts = config.build(3, 8, 10, backend)
+    x, gates = torch.randn(7, 8), torch.rand(7)
+    out = experts(rows_of(x, [2, 0, 5], gates))
+    assert out.combined
+    expected = torch.cat((linear_network(experts, 0, x[:2]), linear_network(experts, 2, x[2:]))) * gates[:, None]
+    torch.testing.assert_close(out.x, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_dense_is_the_sum_of_all_experts(config):
+    experts = config.build(3, 8, 10)
+    x = torch.randn(2, 5, 8)
+    expected = sum(linear_network(experts, e, x) for e in range(3))
+    torch.testing.assert_close(experts.dense(x), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["eager", "cpu", "grouped"])
+def test_gathered_rows_are_weighted_and_left_for_the_dispatcher_to_sum(backend):
+    experts = FFN(6).build(2, 4, backend=backend)
+    x, gates = torch.randn(5, 4), torch.rand(5)
+    index = torch.tensor([3, 1, 1, 0, 4])
+    rows = Rows(x[index], index, torch.tensor([2, 5], dtype=torch.int32), gates, 5, gathered=True)
+    out = experts(rows)
+    assert (out.weighted, out.combined) == (True, False)
+    expected = torch.cat((linear_network(experts, 0, x[index[:2]]), linear_network(experts, 1, x[index[2:]])))
+    torch.testing.assert_close(out.x, expected * gates[:, None], rtol=1e-5, atol=1e-6)
+
+
+class Halves(Experts):
+    """A user's own experts: expert ``e`` divides by ``e + 2``. Knows nothing of gates."""
+
+    def forward(self, rows: Rows) -> Rows:
+        x_RD = rows.materialize()
+        y_RD, start = torch.full_like(x_RD, torch.nan), 0
+        for e, end in enumerate(rows.offsets_E.tolist()):
+            y_RD[start:end] = x_RD[start:end] / (e + 2)
+            start = end
+        return rows.with_output(y_RD)
+
+
+def test_experts_of_a_users_own_are_weighted_and_summed_by_the_dispatcher():
+    router = TokenChoice(top_k=2).build(2, 2)
+    with torch.no_grad():
+        router.gate.weight.copy_(torch.eye(2))
+    layer = MoE(router, Halves(), num_experts=2, pairs_per_token=2)
+    x = torch.tensor([[[math.log(3), 0.0]]])
+    # Gates 3/4 and 1/4: the token times 0.75 / 2 + 0.25 / 3 = 0.458333.
+    assert layer(x)[0, 0, 0].item() == pytest.approx(math.log(3) * 0.4583333, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "config, dim, hidden", [(FFN(), 6, 24), (SwiGLU(), 6, 16), (GEGLU(), 96, 256), (SwiGLU(), 3, 8)]
+)
+def test_default_hidden_dim(config, dim, hidden):
+    # FFN 4 * dim; gated 8/3 * dim up to the next multiple of 8: 16, 256, 8.
+    assert config.build(2, dim).w_in.shape == (2, dim, hidden)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("out_dim", [None, 5])
+def test_parameter_formula_equals_numel(config, out_dim):
+    experts = config.build(3, 8, out_dim)
+    assert 3 * config.num_params(8, out_dim) == sum(p.numel() for p in experts.parameters())
+
+
+def test_parameters_and_flops_by_hand():
+    # 8 * 12 + 12 * 8 weights; biases 12 + 8. Two FLOPs a weight and row.
+    assert FFN(12).num_params(8) == 192
+    assert FFN(12, bias=True).num_params(8) == 212
+    assert FFN(12, bias=True).flops_per_row(8) == 384
+    assert SwiGLU(12).num_params(8) == 288
+    assert SwiGLU(12).flops_per_row(8) == 576
+    assert FFN(12).num_params(8, 5) == 156  # 8 * 12 + 12 * 5
+
+
+def test_weights_start_within_the_bounds_of_a_linear_layer():
+    experts = FFN(64, bias=True).build(4, 16)
+    for tensor, fan_in in ((experts.w_in, 16), (experts.b_in, 16), (experts.w_out, 64), (experts.b_out, 64)):
+        bound = 1 / math.sqrt(fan_in)
+        assert 0.9 * bound < tensor.abs().max() <= bound
+
+
+def test_experts_start_different_from_each_other():
+    w = FFN(8).build(2, 4).w_in
+    assert not torch.equal(w[0], w[1])
+
+
+def test_tokens_and_weights_of_different_dtypes_are_refused_outside_autocast():
+    layer = MoEConfig(2).build(4)
+    with pytest.raises(ValueError, match=r"tokens are torch.bfloat16 and expert weights torch.float32"):
+        layer(torch.randn(1, 3, 4).bfloat16())
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"activation": "tanh"}, r"activation='tanh' is not one of relu, gelu, silu"),
+        ({"hidden_dim": 0}, r"hidden_dim=0 is not at least 1"),
+    ],
+)
+@pytest.mark.parametrize("kind", [FFN, SwiGLU, GEGLU])
+def test_a_wrong_option_is_refused_with_its_value_and_the_rule(kind, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        kind(**arguments)

@@ -1,0 +1,289 @@
+"""Token choice on typed logits: the gate's weight is the identity, so a token is its own logits."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from core import Routing, RoutingContext, TokenChoice
+from core.routing.gates import LinearGate, NoisyGate
+from core.routing.router import TokenChoiceRouter
+from core.routing.selection import Capacity
+
+
+def router(num_experts: int, limit: Capacity = Capacity(), training: bool = False, **options) -> TokenChoiceRouter:
+    """A router of ``D = E`` whose logits are its input."""
+    built = TokenChoice(**options).build(num_experts, num_experts, limit).train(training)
+    with torch.no_grad():
+        built.gate.weight.copy_(torch.eye(num_experts))
+    return built
+
+
+def logits_of(*probabilities: float) -> Tensor:
+    """(1, 1, E) logits whose softmax is ``probabilities``."""
+    return torch.tensor(probabilities).log()[None, None]
+
+
+def logit(*probabilities: float) -> Tensor:
+    """(1, 1, E) logits whose sigmoid is ``probabilities``."""
+    return torch.tensor(probabilities).logit()[None, None]
+
+
+def ids(routing: Routing) -> list[list[int]]:
+    return routing.expert_ids_N.unflatten(0, (routing.num_tokens, -1)).tolist()
+
+
+def gates(routing: Routing) -> list[float]:
+    return routing.gates_N.tolist()
+
+
+def test_normalized_gates_are_the_softmax_of_the_chosen_logits():
+    routing = router(3, top_k=2)(logits_of(0.3, 0.5, 0.2))
+    assert ids(routing) == [[1, 0]]
+    assert gates(routing) == pytest.approx([5 / 8, 3 / 8])  # 0.5 / 0.8 and 0.3 / 0.8
+    assert routing.scores_TE[0].tolist() == pytest.approx([0.3, 0.5, 0.2])
+
+
+def test_unnormalized_gates_are_the_scores_over_all_experts():
+    assert gates(router(3, top_k=2, normalize=False)(logits_of(0.3, 0.5, 0.2))) == pytest.approx([0.5, 0.3])
+
+
+def test_normalize_is_off_by_default_for_one_expert_and_on_for_more():
+    assert gates(router(3, top_k=1)(logits_of(0.3, 0.5, 0.2))) == pytest.approx([0.5])
+    assert sum(gates(router(3, top_k=3)(logits_of(0.3, 0.5, 0.2)))) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("score_func", ["softmax", "sigmoid"])
+def test_a_router_of_one_expert_a_token_gets_a_gradient(score_func):
+    built = router(3, top_k=1, score_func=score_func)
+    built(logits_of(0.3, 0.5, 0.2)).gates_N.sum().backward()
+    # d gate / d logit is s (1 - s) = 0.25 at s = 0.5, times the input log 0.5 of that expert.
+    # Sigmoid of log 0.5 is 1/3, so s (1 - s) = 2/9.
+    slope = 0.25 if score_func == "softmax" else 2 / 9
+    assert built.gate.weight.grad[1, 1].item() == pytest.approx(slope * math.log(0.5))
+
+
+def test_sigmoid_gates_with_and_without_normalize_and_scale():
+    x = logit(0.75, 0.25, 0.5)
+    assert gates(router(3, score_func="sigmoid")(x)) == pytest.approx([0.6, 0.4])  # 0.75 / 1.25 and 0.5 / 1.25
+    assert gates(router(3, score_func="sigmoid", normalize=False)(x)) == pytest.approx([0.75, 0.5])
+    assert gates(router(3, score_func="sigmoid", scale=2.5)(x)) == pytest.approx([1.5, 1.0])
+
+
+def test_expert_bias_changes_the_choice_and_never_the_gates():
+    built = router(3, top_k=2, expert_bias=True)
+    x = logits_of(0.5, 0.3, 0.2)
+    assert ids(built(x)) == [[0, 1]]
+    built.expert_bias = torch.tensor([0.0, 0.0, 1.0])  # 0.5, 0.3, 1.2
+    biased = built(x)
+    assert ids(biased) == [[2, 0]]
+    assert gates(biased) == pytest.approx([2 / 7, 5 / 7])  # 0.2 / 0.7 and 0.5 / 0.7
+    assert biased.scores_TE[0].tolist() == pytest.approx([0.5, 0.3, 0.2])
+
+
+def test_a_bias_of_zero_is_no_bias():
+    x = torch.randn(2, 10, 6)
+    plain, biased = router(6)(x), router(6, expert_bias=True)(x)
+    assert torch.equal(plain.expert_ids_N, biased.expert_ids_N)
+    assert torch.equal(plain.gates_N, biased.gates_N)
+
+
+def test_groups_are_ranked_by_their_two_best_experts():
+    # Group 0 holds the best expert (0.9 + 0.1 = 1.0), group 1 the best pair (0.6 + 0.55 = 1.15).
+    built = router(4, top_k=1, score_func="sigmoid", num_groups=2, limited_groups=1)
+    assert ids(built(logit(0.9, 0.1, 0.55, 0.6))) == [[3]]
+
+
+def test_group_limit_keeps_negative_biased_scores_over_masked_ones():
+    # Biased scores 0.75 - 2, 0.5 - 2 in group 0 and lower ones in group 1: all negative. A mask of 0 in place of -inf
+    # would choose from group 1.
+    built = router(4, top_k=2, score_func="sigmoid", num_groups=2, limited_groups=1, expert_bias=True)
+    built.expert_bias = torch.full((4,), -2.0)
+    routing = built(logit(0.75, 0.5, 0.25, 0.1))
+    assert ids(routing) == [[0, 1]]
+    assert gates(routing) == pytest.approx([0.6, 0.4])
+
+
+def test_group_limit_keeps_every_token_within_its_groups():
+    built = router(8, top_k=3, score_func="sigmoid", num_groups=4, limited_groups=2)
+    chosen = torch.tensor(ids(built(torch.randn(1, 200, 8)))) // 2
+    assert all(len(set(row)) == 2 for row in chosen.tolist())  # 3 experts from exactly 2 groups of 2
+
+
+def test_groups_of_one_expert_are_ranked_by_it():
+    built = router(3, top_k=1, score_func="sigmoid", num_groups=3, limited_groups=1)
+    assert ids(built(logit(0.2, 0.9, 0.5))) == [[1]]
+
+
+def test_jitter_scales_the_input_within_its_bounds_in_training_alone():
+    x = torch.eye(4).repeat(64, 1)[None]  # one-hot tokens: each logit sees the jitter of one entry
+    built = router(4, top_k=1, jitter_eps=0.1, training=True)
+    on = torch.cat([built(x).logits_TE[t, t % 4][None] for t in range(3)] + [built(x).logits_TE.max(-1).values])
+    assert 0.9 <= on.min() < 0.95
+    assert 1.05 < on.max() <= 1.1
+    built.eval()
+    assert torch.equal(built(x).logits_TE, x[0])
+
+
+def test_fixed_noise_has_standard_deviation_noise_std_over_e():
+    # Two experts 0.5 apart, noise of 1 / 2 each: the worse one wins with probability
+    # Phi(-0.5 / (0.5 * sqrt(2))) = Phi(-0.70711) = 0.239750; 4 sigma of 20000 draws is 0.0121.
+    x = torch.tensor([0.5, 0.0]).expand(1, 20_000, 2)
+    routing = router(2, top_k=1, noise="fixed", noise_std=1.0, training=True)(x)
+    assert (routing.expert_ids_N == 1).double().mean().item() == pytest.approx(0.239750, abs=0.0121)
+    assert routing.noise_std == 0.5
+    # The losses see the logits without noise.
+    assert torch.equal(routing.logits_TE, x[0])
+    assert torch.equal(routing.scores_TE, x[0].softmax(-1))
+
+
+def test_learned_noise_has_standard_deviation_softplus():
+    built = router(2, top_k=1, noise="learned", training=True)
+    x = torch.tensor([0.5, 0.0]).expand(1, 20_000, 2)
+    # At the start softplus(0) = 0.693147 for each: Phi(-0.5 / (0.693147 * sqrt(2))) = Phi(-0.510074) = 0.305000.
+    routing = built(x)
+    assert routing.noise_std[0].tolist() == pytest.approx([math.log(2)] * 2)
+    assert (routing.expert_ids_N == 1).double().mean().item() == pytest.approx(0.3050, abs=0.0131)
+    # Typed weights: softplus(0.5 * 2) = log(1 + e) = 1.313262 for expert 0, softplus(0.5 * -4) = 0.126928 for 1.
+    with torch.no_grad():
+        built.gate.noise_weight.copy_(torch.tensor([[2.0, 0.0], [-4.0, 0.0]]))
+    assert built(x).noise_std[0].tolist() == pytest.approx([1.313262, 0.126928], abs=1e-6)
+
+
+@pytest.mark.parametrize("noise", ["fixed", "learned"])
+def test_noise_is_off_in_evaluation(noise):
+    x = torch.zeros(1, 50, 4)
+    noisy, plain = router(4, noise=noise), router(4)
+    assert torch.equal(noisy(x).gates_N, plain(x).gates_N)
+    assert noisy(x).noise_std is None
+    assert noisy(x).threshold_TE is None
+    assert torch.equal(noisy(x).expert_ids_N, noisy(x).expert_ids_N)
+    noisy.train()
+    assert not torch.equal(noisy(x).expert_ids_N, noisy(x).expert_ids_N)
+
+
+def test_learned_noise_gets_a_gradient_through_the_gates():
+    built = router(3, noise="learned", training=True)
+    built(torch.randn(1, 20, 3)).gates_N.square().sum().backward()
+    assert built.gate.noise_weight.grad.abs().max() > 0
+
+
+def test_random_second_always_stays_at_a_gate_of_one_half():
+    routing = router(2, second="random", training=True)(torch.zeros(1, 2000, 2))
+    assert gates(routing) == [0.5] * 4000
+    assert routing.tokens_per_expert_E.tolist() == [2000, 2000]
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5, 2.5])
+def test_random_second_stays_with_twice_the_probability_of_its_gate(scale):
+    # Gates 0.85 and 0.15 before the scale: kept with probability 0.3; 4 sigma of 10000 draws is 0.0183.
+    routing = router(2, second="random", scale=scale, training=True)(logits_of(0.85, 0.15).expand(1, 10_000, 2))
+    assert routing.tokens_per_expert_E[0] == 10_000
+    assert routing.tokens_per_expert_E[1] / 10_000 == pytest.approx(0.3, abs=0.0183)
+    first = routing.gates_N[::2]
+    assert first.tolist() == pytest.approx([0.85 * scale] * 10_000)  # not renormalized without the second
+    left_out = routing.expert_ids_N[1::2] == 2
+    assert routing.gates_N[1::2][left_out].abs().max() == 0
+    assert routing.gates_N[1::2][~left_out].tolist() == pytest.approx([0.15 * scale] * int((~left_out).sum()))
+
+
+def test_random_second_is_always_in_evaluation():
+    routing = router(2, second="random")(logits_of(0.85, 0.15).expand(1, 1000, 2))
+    assert routing.tokens_per_expert_E.tolist() == [1000, 1000]
+
+
+def test_padding_is_never_routed_counted_or_in_a_gradient_even_if_it_holds_nan():
+    x = torch.randn(2, 3, 4)
+    valid = torch.tensor([[True, True, False], [True, False, False]])
+    dirty = x.masked_fill(~valid[..., None], torch.nan).requires_grad_()
+    built = router(4, limit=Capacity(1.0))
+    routing = built(dirty, RoutingContext(valid_BS=valid))
+    clean = built(x[valid][None])  # the three real tokens alone
+    real_N = valid.flatten().repeat_interleave(2)
+    assert routing.expert_ids_N[real_N].tolist() == clean.expert_ids_N.tolist()
+    assert routing.gates_N[real_N].tolist() == clean.gates_N.tolist()
+    assert routing.expert_ids_N[~real_N].tolist() == [4] * 6
+    assert routing.gates_N[~real_N].tolist() == [0.0] * 6
+    assert routing.chosen_per_expert_E.tolist() == clean.chosen_per_expert_E.tolist()
+    assert routing.tokens_per_expert_E.tolist() == clean.tokens_per_expert_E.tolist()
+    (routing.gates_N.square().sum() + routing.logits_TE.logsumexp(-1).sum()).backward()
+    assert dirty.grad[~valid].abs().max() == 0
+    assert built.gate.weight.grad.isfinite().all()
+
+
+def test_half_precision_tokens_are_routed_in_float32():
+    built = router(4)
+    x = torch.randn(1, 10, 4).bfloat16()
+    routing = built.bfloat16()(x)
+    assert routing.logits_TE.dtype == routing.gates_N.dtype == torch.float32
+    assert torch.equal(routing.logits_TE, x[0].float())
+
+
+def test_counts_add_up_to_every_pair():
+    routing = router(5, top_k=3, limit=Capacity(0.8, priority="score"))(torch.randn(4, 9, 5))
+    dropped = int((routing.expert_ids_N == 5).sum())
+    assert dropped > 0
+    assert int(routing.tokens_per_expert_E.sum()) + dropped == 4 * 9 * 3
+    assert int(routing.chosen_per_expert_E.sum()) == 4 * 9 * 3
+
+
+def test_choices_of_a_token_are_distinct_and_best_first():
+    routing = router(6, top_k=3)(torch.randn(1, 50, 6))
+    chosen = torch.tensor(ids(routing))
+    expected = routing.logits_TE.argsort(-1, descending=True)[:, :3]
+    assert torch.equal(chosen, expected)
+
+
+def test_gate_starts_truncated_at_two_standard_deviations():
+    gate = LinearGate(64, 500, init_scale=0.16)  # std 0.4 / 8 = 0.05
+    assert gate.weight.abs().max() <= 0.1
+    # A normal cut at two sigma keeps 0.8796 of its standard deviation: 0.04398; 32000 draws are within 1 %.
+    assert gate.weight.std().item() == pytest.approx(0.04398, rel=0.01)
+
+
+def test_noisy_gate_starts_with_the_same_noise_on_every_expert():
+    assert NoisyGate(4, 3).noise_std(torch.randn(5, 4)).tolist() == [[pytest.approx(math.log(2))] * 3] * 5
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"top_k": 0}, r"top_k=0 is not at least 1"),
+        ({"score_func": "relu"}, r"score_func='relu' is not one of softmax, sigmoid"),
+        ({"noise": "none"}, r"noise='none' is not one of None, fixed, learned"),
+        ({"second": "never"}, r"second='never' is not one of always, random"),
+        ({"top_k": 1, "normalize": True}, r"normalize=True with top_k=1 .* no gradient"),
+        ({"top_k": 3, "second": "random"}, r"second='random' needs top_k=2, not top_k=3"),
+        ({"jitter_eps": 1.0}, r"jitter_eps=1.0 is not in \[0, 1\)"),
+        ({"jitter_eps": -0.1}, r"jitter_eps=-0.1 is not in \[0, 1\)"),
+        ({"noise_std": 0.0}, r"noise_std=0.0 is not a positive number"),
+        ({"init_scale": float("inf")}, r"init_scale=inf is not a positive number"),
+        ({"scale": -1.0}, r"scale=-1.0 is not a positive number"),
+        ({"bias_update_rate": 0.0}, r"bias_update_rate=0.0 is not a positive number"),
+        ({"limited_groups": 2}, r"limited_groups=2 is not between 1 and num_groups=1"),
+        ({"num_groups": 4, "limited_groups": 0}, r"limited_groups=0 is not between 1 and num_groups=4"),
+    ],
+)
+def test_a_wrong_option_is_refused_with_its_value_and_the_rule(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        TokenChoice(**arguments)
+
+
+@pytest.mark.parametrize(
+    "config, num_experts, message",
+    [
+        (TokenChoice(top_k=9), 8, r"top_k=9 exceeds num_experts=8"),
+        (TokenChoice(num_groups=3, limited_groups=1), 8, r"num_groups=3 does not divide num_experts=8"),
+        (
+            TokenChoice(top_k=3, num_groups=4, limited_groups=1),
+            8,
+            r"top_k=3 exceeds the 2 experts of limited_groups=1",
+        ),
+    ],
+)
+def test_a_router_that_does_not_fit_its_experts_is_refused(config, num_experts, message):
+    with pytest.raises(ValueError, match=message):
+        config.build(16, num_experts)

@@ -1,0 +1,231 @@
+"""Which pairs are computed: capacity, priority and groups, on tables small enough to route by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from core.contract import Routing
+from core.kernels.eager import TopK
+from core.routing.selection import Capacity, group_tokens, select_tokens_choice
+
+
+def select(
+    scores: list[list[float]] | Tensor,
+    top_k: int,
+    limit: Capacity,
+    *,
+    sequences: int = 1,
+    valid: list[bool] | None = None,
+    training: bool = False,
+    keep_second: list[bool] | None = None,
+) -> Routing:
+    """Route tokens by typed scores; gates are the scores of the chosen experts."""
+    scores_TE = torch.as_tensor(scores)
+    gates, ids = scores_TE.topk(top_k, dim=-1)
+    return select_tokens_choice(
+        TopK(scores_TE, ids, gates),
+        num_sequences=sequences,
+        valid_T=None if valid is None else torch.tensor(valid),
+        limit=limit,
+        training=training,
+        keep_second_T=None if keep_second is None else torch.tensor(keep_second),
+    )
+
+
+def table(routing: Routing) -> list[list[int]]:
+    """Expert ids, a row a token."""
+    return routing.expert_ids_N.unflatten(0, (routing.num_tokens, routing.top_k)).tolist()
+
+
+# Choices:          first, second
+THREE = [
+    [0.5, 0.3, 0.2],  # 0, 1
+    [0.6, 0.1, 0.3],  # 0, 2
+    [0.2, 0.7, 0.1],  # 1, 0
+]
+X = 3  # not computed
+
+
+def test_dropless_computes_every_pair():
+    routing = select(THREE, 2, Capacity())
+    assert table(routing) == [[0, 1], [0, 2], [1, 0]]
+    assert routing.tokens_per_expert_E.tolist() == [3, 2, 1]
+    assert routing.gates_N.tolist() == pytest.approx([0.5, 0.3, 0.6, 0.3, 0.7, 0.2])
+    assert routing.token_index_N.tolist() == [0, 0, 1, 1, 2, 2]
+
+
+def test_position_priority_serves_first_choices_then_earlier_tokens():
+    # Capacity ceil(0.5 * 2 * 3 / 3) = 1. First choices: token 0 takes expert 0, token 1 finds it full, token 2
+    # takes expert 1. Second choices: token 0 finds expert 1 full, token 1 takes expert 2, token 2 finds 0 full.
+    routing = select(THREE, 2, Capacity(0.5))
+    assert table(routing) == [[0, X], [X, 2], [1, X]]
+    assert routing.tokens_per_expert_E.tolist() == [1, 1, 1]
+    assert routing.chosen_per_expert_E.tolist() == [3, 2, 1]
+    assert routing.gates_N.tolist() == pytest.approx([0.5, 0, 0, 0.3, 0.7, 0])
+
+
+def test_score_priority_serves_the_most_certain_tokens_first():
+    # Order by the highest score: token 2 (0.7), 1 (0.6), 0 (0.5). First choices: 2 takes expert 1, 1 takes expert 0,
+    # 0 finds it full. Second choices: 2 finds 0 full, 1 takes expert 2, 0 finds 1 full: token 0 is left with nothing.
+    routing = select(THREE, 2, Capacity(0.5, priority="score"))
+    assert table(routing) == [[X, X], [0, 2], [1, X]]
+    assert routing.gates_N.tolist() == pytest.approx([0, 0, 0.6, 0.3, 0.7, 0])
+
+
+def test_first_choices_of_all_tokens_go_before_second_ones():
+    # Capacity ceil(0.5 * 2 * 2 / 2) = 1. Token by token, token 0 would take both experts and token 1 none.
+    assert table(select([[0.6, 0.4], [0.4, 0.6]], 2, Capacity(0.5))) == [[0, 2], [1, 2]]
+
+
+def test_a_dropped_first_choice_leaves_the_second_its_place():
+    # Capacity ceil(0.7 * 2 * 3 / 3) = ceil(1.4) = 2: token 2's second choice finds expert 0 full, all else fits.
+    assert table(select(THREE, 2, Capacity(0.7))) == [[0, 1], [0, 2], [1, X]]
+
+
+def kept(routing: Routing) -> list[int]:
+    """Tokens computed, where K = 1."""
+    return [t for t, (e,) in enumerate(table(routing)) if e < 2]
+
+
+ALL_ON_0 = [[0.9, 0.1]]
+
+
+@pytest.mark.parametrize(
+    "group, tokens, sequences, expected",
+    [
+        ("batch", 6, 2, [0, 1, 2]),  # ceil(6 / 2) = 3 of all six
+        ("sequence", 6, 2, [0, 1, 3, 4]),  # ceil(3 / 2) = 2 of each three
+        (4, 6, 2, [0, 1, 4]),  # ceil(4 / 2) = 2 of tokens 0-3, ceil(2 / 2) = 1 of tokens 4-5
+        (2, 5, 1, [0, 2, 4]),  # one of two, one of two, ceil(1 / 2) = 1 of the last one
+        (100, 5, 1, [0, 1, 2]),  # ceil(5 / 2) = 3: a group no longer than the batch
+        (1, 3, 1, [0, 1, 2]),  # alone in its group, ceil(1 / 2) = 1
+    ],
+)
+def test_capacity_holds_within_each_group(group, tokens, sequences, expected):
+    assert kept(select(ALL_ON_0 * tokens, 1, Capacity(1.0, group=group), sequences=sequences)) == expected
+
+
+def test_groups_of_tokens_count_from_the_start_of_the_batch():
+    ids, count = group_tokens(4, 2, 3, torch.device("cpu"))
+    assert (ids.tolist(), count) == ([0, 0, 0, 0, 1, 1], 2)
+    ids, count = group_tokens("sequence", 2, 3, torch.device("cpu"))
+    assert (ids.tolist(), count) == ([0, 0, 0, 1, 1, 1], 2)
+    ids, count = group_tokens("batch", 2, 3, torch.device("cpu"))
+    assert (ids.tolist(), count) == ([0] * 6, 1)
+
+
+def test_padding_takes_no_place_and_does_not_raise_the_capacity():
+    # Real tokens 1 and 3 of four: capacity ceil(1 * 1 * 2 / 2) = 1 goes to token 1, though padding 0 comes first.
+    routing = select(ALL_ON_0 * 4, 1, Capacity(1.0), valid=[False, True, False, True])
+    assert kept(routing) == [1]
+    assert routing.chosen_per_expert_E.tolist() == [2, 0]
+    assert routing.tokens_per_expert_E.tolist() == [1, 0]
+
+
+def test_padding_of_one_sequence_lowers_its_own_capacity_alone():
+    # ceil(4 / 2) = 2 in the first sequence, ceil(1 / 2) = 1 in the second, whose one real token is its last.
+    valid = [True] * 4 + [False] * 3 + [True]
+    assert kept(select(ALL_ON_0 * 8, 1, Capacity(1.0, group="sequence"), sequences=2, valid=valid)) == [0, 1, 7]
+
+
+def test_a_second_expert_left_out_is_neither_computed_nor_chosen():
+    routing = select(THREE, 2, Capacity(), keep_second=[True, False, False])
+    assert table(routing) == [[0, 1], [0, X], [1, X]]
+    assert routing.chosen_per_expert_E.tolist() == [2, 2, 0]
+    assert routing.gates_N.tolist() == pytest.approx([0.5, 0.3, 0.6, 0, 0.7, 0])
+
+
+def test_a_second_expert_left_out_frees_its_place():
+    # Capacity 1. The second choices 0 -> 1 and 1 -> 0 find both experts full; 2 -> 0 as well. Without token 0's first
+    # claim on it there is nothing to free, so look at expert 2: tokens 0 and 1 want it second, and 0 leaves it out.
+    scores = [[0.6, 0.1, 0.3], [0.1, 0.6, 0.3]]
+    limit = Capacity(0.5)  # ceil(0.5 * 2 * 2 / 3) = 1
+    assert table(select(scores, 2, limit)) == [[0, 2], [1, X]]
+    assert table(select(scores, 2, limit, keep_second=[False, True])) == [[0, X], [1, 2]]
+
+
+def test_random_priority_is_random_in_training_alone():
+    limit = Capacity(0.25, priority="random")  # ceil(0.25 * 64 / 2) = 8 of 64
+    in_eval = [kept(select(ALL_ON_0 * 64, 1, limit)) for _ in range(2)]
+    assert in_eval == [list(range(8))] * 2
+    in_training = [kept(select(ALL_ON_0 * 64, 1, limit, training=True)) for _ in range(2)]
+    assert [len(k) for k in in_training] == [8, 8]
+    assert in_training[0] != in_training[1]
+    assert list(range(8)) not in in_training
+
+
+def test_evaluation_has_a_capacity_of_its_own():
+    limit = Capacity(0.5, 2.0)
+    assert kept(select(ALL_ON_0 * 8, 1, limit, training=True)) == [0, 1]  # ceil(0.5 * 8 / 2)
+    assert kept(select(ALL_ON_0 * 8, 1, limit)) == list(range(8))
+    # None: as in training.
+    assert kept(select(ALL_ON_0 * 8, 1, Capacity(0.5))) == [0, 1]
+    # Only evaluation is limited.
+    assert kept(select(ALL_ON_0 * 8, 1, Capacity(None, 0.5), training=True)) == list(range(8))
+    assert kept(select(ALL_ON_0 * 8, 1, Capacity(None, 0.5))) == [0, 1]
+
+
+@pytest.mark.parametrize("factor, kept_tokens", [(1.99, 7), (2.0, 7), (2.5, 7), (1.7, 6)])
+def test_a_factor_of_e_over_k_or_more_drops_nothing(factor, kept_tokens):
+    # E / K = 2. ceil(1.99 * 7 / 2) = ceil(6.97) = 7 and ceil(1.7 * 7 / 2) = ceil(5.95) = 6.
+    assert len(kept(select(ALL_ON_0 * 7, 1, Capacity(factor)))) == kept_tokens
+
+
+@pytest.mark.parametrize("priority", ["position", "score", "random"])
+@pytest.mark.parametrize("group", ["batch", "sequence", 5])
+@pytest.mark.parametrize("factor", [0.3, 1.0, 1.1])
+def test_every_expert_serves_exactly_what_it_was_asked_for_up_to_its_capacity(priority, group, factor):
+    B, S, E, K = 3, 7, 4, 2
+    generator = torch.Generator().manual_seed(3)
+    scores = torch.randn(B * S, E, generator=generator).softmax(-1)
+    valid = torch.rand(B * S, generator=generator) < 0.8
+    limit = Capacity(factor, priority=priority, group=group)
+    routing = select(scores, K, limit, sequences=B, valid=valid.tolist(), training=True)
+    ids = torch.tensor(table(routing))
+    chosen = scores.topk(K, dim=-1).indices
+    size = {"batch": B * S, "sequence": S, 5: 5}[group]
+    for start in range(0, B * S, size):
+        here = slice(start, start + size)
+        real = int(valid[here].sum())
+        # In tenths, to be exact: ceil(factor * K * real / E).
+        room = -(-round(factor * 10) * K * real // (10 * E))
+        for e in range(E):
+            asked = int(((chosen[here] == e) & valid[here, None]).sum())
+            assert int((ids[here] == e).sum()) == min(asked, room)
+    assert ((ids == chosen) | (ids == E)).all()
+    assert (ids[~valid] == E).all()
+    # Pairs are computed, dropped, or padding: nothing is lost.
+    dropped = int(((ids == E) & valid[:, None]).sum())
+    assert int(routing.tokens_per_expert_E.sum()) + dropped + K * int((~valid).sum()) == B * S * K
+    assert int(routing.chosen_per_expert_E.sum()) == K * int(valid.sum())
+    assert ((routing.gates_N > 0) == (routing.expert_ids_N < E)).all()
+
+
+@pytest.mark.parametrize("sequences", [0, 2])
+def test_no_tokens_route_to_nothing(sequences):
+    for group in ("batch", "sequence", 3):
+        routing = select(torch.zeros(0, 3), 2, Capacity(0.5, group=group), sequences=sequences)
+        assert routing.tokens_per_expert_E.tolist() == [0, 0, 0]
+        assert routing.expert_ids_N.shape == (0,)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"factor": 0.0}, r"capacity_factor=0.0 is not a positive number \(None means dropless\)"),
+        ({"factor": -1.0}, r"capacity_factor=-1.0 is not a positive number"),
+        ({"factor": float("nan")}, r"capacity_factor=nan is not a positive number"),
+        ({"factor": float("inf")}, r"capacity_factor=inf is not a positive number"),
+        ({"eval_factor": 0.0}, r"eval_capacity_factor=0.0 is not a positive number"),
+        ({"priority": "first"}, r"priority='first' is not one of position, score, random"),
+        ({"group": "image"}, r"group='image' is not 'batch', 'sequence' or a positive number of tokens"),
+        ({"group": 0}, r"group=0 is not 'batch', 'sequence' or a positive number of tokens"),
+        ({"group": True}, r"group=True is not 'batch', 'sequence' or a positive number of tokens"),
+        ({"group": 1.5}, r"group=1.5 is not 'batch', 'sequence' or a positive number of tokens"),
+    ],
+)
+def test_a_wrong_capacity_is_refused_with_its_value_and_the_rule(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Capacity(**arguments)

@@ -1,0 +1,127 @@
+"""RoutingStats by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from core import MoEConfig, RoutingContext, RoutingStats, TokenChoice, record
+
+
+def stats(x: list[list[float]], valid: list[bool] | None = None, **options):
+    """Of one pass of a layer whose logits are its input, one sequence."""
+    layer = MoEConfig(len(x[0]), **options).build(len(x[0]))
+    with torch.no_grad():
+        layer.router.gate.weight.copy_(torch.eye(len(x[0])))
+    context = None if valid is None else RoutingContext(valid_BS=torch.tensor([valid]))
+    with record(layer) as tape:
+        layer(torch.tensor([x]), context)
+    return RoutingStats.from_tape(tape).layers[""]
+
+
+def test_load_imbalance_dead_experts_and_drop_rate_by_hand():
+    # Choices 0, 0, 0, 1 of four experts with room for ceil(1 * 1 * 4 / 4) = 1: two of the three for expert 0 drop.
+    x = [[9.0, 0, 0, 0], [9.0, 0, 0, 0], [9.0, 0, 0, 0], [0, 9.0, 0, 0]]
+    found = stats(x, router=TokenChoice(1), capacity_factor=1.0)
+    assert found.chosen_per_expert.tolist() == [3, 1, 0, 0]
+    assert found.tokens_per_expert.tolist() == [1, 1, 0, 0]
+    assert found.load_imbalance == 3.0  # 3 over the mean 1
+    assert found.dead_experts == 2
+    assert found.drop_rate == 0.5
+    # Shares 3/4, 1/4: (0.75 log(4/3) + 0.25 log 4) / log 4 = 0.405639.
+    assert found.load_entropy == pytest.approx(0.405639, abs=1e-6)
+
+
+def test_entropy_is_that_of_the_scores_over_log_e():
+    # Scores (1/2, 1/2) and (3/4, 1/4): entropies log 2 and 0.562335; their mean 0.627741 over log 2.
+    found = stats([[0.0, 0.0], [math.log(3), 0.0]], router=TokenChoice(1))
+    assert found.entropy == pytest.approx(0.905639, abs=1e-6)
+
+
+def test_entropy_of_sigmoid_scores_is_that_of_their_shares():
+    # Sigmoids 3/4 and 1/4 sum to 1: entropy 0.562335 / log 2 = 0.811278.
+    found = stats([[math.log(3), -math.log(3)]], router=TokenChoice(1, score_func="sigmoid"))
+    assert found.entropy == pytest.approx(0.811278, abs=1e-6)
+
+
+def test_padding_is_in_no_figure():
+    # Real tokens 0 and 2, both for expert 0, room for ceil(2 / 2) = 1: one of two is dropped. Padding would be
+    # a drop rate of 3/4 or 1/4 if it counted, and would have woken expert 1.
+    x = [[9.0, 0.0], [0.0, 9.0], [9.0, 0.0], [0.0, 9.0]]
+    found = stats(x, [True, False, True, False], router=TokenChoice(1), capacity_factor=1.0)
+    assert found.num_tokens == 2
+    assert found.chosen_per_expert.tolist() == [2, 0]
+    assert found.tokens_per_expert.tolist() == [1, 0]
+    assert found.drop_rate == 0.5
+    assert found.dead_experts == 1
+    assert found.load_imbalance == 2.0
+    alone = stats([x[0], x[2]], router=TokenChoice(1), capacity_factor=1.0)
+    assert found.figures() == pytest.approx(alone.figures())
+
+
+def test_balanced_load_is_one_and_drops_nothing():
+    found = stats([[9.0, 0.0], [0.0, 9.0]], router=TokenChoice(1), capacity_factor=1.0)
+    assert (found.load_imbalance, found.drop_rate, found.dead_experts) == (1.0, 0.0, 0)
+    assert found.load_entropy == pytest.approx(1.0)
+
+
+def test_nothing_routed_has_figures_too():
+    layer = MoEConfig(3).build(4)
+    with record(layer) as tape:
+        layer(torch.randn(2, 0, 4))
+    figures = RoutingStats.from_tape(tape).layers[""].figures()
+    assert figures == {
+        "load_imbalance": 1.0,
+        "entropy": 0.0,
+        "load_entropy": 0.0,
+        "drop_rate": 0.0,
+        "dead_experts": 3.0,
+    }
+
+
+def test_one_expert_has_no_entropy():
+    found = stats([[1.0], [2.0]], router=TokenChoice(1))
+    assert (found.entropy, found.load_entropy, found.load_imbalance) == (0.0, 1.0, 1.0)
+
+
+def test_passes_and_batches_of_a_layer_add_up():
+    layer = MoEConfig(4, capacity_factor=0.5).build(8)
+    x, z = torch.randn(2, 6, 8), torch.randn(3, 4, 8)
+    tapes = []
+    for batch in (x, z):
+        with record(layer) as tape:
+            layer(batch)
+        tapes.append(tape)
+    parts = [RoutingStats.from_tape(t) for t in tapes]
+    both = RoutingStats.from_tape(tapes[0].merge(tapes[1])).layers[""]
+    added = (parts[0] + parts[1]).layers[""]
+    assert both.num_tokens == added.num_tokens == 24
+    assert both.chosen_per_expert.sum() == 48
+    assert torch.equal(both.chosen_per_expert, added.chosen_per_expert)
+    assert torch.equal(both.tokens_per_expert, added.tokens_per_expert)
+    assert both.figures() == pytest.approx(added.figures())
+
+
+def test_stats_with_different_layers_keep_them_all():
+    layers = {name: MoEConfig(2, router=TokenChoice(1)).build(2) for name in ("a", "b")}
+    model = torch.nn.ModuleDict(layers)
+    seen = []
+    for name in ("a", "b"):
+        with record(model) as tape:
+            model[name](torch.randn(1, 5, 2))
+        seen.append(RoutingStats.from_tape(tape))
+    merged = seen[0] + seen[1]
+    assert list(merged.layers) == ["a", "b"]
+    assert [int(s.num_tokens) for s in merged.layers.values()] == [5, 5]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_tape_reads_the_same_in_training_and_evaluation(training):
+    layer = MoEConfig(4).build(8).train(training)
+    with torch.set_grad_enabled(training), record(layer) as tape:
+        layer(torch.randn(2, 6, 8))
+    found = RoutingStats.from_tape(tape).layers[""]
+    assert int(found.tokens_per_expert.sum()) == 24
+    assert not found.entropy_sum.requires_grad
