@@ -32,8 +32,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        # One name for all writers of a file: what a kill left behind is overwritten by the next save.
-        temporary = path.with_name(f".{path.name}.tmp")
+        temporary = _temporary(path)
         try:
             with open(temporary, "wb") as file:
                 torch.save(checkpoint, file)
@@ -50,6 +49,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 kept = "; the earlier one is intact" if path.exists() else ""
                 raise OSError(f"cannot write the checkpoint {path}: {reason}{kept}") from error
             raise
+
+
+def _temporary(path: Path) -> Path:
+    """One name for all writers of a file, so that what a kill leaves behind is found again."""
+    return path.with_name(f".{path.name}.tmp")
 
 
 def _os_error(error: BaseException | None) -> OSError | None:
@@ -111,6 +115,9 @@ class BestAndLast(Checkpoint):
         self.dirpath = self.dirpath or os.path.join(trainer.default_root_dir, "checkpoints")
         self.monitor = self.monitor or getattr(pl_module, "monitor", "val/loss")
         self.mode = self.mode or getattr(pl_module, "monitor_mode", "min")
+        if stage == "fit" and trainer.is_global_zero:
+            for name in ("best.ckpt", "last.ckpt"):  # of a run that was killed while it wrote
+                _temporary(Path(self.dirpath, name)).unlink(missing_ok=True)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
@@ -199,8 +206,8 @@ class GeneratorState(Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn != "fit":
             return
-        # With max_steps, Lightning restarts *inside* an epoch that the checkpoint has finished: it would count the epoch
-        # twice and leave out a batch. Without the distinction it goes on with the next epoch, as it does with max_epochs.
+        # With max_steps, Lightning restarts *inside* an epoch that the checkpoint has finished: it would count the
+        # epoch twice and leave out a batch. Without the distinction it goes on with the next one, as with max_epochs.
         trainer.fit_loop._iteration_based_training = lambda: False  # type: ignore[method-assign]
         states = checkpoint.get("generators", [])
         self._to_restore = states[trainer.global_rank] if len(states) == trainer.world_size else None
@@ -239,10 +246,10 @@ class WeightEMA(Callback):
     """An exponential moving average of the weights, used in validation and kept in the checkpoint.
 
     After optimizer step t the average moves by ``1 - d`` towards the weights, with ``d = min(decay, (1 + t) / (10 +
-    t))``, so that a short run is not an average of its start. A checkpoint holds the average as ``state_dict``, what test
-    and predict load; the weights being trained are under ``trained_state_dict``. Buffers that are not floating point
-    follow the model. (Lightning's EMAWeightAveraging deep-copies the module with its metrics, averages with the full
-    decay from the first step, and warns whenever a checkpoint is tested.)
+    t))``, so that a short run is not an average of its start. A checkpoint holds the average as ``state_dict``, what
+    test and predict load; the weights being trained are under ``trained_state_dict``. Buffers that are not floating
+    point follow the model. (Lightning's EMAWeightAveraging deep-copies the module with its metrics, averages with the
+    full decay from the first step, and warns whenever a checkpoint is tested.)
 
     Args:
         decay: in (0, 1), such as 0.999.
@@ -316,17 +323,8 @@ def _floating(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
-class ProgressBar(RichProgressBar):
-    """Lightning's rich bar, with short names and without the version number."""
-
-    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        metrics = super().get_metrics(trainer, pl_module)
-        metrics.pop("v_num", None)
-        return {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in metrics.items()}
-
-
 class EpochLines(Callback):
-    """One line an epoch, where the output is a file or a pipe and a bar would be noise."""
+    """Prints a line an epoch with the values of the progress bar."""
 
     def __init__(self) -> None:
         self._started = time.monotonic()
@@ -341,12 +339,48 @@ class EpochLines(Callback):
         values = "  ".join(f"{k} {float(v):.4g}" for k, v in shown.items())
         total = f"/{trainer.max_epochs}" if trainer.max_epochs and trainer.max_epochs > 0 else ""
         seconds = time.monotonic() - self._started
-        print(f"epoch {trainer.current_epoch + 1}{total}  {values}  ({seconds:.1f} s)", flush=True)
+        self._print(f"epoch {trainer.current_epoch + 1}{total}  {values}  ({seconds:.1f} s)")
+
+    def _print(self, line: str) -> None:
+        print(line, flush=True)
+
+
+class ProgressBar(EpochLines, RichProgressBar):
+    """A rich bar for the epoch that runs, and a line for each one that is done."""
+
+    def __init__(self) -> None:
+        RichProgressBar.__init__(self, leave=False)
+        EpochLines.__init__(self)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        EpochLines.on_train_epoch_start(self, trainer, pl_module)
+        RichProgressBar.on_train_epoch_start(self, trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        RichProgressBar.on_train_epoch_end(self, trainer, pl_module)
+        EpochLines.on_train_epoch_end(self, trainer, pl_module)
+
+    def _print(self, line: str) -> None:
+        if self.progress is None:
+            print(line, flush=True)
+        else:
+            self.progress.console.print(line, highlight=False)
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        """Counted from 1, as in the lines."""
+        total = self.trainer.max_epochs
+        return f"epoch {current_epoch + 1}" + (f"/{total}" if total and total > 0 else "")
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        """The running values alone: those of an epoch are in its line."""
+        metrics = RichProgressBar.get_metrics(self, trainer, pl_module)
+        kept = {k: v for k, v in metrics.items() if k.startswith("train/")}
+        return {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in kept.items()}
 
 
 def progress() -> Callback:
-    """A bar on a terminal, a line an epoch elsewhere."""
-    return ProgressBar(leave=False) if sys.stdout.isatty() else EpochLines()
+    """A bar and a line an epoch on a terminal; elsewhere the lines alone."""
+    return ProgressBar() if sys.stdout.isatty() else EpochLines()
 
 
 class MetricsCSV(Logger):

@@ -64,7 +64,7 @@ class ResumableLoader(DataLoader):
         seed = torch.initial_seed() % 2**31 if seed is None else seed
         distributed = dist.is_available() and dist.is_initialized()
         # A DistributedSampler also on one process: Lightning leaves it as it is and tells it the epoch.
-        sampler = DistributedSampler(
+        sampler: DistributedSampler[Any] = DistributedSampler(
             dataset,
             num_replicas=dist.get_world_size() if distributed else 1,
             rank=dist.get_rank() if distributed else 0,
@@ -86,7 +86,7 @@ class ResumableLoader(DataLoader):
             object.__setattr__(self, "sampler", sampler)
         self.served = 0
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         # A generator starts at its first batch, after Lightning has told the sampler the epoch.
         batches = self.batch_sampler
         assert isinstance(batches, _Batches)

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -142,7 +142,7 @@ def expert_class_heatmap(
     fig = _figure(width * len(share) + 2.6, max(2.6, 0.27 * len(rows) + 1.4))
     axes = fig.subplots(1, len(share), squeeze=False, sharey=True)[0]
     top = max(float(v[rows].max()) for v in share.values()) or 1.0
-    image = None
+    image: Any = None
     for axis, (name, values) in zip(axes, share.items(), strict=True):
         shown = values[rows]
         image = axis.imshow(100 * shown, aspect="auto", cmap="cividis", vmin=0.0, vmax=100 * top)

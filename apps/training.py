@@ -63,6 +63,7 @@ class OptimizerConfig:
     min_lr_ratio: float = 0.0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "betas", tuple(self.betas))  # a list in YAML and in a checkpoint
         if not self.lr > 0:
             raise ValueError(f"optimizer.lr={self.lr} must be positive")
         for name in (
@@ -227,14 +228,15 @@ class SparseModule(LightningModule):
     def _evaluate(self, batch: Any, stage: Stage) -> None:
         with core.record(self) as tape:
             out = self.task_loss(batch)
-        self.log(f"{stage}/loss", out.loss, on_epoch=True, batch_size=out.num_examples, sync_dist=True)
+        shown = {"prog_bar": stage == "val", "batch_size": out.num_examples}
+        self.log(f"{stage}/loss", out.loss, on_epoch=True, sync_dist=True, **shown)
         if len(tape):
             stats = core.RoutingStats.from_tape(tape.detach())
             self._stats = stats if self._stats is None else self._stats + stats
         if stage in self._stage_metrics:
             metrics = self._stage_metrics[stage]
             metrics.update(out.outputs, out.targets)  # type: ignore[operator]
-            self.log_dict(metrics, on_epoch=True, batch_size=out.num_examples, prog_bar=stage == "val")  # type: ignore[arg-type]
+            self.log_dict(metrics, on_epoch=True, **shown)
 
     def _log_stats(self, stage: Stage) -> None:
         """The figures of the whole pass: the imbalance of a sum, not a mean of the batches' imbalances."""
@@ -261,14 +263,14 @@ class SparseModule(LightningModule):
             core.update_expert_bias(self, tape)
 
     def on_train_start(self) -> None:
-        # Not in configure_optimizers: asking for the number of steps there makes Lightning set up the data loader before
-        # it has read the checkpoint, and the loader's position is then never restored.
+        # Not in configure_optimizers: asking for the number of steps there makes Lightning set up the data loader
+        # before it has read the checkpoint, and the loader's position is then never restored.
         self._total_steps = float(self.trainer.estimated_stepping_batches)
         self._restore_own_rates()
         self._clock.restart()
 
     def _restore_own_rates(self) -> None:
-        """Set the rates of the step ahead: resuming loads the old run's with the optimizer, and this run's flags count."""
+        """Set the rates of the step ahead: resuming loads the old run's with the optimizer, but this run's count."""
         optimizer, scheduler = self.optimizers(use_pl_optimizer=False), self.lr_schedulers()
         if not isinstance(optimizer, torch.optim.Optimizer) or not isinstance(scheduler, LambdaLR):
             return
@@ -350,11 +352,11 @@ class SparseModule(LightningModule):
         # Waits for the device each step: a few percent on a GPU, for an error at the step that caused it.
         if bool(torch.isfinite(loss)):
             return
-        values = ", ".join(f"{name}={float(value):.4g}" for name, value in terms.items())
+        values = ", ".join(f"{name}={float(value.detach()):.4g}" for name, value in terms.items())
         raise NonFiniteError(
-            f"the training loss is {float(loss)} at step {self.global_step + 1} ({values}); no checkpoint holds it. "
-            f"Try a lower model.optimizer.lr (now {self.optimizer_config.lr:g}), a longer warmup, "
-            "trainer.gradient_clip_val=1.0, or trainer.precision=32-true"
+            f"the training loss is {float(loss.detach())} at step {self.global_step + 1} ({values}); "
+            f"no checkpoint holds it. Try a lower model.optimizer.lr (now {self.optimizer_config.lr:g}), a longer "
+            "warmup, trainer.gradient_clip_val=1.0, or trainer.precision=32-true"
         )
 
 
@@ -391,7 +393,7 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
     ``no_weight_decay()`` as timm's models do. A group has the keys ``name``, ``params``, ``lr`` and ``weight_decay``;
     empty groups are left out.
     """
-    kind = {}
+    kind: dict[int, str] = {}
     for layer in core.moe_layers(model).values():
         kind |= dict.fromkeys(map(id, layer.router.parameters()), "router")
         kind |= dict.fromkeys(map(id, layer.experts.parameters()), "experts")

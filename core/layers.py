@@ -104,7 +104,7 @@ class MoE(MoELayer):
             (..., S, D_out).
 
         Raises:
-            ValueError: ``x`` has one dimension, or the context's shape is another.
+            ValueError: ``x`` has one dimension, or ``valid_BS`` is of another shape or not bool.
         """
         if x.ndim < 2:
             raise ValueError(f"x has shape {tuple(x.shape)}: an MoE layer needs at least (tokens, dim)")
@@ -113,12 +113,17 @@ class MoE(MoELayer):
             raise ValueError(
                 f"context.valid_BS has shape {tuple(context.valid_BS.shape)}, the tokens {tuple(x_BSD.shape[:2])}"
             )
+        if context is not None and context.valid_BS is not None and context.valid_BS.dtype != torch.bool:
+            raise ValueError(f"context.valid_BS is {context.valid_BS.dtype}: it must be bool, True for real tokens")
         routing = self.router(x_BSD, context)
         self._record(routing, context)
         rows = self.dispatcher.dispatch(x_BSD.flatten(0, 1), routing)
         y_TD = self.dispatcher.combine(self.experts(rows))
         y = y_TD.unflatten(0, x_BSD.shape[:2]).reshape(*x.shape[:-1], y_TD.shape[-1])
         if self.shared_experts is not None:
+            if context is not None and context.valid_BS is not None:
+                # Padding may hold NaN, which would reach the weight gradients.
+                x = x.masked_fill(~context.valid_BS.reshape(*x.shape[:-1], 1), 0.0)
             y = y + self.shared_experts.dense(x)
         return y
 

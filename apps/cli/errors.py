@@ -143,15 +143,19 @@ def _class_names(owner: str | None, parameter: str) -> list[str]:
         from lightning.pytorch import LightningDataModule, LightningModule
 
         base = LightningDataModule if parameter == "data" else LightningModule
-        return [k.__name__ for k in _subclasses(base) if k.__module__.startswith("apps.")]
+        return [k.__name__ for k in subclasses(base) if k.__module__.startswith("apps.")]
     kind = _import(owner)
     try:
         hint = typing.get_type_hints(kind if dataclasses.is_dataclass(kind) else kind.__init__).get(parameter)
     except (NameError, TypeError, AttributeError):
         return []
     hints = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    return [k.__name__ for h in hints if isinstance(h, type) for k in _subclasses(h) if dataclasses.is_dataclass(k)]
+    return [k.__name__ for h in hints if isinstance(h, type) for k in subclasses(h) if dataclasses.is_dataclass(k)]
 
 
-def _subclasses(kind: type) -> list[type]:
-    return [kind] + [s for k in kind.__subclasses__() for s in _subclasses(k)]
+def subclasses(kind: type[Any]) -> list[type[Any]]:
+    """``kind`` and the classes below it that have been imported."""
+    found = [kind]
+    for sub in kind.__subclasses__():
+        found += subclasses(sub)
+    return found

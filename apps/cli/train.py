@@ -8,20 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
-import importlib
 import json
 import logging
 import os
-import pkgutil
-import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from jsonargparse import ArgumentError, set_parsing_settings
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
@@ -31,14 +25,12 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.io import CheckpointIO
 from torch import Tensor
 
-import apps
 import core
 from apps.callbacks import AtomicCheckpointIO, BestAndLast, GeneratorState, MetricsCSV, progress
 from apps.cli import UsageError
+from apps.cli.checkpoint import check_fits, load_checkpoint
 from apps.cli.errors import reduce_message
-from apps.training import to_plain
-
-COMMANDS = ("fit", "validate", "test", "predict")
+from apps.cli.request import Request, take
 
 _TRAINER_DEFAULTS = {
     "log_every_n_steps": 10,
@@ -81,61 +73,6 @@ def build(command: str, argv: list[str]) -> SparseCLI:
     # A dataclass field is a fixed group to jsonargparse unless its class is listed here.
     set_parsing_settings(subclasses_enabled=[core.RouterConfig, core.ExpertConfig])
     return SparseCLI(Request.read(command, argv))
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """A command line, read as far as the parser needs to know beforehand.
-
-    Attributes:
-        command: fit, validate, test or predict.
-        flags: the arguments but for the configurations, --run_dir and --ckpt_path.
-        config: the configurations merged, later ones over earlier ones, with what the checkpoint remembers beneath.
-        run_dir: where the run's files are.
-        checkpoint: the file to load, or None.
-        model_class: the model's class, where it is named.
-    """
-
-    command: str
-    flags: tuple[str, ...]
-    config: Mapping[str, Any]
-    run_dir: Path
-    checkpoint: Path | None
-    model_class: type | None
-
-    @classmethod
-    def read(cls, command: str, argv: list[str]) -> Request:
-        flags, options = _take(argv, ("config", "c", "run_dir", "ckpt_path"))
-        paths = [Path(p) for p in options["config"] + options["c"]]
-        which = options["ckpt_path"][-1] if options["ckpt_path"] else None
-        if not paths and which not in (None, "last", "best", "null", "none"):
-            # A checkpoint lies in its run's folder, beside the configuration of the run.
-            beside = Path(which).parent.parent / "config.yaml"
-            paths = [beside] if beside.is_file() else []
-        config: dict[str, Any] = {}
-        for path in paths:
-            config = merge(config, _read_yaml(path))
-        run_dir = options["run_dir"][-1] if options["run_dir"] else config.pop("run_dir", None)
-        config.pop("run_dir", None)
-        if which is None:
-            which = config.pop("ckpt_path", None)
-        config.pop("ckpt_path", None)
-        run_dir = Path(run_dir) if run_dir else Path("runs") / ("-".join(p.stem for p in paths) or "unnamed")
-        checkpoint = _find_checkpoint(command, which, run_dir)
-        if checkpoint is not None:
-            config = merge(_remembered(load_checkpoint(checkpoint), config), config)
-        return cls(command, tuple(flags), config, run_dir, checkpoint, _model_class(flags, config))
-
-    @contextlib.contextmanager
-    def config_file(self) -> Iterator[str | None]:
-        """The merged configuration as a file, while the parser reads it."""
-        if not self.config:
-            yield None
-            return
-        with tempfile.TemporaryDirectory(prefix="moesaic-") as folder:
-            path = Path(folder) / "config.yaml"
-            path.write_text(yaml.safe_dump(dict(self.config), sort_keys=False))
-            yield str(path)
 
 
 class SparseCLI(LightningCLI):
@@ -197,7 +134,7 @@ class SparseCLI(LightningCLI):
         given = dict(written.get("init_args", {})) if isinstance(written, Mapping) else {}
         for name in getattr(self.request.model_class, "data_arguments", ()):
             option = f"model.{name}"
-            flags = _take(list(self.request.flags), (option, f"model.init_args.{name}"))[1]
+            flags = take(list(self.request.flags), (option, f"model.init_args.{name}"))[1]
             value = yaml.safe_load((flags[option] + flags[f"model.init_args.{name}"] or ["null"])[-1])
             value = given.get(name) if value is None else value
             found = getattr(self.datamodule, name, None)
@@ -271,7 +208,7 @@ class SparseCLI(LightningCLI):
     def _save_config(self) -> None:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         parser = self._parser("fit")
-        config = yaml.safe_load(parser.dump(self.config["fit"], skip_none=False))
+        config = yaml.safe_load(parser.dump(self.config["fit"], skip_unset=False))
         config = {"run_dir": str(self.run_dir), **{k: v for k, v in config.items() if k not in ("config", "ckpt_path")}}
         path = self.run_dir / "config.yaml"
         temporary = path.with_suffix(".yaml.tmp")
@@ -330,242 +267,15 @@ def print_metrics(metrics: Mapping[str, float], stage: str, title: str) -> None:
     console.print(table)
     if layers:
         figures = list(dict.fromkeys(f for values in layers.values() for f in values))
-        routing = Table("layer", *(f.replace("_", " ") for f in figures))
+        routing = Table()
+        routing.add_column("layer", no_wrap=True)
+        for figure in figures:
+            routing.add_column(figure.replace("_", " "))
+        if len(layers) == 2:  # one layer is its own mean
+            layers.pop("mean", None)
         for layer, values in layers.items():
             routing.add_row(layer, *(f"{values[f]:.3f}" if f in values else "" for f in figures))
         console.print(routing)
-
-
-# ---- configurations
-
-
-def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """``over`` laid over ``base``, mapping by mapping. Where it names another class, the old one's arguments go.
-
-    Example::
-
-        merge({"router": {"class_path": "TokenChoice", "init_args": {"top_k": 1}}}, {"router": "ExpertChoice"})
-        # {"router": {"class_path": "ExpertChoice"}}
-    """
-    merged = dict(base)
-    for key, value in over.items():
-        old = merged.get(key)
-        if isinstance(old, Mapping) and "class_path" in old and isinstance(value, str):
-            value = {"class_path": value}
-        if not (isinstance(old, Mapping) and isinstance(value, Mapping)):
-            merged[key] = value
-        elif "class_path" in old and "class_path" not in value and "init_args" not in value:
-            merged[key] = {**old, "init_args": merge(old.get("init_args") or {}, value)}
-        elif "class_path" in value and "init_args" in value and "class_path" not in old:
-            merged[key] = {**value, "init_args": merge(old, value["init_args"])}
-        elif _short(old.get("class_path")) != _short(value.get("class_path", old.get("class_path"))):
-            merged[key] = dict(value)
-        else:
-            merged[key] = merge(old, value)
-    return merged
-
-
-def _short(class_path: str | None) -> str | None:
-    return class_path and class_path.rpartition(".")[2]
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        config = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        raise UsageError(f"{path}{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not a text file") from error
-    except IsADirectoryError as error:
-        raise UsageError(f"{path} is a folder, not a configuration") from error
-    except FileNotFoundError as error:
-        raise UsageError(f"no configuration {path}{_nearest(path)}") from error
-    if config is None:
-        return {}
-    if not isinstance(config, dict):
-        raise UsageError(f"{path} is not a configuration: it holds a {type(config).__name__}, not keys with values")
-    return config
-
-
-def _nearest(path: Path) -> str:
-    if not path.parent.is_dir():
-        return f": there is no folder {path.parent}"
-    near = difflib.get_close_matches(path.stem, [p.stem for p in path.parent.glob("*.yaml")], n=1)
-    return f"; did you mean {path.parent / near[0]}.yaml?" if near else ""
-
-
-def _take(argv: list[str], names: tuple[str, ...]) -> tuple[list[str], dict[str, list[str]]]:
-    """``argv`` without the options called ``names``, and their values."""
-    rest: list[str] = []
-    found: dict[str, list[str]] = {name: [] for name in names}
-    items = iter(argv)
-    for item in items:
-        key, equals, value = item.partition("=")
-        name = key.lstrip("-")
-        if not (key.startswith("-") and name in names and (len(name) == 1) == (not key.startswith("--"))):
-            rest.append(item)
-            continue
-        if not equals:
-            value = next(items, "")
-        if not value or (not equals and value.startswith("--")):
-            raise UsageError(f"{key} needs a value")
-        found[name].append(value)
-    return rest, found
-
-
-def _model_class(flags: list[str], config: Mapping[str, Any]) -> type | None:
-    model = config.get("model")
-    path = model if isinstance(model, str) else model.get("class_path") if isinstance(model, Mapping) else None
-    _, given = _take(flags, ("model", "model.class_path"))
-    path = (given["model"] + given["model.class_path"] or [path])[-1]
-    data = config.get("data")
-    data_path = data if isinstance(data, str) else data.get("class_path") if isinstance(data, Mapping) else None
-    if any(p and "." not in p for p in (path, data_path)) or _take(flags, ("data",))[1]["data"]:
-        _import_apps()  # short names are looked up among the classes that are imported
-    if not path:
-        return None
-    if "." not in path:
-        return next((k for k in _all_subclasses(LightningModule) if k.__name__ == path), None)
-    module, _, name = path.rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), name, None)
-    except ModuleNotFoundError as error:
-        if error.name and module.startswith(error.name):
-            return None  # the parser reports a class that does not exist
-        raise
-
-
-def _all_subclasses(kind: type) -> list[type]:
-    return [s for k in kind.__subclasses__() for s in (k, *_all_subclasses(k))]
-
-
-def _import_apps() -> None:
-    """Import every app's ``module`` and ``data``, so that their classes have short names."""
-    for app in pkgutil.iter_modules(apps.__path__, "apps."):
-        for part in ("module", "data") if app.ispkg else ():
-            if importlib.util.find_spec(f"{app.name}.{part}") is not None:
-                with contextlib.suppress(ImportError):  # an app whose optional library is missing
-                    importlib.import_module(f"{app.name}.{part}")
-
-
-# ---- checkpoints
-
-
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint's contents, on the CPU; tensors are mapped from the file, not read.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: the file is damaged, or is no checkpoint.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint {path}")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except OSError:
-        raise
-    except Exception as error:
-        raise ValueError(f"{path} is not a readable checkpoint: damaged, cut short, or of another program") from error
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise ValueError(f"{path} is not a checkpoint of a training run: it has no state_dict")
-    return checkpoint
-
-
-def _find_checkpoint(command: str, which: str | None, run_dir: Path) -> Path | None:
-    folder = run_dir / "checkpoints"
-    if which in ("null", "none"):
-        return None
-    if which is None:
-        if command == "fit":
-            return None
-        for name in ("best", "last"):
-            if (folder / f"{name}.ckpt").is_file():
-                return folder / f"{name}.ckpt"
-        raise FileNotFoundError(
-            f"no checkpoint in {folder}: train one with moesaic fit, or give --ckpt_path (none: an untrained model)"
-        )
-    if which in ("last", "best"):
-        path = folder / f"{which}.ckpt"
-        if path.is_file():
-            return path
-        if command == "fit":
-            print(f"no {path} yet: starting from the beginning")
-            return None
-        raise FileNotFoundError(f"no checkpoint {path}")
-    return Path(which)
-
-
-def _remembered(checkpoint: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """The model's arguments that the checkpoint remembers, if it is of the class the configuration names."""
-    kind, hparams = checkpoint.get("module_class"), checkpoint.get("hyper_parameters")
-    if not kind or not hparams:
-        return {}
-    model = config.get("model")
-    named = model if isinstance(model, str) else model.get("class_path") if isinstance(model, Mapping) else None
-    if named is not None and _short(named) != _short(kind):
-        return {}
-    return {"model": {"class_path": kind, "init_args": _without_fixed_classes(hparams)}}
-
-
-def _without_fixed_classes(value: Any) -> Any:
-    """Plain mappings in place of ``{"class_path", "init_args"}``, but for the parts that may be of several classes."""
-    if isinstance(value, Mapping) and set(value) == {"class_path", "init_args"}:
-        args = {k: _without_fixed_classes(v) for k, v in value["init_args"].items()}
-        module, _, name = value["class_path"].rpartition(".")
-        try:
-            kind = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError, ValueError):
-            raise ValueError(f"the checkpoint needs {value['class_path']}, which cannot be imported") from None
-        if isinstance(kind, type) and issubclass(kind, (core.RouterConfig, core.ExpertConfig)):
-            return {"class_path": value["class_path"], "init_args": args}
-        return args
-    if isinstance(value, Mapping):
-        return {k: _without_fixed_classes(v) for k, v in value.items()}
-    return value
-
-
-def check_fits(checkpoint: Mapping[str, Any], model: LightningModule, path: Path) -> None:
-    """Refuse a checkpoint whose tensors are not the model's.
-
-    Raises:
-        ValueError: naming the options that differ, with both values.
-    """
-    kind = f"{type(model).__module__}.{type(model).__qualname__}"
-    other = checkpoint.get("module_class", kind)
-    if _short(other) != _short(kind):
-        raise ValueError(f"{path} is of a {other}, and this run's model is a {kind}")
-    saved = {k: tuple(v.shape) for k, v in checkpoint["state_dict"].items() if isinstance(v, Tensor)}
-    own = {k: tuple(v.shape) for k, v in model.state_dict().items() if isinstance(v, Tensor)}
-    wrong = [k for k in {**own, **saved} if saved.get(k) != own.get(k)]
-    if not wrong:
-        return
-    remembered, here = checkpoint.get("hyper_parameters", {}), getattr(model, "hparams", {})
-    differing = _differences(_flat(remembered), _flat({k: to_plain(v) for k, v in here.items()}))
-    tensor = wrong[0]
-    detail = f"{tensor} is {saved.get(tensor, 'missing')} there and {own.get(tensor, 'missing')} here"
-    if differing:
-        clash = "; ".join(f"{k}={a} in the checkpoint, {b} here" for k, a, b in differing[:3])
-        raise ValueError(f"{path} does not fit this model: {clash} ({detail})")
-    raise ValueError(f"{path} does not fit this model: {detail}")
-
-
-def _flat(value: Any, prefix: str = "model") -> dict[str, Any]:
-    if isinstance(value, Mapping) and value:
-        if set(value) == {"class_path", "init_args"}:
-            return {prefix: _short(value["class_path"]), **_flat(value["init_args"], prefix)}
-        return {k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}.{key}").items()}
-    return {prefix: value}
-
-
-def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    keys = dict.fromkeys((*here, *there))
-    rows = [(k, there.get(k), here.get(k)) for k in keys if there.get(k) != here.get(k)]
-    return [row for row in rows if not row[0].startswith(("model.optimizer", "model.ema_decay", "model.report"))]
-
-
-# ---- output
 
 
 def _rows(batch: Any) -> Iterator[dict[str, Any]]:

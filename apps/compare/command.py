@@ -5,30 +5,33 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import functools
 import gc
 import platform
 import shlex
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-import core
 from apps.cli import UsageError
 from apps.compare import table
 from apps.compare.experiment import Experiment, arguments
 from apps.compare.files import locked, read_json, write_json, write_text
 from apps.compare.measure import Job, measure
+from apps.compare.parallel import train_all
 from apps.compare.plan import Options, Plan, at_edge
 from apps.compare.stats import choose
 from apps.compare.summary import Summary, summarize
 from apps.compare.systems import SPARSE, System, find_systems, label
 from apps.compare.training import Unit, quiet, train
 from apps.training import SparseModule
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
 
 
 class _Parser(argparse.ArgumentParser):
@@ -66,6 +69,8 @@ def _parser() -> _Parser:
     add("--search_share", type=float, default=1.0, metavar="SHARE", help=share)
     rounds = "timed rounds of speed; 0 measures neither speed nor memory (default: 5)"
     add("--rounds", type=int, default=5, metavar="N", help=rounds)
+    jobs = "runs at a time; each has its part of the cores, which small models use better so (default: 1)"
+    add("--jobs", type=int, default=1, metavar="N", help=jobs)
     return parser
 
 
@@ -79,12 +84,23 @@ def run(argv: Sequence[str]) -> int:
         UsageError: a wrong option.
         ValueError: a wrong value, a refused comparison, or a folder with another one.
     """
+    try:
+        run_command(argv)
+    except KeyboardInterrupt:
+        print(f"\nstopped; what is finished is kept. To go on: {command_line(argv)}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def run_command(argv: Sequence[str], title: str | None = None) -> Outcome:
+    """As ``run``, and return what came out of it; ``title`` is that of the table."""
     args, rest = _parser().parse_known_args(list(argv))
-    extra = [a for a in rest if not a.startswith("--")]
-    if rest and (
-        rest[0] in extra or not all("." in a or a.startswith("--seed_everything") for a in rest if a[:2] == "--")
-    ):
-        raise UsageError(f"{rest[0]} is no option of moesaic compare (--help lists them)")
+    for number, word in enumerate(rest):
+        is_value = bool(number) and not word.startswith("--") and "=" not in rest[number - 1]
+        if not (is_value or (word.startswith("--") and ("." in word or word.startswith("--seed_everything")))):
+            raise UsageError(f"{word} is no option of moesaic compare (--help lists them)")
+    if args.jobs < 1:
+        raise UsageError(f"--jobs {args.jobs} must be at least 1")
     options = Options(
         num_seeds=args.seeds,
         learning_rates=tuple(args.learning_rates),
@@ -92,16 +108,18 @@ def run(argv: Sequence[str]) -> int:
         baselines=None if args.baselines is None else tuple(args.baselines),
         rounds=args.rounds,
     )
-    read = arguments(args.config, args.overlays, rest)
     name = "-".join(Path(p).stem for p in (args.config, *args.overlays))
     output = Path(args.output) if args.output else Path("runs") / "compare" / name
-    command = shlex.join(["moesaic", "compare", *argv])
-    try:
-        compare(read, options, output, command=command, title=f"Sparse and dense: {name}")
-    except KeyboardInterrupt:
-        print(f"\nstopped; what is finished is kept in {output}. To go on: {command}", file=sys.stderr)
-        return 130
-    return 0
+    read = arguments(args.config, args.overlays, rest)
+    return compare(
+        read, options, output, command=command_line(argv), title=title or f"Sparse and dense: {name}", jobs=args.jobs
+    )
+
+
+def command_line(argv: Sequence[str]) -> str:
+    """What to type for ``argv``, with paths from here."""
+    here = f"{Path.cwd()}/"
+    return shlex.join(["moesaic", "compare", *(a.removeprefix(here) for a in argv)])
 
 
 @dataclass(frozen=True)
@@ -111,18 +129,28 @@ class Outcome:
     Attributes:
         summary: its numbers.
         output: its folder.
+        arguments: of ``Experiment``.
         files: what was written for people: the table, the JSON file, the picture.
         checkpoints: by system, the trained weights of the first seed; without estimators.
     """
 
     summary: Summary
     output: Path
+    arguments: tuple[str, ...]
     files: tuple[Path, ...]
     checkpoints: Mapping[str, Path]
 
+    def pictures(self) -> list[Path]:
+        return [p for p in self.files if p.suffix == ".png"]
+
 
 def compare(
-    read: Sequence[str], options: Options, output: Path, command: str = "", title: str = "Sparse and dense"
+    read: Sequence[str],
+    options: Options,
+    output: Path,
+    command: str = "",
+    title: str = "Sparse and dense",
+    jobs: int = 1,
 ) -> Outcome:
     """Do a comparison, or what is left of it, and show the table.
 
@@ -132,6 +160,7 @@ def compare(
         output: its folder; what is finished there is not done again.
         command: how to repeat it; written into the JSON file.
         title: of the table and the picture.
+        jobs: runs at a time; above 1 each in a process of its own, with a part of the threads.
 
     Raises:
         UsageError, ValueError: see ``run``.
@@ -145,7 +174,7 @@ def compare(
         display = Display()
         with display:
             systems = _systems(experiment, options, output, display)
-            done = _Work(experiment, plan, systems, output, display).run()
+            done = _Work(experiment, plan, systems, output, display, jobs).run()
         return _report(experiment, plan, systems, done, output, command, title)
 
 
@@ -172,36 +201,50 @@ class _Work:
     """The units of a plan, in order."""
 
     def __init__(
-        self, experiment: Experiment, plan: Plan, systems: Sequence[System], output: Path, display: Display
+        self, experiment: Experiment, plan: Plan, systems: Sequence[System], output: Path, display: Display, jobs: int
     ) -> None:
-        self.experiment, self.plan, self.output, self.display = experiment, plan, output, display
+        self.experiment, self.plan, self.output, self.display, self.jobs = experiment, plan, output, display, jobs
         self.systems = [s for s in systems if not s.refused]
         self.higher = experiment.monitor_mode == "max"
 
     def run(self) -> dict[str, Any]:
         searched = {s.name: self.plan.search_units(s.name) if s.cost else [] for s in self.systems}
-        units = sum(len(u) for u in searched.values()) + len(self.systems) * len(self.plan.seeds)
-        self.display.start(units + (1 if self.plan.options.rounds else 0))
-        searches = {name: [self._train(u) for u in units] for name, units in searched.items()}
+        count = sum(len(u) for u in searched.values()) + len(self.systems) * len(self.plan.seeds)
+        self.display.start(count + (1 if self.plan.options.rounds else 0))
+        results = self._train([u for units in searched.values() for u in units])
+        searches = {name: [results[u] for u in units] for name, units in searched.items()}
         rates = {s.name: self._choose(s, searched[s.name], searches[s.name]) for s in self.systems}
+        units = {s.name: self.plan.final_units(s.name, rates[s.name][0]) for s in self.systems}
         # Seed by seed, so that a stopped comparison has whole pairs.
-        finals: dict[str, list[Any]] = {s.name: [] for s in self.systems}
-        units_of = {s.name: self.plan.final_units(s.name, rates[s.name][0]) for s in self.systems}
-        for index in range(len(self.plan.seeds)):
-            for s in self.systems:
-                finals[s.name].append(self._train(units_of[s.name][index]))
-        checkpoints = {s.name: units_of[s.name][0].checkpoint(self.output) for s in self.systems if s.cost}
+        results = self._train([units[s.name][i] for i in range(len(self.plan.seeds)) for s in self.systems])
+        finals = {name: [results[u] for u in of_system] for name, of_system in units.items()}
+        checkpoints = {s.name: units[s.name][0].checkpoint(self.output) for s in self.systems if s.cost}
         speeds = self._measure(checkpoints) if self.plan.options.rounds else {}
         return {"searches": searches, "rates": rates, "finals": finals, "speeds": speeds, "checkpoints": checkpoints}
 
-    def _train(self, unit: Unit) -> Any:
-        known = unit.read(self.output) is not None
-        with self.display.unit(describe(unit)) as progress:
-            result = train(self.experiment, unit, self.output, progress)
-            gc.collect()
-        if not known:
+    def _train(self, units: Sequence[Unit]) -> dict[Unit, Any]:
+        """Do what is not done yet."""
+        results = {u: u.read(self.output) for u in units}
+        left = [u for u, result in results.items() if result is None]
+        self.display.advance(len(units) - len(left))
+
+        def finished(unit: Unit, result: dict[str, Any]) -> None:
+            results[unit] = result
+            self.display.finished(describe(unit))
             self.display.say(f"{describe(unit)}: {self._found(result)}")
-        return result
+
+        def progress(unit: Unit, done: int, total: int) -> None:
+            self.display.unit(describe(unit), done, total)
+
+        if self.jobs > 1 and len(left) > 1:
+            train_all(
+                self.experiment.arguments, left, self.output, self.jobs, self.experiment.modules, progress, finished
+            )
+        else:
+            for u in left:
+                finished(u, train(self.experiment, u, self.output, functools.partial(progress, u)))
+                gc.collect()
+        return results
 
     def _found(self, result: Mapping[str, Any]) -> str:
         if result["quality"] is None:
@@ -227,21 +270,14 @@ class _Work:
         path = self.output / "speed.json"
         found = read_json(path)
         if found is None:
-            sparse, data = self.experiment.build(SPARSE)
-            assert isinstance(sparse, SparseModule)
-            replaced = tuple(core.moe_layers(sparse))
-            modules = (type(sparse).__module__, type(data).__module__)
-            del sparse, data
             jobs = {
-                name: Job(self.experiment.arguments, name, str(file), replaced, torch.get_num_threads())
+                name: Job(self.experiment.arguments, name, str(file), self.experiment.replaced, torch.get_num_threads())
                 for name, file in checkpoints.items()
             }
-            with self.display.unit("speed and memory") as progress:
-                found = measure(jobs, self.plan.options.rounds, progress, modules)
+            show = functools.partial(self.display.unit, "speed and memory")
+            found = measure(jobs, self.plan.options.rounds, show, self.experiment.modules)
             write_json(path, found)
-        else:
-            with self.display.unit("speed and memory"):
-                pass
+        self.display.finished("speed and memory")
         return found
 
 
@@ -297,7 +333,7 @@ def _report(
     table.show(title, summary)
     files = tuple(p for p in (page, path, picture) if p is not None)
     print("\n".join(["", "written:", *(f"  {p}" for p in files)]))
-    return Outcome(summary, output, files, done["checkpoints"])
+    return Outcome(summary, output, experiment.arguments, files, done["checkpoints"])
 
 
 def machine() -> dict[str, Any]:
@@ -345,7 +381,7 @@ class Display:
             disable=not self.console.is_terminal,
         )
         self.total = self.bars.add_task("comparison", total=None)
-        self.done = 0
+        self.tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> Display:
         self.bars.start()
@@ -357,6 +393,23 @@ class Display:
     def start(self, units: int) -> None:
         self.bars.update(self.total, total=units)
 
+    def advance(self, units: int) -> None:
+        self.bars.advance(self.total, units)
+
+    def unit(self, name: str, done: int, total: int) -> None:
+        """Show how far a unit is."""
+        task = self.tasks.get(name)
+        if task is None:
+            task = self.tasks[name] = self.bars.add_task(name, total=None)
+        self.bars.update(task, completed=done, total=total or None)
+
+    def finished(self, name: str) -> None:
+        """A unit is done."""
+        task = self.tasks.pop(name, None)
+        if task is not None:
+            self.bars.remove_task(task)
+        self.bars.advance(self.total)
+
     def say(self, line: str) -> None:
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
@@ -365,23 +418,5 @@ class Display:
         task = self.bars.add_task(name, total=None)
         try:
             yield
-        finally:
-            self.bars.remove_task(task)
-
-    @contextlib.contextmanager
-    def unit(self, name: str) -> Iterator[Any]:
-        task = self.bars.add_task(name, total=None)
-        last = 0.0
-
-        def progress(done: int, total: int) -> None:
-            nonlocal last
-            now = time.monotonic()
-            if now - last > 0.1:
-                last = now
-                self.bars.update(task, completed=done, total=total or None)
-
-        try:
-            yield progress
-            self.bars.advance(self.total)
         finally:
             self.bars.remove_task(task)

@@ -67,6 +67,8 @@ class Experiment:
         self.monitor = made["model"].monitor
         self.monitor_mode = made["model"].monitor_mode
         self.rate = made["model"].optimizer_config.lr
+        self.replaced = tuple(core.moe_layers(made["model"]))
+        self.modules = (type(made["model"]).__module__, type(made["data"]).__module__)
 
     def _make(self) -> Any:
         return self._parser.instantiate_classes(self._config)

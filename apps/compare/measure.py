@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import gc
 import itertools
-import multiprocessing
 import resource
 import statistics
 import sys
@@ -27,7 +26,7 @@ from torch import Tensor
 
 import core
 from apps.compare.experiment import Experiment
-from apps.compare.training import quiet
+from apps.compare.parallel import answering, start, worker_context
 from apps.training import SparseModule, parameter_groups
 
 ROUND_SECONDS = 0.3
@@ -75,23 +74,13 @@ def measure(
     Raises:
         RuntimeError: a worker failed; the message is its error.
     """
-    # Not a plain fork: threads of this process are not in the child. A forkserver imports torch once for all workers.
-    methods = multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-    if "forkserver" in methods:
-        context.set_forkserver_preload([__name__, *modules])  # type: ignore[attr-defined]
+    context = worker_context(modules)
     workers: dict[str, tuple[Any, Connection]] = {}
     found: dict[str, dict[str, Any]] = {}
     total, done = 2 * (rounds + 1) * len(jobs), 0
     try:
         for name, job in jobs.items():
-            ours, theirs = context.Pipe()
-            process = context.Process(  # type: ignore[attr-defined]
-                target=_work, args=(theirs, job), daemon=True
-            )
-            process.start()
-            theirs.close()
-            workers[name] = (process, ours)
+            workers[name] = start(context, _work, job)
         for name, (_, pipe) in workers.items():
             found[name] = _answer(name, pipe)
         for phase in ("train", "inference"):
@@ -128,27 +117,23 @@ def measure(
 
 def _answer(name: str, pipe: Connection) -> Any:
     try:
-        ok, value = pipe.recv()
-    except EOFError:
+        kind, value = pipe.recv()
+    except (EOFError, OSError):
         raise RuntimeError(f"the process that measures {name} ended without an answer (out of memory?)") from None
-    if not ok:
-        raise RuntimeError(f"measuring {name} failed: {value}")
+    if kind == "error":
+        line = (str(value).strip().splitlines() or [""])[0]
+        raise RuntimeError(f"measuring {name} failed: {type(value).__name__}: {line}")
     return value
 
 
 def _work(pipe: Connection, job: Job) -> None:
     """The worker: build, then one round for each command."""
-    try:
-        with quiet(), suppress(KeyboardInterrupt, EOFError, BrokenPipeError):
-            torch.set_num_threads(job.threads)
-            bench = _Bench(job)
-            pipe.send((True, bench.found))
-            while (command := pipe.recv()) != "stop":
-                pipe.send((True, getattr(bench, command)()))
-    except Exception as error:
-        line = (str(error).strip().splitlines() or [""])[0]
-        with suppress(OSError):
-            pipe.send((False, f"{type(error).__name__}: {line}"))
+    with answering(pipe):
+        torch.set_num_threads(job.threads)
+        bench = _Bench(job)
+        pipe.send(("done", bench.found))
+        while (command := pipe.recv()) != "stop":
+            pipe.send(("done", getattr(bench, command)()))
 
 
 class _Bench:

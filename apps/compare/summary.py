@@ -82,7 +82,7 @@ def summarize(
     Equal time is set seed by seed: the shortest training time among the systems with that seed, so that each has
     reached it and the fastest is compared with all of its training. The others stop before the end of their schedule.
     Runs follow one another, perhaps for hours, and the machine's load differs between them; so time is a run's steps
-    times the median seconds of a step, measured with the systems taking turns; where that was not measured, as recorded.
+    times the median seconds of a step, measured with the systems taking turns; not measured, it is as recorded.
 
     Args:
         systems: all of them, the sparse one first.

@@ -325,7 +325,7 @@ class VisionReport(Callback):
             rank_zero_info("few-shot evaluation left out: no images to draw labelled ones from")
             return []
         features, labels = extract_features(pl_module.model, support, pl_module.device)
-        test_features, test_labels = extract_features(pl_module.model, test_batches(trainer), pl_module.device)
+        test_features, test_labels = extract_features(pl_module.model, batches_of_test(trainer), pl_module.device)
         counts = np.bincount(labels)
         most = int(counts[counts > 0].min()) if np.count_nonzero(counts) > 1 else 0
         shots = [k for k in self.config.few_shot if k <= most]
@@ -349,7 +349,7 @@ class VisionReport(Callback):
     def _sweep(self, trainer: Trainer, pl_module: LightningModule, folder: Path) -> list[Path]:
         points = capacity_sweep(
             pl_module.model,
-            lambda: _limited(test_batches(trainer), self.config.sweep_images),
+            lambda: _limited(batches_of_test(trainer), self.config.sweep_images),
             (*self.config.capacity_factors, None),
             device=pl_module.device,
         )
@@ -386,7 +386,7 @@ class VisionReport(Callback):
         labels: list[int] = []
         stats: core.RoutingStats | None = None
         grid = model.patch_embed.grid_size
-        for batch in test_batches(trainer):
+        for batch in batches_of_test(trainer):
             with torch.no_grad(), core.record(model) as tape:
                 model(batch.image.to(pl_module.device))
             batch_stats = core.RoutingStats.from_tape(tape)
@@ -457,14 +457,11 @@ def _limited(batches: Iterable[Any], images: int) -> Iterator[Any]:
         seen += len(batch.image)
 
 
-def test_batches(trainer: Trainer) -> Iterator[Any]:
+def batches_of_test(trainer: Trainer) -> Iterator[Any]:
     """The batches of the test in progress, again, within the trainer's limit."""
     loader: Any = trainer.test_dataloaders
     loader = loader[0] if isinstance(loader, (list, tuple)) else loader
     return itertools.islice(loader, int(min(trainer.num_test_batches[0], len(loader))))
-
-
-test_batches.__test__ = False  # type: ignore[attr-defined]  not a test, whatever pytest thinks of its name
 
 
 def support_batches(trainer: Trainer) -> Iterable[Any] | None:

@@ -324,8 +324,8 @@ class VMoE(VisionTransformer):
             x, kept = patch_dropout_forward(
                 x, self.patch_drop.prob, self.num_prefix_tokens, self.patch_drop.ordered, self.training
             )
-        if kept is not None:
-            ids_BS = context.token_ids_BS
+        ids_BS = context.token_ids_BS
+        if kept is not None and ids_BS is not None:
             prefix, patches = ids_BS[:, : self.num_prefix_tokens], ids_BS[:, self.num_prefix_tokens :]
             context = core.RoutingContext(token_ids_BS=torch.cat((prefix, patches.gather(1, kept)), dim=1))
         x = self.norm_pre(x)

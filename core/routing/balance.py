@@ -55,7 +55,7 @@ class Balance:
         for f in fields(self):
             weight = getattr(self, f.name)
             if weight and weight != f.default and f.name not in terms:
-                why = " without noise on its logits" if f.name == "load" else ""
+                why = " without noise on its logits, or with a bias or group limits" if f.name == "load" else ""
                 raise ValueError(f"balance.{f.name}={weight} does not apply to {router}{why}")
 
 

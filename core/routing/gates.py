@@ -51,4 +51,5 @@ class NoisyGate(LinearGate):
         self.noise_weight = nn.Parameter(torch.zeros(num_experts, dim))
 
     def noise_std(self, x_TD: Tensor) -> Tensor:
-        return F.softplus(F.linear(x_TD, self.noise_weight.float()))
+        # Softplus underflows to 0 below -104, and the load loss divides by it.
+        return F.softplus(F.linear(x_TD, self.noise_weight.float())).clamp_min(1e-6)

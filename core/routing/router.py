@@ -24,7 +24,7 @@ class Router(nn.Module):
         expert_bias: float32 (E,) buffer added to the scores for the choice alone, or None.
     """
 
-    capacity: Capacity
+    capacity: Capacity = Capacity()
     terms: frozenset[str] = frozenset()
     expert_bias: Tensor | None
 
@@ -265,7 +265,9 @@ class TokenChoice(RouterConfig):
 
     def balance_terms(self) -> frozenset[str]:
         terms = {"load_balancing", "router_z", "importance"}
-        return frozenset(terms | {"load"} if self.noise else terms)
+        # The smooth load asks what noise on the logits would choose; a bias or group limit chooses by more than them.
+        plain = not self.expert_bias and self.limited_groups == self.num_groups
+        return frozenset(terms | {"load"} if self.noise and plain else terms)
 
     def pairs_per_token(self, num_experts: int) -> float:
         return float(self.top_k)

@@ -77,8 +77,14 @@ def test_expert_colours_differ():
     ("draw", "message"),
     [
         (lambda: plots.routing_over_images(np.zeros((1, 4, 4)), {}, 3), "needs at least one layer"),
-        (lambda: plots.routing_over_images(np.zeros((1, 4, 4)), {"a": np.zeros((2, 2, 2), int)}, 3), "of 'a' have shape"),
-        (lambda: plots.expert_class_heatmap({"a": np.zeros((2, 3))}, ["one"]), r"'a' has shape \(2, 3\), not \(1 classes"),
+        (
+            lambda: plots.routing_over_images(np.zeros((1, 4, 4)), {"a": np.zeros((2, 2, 2), int)}, 3),
+            "of 'a' have shape",
+        ),
+        (
+            lambda: plots.expert_class_heatmap({"a": np.zeros((2, 3))}, ["one"]),
+            r"'a' has shape \(2, 3\), not \(1 classes",
+        ),
         (lambda: plots.load_bars({}), "needs at least one layer"),
         (lambda: plots.quality_against_flops([]), "needs at least one point"),
         (lambda: plots.Series("a", [1.0], [0.5, 0.6]), "'a': flops, quality and interval differ in length"),

@@ -103,16 +103,6 @@ def test_the_expert_bias_moves_once_an_optimizer_step_by_the_load_of_all_its_mic
     assert bias.abs().max() > 0
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_accumulation_averages_the_micro_batches(tmp_path, accumulate):
-    # Two micro-batches of 4 have the gradient of the task loss of their 8 together; without MoE nothing else differs.
-    torch.manual_seed(0)
-    module = TinyModule(3, dropout=0.0, optimizer=OptimizerConfig(warmup=0, schedule="constant"))
-    data = TinyData(n=8, batch_size=8 // accumulate)
-    fit(module, tmp_path / str(accumulate), data=data, accumulate_grad_batches=accumulate, max_steps=1)
-    assert module.global_step == 1
-
-
 # ---- the optimizer
 
 
@@ -366,3 +356,17 @@ def test_the_imbalance_of_a_pass_is_that_of_the_sum():
     # Each batch uses one expert (imbalance 2); together they are balanced (imbalance 1).
     assert routing_metrics(stats([4, 0]))["routing/l/load_imbalance"] == 2
     assert routing_metrics(stats([4, 0]) + stats([0, 4]))["routing/load_imbalance"] == 1
+
+
+def test_what_a_kill_in_the_middle_of_a_write_left_is_removed(tmp_path):
+    (tmp_path / ".best.ckpt.tmp").write_bytes(b"half")
+    fit(TinyModule(3), tmp_path, limit_train_batches=1, limit_val_batches=0)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["last.ckpt", "metrics.csv"]
+
+
+def test_the_progress_says_what_was_reached(tmp_path, capsys):
+    fit(TinyModule(3), tmp_path, apps.callbacks.EpochLines(), max_epochs=2)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines] == [["epoch", "1/2"], ["epoch", "2/2"]]
+    for value in ("train/loss", "val/loss", "val/top1"):
+        assert f"  {value} " in lines[0]

@@ -1,21 +1,20 @@
-"""A model and data as small as they can be and still have every moving part. Tests import it, also in other processes."""
+"""A model and data that are as small as they can be with every moving part, for tests and the processes they start."""
 
 from __future__ import annotations
 
 import time
 from typing import Any, ClassVar
 
-import core
 import torch
-from apps.loader import ResumableLoader
-from apps.training import OptimizerConfig, SparseModule, TaskOutput
 from lightning.pytorch import LightningDataModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-SMALL_MOE = {"num_experts": 4, "expert": {"class_path": "core.FFN", "init_args": {"hidden_dim": 8}}}
+import core
+from apps.loader import ResumableLoader
+from apps.training import OptimizerConfig, SparseModule, TaskOutput
 
 
 class TinyModule(SparseModule):
@@ -104,9 +103,7 @@ class TinyData(LightningDataModule):
         self.num_classes, self.n, self.batch_size, self.num_workers = num_classes, n, batch_size, num_workers
 
     def train_dataloader(self) -> ResumableLoader:
-        return ResumableLoader(
-            NoisyPoints(self.n, self.num_classes), self.batch_size, num_workers=self.num_workers
-        )
+        return ResumableLoader(NoisyPoints(self.n, self.num_classes), self.batch_size, num_workers=self.num_workers)
 
     def val_dataloader(self) -> DataLoader:
         points = NoisyPoints(24, self.num_classes)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from core import Balance, Entry, Routing, Tape, TokenChoice, aux_loss, aux_losses
+from core import Balance, Entry, MoEConfig, Routing, Tape, TokenChoice, aux_loss, aux_losses
 from core.routing.balance import (
     TERMS,
     balance_sums,
@@ -169,7 +169,7 @@ def test_smooth_load_is_the_probability_of_a_choice_under_fresh_noise(noise, top
     decided = router(x)
     torch.manual_seed(11)
     std = decided.noise_std if noise == "learned" else torch.full((T, E), 0.5)  # 2.0 / 4
-    noisy = decided.logits_TE + torch.randn(T, E) * std
+    noisy = (decided.logits_TE + torch.randn(T, E) * std).detach()
     if noise == "fixed":  # V-MoE: what the chosen had to reach, the k-th largest of all
         threshold = noisy.topk(top_k, dim=-1).values[:, -1:].expand(T, E)
     else:  # Shazeer: the k-th largest of the others
@@ -190,6 +190,23 @@ def test_smooth_load_of_a_choice_of_all_experts_is_one_and_its_gradient_finite()
     losses.total.backward()
     for parameter in router.parameters():
         assert parameter.grad is None or parameter.grad.isfinite().all()
+
+
+def test_learned_noise_of_almost_zero_gives_a_finite_load_loss_and_gradient():
+    router = TokenChoice(top_k=1, noise="learned").build(3, 4).train()
+    torch.nn.init.constant_(router.gate.noise_weight, -100.0)  # softplus(-300) is 0 in float32
+    decided = router(torch.ones(1, 5, 3))
+    loss = aux_loss(tape_of(decided, balance=Balance(load_balancing=0, router_z=0, load=1.0)))
+    assert loss.item() == pytest.approx(3.0)  # as without noise: one of four experts takes all
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in router.parameters())
+
+
+@pytest.mark.parametrize("limit", [{"expert_bias": True}, {"num_groups": 2, "limited_groups": 1}])
+def test_load_loss_is_refused_where_the_choice_is_not_by_noisy_logits_alone(limit):
+    # A bias or a group limit chooses by more than the logits, so their threshold says nothing of the load.
+    with pytest.raises(ValueError, match=r"balance.load=0.1 does not apply to TokenChoice without noise.*group limits"):
+        MoEConfig(4, router=TokenChoice(top_k=1, noise="fixed", **limit), balance=Balance(load=0.1))
 
 
 def test_load_loss_trains_the_learned_noise():

@@ -1,4 +1,4 @@
-"""Every backend against the oracle: output and every gradient, over ragged sizes, odd widths and garbage in the tail."""
+"""Every backend against the oracle: output and every gradient, over ragged sizes, odd widths and a garbage tail."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ class Problem:
         E = len(self.weights["w_in"])
         ids_N = self.expert_ids_TK.flatten()
         placed = eager.sort_pairs(ids_N, eager.count_experts(ids_N, E))
-        x = self.x.to(dtype).requires_grad_()
-        gates = self.gates_TK.to(torch.float64 if dtype == torch.float64 else torch.float32).requires_grad_()
-        weights = {name: w.to(dtype).requires_grad_() for name, w in self.weights.items()}
+        x = self.x.detach().to(dtype).requires_grad_()
+        gates = self.gates_TK.detach().to(torch.float64 if dtype == torch.float64 else torch.float32).requires_grad_()
+        weights = {name: w.detach().to(dtype).requires_grad_() for name, w in self.weights.items()}
         y = BACKENDS[backend].expert_ffn(
             x,
             placed.order_R // K,
@@ -193,7 +193,7 @@ def relative_errors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> di
 
 
 def dense_bfloat16_errors(expert: str) -> dict[str, float]:
-    """Errors of one plain bfloat16 FFN on autograd, on tokens and weights as those of ``problem``, gate on the output."""
+    """Errors of one plain bfloat16 FFN on autograd, with tokens and weights like ``problem``'s, gate on the output."""
     p = problem(300, E=1, K=1, D=64, H=96, expert=expert)
     act = eager.ACTIVATIONS[p.activation]
     out = {}
@@ -218,6 +218,15 @@ def test_bfloat16_is_as_exact_as_a_dense_bfloat16_ffn(backend, expert, H):
     errors = relative_errors(p.run(backend, torch.bfloat16), p.run("eager", torch.float64))
     for name, error in errors.items():
         # A half more than the dense one: its rounded gate and the sum over two experts are roundings of their own.
+        assert error <= 1.5 * dense[name], f"{name}: {error:.2e}, a dense FFN's {dense[name]:.2e}"
+
+
+@pytest.mark.parametrize("expert", ["gelu+bias", "swiglu"])
+def test_bfloat16_gradients_summed_over_blocks_are_as_exact_as_dense_ones(expert):
+    dense = dense_bfloat16_errors(expert)
+    p = problem(3 * cpu.BLOCK // 2, D=64, H=96, expert=expert, load="one")  # 3 blocks of one expert
+    errors = relative_errors(p.run("cpu", torch.bfloat16), p.run("eager", torch.float64))
+    for name, error in errors.items():
         assert error <= 1.5 * dense[name], f"{name}: {error:.2e}, a dense FFN's {dense[name]:.2e}"
 
 

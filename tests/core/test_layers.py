@@ -44,7 +44,7 @@ def identity_gate(layer: MoE) -> MoE:
 
 
 def exact(layer: MoE) -> MoE:
-    """A gate of small whole numbers: with tokens of small whole numbers its logits are exact in any order of summing."""
+    """A gate of small whole numbers: with tokens of small whole numbers its logits are exact in any order."""
     with torch.no_grad():
         layer.router.gate.weight.copy_(torch.randint(-2, 3, layer.router.gate.weight.shape))
     return layer
@@ -218,6 +218,15 @@ def test_padding_changes_nothing_for_real_tokens_even_if_it_holds_nan(backend):
     assert dx[padding].abs().max() == 0
 
 
+def test_nan_in_padding_leaves_the_gradients_of_shared_experts_finite():
+    layer = MoEConfig(4, num_shared_experts=1).build(8)
+    x = torch.randn(1, 4, 8)
+    x[0, 3] = torch.nan
+    valid = torch.tensor([[True, True, True, False]])
+    layer(x, RoutingContext(valid_BS=valid))[valid].sum().backward()
+    assert all(p.grad.isfinite().all() for p in layer.parameters())
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", [(0, 5, 8), (2, 0, 8), (0, 8)])
 @pytest.mark.parametrize("options", [{}, {"capacity_factor": 0.5, "group": "sequence"}, {"num_shared_experts": 1}])
@@ -270,9 +279,14 @@ def test_leading_dimensions_before_the_sequence_are_sequences():
             RoutingContext(valid_BS=torch.ones(3, 2, dtype=torch.bool)),
             r"context.valid_BS has shape \(3, 2\), the tokens \(2, 3\)",
         ),
+        (
+            torch.zeros(2, 3, 8),
+            RoutingContext(valid_BS=torch.ones(2, 3)),
+            r"context.valid_BS is torch.float32: it must be",
+        ),
     ],
 )
-def test_wrong_shapes_are_refused_with_both(x, context, message):
+def test_wrong_inputs_are_refused_with_what_they_are(x, context, message):
     with pytest.raises(ValueError, match=message):
         MoEConfig(4).build(8)(x, context)
 
@@ -312,7 +326,7 @@ def test_evaluation_is_deterministic_whatever_the_router_does_in_training():
     assert not torch.equal(layer(x), layer(x))
 
 
-# --- capacity in evaluation -----------------------------------------------------------------------------------------
+# --- capacity in evaluation ---
 
 
 def tokens_computed(layer: MoE, x: Tensor) -> list[int]:
@@ -361,7 +375,7 @@ def test_set_capacity_factor_refuses_what_the_config_refuses_and_changes_nothing
         assert [layer.router.capacity for layer in model] == before
 
 
-# --- the bias ---------------------------------------------------------------------------------------------------------
+# --- the bias ---
 
 
 def bias_layer(rate: float = 0.125) -> MoE:
@@ -433,7 +447,7 @@ def test_bias_updates_even_a_skewed_load_out():
     assert shares[-1] < 0.4
 
 
-# --- the loss under accumulation and scaling --------------------------------------------------------------------------
+# --- the loss under accumulation and scaling ---
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
@@ -484,7 +498,7 @@ def test_the_aux_loss_reaches_router_and_tokens_and_never_the_experts():
     assert all(p.grad is None for p in layer.experts.parameters())
 
 
-# --- autocast -----------------------------------------------------------------------------------------------------------
+# --- autocast ---
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -519,7 +533,7 @@ def test_autocast_equals_a_bfloat16_copy_of_the_experts(backend):
     assert torch.equal(copied(x), y)
 
 
-# --- checkpointing --------------------------------------------------------------------------------------------------------
+# --- checkpointing ---
 
 
 class Net(nn.Module):
@@ -597,7 +611,7 @@ def test_passes_without_gradients_have_a_loss_to_log_where_none_are_wanted():
     assert not aux_loss(tape).requires_grad  # a frozen model
 
 
-# --- copies and checkpoints on disk -----------------------------------------------------------------------------------
+# --- copies and checkpoints on disk ---
 
 
 def full_layer() -> MoE:

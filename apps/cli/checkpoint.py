@@ -1,0 +1,132 @@
+"""A checkpoint on the command line: which file, what it remembers, whether it fits the model."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+import core
+from apps.training import to_plain
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint's contents, on the CPU; tensors are mapped from the file, not read.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is damaged, or is no checkpoint.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint {path}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except PermissionError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{path} is not a readable checkpoint: damaged, cut short, or of another program") from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise ValueError(f"{path} is not a checkpoint of a training run: it has no state_dict")
+    return checkpoint
+
+
+def find_checkpoint(command: str, which: str | None, run_dir: Path) -> Path | None:
+    folder = run_dir / "checkpoints"
+    if which in ("null", "none"):
+        return None
+    if which is None:
+        if command == "fit":
+            return None
+        for name in ("best", "last"):
+            if (folder / f"{name}.ckpt").is_file():
+                return folder / f"{name}.ckpt"
+        raise FileNotFoundError(
+            f"no checkpoint in {folder}: train one with moesaic fit, or give --ckpt_path (none: an untrained model)"
+        )
+    if which in ("last", "best"):
+        path = folder / f"{which}.ckpt"
+        if path.is_file():
+            return path
+        if command == "fit":
+            print(f"no {path} yet: starting from the beginning")
+            return None
+        raise FileNotFoundError(f"no checkpoint {path}")
+    return Path(which)
+
+
+def remembered(checkpoint: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """The model's arguments that the checkpoint remembers, if it is of the class the configuration names."""
+    kind, hparams = checkpoint.get("module_class"), checkpoint.get("hyper_parameters")
+    if not kind or not hparams:
+        return {}
+    model = config.get("model")
+    named = model if isinstance(model, str) else model.get("class_path") if isinstance(model, Mapping) else None
+    if named is not None and short(named) != short(kind):
+        return {}
+    return {"model": {"class_path": kind, "init_args": _without_fixed_classes(hparams)}}
+
+
+def _without_fixed_classes(value: Any) -> Any:
+    """Plain mappings in place of ``{"class_path", "init_args"}``, but for the parts that may be of several classes."""
+    if isinstance(value, Mapping) and set(value) == {"class_path", "init_args"}:
+        args = {k: _without_fixed_classes(v) for k, v in value["init_args"].items()}
+        module, _, name = value["class_path"].rpartition(".")
+        try:
+            kind = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError, ValueError):
+            raise ValueError(f"the checkpoint needs {value['class_path']}, which cannot be imported") from None
+        if isinstance(kind, type) and issubclass(kind, (core.RouterConfig, core.ExpertConfig)):
+            return {"class_path": value["class_path"], "init_args": args}
+        return args
+    if isinstance(value, Mapping):
+        return {k: _without_fixed_classes(v) for k, v in value.items()}
+    return value
+
+
+def check_fits(checkpoint: Mapping[str, Any], model: LightningModule, path: Path) -> None:
+    """Refuse a checkpoint whose tensors are not the model's.
+
+    Raises:
+        ValueError: naming the options that differ, with both values.
+    """
+    kind = f"{type(model).__module__}.{type(model).__qualname__}"
+    other = checkpoint.get("module_class", kind)
+    if short(other) != short(kind):
+        raise ValueError(f"{path} is of a {other}, and this run's model is a {kind}")
+    saved = {k: tuple(v.shape) for k, v in checkpoint["state_dict"].items() if isinstance(v, Tensor)}
+    own = {k: tuple(v.shape) for k, v in model.state_dict().items() if isinstance(v, Tensor)}
+    wrong = [k for k in {**own, **saved} if saved.get(k) != own.get(k)]
+    if not wrong:
+        return
+    there, here = checkpoint.get("hyper_parameters", {}), getattr(model, "hparams", {})
+    differing = _differences(_flat(there), _flat({k: to_plain(v) for k, v in here.items()}))
+    tensor = wrong[0]
+    detail = f"{tensor} is {saved.get(tensor, 'missing')} there and {own.get(tensor, 'missing')} here"
+    if differing:
+        clash = "; ".join(f"{k}={a} in the checkpoint, {b} here" for k, a, b in differing[:3])
+        raise ValueError(f"{path} does not fit this model: {clash} ({detail})")
+    raise ValueError(f"{path} does not fit this model: {detail}")
+
+
+def _flat(value: Any, prefix: str = "model") -> dict[str, Any]:
+    if isinstance(value, Mapping) and value:
+        if set(value) == {"class_path", "init_args"}:
+            return {prefix: short(value["class_path"]), **_flat(value["init_args"], prefix)}
+        return {k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}.{key}").items()}
+    return {prefix: value}
+
+
+def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    keys = dict.fromkeys((*here, *there))
+    rows = [(k, there.get(k), here.get(k)) for k in keys if there.get(k) != here.get(k)]
+    return [row for row in rows if not row[0].startswith(("model.optimizer", "model.ema_decay", "model.report"))]
+
+
+def short(class_path: str | None) -> str | None:
+    """The name of the class, as a configuration may write it."""
+    return class_path and class_path.rpartition(".")[2]

@@ -1,0 +1,179 @@
+"""What the user asked for: the command line and its configurations, as far as the parser needs to know beforehand."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import importlib
+import pkgutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.pytorch import LightningModule
+
+import apps
+from apps.cli import UsageError
+from apps.cli.checkpoint import find_checkpoint, load_checkpoint, remembered, short
+from apps.cli.errors import subclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A command line, read as far as the parser needs to know beforehand.
+
+    Attributes:
+        command: fit, validate, test or predict.
+        flags: the arguments but for the configurations, --run_dir and --ckpt_path.
+        config: the configurations merged, later ones over earlier ones, with what the checkpoint remembers beneath.
+        run_dir: where the run's files are.
+        checkpoint: the file to load, or None.
+        model_class: the model's class, where it is named.
+    """
+
+    command: str
+    flags: tuple[str, ...]
+    config: Mapping[str, Any]
+    run_dir: Path
+    checkpoint: Path | None
+    model_class: type | None
+
+    @classmethod
+    def read(cls, command: str, argv: list[str]) -> Request:
+        flags, options = take(argv, ("config", "c", "run_dir", "ckpt_path"))
+        paths = [Path(p) for p in options["config"] + options["c"]]
+        which = options["ckpt_path"][-1] if options["ckpt_path"] else None
+        if not paths and which not in (None, "last", "best", "null", "none"):
+            # A checkpoint lies in its run's folder, beside the configuration of the run.
+            beside = Path(which).parent.parent / "config.yaml"
+            paths = [beside] if beside.is_file() else []
+        config: dict[str, Any] = {}
+        for path in paths:
+            config = merge(config, _read_yaml(path))
+        run_dir = options["run_dir"][-1] if options["run_dir"] else config.pop("run_dir", None)
+        config.pop("run_dir", None)
+        if which is None:
+            which = config.pop("ckpt_path", None)
+        config.pop("ckpt_path", None)
+        run_dir = Path(run_dir) if run_dir else Path("runs") / ("-".join(p.stem for p in paths) or "unnamed")
+        checkpoint = find_checkpoint(command, which, run_dir)
+        if checkpoint is not None:
+            config = merge(remembered(load_checkpoint(checkpoint), config), config)
+        return cls(command, tuple(flags), config, run_dir, checkpoint, _model_class(flags, config))
+
+    @contextlib.contextmanager
+    def config_file(self) -> Iterator[str | None]:
+        """The merged configuration as a file, while the parser reads it."""
+        if not self.config:
+            yield None
+            return
+        with tempfile.TemporaryDirectory(prefix="moesaic-") as folder:
+            path = Path(folder) / "config.yaml"
+            path.write_text(yaml.safe_dump(dict(self.config), sort_keys=False))
+            yield str(path)
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """``over`` laid over ``base``, mapping by mapping. Where it names another class, the old one's arguments go.
+
+    Example::
+
+        merge({"router": {"class_path": "TokenChoice", "init_args": {"top_k": 1}}}, {"router": "ExpertChoice"})
+        # {"router": {"class_path": "ExpertChoice"}}
+    """
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        if isinstance(old, Mapping) and "class_path" in old and isinstance(value, str):
+            value = {"class_path": value}
+        if not (isinstance(old, Mapping) and isinstance(value, Mapping)):
+            merged[key] = value
+        elif "class_path" in old and "class_path" not in value and "init_args" not in value:
+            merged[key] = {**old, "init_args": merge(old.get("init_args") or {}, value)}
+        elif "class_path" in value and "init_args" in value and "class_path" not in old:
+            merged[key] = {**value, "init_args": merge(old, value["init_args"])}
+        elif short(old.get("class_path")) != short(value.get("class_path", old.get("class_path"))):
+            merged[key] = dict(value)
+        else:
+            merged[key] = merge(old, value)
+    return merged
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        config = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise UsageError(f"{path}{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not a text file") from error
+    except IsADirectoryError as error:
+        raise UsageError(f"{path} is a folder, not a configuration") from error
+    except FileNotFoundError as error:
+        raise UsageError(f"no configuration {path}{_nearest(path)}") from error
+    if config is None:
+        return {}
+    if not isinstance(config, dict):
+        raise UsageError(f"{path} is not a configuration: it holds a {type(config).__name__}, not keys with values")
+    return config
+
+
+def _nearest(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f": there is no folder {path.parent}"
+    near = difflib.get_close_matches(path.stem, [p.stem for p in path.parent.glob("*.yaml")], n=1)
+    return f"; did you mean {path.parent / near[0]}.yaml?" if near else ""
+
+
+def take(argv: list[str], names: tuple[str, ...]) -> tuple[list[str], dict[str, list[str]]]:
+    """``argv`` without the options called ``names``, and their values."""
+    rest: list[str] = []
+    found: dict[str, list[str]] = {name: [] for name in names}
+    items = iter(argv)
+    for item in items:
+        key, equals, value = item.partition("=")
+        name = key.lstrip("-")
+        if not (key.startswith("-") and name in names and (len(name) == 1) == (not key.startswith("--"))):
+            rest.append(item)
+            continue
+        if not equals:
+            value = next(items, "")
+        if not value or (not equals and value.startswith("--")):
+            raise UsageError(f"{key} needs a value")
+        found[name].append(value)
+    return rest, found
+
+
+def _model_class(flags: list[str], config: Mapping[str, Any]) -> type | None:
+    model = config.get("model")
+    path = model if isinstance(model, str) else model.get("class_path") if isinstance(model, Mapping) else None
+    _, given = take(flags, ("model", "model.class_path"))
+    path = next(iter(reversed(given["model"] + given["model.class_path"])), path)
+    data = config.get("data")
+    data_path = data if isinstance(data, str) else data.get("class_path") if isinstance(data, Mapping) else None
+    if any(p and "." not in p for p in (path, data_path)) or take(flags, ("data",))[1]["data"]:
+        _import_apps()  # short names are looked up among the classes that are imported
+    if not path:
+        return None
+    if "." not in path:
+        return next((k for k in subclasses(LightningModule) if k.__name__ == path), None)
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name, None)
+    except ModuleNotFoundError as error:
+        if error.name and module.startswith(error.name):
+            return None  # the parser reports a class that does not exist
+        raise
+
+
+def _import_apps() -> None:
+    """Import every app's ``module`` and ``data``, so that their classes have short names."""
+    for app in pkgutil.iter_modules(apps.__path__, "apps."):
+        for part in ("module", "data") if app.ispkg else ():
+            if importlib.util.find_spec(f"{app.name}.{part}") is not None:
+                with contextlib.suppress(ImportError):  # an app whose optional library is missing
+                    importlib.import_module(f"{app.name}.{part}")

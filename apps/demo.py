@@ -1,0 +1,158 @@
+"""``make demo``: sparse and dense vision transformers of equal cost on real images, in about two minutes on 2 cores.
+
+It runs ``moesaic compare`` on the handwritten digits that come with scikit-learn, and on Fashion-MNIST where that can
+be had, with few steps and seeds, and draws where the experts' tokens come from. What is finished is not done again.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+OUTPUT = Path("runs/demo")
+ENOUGH_SECONDS = 150.0
+"""A part is not begun this long after the start: a machine that is so slow gets the first one."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One comparison of the demo.
+
+    Attributes:
+        name: of its folder.
+        dataset: it is done where this can be had.
+        says: what is about to happen.
+        title: of its table and pictures.
+        arguments: after ``moesaic compare CONFIG``; ``--output`` and ``--jobs`` are added.
+    """
+
+    name: str
+    dataset: str
+    says: str
+    title: str
+    arguments: str
+
+
+_CONFIG = Path(__file__).resolve().parents[1] / "configs" / "vision" / "digits.yaml"
+
+PARTS = (
+    Part(
+        name="digits",
+        dataset="digits",
+        says="1,797 handwritten digits of 8x8 pixels. A vision transformer with 8 experts, 2 a patch, in two of its\n"
+        "4 blocks; a dense one of equal FLOPs; a dense one of equal parameters. Each tries 3 learning rates in\n"
+        "short runs, and is then trained with 3 seeds.",
+        title="Sparse and dense on digits",
+        arguments="--trainer.max_epochs 12 --seeds 3 --search_share 0.25 --rounds 2",
+    ),
+    Part(
+        name="fashion_mnist",
+        dataset="fashion_mnist",
+        says="Fashion-MNIST, clothing of 28x28 pixels: 4,000 of its 60,000 training images, 3 times over. The sparse\n"
+        "model and the dense one of equal FLOPs at one learning rate, with 3 seeds; all 10,000 test images.",
+        title="Sparse and dense on a part of Fashion-MNIST",
+        arguments="--data.dataset fashion_mnist --data.subset 4000 --data.val_size 1000 --model.vit.patch_size 7 "
+        "--trainer.max_epochs 3 --seeds 3 --rounds 2 --baselines dense_equal_flops --learning_rates 0.004",
+    ),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the demo.
+
+    Args:
+        argv: ``--output DIR`` (default runs/demo); further arguments, such as ``--trainer.max_epochs 1``, go to each
+            comparison.
+
+    Returns:
+        0; 1 for what goes wrong, 130 for an interrupt, each with one line on stderr.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    if args[:1] in (["-h"], ["--help"]):
+        print("usage: python -m apps.demo [--output DIR] [options of moesaic compare]")
+        return 0
+    show_traceback = "--traceback" in args
+    args = [a for a in args if a != "--traceback"]
+    output = OUTPUT
+    if "--output" in args:
+        at = args.index("--output")
+        if at + 1 == len(args):
+            print("error: --output needs a folder", file=sys.stderr)
+            return 2
+        output = Path(args[at + 1])
+        del args[at : at + 2]
+    try:
+        return _run(output, args)
+    except KeyboardInterrupt:
+        print("\nstopped; make demo goes on from here", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if show_traceback:
+            raise
+        from apps.cli.errors import describe
+
+        line, code = describe(error)
+        print(f"error: {line}", file=sys.stderr)
+        return code
+
+
+def _run(output: Path, extra: Sequence[str]) -> int:
+    began = time.monotonic()
+    print("moesaic demo: sparse and dense models of equal cost, on real images.", flush=True)
+    from apps.compare.command import command_line, run_command
+    from apps.sources import DataError, prepare
+    from apps.vision import data  # noqa: F401  it registers the datasets
+
+    drawn: list[Path] = []
+    for part in PARTS:
+        if drawn and time.monotonic() - began > ENOUGH_SECONDS:
+            print(f"\n{part.name} is left out, to stay short on this machine.")
+            continue
+        try:
+            prepare(part.dataset)
+        except DataError as error:
+            print(f"\n{part.name} is left out: {' '.join(str(error).split())}")
+            continue
+        jobs = str(min(2, os.cpu_count() or 1))
+        argv = [str(_CONFIG), *part.arguments.split(), "--jobs", jobs, "--output", str(output / part.name), *extra]
+        print(f"\n{part.says}\n\n{command_line(argv)}\n", flush=True)
+        outcome = run_command(argv, part.title)
+        drawn += outcome.pictures()
+        drawn += _pictures(outcome.arguments, outcome.checkpoints["sparse"], outcome.output)
+    print(f"\nDone in {time.monotonic() - began:.0f} s. The pictures:")
+    for path in drawn:
+        print(f"  {path}")
+    return 0
+
+
+def _pictures(arguments: Sequence[str], checkpoint: Path, folder: Path) -> list[Path]:
+    """Where the experts' tokens come from: patches over images, experts by class, loads. Drawn once."""
+    paths = [folder / "report" / f"{name}.png" for name in ("routing", "expert_class", "load")]
+    if all(p.exists() for p in paths):
+        return paths
+    from lightning.pytorch import Trainer
+
+    from apps.compare.experiment import Experiment
+    from apps.compare.training import quiet
+    from apps.vision.evaluation import ReportConfig, VisionReport
+
+    with quiet():
+        module, data = Experiment(arguments).build("sparse")
+        trainer = Trainer(
+            accelerator="cpu",
+            logger=False,
+            callbacks=[VisionReport(ReportConfig(few_shot=(), capacity_factors=(), pictures=6))],
+            default_root_dir=str(folder),
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.test(module, datamodule=data, ckpt_path=str(checkpoint), verbose=False, weights_only=True)  # type: ignore[arg-type]
+    return [p for p in paths if p.exists()]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,365 @@
+"""The command line as a user meets it: what it says, what it returns, what it leaves behind."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tiny_app import TinyModule
+
+from apps.cli import main
+from apps.cli.errors import reduce_message
+from apps.cli.request import merge
+from apps.cli.train import build
+
+ROOT = Path(__file__).parents[2]
+
+CONFIG = """
+model:
+  class_path: tiny_app.TinyModule
+  init_args:
+    moe:
+      num_experts: 4
+      router: {class_path: TokenChoice, init_args: {top_k: 2}}
+      expert: {class_path: FFN, init_args: {hidden_dim: 8}}
+data:
+  class_path: tiny_app.TinyData
+  init_args: {n: 24}
+trainer: {accelerator: cpu, max_epochs: 1, log_every_n_steps: 1}
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """``tiny.yaml`` in an empty working folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.yaml").write_text(CONFIG)
+    return "tiny.yaml"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run's folder."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "tiny.yaml").write_text(CONFIG)
+    assert main(["fit", "--config", str(folder / "tiny.yaml"), "--run_dir", str(folder / "run")]) == 0
+    return folder / "run"
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(Path(__file__).parent)))}
+
+
+def fails(capsys: pytest.CaptureFixture, code: int, *argv: str) -> str:
+    """Run it; it must end with ``code`` and one line on stderr. Returns that line."""
+    capsys.readouterr()
+    assert main(list(argv)) == code
+    lines = [x for x in capsys.readouterr().err.splitlines() if "parameters" not in x]
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    return lines[0].removeprefix("error: ")
+
+
+# ---- help
+
+
+def test_help_is_quick_and_lists_what_there_is():
+    script = "import sys; from apps.cli import main; main(sys.argv[1:]); exit('torch' in sys.modules)"
+    for argv in (["--help"], ["fit", "--help"], []):
+        start = time.monotonic()
+        done = subprocess.run([sys.executable, "-c", script, *argv], env=environment(), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert time.monotonic() - start < 5  # 0.1 s on an idle machine
+    for command in ("fit", "validate", "test", "predict", "data"):
+        assert f"  {command} " in done.stdout
+    assert "convert" not in done.stdout
+
+
+def test_python_dash_m_works():
+    done = subprocess.run([sys.executable, "-m", "apps.cli"], env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stdout.startswith("usage: moesaic")
+
+
+# ---- training
+
+
+def test_fit_leaves_logs_checkpoints_and_its_configuration(trained):
+    files = {str(p.relative_to(trained)) for p in trained.rglob("*") if p.is_file()}
+    assert {"config.yaml", "metrics.csv", "checkpoints/best.ckpt", "checkpoints/last.ckpt"} <= files
+    assert any(f.startswith("tensorboard/events") for f in files)
+    assert not any(f.endswith(".tmp") for f in files)
+    saved = yaml.safe_load((trained / "config.yaml").read_text())
+    assert saved["run_dir"] == str(trained)
+    assert saved["model"]["init_args"]["moe"]["router"]["init_args"]["top_k"] == 2
+    assert saved["seed_everything"] == 0
+
+
+def test_the_run_is_named_after_its_configurations_and_can_be_run_again(config, capsys):
+    Path("small.yaml").write_text("trainer: {limit_train_batches: 1}")
+    for _ in range(2):
+        assert main(["fit", "--config", config, "--config", "small.yaml"]) == 0
+    assert Path("runs/tiny-small/checkpoints/last.ckpt").is_file()
+    assert "holds an earlier run" in capsys.readouterr().out
+    with open("runs/tiny-small/metrics.csv") as file:
+        assert {row["step"] for row in csv.DictReader(file)} == {"0"}
+
+
+def test_a_short_name_a_long_name_and_a_user_s_own_class_are_routers(config, tmp_path):
+    def router(*flags: str) -> str:
+        return type(build("fit", ["--config", config, *flags]).model.net[3].router.config).__name__
+
+    Path("mine.py").write_text(
+        "from dataclasses import dataclass\nimport core\n\n\n@dataclass(frozen=True)\n"
+        'class Mine(core.TokenChoice):\n    """One of my own."""\n\n    mood: str = "fine"\n'
+    )
+    sys.path.insert(0, str(tmp_path))
+    try:
+        assert router() == "TokenChoice"
+        assert router("--model.moe.router", "core.TokenChoice") == "TokenChoice"
+        assert router("--model.moe.router", "mine.Mine", "--model.moe.router.mood", "good") == "Mine"
+    finally:
+        sys.path.remove(str(tmp_path))
+
+
+def test_what_the_data_decides_reaches_the_model(config):
+    cli = build("fit", ["--config", config, "--data.num_classes", "5"])
+    assert cli.model.num_classes == 5
+
+
+def test_later_files_override_earlier_ones_and_flags_both(config):
+    Path("over.yaml").write_text("model: {init_args: {moe: {num_experts: 6}, width: 12}}\ntrainer: {max_epochs: 7}")
+    cli = build("fit", ["--config", config, "--config=over.yaml", "--model.width", "16"])
+    layer = cli.model.net[3]
+    assert layer.router.gate.weight.shape == (6, 16)
+    assert layer.experts.w_in.shape == (6, 16, 8)  # hidden_dim is still the first file's
+    assert cli.trainer.max_epochs == 7
+
+
+# ---- evaluation
+
+
+def test_test_prints_a_table_and_writes_it(trained, capsys):
+    assert main(["test", "--config", str(trained / "config.yaml")]) == 0
+    out = capsys.readouterr().out
+    assert "top1" in out
+    assert "net.3" in out
+    written = json.loads((trained / "test.json").read_text())
+    assert written["checkpoint"].endswith("best.ckpt")
+    assert 0 <= written["test/top1"] <= 1
+
+
+def test_a_checkpoint_alone_is_enough(trained, capsys):
+    before = (trained / "metrics.csv").read_bytes()
+    assert main(["validate", "--ckpt_path", str(trained / "checkpoints" / "last.ckpt")]) == 0
+    assert "top1" in capsys.readouterr().out
+    assert (trained / "metrics.csv").read_bytes() == before
+
+
+def test_predict_writes_a_line_an_example(trained):
+    assert main(["predict", "--config", str(trained / "config.yaml"), "--trainer.limit_predict_batches", "2"]) == 0
+    lines = (trained / "predictions.jsonl").read_text().splitlines()
+    assert len(lines) == 16
+    assert len(json.loads(lines[0])["output"]) == 3
+
+
+def test_flags_beat_what_the_checkpoint_remembers_and_the_checkpoint_beats_the_defaults(trained, config):
+    flags = ["--run_dir", "other", "--model.width", "12", "--model.dropout", "0.5"]
+    assert main(["fit", "--config", config, *flags]) == 0
+    ckpt = ["--ckpt_path", "other/checkpoints/last.ckpt"]
+    remembered = build("test", ["--config", config, *ckpt])
+    assert remembered.model.net[2].p == 0.5
+    assert remembered.model.net[0].out_features == 12
+    assert build("test", ["--config", config, *ckpt, "--model.dropout", "0.2"]).model.net[2].p == 0.2
+
+
+def test_a_structural_clash_names_both_values(trained, capsys):
+    argv = ["test", "--config", str(trained / "config.yaml"), "--model.moe.num_experts", "6"]
+    line = fails(capsys, 1, *argv)
+    assert "model.moe.num_experts=4 in the checkpoint, 6 here" in line
+    line = fails(capsys, 1, "fit", *argv[1:], "--ckpt_path", "last")
+    assert "model.moe.num_experts=4 in the checkpoint, 6 here" in line
+    line = fails(capsys, 1, *argv[:3], "--model.moe", "null")
+    assert "model.moe" in line
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model.moe.num_expert", "8"], "model.moe.num_expert does not exist; did you mean 'num_experts'?"),
+        (["--model.moe.num_experts", "many"], "model.moe.num_experts=many is not of type int"),
+        (["--model.moe.router", "TokenChoic"], "router=TokenChoic does not exist; did you mean 'TokenChoice'?"),
+        (["--model.moe.router.topk", "1"], "model.moe.router.topk does not exist; did you mean 'top_k'?"),
+        (["--model.wdth", "8"], "model.wdth does not exist; did you mean 'width'?"),
+        (["--trainer.max_epoch", "8"], "trainer.max_epoch does not exist; did you mean 'trainer.max_epochs'?"),
+        (["--trainer.max_epochs", "x"], "trainer.max_epochs=x is not of type int"),
+        (["--trainer.max_epochs"], "trainer.max_epochs"),
+        (["--nonsense", "1"], "nonsense does not exist"),
+        (["stray"], "unexpected argument 'stray': options are written --key value"),
+        (["--config", "tny.yaml"], "no configuration tny.yaml; did you mean tiny.yaml?"),
+        (["--config"], "--config needs a value"),
+        (["--model", "Tinny"], "model=Tinny does not exist"),
+        (["--model.num_classes", "7"], "model.num_classes=7 does not fit the data, whose num_classes is 3"),
+    ],
+)
+def test_wrong_usage_is_one_line_that_names_the_option(config, capsys, flags, message):
+    assert message in fails(capsys, 2, "fit", "--config", config, *flags)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: {init_args: {wdth: 3}}", "model.wdth does not exist; did you mean 'width'?"),
+        ("model: {class_path: tiny_app.TinyModul}", "TinyModul"),
+        ("model: {class_path: nowhere.Model}", "No module named 'nowhere'"),
+        ("modl: {class_path: tiny_app.TinyModule}", "modl"),
+        ("trainer: {max_stps: 3}", "trainer.max_stps does not exist; did you mean 'trainer.max_steps'?"),
+        ("trainer: {max_epochs: 3", "wrong.yaml, line 1: not valid YAML"),
+        ("just words", "wrong.yaml is not a configuration"),
+    ],
+)
+def test_a_wrong_configuration_is_one_line(config, capsys, text, message):
+    Path("wrong.yaml").write_text(text)
+    assert message in fails(capsys, 2, "fit", "--config", config, "--config", "wrong.yaml")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model.moe.router.top_k", "9"], "top_k=9 exceeds num_experts=4"),
+        (["--model.moe.capacity_factor", "-1"], "capacity_factor=-1"),
+        (["--model.width", "7"], "width=7 is not even"),
+        (["--model.optimizer.lr", "-1"], "optimizer.lr=-1"),
+        (["--data.batch_size", "0"], "batch_size=0 must be at least 1"),
+        (["--model.explode_at", "1"], "the training loss is nan at step 2"),
+        (["--trainer.max_epochs", "-5"], "max_epochs"),
+        (["--trainer.accelerator", "tpuu"], "tpuu"),
+        (["--ckpt_path", "nope.ckpt"], "no checkpoint nope.ckpt"),
+        (["--ckpt_path", "tiny.yaml"], "tiny.yaml is not a readable checkpoint"),
+    ],
+)
+def test_what_cannot_run_is_one_line_that_names_the_value(config, capsys, flags, message):
+    assert message in fails(capsys, 1, "fit", "--config", config, *flags)
+
+
+def test_other_wrong_commands(config, capsys, tmp_path):
+    assert "did you mean 'fit'?" in fails(capsys, 2, "fitt")
+    assert "not available in this version" in fails(capsys, 2, "convert", "upcycle")
+    assert "give a configuration" in fails(capsys, 2, "fit")
+    assert "no checkpoint in runs/tiny/checkpoints" in fails(capsys, 1, "test", "--config", config)
+    assert "'fashion_mnist'" in fails(capsys, 1, "data", "prepare", "fashion_mnits")
+    assert "list|prepare" in fails(capsys, 2, "data")
+
+
+def test_a_damaged_checkpoint_is_one_line(trained, capsys, tmp_path):
+    whole = (trained / "checkpoints" / "last.ckpt").read_bytes()
+    for name, content in (("cut", whole[: len(whole) // 2]), ("empty", b""), ("text", b"hello")):
+        path = tmp_path / f"{name}.ckpt"
+        path.write_bytes(content)
+        line = fails(capsys, 1, "test", "--config", str(trained / "config.yaml"), "--ckpt_path", str(path))
+        assert f"{path} is not a readable checkpoint" in line
+    torch.save({"weights": 1}, tmp_path / "other.ckpt")
+    argv = ["test", "--config", str(trained / "config.yaml"), "--ckpt_path", str(tmp_path / "other.ckpt")]
+    assert "is not a checkpoint of a training run" in fails(capsys, 1, *argv)
+
+
+def test_a_bug_is_one_line_too_and_the_traceback_can_be_had(config, capsys, monkeypatch):
+    def broken(self, batch):
+        raise KeyError("gone")
+
+    monkeypatch.setattr(TinyModule, "task_loss", broken)
+    assert "KeyError: 'gone' (--traceback shows where)" in fails(capsys, 1, "fit", "--config", config)
+    assert main(["fit", "--config", config, "--traceback"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_no_disk_space_is_one_line_and_the_old_checkpoint_stays(config, capsys):
+    """A limit on the size of a file stands for a full disk: the checkpoint is the largest file of the run."""
+    assert main(["fit", "--config", config]) == 0
+    folder = Path("runs/tiny/checkpoints")
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    limit = before["last.ckpt"].__len__() // 2
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        more = ("--ckpt_path", "last", "--trainer.max_epochs", "2", "--trainer.logger", "false")
+        line = fails(capsys, 1, "fit", "--config", config, *more)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "cannot write the checkpoint" in line
+    assert "File too large; the earlier one is intact" in line
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+
+
+def test_a_full_disk_at_the_first_file_is_one_line(config, capsys):
+    Path("runs").mkdir()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, hard))
+    try:
+        line = fails(capsys, 1, "fit", "--config", config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "File too large" in line
+    assert not list(Path("runs").rglob("*.tmp"))
+
+
+def test_an_interrupt_is_one_line(config, capsys, monkeypatch):
+    def interrupted(self, batch):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(TinyModule, "task_loss", interrupted)
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        assert main(["fit", "--config", config]) == 130
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert capsys.readouterr().err.strip().startswith("interrupted")
+
+
+# ---- the parts
+
+
+def test_merging_goes_mapping_by_mapping_and_drops_another_class_s_arguments():
+    base = {"router": {"class_path": "core.TokenChoice", "init_args": {"top_k": 1, "noise": "fixed"}}, "n": 1}
+    assert merge(base, {"router": {"init_args": {"top_k": 2}}})["router"]["init_args"] == {"top_k": 2, "noise": "fixed"}
+    assert merge(base, {"router": {"class_path": "TokenChoice"}})["router"]["init_args"]["top_k"] == 1
+    other = {"class_path": "ExpertChoice", "init_args": {"capacity_factor": 2.0}}
+    assert merge(base, {"router": other}) == {"router": other, "n": 1}
+    assert merge(base, {"router": "ExpertChoice"})["router"] == {"class_path": "ExpertChoice"}
+    assert merge(base, {"n": None})["n"] is None
+    assert merge({"moe": None}, {"moe": {"num_experts": 4}}) == {"moe": {"num_experts": 4}}
+    assert base["n"] == 1
+
+
+def test_jsonargparse_s_fifteen_lines_become_one():
+    text = """Parser key "model":
+  Does not validate against any of the Union subtypes
+  Subtypes: [<class 'lightning.pytorch.core.module.LightningModule'>, <class 'NoneType'>]
+  Errors:
+    - Problem with given class_path 'tiny_app.TinyModule':
+        Parser key "moe":
+          Does not validate against any of the Union subtypes
+          Subtypes: [<class 'core.MoEConfig'>, <class 'NoneType'>]
+          Errors:
+            - Problem with given class_path 'core.MoEConfig':
+                Option 'num_expert' is not accepted
+            - Expected a <class 'NoneType'>
+          Given value type: <class 'dict'>
+          Given value: {'num_expert': 8}
+    - Expected a <class 'NoneType'>
+  Given value type: <class 'dict'>
+  Given value: {'class_path': 'tiny_app.TinyModule'}"""
+    assert reduce_message(text) == "model.moe.num_expert does not exist; did you mean 'num_experts'?"

@@ -1,0 +1,61 @@
+"""Every configuration in ``configs/`` is read by the command line and built; its header says how to run it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+from apps import sources
+from apps.cli.train import build, quiet
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted((ROOT / "configs").rglob("*.yaml"))
+OVERLAYS = [p for p in FILES if "class_path" not in (yaml.safe_load(p.read_text()).get("model") or {})]
+WHOLE = [p for p in FILES if p not in OVERLAYS]
+BASE = ROOT / "configs" / "vision" / "digits.yaml"
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT / "configs"))
+
+
+def image_folder(root: Path) -> Path:
+    """Stands for data that only the user can bring."""
+    for split in ("train", "val"):
+        for label in ("cat", "dog"):
+            (root / split / label).mkdir(parents=True)
+            for i in range(4):
+                Image.new("RGB", (8, 8), (i, 0, 0)).save(root / split / label / f"{i}.png")
+    return root
+
+
+@pytest.mark.parametrize("path", WHOLE, ids=name)
+def test_a_configuration_builds(path, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.precision", "32-true"]
+    dataset = yaml.safe_load(path.read_text())["data"]["init_args"].get("dataset")
+    if dataset is not None and not sources.find(dataset).sources:
+        flags += ["--data.root", str(image_folder(tmp_path / "data"))]
+    with quiet():
+        cli = build("fit", ["--config", str(path), *flags])
+    assert cli.run_dir == Path("runs") / path.stem
+    assert sum(p.numel() for p in cli.model.parameters()) > 0
+    assert cli.trainer.max_epochs or cli.trainer.max_steps > 0
+
+
+@pytest.mark.parametrize("path", OVERLAYS, ids=name)
+def test_an_overlay_builds_over_a_configuration(path, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with quiet():
+        cli = build("fit", ["--config", str(BASE), "--config", str(path)])
+    assert cli.run_dir == Path("runs") / f"{BASE.stem}-{path.stem}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_the_header_says_how_to_run_it(path):
+    lines = path.read_text().splitlines()
+    header = lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))]
+    assert any("moesaic fit" in line and path.name in line for line in header), "no `moesaic fit --config ...` line"
