@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import os
 import random
@@ -21,6 +20,8 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
+from apps.files import replacing, temporary_path
+
 
 class NonFiniteError(RuntimeError):
     """The loss or a weight is NaN or infinite. The message names the step, the terms and what to try."""
@@ -31,29 +32,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = _temporary(path)
         try:
-            with open(temporary, "wb") as file:
+            with replacing(path, "wb") as file:
                 torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            if isinstance(error, (OSError, RuntimeError)):
-                # torch reports a failed write as a RuntimeError about its zip file, without the reason.
-                cause = _os_error(error)
-                reason = os.strerror(cause.errno) if cause is not None and cause.errno else "the disk may be full"
-                kept = "; the earlier one is intact" if path.exists() else ""
-                raise OSError(f"cannot write the checkpoint {path}: {reason}{kept}") from error
-            raise
-
-
-def _temporary(path: Path) -> Path:
-    """One name for all writers of a file, so that what a kill leaves behind is found again."""
-    return path.with_name(f".{path.name}.tmp")
+        except (OSError, RuntimeError) as error:
+            # torch reports a failed write as a RuntimeError about its zip file, without the reason.
+            cause = _os_error(error)
+            reason = os.strerror(cause.errno) if cause is not None and cause.errno else "the disk may be full"
+            kept = "; the earlier one is intact" if path.exists() else ""
+            raise OSError(f"cannot write the checkpoint {path}: {reason}{kept}") from error
 
 
 def _os_error(error: BaseException | None) -> OSError | None:
@@ -117,7 +104,7 @@ class BestAndLast(Checkpoint):
         self.mode = self.mode or getattr(pl_module, "monitor_mode", "min")
         if stage == "fit" and trainer.is_global_zero:
             for name in ("best.ckpt", "last.ckpt"):  # of a run that was killed while it wrote
-                _temporary(Path(self.dirpath, name)).unlink(missing_ok=True)
+                temporary_path(Path(self.dirpath, name)).unlink(missing_ok=True)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
@@ -435,13 +422,10 @@ class MetricsCSV(Logger):
         rows = self._kept_rows()
         self._keys += [k for k in dict.fromkeys(k for r in rows for k in r) if k not in self._keys]
         self._keys += [k for k in row if k not in self._keys]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".csv.tmp")
-        with open(temporary, "w", newline="") as file:
+        with replacing(self.path, newline="") as file:
             writer = csv.DictWriter(file, self._keys)
             writer.writeheader()
             writer.writerows([*rows, row])
-        os.replace(temporary, self.path)
 
     def _kept_rows(self) -> list[dict[str, Any]]:
         """The rows to carry over into a file with more columns: this run's, at first those before the resumed step."""

@@ -47,16 +47,16 @@ PARTS = (
         "4 blocks; a dense one of equal FLOPs; a dense one of equal parameters. Each tries 3 learning rates in\n"
         "short runs, and is then trained with 3 seeds.",
         title="Sparse and dense on digits",
-        arguments="--trainer.max_epochs 12 --seeds 3 --search_share 0.25 --rounds 2",
+        arguments="--trainer.max_epochs 12 --data.random_resized_crop null --seeds 3 --search_share 0.25 --rounds 2",
     ),
     Part(
         name="fashion_mnist",
         dataset="fashion_mnist",
-        says="Fashion-MNIST, clothing of 28x28 pixels: 4,000 of its 60,000 training images, 3 times over. The sparse\n"
+        says="Fashion-MNIST, clothing of 28x28 pixels: 4,000 of its 60,000 training images, twice over. The sparse\n"
         "model and the dense one of equal FLOPs at one learning rate, with 3 seeds; all 10,000 test images.",
         title="Sparse and dense on a part of Fashion-MNIST",
         arguments="--data.dataset fashion_mnist --data.subset 4000 --data.val_size 1000 --model.vit.patch_size 7 "
-        "--trainer.max_epochs 3 --seeds 3 --rounds 2 --baselines dense_equal_flops --learning_rates 0.004",
+        "--trainer.max_epochs 2 --seeds 3 --rounds 2 --baselines dense_equal_flops --learning_rates 0.004",
     ),
 )
 
@@ -138,19 +138,21 @@ def _pictures(arguments: Sequence[str], checkpoint: Path, folder: Path) -> list[
 
     from apps.compare.experiment import Experiment
     from apps.compare.training import quiet
-    from apps.vision.evaluation import ReportConfig, VisionReport
+    from apps.vision.evaluation import ReportConfig
+    from apps.vision.module import VisionClassifier
 
     with quiet():
         module, data = Experiment(arguments).build("sparse")
+        assert isinstance(module, VisionClassifier)
+        module.report = ReportConfig(few_shot=(), capacity_factors=(), pictures=6)
         trainer = Trainer(
             accelerator="cpu",
             logger=False,
-            callbacks=[VisionReport(ReportConfig(few_shot=(), capacity_factors=(), pictures=6))],
             default_root_dir=str(folder),
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        trainer.test(module, datamodule=data, ckpt_path=str(checkpoint), verbose=False, weights_only=True)  # type: ignore[arg-type]
+        trainer.test(module, datamodule=data, ckpt_path=str(checkpoint), verbose=False, weights_only=True)
     return [p for p in paths if p.exists()]
 
 

@@ -7,8 +7,6 @@ expert is a colour its number is written as well.
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from apps.files import replacing
+
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -205,7 +206,7 @@ def quality_against_flops(
     title: str = "Quality against cost",
     percent: bool = True,
 ) -> Figure:
-    """Quality over FLOPs of one example, one marker a series.
+    """Quality over FLOPs of one example, one marker a series; lone points of equal FLOPs stand side by side.
 
     Args:
         series: the models.
@@ -224,7 +225,7 @@ def quality_against_flops(
     fig = _figure(6.0, 3.9)
     axis = fig.subplots()
     for index, s in enumerate(series):
-        axis.errorbar(
+        drawn = axis.errorbar(
             np.asarray(s.flops, dtype=np.float64) / scale,
             factor * np.asarray(s.quality, dtype=np.float64),
             yerr=None if s.interval is None else factor * np.asarray(s.interval, dtype=np.float64),
@@ -236,9 +237,13 @@ def quality_against_flops(
             linewidth=1.5,
             capsize=3,
         )
+        _set_beside(fig, drawn.get_children(), _among_equals(series, s))
     if min(flops) > 0 and max(flops) / min(flops) > 20:
         axis.set_xscale("log")
     axis.margins(0.08)
+    if percent:  # an interval may reach beyond what there is
+        low, high = axis.get_ylim()
+        axis.set_ylim(max(low, -1.0), min(high, 101.0))
     axis.set_xlabel(f"{unit}FLOPs per example, forward")
     axis.set_ylabel(f"{quality}, %" if percent else quality)
     axis.grid(alpha=0.25)
@@ -248,6 +253,23 @@ def quality_against_flops(
     return fig
 
 
+def _among_equals(series: Sequence[Series], own: Series) -> float:
+    """Where a lone point stands among those of the same FLOPs: 0 in the middle, steps of 1."""
+    if len(own.flops) != 1:
+        return 0.0
+    equals = [s for s in series if len(s.flops) == 1 and abs(s.flops[0] - own.flops[0]) <= 0.01 * own.flops[0]]
+    return next(i for i, s in enumerate(equals) if s is own) - (len(equals) - 1) / 2
+
+
+def _set_beside(fig: Figure, artists: Sequence[Artist], place: float) -> None:
+    """Move what is drawn sideways by ``place`` times 7 points, so that intervals of equal FLOPs can be told apart."""
+    from matplotlib.transforms import ScaledTranslation
+
+    if place:
+        for artist in artists:
+            artist.set_transform(artist.get_transform() + ScaledTranslation(7 * place / 72, 0, fig.dpi_scale_trans))
+
+
 def save_figure(fig: Figure, path: str | Path) -> Path:
     """Write ``fig`` as PNG, whole or not at all, and make its folder.
 
@@ -255,16 +277,8 @@ def save_figure(fig: Figure, path: str | Path) -> Path:
         The path written.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            fig.savefig(file, format="png", dpi=150, facecolor="white")
-        Path(temporary).chmod(0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with replacing(path, "wb") as file:
+        fig.savefig(file, format="png", dpi=150, facecolor="white")
     return path
 
 

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import json
 import logging
-import os
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -31,6 +30,7 @@ from apps.cli import UsageError
 from apps.cli.checkpoint import check_fits, load_checkpoint
 from apps.cli.errors import reduce_message
 from apps.cli.request import Request, take
+from apps.files import replacing
 
 _TRAINER_DEFAULTS = {
     "log_every_n_steps": 10,
@@ -206,26 +206,21 @@ class SparseCLI(LightningCLI):
                 print(f"checkpoints: {self.run_dir / 'checkpoints'}{best}")
 
     def _save_config(self) -> None:
-        self.run_dir.mkdir(parents=True, exist_ok=True)
         parser = self._parser("fit")
         config = yaml.safe_load(parser.dump(self.config["fit"], skip_unset=False))
         config = {"run_dir": str(self.run_dir), **{k: v for k, v in config.items() if k not in ("config", "ckpt_path")}}
         path = self.run_dir / "config.yaml"
-        temporary = path.with_suffix(".yaml.tmp")
-        try:
-            temporary.write_text(yaml.safe_dump(config, sort_keys=False))
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(path) as file:
+            yaml.safe_dump(config, file, sort_keys=False)
 
     def _evaluate(self, command: str, arguments: dict[str, Any]) -> None:
         results = getattr(self.trainer, command)(**arguments)
         if not self.trainer.is_global_zero:
             return
         metrics = {k: float(v) for result in results for k, v in result.items()}
-        self.run_dir.mkdir(parents=True, exist_ok=True)
         path = self.run_dir / f"{command}.json"
-        path.write_text(json.dumps({"checkpoint": str(self.ckpt_path), **metrics}, indent=2) + "\n")
+        with replacing(path) as file:
+            file.write(json.dumps({"checkpoint": str(self.ckpt_path), **metrics}, indent=2) + "\n")
         stage = "val" if command == "validate" else command
         print_metrics(metrics, stage, f"{command} of {self.ckpt_path or 'an untrained model'}")
         print(f"also in {path}")
@@ -234,10 +229,9 @@ class SparseCLI(LightningCLI):
         batches = self.trainer.predict(**arguments) or []
         if not self.trainer.is_global_zero:
             return
-        self.run_dir.mkdir(parents=True, exist_ok=True)
         path = self.run_dir / "predictions.jsonl"
         count = 0
-        with open(path, "w") as file:
+        with replacing(path) as file:
             for batch in batches:
                 for row in _rows(batch):
                     file.write(json.dumps(row) + "\n")

@@ -270,8 +270,9 @@ class _Work:
         path = self.output / "speed.json"
         found = read_json(path)
         if found is None:
+            threads = max(1, torch.get_num_threads() // self.jobs)  # as in training
             jobs = {
-                name: Job(self.experiment.arguments, name, str(file), self.experiment.replaced, torch.get_num_threads())
+                name: Job(self.experiment.arguments, name, str(file), self.experiment.replaced, threads)
                 for name, file in checkpoints.items()
             }
             show = functools.partial(self.display.unit, "speed and memory")

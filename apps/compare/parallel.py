@@ -1,4 +1,7 @@
-"""Units trained in processes of their own, several at a time: small models use one core each better than one all cores."""
+"""Units trained in processes of their own, several at a time.
+
+Small models use a core each better than one of them all cores: a step of a millisecond is not worth sharing.
+"""
 
 from __future__ import annotations
 
@@ -88,8 +91,7 @@ def train_all(
             workers[pipe], at_work[pipe] = process, waiting.pop(0)
             pipe.send(at_work[pipe])
         while at_work:
-            for pipe in wait(list(at_work)):
-                assert isinstance(pipe, Connection)
+            for pipe in [p for p in wait(list(at_work)) if isinstance(p, Connection)]:
                 unit = at_work[pipe]
                 try:
                     kind, value = pipe.recv()

@@ -174,7 +174,7 @@ def train(
         return done
     folder = unit.folder(output)
     result: dict[str, Any] = {"unit": {**dataclasses.asdict(unit), "name": unit.name}}
-    started = time.time()
+    started, cpu = time.time(), time.process_time()
     with quiet():
         seed_everything(unit.seed, verbose=False)
         module, data = experiment.build(unit.system)
@@ -189,7 +189,7 @@ def train(
                 result |= {"quality": None, "diverged": str(error)}
         else:
             result |= _fit_estimator(experiment, module, data, unit)
-    result["wall_seconds"] = time.time() - started
+    result["wall_seconds"], result["cpu_seconds"] = time.time() - started, time.process_time() - cpu
     write_json(folder / "result.json", result)
     if not unit.final:
         (folder / CHECKPOINT).unlink(missing_ok=True)

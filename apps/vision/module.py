@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch.nn.functional as F
 from lightning.pytorch import Callback
@@ -20,8 +20,7 @@ from apps.vision.model import ViTConfig, VMoE, load_pretrained_weights
 _REPORT = ReportConfig()
 
 
-@dataclass(frozen=True)
-class ImagePrediction:
+class ImagePrediction(NamedTuple):
     """Predictions of a batch.
 
     Attributes:
@@ -30,7 +29,7 @@ class ImagePrediction:
         probability: float32 (B, k), theirs.
     """
 
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # a batch has no use for tuple.index
     label: Tensor
     probability: Tensor
 

@@ -1,0 +1,82 @@
+"""What README says works: its Python runs, its commands run on digits with the debug overlay, its targets exist."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
+
+
+def commands(program: str) -> list[list[str]]:
+    """The words of every command line that begins with ``program``; an option's value keeps its place."""
+    lines = [line for block in blocks("sh") for line in block.splitlines()]
+    lines += re.findall(rf"`({program} [^`]*)`", README)
+    return [shlex.split(line, comments=True) for line in lines if line.startswith(f"{program} ")]
+
+
+def test_python_blocks_run_one_after_the_other():
+    sources = blocks("python")
+    assert len(sources) == 2
+    names: dict[str, object] = {}
+    for source in sources:
+        exec(compile(source, "README.md", "exec"), names)
+    # The engine's example: 64 tokens, 2 of 8 experts each.
+    assert names["stats"].layers[""].tokens_per_expert.sum().item() == 128  # type: ignore[attr-defined]
+
+
+def test_engine_example_has_five_lines():
+    code = [line for line in blocks("python")[0].splitlines() if line and not line.startswith("import")]
+    assert len(code) == 4  # and the import
+
+
+def test_moesaic_commands_run_on_digits_with_the_debug_overlay(tmp_path):
+    found = commands("moesaic")
+    assert {words[1] for words in found} == {"fit", "test", "predict", "compare", "data"}
+    # A copy of the configurations, for run folders are made where a command is run.
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    for words in found:
+        arguments = words[1:]
+        if words[1] in ("fit", "test", "predict") and "configs/debug.yaml" not in words:
+            arguments += ["--config", "configs/debug.yaml"]
+        elif words[1] == "compare":
+            # Two steps of each model say whether the command works, not which is better.
+            arguments = [a if a != "3" else "1" for a in arguments]
+            arguments += ["--config", "configs/debug.yaml", "--learning_rates", "0.001", "--rounds", "0"]
+        done = subprocess.run(
+            [sys.executable, "-m", "apps.cli", *arguments],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_targets_exist():
+    targets = {words[1] for words in commands("make")}
+    assert {"demo", "test"} <= targets
+    for target in sorted(targets):
+        done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
+def test_linked_files_exist():
+    links = re.findall(r"\]\(([^)#:]+)\)", README)
+    assert links
+    missing = [link for link in links if not (ROOT / link).exists()]
+    assert missing == []
