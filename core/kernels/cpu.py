@@ -4,8 +4,9 @@ Decisions, each measured at T=4096, D=512 on 2 cores with ``benchmarks/layer.py`
 
 - A loop of plain matrix products beats ``grouped_mm`` on CPU, the more the smaller the experts (1.2x against 1.6x of a
   dense FFN's time at E=64, K=8, F=256): gather, activation, gate and sum of a block run on rows still in cache.
-- Blocks of about ``BLOCK`` rows. Smaller ones pay for kernel starts and for adding up the weight gradients, larger ones
-  leave the cache. An expert's blocks are equal: a full block and a sliver are slower than two halves.
+- Blocks of about ``BLOCK`` rows in float32, twice as many in half precision. Smaller ones pay for kernel starts and for
+  adding up the weight gradients, larger ones leave the cache. An expert's blocks are equal: a full block and a sliver
+  are slower than two halves.
 - In half precision oneDNN compiles a kernel for each new shape (0.8 ms, as long as two products of 512 rows), and a
   dropless router makes new shapes every step: products run on a multiple of ``TILE`` rows. The rows past a block's end
   are its neighbours'; what they would add to a weight gradient is set to zero, and of the rest nothing is read.
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from .eager import ACTIVATIONS, accumulate_dtype, combine, sort_pairs, topk_gate
 
-BLOCK = 1024
+BLOCK = 512
 TILE = 32
 
 
@@ -57,10 +58,12 @@ class _Block(NamedTuple):
 
 def _blocks(offsets_E: Tensor, tile: int) -> list[_Block]:
     """Each expert's rows in equal blocks, in the order of the rows."""
+    # As many bytes in half precision as in full: a block is to stay in cache.
+    block_rows = BLOCK if tile == 1 else 2 * BLOCK
     blocks, begin = [], 0
     for e, end in enumerate(offsets_E.tolist()):
         rows = end - begin
-        count = max(1, round(rows / BLOCK)) if rows else 0
+        count = max(1, round(rows / block_rows)) if rows else 0
         for i in range(count):
             start, stop = begin + rows * i // count, begin + rows * (i + 1) // count
             blocks.append(_Block(e, start, stop, start - (start - stop) // tile * tile, i == 0, i == count - 1))
