@@ -21,7 +21,7 @@ _TRAINING = {
 }
 _OTHERS = {
     "compare": ("apps.compare", "train sparse and dense models of equal cost, and compare them"),
-    "bench": ("apps.bench", "measure the speed of layers, routing and training"),
+    "bench": ("apps.bench", "measure the speed of a layer on this machine"),
     "data": ("apps.sources", "list the datasets, or fetch one"),
 }
 _PLANNED = {"convert": "upcycle, densify, quantize and merge checkpoints"}
