@@ -71,11 +71,11 @@ class Experiment:
         self.modules = (type(made["model"]).__module__, type(made["data"]).__module__)
 
     def _make(self) -> Any:
-        return self._parser.instantiate_classes(self._config)
+        return self._parser.instantiate(self._config)
 
     def plain(self) -> dict[str, Any]:
         """Model, data, trainer and seed as plain values, without what a comparison sets itself."""
-        values = yaml.safe_load(self._parser.dump(self._config, skip_none=False))
+        values = yaml.safe_load(self._parser.dump(self._config, skip_unset=False))
         trainer = {k: v for k, v in values["trainer"].items() if k not in _OWN or k == "callbacks"}
         return {"model": values["model"], "data": values["data"], "trainer": trainer, "seed": self.seed}
 

@@ -64,8 +64,16 @@ class Summary:
         return asdict(self)
 
     def sentences(self) -> list[str]:
-        """What the intervals allow to be said, one sentence a baseline."""
-        return [sentence(row, self) for row in self.rows if row.difference is not None]
+        """What the intervals allow to be said: of the test at equal steps, then of the validation at equal time."""
+        lines = []
+        for row in self.rows:
+            if row.difference is not None:
+                lines.append(sentence(row, row.difference, self, "at this budget"))
+            if row.equal_time_difference is not None:
+                lines.append(
+                    sentence(row, row.equal_time_difference, self, "at equal training time, on validation data")
+                )
+        return lines
 
 
 def summarize(
@@ -144,25 +152,23 @@ def summarize(
     )
 
 
-def sentence(row: Row, summary: Summary) -> str:
-    """What the difference to one baseline allows to be said."""
-    difference = row.difference
-    assert difference is not None
+def sentence(row: Row, difference: Interval, summary: Summary, where: str) -> str:
+    """What a difference to one baseline allows to be said."""
     against, unit = f"Against {label(row.system.name)}", " points" if summary.percent else ""
-    if difference.half_width is None:
-        return f"{against}: one seed gives no interval, so no difference is shown at this budget."
-    n = difference.count
     other = "dense" if row.system.name.startswith("dense") else "it"
     shown = f"sparse minus {other} {number(difference.mean, summary, signed=True)}{unit}"
+    n = difference.count
+    if difference.half_width is None:
+        return f"{against}: no difference shown {where} ({shown}; one seed gives no interval)."
     if difference.half_width == 0:
         every = f"{shown} with each of {n} seeds, which do not tell how far others would spread"
-        return f"{against}: no difference shown at this budget ({every})."
+        return f"{against}: no difference shown {where} ({every})."
     low, high = number(difference.low, summary, signed=True), number(difference.high, summary, signed=True)
     interval = f"95 % interval {low} to {high}{unit}, {n} seeds"
     found = verdict(difference, summary.higher_is_better)
     if found == "no difference shown":
-        return f"{against}: no difference shown at this budget ({shown}; {interval}, which holds 0)."
-    return f"{against}: sparse {found} at this budget ({shown}; {interval}, which excludes 0)."
+        return f"{against}: no difference shown {where} ({shown}; {interval}, which holds 0)."
+    return f"{against}: sparse {found} {where} ({shown}; {interval}, which excludes 0)."
 
 
 def notes(summary: Summary) -> list[str]:

@@ -1,0 +1,459 @@
+"""``moesaic compare``: its statistics by hand, its refusals, and that what is finished is not done again."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from apps.cli import main as moesaic
+from apps.compare import command, training
+from apps.compare.experiment import Experiment, arguments
+from apps.compare.files import differences, locked, read_json, write_json
+from apps.compare.plan import Options, Plan, at_edge
+from apps.compare.stats import Interval, choose, mean_interval, paired_difference, quality_at, verdict
+from apps.compare.summary import summarize
+from apps.compare.systems import Cost, System, check_equal, claim, find_systems, label, measure_cost
+from apps.compare.table import cells, markdown
+from apps.compare.training import Unit, shortened, train
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# E=4, K=2, F=8 at D=8. Router 2*8*4 = 64 FLOPs a token, experts 2 * 4*8*8 = 512: 576. Dense F = 576 / 32 = 18.
+# Parameters: router 32, experts 4 * 2*8*8 = 512: 544. Dense F = 544 / 16 = 34.
+CONFIG = """
+model:
+  class_path: compare_app.TinyModel
+  init_args:
+    moe:
+      num_experts: 4
+      expert: {class_path: core.FFN, init_args: {hidden_dim: 8}}
+    optimizer: {lr: 0.01}
+data: {class_path: compare_app.TinyData}
+trainer: {max_epochs: 2, accelerator: cpu}
+"""
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch) -> Path:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    path = tmp_path / "tiny.yaml"
+    path.write_text(CONFIG)
+    return path
+
+
+def experiment(config: Path, *rest: str) -> Experiment:
+    return Experiment(arguments(config, [], rest))
+
+
+def offers(*names: str) -> tuple[str, str]:
+    return "--model.offers", json.dumps(list(names))
+
+
+# ---- statistics
+
+
+def test_mean_interval_is_students_t():
+    # 1, 2, 3: mean 2, deviation 1, t(0.975, 2) = 4.30265, half width 4.30265 / sqrt(3) = 2.48414
+    interval = mean_interval([1.0, 2.0, 3.0])
+    assert interval.mean == 2
+    assert interval.half_width == pytest.approx(2.48414, abs=1e-5)
+    assert (interval.low, interval.high) == pytest.approx((-0.48414, 4.48414), abs=1e-5)
+    assert not interval.excludes_zero
+
+
+def test_one_value_has_no_interval():
+    assert mean_interval([0.5]) == Interval(0.5, None, 1)
+    assert verdict(mean_interval([0.5])) == "no difference shown"
+
+
+def test_pairing_removes_what_both_share():
+    # Seeds differ by 10 points, the two systems by 1.0, 1.1, 0.9: mean 1, deviation 0.1, half 4.30265 * 0.1 / sqrt(3)
+    difference = paired_difference([91.0, 81.1, 70.9], [90.0, 80.0, 70.0])
+    assert difference.mean == pytest.approx(1.0)
+    assert difference.half_width == pytest.approx(0.24841, abs=1e-4)
+    assert verdict(difference) == "wins"
+    assert verdict(difference, higher_is_better=False) == "loses"
+
+
+def test_equal_differences_are_no_evidence():
+    # An interval of width 0 only says that the seeds agree.
+    assert verdict(paired_difference([2.0, 3.0], [1.0, 2.0])) == "no difference shown"
+
+
+def test_pairs_are_needed():
+    with pytest.raises(ValueError, match="got 2 and 1 values"):
+        paired_difference([1.0, 2.0], [1.0])
+
+
+def test_quality_at_is_the_last_validation_in_time():
+    curve = [(1.0, 0.5), (2.0, 0.7), (3.0, 0.6)]
+    assert quality_at(curve, 0.9) is None
+    assert quality_at(curve, 2.0) == 0.7
+    assert quality_at(curve, 9.0) == 0.6
+
+
+def test_choose_takes_the_best_rate_and_of_equal_ones_the_nearest():
+    rates = (0.1, 0.3, 0.9)
+    assert choose(rates, [0.5, 0.7, 0.6], 0.3) == 1
+    assert choose(rates, [0.5, 0.7, 0.6], 0.3, higher_is_better=False) == 0
+    assert choose(rates, [0.7, 0.6, 0.7], 0.2) == 0  # 0.1 is 2 times off, 0.9 is 4.5 times
+    assert choose(rates, [None, 0.2, math.nan], 0.3) == 1
+    with pytest.raises(ValueError, match=r"diverged at every learning rate of 0\.1, 0\.3, 0\.9"):
+        choose(rates, [None, None, None], 0.3)
+
+
+# ---- files and plan
+
+
+def test_differences_name_the_values():
+    saved = {"a": {"b": 1, "c": [1, 2]}, "d": 4}
+    assert differences(saved, saved) == []
+    assert differences(saved, {"a": {"b": 2, "c": (1, 2)}}) == ["a.b: 1 saved, 2 now", "d: 4 saved, null now"]
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path):
+    path = write_json(tmp_path / "a.json", {"x": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"x": object()})
+    assert read_json(path) == {"x": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+    assert read_json(tmp_path / "b.json") is None
+    path.write_text('{"x"')
+    with pytest.raises(ValueError, match=r"a\.json is not a JSON file .*: delete it"):
+        read_json(path)
+
+
+def test_a_folder_is_held_by_one_comparison(tmp_path):
+    with (
+        locked(tmp_path / "c"),
+        pytest.raises(ValueError, match="another comparison is running"),
+        locked(tmp_path / "c"),
+    ):
+        pass
+
+
+def test_plan_searches_around_the_configured_rate_with_a_seed_of_its_own():
+    plan = Plan.make({}, Options(num_seeds=2), configured_rate=0.01, seed=7)
+    assert plan.rates == (0.00333, 0.01, 0.03)
+    assert plan.seeds == (7, 8)
+    assert plan.search_seed not in plan.seeds
+    assert [u.rate for u in plan.search_units("sparse")] == [0.00333, 0.01, 0.03]
+    assert at_edge(0.03, plan.rates)
+    assert not at_edge(0.01, plan.rates)
+    single = Plan.make({}, Options(learning_rates=(0.5,)), 0.01, 0)
+    assert single.search_units("sparse") == []
+    assert not at_edge(0.5, single.rates)
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"num_seeds": 0}, "seeds=0 must be at least 1"),
+        ({"learning_rates": (0.1, -1.0)}, "learning_rates: -1 must be a positive number"),
+        ({"learning_rates": (0.1, 0.1)}, "names a rate twice"),
+        ({"search_share": 0.0}, "search_share=0 must be above 0"),
+        ({"rounds": -1}, "rounds=-1 must not be negative"),
+    ],
+)
+def test_options_out_of_range(values, message):
+    with pytest.raises(ValueError, match=message):
+        Options(**values)
+
+
+def test_another_plan_in_the_folder_is_refused(tmp_path):
+    plan = Plan.make({"model": {"width": 8}}, Options(), 0.01, 0)
+    plan.claim(tmp_path)
+    plan.claim(tmp_path)
+    other = Plan.make({"model": {"width": 16}}, Options(), 0.01, 0)
+    with pytest.raises(ValueError, match=r"another comparison \(config\.model\.width: 8 saved, 16 now\)"):
+        other.claim(tmp_path)
+
+
+def test_shortened():
+    assert shortened({"max_epochs": 10, "max_steps": -1}, 0.25) == {"max_epochs": 2, "max_steps": -1}
+    assert shortened({"max_epochs": None, "max_steps": 1000}, 0.3)["max_steps"] == 300
+    assert shortened({"max_epochs": 1}, 0.1)["max_epochs"] == 1
+
+
+# ---- what may be called equal
+
+
+def test_names_say_what_is_claimed():
+    assert claim("dense_equal_flops") == "flops"
+    assert claim("dense_equal_params") == "params"
+    assert claim("shared_bottom") is None
+    assert label("dense_equal_flops") == "dense, equal FLOPs"
+
+
+@pytest.mark.parametrize("ratio, refused", [(1.0, False), (1.049, False), (0.951, False), (1.06, True), (0.94, True)])
+def test_five_percent(ratio, refused):
+    mine, its = (Cost(10, 10, 9e9, replaced_flops_per_example=r * 1000, replaced_params=100) for r in (1.0, ratio))
+    reason = check_equal("dense_equal_flops", mine, its)
+    assert bool(reason) == refused
+    if refused:
+        assert f"take {ratio * 1000:,.0f} FLOPs an example, the sparse model's 1,000: {ratio:.3f}" in reason
+    assert check_equal("shared_bottom", mine, its) == ""
+
+
+def test_cost_is_counted_by_hand(config):
+    tried = experiment(config)
+    model, data = tried.build("sparse")
+    cost = measure_cost(model, next(iter(data.val_dataloader())), tried.replaced)
+    # A point has 4 tokens: block 4 * 576; embedding 2 * 2*32 = 128; head 2 * 8*3 = 48.
+    assert cost.replaced_flops_per_example == 4 * 576
+    assert cost.flops_per_example == 4 * 576 + 128 + 48
+    assert cost.replaced_params == 544
+    # embedding 64 + 32, head 24 + 3
+    assert cost.num_params == 544 + 96 + 27
+    assert cost.active_params == 32 + 256 + 96 + 27
+    assert model.training
+
+
+def test_capacity_does_not_hide_cost(config):
+    tried = experiment(config, "--model.moe.capacity_factor", "1.0")
+    model, data = tried.build("sparse")
+    batch = next(iter(data.val_dataloader()))
+    assert measure_cost(model, batch, tried.replaced).replaced_flops_per_example == 4 * 576
+    assert measure_cost(model, batch, tried.replaced, as_evaluated=True).replaced_flops_per_example < 4 * 576
+
+
+def test_a_false_claim_is_left_out_with_its_reason(config):
+    names = ("dense_equal_flops", "dense_double_equal_flops", "dense_equal_params", "centroids", "none")
+    model, data = experiment(config, *offers(*names)).build("sparse")
+    found = {s.name: s for s in find_systems(model, next(iter(data.val_dataloader())))}
+    assert list(found) == ["sparse", *names]
+    assert not found["dense_equal_flops"].refused
+    assert found["dense_equal_flops"].replaced_ratio == 1.0
+    assert found["dense_double_equal_flops"].refused == (
+        "not called equal: its replaced blocks take 4,608 FLOPs an example, the sparse model's 2,304: "
+        "2.000 of them, and the rule is within 5%"
+    )
+    assert found["dense_equal_params"].params_ratio == 1.0
+    assert found["centroids"].cost is None
+    assert found["none"].refused == "it coincides with another"
+
+
+def test_nothing_to_compare_with(config):
+    model, data = experiment(config, *offers("dense_double_equal_flops")).build("sparse")
+    batch = next(iter(data.val_dataloader()))
+    with pytest.raises(ValueError, match="nothing to compare with: dense_double_equal_flops: not called equal"):
+        find_systems(model, batch)
+    with pytest.raises(ValueError, match="baseline 'dense' is unknown: the module has dense_double_equal_flops"):
+        find_systems(model, batch, ["dense"])
+    model.moe, model.block = None, torch.nn.Identity()
+    with pytest.raises(ValueError, match="TinyModel has no MoE layer"):
+        find_systems(model, batch)
+
+
+# ---- one unit
+
+
+def test_a_stopped_unit_goes_on_to_the_same_result(config, tmp_path):
+    tried, unit = experiment(config, "--trainer.max_epochs", "3"), Unit("sparse", 0.01, 5, final=True)
+    whole = train(tried, unit, tmp_path / "whole")
+
+    def stop(done: int, total: int) -> None:
+        if done == 8:  # of 18, in the second epoch
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tried, unit, tmp_path / "stopped", stop)
+    assert unit.read(tmp_path / "stopped") is None
+    steps = []
+    resumed = train(tried, unit, tmp_path / "stopped", lambda done, total: steps.append(done))
+    assert steps == list(range(7, 19))  # from the end of the first epoch
+    assert resumed["test"] == whole["test"]
+    assert [(s, q) for s, _, q in resumed["curve"]] == [(s, q) for s, _, q in whole["curve"]]
+    assert resumed["steps"] == 18
+    assert unit.checkpoint(tmp_path / "stopped").exists()
+
+
+def test_a_rate_that_diverges_is_recorded_in_the_search_and_an_error_in_the_end(config, tmp_path):
+    tried = experiment(config, "--model.explodes_from", "0.5")
+    result = train(tried, Unit("sparse", 0.5, 0), tmp_path)
+    assert result["quality"] is None
+    assert "nan" in result["diverged"]
+    with pytest.raises(RuntimeError, match=r"sparse/final-lr0\.5-seed0: the training loss is nan at step 1"):
+        train(tried, Unit("sparse", 0.5, 0, final=True), tmp_path)
+
+
+def test_a_search_reads_no_test_data_and_keeps_no_checkpoint(config, tmp_path):
+    unit = Unit("dense_equal_flops", 0.01, 0, share=0.5)
+    result = train(experiment(config), unit, tmp_path)
+    assert "test" not in result
+    assert result["steps"] == 6  # one epoch of two
+    assert [p.name for p in unit.folder(tmp_path).iterdir()] == ["result.json"]
+
+
+# ---- the numbers
+
+
+def finished(test: float, curve: list[tuple[int, float, float]]) -> dict:
+    return {"test_quality": test, "train_seconds": curve[-1][1], "steps": curve[-1][0], "curve": curve}
+
+
+def summary(speeds: dict | None = None):
+    found = [System("sparse", ""), System("dense_equal_flops", "wide"), System("trees", "", refused="no library")]
+    finals = {
+        "sparse": [finished(0.9, [(5, 2.0, 0.6), (10, 4.0, 0.9)]), finished(0.8, [(5, 3.0, 0.5), (10, 6.0, 0.8)])],
+        "dense_equal_flops": [
+            finished(0.7, [(5, 1.0, 0.5), (10, 2.0, 0.7)]),
+            finished(0.7, [(5, 2.0, 0.4), (10, 4.0, 0.7)]),
+        ],
+    }
+    rates = {"sparse": (0.1, True), "dense_equal_flops": (0.1, False)}
+    return summarize(found, finals, rates, speeds or {}, "test/top1", True, (0, 1))
+
+
+def test_equal_time_ends_when_the_fastest_ends():
+    s = summary()
+    # Dense ends after 2 s and 4 s; by then sparse had reached 0.6 and 0.5.
+    assert s.clock == "recorded"
+    assert s.equal_seconds == (2.0, 4.0)
+    sparse, dense = s.rows
+    assert sparse.equal_time.mean == pytest.approx(0.55)
+    assert dense.equal_time.mean == pytest.approx(0.7)
+    assert dense.equal_time_difference.mean == pytest.approx(-0.15)
+    assert dense.difference.mean == pytest.approx(0.15)
+    assert [left.name for left in s.left_out] == ["trees"]
+
+
+def test_equal_time_takes_the_measured_step_where_there_is_one():
+    s = summary({"sparse": {"seconds_per_step": 0.3}, "dense_equal_flops": {"seconds_per_step": 0.2}})
+    # 10 steps of 0.2 s; sparse has done 6 of its own by then, its last validation was after 5.
+    assert s.clock == "steps"
+    assert s.equal_seconds == (2.0, 2.0)
+    assert s.rows[0].equal_time.mean == pytest.approx(0.55)
+
+
+def test_sentences_say_what_the_interval_allows():
+    # Differences 0.2 and 0.1: mean 0.15, half t(0.975, 1) * 0.0707 / sqrt(2) = 12.706 * 0.05 = 0.635
+    first, second = summary().sentences()
+    assert first == (
+        "Against dense, equal FLOPs: no difference shown at this budget (sparse minus dense +15.00 points; "
+        "95 % interval -48.53 to +78.53 points, 2 seeds, which holds 0)."
+    )
+    assert second.startswith(
+        "Against dense, equal FLOPs: no difference shown at equal training time, on validation data"
+    )
+
+
+def test_table_shows_intervals_edges_and_what_was_left_out():
+    s = summary()
+    rows = {line[0].strip(): line[1:] for line in cells(s)}
+    assert rows[""] == ["sparse", "dense, equal FLOPs"]
+    assert rows["test top1, %"][1] == "70.00 ± 0.00"
+    assert rows["learning rate"] == ["0.1 (edge)", "0.1"]
+    assert "training, examples/s" not in rows  # not measured
+    page = markdown("T", s, ["a fact"])
+    assert "trees: left out: no library." in page
+    assert "Best at the edge of the learning rates tried: sparse (0.1)" in page
+    assert page.endswith("- a fact\n")
+
+
+# ---- the whole
+
+
+def test_compare_end_to_end_and_again(config, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "out"
+    argv = ["compare", str(config), "--seeds", "2", "--output", str(output), "--rounds", "0", *offers(
+        "dense_equal_flops", "dense_double_equal_flops", "centroids")]  # fmt: skip
+    stop_after, done = 4, []
+    real = training.train
+
+    def stopping(*args, **kwargs):
+        if len(done) == stop_after:
+            raise KeyboardInterrupt
+        done.append(args[1].name)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(command, "train", stopping)
+    assert moesaic(argv) == 130
+    assert f"To go on: moesaic compare {config}" in capsys.readouterr().err
+    stop_after = 99
+    assert moesaic(argv) == 0
+    # 3 rates of two systems, then 2 seeds of three: each once, the four before the stop not again.
+    assert len(done) == len(set(done)) == 12
+    out = capsys.readouterr().out
+    assert "left out: not called equal" in out.replace("\n", " ")
+    results = json.loads((output / "results.json").read_text())
+    assert results["seeds"] == [0, 1]
+    assert len(results["finals"]["centroids"]) == 2
+    assert results["summary"]["rows"][1]["system"]["replaced_ratio"] == 1.0
+    assert results["machine"]["torch"] == torch.__version__
+    assert (output / "quality_against_flops.png").stat().st_size > 5000
+    assert "| test top1, % |" in (output / "table.md").read_text()
+
+    monkeypatch.setattr(command, "train", lambda *a: pytest.fail("trained again"))
+    assert moesaic(argv) == 0
+    assert json.loads((output / "results.json").read_text()) == results
+    capsys.readouterr()
+    assert moesaic([*argv, "--seeds", "3"]) == 1
+    assert "options.num_seeds: 2 saved, 3 now" in capsys.readouterr().err
+
+
+def test_baselines_start_from_the_generators_state_alone(config):
+    tried = experiment(config)
+    heads = []
+    for system in ("sparse", "dense_equal_flops", "dense_equal_flops"):
+        torch.manual_seed(3)
+        heads.append(tried.module(system).embed.weight)
+    assert torch.equal(heads[0], heads[1])  # drawn first, in both
+    assert torch.equal(heads[1], heads[2])
+
+
+def test_workers_train_and_measure(config, tmp_path):
+    argv = [str(config), "--seeds", "2", "--learning_rates", "0.01", "--rounds", "1", "--jobs", "2"]
+    outcome = command.run_command([*argv, "--output", str(tmp_path / "two")])
+    alone = command.run_command([*argv[:-2], "--rounds", "0", "--output", str(tmp_path / "one")])
+    assert [r.test for r in outcome.summary.rows] == [r.test for r in alone.summary.rows]
+    assert outcome.summary.clock == "steps"
+    for row in outcome.summary.rows:
+        assert row.speed["train_examples_per_second"] > 0
+        assert row.speed["inference_examples_per_second"] > 0
+        assert row.speed["peak_memory_bytes"] > row.speed["base_memory_bytes"] > 0
+        assert row.speed["cost"]["replaced_flops_per_example"] == 4 * 576
+
+
+def test_a_workers_error_is_the_commands(config, tmp_path):
+    argv = [str(config), "--seeds", "2", "--learning_rates", "1", "--rounds", "0", "--jobs", "2"]
+    with pytest.raises(RuntimeError, match="the training loss is nan"):
+        command.run_command([*argv, "--output", str(tmp_path), "--model.explodes_from", "0.5"])
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--sedes", "3"], "--sedes is no option of moesaic compare"),
+        (["extra"], "extra is no option"),
+        (["--seeds", "0"], "seeds=0 must be at least 1"),
+        (["--jobs", "0"], "--jobs 0 must be at least 1"),
+        (["--baselines", "boosted"], "baseline 'boosted' is unknown: the module has dense_equal_flops"),
+        (["--trainer.max_epoch", "3"], "did you mean 'trainer.max_epochs'"),
+        (["--model.moe.num_experts", "1"], "top_k=2 exceeds num_experts=1"),
+        (["--trainer.fast_dev_run", "true"], "a comparison needs whole runs"),
+    ],
+)
+def test_bad_input_is_one_line(config, tmp_path, capsys, argv, message):
+    assert moesaic(["compare", str(config), "--output", str(tmp_path / "o"), *argv]) in (1, 2)
+    err = capsys.readouterr().err
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_compare_digits(tmp_path, capsys):
+    few = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2", "--trainer.limit_test_batches", "1"]
+    argv = ["compare", str(ROOT / "configs/vision/digits.yaml"), "--seeds", "2", "--learning_rates", "0.004"]
+    assert moesaic([*argv, "--rounds", "0", "--output", str(tmp_path / "digits"), *few]) == 0
+    assert "dense, equal parameters" in (tmp_path / "digits" / "table.md").read_text()
+    assert (tmp_path / "digits" / "quality_against_flops.png").exists()
+    assert "lightning" not in capsys.readouterr().err.lower()
+
+
+def test_help(capsys):
+    assert moesaic(["compare", "--help"]) == 0
+    assert "--learning_rates" in capsys.readouterr().out

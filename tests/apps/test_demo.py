@@ -1,0 +1,71 @@
+"""``make demo``, cut to a few steps."""
+
+from __future__ import annotations
+
+import pytest
+
+from apps import demo, sources
+from apps.compare import training
+
+FEW = ["--jobs", "1", "--seeds", "2", "--rounds", "0", "--learning_rates", "0.004", "--trainer.max_epochs", "1",
+       "--trainer.limit_train_batches", "2", "--trainer.limit_test_batches", "1"]  # fmt: skip
+
+
+@pytest.fixture
+def digits(monkeypatch) -> None:
+    monkeypatch.setattr(demo, "PARTS", [p for p in demo.PARTS if p.dataset == "digits"])
+
+
+def test_demo_ends_with_the_table_and_the_pictures_and_is_quick_again(tmp_path, monkeypatch, capsys, digits):
+    argv = ["--output", str(tmp_path), *FEW]
+    assert demo.main(argv) == 0
+    out = capsys.readouterr().out
+    assert "1,797 handwritten digits" in out
+    assert "moesaic compare configs/vision/digits.yaml" in out
+    assert "sparse minus it" in out
+    pictures = out[out.index("The pictures:") :].split()[2:]
+    assert [p.rpartition("/")[2] for p in pictures] == [
+        "quality_against_flops.png", "routing.png", "expert_class.png", "load.png"]  # fmt: skip
+    before = {p: (tmp_path / p).stat().st_mtime_ns for p in pictures[1:]}
+
+    monkeypatch.setattr(training, "_fit", lambda *a: pytest.fail("trained again"))
+    assert demo.main(argv) == 0
+    assert {p: (tmp_path / p).stat().st_mtime_ns for p in before} == before
+    assert "sparse minus it" in capsys.readouterr().out
+
+
+def test_a_dataset_that_cannot_be_had_is_left_out(tmp_path, monkeypatch, capsys):
+    def unreachable(name: str):
+        raise sources.DataError(f"{name}: no source could be reached")
+
+    monkeypatch.setattr(sources, "prepare", unreachable)
+    assert demo.main(["--output", str(tmp_path)]) == 1
+    captured = capsys.readouterr()
+    assert "fashion_mnist is left out: fashion_mnist: no source could be reached" in captured.out
+    assert captured.err == "error: none of the demo's datasets could be had\n"
+
+
+def test_what_goes_wrong_is_one_line(tmp_path, capsys, digits):
+    assert demo.main(["--output", str(tmp_path), *FEW, "--model.moe.num_experts", "1"]) == 1
+    err = capsys.readouterr().err
+    assert "top_k=2 exceeds num_experts=1" in err
+    assert "Traceback" not in err
+    assert demo.main(["--output"]) == 2
+
+
+def test_stopping_says_how_to_go_on(tmp_path, monkeypatch, capsys, digits):
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "_fit", stop)
+    assert demo.main(["--output", str(tmp_path), *FEW]) == 130
+    assert "make demo goes on from here" in capsys.readouterr().err
+
+
+def test_every_part_is_a_comparison_that_parses():
+    from apps.compare.experiment import Experiment, arguments
+
+    for part in demo.PARTS:
+        words = part.arguments.split()
+        own = [w for i in range(0, len(words), 2) if "." in words[i] for w in words[i : i + 2]]
+        assert Experiment(arguments(demo._CONFIG, [], own)).replaced
