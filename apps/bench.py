@@ -1,40 +1,35 @@
-"""``moesaic bench``: runs the scripts of ``benchmarks/``, which come with a checkout of the repository."""
+"""``moesaic bench NAME``: runs ``benchmarks/NAME.py`` of the source tree."""
 
 from __future__ import annotations
 
-import runpy
+import importlib.util
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-_FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
-BENCHMARKS = {"layer": "an MoE layer, forward and backward, against a dense FFN of equal active FLOPs"}
+from apps.cli import UsageError
 
-_HELP = "\n".join(
-    [
-        "usage: moesaic bench NAME [options]",
-        "",
-        "Measure speed on this machine, which should be idle.",
-        "",
-        *(f"  {name:<10}{text}" for name, text in BENCHMARKS.items()),
-        "",
-        "`moesaic bench NAME --help` tells the options.",
-    ]
-)
+FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
-def main(argv: Sequence[str] = ()) -> int:
-    """Run ``moesaic bench ARGV``.
+def main(argv: Sequence[str]) -> int:
+    """Run ``moesaic bench ARGV``: the name of a benchmark, then its own options.
 
     Raises:
-        ValueError: the benchmark is unknown, or its script is not here.
+        UsageError: no such benchmark, or no source tree beside this package.
     """
+    names = sorted(p.stem for p in FOLDER.glob("*.py"))
+    if not names:
+        raise UsageError(f"no benchmarks in {FOLDER}: they are in the source tree, install it with pip install -e .")
     if not argv or argv[0] in ("-h", "--help"):
-        print(_HELP)
+        print(f"usage: moesaic bench {'|'.join(names)} [options]; --help after the name lists them")
         return 0
-    name, *rest = argv
-    if name not in BENCHMARKS:
-        raise ValueError(f"benchmark {name!r} is not one of {', '.join(BENCHMARKS)}")
-    script = _FOLDER / f"{name}.py"
-    if not script.exists():
-        raise ValueError(f"{script} is missing: benchmarks come with a checkout of the repository")
-    return int(runpy.run_path(str(script))["main"](rest) or 0)
+    if argv[0] not in names:
+        raise UsageError(f"{argv[0]!r} is no benchmark; there is {', '.join(names)}")
+    spec = importlib.util.spec_from_file_location(f"benchmarks.{argv[0]}", FOLDER / f"{argv[0]}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return int(module.main(list(argv[1:])) or 0)
