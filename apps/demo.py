@@ -47,7 +47,7 @@ PARTS = (
         "4 blocks; a dense one of equal FLOPs; a dense one of equal parameters. Each tries 3 learning rates in\n"
         "short runs, and is then trained with 3 seeds.",
         title="Sparse and dense on digits",
-        arguments="--trainer.max_epochs 8 --data.random_resized_crop null --seeds 3 --search_share 0.25 --rounds 2",
+        arguments="--trainer.max_epochs 10 --data.random_resized_crop null --seeds 3 --search_share 0.2 --rounds 2",
     ),
     Part(
         name="fashion_mnist",

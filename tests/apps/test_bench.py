@@ -5,7 +5,6 @@ from __future__ import annotations
 from apps import bench
 from apps.cli import main as moesaic
 
-
 _SCRIPT = """
 from __future__ import annotations
 from dataclasses import dataclass

@@ -695,3 +695,27 @@ def test_moe_layers_are_listed_by_name_in_module_order():
     assert list(moe_layers(net)) == ["blocks.0", "blocks.1"]
     assert list(moe_layers(net.blocks[0])) == [""]
     assert moe_layers(net.stem) == {}
+
+
+def kept_floats(num_experts: int, tokens: int, top_k: int) -> int:
+    """Numbers of hidden width that a forward of the cpu backend keeps for its backward: (rows, F) tensors."""
+    dim, hidden = 8, 24
+    layer = MoEConfig(num_experts, router=TokenChoice(top_k=top_k), expert=FFN(hidden), backend="cpu").build(dim)
+    seen: dict[int, int] = {}
+
+    def pack(t):
+        if t.ndim == 2 and t.shape[-1] == hidden:
+            seen[t.untyped_storage().data_ptr()] = t.numel()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = layer(torch.randn(1, tokens, dim, requires_grad=True))
+    assert y.requires_grad
+    return sum(seen.values())
+
+
+def test_memory_kept_grows_with_tokens_times_top_k_and_not_with_experts():
+    # One pre-activation a routed pair: T * K * F.
+    assert kept_floats(4, tokens=100, top_k=2) == 100 * 2 * 24
+    assert kept_floats(64, tokens=100, top_k=2) == 100 * 2 * 24
+    assert kept_floats(64, tokens=300, top_k=8) == 300 * 8 * 24
