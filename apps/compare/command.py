@@ -175,7 +175,7 @@ def compare(
         with display:
             systems = _systems(experiment, options, output, display)
             done = _Work(experiment, plan, systems, output, display, jobs).run()
-        return _report(experiment, plan, systems, done, output, command, title)
+        return _report(experiment, plan, systems, done, output, command, title, jobs)
 
 
 def _systems(experiment: Experiment, options: Options, output: Path, display: Display) -> list[System]:
@@ -297,12 +297,13 @@ def _report(
     output: Path,
     command: str,
     title: str,
+    jobs: int,
 ) -> Outcome:
     metric = f"test/{experiment.monitor.partition('/')[2]}"
     summary = summarize(
         systems, done["finals"], done["rates"], done["speeds"], metric, experiment.monitor_mode == "max", plan.seeds
     )
-    about = machine()
+    about = {**machine(), "jobs": jobs}
     path = output / "results.json"
     saved = read_json(path)
     # Of a comparison shown again, the day it was finished.
@@ -327,7 +328,8 @@ def _report(
     facts = [
         searched if len(plan.rates) > 1 else f"One learning rate for all: {rates}.",
         f"Seeds {', '.join(map(str, plan.seeds))}.",
-        f"{date}, on {m['device']} ({m['threads']} threads), torch {m['torch']}, Python {m['python']}.",
+        f"{date}, on {m['device']} ({m['threads']} threads, {m['jobs']} runs at a time), torch {m['torch']}, "
+        f"Python {m['python']}.",
         *([f"Command: `{command}`"] if command else []),
     ]
     page = write_text(output / "table.md", table.markdown(title, summary, facts))
