@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from .eager import ACTIVATIONS, accumulate_dtype, combine, sort_pairs, topk_gate
+from .pages import large_pages
 
 BLOCK = 512
 TILE = 32
@@ -76,7 +77,7 @@ class _RowSum:
 
     def __init__(self, like: Tensor, width: int, blocks: list[_Block]) -> None:
         self.dtype = like.dtype
-        self.y = like.new_zeros(like.shape[0], width, dtype=accumulate_dtype(like.dtype))
+        self.y = large_pages(like.new_empty(like.shape[0], width, dtype=accumulate_dtype(like.dtype))).zero_()
         longest = max((b.end - b.start for b in blocks), default=0)
         # One buffer for all blocks stays in cache and is not asked of the system again and again.
         self.buffer = None if self.y.dtype == like.dtype else self.y.new_empty(longest, width)
@@ -96,7 +97,7 @@ class _WeightGrad:
     """The gradient of a stacked weight, expert by expert; experts without rows get zeros."""
 
     def __init__(self, like: Tensor | None, empty: Tensor) -> None:
-        self.dw = empty if like is None else torch.empty_like(like)
+        self.dw = empty if like is None else large_pages(torch.empty_like(like))
         self.begun = 0  # experts written so far
         # Adding up blocks in half precision would round each time.
         half = like is not None and accumulate_dtype(like.dtype) != like.dtype
@@ -142,7 +143,8 @@ def _cpu_expert_ffn(
     blocks = _blocks(offsets_E, tile)
     total = _RowSum(x, D_out, blocks)
     kept = R + tile - 1 if keep else 0
-    pre, pre_gate = x.new_empty(kept, width), x.new_empty(kept if w_gate is not None else 0, width)
+    pre = large_pages(x.new_empty(kept, width))
+    pre_gate = large_pages(x.new_empty(kept if w_gate is not None else 0, width))
     for e, start, end, stop, *_ in blocks:
         x_b = x_full[start:stop] if index_R is None else x.index_select(0, index_R[start:stop])
         # Blocks run in the order of their rows, so what a tile writes past its end is written over by the next.
