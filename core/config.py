@@ -69,12 +69,21 @@ class MoEConfig:
         group = self.router.default_group() if self.group is None else self.group
         return Capacity(self.capacity_factor, self.eval_capacity_factor, self.priority, group)
 
-    def build(self, dim: int, out_dim: int | None = None) -> MoE:
+    def build(self, dim: int, out_dim: int | None = None, *, causal: bool = False) -> MoE:
         """The layer for tokens of width ``dim``.
 
+        Args:
+            dim: D of the tokens.
+            out_dim: of the output; None: as ``dim``.
+            causal: the layer stands in a causal decoder, where a later token must not change an earlier one.
+
         Raises:
-            ValueError: ``dim`` or ``out_dim`` is below 1.
+            ValueError: ``dim`` or ``out_dim`` is below 1, or the router is not causal and has to be.
         """
+        if causal and not self.router.is_causal():
+            raise ValueError(
+                f"router {type(self.router).__name__} lets later tokens change earlier ones: not for a causal decoder"
+            )
         for name, value in (("dim", dim), ("out_dim", out_dim)):
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} is not at least 1")

@@ -1,4 +1,4 @@
-"""Tokens to logits, always in float32: one small module a kind of gate."""
+"""Tokens to logits, in float32 whatever the model is in (float64 stays): one small module a kind of gate."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class LinearGate(nn.Module):
         init_gate_(self.weight, self.init_scale)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        """float32 (T, D) to float32 (T, E)."""
-        return F.linear(x_TD, self.weight.float())
+        """float32 (T, D) to logits (T, E)."""
+        return F.linear(x_TD, self.weight.to(x_TD.dtype))
 
     def noise_std(self, x_TD: Tensor) -> Tensor | None:
         """Learned standard deviation of the logits' noise, (T, E), or None."""
@@ -52,4 +52,4 @@ class NoisyGate(LinearGate):
 
     def noise_std(self, x_TD: Tensor) -> Tensor:
         # Softplus underflows to 0 below -104, and the load loss divides by it.
-        return F.softplus(F.linear(x_TD, self.noise_weight.float())).clamp_min(1e-6)
+        return F.softplus(F.linear(x_TD, self.noise_weight.to(x_TD.dtype))).clamp_min(1e-6)

@@ -12,7 +12,58 @@ from ..contract import Routing, RoutingContext
 from ..kernels.eager import topk_gate
 from .balance import Balance, expert_bias_step
 from .gates import LinearGate, NoisyGate
-from .selection import Capacity, select_tokens_choice
+from .selection import Capacity, Choice, select_pairs
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What a gate sees: all tokens of a call in float32, with what is known beside them.
+
+    Attributes:
+        x_TD: float32 (T, D), T = B * S; padding is zero.
+        num_sequences: B.
+        length: S.
+        valid_T: bool (T,), False for padding; None where every token is real.
+        context: as the layer got it, or an empty one.
+    """
+
+    x_TD: Tensor
+    num_sequences: int
+    length: int
+    valid_T: Tensor | None
+    context: RoutingContext
+
+    @classmethod
+    def of(cls, x: Tensor, context: RoutingContext | None) -> Tokens:
+        """``x`` is (B, S, D)."""
+        context = RoutingContext() if context is None else context
+        x_TD = x.flatten(0, 1)
+        # float64 stays, for gradcheck.
+        x_TD = x_TD if x_TD.dtype == torch.float64 else x_TD.float()
+        valid_T = None if context.valid_BS is None else context.valid_BS.flatten()
+        if valid_T is not None:
+            # Padding may hold anything, NaN too; a masked gradient would not stop 0 * NaN.
+            x_TD = x_TD.masked_fill(~valid_T[:, None], 0.0)
+        return cls(x_TD, x.shape[0], x.shape[1], valid_T, context)
+
+    @property
+    def real_T(self) -> Tensor:
+        """bool (T,), True for real tokens."""
+        if self.valid_T is not None:
+            return self.valid_T
+        return torch.ones(self.x_TD.shape[0], dtype=torch.bool, device=self.x_TD.device)
+
+    def to_tokens(self, value_B: Tensor) -> Tensor:
+        """(B, ...) values of the sequences, repeated for their tokens: (T, ...)."""
+        return value_B.unsqueeze(1).expand(-1, self.length, *value_B.shape[1:]).flatten(0, 1)
+
+    def mean_of_sequences(self) -> Tensor:
+        """(B, D), the mean of the real tokens of each sequence; zero where it has none."""
+        x_BSD = self.x_TD.unflatten(0, (self.num_sequences, self.length))
+        if self.valid_T is None:
+            return x_BSD.sum(1) / max(self.length, 1)
+        count_B = self.valid_T.unflatten(0, (self.num_sequences, self.length)).sum(1).clamp_min(1)
+        return x_BSD.sum(1) / count_B[:, None]
 
 
 class Router(nn.Module):
@@ -21,11 +72,13 @@ class Router(nn.Module):
     Attributes:
         capacity: ``Capacity`` limits, replaced by ``set_capacity_factor``.
         terms: the balance terms that apply.
+        needs: fields of ``RoutingContext`` without which it cannot decide.
         expert_bias: float32 (E,) buffer added to the scores for the choice alone, or None.
     """
 
     capacity: Capacity = Capacity()
     terms: frozenset[str] = frozenset()
+    needs: tuple[str, ...] = ()
     expert_bias: Tensor | None
 
     def __init__(self) -> None:
@@ -35,21 +88,30 @@ class Router(nn.Module):
     def forward(self, x: Tensor, context: RoutingContext | None = None) -> Any:
         raise NotImplementedError
 
+    def check_context(self, context: RoutingContext | None) -> None:
+        """Raise a ``ValueError`` where the context lacks what this router reads."""
+        for name in self.needs:
+            if context is None or getattr(context, name) is None:
+                raise ValueError(f"{type(self).__name__} needs context.{name}, which is None")
+
     def update_expert_bias(self, chosen_per_expert_E: Tensor) -> None:
         """Nothing to do without a selection bias."""
 
 
-class TokenChoiceRouter(Router):
-    """Each token takes its ``top_k`` best experts. Built by ``TokenChoice``."""
+class PairRouter(Router):
+    """Base of the routers that choose experts for each token. A gate is one method, ``choose``.
 
-    def __init__(self, dim: int, num_experts: int, config: TokenChoice, capacity: Capacity) -> None:
+    Padding, capacity, priority and counting are done here, and are the same for all.
+    """
+
+    def __init__(self, num_experts: int, config: RouterConfig, capacity: Capacity) -> None:
         super().__init__()
-        self.config, self.capacity, self.num_experts = config, capacity, num_experts
-        gate = NoisyGate if config.noise == "learned" else LinearGate
-        self.gate = gate(dim, num_experts, config.init_scale)
-        self.terms = config.balance_terms()
-        if config.expert_bias:
-            self.expert_bias = torch.zeros(num_experts, dtype=torch.float32)
+        self.num_experts, self.config, self.capacity = num_experts, config, capacity
+        self.terms, self.needs = config.balance_terms(), config.needs()
+
+    def choose(self, tokens: Tokens) -> Choice:
+        """Experts and gates of each token; padding may be given any. Runs outside autocast."""
+        raise NotImplementedError
 
     def forward(self, x: Tensor, context: RoutingContext | None = None) -> Routing:
         """Decide.
@@ -57,60 +119,74 @@ class TokenChoiceRouter(Router):
         Args:
             x: (B, S, D) tokens.
             context: ``valid_BS`` marks the real ones.
+
+        Raises:
+            ValueError: the context lacks what the gate needs.
         """
-        config = self.config
-        B = x.shape[0]
+        self.check_context(context)
         with torch.autocast(x.device.type, enabled=False):
-            x_TD = x.flatten(0, 1).float()
-            valid_T = None if context is None or context.valid_BS is None else context.valid_BS.flatten()
-            if valid_T is not None:
-                # Padding may hold anything, NaN too; a masked gradient would not stop 0 * NaN.
-                x_TD = x_TD.masked_fill(~valid_T[:, None], 0.0)
-            if self.training and config.jitter_eps:
-                x_TD = x_TD * torch.empty_like(x_TD).uniform_(1 - config.jitter_eps, 1 + config.jitter_eps)
-            logits_TE = self.gate(x_TD)
-            noise_std, noisy_TE = None, logits_TE
-            if self.training and config.noise is not None:
-                learned = self.gate.noise_std(x_TD)
-                noise_std = config.noise_std / self.num_experts if learned is None else learned
-                noisy_TE = logits_TE + torch.randn_like(logits_TE) * noise_std
-            choice = topk_gate(
-                noisy_TE,
-                config.top_k,
-                score_func=config.score_func,
-                normalize=config.normalizes,
-                bias_E=self.expert_bias,
-                num_groups=config.num_groups,
-                limited_groups=config.limited_groups,
-                scale=config.scale,
-            )
-            keep_second_T = None
-            if self.training and config.second == "random":
-                # GShard, algorithm 1: with probability 2 * g2, so a second expert of gate 1/2 always stays.
-                g2_T = choice.gates_TK[:, 1].detach() / config.scale
-                keep_second_T = 2 * g2_T > torch.rand_like(g2_T)
-            routing = select_tokens_choice(
-                choice,
-                num_sequences=B,
-                valid_T=valid_T,
+            tokens = Tokens.of(x, context)
+            return select_pairs(
+                self.choose(tokens),
+                num_experts=self.num_experts,
+                num_sequences=tokens.num_sequences,
+                valid_T=tokens.valid_T,
                 limit=self.capacity,
                 training=self.training,
-                keep_second_T=keep_second_T,
             )
-            scores_TE = choice.scores_TE
-            threshold_TE = None
-            if noise_std is not None:
-                # The losses see the clean logits, as in V-MoE's code; noise only explores.
-                scores_TE = logits_TE.softmax(-1) if config.score_func == "softmax" else logits_TE.sigmoid()
-                threshold_TE = _noise_threshold(noisy_TE, config)
-        return Routing(
-            **{
-                **vars(routing),
-                "logits_TE": logits_TE,
-                "scores_TE": scores_TE,
-                "noise_std": noise_std,
-                "threshold_TE": threshold_TE,
-            }
+
+
+class TokenChoiceRouter(PairRouter):
+    """Each token takes its ``top_k`` best experts. Built by ``TokenChoice``."""
+
+    config: TokenChoice
+
+    def __init__(self, dim: int, num_experts: int, config: TokenChoice, capacity: Capacity) -> None:
+        super().__init__(num_experts, config, capacity)
+        gate = NoisyGate if config.noise == "learned" else LinearGate
+        self.gate = gate(dim, num_experts, config.init_scale)
+        if config.expert_bias:
+            self.expert_bias = torch.zeros(num_experts, dtype=torch.float32)
+
+    def choose(self, tokens: Tokens) -> Choice:
+        config, x_TD = self.config, tokens.x_TD
+        if self.training and config.jitter_eps:
+            x_TD = x_TD * torch.empty_like(x_TD).uniform_(1 - config.jitter_eps, 1 + config.jitter_eps)
+        logits_TE = self.gate(x_TD)
+        noise_std, noisy_TE = None, logits_TE
+        if self.training and config.noise is not None:
+            learned = self.gate.noise_std(x_TD)
+            noise_std = config.noise_std / self.num_experts if learned is None else learned
+            noisy_TE = logits_TE + torch.randn_like(logits_TE) * noise_std
+        best = topk_gate(
+            noisy_TE,
+            config.top_k,
+            score_func=config.score_func,
+            normalize=config.normalizes,
+            bias_E=self.expert_bias,
+            num_groups=config.num_groups,
+            limited_groups=config.limited_groups,
+            scale=config.scale,
+        )
+        expert_ids_TK = best.expert_ids_TK
+        if self.training and config.second == "random":
+            # GShard, algorithm 1: with probability 2 * g2, so a second expert of gate 1/2 always stays.
+            g2_T = best.gates_TK[:, 1].detach() / config.scale
+            second_T = torch.where(2 * g2_T > torch.rand_like(g2_T), expert_ids_TK[:, 1], self.num_experts)
+            expert_ids_TK = torch.stack((expert_ids_TK[:, 0], second_T), -1)
+        scores_TE, threshold_TE = best.scores_TE, None
+        if noise_std is not None:
+            # The losses see the clean logits, as in V-MoE's code; noise only explores.
+            scores_TE = logits_TE.softmax(-1) if config.score_func == "softmax" else logits_TE.sigmoid()
+            threshold_TE = _noise_threshold(noisy_TE, config)
+        return Choice(
+            expert_ids_TK,
+            best.gates_TK,
+            scores_TE,
+            logits_TE,
+            priority_T=best.scores_TE.amax(-1),
+            noise_std=noise_std,
+            threshold_TE=threshold_TE,
         )
 
     @torch.no_grad()
@@ -163,7 +239,16 @@ class RouterConfig:
         raise NotImplementedError
 
     def default_group(self) -> str | int:
+        """Whose tokens compete for capacity where the layer's config does not say."""
         return "batch"
+
+    def needs(self) -> tuple[str, ...]:
+        """Fields of ``RoutingContext`` without which the router cannot decide."""
+        return ()
+
+    def is_causal(self) -> bool:
+        """Whether a later token never changes an earlier one's output, capacity aside: what a causal decoder needs."""
+        return True
 
     def num_params(self, dim: int, num_experts: int) -> int:
         return 0
@@ -280,4 +365,4 @@ class TokenChoice(RouterConfig):
         return 2 * dim * num_experts
 
 
-__all__ = ["Balance", "Router", "RouterConfig", "TokenChoice", "TokenChoiceRouter"]
+__all__ = ["Balance", "PairRouter", "Router", "RouterConfig", "TokenChoice", "TokenChoiceRouter", "Tokens"]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..contract import Routing
-from ..kernels.eager import TopK, capacity, capacity_ranks, count_experts, whole_ratio
+from ..kernels.eager import capacity, capacity_ranks, count_experts, whole_ratio
 
 PRIORITIES = ("position", "score", "random")
 
@@ -69,45 +69,62 @@ def group_tokens(group: str | int, num_sequences: int, length: int, device: torc
     return torch.arange(T, device=device) // size, -(-T // size)
 
 
-def token_order(priority: str, scores_TE: Tensor, training: bool) -> Tensor:
+def token_order(priority: str, score_T: Tensor, training: bool) -> Tensor:
     """Each token's place in the queue of its group, int64 (T,), 0 served first."""
-    T = scores_TE.shape[0]
-    place = torch.arange(T, device=scores_TE.device)
+    place = torch.arange(len(score_T), device=score_T.device)
     if priority == "score":
-        best_first = scores_TE.detach().amax(-1).argsort(descending=True, stable=True)
+        best_first = score_T.argsort(descending=True, stable=True)
     elif priority == "random" and training:
-        best_first = torch.randperm(T, device=scores_TE.device)
+        best_first = torch.randperm(len(score_T), device=score_T.device)
     else:
         return place
     return torch.empty_like(place).scatter_(0, best_first, place)
 
 
-def select_tokens_choice(
-    choice: TopK,
+@dataclass(frozen=True)
+class Choice:
+    """What a gate decided for each token, before padding and capacity.
+
+    Attributes:
+        expert_ids_TK: int64 (T, K), the best expert first; E where a token leaves a place empty.
+        gates_TK: float32 (T, K), combine weights; those of empty places are not read.
+        scores_TE: float32 (T, E), what the balance losses and the statistics see; None where there are none.
+        logits_TE: float32 (T, E), without noise; None where there are none.
+        priority_T: float32 (T,), the higher is served first under priority "score"; None: the largest score.
+        noise_std, threshold_TE: as in ``Routing``.
+    """
+
+    expert_ids_TK: Tensor
+    gates_TK: Tensor
+    scores_TE: Tensor | None = None
+    logits_TE: Tensor | None = None
+    priority_T: Tensor | None = None
+    noise_std: float | Tensor | None = None
+    threshold_TE: Tensor | None = None
+
+
+def select_pairs(
+    choice: Choice,
     *,
+    num_experts: int,
     num_sequences: int,
     valid_T: Tensor | None,
     limit: Capacity,
     training: bool,
-    keep_second_T: Tensor | None = None,
 ) -> Routing:
-    """Flatten each token's ``top_k`` choices to pairs and mark those that are not computed.
+    """Flatten each token's choices to pairs and mark those that are not computed.
 
     Args:
-        choice: scores, chosen experts and gates of T tokens.
+        choice: experts and gates of T tokens.
+        num_experts: E.
         num_sequences: B, for groups by sequence.
         valid_T: bool (T,), False for padding.
         limit: capacity, priority and groups.
         training: which of the two capacity factors holds, and whether random priority is random.
-        keep_second_T: bool (T,), False where the second expert is left out.
     """
-    T, K = choice.expert_ids_TK.shape
-    E = choice.scores_TE.shape[-1]
-    device = choice.scores_TE.device
-    expert_ids_TK, gates_TK = choice.expert_ids_TK, choice.gates_TK
-    if keep_second_T is not None:
-        second = torch.where(keep_second_T, expert_ids_TK[:, 1], E)
-        expert_ids_TK = torch.stack((expert_ids_TK[:, 0], second), -1)
+    (T, K), E = choice.expert_ids_TK.shape, num_experts
+    device = choice.expert_ids_TK.device
+    expert_ids_TK = choice.expert_ids_TK
     if valid_T is not None:
         expert_ids_TK = expert_ids_TK.masked_fill(~valid_T[:, None], E)
     expert_ids_N = expert_ids_TK.flatten()
@@ -121,13 +138,13 @@ def select_tokens_choice(
         capacity_G = torch.as_tensor(capacity(ratio, K, size_G, E))
         queue_TK = torch.where(expert_ids_TK < E, group_T[:, None] * E + expert_ids_TK, num_groups * E)
         # First choices of all tokens before second ones, as GShard and V-MoE do.
-        order_T = token_order(limit.priority, choice.scores_TE, training)
+        order_T = token_order(limit.priority, _priority(choice), training)
         priority_TK = torch.arange(K, device=device) * T + order_T[:, None]
         rank_N = capacity_ranks(queue_TK.flatten(), priority_TK.flatten(), num_groups * E + 1)
         full_TK = rank_N.unflatten(0, (T, K)) >= capacity_G[group_T][:, None]
         expert_ids_N = expert_ids_TK.masked_fill(full_TK, E).flatten()
         tokens_E = count_experts(expert_ids_N, E)
-    gates_N = gates_TK.flatten().masked_fill(expert_ids_N == E, 0.0)
+    gates_N = choice.gates_TK.flatten().masked_fill(expert_ids_N == E, 0.0)
     return Routing(
         token_index_N=torch.arange(T * K, device=device) // K,
         expert_ids_N=expert_ids_N,
@@ -136,6 +153,15 @@ def select_tokens_choice(
         chosen_per_expert_E=chosen_E,
         num_tokens=T,
         top_k=K,
+        logits_TE=choice.logits_TE,
         scores_TE=choice.scores_TE,
         valid_T=valid_T,
+        noise_std=choice.noise_std,
+        threshold_TE=choice.threshold_TE,
     )
+
+
+def _priority(choice: Choice) -> Tensor:
+    if choice.priority_T is not None:
+        return choice.priority_T.detach()
+    return (choice.gates_TK if choice.scores_TE is None else choice.scores_TE).detach().amax(-1)

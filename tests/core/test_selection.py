@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from core.contract import Routing
-from core.kernels.eager import TopK
-from core.routing.selection import Capacity, group_tokens, select_tokens_choice
+from core.routing.selection import Capacity, Choice, group_tokens, select_pairs
 
 
 def select(
@@ -24,13 +23,15 @@ def select(
     """Route tokens by typed scores; gates are the scores of the chosen experts."""
     scores_TE = torch.as_tensor(scores)
     gates, ids = scores_TE.topk(top_k, dim=-1)
-    return select_tokens_choice(
-        TopK(scores_TE, ids, gates),
+    if keep_second is not None:
+        ids[~torch.tensor(keep_second), 1] = scores_TE.shape[-1]
+    return select_pairs(
+        Choice(ids, gates, scores_TE),
+        num_experts=scores_TE.shape[-1],
         num_sequences=sequences,
         valid_T=None if valid is None else torch.tensor(valid),
         limit=limit,
         training=training,
-        keep_second_T=None if keep_second is None else torch.tensor(keep_second),
     )
 
 
