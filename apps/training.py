@@ -195,6 +195,22 @@ class SparseModule(LightningModule):
         """The models to compare this one with, by name."""
         return {}
 
+    moe_config: core.MoEConfig | None = None
+    """The MoE layers' configuration, for a comparison of routers; None: there is none."""
+
+    moe_dim: int = 0
+    """Width D of the tokens that reach the MoE layers."""
+
+    moe_flops_arguments: Mapping[str, int] = {}
+    """Further arguments of ``MoEConfig.flops_per_token`` at these layers, such as the length of a sequence."""
+
+    context_fields: ClassVar[tuple[str, ...]] = ()
+    """Fields of ``core.RoutingContext`` that the model gives its MoE layers, beside ``valid_BS``."""
+
+    def with_moe(self, moe: core.MoEConfig) -> SparseModule:
+        """The same model, untrained, with other MoE layers."""
+        raise NotImplementedError(f"{type(self).__name__} must define with_moe(moe) for a comparison of routers")
+
     # ---- steps
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from apps import routers
 from apps.cli import UsageError
 from apps.compare import table
 from apps.compare.experiment import Experiment, arguments
@@ -63,6 +64,8 @@ def _parser() -> _Parser:
     add("--output", metavar="DIR", help="folder of the comparison (default: runs/compare/<config name>)")
     add("--seeds", type=int, default=3, metavar="N", help="runs of each model (default: 3)")
     add("--baselines", nargs="+", metavar="NAME", help="those to train, such as dense_equal_flops (default: all)")
+    each = "also with the routers of these overlays, at equal active FLOPs: names of configs/routing, files, or all"
+    add("--routers", nargs="+", metavar="NAME", default=[], help=f"{each}; no baselines then but those named")
     rates = "tried for each model; one: no search (default: the config's, a third and 3 times it)"
     add("--learning_rates", nargs="+", type=float, default=[], metavar="LR", help=rates)
     share = "part of the training that a run of the search has (default: 1)"
@@ -101,18 +104,26 @@ def run_command(argv: Sequence[str], title: str | None = None) -> Outcome:
             raise UsageError(f"{word} is no option of moesaic compare (--help lists them)")
     if args.jobs < 1:
         raise UsageError(f"--jobs {args.jobs} must be at least 1")
+    names = routers.resolve(args.routers)
+    baselines = args.baselines if args.baselines is not None or not names else []
     options = Options(
         num_seeds=args.seeds,
         learning_rates=tuple(args.learning_rates),
         search_share=args.search_share,
-        baselines=None if args.baselines is None else tuple(args.baselines),
+        baselines=None if baselines is None else tuple(baselines),
         rounds=args.rounds,
+        routers=names,
     )
     name = "-".join(Path(p).stem for p in (args.config, *args.overlays))
     output = Path(args.output) if args.output else Path("runs") / "compare" / name
-    read = arguments(args.config, args.overlays, rest)
+    read = arguments(args.config, args.overlays, rest, names)
     return compare(
-        read, options, output, command=command_line(argv), title=title or f"Sparse and dense: {name}", jobs=args.jobs
+        read,
+        options,
+        output,
+        command=command_line(argv),
+        title=title or f"{'Routers' if names else 'Sparse and dense'}: {name}",
+        jobs=args.jobs,
     )
 
 
@@ -189,7 +200,7 @@ def _systems(experiment: Experiment, options: Options, output: Path, display: Di
         loader = data.val_dataloader()
         if not len(loader):
             raise ValueError("the data has no validation split, which the learning rates are chosen by (data.val_size)")
-        systems = find_systems(sparse, next(iter(loader)), options.baselines)
+        systems = find_systems(sparse, next(iter(loader)), options.baselines, options.routers)
     write_json(output / "systems.json", [s.to_dict() for s in systems])
     for system in systems:
         if system.refused:

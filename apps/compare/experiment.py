@@ -16,12 +16,13 @@ from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ProgressBar, 
 import core
 from apps.cli import UsageError
 from apps.cli.train import Request, SparseCLI
-from apps.compare.systems import SPARSE, Estimator
+from apps.compare.systems import SPARSE, Estimator, candidates
 from apps.training import SparseModule
 
 # Of the trainer, what a comparison sets itself.
 _OWN = ("callbacks", "logger", "default_root_dir", "plugins", "enable_progress_bar", "enable_model_summary",
         "enable_checkpointing", "num_sanity_val_steps", "fast_dev_run", "devices", "num_nodes")  # fmt: skip
+_ROUTERS = "--routers="
 
 
 class _Parsed(SparseCLI):
@@ -36,7 +37,8 @@ class Experiment:
 
     Args:
         arguments: as after ``moesaic fit``: ``--config FILE``, again for overlays, and ``--KEY.SUBKEY VALUE``. They are
-            plain strings, so that another process can read the same configuration.
+            plain strings, so that another process can read the same configuration. ``--routers=NAME``, again for each,
+            are the overlays whose routers are compared too.
 
     Raises:
         UsageError: a wrong option or configuration.
@@ -46,7 +48,8 @@ class Experiment:
     def __init__(self, arguments: Sequence[str]) -> None:
         self.arguments = tuple(arguments)
         set_parsing_settings(subclasses_enabled=[core.RouterConfig, core.ExpertConfig])
-        request = Request.read("fit", list(arguments))
+        self.routers = tuple(a.removeprefix(_ROUTERS) for a in arguments if a.startswith(_ROUTERS))
+        request = Request.read("fit", [a for a in arguments if not a.startswith(_ROUTERS)])
         if request.checkpoint is not None:
             raise UsageError(f"--ckpt_path {request.checkpoint}: a comparison trains every model from its start")
         if request.model_class is not None and not issubclass(request.model_class, SparseModule):
@@ -101,7 +104,7 @@ class Experiment:
         made = self._make()
         model, data = made["model"], made["data"]
         if system != SPARSE:
-            build = model.baselines()[system].build
+            build = candidates(model, self.routers)[system].build
             assert build is not None, system
             torch.set_rng_state(state)
             model = build()
@@ -110,7 +113,9 @@ class Experiment:
         return model, data
 
 
-def arguments(config: str | Path, overlays: Sequence[str], rest: Sequence[str]) -> tuple[str, ...]:
-    """Arguments of ``Experiment`` for a configuration, overlays over it, and single values over both."""
+def arguments(
+    config: str | Path, overlays: Sequence[str], rest: Sequence[str], routers: Sequence[str] = ()
+) -> tuple[str, ...]:
+    """Arguments of ``Experiment`` for a configuration, overlays over it, single values over both, and routers."""
     files = [str(config), *overlays]
-    return (*(part for file in files for part in ("--config", file)), *rest)
+    return (*(part for file in files for part in ("--config", file)), *rest, *(_ROUTERS + r for r in routers))

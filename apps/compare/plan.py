@@ -25,6 +25,7 @@ class Options:
         learning_rates: tried for each system; empty: the config's, a third and three times it; one: no search.
         search_share: part of the configured training that a run of the search has, in (0, 1].
         baselines: names of those wanted; None: all.
+        routers: overlays whose routers are compared too, by name or path.
         rounds: timed rounds of training and of inference; 0: speed and memory are not measured.
 
     Raises:
@@ -36,6 +37,7 @@ class Options:
     search_share: float = 1.0
     baselines: tuple[str, ...] | None = None
     rounds: int = 5
+    routers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.num_seeds < 1:

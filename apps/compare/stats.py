@@ -29,6 +29,10 @@ class Interval:
     def high(self) -> float:
         return self.mean + (self.half_width or 0.0)
 
+    def negated(self) -> Interval:
+        """Of the values with the other sign."""
+        return Interval(-self.mean, self.half_width, self.count)
+
     @property
     def excludes_zero(self) -> bool:
         """An interval of width 0 excludes nothing: equal values do not tell how far others would spread."""

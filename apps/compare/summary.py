@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from apps.compare.stats import Interval, mean_interval, paired_difference, quality_at, verdict
 from apps.compare.systems import SPARSE, TOLERANCE, System, claim, label
+from apps.routers import PREFIX
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Row:
         equal_time: validation quality at equal time over the seeds; None where one had not been validated by then.
         train_seconds: mean of a final run.
         speed: what was measured of speed and memory; empty where nothing was.
+        routing: how the experts were used in the test, by figure; means over layers and seeds, empty without experts.
     """
 
     system: System
@@ -34,6 +36,7 @@ class Row:
     equal_time_difference: Interval | None
     train_seconds: float
     speed: Mapping[str, Any]
+    routing: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -63,10 +66,19 @@ class Summary:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    def systems(self) -> list[Row]:
+        """The rows that are the sparse model or another kind of model."""
+        return [row for row in self.rows if not row.system.name.startswith(PREFIX)]
+
+    def routers(self) -> list[Row]:
+        """The rows that are the sparse model with another router, the best first; none where none was asked for."""
+        found = [row for row in self.rows if row.system.name.startswith(PREFIX)]
+        return sorted(found, key=lambda row: row.test.mean, reverse=self.higher_is_better)
+
     def sentences(self) -> list[str]:
         """What the intervals allow to be said: of the test at equal steps, then of the validation at equal time."""
         lines = []
-        for row in self.rows:
+        for row in self.systems():
             if row.difference is not None:
                 lines.append(sentence(row, row.difference, self, "at this budget"))
             if row.equal_time_difference is not None:
@@ -137,6 +149,7 @@ def summarize(
                 equal_time_difference=paired_difference(mine, its) if other and mine and its else None,
                 train_seconds=sum(float(r["train_seconds"]) for r in finals[s.name]) / len(seeds),
                 speed=speeds.get(s.name, {}),
+                routing=_means([r.get("routing", {}) for r in finals[s.name]]),
             )
         )
     values = [v for name in tests for v in tests[name]]
@@ -150,6 +163,10 @@ def summarize(
         equal_seconds=tuple(equal),
         clock=clock,
     )
+
+
+def _means(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {name: sum(f[name] for f in found) / len(found) for name in found[0] if all(name in f for f in found)}
 
 
 def sentence(row: Row, difference: Interval, summary: Summary, where: str) -> str:
@@ -174,7 +191,7 @@ def sentence(row: Row, difference: Interval, summary: Summary, where: str) -> st
 def notes(summary: Summary) -> list[str]:
     """What a reader must know to read the table: left-out baselines, ratios, rates at the edge, limits of a measure."""
     lines = []
-    for row in summary.rows:
+    for row in summary.systems():
         s = row.system
         what = claim(s.name)
         if what is not None and s.flops_ratio is not None:

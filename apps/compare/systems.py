@@ -13,7 +13,8 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor, nn
 
 import core
-from apps.training import SparseModule
+from apps import routers
+from apps.training import Baseline, SparseModule
 
 TOLERANCE = 0.05
 """Relative difference of the replaced blocks beyond which a pair is not called equal."""
@@ -85,6 +86,8 @@ class System:
 
 def label(name: str) -> str:
     """A system's name as a heading: "dense_equal_flops" is "dense, equal FLOPs"."""
+    if name.startswith(routers.PREFIX):
+        return name.removeprefix(routers.PREFIX)
     words = {"flops": "FLOPs", "params": "parameters"}
     text = " ".join(words.get(w, w) for w in name.split("_"))
     return text.replace(" equal ", ", equal ")
@@ -173,13 +176,21 @@ def check_equal(name: str, sparse: Cost, other: Cost, tolerance: float = TOLERAN
     )
 
 
-def find_systems(sparse: SparseModule, batch: Any, wanted: Iterable[str] | None = None) -> list[System]:
+def candidates(sparse: SparseModule, names: Iterable[str] = ()) -> dict[str, Baseline]:
+    """What ``sparse`` can be compared with: its baselines, and itself with the routers of the overlays ``names``."""
+    return {**sparse.baselines(), **routers.variants(sparse, names)}
+
+
+def find_systems(
+    sparse: SparseModule, batch: Any, wanted: Iterable[str] | None = None, router_names: Iterable[str] = ()
+) -> list[System]:
     """The sparse model and its baselines with their measured costs; those that may not be trained say why.
 
     Args:
         sparse: the configured module, untrained.
         batch: of its data.
         wanted: names of the baselines to take; None: all.
+        router_names: overlays whose routers are systems too.
 
     Raises:
         ValueError: the module has no MoE layer, a wanted baseline is unknown, or none is left to compare with.
@@ -194,6 +205,7 @@ def find_systems(sparse: SparseModule, batch: Any, wanted: Iterable[str] | None 
         if unknown:
             raise ValueError(f"baseline {unknown[0]!r} is unknown: the module has {', '.join(baselines) or 'none'}")
         baselines = {name: baselines[name] for name in wanted}
+    baselines |= routers.variants(sparse, router_names)
     mine = measure_cost(sparse, batch, replaced)
     found = [System(SPARSE, "the configured model", mine, flops_ratio=1.0, replaced_ratio=1.0, params_ratio=1.0)]
     for name, baseline in baselines.items():

@@ -12,6 +12,9 @@ from apps.compare.systems import label
 
 NONE = "–"
 
+_ON_SCREEN = (0, 1, 2, 4, 5, 8)
+"""Columns of the routers' table that fit 80 characters; the page has them all."""
+
 _CLOCKS = {
     "steps": "steps times the median seconds a step of the speed measurement, in which the systems take turns",
     "recorded": "as recorded in each run, whatever else the machine did",
@@ -22,10 +25,7 @@ def cells(summary: Summary) -> list[list[str]]:
     """The table: a heading line, then a line a quantity, systems in columns."""
 
     def quality(value: Interval | None, signed: bool = False) -> str:
-        if value is None:
-            return NONE
-        shown = number(value.mean, summary, signed)
-        return shown if value.half_width is None else f"{shown} ± {number(value.half_width, summary)}"
+        return NONE if value is None else _interval(value, summary, signed)
 
     def speed(name: str) -> Callable[[Row], str]:
         return lambda row: f"{row.speed[name]:,.0f}" if name in row.speed else NONE
@@ -64,9 +64,58 @@ def cells(summary: Summary) -> list[list[str]]:
         ("peak memory, MiB", memory),
         ("training time, s", lambda r: f"{r.train_seconds:,.1f}"),
     ]
-    table = [["", *(label(row.system.name) for row in summary.rows)]]
-    table += [[title, *(show(row) for row in summary.rows)] for title, show in lines]
+    rows = summary.systems()
+    table = [["", *(label(row.system.name) for row in rows)]]
+    table += [[title, *(show(row) for row in rows)] for title, show in lines]
     return [table[0], *(line for line in table[1:] if any(cell != NONE for cell in line[1:]))]
+
+
+def router_cells(summary: Summary) -> list[list[str]]:
+    """The table of routers: a heading line, then a line a router, the sparse model's own first; empty without any."""
+    if not summary.routers():
+        return []
+    name = summary.metric.partition("/")[2]
+    unit, points = (", %", ", points") if summary.percent else ("", "")
+    lines = [
+        [
+            "router",
+            f"test {name}{unit}",
+            f"minus the config's{points}",
+            "learning rate",
+            "load imbalance",
+            "dropped, %",
+            "active parameters",
+            "MFLOPs an example",
+            "training, examples/s",
+            "inference, examples/s",
+        ]
+    ]
+    for row in [*summary.systems()[:1], *summary.routers()]:
+        own = row.difference is None
+        cost, used, speed = row.system.cost, row.routing, row.speed
+        value = flops(row)
+        lines.append(
+            [
+                "the config's" if own else label(row.system.name),
+                _interval(row.test, summary),
+                NONE if row.difference is None else _interval(row.difference.negated(), summary, signed=True),
+                NONE if row.rate is None else f"{row.rate:g}{' (edge)' if row.rate_at_edge else ''}",
+                f"{used['load_imbalance']:.2f}" if "load_imbalance" in used else NONE,
+                f"{100 * used['drop_rate']:.1f}" if "drop_rate" in used else NONE,
+                NONE if cost is None else f"{cost.active_params:,}",
+                NONE if value is None else f"{value / 1e6:,.2f}",
+                *(
+                    f"{speed[k]:,.0f}" if k in speed else NONE
+                    for k in ("train_examples_per_second", "inference_examples_per_second")
+                ),
+            ]
+        )
+    return lines
+
+
+def _interval(value: Interval, summary: Summary, signed: bool = False) -> str:
+    shown = number(value.mean, summary, signed)
+    return shown if value.half_width is None else f"{shown} ± {number(value.half_width, summary)}"
 
 
 def _seconds(values: Sequence[float]) -> str:
@@ -80,11 +129,19 @@ def legend(summary: Summary) -> list[str]:
     lines = [
         f"Means of {n} seed{'s' if n > 1 else ''}, ± half a 95 % interval (Student's t); differences are paired by "
         "seed. Test data was read once a seed, with the weights of the last step.",
-        "Equal time: the last validation by the time the fastest system had ended its training; the slower ones are "
-        f"cut short of their schedule. Time is {_CLOCKS[summary.clock]}.",
         "FLOPs: products alone, two a multiply-add, counted by torch.utils.flop_counter in an evaluation forward; of "
         "the replaced blocks and of the whole model over the sparse one's.",
     ]
+    if len(summary.systems()) > 1:
+        lines.append(
+            "Equal time: the last validation by the time the fastest system had ended its training; the slower ones "
+            f"are cut short of their schedule. Time is {_CLOCKS[summary.clock]}."
+        )
+    if summary.routers():
+        lines.append(
+            "Routers: the config's model with another router, its experts as wide as gives equal active FLOPs. Load "
+            "imbalance is the most loaded expert over the mean, in the test; means over layers and seeds."
+        )
     if any(row.speed for row in summary.rows):
         lines.append(
             "Speed: median of rounds in which the systems take turns, after a warm-up round, without reading data. "
@@ -93,12 +150,18 @@ def legend(summary: Summary) -> list[str]:
     return lines
 
 
+def tables(summary: Summary) -> list[list[list[str]]]:
+    """What there is to show: systems in columns, routers in lines."""
+    found = [cells(summary)] if len(summary.systems()) > 1 else []
+    return [*found, router_cells(summary)] if summary.routers() else found
+
+
 def markdown(title: str, summary: Summary, facts: Sequence[str]) -> str:
     """The table with its sentences, notes and legend as a Markdown page."""
-    table = cells(summary)
-    lines = [f"# {title}", "", "| " + " | ".join(table[0]) + " |"]
-    lines.append("|" + " --- |" + " ---: |" * (len(table[0]) - 1))
-    lines += ["| " + " | ".join(row) + " |" for row in table[1:]]
+    lines = [f"# {title}"]
+    for table in tables(summary):
+        lines += ["", "| " + " | ".join(table[0]) + " |", "|" + " --- |" + " ---: |" * (len(table[0]) - 1)]
+        lines += ["| " + " | ".join(row) + " |" for row in table[1:]]
     lines += ["", *(f"**{s}**  " for s in summary.sentences()), ""]
     lines += [f"- {note}" for note in [*notes(summary), *legend(summary), *facts]]
     return "\n".join(lines) + "\n"
@@ -110,15 +173,17 @@ def show(title: str, summary: Summary) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    rows = cells(summary)
-    table = Table(title=escape(title), title_justify="left", title_style="bold")
-    for index, name in enumerate(rows[0]):
-        first = index == 0
-        table.add_column(escape(name.replace(", ", ",\n")), justify="left" if first else "right", no_wrap=first)
-    for row in rows[1:]:
-        table.add_row(*(escape(cell) for cell in row))
     console = Console()
-    console.print(table)
+    for rows in tables(summary):
+        table = Table(title=escape(title), title_justify="left", title_style="bold")
+        shown = _ON_SCREEN if rows[0][0] == "router" else range(len(rows[0]))
+        for index in shown:
+            first = index == 0
+            name = rows[0][index].replace(", ", ",\n")
+            table.add_column(escape(name), justify="left" if first else "right", no_wrap=first)
+        for row in rows[1:]:
+            table.add_row(*(escape(row[index]) for index in shown))
+        console.print(table)
     for line in summary.sentences():
         console.print(f"[bold]{escape(line)}[/bold]", highlight=False)
     for line in [*notes(summary), *legend(summary)[:2]]:
@@ -128,7 +193,7 @@ def show(title: str, summary: Summary) -> None:
 def picture(title: str, summary: Summary, path: Path) -> Path | None:
     """Quality against FLOPs, one point a system with its interval; None where no system has FLOPs."""
     series = []
-    for row in summary.rows:
+    for row in summary.systems():
         cost = flops(row)
         if cost is not None:
             half = row.test.half_width

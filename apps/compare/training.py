@@ -236,6 +236,12 @@ def _fit(
         if name not in result["test"]:
             raise ValueError(f"{type(module).__name__} monitors {module.monitor!r}, but a test logs no {name!r}")
         result["test_quality"] = result["test"][name]
+        # Means over the layers; those of each layer have one more level.
+        result["routing"] = {
+            k.rpartition("/")[2]: float(v)
+            for k, v in logged[0].items()
+            if k.startswith("test/routing/") and k.count("/") == 2
+        }
     return result
 
 

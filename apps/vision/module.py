@@ -56,6 +56,7 @@ class VisionClassifier(SparseModule):
         ValueError: a value out of its range, a combination that cannot be built, or weights that do not load.
     """
 
+    context_fields: ClassVar[tuple[str, ...]] = ("token_ids_BS",)
     data_arguments: ClassVar[tuple[str, ...]] = ("image_size", "in_chans", "num_classes")
     monitor: ClassVar[str] = "val/top1"
     monitor_mode: ClassVar[Literal["min", "max"]] = "max"
@@ -82,6 +83,7 @@ class VisionClassifier(SparseModule):
         if num_classes < 2:
             raise ValueError(f"num_classes={num_classes} must be at least 2 for a classifier")
         self.vit, self.moe, self.moe_blocks = vit or ViTConfig(), moe, moe_blocks
+        self.moe_config, self.moe_dim = moe, self.vit.dim
         self.image_size, self.in_chans, self.num_classes = image_size, in_chans, num_classes
         self.label_smoothing, self.pretrained, self.report = label_smoothing, pretrained, report
         self.grad_checkpointing = grad_checkpointing
@@ -135,6 +137,9 @@ class VisionClassifier(SparseModule):
     def configure_callbacks(self) -> list[Callback]:
         callbacks = super().configure_callbacks()
         return callbacks if self.report is None else [*callbacks, VisionReport(self.report)]
+
+    def with_moe(self, moe: core.MoEConfig) -> VisionClassifier:
+        return _twin(self, moe)
 
     def baselines(self) -> Mapping[str, Baseline]:
         """Dense models of equal active FLOPs and of equal parameters; only the FFNs in place of experts are wider."""
@@ -201,19 +206,23 @@ class _Dense:
     width: int
 
     def __call__(self) -> VisionClassifier:
-        s = self.sparse
-        return VisionClassifier(
-            vit=s.vit,
-            moe=None,
-            moe_blocks=s.moe_blocks,
-            replaced_hidden_dim=self.width,
-            image_size=s.image_size,
-            in_chans=s.in_chans,
-            num_classes=s.num_classes,
-            label_smoothing=s.label_smoothing,
-            pretrained=s.pretrained,
-            grad_checkpointing=s.grad_checkpointing,
-            optimizer=s.optimizer_config,
-            ema_decay=s.ema_decay,
-            report=s.report,
-        )
+        return _twin(self.sparse, None, self.width)
+
+
+def _twin(of: VisionClassifier, moe: core.MoEConfig | None, replaced_hidden_dim: int | None = None) -> VisionClassifier:
+    """``of`` anew, with other layers in the replaced blocks."""
+    return VisionClassifier(
+        vit=of.vit,
+        moe=moe,
+        moe_blocks=of.moe_blocks,
+        replaced_hidden_dim=replaced_hidden_dim,
+        image_size=of.image_size,
+        in_chans=of.in_chans,
+        num_classes=of.num_classes,
+        label_smoothing=of.label_smoothing,
+        pretrained=of.pretrained,
+        grad_checkpointing=of.grad_checkpointing,
+        optimizer=of.optimizer_config,
+        ema_decay=of.ema_decay,
+        report=of.report,
+    )

@@ -47,6 +47,7 @@ class TinyModel(SparseModule):
     ) -> None:
         super().__init__(optimizer=optimizer, ema_decay=ema_decay)
         self.moe, self.offers, self.explodes_from = moe, offers or ["dense_equal_flops"], explodes_from
+        self.moe_config, self.moe_dim = moe, D
         self.embed = nn.Linear(2, TOKENS * D)
         dense = nn.Sequential(nn.Linear(D, hidden, bias=False), nn.GELU(), nn.Linear(hidden, D, bias=False))
         self.block = dense if moe is None else moe.build(D)
@@ -69,6 +70,9 @@ class TinyModel(SparseModule):
 
     def build_metrics(self) -> MetricCollection:
         return MetricCollection({"top1": MulticlassAccuracy(CLASSES, average="micro")})
+
+    def with_moe(self, moe: core.MoEConfig) -> TinyModel:
+        return TinyModel(moe=moe, optimizer=self.optimizer_config, ema_decay=self.ema_decay)
 
     def baselines(self) -> Mapping[str, Baseline]:
         assert self.moe is not None

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from apps import routers
 from apps.cli import main as moesaic
 from apps.compare import command, training
 from apps.compare.experiment import Experiment, arguments
@@ -452,6 +453,45 @@ def test_compare_digits(tmp_path, capsys):
     assert "dense, equal parameters" in (tmp_path / "digits" / "table.md").read_text()
     assert (tmp_path / "digits" / "quality_against_flops.png").exists()
     assert "lightning" not in capsys.readouterr().err.lower()
+
+
+def overlay(path: Path, **options: object) -> str:
+    router = {"class_path": "core.TokenChoice", "init_args": options}
+    path.write_text(json.dumps({"model": {"init_args": {"moe": {"router": router}}}}))
+    return str(path)
+
+
+def test_routers_are_compared_at_equal_active_flops(config, tmp_path, capsys):
+    switch = overlay(tmp_path / "switch.yaml", top_k=1)
+    # One expert a token where the config has two: 576 = 64 + 4 * 8 * F, so F = 16 in place of 8.
+    made = routers.Variant(experiment(config).module("sparse"), switch).config()
+    assert (made.router.top_k, made.expert.hidden_dim, made.flops_per_token(8)) == (1, 16, 576)
+    too_many = overlay(tmp_path / "too_many.yaml", top_k=5)
+    output = tmp_path / "out"
+    argv = ["compare", str(config), "--seeds", "2", "--output", str(output), "--rounds", "1", "--jobs", "2",
+            "--learning_rates", "0.01", "--routers", switch, too_many]  # fmt: skip
+    assert moesaic(argv) == 0
+    page = (output / "table.md").read_text()
+    assert [line.split(" |")[0] for line in page.splitlines() if line.startswith("| ")] == [
+        *("| router", "| ---"),
+        *("| the config's", "| switch"),
+    ]
+    assert "too_many: left out: top_k=5 exceeds num_experts=4." in page
+    found = json.loads((output / "results.json").read_text())["summary"]["rows"]
+    assert [row["system"]["name"] for row in found] == ["sparse", "router_switch"]
+    assert found[1]["system"]["replaced_ratio"] == 1.0
+    assert 1 <= found[1]["routing"]["load_imbalance"] <= 4
+    assert found[1]["routing"]["drop_rate"] == 0
+
+
+def test_an_unknown_router_is_named(config, tmp_path, capsys):
+    assert moesaic(["compare", str(config), "--output", str(tmp_path / "o"), "--routers", "swich"]) == 1
+    assert "router 'swich' is neither a file nor one of" in capsys.readouterr().err
+    (tmp_path / "bad.yaml").write_text("model: {}")
+    assert (
+        moesaic(["compare", str(config), "--output", str(tmp_path / "o"), "--routers", str(tmp_path / "bad.yaml")]) == 1
+    )
+    assert "bad.yaml has no model.init_args.moe.router with a class_path" in capsys.readouterr().err
 
 
 def test_help(capsys):
