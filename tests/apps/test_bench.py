@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from apps import bench
 from apps.cli import main as moesaic
 
@@ -28,3 +30,21 @@ def test_bench_runs_the_file_with_its_options(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "FOLDER", tmp_path / "none")
     assert moesaic(["bench", "layer"]) == 2
     assert "they are in the source tree" in capsys.readouterr().err
+
+
+def test_bench_routing_reads_the_overlays(capsys):
+    assert (
+        moesaic(["bench", "routing", "--small", "--rounds", "2", "--threads", "1", "--routers", "switch", "top2"]) == 0
+    )
+    lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [line[0].removeprefix("| ") for line in lines] == ["router", "plain top-1", "plain top-2", "switch", "top2"]
+    # The same router under two names: the same balance and the same drops.
+    assert lines[1][5:] == lines[3][5:]
+    assert lines[2][5:] == lines[4][5:]
+    assert 1 < float(lines[2][5]) < float(lines[2][6]) <= 16
+
+
+def test_bench_routing_names_an_unknown_router(capsys):
+    with pytest.raises(SystemExit):
+        moesaic(["bench", "routing", "--routers", "swich"])
+    assert "router 'swich' is neither a file nor one of" in capsys.readouterr().err

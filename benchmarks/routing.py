@@ -1,0 +1,235 @@
+"""Time, memory, balance and drop rate of every router, in one run.
+
+Each router of ``configs/routing`` decides in an MoE layer, forward and backward, against a plain top-k layer that
+computes as many pairs; every round times each once, in turn, and the ratio is taken within the round. Balance and drop
+rate are those of untrained routers, on tokens that are all alike likely and on tokens of a few clusters of Zipf sizes.
+
+    moesaic bench routing                                # the table of benchmarks/README.md
+    moesaic bench routing --routers hash base --rounds 20
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import core
+from apps import routers
+
+NONE = "–"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """B sequences of S tokens of width D through E experts of width F."""
+
+    B: int = 16
+    S: int = 256
+    D: int = 512
+    E: int = 16
+    F: int = 2048
+
+    def __str__(self) -> str:
+        return f"T={self.B * self.S} in {self.B} sequences, D={self.D}, E={self.E}, F={self.F}"
+
+
+def tokens(shape: Shape, skewed: bool) -> tuple[Tensor, Tensor]:
+    """(B, S, D) tokens and their ids (B, S): normal and uniform, or of 16 clusters whose sizes fall as 1 / rank."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(shape.B, shape.S, shape.D, generator=generator)
+    if not skewed:
+        return x, torch.randint(0, 1024, (shape.B, shape.S), generator=generator)
+    size = 1 / torch.arange(1, 17, dtype=torch.float32)
+    cluster = torch.multinomial(size, shape.B * shape.S, True, generator=generator).view(shape.B, shape.S)
+    centre = torch.randn(16, shape.D, generator=generator)
+    return centre[cluster] + 0.3 * x, cluster
+
+
+def context(config: Any, ids_BS: Tensor) -> core.RoutingContext:
+    """What the router needs to know: sequences take tasks and domains in turn."""
+    place_B = torch.arange(ids_BS.shape[0])
+    return core.RoutingContext(
+        token_ids_BS=ids_BS,
+        task_ids_B=place_B % getattr(config, "num_tasks", 4),
+        domain_ids_B=place_B % getattr(config, "num_domains", 4),
+        modality_BS=ids_BS % 2,
+    )
+
+
+def configure(router: str | core.RouterConfig, shape: Shape) -> core.MoEConfig:
+    """The layer with a router by name, or with a plain one."""
+    plain = core.MoEConfig(shape.E, core.TokenChoice(top_k=2), core.FFN(hidden_dim=shape.F))
+    if isinstance(router, str):
+        return routers.with_router(plain, router)
+    return dataclasses.replace(plain, router=router)
+
+
+def step(config: core.MoEConfig, shape: Shape, x: Tensor, ids_BS: Tensor) -> tuple[core.MoELayer, Callable[[], None]]:
+    torch.manual_seed(0)
+    layer = config.build(shape.D)
+    x = x.clone().requires_grad_()
+    dy, known = torch.randn_like(x), context(config.router, ids_BS)
+
+    def run() -> None:
+        x.grad = None
+        layer.zero_grad(set_to_none=True)
+        layer(x, known).backward(dy)
+
+    return layer, run
+
+
+def kept_mb(layer: core.MoELayer, x: Tensor, known: core.RoutingContext) -> float:
+    """MB that a forward keeps for its backward, parameters and ``x`` left out."""
+    own = {p.untyped_storage().data_ptr() for p in layer.parameters()} | {x.untyped_storage().data_ptr()}
+    seen: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        if t.untyped_storage().data_ptr() not in own:
+            seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        layer(x, known)
+    return sum(seen.values()) / 1e6
+
+
+@torch.no_grad()
+def usage(config: core.MoEConfig, shape: Shape, skewed: bool) -> tuple[float, float | None]:
+    """Load imbalance in training, and the drop rate at a capacity factor of 1.25; None where there is no capacity."""
+    x, ids_BS = tokens(shape, skewed)
+
+    def stats(changed: core.MoEConfig) -> core.LayerStats:
+        torch.manual_seed(0)
+        layer = changed.build(shape.D)
+        with core.record(layer) as tape:
+            layer(x, context(changed.router, ids_BS))
+        return core.RoutingStats.from_tape(tape).layers[""]
+
+    # The experts do not matter here.
+    small = dataclasses.replace(config, expert=core.FFN(hidden_dim=8))
+    try:
+        limited = dataclasses.replace(small, capacity_factor=1.25)
+    except ValueError:
+        return stats(small).load_imbalance, None
+    return stats(small).load_imbalance, stats(limited).drop_rate
+
+
+def measure(names: list[str], shape: Shape, rounds: int) -> list[dict[str, Any]]:
+    x, ids_BS = tokens(shape, False)
+    configs = {name: configure(name, shape) for name in names}
+    pairs = {n: c.router.pairs_per_token(shape.E) for n, c in configs.items()}
+    ks = sorted({min(max(round(p), 1), shape.E) for p in pairs.values()})
+    plain = {k: f"plain top-{k}" for k in ks}
+    configs |= {plain[k]: configure(core.TokenChoice(top_k=k), shape) for k in ks}
+    layers: dict[str, core.MoELayer] = {}
+    seconds: dict[str, list[float]] = {name: [] for name in configs}
+    # One layer of each K is held, and the routers' one by one: all at once would not fit a laptop's memory.
+    runs = {}
+    for k in ks:
+        layers[plain[k]], runs[plain[k]] = step(configs[plain[k]], shape, x, ids_BS)
+        runs[plain[k]]()
+    rows = []
+    for name in [*plain.values(), *names]:
+        k = int(name.rpartition("-")[2]) if name in plain.values() else min(max(round(pairs[name]), 1), shape.E)
+        reference, ratios = runs[plain[k]], []
+        if name not in layers:
+            layers[name], runs[name] = step(configs[name], shape, x, ids_BS)
+            runs[name]()
+        for _ in range(rounds):
+            began = time.perf_counter()
+            reference()
+            middle = time.perf_counter()
+            runs[name]()
+            ended = time.perf_counter()
+            seconds[name].append(ended - middle)
+            ratios.append((ended - middle) / (middle - began))
+        quarter = statistics.quantiles(ratios, n=4) if rounds > 1 else ratios * 3
+        known = context(configs[name].router, ids_BS)
+        even, skewed = (usage(configs[name], shape, s) for s in (False, True))
+        rows.append(
+            {
+                "router": name,
+                "pairs_per_token": pairs.get(name, float(k)),
+                "against": plain[k],
+                "ms": statistics.median(seconds[name]) * 1e3,
+                "ratio": quarter[1],
+                "ratio_quartiles": [quarter[0], quarter[2]],
+                "kept_mb": kept_mb(layers[name], x, known),
+                "imbalance": even[0],
+                "imbalance_skewed": skewed[0],
+                "drop_rate": even[1],
+                "drop_rate_skewed": skewed[1],
+            }
+        )
+        print(line(rows[-1]), flush=True)
+        if name in names:
+            del layers[name], runs[name]
+            gc.collect()
+    return rows
+
+
+HEAD = (
+    "| router | pairs a token | ms | time over plain top-k (quartiles) | kept, MB | imbalance | skewed | dropped, % | "
+    "skewed |\n|---|---|---|---|---|---|---|---|---|"
+)
+
+
+def line(row: dict[str, Any]) -> str:
+    def percent(value: float | None) -> str:
+        return NONE if value is None else f"{100 * value:.1f}"
+
+    low, high = row["ratio_quartiles"]
+    cells = [
+        row["router"],
+        f"{row['pairs_per_token']:.3g}",
+        f"{row['ms']:.0f}",
+        f"{row['ratio']:.2f}x ({low:.2f}-{high:.2f})",
+        f"{row['kept_mb']:.0f}",
+        f"{row['imbalance']:.2f}",
+        f"{row['imbalance_skewed']:.2f}",
+        percent(row["drop_rate"]),
+        percent(row["drop_rate_skewed"]),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="routing", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--routers", nargs="+", default=["all"], help="names of configs/routing, files, or all")
+    parser.add_argument("--rounds", type=int, default=7, help="timed rounds of each router, after one warm-up")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads")
+    parser.add_argument("--small", action="store_true", help="a shape of a second, to see that it runs")
+    parser.add_argument("--json", type=Path, help="write all rows to this file too")
+    args = parser.parse_args(argv)
+    if args.rounds < 1:
+        parser.error(f"--rounds {args.rounds} is not at least 1")
+    try:
+        names = list(routers.resolve(args.routers))
+    except ValueError as error:
+        parser.error(str(error))
+    torch.set_num_threads(args.threads)
+    shape = Shape(B=2, S=16, D=16, F=16) if args.small else Shape()
+    print(
+        f"{shape}, float32, {torch.get_num_threads()} threads, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}"
+    )
+    print(HEAD, flush=True)
+    rows = measure(names, shape, args.rounds)
+    if args.json:
+        args.json.write_text(json.dumps({"shape": dataclasses.asdict(shape), "rows": rows}, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
