@@ -160,6 +160,33 @@ def expert_class_heatmap(
     return fig
 
 
+def gates_heatmap(gates: Mapping[str, np.ndarray], sequence_length: int, title: str) -> Figure:
+    """Who computes whom: a map each, rows experts, columns tokens, colour the weight of the expert in the token.
+
+    Args:
+        gates: name, such as "training", to (T, E) weights.
+        sequence_length: tokens of a sequence; a line parts the sequences.
+        title: of the figure.
+    """
+    fig = _figure(4.1 * len(gates) + 0.9, 2.3)
+    axes = fig.subplots(1, len(gates), squeeze=False, sharey=True)[0]
+    top = max(float(np.nanmax(values)) for values in gates.values()) or 1.0
+    image: Any = None
+    for axis, (name, values) in zip(axes, gates.items(), strict=True):
+        image = axis.imshow(values.T, aspect="auto", cmap="cividis", vmin=0.0, vmax=top, interpolation="nearest")
+        for edge in range(sequence_length, len(values), sequence_length):
+            axis.axvline(edge - 0.5, color="white", linewidth=1.5)
+        axis.set_title(name, fontsize=9)
+        axis.set_xlabel("token")
+        axis.set_xticks(range(0, len(values), max(1, len(values) // 8)))
+        axis.set_yticks(range(values.shape[1]))
+        axis.tick_params(labelsize=7)
+    axes[0].set_ylabel("expert")
+    fig.colorbar(image, ax=list(axes), label="weight", shrink=0.95, pad=0.02)
+    fig.suptitle(title, fontsize=10)
+    return fig
+
+
 def load_bars(
     tokens_per_expert: Mapping[str, np.ndarray],
     drop_rate: Mapping[str, float] | None = None,

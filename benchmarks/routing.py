@@ -180,6 +180,35 @@ def measure(names: list[str], shape: Shape, rounds: int) -> list[dict[str, Any]]
     return rows
 
 
+@torch.no_grad()
+def gates(config: core.MoEConfig, shape: Shape, training: bool) -> Tensor:
+    """(T, E): the weight of each expert in each token, on the tokens of clusters."""
+    x, ids_BS = tokens(shape, True)
+    torch.manual_seed(0)
+    layer = config.build(shape.D).train(training)
+    with core.record(layer) as tape:
+        layer(x, context(config.router, ids_BS))
+    routing = tape.entries[0].routing
+    if not isinstance(routing, core.Routing):
+        return routing.scores_TE  # soft slots and merged experts: every expert has a share in every token
+    found = torch.zeros(routing.num_tokens, shape.E + 1)
+    found.index_put_((routing.token_index_N, routing.expert_ids_N), routing.gates_N, accumulate=True)
+    return found[:, : shape.E]
+
+
+def draw(names: list[str], folder: Path) -> None:
+    """One picture a router: who computes whom, of two sequences of 16 tokens in up to 16 clusters."""
+    from apps import plots
+
+    shape = Shape(B=2, S=16, D=32, E=8, F=8)
+    for name in names:
+        config = configure(name, shape)
+        shown = {"training": gates(config, shape, True).numpy(), "evaluation": gates(config, shape, False).numpy()}
+        path = folder / f"{Path(name).stem}.png"
+        plots.save_figure(plots.gates_heatmap(shown, shape.S, f"{Path(name).stem}, untrained"), path)
+        print(path)
+
+
 HEAD = (
     "| router | pairs a token | ms | time over plain top-k (quartiles) | kept, MB | imbalance | skewed | dropped, % | "
     "skewed |\n|---|---|---|---|---|---|---|---|---|"
@@ -211,6 +240,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds of each router, after one warm-up")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads")
     parser.add_argument("--small", action="store_true", help="a shape of a second, to see that it runs")
+    parser.add_argument("--pictures", type=Path, metavar="DIR", help="draw who computes whom instead, one PNG a router")
     parser.add_argument("--json", type=Path, help="write all rows to this file too")
     args = parser.parse_args(argv)
     if args.rounds < 1:
@@ -220,6 +250,9 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     torch.set_num_threads(args.threads)
+    if args.pictures:
+        draw(names, args.pictures)
+        return 0
     shape = Shape(B=2, S=16, D=16, F=16) if args.small else Shape()
     print(
         f"{shape}, float32, {torch.get_num_threads()} threads, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}"
