@@ -1,14 +1,16 @@
 """moesaic's engine: mixture-of-experts layers on PyTorch."""
 
 from .config import MoEConfig
-from .contract import Entry, Routing, RoutingContext, Rows, Tape, record
+from .contract import Entry, MergeRouting, Routing, RoutingContext, Rows, SlotRouting, Tape, record
 from .experts import FFN, GEGLU, ExpertConfig, Experts, SwiGLU
 from .flops import count_flops
 from .kernels import resolve_backend
 from .layers import (
     AuxLosses,
+    MergedMoE,
     MoE,
     MoELayer,
+    SoftMoE,
     active_params,
     aux_loss,
     aux_losses,
@@ -16,35 +18,79 @@ from .layers import (
     set_capacity_factor,
     update_expert_bias,
 )
+from .routing.adaptive import DynamicThreshold, NullExperts, Threshold, TokenRounding
+from .routing.assignment import Base, Sinkhorn
 from .routing.balance import Balance
-from .routing.router import Router, RouterConfig, TokenChoice
+from .routing.consistency import consistency_loss
+from .routing.context_gates import Domain, Sentence, Task, domain_posterior
+from .routing.expert_choice import ExpertChoice
+from .routing.fixed import DomainRandom, Hash, Random
+from .routing.groups import Ensemble, Hierarchical, Prototypes
+from .routing.learned import Attention, Cosine, Stable
+from .routing.router import PairRouter, Router, RouterConfig, TokenChoice, Tokens
+from .routing.selection import Choice
+from .routing.smooth import Dense, DenseToSparse, DSelectK
+from .routing.soft import Merge, SoftSlots
 from .telemetry import LayerStats, RoutingStats
 
 __all__ = [
-    "FFN",
-    "GEGLU",
+    "Dense",
+    "DenseToSparse",
+    "DSelectK",
+    "Attention",
     "AuxLosses",
     "Balance",
+    "Base",
+    "Choice",
+    "Cosine",
+    "Domain",
+    "DomainRandom",
+    "DynamicThreshold",
+    "Ensemble",
     "Entry",
+    "ExpertChoice",
     "ExpertConfig",
     "Experts",
+    "FFN",
+    "GEGLU",
+    "Hash",
+    "Hierarchical",
     "LayerStats",
+    "Merge",
+    "MergeRouting",
+    "MergedMoE",
     "MoE",
     "MoEConfig",
     "MoELayer",
+    "NullExperts",
+    "PairRouter",
+    "Prototypes",
+    "Random",
     "Router",
     "RouterConfig",
     "Routing",
     "RoutingContext",
     "RoutingStats",
     "Rows",
+    "Sentence",
+    "Sinkhorn",
+    "SlotRouting",
+    "SoftMoE",
+    "SoftSlots",
+    "Stable",
     "SwiGLU",
     "Tape",
+    "Task",
+    "Threshold",
     "TokenChoice",
+    "TokenRounding",
+    "Tokens",
     "active_params",
     "aux_loss",
     "aux_losses",
+    "consistency_loss",
     "count_flops",
+    "domain_posterior",
     "moe_layers",
     "record",
     "resolve_backend",

@@ -8,10 +8,13 @@ from typing import Any
 
 from .experts import FFN, ExpertConfig
 from .kernels import BACKENDS
-from .layers import MoE
+from .layers import MergedMoE, MoE, SoftMoE
 from .routing.balance import Balance
-from .routing.router import RouterConfig, TokenChoice
+from .routing.router import LAYER_OPTIONS, RouterConfig, TokenChoice
 from .routing.selection import Capacity, check_group
+
+LAYERS: dict[str, type[MoE]] = {"pairs": MoE, "slots": SoftMoE, "merged": MergedMoE}
+"""The layer of each ``RouterConfig.layer_kind``."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,8 @@ class MoEConfig:
 
     Attributes:
         num_experts: E.
-        router: who computes what: ``TokenChoice(...)`` or another router config.
+        router: who computes what: ``TokenChoice(...)`` or another router config. It decides which layer is built, and
+            which of the fields below have a meaning; one without is refused unless it is left at its default.
         expert: what is computed: ``FFN(...)``, ``SwiGLU(...)``, ``GEGLU(...)``.
         capacity_factor: in training an expert takes ``ceil(capacity_factor * K * tokens in group / E)`` tokens and the
             rest are dropped; None: dropless.
@@ -61,8 +65,22 @@ class MoEConfig:
         if self.backend != "auto" and self.backend not in BACKENDS:
             raise ValueError(f"backend={self.backend!r} is not one of auto, {', '.join(BACKENDS)}")
         self.router.check(self.num_experts)
+        self._check_options()
         self.balance.check(self.router.balance_terms(), type(self.router).__name__)
+        if self.balance.adaptive and self.capacity_factor is None:
+            raise ValueError("balance.adaptive=True follows the drop rate, which is 0 without a capacity_factor")
         self.capacity()  # checks the factors and the priority
+
+    def _check_options(self) -> None:
+        """Refuse what was set by hand and has no meaning with the router."""
+        heeded, router = self.router.layer_options(), type(self.router).__name__
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name in LAYER_OPTIONS - heeded and value != f.default:
+                own = f", which has its own {f.name}" if hasattr(self.router, f.name) else ""
+                raise ValueError(f"{f.name}={value!r} does not apply to {router}{own}")
+        if self.group is not None:
+            self.router.check_group(self.group)
 
     def capacity(self) -> Capacity:
         """The capacity limits, with the router's default group filled in."""
@@ -70,7 +88,7 @@ class MoEConfig:
         return Capacity(self.capacity_factor, self.eval_capacity_factor, self.priority, group)
 
     def build(self, dim: int, out_dim: int | None = None, *, causal: bool = False) -> MoE:
-        """The layer for tokens of width ``dim``.
+        """The layer for tokens of width ``dim``: ``MoE``, or its subclass ``SoftMoE`` or ``MergedMoE``.
 
         Args:
             dim: D of the tokens.
@@ -88,7 +106,7 @@ class MoEConfig:
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} is not at least 1")
         shared = self.num_shared_experts
-        return MoE(
+        return LAYERS[self.router.layer_kind()](
             self.router.build(dim, self.num_experts, self.capacity()),
             self.expert.build(self.num_experts, dim, out_dim, self.backend),
             self.balance,
@@ -107,12 +125,32 @@ class MoEConfig:
         experts = self._pairs_per_token() + self.num_shared_experts
         return self.router.num_params(dim, self.num_experts) + round(experts * self.expert.num_params(dim, out_dim))
 
-    def flops_per_token(self, dim: int, out_dim: int | None = None) -> int:
-        """Forward FLOPs a token, two a multiply-add, router included. A capacity factor below 1 bounds the pairs."""
-        pairs = self._pairs_per_token() * min(1.0, self.capacity_factor or 1.0) + self.num_shared_experts
-        return self.router.flops_per_token(dim, self.num_experts) + round(
-            pairs * self.expert.flops_per_row(dim, out_dim)
+    def flops_per_token(self, dim: int, out_dim: int | None = None, *, tokens_per_sequence: int | None = None) -> int:
+        """Forward FLOPs a token, two a multiply-add, router included. A capacity factor below 1 bounds the pairs.
+
+        Args:
+            dim: D.
+            out_dim: of the output; None: as ``dim``.
+            tokens_per_sequence: S. Soft slots and merged experts cost so much a sequence, and need it; expert choice
+                rounds its capacity up by it; other routers do not ask.
+
+        Raises:
+            ValueError: the router needs ``tokens_per_sequence``, or it is below 1.
+        """
+        if tokens_per_sequence is not None and tokens_per_sequence < 1:
+            raise ValueError(f"tokens_per_sequence={tokens_per_sequence} is not at least 1")
+        group = self.capacity().group
+        tokens_per_group = group if isinstance(group, int) else tokens_per_sequence if group == "sequence" else None
+        rows = self.router.rows_per_token(self.num_experts, tokens_per_group) * min(1.0, self.capacity_factor or 1.0)
+        layer = self.router.layer_flops_per_token(
+            dim,
+            dim if out_dim is None else out_dim,
+            self.num_experts,
+            self.expert.num_params(dim, out_dim),
+            tokens_per_group,
         )
+        experts = (rows + self.num_shared_experts) * self.expert.flops_per_row(dim, out_dim)
+        return self.router.flops_per_token(dim, self.num_experts) + round(experts + layer)
 
     def _pairs_per_token(self) -> float:
         return self.router.pairs_per_token(self.num_experts)

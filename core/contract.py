@@ -14,8 +14,8 @@ its second expert was left out) keeps its row with the expert id ``E``: it sorts
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ class RoutingContext:
         token_ids_BS: int64 (B, S), vocabulary ids; patch positions in vision.
         task_ids_B: int64 (B,), the task of each sequence; a language pair is a task.
         domain_ids_B: int64 (B,), the domain or scenario of each sequence.
+        domain_weights_BE: float32 (B, number of domains), a mixture of domains for each sequence, as its posterior.
         modality_BS: int64 (B, S), the modality of each token.
     """
 
@@ -38,6 +39,7 @@ class RoutingContext:
     token_ids_BS: Tensor | None = None
     task_ids_B: Tensor | None = None
     domain_ids_B: Tensor | None = None
+    domain_weights_BE: Tensor | None = None
     modality_BS: Tensor | None = None
 
 
@@ -48,16 +50,23 @@ class Routing:
     Attributes:
         token_index_N: int64 (N,), the token of each pair, in ``range(T)``.
         expert_ids_N: int64 (N,), its expert, or E where the pair is not computed.
-        gates_N: float32 (N,), the combine weight of the expert's output.
+        gates_N: float32 (N,), the combine weight of the expert's output, or of its input where the router says so.
         tokens_per_expert_E: int64 (E,), pairs each expert computes.
         chosen_per_expert_E: int64 (E,), pairs of real tokens that chose it, before capacity.
         num_tokens: T, padding included.
         top_k: K where the pairs are token-major, so that pair ``n`` belongs to token ``n // K``; else None.
-        logits_TE: float32 (T, E), without noise; None where E is too large to hold them.
+        logits_TE: float32 (T, E), without noise; (T, M) with null experts; -inf where a token cannot reach an expert;
+            None where E is too large to hold them.
         scores_TE: float32 (T, E), the score function of ``logits_TE``; each row sums to 1 in the balance losses.
         valid_T: bool (T,), False for padding; None where every token is real.
         noise_std: standard deviation of the noise added to the logits, a float or (T, E); None without noise.
         threshold_TE: float32, broadcastable to (T, E): what a noisy logit had to reach to be chosen; or None.
+        num_sequences: B, for the losses of each sequence; T is B times their length. None where it is not known.
+        extra: the gate's own losses by name, float32 (T,) each; padding may hold any finite value. Their means over
+            the real tokens join the balance losses with the weights of ``RouterConfig.extra_weights``. None: none.
+        balance_scores, balance_chosen: float32 (T, M) and (M,), what the ``load_balancing`` and ``importance`` losses
+            read in place of ``scores_TE`` and ``chosen_per_expert_E``, where they judge more than the E experts (null
+            experts), or another choice than the computed one. None: the same.
     """
 
     token_index_N: Tensor
@@ -72,11 +81,96 @@ class Routing:
     valid_T: Tensor | None = None
     noise_std: float | Tensor | None = None
     threshold_TE: Tensor | None = None
+    num_sequences: int | None = None
+    extra: dict[str, Tensor] | None = None
+    balance_scores: Tensor | None = None
+    balance_chosen: Tensor | None = None
 
     def detach(self) -> Routing:
         """The same decision without its graph."""
-        detached: dict[str, Any] = {k: v.detach() for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **detached)
+        return replace(self, **_detached(self))
+
+
+def _detached(routing: Any) -> dict[str, Any]:
+    detached: dict[str, Any] = {k: v.detach() for k, v in vars(routing).items() if isinstance(v, Tensor)}
+    if getattr(routing, "extra", None) is not None:
+        detached["extra"] = {name: value_T.detach() for name, value_T in routing.extra.items()}
+    return detached
+
+
+@dataclass(frozen=True)
+class SlotRouting:
+    """Soft slots: each of an expert's P slots is a weighted mean of the tokens of a group (arXiv 2308.00951).
+
+    A group is a sequence, so ``G = B`` and ``T = G * S``.
+
+    Attributes:
+        dispatch_GSEP: float32 (G, S, E, P), the share of each token in each slot: sums to 1 over the real tokens S.
+        combine_GSEP: float32 (G, S, E, P), the share of each slot in each token: sums to 1 over E and P.
+            Padding has 0 in both.
+        tokens_per_expert_E: int64 (E,), slots each expert computes for the groups that have a real token.
+        chosen_per_expert_E: the same: no slot is ever left out.
+        num_tokens: T, padding included.
+        valid_T: bool (T,), False for padding; None where every token is real.
+    """
+
+    dispatch_GSEP: Tensor
+    combine_GSEP: Tensor
+    tokens_per_expert_E: Tensor
+    chosen_per_expert_E: Tensor
+    num_tokens: int
+    valid_T: Tensor | None = None
+
+    @property
+    def scores_TE(self) -> Tensor:
+        """float32 (T, E), how a token's output is shared out among the experts."""
+        return self.combine_GSEP.sum(-1).flatten(0, 1)
+
+    def detach(self) -> SlotRouting:
+        """The same decision without its graph."""
+        return replace(self, **_detached(self))
+
+
+@dataclass(frozen=True)
+class MergeRouting:
+    """Merged experts: all tokens of a group take one expert, the weighted sum of the experts' parameters.
+
+    A group is a sequence or a segment of one, ``G = B * groups_per_sequence``, sequence by sequence.
+
+    Attributes:
+        weights_GE: float32 (G, E), the share of each expert's parameters.
+        tokens_per_group: tokens of a group; the last of a sequence may have fewer.
+        groups_per_sequence: groups of a sequence.
+        tokens_per_expert_E: int64 (E,), real tokens whose merged expert has a part of this one.
+        chosen_per_expert_E: the same: nothing is ever left out.
+        num_tokens: T, padding included.
+        in_segments: a sequence may have several groups.
+        logits_GE: float32 (G, E), what the weights were made of.
+        valid_T: bool (T,), False for padding; None where every token is real.
+    """
+
+    weights_GE: Tensor
+    tokens_per_group: int
+    groups_per_sequence: int
+    tokens_per_expert_E: Tensor
+    chosen_per_expert_E: Tensor
+    num_tokens: int
+    in_segments: bool = False
+    logits_GE: Tensor | None = None
+    valid_T: Tensor | None = None
+
+    @property
+    def scores_TE(self) -> Tensor:
+        """float32 (T, E), the weights of each token's group."""
+        B = self.weights_GE.shape[0] // self.groups_per_sequence
+        weights_BSE = self.weights_GE.unflatten(0, (B, self.groups_per_sequence)).repeat_interleave(
+            self.tokens_per_group, dim=1
+        )
+        return weights_BSE[:, : self.num_tokens // max(B, 1)].flatten(0, 1)
+
+    def detach(self) -> MergeRouting:
+        """The same decision without its graph."""
+        return replace(self, **_detached(self))
 
 
 @dataclass(frozen=True)
@@ -92,6 +186,17 @@ class RowPlan:
     order_R: Tensor
     inverse_N: Tensor
     top_k: int | None
+
+
+@dataclass(frozen=True)
+class SlotPlan:
+    """How the slot dispatcher finds its way back.
+
+    Attributes:
+        combine_GSEP: as in ``SlotRouting``.
+    """
+
+    combine_GSEP: Tensor
 
 
 @dataclass(frozen=True)
@@ -122,6 +227,11 @@ class Rows:
         """The rows themselves, (R, D), for simple experts and a user's own."""
         return self.x if self.gathered else self.x.index_select(0, self.row_index_R)
 
+    def weighted_input(self) -> Rows:
+        """The rows times their gates, with gates of 1 from here on: ``f(g x)`` in place of ``g f(x)``."""
+        x_RD = (self.materialize() * self.gates_R[:, None]).to(self.x.dtype)
+        return replace(self, x=x_RD, gates_R=torch.ones_like(self.gates_R), gathered=True)
+
     def with_output(self, y: Tensor, *, weighted: bool = False, combined: bool = False) -> Rows:
         """These rows after the experts: ``y`` is (R, D_out), or (T, D_out) when ``combined``."""
         return replace(self, x=y, gathered=True, weighted=weighted or combined, combined=combined)
@@ -139,6 +249,8 @@ class Entry:
         terms: the balance terms that apply to its router.
         needs_grad: the router trains and gradients were wanted when the tape was opened.
         has_grad: gradients were on during the pass.
+        load_balancing_weight: the layer's adaptive weight of that term, (); None where ``balance`` says it.
+        extra_weights: the router's weights of ``routing.extra``.
     """
 
     name: str
@@ -148,6 +260,8 @@ class Entry:
     terms: frozenset[str] = frozenset()
     needs_grad: bool = False
     has_grad: bool = True
+    load_balancing_weight: Tensor | None = None
+    extra_weights: Mapping[str, float] = field(default_factory=dict)
 
     def detach(self) -> Entry:
         return replace(self, routing=self.routing.detach(), context=None, needs_grad=False)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
-from .contract import Routing, RowPlan, Rows
+from .contract import Routing, RowPlan, Rows, SlotPlan, SlotRouting
 from .kernels import eager
 
 
 class Dispatcher(Protocol):
-    def dispatch(self, x: Tensor, routing: Routing) -> Rows:
-        """(T, D) tokens to rows sorted by expert."""
+    def dispatch(self, x: Tensor, routing: Any) -> Rows:
+        """(T, D) tokens to rows sorted by expert. ``routing`` is what the layer's router decides."""
 
     def combine(self, rows: Rows) -> Tensor:
         """The experts' output to (T, D_out): what is not weighted and summed yet is so here."""
@@ -37,3 +38,35 @@ class LocalDispatcher:
             return rows.x
         gates_R = None if rows.weighted else rows.gates_R
         return eager.combine(rows.x, rows.row_index_R, rows.offsets_E, gates_R, rows.num_tokens).to(rows.x.dtype)
+
+
+class SlotDispatcher:
+    """Soft slots: the rows of an expert are its slots of all groups, G * P of them, each a mean over its group.
+
+    Tokens come and go by group, (G, S, D). Sums over tokens and slots run in their dtype (autocast's, where it is on).
+    """
+
+    def dispatch(self, x: Tensor, routing: SlotRouting) -> Rows:
+        dispatch_GSEP = routing.dispatch_GSEP
+        G, S, E, P = dispatch_GSEP.shape
+        if routing.valid_T is not None:
+            # Padding has share 0 but may hold NaN.
+            x = x.masked_fill(~routing.valid_T.unflatten(0, (G, S))[:, :, None], 0.0)
+        slots_EGPD = torch.einsum("gsep,gsd->egpd", dispatch_GSEP.to(x.dtype), x)
+        R, device = E * G * P, x.device
+        return Rows(
+            x=slots_EGPD.reshape(R, x.shape[-1]),
+            row_index_R=torch.arange(R, device=device),
+            offsets_E=torch.arange(1, E + 1, dtype=torch.int32, device=device) * (G * P),
+            # The experts weight each row by its gate: here the combine weights do.
+            gates_R=torch.ones(R, dtype=dispatch_GSEP.dtype, device=device),
+            num_tokens=routing.num_tokens,
+            plan=SlotPlan(routing.combine_GSEP),
+            gathered=True,
+        )
+
+    def combine(self, rows: Rows) -> Tensor:
+        combine_GSEP = rows.plan.combine_GSEP
+        G, _, E, P = combine_GSEP.shape
+        y_EGPD = rows.x.reshape(E, G, P, rows.x.shape[-1])
+        return torch.einsum("gsep,egpd->gsd", combine_GSEP.to(rows.x.dtype), y_EGPD)

@@ -28,6 +28,18 @@ class Experts(nn.Module):
         """Every token through every expert, summed: how shared experts run. (..., D) to (..., D_out)."""
         raise NotImplementedError
 
+    def merged(self, x: Tensor, weights: Tensor) -> Tensor:
+        """Each group of tokens through one expert whose parameters are a weighted sum of those of all E.
+
+        Args:
+            x: (G, S, D), tokens by group.
+            weights: float32 (G, E), the share of each expert.
+
+        Returns:
+            (G, S, D_out).
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot be merged: it has no method `merged`")
+
 
 class FFNExperts(Experts):
     """E feed-forward networks: ``act(x w_in + b_in) w_out + b_out``, gated when ``w_gate`` is there.
@@ -92,6 +104,25 @@ class FFNExperts(Experts):
             y = y_e if y is None else y + y_e
         assert y is not None
         return y
+
+    def merged(self, x: Tensor, weights: Tensor) -> Tensor:
+        # The sum over experts in the parameters' own dtype: under autocast it is rounded once, after it.
+        with torch.autocast(x.device.type, enabled=False):
+            parts = [
+                None if w is None else (weights.to(w.dtype) @ w.flatten(1)).unflatten(1, w.shape[1:])
+                for w in (self.w_in, self.w_out, self.b_in, self.b_out, self.w_gate)
+            ]
+        x, *cast = _autocast(x, *parts)
+        w_in, w_out, b_in, b_out, w_gate = cast
+        assert w_in is not None
+        assert w_out is not None
+        act = ACTIVATIONS[self.activation]
+        h = x @ w_in
+        if b_in is not None:
+            h = h + b_in[:, None]
+        h = act(h) if w_gate is None else act(x @ w_gate) * h
+        y = h @ w_out
+        return y if b_out is None else y + b_out[:, None]
 
     def extra_repr(self) -> str:
         E, D, H = self.w_in.shape

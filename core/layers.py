@@ -11,11 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .contract import Entry, RoutingContext, Tape
-from .dispatch import Dispatcher, LocalDispatcher
+from .contract import Entry, MergeRouting, RoutingContext, SlotRouting, Tape
+from .dispatch import Dispatcher, LocalDispatcher, SlotDispatcher
 from .experts import Experts
-from .routing.balance import TERMS, Balance, balance_sums, balance_terms
+from .routing.balance import Balance, adaptive_weight, balance_sums, balance_terms
 from .routing.router import Router
+from .routing.soft import in_segments
 
 
 class MoELayer(nn.Module):
@@ -24,15 +25,28 @@ class MoELayer(nn.Module):
     Attributes:
         router, experts, dispatcher: the parts.
         balance: weights of the layer's balance losses.
+        load_balancing_weight: float32 () buffer where ``balance.adaptive``, else None.
     """
 
     router: Router
     experts: Experts
     balance: Balance
+    load_balancing_weight: Tensor | None
 
-    def __init__(self) -> None:
+    def __init__(self, balance: Balance = Balance()) -> None:
         super().__init__()
         self._tapes: tuple[tuple[str, Tape], ...] = ()
+        self.balance = balance
+        weight = torch.tensor(balance.load_balancing, dtype=torch.float32) if balance.adaptive else None
+        self.register_buffer("load_balancing_weight", weight)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> MoELayer:
+        before = self.load_balancing_weight
+        super()._apply(fn, recurse)
+        if before is not None and self.load_balancing_weight is not None:
+            # In half precision steps of 1 % of a percent would vanish: keep the dtype, and the value unrounded.
+            self.load_balancing_weight = before.to(self.load_balancing_weight.device)
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy or pickle taken inside ``record`` is not recorded.
@@ -53,6 +67,8 @@ class MoELayer(nn.Module):
                 terms=self.router.terms,
                 needs_grad=needs_grad and tape.grad_wanted,
                 has_grad=torch.is_grad_enabled(),
+                extra_weights=self.router.extra_weights,
+                load_balancing_weight=self.load_balancing_weight,
             )
             tape.append(entry)
 
@@ -87,9 +103,9 @@ class MoE(MoELayer):
         num_experts: int,
         pairs_per_token: float,
     ) -> None:
-        super().__init__()
-        self.router, self.experts, self.balance = router, experts, balance
-        self.dispatcher = dispatcher or LocalDispatcher()
+        super().__init__(balance)
+        self.router, self.experts = router, experts
+        self.dispatcher: Dispatcher = dispatcher or LocalDispatcher()
         self.shared_experts = shared_experts
         self.num_experts, self.pairs_per_token = num_experts, pairs_per_token
 
@@ -117,9 +133,8 @@ class MoE(MoELayer):
             raise ValueError(f"context.valid_BS is {context.valid_BS.dtype}: it must be bool, True for real tokens")
         routing = self.router(x_BSD, context)
         self._record(routing, context)
-        rows = self.dispatcher.dispatch(x_BSD.flatten(0, 1), routing)
-        y_TD = self.dispatcher.combine(self.experts(rows))
-        y = y_TD.unflatten(0, x_BSD.shape[:2]).reshape(*x.shape[:-1], y_TD.shape[-1])
+        y_BSD = self._compute(x_BSD, routing)
+        y = y_BSD.reshape(*x.shape[:-1], y_BSD.shape[-1])
         if self.shared_experts is not None:
             if context is not None and context.valid_BS is not None:
                 # Padding may hold NaN, which would reach the weight gradients.
@@ -127,9 +142,75 @@ class MoE(MoELayer):
             y = y + self.shared_experts.dense(x)
         return y
 
+    def _compute(self, x_BSD: Tensor, routing: Any) -> Tensor:
+        """(B, S, D) tokens through the routed experts, (B, S, D_out)."""
+        rows = self.dispatcher.dispatch(x_BSD.flatten(0, 1), routing)
+        if self.router.gates_on == "input":
+            rows = rows.weighted_input()
+        return self.dispatcher.combine(self.experts(rows)).unflatten(0, x_BSD.shape[:2])
+
     def active_expert_params(self) -> int:
         total = sum(p.numel() for p in self.experts.parameters())
         return round(total * min(self.pairs_per_token / self.num_experts, 1.0))
+
+
+class SoftMoE(MoE):
+    """Soft mixture of experts (arXiv 2308.00951): the experts compute slots, weighted means of a sequence's tokens, and
+    a token is a weighted mean of what came out. Built by ``MoEConfig`` from ``SoftSlots``; every kind of experts works.
+
+    Args:
+        dispatcher: ``SlotDispatcher`` by default.
+        router, experts, balance, shared_experts, num_experts, pairs_per_token: as in ``MoE``.
+    """
+
+    def __init__(
+        self,
+        router: Router,
+        experts: Experts,
+        balance: Balance = Balance(),
+        dispatcher: Dispatcher | None = None,
+        shared_experts: Experts | None = None,
+        *,
+        num_experts: int,
+        pairs_per_token: float,
+    ) -> None:
+        super().__init__(
+            router,
+            experts,
+            balance,
+            dispatcher or SlotDispatcher(),
+            shared_experts,
+            num_experts=num_experts,
+            pairs_per_token=pairs_per_token,
+        )
+
+    def _compute(self, x_BSD: Tensor, routing: SlotRouting) -> Tensor:
+        return self.dispatcher.combine(self.experts(self.dispatcher.dispatch(x_BSD, routing)))
+
+
+class MergedMoE(MoE):
+    """One merged expert for each sequence, or segment of one: ``y = f(x; sum_e p_e W_e)``. Built from ``Merge``.
+
+    Nothing is dispatched: the experts compute by ``Experts.merged``, and their backend is not asked.
+    """
+
+    def _compute(self, x_BSD: Tensor, routing: MergeRouting) -> Tensor:
+        B, S, D = x_BSD.shape
+        J, L = routing.groups_per_sequence, routing.tokens_per_group
+        real_BS1 = None if routing.valid_T is None else routing.valid_T.unflatten(0, (B, S)).unsqueeze(-1)
+        if real_BS1 is not None:
+            # Padding may hold NaN, which would reach the weight gradients.
+            x_BSD = x_BSD.masked_fill(~real_BS1, 0.0)
+        if routing.in_segments:
+            x_GLD = in_segments(x_BSD, J, L).reshape(B * J, L, D)
+            y_GLD = self.experts.merged(x_GLD, routing.weights_GE)
+            # Without what fills up the last segment: token s of sequence b is row b * J * L + s.
+            row_BS = torch.arange(B, device=x_BSD.device)[:, None] * (J * L) + torch.arange(S, device=x_BSD.device)
+            y_TD = y_GLD.reshape(B * J * L, y_GLD.shape[-1]).index_select(0, row_BS.reshape(B * S))
+            y_BSD = y_TD.unflatten(0, (B, S))
+        else:
+            y_BSD = self.experts.merged(x_BSD, routing.weights_GE)
+        return y_BSD if real_BS1 is None else y_BSD.masked_fill(~real_BS1, 0.0)
 
 
 def moe_layers(model: nn.Module) -> dict[str, MoELayer]:
@@ -162,46 +243,53 @@ def aux_loss(tape: Tape) -> Tensor:
 def aux_losses(tape: Tape) -> AuxLosses:
     """Weighted sum and unweighted terms of the balance losses of all recorded passes, each by its layer's ``Balance``.
 
-    Statistics are those of the tokens of all ranks, in one collective for all layers; the gradient is exact once DDP or
-    FSDP has averaged it over the ranks.
+    Statistics are those of the tokens of all ranks, in one collective for all layers, unless a layer's ``scope`` is
+    "rank"; the gradient is exact once DDP or FSDP has averaged it over the ranks.
 
     Raises:
+        ValueError: a pass had no context field that one of its terms reads.
         RuntimeError: a pass ran without gradients although its router trains, as under reentrant checkpointing.
     """
-    sums, entries = [], []
+    entries: list[tuple[Entry, frozenset[str]]] = []
+    sums: list[dict[str, Tensor]] = []
     for entry in tape.entries:
         if entry.needs_grad and not entry.has_grad and torch.is_grad_enabled():
             raise RuntimeError(
                 f"layer {entry.name!r} ran without gradients, so its balance loss has none: "
                 "use checkpoint(..., use_reentrant=False), or freeze its router"
             )
-        weights = entry.balance.weights()
-        wanted = frozenset(t for t in TERMS if t in entry.terms and weights[t] > 0)
+        given = {**entry.balance.weights(), **entry.extra_weights}
+        wanted = frozenset(t for t, weight in given.items() if t in entry.terms and weight > 0)
         if wanted:
             entries.append((entry, wanted))
-            sums.append(balance_sums(entry.routing, wanted))
-    if not sums:
-        return AuxLosses(torch.zeros(()), {})
-    sums, world = _all_reduce(sums)
+            sums.append(balance_sums(entry.routing, wanted, entry.balance, entry.context))
+    shared = [i for i, (entry, _) in enumerate(entries) if entry.balance.scope == "global"]
+    added, world = _all_reduce([sums[i] for i in shared])
+    for i, entry_sums in zip(shared, added, strict=True):
+        sums[i] = entry_sums
     total: Tensor | None = None
     seen: dict[str, list[Tensor]] = {}
     for (entry, wanted), entry_sums in zip(entries, sums, strict=True):
-        weights = entry.balance.weights()
-        for name, value in balance_terms(entry_sums).items():
+        factors: dict[str, float | Tensor] = {**entry.balance.weights(), **entry.extra_weights}
+        if entry.load_balancing_weight is not None:
+            factors["load_balancing"] = entry.load_balancing_weight.clone()  # it moves in place
+        for name, value in balance_terms(entry_sums, entry.balance).items():
             if name in wanted:  # a term of weight 0 is not in the graph: it could be NaN
                 seen.setdefault(name, []).append(value.detach())
-                total = weights[name] * value if total is None else total + weights[name] * value
-    if total is None:  # a load term alone, in evaluation
+                part = factors[name] * value
+                if world > 1 and entry.balance.scope == "global":
+                    # Each rank holds only its own tokens' part of the gradient, and DDP averages: the mean of
+                    # world * parts is it.
+                    part = part.detach() + world * (part - part.detach())
+                total = part if total is None else total + part
+    if total is None:  # nothing to balance, or a load term alone, in evaluation
         return AuxLosses(torch.zeros(()), {})
-    if world > 1:
-        # Each rank holds only its own tokens' part of the gradient, and DDP averages: the mean of world * parts is it.
-        total = total.detach() + world * (total - total.detach())
     return AuxLosses(total, {name: torch.stack(values).mean() for name, values in seen.items()})
 
 
 def _all_reduce(sums: list[dict[str, Tensor]]) -> tuple[list[dict[str, Tensor]], int]:
     """Add each sum over the ranks, in one collective; the gradient stays that of this rank's part."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if not sums or not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return sums, 1
     flat = [t for s in sums for t in s.values()]
     local = torch.cat([t.reshape(-1) for t in flat])
@@ -213,7 +301,8 @@ def _all_reduce(sums: list[dict[str, Tensor]]) -> tuple[list[dict[str, Tensor]],
 
 
 def update_expert_bias(model: nn.Module, tape: Tape) -> None:
-    """Move the selection biases by the loads on the tape: once per optimizer step, in training.
+    """Move the selection biases by the loads on the tape, and the adaptive weights of ``Balance`` by its drop rates, and
+    tell each router that a step is over, for what it anneals: once per optimizer step, in training.
 
     Under accumulation give it the micro-batches' tapes merged: ``steps = steps.merge(tape.detach())``. The loads of all
     ranks are added in one collective.
@@ -223,24 +312,42 @@ def update_expert_bias(model: nn.Module, tape: Tape) -> None:
         tape: the passes since the last step.
     """
     layers = {name: m for name, m in moe_layers(model).items() if m.training}
+    for router in {id(m.router): m.router for m in layers.values()}.values():  # one shared by two layers steps once
+        router.after_step()
     loads = {n: torch.zeros_like(m.router.expert_bias) for n, m in layers.items() if m.router.expert_bias is not None}
-    if not loads:
+    drops = {n: m.load_balancing_weight.new_zeros(2) for n, m in layers.items() if m.load_balancing_weight is not None}
+    if not loads and not drops:
         return
-    for name, load in loads.items():
+    for name in {**loads, **drops}:
         for entry in tape.entries:
             if entry.name == Tape.clean_name(name):
-                load += entry.routing.chosen_per_expert_E
+                chosen_E, computed_E = entry.routing.chosen_per_expert_E, entry.routing.tokens_per_expert_E
+                if name in loads:
+                    loads[name] += chosen_E
+                if name in drops:
+                    drops[name] += torch.stack((chosen_E.sum() - computed_E.sum(), chosen_E.sum()))
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        flat = torch.cat(list(loads.values()))
+        counts = [*loads.values(), *drops.values()]
+        flat = torch.cat(counts)
         dist.all_reduce(flat)
-        loads = dict(zip(loads, flat.split([len(v) for v in loads.values()]), strict=True))
+        parts = iter(flat.split([len(v) for v in counts]))
+        loads, drops = {n: next(parts) for n in loads}, {n: next(parts) for n in drops}
     for name, load in loads.items():
         layers[name].router.update_expert_bias(load)
+    for name, (dropped, chosen) in drops.items():
+        weight = layers[name].load_balancing_weight
+        assert weight is not None
+        # In place: a compiled layer and a captured graph see the same buffer.
+        moved = adaptive_weight(weight, dropped / chosen.clamp_min(1), layers[name].balance)
+        weight.copy_(torch.where(chosen > 0, moved, weight))
 
 
 @contextlib.contextmanager
 def set_capacity_factor(model: nn.Module, factor: float | None, priority: str | None = None) -> Iterator[None]:
     """Change the evaluation capacity of every layer inside the ``with`` block; None is dropless.
+
+    Routers without such a capacity (expert choice has its own, soft slots and merged experts have none) go on as they
+    are.
 
     Args:
         model: any module with MoE layers.

@@ -8,13 +8,15 @@ import pytest
 import yaml
 from PIL import Image
 
-from apps import sources
+from apps import routers, sources
 from apps.cli.train import build, quiet
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "configs").rglob("*.yaml"))
-OVERLAYS = [p for p in FILES if "class_path" not in (yaml.safe_load(p.read_text()).get("model") or {})]
-WHOLE = [p for p in FILES if p not in OVERLAYS]
+ROUTING = sorted((ROOT / "configs" / "routing").glob("*.yaml"))
+OTHERS = [p for p in FILES if p not in ROUTING]
+OVERLAYS = [p for p in OTHERS if "class_path" not in (yaml.safe_load(p.read_text()).get("model") or {})]
+WHOLE = [p for p in OTHERS if p not in OVERLAYS]
 BASE = ROOT / "configs" / "vision" / "digits.yaml"
 
 
@@ -52,6 +54,22 @@ def test_an_overlay_builds_over_a_configuration(path, monkeypatch, tmp_path):
     with quiet():
         cli = build("fit", ["--config", str(BASE), "--config", str(path)])
     assert cli.run_dir == Path("runs") / f"{BASE.stem}-{path.stem}"
+
+
+@pytest.fixture(scope="module")
+def base_moe(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch, quiet():
+        patch.chdir(tmp_path_factory.mktemp("base"))
+        return build("fit", ["--config", str(BASE)]).model.moe
+
+
+@pytest.mark.parametrize("path", ROUTING, ids=name)
+def test_a_routing_overlay_means_the_same_to_every_command(path, monkeypatch, tmp_path, base_moe):
+    # The command line keeps values of the router before that the new one has too; compare and bench do not.
+    monkeypatch.chdir(tmp_path)
+    with quiet():
+        cli = build("fit", ["--config", str(BASE), "--config", str(path)])
+    assert cli.model.moe == routers.with_router(base_moe, path.stem)
 
 
 @pytest.mark.parametrize("path", FILES, ids=name)

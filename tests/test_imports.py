@@ -18,7 +18,7 @@ ROWS = (
     ("contract", "kernels"),
     ("routing", "experts", "dispatch"),
     ("layers",),
-    ("config", "parallel", "offload", "quant", "convert", "telemetry", "flops"),
+    ("config", "parallel", "offload", "quant", "convert", "telemetry", "flops", "testing"),
 )
 ROW_OF = {part: row for row, parts in enumerate(ROWS) for part in parts} | {"": len(ROWS)}
 LAST_ROW = len(ROWS) - 1

@@ -231,9 +231,15 @@ def sweep_figure(points: Sequence[CapacityPoint], baselines: Sequence[plots.Seri
 # ---- where tokens go
 
 
-def expert_of_token(routing: core.Routing) -> Tensor:
-    """The expert of the highest gate of each token, int64 (T,); E where no expert computed it."""
+def expert_of_token(routing: Any) -> Tensor:
+    """The expert of the highest gate of each token, int64 (T,); E where no expert computed it.
+
+    Of soft slots and merged experts: the one with the largest share; E for padding.
+    """
     E = len(routing.tokens_per_expert_E)
+    if not isinstance(routing, core.Routing):
+        largest_T = routing.scores_TE.argmax(-1)
+        return largest_T if routing.valid_T is None else largest_T.masked_fill(~routing.valid_T, E)
     computed_N = routing.expert_ids_N < E
     gates_N = routing.gates_N.detach().float().masked_fill(~computed_N, -torch.inf)
     best_T = gates_N.new_full((routing.num_tokens,), -torch.inf)
@@ -244,13 +250,20 @@ def expert_of_token(routing: core.Routing) -> Tensor:
     return ids_N.new_full((routing.num_tokens,), E).scatter_reduce(0, routing.token_index_N, ids_N, "amin")
 
 
-def expert_class_counts(routing: core.Routing, labels_B: Tensor, num_classes: int) -> Tensor:
-    """Computed pairs by class of their image and by expert, int64 (num_classes, E)."""
+def expert_class_counts(routing: Any, labels_B: Tensor, num_classes: int) -> Tensor:
+    """Computed pairs by class of their image and by expert, int64 (num_classes, E).
+
+    Of soft slots and merged experts: tokens by the expert with the largest share.
+    """
     E = len(routing.tokens_per_expert_E)
     tokens_per_image = routing.num_tokens // len(labels_B)
-    computed_N = routing.expert_ids_N < E
-    label_N = labels_B.to(routing.token_index_N.device)[routing.token_index_N // tokens_per_image]
-    cell_N = (label_N * E + routing.expert_ids_N)[computed_N]
+    if isinstance(routing, core.Routing):
+        token_index_N, expert_ids_N = routing.token_index_N, routing.expert_ids_N
+    else:
+        expert_ids_N = expert_of_token(routing)
+        token_index_N = torch.arange(routing.num_tokens, device=expert_ids_N.device)
+    label_N = labels_B.to(token_index_N.device)[token_index_N // tokens_per_image]
+    cell_N = (label_N * E + expert_ids_N)[expert_ids_N < E]
     return torch.bincount(cell_N, minlength=num_classes * E).unflatten(0, (num_classes, E))
 
 

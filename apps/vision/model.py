@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -314,10 +314,33 @@ class VMoE(VisionTransformer):
                 elif leaf in ("b_in", "b_out"):
                     nn.init.zeros_(weight)
 
-    def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """(B, C, H, W) images to (B, S, D) normalised tokens."""
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        context: core.RoutingContext | None = None,
+    ) -> Tensor:
+        """(B, C, H, W) images to (B, num_classes) logits; ``context`` as in ``forward_features``."""
+        return self.forward_head(self.forward_features(x, attn_mask, is_causal, context))
+
+    def forward_features(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        context: core.RoutingContext | None = None,
+    ) -> Tensor:
+        """(B, C, H, W) images to (B, S, D) normalised tokens.
+
+        Args:
+            x: images.
+            attn_mask, is_causal: of the attention, as timm has them.
+            context: what is known of the images, such as ``task_ids_B`` and ``domain_ids_B``; positions are filled in.
+        """
         x = self._pos_embed(self.patch_embed(x))
-        context = _positions(x)
+        known = core.RoutingContext() if context is None else context
+        context = replace(known, token_ids_BS=_positions(x).token_ids_BS)
         if isinstance(self.patch_drop, nn.Identity):
             kept = None
         else:
@@ -327,7 +350,7 @@ class VMoE(VisionTransformer):
         ids_BS = context.token_ids_BS
         if kept is not None and ids_BS is not None:
             prefix, patches = ids_BS[:, : self.num_prefix_tokens], ids_BS[:, self.num_prefix_tokens :]
-            context = core.RoutingContext(token_ids_BS=torch.cat((prefix, patches.gather(1, kept)), dim=1))
+            context = replace(known, token_ids_BS=torch.cat((prefix, patches.gather(1, kept)), dim=1))
         x = self.norm_pre(x)
         for block in self.blocks:
             call = partial(block, attn_mask=attn_mask, is_causal=is_causal)

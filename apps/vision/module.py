@@ -96,13 +96,15 @@ class VisionClassifier(SparseModule):
             moe_blocks=moe_blocks,
             replaced_hidden_dim=replaced_hidden_dim,
         )
+        tokens = self.model.patch_embed.num_patches + self.model.num_prefix_tokens
+        self.moe_flops_arguments = {"tokens_per_sequence": tokens}
         self.model.set_grad_checkpointing(grad_checkpointing)
         if pretrained is not None:
             load_pretrained_weights(self.model, pretrained)
 
-    def forward(self, image: Tensor) -> Tensor:
-        """(B, C, H, W) normalised images to (B, num_classes) logits."""
-        return self.model(image)
+    def forward(self, image: Tensor, context: core.RoutingContext | None = None) -> Tensor:
+        """(B, C, H, W) normalised images to (B, num_classes) logits; ``context``: what routers may know of them."""
+        return self.model(image, context=context)
 
     def task_loss(self, batch: Any) -> TaskOutput:
         """Cross-entropy against class numbers or, under mixup and cutmix, shares of classes."""
@@ -145,7 +147,7 @@ class VisionClassifier(SparseModule):
         """Dense models of equal active FLOPs and of equal parameters; only the FFNs in place of experts are wider."""
         if self.moe is None:
             return {}
-        widths = baseline_widths(self.moe, self.vit.dim)
+        widths = baseline_widths(self.moe, self.vit.dim, **self.moe_flops_arguments)
         found: dict[str, Baseline] = {}
         for name, solved in widths.items():
             twin = next((n for n, b in found.items() if b.build and _close(solved.width, widths[n].width)), None)
@@ -167,7 +169,9 @@ class SolvedWidth:
     problem: str = ""
 
 
-def baseline_widths(moe: core.MoEConfig, dim: int, tolerance: float = 0.05) -> dict[str, SolvedWidth]:
+def baseline_widths(
+    moe: core.MoEConfig, dim: int, tolerance: float = 0.05, tokens_per_sequence: int | None = None
+) -> dict[str, SolvedWidth]:
     """FFN hidden dims F of dense layers that cost what ``moe`` does at width ``dim``, router included.
 
     timm's FFN takes ``4 D F`` FLOPs a token and has ``2 D F + F + D`` parameters, biases included.
@@ -176,11 +180,12 @@ def baseline_widths(moe: core.MoEConfig, dim: int, tolerance: float = 0.05) -> d
         moe: the sparse layer.
         dim: D.
         tolerance: relative difference beyond which a width does not count as equal.
+        tokens_per_sequence: tokens of an image, class token included; soft slots and merged experts need it.
 
     Returns:
         "dense_equal_flops" and "dense_equal_params".
     """
-    flops, params = moe.flops_per_token(dim), moe.num_params(dim)
+    flops, params = moe.flops_per_token(dim, tokens_per_sequence=tokens_per_sequence), moe.num_params(dim)
     solved = {}
     for name, target, cost, width in (
         ("dense_equal_flops", flops, lambda f: 4 * dim * f, flops / (4 * dim)),

@@ -42,6 +42,7 @@ def topk_gate(
     bias_E: Tensor | None = None,
     num_groups: int = 1,
     limited_groups: int = 1,
+    group_score: str = "top2",
     scale: float = 1.0,
 ) -> TopK:
     """Scores, the ``top_k`` best experts of each token, and their gates.
@@ -52,15 +53,18 @@ def topk_gate(
         score_func: "softmax" or "sigmoid".
         normalize: a token's gates are divided by their sum; for softmax scores: the softmax of the chosen logits.
         bias_E: float32 (E,), added to the scores for the choice alone (aux-loss-free balancing, arXiv 2408.15664).
-        num_groups, limited_groups: the choice is limited to the ``limited_groups`` of ``num_groups`` equal groups of
-            experts whose two best biased scores sum highest (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
+        num_groups, limited_groups: the choice is limited to the best ``limited_groups`` of ``num_groups`` equal groups
+            of experts.
+        group_score: what a group is judged by: "top2", the sum of its two best biased scores (DeepSeek-V3, arXiv
+            2412.19437, section 2.1.2); "max", its best one (DeepSeek-V2, arXiv 2405.04434, section 2.2.2).
         scale: factor on the gates.
     """
     scores_TE = logits_TE.softmax(-1) if score_func == "softmax" else logits_TE.sigmoid()
     choice_TE = scores_TE.detach() if bias_E is None else scores_TE.detach() + bias_E
     if limited_groups < num_groups:
         grouped = choice_TE.unflatten(-1, (num_groups, -1))
-        best = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1)
+        judges = 1 if group_score == "max" else min(2, grouped.shape[-1])
+        best = grouped.topk(judges, dim=-1).values.sum(-1)
         keep = torch.zeros_like(best, dtype=torch.bool).scatter_(-1, best.topk(limited_groups, dim=-1).indices, True)
         # -inf and not 0: a biased score may be negative, and must still win over an expert outside the groups.
         choice_TE = grouped.masked_fill(~keep.unsqueeze(-1), -torch.inf).flatten(-2)

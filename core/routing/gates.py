@@ -16,26 +16,30 @@ def init_gate_(weight: Tensor, init_scale: float) -> None:
 
 
 class LinearGate(nn.Module):
-    """``logits = x W^T``.
+    """``logits = x W^T + b``; the bias ``b`` (E,) starts at zero and is there on demand.
 
     Args:
         dim: D.
         num_experts: E.
         init_scale: variance of the initial weights times D.
+        bias: with ``b``.
     """
 
-    def __init__(self, dim: int, num_experts: int, init_scale: float = 0.1) -> None:
+    def __init__(self, dim: int, num_experts: int, init_scale: float = 0.1, bias: bool = False) -> None:
         super().__init__()
         self.init_scale = init_scale
         self.weight = nn.Parameter(torch.empty(num_experts, dim))
+        self.bias = nn.Parameter(torch.empty(num_experts)) if bias else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         init_gate_(self.weight, self.init_scale)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """float32 (T, D) to logits (T, E)."""
-        return F.linear(x_TD, self.weight.to(x_TD.dtype))
+        return F.linear(x_TD, self.weight.to(x_TD.dtype), None if self.bias is None else self.bias.to(x_TD.dtype))
 
     def noise_std(self, x_TD: Tensor) -> Tensor | None:
         """Learned standard deviation of the logits' noise, (T, E), or None."""
@@ -45,11 +49,122 @@ class LinearGate(nn.Module):
 class NoisyGate(LinearGate):
     """A linear gate that learns the noise on its logits: ``std = softplus(x W_noise^T)`` (arXiv 1701.06538, eq. 4)."""
 
-    def __init__(self, dim: int, num_experts: int, init_scale: float = 0.1) -> None:
-        super().__init__(dim, num_experts, init_scale)
+    def __init__(self, dim: int, num_experts: int, init_scale: float = 0.1, bias: bool = False) -> None:
+        super().__init__(dim, num_experts, init_scale, bias)
         # Zero weights: every expert starts with the same noise, softplus(0) = 0.69 (appendix A of the paper).
         self.noise_weight = nn.Parameter(torch.zeros(num_experts, dim))
 
     def noise_std(self, x_TD: Tensor) -> Tensor:
         # Softplus underflows to 0 below -104, and the load loss divides by it.
         return F.softplus(F.linear(x_TD, self.noise_weight.to(x_TD.dtype))).clamp_min(1e-6)
+
+
+class CosineGate(nn.Module):
+    """``logits = cos(P x, e) / temperature`` in a space of few dimensions (X-MoE, arXiv 2204.09179).
+
+    Args:
+        dim: D.
+        num_experts: E.
+        proj_dim: of the space.
+        temperature: at the start; it is learned, and stays at least 0.01.
+    """
+
+    # As in tutel: exp(log 100), a temperature of 0.01.
+    max_log_scale = math.log(100.0)
+
+    def __init__(self, dim: int, num_experts: int, proj_dim: int, temperature: float = 0.5) -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.projection = nn.Parameter(torch.empty(proj_dim, dim))
+        self.weight = nn.Parameter(torch.empty(num_experts, proj_dim))
+        self.log_scale = nn.Parameter(torch.empty(()))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        # Lengths do not count; at 1 the gradient of a direction is as large as that of other weights.
+        init_gate_(self.projection, 1.0)
+        init_gate_(self.weight, 1.0)
+        nn.init.constant_(self.log_scale, -math.log(self.temperature))
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """float32 (T, D) to logits (T, E), within +-1 / temperature."""
+        dtype = x_TD.dtype
+        x_TP = F.normalize(F.linear(x_TD, self.projection.to(dtype)), dim=-1)
+        scale = self.log_scale.to(dtype).clamp_max(self.max_log_scale).exp()
+        return scale * F.linear(x_TP, F.normalize(self.weight.to(dtype), dim=-1))
+
+
+class AttentionGate(nn.Module):
+    """``logits = softmax(q k^T) v``, with one number an expert in each of q, k and v (Yuan2.0-M32, arXiv 2405.17976):
+    the logit of an expert depends on those of the others. Nothing scales ``q k^T``: the heads have one dimension.
+
+    Args:
+        dim: D.
+        num_experts: E.
+        init_scale: variance of the initial weights times D.
+    """
+
+    def __init__(self, dim: int, num_experts: int, init_scale: float = 1.0) -> None:
+        super().__init__()
+        self.init_scale = init_scale
+        self.weight = nn.Parameter(torch.empty(3, num_experts, dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        init_gate_(self.weight, self.init_scale)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """float32 (T, D) to logits (T, E), through (T, E, E) attention."""
+        E = self.weight.shape[1]
+        query_TE, key_TE, value_TE = F.linear(x_TD, self.weight.to(x_TD.dtype).flatten(0, 1)).split(E, dim=-1)
+        attention_TEE = torch.bmm(query_TE.unsqueeze(2), key_TE.unsqueeze(1)).softmax(-1)
+        return torch.bmm(attention_TEE, value_TE.unsqueeze(2)).squeeze(2)
+
+
+class TableGate(nn.Module):
+    """A row of logits for each id: of a task, a language pair, a token.
+
+    Args:
+        num_rows: ids are in ``range(num_rows)``.
+        num_experts: E.
+        init_scale: variance of the initial logits.
+    """
+
+    def __init__(self, num_rows: int, num_experts: int, init_scale: float = 0.1) -> None:
+        super().__init__()
+        self.init_scale = init_scale
+        self.weight = nn.Parameter(torch.empty(num_rows, num_experts))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=math.sqrt(self.init_scale))
+
+    def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """int64 (N,) to logits (N, E) in ``dtype``."""
+        return F.embedding(ids, self.weight).to(dtype)
+
+
+class TokenIdGate(nn.Module):
+    """``logits = embedding[token id] W^T`` with a small embedding of its own: it sees no hidden state.
+
+    Args:
+        vocab_size: ids are in ``range(vocab_size)``.
+        num_experts: E.
+        embedding_dim: of the embedding.
+        init_scale: variance of the initial logits.
+    """
+
+    def __init__(self, vocab_size: int, num_experts: int, embedding_dim: int, init_scale: float = 0.1) -> None:
+        super().__init__()
+        self.init_scale = init_scale
+        self.embedding = nn.Parameter(torch.empty(vocab_size, embedding_dim))
+        self.weight = nn.Parameter(torch.empty(num_experts, embedding_dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.embedding)
+        init_gate_(self.weight, self.init_scale)
+
+    def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """int64 (T,) to logits (T, E) in ``dtype``."""
+        return F.linear(F.embedding(ids, self.embedding).to(dtype), self.weight.to(dtype))

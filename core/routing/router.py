@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 
 from ..contract import Routing, RoutingContext
 from ..kernels.eager import topk_gate
-from .balance import Balance, expert_bias_step
+from .balance import SCORE_TERMS, Balance, expert_bias_step
 from .gates import LinearGate, NoisyGate
 from .selection import Capacity, Choice, select_pairs
 
@@ -73,12 +75,16 @@ class Router(nn.Module):
         capacity: ``Capacity`` limits, replaced by ``set_capacity_factor``.
         terms: the balance terms that apply.
         needs: fields of ``RoutingContext`` without which it cannot decide.
+        gates_on: what the gates scale: the experts' "output", or their "input".
+        extra_weights: weights of ``Routing.extra`` by name; the names are among ``terms`` too.
         expert_bias: float32 (E,) buffer added to the scores for the choice alone, or None.
     """
 
     capacity: Capacity = Capacity()
     terms: frozenset[str] = frozenset()
     needs: tuple[str, ...] = ()
+    gates_on: str = "output"
+    extra_weights: Mapping[str, float] = MappingProxyType({})
     expert_bias: Tensor | None
 
     def __init__(self) -> None:
@@ -97,6 +103,9 @@ class Router(nn.Module):
     def update_expert_bias(self, chosen_per_expert_E: Tensor) -> None:
         """Nothing to do without a selection bias."""
 
+    def after_step(self) -> None:
+        """Called by ``core.update_expert_bias`` once per optimizer step, in training: for what anneals."""
+
 
 class PairRouter(Router):
     """Base of the routers that choose experts for each token. A gate is one method, ``choose``.
@@ -107,7 +116,8 @@ class PairRouter(Router):
     def __init__(self, num_experts: int, config: RouterConfig, capacity: Capacity) -> None:
         super().__init__()
         self.num_experts, self.config, self.capacity = num_experts, config, capacity
-        self.terms, self.needs = config.balance_terms(), config.needs()
+        self.extra_weights, self.needs = config.extra_weights(), config.needs()
+        self.terms = config.balance_terms() | frozenset(self.extra_weights)
 
     def choose(self, tokens: Tokens) -> Choice:
         """Experts and gates of each token; padding may be given any. Runs outside autocast."""
@@ -144,7 +154,8 @@ class TokenChoiceRouter(PairRouter):
     def __init__(self, dim: int, num_experts: int, config: TokenChoice, capacity: Capacity) -> None:
         super().__init__(num_experts, config, capacity)
         gate = NoisyGate if config.noise == "learned" else LinearGate
-        self.gate = gate(dim, num_experts, config.init_scale)
+        self.gate = gate(dim, num_experts, config.init_scale, config.gate_bias)
+        self.gates_on = config.gates_on
         if config.expert_bias:
             self.expert_bias = torch.zeros(num_experts, dtype=torch.float32)
 
@@ -153,6 +164,8 @@ class TokenChoiceRouter(PairRouter):
         if self.training and config.jitter_eps:
             x_TD = x_TD * torch.empty_like(x_TD).uniform_(1 - config.jitter_eps, 1 + config.jitter_eps)
         logits_TE = self.gate(x_TD)
+        if config.logit_norm is not None:
+            logits_TE = normalize_logits(logits_TE, config.logit_norm)
         noise_std, noisy_TE = None, logits_TE
         if self.training and config.noise is not None:
             learned = self.gate.noise_std(x_TD)
@@ -166,6 +179,7 @@ class TokenChoiceRouter(PairRouter):
             bias_E=self.expert_bias,
             num_groups=config.num_groups,
             limited_groups=config.limited_groups,
+            group_score=config.group_score,
             scale=config.scale,
         )
         expert_ids_TK = best.expert_ids_TK
@@ -204,6 +218,13 @@ class TokenChoiceRouter(PairRouter):
         return self
 
 
+def normalize_logits(logits_TE: Tensor, factor: float) -> Tensor:
+    """``factor * (l - mean) / std`` over the experts of each token (Skywork-MoE, arXiv 2406.06563)."""
+    centred_TE = logits_TE - logits_TE.mean(-1, keepdim=True)
+    # A floor of 1e-4 for the deviation: equal logits stay equal, with a finite gradient.
+    return factor * centred_TE * (centred_TE.square().mean(-1, keepdim=True) + 1e-8).rsqrt()
+
+
 def _noise_threshold(noisy_TE: Tensor, config: TokenChoice) -> Tensor:
     """What a noisy logit had to reach to be among the ``top_k``.
 
@@ -220,6 +241,10 @@ def _noise_threshold(noisy_TE: Tensor, config: TokenChoice) -> Tensor:
     return torch.where(noisy_TE >= kth, beyond, kth)
 
 
+LAYER_OPTIONS = frozenset({"capacity_factor", "eval_capacity_factor", "priority", "backend"})
+"""Fields of ``MoEConfig`` that have a meaning with some routers alone."""
+
+
 @dataclass(frozen=True)
 class RouterConfig:
     """Base of the router configs. A subclass is one frozen dataclass with ``build`` and the costs of its router."""
@@ -233,6 +258,10 @@ class RouterConfig:
     def balance_terms(self) -> frozenset[str]:
         """Names of the balance terms that apply to this router."""
         return frozenset()
+
+    def extra_weights(self) -> dict[str, float]:
+        """Weights of the losses that the gate itself leaves in ``Routing.extra``, by name."""
+        return {}
 
     def pairs_per_token(self, num_experts: int) -> float:
         """Experts that compute a token, before capacity."""
@@ -249,6 +278,49 @@ class RouterConfig:
     def is_causal(self) -> bool:
         """Whether a later token never changes an earlier one's output, capacity aside: what a causal decoder needs."""
         return True
+
+    def depends_on(self) -> str:
+        """What decides a token's experts in evaluation, capacity aside: "token": itself and what the context says of
+        it; "sequence": the tokens of its sequence; "batch": all tokens of the call."""
+        return "token" if self.is_causal() else "sequence" if self.default_group() == "sequence" else "batch"
+
+    def exceptions(self) -> dict[str, str]:
+        """Properties of ``core.testing`` that the method gives up, by name, each with the reason."""
+        return {}
+
+    def layer_kind(self) -> str:
+        """The layer that carries out what is decided: "pairs" (``MoE``), "slots" (``SoftMoE``), "merged"
+        (``MergedMoE``)."""
+        return "pairs"
+
+    def layer_options(self) -> frozenset[str]:
+        """Which of ``LAYER_OPTIONS`` mean anything with this router: ``MoEConfig`` refuses the others."""
+        return LAYER_OPTIONS
+
+    def check_group(self, group: str | int) -> None:
+        """Raise a ``ValueError`` where the router cannot work within such groups."""
+
+    def rows_per_token(self, num_experts: int, tokens_per_group: int | None) -> float:
+        """Rows that the experts compute for a token, before capacity: what their FLOPs are.
+
+        Args:
+            num_experts: E.
+            tokens_per_group: where it is known.
+
+        Raises:
+            ValueError: it depends on ``tokens_per_group``, which is None.
+        """
+        return self.pairs_per_token(num_experts)
+
+    def layer_flops_per_token(
+        self, dim: int, out_dim: int, num_experts: int, params_per_expert: int, tokens_per_group: int | None
+    ) -> float:
+        """FLOPs beside ``flops_per_token`` and the experts' rows: sums over slots, merging of parameters.
+
+        Raises:
+            ValueError: they depend on ``tokens_per_group``, which is None.
+        """
+        return 0.0
 
     def num_params(self, dim: int, num_experts: int) -> int:
         return 0
@@ -267,8 +339,13 @@ class TokenChoice(RouterConfig):
     Shazeer                   ``TokenChoice(top_k=4, noise="learned")``
     V-MoE                     ``TokenChoice(top_k=2, normalize=False, noise="fixed")``
     Mixtral                   ``TokenChoice(top_k=2)``
+    GPT-OSS                   ``TokenChoice(top_k=4, gate_bias=True)``
+    Llama 4                   ``TokenChoice(top_k=1, score_func="sigmoid", gates_on="input")``
+    DeepSeek-V2               ``TokenChoice(top_k=6, normalize=False, num_groups=8, limited_groups=3,
+                              group_score="max", scale=16.0)``
     DeepSeek-V3               ``TokenChoice(top_k=8, score_func="sigmoid", expert_bias=True, num_groups=8,
                               limited_groups=4, scale=2.5)``
+    Skywork-MoE               ``TokenChoice(top_k=2, logit_norm=1.0)``
     ========================  ==========================================================================================
 
     Attributes:
@@ -284,8 +361,14 @@ class TokenChoice(RouterConfig):
         expert_bias: a bias on the scores steers the choice, never the gate, and is moved by ``update_expert_bias``.
         bias_update_rate: its step.
         num_groups, limited_groups: the choice is limited to the best ``limited_groups`` of ``num_groups`` equal groups.
+        group_score: a group is judged by the sum of its two best scores, "top2", or by its best one, "max".
         scale: factor on the gates.
+        gates_on: the gates scale the experts' "output", or their "input": ``f(g x)`` in place of ``g f(x)`` (Llama 4),
+            which copies the rows of the tokens.
+        gate_bias: the gate's logits are ``x W^T + b``, with a ``b`` that is learned as ``W`` is.
         init_scale: variance of the gate's initial weights times D.
+        logit_norm: lambda of Skywork-MoE (arXiv 2406.06563): a token's logits are brought to mean 0 and this standard
+            deviation before noise and softmax; the larger, the sharper the gates. None: left as they are.
 
     Raises:
         ValueError: a value is out of its range, or two of them do not go together.
@@ -302,8 +385,12 @@ class TokenChoice(RouterConfig):
     bias_update_rate: float = 1e-3
     num_groups: int = 1
     limited_groups: int = 1
+    group_score: str = "top2"
     scale: float = 1.0
+    gates_on: str = "output"
+    gate_bias: bool = False
     init_scale: float = 0.1
+    logit_norm: float | None = None
 
     def __post_init__(self) -> None:
         if self.top_k < 1:
@@ -312,6 +399,8 @@ class TokenChoice(RouterConfig):
             ("score_func", ("softmax", "sigmoid")),
             ("noise", (None, "fixed", "learned")),
             ("second", ("always", "random")),
+            ("group_score", ("top2", "max")),
+            ("gates_on", ("output", "input")),
         ):
             if getattr(self, name) not in allowed:
                 choices = ", ".join(str(a) for a in allowed)
@@ -325,6 +414,10 @@ class TokenChoice(RouterConfig):
         for name in ("noise_std", "init_scale", "scale", "bias_update_rate"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}={getattr(self, name)} is not a positive number")
+        if self.logit_norm is not None and not 0 < self.logit_norm < float("inf"):
+            raise ValueError(f"logit_norm={self.logit_norm} is not a positive number")
+        if self.logit_norm is not None and self.score_func != "softmax":
+            raise ValueError(f"logit_norm={self.logit_norm} needs score_func='softmax', not {self.score_func!r}")
         if not 1 <= self.limited_groups <= self.num_groups:
             raise ValueError(f"limited_groups={self.limited_groups} is not between 1 and num_groups={self.num_groups}")
 
@@ -349,16 +442,18 @@ class TokenChoice(RouterConfig):
             )
 
     def balance_terms(self) -> frozenset[str]:
-        terms = {"load_balancing", "router_z", "importance"}
+        # Normalized logits have no size for the z-loss to hold down.
+        terms = SCORE_TERMS | ({"sequence_balance"} if self.logit_norm else {"sequence_balance", "router_z"})
         # The smooth load asks what noise on the logits would choose; a bias or group limit chooses by more than them.
         plain = not self.expert_bias and self.limited_groups == self.num_groups
-        return frozenset(terms | {"load"} if self.noise and plain else terms)
+        return terms | {"load"} if self.noise and plain else terms
 
     def pairs_per_token(self, num_experts: int) -> float:
         return float(self.top_k)
 
     def num_params(self, dim: int, num_experts: int) -> int:
-        return dim * num_experts * (2 if self.noise == "learned" else 1)
+        weights = dim * num_experts * (2 if self.noise == "learned" else 1)
+        return weights + (num_experts if self.gate_bias else 0)
 
     def flops_per_token(self, dim: int, num_experts: int) -> int:
         # The noise gate runs in training only.

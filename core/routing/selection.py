@@ -71,11 +71,12 @@ def group_tokens(group: str | int, num_sequences: int, length: int, device: torc
 
 def token_order(priority: str, score_T: Tensor, training: bool) -> Tensor:
     """Each token's place in the queue of its group, int64 (T,), 0 served first."""
-    place = torch.arange(len(score_T), device=score_T.device)
+    T = score_T.shape[0]  # len() would fix the number of tokens under torch.export
+    place = torch.arange(T, device=score_T.device)
     if priority == "score":
         best_first = score_T.argsort(descending=True, stable=True)
     elif priority == "random" and training:
-        best_first = torch.randperm(len(score_T), device=score_T.device)
+        best_first = torch.randperm(T, device=score_T.device)
     else:
         return place
     return torch.empty_like(place).scatter_(0, best_first, place)
@@ -91,7 +92,7 @@ class Choice:
         scores_TE: float32 (T, E), what the balance losses and the statistics see; None where there are none.
         logits_TE: float32 (T, E), without noise; None where there are none.
         priority_T: float32 (T,), the higher is served first under priority "score"; None: the largest score.
-        noise_std, threshold_TE: as in ``Routing``.
+        noise_std, threshold_TE, extra, balance_scores, balance_chosen: as in ``Routing``.
     """
 
     expert_ids_TK: Tensor
@@ -101,6 +102,9 @@ class Choice:
     priority_T: Tensor | None = None
     noise_std: float | Tensor | None = None
     threshold_TE: Tensor | None = None
+    extra: dict[str, Tensor] | None = None
+    balance_scores: Tensor | None = None
+    balance_chosen: Tensor | None = None
 
 
 def select_pairs(
@@ -158,6 +162,10 @@ def select_pairs(
         valid_T=valid_T,
         noise_std=choice.noise_std,
         threshold_TE=choice.threshold_TE,
+        extra=choice.extra,
+        num_sequences=num_sequences,
+        balance_scores=choice.balance_scores,
+        balance_chosen=choice.balance_chosen,
     )
 
 

@@ -131,7 +131,7 @@ def test_sums_of_parts_add_up_to_the_sums_of_the_whole():
         ).items():
             added[name] = added.get(name, 0) + value
     whole = balance_sums(routing(scores, [4, 2, 2, 2], threshold=threshold, **options), ALL)
-    assert set(whole) == {"num_tokens", "chosen", "score", "square", "load"}
+    assert {"num_tokens", "chosen", "score", "square", "load"} <= set(whole)
     for name, value in whole.items():
         torch.testing.assert_close(added[name], value, rtol=1e-6, atol=1e-6)
 

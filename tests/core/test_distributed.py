@@ -21,10 +21,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from core import FFN, Balance, MoEConfig, RoutingContext, TokenChoice, aux_losses, record, update_expert_bias
+from core.routing.balance import TERMS
 
 WORLD = 2
 # Every term, so heavy that the aux loss makes most of the gradient.
-BALANCE = Balance(load_balancing=1.0, router_z=0.1, importance=1.0, load=1.0)
+BALANCE = Balance(**{name: 0.1 if name == "router_z" else 1.0 for name in TERMS})
 # "fsdp": fully_shard of each block and the root.
 WRAPS = ("ddp", "fsdp")
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from core import Routing, RoutingContext, TokenChoice
+from core import FFN, MoEConfig, Routing, RoutingContext, TokenChoice
 from core.routing.gates import LinearGate, NoisyGate
 from core.routing.router import TokenChoiceRouter
 from core.routing.selection import Capacity
@@ -97,6 +97,16 @@ def test_groups_are_ranked_by_their_two_best_experts():
     assert ids(built(logit(0.9, 0.1, 0.55, 0.6))) == [[3]]
 
 
+def test_groups_may_be_ranked_by_their_best_expert_alone():
+    # The best expert, 0.9, is in group 0; the best pair, 0.6 + 0.55, is not. DeepSeek-V2 against DeepSeek-V3.
+    x = logit(0.9, 0.1, 0.55, 0.6)
+    options = {"top_k": 2, "score_func": "sigmoid", "normalize": False, "num_groups": 2, "limited_groups": 1}
+    built = router(4, group_score="max", **options)
+    assert ids(built(x)) == [[0, 1]]
+    assert gates(built(x)) == pytest.approx([0.9, 0.1])
+    assert ids(router(4, group_score="top2", **options)(x)) == [[3, 2]]
+
+
 def test_group_limit_keeps_negative_biased_scores_over_masked_ones():
     # Biased scores 0.75 - 2, 0.5 - 2 in group 0 and lower ones in group 1: all negative. A mask of 0 in place of -inf
     # would choose from group 1.
@@ -116,6 +126,73 @@ def test_group_limit_keeps_every_token_within_its_groups():
 def test_groups_of_one_expert_are_ranked_by_it():
     built = router(3, top_k=1, score_func="sigmoid", num_groups=3, limited_groups=1)
     assert ids(built(logit(0.2, 0.9, 0.5))) == [[1]]
+
+
+@pytest.mark.parametrize("noise", [None, "learned"])
+def test_gate_bias_is_added_to_the_logits_and_learned(noise):
+    built = router(3, top_k=2, gate_bias=True, noise=noise)
+    assert built.gate.bias.tolist() == [0.0] * 3
+    with torch.no_grad():
+        built.gate.bias.copy_(torch.tensor([1.0, 1.0, 6.0]).log())
+    routing = built(logits_of(0.3, 0.5, 0.2))
+    assert ids(routing) == [[2, 1]]  # 0.3, 0.5 and 6 * 0.2 = 1.2
+    assert gates(routing) == pytest.approx([1.2 / 1.7, 0.5 / 1.7])
+    assert routing.scores_TE[0].tolist() == pytest.approx([0.15, 0.25, 0.6])  # over 2: unlike expert_bias, it shows
+    routing.gates_N[0].backward()
+    slope = 1.2 / 1.7 * 0.5 / 1.7  # of a softmax of two
+    assert built.gate.bias.grad.tolist() == pytest.approx([0.0, -slope, slope])
+    config = TokenChoice(gate_bias=True, noise=noise)
+    assert config.num_params(3, 3) == sum(p.numel() for p in built.parameters())
+
+
+def input_gated(gates_on: str, **options):
+    """A layer of two experts on typed logits; expert 0 is ``relu(x_0 - 1/2)`` and 1."""
+    layer = MoEConfig(
+        2, TokenChoice(top_k=1, score_func="sigmoid", gates_on=gates_on), FFN(1, "relu", bias=True), **options
+    ).build(2)
+    with torch.no_grad():
+        layer.router.gate.weight.copy_(torch.eye(2))
+        layer.experts.w_in[0] = torch.tensor([[1.0], [0.0]])
+        layer.experts.b_in[0] = -0.5
+        layer.experts.w_out[0] = torch.tensor([[1.0, 0.0]])
+        layer.experts.b_out[0] = torch.tensor([0.0, 1.0])
+    return layer
+
+
+def test_gates_may_scale_the_input_of_the_experts_in_place_of_their_output():
+    x = logit(0.75, 0.25)  # log 3 and -log 3
+    # 0.75 * (1.098612 - 0.5) and 0.75 * 1 ...
+    assert input_gated("output")(x).flatten().tolist() == pytest.approx([0.448959, 0.75])
+    # ... against 0.75 * 1.098612 - 0.5 and 1.
+    assert input_gated("input")(x).flatten().tolist() == pytest.approx([0.323959, 1.0])
+
+
+@pytest.mark.parametrize("backend", ["eager", "cpu", "grouped"])
+def test_gates_on_the_input_are_those_of_the_formula_in_every_gradient(backend):
+    router_ = TokenChoice(top_k=2, gates_on="input")
+    layer = MoEConfig(4, router_, FFN(8, "silu"), backend=backend, capacity_factor=0.75).build(8)
+    x = torch.randn(2, 6, 8)
+    valid = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
+    ours = x.masked_fill(~valid[..., None], torch.nan).requires_grad_()
+    context = RoutingContext(valid_BS=valid)
+    y = layer(ours, context)
+    y.square().sum().backward()
+    grads = [ours.grad, *(p.grad.clone() for p in layer.parameters())]
+
+    layer.zero_grad()
+    theirs = x.clone().requires_grad_()
+    routing = layer.router(theirs, context)
+    assert int((routing.expert_ids_N == 4).sum()) > 4  # two tokens of padding, and some that found their expert full
+    expected = torch.zeros(12, 8)
+    for n, (t, e) in enumerate(zip(routing.token_index_N.tolist(), routing.expert_ids_N.tolist(), strict=True)):
+        if e < 4:
+            x_D = routing.gates_N[n] * theirs.flatten(0, 1)[t]
+            y_D = torch.nn.functional.silu(x_D @ layer.experts.w_in[e]) @ layer.experts.w_out[e]
+            expected = expected.index_add(0, torch.tensor([t]), y_D[None])
+    torch.testing.assert_close(y.flatten(0, 1), expected)
+    expected.square().sum().backward()
+    for ours_, theirs_ in zip(grads, [theirs.grad, *(p.grad for p in layer.parameters())], strict=True):
+        torch.testing.assert_close(ours_, theirs_)
 
 
 def test_jitter_scales_the_input_within_its_bounds_in_training_alone():
@@ -262,6 +339,8 @@ def test_noisy_gate_starts_with_the_same_noise_on_every_expert():
         ({"noise_std": 0.0}, r"noise_std=0.0 is not a positive number"),
         ({"init_scale": float("inf")}, r"init_scale=inf is not a positive number"),
         ({"scale": -1.0}, r"scale=-1.0 is not a positive number"),
+        ({"group_score": "sum"}, r"group_score='sum' is not one of top2, max"),
+        ({"gates_on": "both"}, r"gates_on='both' is not one of output, input"),
         ({"bias_update_rate": 0.0}, r"bias_update_rate=0.0 is not a positive number"),
         ({"limited_groups": 2}, r"limited_groups=2 is not between 1 and num_groups=1"),
         ({"num_groups": 4, "limited_groups": 0}, r"limited_groups=0 is not between 1 and num_groups=4"),

@@ -95,6 +95,17 @@ def test_expert_of_a_token_is_that_of_its_highest_gate():
     assert found.tolist() == [2, 1, 3, 1, 3]
 
 
+def test_without_pairs_the_expert_of_a_token_is_that_of_the_largest_share():
+    # Two images of two tokens, the last token is padding.
+    weights = torch.tensor([[0.2, 0.5, 0.3], [0.6, 0.3, 0.1]])
+    tokens = torch.tensor([3, 3, 3])
+    merged = core.contract.MergeRouting(
+        weights, 2, 1, tokens, tokens, 4, valid_T=torch.tensor([True, True, True, False])
+    )
+    assert expert_of_token(merged).tolist() == [1, 1, 0, 3]
+    assert expert_class_counts(merged, torch.tensor([1, 0]), 2).tolist() == [[1, 0, 0], [0, 2, 0]]
+
+
 def test_counts_by_class_leave_dropped_pairs_out():
     # Two images of two tokens, classes 1 and 0. Tokens 0, 1 are the first image's.
     r = routing([0, 0, 1, 1, 2, 2, 3, 3], [0, 1, 0, 2, 1, 2, 1, 0], [0.5] * 8, 4, 2)

@@ -13,6 +13,8 @@ from apps.training import OptimizerConfig, parameter_groups
 from apps.vision.data import ImageBatch, VisionData
 from apps.vision.model import ViTConfig
 from apps.vision.module import VisionClassifier, baseline_widths
+from core.routing.expert_choice import ExpertChoice
+from core.routing.soft import Merge, SoftSlots
 
 TINY = ViTConfig(patch_size=2, embed_dim=8, depth=2, num_heads=2, pool="avg")
 MOE = core.MoEConfig(num_experts=4, expert=core.FFN(hidden_dim=16))
@@ -108,6 +110,16 @@ def test_baselines_cost_what_they_say_in_the_replaced_blocks_and_elsewhere_the_s
         assert dense.model.blocks[0].mlp.fc1.out_features == 32
         assert dense.optimizer_config == sparse.optimizer_config
     assert "FFN hidden dim 34 in the replaced blocks, 32 elsewhere" in baselines["dense_equal_flops"].note
+
+
+@pytest.mark.parametrize("router", [SoftSlots(2), Merge("smear"), ExpertChoice(1.5)], ids=str)
+def test_layers_that_cost_by_the_image_have_baselines_of_equal_flops(router):
+    sparse = build(core.MoEConfig(num_experts=4, router=router, expert=core.FFN(hidden_dim=16)))
+    dense = sparse.baselines()["dense_equal_flops"].build()
+    x = torch.randn(2, 16, 8)  # 8 / 2 patches a side, no class token
+    with torch.no_grad():
+        mine, its = (core.count_flops(m.model.blocks[1].mlp, x) for m in (sparse, dense))
+    assert its == pytest.approx(mine, rel=0.03)  # half of 4 * 8 FLOPs over at least 600
 
 
 def test_a_baseline_that_is_another_is_not_built():

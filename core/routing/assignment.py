@@ -1,0 +1,197 @@
+"""Routers whose experts get equally many tokens in training: balanced assignment, exact (BASE) or relaxed (Sinkhorn)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..kernels.assign import balanced_assignment
+from .checks import at_least_one, one_of, positive
+from .gates import LinearGate
+from .router import PairRouter, RouterConfig, Tokens
+from .selection import Capacity, Choice
+
+
+class BaseRouter(PairRouter):
+    """One expert a token, equally many tokens an expert in training. Built by ``Base``."""
+
+    config: Base
+
+    def __init__(self, dim: int, num_experts: int, config: Base, capacity: Capacity) -> None:
+        super().__init__(num_experts, config, capacity)
+        self.gate = LinearGate(dim, num_experts, config.init_scale)
+
+    def choose(self, tokens: Tokens) -> Choice:
+        logits_TE = self.gate(tokens.x_TD)
+        if self.training:
+            ids_T = balanced_assignment(logits_TE.detach(), tokens.valid_T)
+        else:
+            ids_T = logits_TE.argmax(-1)
+        scores_TE = logits_TE.sigmoid()
+        # Padding has the id E, and its gate is not read.
+        gates_T1 = scores_TE.gather(-1, ids_T.clamp_max(self.num_experts - 1)[:, None])
+        return Choice(ids_T[:, None], gates_T1, scores_TE, logits_TE)
+
+
+@dataclass(frozen=True)
+class Base(RouterConfig):
+    """BASE layer (arXiv 2103.16716): one expert a token. In training the tokens of a call are assigned so that the sum of
+    their logits ``x_t . w_e`` is largest and every expert gets ``floor(n / E)`` or ``ceil(n / E)`` of the n real tokens
+    (eq. 2-3). In evaluation each token takes its best expert. The gate is ``sigmoid(x_t . w_e)`` (eq. 1).
+
+    In training the other tokens of the batch change which expert a token gets, later ones of its sequence too; in
+    evaluation they do not. The assignment is that of each call and each rank; the paper also shuffles tokens over ranks
+    first. There is no balance loss: the load is balanced as it stands.
+
+    Attributes:
+        init_scale: variance of the gate's initial weights times D.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    init_scale: float = 0.1
+
+    def __post_init__(self) -> None:
+        positive("init_scale", self.init_scale)
+
+    def build(self, dim: int, num_experts: int, capacity: Capacity = Capacity()) -> BaseRouter:
+        self.check(num_experts)
+        return BaseRouter(dim, num_experts, self, capacity)
+
+    def pairs_per_token(self, num_experts: int) -> float:
+        return 1.0
+
+    def is_causal(self) -> bool:
+        """False for training: in evaluation a token decides alone."""
+        return False
+
+    def depends_on(self) -> str:
+        return "token"
+
+    def num_params(self, dim: int, num_experts: int) -> int:
+        return dim * num_experts
+
+    def flops_per_token(self, dim: int, num_experts: int) -> int:
+        # The assignment runs in training only.
+        return 2 * dim * num_experts
+
+
+def sinkhorn(logits_TE: Tensor, real_T: Tensor | None, iterations: int, temperature: float = 1.0) -> Tensor:
+    """Logarithm of the Sinkhorn-normalized ``exp(logits / temperature)``, in log space throughout.
+
+    Iterations bring the columns to equal sums over the real tokens, then each row to sum 1: the plan of the assignment
+    relaxed by an entropy (arXiv 2202.01169, section 2.1.1).
+
+    Args:
+        logits_TE: float (T, E).
+        real_T: bool (T,), False for padding, which has no mass; None: every token is real.
+        iterations: of both normalizations.
+        temperature: the smaller, the closer to a hard assignment, and the more iterations it takes.
+
+    Returns:
+        (T, E), rows of log probabilities; the columns of the real tokens sum to about n / E each.
+    """
+    # Experts first: sums over many tokens then run along the memory.
+    z_ET = (logits_TE / temperature).T.contiguous()
+    mask_T = z_ET.new_ones(z_ET.shape[1]) if real_T is None else real_T.to(z_ET.dtype)
+    log_mask_T, num_tokens = mask_T.log(), mask_T.sum().clamp_min(1.0)
+    # Any scaling of the columns leads to the same plan; from their means a skew of all tokens is gone at once.
+    log_p_ET = (z_ET - (z_ET @ mask_T / num_tokens)[:, None]).log_softmax(0)
+    target = num_tokens.log() - math.log(logits_TE.shape[1])
+    for _ in range(iterations):
+        # The floor: without real tokens the sums are -inf, and with large logits a column may be empty.
+        load_E1 = (log_p_ET + log_mask_T).logsumexp(1, keepdim=True).clamp_min(-1e30)
+        log_p_ET = (log_p_ET - (load_E1 - target)).log_softmax(0)
+    return log_p_ET.T
+
+
+class SinkhornRouter(PairRouter):
+    """Top-k of Sinkhorn-normalized logits in training, of the logits in evaluation. Built by ``Sinkhorn``."""
+
+    config: Sinkhorn
+
+    def __init__(self, dim: int, num_experts: int, config: Sinkhorn, capacity: Capacity) -> None:
+        super().__init__(num_experts, config, capacity)
+        self.gate = LinearGate(dim, num_experts, config.init_scale)
+
+    def choose(self, tokens: Tokens) -> Choice:
+        config = self.config
+        logits_TE = self.gate(tokens.x_TD)
+        scores_TE = logits_TE.sigmoid() if config.scores == "sigmoid" else logits_TE.softmax(-1)
+        choice_TE = logits_TE.detach()
+        if self.training:
+            choice_TE = sinkhorn(choice_TE, tokens.valid_T, config.iterations, config.temperature)
+        ids_TK = choice_TE.topk(config.top_k, dim=-1).indices
+        return Choice(ids_TK, scores_TE.gather(-1, ids_TK), scores_TE, logits_TE)
+
+
+@dataclass(frozen=True)
+class Sinkhorn(RouterConfig):
+    """S-BASE (arXiv 2202.01169): in training a token takes the ``top_k`` largest entries of its row of the
+    Sinkhorn-normalized logits, whose columns have equal sums; in evaluation the ``top_k`` largest logits. The gates are
+    the scores of the logits themselves, not of the normalized ones, and are not brought to sum 1 (as in Megatron-LM).
+
+    The sums of the columns are equal, the numbers of tokens only about: see ``docs/routing.md`` for how far. ``Base`` is
+    exact. In training the other tokens of the batch change which experts a token gets, later ones of its sequence too.
+
+    Attributes:
+        top_k: experts per token, K.
+        iterations: normalizations of columns and rows.
+        temperature: divides the logits before; lower is closer to an exact assignment and takes more iterations.
+        score_func: "sigmoid", "softmax" over all E, or None: sigmoid for K = 1 and softmax for K > 1, as in Megatron-LM.
+        init_scale: variance of the gate's initial weights times D.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    top_k: int = 1
+    iterations: int = 16
+    temperature: float = 1.0
+    score_func: str | None = None
+    init_scale: float = 0.1
+
+    def __post_init__(self) -> None:
+        at_least_one("top_k", self.top_k)
+        at_least_one("iterations", self.iterations)
+        positive("temperature", self.temperature)
+        one_of("score_func", self.score_func, (None, "sigmoid", "softmax"))
+        positive("init_scale", self.init_scale)
+
+    @property
+    def scores(self) -> str:
+        """``score_func`` with its default filled in."""
+        return self.score_func or ("sigmoid" if self.top_k == 1 else "softmax")
+
+    def build(self, dim: int, num_experts: int, capacity: Capacity = Capacity()) -> SinkhornRouter:
+        self.check(num_experts)
+        return SinkhornRouter(dim, num_experts, self, capacity)
+
+    def check(self, num_experts: int) -> None:
+        if self.top_k > num_experts:
+            raise ValueError(f"top_k={self.top_k} exceeds num_experts={num_experts}")
+
+    def balance_terms(self) -> frozenset[str]:
+        # The choice is balanced as it stands; large logits are held down as in Megatron-LM.
+        return frozenset({"router_z"})
+
+    def pairs_per_token(self, num_experts: int) -> float:
+        return float(self.top_k)
+
+    def is_causal(self) -> bool:
+        """False for training: in evaluation a token decides alone."""
+        return False
+
+    def depends_on(self) -> str:
+        return "token"
+
+    def num_params(self, dim: int, num_experts: int) -> int:
+        return dim * num_experts
+
+    def flops_per_token(self, dim: int, num_experts: int) -> int:
+        # Sinkhorn runs in training only.
+        return 2 * dim * num_experts

@@ -1,0 +1,323 @@
+"""Gates that learn nothing: ``Hash`` by token id, ``Random``, and ``DomainRandom`` by domain and token id."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checks import at_least_one, divides, one_of
+from .clusters import balanced_clusters
+from .ids import sequence_ids, token_ids
+from .router import PairRouter, RouterConfig, Tokens
+from .selection import Capacity, Choice
+
+HASHES = ("random", "balanced", "clustered")
+SPANS = ("token", "sequence", "batch")
+EVALUATIONS = ("fixed", "average")
+
+
+def random_table(vocab_size: int, num_experts: int, top_k: int, seed: int) -> Tensor:
+    """int64 (V, K): for each token id K different experts, uniform and independent of the other ids."""
+    generator = torch.Generator().manual_seed(seed)
+    columns: list[Tensor] = []
+    for k in range(top_k):
+        drawn_V = torch.randint(num_experts - k, (vocab_size,), generator=generator, device="cpu")
+        # The drawn_V-th of the experts that the earlier columns left: step over those, the lowest first.
+        for taken_V in torch.stack(columns, -1).sort(-1).values.unbind(-1) if columns else ():
+            drawn_V = drawn_V + (drawn_V >= taken_V)
+        columns.append(drawn_V)
+    return torch.stack(columns, -1)
+
+
+def balanced_table(counts: Sequence[float], num_experts: int, top_k: int, seed: int) -> Tensor:
+    """int64 (V, K): ids from the most frequent to the rarest each take the K experts with the fewest tokens so far,
+    and of those the ones with the fewest ids.
+
+    Args:
+        counts: how often each id occurs; equal ones are put in a random order.
+        num_experts, top_k: E and K.
+        seed: of that order.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    shuffled = torch.randperm(len(counts), generator=generator, device="cpu").tolist()
+    load = [(0.0, 0, expert) for expert in range(num_experts)]
+    rows: list[list[int]] = [[]] * len(counts)
+    for token in sorted(shuffled, key=lambda t: -counts[t]):
+        emptiest = [heapq.heappop(load) for _ in range(top_k)]
+        rows[token] = [expert for *_, expert in emptiest]
+        for tokens, ids, expert in emptiest:
+            heapq.heappush(load, (tokens + counts[token], ids + 1, expert))
+    return torch.tensor(rows, device="cpu")
+
+
+class HashRouter(PairRouter):
+    """Experts by token id, from a table. Built by ``Hash``.
+
+    Attributes:
+        table: int64 (V, K) buffer; -1 in a clustered table that is not made yet.
+    """
+
+    config: Hash
+    table: Tensor
+
+    def __init__(self, num_experts: int, config: Hash, capacity: Capacity) -> None:
+        super().__init__(num_experts, config, capacity)
+        V, K = config.vocab_size, config.top_k
+        if config.kind == "random":
+            table = random_table(V, num_experts, K, config.seed)
+        elif config.kind == "balanced":
+            table = balanced_table([1.0] * V, num_experts, K, config.seed)
+        else:
+            table = torch.full((V, K), -1)
+        # Drawn on CPU, so that a seed means the same table everywhere; kept where the parameters are made.
+        self.register_buffer("table", table.to(torch.empty(0).device))
+        self._made = config.kind != "clustered"
+
+    def choose(self, tokens: Tokens) -> Choice:
+        if not self._made:
+            raise ValueError("Hash(kind='clustered') has no table yet: call router.fit_clusters(embeddings) first")
+        expert_TK = self.table.index_select(0, token_ids(tokens, "token_ids_BS", self.config.vocab_size))
+        return Choice(expert_TK, tokens.x_TD.new_full(expert_TK.shape, 1.0 / self.config.top_k))
+
+    def fit(self, counts: Sequence[float] | Tensor) -> None:
+        """Make a balanced table for the frequencies of the training text. Before training: it moves tokens.
+
+        Args:
+            counts: (V,), how often each token id occurs; not negative.
+
+        Raises:
+            ValueError: the hash is not of this kind, or the counts are of another length or negative.
+        """
+        self._check_kind("balanced", "fit")
+        numbers = [float(count) for count in (counts.tolist() if isinstance(counts, Tensor) else counts)]
+        if len(numbers) != self.config.vocab_size:
+            raise ValueError(f"{len(numbers)} counts are not one for each of vocab_size={self.config.vocab_size}")
+        if not all(0 <= number < float("inf") for number in numbers):
+            raise ValueError("a count is negative or not finite")
+        self._set(balanced_table(numbers, self.num_experts, self.config.top_k, self.config.seed))
+
+    def fit_clusters(self, embeddings_VD: Tensor, num_iterations: int = 20) -> None:
+        """Make a clustered table: like token ids, by k-means of their embeddings, take the same expert, and each expert
+        as many ids as the others. Before training.
+
+        Args:
+            embeddings_VD: (V, D), as of a trained dense model.
+            num_iterations: of k-means, at most.
+
+        Raises:
+            ValueError: the hash is not of this kind, or there is not one finite embedding for each id.
+        """
+        self._check_kind("clustered", "fit_clusters")
+        if embeddings_VD.ndim != 2 or len(embeddings_VD) != self.config.vocab_size:
+            raise ValueError(
+                f"embeddings of shape {tuple(embeddings_VD.shape)} are not one for each of "
+                f"vocab_size={self.config.vocab_size}"
+            )
+        cluster_V = balanced_clusters(
+            embeddings_VD, self.num_experts, seed=self.config.seed, num_iterations=num_iterations
+        )
+        self._set(cluster_V[:, None])
+
+    def _check_kind(self, kind: str, method: str) -> None:
+        if self.config.kind != kind:
+            raise ValueError(f"{method} makes a table of kind={kind!r}, and this one is of kind={self.config.kind!r}")
+
+    def _set(self, table_VK: Tensor) -> None:
+        self.table.copy_(table_VK)
+        self._made = True
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        if not self.table.is_meta:
+            self._made = bool((self.table >= 0).all())
+
+
+@dataclass(frozen=True)
+class Hash(RouterConfig):
+    """A token's expert is a fixed function of its id (Hash layers, arXiv 2106.04426), at gate 1.
+
+    Attributes:
+        vocab_size: token ids are in ``range(vocab_size)``; in vision, the number of patches.
+        kind: "random"; "balanced": each expert gets as many ids as the others, or, after ``router.fit(counts)``, about
+            as many tokens; "clustered": after ``router.fit_clusters(embeddings)``, like tokens together.
+        top_k: different experts per token, each at gate 1 / K. The kind "clustered" has 1.
+        seed: of the table.
+
+    Raises:
+        ValueError: a value is out of its range, or two of them do not go together.
+    """
+
+    vocab_size: int
+    kind: str = "random"
+    top_k: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        at_least_one("vocab_size", self.vocab_size)
+        at_least_one("top_k", self.top_k)
+        one_of("kind", self.kind, HASHES)
+        if self.kind == "clustered" and self.top_k != 1:
+            raise ValueError(f"top_k={self.top_k} is not 1, and a token is in one cluster")
+
+    def build(self, dim: int, num_experts: int, capacity: Capacity = Capacity()) -> HashRouter:
+        self.check(num_experts)
+        return HashRouter(num_experts, self, capacity)
+
+    def check(self, num_experts: int) -> None:
+        if self.top_k > num_experts:
+            raise ValueError(f"top_k={self.top_k} exceeds num_experts={num_experts}")
+        if self.kind == "clustered" and num_experts > self.vocab_size:
+            raise ValueError(f"num_experts={num_experts} clusters exceed vocab_size={self.vocab_size}")
+
+    def pairs_per_token(self, num_experts: int) -> float:
+        return float(self.top_k)
+
+    def needs(self) -> tuple[str, ...]:
+        return ("token_ids_BS",)
+
+
+class RandomRouter(PairRouter):
+    """Random experts in training, a fixed choice in evaluation. Built by ``Random``."""
+
+    config: Random
+
+    def choose(self, tokens: Tokens) -> Choice:
+        config, x_TD = self.config, tokens.x_TD
+        if self.training:
+            return self._choice(self._draw(tokens), x_TD)
+        experts = torch.arange(self.num_experts, device=x_TD.device)
+        if config.evaluation == "average":
+            return self._choice(experts.expand(x_TD.shape[0], -1), x_TD)
+        # Positions take the experts in turn, K at a time: balanced in every sequence, and the same in every batch.
+        place_SK = torch.arange(tokens.length * config.top_k, device=x_TD.device).unflatten(0, (-1, config.top_k))
+        return self._choice((place_SK % self.num_experts).repeat(tokens.num_sequences, 1), x_TD)
+
+    def _draw(self, tokens: Tokens) -> Tensor:
+        rows = {"token": tokens.x_TD.shape[0], "sequence": tokens.num_sequences, "batch": 1}[self.config.per]
+        # The largest of uniform numbers: every set of K experts is equally likely.
+        drawn = torch.rand(rows, self.num_experts, device=tokens.x_TD.device).topk(self.config.top_k, dim=-1).indices
+        if self.config.per == "sequence":
+            return tokens.to_tokens(drawn)
+        return drawn.expand(tokens.x_TD.shape[0], -1)
+
+    @staticmethod
+    def _choice(expert_TK: Tensor, x_TD: Tensor) -> Choice:
+        return Choice(expert_TK, x_TD.new_full(expert_TK.shape, 1.0 / expert_TK.shape[-1]))
+
+
+@dataclass(frozen=True)
+class Random(RouterConfig):
+    """Experts are drawn at random in training (THOR, arXiv 2110.04260), at gate 1 / K. THOR runs each batch twice with
+    ``top_k=1`` and adds ``consistency_loss`` of the two outputs, so that any expert will do.
+
+    In evaluation the choice is fixed: with "fixed" position s of a sequence takes the experts ``s K + k mod E``; with
+    "average" every token takes all experts at gate 1 / E, at E / K times the cost.
+
+    Attributes:
+        top_k: experts per token, K.
+        per: one draw a "token", a "sequence" or a "batch".
+        evaluation: "fixed" or "average".
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    top_k: int = 1
+    per: str = "token"
+    evaluation: str = "fixed"
+
+    def __post_init__(self) -> None:
+        at_least_one("top_k", self.top_k)
+        one_of("per", self.per, SPANS)
+        one_of("evaluation", self.evaluation, EVALUATIONS)
+
+    def build(self, dim: int, num_experts: int, capacity: Capacity = Capacity()) -> RandomRouter:
+        self.check(num_experts)
+        return RandomRouter(num_experts, self, capacity)
+
+    def check(self, num_experts: int) -> None:
+        if self.top_k > num_experts:
+            raise ValueError(f"top_k={self.top_k} exceeds num_experts={num_experts}")
+
+    def exceptions(self) -> dict[str, str]:
+        if self.evaluation == "average":
+            return {}
+        return {"the order of the tokens does not matter": "in evaluation a token's position decides"}
+
+    def pairs_per_token(self, num_experts: int) -> float:
+        """In training; ``evaluation="average"`` takes all E."""
+        return float(self.top_k)
+
+
+class DomainRandomRouter(PairRouter):
+    """A group of experts by domain, one of it by token id. Built by ``DomainRandom``.
+
+    Attributes:
+        table: int64 (number of domains, V) buffer of experts.
+    """
+
+    config: DomainRandom
+    table: Tensor
+
+    def __init__(self, num_experts: int, config: DomainRandom, capacity: Capacity) -> None:
+        super().__init__(num_experts, config, capacity)
+        size = num_experts // config.num_domains
+        generator = torch.Generator().manual_seed(config.seed)
+        # Dealt out in turn in a random order: an expert gets as many ids as the others of its group, or one more.
+        table = torch.stack(
+            [
+                domain * size + torch.randperm(config.vocab_size, generator=generator, device="cpu") % size
+                for domain in range(config.num_domains)
+            ]
+        )
+        self.register_buffer("table", table.to(torch.empty(0).device))
+
+    def choose(self, tokens: Tokens) -> Choice:
+        ids_T = token_ids(tokens, "token_ids_BS", self.config.vocab_size)
+        domain_B = sequence_ids(tokens, "domain_ids_B", self.config.num_domains)
+        # Every domain's expert of the token, then that of its domain: both steps refuse an id out of range.
+        expert_1T = self.table.index_select(1, ids_T).gather(0, tokens.to_tokens(domain_B)[None])
+        return Choice(expert_1T.T, tokens.x_TD.new_ones(expert_1T.T.shape))
+
+
+@dataclass(frozen=True)
+class DomainRandom(RouterConfig):
+    """Random routed experts of PanGu-Sigma (arXiv 2303.10845): a sequence's domain selects one of equal groups of
+    experts, and a table drawn once maps each token id to an expert of that group, at gate 1. A domain's experts can be
+    taken out and trained on without touching the others.
+
+    Attributes:
+        num_domains: groups; ``context.domain_ids_B`` is in ``range(num_domains)``. Group d has the experts
+            ``d E / num_domains`` and following.
+        vocab_size: token ids are in ``range(vocab_size)``.
+        seed: of the table.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    num_domains: int
+    vocab_size: int
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        at_least_one("num_domains", self.num_domains)
+        at_least_one("vocab_size", self.vocab_size)
+
+    def build(self, dim: int, num_experts: int, capacity: Capacity = Capacity()) -> DomainRandomRouter:
+        self.check(num_experts)
+        return DomainRandomRouter(num_experts, self, capacity)
+
+    def check(self, num_experts: int) -> None:
+        divides("num_domains", self.num_domains, num_experts)
+
+    def pairs_per_token(self, num_experts: int) -> float:
+        return 1.0
+
+    def needs(self) -> tuple[str, ...]:
+        return ("token_ids_BS", "domain_ids_B")

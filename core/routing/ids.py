@@ -1,0 +1,49 @@
+"""Ids from the context, checked and with padding made harmless: what gates look up tables by."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .router import Tokens
+
+
+def token_ids(tokens: Tokens, name: str, size: int) -> Tensor:
+    """int64 (T,), the context's field ``name`` of shape (B, S), with 0 for padding.
+
+    Args:
+        tokens: of the call.
+        name: a field of ``RoutingContext`` that the router needs.
+        size: ids are in ``range(size)``.
+
+    Raises:
+        ValueError: the field has another shape or no integers, or, on CPU, an id of a real token is out of range.
+            On a GPU and in compiled code nothing is read back: there the indexing kernel stops.
+    """
+    shape = (tokens.num_sequences, tokens.length)
+    real_BS = None if tokens.valid_T is None else tokens.valid_T.unflatten(0, shape)
+    return _clean(getattr(tokens.context, name), shape, real_BS, name, size).flatten()
+
+
+def sequence_ids(tokens: Tokens, name: str, size: int) -> Tensor:
+    """int64 (B,), the same of a field of shape (B,), with 0 for sequences without a real token."""
+    shape = (tokens.num_sequences,)
+    real_B = None
+    if tokens.valid_T is not None:
+        real_B = tokens.valid_T.unflatten(0, (tokens.num_sequences, tokens.length)).any(1)
+    return _clean(getattr(tokens.context, name), shape, real_B, name, size)
+
+
+def _clean(ids: Tensor, shape: tuple[int, ...], real: Tensor | None, name: str, size: int) -> Tensor:
+    if ids.shape != shape:
+        raise ValueError(f"context.{name} has shape {tuple(ids.shape)}, the tokens {shape}")
+    if ids.is_floating_point() or ids.dtype == torch.bool:
+        raise ValueError(f"context.{name} is {ids.dtype}: ids are integers")
+    if real is not None:
+        ids = ids.masked_fill(~real, 0)
+    # Reading an id back would stop the queue of a GPU.
+    if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
+        low, high = (int(extreme) for extreme in ids.aminmax())
+        if low < 0 or high >= size:
+            raise ValueError(f"context.{name} holds {low if low < 0 else high}, which is not in range({size})")
+    return ids.to(torch.int64)

@@ -1,0 +1,202 @@
+"""Learned gates beside the linear one: ``Cosine``, ``Attention`` and the two stages of ``Stable``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .balance import SCORE_TERMS
+from .checks import at_least_one, positive
+from .gates import AttentionGate, CosineGate, LinearGate, TokenIdGate
+from .ids import token_ids
+from .router import PairRouter, RouterConfig, Tokens
+from .selection import Capacity, Choice
+from .top_k import TopKConfig, TopKRouter
+
+
+@dataclass(frozen=True)
+class Cosine(TopKConfig):
+    """Each token takes the experts whose embeddings point its way: ``logits = cos(P x, e) / temperature`` (X-MoE,
+    arXiv 2204.09179). Long tokens and long embeddings do not win by their length, and few dimensions keep the experts'
+    embeddings from collapsing.
+
+    Attributes:
+        top_k: experts per token, K.
+        proj_dim: dimensions in which directions are compared; None: E / 2 as in the paper, but at least 2.
+        temperature: at the start; learned, at least 0.01.
+        normalize: as in ``TokenChoice``.
+
+    Raises:
+        ValueError: a value is out of its range, or two of them do not go together.
+    """
+
+    top_k: int = 2
+    proj_dim: int | None = None
+    temperature: float = 0.5
+    normalize: bool | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.proj_dim is not None and self.proj_dim < 2:
+            raise ValueError(f"proj_dim={self.proj_dim} is not at least 2: in 1 dimension every cosine is 1 or -1")
+        positive("temperature", self.temperature)
+        if self.temperature < 0.01:
+            raise ValueError(f"temperature={self.temperature} is not at least 0.01, which learning may not pass")
+
+    def space(self, num_experts: int) -> int:
+        """``proj_dim`` with its default filled in."""
+        return max(num_experts // 2, 2) if self.proj_dim is None else self.proj_dim
+
+    def build(self, dim: int, num_experts: int, capacity: Capacity = Capacity()) -> TopKRouter:
+        self.check(num_experts)
+        gate = CosineGate(dim, num_experts, self.space(num_experts), self.temperature)
+        return TopKRouter(gate, num_experts, self, capacity)
+
+    def num_params(self, dim: int, num_experts: int) -> int:
+        return (dim + num_experts) * self.space(num_experts) + 1
+
+    def flops_per_token(self, dim: int, num_experts: int) -> int:
+        return 2 * (dim + num_experts) * self.space(num_experts)
+
+
+@dataclass(frozen=True)
+class Attention(TopKConfig):
+    """The experts attend to each other before the choice: ``logits = softmax(q k^T) v`` with q, k and v the (E,)
+    projections of the token (Yuan2.0-M32, arXiv 2405.17976, where ``top_k=2`` of 32).
+
+    Attributes:
+        top_k: experts per token, K.
+        normalize: as in ``TokenChoice``.
+        init_scale: variance of the initial weights times D. Larger than a linear gate's: with small q and k every
+            expert attends alike, and all logits are the same mean of v.
+
+    Raises:
+        ValueError: a value is out of its range, or two of them do not go together.
+    """
+
+    top_k: int = 2
+    normalize: bool | None = None
+    init_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive("init_scale", self.init_scale)
+
+    def build(self, dim: int, num_experts: int, capacity: Capacity = Capacity()) -> TopKRouter:
+        self.check(num_experts)
+        return TopKRouter(AttentionGate(dim, num_experts, self.init_scale), num_experts, self, capacity)
+
+    def num_params(self, dim: int, num_experts: int) -> int:
+        return 3 * dim * num_experts
+
+    def flops_per_token(self, dim: int, num_experts: int) -> int:
+        return 6 * dim * num_experts + 4 * num_experts**2
+
+
+class StableRouter(PairRouter):
+    """One expert a token, chosen by its hidden state until ``freeze_light_router``, then by its id alone.
+    Built by ``Stable``.
+
+    Attributes:
+        gate: logits from hidden states; the sigmoid of the chosen one is the gate, in both stages.
+        light: logits from token ids, learned in stage 1 and frozen in stage 2.
+        stage: int64 () buffer, 1 or 2; a checkpoint of stage 2 is loaded as one.
+    """
+
+    config: Stable
+    stage: Tensor
+
+    def __init__(self, dim: int, num_experts: int, config: Stable, capacity: Capacity) -> None:
+        super().__init__(num_experts, config, capacity)
+        self.gate = LinearGate(dim, num_experts, config.init_scale)
+        self.light = TokenIdGate(config.vocab_size, num_experts, config.embedding_dim)
+        self.register_buffer("stage", torch.tensor(1))
+        self._stage_terms = self.terms
+        self._light_decides = False
+
+    def choose(self, tokens: Tokens) -> Choice:
+        ids_T = token_ids(tokens, "token_ids_BS", self.config.vocab_size)
+        logits_TE = self.gate(tokens.x_TD)
+        extra = None
+        if self._light_decides:
+            expert_T = self.light(ids_T, logits_TE.dtype).argmax(-1)
+        else:
+            expert_T = logits_TE.argmax(-1)
+            if self.training:
+                light_TE = self.light(ids_T, logits_TE.dtype)
+                extra = {"distillation": F.cross_entropy(light_TE, expert_T, reduction="none")}
+        scores_TE = logits_TE.sigmoid()
+        return Choice(expert_T[:, None], scores_TE.gather(-1, expert_T[:, None]), scores_TE, logits_TE, extra=extra)
+
+    def freeze_light_router(self) -> None:
+        """Begin stage 2: the light router decides and no longer learns, and no balance loss applies, as it could change
+        no choice. The optimizer skips it from now on; wrap in DDP again, which waits for its gradients otherwise."""
+        self.stage.fill_(2)
+        self._follow_stage()
+
+    def _follow_stage(self) -> None:
+        self._light_decides = int(self.stage) == 2
+        self.terms = frozenset() if self._light_decides else self._stage_terms
+        self.light.requires_grad_(not self._light_decides)
+        if self._light_decides:
+            for parameter in self.light.parameters():
+                parameter.grad = None  # or momentum would move it once more
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        if not self.stage.is_meta:
+            self._follow_stage()
+
+
+@dataclass(frozen=True)
+class Stable(RouterConfig):
+    """StableMoE (arXiv 2204.08396): in stage 1 a sigmoid gate on the hidden state takes the best expert, and a light
+    router from token ids learns to foretell it; in stage 2, after ``layer.router.freeze_light_router()``, the light
+    router decides alone and is frozen, so that a token no longer wanders between experts.
+
+    Attributes:
+        vocab_size: token ids are in ``range(vocab_size)``.
+        embedding_dim: of the light router's embedding (50 in the paper).
+        distillation: weight of the light router's mean cross-entropy in the auxiliary loss.
+        init_scale: variance of the gate's initial weights times D.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    vocab_size: int
+    embedding_dim: int = 50
+    distillation: float = 1.0
+    init_scale: float = 0.1
+
+    def __post_init__(self) -> None:
+        at_least_one("vocab_size", self.vocab_size)
+        at_least_one("embedding_dim", self.embedding_dim)
+        positive("distillation", self.distillation)
+        positive("init_scale", self.init_scale)
+
+    def build(self, dim: int, num_experts: int, capacity: Capacity = Capacity()) -> StableRouter:
+        return StableRouter(dim, num_experts, self, capacity)
+
+    def balance_terms(self) -> frozenset[str]:
+        return SCORE_TERMS | {"router_z", "sequence_balance"}
+
+    def extra_weights(self) -> dict[str, float]:
+        return {"distillation": self.distillation}
+
+    def pairs_per_token(self, num_experts: int) -> float:
+        return 1.0
+
+    def needs(self) -> tuple[str, ...]:
+        return ("token_ids_BS",)
+
+    def num_params(self, dim: int, num_experts: int) -> int:
+        return dim * num_experts + (self.vocab_size + num_experts) * self.embedding_dim
+
+    def flops_per_token(self, dim: int, num_experts: int) -> int:
+        # Both run in training and in stage 2; in the evaluation of stage 1 the light router does not.
+        return 2 * (dim + self.embedding_dim) * num_experts

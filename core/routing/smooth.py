@@ -1,0 +1,377 @@
+"""Routers that are smooth in their weights, or start so: dense gates, DSelect-k, and dense-to-sparse annealing.
+
+They compute more than a few experts a token, in training or for ever: every place of a token is static, and pairs of
+weight 0 (or below a threshold) are left out, so that what is computed falls as the gates become sparse.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .balance import SCORE_TERMS, entropy
+from .checks import at_least_one, positive
+from .gates import LinearGate, init_gate_
+from .router import PairRouter, RouterConfig, Tokens
+from .selection import Capacity, Choice
+
+# With (nearly) every expert taken by every token the shares of pairs are equal, and the term is constant.
+DENSE_TERMS = SCORE_TERMS - {"load_balancing"}
+
+
+class DenseRouter(PairRouter):
+    """Every expert for every token. Built by ``Dense``."""
+
+    config: Dense
+
+    def __init__(self, dim: int, num_experts: int, config: Dense, capacity: Capacity) -> None:
+        super().__init__(num_experts, config, capacity)
+        self.gate = LinearGate(dim, num_experts, config.init_scale)
+
+    def choose(self, tokens: Tokens) -> Choice:
+        logits_TE = self.gate(tokens.x_TD)
+        scores_TE = logits_TE.softmax(-1)
+        places = self.num_experts if self.training else self.config.eval_top_k or self.num_experts
+        best = scores_TE.topk(places, dim=-1)
+        return Choice(best.indices, best.values, scores_TE, logits_TE)
+
+
+@dataclass(frozen=True)
+class Dense(RouterConfig):
+    """``y = sum over all e of softmax(W x)_e f_e(x)``: the classic mixture of experts, all E computed for every token.
+
+    With ``eval_top_k`` evaluation is sparse (DS-MoE, arXiv 2404.05567: dense training, sparse inference): a token takes
+    its best experts with their gates as they are, not brought to sum 1. ``Balance(mutual_information=...)`` is the
+    paper's loss, which makes the gates sharp and the experts equally used.
+
+    Attributes:
+        eval_top_k: experts per token in evaluation; None: all.
+        init_scale: variance of the gate's initial weights times D.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    eval_top_k: int | None = None
+    init_scale: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.eval_top_k is not None:
+            at_least_one("eval_top_k", self.eval_top_k)
+        positive("init_scale", self.init_scale)
+
+    def build(self, dim: int, num_experts: int, capacity: Capacity = Capacity()) -> DenseRouter:
+        self.check(num_experts)
+        return DenseRouter(dim, num_experts, self, capacity)
+
+    def check(self, num_experts: int) -> None:
+        _fits("eval_top_k", self.eval_top_k, num_experts)
+
+    def balance_terms(self) -> frozenset[str]:
+        return DENSE_TERMS | {"router_z"}
+
+    def pairs_per_token(self, num_experts: int) -> float:
+        """That of training."""
+        return float(num_experts)
+
+    def num_params(self, dim: int, num_experts: int) -> int:
+        return dim * num_experts
+
+    def flops_per_token(self, dim: int, num_experts: int) -> int:
+        return 2 * dim * num_experts
+
+
+def smooth_step(z: Tensor, gamma: float) -> Tensor:
+    """``-2 / gamma^3 z^3 + 3 / (2 gamma) z + 1 / 2``, exactly 0 from ``-gamma / 2`` down and exactly 1 from ``gamma / 2``
+    up (arXiv 2106.03760, eq. 5); its derivative is 0 at both ends."""
+    t = (z / gamma).clamp(-0.5, 0.5)
+    return t * (1.5 - 2 * t * t) + 0.5
+
+
+def selectors(codes: Tensor, num_experts: int, gamma: float) -> Tensor:
+    """Single-expert selectors: ``r_e = prod over bits j of S(z_j)`` where bit j of e is set, else ``1 - S(z_j)``
+    (arXiv 2106.03760, eq. 6).
+
+    Args:
+        codes: (..., m) z, ``m = ceil(log2 E)``, the lowest bit first.
+        num_experts: E.
+        gamma: width of the smooth step.
+
+    Returns:
+        (..., E). Sums to 1 over all ``2^m`` codes: to less over E where the unused ones have weight.
+    """
+    step = smooth_step(codes, gamma)
+    r = torch.ones_like(codes[..., :1]) if codes.shape[-1] else codes.new_ones(*codes.shape[:-1], 1)
+    for bit in step.unbind(-1):
+        r = torch.cat((r * (1 - bit[..., None]), r * bit[..., None]), -1)
+    return r[..., :num_experts]
+
+
+def selector_entropy(r_TKE: Tensor) -> Tensor:
+    """Sum over a token's selectors of their entropies, (T,), in nats: 0 once the codes are binary (arXiv 2106.03760,
+    eq. 9)."""
+    return entropy(r_TKE).sum(-1)
+
+
+def reachability(r_TKE: Tensor) -> Tensor:
+    """Sum over a token's selectors of ``1 / sum_e r_e``, (T,): K where no weight is on codes without an expert, as always
+    for E a power of 2 (arXiv 2106.03760, appendix). Sums below 0.01 count as 0.01."""
+    return r_TKE.sum(-1).clamp_min(0.01).reciprocal().sum(-1)
+
+
+class SelectorGate(nn.Module):
+    """Codes and weights of K selectors: linear in the token, or the same for all.
+
+    Args:
+        dim: D.
+        num_experts: E, encoded in ``m = ceil(log2 E)`` bits.
+        top_k: K.
+        gamma: width of the smooth step.
+        per_token: whether they depend on the token.
+        init_scale: variance times D of the initial weights, the codes' in units of ``gamma``.
+    """
+
+    def __init__(
+        self, dim: int, num_experts: int, top_k: int, gamma: float, per_token: bool, init_scale: float
+    ) -> None:
+        super().__init__()
+        self.top_k, self.gamma, self.per_token, self.init_scale = top_k, gamma, per_token, init_scale
+        codes = top_k * (num_experts - 1).bit_length()
+        self.code_weight = nn.Parameter(torch.empty(codes, dim if per_token else 1))
+        self.weight = nn.Parameter(torch.empty(top_k, dim if per_token else 1))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        init_gate_(self.code_weight, self.init_scale * self.gamma**2)
+        init_gate_(self.weight, self.init_scale)
+
+    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """float32 (T, D) to codes z (T, K, m) and the selectors' weights (T, K), which sum to 1."""
+        if not self.per_token:
+            x_TD = x_TD.new_ones(x_TD.shape[0], 1)
+        # A product and a sum where there is one input: it costs the token no FLOPs of a matrix product.
+        codes = x_TD @ self.code_weight.to(x_TD.dtype).T if self.per_token else x_TD * self.code_weight.to(x_TD.dtype).T
+        logits = x_TD @ self.weight.to(x_TD.dtype).T if self.per_token else x_TD * self.weight.to(x_TD.dtype).T
+        return codes.unflatten(-1, (self.top_k, -1)), logits.softmax(-1)
+
+
+class DSelectKRouter(PairRouter):
+    """Weighted single-expert selectors. Built by ``DSelectK``."""
+
+    config: DSelectK
+
+    def __init__(self, dim: int, num_experts: int, config: DSelectK, capacity: Capacity) -> None:
+        super().__init__(num_experts, config, capacity)
+        self.gate = SelectorGate(dim, num_experts, config.top_k, config.gamma, config.per_token, config.init_scale)
+
+    def choose(self, tokens: Tokens) -> Choice:
+        config, E = self.config, self.num_experts
+        codes, weights_TK = self.gate(tokens.x_TD)
+        r_TKE = selectors(codes, E, config.gamma)
+        scores_TE = (weights_TK[..., None] * r_TKE).sum(1)
+        places = config.max_k or E
+        if not self.training:
+            places = config.eval_max_k or places
+        best = scores_TE.topk(places, dim=-1)
+        gates_TK = best.values
+        if places < E:
+            # What is cut off is shared out, so that the sum of a token's gates stays.
+            gates_TK = gates_TK * (scores_TE.sum(-1, keepdim=True) / gates_TK.sum(-1, keepdim=True).clamp_min(1e-20))
+        extra = {}
+        if self.training:  # of no use in evaluation
+            if "selector_entropy" in self.extra_weights:
+                extra["selector_entropy"] = selector_entropy(r_TKE)
+            if "reachability" in self.extra_weights and E & (E - 1):
+                extra["reachability"] = reachability(r_TKE)
+        # Weight 0 has gradient 0 (the smooth step is flat there): leaving such pairs out is exact.
+        ids_TK = torch.where(gates_TK > 0, best.indices, E)
+        return Choice(ids_TK, gates_TK, scores_TE, extra=extra)
+
+
+@dataclass(frozen=True)
+class DSelectK(RouterConfig):
+    """DSelect-k (arXiv 2106.03760): K selectors that each learn the binary code of one expert, through a smooth step that
+    is flat at 0 and 1, and a softmax over the selectors: ``q_e = sum_k softmax(a)_k r_e(z_k)``. Smooth in all weights; at
+    most K experts have weight once every code is binary.
+
+    Until then up to all E have. Each token has ``max_k`` places, E by default, and pairs of weight 0 are not computed:
+    exact in training and evaluation, dense at the start, K experts a token in the end. A lower ``max_k`` or
+    ``eval_max_k`` bounds the cost; the gates that stay then take over the weight of those left out.
+
+    Where E is not a power of 2 some codes stand for no expert. Weight on them is lost to the output (a selector wholly on
+    them gives 0), and ``reachability`` holds it down, as in the paper.
+
+    Attributes:
+        top_k: selectors, K.
+        gamma: width of the smooth step.
+        per_token: codes and weights are linear in the token; False: parameters, the same experts for all tokens.
+        max_k: places of a token; None: E.
+        eval_max_k: the same in evaluation; None: as in training. K is exact once the codes are binary.
+        selector_entropy: weight of the selectors' mean entropy, which drives the codes to be binary; the paper tunes it.
+        reachability: weight of the mean of ``1 / (weight on codes with an expert)``, where E is not a power of 2.
+        init_scale: variance times D of the initial weights, the codes' in units of ``gamma``: small, for codes beyond
+            ``gamma / 2`` have no gradient.
+
+    Raises:
+        ValueError: a value is out of its range, or two of them do not go together.
+    """
+
+    top_k: int = 2
+    gamma: float = 1.0
+    per_token: bool = True
+    max_k: int | None = None
+    eval_max_k: int | None = None
+    selector_entropy: float = 0.01
+    reachability: float = 0.1
+    init_scale: float = 0.01
+
+    def __post_init__(self) -> None:
+        at_least_one("top_k", self.top_k)
+        positive("gamma", self.gamma)
+        for name in ("max_k", "eval_max_k"):
+            value = getattr(self, name)
+            if value is not None and value < self.top_k:
+                raise ValueError(f"{name}={value} is less than top_k={self.top_k}, the experts of binary codes")
+        for name in ("selector_entropy", "reachability"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} is not a finite number >= 0")
+        positive("init_scale", self.init_scale)
+
+    def build(self, dim: int, num_experts: int, capacity: Capacity = Capacity()) -> DSelectKRouter:
+        self.check(num_experts)
+        return DSelectKRouter(dim, num_experts, self, capacity)
+
+    def check(self, num_experts: int) -> None:
+        if num_experts < 2:
+            raise ValueError(f"DSelectK has nothing to select among num_experts={num_experts}")
+        for name in ("top_k", "max_k", "eval_max_k"):
+            _fits(name, getattr(self, name), num_experts)
+
+    def balance_terms(self) -> frozenset[str]:
+        return DENSE_TERMS
+
+    def extra_weights(self) -> dict[str, float]:
+        return {name: getattr(self, name) for name in ("selector_entropy", "reachability") if getattr(self, name)}
+
+    def pairs_per_token(self, num_experts: int) -> float:
+        """The most, that of the start of training; ``top_k`` once the codes are binary."""
+        return float(self.max_k or num_experts)
+
+    def num_params(self, dim: int, num_experts: int) -> int:
+        return (dim if self.per_token else 1) * self.top_k * ((num_experts - 1).bit_length() + 1)
+
+    def flops_per_token(self, dim: int, num_experts: int) -> int:
+        return 2 * self.num_params(dim, num_experts) if self.per_token else 0
+
+
+class DenseToSparseRouter(PairRouter):
+    """All experts above a threshold, at a falling temperature. Built by ``DenseToSparse``.
+
+    Attributes:
+        num_steps: int64 () buffer, the optimizer steps so far.
+    """
+
+    config: DenseToSparse
+    num_steps: Tensor
+
+    def __init__(self, dim: int, num_experts: int, config: DenseToSparse, capacity: Capacity) -> None:
+        super().__init__(num_experts, config, capacity)
+        self.gate = LinearGate(dim, num_experts, config.init_scale)
+        self.register_buffer("num_steps", torch.zeros((), dtype=torch.int64))
+
+    @property
+    def temperature(self) -> Tensor:
+        """float32 (), ``tau_start (tau_end / tau_start)^(steps / anneal_steps)``, then ``tau_end``."""
+        config = self.config
+        share = (self.num_steps.to(torch.float32) / config.anneal_steps).clamp_max(1.0)
+        return config.tau_start * (share * math.log(config.tau_end / config.tau_start)).exp()
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        self.num_steps += 1
+
+    def choose(self, tokens: Tokens) -> Choice:
+        config = self.config
+        logits_TE = self.gate(tokens.x_TD)
+        tau = self.temperature.to(logits_TE.dtype)
+        # The losses see the clean logits, as everywhere; noise only explores.
+        scores_TE = gates_TE = (logits_TE / tau).softmax(-1)
+        if self.training:
+            gumbel_TE = -torch.empty_like(logits_TE).exponential_().log()
+            gates_TE = ((logits_TE + gumbel_TE) / tau).softmax(-1)
+        best = gates_TE.topk(config.max_k or self.num_experts, dim=-1)
+        above_TK = best.values > config.threshold
+        above_TK = torch.cat((torch.ones_like(above_TK[:, :1]), above_TK[:, 1:]), -1)
+        return Choice(torch.where(above_TK, best.indices, self.num_experts), best.values, scores_TE, logits_TE)
+
+
+@dataclass(frozen=True)
+class DenseToSparse(RouterConfig):
+    """Dense-to-sparse gate (EvoMoE, arXiv 2112.14397): gates ``softmax((W x + gumbel) / tau)``, the noise in training
+    alone; experts whose gate is not above ``threshold`` are left out, and the gates of the others stay as they are. At a
+    high temperature tau that is nearly all experts, at a low one nearly always one: the best is always taken.
+
+    The temperature falls from ``tau_start`` to ``tau_end`` by the same factor each optimizer step, for ``anneal_steps``
+    steps: ``update_expert_bias(model, tape)``, called once per step, counts them. The count is part of the state.
+
+    Attributes:
+        tau_start, tau_end: temperatures.
+        anneal_steps: optimizer steps between them.
+        threshold: a gate has to be above it.
+        max_k: places of a token; None: E. Experts beyond it are left out.
+        init_scale: variance of the gate's initial weights times D.
+
+    Raises:
+        ValueError: a value is out of its range, or two of them do not go together.
+    """
+
+    tau_start: float = 2.0
+    tau_end: float = 0.3
+    anneal_steps: int = 10_000
+    threshold: float = 0.01
+    max_k: int | None = None
+    init_scale: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("tau_start", "tau_end", "init_scale"):
+            positive(name, getattr(self, name))
+        if self.tau_end > self.tau_start:
+            raise ValueError(f"tau_end={self.tau_end} is above tau_start={self.tau_start}: the temperature has to fall")
+        at_least_one("anneal_steps", self.anneal_steps)
+        if not 0 <= self.threshold < 1:
+            raise ValueError(f"threshold={self.threshold} is not in [0, 1)")
+        if self.max_k is not None:
+            at_least_one("max_k", self.max_k)
+
+    def build(self, dim: int, num_experts: int, capacity: Capacity = Capacity()) -> DenseToSparseRouter:
+        self.check(num_experts)
+        return DenseToSparseRouter(dim, num_experts, self, capacity)
+
+    def check(self, num_experts: int) -> None:
+        _fits("max_k", self.max_k, num_experts)
+        if num_experts > 1 and self.threshold * num_experts >= 1:
+            raise ValueError(
+                f"threshold={self.threshold} is not below 1 / {num_experts}, the gates of num_experts={num_experts} "
+                "taken alike: training would not start dense"
+            )
+
+    def balance_terms(self) -> frozenset[str]:
+        return SCORE_TERMS | {"router_z"}
+
+    def pairs_per_token(self, num_experts: int) -> float:
+        """The most, that of the start of training."""
+        return float(self.max_k or num_experts)
+
+    def num_params(self, dim: int, num_experts: int) -> int:
+        return dim * num_experts
+
+    def flops_per_token(self, dim: int, num_experts: int) -> int:
+        return 2 * dim * num_experts
+
+
+def _fits(name: str, value: int | None, num_experts: int) -> None:
+    if value is not None and value > num_experts:
+        raise ValueError(f"{name}={value} exceeds num_experts={num_experts}")

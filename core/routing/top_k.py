@@ -1,0 +1,77 @@
+"""What routers share that take the ``top_k`` best experts of softmax logits, whatever the logits come from."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from torch import Tensor, nn
+
+from ..kernels.eager import topk_gate
+from .balance import SCORE_TERMS
+from .checks import at_least_one
+from .router import PairRouter, RouterConfig, Tokens
+from .selection import Capacity, Choice
+
+
+class TopKConfig(RouterConfig):
+    """Base of their configs, which have the fields ``top_k`` and ``normalize``, as in ``TokenChoice``."""
+
+    top_k: int
+    normalize: bool | None
+
+    def __post_init__(self) -> None:
+        at_least_one("top_k", self.top_k)
+        if self.top_k == 1 and self.normalize:
+            raise ValueError("normalize=True with top_k=1 makes every gate 1: the router would get no gradient")
+
+    @property
+    def normalizes(self) -> bool:
+        """``normalize`` with its default filled in: True for K > 1, False for K = 1."""
+        return self.top_k > 1 if self.normalize is None else self.normalize
+
+    def check(self, num_experts: int) -> None:
+        if self.top_k > num_experts:
+            raise ValueError(f"top_k={self.top_k} exceeds num_experts={num_experts}")
+
+    def balance_terms(self) -> frozenset[str]:
+        return SCORE_TERMS | {"router_z", "sequence_balance"}
+
+    def pairs_per_token(self, num_experts: int) -> float:
+        return float(self.top_k)
+
+
+class TopKRouter(PairRouter):
+    """Each token takes the ``top_k`` experts of its highest logits, which ``gate`` computes from it."""
+
+    def __init__(self, gate: nn.Module, num_experts: int, config: TopKConfig, capacity: Capacity) -> None:
+        super().__init__(num_experts, config, capacity)
+        self.gate = gate
+
+    def choose(self, tokens: Tokens) -> Choice:
+        return self.choose_from(self.gate(tokens.x_TD))
+
+    def choose_from(self, logits: Tensor) -> Choice:
+        """The choice of each row of (..., E) logits."""
+        config = cast(TopKConfig, self.config)
+        best = topk_gate(logits, config.top_k, normalize=config.normalizes)
+        return Choice(best.expert_ids_TK, best.gates_TK, best.scores_TE, logits)
+
+
+class SequenceTopKRouter(TopKRouter):
+    """One decision a sequence, which all its tokens follow."""
+
+    def sequence_logits(self, tokens: Tokens) -> Tensor:
+        """(B, E) logits of the sequences."""
+        raise NotImplementedError
+
+    def choose(self, tokens: Tokens) -> Choice:
+        # K experts of B rows are chosen, not of T.
+        of_sequence = self.choose_from(self.sequence_logits(tokens))
+        assert of_sequence.scores_TE is not None
+        assert of_sequence.logits_TE is not None
+        return Choice(
+            tokens.to_tokens(of_sequence.expert_ids_TK),
+            tokens.to_tokens(of_sequence.gates_TK),
+            tokens.to_tokens(of_sequence.scores_TE),
+            tokens.to_tokens(of_sequence.logits_TE),
+        )

@@ -1,0 +1,402 @@
+"""Cosine, attention and two-stage gates on typed weights."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from core import FFN, Balance, MoEConfig, Routing, RoutingContext, aux_loss, record
+from core.flops import count_flops
+from core.layers import aux_losses
+from core.routing.learned import Attention, Cosine, Stable
+from core.routing.router import RouterConfig
+
+CONFIGS = {"cosine": Cosine(), "cosine-1": Cosine(top_k=1, proj_dim=3), "attention": Attention(), "stable": Stable(10)}
+
+
+def ids(routing: Routing) -> list[list[int]]:
+    return routing.expert_ids_N.unflatten(0, (routing.num_tokens, -1)).tolist()
+
+
+def context(B: int, S: int, vocab_size: int = 10, **fields: Tensor) -> RoutingContext:
+    return RoutingContext(token_ids_BS=torch.randint(vocab_size, (B, S)), **fields)
+
+
+def cosine(projection: Tensor, experts: Tensor, **options) -> nn.Module:
+    built = Cosine(proj_dim=projection.shape[0], **options).build(projection.shape[1], len(experts)).eval()
+    with torch.no_grad():
+        built.gate.projection.copy_(projection)
+        built.gate.weight.copy_(experts)
+    return built
+
+
+def test_cosine_logits_are_cosines_over_the_temperature():
+    # Token (5, 0) against (3, 4) of length 5: 15 / 25 = 0.6; against (0, 2): 0; over 0.5: 1.2 and 0.
+    built = cosine(torch.eye(2), torch.tensor([[0.0, 2.0], [3.0, 4.0]]))
+    routing = built(torch.tensor([[[5.0, 0.0]]]))
+    assert routing.logits_TE.tolist() == [[pytest.approx(0.0), pytest.approx(1.2)]]
+    assert ids(routing) == [[1, 0]]
+    # 1 / (1 + e^-1.2) = 1 / 1.301194 = 0.768525.
+    assert routing.gates_N.tolist() == pytest.approx([0.768525, 0.231475], abs=1e-6)
+    assert routing.scores_TE[0].tolist() == pytest.approx([0.231475, 0.768525], abs=1e-6)
+
+
+def test_cosine_projects_before_it_compares():
+    # (1, 2, 2) -> (2 + 2, 1 + 2) = (4, 3); against (1, 0): 0.8, against (0, 1): 0.6; over 0.2: 4 and 3.
+    projection = torch.tensor([[0.0, 1.0, 1.0], [1.0, 0.0, 1.0]])
+    built = cosine(projection, torch.eye(2), temperature=0.2)
+    assert built(torch.tensor([[[1.0, 2.0, 2.0]]])).logits_TE[0].tolist() == pytest.approx([4.0, 3.0])
+
+
+def test_the_length_of_tokens_and_embeddings_does_not_count():
+    experts, x = torch.randn(4, 3), torch.randn(2, 5, 6)
+    projection = torch.randn(3, 6)
+    plain = cosine(projection, experts)(x)
+    scaled = cosine(projection, experts * torch.tensor([[1.0], [0.1], [10.0], [3.0]]))(x * 7)
+    torch.testing.assert_close(scaled.logits_TE, plain.logits_TE)
+
+
+def test_the_temperature_is_learned_and_stays_above_a_hundredth():
+    built = cosine(torch.eye(2), torch.eye(2))
+    built(torch.tensor([[[1.0, 0.0]]])).logits_TE[0, 0].backward()
+    assert built.gate.log_scale.grad.item() == pytest.approx(2.0)  # d exp(s) / ds = exp(s) = 1 / 0.5
+    with torch.no_grad():
+        built.gate.log_scale.fill_(9.0)
+    assert built(torch.tensor([[[1.0, 0.0]]])).logits_TE[0, 0].item() == pytest.approx(100.0)
+
+
+def test_cosine_space_is_half_the_experts_and_never_a_line():
+    assert [Cosine().space(E) for E in (2, 4, 6, 64)] == [2, 2, 3, 32]
+    assert Cosine(proj_dim=256).space(8) == 256
+
+
+def test_a_zero_token_has_zero_cosines_and_finite_gradients():
+    built = Cosine(proj_dim=2).build(3, 4)
+    x = torch.zeros(1, 2, 3, requires_grad=True)
+    routing = built(x)
+    assert routing.logits_TE.abs().max() == 0
+    routing.gates_N.square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in built.parameters())
+
+
+def attention_logits(query: list[float], key: list[float], value: list[float]) -> list[float]:
+    """Of one token, expert by expert."""
+    logits = []
+    for q in query:
+        weights = [math.exp(q * k) for k in key]
+        logits.append(sum(w * v for w, v in zip(weights, value, strict=True)) / sum(weights))
+    return logits
+
+
+def test_attention_logits_by_hand():
+    built = Attention().build(3, 2).eval()
+    with torch.no_grad():
+        # A token of ones along its three axes picks q = (1, 0), k = (log 2, 0), v = (1, 4).
+        built.gate.weight.copy_(torch.tensor([[[1.0, 0, 0], [0, 0, 0]], [[0, 1, 0], [0] * 3], [[0, 0, 1], [0, 0, 4]]]))
+    routing = built(torch.tensor([[[1.0, math.log(2), 1.0]]]))
+    # Expert 0: weights exp(1 log 2), exp(0) -> 2/3, 1/3: 2/3 + 4/3 = 2. Expert 1: 1/2, 1/2: 2.5.
+    assert routing.logits_TE[0].tolist() == pytest.approx([2.0, 2.5])
+    assert ids(routing) == [[1, 0]]
+    # Softmax of the chosen logits: 1 / (1 + e^-0.5) = 0.622459.
+    assert routing.gates_N.tolist() == pytest.approx([0.622459, 0.377541], abs=1e-6)
+
+
+def test_attention_equals_its_equation():
+    built = Attention(top_k=1).build(4, 5).eval()
+    x = torch.randn(1, 6, 4)
+    query, key, value = (F.linear(x[0], w).tolist() for w in built.gate.weight)
+    expected = [attention_logits(*row) for row in zip(query, key, value, strict=True)]
+    torch.testing.assert_close(built(x).logits_TE, torch.tensor(expected))
+
+
+def stable(training: bool = True, **options):
+    """D = E = 2, logits are the input; the light router's logits of id i are (i, 1)."""
+    built = Stable(3, embedding_dim=2, **options).build(2, 2).train(training)
+    with torch.no_grad():
+        built.gate.weight.copy_(torch.eye(2))
+        built.light.embedding.copy_(torch.tensor([[0.0, 1.0], [1.0, 1.0], [2.0, 1.0]]))
+        built.light.weight.copy_(torch.eye(2))
+    return built
+
+
+def test_stage_1_takes_the_best_expert_of_the_hidden_state_at_its_sigmoid():
+    x = torch.tensor([[[math.log(3), 0.0], [-1.0, 0.0]]])
+    routing = stable(False)(x, RoutingContext(token_ids_BS=torch.tensor([[0, 2]])))
+    assert ids(routing) == [[0], [1]]  # the light router would say 1 and 0
+    assert routing.gates_N.tolist() == pytest.approx([0.75, 0.5])  # 3 / (3 + 1) and 1 / 2
+    assert routing.extra is None  # nothing is distilled in evaluation
+
+
+def test_the_distillation_loss_is_the_light_routers_cross_entropy():
+    x = torch.tensor([[[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]])
+    routing = stable()(x, RoutingContext(token_ids_BS=torch.tensor([[0, 1, 2]])))
+    # Targets 0, 0, 1; light logits (0, 1), (1, 1), (2, 1): log(1 + e), log 2, log(1 + e).
+    assert routing.extra["distillation"].tolist() == pytest.approx([1.313262, 0.693147, 1.313262], abs=1e-6)
+
+
+def test_the_gate_learns_nothing_from_distillation_and_the_light_router_nothing_else():
+    x, given = torch.randn(1, 8, 2), context(1, 8, 3)
+    built = stable()
+    built(x, given).extra["distillation"].sum().backward()
+    assert built.gate.weight.grad is None
+    assert built.light.embedding.grad.abs().max() > 0
+    built.zero_grad()
+    routing = built(x, given)
+    (routing.gates_N.sum() + routing.logits_TE.logsumexp(-1).sum() + routing.scores_TE.square().sum()).backward()
+    assert built.light.embedding.grad is None
+    assert built.gate.weight.grad.abs().max() > 0
+
+
+def test_stage_2_takes_the_light_routers_expert_at_the_gates_sigmoid():
+    built = stable(False)
+    built.freeze_light_router()
+    x = torch.tensor([[[math.log(3), 0.0], [-1.0, 0.0]]])
+    routing = built(x, RoutingContext(token_ids_BS=torch.tensor([[0, 2]])))
+    assert ids(routing) == [[1], [0]]
+    assert routing.gates_N.tolist() == pytest.approx([0.5, 1 / (1 + math.e)])  # sigmoid(0), sigmoid(-1)
+
+
+def test_stage_2_is_stable_whatever_the_hidden_states():
+    built, given = stable(), context(2, 9, 3)
+    built.freeze_light_router()
+    first, second = (built(torch.randn(2, 9, 2), given) for _ in range(2))
+    assert torch.equal(first.expert_ids_N, second.expert_ids_N)
+    assert not torch.equal(first.gates_N, second.gates_N)
+
+
+def test_the_frozen_light_router_does_not_move_and_the_gate_does():
+    layer = MoEConfig(4, Stable(10, 3), FFN(8)).build(6)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, weight_decay=0.1)
+    x, given = torch.randn(2, 5, 6), context(2, 5)
+
+    def step() -> None:
+        with record(layer) as tape:
+            y = layer(x, given)
+        (y.square().sum() + aux_loss(tape)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    light = [p.clone() for p in layer.router.light.parameters()]
+    step()
+    assert all(not torch.equal(a, b) for a, b in zip(light, layer.router.light.parameters(), strict=True))
+    with record(layer) as tape:
+        (layer(x, given).sum() + aux_loss(tape)).backward()
+    layer.router.freeze_light_router()  # with gradients waiting
+    light = [p.clone() for p in layer.router.light.parameters()]
+    gate = layer.router.gate.weight.clone()
+    step()
+    assert all(torch.equal(a, b) for a, b in zip(light, layer.router.light.parameters(), strict=True))
+    assert not torch.equal(gate, layer.router.gate.weight)
+
+
+def test_no_auxiliary_loss_is_left_in_stage_2():
+    layer = MoEConfig(4, Stable(10), FFN(8), balance=Balance(load_balancing=1.0)).build(6)
+    x, given = torch.randn(2, 5, 6), context(2, 5)
+    with record(layer) as tape:
+        layer(x, given)
+    assert set(aux_losses(tape).terms) == {"load_balancing", "router_z", "distillation"}
+    layer.router.freeze_light_router()
+    with record(layer) as tape:
+        layer(x, given)
+    assert aux_losses(tape).terms == {}
+
+
+def test_distillation_joins_the_auxiliary_loss_as_the_mean_over_real_tokens():
+    config = MoEConfig(2, Stable(3, 2, distillation=0.5), FFN(4), balance=Balance(load_balancing=0, router_z=0))
+    layer = config.build(2)
+    layer.router.load_state_dict(stable().state_dict())
+    x = torch.tensor([[[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [9.0, torch.nan]]])
+    valid = torch.tensor([[True, True, True, False]])
+    with record(layer) as tape:
+        layer(x, RoutingContext(valid_BS=valid, token_ids_BS=torch.tensor([[0, 1, 2, -100]])))
+    losses = aux_losses(tape)
+    # (1.313262 + 0.693147 + 1.313262) / 3 = 1.106557, at weight 0.5.
+    assert losses.terms["distillation"].item() == pytest.approx(1.106557, abs=1e-6)
+    assert losses.total.item() == pytest.approx(0.553278, abs=1e-6)
+    losses.total.backward()
+    assert all(p.grad.isfinite().all() for p in layer.router.light.parameters())
+    detached = tape.detach().entries[0].routing
+    assert not detached.extra["distillation"].requires_grad
+
+
+def test_the_light_router_learns_what_the_gate_does():
+    built, vocab = Stable(20, 8).build(16, 4).train(), torch.randn(20, 16)
+    optimizer = torch.optim.Adam(built.light.parameters(), lr=0.1)
+    tokens = torch.arange(20)[None]
+    given = RoutingContext(token_ids_BS=tokens)  # the hidden state is a function of the token
+    for _ in range(100):
+        built(vocab[tokens], given).extra["distillation"].mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    learned = built(vocab[tokens], given).expert_ids_N
+    assert len(learned.unique()) > 1
+    built.freeze_light_router()
+    assert torch.equal(built(torch.randn(1, 20, 16), given).expert_ids_N, learned)
+
+
+def test_the_stage_is_saved_and_loaded_both_ways():
+    built, other = stable(False), Stable(3, embedding_dim=2).build(2, 2).eval()
+    start = {name: value.clone() for name, value in built.state_dict().items()}
+    built.freeze_light_router()
+    other.load_state_dict(built.state_dict())
+    x, given = torch.randn(2, 7, 2), context(2, 7, 3)
+    assert torch.equal(other(x, given).expert_ids_N, built(x, given).expert_ids_N)
+    assert other.terms == frozenset()
+    assert not any(p.requires_grad for p in other.light.parameters())
+    other.load_state_dict(start)
+    assert torch.equal(other(x, given).expert_ids_N, other(x, given).logits_TE.argmax(-1))
+    assert "distillation" in other.terms
+    assert all(p.requires_grad for p in other.light.parameters())
+
+
+def test_a_forward_changes_no_state():
+    for config in CONFIGS.values():
+        built = config.build(6, 4)
+        before = {name: value.clone() for name, value in built.state_dict().items()}
+        built(torch.randn(2, 5, 6), context(2, 5))
+        assert all(torch.equal(value, before[name]) for name, value in built.state_dict().items())
+
+
+@pytest.mark.parametrize("config", [Cosine(), Cosine(top_k=1), Attention(), Attention(top_k=1, normalize=False)])
+def test_gates_and_logits_have_the_gradient_of_their_equation(config):
+    built = config.build(4, 5).double()
+    names, weights = zip(*built.named_parameters(), strict=True)
+
+    def run(x: Tensor, *values: Tensor) -> tuple[Tensor, Tensor]:
+        routing = torch.func.functional_call(built, dict(zip(names, values, strict=True)), (x,))
+        return routing.gates_N, routing.logits_TE
+
+    x = torch.randn(1, 3, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(run, (x, *(w.detach().clone().requires_grad_() for w in weights)))
+
+
+def test_stable_has_the_gradient_of_its_equation():
+    built, given = Stable(5, 3).build(4, 3).double().train(), context(1, 4, 5)
+    names, weights = zip(*built.named_parameters(), strict=True)
+
+    def run(x: Tensor, *values: Tensor) -> tuple[Tensor, Tensor]:
+        routing = torch.func.functional_call(built, dict(zip(names, values, strict=True)), (x, given))
+        return routing.gates_N, routing.extra["distillation"]
+
+    x = torch.randn(1, 4, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(run, (x, *(w.detach().clone().requires_grad_() for w in weights)))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_padding_is_never_routed_or_in_a_gradient_even_if_it_holds_nan(name):
+    config = CONFIGS[name]
+    x, valid = torch.randn(2, 3, 6), torch.tensor([[True, True, False], [True, False, False]])
+    tokens = torch.tensor([[1, 2, 999], [3, -100, 10**12]])
+    dirty = x.masked_fill(~valid[..., None], torch.nan).requires_grad_()
+    built = config.build(6, 4)
+    routing = built(dirty, RoutingContext(valid_BS=valid, token_ids_BS=tokens))
+    clean = built(x[valid][None], RoutingContext(token_ids_BS=tokens[valid][None]))
+    real_N = valid.flatten().repeat_interleave(routing.top_k)
+    assert torch.equal(routing.expert_ids_N[real_N], clean.expert_ids_N)
+    torch.testing.assert_close(routing.gates_N[real_N], clean.gates_N)
+    assert (routing.expert_ids_N[~real_N] == 4).all()
+    assert torch.equal(routing.chosen_per_expert_E, clean.chosen_per_expert_E)
+    (routing.gates_N.square().sum() + routing.logits_TE.logsumexp(-1).sum()).backward()
+    assert dirty.grad[~valid].abs().max() == 0
+    assert all(p.grad.isfinite().all() for p in built.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (3, 0)])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_no_tokens_are_no_pairs(name, shape):
+    config = CONFIGS[name]
+    layer = MoEConfig(4, config, FFN(8)).build(6)
+    assert layer(torch.randn(*shape, 6), context(*shape)).shape == (*shape, 6)
+    assert layer.router(torch.randn(*shape, 6), context(*shape)).chosen_per_expert_E.tolist() == [0] * 4
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_parameters_and_flops_are_those_of_the_config(name):
+    config = CONFIGS[name]
+    built = config.build(6, 4).train()
+    assert sum(p.numel() for p in built.parameters()) == config.num_params(6, 4)
+    x, given = torch.randn(2, 5, 6), context(2, 5)
+    assert count_flops(built, x, given) == 10 * config.flops_per_token(6, 4)
+
+
+class OfIds(nn.Module):
+    """A layer as a function of tensors, as ``torch.export`` wants it."""
+
+    def __init__(self, config: RouterConfig) -> None:
+        super().__init__()
+        self.layer = MoEConfig(4, config, FFN(8), balance=Balance(load_balancing=1.0)).build(6)
+
+    def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
+        return self.layer(x, RoutingContext(token_ids_BS=tokens))
+
+
+@pytest.mark.parametrize("name, stage", [*((name, 1) for name in CONFIGS), ("stable", 2)])
+def test_compiled_and_exported_layers_equal_eager(name, stage):
+    model = OfIds(CONFIGS[name])
+    x, tokens = torch.randn(2, 5, 6), torch.randint(10, (2, 5))
+    if stage == 2:
+        model.layer.router.freeze_light_router()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+
+    def step(run: nn.Module) -> list[Tensor]:
+        model.zero_grad()
+        with record(model) as tape:
+            y = run(x, tokens)
+        loss = y.square().sum() + aux_loss(tape)
+        loss.backward()
+        return [y, loss, *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    torch.testing.assert_close(step(compiled), step(model), rtol=1e-5, atol=1e-6)
+    model.eval()
+    program = torch.export.export(model, (x, tokens)).module()
+    torch.testing.assert_close(program(x, tokens), model(x, tokens), rtol=1e-5, atol=1e-6)
+
+
+def test_weights_survive_a_state_dict():
+    for config in CONFIGS.values():
+        one, other = config.build(6, 4).eval(), config.build(6, 4).eval()
+        other.load_state_dict(one.state_dict())
+        x, given = torch.randn(2, 5, 6), context(2, 5)
+        assert torch.equal(one(x, given).gates_N, other(x, given).gates_N)
+
+
+def test_stable_needs_token_ids_in_range_and_of_the_tokens_shape():
+    built, x = Stable(10).build(6, 4), torch.randn(2, 5, 6)
+    with pytest.raises(ValueError, match=r"StableRouter needs context.token_ids_BS, which is None"):
+        built(x)
+    with pytest.raises(ValueError, match=r"context.token_ids_BS holds 10, which is not in range\(10\)"):
+        built(x, RoutingContext(token_ids_BS=torch.full((2, 5), 10)))
+    with pytest.raises(ValueError, match=r"context.token_ids_BS holds -1, which is not in range\(10\)"):
+        built(x, RoutingContext(token_ids_BS=torch.tensor([[-1, 0, 0, 0, 0]] * 2)))
+    with pytest.raises(ValueError, match=r"context.token_ids_BS has shape \(2, 4\), the tokens \(2, 5\)"):
+        built(x, context(2, 4))
+    with pytest.raises(ValueError, match=r"context.token_ids_BS is torch.float32: ids are integers"):
+        built(x, RoutingContext(token_ids_BS=torch.zeros(2, 5)))
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: Cosine(top_k=0), r"top_k=0 is not at least 1"),
+        (lambda: Cosine(top_k=1, normalize=True), r"normalize=True with top_k=1 .* no gradient"),
+        (lambda: Cosine(proj_dim=1), r"proj_dim=1 is not at least 2"),
+        (lambda: Cosine(temperature=0.0), r"temperature=0.0 is not a positive number"),
+        (lambda: Cosine(temperature=0.001), r"temperature=0.001 is not at least 0.01"),
+        (lambda: Cosine(top_k=5).build(6, 4), r"top_k=5 exceeds num_experts=4"),
+        (lambda: Attention(init_scale=-1.0), r"init_scale=-1.0 is not a positive number"),
+        (lambda: Attention(top_k=1, normalize=True), r"normalize=True with top_k=1"),
+        (lambda: Attention(top_k=9).build(6, 8), r"top_k=9 exceeds num_experts=8"),
+        (lambda: Stable(0), r"vocab_size=0 is not at least 1"),
+        (lambda: Stable(5, embedding_dim=0), r"embedding_dim=0 is not at least 1"),
+        (lambda: Stable(5, distillation=0.0), r"distillation=0.0 is not a positive number"),
+        (lambda: Stable(5, init_scale=0.0), r"init_scale=0.0 is not a positive number"),
+    ],
+)
+def test_a_wrong_option_is_refused_with_its_value_and_the_rule(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

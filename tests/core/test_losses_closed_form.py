@@ -1,0 +1,414 @@
+"""Mutual information, entropies, balance within sequences and the adaptive weight: by hand, denominators included."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from core import (
+    FFN,
+    Balance,
+    Entry,
+    MoEConfig,
+    Routing,
+    RoutingContext,
+    Tape,
+    TokenChoice,
+    aux_loss,
+    aux_losses,
+    record,
+    update_expert_bias,
+)
+from core.routing.balance import (
+    SCORE_TERMS,
+    TERMS,
+    adaptive_weight,
+    balance_sums,
+    balance_terms,
+    entropy,
+    global_entropy_loss,
+    local_entropy_loss,
+    mutual_information_loss,
+    sequence_balance_loss,
+    sequence_losses,
+)
+
+OFF = {"load_balancing": 0.0, "router_z": 0.0}
+NEW = ("mutual_information", "local_entropy", "global_entropy", "sequence_balance")
+# Of two experts: H(1) = 0, H(1/2) = log 2 = 0.693147, H(3/4) = 0.75 * 0.287682 + 0.25 * 1.386294 = 0.562335.
+
+
+def routing(
+    scores: list[list[float]] | Tensor, *, top_k: int = 1, sequences: int = 1, valid: list[bool] | None = None
+) -> Routing:
+    """A decision with typed scores, each token at its ``top_k`` best experts."""
+    scores_TE = torch.as_tensor(scores)
+    T, E = scores_TE.shape
+    ids_N = scores_TE.topk(top_k, dim=-1).indices.flatten()
+    counts = torch.bincount(ids_N, minlength=E)
+    return Routing(
+        token_index_N=torch.arange(T * top_k) // top_k,
+        expert_ids_N=ids_N,
+        gates_N=torch.ones(T * top_k),
+        tokens_per_expert_E=counts,
+        chosen_per_expert_E=counts,
+        num_tokens=T,
+        top_k=top_k,
+        logits_TE=scores_TE.log(),
+        scores_TE=scores_TE,
+        valid_T=None if valid is None else torch.tensor(valid),
+        num_sequences=sequences,
+    )
+
+
+def term(name: str, decided: Routing, context: RoutingContext | None = None, **options: object) -> Tensor:
+    """One term of one pass, unweighted."""
+    balance = Balance(**{**OFF, name: 1.0, **options})  # type: ignore[arg-type]
+    losses = aux_losses(Tape((Entry("", decided, context, balance, frozenset(TERMS)),)))
+    assert losses.terms.keys() == {name}
+    assert losses.total.item() == losses.terms[name].item()
+    return losses.total
+
+
+def test_entropy_in_nats_and_its_gradient_at_zero():
+    p = torch.tensor([[1.0, 0.0], [0.5, 0.5], [0.75, 0.25]], dtype=torch.float64, requires_grad=True)
+    assert entropy(p).tolist() == pytest.approx([0.0, 0.693147, 0.562335], abs=1e-6)
+    entropy(p).sum().backward()
+    assert p.grad.isfinite().all()
+
+
+def test_mutual_information_of_token_and_expert_by_hand():
+    # Tokens (1, 0) and (1/2, 1/2): mean (3/4, 1/4). H(e | t) = (0 + 0.693147) / 2 = 0.346574 over 2 tokens;
+    # H(e) = 0.562335. -I = 0.346574 - 0.562335 = -0.215762.
+    loss = mutual_information_loss(torch.tensor([1.5, 0.5]), torch.tensor(0.693147), 2)
+    assert loss.item() == pytest.approx(-0.215762, abs=1e-6)
+    assert term("mutual_information", routing([[1.0, 0.0], [0.5, 0.5]])).item() == pytest.approx(-0.215762, abs=1e-6)
+
+
+def test_mutual_information_of_token_and_expert_at_its_ends():
+    # Each token sure of an expert of its own: -log E. All tokens alike: 0.
+    assert term("mutual_information", routing(torch.eye(4))).item() == pytest.approx(-math.log(4), abs=1e-6)
+    assert term("mutual_information", routing([[0.7, 0.3]] * 5)).item() == pytest.approx(0.0, abs=1e-6)
+
+
+def test_mutual_information_of_task_and_expert_by_hand():
+    # Task 0 has the sequences 0 and 2 of two tokens, task 1 the sequence 1. Mean scores: task 0
+    # ((0.9 + 0.7 + 0.8 + 0.6) / 4, ...) = (3/4, 1/4), task 1 ((0.2 + 0.3) / 2, ...) = (1/4, 3/4).
+    # H(e | task) = (4 * 0.562335 + 2 * 0.562335) / 6 = 0.562335; all: (3.5 / 6, 2.5 / 6),
+    # H(e) = 0.583333 * 0.538997 + 0.416667 * 0.875469 = 0.679193. -I = -0.116858.
+    decided = routing([[0.9, 0.1], [0.7, 0.3], [0.2, 0.8], [0.3, 0.7], [0.8, 0.2], [0.6, 0.4]], sequences=3)
+    context = RoutingContext(task_ids_B=torch.tensor([0, 1, 0]))
+    loss = term("mutual_information", decided, context, num_tasks=2)
+    assert loss.item() == pytest.approx(-0.116858, abs=1e-6)
+    # A third task without tokens changes nothing.
+    assert term("mutual_information", decided, context, num_tasks=3).item() == pytest.approx(-0.116858, abs=1e-6)
+
+
+def test_mutual_information_is_that_of_the_joint_distribution():
+    # Mod-Squad, eq. 4: sum over task and expert of P(t, e) log(P(t, e) / (P(t) P(e))), P(t) the task's share of tokens.
+    scores_TE, tasks_B = torch.rand(12, 5).softmax(-1), torch.tensor([2, 0, 2, 1])
+    tasks_T = tasks_B.repeat_interleave(3)
+    joint = torch.stack([scores_TE[tasks_T == t].sum(0) for t in range(3)]).double() / 12
+    information = (joint * (joint / (joint.sum(1, keepdim=True) * joint.sum(0))).log()).sum()
+    found = term("mutual_information", routing(scores_TE, sequences=4), RoutingContext(task_ids_B=tasks_B), num_tasks=3)
+    assert found.item() == pytest.approx(-information.item(), abs=1e-6)
+
+
+def test_local_entropy_by_hand():
+    # One modality: (0 + 0.693147 + 0.562335) / 3 = 0.418494.
+    scores = [[1.0, 0.0], [0.5, 0.5], [0.75, 0.25]]
+    assert local_entropy_loss(torch.tensor([1.255482]), torch.tensor([3.0])).item() == pytest.approx(0.418494, abs=1e-6)
+    assert term("local_entropy", routing(scores)).item() == pytest.approx(0.418494, abs=1e-6)
+    # Modality 0 has the tokens 0 and 2: 0.562335 / 2 = 0.281168; modality 1 the token 1: 0.693147. Sum 0.974315.
+    context = RoutingContext(modality_BS=torch.tensor([[0, 1, 0]]))
+    assert term("local_entropy", routing(scores), context, num_modalities=2).item() == pytest.approx(0.974315, abs=1e-6)
+    for only, value in ((0, 0.281168), (1, 0.693147)):
+        loss = term("local_entropy", routing(scores), context, num_modalities=2, local_entropy_modality=only)
+        assert loss.item() == pytest.approx(value, abs=1e-6)
+
+
+def test_global_entropy_by_hand():
+    # Mean (3/4, 1/4): log 2 - 0.562335 = 0.130812.
+    scores = [[1.0, 0.0], [0.5, 0.5]]
+    loss = global_entropy_loss(torch.tensor([[1.5, 0.5]]), torch.tensor([2.0]), math.log(2))
+    assert loss.item() == pytest.approx(0.130812, abs=1e-6)
+    assert term("global_entropy", routing(scores)).item() == pytest.approx(0.130812, abs=1e-6)
+    # A modality each: log 2 - 0 and log 2 - log 2.
+    context = RoutingContext(modality_BS=torch.tensor([[0, 1]]))
+    loss = term("global_entropy", routing(scores), context, num_modalities=2)
+    assert loss.item() == pytest.approx(0.693147, abs=1e-6)
+
+
+def test_global_entropy_is_zero_above_its_threshold_and_without_tokens():
+    # H = 0.562335 is above 0.5, and 0.1 below 0.662335.
+    scores = [[1.0, 0.0], [0.5, 0.5]]
+    assert term("global_entropy", routing(scores), entropy_threshold=0.5).item() == 0.0
+    loss = term("global_entropy", routing(scores), entropy_threshold=0.662335)
+    assert loss.item() == pytest.approx(0.1, abs=1e-6)
+    # Modality 2 has no token: 0 and not the threshold.
+    context = RoutingContext(modality_BS=torch.tensor([[0, 0]]))
+    loss = term("global_entropy", routing(scores), context, num_modalities=3)
+    assert loss.item() == pytest.approx(0.130812, abs=1e-6)
+
+
+def test_sequence_balance_by_hand():
+    # Sequence 0: tokens (0.9, 0.1), (0.6, 0.4), both choose expert 0: f = (1, 0), P = (0.75, 0.25); 2 * 0.75 = 1.5.
+    # Sequence 1: (0.8, 0.2), (0.3, 0.7): f = (1/2, 1/2), P = (0.55, 0.45): 2 * (0.275 + 0.225) = 1. Mean 1.25.
+    scores = [[0.9, 0.1], [0.6, 0.4], [0.8, 0.2], [0.3, 0.7]]
+    losses = sequence_losses(
+        torch.tensor([[1.5, 0.5], [1.1, 0.9]]), torch.tensor([[2.0, 0.0], [1.0, 1.0]]), torch.tensor([2.0, 2.0])
+    )
+    assert losses.tolist() == pytest.approx([1.5, 1.0], abs=1e-6)
+    assert sequence_balance_loss(losses.sum(), 2).item() == pytest.approx(1.25, abs=1e-6)
+    assert term("sequence_balance", routing(scores, sequences=2)).item() == pytest.approx(1.25, abs=1e-6)
+    # As one sequence: f = (3/4, 1/4), P = (0.65, 0.35): 2 * (0.4875 + 0.0875) = 1.15.
+    assert term("sequence_balance", routing(scores)).item() == pytest.approx(1.15, abs=1e-6)
+
+
+def test_sequence_balance_counts_top_k_pairs_and_shares_of_sigmoid_scores():
+    # DeepSeek-V3, eq. 18: f_i = E / (K T) * count. K = 2 of 3 experts, T = 2; sigmoid scores by their share:
+    # (0.8, 0.6, 0.2) / 1.6 = (0.5, 0.375, 0.125) and (0.1, 0.3, 0.4) / 0.8 = (0.125, 0.375, 0.5).
+    # Counts 1, 2, 1: f = 3/4 * (1, 2, 1); P = (0.3125, 0.375, 0.3125): 0.75 * 1.375 = 1.03125.
+    decided = routing([[0.8, 0.6, 0.2], [0.1, 0.3, 0.4]], top_k=2)
+    assert term("sequence_balance", decided).item() == pytest.approx(1.031250, abs=1e-6)
+
+
+def test_sequence_balance_judges_the_scores_and_not_the_bias():
+    router = TokenChoice(1, score_func="sigmoid", expert_bias=True).build(2, 2)
+    x = torch.randn(2, 5, 2)
+    before = term("sequence_balance", router(x))
+    router.expert_bias = torch.tensor([0.0, 9.0])  # every token goes to expert 1
+    assert router(x).chosen_per_expert_E.tolist() == [0, 10]
+    assert term("sequence_balance", router(x)).item() == before.item()
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_padding_is_in_no_term_whatever_its_ids(name):
+    scores = torch.rand(6, 3).softmax(-1)
+    options = {"num_tasks": 2, "num_modalities": 2}
+    tasks, modality = torch.tensor([0, 1]), torch.tensor([[0, 1, 1], [1, 0, 0]])
+    expected = term(
+        name, routing(scores, sequences=2), RoutingContext(task_ids_B=tasks, modality_BS=modality), **options
+    )
+    # Two tokens of padding on each sequence, and a third sequence of padding alone.
+    padded = torch.rand(3, 5, 3).softmax(-1)
+    padded[:2, :3] = scores.unflatten(0, (2, 3))
+    valid = torch.zeros(3, 5, dtype=torch.bool)
+    valid[:2, :3] = True
+    ids = torch.full((3, 5), -12345)
+    ids[:2, :3] = modality
+    found = term(
+        name,
+        routing(padded.flatten(0, 1), sequences=3, valid=valid.flatten().tolist()),
+        RoutingContext(task_ids_B=torch.tensor([0, 1, 99]), modality_BS=ids),
+        **options,
+    )
+    assert found.item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("name", NEW)
+@pytest.mark.parametrize("grouped", [False, True])
+def test_sums_of_two_ranks_add_up_to_the_whole(name, grouped):
+    scores = torch.rand(12, 4).softmax(-1)
+    balance = Balance(num_tasks=3 if grouped else 0, num_modalities=2 if grouped else 1)
+    tasks, modality = torch.tensor([0, 2, 1, 2]), torch.randint(2, (4, 3))
+    valid = torch.rand(12) < 0.8
+
+    def sums(sequences: slice) -> dict[str, Tensor]:
+        tokens = slice(3 * sequences.start, 3 * sequences.stop)
+        decided = routing(
+            scores[tokens], sequences=sequences.stop - sequences.start, valid=valid[tokens].tolist(), top_k=2
+        )
+        context = RoutingContext(task_ids_B=tasks[sequences], modality_BS=modality[sequences])
+        return balance_sums(decided, frozenset({name}), balance, context)
+
+    first, second, whole = sums(slice(0, 1)), sums(slice(1, 4)), sums(slice(0, 4))
+    added = {key: first[key] + second[key] for key in whole}
+    for key, value in whole.items():
+        if key != "chosen":  # counted by ``routing`` with the padding
+            torch.testing.assert_close(added[key], value, rtol=1e-6, atol=1e-6)
+    assert balance_terms(added, balance)[name].item() == pytest.approx(
+        balance_terms(whole, balance)[name].item(), abs=1e-6
+    )
+    # The mean of the ranks' own terms is another number.
+    own = [balance_terms(s, balance)[name].item() for s in (first, second)]
+    assert abs(sum(own) / 2 - balance_terms(whole, balance)[name].item()) > 1e-5
+
+
+PURE: dict[str, Callable[[Tensor], Tensor]] = {
+    "mutual_information": lambda p: mutual_information_loss(p.sum(0), entropy(p).sum(), p.shape[0]),
+    "local_entropy": lambda p: local_entropy_loss(entropy(p).unflatten(0, (2, 3)).sum(1), p.new_tensor([3.0, 3.0])),
+    "global_entropy": lambda p: global_entropy_loss(p.unflatten(0, (2, 3)).sum(1), p.new_tensor([3.0, 3.0]), 1.38),
+    "sequence_balance": lambda p: sequence_balance_loss(
+        sequence_losses(
+            p.unflatten(0, (2, 3)).sum(1), p.new_tensor([[2.0, 1, 0, 0], [0, 1, 1, 1]]), p.new_tensor([3.0, 3.0])
+        ).sum(),
+        2,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_gradient_of_a_loss_is_right(name):
+    logits = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+    assert PURE[name](logits.softmax(-1)).abs() > 1e-4
+    assert torch.autograd.gradcheck(lambda z: PURE[name](z.softmax(-1)), (logits,))
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_a_term_trains_the_router_and_stays_finite_where_scores_are_zero(name):
+    layer = MoEConfig(4, TokenChoice(2), FFN(8), balance=Balance(**OFF, **{name: 1.0})).build(6)
+    for scale in (1.0, 1e4):  # logits thousands apart: scores of exactly 0 and 1
+        layer.zero_grad()
+        with record(layer) as tape:
+            layer(scale * torch.randn(3, 5, 6))
+        aux_loss(tape).backward()
+        assert layer.router.gate.weight.grad.isfinite().all()
+        assert scale > 1 or layer.router.gate.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    "options, missing",
+    [
+        ({"mutual_information": 1.0, "num_tasks": 2}, "task_ids_B"),
+        ({"local_entropy": 1.0, "num_modalities": 2}, "modality_BS"),
+        ({"global_entropy": 1.0, "num_modalities": 2}, "modality_BS"),
+    ],
+)
+def test_a_term_without_its_context_is_refused_naming_the_field(options, missing):
+    balance = Balance(**options)
+    assert balance.needs() == (missing,)
+    layer = MoEConfig(4, balance=balance).build(6)
+    with record(layer) as tape:
+        layer(torch.randn(2, 3, 6))
+    with pytest.raises(ValueError, match=rf"need context.{missing}, which is None"):
+        aux_loss(tape)
+
+
+def test_what_is_switched_off_needs_no_context():
+    assert Balance(num_tasks=3, num_modalities=2).needs() == ()
+    assert Balance(mutual_information=1.0, local_entropy=1.0).needs() == ()
+
+
+@pytest.mark.parametrize("name", sorted({*SCORE_TERMS, "sequence_balance"} - {"load_balancing", "importance"}))
+def test_a_term_of_the_scores_is_refused_where_the_router_has_none(name):
+    assert name in TokenChoice().balance_terms()
+    with pytest.raises(ValueError, match=rf"balance.{name}=0.5 does not apply to Hash"):
+        Balance(**{name: 0.5}).check(frozenset(), "Hash")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"num_tasks": -1}, r"balance.num_tasks=-1 is not at least 0"),
+        ({"num_modalities": 0}, r"balance.num_modalities=0 is not at least 1"),
+        ({"local_entropy_modality": 2, "num_modalities": 2}, r"local_entropy_modality=2 is not below num_modalities=2"),
+        ({"entropy_threshold": 0.0}, r"balance.entropy_threshold=0.0 is not a positive number"),
+        ({"adaptive_scale": -1.0}, r"balance.adaptive_scale=-1.0 is not a positive number"),
+        ({"adaptive_momentum": 1.0}, r"balance.adaptive_momentum=1.0 is not in \[0, 1\)"),
+        ({"scope": "node"}, r"balance.scope='node' is not one of global, rank"),
+        ({"adaptive": True, "load_balancing": 0.0}, r"balance.adaptive=True moves load_balancing, which is 0"),
+    ],
+)
+def test_an_option_out_of_its_range_is_refused_with_the_rule(options, message):
+    with pytest.raises(ValueError, match=message):
+        Balance(**options)
+
+
+def test_adaptive_needs_the_term_that_it_moves_and_a_drop_rate():
+    with pytest.raises(ValueError, match=r"balance.adaptive=True moves load_balancing, which does not apply to Hash"):
+        Balance(adaptive=True).check(frozenset(), "Hash")
+    with pytest.raises(ValueError, match=r"balance.adaptive=True follows the drop rate, which is 0 without a capacity"):
+        MoEConfig(4, balance=Balance(adaptive=True))
+
+
+def test_adaptive_weight_by_hand():
+    balance = Balance(adaptive=True)
+    # 0.99 * 0.004 + 0.01 * min(0.2 * 0.03, 0.01) = 0.00396 + 0.00006 = 0.00402.
+    assert adaptive_weight(torch.tensor(0.004), torch.tensor(0.03), balance).item() == pytest.approx(0.00402, abs=1e-8)
+    # At a drop rate of 0.5 the largest weight holds: 0.00396 + 0.0001 = 0.00406.
+    assert adaptive_weight(torch.tensor(0.004), torch.tensor(0.5), balance).item() == pytest.approx(0.00406, abs=1e-8)
+
+
+def adaptive_layer(**options: float) -> torch.nn.Module:
+    """Two experts, logits are the input; each takes half the tokens."""
+    balance = Balance(load_balancing=0.008, router_z=0, adaptive=True, **options)  # type: ignore[arg-type]
+    layer = MoEConfig(2, TokenChoice(1), FFN(4), capacity_factor=1.0, balance=balance).build(2)
+    with torch.no_grad():
+        layer.router.gate.weight.copy_(torch.eye(2))
+    return layer
+
+
+def test_a_step_moves_the_adaptive_weight_by_the_drop_rate_of_the_tape():
+    layer = adaptive_layer(adaptive_momentum=0.5, adaptive_max=0.1)
+    x = torch.eye(2)[[0, 0, 0, 1]]  # capacity 2: one pair of four is dropped
+    with record(layer) as tape:
+        layer(x)
+    before = aux_losses(tape)
+    update_expert_bias(layer, tape)
+    # 0.5 * 0.008 + 0.5 * 0.2 * 0.25 = 0.029.
+    assert layer.load_balancing_weight.item() == pytest.approx(0.029, abs=1e-8)
+    with record(layer) as tape:
+        layer(x)
+    after = aux_losses(tape)
+    assert before.total.item() == pytest.approx(0.008 * before.terms["load_balancing"].item(), rel=1e-6)
+    assert after.total.item() == pytest.approx(0.029 * after.terms["load_balancing"].item(), rel=1e-6)
+    assert after.terms == before.terms  # the log shows the term unweighted
+    # Nothing on the tape, or evaluation: it stays.
+    update_expert_bias(layer, Tape())
+    layer.eval()
+    update_expert_bias(layer, tape)
+    assert layer.load_balancing_weight.item() == pytest.approx(0.029, abs=1e-8)
+
+
+def test_the_adaptive_weight_is_saved_and_stays_float32():
+    layer = adaptive_layer()
+    layer.load_balancing_weight.fill_(0.00123)
+    other = adaptive_layer()
+    other.load_state_dict(layer.state_dict())
+    assert other.load_balancing_weight.item() == layer.load_balancing_weight.item()
+    half = other.bfloat16()
+    assert half.load_balancing_weight.dtype == torch.float32
+    assert half.load_balancing_weight.item() == layer.load_balancing_weight.item()
+    assert "load_balancing_weight" not in MoEConfig(2).build(2).state_dict()
+
+
+def test_a_weight_moved_between_loss_and_backward_keeps_the_gradient_of_the_loss():
+    layer = adaptive_layer(adaptive_momentum=0.0)
+    x = torch.tensor([[1.0, 0.5], [0.3, 0.2], [0.1, 0.9], [0.4, 0.1]])
+    grads = []
+    for move in (False, True):
+        layer.zero_grad()
+        with record(layer) as tape:
+            layer(x)
+        loss = aux_loss(tape)
+        if move:
+            update_expert_bias(layer, tape)
+        loss.backward()
+        grads.append(layer.router.gate.weight.grad.clone())
+    assert layer.load_balancing_weight.item() != pytest.approx(0.008)
+    assert torch.equal(grads[0], grads[1])
+
+
+def test_the_scope_says_whether_ranks_share_their_sums():
+    decided = routing(torch.rand(6, 3).softmax(-1))
+    other = balance_sums(routing(torch.tensor([[0.98, 0.01, 0.01]] * 4)), frozenset({"load_balancing"}))
+
+    def added_up(sums: list[dict[str, Tensor]]) -> tuple[list[dict[str, Tensor]], int]:
+        return [{name: value + other[name] for name, value in s.items()} for s in sums], 2
+
+    found = {}
+    for scope in ("global", "rank"):
+        entry = Entry("", decided, None, Balance(router_z=0, scope=scope), frozenset(TERMS))
+        with mock.patch("core.layers._all_reduce", added_up):
+            found[scope] = aux_losses(Tape((entry,))).terms["load_balancing"].item()
+    alone = balance_sums(decided, frozenset({"load_balancing"}))
+    assert found["rank"] == balance_terms(alone)["load_balancing"].item()
+    both = {name: value + other[name] for name, value in alone.items()}
+    assert found["global"] == balance_terms(both)["load_balancing"].item()
+    assert found["global"] != pytest.approx(found["rank"], abs=1e-2)

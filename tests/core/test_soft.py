@@ -1,0 +1,718 @@
+"""Soft slots and merged experts against loops that read like the equations."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import core
+from core import (
+    FFN,
+    GEGLU,
+    Balance,
+    Experts,
+    MoE,
+    MoEConfig,
+    RoutingContext,
+    RoutingStats,
+    SwiGLU,
+    TokenChoice,
+    active_params,
+    aux_loss,
+    aux_losses,
+    count_flops,
+    moe_layers,
+    record,
+    set_capacity_factor,
+    update_expert_bias,
+)
+from core.experts import FFNExperts
+from core.layers import MergedMoE, SoftMoE
+from core.routing.soft import Merge, SoftSlots
+
+BACKENDS = ["eager", "cpu", "grouped"]
+EXPERTS = [FFN(12), FFN(12, "relu", bias=True), SwiGLU(12, bias=True), GEGLU(12)]
+LORY = Merge("lory", segment_length=3)
+MERGES = [Merge("smear"), Merge("meo"), LORY, Merge("lory", segment_length=3, first="own")]
+ROUTERS = [SoftSlots(2), *MERGES]
+# Two sequences of 7; the second has 4 real tokens, one of them after padding.
+VALID = torch.tensor([[True] * 7, [True, True, False, True, False, True, False]])
+
+
+def one_expert(experts: FFNExperts, x: Tensor, parts: dict[str, Tensor]) -> Tensor:
+    """``x`` through the FFN of these parameters."""
+    act = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}[experts.activation]
+    h = x @ parts["w_in"] + parts.get("b_in", torch.zeros(()))
+    h = act(x @ parts["w_gate"]) * h if "w_gate" in parts else act(h)
+    return h @ parts["w_out"] + parts.get("b_out", torch.zeros(()))
+
+
+def expert(experts: FFNExperts, e: int) -> dict[str, Tensor]:
+    return {name: p[e] for name, p in experts.named_parameters()}
+
+
+def naive_slots(layer: SoftMoE, x: Tensor) -> Tensor:
+    """The definition, sequence by sequence and slot by slot."""
+    phi, scale = layer.router.phi, layer.router.scale
+    E, P, _ = phi.shape
+    out = []
+    for x_SD in x:
+        logits = torch.zeros(len(x_SD), E, P, dtype=x.dtype)
+        for t, token in enumerate(x_SD):
+            for e in range(E):
+                for p in range(P):
+                    logits[t, e, p] = scale * (token / token.norm()) @ (phi[e, p] / phi[e, p].norm())
+        dispatch = logits.exp() / logits.exp().sum(0)
+        combine = logits.exp() / logits.exp().sum((1, 2), keepdim=True)
+        y = torch.zeros(len(x_SD), layer.experts.w_out.shape[-1], dtype=x.dtype)
+        for e in range(E):
+            for p in range(P):
+                slot = (dispatch[:, e, p, None] * x_SD).sum(0)
+                y = y + combine[:, e, p, None] * one_expert(layer.experts, slot, expert(layer.experts, e))
+        out.append(y)
+    return torch.stack(out)
+
+
+def naive_merge(layer: MergedMoE, x: Tensor) -> Tensor:
+    """The definition, sequence by sequence and segment by segment."""
+    config, gate = layer.router.config, layer.router.gate.weight
+    E = gate.shape[0]
+    out = []
+    for x_SD in x:
+        step = config.segment_length if config.kind == "lory" else max(len(x_SD), 1)
+        segments = list(x_SD.split(step)) if len(x_SD) else []
+        y = [x.new_zeros(0, layer.experts.w_out.shape[-1])]
+        for i, segment in enumerate(segments):
+            source = segments[max(i - 1, 0)] if config.kind == "lory" else segment
+            p = (gate @ source.mean(0)).softmax(0)
+            if config.kind == "meo":
+                kept = p.topk(2).indices
+                p = torch.zeros(E, dtype=p.dtype).scatter(0, kept, p[kept] / p[kept].sum())
+            if config.kind == "lory" and i == 0:
+                p = p.detach() if config.first == "own" else torch.full_like(p, 1 / E)
+            parts = {}
+            for e in range(E):
+                for name, w in expert(layer.experts, e).items():
+                    parts[name] = parts.get(name, 0) + p[e] * w
+            y.append(one_expert(layer.experts, segment, parts))
+        out.append(torch.cat(y))
+    return torch.stack(out)
+
+
+def naive(layer: MoE, x: Tensor) -> Tensor:
+    return naive_slots(layer, x) if isinstance(layer, SoftMoE) else naive_merge(layer, x)
+
+
+def build(router, expert_config=FFN(12, bias=True), dim: int = 8, **options) -> MoE:
+    """A layer of four experts; the gate is large enough for the weights to matter."""
+    layer = MoEConfig(4, router, expert_config, **options).build(dim)
+    with torch.no_grad():
+        if isinstance(layer, SoftMoE):
+            layer.router.scale.fill_(3.0)
+        else:
+            nn.init.normal_(layer.router.gate.weight)
+    return layer
+
+
+# --- by hand ---
+
+
+def test_slots_by_hand():
+    # phi = e1 and e2 with scale log 2, tokens 5 e1 and 2 e2: logits log 2 on the diagonal, 0 beside it.
+    layer = MoEConfig(2, SoftSlots(), FFN(2, "relu")).build(2)
+    with torch.no_grad():
+        layer.router.phi.copy_(torch.tensor([[[7.0, 0.0]], [[0.0, 0.5]]]))  # of any length
+        layer.router.scale.fill_(math.log(2))
+        # Expert 0 is the identity, expert 1 ten times it, on positive numbers.
+        layer.experts.w_in.copy_(torch.eye(2).expand(2, 2, 2))
+        layer.experts.w_out.copy_(torch.stack((torch.eye(2), 10 * torch.eye(2))))
+    with record(layer) as tape:
+        y = layer(torch.tensor([[[5.0, 0.0], [0.0, 2.0]]]))
+    routing = tape.entries[0].routing
+    third = [[2 / 3, 1 / 3], [1 / 3, 2 / 3]]  # 2 / (2 + 1)
+    torch.testing.assert_close(routing.dispatch_GSEP[0, :, :, 0], torch.tensor(third))
+    torch.testing.assert_close(routing.combine_GSEP[0, :, :, 0], torch.tensor(third))
+    # Slots (10/3, 2/3) and (5/3, 4/3); expert 1 makes (50/3, 40/3) of its own.
+    # Token 0: 2/3 (10/3, 2/3) + 1/3 (50/3, 40/3) = (70/9, 44/9); token 1: 1/3 and 2/3 of them: (110/9, 82/9).
+    torch.testing.assert_close(y, torch.tensor([[[70 / 9, 44 / 9], [110 / 9, 82 / 9]]]))
+
+
+def merged_by_hand(router: Merge, length: int = 2) -> MergedMoE:
+    """Expert e multiplies a positive number by ``10^e``; logits are (x, 0, -x) of a mean of x, in dimension 1."""
+    layer = MoEConfig(3, router, FFN(1, "relu")).build(1)
+    with torch.no_grad():
+        layer.router.gate.weight.copy_(torch.tensor([[1.0], [0.0], [-1.0]]))
+        layer.experts.w_in.fill_(1.0)
+        layer.experts.w_out.copy_(torch.tensor([1.0, 10.0, 100.0])[:, None, None])
+    return layer
+
+
+LOG2 = math.log(2)
+
+
+def test_smear_by_hand():
+    # Mean log 2: weights 2, 1, 1/2 over 7/2 = 4/7, 2/7, 1/7; the factor is (4 + 20 + 100) / 7 = 124 / 7.
+    y = merged_by_hand(Merge("smear"))(torch.tensor([[[0.5 * LOG2], [1.5 * LOG2]]]))
+    torch.testing.assert_close(y.flatten(), torch.tensor([0.5, 1.5]) * LOG2 * 124 / 7)
+
+
+@pytest.mark.parametrize(
+    "options, factor",
+    [
+        ({"top_k": 2}, (2 * 1 + 1 * 10) / 3),  # 2 and 1 over 3
+        ({}, (2 * 1 + 1 * 10) / 3),  # the default
+        # Not normalized, both matrices shrink: w_in to 4/7 + 2/7.
+        ({"top_k": 2, "normalize": False}, 6 / 7 * (4 * 1 + 2 * 10) / 7),
+        ({"top_k": 1}, 4 / 7 * 4 / 7),
+        ({"top_k": 3}, 124 / 7),
+    ],
+)
+def test_meo_by_hand(options, factor):
+    y = merged_by_hand(Merge("meo", **options))(torch.tensor([[[0.5 * LOG2], [1.5 * LOG2]]]))
+    torch.testing.assert_close(y.flatten(), torch.tensor([0.5, 1.5]) * LOG2 * factor)
+
+
+def test_lory_by_hand():
+    # Segments (a, b), (c, d), (e): the second takes the weights of the mean of the first, the third of the second.
+    x = torch.tensor([[[0.5], [1.5], [1.0], [3.0], [2.0]]]) * LOG2
+    uniform, one, two = 111 / 3, 124 / 7, (16 * 1 + 4 * 10 + 1 * 100) / 21  # means log 2, then 2 log 2: 4, 1, 1/4
+    expected = x.flatten() * torch.tensor([uniform, uniform, one, one, two])
+    torch.testing.assert_close(merged_by_hand(Merge("lory", segment_length=2))(x).flatten(), expected)
+    own = expected * torch.tensor([one / uniform, one / uniform, 1.0, 1.0, 1.0])
+    torch.testing.assert_close(merged_by_hand(Merge("lory", segment_length=2, first="own"))(x).flatten(), own)
+
+
+def test_the_first_segments_own_weights_have_no_gradient():
+    x = torch.randn(2, 3, 8)
+    for router, gets in ((Merge("lory", segment_length=3, first="own"), False), (Merge("smear"), True)):
+        layer = build(router)
+        layer(x).square().sum().backward()
+        grad = layer.router.gate.weight.grad
+        assert (grad is not None and bool(grad.abs().max() > 0)) == gets
+
+
+# --- against the loops ---
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("config", EXPERTS, ids=str)
+@pytest.mark.parametrize("slots", [1, 3])
+def test_soft_moe_equals_the_loop_over_slots(backend, config, slots):
+    layer = build(SoftSlots(slots), config, backend=backend)
+    x = torch.randn(3, 7, 8)
+    assert isinstance(layer, SoftMoE)
+    torch.testing.assert_close(layer(x), naive(layer, x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", EXPERTS, ids=str)
+@pytest.mark.parametrize("router", MERGES, ids=str)
+@pytest.mark.parametrize("length", [2, 6, 7])
+def test_merged_moe_equals_the_loop_over_segments(config, router, length):
+    layer = build(router, config)
+    x = torch.randn(3, length, 8)
+    assert isinstance(layer, MergedMoE)
+    torch.testing.assert_close(layer(x), naive(layer, x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("router", ROUTERS, ids=str)
+def test_gradients_equal_those_of_the_loop(router):
+    layer = build(router, SwiGLU(6, bias=True)).double()
+    x = torch.randn(2, 7, 8, dtype=torch.float64)
+    found = []
+    for run in (layer, lambda x: naive(layer, x)):
+        layer.zero_grad()
+        given = x.clone().requires_grad_()
+        run(given).square().sum().backward()
+        found.append([given.grad, *(p.grad.clone() for p in layer.parameters())])
+    for mine, expected in zip(*found, strict=True):
+        torch.testing.assert_close(mine, expected)
+
+
+@pytest.mark.parametrize("router", [SoftSlots(2), *MERGES[:3]], ids=str)
+def test_gradients_equal_finite_differences_in_float64(router):
+    layer = build(router, SwiGLU(3, bias=True), dim=3, backend="eager" if router == SoftSlots(2) else "auto").double()
+    x = torch.randn(2, 4, 3, dtype=torch.float64, requires_grad=True)
+    names, weights = zip(*layer.named_parameters(), strict=True)
+
+    def run(x: Tensor, *weights: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, dict(zip(names, weights, strict=True)), (x,))
+
+    assert torch.autograd.gradcheck(run, (x, *weights))
+    assert layer(x).dtype == torch.float64
+
+
+@pytest.mark.parametrize("config", EXPERTS, ids=str)
+def test_merged_experts_equal_a_loop_over_groups_and_experts(config):
+    experts = config.build(4, 8, 5)
+    x, weights = torch.randn(3, 6, 8), torch.rand(3, 4)
+    for g in range(3):
+        parts = {name: torch.einsum("e,e...->...", weights[g], p) for name, p in experts.named_parameters()}
+        torch.testing.assert_close(experts.merged(x, weights)[g], one_expert(experts, x[g], parts))
+
+
+def test_one_hot_weights_are_that_expert():
+    experts = FFN(12, bias=True).build(4, 8)
+    x = torch.randn(2, 5, 8)
+    y = experts.merged(x, torch.eye(4)[[2, 0]])
+    for g, e in enumerate((2, 0)):
+        torch.testing.assert_close(y[g], one_expert(experts, x[g], expert(experts, e)))
+
+
+@pytest.mark.parametrize("router", [SoftSlots(), Merge("smear"), LORY], ids=str)
+def test_one_expert_is_the_plain_ffn_of_its_input(router):
+    layer = MoEConfig(1, router, FFN(12, bias=True)).build(8)
+    x = torch.randn(2, 7, 8)
+    alone = expert(layer.experts, 0)
+    if isinstance(router, Merge):
+        torch.testing.assert_close(layer(x), one_expert(layer.experts, x, alone))
+    else:  # one slot: every token gets what becomes of their mean under the dispatch weights
+        y = layer(x)
+        torch.testing.assert_close(y, y[:, :1].expand_as(y))
+
+
+class Doubling(Experts):
+    """A user's own experts: rows times ``e + 1``; no method ``merged``."""
+
+    def forward(self, rows):
+        row_R = torch.arange(len(rows.row_index_R))
+        factor_R = torch.bucketize(row_R, rows.offsets_E, right=True) + 1
+        return rows.with_output(rows.materialize() * factor_R[:, None])
+
+
+def test_a_users_own_experts_run_on_slots_and_are_refused_where_they_cannot_be_merged():
+    soft = build(SoftSlots(2))
+    soft.experts = Doubling()
+    x = torch.randn(2, 5, 8)
+    with record(soft) as tape:
+        y = soft(x)
+    routing = tape.entries[0].routing
+    slots = torch.einsum("gsep,gsd->gepd", routing.dispatch_GSEP, x) * torch.tensor([1.0, 2, 3, 4])[:, None, None]
+    torch.testing.assert_close(y, torch.einsum("gsep,gepd->gsd", routing.combine_GSEP, slots))
+    merged = build(Merge())
+    merged.experts = Doubling()
+    with pytest.raises(NotImplementedError, match=r"Doubling cannot be merged"):
+        merged(x)
+
+
+# --- what may change what ---
+
+
+@pytest.mark.parametrize("router", ROUTERS, ids=str)
+def test_sequences_do_not_mix(router):
+    layer = build(router)
+    x = torch.randn(5, 7, 8)
+    torch.testing.assert_close(layer(x)[1:2], layer(x[1:2]), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(layer(x)[1], layer(x[1]), rtol=1e-5, atol=1e-6)  # (S, D) is one sequence
+    torch.testing.assert_close(layer(x.view(5, 1, 7, 8)).view(5, 7, 8), layer(x))
+
+
+def test_lory_is_causal_and_the_others_are_not():
+    x = torch.randn(1, 8, 8)
+    later = torch.cat((x[:, :7], torch.randn(1, 1, 8)), 1)
+    for router, causal in ((LORY, True), (Merge("smear"), False), (Merge("meo"), False), (SoftSlots(), False)):
+        layer = build(router)
+        moved = (layer(x)[:, :7] - layer(later)[:, :7]).abs().max() > 1e-5
+        assert bool(moved) != causal
+        assert router.is_causal() == causal
+        if causal:
+            MoEConfig(4, router).build(8, causal=True)
+        else:
+            with pytest.raises(ValueError, match=r"lets later tokens change earlier ones: not for a causal decoder"):
+                MoEConfig(4, router).build(8, causal=True)
+
+
+def test_the_first_segments_own_mean_lets_a_later_token_in_and_is_refused_in_a_decoder():
+    router = Merge("lory", segment_length=3, first="own")
+    layer = build(router)
+    x = torch.randn(1, 6, 8)
+    later = torch.cat((x[:, :2], torch.randn(1, 1, 8), x[:, 3:]), 1)
+    assert (layer(x)[:, :2] - layer(later)[:, :2]).abs().max() > 1e-5
+    with pytest.raises(ValueError, match=r"router Merge lets later tokens change earlier ones"):
+        MoEConfig(4, router).build(8, causal=True)
+
+
+@pytest.mark.parametrize("shared", [0, 1])
+@pytest.mark.parametrize("router", ROUTERS, ids=str)
+def test_padding_changes_nothing_and_comes_out_zero_even_if_it_holds_nan(router, shared):
+    layer = build(router, num_shared_experts=shared)
+    x = torch.randn(2, 7, 8)
+    dirty = x.masked_fill(~VALID[..., None], torch.nan).requires_grad_()
+    y = layer(dirty, RoutingContext(valid_BS=VALID))
+    other = layer(x, RoutingContext(valid_BS=VALID))
+    assert torch.equal(y[VALID], other[VALID])
+    if not shared:
+        assert y[~VALID].abs().max() == 0
+    if router.default_group() == "sequence" and getattr(router, "kind", "") != "lory":
+        # As if padding were not there; segments are counted with it.
+        torch.testing.assert_close(y[1, VALID[1]], layer(x[1, VALID[1]]), rtol=1e-5, atol=1e-6)
+    y[VALID].square().sum().backward()
+    assert dirty.grad[~VALID].abs().max() == 0
+    assert all(p.grad.isfinite().all() for p in layer.parameters())
+
+
+def test_padding_has_share_zero_exactly_and_shares_sum_to_one():
+    layer = build(SoftSlots(2))
+    with record(layer) as tape:
+        layer(torch.randn(2, 7, 8), RoutingContext(valid_BS=VALID))
+    routing = tape.entries[0].routing
+    assert routing.dispatch_GSEP[~VALID].abs().max() == routing.combine_GSEP[~VALID].abs().max() == 0
+    torch.testing.assert_close(routing.dispatch_GSEP.sum(1), torch.ones(2, 4, 2))
+    torch.testing.assert_close(routing.combine_GSEP.sum((2, 3)), VALID.float())
+
+
+def test_lory_means_are_of_the_real_tokens_of_the_segment_before():
+    layer = build(LORY)
+    x = torch.randn(2, 7, 8)
+    with record(layer) as tape:
+        layer(x, RoutingContext(valid_BS=VALID))
+    weights = tape.entries[0].routing.weights_GE.unflatten(0, (2, 3))
+    gate = layer.router.gate.weight
+    # Segments of VALID[1]: (1, 1, 0), (1, 0, 1), (0).
+    torch.testing.assert_close(weights[1, 0], torch.full((4,), 0.25))
+    torch.testing.assert_close(weights[1, 1], (gate @ x[1, :2].mean(0)).softmax(0))
+    torch.testing.assert_close(weights[1, 2], (gate @ x[1, [3, 5]].mean(0)).softmax(0))
+    nothing = torch.tensor([[False] * 3 + [True] * 4])
+    with record(layer) as tape:
+        layer(x[:1], RoutingContext(valid_BS=nothing))
+    # Nothing real before the second segment: uniform, as for the first.
+    torch.testing.assert_close(tape.entries[0].routing.weights_GE[1], torch.full((4,), 0.25))
+
+
+@pytest.mark.parametrize("router", ROUTERS, ids=str)
+def test_a_sequence_of_padding_alone_is_zero_and_has_no_gradient(router):
+    layer = build(router)
+    x = torch.full((2, 5, 8), torch.nan, requires_grad=True)
+    valid = torch.zeros(2, 5, dtype=torch.bool)
+    with record(layer) as tape:
+        y = layer(x, RoutingContext(valid_BS=valid))
+    assert y.abs().max() == 0
+    y.sum().backward()
+    assert x.grad.abs().max() == 0
+    assert all(p.grad is None or p.grad.abs().max() == 0 for p in layer.parameters())
+    assert tape.entries[0].routing.tokens_per_expert_E.tolist() == [0] * 4
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(2, 0, 8), (0, 5, 8), (0, 0, 8), (0, 8), (1, 1, 8), (1, 8)])
+@pytest.mark.parametrize("router", ROUTERS, ids=str)
+def test_no_token_and_one_token(router, shape, backend):
+    layer = build(router, backend=backend if isinstance(router, SoftSlots) else "auto")
+    x = torch.randn(shape, requires_grad=True)
+    with record(layer) as tape:
+        y = layer(x)
+    assert y.shape == shape
+    (y.sum() + aux_loss(tape)).backward()
+    assert x.grad.shape == shape
+    assert RoutingStats.from_tape(tape).layers[""].num_tokens == x.numel() // 8
+    if x.numel():
+        torch.testing.assert_close(y, naive(layer, x.reshape(1, 1, 8)).reshape(shape), rtol=1e-4, atol=1e-5)
+
+
+def test_a_token_of_zeros_has_no_direction_and_no_nan():
+    layer = build(SoftSlots(2))
+    x = torch.zeros(1, 3, 8, requires_grad=True)
+    y = layer(x)
+    y.square().sum().backward()
+    assert y.isfinite().all()
+    assert x.grad.isfinite().all()
+    assert layer.router.phi.grad.isfinite().all()
+
+
+# --- expert dropout ---
+
+
+def test_expert_dropout_drops_in_training_alone_and_the_rest_sums_to_one():
+    layer = build(Merge("smear", expert_dropout=0.5))
+    x = torch.randn(2000, 1, 8)
+    with record(layer) as tape:
+        layer(x)
+        layer.eval()
+        layer(x)
+    dropped, kept = (entry.routing.weights_GE for entry in tape.entries)
+    torch.testing.assert_close(dropped.sum(-1), torch.ones(2000))
+    assert (kept > 0).all()
+    # Half of the weights, but all four stay where all four fell: 1/2 - 1/16 = 0.4375. A standard deviation is at
+    # most sqrt(1/4 / 8000) = 0.0056 for independent draws; 5 of them.
+    assert (dropped == 0).double().mean().item() == pytest.approx(0.4375, abs=0.028)
+    assert torch.equal(layer(x), layer(x))
+    ratio = dropped / kept
+    largest = ratio.amax(-1, keepdim=True).expand_as(ratio)
+    torch.testing.assert_close(ratio[dropped > 0], largest[dropped > 0], rtol=1e-4, atol=1e-5)
+
+
+# --- the tape, losses and statistics ---
+
+
+def test_losses_bias_updates_and_statistics_pass_over_soft_layers_beside_others():
+    model = nn.Sequential(
+        MoEConfig(4, TokenChoice(2, expert_bias=True), FFN(12)).build(8),
+        build(SoftSlots(2)),
+        build(Merge("meo")),
+        build(LORY),
+    )
+    x = torch.randn(2, 7, 8)
+    with record(model) as tape:
+        model(x)
+    losses = aux_losses(tape)
+    alone = copy.deepcopy(model[0])
+    with record(alone) as first:
+        alone(x)
+    torch.testing.assert_close(losses.total, aux_loss(first))
+    losses.total.backward()
+    update_expert_bias(model, tape)
+    assert model[0].router.expert_bias.abs().max() > 0
+    detached = tape.detach()
+    for entry in detached.entries:
+        assert not any(t.requires_grad for t in vars(entry.routing).values() if isinstance(t, Tensor))
+        assert not entry.routing.scores_TE.requires_grad
+    stats = RoutingStats.from_tape(tape.merge(detached)).layers
+    assert list(stats) == list(moe_layers(model)) == ["0", "1", "2", "3"]
+    # Slots: 2 of each expert for both sequences, twice. Merged: 14 tokens twice, of two experts of four, or of all.
+    assert stats["1"].tokens_per_expert.tolist() == [8] * 4
+    assert int(stats["2"].chosen_per_expert.sum()) == 2 * 14 * 2
+    assert stats["3"].chosen_per_expert.tolist() == [28] * 4
+    for name in ("1", "2", "3"):
+        assert int(stats[name].num_tokens) == 28
+        assert stats[name].drop_rate == 0.0
+    assert stats["1"].load_imbalance == 1.0
+    assert 0 < stats["1"].entropy < 1
+    assert stats["2"].entropy <= 0.5 + 1e-6  # of two experts of four: at most log 2 / log 4
+
+
+def test_scores_are_the_weights_of_each_tokens_group():
+    layer = build(LORY)
+    with record(layer) as tape:
+        layer(torch.randn(2, 7, 8))
+    routing = tape.entries[0].routing
+    weights = routing.weights_GE.unflatten(0, (2, 3))
+    expected = torch.stack([weights[b, s // 3] for b in range(2) for s in range(7)])
+    assert torch.equal(routing.scores_TE, expected)
+
+
+@pytest.mark.parametrize("router", [SoftSlots(), Merge()], ids=str)
+@pytest.mark.parametrize("term", ["load_balancing", "router_z", "importance", "load"])
+def test_a_balance_term_set_by_hand_is_refused(router, term):
+    with pytest.raises(ValueError, match=rf"balance.{term}=0.5 does not apply to {type(router).__name__}"):
+        MoEConfig(4, router, balance=Balance(**{term: 0.5}))
+
+
+@pytest.mark.parametrize("router", ROUTERS, ids=str)
+def test_set_capacity_factor_changes_nothing_here(router):
+    layer = build(router).eval()
+    x = torch.randn(2, 7, 8)
+    expected = layer(x)
+    with set_capacity_factor(layer, 0.25, "score"):
+        assert torch.equal(layer(x), expected)
+
+
+# --- costs ---
+
+
+@pytest.mark.parametrize("router", [*ROUTERS, SoftSlots(3), Merge("meo", top_k=3)], ids=str)
+@pytest.mark.parametrize("config", EXPERTS, ids=str)
+@pytest.mark.parametrize("out_dim, shared", [(None, 0), (5, 1)])
+def test_parameters_and_flops_equal_numel_and_the_counter(router, config, out_dim, shared):
+    moe = MoEConfig(4, router, config, num_shared_experts=shared)
+    layer = moe.build(8, out_dim)
+    assert moe.num_params(8, out_dim) == sum(p.numel() for p in layer.parameters())
+    assert moe.active_params(8, out_dim) == active_params(layer)
+    for length in (6, 7):
+        # A whole number a token: up to half a FLOP of each is rounded.
+        counted = count_flops(layer, torch.randn(3, length, 8))
+        formula = moe.flops_per_token(8, out_dim, tokens_per_sequence=length)
+        assert abs(counted - 3 * length * formula) <= 3 * length / 2
+
+
+def test_soft_slots_cost_by_hand():
+    # Four experts of 2 * 8 * 12 = 192 parameters, 384 FLOPs a row; two slots each, 16 tokens: 8 / 16 rows a token.
+    # Logits 2 * 8 * 8, slots 2 * 8 * 8, tokens from slots 2 * 8 * 8: 384.
+    moe = MoEConfig(4, SoftSlots(2), FFN(12))
+    assert moe.flops_per_token(8, tokens_per_sequence=16) == 384 + 192
+    # phi 4 * 2 * 8 and a scale; every token is in every slot: all are active.
+    assert moe.num_params(8) == moe.active_params(8) == 65 + 4 * 192
+
+
+def test_merge_cost_by_hand():
+    # One expert a token, 384; a sequence of 16: gate 2 * 8 * 4 = 64, merging 2 * 4 * 192 = 1536, 100 a token.
+    assert MoEConfig(4, Merge("smear"), FFN(12)).flops_per_token(8, tokens_per_sequence=16) == 384 + 100
+    # Segments of 8: twice the merging.
+    lory = MoEConfig(4, Merge("lory", segment_length=8), FFN(12))
+    assert lory.flops_per_token(8, tokens_per_sequence=16) == 384 + 200
+    # Segments of 12 fill 16 tokens up to 24: 24 rows.
+    lory = MoEConfig(4, Merge("lory", segment_length=12), FFN(12))
+    assert lory.flops_per_token(8, tokens_per_sequence=16) == 384 * 24 // 16 + 200
+    # A token goes through one expert's worth of parameters.
+    assert lory.active_params(8) == 32 + 192
+
+
+@pytest.mark.parametrize("router", [SoftSlots(), Merge()], ids=str)
+def test_flops_without_the_length_of_a_sequence_are_refused(router):
+    with pytest.raises(ValueError, match=r"depend on the length of the sequences: give tokens_per_sequence"):
+        MoEConfig(4, router).flops_per_token(8)
+    with pytest.raises(ValueError, match=r"tokens_per_sequence=0 is not at least 1"):
+        MoEConfig(4, router).flops_per_token(8, tokens_per_sequence=0)
+    # Who does not need it ignores it.
+    assert MoEConfig(4).flops_per_token(8, tokens_per_sequence=5) == MoEConfig(4).flops_per_token(8)
+
+
+# --- dtypes ---
+
+
+@pytest.mark.parametrize("router", ROUTERS, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_under_autocast_the_router_stays_in_float32_and_experts_run_in_bfloat16(router, backend):
+    layer = build(router, SwiGLU(16, bias=True), backend=backend if isinstance(router, SoftSlots) else "auto")
+    x = torch.randn(2, 7, 8)
+    with record(layer) as tape:
+        expected = layer(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layer(x)
+    plain, cast = (entry.routing for entry in tape.entries)
+    assert cast.scores_TE.dtype == torch.float32
+    assert torch.equal(cast.scores_TE, plain.scores_TE)
+    assert y.dtype == torch.bfloat16
+    # A bfloat16 number is good to 2^-8; up to five products and sums of numbers of this size.
+    assert (y - expected).abs().max() < 6 * 2**-8 * expected.abs().max()
+    y.square().sum().backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.abs().max() > 0 for p in layer.parameters())
+
+
+@pytest.mark.parametrize("router", ROUTERS, ids=str)
+def test_a_bfloat16_layer_runs_and_trains(router):
+    layer = build(router, FFN(16, bias=True)).bfloat16()
+    y = layer(torch.randn(2, 7, 8).bfloat16())
+    assert y.dtype == torch.bfloat16
+    y.square().sum().backward()
+    assert all(p.grad.dtype == torch.bfloat16 and p.grad.abs().max() > 0 for p in layer.parameters())
+
+
+# --- compile, export, copies ---
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("router", ROUTERS, ids=str)
+def test_compiles_without_a_graph_break(router, dynamic):
+    torch._dynamo.reset()
+    layer = build(router)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    padded = RoutingContext(valid_BS=VALID)
+    calls = [((3, 9, 8), None), ((2, 12, 8), None)] if dynamic else [((2, 7, 8), padded)]
+    for shape, given in calls:
+        x = torch.randn(shape)
+        found = []
+        for run in (compiled, layer):
+            layer.zero_grad()
+            with record(layer) as tape:
+                y = run(x, given)
+            y.square().sum().backward()
+            found.append([y, tape.entries[0].routing.scores_TE] + [p.grad.clone() for p in layer.parameters()])
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("router", ROUTERS, ids=str)
+def test_exports_with_other_numbers_of_tokens(router):
+    layer = build(router, num_shared_experts=1).eval()
+    # A program of one segment alone differs from one of several: segments have 3 tokens.
+    least = 4 if getattr(router, "kind", "") == "lory" else 1
+    batch, length = torch.export.Dim("batch", min=1, max=64), torch.export.Dim("length", min=least, max=512)
+    exported = torch.export.export(layer, (torch.randn(2, 7, 8),), dynamic_shapes={"x": {0: batch, 1: length}})
+    program = exported.module()
+    for shape in ((2, 7, 8), (1, least, 8), (5, 40, 8)):
+        x = torch.randn(shape)
+        torch.testing.assert_close(program(x), layer(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("router", ROUTERS, ids=str)
+def test_a_state_dict_comes_back_and_so_does_the_plain_form(router, monkeypatch):
+    for kind in (SoftSlots, Merge):
+        monkeypatch.setattr(core, kind.__name__, kind, raising=False)
+    config = MoEConfig(4, router, SwiGLU(12), num_shared_experts=1)
+    assert MoEConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    layer, twin = config.build(8), config.build(8)
+    file = io.BytesIO()
+    torch.save(layer.state_dict(), file)
+    file.seek(0)
+    x = torch.randn(2, 7, 8)
+    assert not torch.equal(twin(x), layer(x))
+    twin.load_state_dict(torch.load(file, weights_only=True))
+    assert torch.equal(twin(x), layer(x))
+    assert torch.equal(copy.deepcopy(layer)(x), layer(x))
+
+
+def test_state_dict_has_the_documented_names_and_shapes():
+    soft = MoEConfig(4, SoftSlots(3), FFN(12)).build(8)
+    experts = {"experts.w_in": (4, 8, 12), "experts.w_out": (4, 12, 8)}
+    assert {n: tuple(t.shape) for n, t in soft.state_dict().items()} == {
+        "router.phi": (4, 3, 8),
+        "router.scale": (),
+        **experts,
+    }
+    merged = MoEConfig(4, Merge(), FFN(12)).build(8)
+    assert {n: tuple(t.shape) for n, t in merged.state_dict().items()} == {"router.gate.weight": (4, 8), **experts}
+
+
+# --- what is refused ---
+
+
+@pytest.mark.parametrize("router", [SoftSlots(), Merge()], ids=str)
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"capacity_factor": 1.25}, r"capacity_factor=1.25 does not apply to {}$"),
+        ({"eval_capacity_factor": 1.25}, r"eval_capacity_factor=1.25 does not apply to {}$"),
+        ({"priority": "score"}, r"priority='score' does not apply to {}$"),
+        ({"group": "batch"}, r"group='batch' would mix a sequence with its neighbours: {} takes 'sequence' alone"),
+        ({"group": 16}, r"group=16 would mix a sequence with its neighbours: {} takes 'sequence' alone"),
+    ],
+)
+def test_options_of_sparse_layers_are_refused_in_one_line(router, options, message):
+    with pytest.raises(ValueError, match=message.format(type(router).__name__)) as error:
+        MoEConfig(4, router, **options)
+    assert "\n" not in str(error.value)
+
+
+def test_merged_experts_have_no_backend_to_choose_and_soft_ones_do():
+    with pytest.raises(ValueError, match=r"backend='cpu' does not apply to Merge"):
+        MoEConfig(4, Merge(), backend="cpu")
+    assert replace(MoEConfig(4, SoftSlots()), backend="cpu", group="sequence").build(8).experts.backend == "cpu"
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"kind": "average"}, r"kind='average' is not one of smear, lory, meo"),
+        ({"top_k": 2}, r"top_k=2 is an option of kind='meo', not of 'smear'"),
+        ({"kind": "lory", "normalize": True}, r"normalize=True is an option of kind='meo', not of 'lory'"),
+        ({"segment_length": 4}, r"segment_length=4 is an option of kind='lory', not of 'smear'"),
+        ({"kind": "meo", "first": "own"}, r"first='own' is an option of kind='lory', not of 'meo'"),
+        ({"kind": "lory", "first": "last"}, r"first='last' is not one of uniform, own"),
+        ({"kind": "lory", "expert_dropout": 0.1}, r"expert_dropout=0.1 is an option of kind='smear', not of 'lory'"),
+        ({"kind": "lory", "segment_length": 0}, r"segment_length=0 is not at least 1"),
+        ({"kind": "meo", "top_k": 0}, r"top_k=0 is not at least 1"),
+        ({"kind": "meo", "top_k": 1, "normalize": True}, r"normalize=True with top_k=1 .* no gradient"),
+        ({"expert_dropout": 1.0}, r"expert_dropout=1.0 is not in \[0, 1\)"),
+        ({"init_scale": 0.0}, r"init_scale=0.0 is not a positive number"),
+    ],
+)
+def test_a_wrong_option_of_merge_is_refused_with_its_value_and_the_rule(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Merge(**arguments)
+
+
+def test_more_experts_than_there_are_and_no_slot_are_refused():
+    with pytest.raises(ValueError, match=r"top_k=5 exceeds num_experts=4"):
+        MoEConfig(4, Merge("meo", top_k=5))
+    with pytest.raises(ValueError, match=r"top_k=2 exceeds num_experts=1"):
+        MoEConfig(1, Merge("meo"))
+    with pytest.raises(ValueError, match=r"slots_per_expert=0 is not at least 1"):
+        SoftSlots(0)
