@@ -28,12 +28,13 @@ from .routing.fixed import DomainRandom, Hash, Random
 from .routing.groups import Ensemble, Hierarchical, Prototypes
 from .routing.learned import Attention, Cosine, Stable
 from .routing.router import PairRouter, Router, RouterConfig, TokenChoice, Tokens
-from .routing.selection import Choice
+from .routing.selection import Capacity, Choice
 from .routing.smooth import Dense, DenseToSparse, DSelectK
 from .routing.soft import Merge, SoftSlots
 from .telemetry import LayerStats, RoutingStats
 
 __all__ = [
+    "Capacity",
     "Dense",
     "DenseToSparse",
     "DSelectK",

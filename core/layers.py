@@ -301,8 +301,8 @@ def _all_reduce(sums: list[dict[str, Tensor]]) -> tuple[list[dict[str, Tensor]],
 
 
 def update_expert_bias(model: nn.Module, tape: Tape) -> None:
-    """Move the selection biases by the loads on the tape, and the adaptive weights of ``Balance`` by its drop rates, and
-    tell each router that a step is over, for what it anneals: once per optimizer step, in training.
+    """Move the selection biases by the loads on the tape, and the adaptive weights of ``Balance`` by its drop rates,
+    and tell each router that a step is over, for what it anneals: once per optimizer step, in training.
 
     Under accumulation give it the micro-batches' tapes merged: ``steps = steps.merge(tape.detach())``. The loads of all
     ranks are added in one collective.

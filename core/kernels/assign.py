@@ -43,7 +43,7 @@ def max_paths(num_experts: int) -> int:
 def balanced_assignment(scores_TE: Tensor, real_T: Tensor | None = None) -> Tensor:
     """The experts of T tokens that maximise the sum of their scores, with equally many tokens each.
 
-    Every expert gets ``floor(n / E)`` or ``ceil(n / E)`` of the n real tokens (BASE, arXiv 2103.16716, eq. 2-3).
+    Every expert gets ``floor(n / E)`` or ``ceil(n / E)`` of the n real tokens (BASE, arXiv 2103.16716).
     Deterministic. Not differentiable: the choice is constant almost everywhere.
 
     Args:
@@ -111,7 +111,7 @@ def _prices(u_ET: Tensor) -> Tensor:
 
 
 def _best(q_TE: Tensor, price_E: Tensor) -> Tensor:
-    """The best expert of each token at these prices, (T,). Of tied ones, token t takes the next after expert t mod E."""
+    """The best expert of each token at these prices, (T,). Of tied ones, token t takes the next from expert t mod E."""
     T, E = q_TE.shape
     turn_E = torch.arange(E, device=q_TE.device)
     after_EE = (turn_E - turn_E[:, None]) % E
@@ -122,8 +122,8 @@ def _best(q_TE: Tensor, price_E: Tensor) -> Tensor:
 def _repair(q_TE: Tensor, expert_T: Tensor) -> tuple[Tensor, bool]:
     """Move tokens until counts differ by one at most and no move gains; False where the bound came first.
 
-    Nodes are experts; an edge from a to b costs what the token of a that loses least by going to b loses. No cycle gains
-    at the start, as each token is at its best by the prices, and moving along the cheapest path keeps it so.
+    Nodes are experts; an edge from a to b costs what the token of a that loses least by going to b loses. No cycle
+    gains at the start, as each token is at its best by the prices, and moving along the cheapest path keeps it so.
     """
     T, E = q_TE.shape
     counts = count_experts(expert_T, E).tolist()

@@ -1,11 +1,10 @@
-"""Routers whose experts get equally many tokens in training: balanced assignment, exact (BASE) or relaxed (Sinkhorn)."""
+"""Routers whose experts get equally many tokens in training: an assignment, exact (BASE) or relaxed (Sinkhorn)."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ..kernels.assign import balanced_assignment
@@ -38,9 +37,9 @@ class BaseRouter(PairRouter):
 
 @dataclass(frozen=True)
 class Base(RouterConfig):
-    """BASE layer (arXiv 2103.16716): one expert a token. In training the tokens of a call are assigned so that the sum of
-    their logits ``x_t . w_e`` is largest and every expert gets ``floor(n / E)`` or ``ceil(n / E)`` of the n real tokens
-    (eq. 2-3). In evaluation each token takes its best expert. The gate is ``sigmoid(x_t . w_e)`` (eq. 1).
+    """BASE layer (arXiv 2103.16716): one expert a token. In training the tokens of a call are assigned so that the sum
+    of their logits ``x_t . w_e`` is largest and every expert gets ``floor(n / E)`` or ``ceil(n / E)`` of the n real
+    tokens. In evaluation each token takes its best expert. The gate is ``sigmoid(x_t . w_e)``.
 
     In training the other tokens of the batch change which expert a token gets, later ones of its sequence too; in
     evaluation they do not. The assignment is that of each call and each rank; the paper also shuffles tokens over ranks
@@ -84,7 +83,7 @@ def sinkhorn(logits_TE: Tensor, real_T: Tensor | None, iterations: int, temperat
     """Logarithm of the Sinkhorn-normalized ``exp(logits / temperature)``, in log space throughout.
 
     Iterations bring the columns to equal sums over the real tokens, then each row to sum 1: the plan of the assignment
-    relaxed by an entropy (arXiv 2202.01169, section 2.1.1).
+    relaxed by an entropy (arXiv 2202.01169).
 
     Args:
         logits_TE: float (T, E).
@@ -135,14 +134,15 @@ class Sinkhorn(RouterConfig):
     Sinkhorn-normalized logits, whose columns have equal sums; in evaluation the ``top_k`` largest logits. The gates are
     the scores of the logits themselves, not of the normalized ones, and are not brought to sum 1 (as in Megatron-LM).
 
-    The sums of the columns are equal, the numbers of tokens only about: see ``docs/routing.md`` for how far. ``Base`` is
-    exact. In training the other tokens of the batch change which experts a token gets, later ones of its sequence too.
+    The sums of the columns are equal, the numbers of tokens only about: see ``docs/routing.md`` for how far. ``Base``
+    is exact. In training the other tokens of the batch change which experts a token gets, later ones of its sequence
+    too.
 
     Attributes:
         top_k: experts per token, K.
         iterations: normalizations of columns and rows.
         temperature: divides the logits before; lower is closer to an exact assignment and takes more iterations.
-        score_func: "sigmoid", "softmax" over all E, or None: sigmoid for K = 1 and softmax for K > 1, as in Megatron-LM.
+        score_func: "sigmoid", "softmax" over all E, or None: sigmoid for K = 1 and softmax for K > 1 (Megatron-LM).
         init_scale: variance of the gate's initial weights times D.
 
     Raises:

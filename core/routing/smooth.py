@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .balance import SCORE_TERMS, entropy
@@ -85,15 +86,15 @@ class Dense(RouterConfig):
 
 
 def smooth_step(z: Tensor, gamma: float) -> Tensor:
-    """``-2 / gamma^3 z^3 + 3 / (2 gamma) z + 1 / 2``, exactly 0 from ``-gamma / 2`` down and exactly 1 from ``gamma / 2``
-    up (arXiv 2106.03760, eq. 5); its derivative is 0 at both ends."""
+    """``-2 / gamma^3 z^3 + 3 / (2 gamma) z + 1 / 2``, exactly 0 from ``-gamma / 2`` down and exactly 1 from
+    ``gamma / 2`` up (arXiv 2106.03760); its derivative is 0 at both ends."""
     t = (z / gamma).clamp(-0.5, 0.5)
     return t * (1.5 - 2 * t * t) + 0.5
 
 
 def selectors(codes: Tensor, num_experts: int, gamma: float) -> Tensor:
     """Single-expert selectors: ``r_e = prod over bits j of S(z_j)`` where bit j of e is set, else ``1 - S(z_j)``
-    (arXiv 2106.03760, eq. 6).
+    (arXiv 2106.03760).
 
     Args:
         codes: (..., m) z, ``m = ceil(log2 E)``, the lowest bit first.
@@ -104,21 +105,20 @@ def selectors(codes: Tensor, num_experts: int, gamma: float) -> Tensor:
         (..., E). Sums to 1 over all ``2^m`` codes: to less over E where the unused ones have weight.
     """
     step = smooth_step(codes, gamma)
-    r = torch.ones_like(codes[..., :1]) if codes.shape[-1] else codes.new_ones(*codes.shape[:-1], 1)
+    r = codes.new_ones(*codes.shape[:-1], 1)
     for bit in step.unbind(-1):
         r = torch.cat((r * (1 - bit[..., None]), r * bit[..., None]), -1)
     return r[..., :num_experts]
 
 
 def selector_entropy(r_TKE: Tensor) -> Tensor:
-    """Sum over a token's selectors of their entropies, (T,), in nats: 0 once the codes are binary (arXiv 2106.03760,
-    eq. 9)."""
+    """Sum over a token's selectors of their entropies, (T,), in nats: 0 once the codes are binary (arXiv 2106.03760)."""
     return entropy(r_TKE).sum(-1)
 
 
 def reachability(r_TKE: Tensor) -> Tensor:
-    """Sum over a token's selectors of ``1 / sum_e r_e``, (T,): K where no weight is on codes without an expert, as always
-    for E a power of 2 (arXiv 2106.03760, appendix). Sums below 0.01 count as 0.01."""
+    """Sum over a token's selectors of ``1 / sum_e r_e``, (T,): K where no weight is on codes without an expert, as
+    always for E a power of 2 (arXiv 2106.03760 and its code). Sums below 0.01 count as 0.01."""
     return r_TKE.sum(-1).clamp_min(0.01).reciprocal().sum(-1)
 
 
@@ -152,9 +152,10 @@ class SelectorGate(nn.Module):
         """float32 (T, D) to codes z (T, K, m) and the selectors' weights (T, K), which sum to 1."""
         if not self.per_token:
             x_TD = x_TD.new_ones(x_TD.shape[0], 1)
-        # A product and a sum where there is one input: it costs the token no FLOPs of a matrix product.
-        codes = x_TD @ self.code_weight.to(x_TD.dtype).T if self.per_token else x_TD * self.code_weight.to(x_TD.dtype).T
-        logits = x_TD @ self.weight.to(x_TD.dtype).T if self.per_token else x_TD * self.weight.to(x_TD.dtype).T
+        # With one input of 1 a product would do, and FLOPs are counted for matrix products.
+        linear = F.linear if self.per_token else lambda x, weight: x * weight.T
+        codes = linear(x_TD, self.code_weight.to(x_TD.dtype))
+        logits = linear(x_TD, self.weight.to(x_TD.dtype))
         return codes.unflatten(-1, (self.top_k, -1)), logits.softmax(-1)
 
 
@@ -193,16 +194,16 @@ class DSelectKRouter(PairRouter):
 
 @dataclass(frozen=True)
 class DSelectK(RouterConfig):
-    """DSelect-k (arXiv 2106.03760): K selectors that each learn the binary code of one expert, through a smooth step that
-    is flat at 0 and 1, and a softmax over the selectors: ``q_e = sum_k softmax(a)_k r_e(z_k)``. Smooth in all weights; at
-    most K experts have weight once every code is binary.
+    """DSelect-k (arXiv 2106.03760): K selectors that each learn the binary code of one expert, through a smooth step
+    that is flat at 0 and 1, and a softmax over the selectors: ``q_e = sum_k softmax(a)_k r_e(z_k)``. Smooth in all
+    weights; at most K experts have weight once every code is binary.
 
     Until then up to all E have. Each token has ``max_k`` places, E by default, and pairs of weight 0 are not computed:
     exact in training and evaluation, dense at the start, K experts a token in the end. A lower ``max_k`` or
     ``eval_max_k`` bounds the cost; the gates that stay then take over the weight of those left out.
 
-    Where E is not a power of 2 some codes stand for no expert. Weight on them is lost to the output (a selector wholly on
-    them gives 0), and ``reachability`` holds it down, as in the paper.
+    Where E is not a power of 2 some codes stand for no expert. Weight on them is lost to the output (a selector wholly
+    on them gives 0), and ``reachability`` holds it down, as in the paper.
 
     Attributes:
         top_k: selectors, K.
@@ -210,7 +211,7 @@ class DSelectK(RouterConfig):
         per_token: codes and weights are linear in the token; False: parameters, the same experts for all tokens.
         max_k: places of a token; None: E.
         eval_max_k: the same in evaluation; None: as in training. K is exact once the codes are binary.
-        selector_entropy: weight of the selectors' mean entropy, which drives the codes to be binary; the paper tunes it.
+        selector_entropy: weight of the selectors' entropy, which drives the codes to be binary; tuned in the paper.
         reachability: weight of the mean of ``1 / (weight on codes with an expert)``, where E is not a power of 2.
         init_scale: variance times D of the initial weights, the codes' in units of ``gamma``: small, for codes beyond
             ``gamma / 2`` have no gradient.
@@ -311,8 +312,8 @@ class DenseToSparseRouter(PairRouter):
 @dataclass(frozen=True)
 class DenseToSparse(RouterConfig):
     """Dense-to-sparse gate (EvoMoE, arXiv 2112.14397): gates ``softmax((W x + gumbel) / tau)``, the noise in training
-    alone; experts whose gate is not above ``threshold`` are left out, and the gates of the others stay as they are. At a
-    high temperature tau that is nearly all experts, at a low one nearly always one: the best is always taken.
+    alone; experts whose gate is not above ``threshold`` are left out, and the gates of the others stay as they are. At
+    a high temperature tau nearly all experts stay, at a low one few: the best is always taken.
 
     The temperature falls from ``tau_start`` to ``tau_end`` by the same factor each optimizer step, for ``anneal_steps``
     steps: ``update_expert_bias(model, tape)``, called once per step, counts them. The count is part of the state.

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from core import FFN, MoEConfig, Routing, RoutingContext, aux_losses, record, update_expert_bias
 from core.routing.router import PairRouter, RouterConfig
@@ -280,7 +281,7 @@ def test_one_call_per_optimizer_step_counts_it_in_training_and_is_saved():
 
 def test_annealing_does_not_recompile():
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     layer = MoEConfig(4, DenseToSparse(anneal_steps=3), FFN(6)).build(4).eval()
     compiled = torch.compile(layer, backend=counter, fullgraph=True)
     x = torch.randn(2, 3, 4)
