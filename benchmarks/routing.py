@@ -71,9 +71,21 @@ def context(config: Any, ids_BS: Tensor) -> core.RoutingContext:
 def configure(router: str | core.RouterConfig, shape: Shape) -> core.MoEConfig:
     """The layer with a router by name, or with a plain one."""
     plain = core.MoEConfig(shape.E, core.TokenChoice(top_k=2), core.FFN(hidden_dim=shape.F))
-    if isinstance(router, str):
-        return routers.with_router(plain, router)
-    return dataclasses.replace(plain, router=router)
+    if not isinstance(router, str):
+        return dataclasses.replace(plain, router=router)
+    config = routers.with_router(dataclasses.replace(plain, num_experts=8), router)
+    return dataclasses.replace(config, num_experts=shape.E, router=at_size(config.router, shape))
+
+
+def at_size(router: Any, shape: Shape) -> Any:
+    """The overlays are for 8 experts and short sequences: settings that follow from both, for as many pairs a token."""
+    if isinstance(router, core.Domain):
+        return dataclasses.replace(router, num_domains=shape.E)
+    if isinstance(router, core.NullExperts):
+        return dataclasses.replace(router, num_null_experts=shape.E)
+    if isinstance(router, core.SoftSlots):
+        return dataclasses.replace(router, slots_per_expert=max(1, 2 * shape.S // shape.E))
+    return router
 
 
 def step(config: core.MoEConfig, shape: Shape, x: Tensor, ids_BS: Tensor) -> tuple[core.MoELayer, Callable[[], None]]:
@@ -126,10 +138,16 @@ def usage(config: core.MoEConfig, shape: Shape, skewed: bool) -> tuple[float, fl
     return stats(small).load_imbalance, stats(limited).drop_rate
 
 
+def rows_per_token(config: core.MoEConfig, shape: Shape) -> float:
+    """Rows of the experts for each token."""
+    by_sequence = config.capacity().group == "sequence"
+    return config.router.rows_per_token(shape.E, shape.S if by_sequence else None)
+
+
 def measure(names: list[str], shape: Shape, rounds: int) -> list[dict[str, Any]]:
     x, ids_BS = tokens(shape, False)
     configs = {name: configure(name, shape) for name in names}
-    pairs = {n: c.router.pairs_per_token(shape.E) for n, c in configs.items()}
+    pairs = {n: rows_per_token(c, shape) for n, c in configs.items()}
     ks = sorted({min(max(round(p), 1), shape.E) for p in pairs.values()})
     plain = {k: f"plain top-{k}" for k in ks}
     configs |= {plain[k]: configure(core.TokenChoice(top_k=k), shape) for k in ks}
