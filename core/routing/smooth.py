@@ -112,7 +112,7 @@ def selectors(codes: Tensor, num_experts: int, gamma: float) -> Tensor:
 
 
 def selector_entropy(r_TKE: Tensor) -> Tensor:
-    """Sum over a token's selectors of their entropies, (T,), in nats: 0 once the codes are binary (arXiv 2106.03760)."""
+    """Sum of a token's selectors' entropies, (T,), in nats: 0 once the codes are binary (arXiv 2106.03760)."""
     return entropy(r_TKE).sum(-1)
 
 
