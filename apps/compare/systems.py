@@ -216,6 +216,11 @@ def find_systems(
         if not isinstance(model, SparseModule):
             found.append(System(name, baseline.note))
             continue
+        if name.startswith(routers.PREFIX):
+            problem = _trial(model.to(sparse.device), batch)
+            if problem:
+                found.append(System(name, baseline.note, refused=problem))
+                continue
         try:
             its = measure_cost(model.to(sparse.device), batch, replaced if claim(name) else _shared(model, replaced))
             refused = check_equal(name, mine, its)
@@ -238,6 +243,17 @@ def find_systems(
         reasons = "; ".join(f"{s.name}: {s.refused}" for s in found[1:]) or "the module has no baselines"
         raise ValueError(f"nothing to compare with: {reasons}")
     return found
+
+
+def _trial(model: SparseModule, batch: Any) -> str:
+    """Why ``model`` cannot train on ``batch``, or "": some routers need in training what they can else do without."""
+    devices = [model.device.index or 0] if model.device.type == "cuda" else []
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+            model.train().task_loss(batch)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def _shared(model: nn.Module, names: Sequence[str]) -> Sequence[str]:

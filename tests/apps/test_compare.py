@@ -455,8 +455,8 @@ def test_compare_digits(tmp_path, capsys):
     assert "lightning" not in capsys.readouterr().err.lower()
 
 
-def overlay(path: Path, **options: object) -> str:
-    router = {"class_path": "core.TokenChoice", "init_args": options}
+def overlay(path: Path, kind: str = "TokenChoice", **options: object) -> str:
+    router = {"class_path": f"core.{kind}", "init_args": options}
     path.write_text(json.dumps({"model": {"init_args": {"moe": {"router": router}}}}))
     return str(path)
 
@@ -467,9 +467,11 @@ def test_routers_are_compared_at_equal_active_flops(config, tmp_path, capsys):
     made = routers.Variant(experiment(config).module("sparse"), switch).config()
     assert (made.router.top_k, made.expert.hidden_dim, made.flops_per_token(8)) == (1, 16, 576)
     too_many = overlay(tmp_path / "too_many.yaml", top_k=5)
+    task = overlay(tmp_path / "task.yaml", "Task", num_tasks=2, top_k=2)
+    domain = overlay(tmp_path / "domain.yaml", "Domain", num_domains=4)
     output = tmp_path / "out"
     argv = ["compare", str(config), "--seeds", "2", "--output", str(output), "--rounds", "1", "--jobs", "2",
-            "--learning_rates", "0.01", "--routers", switch, too_many]  # fmt: skip
+            "--learning_rates", "0.01", "--routers", switch, too_many, task, domain]  # fmt: skip
     assert moesaic(argv) == 0
     page = (output / "table.md").read_text()
     assert [line.split(" |")[0] for line in page.splitlines() if line.startswith("| ")] == [
@@ -477,6 +479,11 @@ def test_routers_are_compared_at_equal_active_flops(config, tmp_path, capsys):
         *("| the config's", "| switch"),
     ]
     assert "too_many: left out: top_k=5 exceeds num_experts=4." in page
+    assert "task: left out: needs context.task_ids_B, which TinyModel does not give." in page
+    # Evaluation can do without.
+    assert (
+        "domain: left out: Domain needs context.domain_ids_B or domain_weights_BE in training: both are None." in page
+    )
     found = json.loads((output / "results.json").read_text())["summary"]["rows"]
     assert [row["system"]["name"] for row in found] == ["sparse", "router_switch"]
     assert found[1]["system"]["replaced_ratio"] == 1.0
