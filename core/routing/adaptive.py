@@ -14,8 +14,9 @@ from ..kernels.eager import capacity_ranks, count_experts, topk_gate
 from .balance import SCORE_TERMS
 from .checks import at_least_one, one_of, positive
 from .gates import LinearGate
-from .router import PairRouter, RouterConfig, Tokens
+from .router import LinearGateConfig, PairRouter, RouterConfig, Tokens
 from .selection import Capacity, Choice
+from .top_k import TopKConfig
 
 
 class ThresholdRouter(PairRouter):
@@ -42,7 +43,7 @@ class ThresholdRouter(PairRouter):
 
 
 @dataclass(frozen=True)
-class Threshold(RouterConfig):
+class Threshold(LinearGateConfig):
     """Top-2 whose second expert has to be worth it (ST-MoE, arXiv 2202.08906): in training it is kept with probability
     ``min(1, g_2 / threshold)``, where ``g_1 + g_2 = 1`` before. The first gate is not raised where the second is left
     out. GShard's ``TokenChoice(top_k=2, second="random")`` is a threshold of 1/2.
@@ -85,12 +86,6 @@ class Threshold(RouterConfig):
     def pairs_per_token(self, num_experts: int) -> float:
         """The most: how many tokens keep their second expert is learned."""
         return 2.0
-
-    def num_params(self, dim: int, num_experts: int) -> int:
-        return dim * num_experts
-
-    def flops_per_token(self, dim: int, num_experts: int) -> int:
-        return 2 * dim * num_experts
 
 
 class NullExpertsRouter(PairRouter):
@@ -427,7 +422,7 @@ class TokenRoundingRouter(PairRouter):
 
 
 @dataclass(frozen=True)
-class TokenRounding(RouterConfig):
+class TokenRounding(TopKConfig, LinearGateConfig):
     """Token rounding (SonicMoE, arXiv 2512.14080): top-k, and in training each expert's number of tokens in the call is
     rounded to the nearest multiple of ``tile``, so that grouped products have no part-filled tiles; see
     ``round_to_tiles``. A token may get more or fewer than ``top_k`` experts in training; evaluation is plain top-k.
@@ -452,24 +447,13 @@ class TokenRounding(RouterConfig):
     init_scale: float = 0.1
 
     def __post_init__(self) -> None:
-        at_least_one("top_k", self.top_k)
+        super().__post_init__()
         at_least_one("tile", self.tile)
         positive("init_scale", self.init_scale)
-        if self.top_k == 1 and self.normalize:
-            raise ValueError("normalize=True with top_k=1 makes every gate 1: the router would get no gradient")
-
-    @property
-    def normalizes(self) -> bool:
-        """``normalize`` with its default filled in."""
-        return self.top_k > 1 if self.normalize is None else self.normalize
 
     def build(self, dim: int, num_experts: int, capacity: Capacity = Capacity()) -> TokenRoundingRouter:
         self.check(num_experts)
         return TokenRoundingRouter(dim, num_experts, self, capacity)
-
-    def check(self, num_experts: int) -> None:
-        if self.top_k > num_experts:
-            raise ValueError(f"top_k={self.top_k} exceeds num_experts={num_experts}")
 
     def balance_terms(self) -> frozenset[str]:
         return SCORE_TERMS | {"router_z"}
@@ -487,12 +471,3 @@ class TokenRounding(RouterConfig):
     def check_group(self, group: str | int) -> None:
         if group != "batch":
             raise ValueError(f"group={group!r} does not apply to TokenRounding: it rounds the loads of the whole call")
-
-    def pairs_per_token(self, num_experts: int) -> float:
-        return float(self.top_k)
-
-    def num_params(self, dim: int, num_experts: int) -> int:
-        return dim * num_experts
-
-    def flops_per_token(self, dim: int, num_experts: int) -> int:
-        return 2 * dim * num_experts

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..kernels.assign import balanced_assignment
 from .checks import at_least_one, one_of, positive
 from .gates import LinearGate
-from .router import PairRouter, RouterConfig, Tokens
+from .router import LinearGateConfig, PairRouter, Tokens
 from .selection import Capacity, Choice
 
 
@@ -36,7 +36,7 @@ class BaseRouter(PairRouter):
 
 
 @dataclass(frozen=True)
-class Base(RouterConfig):
+class Base(LinearGateConfig):
     """BASE layer (arXiv 2103.16716): one expert a token. In training the tokens of a call are assigned so that the sum
     of their logits ``x_t . w_e`` is largest and every expert gets ``floor(n / E)`` or ``ceil(n / E)`` of the n real
     tokens. In evaluation each token takes its best expert. The gate is ``sigmoid(x_t . w_e)``.
@@ -70,13 +70,6 @@ class Base(RouterConfig):
 
     def depends_on(self) -> str:
         return "token"
-
-    def num_params(self, dim: int, num_experts: int) -> int:
-        return dim * num_experts
-
-    def flops_per_token(self, dim: int, num_experts: int) -> int:
-        # The assignment runs in training only.
-        return 2 * dim * num_experts
 
 
 def sinkhorn(logits_TE: Tensor, real_T: Tensor | None, iterations: int, temperature: float = 1.0) -> Tensor:
@@ -129,7 +122,7 @@ class SinkhornRouter(PairRouter):
 
 
 @dataclass(frozen=True)
-class Sinkhorn(RouterConfig):
+class Sinkhorn(LinearGateConfig):
     """S-BASE (arXiv 2202.01169): in training a token takes the ``top_k`` largest entries of its row of the
     Sinkhorn-normalized logits, whose columns have equal sums; in evaluation the ``top_k`` largest logits. The gates are
     the scores of the logits themselves, not of the normalized ones, and are not brought to sum 1 (as in Megatron-LM).
@@ -188,10 +181,3 @@ class Sinkhorn(RouterConfig):
 
     def depends_on(self) -> str:
         return "token"
-
-    def num_params(self, dim: int, num_experts: int) -> int:
-        return dim * num_experts
-
-    def flops_per_token(self, dim: int, num_experts: int) -> int:
-        # Sinkhorn runs in training only.
-        return 2 * dim * num_experts

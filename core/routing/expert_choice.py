@@ -13,7 +13,7 @@ from ..contract import Routing, RoutingContext
 from ..kernels.eager import capacity as capacity_of
 from ..kernels.eager import count_experts, whole_ratio
 from .gates import LinearGate
-from .router import Router, RouterConfig, Tokens
+from .router import LinearGateConfig, Router, Tokens
 from .selection import Capacity
 
 
@@ -119,7 +119,7 @@ def choose_tokens(
 
 
 @dataclass(frozen=True)
-class ExpertChoice(RouterConfig):
+class ExpertChoice(LinearGateConfig):
     """Each expert takes the ``ceil(capacity_factor * n / E)`` of a group's n real tokens that score highest with it
     (arXiv 2202.09368, section 3.2, without its limit of experts a token).
 
@@ -167,12 +167,6 @@ class ExpertChoice(RouterConfig):
             return self.pairs_per_token(num_experts)
         places = capacity_of(whole_ratio(self.capacity_factor), 1, tokens_per_group, num_experts)
         return num_experts * int(places) / tokens_per_group
-
-    def num_params(self, dim: int, num_experts: int) -> int:
-        return dim * num_experts
-
-    def flops_per_token(self, dim: int, num_experts: int) -> int:
-        return 2 * dim * num_experts
 
 
 __all__ = ["ExpertChoice", "ExpertChoiceRouter", "choose_tokens"]

@@ -13,8 +13,9 @@ from ..kernels.eager import topk_gate
 from .balance import SCORE_TERMS
 from .checks import at_least_one, divides, positive
 from .gates import LinearGate
-from .router import PairRouter, RouterConfig, Tokens
+from .router import LinearGateConfig, PairRouter, RouterConfig, Tokens
 from .selection import Capacity, Choice
+from .top_k import TopKConfig
 
 
 class PrototypesRouter(PairRouter):
@@ -41,7 +42,7 @@ class PrototypesRouter(PairRouter):
 
 
 @dataclass(frozen=True)
-class Prototypes(RouterConfig):
+class Prototypes(LinearGateConfig):
     """k top-1 routing (M6-T, arXiv 2105.15082): the experts are split into groups, and each token takes the best expert
     of every group. ``y = sum over groups g of p_g,e f_e(x)`` with ``e = argmax p_g`` and ``p_g`` the softmax over the
     group's own logits. As many pairs as top-k of ``k = num_prototypes``.
@@ -80,12 +81,6 @@ class Prototypes(RouterConfig):
 
     def pairs_per_token(self, num_experts: int) -> float:
         return float(self.num_prototypes)
-
-    def num_params(self, dim: int, num_experts: int) -> int:
-        return dim * num_experts
-
-    def flops_per_token(self, dim: int, num_experts: int) -> int:
-        return 2 * dim * num_experts
 
 
 class HierarchicalRouter(PairRouter):
@@ -199,7 +194,7 @@ class EnsembleRouter(PairRouter):
 
 
 @dataclass(frozen=True)
-class Ensemble(RouterConfig):
+class Ensemble(TopKConfig, LinearGateConfig):
     """A sparse ensemble in one layer (E3, arXiv 2110.03360): the experts are split into equal groups, one a member, and
     a token sees only those of its member.
 
@@ -228,15 +223,8 @@ class Ensemble(RouterConfig):
 
     def __post_init__(self) -> None:
         at_least_one("num_members", self.num_members)
-        at_least_one("top_k", self.top_k)
+        super().__post_init__()
         positive("init_scale", self.init_scale)
-        if self.top_k == 1 and self.normalize:
-            raise ValueError("normalize=True with top_k=1 makes every gate 1: the router would get no gradient")
-
-    @property
-    def normalizes(self) -> bool:
-        """``normalize`` with its default filled in."""
-        return self.top_k > 1 if self.normalize is None else self.normalize
 
     def build(self, dim: int, num_experts: int, capacity: Capacity = Capacity()) -> EnsembleRouter:
         self.check(num_experts)
@@ -253,12 +241,3 @@ class Ensemble(RouterConfig):
 
     def exceptions(self) -> dict[str, str]:
         return {"the order of the sequences does not matter": "the place of a sequence in the batch says its member"}
-
-    def pairs_per_token(self, num_experts: int) -> float:
-        return float(self.top_k)
-
-    def num_params(self, dim: int, num_experts: int) -> int:
-        return dim * num_experts
-
-    def flops_per_token(self, dim: int, num_experts: int) -> int:
-        return 2 * dim * num_experts

@@ -330,6 +330,18 @@ class RouterConfig:
 
 
 @dataclass(frozen=True)
+class LinearGateConfig(RouterConfig):
+    """Base of the configs whose router has a linear gate and no other weights: ``logits = x W^T``, W (E, D)."""
+
+    def num_params(self, dim: int, num_experts: int) -> int:
+        return dim * num_experts
+
+    def flops_per_token(self, dim: int, num_experts: int) -> int:
+        """Of an evaluation forward."""
+        return 2 * dim * num_experts
+
+
+@dataclass(frozen=True)
 class TokenChoice(RouterConfig):
     """Each token takes its ``top_k`` best experts.
 
@@ -460,4 +472,13 @@ class TokenChoice(RouterConfig):
         return 2 * dim * num_experts
 
 
-__all__ = ["Balance", "PairRouter", "Router", "RouterConfig", "TokenChoice", "TokenChoiceRouter", "Tokens"]
+__all__ = [
+    "Balance",
+    "LinearGateConfig",
+    "PairRouter",
+    "Router",
+    "RouterConfig",
+    "TokenChoice",
+    "TokenChoiceRouter",
+    "Tokens",
+]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .balance import SCORE_TERMS, entropy
 from .checks import at_least_one, positive
 from .gates import LinearGate, init_gate_
-from .router import PairRouter, RouterConfig, Tokens
+from .router import LinearGateConfig, PairRouter, RouterConfig, Tokens
 from .selection import Capacity, Choice
 
 # With (nearly) every expert taken by every token the shares of pairs are equal, and the term is constant.
@@ -41,7 +41,7 @@ class DenseRouter(PairRouter):
 
 
 @dataclass(frozen=True)
-class Dense(RouterConfig):
+class Dense(LinearGateConfig):
     """``y = sum over all e of softmax(W x)_e f_e(x)``: the classic mixture of experts, all E computed for every token.
 
     With ``eval_top_k`` evaluation is sparse (DS-MoE, arXiv 2404.05567: dense training, sparse inference): a token takes
@@ -77,12 +77,6 @@ class Dense(RouterConfig):
     def pairs_per_token(self, num_experts: int) -> float:
         """That of training."""
         return float(num_experts)
-
-    def num_params(self, dim: int, num_experts: int) -> int:
-        return dim * num_experts
-
-    def flops_per_token(self, dim: int, num_experts: int) -> int:
-        return 2 * dim * num_experts
 
 
 def smooth_step(z: Tensor, gamma: float) -> Tensor:
@@ -310,7 +304,7 @@ class DenseToSparseRouter(PairRouter):
 
 
 @dataclass(frozen=True)
-class DenseToSparse(RouterConfig):
+class DenseToSparse(LinearGateConfig):
     """Dense-to-sparse gate (EvoMoE, arXiv 2112.14397): gates ``softmax((W x + gumbel) / tau)``, the noise in training
     alone; experts whose gate is not above ``threshold`` are left out, and the gates of the others stay as they are. At
     a high temperature tau nearly all experts stay, at a low one few: the best is always taken.
@@ -365,12 +359,6 @@ class DenseToSparse(RouterConfig):
     def pairs_per_token(self, num_experts: int) -> float:
         """The most, that of the start of training."""
         return float(self.max_k or num_experts)
-
-    def num_params(self, dim: int, num_experts: int) -> int:
-        return dim * num_experts
-
-    def flops_per_token(self, dim: int, num_experts: int) -> int:
-        return 2 * dim * num_experts
 
 
 def _fits(name: str, value: int | None, num_experts: int) -> None:
