@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -92,6 +92,8 @@ class MoE(MoELayer):
         pairs_per_token: experts a token takes, for ``active_params``.
     """
 
+    default_dispatcher: ClassVar[Callable[[], Dispatcher]] = LocalDispatcher
+
     def __init__(
         self,
         router: Router,
@@ -105,7 +107,7 @@ class MoE(MoELayer):
     ) -> None:
         super().__init__(balance)
         self.router, self.experts = router, experts
-        self.dispatcher: Dispatcher = dispatcher or LocalDispatcher()
+        self.dispatcher: Dispatcher = dispatcher or self.default_dispatcher()
         self.shared_experts = shared_experts
         self.num_experts, self.pairs_per_token = num_experts, pairs_per_token
 
@@ -157,32 +159,9 @@ class MoE(MoELayer):
 class SoftMoE(MoE):
     """Soft mixture of experts (arXiv 2308.00951): the experts compute slots, weighted means of a sequence's tokens, and
     a token is a weighted mean of what came out. Built by ``MoEConfig`` from ``SoftSlots``; every kind of experts works.
-
-    Args:
-        dispatcher: ``SlotDispatcher`` by default.
-        router, experts, balance, shared_experts, num_experts, pairs_per_token: as in ``MoE``.
     """
 
-    def __init__(
-        self,
-        router: Router,
-        experts: Experts,
-        balance: Balance = Balance(),
-        dispatcher: Dispatcher | None = None,
-        shared_experts: Experts | None = None,
-        *,
-        num_experts: int,
-        pairs_per_token: float,
-    ) -> None:
-        super().__init__(
-            router,
-            experts,
-            balance,
-            dispatcher or SlotDispatcher(),
-            shared_experts,
-            num_experts=num_experts,
-            pairs_per_token=pairs_per_token,
-        )
+    default_dispatcher = SlotDispatcher
 
     def _compute(self, x_BSD: Tensor, routing: SlotRouting) -> Tensor:
         return self.dispatcher.combine(self.experts(self.dispatcher.dispatch(x_BSD, routing)))
