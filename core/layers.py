@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -92,7 +92,7 @@ class MoE(MoELayer):
         pairs_per_token: experts a token takes, for ``active_params``.
     """
 
-    default_dispatcher: ClassVar[Callable[[], Dispatcher]] = LocalDispatcher
+    default_dispatcher: ClassVar[type[Any]] = LocalDispatcher
 
     def __init__(
         self,
