@@ -85,6 +85,8 @@ def at_size(router: Any, shape: Shape) -> Any:
         return dataclasses.replace(router, num_null_experts=shape.E)
     if isinstance(router, core.SoftSlots):
         return dataclasses.replace(router, slots_per_expert=max(1, 2 * shape.S // shape.E))
+    if isinstance(router, core.Merge) and router.segment_length is not None:
+        return dataclasses.replace(router, segment_length=max(1, shape.S // 4))
     return router
 
 
