@@ -100,6 +100,8 @@ def reduce_message(text: str, options: Iterable[str] = ()) -> str:
         return _unknown(first, first, options, None)
     if match := re.match(r"^the following arguments are required: (.*)$", complaint):
         missing = re.sub(r"\b(fit|validate|test|predict)\.", "", match[1])
+        if not {"model", "data"}.issuperset(missing.split(", ")):
+            return f"{key or owner or 'the configuration'} needs {missing}, which has no default"
         return f"{missing} missing: give a configuration, such as --config configs/vision/digits.yaml"
     if match := _NAME.match(complaint):
         return _unknown(f"{key}={match[1]}", match[1], _class_names(owner, path[-1] if path else ""), None)

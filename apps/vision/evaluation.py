@@ -327,7 +327,8 @@ class VisionReport(Callback):
         if core.moe_layers(model):
             if self.config.pictures:
                 written += self._pictures(trainer, pl_module, folder)
-            if self.config.capacity_factors:
+            # Expert choice has a capacity of its own, soft slots and merged experts have none.
+            if self.config.capacity_factors and "capacity_factor" in model.moe.router.layer_options():
                 written += self._sweep(trainer, pl_module, folder)
         if written:
             rank_zero_info(f"{folder}: {', '.join(p.name for p in written)}")

@@ -203,6 +203,7 @@ def test_a_structural_clash_names_both_values(trained, capsys):
         (["--model.moe.num_experts", "many"], "model.moe.num_experts=many is not of type int"),
         (["--model.moe.router", "TokenChoic"], "router=TokenChoic does not exist; did you mean 'TokenChoice'?"),
         (["--model.moe.router.topk", "1"], "model.moe.router.topk does not exist; did you mean 'top_k'?"),
+        (["--model.moe.router", "core.Hash"], "model.moe.router needs vocab_size, which has no default"),
         (["--model.wdth", "8"], "model.wdth does not exist; did you mean 'width'?"),
         (["--trainer.max_epoch", "8"], "trainer.max_epoch does not exist; did you mean 'trainer.max_epochs'?"),
         (["--trainer.max_epochs", "x"], "trainer.max_epochs=x is not of type int"),

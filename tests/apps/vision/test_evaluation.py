@@ -236,6 +236,20 @@ def test_report_writes_tables_and_pictures(tmp_path, capsys):
     assert "dropless" in printed
 
 
+def test_no_capacity_is_swept_where_the_router_has_none(tmp_path):
+    module = VisionClassifier(
+        vit=ViTConfig(patch_size=4, embed_dim=8, depth=2, num_heads=2),
+        moe=core.MoEConfig(num_experts=2, router=core.SoftSlots(), expert=core.FFN(hidden_dim=8)),
+        moe_blocks=[1],
+        image_size=8,
+        report=ReportConfig(few_shot=(), pictures=1),
+    )
+    options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = Trainer(default_root_dir=tmp_path, accelerator="cpu", enable_checkpointing=False, **options)
+    trainer.test(module, datamodule=VisionData("digits", eval_batch_size=100), verbose=False)
+    assert {p.name for p in (tmp_path / "report").iterdir()} == {"routing.png", "expert_class.png", "load.png"}
+
+
 def test_report_of_a_dense_model_is_the_few_shot_part(tmp_path):
     module = VisionClassifier(
         vit=ViTConfig(patch_size=4, embed_dim=8, depth=1, num_heads=2),
