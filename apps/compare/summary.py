@@ -215,16 +215,17 @@ def notes(summary: Summary) -> list[str]:
 
 
 def _drops(summary: Summary) -> list[str]:
-    """Where the trained model computes less than counted before: its experts' capacity drops tokens."""
+    """Where the trained model computes less or more than counted before."""
     lines = []
     for row in summary.rows:
         before, after = row.system.cost, row.speed.get("cost")
         if before and after and before.replaced_flops_per_example:
             ratio = after["replaced_flops_per_example"] / before.replaced_flops_per_example
             if abs(ratio - 1) > TOLERANCE:
+                why = "a router that decides how many experts a token takes, or a capacity that drops tokens"
                 lines.append(
-                    f"{label(row.system.name)}: trained, its replaced blocks compute {ratio:.3f} of the FLOPs they "
-                    "could: capacity drops the rest. The table shows what is computed."
+                    f"{label(row.system.name)}: trained, its replaced blocks compute {ratio:.3f} x the FLOPs counted "
+                    f"before ({why}). The table shows what is computed."
                 )
     return lines
 
@@ -240,4 +241,5 @@ def flops(row: Row) -> float | None:
 def number(value: float, summary: Summary, signed: bool = False) -> str:
     """A quality as it is shown, without its unit: in percent where it is a share."""
     sign = "+" if signed else ""
+    value = value + 0.0  # no -0.00
     return f"{100 * value:{sign}.2f}" if summary.percent else f"{value:{sign}.4g}"
