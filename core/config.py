@@ -66,14 +66,14 @@ class MoEConfig:
             raise ValueError(f"backend={self.backend!r} is not one of auto, {', '.join(BACKENDS)}")
         self.router.check(self.num_experts)
         self._check_options()
-        self.balance.check(self.router.balance_terms(), type(self.router).__name__)
+        self.balance.check(self.router.balance_terms(), self.router.source())
         if self.balance.adaptive and self.capacity_factor is None:
             raise ValueError("balance.adaptive=True follows the drop rate, which is 0 without a capacity_factor")
         self.capacity()  # checks the factors and the priority
 
     def _check_options(self) -> None:
         """Refuse what was set by hand and has no meaning with the router."""
-        heeded, router = self.router.layer_options(), type(self.router).__name__
+        heeded, router = self.router.layer_options(), self.router.source()
         for f in fields(self):
             value = getattr(self, f.name)
             if f.name in LAYER_OPTIONS - heeded and value != f.default:
@@ -100,7 +100,7 @@ class MoEConfig:
         """
         if causal and not self.router.is_causal():
             raise ValueError(
-                f"router {type(self.router).__name__} lets later tokens change earlier ones: not for a causal decoder"
+                f"router {self.router.source()} lets later tokens change earlier ones: not for a causal decoder"
             )
         for name, value in (("dim", dim), ("out_dim", out_dim)):
             if value is not None and value < 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -59,6 +60,8 @@ class Threshold(LinearGateConfig):
     Raises:
         ValueError: a value is out of its range.
     """
+
+    paper: ClassVar[str] = "2202.08906"
 
     threshold: float = 0.2
     second: str = "random"
@@ -144,6 +147,8 @@ class NullExperts(RouterConfig):
     Raises:
         ValueError: a value is out of its range, or two of them do not go together.
     """
+
+    paper: ClassVar[str] = "2406.13233"
 
     top_k: int = 4
     num_null_experts: int = 8
@@ -273,6 +278,8 @@ class DynamicThreshold(RouterConfig):
     Raises:
         ValueError: a value is out of its range, or two of them do not go together.
     """
+
+    paper: ClassVar[str] = "2405.14297"
 
     max_k: int = 4
     temperature: float = 1.0
@@ -440,6 +447,8 @@ class TokenRounding(TopKConfig, LinearGateConfig):
     Raises:
         ValueError: a value is out of its range, or two of them do not go together.
     """
+
+    paper: ClassVar[str] = "2512.14080"
 
     top_k: int = 2
     tile: int = 128

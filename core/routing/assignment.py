@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -51,6 +52,8 @@ class Base(LinearGateConfig):
     Raises:
         ValueError: a value is out of its range.
     """
+
+    paper: ClassVar[str] = "2103.16716"
 
     init_scale: float = 0.1
 
@@ -141,6 +144,8 @@ class Sinkhorn(LinearGateConfig):
     Raises:
         ValueError: a value is out of its range.
     """
+
+    paper: ClassVar[str] = "2202.01169"
 
     top_k: int = 1
     iterations: int = 16

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -38,6 +39,8 @@ class Sentence(TopKConfig):
     Raises:
         ValueError: a value is out of its range, or two of them do not go together.
     """
+
+    paper: ClassVar[str] = "2110.03742"
 
     top_k: int = 2
     normalize: bool | None = None
@@ -123,6 +126,8 @@ class Task(TopKConfig):
     Raises:
         ValueError: a value is out of its range, or two of them do not go together.
     """
+
+    paper: ClassVar[str] = "2110.03742"
 
     num_tasks: int
     top_k: int = 2
@@ -260,6 +265,8 @@ class Domain(RouterConfig):
     Raises:
         ValueError: a value is out of its range.
     """
+
+    paper: ClassVar[str] = "2108.05036"
 
     num_domains: int
     top_k: int | None = None

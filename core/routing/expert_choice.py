@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -134,6 +134,8 @@ class ExpertChoice(LinearGateConfig):
     Raises:
         ValueError: a value is not a positive number.
     """
+
+    paper: ClassVar[str] = "2202.09368"
 
     capacity_factor: float = 2.0
     init_scale: float = 0.1

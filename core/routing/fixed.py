@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -152,6 +152,8 @@ class Hash(RouterConfig):
         ValueError: a value is out of its range, or two of them do not go together.
     """
 
+    paper: ClassVar[str] = "2106.04426"
+
     vocab_size: int
     kind: str = "random"
     top_k: int = 1
@@ -227,6 +229,8 @@ class Random(RouterConfig):
         ValueError: a value is out of its range.
     """
 
+    paper: ClassVar[str] = "2110.04260"
+
     top_k: int = 1
     per: str = "token"
     evaluation: str = "fixed"
@@ -300,6 +304,8 @@ class DomainRandom(RouterConfig):
     Raises:
         ValueError: a value is out of its range.
     """
+
+    paper: ClassVar[str] = "2303.10845"
 
     num_domains: int
     vocab_size: int

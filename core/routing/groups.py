@@ -6,6 +6,7 @@ Group ``g`` of G holds the experts ``g * E / G`` to ``(g + 1) * E / G - 1``.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -56,6 +57,8 @@ class Prototypes(LinearGateConfig):
     Raises:
         ValueError: a value is out of its range.
     """
+
+    paper: ClassVar[str] = "2105.15082"
 
     num_prototypes: int = 2
     init_scale: float = 0.1
@@ -130,6 +133,8 @@ class Hierarchical(RouterConfig):
     Raises:
         ValueError: a value is out of its range, or two of them do not go together.
     """
+
+    paper: ClassVar[str] = "1701.06538"
 
     num_groups: int = 4
     top_groups: int = 2
@@ -215,6 +220,8 @@ class Ensemble(TopKConfig, LinearGateConfig):
     Raises:
         ValueError: a value is out of its range, or two of them do not go together.
     """
+
+    paper: ClassVar[str] = "2110.03360"
 
     num_members: int = 2
     top_k: int = 1

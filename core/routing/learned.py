@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,8 @@ class Cosine(TopKConfig):
     Raises:
         ValueError: a value is out of its range, or two of them do not go together.
     """
+
+    paper: ClassVar[str] = "2204.09179"
 
     top_k: int = 2
     proj_dim: int | None = None
@@ -77,6 +79,8 @@ class Attention(TopKConfig):
     Raises:
         ValueError: a value is out of its range, or two of them do not go together.
     """
+
+    paper: ClassVar[str] = "2405.17976"
 
     top_k: int = 2
     normalize: bool | None = None
@@ -167,6 +171,8 @@ class Stable(RouterConfig):
     Raises:
         ValueError: a value is out of its range.
     """
+
+    paper: ClassVar[str] = "2204.08396"
 
     vocab_size: int
     embedding_dim: int = 50

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -245,9 +246,37 @@ LAYER_OPTIONS = frozenset({"capacity_factor", "eval_capacity_factor", "priority"
 """Fields of ``MoEConfig`` that have a meaning with some routers alone."""
 
 
+def _with_paper(method: Callable[..., None]) -> Callable[..., None]:
+    """``method`` of a config, whose ``ValueError`` also says what method it is about."""
+
+    @functools.wraps(method)
+    def checked(self: RouterConfig, *args: Any) -> None:
+        try:
+            method(self, *args)
+        except ValueError as error:
+            if not self.paper or self.source() in str(error):
+                raise
+            raise ValueError(f"{error}; {self.source()}") from None
+
+    return checked
+
+
 @dataclass(frozen=True)
 class RouterConfig:
     """Base of the router configs. A subclass is one frozen dataclass with ``build`` and the costs of its router."""
+
+    paper: ClassVar[str] = ""
+    """arXiv number of the method's paper: what the config refuses, it refuses with it."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name in ("__post_init__", "check", "check_group"):
+            if name in vars(cls):
+                setattr(cls, name, _with_paper(vars(cls)[name]))
+
+    def source(self) -> str:
+        """Name and paper, for messages."""
+        return f"{type(self).__name__}{f' (arXiv {self.paper})' if self.paper else ''}"
 
     def build(self, dim: int, num_experts: int, capacity: Capacity = Capacity()) -> Router:
         raise NotImplementedError

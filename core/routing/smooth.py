@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +56,8 @@ class Dense(LinearGateConfig):
     Raises:
         ValueError: a value is out of its range.
     """
+
+    paper: ClassVar[str] = "2404.05567"
 
     eval_top_k: int | None = None
     init_scale: float = 0.1
@@ -214,6 +217,8 @@ class DSelectK(RouterConfig):
         ValueError: a value is out of its range, or two of them do not go together.
     """
 
+    paper: ClassVar[str] = "2106.03760"
+
     top_k: int = 2
     gamma: float = 1.0
     per_token: bool = True
@@ -322,6 +327,8 @@ class DenseToSparse(LinearGateConfig):
     Raises:
         ValueError: a value is out of its range, or two of them do not go together.
     """
+
+    paper: ClassVar[str] = "2112.14397"
 
     tau_start: float = 2.0
     tau_end: float = 0.3

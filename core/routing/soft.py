@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -101,6 +102,8 @@ class SoftSlots(RouterConfig):
     Raises:
         ValueError: ``slots_per_expert`` is below 1.
     """
+
+    paper: ClassVar[str] = "2308.00951"
 
     slots_per_expert: int = 1
 
@@ -256,6 +259,8 @@ class Merge(RouterConfig):
         ValueError: a value is out of its range, or is not an option of ``kind``.
     """
 
+    paper: ClassVar[str] = "2306.03745"
+
     kind: str = "smear"
     top_k: int | None = None
     normalize: bool | None = None
@@ -306,6 +311,10 @@ class Merge(RouterConfig):
             # A short sequence is not filled up. Where the length is symbolic (export) the branch would fix it.
             L = min(L, length)
         return (-(-length // L) if L else 1), L
+
+    def source(self) -> str:
+        papers = {"smear": self.paper, "lory": "2405.03133", "meo": "2310.09832"}
+        return f"Merge(kind={self.kind!r}) (arXiv {papers.get(self.kind, self.paper)})"
 
     def build(self, dim: int, num_experts: int, capacity: Capacity = Capacity()) -> MergeRouter:
         self.check(num_experts)

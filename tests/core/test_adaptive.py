@@ -400,7 +400,7 @@ def test_rounding_is_refused_with_a_capacity_in_groups_and_in_a_causal_decoder()
         MoEConfig(4, TokenRounding(), capacity_factor=1.25)
     with pytest.raises(ValueError, match=r"group='sequence' does not apply to TokenRounding"):
         MoEConfig(4, TokenRounding(), group="sequence")
-    with pytest.raises(ValueError, match=r"TokenRounding lets later tokens change earlier ones"):
+    with pytest.raises(ValueError, match=r"TokenRounding \(arXiv 2512\.14080\) lets later tokens change earlier ones"):
         MoEConfig(4, TokenRounding()).build(8, causal=True)
 
 

@@ -313,9 +313,15 @@ def test_state_dict_has_the_gate_and_the_experts():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"capacity_factor": 1.25}, r"capacity_factor=1.25 does not apply to ExpertChoice, which has its own capacity"),
-        ({"eval_capacity_factor": 2.0}, r"eval_capacity_factor=2.0 does not apply to ExpertChoice$"),
-        ({"priority": "score"}, r"priority='score' does not apply to ExpertChoice$"),
+        (
+            {"capacity_factor": 1.25},
+            r"capacity_factor=1.25 does not apply to ExpertChoice \(arXiv 2202\.09368\), which has its own capacity",
+        ),
+        (
+            {"eval_capacity_factor": 2.0},
+            r"eval_capacity_factor=2.0 does not apply to ExpertChoice \(arXiv 2202\.09368\)$",
+        ),
+        ({"priority": "score"}, r"priority='score' does not apply to ExpertChoice \(arXiv 2202\.09368\)$"),
     ],
 )
 def test_options_of_token_choice_are_refused_in_one_line(arguments, message):
@@ -333,7 +339,9 @@ def test_a_factor_that_is_not_positive_is_refused(name, value):
 
 def test_a_causal_decoder_refuses_it_because_a_later_token_changes_an_earlier_one():
     config = MoEConfig(2, ExpertChoice(1.0), FFN(12))
-    with pytest.raises(ValueError, match=r"router ExpertChoice lets later tokens change earlier ones"):
+    with pytest.raises(
+        ValueError, match=r"router ExpertChoice \(arXiv 2202\.09368\) lets later tokens change earlier ones"
+    ):
         config.build(8, causal=True)
     built = router(2, 1.0)
     x = probabilities((0.6, 0.4), (0.2, 0.8))
