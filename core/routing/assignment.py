@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from ..kernels.assign import balanced_assignment
-from .checks import at_least_one, one_of, positive
+from .checks import at_least_one, at_most_experts, one_of, positive
 from .gates import LinearGate
 from .router import LinearGateConfig, PairRouter, Tokens
 from .selection import Capacity, Choice
@@ -170,8 +170,7 @@ class Sinkhorn(LinearGateConfig):
         return SinkhornRouter(dim, num_experts, self, capacity)
 
     def check(self, num_experts: int) -> None:
-        if self.top_k > num_experts:
-            raise ValueError(f"top_k={self.top_k} exceeds num_experts={num_experts}")
+        at_most_experts("top_k", self.top_k, num_experts)
 
     def balance_terms(self) -> frozenset[str]:
         # The choice is balanced as it stands; large logits are held down as in Megatron-LM.

@@ -21,3 +21,8 @@ def one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
 def divides(name: str, value: int, num_experts: int) -> None:
     if num_experts % value:
         raise ValueError(f"{name}={value} does not divide num_experts={num_experts}")
+
+
+def at_most_experts(name: str, value: int, num_experts: int) -> None:
+    if value > num_experts:
+        raise ValueError(f"{name}={value} exceeds num_experts={num_experts}")

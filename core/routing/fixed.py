@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .checks import at_least_one, divides, one_of
+from .checks import at_least_one, at_most_experts, divides, one_of
 from .clusters import balanced_clusters
 from .ids import sequence_ids, token_ids
 from .router import PairRouter, RouterConfig, Tokens
@@ -171,8 +171,7 @@ class Hash(RouterConfig):
         return HashRouter(num_experts, self, capacity)
 
     def check(self, num_experts: int) -> None:
-        if self.top_k > num_experts:
-            raise ValueError(f"top_k={self.top_k} exceeds num_experts={num_experts}")
+        at_most_experts("top_k", self.top_k, num_experts)
         if self.kind == "clustered" and num_experts > self.vocab_size:
             raise ValueError(f"num_experts={num_experts} clusters exceed vocab_size={self.vocab_size}")
 
@@ -245,8 +244,7 @@ class Random(RouterConfig):
         return RandomRouter(num_experts, self, capacity)
 
     def check(self, num_experts: int) -> None:
-        if self.top_k > num_experts:
-            raise ValueError(f"top_k={self.top_k} exceeds num_experts={num_experts}")
+        at_most_experts("top_k", self.top_k, num_experts)
 
     def exceptions(self) -> dict[str, str]:
         if self.evaluation == "average":

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..contract import Routing, RoutingContext
 from ..kernels.eager import topk_gate
 from .balance import SCORE_TERMS, Balance, expert_bias_step
+from .checks import at_most_experts
 from .gates import LinearGate, NoisyGate
 from .selection import Capacity, Choice, select_pairs
 
@@ -472,8 +473,7 @@ class TokenChoice(RouterConfig):
         return TokenChoiceRouter(dim, num_experts, self, capacity)
 
     def check(self, num_experts: int) -> None:
-        if self.top_k > num_experts:
-            raise ValueError(f"top_k={self.top_k} exceeds num_experts={num_experts}")
+        at_most_experts("top_k", self.top_k, num_experts)
         if num_experts % self.num_groups:
             raise ValueError(f"num_groups={self.num_groups} does not divide num_experts={num_experts}")
         reachable = num_experts // self.num_groups * self.limited_groups

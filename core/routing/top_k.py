@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..kernels.eager import topk_gate
 from .balance import SCORE_TERMS
-from .checks import at_least_one
+from .checks import at_least_one, at_most_experts
 from .router import PairRouter, RouterConfig, Tokens
 from .selection import Capacity, Choice
 
@@ -30,8 +30,7 @@ class TopKConfig(RouterConfig):
         return self.top_k > 1 if self.normalize is None else self.normalize
 
     def check(self, num_experts: int) -> None:
-        if self.top_k > num_experts:
-            raise ValueError(f"top_k={self.top_k} exceeds num_experts={num_experts}")
+        at_most_experts("top_k", self.top_k, num_experts)
 
     def balance_terms(self) -> frozenset[str]:
         return SCORE_TERMS | {"router_z", "sequence_balance"}
