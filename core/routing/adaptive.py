@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..contract import Routing, RoutingContext
 from ..kernels.eager import capacity_ranks, count_experts, topk_gate
 from .balance import SCORE_TERMS
-from .checks import at_least_one, one_of, positive
+from .checks import at_least_one, at_most_experts, one_of, positive
 from .gates import LinearGate
 from .router import LinearGateConfig, PairRouter, RouterConfig, Tokens
 from .selection import Capacity, Choice
@@ -298,8 +298,7 @@ class DynamicThreshold(RouterConfig):
         return DynamicThresholdRouter(dim, num_experts, self, capacity)
 
     def check(self, num_experts: int) -> None:
-        if self.max_k > num_experts:
-            raise ValueError(f"max_k={self.max_k} exceeds num_experts={num_experts}")
+        at_most_experts("max_k", self.max_k, num_experts)
 
     def balance_terms(self) -> frozenset[str]:
         # No z-loss: a cosine is bounded.

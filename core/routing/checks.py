@@ -23,6 +23,7 @@ def divides(name: str, value: int, num_experts: int) -> None:
         raise ValueError(f"{name}={value} does not divide num_experts={num_experts}")
 
 
-def at_most_experts(name: str, value: int, num_experts: int) -> None:
-    if value > num_experts:
+def at_most_experts(name: str, value: int | None, num_experts: int) -> None:
+    """None is no number, and fits."""
+    if value is not None and value > num_experts:
         raise ValueError(f"{name}={value} exceeds num_experts={num_experts}")

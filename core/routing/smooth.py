@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .balance import SCORE_TERMS, entropy
-from .checks import at_least_one, positive
+from .checks import at_least_one, at_most_experts, positive
 from .gates import LinearGate, init_gate_
 from .router import LinearGateConfig, PairRouter, RouterConfig, Tokens
 from .selection import Capacity, Choice
@@ -72,7 +72,7 @@ class Dense(LinearGateConfig):
         return DenseRouter(dim, num_experts, self, capacity)
 
     def check(self, num_experts: int) -> None:
-        _fits("eval_top_k", self.eval_top_k, num_experts)
+        at_most_experts("eval_top_k", self.eval_top_k, num_experts)
 
     def balance_terms(self) -> frozenset[str]:
         return DENSE_TERMS | {"router_z"}
@@ -248,7 +248,7 @@ class DSelectK(RouterConfig):
         if num_experts < 2:
             raise ValueError(f"DSelectK has nothing to select among num_experts={num_experts}")
         for name in ("top_k", "max_k", "eval_max_k"):
-            _fits(name, getattr(self, name), num_experts)
+            at_most_experts(name, getattr(self, name), num_experts)
 
     def balance_terms(self) -> frozenset[str]:
         return DENSE_TERMS
@@ -353,7 +353,7 @@ class DenseToSparse(LinearGateConfig):
         return DenseToSparseRouter(dim, num_experts, self, capacity)
 
     def check(self, num_experts: int) -> None:
-        _fits("max_k", self.max_k, num_experts)
+        at_most_experts("max_k", self.max_k, num_experts)
         if num_experts > 1 and self.threshold * num_experts >= 1:
             raise ValueError(
                 f"threshold={self.threshold} is not below 1 / {num_experts}, the gates of num_experts={num_experts} "
@@ -366,8 +366,3 @@ class DenseToSparse(LinearGateConfig):
     def pairs_per_token(self, num_experts: int) -> float:
         """The most, that of the start of training."""
         return float(self.max_k or num_experts)
-
-
-def _fits(name: str, value: int | None, num_experts: int) -> None:
-    if value is not None and value > num_experts:
-        raise ValueError(f"{name}={value} exceeds num_experts={num_experts}")
