@@ -12,6 +12,7 @@ from torch import Tensor
 from ..contract import Routing, RoutingContext
 from ..kernels.eager import capacity as capacity_of
 from ..kernels.eager import count_experts, whole_ratio
+from .checks import positive
 from .gates import LinearGate
 from .router import LinearGateConfig, Router, Tokens
 from .selection import Capacity
@@ -142,8 +143,7 @@ class ExpertChoice(LinearGateConfig):
 
     def __post_init__(self) -> None:
         for name in ("capacity_factor", "init_scale"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name}={getattr(self, name)} is not a positive number")
+            positive(name, getattr(self, name))
 
     def build(self, dim: int, num_experts: int, capacity: Capacity | None = None) -> ExpertChoiceRouter:
         capacity = Capacity(group=self.default_group()) if capacity is None else capacity

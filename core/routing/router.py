@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..contract import Routing, RoutingContext
 from ..kernels.eager import topk_gate
 from .balance import SCORE_TERMS, Balance, expert_bias_step
-from .checks import at_most_experts
+from .checks import at_least_one, at_most_experts
 from .gates import LinearGate, NoisyGate
 from .selection import Capacity, Choice, select_pairs
 
@@ -435,8 +435,7 @@ class TokenChoice(RouterConfig):
     logit_norm: float | None = None
 
     def __post_init__(self) -> None:
-        if self.top_k < 1:
-            raise ValueError(f"top_k={self.top_k} is not at least 1")
+        at_least_one("top_k", self.top_k)
         for name, allowed in (
             ("score_func", ("softmax", "sigmoid")),
             ("noise", (None, "fixed", "learned")),

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..contract import MergeRouting, RoutingContext, SlotRouting
 from ..kernels.eager import topk_gate
+from .checks import at_least_one, positive
 from .gates import LinearGate
 from .router import Router, RouterConfig
 from .selection import Capacity
@@ -108,8 +109,7 @@ class SoftSlots(RouterConfig):
     slots_per_expert: int = 1
 
     def __post_init__(self) -> None:
-        if self.slots_per_expert < 1:
-            raise ValueError(f"slots_per_expert={self.slots_per_expert} is not at least 1")
+        at_least_one("slots_per_expert", self.slots_per_expert)
 
     def build(self, dim: int, num_experts: int, capacity: Capacity = Capacity()) -> SlotRouter:
         return SlotRouter(dim, num_experts, self)
@@ -284,14 +284,13 @@ class Merge(RouterConfig):
                 raise ValueError(f"{name}={getattr(self, name)!r} is an option of kind={kind!r}, not of {self.kind!r}")
         for name in ("top_k", "segment_length"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} is not at least 1")
+            if value is not None:
+                at_least_one(name, value)
         if self.top_k == 1 and self.normalize:
             raise ValueError("normalize=True with top_k=1 makes every weight 1: the router would get no gradient")
         if not 0 <= self.expert_dropout < 1:
             raise ValueError(f"expert_dropout={self.expert_dropout} is not in [0, 1)")
-        if not 0 < self.init_scale < float("inf"):
-            raise ValueError(f"init_scale={self.init_scale} is not a positive number")
+        positive("init_scale", self.init_scale)
 
     @property
     def normalizes(self) -> bool:
