@@ -1,0 +1,1 @@
+"""Recommenders: tables of users, items and several labels, and histories of clicks."""

@@ -1,0 +1,45 @@
+"""A batch of table rows, as the data serve it and the models take it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+
+@dataclass(frozen=True)
+class TableBatch:
+    """B rows of a table.
+
+    Attributes:
+        dense_BC: float32 (B, C), the continuous columns as they are in the table; NaN where missing.
+        sparse: row numbers of the categorical columns' tables, by column; None where there are none.
+        label_Bt: float32 (B, t), 0 or 1 for each task; NaN where an example has no label for it.
+        index_B: int64 (B,), the row's number in the table.
+        domain_B: int64 (B,), the scenario; None where there is one.
+        group_B: int64 (B,), the user, for figures by user; None where none is named.
+    """
+
+    dense_BC: Tensor
+    sparse: KeyedJaggedTensor | None
+    label_Bt: Tensor
+    index_B: Tensor
+    domain_B: Tensor | None = None
+    group_B: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.label_Bt)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> TableBatch:
+        """The same batch on ``device``."""
+        return self._each("to", device, non_blocking=non_blocking)
+
+    def pin_memory(self) -> TableBatch:
+        return self._each("pin_memory")
+
+    def _each(self, method: str, *args: Any, **kwargs: Any) -> TableBatch:
+        parts = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: getattr(v, method)(*args, **kwargs) for k, v in parts.items() if v is not None})
