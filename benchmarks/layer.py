@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import core
+from core.memory import kept_bytes
 
 
 @dataclass(frozen=True)
@@ -112,23 +113,6 @@ def step(layer: nn.Module, x: torch.Tensor, dy: torch.Tensor) -> Callable[[], No
             torch.cuda.synchronize()
 
     return run
-
-
-def kept_bytes(layer: nn.Module, x: torch.Tensor) -> int:
-    """Bytes that one forward keeps for its backward, parameters and ``x`` left out."""
-    own = {p.untyped_storage().data_ptr() for p in layer.parameters()} | {x.untyped_storage().data_ptr()}
-    seen: dict[int, int] = {}
-
-    def pack(t: torch.Tensor) -> torch.Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in own:
-            seen[storage.data_ptr()] = storage.nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        y = layer(x)
-    del y
-    return sum(seen.values())
 
 
 def measure(shape: Shape, dtype: torch.dtype, backends: list[str], rounds: int, peers: bool) -> list[dict]:

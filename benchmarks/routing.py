@@ -27,6 +27,7 @@ from torch import Tensor
 
 import core
 from apps import routers
+from core.memory import kept_bytes
 
 NONE = "–"
 
@@ -104,21 +105,6 @@ def step(config: core.MoEConfig, shape: Shape, x: Tensor, ids_BS: Tensor) -> tup
     return layer, run
 
 
-def kept_mb(layer: core.MoELayer, x: Tensor, known: core.RoutingContext) -> float:
-    """MB that a forward keeps for its backward, parameters and ``x`` left out."""
-    own = {p.untyped_storage().data_ptr() for p in layer.parameters()} | {x.untyped_storage().data_ptr()}
-    seen: dict[int, int] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        if t.untyped_storage().data_ptr() not in own:
-            seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        layer(x, known)
-    return sum(seen.values()) / 1e6
-
-
 @torch.no_grad()
 def usage(config: core.MoEConfig, shape: Shape, skewed: bool) -> tuple[float, float | None]:
     """Load imbalance in training, and the drop rate at a capacity factor of 1.25; None where there is no capacity."""
@@ -186,7 +172,7 @@ def measure(names: list[str], shape: Shape, rounds: int) -> list[dict[str, Any]]
                 "ms": statistics.median(seconds[name]) * 1e3,
                 "ratio": quarter[1],
                 "ratio_quartiles": [quarter[0], quarter[2]],
-                "kept_mb": kept_mb(layers[name], x, known),
+                "kept_mb": kept_bytes(layers[name], x, known) / 1e6,
                 "imbalance": even[0],
                 "imbalance_skewed": skewed[0],
                 "drop_rate": even[1],

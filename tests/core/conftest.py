@@ -1,9 +1,14 @@
-"""Every test of the engine starts from the same seed."""
+"""Every test of the engine starts from the same seed. ``routed`` is importable here."""
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture(autouse=True)

@@ -6,41 +6,13 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
+from routed import built, gates, ids, logits_of, terms_of
 
 from core import FFN, Balance, MoEConfig, Routing, RoutingContext, RoutingStats, Tape, TokenChoice, aux_losses, record
 from core.contract import Entry
 from core.layers import set_capacity_factor
 from core.routing.adaptive import DynamicThreshold, NullExperts, Threshold, TokenRounding, round_to_tiles
-from core.routing.balance import balance_sums, balance_terms
-from core.routing.router import PairRouter, RouterConfig
-
-
-def built(config: RouterConfig, num_experts: int, training: bool = False, columns: int | None = None) -> PairRouter:
-    """A router whose logits are its input."""
-    columns = columns or num_experts
-    router = config.build(columns, num_experts).train(training)
-    with torch.no_grad():
-        router.gate.weight.copy_(torch.eye(columns))
-    return router
-
-
-def logits_of(*rows: tuple[float, ...]) -> Tensor:
-    """(1, T, E) logits whose softmax is ``rows``."""
-    return torch.tensor(rows).log()[None]
-
-
-def ids(routing: Routing) -> list[list[int]]:
-    return routing.expert_ids_N.unflatten(0, (routing.num_tokens, -1)).tolist()
-
-
-def gates(routing: Routing) -> list[list[float]]:
-    return routing.gates_N.unflatten(0, (routing.num_tokens, -1)).tolist()
-
-
-def terms_of(routing: Routing, *names: str) -> dict[str, float]:
-    return {k: v.item() for k, v in balance_terms(balance_sums(routing, frozenset(names))).items() if k in names}
-
+from core.routing.router import PairRouter
 
 # Threshold: ST-MoE
 

@@ -4,39 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from routed import built, gates, ids, logits_of, terms_of
 
-from core import FFN, MoEConfig, Routing, RoutingContext, TokenChoice
-from core.routing.balance import balance_sums, balance_terms
+from core import FFN, MoEConfig, RoutingContext, TokenChoice
 from core.routing.groups import Ensemble, Hierarchical, Prototypes
-from core.routing.router import PairRouter, RouterConfig
+from core.routing.router import PairRouter
 from core.routing.selection import Capacity
-
-
-def built(config: RouterConfig, num_experts: int, limit: Capacity = Capacity()) -> PairRouter:
-    """A router in evaluation whose logits are its input."""
-    router = config.build(num_experts, num_experts, limit).eval()
-    with torch.no_grad():
-        router.gate.weight.copy_(torch.eye(num_experts))
-    return router
-
-
-def logits_of(*rows: tuple[float, ...]) -> Tensor:
-    """(1, T, E) logits whose softmax is ``rows``."""
-    return torch.tensor(rows).log()[None]
-
-
-def ids(routing: Routing) -> list[list[int]]:
-    return routing.expert_ids_N.unflatten(0, (routing.num_tokens, -1)).tolist()
-
-
-def gates(routing: Routing) -> list[list[float]]:
-    return routing.gates_N.unflatten(0, (routing.num_tokens, -1)).tolist()
-
-
-def terms_of(routing: Routing, *names: str) -> dict[str, float]:
-    return {k: v.item() for k, v in balance_terms(balance_sums(routing, frozenset(names))).items() if k in names}
-
 
 # Prototypes: M6-T
 
@@ -67,7 +40,7 @@ def test_prototypes_fill_their_experts_in_the_order_of_the_tokens():
     # ceil(0.5 * 2 * 2 / 4) = 1 an expert. Token 0 comes first in both groups, though expert 0 is its weaker choice and
     # the stronger one of token 1.
     rows = ((0.3, 0.2, 0.05, 0.45), (0.45, 0.05, 0.2, 0.3))
-    routing = built(Prototypes(2), 4, Capacity(0.5))(logits_of(*rows))
+    routing = built(Prototypes(2), 4, limit=Capacity(0.5))(logits_of(*rows))
     assert ids(routing) == [[0, 3], [4, 4]]
 
 

@@ -7,19 +7,16 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from routed import ids
 from torch import Tensor, nn
 
-from core import FFN, Balance, MoEConfig, Routing, RoutingContext, aux_loss, record
+from core import FFN, Balance, MoEConfig, RoutingContext, aux_loss, record
 from core.flops import count_flops
 from core.layers import aux_losses
 from core.routing.learned import Attention, Cosine, Stable
 from core.routing.router import RouterConfig
 
 CONFIGS = {"cosine": Cosine(), "cosine-1": Cosine(top_k=1, proj_dim=3), "attention": Attention(), "stable": Stable(10)}
-
-
-def ids(routing: Routing) -> list[list[int]]:
-    return routing.expert_ids_N.unflatten(0, (routing.num_tokens, -1)).tolist()
 
 
 def context(B: int, S: int, vocab_size: int = 10, **fields: Tensor) -> RoutingContext:

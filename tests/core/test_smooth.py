@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
+from routed import built, gates, ids, logits_of
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from core import FFN, MoEConfig, Routing, RoutingContext, aux_losses, record, update_expert_bias
-from core.routing.router import PairRouter, RouterConfig
+from core import FFN, MoEConfig, RoutingContext, aux_losses, record, update_expert_bias
 from core.routing.smooth import (
     Dense,
     DenseToSparse,
@@ -23,14 +23,6 @@ from core.routing.smooth import (
 from core.testing import Property, properties
 
 
-def built(config: RouterConfig, num_experts: int, training: bool = False) -> PairRouter:
-    """A router whose logits are its input."""
-    router = config.build(num_experts, num_experts).train(training)
-    with torch.no_grad():
-        router.gate.weight.copy_(torch.eye(num_experts))
-    return router
-
-
 def coded(codes: list[list[float]], weights: list[float], num_experts: int, training: bool = False, **options):
     """A static DSelect-k of these codes, a row a selector, lowest bit first, and these selectors' weights."""
     config = DSelectK(top_k=len(codes), per_token=False, **options)
@@ -39,19 +31,6 @@ def coded(codes: list[list[float]], weights: list[float], num_experts: int, trai
         router.gate.code_weight.copy_(torch.tensor(codes).reshape(-1, 1))
         router.gate.weight.copy_(torch.tensor(weights).log()[:, None])
     return router
-
-
-def logits_of(*rows: tuple[float, ...]) -> Tensor:
-    """(1, T, E) logits whose softmax is ``rows``."""
-    return torch.tensor(rows).log()[None]
-
-
-def ids(routing: Routing) -> list[list[int]]:
-    return routing.expert_ids_N.unflatten(0, (routing.num_tokens, -1)).tolist()
-
-
-def gates(routing: Routing) -> list[list[float]]:
-    return routing.gates_N.unflatten(0, (routing.num_tokens, -1)).tolist()
 
 
 # Dense

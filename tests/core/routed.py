@@ -1,0 +1,46 @@
+"""Routers whose logits are their input, and what they decided as plain numbers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from core import Routing
+from core.routing.balance import balance_sums, balance_terms
+from core.routing.router import PairRouter, RouterConfig
+from core.routing.selection import Capacity
+
+
+def built(
+    config: RouterConfig,
+    num_experts: int,
+    training: bool = False,
+    columns: int | None = None,
+    limit: Capacity = Capacity(),
+) -> PairRouter:
+    """A router whose logits are its input; ``columns``: of its gate, where they are not the experts."""
+    columns = columns or num_experts
+    router = config.build(columns, num_experts, limit).train(training)
+    with torch.no_grad():
+        router.gate.weight.copy_(torch.eye(columns))
+    return router
+
+
+def logits_of(*rows: tuple[float, ...]) -> Tensor:
+    """(1, T, E) logits whose softmax is ``rows``."""
+    return torch.tensor(rows).log()[None]
+
+
+def ids(routing: Routing) -> list[list[int]]:
+    """The experts of each token."""
+    return routing.expert_ids_N.unflatten(0, (routing.num_tokens, -1)).tolist()
+
+
+def gates(routing: Routing) -> list[list[float]]:
+    """The gates of each token."""
+    return routing.gates_N.unflatten(0, (routing.num_tokens, -1)).tolist()
+
+
+def terms_of(routing: Routing, *names: str) -> dict[str, float]:
+    """The balance terms ``names`` of one pass, unweighted."""
+    return {k: v.item() for k, v in balance_terms(balance_sums(routing, frozenset(names))).items() if k in names}
