@@ -20,6 +20,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
+from apps import sharded
 from apps.files import replacing, temporary_path
 
 
@@ -30,8 +31,16 @@ class NonFiniteError(RuntimeError):
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint beside its place and moves it there: a kill or a full disk leaves the old file as it was."""
 
+    def load_checkpoint(self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = True) -> Any:
+        """A checkpoint's contents; the shards of a folder put together."""
+        if sharded.is_sharded(path):
+            return sharded.read(path)
+        return super().load_checkpoint(path, map_location, weights_only)
+
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         path = Path(path)
+        if sharded.is_sharded(path):  # of an earlier run on several processes; a file cannot replace a folder
+            sharded.remove(path)
         try:
             with replacing(path, "wb") as file:
                 torch.save(checkpoint, file)

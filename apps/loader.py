@@ -33,6 +33,8 @@ class ResumableLoader(DataLoader):
         shuffle: a new order each epoch; False keeps the dataset's.
         drop_last: leave out a last batch that is not full.
         collate_fn: makes a batch of a list of examples; it may draw random numbers as well (mixup).
+        draws: whether the dataset or collate_fn draw random numbers. False spares a batch its seeding, which takes as
+            long as reading a batch of a table; ``dataset.__getitems__`` is then given an int64 tensor of positions.
         loader_kwargs: ``num_workers``, ``pin_memory``, ``persistent_workers`` ... of ``DataLoader``.
 
     Raises:
@@ -52,6 +54,7 @@ class ResumableLoader(DataLoader):
         shuffle: bool = True,
         drop_last: bool = False,
         collate_fn: Callable[[list[Any]], Any] | None = None,
+        draws: bool = True,
         **loader_kwargs: Any,
     ) -> None:
         if batch_size < 1:
@@ -64,18 +67,18 @@ class ResumableLoader(DataLoader):
         seed = torch.initial_seed() % 2**31 if seed is None else seed
         distributed = dist.is_available() and dist.is_initialized()
         # A DistributedSampler also on one process: Lightning leaves it as it is and tells it the epoch.
-        sampler: DistributedSampler[Any] = DistributedSampler(
+        sampler = _Sampler(
             dataset,
             num_replicas=dist.get_world_size() if distributed else 1,
             rank=dist.get_rank() if distributed else 0,
             shuffle=shuffle,
             seed=seed * _SEED_STRIDE,
         )
-        batches = _Batches(sampler, batch_size, drop_last, seed)
+        batches = _Batches(sampler, batch_size, drop_last, seed, draws)
         collate = collate_fn or torch.utils.data.default_collate
         super().__init__(
             _SeededDataset(dataset, collate),
-            batch_sampler=batches,
+            batch_sampler=batches,  # type: ignore[arg-type]  # a batch may be a tensor
             collate_fn=_identity,
             # Its own generator: the base seed of an epoch's workers must not move the model's generator.
             generator=torch.Generator().manual_seed(seed),
@@ -117,11 +120,30 @@ class _Draw(list):
     seed: int
 
 
-class _Batches:
-    """The batches of the sampler's epoch, each with its own seed."""
+class _Sampler(DistributedSampler[Any]):
+    """A DistributedSampler whose epoch is a tensor: as a list, ten million positions take 400 MB."""
 
-    def __init__(self, sampler: DistributedSampler, batch_size: int, drop_last: bool, seed: int) -> None:
+    def order(self) -> torch.Tensor:
+        """What iterating gives, int64 (num_samples,)."""
+        size = len(self.dataset)  # type: ignore[arg-type]
+        if self.shuffle:
+            order = torch.randperm(size, generator=torch.Generator().manual_seed(self.seed + self.epoch))
+        else:
+            order = torch.arange(size)
+        # The first positions are repeated until each process has as many.
+        order = order.repeat(-(-self.total_size // size))[: self.total_size] if size < self.total_size else order
+        return order[self.rank : self.total_size : self.num_replicas]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.order().tolist())
+
+
+class _Batches:
+    """The batches of the sampler's epoch, each with its own seed where random numbers are drawn."""
+
+    def __init__(self, sampler: _Sampler, batch_size: int, drop_last: bool, seed: int, draws: bool) -> None:
         self.sampler, self.batch_size, self.drop_last, self.seed = sampler, batch_size, drop_last, seed
+        self.draws = draws
         self.resume = (-1, 0)
 
     def start(self) -> int:
@@ -133,12 +155,16 @@ class _Batches:
         n = len(self.sampler)
         return n // self.batch_size if self.drop_last else -(-n // self.batch_size)
 
-    def __iter__(self) -> Iterator[_Draw]:
+    def __iter__(self) -> Iterator[_Draw | torch.Tensor]:
         start, epoch = self.start(), self.sampler.epoch
         self.resume = (-1, 0)
-        indices = list(self.sampler)
+        order = self.sampler.order()
         for b in range(start, len(self)):
-            draw = _Draw(indices[b * self.batch_size : (b + 1) * self.batch_size])
+            positions = order[b * self.batch_size : (b + 1) * self.batch_size]
+            if not self.draws:
+                yield positions
+                continue
+            draw = _Draw(positions.tolist())
             draw.seed = int(np.random.SeedSequence([self.seed, epoch, b, self.sampler.rank]).generate_state(1)[0])
             yield draw
 
@@ -155,9 +181,11 @@ class _SeededDataset(Dataset):
     def __getitem__(self, index: int) -> Any:
         return self.source[index]
 
-    def __getitems__(self, draw: _Draw) -> Any:
+    def __getitems__(self, draw: _Draw | torch.Tensor) -> Any:
+        fetch = getattr(self.source, "__getitems__", None)
+        if not isinstance(draw, _Draw):
+            return self.collate(fetch(draw) if fetch else [self.source[i] for i in draw.tolist()])
         with seeded(draw.seed):
-            fetch = getattr(self.source, "__getitems__", None)
             return self.collate(fetch(list(draw)) if fetch else [self.source[i] for i in draw])
 
 

@@ -91,7 +91,7 @@ def routing_over_images(
             raise ValueError(f"experts of {name!r} have shape {ids.shape}, not ({n}, grid height, grid width)")
     side = 1.45
     columns = 1 + len(experts)
-    fig = _figure(max(5.0, side * columns + 1.0), side * n + 1.1)
+    fig = new_figure(max(5.0, side * columns + 1.0), side * n + 1.1)
     axes = fig.subplots(n, columns, squeeze=False)
     colors = expert_colors(num_experts)
     for row, image in enumerate(images):
@@ -140,7 +140,7 @@ def expert_class_heatmap(
         title = f"{title} (the {max_classes} most specialised of {len(names)} classes)"
     num_experts = max(v.shape[1] for v in share.values())
     width = max(2.2, 0.36 * num_experts)
-    fig = _figure(width * len(share) + 2.6, max(2.6, 0.27 * len(rows) + 1.4))
+    fig = new_figure(width * len(share) + 2.6, max(2.6, 0.27 * len(rows) + 1.4))
     axes = fig.subplots(1, len(share), squeeze=False, sharey=True)[0]
     top = max(float(v[rows].max()) for v in share.values()) or 1.0
     image: Any = None
@@ -168,7 +168,7 @@ def gates_heatmap(gates: Mapping[str, np.ndarray], sequence_length: int, title: 
         sequence_length: tokens of a sequence; a line parts the sequences.
         title: of the figure.
     """
-    fig = _figure(4.1 * len(gates) + 0.9, 2.3)
+    fig = new_figure(4.1 * len(gates) + 0.9, 2.3)
     axes = fig.subplots(1, len(gates), squeeze=False, sharey=True)[0]
     top = max(float(np.nanmax(values)) for values in gates.values()) or 1.0
     image: Any = None
@@ -191,6 +191,7 @@ def load_bars(
     tokens_per_expert: Mapping[str, np.ndarray],
     drop_rate: Mapping[str, float] | None = None,
     title: str = "Load of the experts",
+    share_of: str = "routed pairs",
 ) -> Figure:
     """Bars a layer: the share of the routed pairs each expert computes, beside the even share.
 
@@ -198,6 +199,7 @@ def load_bars(
         tokens_per_expert: layer name to (E,) counts.
         drop_rate: layer name to the share of pairs no expert computed; written above the bars.
         title: of the figure.
+        share_of: what the counts are, for the vertical axis.
 
     Raises:
         ValueError: no layer.
@@ -205,7 +207,7 @@ def load_bars(
     if not tokens_per_expert:
         raise ValueError("load_bars needs at least one layer")
     num_experts = max(len(v) for v in tokens_per_expert.values())
-    fig = _figure(max(2.6, 0.24 * num_experts + 1.0) * len(tokens_per_expert) + 0.9, 2.9)
+    fig = new_figure(max(2.6, 0.24 * num_experts + 1.0) * len(tokens_per_expert) + 0.9, 2.9)
     axes = fig.subplots(1, len(tokens_per_expert), squeeze=False, sharey=True)[0]
     for axis, (name, counts) in zip(axes, tokens_per_expert.items(), strict=True):
         counts = np.asarray(counts, dtype=np.float64)
@@ -219,8 +221,8 @@ def load_bars(
         axis.set_title(f"{name}\n{note}", fontsize=9)
         axis.set_xlabel("expert")
         axis.set_xticks(range(0, len(counts), max(1, len(counts) // 16)))
-        _clean(axis)
-    axes[0].set_ylabel("share of routed pairs, %")
+        clean_axis(axis)
+    axes[0].set_ylabel(f"share of {share_of}, %")
     axes[0].set_ylim(0, 1.22 * axes[0].get_ylim()[1])
     axes[0].legend(fontsize=8, frameon=False, loc="upper left")
     fig.suptitle(title, fontsize=11)
@@ -249,7 +251,7 @@ def quality_against_flops(
         raise ValueError("quality_against_flops needs at least one point")
     scale, unit = _flop_unit(max(flops))
     factor = 100.0 if percent else 1.0
-    fig = _figure(6.0, 3.9)
+    fig = new_figure(6.0, 3.9)
     axis = fig.subplots()
     for index, s in enumerate(series):
         drawn = axis.errorbar(
@@ -275,7 +277,7 @@ def quality_against_flops(
     axis.set_ylabel(f"{quality}, %" if percent else quality)
     axis.grid(alpha=0.25)
     axis.legend(fontsize=8, frameon=False, loc="best")
-    _clean(axis)
+    clean_axis(axis)
     fig.suptitle(title, fontsize=11)
     return fig
 
@@ -309,7 +311,8 @@ def save_figure(fig: Figure, path: str | Path) -> Path:
     return path
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of this size in inches, whose parts keep clear of each other."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -372,7 +375,8 @@ def _expert_legend(fig: Figure, colors: Sequence[str], dropped: bool) -> None:
     )
 
 
-def _clean(axis: Axes) -> None:
+def clean_axis(axis: Axes) -> None:
+    """Take away the upper and the right line of a frame."""
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
 

@@ -27,10 +27,10 @@ def overlays() -> dict[str, Path]:
 
 
 def resolve(names: Iterable[str]) -> tuple[str, ...]:
-    """Names or paths of overlays; "all" is all that come with the source tree.
+    """Names or paths of overlays, each file once; "all" is all that come with the source tree.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name, or two files that would share a name.
     """
     known = overlays()
     found: list[str] = []
@@ -41,7 +41,29 @@ def resolve(names: Iterable[str]) -> tuple[str, ...]:
             found.append(name)
         else:
             raise ValueError(f"router {name!r} is neither a file nor one of {', '.join(known) or '(none here)'}")
-    return tuple(dict.fromkeys(found))
+    return tuple(by_system(found).values())
+
+
+def by_system(names: Iterable[str]) -> dict[str, str]:
+    """The overlays by the name of their system in a comparison; one file named twice is one system.
+
+    Raises:
+        ValueError: two files share a name.
+    """
+    found: dict[str, str] = {}
+    for name in names:
+        system = system_name(name)
+        other = found.setdefault(system, name)
+        if path_of(other).resolve() != path_of(name).resolve():
+            raise ValueError(
+                f"routers {other} and {name} would both be {Path(name).stem!r} in the table: rename a file"
+            )
+    return found
+
+
+def path_of(name: str) -> Path:
+    """The file of an overlay."""
+    return overlays().get(name, Path(name))
 
 
 def read(name: str) -> dict[str, Any]:
@@ -50,7 +72,7 @@ def read(name: str) -> dict[str, Any]:
     Raises:
         ValueError: the file has no ``model.init_args.moe.router``.
     """
-    path = overlays().get(name, Path(name))
+    path = path_of(name)
     try:
         values = yaml.safe_load(path.read_text())["model"]["init_args"]["moe"]
         values["router"]["class_path"]
@@ -110,20 +132,26 @@ def system_name(name: str) -> str:
 
 
 def variants(module: SparseModule, names: Iterable[str]) -> Mapping[str, Baseline]:
-    """The routers as systems to compare ``module`` with; those that cannot be built say why."""
+    """The routers as systems to compare ``module`` with; those that cannot be built say why.
+
+    Raises:
+        ValueError: two overlays share a name.
+    """
     found: dict[str, Baseline] = {}
-    for name in names:
+    for system, name in by_system(names).items():
         variant = Variant(module, name)
         try:
             config = variant.config()
         except ValueError as error:
-            found[system_name(name)] = Baseline(None, str(error))
+            found[system] = Baseline(None, str(error))
             continue
         lacking = [field for field in config.router.needs() if field not in module.context_fields]
         if lacking:
             problem = f"needs context.{lacking[0]}, which {type(module).__name__} does not give"
-            found[system_name(name)] = Baseline(None, problem)
+            found[system] = Baseline(None, problem)
+        elif module.causal and not config.router.is_causal():
+            found[system] = Baseline(None, f"{config.router.source()} lets later tokens change earlier ones")
         else:
             hidden = getattr(config.expert, "hidden_dim", None)
-            found[system_name(name)] = Baseline(variant, f"{type(config.router).__name__}, expert hidden dim {hidden}")
+            found[system] = Baseline(variant, f"{type(config.router).__name__}, expert hidden dim {hidden}")
     return found

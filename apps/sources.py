@@ -253,7 +253,7 @@ def find(name: str) -> Dataset:
 def list_datasets(cache_dir: str | os.PathLike[str] | None = None) -> list[DatasetRow]:
     """One row for each registered dataset, by app and name."""
     _import_apps()
-    cache = _cache_root(cache_dir)
+    cache = cache_root(cache_dir)
     return [
         DatasetRow(d.name, d.app, d.title, _local(d, cache) is not None, tuple(map(str, d.sources)), d.licence)
         for d in sorted(_REGISTRY.values(), key=lambda d: (d.app, d.name))
@@ -262,7 +262,7 @@ def list_datasets(cache_dir: str | os.PathLike[str] | None = None) -> list[Datas
 
 def available(name: str, cache_dir: str | os.PathLike[str] | None = None) -> bool:
     """Whether `prepare` would return at once: the dataset is in the cache or in an installed package."""
-    return _local(find(name), _cache_root(cache_dir)) is not None
+    return _local(find(name), cache_root(cache_dir)) is not None
 
 
 def prepare(
@@ -288,7 +288,7 @@ def prepare(
         if (lacking := dataset.missing(folder)) is not None:
             raise ValueError(f"root={str(root)!r} holds no {lacking}: {name} expects {_layout(dataset)}")
         return folder
-    cache = _cache_root(cache_dir)
+    cache = cache_root(cache_dir)
     if (ready := _local(dataset, cache)) is not None:
         return ready
     if not dataset.sources:
@@ -332,7 +332,8 @@ def _layout(dataset: Dataset) -> str:
     return ", ".join(dataset.layouts[0])  # one is enough for a message; the docs list the others
 
 
-def _cache_root(cache_dir: str | os.PathLike[str] | None) -> Path:
+def cache_root(cache_dir: str | os.PathLike[str] | None) -> Path:
+    """The folder for downloads: ``cache_dir``, or the user's own cache."""
     if cache_dir is not None:
         return Path(cache_dir).expanduser()
     home = os.environ.get("XDG_CACHE_HOME", "")

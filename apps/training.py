@@ -11,7 +11,7 @@ import importlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -22,85 +22,13 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 import core
+from apps import sharded
 from apps.callbacks import NonFiniteError, WeightEMA
+from apps.optimizers import OptimizerConfig, build_optimizer, parameter_groups
 
 _logger = logging.getLogger(__name__)
 
 Stage = Literal["train", "val", "test"]
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW with one learning rate for three kinds of parameters, a linear warm-up and a cosine decay, both by step.
-
-    Attributes:
-        lr: peak learning rate.
-        weight_decay: decoupled weight decay; biases, norms and other 1-d parameters have none.
-        betas: decay rates of Adam's two moments.
-        eps: added to the root of the second moment.
-        router_lr_scale: the routers' learning rate is ``lr`` times this.
-        router_weight_decay_scale: the routers' weight decay is ``weight_decay`` times this.
-        expert_lr_scale: the experts' learning rate is ``lr`` times this.
-        expert_weight_decay_scale: the experts' weight decay is ``weight_decay`` times this.
-        warmup: steps of linear warm-up; a fraction of all steps where it is below 1.
-        schedule: what follows the warm-up: "cosine" to ``min_lr_ratio``, or "constant".
-        min_lr_ratio: learning rate at the end, as a part of the peak.
-
-    Raises:
-        ValueError: a value outside its range.
-    """
-
-    lr: float = 1e-3
-    weight_decay: float = 0.05
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    router_lr_scale: float = 1.0
-    router_weight_decay_scale: float = 1.0
-    expert_lr_scale: float = 1.0
-    expert_weight_decay_scale: float = 1.0
-    warmup: float = 0.05
-    schedule: Literal["cosine", "constant"] = "cosine"
-    min_lr_ratio: float = 0.0
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "betas", tuple(self.betas))  # a list in YAML and in a checkpoint
-        if not self.lr > 0:
-            raise ValueError(f"optimizer.lr={self.lr} must be positive")
-        for name in (
-            "weight_decay",
-            "eps",
-            "router_lr_scale",
-            "router_weight_decay_scale",
-            "expert_lr_scale",
-            "expert_weight_decay_scale",
-            "warmup",
-        ):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"optimizer.{name}={getattr(self, name)} must not be negative")
-        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
-            raise ValueError(f"optimizer.betas={self.betas} must be two numbers in [0, 1)")
-        if not 0 <= self.min_lr_ratio <= 1:
-            raise ValueError(f"optimizer.min_lr_ratio={self.min_lr_ratio} must lie in [0, 1]")
-        if self.schedule not in ("cosine", "constant"):
-            raise ValueError(f"optimizer.schedule={self.schedule!r} is not one of 'cosine', 'constant'")
-        if self.warmup >= 1 and self.warmup != int(self.warmup):
-            raise ValueError(f"optimizer.warmup={self.warmup} must be a whole number of steps, or a fraction below 1")
-
-    def warmup_steps(self, total_steps: float) -> int:
-        """Steps of warm-up in a run of ``total_steps`` (``inf`` where it has no end)."""
-        if self.warmup >= 1:
-            return int(self.warmup)
-        return round(self.warmup * total_steps) if math.isfinite(total_steps) else 0
-
-    def factor(self, step: int, total_steps: float) -> float:
-        """The learning rate of optimizer step ``step`` (from 0) as a part of the peak."""
-        warmup = self.warmup_steps(total_steps)
-        if step < warmup:
-            return (step + 1) / warmup
-        if self.schedule == "constant" or not math.isfinite(total_steps):
-            return 1.0
-        progress = min((step - warmup) / max(total_steps - warmup, 1), 1.0)
-        return self.min_lr_ratio + (1 - self.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 @dataclass(frozen=True)
@@ -113,6 +41,7 @@ class TaskOutput:
         targets: what they compare it with.
         num_examples: B, the weight of this batch in an epoch's mean.
         terms: parts of the loss to log, each (); empty where the loss is one term.
+        groups: int64 (B,), whose example it is, for metrics by user: a third argument of their ``update``; None: none.
     """
 
     loss: Tensor
@@ -120,6 +49,7 @@ class TaskOutput:
     targets: Any
     num_examples: int
     terms: Mapping[str, Tensor] = field(default_factory=dict)
+    groups: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -127,11 +57,12 @@ class Baseline:
     """A model that ``moesaic compare`` trains beside the sparse one.
 
     Attributes:
-        build: makes it, untrained; None where it cannot exist or coincides with another.
+        build: makes it, untrained: a ``SparseModule``, or an ``Estimator`` of ``apps.compare.systems``; None where it
+            cannot exist or coincides with another.
         note: what it is, or why there is none.
     """
 
-    build: Callable[[], SparseModule] | None
+    build: Callable[[], Any] | None
     note: str = ""
 
 
@@ -158,6 +89,9 @@ class SparseModule(LightningModule):
     """The logged value that decides which checkpoint is the best."""
 
     monitor_mode: ClassVar[Literal["min", "max"]] = "min"
+
+    readout: ClassVar[tuple[str, ...]] = ()
+    """Dotted names of the modules that read the outputs off the last hidden state; Muon leaves them to AdamW."""
 
     def __init__(self, optimizer: OptimizerConfig | None = None, ema_decay: float | None = None) -> None:
         super().__init__()
@@ -188,12 +122,19 @@ class SparseModule(LightningModule):
         raise NotImplementedError(f"{type(self).__name__} must define example_inputs(batch)")
 
     def build_metrics(self) -> nn.Module | None:
-        """A torchmetrics ``MetricCollection`` of (outputs, targets), without prefix; None: the loss alone."""
+        """A torchmetrics ``MetricCollection`` of (outputs, targets), without prefix, or one ``Metric`` that returns a
+        dict of values by name, computed once a pass; None: the loss alone."""
         return None
 
     def baselines(self) -> Mapping[str, Baseline]:
         """The models to compare this one with, by name."""
         return {}
+
+    @property
+    def table_metrics(self) -> tuple[str, ...]:
+        """Further metrics in the table of a comparison, beside the monitored one: names without the split, such as
+        ``("auc_click", "auc_buy")``. A loss, an ``ece`` and an error are shown as they are, a share in percent."""
+        return ()
 
     moe_config: core.MoEConfig | None = None
     """The MoE layers' configuration, for a comparison of routers; None: there is none."""
@@ -204,8 +145,16 @@ class SparseModule(LightningModule):
     moe_flops_arguments: Mapping[str, int] = {}
     """Further arguments of ``MoEConfig.flops_per_token`` at these layers, such as the length of a sequence."""
 
+    @property
+    def replaced_blocks(self) -> tuple[str, ...]:
+        """Dotted names of the blocks that a baseline of equal cost replaces: the MoE layers, or what holds them."""
+        return tuple(core.moe_layers(self))
+
     context_fields: ClassVar[tuple[str, ...]] = ()
     """Fields of ``core.RoutingContext`` that the model gives its MoE layers, beside ``valid_BS``."""
+
+    causal: ClassVar[bool] = False
+    """A later token must not change an earlier one: routers that let it are not compared."""
 
     def with_moe(self, moe: core.MoEConfig) -> SparseModule:
         """The same model, untrained, with other MoE layers."""
@@ -222,9 +171,12 @@ class SparseModule(LightningModule):
         kept = tape.detach()
         self._tape = kept if self._tape is None else self._tape.merge(kept)
         # Logged by step, never as an epoch's mean: Lightning does not save the running mean of an unfinished epoch.
-        self.log("train/loss", out.loss, prog_bar=True, batch_size=out.num_examples)
+        own = {"loss": out.loss.detach(), **{name: value.detach() for name, value in out.terms.items()}}
         if self._logs_this_step():
-            terms = {f"train/{name}": value for name, value in {**out.terms, **aux.terms}.items()}
+            own = self._mean_over_processes(own)
+        self.log("train/loss", own.pop("loss"), prog_bar=True, batch_size=out.num_examples)
+        if self._logs_this_step():
+            terms = {f"train/{name}": value for name, value in {**own, **aux.terms}.items()}
             if len(tape):
                 terms["train/aux_loss"] = aux.total
                 terms |= routing_metrics(core.RoutingStats.from_tape(kept))
@@ -250,9 +202,27 @@ class SparseModule(LightningModule):
             stats = core.RoutingStats.from_tape(tape.detach())
             self._stats = stats if self._stats is None else self._stats + stats
         if stage in self._stage_metrics:
-            metrics = self._stage_metrics[stage]
-            metrics.update(out.outputs, out.targets)  # type: ignore[operator]
-            self.log_dict(metrics, on_epoch=True, **shown)
+            metrics: Any = self._stage_metrics[stage]
+            metrics.update(out.outputs, out.targets, *(() if out.groups is None else (out.groups,)))
+            if hasattr(metrics, "items"):  # a collection of metrics of one value each
+                self.log_dict(metrics, on_epoch=True, **shown)
+
+    def stage_metrics(self, stage: Stage) -> Any:
+        """The metrics of "val" or "test", as ``build_metrics`` made them; None where there are none."""
+        return dict(self._stage_metrics.items()).get(stage)
+
+    def _log_metrics(self, stage: Stage) -> None:
+        """A metric of many values is computed here, once; Lightning logs metrics of one value by itself."""
+        metrics: Any = self.stage_metrics(stage)
+        if metrics is None or hasattr(metrics, "items"):
+            return
+        values = {f"{stage}/{name}": value for name, value in metrics.compute().items()}
+        on_bar = {self.monitor, *(f"val/{name}" for name in self.table_metrics)}
+        # Every rank has the same values already; with sync_dist Lightning does not warn that they might differ.
+        for shown in (True, False):
+            some = {k: v for k, v in values.items() if (k in on_bar) == shown}
+            self.log_dict(some, prog_bar=shown, sync_dist=True)
+        metrics.reset()
 
     def _log_stats(self, stage: Stage) -> None:
         """The figures of the whole pass: the imbalance of a sum, not a mean of the batches' imbalances."""
@@ -264,9 +234,7 @@ class SparseModule(LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         config = self.optimizer_config
-        optimizer = torch.optim.AdamW(
-            parameter_groups(self, config), lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=0.0
-        )
+        optimizer = build_optimizer(self, config)
         # A plain function: the state of a LambdaLR holds none, so a resumed run follows its own flags.
         scheduler = LambdaLR(optimizer, lambda step: config.factor(step, self._total_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -303,10 +271,11 @@ class SparseModule(LightningModule):
     # ---- set-up and log
 
     def setup(self, stage: str) -> None:
-        metrics = self.build_metrics()
+        metrics: Any = self.build_metrics()
         if metrics is not None and not len(self._stage_metrics):
             for name in ("val", "test"):
-                self._stage_metrics[name] = metrics.clone(prefix=f"{name}/")  # type: ignore[operator]
+                own = metrics.clone(prefix=f"{name}/") if hasattr(metrics, "items") else metrics.clone()
+                self._stage_metrics[name] = own
 
     def configure_callbacks(self) -> list[Callback]:
         return [WeightEMA(self.ema_decay)] if self.ema_decay is not None else []
@@ -316,17 +285,24 @@ class SparseModule(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         self._clock.pause()
-        self._stats = None
+        self._start_pass("val")
 
     def on_validation_epoch_end(self) -> None:
+        self._log_metrics("val")
         self._log_stats("val")
         self._clock.resume()
 
     def on_test_epoch_start(self) -> None:
-        self._stats = None
+        self._start_pass("test")
 
     def on_test_epoch_end(self) -> None:
+        self._log_metrics("test")
         self._log_stats("test")
+
+    def _start_pass(self, stage: Stage) -> None:
+        self._stats = None
+        if stage in self._stage_metrics:  # a pass that was broken off leaves its part behind
+            self._stage_metrics[stage].reset()  # type: ignore[operator]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["module_class"] = f"{type(self).__module__}.{type(self).__qualname__}"
@@ -334,8 +310,13 @@ class SparseModule(LightningModule):
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
         """The module of a checkpoint, with the weights that a test uses; ``kwargs`` beat what it remembers."""
-        hparams = torch.load(checkpoint_path, map_location="cpu", weights_only=True).get("hyper_parameters", {})
-        remembered = {k: from_plain(v) for k, v in hparams.items()}
+        shards = sharded.read(checkpoint_path) if sharded.is_sharded(checkpoint_path) else None
+        checkpoint = shards or torch.load(checkpoint_path, map_location="cpu", weights_only=True)
+        remembered = {k: from_plain(v) for k, v in checkpoint.get("hyper_parameters", {}).items()}
+        if shards is not None:
+            module = cls(*args, **{**remembered, **kwargs})
+            module.load_state_dict(shards["state_dict"])
+            return module
         return super().load_from_checkpoint(checkpoint_path, *args, **{"weights_only": True, **remembered, **kwargs})
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -350,6 +331,8 @@ class SparseModule(LightningModule):
     def _log_size(self, batch: Any) -> None:
         """Parameters, active parameters and forward FLOPs an example, once a run."""
         size = model_size(self, self.example_inputs(batch))
+        for name in ("num_params", "active_params"):
+            size[name] += getattr(self.trainer.strategy, "num_params_elsewhere", 0)
         for logger in self.loggers:
             logger.log_metrics({f"model/{k}": float(v) for k, v in size.items()}, step=0)
         if rank_zero_only.rank == 0:
@@ -363,6 +346,13 @@ class SparseModule(LightningModule):
 
     def _logs_this_step(self) -> bool:
         return (self.global_step + 1) % self.trainer.log_every_n_steps == 0
+
+    def _mean_over_processes(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Each (), of batches of the same size; one collective for all."""
+        if self.trainer.world_size == 1:
+            return values
+        mean = self.trainer.strategy.reduce(torch.stack([v.float() for v in values.values()]), reduce_op="mean")
+        return dict(zip(values, mean.unbind(), strict=True))
 
     def _check_finite(self, loss: Tensor, terms: Mapping[str, Tensor]) -> None:
         # Waits for the device each step: a few percent on a GPU, for an error at the step that caused it.
@@ -402,51 +392,6 @@ class _Clock:
         return rate
 
 
-def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """The trainable parameters of ``model`` as AdamW groups: routers, experts, the rest, each with and without decay.
-
-    No decay for 1-d parameters, biases (also the experts', which are (E, F)), and what a submodule names in
-    ``no_weight_decay()`` as timm's models do. A group has the keys ``name``, ``params``, ``lr`` and ``weight_decay``;
-    empty groups are left out.
-    """
-    kind: dict[int, str] = {}
-    for layer in core.moe_layers(model).values():
-        kind |= dict.fromkeys(map(id, layer.router.parameters()), "router")
-        kind |= dict.fromkeys(map(id, layer.experts.parameters()), "experts")
-    exempt = set(_no_weight_decay(model))
-    scales = {
-        "router": (config.router_lr_scale, config.router_weight_decay_scale),
-        "experts": (config.expert_lr_scale, config.expert_weight_decay_scale),
-        "rest": (1.0, 1.0),
-    }
-    groups: dict[str, dict[str, Any]] = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        which = kind.get(id(parameter), "rest")
-        leaf = name.rpartition(".")[2]
-        decays = parameter.ndim > 1 and not (name in exempt or "bias" in leaf or leaf.startswith("b_"))
-        key = which if decays else f"{which}_no_decay"
-        lr_scale, decay_scale = scales[which]
-        group = groups.setdefault(
-            key,
-            {
-                "name": key,
-                "params": [],
-                "lr": config.lr * lr_scale,
-                "weight_decay": config.weight_decay * decay_scale if decays else 0.0,
-            },
-        )
-        group["params"].append(parameter)
-    return list(groups.values())
-
-
-def _no_weight_decay(model: nn.Module) -> Iterator[str]:
-    for prefix, module in model.named_modules():
-        names = getattr(module, "no_weight_decay", None)
-        if callable(names):
-            yield from (f"{prefix}.{n}" if prefix else n for n in names())
-
 
 def routing_metrics(stats: core.RoutingStats, prefix: str = "routing") -> dict[str, Tensor]:
     """The figures of each layer, ``{prefix}/{layer}/{figure}``, and their means, ``{prefix}/{figure}``."""
@@ -465,18 +410,40 @@ def model_size(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, float]:
 
     The generators and the model's mode are as before.
     """
-    batch = next((len(x) for x in inputs if isinstance(x, Tensor)), 1)
     training = model.training
-    devices = [inputs[0].device.index] if isinstance(inputs[0], Tensor) and inputs[0].is_cuda else []
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
+    # Of a table on other ranks there is an empty weight; its empty rows need a gradient, which the counter then looks for.
+    elsewhere = any(p.numel() == 0 for p in model.parameters())
+    with torch.random.fork_rng(devices=cuda_devices(model)), torch.set_grad_enabled(elsewhere):
         model.eval()
         flops = core.count_flops(model, *inputs)
         model.train(training)
     return {
         "num_params": sum(p.numel() for p in model.parameters()),
         "active_params": core.active_params(model),
-        "flops_per_example": flops / batch,
+        "flops_per_example": flops / num_examples(inputs),
     }
+
+
+def num_examples(inputs: tuple[Any, ...]) -> int:
+    """B of the arguments of a forward: the length of the first that has one, a tensor or an object of a batch.
+
+    Raises:
+        ValueError: none has a length.
+    """
+    for value in inputs:
+        if isinstance(value, Tensor):
+            if value.ndim:
+                return len(value)
+        elif hasattr(value, "__len__") and not isinstance(value, (Mapping, list, tuple, str)):
+            return len(value)
+    kinds = ", ".join(type(value).__name__ for value in inputs) or "nothing"
+    raise ValueError(f"example_inputs gives {kinds}, which has no length to count examples by")
+
+
+def cuda_devices(model: nn.Module) -> list[int]:
+    """The CUDA devices that ``model`` is on, for ``torch.random.fork_rng``."""
+    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda}
+    return sorted(device.index or 0 for device in devices)
 
 
 def to_plain(value: Any) -> Any:

@@ -1,8 +1,8 @@
 """moesaic's engine: mixture-of-experts layers on PyTorch."""
 
-from .config import MoEConfig
-from .contract import Entry, MergeRouting, Routing, RoutingContext, Rows, SlotRouting, Tape, record
-from .experts import FFN, GEGLU, ExpertConfig, Experts, SwiGLU
+from .config import CGC, PLE, MMoE, MoEConfig, MultiGateConfig, OMoE
+from .contract import DenseRouting, Entry, MergeRouting, Routing, RoutingContext, Rows, SlotRouting, Tape, record
+from .experts import FFN, GEGLU, MLP, ExpertConfig, Experts, MLPExperts, SwiGLU
 from .flops import count_flops
 from .kernels import resolve_backend
 from .layers import (
@@ -10,7 +10,12 @@ from .layers import (
     MergedMoE,
     MoE,
     MoELayer,
+    MultiGateLayer,
+    MultiGateMoE,
+    PLELayer,
+    SelectedMultiGateMoE,
     SoftMoE,
+    SparseMultiGateMoE,
     active_params,
     aux_loss,
     aux_losses,
@@ -34,8 +39,10 @@ from .routing.soft import Merge, SoftSlots
 from .telemetry import LayerStats, RoutingStats
 
 __all__ = [
+    "CGC",
     "Capacity",
     "Dense",
+    "DenseRouting",
     "DenseToSparse",
     "DSelectK",
     "Attention",
@@ -57,13 +64,22 @@ __all__ = [
     "Hash",
     "Hierarchical",
     "LayerStats",
+    "MLP",
+    "MLPExperts",
+    "MMoE",
     "Merge",
     "MergeRouting",
     "MergedMoE",
     "MoE",
     "MoEConfig",
     "MoELayer",
+    "MultiGateConfig",
+    "MultiGateLayer",
+    "MultiGateMoE",
     "NullExperts",
+    "OMoE",
+    "PLE",
+    "PLELayer",
     "PairRouter",
     "Prototypes",
     "Random",
@@ -73,11 +89,13 @@ __all__ = [
     "RoutingContext",
     "RoutingStats",
     "Rows",
+    "SelectedMultiGateMoE",
     "Sentence",
     "Sinkhorn",
     "SlotRouting",
     "SoftMoE",
     "SoftSlots",
+    "SparseMultiGateMoE",
     "Stable",
     "SwiGLU",
     "Tape",

@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -169,6 +169,63 @@ class MergeRouting:
         return weights_BSE[:, : self.num_tokens // max(B, 1)].flatten(0, 1)
 
     def detach(self) -> MergeRouting:
+        """The same decision without its graph."""
+        return replace(self, **_detached(self))
+
+
+@dataclass(frozen=True)
+class DenseRouting:
+    """Softmax gates over all experts they reach, one gate a task (MMoE, KDD 2018): all experts compute every example.
+
+    A layer records one for each of its gates; they share ``gates_BtE`` and differ in ``gate``.
+
+    Attributes:
+        gates_BtE: float32 (B, t, E), the weight of each expert in each task's output, without expert dropout. Sums to 1
+            over E, except that padding has 0, and experts left out by a selection.
+        gate: which of the t gates this is about.
+        num_tokens: B, padding included.
+        logits_BtE: float32 (B, t, E), what the softmax was taken of; None where it was of more than logits.
+        valid_T: bool (B,), False for padding; None where every example is real.
+        expert_names: what the E experts of this gate are: "shared0", "task0.1" (expert 1 of task 0's own), "domain.0"
+            (expert 0 of the example's domain).
+    """
+
+    gates_BtE: Tensor
+    gate: int
+    num_tokens: int
+    logits_BtE: Tensor | None = None
+    valid_T: Tensor | None = None
+    expert_names: tuple[str, ...] = ()
+    # What the balance losses ask of a routing and dense gates do not have.
+    top_k: ClassVar[None] = None
+    num_sequences: ClassVar[None] = None
+    noise_std: ClassVar[None] = None
+    threshold_TE: ClassVar[None] = None
+    extra: ClassVar[None] = None
+    balance_scores: ClassVar[None] = None
+    balance_chosen: ClassVar[None] = None
+
+    @property
+    def scores_TE(self) -> Tensor:
+        """float32 (B, E), this gate's weights."""
+        return self.gates_BtE[:, self.gate]
+
+    @property
+    def logits_TE(self) -> Tensor | None:
+        """float32 (B, E), this gate's logits."""
+        return None if self.logits_BtE is None else self.logits_BtE[:, self.gate]
+
+    @property
+    def chosen_per_expert_E(self) -> Tensor:
+        """float32 (E,), the load of an expert that all examples take: the sum of its gates over real examples."""
+        return self.scores_TE.detach().sum(0)
+
+    @property
+    def tokens_per_expert_E(self) -> Tensor:
+        """The same: nothing is ever left out."""
+        return self.chosen_per_expert_E
+
+    def detach(self) -> DenseRouting:
         """The same decision without its graph."""
         return replace(self, **_detached(self))
 

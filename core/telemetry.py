@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .contract import Entry, Tape
+from .contract import Entry, Routing, Tape
 
 
 @dataclass(frozen=True)
@@ -19,12 +20,32 @@ class LayerStats:
         chosen_per_expert: int64 (E,), pairs that chose it, before capacity.
         entropy_sum: sum over tokens of the entropy of their scores, in nats.
         num_tokens: real tokens.
+        gates_per_expert: float (E,), sum of each expert's combine weights; None where they are not known.
+
+    A dense gate (``DenseRouting``) gives all examples to all experts: there the two counts are float sums of its gates.
     """
 
     tokens_per_expert: Tensor
     chosen_per_expert: Tensor
     entropy_sum: Tensor
     num_tokens: Tensor
+    gates_per_expert: Tensor | None = None
+
+    @property
+    def mean_gates(self) -> Tensor:
+        """float64 (E,), the mean combine weight of each expert over the real tokens: the mass of its gate.
+
+        Raises:
+            ValueError: the gates are not known.
+        """
+        if self.gates_per_expert is None:
+            raise ValueError("the gates of this layer were not recorded")
+        return self.gates_per_expert.double() / self.num_tokens.clamp_min(1)
+
+    @property
+    def utilisation(self) -> float:
+        """Experts in use, ``exp`` of the load's entropy, over E: 1 at balance, 1 / E when one expert takes all."""
+        return len(self.chosen_per_expert) ** (self.load_entropy - 1)
 
     @property
     def load_imbalance(self) -> float:
@@ -55,8 +76,11 @@ class LayerStats:
 
     @property
     def dead_experts(self) -> int:
-        """Experts that no token chose."""
-        return int((self.chosen_per_expert == 0).sum())
+        """Experts that no token chose; of a dense gate those with less than 1 % of an equal share."""
+        chosen = self.chosen_per_expert
+        if chosen.is_floating_point():
+            return int((chosen * len(chosen) < 0.01 * chosen.sum()).sum())
+        return int((chosen == 0).sum())
 
     def figures(self) -> dict[str, float]:
         """The scalars by name, for a log."""
@@ -64,7 +88,15 @@ class LayerStats:
         return {name: float(getattr(self, name)) for name in names}
 
     def __add__(self, other: LayerStats) -> LayerStats:
-        return LayerStats(**{k: v + getattr(other, k) for k, v in vars(self).items()})
+        mine, theirs = self.gates_per_expert, other.gates_per_expert
+        return LayerStats(
+            self.tokens_per_expert + other.tokens_per_expert,
+            self.chosen_per_expert + other.chosen_per_expert,
+            self.entropy_sum + other.entropy_sum,
+            self.num_tokens + other.num_tokens,
+            # A sum of known and unknown gates is not known.
+            None if mine is None or theirs is None else mine + theirs,
+        )
 
 
 @dataclass(frozen=True)
@@ -104,4 +136,17 @@ def _layer_stats(entry: Entry) -> LayerStats:
         scores_TE = routing.scores_TE / routing.scores_TE.sum(-1, keepdim=True).clamp_min(1e-20)
         entropy_T = torch.special.entr(scores_TE).sum(-1)
         entropy_sum = (entropy_T if valid_T is None else entropy_T * valid_T).sum()
-    return LayerStats(routing.tokens_per_expert_E, routing.chosen_per_expert_E, entropy_sum, num_tokens)
+    return LayerStats(
+        routing.tokens_per_expert_E, routing.chosen_per_expert_E, entropy_sum, num_tokens, _gates_per_expert(routing)
+    )
+
+
+def _gates_per_expert(routing: Any) -> Tensor | None:
+    if isinstance(routing, Routing):
+        total_E = routing.gates_N.new_zeros(routing.tokens_per_expert_E.shape[0] + 1)
+        # Pairs that are not computed have the id E.
+        return total_E.index_add(0, routing.expert_ids_N, routing.gates_N)[:-1]
+    if routing.scores_TE is None:
+        return None
+    scores_TE = routing.scores_TE
+    return (scores_TE if routing.valid_T is None else scores_TE * routing.valid_T[:, None]).sum(0)

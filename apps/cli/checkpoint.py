@@ -12,16 +12,22 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 import core
+from apps import sharded
 from apps.training import to_plain
+
+CONFIG_BASES = (core.RouterConfig, core.ExpertConfig, core.MultiGateConfig)
+"""Of the configs that may be of several classes: their YAML has a ``class_path``."""
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint's contents, on the CPU; tensors are mapped from the file, not read.
+    """A checkpoint's contents, on the CPU; tensors are mapped from the file, not read, and of shards there is the shape.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: the file is damaged, or is no checkpoint.
     """
+    if sharded.is_sharded(path):
+        return sharded.read(path, device="meta")
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint {path}")
     try:
@@ -43,14 +49,14 @@ def find_checkpoint(command: str, which: str | None, run_dir: Path) -> Path | No
         if command == "fit":
             return None
         for name in ("best", "last"):
-            if (folder / f"{name}.ckpt").is_file():
+            if (folder / f"{name}.ckpt").is_file() or sharded.is_sharded(folder / f"{name}.ckpt"):
                 return folder / f"{name}.ckpt"
         raise FileNotFoundError(
             f"no checkpoint in {folder}: train one with moesaic fit, or give --ckpt_path (none: an untrained model)"
         )
     if which in ("last", "best"):
         path = folder / f"{which}.ckpt"
-        if path.is_file():
+        if path.is_file() or sharded.is_sharded(path):
             return path
         if command == "fit":
             print(f"no {path} yet: starting from the beginning")
@@ -68,24 +74,37 @@ def remembered(checkpoint: Mapping[str, Any], config: Mapping[str, Any]) -> dict
     named = model if isinstance(model, str) else model.get("class_path") if isinstance(model, Mapping) else None
     if named is not None and short(named) != short(kind):
         return {}
-    return {"model": {"class_path": kind, "init_args": _without_fixed_classes(hparams)}}
+    return {"model": {"class_path": kind, "init_args": without_fixed_classes(hparams)}}
 
 
-def _without_fixed_classes(value: Any) -> Any:
+def without_fixed_classes(value: Any) -> Any:
     """Plain mappings in place of ``{"class_path", "init_args"}``, but for the parts that may be of several classes."""
     if isinstance(value, Mapping) and set(value) == {"class_path", "init_args"}:
-        args = {k: _without_fixed_classes(v) for k, v in value["init_args"].items()}
+        args = {k: without_fixed_classes(v) for k, v in value["init_args"].items()}
         module, _, name = value["class_path"].rpartition(".")
         try:
             kind = getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError, ValueError):
             raise ValueError(f"the checkpoint needs {value['class_path']}, which cannot be imported") from None
-        if isinstance(kind, type) and issubclass(kind, (core.RouterConfig, core.ExpertConfig)):
+        if isinstance(kind, type) and issubclass(kind, CONFIG_BASES):
             return {"class_path": value["class_path"], "init_args": args}
         return args
     if isinstance(value, Mapping):
-        return {k: _without_fixed_classes(v) for k, v in value.items()}
+        return {k: without_fixed_classes(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [without_fixed_classes(v) for v in value]
     return value
+
+
+def first_difference(a: Any, b: Any, path: str) -> tuple[str, Any, Any] | None:
+    """Where two plain values first differ, as a dotted path below ``path``, and both values there; None: nowhere."""
+    if isinstance(a, Mapping) and isinstance(b, Mapping) and a.keys() == b.keys():
+        parts = [(f"{path}.{key}", a[key], b[key]) for key in a]
+    elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        parts = [(f"{path}.{i}", x, y) for i, (x, y) in enumerate(zip(a, b, strict=True))]
+    else:
+        return None if a == b else (path, a, b)
+    return next((found for part in parts if (found := first_difference(part[1], part[2], part[0]))), None)
 
 
 def check_fits(checkpoint: Mapping[str, Any], model: LightningModule, path: Path) -> None:

@@ -24,13 +24,13 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.io import CheckpointIO
 from torch import Tensor
 
-import core
 from apps.callbacks import AtomicCheckpointIO, BestAndLast, GeneratorState, MetricsCSV, progress
 from apps.cli import UsageError
-from apps.cli.checkpoint import check_fits, load_checkpoint
+from apps.cli.checkpoint import CONFIG_BASES, check_fits, first_difference, load_checkpoint, without_fixed_classes
 from apps.cli.errors import reduce_message
 from apps.cli.request import Request, take
 from apps.files import replacing
+from apps.training import to_plain
 
 _TRAINER_DEFAULTS = {
     "log_every_n_steps": 10,
@@ -49,6 +49,7 @@ _UNHELPFUL_WARNINGS = (
     ".*`isinstance\\(treespec.*",
     ".*no logger configured.*",
     ".*Trying to infer the `batch_size`.*",
+    "`?torch.distributed.* is deprecated.*",  # TorchRec's calls
 )
 
 
@@ -71,7 +72,7 @@ def build(command: str, argv: list[str]) -> SparseCLI:
         FileNotFoundError: no such checkpoint or configuration.
     """
     # A dataclass field is a fixed group to jsonargparse unless its class is listed here.
-    set_parsing_settings(subclasses_enabled=[core.RouterConfig, core.ExpertConfig])
+    set_parsing_settings(subclasses_enabled=list(CONFIG_BASES))
     return SparseCLI(Request.read(command, argv))
 
 
@@ -137,9 +138,12 @@ class SparseCLI(LightningCLI):
             flags = take(list(self.request.flags), (option, f"model.init_args.{name}"))[1]
             value = yaml.safe_load((flags[option] + flags[f"model.init_args.{name}"] or ["null"])[-1])
             value = given.get(name) if value is None else value
-            found = getattr(self.datamodule, name, None)
-            if value is not None and value != found:
-                raise UsageError(f"{option}={value} does not fit the data, whose {name} is {found}: leave it out")
+            found = without_fixed_classes(to_plain(getattr(self.datamodule, name, None)))
+            differing = None if value is None else first_difference(without_fixed_classes(value), found, option)
+            if differing is not None:
+                where, written_value, own = differing
+                what = where.removeprefix("model.")
+                raise UsageError(f"{where}={written_value} does not fit the data, whose {what} is {own}: leave it out")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         given = self._get(self.config_init, "trainer")
@@ -290,12 +294,16 @@ def _rows(batch: Any) -> Iterator[dict[str, Any]]:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Without Lightning's notes and the warnings that do not help here; our own notes are printed."""
-    levels = {name: logging.getLogger(name).level for name in ("lightning.pytorch", "lightning.fabric", "lightning")}
+    names = ("lightning.pytorch", "lightning.fabric", "lightning", "torch.fx._symbolic_trace")
+    levels = {name: logging.getLogger(name).level for name in names}
+    # FBGEMM logs when it is imported, which would give the root logger a handler that repeats our notes.
+    nothing = logging.NullHandler()
+    logging.getLogger().addHandler(nothing)
     own, handler = logging.getLogger("apps"), logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     own_level = own.level
     for name in levels:
-        logging.getLogger(name).setLevel(logging.WARNING)
+        logging.getLogger(name).setLevel(logging.ERROR if name.startswith("torch") else logging.WARNING)
     own.addHandler(handler)
     own.setLevel(logging.INFO)
     try:
@@ -307,4 +315,5 @@ def quiet() -> Iterator[None]:
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
         own.removeHandler(handler)
+        logging.getLogger().removeHandler(nothing)
         own.setLevel(own_level)

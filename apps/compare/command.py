@@ -312,7 +312,14 @@ def _report(
 ) -> Outcome:
     metric = f"test/{experiment.monitor.partition('/')[2]}"
     summary = summarize(
-        systems, done["finals"], done["rates"], done["speeds"], metric, experiment.monitor_mode == "max", plan.seeds
+        systems,
+        done["finals"],
+        done["rates"],
+        done["speeds"],
+        metric,
+        experiment.monitor_mode == "max",
+        plan.seeds,
+        experiment.table_metrics,
     )
     about = {**machine(), "jobs": jobs}
     path = output / "results.json"

@@ -13,8 +13,8 @@ from jsonargparse import set_parsing_settings
 from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ProgressBar, Timer
 
-import core
 from apps.cli import UsageError
+from apps.cli.checkpoint import CONFIG_BASES
 from apps.cli.train import Request, SparseCLI
 from apps.compare.systems import SPARSE, Estimator, candidates
 from apps.training import SparseModule
@@ -47,7 +47,7 @@ class Experiment:
 
     def __init__(self, arguments: Sequence[str]) -> None:
         self.arguments = tuple(arguments)
-        set_parsing_settings(subclasses_enabled=[core.RouterConfig, core.ExpertConfig])
+        set_parsing_settings(subclasses_enabled=list(CONFIG_BASES))
         self.routers = tuple(a.removeprefix(_ROUTERS) for a in arguments if a.startswith(_ROUTERS))
         request = Request.read("fit", [a for a in arguments if not a.startswith(_ROUTERS)])
         if request.checkpoint is not None:
@@ -70,7 +70,8 @@ class Experiment:
         self.monitor = made["model"].monitor
         self.monitor_mode = made["model"].monitor_mode
         self.rate = made["model"].optimizer_config.lr
-        self.replaced = tuple(core.moe_layers(made["model"]))
+        self.table_metrics = tuple(made["model"].table_metrics)
+        self.replaced = tuple(made["model"].replaced_blocks)
         self.modules = (type(made["model"]).__module__, type(made["data"]).__module__)
 
     def _make(self) -> Any:

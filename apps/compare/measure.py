@@ -22,12 +22,11 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer, seed_everything
-from torch import Tensor
 
 import core
 from apps.compare.experiment import Experiment
 from apps.compare.parallel import answering, start, worker_context
-from apps.training import SparseModule, parameter_groups
+from apps.training import SparseModule, num_examples
 
 ROUND_SECONDS = 0.3
 """A round is as many steps as take this long, at least one."""
@@ -41,7 +40,7 @@ class Job:
         arguments: of ``Experiment``.
         system: name.
         checkpoint: its trained weights.
-        replaced: names of the blocks that are MoE layers in the sparse model, to count FLOPs of.
+        replaced: names of the blocks that baselines replace, to count FLOPs of.
         threads: of torch on the CPU.
     """
 
@@ -164,17 +163,15 @@ class _Bench:
         state = torch.load(job.checkpoint, map_location="cpu", weights_only=True)["state_dict"]
         module.load_state_dict({k: v for k, v in state.items() if k in module.state_dict()})
         del state
-        self.module = self.precision.convert_module(module.to(self.device))
-        self.optimizer = torch.optim.AdamW(
-            parameter_groups(self.module, module.optimizer_config), betas=module.optimizer_config.betas
-        )
+        self.module: Any = self.precision.convert_module(module.to(self.device))
+        self.optimizer = _optimizer(self.module)
         self.found: dict[str, Any] = {"base_memory_bytes": base}
         own = {name for name, _ in module.named_modules()}
         replaced = job.replaced if own.issuperset(job.replaced) else ()
         with self.precision.forward_context():
             self.found["cost"] = measure_cost(module, self.eval_batch, replaced, as_evaluated=True).to_dict()
         self.batches = itertools.cycle(self.train_batches)
-        counts = [next(len(x) for x in module.example_inputs(b) if isinstance(x, Tensor)) for b in self.train_batches]
+        counts = [num_examples(module.example_inputs(b)) for b in self.train_batches]
         accumulated = int(experiment.trainer_options.get("accumulate_grad_batches") or 1)
         self.found["examples_per_step"] = accumulated * statistics.mean(counts)
         # The peak begins here: not this system's are the sparse model that made a baseline, the weights as they were
@@ -212,7 +209,7 @@ class _Bench:
         inputs = self.module.example_inputs(self.eval_batch)
         with self.precision.forward_context():
             self.module(*inputs)
-        return next(len(x) for x in inputs if isinstance(x, Tensor))
+        return num_examples(inputs)
 
     def memory(self) -> int:
         """Peak bytes since the set-up."""
@@ -227,6 +224,15 @@ class _Bench:
             seconds = time.perf_counter() - began
             if seconds >= ROUND_SECONDS:
                 return examples / seconds
+
+
+def _optimizer(module: SparseModule) -> torch.optim.Optimizer:
+    """The module's own optimizer, without what its schedule needs of a trainer."""
+    configured: Any = module.configure_optimizers()
+    optimizer = configured["optimizer"] if isinstance(configured, dict) else configured
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ValueError(f"configure_optimizers of {type(module).__name__} gives {type(optimizer).__name__}, not one")
+    return optimizer
 
 
 def _release() -> None:

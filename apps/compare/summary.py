@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -25,6 +26,8 @@ class Row:
         train_seconds: mean of a final run.
         speed: what was measured of speed and memory; empty where nothing was.
         routing: how the experts were used in the test, by figure; means over layers and seeds, empty without experts.
+        further: by name, test metrics beside the quality and the differences, the sparse one minus this; None where a
+            system does not report it, and for the difference of the sparse one.
     """
 
     system: System
@@ -37,6 +40,7 @@ class Row:
     train_seconds: float
     speed: Mapping[str, Any]
     routing: Mapping[str, float] = field(default_factory=dict)
+    further: Mapping[str, tuple[Interval | None, Interval | None]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ class Summary:
         metric: name of the test quality, such as "test/top1".
         higher_is_better: of it.
         percent: it is a share in 0..1, and shown in percent.
+        shares: names of the further metrics that are.
         seeds: of the final runs.
         equal_seconds: per seed, the training time at which systems are compared.
         clock: what time is: "steps" times the measured seconds of one, or as "recorded" in each run.
@@ -62,6 +67,7 @@ class Summary:
     seeds: tuple[int, ...]
     equal_seconds: tuple[float, ...]
     clock: Literal["steps", "recorded"]
+    shares: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -96,11 +102,13 @@ def summarize(
     metric: str,
     higher_is_better: bool,
     seeds: Sequence[int],
+    further: Sequence[str] = (),
 ) -> Summary:
     """Put the units together.
 
     Equal time is set seed by seed: the shortest training time among the systems with that seed, so that each has
     reached it and the fastest is compared with all of its training. The others stop before the end of their schedule.
+    Estimators, which have no steps that could be cut short, take no part in it.
     Runs follow one another, perhaps for hours, and the machine's load differs between them; so time is a run's steps
     times the median seconds of a step, measured with the systems taking turns; not measured, it is as recorded.
 
@@ -112,11 +120,13 @@ def summarize(
         metric: name of the test quality.
         higher_is_better: of it.
         seeds: of the final units.
+        further: names, without the split, of more test metrics to show.
     """
     trained = [s for s in systems if s.name in finals]
     tests = {s.name: [float(r["test_quality"]) for r in finals[s.name]] for s in trained}
     clock: Literal["steps", "recorded"] = "steps"
-    if not all("seconds_per_step" in speeds.get(s.name, {}) for s in trained):
+    in_steps = [s for s in trained if finals[s.name][0]["steps"] is not None]
+    if not all("seconds_per_step" in speeds.get(s.name, {}) for s in in_steps):
         clock = "recorded"
 
     def timed(s: System, step: int, seconds: float) -> float:
@@ -125,9 +135,9 @@ def summarize(
     def end(s: System, i: int) -> float:
         return timed(s, finals[s.name][i]["steps"], finals[s.name][i]["train_seconds"])
 
-    equal = [min(end(s, i) for s in trained) for i in range(len(seeds))]
-    at_time: dict[str, list[float] | None] = {}
-    for s in trained:
+    equal = [min(end(s, i) for s in in_steps) for i in range(len(seeds))]
+    at_time: dict[str, list[float] | None] = {s.name: None for s in trained}
+    for s in in_steps:
         reached = [
             quality_at([(timed(s, step, seconds), q) for step, seconds, q in result["curve"]], equal[i])
             for i, result in enumerate(finals[s.name])
@@ -150,6 +160,7 @@ def summarize(
                 train_seconds=sum(float(r["train_seconds"]) for r in finals[s.name]) / len(seeds),
                 speed=speeds.get(s.name, {}),
                 routing=_means([r.get("routing", {}) for r in finals[s.name]]),
+                further={name: _further(name, finals[SPARSE], finals[s.name] if other else None) for name in further},
             )
         )
     values = [v for name in tests for v in tests[name]]
@@ -162,7 +173,34 @@ def summarize(
         seeds=tuple(seeds),
         equal_seconds=tuple(equal),
         clock=clock,
+        shares=tuple(name for name in further if _is_share(name, finals)),
     )
+
+
+def _further(
+    name: str, sparse: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]] | None
+) -> tuple[Interval | None, Interval | None]:
+    """A test metric of a system (None: of the sparse one), and how the sparse one differs."""
+    mine, its = (None if r is None else _values(name, r) for r in (sparse, other))
+    if other is None:
+        return (None if mine is None else mean_interval(mine)), None
+    if its is None:
+        return None, None
+    return mean_interval(its), None if mine is None else paired_difference(mine, its)
+
+
+def _values(name: str, results: Sequence[Mapping[str, Any]]) -> list[float] | None:
+    """A test metric of each seed; None where it is not reported."""
+    found = [r.get("test", {}).get(f"test/{name}") for r in results]
+    return None if any(v is None for v in found) else [float(v) for v in found if v is not None]
+
+
+def _is_share(name: str, finals: Mapping[str, Sequence[Mapping[str, Any]]]) -> bool:
+    """Whether a metric is shown in percent: a share in 0..1 that is no loss and no error."""
+    if any(word in ("loss", "ece", "error", "mse", "mae") for word in name.split("_")):
+        return False
+    values = [v for results in finals.values() for v in _values(name, results) or ()]
+    return all(0 <= v <= 1 or math.isnan(v) for v in values)
 
 
 def _means(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -173,14 +211,17 @@ def sentence(row: Row, difference: Interval, summary: Summary, where: str) -> st
     """What a difference to one baseline allows to be said."""
     against, unit = f"Against {label(row.system.name)}", " points" if summary.percent else ""
     other = "dense" if row.system.name.startswith("dense") else "it"
-    shown = f"sparse minus {other} {number(difference.mean, summary, signed=True)}{unit}"
+    shown = f"sparse minus {other} {number(difference.mean, summary.percent, signed=True)}{unit}"
     n = difference.count
     if difference.half_width is None:
         return f"{against}: no difference shown {where} ({shown}; one seed gives no interval)."
     if difference.half_width == 0:
         every = f"{shown} with each of {n} seeds, which do not tell how far others would spread"
         return f"{against}: no difference shown {where} ({every})."
-    low, high = number(difference.low, summary, signed=True), number(difference.high, summary, signed=True)
+    low, high = (
+        number(difference.low, summary.percent, signed=True),
+        number(difference.high, summary.percent, signed=True),
+    )
     interval = f"95 % interval {low} to {high}{unit}, {n} seeds"
     found = verdict(difference, summary.higher_is_better)
     if found == "no difference shown":
@@ -238,8 +279,8 @@ def flops(row: Row) -> float | None:
     return row.system.cost.flops_per_example if row.system.cost else None
 
 
-def number(value: float, summary: Summary, signed: bool = False) -> str:
+def number(value: float, percent: bool, signed: bool = False) -> str:
     """A quality as it is shown, without its unit: in percent where it is a share."""
     sign = "+" if signed else ""
     value = value + 0.0  # no -0.00
-    return f"{100 * value:{sign}.2f}" if summary.percent else f"{value:{sign}.4g}"
+    return f"{100 * value:{sign}.2f}" if percent else f"{value:{sign}.4g}"

@@ -10,11 +10,11 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from lightning.pytorch import LightningDataModule
-from torch import Tensor, nn
+from torch import nn
 
 import core
 from apps import routers
-from apps.training import Baseline, SparseModule
+from apps.training import Baseline, SparseModule, cuda_devices, num_examples
 
 TOLERANCE = 0.05
 """Relative difference of the replaced blocks beyond which a pair is not called equal."""
@@ -44,7 +44,7 @@ class Cost:
         num_params: parameters.
         active_params: parameters that one token touches.
         flops_per_example: forward FLOPs of the whole model, products alone, two a multiply-add.
-        replaced_flops_per_example: of the blocks that are MoE layers in the sparse model; None where there are none.
+        replaced_flops_per_example: of the blocks that a baseline of equal cost replaces; None where there are none.
         replaced_params: parameters of those blocks; None where there are none.
     """
 
@@ -107,7 +107,7 @@ def measure_cost(module: SparseModule, batch: Any, replaced: Sequence[str], as_e
     Args:
         module: left as it was.
         batch: of the data module, on the module's device.
-        replaced: dotted names of the blocks that are MoE layers in the sparse model.
+        replaced: dotted names of the blocks that a baseline replaces; see ``SparseModule.replaced_blocks``.
         as_evaluated: count what is computed under the module's evaluation capacity. Else capacity limits of 1 and more
             are lifted: what an untrained router drops says nothing of the model.
 
@@ -115,24 +115,24 @@ def measure_cost(module: SparseModule, batch: Any, replaced: Sequence[str], as_e
         ValueError: a name in ``replaced`` is not a submodule.
     """
     inputs = module.example_inputs(batch)
-    examples = next(len(x) for x in inputs if isinstance(x, Tensor))
+    examples = num_examples(inputs)
     modules = dict(module.named_modules())
     missing = [name for name in replaced if name not in modules]
     if missing:
-        raise ValueError(f"it has no module {missing[0]!r}, which is an MoE layer of the sparse model")
+        raise ValueError(f"it has no module {missing[0]!r}, which is a replaced block of the sparse model")
     calls: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = []
     hooks = [
         modules[name].register_forward_pre_hook(lambda m, a, k: calls.append((m, a, k)), with_kwargs=True)
         for name in replaced
     ]
-    factors = [layer.router.capacity.factor for layer in core.moe_layers(module).values()]
+    routers_of = [r for layer in core.moe_layers(module).values() for r in layer.routers().values()]
+    factors = [router.capacity.factor for router in routers_of]
     lift = bool(factors) and not as_evaluated and all(f is None or f >= 1 for f in factors)
     training = module.training
-    devices = [module.device.index or 0] if module.device.type == "cuda" else []
     module.eval()
     try:
         limits = core.set_capacity_factor(module, None) if lift else contextlib.nullcontext()
-        with torch.no_grad(), torch.random.fork_rng(devices=devices), limits:
+        with torch.no_grad(), torch.random.fork_rng(devices=cuda_devices(module)), limits:
             total = core.count_flops(module, *inputs)
             for hook in hooks:
                 hook.remove()
@@ -176,9 +176,27 @@ def check_equal(name: str, sparse: Cost, other: Cost, tolerance: float = TOLERAN
     )
 
 
-def candidates(sparse: SparseModule, names: Iterable[str] = ()) -> dict[str, Baseline]:
-    """What ``sparse`` can be compared with: its baselines, and itself with the routers of the overlays ``names``."""
-    return {**sparse.baselines(), **routers.variants(sparse, names)}
+def candidates(
+    sparse: SparseModule, router_names: Iterable[str] = (), wanted: Iterable[str] | None = None
+) -> dict[str, Baseline]:
+    """What ``sparse`` can be compared with: its baselines, and itself with the routers of overlays.
+
+    Args:
+        sparse: the configured module.
+        router_names: the overlays.
+        wanted: names of the baselines to take; None: all.
+
+    Raises:
+        ValueError: a wanted baseline is unknown, or two overlays share a name.
+    """
+    baselines = dict(sparse.baselines())
+    if wanted is not None:
+        wanted = list(wanted)
+        unknown = [name for name in wanted if name not in baselines]
+        if unknown:
+            raise ValueError(f"baseline {unknown[0]!r} is unknown: the module has {', '.join(baselines) or 'none'}")
+        baselines = {name: baselines[name] for name in wanted}
+    return {**baselines, **routers.variants(sparse, router_names)}
 
 
 def find_systems(
@@ -189,23 +207,15 @@ def find_systems(
     Args:
         sparse: the configured module, untrained.
         batch: of its data.
-        wanted: names of the baselines to take; None: all.
-        router_names: overlays whose routers are systems too.
+        wanted, router_names: see ``candidates``.
 
     Raises:
-        ValueError: the module has no MoE layer, a wanted baseline is unknown, or none is left to compare with.
+        ValueError: the module has no MoE layer, or none is left to compare with; also as ``candidates``.
     """
-    replaced = list(core.moe_layers(sparse))
+    replaced = list(sparse.replaced_blocks)
     if not replaced:
         raise ValueError(f"{type(sparse).__name__} has no MoE layer: compare starts from a sparse config")
-    baselines = dict(sparse.baselines())
-    if wanted is not None:
-        wanted = list(wanted)
-        unknown = [name for name in wanted if name not in baselines]
-        if unknown:
-            raise ValueError(f"baseline {unknown[0]!r} is unknown: the module has {', '.join(baselines) or 'none'}")
-        baselines = {name: baselines[name] for name in wanted}
-    baselines |= routers.variants(sparse, router_names)
+    baselines = candidates(sparse, router_names, wanted)
     mine = measure_cost(sparse, batch, replaced)
     found = [System(SPARSE, "the configured model", mine, flops_ratio=1.0, replaced_ratio=1.0, params_ratio=1.0)]
     for name, baseline in baselines.items():
@@ -247,9 +257,8 @@ def find_systems(
 
 def _trial(model: SparseModule, batch: Any) -> str:
     """Why ``model`` cannot train on ``batch``, or "": some routers need in training what they can else do without."""
-    devices = [model.device.index or 0] if model.device.type == "cuda" else []
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+        with torch.no_grad(), torch.random.fork_rng(devices=cuda_devices(model)):
             model.train().task_loss(batch)
     except ValueError as error:
         return str(error)

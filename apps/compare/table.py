@@ -25,7 +25,19 @@ def cells(summary: Summary) -> list[list[str]]:
     """The table: a heading line, then a line a quantity, systems in columns."""
 
     def quality(value: Interval | None, signed: bool = False) -> str:
-        return NONE if value is None else _interval(value, summary, signed)
+        return NONE if value is None else _interval(value, summary.percent, signed)
+
+    def further(name: str) -> list[tuple[str, Callable[[Row], str]]]:
+        share = name in summary.shares
+
+        def show(row: Row, which: int) -> str:
+            value = row.further.get(name, (None, None))[which]
+            return NONE if value is None else _interval(value, share, signed=which == 1)
+
+        return [
+            (f"test {name}{', %' if share else ''}", lambda row: show(row, 0)),
+            (f"  sparse minus it{', points' if share else ''}", lambda row: show(row, 1)),
+        ]
 
     def speed(name: str) -> Callable[[Row], str]:
         return lambda row: f"{row.speed[name]:,.0f}" if name in row.speed else NONE
@@ -51,6 +63,7 @@ def cells(summary: Summary) -> list[list[str]]:
     lines: list[tuple[str, Callable[[Row], str]]] = [
         (f"test {name}{unit}", lambda r: quality(r.test)),
         (f"  sparse minus it{points}", lambda r: quality(r.difference, signed=True)),
+        *(line for metric in summary.rows[0].further for line in further(metric)),
         (f"val. {name} at {_seconds(summary.equal_seconds)}{unit}", lambda r: quality(r.equal_time)),
         (f"  sparse minus it{points}", lambda r: quality(r.equal_time_difference, signed=True)),
         ("learning rate", lambda r: NONE if r.rate is None else f"{r.rate:g}{' (edge)' if r.rate_at_edge else ''}"),
@@ -88,6 +101,11 @@ def router_cells(summary: Summary) -> list[list[str]]:
             "MFLOPs an example",
             "training, examples/s",
             "inference, examples/s",
+            *(
+                f"{what}, {unit}" if metric in summary.shares else what
+                for metric in summary.rows[0].further
+                for what, unit in ((f"test {metric}", "%"), ("minus the config's", "points"))
+            ),
         ]
     ]
     for row in [*summary.systems()[:1], *summary.routers()]:
@@ -97,8 +115,8 @@ def router_cells(summary: Summary) -> list[list[str]]:
         lines.append(
             [
                 "the config's" if own else label(row.system.name),
-                _interval(row.test, summary),
-                NONE if row.difference is None else _interval(row.difference.negated(), summary, signed=True),
+                _interval(row.test, summary.percent),
+                NONE if row.difference is None else _interval(row.difference.negated(), summary.percent, signed=True),
                 NONE if row.rate is None else f"{row.rate:g}{' (edge)' if row.rate_at_edge else ''}",
                 f"{used['load_imbalance']:.2f}" if "load_imbalance" in used else NONE,
                 f"{100 * used['drop_rate']:.1f}" if "drop_rate" in used else NONE,
@@ -108,14 +126,19 @@ def router_cells(summary: Summary) -> list[list[str]]:
                     f"{speed[k]:,.0f}" if k in speed else NONE
                     for k in ("train_examples_per_second", "inference_examples_per_second")
                 ),
+                *(
+                    NONE if value is None else _interval(value, metric in summary.shares, signed)
+                    for metric, (own_value, difference) in row.further.items()
+                    for value, signed in ((own_value, False), (difference and difference.negated(), True))
+                ),
             ]
         )
     return lines
 
 
-def _interval(value: Interval, summary: Summary, signed: bool = False) -> str:
-    shown = number(value.mean, summary, signed)
-    return shown if value.half_width is None else f"{shown} ± {number(value.half_width, summary)}"
+def _interval(value: Interval, percent: bool, signed: bool = False) -> str:
+    shown = number(value.mean, percent, signed)
+    return shown if value.half_width is None else f"{shown} ± {number(value.half_width, percent)}"
 
 
 def _seconds(values: Sequence[float]) -> str:
@@ -136,6 +159,7 @@ def legend(summary: Summary) -> list[str]:
         lines.append(
             "Equal time: the last validation by the time the fastest system had ended its training; the slower ones "
             f"are cut short of their schedule. Time is {_CLOCKS[summary.clock]}."
+            + (" Models without steps take no part." if any(r.system.cost is None for r in summary.rows) else "")
         )
     if summary.routers():
         lines.append(
@@ -175,19 +199,41 @@ def show(title: str, summary: Summary) -> None:
 
     console = Console()
     for rows in tables(summary):
-        table = Table(title=escape(title), title_justify="left", title_style="bold")
-        shown = _ON_SCREEN if rows[0][0] == "router" else range(len(rows[0]))
-        for index in shown:
-            first = index == 0
-            name = rows[0][index].replace(", ", ",\n")
-            table.add_column(escape(name), justify="left" if first else "right", no_wrap=first)
-        for row in rows[1:]:
-            table.add_row(*(escape(row[index]) for index in shown))
-        console.print(table)
+        routers = rows[0][0] == "router"
+        parts = [list(_ON_SCREEN)] if routers else _parts(rows, console.width)
+        for part, shown in enumerate(parts):
+            table = Table(title=None if part else escape(title), title_justify="left", title_style="bold")
+            for index in shown:
+                first = index == 0
+                name = rows[0][index].replace(", ", ",\n")
+                table.add_column(escape(name), justify="left" if first else "right", no_wrap=first)
+            for row in rows[1:]:
+                if any(row[index] != NONE for index in shown[1:]):
+                    table.add_row(*(escape(row[index]) for index in shown))
+            console.print(table)
     for line in summary.sentences():
         console.print(f"[bold]{escape(line)}[/bold]", highlight=False)
     for line in [*notes(summary), *legend(summary)[:2]]:
         console.print(f"- {escape(line)}", highlight=False)
+
+
+def _parts(rows: Sequence[Sequence[str]], width: int) -> list[list[int]]:
+    """Columns of tables that fit ``width`` characters one below another, each with the first column."""
+
+    def needed(index: int) -> int:
+        words = rows[0][index].replace(",", ", ").split()
+        return 3 + max(map(len, [*words, *(row[index] for row in rows[1:])]), default=0)
+
+    first = 4 + max(len(row[0]) for row in rows)
+    parts: list[list[int]] = []
+    room = 0
+    for index in range(1, len(rows[0])):
+        if not parts or needed(index) > room:
+            parts.append([0])
+            room = width - first
+        parts[-1].append(index)
+        room -= needed(index)
+    return parts
 
 
 def picture(title: str, summary: Summary, path: Path) -> Path | None:

@@ -268,11 +268,12 @@ def _checkpoints(folder: Path) -> BestAndLast:
 
 
 def _without_reports(module: SparseModule) -> None:
-    """Leave out callbacks that only act in a test: pictures and further evaluations are not part of a comparison."""
+    """Leave out callbacks that only act in a test, or say so: pictures and checks are not part of a comparison."""
     configured = module.configure_callbacks
 
     def kept() -> list[Callback]:
-        return [c for c in configured() if _hooks(c) - {"on_test"}]  # type: ignore[union-attr]
+        callbacks: Any = configured()
+        return [c for c in callbacks if not getattr(c, "only_reports", False) and _hooks(c) - {"on_test"}]
 
     module.configure_callbacks = kept  # type: ignore[method-assign]
 

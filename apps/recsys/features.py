@@ -24,12 +24,14 @@ class CategoricalFeature:
 
 @dataclass(frozen=True)
 class ContinuousFeature:
-    """One column of numbers, as the training split has it. NaN and infinities are missing values and not in the figures.
+    """One column of numbers, as the training split has it. NaN and infinities are missing, and not in the figures.
 
     Attributes:
         name: of the column.
         mean, std: of the training split; std is 1 where the column is constant.
-        quantiles: distinct, ascending boundaries between bins of about equal count; empty where the column is constant.
+        quantiles: at most 255 distinct, ascending boundaries between bins of about equal count, where a frequent value
+            has a bin of its own: x is in bin i if ``quantiles[i - 1] < x <= quantiles[i]``, as in ``torch.bucketize``.
+            Empty where the column is constant.
         missing: share of the training split that is missing.
     """
 
@@ -38,6 +40,9 @@ class ContinuousFeature:
     std: float = 1.0
     quantiles: tuple[float, ...] = ()
     missing: float = 0.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "quantiles", tuple(self.quantiles))  # a list in a checkpoint
 
 
 @dataclass(frozen=True)
@@ -56,3 +61,7 @@ class Features:
     tasks: tuple[str, ...] = ()
     positives: tuple[float, ...] = ()
     num_domains: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("categorical", "continuous", "tasks", "positives"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))  # a list in a checkpoint

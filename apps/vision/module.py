@@ -58,6 +58,7 @@ class VisionClassifier(SparseModule):
 
     context_fields: ClassVar[tuple[str, ...]] = ("token_ids_BS",)
     data_arguments: ClassVar[tuple[str, ...]] = ("image_size", "in_chans", "num_classes")
+    readout: ClassVar[tuple[str, ...]] = ("model.head",)
     monitor: ClassVar[str] = "val/top1"
     monitor_mode: ClassVar[Literal["min", "max"]] = "max"
 

@@ -3,6 +3,7 @@
     topk_gate(logits_TE, ...)            scores, chosen experts and gates
     sort_pairs(expert_ids_N, E)          a stable order of the pairs by expert, and the offsets of the experts
     expert_ffn(x_TD, row_index_R, ...)   the two- or three-matrix expert over its rows, weighted by the gates
+    expert_linear(x_RD, w, ...)          one product of each row with its expert's matrix
     combine(y_RD, ...)                   sum over the rows of each token
 
 ``eager`` is the oracle and reads like the equations. ``cpu`` and ``grouped`` are held to it in output and gradients.

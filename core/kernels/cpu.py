@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import eager, grouped
 from .eager import ACTIVATIONS, accumulate_dtype, combine, sort_pairs, topk_gate
 from .pages import large_pages
 
@@ -301,4 +302,14 @@ def expert_ffn(
     return _cpu_expert_ffn(x, row_index_R, offsets_E, gates_R, w_in, w_out, b_in, b_out, w_gate, activation, keep)[0]
 
 
-__all__ = ["combine", "expert_ffn", "sort_pairs", "supports", "topk_gate"]
+def expert_linear(x_RD: Tensor, w: Tensor, offsets_E: Tensor, b: Tensor | None = None) -> Tensor:
+    """As ``eager.expert_linear``.
+
+    One grouped product, whose loop over experts is in C++: with hundreds of experts a few numbers wide a loop in Python
+    weighs as much as the products. Not rows padded to equal counts in one ``bmm``: that is E times the work where one
+    expert takes all.
+    """
+    return (grouped if grouped.supports("cpu", x_RD.dtype) else eager).expert_linear(x_RD, w, offsets_E, b)
+
+
+__all__ = ["combine", "expert_ffn", "expert_linear", "sort_pairs", "supports", "topk_gate"]

@@ -190,6 +190,26 @@ def expert_ffn(
     return y.to(x.dtype)
 
 
+def expert_linear(x_RD: Tensor, w: Tensor, offsets_E: Tensor, b: Tensor | None = None) -> Tensor:
+    """``y_r = x_r w_e + b_e``, with ``e`` the expert of row ``r``; zero in the rows past the last offset.
+
+    Args:
+        x_RD: (R, D) rows sorted by expert.
+        w: (E, D, F).
+        offsets_E: int32 (E,), inclusive counts.
+        b: (E, F).
+
+    Returns:
+        (R, F).
+    """
+    parts, start = [], 0
+    for e, end in enumerate(offsets_E.tolist()):
+        y_e = x_RD[start:end] @ w[e]
+        parts.append(y_e if b is None else y_e + b[e])
+        start = end
+    return torch.cat((*parts, x_RD.new_zeros(x_RD.shape[0] - start, w.shape[-1])))
+
+
 def combine(y_RD: Tensor, row_index_R: Tensor, offsets_E: Tensor, gates_R: Tensor | None, num_tokens: int) -> Tensor:
     """Sum of the (weighted) rows of each token, (T, D). Rows past the last offset may hold anything."""
     live_R = torch.arange(row_index_R.shape[0], device=y_RD.device) < offsets_E[-1]

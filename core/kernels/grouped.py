@@ -25,6 +25,9 @@ def _aligned(t: Tensor) -> Tensor:
 
 
 def _zero_tail(y_R: Tensor, offsets_E: Tensor) -> Tensor:
+    if y_R.device.type == "cpu":  # a look at the last offset costs nothing
+        y_R[int(offsets_E[-1]) :] = 0
+        return y_R
     live_R = torch.arange(y_R.shape[0], device=y_R.device) < offsets_E[-1]
     return y_R.masked_fill_(~live_R[:, None], 0)  # fill, not multiply: the tail may be NaN
 
@@ -87,6 +90,21 @@ def _bias_rows(bias: Tensor, expert_R: Tensor) -> Tensor:
     return bias.to(accumulate_dtype(bias.dtype)).index_select(0, expert_R).to(bias.dtype)
 
 
+def expert_of_rows(rows: Tensor, offsets_E: Tensor) -> Tensor:
+    """int64 (R,), the expert of each of the (R, ...) rows, E past the last offset."""
+    return torch.bucketize(torch.arange(rows.shape[0], device=rows.device), offsets_E, right=True)
+
+
+def expert_linear(x_RD: Tensor, w: Tensor, offsets_E: Tensor, b: Tensor | None = None) -> Tensor:
+    """As ``eager.expert_linear``, in one grouped product."""
+    y_RF = grouped_mm(x_RD, w, offsets_E)
+    if b is None:
+        return y_RF
+    expert_R = expert_of_rows(x_RD, offsets_E)
+    y_RF = y_RF + _bias_rows(b, expert_R.clamp_max(w.shape[0] - 1))
+    return y_RF.masked_fill((expert_R == w.shape[0])[:, None], 0)
+
+
 def expert_ffn(
     x: Tensor,
     row_index_R: Tensor | None,
@@ -107,8 +125,7 @@ def expert_ffn(
     x_R = x if row_index_R is None else x.index_select(0, row_index_R)
     live_R = torch.arange(x_R.shape[0], device=x.device) < offsets_E[-1]
     gates = torch.where(live_R, gates_R, 0).to(x.dtype)[:, None]
-    row_R = torch.arange(x_R.shape[0], device=x.device)
-    expert_R = torch.bucketize(row_R, offsets_E, right=True).clamp_max(w_in.shape[0] - 1)
+    expert_R = expert_of_rows(x_R, offsets_E).clamp_max(w_in.shape[0] - 1)
     h = grouped_mm(x_R, w_in, offsets_E)
     if b_in is not None:
         h = h + _bias_rows(b_in, expert_R)
@@ -125,4 +142,4 @@ def expert_ffn(
     return combine(y_R, row_index_R, offsets_E, None, x.shape[0]).to(x.dtype)
 
 
-__all__ = ["combine", "expert_ffn", "sort_pairs", "supports", "topk_gate"]
+__all__ = ["combine", "expert_ffn", "expert_linear", "expert_of_rows", "sort_pairs", "supports", "topk_gate"]

@@ -28,6 +28,7 @@ class TinyModel(SparseModule):
         hidden: F of the dense model's block.
         offers: its baselines: "dense_equal_flops", "dense_double_equal_flops" (a false claim), "dense_equal_params",
             "centroids" (no torch model), "none" (one that cannot exist).
+        further: metrics for the table beside top1; the module logs "top2" too.
         explodes_from: learning rates from here on give a NaN loss.
         optimizer: rates.
         ema_decay: of the average.
@@ -41,13 +42,14 @@ class TinyModel(SparseModule):
         moe: core.MoEConfig | None = None,
         hidden: int = 16,
         offers: list[str] | None = None,
+        further: list[str] | None = None,
         explodes_from: float = 1e9,
         optimizer: OptimizerConfig | None = None,
         ema_decay: float | None = None,
     ) -> None:
         super().__init__(optimizer=optimizer, ema_decay=ema_decay)
         self.moe, self.offers, self.explodes_from = moe, offers or ["dense_equal_flops"], explodes_from
-        self.moe_config, self.moe_dim = moe, D
+        self.moe_config, self.moe_dim, self.further = moe, D, tuple(further or ())
         self.embed = nn.Linear(2, TOKENS * D)
         dense = nn.Sequential(nn.Linear(D, hidden, bias=False), nn.GELU(), nn.Linear(hidden, D, bias=False))
         self.block = dense if moe is None else moe.build(D)
@@ -69,7 +71,13 @@ class TinyModel(SparseModule):
         return (batch[0],)
 
     def build_metrics(self) -> MetricCollection:
-        return MetricCollection({"top1": MulticlassAccuracy(CLASSES, average="micro")})
+        metrics = {"top1": MulticlassAccuracy(CLASSES, average="micro")}
+        metrics["top2"] = MulticlassAccuracy(CLASSES, top_k=2, average="micro")
+        return MetricCollection(metrics, compute_groups=False)
+
+    @property
+    def table_metrics(self) -> tuple[str, ...]:
+        return self.further
 
     def with_moe(self, moe: core.MoEConfig) -> TinyModel:
         return TinyModel(moe=moe, optimizer=self.optimizer_config, ema_decay=self.ema_decay)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.utilities import move_data_to_device
 
+import core
 from apps import routers
 from apps.cli import main as moesaic
 from apps.compare import command, training
@@ -18,7 +21,7 @@ from apps.compare.plan import Options, Plan, at_edge
 from apps.compare.stats import Interval, choose, mean_interval, paired_difference, quality_at, verdict
 from apps.compare.summary import summarize
 from apps.compare.systems import Cost, System, check_equal, claim, find_systems, label, measure_cost
-from apps.compare.table import cells, markdown
+from apps.compare.table import _parts, cells, markdown
 from apps.compare.training import Unit, shortened, train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -238,6 +241,43 @@ def test_a_false_claim_is_left_out_with_its_reason(config):
     assert found["none"].refused == "it coincides with another"
 
 
+@dataclass(frozen=True)
+class Points:
+    """A batch that is no tuple of tensors."""
+
+    x: torch.Tensor
+    y: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def to(self, device: torch.device) -> Points:
+        return Points(self.x.to(device), self.y.to(device))
+
+
+def test_a_batch_may_be_an_object_and_a_block_may_hold_the_layers(config, monkeypatch):
+    model, data = experiment(config).build("sparse")
+    kind = type(model)
+    x, y = next(iter(data.val_dataloader()))
+    whole = measure_cost(model, (x, y), ("block",))
+    monkeypatch.setattr(kind, "example_inputs", lambda self, batch: (batch,))
+    forward = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, batch: forward(self, batch.x))
+    assert measure_cost(model, Points(x, y), ("block",)) == whole
+    moved = move_data_to_device(Points(x, y), torch.device("cpu"))
+    assert isinstance(moved, Points)
+    # The MoE layer inside a block that the baseline has under the same name, and not under the layer's.
+    monkeypatch.setattr(kind, "replaced_blocks", ("block",))
+    model.block = torch.nn.Sequential(model.block)
+    assert list(core.moe_layers(model)) == ["block.0"]
+    found = find_systems(model, Points(x, y))
+    assert [s.refused for s in found] == ["", ""]
+    assert found[1].replaced_ratio == 1.0
+    monkeypatch.setattr(kind, "example_inputs", lambda self, batch: ())
+    with pytest.raises(ValueError, match="example_inputs gives nothing, which has no length to count examples by"):
+        measure_cost(model, Points(x, y), ())
+
+
 def test_nothing_to_compare_with(config):
     model, data = experiment(config, *offers("dense_double_equal_flops")).build("sparse")
     batch = next(iter(data.val_dataloader()))
@@ -292,22 +332,37 @@ def test_a_search_reads_no_test_data_and_keeps_no_checkpoint(config, tmp_path):
 
 # ---- the numbers
 
-
-def finished(test: float, curve: list[tuple[int, float, float]]) -> dict:
-    return {"test_quality": test, "train_seconds": curve[-1][1], "steps": curve[-1][0], "curve": curve}
+MEASURED = {"sparse": {"seconds_per_step": 0.3}, "dense_equal_flops": {"seconds_per_step": 0.2}}
 
 
-def summary(speeds: dict | None = None):
+def finished(test: float, curve: list[tuple[int, float, float]], **further: float) -> dict:
+    logged = {f"test/{name}": value for name, value in {"top1": test, **further}.items()}
+    return {
+        "test": logged,
+        "test_quality": test,
+        "train_seconds": curve[-1][1],
+        "steps": curve[-1][0],
+        "curve": curve,
+    }
+
+
+def summary(speeds: dict | None = None, others: dict | None = None, further: tuple[str, ...] = ()):
     found = [System("sparse", ""), System("dense_equal_flops", "wide"), System("trees", "", refused="no library")]
     finals = {
-        "sparse": [finished(0.9, [(5, 2.0, 0.6), (10, 4.0, 0.9)]), finished(0.8, [(5, 3.0, 0.5), (10, 6.0, 0.8)])],
+        "sparse": [
+            finished(0.9, [(5, 2.0, 0.6), (10, 4.0, 0.9)], auc_a=0.95, log_loss_a=0.4),
+            finished(0.8, [(5, 3.0, 0.5), (10, 6.0, 0.8)], auc_a=0.93, log_loss_a=0.6),
+        ],
         "dense_equal_flops": [
-            finished(0.7, [(5, 1.0, 0.5), (10, 2.0, 0.7)]),
-            finished(0.7, [(5, 2.0, 0.4), (10, 4.0, 0.7)]),
+            finished(0.7, [(5, 1.0, 0.5), (10, 2.0, 0.7)], auc_a=0.92),
+            finished(0.7, [(5, 2.0, 0.4), (10, 4.0, 0.7)], auc_a=0.92),
         ],
     }
-    rates = {"sparse": (0.1, True), "dense_equal_flops": (0.1, False)}
-    return summarize(found, finals, rates, speeds or {}, "test/top1", True, (0, 1))
+    rates = {"sparse": (0.1, True), "dense_equal_flops": (0.1, False), "forest": (None, False)}
+    if others:
+        found.append(System("forest", "no steps"))
+        finals |= others
+    return summarize(found, finals, rates, speeds or {}, "test/top1", True, (0, 1), further)
 
 
 def test_equal_time_ends_when_the_fastest_ends():
@@ -324,11 +379,48 @@ def test_equal_time_ends_when_the_fastest_ends():
 
 
 def test_equal_time_takes_the_measured_step_where_there_is_one():
-    s = summary({"sparse": {"seconds_per_step": 0.3}, "dense_equal_flops": {"seconds_per_step": 0.2}})
+    s = summary(MEASURED)
     # 10 steps of 0.2 s; sparse has done 6 of its own by then, its last validation was after 5.
     assert s.clock == "steps"
     assert s.equal_seconds == (2.0, 2.0)
     assert s.rows[0].equal_time.mean == pytest.approx(0.55)
+
+
+def test_an_estimator_takes_no_part_in_equal_time():
+    forest = [finished(0.6, [(None, 0.5, 0.6)]), finished(0.6, [(None, 0.5, 0.6)])]
+    for speeds, seconds in (({}, (2.0, 4.0)), (MEASURED, (2.0, 2.0))):
+        s = summary(speeds, {"forest": forest})
+        assert s.equal_seconds == seconds  # not the 0.5 s of the forest
+        assert s.clock == ("steps" if speeds else "recorded")
+        row = s.rows[2]
+        assert (row.equal_time, row.equal_time_difference) == (None, None)
+        assert row.difference.mean == pytest.approx(0.25)
+        assert row.train_seconds == 0.5
+    assert "Models without steps take no part." in markdown("T", s, [])
+
+
+def test_further_metrics_have_a_line_each_with_the_paired_difference():
+    forest = [finished(0.6, [(None, 0.5, 0.6)], auc_a=0.9), finished(0.6, [(None, 0.5, 0.6)], auc_a=0.9)]
+    s = summary(others={"forest": forest}, further=("auc_a", "log_loss_a", "auc_b"))
+    assert "auc_a" in s.shares
+    assert "log_loss_a" not in s.shares
+    table = cells(s)
+    titles = [line[0] for line in table]
+    place = titles.index("test auc_a, %")
+    # Differences to the dense model 0.03, 0.01: mean 0.02, half 12.706 * 0.01; to the forest 0.05, 0.03.
+    assert table[place][1:] == ["94.00 ± 12.71", "92.00 ± 0.00", "90.00 ± 0.00"]
+    assert table[place + 1] == ["  sparse minus it, points", "–", "+2.00 ± 12.71", "+4.00 ± 12.71"]
+    # A loss is shown as it is; only the sparse model reports it here.
+    assert table[titles.index("test log_loss_a")][1:] == ["0.5 ± 1.271", "–", "–"]
+    assert not any("auc_b" in title for title in titles)  # nobody reports it
+
+
+def test_a_wide_table_is_shown_in_parts_that_fit():
+    rows = [["", "sparse", "dense, equal FLOPs", "trees"], ["test top1, %", "94.00 ± 12.71", "92.00 ± 0.00", "–"]]
+    # First column 4 + 12; then 3 + 13, 3 + 12, 3 + 5.
+    assert _parts(rows, 55) == [[0, 1, 2, 3]]
+    assert _parts(rows, 54) == [[0, 1, 2], [0, 3]]
+    assert _parts(rows, 10) == [[0, 1], [0, 2], [0, 3]]
 
 
 def test_sentences_say_what_the_interval_allows():
@@ -362,7 +454,7 @@ def test_table_shows_intervals_edges_and_what_was_left_out():
 def test_compare_end_to_end_and_again(config, tmp_path, monkeypatch, capsys):
     output = tmp_path / "out"
     argv = ["compare", str(config), "--seeds", "2", "--output", str(output), "--rounds", "0", *offers(
-        "dense_equal_flops", "dense_double_equal_flops", "centroids")]  # fmt: skip
+        "dense_equal_flops", "dense_double_equal_flops", "centroids"), "--model.further", '["top2"]']  # fmt: skip
     stop_after, done = 4, []
     real = training.train
 
@@ -387,7 +479,10 @@ def test_compare_end_to_end_and_again(config, tmp_path, monkeypatch, capsys):
     assert results["summary"]["rows"][1]["system"]["replaced_ratio"] == 1.0
     assert results["machine"]["torch"] == torch.__version__
     assert (output / "quality_against_flops.png").stat().st_size > 5000
-    assert "| test top1, % |" in (output / "table.md").read_text()
+    page = (output / "table.md").read_text()
+    assert "| test top1, % |" in page
+    (line,) = (line for line in page.splitlines() if line.startswith("| test top2, % |"))
+    assert line.endswith("| – |")  # the centroids know no second class
 
     monkeypatch.setattr(command, "train", lambda *a: pytest.fail("trained again"))
     assert moesaic(argv) == 0
@@ -489,6 +584,20 @@ def test_routers_are_compared_at_equal_active_flops(config, tmp_path, capsys):
     assert found[1]["system"]["replaced_ratio"] == 1.0
     assert 1 <= found[1]["routing"]["load_imbalance"] <= 4
     assert found[1]["routing"]["drop_rate"] == 0
+
+
+def test_two_routers_may_not_share_a_name(config, tmp_path, capsys):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    first, second = overlay(tmp_path / "a" / "mine.yaml"), overlay(tmp_path / "b" / "mine.yaml", top_k=1)
+    with pytest.raises(ValueError, match=f"routers {first} and {second} would both be 'mine' in the table: rename"):
+        routers.resolve([first, second])
+    assert routers.resolve([first, str(tmp_path / "b" / ".." / "a" / "mine.yaml")]) == (first,)
+    with pytest.raises(ValueError, match="would both be 'mine'"):
+        routers.variants(experiment(config).module("sparse"), [first, second])
+    argv = ["compare", str(config), "--output", str(tmp_path / "o"), "--routers", first, second]
+    assert moesaic(argv) == 1
+    assert "would both be 'mine' in the table" in capsys.readouterr().err
 
 
 def test_an_unknown_router_is_named(config, tmp_path, capsys):

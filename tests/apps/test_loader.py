@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import random
+
+import numpy as np
 import pytest
 import torch
 from tiny_app import NoisyPoints
+from torch.utils.data.distributed import DistributedSampler
 
-from apps.loader import ResumableLoader, seeded
+from apps.loader import ResumableLoader, _Sampler, seeded
 
 
 def batches(loader: ResumableLoader, epoch: int = 0) -> list[torch.Tensor]:
@@ -54,6 +58,56 @@ def test_resumed_in_mid_epoch_it_serves_the_rest_and_then_whole_epochs(points, w
     resumed.load_state_dict(state)
     assert same(whole[1:], batches(resumed, epoch=2))
     assert same(batches(ResumableLoader(points, 4, seed=1), 3), batches(resumed, epoch=3))
+
+
+class ByBatch:
+    """Positions, as a tensor where no random numbers are drawn."""
+
+    def __len__(self):
+        return 10
+
+    def __getitems__(self, positions):
+        assert isinstance(positions, torch.Tensor)
+        return positions.clone()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_without_draws_it_serves_the_same_order_and_resumes_too(points, workers):
+    def loader():
+        return ResumableLoader(ByBatch(), 4, seed=1, collate_fn=lambda x: x, draws=False, num_workers=workers)
+
+    def epoch(loader, number):
+        loader.batch_sampler.sampler.set_epoch(number)
+        return [b.tolist() for b in loader]
+
+    drawing = ResumableLoader(list(range(10)), 4, seed=1)
+    drawing.batch_sampler.sampler.set_epoch(2)
+    whole = [b.tolist() for b in drawing]
+    random_state, numpy_state = random.getstate(), np.random.get_state()[1].tolist()
+    assert epoch(loader(), 2) == whole
+    assert random.getstate() == random_state
+    assert np.random.get_state()[1].tolist() == numpy_state
+    stopped = loader()
+    stopped.batch_sampler.sampler.set_epoch(2)
+    next(iter(stopped))
+    resumed = loader()
+    resumed.load_state_dict(stopped.state_dict())
+    assert epoch(resumed, 2) == whole[1:]
+    # A dataset without __getitems__ is read example by example.
+    plain = ResumableLoader(list(range(10)), 4, seed=1, draws=False)
+    assert epoch(plain, 2) == whole
+
+
+@pytest.mark.parametrize(("size", "processes"), [(10, 1), (10, 3), (2, 5), (9, 4)])
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_the_sampler_s_order_is_that_of_distributed_sampler(size, processes, shuffle):
+    for rank in range(processes):
+        options = {"num_replicas": processes, "rank": rank, "shuffle": shuffle, "seed": 3}
+        expected, found = DistributedSampler(range(size), **options), _Sampler(range(size), **options)
+        for epoch in (0, 4):
+            expected.set_epoch(epoch)
+            found.set_epoch(epoch)
+            assert found.order().tolist() == list(found) == list(expected)
 
 
 def test_without_shuffling_the_order_is_the_dataset_s(points):

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import math
 import random
 import warnings
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Trainer
 from tiny_app import TinyData, TinyModule
+from torchmetrics import Metric
 
 import apps.callbacks
 import core
@@ -26,7 +29,15 @@ from apps.callbacks import (
     generator_state,
     restore_generators,
 )
-from apps.training import OptimizerConfig, from_plain, model_size, parameter_groups, routing_metrics, to_plain
+from apps.training import (
+    OptimizerConfig,
+    from_plain,
+    model_size,
+    num_examples,
+    parameter_groups,
+    routing_metrics,
+    to_plain,
+)
 
 MOE = core.MoEConfig(num_experts=4, router=core.TokenChoice(top_k=2), expert=core.FFN(hidden_dim=8, bias=True))
 BIAS_ROUTER = core.TokenChoice(top_k=2, expert_bias=True)
@@ -335,6 +346,71 @@ def test_routing_size_and_speed_are_logged(tmp_path):
     assert float(columns["train/examples_per_second"]) > 0
     # Linear 2 x 8, router 8 x 4, two of four experts with 2 x 8 x 8, linear 8 x 3; two FLOPs a multiply-add.
     assert float(columns["model/flops_per_example"]) == 2 * (2 * 8 + 8 * 4 + 2 * 2 * 8 * 8 + 8 * 3)
+
+
+class Counts(Metric):
+    """Two values a pass, and how often they were asked for. ``groups`` are counted where they are given."""
+
+    full_state_update = False
+    asked: ClassVar[list[int]] = []
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("right", torch.zeros(()), "sum")
+        self.add_state("seen", torch.zeros(()), "sum")
+        self.add_state("groups", torch.zeros(()), "sum")
+
+    def update(self, outputs, targets, groups=None) -> None:
+        self.right += (outputs.argmax(1) == targets).sum()
+        self.seen += len(targets)
+        self.groups += 0 if groups is None else len(groups.unique())
+
+    def compute(self) -> dict[str, torch.Tensor]:
+        self.asked.append(int(self.seen))
+        return {"top1": self.right / self.seen, "groups": self.groups, "seen": self.seen}
+
+
+class CountingModule(TinyModule):
+    monitor = "val/top1"
+    table_metrics = ("groups",)
+    grouped = False
+
+    def build_metrics(self) -> Counts:
+        return Counts()
+
+    def task_loss(self, batch):
+        out = super().task_loss(batch)
+        return dataclasses.replace(out, groups=torch.arange(out.num_examples) // 4) if self.grouped else out
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_metric_of_many_values_is_computed_once_a_pass(tmp_path, monkeypatch, grouped):
+    monkeypatch.setattr(CountingModule, "grouped", grouped)
+    monkeypatch.setattr(Counts, "asked", [])
+    module = CountingModule(3)
+    made = fit(module, tmp_path, max_epochs=2)
+    # 24 points in batches of 8: all of them, each epoch anew.
+    assert Counts.asked == [24, 24]
+    logged = made.callback_metrics
+    assert float(logged["val/groups"]) == (6 if grouped else 0)
+    assert {"val/top1", "val/groups", "val/loss"} <= set(made.progress_bar_metrics)
+    assert "val/seen" not in made.progress_bar_metrics
+    assert float(rows(tmp_path)[-1]["val/seen"]) == 24
+    (found,) = made.test(module, TinyData(), verbose=False)
+    assert found["test/top1"] == float(logged["val/top1"])  # the same points
+    assert Counts.asked == [24, 24, 24]
+    assert module.stage_metrics("test").seen == 0
+
+
+def test_examples_are_counted_by_the_first_argument_with_a_length():
+    class Batch:
+        def __len__(self) -> int:
+            return 7
+
+    assert num_examples((torch.zeros(3, 2), Batch())) == 3
+    assert num_examples(({"a": 1}, [1, 2], "abc", torch.tensor(1.0), Batch())) == 7
+    with pytest.raises(ValueError, match="gives dict, which has no length to count examples by"):
+        num_examples(({"a": torch.zeros(3)},))
 
 
 def test_counting_the_size_changes_neither_generators_nor_mode():

@@ -405,7 +405,7 @@ def test_the_scope_says_whether_ranks_share_their_sums():
     found = {}
     for scope in ("global", "rank"):
         entry = Entry("", decided, None, Balance(router_z=0, scope=scope), frozenset(TERMS))
-        with mock.patch("core.layers._all_reduce", added_up):
+        with mock.patch("core.layers.losses._all_reduce", added_up):
             found[scope] = aux_losses(Tape((entry,))).terms["load_balancing"].item()
     alone = balance_sums(decided, frozenset({"load_balancing"}))
     assert found["rank"] == balance_terms(alone)["load_balancing"].item()

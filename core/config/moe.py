@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
-from .experts import FFN, ExpertConfig
-from .kernels import BACKENDS
-from .layers import MergedMoE, MoE, SoftMoE
-from .routing.balance import Balance
-from .routing.router import LAYER_OPTIONS, RouterConfig, TokenChoice
-from .routing.selection import Capacity, check_group
+from ..experts import FFN, ExpertConfig
+from ..kernels import BACKENDS
+from ..layers import MergedMoE, MoE, SoftMoE
+from ..routing.balance import Balance
+from ..routing.router import LAYER_OPTIONS, RouterConfig, TokenChoice
+from ..routing.selection import Capacity, check_group
+from .plain import make, to_plain
 
 LAYERS: dict[str, type[MoE]] = {"pairs": MoE, "slots": SoftMoE, "merged": MergedMoE}
 """The layer of each ``RouterConfig.layer_kind``."""
@@ -144,7 +144,7 @@ class MoEConfig:
         rows = self.router.rows_per_token(self.num_experts, tokens_per_group) * min(1.0, self.capacity_factor or 1.0)
         layer = self.router.layer_flops_per_token(
             dim,
-            dim if out_dim is None else out_dim,
+            self.expert.out_dim(dim) if out_dim is None else out_dim,
             self.num_experts,
             self.expert.num_params(dim, out_dim),
             tokens_per_group,
@@ -157,7 +157,7 @@ class MoEConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and numbers, as in YAML: parts that may be of several classes name theirs."""
-        return {f.name: _to_plain(getattr(self, f.name)) for f in fields(self)}
+        return {f.name: to_plain(getattr(self, f.name)) for f in fields(self)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> MoEConfig:
@@ -166,39 +166,4 @@ class MoEConfig:
         Raises:
             ValueError: an unknown field or class, naming it.
         """
-        parts = {name: _from_plain(value) for name, value in values.items()}
-        if isinstance(parts.get("balance"), dict):
-            parts["balance"] = _make(Balance, parts["balance"])
-        return _make(cls, parts)
-
-
-def _to_plain(value: Any) -> Any:
-    if not is_dataclass(value) or isinstance(value, type):
-        return value
-    args = {f.name: _to_plain(getattr(value, f.name)) for f in fields(value)}
-    if isinstance(value, Balance):
-        return args
-    kind = type(value)
-    module = "core" if kind.__module__.split(".")[0] == "core" else kind.__module__
-    return {"class_path": f"{module}.{kind.__qualname__}", "init_args": args}
-
-
-def _from_plain(value: Any) -> Any:
-    if not isinstance(value, dict) or "class_path" not in value:
-        return value
-    module, _, name = value["class_path"].rpartition(".")
-    try:
-        kind = getattr(importlib.import_module(module or "core"), name)
-    except (ImportError, AttributeError):
-        raise ValueError(f"class_path={value['class_path']!r} cannot be imported") from None
-    if not (isinstance(kind, type) and issubclass(kind, (RouterConfig, ExpertConfig))):
-        raise ValueError(f"class_path={value['class_path']!r} is neither a router config nor an expert config")
-    return _make(kind, value.get("init_args", {}))
-
-
-def _make(kind: type, args: dict[str, Any]) -> Any:
-    known = {f.name for f in fields(kind)}
-    for name in args:
-        if name not in known:
-            raise ValueError(f"{kind.__name__} has no field {name!r}; it has {', '.join(sorted(known))}")
-    return kind(**args)
+        return make(cls, values)

@@ -1,4 +1,4 @@
-"""The files of the standard tables, each as ``RawTables``: values as they stand in the files."""
+"""What a dataset reader returns."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Experts with stacked parameters: one tensor holds a weight of all E experts. A config lies beside what it builds."""
+"""Feed-forward experts: two products, or three where they are gated."""
 
 from __future__ import annotations
 
@@ -9,36 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .contract import Rows
-from .kernels import BACKENDS, resolve_backend
-from .kernels.eager import ACTIVATIONS
-
-
-class Experts(nn.Module):
-    """Base of all experts: ``experts(rows)`` returns the rows computed.
-
-    A subclass may read ``rows.materialize()``, (R, D) rows sorted by expert, and ``rows.offsets_E``, and return
-    ``rows.with_output(y_RD)``; the dispatcher weights and sums. See ``FFNExperts`` for one that does it all itself.
-    """
-
-    def forward(self, rows: Rows) -> Rows:
-        raise NotImplementedError
-
-    def dense(self, x: Tensor) -> Tensor:
-        """Every token through every expert, summed: how shared experts run. (..., D) to (..., D_out)."""
-        raise NotImplementedError
-
-    def merged(self, x: Tensor, weights: Tensor) -> Tensor:
-        """Each group of tokens through one expert whose parameters are a weighted sum of those of all E.
-
-        Args:
-            x: (G, S, D), tokens by group.
-            weights: float32 (G, E), the share of each expert.
-
-        Returns:
-            (G, S, D_out).
-        """
-        raise NotImplementedError(f"{type(self).__name__} cannot be merged: it has no method `merged`")
+from ..contract import Rows
+from ..kernels import BACKENDS, resolve_backend
+from ..kernels.eager import ACTIVATIONS
+from .base import ExpertConfig, Experts, autocast_together, first_linear, next_linear
 
 
 class FFNExperts(Experts):
@@ -80,7 +54,7 @@ class FFNExperts(Experts):
                     nn.init.uniform_(bias, -bound, bound)
 
     def forward(self, rows: Rows) -> Rows:
-        x, *weights = _autocast(rows.x, self.w_in, self.w_out, self.b_in, self.b_out, self.w_gate)
+        x, *weights = autocast_together(rows.x, self.w_in, self.w_out, self.b_in, self.b_out, self.w_gate)
         plan = rows.plan
         y = BACKENDS[resolve_backend(self.backend, x.device, x.dtype)].expert_ffn(
             x,
@@ -105,6 +79,19 @@ class FFNExperts(Experts):
         assert y is not None
         return y
 
+    def each(self, x: Tensor, counts: tuple[int, ...] | None = None, real_T: Tensor | None = None) -> Tensor:
+        counts = (self.num_experts,) if counts is None else counts
+        n, x = sum(counts), x if x.ndim == 3 else x.unsqueeze(0)
+        parts = (self.w_in, self.w_out, self.b_in, self.b_out, self.w_gate)
+        x, *cast = autocast_together(x, *(None if w is None else w[:n] for w in parts))
+        w_in, w_out, b_in, b_out, w_gate = cast
+        assert w_in is not None
+        assert w_out is not None
+        act = ACTIVATIONS[self.activation]
+        h_TnF = first_linear(x, w_in, b_in, counts)
+        h_TnF = act(h_TnF) if w_gate is None else act(first_linear(x, w_gate, None, counts)) * h_TnF
+        return next_linear(h_TnF, w_out, b_out)
+
     def merged(self, x: Tensor, weights: Tensor) -> Tensor:
         # The sum over experts in the parameters' own dtype: under autocast it is rounded once, after it.
         with torch.autocast(x.device.type, enabled=False):
@@ -112,7 +99,7 @@ class FFNExperts(Experts):
                 None if w is None else (weights.to(w.dtype) @ w.flatten(1)).unflatten(1, w.shape[1:])
                 for w in (self.w_in, self.w_out, self.b_in, self.b_out, self.w_gate)
             ]
-        x, *cast = _autocast(x, *parts)
+        x, *cast = autocast_together(x, *parts)
         w_in, w_out, b_in, b_out, w_gate = cast
         assert w_in is not None
         assert w_out is not None
@@ -128,34 +115,6 @@ class FFNExperts(Experts):
         E, D, H = self.w_in.shape
         gated = ", gated" if self.w_gate is not None else ""
         return f"num_experts={E}, dim={D}, hidden_dim={H}, activation={self.activation}{gated}, backend={self.backend}"
-
-
-def _autocast(x: Tensor, *weights: Tensor | None) -> tuple[Tensor, *tuple[Tensor | None, ...]]:
-    """Tokens and weights in the dtype of the products: autocast does not know custom ops."""
-    kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    if dtype is None or x.dtype == torch.float64:
-        wrong = next((w for w in weights if w is not None and w.dtype != x.dtype), None)
-        if wrong is not None:
-            raise ValueError(f"tokens are {x.dtype} and expert weights {wrong.dtype}: they must agree outside autocast")
-        return x, *weights
-    return x.to(dtype), *(None if w is None else w.to(dtype) for w in weights)
-
-
-@dataclass(frozen=True)
-class ExpertConfig:
-    """Base of the expert configs: a subclass is a frozen dataclass with ``build`` and the costs of one expert."""
-
-    def build(self, num_experts: int, dim: int, out_dim: int | None = None, backend: str = "auto") -> Experts:
-        raise NotImplementedError
-
-    def num_params(self, dim: int, out_dim: int | None = None) -> int:
-        """Of one expert."""
-        raise NotImplementedError
-
-    def flops_per_row(self, dim: int, out_dim: int | None = None) -> int:
-        """Forward FLOPs of one expert on one row, two a multiply-add; activations are not counted."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,80 @@
+"""What a multi-gate layer is compared with, under its interface: a shared bottom, and models that share nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from torch import Tensor, nn
+
+import core
+
+_OWN = ("num_experts", "expert", "backend")
+
+
+@dataclass(frozen=True)
+class SharedBottom(core.MultiGateConfig):
+    """One network that all tasks' towers read (Caruana, 1997): a multi-gate layer of one expert, without gates.
+
+    Attributes:
+        num_experts: 1.
+        expert: the network.
+
+    Raises:
+        ValueError: more than one expert, or an option of gates.
+    """
+
+    num_experts: int = 1
+    expert: core.ExpertConfig = core.MLP((128,))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        kind = type(self).__name__
+        if self.num_experts != 1:
+            raise ValueError(f"num_experts={self.num_experts}: {kind} has one network, as wide as its expert")
+        for f in fields(self):
+            if f.name not in _OWN and getattr(self, f.name) != f.default:
+                raise ValueError(f"{f.name}={getattr(self, f.name)!r} has no meaning for {kind}, which has no gates")
+
+    def _networks(self, num_tasks: int) -> int:
+        return 1
+
+    def build(self, dim: int, num_tasks: int, num_domains: int = 0) -> BottomLayer:  # type: ignore[override]
+        """The layer for examples (B, ``dim``). It asks for no scenario."""
+        experts = self.expert.build(self._networks(num_tasks), dim, backend=self.backend)
+        return BottomLayer(experts, self._networks(num_tasks), num_tasks)
+
+    def num_params(self, dim: int, num_tasks: int, num_domains: int = 0) -> int:
+        return self._networks(num_tasks) * self.expert.num_params(dim)
+
+    def active_params(self, dim: int, num_tasks: int, num_domains: int = 0) -> int:
+        return self.num_params(dim, num_tasks)
+
+    def flops_per_token(self, dim: int, num_tasks: int, num_domains: int = 0, *, batch_size: int | None = None) -> int:
+        return self._networks(num_tasks) * self.expert.flops_per_row(dim)
+
+
+@dataclass(frozen=True)
+class SingleTask(SharedBottom):
+    """A model of its own for each task: nothing is shared, the embeddings of the columns neither."""
+
+    def _networks(self, num_tasks: int) -> int:
+        return num_tasks
+
+
+class BottomLayer(nn.Module):
+    """Layer of ``SharedBottom`` and ``SingleTask``.
+
+    Args:
+        experts: the networks.
+        num_networks: 1, or one a task.
+        num_tasks: t.
+    """
+
+    def __init__(self, experts: core.Experts, num_networks: int, num_tasks: int) -> None:
+        super().__init__()
+        self.experts, self.num_networks, self.num_tasks = experts, num_networks, num_tasks
+
+    def forward(self, x: Tensor, context: core.RoutingContext | None = None) -> Tensor:
+        """(B, D), or (t, B, D) where each task has an input of its own, to (t, B, D_out)."""
+        counts = (self.num_networks,) if x.ndim == 2 else (1,) * self.num_networks
+        return self.experts.each(x, counts).transpose(0, 1).expand(self.num_tasks, -1, -1)

@@ -1,0 +1,268 @@
+"""From arrow tables to column files: split the rows, learn from the training rows, encode column by column.
+
+Beside the arrow tables, one column at a time is in memory; what is encoded goes to mapped files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from apps.recsys import encode
+from apps.recsys.columns import ColumnWriter
+from apps.recsys.encode import Part
+from apps.recsys.features import CategoricalFeature, ContinuousFeature, Features
+from apps.recsys.readers import RawTables
+from apps.recsys.report import SPLITS, TableReport
+from apps.recsys.schema import TableConfig, nearest
+from apps.recsys.splits import Splits, split_rows
+
+_WHERE = {"train": "the training table", "val": "the validation table", "test": "the test table"}
+
+
+def build(raw: RawTables, config: TableConfig, writer: ColumnWriter) -> None:
+    """Encode ``raw`` by ``config``, which is its own or the user's, and finish ``writer``.
+
+    Raises:
+        ValueError: a missing column, a value of a wrong type, an empty split, a task with one class in training, a
+            scenario that training lacks, a missing user or time where rows are split by them.
+    """
+    _Build(raw, config, writer).run()
+
+
+@dataclass
+class _Build:
+    raw: RawTables
+    config: TableConfig
+    writer: ColumnWriter
+    tables: dict[str, pa.Table] = field(init=False)
+    masks: dict[str, NDArray[np.bool_]] = field(init=False)
+    report: TableReport = field(init=False)
+    warnings: list[str] = field(init=False, default_factory=list)
+    vocabularies: dict[str, int] = field(init=False, default_factory=dict)
+
+    def run(self) -> None:
+        raw, config = self.raw, self.config
+        given = {"train": raw.train, "val": raw.val, "test": raw.test}
+        self.tables = {name: table for name, table in given.items() if table is not None}
+        self._check_columns()
+        labels = self._labels()
+        user = None if config.user is None else self._user(config.user)
+        splits = self._split(labels, user)
+        num_rows = sum(len(table) for table in self.tables.values())
+        self.masks = {}
+        for name in SPLITS:
+            mask = np.zeros(num_rows, dtype=bool)
+            mask[getattr(splits, name)] = True
+            self.masks[name] = mask
+            self.writer.save(name, getattr(splits, name))
+        self.report = TableReport(rows={name: int(mask.sum()) for name, mask in self.masks.items()})
+        positives = self._write_labels(labels, num_rows)
+        if user is not None:
+            self.writer.save("group", user)
+            self._check_users(user)
+        num_domains = 0 if config.domain is None else self._write_domain(config.domain, num_rows)
+        features = Features(
+            categorical=(*self._write_categorical(labels, num_rows), *self._write_multi_valued()),
+            continuous=self._write_continuous(labels, num_rows),
+            tasks=tuple(config.tasks),
+            positives=positives,
+            num_domains=num_domains,
+        )
+        self.report.warnings.extend(self.warnings)
+        self.writer.finish(
+            {
+                "features": asdict(features),
+                "report": asdict(self.report),
+                "vocabularies": self.vocabularies,
+                "split_seed": config.split.seed,
+            }
+        )
+
+    # ---- before the split
+
+    def _check_columns(self) -> None:
+        for split, table in self.tables.items():
+            for column, role in self.config.roles.items():
+                if column not in table.column_names:
+                    raise ValueError(
+                        f"column {column!r} ({role}) is not in {_WHERE[split]}{nearest(column, table.column_names)}"
+                    )
+            if not len(table):
+                raise ValueError(f"{_WHERE[split]} has no rows")
+
+    def _parts(self, column: str) -> list[Part]:
+        return [(_WHERE[name], table.column(column)) for name, table in self.tables.items()]
+
+    def _labels(self) -> dict[str, NDArray[np.float32]]:
+        return {n: encode.to_labels(self._parts(t.column), n, t) for n, t in self.config.tasks.items()}
+
+    def _user(self, column: str) -> NDArray[np.int64]:
+        codes = encode.factorize(self._parts(column), column).codes
+        if (codes == encode.MISSING).any():
+            row = int(np.argmax(codes == encode.MISSING))
+            raise ValueError(f"column {column!r} names the users, but has no value in row {row}")
+        return codes
+
+    def _split(self, labels: Mapping[str, NDArray[np.float32]], user: NDArray[np.int64] | None) -> Splits:
+        config = self.config.split
+        time = None
+        if config.kind in ("time", "leave_last_out") and self.config.time is not None:
+            time = encode.to_order(self._parts(self.config.time)[:1], self.config.time)
+        num = {name: len(table) for name, table in self.tables.items()}
+        first = slice(0, num["train"])
+        return split_rows(
+            config,
+            num["train"],
+            num.get("val"),
+            num.get("test"),
+            user=None if user is None else user[first],
+            time=time,
+            label=None if config.stratify is None else labels[config.stratify][first],
+        )
+
+    # ---- after it
+
+    def _write_labels(self, labels: Mapping[str, NDArray[np.float32]], num_rows: int) -> tuple[float, ...]:
+        matrix = self.writer.create("label", (num_rows, len(labels)), np.float32)
+        positives = []
+        for t, (name, label) in enumerate(labels.items()):
+            matrix[:, t] = label
+            self.report.labelled[name], self.report.positives[name] = {}, {}
+            for split, mask in self.masks.items():
+                mine = label[mask]
+                mine = mine[~np.isnan(mine)]
+                share = float(mine.mean(dtype=np.float64)) if len(mine) else 0.0
+                self.report.labelled[name][split], self.report.positives[name][split] = len(mine), share
+                if mask.any() and share in (0.0, 1.0):
+                    which = "no label" if not len(mine) else "positive labels alone" if share else "no positive label"
+                    message = f"task {name!r} has {which} in the {split} split"
+                    if split == "train":
+                        raise ValueError(f"{message}: there is nothing to learn")
+                    self.warnings.append(f"{message}: its AUC is not defined there")
+            positives.append(self.report.positives[name]["train"])
+        return tuple(positives)
+
+    def _check_users(self, user: NDArray[np.int64]) -> None:
+        if self.config.split.kind != "user":
+            return
+        train = np.zeros(int(user.max()) + 1, dtype=bool)
+        train[user[self.masks["train"]]] = True
+        for split in ("val", "test"):
+            mine = np.unique(user[self.masks[split]])
+            both = int(train[mine].sum())
+            if both:
+                self.warnings.append(
+                    f"the split is by user, but {both} of the {len(mine)} users in {split} are in training too"
+                )
+
+    def _write_domain(self, column: str, num_rows: int) -> int:
+        codes = encode.factorize(self._parts(column), column)
+        encoded = encode.to_vocabulary(codes, self.masks["train"])
+        bad = encoded.rows == 0
+        if bad.any():
+            row = int(np.argmax(bad))
+            code = int(codes.codes[row])
+            what = "no value" if code == encode.MISSING else f"{codes.values[code].as_py()!r}, which training lacks,"
+            raise ValueError(f"column {column!r} names the scenario, but holds {what} in row {row}")
+        self.writer.save("domain", encoded.rows - 1)
+        self._write_vocabulary(column, encoded.values)
+        return encoded.num_rows - 1
+
+    def _write_categorical(
+        self, labels: Mapping[str, NDArray[np.float32]], num_rows: int
+    ) -> tuple[CategoricalFeature, ...]:
+        columns = self.config.categorical
+        matrix = self.writer.create("categorical", (num_rows, len(columns)), np.int32)
+        features = []
+        for f, column in enumerate(columns):
+            codes = encode.factorize(self._parts(column), column)
+            encoded = self._encode(codes, column, self.masks["train"], np.arange(num_rows))
+            matrix[:, f] = encoded.rows
+            self._describe(column, codes.codes == encode.MISSING, encoded.unseen)
+            self._check_leak(column, codes.codes, labels)
+            features.append(CategoricalFeature(column, encoded.num_rows, hashed=column in self.config.hash_rows))
+        return tuple(features)
+
+    def _write_multi_valued(self) -> tuple[CategoricalFeature, ...]:
+        features = []
+        for i, column in enumerate(self.config.multi_valued):
+            offsets, codes = encode.split_values(self._parts(column), column, self.config.separator)
+            lengths = np.diff(offsets)
+            row = np.repeat(np.arange(len(lengths)), lengths)
+            encoded = self._encode(codes, column, np.repeat(self.masks["train"], lengths), row)
+            self.writer.save(f"multi{i}_offsets", offsets)
+            self.writer.save(f"multi{i}_values", encoded.rows)
+            self._describe(column, lengths == 0, encoded.unseen, lengths)
+            hashed = column in self.config.hash_rows
+            features.append(CategoricalFeature(column, encoded.num_rows, multi_valued=True, hashed=hashed))
+        return tuple(features)
+
+    def _encode(
+        self, codes: encode.Codes, column: str, train: NDArray[np.bool_], row: NDArray[np.int64]
+    ) -> encode.Rows:
+        config = self.config
+        if column in config.num_rows:
+            return encode.to_given(codes, train, config.num_rows[column], column, row)
+        if column in config.hash_rows:
+            return encode.to_hashed(codes, train, config.hash_rows[column])
+        encoded = encode.to_vocabulary(codes, train, config.min_count)
+        self._write_vocabulary(column, encoded.values)
+        return encoded
+
+    def _write_vocabulary(self, column: str, values: pa.StringArray | None) -> None:
+        """The text of each row from 1 on, as UTF-8 bytes and offsets: readable without arrow."""
+        assert values is not None
+        if column in self.vocabularies:  # the scenario may be a feature too
+            return
+        number = self.vocabularies[column] = len(self.vocabularies)
+        offsets, content = encode.utf8(values)
+        self.writer.save(f"vocabulary{number}_offsets", offsets - offsets[0])
+        self.writer.save(f"vocabulary{number}_bytes", content[offsets[0] : offsets[-1]])
+
+    def _write_continuous(
+        self, labels: Mapping[str, NDArray[np.float32]], num_rows: int
+    ) -> tuple[ContinuousFeature, ...]:
+        columns = self.config.continuous
+        matrix = self.writer.create("dense", (num_rows, len(columns)), np.float32)
+        features = []
+        for c, column in enumerate(columns):
+            values = encode.to_float32(encode.to_numbers(self._parts(column), column))
+            matrix[:, c] = values
+            s = encode.statistics(values[self.masks["train"]])
+            self._describe(column, np.isnan(values), None)
+            self._check_leak(column, np.unique(values, return_inverse=True)[1], labels)
+            features.append(ContinuousFeature(column, s.mean, s.std, s.quantiles, s.missing))
+        return tuple(features)
+
+    def _describe(
+        self,
+        column: str,
+        missing: NDArray[np.bool_],
+        unseen: NDArray[np.bool_] | None,
+        lengths: NDArray[np.int64] | None = None,
+    ) -> None:
+        """Shares of a column in each split: of its rows that are missing, of its values that training lacks."""
+        self.report.missing[column] = {s: _share(missing[mask]) for s, mask in self.masks.items()}
+        if unseen is not None:
+            masks = self.masks if lengths is None else {s: np.repeat(m, lengths) for s, m in self.masks.items()}
+            self.report.unseen[column] = {s: _share(unseen[mask]) for s, mask in masks.items()}
+
+    def _check_leak(self, column: str, codes: NDArray[Any], labels: Mapping[str, NDArray[np.float32]]) -> None:
+        train = self.masks["train"]
+        mine = codes[train]
+        for name, label in labels.items():
+            if encode.determines(mine, label[train]):
+                self.warnings.append(
+                    f"column {column!r} determines the label of task {name!r} in every training row: "
+                    "is it known before the label is? Else leave it out (exclude)"
+                )
+
+
+def _share(mask: NDArray[np.bool_]) -> float:
+    return float(mask.mean()) if len(mask) else 0.0

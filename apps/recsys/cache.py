@@ -1,0 +1,104 @@
+"""Encoded tables in the cache: found by what they were made from, else made, once, whatever asks at the same time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from apps.recsys.columns import ColumnFiles, ColumnWriter, Damaged
+from apps.sources import DataError
+
+if TYPE_CHECKING:
+    from apps.recsys.readers import RawTables
+    from apps.recsys.schema import TableConfig
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+"""Of the column files; a new number makes every table be encoded anew."""
+
+# What reads and encodes a table: a change there makes the files of the old code stale.
+_CODE = (
+    "build.py", "columns.py", "encode.py", "features.py", "files.py", "report.py", "splits.py", "synthetic.py",
+    "readers/*.py",
+)  # fmt: skip
+
+
+def identity(files: Iterable[Path]) -> list[list[Any]]:
+    """Path, size and time of the last change of each file, by which an exchanged one is noticed."""
+    stats = [(path.resolve(), path.stat()) for path in files]
+    return [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
+
+
+def open_table(
+    name: str, source: Any, options: Any, read: Callable[[], tuple[RawTables, TableConfig]], cache: Path
+) -> ColumnFiles:
+    """The encoded table in ``cache/tables``, made if it is not there or is damaged.
+
+    Args:
+        name: of the dataset, for people who look into the folder.
+        source: plain values that change when the files do.
+        options: plain values: what the user says about the table.
+        read: the table, and the description that it is encoded by.
+        cache: the cache's folder.
+
+    Raises:
+        ValueError: the table does not fit its description.
+        DataError: the cache cannot be written, or the disk is full.
+    """
+    key = _key([FORMAT, name, source, options, _code()])
+    folder = cache / "tables" / f"{name}-{key}"
+    if folder.is_dir() and (files := _open(folder)) is not None:
+        return files
+    from filelock import FileLock
+
+    lock = cache / ".locks" / f"{folder.name}.lock"
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        waiting = FileLock(lock)  # the system drops it when its holder dies
+        waiting.acquire()
+    except OSError as error:
+        raise DataError(
+            f"cache_dir={str(cache)!r} cannot be written ({error.strerror or error}): "
+            "set cache_dir (--data.cache_dir) to a folder that can"
+        ) from error
+    try:
+        if folder.is_dir() and (files := _open(folder)) is not None:  # another process has made it meanwhile
+            return files
+        import pyarrow as pa
+
+        from apps.recsys.build import build
+
+        log.info("encoding %s into %s", name, folder)
+        raw, config = read()
+        with ColumnWriter.open(folder) as writer:
+            build(raw, config, writer)
+        del raw
+        pa.default_memory_pool().release_unused()  # arrow would keep as much as the table took while training runs
+        return ColumnFiles(folder)
+    finally:
+        waiting.release()
+
+
+def _open(folder: Path) -> ColumnFiles | None:
+    try:
+        return ColumnFiles(folder)
+    except Damaged as damage:
+        log.warning("%s is damaged (%s): the table is encoded anew", folder, damage)
+        return None
+
+
+def _key(values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _code() -> str:
+    here = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(p for pattern in _CODE for p in here.glob(pattern)):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

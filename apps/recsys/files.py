@@ -1,0 +1,107 @@
+"""A user's own table from CSV or Parquet files, as an arrow table of the columns that have a role."""
+
+from __future__ import annotations
+
+import glob
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+
+from apps.recsys.schema import TableConfig, nearest
+
+_SEPARATORS = {".csv": ",", ".tsv": "\t"}
+_COMPRESSED = (".gz", ".bz2", ".zst", ".lz4")
+
+
+def find_files(root: str | None, name: str, option: str) -> list[Path]:
+    """The file ``name``, or the files that it matches as a pattern, in the order of their names.
+
+    Raises:
+        ValueError: there is none, or one of a kind that is not read.
+    """
+    path = Path(name).expanduser() if root is None else Path(root).expanduser() / name
+    found = [path] if path.is_file() else [Path(p) for p in sorted(glob.glob(str(path))) if Path(p).is_file()]
+    if not found:
+        near = "" if not path.parent.is_dir() else nearest(path.name, [p.name for p in path.parent.iterdir()])
+        raise ValueError(f"{option}={name!r}: no such file{'' if root is None else f' in {root!r}'}{near}")
+    for file in found:
+        if _kind(file) not in (*_SEPARATORS, ".parquet"):
+            raise ValueError(
+                f"{option}={file.name!r} is no .parquet, .csv or .tsv (the last two also {', '.join(_COMPRESSED)})"
+            )
+    return found
+
+
+def read_files(files: list[Path], config: TableConfig) -> pa.Table:
+    """The rows of all files, one after the other, with the columns that ``config`` names.
+
+    In a CSV file an empty field is a missing value and everything else stands for itself, "NA" as well.
+
+    Raises:
+        ValueError: a missing column, or a file that cannot be read, as one that was cut.
+    """
+    tables = [_read(file, config) for file in files]
+    if len(tables) == 1:
+        return tables[0]
+    try:
+        return pa.concat_tables(tables, promote_options="permissive")
+    except pa.ArrowException as error:
+        raise ValueError(f"{files[0].name} and the files beside it differ in their types: {_line(error)}") from error
+
+
+def _read(file: Path, config: TableConfig) -> pa.Table:
+    try:
+        if _kind(file) == ".parquet":
+            _check(pa.parquet.read_schema(file).names, config, file)
+            return pa.parquet.read_table(file, columns=list(config.roles), partitioning=None)
+        return _read_csv(file, config)
+    except (pa.ArrowException, OSError, EOFError) as error:
+        raise ValueError(f"{str(file)!r} cannot be read: {_line(error)}") from error
+
+
+def _read_csv(file: Path, config: TableConfig) -> pa.Table:
+    parse = pa.csv.ParseOptions(delimiter=_SEPARATORS[_kind(file)], newlines_in_values=True)
+    with pa.csv.open_csv(file, parse_options=parse) as reader:
+        names = reader.schema.names
+    _check(names, config, file)
+    doubled = next((n for n in config.roles if names.count(n) > 1), None)
+    if doubled is not None:
+        raise ValueError(f"{str(file)!r} has two columns {doubled!r}")
+    text = pa.dictionary(pa.int32(), pa.string())
+    types: dict[str, Any] = {c: text for c, role in config.roles.items() if role != "time"}
+    numbers = {c: pa.float64() for c in config.continuous}
+    try:
+        return _convert(file, parse, {**types, **numbers}, list(config.roles))
+    except pa.ArrowInvalid as error:
+        if "conversion error" not in str(error):
+            raise
+        # Some field of a continuous column is no number: as text, the encoder can say which one, and in which row.
+        return _convert(file, parse, types, list(config.roles))
+
+
+def _convert(file: Path, parse: pa.csv.ParseOptions, types: dict[str, Any], columns: list[str]) -> pa.Table:
+    options = pa.csv.ConvertOptions(
+        column_types=types, include_columns=columns, null_values=[""], strings_can_be_null=True, true_values=["true"],
+        false_values=["false"],
+    )  # fmt: skip
+    return pa.csv.read_csv(file, parse_options=parse, convert_options=options)
+
+
+def _check(names: list[str], config: TableConfig, file: Path) -> None:
+    for column, role in config.roles.items():
+        if column not in names:
+            raise ValueError(f"column {column!r} ({role}) is not in {str(file)!r}{nearest(column, names)}")
+
+
+def _kind(file: Path) -> str:
+    suffixes = [s.lower() for s in file.suffixes]
+    if len(suffixes) > 1 and suffixes[-1] in _COMPRESSED:
+        return suffixes[-2]
+    return suffixes[-1] if suffixes else ""
+
+
+def _line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__

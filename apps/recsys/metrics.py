@@ -1,0 +1,375 @@
+"""Metrics of click models and of rankings as torchmetrics metrics, the same on one process or many.
+
+``MultiTaskMetrics`` and ``RankingMetrics`` are what a module returns from ``build_metrics``. What is computed, and how
+ties, bins and classes that are missing are treated, stands in ``apps.recsys.figures``. Ranks are pessimistic: an item
+with the score of the target stands before it, so a constant scorer ranks last.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torchmetrics import Metric
+
+from apps.recsys.figures import NO_GROUP, Binning, ScoreGroups, TaskFigures, figures_of, task_figures, unknown
+
+# Logits beyond it share the outermost bins of the streaming form: their probability is within 1.2e-7 of 0 or 1.
+_LIMIT = 16.0
+
+
+# ---- of a stage
+
+
+def _gather(tensor: Tensor, group: Any = None) -> list[Tensor]:
+    """The tensor of each rank, on this one's device; their first sizes may differ.
+
+    torchmetrics' own indexes by a list of slices where they do, which torch has announced to read otherwise.
+    """
+    home = tensor.device
+    tensor = tensor.cuda() if dist.get_backend(group) == "nccl" else tensor
+    rows = tensor.reshape(-1, *tensor.shape[1:]).contiguous()
+    own = torch.tensor([len(rows)], device=tensor.device)
+    sizes = [torch.zeros_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(sizes, own, group=group)
+    longest = int(max(sizes))
+    padded = torch.cat([rows, rows.new_zeros(longest - len(rows), *rows.shape[1:])])
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded, group=group)
+    found = (part[: int(size)].to(home) for part, size in zip(parts, sizes, strict=True))
+    return [part.reshape(tensor.shape) if tensor.ndim == 0 else part for part in found]
+
+
+class _Synced(Metric):
+    """A metric whose states are gathered also where a rank had no batch, and where they lie on the CPU under NCCL."""
+
+    full_state_update = False
+    is_differentiable = False
+
+    def __init__(self) -> None:
+        super().__init__(dist_sync_fn=_gather)
+
+    def _empty(self) -> Mapping[str, Tensor]:
+        """What stands for a list state without elements, by its name: all ranks must take part in a gather."""
+        return {}
+
+    def _sync_dist(self, dist_sync_fn: Any = _gather, process_group: Any = None) -> None:
+        for name, empty in self._empty().items():
+            if not getattr(self, name):
+                setattr(self, name, [empty])
+        super()._sync_dist(dist_sync_fn, process_group)
+
+
+class MultiTaskMetrics(_Synced):
+    """AUC, PR-AUC, log loss and calibration error of each task, and AUC by user.
+
+    ``compute`` returns ``auc_<task>``, ``pr_auc_<task>``, ``log_loss_<task>``, ``ece_<task>``, where users are known
+    ``gauc_<task>``, and ``auc`` (and ``gauc``), the mean over the tasks that have one.
+
+    Predictions are kept in float32 on the CPU until the end, 8 bytes a row and task, and are gathered by every rank.
+    For more rows than that allows, ``score_bins`` keeps counts alone: scores within a bin are ties then, which moves an
+    AUC by at most half the share of pairs that fall into one bin; log loss and means stay exact.
+
+    Args:
+        task_names: in the order of the columns.
+        grouped: keep the users that ``update`` is given.
+        outputs: "logits", or "probabilities".
+        ece_bins: of the calibration error.
+        ece_binning: "mass", about equal numbers of examples; "width", equal intervals.
+        score_bins: bins of equal width of the logit in -16..16; None: exact.
+
+    Attributes:
+        figures: by task, after ``compute``.
+
+    Raises:
+        ValueError: a value out of its range, or ``score_bins`` with ``grouped``.
+    """
+
+    higher_is_better = True
+
+    def __init__(
+        self,
+        task_names: Sequence[str],
+        grouped: bool = False,
+        outputs: Literal["logits", "probabilities"] = "logits",
+        ece_bins: int = 15,
+        ece_binning: Binning = "mass",
+        score_bins: int | None = None,
+    ) -> None:
+        super().__init__()
+        names = tuple(task_names)
+        if not names or len(set(names)) != len(names):
+            raise ValueError(f"task_names={names} must be different names, at least one")
+        if outputs not in ("logits", "probabilities"):
+            raise ValueError(f"outputs={outputs!r} is not one of 'logits', 'probabilities'")
+        if ece_bins < 1:
+            raise ValueError(f"ece_bins={ece_bins} must be at least 1")
+        if ece_binning not in ("mass", "width"):
+            raise ValueError(f"ece_binning={ece_binning!r} is not one of 'mass', 'width'")
+        if score_bins is not None and score_bins < 2:
+            raise ValueError(f"score_bins={score_bins} must be at least 2")
+        if score_bins is not None and grouped:
+            raise ValueError(f"score_bins={score_bins}: figures by user need the exact form (score_bins=None)")
+        self.task_names, self.grouped, self.outputs = names, grouped, outputs
+        self.ece_bins, self.ece_binning, self.score_bins = ece_bins, ece_binning, score_bins
+        self.figures: dict[str, TaskFigures] = {}
+        if score_bins is None:
+            self.add_state("scores", [], "cat")
+            self.add_state("labels", [], "cat")
+            if grouped:
+                self.add_state("groups", [], "cat")
+        else:
+            self.add_state("counts", torch.zeros(len(names), score_bins, 2, dtype=torch.int64), "sum")
+            self.add_state("prediction_sums", torch.zeros(len(names), score_bins, dtype=torch.float64), "sum")
+            self.add_state("loss_sums", torch.zeros(len(names), dtype=torch.float64), "sum")
+            self.add_state("invalid", torch.zeros(len(names), dtype=torch.int64), "sum")
+
+    def _empty(self) -> Mapping[str, Tensor]:
+        if self.score_bins is not None:
+            return {}
+        empty = {name: torch.zeros(0, len(self.task_names)) for name in ("scores", "labels")}
+        return {**empty, "groups": torch.zeros(0, dtype=torch.int64)} if self.grouped else empty
+
+    def update(self, outputs: Tensor, targets: Tensor, groups: Tensor | None = None) -> None:
+        """Add a batch.
+
+        Args:
+            outputs: (B, t) logits or probabilities.
+            targets: (B, t), 0, 1, or NaN where an example has no label.
+            groups: int64 (B,), the user of each example; None: not known.
+
+        Raises:
+            ValueError: shapes that do not fit each other.
+        """
+        t = len(self.task_names)
+        if outputs.shape != targets.shape or outputs.ndim != 2 or outputs.shape[1] != t:
+            shapes = f"outputs {tuple(outputs.shape)}, targets {tuple(targets.shape)}"
+            raise ValueError(f"metrics of {t} tasks got {shapes}: both must be (B, {t})")
+        if groups is not None and groups.shape != outputs.shape[:1]:
+            raise ValueError(f"groups {tuple(groups.shape)} must have one entry for each of {len(outputs)} examples")
+        if self.score_bins is not None:
+            self._count(outputs.detach().float(), targets.detach())
+            return
+        self.scores.append(outputs.detach().to("cpu", torch.float32))
+        self.labels.append(targets.detach().to("cpu", torch.float32))
+        if self.grouped:
+            of_none = torch.full((len(outputs),), NO_GROUP)
+            self.groups.append(of_none if groups is None else groups.detach().to("cpu", torch.int64))
+
+    def _count(self, z_Bt: Tensor, y_Bt: Tensor) -> None:
+        if self.outputs == "probabilities":
+            z_Bt = torch.logit(z_Bt, eps=torch.finfo(torch.float32).eps)
+        M, t = self.score_bins or 0, len(self.task_names)
+        has_label_Bt = ~y_Bt.isnan()
+        _check_labels(y_Bt[has_label_Bt])
+        self.invalid += (has_label_Bt & z_Bt.isnan()).sum(0)
+        kept_Bt = has_label_Bt & ~z_Bt.isnan()
+        bin_Bt = ((z_Bt.nan_to_num() + _LIMIT) * (M / (2 * _LIMIT))).long().clamp(0, M - 1)
+        cell_Bt = bin_Bt + M * torch.arange(t, device=z_Bt.device)
+        z, y, cell = z_Bt[kept_Bt].double(), y_Bt[kept_Bt].long(), cell_Bt[kept_Bt]
+        self.counts += torch.bincount(2 * cell + y, minlength=2 * t * M).view(t, M, 2)
+        self.prediction_sums += torch.bincount(cell, weights=z.sigmoid(), minlength=t * M).view(t, M)
+        loss = torch.nn.functional.softplus(torch.where(y > 0, -z, z))
+        self.loss_sums += torch.bincount(cell // M, weights=loss, minlength=t)
+
+    def compute(self) -> dict[str, Tensor]:
+        """The metrics of all examples so far, float64 scalars."""
+        of_tasks = self._exact() if self.score_bins is None else self._binned()
+        self.figures = dict(zip(self.task_names, of_tasks, strict=True))
+        found: dict[str, float] = {}
+        by_metric: dict[str, list[float]] = {}
+        for task, figures in self.figures.items():
+            for name, value in figures.values().items():
+                found[f"{name}_{task}"] = value
+                by_metric.setdefault(name, []).append(value)
+        means = {name: _mean(by_metric[name]) for name in ("auc", "gauc") if name in by_metric}
+        return {k: torch.tensor(v, dtype=torch.float64) for k, v in (means | found).items()}
+
+    def _exact(self) -> list[TaskFigures]:
+        states = {name: _joined(getattr(self, name), empty).numpy() for name, empty in self._empty().items()}
+        groups_N = states.get("groups")
+        if groups_N is not None and not (groups_N != NO_GROUP).any():
+            groups_N = None
+        return [
+            task_figures(z_N, y_N, groups_N, self.outputs, self.ece_bins, self.ece_binning)
+            for z_N, y_N in zip(states["scores"].T, states["labels"].T, strict=True)
+        ]
+
+    def _binned(self) -> list[TaskFigures]:
+        found = []
+        for task in range(len(self.task_names)):
+            counts_MC = self.counts[task].cpu().numpy()
+            used = counts_MC.sum(1) > 0
+            prediction_sums = self.prediction_sums[task].cpu().double().numpy()
+            by_score = ScoreGroups(counts_MC[used, 1], counts_MC[used].sum(1), prediction_sums[used])
+            found.append(self._figures_of_bins(by_score, float(self.loss_sums[task]), int(self.invalid[task])))
+        return found
+
+    def _figures_of_bins(self, by_score: ScoreGroups, loss_sum: float, invalid: int) -> TaskFigures:
+        n = int(by_score.counts_G.sum())
+        if invalid or not n:
+            return unknown(n + invalid, math.nan, invalid)
+        return figures_of(by_score, loss_sum / n, len(by_score.counts_G) == 1, self.ece_bins, self.ece_binning)
+
+
+def _mean(values: Sequence[float]) -> float:
+    known = [v for v in values if not math.isnan(v)]
+    return sum(known) / len(known) if known else math.nan
+
+
+def _joined(state: Any, empty: Tensor) -> Tensor:
+    if isinstance(state, Tensor):  # after a gather
+        return state
+    return torch.cat(state) if state else empty
+
+
+def _check_labels(labels: Tensor) -> None:
+    wrong = (labels != 0) & (labels != 1)
+    if bool(wrong.any()):
+        raise ValueError(f"label {float(labels[wrong][0]):g} is neither 0 nor 1 (NaN: none)")
+
+
+class _OneTask(MultiTaskMetrics):
+    """One figure of one task: ``update(outputs_B, targets_B)``."""
+
+    figure: ClassVar[str]
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(("task",), **options)
+
+    def update(self, outputs: Tensor, targets: Tensor, groups: Tensor | None = None) -> None:
+        super().update(outputs.reshape(-1, 1), targets.reshape(-1, 1), groups)
+
+    def compute(self) -> Tensor:  # type: ignore[override]
+        return super().compute()[f"{self.figure}_task"]
+
+
+class AUC(_OneTask):
+    """Area under the ROC curve of one task; options as of ``MultiTaskMetrics``."""
+
+    figure = "auc"
+
+
+class PRAUC(_OneTask):
+    """Average precision of one task; options as of ``MultiTaskMetrics``."""
+
+    figure = "pr_auc"
+
+
+class LogLoss(_OneTask):
+    """Mean negative log likelihood of one task, in nats; options as of ``MultiTaskMetrics``."""
+
+    figure = "log_loss"
+    higher_is_better = False
+
+
+class CalibrationError(_OneTask):
+    """Expected calibration error of one task; options as of ``MultiTaskMetrics``."""
+
+    figure = "ece"
+    higher_is_better = False
+
+
+class UserAUC(_OneTask):
+    """AUC within users, ``update(outputs_B, targets_B, users_B)``; ``figures["task"].gauc`` counts who is left out."""
+
+    figure = "gauc"
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(grouped=True, **options)
+
+
+# ---- rankings
+
+
+def target_ranks(scores_BI: Tensor, target_B: Tensor, chunk: int = 2**24) -> Tensor:
+    """The rank of each row's target among all items, int64 (B,), 1 the best; pessimistic on ties and NaN.
+
+    Args:
+        scores_BI: (B, I), a score for every item; -inf where an item is no candidate (padding, seen before).
+        target_B: int64 (B,), the item that should come first.
+        chunk: scores compared at a time.
+
+    Raises:
+        ValueError: a target that is no item, or shapes that do not fit.
+    """
+    if scores_BI.ndim != 2 or target_B.shape != scores_BI.shape[:1]:
+        raise ValueError(f"scores {tuple(scores_BI.shape)} and targets {tuple(target_B.shape)} must be (B, I) and (B,)")
+    num_items = scores_BI.shape[1]
+    outside_B = (target_B < 0) | (target_B >= num_items)
+    if bool(outside_B.any()):
+        raise ValueError(f"target {int(target_B[outside_B][0])} is not one of {num_items} items, 0 to {num_items - 1}")
+    rows = max(1, chunk // max(num_items, 1))
+    parts = []
+    for scores, target in zip(scores_BI.split(rows), target_B.split(rows), strict=True):
+        own = scores.gather(1, target[:, None])
+        parts.append(num_items - (scores < own).sum(1))
+    return torch.cat(parts)
+
+
+def target_ranks_of_chunks(chunks: Iterable[Tensor], own_B: Tensor) -> Tensor:
+    """As ``target_ranks``, for scores that come item block by item block.
+
+    Args:
+        chunks: (B, c) scores each; together one for every item, the target's own included.
+        own_B: (B,), the score of the target.
+    """
+    rank_B = torch.zeros(len(own_B), dtype=torch.int64, device=own_B.device)
+    for scores in chunks:
+        rank_B += scores.shape[1] - (scores < own_B[:, None]).sum(1)
+    return rank_B
+
+
+class RankingMetrics(_Synced):
+    """Hit rate and NDCG at k, and the mean reciprocal rank, of one target a row among *all* items.
+
+    With one relevant item the ideal DCG is 1, so NDCG@k is ``1 / log2(1 + rank)`` within the first k, else 0. Sampled
+    candidates are not offered: they change the order of models (Krichene and Rendle, KDD 2020).
+
+    ``compute`` returns ``hr@<k>``, ``ndcg@<k>`` and ``mrr``: means over the rows, kept as sums; NaN without rows.
+
+    Args:
+        ks: the cut-offs.
+        chunk: scores compared at a time.
+
+    Raises:
+        ValueError: a cut-off below 1, or none.
+    """
+
+    higher_is_better = True
+
+    def __init__(self, ks: Sequence[int] = (10, 20), chunk: int = 2**24) -> None:
+        super().__init__()
+        self.ks, self.chunk = tuple(ks), chunk
+        if not self.ks or any(k < 1 for k in self.ks):
+            raise ValueError(f"ks={self.ks} must be numbers of at least 1")
+        self.add_state("hits", torch.zeros(len(self.ks), dtype=torch.int64), "sum")
+        self.add_state("gains", torch.zeros(len(self.ks), dtype=torch.float64), "sum")
+        self.add_state("reciprocal_sum", torch.zeros((), dtype=torch.float64), "sum")
+        self.add_state("count", torch.zeros((), dtype=torch.int64), "sum")
+
+    def update(self, outputs: Tensor, targets: Tensor) -> None:
+        """Add a batch: (B, I) scores of all items and int64 (B,) targets; see ``target_ranks``."""
+        self.update_ranks(target_ranks(outputs.detach(), targets, self.chunk))
+
+    def update_ranks(self, rank_B: Tensor) -> None:
+        """Add ranks that are known already, 1 the best."""
+        self._computed = None
+        self._update_count += 1
+        rank_B = rank_B.to(self.count.device)
+        gain_B = 1.0 / torch.log2(1.0 + rank_B.double())
+        within_Bk = rank_B[:, None] <= torch.tensor(self.ks, device=rank_B.device)
+        self.hits += within_Bk.sum(0)
+        self.gains += (gain_B[:, None] * within_Bk).sum(0)
+        self.reciprocal_sum += (1.0 / rank_B.double()).sum()
+        self.count += len(rank_B)
+
+    def compute(self) -> dict[str, Tensor]:
+        n = self.count.double()
+        found = {f"hr@{k}": self.hits[i] / n for i, k in enumerate(self.ks)}
+        found |= {f"ndcg@{k}": self.gains[i] / n for i, k in enumerate(self.ks)}
+        return {**found, "mrr": self.reciprocal_sum / n}

@@ -1,0 +1,298 @@
+"""``MultiTaskRecommender``: what ``moesaic fit`` trains on tables."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback
+from torch import Tensor
+
+import core
+from apps.recsys.baselines import baselines
+from apps.recsys.batch import TableBatch
+from apps.recsys.bottoms import SharedBottom, SingleTask
+from apps.recsys.dense import DenseConfig
+from apps.recsys.embedding import EmbeddingConfig
+from apps.recsys.evaluation import RecommenderReport, ReportConfig
+from apps.recsys.features import Features
+from apps.recsys.metrics import MultiTaskMetrics
+from apps.recsys.model import Ensemble, InteractionConfig, MultiTaskModel, mean_logit
+from apps.recsys.tasks import HeadConfig
+from apps.recsys.weighting import WeightingConfig
+from apps.training import Baseline, OptimizerConfig, SparseModule, TaskOutput
+
+_REPORT = ReportConfig()
+
+
+class MultiTaskRecommender(SparseModule):
+    """A recommender of several binary tasks: clicks, purchases, incomes.
+
+    Args:
+        features: the columns and tasks; the command line takes them from the data.
+        shared: the layer between the columns and the towers: ``core.MMoE``, ``OMoE``, ``CGC``, ``PLE``, or
+            ``SharedBottom`` or ``SingleTask`` of ``apps.recsys.bottoms``.
+        embedding: of the categorical columns.
+        dense: what becomes of the continuous columns.
+        interaction: how the columns meet.
+        head: the tasks' towers.
+        weighting: how the tasks' losses become one.
+        dropout: of what enters the shared layer, in training.
+        num_members: networks trained side by side; the prediction is the mean of their probabilities.
+        report: what a test adds to the metrics; None: nothing.
+        optimizer: learning rate, weight decay and schedule.
+        ema_decay: of the moving average of the weights; None: none.
+
+    Raises:
+        ValueError: no features, no task, a value out of its range, or parts that do not go together.
+    """
+
+    context_fields: ClassVar[tuple[str, ...]] = ("domain_ids_B",)
+    data_arguments: ClassVar[tuple[str, ...]] = ("features",)
+    monitor: ClassVar[str] = "val/auc"
+    monitor_mode: ClassVar[Literal["min", "max"]] = "max"
+
+    def __init__(
+        self,
+        features: Features | None = None,
+        shared: core.MultiGateConfig | None = None,
+        embedding: EmbeddingConfig | None = None,
+        dense: DenseConfig | None = None,
+        interaction: InteractionConfig | None = None,
+        head: HeadConfig | None = None,
+        weighting: WeightingConfig | None = None,
+        dropout: float = 0.0,
+        num_members: int = 1,
+        report: ReportConfig | None = _REPORT,
+        optimizer: OptimizerConfig | None = None,
+        ema_decay: float | None = None,
+    ) -> None:
+        super().__init__(optimizer=optimizer, ema_decay=ema_decay)
+        if features is None:
+            raise ValueError("features=None: the columns and tasks come from the data, such as TableData(...).features")
+        if not features.tasks:
+            raise ValueError("features.tasks=() names no task: there is nothing to learn")
+        if not features.categorical and not features.continuous:
+            raise ValueError("features has neither a categorical nor a continuous column")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout={dropout} must lie in [0, 1)")
+        if num_members < 1:
+            raise ValueError(f"num_members={num_members} is not at least 1")
+        if num_members > 1 and weighting is not None and weighting.kind == "gradnorm":
+            raise ValueError(f"weighting.kind='gradnorm' needs one shared layer; num_members={num_members} has as many")
+        if isinstance(shared, SingleTask) and weighting is not None and weighting.kind == "gradnorm":
+            raise ValueError("weighting.kind='gradnorm' needs a shared layer, and SingleTask shares nothing")
+        self.features = features
+        self.shared_config = shared or SharedBottom()
+        self.embedding, self.dense = embedding or EmbeddingConfig(), dense or DenseConfig()
+        self.interaction, self.head = interaction or InteractionConfig(), head or HeadConfig()
+        self.weighting_config = weighting or WeightingConfig()
+        self.dropout, self.num_members, self.report = dropout, num_members, report
+        members = [self._network() for _ in range(num_members)]
+        self.model = members[0] if num_members == 1 else Ensemble(members)
+        self.weighting = self.weighting_config.build(features.tasks, features.positives)
+
+    def _network(self) -> MultiTaskModel:
+        return MultiTaskModel(
+            self.features,
+            self.shared_config,
+            embedding=self.embedding,
+            dense=self.dense,
+            interaction=self.interaction,
+            head=self.head,
+            dropout=self.dropout,
+        )
+
+    @property
+    def members(self) -> list[MultiTaskModel]:
+        """The networks, one where there is no ensemble."""
+        if isinstance(self.model, MultiTaskModel):
+            return [self.model]
+        return [m for m in self.model.members if isinstance(m, MultiTaskModel)]
+
+    @property
+    def input_dim(self) -> int:
+        """Width D of what enters the shared layer."""
+        return self.members[0].input_dim
+
+    def forward(self, batch: TableBatch) -> Tensor:
+        """Logits (B, t) of the tasks; of an ensemble, those of the mean probability."""
+        logits = self.model(batch)
+        return logits if logits.ndim == 2 else mean_logit(logits)
+
+    def task_loss(self, batch: TableBatch) -> TaskOutput:
+        """Binary cross-entropy of each task over its labelled examples, then the weighting.
+
+        A task without a label in the batch has the loss 0 there.
+        """
+        logits = self.model(batch).float()
+        loss_t = masked_bce(logits, batch.label_Bt)
+        tasks = self.features.tasks
+        terms = {f"loss_{name}": value for name, value in zip(tasks, loss_t.detach().unbind(), strict=True)}
+        if self.training:
+            shared = last_weight(self.members[0].shared) if self.weighting_config.kind == "gradnorm" else None
+            loss, figures = self.weighting(loss_t, shared)
+            for what, value_t in figures.items():
+                terms |= {f"{what}_{name}": value for name, value in zip(tasks, value_t.unbind(), strict=True)}
+        else:
+            loss = self.weighting.evaluate(loss_t)
+            self.members[0].head.check_labels(batch.label_Bt, tasks)
+        for name, value in self._head_losses(logits).items():
+            loss = loss + value
+            terms[name] = value.detach()
+        outputs = logits if logits.ndim == 2 else mean_logit(logits)
+        return TaskOutput(loss, outputs, batch.label_Bt, len(batch), terms, batch.group_B)
+
+    def _head_losses(self, logits: Tensor) -> Mapping[str, Tensor]:
+        if logits.ndim == 2:
+            return self.members[0].head.losses(logits)
+        found = [m.head.losses(z_Bt) for m, z_Bt in zip(self.members, logits, strict=True)]
+        return {name: torch.stack([f[name] for f in found]).mean() for name in found[0]}
+
+    def example_inputs(self, batch: TableBatch) -> tuple[TableBatch]:
+        return (batch,)
+
+    def build_metrics(self) -> MultiTaskMetrics:
+        """AUC, PR-AUC, log loss and calibration error of each task, and AUC by user where the batches name users."""
+        return MultiTaskMetrics(self.features.tasks, grouped=True)
+
+    def predict_step(self, batch: TableBatch, batch_idx: int) -> dict[str, Tensor]:
+        """The rows' numbers in the table, and each task's probability as ``probability_<task>``."""
+        p_Bt = self(batch).float().sigmoid()
+        return {"index": batch.index_B, **{f"probability_{n}": p_Bt[:, i] for i, n in enumerate(self.features.tasks)}}
+
+    # ---- what the tables need of Lightning
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        data = getattr(self.trainer, "datamodule", None)
+        found = getattr(data, "features", None)
+        if found is not None and found != self.features:
+            raise ValueError(f"model.features does not fit the data: {_difference(self.features, found)}")
+        if self.embedding.deferred and not getattr(self.trainer.strategy, "shards_tables", False):
+            raise ValueError(
+                "embedding.deferred=True leaves the tables to trainer.strategy=apps.recsys.strategy.TorchRecStrategy; "
+                "without it set deferred to false"
+            )
+        if stage == "fit" and self.embedding.kind == "fused":
+            trainer = self.trainer
+            # The rows are stepped inside the backward: what acts on gradients later would silently pass them by.
+            for name, value, neutral in (
+                ("accumulate_grad_batches", trainer.accumulate_grad_batches, 1),
+                ("gradient_clip_val", trainer.gradient_clip_val or 0, 0),
+                ("number of processes", trainer.world_size, 1),
+            ):
+                if value != neutral:
+                    raise ValueError(
+                        f"embedding.kind='fused' steps its rows in the backward, where trainer's {name}={value} does "
+                        "not reach: take 'joined' or 'collection'"
+                    )
+
+    def configure_callbacks(self) -> list[Callback]:
+        callbacks = super().configure_callbacks()
+        return callbacks if self.report is None else [*callbacks, RecommenderReport(self.report)]
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(batch, batch_idx)
+        if self.embedding.kind == "fused":
+            factor = self.optimizer_config.factor(self.global_step, self._total_steps)
+            for member in self.members:
+                member.sparse.set_fused_lr(factor)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        if self.embedding.kind == "fused":
+            checkpoint["fused_embeddings"] = [member.sparse.fused_state() for member in self.members]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        fitting = self._trainer is not None and self.trainer.state.fn == "fit"
+        if "sharded" in checkpoint and fitting and not getattr(self.trainer.strategy, "shards_tables", False):
+            raise ValueError(
+                "the checkpoint is sharded: training goes on from it with trainer.strategy="
+                "apps.recsys.strategy.TorchRecStrategy; validate, test and predict take it as it is"
+            )
+        for member, state in zip(self.members, checkpoint.get("fused_embeddings", []), strict=False):
+            member.sparse.load_fused_state(state)
+
+    # ---- comparisons
+
+    @property
+    def table_metrics(self) -> tuple[str, ...]:
+        return tuple(f"auc_{name}" for name in self.features.tasks)
+
+    @property
+    def replaced_blocks(self) -> tuple[str, ...]:
+        """The shared layer of each network; none where it is a bottom itself."""
+        if isinstance(self.shared_config, SharedBottom):
+            return ()
+        return tuple(n for n, m in self.named_modules() if any(m is network.shared for network in self.members))
+
+    def baselines(self) -> Mapping[str, Baseline]:
+        return baselines(self)
+
+    def twin(self, **changed: Any) -> MultiTaskRecommender:
+        """The same module anew, untrained, but for the arguments in ``changed``."""
+        own = {
+            "features": self.features,
+            "shared": self.shared_config,
+            "embedding": self.embedding,
+            "dense": self.dense,
+            "interaction": self.interaction,
+            "head": self.head,
+            "weighting": self.weighting_config,
+            "dropout": self.dropout,
+            "num_members": self.num_members,
+            "report": self.report,
+            "optimizer": self.optimizer_config,
+            "ema_decay": self.ema_decay,
+        }
+        return MultiTaskRecommender(**{**own, **changed})
+
+
+def masked_bce(logits: Tensor, label_Bt: Tensor) -> Tensor:
+    """Mean binary cross-entropy of each task over the examples that have a label, (t,); 0 where none has.
+
+    Args:
+        logits: (B, t), or (M, B, t) of an ensemble: the mean of the members' losses.
+        label_Bt: 0, 1, or NaN for no label.
+    """
+    has_Bt = label_Bt == label_Bt
+    loss = F.binary_cross_entropy_with_logits(
+        logits, label_Bt.nan_to_num(0.0).expand_as(logits), weight=has_Bt.to(logits.dtype), reduction="none"
+    )
+    if loss.ndim == 3:
+        loss = loss.mean(0)
+    return loss.sum(0) / has_Bt.sum(0).clamp_min(1)
+
+
+def last_weight(shared: torch.nn.Module) -> Tensor:
+    """The weight of the last layer of the experts that tasks share, of all of them, for GradNorm.
+
+    Raises:
+        ValueError: there is none.
+    """
+    experts: Any = getattr(shared, "experts", None)
+    if isinstance(experts, torch.nn.ModuleList):
+        experts = experts[-1]
+    weight = getattr(experts, "w_out", None)
+    if weight is None:
+        stacked = [] if experts is None else [p for p in experts.parameters() if p.ndim == 3]
+        if not stacked:
+            raise ValueError(f"weighting.kind='gradnorm' finds no stacked weight in {type(experts).__name__}")
+        weight = stacked[-1]
+    return weight
+
+
+def _difference(mine: Features, found: Features) -> str:
+    for field in dataclasses.fields(Features):
+        a, b = getattr(mine, field.name), getattr(found, field.name)
+        if a == b:
+            continue
+        if isinstance(a, tuple) and len(a) == len(b):
+            a, b = next((x, y) for x, y in zip(a, b, strict=True) if x != y)
+        return f"{field.name} is {str(a)[:80]} in the model and {str(b)[:80]} in the data"
+    raise AssertionError

@@ -1,0 +1,44 @@
+"""What was found in a table when it was encoded: plain values, kept beside the column files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+SPLITS = ("train", "val", "test")
+
+_BySplit = dict[str, float]
+
+
+@dataclass
+class TableReport:
+    """Counts and shares of a table by split ("train", "val", "test").
+
+    Attributes:
+        rows: of each split.
+        missing: share of rows without a value, by column. NaN and infinite numbers are missing; so is an empty list.
+        unseen: share of values that the training split lacks, or has less often than ``min_count``, by categorical
+            column. They are in row 0, unless the column is hashed. In the training split these are the rare ones.
+        labelled: rows with a label, by task.
+        positives: share of positive labels among them, by task.
+        warnings: one line each: a column that determines a label, users in both splits, a task with one class.
+    """
+
+    rows: dict[str, int] = field(default_factory=dict)
+    missing: dict[str, _BySplit] = field(default_factory=dict)
+    unseen: dict[str, _BySplit] = field(default_factory=dict)
+    labelled: dict[str, dict[str, int]] = field(default_factory=dict)
+    positives: dict[str, _BySplit] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = ["rows: " + ", ".join(f"{n:,} {split}" for split, n in self.rows.items())]
+        for task, share in self.positives.items():
+            labelled = self.labelled[task]
+            found = (f"{s} {share[s]:.2%} of {labelled[s]:,}" for s in SPLITS if self.rows[s])
+            lines.append(f"task {task}: positive in " + ", ".join(found))
+        for what, figures in (("missing", self.missing), ("unseen", self.unseen)):
+            for column, share in figures.items():
+                if any(share.values()):
+                    found = (f"{share[s]:.2%} {s}" for s in SPLITS if self.rows[s])
+                    lines.append(f"column {column}: {what} in " + ", ".join(found))
+        return "\n".join([*lines, *(f"warning: {w}" for w in self.warnings)])

@@ -1,0 +1,1 @@
+"""Histories of clicks: the next item a user takes."""

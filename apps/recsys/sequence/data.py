@@ -1,0 +1,323 @@
+"""Click histories for the next item: MovieLens, and any table of user, item and time.
+
+A batch is cut out of one array of all items by the bounds of each user's history. The order of an epoch depends on
+(seed, epoch) alone: `apps.loader.ResumableLoader` restores it in mid-epoch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from apps import sources
+from apps.loader import ResumableLoader
+from apps.recsys.datasets import RECSYS_DATASETS
+from apps.recsys.sequence import histories
+from apps.recsys.sequence.histories import Histories
+
+DATASETS = (*(name for name in RECSYS_DATASETS if name.startswith("movielens")), "table")
+MIN_LENGTH = 3
+"""Interactions of a user for one to test, one to validate and one to predict them from."""
+
+
+class HistoryBatch(NamedTuple):
+    """Histories side by side, each with its oldest item first and padded after its last one.
+
+    Attributes:
+        items_BS: int64 (B, S), item ids from 1; 0 is padding. S is the longest history of the batch, or max_length.
+        targets_BS: int64 (B, S), the item that came after each; 0: none. Training has one at each item, evaluation one
+            at the last item of each history alone, prediction none.
+        index_B: int64 (B,), the example's place in its dataset.
+        user_B: int64 (B,), the user's place in ``HistoryData.user_names``.
+        seen_BH: int64 (B, H), all items of the user before the target, also those that ``items_BS`` is too short for,
+            padded with 0; None in training. Not every item in it is in it once.
+    """
+
+    items_BS: Tensor
+    targets_BS: Tensor
+    index_B: Tensor
+    user_B: Tensor
+    seen_BH: Tensor | None = None
+
+
+class _Examples(Dataset[Any]):
+    """Parts of histories, read by whole batches: ``examples.__getitems__(positions)`` is a `HistoryBatch`.
+
+    Args:
+        item_N: all items, one user after the other.
+        user_X, begin_X, end_X: of each example, its user and the bounds of its items in ``item_N``; the target of its
+            last item is at ``end``.
+        first_X: where the user's history begins, for ``seen_BH``; None in training.
+        targets: "all", "last" or "none".
+    """
+
+    def __init__(
+        self,
+        item_N: Tensor,
+        user_X: Tensor,
+        begin_X: Tensor,
+        end_X: Tensor,
+        first_X: Tensor | None,
+        targets: Literal["all", "last", "none"],
+    ) -> None:
+        self.item_N, self.user_X, self.begin_X, self.end_X = item_N, user_X, begin_X, end_X
+        self.first_X, self.targets = first_X, targets
+
+    def __len__(self) -> int:
+        return len(self.user_X)
+
+    def __getitem__(self, position: int) -> HistoryBatch:
+        return self.__getitems__([position])
+
+    def __getitems__(self, positions: Sequence[int]) -> HistoryBatch:
+        index_B = torch.as_tensor(positions, dtype=torch.int64)
+        begin_B, end_B = self.begin_X[index_B], self.end_X[index_B]
+        items_BS = self._cut(begin_B, end_B)
+        if self.targets == "all":
+            targets_BS = self._cut(begin_B + 1, end_B + 1)
+        else:
+            targets_BS = torch.zeros_like(items_BS)
+        if self.targets == "last":
+            targets_BS[torch.arange(len(index_B)), end_B - begin_B - 1] = self.item_N[end_B].long()
+        seen_BH = None if self.first_X is None else self._cut(self.first_X[index_B], end_B)
+        return HistoryBatch(items_BS, targets_BS, index_B, self.user_X[index_B], seen_BH)
+
+    def _cut(self, begin_B: Tensor, end_B: Tensor) -> Tensor:
+        """int64 (B, longest), ``item_N[begin:end]`` of each and zeros after it."""
+        length_B = end_B - begin_B
+        place_S = torch.arange(int(length_B.max()))
+        inside_BS = place_S < length_B[:, None]
+        # places past the end of the array are read at its end, and masked
+        at_BS = (begin_B[:, None] + place_S).clamp_(max=len(self.item_N) - 1)
+        return self.item_N[at_BS].long() * inside_BS
+
+
+class HistoryData(LightningDataModule):
+    """Users' histories of items, ordered by time, each split by leave-last-out.
+
+    Of each user with three interactions or more the last item tests, the one before validates, the others train; the
+    history that predicts the test item holds the validation item. Users with fewer only train, and with one interaction
+    have nothing to predict; all of them are among those to predict for. Interactions of one user and time keep the
+    order of the file: more than half of MovieLens-1M's have the time of the one before.
+
+    Args:
+        dataset: "movielens_1m", "movielens_100k", or "table" for a file of yours (``file``).
+        root: folder with the dataset's own files; None: the cache, or a source of it.
+        cache_dir: where downloads are kept; default ``~/.cache/moesaic``.
+        file: CSV, TSV or Parquet with one interaction a row, for "table".
+        user_column, item_column: of it.
+        time_column: by which a user's interactions are ordered; None: they are in order.
+        rating_column: of it, for min_rating.
+        name_column: with the item's name; None: the item is its own name.
+        min_rating: interactions with a lower rating are left out; None: every interaction counts, whatever its rating.
+        min_item_count: items with fewer interactions are left out. 5 gives MovieLens-1M the 3,416 items that many
+            papers have (SASRec, BERT4Rec) instead of 3,706.
+        max_length: items of the longest history; of longer ones the last items are given.
+        train_windows: "last": of a longer training history the last max_length + 1 items train, as SASRec does; "all":
+            it is cut from its end into pieces, so that each of its items but the first is a target once an epoch.
+        batch_size: histories a training batch and process.
+        eval_batch_size: in validation, testing and prediction.
+        drop_last: leave out a last training batch that is not full.
+        num_workers: processes that cut batches; 0 is enough.
+        seed: of the order of training; None takes the run's.
+
+    Raises:
+        ValueError: an unknown dataset, a value out of its range, an option of "table" for another dataset, files that
+            are missing or not of their layout, no user with a test item.
+
+    Example::
+
+        HistoryData("movielens_1m", max_length=200)
+    """
+
+    def __init__(
+        self,
+        dataset: str = "movielens_1m",
+        root: str | None = None,
+        cache_dir: str | None = None,
+        file: str | None = None,
+        user_column: str = "user",
+        item_column: str = "item",
+        time_column: str | None = "time",
+        rating_column: str | None = None,
+        name_column: str | None = None,
+        min_rating: float | None = None,
+        min_item_count: int = 1,
+        max_length: int = 200,
+        train_windows: Literal["last", "all"] = "last",
+        batch_size: int = 128,
+        eval_batch_size: int = 256,
+        drop_last: bool = False,
+        num_workers: int = 0,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.dataset, self.root, self.cache_dir, self.file = dataset, root, cache_dir, file
+        self.user_column, self.item_column, self.time_column = user_column, item_column, time_column
+        self.rating_column, self.name_column = rating_column, name_column
+        self.min_rating, self.min_item_count = min_rating, min_item_count
+        self.max_length, self.train_windows = max_length, train_windows
+        self.batch_size, self.eval_batch_size, self.drop_last = batch_size, eval_batch_size, drop_last
+        self.num_workers, self.seed = num_workers, seed
+        self._histories: Histories | None = None
+        self._check_options()
+
+    # ---- what the data hold
+
+    @property
+    def histories(self) -> Histories:
+        """All interactions; read when they are first asked for."""
+        if self._histories is None:
+            self._histories = self._read()
+        return self._histories
+
+    @property
+    def num_items(self) -> int:
+        """Items, numbered from 1; 0 is padding."""
+        return self.histories.num_items
+
+    @property
+    def item_names(self) -> tuple[str, ...]:
+        """By id; entry 0 is ""."""
+        return self.histories.item_names
+
+    @property
+    def item_genres(self) -> tuple[tuple[str, ...], ...]:
+        """By id, entry 0 is (); empty for "table"."""
+        return self.histories.item_genres
+
+    @property
+    def user_names(self) -> tuple[str, ...]:
+        """By position, as ``user_B`` of a batch counts them."""
+        return self.histories.user_names
+
+    # ---- Lightning
+
+    def prepare_data(self) -> None:
+        if self.dataset != "table":
+            sources.prepare(self.dataset, self.root, self.cache_dir)
+
+    def setup(self, stage: str | None = None) -> None:
+        if not (self.histories.length_U >= MIN_LENGTH).any():
+            raise ValueError(f"no user has the {MIN_LENGTH} interactions that a split by leave-last-out needs")
+
+    def train_dataloader(self) -> ResumableLoader:
+        self.setup()
+        # Lightning's overfit_batches wants the same few batches each epoch
+        overfit = self.trainer is not None and getattr(self.trainer, "overfit_batches", 0) > 0
+        return ResumableLoader(
+            self._train_examples(),
+            self.batch_size,
+            seed=self.seed,
+            shuffle=not overfit,
+            drop_last=self.drop_last,
+            collate_fn=_as_it_is,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+        )
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return self._eval_loader(self._eval_examples(2))
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        return self._eval_loader(self._eval_examples(1))
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """The whole history of every user: what comes next is not in the data."""
+        return self._eval_loader(self._eval_examples(0))
+
+    # ---- examples
+
+    def _train_examples(self) -> _Examples:
+        data = self.histories
+        length_U = torch.from_numpy(data.length_U)
+        begin_U = torch.from_numpy(data.offsets[:-1])
+        # the last training item is a target and not an input
+        end_U = begin_U + torch.where(length_U >= MIN_LENGTH, length_U - 2, length_U) - 1
+        user_X = torch.nonzero(end_U > begin_U).squeeze(1)
+        if self.train_windows == "all":
+            pieces_U = -(-(end_U - begin_U)[user_X] // self.max_length)
+            user_X = user_X.repeat_interleave(pieces_U)
+            # 0, 1, ... counts the pieces of a user from the end of the history
+            nth_X = torch.arange(len(user_X)) - (pieces_U.cumsum(0) - pieces_U).repeat_interleave(pieces_U)
+            end_X = end_U[user_X] - nth_X * self.max_length
+        else:
+            end_X = end_U[user_X]
+        begin_X = torch.maximum(begin_U[user_X], end_X - self.max_length)
+        return _Examples(torch.from_numpy(data.item_N), user_X, begin_X, end_X, None, "all")
+
+    def _eval_examples(self, held_out: int) -> _Examples:
+        """All users' histories without their last ``held_out`` items, the first of which is the target."""
+        self.setup()
+        data = self.histories
+        length_U = torch.from_numpy(data.length_U)
+        begin_U = torch.from_numpy(data.offsets[:-1])
+        user_X = torch.nonzero(length_U >= (MIN_LENGTH if held_out else 1)).squeeze(1)
+        first_X = begin_U[user_X]
+        end_X = first_X + length_U[user_X] - held_out
+        begin_X = torch.maximum(first_X, end_X - self.max_length)
+        item_N = torch.from_numpy(data.item_N)
+        return _Examples(item_N, user_X, begin_X, end_X, first_X, "last" if held_out else "none")
+
+    def _eval_loader(self, examples: _Examples) -> DataLoader[Any]:
+        # A plain DataLoader: Lightning gives it the sampler that a distributed or a predicting run needs.
+        return DataLoader(
+            examples,
+            batch_size=self.eval_batch_size,
+            collate_fn=_as_it_is,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            generator=torch.Generator(),  # starting a pass must not move the model's generator
+        )
+
+    # ---- reading
+
+    def _read(self) -> Histories:
+        if self.dataset == "table":
+            assert self.file is not None
+            return histories.from_table(
+                Path(self.file).expanduser(),
+                self.user_column,
+                self.item_column,
+                self.time_column,
+                self.rating_column if self.min_rating is not None else None,
+                self.name_column,
+                self.min_rating,
+                self.min_item_count,
+            )
+        from apps.recsys.readers import movielens  # imports pyarrow
+
+        read = {"movielens_1m": movielens.read_ratings_1m, "movielens_100k": movielens.read_ratings_100k}[self.dataset]
+        ratings = read(sources.prepare(self.dataset, self.root, self.cache_dir))
+        return histories.from_ratings(ratings, self.min_rating, self.min_item_count)
+
+    def _check_options(self) -> None:
+        if self.dataset not in DATASETS:
+            raise ValueError(sources.unknown_name("dataset", self.dataset, sorted(DATASETS)))
+        for name in ("max_length", "batch_size", "eval_batch_size", "min_item_count"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.num_workers < 0:
+            raise ValueError(f"num_workers={self.num_workers} must not be negative")
+        if self.train_windows not in ("last", "all"):
+            raise ValueError(sources.unknown_name("train_windows", self.train_windows, ["last", "all"]))
+        if self.dataset == "table":
+            if self.file is None:
+                raise ValueError("dataset='table' needs file, a CSV, TSV or Parquet file of interactions")
+            if self.root is not None:
+                raise ValueError(f"root={self.root!r} is for a standard dataset: name your table with file")
+            if self.min_rating is not None and self.rating_column is None:
+                raise ValueError(f"min_rating={self.min_rating} needs rating_column")
+        elif self.file is not None:
+            raise ValueError(f"file={self.file!r} is for dataset='table', not {self.dataset!r}")
+
+
+def _as_it_is(batch: Any) -> Any:
+    """`_Examples` gives whole batches. A function of the module, so that worker processes can be sent it."""
+    return batch

@@ -1,0 +1,286 @@
+"""``NextItemRecommender``: what ``moesaic fit`` trains on histories of clicks."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
+
+from torch import Tensor
+
+import core
+from apps.recsys.metrics import RankingMetrics
+from apps.recsys.sequence.loss import linear_cross_entropy
+from apps.recsys.sequence.model import HistoryModel, HistoryModelConfig, last_of
+from apps.training import Baseline, OptimizerConfig, SparseModule, TaskOutput
+
+CUTOFF = 10
+"""Of the hit rate and the NDCG."""
+
+
+class NextItems(NamedTuple):
+    """Predictions of a batch.
+
+    Attributes:
+        index: int64 (B,), the history's place in its dataset.
+        user: int64 (B,), the user's place among the data's ``user_names``.
+        item: int64 (B, k), the k best next items by id, best first.
+        name: what the data calls them; their ids where it does not say.
+        score: float32 (B, k), their logits; -inf where no candidate is left.
+    """
+
+    index: Tensor  # type: ignore[assignment]  # a batch has no use for tuple.index
+    user: Tensor
+    item: Tensor
+    name: list[list[str]]
+    score: Tensor
+
+
+class NextItemMetrics(RankingMetrics):
+    """``RankingMetrics`` at one cut-off under names that may stand in a file's: ``hr_10``, ``ndcg_10``, ``mrr``."""
+
+    def __init__(self) -> None:
+        super().__init__(ks=(CUTOFF,))
+
+    def compute(self) -> dict[str, Tensor]:
+        return {name.replace("@", "_"): value for name, value in super().compute().items()}
+
+
+class NextItemRecommender(SparseModule):
+    """A history transformer, sparse or dense, that ranks all items as the next one.
+
+    It is trained by the softmax cross-entropy over all items at every position of a history, and judged by the rank of
+    the target among all items, none sampled: ``hr_10``, ``ndcg_10`` and ``mrr``.
+
+    Args:
+        num_items: items, numbered from 1; the command line takes it from the data.
+        max_length: items of the longest history; the command line takes it from the data.
+        sequence: the transformer.
+        moe: the MoE layer that replaces the FFN of some blocks; None: dense FFNs. Its router must be causal.
+        moe_blocks: which blocks: "all", or indices.
+        replaced_hidden_dim: FFN hidden dim of those blocks in a dense model, as in the baselines; None: the others'.
+        exclude_seen: validation, test and prediction leave out the items that the user had before, all of them where
+            the batch names them (``seen_BH``), else those in the history. For data whose users take an item once; a
+            target that the user had before then ranks last. False: all items are ranked.
+        top_k: items that a prediction names.
+        optimizer: learning rate, weight decay and schedule.
+        ema_decay: of the moving average of the weights; None: none.
+
+    Raises:
+        ValueError: a value out of its range, or a combination that cannot be built.
+    """
+
+    context_fields: ClassVar[tuple[str, ...]] = ("token_ids_BS",)
+    causal: ClassVar[bool] = True
+    data_arguments: ClassVar[tuple[str, ...]] = ("num_items", "max_length")
+    monitor: ClassVar[str] = f"val/ndcg_{CUTOFF}"
+    monitor_mode: ClassVar[Literal["min", "max"]] = "max"
+    table_metrics = (f"hr_{CUTOFF}", "mrr")
+
+    def __init__(
+        self,
+        num_items: int,
+        max_length: int = 200,
+        sequence: HistoryModelConfig | None = None,
+        moe: core.MoEConfig | None = None,
+        moe_blocks: str | list[int] = "all",
+        replaced_hidden_dim: int | None = None,
+        exclude_seen: bool = False,
+        top_k: int = 10,
+        optimizer: OptimizerConfig | None = None,
+        ema_decay: float | None = None,
+    ) -> None:
+        super().__init__(optimizer=optimizer, ema_decay=ema_decay)
+        if top_k < 1:
+            raise ValueError(f"top_k={top_k} must be at least 1")
+        self.sequence, self.moe, self.moe_blocks = sequence or HistoryModelConfig(), moe, moe_blocks
+        self.moe_config, self.moe_dim = moe, self.sequence.dim
+        self.moe_flops_arguments = {"tokens_per_sequence": max_length}
+        self.num_items, self.max_length = num_items, max_length
+        self.exclude_seen, self.top_k = exclude_seen, top_k
+        self.model = HistoryModel(
+            self.sequence,
+            num_items=num_items,
+            max_length=max_length,
+            moe=moe,
+            moe_blocks=moe_blocks,
+            replaced_hidden_dim=replaced_hidden_dim,
+        )
+
+    def forward(self, items: Tensor) -> Tensor:
+        """(B, S) item ids, 0 for padding, to (B, num_items + 1) scores of the next item; see ``HistoryModel``."""
+        return self.model(items)
+
+    def task_loss(self, batch: Any) -> TaskOutput:
+        """Mean cross-entropy of the targets, one at each position that has one; padding has none.
+
+        In evaluation ``outputs`` are the scores after each history's last item and ``targets`` the item that came
+        then; histories without one are left out.
+        """
+        h_TD, packing, index_T = self.model.encode(batch.items_BS)
+        target_T = batch.targets_BS.flatten()[index_T]
+        self._check_targets(batch.targets_BS)
+        has_T = target_T > 0
+        all_have = bool(has_T.all())
+        loss = linear_cross_entropy(
+            h_TD if all_have else h_TD[has_T],
+            self.model.output_weight,
+            (target_T if all_have else target_T[has_T]) - 1,
+        )
+        if self.training:
+            return TaskOutput(loss, None, None, len(batch.items_BS))
+        kept_B = packing.last_B >= 0
+        last_target_B = target_T.new_zeros(packing.num_rows)
+        last_target_B[kept_B] = target_T[packing.last_B[kept_B]]
+        kept_B = last_target_B > 0
+        scores_BI = self._candidates(self.model.scores(last_of(h_TD, packing)), batch)[kept_B]
+        return TaskOutput(loss, scores_BI, last_target_B[kept_B], len(batch.items_BS))
+
+    def _check_targets(self, targets_BS: Tensor) -> None:
+        if targets_BS.numel():
+            low, high = (int(v) for v in targets_BS.aminmax())
+            if low < 0 or high > self.num_items:
+                wrong = low if low < 0 else high
+                raise ValueError(f"target id {wrong} is not in 0 to num_items={self.num_items} (0 is none)")
+
+    def _candidates(self, scores_BI: Tensor, batch: Any) -> Tensor:
+        """The scores, -inf for what may not be recommended."""
+        if not self.exclude_seen:
+            return scores_BI
+        seen_BH = getattr(batch, "seen_BH", None)
+        return scores_BI.scatter(1, batch.items_BS if seen_BH is None else seen_BH, -math.inf)
+
+    def example_inputs(self, batch: Any) -> tuple[Tensor]:
+        return (batch.items_BS,)
+
+    def build_metrics(self) -> NextItemMetrics:
+        """Hit rate and NDCG at 10, and the mean reciprocal rank, over all items."""
+        return NextItemMetrics()
+
+    def predict_step(self, batch: Any, batch_idx: int) -> NextItems:
+        """The ``top_k`` best next items of each history."""
+        scores_BI = self._candidates(self(*self.example_inputs(batch)), batch)
+        best = scores_BI.topk(min(self.top_k, self.num_items), dim=-1)
+        names = getattr(self._data(), "item_names", None)
+        name_Bk = [[str(i) if names is None else names[i] for i in row] for row in best.indices.tolist()]
+        return NextItems(batch.index_B, batch.user_B, best.indices, name_Bk, best.values)
+
+    def _data(self) -> Any:
+        return None if self._trainer is None else getattr(self._trainer, "datamodule", None)
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        data = self._data()
+        for name in self.data_arguments:
+            found = getattr(data, name, None)
+            if found is not None and found != getattr(self, name):
+                raise ValueError(f"model.{name}={getattr(self, name)} does not fit the data, whose {name} is {found}")
+
+    def with_moe(self, moe: core.MoEConfig) -> NextItemRecommender:
+        return _twin(self, self.sequence, moe)
+
+    @property
+    def replaced_blocks(self) -> tuple[str, ...]:
+        """What SASRec has otherwise: the mixing of positions in all blocks, and the FFNs of ``moe_blocks``."""
+        mixture = self.sequence.mixing == "mixture"
+        mixings = [f"model.blocks.{i}.mixing" for i in range(self.sequence.depth)] if mixture else []
+        ffns = [f"model.blocks.{i}.ffn" for i in self.model.moe_blocks] if mixture or self.moe else []
+        return (*mixings, *ffns)
+
+    def baselines(self) -> Mapping[str, Baseline]:
+        """SASRec of equal active FLOPs and of equal parameters: attention alone and dense FFNs, those of ``moe_blocks``
+        as wide as makes up for the experts and, where there is one, for the convolution with its gate."""
+        if not self.replaced_blocks:
+            return {}
+        found: dict[str, Baseline] = {}
+        widths = baseline_widths(self.sequence, self.moe, len(self.model.moe_blocks), **self.moe_flops_arguments)
+        for name, (width, problem) in widths.items():
+            twin = next((n for n, b in found.items() if b.build and _close(width, widths[n][0])), None)
+            note = f"attention and dense FFNs, hidden dim {width} in the replaced blocks"
+            if problem:
+                found[name] = Baseline(None, problem)
+            elif twin is not None:
+                found[name] = Baseline(None, f"coincides with {twin}: {note}, there {widths[twin][0]}")
+            else:
+                found[name] = Baseline(_Dense(self, width), f"{note}, {self.sequence.dense_hidden_dim} elsewhere")
+        return found
+
+
+def baseline_widths(
+    config: HistoryModelConfig,
+    moe: core.MoEConfig | None,
+    num_replaced: int,
+    tolerance: float = 0.05,
+    tokens_per_sequence: int | None = None,
+) -> dict[str, tuple[int, str]]:
+    """FFN hidden dims F with which SASRec costs what ``config`` with ``moe`` does.
+
+    A dense FFN takes ``4 D F`` FLOPs a token and has ``2 D F + F + D`` parameters. The FFNs of the replaced blocks also
+    make up for what "mixture" costs beside attention, in all blocks.
+
+    Args:
+        config: the model.
+        moe: the FFN of its replaced blocks; None: they are dense.
+        num_replaced: replaced blocks.
+        tolerance: relative difference beyond which a width does not count as equal.
+        tokens_per_sequence: for routers whose cost depends on it.
+
+    Returns:
+        "sasrec_equal_flops" and "sasrec_equal_params", each a width and why there is none, "" where there is one.
+    """
+    D, F = config.dim, config.dense_hidden_dim
+    flops: float = 4 * D * F if moe is None else moe.flops_per_token(D, tokens_per_sequence=tokens_per_sequence)
+    params: float = 2 * D * F + F + D if moe is None else moe.num_params(D)
+    if config.mixing == "mixture":
+        flops += config.depth * config.mixture_flops_per_token() / num_replaced
+        params += config.depth * config.mixture_params() / num_replaced
+    solved = {}
+    for name, target, cost, width in (
+        ("sasrec_equal_flops", flops, lambda f: 4 * D * f, flops / (4 * D)),
+        ("sasrec_equal_params", params, lambda f: 2 * D * f + f + D, (params - D) / (2 * D + 1)),
+    ):
+        hidden = max(1, round(width))
+        off = abs(cost(hidden) - target) / target
+        what = name.rpartition("_")[2]
+        problem = f"no whole FFN hidden dim comes within {tolerance:.0%} of {target:.0f} {what} a block"
+        solved[name] = hidden, problem if off > tolerance else ""
+    return solved
+
+
+def _close(a: int, b: int) -> bool:
+    return abs(a - b) <= 0.01 * max(a, b)
+
+
+@dataclass(frozen=True)
+class _Dense:
+    """Makes SASRec beside ``sparse``. A class and not a closure: it pickles into another process."""
+
+    sparse: NextItemRecommender
+    width: int
+
+    def __call__(self) -> NextItemRecommender:
+        attention = dataclasses.replace(self.sparse.sequence, mixing="attention")
+        return _twin(self.sparse, attention, None, self.width)
+
+
+def _twin(
+    of: NextItemRecommender,
+    sequence: HistoryModelConfig,
+    moe: core.MoEConfig | None,
+    replaced_hidden_dim: int | None = None,
+) -> NextItemRecommender:
+    """``of`` anew, with other layers in its blocks."""
+    return NextItemRecommender(
+        num_items=of.num_items,
+        max_length=of.max_length,
+        sequence=sequence,
+        moe=moe,
+        moe_blocks=of.moe_blocks,
+        replaced_hidden_dim=replaced_hidden_dim,
+        exclude_seen=of.exclude_seen,
+        top_k=of.top_k,
+        optimizer=of.optimizer_config,
+        ema_decay=of.ema_decay,
+    )

@@ -1,0 +1,256 @@
+"""Where the rows of each embedding table live: TorchRec's planner, and the tables before and after they are sharded."""
+
+from __future__ import annotations
+
+import os
+import warnings
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from torch import Tensor, nn
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder, ShardedEmbeddingBagCollection
+from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints
+from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
+from torchrec.distributed.planner.types import (
+    KernelConfig,
+    PlannerError,
+    PlannerErrorType,
+    TopologyFactory,
+    TrainerConfig,
+)
+from torchrec.distributed.types import ShardingPlan
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+
+Sharding = Literal["auto", "table_wise", "row_wise", "column_wise", "table_row_wise", "data_parallel"]
+ComputeKernel = Literal["fused", "fused_uvm", "fused_uvm_caching"]
+
+# What the planner may choose by itself does not change the result, but for the order of sums.
+_AUTO = ("table_wise", "row_wise", "table_row_wise")
+_OPTIMIZERS = {
+    "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
+    "adagrad": EmbOptimType.EXACT_ADAGRAD,
+    "sgd": EmbOptimType.EXACT_SGD,
+    "adam": EmbOptimType.ADAM,
+}
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class ShardingConfig:
+    """How tables are shared out over processes.
+
+    Attributes:
+        sharding: of all tables: "table_wise", a table on one process; "row_wise", its rows over all; "column_wise",
+            its columns over all; "table_row_wise", its rows over the processes of one node; "data_parallel", a whole
+            table on each process; "auto": the planner chooses among table_wise, row_wise and table_row_wise.
+        table_sharding: of single columns' tables, by the column's name, in place of ``sharding``.
+        compute_kernel: "fused": in the device's memory. "fused_uvm": in the host's, read over the bus, and
+            "fused_uvm_caching": with a cache on the device; both need a GPU.
+        memory_gib: of each process, for its tables and their optimizer state; None: 80% of the device's, or of the
+            host's shared among its processes.
+
+    Raises:
+        ValueError: a value that is not known, or not positive.
+    """
+
+    sharding: Sharding = "auto"
+    table_sharding: Mapping[str, Sharding] = field(default_factory=dict)
+    compute_kernel: ComputeKernel = "fused"
+    memory_gib: float | None = None
+
+    def __post_init__(self) -> None:
+        named = {f"table_sharding[{k!r}]": v for k, v in self.table_sharding.items()}
+        for name, value in {"sharding": self.sharding, **named}.items():
+            if value not in get_args(Sharding):
+                raise ValueError(f"{name}={value!r} is not one of {', '.join(get_args(Sharding))}")
+        if self.compute_kernel not in get_args(ComputeKernel):
+            raise ValueError(f"compute_kernel={self.compute_kernel!r} is not one of {', '.join(get_args(ComputeKernel))}")
+        if self.memory_gib is not None and not self.memory_gib > 0:
+            raise ValueError(f"memory_gib={self.memory_gib} must be positive")
+
+
+class Sharder(EmbeddingBagCollectionSharder):
+    """TorchRec's, which leaves out row-wise tables on a CPU though they run there."""
+
+    def sharding_types(self, compute_device_type: str) -> list[str]:
+        return [s for s in get_args(Sharding) if s != "auto"]
+
+
+def sharder(optimizer: str, lr: float) -> Sharder:
+    """Shards a collection whose rows ``optimizer`` steps inside the backward.
+
+    Raises:
+        ValueError: an optimizer that is not known.
+    """
+    if optimizer not in _OPTIMIZERS:
+        raise ValueError(f"embedding_optimizer={optimizer!r} is not one of {', '.join(_OPTIMIZERS)}")
+    return Sharder(fused_params={"optimizer": _OPTIMIZERS[optimizer], "learning_rate": lr})
+
+
+def collections(module: nn.Module) -> dict[str, EmbeddingBagCollection]:
+    """The collections that can be sharded, by their path."""
+    return {name: m for name, m in module.named_modules() if type(m) is EmbeddingBagCollection}
+
+
+def sharded_collections(module: nn.Module) -> dict[str, ShardedEmbeddingBagCollection]:
+    """The sharded collections, by their path."""
+    return {name: m for name, m in module.named_modules() if isinstance(m, ShardedEmbeddingBagCollection)}
+
+
+def plan(
+    module: nn.Module,
+    config: ShardingConfig,
+    shard: Sharder,
+    device: torch.device,
+    local_world_size: int,
+    batch_size: int,
+) -> ShardingPlan:
+    """The plan of rank 0, the same on all ranks; so is its error.
+
+    Raises:
+        ValueError: ``table_sharding`` names no column; the tables do not fit into the processes' memory, or cannot be
+            sharded as asked.
+    """
+    answer: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            answer = [_plan(module, config, shard, device, local_world_size, batch_size)]
+        except ValueError as error:  # a rank that waits for the plan would wait for ever
+            answer = [str(error)]
+    dist.broadcast_object_list(answer)
+    if isinstance(answer[0], str):
+        raise ValueError(answer[0])
+    return answer[0]
+
+
+def _plan(
+    module: nn.Module,
+    config: ShardingConfig,
+    shard: Sharder,
+    device: torch.device,
+    local_world_size: int,
+    batch_size: int,
+) -> ShardingPlan:
+    tables = {t.name: t for c in collections(module).values() for t in c.embedding_bag_configs()}
+    columns = {column: t.name for t in tables.values() for column in t.feature_names}
+    for column in config.table_sharding:
+        if column not in columns:
+            raise ValueError(f"table_sharding names {column!r}, which is no embedded column: {', '.join(columns)}")
+    for t in tables.values():
+        if t.embedding_dim % 4:
+            raise ValueError(f"{t.name} is {t.embedding_dim} wide; the kernels of sharded tables take multiples of 4")
+    wanted = dict.fromkeys(tables, config.sharding) | {columns[c]: s for c, s in config.table_sharding.items()}
+    constraints = {
+        name: ParameterConstraints(
+            sharding_types=list(_AUTO) if sharding == "auto" else [sharding],
+            compute_kernels=["dense"] if sharding == "data_parallel" else [config.compute_kernel],
+            min_partition=4 if sharding == "column_wise" else None,
+        )
+        for name, sharding in wanted.items()
+    }
+    memory = _memory(config, device, local_world_size)
+    host = int(_host_memory() * 0.8 / local_world_size) if device.type == "cuda" else memory
+    topology = TopologyFactory.create_topology(
+        TrainerConfig(
+            world_size=dist.get_world_size(),
+            local_world_size=local_world_size,
+            hbm_cap_bytes=memory if device.type == "cuda" else None,
+            ddr_cap_bytes=host,
+        ),
+        kernel_config=KernelConfig(compute_device=device.type),
+    )
+    planner = EmbeddingShardingPlanner(
+        topology=topology,
+        batch_size=batch_size,
+        constraints=constraints,
+        storage_reservation=FixedPercentageStorageReservation(0.0),
+        debug=False,
+    )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return planner.plan(module, [shard])
+    except PlannerError as error:
+        raise ValueError(_failure(error, tables.values(), wanted, memory)) from error
+
+
+def _failure(error: PlannerError, tables: Any, wanted: Mapping[str, str], memory: int) -> str:
+    kinds = ", ".join(sorted(set(wanted.values())))
+    if error.error_type in (PlannerErrorType.INSUFFICIENT_STORAGE, PlannerErrorType.PARTITION):
+        size = {t.name: 4 * t.num_embeddings * t.embedding_dim for t in tables}
+        largest = max(size, key=lambda name: size[name])
+        return (
+            f"the tables do not fit: {sum(size.values()) / _GIB:.3g} GiB of weights (the largest, {largest}, "
+            f"{size[largest] / _GIB:.3g}), besides optimizer state and buffers, for {dist.get_world_size()} processes "
+            f"of {memory / _GIB:.3g} GiB each with sharding {kinds}: take more processes, a higher memory_gib, or "
+            "row_wise for the largest"
+        )
+    return f"no plan with sharding {kinds}: {' '.join(str(error).split())[:200]}"
+
+
+def _memory(config: ShardingConfig, device: torch.device, local_world_size: int) -> int:
+    if config.memory_gib is not None:
+        return int(config.memory_gib * _GIB)
+    if device.type == "cuda":
+        return int(0.8 * torch.cuda.get_device_properties(device).total_memory)
+    return int(0.8 * _host_memory() / local_world_size)
+
+
+def _host_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def tables(module: nn.Module) -> dict[str, Any]:
+    """The weights of sharded collections by their names in the state dict: ``ShardedTensor``, or plain where each
+    process has all of them (data_parallel). They share memory with the module."""
+    found: dict[str, Any] = {}
+    for path, collection in sharded_collections(module).items():
+        for name, value in collection.state_dict().items():
+            found[f"{path}.{name}"] = value
+    return found
+
+
+@torch.no_grad()
+def copy_rows(target: Any, full: Tensor) -> None:
+    """Copy the part of the whole table ``full`` that this process holds of ``target``, one of ``tables``."""
+    if not is_split(target):
+        target.copy_(full)
+        return
+    for part in target.local_shards():
+        (row, column), (rows, columns) = part.metadata.shard_offsets, part.metadata.shard_sizes
+        part.tensor.copy_(full[row : row + rows, column : column + columns])
+
+
+def draw_rows(target: Any, name: str, owner: nn.Module) -> None:
+    """Start the rows that this process holds of a table that no process holds whole.
+
+    Args:
+        target: one of ``tables``.
+        name: of the table; with the run's seed and the shard's place it decides the rows.
+        owner: the module around the collection, whose ``draw_rows(rows, first, generator)`` draws them.
+
+    Raises:
+        ValueError: the owner has none.
+    """
+    draw = getattr(owner, "draw_rows", None)
+    if draw is None:
+        raise ValueError(f"{type(owner).__name__} holds tables on the meta device and has no draw_rows to start them")
+    parts = [((0, 0), target)]
+    if is_split(target):
+        parts = [(tuple(p.metadata.shard_offsets), p.tensor) for p in target.local_shards()]
+    for (row, column), rows in parts:
+        # One seed a run: the ranks of a run agree on it.
+        entropy = [torch.initial_seed(), zlib.crc32(name.encode()), row, column]
+        seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)
+        draw(rows, row, torch.Generator(rows.device).manual_seed(seed))
+
+
+def is_split(value: Any) -> bool:
+    """Whether a value of a state dict is spread over the processes."""
+    return hasattr(value, "local_shards")

@@ -1,0 +1,201 @@
+"""Task heads: from the shared layer's output of each task to its logit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import core
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """The towers of the tasks, and what one task tells another.
+
+    - "plain": a tower and a logit a task.
+    - "esmm": each task is a step that implies the steps before it, as a click, then a conversion (arXiv 1804.07931).
+      The towers say the chance of a step given the one before; the logits, losses and metrics are of all steps so far,
+      ``p(ctcvr) = p(ctr) p(cvr)`` over all examples, those without a click too.
+    - "aitm": steps too (arXiv 2105.08489): what a task knows goes on to the next one, which attends to it and to its
+      own. A hinge keeps a step's probability below that of the step before.
+
+    Attributes:
+        kind: "plain", "esmm" or "aitm".
+        hidden_dims: widths of a tower's layers; empty: a logit straight from the shared layer.
+        activation: "relu", "gelu" or "silu".
+        norm: of the towers: "batch", "layer" or None. Under "batch" a batch of one takes the running statistics.
+        dropout: in the towers.
+        prior_bias: the logits start at the share of positives in training.
+        calibrator_weight: of AITM's hinge, ``mean of max(p_next - p_before, 0)``; "aitm" alone reads it.
+
+    Raises:
+        ValueError: a value out of its range.
+    """
+
+    kind: Literal["plain", "esmm", "aitm"] = "plain"
+    hidden_dims: tuple[int, ...] = (8,)
+    activation: str = "relu"
+    norm: str | None = None
+    dropout: float = 0.0
+    prior_bias: bool = True
+    calibrator_weight: float = 0.6
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "hidden_dims", tuple(self.hidden_dims))  # a list in YAML and in a checkpoint
+        if self.kind not in ("plain", "esmm", "aitm"):
+            raise ValueError(f"head.kind={self.kind!r} is not one of plain, esmm, aitm")
+        if not self.calibrator_weight >= 0:
+            raise ValueError(f"head.calibrator_weight={self.calibrator_weight} is negative")
+        if self.hidden_dims:
+            try:
+                self.tower()
+            except ValueError as error:
+                raise ValueError(f"head.{error}") from None
+
+    def tower(self) -> core.MLP:
+        """A tower without its logit."""
+        return core.MLP(self.hidden_dims, self.activation, self.norm, self.dropout)
+
+    def build(self, dim: int, num_tasks: int, positives: Sequence[float] = ()) -> Head:
+        """The head for (t, B, ``dim``).
+
+        Args:
+            dim: width of the shared layer's output.
+            num_tasks: t.
+            positives: share of positive labels of each task; empty: not known.
+
+        Raises:
+            ValueError: one task alone with "esmm" or "aitm".
+        """
+        if self.kind != "plain" and num_tasks < 2:
+            raise ValueError(f"head.kind={self.kind!r} needs at least 2 tasks, there is {num_tasks}")
+        kind = {"plain": Head, "esmm": ESMM, "aitm": AITM}[self.kind]
+        return kind(self, dim, num_tasks, positives)
+
+
+class Head(nn.Module):
+    """The plain head: t towers as one batched product, then a logit each.
+
+    Args:
+        config: of the towers.
+        dim: width of the input.
+        num_tasks: t.
+        positives: as in ``HeadConfig.build``.
+    """
+
+    def __init__(self, config: HeadConfig, dim: int, num_tasks: int, positives: Sequence[float] = ()) -> None:
+        super().__init__()
+        self.config, self.num_tasks = config, num_tasks
+        self.towers = config.tower().build(num_tasks, dim) if config.hidden_dims else None
+        self.weight, self.bias = linear_init(num_tasks, (dim, *config.hidden_dims)[-1], 1)
+        if config.prior_bias and positives:
+            with torch.no_grad():
+                self.bias.copy_(torch.tensor([_logit(p) for p in self._prior(positives)]).view(-1, 1, 1))
+
+    def _prior(self, positives: Sequence[float]) -> list[float]:
+        return list(positives)
+
+    def forward(self, x_tBD: Tensor) -> Tensor:
+        """(t, B, D) to logits (B, t)."""
+        if self.towers is not None:
+            x_tBD = self.towers.each(x_tBD, (1,) * self.num_tasks).transpose(0, 1)
+        return torch.baddbmm(self.bias, x_tBD, self.weight).squeeze(-1).t()
+
+    def losses(self, logits_Bt: Tensor) -> Mapping[str, Tensor]:
+        """The head's own weighted losses by name, () each."""
+        return {}
+
+    def check_labels(self, label_Bt: Tensor, names: Sequence[str]) -> None:
+        """Refuse labels that contradict the head. It waits for the device.
+
+        Raises:
+            ValueError: naming the two tasks.
+        """
+
+
+class _Steps(Head):
+    """Heads whose tasks are steps, each of which implies those before it."""
+
+    def check_labels(self, label_Bt: Tensor, names: Sequence[str]) -> None:
+        bad = (label_Bt[:, 1:] > label_Bt[:, :-1]).any(0).nonzero()  # NaN is not greater
+        if len(bad):
+            before, after = names[int(bad[0])], names[int(bad[0]) + 1]
+            raise ValueError(
+                f"an example has {after!r} and not {before!r}: with head.kind={self.config.kind!r} the tasks are "
+                "steps, in the order of the data, and each implies the one before"
+            )
+
+
+class ESMM(_Steps):
+    """Entire-space multi-task model (arXiv 1804.07931): see ``HeadConfig``."""
+
+    def _prior(self, positives: Sequence[float]) -> list[float]:
+        """Of each step given the one before."""
+        before = [1.0, *positives[:-1]]
+        return [p / b if b > 0 else p for p, b in zip(positives, before, strict=True)]
+
+    def forward(self, x_tBD: Tensor) -> Tensor:
+        step_tB = super().forward(x_tBD).t()
+        so_far = [step_tB[0]]
+        for z_B in step_tB[1:]:
+            so_far.append(and_logit(so_far[-1], z_B))
+        return torch.stack(so_far, dim=1)
+
+
+def and_logit(a: Tensor, b: Tensor) -> Tensor:
+    """The logit of ``sigmoid(a) sigmoid(b)``, exact where a product of float32 probabilities is 0 or 1.
+
+    ``1 / (p q) = (1 + e^-a)(1 + e^-b)``, so ``pq / (1 - pq) = 1 / (e^-a + e^-b + e^-(a+b))``.
+    """
+    return -torch.logsumexp(torch.stack((-a, -b, -a - b)), dim=0)
+
+
+class AITM(_Steps):
+    """Adaptive information transfer multi-task (arXiv 2105.08489): see ``HeadConfig``.
+
+    For task t with its own information ``q_t`` (the shared layer's output) and what task t - 1 passes on,
+    ``p_t = relu(W z_(t-1) + b)``: ``z_t = sum over u in (p_t, q_t) of w_u v(u)``, ``w_u = softmax(<k(u), s(u)> /
+    sqrt(D))``, where v, k and s are linear; ``z_1 = q_1``. The towers read z.
+    """
+
+    def __init__(self, config: HeadConfig, dim: int, num_tasks: int, positives: Sequence[float] = ()) -> None:
+        super().__init__(config, dim, num_tasks, positives)
+        self.transfer_weight, self.transfer_bias = linear_init(num_tasks - 1, dim, dim)
+        self.attention_weight, _ = linear_init(num_tasks - 1, dim, 3 * dim)
+
+    def forward(self, x_tBD: Tensor) -> Tensor:
+        z_BD = x_tBD[0]
+        found = [z_BD]
+        for t in range(1, self.num_tasks):
+            p_BD = F.relu(torch.addmm(self.transfer_bias[t - 1], z_BD, self.transfer_weight[t - 1]))
+            u_B2D = torch.stack((p_BD, x_tBD[t]), dim=1)
+            v, k, s = (u_B2D @ self.attention_weight[t - 1]).chunk(3, dim=-1)
+            w_B2 = ((k * s).sum(-1) / math.sqrt(v.shape[-1])).softmax(-1)
+            z_BD = (w_B2.unsqueeze(-1) * v).sum(1)
+            found.append(z_BD)
+        return super().forward(torch.stack(found))
+
+    def losses(self, logits_Bt: Tensor) -> Mapping[str, Tensor]:
+        if not self.config.calibrator_weight:
+            return {}
+        p_Bt = logits_Bt.sigmoid()
+        hinge = F.relu(p_Bt[:, 1:] - p_Bt[:, :-1]).sum(1).mean()
+        return {"calibrator": self.config.calibrator_weight * hinge}
+
+
+def linear_init(num: int, fan_in: int, fan_out: int) -> tuple[nn.Parameter, nn.Parameter]:
+    """Weight (num, in, out) and bias (num, 1, out), each as ``nn.Linear`` starts."""
+    bound = 1 / math.sqrt(fan_in)
+    weight, bias = torch.empty(num, fan_in, fan_out), torch.empty(num, 1, fan_out)
+    return nn.Parameter(weight.uniform_(-bound, bound)), nn.Parameter(bias.uniform_(-bound, bound))
+
+
+def _logit(p: float) -> float:
+    p = min(max(p, 1e-4), 1 - 1e-4)
+    return math.log(p / (1 - p))

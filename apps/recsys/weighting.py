@@ -1,0 +1,147 @@
+"""How the losses of the tasks become one: fixed weights, uncertainty, GradNorm."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class WeightingConfig:
+    """Weights of the tasks' losses, in training.
+
+    - "fixed": ``sum of w_t L_t``, with ``weights``.
+    - "uncertainty": ``sum of exp(-s_t) L_t + s_t / 2`` with learned ``s_t = log sigma_t^2``, the form for
+      classification (UWL, arXiv 1705.07115).
+    - "gradnorm": learned weights of sum t that bring the gradients of the weighted losses on the last shared layer to
+      one norm times ``r_t^alpha``, where ``r_t`` is a task's relative training rate (arXiv 1711.02257). The initial
+      losses are those of the constant prediction, so that a resumed run has the same.
+
+    In evaluation the loss is the fixed weights' sum, for models to be comparable.
+
+    Attributes:
+        kind: "fixed", "uncertainty" or "gradnorm".
+        weights: of single tasks, by name; 1 where none is named. "uncertainty" and "gradnorm" start from them.
+        alpha: GradNorm's strength, how much slower tasks are helped; 0: equal norms.
+
+    Raises:
+        ValueError: an unknown kind, a negative weight or alpha, or a weight of 0 that a learned weighting starts from.
+    """
+
+    kind: Literal["fixed", "uncertainty", "gradnorm"] = "fixed"
+    weights: Mapping[str, float] = field(default_factory=dict)
+    alpha: float = 1.5
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("fixed", "uncertainty", "gradnorm"):
+            raise ValueError(f"weighting.kind={self.kind!r} is not one of fixed, uncertainty, gradnorm")
+        for task, weight in self.weights.items():
+            if not (weight > 0 or (weight == 0 and self.kind == "fixed")) or not math.isfinite(weight):
+                least = "at least 0" if self.kind == "fixed" else "positive"
+                raise ValueError(f"weighting.weights[{task!r}]={weight} must be {least} and finite")
+        if not self.alpha >= 0:
+            raise ValueError(f"weighting.alpha={self.alpha} is negative")
+
+    def build(self, tasks: Sequence[str], positives: Sequence[float] = ()) -> Weighting:
+        """The weighting of ``tasks``; ``positives`` are their shares of positive labels, empty where not known.
+
+        Raises:
+            ValueError: a weight of a task that is not there, or no task with a weight above 0.
+        """
+        unknown = [name for name in self.weights if name not in tasks]
+        if unknown:
+            raise ValueError(f"weighting.weights names {unknown[0]!r}, which is no task; there is {', '.join(tasks)}")
+        weights = [float(self.weights.get(name, 1.0)) for name in tasks]
+        if not any(weights):
+            raise ValueError("weighting.weights leaves no task with a weight above 0")
+        kind = {"fixed": Weighting, "uncertainty": Uncertainty, "gradnorm": GradNorm}[self.kind]
+        return kind(weights, positives, self.alpha)
+
+
+class Weighting(nn.Module):
+    """Fixed weights.
+
+    Args:
+        weights: of the tasks.
+        positives: shares of positive labels; empty where not known.
+        alpha: of GradNorm.
+    """
+
+    _given_t: Tensor
+
+    def __init__(self, weights: Sequence[float], positives: Sequence[float] = (), alpha: float = 0.0) -> None:
+        super().__init__()
+        self.alpha = alpha
+        self.register_buffer("_given_t", torch.tensor(weights), persistent=False)
+
+    def forward(self, loss_t: Tensor, shared: Tensor | None = None) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """The loss () of the tasks' losses (t,), and the weights to log, (t,) each, by name.
+
+        Args:
+            loss_t: of a batch.
+            shared: weight of the last shared layer, in whose graph the losses are; GradNorm reads it in training.
+        """
+        return self.evaluate(loss_t), {}
+
+    def evaluate(self, loss_t: Tensor) -> Tensor:
+        """The fixed weights' sum, ()."""
+        return loss_t @ self._given_t
+
+
+class Uncertainty(Weighting):
+    """Learned ``log_variance`` (t,); it starts where ``exp(-s)`` is the given weight."""
+
+    def __init__(self, weights: Sequence[float], positives: Sequence[float] = (), alpha: float = 0.0) -> None:
+        super().__init__(weights, positives, alpha)
+        self.log_variance = nn.Parameter(-torch.tensor(weights).log())
+
+    def forward(self, loss_t: Tensor, shared: Tensor | None = None) -> tuple[Tensor, Mapping[str, Tensor]]:
+        if not self.training:
+            return self.evaluate(loss_t), {}
+        weight_t = (-self.log_variance).exp()
+        return (weight_t * loss_t + self.log_variance / 2).sum(), {"weight": weight_t.detach()}
+
+
+class GradNorm(Weighting):
+    """Learned ``logits`` (t,): the weights are ``t * softmax(logits)``, so they stay positive and of sum t.
+
+    With ``g_t`` the norm of the unweighted loss's gradient on the shared weight W, the weighted loss's is ``w_t g_t``,
+    so the paper's ``sum of |w_t g_t - mean(w g) r_t^alpha|``, with the target held constant, needs no second
+    derivative. It moves the weights alone, the weighted sum of the losses the rest alone.
+    """
+
+    _initial_t: Tensor
+
+    def __init__(self, weights: Sequence[float], positives: Sequence[float] = (), alpha: float = 0.0) -> None:
+        super().__init__(weights, positives, alpha)
+        self.logits = nn.Parameter(torch.tensor(weights).log())
+        entropy = [_entropy(p) for p in positives] or [math.log(2.0)] * len(weights)
+        self.register_buffer("_initial_t", torch.tensor(entropy), persistent=False)
+
+    def forward(self, loss_t: Tensor, shared: Tensor | None = None) -> tuple[Tensor, Mapping[str, Tensor]]:
+        if not self.training or not torch.is_grad_enabled():
+            return self.evaluate(loss_t), {}
+        assert shared is not None
+        norms = [torch.autograd.grad(loss, shared, retain_graph=True)[0].norm() for loss in loss_t]
+        norm_t = torch.stack(norms)
+        weight_t = len(loss_t) * F.softmax(self.logits, dim=0)
+        with torch.no_grad():
+            ratio_t = loss_t / self._initial_t
+            rate_t = ratio_t / ratio_t.mean()
+            target_t = (weight_t * norm_t).mean() * rate_t**self.alpha
+        balance = (weight_t * norm_t - target_t).abs().sum()
+        # The value logged is the weighted loss; the balance gives its gradient alone.
+        loss = (weight_t.detach() * loss_t).sum() + balance - balance.detach()
+        return loss, {"weight": weight_t.detach(), "gradient_norm": norm_t}
+
+
+def _entropy(p: float) -> float:
+    """Log loss of the constant prediction p, in nats."""
+    p = min(max(p, 1e-4), 1 - 1e-4)
+    return -p * math.log(p) - (1 - p) * math.log(1 - p)

@@ -1,0 +1,380 @@
+"""``MultiGateConfig``: multi-task layers, whose every task has a gate of its own over shared and own experts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..experts import MLP, ExpertConfig
+from ..kernels import BACKENDS
+from ..layers import MultiGateLayer, MultiGateMoE, PLELayer, SelectedMultiGateMoE, SparseMultiGateMoE
+from ..layers.multi_gate import FeatureGate
+from ..routing.balance import Balance
+from ..routing.checks import at_least_one, one_of, positive
+from ..routing.multi_gate import DenseGates, DomainEmbedding, ExpertGroups
+from ..routing.router import RouterConfig
+from ..routing.selection import Capacity
+from ..routing.smooth import DENSE_TERMS
+from .plain import from_plain, make, to_plain
+
+DENSE_GATE_TERMS = DENSE_TERMS | {"router_z"}
+
+
+@dataclass(frozen=True)
+class MultiGateConfig:
+    """Base of the multi-task layers' configs. ``build`` makes ``layer(x, context)``: (..., D) to (t, ..., D_out).
+
+    Attributes:
+        num_experts: experts that all tasks share.
+        expert: what is computed: ``MLP(...)``, ``FFN(...)``, ``SwiGLU(...)``, ``GEGLU(...)``.
+        expert_dropout: in training each gate leaves each expert out with this probability, example by example, and its
+            other weights are brought to their sum; one expert always stays (Zhao et al., RecSys 2019: 0.1).
+        feature_gate: rank of low-rank gates that give each expert its own input (HoME, arXiv 2408.05430); 0: none.
+        self_gate: experts of each task outside its softmax, added to its output (HoME): one is weighted by a sigmoid,
+            several by a softmax of their own; 0: none.
+        num_domain_experts: experts of each domain alone, beside the others in every task's gate (M3oE, arXiv
+            2404.18465); they compute their domain's examples only. Needs domains when it is built.
+        init_scale: variance of the gates' initial weights times D.
+        balance: weights of the balance losses of each gate; dense gates have ``importance``, ``mutual_information``,
+            ``local_entropy``, ``global_entropy`` and ``router_z``, all 0 as they are published.
+        backend: of the experts: "auto", "eager", "cpu" or "grouped".
+
+    Raises:
+        ValueError: a value is out of its range, or two of them do not go together.
+    """
+
+    num_experts: int = 8
+    expert: ExpertConfig = MLP()
+    expert_dropout: float = field(default=0.0, kw_only=True)
+    feature_gate: int = field(default=0, kw_only=True)
+    self_gate: int = field(default=0, kw_only=True)
+    num_domain_experts: int = field(default=0, kw_only=True)
+    init_scale: float = field(default=0.1, kw_only=True)
+    balance: Balance = field(default=Balance(router_z=0.0), kw_only=True)
+    backend: str = field(default="auto", kw_only=True)
+
+    def __post_init__(self) -> None:
+        at_least_one("num_experts", self.num_experts)
+        for name in ("feature_gate", "self_gate", "num_domain_experts"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} is negative")
+        if not 0 <= self.expert_dropout < 1:
+            raise ValueError(f"expert_dropout={self.expert_dropout} is not in [0, 1)")
+        positive("init_scale", self.init_scale)
+        one_of("backend", self.backend, ("auto", *BACKENDS))
+        if self.balance.adaptive:
+            raise ValueError("balance.adaptive=True follows the drop rate, which is 0: multi-gate layers are dropless")
+        self.balance.check(self.balance_terms(), type(self).__name__)
+
+    def balance_terms(self) -> frozenset[str]:
+        """Names of the balance terms that apply."""
+        return DENSE_GATE_TERMS
+
+    def build(self, dim: int, num_tasks: int, num_domains: int = 0) -> MultiGateLayer:
+        """The layer for examples of width ``dim``.
+
+        Args:
+            dim: D.
+            num_tasks: t.
+            num_domains: scenarios; the gates then see a learned vector of the example's, and the layer needs
+                ``context.domain_ids_B``. 0: none.
+
+        Raises:
+            ValueError: a number is out of its range, or there are experts of domains and no domains.
+        """
+        groups = self.groups(num_tasks, num_domains)
+        at_least_one("dim", dim)
+        return MultiGateMoE(
+            self._gates(dim, groups),
+            self.expert.build(groups.num_experts, dim, backend=self.backend),
+            groups,
+            num_tasks=num_tasks,
+            balance=self.balance,
+            expert_dropout=self.expert_dropout,
+            feature_gate=self._feature_gate(dim, groups),
+        )
+
+    def groups(self, num_tasks: int, num_domains: int = 0) -> ExpertGroups:
+        """Whose the experts of a level are.
+
+        Raises:
+            ValueError: as ``build``.
+        """
+        at_least_one("num_tasks", num_tasks)
+        if num_domains < 0:
+            raise ValueError(f"num_domains={num_domains} is negative")
+        if self.num_domain_experts and not num_domains:
+            raise ValueError(f"num_domain_experts={self.num_domain_experts} needs num_domains, which is 0")
+        return self._groups(num_tasks, num_domains)
+
+    def _groups(self, num_tasks: int, num_domains: int) -> ExpertGroups:
+        return ExpertGroups(num_tasks, self.num_experts, 0, self.self_gate, self.num_domain_experts, num_domains)
+
+    def _gates(self, dim: int, groups: ExpertGroups, shared_gate: bool = False) -> DenseGates:
+        return DenseGates(dim, groups, shared_gate=shared_gate, init_scale=self.init_scale, terms=DENSE_GATE_TERMS)
+
+    def _feature_gate(self, dim: int, groups: ExpertGroups) -> FeatureGate | None:
+        return FeatureGate(dim, groups.num_dense, self.feature_gate) if self.feature_gate else None
+
+    def out_dim(self, dim: int) -> int:
+        """D_out, the width of each task's output."""
+        return self.expert.out_dim(dim)
+
+    def num_params(self, dim: int, num_tasks: int, num_domains: int = 0) -> int:
+        """Parameters of the layer, equal to the sum of ``numel`` of the built one."""
+        groups = self.groups(num_tasks, num_domains)
+        return self._level_params(dim, groups, groups.num_experts)
+
+    def active_params(self, dim: int, num_tasks: int, num_domains: int = 0) -> int:
+        """Parameters that one example touches: all but other domains' experts."""
+        groups = self.groups(num_tasks, num_domains)
+        return self._level_params(dim, groups, groups.num_dense + groups.num_domain)
+
+    def flops_per_token(self, dim: int, num_tasks: int, num_domains: int = 0, *, batch_size: int | None = None) -> int:
+        """Forward FLOPs an example, for all tasks: products alone, two a multiply-add; gates and their sums included.
+
+        Args:
+            dim: D.
+            num_tasks: t.
+            num_domains: as in ``build``.
+            batch_size: examples of a call. Expert choice rounds its capacity up by it; nothing else asks.
+        """
+        return self._level_flops(dim, self.groups(num_tasks, num_domains))
+
+    def _level_params(self, dim: int, groups: ExpertGroups, experts: int, shared_gate: bool = False) -> int:
+        rows = groups.num_tasks * (groups.per_gate + groups.num_self) + groups.num_domains
+        rows += groups.per_shared_gate if shared_gate else 0
+        feature = 2 * groups.num_dense * self.feature_gate
+        return dim * (rows + feature) + experts * self.expert.num_params(dim)
+
+    def _level_flops(self, dim: int, groups: ExpertGroups, shared_gate: bool = False) -> int:
+        weights = groups.num_tasks * (groups.per_gate + groups.num_self)
+        weights += groups.per_shared_gate if shared_gate else 0
+        experts = (groups.num_dense + groups.num_domain) * self.expert.flops_per_row(dim)
+        feature = 4 * dim * groups.num_dense * self.feature_gate
+        # Each weight is a row of the gates' product, and then weights one output.
+        return 2 * weights * (dim + self.expert.out_dim(dim)) + experts + feature
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists and numbers, as in YAML, with the class: ``{"class_path": ..., "init_args": {...}}``."""
+        plain: dict[str, Any] = to_plain(self)
+        return plain
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> MultiGateConfig:
+        """The config that ``to_dict`` wrote; without a class its fields are those of this one.
+
+        Raises:
+            ValueError: an unknown field or class, or a class that is not this one's, naming it.
+        """
+        config: MultiGateConfig = from_plain(values, cls) if "class_path" in values else make(cls, values)
+        return config
+
+
+@dataclass(frozen=True)
+class MMoE(MultiGateConfig):
+    """Multi-gate mixture of experts: ``y_k = sum_e softmax(W_k x)_e f_e(x)``, a gate a task over all experts (Ma et
+    al., KDD 2018, eq. 6-7). Every expert computes every example.
+
+    With a ``router`` an example is computed by few of many small experts:
+
+    - ``selection="task"``: each task has a router of this config, and an example is computed by the experts that each
+      task chose for it.
+    - ``selection="shared"``: one router selects the experts of an example for all tasks, each computed once, and each
+      task has a softmax gate over the selected: ``g_k,e = P p_e exp(w_k,e x) / sum_j p_j exp(w_k,j x)`` with the
+      router's gates p and their sum P.
+
+    Without limit of capacity; the routers' tokens are the batch's examples.
+
+    Attributes:
+        router: any that chooses pairs (``TokenChoice``, ``DSelectK``, ``ExpertChoice``, ``Threshold``, ...); None:
+            softmax gates over all experts. Not together with ``feature_gate``, ``self_gate``, ``num_domain_experts``;
+            ``expert_dropout`` is of the gates of "shared".
+        selection: "task" or "shared".
+    """
+
+    router: RouterConfig | None = None
+    selection: str = "task"
+
+    def __post_init__(self) -> None:
+        one_of("selection", self.selection, ("task", "shared"))
+        if self.router is not None:
+            self._check_router(self.router)
+        elif self.selection != "task":
+            raise ValueError(f"selection={self.selection!r} needs a router")
+        super().__post_init__()
+
+    def _check_router(self, router: RouterConfig) -> None:
+        if router.layer_kind() != "pairs":
+            raise ValueError(f"router {router.source()} chooses no experts for an example, it mixes: not for MMoE")
+        at_least_one("num_experts", self.num_experts)
+        router.check(self.num_experts)
+        router.check_group("batch")
+        options = ["feature_gate", "self_gate", "num_domain_experts"]
+        for name in options if self.selection == "shared" else [*options, "expert_dropout"]:
+            if getattr(self, name):
+                raise ValueError(f"{name}={getattr(self, name)} does not apply with a router")
+        if self.selection == "shared" and getattr(router, "gates_on", "output") == "input":
+            raise ValueError("gates_on='input' does not apply with selection='shared': experts compute for all tasks")
+
+    def balance_terms(self) -> frozenset[str]:
+        if self.router is None:
+            return DENSE_GATE_TERMS
+        return self.router.balance_terms() | (DENSE_TERMS if self.selection == "shared" else frozenset())
+
+    def build(self, dim: int, num_tasks: int, num_domains: int = 0) -> MultiGateLayer:
+        if self.router is None:
+            return super().build(dim, num_tasks, num_domains)
+        groups, E = self.groups(num_tasks, num_domains), self.num_experts
+        at_least_one("dim", dim)
+        # The whole batch competes: an example is a sequence of its own.
+        capacity, pairs = Capacity(group="batch"), self.router.pairs_per_token(E)
+        experts = self.expert.build(E, dim, backend=self.backend)
+        if self.selection == "shared":
+            return SelectedMultiGateMoE(
+                self.router.build(dim, E, capacity),
+                DenseGates(dim, groups, init_scale=self.init_scale, terms=DENSE_TERMS),
+                experts,
+                groups,
+                balance=self.balance,
+                expert_dropout=self.expert_dropout,
+                pairs_per_token=pairs,
+            )
+        return SparseMultiGateMoE(
+            [self.router.build(dim, E, capacity) for _ in range(num_tasks)],
+            experts,
+            balance=self.balance,
+            domain=DomainEmbedding(num_domains, dim) if num_domains else None,
+            num_domains=num_domains,
+            pairs_per_token=pairs,
+            num_experts=E,
+        )
+
+    def num_params(self, dim: int, num_tasks: int, num_domains: int = 0) -> int:
+        if self.router is None:
+            return super().num_params(dim, num_tasks, num_domains)
+        return self._router_params(dim, num_tasks, num_domains) + self.num_experts * self.expert.num_params(dim)
+
+    def active_params(self, dim: int, num_tasks: int, num_domains: int = 0) -> int:
+        """Parameters that one example touches; with a router, where each task takes experts of its own."""
+        if self.router is None:
+            return super().active_params(dim, num_tasks, num_domains)
+        pairs = self._choices(num_tasks) * self.router.pairs_per_token(self.num_experts)
+        experts = self.num_experts * self.expert.num_params(dim)
+        taken = round(experts * min(pairs / self.num_experts, 1.0))
+        return self._router_params(dim, num_tasks, num_domains) + taken
+
+    def flops_per_token(self, dim: int, num_tasks: int, num_domains: int = 0, *, batch_size: int | None = None) -> int:
+        if self.router is None:
+            return super().flops_per_token(dim, num_tasks, num_domains)
+        self.groups(num_tasks, num_domains)
+        E, choices = self.num_experts, self._choices(num_tasks)
+        rows = choices * self.router.rows_per_token(E, batch_size)
+        gates = 2 * dim * E * num_tasks if self.selection == "shared" else 0
+        return choices * self.router.flops_per_token(dim, E) + gates + round(rows * self.expert.flops_per_row(dim))
+
+    def _choices(self, num_tasks: int) -> int:
+        """How often an example is routed."""
+        return 1 if self.selection == "shared" else num_tasks
+
+    def _router_params(self, dim: int, num_tasks: int, num_domains: int) -> int:
+        assert self.router is not None
+        self.groups(num_tasks, num_domains)
+        gates = num_tasks * self.num_experts if self.selection == "shared" else 0
+        routers = self._choices(num_tasks) * self.router.num_params(dim, self.num_experts)
+        return routers + dim * (gates + num_domains)
+
+
+@dataclass(frozen=True)
+class OMoE(MultiGateConfig):
+    """One gate for all tasks, which get the same output: the one-gate mixture that MMoE is measured against (KDD 2018).
+
+    A self-gate is one for all tasks too. The gate's entry of the tape is ``<layer>.tasks``.
+    """
+
+    def _groups(self, num_tasks: int, num_domains: int) -> ExpertGroups:
+        return super()._groups(1, num_domains)
+
+
+@dataclass(frozen=True)
+class CGC(MultiGateConfig):
+    """Customized gate control: ``y_k = sum_e softmax(W_k x)_e f_e(x)`` over the shared experts and task k's own (Tang
+    et al., RecSys 2020, eq. 1-3).
+
+    Attributes:
+        num_task_experts: experts of each task alone; 0: this is MMoE.
+    """
+
+    num_experts: int = 4
+    num_task_experts: int = 2
+
+    def __post_init__(self) -> None:
+        if self.num_task_experts < 0:
+            raise ValueError(f"num_task_experts={self.num_task_experts} is negative")
+        super().__post_init__()
+
+    def _groups(self, num_tasks: int, num_domains: int) -> ExpertGroups:
+        return ExpertGroups(
+            num_tasks,
+            self.num_experts,
+            self.num_task_experts,
+            self.self_gate,
+            self.num_domain_experts,
+            num_domains,
+        )
+
+
+@dataclass(frozen=True)
+class PLE(CGC):
+    """Progressive layered extraction: CGC stacked (Tang et al., RecSys 2020, eq. 4-6). Each task's representation and
+    the shared one go on from level to level; the shared one's gate sees all experts of its level.
+
+    Attributes:
+        num_levels: 1: this is CGC.
+    """
+
+    num_levels: int = 2
+
+    def __post_init__(self) -> None:
+        at_least_one("num_levels", self.num_levels)
+        super().__post_init__()
+
+    def _levels(self, dim: int) -> list[tuple[int, bool]]:
+        """Width of each level's input, and whether its shared representation goes on."""
+        dims = [dim]
+        for _ in range(self.num_levels - 1):
+            dims.append(self.expert.out_dim(dims[-1]))
+        return [(width, i + 1 < self.num_levels) for i, width in enumerate(dims)]
+
+    def build(self, dim: int, num_tasks: int, num_domains: int = 0) -> MultiGateLayer:
+        groups, levels = self.groups(num_tasks, num_domains), self._levels(dim)
+        at_least_one("dim", dim)
+        gates = [self._gates(width, groups, shared_gate) for width, shared_gate in levels]
+        feature_gates = [FeatureGate(width, groups.num_dense, self.feature_gate) for width, _ in levels]
+        return PLELayer(
+            gates,
+            [self.expert.build(groups.num_experts, width, backend=self.backend) for width, _ in levels],
+            groups,
+            balance=self.balance,
+            expert_dropout=self.expert_dropout,
+            feature_gates=feature_gates if self.feature_gate else None,
+        )
+
+    def out_dim(self, dim: int) -> int:
+        return self.expert.out_dim(self._levels(dim)[-1][0])
+
+    def num_params(self, dim: int, num_tasks: int, num_domains: int = 0) -> int:
+        groups = self.groups(num_tasks, num_domains)
+        return sum(self._level_params(width, groups, groups.num_experts, gate) for width, gate in self._levels(dim))
+
+    def active_params(self, dim: int, num_tasks: int, num_domains: int = 0) -> int:
+        groups = self.groups(num_tasks, num_domains)
+        taken = groups.num_dense + groups.num_domain
+        return sum(self._level_params(width, groups, taken, gate) for width, gate in self._levels(dim))
+
+    def flops_per_token(self, dim: int, num_tasks: int, num_domains: int = 0, *, batch_size: int | None = None) -> int:
+        groups = self.groups(num_tasks, num_domains)
+        return sum(self._level_flops(width, groups, gate) for width, gate in self._levels(dim))
+
+
+__all__ = ["CGC", "MMoE", "MultiGateConfig", "OMoE", "PLE"]

@@ -1,0 +1,128 @@
+"""Base of the experts and of their configs, and the products of all experts on the same tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..contract import Rows
+
+
+class Experts(nn.Module):
+    """Base of all experts: ``experts(rows)`` returns the rows computed.
+
+    A subclass may read ``rows.materialize()``, (R, D) rows sorted by expert, and ``rows.offsets_E``, and return
+    ``rows.with_output(y_RD)``; the dispatcher weights and sums. See ``FFNExperts`` for one that does it all itself.
+    """
+
+    def forward(self, rows: Rows) -> Rows:
+        raise NotImplementedError
+
+    def dense(self, x: Tensor) -> Tensor:
+        """Every token through every expert, summed: how shared experts run. (..., D) to (..., D_out)."""
+        raise NotImplementedError
+
+    def each(self, x: Tensor, counts: tuple[int, ...] | None = None, real_T: Tensor | None = None) -> Tensor:
+        """Every token through each expert, not summed: what a layer with several gates mixes.
+
+        This one runs ``forward`` on copies of the tokens, and needs ``num_experts``; a subclass may do better.
+
+        Args:
+            x: (T, D); with ``counts`` (G, T, D), G inputs of the same T tokens.
+            counts: how many experts take each input: the first ``counts[0]`` of them input 0, the next ``counts[1]``
+                input 1, and so on. Their sum n may be below E: the last experts are left out. None: all take ``x``.
+            real_T: bool (T,), False for padding, which is zero in ``x``: for experts that gather statistics.
+
+        Returns:
+            (T, n, D_out).
+        """
+        E: int = self.num_experts  # type: ignore[assignment]
+        counts, x_GTD = (E,) if counts is None else counts, x if x.ndim == 3 else x.unsqueeze(0)
+        T, n = x_GTD.shape[1], sum(counts)
+        x_RD = torch.cat([x_TD.expand(count, -1, -1) for x_TD, count in zip(x_GTD, counts, strict=True)]).flatten(0, 1)
+        rows = Rows(
+            x=x_RD,
+            row_index_R=torch.arange(n * T, device=x.device),
+            offsets_E=torch.arange(1, E + 1, dtype=torch.int32, device=x.device).clamp_max(n) * T,
+            gates_R=torch.ones(n * T, dtype=torch.float32, device=x.device),
+            num_tokens=n * T,
+            gathered=True,
+        )
+        return self(rows).x.unflatten(0, (n, T)).transpose(0, 1)
+
+    def merged(self, x: Tensor, weights: Tensor) -> Tensor:
+        """Each group of tokens through one expert whose parameters are a weighted sum of those of all E.
+
+        Args:
+            x: (G, S, D), tokens by group.
+            weights: float32 (G, E), the share of each expert.
+
+        Returns:
+            (G, S, D_out).
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot be merged: it has no method `merged`")
+
+
+@dataclass(frozen=True)
+class ExpertConfig:
+    """Base of the expert configs: a subclass is a frozen dataclass with ``build`` and the costs of one expert."""
+
+    def build(self, num_experts: int, dim: int, out_dim: int | None = None, backend: str = "auto") -> Experts:
+        raise NotImplementedError
+
+    def out_dim(self, dim: int) -> int:
+        """Width of the output where the layer does not ask for another one."""
+        return dim
+
+    def num_params(self, dim: int, out_dim: int | None = None) -> int:
+        """Of one expert."""
+        raise NotImplementedError
+
+    def flops_per_row(self, dim: int, out_dim: int | None = None) -> int:
+        """Forward FLOPs of one expert on one row, two a multiply-add; activations are not counted."""
+        raise NotImplementedError
+
+
+def first_linear(x_GTD: Tensor, w: Tensor, b: Tensor | None, counts: tuple[int, ...]) -> Tensor:
+    """``x_g w_e + b_e`` of every token and expert, each with its group's input: one product where the inputs allow it.
+
+    Args:
+        x_GTD: (G, T, D) inputs.
+        w: (n, D, F); b: (n, F).
+        counts: experts of each input, n in all.
+
+    Returns:
+        (T, n, F).
+    """
+    if len(set(counts)) > 1:
+        weights, biases = w.split(counts), [None] * len(counts) if b is None else b.split(counts)
+        parts = zip(x_GTD.split(1), weights, biases, counts, strict=True)
+        return torch.cat([first_linear(x, w_g, b_g, (c,)) for x, w_g, b_g, c in parts if c], 1)
+    (G, _, D), (n, _, F_), count = x_GTD.shape, w.shape, counts[0]
+    w_GDF = w.unflatten(0, (G, count)).transpose(1, 2).reshape(G, D, count * F_)
+    if G == 1:
+        y_TF = x_GTD[0] @ w_GDF[0] if b is None else torch.addmm(b.reshape(-1), x_GTD[0], w_GDF[0])
+        return y_TF.unflatten(1, (n, F_))
+    y_GTF = torch.bmm(x_GTD, w_GDF) if b is None else torch.baddbmm(b.reshape(G, 1, count * F_), x_GTD, w_GDF)
+    return y_GTF.unflatten(2, (count, F_)).transpose(0, 1).flatten(1, 2)
+
+
+def next_linear(h_TnF: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+    """``h_e w_e + b_e`` of every token and expert, (T, n, F) to (T, n, F')."""
+    h_nTF = h_TnF.transpose(0, 1)
+    y_nTF = torch.bmm(h_nTF, w) if b is None else torch.baddbmm(b.unsqueeze(1), h_nTF, w)
+    return y_nTF.transpose(0, 1)
+
+
+def autocast_together(x: Tensor, *weights: Tensor | None) -> tuple[Tensor, *tuple[Tensor | None, ...]]:
+    """Tokens and weights in the dtype of the products: autocast does not know custom ops."""
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    if dtype is None or x.dtype == torch.float64:
+        wrong = next((w for w in weights if w is not None and w.dtype != x.dtype), None)
+        if wrong is not None:
+            raise ValueError(f"tokens are {x.dtype} and expert weights {wrong.dtype}: they must agree outside autocast")
+        return x, *weights
+    return x.to(dtype), *(None if w is None else w.to(dtype) for w in weights)

@@ -1,0 +1,283 @@
+"""Experts of any number of layers, each with its activation: the small networks of multi-task models."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..contract import Rows
+from ..kernels import BACKENDS, resolve_backend
+from ..kernels.eager import ACTIVATIONS
+from ..kernels.grouped import expert_of_rows
+from .base import ExpertConfig, Experts, autocast_together, first_linear, next_linear
+
+EPS = 1e-5
+MOMENTUM = 0.1
+NORMS = (None, "batch", "layer")
+
+
+class MLPExperts(Experts):
+    """E networks of layers ``h_i = dropout(act(norm(h_{i-1} w_i + b_i)))``; the last one's ``h`` is the output.
+
+    With ``norm="batch"`` each expert has statistics of its own, over the tokens that it computes (the expert
+    normalisation of HoME, arXiv 2408.05430, there with ``activation="silu"``). They are taken as ``nn.BatchNorm1d``
+    takes them: the batch's in training, running ones in evaluation, with momentum 0.1. An expert with fewer than two
+    tokens in a training batch uses the running ones, which then stay: no variance is known.
+
+    Parameters, with layer i from 0: ``w_i`` (E, in, out), ``b_i`` (E, out), which batch normalisation makes useless and
+    leaves out; ``norm_weight_i`` and ``norm_bias_i`` (E, out). Buffers: ``running_mean_i``, ``running_var_i`` (E, out).
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        dim: int,
+        hidden_dims: tuple[int, ...],
+        *,
+        activation: str = "relu",
+        norm: str | None = None,
+        dropout: float = 0.0,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.num_experts, self.hidden_dims, self.activation = num_experts, hidden_dims, activation
+        self.norm, self.dropout, self.backend = norm, dropout, backend
+        for i, (fan_in, width) in enumerate(pairwise((dim, *hidden_dims))):
+            self.register_parameter(f"w_{i}", nn.Parameter(torch.empty(num_experts, fan_in, width)))
+            for name, used in (("b", norm != "batch"), ("norm_weight", norm), ("norm_bias", norm)):
+                parameter = nn.Parameter(torch.empty(num_experts, width)) if used else None
+                self.register_parameter(f"{name}_{i}", parameter)
+            for name in ("running_mean", "running_var"):
+                self.register_buffer(f"{name}_{i}", torch.empty(num_experts, width) if norm == "batch" else None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Each layer as ``nn.Linear`` would start, U(-1/sqrt(fan_in), 1/sqrt(fan_in)); norms as their own modules."""
+        for i in range(len(self.hidden_dims)):
+            bound = 1 / math.sqrt(self._get("w", i).shape[1])
+            for name in ("w", "b"):
+                parameter = getattr(self, f"{name}_{i}")
+                if parameter is not None:
+                    nn.init.uniform_(parameter, -bound, bound)
+            for name, start in (("norm_weight", 1.0), ("norm_bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0)):
+                tensor = getattr(self, f"{name}_{i}")
+                if tensor is not None:
+                    nn.init.constant_(tensor, start)
+
+    def _get(self, name: str, i: int) -> Tensor:
+        tensor: Tensor = getattr(self, f"{name}_{i}")
+        return tensor
+
+    def _linear(self, x: Tensor, i: int, n: int | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The layer's input and its weights, those of the first ``n`` experts, in the dtype of the product."""
+        w: Tensor | None = self._get("w", i)
+        b: Tensor | None = getattr(self, f"b_{i}")
+        assert w is not None
+        x, *cast = autocast_together(x, w[:n], None if b is None else b[:n])
+        w, b = cast
+        assert w is not None
+        return x, w, b
+
+    def forward(self, rows: Rows) -> Rows:
+        h_RF = rows.materialize()
+        expert_R = expert_of_rows(h_RF, rows.offsets_E)
+        for i in range(len(self.hidden_dims)):
+            h_RF, w, b = self._linear(h_RF, i)
+            kernels = BACKENDS[resolve_backend(self.backend, h_RF.device, h_RF.dtype)]
+            h_RF = kernels.expert_linear(h_RF, w, rows.offsets_E, b)
+            h_RF = self._norm_rows(h_RF, i, expert_R)
+            h_RF = F.dropout(ACTIVATIONS[self.activation](h_RF), self.dropout, self.training)
+        return rows.with_output(h_RF.masked_fill((expert_R == self.num_experts)[:, None], 0))
+
+    def each(self, x: Tensor, counts: tuple[int, ...] | None = None, real_T: Tensor | None = None) -> Tensor:
+        counts = (self.num_experts,) if counts is None else counts
+        n, h = sum(counts), x if x.ndim == 3 else x.unsqueeze(0)
+        if self.backend == "eager":
+            if real_T is None:
+                return super().each(h, counts)
+            # The oracle: padding is not there at all.
+            kept = real_T.nonzero()[:, 0]
+            y_TnF = super().each(h.index_select(1, kept), counts)
+            return y_TnF.new_zeros(h.shape[1], *y_TnF.shape[1:]).index_copy(0, kept, y_TnF)
+        for i in range(len(self.hidden_dims)):
+            h, w, b = self._linear(h, i, n)
+            h = first_linear(h, w, b, counts) if i == 0 else next_linear(h, w, b)
+            h = self._norm_each(h, i, real_T)
+            h = F.dropout(ACTIVATIONS[self.activation](h), self.dropout, self.training)
+        return h
+
+    def dense(self, x: Tensor) -> Tensor:
+        return self.each(x.flatten(0, -2)).sum(1).unflatten(0, x.shape[:-1])
+
+    def merged(self, x: Tensor, weights: Tensor) -> Tensor:
+        if self.norm == "batch":
+            raise NotImplementedError("experts with norm='batch' cannot be merged: a mixture has no statistics")
+        h = x
+        for i in range(len(self.hidden_dims)):
+            # As in ``FFNExperts.merged``: the sum in the parameters' own dtype.
+            with torch.autocast(x.device.type, enabled=False):
+                w, b, scale, shift = (
+                    None if p is None else (weights.to(p.dtype) @ p.flatten(1)).unflatten(1, p.shape[1:])
+                    for p in (getattr(self, f"{name}_{i}") for name in ("w", "b", "norm_weight", "norm_bias"))
+                )
+            h, *cast = autocast_together(h, w, b)
+            w, b = cast
+            assert w is not None
+            assert b is not None
+            h = torch.baddbmm(b.unsqueeze(1), h, w)
+            if scale is not None and shift is not None:
+                h = _layer_norm(h, scale.unsqueeze(1), shift.unsqueeze(1))
+            h = F.dropout(ACTIVATIONS[self.activation](h), self.dropout, self.training)
+        return h
+
+    def _norm_each(self, h_TnF: Tensor, i: int, real_T: Tensor | None) -> Tensor:
+        """The norm of layer ``i`` on the first n experts' outputs for the same T tokens."""
+        if self.norm is None:
+            return h_TnF
+        T, n, width = h_TnF.shape
+        weight, bias = self._get("norm_weight", i)[:n], self._get("norm_bias", i)[:n]
+        if self.norm == "layer":
+            return _layer_norm(h_TnF, weight, bias)
+        running = self._get("running_mean", i)[:n], self._get("running_var", i)[:n]
+        if self.training and real_T is not None:
+            x_TnF = _wide(h_TnF).masked_fill(~real_T[:, None, None], 0.0)
+            count = real_T.sum().to(x_TnF.dtype)
+            mean = x_TnF.sum(0) / count.clamp_min(1)
+            centred = (x_TnF - mean).masked_fill(~real_T[:, None, None], 0.0)
+            used = self._statistics(running, count, mean, centred.square().sum(0))
+            return _scaled(_wide(h_TnF), *used, weight, bias).to(h_TnF.dtype)
+        # One channel for each expert and feature is what ``nn.BatchNorm1d`` computes.
+        moves = self.training and T >= 2
+        # Copies: autograd keeps what it is given, and a second call in the same graph moves the buffers.
+        mean, var = (r.flatten().clone() if self.training else r.flatten() for r in running)
+        y_TC = F.batch_norm(
+            h_TnF.reshape(T, n * width), mean, var, weight.flatten(), bias.flatten(), moves, MOMENTUM, EPS
+        )
+        if moves:
+            for kept, new in zip(running, (mean, var), strict=True):
+                kept.copy_(new.view(n, width))
+        return y_TC.view(T, n, width)
+
+    def _norm_rows(self, h_RF: Tensor, i: int, expert_R: Tensor) -> Tensor:
+        """The norm of layer ``i`` on rows, each by its expert; what rows past the last offset hold does not matter."""
+        if self.norm is None:
+            return h_RF
+        E = self.num_experts
+        index_R = expert_R.clamp_max(E - 1)
+        weight, bias = self._get("norm_weight", i), self._get("norm_bias", i)
+        if self.norm == "layer":
+            return _layer_norm(h_RF, weight.index_select(0, index_R), bias.index_select(0, index_R))
+        x_RF = _wide(h_RF)
+        used = running = self._get("running_mean", i), self._get("running_var", i)
+        if self.training:
+
+            def total(value_RF: Tensor) -> Tensor:
+                return value_RF.new_zeros(E + 1, value_RF.shape[1]).index_add(0, expert_R, value_RF)[:E]
+
+            count_E1 = total(x_RF.new_ones(x_RF.shape[0], 1))
+            mean_EF = total(x_RF) / count_E1.clamp_min(1)
+            squares_EF = total((x_RF - mean_EF.index_select(0, index_R)).square())
+            used = self._statistics(running, count_E1, mean_EF, squares_EF)
+        mean, var, weight, bias = (t.index_select(0, index_R) for t in (*used, weight, bias))
+        return _scaled(x_RF, mean, var, weight, bias).to(h_RF.dtype)
+
+    def _statistics(
+        self, running: tuple[Tensor, Tensor], count: Tensor, mean: Tensor, squares: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Mean and variance that hold in training, where there are two tokens; and the running ones move."""
+        enough = count >= 2
+        with torch.no_grad():
+            # The running variance is the unbiased one, as in ``nn.BatchNorm1d``.
+            for kept, new in zip(running, (mean, squares / (count - 1).clamp_min(1)), strict=True):
+                kept.copy_(torch.where(enough, kept + MOMENTUM * (new - kept), kept))
+        batch = mean, squares / count.clamp_min(1)
+        before = (r.to(mean.dtype) for r in running)
+        return tuple(torch.where(enough, b, r) for b, r in zip(batch, before, strict=True))  # type: ignore[return-value]
+
+    def extra_repr(self) -> str:
+        E, D, _ = self._get("w", 0).shape
+        return (
+            f"num_experts={E}, dim={D}, hidden_dims={self.hidden_dims}, activation={self.activation}, "
+            f"norm={self.norm}, dropout={self.dropout}, backend={self.backend}"
+        )
+
+
+def _wide(h: Tensor) -> Tensor:
+    """At least float32: sums over a batch."""
+    return h if h.dtype == torch.float64 else h.float()
+
+
+def _scaled(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return (x - mean) * (var + EPS).rsqrt() * weight + bias
+
+
+def _layer_norm(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Over the features, with weights that differ by expert or row."""
+    return (F.layer_norm(_wide(h), h.shape[-1:], eps=EPS) * weight + bias).to(h.dtype)
+
+
+@dataclass(frozen=True)
+class MLP(ExpertConfig):
+    """Layers ``h_i = dropout(act(norm(h_{i-1} w_i + b_i)))``, the last one too: the expert of MMoE and PLE.
+
+    The output is ``hidden_dims[-1]`` wide, whatever the input. HoME's experts (arXiv 2408.05430) are
+    ``MLP(activation="silu", norm="batch")``: outputs of one distribution, none of which is zero for most inputs.
+
+    Attributes:
+        hidden_dims: widths of the layers.
+        activation: "relu", "gelu" or "silu" (Swish).
+        norm: None; "batch": over the tokens that an expert computes, each expert by itself; "layer": over the features.
+        dropout: probability that a feature of a layer is zero in training.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    hidden_dims: tuple[int, ...] = (16,)
+    activation: str = "relu"
+    norm: str | None = None
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "hidden_dims", tuple(self.hidden_dims))  # a list in YAML and in a checkpoint
+        if not self.hidden_dims or min(self.hidden_dims) < 1:
+            raise ValueError(f"hidden_dims={self.hidden_dims} is not one or more widths of at least 1")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation={self.activation!r} is not one of {', '.join(ACTIVATIONS)}")
+        if self.norm not in NORMS:
+            raise ValueError(f"norm={self.norm!r} is not one of {', '.join(str(n) for n in NORMS)}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout} is not in [0, 1)")
+
+    def build(self, num_experts: int, dim: int, out_dim: int | None = None, backend: str = "auto") -> MLPExperts:
+        self._check_width(out_dim)
+        return MLPExperts(
+            num_experts,
+            dim,
+            self.hidden_dims,
+            activation=self.activation,
+            norm=self.norm,
+            dropout=self.dropout,
+            backend=backend,
+        )
+
+    def out_dim(self, dim: int) -> int:
+        return self.hidden_dims[-1]
+
+    def num_params(self, dim: int, out_dim: int | None = None) -> int:
+        self._check_width(out_dim)
+        vectors = {None: 1, "batch": 2, "layer": 3}[self.norm]
+        return sum((fan_in + vectors) * width for fan_in, width in pairwise((dim, *self.hidden_dims)))
+
+    def flops_per_row(self, dim: int, out_dim: int | None = None) -> int:
+        self._check_width(out_dim)
+        return sum(2 * fan_in * width for fan_in, width in pairwise((dim, *self.hidden_dims)))
+
+    def _check_width(self, out_dim: int | None) -> None:
+        if out_dim is not None and out_dim != self.hidden_dims[-1]:
+            raise ValueError(f"out_dim={out_dim} is not {self.hidden_dims[-1]}, the last of hidden_dims")

@@ -1,0 +1,24 @@
+"""The layers, and what a model's layers have in common: losses, bias updates, parameter counts."""
+
+from .losses import AuxLosses, aux_loss, aux_losses, update_expert_bias
+from .moe import MergedMoE, MoE, MoELayer, SoftMoE, active_params, moe_layers, set_capacity_factor
+from .multi_gate import MultiGateLayer, MultiGateMoE, PLELayer, SelectedMultiGateMoE, SparseMultiGateMoE
+
+__all__ = [
+    "AuxLosses",
+    "MergedMoE",
+    "MoE",
+    "MoELayer",
+    "MultiGateLayer",
+    "MultiGateMoE",
+    "PLELayer",
+    "SelectedMultiGateMoE",
+    "SoftMoE",
+    "SparseMultiGateMoE",
+    "active_params",
+    "aux_loss",
+    "aux_losses",
+    "moe_layers",
+    "set_capacity_factor",
+    "update_expert_bias",
+]

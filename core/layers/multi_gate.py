@@ -1,0 +1,484 @@
+"""Multi-task layers: experts that all tasks share, or own, and a gate a task that weights them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from ..contract import DenseRouting, RoutingContext, Rows
+from ..dispatch import TaskDispatcher, join_tasks
+from ..experts import Experts
+from ..experts.base import autocast_together, first_linear, next_linear
+from ..kernels import eager
+from ..routing.balance import Balance
+from ..routing.ids import sequence_ids
+from ..routing.multi_gate import (
+    DenseGates,
+    DomainEmbedding,
+    ExpertGroups,
+    GateRouters,
+    dropped_experts,
+    selected_softmax,
+)
+from ..routing.router import Router, Tokens
+from .moe import MoELayer
+
+SHARED = "shared"
+"""End of the name of the entries of a shared representation's gate."""
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What a layer got, brought to one form.
+
+    Attributes:
+        x_TD: (T, D), in its own dtype; padding is zero.
+        x_BSD: the same as sequences: (T, 1, D) where the layer got (T, D).
+        leading: shape of the examples.
+        real_T: bool (T,), False for padding; None where every example is real.
+        domain_T: int64 (T,); None where the layer knows no domains.
+        context: as the layer got it, with ``valid_BS`` in the shape of ``x_BSD``.
+    """
+
+    x_TD: Tensor
+    x_BSD: Tensor
+    leading: torch.Size
+    real_T: Tensor | None
+    domain_T: Tensor | None
+    context: RoutingContext | None
+
+
+class MultiGateLayer(MoELayer):
+    """Base of the multi-task layers: ``layer(x, context)`` makes (t, ..., D_out) of (..., D), an output a task.
+
+    An entry of the tape is one gate's: ``<layer>.task0``, ``<layer>.task1``, and so on.
+
+    Args:
+        num_tasks: t.
+        num_domains: scenarios whose id ``context.domain_ids_B`` holds; 0: the layer does not ask.
+        balance: loss weights, for each gate.
+    """
+
+    def __init__(self, num_tasks: int, num_domains: int = 0, balance: Balance = Balance()) -> None:
+        super().__init__(balance)
+        self.num_tasks, self.num_domains = num_tasks, num_domains
+
+    def forward(self, x: Tensor, context: RoutingContext | None = None) -> Tensor:
+        """Run the layer.
+
+        Args:
+            x: (B, D) examples, or (..., S, D) sequences of them.
+            context: ``valid_BS`` marks the real examples, in the shape of ``x`` without D; ``domain_ids_B`` is (B,).
+
+        Returns:
+            (t, ..., D_out). Padding is zero.
+
+        Raises:
+            ValueError: ``x`` has one dimension, ``valid_BS`` is of another shape or not bool, or the layer knows
+                domains and ``domain_ids_B`` is missing, of another shape, or (on CPU) out of range.
+        """
+        examples = self._examples(x, context)
+        y_tTD = self._compute(examples)
+        if examples.real_T is not None:
+            y_tTD = y_tTD.masked_fill(~examples.real_T[:, None], 0.0)
+        return y_tTD.unflatten(1, examples.leading)
+
+    def _compute(self, examples: Examples) -> Tensor:
+        """The tasks' outputs, (t, T, D_out); those of padding may be anything finite."""
+        raise NotImplementedError
+
+    def _examples(self, x: Tensor, context: RoutingContext | None) -> Examples:
+        if x.ndim < 2:
+            raise ValueError(f"x has shape {tuple(x.shape)}: a multi-gate layer needs at least (examples, dim)")
+        x_BSD = x.unsqueeze(1) if x.ndim == 2 else x.flatten(0, -3)
+        real_T = domain_T = None
+        if context is not None and context.valid_BS is not None:
+            valid = context.valid_BS
+            if valid.shape not in (x.shape[:-1], x_BSD.shape[:2]):
+                raise ValueError(f"context.valid_BS has shape {tuple(valid.shape)}, the examples {tuple(x.shape[:-1])}")
+            if valid.dtype != torch.bool:
+                raise ValueError(f"context.valid_BS is {valid.dtype}: it must be bool, True for real examples")
+            context = replace(context, valid_BS=valid.reshape(x_BSD.shape[:2]))
+            real_T = valid.flatten()
+            # Padding may hold NaN, which would reach the weight gradients.
+            x_BSD = x_BSD.masked_fill(~real_T.reshape(x_BSD.shape[:2])[..., None], 0.0)
+        if self.num_domains:
+            if context is None or context.domain_ids_B is None:
+                raise ValueError(f"{type(self).__name__} knows domains and needs context.domain_ids_B, which is None")
+            tokens = Tokens.of(x_BSD, context)
+            domain_T = tokens.to_tokens(sequence_ids(tokens, "domain_ids_B", self.num_domains))
+        return Examples(x_BSD.flatten(0, 1), x_BSD, x.shape[:-1], real_T, domain_T, context)
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """What a level gives: ``task_tTH`` (t, T, H), and ``shared_TH`` (T, H) where it has a gate for it."""
+
+    task_tTH: Tensor
+    shared_TH: Tensor | None
+
+
+class FeatureGate(nn.Module):
+    """An input of its own for each expert: ``x * 2 sigmoid(x A_e B_e)`` with A_e (D, r) and B_e (r, D) (HoME, arXiv
+    2408.05430, the feature-gate, with one low-rank gate an expert where the paper mixes a few). It starts at ``x``.
+
+    Parameters: ``down`` (n, D, r), ``up`` (n, r, D).
+    """
+
+    def __init__(self, dim: int, num_experts: int, rank: int) -> None:
+        super().__init__()
+        self.down = nn.Parameter(torch.empty(num_experts, dim, rank))
+        self.up = nn.Parameter(torch.empty(num_experts, rank, dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        bound = self.down.shape[1] ** -0.5
+        nn.init.uniform_(self.down, -bound, bound)
+        nn.init.zeros_(self.up)
+
+    def forward(self, x_GTD: Tensor, counts: tuple[int, ...]) -> Tensor:
+        """(G, T, D) inputs of ``counts`` experts each to (n, T, D), an input an expert."""
+        x_GTD, *cast = autocast_together(x_GTD, self.down, self.up)
+        down, up = cast
+        assert down is not None
+        assert up is not None
+        gate_nTD = next_linear(first_linear(x_GTD, down, None, counts), up, None).transpose(0, 1)
+        x_nTD = torch.cat([x.expand(count, -1, -1) for x, count in zip(x_GTD, counts, strict=True)])
+        return x_nTD * (2 * gate_nTD.sigmoid())
+
+
+class MultiGateMoE(MultiGateLayer):
+    """One level of experts under softmax gates (MMoE, OMoE, CGC): ``y_k = sum_e g_k(x)_e f_e(x)``, over the shared
+    experts and task k's own, ``+ sum_l s_k(x)_l f_l(x)`` over its self-gate's. Every expert computes every example.
+
+    A domain's own experts compute its examples alone, and stand in the gates of all tasks.
+
+    Args:
+        gates: of the level.
+        experts: of the level, in the order of ``groups``.
+        groups: whose they are.
+        num_tasks: t; ``groups.num_tasks`` is 1 where one gate serves all.
+        balance: loss weights, for each gate.
+        expert_dropout: probability that a gate leaves an expert out in training, example by example.
+        feature_gate: inputs of the experts' own.
+    """
+
+    router: DenseGates
+
+    def __init__(
+        self,
+        gates: DenseGates,
+        experts: Experts,
+        groups: ExpertGroups,
+        *,
+        num_tasks: int,
+        balance: Balance = Balance(),
+        expert_dropout: float = 0.0,
+        feature_gate: FeatureGate | None = None,
+    ) -> None:
+        super().__init__(num_tasks, groups.num_domains, balance)
+        self.router, self.experts, self.groups = gates, experts, groups
+        self.expert_dropout, self.feature_gate = expert_dropout, feature_gate
+
+    def _compute(self, examples: Examples) -> Tensor:
+        x_GTD = examples.x_TD.unsqueeze(0)
+        mixed = _mix(self, self.groups, self.router, self.experts, self.feature_gate, x_GTD, examples)
+        return mixed.task_tTH.expand(self.num_tasks, -1, -1)
+
+    def routers(self) -> dict[str, Router]:
+        return {}  # nothing of theirs moves but by the gradient
+
+    def active_expert_params(self) -> int:
+        return _active_params(self.experts, self.groups)
+
+
+class PLELayer(MultiGateLayer):
+    """Progressive layered extraction (PLE, RecSys 2020): levels of shared and task experts. Each task's representation
+    and the shared one go on from level to level; the gate of the shared one, which the last level lacks, sees all
+    experts.
+
+    Entries of the tape: ``<layer>.level0.task0``, ..., ``<layer>.level0.shared``, ``<layer>.level1.task0``, ...
+
+    Args:
+        gates, experts, feature_gates: of each level.
+        groups, balance, expert_dropout: as in ``MultiGateMoE``.
+    """
+
+    router: GateRouters
+    experts: nn.ModuleList  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        gates: list[DenseGates],
+        experts: list[Experts],
+        groups: ExpertGroups,
+        *,
+        balance: Balance = Balance(),
+        expert_dropout: float = 0.0,
+        feature_gates: list[FeatureGate] | None = None,
+    ) -> None:
+        super().__init__(groups.num_tasks, groups.num_domains, balance)
+        self.router, self.experts, self.groups = GateRouters(list(gates)), nn.ModuleList(experts), groups
+        self.expert_dropout = expert_dropout
+        self.feature_gates = None if feature_gates is None else nn.ModuleList(feature_gates)
+
+    def _compute(self, examples: Examples) -> Tensor:
+        x_GTD = examples.x_TD.unsqueeze(0)
+        for i, experts in enumerate(self.experts):
+            feature_gate = None if self.feature_gates is None else cast(FeatureGate, self.feature_gates[i])
+            gates = cast(DenseGates, self.router[i])
+            mixed = _mix(self, self.groups, gates, cast(Experts, experts), feature_gate, x_GTD, examples, f"level{i}")
+            if mixed.shared_TH is not None:
+                x_GTD = torch.cat((mixed.shared_TH.unsqueeze(0), mixed.task_tTH))
+        return mixed.task_tTH
+
+    def routers(self) -> dict[str, Router]:
+        return {}
+
+    def active_expert_params(self) -> int:
+        return sum(_active_params(cast(Experts, experts), self.groups) for experts in self.experts)
+
+
+class SparseMultiGateMoE(MultiGateLayer):
+    """A router a task chooses its few experts among the shared ones: ``y_k = sum over its experts of g_k,e f_e(x)``.
+
+    What the tasks chose is computed in one dispatch, and nothing else is. An expert that two tasks chose for an example
+    computes it twice: see ``SelectedMultiGateMoE`` for one choice for all.
+
+    Args:
+        routers: one a task.
+        experts: E experts.
+        balance: loss weights, for each router.
+        domain: what the routers see of the example's domain.
+        num_domains: as in ``MultiGateLayer``.
+        pairs_per_token: experts an example takes for a task, for ``active_params``.
+        num_experts: E.
+    """
+
+    router: GateRouters
+
+    def __init__(
+        self,
+        routers: list[Router],
+        experts: Experts,
+        *,
+        balance: Balance = Balance(),
+        domain: DomainEmbedding | None = None,
+        num_domains: int = 0,
+        pairs_per_token: float,
+        num_experts: int,
+    ) -> None:
+        super().__init__(len(routers), num_domains, balance)
+        self.router, self.experts, self.dispatcher = GateRouters(routers, domain), experts, TaskDispatcher()
+        self.pairs_per_token, self.num_experts = pairs_per_token, num_experts
+
+    def _compute(self, examples: Examples) -> Tensor:
+        seen_BSD = _with_domain(examples, self.router.domain)
+        routings = []
+        for end, router in self.routers().items():
+            routings.append(router(seen_BSD, examples.context))
+            self._record(routings[-1], examples.context, end, router)
+        rows = self.dispatcher.dispatch(examples.x_TD, join_tasks(routings))
+        if self.router[0].gates_on == "input":
+            rows = rows.weighted_input()
+        return self.dispatcher.combine(self.experts(rows)).unflatten(0, (self.num_tasks, examples.x_TD.shape[0]))
+
+    def routers(self) -> dict[str, Router]:
+        return {f"task{k}": self.router[k] for k in range(self.num_tasks)}
+
+    def active_expert_params(self) -> int:
+        """With experts of the tasks' own for each: the most that they can be."""
+        total = sum(p.numel() for p in self.experts.parameters())
+        return round(total * min(self.num_tasks * self.pairs_per_token / self.num_experts, 1.0))
+
+
+class SelectedMultiGateMoE(MultiGateLayer):
+    """One router selects an example's experts for all tasks, each computed once; a softmax gate a task weights them:
+    ``y_k = sum over the selected of g_k,e f_e(x)``, ``g_k,e = P p_e exp(w_k,e x) / sum_j p_j exp(w_k,j x)`` with the
+    router's gates p and their sum P (1 where they are normalised).
+
+    Entries of the tape: ``<layer>.selection`` of the router, ``<layer>.task0`` and so on of the gates.
+
+    Args:
+        router: selects.
+        gates: of the tasks.
+        experts: E experts.
+        groups: E shared ones.
+        balance: loss weights, for the router and each gate.
+        expert_dropout: as in ``MultiGateMoE``, among the selected.
+        pairs_per_token: experts selected for an example, for ``active_params``.
+    """
+
+    router: GateRouters
+
+    def __init__(
+        self,
+        router: Router,
+        gates: DenseGates,
+        experts: Experts,
+        groups: ExpertGroups,
+        *,
+        balance: Balance = Balance(),
+        expert_dropout: float = 0.0,
+        pairs_per_token: float,
+    ) -> None:
+        super().__init__(groups.num_tasks, groups.num_domains, balance)
+        self.router, self.experts, self.groups = GateRouters([router, gates]), experts, groups
+        self.dispatcher = TaskDispatcher()
+        self.expert_dropout, self.pairs_per_token = expert_dropout, pairs_per_token
+
+    def _compute(self, examples: Examples) -> Tensor:
+        selection, gates = self.router[0], cast(DenseGates, self.router[1])
+        x_TD, (T, E) = examples.x_TD, (examples.x_TD.shape[0], self.groups.num_shared)
+        routing = selection(_with_domain(examples, gates.domain), examples.context)
+        self._record(routing, examples.context, "selection", selection)
+        rows = self.dispatcher.dispatch(x_TD, routing)
+        y_RH = self.experts(replace(rows, gates_R=torch.ones_like(rows.gates_R))).x
+
+        logits_TtE = gates(x_TD.unsqueeze(0), examples.domain_T).task_TtE
+        example_R = rows.row_index_R
+        expert_R = torch.bucketize(torch.arange(y_RH.shape[0], device=x_TD.device), rows.offsets_E, right=True)
+        # Rows past the last offset have the id E and no weight.
+        index_R = expert_R.clamp_max(E - 1)
+        logits_Rt = logits_TtE[example_R, :, index_R].masked_fill((expert_R == E)[:, None], -torch.inf)
+        dropout = self.expert_dropout if self.training else 0.0
+        weights = selected_softmax(logits_Rt, rows.gates_R.to(logits_Rt.dtype), example_R, T, dropout)
+        if self._tapes:
+            # The gates of all experts are for the tape alone.
+            gates_TEt = weights.clean_Rt.new_zeros(T, E, self.num_tasks)
+            gates_TEt = gates_TEt.index_put((example_R, index_R), weights.clean_Rt, accumulate=True)
+            for k in range(self.num_tasks):
+                names = self.groups.names(k)
+                dense = DenseRouting(gates_TEt.transpose(1, 2), k, T, None, examples.real_T, names)
+                self._record(dense, examples.context, f"task{k}", gates)
+
+        sum_dtype = eager.accumulate_dtype(y_RH.dtype)
+        weighted_RtH = weights.used_Rt.to(sum_dtype)[:, :, None] * y_RH.to(sum_dtype)[:, None, :]
+        y_TtH = weighted_RtH.new_zeros(T, *weighted_RtH.shape[1:]).index_add(0, example_R, weighted_RtH)
+        return y_TtH.to(y_RH.dtype).transpose(0, 1)
+
+    def routers(self) -> dict[str, Router]:
+        return {"selection": self.router[0]}
+
+    def active_expert_params(self) -> int:
+        total = sum(p.numel() for p in self.experts.parameters())
+        return round(total * min(self.pairs_per_token / self.groups.num_shared, 1.0))
+
+
+def _with_domain(examples: Examples, domain: DomainEmbedding | None) -> Tensor:
+    """What a router sees, (B, S, D): the examples, with their domains where it knows them."""
+    if domain is None or examples.domain_T is None:
+        return examples.x_BSD
+    return domain(examples.x_TD, examples.domain_T).unflatten(0, examples.x_BSD.shape[:2])
+
+
+def _active_params(experts: Experts, groups: ExpertGroups) -> int:
+    """Of a level's experts an example takes all but those of other domains."""
+    total = sum(p.numel() for p in experts.parameters())
+    return total * (groups.num_dense + groups.num_domain) // groups.num_experts
+
+
+def _mix(
+    layer: MultiGateMoE | PLELayer,
+    groups: ExpertGroups,
+    gates: DenseGates,
+    experts: Experts,
+    feature_gate: FeatureGate | None,
+    x_GTD: Tensor,
+    examples: Examples,
+    prefix: str = "",
+) -> Mixed:
+    """One level: all experts compute, all gates weight.
+
+    Args:
+        layer: whose tape and dropout it is.
+        x_GTD: (1, T, D), one input for all, or (1 + t, T, D): the shared representation, then the tasks'.
+        prefix: of the entries' ends.
+    """
+    T, (t, s) = x_GTD.shape[1], (groups.num_tasks, groups.num_shared)
+    logits = gates(x_GTD, examples.domain_T)
+    h_TnH, h_TdH = _expert_outputs(groups, experts, feature_gate, x_GTD, examples)
+    # Weighted sums in float32 at least: half precision would round each gate.
+    dtype = h_TnH.dtype
+    h_TnH = h_TnH.to(torch.promote_types(dtype, torch.float32))
+
+    def weights(logits: Tensor, gate_names: list[str]) -> Tensor:
+        """Softmax over the last axis of (T, gates, E), recorded."""
+        clean = logits.softmax(-1)
+        for k, name in enumerate(gate_names):
+            names = groups.names(None if name == SHARED else k)
+            routing = DenseRouting(_of_real(clean, examples.real_T), k, T, logits, examples.real_T, names)
+            layer._record(routing, examples.context, f"{prefix}.{name}".lstrip("."), gates)
+        if not (layer.training and layer.expert_dropout):
+            return clean
+        return logits.masked_fill(dropped_experts(clean, layer.expert_dropout), -torch.inf).softmax(-1)
+
+    with torch.autocast(x_GTD.device.type, enabled=False):
+        names = [f"task{k}" for k in range(t)] if layer.num_tasks == t else ["tasks"]
+        gates_TtE = weights(logits.task_TtE, names).to(h_TnH.dtype)
+        y_TtH = torch.bmm(gates_TtE[..., :s], h_TnH[:, :s])
+        if groups.num_task + groups.num_self:
+            own_TtL = gates_TtE[..., s : s + groups.num_task]
+            if logits.self_TtL is not None:
+                # One expert is switched, several are mixed.
+                self_TtL = logits.self_TtL.sigmoid() if groups.num_self == 1 else logits.self_TtL.softmax(-1)
+                own_TtL = torch.cat((own_TtL, self_TtL.to(h_TnH.dtype)), -1)
+            h_TtLH = h_TnH[:, s:].unflatten(1, (t, -1))
+            y_TtH = y_TtH + torch.matmul(own_TtL.unsqueeze(2), h_TtLH).squeeze(2)
+        if h_TdH is not None:
+            h_TdH = h_TdH.to(h_TnH.dtype)
+            y_TtH = y_TtH + torch.bmm(gates_TtE[..., s + groups.num_task :], h_TdH)
+        shared_TH = None
+        if logits.shared_TE is not None:
+            seen = [h_TnH[:, :s]]
+            if groups.num_task:
+                seen.append(h_TnH[:, s:].unflatten(1, (t, -1))[:, :, : groups.num_task].flatten(1, 2))
+            if h_TdH is not None:
+                seen.append(h_TdH)
+            gates_T1E = weights(logits.shared_TE.unsqueeze(1), [SHARED]).to(h_TnH.dtype)
+            shared_TH = torch.bmm(gates_T1E, torch.cat(seen, 1)).squeeze(1).to(dtype)
+        return Mixed(y_TtH.to(dtype).transpose(0, 1), shared_TH)
+
+
+def _of_real(gates: Tensor, real_T: Tensor | None) -> Tensor:
+    return gates if real_T is None else gates.masked_fill(~real_T[:, None, None], 0.0)
+
+
+def _expert_outputs(
+    groups: ExpertGroups,
+    experts: Experts,
+    feature_gate: FeatureGate | None,
+    x_GTD: Tensor,
+    examples: Examples,
+) -> tuple[Tensor, Tensor | None]:
+    """(T, n, H) of the experts that compute every example, and (T, d, H) of those of each example's domain."""
+    # With one input for all the experts are one group.
+    counts = groups.counts if x_GTD.shape[0] > 1 else (groups.num_dense,)
+    if feature_gate is None:
+        h_TnH = experts.each(x_GTD, counts, examples.real_T)
+    else:
+        h_TnH = experts.each(feature_gate(x_GTD, counts), (1,) * groups.num_dense, examples.real_T)
+    if not groups.num_domain:
+        return h_TnH, None
+    assert examples.domain_T is not None
+    T, d, E, device = x_GTD.shape[1], groups.num_domain, groups.num_experts, x_GTD.device
+    expert_ids_Td = groups.num_dense + examples.domain_T[:, None] * d + torch.arange(d, device=device)
+    if examples.real_T is not None:
+        expert_ids_Td = expert_ids_Td.masked_fill(~examples.real_T[:, None], E)
+    expert_ids_N = expert_ids_Td.flatten()
+    placed = eager.sort_pairs(expert_ids_N, eager.count_experts(expert_ids_N, E))
+    rows = Rows(
+        x=x_GTD[0].index_select(0, placed.order_R // d),
+        row_index_R=placed.order_R // d,
+        offsets_E=placed.offsets_E,
+        gates_R=torch.ones(T * d, dtype=torch.float32, device=device),
+        num_tokens=T,
+        gathered=True,
+    )
+    return h_TnH, experts(rows).x.index_select(0, placed.inverse_N).unflatten(0, (T, d))
+
+
+__all__ = ["FeatureGate", "MultiGateLayer", "MultiGateMoE", "PLELayer", "SelectedMultiGateMoE", "SparseMultiGateMoE"]

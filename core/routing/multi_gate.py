@@ -1,0 +1,252 @@
+"""Gates of multi-task layers: a softmax a task over all experts that the task may use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .gates import init_gate_
+from .router import Router
+from .smooth import DENSE_TERMS
+
+
+@dataclass(frozen=True)
+class ExpertGroups:
+    """Whose the experts of a level are. Their order: shared ones, task by task its own and then its self-gate's, and
+    domain by domain its own.
+
+    Attributes:
+        num_tasks: t, gates; 1 where all tasks share one.
+        num_shared: experts that every gate may use.
+        num_task: experts of each task alone.
+        num_self: experts of each task outside its softmax (HoME's self-gate).
+        num_domain: experts of each domain alone.
+        num_domains: 0: the gates know no domain.
+    """
+
+    num_tasks: int
+    num_shared: int
+    num_task: int = 0
+    num_self: int = 0
+    num_domain: int = 0
+    num_domains: int = 0
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Experts that compute every example, by input: the shared ones, and those of each task."""
+        return (self.num_shared, *(self.num_task + self.num_self,) * self.num_tasks)
+
+    @property
+    def num_dense(self) -> int:
+        """Experts that compute every example."""
+        return sum(self.counts)
+
+    @property
+    def num_experts(self) -> int:
+        """All experts of the level."""
+        return self.num_dense + self.num_domains * self.num_domain
+
+    @property
+    def per_gate(self) -> int:
+        """E of a task's gate."""
+        return self.num_shared + self.num_task + self.num_domain
+
+    @property
+    def per_shared_gate(self) -> int:
+        """E of the gate of the shared representation (PLE): all but the self-gates' experts."""
+        return self.num_shared + self.num_tasks * self.num_task + self.num_domain
+
+    def names(self, task: int | None = None) -> tuple[str, ...]:
+        """Of the experts of a task's gate, in its order; None: of the shared representation's."""
+        tasks = range(self.num_tasks) if task is None else (task,)
+        return (
+            *(f"shared{i}" for i in range(self.num_shared)),
+            *(f"task{k}.{i}" for k in tasks for i in range(self.num_task)),
+            *(f"domain.{i}" for i in range(self.num_domain)),
+        )
+
+
+@dataclass(frozen=True)
+class GateLogits:
+    """What the gates of a level say of T examples, in float32.
+
+    Attributes:
+        task_TtE: (T, t, E), of the tasks' gates.
+        self_TtL: (T, t, L), of the self-gates; None without.
+        shared_TE: (T, E of all), of the shared representation's gate; None without.
+    """
+
+    task_TtE: Tensor
+    self_TtL: Tensor | None
+    shared_TE: Tensor | None
+
+
+@dataclass(frozen=True)
+class SelectedGates:
+    """float32 (R, t) weights of each row: ``clean_Rt`` without expert dropout, ``used_Rt`` with it."""
+
+    clean_Rt: Tensor
+    used_Rt: Tensor
+
+
+class DomainEmbedding(nn.Module):
+    """A learned vector for each domain, added to what the gates see. Zero at the start, when gates know no domains."""
+
+    def __init__(self, num_domains: int, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(num_domains, dim))
+
+    def forward(self, x: Tensor, domain_T: Tensor) -> Tensor:
+        """(..., T, D) plus the vectors of int64 (T,) domains."""
+        return x + F.embedding(domain_T, self.weight).to(x.dtype)
+
+
+class DenseGates(Router):
+    """All softmax gates of a level: ``g_k(x) = softmax(W_k (x + e_domain))`` (MMoE, KDD 2018; PLE, RecSys 2020).
+
+    Parameters: ``weight`` (t, E, D); ``self_weight`` (t, L, D) with self-gates; ``shared_weight`` (E of all, D) with a
+    gate of the shared representation; ``domain.weight`` (domains, D) where domains are known.
+
+    Args:
+        dim: D.
+        groups: whose the experts are.
+        shared_gate: with the gate of the shared representation.
+        init_scale: variance of the initial weights times D.
+        terms: the balance terms that apply.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        groups: ExpertGroups,
+        *,
+        shared_gate: bool = False,
+        init_scale: float = 0.1,
+        terms: frozenset[str] = DENSE_TERMS | {"router_z"},
+    ) -> None:
+        super().__init__()
+        self.terms, self.init_scale = terms, init_scale
+        t, L = groups.num_tasks, groups.num_self
+        self.weight = nn.Parameter(torch.empty(t, groups.per_gate, dim))
+        self.self_weight = nn.Parameter(torch.empty(t, L, dim)) if L else None
+        self.shared_weight = nn.Parameter(torch.empty(groups.per_shared_gate, dim)) if shared_gate else None
+        self.domain = DomainEmbedding(groups.num_domains, dim) if groups.num_domains else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for weight in (self.weight, self.self_weight, self.shared_weight):
+            if weight is not None:
+                init_gate_(weight, self.init_scale)
+
+    def forward(self, x_GTD: Tensor, domain_T: Tensor | None = None) -> GateLogits:  # type: ignore[override]
+        """Logits, outside autocast and at least in float32.
+
+        Args:
+            x_GTD: (1, T, D), one input for all; or (1 + t, T, D), that of the shared representation and each task's.
+            domain_T: int64 (T,), the domains.
+        """
+        with torch.autocast(x_GTD.device.type, enabled=False):
+            x_GTD = x_GTD if x_GTD.dtype == torch.float64 else x_GTD.float()
+            if self.domain is not None:
+                assert domain_T is not None
+                x_GTD = self.domain(x_GTD, domain_T)
+            w_tED = self.weight if self.self_weight is None else torch.cat((self.weight, self.self_weight), 1)
+            (t, E, _), per_gate, shared_TE = w_tED.shape, self.weight.shape[1], None
+            if x_GTD.shape[0] == 1:
+                # One product for all gates.
+                w = w_tED.flatten(0, 1)
+                w = w if self.shared_weight is None else torch.cat((w, self.shared_weight))
+                logits = F.linear(x_GTD[0], w.to(x_GTD.dtype))
+                logits_TtE = logits[:, : t * E].unflatten(1, (t, E))
+                shared_TE = None if self.shared_weight is None else logits[:, t * E :]
+            else:
+                logits_TtE = torch.bmm(x_GTD[1:], w_tED.to(x_GTD.dtype).transpose(1, 2)).transpose(0, 1)
+                if self.shared_weight is not None:
+                    shared_TE = F.linear(x_GTD[0], self.shared_weight.to(x_GTD.dtype))
+            self_TtL = None if self.self_weight is None else logits_TtE[..., per_gate:]
+            return GateLogits(logits_TtE[..., :per_gate], self_TtL, shared_TE)
+
+
+class GateRouters(Router):
+    """The routers of a layer that has several: the gates of each level, or a router for each task."""
+
+    def __init__(self, routers: list[Router], domain: DomainEmbedding | None = None) -> None:
+        super().__init__()
+        self.routers = nn.ModuleList(routers)
+        self.domain = domain
+
+    def __getitem__(self, i: int) -> Router:
+        router: Router = self.routers[i]  # type: ignore[assignment]
+        return router
+
+    def __len__(self) -> int:
+        return len(self.routers)
+
+
+def dropped_experts(weights: Tensor, rate: float) -> Tensor:
+    """Which experts each gate leaves out in training: bool, as the (..., E) ``weights``; at least one with a weight
+    above 0 stays in every row (Zhao et al., RecSys 2019).
+
+    Args:
+        weights: the gates' weights; those of 0 do not count.
+        rate: probability of each expert, in each row by itself.
+    """
+    draw = torch.rand_like(weights).masked_fill(weights <= 0, -1.0)
+    return (draw < rate) & (draw < draw.amax(-1, keepdim=True))
+
+
+def selected_softmax(
+    logits_Rt: Tensor, prior_R: Tensor, example_R: Tensor, num_examples: int, dropout: float = 0.0
+) -> SelectedGates:
+    """``P p_e exp(l_e) / sum_j p_j exp(l_j)`` with ``P = sum_j p_j``, the sums over the rows of an example: a softmax
+    over the experts that another gate selected, which starts from that gate's weights and keeps their sum, so that both
+    learn.
+
+    Args:
+        logits_Rt: float32 (R, t); -inf where nothing is computed.
+        prior_R: float32 (R,), the other gate's weights p; 0 where nothing is computed.
+        example_R: int64 (R,), the example of each row.
+        num_examples: T.
+        dropout: rate of expert dropout among the rows of an example.
+    """
+
+    def softmax(kept_Rt: Tensor) -> Tensor:
+        highest_Tt = largest_of_example(logits_Rt.detach().masked_fill(~kept_Rt, -torch.inf), example_R, num_examples)
+        highest_Tt = torch.where(highest_Tt.isfinite(), highest_Tt, 0.0)
+        shifted_Rt = (logits_Rt - highest_Tt.index_select(0, example_R)).masked_fill(~kept_Rt, -torch.inf)
+        weights_Rt = prior_R[:, None] * shifted_Rt.exp()
+        zeros_Tt = weights_Rt.new_zeros(num_examples, weights_Rt.shape[1])
+        sum_Tt = zeros_Tt.index_add(0, example_R, weights_Rt)
+        prior_T1 = zeros_Tt[:, :1].index_add(0, example_R, prior_R[:, None])
+        # The sum's largest term is a prior: small at times, 0 where nothing is computed.
+        return weights_Rt * (prior_T1 / sum_Tt.clamp_min(1e-30)).index_select(0, example_R)
+
+    live_Rt = (prior_R > 0)[:, None].expand_as(logits_Rt)
+    clean_Rt = softmax(live_Rt)
+    if not dropout:
+        return SelectedGates(clean_Rt, clean_Rt)
+    draw_Rt = torch.rand_like(logits_Rt).masked_fill(~live_Rt, -1.0)
+    stays_Tt = largest_of_example(draw_Rt, example_R, num_examples)
+    dropped_Rt = (draw_Rt < dropout) & (draw_Rt < stays_Tt.index_select(0, example_R))
+    return SelectedGates(clean_Rt, softmax(live_Rt & ~dropped_Rt))
+
+
+def largest_of_example(value_Rt: Tensor, example_R: Tensor, num_examples: int) -> Tensor:
+    """(T, t), the largest value among the rows of each example; -inf without rows."""
+    start_Tt = value_Rt.new_full((num_examples, value_Rt.shape[1]), -torch.inf)
+    return start_Tt.scatter_reduce(0, example_R[:, None].expand_as(value_Rt), value_Rt, "amax")
+
+
+__all__ = [
+    "DenseGates",
+    "DomainEmbedding",
+    "ExpertGroups",
+    "GateLogits",
+    "GateRouters",
+    "SelectedGates",
+    "dropped_experts",
+    "selected_softmax",
+]

@@ -1,0 +1,408 @@
+"""Interactions to histories and batches, on tables of a few rows."""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor
+
+from apps.recsys.sequence.data import HistoryBatch, HistoryData
+from apps.recsys.sequence.module import NextItemRecommender
+
+# Items by ascending value are 10 -> 1, 20 -> 2, 30 -> 3, 40 -> 4, 50 -> 5; users 3, 5, 7, 9 are 0, 1, 2, 3.
+#   user 7: 10 20 30 40 50 by time -> 1 2 3 4 5
+#   user 3: 50 and 10 in the same second, in this order in the file, then 20 -> 5 1 2
+#   user 5: 30 20 -> 3 2: too few to hold any out
+#   user 9: 40 -> 4: nothing to predict
+ROWS = {
+    "user": [7, 7, 3, 7, 3, 7, 9, 7, 3, 5, 5],
+    "item": [30, 10, 50, 20, 10, 40, 40, 50, 20, 20, 30],
+    "time": [3, 1, 9, 2, 9, 4, 1, 5, 10, 8, 7],
+    "stars": [5.0, 4.0, 4.0, 2.0, 4.0, 5.0, 1.0, 3.0, 5.0, None, 4.0],
+    "title": ["c", "a", "e", "b", "a", "d", "d", "e", "b", "b", "c"],
+}
+
+
+def write(folder: Path, name: str = "clicks.csv", **columns: Any) -> str:
+    table = pa.table(ROWS | columns)
+    if name.endswith(".parquet"):
+        pa.parquet.write_table(table, folder / name)
+    else:
+        options = pa.csv.WriteOptions(delimiter="\t" if ".tsv" in name else ",")
+        pa.csv.write_csv(table, folder / name, options)
+    return str(folder / name)
+
+
+def ready(file: str, **options: Any) -> HistoryData:
+    data = HistoryData("table", file=file, seed=0, **options)
+    data.prepare_data()
+    data.setup("fit")
+    return data
+
+
+def rows(padded: Tensor) -> list[list[int]]:
+    """Without the zeros at the end."""
+    return [row[: int(row.nonzero().max()) + 1].tolist() if row.any() else [] for row in padded]
+
+
+def by_user(loader: Any) -> dict[int, HistoryBatch]:
+    """One example a user, as lists."""
+    found: dict[int, Any] = {}
+    for batch in loader:
+        seen = [None] * len(batch.user_B) if batch.seen_BH is None else rows(batch.seen_BH)
+        for user, items, targets, s in zip(
+            batch.user_B.tolist(), rows(batch.items_BS), batch.targets_BS.tolist(), seen, strict=True
+        ):
+            assert user not in found
+            found[user] = (items, targets[: len(items)], s)
+            assert not any(targets[len(items) :])
+    return found
+
+
+# --- the split ---
+
+
+def test_leave_last_out_by_hand(tmp_path: Path) -> None:
+    data = ready(write(tmp_path))
+    assert data.num_items == 5
+    assert data.user_names == ("3", "5", "7", "9")
+    # user 7 trains on 1 2 3, of which 2 and 3 are targets; user 3 on 5 alone, so on nothing; user 5 on all it has
+    assert by_user(data.train_dataloader()) == {2: ([1, 2], [2, 3], None), 1: ([3], [2], None)}
+    # the one before the last validates, and is in the history of the last, which tests
+    assert by_user(data.val_dataloader()) == {0: ([5], [1], [5]), 2: ([1, 2, 3], [0, 0, 4], [1, 2, 3])}
+    assert by_user(data.test_dataloader()) == {
+        0: ([5, 1], [0, 2], [5, 1]),
+        2: ([1, 2, 3, 4], [0, 0, 0, 5], [1, 2, 3, 4]),
+    }
+    # prediction: all there is, of everyone
+    assert by_user(data.predict_dataloader()) == {
+        0: ([5, 1, 2], [0, 0, 0], [5, 1, 2]),
+        1: ([3, 2], [0, 0], [3, 2]),
+        2: ([1, 2, 3, 4, 5], [0, 0, 0, 0, 0], [1, 2, 3, 4, 5]),
+        3: ([4], [0], [4]),
+    }
+
+
+def test_batches_are_padded_after_the_last_item(tmp_path: Path) -> None:
+    batch = next(iter(ready(write(tmp_path)).test_dataloader()))
+    assert batch.items_BS.tolist() == [[5, 1, 0, 0], [1, 2, 3, 4]]
+    assert batch.targets_BS.tolist() == [[0, 2, 0, 0], [0, 0, 0, 5]]
+    assert batch.seen_BH.tolist() == [[5, 1, 0, 0], [1, 2, 3, 4]]
+    assert batch.user_B.tolist() == [0, 2]
+    assert batch.index_B.tolist() == [0, 1]
+    assert {t.dtype for t in batch} == {torch.int64}
+
+
+def test_a_history_is_cut_to_its_last_items(tmp_path: Path) -> None:
+    data = ready(write(tmp_path), max_length=2)
+    assert by_user(data.test_dataloader())[2] == ([3, 4], [0, 5], [1, 2, 3, 4])  # but all that was seen is known
+    assert by_user(data.val_dataloader())[2] == ([2, 3], [0, 4], [1, 2, 3])
+    assert by_user(data.train_dataloader())[2] == ([1, 2], [2, 3], None)  # max_length counts inputs
+    assert by_user(ready(write(tmp_path), max_length=1).train_dataloader())[2] == ([2], [3], None)
+
+
+def test_ties_keep_the_order_of_the_file(tmp_path: Path) -> None:
+    swapped = ROWS["item"].copy()
+    swapped[2], swapped[4] = swapped[4], swapped[2]  # user 3's two items of second 9
+    data = ready(write(tmp_path, item=swapped))
+    assert by_user(data.predict_dataloader())[0][0] == [1, 5, 2]
+
+
+def test_without_a_time_the_rows_are_in_order(tmp_path: Path) -> None:
+    data = ready(write(tmp_path), time_column=None)
+    assert by_user(data.predict_dataloader())[2][0] == [3, 1, 2, 4, 5]
+
+
+def test_windows_by_hand(tmp_path: Path) -> None:
+    # 8 items train on 1 to 6: 5 targets, cut from the end into pieces of 2
+    one = {"user": [1] * 8, "item": list(range(1, 9)), "time": list(range(8)), "stars": [5.0] * 8, "title": ["x"] * 8}
+    file = write(tmp_path, **one)
+    data = ready(file, max_length=2, train_windows="all")
+    batch = next(iter(data.train_dataloader()))
+    pairs = sorted(zip(rows(batch.items_BS), rows(batch.targets_BS), strict=True))
+    assert pairs == [([1], [2]), ([2, 3], [3, 4]), ([4, 5], [5, 6])]
+    batch = next(iter(ready(file, max_length=2, train_windows="last").train_dataloader()))
+    assert (rows(batch.items_BS), rows(batch.targets_BS)) == ([[4, 5]], [[5, 6]])
+    data = ready(file, max_length=5, train_windows="all")
+    assert rows(next(iter(data.train_dataloader())).items_BS) == [[1, 2, 3, 4, 5]]
+
+
+# --- the oracle ---
+
+
+def random_table(folder: Path, seed: int = 0) -> tuple[str, dict[int, list[int]]]:
+    """A file, and each user's items in order by plain Python."""
+    rng = np.random.default_rng(seed)
+    user = rng.geometric(0.15, 400)  # a few users with many items, many with few
+    item, time = rng.integers(0, 50, 400), rng.integers(0, 60, 400)
+    table = {"user": user, "item": item, "time": time}
+    pa.csv.write_csv(pa.table(table), folder / "random.csv")
+    number = {value: n + 1 for n, value in enumerate(sorted(set(item.tolist())))}
+    order: dict[int, list[tuple[int, int, int]]] = {}
+    for n, (u, i, t) in enumerate(zip(user.tolist(), item.tolist(), time.tolist(), strict=True)):
+        order.setdefault(u, []).append((t, n, number[i]))
+    return str(folder / "random.csv"), {u: [i for _, _, i in sorted(order[u])] for u in sorted(order)}
+
+
+@pytest.mark.parametrize("max_length", [1, 3, 1000])
+def test_every_split_is_what_a_loop_over_users_gives(tmp_path: Path, max_length: int) -> None:
+    file, sequences = random_table(tmp_path)
+    data = ready(file, max_length=max_length, batch_size=7, eval_batch_size=5)
+    assert [int(u) for u in data.user_names] == list(sequences)
+    assert {1, 2, 3} < {len(s) for s in sequences.values()}
+    expected: dict[str, dict[int, Any]] = {"train": {}, "val": {}, "test": {}, "predict": {}}
+    for place, sequence in enumerate(sequences.values()):
+        train = sequence[:-2] if len(sequence) >= 3 else sequence
+        if len(train) > 1:
+            kept = train[-max_length - 1 :]
+            expected["train"][place] = (kept[:-1], kept[1:], None)
+        if len(sequence) >= 3:
+            for name, cut in (("val", 2), ("test", 1)):
+                seen = sequence[:-cut]
+                history = seen[-max_length:]
+                expected[name][place] = (history, [0] * (len(history) - 1) + [sequence[-cut]], seen)
+        history = sequence[-max_length:]
+        expected["predict"][place] = (history, [0] * len(history), sequence)
+    for name, examples in expected.items():
+        assert by_user(getattr(data, f"{name}_dataloader")()) == examples, name
+
+
+@pytest.mark.parametrize("max_length", [1, 4, 1000])
+def test_all_windows_have_each_training_pair_once(tmp_path: Path, max_length: int) -> None:
+    file, sequences = random_table(tmp_path)
+    data = ready(file, max_length=max_length, train_windows="all", batch_size=7)
+    found = []
+    for batch in data.train_dataloader():
+        assert batch.items_BS.shape[1] <= max_length
+        mask = batch.targets_BS > 0
+        user = batch.user_B[:, None].expand_as(mask)[mask].tolist()
+        found += list(zip(user, batch.items_BS[mask].tolist(), batch.targets_BS[mask].tolist(), strict=True))
+    expected = []
+    for place, sequence in enumerate(sequences.values()):
+        train = sequence[:-2] if len(sequence) >= 3 else sequence
+        expected += [(place, a, b) for a, b in itertools.pairwise(train)]
+    assert sorted(found) == sorted(expected)
+
+
+def test_the_held_out_items_are_in_no_training_batch(tmp_path: Path) -> None:
+    file, sequences = random_table(tmp_path)
+    data = ready(file, train_windows="all")
+    # of each user in turn, the last two become an item that nobody else has: 0 does not train
+    item_N = data.histories.item_N
+    last = data.histories.offsets[1:] - 1
+    long = data.histories.length_U >= 3
+    item_N[last[long]], item_N[last[long] - 1] = 999, 998
+    for batch in data.train_dataloader():
+        assert max(int(batch.items_BS.max()), int(batch.targets_BS.max())) < 998
+    for batch in data.test_dataloader():
+        assert (batch.targets_BS.amax(1) == 999).all()
+        assert (batch.items_BS == 998).sum(1).eq(1).all()
+    assert sum(map(len, sequences.values())) == len(item_N)
+
+
+# --- what counts ---
+
+
+def test_min_rating(tmp_path: Path) -> None:
+    data = ready(write(tmp_path), min_rating=4, rating_column="stars")
+    # Left: user 7: 10 30 40; user 3: 50 10 20; user 5: 30 (20 has no rating). User 9's 40 has one star.
+    # The items are numbered anew: 10 20 30 40 50 are all there.
+    assert data.num_items == 5
+    assert data.user_names == ("3", "5", "7")
+    assert by_user(data.predict_dataloader())[2][0] == [1, 3, 4]
+    assert by_user(data.test_dataloader()) == {0: ([5, 1], [0, 2], [5, 1]), 2: ([1, 3], [0, 4], [1, 3])}
+
+
+def test_min_item_count(tmp_path: Path) -> None:
+    # 20 is in three histories, the others in two
+    data = HistoryData("table", file=write(tmp_path), min_item_count=3, name_column="title")
+    assert data.item_names == ("", "b")
+    # counted after the ratings: with four stars 20 is left once, and no item is left twice but 10 and 30
+    data = HistoryData("table", file=write(tmp_path), min_rating=4, rating_column="stars", min_item_count=2)
+    assert data.item_names == ("", "10", "30")
+
+
+def test_names_and_numbers_do_not_depend_on_the_order_of_the_file(tmp_path: Path) -> None:
+    a = ready(write(tmp_path, "a.csv"), name_column="title")
+    backwards = {name: values[::-1] for name, values in ROWS.items()}
+    b = ready(write(tmp_path, "b.csv", **backwards), name_column="title")
+    assert a.item_names == b.item_names == ("", "a", "b", "c", "d", "e")
+    assert a.user_names == b.user_names
+    assert by_user(a.test_dataloader())[2] == by_user(b.test_dataloader())[2]
+    assert a.item_genres == ()
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.csv.gz", "t.tsv", "t.parquet"])
+def test_formats(tmp_path: Path, name: str) -> None:
+    if name.endswith(".gz"):
+        with pa.CompressedOutputStream(str(tmp_path / name), "gzip") as out:
+            pa.csv.write_csv(pa.table(ROWS), out)
+        file = str(tmp_path / name)
+    else:
+        file = write(tmp_path, name)
+    assert by_user(ready(file).predict_dataloader())[2][0] == [1, 2, 3, 4, 5]
+
+
+def test_users_and_items_of_text_and_times_of_dates(tmp_path: Path) -> None:
+    day = datetime.datetime(2024, 1, 1)
+    table = {
+        "user": ["ann"] * 3 + ["bob"],
+        "item": ["pear", "apple", "fig", "fig"],
+        "time": [day + datetime.timedelta(hours=h) for h in (2, 1, 3, 0)],
+    }
+    pa.parquet.write_table(pa.table(table), tmp_path / "text.parquet")
+    data = ready(str(tmp_path / "text.parquet"))
+    assert data.item_names == ("", "apple", "fig", "pear")
+    assert data.user_names == ("ann", "bob")
+    assert by_user(data.test_dataloader()) == {0: ([1, 3], [0, 2], [1, 3])}
+
+
+def test_movielens(tmp_path: Path) -> None:
+    # the films are numbered by their place in movies.dat, without those that nobody rated: 3 -> 1, 2 -> 2
+    ratings = ("1::2::5::30", "1::3::3::10", "1::2::4::20", "2::3::5::1")
+    (tmp_path / "ratings.dat").write_text("\n".join(ratings) + "\n")
+    films = ("3::Heat (1995)::Action|Crime", "9::Unrated (1990)::Drama", "2::Jumanji (1995)::Adventure")
+    (tmp_path / "movies.dat").write_text("\n".join(films) + "\n")
+    (tmp_path / "users.dat").write_text("1::F::1::10::1\n2::M::56::16::2\n")
+    with pytest.raises(ValueError, match=r"ratings\.dat is truncated: 4 rows, not 1,000,209"):
+        HistoryData("movielens_1m", root=str(tmp_path)).setup()
+
+    from apps.recsys.readers.movielens import read_ratings_1m
+    from apps.recsys.sequence.histories import from_ratings
+
+    data = HistoryData("movielens_1m", root=str(tmp_path), seed=0)
+    data._histories = from_ratings(read_ratings_1m(tmp_path, num_ratings=4))
+    assert data.item_names == ("", "Heat (1995)", "Jumanji (1995)")
+    assert data.item_genres == ((), ("Action", "Crime"), ("Adventure",))
+    assert by_user(data.predict_dataloader()) == {0: ([1, 2, 2], [0] * 3, [1, 2, 2]), 1: ([1], [0], [1])}
+    liked = from_ratings(read_ratings_1m(tmp_path, num_ratings=4), min_rating=4)
+    assert liked.item_N.tolist() == [2, 2, 1]
+
+
+# --- the loader ---
+
+
+def order(data: HistoryData) -> list[int]:
+    return [i for batch in data.train_dataloader() for i in batch.index_B.tolist()]
+
+
+def test_the_order_depends_on_the_seed_alone(tmp_path: Path) -> None:
+    file, _ = random_table(tmp_path)
+    options: dict[str, Any] = {"train_windows": "all", "max_length": 2, "batch_size": 8}
+    one, two = ready(file, **options), ready(file, **options)
+    torch.manual_seed(5)
+    first = order(one)
+    assert sorted(first) == list(range(len(first)))
+    assert first != sorted(first)
+    torch.manual_seed(6)
+    assert order(two) == first
+    two.seed = 1
+    assert order(two) != first
+
+
+def test_a_resumed_epoch_goes_on_where_it_was(tmp_path: Path) -> None:
+    file, _ = random_table(tmp_path)
+    data = ready(file, train_windows="all", max_length=2, batch_size=8)
+    batches = [b.index_B.tolist() for b in data.train_dataloader()]
+    loader = data.train_dataloader()
+    epoch = iter(loader)
+    for _ in range(2):
+        next(epoch)
+    resumed = data.train_dataloader()
+    resumed.load_state_dict(loader.state_dict())
+    assert [b.index_B.tolist() for b in resumed] == batches[2:]
+
+
+def test_it_can_be_sent_to_another_process(tmp_path: Path) -> None:
+    data = ready(write(tmp_path))
+    again = pickle.loads(pickle.dumps(data))
+    assert by_user(again.test_dataloader()) == by_user(data.test_dataloader())
+
+
+def test_drop_last_and_a_batch_of_one(tmp_path: Path) -> None:
+    file = write(tmp_path)
+    assert [len(b.items_BS) for b in ready(file, batch_size=1, drop_last=True).train_dataloader()] == [1, 1]
+    with pytest.raises(ValueError, match="batch_size=3 exceeds the 2 training examples"):
+        ready(file, batch_size=3, drop_last=True).train_dataloader()
+
+
+def test_a_model_trains_tests_and_predicts_on_it(tmp_path: Path) -> None:
+    data = ready(random_table(tmp_path)[0], max_length=4)
+    model = NextItemRecommender(num_items=data.num_items, max_length=data.max_length)
+    trainer = Trainer(fast_dev_run=1, accelerator="cpu", logger=False, enable_progress_bar=False, barebones=False)
+    trainer.fit(model, datamodule=data)
+    result = trainer.test(model, datamodule=data, verbose=False)[0]
+    assert 0 <= result["test/ndcg_10"] <= 1
+    predicted = trainer.predict(model, datamodule=data)
+    assert predicted is not None
+    assert len(predicted[0].index) == len(data.user_names)
+
+
+# --- bad input ---
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dataset": "movielens_2m"}, "dataset='movielens_2m' is not one of .*; did you mean 'movielens_1m'"),
+        ({"dataset": "table"}, "dataset='table' needs file"),
+        ({"dataset": "movielens_1m", "file": "x.csv"}, "file='x.csv' is for dataset='table', not 'movielens_1m'"),
+        ({"dataset": "table", "file": "x.csv", "root": "y"}, "root='y' is for a standard dataset"),
+        ({"dataset": "table", "file": "x.csv", "min_rating": 4}, "min_rating=4 needs rating_column"),
+        ({"max_length": 0}, "max_length=0 must be at least 1"),
+        ({"batch_size": 0}, "batch_size=0 must be at least 1"),
+        ({"min_item_count": 0}, "min_item_count=0 must be at least 1"),
+        ({"num_workers": -1}, "num_workers=-1 must not be negative"),
+        ({"train_windows": "al"}, "train_windows='al' is not one of last, all; did you mean 'all'"),
+    ],
+)
+def test_bad_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        HistoryData(**options)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("columns", "options", "message"),
+    [
+        ({}, {"user_column": "person"}, r"clicks\.csv has no column 'person'; it has user, item, time"),
+        ({"item": [None, *ROWS["item"][1:]]}, {}, r"clicks\.csv: column 'item' has no value in row 0"),
+        ({"time": [*ROWS["time"][:-1], None]}, {}, r"clicks\.csv: column 'time' has no value in row 10"),
+        ({}, {"min_rating": 4, "rating_column": "title"}, r"clicks\.csv: column 'title' is not numbers"),
+        ({}, {"min_rating": 6, "rating_column": "stars"}, r"clicks\.csv: no interaction is left"),
+        ({"user": list(range(11))}, {}, "no user has the 3 interactions"),
+    ],
+)
+def test_bad_tables(tmp_path: Path, columns: dict[str, Any], options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        ready(write(tmp_path, **columns), **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_files(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"nowhere\.csv is missing"):
+        ready(str(tmp_path / "nowhere.csv"))
+    (tmp_path / "table.xlsx").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"table\.xlsx: a table ends in \.csv, \.tsv or \.parquet, not '\.xlsx'"):
+        ready(str(tmp_path / "table.xlsx"))
+    whole = Path(write(tmp_path, "cut.parquet")).read_bytes()
+    (tmp_path / "cut.parquet").write_bytes(whole[:-30])
+    with pytest.raises(ValueError, match=r"cut\.parquet is corrupt"):
+        ready(str(tmp_path / "cut.parquet"))
+    (tmp_path / "cut.csv").write_text("user,item,time\n1,2,3\n1,2")
+    with pytest.raises(ValueError, match=r"cut\.csv is corrupt: .*Expected 3 columns, got 2"):
+        ready(str(tmp_path / "cut.csv"))
+    (tmp_path / "empty.csv").write_text("")
+    with pytest.raises(ValueError, match=r"empty\.csv is corrupt: Empty CSV file"):
+        ready(str(tmp_path / "empty.csv"))

@@ -1,0 +1,374 @@
+"""The history transformer: what each position may see, what padding may not change, and what all of it costs."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+import core
+from apps.recsys.sequence.model import (
+    CausalAttention,
+    CausalConvolution,
+    HistoryModel,
+    HistoryModelConfig,
+    Packing,
+    TokenMixing,
+    causal_attention,
+    dense_gates,
+    resolve_blocks,
+)
+
+MOE = core.MoEConfig(num_experts=4, router=core.TokenChoice(top_k=2), expert=core.FFN(hidden_dim=12))
+SMALL = {"dim": 8, "depth": 2, "num_heads": 2, "hidden_dim": 16}
+ITEMS = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 0, 0], [7, 0, 0, 0, 0]])
+
+
+def build(mixing="mixture", moe=MOE, dtype=torch.float64, seed=0, num_items=9, max_length=8, **config):
+    torch.manual_seed(seed)
+    config = HistoryModelConfig(**{**SMALL, "mixing": mixing, **config})
+    model = HistoryModel(config, num_items=num_items, max_length=max_length, moe=moe)
+    with torch.no_grad():  # as it starts, positions are faint
+        model.pos_embed.weight.normal_(std=0.5)
+        model.item_embed.weight[1:].normal_(std=0.5)
+    return model.to(dtype).eval()
+
+
+KINDS = pytest.mark.parametrize(
+    ("mixing", "moe"), [("attention", None), ("mixture", None), ("mixture", MOE)], ids=["sasrec", "mixture", "moe"]
+)
+
+
+# ---- what a position may see
+
+
+@KINDS
+def test_a_later_item_changes_no_earlier_output(mixing, moe):
+    model = build(mixing, moe)
+    with torch.no_grad():
+        before, _, _ = model.encode(torch.tensor([[3, 1, 4, 1, 5], [2, 7, 1, 8, 2]]))
+        after, _, _ = model.encode(torch.tensor([[3, 1, 4, 9, 6], [2, 7, 1, 8, 3]]))
+    assert_close(after[[0, 1, 2, 5, 6, 7, 8]], before[[0, 1, 2, 5, 6, 7, 8]], rtol=0, atol=1e-12)
+    assert ((after - before)[[3, 4, 9]].abs().amax(-1) > 1e-3).all()
+
+
+@KINDS
+def test_an_earlier_item_does_change_the_later_outputs(mixing, moe):
+    model = build(mixing, moe)
+    with torch.no_grad():
+        before, after = (model.encode(torch.tensor([[i, 1, 4, 1, 5]]))[0] for i in (3, 8))
+    assert ((after - before).abs().amax(-1) > 1e-6).all()
+
+
+@KINDS
+def test_padding_changes_nothing(mixing, moe):
+    model = build(mixing, moe)
+    alone = [[3, 1, 4, 1, 5], [9, 2, 6], [7]]
+    left = torch.tensor([[0, 0, 3, 1, 4, 1, 5], [0, 0, 0, 0, 9, 2, 6], [0, 0, 0, 0, 0, 0, 7]])
+    amid = torch.tensor([[3, 0, 1, 4, 0, 1, 5], [0, 9, 0, 2, 0, 6, 0], [0, 0, 7, 0, 0, 0, 0]])
+    with torch.no_grad():
+        expected = torch.cat([model(torch.tensor([row])) for row in alone])
+        for items in (ITEMS, left, amid):
+            assert_close(model(items), expected, rtol=0, atol=1e-12)
+
+
+@KINDS
+def test_padding_has_no_gradient(mixing, moe):
+    model = build(mixing, moe).train()
+    h_TD, _, _ = model.encode(ITEMS)
+    model.scores(h_TD)[:, 1:].logsumexp(-1).sum().backward()
+    assert not model.item_embed.weight.grad[0].any()
+    assert model.item_embed.weight.grad[1:].abs().amax(-1).min() > 0
+    assert model.pos_embed.weight.grad[:5].abs().amax(-1).min() > 0
+    assert not model.pos_embed.weight.grad[5:].any()
+
+
+# ---- attention and convolution
+
+
+def slow_attention(x_SD, layer):
+    """One head, one query, one key at a time."""
+    S, D = x_SD.shape
+    d = D // layer.num_heads
+    q, k, v = (x_SD @ w.t() + b for w, b in zip(layer.qkv.weight.split(D), layer.qkv.bias.split(D), strict=True))
+    y = torch.zeros_like(x_SD)
+    for head in range(layer.num_heads):
+        own = slice(head * d, head * d + d)
+        for t in range(S):
+            weights = [math.exp(float(q[t, own] @ k[s, own]) / math.sqrt(d)) for s in range(t + 1)]
+            y[t, own] = sum(w / sum(weights) * v[s, own] for s, w in enumerate(weights))
+    return y
+
+
+def test_sasrec_is_the_slow_transformer():
+    model = build("attention", None)
+    with torch.no_grad():
+        h_TD, _, _ = model.encode(ITEMS)
+        expected = []
+        for row in ([3, 1, 4, 1, 5], [9, 2, 6], [7]):
+            x = model.item_embed.weight[row] * math.sqrt(8) + model.pos_embed.weight[: len(row)]
+            for block in model.blocks:
+                x = x + block.mixing.out(slow_attention(block.norm1(x), block.mixing.attention))
+                x = x + block.ffn(block.norm2(x))
+            expected.append(model.norm(x))
+    assert_close(h_TD, torch.cat(expected), rtol=0, atol=1e-12)
+
+
+def test_explicit_attention_is_torchs():
+    q, k, v = torch.randn(3, 2, 3, 7, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    assert_close(causal_attention(q, k, v), expected, rtol=0, atol=1e-12)
+
+
+def test_convolution_by_hand():
+    # One channel, kernel 3 with weights 1, 10, 100 on the item, the one before and the one before that. Two histories
+    # of 3 and 2: the second one must not see the first one's end.
+    conv = CausalConvolution(1, 3).double()
+    with torch.no_grad():
+        conv.proj.weight.copy_(torch.tensor([[1.0, 10.0, 100.0]]))
+        conv.proj.bias.fill_(0.5)
+        packing, _ = Packing.of(torch.tensor([[True, True, True], [True, True, False]]))
+        found = conv(torch.tensor([[1.0], [2.0], [3.0], [4.0], [5.0]], dtype=torch.float64), packing)
+    # 1; 2 + 10; 3 + 20 + 100; 4; 5 + 40; plus the bias. GELU(z) is z * Phi(z).
+    z = torch.tensor([1.5, 12.5, 123.5, 4.5, 45.5], dtype=torch.float64)
+    assert_close(found.squeeze(1), z * torch.special.ndtr(z), rtol=0, atol=1e-12)
+
+
+def test_packing_by_hand():
+    packing, index_T = Packing.of(torch.tensor([[0, 1, 0, 1], [0, 0, 0, 0], [1, 1, 1, 0]]).bool())
+    assert index_T.tolist() == [1, 3, 8, 9, 10]
+    assert packing.length == 3
+    assert packing.position_T.tolist() == [0, 1, 0, 1, 2]
+    assert packing.slot_T.tolist() == [0, 1, 6, 7, 8]
+    assert packing.last_B.tolist() == [1, -1, 4]
+    padded = packing.pad(torch.arange(1, 6)[:, None])
+    assert padded.squeeze(-1).tolist() == [[1, 2, 0], [0, 0, 0], [3, 4, 5]]
+    assert packing.pack(padded).flatten().tolist() == [1, 2, 3, 4, 5]
+    assert packing.valid_BL().tolist() == [[True, True, False], [False] * 3, [True] * 3]
+
+
+# ---- the mixture
+
+
+def test_the_mixture_is_the_gated_sum_of_its_experts():
+    torch.manual_seed(0)
+    layer = TokenMixing(HistoryModelConfig(**SMALL)).double().eval()
+    x_TD = torch.randn(9, 8, dtype=torch.float64)
+    packing, _ = Packing.of(ITEMS > 0)
+    with torch.no_grad():
+        # A softmax over two is a sigmoid of the difference: AdaMCT's gate.
+        g_T1 = torch.sigmoid(x_TD @ (layer.router.gate.weight[0] - layer.router.gate.weight[1]))[:, None]
+        local = layer.norms["convolution"](layer.experts["convolution"](x_TD, packing))
+        far = layer.norms["attention"](layer.experts["attention"](x_TD, packing))
+        assert_close(layer(x_TD, packing), layer.out(g_T1 * local + (1 - g_T1) * far), rtol=0, atol=1e-12)
+
+
+def test_gates_sum_to_one_and_their_sums_are_the_load():
+    model = build()
+    with torch.no_grad(), core.record(model) as tape:
+        model(ITEMS)
+    assert [e.name for e in tape.entries] == ["blocks.0.mixing", "blocks.0.ffn", "blocks.1.mixing", "blocks.1.ffn"]
+    for entry in tape.entries[::2]:
+        gates_TE = entry.routing.scores_TE
+        assert gates_TE.shape == (9, 2)
+        assert_close(gates_TE.sum(-1), torch.ones(9, dtype=gates_TE.dtype))
+        assert entry.routing.expert_names == ("convolution", "attention")
+    stats = core.RoutingStats.from_tape(tape).layers
+    load_E = tape.entries[0].routing.scores_TE.sum(0)
+    assert stats["blocks.0.mixing"].load_imbalance == pytest.approx(float(load_E.max() / 4.5))
+    assert int(stats["blocks.0.ffn"].num_tokens) == 9
+    assert int(stats["blocks.0.ffn"].tokens_per_expert.sum()) == 18  # two experts for each real item, none for padding
+
+
+def test_a_router_of_one_expert_takes_convolution_or_attention():
+    router = core.TokenChoice(top_k=1, normalize=False)
+    model = build(mixing_router=router, mixing_balance=core.Balance(load_balancing=0.1))
+    with core.record(model.train()) as tape:
+        model(ITEMS)
+    routing = tape.entries[0].routing
+    gates_TE = dense_gates(routing, 2)
+    assert (gates_TE > 0).sum(-1).tolist() == [1] * 9
+    assert_close(gates_TE.amax(-1), routing.scores_TE.amax(-1))
+    assert int(routing.chosen_per_expert_E.sum()) == 9
+    assert float(core.aux_losses(tape).terms["load_balancing"]) > 0
+
+
+def test_the_gate_learns():
+    model = build().train()
+    with core.record(model) as tape:
+        model(ITEMS)[:, 1:].logsumexp(-1).sum().backward()
+    assert len(tape) == 4
+    for block in model.blocks:
+        assert block.mixing.router.gate.weight.grad.abs().max() > 0
+        assert block.ffn.router.gate.weight.grad.abs().max() > 0
+
+
+def test_routers_see_the_items_as_token_ids():
+    # Items 1 to 9 by hash: the expert is a function of the item alone.
+    moe = core.MoEConfig(num_experts=4, router=core.Hash(vocab_size=10), expert=core.FFN(hidden_dim=12))
+    model = build(moe=moe)
+    with torch.no_grad(), core.record(model) as tape:
+        model(ITEMS)
+    routing = tape.entries[1].routing
+    of_token = dict(zip(routing.token_index_N.tolist(), routing.expert_ids_N.tolist(), strict=True))
+    assert of_token[1] == of_token[3]  # both are item 1
+    assert [of_token[t] for t in (8, 9, 11, 14)] == [4] * 4  # padding: no expert
+
+
+def test_a_mixture_is_counted_as_active():
+    model = build(moe=None)
+    assert core.active_params(model) == sum(p.numel() for p in model.parameters())
+
+
+# ---- costs
+
+
+def numel(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+@pytest.mark.parametrize("mixing", ["attention", "mixture"])
+def test_parameters_by_hand(mixing):
+    # Embeddings 10 * 8 items, 8 * 8 positions; final norm 16. A block: norms 32, qkv 8 * 24 + 24 = 216, out 72,
+    # FFN 2 * 8 * 16 + 16 + 8 = 280: 600. The mixture adds 3 * 64 + 8 of the convolution, 32 of norms, 16 of the gate.
+    model = build(mixing, None)
+    assert numel(model) == 80 + 64 + 16 + 2 * (600 + (248 if mixing == "mixture" else 0))
+    assert model.config.mixture_params() == 248
+
+
+@pytest.mark.parametrize("mixing", ["attention", "mixture"])
+def test_flops_by_hand(mixing):
+    # 9 real items. Of each: qkv 2 * 8 * 24 = 384, out 128, FFN 2 * 2 * 8 * 16 = 512; the mixture 3 * 128 of the
+    # convolution and 2 * 8 * 2 = 32 of the gate. Attention is over 3 padded rows of 5: 2 * 2 * 3 * 5 * 5 * 8 = 2,400.
+    # The scores are of the 3 last items: 3 * 2 * 8 * 9 = 432.
+    model = build(mixing, None, dtype=torch.float32)
+    per_item = 384 + 128 + 512 + (384 + 32 if mixing == "mixture" else 0)
+    with torch.no_grad():
+        assert core.count_flops(model, ITEMS) == 2 * (9 * per_item + 2400) + 432
+
+
+def test_flops_of_the_experts_are_of_real_items():
+    # Each MoE layer: 9 real items in 15 places. The gate is computed for all, 15 * 2 * 8 * 4 = 960; two experts for the
+    # real ones, 9 * 2 * 4 * 8 * 12 = 6,912.
+    model = build("mixture", MOE, dtype=torch.float32)
+    calls = []
+    model.blocks[0].ffn.register_forward_pre_hook(lambda m, a: calls.append(a))
+    with torch.no_grad():
+        model(ITEMS)
+        assert core.count_flops(model.blocks[0].ffn, *calls[0]) == 960 + 6912
+
+
+# ---- initial weights
+
+
+def test_experts_start_like_dense_ffns():
+    # Xavier-uniform of (D, F) = (8, 12): bound sqrt(6 / 20) = 0.548, also of each expert by itself.
+    model = build(dtype=torch.float32)
+    for weight in (model.blocks[0].ffn.experts.w_in, model.blocks[0].ffn.experts.w_out):
+        assert 0.5 < float(weight.detach().abs().max()) <= math.sqrt(6 / 20)
+
+
+# ---- bad input
+
+
+def test_histories_are_checked():
+    model = build(dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"item id 10 is not in 0 to num_items=9"):
+        model(torch.tensor([[1, 10]]))
+    with pytest.raises(ValueError, match=r"item id -1 is not in 0 to num_items=9"):
+        model(torch.tensor([[1, -1]]))
+    with pytest.raises(ValueError, match=r"a history of 9 items is longer than max_length=8"):
+        model(torch.ones(2, 9, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"items are torch.float32 of shape \(1, 2\), not integers \(B, S\)"):
+        model(torch.ones(1, 2))
+    with pytest.raises(ValueError, match=r"of shape \(2,\), not integers"):
+        model(torch.ones(2, dtype=torch.int64))
+    assert model(torch.tensor([[0] * 5 + [1] * 8])).shape == (1, 10)  # padding does not count
+
+
+@KINDS
+def test_an_empty_history_scores_all_items_alike(mixing, moe):
+    model = build(mixing, moe, dtype=torch.float32)
+    for items in (torch.zeros(2, 3, dtype=torch.int64), torch.tensor([[0, 0], [4, 5]]), torch.zeros(1, 0).long()):
+        with torch.no_grad():
+            scores = model(items)
+        assert scores.shape == (len(items), 10)
+        assert not scores[0, 1:].any()
+        assert scores[:, 1:].isfinite().all()
+        assert (scores[:, 0] == -math.inf).all()
+    with torch.no_grad():
+        assert model(torch.zeros(0, 3, dtype=torch.int64)).shape == (0, 10)
+
+
+def test_scores_are_float32_under_autocast():
+    model = build(dtype=torch.float32)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        scores, h = model(ITEMS), model.encode(ITEMS)[0]
+    assert scores.dtype == torch.float32
+    with torch.no_grad():
+        assert_close(scores[:, 1:], h[[4, 7, 8]].float() @ model.item_embed.weight[1:].t())
+
+
+def test_int32_items_are_taken():
+    model = build(dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.equal(model(ITEMS.int()), model(ITEMS))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dim": 9}, r"dim=9 is not divisible by num_heads=2"),
+        ({"depth": 0}, r"depth=0 must be at least 1"),
+        ({"hidden_dim": 0}, r"hidden_dim=0 must be at least 1"),
+        ({"kernel_size": 0}, r"kernel_size=0 must be at least 1"),
+        ({"mixing": "both"}, r"mixing='both' is not one of mixture, attention"),
+        ({"dropout": 1.0}, r"dropout=1.0 is not in \[0, 1\)"),
+        ({"mixing_router": core.ExpertChoice()}, r"mixing_router=ExpertChoice.* lets later items change earlier ones"),
+        ({"mixing_router": core.TokenChoice(top_k=3)}, r"top_k=3 exceeds num_experts=2"),
+        ({"mixing_router": core.Hash(vocab_size=8)}, r"mixing_router=Hash.* needs context.token_ids_BS"),
+        ({"mixing_balance": core.Balance(load=0.1)}, r"balance.load=0.1 does not apply to Dense"),
+    ],
+    ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
+)
+def test_configs_are_checked(options, message):
+    with pytest.raises(ValueError, match=message):
+        HistoryModelConfig(**{**SMALL, **options})
+
+
+def test_models_are_checked():
+    config = HistoryModelConfig(**SMALL)
+    with pytest.raises(ValueError, match=r"num_items=0 must be at least 1"):
+        HistoryModel(config, num_items=0, max_length=4)
+    with pytest.raises(ValueError, match=r"max_length=0 must be at least 1"):
+        HistoryModel(config, num_items=3, max_length=0)
+    with pytest.raises(ValueError, match=r"replaced_hidden_dim=8 is for a dense model"):
+        HistoryModel(config, num_items=3, max_length=4, moe=MOE, replaced_hidden_dim=8)
+    acausal = core.MoEConfig(num_experts=4, router=core.ExpertChoice())
+    with pytest.raises(ValueError, match=r"ExpertChoice.* lets later tokens change earlier ones"):
+        HistoryModel(config, num_items=3, max_length=4, moe=acausal)
+
+
+def test_blocks_by_index():
+    assert resolve_blocks("all", 3) == (0, 1, 2)
+    assert resolve_blocks([-1], 3) == (2,)
+    assert resolve_blocks([2, 0], 3) == (0, 2)
+    for wrong, message in (
+        ("last2", "neither 'all' nor"),
+        ([], "names no block"),
+        ([3], "index 3 is out of range"),
+        ([1, -2], "names a block twice"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            resolve_blocks(wrong, 3)
+
+
+def test_attention_dropout_is_of_training_alone():
+    torch.manual_seed(0)
+    layer = CausalAttention(8, 2, dropout=0.5)
+    packing, _ = Packing.of(ITEMS > 0)
+    x = torch.randn(9, 8)
+    with torch.no_grad():
+        assert torch.equal(layer.eval()(x, packing), layer(x, packing))
+        assert not torch.equal(layer.train()(x, packing), layer(x, packing))

@@ -1,0 +1,300 @@
+"""NextItemRecommender: its loss, its ranks, its baselines, and a run through Lightning."""
+
+import math
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningDataModule, Trainer
+from torch.testing import assert_close
+from torch.utils.data import DataLoader
+
+import core
+from apps.compare.systems import find_systems
+from apps.recsys.sequence.data import HistoryBatch
+from apps.recsys.sequence.model import HistoryModelConfig
+from apps.recsys.sequence.module import NextItemRecommender, baseline_widths
+from apps.training import OptimizerConfig, parameter_groups
+
+TINY = HistoryModelConfig(dim=8, depth=2, num_heads=2, hidden_dim=16, dropout=0.0, embed_dropout=0.0)
+SASREC = HistoryModelConfig(dim=8, depth=2, num_heads=2, hidden_dim=16, mixing="attention")
+MOE = core.MoEConfig(num_experts=4, router=core.TokenChoice(top_k=2), expert=core.FFN(hidden_dim=32))
+
+
+def build(moe=MOE, **kwargs):
+    torch.manual_seed(0)
+    return NextItemRecommender(**{"num_items": 9, "max_length": 6, "sequence": TINY, "moe": moe, **kwargs})
+
+
+def batch(items, targets, seen=None):
+    items, targets = torch.tensor(items), torch.tensor(targets)
+    n = torch.arange(len(items))
+    return HistoryBatch(items, targets, n, n + 100, None if seen is None else torch.tensor(seen))
+
+
+TRAIN = batch([[3, 1, 4, 1, 5], [9, 2, 6, 0, 0], [7, 0, 0, 0, 0]], [[1, 4, 1, 5, 9], [2, 6, 5, 0, 0], [0, 0, 0, 0, 0]])
+EVAL = batch([[3, 1, 4, 1, 5], [9, 2, 6, 0, 0], [7, 0, 0, 0, 0]], [[0, 0, 0, 0, 9], [0, 0, 5, 0, 0], [0, 0, 0, 0, 0]])
+
+
+# ---- the loss
+
+
+def test_the_loss_is_the_mean_over_the_positions_with_a_target():
+    module = build()
+    with torch.no_grad():
+        out = module.train().task_loss(TRAIN)
+        h_TD, _, _ = module.model.encode(TRAIN.items_BS)
+        logits_TV = h_TD @ module.model.item_embed.weight[1:].t()  # no column for padding
+        # 9 real items, of which the last has no target; item 1 is column 0.
+        expected = F.cross_entropy(logits_TV[:8], torch.tensor([1, 4, 1, 5, 9, 2, 6, 5]) - 1)
+    assert_close(out.loss, expected)
+    assert out.num_examples == 3
+
+
+def test_untrained_the_loss_is_about_that_of_a_guess():
+    # Embeddings start small: all 9 items are about as likely.
+    assert float(build().task_loss(TRAIN).loss.detach()) == pytest.approx(math.log(9), abs=0.05)
+
+
+def test_padding_left_or_right_has_the_same_loss():
+    module = build().eval()
+    left = batch([[0, 3, 1, 4, 1, 5], [0, 0, 0, 9, 2, 6]], [[0, 1, 4, 1, 5, 9], [0, 0, 0, 2, 6, 5]])
+    right = batch([[3, 1, 4, 1, 5], [9, 2, 6, 0, 0]], [[1, 4, 1, 5, 9], [2, 6, 5, 0, 0]])
+    assert_close(module.task_loss(left).loss, module.task_loss(right).loss)
+
+
+def test_a_batch_without_targets_costs_nothing_and_is_finite():
+    module = build()
+    for items in ([[0, 0, 0]], [[1, 2, 0]]):
+        module.zero_grad()
+        with core.record(module) as tape:
+            loss = module.train().task_loss(batch(items, [[0, 0, 0]])).loss
+        (loss + core.aux_loss(tape)).backward()
+        assert float(loss.detach()) == 0.0
+        assert all(p.grad is None or p.grad.isfinite().all() for p in module.parameters())
+
+
+def test_one_history_of_one_item():
+    module = build()
+    module.train().task_loss(batch([[4]], [[2]])).loss.backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in module.parameters())
+
+
+def test_in_bfloat16_the_loss_is_about_the_same():
+    module = build()
+    with torch.no_grad():
+        plain = module.task_loss(TRAIN).loss
+        with torch.autocast("cpu", torch.bfloat16):
+            out = module.eval().task_loss(EVAL)
+            assert_close(module.train().task_loss(TRAIN).loss, plain, rtol=0.01, atol=0)
+    assert out.outputs.dtype == torch.float32
+
+
+def test_wrong_targets_are_refused():
+    with pytest.raises(ValueError, match=r"target id 10 is not in 0 to num_items=9"):
+        build().task_loss(batch([[1, 2]], [[2, 10]]))
+    with pytest.raises(ValueError, match=r"target id -100 is not in 0 to num_items=9"):
+        build().task_loss(batch([[1, 2]], [[2, -100]]))
+
+
+# ---- ranks
+
+
+def ranking(module, scores):
+    """Make ``module`` score the items 1 to 9 so after any history."""
+    model = module.model
+    with torch.no_grad():
+        model.norm.weight.zero_()
+        model.norm.bias.copy_(F.one_hot(torch.tensor(0), 8))
+        model.item_embed.weight[1:, 0] = torch.tensor(scores)
+    return module.eval()
+
+
+SCORES = [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]
+
+
+def test_the_last_items_target_is_ranked_among_all_items():
+    module = ranking(build(), SCORES)
+    out = module.task_loss(EVAL)
+    # Items in the order 1, 2, ..., 9: 9 ranks ninth, 5 fifth. The third history has no target and no rank.
+    assert out.targets.tolist() == [9, 5]
+    assert out.num_examples == 3
+    metrics = module.build_metrics()
+    metrics.update(out.outputs, out.targets)
+    found = {k: float(v) for k, v in metrics.compute().items()}
+    assert found == pytest.approx(
+        {"hr_10": 1.0, "ndcg_10": (1 / math.log2(10) + 1 / math.log2(6)) / 2, "mrr": (1 / 9 + 1 / 5) / 2}
+    )
+
+
+def test_seen_items_have_no_rank_where_they_are_excluded():
+    module = ranking(build(exclude_seen=True), SCORES)
+    # History 3, 1, 4, 1, 5 leaves 2, 6, 7, 8, 9: 9 ranks fifth. Of 9, 2, 6 the target 5 has 1, 3, 4 before it: fourth.
+    out = module.task_loss(EVAL)
+    assert [int((s > s[t]).sum()) + 1 for s, t in zip(out.outputs, out.targets, strict=True)] == [5, 4]
+    # All that was seen counts, also what the history is too short for; 0 is padding.
+    seen = [[3, 1, 4, 5, 8], [9, 2, 6, 1, 3], [7, 0, 0, 0, 0]]
+    out = module.task_loss(batch(EVAL.items_BS.tolist(), EVAL.targets_BS.tolist(), seen))
+    assert [int((s > s[t]).sum()) + 1 for s, t in zip(out.outputs, out.targets, strict=True)] == [4, 2]
+
+
+def test_prediction_names_the_best_items():
+    module = ranking(build(top_k=3), SCORES)
+    found = module.predict_step(EVAL, 0)
+    assert found.item.tolist() == [[1, 2, 3]] * 3
+    assert found.name == [["1", "2", "3"]] * 3
+    assert_close(found.score[0], torch.tensor([0.9, 0.8, 0.7]))
+    assert found.index.tolist() == [0, 1, 2]
+    assert found.user.tolist() == [100, 101, 102]
+    unseen = ranking(build(top_k=3, exclude_seen=True), SCORES).predict_step(EVAL, 0)
+    assert unseen.item.tolist() == [[2, 6, 7], [1, 3, 4], [1, 2, 3]]
+    assert ranking(build(top_k=99), SCORES).predict_step(EVAL, 0).item.shape == (3, 9)
+
+
+# ---- baselines
+
+
+def test_baseline_widths_by_hand():
+    # D = 8, E = 4, K = 2, F = 32. FLOPs a token: gate 2*8*4 = 64, experts 2 * 4*8*32 = 2048; 2112 / 32 = 66.
+    # Parameters: gate 32, experts 4 * 2*8*32 = 2048; 2*8*F + F + 8 = 2080 gives F = 121.9.
+    attention = baseline_widths(SASREC, MOE, 2)
+    assert attention == {"sasrec_equal_flops": (66, ""), "sasrec_equal_params": (122, "")}
+    # The mixture: 2*3*64 of the convolution and 2*8*2 of the gate, 416 FLOPs in each block, 13 of F; 248 parameters:
+    # (2080 + 248 - 8) / 17 = 136.5. With one replaced block of two it makes up for both.
+    assert baseline_widths(TINY, MOE, 2) == {"sasrec_equal_flops": (79, ""), "sasrec_equal_params": (136, "")}
+    assert baseline_widths(TINY, MOE, 1)["sasrec_equal_flops"] == (92, "")
+    # Without experts: 16 + 13; (280 + 248 - 8) / 17 = 30.6.
+    assert baseline_widths(TINY, None, 2) == {"sasrec_equal_flops": (29, ""), "sasrec_equal_params": (31, "")}
+
+
+SPARSE = {
+    "mixture_and_experts": {},
+    "experts_in_one_block": {"moe_blocks": [-1]},
+    "experts": {"sequence": SASREC},
+    "mixture": {"moe": None},
+}
+
+
+@pytest.mark.parametrize("options", SPARSE.values(), ids=SPARSE)
+@pytest.mark.parametrize("full", [True, False], ids=["full", "padded"])
+def test_baselines_cost_what_they_say(options, full):
+    sparse = build(**options)
+    data = batch([[3, 1, 4, 1, 5, 9]] * 3, [[0] * 6] * 3) if full else TRAIN
+    systems = {s.name: s for s in find_systems(sparse, data)}
+    assert list(systems) == ["sparse", "sasrec_equal_flops", "sasrec_equal_params"]
+    assert [s.refused for s in systems.values()] == ["", "", ""]
+    assert systems["sasrec_equal_flops"].replaced_ratio == pytest.approx(1, abs=0.03)
+    assert systems["sasrec_equal_flops"].flops_ratio == pytest.approx(1, abs=0.03)
+    assert systems["sasrec_equal_params"].params_ratio == pytest.approx(1, abs=0.03)
+
+
+def test_baselines_are_sasrec_and_else_the_same():
+    sparse = build(moe_blocks=[1], optimizer=OptimizerConfig(lr=0.02), top_k=5, exclude_seen=True)
+    for name, width in (("sasrec_equal_flops", 92), ("sasrec_equal_params", 151)):
+        baseline = sparse.baselines()[name]
+        assert f"hidden dim {width} in the replaced blocks, 16 elsewhere" in baseline.note
+        dense = pickle.loads(pickle.dumps(baseline.build))()  # into another process
+        assert not core.moe_layers(dense)
+        assert dense.baselines() == {}
+        assert dense.sequence.mixing == "attention"
+        assert [b.ffn[0].out_features for b in dense.model.blocks] == [16, width]
+        assert (dense.optimizer_config, dense.top_k, dense.exclude_seen) == (OptimizerConfig(lr=0.02), 5, True)
+
+
+def test_other_routers_at_equal_flops():
+    sparse = build()
+    systems = {s.name: s for s in find_systems(sparse, TRAIN, [], ["switch", "hash", "expert_choice", "task"])}
+    for name in ("router_switch", "router_hash"):
+        assert systems[name].refused == ""
+        assert systems[name].replaced_ratio == pytest.approx(1, abs=0.03)
+    assert "lets later tokens change earlier ones" in systems["router_expert_choice"].refused
+    assert "needs context.task_ids_B" in systems["router_task"].refused
+
+
+# ---- through Lightning
+
+
+def side_by_side(rows):
+    return batch([items for items, _ in rows], [targets for _, targets in rows])
+
+
+class Cycles(LightningDataModule):
+    """Items 1 to 9 in a circle, from anywhere: the next one is certain."""
+
+    num_items, max_length = 9, 6
+    item_names = ("", *"abcdefghi")
+
+    def _rows(self, last):
+        rows = []
+        for n, length in ((n, length) for n in range(9) for length in (2, 4, 6)):
+            items = [(n + k) % 9 + 1 for k in range(length)] + [0] * (6 - length)
+            targets = [(n + k + 1) % 9 + 1 if k == length - 1 or (not last and k < length) else 0 for k in range(6)]
+            rows.append((items, targets))
+        return rows
+
+    def _loader(self, last, size, shuffle=False):
+        return DataLoader(self._rows(last), batch_size=size, shuffle=shuffle, collate_fn=side_by_side)
+
+    def train_dataloader(self):
+        return self._loader(False, 9, shuffle=True)
+
+    def val_dataloader(self):
+        return self._loader(True, 10)
+
+    test_dataloader = predict_dataloader = val_dataloader
+
+
+def trainer(root, **kwargs):
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    return Trainer(default_root_dir=root, log_every_n_steps=1, **{**quiet, **kwargs})
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_it_learns_what_can_be_learned_and_survives_a_checkpoint(tmp_path):
+    torch.manual_seed(0)
+    module = build(optimizer=OptimizerConfig(lr=0.02, weight_decay=0.0), ema_decay=0.5)
+    run = trainer(tmp_path, max_epochs=25, enable_checkpointing=False)
+    run.fit(module, datamodule=Cycles())
+    (found,) = run.test(module, datamodule=Cycles(), verbose=False)
+    assert found["test/ndcg_10"] > 0.99
+    assert found["test/hr_10"] == 1.0
+    assert found["test/mrr"] > 0.99
+    assert module.monitor == "val/ndcg_10"
+    assert run.callback_metrics["test/routing/model.blocks.0.mixing/entropy"] > 0
+    assert "test/routing/model.blocks.1.ffn/load_imbalance" in run.callback_metrics
+    first = run.predict(module, datamodule=Cycles())[0]
+    assert first.item[0, 0] == 3  # after 1, 2
+    assert first.name[0][0] == "c"
+
+    path = tmp_path / "it.ckpt"
+    run.save_checkpoint(path)
+    again = NextItemRecommender.load_from_checkpoint(path).eval()
+    assert again.sequence == TINY
+    assert again.moe == MOE
+    with torch.no_grad():
+        assert torch.equal(again(EVAL.items_BS), module.eval()(EVAL.items_BS))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_data_of_another_size_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"model.num_items=8 does not fit the data, whose num_items is 9"):
+        trainer(tmp_path, max_epochs=1, enable_checkpointing=False).fit(build(num_items=8), datamodule=Cycles())
+
+
+def test_gates_and_experts_have_their_own_rates():
+    config = OptimizerConfig(lr=1.0, weight_decay=0.5, router_lr_scale=0.25, expert_lr_scale=0.5)
+    module = build()
+    by_group = {g["name"]: g for g in parameter_groups(module, config)}
+    gate = module.model.blocks[0].mixing.router.gate.weight
+    conv = module.model.blocks[0].mixing.experts["convolution"].proj.weight
+    assert any(p is gate for p in by_group["router"]["params"])
+    assert any(p is conv for p in by_group["experts"]["params"])
+    assert by_group["router"]["lr"] == 0.25
+
+
+def test_options_are_checked():
+    with pytest.raises(ValueError, match=r"top_k=0 must be at least 1"):
+        build(top_k=0)
+    with pytest.raises(ValueError, match=r"num_items=0 must be at least 1"):
+        build(num_items=0)

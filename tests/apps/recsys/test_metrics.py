@@ -1,0 +1,389 @@
+"""Metrics: against scikit-learn, by hand, and the same on two ranks as on one."""
+
+from __future__ import annotations
+
+import copy
+import datetime
+import math
+import pickle
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as mp
+from sklearn import metrics as sk
+from sklearn.calibration import calibration_curve
+
+from apps.recsys import figures
+from apps.recsys.metrics import (
+    AUC,
+    PRAUC,
+    CalibrationError,
+    LogLoss,
+    MultiTaskMetrics,
+    RankingMetrics,
+    UserAUC,
+    target_ranks,
+    target_ranks_of_chunks,
+)
+
+
+def draw(n: int, seed: int = 0, ties: bool = True) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Logits, labels and users; ``ties`` rounds the logits to 40 or so values."""
+    rng = np.random.default_rng(seed)
+    z = rng.normal(-1, 1.5, n).astype(np.float32)
+    if ties:
+        z = np.round(4 * z) / 4
+    y = (rng.random(n) < 1 / (1 + np.exp(-0.7 * z))).astype(np.float32)
+    return z, y, rng.integers(0, max(n // 8, 1), n)
+
+
+def sigmoid(z: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-z.astype(np.float64)))
+
+
+# ---- against scikit-learn
+
+
+@pytest.mark.parametrize("ties", [True, False])
+@pytest.mark.parametrize("n", [2, 7, 100, 3000])
+def test_equal_to_scikit_learn(n, ties):
+    z, y, _ = draw(n, ties=ties)
+    y[:2] = (0, 1)
+    found = figures.task_figures(z, y)
+    assert found.auc == pytest.approx(sk.roc_auc_score(y, z), abs=1e-12)
+    assert found.pr_auc == pytest.approx(sk.average_precision_score(y, z), abs=1e-12)
+    assert found.log_loss == pytest.approx(sk.log_loss(y, sigmoid(z)), abs=1e-12)
+    assert found.mean_prediction == pytest.approx(sigmoid(z).mean(), abs=1e-12)
+    assert found.base_rate == pytest.approx(y.mean())
+    probable = figures.task_figures(sigmoid(z).astype(np.float32), y, outputs="probabilities")
+    assert probable.log_loss == pytest.approx(sk.log_loss(y, sigmoid(z).astype(np.float32)), rel=1e-6)
+    assert probable.auc == pytest.approx(found.auc, abs=1e-12)
+
+
+@pytest.mark.parametrize("binning, strategy", [("width", "uniform"), ("mass", "quantile")])
+def test_calibration_bins_are_scikit_learns(binning, strategy):
+    # 3000 different scores in 15 bins of 200: quantiles fall between two scores.
+    z, y, _ = draw(3000, ties=False)
+    bins = figures.calibration(sigmoid(z), y, 15, binning)
+    positives, prediction = calibration_curve(y, sigmoid(z), n_bins=15, strategy=strategy)
+    np.testing.assert_allclose(bins.positives, positives, atol=1e-12)
+    np.testing.assert_allclose(bins.prediction, prediction, atol=1e-12)
+    assert bins.counts.sum() == 3000
+    assert (binning == "width") != (set(bins.counts) == {200})
+    weights = bins.counts / 3000
+    assert bins.error == pytest.approx(float(np.sum(weights * np.abs(positives - prediction))), abs=1e-12)
+
+
+def test_auc_by_user_is_the_weighted_mean_of_scikit_learns():
+    z, y, users = draw(2000)
+    aucs, weights, left_out = [], [], 0
+    for user in np.unique(users):
+        own = users == user
+        if y[own].min() == y[own].max():
+            left_out += 1
+        else:
+            aucs.append(sk.roc_auc_score(y[own], z[own]))
+            weights.append(own.sum())
+    found = figures.grouped_auc(z, y, users)
+    assert left_out > 0
+    assert (found.num_groups, found.left_out) == (len(aucs), left_out)
+    assert found.value == pytest.approx(np.average(aucs, weights=weights), abs=1e-12)
+
+
+# ---- by hand
+
+
+def test_auc_by_hand_ties_count_half():
+    # Positives 0.9, 0.5; negatives 0.5, 0.1. Pairs: (0.9, 0.5) 1, (0.9, 0.1) 1, (0.5, 0.5) 1/2, (0.5, 0.1) 1: 3.5 / 4
+    assert figures.auc(np.array([0.9, 0.5, 0.5, 0.1]), np.array([1, 1, 0, 0])) == 3.5 / 4
+    # Scores 0.9: 1 of 1 positive; 0.5: 2 of 3. AP = 1/2 * 1 + 1/2 * 2/3
+    assert figures.pr_auc(np.array([0.9, 0.5, 0.5, 0.1]), np.array([1, 1, 0, 0])) == pytest.approx(5 / 6)
+
+
+def test_calibration_error_by_hand():
+    # Two bins of two. First: predictions 0.1, 0.2 (mean 0.15), positives 1 of 2: 0.35. Second: 0.6, 0.8, both: 0.3.
+    p, y = np.array([0.8, 0.1, 0.6, 0.2]), np.array([1, 0, 1, 1])
+    assert figures.calibration(p, y, 2).error == pytest.approx((2 * 0.35 + 2 * 0.3) / 4)
+    # Equal width, two bins: the same here; with 0.55 for 0.2 the bins are 1 and 3: 0.1, |0.65 - 1| = 0.35.
+    p = np.array([0.8, 0.1, 0.6, 0.55])
+    assert figures.calibration(p, y, 2, "width").error == pytest.approx((0.1 + 3 * 0.35) / 4)
+
+
+def test_a_constant_prediction_has_one_bin_whatever_the_order():
+    y = np.r_[np.ones(3), np.zeros(9)]
+    for order in (np.arange(12), np.arange(12)[::-1], np.random.default_rng(0).permutation(12)):
+        bins = figures.calibration(np.full(12, 0.4), y[order], 5)
+        assert bins.counts.tolist() == [12]
+        assert bins.error == pytest.approx(0.4 - 3 / 12)
+    assert figures.auc(np.full(12, 0.4), y) == 0.5
+
+
+def test_auc_by_user_by_hand():
+    # User 7: 1 positive over 1 of 2 negatives, 3 examples, AUC 1/2. User 9: in order, 2 examples, AUC 1.
+    # User 4: one class.
+    users = np.array([7, 9, 7, 4, 9, 7])
+    scores = np.array([0.5, 0.1, 0.9, 0.3, 0.2, 0.1])
+    labels = np.array([1, 0, 0, 1, 1, 0])
+    found = figures.grouped_auc(scores, labels, users)
+    assert found == figures.GroupedAUC((3 * 0.5 + 2 * 1.0) / 5, 2, 1)
+
+
+def test_large_logits_are_not_ties():
+    # In float32 both sigmoids are 1.
+    z, y = np.array([20.0, 30.0], dtype=np.float32), np.array([0, 1])
+    assert sk.roc_auc_score(y, torch.tensor(z).sigmoid().numpy()) == 0.5
+    assert figures.task_figures(z, y).auc == 1.0
+    assert figures.task_figures(np.array([np.inf, -np.inf]), y).log_loss == math.inf
+    assert figures.task_figures(np.array([-np.inf, np.inf]), y).log_loss == 0.0
+
+
+# ---- what a split cannot tell
+
+
+def test_missing_labels_are_left_out_and_one_class_is_nan():
+    z, y, users = draw(50)
+    y[:10] = np.nan
+    whole, part = figures.task_figures(z, y, users), figures.task_figures(z[10:], y[10:], users[10:])
+    assert whole.values() == part.values()
+    assert whole.num_examples == 40
+    one = figures.task_figures(z, np.zeros(50))
+    assert math.isnan(one.auc)
+    assert math.isnan(one.pr_auc)
+    assert one.log_loss == pytest.approx(-np.log(1 - sigmoid(z)).mean())
+    assert one.ece == pytest.approx(sigmoid(z).mean())
+    none = figures.task_figures(z, np.full(50, np.nan), users)
+    assert none.num_examples == 0
+    assert all(math.isnan(v) for v in none.values().values())
+    z[3] = np.nan
+    broken = figures.task_figures(z, np.ones(50))
+    assert broken.invalid == 1
+    assert math.isnan(broken.log_loss)
+
+
+def test_labels_must_be_zero_or_one():
+    with pytest.raises(ValueError, match=r"label 0\.5 is neither 0 nor 1"):
+        figures.task_figures(np.zeros(3), np.array([0, 0.5, 1]))
+    binned = MultiTaskMetrics(["a"], score_bins=4)
+    with pytest.raises(ValueError, match="label 2 is neither 0 nor 1"):
+        binned.update(torch.zeros(1, 1), torch.tensor([[2.0]]))
+
+
+def batches(n: int = 600, size: int = 128, seed: int = 0) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    parts = [draw(n, seed + task) for task in range(2)]
+    z = torch.tensor(np.stack([p[0] for p in parts], 1))
+    y = torch.tensor(np.stack([p[1] for p in parts], 1))
+    users = torch.tensor(parts[0][2])
+    return list(zip(z.split(size), y.split(size), users.split(size), strict=True))
+
+
+def test_tasks_are_judged_apart_and_averaged():
+    metric = MultiTaskMetrics(["click", "buy"], grouped=True)
+    for batch in batches():
+        metric.update(*batch)
+    found = {k: float(v) for k, v in metric.compute().items()}
+    (z, y, users) = (torch.cat(x).numpy() for x in zip(*batches(), strict=True))
+    assert set(found) == {"auc", "gauc"} | {
+        f"{m}_{t}" for m in ("auc", "pr_auc", "log_loss", "ece", "gauc") for t in ("click", "buy")
+    }
+    assert found["auc_click"] == pytest.approx(sk.roc_auc_score(y[:, 0], z[:, 0]), abs=1e-12)
+    assert found["auc_buy"] == pytest.approx(sk.roc_auc_score(y[:, 1], z[:, 1]), abs=1e-12)
+    assert found["auc"] == pytest.approx((found["auc_click"] + found["auc_buy"]) / 2)
+    assert found["gauc_buy"] == figures.grouped_auc(z[:, 1], y[:, 1], users).value
+    assert metric.figures["buy"].gauc.left_out == figures.grouped_auc(z[:, 1], y[:, 1], users).left_out
+    metric.reset()
+    metric.update(torch.zeros(2, 2), torch.tensor([[0.0, 1.0], [1.0, 1.0]]))
+    found = metric.compute()
+    assert found["auc"] == 0.5  # of the one task that has both classes
+    assert torch.isnan(found["auc_buy"])
+    assert "gauc" not in found
+
+
+def test_single_metrics_agree_with_the_joint_one():
+    metric, z, y, users = MultiTaskMetrics(["a"], grouped=True), *(torch.tensor(x) for x in draw(300))
+    metric.update(z[:, None], y[:, None], users)
+    joint = metric.compute()
+    for single, name in ((AUC(), "auc"), (PRAUC(), "pr_auc"), (LogLoss(), "log_loss"), (CalibrationError(), "ece")):
+        single.update(z[:200], y[:200])
+        single.update(z[200:], y[200:])
+        assert single.compute() == joint[f"{name}_a"]
+    by_user = UserAUC()
+    by_user.update(z, y, users)
+    assert by_user.compute() == joint["gauc_a"]
+
+
+def test_streaming_counts_are_exact_where_each_score_has_its_bin():
+    # Logits are multiples of 1/4; 128 bins of 1/4 between -16 and 16 hold one each.
+    exact, binned = MultiTaskMetrics(["a", "b"]), MultiTaskMetrics(["a", "b"], score_bins=128)
+    for z, y, _ in batches():
+        y[:5, 1] = torch.nan
+        for metric in (exact, binned):
+            metric.update(z, y)
+    want, found = exact.compute(), binned.compute()
+    assert want.keys() == found.keys()
+    for name in want:
+        assert float(found[name]) == pytest.approx(float(want[name]), abs=1e-12)
+    assert binned.figures["b"].num_examples == 575
+
+
+def test_coarse_bins_stay_near():
+    # The share of (positive, negative) pairs within one bin bounds the error, half of it.
+    z, y, _ = (torch.tensor(x) for x in draw(2000, ties=False))
+    exact, binned = AUC(), AUC(score_bins=64)
+    for metric in (exact, binned):
+        metric.update(z, y)
+    cell = ((z + 16) * 2).long()
+    positives, negatives = (torch.bincount(cell[y == c], minlength=64).double() for c in (1, 0))
+    bound = float((positives * negatives).sum() / (positives.sum() * negatives.sum()) / 2)
+    assert 0 < abs(float(exact.compute() - binned.compute())) <= bound
+
+
+def test_streaming_counts_invalid_predictions():
+    metric = MultiTaskMetrics(["a"], score_bins=16, outputs="probabilities")
+    metric.update(torch.tensor([[0.2], [torch.nan], [0.9]]), torch.tensor([[0.0], [1.0], [1.0]]))
+    assert torch.isnan(metric.compute()["auc_a"])
+    assert metric.figures["a"].invalid == 1
+
+
+def test_bad_arguments_are_one_line():
+    for options, message in (
+        ({"task_names": []}, "must be different names"),
+        ({"task_names": ["a", "a"]}, "must be different names"),
+        ({"task_names": ["a"], "outputs": "log"}, "outputs='log' is not one of"),
+        ({"task_names": ["a"], "ece_bins": 0}, "ece_bins=0 must be at least 1"),
+        ({"task_names": ["a"], "ece_binning": "x"}, "ece_binning='x' is not one of"),
+        ({"task_names": ["a"], "score_bins": 1}, "score_bins=1 must be at least 2"),
+        ({"task_names": ["a"], "score_bins": 8, "grouped": True}, "score_bins=8: figures by user need the exact form"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            MultiTaskMetrics(**options)
+    metric = MultiTaskMetrics(["a", "b"])
+    with pytest.raises(ValueError, match=r"got outputs \(3, 1\), targets \(3, 1\): both must be \(B, 2\)"):
+        metric.update(torch.zeros(3, 1), torch.zeros(3, 1))
+    with pytest.raises(ValueError, match=r"groups \(2,\) must have one entry for each of 3"):
+        metric.update(torch.zeros(3, 2), torch.zeros(3, 2), torch.zeros(2))
+
+
+def test_a_metric_can_be_copied_pickled_and_cast():
+    metric = MultiTaskMetrics(["a", "b"], grouped=True)
+    metric.update(*batches()[0])
+    want = metric.compute()
+    for twin in (copy.deepcopy(metric), pickle.loads(pickle.dumps(metric)), torch.nn.ModuleDict({"m": metric})["m"]):
+        assert twin.compute() == want
+    ranks = torch.nn.ModuleDict({"m": RankingMetrics()}).bfloat16()["m"]
+    ranks.update_ranks(torch.full((1000,), 3))
+    assert float(ranks.compute()["mrr"]) == pytest.approx(1 / 3, abs=1e-12)  # not a sum in bfloat16
+
+
+# ---- rankings
+
+
+def test_ranking_by_hand():
+    # Ranks: row 0: target 0.9 is first. Row 1: target 0.2 is below 0.7 and 0.5: third. Row 2: all equal: last, fourth.
+    scores = torch.tensor([[0.1, 0.9, 0.3, 0.2], [0.7, 0.2, 0.5, 0.1], [0.4, 0.4, 0.4, 0.4]])
+    target = torch.tensor([1, 1, 0])
+    assert target_ranks(scores, target).tolist() == [1, 3, 4]
+    metric = RankingMetrics(ks=(1, 3))
+    metric.update(scores[:2], target[:2])
+    metric.update(scores[2:], target[2:])
+    found = {k: float(v) for k, v in metric.compute().items()}
+    assert found == pytest.approx(
+        {
+            "hr@1": 1 / 3,
+            "hr@3": 2 / 3,
+            "ndcg@1": 1 / 3,
+            "ndcg@3": (1 + 1 / 2) / 3,  # 1 / log2(1 + 3) = 1/2
+            "mrr": (1 + 1 / 3 + 1 / 4) / 3,
+        }
+    )
+
+
+def test_a_scorer_that_knows_nothing_does_not_look_good():
+    for scores in (torch.zeros(8, 100), torch.full((8, 100), torch.nan), torch.full((8, 100), -torch.inf)):
+        metric = RankingMetrics()
+        metric.update(scores, torch.arange(8))
+        found = metric.compute()
+        assert found["hr@10"] == found["ndcg@20"] == 0
+        assert float(found["mrr"]) == pytest.approx(1 / 100)
+    scores = torch.zeros(1, 100)
+    scores[0, 5] = torch.nan  # a NaN stands before the target too
+    assert target_ranks(scores, torch.tensor([5])).tolist() == [100]
+
+
+def test_items_that_are_no_candidates_are_minus_infinity():
+    scores = torch.tensor([[5.0, 1.0, 4.0, 0.0]])
+    assert target_ranks(scores, torch.tensor([1])).tolist() == [3]
+    scores[0, 0] = -torch.inf
+    assert target_ranks(scores, torch.tensor([1])).tolist() == [2]
+
+
+def test_chunks_give_the_same_ranks():
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randint(0, 30, (33, 57), generator=generator).float()
+    target = torch.randint(0, 57, (33,), generator=generator)
+    want = [
+        1 + sum(float(s) >= float(row[t]) for item, s in enumerate(row) if item != int(t))
+        for row, t in zip(scores, target, strict=True)
+    ]
+    assert target_ranks(scores, target).tolist() == want
+    assert target_ranks(scores, target, chunk=57 * 4).tolist() == want
+    assert target_ranks(scores, target, chunk=1).tolist() == want
+    own = scores.gather(1, target[:, None])[:, 0]
+    assert target_ranks_of_chunks(scores.split(10, dim=1), own).tolist() == want
+    assert target_ranks(scores[:0], target[:0]).tolist() == []
+
+
+def test_a_target_that_is_no_item():
+    with pytest.raises(ValueError, match="target 4 is not one of 4 items, 0 to 3"):
+        target_ranks(torch.zeros(2, 4), torch.tensor([0, 4]))
+    with pytest.raises(ValueError, match=r"must be \(B, I\) and \(B,\)"):
+        target_ranks(torch.zeros(2, 4), torch.tensor([0]))
+    with pytest.raises(ValueError, match=r"ks=\(0,\) must be numbers of at least 1"):
+        RankingMetrics(ks=(0,))
+
+
+# ---- over ranks
+
+
+def _rank(offset: int, rank: int, folder: str) -> None:
+    rank += offset
+    meet, patience = f"file://{folder}/meet", datetime.timedelta(seconds=120)
+    torch.distributed.init_process_group("gloo", init_method=meet, rank=rank, world_size=2, timeout=patience)
+    found = {}
+    for name, metric in _metrics().items():
+        parts = batches()
+        # Rank 0 has three batches, rank 1 two; of the metric "alone" rank 1 has none.
+        own = parts if name == "alone" and rank == 0 else [] if name == "alone" else parts[rank::2]
+        for z, y, users in own:
+            metric.update(*((_scores(z), users % 2) if name == "ranking" else (z, y, users)))
+        if not own:
+            metric._update_count = 1  # without: a warning that nothing was updated
+        found[name] = {k: float(v) for k, v in metric.compute().items()}
+    torch.save(found, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def _metrics() -> dict:
+    return {
+        "exact": MultiTaskMetrics(["a", "b"], grouped=True),
+        "alone": MultiTaskMetrics(["a", "b"], grouped=True),
+        "binned": MultiTaskMetrics(["a", "b"], score_bins=64),
+        "ranking": RankingMetrics(ks=(1, 2)),
+    }
+
+
+def _scores(z: torch.Tensor) -> torch.Tensor:
+    return torch.cat([z, z.flip(1), z + 1], 1)
+
+
+def test_two_ranks_are_one(tmp_path):
+    other = mp.spawn(_rank, (1, str(tmp_path)), nprocs=1, join=False)  # its offset is 0, its rank 1
+    _rank(0, 0, str(tmp_path))
+    other.join()
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert first == second
+    for name, metric in _metrics().items():
+        for z, y, users in batches():
+            metric.update(*((_scores(z), users % 2) if name == "ranking" else (z, y, users)))
+        want = {k: float(v) for k, v in metric.compute().items()}
+        assert first[name] == pytest.approx(want, abs=1e-12), name  # sums in another order

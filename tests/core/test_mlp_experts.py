@@ -1,0 +1,387 @@
+"""Experts of several layers against modules of torch, and the fast paths against the loop."""
+
+from __future__ import annotations
+
+import copy
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from core import MLP, Experts, MoEConfig, RoutingContext, Rows, TokenChoice, count_flops
+from core.experts import MLPExperts
+
+ACTIVATION = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
+CONFIGS = [
+    MLP(),
+    MLP((12, 10), "gelu"),
+    MLP((12,), "silu", norm="batch"),
+    MLP((12, 10, 6), "silu", norm="batch"),
+    MLP((12, 10), "relu", norm="layer"),
+]
+BACKENDS = ["eager", "cpu", "grouped"]
+E, D = 4, 8
+
+
+def network(experts: MLPExperts, e: int) -> nn.Sequential:
+    """Expert ``e`` of modules of torch, with its weights and statistics."""
+    modules: list[nn.Module] = []
+    for i, width in enumerate(experts.hidden_dims):
+        w, b = getattr(experts, f"w_{i}"), getattr(experts, f"b_{i}")
+        linear = nn.Linear(w.shape[1], width, bias=b is not None)
+        copies = [(linear.weight, w[e].t()), *([(linear.bias, b[e])] if b is not None else [])]
+        modules.append(linear)
+        if experts.norm is not None:
+            norm = nn.BatchNorm1d(width) if experts.norm == "batch" else nn.LayerNorm(width)
+            modules.append(norm)
+            copies += [(norm.weight, getattr(experts, f"norm_weight_{i}")[e])]
+            copies += [(norm.bias, getattr(experts, f"norm_bias_{i}")[e])]
+            if experts.norm == "batch":
+                copies += [(getattr(norm, n), getattr(experts, f"{n}_{i}")[e]) for n in ("running_mean", "running_var")]
+        modules.append(ACTIVATION[experts.activation]())
+        with torch.no_grad():
+            for to, value in copies:
+                to.copy_(value)
+    return nn.Sequential(*modules).train(experts.training)
+
+
+def build(config: MLP, backend: str = "auto", num_experts: int = E) -> MLPExperts:
+    """Experts with norms away from where they start."""
+    experts = config.build(num_experts, D, backend=backend)
+    with torch.no_grad():
+        for name, tensor in [*experts.named_parameters(), *experts.named_buffers()]:
+            if "norm" in name or "running" in name:
+                tensor.add_(torch.rand_like(tensor))
+    return experts
+
+
+def rows_of(x: Tensor, counts: list[int], tail: int = 0) -> Rows:
+    """Each expert takes the next ``counts`` of the tokens; ``tail`` rows that nobody computes follow."""
+    offsets = torch.tensor(counts).cumsum(0).to(torch.int32)
+    assert len(x) == sum(counts) + tail
+    return Rows(x, torch.arange(len(x)), offsets, torch.ones(len(x)), len(x))
+
+
+def gradients(experts: MLPExperts, x: Tensor, run) -> dict[str, Tensor]:
+    """Output, all gradients and buffers of one pass."""
+    experts.zero_grad()
+    x = x.clone().requires_grad_()
+    y = run(experts, x)
+    weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype)
+    (y * weight).sum().backward()
+    found = {"y": y.detach(), "dx": x.grad} | {n: p.grad.clone() for n, p in experts.named_parameters()}
+    return found | {n: b.clone() for n, b in experts.named_buffers()}
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], rtol: float = 1e-4, atol: float = 2e-5) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_each_equals_networks_of_torch_modules(config, training, backend):
+    experts = build(config, backend).train(training)
+    networks = [network(experts, e) for e in range(E)]
+    for _ in range(3):  # running statistics move in training
+        x = torch.randn(9, D)
+        found = experts.each(x)
+        expected = torch.stack([net(x) for net in networks], 1)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    if config.norm == "batch":
+        for e, net in enumerate(networks):
+            for name in ("running_mean", "running_var"):
+                expected = getattr(net[1], name)
+                torch.testing.assert_close(getattr(experts, f"{name}_0")[e], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_rows_equal_networks_of_torch_modules(config, training, backend):
+    experts = build(config, backend).train(training)
+    networks = [network(experts, e) for e in range(E)]
+    x = torch.randn(13, D)
+    out = experts(rows_of(x, [4, 0, 6, 2], tail=1))
+    assert (out.weighted, out.combined) == (False, False)
+    expected = torch.cat(
+        (networks[0](x[:4]), networks[2](x[4:10]), networks[3](x[10:12]), torch.zeros(1, out.x.shape[1]))
+    )
+    torch.testing.assert_close(out.x, expected, rtol=1e-4, atol=1e-5)
+    if config.norm == "batch":
+        for e in (0, 1, 2, 3):
+            torch.testing.assert_close(experts.running_var_0[e], networks[e][1].running_var, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "grouped"])
+@pytest.mark.parametrize("load", ["even", "one is empty", "all on one"])
+@pytest.mark.parametrize("size", [0, 1, 7, 100, 600])
+@pytest.mark.parametrize("config", [MLP((12, 10)), MLP((12,), "silu", norm="batch"), MLP((12,), norm="layer")], ids=str)
+def test_rows_equal_the_loop_in_output_gradients_and_statistics(config, size, load, backend):
+    # Float32 sums over 600 rows in another order: 2e-5 of numbers around 1, 1e-4 of the larger ones.
+    share = {"even": [1, 1, 1, 1], "one is empty": [1, 0, 2, 1], "all on one": [0, 0, 1, 0]}[load]
+    counts = [size * s // sum(share) for s in share]
+    counts[2] += size - sum(counts)
+    oracle = build(config, "eager")
+    fast = copy.deepcopy(oracle)
+    fast.backend = backend
+    x = torch.randn(size, D)
+
+    def run(experts: MLPExperts, x: Tensor) -> Tensor:
+        return experts(rows_of(x, counts)).x
+
+    assert_same(gradients(fast, x, run), gradients(oracle, x, run))
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 100, 600])
+@pytest.mark.parametrize("counts", [None, (4,), (2, 2), (1, 3), (2, 1), (1, 1, 1, 1), (2, 0, 0)], ids=str)
+@pytest.mark.parametrize("config", [MLP((12, 10)), MLP((12,), "silu", norm="batch"), MLP((12,), norm="layer")], ids=str)
+def test_each_equals_the_loop_in_output_gradients_and_statistics(config, counts, size):
+    oracle = build(config, "eager")
+    fast = copy.deepcopy(oracle)
+    fast.backend = "auto"
+    x = torch.randn(size, D) if counts is None else torch.randn(len(counts), size, D)
+
+    def run(experts: MLPExperts, x: Tensor) -> Tensor:
+        return experts.each(x, counts)
+
+    assert_same(gradients(fast, x, run), gradients(oracle, x, run))
+
+
+def test_each_gives_every_expert_its_groups_input():
+    experts = build(MLP((12, 10)))
+    x = torch.randn(3, 5, D)
+    found = experts.each(x, (2, 0, 1))
+    inputs = (x[0], x[0], x[2])
+    expected = torch.stack([network(experts, e)(x_e) for e, x_e in enumerate(inputs)], 1)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["eager", "auto"])
+@pytest.mark.parametrize("training", [True, False])
+def test_padding_is_not_in_the_statistics(training, backend):
+    experts = build(MLP((12, 10), "silu", norm="batch"), backend).train(training)
+    other = copy.deepcopy(experts)
+    real = torch.tensor([True, False, True, True, False, True])
+    x = torch.randn(6, D)
+    found = experts.each(x.masked_fill(~real[:, None], 0.0), real_T=real)
+    torch.testing.assert_close(found[real], other.each(x[real]), rtol=1e-4, atol=1e-5)
+    assert_same(dict(experts.named_buffers()), dict(other.named_buffers()))
+
+
+def test_batch_norm_by_hand():
+    # One expert, one feature, w = 1: rows 1, 3 and 8 have mean 4, variance (9 + 1 + 16) / 3 = 26 / 3, unbiased 13.
+    experts = MLP((1,), "relu", norm="batch").build(1, 1)
+    with torch.no_grad():
+        experts.w_0.fill_(1.0)
+    y = experts.each(torch.tensor([[1.0], [3.0], [8.0]]))
+    # (8 - 4) / sqrt(26 / 3 + 1e-5) = 1.3587; below the mean relu gives 0.
+    torch.testing.assert_close(y.flatten(), torch.tensor([0.0, 0.0, 4 / (26 / 3 + 1e-5) ** 0.5]))
+    # Momentum 0.1: 0.9 * 0 + 0.1 * 4 and 0.9 * 1 + 0.1 * 13.
+    torch.testing.assert_close(experts.running_mean_0, torch.tensor([[0.4]]))
+    torch.testing.assert_close(experts.running_var_0, torch.tensor([[2.2]]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_expert_with_one_row_uses_the_running_statistics_which_stay(backend):
+    experts = build(MLP((12,), norm="batch"), backend)
+    networks = [network(experts, e) for e in range(E)]
+    before = experts.running_var_0.clone()
+    x = torch.randn(4, D)
+    y = experts(rows_of(x, [1, 3, 0, 0])).x
+    torch.testing.assert_close(y[:1], networks[0].eval()(x[:1]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(y[1:], networks[1](x[1:]), rtol=1e-4, atol=1e-5)
+    moved = (experts.running_var_0 != before).any(1)
+    assert moved.tolist() == [False, True, False, False]
+
+
+def test_a_batch_of_one_uses_the_running_statistics_which_stay():
+    experts = build(MLP((12,), norm="batch"))
+    x, before = torch.randn(1, D), experts.running_var_0.clone()
+    expected = copy.deepcopy(experts).eval().each(x)
+    assert torch.equal(experts.each(x), expected)
+    assert torch.equal(experts.running_var_0, before)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_rows_past_the_end_may_hold_nan(config, backend):
+    experts = build(config, backend)
+    x = torch.randn(9, D)
+    x[7:] = torch.nan
+    found = gradients(experts, x, lambda e, x: e(rows_of(x, [2, 5, 0, 0], tail=2)).x)
+    assert all(value.isfinite().all() for value in found.values())
+    assert not found["y"][7:].any()
+    assert not found["dx"][7:].any()
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_gradcheck(config):
+    experts = build(config, num_experts=2).double()
+    names = [n for n, _ in experts.named_parameters()]
+    values = [p.detach().clone().requires_grad_() for p in experts.parameters()]
+    state = {n: b.clone() for n, b in experts.named_buffers()}
+
+    def run(x: Tensor, *values: Tensor) -> tuple[Tensor, Tensor]:
+        parameters = dict(zip(names, values, strict=True))
+
+        class Both(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.experts = experts
+
+            def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+                return self.experts.each(x), self.experts(rows_of(x, [2, 3], tail=0)).x
+
+        named = {f"experts.{n}": v for n, v in (parameters | {n: b.clone() for n, b in state.items()}).items()}
+        return torch.func.functional_call(Both(), named, (x,))
+
+    x = torch.randn(5, D, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(run, (x, *values), fast_mode=True)
+
+
+@pytest.mark.parametrize("backend", ["eager", "auto"])
+def test_dense_is_the_sum_of_all_experts(backend):
+    experts = build(MLP((12, 10)), backend)
+    x = torch.randn(2, 5, D)
+    expected = sum(network(experts, e)(x) for e in range(E))
+    torch.testing.assert_close(experts.dense(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", [MLP((12, 10)), MLP((12,), norm="layer")], ids=str)
+def test_merged_with_one_weight_of_one_is_that_expert(config):
+    experts = build(config)
+    x = torch.randn(2, 5, D)
+    weights = torch.eye(E)[[2, 0]]
+    found = experts.merged(x, weights)
+    expected = torch.stack((network(experts, 2)(x[0]), network(experts, 0)(x[1])))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_merged_is_refused_with_batch_norm():
+    with pytest.raises(NotImplementedError, match="batch"):
+        build(MLP(norm="batch")).merged(torch.randn(1, 2, D), torch.ones(1, E))
+
+
+def test_dropout_acts_in_training_alone_and_keeps_the_mean():
+    experts = MLP((200,), dropout=0.25).build(1, D)
+    x = torch.randn(50, D)
+    kept = experts.eval().each(x)
+    found = experts.train().each(x)
+    where = kept > 0
+    ratio = found[where] / kept[where]
+    # Kept features are divided by 1 - 0.25; of about 5000 a quarter is 0, give or take 5 deviations of 0.6 %.
+    torch.testing.assert_close(ratio.round(decimals=3).unique(), torch.tensor([0.0, 1.333]))
+    assert abs((ratio == 0).double().mean().item() - 0.25) < 0.031
+    rows = experts(rows_of(x, [50])).x
+    assert (rows == 0).sum() > (kept[:, 0] == 0).sum()
+
+
+@pytest.mark.parametrize("norm", [None, "batch", "layer"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_under_autocast_products_run_in_bfloat16_and_statistics_stay_float32(backend, norm):
+    experts = build(MLP((12, 10), norm=norm), backend)
+    exact = copy.deepcopy(experts)
+    x = torch.randn(40, D)
+    with torch.autocast("cpu", torch.bfloat16):
+        each, rows = experts.each(x), experts(rows_of(x, [20, 20, 0, 0])).x
+    assert each.dtype == rows.dtype == torch.bfloat16
+    # Two layers of products rounded to 8 bits: 2^-8 each, of values up to about 5.
+    torch.testing.assert_close(each.float(), exact.each(x), rtol=0, atol=0.1)
+    torch.testing.assert_close(rows.float(), exact(rows_of(x, [20, 20, 0, 0])).x, rtol=0, atol=0.1)
+    assert all(b.dtype == torch.float32 for b in experts.buffers())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_parameters_and_flops_equal_the_formulas(config, backend):
+    experts = config.build(E, D, backend=backend)
+    assert sum(p.numel() for p in experts.parameters()) == E * config.num_params(D)
+    assert count_flops(experts.each, torch.randn(6, D)) == 6 * E * config.flops_per_row(D)
+    assert count_flops(experts, rows_of(torch.randn(6, D), [1, 3, 0, 1], tail=1)) == 5 * config.flops_per_row(D)
+
+
+def test_costs_by_hand():
+    # 8 x 12 + 12 biases, 12 x 10 + 10 biases; two a multiply-add: 2 * (96 + 120).
+    assert MLP((12, 10)).num_params(8) == 96 + 12 + 120 + 10
+    assert MLP((12, 10)).flops_per_row(8) == 432
+    # Batch norm: weight and bias in place of the product's bias; layer norm: besides it.
+    assert MLP((12,), norm="batch").num_params(8) == 96 + 24
+    assert MLP((12,), norm="layer").num_params(8) == 96 + 12 + 24
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("norm", [None, "layer"])
+def test_a_routed_layer_of_them_equals_a_loop_over_tokens(backend, norm):
+    config = MoEConfig(E, TokenChoice(2), MLP((12, 10), norm=norm), backend=backend)
+    layer = config.build(D)
+    x = torch.randn(2, 5, D)
+    valid = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    routing = layer.router(x, RoutingContext(valid_BS=valid))
+    expected = torch.zeros(10, 10)
+    pairs = zip(routing.token_index_N, routing.expert_ids_N, routing.gates_N, strict=True)
+    for token, e, gate in pairs:
+        if e < E:
+            expected[token] += gate * network(layer.experts, int(e))(x.flatten(0, 1)[token])
+    found = layer(x, RoutingContext(valid_BS=valid))
+    torch.testing.assert_close(found.flatten(0, 1), expected, rtol=1e-5, atol=1e-5)
+    assert config.num_params(D) == sum(p.numel() for p in layer.parameters())
+    assert count_flops(layer, x) == 10 * config.flops_per_token(D)
+
+
+def test_a_width_that_is_not_the_last_layers_is_refused():
+    with pytest.raises(ValueError, match="out_dim=5 is not 10, the last of hidden_dims"):
+        MLP((12, 10)).build(E, D, 5)
+    assert MLP((12, 10)).build(E, D, 10).each(torch.randn(1, D)).shape == (1, E, 10)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"hidden_dims": ()}, "hidden_dims="),
+        ({"hidden_dims": (4, 0)}, "hidden_dims="),
+        ({"activation": "tanh"}, "activation='tanh' is not one of"),
+        ({"norm": "group"}, "norm='group' is not one of None, batch, layer"),
+        ({"dropout": 1.0}, "dropout=1.0 is not in"),
+    ],
+)
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        MLP(**options)
+
+
+def test_a_list_of_widths_is_a_tuple_afterwards():
+    assert MLP([12, 10]) == MLP((12, 10))
+    config = MoEConfig(E, TokenChoice(1), MLP((12, 8), "silu", "batch", 0.1))
+    plain = config.to_dict()
+    assert plain["expert"]["init_args"]["hidden_dims"] == [12, 8]
+    assert MoEConfig.from_dict(plain) == config
+
+
+def test_state_goes_to_a_new_module_with_the_statistics():
+    experts = build(MLP((12,), norm="batch"))
+    experts.each(torch.randn(9, D))
+    other = MLP((12,), norm="batch").build(E, D)
+    other.load_state_dict(experts.state_dict())
+    x = torch.randn(3, D)
+    assert torch.equal(other.eval().each(x), experts.eval().each(x))
+
+
+def test_experts_of_ones_own_have_each_without_writing_it():
+    class Scale(Experts):
+        """Expert e multiplies by its number."""
+
+        num_experts = 3
+
+        def forward(self, rows: Rows) -> Rows:
+            x, starts = rows.materialize(), [0, *rows.offsets_E.tolist()]
+            parts = [x[start:end] * e for e, (start, end) in enumerate(pairwise(starts))]
+            return rows.with_output(torch.cat(parts))
+
+    x = torch.randn(4, D)
+    torch.testing.assert_close(Scale().each(x), torch.stack((0 * x, x, 2 * x), 1))
+    two = torch.randn(2, 4, D)
+    torch.testing.assert_close(Scale().each(two, (1, 1)), torch.stack((0 * two[0], two[1]), 1))
