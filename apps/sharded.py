@@ -180,7 +180,7 @@ def _readable(path: Path) -> Iterator[None]:
         yield
     except PermissionError:
         raise
-    except Exception as error:
+    except (Exception, dcp.api.CheckpointException) as error:  # the latter is no Exception
         raise ValueError(f"{path} is not a readable checkpoint: damaged, cut short, or of another program") from error
 
 

@@ -392,7 +392,6 @@ class _Clock:
         return rate
 
 
-
 def routing_metrics(stats: core.RoutingStats, prefix: str = "routing") -> dict[str, Tensor]:
     """The figures of each layer, ``{prefix}/{layer}/{figure}``, and their means, ``{prefix}/{figure}``."""
     metrics: dict[str, Tensor] = {}

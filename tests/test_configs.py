@@ -18,6 +18,7 @@ OTHERS = [p for p in FILES if p not in ROUTING]
 OVERLAYS = [p for p in OTHERS if "class_path" not in (yaml.safe_load(p.read_text()).get("model") or {})]
 WHOLE = [p for p in OTHERS if p not in OVERLAYS]
 BASE = ROOT / "configs" / "vision" / "digits.yaml"
+TABLE_BASE = ROOT / "configs" / "recsys" / "synthetic.yaml"  # of overlays with options of a recommender
 
 
 def name(path: Path) -> str:
@@ -51,9 +52,10 @@ def test_a_configuration_builds(path, monkeypatch, tmp_path):
 @pytest.mark.parametrize("path", OVERLAYS, ids=name)
 def test_an_overlay_builds_over_a_configuration(path, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
+    base = TABLE_BASE if "embedding:" in path.read_text() else BASE
     with quiet():
-        cli = build("fit", ["--config", str(BASE), "--config", str(path)])
-    assert cli.run_dir == Path("runs") / f"{BASE.stem}-{path.stem}"
+        cli = build("fit", ["--config", str(base), "--config", str(path)])
+    assert cli.run_dir == Path("runs") / f"{base.stem}-{path.stem}"
 
 
 @pytest.fixture(scope="module")

@@ -156,8 +156,9 @@ class HistGradientBoosting(_PerTask):
     values and a column for each of the 64 most frequent ones.
 
     Tuned, on the validation split's AUC: leaves and the share of columns a split looks at, then the L2 penalty, on at
-    most ``search_rows`` training rows; then the learning rate on all of them, each with as many of ``max_iter`` trees
-    as are best. The seed draws the search rows and the columns of a split.
+    most ``search_rows`` training rows; then the learning rate, and whether categories are split as such or as numbers,
+    on all of them, each with as many of ``max_iter`` trees as are best. The seed draws the search rows and the columns
+    of a split.
 
     Args:
         tuned: search; False: scikit-learn's defaults and ``UNTUNED_ITERATIONS`` trees.
@@ -171,7 +172,7 @@ class HistGradientBoosting(_PerTask):
     """Trees at most in the first two searches."""
     STEP: ClassVar[int] = 50
     """Trees between two looks at the validation split."""
-    PATIENCE: ClassVar[int] = 2
+    PATIENCE: ClassVar[int] = 4
     """Looks without a better one before training ends."""
 
     def __init__(
@@ -212,14 +213,18 @@ class HistGradientBoosting(_PerTask):
             at = [self._boost(mask_D, few, valid, task.seed, {**o, "learning_rate": 0.1}, limit)[1] for o in tried]
             best = tried[int(np.argmax(at))]
         final = []
-        for rate in (0.05, 0.1):
+        for rate, by_category in ((0.05, True), (0.05, False), (0.1, True)):
             options = {**best, "learning_rate": rate}
-            model, _ = self._boost(mask_D, (x_ND, y_N), valid, task.seed, options, self.max_iter)
+            mask = mask_D if by_category else np.zeros_like(mask_D)
+            if not by_category and not mask_D.any():
+                continue
+            model, _ = self._boost(mask, (x_ND, y_N), valid, task.seed, options, self.max_iter)
             by_number = [_quality(z_N, yv_N) for z_N in model.staged_decision_function(xv_ND)]
-            final.append(_Boosted(model, int(np.argmax(by_number)) + 1, max(by_number)))
+            final.append(_Boosted(model, int(np.argmax(by_number)) + 1, max(by_number), by_category))
         fitted = max(final, key=lambda f: f.quality)
         options = {k: v for k, v in fitted.model.get_params().items() if k in {*best, "learning_rate"}}
-        return (encoder, fitted), {**options, "iterations": fitted.iterations, "val_quality": fitted.quality}
+        options |= {"by_category": fitted.by_category, "iterations": fitted.iterations, "val_quality": fitted.quality}
+        return (encoder, fitted), options
 
     def _search_rows(self, y_N: np.ndarray, seed: int) -> np.ndarray:
         rows = np.sort(np.random.default_rng(seed).permutation(len(y_N))[: self.search_rows])
@@ -277,6 +282,7 @@ class _Boosted:
     model: Any
     iterations: int
     quality: float = math.nan
+    by_category: bool = True
 
     def decision(self, x_ND: np.ndarray) -> np.ndarray:
         if not self.iterations:

@@ -120,7 +120,8 @@ def plan(
     answer: list[Any] = [None]
     if dist.get_rank() == 0:
         try:
-            answer = [_plan(module, config, shard, device, local_world_size, batch_size)]
+            processes = Processes(dist.get_world_size(), local_world_size, device)
+            answer = [local_plan(module, config, shard, processes, batch_size)]
         except ValueError as error:  # a rank that waits for the plan would wait for ever
             answer = [str(error)]
     dist.broadcast_object_list(answer)
@@ -129,14 +130,24 @@ def plan(
     return answer[0]
 
 
-def _plan(
-    module: nn.Module,
-    config: ShardingConfig,
-    shard: Sharder,
-    device: torch.device,
-    local_world_size: int,
-    batch_size: int,
+@dataclass(frozen=True)
+class Processes:
+    """Those of a run: how many, how many of them on a machine, and the device of this one."""
+
+    world_size: int
+    local_world_size: int
+    device: torch.device
+
+
+def local_plan(
+    module: nn.Module, config: ShardingConfig, shard: Sharder, processes: Processes, batch_size: int
 ) -> ShardingPlan:
+    """The plan for ``processes``, which need not be there; tables may be on the meta device.
+
+    Raises:
+        ValueError: as ``plan``.
+    """
+    device, local_world_size = processes.device, processes.local_world_size
     tables = {t.name: t for c in collections(module).values() for t in c.embedding_bag_configs()}
     columns = {column: t.name for t in tables.values() for column in t.feature_names}
     for column in config.table_sharding:
@@ -150,7 +161,7 @@ def _plan(
         name: ParameterConstraints(
             sharding_types=list(_AUTO) if sharding == "auto" else [sharding],
             compute_kernels=["dense"] if sharding == "data_parallel" else [config.compute_kernel],
-            min_partition=4 if sharding == "column_wise" else None,
+            min_partition=_columns(tables[name].embedding_dim, processes) if sharding == "column_wise" else None,
         )
         for name, sharding in wanted.items()
     }
@@ -158,7 +169,7 @@ def _plan(
     host = int(_host_memory() * 0.8 / local_world_size) if device.type == "cuda" else memory
     topology = TopologyFactory.create_topology(
         TrainerConfig(
-            world_size=dist.get_world_size(),
+            world_size=processes.world_size,
             local_world_size=local_world_size,
             hbm_cap_bytes=memory if device.type == "cuda" else None,
             ddr_cap_bytes=host,
@@ -177,17 +188,23 @@ def _plan(
             warnings.simplefilter("ignore")
             return planner.plan(module, [shard])
     except PlannerError as error:
-        raise ValueError(_failure(error, tables.values(), wanted, memory)) from error
+        raise ValueError(_failure(error, tables.values(), wanted, memory, processes.world_size)) from error
 
 
-def _failure(error: PlannerError, tables: Any, wanted: Mapping[str, str], memory: int) -> str:
+def _columns(dim: int, processes: Processes) -> int:
+    """Columns of a shard, a multiple of 4 that divides ``dim``: a shard for each process, or as many as there can be."""
+    return next(n for n in range(4, dim + 1, 4) if dim % n == 0 and n * processes.world_size >= dim)
+
+
+def _failure(error: PlannerError, tables: Any, wanted: Mapping[str, str], memory: int, world_size: int) -> str:
     kinds = ", ".join(sorted(set(wanted.values())))
-    if error.error_type in (PlannerErrorType.INSUFFICIENT_STORAGE, PlannerErrorType.PARTITION):
+    too_large = (PlannerErrorType.INSUFFICIENT_STORAGE, PlannerErrorType.PARTITION, PlannerErrorType.STRICT_CONSTRAINTS)
+    if error.error_type in too_large:
         size = {t.name: 4 * t.num_embeddings * t.embedding_dim for t in tables}
         largest = max(size, key=lambda name: size[name])
         return (
             f"the tables do not fit: {sum(size.values()) / _GIB:.3g} GiB of weights (the largest, {largest}, "
-            f"{size[largest] / _GIB:.3g}), besides optimizer state and buffers, for {dist.get_world_size()} processes "
+            f"{size[largest] / _GIB:.3g}), besides optimizer state and buffers, for {world_size} processes "
             f"of {memory / _GIB:.3g} GiB each with sharding {kinds}: take more processes, a higher memory_gib, or "
             "row_wise for the largest"
         )

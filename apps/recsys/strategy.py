@@ -11,6 +11,7 @@ same. It fails at its first collective.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -98,6 +99,15 @@ class TorchRecStrategy(DDPStrategy):
     # ---- set-up
 
     @property
+    def root_device(self) -> torch.device:
+        if self.local_rank >= self.num_processes:
+            raise ValueError(
+                f"trainer.devices={self.num_processes}, but this is process {self.local_rank + 1} on this machine: give "
+                "--trainer.devices the number of torchrun's --nproc-per-node"
+            )
+        return super().root_device
+
+    @property
     def restore_checkpoint_after_setup(self) -> bool:
         """A shard is read into the sharded table."""
         return True
@@ -109,7 +119,9 @@ class TorchRecStrategy(DDPStrategy):
         self._check(trainer, module, fitting)
         self.accelerator.setup(trainer)
         self.precision_plugin.convert_module(module)
-        self.model = self._shard(module, getattr(trainer.datamodule, "batch_size", 512), fitting)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of torch, about what TorchRec calls
+            self.model = self._shard(module, getattr(trainer.datamodule, "batch_size", 512), fitting)
         if fitting:
             self.setup_optimizers(trainer)
             self._check_optimizers(module)

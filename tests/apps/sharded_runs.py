@@ -16,16 +16,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 
 import core
 from apps import sharded
 from apps.callbacks import AtomicCheckpointIO, GeneratorState, MetricsCSV
+from apps.recsys.bottoms import SingleTask
 from apps.recsys.data import TableData
 from apps.recsys.embedding import EmbeddingConfig
 from apps.recsys.module import MultiTaskRecommender
 from apps.recsys.schema import SplitConfig, TableConfig, TaskConfig
 from apps.recsys.strategy import TorchRecStrategy
+from apps.recsys.tasks import HeadConfig
 from apps.training import OptimizerConfig
 
 WORLD = 2
@@ -39,6 +41,9 @@ TABLE = TableConfig(
     hash_rows={"shop": SHOPS},
     split=SplitConfig("random", val=0.2, test=0.2),
 )
+
+
+SMOOTH = core.MLP((8,), activation="silu")
 
 
 def write_table(path: Path, num: int = 160) -> None:
@@ -65,15 +70,21 @@ def data(folder: Path, world: int = 1) -> TableData:
 
 
 def module(folder: Path, kind: str = "collection", optimizer: str = "rowwise_adagrad", **options: Any) -> Any:
-    """With a top-2 router and balance losses; ``options`` are of the embedding, but for those of the module."""
+    """With a balance loss; ``options`` are of the embedding, but for those of the module.
+
+    Nothing has a kink: at the one of a ReLU, rounding decides between two gradients.
+    """
     own = {k: options.pop(k) for k in ("ema_decay", "num_members", "shared") if k in options}
     torch.manual_seed(0)
     return MultiTaskRecommender(
         features=data(folder).features,
-        **{"shared": core.MMoE(4, core.MLP((8,)), balance=core.Balance(importance=0.1)), **own},
+        **{"shared": core.MMoE(4, SMOOTH, balance=core.Balance(importance=0.1)), **own},
         embedding=EmbeddingConfig(
-            kind, dim=8, init_std=0.3, fused_optimizer=optimizer, fused_lr=0.1, weight_decay=True, **options
+            kind,
+            fused_optimizer=optimizer,
+            **{"dim": 8, "init_std": 0.3, "fused_lr": 0.1, "weight_decay": True, **options},
         ),
+        head=HeadConfig(activation="silu"),
         # A large eps: Adam would blow up the rounding of gradients that are nearly 0.
         optimizer=OptimizerConfig(lr=0.01, eps=1e-3, warmup=2, schedule="constant"),
         report=None,
@@ -118,6 +129,21 @@ def train(folder: Path, run: str, net: Any, strategy: Any = "auto", world: int =
     return fitter
 
 
+class Saves(Callback):
+    """Writes ``epoch.ckpt`` after the first epoch and ``middle.ckpt`` in the second, after step 10 of 14."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.global_step == 10:
+            trainer.save_checkpoint(self.folder / "middle.ckpt")
+
+    def on_train_epoch_end(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.current_epoch == 0:
+            trainer.save_checkpoint(self.folder / "epoch.ckpt")
+
+
 def complaint(run: Callable[[], Any]) -> str:
     """The message of the ``ValueError`` or ``OSError`` that ``run`` raises."""
     try:
@@ -140,6 +166,10 @@ SHARDINGS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+# Several tables of a name: an ensemble; and single-task networks, whose tables lie side by side.
+COPIES: dict[str, dict[str, Any]] = {"members": {"num_members": 2}, "copies": {"shared": SingleTask(expert=SMOOTH)}}
+
+
 def worker(rank: int, folder: str, port: int) -> None:
     torch.set_num_threads(1)
     logging.getLogger("lightning").setLevel(logging.ERROR)
@@ -149,7 +179,7 @@ def worker(rank: int, folder: str, port: int) -> None:
     found: dict[str, Any] = {}
     for name, (optimizer, options) in SHARDINGS.items():
         net = module(root, optimizer=optimizer)
-        train(root, f"two {name}", net, TorchRecStrategy(**options), WORLD)
+        train(root, f"two {name}", net, TorchRecStrategy(**options), WORLD, callbacks=[Saves(root / f"two {name}")])
         found[f"elsewhere {name}"] = net.trainer.strategy.num_params_elsewhere
     found |= _resumed(root) | _tested(root) | _refused(root) | _deferred(root) | _copies(root)
     torch.save(found, root / f"rank{rank}.pt")
@@ -157,12 +187,11 @@ def worker(rank: int, folder: str, port: int) -> None:
 
 
 def _resumed(root: Path) -> dict[str, Any]:
-    """Stopped after one epoch and in the middle of the second; gone on with."""
-    for stop, options in (("epoch", {"max_epochs": 1}), ("middle", {"max_epochs": -1, "max_steps": 10})):
-        train(root, f"stopped {stop}", module(root), TorchRecStrategy(sharding="row_wise"), WORLD, **options)
-        path = root / f"stopped {stop}" / "last.ckpt"
+    for stop in ("epoch", "middle"):
+        path = root / "two row_wise" / f"{stop}.ckpt"
         strategy = TorchRecStrategy(sharding="row_wise")
         train(root, f"resumed {stop}", module(root), strategy, WORLD, ckpt_path=path)
+    train(root, "columns", module(root), TorchRecStrategy(sharding="column_wise"), WORLD, max_epochs=1)
     train(root, "resumed table_wise", module(root), TorchRecStrategy(sharding="table_wise"), WORLD, ckpt_path=path)
     one = root / "fused one" / "last.ckpt"  # of one process
     strategy = TorchRecStrategy(sharding="row_wise")
@@ -214,10 +243,7 @@ def _deferred(root: Path) -> dict[str, Any]:
 
 
 def _copies(root: Path) -> dict[str, Any]:
-    """Several tables of a name: an ensemble, and single-task networks side by side."""
-    from apps.recsys.bottoms import SingleTask
-
-    for name, options in (("members", {"num_members": 2}), ("copies", {"shared": SingleTask()})):
+    for name, options in COPIES.items():
         train(root, f"two {name}", module(root, **options), TorchRecStrategy(), WORLD)
     return {}
 
