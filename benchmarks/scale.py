@@ -91,7 +91,6 @@ class Steps(Callback):
 @contextlib.contextmanager
 def counted(sent: Counter[str]) -> Iterator[None]:
     """Count the bytes that this process sends in the collectives of TorchRec."""
-    W, rank = dist.get_world_size(), dist.get_rank()
 
     def size(t: torch.Tensor) -> int:
         return t.numel() * t.element_size()
@@ -99,6 +98,8 @@ def counted(sent: Counter[str]) -> Iterator[None]:
     def all_to_all(name: str, original: Any) -> Any:
         def call(output: torch.Tensor, input: torch.Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: A002
             splits = kwargs.get("input_split_sizes", args[1] if len(args) > 1 else None)
+            group = kwargs.get("group")
+            W, rank = dist.get_world_size(group), dist.get_rank(group)
             own = splits[rank] / max(sum(splits), 1) if splits else 1 / W
             kind = "ids" if input.dtype in (torch.int32, torch.int64) else "rows and gradients"
             sent[kind] += round(size(input) * (1 - own))
@@ -109,14 +110,14 @@ def counted(sent: Counter[str]) -> Iterator[None]:
     def reduce_scatter(name: str, original: Any) -> Any:
         def call(output: torch.Tensor, input: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: A002
             whole = size(input) if isinstance(input, torch.Tensor) else sum(map(size, input))
-            sent["rows and gradients"] += round(whole * (1 - 1 / W))
+            sent["rows and gradients"] += round(whole * (1 - 1 / dist.get_world_size(kwargs.get("group"))))
             return original(output, input, *args, **kwargs)
 
         return call
 
     def all_gather(name: str, original: Any) -> Any:
         def call(output: Any, input: torch.Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: A002
-            sent["rows and gradients"] += size(input) * (W - 1)
+            sent["rows and gradients"] += size(input) * (dist.get_world_size(kwargs.get("group")) - 1)
             return original(output, input, *args, **kwargs)
 
         return call
@@ -138,6 +139,10 @@ def expected(sharding: str, W: int, B: int, F: int, L: int, D: int) -> tuple[flo
     away = (W - 1) / W
     if sharding == "row_wise":  # a length for each process; sums of each process for each example
         return (8 * B * F * L + 4 * B * F * W) * away, 2 * 4 * B * F * D * (W - 1)
+    if sharding == "table_row_wise":  # over the G processes of a node; the tables evenly over n nodes
+        G = int(os.environ["LOCAL_WORLD_SIZE"])
+        n = W // G
+        return (8 * B * F * L + 4 * B * F * G) * away, 2 * 4 * B * F * D * (G - 1 + (n - 1) / n)
     shards = min(W, D // 4) if sharding == "column_wise" else 1
     return (8 * L + 4) * B * F * shards * away, 2 * 4 * B * F * D * away
 
@@ -223,7 +228,9 @@ def main() -> None:
             f"{W} processes of one thread, {args.columns} tables of {args.rows:,} x {args.dim}, batch {args.batch_size} "
             f"a process, {args.pooling} ids a column and row; {platform.machine()}, torch {torch.__version__}\n"
         )
-        print("| sharding | tables | resident | ids and lengths sent (formula) | rows and gradients sent (formula) | step |")
+        print(
+            "| sharding | tables | resident | ids and lengths sent (formula) | rows and gradients sent (formula) | step |"
+        )
         print("|---|---|---|---|---|---|")
         print("\n".join(lines), flush=True)
     dist.barrier()

@@ -17,8 +17,12 @@ from apps.training import Baseline
 if TYPE_CHECKING:
     from apps.recsys.module import MultiTaskRecommender
 
-ESTIMATORS = {"hist_gradient_boosting": "HistGradientBoosting", "logistic_regression": "LogisticRegression"}
-"""Classes of ``apps.recsys.estimators`` by the name of the baseline."""
+ESTIMATORS = {
+    "hist_gradient_boosting": ("HistGradientBoosting", "tuned on validation"),
+    "hist_gradient_boosting_untuned": ("HistGradientBoostingUntuned", "150 trees, scikit-learn's defaults"),
+    "logistic_regression": ("LogisticRegression", "strength tuned on validation"),
+}
+"""Classes of ``apps.recsys.estimators`` by the name of the baseline, and what is said of them."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +55,8 @@ def baselines(module: MultiTaskRecommender) -> Mapping[str, Baseline]:
         else:
             note = f"one network of width {solved.width} for all tasks"
             found[name] = Baseline(_Twin(module, solved.config, solved.width), note)
-    for name, kind in ESTIMATORS.items():
-        found[name] = Baseline(_Estimator(kind), f"scikit-learn's {kind}, one for each task")
+    for name, (kind, note) in ESTIMATORS.items():
+        found[name] = Baseline(_Estimator(kind), f"scikit-learn's, one for each task; {note}")
     return found
 
 

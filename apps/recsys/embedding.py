@@ -339,7 +339,11 @@ class SparseArch(nn.Module):
     # The fused collection's parameters are views of its kernel's one weight; a move, copy or pickle would part them.
 
     def _apply(self, fn: Any, recurse: bool = True) -> SparseArch:
-        if self.config.deferred and self.collection is not None and any(p.is_meta for p in self.collection.parameters()):
+        if (
+            self.config.deferred
+            and self.collection is not None
+            and any(p.is_meta for p in self.collection.parameters())
+        ):
             held, self.collection = self.collection, None  # there is nothing to move yet
             super()._apply(fn, recurse)
             self.collection = held

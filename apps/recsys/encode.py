@@ -349,20 +349,23 @@ def statistics(values: NDArray[np.float32]) -> Statistics:
 
 
 def boundaries(ascending: NDArray[np.float32], num_bins: int = MAX_QUANTILES + 1) -> NDArray[np.float32]:
-    """Values b such that the bins b[i - 1] < x <= b[i] hold about equally many of the sorted values.
+    """Values b between bins b[i - 1] < x <= b[i] of the sorted values: at most num_bins - 1, the largest value is none.
 
-    A value that fills a bin of its own gets one: the next smaller value is a boundary too. So 96 % zeros are one bin,
-    and 40 hours a week are not mixed with 39. At most num_bins - 1 boundaries; the largest value is none, for nothing
-    lies above it.
+    A value that would fill a bin has one of its own: the next smaller value is a boundary too. So 96 % zeros are one bin,
+    and 40 hours a week are not mixed with 39. The bins left hold about equally many of the other values, so that the
+    4 % beside the zeros are told apart; but no bin is to hold fewer than 1 in 8,192 of all, which would be learned from
+    too few.
     """
-    levels = np.arange(1, num_bins) * len(ascending) // num_bins
-    values, times = np.unique(ascending[levels], return_counts=True)
-    heavy = values[times > 1]
-    if len(values) and values[-1] == ascending[-1]:  # fills the last bin
-        heavy = np.union1d(heavy, values[-1:])
-    below = np.searchsorted(ascending, heavy, side="left") - 1
-    both = np.union1d(values, ascending[below[below >= 0]])
-    return both[both < ascending[-1]]
+    size = len(ascending)
+    values, first, times = np.unique(ascending, return_index=True, return_counts=True)
+    full = times * num_bins >= size
+    heavy = np.union1d(values[full], ascending[first[full] - 1][first[full] > 0])
+    rest = ascending[~np.repeat(full, times)]
+    bins = min(num_bins - len(heavy), len(rest) // max(size // 8192, 1))
+    between = rest[np.arange(1, bins) * len(rest) // bins] if bins > 1 else rest[:0]
+    found = np.union1d(heavy, between)
+    found = found[found < ascending[-1]] if size else found
+    return found[np.arange(num_bins - 1) * len(found) // (num_bins - 1)] if len(found) >= num_bins else found
 
 
 # ---- labels

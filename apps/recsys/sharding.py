@@ -70,7 +70,9 @@ class ShardingConfig:
             if value not in get_args(Sharding):
                 raise ValueError(f"{name}={value!r} is not one of {', '.join(get_args(Sharding))}")
         if self.compute_kernel not in get_args(ComputeKernel):
-            raise ValueError(f"compute_kernel={self.compute_kernel!r} is not one of {', '.join(get_args(ComputeKernel))}")
+            raise ValueError(
+                f"compute_kernel={self.compute_kernel!r} is not one of {', '.join(get_args(ComputeKernel))}"
+            )
         if self.memory_gib is not None and not self.memory_gib > 0:
             raise ValueError(f"memory_gib={self.memory_gib} must be positive")
 

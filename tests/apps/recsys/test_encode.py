@@ -231,3 +231,19 @@ def test_a_column_that_is_the_label_under_another_name_is_found():
     assert not encode.determines(np.arange(6), label)  # an id of the row says nothing
     assert encode.determines(np.array([encode.MISSING, 2, 2, encode.MISSING, 2, 2]), label)  # that it is missing may
     assert not encode.determines(np.array([0, 0, 0, 0, 0, 0]), np.zeros(6, dtype=np.float32))
+
+
+def test_the_few_values_beside_a_frequent_one_are_told_apart():
+    # 81,920 rows: zeros have one bin, 1 to 3,000 the 255 others; a bin has at least 81920 / 8192 = 10
+    values = np.zeros(81_920, dtype=np.float32)
+    values[:3000] = np.arange(1, 3001)
+    edges = encode.statistics(values).quantiles
+    counts = np.bincount(np.searchsorted(edges, values, side="left"))
+    assert counts[0] == 81_920 - 3000
+    assert len(counts) == 256
+    assert counts[1:].min() >= 11
+    assert counts[1:].max() <= 13
+    # 100 others: bins of at least 10
+    values[100:3000] = 0
+    edges = encode.statistics(values).quantiles
+    assert len(edges) == 10

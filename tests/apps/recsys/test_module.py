@@ -252,7 +252,7 @@ def test_a_bottom_has_no_baselines():
 
 def test_the_estimators_are_there():
     found = build().baselines()
-    for name, kind in ESTIMATORS.items():
+    for name, (kind, _) in ESTIMATORS.items():
         assert type(found[name].build()) is getattr(estimators, kind)
 
 

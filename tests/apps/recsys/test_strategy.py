@@ -255,7 +255,10 @@ def test_deferred_tables_need_the_strategy(folder):
         ("uvm", "compute_kernel='fused_uvm' needs a GPU"),
         ("adam", "embedding_optimizer='adam' needs a GPU"),
         ("width", "table_city is 6 wide; the kernels of sharded tables take multiples of 4"),
-        ("greedy", "configure_optimizers of TakesAll takes .*table_city.weight, whose rows are stepped in the backward"),
+        (
+            "greedy",
+            "configure_optimizers of TakesAll takes .*table_city.weight, whose rows are stepped in the backward",
+        ),
         ("resume a file", "last.ckpt is not sharded: its optimizer's state is of other parameters"),
     ],
 )
@@ -283,7 +286,9 @@ def test_options_are_checked_at_once(options, message):
 
 
 def test_the_embedding_optimizer_is_checked_at_once():
-    with pytest.raises(ValueError, match="embedding_optimizer='lamb' is not one of rowwise_adagrad, adagrad, sgd, adam"):
+    with pytest.raises(
+        ValueError, match="embedding_optimizer='lamb' is not one of rowwise_adagrad, adagrad, sgd, adam"
+    ):
         TorchRecStrategy(embedding_optimizer="lamb")
     with pytest.raises(ValueError, match="embedding_lr=-1 must be positive"):
         TorchRecStrategy(embedding_lr=-1)

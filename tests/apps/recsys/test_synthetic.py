@@ -73,3 +73,31 @@ def test_the_seed_decides():
 def test_impossible_tables_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         SyntheticConfig(**options)
+
+
+def test_ids_are_drawn_as_one_over_their_rank_and_move_the_labels():
+    config = SyntheticConfig(num_rows=40_000, num_ids=1000, id_std=0.0)
+    made, without = generate(config), generate(SyntheticConfig(num_rows=40_000))
+    assert np.array_equal(made.x, without.x)
+    assert np.array_equal(made.y, without.y)
+    # floor(1000^u) = i has the probability log((i + 1) / i) / log 1000; id i - 1. A share's standard error is below 0.002.
+    for i in (1, 2, 10):
+        expected = math.log((i + 1) / i) / math.log(1000)
+        assert (made.ids == i - 1).mean() == pytest.approx(expected, abs=0.008)
+    assert made.ids.min() == 0
+    assert made.ids.max() < 1000
+    moved = generate(SyntheticConfig(num_rows=40_000, num_ids=1000, id_std=2.0))
+    shift = moved.y - without.y
+    # Rows of an id are moved alike, each task by its own number.
+    for i in range(5):
+        assert np.allclose(shift[moved.ids == i], shift[moved.ids == i][0], atol=1e-9)
+    assert abs(shift[moved.ids == 0][0, 0] - shift[moved.ids == 0][0, 1]) > 1e-3
+
+
+def test_the_share_of_positives_counts_what_ids_add():
+    made = generate(SyntheticConfig(num_rows=20_000, num_ids=10**9, id_std=2.0, positives=0.2))
+    # Half of the rows have ids of their own; what the frequent ones add is common to many rows, so the share is rough.
+    assert made.label.mean() == pytest.approx(0.2, abs=0.06)
+    table = made.tables()
+    assert table.config.categorical == ("id",)
+    assert table.train["id"].to_pylist()[:3] == made.ids[:3].tolist()

@@ -13,7 +13,14 @@ STEPS = 20
 
 
 def test_ten_million_rows_train_in_their_own_memory(tmp_path):
-    flags = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", str(STEPS), "--trainer.limit_val_batches", "1"]
+    flags = [
+        "--trainer.max_epochs",
+        "1",
+        "--trainer.limit_train_batches",
+        str(STEPS),
+        "--trainer.limit_val_batches",
+        "1",
+    ]
     flags += ["--trainer.enable_checkpointing", "false", "--data.cache_dir", str(tmp_path), "--run_dir", str(tmp_path)]
     with quiet():
         cli = build("fit", ["--config", str(CONFIG), *flags])
