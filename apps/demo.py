@@ -133,7 +133,15 @@ def _run(output: Path, extra: Sequence[str]) -> int:
             print(f"\n{part.name} is left out: {' '.join(str(error).split())}")
             continue
         jobs = str(min(2, os.cpu_count() or 1))
-        argv = [str(_CONFIGS / part.config), *part.arguments.split(), "--jobs", jobs, "--output", str(output / part.name), *extra]
+        argv = [
+            str(_CONFIGS / part.config),
+            *part.arguments.split(),
+            "--jobs",
+            jobs,
+            "--output",
+            str(output / part.name),
+            *extra,
+        ]
         print(f"\n{part.says}\n\n{command_line(argv)}\n", flush=True)
         outcome = run_command(argv, part.title)
         drawn += outcome.pictures()

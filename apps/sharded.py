@@ -1,8 +1,8 @@
 """Checkpoints whose largest tensors lie in shards, one file a process: a folder in place of a file.
 
-``NAME.ckpt/checkpoint.pt`` holds everything but the sharded tensors, and names the folder beside it that holds those in
-the format of ``torch.distributed.checkpoint``. It is replaced last and in one move, so that a kill or a full disk leaves
-the old checkpoint. Neither part is read by a pickle that could run code.
+``NAME.ckpt/checkpoint.pt`` holds everything but the sharded tensors, and names the folder beside it that holds those
+in the format of ``torch.distributed.checkpoint``. It is replaced last and in one move, so that a kill or a full disk
+leaves the old checkpoint. Neither part is read by a pickle that could run code.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from apps.files import replacing
@@ -95,8 +94,8 @@ def read(path: Path | str, device: str = "cpu") -> dict[str, Any]:
     path = Path(path)
     checkpoint = read_rest(path)
     with _readable(path):
-        metadata = _Reader(path / checkpoint[_KEY]["folder"]).read_metadata()
-        found = {k: v for k, v in metadata.state_dict_metadata.items() if k.startswith(WEIGHT)}
+        saved = _Reader(path / checkpoint[_KEY]["folder"]).tensors()
+        found = {k: v for k, v in saved.items() if k.startswith(WEIGHT)}
         tensors = {k: torch.empty(v.size, dtype=v.properties.dtype, device=device) for k, v in found.items()}
         if device != "meta":
             load(path, checkpoint, tensors)
@@ -138,7 +137,7 @@ def load(path: Path, checkpoint: Mapping[str, Any], tensors: Mapping[str, Any]) 
     """
     folder = path / checkpoint[_KEY]["folder"]
     with _readable(path):
-        sizes = {k: tuple(v.size) for k, v in _Reader(folder).read_metadata().state_dict_metadata.items()}
+        sizes = {k: tuple(v.size) for k, v in _Reader(folder).tensors().items()}
     world = checkpoint[_KEY]["world_size"]
     with _quiet():
         wrong = [(name, tuple(t.size())) for name, t in tensors.items() if sizes.get(name) != tuple(t.size())]
@@ -157,13 +156,16 @@ class _Reader(dcp.FileSystemReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         with open(Path(self.path) / ".metadata", "rb") as file:
             metadata = _Unpickler(file).load()
-        if not isinstance(metadata, Metadata) or not all(
-            isinstance(v, TensorStorageMetadata) for v in metadata.state_dict_metadata.values()
-        ):
-            raise ValueError("its shards are not tensors alone")
+        if not isinstance(metadata, Metadata):
+            raise ValueError("no table of contents")
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
+
+    def tensors(self) -> dict[str, TensorStorageMetadata]:
+        """The sizes and types of what is saved, by name."""
+        found = self.read_metadata().state_dict_metadata
+        return {k: v for k, v in found.items() if isinstance(v, TensorStorageMetadata)}
 
 
 class _Unpickler(pickle.Unpickler):

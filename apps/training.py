@@ -174,7 +174,10 @@ class SparseModule(LightningModule):
         own = {"loss": out.loss.detach(), **{name: value.detach() for name, value in out.terms.items()}}
         if self._logs_this_step():
             own = self._mean_over_processes(own)
-        self.log("train/loss", own.pop("loss"), prog_bar=True, batch_size=out.num_examples)
+        task_loss = own.pop("loss")
+        # Not at each step: a call of log() costs as much as a tenth of a recommender's step.
+        if self._logs_this_step() or self.trainer.is_last_batch:
+            self.log("train/loss", task_loss, prog_bar=True, batch_size=out.num_examples)
         if self._logs_this_step():
             terms = {f"train/{name}": value for name, value in {**own, **aux.terms}.items()}
             if len(tape):
@@ -410,7 +413,7 @@ def model_size(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, float]:
     The generators and the model's mode are as before.
     """
     training = model.training
-    # Of a table on other ranks there is an empty weight; its empty rows need a gradient, which the counter then looks for.
+    # Of a table on other ranks there is an empty weight; its empty rows need a gradient, which the counter looks for.
     elsewhere = any(p.numel() == 0 for p in model.parameters())
     with torch.random.fork_rng(devices=cuda_devices(model)), torch.set_grad_enabled(elsewhere):
         model.eval()

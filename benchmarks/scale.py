@@ -3,8 +3,8 @@
     torchrun --standalone --nproc-per-node 2 benchmarks/scale.py
     torchrun --standalone --nproc-per-node 2 benchmarks/scale.py --rows 10000000 --columns 1 --pooling 5
 
-The bytes are counted at the collectives: a process's own part of an exchange does not leave it. The formulas beside them
-are those of docs/recsys_scale.md.
+The bytes are counted at the collectives: a process's own part of an exchange does not leave it. The formulas beside
+them are those of docs/recsys_scale.md. For the resident memory give one of ``--shardings`` a run.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def counted(sent: Counter[str]) -> Iterator[None]:
         return t.numel() * t.element_size()
 
     def all_to_all(name: str, original: Any) -> Any:
-        def call(output: torch.Tensor, input: torch.Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: A002
+        def call(output: torch.Tensor, input: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             splits = kwargs.get("input_split_sizes", args[1] if len(args) > 1 else None)
             group = kwargs.get("group")
             W, rank = dist.get_world_size(group), dist.get_rank(group)
@@ -108,7 +108,7 @@ def counted(sent: Counter[str]) -> Iterator[None]:
         return call
 
     def reduce_scatter(name: str, original: Any) -> Any:
-        def call(output: torch.Tensor, input: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: A002
+        def call(output: torch.Tensor, input: Any, *args: Any, **kwargs: Any) -> Any:
             whole = size(input) if isinstance(input, torch.Tensor) else sum(map(size, input))
             sent["rows and gradients"] += round(whole * (1 - 1 / dist.get_world_size(kwargs.get("group"))))
             return original(output, input, *args, **kwargs)
@@ -116,7 +116,7 @@ def counted(sent: Counter[str]) -> Iterator[None]:
         return call
 
     def all_gather(name: str, original: Any) -> Any:
-        def call(output: Any, input: torch.Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: A002
+        def call(output: Any, input: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             sent["rows and gradients"] += size(input) * (dist.get_world_size(kwargs.get("group")) - 1)
             return original(output, input, *args, **kwargs)
 
@@ -225,12 +225,11 @@ def main() -> None:
         )
     if dist.get_rank() == 0:
         print(
-            f"{W} processes of one thread, {args.columns} tables of {args.rows:,} x {args.dim}, batch {args.batch_size} "
-            f"a process, {args.pooling} ids a column and row; {platform.machine()}, torch {torch.__version__}\n"
+            f"{W} processes of one thread, {args.columns} tables of {args.rows:,} x {args.dim}, batch "
+            f"{args.batch_size} a process, {args.pooling} ids a column and row; {platform.machine()}, "
+            f"torch {torch.__version__}\n"
         )
-        print(
-            "| sharding | tables | resident | ids and lengths sent (formula) | rows and gradients sent (formula) | step |"
-        )
+        print("| sharding | tables | resident | ids and lengths (formula) | vectors and gradients (formula) | step |")
         print("|---|---|---|---|---|---|")
         print("\n".join(lines), flush=True)
     dist.barrier()

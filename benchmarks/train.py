@@ -173,9 +173,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=150, help="steps of each system in a round")
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds, after one warm-up")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads")
-    parser.add_argument(
-        "--norm", choices=["batch", "layer"], help="of the experts; torch-rechub's: batch"
-    )
+    parser.add_argument("--norm", choices=["batch", "layer"], help="of the experts; torch-rechub's: batch")
     parser.add_argument("--embedding", choices=["joined", "collection", "fused"], default="joined")
     parser.add_argument("--peers", action="store_true", help="also time torch-rechub, if it is installed")
     parser.add_argument("--root", help="a folder with Census-Income; default: the cache, or fetched")

@@ -20,7 +20,7 @@ CONFIG_BASES = (core.RouterConfig, core.ExpertConfig, core.MultiGateConfig)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint's contents, on the CPU; tensors are mapped from the file, not read, and of shards there is the shape.
+    """A checkpoint's contents, on the CPU; tensors are mapped from the file, not read; of shards, the shape.
 
     Raises:
         FileNotFoundError: no such file.

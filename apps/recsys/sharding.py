@@ -194,7 +194,7 @@ def local_plan(
 
 
 def _columns(dim: int, processes: Processes) -> int:
-    """Columns of a shard, a multiple of 4 that divides ``dim``: a shard for each process, or as many as there can be."""
+    """Columns of a shard, a multiple of 4 that divides ``dim``: a shard a process, or as many as there can be."""
     return next(n for n in range(4, dim + 1, 4) if dim % n == 0 and n * processes.world_size >= dim)
 
 

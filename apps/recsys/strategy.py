@@ -30,15 +30,16 @@ from torchrec.distributed.types import ShardingPlan
 from apps import sharded
 from apps.callbacks import WeightEMA
 from apps.recsys import sharding
+from apps.recsys.embedding import EmbeddingConfig
 from apps.recsys.sharding import ComputeKernel, Sharding, ShardingConfig
 
 
 class TorchRecStrategy(DDPStrategy):
     """Shards the embedding tables of a model over the processes of a run.
 
-    Checkpoints are folders of shards (``apps.sharded``): each process writes its rows. ``moesaic test`` reads them on any
-    number of processes, with this strategy and without; training goes on from them with this strategy, on another number
-    of processes too, but for column-wise tables under rowwise_adagrad.
+    Checkpoints are folders of shards (``apps.sharded``): each process writes its rows. ``moesaic test`` reads them on
+    any number of processes, with this strategy and without; training goes on from them with this strategy, on another
+    number of processes too, but for column-wise tables under rowwise_adagrad.
 
     Args:
         sharding: of all tables: "table_wise", a table on one process; "row_wise", its rows over all; "column_wise", its
@@ -102,8 +103,8 @@ class TorchRecStrategy(DDPStrategy):
     def root_device(self) -> torch.device:
         if self.local_rank >= self.num_processes:
             raise ValueError(
-                f"trainer.devices={self.num_processes}, but this is process {self.local_rank + 1} on this machine: give "
-                "--trainer.devices the number of torchrun's --nproc-per-node"
+                f"trainer.devices={self.num_processes}, but this is process {self.local_rank + 1} on this machine: "
+                "give --trainer.devices the number of torchrun's --nproc-per-node"
             )
         return super().root_device
 
@@ -158,9 +159,8 @@ class TorchRecStrategy(DDPStrategy):
             raise ValueError("TorchRecStrategy keeps no moving average of sharded tables: set model.ema_decay=null")
 
     def _fused_options(self, module: LightningModule) -> tuple[str, float]:
-        own = getattr(module, "embedding", None)
-        optimizer = self.embedding_optimizer or getattr(own, "fused_optimizer", "rowwise_adagrad")
-        return optimizer, self.embedding_lr or getattr(own, "fused_lr", 0.02)
+        own: Any = getattr(module, "embedding", EmbeddingConfig())
+        return self.embedding_optimizer or own.fused_optimizer, self.embedding_lr or own.fused_lr
 
     def _shard(self, module: LightningModule, batch_size: int, fitting: bool) -> nn.Module:
         optimizer, self._peak_lr = self._fused_options(module)
@@ -272,8 +272,8 @@ class TorchRecStrategy(DDPStrategy):
             return checkpoint
         if fitting:
             raise ValueError(
-                f"{path} is not sharded: its optimizer's state is of other parameters. Training goes on from it without "
-                "TorchRecStrategy; validate, test and predict take it"
+                f"{path} is not sharded: its optimizer's state is of other parameters. Training goes on from it "
+                "without TorchRecStrategy; validate, test and predict take it"
             )
         return self.checkpoint_io.load_checkpoint(path, weights_only=True)
 

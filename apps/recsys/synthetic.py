@@ -9,8 +9,8 @@ Ma et al., "Modeling Task Relationships in Multi-task Learning with Multi-gate M
 For two tasks w_1 = c u_1 and w_2 = c (p u_1 + sqrt(1 - p^2) u_2), as in the paper. Its y is a regression target; here a
 label is y above a threshold, the same for all tasks, so that a chosen share is positive.
 
-Beside the numbers there may be a column of ids, for tables of millions of rows: id i of N is drawn about as often as 1 / i,
-and adds a normal number of its own to each y.
+Beside the numbers there may be a column of ids, for embeddings of millions of rows: id i of N is drawn about as often
+as 1 / i, and adds a normal number of its own to each y.
 """
 
 from __future__ import annotations

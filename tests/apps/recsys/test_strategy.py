@@ -5,6 +5,7 @@ One spawn runs every scenario of two processes; each test reads the outcome of i
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -13,6 +14,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import sharded_runs as runs
@@ -169,6 +171,17 @@ def test_a_checkpoint_keeps_one_set_of_shards_and_a_file_takes_its_place(folder,
     assert path.is_file()
 
 
+def test_a_full_disk_leaves_the_earlier_checkpoint(folder, tmp_path, alone):
+    fitter = train(folder, "full", module(folder), TorchRecStrategy(), max_epochs=1)
+    path = folder / "full" / "last.ckpt"
+    before = sorted(path.rglob("*"))
+    with mock.patch.object(sharded, "replacing", side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))):
+        message = runs.complaint(lambda: fitter.save_checkpoint(path))
+    assert message == f"OSError: cannot write the checkpoint {path}: No space left on device; the earlier one is intact"
+    assert sorted(path.rglob("*")) == before
+    assert len(weights(folder / "full")) == len(weights(folder / "two row_wise"))
+
+
 def damaged(path: Path, what: str) -> None:
     (shards,) = path.glob("shards-*")
     if what == "cut short":
@@ -186,7 +199,7 @@ def damaged(path: Path, what: str) -> None:
 def test_damaged_shards_are_refused_in_a_line(folder, tmp_path, what):
     path = shutil.copytree(folder / "two row_wise" / "last.ckpt", tmp_path / "last.ckpt")
     damaged(path, what)
-    with pytest.raises(ValueError, match="last.ckpt is not a readable checkpoint: damaged, cut short, or of another"):
+    with pytest.raises(ValueError, match=r"last.ckpt is not a readable checkpoint: damaged, cut short, or of another"):
         sharded.read(path)
 
 
@@ -236,7 +249,7 @@ def test_deferred_tables_start_alike_each_time_and_as_they_should(folder):
 def test_deferred_tables_need_the_strategy(folder):
     message = runs.complaint(lambda: train(folder, "bad", module(folder, deferred=True)))
     assert message.startswith("ValueError: embedding.deferred=True leaves the tables to trainer.strategy=")
-    with pytest.raises(ValueError, match="embedding.deferred=True needs kind='collection', not 'fused'"):
+    with pytest.raises(ValueError, match=r"embedding.deferred=True needs kind='collection', not 'fused'"):
         EmbeddingConfig("fused", deferred=True)
 
 

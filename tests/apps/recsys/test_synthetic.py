@@ -67,6 +67,8 @@ def test_the_seed_decides():
         ({"noise_std": -1.0}, "noise_std=-1.0 must not be negative"),
         ({"scale": 0.0}, "scale=0.0 must be above 0"),
         ({"num_rows": 9}, "num_rows=9 must be at least 10"),
+        ({"num_ids": -1}, "num_ids=-1 must not be negative"),
+        ({"id_std": -1.0}, "id_std=-1.0 must not be negative"),
         ({"num_tasks": 0}, "num_tasks=0 must be at least 1"),
     ],
 )
@@ -80,7 +82,8 @@ def test_ids_are_drawn_as_one_over_their_rank_and_move_the_labels():
     made, without = generate(config), generate(SyntheticConfig(num_rows=40_000))
     assert np.array_equal(made.x, without.x)
     assert np.array_equal(made.y, without.y)
-    # floor(1000^u) = i has the probability log((i + 1) / i) / log 1000; id i - 1. A share's standard error is below 0.002.
+    # floor(1000^u) = i, which is id i - 1, has the probability log((i + 1) / i) / log 1000, at most 0.1: the standard
+    # error of a share is at most 0.0015.
     for i in (1, 2, 10):
         expected = math.log((i + 1) / i) / math.log(1000)
         assert (made.ids == i - 1).mean() == pytest.approx(expected, abs=0.008)
