@@ -67,9 +67,9 @@ PARTS = (
         name="census_income",
         config="recsys/census_income.yaml",
         dataset="census_income",
-        says="Census-Income, 199,523 people of 39 columns: who earns above 50,000, and who was never married? A gate for\n"
-        "each task over 8 shared experts; one shared network and a network for each task, of equal FLOPs; boosted\n"
-        "trees and logistic regression of scikit-learn. 100,000 rows of the training, with 2 seeds; the whole test.",
+        says="Census-Income, 39 columns of 199,523 people: who earns above 50,000, and who was never married? A gate\n"
+        "for each task over 8 experts; one network for both tasks, and one for each, of equal FLOPs; boosted trees and\n"
+        "logistic regression of scikit-learn. 100,000 rows of the training, with 2 seeds; the whole test.",
         title="Gated experts, one network, and trees on Census-Income",
         arguments="--data.subset 100000 --trainer.max_epochs 2 --seeds 2 --rounds 1 --learning_rates 0.006 --baselines "
         "shared_bottom_equal_flops single_task_equal_flops hist_gradient_boosting_untuned logistic_regression",
@@ -162,14 +162,13 @@ def _pictures(arguments: Sequence[str], checkpoint: Path, folder: Path) -> list[
 
         from apps.compare.experiment import Experiment
         from apps.compare.training import quiet
+        from apps.vision.evaluation import ReportConfig
+        from apps.vision.module import VisionClassifier
 
         with quiet():
             module, data = Experiment(arguments).build("sparse")
-            assert not hasattr(module, "fit")  # no estimator
             limit: float | int = 1.0
-            if hasattr(module, "vit"):
-                from apps.vision.evaluation import ReportConfig
-
+            if isinstance(module, VisionClassifier):
                 module.report = ReportConfig(few_shot=(), capacity_factors=(), pictures=6)
                 limit = 4  # a thousand images tell which expert takes what
             trainer = Trainer(

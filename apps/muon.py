@@ -85,8 +85,9 @@ class MuonAdamW(torch.optim.AdamW):
                     state["momentum_buffer"] = torch.zeros_like(p)
                 state["step"] += 1
                 momentum = state["momentum_buffer"]
-                momentum.lerp_(p.grad, 1 - group["momentum"])
-                updates.append(p.grad.lerp(momentum, group["momentum"]).reshape(-1, *shape))
+                gradient: Any = p.grad
+                momentum.lerp_(gradient, 1 - group["momentum"])
+                updates.append(gradient.lerp(momentum, group["momentum"]).reshape(-1, *shape))
             # One product for all matrices of a shape: a step has dozens of them, and each is small.
             sizes = [len(u) for u in updates]
             ortho = orthogonalized(torch.cat(updates)).split(sizes)

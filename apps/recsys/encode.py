@@ -351,10 +351,10 @@ def statistics(values: NDArray[np.float32]) -> Statistics:
 def boundaries(ascending: NDArray[np.float32], num_bins: int = MAX_QUANTILES + 1) -> NDArray[np.float32]:
     """Values b between bins b[i - 1] < x <= b[i] of the sorted values: at most num_bins - 1, the largest value is none.
 
-    A value that would fill a bin has one of its own: the next smaller value is a boundary too. So 96 % zeros are one bin,
-    and 40 hours a week are not mixed with 39. The bins left hold about equally many of the other values, so that the
-    4 % beside the zeros are told apart; but no bin is to hold fewer than 1 in 8,192 of all, which would be learned from
-    too few.
+    A value that would fill a bin has one of its own: the next smaller value is a boundary too. So 96 % zeros are one
+    bin, and 40 hours a week are not mixed with 39. The bins left hold about equally many of the other values, so that
+    the 4 % beside the zeros are told apart; but no bin is to hold fewer than 1 in 8,192 of all, which would be learned
+    from too few.
     """
     size = len(ascending)
     values, first, times = np.unique(ascending, return_index=True, return_counts=True)

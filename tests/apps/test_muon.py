@@ -35,8 +35,8 @@ def test_a_stack_is_orthogonalized_matrix_by_matrix_and_zeros_stay():
 
 
 def test_a_step_by_hand():
-    # g = diag(3, 0), momentum 0.5 from zero: m = 1.5 at (0, 0), look-ahead (g + m) / 2 = 2.25, scaled to 1. Each of five
-    # iterations takes x to 3.4445 x - 4.775 x^3 + 2.0315 x^5, and the step is lr * 0.2 * sqrt(2) * x; decay 1 - 0.1 * 0.5.
+    # g = diag(3, 0), momentum 0.5 from zero: m = 1.5 at (0, 0), look-ahead (g + m) / 2 = 2.25, scaled to 1. Each of
+    # five iterations takes x to 3.4445 x - 4.775 x^3 + 2.0315 x^5; the step is lr * 0.2 * sqrt(2) * x, decay 1 - 0.05.
     x = 1.0
     for _ in range(5):
         x = 3.4445 * x - 4.775 * x**3 + 2.0315 * x**5
@@ -105,7 +105,7 @@ def test_matrices_of_experts_and_linear_layers_are_muons_and_the_read_out_is_not
 def test_what_is_no_matrix_is_refused():
     with pytest.raises(ValueError, match=r"a parameter of shape \(3,\) is none"):
         MuonAdamW([{"params": [nn.Parameter(torch.zeros(3))], "muon": True}])
-    with pytest.raises(ValueError, match="optimizer.name='sgd' is not one of"):
+    with pytest.raises(ValueError, match=r"optimizer\.name='sgd' is not one of"):
         OptimizerConfig(name="sgd")
     with pytest.raises(ValueError, match=r"optimizer.muon_momentum=1.0 must lie in \[0, 1\)"):
         OptimizerConfig(name="muon", muon_momentum=1.0)
