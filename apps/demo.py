@@ -68,7 +68,7 @@ PARTS = (
         config="recsys/census_income.yaml",
         dataset="census_income",
         says="Census-Income, 39 columns of 199,523 people: who earns above 50,000, and who was never married? A gate\n"
-        "for each task over 8 experts; one network for both tasks, and one for each, of equal FLOPs; boosted trees and\n"
+        "for each task over 8 experts; one network for both tasks, one for each, of equal FLOPs; boosted trees and\n"
         "logistic regression of scikit-learn. 100,000 rows of the training, with 2 seeds; the whole test.",
         title="Gated experts, one network, and trees on Census-Income",
         arguments="--data.subset 100000 --trainer.max_epochs 2 --seeds 2 --rounds 1 --learning_rates 0.006 --baselines "

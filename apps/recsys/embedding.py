@@ -233,9 +233,14 @@ class SparseArch(nn.Module):
             return kernel(values.int(), offsets, None)
 
     def _look_up(self, values: Tensor, F: int, B: int) -> Tensor:
-        row_BF = (values.view(F, B) + self._first_row_F1).t()
-        # index_select and not F.embedding: its backward on a CPU is an index_add, 4 times as fast at these sizes.
-        return self.weight.index_select(0, row_BF.reshape(-1)).view(B, -1)
+        row_N = (values.view(F, B) + self._first_row_F1).t().reshape(-1)
+        dim = self.weight.shape[1]
+        if self.weight.device.type == "cpu" and dim < 16:
+            # Number by number: adding 32,768 gradients of 4 numbers to 528 rows takes 0.2 ms so, and 1.6 ms row by row
+            # (8 numbers: 0.3 and 0.9; 16: 0.6 and 0.3; F.embedding: 1.2). An Intel Xeon, 2 threads.
+            number_Nd = row_N[:, None] * dim + torch.arange(dim)
+            return self.weight.reshape(-1).gather(0, number_Nd.view(-1)).view(B, -1)
+        return self.weight.index_select(0, row_N).view(B, -1)
 
     def _look_up_bags(self, values: Tensor, lengths: Tensor, F: int, B: int) -> Tensor:
         # A gather and an index_add, forward and backward: on a CPU 3 times as fast as embedding_bag at these sizes.
