@@ -135,9 +135,15 @@ def variants(module: SparseModule, names: Iterable[str]) -> Mapping[str, Baselin
     """The routers as systems to compare ``module`` with; those that cannot be built say why.
 
     Raises:
-        ValueError: two overlays share a name.
+        ValueError: two overlays share a name, or the module has no MoE configuration whose router could be another.
     """
     found: dict[str, Baseline] = {}
+    names = list(names)
+    if names and module.moe_config is None:
+        raise ValueError(
+            f"--routers {names[0]}: {type(module).__name__} has no model.moe whose router could be another; a multi-gate "
+            "layer's routers are compared as configurations of their own"
+        )
     for system, name in by_system(names).items():
         variant = Variant(module, name)
         try:

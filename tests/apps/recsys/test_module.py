@@ -10,6 +10,7 @@ from made_table import MadeTable, batch, features, jagged
 from torch.testing import assert_close
 
 import core
+from apps import routers
 from apps.compare.systems import check_equal, measure_cost
 from apps.recsys import estimators
 from apps.recsys.baselines import ESTIMATORS, solve
@@ -248,6 +249,12 @@ def test_single_task_baselines_have_nothing_that_joins_tasks():
 def test_a_bottom_has_no_baselines():
     assert build(SharedBottom()).baselines() == {}
     assert build(SharedBottom()).replaced_blocks == ()
+
+
+def test_other_routers_are_refused_in_one_line():
+    with pytest.raises(ValueError, match=r"--routers hash: MultiTaskRecommender has no model\.moe whose router"):
+        routers.variants(build(), ["hash"])
+    assert routers.variants(build(), []) == {}
 
 
 def test_the_estimators_are_there():
