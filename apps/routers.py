@@ -141,8 +141,8 @@ def variants(module: SparseModule, names: Iterable[str]) -> Mapping[str, Baselin
     names = list(names)
     if names and module.moe_config is None:
         raise ValueError(
-            f"--routers {names[0]}: {type(module).__name__} has no model.moe whose router could be another; a multi-gate "
-            "layer's routers are compared as configurations of their own"
+            f"--routers {names[0]}: {type(module).__name__} has no model.moe whose router could be another; a "
+            "multi-gate layer's routers are compared as configurations of their own"
         )
     for system, name in by_system(names).items():
         variant = Variant(module, name)

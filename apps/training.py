@@ -145,6 +145,9 @@ class SparseModule(LightningModule):
     moe_flops_arguments: Mapping[str, int] = {}
     """Further arguments of ``MoEConfig.flops_per_token`` at these layers, such as the length of a sequence."""
 
+    note: str = ""
+    """What a comparison says of the model, which it calls "sparse", where that needs a word."""
+
     @property
     def replaced_blocks(self) -> tuple[str, ...]:
         """Dotted names of the blocks that a baseline of equal cost replaces: the MoE layers, or what holds them."""

@@ -242,7 +242,7 @@ def notes(summary: Summary) -> list[str]:
                 f"{label(s.name)}: {s.note}; measured, its replaced blocks have {ratio:.3f} x the sparse model's "
                 f"{unit} (the rule is within {TOLERANCE:.0%}), the whole model {s.flops_ratio:.3f} x its FLOPs."
             )
-        elif s.name != SPARSE and s.note:
+        elif s.note:
             lines.append(f"{label(s.name)}: {s.note}.")
     lines += [f"{label(s.name)}: left out: {s.refused}." for s in summary.left_out]
     lines += _drops(summary)

@@ -217,7 +217,7 @@ def find_systems(
         raise ValueError(f"{type(sparse).__name__} has no MoE layer: compare starts from a sparse config")
     baselines = candidates(sparse, router_names, wanted)
     mine = measure_cost(sparse, batch, replaced)
-    found = [System(SPARSE, "the configured model", mine, flops_ratio=1.0, replaced_ratio=1.0, params_ratio=1.0)]
+    found = [System(SPARSE, sparse.note, mine, flops_ratio=1.0, replaced_ratio=1.0, params_ratio=1.0)]
     for name, baseline in baselines.items():
         if baseline.build is None:
             found.append(System(name, baseline.note, refused=baseline.note or "cannot be built"))

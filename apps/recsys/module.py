@@ -226,6 +226,13 @@ class MultiTaskRecommender(SparseModule):
         return tuple(f"auc_{name}" for name in self.features.tasks)
 
     @property
+    def note(self) -> str:  # type: ignore[override]
+        """Says where nothing is sparse but the word."""
+        if getattr(self.shared_config, "router", None) is not None:
+            return ""
+        return f"{type(self.shared_config).__name__} with dense gates: every expert computes every example"
+
+    @property
     def replaced_blocks(self) -> tuple[str, ...]:
         """The shared layer of each network; none where it is a bottom itself."""
         if isinstance(self.shared_config, SharedBottom):

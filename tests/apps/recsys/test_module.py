@@ -251,6 +251,11 @@ def test_a_bottom_has_no_baselines():
     assert build(SharedBottom()).replaced_blocks == ()
 
 
+def test_a_comparison_says_that_dense_gates_are_not_sparse():
+    assert build(core.MMoE(num_experts=2)).note == "MMoE with dense gates: every expert computes every example"
+    assert build(core.MMoE(num_experts=2, router=core.TokenChoice(top_k=1))).note == ""
+
+
 def test_other_routers_are_refused_in_one_line():
     with pytest.raises(ValueError, match=r"--routers hash: MultiTaskRecommender has no model\.moe whose router"):
         routers.variants(build(), ["hash"])
