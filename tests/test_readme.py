@@ -58,7 +58,7 @@ def test_moesaic_commands_run_on_digits_with_the_debug_overlay(tmp_path):
         done = subprocess.run(
             [sys.executable, "-m", "apps.cli", *arguments],
             cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            env={**os.environ, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path / "cache")},
             capture_output=True,
             text=True,
             timeout=300,
