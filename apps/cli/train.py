@@ -294,7 +294,7 @@ def _rows(batch: Any) -> Iterator[dict[str, Any]]:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Without Lightning's notes and the warnings that do not help here; our own notes are printed."""
-    names = ("lightning.pytorch", "lightning.fabric", "lightning", "torch.fx._symbolic_trace")
+    names = ("lightning.pytorch", "lightning.fabric", "lightning")
     levels = {name: logging.getLogger(name).level for name in names}
     # FBGEMM logs when it is imported, which would give the root logger a handler that repeats our notes.
     nothing = logging.NullHandler()
@@ -303,7 +303,7 @@ def quiet() -> Iterator[None]:
     handler.setFormatter(logging.Formatter("%(message)s"))
     own_level = own.level
     for name in levels:
-        logging.getLogger(name).setLevel(logging.ERROR if name.startswith("torch") else logging.WARNING)
+        logging.getLogger(name).setLevel(logging.WARNING)
     own.addHandler(handler)
     own.setLevel(logging.INFO)
     try:
