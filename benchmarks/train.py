@@ -11,15 +11,13 @@ Lightning's loop.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import json
 import os
 import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +28,7 @@ from torch import Tensor, nn
 
 import core
 from apps.callbacks import GeneratorState, MetricsCSV
+from apps.compare.training import quiet
 from apps.recsys.batch import TableBatch
 from apps.recsys.data import TableData
 from apps.recsys.dense import DenseConfig
@@ -140,21 +139,6 @@ def rechub_loop(data: TableData, batches: list[TableBatch]) -> Callable[[], floa
         return time.perf_counter() - start
 
     return run
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without Lightning's notes on the hardware and the loaders."""
-    import logging
-    import warnings
-
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        yield
-    logger.setLevel(level)
 
 
 def machine() -> str:

@@ -22,6 +22,7 @@ from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_
 from torch import Tensor, nn
 
 import core
+from apps.blocks import block_indices
 
 _logger = logging.getLogger(__name__)
 
@@ -167,15 +168,7 @@ def resolve_blocks(moe_blocks: str | Sequence[int], depth: int) -> tuple[int, ..
         if n > most:
             raise ValueError(f"moe_blocks={moe_blocks!r} does not fit depth={depth}: N is at most {most}")
         return tuple(chosen)
-    if not moe_blocks:
-        raise ValueError("moe_blocks=[] names no block: name one, or leave moe out for a dense model")
-    for index in moe_blocks:
-        if not -depth <= index < depth:
-            raise ValueError(f"moe_blocks index {index} is out of range for depth={depth}")
-    chosen = sorted(index % depth for index in moe_blocks)
-    if len(set(chosen)) != len(chosen):
-        raise ValueError(f"moe_blocks={list(moe_blocks)} names a block twice (depth={depth})")
-    return tuple(chosen)
+    return block_indices(moe_blocks, depth)
 
 
 class MoEBlock(Block):

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import core
+from apps.blocks import block_indices
 
 EXPERTS = ("convolution", "attention")
 """The experts of a ``TokenMixing`` layer, in the order of its gates."""
@@ -448,12 +449,4 @@ def resolve_blocks(moe_blocks: str | Sequence[int], depth: int) -> tuple[int, ..
         if moe_blocks != "all":
             raise ValueError(f"moe_blocks={moe_blocks!r} is neither 'all' nor a list of indices")
         return tuple(range(depth))
-    if not moe_blocks:
-        raise ValueError("moe_blocks=[] names no block: name one, or leave moe out for a dense model")
-    for index in moe_blocks:
-        if not -depth <= index < depth:
-            raise ValueError(f"moe_blocks index {index} is out of range for depth={depth}")
-    chosen = sorted(index % depth for index in moe_blocks)
-    if len(set(chosen)) != len(chosen):
-        raise ValueError(f"moe_blocks={list(moe_blocks)} names a block twice (depth={depth})")
-    return tuple(chosen)
+    return block_indices(moe_blocks, depth)
