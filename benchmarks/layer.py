@@ -14,7 +14,6 @@ import argparse
 import gc
 import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -26,6 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import core
+from apps.machine import machine_line
 from core.memory import kept_bytes
 
 
@@ -170,16 +170,6 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def machine() -> str:
-    name = platform.processor() or platform.machine()
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
-        if line.startswith("model name"):
-            name = line.partition(":")[2].strip()
-            break
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{name}, {torch.get_num_threads()} threads"
-    return f"{where}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}"
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="layer", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--shapes", nargs="+", choices=sorted(SHAPES), default=list(SHAPES))
@@ -193,7 +183,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.rounds < 1:
         parser.error(f"--rounds {args.rounds} is not at least 1")
     torch.set_num_threads(args.threads)
-    print(machine(), flush=True)
+    print(machine_line(), flush=True)
     rows: list[dict] = []
     for dtype in args.dtypes:
         for name in args.shapes:
@@ -210,7 +200,7 @@ def main(argv: list[str] | None = None) -> int:
         if small and large:
             print(f"equal rows per expert, {dtype}: time per token at E=64 over E=8 is {large / small:.2f}x")
     if args.json:
-        args.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1))
+        args.json.write_text(json.dumps({"machine": machine_line(), "rows": rows}, indent=1))
     return 0
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -29,6 +28,7 @@ from torch import Tensor, nn
 import core
 from apps.callbacks import GeneratorState, MetricsCSV
 from apps.compare.training import quiet
+from apps.machine import machine_line
 from apps.recsys.batch import TableBatch
 from apps.recsys.data import TableData
 from apps.recsys.dense import DenseConfig
@@ -141,16 +141,6 @@ def rechub_loop(data: TableData, batches: list[TableBatch]) -> Callable[[], floa
     return run
 
 
-def machine() -> str:
-    """What the figures were taken on."""
-    name = platform.processor() or platform.machine()
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
-        if line.startswith("model name"):
-            name = line.partition(":")[2].strip()
-            break
-    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}"
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="train", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--batch_size", type=int, default=1024)
@@ -192,7 +182,7 @@ def main(argv: list[str] | None = None) -> int:
             if round_number:  # the first warms up
                 seconds[name].append(spent)
     examples = len(batches) * args.batch_size
-    print(machine())
+    print(machine_line())
     print("| system | thousand rows/s (quartiles) | over torch-rechub |\n|---|---|---|")
     rows = []
     for name, times in seconds.items():
@@ -205,7 +195,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"| {name} | {mid:.0f} ({low:.0f}-{high:.0f}) | {shown} |")
         rows.append({"system": name, "thousand_rows_per_second": mid, "quartiles": [low, high], "ratio": ratio})
     if args.json:
-        args.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1))
+        args.json.write_text(json.dumps({"machine": machine_line(), "rows": rows}, indent=1))
     return 0
 
 

@@ -29,6 +29,7 @@ from apps.compare.stats import choose
 from apps.compare.summary import Summary, summarize
 from apps.compare.systems import SPARSE, System, find_systems, label
 from apps.compare.training import Unit, quiet, train
+from apps.machine import cpu_name
 from apps.training import SparseModule
 
 if TYPE_CHECKING:
@@ -365,7 +366,7 @@ def machine() -> dict[str, Any]:
     for package in ("moesaic", "lightning", "timm", "torchvision", "scikit-learn"):
         with contextlib.suppress(PackageNotFoundError):
             versions[package] = version(package)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
     return {
         "device": device,
         "threads": torch.get_num_threads(),
@@ -374,14 +375,6 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "packages": versions,
     }
-
-
-def _cpu() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 class Display:
