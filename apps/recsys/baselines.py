@@ -13,6 +13,7 @@ from apps.recsys.bottoms import SharedBottom, SingleTask
 from apps.recsys.features import Features
 from apps.recsys.weighting import WeightingConfig
 from apps.training import Baseline
+from apps.widths import same_width
 
 if TYPE_CHECKING:
     from apps.recsys.module import MultiTaskRecommender
@@ -126,9 +127,7 @@ def _solve(
 
 
 def _same(build: Any, solved: Solved) -> bool:
-    """Within 1 % in width: another run of the same model."""
-    close = abs(build.width - solved.width) <= 0.01 * max(build.width, solved.width)
-    return close and type(build.shared) is type(solved.config)
+    return same_width(build.width, solved.width) and type(build.shared) is type(solved.config)
 
 
 @dataclass(frozen=True)

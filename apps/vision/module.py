@@ -16,6 +16,7 @@ import core
 from apps.training import Baseline, OptimizerConfig, SparseModule, TaskOutput
 from apps.vision.evaluation import ReportConfig, VisionReport, hard_labels
 from apps.vision.model import ViTConfig, VMoE, load_pretrained_weights
+from apps.widths import SolvedWidth, ffn_widths, same_width
 
 _REPORT = ReportConfig()
 
@@ -151,7 +152,7 @@ class VisionClassifier(SparseModule):
         widths = baseline_widths(self.moe, self.vit.dim, **self.moe_flops_arguments)
         found: dict[str, Baseline] = {}
         for name, solved in widths.items():
-            twin = next((n for n, b in found.items() if b.build and _close(solved.width, widths[n].width)), None)
+            twin = next((n for n, b in found.items() if b.build and same_width(solved.width, widths[n].width)), None)
             replaced = f"FFN hidden dim {solved.width} in the replaced blocks"
             if solved.problem:
                 found[name] = Baseline(None, solved.problem)
@@ -160,14 +161,6 @@ class VisionClassifier(SparseModule):
             else:
                 found[name] = Baseline(_Dense(self, solved.width), f"{replaced}, {self.vit.dense_hidden_dim} elsewhere")
         return found
-
-
-@dataclass(frozen=True)
-class SolvedWidth:
-    """FFN hidden dim of a dense baseline; ``problem`` says why there is none."""
-
-    width: int
-    problem: str = ""
 
 
 def baseline_widths(
@@ -187,21 +180,7 @@ def baseline_widths(
         "dense_equal_flops" and "dense_equal_params".
     """
     flops, params = moe.flops_per_token(dim, tokens_per_sequence=tokens_per_sequence), moe.num_params(dim)
-    solved = {}
-    for name, target, cost, width in (
-        ("dense_equal_flops", flops, lambda f: 4 * dim * f, flops / (4 * dim)),
-        ("dense_equal_params", params, lambda f: 2 * dim * f + f + dim, (params - dim) / (2 * dim + 1)),
-    ):
-        hidden = max(1, round(width))
-        off = abs(cost(hidden) - target) / target
-        what = name.rpartition("_")[2]
-        problem = f"no whole FFN hidden dim comes within {tolerance:.0%} of {target} {what}" if off > tolerance else ""
-        solved[name] = SolvedWidth(hidden, problem)
-    return solved
-
-
-def _close(a: int, b: int) -> bool:
-    return abs(a - b) <= 0.01 * max(a, b)
+    return ffn_widths("dense", dim, flops, params, tolerance)
 
 
 @dataclass(frozen=True)

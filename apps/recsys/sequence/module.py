@@ -15,6 +15,7 @@ from apps.recsys.metrics import RankingMetrics
 from apps.recsys.sequence.loss import linear_cross_entropy
 from apps.recsys.sequence.model import HistoryModel, HistoryModelConfig, last_of
 from apps.training import Baseline, OptimizerConfig, SparseModule, TaskOutput
+from apps.widths import SolvedWidth, ffn_widths, same_width
 
 CUTOFF = 10
 """Of the hit rate and the NDCG."""
@@ -197,12 +198,12 @@ class NextItemRecommender(SparseModule):
         found: dict[str, Baseline] = {}
         widths = baseline_widths(self.sequence, self.moe, len(self.model.moe_blocks), **self.moe_flops_arguments)
         for name, (width, problem) in widths.items():
-            twin = next((n for n, b in found.items() if b.build and _close(width, widths[n][0])), None)
+            twin = next((n for n, b in found.items() if b.build and same_width(width, widths[n].width)), None)
             note = f"attention and dense FFNs, hidden dim {width} in the replaced blocks"
             if problem:
                 found[name] = Baseline(None, problem)
             elif twin is not None:
-                found[name] = Baseline(None, f"coincides with {twin}: {note}, there {widths[twin][0]}")
+                found[name] = Baseline(None, f"coincides with {twin}: {note}, there {widths[twin].width}")
             else:
                 found[name] = Baseline(_Dense(self, width), f"{note}, {self.sequence.dense_hidden_dim} elsewhere")
         return found
@@ -214,7 +215,7 @@ def baseline_widths(
     num_replaced: int,
     tolerance: float = 0.05,
     tokens_per_sequence: int | None = None,
-) -> dict[str, tuple[int, str]]:
+) -> dict[str, SolvedWidth]:
     """FFN hidden dims F with which SASRec costs what ``config`` with ``moe`` does.
 
     A dense FFN takes ``4 D F`` FLOPs a token and has ``2 D F + F + D`` parameters. The FFNs of the replaced blocks also
@@ -228,7 +229,7 @@ def baseline_widths(
         tokens_per_sequence: for routers whose cost depends on it.
 
     Returns:
-        "sasrec_equal_flops" and "sasrec_equal_params", each a width and why there is none, "" where there is one.
+        "sasrec_equal_flops" and "sasrec_equal_params".
     """
     D, F = config.dim, config.dense_hidden_dim
     flops: float = 4 * D * F if moe is None else moe.flops_per_token(D, tokens_per_sequence=tokens_per_sequence)
@@ -236,21 +237,7 @@ def baseline_widths(
     if config.mixing == "mixture":
         flops += config.depth * config.mixture_flops_per_token() / num_replaced
         params += config.depth * config.mixture_params() / num_replaced
-    solved = {}
-    for name, target, cost, width in (
-        ("sasrec_equal_flops", flops, lambda f: 4 * D * f, flops / (4 * D)),
-        ("sasrec_equal_params", params, lambda f: 2 * D * f + f + D, (params - D) / (2 * D + 1)),
-    ):
-        hidden = max(1, round(width))
-        off = abs(cost(hidden) - target) / target
-        what = name.rpartition("_")[2]
-        problem = f"no whole FFN hidden dim comes within {tolerance:.0%} of {target:.0f} {what} a block"
-        solved[name] = hidden, problem if off > tolerance else ""
-    return solved
-
-
-def _close(a: int, b: int) -> bool:
-    return abs(a - b) <= 0.01 * max(a, b)
+    return ffn_widths("sasrec", D, flops, params, tolerance, each=" a block")
 
 
 @dataclass(frozen=True)
