@@ -1,0 +1,1 @@
+"""Sparse translation and language models: parallel corpora and plain text to transformers with mixtures of experts."""
