@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from apps.recsys.columns import ColumnFiles, ColumnWriter, Damaged
-from apps.sources import DataError
+from apps.columns import ColumnFiles, ColumnWriter, open_or_write
 
 if TYPE_CHECKING:
     from apps.recsys.readers import RawTables
     from apps.recsys.schema import TableConfig
-
-log = logging.getLogger(__name__)
 
 FORMAT = 1
 """Of the column files; a new number makes every table be encoded anew."""
 
 # What reads and encodes a table: a change there makes the files of the old code stale.
 _CODE = (
-    "build.py", "columns.py", "encode.py", "features.py", "files.py", "report.py", "splits.py", "synthetic.py",
+    "build.py", "../columns.py", "encode.py", "features.py", "files.py", "report.py", "splits.py", "synthetic.py",
     "readers/*.py",
 )  # fmt: skip
 
@@ -51,45 +47,18 @@ def open_table(
         DataError: the cache cannot be written, or the disk is full.
     """
     key = _key([FORMAT, name, source, options, _code()])
-    folder = cache / "tables" / f"{name}-{key}"
-    if folder.is_dir() and (files := _open(folder)) is not None:
-        return files
-    from filelock import FileLock
 
-    lock = cache / ".locks" / f"{folder.name}.lock"
-    try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        waiting = FileLock(lock)  # the system drops it when its holder dies
-        waiting.acquire()
-    except OSError as error:
-        raise DataError(
-            f"cache_dir={str(cache)!r} cannot be written ({error.strerror or error}): "
-            "set cache_dir (--data.cache_dir) to a folder that can"
-        ) from error
-    try:
-        if folder.is_dir() and (files := _open(folder)) is not None:  # another process has made it meanwhile
-            return files
+    def write(writer: ColumnWriter) -> None:
         import pyarrow as pa
 
         from apps.recsys.build import build
 
-        log.info("encoding %s into %s", name, folder)
         raw, config = read()
-        with ColumnWriter.open(folder) as writer:
-            build(raw, config, writer)
+        build(raw, config, writer)
         del raw
         pa.default_memory_pool().release_unused()  # arrow would keep as much as the table took while training runs
-        return ColumnFiles(folder)
-    finally:
-        waiting.release()
 
-
-def _open(folder: Path) -> ColumnFiles | None:
-    try:
-        return ColumnFiles(folder)
-    except Damaged as damage:
-        log.warning("%s is damaged (%s): the table is encoded anew", folder, damage)
-        return None
+    return open_or_write(cache / "tables" / f"{name}-{key}", cache, write)
 
 
 def _key(values: Any) -> str:

@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from apps import sources
+from apps.columns import ColumnFiles
 from apps.loader import ResumableLoader
 from apps.recsys.cache import identity, open_table
-from apps.recsys.columns import ColumnFiles
 from apps.recsys.datasets import RECSYS_DATASETS
 from apps.recsys.features import CategoricalFeature, ContinuousFeature, Features
 from apps.recsys.report import SPLITS, TableReport

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from apps.columns import ColumnFiles
 from apps.recsys.batch import TableBatch
-from apps.recsys.columns import ColumnFiles
 from apps.recsys.features import Features
 
 _KEPT_SIZES = 4  # batch sizes at a time: training, evaluation and their last batches

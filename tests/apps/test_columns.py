@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from apps.recsys.columns import ColumnFiles, ColumnWriter, Damaged
+from apps.columns import ColumnFiles, ColumnWriter, Damaged
 from apps.sources import DataError
 
 
@@ -74,7 +74,7 @@ def test_a_full_disk_is_an_error_and_not_a_signal(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
-    with pytest.raises(DataError, match="no disk space for the encoded table"):
+    with pytest.raises(DataError, match="no disk space for the encoded data"):
         write(tmp_path / "t")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").touch()
