@@ -14,6 +14,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from apps.recsys import encode
+from apps.recsys.checks import shared_users
 from apps.recsys.columns import ColumnWriter
 from apps.recsys.encode import Part
 from apps.recsys.features import CategoricalFeature, ContinuousFeature, Features
@@ -65,7 +66,9 @@ class _Build:
         positives = self._write_labels(labels, num_rows)
         if user is not None:
             self.writer.save("group", user)
-            self._check_users(user)
+            if config.split.kind == "user":
+                users = {name: user[mask] for name, mask in self.masks.items()}
+                self.warnings += [check.message for check in shared_users(users)]
         num_domains = 0 if config.domain is None else self._write_domain(config.domain, num_rows)
         features = Features(
             categorical=(*self._write_categorical(labels, num_rows), *self._write_multi_valued()),
@@ -147,19 +150,6 @@ class _Build:
                     self.warnings.append(f"{message}: its AUC is not defined there")
             positives.append(self.report.positives[name]["train"])
         return tuple(positives)
-
-    def _check_users(self, user: NDArray[np.int64]) -> None:
-        if self.config.split.kind != "user":
-            return
-        train = np.zeros(int(user.max()) + 1, dtype=bool)
-        train[user[self.masks["train"]]] = True
-        for split in ("val", "test"):
-            mine = np.unique(user[self.masks[split]])
-            both = int(train[mine].sum())
-            if both:
-                self.warnings.append(
-                    f"the split is by user, but {both} of the {len(mine)} users in {split} are in training too"
-                )
 
     def _write_domain(self, column: str, num_rows: int) -> int:
         codes = encode.factorize(self._parts(column), column)

@@ -91,13 +91,7 @@ def read_ratings_1m(root: Path, num_ratings: int | None = 1_000_209) -> Ratings:
     if (root / "ml-1m.inter").is_file():
         return _read_recbole(root, "ml-1m", num_ratings)
     home = root / "ml-1m" if (root / "ml-1m").is_dir() else root
-    lines = read_delimited(
-        home / "ratings.dat",
-        {"user": pa.int64(), "item": pa.int64(), "rating": pa.float32(), "time": pa.int64()},
-        columns=("user", "item", "rating", "time"),
-        separator="::",
-        num_rows=num_ratings,
-    )
+    lines = _lines(home / "ratings.dat", "::", num_ratings)
     user_columns = ("user_id", "gender", "age", "occupation", "zip_code")
     users = read_delimited(home / "users.dat", _text(user_columns), columns=user_columns, separator="::")
     films = read_delimited(
@@ -114,13 +108,7 @@ def read_ratings_100k(root: Path, num_ratings: int | None = 100_000) -> Ratings:
     if (root / "ml-100k.inter").is_file():
         return _read_recbole(root, "ml-100k", num_ratings)
     home = root / "ml-100k" if (root / "ml-100k").is_dir() else root
-    lines = read_delimited(
-        home / "u.data",
-        {"user": pa.int64(), "item": pa.int64(), "rating": pa.float32(), "time": pa.int64()},
-        columns=("user", "item", "rating", "time"),
-        separator="\t",
-        num_rows=num_ratings,
-    )
+    lines = _lines(home / "u.data", "\t", num_ratings)
     user_columns = ("user_id", "age", "gender", "occupation", "zip_code")
     users = read_delimited(home / "u.user", _text(user_columns), columns=user_columns, separator="|")
     film_columns = ("id", "title", "released", "video", "url", *_GENRES_100K)
@@ -131,6 +119,12 @@ def read_ratings_100k(root: Path, num_ratings: int | None = 100_000) -> Ratings:
     flags = zip(*(films[genre].to_pylist() for genre in _GENRES_100K), strict=True)
     genres = [[g for g, flag in zip(_GENRES_100K, row, strict=True) if flag == "1"] for row in flags]
     return _ratings(home / "u.data", lines, users, films["id"].cast(pa.int64()), titles, genres, _years(titles))
+
+
+def _lines(path: Path, separator: str, num_ratings: int | None) -> pa.Table:
+    """A file of ratings: columns user, item, rating and time."""
+    types = {"user": pa.int64(), "item": pa.int64(), "rating": pa.float32(), "time": pa.int64()}
+    return read_delimited(path, types, columns=tuple(types), separator=separator, num_rows=num_ratings)
 
 
 def _read_recbole(root: Path, name: str, num_ratings: int | None) -> Ratings:
