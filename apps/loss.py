@@ -1,0 +1,129 @@
+"""Cross-entropy over a large vocabulary of items or subwords, without all logits in memory at once."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+# Logits at a time: 4 MB in bfloat16, in rows enough for a product.
+_CHUNK_ELEMENTS = 2**21
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """The gradient of a chunk is worked out while its logits are there, so that no logit is kept or computed twice.
+
+    Smoothing takes no pass over the logits: their mean over the vocabulary is ``h`` times the mean row of ``W``.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, h_TD: Tensor, weight_VD: Tensor, target_T: Tensor, smoothing: float, dtype: torch.dtype
+    ) -> Tensor:
+        T, V = len(h_TD), len(weight_VD)
+        h_dtype, weight_dtype = h_TD.dtype, weight_VD.dtype
+        exact = torch.float64 if dtype == torch.float64 else torch.float32
+        h_TD, weight_VD = h_TD.to(dtype), weight_VD.to(dtype)
+        weight_DV = weight_VD.t().contiguous()
+        wants_h, wants_weight = ctx.needs_input_grad[:2]
+        dh_TD = torch.empty_like(h_TD) if wants_h else None
+        dweight_VD = torch.zeros_like(weight_VD, dtype=exact) if wants_weight else None
+        total = torch.zeros((), dtype=exact, device=h_TD.device)
+        rows = min(max(1, _CHUNK_ELEMENTS // max(V, 1)), max(T, 1))
+        # One buffer for all chunks: fresh memory of this size costs more than what is computed in it.
+        logits_rV, p_rV = (h_TD.new_empty(rows, V) for _ in range(2))
+        for start in range(0, T, rows):
+            h_tD, target_t1 = h_TD[start : start + rows], target_T[start : start + rows, None]
+            logits_tV, p_tV = logits_rV[: len(h_tD)], p_rV[: len(h_tD)]
+            torch.mm(h_tD, weight_DV, out=logits_tV)
+            torch.softmax(logits_tV, -1, out=p_tV)  # float32 inside, whatever goes in and out
+            own_t1 = logits_tV.gather(1, target_t1).to(exact)
+            total += (_log_sum(logits_tV, p_tV) - (1 - smoothing) * own_t1).sum()
+            if not (wants_h or wants_weight):
+                continue
+            d_tV = p_tV.scatter_add_(1, target_t1, torch.full_like(target_t1, smoothing - 1, dtype=dtype))
+            if dh_TD is not None:
+                torch.mm(d_tV, weight_VD, out=dh_TD[start : start + rows])
+            if dweight_VD is not None:
+                dweight_VD += d_tV.t() @ h_tD
+        if smoothing:
+            sum_D, mean_D = h_TD.sum(0, dtype=exact), weight_VD.mean(0, dtype=exact)
+            total -= smoothing * sum_D.dot(mean_D)
+            dh_TD = None if dh_TD is None else dh_TD - smoothing * mean_D
+            dweight_VD = None if dweight_VD is None else dweight_VD.sub_(smoothing / V * sum_D)
+        count = max(T, 1)
+        # The mean's denominator comes last: shares of 1 / T would lose digits in bfloat16.
+        if dh_TD is not None:
+            dh_TD = (dh_TD / count).to(h_dtype)
+        if dweight_VD is not None:
+            dweight_VD = (dweight_VD / count).to(weight_dtype)
+        ctx.grads = dh_TD, dweight_VD
+        return total / count
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        scaled = (None if g is None else g * grad.to(g.dtype) for g in ctx.grads)
+        return *scaled, None, None, None  # type: ignore[return-value]
+
+
+def _log_sum(logits_tV: Tensor, p_tV: Tensor) -> Tensor:
+    """``logsumexp``, (t, 1), as ``max - log p[max]``: the sum of the softmax is not made again."""
+    exact = torch.promote_types(logits_tV.dtype, torch.float32)
+    top_t1, p_top_t1 = (x.amax(1, keepdim=True).to(exact) for x in (logits_tV, p_tV))
+    return top_t1 - p_top_t1.log()
+
+
+def linear_cross_entropy(h: Tensor, weight: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Mean over the rows of ``-sum_v q_v log softmax(h W^T)_v``, in chunks of rows; 0 without rows.
+
+    q is ``1 - label_smoothing`` at the target, and ``label_smoothing / V`` more everywhere. Under autocast the products
+    are in its dtype and the softmax in float32. One backward, not differentiable twice.
+
+    Args:
+        h: (T, D).
+        weight: (V, D).
+        target: int64 (T,), in ``range(V)``.
+        label_smoothing: share of the target spread evenly over the vocabulary.
+
+    Returns:
+        (), float32, or float64 where ``h`` is.
+    """
+    kind = h.device.type
+    autocast = torch.is_autocast_enabled(kind)
+    dtype = torch.get_autocast_dtype(kind) if autocast else torch.promote_types(h.dtype, weight.dtype)
+    with torch.autocast(kind, enabled=False):
+        return _LinearCrossEntropy.apply(h, weight, target, label_smoothing, dtype)
+
+
+class TargetScores(NamedTuple):
+    """How well each target was foreseen.
+
+    Attributes:
+        nll_T: float32 (T,), ``-log softmax(h W^T)[target]``; float64 where ``h`` is.
+        is_first_T: bool (T,), no other has a higher logit, and none before it the same.
+    """
+
+    nll_T: Tensor
+    is_first_T: Tensor
+
+
+@torch.no_grad()
+def target_scores(h: Tensor, weight: Tensor, target: Tensor) -> TargetScores:
+    """The negative log likelihood of each row's target, and whether it comes first, in chunks of rows.
+
+    In float32 also under autocast: in bfloat16 the highest logits tie. Arguments as of ``linear_cross_entropy``.
+    """
+    dtype = torch.promote_types(torch.promote_types(h.dtype, weight.dtype), torch.float32)
+    nll_T = torch.empty(len(h), dtype=dtype, device=h.device)
+    is_first_T = torch.empty(len(h), dtype=torch.bool, device=h.device)
+    rows = max(1, _CHUNK_ELEMENTS // max(len(weight), 1))
+    with torch.autocast(h.device.type, enabled=False):
+        weight_DV = weight.to(dtype).t().contiguous()
+        for start in range(0, len(h), rows):
+            part = slice(start, start + rows)
+            logits_tV, target_t = h[part].to(dtype) @ weight_DV, target[part]
+            nll_T[part] = logits_tV.logsumexp(-1) - logits_tV.gather(1, target_t[:, None]).squeeze(1)
+            is_first_T[part] = logits_tV.argmax(-1) == target_t
+    return TargetScores(nll_T, is_first_T)
