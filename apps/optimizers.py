@@ -16,7 +16,7 @@ from apps.muon import MuonAdamW
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """One learning rate for three kinds of parameters, a linear warm-up and a cosine decay, both by step.
+    """One learning rate for three kinds of parameters, a linear warm-up and a decay, both by step.
 
     Attributes:
         name: "adamw"; or "muon" for the matrices inside the network, with AdamW for the rest: embeddings, the read-out,
@@ -32,8 +32,10 @@ class OptimizerConfig:
         expert_lr_scale: the experts' learning rate is ``lr`` times this.
         expert_weight_decay_scale: the experts' weight decay is ``weight_decay`` times this.
         warmup: steps of linear warm-up; a fraction of all steps where it is below 1.
-        schedule: what follows the warm-up: "cosine" to ``min_lr_ratio``, or "constant".
-        min_lr_ratio: learning rate at the end, as a part of the peak.
+        schedule: what follows the warm-up: "cosine" to ``min_lr_ratio``; "inverse_sqrt": ``sqrt(warmup / n)`` at the
+            n-th step (arXiv 1706.03762, section 5.3), which does not depend on the length of the run where ``warmup``
+            is in steps; or "constant".
+        min_lr_ratio: learning rate at the end, as a part of the peak; "inverse_sqrt" does not fall below it.
 
     Raises:
         ValueError: a value outside its range.
@@ -51,7 +53,7 @@ class OptimizerConfig:
     expert_lr_scale: float = 1.0
     expert_weight_decay_scale: float = 1.0
     warmup: float = 0.05
-    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule: Literal["cosine", "inverse_sqrt", "constant"] = "cosine"
     min_lr_ratio: float = 0.0
 
     def __post_init__(self) -> None:
@@ -77,8 +79,8 @@ class OptimizerConfig:
             raise ValueError(f"optimizer.betas={self.betas} must be two numbers in [0, 1)")
         if not 0 <= self.min_lr_ratio <= 1:
             raise ValueError(f"optimizer.min_lr_ratio={self.min_lr_ratio} must lie in [0, 1]")
-        if self.schedule not in ("cosine", "constant"):
-            raise ValueError(f"optimizer.schedule={self.schedule!r} is not one of 'cosine', 'constant'")
+        if self.schedule not in ("cosine", "inverse_sqrt", "constant"):
+            raise ValueError(f"optimizer.schedule={self.schedule!r} is not one of 'cosine', 'inverse_sqrt', 'constant'")
         if self.warmup >= 1 and self.warmup != int(self.warmup):
             raise ValueError(f"optimizer.warmup={self.warmup} must be a whole number of steps, or a fraction below 1")
 
@@ -93,6 +95,8 @@ class OptimizerConfig:
         warmup = self.warmup_steps(total_steps)
         if step < warmup:
             return (step + 1) / warmup
+        if self.schedule == "inverse_sqrt":
+            return max(math.sqrt(max(warmup, 1) / (step + 1)), self.min_lr_ratio)
         if self.schedule == "constant" or not math.isfinite(total_steps):
             return 1.0
         progress = min((step - warmup) / max(total_steps - warmup, 1), 1.0)

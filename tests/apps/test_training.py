@@ -127,6 +127,19 @@ def test_warm_up_then_cosine_by_hand():
     assert OptimizerConfig(warmup=0, schedule="constant").factor(9, 10) == 1.0
 
 
+def test_warm_up_then_inverse_root_by_hand():
+    config = OptimizerConfig(warmup=4, schedule="inverse_sqrt")
+    # Up by quarters; at the n-th step, which is number n - 1, sqrt(4 / n): 1 at the 4th, 1/2 at the 16th, 1/5 at the
+    # 100th. The length of the run has no say.
+    for total in (100, math.inf):
+        assert [config.factor(s, total) for s in (0, 3, 15, 99)] == pytest.approx([0.25, 1.0, 0.5, 0.2])
+    floored = dataclasses.replace(config, min_lr_ratio=0.4)
+    assert [floored.factor(s, 100) for s in (0, 15, 99)] == pytest.approx([0.25, 0.5, 0.4])
+    # A fraction of all steps: 0.04 of 100 are 4. None: it falls from the first step on.
+    assert dataclasses.replace(config, warmup=0.04).factor(15, 100) == pytest.approx(0.5)
+    assert [dataclasses.replace(config, warmup=0).factor(s, 100) for s in (0, 3)] == pytest.approx([1.0, 0.5])
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
