@@ -1,22 +1,65 @@
-"""Which blocks of a network have MoE layers, where a configuration names them by number."""
+"""Which blocks of a network have MoE layers, where a configuration names them by word or by number."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 
-def block_indices(moe_blocks: Sequence[int], depth: int) -> tuple[int, ...]:
+def resolve_blocks(
+    moe_blocks: str | Sequence[int], depth: int, *, option: str = "moe_blocks", optional: bool = False
+) -> tuple[int, ...]:
+    """Indices of the blocks whose FFN is replaced, ascending.
+
+    Args:
+        moe_blocks: "all"; "everyN": every N-th block, V-MoE's Every-N; "lastN": the last N of "every2", its Last-N;
+            or indices, of which negative ones count from the end.
+        depth: number of blocks.
+        option: name of ``moe_blocks`` in messages.
+        optional: "none" and no index at all are allowed, and name no block.
+
+    Raises:
+        ValueError: not one of these, an index out of range or twice, or N that does not fit the depth.
+
+    Example::
+
+        resolve_blocks("every2", 6)    # (1, 3, 5)
+        resolve_blocks("last2", 6)     # (3, 5)
+        resolve_blocks([-1], 6)        # (5,)
+    """
+    if not isinstance(moe_blocks, str):
+        return () if optional and not moe_blocks else block_indices(moe_blocks, depth, option)
+    if moe_blocks == "all":
+        return tuple(range(depth))
+    if moe_blocks == "none" and optional:
+        return ()
+    every = moe_blocks.startswith("every")
+    rule, count = ("every", moe_blocks[5:]) if every else (moe_blocks[:4], moe_blocks[4:])
+    if rule not in ("last", "every") or not count.isdigit() or int(count) < 1:
+        words = "'all' or 'none'" if optional else "'all'"
+        raise ValueError(
+            f"{option}={moe_blocks!r} is not lastN or everyN (N at least 1), {words}, nor a list of indices"
+        )
+    n = int(count)
+    # As in the paper's code (arXiv 2106.05974): Every-N is range(N - 1, depth, N), Last-N the end of Every-2.
+    chosen = list(range(n - 1, depth, n)) if every else list(range(1, depth, 2))[-n:]
+    most = depth if every else depth // 2
+    if n > most:
+        raise ValueError(f"{option}={moe_blocks!r} does not fit depth={depth}: N is at most {most}")
+    return tuple(chosen)
+
+
+def block_indices(moe_blocks: Sequence[int], depth: int, option: str = "moe_blocks") -> tuple[int, ...]:
     """The named blocks, ascending; negative numbers count from the end.
 
     Raises:
         ValueError: no number, one out of range or twice.
     """
     if not moe_blocks:
-        raise ValueError("moe_blocks=[] names no block: name one, or leave moe out for a dense model")
+        raise ValueError(f"{option}=[] names no block: name one, or leave moe out for a dense model")
     for index in moe_blocks:
         if not -depth <= index < depth:
-            raise ValueError(f"moe_blocks index {index} is out of range for depth={depth}")
+            raise ValueError(f"{option} index {index} is out of range for depth={depth}")
     chosen = sorted(index % depth for index in moe_blocks)
     if len(set(chosen)) != len(chosen):
-        raise ValueError(f"moe_blocks={list(moe_blocks)} names a block twice (depth={depth})")
+        raise ValueError(f"{option}={list(moe_blocks)} names a block twice (depth={depth})")
     return tuple(chosen)
