@@ -15,10 +15,12 @@ import yaml
 
 import core
 from apps.training import Baseline, SparseModule
+from apps.widths import nearest_width, widened
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs" / "routing"
 PREFIX = "router_"
 """Of a system's name in a comparison."""
+Layers = core.MoEConfig | core.MultiGateConfig
 
 
 def overlays() -> dict[str, Path]:
@@ -67,7 +69,7 @@ def path_of(name: str) -> Path:
 
 
 def read(name: str) -> dict[str, Any]:
-    """The part of an overlay that says what the MoE layers are: fields of ``MoEConfig``.
+    """The part of an overlay that says what the MoE layers are: fields of ``MoEConfig`` or ``MMoE``.
 
     Raises:
         ValueError: the file has no ``model.init_args.moe.router``.
@@ -81,33 +83,37 @@ def read(name: str) -> dict[str, Any]:
     return dict(values)
 
 
-def with_router(moe: core.MoEConfig, name: str) -> core.MoEConfig:
-    """``moe`` with the overlay over it. Balance weights that the overlay does not set are the defaults.
+def with_router(moe: Layers, name: str) -> Layers:
+    """``moe`` with the overlay over it; a multi-gate layer gets the router for its gates. Balance weights that the
+    overlay does not set are the defaults.
 
     Raises:
         ValueError: the overlay's values do not fit ``moe``.
     """
     plain = moe.to_dict()
-    return core.MoEConfig.from_dict({**plain, "balance": {}, **read(name)})
+    values = {"balance": {}, **read(name)}
+    if isinstance(moe, core.MoEConfig):
+        return core.MoEConfig.from_dict({**plain, **values})
+    return core.MultiGateConfig.from_dict({**plain, "init_args": {**plain["init_args"], **values}})
 
 
-def match_flops(moe: core.MoEConfig, flops: float, dim: int, **how: Any) -> core.MoEConfig:
+def match_flops(moe: Layers, flops: float, dim: int, **how: Any) -> Layers:
     """``moe`` with experts as wide as makes a token cost ``flops``.
 
     Args:
-        moe: a layer whose expert config has a ``hidden_dim``.
+        moe: a layer.
         flops: forward, a token.
         dim: D.
-        how: further arguments of ``MoEConfig.flops_per_token``.
+        how: further arguments of ``flops_per_token``.
+
+    Raises:
+        ValueError: its experts have no hidden dim.
     """
 
-    def at(hidden: int) -> core.MoEConfig:
-        return dataclasses.replace(moe, expert=dataclasses.replace(moe.expert, hidden_dim=hidden))  # type: ignore[call-arg]
+    def at(width: int) -> Layers:
+        return dataclasses.replace(moe, expert=widened(moe.expert, width))
 
-    # Linear in the hidden dim: the router's share, and a slope.
-    low, high = (at(h).flops_per_token(dim, **how) for h in (64, 128))
-    slope = (high - low) / 64
-    return at(max(1, round((flops - (low - 64 * slope)) / slope)))
+    return at(nearest_width(lambda width: at(width).flops_per_token(dim, **how), flops))
 
 
 @dataclass(frozen=True)
@@ -117,7 +123,7 @@ class Variant:
     module: SparseModule
     name: str
 
-    def config(self) -> core.MoEConfig:
+    def config(self) -> Layers:
         moe = self.module.moe_config
         assert moe is not None
         dim, how = self.module.moe_dim, self.module.moe_flops_arguments
@@ -135,15 +141,14 @@ def variants(module: SparseModule, names: Iterable[str]) -> Mapping[str, Baselin
     """The routers as systems to compare ``module`` with; those that cannot be built say why.
 
     Raises:
-        ValueError: two overlays share a name, or the module has no MoE configuration whose router could be another.
+        ValueError: two overlays share a name, or the module has no layer whose router could be another.
     """
     found: dict[str, Baseline] = {}
-    names = list(names)
-    if names and module.moe_config is None:
-        raise ValueError(
-            f"--routers {names[0]}: {type(module).__name__} has no model.moe whose router could be another; a "
-            "multi-gate layer's routers are compared as configurations of their own"
-        )
+    names, moe = list(names), module.moe_config
+    if names and moe is None:
+        raise ValueError(f"--routers {names[0]}: {type(module).__name__} has no layer to put it into")
+    if names and not hasattr(moe, "router"):
+        raise ValueError(f"--routers {names[0]}: {type(moe).__name__} takes no router in place of its gates, MMoE does")
     for system, name in by_system(names).items():
         variant = Variant(module, name)
         try:
@@ -151,13 +156,19 @@ def variants(module: SparseModule, names: Iterable[str]) -> Mapping[str, Baselin
         except ValueError as error:
             found[system] = Baseline(None, str(error))
             continue
-        lacking = [field for field in config.router.needs() if field not in module.context_fields]
+        router: Any = config.router  # type: ignore[union-attr]
+        lacking = [field for field in router.needs() if field not in module.context_fields]
         if lacking:
             problem = f"needs context.{lacking[0]}, which {type(module).__name__} does not give"
             found[system] = Baseline(None, problem)
-        elif module.causal and not config.router.is_causal():
-            found[system] = Baseline(None, f"{config.router.source()} lets later tokens change earlier ones")
+        elif module.causal and not router.is_causal():
+            found[system] = Baseline(None, f"{router.source()} lets later tokens change earlier ones")
         else:
-            hidden = getattr(config.expert, "hidden_dim", None)
-            found[system] = Baseline(variant, f"{type(config.router).__name__}, expert hidden dim {hidden}")
+            found[system] = Baseline(variant, f"{type(router).__name__}, {_width(config.expert)}")
     return found
+
+
+def _width(expert: Any) -> str:
+    if hasattr(expert, "hidden_dims"):
+        return f"expert hidden dims {', '.join(map(str, expert.hidden_dims))}"
+    return f"expert hidden dim {expert.hidden_dim}"

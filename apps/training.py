@@ -17,12 +17,14 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 import core
 from apps import sharded
+from apps.averaging import WeightAverage
 from apps.callbacks import NonFiniteError, WeightEMA
 from apps.optimizers import OptimizerConfig, build_optimizer, parameter_groups
 
@@ -39,7 +41,8 @@ class TaskOutput:
         loss: (), the mean over the examples, without any auxiliary loss.
         outputs: what the metrics compare, such as logits (B, C).
         targets: what they compare it with.
-        num_examples: B, the weight of this batch in an epoch's mean.
+        num_examples: B.
+        weight: of this batch in an epoch's mean, such as its tokens; None: ``num_examples``.
         terms: parts of the loss to log, each (); empty where the loss is one term.
         groups: int64 (B,), whose example it is, for metrics by user: a third argument of their ``update``; None: none.
     """
@@ -50,6 +53,7 @@ class TaskOutput:
     num_examples: int
     terms: Mapping[str, Tensor] = field(default_factory=dict)
     groups: Tensor | None = None
+    weight: int | None = None
 
 
 @dataclass(frozen=True)
@@ -77,9 +81,11 @@ class SparseModule(LightningModule):
         optimizer: learning rate, weight decay and schedule.
         ema_decay: decay of an exponential moving average of the weights; validation, test and the weights in a
             checkpoint are then the average. None: no average.
+        average_last: also write ``average.ckpt``, the mean of the weights at the ends of so many last epochs; a
+            comparison tests that one. None: no such file.
 
     Raises:
-        ValueError: ema_decay outside (0, 1).
+        ValueError: ema_decay outside (0, 1), average_last below 1, or both.
     """
 
     data_arguments: ClassVar[tuple[str, ...]] = ()
@@ -93,12 +99,21 @@ class SparseModule(LightningModule):
     readout: ClassVar[tuple[str, ...]] = ()
     """Dotted names of the modules that read the outputs off the last hidden state; Muon leaves them to AdamW."""
 
-    def __init__(self, optimizer: OptimizerConfig | None = None, ema_decay: float | None = None) -> None:
+    def __init__(
+        self,
+        optimizer: OptimizerConfig | None = None,
+        ema_decay: float | None = None,
+        average_last: int | None = None,
+    ) -> None:
         super().__init__()
         if ema_decay is not None and not 0 < ema_decay < 1:
             raise ValueError(f"ema_decay={ema_decay} must lie between 0 and 1")
+        if average_last is not None and average_last < 1:
+            raise ValueError(f"average_last={average_last} must be at least 1")
+        if ema_decay is not None and average_last is not None:
+            raise ValueError(f"average_last={average_last} with ema_decay={ema_decay}: the weights have one average")
         self.optimizer_config = optimizer or OptimizerConfig()
-        self.ema_decay = ema_decay
+        self.ema_decay, self.average_last = ema_decay, average_last
         # Lightning gathers the arguments of the subclass's constructor from here. Plain dicts, or a checkpoint could
         # not be loaded with weights_only.
         self.save_hyperparameters(logger=False)
@@ -116,6 +131,12 @@ class SparseModule(LightningModule):
     def task_loss(self, batch: Any) -> TaskOutput:
         """The loss of a batch, without the auxiliary loss of its MoE layers."""
         raise NotImplementedError(f"{type(self).__name__} must define task_loss(batch)")
+
+    def judged(self, batch: Any, out: TaskOutput, stage: Stage) -> TaskOutput:
+        """``out`` with what the metrics compare where ``task_loss`` does not give it, such as decoded texts.
+
+        Called in validation and test alone; no pass in here counts as routing of the evaluation."""
+        return out
 
     def example_inputs(self, batch: Any) -> tuple[Any, ...]:
         """The arguments of ``forward`` in a batch: what FLOPs are counted and predictions made with."""
@@ -136,14 +157,14 @@ class SparseModule(LightningModule):
         ``("auc_click", "auc_buy")``. A loss, an ``ece`` and an error are shown as they are, a share in percent."""
         return ()
 
-    moe_config: core.MoEConfig | None = None
+    moe_config: core.MoEConfig | core.MultiGateConfig | None = None
     """The MoE layers' configuration, for a comparison of routers; None: there is none."""
 
     moe_dim: int = 0
     """Width D of the tokens that reach the MoE layers."""
 
     moe_flops_arguments: Mapping[str, int] = {}
-    """Further arguments of ``MoEConfig.flops_per_token`` at these layers, such as the length of a sequence."""
+    """Further arguments of its ``flops_per_token`` at these layers, such as the length of a sequence."""
 
     note: str = ""
     """What a comparison says of the model, which it calls "sparse", where that needs a word."""
@@ -159,8 +180,8 @@ class SparseModule(LightningModule):
     causal: ClassVar[bool] = False
     """A later token must not change an earlier one: routers that let it are not compared."""
 
-    def with_moe(self, moe: core.MoEConfig) -> SparseModule:
-        """The same model, untrained, with other MoE layers."""
+    def with_moe(self, moe: Any) -> SparseModule:
+        """The same model, untrained, with other MoE layers: a configuration of ``moe_config``'s class."""
         raise NotImplementedError(f"{type(self).__name__} must define with_moe(moe) for a comparison of routers")
 
     # ---- steps
@@ -202,7 +223,8 @@ class SparseModule(LightningModule):
     def _evaluate(self, batch: Any, stage: Stage) -> None:
         with core.record(self) as tape:
             out = self.task_loss(batch)
-        shown = {"prog_bar": stage == "val", "batch_size": out.num_examples}
+        out = self.judged(batch, out, stage)
+        shown = {"prog_bar": stage == "val", "batch_size": out.weight or out.num_examples}
         self.log(f"{stage}/loss", out.loss, on_epoch=True, sync_dist=True, **shown)
         if len(tape):
             stats = core.RoutingStats.from_tape(tape.detach())
@@ -257,6 +279,10 @@ class SparseModule(LightningModule):
         # before it has read the checkpoint, and the loader's position is then never restored.
         self._total_steps = float(self.trainer.estimated_stepping_batches)
         self._restore_own_rates()
+        # Lightning saves that a callback ended the training, but reads it not: resumed, it would do another epoch.
+        for callback in self.trainer.early_stopping_callbacks:
+            if callback is not None and callback.stopping_reason != EarlyStoppingReason.NOT_STOPPED:
+                self.trainer.should_stop = True
         self._clock.restart()
 
     def _restore_own_rates(self) -> None:
@@ -284,6 +310,8 @@ class SparseModule(LightningModule):
                 self._stage_metrics[name] = own
 
     def configure_callbacks(self) -> list[Callback]:
+        if self.average_last is not None:
+            return [WeightAverage(self.average_last)]
         return [WeightEMA(self.ema_decay)] if self.ema_decay is not None else []
 
     def on_train_epoch_start(self) -> None:

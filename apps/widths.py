@@ -1,8 +1,12 @@
-"""FFN widths with which a dense model costs what a sparse one does."""
+"""Widths of experts and FFNs with which one model costs what another does."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import core
 
 
 class SolvedWidth(NamedTuple):
@@ -42,3 +46,35 @@ def ffn_widths(
 def same_width(a: int, b: int) -> bool:
     """Within 1 %: another run of the same model."""
     return abs(a - b) <= 0.01 * max(a, b)
+
+
+def widened(expert: core.ExpertConfig, width: int, times: int = 1) -> core.ExpertConfig:
+    """``expert`` with another hidden dim; an ``MLP`` with another first width, all its layers wider by one factor.
+
+    Args:
+        expert: of a layer.
+        width: the new one.
+        times: of the layers of an ``MLP``, one after the other.
+
+    Raises:
+        ValueError: it has neither ``hidden_dims`` nor ``hidden_dim``.
+    """
+    made: Any = expert
+    if isinstance(expert, core.MLP):
+        first = expert.hidden_dims[0]
+        dims = tuple(max(1, round(width * w / first)) for w in expert.hidden_dims * times)
+        return dataclasses.replace(expert, hidden_dims=dims)
+    if not hasattr(expert, "hidden_dim"):
+        raise ValueError(f"{type(expert).__name__} has neither hidden_dims nor hidden_dim to widen")
+    return dataclasses.replace(made, hidden_dim=width)  # type: ignore[no-any-return]
+
+
+def nearest_width(cost: Callable[[int], float], target: float) -> int:
+    """The whole number from 1 on whose cost, which grows with it, comes nearest to ``target``."""
+    low, high = 1, 2
+    while cost(high) < target:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if cost(middle) < target else (low, middle)
+    return min((low, high), key=lambda width: abs(cost(width) - target))

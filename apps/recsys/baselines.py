@@ -13,7 +13,7 @@ from apps.recsys.bottoms import SharedBottom, SingleTask
 from apps.recsys.features import Features
 from apps.recsys.weighting import WeightingConfig
 from apps.training import Baseline
-from apps.widths import same_width
+from apps.widths import nearest_width, same_width, widened
 
 if TYPE_CHECKING:
     from apps.recsys.module import MultiTaskRecommender
@@ -77,34 +77,18 @@ def solve(shared: core.MultiGateConfig, dim: int, features: Features, tolerance:
     """
     t, domains = len(features.tasks), features.num_domains
     targets = {"flops": shared.flops_per_token(dim, t, domains), "params": shared.num_params(dim, t, domains)}
-    found = {}
+    levels, found = getattr(shared, "num_levels", 1), {}
     for kind, prefix in ((SharedBottom, "shared_bottom"), (SingleTask, "single_task")):
+
+        def at(width: int, kind: type[SharedBottom] = kind) -> SharedBottom:
+            return kind(expert=widened(shared.expert, width, levels), backend=shared.backend)
+
         for what, target in targets.items():
-            at = _at(kind, shared)
-            found[f"{prefix}_equal_{what}"] = (
-                _solve(at, what, target, dim, t, tolerance)
-                if at is not None
-                else Solved(None, 0, f"{type(shared.expert).__name__} has neither hidden_dims nor hidden_dim to widen")
-            )
+            try:
+                found[f"{prefix}_equal_{what}"] = _solve(at, what, target, dim, t, tolerance)
+            except ValueError as error:
+                found[f"{prefix}_equal_{what}"] = Solved(None, 0, str(error))
     return found
-
-
-def _at(kind: type[SharedBottom], shared: core.MultiGateConfig) -> Callable[[int], SharedBottom] | None:
-    """The bottom whose first layer has a given width."""
-    expert: Any = shared.expert
-    if isinstance(expert, core.MLP):
-        shape = expert.hidden_dims * getattr(shared, "num_levels", 1)
-
-        def widened(width: int) -> Any:
-            dims = tuple(max(1, round(width * w / shape[0])) for w in shape)
-            return dataclasses.replace(expert, hidden_dims=dims)
-    elif hasattr(expert, "hidden_dim"):
-
-        def widened(width: int) -> Any:
-            return dataclasses.replace(expert, hidden_dim=width)
-    else:
-        return None
-    return lambda width: kind(expert=widened(width), backend=shared.backend)
 
 
 def _solve(
@@ -114,13 +98,7 @@ def _solve(
         config = at(width)
         return config.flops_per_token(dim, num_tasks) if what == "flops" else config.num_params(dim, num_tasks)
 
-    low, high = 1, 2
-    while cost(high) < target:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if cost(middle) < target else (low, middle)
-    width = min((low, high), key=lambda w: abs(cost(w) - target))
+    width = nearest_width(cost, target)
     if abs(cost(width) - target) > tolerance * target:
         return Solved(None, width, f"no whole width comes within {tolerance:.0%} of {target:,} {what}")
     return Solved(at(width), width)

@@ -94,6 +94,9 @@ class MultiTaskRecommender(SparseModule):
         members = [self._network() for _ in range(num_members)]
         self.model = members[0] if num_members == 1 else Ensemble(members)
         self.weighting = self.weighting_config.build(features.tasks, features.positives)
+        self.moe_config = None if isinstance(self.shared_config, SharedBottom) else self.shared_config
+        self.moe_dim = self.input_dim
+        self.moe_flops_arguments = {"num_tasks": len(features.tasks), "num_domains": features.num_domains}
 
     def _network(self) -> MultiTaskModel:
         return MultiTaskModel(
@@ -241,6 +244,9 @@ class MultiTaskRecommender(SparseModule):
 
     def baselines(self) -> Mapping[str, Baseline]:
         return baselines(self)
+
+    def with_moe(self, moe: core.MultiGateConfig) -> MultiTaskRecommender:
+        return self.twin(shared=moe)
 
     def twin(self, **changed: Any) -> MultiTaskRecommender:
         """The same module anew, untrained, but for the arguments in ``changed``."""

@@ -10,7 +10,6 @@ from made_table import MadeTable, batch, features, jagged
 from torch.testing import assert_close
 
 import core
-from apps import routers
 from apps.compare.systems import check_equal, measure_cost
 from apps.recsys import estimators
 from apps.recsys.baselines import ESTIMATORS, solve
@@ -254,12 +253,6 @@ def test_a_bottom_has_no_baselines():
 def test_a_comparison_says_that_dense_gates_are_not_sparse():
     assert build(core.MMoE(num_experts=2)).note == "MMoE with dense gates: every expert computes every example"
     assert build(core.MMoE(num_experts=2, router=core.TokenChoice(top_k=1))).note == ""
-
-
-def test_other_routers_are_refused_in_one_line():
-    with pytest.raises(ValueError, match=r"--routers hash: MultiTaskRecommender has no model\.moe whose router"):
-        routers.variants(build(), ["hash"])
-    assert routers.variants(build(), []) == {}
 
 
 def test_the_estimators_are_there():
