@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -23,22 +23,35 @@ from torch.utils.data.distributed import DistributedSampler
 _SEED_STRIDE = 1_000_003
 
 
+class BatchPlan(Protocol):
+    """Batches of other sizes than one fixed number of examples, such as those of a token budget."""
+
+    def __len__(self) -> int:
+        """Batches of an epoch, the same number in every epoch."""
+
+    def batches(self, seed: int, epoch: int) -> Sequence[torch.Tensor]:
+        """The positions in the dataset of each batch of an epoch, int64; a function of these two numbers alone."""
+
+
 class ResumableLoader(DataLoader):
     """Batches of a map-style dataset, in an order and with random draws that a resumed run repeats.
 
     Args:
         dataset: map-style; ``dataset[i]`` may draw from the global generators of torch, numpy and ``random``.
-        batch_size: examples a batch and process.
+        batch_size: examples a batch and process; None with ``plan``.
         seed: of the order and of the transforms; None takes the one given to ``torch.manual_seed``.
         shuffle: a new order each epoch; False keeps the dataset's.
         drop_last: leave out a last batch that is not full.
         collate_fn: makes a batch of a list of examples; it may draw random numbers as well (mixup).
         draws: whether the dataset or collate_fn draw random numbers. False spares a batch its seeding, which takes as
             long as reading a batch of a table; ``dataset.__getitems__`` is then given an int64 tensor of positions.
+        plan: which examples are a batch, instead of ``batch_size`` and ``drop_last``. Processes take its batches in
+            turn; the first ones are repeated until each has as many. Without ``shuffle`` every epoch is its epoch 0.
         loader_kwargs: ``num_workers``, ``pin_memory``, ``persistent_workers`` ... of ``DataLoader``.
 
     Raises:
-        ValueError: batch_size below 1, an empty dataset, or no full batch with ``drop_last``.
+        ValueError: batch_size below 1, an empty dataset, no full batch with ``drop_last``, or both or neither of
+            batch_size and plan.
 
     Example::
 
@@ -48,21 +61,24 @@ class ResumableLoader(DataLoader):
     def __init__(
         self,
         dataset: Dataset,
-        batch_size: int,
+        batch_size: int | None = None,
         *,
         seed: int | None = None,
         shuffle: bool = True,
         drop_last: bool = False,
         collate_fn: Callable[[list[Any]], Any] | None = None,
         draws: bool = True,
+        plan: BatchPlan | None = None,
         **loader_kwargs: Any,
     ) -> None:
-        if batch_size < 1:
+        if (batch_size is None) == (plan is None) or (plan is not None and drop_last):
+            raise ValueError("a loader has batches of batch_size examples, or those of a plan, which drops none")
+        if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be at least 1")
         size = len(dataset)  # type: ignore[arg-type]
         if size == 0:
             raise ValueError("the training dataset is empty")
-        if drop_last and size < batch_size:
+        if batch_size is not None and drop_last and size < batch_size:
             raise ValueError(f"batch_size={batch_size} exceeds the {size} training examples; drop_last drops them all")
         seed = torch.initial_seed() % 2**31 if seed is None else seed
         distributed = dist.is_available() and dist.is_initialized()
@@ -74,7 +90,8 @@ class ResumableLoader(DataLoader):
             shuffle=shuffle,
             seed=seed * _SEED_STRIDE,
         )
-        batches = _Batches(sampler, batch_size, drop_last, seed, draws)
+        parts = _Blocks(sampler, batch_size or 1, drop_last) if plan is None else _Planned(sampler, plan)
+        batches = _Batches(sampler, parts, seed, draws)
         collate = collate_fn or torch.utils.data.default_collate
         super().__init__(
             _SeededDataset(dataset, collate),
@@ -138,12 +155,44 @@ class _Sampler(DistributedSampler[Any]):
         return iter(self.order().tolist())
 
 
+class _Blocks:
+    """The sampler's epoch cut into batches of one size."""
+
+    def __init__(self, sampler: _Sampler, batch_size: int, drop_last: bool) -> None:
+        self.sampler, self.batch_size, self.drop_last = sampler, batch_size, drop_last
+
+    def __len__(self) -> int:
+        n = len(self.sampler)
+        return n // self.batch_size if self.drop_last else -(-n // self.batch_size)
+
+    def epoch(self, seed: int, start: int) -> Iterator[torch.Tensor]:
+        """The batches from number ``start`` on. The seed is the sampler's, too."""
+        order = self.sampler.order()
+        return (order[b * self.batch_size : (b + 1) * self.batch_size] for b in range(start, len(self)))
+
+
+class _Planned:
+    """The process's part of the epochs of a plan."""
+
+    def __init__(self, sampler: _Sampler, plan: BatchPlan) -> None:
+        self.sampler, self.plan = sampler, plan
+
+    def __len__(self) -> int:
+        return -(-len(self.plan) // self.sampler.num_replicas)
+
+    def epoch(self, seed: int, start: int) -> Iterator[torch.Tensor]:
+        """The batches from number ``start`` on."""
+        sampler = self.sampler
+        batches = self.plan.batches(seed, sampler.epoch if sampler.shuffle else 0)
+        places = range(sampler.rank, len(self) * sampler.num_replicas, sampler.num_replicas)
+        return (batches[place % len(batches)] for place in places[start:])
+
+
 class _Batches:
     """The batches of the sampler's epoch, each with its own seed where random numbers are drawn."""
 
-    def __init__(self, sampler: _Sampler, batch_size: int, drop_last: bool, seed: int, draws: bool) -> None:
-        self.sampler, self.batch_size, self.drop_last, self.seed = sampler, batch_size, drop_last, seed
-        self.draws = draws
+    def __init__(self, sampler: _Sampler, parts: _Blocks | _Planned, seed: int, draws: bool) -> None:
+        self.sampler, self.parts, self.seed, self.draws = sampler, parts, seed, draws
         self.resume = (-1, 0)
 
     def start(self) -> int:
@@ -152,15 +201,12 @@ class _Batches:
         return served if epoch == self.sampler.epoch else 0
 
     def __len__(self) -> int:
-        n = len(self.sampler)
-        return n // self.batch_size if self.drop_last else -(-n // self.batch_size)
+        return len(self.parts)
 
     def __iter__(self) -> Iterator[_Draw | torch.Tensor]:
         start, epoch = self.start(), self.sampler.epoch
         self.resume = (-1, 0)
-        order = self.sampler.order()
-        for b in range(start, len(self)):
-            positions = order[b * self.batch_size : (b + 1) * self.batch_size]
+        for b, positions in enumerate(self.parts.epoch(self.seed, start), start):
             if not self.draws:
                 yield positions
                 continue

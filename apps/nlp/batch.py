@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from apps.nlp.subwords import EOS_ID
+
 
 class TranslationBatch(NamedTuple):
     """B sentence pairs as subword ids, each padded with ``PAD_ID`` after its end.
@@ -22,3 +24,8 @@ class TranslationBatch(NamedTuple):
     target_BL: Tensor
     pair_B: Tensor
     index_B: Tensor  # type: ignore[assignment]  # a batch has no use for tuple.index
+
+    @property
+    def empty_B(self) -> Tensor:
+        """bool (B,): the source is an empty line, which is to stay one. It has ``EOS_ID`` alone, without a tag."""
+        return self.source_BS[:, 0] == EOS_ID

@@ -5,9 +5,18 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+import io
+import json
+import logging
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
+
+from apps.files import replacing
+
+log = logging.getLogger(__name__)
 
 PAD_ID, UNK_ID, BOS_ID, EOS_ID = 0, 1, 2, 3
 """Ids of padding, of what has no subword, and of a sentence's begin and end, in every vocabulary here."""
@@ -93,3 +102,123 @@ def _processor(model: str) -> Any:
     if specials != (PAD_ID, UNK_ID, BOS_ID, EOS_ID):
         raise ValueError(f"subwords: ids of pad, unk, bos, eos are {specials}, not {(PAD_ID, UNK_ID, BOS_ID, EOS_ID)}")
     return processor
+
+
+_THREADS = 8
+"""Fixed, whatever the machine has: sentencepiece adds up its counts thread by thread, and rounds by their number."""
+_LONGEST_BYTES = 1 << 14
+
+
+@dataclass(frozen=True)
+class SubwordConfig:
+    """How subwords are learned from the training text.
+
+    Attributes:
+        kind: "bpe" (Sennrich et al. 2016) or "unigram" (Kudo 2018).
+        vocab_size: ids of a vocabulary; of both sides together where it is joint. The 4 specials, the tags, 256 bytes
+            and the characters are among them. It is a limit: a small corpus may not have so many subwords.
+        joint: one vocabulary for both sides; else each has its own.
+        character_coverage: share of the text whose characters are subwords themselves; the rarest ones are spelled in
+            bytes, as are those that the training text lacks.
+        max_sentences: of a side, that subwords are learned from; of a larger corpus so many are drawn.
+
+    Raises:
+        ValueError: a value out of its range.
+    """
+
+    kind: Literal["bpe", "unigram"] = "bpe"
+    vocab_size: int = 8000
+    joint: bool = True
+    character_coverage: float = 0.9999
+    max_sentences: int = 2_000_000
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("bpe", "unigram"):
+            raise ValueError(f"kind={self.kind!r} is not bpe or unigram")
+        if self.vocab_size < 1 or self.max_sentences < 1:
+            raise ValueError(f"vocab_size={self.vocab_size} and max_sentences={self.max_sentences} must be at least 1")
+        if not 0.9 <= self.character_coverage <= 1:
+            raise ValueError(f"character_coverage={self.character_coverage} is not between 0.9 and 1")
+
+
+def train_subwords(
+    source: Iterable[str], target: Iterable[str], config: SubwordConfig, languages: Sequence[str] = (),
+    cache: Path | None = None,
+) -> Subwords:  # fmt: skip
+    """Subwords of a corpus, the same whenever its text and the options are.
+
+    Args:
+        source: the sentences of the source side, of training alone. A sentence that comes twice counts once.
+        target: of the target side.
+        config: how.
+        languages: those that need a tag.
+        cache: folder for the models, so that the same one is not trained again; None: none is kept.
+
+    Raises:
+        ValueError: no text, or a vocabulary too small for its characters.
+    """
+    if config.joint:
+        models = [_model([*source, *target], config, languages, cache)]
+    else:
+        models = [_model(source, config, languages, cache), _model(target, config, (), cache)]
+    return Subwords(tuple(base64.b64encode(model).decode() for model in models), tuple(languages))
+
+
+def _model(lines: Iterable[str], config: SubwordConfig, languages: Sequence[str], cache: Path | None) -> bytes:
+    import numpy as np
+    import sentencepiece
+
+    sentences = list(dict.fromkeys(line for line in lines if line))
+    if len(sentences) > config.max_sentences:
+        chosen = np.random.RandomState(0).permutation(len(sentences))[: config.max_sentences]
+        sentences = [sentences[i] for i in np.sort(chosen)]
+    if cache is None:
+        return _train(sentences, config, languages)
+    options = json.dumps([asdict(config), list(languages), sentencepiece.__version__, _THREADS])
+    digest = hashlib.sha256(options.encode())
+    for sentence in sentences:
+        digest.update(sentence.encode() + b"\n")
+    path = cache / "subwords" / f"{config.kind}-{config.vocab_size}-{digest.hexdigest()[:16]}.model"
+    if path.is_file():
+        return path.read_bytes()
+    model = _train(sentences, config, languages)
+    with replacing(path, "wb") as file:
+        file.write(model)
+    return model
+
+
+def _train(sentences: list[str], config: SubwordConfig, languages: Sequence[str]) -> bytes:
+    from sentencepiece import SentencePieceTrainer
+
+    if not sentences:
+        raise ValueError("there is no text to learn subwords from")
+    model = io.BytesIO()
+    try:
+        SentencePieceTrainer.train(
+            sentence_iterator=iter(sentences),
+            model_writer=model,
+            model_type=config.kind,
+            vocab_size=config.vocab_size,
+            hard_vocab_limit=False,
+            character_coverage=config.character_coverage,
+            byte_fallback=True,
+            # What goes in comes out: references are compared with their own characters, not with compatible ones.
+            normalization_rule_name="identity",
+            pad_id=PAD_ID,
+            unk_id=UNK_ID,
+            bos_id=BOS_ID,
+            eos_id=EOS_ID,
+            unk_surface="",
+            # Control symbols, not user-defined ones: a "<2de>" in a text stays text, and a tag is no part of one.
+            control_symbols=[f"<2{language}>" for language in languages],
+            max_sentence_length=_LONGEST_BYTES,
+            num_threads=_THREADS,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        if found := re.search(r"required_chars\. \d+ vs (\d+)", str(error)):
+            raise ValueError(
+                f"vocab_size={config.vocab_size} is too small: specials, tags, bytes and characters are {found[1]}"
+            ) from error
+        raise ValueError(f"subwords cannot be learned: {' '.join(str(error).split())}") from error
+    return model.getvalue()

@@ -1,0 +1,228 @@
+"""Aligned rows to the sentence pairs of each split: which rows train, validate and test, and what is left out of them.
+
+Draws come from numpy's ``RandomState``, whose stream numpy guarantees to keep: a split is the same on every machine.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from apps.nlp.readers.lines import Rows
+
+SPLITS = ("train", "val", "test")
+_LANGUAGE = r"[A-Za-z]{2,8}(?:[_@][A-Za-z0-9]+)*"
+
+
+@dataclass
+class SentencePairs:
+    """The sentence pairs of one split, side by side.
+
+    Attributes:
+        source, target: their text.
+        pair: of each, the language pair's number.
+        corpus: of each, the corpus' number.
+    """
+
+    source: list[str] = field(default_factory=list)
+    target: list[str] = field(default_factory=list)
+    pair: list[int] = field(default_factory=list)
+    corpus: list[int] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def take(self, positions: Iterable[int]) -> SentencePairs:
+        """Those at ``positions``."""
+        at = list(positions)
+        return SentencePairs(
+            [self.source[i] for i in at],
+            [self.target[i] for i in at],
+            [self.pair[i] for i in at],
+            [self.corpus[i] for i in at],
+        )
+
+
+@dataclass(frozen=True)
+class Filters:
+    """Which training pairs are left out. Validation and test pairs stay, whatever their length.
+
+    Attributes:
+        max_words: words of a side, cut at spaces; None: any number.
+        max_ratio: words of the longer side over those of the shorter one; None: any.
+    """
+
+    max_words: int | None = None
+    max_ratio: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_words is not None and self.max_words < 1:
+            raise ValueError(f"max_words={self.max_words} must be at least 1")
+        if self.max_ratio is not None and self.max_ratio < 1:
+            raise ValueError(f"max_ratio={self.max_ratio} must be at least 1")
+
+    def reason(self, source: str, target: str) -> str | None:
+        """Why a pair is left out; None: it is not."""
+        if self.max_words is None and self.max_ratio is None:
+            return None
+        short, long = sorted((len(source.split()), len(target.split())))
+        if self.max_words is not None and long > self.max_words:
+            return f"of more than {self.max_words} words"
+        if self.max_ratio is not None and long > self.max_ratio * short:
+            return f"of a length ratio over {self.max_ratio:g}"
+        return None
+
+
+def parse_pairs(pairs: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    """Source and target language of each pair.
+
+    Raises:
+        ValueError: no pair, one that is not written as ``en-de``, of a language with itself, or given twice.
+    """
+    if not pairs:
+        raise ValueError("pairs is empty: name at least one, such as en-de")
+    if twice := [pair for pair, count in Counter(pairs).items() if count > 1]:
+        raise ValueError(f"pairs names {twice[0]!r} twice")
+    parsed = []
+    for pair in pairs:
+        if not (match := re.fullmatch(f"({_LANGUAGE})-({_LANGUAGE})", pair)):
+            raise ValueError(f"pair {pair!r} is not SOURCE-TARGET, two language codes such as en-de or en-pt_BR")
+        if match[1] == match[2]:
+            raise ValueError(f"pair {pair!r} translates a language into itself")
+        parsed.append((match[1], match[2]))
+    return tuple(parsed)
+
+
+def draw_split(rows: Rows, val_size: int | float, test_size: int | float, seed: int) -> dict[str, Rows]:
+    """Rows shared out by chance so that no sentence, of any language, is in two splits.
+
+    Rows that share a sentence, directly or over others, stay together; letter case and spaces do not count. Their
+    groups are drawn until a split is full; one that is larger than what is left stays in training.
+
+    Args:
+        rows: all of them.
+        val_size, test_size: rows of a split, or a share of all below 1.
+        seed: of the draw.
+
+    Raises:
+        ValueError: sizes that leave nothing to train on.
+    """
+    wanted = {"test": test_size, "val": val_size}
+    counts = {name: round(size * len(rows)) if size < 1 else int(size) for name, size in wanted.items()}
+    if min(wanted.values()) < 0 or sum(counts.values()) >= max(1, len(rows)):
+        raise ValueError(
+            f"val_size={val_size} and test_size={test_size} leave none of {rows.name}'s {len(rows):,} rows to train on"
+        )
+    parts = _connected(rows)
+    generator = np.random.RandomState(seed)
+    size_P = np.bincount(parts)
+    split_P = np.zeros(len(size_P), np.int64)
+    left = [counts["val"], counts["test"]]
+    for part in generator.permutation(len(size_P)):
+        for number in (1, 0):  # test first
+            if size_P[part] <= left[number]:
+                split_P[part] = number + 1
+                left[number] -= size_P[part]
+                break
+        if not any(left):
+            break
+    split_N = split_P[parts]
+    return {name: _take(rows, np.flatnonzero(split_N == i)) for i, name in enumerate(SPLITS)}
+
+
+def _connected(rows: Rows) -> NDArray[np.int64]:
+    """Of each row, the number of the group of rows that share sentences."""
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.csgraph import connected_components
+
+    known: dict[tuple[str, str], int] = {}
+    at: list[int] = []
+    sentence: list[int] = []
+    for language, lines in rows.text.items():
+        for i, line in enumerate(lines):
+            if line:
+                at.append(i)
+                sentence.append(known.setdefault((language, _key(line)), len(known)))
+    n, m = len(rows), len(known)
+    graph = coo_matrix((np.ones(len(at), np.int8), (at, np.array(sentence, np.int64) + n)), shape=(n + m, n + m))
+    _, part = connected_components(graph, directed=False)
+    return np.unique(part[:n], return_inverse=True)[1]
+
+
+def _key(line: str) -> str:
+    return " ".join(line.casefold().split())
+
+
+def _take(rows: Rows, positions: NDArray[np.int64]) -> Rows:
+    at = positions.tolist()
+    return Rows({language: [lines[i] for i in at] for language, lines in rows.text.items()}, rows.name)
+
+
+@dataclass
+class Collected:
+    """All pairs of all corpora.
+
+    Attributes:
+        splits: by the name of the split.
+        left_out: how many pairs were, by split and reason.
+    """
+
+    splits: dict[str, SentencePairs]
+    left_out: dict[str, Counter[str]]
+
+
+def collect(corpora: Mapping[str, Mapping[str, Sequence[Rows]]], pairs: Sequence[str], filters: Filters) -> Collected:
+    """The sentence pairs of the wanted language pairs.
+
+    A pair with an empty side is left out of every split, and out of training one that a filter names, and one that is
+    in validation or test in the same words, in either direction.
+
+    Args:
+        corpora: the rows of each split of each corpus.
+        pairs: such as ``en-de``.
+        filters: of training pairs.
+
+    Raises:
+        ValueError: a pair without training sentences.
+    """
+    parsed = parse_pairs(pairs)
+    splits = {name: SentencePairs() for name in SPLITS}
+    left_out: dict[str, Counter[str]] = {name: Counter() for name in SPLITS}
+    held: set[frozenset[tuple[str, str]]] = set()
+    for split in reversed(SPLITS):  # what is held out is known when training comes
+        kept, out = splits[split], left_out[split]
+        for number, parts in enumerate(corpora.values()):
+            for p, (a, b) in enumerate(parsed):
+                for rows in parts.get(split, ()):
+                    if a not in rows.text or b not in rows.text:
+                        continue
+                    for source, target in zip(rows.text[a], rows.text[b], strict=True):
+                        if not source or not target:
+                            out["with an empty side"] += bool(source or target)
+                            continue
+                        both = frozenset(((a, source), (b, target)))
+                        if split != "train":
+                            held.add(both)
+                        elif both in held:
+                            out["of validation or test"] += 1
+                            continue
+                        elif reason := filters.reason(source, target):
+                            out[reason] += 1
+                            continue
+                        kept.source.append(source)
+                        kept.target.append(target)
+                        kept.pair.append(p)
+                        kept.corpus.append(number)
+    found = set(splits["train"].pair)
+    for p, pair in enumerate(pairs):
+        if p not in found:
+            known = {lang for parts in corpora.values() for rows in parts.get("train", ()) for lang in rows.text}
+            lacking = [lang for lang in parsed[p] if lang not in known]
+            why = f"nothing is in {lacking[0]!r}, only in {', '.join(sorted(known))}" if lacking else "none is left"
+            raise ValueError(f"pair {pair!r} has no training sentences in {', '.join(corpora)}: {why}")
+    return Collected(splits, left_out)

@@ -1,0 +1,461 @@
+"""Parallel text for Lightning: the corpora that are known by name, and your own files.
+
+A corpus is read and turned into subword ids once, into memory-mapped files in the cache. The order of an epoch depends
+on (seed, epoch) alone: `apps.loader.ResumableLoader` restores it in mid-epoch. sentencepiece is imported where needed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import logging
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from apps import sources
+from apps.columns import ColumnFiles, ColumnWriter, open_or_write
+from apps.loader import ResumableLoader
+from apps.nlp.batch import TranslationBatch
+from apps.nlp.batches import TokenBatches, by_length, cut_by_tokens
+from apps.nlp.corpora import SPLITS, Filters, collect, draw_split, parse_pairs
+from apps.nlp.datasets import NLP_DATASETS, OWN, Corpus, find_corpus
+from apps.nlp.encoded import EncodedPairs, read_text, write_pairs
+from apps.nlp.readers.lines import clean
+from apps.nlp.subwords import BOS_ID, EOS_ID, PAD_ID, SubwordConfig, Subwords, train_subwords
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+"""Of the encoded files; a new number makes every corpus be encoded anew."""
+
+# What reads and encodes a corpus: a change there makes the files of the old code stale.
+_CODE = ("corpora.py", "datasets.py", "encoded.py", "subwords.py", "readers/*.py", "../columns.py")
+
+
+class TranslationData(LightningDataModule):
+    """Sentence pairs in train, validation and test batches of `TranslationBatch`.
+
+    Args:
+        dataset: multi30k, ... (`moesaic data list`), or what files of yours are: moses.
+        root: folder with your own copy of the dataset's files; nothing is downloaded then. Of files of yours: the
+            folder their names start from, by default the one you are in.
+        cache_dir: folder for downloads, subwords and encoded text; default ~/.cache/moesaic.
+        pairs: language pairs, such as [en-de, de-en]; a sparse model's tasks, in this order. None: the dataset's first.
+        train_files: of yours. Moses: ``train`` for ``train.en`` and ``train.de``, plain or ``.gz``; or with the place
+            of the language and, if each pair has its own files, of the pair: ``{pair}/train.{lang}``.
+        val_files: likewise; None: rows of train_files are held out. Of multi30k: another name than ``val``.
+        test_files: likewise. Of multi30k: another name than ``test_2016_flickr``, such as ``test_2017_flickr``.
+        val_size: rows to hold out where there is no file of them, or a share of all below 1; None: 1000, and no more
+            than a twentieth of a small corpus.
+        test_size: likewise.
+        split_seed: of what is held out, and of the subset. Not the run's: runs of different seeds have the same splits.
+        corpora: further ones beside this one, each with its own files.
+        subwords: those of a trained model; None: they are learned from the training sentences alone.
+        tokenizer: how they are learned.
+        max_length: tokens of a side, specials included. Longer training pairs are left out; longer sources to be
+            translated are cut, with a warning.
+        max_words: training pairs with more words on a side are left out.
+        max_ratio: training pairs are left out whose longer side has more than so many times the words of the shorter.
+        subset: use only so many training pairs, drawn by split_seed; subwords are learned from these alone.
+        temperature: T of sampling among corpora and pairs, n^(1/T): above 1 small ones come more often.
+        tokens_per_batch: pairs of a training batch and process times their longest side, at most.
+        eval_tokens_per_batch: in validation, test and prediction.
+        text: what to translate in prediction, one sentence or several. Without text and file: the sources of the test
+            split.
+        predict_file: file to translate, line by line; "-" is standard input.
+        predict_pair: the pair that text or predict_file is to be translated in; None: the only one.
+        predict_lines: lines of predict_file that are read at once, and sorted by length.
+        num_workers: processes that cut batches; 0 is best, a batch takes about a millisecond.
+        seed: of the order of training; default the seed of the whole run (seed_everything).
+
+    Raises:
+        ValueError: an unknown dataset, pair or language, an option out of its range or for another dataset; when the
+            data are first needed: missing or unreadable files, unequal numbers of lines, a pair without sentences.
+
+    Example::
+
+        data = TranslationData("multi30k", pairs=["en-de"])
+        batch = next(iter(data.train_dataloader()))
+        batch.source_BS, batch.target_BL
+    """
+
+    def __init__(
+        self,
+        dataset: str = "multi30k",
+        root: str | None = None,
+        cache_dir: str | None = None,
+        pairs: Sequence[str] | None = None,
+        train_files: str | None = None,
+        val_files: str | None = None,
+        test_files: str | None = None,
+        val_size: int | float | None = None,
+        test_size: int | float | None = None,
+        split_seed: int = 0,
+        corpora: Sequence[Corpus] = (),
+        subwords: Subwords | None = None,
+        tokenizer: SubwordConfig = SubwordConfig(),
+        max_length: int = 256,
+        max_words: int | None = None,
+        max_ratio: float | None = None,
+        subset: int | None = None,
+        temperature: float = 1.0,
+        tokens_per_batch: int = 4096,
+        eval_tokens_per_batch: int = 4096,
+        text: str | list[str] | None = None,
+        predict_file: str | None = None,
+        predict_pair: str | None = None,
+        predict_lines: int = 2048,
+        num_workers: int = 0,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        own = Corpus(dataset, root, train_files, val_files, test_files, val_size, test_size)
+        self.dataset, self.corpora, self.cache_dir = dataset, (own, *corpora), cache_dir
+        known = NLP_DATASETS.get(dataset)
+        if pairs is None and known is not None:
+            pairs = known.pairs
+        if pairs is None and dataset in OWN:
+            raise ValueError(f"dataset={dataset!r} needs pairs (--data.pairs), such as [en-de]")
+        self.pairs: tuple[str, ...] = tuple(pairs or ())
+        self.split_seed, self.tokenizer, self.subset, self.seed = split_seed, tokenizer, subset, seed
+        self.filters = Filters(max_words, max_ratio)
+        self.max_length, self.temperature = max_length, temperature
+        self.tokens_per_batch, self.eval_tokens_per_batch = tokens_per_batch, eval_tokens_per_batch
+        self.text, self.predict_file, self.predict_pair = text, predict_file, predict_pair
+        self.predict_lines, self.num_workers = predict_lines, num_workers
+        self._given = subwords
+        self._files: ColumnFiles | None = None
+        self._told = False
+        self._check_options()
+
+    # ---- what a model and a reader of results ask
+
+    @property
+    def subwords(self) -> Subwords:
+        """Given, or learned from the training sentences. The first use reads the corpus, or finds it in the cache."""
+        if self._given is not None:
+            return self._given
+        info = self._open().info["subwords"]
+        return Subwords(tuple(info["models"]), tuple(info["languages"]))
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        """Of all pairs, in the order of their first mention."""
+        return tuple(dict.fromkeys(language for pair in parse_pairs(self.pairs) for language in pair))
+
+    @property
+    def num_tasks(self) -> int:
+        """Language pairs."""
+        return len(self.pairs)
+
+    def sources(self, split: str) -> list[str]:
+        """The source sentences of "val" or "test", by ``index_B`` of a batch."""
+        return read_text(self._open(), self._held_out(split), "source")
+
+    def references(self, split: str) -> list[str]:
+        """The target sentences of "val" or "test", by ``index_B`` of a batch."""
+        return read_text(self._open(), self._held_out(split), "target")
+
+    def pair_of(self, split: str) -> list[int]:
+        """The language pair of each sentence pair of "val" or "test", as its place in ``pairs``."""
+        return self._open()[f"{self._held_out(split)}_pair"].tolist()
+
+    # ---- Lightning
+
+    def prepare_data(self) -> None:
+        self._open()
+
+    def setup(self, stage: str | None = None) -> None:
+        if stage != "predict" and not self._told:
+            self._told = True
+            log.info("%s", self.describe())
+
+    def train_dataloader(self) -> ResumableLoader:
+        pairs = self._train_pairs()
+        source_N, target_N = (side.numpy() for side in pairs.lengths())
+        at = slice(None) if pairs.positions is None else pairs.positions
+        group_N = (pairs.corpus_N[at] * self.num_tasks + pairs.pair_N[at]).numpy()
+        # Lightning's overfit_batches wants the same few batches each epoch
+        overfit = self.trainer is not None and getattr(self.trainer, "overfit_batches", 0) > 0
+        return ResumableLoader(
+            pairs,
+            plan=TokenBatches(source_N, target_N, self.tokens_per_batch, group_N, self.temperature),
+            seed=self.seed,
+            shuffle=not overfit,
+            collate_fn=_as_it_is,
+            draws=False,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+        )
+
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        return self._eval_loader("val")
+
+    def test_dataloader(self) -> DataLoader[Any] | list[Any]:
+        return self._eval_loader("test")
+
+    def predict_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """Batches without references: ``target_BL`` is ``BOS_ID`` alone."""
+        if self.text is None and self.predict_file is None:
+            return self._eval_loader("test")
+        return DataLoader(_Streamed(self), batch_size=None, generator=torch.Generator())
+
+    def predict_batches(self, lines: Iterable[str]) -> Iterator[TranslationBatch]:
+        """Batches of sentences to be translated, as the lines come.
+
+        ``predict_lines`` lines are read at a time and batched with their neighbours in length; ``index_B`` is the
+        number of each line, from 0. Each line is in one batch. An empty one has a source of ``EOS_ID`` alone
+        (``batch.empty_B``); one over ``max_length`` tokens is cut, with a warning that names it.
+
+        Args:
+            lines: text; line ends and spaces around it do not count.
+
+        Raises:
+            ValueError: several pairs and no ``predict_pair``; a line that is no text.
+        """
+        pair = self._predict_pair()
+        subwords = self.subwords
+        tag = subwords.tag_id(self.pairs[pair].split("-")[1]) if subwords.languages else None
+        most = self.max_length - 1 - (tag is not None)
+        numbers = itertools.count()
+        remaining = iter(lines)
+        while chunk := list(itertools.islice(remaining, self.predict_lines)):
+            index_N = np.fromiter(itertools.islice(numbers, len(chunk)), np.int64)
+            rows = subwords.encode([_checked(line, int(i)) for line, i in zip(chunk, index_N, strict=True)], "source")
+            for i, row in zip(index_N, rows, strict=True):
+                if len(row) > most:
+                    log.warning(
+                        "line %d has %d tokens: it is cut after %d (max_length=%d)",
+                        i + 1,
+                        len(row),
+                        most,
+                        self.max_length,
+                    )
+            ids = [[*([tag] if tag is not None and row else []), *row[:most], EOS_ID] for row in rows]
+            length_N = np.array([len(row) for row in ids])
+            order = np.argsort(length_N, kind="stable")
+            bounds = cut_by_tokens(length_N[order], self.eval_tokens_per_batch)
+            for at in (order[a:b] for a, b in itertools.pairwise(bounds)):
+                source_BS = torch.full((len(at), int(length_N[at].max())), PAD_ID)
+                for b, i in enumerate(at):
+                    source_BS[b, : length_N[i]] = torch.tensor(ids[i])
+                yield TranslationBatch(
+                    source_BS,
+                    torch.full((len(at), 1), BOS_ID),
+                    torch.full((len(at),), pair),
+                    torch.from_numpy(index_N[at]),
+                )
+
+    # ---- batches
+
+    def _pairs(self, split: str, positions: Tensor | None = None) -> EncodedPairs:
+        subwords = self.subwords
+        tags = [subwords.tag_id(target) for _, target in parse_pairs(self.pairs)] if subwords.languages else None
+        return EncodedPairs(self._open(), split, tags, self.max_length, positions)
+
+    def _train_pairs(self) -> EncodedPairs:
+        pairs = self._pairs("train")
+        source_N, target_N = pairs.lengths()
+        fits = (source_N <= self.max_length) & (target_N - 1 <= self.max_length)
+        if bool(fits.all()):
+            return pairs
+        if not bool(fits.any()):
+            raise ValueError(f"max_length={self.max_length} leaves none of the {len(pairs):,} training pairs")
+        return self._pairs("train", torch.nonzero(fits).squeeze(1))
+
+    def _eval_loader(self, split: str) -> DataLoader[Any] | list[Any]:
+        pairs = self._pairs(split)
+        if not len(pairs):
+            return []
+        source_N, target_N = (side.clamp(max=self.max_length + 1).numpy() for side in pairs.lengths())
+        order = by_length(source_N, target_N, np.arange(len(pairs)))
+        bounds = cut_by_tokens(np.maximum(source_N, target_N)[order], self.eval_tokens_per_batch)
+        batches = [torch.from_numpy(order[a:b]) for a, b in itertools.pairwise(bounds)]
+        # A plain DataLoader of whole batches: Lightning gives it the sampler that a distributed run needs.
+        return DataLoader(
+            _Whole(pairs, batches),
+            batch_size=None,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            generator=torch.Generator(),  # starting a pass must not move the model's generator
+        )
+
+    def _predict_lines(self) -> Iterator[str]:
+        if self.text is not None:
+            yield from [self.text] if isinstance(self.text, str) else self.text
+        elif self.predict_file == "-":
+            yield from _decoded(sys.stdin.buffer, "standard input")
+        else:
+            assert self.predict_file is not None
+            with open(Path(self.predict_file).expanduser(), "rb") as file:
+                yield from _decoded(file, self.predict_file)
+
+    def _predict_pair(self) -> int:
+        if self.predict_pair is None:
+            if len(self.pairs) > 1:
+                raise ValueError(f"predict_pair (--data.predict_pair) must name one of {', '.join(self.pairs)}")
+            return 0
+        return self.pairs.index(self.predict_pair)
+
+    # ---- the encoded corpus
+
+    def describe(self) -> str:
+        """One line: how many pairs each split has, and what was left out."""
+        info = self._open().info
+        counts = ", ".join(f"{info['sizes'][split]:,} {split}" for split in SPLITS)
+        pairs = self._pairs("train")
+        out = [f"{n:,} {reason} in {split}" for split in SPLITS for reason, n in info["left_out"][split].items() if n]
+        if long := len(pairs) - len(self._train_pairs()):
+            out.append(f"{long:,} of more than {self.max_length} tokens in train")
+        return f"{self.dataset} {' '.join(self.pairs)}: {counts} pairs; left out: {', '.join(out) or 'none'}"
+
+    def _open(self) -> ColumnFiles:
+        if self._files is None:
+            cache = sources.cache_root(self.cache_dir)
+            found = [find_corpus(corpus, self.pairs, self.cache_dir) for corpus in self.corpora]
+            made_from = [
+                [FORMAT, _code(), [identity(files) for files, _ in found], [asdict(c) for c in self.corpora]],
+                [self.pairs, asdict(self.filters), self.split_seed, self.subset],
+                self._given.digest if self._given is not None else asdict(self.tokenizer),
+            ]
+            key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
+
+            def write(writer: ColumnWriter) -> None:
+                self._write(writer, [read() for _, read in found], cache)
+
+            self._files = open_or_write(cache / "text" / f"{self.dataset}-{key}", cache, write)
+        return self._files
+
+    def _write(self, writer: ColumnWriter, rows: list[Any], cache: Path) -> None:
+        corpora = {}
+        for number, (corpus, parts) in enumerate(zip(self.corpora, rows, strict=True)):
+            corpora[f"{number + 1}. {corpus.dataset}" if len(rows) > 1 else corpus.dataset] = self._split(corpus, parts)
+        collected = collect(corpora, self.pairs, self.filters)
+        train = collected.splits["train"]
+        if self.subset is not None:
+            if self.subset > len(train):
+                raise ValueError(f"subset={self.subset} exceeds the {len(train):,} training pairs")
+            chosen = np.random.RandomState(self.split_seed).permutation(len(train))[: self.subset]
+            collected.splits["train"] = train = train.take(np.sort(chosen))
+        targets = tuple(dict.fromkeys(target for _, target in parse_pairs(self.pairs)))
+        tags = targets if len(targets) > 1 else ()
+        subwords = self._given or train_subwords(train.source, train.target, self.tokenizer, tags, cache)
+        for split, pairs in collected.splits.items():
+            write_pairs(writer, split, pairs, subwords, keep_text=split != "train")
+        writer.finish(
+            {
+                "sizes": {split: len(pairs) for split, pairs in collected.splits.items()},
+                "left_out": {split: dict(out) for split, out in collected.left_out.items()},
+                "subwords": {"models": subwords.models, "languages": subwords.languages},
+            }
+        )
+
+    def _split(self, corpus: Corpus, parts: Any) -> Any:
+        """Rows are held out of the training rows for the splits that have no file."""
+        lacking = {split for split in ("val", "test") if split not in parts}
+        if not lacking:
+            return parts
+        split = {name: list(rows) for name, rows in parts.items()}
+        for rows in split.pop("train"):
+            default = min(1000, len(rows) // 20)
+            val = default if corpus.val_size is None else corpus.val_size
+            test = default if corpus.test_size is None else corpus.test_size
+            drawn = draw_split(rows, val * ("val" in lacking), test * ("test" in lacking), self.split_seed)
+            for name in ("train", *lacking):
+                split.setdefault(name, []).append(drawn[name])
+        return split
+
+    def _held_out(self, split: str) -> str:
+        if split not in ("val", "test"):
+            raise ValueError(sources.unknown_name("split", split, ["val", "test"]))
+        return split
+
+    def _check_options(self) -> None:
+        names = sorted([*NLP_DATASETS, *OWN])
+        for corpus in self.corpora:
+            if corpus.dataset not in names:
+                raise ValueError(sources.unknown_name("dataset", corpus.dataset, names))
+            if corpus.dataset in OWN and corpus.train_files is None:
+                raise ValueError(f"dataset={corpus.dataset!r} needs train_files (--data.train_files)")
+        parse_pairs(self.pairs)
+        for name in ("max_length", "tokens_per_batch", "eval_tokens_per_batch", "predict_lines", "subset"):
+            value = getattr(self, name)
+            if value is not None and value < (4 if name == "max_length" else 1):
+                raise ValueError(f"{name}={value} must be at least {4 if name == 'max_length' else 1}")
+        if self.temperature < 1:
+            raise ValueError(f"temperature={self.temperature} must be at least 1")
+        if self.num_workers < 0:
+            raise ValueError(f"num_workers={self.num_workers} must not be negative")
+        if self.text is not None and self.predict_file is not None:
+            raise ValueError("text and predict_file are both given: translate one of them")
+        if self.predict_pair is not None and self.predict_pair not in self.pairs:
+            raise ValueError(sources.unknown_name("predict_pair", self.predict_pair, list(self.pairs)))
+
+
+class _Whole(Dataset[Any]):
+    """Whole batches."""
+
+    def __init__(self, pairs: EncodedPairs, batches: list[Tensor]) -> None:
+        self.pairs, self.batches = pairs, batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, number: int) -> TranslationBatch:
+        return self.pairs.__getitems__(self.batches[number])
+
+
+class _Streamed(IterableDataset[Any]):
+    """The batches of what is to be translated."""
+
+    def __init__(self, data: TranslationData) -> None:
+        self.data = data
+
+    def __iter__(self) -> Iterator[TranslationBatch]:
+        return self.data.predict_batches(self.data._predict_lines())
+
+
+def _as_it_is(batch: Any) -> Any:
+    """`EncodedPairs` gives whole batches. A function of the module, so that worker processes can be sent it."""
+    return batch
+
+
+def _checked(line: str, index: int) -> str:
+    try:
+        line.encode()
+    except UnicodeEncodeError as error:  # bytes of a command line that are no text
+        raise ValueError(f"line {index + 1} is not valid UTF-8") from error
+    return clean(line)
+
+
+def _decoded(lines: Iterable[bytes], name: str) -> Iterator[str]:
+    for number, line in enumerate(lines, 1):
+        try:
+            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            byte = line[error.start]
+            raise ValueError(f"{name}, line {number}: byte 0x{byte:02x} is not valid UTF-8") from error
+
+
+def identity(files: Iterable[Path]) -> list[list[Any]]:
+    """Path, size and time of the last change of each file, by which an exchanged one is noticed."""
+    stats = [(path.resolve(), path.stat()) for path in files]
+    return [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
+
+
+def _code() -> str:
+    here = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(p for pattern in _CODE for p in here.glob(pattern)):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

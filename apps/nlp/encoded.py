@@ -1,0 +1,122 @@
+"""A corpus in subword ids, on disk: made once, mapped into memory, and cut into batches from there."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from apps.columns import ColumnFiles, ColumnWriter
+from apps.nlp.batch import TranslationBatch
+from apps.nlp.corpora import SentencePairs
+from apps.nlp.subwords import BOS_ID, EOS_ID, PAD_ID, Side, Subwords
+
+_CHUNK = 10_000  # sentences encoded at a time
+_SIDES: tuple[Side, Side] = ("source", "target")
+
+
+def write_pairs(writer: ColumnWriter, split: str, pairs: SentencePairs, subwords: Subwords, *, keep_text: bool) -> None:
+    """Write a split's ids, and its text where it is to be kept."""
+    writer.save(f"{split}_pair", np.array(pairs.pair, np.int64))
+    writer.save(f"{split}_corpus", np.array(pairs.corpus, np.int64))
+    for side, lines in zip(_SIDES, (pairs.source, pairs.target), strict=True):
+        ids, ends = [np.empty(0, np.int32)], [np.zeros(1, np.int64)]
+        for start in range(0, len(lines), _CHUNK):
+            rows = subwords.encode(lines[start : start + _CHUNK], side)
+            ends.append(np.cumsum([len(row) for row in rows], dtype=np.int64) + ends[-1][-1])
+            ids.append(np.fromiter((i for row in rows for i in row), np.int32))
+        writer.save(f"{split}_{side}_ids", np.concatenate(ids))
+        writer.save(f"{split}_{side}_bounds", np.concatenate(ends))
+        if keep_text:
+            data = [line.encode() for line in lines]
+            writer.save(f"{split}_{side}_text", np.frombuffer(b"".join(data), np.uint8))
+            writer.save(f"{split}_{side}_text_bounds", np.cumsum([0, *map(len, data)], dtype=np.int64))
+
+
+def read_text(files: ColumnFiles, split: str, side: Side) -> list[str]:
+    """The sentences of one side of a split that was written with its text."""
+    data = files[f"{split}_{side}_text"].numpy().tobytes()
+    bounds = files[f"{split}_{side}_text_bounds"].tolist()
+    return [data[a:b].decode() for a, b in itertools.pairwise(bounds)]
+
+
+class EncodedPairs(Dataset[Any]):
+    """The pairs of one split, read by whole batches: ``pairs.__getitems__(positions)`` is a `TranslationBatch`.
+
+    Args:
+        files: as `write_pairs` left them.
+        split: its name.
+        tags: id of the tag of each language pair; None: there are none.
+        max_length: tokens of a side that a batch takes; longer ones are cut. Of a source the tag and the end count, of
+            a target the begin or the end, as a model reads and writes it.
+        positions: the split's pairs that count, in order; None: all. A batch's ``index_B`` is the place among them.
+    """
+
+    def __init__(
+        self,
+        files: ColumnFiles,
+        split: str,
+        tags: Sequence[int] | None,
+        max_length: int,
+        positions: Tensor | None = None,
+    ) -> None:
+        self.pair_N = files[f"{split}_pair"]
+        self.corpus_N = files[f"{split}_corpus"]
+        self._source = (files[f"{split}_source_ids"], files[f"{split}_source_bounds"])
+        self._target = (files[f"{split}_target_ids"], files[f"{split}_target_bounds"])
+        self.tags = None if tags is None else torch.tensor(tags)
+        self.max_length, self.positions = max_length, positions
+
+    def __len__(self) -> int:
+        return len(self.pair_N) if self.positions is None else len(self.positions)
+
+    def __getitem__(self, position: int) -> TranslationBatch:
+        return self.__getitems__([position])
+
+    def __getitems__(self, positions: Sequence[int] | Tensor) -> TranslationBatch:
+        index_B = torch.as_tensor(positions, dtype=torch.int64)
+        at_B = index_B if self.positions is None else self.positions[index_B]
+        pair_B = self.pair_N[at_B]
+        tag_B = None if self.tags is None else self.tags[pair_B]
+        source_BS = pad(*_cut(self._source, at_B), self.max_length - 1 - (tag_B is not None), tag_B)
+        target_BL = pad(*_cut(self._target, at_B), self.max_length - 1, torch.full_like(pair_B, BOS_ID))
+        return TranslationBatch(source_BS, target_BL, pair_B, index_B)
+
+    def lengths(self) -> tuple[Tensor, Tensor]:
+        """int64 (N,) twice: tokens of each pair's source and target, specials included and uncut."""
+        (_, source), (_, target) = self._source, self._target
+        lengths = source.diff() + 1 + (self.tags is not None), target.diff() + 2
+        return lengths if self.positions is None else (lengths[0][self.positions], lengths[1][self.positions])
+
+
+def _cut(side: tuple[Tensor, Tensor], at_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    ids_M, bounds = side
+    return ids_M, bounds[at_B], bounds[at_B + 1]
+
+
+def pad(ids_M: Tensor, begin_B: Tensor, end_B: Tensor, most: int, first_B: Tensor | None) -> Tensor:
+    """Sentences side by side, each with ``EOS_ID`` and padding after it.
+
+    Args:
+        ids_M: ids of all sentences, one after the other.
+        begin_B, end_B: bounds of each one.
+        most: of a longer sentence only so many ids are taken.
+        first_B: an id before each one; None: none.
+
+    Returns:
+        int64 (B, longest + 1 or 2).
+    """
+    length_B = (end_B - begin_B).clamp_(max=most)
+    place_S = torch.arange(int(length_B.max()) + 1)
+    # places past the end are read at the last id, and replaced
+    at_BS = (begin_B[:, None] + place_S).clamp_(max=max(0, len(ids_M) - 1))
+    ids_BS = ids_M[at_BS].long() if len(ids_M) else torch.zeros_like(at_BS)
+    ids_BS = ids_BS.masked_fill_(place_S >= length_B[:, None], PAD_ID).masked_fill_(
+        place_S == length_B[:, None], EOS_ID
+    )
+    return ids_BS if first_B is None else torch.cat((first_B[:, None], ids_BS), 1)

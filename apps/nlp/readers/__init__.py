@@ -1,0 +1,1 @@
+"""Parallel text as it lies on disk, turned into aligned rows."""
