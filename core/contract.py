@@ -98,8 +98,20 @@ def _detached(routing: Any) -> dict[str, Any]:
     return detached
 
 
+class _WithoutPairs:
+    """What the balance losses ask of a routing, and one without pairs does not have."""
+
+    top_k: ClassVar[None] = None
+    num_sequences: ClassVar[None] = None
+    noise_std: ClassVar[None] = None
+    threshold_TE: ClassVar[None] = None
+    extra: ClassVar[None] = None
+    balance_scores: ClassVar[None] = None
+    balance_chosen: ClassVar[None] = None
+
+
 @dataclass(frozen=True)
-class SlotRouting:
+class SlotRouting(_WithoutPairs):
     """Soft slots: each of an expert's P slots is a weighted mean of the tokens of a group (arXiv 2308.00951).
 
     A group is a sequence, so ``G = B`` and ``T = G * S``.
@@ -120,6 +132,7 @@ class SlotRouting:
     chosen_per_expert_E: Tensor
     num_tokens: int
     valid_T: Tensor | None = None
+    logits_TE: ClassVar[None] = None
 
     @property
     def scores_TE(self) -> Tensor:
@@ -132,7 +145,7 @@ class SlotRouting:
 
 
 @dataclass(frozen=True)
-class MergeRouting:
+class MergeRouting(_WithoutPairs):
     """Merged experts: all tokens of a group take one expert, the weighted sum of the experts' parameters.
 
     A group is a sequence or a segment of one, ``G = B * groups_per_sequence``, sequence by sequence.
@@ -158,6 +171,7 @@ class MergeRouting:
     in_segments: bool = False
     logits_GE: Tensor | None = None
     valid_T: Tensor | None = None
+    logits_TE: ClassVar[None] = None
 
     @property
     def scores_TE(self) -> Tensor:
@@ -174,7 +188,7 @@ class MergeRouting:
 
 
 @dataclass(frozen=True)
-class DenseRouting:
+class DenseRouting(_WithoutPairs):
     """Softmax gates over all experts they reach, one gate a task (MMoE, KDD 2018): all experts compute every example.
 
     A layer records one for each of its gates; they share ``gates_BtE`` and differ in ``gate``.
@@ -196,14 +210,6 @@ class DenseRouting:
     logits_BtE: Tensor | None = None
     valid_T: Tensor | None = None
     expert_names: tuple[str, ...] = ()
-    # What the balance losses ask of a routing and dense gates do not have.
-    top_k: ClassVar[None] = None
-    num_sequences: ClassVar[None] = None
-    noise_std: ClassVar[None] = None
-    threshold_TE: ClassVar[None] = None
-    extra: ClassVar[None] = None
-    balance_scores: ClassVar[None] = None
-    balance_chosen: ClassVar[None] = None
 
     @property
     def scores_TE(self) -> Tensor:
@@ -308,6 +314,8 @@ class Entry:
         has_grad: gradients were on during the pass.
         load_balancing_weight: the layer's adaptive weight of that term, (); None where ``balance`` says it.
         extra_weights: the router's weights of ``routing.extra``.
+        shared_gate_T: float32 (T,), the gate between the routed path and the shared experts, without dropout; padding
+            may hold any finite value. None: there is none.
     """
 
     name: str
@@ -319,9 +327,11 @@ class Entry:
     has_grad: bool = True
     load_balancing_weight: Tensor | None = None
     extra_weights: Mapping[str, float] = field(default_factory=dict)
+    shared_gate_T: Tensor | None = None
 
     def detach(self) -> Entry:
-        return replace(self, routing=self.routing.detach(), context=None, needs_grad=False)
+        gate_T = None if self.shared_gate_T is None else self.shared_gate_T.detach()
+        return replace(self, routing=self.routing.detach(), context=None, needs_grad=False, shared_gate_T=gate_T)
 
 
 class Tape:

@@ -21,6 +21,8 @@ class LayerStats:
         entropy_sum: sum over tokens of the entropy of their scores, in nats.
         num_tokens: real tokens.
         gates_per_expert: float (E,), sum of each expert's combine weights; None where they are not known.
+        shared_gate_sum: sum over tokens of the gate between the routed path and the shared experts, without dropout;
+            None: there is none.
 
     A dense gate (``DenseRouting``) gives all examples to all experts: there the two counts are float sums of its gates.
     """
@@ -30,6 +32,7 @@ class LayerStats:
     entropy_sum: Tensor
     num_tokens: Tensor
     gates_per_expert: Tensor | None = None
+    shared_gate_sum: Tensor | None = None
 
     @property
     def mean_gates(self) -> Tensor:
@@ -82,21 +85,39 @@ class LayerStats:
             return int((chosen * len(chosen) < 0.01 * chosen.sum()).sum())
         return int((chosen == 0).sum())
 
+    @property
+    def shared_gate(self) -> float:
+        """Mean of the gate between the routed path and the shared experts: with ``MoEConfig.shared_gate="mix"`` the
+        share of the routed path, with "scale" the weight of the shared experts; 0 without tokens.
+
+        Raises:
+            ValueError: there is no such gate.
+        """
+        if self.shared_gate_sum is None:
+            raise ValueError("this layer has no gate on its shared experts")
+        return float(self.shared_gate_sum / self.num_tokens.clamp_min(1))
+
     def figures(self) -> dict[str, float]:
-        """The scalars by name, for a log."""
-        names = ("load_imbalance", "entropy", "load_entropy", "drop_rate", "dead_experts")
+        """The scalars by name, for a log; ``shared_gate`` where there is one."""
+        names = ["load_imbalance", "entropy", "load_entropy", "drop_rate", "dead_experts"]
+        if self.shared_gate_sum is not None:
+            names.append("shared_gate")
         return {name: float(getattr(self, name)) for name in names}
 
     def __add__(self, other: LayerStats) -> LayerStats:
-        mine, theirs = self.gates_per_expert, other.gates_per_expert
         return LayerStats(
             self.tokens_per_expert + other.tokens_per_expert,
             self.chosen_per_expert + other.chosen_per_expert,
             self.entropy_sum + other.entropy_sum,
             self.num_tokens + other.num_tokens,
             # A sum of known and unknown gates is not known.
-            None if mine is None or theirs is None else mine + theirs,
+            _sum_of_known(self.gates_per_expert, other.gates_per_expert),
+            _sum_of_known(self.shared_gate_sum, other.shared_gate_sum),
         )
+
+
+def _sum_of_known(mine: Tensor | None, theirs: Tensor | None) -> Tensor | None:
+    return None if mine is None or theirs is None else mine + theirs
 
 
 @dataclass(frozen=True)
@@ -136,8 +157,14 @@ def _layer_stats(entry: Entry) -> LayerStats:
         scores_TE = routing.scores_TE / routing.scores_TE.sum(-1, keepdim=True).clamp_min(1e-20)
         entropy_T = torch.special.entr(scores_TE).sum(-1)
         entropy_sum = (entropy_T if valid_T is None else entropy_T * valid_T).sum()
+    gate_T = entry.shared_gate_T
     return LayerStats(
-        routing.tokens_per_expert_E, routing.chosen_per_expert_E, entropy_sum, num_tokens, _gates_per_expert(routing)
+        routing.tokens_per_expert_E,
+        routing.chosen_per_expert_E,
+        entropy_sum,
+        num_tokens,
+        _gates_per_expert(routing),
+        None if gate_T is None else (gate_T if valid_T is None else gate_T * valid_T).sum(),
     )
 
 

@@ -7,8 +7,10 @@ from typing import Any
 
 from ..experts import FFN, ExpertConfig
 from ..kernels import BACKENDS
-from ..layers import MergedMoE, MoE, SoftMoE
+from ..layers import MergedMoE, MoE, SharedGate, SoftMoE
+from ..layers.shared import KINDS
 from ..routing.balance import Balance
+from ..routing.checks import one_of
 from ..routing.router import LAYER_OPTIONS, RouterConfig, TokenChoice
 from ..routing.selection import Capacity, check_group
 from .plain import make, to_plain
@@ -34,6 +36,12 @@ class MoEConfig:
         num_shared_experts: experts that every token takes besides.
         balance: weights of the balance losses.
         backend: "auto", "eager", "cpu" or "grouped".
+        shared_gate: how the shared experts' output s joins the routed one, r: "none": ``r + s``; "mix": ``(1 - g) s +
+            g r`` with a gate ``g = sigmoid(x w)`` a token (NLLB's conditional routing, arXiv 2207.04672), whose share
+            ``Balance(gate_budget=..., budget=...)`` holds; "scale": ``r + g s`` (Qwen-MoE).
+        shared_gate_dropout: of "mix": in training a token's g is 0 with this probability: the shared experts alone.
+        expert_output_masking: in training each computed pair is left out of its token's sum with this probability, and
+            the others are divided by 1 minus it (NLLB, arXiv 2207.04672); losses, loads and capacity stay as they are.
 
     Example::
 
@@ -54,6 +62,9 @@ class MoEConfig:
     num_shared_experts: int = 0
     balance: Balance = Balance()
     backend: str = "auto"
+    shared_gate: str = "none"
+    shared_gate_dropout: float = 0.0
+    expert_output_masking: float = 0.0
 
     def __post_init__(self) -> None:
         if self.num_experts < 1:
@@ -66,7 +77,9 @@ class MoEConfig:
             raise ValueError(f"backend={self.backend!r} is not one of auto, {', '.join(BACKENDS)}")
         self.router.check(self.num_experts)
         self._check_options()
-        self.balance.check(self.router.balance_terms(), self.router.source())
+        self._check_shared_gate()
+        terms = self.router.balance_terms() | ({"gate_budget"} if self.shared_gate == "mix" else set())
+        self.balance.check(terms, self.router.source())
         if self.balance.adaptive and self.capacity_factor is None:
             raise ValueError("balance.adaptive=True follows the drop rate, which is 0 without a capacity_factor")
         self.capacity()  # checks the factors and the priority
@@ -81,6 +94,23 @@ class MoEConfig:
                 raise ValueError(f"{f.name}={value!r} does not apply to {router}{own}")
         if self.group is not None:
             self.router.check_group(self.group)
+        if not 0 <= self.expert_output_masking < 1:
+            raise ValueError(f"expert_output_masking={self.expert_output_masking} is not in [0, 1)")
+        if self.expert_output_masking and self.router.layer_kind() != "pairs":
+            raise ValueError(f"expert_output_masking={self.expert_output_masking} does not apply to {router}")
+
+    def _check_shared_gate(self) -> None:
+        one_of("shared_gate", self.shared_gate, ("none", *KINDS))
+        if not 0 <= self.shared_gate_dropout < 1:
+            raise ValueError(f"shared_gate_dropout={self.shared_gate_dropout} is not in [0, 1)")
+        if self.shared_gate != "none" and not self.num_shared_experts:
+            raise ValueError(f"shared_gate={self.shared_gate!r} needs num_shared_experts, which is 0")
+        for name, value in (
+            ("shared_gate_dropout", self.shared_gate_dropout),
+            ("balance.gate_budget", self.balance.gate_budget),
+        ):
+            if value and self.shared_gate != "mix":
+                raise ValueError(f"{name}={value} needs shared_gate='mix', not {self.shared_gate!r}")
 
     def capacity(self) -> Capacity:
         """The capacity limits, with the router's default group filled in."""
@@ -105,12 +135,14 @@ class MoEConfig:
         for name, value in (("dim", dim), ("out_dim", out_dim)):
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} is not at least 1")
-        shared = self.num_shared_experts
+        shared, has_gate = self.num_shared_experts, self.shared_gate != "none"
         return LAYERS[self.router.layer_kind()](
             self.router.build(dim, self.num_experts, self.capacity()),
             self.expert.build(self.num_experts, dim, out_dim, self.backend),
             self.balance,
             shared_experts=self.expert.build(shared, dim, out_dim) if shared else None,
+            shared_gate=SharedGate(dim, self.shared_gate, self.shared_gate_dropout) if has_gate else None,
+            expert_output_masking=self.expert_output_masking,
             num_experts=self.num_experts,
             pairs_per_token=self.router.pairs_per_token(self.num_experts),
         )
@@ -118,12 +150,14 @@ class MoEConfig:
     def num_params(self, dim: int, out_dim: int | None = None) -> int:
         """Parameters of the layer, equal to the sum of ``numel`` of the built one."""
         experts = self.num_experts + self.num_shared_experts
-        return self.router.num_params(dim, self.num_experts) + experts * self.expert.num_params(dim, out_dim)
+        gates = self.router.num_params(dim, self.num_experts) + self._shared_gate_params(dim)
+        return gates + experts * self.expert.num_params(dim, out_dim)
 
     def active_params(self, dim: int, out_dim: int | None = None) -> int:
         """Parameters that one token touches."""
         experts = self._pairs_per_token() + self.num_shared_experts
-        return self.router.num_params(dim, self.num_experts) + round(experts * self.expert.num_params(dim, out_dim))
+        gates = self.router.num_params(dim, self.num_experts) + self._shared_gate_params(dim)
+        return gates + round(experts * self.expert.num_params(dim, out_dim))
 
     def flops_per_token(self, dim: int, out_dim: int | None = None, *, tokens_per_sequence: int | None = None) -> int:
         """Forward FLOPs a token, two a multiply-add, router included. A capacity factor below 1 bounds the pairs.
@@ -150,7 +184,11 @@ class MoEConfig:
             tokens_per_group,
         )
         experts = (rows + self.num_shared_experts) * self.expert.flops_per_row(dim, out_dim)
-        return self.router.flops_per_token(dim, self.num_experts) + round(experts + layer)
+        gates = self.router.flops_per_token(dim, self.num_experts) + 2 * self._shared_gate_params(dim)
+        return gates + round(experts + layer)
+
+    def _shared_gate_params(self, dim: int) -> int:
+        return 0 if self.shared_gate == "none" else dim
 
     def _pairs_per_token(self) -> float:
         return self.router.pairs_per_token(self.num_experts)

@@ -3,6 +3,7 @@
 from .losses import AuxLosses, aux_loss, aux_losses, update_expert_bias
 from .moe import MergedMoE, MoE, MoELayer, SoftMoE, active_params, moe_layers, set_capacity_factor
 from .multi_gate import MultiGateLayer, MultiGateMoE, PLELayer, SelectedMultiGateMoE, SparseMultiGateMoE
+from .shared import SharedGate
 
 __all__ = [
     "AuxLosses",
@@ -13,6 +14,7 @@ __all__ = [
     "MultiGateMoE",
     "PLELayer",
     "SelectedMultiGateMoE",
+    "SharedGate",
     "SoftMoE",
     "SparseMultiGateMoE",
     "active_params",

@@ -49,7 +49,7 @@ def aux_losses(tape: Tape) -> AuxLosses:
         wanted = frozenset(t for t, weight in given.items() if t in entry.terms and weight > 0)
         if wanted:
             entries.append((entry, wanted))
-            sums.append(balance_sums(entry.routing, wanted, entry.balance, entry.context))
+            sums.append(balance_sums(entry.routing, wanted, entry.balance, entry.context, entry.shared_gate_T))
     shared = [i for i, (entry, _) in enumerate(entries) if entry.balance.scope == "global"]
     added, world = _all_reduce([sums[i] for i in shared])
     for i, entry_sums in zip(shared, added, strict=True):

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..contract import Entry, MergeRouting, RoutingContext, SlotRouting, Tape
@@ -16,6 +17,7 @@ from ..experts import Experts
 from ..routing.balance import Balance
 from ..routing.router import Router
 from ..routing.soft import in_segments
+from .shared import SharedGate
 
 
 class MoELayer(nn.Module):
@@ -62,6 +64,8 @@ class MoELayer(nn.Module):
         end: str = "",
         router: Router | None = None,
         terms: frozenset[str] | None = None,
+        shared_gate: SharedGate | None = None,
+        shared_gate_T: Tensor | None = None,
     ) -> None:
         """One entry for each tape. ``end``, ``router``, ``terms``: for a layer with several routers."""
         if not self._tapes:
@@ -69,18 +73,25 @@ class MoELayer(nn.Module):
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             return  # an activation checkpoint repeats the forward inside the backward: counted already
         router = self.router if router is None else router
-        needs_grad = self.training and any(p.requires_grad for p in router.parameters())
+        terms = router.terms if terms is None else terms
+        pulled = list(router.parameters())
+        if shared_gate is not None:
+            terms = terms | shared_gate.terms
+            if self.balance.gate_budget:
+                pulled += shared_gate.parameters()
+        needs_grad = self.training and any(p.requires_grad for p in pulled)
         for name, tape in self._tapes:
             entry = Entry(
                 name=entry_name(name, end),
                 routing=routing,
                 context=context,
                 balance=self.balance,
-                terms=router.terms if terms is None else terms,
+                terms=terms,
                 needs_grad=needs_grad and tape.grad_wanted,
                 has_grad=torch.is_grad_enabled(),
                 extra_weights=router.extra_weights,
                 load_balancing_weight=self.load_balancing_weight,
+                shared_gate_T=shared_gate_T,
             )
             tape.append(entry)
 
@@ -98,7 +109,8 @@ class MoE(MoELayer):
     """Sparse mixture of experts: ``y_t = sum over its experts of gate * f_e(x_t)``, plus the shared experts.
 
     The path of a token: the router decides (float32), the dispatcher indexes, the experts compute, the dispatcher sums.
-    A token no expert computes comes out zero (plus the shared experts): the block's residual carries it.
+    A token no expert computes comes out zero (plus the shared experts): the block's residual carries it. With a
+    ``shared_gate`` the two are weighted against each other.
 
     Args:
         router: decides.
@@ -106,6 +118,9 @@ class MoE(MoELayer):
         balance: loss weights.
         dispatcher: ``LocalDispatcher`` by default.
         shared_experts: experts that every token takes.
+        shared_gate: weights them and the routed output; None: their sum.
+        expert_output_masking: probability in training that a pair's output is left out; the others are divided by
+            1 minus it.
         pairs_per_token: experts a token takes, for ``active_params``.
     """
 
@@ -119,13 +134,16 @@ class MoE(MoELayer):
         dispatcher: Dispatcher | None = None,
         shared_experts: Experts | None = None,
         *,
+        shared_gate: SharedGate | None = None,
+        expert_output_masking: float = 0.0,
         num_experts: int,
         pairs_per_token: float,
     ) -> None:
         super().__init__(balance)
         self.router, self.experts = router, experts
         self.dispatcher: Dispatcher = dispatcher or self.default_dispatcher()
-        self.shared_experts = shared_experts
+        self.shared_experts, self.shared_gate = shared_experts, shared_gate
+        self.expert_output_masking = expert_output_masking
         self.num_experts, self.pairs_per_token = num_experts, pairs_per_token
 
     def forward(self, x: Tensor, context: RoutingContext | None = None) -> Tensor:
@@ -151,21 +169,29 @@ class MoE(MoELayer):
         if context is not None and context.valid_BS is not None and context.valid_BS.dtype != torch.bool:
             raise ValueError(f"context.valid_BS is {context.valid_BS.dtype}: it must be bool, True for real tokens")
         routing = self.router(x_BSD, context)
-        self._record(routing, context)
+        if self.shared_experts is not None and context is not None and context.valid_BS is not None:
+            # Padding may hold NaN, which would reach the weight gradients.
+            x = x.masked_fill(~context.valid_BS.reshape(*x.shape[:-1], 1), 0.0)
+        gate = None if self.shared_gate is None else self.shared_gate(x)
+        gate_T = None if gate is None else gate.flatten()
+        self._record(routing, context, shared_gate=self.shared_gate, shared_gate_T=gate_T)
         y_BSD = self._compute(x_BSD, routing)
         y = y_BSD.reshape(*x.shape[:-1], y_BSD.shape[-1])
-        if self.shared_experts is not None:
-            if context is not None and context.valid_BS is not None:
-                # Padding may hold NaN, which would reach the weight gradients.
-                x = x.masked_fill(~context.valid_BS.reshape(*x.shape[:-1], 1), 0.0)
-            y = y + self.shared_experts.dense(x)
-        return y
+        if self.shared_experts is None:
+            return y
+        shared = self.shared_experts.dense(x)
+        if self.shared_gate is None or gate is None:
+            return y + shared
+        return self.shared_gate.combine(gate, y, shared)
 
     def _compute(self, x_BSD: Tensor, routing: Any) -> Tensor:
         """(B, S, D) tokens through the routed experts, (B, S, D_out)."""
         rows = self.dispatcher.dispatch(x_BSD.flatten(0, 1), routing)
         if self.router.gates_on == "input":
             rows = rows.weighted_input()
+        if self.training and self.expert_output_masking:
+            # On the rows and not in the routing: losses, loads and capacity are those of the choice.
+            rows = replace(rows, gates_R=F.dropout(rows.gates_R, self.expert_output_masking))
         return self.dispatcher.combine(self.experts(rows)).unflatten(0, x_BSD.shape[:2])
 
     def active_expert_params(self) -> int:

@@ -23,6 +23,7 @@ TERMS = (
     "local_entropy",
     "global_entropy",
     "sequence_balance",
+    "gate_budget",
 )
 # Functions of each token's scores alone: they apply wherever a gate has learned scores of all experts.
 SCORE_TERMS = frozenset({"load_balancing", "importance", "mutual_information", "local_entropy", "global_entropy"})
@@ -47,10 +48,13 @@ class Balance:
         global_entropy: ``max(0, entropy_threshold - entropy of the mean scores)``, summed over modalities (the same).
         sequence_balance: ``load_balancing`` within each sequence, the mean over sequences; the choice is the top-k of
             the scores without bias or noise (DeepSeek-V3, arXiv 2412.19437, eq. 17-20, where the weight is 1e-4).
+        gate_budget: mean of ``|g - budget|``, g being the share of the routed path that ``MoEConfig.shared_gate="mix"``
+            gives a token (NLLB, arXiv 2207.04672).
         num_tasks: tasks of ``mutual_information``, read from ``context.task_ids_B``; 0: it is of tokens.
         num_modalities: modalities of the entropies, read from ``context.modality_BS``; 1: all tokens are of one.
         local_entropy_modality: the only modality whose local entropy counts (LIMoE: text); None: all.
         entropy_threshold: in nats, ``log(n)`` asks for about n experts a modality; None: ``log(E)``.
+        budget: share of the routed path that ``gate_budget`` asks for, in [0, 1].
         scope: "global": a term is a function of the tokens of all ranks; "rank": of each rank's own, with the mean of
             the ranks as its gradient (as Switch and most others do; cheaper, and stricter where a rank has few tokens).
         adaptive: the layer's weight of ``load_balancing`` starts at it and follows the drop rate, moved once per
@@ -73,10 +77,12 @@ class Balance:
     local_entropy: float = 0.0
     global_entropy: float = 0.0
     sequence_balance: float = 0.0
+    gate_budget: float = 0.0
     num_tasks: int = 0
     num_modalities: int = 1
     local_entropy_modality: int | None = None
     entropy_threshold: float | None = None
+    budget: float = 0.8
     scope: str = "global"
     adaptive: bool = False
     adaptive_scale: float = 0.2
@@ -101,6 +107,8 @@ class Balance:
                 raise ValueError(f"balance.{name}={value} is not a positive number")
         if not 0 <= self.adaptive_momentum < 1:
             raise ValueError(f"balance.adaptive_momentum={self.adaptive_momentum} is not in [0, 1)")
+        if not 0 <= self.budget <= 1:
+            raise ValueError(f"balance.budget={self.budget} is not in [0, 1]")
         if self.scope not in SCOPES:
             raise ValueError(f"balance.scope={self.scope!r} is not one of {', '.join(SCOPES)}")
         if self.adaptive and self.load_balancing == 0:
@@ -227,6 +235,11 @@ def sequence_balance_loss(loss_sum: Tensor, num_sequences: Tensor | float) -> Te
     return loss_sum / _at_least_one(num_sequences)
 
 
+def gate_budget_loss(distance_sum: Tensor, num_tokens: Tensor | float) -> Tensor:
+    """Mean over tokens of ``|g - budget|`` (arXiv 2207.04672), from its sum."""
+    return distance_sum / _at_least_one(num_tokens)
+
+
 def adaptive_weight(weight: Tensor, drop_rate: Tensor, balance: Balance) -> Tensor:
     """The next weight of ``load_balancing``: ``m * weight + (1 - m) * min(scale * drop_rate, max)`` with momentum m
     (Skywork-MoE, arXiv 2406.06563, section 4.2; there scale 1/5, max 0.01, momentum 0.99)."""
@@ -248,6 +261,7 @@ def balance_sums(
     wanted: frozenset[str],
     balance: Balance = Balance(),
     context: RoutingContext | None = None,
+    shared_gate_T: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """The sums over tokens that the ``wanted`` terms are functions of; float32, on the routing's device.
 
@@ -258,6 +272,7 @@ def balance_sums(
         wanted: names of terms.
         balance: how many tasks and modalities there are.
         context: where they are read. Ids out of range belong to none.
+        shared_gate_T: as in ``Entry``.
 
     Raises:
         ValueError: the context lacks what a wanted term reads.
@@ -297,6 +312,8 @@ def balance_sums(
     noise, logits_TE = routing.noise_std, routing.logits_TE
     if routing.threshold_TE is not None and noise is not None and logits_TE is not None and "load" in wanted:
         sums["load"] = total(smooth_load(logits_TE, routing.threshold_TE, noise))
+    if shared_gate_T is not None and "gate_budget" in wanted:
+        sums["gate_distance"] = total((shared_gate_T - balance.budget).abs()).reshape(1)
     for name, value_T in (routing.extra or {}).items():
         if name in wanted:
             sums[EXTRA + name] = total(value_T).reshape(1)
@@ -366,6 +383,8 @@ def balance_terms(sums: dict[str, Tensor], balance: Balance = Balance()) -> dict
         terms["router_z"] = router_z_loss(sums["square"][0], sums["num_tokens"][0])
     if "load" in sums:
         terms["load"] = load_loss(sums["load"])
+    if "gate_distance" in sums:
+        terms["gate_budget"] = gate_budget_loss(sums["gate_distance"][0], sums["num_tokens"][0])
     for name in sums:
         if name.startswith(EXTRA):
             terms[name.removeprefix(EXTRA)] = sums[name][0] / _at_least_one(sums["num_tokens"][0])

@@ -26,6 +26,8 @@ CONFIGS = [
         backend="eager",
     ),
     MoEConfig(4, TokenChoice(noise="fixed"), balance=Balance(0.0, 0.0, importance=0.005, load=0.005)),
+    MoEConfig(4, num_shared_experts=1, shared_gate="mix", shared_gate_dropout=0.2, balance=Balance(gate_budget=0.1)),
+    MoEConfig(4, num_shared_experts=2, shared_gate="scale", expert_output_masking=0.2),
 ]
 
 

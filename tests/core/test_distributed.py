@@ -33,12 +33,12 @@ Outcome = dict[str, Tensor]
 
 
 class Net(nn.Module):
-    """Two residual MoE blocks with noise on the logits, maybe checkpointed."""
+    """Two residual MoE blocks with noise on the logits and a gated shared expert, maybe checkpointed."""
 
     def __init__(self, noise: str, checkpointed: bool = False) -> None:
         super().__init__()
         router = TokenChoice(2, noise=noise, noise_std=4.0, init_scale=1.0)
-        config = MoEConfig(4, router, FFN(12), balance=BALANCE)
+        config = MoEConfig(4, router, FFN(12), num_shared_experts=1, shared_gate="mix", balance=BALANCE)
         self.stem = nn.Linear(8, 8)
         self.blocks = nn.ModuleList([config.build(8), config.build(8)])
         self.checkpointed = checkpointed

@@ -1,0 +1,56 @@
+"""``SharedGate``: how the shared experts and the routed path of a layer share a token."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..routing.gates import LinearGate
+
+KINDS = ("mix", "scale")
+
+
+class SharedGate(LinearGate):
+    """A sigmoid gate a token, ``g = sigmoid(x w)``, between the routed output r and that of the shared experts s.
+
+    "mix" is ``(1 - g) s + g r`` (NLLB's conditional routing, arXiv 2207.04672), "scale" is ``r + g s`` (Qwen-MoE).
+
+    Args:
+        dim: D.
+        kind: "mix" or "scale".
+        dropout: of "mix": in training a token's g is 0 with this probability. What is left is not rescaled: g stays a
+            share.
+
+    Attributes:
+        terms: the balance terms that apply to it.
+    """
+
+    def __init__(self, dim: int, kind: str, dropout: float = 0.0) -> None:
+        super().__init__(dim, 1)
+        self.kind, self.dropout = kind, dropout
+        self.terms = frozenset({"gate_budget"} if kind == "mix" else ())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) tokens to their gates before dropout: float32 (...), whatever the model is in (float64 stays)."""
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x if x.dtype == torch.float64 else x.float()).squeeze(-1).sigmoid()
+
+    def combine(self, gate: Tensor, routed: Tensor, shared: Tensor) -> Tensor:
+        """The layer's output, in the dtype of ``routed``.
+
+        Args:
+            gate: (...), from ``forward``.
+            routed, shared: (..., D_out).
+        """
+        if self.kind == "mix":
+            if self.training and self.dropout:
+                gate = gate.masked_fill(torch.rand_like(gate) < self.dropout, 0.0)
+            gate = gate.unsqueeze(-1)
+            return ((1 - gate) * shared + gate * routed).to(routed.dtype)
+        return (routed + gate.unsqueeze(-1) * shared).to(routed.dtype)
+
+    def extra_repr(self) -> str:
+        return f"kind={self.kind}, dropout={self.dropout}"
+
+
+__all__ = ["KINDS", "SharedGate"]

@@ -1,0 +1,533 @@
+"""The gate on the shared experts, its budget, and masked expert outputs: by hand, and against the formula."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch._dynamo
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from core import (
+    FFN,
+    Balance,
+    Merge,
+    MoE,
+    MoEConfig,
+    RoutingContext,
+    RoutingStats,
+    SoftSlots,
+    SwiGLU,
+    TokenChoice,
+    active_params,
+    aux_loss,
+    aux_losses,
+    count_flops,
+    record,
+)
+from core.routing.balance import gate_budget_loss
+
+BACKENDS = ["eager", "cpu", "grouped"]
+OFF = {"load_balancing": 0.0, "router_z": 0.0}
+# Gates sigmoid(log 3) = 3/4 and sigmoid(0) = 1/2, with w = (1, 0).
+TOKENS = [[math.log(3), 1.0], [0.0, 4.0]]
+
+
+def by_hand(**options: object) -> MoE:
+    """One routed expert, ``2 x``, and one shared, ``10 x``, of tokens without negative entries."""
+    given = {"router": TokenChoice(1), "num_shared_experts": 1, **options}
+    config = MoEConfig(1, expert=FFN(2, "relu"), **given)  # type: ignore[arg-type]
+    layer = config.build(2)
+    with torch.no_grad():
+        for experts, factor in ((layer.experts, 2.0), (layer.shared_experts, 10.0)):
+            if experts is not None:
+                experts.w_in.copy_(torch.eye(2))
+                experts.w_out.copy_(factor * torch.eye(2))
+        if layer.shared_gate is not None:
+            layer.shared_gate.weight.copy_(torch.tensor([[1.0, 0.0]]))
+    return layer
+
+
+def gated(kind: str, **options: object) -> MoEConfig:
+    return MoEConfig(
+        4,
+        expert=FFN(6, bias=True),
+        num_shared_experts=2,
+        shared_gate=kind,
+        **options,  # type: ignore[arg-type]
+    )
+
+
+def wide(layer: MoE) -> MoE:
+    """The gate's weights as large as others: its sigmoids spread over (0, 1)."""
+    with torch.no_grad():
+        layer.shared_gate.weight.normal_()
+    return layer
+
+
+def sums(kind: str, gate: Tensor, routed: Tensor, shared: Tensor) -> Tensor:
+    gate = gate.unsqueeze(-1)
+    return (1 - gate) * shared + gate * routed if kind == "mix" else routed + gate * shared
+
+
+def parts(layer: MoE, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The gate, the routed output and that of the shared experts, each by itself."""
+    gate = torch.sigmoid(x @ layer.shared_gate.weight[0])
+    alone = copy.copy(layer)
+    alone._modules = {**layer._modules, "shared_experts": None, "shared_gate": None}
+    return gate, alone(x), layer.shared_experts.dense(x)
+
+
+# --- the gate ---
+
+
+def test_mix_and_scale_by_hand():
+    # mix: (1 - 3/4) 10 + 3/4 * 2 = 4 and (10 + 2) / 2 = 6 times x. scale: 2 + 3/4 * 10 = 9.5 and 2 + 10 / 2 = 7.
+    x = torch.tensor([TOKENS])
+    for kind, factors in (("none", [12.0, 12.0]), ("mix", [4.0, 6.0]), ("scale", [9.5, 7.0])):
+        torch.testing.assert_close(by_hand(shared_gate=kind)(x), torch.tensor(factors)[:, None] * x)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["mix", "scale"])
+@pytest.mark.parametrize("shape", [(7, 8), (2, 5, 8), (2, 3, 4, 8)])
+def test_the_layer_equals_its_written_out_sum_in_output_and_gradients(kind, backend, shape):
+    layer = wide(gated(kind, backend=backend).build(8, out_dim=5))
+    x = torch.randn(shape, requires_grad=True)
+    y, expected = layer(x), sums(kind, *parts(layer, x))
+    assert y.shape == (*shape[:-1], 5)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-6)
+    inputs, dy = [x, *layer.parameters()], torch.randn_like(y)
+    for found, wanted in zip(
+        torch.autograd.grad(y, inputs, dy), torch.autograd.grad(expected, inputs, dy), strict=True
+    ):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["mix", "scale"])
+def test_the_gradient_is_that_of_the_output_in_float64(kind):
+    layer = wide(gated(kind).build(4)).double()
+    x = torch.randn(1, 3, 4, dtype=torch.float64, requires_grad=True)
+    weight = layer.shared_gate.weight.detach().clone().requires_grad_()
+
+    def output(x: Tensor, weight: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, {"shared_gate.weight": weight}, (x,))
+
+    assert output(x, weight).dtype == torch.float64
+    torch.autograd.gradcheck(output, (x, weight), fast_mode=True)
+
+
+@pytest.mark.parametrize("router", [SoftSlots(), Merge("smear"), Merge("lory", segment_length=2)], ids=str)
+@pytest.mark.parametrize("kind", ["mix", "scale"])
+def test_slots_and_merged_experts_take_the_gate_and_its_budget(router, kind):
+    balance = Balance(**OFF, gate_budget=1.0 if kind == "mix" else 0.0, budget=0.3)
+    layer = wide(replace(gated(kind), router=router, balance=balance).build(8))
+    x, valid = torch.randn(2, 5, 8), torch.arange(5) < torch.tensor([5, 3])[:, None]
+    torch.testing.assert_close(layer(x), sums(kind, *parts(layer, x)), rtol=1e-5, atol=1e-6)
+    with record(layer) as tape:
+        layer(x, RoutingContext(valid_BS=valid))
+    gates = torch.sigmoid(x @ layer.shared_gate.weight[0])[valid]
+    torch.testing.assert_close(RoutingStats.from_tape(tape).layers[""].shared_gate, gates.mean().item())
+    if kind == "mix":
+        torch.testing.assert_close(aux_loss(tape), (gates - 0.3).abs().mean())
+
+
+def test_gate_dropout_leaves_a_token_to_the_shared_experts_and_does_not_rescale():
+    layer = by_hand(shared_gate="mix", shared_gate_dropout=0.5)
+    x = torch.tensor([TOKENS * 8])
+    torch.manual_seed(1)
+    dropped = torch.rand(1, 16) < 0.5
+    assert 0 < dropped.sum() < 16
+    torch.manual_seed(1)
+    expected = torch.where(dropped, torch.tensor(10.0), torch.tensor([[4.0, 6.0] * 8]))
+    torch.testing.assert_close(layer(x), expected.unsqueeze(-1) * x)
+    layer.eval()
+    before = torch.random.get_rng_state()
+    torch.testing.assert_close(layer(x), torch.tensor([[4.0, 6.0] * 8]).unsqueeze(-1) * x)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+# --- the budget ---
+
+
+def budget_layer(weight: float = 2.0, **options: object) -> MoE:
+    return by_hand(shared_gate="mix", balance=Balance(**OFF, gate_budget=weight, budget=0.8), **options)
+
+
+def test_the_budget_loss_by_hand_without_padding_and_its_gradient():
+    # |0.75 - 0.8| + |0.5 - 0.8| = 0.35 over two real tokens; padding, whose gate is 1/2, would make it 0.65 / 3.
+    layer = budget_layer()
+    x = torch.tensor([[*TOKENS, [math.nan, math.nan]]])
+    with record(layer) as tape:
+        layer(x, RoutingContext(valid_BS=torch.tensor([[True, True, False]])))
+    losses = aux_losses(tape)
+    assert losses.terms.keys() == {"gate_budget"}
+    assert losses.terms["gate_budget"].item() == pytest.approx(0.175)
+    assert losses.total.item() == pytest.approx(0.35)
+    losses.total.backward()
+    # Both gates are below: 2 * -1 * (3/16 (log 3, 1) + 1/4 (0, 4)) / 2 with g (1 - g) = 3/16 and 1/4.
+    assert layer.shared_gate.weight.grad[0].tolist() == pytest.approx([-3 / 16 * math.log(3), -3 / 16 - 1])
+
+
+def test_the_budget_loss_is_a_function_of_a_sum_and_a_count():
+    assert gate_budget_loss(torch.tensor(0.35), 2).item() == pytest.approx(0.175)
+    assert gate_budget_loss(torch.tensor(0.0), torch.tensor(0)).item() == 0.0
+
+
+def test_the_budget_loss_and_the_mean_see_the_gates_before_dropout():
+    layer = budget_layer(shared_gate_dropout=0.9)
+    with record(layer) as tape:
+        layer(torch.tensor([TOKENS]))
+    assert aux_losses(tape).terms["gate_budget"].item() == pytest.approx(0.175)
+    assert RoutingStats.from_tape(tape).layers[""].shared_gate == pytest.approx(0.625)
+
+
+def test_at_weight_0_there_is_no_term_and_no_gradient():
+    layer = budget_layer(0.0)
+    with record(layer) as tape:
+        layer(torch.tensor([TOKENS]))
+    losses = aux_losses(tape)
+    assert losses.terms == {}
+    assert not losses.total.requires_grad
+
+
+def test_the_weighted_budget_joins_the_other_terms():
+    layer = wide(gated("mix", balance=Balance(gate_budget=0.5)).build(8))
+    with record(layer) as tape:
+        layer(torch.randn(2, 6, 8))
+    losses = aux_losses(tape)
+    terms = losses.terms
+    assert terms.keys() == {"load_balancing", "router_z", "gate_budget"}
+    expected = 0.01 * terms["load_balancing"] + 0.001 * terms["router_z"] + 0.5 * terms["gate_budget"]
+    torch.testing.assert_close(losses.total, expected)
+
+
+def test_a_budget_without_a_gradient_is_refused_as_other_losses_are():
+    # Reentrant checkpointing runs the forward without gradients. The router is frozen, the gate is not.
+    for weight in (0.0, 2.0):
+        layer = budget_layer(weight)
+        layer.router.requires_grad_(False)
+        with record(layer) as tape:
+            checkpoint(layer, torch.tensor([TOKENS], requires_grad=True), use_reentrant=True)
+        if weight:
+            with pytest.raises(RuntimeError, match=r"ran without gradients"):
+                aux_losses(tape)
+        else:
+            assert aux_losses(tape).terms == {}
+
+
+# --- what the tape tells ---
+
+
+def test_the_mean_gate_is_of_real_tokens_and_adds_up_over_passes():
+    layer = by_hand(shared_gate="mix")
+    with record(layer) as tape:
+        layer(torch.tensor([TOKENS]), RoutingContext(valid_BS=torch.tensor([[True, False]])))
+        layer(torch.tensor([[TOKENS[1]]]))
+    assert all(not e.shared_gate_T.requires_grad for e in tape.detach().entries)
+    stats = RoutingStats.from_tape(tape).layers[""]
+    assert stats.shared_gate == pytest.approx(0.625)  # 3/4 and 1/2
+    assert stats.figures()["shared_gate"] == stats.shared_gate
+
+
+def test_without_a_gate_there_is_no_such_figure():
+    layer = by_hand()
+    with record(layer) as tape:
+        layer(torch.tensor([TOKENS]))
+    stats = RoutingStats.from_tape(tape).layers[""]
+    assert "shared_gate" not in stats.figures()
+    with pytest.raises(ValueError, match=r"this layer has no gate on its shared experts"):
+        _ = stats.shared_gate
+
+
+# --- masked expert outputs ---
+
+
+def test_masked_outputs_by_hand():
+    # One expert, 2 x, its gate 1: a token comes out as 0 or, divided by 1 - 1/4, as 8/3 x. In evaluation as 2 x.
+    layer = by_hand(num_shared_experts=0, expert_output_masking=0.25)
+    x = torch.rand(1, 64, 2) + 1
+    torch.manual_seed(1)
+    kept = F.dropout(torch.ones(64), 0.25) > 0
+    assert 0 < kept.sum() < 64
+    torch.manual_seed(1)
+    torch.testing.assert_close(layer(x), torch.where(kept[:, None], 8 / 3 * x, 0.0))
+    layer.eval()
+    before = torch.random.get_rng_state()
+    torch.testing.assert_close(layer(x), 2 * x)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_a_scale_of_the_gates_gives_the_unscaled_masking_of_the_paper():
+    # Its code masks in training and multiplies the evaluation by 1 - p: gates times 1 - p give both.
+    layer = by_hand(num_shared_experts=0, router=TokenChoice(1, scale=0.75), expert_output_masking=0.25)
+    x = torch.rand(1, 64, 2) + 1
+    y = layer(x)
+    kept = y[..., 0] > 0
+    assert 0 < kept.sum() < 64
+    torch.testing.assert_close(y[kept], 2 * x[kept])
+    torch.testing.assert_close(layer.eval()(x), 1.5 * x)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_each_pair_of_a_token_is_masked_by_itself_without_renormalisation(backend):
+    layer = MoEConfig(4, TokenChoice(2), FFN(6, bias=True), backend=backend, expert_output_masking=0.5).build(8)
+    x = torch.randn(1, 64, 8)
+    routing = layer.router(x)
+    f_ETD = torch.stack([layer.experts.each(x[0])[:, e] for e in range(4)])
+    pairs_TKD = routing.gates_N.view(64, 2, 1) * f_ETD[routing.expert_ids_N.view(64, 2), torch.arange(64)[:, None]]
+    # None, the first, the second, both; divided by 1 - 1/2.
+    choices_4TD = 2 * torch.stack((0 * pairs_TKD[:, 0], pairs_TKD[:, 0], pairs_TKD[:, 1], pairs_TKD.sum(1)))
+    error_4T = (layer(x)[0] - choices_4TD).abs().amax(-1)
+    best_T = error_4T.min(0)
+    assert best_T.values.max() < 1e-5
+    assert set(best_T.indices.tolist()) == {0, 1, 2, 3}
+    torch.testing.assert_close(layer.eval()(x)[0], pairs_TKD.sum(1), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_where_gates_are_on_the_input_the_output_is_masked_all_the_same(backend):
+    # Of a masked input, an expert with biases would still put out f(0).
+    router = TokenChoice(1, score_func="sigmoid", gates_on="input")
+    layer = MoEConfig(2, router, FFN(6, bias=True), backend=backend, expert_output_masking=0.5).build(8)
+    x = torch.randn(1, 32, 8)
+    y, plain = layer(x), layer.eval()(x)
+    kept = y.abs().amax(-1) > 0
+    assert 0 < kept.sum() < 32
+    torch.testing.assert_close(y[kept], 2 * plain[kept], rtol=1e-5, atol=1e-6)
+
+
+def test_masking_leaves_routing_losses_and_figures_as_they_are():
+    config = MoEConfig(4, capacity_factor=0.8, balance=Balance(1.0, 0.1, 1.0))
+    layers = [replace(config, expert_output_masking=p).build(8) for p in (0.0, 0.9)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    x = torch.randn(2, 9, 8)
+    outputs, found = [], []
+    for layer in layers:
+        with record(layer) as tape:
+            outputs.append(layer(x))
+        routing = tape.entries[0].routing
+        found.append((aux_loss(tape), routing.gates_N, routing.expert_ids_N, routing.tokens_per_expert_E))
+        found[-1] += (torch.tensor(list(RoutingStats.from_tape(tape).layers[""].figures().values())),)
+    assert not torch.equal(*outputs)
+    for plain, masked in zip(*found, strict=True):
+        assert torch.equal(masked, plain)
+
+
+def test_a_masked_pair_gives_its_expert_and_its_gate_no_gradient():
+    # A token with logits 2 and 1 takes both experts; over the seeds each pair is masked or not, and the other too.
+    layer = MoEConfig(2, TokenChoice(2), FFN(4), expert_output_masking=0.5).build(2)
+    with torch.no_grad():
+        layer.router.gate.weight.copy_(torch.eye(2))
+    x = torch.tensor([[[2.0, 1.0]]])
+    seen = set()
+    for seed in range(16):
+        torch.manual_seed(seed)
+        kept = tuple((F.dropout(torch.ones(2), 0.5) > 0).tolist())  # rows are sorted by expert
+        torch.manual_seed(seed)
+        layer.zero_grad()
+        layer(x).sum().backward()
+        assert tuple(bool(g.abs().max() > 0) for g in layer.experts.w_out.grad) == kept
+        seen.add(kept)
+    assert len(seen) == 4  # none, either, both
+
+
+# --- both, in a layer as it is used ---
+
+RANDOM = {"shared_gate_dropout": 0.3, "expert_output_masking": 0.3}
+
+
+def step(layer: MoE, run: object, x: Tensor, context: RoutingContext | None = None) -> dict[str, Tensor]:
+    """Output, loss and gradients of a training step from one seed."""
+    layer.zero_grad()
+    torch.manual_seed(5)
+    x = x.clone().requires_grad_()
+    with record(layer) as tape:
+        y = run(x, context)  # type: ignore[operator]
+    loss = aux_loss(tape)
+    (y.square().sum() + loss).backward()
+    found = {"y": y.detach(), "aux": loss.detach(), "dx": x.grad}
+    return found | {name: p.grad.clone() for name, p in layer.named_parameters()}
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def everything(**options: object) -> MoE:
+    return wide(gated("mix", balance=Balance(gate_budget=1.0), **{**RANDOM, **options}).build(8))
+
+
+def test_the_same_seed_gives_the_same_step_also_for_a_copy_and_under_checkpointing():
+    layer, x = everything(), torch.randn(2, 6, 8)
+    expected = step(layer, layer, x)
+    other = copy.deepcopy(layer)
+    for name, tensor in step(other, other, x).items():
+        assert torch.equal(tensor, expected[name]), name
+    assert_same(step(layer, lambda x, context: checkpoint(layer, x, context, use_reentrant=False), x), expected)
+    torch.manual_seed(6)
+    assert not torch.equal(layer(x), expected["y"])
+
+
+def test_padding_of_nan_is_the_same_as_no_token():
+    layer, real = everything(shared_gate_dropout=0.0, expert_output_masking=0.0), torch.randn(1, 4, 8)
+    x = torch.cat((real, torch.full((1, 2, 8), torch.nan)), 1)
+    context = RoutingContext(valid_BS=torch.arange(6)[None] < 4)
+    alone = step(layer, layer, real)
+    padded = step(layer, lambda x, c: layer(x, c)[:, :4], x, context)
+    assert padded["dx"][:, 4:].abs().max() == 0
+    padded["dx"] = padded["dx"][:, :4]
+    assert_same(padded, alone)
+
+
+@pytest.mark.parametrize("kind", ["mix", "scale"])
+@pytest.mark.parametrize("shape", [(0, 5, 8), (2, 0, 8), (0, 8)])
+def test_no_tokens_run_forward_and_backward(kind, shape):
+    balance = Balance(gate_budget=1.0 if kind == "mix" else 0.0)
+    layer = gated(kind, balance=balance, expert_output_masking=0.3).build(8)
+    x = torch.zeros(shape, requires_grad=True)
+    with record(layer) as tape:
+        y = layer(x)
+    assert y.shape == shape
+    (y.sum() + aux_loss(tape)).backward()
+    assert all(p.grad is not None and p.grad.abs().max() == 0 for p in layer.parameters())
+    assert RoutingStats.from_tape(tape).layers[""].shared_gate == 0.0
+
+
+@pytest.mark.parametrize("kind", ["mix", "scale"])
+def test_in_half_precision_the_gate_stays_in_float32(kind):
+    layer, x = wide(gated(kind).build(8)), torch.randn(2, 6, 8)
+    with record(layer) as tape:
+        expected = layer(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layer(x)
+        layer.bfloat16()
+        half = layer(x.bfloat16())
+    plain, cast, lower = (entry.shared_gate_T for entry in tape.entries)
+    assert torch.equal(cast, plain)
+    assert lower.dtype == plain.dtype == torch.float32
+    assert y.dtype == half.dtype == torch.bfloat16
+    # A bfloat16 number is good to 2^-8; two products and a sum of numbers of this size.
+    assert (y - expected).abs().max() < 4 * 2**-8 * expected.abs().max()
+
+
+@pytest.mark.parametrize("kind", ["mix", "scale"])
+def test_torch_compile_goes_through_without_a_graph_break_to_the_same_step(kind):
+    torch._dynamo.reset()
+    layer = wide(gated(kind, balance=Balance(gate_budget=1.0 if kind == "mix" else 0.0)).build(8))
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    x, context = torch.randn(2, 6, 8), RoutingContext(valid_BS=torch.tensor([[True] * 6, [True] * 4 + [False] * 2]))
+    try:
+        assert_same(step(layer, compiled, x, context), step(layer, layer, x, context))
+    finally:
+        torch._dynamo.reset()
+
+
+def test_what_is_random_compiles_and_is_drawn_at_each_call():
+    torch._dynamo.reset()
+    layer, x = everything(), torch.randn(2, 6, 8)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    try:
+        assert not torch.equal(compiled(x), compiled(x))
+        layer.eval()
+        torch.testing.assert_close(compiled(x), layer(x), rtol=1e-5, atol=1e-6)
+    finally:
+        torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("kind", ["mix", "scale"])
+def test_torch_export_goes_through_for_any_number_of_tokens(kind):
+    layer = wide(gated(kind, expert_output_masking=0.3).build(8)).eval()
+    dynamic = {0: torch.export.Dim("batch", min=1, max=64), 1: torch.export.Dim("length", min=1, max=512)}
+    program = torch.export.export(layer, (torch.randn(2, 6, 8),), dynamic_shapes={"x": dynamic}).module()
+    for shape in ((2, 6, 8), (5, 40, 8)):
+        x = torch.randn(shape)
+        torch.testing.assert_close(program(x), layer(x), rtol=1e-5, atol=1e-6)
+
+
+# --- costs and configuration ---
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["mix", "scale"])
+@pytest.mark.parametrize("router", [TokenChoice(2), SoftSlots(), Merge("smear")], ids=["pairs", "slots", "merged"])
+def test_the_gate_costs_dim_parameters_and_a_product_a_token(router, kind, backend):
+    options = {} if isinstance(router, Merge) else {"backend": backend}
+    plain = MoEConfig(4, router, SwiGLU(6), num_shared_experts=1, **options)
+    config = replace(plain, shared_gate=kind)
+    layer = config.build(8)
+    assert config.num_params(8) == plain.num_params(8) + 8 == sum(p.numel() for p in layer.parameters())
+    assert config.active_params(8) == plain.active_params(8) + 8 == active_params(layer)
+    costs = [c.flops_per_token(8, tokens_per_sequence=8) for c in (config, plain)]
+    assert costs[0] == costs[1] + 16
+    assert count_flops(layer, torch.randn(2, 8, 8)) == 16 * costs[0]
+    if isinstance(router, TokenChoice):
+        x = torch.randn(2, 8, 8, requires_grad=True)
+        assert count_flops(lambda: layer(x).sum().backward()) == 3 * 16 * costs[0]
+
+
+def test_masking_costs_nothing():
+    plain = MoEConfig(4)
+    config = replace(plain, expert_output_masking=0.2)
+    assert config.num_params(8) == plain.num_params(8)
+    assert config.flops_per_token(8) == plain.flops_per_token(8)
+    assert count_flops(config.build(8), torch.randn(1, 10, 8)) == 10 * config.flops_per_token(8)
+
+
+def test_the_plain_form_comes_back_equal():
+    config = gated("mix", balance=Balance(gate_budget=0.1, budget=0.6), **RANDOM)
+    assert MoEConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+BUDGET = {"balance": Balance(gate_budget=0.1)}
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"shared_gate": "sum"}, r"shared_gate='sum' is not one of none, mix, scale"),
+        ({"shared_gate": "mix"}, r"shared_gate='mix' needs num_shared_experts, which is 0"),
+        ({"shared_gate_dropout": 1.0}, r"shared_gate_dropout=1.0 is not in \[0, 1\)"),
+        (
+            {"shared_gate_dropout": 0.1, "shared_gate": "scale", "num_shared_experts": 1},
+            r"shared_gate_dropout=0.1 needs shared_gate='mix', not 'scale'",
+        ),
+        (BUDGET, r"balance.gate_budget=0.1 needs shared_gate='mix', not 'none'"),
+        (
+            {**BUDGET, "shared_gate": "scale", "num_shared_experts": 1},
+            r"balance.gate_budget=0.1 needs shared_gate='mix', not 'scale'",
+        ),
+        ({"expert_output_masking": -0.1}, r"expert_output_masking=-0.1 is not in \[0, 1\)"),
+        ({"expert_output_masking": float("nan")}, r"expert_output_masking=nan is not in \[0, 1\)"),
+        (
+            {"expert_output_masking": 0.1, "router": SoftSlots()},
+            r"expert_output_masking=0.1 does not apply to SoftSlots \(arXiv 2308.00951\)",
+        ),
+        (
+            {"expert_output_masking": 0.1, "router": Merge("smear")},
+            r"expert_output_masking=0.1 does not apply to Merge",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_one_line(options, message):
+    with pytest.raises(ValueError, match=message):
+        MoEConfig(4, **options)
+
+
+def test_a_budget_is_a_share():
+    for value in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match=rf"balance.budget={value} is not in \[0, 1\]"):
+            Balance(budget=value)
+
+
+def test_the_budget_of_a_layer_without_such_a_gate_is_refused():
+    with pytest.raises(ValueError, match=r"balance.gate_budget=0.1 does not apply to MMoE"):
+        Balance(gate_budget=0.1).check(frozenset({"importance"}), "MMoE")
