@@ -1,0 +1,115 @@
+"""Multi-gate layers by name, for the tests of all of them, and one step of a layer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+import core
+from core import (
+    CGC,
+    FFN,
+    MLP,
+    PLE,
+    DSelectK,
+    ExpertChoice,
+    MMoE,
+    MultiGateConfig,
+    NullExperts,
+    OMoE,
+    RoutingContext,
+    SwiGLU,
+    Threshold,
+    TokenChoice,
+    aux_loss,
+    record,
+)
+
+D, TASKS, DOMAINS = 9, 3, 4
+HOME = {"expert": MLP((6,), "silu", "batch"), "feature_gate": 2, "self_gate": 2}
+DENSE: dict[str, MultiGateConfig] = {
+    "mmoe": MMoE(5, MLP((7, 6))),
+    "omoe": OMoE(5, MLP((6,))),
+    "cgc": CGC(3, MLP((6,)), 2),
+    "ple": PLE(2, MLP((6,)), 2, 3),
+    "ple uneven": PLE(3, MLP((7, 6)), 1, 2),
+    "ple without own": PLE(3, MLP((6,)), 0, 2),
+    "home mmoe": MMoE(5, **HOME),
+    "home ple": PLE(2, num_task_experts=2, **HOME),
+    "one self gate": CGC(3, MLP((6,)), 0, self_gate=1),
+    "ffn": MMoE(4, FFN(12, bias=True)),
+    "swiglu ple": PLE(2, SwiGLU(12), 1, 2),
+}
+DOMAIN: dict[str, MultiGateConfig] = {
+    "domain mmoe": MMoE(3, MLP((6,)), num_domain_experts=2),
+    "domain ple": PLE(2, MLP((6,), norm="batch"), 1, 2, num_domain_experts=1, self_gate=1),
+    "domain gates": CGC(3, MLP((6,)), 1),
+}
+SPARSE: dict[str, MultiGateConfig] = {
+    "top-k": MMoE(8, MLP((6,)), TokenChoice(2)),
+    "top-k of FFN": MMoE(8, FFN(12), TokenChoice(2)),
+    "top-1, batch norm": MMoE(8, MLP((6,), norm="batch"), TokenChoice(1)),
+    "input gates": MMoE(8, MLP((6,)), TokenChoice(2, gates_on="input")),
+    "dselect-k": MMoE(8, MLP((6,)), DSelectK(2)),
+    "expert choice": MMoE(8, MLP((6,)), ExpertChoice(2.0)),
+    "threshold": MMoE(8, MLP((6,)), Threshold(0.2, second="threshold")),
+    "null experts": MMoE(8, MLP((6,)), NullExperts(4, num_null_experts=8)),
+    "shared top-k": MMoE(8, MLP((6,)), TokenChoice(3), "shared"),
+    "shared top-k of FFN": MMoE(8, FFN(12), TokenChoice(3), "shared"),
+    "shared sigmoid": MMoE(8, MLP((6,)), TokenChoice(3, score_func="sigmoid", normalize=False), "shared"),
+    "shared expert choice": MMoE(8, MLP((6,)), ExpertChoice(2.0), "shared"),
+    "shared dselect-k": MMoE(8, MLP((6,)), DSelectK(2), "shared"),
+}
+ALL = DENSE | DOMAIN | SPARSE
+
+
+def build(name: str, seed: int = 0, **options) -> core.MultiGateLayer:
+    """A layer whose gates and norms are away from where they start."""
+    config = ALL[name] if not options else type(ALL[name])(**{**vars(ALL[name]), **options})
+    torch.manual_seed(seed)
+    layer = config.build(D, TASKS, DOMAINS if name in DOMAIN else 0)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    return layer
+
+
+def context(name: str, B: int, valid_B: Tensor | None = None) -> RoutingContext | None:
+    if name not in DOMAIN:
+        return None if valid_B is None else RoutingContext(valid_BS=valid_B)
+    ids = torch.randint(DOMAINS, (B,), generator=torch.Generator().manual_seed(3))
+    return RoutingContext(domain_ids_B=ids, valid_BS=valid_B)
+
+
+def examples(B: int, seed: int = 5) -> Tensor:
+    return torch.randn(B, D, generator=torch.Generator().manual_seed(seed))
+
+
+def step(layer: nn.Module, x: Tensor, known: RoutingContext | None = None, run=None) -> dict[str, Tensor]:
+    """Output, auxiliary loss and all gradients of one pass."""
+    layer.zero_grad()
+    x = x.clone().requires_grad_()
+    with record(layer) as tape:
+        y = (layer if run is None else run)(x, known)
+    weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype)
+    ((y * weight).sum() + aux_loss(tape)).backward()
+    found = {"y": y.detach(), "aux": aux_loss(tape).detach(), "dx": x.grad}
+    return found | {n: p.grad.clone() for n, p in layer.named_parameters() if p.grad is not None}
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], rtol: float = 1e-4, atol: float = 1e-5) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def expert(layer_experts, e: int, x: Tensor) -> Tensor:
+    """Expert e of plain MLP experts, layer by layer."""
+    for i in range(len(layer_experts.hidden_dims)):
+        x = (x @ getattr(layer_experts, f"w_{i}")[e] + getattr(layer_experts, f"b_{i}")[e]).relu()
+    return x
+
+
+def copied(to: nn.Module, source: dict[str, Tensor]) -> nn.Module:
+    to.load_state_dict(source)
+    return to

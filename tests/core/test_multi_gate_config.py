@@ -1,0 +1,172 @@
+"""Configs of multi-task layers: plain form, costs, and what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from gated import ALL, DOMAIN, DOMAINS, TASKS, D, build, context, examples
+
+from core import (
+    CGC,
+    MLP,
+    PLE,
+    Balance,
+    DenseRouting,
+    Hash,
+    Merge,
+    MMoE,
+    MultiGateConfig,
+    RoutingContext,
+    SoftSlots,
+    TokenChoice,
+    active_params,
+    count_flops,
+    record,
+)
+
+FIXED = [n for n in ALL if n not in ("dselect-k", "threshold", "null experts", "shared dselect-k")]  # of a known cost
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_config_is_plain_dicts_and_back(name):
+    config = ALL[name]
+    plain = json.loads(json.dumps(config.to_dict()))
+    assert plain["class_path"] == f"core.{type(config).__name__}"
+    assert MultiGateConfig.from_dict(plain) == config
+    assert type(config).from_dict(plain["init_args"]) == config
+
+
+def test_a_dict_of_another_class_is_refused():
+    with pytest.raises(ValueError, match=r"core\.TokenChoice' is not a multi-gate config"):
+        MultiGateConfig.from_dict({"class_path": "core.TokenChoice", "init_args": {}})
+    with pytest.raises(ValueError, match="not a multi-gate config"):
+        PLE.from_dict(MMoE().to_dict())
+    with pytest.raises(ValueError, match="CGC has no field 'router'"):
+        CGC.from_dict({"router": None})
+
+
+# Costs.
+
+
+@pytest.mark.parametrize("num_tasks", [1, 3])
+@pytest.mark.parametrize("name", ALL)
+def test_parameters_equal_the_formulas(name, num_tasks):
+    config, domains = ALL[name], DOMAINS if name in DOMAIN else 0
+    layer = config.build(D, num_tasks, domains)
+    assert sum(p.numel() for p in layer.parameters()) == config.num_params(D, num_tasks, domains)
+    assert active_params(layer) == config.active_params(D, num_tasks, domains)
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_counted_flops_equal_the_formula(name):
+    config, domains = ALL[name], DOMAINS if name in DOMAIN else 0
+    counted = count_flops(build(name).eval(), examples(16), context(name, 16))
+    assert counted == 16 * config.flops_per_token(D, TASKS, domains, batch_size=16)
+
+
+@pytest.mark.parametrize("name", ["dselect-k", "threshold", "null experts", "shared dselect-k"])
+def test_only_chosen_rows_are_computed_and_counted(name):
+    config, layer, x = ALL[name], build(name).eval(), examples(16)
+    with record(layer) as tape:
+        layer(x)
+    routed = [e for e in tape.entries if not isinstance(e.routing, DenseRouting)]
+    rows = sum(int(e.routing.tokens_per_expert_E.sum()) for e in routed)
+    gates = len(routed) * config.router.flops_per_token(D, 8) * 16
+    gates += 2 * D * 8 * TASKS * 16 if config.selection == "shared" else 0
+    assert 0 < rows < 8 * 16 * len(routed)
+    assert count_flops(layer, x) == gates + rows * config.expert.flops_per_row(D)
+
+
+def test_costs_by_hand():
+    # MMoE, D=9, 3 tasks, 5 experts of 9 -> 7 -> 6. Parameters: experts 5 * (9 * 7 + 7 + 7 * 6 + 6) = 590, gates 135.
+    # FLOPs: experts 2 * 5 * (63 + 42) = 1050, gates 2 * 135 = 270, weighted sums 2 * 3 * 5 * 6 = 180.
+    mmoe = ALL["mmoe"]
+    assert mmoe.num_params(9, 3) == mmoe.active_params(9, 3) == 725
+    assert mmoe.flops_per_token(9, 3) == 1500
+    # CGC: 3 shared and 2 for each of 3 tasks: 9 experts of 9 * 6 + 6, three gates over 5.
+    cgc = ALL["cgc"]
+    assert cgc.num_params(9, 3) == 9 * 60 + 3 * 5 * 9
+    assert cgc.flops_per_token(9, 3) == 2 * (9 * 54 + 15 * 9 + 15 * 6)
+    # Sparse: 8 experts of 60; each of 3 tasks routes (2 * 9 * 8) and computes 2 rows of 2 * 54.
+    sparse = ALL["top-k"]
+    assert sparse.num_params(9, 3) == 8 * 60 + 3 * 72
+    assert sparse.active_params(9, 3) == 6 * 60 + 3 * 72
+    assert sparse.flops_per_token(9, 3) == 3 * (144 + 2 * 108)
+    # One selection for all: one route, 3 rows, and three gates of 2 * 9 * 8.
+    assert ALL["shared top-k"].flops_per_token(9, 3) == 144 + 3 * 108 + 3 * 144
+    # Two of each domain's experts (of 4 domains) beside 3: 11 experts held, 5 taken; gates over 5 and 4 vectors.
+    domain = ALL["domain mmoe"]
+    assert domain.num_params(9, 3, 4) == 11 * 60 + 3 * 5 * 9 + 4 * 9
+    assert domain.active_params(9, 3, 4) == 5 * 60 + 3 * 5 * 9 + 4 * 9
+
+
+def test_many_small_experts_cost_a_part_of_the_dense_layer():
+    # E=64 of 16, K=4, D=128: dense 64 rows of 4096 FLOPs; each task 4 rows and a gate of 2 * 128 * 64.
+    dense, sparse = MMoE(64), MMoE(64, router=TokenChoice(4))
+    assert dense.flops_per_token(128, 2) == 64 * 4096 + 2 * 2 * 64 * (128 + 16)
+    assert sparse.flops_per_token(128, 2) == 2 * (4 * 4096 + 2 * 128 * 64)
+
+
+# Bad input.
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: MMoE(0), "num_experts=0 is not at least 1"),
+        (lambda: CGC(2, num_task_experts=-1), "num_task_experts=-1 is negative"),
+        (lambda: PLE(num_levels=0), "num_levels=0 is not at least 1"),
+        (lambda: MMoE(expert_dropout=1.0), "expert_dropout=1.0 is not in"),
+        (lambda: MMoE(self_gate=-1), "self_gate=-1 is negative"),
+        (lambda: MMoE(backend="gpu"), "backend='gpu' is not one of"),
+        (lambda: MMoE(init_scale=0.0), "init_scale=0.0 is not a positive number"),
+        (lambda: MMoE(selection="shared"), "selection='shared' needs a router"),
+        (lambda: MMoE(4, router=TokenChoice(2), selection="both"), "selection='both' is not one of task, shared"),
+        (lambda: MMoE(4, router=TokenChoice(9)), "top_k=9 exceeds num_experts=4"),
+        (lambda: MMoE(4, router=SoftSlots()), "SoftSlots .* mixes: not for MMoE"),
+        (lambda: MMoE(4, router=Merge()), "Merge.* mixes: not for MMoE"),
+        (lambda: MMoE(4, router=TokenChoice(2), feature_gate=2), "feature_gate=2 does not apply with a router"),
+        (lambda: MMoE(4, router=TokenChoice(2), expert_dropout=0.1), "expert_dropout=0.1 does not apply"),
+        (lambda: MMoE(4, router=TokenChoice(2, gates_on="input"), selection="shared"), "gates_on='input'"),
+        (lambda: MMoE(4, balance=Balance(load_balancing=0.5)), "load_balancing=0.5 does not apply to MMoE"),
+        (lambda: MMoE(4, router=TokenChoice(2), balance=Balance(adaptive=True)), "adaptive=True"),
+        (lambda: MMoE(4).build(D, 0), "num_tasks=0 is not at least 1"),
+        (lambda: MMoE(4).build(0, 1), "dim=0 is not at least 1"),
+        (lambda: MMoE(4).build(D, 1, -1), "num_domains=-1 is negative"),
+        (lambda: MMoE(4, num_domain_experts=1).build(D, 2), "num_domain_experts=1 needs num_domains"),
+        (lambda: MMoE(4, num_domain_experts=1).num_params(D, 2), "num_domain_experts=1 needs num_domains"),
+    ],
+)
+def test_bad_options_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    "known, message",
+    [
+        (None, "needs context.domain_ids_B, which is None"),
+        (RoutingContext(), "needs context.domain_ids_B, which is None"),
+        (RoutingContext(domain_ids_B=torch.tensor([0, 1])), r"shape \(2,\)"),
+        (RoutingContext(domain_ids_B=torch.tensor([0, 1, 4])), r"holds 4, which is not in range\(4\)"),
+        (RoutingContext(domain_ids_B=torch.tensor([0, 1, -1])), "holds -1"),
+        (RoutingContext(valid_BS=torch.ones(2, dtype=torch.bool)), r"valid_BS has shape \(2,\)"),
+        (RoutingContext(valid_BS=torch.ones(3)), "it must be bool"),
+    ],
+)
+@pytest.mark.parametrize(
+    "config", [MMoE(3, MLP((6,)), num_domain_experts=1), MMoE(3, MLP((6,)), TokenChoice(2))], ids=str
+)
+def test_a_bad_context_is_refused(config, known, message):
+    layer = config.build(D, TASKS, DOMAINS)
+    with pytest.raises(ValueError, match=message):
+        layer(examples(3), known)
+
+
+def test_a_router_that_needs_ids_says_so():
+    layer = MMoE(4, MLP((6,)), Hash(10)).build(D, 2)
+    with pytest.raises(ValueError, match="token_ids_BS"):
+        layer(examples(3))
+    layer(examples(3), RoutingContext(token_ids_BS=torch.tensor([[1], [2], [9]])))

@@ -1,0 +1,236 @@
+"""Multi-task layers against their equations, each other, and the routers' own layer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from gated import ALL, SPARSE, TASKS, D, assert_same, build, copied, examples, expert, step
+from torch import nn
+
+import core
+from core import CGC, MLP, PLE, MMoE, MoEConfig, RoutingContext, TokenChoice, record
+
+# The equations.
+
+
+def test_mmoe_by_hand():
+    # Two experts of one feature on x = (1, 2): relu(1 * 1 + 0 * 2) = 1 and relu(0 * 1 + 3 * 2 + 1) = 7.
+    # Task 0 has logits (0, 0): (1 + 7) / 2 = 4. Task 1 has (log 3, 0), gates 3/4 and 1/4: 0.75 + 1.75 = 2.5.
+    layer = MMoE(2, MLP((1,))).build(2, 2)
+    with torch.no_grad():
+        layer.experts.w_0.copy_(torch.tensor([[[1.0], [0.0]], [[0.0], [3.0]]]))
+        layer.experts.b_0.copy_(torch.tensor([[0.0], [1.0]]))
+        layer.router.weight.copy_(torch.tensor([[[0.0, 0.0], [0.0, 0.0]], [[3.0, 0.0], [0.0, 0.0]]]).log1p())
+        layer.router.weight[1, 0, 0] = torch.tensor(3.0).log()
+    torch.testing.assert_close(layer(torch.tensor([[1.0, 2.0]])).flatten(), torch.tensor([4.0, 2.5]))
+
+
+def test_a_gate_that_is_one_hot_gives_that_experts_output():
+    layer = build("mmoe")
+    x = examples(4).abs()
+    with torch.no_grad():
+        layer.router.weight.zero_()
+        for task, e in enumerate((3, 0, 3)):
+            layer.router.weight[task, e] = 1000.0  # on positive features the other logits are far below
+    y = layer(x)
+    for task, e in enumerate((3, 0, 3)):
+        torch.testing.assert_close(y[task], expert(layer.experts, e, x), rtol=1e-5, atol=1e-6)
+
+
+def test_cgc_equals_its_equation():
+    layer, x = build("cgc"), examples(5)
+    y = layer(x)
+    for task in range(TASKS):
+        # Experts: three shared, then two of each task.
+        own = [0, 1, 2, 3 + 2 * task, 4 + 2 * task]
+        gates = (x @ layer.router.weight[task].T).softmax(-1)
+        expected = sum(gates[:, [i]] * expert(layer.experts, e, x) for i, e in enumerate(own))
+        torch.testing.assert_close(y[task], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_ple_equals_its_equations():
+    layer, x = build("ple"), examples(5)
+    y = layer(x)
+    # Two shared experts, two of each of three tasks. Level by level: inputs of the tasks and of the shared ones.
+    tasks, shared = [x] * TASKS, x
+    for level in range(3):
+        gates, experts = layer.router[level], layer.experts[level]
+        outputs = [expert(experts, e, shared) for e in (0, 1)]
+        outputs += [expert(experts, 2 + 2 * k + i, tasks[k]) for k in range(TASKS) for i in range(2)]
+        new = []
+        for k in range(TASKS):
+            own = (0, 1, 2 + 2 * k, 3 + 2 * k)
+            g = (tasks[k] @ gates.weight[k].T).softmax(-1)
+            new.append(sum(g[:, [i]] * outputs[e] for i, e in enumerate(own)))
+        if level < 2:
+            g = (shared @ gates.shared_weight.T).softmax(-1)
+            shared = sum(g[:, [e]] * output for e, output in enumerate(outputs))
+        else:
+            assert gates.shared_weight is None
+        tasks = new
+    torch.testing.assert_close(y, torch.stack(tasks), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_self_gates_add_experts_outside_the_softmax(count):
+    config = CGC(2, MLP((6,)), 1, self_gate=count)
+    layer, plain = config.build(D, 2), CGC(2, MLP((6,)), 1).build(D, 2)
+    x = examples(5)
+    # Order: two shared, then of each task one in the softmax and the self-gate's.
+    first = [2, 2 + 1 + count]
+    with torch.no_grad():
+        plain.router.weight.copy_(layer.router.weight)
+        for name, p in plain.experts.named_parameters():
+            p.copy_(getattr(layer.experts, name)[[0, 1, *first]])
+    base, y = plain(x), layer(x)
+    for task in range(2):
+        logits = x @ layer.router.self_weight[task].T
+        gates = logits.sigmoid() if count == 1 else logits.softmax(-1)
+        added = sum(gates[:, [i]] * expert(layer.experts, first[task] + 1 + i, x) for i in range(count))
+        torch.testing.assert_close(y[task], base[task] + added, rtol=1e-5, atol=1e-6)
+
+
+def test_feature_gates_scale_each_experts_input():
+    layer, x = build("mmoe", feature_gate=2), examples(5)
+    gates = torch.stack([x @ w.T for w in layer.router.weight], 1).softmax(-1)
+    outputs = []
+    for e in range(5):
+        scale = 2 * (x @ layer.feature_gate.down[e] @ layer.feature_gate.up[e]).sigmoid()
+        outputs.append(expert(layer.experts, e, x * scale))
+    expected = torch.einsum("bte,ebh->tbh", gates, torch.stack(outputs))
+    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_feature_gates_start_as_if_they_were_not_there():
+    torch.manual_seed(0)
+    gated = PLE(2, MLP((6,)), 1, feature_gate=2).build(D, TASKS)
+    plain = PLE(2, MLP((6,)), 1).build(D, TASKS)
+    plain.load_state_dict({n: v for n, v in gated.state_dict().items() if not n.startswith("feature_gates")})
+    x = examples(5)
+    torch.testing.assert_close(gated(x), plain(x), rtol=1e-5, atol=1e-6)
+
+
+def test_domain_experts_compute_their_domains_examples():
+    # Three shared experts; those of domain d are number 3 + 2 d and 4 + 2 d.
+    layer, x = build("domain mmoe"), examples(6)
+    domains = torch.tensor([3, 0, 0, 2, 3, 3])
+    y = layer(x, RoutingContext(domain_ids_B=domains))
+    for b, d in enumerate(domains.tolist()):
+        seen = x[b] + layer.router.domain.weight[d]
+        outputs = torch.stack([expert(layer.experts, e, x[b]) for e in (0, 1, 2, 3 + 2 * d, 4 + 2 * d)])
+        for task in range(TASKS):
+            gates = (layer.router.weight[task] @ seen).softmax(-1)
+            torch.testing.assert_close(y[task, b], gates @ outputs, rtol=1e-5, atol=1e-5)
+
+
+def test_an_absent_domains_experts_get_no_gradient():
+    layer = build("domain mmoe")
+    layer(examples(4), RoutingContext(domain_ids_B=torch.tensor([0, 2, 2, 0]))).sum().backward()
+    touched = layer.experts.w_0.grad.flatten(1).any(1)
+    # Shared 0 to 2, then domains 0, 1, 2, 3 with two each.
+    assert touched.tolist() == [True] * 3 + [True] * 2 + [False] * 2 + [True] * 2 + [False] * 2
+    assert layer.router.domain.weight.grad.any(1).tolist() == [True, False, True, False]
+
+
+@pytest.mark.parametrize("name", ["top-k", "top-k of FFN", "input gates", "expert choice", "threshold", "dselect-k"])
+def test_each_task_of_a_sparse_layer_equals_a_layer_of_its_router(name):
+    layer, x = build(name), examples(12)
+    config = SPARSE[name]
+    for task in range(TASKS):
+        single = MoEConfig(8, config.router, config.expert, group="batch").build(D)
+        single.experts.load_state_dict(layer.experts.state_dict())
+        single.router.load_state_dict(layer.router[task].state_dict())
+        torch.testing.assert_close(layer(x)[task], single(x), rtol=1e-5, atol=1e-6)
+
+
+def test_top_k_of_all_experts_equals_the_dense_layer():
+    dense = MMoE(4, MLP((6,))).build(D, TASKS)
+    every = MMoE(4, MLP((6,)), TokenChoice(4, normalize=True)).build(D, TASKS)
+    shared = MMoE(4, MLP((6,)), TokenChoice(4, normalize=True), "shared").build(D, TASKS)
+    with torch.no_grad():
+        for layer in (every, shared):
+            layer.experts.load_state_dict(dense.experts.state_dict())
+        for task in range(TASKS):
+            every.router[task].gate.weight.copy_(dense.router.weight[task])
+        # A uniform selection leaves the tasks' gates alone.
+        shared.router[0].gate.weight.zero_()
+        shared.router[1].weight.copy_(dense.router.weight)
+    x = examples(7)
+    torch.testing.assert_close(every(x), dense(x), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(shared(x), dense(x), rtol=1e-5, atol=1e-6)
+
+
+def test_a_shared_selection_is_weighted_by_each_task():
+    layer, x = build("shared sigmoid"), examples(5)
+    chosen = (x @ layer.router[0].gate.weight.T).sigmoid().topk(3, -1)
+    for b in range(5):
+        p, ids = chosen.values[b], chosen.indices[b]
+        outputs = torch.stack([expert(layer.experts, int(e), x[b]) for e in ids])
+        for task in range(TASKS):
+            weights = p * (layer.router[1].weight[task, ids] @ x[b]).exp()
+            expected = p.sum() * weights / weights.sum() @ outputs
+            torch.testing.assert_close(layer(x)[task, b], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_shared_selection_of_one_expert_trains_its_router():
+    # normalize=False: the task's gate over one expert is 1, and the sum of the router's gates is its score.
+    layer = MMoE(4, MLP((6,)), TokenChoice(1), "shared").build(D, 2)
+    layer(examples(6)).sum().backward()
+    assert layer.router[0].gate.weight.grad.abs().sum() > 0
+
+
+# How they relate.
+
+
+def test_cgc_without_task_experts_is_mmoe():
+    cgc, x = CGC(5, MLP((7, 6)), 0).build(D, TASKS), examples(6)
+    mmoe = copied(MMoE(5, MLP((7, 6))).build(D, TASKS), cgc.state_dict())
+    assert_same(step(cgc, x), step(mmoe, x), rtol=0, atol=0)
+
+
+def test_ple_of_one_level_is_cgc():
+    x, cgc = examples(6), CGC(3, MLP((6,)), 2).build(D, TASKS)
+    state = {
+        n.replace("router.", "router.routers.0.").replace("experts.", "experts.0."): v
+        for n, v in cgc.state_dict().items()
+    }
+    ple = copied(PLE(3, MLP((6,)), 2, 1).build(D, TASKS), state)
+    assert torch.equal(ple(x), cgc(x))
+
+
+def test_mmoe_of_equal_gates_is_omoe_is_a_dense_mixture():
+    x, omoe = examples(6), build("omoe")
+    mmoe = MMoE(5, MLP((6,))).build(D, TASKS)
+    mixture = MoEConfig(5, core.Dense(), MLP((6,))).build(D)
+    with torch.no_grad():
+        mmoe.router.weight.copy_(omoe.router.weight.expand(TASKS, -1, -1))
+        mixture.router.gate.weight.copy_(omoe.router.weight[0])
+    for layer in (mmoe, mixture):
+        layer.experts.load_state_dict(omoe.experts.state_dict())
+    torch.testing.assert_close(omoe(x), mmoe(x))
+    torch.testing.assert_close(omoe(x), mixture(x).expand(TASKS, -1, -1), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["cgc", "ple", "home ple"])
+def test_a_tasks_gradient_reaches_its_own_and_the_shared_experts_alone(name):
+    layer, config = build(name), ALL[name]
+    layer.eval()  # batch statistics would couple nothing here, but one expert's rows are all examples
+    layer(examples(6))[1].square().sum().backward()
+    experts = layer.experts[-1] if isinstance(layer.experts, nn.ModuleList) else layer.experts
+    touched = experts.w_0.grad.flatten(1).any(1).tolist()
+    own, shared = config.num_task_experts + config.self_gate, config.num_experts
+    assert touched == [True] * shared + [False] * own + [True] * own + [False] * own
+
+
+def test_a_tasks_gradient_reaches_its_own_gate_and_chosen_experts_alone():
+    layer, x = build("top-k"), examples(6)
+    with record(layer) as tape:
+        y = layer(x)
+    y[1].square().sum().backward()
+    chosen = tape.entries[1].routing.tokens_per_expert_E > 0
+    assert torch.equal(layer.experts.w_0.grad.flatten(1).any(1), chosen)
+    assert [p.gate.weight.grad is not None and bool(p.gate.weight.grad.any()) for p in layer.router.routers] == [
+        False,
+        True,
+        False,
+    ]
