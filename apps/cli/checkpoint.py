@@ -54,7 +54,7 @@ def find_checkpoint(command: str, which: str | None, run_dir: Path) -> Path | No
         raise FileNotFoundError(
             f"no checkpoint in {folder}: train one with moesaic fit, or give --ckpt_path (none: an untrained model)"
         )
-    if which in ("last", "best"):
+    if which in ("last", "best", "average"):
         path = folder / f"{which}.ckpt"
         if path.is_file() or sharded.is_sharded(path):
             return path
@@ -143,7 +143,8 @@ def _flat(value: Any, prefix: str = "model") -> dict[str, Any]:
 def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     keys = dict.fromkeys((*here, *there))
     rows = [(k, there.get(k), here.get(k)) for k in keys if there.get(k) != here.get(k)]
-    return [row for row in rows if not row[0].startswith(("model.optimizer", "model.ema_decay", "model.report"))]
+    shapeless = ("model.optimizer", "model.ema_decay", "model.average_last", "model.report")
+    return [row for row in rows if not row[0].startswith(shapeless)]
 
 
 def short(class_path: str | None) -> str | None:

@@ -46,7 +46,7 @@ class Request:
         flags, options = take(argv, ("config", "c", "run_dir", "ckpt_path"))
         paths = [Path(p) for p in options["config"] + options["c"]]
         which = options["ckpt_path"][-1] if options["ckpt_path"] else None
-        if not paths and which not in (None, "last", "best", "null", "none"):
+        if not paths and which not in (None, "last", "best", "average", "null", "none"):
             # A checkpoint lies in its run's folder, beside the configuration of the run.
             beside = Path(which).parent.parent / "config.yaml"
             paths = [beside] if beside.is_file() else []

@@ -29,6 +29,7 @@ class TinyModule(SparseModule):
         seconds: sleep so long each step.
         optimizer: rates.
         ema_decay: of the average.
+        average_last: epochs in the mean.
     """
 
     data_arguments: ClassVar[tuple[str, ...]] = ("num_classes",)
@@ -43,8 +44,9 @@ class TinyModule(SparseModule):
         seconds: float = 0.0,
         optimizer: OptimizerConfig | None = None,
         ema_decay: float | None = None,
+        average_last: int | None = None,
     ) -> None:
-        super().__init__(optimizer=optimizer, ema_decay=ema_decay)
+        super().__init__(optimizer=optimizer, ema_decay=ema_decay, average_last=average_last)
         if width % 2:
             raise ValueError(f"width={width} is not even")
         self.num_classes, self.explode_at, self.seconds = num_classes, explode_at, seconds

@@ -11,8 +11,8 @@ from typing import Any, ClassVar, Literal, NamedTuple
 from torch import Tensor
 
 import core
-from apps.recsys.metrics import RankingMetrics
 from apps.loss import linear_cross_entropy
+from apps.recsys.metrics import RankingMetrics
 from apps.recsys.sequence.model import HistoryModel, HistoryModelConfig, last_of
 from apps.training import Baseline, OptimizerConfig, SparseModule, TaskOutput
 from apps.widths import SolvedWidth, ffn_widths, same_width
