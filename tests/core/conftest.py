@@ -1,4 +1,4 @@
-"""Every test of the engine starts from the same seed. ``routed`` is importable here."""
+"""Every test of the engine starts from the same seed. Helpers that stand here, as ``routed``, can be imported."""
 
 from __future__ import annotations
 

@@ -1,0 +1,151 @@
+"""The layer in other forms: under autocast, in half precision, copied, saved, and what memory it keeps."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from layered import BACKENDS, EVERY_TERM
+from torch import nn
+
+from core import FFN, MoE, MoEConfig, SwiGLU, TokenChoice, aux_loss, record
+
+# --- autocast ---
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shared", [0, 1])
+def test_under_autocast_the_router_stays_exactly_as_it_is_and_experts_run_in_bfloat16(backend, shared):
+    layer = MoEConfig(4, expert=SwiGLU(16), num_shared_experts=shared, backend=backend).build(8)
+    x = torch.randn(2, 6, 8)
+    with record(layer) as tape:
+        expected = layer(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layer(x)
+    plain, cast = (entry.routing for entry in tape.entries)
+    assert torch.equal(cast.logits_TE, plain.logits_TE)
+    assert torch.equal(cast.gates_N, plain.gates_N)
+    assert cast.logits_TE.dtype == torch.float32
+    assert y.dtype == torch.bfloat16
+    # A bfloat16 number is good to 2^-8; three products and a sum of numbers of this size.
+    assert (y - expected).abs().max() < 4 * 2**-8 * expected.abs().max()
+    (y.sum() + aux_loss(tape)).backward()
+    assert all(p.grad.dtype == torch.float32 for p in layer.parameters())
+    assert all(p.grad.abs().max() > 0 for p in layer.parameters())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_equals_a_bfloat16_copy_of_the_experts(backend):
+    layer = MoEConfig(4, expert=FFN(16, bias=True), backend=backend).build(8)
+    copied = copy.deepcopy(layer)
+    copied.experts.bfloat16()
+    x = torch.randn(2, 6, 8).bfloat16()  # exact in both
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x.float())
+    assert torch.equal(copied(x), y)
+
+
+# --- copies and checkpoints on disk ---
+
+
+def full_layer() -> MoE:
+    router = TokenChoice(2, noise="learned", expert_bias=True)
+    layer = MoEConfig(4, router, SwiGLU(12, bias=True), num_shared_experts=1, balance=EVERY_TERM).build(8)
+    layer.router.expert_bias = torch.tensor([0.1, -0.2, 0.3001, 0.0])
+    return layer.eval()
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_and_pickles_compute_the_same(duplicate):
+    layer = full_layer()
+    twin = duplicate(layer)
+    x = torch.randn(2, 6, 8)
+    assert torch.equal(twin(x), layer(x))
+    assert torch.equal(twin.router.expert_bias, layer.router.expert_bias)
+    assert twin.router.expert_bias is not layer.router.expert_bias
+
+
+def test_state_dict_has_the_documented_names_and_shapes():
+    shapes = {name: tuple(t.shape) for name, t in full_layer().state_dict().items()}
+    assert shapes == {
+        "router.expert_bias": (4,),
+        "router.gate.weight": (4, 8),
+        "router.gate.noise_weight": (4, 8),
+        "experts.w_in": (4, 8, 12),
+        "experts.w_gate": (4, 8, 12),
+        "experts.w_out": (4, 12, 8),
+        "experts.b_in": (4, 12),
+        "experts.b_out": (4, 8),
+        "shared_experts.w_in": (1, 8, 12),
+        "shared_experts.w_gate": (1, 8, 12),
+        "shared_experts.w_out": (1, 12, 8),
+        "shared_experts.b_in": (1, 12),
+        "shared_experts.b_out": (1, 8),
+    }
+    assert set(MoEConfig(4).build(8).state_dict()) == {"router.gate.weight", "experts.w_in", "experts.w_out"}
+
+
+def test_a_state_dict_saved_and_loaded_with_weights_only_gives_the_same_layer():
+    layer = full_layer()
+    file = io.BytesIO()
+    torch.save({"state": layer.state_dict(), "config": MoEConfig(4).to_dict()}, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)
+    twin = full_layer()
+    for p in twin.parameters():
+        nn.init.zeros_(p)
+    twin.router.expert_bias.zero_()
+    twin.load_state_dict(loaded["state"])
+    x = torch.randn(2, 6, 8)
+    assert torch.equal(twin(x), layer(x))
+    assert MoEConfig.from_dict(loaded["config"]) == MoEConfig(4)
+
+
+@pytest.mark.parametrize("cast", ["bfloat16", "half", "double"])
+def test_a_cast_model_keeps_its_expert_bias_in_float32_to_the_last_bit(cast):
+    layer = full_layer()
+    before = layer.router.expert_bias.clone()
+    getattr(layer, cast)()
+    assert layer.experts.w_in.dtype == getattr(torch, cast)
+    assert layer.router.expert_bias.dtype == torch.float32
+    assert torch.equal(layer.router.expert_bias, before)
+    layer.float()
+    assert torch.equal(layer.router.expert_bias, before)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_bfloat16_layer_runs_and_trains(backend):
+    layer = MoEConfig(4, expert=FFN(16), balance=EVERY_TERM, backend=backend).build(8).bfloat16()
+    x = torch.randn(2, 6, 8).bfloat16()
+    with record(layer) as tape:
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    (y.sum() + aux_loss(tape)).backward()
+    assert all(p.grad.dtype == torch.bfloat16 and p.grad.abs().max() > 0 for p in layer.parameters())
+
+
+def kept_floats(num_experts: int, tokens: int, top_k: int) -> int:
+    """Numbers of hidden width that a forward of the cpu backend keeps for its backward: (rows, F) tensors."""
+    dim, hidden = 8, 24
+    layer = MoEConfig(num_experts, router=TokenChoice(top_k=top_k), expert=FFN(hidden), backend="cpu").build(dim)
+    seen: dict[int, int] = {}
+
+    def pack(t):
+        if t.ndim == 2 and t.shape[-1] == hidden:
+            seen[t.untyped_storage().data_ptr()] = t.numel()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = layer(torch.randn(1, tokens, dim, requires_grad=True))
+    assert y.requires_grad
+    return sum(seen.values())
+
+
+def test_memory_kept_grows_with_tokens_times_top_k_and_not_with_experts():
+    # One pre-activation a routed pair: T * K * F.
+    assert kept_floats(4, tokens=100, top_k=2) == 100 * 2 * 24
+    assert kept_floats(64, tokens=100, top_k=2) == 100 * 2 * 24
+    assert kept_floats(64, tokens=300, top_k=8) == 300 * 8 * 24

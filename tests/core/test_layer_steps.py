@@ -1,0 +1,251 @@
+"""What goes with a step of a layer: capacity in evaluation, the bias, accumulated losses, checkpointing."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+from layered import BACKENDS, EVERY_TERM, Net, identity_gate
+from torch import Tensor, nn
+
+from core import (
+    MoE,
+    MoEConfig,
+    RoutingContext,
+    Tape,
+    TokenChoice,
+    aux_loss,
+    aux_losses,
+    record,
+    set_capacity_factor,
+    update_expert_bias,
+)
+
+# --- capacity in evaluation ---
+
+
+def tokens_computed(layer: MoE, x: Tensor) -> list[int]:
+    with record(layer) as tape:
+        layer(x)
+    return tape.entries[0].routing.tokens_per_expert_E.tolist()
+
+
+def test_set_capacity_factor_holds_in_evaluation_inside_the_block_alone():
+    layer = identity_gate(MoEConfig(2, TokenChoice(1), capacity_factor=1.0).build(2))
+    x = torch.tensor([[[1.0, 0.0]] * 8])
+    layer.eval()
+    assert tokens_computed(layer, x) == [4, 0]  # ceil(1 * 8 / 2)
+    with set_capacity_factor(layer, 0.5):
+        assert tokens_computed(layer, x) == [2, 0]
+        with set_capacity_factor(layer, None):
+            assert tokens_computed(layer, x) == [8, 0]
+        assert tokens_computed(layer, x) == [2, 0]
+        layer.train()
+        assert tokens_computed(layer, x) == [4, 0]
+        layer.eval()
+    assert tokens_computed(layer, x) == [4, 0]
+
+
+def test_set_capacity_factor_may_change_the_priority_and_is_undone_after_an_error():
+    layer = identity_gate(MoEConfig(2, TokenChoice(1), capacity_factor=0.25).build(2)).eval()
+    x = torch.tensor([[[1.0, 0.0], [2.0, 0.0], [9.0, 0.0], [3.0, 0.0]]])
+    before = layer.router.capacity
+    with pytest.raises(RuntimeError, match="stop"), set_capacity_factor(layer, 0.25, "score"):
+        # ceil(0.25 * 4 / 2) = 1: the most certain token, the third.
+        assert layer(x)[0].abs().amax(-1).nonzero().flatten().tolist() == [2]
+        raise RuntimeError("stop")
+    assert layer.router.capacity is before
+    assert layer(x)[0].abs().amax(-1).nonzero().flatten().tolist() == [0]
+
+
+def test_set_capacity_factor_refuses_what_the_config_refuses_and_changes_nothing():
+    model = nn.ModuleList([MoEConfig(2, TokenChoice(1)).build(2) for _ in range(2)])
+    before = [layer.router.capacity for layer in model]
+    for options in ({"factor": -1.0}, {"factor": 1.0, "priority": "best"}):
+        with (
+            pytest.raises(ValueError, match=r"eval_capacity_factor=-1.0|priority='best'"),
+            set_capacity_factor(model, **options),
+        ):
+            pass
+        assert [layer.router.capacity for layer in model] == before
+
+
+# --- the bias ---
+
+
+def bias_layer(rate: float = 0.125) -> MoE:
+    return identity_gate(MoEConfig(3, TokenChoice(1, expert_bias=True, bias_update_rate=rate)).build(3))
+
+
+LOADED = torch.eye(3)[[0, 0, 0, 1]][None]  # loads 3, 1, 0 around 4/3
+
+
+def test_update_expert_bias_moves_by_the_sign_of_the_load():
+    layer = bias_layer()
+    with record(layer) as tape:
+        layer(LOADED)
+    assert layer.router.expert_bias.tolist() == [0.0, 0.0, 0.0]
+    update_expert_bias(layer, tape)
+    assert layer.router.expert_bias.tolist() == [-0.125, 0.125, 0.125]
+
+
+def test_update_expert_bias_over_merged_micro_batches_is_one_step():
+    layer = bias_layer()
+    steps = Tape()
+    for x in (LOADED, torch.eye(3)[[2, 2, 2, 2]][None]):  # together 3, 1, 4 around 8/3
+        with record(layer) as tape:
+            layer(x)
+        steps = steps.merge(tape.detach())
+    update_expert_bias(layer, steps)
+    assert layer.router.expert_bias.tolist() == [-0.125, 0.125, -0.125]
+
+
+def test_update_expert_bias_counts_both_passes_of_a_layer_used_twice():
+    layer = bias_layer()
+    with record(layer) as tape:
+        layer(LOADED)
+        layer(torch.eye(3)[[1, 1, 1]][None])  # together 3, 4, 0 around 7/3
+    update_expert_bias(layer, tape)
+    assert layer.router.expert_bias.tolist() == [-0.125, -0.125, 0.125]
+
+
+def test_update_expert_bias_leaves_padding_frozen_layers_and_other_routers_alone():
+    layer = bias_layer()
+    context = RoutingContext(valid_BS=torch.tensor([[False, False, True, True]]))  # loads 1, 1, 0 around 2/3
+    with record(layer) as tape:
+        layer(LOADED, context)
+    layer.eval()
+    update_expert_bias(layer, tape)
+    assert layer.router.expert_bias.tolist() == [0.0] * 3
+    layer.train()
+    update_expert_bias(layer, tape)
+    assert layer.router.expert_bias.tolist() == [-0.125, -0.125, 0.125]
+    plain = MoEConfig(3).build(3)
+    with record(plain) as tape:
+        plain(LOADED)
+    update_expert_bias(plain, tape)
+    assert plain.router.expert_bias is None
+
+
+def test_bias_updates_even_a_skewed_load_out():
+    # One expert is every token's first choice by 0.05 of its sigmoid score; steps of 0.01 must spread the load.
+    layer = MoEConfig(4, TokenChoice(1, score_func="sigmoid", expert_bias=True, bias_update_rate=0.01)).build(4)
+    identity_gate(layer)
+    x = torch.randn(1, 400, 4) * 0.1 + torch.tensor([0.8, 0.0, 0.0, 0.0])
+    shares = []
+    for _ in range(40):
+        with record(layer) as tape:
+            layer(x)
+        update_expert_bias(layer, tape)
+        shares.append(int(tape.entries[0].routing.chosen_per_expert_E.max()) / 400)
+    assert shares[0] == 1.0
+    assert shares[-1] < 0.4
+
+
+# --- the loss under accumulation and scaling ---
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def loss_of(model: nn.Module, x: Tensor) -> Tensor:
+    with record(model) as tape:
+        y = model(x)
+    return y.square().mean() + aux_loss(tape)
+
+
+def test_under_accumulation_the_gradient_is_the_mean_of_the_micro_batches():
+    layer = MoEConfig(4, balance=EVERY_TERM).build(8)
+    batches = [torch.randn(2, 6, 8), torch.randn(2, 6, 8) + 0.5]
+    each = []
+    for x in batches:
+        layer.zero_grad()
+        loss_of(layer, x).backward()
+        each.append(gradients(layer))
+    layer.zero_grad()
+    for x in batches:
+        (loss_of(layer, x) / 2).backward()
+    for name, grad in gradients(layer).items():
+        torch.testing.assert_close(grad, (each[0][name] + each[1][name]) / 2, rtol=1e-5, atol=1e-7)
+
+
+def test_a_scaled_loss_gives_gradients_scaled_exactly():
+    # What a GradScaler does: a power of two, so that not a bit is lost.
+    layer = MoEConfig(4, balance=EVERY_TERM).build(8)
+    x = torch.randn(2, 6, 8)
+    loss_of(layer, x).backward()
+    plain = gradients(layer)
+    layer.zero_grad()
+    (loss_of(layer, x) * 2.0**16).backward()
+    for name, grad in gradients(layer).items():
+        assert torch.equal(grad, plain[name] * 2.0**16), name
+
+
+def test_the_aux_loss_reaches_router_and_tokens_and_never_the_experts():
+    layer = MoEConfig(4, balance=EVERY_TERM).build(8)
+    x = torch.randn(2, 6, 8, requires_grad=True)
+    with record(layer) as tape:
+        layer(x)
+    aux_loss(tape).backward()
+    assert layer.router.gate.weight.grad.abs().max() > 0
+    assert x.grad.abs().max() > 0
+    assert all(p.grad is None for p in layer.experts.parameters())
+
+
+# --- checkpointing ---
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backward_inside", [True, False])
+@pytest.mark.parametrize("router", [{}, {"noise": "learned", "second": "random"}], ids=["plain", "random"])
+def test_checkpointing_counts_nothing_twice_and_changes_no_gradient(backend, backward_inside, router):
+    plain, checkpointed = Net("none", backend, **router), Net("non-reentrant", backend, **router)
+    checkpointed.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 6, 8)
+    found = []
+    for net in (plain, checkpointed):
+        torch.manual_seed(5)
+        with contextlib.ExitStack() as stack:
+            tape = stack.enter_context(record(net))
+            y = net(x)
+            if not backward_inside:
+                stack.close()
+            losses = aux_losses(tape)
+            (y.square().mean() + losses.total).backward()
+            if backward_inside:
+                stack.close()
+        assert [entry.name for entry in tape.entries] == ["blocks.0", "blocks.1"]
+        found.append({"y": y, "aux": losses.total, **losses.terms, **gradients(net)})
+    assert found[0].keys() == found[1].keys()
+    assert len(found[0]) == 5 + len(list(plain.parameters()))
+    for name, tensor in found[0].items():
+        assert torch.equal(found[1][name], tensor), name
+
+
+def test_reentrant_checkpointing_is_refused_in_one_line():
+    net = Net("reentrant")
+    with record(net) as tape:
+        net(torch.randn(2, 6, 8))
+    with pytest.raises(RuntimeError, match=r"'blocks.0' ran without gradients.*use_reentrant=False") as error:
+        aux_loss(tape)
+    assert "\n" not in str(error.value)
+
+
+def test_passes_without_gradients_have_a_loss_to_log_where_none_are_wanted():
+    net = Net()
+    x = torch.randn(2, 6, 8)
+    with torch.no_grad(), record(net) as tape:
+        net(x)
+    assert aux_loss(tape).isfinite()  # the block was opened without gradients
+    net.eval()
+    with record(net) as tape, torch.no_grad():
+        net(x)
+    assert aux_loss(tape).isfinite()  # evaluation
+    net.train()
+    for p in net.parameters():
+        p.requires_grad_(False)
+    with record(net) as tape:
+        net(x)
+    assert not aux_loss(tape).requires_grad  # a frozen model

@@ -1,0 +1,302 @@
+"""Soft and merged layers as layers: tape, costs, dtypes, compilers, copies, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from softened import BACKENDS, EXPERTS, LORY, ROUTERS, VALID, build
+from torch import Tensor, nn
+
+import core
+from core import (
+    FFN,
+    Balance,
+    MoEConfig,
+    RoutingContext,
+    RoutingStats,
+    SwiGLU,
+    TokenChoice,
+    active_params,
+    aux_loss,
+    aux_losses,
+    count_flops,
+    moe_layers,
+    record,
+    set_capacity_factor,
+    update_expert_bias,
+)
+from core.routing.soft import Merge, SoftSlots
+
+# --- the tape, losses and statistics ---
+
+
+def test_losses_bias_updates_and_statistics_pass_over_soft_layers_beside_others():
+    model = nn.Sequential(
+        MoEConfig(4, TokenChoice(2, expert_bias=True), FFN(12)).build(8),
+        build(SoftSlots(2)),
+        build(Merge("meo")),
+        build(LORY),
+    )
+    x = torch.randn(2, 7, 8)
+    with record(model) as tape:
+        model(x)
+    losses = aux_losses(tape)
+    alone = copy.deepcopy(model[0])
+    with record(alone) as first:
+        alone(x)
+    torch.testing.assert_close(losses.total, aux_loss(first))
+    losses.total.backward()
+    update_expert_bias(model, tape)
+    assert model[0].router.expert_bias.abs().max() > 0
+    detached = tape.detach()
+    for entry in detached.entries:
+        assert not any(t.requires_grad for t in vars(entry.routing).values() if isinstance(t, Tensor))
+        assert not entry.routing.scores_TE.requires_grad
+    stats = RoutingStats.from_tape(tape.merge(detached)).layers
+    assert list(stats) == list(moe_layers(model)) == ["0", "1", "2", "3"]
+    # Slots: 2 of each expert for both sequences, twice. Merged: 14 tokens twice, of two experts of four, or of all.
+    assert stats["1"].tokens_per_expert.tolist() == [8] * 4
+    assert int(stats["2"].chosen_per_expert.sum()) == 2 * 14 * 2
+    assert stats["3"].chosen_per_expert.tolist() == [28] * 4
+    for name in ("1", "2", "3"):
+        assert int(stats[name].num_tokens) == 28
+        assert stats[name].drop_rate == 0.0
+    assert stats["1"].load_imbalance == 1.0
+    assert 0 < stats["1"].entropy < 1
+    assert stats["2"].entropy <= 0.5 + 1e-6  # of two experts of four: at most log 2 / log 4
+
+
+def test_scores_are_the_weights_of_each_tokens_group():
+    layer = build(LORY)
+    with record(layer) as tape:
+        layer(torch.randn(2, 7, 8))
+    routing = tape.entries[0].routing
+    weights = routing.weights_GE.unflatten(0, (2, 3))
+    expected = torch.stack([weights[b, s // 3] for b in range(2) for s in range(7)])
+    assert torch.equal(routing.scores_TE, expected)
+
+
+@pytest.mark.parametrize("router", [SoftSlots(), Merge()], ids=str)
+@pytest.mark.parametrize("term", ["load_balancing", "router_z", "importance", "load"])
+def test_a_balance_term_set_by_hand_is_refused(router, term):
+    with pytest.raises(ValueError, match=rf"balance.{term}=0.5 does not apply to {type(router).__name__}"):
+        MoEConfig(4, router, balance=Balance(**{term: 0.5}))
+
+
+@pytest.mark.parametrize("router", ROUTERS, ids=str)
+def test_set_capacity_factor_changes_nothing_here(router):
+    layer = build(router).eval()
+    x = torch.randn(2, 7, 8)
+    expected = layer(x)
+    with set_capacity_factor(layer, 0.25, "score"):
+        assert torch.equal(layer(x), expected)
+
+
+# --- costs ---
+
+
+@pytest.mark.parametrize("router", [*ROUTERS, SoftSlots(3), Merge("meo", top_k=3)], ids=str)
+@pytest.mark.parametrize("config", EXPERTS, ids=str)
+@pytest.mark.parametrize("out_dim, shared", [(None, 0), (5, 1)])
+def test_parameters_and_flops_equal_numel_and_the_counter(router, config, out_dim, shared):
+    moe = MoEConfig(4, router, config, num_shared_experts=shared)
+    layer = moe.build(8, out_dim)
+    assert moe.num_params(8, out_dim) == sum(p.numel() for p in layer.parameters())
+    assert moe.active_params(8, out_dim) == active_params(layer)
+    for length in (6, 7):
+        # A whole number a token: up to half a FLOP of each is rounded.
+        counted = count_flops(layer, torch.randn(3, length, 8))
+        formula = moe.flops_per_token(8, out_dim, tokens_per_sequence=length)
+        assert abs(counted - 3 * length * formula) <= 3 * length / 2
+
+
+def test_soft_slots_cost_by_hand():
+    # Four experts of 2 * 8 * 12 = 192 parameters, 384 FLOPs a row; two slots each, 16 tokens: 8 / 16 rows a token.
+    # Logits 2 * 8 * 8, slots 2 * 8 * 8, tokens from slots 2 * 8 * 8: 384.
+    moe = MoEConfig(4, SoftSlots(2), FFN(12))
+    assert moe.flops_per_token(8, tokens_per_sequence=16) == 384 + 192
+    # phi 4 * 2 * 8 and a scale; every token is in every slot: all are active.
+    assert moe.num_params(8) == moe.active_params(8) == 65 + 4 * 192
+
+
+def test_merge_cost_by_hand():
+    # One expert a token, 384; a sequence of 16: gate 2 * 8 * 4 = 64, merging 2 * 4 * 192 = 1536, 100 a token.
+    assert MoEConfig(4, Merge("smear"), FFN(12)).flops_per_token(8, tokens_per_sequence=16) == 384 + 100
+    # Segments of 8: twice the merging.
+    lory = MoEConfig(4, Merge("lory", segment_length=8), FFN(12))
+    assert lory.flops_per_token(8, tokens_per_sequence=16) == 384 + 200
+    # Segments of 12 fill 16 tokens up to 24: 24 rows.
+    lory = MoEConfig(4, Merge("lory", segment_length=12), FFN(12))
+    assert lory.flops_per_token(8, tokens_per_sequence=16) == 384 * 24 // 16 + 200
+    # A token goes through one expert's worth of parameters.
+    assert lory.active_params(8) == 32 + 192
+
+
+@pytest.mark.parametrize("router", [SoftSlots(), Merge()], ids=str)
+def test_flops_without_the_length_of_a_sequence_are_refused(router):
+    with pytest.raises(ValueError, match=r"depend on the length of the sequences: give tokens_per_sequence"):
+        MoEConfig(4, router).flops_per_token(8)
+    with pytest.raises(ValueError, match=r"tokens_per_sequence=0 is not at least 1"):
+        MoEConfig(4, router).flops_per_token(8, tokens_per_sequence=0)
+    # Who does not need it ignores it.
+    assert MoEConfig(4).flops_per_token(8, tokens_per_sequence=5) == MoEConfig(4).flops_per_token(8)
+
+
+# --- dtypes ---
+
+
+@pytest.mark.parametrize("router", ROUTERS, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_under_autocast_the_router_stays_in_float32_and_experts_run_in_bfloat16(router, backend):
+    layer = build(router, SwiGLU(16, bias=True), backend=backend if isinstance(router, SoftSlots) else "auto")
+    x = torch.randn(2, 7, 8)
+    with record(layer) as tape:
+        expected = layer(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layer(x)
+    plain, cast = (entry.routing for entry in tape.entries)
+    assert cast.scores_TE.dtype == torch.float32
+    assert torch.equal(cast.scores_TE, plain.scores_TE)
+    assert y.dtype == torch.bfloat16
+    # A bfloat16 number is good to 2^-8; up to five products and sums of numbers of this size.
+    assert (y - expected).abs().max() < 6 * 2**-8 * expected.abs().max()
+    y.square().sum().backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.abs().max() > 0 for p in layer.parameters())
+
+
+@pytest.mark.parametrize("router", ROUTERS, ids=str)
+def test_a_bfloat16_layer_runs_and_trains(router):
+    layer = build(router, FFN(16, bias=True)).bfloat16()
+    y = layer(torch.randn(2, 7, 8).bfloat16())
+    assert y.dtype == torch.bfloat16
+    y.square().sum().backward()
+    assert all(p.grad.dtype == torch.bfloat16 and p.grad.abs().max() > 0 for p in layer.parameters())
+
+
+# --- compile, export, copies ---
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("router", ROUTERS, ids=str)
+def test_compiles_without_a_graph_break(router, dynamic):
+    torch._dynamo.reset()
+    layer = build(router)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    padded = RoutingContext(valid_BS=VALID)
+    calls = [((3, 9, 8), None), ((2, 12, 8), None)] if dynamic else [((2, 7, 8), padded)]
+    for shape, given in calls:
+        x = torch.randn(shape)
+        found = []
+        for run in (compiled, layer):
+            layer.zero_grad()
+            with record(layer) as tape:
+                y = run(x, given)
+            y.square().sum().backward()
+            found.append([y, tape.entries[0].routing.scores_TE] + [p.grad.clone() for p in layer.parameters()])
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("router", ROUTERS, ids=str)
+def test_exports_with_other_numbers_of_tokens(router):
+    layer = build(router, num_shared_experts=1).eval()
+    # A program of one segment alone differs from one of several: segments have 3 tokens.
+    least = 4 if getattr(router, "kind", "") == "lory" else 1
+    batch, length = torch.export.Dim("batch", min=1, max=64), torch.export.Dim("length", min=least, max=512)
+    exported = torch.export.export(layer, (torch.randn(2, 7, 8),), dynamic_shapes={"x": {0: batch, 1: length}})
+    program = exported.module()
+    for shape in ((2, 7, 8), (1, least, 8), (5, 40, 8)):
+        x = torch.randn(shape)
+        torch.testing.assert_close(program(x), layer(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("router", ROUTERS, ids=str)
+def test_a_state_dict_comes_back_and_so_does_the_plain_form(router, monkeypatch):
+    for kind in (SoftSlots, Merge):
+        monkeypatch.setattr(core, kind.__name__, kind, raising=False)
+    config = MoEConfig(4, router, SwiGLU(12), num_shared_experts=1)
+    assert MoEConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    layer, twin = config.build(8), config.build(8)
+    file = io.BytesIO()
+    torch.save(layer.state_dict(), file)
+    file.seek(0)
+    x = torch.randn(2, 7, 8)
+    assert not torch.equal(twin(x), layer(x))
+    twin.load_state_dict(torch.load(file, weights_only=True))
+    assert torch.equal(twin(x), layer(x))
+    assert torch.equal(copy.deepcopy(layer)(x), layer(x))
+
+
+def test_state_dict_has_the_documented_names_and_shapes():
+    soft = MoEConfig(4, SoftSlots(3), FFN(12)).build(8)
+    experts = {"experts.w_in": (4, 8, 12), "experts.w_out": (4, 12, 8)}
+    assert {n: tuple(t.shape) for n, t in soft.state_dict().items()} == {
+        "router.phi": (4, 3, 8),
+        "router.scale": (),
+        **experts,
+    }
+    merged = MoEConfig(4, Merge(), FFN(12)).build(8)
+    assert {n: tuple(t.shape) for n, t in merged.state_dict().items()} == {"router.gate.weight": (4, 8), **experts}
+
+
+# --- what is refused ---
+
+
+@pytest.mark.parametrize("router", [SoftSlots(), Merge()], ids=str)
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"capacity_factor": 1.25}, r"capacity_factor=1.25 does not apply to {}\b"),
+        ({"eval_capacity_factor": 1.25}, r"eval_capacity_factor=1.25 does not apply to {}\b"),
+        ({"priority": "score"}, r"priority='score' does not apply to {}\b"),
+        ({"group": "batch"}, r"group='batch' would mix a sequence with its neighbours: {} takes 'sequence' alone"),
+        ({"group": 16}, r"group=16 would mix a sequence with its neighbours: {} takes 'sequence' alone"),
+    ],
+)
+def test_options_of_sparse_layers_are_refused_in_one_line(router, options, message):
+    with pytest.raises(ValueError, match=message.format(type(router).__name__)) as error:
+        MoEConfig(4, router, **options)
+    assert "\n" not in str(error.value)
+
+
+def test_merged_experts_have_no_backend_to_choose_and_soft_ones_do():
+    with pytest.raises(ValueError, match=r"backend='cpu' does not apply to Merge"):
+        MoEConfig(4, Merge(), backend="cpu")
+    assert replace(MoEConfig(4, SoftSlots()), backend="cpu", group="sequence").build(8).experts.backend == "cpu"
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"kind": "average"}, r"kind='average' is not one of smear, lory, meo"),
+        ({"top_k": 2}, r"top_k=2 is an option of kind='meo', not of 'smear'"),
+        ({"kind": "lory", "normalize": True}, r"normalize=True is an option of kind='meo', not of 'lory'"),
+        ({"segment_length": 4}, r"segment_length=4 is an option of kind='lory', not of 'smear'"),
+        ({"kind": "meo", "first": "own"}, r"first='own' is an option of kind='lory', not of 'meo'"),
+        ({"kind": "lory", "first": "last"}, r"first='last' is not one of uniform, own"),
+        ({"kind": "lory", "expert_dropout": 0.1}, r"expert_dropout=0.1 is an option of kind='smear', not of 'lory'"),
+        ({"kind": "lory", "segment_length": 0}, r"segment_length=0 is not at least 1"),
+        ({"kind": "meo", "top_k": 0}, r"top_k=0 is not at least 1"),
+        ({"kind": "meo", "top_k": 1, "normalize": True}, r"normalize=True with top_k=1 .* no gradient"),
+        ({"expert_dropout": 1.0}, r"expert_dropout=1.0 is not in \[0, 1\)"),
+        ({"init_scale": 0.0}, r"init_scale=0.0 is not a positive number"),
+    ],
+)
+def test_a_wrong_option_of_merge_is_refused_with_its_value_and_the_rule(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Merge(**arguments)
+
+
+def test_more_experts_than_there_are_and_no_slot_are_refused():
+    with pytest.raises(ValueError, match=r"top_k=5 exceeds num_experts=4"):
+        MoEConfig(4, Merge("meo", top_k=5))
+    with pytest.raises(ValueError, match=r"top_k=2 exceeds num_experts=1"):
+        MoEConfig(1, Merge("meo"))
+    with pytest.raises(ValueError, match=r"slots_per_expert=0 is not at least 1"):
+        SoftSlots(0)
