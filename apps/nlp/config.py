@@ -33,6 +33,7 @@ POSITIONS = ("sinusoidal", "learned", "rotary", "relative", "none")
 NORMS = ("layer", "rms")
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
 TIES = ("all", "inputs", "decoder", "none")
+STARTS = ("bos", "eos")
 
 
 class Shape(NamedTuple):
@@ -82,6 +83,8 @@ class TransformerConfig:
         qkv_bias: of queries, keys and values; None: as ``bias``.
         tie: which embeddings are one parameter. "all": source, target, output, which needs a joint vocabulary;
             "inputs": source and target; "decoder": target and output; "none".
+        start: whose embedding the decoder reads for ``BOS_ID``: "bos", its own; "eos", that of ``EOS_ID``, with which
+            fairseq's models start.
         scale_embeddings: embeddings are multiplied by ``sqrt(dim)``.
         attention_scale: factor of the attention scores; None: ``1 / sqrt(head_dim)``.
         logits_scale: factor of the decoder's output before the output product; ``dim ** -0.5`` in tied T5 models.
@@ -115,6 +118,7 @@ class TransformerConfig:
     bias: bool = True
     qkv_bias: bool | None = None
     tie: Literal["all", "inputs", "decoder", "none"] = "all"
+    start: Literal["bos", "eos"] = "bos"
     scale_embeddings: bool = True
     attention_scale: float | None = None
     logits_scale: float = 1.0
@@ -130,6 +134,7 @@ class TransformerConfig:
             ("norm", NORMS),
             ("activation", ACTIVATIONS),
             ("tie", TIES),
+            ("start", STARTS),
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(known)}")

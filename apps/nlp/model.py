@@ -21,7 +21,7 @@ from .cache import Cache, Memory
 from .config import TransformerConfig
 from .layers import FeedForward, Stack
 from .positions import Learned, RelativeBias
-from .subwords import PAD_ID
+from .subwords import BOS_ID, EOS_ID, PAD_ID
 
 __all__ = ["Cache", "LanguageModel", "Memory", "TranslationModel"]
 
@@ -38,6 +38,12 @@ class _Decoding(nn.Module):
     @property
     def target_embedding(self) -> nn.Embedding:
         raise NotImplementedError
+
+    def embed_target(self, ids: Tensor) -> Tensor:
+        """Target ids to their embeddings, (..., D); ``config.start`` says which is that of ``BOS_ID``."""
+        if self.config.start == "eos":
+            ids = ids.masked_fill(ids == BOS_ID, EOS_ID)
+        return self.target_embedding(ids)
 
     @property
     def output_weight(self) -> Tensor:
@@ -83,7 +89,7 @@ class _Decoding(nn.Module):
         Returns:
             (R, V) logits of the next token, float32; float64 where the model is.
         """
-        h_RD = self.decoder.step(self.target_embedding(token_R), token_R, token_R != PAD_ID, cache)
+        h_RD = self.decoder.step(self.embed_target(token_R), token_R, token_R != PAD_ID, cache)
         logits_RV = self.logits(h_RD)
         return logits_RV if logits_RV.dtype == torch.float64 else logits_RV.float()
 
@@ -208,7 +214,7 @@ class TranslationModel(_Decoding):
     def decode(self, target_BL: Tensor, memory: Memory) -> Tensor:
         """(B, L) ids, ``PAD_ID`` after a sentence's end, to the (B, L, D) normed output, causal."""
         context = core.RoutingContext(target_BL != PAD_ID, target_BL, memory.task_ids_B, memory.domain_ids_B)
-        return self.decoder(self.target_embedding(target_BL), context, memory.x_BSD, memory.valid_BS)
+        return self.decoder(self.embed_target(target_BL), context, memory.x_BSD, memory.valid_BS)
 
     def forward(
         self,
@@ -254,7 +260,7 @@ class TranslationModel(_Decoding):
         """(layers, B, H, L, S): how much each decoder layer's head attends to each source token. For pictures."""
         memory = self.encode(source_BS, task_ids_B, domain_ids_B)
         context = core.RoutingContext(target_BL != PAD_ID, target_BL, task_ids_B, domain_ids_B)
-        return self.decoder.cross_attention(self.target_embedding(target_BL), context, memory.x_BSD, memory.valid_BS)
+        return self.decoder.cross_attention(self.embed_target(target_BL), context, memory.x_BSD, memory.valid_BS)
 
 
 class LanguageModel(_Decoding):
@@ -306,7 +312,7 @@ class LanguageModel(_Decoding):
     def hidden(self, tokens_BL: Tensor, task_ids_B: Tensor | None = None, domain_ids_B: Tensor | None = None) -> Tensor:
         """(B, L) ids, ``PAD_ID`` after a text's end, to the (B, L, D) normed output, causal."""
         context = core.RoutingContext(tokens_BL != PAD_ID, tokens_BL, task_ids_B, domain_ids_B)
-        return self.decoder(self.embed(tokens_BL), context)
+        return self.decoder(self.embed_target(tokens_BL), context)
 
     def forward(
         self, tokens_BL: Tensor, task_ids_B: Tensor | None = None, domain_ids_B: Tensor | None = None
