@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -320,6 +320,14 @@ def llama4_layout(block: Any, read: Read) -> dict[str, Tensor]:
     }
 
 
+def qwen2_layout(block: Any, read: Read) -> dict[str, Tensor]:
+    return {
+        **routed(block, read),
+        **shared_swiglu(block.shared_expert, 2, read),
+        "shared_gate.weight": read(block.shared_expert_gate.weight),
+    }
+
+
 def switch_layout(block: Any, read: Read) -> dict[str, Tensor]:
     experts = [block.experts[f"expert_{e}"] for e in range(E)]
     return {
@@ -352,6 +360,14 @@ BLOCKS = {
         "MixtralConfig",
         {**GATES["mixtral"].options, "intermediate_size": F},
         moe(GATES["mixtral"].ours),
+    ),
+    "qwen2": Block(
+        "qwen2_moe",
+        "Qwen2MoeSparseMoeBlock",
+        "Qwen2MoeConfig",
+        {**QWEN, "moe_intermediate_size": F, "shared_expert_intermediate_size": 2 * F},
+        moe(GATES["qwen2"].ours, num_shared_experts=2, shared_gate="scale"),
+        qwen2_layout,
     ),
     "qwen3": Block(
         "qwen3_moe",
@@ -440,18 +456,6 @@ def test_blocks_give_the_same_output_and_gradients(name):
         torch.testing.assert_close(
             tensor_of(layer, parameter).grad, wanted, rtol=1e-5, atol=1e-5, msg=lambda m, p=parameter: f"{p}: {m}"
         )
-
-
-def test_qwen2_is_our_layer_and_a_shared_expert_behind_a_gate_of_its_own():
-    # sigmoid(x w) * shared(x) is no setting of ours: the rest of the block is.
-    module = modeling("qwen2_moe")
-    config = config_of("Qwen2MoeConfig", **QWEN, moe_intermediate_size=F, shared_expert_intermediate_size=2 * F)
-    peer = randomize(module.Qwen2MoeSparseMoeBlock(config), std=0.3).eval()
-    layer = moe(GATES["qwen2"].ours).build(D)
-    load(layer, routed(peer, lambda p: p.detach()))
-    x = torch.randn(B, S, D)
-    shared = torch.sigmoid(peer.shared_expert_gate(x)) * peer.shared_expert(x)
-    torch.testing.assert_close(layer(x) + shared, peer(x), rtol=1e-5, atol=1e-5)
 
 
 def test_gpt_oss_experts_fed_by_our_router_give_the_block():
@@ -596,6 +600,23 @@ def test_nllb_token_dropout_shrinks_the_output_in_evaluation():
     theirs = peer.experts(x.view(T, D), routing.expert_ids_N.view(T, 2), routing.gates_N.view(T, 2)).view(B, S, D)
     skip_if_mended(theirs, layer(x), "NLLB-MoE token dropout")
     torch.testing.assert_close(theirs, 0.8 * layer(x), rtol=1e-5, atol=1e-5)
+    # Which is right for weights that were trained on unscaled masks: gates times 1 - p.
+    router = replace(GATES["nllb"].ours, scale=0.8)
+    masked = moe(router, expert=FFN(F, "relu", bias=True), expert_output_masking=0.2).build(D).eval()
+    masked.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(theirs, masked(x), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_nllb_token_dropout_drops_elements_and_not_outputs_of_pairs():
+    # The masking of the paper leaves a pair's output out as a whole. One expert a token, so that nothing hides it.
+    peer, x = nllb_block(moe_token_dropout=0.5).train(), torch.randn(B, S, D)
+    routing = nllb_ours(peer).router(x)
+    ids, gates = routing.expert_ids_N.view(T, 2)[:, :1], routing.gates_N.view(T, 2)[:, :1]
+    zeros_T = (peer.experts(x.view(T, D), ids, gates) == 0).sum(-1)
+    if set(zeros_T.tolist()) <= {0, D}:
+        pytest.skip("NLLB-MoE token dropout: mended")
+    assert ((zeros_T > 0) & (zeros_T < D)).any()
 
 
 @torch.no_grad()
