@@ -17,9 +17,18 @@ class SolvedWidth(NamedTuple):
 
 
 def ffn_widths(
-    prefix: str, dim: int, flops: float, params: float, tolerance: float, each: str = ""
+    prefix: str,
+    dim: int,
+    flops: float,
+    params: float,
+    tolerance: float,
+    each: str = "",
+    *,
+    gated: bool = False,
+    bias: bool = True,
 ) -> dict[str, SolvedWidth]:
-    """Hidden dims F of FFNs with biases, which take ``4 D F`` FLOPs a token and have ``2 D F + F + D`` parameters.
+    """Hidden dims F of FFNs, which take ``2 M D F`` FLOPs a token and have ``M D F`` parameters in M = 2 matrices, 3
+    where gated, and ``(M - 1) F + D`` in biases.
 
     Args:
         prefix: of the names.
@@ -27,14 +36,23 @@ def ffn_widths(
         flops, params: to come to.
         tolerance: relative difference beyond which a width does not count as equal.
         each: what they are of, for the message, as " a block".
+        gated: the FFN is ``(act(x w_gate) * (x w_in)) w_out``.
+        bias: it has biases.
 
     Returns:
         "<prefix>_equal_flops" and "<prefix>_equal_params".
     """
+    matrices = 3 if gated else 2
+    wide, fixed = (matrices - 1, dim) if bias else (0, 0)  # biases of each hidden unit, and of the output
     solved = {}
     for what, target, cost, width in (
-        ("flops", flops, lambda f: 4 * dim * f, flops / (4 * dim)),
-        ("params", params, lambda f: 2 * dim * f + f + dim, (params - dim) / (2 * dim + 1)),
+        ("flops", flops, lambda f: 2 * matrices * dim * f, flops / (2 * matrices * dim)),
+        (
+            "params",
+            params,
+            lambda f: (matrices * dim + wide) * f + fixed,
+            (params - fixed) / (matrices * dim + wide),
+        ),
     ):
         hidden = max(1, round(width))
         off = abs(cost(hidden) - target) / target
