@@ -275,5 +275,5 @@ def test_a_router_that_does_not_fit_is_refused_before_anything_is_checked():
 
 
 def test_every_property_has_a_name_of_its_own():
-    names = [name for name, _, _ in CHECKS]
+    names = [check.name for check in CHECKS]
     assert len(names) == len(set(names)) > 25

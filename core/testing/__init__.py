@@ -1,0 +1,96 @@
+"""Conformance of gates: what every router keeps, as named checks. For users' own gates as for those of ``core``.
+
+    from core.testing import check_router, properties
+
+    check_router(MyGate(top_k=2))
+
+or, a line of the report for each property::
+
+    @pytest.mark.parametrize("prop", properties(MyGate(top_k=2)), ids=str)
+    def test_my_gate(prop):
+        prop.check()
+
+What a gate claims is asked of its config: ``is_causal()``, ``depends_on()``, ``needs()``, ``layer_kind()``,
+``layer_options()``, ``balance_terms()``, the costs, and ``exceptions()`` for what its method gives up. Everything runs
+on the CPU, on small sizes, and leaves the global random generator as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from ..routing.router import RouterConfig
+from . import company, compilers, decisions, figures, outputs
+from .case import Case, seeded
+
+CHECKS = [*decisions.CHECKS, *outputs.CHECKS, *company.CHECKS, *figures.CHECKS, *compilers.CHECKS]
+
+
+@dataclass(frozen=True)
+class Property:
+    """One named check of one router.
+
+    Attributes:
+        name: what holds, in words.
+        check: raises an ``AssertionError`` where it does not.
+    """
+
+    name: str
+    check: Callable[[], None]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def properties(router: RouterConfig, *, num_experts: int = 8, dim: int = 16, seed: int = 0) -> list[Property]:
+    """The properties that this router claims, each to be checked by itself.
+
+    Args:
+        router: any router config that fits ``num_experts``.
+        num_experts: E.
+        dim: D of the tokens.
+        seed: of weights and tokens.
+
+    Raises:
+        ValueError: the router does not fit ``num_experts``, or makes an exception of an unknown property.
+    """
+    case = Case(router, num_experts, dim, seed)
+    case.config()
+    exceptions = router.exceptions()
+    known = {check.name for check in CHECKS}
+    for name in exceptions:
+        if name not in known:
+            raise ValueError(f"{type(router).__name__}.exceptions() names no property: {name!r}")
+    return [
+        Property(check.name, partial(_run, case, check.run))
+        for check in CHECKS
+        if check.applies(case) and check.name not in exceptions
+    ]
+
+
+def check_router(router: RouterConfig, *, num_experts: int = 8, dim: int = 16, seed: int = 0) -> None:
+    """Check every property that this router claims. See ``properties``.
+
+    Raises:
+        AssertionError: naming each property that does not hold, with what was found.
+    """
+    found = properties(router, num_experts=num_experts, dim=dim, seed=seed)
+    failures = []
+    for prop in found:
+        try:
+            prop.check()
+        except Exception as error:  # a property that cannot even be run does not hold
+            failures.append(f"{prop.name}: {type(error).__name__}: {error}")
+    if failures:
+        lines = "\n  ".join(failures)
+        raise AssertionError(f"{len(failures)} of {len(found)} properties of {router} do not hold:\n  {lines}")
+
+
+def _run(case: Case, run: Callable[[Case], None]) -> None:
+    with seeded(case.seed):
+        run(case)
+
+
+__all__ = ["CHECKS", "Property", "check_router", "properties"]

@@ -1,0 +1,79 @@
+"""Checks by name, and what they say of tensors that are not as expected."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..contract import RoutingContext, record
+from ..layers import MoE, aux_loss
+from .case import Case, seeded
+
+FLOAT32 = 2e-6
+"""Bound of an error in float32, over the largest element: sums of a few hundred products, each off by at most 6e-8."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """What every router keeps that ``applies``: ``run`` raises an ``AssertionError`` where it does not hold."""
+
+    name: str
+    applies: Callable[[Case], bool]
+    run: Callable[[Case], None]
+
+
+class Checks(list[Check]):
+    """Checks in the order they are written in."""
+
+    def keeps(
+        self, name: str, applies: Callable[[Case], bool] = lambda case: True
+    ) -> Callable[[Callable[[Case], None]], Callable[[Case], None]]:
+        """The function below is the check of this name."""
+
+        def add(run: Callable[[Case], None]) -> Callable[[Case], None]:
+            self.append(Check(name, applies, run))
+            return run
+
+        return add
+
+
+def hold(condition: Any, message: str) -> None:
+    """Raise an ``AssertionError`` unless the condition is true: an ``assert`` would be nothing under ``python -O``."""
+    if not condition:
+        raise AssertionError(message)
+
+
+def close(found: Tensor, expected: Tensor, what: str, bound: float = FLOAT32) -> None:
+    """``found`` is within ``bound`` of the largest element of what is expected."""
+    hold(found.shape == expected.shape, f"{what} has shape {tuple(found.shape)}, expected {tuple(expected.shape)}")
+    if not expected.numel():
+        return
+    error = (found.double() - expected.double()).abs().max().item()
+    largest = expected.double().abs().max().item()
+    hold(error <= bound * largest, f"{what} is off by {error:.2e}, its largest element is {largest:.2e}")
+
+
+def step(layer: MoE, x: Tensor, context: RoutingContext | None, run: Any = None, seed: int = 7) -> dict[str, Tensor]:
+    """One step's output, auxiliary loss, loads and gradients, from the same random numbers each time."""
+    layer.zero_grad()
+    x = x.detach().clone().requires_grad_()
+    with seeded(seed):
+        weight = torch.randn(*x.shape[:-1], x.shape[-1], dtype=x.dtype)
+        with record(layer) as tape:
+            y = (layer if run is None else run)(x, context)
+    (entry,) = tape.entries
+    loss = aux_loss(tape)
+    ((y * weight).sum() + loss).backward()
+    found = {"output": y.detach(), "auxiliary loss": loss.detach(), "load": entry.routing.tokens_per_expert_E}
+    grads = {"tokens": x, **dict(layer.named_parameters())}
+    return found | {f"gradient of {n}": p.grad.clone() for n, p in grads.items() if p.grad is not None}
+
+
+def same_step(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    hold(found.keys() == expected.keys(), f"there are {sorted(found)}, expected {sorted(expected)}")
+    for name, value in expected.items():
+        close(found[name], value, name)
