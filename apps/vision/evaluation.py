@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import core
 from apps import plots
 from apps.files import replacing
+from apps.routed import expert_label_counts, expert_of_token
 
 # ---- few-shot linear evaluation
 
@@ -231,40 +232,13 @@ def sweep_figure(points: Sequence[CapacityPoint], baselines: Sequence[plots.Seri
 # ---- where tokens go
 
 
-def expert_of_token(routing: Any) -> Tensor:
-    """The expert of the highest gate of each token, int64 (T,); E where no expert computed it.
-
-    Of soft slots and merged experts: the one with the largest share; E for padding.
-    """
-    E = len(routing.tokens_per_expert_E)
-    if not isinstance(routing, core.Routing):
-        largest_T = routing.scores_TE.argmax(-1)
-        return largest_T if routing.valid_T is None else largest_T.masked_fill(~routing.valid_T, E)
-    computed_N = routing.expert_ids_N < E
-    gates_N = routing.gates_N.detach().float().masked_fill(~computed_N, -torch.inf)
-    best_T = gates_N.new_full((routing.num_tokens,), -torch.inf)
-    best_T = best_T.scatter_reduce(0, routing.token_index_N, gates_N, "amax")
-    is_best_N = computed_N & (gates_N == best_T[routing.token_index_N])
-    ids_N = torch.where(is_best_N, routing.expert_ids_N, E)
-    # Of equal gates the lower expert.
-    return ids_N.new_full((routing.num_tokens,), E).scatter_reduce(0, routing.token_index_N, ids_N, "amin")
-
-
 def expert_class_counts(routing: Any, labels_B: Tensor, num_classes: int) -> Tensor:
     """Computed pairs by class of their image and by expert, int64 (num_classes, E).
 
     Of soft slots and merged experts: tokens by the expert with the largest share.
     """
-    E = len(routing.tokens_per_expert_E)
-    tokens_per_image = routing.num_tokens // len(labels_B)
-    if isinstance(routing, core.Routing):
-        token_index_N, expert_ids_N = routing.token_index_N, routing.expert_ids_N
-    else:
-        expert_ids_N = expert_of_token(routing)
-        token_index_N = torch.arange(routing.num_tokens, device=expert_ids_N.device)
-    label_N = labels_B.to(token_index_N.device)[token_index_N // tokens_per_image]
-    cell_N = (label_N * E + expert_ids_N)[expert_ids_N < E]
-    return torch.bincount(cell_N, minlength=num_classes * E).unflatten(0, (num_classes, E))
+    label_T = labels_B.repeat_interleave(routing.num_tokens // len(labels_B))
+    return expert_label_counts(routing, label_T, num_classes)
 
 
 def class_share(counts: Tensor) -> np.ndarray:

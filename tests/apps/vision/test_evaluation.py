@@ -20,7 +20,6 @@ from apps.vision.evaluation import (
     class_share,
     draw_shots,
     expert_class_counts,
-    expert_of_token,
     extract_features,
     few_shot,
     linear_accuracy,
@@ -86,23 +85,13 @@ def routing(token, expert, gate, num_tokens, num_experts):
     return core.Routing(torch.tensor(token), ids, torch.tensor(gate), counts, counts, num_tokens)
 
 
-def test_expert_of_a_token_is_that_of_its_highest_gate():
-    # Token 0: experts 2 (0.6) and 0 (0.4). Token 1: its better choice was dropped, expert 1 is left.
-    # Token 2: both dropped. Token 3: equal gates, the lower expert. Token 4 has no pair, as under expert choice.
-    found = expert_of_token(
-        routing([0, 0, 1, 1, 2, 2, 3, 3], [2, 0, 3, 1, 3, 3, 2, 1], [0.6, 0.4, 0.0, 0.3, 0.0, 0.0, 0.5, 0.5], 5, 3)
-    )
-    assert found.tolist() == [2, 1, 3, 1, 3]
-
-
-def test_without_pairs_the_expert_of_a_token_is_that_of_the_largest_share():
+def test_without_pairs_a_token_counts_for_the_expert_of_the_largest_share():
     # Two images of two tokens, the last token is padding.
     weights = torch.tensor([[0.2, 0.5, 0.3], [0.6, 0.3, 0.1]])
     tokens = torch.tensor([3, 3, 3])
     merged = core.contract.MergeRouting(
         weights, 2, 1, tokens, tokens, 4, valid_T=torch.tensor([True, True, True, False])
     )
-    assert expert_of_token(merged).tolist() == [1, 1, 0, 3]
     assert expert_class_counts(merged, torch.tensor([1, 0]), 2).tolist() == [[1, 0, 0], [0, 2, 0]]
 
 

@@ -1,0 +1,56 @@
+"""Which expert computes which token, read from a recorded routing of any kind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import core
+
+
+def experts_of_token(routing: Any, most: int) -> Tensor:
+    """The experts that compute each token, by falling gate, int64 (T, most); E where there are fewer.
+
+    Of equal gates the lower expert goes first. Of soft slots and merged experts: those of the largest shares; E for
+    padding.
+    """
+    E, T = len(routing.tokens_per_expert_E), routing.num_tokens
+    if not isinstance(routing, core.Routing):
+        ids_TK = routing.scores_TE.argsort(dim=-1, descending=True, stable=True)[:, :most]
+        ids_TK = torch.nn.functional.pad(ids_TK, (0, most - ids_TK.shape[1]), value=E)
+        return ids_TK if routing.valid_T is None else ids_TK.masked_fill(~routing.valid_T[:, None], E)
+    computed_N = routing.expert_ids_N < E
+    token_N, expert_N = routing.token_index_N[computed_N], routing.expert_ids_N[computed_N]
+    order_N = expert_N.argsort(stable=True)
+    for key_N in (-routing.gates_N.detach().float()[computed_N], token_N):  # the last key counts first
+        order_N = order_N[key_N[order_N].argsort(stable=True)]
+    token_N, expert_N = token_N[order_N], expert_N[order_N]
+    counts_T = torch.bincount(token_N, minlength=T)
+    place_N = torch.arange(len(token_N), device=token_N.device) - (counts_T.cumsum(0) - counts_T)[token_N]
+    kept_N = place_N < most
+    ids_TK = token_N.new_full((T, most), E)
+    ids_TK[token_N[kept_N], place_N[kept_N]] = expert_N[kept_N]
+    return ids_TK
+
+
+def expert_of_token(routing: Any) -> Tensor:
+    """The first of ``experts_of_token``, int64 (T,)."""
+    return experts_of_token(routing, 1).squeeze(1)
+
+
+def expert_label_counts(routing: Any, label_T: Tensor, num_labels: int) -> Tensor:
+    """Computed pairs by label of their token and by expert, int64 (num_labels, E).
+
+    Of soft slots and merged experts: tokens by the expert with the largest share.
+    """
+    E = len(routing.tokens_per_expert_E)
+    if isinstance(routing, core.Routing):
+        token_index_N, expert_ids_N = routing.token_index_N, routing.expert_ids_N
+    else:
+        expert_ids_N = expert_of_token(routing)
+        token_index_N = torch.arange(routing.num_tokens, device=expert_ids_N.device)
+    label_N = label_T.to(token_index_N.device)[token_index_N]
+    cell_N = (label_N * E + expert_ids_N)[expert_ids_N < E]
+    return torch.bincount(cell_N, minlength=num_labels * E).unflatten(0, (num_labels, E))
