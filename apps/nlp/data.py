@@ -6,9 +6,7 @@ on (seed, epoch) alone: `apps.loader.ResumableLoader` restores it in mid-epoch. 
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 import logging
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,23 +21,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from apps import sources
-from apps.columns import ColumnFiles, ColumnWriter, open_or_write
+from apps.columns import ColumnFiles, ColumnWriter
 from apps.loader import ResumableLoader
 from apps.nlp.batch import TranslationBatch
 from apps.nlp.batches import TokenBatches, by_length, cut_by_tokens
 from apps.nlp.corpora import SPLITS, Filters, Sizes, collect, parse_pairs
 from apps.nlp.datasets import NLP_DATASETS, OWN, Corpus, find_corpus
-from apps.nlp.encoded import EncodedPairs, read_text, write_pairs
+from apps.nlp.encoded import EncodedPairs, identity, open_encoded, read_text, write_pairs
 from apps.nlp.readers.lines import clean
 from apps.nlp.subwords import BOS_ID, EOS_ID, PAD_ID, SubwordConfig, Subwords, train_subwords
 
 log = logging.getLogger(__name__)
-
-FORMAT = 1
-"""Of the encoded files; a new number makes every corpus be encoded anew."""
-
-# What reads and encodes a corpus: a change there makes the files of the old code stale.
-_CODE = ("corpora.py", "datasets.py", "encoded.py", "subwords.py", "readers/*.py", "../columns.py")
 
 
 class TranslationData(LightningDataModule):
@@ -117,7 +109,7 @@ class TranslationData(LightningDataModule):
         temperature: float = 1.0,
         tokens_per_batch: int = 4096,
         eval_tokens_per_batch: int = 4096,
-        text: str | list[str] | None = None,
+        text: list[str] | str | None = None,
         predict_file: str | None = None,
         predict_pair: str | None = None,
         predict_lines: int = 2048,
@@ -330,16 +322,15 @@ class TranslationData(LightningDataModule):
             cache = sources.cache_root(self.cache_dir)
             found = [find_corpus(corpus, self.pairs, self.cache_dir) for corpus in self.corpora]
             made_from = [
-                [FORMAT, _code(), [identity(files) for files, _ in found], [asdict(c) for c in self.corpora]],
-                [self.pairs, asdict(self.filters), self.split_seed, self.subset],
+                [[identity(files) for files, _ in found], [asdict(corpus) for corpus in self.corpora], self.pairs],
+                [asdict(self.filters), self.split_seed, self.subset],
                 self._given.digest if self._given is not None else asdict(self.tokenizer),
             ]
-            key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
 
             def write(writer: ColumnWriter) -> None:
                 self._write(writer, [read() for _, read in found], cache)
 
-            self._files = open_or_write(cache / "text" / f"{self.dataset}-{key}", cache, write)
+            self._files = open_encoded(self.dataset, made_from, cache, write)
         return self._files
 
     def _write(self, writer: ColumnWriter, rows: list[Any], cache: Path) -> None:
@@ -442,17 +433,3 @@ def _decoded(lines: Iterable[bytes], name: str) -> Iterator[str]:
         except UnicodeDecodeError as error:
             byte = line[error.start]
             raise ValueError(f"{name}, line {number}: byte 0x{byte:02x} is not valid UTF-8") from error
-
-
-def identity(files: Iterable[Path]) -> list[list[Any]]:
-    """Path, size and time of the last change of each file, by which an exchanged one is noticed."""
-    stats = [(path.resolve(), path.stat()) for path in files]
-    return [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
-
-
-def _code() -> str:
-    here = Path(__file__).parent
-    digest = hashlib.sha256()
-    for path in sorted(p for pattern in _CODE for p in here.glob(pattern)):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()

@@ -2,22 +2,76 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from apps.columns import ColumnFiles, ColumnWriter
+from apps.columns import ColumnFiles, ColumnWriter, open_or_write
 from apps.nlp.batch import TranslationBatch
 from apps.nlp.corpora import SentencePairs
 from apps.nlp.subwords import BOS_ID, EOS_ID, PAD_ID, Side, Subwords
 
+FORMAT = 1
+"""Of the encoded files; a new number makes every corpus be encoded anew."""
+
+# What reads and encodes a corpus: a change there makes the files of the old code stale.
+_CODE = (
+    "corpora.py",
+    "data.py",
+    "datasets.py",
+    "encoded.py",
+    "subwords.py",
+    "text.py",
+    "readers/*.py",
+    "../columns.py",
+)
 _CHUNK = 10_000  # sentences encoded at a time
 _SIDES: tuple[Side, Side] = ("source", "target")
+
+
+def open_encoded(name: str, made_from: Any, cache: Path, write: Callable[[ColumnWriter], None]) -> ColumnFiles:
+    """The files in ``cache/text`` that were made from this, by this code; written if they are not there.
+
+    Args:
+        name: of the corpus, for people who look into the folder.
+        made_from: plain values that change when what is encoded does.
+        cache: the cache's folder.
+        write: fills the writer.
+
+    Raises:
+        DataError: the cache cannot be written, or the disk is full.
+    """
+    here = Path(__file__).parent
+    code = hashlib.sha256()
+    for path in sorted(p for pattern in _CODE for p in here.glob(pattern)):
+        code.update(path.read_bytes())
+    key = json.dumps([FORMAT, code.hexdigest(), name, made_from], sort_keys=True)
+    return open_or_write(cache / "text" / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}", cache, write)
+
+
+def identity(files: Iterable[Path]) -> list[list[Any]]:
+    """Path, size and time of the last change of each file, by which an exchanged one is noticed."""
+    stats = [(path.resolve(), path.stat()) for path in files]
+    return [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
+
+
+def encode(lines: Sequence[str], subwords: Subwords, side: Side) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """Ids of all lines, one after the other, and the N + 1 bounds of each."""
+    ids, ends = [np.empty(0, np.int32)], [np.zeros(1, np.int64)]
+    for start in range(0, len(lines), _CHUNK):
+        rows = subwords.encode(lines[start : start + _CHUNK], side)
+        ends.append(np.cumsum([len(row) for row in rows], dtype=np.int64) + ends[-1][-1])
+        ids.append(np.fromiter((i for row in rows for i in row), np.int32))
+    return np.concatenate(ids), np.concatenate(ends)
 
 
 def write_pairs(writer: ColumnWriter, split: str, pairs: SentencePairs, subwords: Subwords, *, keep_text: bool) -> None:
@@ -25,13 +79,9 @@ def write_pairs(writer: ColumnWriter, split: str, pairs: SentencePairs, subwords
     writer.save(f"{split}_pair", np.array(pairs.pair, np.int64))
     writer.save(f"{split}_corpus", np.array(pairs.corpus, np.int64))
     for side, lines in zip(_SIDES, (pairs.source, pairs.target), strict=True):
-        ids, ends = [np.empty(0, np.int32)], [np.zeros(1, np.int64)]
-        for start in range(0, len(lines), _CHUNK):
-            rows = subwords.encode(lines[start : start + _CHUNK], side)
-            ends.append(np.cumsum([len(row) for row in rows], dtype=np.int64) + ends[-1][-1])
-            ids.append(np.fromiter((i for row in rows for i in row), np.int32))
-        writer.save(f"{split}_{side}_ids", np.concatenate(ids))
-        writer.save(f"{split}_{side}_bounds", np.concatenate(ends))
+        ids, bounds = encode(lines, subwords, side)
+        writer.save(f"{split}_{side}_ids", ids)
+        writer.save(f"{split}_{side}_bounds", bounds)
         if keep_text:
             data = [line.encode() for line in lines]
             writer.save(f"{split}_{side}_text", np.frombuffer(b"".join(data), np.uint8))

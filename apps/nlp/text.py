@@ -1,0 +1,351 @@
+"""Plain text for language models: files of yours, or one language of a parallel corpus, as one stream of subwords.
+
+The stream of a split is in a memory-mapped file in the cache and is cut into blocks. `apps.loader.ResumableLoader`
+restores the order of an epoch in mid-epoch.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from apps import sources
+from apps.columns import ColumnFiles, ColumnWriter
+from apps.loader import ResumableLoader
+from apps.nlp.corpora import SPLITS, Filters, Sizes, collect
+from apps.nlp.datasets import NLP_DATASETS, Corpus, find_corpus
+from apps.nlp.encoded import encode, identity, open_encoded
+from apps.nlp.readers.lines import clean, expand, read_lines
+from apps.nlp.subwords import EOS_ID, PAD_ID, SubwordConfig, Subwords, train_subwords
+
+log = logging.getLogger(__name__)
+
+
+class TextBatch(NamedTuple):
+    """B blocks of text.
+
+    Attributes:
+        tokens_BL: int64 (B, L), a model reads ``[:, :-1]`` and is to say ``[:, 1:]``. In training and evaluation L is
+            the block size and one, and the last token of a block is the first of the next, so that each token is said
+            once; the last block of a split is padded with ``PAD_ID``. In prediction: ``EOS_ID`` and the prompt.
+        index_B: int64 (B,), the block's place in its split, or the prompt's line number.
+    """
+
+    tokens_BL: Tensor
+    index_B: Tensor  # type: ignore[assignment]  # a batch has no use for tuple.index
+
+
+class TextSize(NamedTuple):
+    """How much text a split has: what turns a loss a token into one a word or a byte.
+
+    Attributes:
+        documents: of it.
+        tokens: to be said: subwords, and ``EOS_ID`` after each document.
+        words: cut at spaces.
+        bytes: of UTF-8, without line ends.
+    """
+
+    documents: int
+    tokens: int
+    words: int
+    bytes: int
+
+
+class _Blocks(Dataset[Any]):
+    """The blocks of one stream, read by whole batches."""
+
+    def __init__(self, ids_M: Tensor, block_size: int) -> None:
+        self.ids_M, self.block_size = ids_M, block_size
+
+    def __len__(self) -> int:
+        return -(-(len(self.ids_M) - 1) // self.block_size)  # the first token is said by none
+
+    def __getitem__(self, position: int) -> TextBatch:
+        return self.__getitems__([position])
+
+    def __getitems__(self, positions: Sequence[int] | Tensor) -> TextBatch:
+        index_B = torch.as_tensor(positions, dtype=torch.int64)
+        at_BL = index_B[:, None] * self.block_size + torch.arange(self.block_size + 1)
+        past_BL = at_BL >= len(self.ids_M)
+        tokens_BL = self.ids_M[at_BL.clamp_(max=len(self.ids_M) - 1)].long()
+        return TextBatch(tokens_BL.masked_fill_(past_BL, PAD_ID), index_B)
+
+
+class TextData(LightningDataModule):
+    """Text in train, validation and test batches of `TextBatch`.
+
+    A stream is ``EOS_ID``, and then each document with ``EOS_ID`` after it.
+
+    Args:
+        dataset: "text" for files of yours, or a parallel corpus of `moesaic data list`, of which ``language`` is taken,
+            each sentence being a document.
+        root: folder that the file names start from; or with your own copy of the dataset's files.
+        cache_dir: folder for downloads, subwords and encoded text; default ~/.cache/moesaic.
+        train_files: of yours: a name or a pattern of UTF-8 text files, plain or ``.gz``, or several.
+        val_files: likewise; None: documents of train_files are held out.
+        test_files: likewise.
+        language: of a parallel corpus.
+        document: what belongs together, and is on one side of a split: each "line", "paragraph" (lines up to an empty
+            one) or "file".
+        val_size: documents to validate on, or a share of all below 1, where there are no files of them.
+        test_size: likewise.
+        split_seed: of what is held out. Not the run's.
+        subwords: those of a trained model; None: they are learned from the training documents alone.
+        tokenizer: how they are learned.
+        block_size: tokens of a block that a model reads.
+        batch_size: blocks of a training batch and process.
+        eval_batch_size: in validation and test.
+        text: prompts to be continued in prediction, one or several.
+        num_workers: processes that cut batches; 0 is enough.
+        seed: of the order of training; default the seed of the whole run (seed_everything).
+
+    Raises:
+        ValueError: an option out of its range; when the data are first needed: missing or unreadable files, a split
+            without text.
+
+    Example::
+
+        data = TextData(train_files="books/*.txt", document="paragraph", block_size=256)
+        batch = next(iter(data.train_dataloader()))
+        batch.tokens_BL     # (32, 257)
+    """
+
+    def __init__(
+        self,
+        dataset: str = "text",
+        root: str | None = None,
+        cache_dir: str | None = None,
+        train_files: list[str] | str | None = None,
+        val_files: list[str] | str | None = None,
+        test_files: list[str] | str | None = None,
+        language: str = "en",
+        document: Literal["line", "paragraph", "file"] = "line",
+        val_size: int | float = 0.05,
+        test_size: int | float = 0.05,
+        split_seed: int = 0,
+        subwords: Subwords | None = None,
+        tokenizer: SubwordConfig = SubwordConfig(),
+        block_size: int = 256,
+        batch_size: int = 32,
+        eval_batch_size: int = 32,
+        text: list[str] | str | None = None,
+        num_workers: int = 0,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.dataset, self.root, self.cache_dir, self.language = dataset, root, cache_dir, language
+        self.train_files, self.val_files, self.test_files = train_files, val_files, test_files
+        self.document, self.val_size, self.test_size, self.split_seed = document, val_size, test_size, split_seed
+        self.tokenizer = replace(tokenizer, joint=True)  # text has one side
+        self.block_size, self.batch_size, self.eval_batch_size = block_size, batch_size, eval_batch_size
+        self.text, self.num_workers, self.seed = text, num_workers, seed
+        self._given = subwords
+        self._files: ColumnFiles | None = None
+        self._told = False
+        self._check_options()
+
+    # ---- what a model and a reader of results ask
+
+    @property
+    def subwords(self) -> Subwords:
+        """Given, or learned from the training documents. The first use reads the text, or finds it in the cache."""
+        if self._given is not None:
+            return self._given
+        return Subwords(tuple(self._open().info["subwords"]))
+
+    def size(self, split: str) -> TextSize:
+        """Of the text of "train", "val" or "test"."""
+        if split not in SPLITS:
+            raise ValueError(sources.unknown_name("split", split, list(SPLITS)))
+        return TextSize(*self._open().info["sizes"][split])
+
+    # ---- Lightning
+
+    def prepare_data(self) -> None:
+        self._open()
+
+    def setup(self, stage: str | None = None) -> None:
+        if stage != "predict" and not self._told:
+            self._told = True
+            sizes = ", ".join(f"{name} {self.size(name).tokens:,}" for name in SPLITS)
+            log.info("%s: tokens of %s", self.dataset, sizes)
+
+    def train_dataloader(self) -> ResumableLoader:
+        # Lightning's overfit_batches wants the same few batches each epoch
+        overfit = self.trainer is not None and getattr(self.trainer, "overfit_batches", 0) > 0
+        return ResumableLoader(
+            self._blocks("train"),
+            self.batch_size,
+            seed=self.seed,
+            shuffle=not overfit,
+            collate_fn=_as_it_is,
+            draws=False,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+        )
+
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        return self._eval_loader("val")
+
+    def test_dataloader(self) -> DataLoader[Any] | list[Any]:
+        return self._eval_loader("test")
+
+    def predict_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """One prompt a batch: a decoder that continues text has no place for padding."""
+        if self.text is None:
+            raise ValueError("there is nothing to continue: give text (--data.text)")
+        prompts = [self.text] if isinstance(self.text, str) else self.text
+        rows = self.subwords.encode([clean(prompt) for prompt in prompts], "target")
+        batches = [TextBatch(torch.tensor([[EOS_ID, *row]]), torch.tensor([i])) for i, row in enumerate(rows)]
+        return DataLoader(batches, batch_size=None, generator=torch.Generator())  # type: ignore[arg-type]
+
+    def _blocks(self, split: str) -> _Blocks:
+        return _Blocks(self._open()[f"{split}_ids"], self.block_size)
+
+    def _eval_loader(self, split: str) -> DataLoader[Any] | list[Any]:
+        blocks = self._blocks(split)
+        if not len(blocks):
+            return []
+        # A plain DataLoader: Lightning gives it the sampler that a distributed run needs.
+        return DataLoader(
+            blocks,
+            batch_size=self.eval_batch_size,
+            collate_fn=_as_it_is,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            generator=torch.Generator(),  # starting a pass must not move the model's generator
+        )
+
+    # ---- the encoded text
+
+    def _open(self) -> ColumnFiles:
+        if self._files is None:
+            cache = sources.cache_root(self.cache_dir)
+            if self.dataset == "text":
+                found = self._own_files()
+                files = [path for paths in found.values() for path in paths]
+                read = self._read_own
+            else:
+                files, rows = find_corpus(*self._corpus(), self.cache_dir)
+
+                def read() -> dict[str, list[list[str]]]:
+                    return self._read_corpus(rows())
+
+            made_from = [
+                [identity(files), self.language, self.document, self.val_size, self.test_size, self.split_seed],
+                self._given.digest if self._given is not None else asdict(self.tokenizer),
+            ]
+            self._files = open_encoded(
+                self.dataset, made_from, cache, lambda writer: self._write(writer, read(), cache)
+            )
+        return self._files
+
+    def _own_files(self) -> dict[str, list[Path]]:
+        found = {}
+        root = Path(self.root or ".").expanduser()
+        for split in SPLITS:
+            named = getattr(self, f"{split}_files")
+            names = [named] if isinstance(named, str) else named or []
+            found[split] = [path for name in names for path in expand(root, name)]
+            if names and not found[split]:
+                raise ValueError(f"{root / names[0]} is missing")
+        return found
+
+    def _read_own(self) -> dict[str, list[list[str]]]:
+        """The lines of each document of each split."""
+        splits = {
+            split: [document for path in paths for document in _documents(read_lines(path), self.document)]
+            for split, paths in self._own_files().items()
+        }
+        lacking = [split for split in ("val", "test") if getattr(self, f"{split}_files") is None]
+        documents = splits["train"]
+        sizes = {split: getattr(self, f"{split}_size") for split in lacking}
+        counts = {s: round(size * len(documents)) if size < 1 else int(size) for s, size in sizes.items()}
+        if sum(counts.values()) >= max(1, len(documents)):
+            told = ", ".join(f"{split}_size={size}" for split, size in sizes.items())
+            raise ValueError(f"{told}: of {len(documents)} documents none is left to train on")
+        order = np.random.RandomState(self.split_seed).permutation(len(documents)).tolist()
+        for split in reversed(lacking):
+            splits[split] = [documents[i] for i in sorted(order[: counts[split]])]
+            del order[: counts[split]]
+        splits["train"] = [documents[i] for i in sorted(order)]
+        return splits
+
+    def _corpus(self) -> tuple[Corpus, list[str]]:
+        known = NLP_DATASETS[self.dataset].languages
+        other = next(language for language in known if language != self.language)
+        return Corpus(self.dataset, self.root), [f"{other}-{self.language}"]
+
+    def _read_corpus(self, rows: Any) -> dict[str, list[list[str]]]:
+        corpus, pairs = self._corpus()
+        collected = collect({corpus.dataset: (rows, Sizes(seed=self.split_seed))}, pairs, Filters())
+        return {split: [[line] for line in dict.fromkeys(found.target)] for split, found in collected.splits.items()}
+
+    def _write(self, writer: ColumnWriter, splits: dict[str, list[list[str]]], cache: Path) -> None:
+        if not splits["train"]:
+            raise ValueError(f"there is no text to train on in {self.train_files or self.dataset}")
+        train = (line for document in splits["train"] for line in document)
+        subwords = self._given or train_subwords((), train, self.tokenizer, (), cache)
+        sizes = {}
+        for split, documents in splits.items():
+            text = [" ".join(document) for document in documents]
+            ids, bounds = encode(text, subwords, "target")
+            stream = np.full(len(ids) + len(text) + 1, EOS_ID, np.int32)
+            # document i comes after the i + 1 ends before it
+            stream[np.arange(len(ids)) + 1 + np.repeat(np.arange(len(text)), np.diff(bounds))] = ids
+            writer.save(f"{split}_ids", stream)
+            words = sum(len(line.split()) for line in text)
+            sizes[split] = TextSize(len(text), len(stream) - 1, words, sum(len(line.encode()) for line in text))
+        writer.finish({"subwords": subwords.models, "sizes": sizes})
+
+    def _check_options(self) -> None:
+        names = ["text", *NLP_DATASETS]
+        if self.dataset not in names:
+            raise ValueError(sources.unknown_name("dataset", self.dataset, sorted(names)))
+        if self.dataset == "text":
+            if self.train_files is None:
+                raise ValueError("dataset='text' needs train_files (--data.train_files)")
+        else:
+            for name in ("train_files", "val_files", "test_files"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name}={getattr(self, name)!r} is for dataset='text', not {self.dataset!r}")
+            if self.language not in (known := NLP_DATASETS[self.dataset].languages):
+                raise ValueError(sources.unknown_name("language", self.language, list(known)))
+        if self.document not in ("line", "paragraph", "file"):
+            raise ValueError(sources.unknown_name("document", self.document, ["line", "paragraph", "file"]))
+        for name in ("block_size", "batch_size", "eval_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("val_size", "test_size", "num_workers"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+
+
+def _documents(lines: list[str], document: str) -> Iterator[list[str]]:
+    """The lines of a file that are no empty ones, as documents."""
+    if document == "line":
+        yield from ([line] for line in lines if line)
+        return
+    part: list[str] = []
+    for line in lines:
+        if line:
+            part.append(line)
+        elif part and document == "paragraph":
+            yield part
+            part = []
+    if part:
+        yield part
+
+
+def _as_it_is(batch: Any) -> Any:
+    """`_Blocks` gives whole batches. A function of the module, so that worker processes can be sent it."""
+    return batch
