@@ -7,17 +7,18 @@ import dataclasses
 import difflib
 import importlib
 import pkgutil
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule
 
 import apps
 from apps.cli import UsageError
-from apps.cli.checkpoint import find_checkpoint, load_checkpoint, remembered, short
+from apps.cli.checkpoint import find_checkpoint, load_checkpoint, remembered, short, without_fixed_classes
 from apps.cli.errors import subclasses
 
 
@@ -61,8 +62,11 @@ class Request:
         run_dir = Path(run_dir) if run_dir else Path("runs") / ("-".join(p.stem for p in paths) or "unnamed")
         checkpoint = find_checkpoint(command, which, run_dir)
         if checkpoint is not None:
-            config = merge(remembered(load_checkpoint(checkpoint), config), config)
-        return cls(command, tuple(flags), config, run_dir, checkpoint, _model_class(flags, config))
+            loaded = load_checkpoint(checkpoint)
+            config = merge(remembered(loaded, config), config)
+            config = with_remembered_data(config, flags, loaded)
+        model_class = _find_class("model", LightningModule, flags, config)
+        return cls(command, tuple(flags), config, run_dir, checkpoint, model_class)
 
     @contextlib.contextmanager
     def config_file(self) -> Iterator[str | None]:
@@ -148,19 +152,47 @@ def take(argv: list[str], names: tuple[str, ...]) -> tuple[list[str], dict[str, 
     return rest, found
 
 
-def _model_class(flags: list[str], config: Mapping[str, Any]) -> type | None:
-    model = config.get("model")
-    path = model if isinstance(model, str) else model.get("class_path") if isinstance(model, Mapping) else None
-    _, given = take(flags, ("model", "model.class_path"))
-    path = next(iter(reversed(given["model"] + given["model.class_path"])), path)
-    data = config.get("data")
-    data_path = data if isinstance(data, str) else data.get("class_path") if isinstance(data, Mapping) else None
-    if any(p and "." not in p for p in (path, data_path)) or take(flags, ("data",))[1]["data"]:
+def with_remembered_data(config: Mapping[str, Any], flags: list[str], checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """``config`` with the arguments of the data that the data's class names in ``from_checkpoint``.
+
+    They come from the checkpoint's model, which has arguments of the same names, unless they are written by hand.
+    """
+    names = getattr(_find_class("data", LightningDataModule, flags, config), "from_checkpoint", ())
+    written = config.get("data")
+    written = written if isinstance(written, Mapping) else {}
+    arguments = written["init_args"] or {} if "init_args" in written else written
+    hparams = checkpoint.get("hyper_parameters") or {}
+    filled = {}
+    for name in names:
+        option = re.compile(rf"--data\.(init_args\.)?{name}([.=+].*)?", re.DOTALL)
+        by_hand = any(option.fullmatch(flag) for flag in flags)
+        if not by_hand and arguments.get(name) is None and hparams.get(name) is not None:
+            filled[name] = without_fixed_classes(hparams[name])
+    if not filled:
+        return dict(config)
+    path = _class_path("data", flags, config)
+    arguments = {k: v for k, v in arguments.items() if k != "class_path"}
+    return {**config, "data": {"class_path": path, "init_args": {**arguments, **filled}}}
+
+
+def _class_path(part: str, flags: list[str], config: Mapping[str, Any]) -> str | None:
+    """What the flags, else the configuration, name as the class of "model" or "data"."""
+    written = config.get(part)
+    path = written if isinstance(written, str) else written.get("class_path") if isinstance(written, Mapping) else None
+    _, given = take(flags, (part, f"{part}.class_path"))
+    return next(iter(reversed(given[part] + given[f"{part}.class_path"])), path)
+
+
+def _find_class(part: str, base: type, flags: list[str], config: Mapping[str, Any]) -> type | None:
+    """The class of "model" or "data"; None where none is named, or there is no such class."""
+    path = _class_path(part, flags, config)
+    paths = [_class_path(either, flags, config) for either in ("model", "data")]
+    if any(p and "." not in p for p in paths):
         _import_apps()  # short names are looked up among the classes that are imported
     if not path:
         return None
     if "." not in path:
-        return next((k for k in subclasses(LightningModule) if k.__name__ == path), None)
+        return next((k for k in subclasses(base) if k.__name__ == path), None)
     module, _, name = path.rpartition(".")
     try:
         return getattr(importlib.import_module(module), name, None)

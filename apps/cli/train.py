@@ -10,11 +10,13 @@ import contextlib
 import dataclasses
 import json
 import logging
+import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 import yaml
 from jsonargparse import ArgumentError, set_parsing_settings
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
@@ -24,6 +26,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.io import CheckpointIO
 from torch import Tensor
 
+from apps import sharded
 from apps.callbacks import AtomicCheckpointIO, BestAndLast, GeneratorState, MetricsCSV, progress
 from apps.cli import UsageError
 from apps.cli.checkpoint import CONFIG_BASES, check_fits, first_difference, load_checkpoint, without_fixed_classes
@@ -143,6 +146,12 @@ class SparseCLI(LightningCLI):
             if differing is not None:
                 where, written_value, own = differing
                 what = where.removeprefix("model.")
+                attribute = getattr(self.datamodule, name)
+                if hasattr(attribute, "digest") and isinstance(value, Mapping):  # too long to be shown
+                    what, written_value, own = name, type(attribute)(**value).digest, attribute.digest
+                if self.ckpt_path is not None and name in getattr(self.datamodule, "from_checkpoint", ()):
+                    told = f"{self.ckpt_path} is of {what} {written_value}, and the data's are {own}"
+                    raise UsageError(f"{told}: leave data.{name} out")
                 raise UsageError(f"{where}={written_value} does not fit the data, whose {what} is {own}: leave it out")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -187,6 +196,10 @@ class SparseCLI(LightningCLI):
         if command == "fit":
             self._fit(arguments)
         elif command == "predict":
+            lines = self._stream()
+            if lines is not None:
+                self._print(lines)
+                return
             arguments["return_predictions"] = True
             self._predict(arguments)
         else:
@@ -228,6 +241,29 @@ class SparseCLI(LightningCLI):
         stage = "val" if command == "validate" else command
         print_metrics(metrics, stage, f"{command} of {self.ckpt_path or 'an untrained model'}")
         print(f"also in {path}")
+
+    def _stream(self) -> Iterator[str] | None:
+        """What the model has to say line by line, if it can: ``predict_stream(datamodule)`` gives it, or None.
+
+        The weights are loaded before that is called; the trainer's loop, which knows only whole batches, is not run.
+        """
+        stream = getattr(self.model, "predict_stream", None)
+        if stream is None:
+            return None
+        if self.ckpt_path is not None:
+            checkpoint = sharded.read(self.ckpt_path) if sharded.is_sharded(self.ckpt_path) else None
+            self.model.load_state_dict((checkpoint or load_checkpoint(self.ckpt_path))["state_dict"])
+        self.model.to(self.trainer.strategy.root_device).eval()
+        return stream(self.datamodule)
+
+    def _print(self, lines: Iterator[str]) -> None:
+        """Print them as they come. They are all that goes to stdout."""
+        start, count = time.monotonic(), 0
+        with torch.no_grad(), self.trainer.precision_plugin.forward_context():
+            for line in lines:
+                print(line, flush=True)
+                count += 1
+        print(f"{count} lines in {time.monotonic() - start:.1f} s", file=sys.stderr)
 
     def _predict(self, arguments: dict[str, Any]) -> None:
         batches = self.trainer.predict(**arguments) or []

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -112,3 +115,65 @@ class TinyData(LightningDataModule):
         return DataLoader(TensorDataset(points.point, points.label), batch_size=8)
 
     test_dataloader = predict_dataloader = val_dataloader
+
+
+@dataclass(frozen=True)
+class Names:
+    """What the classes are called: learned from the data, saved with the model.
+
+    Attributes:
+        words: a name a class.
+    """
+
+    words: tuple[str, ...]
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(" ".join(self.words).encode()).hexdigest()[:12]
+
+
+class NamedData(TinyData):
+    """Noisy points whose classes have names, and points of the user's.
+
+    Args:
+        num_classes: of the training points.
+        names: of the classes; None: they are read with the training points.
+        text: points to be named, such as "0.5 1".
+    """
+
+    from_checkpoint: ClassVar[tuple[str, ...]] = ("names", "num_classes")
+
+    def __init__(
+        self, num_classes: int | None = None, names: Names | None = None, text: list[str] | None = None
+    ) -> None:
+        self._names, self.text = names, text
+        super().__init__(num_classes or len(self.names.words), n=24)
+
+    @property
+    def names(self) -> Names:
+        if self._names is None:
+            with open("names.txt") as file:
+                self._names = Names(tuple(file.read().split()))
+        return self._names
+
+
+class NamingModule(TinyModule):
+    """Says the names of points.
+
+    Args:
+        names: of the classes.
+        kwargs: of ``TinyModule``.
+    """
+
+    data_arguments: ClassVar[tuple[str, ...]] = ("num_classes", "names")
+
+    def __init__(self, names: Names | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        assert names is not None
+        self.names = names
+
+    def predict_stream(self, data: NamedData) -> Iterator[str] | None:
+        if data.text is None:
+            return None
+        points = ([float(x) for x in line.split()] for line in data.text)
+        return (self.names.words[int(self(torch.tensor([p])).argmax())] for p in points)

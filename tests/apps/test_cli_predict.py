@@ -1,0 +1,100 @@
+"""``moesaic predict`` of a model that has lines to say, and what data take from a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny_app import Names
+
+from apps.cli import main
+from apps.cli.train import build
+
+CONFIG = """
+model: {class_path: tiny_app.NamingModule}
+data: {class_path: tiny_app.NamedData}
+trainer: {accelerator: cpu, max_epochs: 40, enable_progress_bar: false}
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run's folder, whose training points have gone."""
+    folder = tmp_path_factory.mktemp("named")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        Path("named.yaml").write_text(CONFIG)
+        Path("names.txt").write_text("east north south")
+        assert main(["fit", "--config", "named.yaml", "--model.optimizer.lr", "0.05"]) == 0
+        Path("names.txt").unlink()
+    return folder
+
+
+@pytest.fixture
+def run(trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> str:
+    monkeypatch.chdir(trained)
+    capsys.readouterr()
+    return "--config=named.yaml"
+
+
+# The three classes lie at 0, 120 and 240 degrees.
+BEST = "--ckpt_path=runs/named/checkpoints/best.ckpt"
+POINTS = '["-0.5 0.9", "1 0", "-0.5 -0.9", "1 0.1"]'
+
+
+def test_lines_are_all_that_goes_to_stdout_in_their_order(run, capsys):
+    assert main(["predict", run, "--data.text", POINTS]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == "north\neast\nsouth\neast\n"
+    assert "4 lines in" in shown.err
+    assert not Path("runs/named/predictions.jsonl").exists()
+
+
+def test_lines_before_an_error_are_printed(run, capsys):
+    assert main(["predict", run, "--data.text", '["1 0", "-0.5 0.9", "far away"]']) == 1
+    shown = capsys.readouterr()
+    assert shown.out == "east\nnorth\n"
+    assert shown.err.startswith("error: ")
+
+
+def test_without_lines_to_say_predictions_go_to_a_file(run):
+    assert main(["predict", run]) == 0
+    lines = Path("runs/named/predictions.jsonl").read_text().splitlines()
+    assert len(lines) == 24
+    assert len(json.loads(lines[0])["output"]) == 3
+    Path("runs/named/predictions.jsonl").unlink()
+
+
+def test_data_take_from_the_checkpoint_what_is_not_written(run):
+    for command in ("test", "predict", "validate"):
+        data = build(command, [run]).datamodule
+        assert data.names == Names(("east", "north", "south"))
+        assert data.num_classes == 3
+    assert build("fit", [run, "--ckpt_path", "last"]).datamodule.names.words[0] == "east"
+    Path("null.yaml").write_text("data: {class_path: tiny_app.NamedData, init_args: {names: null, num_classes: 3}}")
+    assert build("test", [run, "--config", "null.yaml", BEST]).datamodule.names.words[0] == "east"
+    Path("named2.yaml").write_text("model: {class_path: tiny_app.NamingModule}")
+    assert (
+        build("test", ["--config", "named2.yaml", "--data", "tiny_app.NamedData", BEST]).datamodule.names.words[0]
+        == "east"
+    )
+
+
+def test_without_a_checkpoint_data_take_nothing(run, capsys):
+    assert main(["fit", run]) == 1
+    assert capsys.readouterr().err == "error: names.txt: No such file or directory\n"
+
+
+def test_what_is_written_by_hand_must_be_the_checkpoint_s(run, capsys):
+    Path("other.yaml").write_text("data: {class_path: tiny_app.NamedData, init_args: {names: {words: [a, b, c]}}}")
+    there, here = Names(("east", "north", "south")).digest, Names(("a", "b", "c")).digest
+    for argv in ([run, "--config", "other.yaml", BEST], [run, "--data.names.words", "[a, b, c]"]):
+        assert main(["test", *argv]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.endswith(f"best.ckpt is of names {there}, and the data's are {here}: leave data.names out")
+    assert main(["test", run, "--data.names.words", "[east, north, south]"]) == 0
+    capsys.readouterr()
+    assert main(["test", run, "--data.num_classes", "4"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("best.ckpt is of num_classes 3, and the data's are 4: leave data.num_classes out")
