@@ -7,27 +7,15 @@ import math
 import numpy as np
 import pytest
 import torch
+from routed import built, ids
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from core import FFN, MoEConfig, Routing, RoutingContext
+from core import FFN, MoEConfig, RoutingContext
 from core.kernels import assign
 from core.kernels.assign import balanced_assignment
 from core.routing.assignment import Base, Sinkhorn, sinkhorn
-from core.routing.router import PairRouter, RouterConfig
 from core.testing import Property, properties
-
-
-def built(config: RouterConfig, num_experts: int, training: bool = True) -> PairRouter:
-    """A router whose logits are its input."""
-    router = config.build(num_experts, num_experts).train(training)
-    with torch.no_grad():
-        router.gate.weight.copy_(torch.eye(num_experts))
-    return router
-
-
-def ids(routing: Routing) -> list[list[int]]:
-    return routing.expert_ids_N.unflatten(0, (routing.num_tokens, -1)).tolist()
 
 
 def best_sum(scores_TE: Tensor) -> float:
@@ -173,7 +161,7 @@ def test_the_operator_keeps_the_rules_of_custom_ops():
 def test_base_gives_each_expert_the_tokens_that_gain_most():
     # By how much expert 0 is better: 3, 1, 5, 0.5. Two tokens each: 0 and 2 get it, for 4 + 2 + 5 + 1.5 = 12.5.
     x = torch.tensor([[4.0, 1.0], [3.0, 2.0], [5.0, 0.0], [2.0, 1.5]])[None]
-    routing = built(Base(), 2)(x)
+    routing = built(Base(), 2, training=True)(x)
     assert ids(routing) == [[0], [1], [0], [1]]
     chosen = torch.tensor([4.0, 2.0, 5.0, 1.5])
     assert routing.gates_N.tolist() == pytest.approx(chosen.sigmoid().tolist())  # sigmoid(2) = 0.880797
@@ -184,27 +172,29 @@ def test_base_gives_each_expert_the_tokens_that_gain_most():
 
 def test_base_takes_each_tokens_best_expert_in_evaluation():
     x = torch.tensor([[4.0, 1.0], [3.0, 2.0], [5.0, 0.0], [2.0, 1.5]])[None]
-    routing = built(Base(), 2, training=False)(x)
+    routing = built(Base(), 2)(x)
     assert ids(routing) == [[0]] * 4
     assert routing.gates_N.tolist() == pytest.approx(x[0, :, 0].sigmoid().tolist())
 
 
 def test_base_with_a_remainder_and_with_fewer_tokens_than_experts():
     # Three tokens: the expert that gains most by it gets two, 4 + 2 + 5 and not 4 + 2 + 0 or 1 + 3 + 0.
-    assert ids(built(Base(), 2)(torch.tensor([[4.0, 1.0], [3.0, 2.0], [5.0, 0.0]])[None])) == [[0], [1], [0]]
+    x = torch.tensor([[4.0, 1.0], [3.0, 2.0], [5.0, 0.0]])[None]
+    assert ids(built(Base(), 2, training=True)(x)) == [[0], [1], [0]]
     # Both want expert 0; 2.5 + 3 is more than 3 + 1.
-    assert ids(built(Base(), 4)(torch.tensor([[3.0, 2.5, 0.0, 0.0], [3.0, 1.0, 0.0, 0.0]])[None])) == [[1], [0]]
+    x = torch.tensor([[3.0, 2.5, 0.0, 0.0], [3.0, 1.0, 0.0, 0.0]])[None]
+    assert ids(built(Base(), 4, training=True)(x)) == [[1], [0]]
 
 
 def test_base_looks_ahead_where_greedy_choice_would_not():
     # Greedy takes the 10 (token 0, expert 0) and leaves 0 for token 1: 10. The best is 9 + 8 = 17.
-    assert ids(built(Base(), 2)(torch.tensor([[10.0, 9.0], [8.0, 0.0]])[None])) == [[1], [0]]
+    assert ids(built(Base(), 2, training=True)(torch.tensor([[10.0, 9.0], [8.0, 0.0]])[None])) == [[1], [0]]
 
 
 def test_batch_mates_change_the_expert_of_a_token_in_training_alone():
     x = torch.tensor([[4.0, 1.0], [3.0, 2.0]])[None]
     mate = torch.tensor([[0.0, 9.0]])[None]
-    router = built(Base(), 2)
+    router = built(Base(), 2, training=True)
     assert ids(router(x)) == [[0], [1]]
     assert ids(router(torch.cat((x, mate), 1)))[:2] == [[0], [0]]  # the mate takes expert 1's place
     router.eval()
@@ -214,7 +204,7 @@ def test_batch_mates_change_the_expert_of_a_token_in_training_alone():
 def test_base_counts_real_tokens_alone():
     x = torch.randn(2, 6, 4)
     valid = torch.tensor([[True] * 6, [True] * 2 + [False] * 4])
-    router = built(Base(), 4)
+    router = built(Base(), 4, training=True)
     routing = router(x.masked_fill(~valid[..., None], torch.nan), RoutingContext(valid_BS=valid))
     assert routing.tokens_per_expert_E.tolist() == [2, 2, 2, 2]
     assert routing.expert_ids_N[~valid.flatten()].tolist() == [4] * 4
@@ -230,10 +220,10 @@ def test_sinkhorn_of_two_by_two():
     logits = torch.tensor([[2.0, 0.0], [1.0, 0.0]])
     plan = sinkhorn(logits, None, 50).exp()
     assert plan.flatten().tolist() == pytest.approx([0.622459, 0.377541, 0.377541, 0.622459], abs=1e-6)
-    routing = built(Sinkhorn(iterations=50), 2)(logits[None])
+    routing = built(Sinkhorn(iterations=50), 2, training=True)(logits[None])
     assert ids(routing) == [[0], [1]]
     assert routing.gates_N.tolist() == pytest.approx([0.880797, 0.5])  # sigmoid(2), sigmoid(0): of the raw logits
-    assert ids(built(Sinkhorn(), 2, training=False)(logits[None])) == [[0], [0]]
+    assert ids(built(Sinkhorn(), 2)(logits[None])) == [[0], [0]]
 
 
 def test_sinkhorn_halves_the_temperature_by_doubling_the_logits():
@@ -260,7 +250,7 @@ def test_large_logits_give_no_nan(size):
 def test_skewed_tokens_are_spread_over_the_experts(top_k, size):
     # The expert liked best by all, by 10 standard deviations, gets nearly all tokens by top-1.
     x = size * (torch.randn(1, 2048, 8) + torch.linspace(0, 10, 8))
-    router = built(Sinkhorn(top_k=top_k), 8)
+    router = built(Sinkhorn(top_k=top_k), 8, training=True)
     load = router(x).tokens_per_expert_E.double()
     assert load.max() / load.mean() < 1.15
     router.eval()
@@ -270,10 +260,10 @@ def test_skewed_tokens_are_spread_over_the_experts(top_k, size):
 
 def test_the_score_function_is_sigmoid_for_one_expert_and_softmax_for_more():
     x = torch.tensor([0.3, 0.5, 0.2]).log()[None, None]
-    gates = {k: built(Sinkhorn(top_k=k), 3, False)(x).gates_N.tolist() for k in (1, 2)}
+    gates = {k: built(Sinkhorn(top_k=k), 3)(x).gates_N.tolist() for k in (1, 2)}
     assert gates[1] == pytest.approx([1 / 3])  # 0.5 / 1.5
     assert gates[2] == pytest.approx([0.5, 0.3])
-    assert built(Sinkhorn(score_func="softmax"), 3, False)(x).gates_N.tolist() == pytest.approx([0.5])
+    assert built(Sinkhorn(score_func="softmax"), 3)(x).gates_N.tolist() == pytest.approx([0.5])
 
 
 # Both

@@ -6,18 +6,15 @@ import math
 
 import pytest
 import torch
+from routed import ids
 from torch import Tensor, nn
 
-from core import FFN, Balance, MoEConfig, Routing, RoutingContext, aux_loss, record
+from core import FFN, Balance, MoEConfig, RoutingContext, aux_loss, record
 from core.routing.context_gates import Domain, Sentence, Task, domain_posterior
 from core.routing.router import RouterConfig
 from core.routing.selection import Capacity
 
 CONFIGS = {"sentence": Sentence(), "sentence-1": Sentence(top_k=1), "task": Task(3), "domain": Domain(4)}
-
-
-def ids(routing: Routing) -> list[list[int]]:
-    return routing.expert_ids_N.unflatten(0, (routing.num_tokens, -1)).tolist()
 
 
 def context(B: int, **fields: Tensor) -> RoutingContext:

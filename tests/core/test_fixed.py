@@ -6,9 +6,10 @@ import math
 
 import pytest
 import torch
+from routed import ids
 from torch import Tensor, nn
 
-from core import FFN, MoEConfig, Routing, RoutingContext
+from core import FFN, MoEConfig, RoutingContext
 from core.routing.clusters import assign_equally, balanced_clusters
 from core.routing.consistency import consistency_loss
 from core.routing.fixed import DomainRandom, Hash, Random, balanced_table, random_table
@@ -21,10 +22,6 @@ CONFIGS = {
     "average": Random(top_k=2, evaluation="average"),
     "domain-random": DomainRandom(2, 10),
 }
-
-
-def ids(routing: Routing) -> list[list[int]]:
-    return routing.expert_ids_N.unflatten(0, (routing.num_tokens, -1)).tolist()
 
 
 def by_id(tokens: list[list[int]], domains: list[int] | None = None, valid: Tensor | None = None) -> RoutingContext:

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from routed import ids, logits_of
 from torch import Tensor
 
 from core import FFN, MoEConfig, Routing, RoutingContext, TokenChoice
@@ -22,18 +23,9 @@ def router(num_experts: int, limit: Capacity = Capacity(), training: bool = Fals
     return built
 
 
-def logits_of(*probabilities: float) -> Tensor:
-    """(1, 1, E) logits whose softmax is ``probabilities``."""
-    return torch.tensor(probabilities).log()[None, None]
-
-
 def logit(*probabilities: float) -> Tensor:
     """(1, 1, E) logits whose sigmoid is ``probabilities``."""
     return torch.tensor(probabilities).logit()[None, None]
-
-
-def ids(routing: Routing) -> list[list[int]]:
-    return routing.expert_ids_N.unflatten(0, (routing.num_tokens, -1)).tolist()
 
 
 def gates(routing: Routing) -> list[float]:
@@ -41,25 +33,25 @@ def gates(routing: Routing) -> list[float]:
 
 
 def test_normalized_gates_are_the_softmax_of_the_chosen_logits():
-    routing = router(3, top_k=2)(logits_of(0.3, 0.5, 0.2))
+    routing = router(3, top_k=2)(logits_of((0.3, 0.5, 0.2)))
     assert ids(routing) == [[1, 0]]
     assert gates(routing) == pytest.approx([5 / 8, 3 / 8])  # 0.5 / 0.8 and 0.3 / 0.8
     assert routing.scores_TE[0].tolist() == pytest.approx([0.3, 0.5, 0.2])
 
 
 def test_unnormalized_gates_are_the_scores_over_all_experts():
-    assert gates(router(3, top_k=2, normalize=False)(logits_of(0.3, 0.5, 0.2))) == pytest.approx([0.5, 0.3])
+    assert gates(router(3, top_k=2, normalize=False)(logits_of((0.3, 0.5, 0.2)))) == pytest.approx([0.5, 0.3])
 
 
 def test_normalize_is_off_by_default_for_one_expert_and_on_for_more():
-    assert gates(router(3, top_k=1)(logits_of(0.3, 0.5, 0.2))) == pytest.approx([0.5])
-    assert sum(gates(router(3, top_k=3)(logits_of(0.3, 0.5, 0.2)))) == pytest.approx(1.0)
+    assert gates(router(3, top_k=1)(logits_of((0.3, 0.5, 0.2)))) == pytest.approx([0.5])
+    assert sum(gates(router(3, top_k=3)(logits_of((0.3, 0.5, 0.2))))) == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("score_func", ["softmax", "sigmoid"])
 def test_a_router_of_one_expert_a_token_gets_a_gradient(score_func):
     built = router(3, top_k=1, score_func=score_func)
-    built(logits_of(0.3, 0.5, 0.2)).gates_N.sum().backward()
+    built(logits_of((0.3, 0.5, 0.2))).gates_N.sum().backward()
     # d gate / d logit is s (1 - s) = 0.25 at s = 0.5, times the input log 0.5 of that expert.
     # Sigmoid of log 0.5 is 1/3, so s (1 - s) = 2/9.
     slope = 0.25 if score_func == "softmax" else 2 / 9
@@ -75,7 +67,7 @@ def test_sigmoid_gates_with_and_without_normalize_and_scale():
 
 def test_expert_bias_changes_the_choice_and_never_the_gates():
     built = router(3, top_k=2, expert_bias=True)
-    x = logits_of(0.5, 0.3, 0.2)
+    x = logits_of((0.5, 0.3, 0.2))
     assert ids(built(x)) == [[0, 1]]
     built.expert_bias = torch.tensor([0.0, 0.0, 1.0])  # 0.5, 0.3, 1.2
     biased = built(x)
@@ -134,7 +126,7 @@ def test_gate_bias_is_added_to_the_logits_and_learned(noise):
     assert built.gate.bias.tolist() == [0.0] * 3
     with torch.no_grad():
         built.gate.bias.copy_(torch.tensor([1.0, 1.0, 6.0]).log())
-    routing = built(logits_of(0.3, 0.5, 0.2))
+    routing = built(logits_of((0.3, 0.5, 0.2)))
     assert ids(routing) == [[2, 1]]  # 0.3, 0.5 and 6 * 0.2 = 1.2
     assert gates(routing) == pytest.approx([1.2 / 1.7, 0.5 / 1.7])
     assert routing.scores_TE[0].tolist() == pytest.approx([0.15, 0.25, 0.6])  # over 2: unlike expert_bias, it shows
@@ -257,7 +249,7 @@ def test_random_second_always_stays_at_a_gate_of_one_half():
 @pytest.mark.parametrize("scale", [1.0, 0.5, 2.5])
 def test_random_second_stays_with_twice_the_probability_of_its_gate(scale):
     # Gates 0.85 and 0.15 before the scale: kept with probability 0.3; 4 sigma of 10000 draws is 0.0183.
-    routing = router(2, second="random", scale=scale, training=True)(logits_of(0.85, 0.15).expand(1, 10_000, 2))
+    routing = router(2, second="random", scale=scale, training=True)(logits_of((0.85, 0.15)).expand(1, 10_000, 2))
     assert routing.tokens_per_expert_E[0] == 10_000
     assert routing.tokens_per_expert_E[1] / 10_000 == pytest.approx(0.3, abs=0.0183)
     first = routing.gates_N[::2]
@@ -268,7 +260,7 @@ def test_random_second_stays_with_twice_the_probability_of_its_gate(scale):
 
 
 def test_random_second_is_always_in_evaluation():
-    routing = router(2, second="random")(logits_of(0.85, 0.15).expand(1, 1000, 2))
+    routing = router(2, second="random")(logits_of((0.85, 0.15)).expand(1, 1000, 2))
     assert routing.tokens_per_expert_E.tolist() == [1000, 1000]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from routed import ids
 from torch import Tensor
 
 from core.contract import Routing
@@ -35,11 +36,6 @@ def select(
     )
 
 
-def table(routing: Routing) -> list[list[int]]:
-    """Expert ids, a row a token."""
-    return routing.expert_ids_N.unflatten(0, (routing.num_tokens, routing.top_k)).tolist()
-
-
 # Choices:          first, second
 THREE = [
     [0.5, 0.3, 0.2],  # 0, 1
@@ -51,7 +47,7 @@ X = 3  # not computed
 
 def test_dropless_computes_every_pair():
     routing = select(THREE, 2, Capacity())
-    assert table(routing) == [[0, 1], [0, 2], [1, 0]]
+    assert ids(routing) == [[0, 1], [0, 2], [1, 0]]
     assert routing.tokens_per_expert_E.tolist() == [3, 2, 1]
     assert routing.gates_N.tolist() == pytest.approx([0.5, 0.3, 0.6, 0.3, 0.7, 0.2])
     assert routing.token_index_N.tolist() == [0, 0, 1, 1, 2, 2]
@@ -61,7 +57,7 @@ def test_position_priority_serves_first_choices_then_earlier_tokens():
     # Capacity ceil(0.5 * 2 * 3 / 3) = 1. First choices: token 0 takes expert 0, token 1 finds it full, token 2
     # takes expert 1. Second choices: token 0 finds expert 1 full, token 1 takes expert 2, token 2 finds 0 full.
     routing = select(THREE, 2, Capacity(0.5))
-    assert table(routing) == [[0, X], [X, 2], [1, X]]
+    assert ids(routing) == [[0, X], [X, 2], [1, X]]
     assert routing.tokens_per_expert_E.tolist() == [1, 1, 1]
     assert routing.chosen_per_expert_E.tolist() == [3, 2, 1]
     assert routing.gates_N.tolist() == pytest.approx([0.5, 0, 0, 0.3, 0.7, 0])
@@ -71,23 +67,23 @@ def test_score_priority_serves_the_most_certain_tokens_first():
     # Order by the highest score: token 2 (0.7), 1 (0.6), 0 (0.5). First choices: 2 takes expert 1, 1 takes expert 0,
     # 0 finds it full. Second choices: 2 finds 0 full, 1 takes expert 2, 0 finds 1 full: token 0 is left with nothing.
     routing = select(THREE, 2, Capacity(0.5, priority="score"))
-    assert table(routing) == [[X, X], [0, 2], [1, X]]
+    assert ids(routing) == [[X, X], [0, 2], [1, X]]
     assert routing.gates_N.tolist() == pytest.approx([0, 0, 0.6, 0.3, 0.7, 0])
 
 
 def test_first_choices_of_all_tokens_go_before_second_ones():
     # Capacity ceil(0.5 * 2 * 2 / 2) = 1. Token by token, token 0 would take both experts and token 1 none.
-    assert table(select([[0.6, 0.4], [0.4, 0.6]], 2, Capacity(0.5))) == [[0, 2], [1, 2]]
+    assert ids(select([[0.6, 0.4], [0.4, 0.6]], 2, Capacity(0.5))) == [[0, 2], [1, 2]]
 
 
 def test_a_dropped_first_choice_leaves_the_second_its_place():
     # Capacity ceil(0.7 * 2 * 3 / 3) = ceil(1.4) = 2: token 2's second choice finds expert 0 full, all else fits.
-    assert table(select(THREE, 2, Capacity(0.7))) == [[0, 1], [0, 2], [1, X]]
+    assert ids(select(THREE, 2, Capacity(0.7))) == [[0, 1], [0, 2], [1, X]]
 
 
 def kept(routing: Routing) -> list[int]:
     """Tokens computed, where K = 1."""
-    return [t for t, (e,) in enumerate(table(routing)) if e < 2]
+    return [t for t, (e,) in enumerate(ids(routing)) if e < 2]
 
 
 ALL_ON_0 = [[0.9, 0.1]]
@@ -133,7 +129,7 @@ def test_padding_of_one_sequence_lowers_its_own_capacity_alone():
 
 def test_a_second_expert_left_out_is_neither_computed_nor_chosen():
     routing = select(THREE, 2, Capacity(), keep_second=[True, False, False])
-    assert table(routing) == [[0, 1], [0, X], [1, X]]
+    assert ids(routing) == [[0, 1], [0, X], [1, X]]
     assert routing.chosen_per_expert_E.tolist() == [2, 2, 0]
     assert routing.gates_N.tolist() == pytest.approx([0.5, 0.3, 0.6, 0, 0.7, 0])
 
@@ -143,8 +139,8 @@ def test_a_second_expert_left_out_frees_its_place():
     # claim on it there is nothing to free, so look at expert 2: tokens 0 and 1 want it second, and 0 leaves it out.
     scores = [[0.6, 0.1, 0.3], [0.1, 0.6, 0.3]]
     limit = Capacity(0.5)  # ceil(0.5 * 2 * 2 / 3) = 1
-    assert table(select(scores, 2, limit)) == [[0, 2], [1, X]]
-    assert table(select(scores, 2, limit, keep_second=[False, True])) == [[0, X], [1, 2]]
+    assert ids(select(scores, 2, limit)) == [[0, 2], [1, X]]
+    assert ids(select(scores, 2, limit, keep_second=[False, True])) == [[0, X], [1, 2]]
 
 
 def test_random_priority_is_random_in_training_alone():
@@ -184,7 +180,7 @@ def test_every_expert_serves_exactly_what_it_was_asked_for_up_to_its_capacity(pr
     valid = torch.rand(B * S, generator=generator) < 0.8
     limit = Capacity(factor, priority=priority, group=group)
     routing = select(scores, K, limit, sequences=B, valid=valid.tolist(), training=True)
-    ids = torch.tensor(table(routing))
+    ids_TK = torch.tensor(ids(routing))
     chosen = scores.topk(K, dim=-1).indices
     size = {"batch": B * S, "sequence": S, 5: 5}[group]
     for start in range(0, B * S, size):
@@ -194,11 +190,11 @@ def test_every_expert_serves_exactly_what_it_was_asked_for_up_to_its_capacity(pr
         room = -(-round(factor * 10) * K * real // (10 * E))
         for e in range(E):
             asked = int(((chosen[here] == e) & valid[here, None]).sum())
-            assert int((ids[here] == e).sum()) == min(asked, room)
-    assert ((ids == chosen) | (ids == E)).all()
-    assert (ids[~valid] == E).all()
+            assert int((ids_TK[here] == e).sum()) == min(asked, room)
+    assert ((ids_TK == chosen) | (ids_TK == E)).all()
+    assert (ids_TK[~valid] == E).all()
     # Pairs are computed, dropped, or padding: nothing is lost.
-    dropped = int(((ids == E) & valid[:, None]).sum())
+    dropped = int(((ids_TK == E) & valid[:, None]).sum())
     assert int(routing.tokens_per_expert_E.sum()) + dropped + K * int((~valid).sum()) == B * S * K
     assert int(routing.chosen_per_expert_E.sum()) == K * int(valid.sum())
     assert ((routing.gates_N > 0) == (routing.expert_ids_N < E)).all()
