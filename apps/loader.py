@@ -9,6 +9,7 @@ matters.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
@@ -252,3 +253,10 @@ def seeded(seed: int) -> Iterator[None]:
         torch.set_rng_state(torch_state)
         np.random.set_state(numpy_state)
         random.setstate(python_state)
+
+
+def batches_of_test(trainer: Any) -> Iterator[Any]:
+    """The batches of the test in progress, again, within the trainer's limit."""
+    loader = trainer.test_dataloaders
+    loader = loader[0] if isinstance(loader, (list, tuple)) else loader
+    return itertools.islice(loader, int(min(trainer.num_test_batches[0], len(loader))))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from apps import plots
 from apps.files import replacing
+from apps.loader import batches_of_test
 from apps.recsys import checks, gating, pictures
 from apps.recsys.arrays import TableArrays, join
 from apps.recsys.checks import Check
@@ -116,19 +116,12 @@ class RecommenderReport(Callback):
             return None
         model: Any = pl_module
         reader, kept = GateReader(model), []
-        for batch in _limited(_batches_of_test(trainer), self.config.gate_rows):
+        for batch in _limited(batches_of_test(trainer), self.config.gate_rows):
             on_device = trainer.strategy.batch_to_device(batch, model.device)
             with trainer.precision_plugin.forward_context(), reader.reading():
                 model(*model.example_inputs(on_device))
             kept.append(batch)
         return (reader, join(kept, model.features, "test")) if kept else None
-
-
-def _batches_of_test(trainer: Trainer) -> Iterator[Any]:
-    """The batches of the test in progress, again, within the trainer's limit."""
-    loader: Any = trainer.test_dataloaders
-    loader = loader[0] if isinstance(loader, (list, tuple)) else loader
-    return itertools.islice(loader, int(min(trainer.num_test_batches[0], len(loader))))
 
 
 def _limited(batches: Iterable[Any], rows: int) -> Iterator[Any]:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import core
 from apps import plots
 from apps.files import replacing
+from apps.loader import batches_of_test
 from apps.routed import expert_label_counts, expert_of_token
 
 # ---- few-shot linear evaluation
@@ -443,13 +444,6 @@ def _limited(batches: Iterable[Any], images: int) -> Iterator[Any]:
             return
         yield batch
         seen += len(batch.image)
-
-
-def batches_of_test(trainer: Trainer) -> Iterator[Any]:
-    """The batches of the test in progress, again, within the trainer's limit."""
-    loader: Any = trainer.test_dataloaders
-    loader = loader[0] if isinstance(loader, (list, tuple)) else loader
-    return itertools.islice(loader, int(min(trainer.num_test_batches[0], len(loader))))
 
 
 def support_batches(trainer: Trainer) -> Iterable[Any] | None:
