@@ -11,7 +11,7 @@ import importlib
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -68,6 +68,28 @@ class Baseline:
 
     build: Callable[[], Any] | None
     note: str = ""
+
+
+@dataclass(frozen=True)
+class ExampleDifference:
+    """How two systems differ on the same test examples.
+
+    Attributes:
+        name: of the figure, such as "BLEU".
+        difference: the first system's minus the second's.
+        low, high: its 95 % interval over other examples of the same kind.
+        p: of no difference.
+        method: what was done, in a few words.
+        is_part: it is of a part of the examples; a comparison shows those of all on the screen.
+    """
+
+    name: str
+    difference: float
+    low: float
+    high: float
+    p: float
+    method: str
+    is_part: bool = False
 
 
 class SparseModule(LightningModule):
@@ -142,6 +164,11 @@ class SparseModule(LightningModule):
         """The arguments of ``forward`` in a batch: what FLOPs are counted and predictions made with."""
         raise NotImplementedError(f"{type(self).__name__} must define example_inputs(batch)")
 
+    def cost_inputs(self, batch: Any) -> tuple[Any, ...]:
+        """As ``example_inputs``, for counting what a comparison calls equal: without padding, where one kind of layer
+        computes it and another does not."""
+        return self.example_inputs(batch)
+
     def build_metrics(self) -> nn.Module | None:
         """A torchmetrics ``MetricCollection`` of (outputs, targets), without prefix, or one ``Metric`` that returns a
         dict of values by name, computed once a pass; None: the loss alone."""
@@ -156,6 +183,21 @@ class SparseModule(LightningModule):
         """Further metrics in the table of a comparison, beside the monitored one: names without the split, such as
         ``("auc_click", "auc_buy")``. A loss, an ``ece`` and an error are shown as they are, a share in percent."""
         return ()
+
+    @property
+    def metric_signatures(self) -> Mapping[str, str]:
+        """How metrics are made, by name, where their name alone does not tell: stands beside their values."""
+        return {}
+
+    def examples_of_test(self) -> list[dict[str, Any]]:
+        """Plain values of each example of the last test, which a comparison keeps; empty: it keeps none."""
+        return []
+
+    def compare_examples(
+        self, mine: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]]
+    ) -> list[ExampleDifference]:
+        """The differences between two systems' ``examples_of_test``, the most important first."""
+        return []
 
     moe_config: core.MoEConfig | core.MultiGateConfig | None = None
     """The MoE layers' configuration, for a comparison of routers; None: there is none."""

@@ -10,6 +10,8 @@ from PIL import Image
 
 from apps import routers, sources
 from apps.cli.train import build, quiet
+from apps.nlp.data import TranslationData
+from apps.nlp.subwords import SubwordConfig, train_subwords
 from apps.recsys.data import TableData
 from apps.recsys.features import CategoricalFeature, ContinuousFeature, Features
 from apps.recsys.sequence.data import HistoryData
@@ -38,8 +40,8 @@ def image_folder(root: Path) -> Path:
     return root
 
 
-def no_tables(monkeypatch) -> None:
-    """Stands for tables that a test may not fetch: what a model asks of them."""
+def no_data(monkeypatch) -> None:
+    """Stands for tables and texts that a test may not fetch: what a model asks of them."""
     made = Features(
         categorical=(CategoricalFeature("city", 5), CategoricalFeature("tags", 7, multi_valued=True)),
         continuous=(ContinuousFeature("age", mean=40.0, std=10.0, quantiles=(20.0, 30.0, 50.0)),),
@@ -48,12 +50,14 @@ def no_tables(monkeypatch) -> None:
     )
     monkeypatch.setattr(TableData, "features", made)
     monkeypatch.setattr(HistoryData, "num_items", 50)
+    subwords = train_subwords(["a dog runs"], ["ein Hund läuft"], SubwordConfig(vocab_size=300))
+    monkeypatch.setattr(TranslationData, "subwords", subwords)
 
 
 @pytest.mark.parametrize("path", WHOLE, ids=name)
 def test_a_configuration_builds(path, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    no_tables(monkeypatch)
+    no_data(monkeypatch)
     flags = ["--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.precision", "32-true"]
     dataset = yaml.safe_load(path.read_text())["data"]["init_args"].get("dataset")
     if dataset is not None and sources.find(dataset).app == "vision" and not sources.find(dataset).sources:

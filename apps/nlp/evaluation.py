@@ -1,0 +1,190 @@
+"""What ``moesaic test`` says of a translation model beside its scores: by language, by length, sentence by sentence."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+
+from apps.files import replacing
+from apps.nlp.metrics import Sentence, TranslationMetrics, figures, scorer, signatures
+from apps.tables import print_table, write_csv
+
+_COLUMNS = {"bleu": "BLEU", "chrf": "chrF++", "token_accuracy": "token acc., %", "perplexity": "perplexity"}
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """What ``moesaic test`` adds to the scores of a translation model.
+
+    Attributes:
+        lengths: words of a reference up to which its sentences are one group, ascending; longer ones are the last.
+        samples: translations printed, at equal steps through the test set.
+
+    Raises:
+        ValueError: a number out of its range.
+    """
+
+    lengths: tuple[int, ...] = (5, 10, 15, 20, 30, 50)
+    samples: int = 5
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "lengths", tuple(self.lengths))  # a list in YAML and in a checkpoint
+        if any(a >= b for a, b in zip((0, *self.lengths), self.lengths, strict=False)):
+            raise ValueError(f"report.lengths={self.lengths} must be ascending numbers of at least 1")
+        if self.samples < 0:
+            raise ValueError(f"report.samples={self.samples} must not be negative")
+
+
+class TranslationReport(Callback):
+    """After a test: prints the scores by language pair and by length with sacrebleu's signatures, and translations.
+
+    Writes into ``<run folder>/report``: ``pairs.csv``, ``lengths.csv``, ``sentences.jsonl`` (source, reference,
+    hypothesis, sentence chrF++ and search score of each sentence), ``signatures.txt``.
+
+    Args:
+        config: what to do.
+    """
+
+    only_reports: ClassVar[bool] = True
+
+    def __init__(self, config: ReportConfig) -> None:
+        self.config = config
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        metrics: Any = pl_module.stage_metrics("test")
+        if not isinstance(metrics, TranslationMetrics):
+            return
+        metrics.compute()  # on every rank: it gathers. The module's own call finds the result
+        if not trainer.is_global_zero or not metrics.sentences:
+            return
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        sources = data.sources("test") if hasattr(data, "sources") else None
+        folder = Path(trainer.default_root_dir) / "report"
+        written = report(metrics.sentences, metrics.pairs, sources, folder, self.config, metrics.tokenize)
+        rank_zero_info(f"{folder}: {', '.join(p.name for p in written)}")
+
+
+def report(
+    sentences: Sequence[Sentence],
+    pairs: Sequence[str],
+    sources: Sequence[str] | None,
+    folder: Path,
+    config: ReportConfig,
+    tokenize: str = "13a",
+) -> list[Path]:
+    """Print the tables and samples, and write the files.
+
+    Args:
+        sentences: of the test, by line number.
+        pairs: language pairs, in the order of their numbers.
+        sources: source texts, by line number; None: they are not known.
+        folder: of the files.
+        config: what to do.
+        tokenize: of BLEU.
+    """
+    signed = signatures(tokenize)
+    by_pair = breakdown({name: [s for s in sentences if s.pair == p] for p, name in enumerate(pairs)}, pairs, tokenize)
+    if len(by_pair) > 1:
+        by_pair.append(_row("mean of the pairs", sentences, pairs, tokenize))
+    by_length = breakdown(length_groups(sentences, config.lengths), pairs, tokenize)
+    _print(f"sacreBLEU {signed['bleu']}\nchrF++ {signed['chrf']}", "pair", by_pair)
+    _print("By words of the reference", "words", by_length)
+    _print_samples(sentences, sources, pairs, config.samples)
+    return [
+        write_csv(folder / "pairs.csv", [{"pair": r["group"], **_without(r)} for r in by_pair]),
+        write_csv(folder / "lengths.csv", [{"words": r["group"], **_without(r)} for r in by_length]),
+        write_sentences(folder / "sentences.jsonl", sentences, pairs, sources),
+        write_signatures(folder / "signatures.txt", signed),
+    ]
+
+
+def breakdown(
+    groups: Mapping[str, Sequence[Sentence]], pairs: Sequence[str], tokenize: str = "13a"
+) -> list[dict[str, Any]]:
+    """Scores of each group that has a sentence: a row each, with its name as "group"."""
+    return [_row(name, own, pairs, tokenize) for name, own in groups.items() if own]
+
+
+def _row(name: str, own: Sequence[Sentence], pairs: Sequence[str], tokenize: str) -> dict[str, Any]:
+    values = figures(own, pairs, tokenize)
+    words = sum(len(s.reference.split()) for s in own)
+    ratio = sum(len(s.hypothesis.split()) for s in own) / words if words else math.nan
+    return {"group": name, "sentences": len(own), "length_ratio": ratio, **{k: values[k] for k in _COLUMNS}}
+
+
+def _without(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if key != "group"}
+
+
+def length_groups(sentences: Sequence[Sentence], lengths: Sequence[int]) -> dict[str, list[Sentence]]:
+    """Sentences by the words of their reference: "1-5", "6-10", ..., "over 50"."""
+    names = [f"{low + 1}-{high}" for low, high in zip((0, *lengths), lengths, strict=False)]
+    names.append(f"over {lengths[-1]}" if lengths else "all")
+    found: dict[str, list[Sentence]] = {name: [] for name in names}
+    for sentence in sentences:
+        words = len(sentence.reference.split())
+        found[names[sum(words > high for high in lengths)]].append(sentence)
+    return found
+
+
+def _print(title: str, what: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    lines = [
+        [
+            row["group"],
+            f"{row['sentences']:,}",
+            f"{row['bleu']:.2f}",
+            f"{row['chrf']:.2f}",
+            f"{100 * row['token_accuracy']:.2f}",
+            f"{row['perplexity']:.2f}",
+            f"{row['length_ratio']:.3f}",
+        ]
+        for row in rows
+    ]
+    print_table(title, (what, "sentences", *_COLUMNS.values(), "length ratio"), lines)
+
+
+def _print_samples(
+    sentences: Sequence[Sentence], sources: Sequence[str] | None, pairs: Sequence[str], count: int
+) -> None:
+    """Some sentences, line by line, that a reader may judge."""
+    count = min(count, len(sentences))
+    for number in range(count):
+        s = sentences[number * len(sentences) // count]
+        print(f"\n{pairs[s.pair]}, line {s.index + 1}")
+        if sources is not None:
+            print(f"  source      {sources[s.index]}")
+        print(f"  reference   {s.reference}\n  hypothesis  {s.hypothesis}")
+
+
+def write_sentences(
+    path: Path, sentences: Sequence[Sentence], pairs: Sequence[str], sources: Sequence[str] | None
+) -> Path:
+    """A JSON object a line and sentence."""
+    chrf = scorer("chrf")
+    with replacing(path) as file:
+        for s in sentences:
+            row = {
+                "line": s.index + 1,
+                "pair": pairs[s.pair],
+                **({} if sources is None else {"source": sources[s.index]}),
+                "reference": s.reference,
+                "hypothesis": s.hypothesis,
+                "chrf": round(chrf.sentence_score(s.hypothesis, [s.reference]).score, 2),
+                "search_score": s.log_prob,
+            }
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    return path
+
+
+def write_signatures(path: Path, signed: Mapping[str, str]) -> Path:
+    """A line a score, as "bleu nrefs:1|case:mixed|..."."""
+    with replacing(path) as file:
+        file.writelines(f"{name} {signature}\n" for name, signature in signed.items())
+    return path

@@ -1,0 +1,162 @@
+"""Metrics of translations as one torchmetrics metric, the same on one process or many.
+
+BLEU and chrF++ are sacrebleu's, of detokenised text against the corpus's own references, over the whole corpus at once:
+neither is a mean over sentences or batches. sacrebleu is imported where it is used.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torchmetrics import Metric
+
+Score = Literal["bleu", "chrf"]
+SCORES: tuple[Score, ...] = ("bleu", "chrf")
+
+
+class Sentence(NamedTuple):
+    """One sentence of a test, as it was translated.
+
+    Attributes:
+        index: its line number in the split, from 0.
+        pair: its language pair's place among the data's.
+        hypothesis, reference: text.
+        log_prob: the hypothesis's score in the search.
+        nll: negative log likelihood of the reference's tokens, in nats, summed.
+        right: tokens of the reference that came first when all before them were the reference's.
+        tokens: of the reference, its end included.
+    """
+
+    index: int  # type: ignore[assignment]  # a sentence has no use for tuple.index
+    pair: int
+    hypothesis: str
+    reference: str
+    log_prob: float
+    nll: float
+    right: int
+    tokens: int
+
+
+def scorer(score: Score, tokenize: str = "13a") -> Any:
+    """sacrebleu's metric of a name: BLEU cased, or chrF++ (chrF with word bigrams).
+
+    Args:
+        score: "bleu" or "chrf".
+        tokenize: of BLEU, a name of sacrebleu's.
+
+    Raises:
+        ValueError: sacrebleu has no such tokenizer.
+    """
+    from sacrebleu.metrics import BLEU, CHRF
+
+    if score == "chrf":
+        return CHRF(word_order=2)
+    if tokenize not in BLEU.TOKENIZERS:
+        raise ValueError(f"bleu_tokenize={tokenize!r} is not one of {', '.join(sorted(BLEU.TOKENIZERS))}")
+    return BLEU(tokenize=tokenize, force=True)  # else each validation may warn that the corpus is tokenised
+
+
+def corpus_score(score: Score, hypotheses: Sequence[str], references: Sequence[str], tokenize: str = "13a") -> float:
+    """BLEU or chrF++ of a corpus, in 0..100; NaN without sentences."""
+    if not hypotheses:
+        return math.nan
+    return float(scorer(score, tokenize).corpus_score(list(hypotheses), [list(references)]).score)
+
+
+def signatures(tokenize: str = "13a") -> dict[str, str]:
+    """How each score is made, as sacrebleu writes it, by the score's name."""
+    found: dict[str, str] = {}
+    for score in SCORES:
+        metric = scorer(score, tokenize)
+        metric.corpus_score(["a"], [["a"]])  # before, it does not know how many references there are
+        found[score] = str(metric.get_signature())
+    return found
+
+
+class TranslationMetrics(Metric):
+    """BLEU, chrF++, token accuracy and perplexity of a corpus.
+
+    ``compute`` returns ``bleu`` and ``chrf``, with several language pairs their means over the pairs beside
+    ``bleu_<pair>`` and ``chrf_<pair>``; ``token_accuracy``, the share of the references' tokens that the model puts
+    first after those before them; and ``perplexity``, ``exp`` of the mean negative log likelihood of a token.
+
+    Sentences are kept as text and gathered by every rank; one that came twice, as the sampler of a distributed run
+    fills up its last round, counts once.
+
+    Args:
+        pairs: language pairs, in the order of their numbers.
+        tokenize: of BLEU, a name of sacrebleu's.
+
+    Attributes:
+        sentences: of all ranks, by line number; after ``compute``.
+    """
+
+    full_state_update = False
+    is_differentiable = False
+    higher_is_better = True
+
+    def __init__(self, pairs: Sequence[str], tokenize: str = "13a") -> None:
+        super().__init__()
+        self.pairs, self.tokenize = tuple(pairs), tokenize
+        self._own: list[Sentence] = []
+        self.sentences: list[Sentence] = []
+
+    def update(self, outputs: Iterable[Sentence], targets: Any = None) -> None:
+        """Add the sentences of a batch; ``targets`` are in them already."""
+        self._own.extend(outputs)
+
+    def reset(self) -> None:
+        """Forget all sentences."""
+        super().reset()
+        self._own, self.sentences = [], []
+
+    def compute(self) -> dict[str, Tensor]:
+        """The metrics of all sentences so far, float64 scalars; NaN without any."""
+        self.sentences = _gathered(self._own)
+        values = figures(self.sentences, self.pairs, self.tokenize)
+        return {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
+
+
+def figures(sentences: Sequence[Sentence], pairs: Sequence[str], tokenize: str = "13a") -> dict[str, float]:
+    """What ``TranslationMetrics.compute`` returns, as plain numbers."""
+    by_pair = {name: [s for s in sentences if s.pair == number] for number, name in enumerate(pairs)}
+    by_pair = {name: own for name, own in by_pair.items() if own}
+    found: dict[str, float] = {}
+    for score in SCORES:
+        of_pairs = {
+            name: corpus_score(score, [s.hypothesis for s in own], [s.reference for s in own], tokenize)
+            for name, own in by_pair.items()
+        }
+        found[score] = sum(of_pairs.values()) / len(of_pairs) if of_pairs else math.nan
+        if len(pairs) > 1:
+            found |= {f"{score}_{name}": value for name, value in of_pairs.items()}
+    return {**found, **token_figures(sentences)}
+
+
+def token_figures(sentences: Sequence[Sentence]) -> dict[str, float]:
+    """Token accuracy and perplexity; NaN without tokens."""
+    tokens = sum(s.tokens for s in sentences)
+    if not tokens:
+        return {"token_accuracy": math.nan, "perplexity": math.nan}
+    nll = math.fsum(s.nll for s in sentences)
+    return {"token_accuracy": sum(s.right for s in sentences) / tokens, "perplexity": perplexity(nll / tokens)}
+
+
+def perplexity(nll: float) -> float:
+    """``exp`` of a mean in nats; infinite where that is beyond a float."""
+    return math.exp(nll) if nll < 700 else math.inf
+
+
+def _gathered(own: Sequence[Sentence]) -> list[Sentence]:
+    """The sentences of all ranks by line number, each once."""
+    parts: list[Any] = [list(own)]
+    if dist.is_available() and dist.is_initialized():
+        parts = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, list(own))
+    found: Mapping[int, Sentence] = {s.index: s for part in parts for s in part}
+    return [found[index] for index in sorted(found)]

@@ -1,0 +1,442 @@
+"""``Translator``: what ``moesaic fit`` trains on parallel text."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from lightning.pytorch import Callback
+from torch import Tensor
+
+import core
+from apps.loss import linear_cross_entropy, target_scores
+from apps.nlp.batch import TranslationBatch
+from apps.nlp.config import TransformerConfig
+from apps.nlp.decode import DecodeConfig, Hypotheses, translate_ids
+from apps.nlp.evaluation import ReportConfig, TranslationReport
+from apps.nlp.metrics import Sentence, TranslationMetrics, scorer, signatures
+from apps.nlp.model import TranslationModel
+from apps.nlp.subwords import PAD_ID, UNK_ID, Subwords
+from apps.training import Baseline, ExampleDifference, OptimizerConfig, SparseModule, Stage, TaskOutput
+from apps.widths import SolvedWidth, ffn_widths, same_width
+
+_DECODE = DecodeConfig()
+_REPORT = ReportConfig()
+Tasks = Literal["pair", "source", "target"]
+
+
+class Translations(NamedTuple):
+    """Translations of a batch.
+
+    Attributes:
+        index: int64 (B,), the sentence's line number, from 0.
+        pair: the language pair, such as "en-de".
+        translation: the best hypothesis; empty for an empty line.
+        score: float64 (B,), its score in the search; 0 for an empty line.
+        alternatives: the further hypotheses, best first, where ``decode.num_best`` asks for them.
+    """
+
+    index: Tensor  # type: ignore[assignment]  # a batch has no use for tuple.index
+    pair: list[str]
+    translation: list[str]
+    score: Tensor
+    alternatives: list[list[str]]
+
+
+class Foreseen(NamedTuple):
+    """How well each sentence's reference was foreseen, its end included.
+
+    Attributes:
+        nll_B: float64 (B,), negative log likelihood in nats, summed over its tokens.
+        right_B: int64 (B,), tokens that came first.
+        tokens_B: int64 (B,).
+    """
+
+    nll_B: Tensor
+    right_B: Tensor
+    tokens_B: Tensor
+
+
+class Translator(SparseModule):
+    """A transformer from one language to another, or from many to many, sparse or dense.
+
+    It is trained by the cross-entropy of each target token after those before it, with label smoothing, and judged by
+    what it says itself: BLEU and chrF++ of its translations as text, by sacrebleu, against the references as they are.
+    With several pairs ``bleu`` and ``chrf`` are the means over the pairs.
+
+    Args:
+        subwords: of both languages; the command line takes them from the data.
+        pairs: language pairs, such as "en-de"; the command line takes them from the data.
+        transformer: the network around the MoE layers.
+        moe: the MoE layer that replaces the FFN of some layers; None: a dense model.
+        encoder_moe_layers, decoder_moe_layers: which layers: "everyN" (every N-th), "lastN", "all", "none" or indices.
+        replaced_hidden_dim: FFN hidden dim of those layers in a dense model, as in the baselines; None: the others'.
+        tasks: what a task is to routers that ask for one: the language "pair", or the "source" or the "target"
+            language. The target language is the domain.
+        label_smoothing: share of the target spread evenly over the vocabulary, in training.
+        decode: how test sentences and those of a prediction are translated.
+        val_decode: how validation sentences are: "greedy", or "as_test".
+        bleu_tokenize: sacrebleu's tokenizer for BLEU: "13a"; "zh" for Chinese, "ja-mecab", "ko-mecab", "char", ...
+        optimizer: learning rate, weight decay and schedule.
+        ema_decay: of the moving average of the weights; None: none.
+        average_last: epochs whose weights at their end are averaged at last; None: none.
+        report: what a test adds to the scores; None: nothing.
+
+    Raises:
+        ValueError: a value out of its range, or a combination that cannot be built.
+    """
+
+    context_fields: ClassVar[tuple[str, ...]] = ("token_ids_BS", "task_ids_B", "domain_ids_B")
+    causal: ClassVar[bool] = True
+    data_arguments: ClassVar[tuple[str, ...]] = ("subwords", "pairs")
+    readout: ClassVar[tuple[str, ...]] = ("model.output",)
+    monitor: ClassVar[str] = "val/bleu"
+    monitor_mode: ClassVar[Literal["min", "max"]] = "max"
+    table_metrics = ("chrf", "token_accuracy", "perplexity")
+
+    def __init__(
+        self,
+        subwords: Subwords | None = None,
+        pairs: Sequence[str] = (),
+        transformer: TransformerConfig | None = None,
+        moe: core.MoEConfig | None = None,
+        encoder_moe_layers: str | list[int] = "every2",
+        decoder_moe_layers: str | list[int] = "every2",
+        replaced_hidden_dim: int | None = None,
+        tasks: Tasks = "pair",
+        label_smoothing: float = 0.1,
+        decode: DecodeConfig = _DECODE,
+        val_decode: Literal["greedy", "as_test"] = "greedy",
+        bleu_tokenize: str = "13a",
+        optimizer: OptimizerConfig | None = None,
+        ema_decay: float | None = None,
+        average_last: int | None = None,
+        report: ReportConfig | None = _REPORT,
+    ) -> None:
+        super().__init__(optimizer=optimizer, ema_decay=ema_decay, average_last=average_last)
+        if not 0.0 <= label_smoothing < 1.0:
+            raise ValueError(f"label_smoothing={label_smoothing} is not in [0, 1)")
+        if val_decode not in ("greedy", "as_test"):
+            raise ValueError(f"val_decode={val_decode!r} is not one of 'greedy', 'as_test'")
+        scorer("bleu", bleu_tokenize)
+        if subwords is None:
+            raise ValueError("subwords=None: they come from the data, such as TranslationData(...).subwords")
+        self.subwords, self.pairs = subwords, tuple(pairs)
+        self.transformer = transformer or TransformerConfig()
+        self.moe, self.encoder_moe_layers, self.decoder_moe_layers = moe, encoder_moe_layers, decoder_moe_layers
+        self.moe_config, self.moe_dim = moe, self.transformer.shape.dim
+        self.tasks, self.label_smoothing = tasks, label_smoothing
+        self.decode, self.val_decode, self.bleu_tokenize, self.report = decode, val_decode, bleu_tokenize, report
+        task_P, domain_P = task_numbers(self.pairs, tasks)
+        check_tasks(moe, self.pairs, tasks, len(set(task_P)), len(set(domain_P)))
+        self.register_buffer("task_P", torch.tensor(task_P), persistent=False)
+        self.register_buffer("domain_P", torch.tensor(domain_P), persistent=False)
+        self.model = TranslationModel(
+            self.transformer,
+            source_vocab=subwords.size("source"),
+            target_vocab=None if subwords.is_joint else subwords.size("target"),
+            moe=moe,
+            encoder_moe_layers=encoder_moe_layers,
+            decoder_moe_layers=decoder_moe_layers,
+            replaced_hidden_dim=replaced_hidden_dim,
+        )
+        self._references: list[str] | None = None
+        self._tested: list[Sentence] = []
+
+    def forward(
+        self,
+        source_BS: Tensor,
+        target_BL: Tensor,
+        task_ids_B: Tensor | None = None,
+        domain_ids_B: Tensor | None = None,
+    ) -> Tensor:
+        """(B, S) source and (B, L) target ids to (B, L, V) logits of the token after each."""
+        return self.model(source_BS, target_BL, task_ids_B, domain_ids_B)
+
+    # ---- the loss
+
+    def task_loss(self, batch: TranslationBatch) -> TaskOutput:
+        """Mean cross-entropy of the target tokens, padding left out; in evaluation without label smoothing.
+
+        In evaluation ``outputs`` says how well each sentence was foreseen; see ``judged`` for its translation.
+        """
+        said_BL = batch.target_BL[:, 1:]
+        real_BL = said_BL != PAD_ID
+        memory = self.model.encode(batch.source_BS, *self._ids(batch))
+        h_TD = self.model.decode(read_ids(batch.target_BL), memory)[real_BL]
+        h_TD = h_TD * self.transformer.logits_scale
+        target_T, weight_VD, B = said_BL[real_BL], self.model.output_weight, len(said_BL)
+        if self.training:
+            loss = linear_cross_entropy(h_TD, weight_VD, target_T, self.label_smoothing)
+            return TaskOutput(loss, None, None, B)
+        nll_T, right_T = target_scores(h_TD, weight_VD, target_T)
+        tokens_B = real_BL.sum(1)
+        row_T = torch.repeat_interleave(tokens_B)
+        nll_B = torch.zeros(B, dtype=torch.float64, device=h_TD.device).index_add_(0, row_T, nll_T.double())
+        right_B = torch.zeros_like(tokens_B).index_add_(0, row_T, right_T.long())
+        # Without a token the mean is 0, as in training.
+        loss = nll_B.sum().to(nll_T.dtype) / max(len(target_T), 1)
+        return TaskOutput(loss, Foreseen(nll_B, right_B, tokens_B), None, B, weight=len(target_T))
+
+    def judged(self, batch: TranslationBatch, out: TaskOutput, stage: Stage) -> TaskOutput:
+        """``out`` with the batch's ``Sentence``s, translated, as its outputs."""
+        greedy = stage == "val" and self.val_decode == "greedy"
+        config = dataclasses.replace(self.decode, method="greedy", num_best=1) if greedy else self.decode
+        found = self.translate(batch, config)
+        foreseen: Foreseen = out.outputs
+        sentences = zip(
+            batch.index_B.tolist(),
+            batch.pair_B.tolist(),
+            self.subwords.decode(found.best, "target"),
+            self._references_of(batch),
+            [scores[0] for scores in found.scores],
+            foreseen.nll_B.tolist(),
+            foreseen.right_B.tolist(),
+            foreseen.tokens_B.tolist(),
+            strict=True,
+        )
+        return dataclasses.replace(out, outputs=[Sentence(*row) for row in sentences])
+
+    def translate(self, batch: TranslationBatch, config: DecodeConfig) -> Hypotheses:
+        """Translations of the batch's sources, in ids."""
+        # Out of autocast: in bfloat16 a sentence's logits would depend on its batch mates.
+        with torch.autocast(self.device.type, enabled=False):
+            return translate_ids(self.model, batch.source_BS, config, *self._ids(batch), index_B=batch.index_B)
+
+    def _ids(self, batch: TranslationBatch) -> tuple[Tensor, Tensor]:
+        """int64 (B,) twice, the tasks and the domains."""
+        return self.task_P[batch.pair_B], self.domain_P[batch.pair_B]  # type: ignore[index]
+
+    def _references_of(self, batch: TranslationBatch) -> list[str]:
+        """The references as they stand in the corpus; where the data does not tell, as their subwords read."""
+        if self._references is not None:
+            return [self._references[i] for i in batch.index_B.tolist()]
+        return self.subwords.decode(batch.target_BL.tolist(), "target")
+
+    def example_inputs(self, batch: TranslationBatch) -> tuple[Tensor, ...]:
+        return (batch.source_BS, read_ids(batch.target_BL), *self._ids(batch))
+
+    def cost_inputs(self, batch: TranslationBatch) -> tuple[Tensor, ...]:
+        """As ``example_inputs``, padding taken for unknown tokens: experts do not compute it, dense layers do."""
+        source_BS, read_BL, *ids = self.example_inputs(batch)
+        return *(side.masked_fill(side == PAD_ID, UNK_ID) for side in (source_BS, read_BL)), *ids
+
+    # ---- evaluation
+
+    def build_metrics(self) -> TranslationMetrics:
+        """BLEU, chrF++, token accuracy and perplexity."""
+        return TranslationMetrics(self.pairs, self.bleu_tokenize)
+
+    @property
+    def metric_signatures(self) -> Mapping[str, str]:
+        return signatures(self.bleu_tokenize)
+
+    def _start_pass(self, stage: Stage) -> None:
+        super()._start_pass(stage)
+        references = getattr(self._data(), "references", None)
+        self._references = None if references is None else references(stage)
+
+    def on_test_epoch_end(self) -> None:
+        metrics = self.stage_metrics("test")
+        metrics.compute()  # on every rank: it gathers
+        self._tested = metrics.sentences
+        super().on_test_epoch_end()
+
+    def examples_of_test(self) -> list[dict[str, Any]]:
+        """Each sentence of the last test."""
+        data = self._data()
+        sources = data.sources("test") if hasattr(data, "sources") else None
+        return [
+            {
+                "index": s.index,
+                "pair": self.pairs[s.pair],
+                **({} if sources is None else {"source": sources[s.index]}),
+                "reference": s.reference,
+                "hypothesis": s.hypothesis,
+            }
+            for s in self._tested
+        ]
+
+    def compare_examples(
+        self, mine: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]]
+    ) -> list[ExampleDifference]:
+        """BLEU and chrF++ differences by paired bootstrap resampling."""
+        from apps.nlp.significance import compare_sentences
+
+        return compare_sentences(mine, other, self.pairs, self.bleu_tokenize)
+
+    def predict_step(self, batch: TranslationBatch, batch_idx: int) -> Translations:
+        """The translation of each source; an empty line stays one."""
+        found = self.translate(batch, self.decode)
+        empty_B = batch.empty_B.tolist()
+        texts = [self.subwords.decode(ids, "target") for ids in found.ids]
+        return Translations(
+            batch.index_B,
+            [self.pairs[p] for p in batch.pair_B.tolist()],
+            ["" if empty else best for empty, (best, *_) in zip(empty_B, texts, strict=True)],
+            torch.tensor([0.0 if e else s[0] for e, s in zip(empty_B, found.scores, strict=True)], dtype=torch.float64),
+            [[] if empty else further for empty, (_, *further) in zip(empty_B, texts, strict=True)],
+        )
+
+    # ---- set-up
+
+    def _data(self) -> Any:
+        return None if self._trainer is None else getattr(self._trainer, "datamodule", None)
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        data = self._data()
+        check_subwords(self.subwords, getattr(data, "subwords", None))
+        pairs = getattr(data, "pairs", None)
+        if pairs is not None and tuple(pairs) != self.pairs:
+            raise ValueError(
+                f"the model translates {', '.join(self.pairs)}, which does not fit the data, whose pairs are "
+                f"{', '.join(pairs)}"
+            )
+
+    def configure_callbacks(self) -> list[Callback]:
+        callbacks = super().configure_callbacks()
+        return callbacks if self.report is None else [*callbacks, TranslationReport(self.report)]
+
+    # ---- comparisons
+
+    def with_moe(self, moe: core.MoEConfig) -> Translator:
+        return _twin(self, moe)
+
+    def baselines(self) -> Mapping[str, Baseline]:
+        """Dense models of equal active FLOPs and of equal parameters; only the FFNs in place of experts are wider."""
+        if self.moe is None:
+            return {}
+        return dense_baselines(self, baseline_widths(self.moe, self.transformer), _Dense)
+
+
+def task_numbers(pairs: Sequence[str], tasks: Tasks) -> tuple[list[int], list[int]]:
+    """The task and the domain of each pair, numbered in the order of their first mention.
+
+    Raises:
+        ValueError: no pair, or ``tasks`` is none of its words.
+    """
+    if not pairs:
+        raise ValueError("pairs=[] names no language pair")
+    sources, targets = zip(*(pair.split("-") for pair in pairs), strict=True)
+    of = {"pair": tuple(pairs), "source": sources, "target": targets}
+    if tasks not in of:
+        raise ValueError(f"tasks={tasks!r} is not one of {', '.join(map(repr, of))}")
+
+    def numbers(names: Sequence[str]) -> list[int]:
+        known = list(dict.fromkeys(names))
+        return [known.index(name) for name in names]
+
+    return numbers(of[tasks]), numbers(targets)
+
+
+def check_tasks(moe: core.MoEConfig | None, pairs: Sequence[str], tasks: Tasks, num_tasks: int, targets: int) -> None:
+    """Refuse routers and losses of another number of tasks, or of too few domains.
+
+    Raises:
+        ValueError: naming both numbers.
+    """
+    if moe is None:
+        return
+    shown = ", ".join(pairs)
+    for name, owner in (("router", moe.router), ("balance", moe.balance)):
+        found = getattr(owner, "num_tasks", None)
+        if found and found != num_tasks:
+            raise ValueError(
+                f"moe.{name}.num_tasks={found} does not fit tasks={tasks!r}, of which the data's pairs {shown} make "
+                f"{num_tasks}"
+            )
+    domains = getattr(moe.router, "num_domains", None)
+    if domains is not None and domains < targets:
+        raise ValueError(
+            f"moe.router.num_domains={domains} does not fit the data's pairs {shown}, which have {targets} target "
+            "languages"
+        )
+
+
+def check_subwords(own: Subwords, found: Subwords | None) -> None:
+    """Refuse data that is cut into other subwords than the model reads.
+
+    Raises:
+        ValueError: naming the digests of both.
+    """
+    if found is not None and found.digest != own.digest:
+        raise ValueError(
+            f"the model's subwords have digest {own.digest}, the data's {found.digest}: it would read other words. "
+            "Give the data the model's (data.subwords), or train anew"
+        )
+
+
+def read_ids(target_BL: Tensor) -> Tensor:
+    """(B, L - 1), what the decoder reads: all but the end, after which there is nothing to say."""
+    return target_BL[:, :-1].masked_fill(target_BL[:, 1:] == PAD_ID, PAD_ID)
+
+
+def baseline_widths(
+    moe: core.MoEConfig, transformer: TransformerConfig, tolerance: float = 0.05
+) -> dict[str, SolvedWidth]:
+    """FFN hidden dims of dense layers that cost what ``moe`` does, router included.
+
+    Args:
+        moe: the sparse layer.
+        transformer: says what its dense FFNs are.
+        tolerance: relative difference beyond which a width does not count as equal.
+
+    Returns:
+        "dense_equal_flops" and "dense_equal_params".
+    """
+    dim = transformer.shape.dim
+    flops, params = moe.flops_per_token(dim), moe.num_params(dim)
+    return ffn_widths("dense", dim, flops, params, tolerance, gated=transformer.gated, bias=transformer.bias)
+
+
+def dense_baselines(sparse: Any, widths: Mapping[str, SolvedWidth], build: Any) -> Mapping[str, Baseline]:
+    """Dense models of ``widths``; ``build(sparse, width)`` makes one when it is called."""
+    found: dict[str, Baseline] = {}
+    for name, solved in widths.items():
+        twin = next((n for n, b in found.items() if b.build and same_width(solved.width, widths[n].width)), None)
+        replaced = f"FFN hidden dim {solved.width} in the replaced layers"
+        if solved.problem:
+            found[name] = Baseline(None, solved.problem)
+        elif twin is not None:
+            found[name] = Baseline(None, f"coincides with {twin}: {replaced}, there {widths[twin].width}")
+        else:
+            elsewhere = sparse.transformer.shape.hidden_dim
+            found[name] = Baseline(build(sparse, solved.width), f"{replaced}, {elsewhere} elsewhere")
+    return found
+
+
+@dataclass(frozen=True)
+class _Dense:
+    """Makes the dense twin of ``sparse``. A class and not a closure: it pickles into another process."""
+
+    sparse: Translator
+    width: int
+
+    def __call__(self) -> Translator:
+        return _twin(self.sparse, None, self.width)
+
+
+def _twin(of: Translator, moe: core.MoEConfig | None, replaced_hidden_dim: int | None = None) -> Translator:
+    """``of`` anew, with other layers in place of its replaced ones."""
+    return Translator(
+        subwords=of.subwords,
+        pairs=of.pairs,
+        transformer=of.transformer,
+        moe=moe,
+        encoder_moe_layers=of.encoder_moe_layers,
+        decoder_moe_layers=of.decoder_moe_layers,
+        replaced_hidden_dim=replaced_hidden_dim,
+        tasks=of.tasks,
+        label_smoothing=of.label_smoothing,
+        decode=of.decode,
+        val_decode=of.val_decode,
+        bleu_tokenize=of.bleu_tokenize,
+        optimizer=of.optimizer_config,
+        ema_decay=of.ema_decay,
+        average_last=of.average_last,
+        report=of.report,
+    )
