@@ -260,3 +260,31 @@ def batches_of_test(trainer: Any) -> Iterator[Any]:
     loader = trainer.test_dataloaders
     loader = loader[0] if isinstance(loader, (list, tuple)) else loader
     return itertools.islice(loader, int(min(trainer.num_test_batches[0], len(loader))))
+
+
+def in_order(
+    dataset: Any, batch_size: int, num_workers: int = 0, collate_fn: Callable[[Any], Any] | None = None
+) -> DataLoader[Any]:
+    """What an evaluation reads: every example once, in the dataset's order.
+
+    A plain DataLoader: Lightning gives it the sampler that a distributed or a predicting run needs.
+
+    Args:
+        dataset: map-style.
+        batch_size: examples a batch.
+        num_workers: processes that read.
+        collate_fn: makes a batch of a list of examples; None: the dataset's ``__getitems__`` has made it.
+    """
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        collate_fn=collate_fn or as_it_is,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        generator=torch.Generator(),  # starting a pass must not move the model's generator
+    )
+
+
+def as_it_is(batch: Any) -> Any:
+    """A batch that ``__getitems__`` has made. A function of the module, so that worker processes can be sent it."""
+    return batch

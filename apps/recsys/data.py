@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 
 from apps import sources
 from apps.columns import ColumnFiles
-from apps.loader import ResumableLoader
+from apps.loader import ResumableLoader, as_it_is, in_order
 from apps.recsys.cache import identity, open_table
 from apps.recsys.datasets import RECSYS_DATASETS
 from apps.recsys.features import CategoricalFeature, ContinuousFeature, Features
@@ -185,7 +185,7 @@ class TableData(LightningDataModule):
             seed=self.seed,
             shuffle=not overfit,
             drop_last=self.drop_last,
-            collate_fn=_whole,
+            collate_fn=as_it_is,
             draws=False,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
@@ -209,15 +209,7 @@ class TableData(LightningDataModule):
         return self._eval_loader(self.rows("train"))
 
     def _eval_loader(self, rows: TableRows) -> DataLoader[Any]:
-        # A plain DataLoader: Lightning gives it the sampler that a distributed or a predicting run needs.
-        return DataLoader(
-            rows,
-            batch_size=self.eval_batch_size,
-            collate_fn=_whole,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            generator=torch.Generator(),  # starting a pass must not move the model's generator
-        )
+        return in_order(rows, self.eval_batch_size, self.num_workers)
 
     # ---- the encoded table
 
@@ -304,8 +296,3 @@ class TableData(LightningDataModule):
             raise ValueError(f"synthetic is for dataset='synthetic', not {self.dataset!r}")
         if self.dataset == "synthetic" and self.root is not None:
             raise ValueError(f"root={self.root!r}: dataset='synthetic' has no files")
-
-
-def _whole(batch: Any) -> Any:
-    """``TableRows`` has made the batch."""
-    return batch

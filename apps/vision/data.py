@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from apps import sources
-from apps.loader import ResumableLoader
+from apps.loader import ResumableLoader, in_order
 from apps.sources import Dataset, DebianPackage, File, PythonPackage, UrlSource
 from apps.vision.augment import (
     RANDAUGMENT_BINS,
@@ -508,15 +508,7 @@ class VisionData(LightningDataModule):
         return self._eval_loader(ImageSet(self._eval_reader(train.read), train.labels, train.index))
 
     def _eval_loader(self, images: ImageSet) -> DataLoader[Any]:
-        # A plain DataLoader: Lightning gives it the sampler that a distributed or a predicting run needs.
-        return DataLoader(
-            images,
-            batch_size=self.eval_batch_size,
-            collate_fn=self._collate(train=False),  # type: ignore[arg-type]  # __getitems__ stacks
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            generator=torch.Generator(),  # starting a pass must not move the model's generator
-        )
+        return in_order(images, self.eval_batch_size, self.num_workers, self._collate(train=False))
 
     def _collate(self, train: bool) -> Collate:
         random: dict[str, Any] = dict(self._random) if train else {}

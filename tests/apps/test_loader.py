@@ -10,7 +10,7 @@ import torch
 from tiny_app import NoisyPoints
 from torch.utils.data.distributed import DistributedSampler
 
-from apps.loader import ResumableLoader, _Sampler, seeded
+from apps.loader import ResumableLoader, _Sampler, in_order, seeded
 
 
 def batches(loader: ResumableLoader, epoch: int = 0) -> list[torch.Tensor]:
@@ -139,3 +139,22 @@ def test_seeded_leaves_the_generators_as_they_were():
 def test_impossible_batches_are_refused(size, options, message):
     with pytest.raises(ValueError, match=message):
         ResumableLoader(list(range(size)), **options)
+
+
+class Stacked:
+    """Whole batches of the numbers below 5."""
+
+    def __len__(self) -> int:
+        return 5
+
+    def __getitems__(self, places: list[int]) -> torch.Tensor:
+        return torch.tensor(places)
+
+
+def test_an_evaluation_reads_all_in_order_and_leaves_the_generator_as_it_was():
+    torch.manual_seed(0)
+    before = torch.random.get_rng_state()
+    for workers in (0, 1):
+        assert [b.tolist() for b in in_order(Stacked(), 2, workers)] == [[0, 1], [2, 3], [4]]
+    assert list(in_order([3, 1, 2], 2, collate_fn=sum)) == [4, 2]
+    assert torch.equal(torch.random.get_rng_state(), before)

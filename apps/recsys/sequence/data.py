@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from apps import sources
-from apps.loader import ResumableLoader
+from apps.loader import ResumableLoader, as_it_is, in_order
 from apps.recsys.datasets import RECSYS_DATASETS
 from apps.recsys.sequence import histories
 from apps.recsys.sequence.histories import Histories
@@ -217,7 +217,7 @@ class HistoryData(LightningDataModule):
             seed=self.seed,
             shuffle=not overfit,
             drop_last=self.drop_last,
-            collate_fn=_as_it_is,
+            collate_fn=as_it_is,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
         )
@@ -266,15 +266,7 @@ class HistoryData(LightningDataModule):
         return _Examples(item_N, user_X, begin_X, end_X, first_X, "last" if held_out else "none")
 
     def _eval_loader(self, examples: _Examples) -> DataLoader[Any]:
-        # A plain DataLoader: Lightning gives it the sampler that a distributed or a predicting run needs.
-        return DataLoader(
-            examples,
-            batch_size=self.eval_batch_size,
-            collate_fn=_as_it_is,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            generator=torch.Generator(),  # starting a pass must not move the model's generator
-        )
+        return in_order(examples, self.eval_batch_size, self.num_workers)
 
     # ---- reading
 
@@ -316,8 +308,3 @@ class HistoryData(LightningDataModule):
                 raise ValueError(f"min_rating={self.min_rating} needs rating_column")
         elif self.file is not None:
             raise ValueError(f"file={self.file!r} is for dataset='table', not {self.dataset!r}")
-
-
-def _as_it_is(batch: Any) -> Any:
-    """`_Examples` gives whole batches. A function of the module, so that worker processes can be sent it."""
-    return batch
