@@ -171,7 +171,8 @@ class TranslationData(LightningDataModule):
     # ---- Lightning
 
     def prepare_data(self) -> None:
-        self._open()
+        if self._given is None or (self.text is None and self.predict_file is None):
+            self._open()  # what is to be translated needs no corpus
 
     def setup(self, stage: str | None = None) -> None:
         if stage != "predict" and not self._told:
@@ -181,13 +182,11 @@ class TranslationData(LightningDataModule):
     def train_dataloader(self) -> ResumableLoader:
         pairs = self._train_pairs()
         source_N, target_N = (side.numpy() for side in pairs.lengths())
-        at = slice(None) if pairs.positions is None else pairs.positions
-        group_N = (pairs.corpus_N[at] * self.num_tasks + pairs.pair_N[at]).numpy()
         # Lightning's overfit_batches wants the same few batches each epoch
         overfit = self.trainer is not None and getattr(self.trainer, "overfit_batches", 0) > 0
         return ResumableLoader(
             pairs,
-            plan=TokenBatches(source_N, target_N, self.tokens_per_batch, group_N, self.temperature),
+            plan=TokenBatches(source_N, target_N, self.tokens_per_batch, pairs.groups().numpy(), self.temperature),
             seed=self.seed,
             shuffle=not overfit,
             collate_fn=_as_it_is,
@@ -203,7 +202,10 @@ class TranslationData(LightningDataModule):
         return self._eval_loader("test")
 
     def predict_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """Batches without references: ``target_BL`` is ``BOS_ID`` alone."""
+        """What is to be translated, read as it comes by one process; ``target_BL`` is ``BOS_ID`` alone.
+
+        Without text and file, the test split.
+        """
         if self.text is None and self.predict_file is None:
             return self._eval_loader("test")
         return DataLoader(_Streamed(self), batch_size=None, generator=torch.Generator())
@@ -315,7 +317,14 @@ class TranslationData(LightningDataModule):
         out = [f"{count:,} {reason}" for reason, count in info["left_out"].items()]
         if long := len(pairs) - len(self._train_pairs()):
             out.append(f"{long:,} of more than {self.max_length} tokens (train)")
-        return f"{self.dataset} {' '.join(self.pairs)}: {counts} pairs; left out: {', '.join(out) or 'none'}"
+        told = f"{self.dataset} {' '.join(self.pairs)}: {counts} pairs; left out: {', '.join(out) or 'none'}"
+        for split in ("val", "test"):
+            found = set(self.pair_of(split))
+            if found and (lacking := [pair for p, pair in enumerate(self.pairs) if p not in found]):
+                told += f"; no {split} pairs of {', '.join(lacking)}"
+            if cut := int((torch.maximum(*self._pairs(split).lengths()) > self.max_length).sum()):
+                told += f"; {cut:,} of more than {self.max_length} tokens are cut ({split})"
+        return told
 
     def _open(self) -> ColumnFiles:
         if self._files is None:

@@ -115,15 +115,12 @@ class EncodedPairs(Dataset[Any]):
         max_length: int,
         positions: Tensor | None = None,
     ) -> None:
-        self.pair_N = files[f"{split}_pair"]
-        self.corpus_N = files[f"{split}_corpus"]
-        self._source = (files[f"{split}_source_ids"], files[f"{split}_source_bounds"])
-        self._target = (files[f"{split}_target_ids"], files[f"{split}_target_bounds"])
+        self.files, self.split = files, split  # not the arrays: a worker process maps the files anew
         self.tags = None if tags is None else torch.tensor(tags)
         self.max_length, self.positions = max_length, positions
 
     def __len__(self) -> int:
-        return len(self.pair_N) if self.positions is None else len(self.positions)
+        return len(self._array("pair")) if self.positions is None else len(self.positions)
 
     def __getitem__(self, position: int) -> TranslationBatch:
         return self.__getitems__([position])
@@ -131,22 +128,30 @@ class EncodedPairs(Dataset[Any]):
     def __getitems__(self, positions: Sequence[int] | Tensor) -> TranslationBatch:
         index_B = torch.as_tensor(positions, dtype=torch.int64)
         at_B = index_B if self.positions is None else self.positions[index_B]
-        pair_B = self.pair_N[at_B]
+        pair_B = self._array("pair")[at_B]
         tag_B = None if self.tags is None else self.tags[pair_B]
-        source_BS = pad(*_cut(self._source, at_B), self.max_length - 1 - (tag_B is not None), tag_B)
-        target_BL = pad(*_cut(self._target, at_B), self.max_length - 1, torch.full_like(pair_B, BOS_ID))
+        source_BS = self._padded("source", at_B, self.max_length - 1 - (tag_B is not None), tag_B)
+        target_BL = self._padded("target", at_B, self.max_length - 1, torch.full_like(pair_B, BOS_ID))
         return TranslationBatch(source_BS, target_BL, pair_B, index_B)
 
     def lengths(self) -> tuple[Tensor, Tensor]:
         """int64 (N,) twice: tokens of each pair's source and target, specials included and uncut."""
-        (_, source), (_, target) = self._source, self._target
-        lengths = source.diff() + 1 + (self.tags is not None), target.diff() + 2
-        return lengths if self.positions is None else (lengths[0][self.positions], lengths[1][self.positions])
+        source_N = self._array("source_bounds").diff() + 1 + (self.tags is not None)
+        target_N = self._array("target_bounds").diff() + 2
+        return (source_N, target_N) if self.positions is None else (source_N[self.positions], target_N[self.positions])
 
+    def groups(self) -> Tensor:
+        """int64 (N,): a number for each corpus and language pair."""
+        pair_N, corpus_N = self._array("pair"), self._array("corpus")
+        group_N = corpus_N * (int(pair_N.max()) + 1 if len(pair_N) else 1) + pair_N
+        return group_N if self.positions is None else group_N[self.positions]
 
-def _cut(side: tuple[Tensor, Tensor], at_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    ids_M, bounds = side
-    return ids_M, bounds[at_B], bounds[at_B + 1]
+    def _array(self, name: str) -> Tensor:
+        return self.files[f"{self.split}_{name}"]
+
+    def _padded(self, side: Side, at_B: Tensor, most: int, first_B: Tensor | None) -> Tensor:
+        bounds = self._array(f"{side}_bounds")
+        return pad(self._array(f"{side}_ids"), bounds[at_B], bounds[at_B + 1], most, first_B)
 
 
 def pad(ids_M: Tensor, begin_B: Tensor, end_B: Tensor, most: int, first_B: Tensor | None) -> Tensor:

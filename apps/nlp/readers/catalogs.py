@@ -122,41 +122,45 @@ def _read_mo(path: Path) -> Iterator[tuple[str, str]]:
             yield message, translation
 
 
-_KEYWORD = re.compile(r'(msgctxt|msgid|msgid_plural|msgstr(?:\[(\d+)\])?)\s+(".*")$')
+_KEYWORD = re.compile(r'(msgctxt|msgid|msgid_plural|msgstr(?:\[\d+\])?)\s+(".*")$')
 _ESCAPE = re.compile(r"\\(?:([0-7]{1,3})|x([0-9a-fA-F]{2})|(.))")
 _ESCAPED = {"n": "\n", "t": "\t", "r": "\r", "a": "\a", "b": "\b", "f": "\f", "v": "\v"}
 
 
 def _read_po(path: Path) -> Iterator[tuple[str, str]]:
     """Fuzzy entries, whose translation nobody has checked, and obsolete ones are left out."""
+    singular = 0
+    for entry in _entries(path):
+        message, translation = entry.get("msgid"), entry.get("msgstr") or entry.get(f"msgstr[{singular}]")
+        if message == "" and translation and (match := re.search(r"plural=([^;]+);", translation)):
+            try:
+                singular = gettext.c2py(match[1])(1)  # type: ignore[attr-defined]  # not in its stubs
+            except ValueError as error:
+                raise ValueError(f"{path}: {match[0]!r} is no rule for plural forms") from error
+        elif message and translation:
+            yield (f"{entry['msgctxt']}\x04" if "msgctxt" in entry else "") + message, translation
+
+
+def _entries(path: Path) -> Iterator[dict[str, str]]:
+    """The strings of each entry by keyword; fuzzy ones have none."""
     entry: dict[str, str] = {}
     fuzzy, last = False, ""
-    lines = decode(read_bytes(path), str(path)).split("\n")
-    for number, raw in enumerate([*lines, ""], 1):
+    for number, raw in enumerate([*decode(read_bytes(path), str(path)).split("\n"), ""], 1):
         line = raw.strip()
         match = _KEYWORD.match(line)
+        starts = match is not None and match[1] in ("msgctxt", "msgid")
+        if (starts or line.startswith("#") or not line) and any(key.startswith("msgstr") for key in entry):
+            yield {} if fuzzy else entry
+            entry, fuzzy, last = {}, False, ""
         if match is not None:
             last = match[1]
-            if last in ("msgctxt", "msgid") and any(key.startswith("msgstr") for key in entry):
-                yield from _entry(entry, fuzzy)
-                entry, fuzzy = {}, False
-            entry[last] = _unquote(match[3])
+            entry[last] = _unquote(match[2])
         elif line.startswith('"') and line.endswith('"') and len(line) > 1 and last:
             entry[last] += _unquote(line)
-        elif line.startswith("#") or not line:
-            if any(key.startswith("msgstr") for key in entry):
-                yield from _entry(entry, fuzzy)
-                entry, fuzzy, last = {}, False, ""
+        elif line.startswith("#"):
             fuzzy = fuzzy or (line.startswith("#,") and "fuzzy" in line)
-        else:
+        elif line:
             raise ValueError(f"{path}, line {number}: {line[:40]!r} is none of a catalog's lines")
-
-
-def _entry(entry: dict[str, str], fuzzy: bool) -> Iterator[tuple[str, str]]:
-    translation = entry.get("msgstr") or entry.get("msgstr[0]")
-    if entry.get("msgid") and translation and not fuzzy:
-        context = f"{entry['msgctxt']}\x04" if "msgctxt" in entry else ""
-        yield context + entry["msgid"], translation
 
 
 def _unquote(quoted: str) -> str:

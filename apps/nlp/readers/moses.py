@@ -25,19 +25,14 @@ def find(root: Path, name: str, pairs: Sequence[str]) -> list[dict[str, Path]]:
         ValueError: fewer than two languages have a file.
     """
     pattern = name if "{lang}" in name else f"{name}.{{lang}}"
-    found: list[dict[str, Path]] = []
     if "{pair}" in pattern:
-        for pair in pairs:
-            source, target = pair.split("-")
-            for one in (pair, f"{target}-{source}"):
-                files = _files(root, pattern.replace("{pair}", one), [source, target])
-                if len(files) == 2 and files not in found and {*files.items()} not in map(set, map(dict.items, found)):
-                    found.append(files)
+        both = [(source, target) for source, target in (pair.split("-") for pair in pairs)]
+        names = dict.fromkeys("-".join(one) for source, target in both for one in ((source, target), (target, source)))
+        texts = [_files(root, pattern.replace("{pair}", one), sorted(one.split("-"))) for one in names]
     else:
-        languages = list(dict.fromkeys(language for pair in pairs for language in pair.split("-")))
-        files = _files(root, pattern, languages)
-        if len(files) > 1:
-            found.append(files)
+        languages = dict.fromkeys(language for pair in pairs for language in pair.split("-"))
+        texts = [_files(root, pattern, list(languages))]
+    found = [files for i, files in enumerate(texts) if len(files) > 1 and files not in texts[:i]]
     if not found:
         source, target = pairs[0].split("-")
         first = pattern.replace("{pair}", pairs[0])
