@@ -11,8 +11,14 @@ Where a peer is wrong, a test asserts its value and ours side by side, and is sk
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # for helpers that stand here, as ``ported``
+pytest.register_assert_rewrite("ported")
 
 
 @pytest.fixture(autouse=True)
