@@ -26,7 +26,7 @@ from apps.loader import ResumableLoader
 from apps.nlp.batch import TranslationBatch
 from apps.nlp.batches import TokenBatches, by_length, cut_by_tokens
 from apps.nlp.corpora import SPLITS, Filters, Sizes, collect, parse_pairs
-from apps.nlp.datasets import NLP_DATASETS, OWN, Corpus, find_corpus
+from apps.nlp.datasets import NLP_DATASETS, OWN, Corpus, check_corpus, find_corpus
 from apps.nlp.encoded import EncodedPairs, identity, open_encoded, read_text, write_pairs
 from apps.nlp.readers.lines import clean
 from apps.nlp.subwords import BOS_ID, EOS_ID, PAD_ID, SubwordConfig, Subwords, train_subwords
@@ -297,7 +297,11 @@ class TranslationData(LightningDataModule):
             yield from _decoded(sys.stdin.buffer, "standard input")
         else:
             assert self.predict_file is not None
-            with open(Path(self.predict_file).expanduser(), "rb") as file:
+            try:
+                file = open(Path(self.predict_file).expanduser(), "rb")  # noqa: SIM115
+            except OSError as error:
+                raise ValueError(f"predict_file={self.predict_file!r} cannot be read: {error.strerror}") from error
+            with file:
                 yield from _decoded(file, self.predict_file)
 
     def _predict_pair(self) -> int:
@@ -373,12 +377,8 @@ class TranslationData(LightningDataModule):
         return split
 
     def _check_options(self) -> None:
-        names = sorted([*NLP_DATASETS, *OWN])
         for corpus in self.corpora:
-            if corpus.dataset not in names:
-                raise ValueError(sources.unknown_name("dataset", corpus.dataset, names))
-            if corpus.dataset in OWN and corpus.train_files is None:
-                raise ValueError(f"dataset={corpus.dataset!r} needs train_files (--data.train_files)")
+            check_corpus(corpus)
         parse_pairs(self.pairs)
         if all(corpus.dataset in NLP_DATASETS for corpus in self.corpora):
             known = dict.fromkeys(lang for corpus in self.corpora for lang in NLP_DATASETS[corpus.dataset].languages)

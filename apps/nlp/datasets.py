@@ -53,12 +53,14 @@ class NlpDataset:
         languages: those it has.
         pairs: the language pairs that are meant where none are named.
         find: of a folder with those files, the language pairs, and the corpus' options: the files, and what reads them.
+        options: of `Corpus`, those for files of yours that it takes too.
     """
 
     source: Dataset
     languages: tuple[str, ...]
     pairs: tuple[str, ...]
     find: Callable[[Path, Sequence[str], Corpus], tuple[list[Path], Read]]
+    options: tuple[str, ...] = ()
 
 
 def _named(corpus: Corpus) -> dict[str, str]:
@@ -181,6 +183,7 @@ NLP_DATASETS: dict[str, NlpDataset] = {
             ("en", "de", "fr", "cs"),
             ("en-de",),
             _find_multi30k,
+            ("val_files", "test_files"),
         ),
         NlpDataset(
             Dataset(
@@ -254,6 +257,29 @@ OWN: dict[str, Callable[[Path, Sequence[str], Corpus], tuple[list[Path], Read]]]
     "tsv": find_tsv,
     "gettext": find_gettext,
 }
+
+
+def check_corpus(corpus: Corpus) -> None:
+    """Refuse options that the corpus does not have.
+
+    Raises:
+        ValueError: an unknown dataset, files that are not named, or options of another dataset.
+    """
+    names = sorted([*NLP_DATASETS, *OWN])
+    if corpus.dataset not in names:
+        raise ValueError(sources.unknown_name("dataset", corpus.dataset, names))
+    if corpus.dataset in OWN and corpus.train_files is None:
+        raise ValueError(f"dataset={corpus.dataset!r} needs train_files (--data.train_files)")
+    known = NLP_DATASETS.get(corpus.dataset)
+    for name in ("train_files", "val_files", "test_files", "columns"):
+        value = getattr(corpus, name)
+        if value is not None and known is not None and name not in known.options:
+            raise ValueError(f"{name}={value!r} is for files of yours, not for {corpus.dataset}")
+    if corpus.columns is not None and corpus.dataset != "tsv":
+        raise ValueError(f"columns={list(corpus.columns)} is for dataset='tsv', not {corpus.dataset!r}")
+    for name in ("val_size", "test_size"):
+        if (size := getattr(corpus, name)) is not None and size < 0:
+            raise ValueError(f"{name}={size} must not be negative")
 
 
 def find_corpus(corpus: Corpus, pairs: Sequence[str], cache_dir: str | None) -> tuple[list[Path], Read]:
