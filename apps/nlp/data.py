@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from apps import sources
 from apps.columns import ColumnFiles, ColumnWriter
-from apps.loader import ResumableLoader
+from apps.loader import ResumableLoader, as_it_is, in_order
 from apps.nlp.batch import TranslationBatch
 from apps.nlp.batches import TokenBatches, by_length, cut_by_tokens
 from apps.nlp.corpora import SPLITS, Filters, Sizes, collect, parse_pairs
@@ -189,7 +189,7 @@ class TranslationData(LightningDataModule):
             plan=TokenBatches(source_N, target_N, self.tokens_per_batch, pairs.groups().numpy(), self.temperature),
             seed=self.seed,
             shuffle=not overfit,
-            collate_fn=_as_it_is,
+            collate_fn=as_it_is,
             draws=False,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
@@ -281,14 +281,7 @@ class TranslationData(LightningDataModule):
         order = by_length(source_N, target_N, np.arange(len(pairs)))
         bounds = cut_by_tokens(np.maximum(source_N, target_N)[order], self.eval_tokens_per_batch)
         batches = [torch.from_numpy(order[a:b]) for a, b in itertools.pairwise(bounds)]
-        # A plain DataLoader of whole batches: Lightning gives it the sampler that a distributed run needs.
-        return DataLoader(
-            _Whole(pairs, batches),
-            batch_size=None,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            generator=torch.Generator(),  # starting a pass must not move the model's generator
-        )
+        return in_order(_Whole(pairs, batches), 1, self.num_workers)
 
     def _predict_lines(self) -> Iterator[str]:
         if self.text is not None:
@@ -408,7 +401,8 @@ class _Whole(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __getitem__(self, number: int) -> TranslationBatch:
+    def __getitems__(self, numbers: list[int]) -> TranslationBatch:
+        (number,) = numbers
         return self.pairs.__getitems__(self.batches[number])
 
 
@@ -420,11 +414,6 @@ class _Streamed(IterableDataset[Any]):
 
     def __iter__(self) -> Iterator[TranslationBatch]:
         return self.data.predict_batches(self.data._predict_lines())
-
-
-def _as_it_is(batch: Any) -> Any:
-    """`EncodedPairs` gives whole batches. A function of the module, so that worker processes can be sent it."""
-    return batch
 
 
 def _checked(line: str, index: int) -> str:

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from apps import sources
 from apps.columns import ColumnFiles, ColumnWriter
-from apps.loader import ResumableLoader
+from apps.loader import ResumableLoader, as_it_is, in_order
 from apps.nlp.corpora import SPLITS, Filters, Sizes, collect
 from apps.nlp.datasets import NLP_DATASETS, Corpus, find_corpus
 from apps.nlp.encoded import encode, identity, open_encoded
@@ -187,7 +187,7 @@ class TextData(LightningDataModule):
             self.batch_size,
             seed=self.seed,
             shuffle=not overfit,
-            collate_fn=_as_it_is,
+            collate_fn=as_it_is,
             draws=False,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
@@ -215,15 +215,7 @@ class TextData(LightningDataModule):
         blocks = self._blocks(split)
         if not len(blocks):
             return []
-        # A plain DataLoader: Lightning gives it the sampler that a distributed run needs.
-        return DataLoader(
-            blocks,
-            batch_size=self.eval_batch_size,
-            collate_fn=_as_it_is,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            generator=torch.Generator(),  # starting a pass must not move the model's generator
-        )
+        return in_order(blocks, self.eval_batch_size, self.num_workers)
 
     # ---- the encoded text
 
@@ -344,8 +336,3 @@ def _documents(lines: list[str], document: str) -> Iterator[list[str]]:
             part = []
     if part:
         yield part
-
-
-def _as_it_is(batch: Any) -> Any:
-    """`_Blocks` gives whole batches. A function of the module, so that worker processes can be sent it."""
-    return batch

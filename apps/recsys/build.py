@@ -13,9 +13,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from apps.columns import ColumnWriter
 from apps.recsys import encode
 from apps.recsys.checks import shared_users
-from apps.recsys.columns import ColumnWriter
 from apps.recsys.encode import Part
 from apps.recsys.features import CategoricalFeature, ContinuousFeature, Features
 from apps.recsys.readers import RawTables
