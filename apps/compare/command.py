@@ -26,7 +26,7 @@ from apps.compare.measure import Job, measure
 from apps.compare.parallel import train_all
 from apps.compare.plan import Options, Plan, at_edge
 from apps.compare.stats import choose
-from apps.compare.summary import Summary, summarize
+from apps.compare.summary import ExamplePair, Summary, summarize
 from apps.compare.systems import SPARSE, System, find_systems, label
 from apps.compare.training import Unit, quiet, train
 from apps.machine import cpu_name
@@ -232,7 +232,8 @@ class _Work:
         finals = {name: [results[u] for u in of_system] for name, of_system in units.items()}
         checkpoints = {s.name: units[s.name][0].checkpoint(self.output) for s in self.systems if s.cost}
         speeds = self._measure(checkpoints) if self.plan.options.rounds else {}
-        return {"searches": searches, "rates": rates, "finals": finals, "speeds": speeds, "checkpoints": checkpoints}
+        done = {"searches": searches, "rates": rates, "finals": finals, "speeds": speeds, "checkpoints": checkpoints}
+        return {**done, "examples": {name: [u.examples(self.output) for u in own] for name, own in units.items()}}
 
     def _train(self, units: Sequence[Unit]) -> dict[Unit, Any]:
         """Do what is not done yet."""
@@ -312,6 +313,10 @@ def _report(
     jobs: int,
 ) -> Outcome:
     metric = f"test/{experiment.monitor.partition('/')[2]}"
+    with quiet():
+        module = experiment.module(SPARSE)
+    assert isinstance(module, SparseModule)
+    signatures = dict(module.metric_signatures)
     summary = summarize(
         systems,
         done["finals"],
@@ -321,6 +326,8 @@ def _report(
         experiment.monitor_mode == "max",
         plan.seeds,
         experiment.table_metrics,
+        experiment.average_last,
+        _compare_examples(module, done["examples"], plan.seeds),
     )
     about = {**machine(), "jobs": jobs}
     path = output / "results.json"
@@ -333,6 +340,7 @@ def _report(
         "date": date,
         "machine": saved["machine"] if saved else about,
         **plan.to_dict(),
+        **({"signatures": signatures} if signatures else {}),
         "summary": summary.to_dict(),
         "searches": done["searches"],
         "finals": done["finals"],
@@ -349,6 +357,7 @@ def _report(
         f"Seeds {', '.join(map(str, plan.seeds))}.",
         f"{date}, on {m['device']} ({m['threads']} threads, {m['jobs']} runs at a time), torch {m['torch']}, "
         f"Python {m['python']}.",
+        *(f"{name}: {signature}." for name, signature in signatures.items()),
         *([f"Command: `{command}`"] if command else []),
     ]
     page = write_text(output / "table.md", table.markdown(title, summary, facts))
@@ -356,6 +365,20 @@ def _report(
     files = tuple(p for p in (page, path, picture) if p is not None)
     print("\n".join(["", "written:", *(f"  {p}" for p in files)]))
     return Outcome(summary, output, experiment.arguments, files, done["checkpoints"])
+
+
+def _compare_examples(
+    module: SparseModule, examples: Mapping[str, Sequence[list[dict[str, Any]]]], seeds: Sequence[int]
+) -> list[ExamplePair]:
+    """The sparse model beside each other one, seed by seed, where both kept their test examples."""
+    found = []
+    for name, of_seeds in examples.items():
+        if name == SPARSE or name.startswith(routers.PREFIX):
+            continue
+        for seed, mine, its in zip(seeds, examples[SPARSE], of_seeds, strict=True):
+            if mine and its:
+                found.append(ExamplePair(name, seed, tuple(module.compare_examples(mine, its))))
+    return found
 
 
 def machine() -> dict[str, Any]:

@@ -71,6 +71,7 @@ class Experiment:
         self.monitor_mode = made["model"].monitor_mode
         self.rate = made["model"].optimizer_config.lr
         self.table_metrics = tuple(made["model"].table_metrics)
+        self.average_last: int | None = made["model"].average_last
         self.replaced = tuple(made["model"].replaced_blocks)
         self.modules = (type(made["model"]).__module__, type(made["data"]).__module__)
 

@@ -10,6 +10,10 @@ from typing import Any, Literal
 from apps.compare.stats import Interval, mean_interval, paired_difference, quality_at, verdict
 from apps.compare.systems import SPARSE, TOLERANCE, System, claim, label
 from apps.routers import PREFIX
+from apps.training import ExampleDifference
+
+_NOT_SHARES = ("loss", "ece", "error", "mse", "mae", "perplexity", "bleu", "chrf")
+"""Words in the names of metrics that are no share of 1, whatever their values: a poor BLEU lies in 0..1 as well."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,21 @@ class Row:
 
 
 @dataclass(frozen=True)
+class ExamplePair:
+    """The sparse model and another system, of one seed, on the same test examples.
+
+    Attributes:
+        system: the other one's name.
+        seed: of both.
+        differences: as the module compares them.
+    """
+
+    system: str
+    seed: int
+    differences: tuple[ExampleDifference, ...]
+
+
+@dataclass(frozen=True)
 class Summary:
     """Everything the table shows.
 
@@ -57,6 +76,8 @@ class Summary:
         seeds: of the final runs.
         equal_seconds: per seed, the training time at which systems are compared.
         clock: what time is: "steps" times the measured seconds of one, or as "recorded" in each run.
+        weights: which the test was read with.
+        examples: tests of single seeds, example by example.
     """
 
     rows: tuple[Row, ...]
@@ -68,6 +89,8 @@ class Summary:
     equal_seconds: tuple[float, ...]
     clock: Literal["steps", "recorded"]
     shares: tuple[str, ...] = ()
+    weights: str = "of the last step"
+    examples: tuple[ExamplePair, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -93,6 +116,15 @@ class Summary:
                 )
         return lines
 
+    def example_lines(self, parts: bool = True) -> list[str]:
+        """What each seed's test examples say by themselves; ``parts``: also of parts of them."""
+        return [
+            example_line(pair, difference)
+            for pair in self.examples
+            for difference in pair.differences
+            if parts or not difference.is_part
+        ]
+
 
 def summarize(
     systems: Sequence[System],
@@ -103,6 +135,8 @@ def summarize(
     higher_is_better: bool,
     seeds: Sequence[int],
     further: Sequence[str] = (),
+    average_last: int | None = None,
+    examples: Sequence[ExamplePair] = (),
 ) -> Summary:
     """Put the units together.
 
@@ -121,6 +155,8 @@ def summarize(
         higher_is_better: of it.
         seeds: of the final units.
         further: names, without the split, of more test metrics to show.
+        average_last: epochs whose weights each run averaged; None: none.
+        examples: of each other system and seed, where the module compares examples.
     """
     trained = [s for s in systems if s.name in finals]
     tests = {s.name: [float(r["test_quality"]) for r in finals[s.name]] for s in trained}
@@ -169,11 +205,13 @@ def summarize(
         left_out=tuple(s for s in systems if s.name not in finals),
         metric=metric,
         higher_is_better=higher_is_better,
-        percent=higher_is_better and all(0 <= v <= 1 for v in values),
+        percent=higher_is_better and _may_be_share(metric) and all(0 <= v <= 1 for v in values),
         seeds=tuple(seeds),
         equal_seconds=tuple(equal),
         clock=clock,
         shares=tuple(name for name in further if _is_share(name, finals)),
+        weights="of the last step" if average_last is None else f"averaged over the last {average_last} epochs' ends",
+        examples=tuple(examples),
     )
 
 
@@ -197,10 +235,14 @@ def _values(name: str, results: Sequence[Mapping[str, Any]]) -> list[float] | No
 
 def _is_share(name: str, finals: Mapping[str, Sequence[Mapping[str, Any]]]) -> bool:
     """Whether a metric is shown in percent: a share in 0..1 that is no loss and no error."""
-    if any(word in ("loss", "ece", "error", "mse", "mae") for word in name.split("_")):
+    if not _may_be_share(name):
         return False
     values = [v for results in finals.values() for v in _values(name, results) or ()]
     return all(0 <= v <= 1 or math.isnan(v) for v in values)
+
+
+def _may_be_share(name: str) -> bool:
+    return not any(word in _NOT_SHARES for word in name.rpartition("/")[2].split("_"))
 
 
 def _means(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -227,6 +269,16 @@ def sentence(row: Row, difference: Interval, summary: Summary, where: str) -> st
     if found == "no difference shown":
         return f"{against}: no difference shown {where} ({shown}; {interval}, which holds 0)."
     return f"{against}: sparse {found} {where} ({shown}; {interval}, which excludes 0)."
+
+
+def example_line(pair: ExamplePair, difference: ExampleDifference) -> str:
+    """A difference on the examples of one seed, whose sign is the sparse model's minus the other's."""
+    d = difference
+    found = "significant" if d.p < 0.05 else "not significant"
+    return (
+        f"Against {label(pair.system)}, seed {pair.seed}: {d.name} difference {d.difference:+.2f} "
+        f"[{d.low:+.2f}, {d.high:+.2f}], p = {d.p:.3f}: {found} ({d.method})."
+    )
 
 
 def notes(summary: Summary) -> list[str]:

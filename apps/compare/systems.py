@@ -114,7 +114,7 @@ def measure_cost(module: SparseModule, batch: Any, replaced: Sequence[str], as_e
     Raises:
         ValueError: a name in ``replaced`` is not a submodule.
     """
-    inputs = module.example_inputs(batch)
+    inputs = module.cost_inputs(batch)
     examples = num_examples(inputs)
     modules = dict(module.named_modules())
     missing = [name for name in replaced if name not in modules]
@@ -222,7 +222,13 @@ def find_systems(
         if baseline.build is None:
             found.append(System(name, baseline.note, refused=baseline.note or "cannot be built"))
             continue
-        model: Any = baseline.build()
+        try:
+            model: Any = baseline.build()
+        except ValueError as error:
+            if not name.startswith(routers.PREFIX):
+                raise
+            found.append(System(name, baseline.note, refused=str(error)))
+            continue
         if not isinstance(model, SparseModule):
             found.append(System(name, baseline.note))
             continue

@@ -151,7 +151,7 @@ def legend(summary: Summary) -> list[str]:
     n = len(summary.seeds)
     lines = [
         f"Means of {n} seed{'s' if n > 1 else ''}, ± half a 95 % interval (Student's t); differences are paired by "
-        "seed. Test data was read once a seed, with the weights of the last step.",
+        f"seed. Test data was read once a seed, with the weights {summary.weights}.",
         "FLOPs: products alone, two a multiply-add, counted by torch.utils.flop_counter in an evaluation forward; of "
         "the replaced blocks and of the whole model over the sparse one's.",
     ]
@@ -187,6 +187,9 @@ def markdown(title: str, summary: Summary, facts: Sequence[str]) -> str:
         lines += ["", "| " + " | ".join(table[0]) + " |", "|" + " --- |" + " ---: |" * (len(table[0]) - 1)]
         lines += ["| " + " | ".join(row) + " |" for row in table[1:]]
     lines += ["", *(f"**{s}**  " for s in summary.sentences()), ""]
+    examples = summary.example_lines()
+    if examples:
+        lines += [*(f"{line}  " for line in examples), ""]
     lines += [f"- {note}" for note in [*notes(summary), *legend(summary), *facts]]
     return "\n".join(lines) + "\n"
 
@@ -213,6 +216,8 @@ def show(title: str, summary: Summary) -> None:
             console.print(table)
     for line in summary.sentences():
         console.print(f"[bold]{escape(line)}[/bold]", highlight=False)
+    for line in summary.example_lines(parts=False):
+        console.print(escape(line), highlight=False)
     for line in [*notes(summary), *legend(summary)[:2]]:
         console.print(f"- {escape(line)}", highlight=False)
 

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import logging
 import math
+import shutil
 import signal
 import time
 import warnings
@@ -19,12 +20,14 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 
+from apps.averaging import AVERAGE, FOLDER
 from apps.callbacks import AtomicCheckpointIO, BestAndLast, GeneratorState
 from apps.compare.experiment import Experiment
 from apps.compare.files import read_json, write_json
 from apps.training import NonFiniteError, SparseModule, to_plain
 
 CHECKPOINT = "last.ckpt"
+EXAMPLES = "examples.json"
 
 Progress = Callable[[int, int], None]
 """Told the optimizer steps done and to do."""
@@ -39,7 +42,8 @@ class Unit:
         rate: learning rate; None: an estimator, which has none.
         seed: of the initial weights, the data order and everything else that is random.
         share: part of the configured training, in (0, 1].
-        final: also read the test split, once, with the weights of the last step, and keep them.
+        final: also read the test split, once, with the weights of the last step or, where the module averages those
+            of its last epochs, with these, and keep them.
     """
 
     system: str
@@ -66,8 +70,13 @@ class Unit:
         return read_json(self.folder(output) / "result.json")
 
     def checkpoint(self, output: Path) -> Path:
-        """Where a final unit keeps its trained weights, and an unfinished one its state."""
-        return self.folder(output) / CHECKPOINT
+        """Where a final unit keeps the weights it was tested with, and an unfinished one its state."""
+        average = self.folder(output) / AVERAGE
+        return average if average.exists() else self.folder(output) / CHECKPOINT
+
+    def examples(self, output: Path) -> list[dict[str, Any]]:
+        """What a final unit keeps of each test example; empty where its module keeps nothing."""
+        return read_json(self.folder(output) / EXAMPLES) or []
 
 
 class Curve(Callback):
@@ -191,8 +200,10 @@ def train(
             result |= _fit_estimator(experiment, module, data, unit)
     result["wall_seconds"], result["cpu_seconds"] = time.time() - started, time.process_time() - cpu
     write_json(folder / "result.json", result)
+    shutil.rmtree(folder / FOLDER, ignore_errors=True)
     if not unit.final:
-        (folder / CHECKPOINT).unlink(missing_ok=True)
+        for name in (CHECKPOINT, AVERAGE):
+            (folder / name).unlink(missing_ok=True)
     return result
 
 
@@ -217,16 +228,21 @@ def _fit(
     steps = trainer.global_step
     if not steps or not last.exists():
         raise ValueError(f"{unit.name}: the training has no step (trainer options {experiment.trainer_options})")
+    averages = module.average_last is not None
     # From the checkpoint: of a run resumed after its last step, only that holds the averaged weights.
-    where: dict[str, Any] = {"datamodule": data, "ckpt_path": str(last), "verbose": False, "weights_only": True}
-    if not curve.points or curve.points[-1][0] < steps:
+    tested = folder / AVERAGE if averages else last
+    where: dict[str, Any] = {"datamodule": data, "ckpt_path": str(tested), "verbose": False, "weights_only": True}
+    # The curve is of the weights in training: at equal time no system has averaged its own.
+    points = list(curve.points)
+    ended = bool(points) and points[-1][0] == steps
+    if averages or not ended:
         with interruptible():
-            trainer.validate(module, **where)  # the config's steps end between two validations
+            trainer.validate(module, **where)  # the config's steps may end between two validations
     result: dict[str, Any] = {
         "quality": curve.points[-1][2],
         "steps": steps,
         "train_seconds": curve.seconds,
-        "curve": [list(p) for p in curve.points],
+        "curve": [list(p) for p in (points if ended else curve.points)],
     }
     if unit.final:
         with interruptible():
@@ -236,6 +252,9 @@ def _fit(
         if name not in result["test"]:
             raise ValueError(f"{type(module).__name__} monitors {module.monitor!r}, but a test logs no {name!r}")
         result["test_quality"] = result["test"][name]
+        examples = module.examples_of_test()
+        if examples:
+            write_json(folder / EXAMPLES, examples)
         # Means over the layers; those of each layer have one more level.
         result["routing"] = {
             k.rpartition("/")[2]: float(v)

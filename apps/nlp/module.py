@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -15,10 +15,11 @@ import core
 from apps.loss import linear_cross_entropy, target_scores
 from apps.nlp.batch import TranslationBatch
 from apps.nlp.config import TransformerConfig
-from apps.nlp.decode import DecodeConfig, Hypotheses, translate_ids
+from apps.nlp.decode import DecodeConfig, Hypotheses, in_dtype, translate_ids
 from apps.nlp.evaluation import ReportConfig, TranslationReport
 from apps.nlp.metrics import Sentence, TranslationMetrics, scorer, signatures
 from apps.nlp.model import TranslationModel
+from apps.nlp.predict import predict_lines
 from apps.nlp.subwords import PAD_ID, UNK_ID, Subwords
 from apps.training import Baseline, ExampleDifference, OptimizerConfig, SparseModule, Stage, TaskOutput
 from apps.widths import SolvedWidth, ffn_widths, same_width
@@ -190,7 +191,7 @@ class Translator(SparseModule):
         sentences = zip(
             batch.index_B.tolist(),
             batch.pair_B.tolist(),
-            self.subwords.decode(found.best, "target"),
+            self._texts(found.best),
             self._references_of(batch),
             [scores[0] for scores in found.scores],
             foreseen.nll_B.tolist(),
@@ -200,11 +201,18 @@ class Translator(SparseModule):
         )
         return dataclasses.replace(out, outputs=[Sentence(*row) for row in sentences])
 
-    def translate(self, batch: TranslationBatch, config: DecodeConfig) -> Hypotheses:
-        """Translations of the batch's sources, in ids."""
+    def translate(
+        self, batch: TranslationBatch, config: DecodeConfig, model: TranslationModel | None = None
+    ) -> Hypotheses:
+        """Translations of the batch's sources, in ids; by ``model``, a copy in another dtype, where it is given."""
         # Out of autocast: in bfloat16 a sentence's logits would depend on its batch mates.
         with torch.autocast(self.device.type, enabled=False):
-            return translate_ids(self.model, batch.source_BS, config, *self._ids(batch), index_B=batch.index_B)
+            ids = self._ids(batch)
+            return translate_ids(model or self.model, batch.source_BS, config, *ids, index_B=batch.index_B)
+
+    def _texts(self, ids: Sequence[Sequence[int]]) -> list[str]:
+        """A line of text for each row of target ids: a model that spells bytes may write a line end."""
+        return [" ".join(text.splitlines()) for text in self.subwords.decode(ids, "target")]
 
     def _ids(self, batch: TranslationBatch) -> tuple[Tensor, Tensor]:
         """int64 (B,) twice, the tasks and the domains."""
@@ -272,7 +280,7 @@ class Translator(SparseModule):
         """The translation of each source; an empty line stays one."""
         found = self.translate(batch, self.decode)
         empty_B = batch.empty_B.tolist()
-        texts = [self.subwords.decode(ids, "target") for ids in found.ids]
+        texts = [self._texts(ids) for ids in found.ids]
         return Translations(
             batch.index_B,
             [self.pairs[p] for p in batch.pair_B.tolist()],
@@ -280,6 +288,17 @@ class Translator(SparseModule):
             torch.tensor([0.0 if e else s[0] for e, s in zip(empty_B, found.scores, strict=True)], dtype=torch.float64),
             [[] if empty else further for empty, (_, *further) in zip(empty_B, texts, strict=True)],
         )
+
+    def predict_stream(self, data: Any) -> Iterator[str] | None:
+        """The translation of each line of ``data.text`` or ``data.predict_file``, as it comes; None: no such."""
+        model: Any = in_dtype(self.model, self.decode.dtype)
+
+        def translate(batch: TranslationBatch) -> list[str]:
+            batch = TranslationBatch(*(side.to(self.device) for side in batch))
+            texts = self._texts(self.translate(batch, self.decode, model).best)
+            return ["" if empty else text for empty, text in zip(batch.empty_B.tolist(), texts, strict=True)]
+
+        return predict_lines(translate, self.subwords, self.pairs, data)
 
     # ---- set-up
 

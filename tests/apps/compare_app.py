@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -15,7 +15,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 import core
 from apps.loader import ResumableLoader
-from apps.training import Baseline, OptimizerConfig, SparseModule, TaskOutput
+from apps.training import Baseline, ExampleDifference, OptimizerConfig, SparseModule, TaskOutput
 
 D, TOKENS, CLASSES = 8, 4, 3
 
@@ -32,6 +32,8 @@ class TinyModel(SparseModule):
         explodes_from: learning rates from here on give a NaN loss.
         optimizer: rates.
         ema_decay: of the average.
+        average_last: epochs in the mean.
+        keeps_examples: a comparison has the class found for each test point.
     """
 
     monitor: ClassVar[str] = "val/top1"
@@ -46,8 +48,11 @@ class TinyModel(SparseModule):
         explodes_from: float = 1e9,
         optimizer: OptimizerConfig | None = None,
         ema_decay: float | None = None,
+        average_last: int | None = None,
+        keeps_examples: bool = False,
     ) -> None:
-        super().__init__(optimizer=optimizer, ema_decay=ema_decay)
+        super().__init__(optimizer=optimizer, ema_decay=ema_decay, average_last=average_last)
+        self.keeps_examples, self._tested = keeps_examples, []
         self.moe, self.offers, self.explodes_from = moe, offers or ["dense_equal_flops"], explodes_from
         self.moe_config, self.moe_dim, self.further = moe, D, tuple(further or ())
         self.embed = nn.Linear(2, TOKENS * D)
@@ -69,6 +74,25 @@ class TinyModel(SparseModule):
 
     def example_inputs(self, batch: Any) -> tuple[Any, ...]:
         return (batch[0],)
+
+    def judged(self, batch: Any, out: TaskOutput, stage: str) -> TaskOutput:
+        if stage == "test":
+            self._tested += (out.outputs.argmax(1) == out.targets).tolist()
+        return out
+
+    @property
+    def metric_signatures(self) -> Mapping[str, str]:
+        return {"top1": "micro"} if self.keeps_examples else {}
+
+    def examples_of_test(self) -> list[dict[str, Any]]:
+        return [{"right": right} for right in self._tested] if self.keeps_examples else []
+
+    def compare_examples(
+        self, mine: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]]
+    ) -> list[ExampleDifference]:
+        difference = sum(a["right"] - b["right"] for a, b in zip(mine, other, strict=True))
+        whole = ExampleDifference("right points", difference, difference - 1, difference + 1, 0.5, "counted")
+        return [whole, ExampleDifference("right halves", 0, 0, 0, 0.01, "counted", is_part=True)]
 
     def build_metrics(self) -> MetricCollection:
         metrics = {"top1": MulticlassAccuracy(CLASSES, average="micro")}
@@ -102,7 +126,8 @@ class Dense:
 
     def __call__(self) -> TinyModel:
         s = self.sparse
-        return TinyModel(None, self.hidden, explodes_from=s.explodes_from, optimizer=s.optimizer_config)
+        own = {"optimizer": s.optimizer_config, "average_last": s.average_last, "keeps_examples": s.keeps_examples}
+        return TinyModel(None, self.hidden, explodes_from=s.explodes_from, **own)
 
 
 class Centroids:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import move_data_to_device
 
 import core
@@ -330,6 +331,35 @@ def test_a_search_reads_no_test_data_and_keeps_no_checkpoint(config, tmp_path):
     assert [p.name for p in unit.folder(tmp_path).iterdir()] == ["result.json"]
 
 
+def test_a_module_that_averages_its_last_epochs_is_chosen_and_tested_by_the_average(config, tmp_path, monkeypatch):
+    tried = experiment(config, "--trainer.max_epochs", "3", "--model.average_last", "2")
+    unit = Unit("sparse", 0.01, 0, final=True)
+    result = train(tried, unit, tmp_path)
+    assert unit.checkpoint(tmp_path).name == "average.ckpt"
+    assert sorted(p.name for p in unit.folder(tmp_path).iterdir()) == ["average.ckpt", "last.ckpt", "result.json"]
+    # What the checkpoints give by themselves: the average the figures, the weights in training the curve.
+    module, data = tried.build("sparse")
+    alone = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    for name, quality in (("average.ckpt", result["quality"]), ("last.ckpt", result["curve"][-1][2])):
+        where = {"datamodule": data, "ckpt_path": str(unit.folder(tmp_path) / name), "verbose": False}
+        (found,) = alone.validate(module, **where, weights_only=True)
+        assert found["val/top1"] == pytest.approx(quality)
+        (tested,) = alone.test(module, **where, weights_only=True)
+        assert (tested["test/loss"] == pytest.approx(result["test"]["test/loss"])) == (name == "average.ckpt")
+    assert [step for step, _, _ in result["curve"]] == [6, 12, 18]
+    search = Unit("sparse", 0.01, 0)
+    train(tried, search, tmp_path)
+    assert [p.name for p in search.folder(tmp_path).iterdir()] == ["result.json"]
+
+
+def test_an_early_stop_of_the_config_ends_no_run_of_a_comparison(config, tmp_path):
+    config.write_text(config.read_text().replace("accelerator: cpu}", "accelerator: cpu, callbacks: [{class_path: "
+        "lightning.pytorch.callbacks.EarlyStopping, init_args: {monitor: val/loss, mode: max, patience: 1}}]}"
+    ))  # fmt: skip
+    result = train(experiment(config, "--trainer.max_epochs", "3"), Unit("sparse", 0.01, 0), tmp_path)
+    assert result["steps"] == 18  # all systems have the same budget
+
+
 # ---- the numbers
 
 MEASURED = {"sparse": {"seconds_per_step": 0.3}, "dense_equal_flops": {"seconds_per_step": 0.2}}
@@ -384,6 +414,16 @@ def test_equal_time_takes_the_measured_step_where_there_is_one():
     assert s.clock == "steps"
     assert s.equal_seconds == (2.0, 2.0)
     assert s.rows[0].equal_time.mean == pytest.approx(0.55)
+
+
+def test_a_poor_bleu_is_no_share():
+    # In 0..1, as a share would be: it is in points already.
+    systems = [System("sparse", "")]
+    finals = {"sparse": [finished(0.4, [(5, 2.0, 0.4)], chrf=0.9, token_accuracy=0.1)]}
+    further = ("chrf", "token_accuracy")
+    s = summarize(systems, finals, {"sparse": (0.1, False)}, {}, "test/bleu", True, (0,), further)
+    assert not s.percent
+    assert s.shares == ("token_accuracy",)
 
 
 def test_an_estimator_takes_no_part_in_equal_time():
@@ -490,6 +530,34 @@ def test_compare_end_to_end_and_again(config, tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     assert moesaic([*argv, "--seeds", "3"]) == 1
     assert "options.num_seeds: 2 saved, 3 now" in capsys.readouterr().err
+
+
+def test_the_examples_of_two_tests_are_compared_seed_by_seed(config, tmp_path, capsys):
+    output = tmp_path / "out"
+    argv = ["compare", str(config), "--seeds", "2", "--output", str(output), "--rounds", "0",
+            "--learning_rates", "0.01", *offers("dense_equal_flops", "centroids"),
+            "--model.keeps_examples", "true"]  # fmt: skip
+    assert moesaic(argv) == 0
+    found = json.loads((output / "results.json").read_text())
+    pairs = found["summary"]["examples"]
+    assert [(p["system"], p["seed"]) for p in pairs] == [("dense_equal_flops", 0), ("dense_equal_flops", 1)]
+    rows = {row["system"]["name"]: found["finals"][row["system"]["name"]] for row in found["summary"]["rows"]}
+    for seed, pair in enumerate(pairs):  # of 48 points
+        by_metric = [rows[name][seed]["test"]["test/top1"] for name in ("sparse", "dense_equal_flops")]
+        difference = pair["differences"][0]["difference"]
+        assert difference == pytest.approx(48 * (by_metric[0] - by_metric[1]))
+        line = f"Against dense, equal FLOPs, seed {seed}: right points difference {difference:+.2f} "
+        assert (
+            f"{line}[{difference - 1:+.2f}, {difference + 1:+.2f}], p = 0.500: not significant (counted)."
+            in (output / "table.md").read_text()
+        )
+    # Of parts of the examples on the page alone.
+    assert "right halves difference +0.00 [+0.00, +0.00], p = 0.010: significant" in (output / "table.md").read_text()
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "right points difference" in shown
+    assert "right halves" not in shown
+    assert found["signatures"] == {"top1": "micro"}
+    assert "- top1: micro." in (output / "table.md").read_text()
 
 
 def test_baselines_start_from_the_generators_state_alone(config):
