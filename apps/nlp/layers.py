@@ -14,6 +14,7 @@ import core
 from .attention import CrossAttention, Mask, SelfAttention, padding_mask, product_dtype, self_mask
 from .cache import Cache
 from .config import TransformerConfig
+from .dropout import Dropout
 from .positions import RelativeBias, added_positions, rotations
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -42,7 +43,7 @@ class FeedForward(nn.Module):
         self.w_in = nn.Linear(dim, hidden_dim, bias=config.bias)
         self.w_gate = nn.Linear(dim, hidden_dim, bias=config.bias) if config.gated else None
         self.w_out = nn.Linear(hidden_dim, dim, bias=config.bias)
-        self.dropout = nn.Dropout(config.ffn_dropout)
+        self.dropout = Dropout(config.ffn_dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) to (..., D)."""
@@ -60,7 +61,7 @@ class Layer(nn.Module):
         self.cross_norm = build_norm(config) if cross else None
         self.cross_attn = CrossAttention(config) if cross else None
         self.ffn_norm, self.ffn = build_norm(config), ffn
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(
         self,
@@ -77,12 +78,12 @@ class Layer(nn.Module):
             assert memory_BSD is not None
             assert memory_mask is not None
             h_BLD = self.cross_attn(self.cross_norm(x_BLD), memory_BSD, memory_mask)  # type: ignore[misc]
-            x_BLD = x_BLD + self.dropout(h_BLD)
-        return x_BLD + self.dropout(self._feed(self.ffn_norm(x_BLD), context))
+            x_BLD = self.dropout.add(x_BLD, h_BLD)
+        return self.dropout.add(x_BLD, self._feed(self.ffn_norm(x_BLD), context))
 
     def attend(self, x_BLD: Tensor, mask: Mask, rotations: Tensor | None) -> Tensor:
         """The self-attention and what it is added to."""
-        return x_BLD + self.dropout(self.self_attn(self.self_norm(x_BLD), mask, rotations))
+        return self.dropout.add(x_BLD, self.self_attn(self.self_norm(x_BLD), mask, rotations))
 
     def cross_weights(self, x_BLD: Tensor, memory_BSD: Tensor, memory_mask: Mask) -> Tensor:
         """(B, H, L, S) of the cross-attention, after ``attend``."""
@@ -127,7 +128,7 @@ class Stack(nn.Module):
         self.embed_scale = config.shape.dim**0.5 if config.scale_embeddings else 1.0
         self.positions = added_positions(config)
         self.relative = RelativeBias(config, causal) if config.positions == "relative" else None
-        self.embed_dropout = nn.Dropout(config.dropout if config.embed_dropout is None else config.embed_dropout)
+        self.embed_dropout = Dropout(config.dropout if config.embed_dropout is None else config.embed_dropout)
         self.layers: Sequence[Layer] = nn.ModuleList([Layer(config, ffn, cross) for ffn in ffns])  # type: ignore[assignment]
         self.norm = build_norm(config)
 

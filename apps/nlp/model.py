@@ -99,7 +99,12 @@ class _Decoding(nn.Module):
         Queries, keys and values start as one matrix of all three would, at ``1 / sqrt(2)`` of their own scale, which
         deep stacks train better with (fairseq).
         """
+        sparse = core.moe_layers(self)
+        # What an MoE layer has beside its experts starts as its router says.
+        inside = {id(module) for layer in sparse.values() for module in layer.modules()}
         for module in self.modules():
+            if id(module) in inside:
+                continue
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
@@ -113,7 +118,7 @@ class _Decoding(nn.Module):
         for module in self.modules():
             if isinstance(module, (SelfAttention, CrossAttention)):
                 module.reset_heads()
-        for layer in core.moe_layers(self).values():
+        for layer in sparse.values():
             for experts in (layer.experts, getattr(layer, "shared_experts", None)):
                 for name, weight in () if experts is None else experts.named_parameters():
                     if name in ("w_in", "w_gate", "w_out"):
