@@ -309,10 +309,10 @@ class TranslationData(LightningDataModule):
     def describe(self) -> str:
         """One line: how many pairs each split has, and what was left out."""
         info = self._open().info
-        counts = ", ".join(f"{info['sizes'][split]:,} {split}" for split in SPLITS)
-        pairs = self._pairs("train")
+        sizes = {split: len(self._train_pairs() if split == "train" else self._pairs(split)) for split in SPLITS}
+        counts = ", ".join(f"{size:,} {split}" for split, size in sizes.items())
         out = [f"{count:,} {reason}" for reason, count in info["left_out"].items()]
-        if long := len(pairs) - len(self._train_pairs()):
+        if long := len(self._pairs("train")) - sizes["train"]:
             out.append(f"{long:,} of more than {self.max_length} tokens (train)")
         told = f"{self.dataset} {' '.join(self.pairs)}: {counts} pairs; left out: {', '.join(out) or 'none'}"
         for split in ("val", "test"):
@@ -358,7 +358,6 @@ class TranslationData(LightningDataModule):
             write_pairs(writer, split, pairs, subwords, keep_text=split != "train")
         writer.finish(
             {
-                "sizes": {split: len(pairs) for split, pairs in collected.splits.items()},
                 "left_out": dict(collected.left_out),
                 "subwords": {"models": subwords.models, "languages": subwords.languages},
             }

@@ -293,7 +293,7 @@ def test_long_pairs_do_not_train_and_are_counted(root, caplog):
         data.setup("fit")
         data.setup("fit")  # told once
     assert [r.message for r in caplog.records if r.name == module.__name__] == [
-        "moses en-de: 62 train, 4 val, 10 test pairs; left out: 1 with an empty side (train), "
+        "moses en-de: 61 train, 4 val, 10 test pairs; left out: 1 with an empty side (train), "
         "1 of more than 20 tokens (train); 1 of more than 20 tokens are cut (val)"
     ]
     batches = list(data.train_dataloader())
