@@ -78,11 +78,13 @@ def attention_weights(q: Tensor, k: Tensor, mask: Mask, scale: float) -> Tensor:
     """``softmax(scale q k^T + bias)`` of (N, L, d) queries and (N, S, d) keys: (N, L, S)."""
     bias = mask.bias
     if mask.causal:
-        L = q.shape[1]
-        bias = q.new_full((L, L), hidden_score(q.dtype)).triu(1)
+        bias = q.new_full((q.shape[1], q.shape[1]), hidden_score(q.dtype)).triu(1)
     if bias is None:
-        return torch.bmm(q * scale, k.transpose(1, 2)).softmax(-1)
-    return torch.baddbmm(bias, q, k.transpose(1, 2), alpha=scale).softmax(-1)
+        scores = torch.bmm(q * scale, k.transpose(1, 2))
+    else:
+        scores = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=scale)
+    # At 24 keys the softmax of half precision takes a CPU four times as long as this.
+    return scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(scores.dtype)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dropout: float = 0.0) -> Tensor:

@@ -22,7 +22,7 @@ from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_
 from torch import Tensor, nn
 
 import core
-from apps.blocks import block_indices
+from apps.blocks import resolve_blocks
 
 _logger = logging.getLogger(__name__)
 
@@ -137,40 +137,6 @@ _TIMM_POS_EMBED_STD = 0.02
 _FIELD = {"dim": "embed_dim", "num_blocks": "depth", "heads": "num_heads", "dense_hidden_dim": "hidden_dim"}
 
 
-def resolve_blocks(moe_blocks: str | Sequence[int], depth: int) -> tuple[int, ...]:
-    """Indices of the blocks whose FFN is replaced, ascending.
-
-    Args:
-        moe_blocks: "everyN": every N-th block, V-MoE's Every-N; "lastN": the last N of "every2", its Last-N; or
-            indices, of which negative ones count from the end.
-        depth: number of blocks.
-
-    Raises:
-        ValueError: not one of these, an index out of range or twice, or N that does not fit the depth.
-
-    Example::
-
-        resolve_blocks("every2", 6)    # (1, 3, 5)
-        resolve_blocks("last2", 6)     # (3, 5)
-        resolve_blocks([-1], 6)        # (5,)
-    """
-    if isinstance(moe_blocks, str):
-        rule, count = moe_blocks[:4], moe_blocks[4:]
-        every = moe_blocks.startswith("every")
-        if every:
-            rule, count = "every", moe_blocks[5:]
-        if rule not in ("last", "every") or not count.isdigit() or int(count) < 1:
-            raise ValueError(f"moe_blocks={moe_blocks!r} is not lastN or everyN (N at least 1), nor a list of indices")
-        n = int(count)
-        # As in the paper's code: Every-N is range(N - 1, depth, N), Last-N the end of Every-2.
-        chosen = list(range(n - 1, depth, n)) if every else list(range(1, depth, 2))[-n:]
-        most = depth if every else depth // 2
-        if n > most:
-            raise ValueError(f"moe_blocks={moe_blocks!r} does not fit depth={depth}: N is at most {most}")
-        return tuple(chosen)
-    return block_indices(moe_blocks, depth)
-
-
 class MoEBlock(Block):
     """timm's pre-norm block, whose ``mlp`` may be an MoE layer that is told the routing context."""
 
@@ -204,8 +170,8 @@ class VMoE(VisionTransformer):
         in_chans: channels of an image.
         num_classes: classes; 0 leaves the head out.
         moe: the MoE layer; None: a dense model.
-        moe_blocks: which blocks; see ``resolve_blocks``. "last2" is V-MoE's Last-2. In a dense model: which blocks
-            ``replaced_hidden_dim`` widens.
+        moe_blocks: which blocks; see ``apps.blocks.resolve_blocks``. "last2" is V-MoE's Last-2. In a dense model:
+            which blocks ``replaced_hidden_dim`` widens.
         replaced_hidden_dim: FFN hidden dim of those blocks in a dense model; None: that of the other blocks. With
             ``moe`` it is refused: the experts' own hidden dim says it.
 

@@ -41,7 +41,8 @@ class VisionClassifier(SparseModule):
     Args:
         vit: the transformer.
         moe: the MoE layer that replaces the FFN of some blocks; None: a dense model.
-        moe_blocks: which blocks: "lastN" (V-MoE's Last-N: the last N of every second block), "everyN", or indices.
+        moe_blocks: which blocks: "lastN" (V-MoE's Last-N: the last N of every second block), "everyN", "all", or
+            indices.
         replaced_hidden_dim: FFN hidden dim of those blocks in a dense model, as in the baselines; None: the others'.
         image_size: height and width of the images in pixels; the command line takes it from the data.
         in_chans: channels of an image; the command line takes it from the data.

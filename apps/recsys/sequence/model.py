@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import core
-from apps.blocks import block_indices
+from apps.blocks import resolve_blocks
 
 EXPERTS = ("convolution", "attention")
 """The experts of a ``TokenMixing`` layer, in the order of its gates."""
@@ -307,7 +307,8 @@ class HistoryModel(nn.Module):
         num_items: items, numbered from 1; 0 is padding.
         max_length: items of the longest history.
         moe: the MoE layer in place of the FFN of ``moe_blocks``; its router must be causal. None: a dense model.
-        moe_blocks: "all", or indices of blocks. In a dense model: which blocks ``replaced_hidden_dim`` is for.
+        moe_blocks: which blocks; see ``apps.blocks.resolve_blocks``. In a dense model: which blocks
+            ``replaced_hidden_dim`` is for.
         replaced_hidden_dim: FFN hidden dim of those blocks in a dense model; None: that of the others.
 
     Raises:
@@ -433,20 +434,3 @@ def last_of(h_TD: Tensor, packing: Packing) -> Tensor:
         return h_TD.new_zeros(packing.num_rows, h_TD.shape[-1])
     last_BD = h_TD.index_select(0, packing.last_B.clamp_min(0))
     return last_BD.masked_fill((packing.last_B < 0)[:, None], 0.0)
-
-
-def resolve_blocks(moe_blocks: str | Sequence[int], depth: int) -> tuple[int, ...]:
-    """Indices of blocks, ascending.
-
-    Args:
-        moe_blocks: "all", or indices, of which negative ones count from the end.
-        depth: number of blocks.
-
-    Raises:
-        ValueError: another word, no index, one out of range or twice.
-    """
-    if isinstance(moe_blocks, str):
-        if moe_blocks != "all":
-            raise ValueError(f"moe_blocks={moe_blocks!r} is neither 'all' nor a list of indices")
-        return tuple(range(depth))
-    return block_indices(moe_blocks, depth)

@@ -60,7 +60,7 @@ class NextItemRecommender(SparseModule):
         max_length: items of the longest history; the command line takes it from the data.
         sequence: the transformer.
         moe: the MoE layer that replaces the FFN of some blocks; None: dense FFNs. Its router must be causal.
-        moe_blocks: which blocks: "all", or indices.
+        moe_blocks: which blocks: "all", "everyN", "lastN" (the last N of every second block), or indices.
         replaced_hidden_dim: FFN hidden dim of those blocks in a dense model, as in the baselines; None: the others'.
         exclude_seen: validation, test and prediction leave out the items that the user had before, all of them where
             the batch names them (``seen_BH``), else those in the history. For data whose users take an item once; a

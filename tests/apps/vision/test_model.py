@@ -10,7 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch.testing import assert_close
 
 import core
-from apps.vision.model import VARIANTS, MoEBlock, ViTConfig, VMoE, load_pretrained_weights, resolve_blocks
+from apps.vision.model import VARIANTS, MoEBlock, ViTConfig, VMoE, load_pretrained_weights
 
 # 8x8 images, patches of 2: a grid of 4x4, and 17 tokens with the class token.
 TINY = ViTConfig(patch_size=2, embed_dim=16, depth=4, num_heads=2)
@@ -39,22 +39,6 @@ def numel(model):
 
 
 # ---- which blocks
-
-
-@pytest.mark.parametrize(
-    ("moe_blocks", "depth", "expected"),
-    [
-        ("every2", 6, (1, 3, 5)),  # V-MoE: every second block, the first of them block 1
-        ("last2", 6, (3, 5)),  # the last two of those
-        ("last2", 12, (9, 11)),
-        ("last1", 5, (3,)),  # an odd depth: block 4 is not one of every2
-        ("every1", 3, (0, 1, 2)),
-        ("every3", 8, (2, 5)),
-        ([-1, 0], 4, (0, 3)),
-    ],
-)
-def test_blocks(moe_blocks, depth, expected):
-    assert resolve_blocks(moe_blocks, depth) == expected
 
 
 @pytest.mark.parametrize(

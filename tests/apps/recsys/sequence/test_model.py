@@ -17,7 +17,6 @@ from apps.recsys.sequence.model import (
     TokenMixing,
     causal_attention,
     dense_gates,
-    resolve_blocks,
 )
 
 MOE = core.MoEConfig(num_experts=4, router=core.TokenChoice(top_k=2), expert=core.FFN(hidden_dim=12))
@@ -348,20 +347,6 @@ def test_models_are_checked():
     acausal = core.MoEConfig(num_experts=4, router=core.ExpertChoice())
     with pytest.raises(ValueError, match=r"ExpertChoice.* lets later tokens change earlier ones"):
         HistoryModel(config, num_items=3, max_length=4, moe=acausal)
-
-
-def test_blocks_by_index():
-    assert resolve_blocks("all", 3) == (0, 1, 2)
-    assert resolve_blocks([-1], 3) == (2,)
-    assert resolve_blocks([2, 0], 3) == (0, 2)
-    for wrong, message in (
-        ("last2", "neither 'all' nor"),
-        ([], "names no block"),
-        ([3], "index 3 is out of range"),
-        ([1, -2], "names a block twice"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            resolve_blocks(wrong, 3)
 
 
 def test_attention_dropout_is_of_training_alone():
