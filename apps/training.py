@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import inspect
 import logging
 import math
 import time
@@ -139,7 +140,11 @@ class SparseModule(LightningModule):
         # Lightning gathers the arguments of the subclass's constructor from here. Plain dicts, or a checkpoint could
         # not be loaded with weights_only.
         self.save_hyperparameters(logger=False)
-        plain = {k: to_plain(v) for k, v in self.hparams.items()}
+        taken = inspect.signature(type(self).__init__).parameters
+        every = any(p.kind is p.VAR_KEYWORD for p in taken.values())
+        # Without those of this constructor alone, which the subclass could not be made anew with.
+        plain = {k: to_plain(v) for k, v in self.hparams.items() if every or k in taken}
+        self.hparams.clear()
         self._set_hparams(plain)
         self._hparams_initial = dict(plain)
         self._stage_metrics = nn.ModuleDict()

@@ -313,6 +313,22 @@ def test_a_checkpoint_is_plain_and_makes_the_module_again(tmp_path):
     assert TinyModule.load_from_checkpoint(path, dropout=0.7).net[2].p == 0.7
 
 
+class FewOptions(TinyModule):
+    """Takes none of what ``SparseModule`` and ``TinyModule`` could do besides."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+
+
+def test_what_a_module_does_not_take_is_not_in_its_checkpoint(tmp_path):
+    module, run = FewOptions(3), trainer(tmp_path)
+    run.fit(module, TinyData())
+    run.save_checkpoint(tmp_path / "few.ckpt")
+    assert dict(module.hparams) == {"num_classes": 3}
+    again = FewOptions.load_from_checkpoint(tmp_path / "few.ckpt", weights_only=True)
+    assert torch.equal(again.net[0].weight, module.net[0].weight)
+
+
 def test_plain_and_back():
     for value in (MOE, OptimizerConfig(lr=0.3), {"a": [1, None, "x"]}, core.MoEConfig(2, expert=core.SwiGLU())):
         plain = to_plain(value)
