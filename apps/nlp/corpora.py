@@ -55,16 +55,22 @@ class Filters:
     Attributes:
         min_words, max_words: words of a side, cut at spaces; None: any number.
         max_ratio: words of the longer side over those of the shorter one; None: any.
+        without: regular expression that neither side holds; None: any text.
 
     Raises:
-        ValueError: a value out of its range.
+        ValueError: a value out of its range, or no regular expression.
     """
 
     min_words: int | None = None
     max_words: int | None = None
     max_ratio: float | None = None
+    without: str | None = None
 
     def __post_init__(self) -> None:
+        try:
+            re.compile(self.without or "")
+        except re.error as error:
+            raise ValueError(f"without={self.without!r} is no regular expression: {error}") from None
         for name in ("min_words", "max_words", "max_ratio"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -76,6 +82,8 @@ class Filters:
         """Why a pair is left out; None: it is not."""
         if not source or not target:
             return "with an empty side"
+        if self.without is not None and any(re.search(self.without, side) for side in (source, target)):
+            return f"that hold {self.without!r}"
         if self.min_words is None and self.max_words is None and self.max_ratio is None:
             return None
         short, long = sorted((len(source.split()), len(target.split())))

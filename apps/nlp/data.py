@@ -59,9 +59,10 @@ class TranslationData(LightningDataModule):
         max_length: tokens of a side, specials included. Longer training pairs are left out; longer sources to be
             translated are cut, with a warning.
         min_words: training pairs with fewer words on a side are left out. Where rows are held out by chance, these
-            three hold for all splits.
+            four hold for all splits.
         max_words: those with more.
         max_ratio: those whose longer side has more than so many times the words of the shorter one.
+        without: those with a side in which this regular expression is found, such as ``%|<`` for codes and tags.
         subset: use only so many training pairs, drawn by split_seed; subwords are learned from these alone.
         temperature: T of sampling among corpora and pairs, n^(1/T): above 1 small ones come more often.
         tokens_per_batch: pairs of a training batch and process times their longest side, at most.
@@ -105,6 +106,7 @@ class TranslationData(LightningDataModule):
         min_words: int | None = None,
         max_words: int | None = None,
         max_ratio: float | None = None,
+        without: str | None = None,
         subset: int | None = None,
         temperature: float = 1.0,
         tokens_per_batch: int = 4096,
@@ -126,7 +128,7 @@ class TranslationData(LightningDataModule):
             raise ValueError(f"dataset={dataset!r} needs pairs (--data.pairs), such as [en-de]")
         self.pairs: tuple[str, ...] = tuple(pairs or ())
         self.split_seed, self.tokenizer, self.subset, self.seed = split_seed, tokenizer, subset, seed
-        self.filters = Filters(min_words, max_words, max_ratio)
+        self.filters = Filters(min_words, max_words, max_ratio, without)
         self.max_length, self.temperature = max_length, temperature
         self.tokens_per_batch, self.eval_tokens_per_batch = tokens_per_batch, eval_tokens_per_batch
         self.text, self.predict_file, self.predict_pair = text, predict_file, predict_pair

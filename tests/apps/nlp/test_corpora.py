@@ -112,11 +112,12 @@ def test_what_is_left_out_is_counted():
         ("one", "eins"),
         ("one two three four five six", "eins zwei drei"),
         ("one two", "eins zwei drei vier fünf"),
+        ("page %d", "Seite Nummer %d"),
         ("held out", "zurückgehalten"),
         ("held out", "anders gesagt"),  # another translation is another pair
     )
     parts = {"train": [train], "val": [rows(("held out", "zurückgehalten"), ("x", ""))], "test": []}
-    found = collect({"made": (parts, Sizes())}, ["en-de"], Filters(min_words=2, max_words=5, max_ratio=2))
+    found = collect({"made": (parts, Sizes())}, ["en-de"], Filters(2, 5, max_ratio=2, without="%|<"))
     # One word, not two, is "held out" against: zurückgehalten is caught before the filters.
     assert found.splits["train"].source == ["kept as it is", "held out"]
     assert found.splits["val"].source == ["held out"]  # of one and two words: evaluation files are taken as they are
@@ -125,6 +126,7 @@ def test_what_is_left_out_is_counted():
         "of fewer than 2 words (train)": 2,
         "of more than 5 words (train)": 1,
         "of a length ratio over 2 (train)": 1,
+        "that hold '%|<' (train)": 1,
         "with an empty side (val)": 1,
     }
 
@@ -187,6 +189,7 @@ def test_a_pair_without_sentences_is_refused(pair, message):
         ({"max_words": 0}, "max_words=0 must be at least 1"),
         ({"max_ratio": 0.5}, "max_ratio=0.5 must be at least 1"),
         ({"min_words": 5, "max_words": 4}, "min_words=5 exceeds max_words=4"),
+        ({"without": "("}, r"without='\(' is no regular expression"),
     ],
 )
 def test_impossible_filters_are_refused(options, message):
