@@ -69,7 +69,7 @@ def self_mask(
         bias = bias.masked_fill(later_LL, hidden_score(dtype))
     if valid_BL is not None:
         bias = bias.masked_fill(~valid_BL[:, None, None], hidden_score(dtype))
-    if bias.shape[0] * bias.shape[1] > 1:
+    if bias.shape[:2] != (1, 1):
         bias = bias.expand(B, num_heads, -1, -1)
     return Mask(bias.flatten(0, 1))
 
@@ -94,7 +94,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dropout: f
         if _is_fused(q, mask, dropout):
             bias = mask.bias
             if bias is not None:
-                bias = bias.unflatten(0, (B, H)) if len(bias) > 1 else bias.unsqueeze(0)
+                bias = bias.unsqueeze(0) if len(bias) == 1 else bias.unflatten(0, (B, H))
                 bias = bias.expand(B, H, L, k.shape[2])
             return F.scaled_dot_product_attention(
                 q, k, v, attn_mask=bias, dropout_p=dropout, is_causal=mask.causal, scale=scale
@@ -132,8 +132,7 @@ class _Attention(nn.Module):
 
     def reset_heads(self) -> None:
         """Xavier-uniform for each of queries, keys and values, at ``1 / sqrt(2)`` of the usual scale."""
-        parts = self._projections()
-        for weight in parts:
+        for weight in self._projections():
             nn.init.xavier_uniform_(weight, gain=2**-0.5)
 
     def _projections(self) -> list[Tensor]:
@@ -145,24 +144,24 @@ class _Attention(nn.Module):
         x_BHSd = x_BSHd.transpose(1, 2)
         return x_BHSd if self.group == 1 else x_BHSd.repeat_interleave(self.group, 1)
 
-    def _merge(self, y_BHLd: Tensor) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+        y_BHLd = attend(q, k, v, mask, self.scale, self.dropout if self.training else 0.0)
         return self.out(y_BHLd.transpose(1, 2).flatten(2))
 
-    def _step(self, q_RC: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+    def _step(self, q_RC: Tensor, keys: Tensor, values: Tensor, copies: int, bias: Tensor | None) -> Tensor:
         """One query of each row on the keys of its group of rows.
 
         Args:
             q_RC: (R, H * d) queries.
-            keys, values: (N * Hkv, S, d), N groups of R / N rows each.
+            keys, values: (N * Hkv, S, d), N groups of rows.
+            copies: K, rows of a group.
             bias: as in ``Mask``, by key-value head; a group's queries are its query heads x its rows.
 
         Returns:
             (R, D).
         """
-        R = q_RC.shape[0]
-        N = keys.shape[0] // self.num_kv_heads
-        K = R // max(N, 1)
-        Hkv, G, d = self.num_kv_heads, self.group, self.head_dim
+        R, K = len(q_RC), copies
+        N, Hkv, G, d = R // K, self.num_kv_heads, self.group, self.head_dim
         q = q_RC.view(N, K, Hkv, G, d).permute(0, 2, 3, 1, 4).reshape(N * Hkv, G * K, d)
         y = torch.bmm(attention_weights(q, keys, Mask(bias), self.scale), values)
         y_RC = y.view(N, Hkv, G, K, d).permute(0, 3, 1, 2, 4).reshape(R, Hkv * G * d)
@@ -195,10 +194,7 @@ class SelfAttention(_Attention):
     def forward(self, x_BLD: Tensor, mask: Mask, rotations: Tensor | None = None) -> Tensor:
         """(B, L, D) to (B, L, D). ``rotations`` are those of ``positions.rotations``."""
         q, k, v = self._heads(x_BLD, rotations)
-        dropout = self.dropout if self.training else 0.0
-        return self._merge(
-            attend(q.transpose(1, 2), self._for_queries(k), self._for_queries(v), mask, self.scale, dropout)
-        )
+        return self._attend(q.transpose(1, 2), self._for_queries(k), self._for_queries(v), mask)
 
     def step(
         self, x_RD: Tensor, store: Tensor, position: int, bias: Tensor | None, rotations: Tensor | None = None
@@ -222,7 +218,7 @@ class SelfAttention(_Attention):
         new_NHKd[0] = k_RHd.view(by_group).transpose(1, 2)
         new_NHKd[1] = v_RHd.view(by_group).transpose(1, 2)
         keys, values = store[:, :, : position + 1].flatten(2, 3)
-        return self._step(q_RHd.flatten(1), keys, values, bias)
+        return self._step(q_RHd.flatten(1), keys, values, K, bias)
 
 
 class CrossAttention(_Attention):
@@ -245,9 +241,7 @@ class CrossAttention(_Attention):
     def forward(self, x_BLD: Tensor, memory_BSD: Tensor, mask: Mask) -> Tensor:
         """(B, L, D) and (B, S, D) to (B, L, D)."""
         q, k, v_BSHd = self._heads(x_BLD, memory_BSD)
-        return self._merge(
-            attend(q, k, self._for_queries(v_BSHd), mask, self.scale, self.dropout if self.training else 0.0)
-        )
+        return self._attend(q, k, self._for_queries(v_BSHd), mask)
 
     def weights(self, x_BLD: Tensor, memory_BSD: Tensor, mask: Mask) -> Tensor:
         """(B, H, L, S), how each head spreads each query over the memory."""
@@ -260,16 +254,17 @@ class CrossAttention(_Attention):
         heads = self.kv(memory_BSD).unflatten(-1, (2, self.num_kv_heads, self.head_dim))
         return heads.permute(2, 0, 3, 1, 4)
 
-    def step(self, x_RD: Tensor, store: Tensor, bias: Tensor | None) -> Tensor:
+    def step(self, x_RD: Tensor, store: Tensor, copies: int, bias: Tensor | None) -> Tensor:
         """One position of each row: (R, D) to (R, D).
 
         Args:
             x_RD: (R, D).
-            store: (2, N, Hkv, S, d), ``keys_and_values`` of N sentences of R / N rows each.
+            store: (2, N, Hkv, S, d), ``keys_and_values`` of N sentences.
+            copies: K, rows of a sentence.
             bias: (N * Hkv, 1, S), or None.
         """
         keys, values = store.flatten(1, 2)
-        return self._step(self.q(x_RD), keys, values, bias)
+        return self._step(self.q(x_RD), keys, values, copies, bias)
 
 
 def key_bias(valid_NS: Tensor, num_kv_heads: int, dtype: torch.dtype) -> Tensor | None:

@@ -53,7 +53,7 @@ class FeedForward(nn.Module):
 
 
 class Layer(nn.Module):
-    """Self-attention, in a decoder of two languages cross-attention, and an FFN or MoE layer."""
+    """Self-attention, cross-attention where there is a memory, and an FFN or MoE layer."""
 
     def __init__(self, config: TransformerConfig, ffn: nn.Module, cross: bool) -> None:
         super().__init__()
@@ -74,21 +74,37 @@ class Layer(nn.Module):
     ) -> Tensor:
         """(B, L, D) to (B, L, D)."""
         x_BLD = self.attend(x_BLD, mask, rotations)
-        if self.cross_attn is not None:
-            assert memory_BSD is not None
+        if memory_BSD is not None:
             assert memory_mask is not None
-            h_BLD = self.cross_attn(self.cross_norm(x_BLD), memory_BSD, memory_mask)  # type: ignore[misc]
-            x_BLD = self.dropout.add(x_BLD, h_BLD)
-        return self.dropout.add(x_BLD, self._feed(self.ffn_norm(x_BLD), context))
+            x_BLD = self.look(x_BLD, memory_BSD, memory_mask)
+        return self.feed(x_BLD, context)
 
     def attend(self, x_BLD: Tensor, mask: Mask, rotations: Tensor | None) -> Tensor:
         """The self-attention and what it is added to."""
         return self.dropout.add(x_BLD, self.self_attn(self.self_norm(x_BLD), mask, rotations))
 
+    def look(self, x_BLD: Tensor, memory_BSD: Tensor, memory_mask: Mask) -> Tensor:
+        """The cross-attention and what it is added to."""
+        norm, attention = self._cross()
+        return self.dropout.add(x_BLD, attention(norm(x_BLD), memory_BSD, memory_mask))
+
     def cross_weights(self, x_BLD: Tensor, memory_BSD: Tensor, memory_mask: Mask) -> Tensor:
-        """(B, H, L, S) of the cross-attention, after ``attend``."""
+        """(B, H, L, S) of the cross-attention, given what ``look`` is given."""
+        norm, attention = self._cross()
+        return attention.weights(norm(x_BLD), memory_BSD, memory_mask)
+
+    def keys_and_values(self, memory_BSD: Tensor) -> Tensor:
+        """(2, B, Hkv, S, d), what the cross-attention reads in ``step``."""
+        return self._cross()[1].keys_and_values(memory_BSD)
+
+    def feed(self, x_BLD: Tensor, context: core.RoutingContext) -> Tensor:
+        """The FFN or MoE layer and what it is added to."""
+        return self.dropout.add(x_BLD, self._feed(self.ffn_norm(x_BLD), context))
+
+    def _cross(self) -> tuple[nn.Module, CrossAttention]:
+        assert self.cross_norm is not None
         assert self.cross_attn is not None
-        return self.cross_attn.weights(self.cross_norm(x_BLD), memory_BSD, memory_mask)  # type: ignore[misc]
+        return self.cross_norm, self.cross_attn
 
     def _feed(self, h_BLD: Tensor, context: core.RoutingContext) -> Tensor:
         return self.ffn(h_BLD, context) if isinstance(self.ffn, core.MoELayer) else self.ffn(h_BLD)
@@ -104,10 +120,9 @@ class Layer(nn.Module):
     ) -> Tensor:
         """One position, (R, D) to (R, D), without dropout. ``index`` is the layer's place in the cache."""
         x_RD = x_RD + self.self_attn.step(self.self_norm(x_RD), cache.store[index], cache.length, bias, rotations)
-        if self.cross_attn is not None:
-            assert cache.memory is not None
-            h_RD = self.cross_attn.step(self.cross_norm(x_RD), cache.memory[index], cache.memory_bias)  # type: ignore[misc]
-            x_RD = x_RD + h_RD
+        if cache.memory is not None:
+            norm, attention = self._cross()
+            x_RD = x_RD + attention.step(norm(x_RD), cache.memory[index], cache.copies, cache.memory_bias)
         return x_RD + self._feed(self.ffn_norm(x_RD).unsqueeze(1), context).squeeze(1)
 
 
@@ -154,13 +169,14 @@ class Stack(nn.Module):
         memory_mask = self._memory_mask(memory_valid_BS, x_BLD)
         weights = []
         for layer in self.layers:
-            weights.append(layer.cross_weights(layer.attend(x_BLD, mask, turns), memory_BSD, memory_mask))
-            x_BLD = layer(x_BLD, mask, turns, context, memory_BSD, memory_mask)
+            x_BLD = layer.attend(x_BLD, mask, turns)
+            weights.append(layer.cross_weights(x_BLD, memory_BSD, memory_mask))
+            x_BLD = layer.feed(layer.look(x_BLD, memory_BSD, memory_mask), context)
         return torch.stack(weights)
 
     def memory_keys(self, memory_BSD: Tensor) -> Tensor:
         """(layers, 2, B, Hkv, S, d), keys and values that the layers' cross-attention reads from step to step."""
-        return torch.stack([layer.cross_attn.keys_and_values(memory_BSD) for layer in self.layers if layer.cross_attn])
+        return torch.stack([layer.keys_and_values(memory_BSD) for layer in self.layers])
 
     def _memory_mask(self, valid_BS: Tensor | None, like: Tensor) -> Mask:
         assert valid_BS is not None

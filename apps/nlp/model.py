@@ -179,6 +179,11 @@ class TranslationModel(_Decoding):
         )
         if moe is not None and not self.encoder_moe_layers and not self.decoder_moe_layers:
             raise ValueError("encoder_moe_layers and decoder_moe_layers name no layer: leave moe out for a dense model")
+        if moe is not None and self.decoder_moe_layers and not moe.router.is_causal():
+            raise ValueError(
+                f"router {moe.router.source()} lets later tokens change earlier ones: not for a causal decoder, set "
+                "decoder_moe_layers='none' or another router"
+            )
         self.source_embed = nn.Embedding(source_vocab, shape.dim, padding_idx=PAD_ID)
         self.target_embed = (
             None if config.tie in ("all", "inputs") else nn.Embedding(self.target_vocab, shape.dim, padding_idx=PAD_ID)
