@@ -13,7 +13,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from apps.files import replacing
+from apps.loader import batches_of_test
 from apps.nlp.metrics import Sentence, TranslationMetrics, figures, scorer, signatures
+from apps.nlp.routes import report_curves, report_routes
 from apps.tables import print_table, write_csv
 
 _COLUMNS = {"bleu": "BLEU", "chrf": "chrF++", "token_accuracy": "token acc., %", "perplexity": "perplexity"}
@@ -26,6 +28,8 @@ class ReportConfig:
     Attributes:
         lengths: words of a reference up to which its sentences are one group, ascending; longer ones are the last.
         samples: translations printed, at equal steps through the test set.
+        routing_sentences: test sentences from which the experts' use is read, about; 0 reads none.
+        pictures: sentences whose attention and experts are drawn; 0 leaves out all pictures.
 
     Raises:
         ValueError: a number out of its range.
@@ -33,20 +37,26 @@ class ReportConfig:
 
     lengths: tuple[int, ...] = (5, 10, 15, 20, 30, 50)
     samples: int = 5
+    routing_sentences: int = 2000
+    pictures: int = 2
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "lengths", tuple(self.lengths))  # a list in YAML and in a checkpoint
         if any(a >= b for a, b in zip((0, *self.lengths), self.lengths, strict=False)):
             raise ValueError(f"report.lengths={self.lengths} must be ascending numbers of at least 1")
-        if self.samples < 0:
-            raise ValueError(f"report.samples={self.samples} must not be negative")
+        for name in ("samples", "routing_sentences", "pictures"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"report.{name}={getattr(self, name)} must not be negative")
 
 
 class TranslationReport(Callback):
-    """After a test: prints the scores by language pair and by length with sacrebleu's signatures, and translations.
+    """After a test: prints the scores by language pair and by length with sacrebleu's signatures, translations, and of
+    a sparse model how far its experts are specialised.
 
     Writes into ``<run folder>/report``: ``pairs.csv``, ``lengths.csv``, ``sentences.jsonl`` (source, reference,
-    hypothesis, sentence chrF++ and search score of each sentence), ``signatures.txt``.
+    hypothesis, sentence chrF++ and search score of each sentence), ``signatures.txt``; ``specialisation.csv``,
+    ``expert_subwords.csv``, ``expert_language.png``, ``expert_class.png``; ``sentence_1_attention.png``,
+    ``sentence_1_experts.png``, ...; and, after a training too, ``learning_curves.png`` of the run's ``metrics.csv``.
 
     Args:
         config: what to do.
@@ -56,6 +66,10 @@ class TranslationReport(Callback):
 
     def __init__(self, config: ReportConfig) -> None:
         self.config = config
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            self._curves(trainer, pl_module)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         metrics: Any = pl_module.stage_metrics("test")
@@ -68,7 +82,16 @@ class TranslationReport(Callback):
         sources = data.sources("test") if hasattr(data, "sources") else None
         folder = Path(trainer.default_root_dir) / "report"
         written = report(metrics.sentences, metrics.pairs, sources, folder, self.config, metrics.tokenize)
+        batches = list(batches_of_test(trainer))
+        written += report_routes(pl_module, batches, folder, self.config.routing_sentences, self.config.pictures)
+        written += self._curves(trainer, pl_module)
         rank_zero_info(f"{folder}: {', '.join(p.name for p in written)}")
+
+    def _curves(self, trainer: Trainer, pl_module: LightningModule) -> list[Path]:
+        if not self.config.pictures:
+            return []
+        run, smoothing = Path(trainer.default_root_dir), float(getattr(pl_module, "label_smoothing", 0.0))
+        return report_curves(run / "metrics.csv", run / "report", smoothing)
 
 
 def report(

@@ -111,3 +111,12 @@ def test_a_figure_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         plots.save_figure(fig, path)
     assert [p.name for p in path.parent.iterdir()] == ["load.png"]
     assert path.read_bytes() == before
+
+
+def test_a_flat_file_is_smaller_and_keeps_the_ends_of_the_colours(tmp_path):
+    share = {"block 1": np.linspace(0, 1, 160).reshape(10, 16)}
+    fig = plots.expert_class_heatmap(share, [f"class {i}" for i in range(10)])
+    whole, flat = (plots.save_figure(fig, tmp_path / f"{flat}.png", flat=flat) for flat in (False, True))
+    assert flat.stat().st_size < 0.6 * whole.stat().st_size
+    a, b = (imread(path)[..., :3] for path in (whole, flat))
+    assert np.abs(a - b).max() < 0.05
