@@ -12,7 +12,7 @@ from apps.compare.systems import SPARSE, TOLERANCE, System, claim, label
 from apps.routers import PREFIX
 from apps.training import ExampleDifference
 
-_NOT_SHARES = ("loss", "ece", "error", "mse", "mae", "perplexity", "bleu", "chrf")
+_NOT_SHARES = ("loss", "ece", "error", "mse", "mae", "perplexity", "bits", "bleu", "chrf")
 """Words in the names of metrics that are no share of 1, whatever their values: a poor BLEU lies in 0..1 as well."""
 
 

@@ -7,8 +7,8 @@ neither is a mean over sentences or batches. sacrebleu is imported where it is u
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -78,6 +78,22 @@ def signatures(tokenize: str = "13a") -> dict[str, str]:
     return found
 
 
+class Scored(Protocol):
+    """What tells how well a piece of text was foreseen: fields of ``Sentence``."""
+
+    @property
+    def index(self) -> Any: ...
+    @property
+    def nll(self) -> float: ...
+    @property
+    def right(self) -> int: ...
+    @property
+    def tokens(self) -> int: ...
+
+
+Piece = TypeVar("Piece", bound=Scored)
+
+
 class TranslationMetrics(Metric):
     """BLEU, chrF++, token accuracy and perplexity of a corpus.
 
@@ -117,7 +133,7 @@ class TranslationMetrics(Metric):
 
     def compute(self) -> dict[str, Tensor]:
         """The metrics of all sentences so far, float64 scalars; NaN without any."""
-        self.sentences = _gathered(self._own)
+        self.sentences = gathered(self._own)
         values = figures(self.sentences, self.pairs, self.tokenize)
         return {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
 
@@ -138,13 +154,13 @@ def figures(sentences: Sequence[Sentence], pairs: Sequence[str], tokenize: str =
     return {**found, **token_figures(sentences)}
 
 
-def token_figures(sentences: Sequence[Sentence]) -> dict[str, float]:
+def token_figures(pieces: Sequence[Scored]) -> dict[str, float]:
     """Token accuracy and perplexity; NaN without tokens."""
-    tokens = sum(s.tokens for s in sentences)
+    tokens = sum(s.tokens for s in pieces)
     if not tokens:
         return {"token_accuracy": math.nan, "perplexity": math.nan}
-    nll = math.fsum(s.nll for s in sentences)
-    return {"token_accuracy": sum(s.right for s in sentences) / tokens, "perplexity": perplexity(nll / tokens)}
+    nll = math.fsum(s.nll for s in pieces)
+    return {"token_accuracy": sum(s.right for s in pieces) / tokens, "perplexity": perplexity(nll / tokens)}
 
 
 def perplexity(nll: float) -> float:
@@ -152,11 +168,11 @@ def perplexity(nll: float) -> float:
     return math.exp(nll) if nll < 700 else math.inf
 
 
-def _gathered(own: Sequence[Sentence]) -> list[Sentence]:
-    """The sentences of all ranks by line number, each once."""
+def gathered(own: Sequence[Piece]) -> list[Piece]:
+    """The pieces of all ranks by number, each once."""
     parts: list[Any] = [list(own)]
     if dist.is_available() and dist.is_initialized():
         parts = [None] * dist.get_world_size()
         dist.all_gather_object(parts, list(own))
-    found: Mapping[int, Sentence] = {s.index: s for part in parts for s in part}
+    found = {piece.index: piece for part in parts for piece in part}
     return [found[index] for index in sorted(found)]

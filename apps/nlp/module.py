@@ -12,7 +12,8 @@ from lightning.pytorch import Callback
 from torch import Tensor
 
 import core
-from apps.loss import linear_cross_entropy, target_scores
+from apps.loss import TargetScores, linear_cross_entropy, target_scores
+from apps.nlp.baselines import baseline_widths, dense_baselines
 from apps.nlp.batch import TranslationBatch
 from apps.nlp.config import TransformerConfig
 from apps.nlp.decode import DecodeConfig, Hypotheses, in_dtype, translate_ids
@@ -22,7 +23,6 @@ from apps.nlp.model import TranslationModel
 from apps.nlp.predict import predict_lines
 from apps.nlp.subwords import PAD_ID, UNK_ID, Subwords
 from apps.training import Baseline, ExampleDifference, OptimizerConfig, SparseModule, Stage, TaskOutput
-from apps.widths import SolvedWidth, ffn_widths, same_width
 
 _DECODE = DecodeConfig()
 _REPORT = ReportConfig()
@@ -173,14 +173,9 @@ class Translator(SparseModule):
         if self.training:
             loss = linear_cross_entropy(h_TD, weight_VD, target_T, self.label_smoothing)
             return TaskOutput(loss, None, None, B)
-        nll_T, right_T = target_scores(h_TD, weight_VD, target_T)
-        tokens_B = real_BL.sum(1)
-        row_T = torch.repeat_interleave(tokens_B)
-        nll_B = torch.zeros(B, dtype=torch.float64, device=h_TD.device).index_add_(0, row_T, nll_T.double())
-        right_B = torch.zeros_like(tokens_B).index_add_(0, row_T, right_T.long())
-        # Without a token the mean is 0, as in training.
-        loss = nll_B.sum().to(nll_T.dtype) / max(len(target_T), 1)
-        return TaskOutput(loss, Foreseen(nll_B, right_B, tokens_B), None, B, weight=len(target_T))
+        scores = target_scores(h_TD, weight_VD, target_T)
+        loss = scores.nll_T.sum() / max(len(target_T), 1)  # without a token 0, as in training
+        return TaskOutput(loss, per_sentence(scores, real_BL), None, B, weight=len(target_T))
 
     def judged(self, batch: TranslationBatch, out: TaskOutput, stage: Stage) -> TaskOutput:
         """``out`` with the batch's ``Sentence``s, translated, as its outputs."""
@@ -389,43 +384,21 @@ def check_subwords(own: Subwords, found: Subwords | None) -> None:
         )
 
 
+def per_sentence(scores: TargetScores, real_BL: Tensor) -> Foreseen:
+    """The scores of T targets, the real ones of (B, L), row by row."""
+    tokens_B = real_BL.sum(1)
+    row_T = torch.repeat_interleave(tokens_B)
+    nll_B = torch.zeros(len(tokens_B), dtype=torch.float64, device=row_T.device)
+    return Foreseen(
+        nll_B=nll_B.index_add_(0, row_T, scores.nll_T.double()),
+        right_B=torch.zeros_like(tokens_B).index_add_(0, row_T, scores.is_first_T.long()),
+        tokens_B=tokens_B,
+    )
+
+
 def read_ids(target_BL: Tensor) -> Tensor:
     """(B, L - 1), what the decoder reads: all but the end, after which there is nothing to say."""
     return target_BL[:, :-1].masked_fill(target_BL[:, 1:] == PAD_ID, PAD_ID)
-
-
-def baseline_widths(
-    moe: core.MoEConfig, transformer: TransformerConfig, tolerance: float = 0.05
-) -> dict[str, SolvedWidth]:
-    """FFN hidden dims of dense layers that cost what ``moe`` does, router included.
-
-    Args:
-        moe: the sparse layer.
-        transformer: says what its dense FFNs are.
-        tolerance: relative difference beyond which a width does not count as equal.
-
-    Returns:
-        "dense_equal_flops" and "dense_equal_params".
-    """
-    dim = transformer.shape.dim
-    flops, params = moe.flops_per_token(dim), moe.num_params(dim)
-    return ffn_widths("dense", dim, flops, params, tolerance, gated=transformer.gated, bias=transformer.bias)
-
-
-def dense_baselines(sparse: Any, widths: Mapping[str, SolvedWidth], build: Any) -> Mapping[str, Baseline]:
-    """Dense models of ``widths``; ``build(sparse, width)`` makes one when it is called."""
-    found: dict[str, Baseline] = {}
-    for name, solved in widths.items():
-        twin = next((n for n, b in found.items() if b.build and same_width(solved.width, widths[n].width)), None)
-        replaced = f"FFN hidden dim {solved.width} in the replaced layers"
-        if solved.problem:
-            found[name] = Baseline(None, solved.problem)
-        elif twin is not None:
-            found[name] = Baseline(None, f"coincides with {twin}: {replaced}, there {widths[twin].width}")
-        else:
-            elsewhere = sparse.transformer.shape.hidden_dim
-            found[name] = Baseline(build(sparse, solved.width), f"{replaced}, {elsewhere} elsewhere")
-    return found
 
 
 @dataclass(frozen=True)

@@ -23,13 +23,14 @@ from apps.callbacks import AtomicCheckpointIO, BestAndLast, GeneratorState, NonF
 from apps.cli import main as moesaic
 from apps.cli.train import build, quiet
 from apps.compare.systems import find_systems
+from apps.nlp.baselines import baseline_widths
 from apps.nlp.batch import TranslationBatch
 from apps.nlp.config import TransformerConfig
 from apps.nlp.decode import DecodeConfig
 from apps.nlp.evaluation import ReportConfig
 from apps.nlp.layers import FeedForward
 from apps.nlp.metrics import corpus_score
-from apps.nlp.module import Translator, baseline_widths, check_tasks, read_ids, task_numbers
+from apps.nlp.module import Translator, check_tasks, read_ids, task_numbers
 from apps.nlp.subwords import BOS_ID, EOS_ID, PAD_ID
 from apps.training import OptimizerConfig
 

@@ -1,0 +1,272 @@
+"""``LanguageModeler``: what ``moesaic fit`` trains on plain text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+import core
+from apps.loss import linear_cross_entropy, target_scores
+from apps.nlp.baselines import baseline_widths, dense_baselines
+from apps.nlp.config import TransformerConfig
+from apps.nlp.decode import DecodeConfig, Hypotheses, generate_ids, in_dtype
+from apps.nlp.metrics import gathered, perplexity, token_figures
+from apps.nlp.model import LanguageModel
+from apps.nlp.module import check_subwords, per_sentence, read_ids
+from apps.nlp.predict import in_order
+from apps.nlp.subwords import PAD_ID, UNK_ID, Subwords
+from apps.nlp.text import TextBatch, TextSize
+from apps.training import Baseline, OptimizerConfig, SparseModule, Stage, TaskOutput
+
+_DECODE = DecodeConfig("sample", top_p=0.9, max_length_ratio=0.0, max_length_extra=64)
+
+
+class Block(NamedTuple):
+    """How well a block of text was foreseen.
+
+    Attributes:
+        index: its place in the split.
+        nll: negative log likelihood of its tokens, in nats, summed.
+        right: tokens that came first.
+        tokens: of it.
+    """
+
+    index: int  # type: ignore[assignment]  # a block has no use for tuple.index
+    nll: float
+    right: int
+    tokens: int
+
+
+class Continuations(NamedTuple):
+    """What a batch of prompts was continued with.
+
+    Attributes:
+        index: int64 (B,), the prompt's number, from 0.
+        text: the prompt and what follows it.
+        score: float64 (B,), of what follows, in the search.
+    """
+
+    index: Tensor  # type: ignore[assignment]  # a batch has no use for tuple.index
+    text: list[str]
+    score: Tensor
+
+
+class LanguageMetrics(Metric):
+    """Perplexity and token accuracy of a text, the same on one process or many.
+
+    ``compute`` returns ``perplexity``, ``exp`` of the mean negative log likelihood of a subword, and
+    ``token_accuracy``; where ``size`` tells what the text has, ``word_perplexity``, of a word, and ``bits_per_byte``,
+    which compare models of different subwords. These count the document ends with the text, and in a pass over a part
+    of the text they take it for an average part.
+
+    Attributes:
+        size: of the text; None: it is not known.
+    """
+
+    full_state_update = False
+    is_differentiable = False
+    higher_is_better = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size: TextSize | None = None
+        self._own: list[Block] = []
+
+    def update(self, outputs: Iterable[Block], targets: Any = None) -> None:
+        """Add the blocks of a batch."""
+        self._own.extend(outputs)
+
+    def reset(self) -> None:
+        """Forget all blocks."""
+        super().reset()
+        self._own = []
+
+    def compute(self) -> dict[str, Tensor]:
+        """The metrics of all blocks so far, float64 scalars; NaN without any."""
+        blocks = gathered(self._own)
+        found = token_figures(blocks)
+        if self.size is not None and blocks:
+            nll = math.fsum(b.nll for b in blocks) / sum(b.tokens for b in blocks)
+            found["word_perplexity"] = perplexity(nll * self.size.tokens / max(self.size.words, 1))
+            found["bits_per_byte"] = nll / math.log(2) * self.size.tokens / max(self.size.bytes, 1)
+        return {name: torch.tensor(value, dtype=torch.float64) for name, value in found.items()}
+
+
+class LanguageModeler(SparseModule):
+    """A decoder alone, sparse or dense, that foresees the next subword of a text.
+
+    Args:
+        subwords: of the text; the command line takes them from the data.
+        transformer: the network around the MoE layers; of its layers the decoder's count.
+        moe: the MoE layer that replaces the FFN of some layers; None: a dense model. Its router must be causal.
+        moe_layers: which layers: "everyN" (every N-th), "lastN", "all", "none" or indices.
+        replaced_hidden_dim: FFN hidden dim of those layers in a dense model, as in the baselines; None: the others'.
+        label_smoothing: share of the target spread evenly over the vocabulary, in training.
+        decode: how a prompt is continued in a prediction.
+        optimizer: learning rate, weight decay and schedule.
+        ema_decay: of the moving average of the weights; None: none.
+        average_last: epochs whose weights at their end are averaged at last; None: none.
+
+    Raises:
+        ValueError: a value out of its range, or a combination that cannot be built.
+    """
+
+    context_fields: ClassVar[tuple[str, ...]] = ("token_ids_BS",)
+    causal: ClassVar[bool] = True
+    data_arguments: ClassVar[tuple[str, ...]] = ("subwords",)
+    readout: ClassVar[tuple[str, ...]] = ("model.output",)
+    monitor: ClassVar[str] = "val/perplexity"
+    monitor_mode: ClassVar[Literal["min", "max"]] = "min"
+    table_metrics = ("word_perplexity", "bits_per_byte", "token_accuracy")
+
+    def __init__(
+        self,
+        subwords: Subwords | None = None,
+        transformer: TransformerConfig | None = None,
+        moe: core.MoEConfig | None = None,
+        moe_layers: str | list[int] = "all",
+        replaced_hidden_dim: int | None = None,
+        label_smoothing: float = 0.0,
+        decode: DecodeConfig = _DECODE,
+        optimizer: OptimizerConfig | None = None,
+        ema_decay: float | None = None,
+        average_last: int | None = None,
+    ) -> None:
+        super().__init__(optimizer=optimizer, ema_decay=ema_decay, average_last=average_last)
+        if not 0.0 <= label_smoothing < 1.0:
+            raise ValueError(f"label_smoothing={label_smoothing} is not in [0, 1)")
+        if subwords is None:
+            raise ValueError("subwords=None: they come from the data, such as TextData(...).subwords")
+        self.subwords, self.transformer = subwords, transformer or TransformerConfig()
+        self.moe, self.moe_layers = moe, moe_layers
+        self.moe_config, self.moe_dim = moe, self.transformer.shape.dim
+        self.label_smoothing, self.decode = label_smoothing, decode
+        self.model = LanguageModel(
+            self.transformer,
+            vocab=subwords.size("target"),
+            moe=moe,
+            moe_layers=moe_layers,
+            replaced_hidden_dim=replaced_hidden_dim,
+        )
+
+    def forward(self, tokens_BL: Tensor) -> Tensor:
+        """(B, L) ids to (B, L, V) logits of the token after each."""
+        return self.model(tokens_BL)
+
+    # ---- the loss
+
+    def task_loss(self, batch: TextBatch) -> TaskOutput:
+        """Mean cross-entropy of each block's tokens after its first, padding left out.
+
+        In evaluation without label smoothing; ``outputs`` are ``Block``s.
+        """
+        said_BL = batch.tokens_BL[:, 1:]
+        real_BL = said_BL != PAD_ID
+        h_TD = self.model.hidden(read_ids(batch.tokens_BL))[real_BL] * self.transformer.logits_scale
+        target_T, weight_VD, B = said_BL[real_BL], self.model.output_weight, len(said_BL)
+        if self.training:
+            return TaskOutput(linear_cross_entropy(h_TD, weight_VD, target_T, self.label_smoothing), None, None, B)
+        scores = target_scores(h_TD, weight_VD, target_T)
+        columns = per_sentence(scores, real_BL)
+        blocks = [Block(*row) for row in zip(batch.index_B.tolist(), *(c.tolist() for c in columns), strict=True)]
+        loss = scores.nll_T.sum() / max(len(target_T), 1)
+        return TaskOutput(loss, blocks, None, B, weight=len(target_T))
+
+    def example_inputs(self, batch: TextBatch) -> tuple[Tensor]:
+        return (read_ids(batch.tokens_BL),)
+
+    def cost_inputs(self, batch: TextBatch) -> tuple[Tensor]:
+        """As ``example_inputs``, padding taken for unknown tokens: experts do not compute it, dense layers do."""
+        (read_BL,) = self.example_inputs(batch)
+        return (read_BL.masked_fill(read_BL == PAD_ID, UNK_ID),)
+
+    # ---- evaluation
+
+    def build_metrics(self) -> LanguageMetrics:
+        """Perplexity by subword and, where the data tells its size, by word, bits per byte, and token accuracy."""
+        return LanguageMetrics()
+
+    def _start_pass(self, stage: Stage) -> None:
+        super()._start_pass(stage)
+        size = getattr(self._data(), "size", None)
+        self.stage_metrics(stage).size = None if size is None else size(stage)
+
+    def predict_step(self, batch: TextBatch, batch_idx: int) -> Continuations:
+        """Each prompt and what follows it."""
+        found = self.generate(batch)
+        texts = self._texts(batch, found)
+        return Continuations(batch.index_B, texts, torch.tensor([s[0] for s in found.scores], dtype=torch.float64))
+
+    def generate(self, batch: TextBatch, model: LanguageModel | None = None) -> Hypotheses:
+        """What follows each prompt, in ids; by ``model``, a copy in another dtype, where it is given."""
+        with torch.autocast(self.device.type, enabled=False):
+            return generate_ids(model or self.model, batch.tokens_BL, self.decode, index_B=batch.index_B)
+
+    def _texts(self, batch: TextBatch, found: Hypotheses) -> list[str]:
+        prompts = ([i for i in row if i != PAD_ID] for row in batch.tokens_BL.tolist())
+        ids = [[*prompt, *best] for prompt, best in zip(prompts, found.best, strict=True)]
+        return self.subwords.decode(ids, "target")
+
+    def predict_stream(self, data: Any) -> Iterator[str] | None:
+        """Each prompt of ``data.text`` and what follows it, a line each, as it comes; None: there is none."""
+        if data.text is None:
+            return None
+        model: Any = in_dtype(self.model, self.decode.dtype)
+
+        def lines() -> Iterator[tuple[list[int], list[str]]]:
+            for batch in data.predict_dataloader():
+                batch = TextBatch(*(side.to(self.device) for side in batch))
+                yield batch.index_B.tolist(), self._texts(batch, self.generate(batch, model))
+
+        return in_order(lines())
+
+    # ---- set-up and comparisons
+
+    def _data(self) -> Any:
+        return None if self._trainer is None else getattr(self._trainer, "datamodule", None)
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        check_subwords(self.subwords, getattr(self._data(), "subwords", None))
+
+    def with_moe(self, moe: core.MoEConfig) -> LanguageModeler:
+        return _twin(self, moe)
+
+    def baselines(self) -> Mapping[str, Baseline]:
+        """Dense models of equal active FLOPs and of equal parameters; only the FFNs in place of experts are wider."""
+        if self.moe is None:
+            return {}
+        return dense_baselines(self, baseline_widths(self.moe, self.transformer), _Dense)
+
+
+@dataclass(frozen=True)
+class _Dense:
+    """Makes the dense twin of ``sparse``. A class and not a closure: it pickles into another process."""
+
+    sparse: LanguageModeler
+    width: int
+
+    def __call__(self) -> LanguageModeler:
+        return _twin(self.sparse, None, self.width)
+
+
+def _twin(of: LanguageModeler, moe: core.MoEConfig | None, replaced_hidden_dim: int | None = None) -> LanguageModeler:
+    """``of`` anew, with other layers in place of its replaced ones."""
+    return LanguageModeler(
+        subwords=of.subwords,
+        transformer=of.transformer,
+        moe=moe,
+        moe_layers=of.moe_layers,
+        replaced_hidden_dim=replaced_hidden_dim,
+        label_smoothing=of.label_smoothing,
+        decode=of.decode,
+        optimizer=of.optimizer_config,
+        ema_decay=of.ema_decay,
+        average_last=of.average_last,
+    )
