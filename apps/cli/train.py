@@ -221,6 +221,7 @@ class SparseCLI(LightningCLI):
             if isinstance(callback, BestAndLast):
                 best = "" if callback.best_score is None else f"; best {callback.monitor} {callback.best_score:.4g}"
                 print(f"checkpoints: {self.run_dir / 'checkpoints'}{best}")
+        self._print_signatures()
 
     def _save_config(self) -> None:
         parser = self._parser("fit")
@@ -236,11 +237,22 @@ class SparseCLI(LightningCLI):
             return
         metrics = {k: float(v) for result in results for k, v in result.items()}
         path = self.run_dir / f"{command}.json"
+        signatures = self._signatures()
+        signed = {"signatures": signatures} if signatures else {}
         with replacing(path) as file:
-            file.write(json.dumps({"checkpoint": str(self.ckpt_path), **metrics}, indent=2) + "\n")
+            file.write(json.dumps({"checkpoint": str(self.ckpt_path), **metrics, **signed}, indent=2) + "\n")
         stage = "val" if command == "validate" else command
         print_metrics(metrics, stage, f"{command} of {self.ckpt_path or 'an untrained model'}")
+        self._print_signatures()
         print(f"also in {path}")
+
+    def _signatures(self) -> dict[str, str]:
+        """How the model's metrics are made; see ``SparseModule.metric_signatures``."""
+        return dict(getattr(self.model, "metric_signatures", {}))
+
+    def _print_signatures(self) -> None:
+        for name, signature in self._signatures().items():
+            print(f"{name}: {signature}")
 
     def _stream(self) -> Iterator[str] | None:
         """What the model has to say line by line, if it can: ``predict_stream(datamodule)`` gives it, or None.

@@ -355,6 +355,16 @@ def test_compare_says_whether_the_difference_is_significant(config, tmp_path, ca
 # ---- evaluation
 
 
+def test_the_signature_stands_beside_the_score(config, tmp_path, capsys):
+    argv = ["test", "--config", config, "--run_dir", str(tmp_path / "run"), "--ckpt_path", "none"]
+    assert moesaic([*argv, "--trainer.limit_test_batches", "1", "--model.decode.method", "greedy"]) == 0
+    signature = "nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:"
+    written = json.loads((tmp_path / "run" / "test.json").read_text())
+    assert written["signatures"]["bleu"].startswith(signature)
+    assert f"bleu: {signature}" in capsys.readouterr().out
+    assert signature in (tmp_path / "run" / "report" / "signatures.txt").read_text()
+
+
 @pytest.mark.parametrize("val_decode, methods", [("greedy", ["greedy", "beam"]), ("as_test", ["beam", "beam"])])
 def test_how_validation_and_test_are_translated(data, tmp_path, monkeypatch, val_decode, methods):
     module = translator(data, val_decode=val_decode, decode=DecodeConfig(beam_size=2, num_best=2), report=None)
