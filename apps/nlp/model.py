@@ -140,7 +140,7 @@ class TranslationModel(_Decoding):
         moe: the MoE layer in place of the FFN of the chosen layers; None: a dense model.
         encoder_moe_layers, decoder_moe_layers: which layers: "everyN", "lastN", "all", "none" or indices, as
             ``apps.blocks.resolve_blocks`` has them; "every2" is layers 1, 3, 5, ... In a dense model: which layers
-            ``replaced_hidden_dim`` is for.
+            ``replaced_hidden_dim`` is for; without it they are not asked.
         replaced_hidden_dim: FFN hidden dim of those layers in a dense model; None: that of the others.
 
     Raises:
@@ -171,11 +171,13 @@ class TranslationModel(_Decoding):
         shape = config.shape
         self.source_vocab = source_vocab
         self.target_vocab = source_vocab if target_vocab is None else target_vocab
-        self.encoder_moe_layers = resolve_blocks(
-            encoder_moe_layers, shape.encoder_layers, option="encoder_moe_layers", optional=True
-        )
-        self.decoder_moe_layers = resolve_blocks(
-            decoder_moe_layers, shape.decoder_layers, option="decoder_moe_layers", optional=True
+        plain = moe is None and replaced_hidden_dim is None
+        self.encoder_moe_layers, self.decoder_moe_layers = (
+            () if plain else resolve_blocks(layers, depth, option=f"{stack}_moe_layers", optional=True)
+            for stack, layers, depth in (
+                ("encoder", encoder_moe_layers, shape.encoder_layers),
+                ("decoder", decoder_moe_layers, shape.decoder_layers),
+            )
         )
         if moe is not None and not self.encoder_moe_layers and not self.decoder_moe_layers:
             raise ValueError("encoder_moe_layers and decoder_moe_layers name no layer: leave moe out for a dense model")
@@ -301,7 +303,10 @@ class LanguageModel(_Decoding):
         _check(moe, replaced_hidden_dim, vocab=vocab)
         self.config, self.moe, self.vocab = config, moe, vocab
         shape = config.shape
-        self.moe_layers = resolve_blocks(moe_layers, shape.decoder_layers, option="moe_layers", optional=True)
+        plain = moe is None and replaced_hidden_dim is None
+        self.moe_layers = (
+            () if plain else resolve_blocks(moe_layers, shape.decoder_layers, option="moe_layers", optional=True)
+        )
         if moe is not None and not self.moe_layers:
             raise ValueError(f"moe_layers={moe_layers!r} names no layer: leave moe out for a dense model")
         self.embed = nn.Embedding(vocab, shape.dim, padding_idx=PAD_ID)
