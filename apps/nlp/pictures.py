@@ -248,7 +248,7 @@ def learning_curves(panels: Mapping[str, Sequence[Curve]], title: str, best: str
     Args:
         panels: name of the vertical axis to its curves; one without curves is left out.
         title: of the figure.
-        best: label of the curves whose highest value is marked.
+        best: label of the curves whose highest value is marked, and told in the legend.
 
     Raises:
         ValueError: no curve.
@@ -259,14 +259,12 @@ def learning_curves(panels: Mapping[str, Sequence[Curve]], title: str, best: str
     fig = new_figure(3.5 * len(panels) + 0.3, 3.1)
     for axis, (name, curves) in zip(fig.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         for number, curve in enumerate(curves):
-            _curve(axis, curve, PALETTE[number % len(PALETTE)])
-            if curve.label == best and np.isfinite(curve.values).any():
+            label = curve.label
+            if label == best and np.isfinite(curve.values).any():
                 at = int(np.nanargmax(curve.values))
-                axis.plot(curve.steps[at], curve.values[at], "o", color="black", markersize=4)
-                below = (0, -4) if at > 0 else (6, -4)
-                note = f"best {curve.values[at]:.1f}"
-                place = {"xytext": below, "textcoords": "offset points", "ha": "right" if at else "left", "va": "top"}
-                axis.annotate(note, (curve.steps[at], curve.values[at]), fontsize=8, **place)  # type: ignore[arg-type]
+                label = f"{label}, best {curve.values[at]:.1f}"
+                axis.plot(curve.steps[at], curve.values[at], "o", color="black", markersize=4, zorder=3)
+            _curve(axis, curve, PALETTE[number % len(PALETTE)], label)
         axis.set_xlabel("step", fontsize=9)
         axis.set_title(name, fontsize=10)
         axis.tick_params(labelsize=8)
@@ -277,11 +275,11 @@ def learning_curves(panels: Mapping[str, Sequence[Curve]], title: str, best: str
     return fig
 
 
-def _curve(axis: Axes, curve: Curve, color: str) -> None:
+def _curve(axis: Axes, curve: Curve, color: str, label: str) -> None:
     lone = "o" if len(curve.values) == 1 else None
     if len(curve.values) <= 200:
-        axis.plot(curve.steps, curve.values, color=color, linewidth=1.5, marker=lone, label=curve.label)
+        axis.plot(curve.steps, curve.values, color=color, linewidth=1.5, marker=lone, label=label)
         return
     axis.plot(curve.steps, curve.values, color=color, linewidth=0.6, alpha=0.3)
     steps, values = ([part.mean() for part in np.array_split(x, 100)] for x in (curve.steps, curve.values))
-    axis.plot(steps, values, color=color, linewidth=1.5, label=curve.label)
+    axis.plot(steps, values, color=color, linewidth=1.5, label=label)

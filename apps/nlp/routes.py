@@ -138,15 +138,19 @@ def language_figure(use: ExpertUse) -> Any:
 
 
 def class_figure(use: ExpertUse) -> Any:
-    """Maps of ``CLASSES`` by experts. The colours end at the largest share of a class of the text itself."""
-    bands, top = [], 0.0
+    """Maps of ``CLASSES`` by experts. Few shares of the text itself are so large that they go beyond the colours."""
+    bands, usual = [], [np.zeros(1)]
     for side, layers in _sides(use.layers).items():
         class_V = use.classes_of(side)
         counts = [(layer, by_class(layer, class_V)) for layer in layers]
         bands.append(_maps(counts, CLASSES))
-        top = max(top, *(float(np.nan_to_num(shares(c[SPECIAL:])).max()) for _, c in counts))
+        # Classes of less than a hundredth are all on a few experts by chance.
+        usual += [shares(c[SPECIAL:][c[SPECIAL:].sum(1) * 100 >= c.sum()]).ravel() for _, c in counts]
     return pictures.expert_maps(
-        bands, "Which expert takes the subwords of a class (its share of all)", "share of the class's tokens, %", top
+        bands,
+        "Which expert takes the subwords of a class (its share of all)",
+        "share of the class's tokens, %",
+        top=float(np.quantile(np.concatenate(usual), 0.97)),
     )
 
 
@@ -233,7 +237,9 @@ def report_sentence(module: Any, sentence: TranslationBatch, number: int, folder
             Routes("decoder layer", read_pieces, experts["target"]),
         ]
         num_experts = max(len(entry.routing.tokens_per_expert_E) for entry in tape.entries)
-        figure = pictures.sentence_routes(sides, num_experts, f"{heading}: experts of each subword, by falling gate")
+        several = any((ids[:, 1:] < num_experts).any() for side in sides for ids in side.experts.values())
+        what = "experts of each subword, by falling gate" if several else "expert of each subword"
+        figure = pictures.sentence_routes(sides, num_experts, f"{heading}: {what}")
         written.append(_save(figure, folder / f"sentence_{number}_experts.png"))
     return written
 

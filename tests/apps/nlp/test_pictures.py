@@ -134,9 +134,9 @@ def test_curves_are_drawn_by_panel_and_the_best_score_is_marked():
     left, right = learning_curves({"loss": [loss], "none": [], "score": [bleu]}, "title", best="BLEU").axes
     assert [left.get_title(), right.get_title()] == ["loss", "score"]
     assert left.lines[0].get_ydata().tolist() == [3.0, 2.0, 1.0]
-    assert (right.lines[1].get_xdata(), right.lines[1].get_ydata()) == ([20], [9.25])
-    assert texts(right) == ["best 9.2"]
-    assert texts(left) == []
+    assert (right.lines[0].get_xdata(), right.lines[0].get_ydata()) == ([20], [9.25])
+    legends = [[t.get_text() for t in axis.get_legend().get_texts()] for axis in (left, right)]
+    assert legends == [["train"], ["BLEU, best 9.2"]]
 
 
 def test_a_long_curve_has_its_means_drawn_over_it():
