@@ -48,8 +48,14 @@ class WeightAverage(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         folder = self._folder(trainer)
-        if folder is None or not trainer.is_global_zero:
+        if folder is None:
             return
+        if trainer.is_global_zero:
+            self._find_kept(trainer, folder)
+        self.kept = trainer.strategy.broadcast(self.kept)
+
+    def _find_kept(self, trainer: Trainer, folder: Path) -> None:
+        """Bring the weights of the kept epochs here, and forget those that there are not."""
         came_from = None if trainer.ckpt_path is None else Path(str(trainer.ckpt_path)).parent / FOLDER
         for epoch in self.kept:
             here = _file(folder, epoch)

@@ -91,7 +91,6 @@ class Translator(SparseModule):
     """
 
     context_fields: ClassVar[tuple[str, ...]] = ("token_ids_BS", "task_ids_B", "domain_ids_B")
-    causal: ClassVar[bool] = True
     data_arguments: ClassVar[tuple[str, ...]] = ("subwords", "pairs")
     readout: ClassVar[tuple[str, ...]] = ("model.output",)
     monitor: ClassVar[str] = "val/bleu"
@@ -316,6 +315,11 @@ class Translator(SparseModule):
         return callbacks if self.report is None else [*callbacks, TranslationReport(self.report)]
 
     # ---- comparisons
+
+    @property
+    def causal(self) -> bool:  # type: ignore[override]
+        """Only a decoder's layers must not look ahead."""
+        return bool(self.model.decoder_moe_layers)
 
     def with_moe(self, moe: core.MoEConfig) -> Translator:
         return _twin(self, moe)

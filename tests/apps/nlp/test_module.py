@@ -241,6 +241,14 @@ def test_a_router_in_place_of_the_config_s(two):
         module.with_moe(core.MoEConfig(4, router=core.Task(num_tasks=10)))
 
 
+def test_only_a_decoder_must_be_causal(data):
+    ahead = core.MoEConfig(4, router=core.ExpertChoice(), expert=core.FFN(hidden_dim=16))
+    with pytest.raises(ValueError, match="causal"):
+        translator(data, ahead)
+    assert translator(data).causal
+    assert not translator(data, ahead, encoder_moe_layers="all", decoder_moe_layers="none").causal
+
+
 # ---- a step
 
 
