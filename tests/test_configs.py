@@ -12,6 +12,7 @@ from apps import routers, sources
 from apps.cli.train import build, quiet
 from apps.nlp.data import TranslationData
 from apps.nlp.subwords import SubwordConfig, train_subwords
+from apps.nlp.text import TextData
 from apps.recsys.data import TableData
 from apps.recsys.features import CategoricalFeature, ContinuousFeature, Features
 from apps.recsys.sequence.data import HistoryData
@@ -52,6 +53,7 @@ def no_data(monkeypatch) -> None:
     monkeypatch.setattr(HistoryData, "num_items", 50)
     subwords = train_subwords(["a dog runs"], ["ein Hund läuft"], SubwordConfig(vocab_size=300))
     monkeypatch.setattr(TranslationData, "subwords", subwords)
+    monkeypatch.setattr(TextData, "subwords", subwords)
 
 
 @pytest.mark.parametrize("path", WHOLE, ids=name)
