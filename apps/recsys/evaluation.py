@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from apps import plots
-from apps.files import replacing
 from apps.loader import batches_of_test
 from apps.recsys import checks, gating, pictures
 from apps.recsys.arrays import TableArrays, join
@@ -22,6 +20,7 @@ from apps.recsys.checks import Check
 from apps.recsys.figures import TaskFigures
 from apps.recsys.gating import ExpertUse, Gate, GateReader
 from apps.recsys.metrics import MultiTaskMetrics
+from apps.tables import print_table, write_csv
 
 _SHOWN = 20  # lines of a printed table; the CSV file has all
 
@@ -363,27 +362,3 @@ def _block_use(block: str, use: Sequence[ExpertUse], gates: Sequence[Gate], task
         {n: np.array([u.weights.get(n, math.nan) for u in mine]) for n in names},
         {n: (g.entropy, g.mean_entropy) for n, g in zip(names, own, strict=True)},
     )
-
-
-def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
-    """Write ``rows`` under all their keys, whole or not at all."""
-    keys = list(dict.fromkeys(key for row in rows for key in row))
-    with replacing(path, newline="") as file:
-        writer = csv.DictWriter(file, keys)
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
-
-
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A rich table on standard output."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(title=escape(title), title_justify="left")
-    for number, column in enumerate(columns):
-        table.add_column(escape(column), justify="left" if not number else "right", no_wrap=not number)
-    for row in rows:
-        table.add_row(*map(escape, row))
-    Console().print(table)

@@ -6,9 +6,8 @@ pictures and tables into the run's folder.
 
 from __future__ import annotations
 
-import csv
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,9 @@ from torch import Tensor, nn
 
 import core
 from apps import plots
-from apps.files import replacing
 from apps.loader import batches_of_test
 from apps.routed import expert_label_counts, expert_of_token
+from apps.tables import print_table, write_csv
 
 # ---- few-shot linear evaluation
 
@@ -479,25 +478,3 @@ def displayed(images: np.ndarray, trainer: Trainer) -> np.ndarray:
         return np.clip(images * np.asarray(std, dtype=np.float32) + np.asarray(mean, dtype=np.float32), 0.0, 1.0)
     low, high = images.min(), images.max()
     return (images - low) / max(high - low, 1e-12)
-
-
-def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
-    """Write ``rows`` under their common keys, whole or not at all."""
-    with replacing(path, newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
-
-
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A rich table on standard output."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left")
-    for column in columns:
-        table.add_column(column, justify="right")
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)
