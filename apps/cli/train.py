@@ -211,6 +211,7 @@ class SparseCLI(LightningCLI):
             if self.ckpt_path is None and (self.run_dir / "checkpoints").is_dir():
                 print(f"{self.run_dir} holds an earlier run; this one replaces it (--ckpt_path last goes on from it)")
             self._save_config()
+            self._save_signatures()
         start, first_step = time.monotonic(), self.trainer.global_step
         self.trainer.fit(**arguments)
         if not self.trainer.is_global_zero:
@@ -249,6 +250,13 @@ class SparseCLI(LightningCLI):
     def _signatures(self) -> dict[str, str]:
         """How the model's metrics are made; see ``SparseModule.metric_signatures``."""
         return dict(getattr(self.model, "metric_signatures", {}))
+
+    def _save_signatures(self) -> None:
+        """Beside the log of a training."""
+        signatures = self._signatures()
+        if signatures:
+            with replacing(self.run_dir / "signatures.json") as file:
+                file.write(json.dumps(signatures, indent=2) + "\n")
 
     def _print_signatures(self) -> None:
         for name, signature in self._signatures().items():

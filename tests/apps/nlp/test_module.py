@@ -344,6 +344,7 @@ def test_a_stopped_run_resumes_exactly(config, tmp_path):
     for checkpoint in saved:
         del checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
     assert differences(*saved) == []
+    assert "tok:13a" in json.loads((tmp_path / "broken" / "signatures.json").read_text())["bleu"]
 
 
 def test_compare_says_whether_the_difference_is_significant(config, tmp_path, capsys):
