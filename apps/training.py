@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from lightning.pytorch import Callback, LightningModule
@@ -143,7 +143,8 @@ class SparseModule(LightningModule):
         taken = inspect.signature(type(self).__init__).parameters
         every = any(p.kind is p.VAR_KEYWORD for p in taken.values())
         # Without those of this constructor alone, which the subclass could not be made anew with.
-        plain = {k: to_plain(v) for k, v in self.hparams.items() if every or k in taken}
+        self._arguments = {k: v for k, v in self.hparams.items() if every or k in taken}
+        plain = {k: to_plain(v) for k, v in self._arguments.items()}
         self.hparams.clear()
         self._set_hparams(plain)
         self._hparams_initial = dict(plain)
@@ -226,6 +227,10 @@ class SparseModule(LightningModule):
 
     causal: ClassVar[bool] = False
     """A later token must not change an earlier one: routers that let it are not compared."""
+
+    def twin(self, **changed: Any) -> Self:
+        """The same module anew, untrained, but for the arguments in ``changed``."""
+        return type(self)(**{**self._arguments, **changed})
 
     def with_moe(self, moe: Any) -> SparseModule:
         """The same model, untrained, with other MoE layers: a configuration of ``moe_config``'s class."""

@@ -248,24 +248,6 @@ class MultiTaskRecommender(SparseModule):
     def with_moe(self, moe: core.MultiGateConfig) -> MultiTaskRecommender:
         return self.twin(shared=moe)
 
-    def twin(self, **changed: Any) -> MultiTaskRecommender:
-        """The same module anew, untrained, but for the arguments in ``changed``."""
-        own = {
-            "features": self.features,
-            "shared": self.shared_config,
-            "embedding": self.embedding,
-            "dense": self.dense,
-            "interaction": self.interaction,
-            "head": self.head,
-            "weighting": self.weighting_config,
-            "dropout": self.dropout,
-            "num_members": self.num_members,
-            "report": self.report,
-            "optimizer": self.optimizer_config,
-            "ema_decay": self.ema_decay,
-        }
-        return MultiTaskRecommender(**{**own, **changed})
-
 
 def masked_bce(logits: Tensor, label_Bt: Tensor) -> Tensor:
     """Mean binary cross-entropy of each task over the examples that have a label, (t,); 0 where none has.

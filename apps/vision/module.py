@@ -144,7 +144,7 @@ class VisionClassifier(SparseModule):
         return callbacks if self.report is None else [*callbacks, VisionReport(self.report)]
 
     def with_moe(self, moe: core.MoEConfig) -> VisionClassifier:
-        return _twin(self, moe)
+        return self.twin(moe=moe, replaced_hidden_dim=None)
 
     def baselines(self) -> Mapping[str, Baseline]:
         """Dense models of equal active FLOPs and of equal parameters; only the FFNs in place of experts are wider."""
@@ -192,23 +192,4 @@ class _Dense:
     width: int
 
     def __call__(self) -> VisionClassifier:
-        return _twin(self.sparse, None, self.width)
-
-
-def _twin(of: VisionClassifier, moe: core.MoEConfig | None, replaced_hidden_dim: int | None = None) -> VisionClassifier:
-    """``of`` anew, with other layers in the replaced blocks."""
-    return VisionClassifier(
-        vit=of.vit,
-        moe=moe,
-        moe_blocks=of.moe_blocks,
-        replaced_hidden_dim=replaced_hidden_dim,
-        image_size=of.image_size,
-        in_chans=of.in_chans,
-        num_classes=of.num_classes,
-        label_smoothing=of.label_smoothing,
-        pretrained=of.pretrained,
-        grad_checkpointing=of.grad_checkpointing,
-        optimizer=of.optimizer_config,
-        ema_decay=of.ema_decay,
-        report=of.report,
-    )
+        return self.sparse.twin(moe=None, replaced_hidden_dim=self.width)

@@ -180,7 +180,7 @@ class NextItemRecommender(SparseModule):
                 raise ValueError(f"model.{name}={getattr(self, name)} does not fit the data, whose {name} is {found}")
 
     def with_moe(self, moe: core.MoEConfig) -> NextItemRecommender:
-        return _twin(self, self.sequence, moe)
+        return self.twin(moe=moe, replaced_hidden_dim=None)
 
     @property
     def replaced_blocks(self) -> tuple[str, ...]:
@@ -249,25 +249,4 @@ class _Dense:
 
     def __call__(self) -> NextItemRecommender:
         attention = dataclasses.replace(self.sparse.sequence, mixing="attention")
-        return _twin(self.sparse, attention, None, self.width)
-
-
-def _twin(
-    of: NextItemRecommender,
-    sequence: HistoryModelConfig,
-    moe: core.MoEConfig | None,
-    replaced_hidden_dim: int | None = None,
-) -> NextItemRecommender:
-    """``of`` anew, with other layers in its blocks."""
-    return NextItemRecommender(
-        num_items=of.num_items,
-        max_length=of.max_length,
-        sequence=sequence,
-        moe=moe,
-        moe_blocks=of.moe_blocks,
-        replaced_hidden_dim=replaced_hidden_dim,
-        exclude_seen=of.exclude_seen,
-        top_k=of.top_k,
-        optimizer=of.optimizer_config,
-        ema_decay=of.ema_decay,
-    )
+        return self.sparse.twin(sequence=attention, moe=None, replaced_hidden_dim=self.width)
