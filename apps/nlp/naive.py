@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apps.nlp.decode import DecodeConfig, Hypotheses, generator, max_positions
+from apps.nlp.decode import DecodeConfig, Hypotheses
+from apps.nlp.decode.sampling import generator
+from apps.nlp.decode.search import max_positions
 from apps.nlp.subwords import BOS_ID, EOS_ID, PAD_ID
 
 NextLogProbs = Callable[[list[int]], list[float]]
@@ -125,8 +127,7 @@ def beam(
         proposals = []
         for ids, total in hypotheses:
             log_p = next_log_probs(prompt + ids)
-            following = allowed(num_ids, len(log_p), limit, config)
-            proposals += [(total + log_p[i], ids, i) for i in sorted(following, key=lambda i: (-log_p[i], i))]
+            proposals += [(total + log_p[i], ids, i) for i in allowed(num_ids, len(log_p), limit, config)]
         proposals = [p for p in sorted(proposals, key=lambda p: -p[0]) if p[0] > -math.inf]
         finished += [
             (ids, total / (num_ids + 1) ** config.length_penalty) for total, ids, i in proposals[:k] if i == EOS_ID

@@ -14,18 +14,11 @@ from torch import Tensor, nn
 import core
 from apps.nlp import naive
 from apps.nlp.config import TransformerConfig
-from apps.nlp.decode import (
-    DecodeConfig,
-    generate_ids,
-    generator,
-    in_dtype,
-    sampling_probs,
-    score_ids,
-    translate_ids,
-)
+from apps.nlp.decode import DecodeConfig, generate_ids, in_dtype, score_ids, translate_ids
+from apps.nlp.decode.sampling import generator, sampling_probs
+from apps.nlp.decode.top import top_sums
 from apps.nlp.model import LanguageModel, TranslationModel
 from apps.nlp.subwords import BOS_ID, EOS_ID, PAD_ID, UNK_ID
-from apps.nlp.top import top_ids
 
 A, B = 4, 5
 VOCAB = 6
@@ -40,8 +33,12 @@ class State:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def select(self, index: Tensor) -> None:
+    def select(self, index: Tensor) -> State:
         self.rows = self.rows[index]
+        return self
+
+    def expand(self, copies: int) -> State:
+        return self.select(torch.arange(len(self)).repeat_interleave(copies))
 
 
 class Table(nn.Module):
@@ -59,8 +56,8 @@ class Table(nn.Module):
     def encode(self, source: Tensor, task: Tensor | None = None, domain: Tensor | None = None) -> Tensor:
         return source
 
-    def start(self, memory: Tensor, copies: int = 1) -> State:
-        return State(torch.zeros(len(memory) * copies))
+    def start(self, memory: Tensor) -> State:
+        return State(torch.zeros(len(memory)))
 
     def step(self, token: Tensor, cache: State) -> Tensor:
         assert len(token) == len(cache)
@@ -88,10 +85,8 @@ class Recurrent(nn.Module):
         real = (source != PAD_ID)[..., None].to(self.embed.dtype)
         return (self.embed[source] * real).sum(1) / real.sum(1).sqrt()
 
-    def start(self, memory: Tensor | int, task: Any = None, domain: Any = None, copies: int = 1) -> State:
-        if isinstance(memory, int):
-            memory = self.embed.new_zeros(memory, self.embed.shape[1])
-        return State(memory.repeat_interleave(copies, 0))
+    def start(self, memory: Tensor | int, task: Any = None, domain: Any = None) -> State:
+        return State(self.embed.new_zeros(memory, self.embed.shape[1]) if isinstance(memory, int) else memory)
 
     def _next(self, token: Tensor, state: Tensor) -> Tensor:
         return torch.tanh(state @ self.inner + self.embed[token])
@@ -179,7 +174,7 @@ def test_a_sentence_is_done_when_no_open_hypothesis_can_win():
     for penalty, steps in ((0.0, 2), (2.0, 3)):
         model = Table(PROBS)
         found(model, beam_size=2, length_penalty=penalty)
-        assert model.steps == [2] * steps
+        assert model.steps == [1, 2, 2][:steps]  # one row until the first choice
 
 
 def test_an_end_before_the_minimal_length_is_not_allowed():
@@ -449,22 +444,25 @@ def test_a_sentence_alone_is_translated_as_in_a_batch_of_64():
 
 
 @pytest.mark.parametrize("vocab", [5, 8, 63, 640, 1000, 1345])
-@pytest.mark.parametrize("m", [1, 2, 5])
-def test_the_largest_of_a_row_with_equals_by_id(vocab, m):
+@pytest.mark.parametrize(("k", "m"), [(1, 1), (1, 2), (2, 4), (5, 10)])
+def test_the_largest_sums_with_equals_by_row_and_id(vocab, k, m):
     g = torch.Generator().manual_seed(vocab)
     for values in (3, 50, 10**6):
-        x = torch.randint(values, (17, vocab), generator=g).double()
-        x[0] = x[1, 0]  # all equal
-        x[2, m:] = -math.inf  # hardly any
-        value, index = x.sort(stable=True, descending=True, dim=1)
-        top_value, top_index, tied = top_ids(x, m, exact=True)
-        assert torch.equal(top_value, value[:, :m])
-        assert torch.equal(top_index, index[:, :m])
+        x = torch.randint(values, (9, k, vocab), generator=g).double()
+        x[0] = x[1, 0, 0]  # all equal
+        x[2, :, m:] = -math.inf  # hardly any
+        score = torch.randint(values, (9, k), generator=g).double()
+        score[0] = 0.0
+        value, place = (x + score[..., None]).flatten(1).sort(stable=True, descending=True, dim=1)
+        exact_value, exact_place, tied = top_sums(x, score, m, exact=True)
+        assert torch.equal(exact_value, value[:, :m])
+        assert torch.equal(exact_place, place[:, :m])
         assert not tied.any()
-        fast_value, fast_index, tied = top_ids(x, m, exact=False)
+        fast_value, fast_place, tied = top_sums(x, score, m, exact=False)
         assert torch.equal(fast_value, value[:, :m])
-        assert torch.equal(fast_index[~tied], index[~tied, :m])
+        assert torch.equal(fast_place[~tied], place[~tied, :m])
         assert tied[0]
+        assert values < 10**6 or not tied[3:].any()
 
 
 def test_bfloat16_is_of_a_copy_and_scores_add_up_in_float32():

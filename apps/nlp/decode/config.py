@@ -1,0 +1,78 @@
+"""How a translation is searched for: the options."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """How a translation or a continuation is found.
+
+    Attributes:
+        method: "greedy": the best id each step; "beam"; "sample": each id is drawn.
+        beam_size: open hypotheses a sentence of "beam".
+        num_best: hypotheses a sentence that are returned, best first; of "sample", how many are drawn.
+        length_penalty: the score of a hypothesis is its sum of log p / length ** length_penalty; 0: the sum.
+        max_length_ratio, max_length_extra: a hypothesis has at most ``ratio * S + extra`` ids before its end, rounded
+            down; S are the source's or the prompt's ids with what marks its begin, its end and its language.
+        min_length: ids that it has at least; beats the maximum.
+        temperature: of "sample": logits are divided by it.
+        top_k: of "sample": draw from the k most probable ids; 0: from all.
+        top_p: of "sample": draw from the fewest most probable ids whose probabilities sum to p at least, after
+            temperature and ``top_k``; 1: from all.
+        seed: of "sample": a sentence's draws depend on it and on the sentence's number alone.
+        prune: finished sentences leave the batch.
+        dtype: "bfloat16": compute with the weights in bfloat16; scores add up in float32. None: as the model is.
+
+    Raises:
+        ValueError: a value out of its range.
+    """
+
+    method: Literal["greedy", "beam", "sample"] = "beam"
+    beam_size: int = 5
+    num_best: int = 1
+    length_penalty: float = 1.0
+    max_length_ratio: float = 2.0
+    max_length_extra: int = 10
+    min_length: int = 1
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    prune: bool = True
+    dtype: Literal["bfloat16"] | None = None
+
+    def __post_init__(self) -> None:
+        if self.method not in ("greedy", "beam", "sample"):
+            raise ValueError(f"method={self.method!r} is not one of greedy, beam, sample")
+        for name, least in (("beam_size", 1), ("num_best", 1), ("min_length", 0), ("top_k", 0), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+        for name in ("length_penalty", "max_length_ratio", "max_length_extra"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature={self.temperature} must be positive")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} is not in (0, 1]")
+        if self.method != "sample" and self.num_best > self.width:
+            raise ValueError(f"num_best={self.num_best} exceeds the {self.width} hypotheses of method={self.method}")
+        if self.dtype not in (None, "bfloat16"):
+            raise ValueError(f"dtype={self.dtype!r} is not bfloat16, or None for the model's own")
+
+    @property
+    def width(self) -> int:
+        """k, rows that a sentence has in the batch."""
+        return {"greedy": 1, "beam": self.beam_size, "sample": self.num_best}[self.method]
+
+    def max_length(self, source_length: int, most: int | None = None) -> int:
+        """Ids before the end that a hypothesis may have; ``most``: what the model can hold."""
+        length = max(int(self.max_length_ratio * source_length + self.max_length_extra), self.min_length)
+        return length if most is None else min(length, most)
+
+    def score(self, log_prob: float, num_ids: int) -> float:
+        """The score of a hypothesis of ``num_ids`` ids before its end."""
+        return log_prob / (num_ids + 1) ** self.length_penalty

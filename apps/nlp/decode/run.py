@@ -1,0 +1,124 @@
+"""Translations, continuations and scores of a model: what other code calls."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from apps.nlp.subwords import BOS_ID, PAD_ID
+
+from .config import DecodeConfig
+from .search import Hypotheses, search
+
+
+def translate_ids(
+    model: Any,
+    source_BS: Tensor,
+    config: DecodeConfig,
+    task_ids_B: Tensor | None = None,
+    domain_ids_B: Tensor | None = None,
+    index_B: Tensor | None = None,
+) -> Hypotheses:
+    """The translations of a batch.
+
+    Args:
+        model: a ``TranslationModel``, or what has its ``encode``, ``start`` and ``step``; evaluated without dropout,
+            whichever mode it is in. With ``config.dtype`` a copy of it is made, if it has not that dtype already: see
+            ``in_dtype``.
+        source_BS: int64 (B, S), as in ``TranslationBatch``.
+        config: how to search.
+        task_ids_B, domain_ids_B: int64 (B,), for the routing context.
+        index_B: int64 (B,), the sentences' numbers, which their random draws depend on; None: their places.
+
+    Raises:
+        ValueError: the model's log-probabilities are not finite.
+    """
+    if not len(source_BS):
+        return Hypotheses([], [])
+    with _evaluation(model, config.dtype) as model:
+        memory = model.encode(source_BS, task_ids_B, domain_ids_B)
+        cache = model.start(memory)
+        bos_B1 = torch.full_like(source_BS[:, :1], BOS_ID)
+        return search(model, cache, bos_B1, _lengths(source_BS), config, index_B)
+
+
+def generate_ids(
+    model: Any,
+    prompt_BL: Tensor,
+    config: DecodeConfig,
+    task_ids_B: Tensor | None = None,
+    domain_ids_B: Tensor | None = None,
+    index_B: Tensor | None = None,
+) -> Hypotheses:
+    """What a language model writes after each prompt: the ids that follow it, without the prompt's own.
+
+    Prompts are read a position at a time, in the steps of the search itself: shorter ones begin to write earlier.
+
+    Args:
+        model: a ``LanguageModel``, or what has its ``start`` and ``step``.
+        prompt_BL: int64 (B, L), as training texts begin, with ``BOS_ID``; padded with ``PAD_ID`` after its end.
+        config: how to search; S in its maximal length are the prompt's ids.
+        task_ids_B, domain_ids_B: int64 (B,), for the routing context.
+        index_B: int64 (B,), the prompts' numbers, which their random draws depend on; None: their places.
+
+    Raises:
+        ValueError: an empty prompt, or the model's log-probabilities are not finite.
+    """
+    if not len(prompt_BL):
+        return Hypotheses([], [])
+    lengths = _lengths(prompt_BL)
+    if min(lengths) < 1:
+        raise ValueError(f"prompt {lengths.index(min(lengths))} is empty: it needs one id at least, such as BOS_ID")
+    with _evaluation(model, config.dtype) as model:
+        cache = model.start(len(prompt_BL), task_ids_B, domain_ids_B)
+        return search(model, cache, prompt_BL, lengths, config, index_B)
+
+
+def score_ids(
+    model: Any,
+    source_BS: Tensor,
+    target_BL: Tensor,
+    task_ids_B: Tensor | None = None,
+    domain_ids_B: Tensor | None = None,
+) -> Tensor:
+    """(B,), the sum of log p of each given translation, its end included: ``target_BL`` as in ``TranslationBatch``."""
+    said_BL = target_BL[:, 1:]
+    with _evaluation(model) as model:
+        logits_BLV = model(source_BS, target_BL[:, :-1], task_ids_B, domain_ids_B)
+        logits_BLV = logits_BLV if logits_BLV.dtype == torch.float64 else logits_BLV.float()
+        log_prob_BL = logits_BLV.log_softmax(-1).gather(-1, said_BL[..., None]).squeeze(-1)
+        return log_prob_BL.masked_fill(said_BL == PAD_ID, 0.0).sum(1)
+
+
+def in_dtype(model: nn.Module, dtype: str | None) -> nn.Module:
+    """A copy of the model with its weights in ``dtype``; the model itself where they are, or ``dtype`` is None.
+
+    The functions here do it by themselves; with many batches, do it once before them.
+    """
+    weight = next(iter(model.parameters()), None)
+    if dtype is None or weight is None or weight.dtype == getattr(torch, dtype):
+        return model
+    return copy.deepcopy(model).to(getattr(torch, dtype))
+
+
+@contextlib.contextmanager
+def _evaluation(model: nn.Module, dtype: str | None = None) -> Iterator[Any]:
+    """The model without dropout and without gradients; afterwards each part is in its mode again."""
+    model = in_dtype(model, dtype)
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield model
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _lengths(ids_BL: Tensor) -> list[int]:
+    return (ids_BL != PAD_ID).sum(1).tolist()

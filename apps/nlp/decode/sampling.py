@@ -1,0 +1,73 @@
+"""A step of sampling, and what the draws come from."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from apps.nlp.subwords import EOS_ID
+
+from .choice import Choice
+from .config import DecodeConfig
+
+
+def drawn(log_prob_bkV: Tensor, score_bk: Tensor, draw_bk: Tensor, config: DecodeConfig) -> Choice:
+    """A step of sampling: each row by itself, or each of k from the only one."""
+    k = draw_bk.shape[1]
+    log_prob_bkV, score_bk = log_prob_bkV.expand(-1, k, -1), score_bk.expand(-1, k)
+    cumulative_bkV = sampling_probs(log_prob_bkV.double(), config).cumsum(-1)
+    # The first id whose cumulative probability exceeds the draw: never one of probability 0.
+    target_bk1 = draw_bk[..., None] * cumulative_bkV[..., -1:]
+    token_bk = torch.searchsorted(cumulative_bkV, target_bk1, right=True).squeeze(-1)
+    token_bk = torch.minimum(token_bk, cumulative_bkV.argmax(-1))
+    total_bk = score_bk + log_prob_bkV.gather(-1, token_bk[..., None]).squeeze(-1)
+    ends_bk = token_bk == EOS_ID
+    row_bk = torch.arange(k, device=score_bk.device).repeat(len(token_bk), 1)
+    closed_bk, open_bk = total_bk.masked_fill(~ends_bk, -math.inf), total_bk.masked_fill(ends_bk, -math.inf)
+    return Choice(token_bk, row_bk, open_bk, closed_bk, row_bk)
+
+
+def sampling_probs(logits: Tensor, config: DecodeConfig) -> Tensor:
+    """(..., V), what an id is drawn with: 0 outside ``top_k`` and ``top_p``, where equals go to the lower ids.
+
+    Args:
+        logits: (..., V), logits or log-probabilities; -inf for what is not allowed.
+        config: its temperature, ``top_k`` and ``top_p``.
+    """
+    logits = logits / config.temperature
+    if config.top_k == 0 and config.top_p == 1:
+        return logits.softmax(-1)
+    sorted_logits, order = logits.sort(stable=True, dim=-1, descending=True)
+    if config.top_k:
+        sorted_logits[..., config.top_k :] = -math.inf
+    probs = sorted_logits.softmax(-1)
+    before = probs.cumsum(-1) - probs
+    probs = probs.masked_fill(before >= config.top_p, 0.0)
+    return torch.zeros_like(probs).scatter(-1, order, probs / probs.sum(-1, keepdim=True))
+
+
+def draws(config: DecodeConfig, spans: Sequence[tuple[int, int]], numbers: Sequence[int]) -> Tensor:
+    """float64 (B, k, steps), uniform in [0, 1): of each sentence by a generator of its own, so that neither batch mates
+    nor pruning change what it draws.
+
+    Args:
+        config: its seed, and k.
+        spans: of each sentence, the step of its first draw and how many there may be.
+        numbers: the sentences' numbers.
+    """
+    k = config.width
+    draw_BkT = torch.zeros(len(spans), k, max(start + count for start, count in spans), dtype=torch.float64)
+    for draw_kT, (start, count), number in zip(draw_BkT, spans, numbers, strict=True):
+        own_Tk = torch.rand(count, k, generator=generator(config.seed, number), dtype=torch.float64)
+        draw_kT[:, start : start + count] = own_Tk.T
+    return draw_BkT
+
+
+def generator(seed: int, number: int) -> torch.Generator:
+    """What the draws of a sentence come from; the sentence's number is its line's, or its place in the batch."""
+    # A generator on the CPU heeds 32 bits of its seed: both numbers must be mixed into them.
+    return torch.Generator().manual_seed(zlib.crc32(f"{seed} {number}".encode()))

@@ -1,0 +1,197 @@
+"""The loop that all methods share: from next-token logits to finished hypotheses."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apps.nlp.subwords import BOS_ID, EOS_ID, PAD_ID
+
+from .beam import ranked
+from .choice import Choice, Report
+from .config import DecodeConfig
+from .sampling import drawn, draws
+
+
+@dataclass(frozen=True)
+class Hypotheses:
+    """The best hypotheses of B sentences.
+
+    Attributes:
+        ids: for each sentence its ``num_best`` best, best first; ids without the end. Fewer where there are fewer.
+        scores: their scores.
+    """
+
+    ids: list[list[list[int]]]
+    scores: list[list[float]]
+
+    @property
+    def best(self) -> list[list[int]]:
+        """The ids of each sentence's best."""
+        return [ids[0] for ids in self.ids]
+
+
+@dataclass
+class Sentence:
+    """What is known of a sentence outside the device.
+
+    Attributes:
+        prompt: ids that its hypotheses begin with.
+        limit: ids it may have before its end.
+        steps: of each step from the first choice on, the chosen ids and the rows they go on from.
+        finished: scores and ids of its finished hypotheses, in the order they were.
+        done: nothing more is asked of it.
+    """
+
+    prompt: list[int]
+    limit: int
+    steps: list[tuple[list[int], list[int]]] = field(default_factory=list)
+    finished: list[tuple[float, list[int]]] = field(default_factory=list)
+    done: bool = False
+
+    @property
+    def start(self) -> int:
+        """The step of its first choice; those before read its prompt."""
+        return len(self.prompt) - 1
+
+    def ids(self, row: int) -> list[int]:
+        """The ids that lead to a row, without the prompt."""
+        found = []
+        for ids, parents in reversed(self.steps):
+            found.append(ids[row])
+            row = parents[row]
+        return found[::-1]
+
+    def advance(self, report: Report, config: DecodeConfig) -> None:
+        """Take in what a step chose."""
+        num_ids = len(self.steps)
+        for log_prob, parent in zip(report.closed_score, report.closed_parent, strict=True):
+            if log_prob > -math.inf:
+                self.finished.append((config.score(log_prob, num_ids), self.ids(int(parent))))
+        self.steps.append(([int(i) for i in report.token], [int(i) for i in report.parent]))
+        best_open = max(report.score)
+        self.done = len(self.finished) >= config.width or num_ids >= self.limit or not best_open > -math.inf
+        if not self.done and len(self.finished) >= config.num_best:
+            worst = sorted((score for score, _ in self.finished), reverse=True)[config.num_best - 1]
+            self.done = config.score(best_open, self.limit) <= worst
+
+    def best(self, num_best: int) -> list[tuple[float, list[int]]]:
+        """The best finished hypotheses; of equal scores the one that was finished first."""
+        return sorted(self.finished, key=lambda hypothesis: -hypothesis[0])[:num_best]
+
+
+def search(
+    model: Any, cache: Any, prompt_BL: Tensor, lengths: Sequence[int], config: DecodeConfig, index_B: Tensor | None
+) -> Hypotheses:
+    """The loop that all methods share. ``lengths`` are what a sentence's limit is of.
+
+    A sentence has one row in the batch until its first choice is made, and then k rows side by side.
+    """
+    k, device = config.width, prompt_BL.device
+    prompts = [[i for i in row if i != PAD_ID] for row in prompt_BL.tolist()]
+    most = max_positions(model)
+    sentences = [
+        Sentence(prompt, config.max_length(length, None if most is None else most - len(prompt)))
+        for prompt, length in zip(prompts, lengths, strict=True)
+    ]
+    first = min(s.start for s in sentences)
+    for t in range(first):
+        model.step(_column(prompts, t, device), cache)
+    draw_BkT = None
+    if config.method == "sample":
+        numbers = range(len(sentences)) if index_B is None else index_B.tolist()
+        draw_BkT = draws(config, [(s.start, s.limit + 1) for s in sentences], numbers).to(device)
+    token_R, in_batch = _column(prompts, first, device), list(range(len(sentences)))
+    score_bk = torch.zeros(len(sentences), 1, device=device)
+    for step in itertools.count(first):
+        logits_RV = model.step(token_R, cache)
+        # In place: written anew, it takes twice as long.
+        log_prob_bkV = torch.log_softmax(logits_RV, -1, out=logits_RV).unflatten(0, (len(in_batch), -1))
+        score_bk = score_bk.to(log_prob_bkV.dtype)
+        waiting = [sentences[i] for i in in_batch]
+        _restrict(log_prob_bkV, waiting, step, config)
+        for exact in (False, True):
+            if draw_BkT is not None:
+                choice = drawn(log_prob_bkV, score_bk, draw_BkT[:, :, step], config)
+            else:
+                choice = ranked(log_prob_bkV, score_bk, k, exact)
+            _read_prompts(choice, waiting, step, config.method)
+            reports, tied = choice.reports()
+            if not tied:
+                break
+        for sentence, report in zip(waiting, reports, strict=True):
+            if step >= sentence.start and not sentence.done:
+                sentence.advance(report, config)
+        if all(s.done for s in waiting):
+            break
+
+        token_bk, score_bk = choice.token_bk, choice.score_bk
+        row_bk = torch.arange(len(token_bk) * k, device=device).view(-1, k)
+        if step == first:
+            cache = cache.expand(k)
+        else:
+            row_bk = row_bk - row_bk % k + choice.parent_bk
+        kept = [place for place, s in enumerate(waiting) if not (config.prune and s.done)]
+        leaves = len(kept) < len(in_batch)
+        if leaves:
+            kept_b = torch.tensor(kept, device=device)
+            token_bk, score_bk, row_bk = token_bk[kept_b], score_bk[kept_b], row_bk[kept_b]
+            draw_BkT = None if draw_BkT is None else draw_BkT[kept_b]
+            in_batch = [in_batch[place] for place in kept]
+        # A row that is no hypothesis is padding: it is not routed.
+        token_R = token_bk.masked_fill(score_bk == -math.inf, PAD_ID).flatten()
+        if leaves or (config.method == "beam" and k > 1 and step > first):  # else each row goes on from itself
+            cache = cache.select(row_bk.flatten())
+    best = [s.best(config.num_best) for s in sentences]
+    for i, found in enumerate(best):
+        if not found:
+            raise ValueError(f"sentence {i} of the batch has no end with a finite log-probability")
+    return Hypotheses([[ids for _, ids in found] for found in best], [[score for score, _ in found] for found in best])
+
+
+def _column(prompts: Sequence[Sequence[int]], t: int, device: torch.device) -> Tensor:
+    """int64 (B,), the prompts' ids at position t."""
+    return torch.tensor([prompt[t] for prompt in prompts], device=device)
+
+
+def _restrict(log_prob_bkV: Tensor, sentences: Sequence[Sentence], step: int, config: DecodeConfig) -> None:
+    """Set to -inf what may not come next, in place."""
+    log_prob_bkV[..., PAD_ID] = log_prob_bkV[..., BOS_ID] = -math.inf
+    too_short, too_long = [], []
+    for place, sentence in enumerate(sentences):
+        if step - sentence.start >= sentence.limit:
+            too_long.append(place)
+        elif step - sentence.start < config.min_length:
+            too_short.append(place)
+    if too_short:
+        at = slice(None) if len(too_short) == len(sentences) else too_short
+        log_prob_bkV[at, :, EOS_ID] = -math.inf
+    if too_long:
+        end_bk = log_prob_bkV[too_long, :, EOS_ID]
+        log_prob_bkV[too_long] = -math.inf
+        log_prob_bkV[too_long, :, EOS_ID] = end_bk
+
+
+def _read_prompts(choice: Choice, sentences: Sequence[Sentence], step: int, method: str) -> None:
+    """In place of what was chosen, the next id of the prompts that are not read yet."""
+    reading = [place for place, sentence in enumerate(sentences) if step < sentence.start]
+    if not reading:
+        return
+    device, k = choice.token_bk.device, choice.token_bk.shape[1]
+    token_b = torch.tensor([sentences[place].prompt[step + 1] for place in reading], device=device)
+    choice.token_bk[reading] = token_b[:, None]
+    choice.parent_bk[reading] = torch.arange(k, device=device)
+    choice.closed_score_bk[reading] = choice.score_bk[reading] = -math.inf
+    choice.score_bk[reading, : k if method == "sample" else 1] = 0.0
+
+
+def max_positions(model: Any) -> int | None:
+    """Ids that the model's decoder can read; None: any number."""
+    config = getattr(model, "config", None)
+    return config.max_length if config is not None and config.positions == "learned" else None
