@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import core
 from apps.nlp.config import TransformerConfig
-from apps.training import Baseline
+from apps.training import Baseline, SparseModule
 from apps.widths import SolvedWidth, ffn_widths, same_width
 
 
@@ -29,8 +30,8 @@ def baseline_widths(
     return ffn_widths("dense", dim, flops, params, tolerance, gated=transformer.gated, bias=transformer.bias)
 
 
-def dense_baselines(sparse: Any, widths: Mapping[str, SolvedWidth], build: Any) -> Mapping[str, Baseline]:
-    """Dense models of ``widths``; ``build(sparse, width)`` makes one when it is called."""
+def dense_baselines(sparse: Any, widths: Mapping[str, SolvedWidth]) -> Mapping[str, Baseline]:
+    """Dense twins of ``sparse``, a module of this app, with FFNs of ``widths`` in place of its experts."""
     found: dict[str, Baseline] = {}
     for name, solved in widths.items():
         twin = next((n for n, b in found.items() if b.build and same_width(solved.width, widths[n].width)), None)
@@ -41,5 +42,16 @@ def dense_baselines(sparse: Any, widths: Mapping[str, SolvedWidth], build: Any) 
             found[name] = Baseline(None, f"coincides with {twin}: {replaced}, there {widths[twin].width}")
         else:
             elsewhere = sparse.transformer.shape.hidden_dim
-            found[name] = Baseline(build(sparse, solved.width), f"{replaced}, {elsewhere} elsewhere")
+            found[name] = Baseline(_Dense(sparse, solved.width), f"{replaced}, {elsewhere} elsewhere")
     return found
+
+
+@dataclass(frozen=True)
+class _Dense:
+    """Makes the dense twin of ``sparse``. A class and not a closure: it pickles into another process."""
+
+    sparse: SparseModule
+    width: int
+
+    def __call__(self) -> SparseModule:
+        return self.sparse.twin(moe=None, replaced_hidden_dim=self.width)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -236,37 +235,10 @@ class LanguageModeler(SparseModule):
         check_subwords(self.subwords, getattr(self._data(), "subwords", None))
 
     def with_moe(self, moe: core.MoEConfig) -> LanguageModeler:
-        return _twin(self, moe)
+        return self.twin(moe=moe, replaced_hidden_dim=None)
 
     def baselines(self) -> Mapping[str, Baseline]:
         """Dense models of equal active FLOPs and of equal parameters; only the FFNs in place of experts are wider."""
         if self.moe is None:
             return {}
-        return dense_baselines(self, baseline_widths(self.moe, self.transformer), _Dense)
-
-
-@dataclass(frozen=True)
-class _Dense:
-    """Makes the dense twin of ``sparse``. A class and not a closure: it pickles into another process."""
-
-    sparse: LanguageModeler
-    width: int
-
-    def __call__(self) -> LanguageModeler:
-        return _twin(self.sparse, None, self.width)
-
-
-def _twin(of: LanguageModeler, moe: core.MoEConfig | None, replaced_hidden_dim: int | None = None) -> LanguageModeler:
-    """``of`` anew, with other layers in place of its replaced ones."""
-    return LanguageModeler(
-        subwords=of.subwords,
-        transformer=of.transformer,
-        moe=moe,
-        moe_layers=of.moe_layers,
-        replaced_hidden_dim=replaced_hidden_dim,
-        label_smoothing=of.label_smoothing,
-        decode=of.decode,
-        optimizer=of.optimizer_config,
-        ema_decay=of.ema_decay,
-        average_last=of.average_last,
-    )
+        return dense_baselines(self, baseline_widths(self.moe, self.transformer))

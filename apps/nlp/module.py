@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -322,13 +321,13 @@ class Translator(SparseModule):
         return bool(self.model.decoder_moe_layers)
 
     def with_moe(self, moe: core.MoEConfig) -> Translator:
-        return _twin(self, moe)
+        return self.twin(moe=moe, replaced_hidden_dim=None)
 
     def baselines(self) -> Mapping[str, Baseline]:
         """Dense models of equal active FLOPs and of equal parameters; only the FFNs in place of experts are wider."""
         if self.moe is None:
             return {}
-        return dense_baselines(self, baseline_widths(self.moe, self.transformer), _Dense)
+        return dense_baselines(self, baseline_widths(self.moe, self.transformer))
 
 
 def task_numbers(pairs: Sequence[str], tasks: Tasks) -> tuple[list[int], list[int]]:
@@ -403,36 +402,3 @@ def per_sentence(scores: TargetScores, real_BL: Tensor) -> Foreseen:
 def read_ids(target_BL: Tensor) -> Tensor:
     """(B, L - 1), what the decoder reads: all but the end, after which there is nothing to say."""
     return target_BL[:, :-1].masked_fill(target_BL[:, 1:] == PAD_ID, PAD_ID)
-
-
-@dataclass(frozen=True)
-class _Dense:
-    """Makes the dense twin of ``sparse``. A class and not a closure: it pickles into another process."""
-
-    sparse: Translator
-    width: int
-
-    def __call__(self) -> Translator:
-        return _twin(self.sparse, None, self.width)
-
-
-def _twin(of: Translator, moe: core.MoEConfig | None, replaced_hidden_dim: int | None = None) -> Translator:
-    """``of`` anew, with other layers in place of its replaced ones."""
-    return Translator(
-        subwords=of.subwords,
-        pairs=of.pairs,
-        transformer=of.transformer,
-        moe=moe,
-        encoder_moe_layers=of.encoder_moe_layers,
-        decoder_moe_layers=of.decoder_moe_layers,
-        replaced_hidden_dim=replaced_hidden_dim,
-        tasks=of.tasks,
-        label_smoothing=of.label_smoothing,
-        decode=of.decode,
-        val_decode=of.val_decode,
-        bleu_tokenize=of.bleu_tokenize,
-        optimizer=of.optimizer_config,
-        ema_decay=of.ema_decay,
-        average_last=of.average_last,
-        report=of.report,
-    )
