@@ -44,10 +44,15 @@ class Memory:
 class Cache:
     """Keys and values of R rows, which stand in groups of K copies: row ``n * K + k`` is copy k of sentence n.
 
-    A sentence's copies share what is kept of it. Its K newest keys lie side by side, each copy attends to all that the
-    K have written, and a mask hides those that are not its own past. So reordering the copies of a sentence moves a
-    table of small numbers and no keys; the wider product costs less than moving them (figures in ``attention``).
-    Keys move when a sentence leaves.
+    A sentence's copies share what is kept of its source. What they have read themselves lies side by side, position by
+    position: each copy attends to all that the K have written, and a mask hides what is not its own past. So reordering
+    the copies of a sentence moves a table of small numbers and no keys, and its products are few and wide. Keys move
+    when a sentence leaves.
+
+    Tried instead: rows by themselves, of which only those were copied whose past another row goes on from too. With 32
+    sentences of 5 copies, half of the rows with random parents, decoding took one core, for 12, 20 and 40 positions,
+    163, 272, 601 ms against 131, 222, 559 ms at D = 128 and 4 layers, and as long as this at D = 512 and 6 layers
+    (1.5, 2.5, 5.3 s). Moving all rows at each step would add 1 ms of 12 at 20 positions (7.5 ms of 125).
 
     Attributes:
         length: T, positions kept.
