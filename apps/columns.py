@@ -184,7 +184,7 @@ def open_or_write(folder: Path, cache: Path, write: Callable[[ColumnWriter], Non
     Raises:
         DataError: the cache cannot be written, or the disk is full.
     """
-    if (files := _open(folder)) is not None:
+    if (files := open_whole(folder)) is not None:
         return files
     from filelock import FileLock
 
@@ -199,7 +199,7 @@ def open_or_write(folder: Path, cache: Path, write: Callable[[ColumnWriter], Non
             "set cache_dir (--data.cache_dir) to a folder that can"
         ) from error
     try:
-        if (files := _open(folder)) is not None:  # another process has made it meanwhile
+        if (files := open_whole(folder)) is not None:  # another process has made it meanwhile
             return files
         log.info("encoding into %s", folder)
         with ColumnWriter.open(folder) as writer:
@@ -209,7 +209,8 @@ def open_or_write(folder: Path, cache: Path, write: Callable[[ColumnWriter], Non
         waiting.release()
 
 
-def _open(folder: Path) -> ColumnFiles | None:
+def open_whole(folder: Path) -> ColumnFiles | None:
+    """The arrays of ``folder``; None where there are none, or they are damaged."""
     if not folder.is_dir():
         return None
     try:

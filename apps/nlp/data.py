@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -85,6 +85,9 @@ class TranslationData(LightningDataModule):
         batch = next(iter(data.train_dataloader()))
         batch.source_BS, batch.target_BL
     """
+
+    from_checkpoint: ClassVar[tuple[str, ...]] = ("subwords", "pairs")
+    """Arguments that the command line takes from a checkpoint where they are not given."""
 
     def __init__(
         self,
@@ -332,13 +335,14 @@ class TranslationData(LightningDataModule):
             made_from = [
                 [[identity(files) for files, _ in found], [asdict(corpus) for corpus in self.corpora], self.pairs],
                 [asdict(self.filters), self.split_seed, self.subset],
-                self._given.digest if self._given is not None else asdict(self.tokenizer),
             ]
 
             def write(writer: ColumnWriter) -> None:
                 self._write(writer, [read() for _, read in found], cache)
 
-            self._files = open_encoded(self.dataset, made_from, cache, write)
+            self._files = open_encoded(
+                self.dataset, made_from, cache, write, tokenizer=self.tokenizer, given=self._given
+            )
         return self._files
 
     def _write(self, writer: ColumnWriter, rows: list[Any], cache: Path) -> None:
@@ -362,6 +366,7 @@ class TranslationData(LightningDataModule):
             {
                 "left_out": dict(collected.left_out),
                 "subwords": {"models": subwords.models, "languages": subwords.languages},
+                "digest": subwords.digest,
             }
         )
 

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from apps.columns import ColumnFiles, ColumnWriter, open_or_write
+from apps.columns import ColumnFiles, ColumnWriter, open_or_write, open_whole
 from apps.nlp.batch import TranslationBatch
 from apps.nlp.corpora import SentencePairs
-from apps.nlp.subwords import BOS_ID, EOS_ID, PAD_ID, Side, Subwords
+from apps.nlp.subwords import BOS_ID, EOS_ID, PAD_ID, Side, SubwordConfig, Subwords
 
 FORMAT = 1
 """Of the encoded files; a new number makes every corpus be encoded anew."""
@@ -38,14 +39,25 @@ _CHUNK = 10_000  # sentences encoded at a time
 _SIDES: tuple[Side, Side] = ("source", "target")
 
 
-def open_encoded(name: str, made_from: Any, cache: Path, write: Callable[[ColumnWriter], None]) -> ColumnFiles:
+def open_encoded(
+    name: str,
+    made_from: Any,
+    cache: Path,
+    write: Callable[[ColumnWriter], None],
+    *,
+    tokenizer: SubwordConfig,
+    given: Subwords | None,
+) -> ColumnFiles:
     """The files in ``cache/text`` that were made from this, by this code; written if they are not there.
 
     Args:
         name: of the corpus, for people who look into the folder.
         made_from: plain values that change when what is encoded does.
         cache: the cache's folder.
-        write: fills the writer.
+        write: fills the writer, and ends with the digest of the subwords in the files' ``info``.
+        tokenizer: how the subwords are learned.
+        given: those that are used in their place. Files serve whose subwords were learned and are the same: those of a
+            checkpoint, where it was trained.
 
     Raises:
         DataError: the cache cannot be written, or the disk is full.
@@ -54,8 +66,17 @@ def open_encoded(name: str, made_from: Any, cache: Path, write: Callable[[Column
     code = hashlib.sha256()
     for path in sorted(p for pattern in _CODE for p in here.glob(pattern)):
         code.update(path.read_bytes())
-    key = json.dumps([FORMAT, code.hexdigest(), name, made_from], sort_keys=True)
-    return open_or_write(cache / "text" / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}", cache, write)
+
+    def folder(subwords: Any) -> Path:
+        key = json.dumps([FORMAT, code.hexdigest(), name, made_from, subwords], sort_keys=True)
+        return cache / "text" / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+
+    learned = folder(asdict(tokenizer))
+    if given is None:
+        return open_or_write(learned, cache, write)
+    files = open_whole(learned)
+    same = files is not None and files.info.get("digest") == given.digest
+    return files if files is not None and same else open_or_write(folder(given.digest), cache, write)
 
 
 def identity(files: Iterable[Path]) -> list[list[Any]]:

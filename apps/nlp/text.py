@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -118,6 +118,9 @@ class TextData(LightningDataModule):
         batch = next(iter(data.train_dataloader()))
         batch.tokens_BL     # (32, 257)
     """
+
+    from_checkpoint: ClassVar[tuple[str, ...]] = ("subwords",)
+    """Arguments that the command line takes from a checkpoint where they are not given."""
 
     def __init__(
         self,
@@ -232,12 +235,13 @@ class TextData(LightningDataModule):
                 def read() -> dict[str, list[list[str]]]:
                     return self._read_corpus(rows())
 
-            made_from = [
-                [identity(files), self.language, self.document, self.val_size, self.test_size, self.split_seed],
-                self._given.digest if self._given is not None else asdict(self.tokenizer),
-            ]
             self._files = open_encoded(
-                self.dataset, made_from, cache, lambda writer: self._write(writer, read(), cache)
+                self.dataset,
+                [identity(files), self.language, self.document, self.val_size, self.test_size, self.split_seed],
+                cache,
+                lambda writer: self._write(writer, read(), cache),
+                tokenizer=self.tokenizer,
+                given=self._given,
             )
         return self._files
 
@@ -297,7 +301,7 @@ class TextData(LightningDataModule):
             writer.save(f"{split}_ids", stream)
             words = sum(len(line.split()) for line in text)
             sizes[split] = TextSize(len(text), len(stream) - 1, words, sum(len(line.encode()) for line in text))
-        writer.finish({"subwords": subwords.models, "sizes": sizes})
+        writer.finish({"subwords": subwords.models, "digest": subwords.digest, "sizes": sizes})
 
     def _check_options(self) -> None:
         names = ["text", *NLP_DATASETS]
