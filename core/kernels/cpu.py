@@ -12,12 +12,15 @@ Decisions, each measured at T=4096, D=512 on 2 cores with ``benchmarks/layer.py`
   are its neighbours'; what they would add to a weight gradient is set to zero, and of the rest nothing is read.
 - The gate's gradient comes from the activation side, ``<dy w_out^T, h> + <dy, b_out>`` (arXiv 2512.14080, section 3),
   so only ``x`` and the pre-activations are kept.
+- With few rows, as in a step of decoding, kernel starts are what counts: gather, activation, gate and sum are done once
+  for all experts. 160 rows, D=128, F=256, forward, one core: 0.35 against 0.46 ms at E=8, 2.2 against 3.1 ms at E=64.
 - A token's rows are summed in float32, block by block from cache; in half precision the gate rides on the conversion.
   Writing all rows out and summing them with ``embedding_bag`` was slower: 33 MB of fresh pages cost 20 ms.
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -29,6 +32,8 @@ from .pages import large_pages
 
 BLOCK = 512
 TILE = 32
+FEW = 2**18
+"""Numbers that the hidden layer of all rows may have to be computed at once: 1 MB, which stays in cache."""
 
 
 def supports(device_type: str, dtype: torch.dtype) -> bool:
@@ -138,6 +143,9 @@ def _cpu_expert_ffn(
 ) -> tuple[Tensor, Tensor, Tensor]:
     R, width, D_out = gates_R.shape[0], w_in.shape[-1], w_out.shape[-1]
     act, tile = ACTIVATIONS[activation], _tile(x.dtype)
+    if not keep and tile == 1 and R * max(width, x.shape[-1]) <= FEW:
+        y = _few_rows(x, row_index_R, offsets_E, gates_R, w_in, w_out, b_in, b_out, w_gate, activation)
+        return y, x.new_empty(0, width), x.new_empty(0, width)
     index_R = None if row_index_R is None else _past_the_end(row_index_R, tile)
     x_full = _past_the_end(x, tile) if index_R is None else x
     gates = gates_R.unsqueeze(-1)
@@ -160,6 +168,43 @@ def _cpu_expert_ffn(
         y_b = h @ w_out[e] if b_out is None else torch.addmm(b_out[e], h, w_out[e])
         total.add(index_R, start, end, y_b[: end - start], gates[start:end])
     return total.result(), pre, pre_gate
+
+
+def _few_rows(
+    x: Tensor,
+    row_index_R: Tensor | None,
+    offsets_E: Tensor,
+    gates_R: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    b_in: Tensor | None,
+    b_out: Tensor | None,
+    w_gate: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """The same, layer by layer, and in a layer expert by expert."""
+    act, ends = ACTIVATIONS[activation], [0, *offsets_E.tolist()]
+    runs = [(e, start, end) for e, (start, end) in enumerate(itertools.pairwise(ends)) if end > start]
+    index_r = None if row_index_R is None else row_index_R[: ends[-1]]
+    x_rD = x[: ends[-1]] if index_r is None else x.index_select(0, index_r)
+
+    def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        out = rows.new_empty(rows.shape[0], weight.shape[-1])
+        for e, start, end in runs:
+            if bias is None:
+                torch.mm(rows[start:end], weight[e], out=out[start:end])
+            else:
+                torch.addmm(bias[e], rows[start:end], weight[e], out=out[start:end])
+        return out
+
+    a = product(x_rD, w_in, b_in)
+    h = act(a) if w_gate is None else act(product(x_rD, w_gate, None)).mul_(a)
+    y_rD = product(h, w_out, b_out).mul_(gates_R[: ends[-1], None])
+    y = y_rD.new_zeros(x.shape[0], y_rD.shape[-1])
+    if index_r is None:
+        y[: ends[-1]] = y_rD
+        return y
+    return y.index_add_(0, index_r, y_rD)
 
 
 @_cpu_expert_ffn.register_fake

@@ -161,6 +161,28 @@ def test_cpu_equals_the_oracle_past_its_own_block_size():
     assert_same(p.run("cpu", torch.float32), p.run("eager", torch.float64), FLOAT32)
 
 
+@pytest.mark.parametrize("few", [0, cpu.FEW])
+@pytest.mark.parametrize("expert", EXPERTS)
+@pytest.mark.parametrize("tokens", [0, 1, 7, 600])
+def test_cpu_without_gradients_equals_the_oracle(monkeypatch, few, expert, tokens):
+    """Few rows are computed for all experts at once, more by blocks; with some pairs dropped and two idle experts."""
+    monkeypatch.setattr(cpu, "FEW", few)
+    p = problem(tokens, expert=expert, load="empty")
+    y = {}
+    for name, dtype in (("cpu", torch.float32), ("eager", torch.float64)):
+        placed = eager.sort_pairs(p.expert_ids_TK.flatten(), eager.count_experts(p.expert_ids_TK.flatten(), 4))
+        weights = {k: w.to(dtype) for k, w in p.weights.items()}
+        gates_R, index_R = p.gates_TK.flatten().to(dtype)[placed.order_R], placed.order_R // 2
+        by_index = BACKENDS[name].expert_ffn(
+            p.x.to(dtype), index_R, placed.offsets_E, gates_R, **weights, activation=p.activation
+        )
+        gathered = BACKENDS[name].expert_ffn(
+            p.x.to(dtype)[index_R], None, placed.offsets_E, gates_R, **weights, activation=p.activation
+        )
+        y[name] = {"y": by_index.double(), "rows": gathered.double()}
+    assert_same(y["cpu"], y["eager"], FLOAT32)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_pairs_in_any_order_give_the_same_as_token_major_ones(backend):
     p = problem(50, expert="gelu+bias")
