@@ -205,6 +205,10 @@ class SparseModule(LightningModule):
         """The differences between two systems' ``examples_of_test``, the most important first."""
         return []
 
+    def side_by_side(self, systems: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+        """Lines that show some examples as each system has them, by its heading; empty: there is nothing to read."""
+        return ""
+
     moe_config: core.MoEConfig | core.MultiGateConfig | None = None
     """The MoE layers' configuration, for a comparison of routers; None: there is none."""
 

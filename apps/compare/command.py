@@ -360,8 +360,13 @@ def _report(
         *(f"{name}: {signature}." for name, signature in signatures.items()),
         *([f"Command: `{command}`"] if command else []),
     ]
-    page = write_text(output / "table.md", table.markdown(title, summary, facts))
+    # Of the first seed of each system that kept any.
+    kept = {label(name): of_seeds[0] for name, of_seeds in done["examples"].items() if of_seeds and of_seeds[0]}
+    read = module.side_by_side(kept) if SPARSE in kept else ""
+    page = write_text(output / "table.md", table.markdown(title, summary, facts, read))
     table.show(title, summary)
+    if read:
+        print(f"\n{read}")
     files = tuple(p for p in (page, path, picture) if p is not None)
     print("\n".join(["", "written:", *(f"  {p}" for p in files)]))
     return Outcome(summary, output, experiment.arguments, files, done["checkpoints"])

@@ -180,8 +180,8 @@ def tables(summary: Summary) -> list[list[list[str]]]:
     return [*found, router_cells(summary)] if summary.routers() else found
 
 
-def markdown(title: str, summary: Summary, facts: Sequence[str]) -> str:
-    """The table with its sentences, notes and legend as a Markdown page."""
+def markdown(title: str, summary: Summary, facts: Sequence[str], read: str = "") -> str:
+    """The table with its sentences, notes and legend as a Markdown page; ``read``: examples, as they are."""
     lines = [f"# {title}"]
     for table in tables(summary):
         lines += ["", "| " + " | ".join(table[0]) + " |", "|" + " --- |" + " ---: |" * (len(table[0]) - 1)]
@@ -191,6 +191,7 @@ def markdown(title: str, summary: Summary, facts: Sequence[str]) -> str:
     if examples:
         lines += [*(f"{line}  " for line in examples), ""]
     lines += [f"- {note}" for note in [*notes(summary), *legend(summary), *facts]]
+    lines += ["", "```", read, "```"] if read else []
     return "\n".join(lines) + "\n"
 
 

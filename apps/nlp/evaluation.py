@@ -186,6 +186,28 @@ def _print_samples(
         print(f"  reference   {s.reference}\n  hypothesis  {s.hypothesis}")
 
 
+def side_by_side(systems: Mapping[str, Sequence[Mapping[str, Any]]], count: int) -> str:
+    """``count`` test sentences, at equal steps through those that all systems have: source, reference, translations.
+
+    Args:
+        systems: of each system's heading, what ``Translator.examples_of_test`` gives.
+        count: sentences.
+    """
+    translations = {name: {s["index"]: s for s in own} for name, own in systems.items()}
+    first = next(iter(translations.values()), {})
+    shared = sorted(index for index in first if all(index in own for own in translations.values()))
+    width = max((len(name) for name in (*systems, "reference")), default=0) + 2
+    lines: list[str] = []
+    count = min(count, len(shared))
+    for number in range(count):
+        index = shared[number * len(shared) // count]
+        given = first[index]
+        lines += ["", f"{given['pair']}, line {index + 1}"]
+        lines += [f"  {key:<{width}}{given[key]}" for key in ("source", "reference") if key in given]
+        lines += [f"  {name:<{width}}{own[index]['hypothesis']}" for name, own in translations.items()]
+    return "\n".join(lines[1:])
+
+
 def write_sentences(
     path: Path, sentences: Sequence[Sentence], pairs: Sequence[str], sources: Sequence[str] | None
 ) -> Path:

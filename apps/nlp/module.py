@@ -16,7 +16,7 @@ from apps.nlp.baselines import baseline_widths, dense_baselines
 from apps.nlp.batch import TranslationBatch
 from apps.nlp.config import TransformerConfig
 from apps.nlp.decode import DecodeConfig, Hypotheses, in_dtype, translate_ids
-from apps.nlp.evaluation import ReportConfig, TranslationReport
+from apps.nlp.evaluation import ReportConfig, TranslationReport, side_by_side
 from apps.nlp.metrics import Sentence, TranslationMetrics, scorer, signatures
 from apps.nlp.model import TranslationModel
 from apps.nlp.predict import predict_lines
@@ -268,6 +268,10 @@ class Translator(SparseModule):
         from apps.nlp.significance import compare_sentences
 
         return compare_sentences(mine, other, self.pairs, self.bleu_tokenize)
+
+    def side_by_side(self, systems: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+        """Sentences at equal steps through the test set, with each system's translation."""
+        return side_by_side(systems, 0 if self.report is None else self.report.samples)
 
     def predict_step(self, batch: TranslationBatch, batch_idx: int) -> Translations:
         """The translation of each source; an empty line stays one."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from apps.nlp.evaluation import ReportConfig, breakdown, length_groups, report
+from apps.nlp.evaluation import ReportConfig, breakdown, length_groups, report, side_by_side
 from apps.nlp.metrics import Sentence, corpus_score, scorer
 
 PAIRS = ("en-de", "en-fr")
@@ -102,3 +102,29 @@ def test_one_pair_has_no_mean_and_sources_may_be_unknown(tmp_path, capsys):
 def test_wrong_options(options, message):
     with pytest.raises(ValueError, match=message):
         ReportConfig(**options)
+
+
+def test_translations_stand_side_by_side_line_by_line():
+    def own(*hypotheses):
+        return [
+            {"index": i, "pair": "en-de", "source": f"s{i}", "reference": f"r{i}", "hypothesis": h}
+            for i, h in enumerate(hypotheses)
+        ]
+
+    # Of four lines that both have, two: the first and, two further, the third. A fifth that one has alone is none.
+    shown = side_by_side({"sparse": own("a", "b", "c", "d", "e"), "dense, equal FLOPs": own("A", "B", "C", "D")}, 2)
+    assert shown.splitlines() == [
+        "en-de, line 1",
+        "  source              s0",
+        "  reference           r0",
+        "  sparse              a",
+        "  dense, equal FLOPs  A",
+        "",
+        "en-de, line 3",
+        "  source              s2",
+        "  reference           r2",
+        "  sparse              c",
+        "  dense, equal FLOPs  C",
+    ]
+    assert side_by_side({"sparse": own("a")}, 0) == ""
+    assert side_by_side({"sparse": []}, 3) == ""
