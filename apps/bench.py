@@ -6,6 +6,7 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from apps.cli import UsageError
 
@@ -26,10 +27,15 @@ def main(argv: Sequence[str]) -> int:
         return 0
     if argv[0] not in names:
         raise UsageError(f"{argv[0]!r} is no benchmark; there is {', '.join(names)}")
-    spec = importlib.util.spec_from_file_location(f"benchmarks.{argv[0]}", FOLDER / f"{argv[0]}.py")
+    return int(load(argv[0]).main(list(argv[1:])) or 0)
+
+
+def load(name: str) -> Any:
+    """The module ``benchmarks/NAME.py``, which no package holds."""
+    spec = importlib.util.spec_from_file_location(f"benchmarks.{name}", FOLDER / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
-    return int(module.main(list(argv[1:])) or 0)
+    return module
