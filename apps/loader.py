@@ -285,6 +285,11 @@ def in_order(
     )
 
 
+def overfits(trainer: Any) -> bool:
+    """Whether Lightning's ``overfit_batches`` is on, which wants the same few batches each epoch; None: no trainer."""
+    return trainer is not None and getattr(trainer, "overfit_batches", 0) > 0
+
+
 def as_it_is(batch: Any) -> Any:
     """A batch that ``__getitems__`` has made. A function of the module, so that worker processes can be sent it."""
     return batch

@@ -358,6 +358,17 @@ class SparseModule(LightningModule):
 
     # ---- set-up and log
 
+    def _data(self) -> Any:
+        """The trainer's data module; None without one."""
+        return None if self._trainer is None else getattr(self._trainer, "datamodule", None)
+
+    def _check_data_arguments(self) -> None:
+        """Refuse data that say otherwise of ``data_arguments`` than the model's attributes of these names."""
+        for name in self.data_arguments:
+            found = getattr(self._data(), name, None)
+            if found is not None and found != getattr(self, name):
+                raise ValueError(f"model.{name}={getattr(self, name)} does not fit the data, whose {name} is {found}")
+
     def setup(self, stage: str) -> None:
         metrics: Any = self.build_metrics()
         if metrics is not None and not len(self._stage_metrics):

@@ -176,8 +176,9 @@ def rows_of(seconds: dict[str, list[float]], base: str) -> list[dict[str, Any]]:
     return rows
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="decode", description=(__doc__ or "").split("\n\n")[0])
+def arguments(program: str, doc: str | None, argv: list[str] | None) -> argparse.Namespace:
+    """The options of a benchmark beside transformers, whose threads are set."""
+    parser = argparse.ArgumentParser(prog=program, description=(doc or "").split("\n\n")[0])
     parser.add_argument("--experts", type=int, nargs="+", default=[8, 64], help="E of the sparse layers")
     parser.add_argument("--peers", nargs="+", choices=sorted(NAMES), default=["switch", "nllb"])
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds, after one warm-up")
@@ -192,11 +193,15 @@ def main(argv: list[str] | None = None) -> int:
     except ImportError:
         parser.error("this benchmark needs transformers, which is no part of moesaic: pip install transformers")
     transformers.logging.set_verbosity_error()
+    print(f"{machine_line()}, transformers {transformers.__version__}\n")
+    return args
 
+
+def main(argv: list[str] | None = None) -> int:
+    args = arguments("decode", __doc__, argv)
     equal = DecodeConfig(beam_size=BEAM, min_length=TARGET, max_length_ratio=0.0, max_length_extra=TARGET)
     spread = DecodeConfig(beam_size=BEAM, max_length_ratio=1.0, max_length_extra=0)
     lengths = caption_lengths()
-    print(f"{machine_line()}, transformers {transformers.__version__}\n")
     print(f"{SENTENCES} sentences of {SOURCE} ids to {TARGET} ids, beam {BEAM}; 4 + 4 layers, D={DIM}, F={HIDDEN}")
     print("\n| E | system | sentences/s (quartiles) | moesaic over it |\n|---|---|---|---|")
     rows: list[dict[str, Any]] = []

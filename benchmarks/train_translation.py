@@ -11,11 +11,8 @@ within a round.
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -66,22 +63,7 @@ def their_run(pair: Any, source_BS: Tensor, target_BL: Tensor) -> Callable[[], A
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="train_translation", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--experts", type=int, nargs="+", default=[8, 64], help="E of the sparse layers")
-    parser.add_argument("--peers", nargs="+", choices=sorted(decode.NAMES), default=["switch", "nllb"])
-    parser.add_argument("--rounds", type=int, default=7, help="timed rounds, after one warm-up")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads")
-    parser.add_argument("--json", type=Path, help="write all rows to this file too")
-    args = parser.parse_args(argv)
-    if args.rounds < 1 or args.threads < 1:
-        parser.error(f"--rounds {args.rounds} and --threads {args.threads} must be at least 1")
-    torch.set_num_threads(args.threads)
-    try:
-        import transformers
-    except ImportError:
-        parser.error("this benchmark needs transformers, which is no part of moesaic: pip install transformers")
-    transformers.logging.set_verbosity_error()
-    print(f"{machine_line()}, transformers {transformers.__version__}\n")
+    args = decode.arguments("train_translation", __doc__, argv)
     print(f"{SENTENCES} sentences of {LENGTH} ids on both sides; tokens of both sides\n")
     print("| E | system | thousand tokens/s (quartiles) | moesaic over it |\n|---|---|---|---|")
     source_BS, target_BL = decode.sources([LENGTH] * SENTENCES), decode.sources([LENGTH + 1] * SENTENCES)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import core
+from apps.baselines import DenseTwin, dense_baselines
 from apps.nlp.config import TransformerConfig
-from apps.training import Baseline, SparseModule
-from apps.widths import SolvedWidth, ffn_widths, same_width
+from apps.training import Baseline
+from apps.widths import SolvedWidth, ffn_widths
 
 
 def baseline_widths(
@@ -30,28 +31,11 @@ def baseline_widths(
     return ffn_widths("dense", dim, flops, params, tolerance, gated=transformer.gated, bias=transformer.bias)
 
 
-def dense_baselines(sparse: Any, widths: Mapping[str, SolvedWidth]) -> Mapping[str, Baseline]:
-    """Dense twins of ``sparse``, a module of this app, with FFNs of ``widths`` in place of its experts."""
-    found: dict[str, Baseline] = {}
-    for name, solved in widths.items():
-        twin = next((n for n, b in found.items() if b.build and same_width(solved.width, widths[n].width)), None)
-        replaced = f"FFN hidden dim {solved.width} in the replaced layers"
-        if solved.problem:
-            found[name] = Baseline(None, solved.problem)
-        elif twin is not None:
-            found[name] = Baseline(None, f"coincides with {twin}: {replaced}, there {widths[twin].width}")
-        else:
-            elsewhere = sparse.transformer.shape.hidden_dim
-            found[name] = Baseline(_Dense(sparse, solved.width), f"{replaced}, {elsewhere} elsewhere")
-    return found
-
-
-@dataclass(frozen=True)
-class _Dense:
-    """Makes the dense twin of ``sparse``. A class and not a closure: it pickles into another process."""
-
-    sparse: SparseModule
-    width: int
-
-    def __call__(self) -> SparseModule:
-        return self.sparse.twin(moe=None, replaced_hidden_dim=self.width)
+def dense_twins(sparse: Any) -> Mapping[str, Baseline]:
+    """Dense models of equal active FLOPs and of equal parameters as ``sparse``, a module of this app; only the FFNs in
+    place of experts are wider."""
+    if sparse.moe is None:
+        return {}
+    widths = baseline_widths(sparse.moe, sparse.transformer)
+    says = "FFN hidden dim {width} in the replaced layers"
+    return dense_baselines(widths, partial(DenseTwin, sparse), says, sparse.transformer.shape.hidden_dim)

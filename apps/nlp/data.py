@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from apps import sources
 from apps.columns import ColumnFiles, ColumnWriter
-from apps.loader import ResumableLoader, as_it_is, in_order
+from apps.loader import ResumableLoader, as_it_is, in_order, overfits
 from apps.nlp.batch import TranslationBatch
 from apps.nlp.batches import TokenBatches, by_length, cut_by_tokens
 from apps.nlp.corpora import SPLITS, Filters, Sizes, collect, parse_pairs
@@ -187,13 +187,11 @@ class TranslationData(LightningDataModule):
     def train_dataloader(self) -> ResumableLoader:
         pairs = self._train_pairs()
         source_N, target_N = (side.numpy() for side in pairs.lengths())
-        # Lightning's overfit_batches wants the same few batches each epoch
-        overfit = self.trainer is not None and getattr(self.trainer, "overfit_batches", 0) > 0
         return ResumableLoader(
             pairs,
             plan=TokenBatches(source_N, target_N, self.tokens_per_batch, pairs.groups().numpy(), self.temperature),
             seed=self.seed,
-            shuffle=not overfit,
+            shuffle=not overfits(self.trainer),
             collate_fn=as_it_is,
             draws=False,
             num_workers=self.num_workers,

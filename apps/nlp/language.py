@@ -12,7 +12,7 @@ from torchmetrics import Metric
 
 import core
 from apps.loss import linear_cross_entropy, target_scores
-from apps.nlp.baselines import baseline_widths, dense_baselines
+from apps.nlp.baselines import dense_twins
 from apps.nlp.config import TransformerConfig
 from apps.nlp.decode import DecodeConfig, Hypotheses, generate_ids, in_dtype
 from apps.nlp.metrics import gathered, perplexity, token_figures
@@ -227,9 +227,6 @@ class LanguageModeler(SparseModule):
 
     # ---- set-up and comparisons
 
-    def _data(self) -> Any:
-        return None if self._trainer is None else getattr(self._trainer, "datamodule", None)
-
     def setup(self, stage: str) -> None:
         super().setup(stage)
         check_subwords(self.subwords, getattr(self._data(), "subwords", None))
@@ -239,6 +236,4 @@ class LanguageModeler(SparseModule):
 
     def baselines(self) -> Mapping[str, Baseline]:
         """Dense models of equal active FLOPs and of equal parameters; only the FFNs in place of experts are wider."""
-        if self.moe is None:
-            return {}
-        return dense_baselines(self, baseline_widths(self.moe, self.transformer))
+        return dense_twins(self)

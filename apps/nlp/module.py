@@ -12,7 +12,7 @@ from torch import Tensor
 
 import core
 from apps.loss import TargetScores, linear_cross_entropy, target_scores
-from apps.nlp.baselines import baseline_widths, dense_baselines
+from apps.nlp.baselines import dense_twins
 from apps.nlp.batch import TranslationBatch
 from apps.nlp.config import TransformerConfig
 from apps.nlp.decode import DecodeConfig, Hypotheses, in_dtype, translate_ids
@@ -299,9 +299,6 @@ class Translator(SparseModule):
 
     # ---- set-up
 
-    def _data(self) -> Any:
-        return None if self._trainer is None else getattr(self._trainer, "datamodule", None)
-
     def setup(self, stage: str) -> None:
         super().setup(stage)
         data = self._data()
@@ -329,9 +326,7 @@ class Translator(SparseModule):
 
     def baselines(self) -> Mapping[str, Baseline]:
         """Dense models of equal active FLOPs and of equal parameters; only the FFNs in place of experts are wider."""
-        if self.moe is None:
-            return {}
-        return dense_baselines(self, baseline_widths(self.moe, self.transformer))
+        return dense_twins(self)
 
 
 def task_numbers(pairs: Sequence[str], tasks: Tasks) -> tuple[list[int], list[int]]:

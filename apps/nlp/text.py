@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from apps import sources
 from apps.columns import ColumnFiles, ColumnWriter
-from apps.loader import ResumableLoader, as_it_is, in_order
+from apps.loader import ResumableLoader, as_it_is, in_order, overfits
 from apps.nlp.corpora import SPLITS, Filters, Sizes, collect
 from apps.nlp.datasets import NLP_DATASETS, Corpus, find_corpus
 from apps.nlp.encoded import encode, identity, open_encoded
@@ -174,7 +174,8 @@ class TextData(LightningDataModule):
     # ---- Lightning
 
     def prepare_data(self) -> None:
-        self._open()
+        if self._given is None or self.text is None:
+            self._open()  # what is to be continued needs no corpus
 
     def setup(self, stage: str | None = None) -> None:
         if stage != "predict" and not self._told:
@@ -183,13 +184,11 @@ class TextData(LightningDataModule):
             log.info("%s: tokens of %s", self.dataset, sizes)
 
     def train_dataloader(self) -> ResumableLoader:
-        # Lightning's overfit_batches wants the same few batches each epoch
-        overfit = self.trainer is not None and getattr(self.trainer, "overfit_batches", 0) > 0
         return ResumableLoader(
             self._blocks("train"),
             self.batch_size,
             seed=self.seed,
-            shuffle=not overfit,
+            shuffle=not overfits(self.trainer),
             collate_fn=as_it_is,
             draws=False,
             num_workers=self.num_workers,

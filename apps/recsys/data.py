@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 
 from apps import sources
 from apps.columns import ColumnFiles
-from apps.loader import ResumableLoader, as_it_is, in_order
+from apps.loader import ResumableLoader, as_it_is, in_order, overfits
 from apps.recsys.cache import identity, open_table
 from apps.recsys.datasets import RECSYS_DATASETS
 from apps.recsys.features import CategoricalFeature, ContinuousFeature, Features
@@ -177,13 +177,11 @@ class TableData(LightningDataModule):
                 rank_zero_warn(warning)
 
     def train_dataloader(self) -> ResumableLoader:
-        # Lightning's overfit_batches wants the same few batches each epoch
-        overfit = self.trainer is not None and getattr(self.trainer, "overfit_batches", 0) > 0
         return ResumableLoader(
             self.rows("train"),
             self.batch_size,
             seed=self.seed,
-            shuffle=not overfit,
+            shuffle=not overfits(self.trainer),
             drop_last=self.drop_last,
             collate_fn=as_it_is,
             draws=False,

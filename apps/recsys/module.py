@@ -171,8 +171,7 @@ class MultiTaskRecommender(SparseModule):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        data = getattr(self.trainer, "datamodule", None)
-        found = getattr(data, "features", None)
+        found = getattr(self._data(), "features", None)
         if found is not None and found != self.features:
             raise ValueError(f"model.features does not fit the data: {_difference(self.features, found)}")
         if self.embedding.deferred and not getattr(self.trainer.strategy, "shards_tables", False):

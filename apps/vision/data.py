@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from apps import sources
-from apps.loader import ResumableLoader, in_order
+from apps.loader import ResumableLoader, in_order, overfits
 from apps.sources import Dataset, DebianPackage, File, PythonPackage, UrlSource
 from apps.vision.augment import (
     RANDAUGMENT_BINS,
@@ -474,13 +474,11 @@ class VisionData(LightningDataModule):
     def train_dataloader(self) -> ResumableLoader:
         self.setup()
         assert self._sets is not None
-        # Lightning's overfit_batches wants the same few batches each epoch
-        overfit = self.trainer is not None and getattr(self.trainer, "overfit_batches", 0) > 0
         return ResumableLoader(
             self._sets[0],
             self.batch_size,
             seed=self.seed,
-            shuffle=not overfit,
+            shuffle=not overfits(self.trainer),
             drop_last=self.drop_last,
             collate_fn=self._collate(train=True),  # type: ignore[arg-type]  # __getitems__ stacks
             num_workers=self.num_workers,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch.nn.functional as F
@@ -13,10 +13,11 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 import core
+from apps.baselines import DenseTwin, dense_baselines
 from apps.training import Baseline, OptimizerConfig, SparseModule, TaskOutput
 from apps.vision.evaluation import ReportConfig, VisionReport, hard_labels
 from apps.vision.model import ViTConfig, VMoE, load_pretrained_weights
-from apps.widths import SolvedWidth, ffn_widths, same_width
+from apps.widths import SolvedWidth, ffn_widths
 
 _REPORT = ReportConfig()
 
@@ -133,11 +134,7 @@ class VisionClassifier(SparseModule):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        data = getattr(self.trainer, "datamodule", None)
-        for name in self.data_arguments:
-            found = getattr(data, name, None)
-            if found is not None and found != getattr(self, name):
-                raise ValueError(f"model.{name}={getattr(self, name)} does not fit the data, whose {name} is {found}")
+        self._check_data_arguments()
 
     def configure_callbacks(self) -> list[Callback]:
         callbacks = super().configure_callbacks()
@@ -151,17 +148,8 @@ class VisionClassifier(SparseModule):
         if self.moe is None:
             return {}
         widths = baseline_widths(self.moe, self.vit.dim, **self.moe_flops_arguments)
-        found: dict[str, Baseline] = {}
-        for name, solved in widths.items():
-            twin = next((n for n, b in found.items() if b.build and same_width(solved.width, widths[n].width)), None)
-            replaced = f"FFN hidden dim {solved.width} in the replaced blocks"
-            if solved.problem:
-                found[name] = Baseline(None, solved.problem)
-            elif twin is not None:
-                found[name] = Baseline(None, f"coincides with {twin}: {replaced}, there {widths[twin].width}")
-            else:
-                found[name] = Baseline(_Dense(self, solved.width), f"{replaced}, {self.vit.dense_hidden_dim} elsewhere")
-        return found
+        says = "FFN hidden dim {width} in the replaced blocks"
+        return dense_baselines(widths, partial(DenseTwin, self), says, self.vit.dense_hidden_dim)
 
 
 def baseline_widths(
@@ -182,14 +170,3 @@ def baseline_widths(
     """
     flops, params = moe.flops_per_token(dim, tokens_per_sequence=tokens_per_sequence), moe.num_params(dim)
     return ffn_widths("dense", dim, flops, params, tolerance)
-
-
-@dataclass(frozen=True)
-class _Dense:
-    """Makes the dense twin of ``sparse``. A class and not a closure: it pickles into another process."""
-
-    sparse: VisionClassifier
-    width: int
-
-    def __call__(self) -> VisionClassifier:
-        return self.sparse.twin(moe=None, replaced_hidden_dim=self.width)

@@ -111,6 +111,20 @@ class Pair:
         ours = [vocabulary.theirs[torch.tensor(ids, dtype=torch.int64)].tolist() for ids in found.best]
         return [row[:num] for row in cut], ours
 
+    def check_logits(self) -> None:
+        """The logits are equal but for what a dtype rounds."""
+        theirs, ours = self.logits()
+        if theirs.dtype == torch.float64:
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+        else:
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=2e-4)
+
+    def check_greedy(self) -> None:
+        """Both say the same, and not the same of everything."""
+        theirs, ours = self.greedy()
+        assert ours == theirs
+        assert len({tuple(ids) for ids in ours}) > 1
+
     def check_way_back(self) -> None:
         """Our model gives their state dict and their configuration."""
         config = self.theirs.config.to_dict()
@@ -147,6 +161,14 @@ class Pair:
         assert set(theirs.state_dict()) == set(state)
         for name, tensor in theirs.state_dict().items():
             assert torch.equal(tensor, state[name]), name
+
+
+def double(model: Any) -> Any:
+    """In float64, with its routers, whose scores are float32 otherwise."""
+    for module in model.modules():
+        if hasattr(module, "classifier"):
+            module.dtype = torch.float64
+    return model.double()
 
 
 def check_own(model: Any, their_class: Any, folder: Path, **options: Any) -> Pair:

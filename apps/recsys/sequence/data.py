@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from apps import sources
-from apps.loader import ResumableLoader, as_it_is, in_order
+from apps.loader import ResumableLoader, as_it_is, in_order, overfits
 from apps.recsys.datasets import RECSYS_DATASETS
 from apps.recsys.sequence import histories
 from apps.recsys.sequence.histories import Histories
@@ -209,13 +209,11 @@ class HistoryData(LightningDataModule):
 
     def train_dataloader(self) -> ResumableLoader:
         self.setup()
-        # Lightning's overfit_batches wants the same few batches each epoch
-        overfit = self.trainer is not None and getattr(self.trainer, "overfit_batches", 0) > 0
         return ResumableLoader(
             self._train_examples(),
             self.batch_size,
             seed=self.seed,
-            shuffle=not overfit,
+            shuffle=not overfits(self.trainer),
             drop_last=self.drop_last,
             collate_fn=as_it_is,
             num_workers=self.num_workers,

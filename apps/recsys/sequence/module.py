@@ -6,16 +6,18 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from torch import Tensor
 
 import core
+from apps.baselines import dense_baselines
 from apps.loss import linear_cross_entropy
 from apps.recsys.metrics import RankingMetrics
 from apps.recsys.sequence.model import HistoryModel, HistoryModelConfig, last_of
 from apps.training import Baseline, OptimizerConfig, SparseModule, TaskOutput
-from apps.widths import SolvedWidth, ffn_widths, same_width
+from apps.widths import SolvedWidth, ffn_widths
 
 CUTOFF = 10
 """Of the hit rate and the NDCG."""
@@ -168,16 +170,9 @@ class NextItemRecommender(SparseModule):
         name_Bk = [[str(i) if names is None else names[i] for i in row] for row in best.indices.tolist()]
         return NextItems(batch.index_B, batch.user_B, best.indices, name_Bk, best.values)
 
-    def _data(self) -> Any:
-        return None if self._trainer is None else getattr(self._trainer, "datamodule", None)
-
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        data = self._data()
-        for name in self.data_arguments:
-            found = getattr(data, name, None)
-            if found is not None and found != getattr(self, name):
-                raise ValueError(f"model.{name}={getattr(self, name)} does not fit the data, whose {name} is {found}")
+        self._check_data_arguments()
 
     def with_moe(self, moe: core.MoEConfig) -> NextItemRecommender:
         return self.twin(moe=moe, replaced_hidden_dim=None)
@@ -195,18 +190,9 @@ class NextItemRecommender(SparseModule):
         as wide as makes up for the experts and, where there is one, for the convolution with its gate."""
         if not self.replaced_blocks:
             return {}
-        found: dict[str, Baseline] = {}
         widths = baseline_widths(self.sequence, self.moe, len(self.model.moe_blocks), **self.moe_flops_arguments)
-        for name, (width, problem) in widths.items():
-            twin = next((n for n, b in found.items() if b.build and same_width(width, widths[n].width)), None)
-            note = f"attention and dense FFNs, hidden dim {width} in the replaced blocks"
-            if problem:
-                found[name] = Baseline(None, problem)
-            elif twin is not None:
-                found[name] = Baseline(None, f"coincides with {twin}: {note}, there {widths[twin].width}")
-            else:
-                found[name] = Baseline(_Dense(self, width), f"{note}, {self.sequence.dense_hidden_dim} elsewhere")
-        return found
+        says = "attention and dense FFNs, hidden dim {width} in the replaced blocks"
+        return dense_baselines(widths, partial(_Dense, self), says, self.sequence.dense_hidden_dim)
 
 
 def baseline_widths(
