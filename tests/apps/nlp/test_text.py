@@ -162,3 +162,12 @@ def test_files_that_are_no_text_are_refused_when_they_are_needed(root, content, 
     (root / "train.txt").unlink() if content is None else (root / "train.txt").write_bytes(content)
     with pytest.raises(ValueError, match=message):
         make(root).setup()
+
+
+def test_a_prompt_for_given_subwords_needs_no_corpus(root):
+    subwords = make(root).subwords
+    (root / "train.txt").unlink()
+    data = make(root, subwords=subwords, text="the dog")
+    data.prepare_data()
+    (batch,) = data.predict_dataloader()
+    assert batch.tokens_BL.tolist() == [[EOS_ID, *subwords.encode(["the dog"], "target")[0]]]
