@@ -1,0 +1,206 @@
+"""``moesaic compare`` as a user calls it; what is finished is not done again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from compared import ROOT, experiment, offers
+
+from apps import routers
+from apps.cli import main as moesaic
+from apps.compare import command, training
+
+
+def test_compare_end_to_end_and_again(config, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "out"
+    argv = ["compare", str(config), "--seeds", "2", "--output", str(output), "--rounds", "0", *offers(
+        "dense_equal_flops", "dense_double_equal_flops", "centroids"), "--model.further", '["top2"]']  # fmt: skip
+    stop_after, done = 4, []
+    real = training.train
+
+    def stopping(*args, **kwargs):
+        if len(done) == stop_after:
+            raise KeyboardInterrupt
+        done.append(args[1].name)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(command, "train", stopping)
+    assert moesaic(argv) == 130
+    assert f"To go on: moesaic compare {config}" in capsys.readouterr().err
+    stop_after = 99
+    assert moesaic(argv) == 0
+    # 3 rates of two systems, then 2 seeds of three: each once, the four before the stop not again.
+    assert len(done) == len(set(done)) == 12
+    out = capsys.readouterr().out
+    assert "left out: not called equal" in out.replace("\n", " ")
+    results = json.loads((output / "results.json").read_text())
+    assert results["seeds"] == [0, 1]
+    assert len(results["finals"]["centroids"]) == 2
+    assert results["summary"]["rows"][1]["system"]["replaced_ratio"] == 1.0
+    assert results["machine"]["torch"] == torch.__version__
+    assert (output / "quality_against_flops.png").stat().st_size > 5000
+    page = (output / "table.md").read_text()
+    assert "| test top1, % |" in page
+    (line,) = (line for line in page.splitlines() if line.startswith("| test top2, % |"))
+    assert line.endswith("| – |")  # the centroids know no second class
+
+    monkeypatch.setattr(command, "train", lambda *a: pytest.fail("trained again"))
+    assert moesaic(argv) == 0
+    assert json.loads((output / "results.json").read_text()) == results
+    capsys.readouterr()
+    assert moesaic([*argv, "--seeds", "3"]) == 1
+    assert "options.num_seeds: 2 saved, 3 now" in capsys.readouterr().err
+
+
+def test_the_examples_of_two_tests_are_compared_seed_by_seed(config, tmp_path, capsys):
+    output = tmp_path / "out"
+    argv = ["compare", str(config), "--seeds", "2", "--output", str(output), "--rounds", "0",
+            "--learning_rates", "0.01", *offers("dense_equal_flops", "centroids"),
+            "--model.keeps_examples", "true"]  # fmt: skip
+    assert moesaic(argv) == 0
+    found = json.loads((output / "results.json").read_text())
+    pairs = found["summary"]["examples"]
+    assert [(p["system"], p["seed"]) for p in pairs] == [("dense_equal_flops", 0), ("dense_equal_flops", 1)]
+    rows = {row["system"]["name"]: found["finals"][row["system"]["name"]] for row in found["summary"]["rows"]}
+    for seed, pair in enumerate(pairs):  # of 48 points
+        by_metric = [rows[name][seed]["test"]["test/top1"] for name in ("sparse", "dense_equal_flops")]
+        difference = pair["differences"][0]["difference"]
+        assert difference == pytest.approx(48 * (by_metric[0] - by_metric[1]))
+        line = f"Against dense, equal FLOPs, seed {seed}: right points difference {difference:+.2f} "
+        assert (
+            f"{line}[{difference - 1:+.2f}, {difference + 1:+.2f}], p = 0.500: not significant (counted)."
+            in (output / "table.md").read_text()
+        )
+    # Of parts of the examples on the page alone.
+    assert "right halves difference +0.00 [+0.00, +0.00], p = 0.010: significant" in (output / "table.md").read_text()
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "right points difference" in shown
+    assert "right halves" not in shown
+    assert found["signatures"] == {"top1": "micro"}
+    assert "- top1: micro." in (output / "table.md").read_text()
+
+
+def test_baselines_start_from_the_generators_state_alone(config):
+    tried = experiment(config)
+    heads = []
+    for system in ("sparse", "dense_equal_flops", "dense_equal_flops"):
+        torch.manual_seed(3)
+        heads.append(tried.module(system).embed.weight)
+    assert torch.equal(heads[0], heads[1])  # drawn first, in both
+    assert torch.equal(heads[1], heads[2])
+
+
+def test_workers_train_and_measure(config, tmp_path):
+    argv = [str(config), "--seeds", "2", "--learning_rates", "0.01", "--rounds", "1", "--jobs", "2"]
+    outcome = command.run_command([*argv, "--output", str(tmp_path / "two")])
+    alone = command.run_command([*argv[:-2], "--rounds", "0", "--output", str(tmp_path / "one")])
+    assert [r.test for r in outcome.summary.rows] == [r.test for r in alone.summary.rows]
+    assert outcome.summary.clock == "steps"
+    for row in outcome.summary.rows:
+        assert row.speed["train_examples_per_second"] > 0
+        assert row.speed["inference_examples_per_second"] > 0
+        assert row.speed["peak_memory_bytes"] > row.speed["base_memory_bytes"] > 0
+        assert row.speed["cost"]["replaced_flops_per_example"] == 4 * 576
+
+
+def test_a_workers_error_is_the_commands(config, tmp_path):
+    argv = [str(config), "--seeds", "2", "--learning_rates", "1", "--rounds", "0", "--jobs", "2"]
+    with pytest.raises(RuntimeError, match="the training loss is nan"):
+        command.run_command([*argv, "--output", str(tmp_path), "--model.explodes_from", "0.5"])
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--sedes", "3"], "--sedes is no option of moesaic compare"),
+        (["extra"], "extra is no option"),
+        (["--seeds", "0"], "seeds=0 must be at least 1"),
+        (["--jobs", "0"], "--jobs 0 must be at least 1"),
+        (["--baselines", "boosted"], "baseline 'boosted' is unknown: the module has dense_equal_flops"),
+        (["--trainer.max_epoch", "3"], "did you mean 'trainer.max_epochs'"),
+        (["--model.moe.num_experts", "1"], "top_k=2 exceeds num_experts=1"),
+        (["--trainer.fast_dev_run", "true"], "a comparison needs whole runs"),
+    ],
+)
+def test_bad_input_is_one_line(config, tmp_path, capsys, argv, message):
+    assert moesaic(["compare", str(config), "--output", str(tmp_path / "o"), *argv]) in (1, 2)
+    err = capsys.readouterr().err
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_compare_digits(tmp_path, capsys):
+    few = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2", "--trainer.limit_test_batches", "1"]
+    argv = ["compare", str(ROOT / "configs/vision/digits.yaml"), "--seeds", "2", "--learning_rates", "0.004"]
+    assert moesaic([*argv, "--rounds", "0", "--output", str(tmp_path / "digits"), *few]) == 0
+    assert "dense, equal parameters" in (tmp_path / "digits" / "table.md").read_text()
+    assert (tmp_path / "digits" / "quality_against_flops.png").exists()
+    assert "lightning" not in capsys.readouterr().err.lower()
+
+
+def overlay(path: Path, kind: str = "TokenChoice", **options: object) -> str:
+    router = {"class_path": f"core.{kind}", "init_args": options}
+    path.write_text(json.dumps({"model": {"init_args": {"moe": {"router": router}}}}))
+    return str(path)
+
+
+def test_routers_are_compared_at_equal_active_flops(config, tmp_path, capsys):
+    switch = overlay(tmp_path / "switch.yaml", top_k=1)
+    # One expert a token where the config has two: 576 = 64 + 4 * 8 * F, so F = 16 in place of 8.
+    made = routers.Variant(experiment(config).module("sparse"), switch).config()
+    assert (made.router.top_k, made.expert.hidden_dim, made.flops_per_token(8)) == (1, 16, 576)
+    too_many = overlay(tmp_path / "too_many.yaml", top_k=5)
+    task = overlay(tmp_path / "task.yaml", "Task", num_tasks=2, top_k=2)
+    domain = overlay(tmp_path / "domain.yaml", "Domain", num_domains=4)
+    output = tmp_path / "out"
+    argv = ["compare", str(config), "--seeds", "2", "--output", str(output), "--rounds", "1", "--jobs", "2",
+            "--learning_rates", "0.01", "--routers", switch, too_many, task, domain]  # fmt: skip
+    assert moesaic(argv) == 0
+    page = (output / "table.md").read_text()
+    assert [line.split(" |")[0] for line in page.splitlines() if line.startswith("| ")] == [
+        *("| router", "| ---"),
+        *("| the config's", "| switch"),
+    ]
+    assert "too_many: left out: top_k=5 exceeds num_experts=4." in page
+    assert "task: left out: needs context.task_ids_B, which TinyModel does not give." in page
+    # Evaluation can do without.
+    assert (
+        "domain: left out: Domain needs context.domain_ids_B or domain_weights_BE in training: both are None." in page
+    )
+    found = json.loads((output / "results.json").read_text())["summary"]["rows"]
+    assert [row["system"]["name"] for row in found] == ["sparse", "router_switch"]
+    assert found[1]["system"]["replaced_ratio"] == 1.0
+    assert 1 <= found[1]["routing"]["load_imbalance"] <= 4
+    assert found[1]["routing"]["drop_rate"] == 0
+
+
+def test_two_routers_may_not_share_a_name(config, tmp_path, capsys):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    first, second = overlay(tmp_path / "a" / "mine.yaml"), overlay(tmp_path / "b" / "mine.yaml", top_k=1)
+    with pytest.raises(ValueError, match=f"routers {first} and {second} would both be 'mine' in the table: rename"):
+        routers.resolve([first, second])
+    assert routers.resolve([first, str(tmp_path / "b" / ".." / "a" / "mine.yaml")]) == (first,)
+    with pytest.raises(ValueError, match="would both be 'mine'"):
+        routers.variants(experiment(config).module("sparse"), [first, second])
+    argv = ["compare", str(config), "--output", str(tmp_path / "o"), "--routers", first, second]
+    assert moesaic(argv) == 1
+    assert "would both be 'mine' in the table" in capsys.readouterr().err
+
+
+def test_an_unknown_router_is_named(config, tmp_path, capsys):
+    assert moesaic(["compare", str(config), "--output", str(tmp_path / "o"), "--routers", "swich"]) == 1
+    assert "router 'swich' is neither a file nor one of" in capsys.readouterr().err
+    (tmp_path / "bad.yaml").write_text("model: {}")
+    assert (
+        moesaic(["compare", str(config), "--output", str(tmp_path / "o"), "--routers", str(tmp_path / "bad.yaml")]) == 1
+    )
+    assert "bad.yaml has no model.init_args.moe.router with a class_path" in capsys.readouterr().err
+
+
+def test_help(capsys):
+    assert moesaic(["compare", "--help"]) == 0
+    assert "--learning_rates" in capsys.readouterr().out

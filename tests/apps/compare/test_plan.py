@@ -1,0 +1,79 @@
+"""The plan of a comparison and its files: what is saved, whole or not at all."""
+
+from __future__ import annotations
+
+import pytest
+
+from apps.compare.files import differences, locked, read_json, write_json
+from apps.compare.plan import Options, Plan, at_edge
+from apps.compare.training import shortened
+
+
+def test_differences_name_the_values():
+    saved = {"a": {"b": 1, "c": [1, 2]}, "d": 4}
+    assert differences(saved, saved) == []
+    assert differences(saved, {"a": {"b": 2, "c": (1, 2)}}) == ["a.b: 1 saved, 2 now", "d: 4 saved, null now"]
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path):
+    path = write_json(tmp_path / "a.json", {"x": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"x": object()})
+    assert read_json(path) == {"x": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+    assert read_json(tmp_path / "b.json") is None
+    path.write_text('{"x"')
+    with pytest.raises(ValueError, match=r"a\.json is not a JSON file .*: delete it"):
+        read_json(path)
+
+
+def test_a_folder_is_held_by_one_comparison(tmp_path):
+    with (
+        locked(tmp_path / "c"),
+        pytest.raises(ValueError, match="another comparison is running"),
+        locked(tmp_path / "c"),
+    ):
+        pass
+
+
+def test_plan_searches_around_the_configured_rate_with_a_seed_of_its_own():
+    plan = Plan.make({}, Options(num_seeds=2), configured_rate=0.01, seed=7)
+    assert plan.rates == (0.00333, 0.01, 0.03)
+    assert plan.seeds == (7, 8)
+    assert plan.search_seed not in plan.seeds
+    assert [u.rate for u in plan.search_units("sparse")] == [0.00333, 0.01, 0.03]
+    assert at_edge(0.03, plan.rates)
+    assert not at_edge(0.01, plan.rates)
+    single = Plan.make({}, Options(learning_rates=(0.5,)), 0.01, 0)
+    assert single.search_units("sparse") == []
+    assert not at_edge(0.5, single.rates)
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"num_seeds": 0}, "seeds=0 must be at least 1"),
+        ({"learning_rates": (0.1, -1.0)}, "learning_rates: -1 must be a positive number"),
+        ({"learning_rates": (0.1, 0.1)}, "names a rate twice"),
+        ({"search_share": 0.0}, "search_share=0 must be above 0"),
+        ({"rounds": -1}, "rounds=-1 must not be negative"),
+    ],
+)
+def test_options_out_of_range(values, message):
+    with pytest.raises(ValueError, match=message):
+        Options(**values)
+
+
+def test_another_plan_in_the_folder_is_refused(tmp_path):
+    plan = Plan.make({"model": {"width": 8}}, Options(), 0.01, 0)
+    plan.claim(tmp_path)
+    plan.claim(tmp_path)
+    other = Plan.make({"model": {"width": 16}}, Options(), 0.01, 0)
+    with pytest.raises(ValueError, match=r"another comparison \(config\.model\.width: 8 saved, 16 now\)"):
+        other.claim(tmp_path)
+
+
+def test_shortened():
+    assert shortened({"max_epochs": 10, "max_steps": -1}, 0.25) == {"max_epochs": 2, "max_steps": -1}
+    assert shortened({"max_epochs": None, "max_steps": 1000}, 0.3)["max_steps"] == 300
+    assert shortened({"max_epochs": 1}, 0.1)["max_epochs"] == 1

@@ -1,0 +1,134 @@
+"""The numbers of finished runs, and the table and sentences made of them."""
+
+from __future__ import annotations
+
+import pytest
+
+from apps.compare.summary import summarize
+from apps.compare.systems import System
+from apps.compare.table import _parts, cells, markdown
+
+MEASURED = {"sparse": {"seconds_per_step": 0.3}, "dense_equal_flops": {"seconds_per_step": 0.2}}
+
+
+def finished(test: float, curve: list[tuple[int, float, float]], **further: float) -> dict:
+    logged = {f"test/{name}": value for name, value in {"top1": test, **further}.items()}
+    return {
+        "test": logged,
+        "test_quality": test,
+        "train_seconds": curve[-1][1],
+        "steps": curve[-1][0],
+        "curve": curve,
+    }
+
+
+def summary(speeds: dict | None = None, others: dict | None = None, further: tuple[str, ...] = ()):
+    found = [System("sparse", ""), System("dense_equal_flops", "wide"), System("trees", "", refused="no library")]
+    finals = {
+        "sparse": [
+            finished(0.9, [(5, 2.0, 0.6), (10, 4.0, 0.9)], auc_a=0.95, log_loss_a=0.4),
+            finished(0.8, [(5, 3.0, 0.5), (10, 6.0, 0.8)], auc_a=0.93, log_loss_a=0.6),
+        ],
+        "dense_equal_flops": [
+            finished(0.7, [(5, 1.0, 0.5), (10, 2.0, 0.7)], auc_a=0.92),
+            finished(0.7, [(5, 2.0, 0.4), (10, 4.0, 0.7)], auc_a=0.92),
+        ],
+    }
+    rates = {"sparse": (0.1, True), "dense_equal_flops": (0.1, False), "forest": (None, False)}
+    if others:
+        found.append(System("forest", "no steps"))
+        finals |= others
+    return summarize(found, finals, rates, speeds or {}, "test/top1", True, (0, 1), further)
+
+
+def test_equal_time_ends_when_the_fastest_ends():
+    s = summary()
+    # Dense ends after 2 s and 4 s; by then sparse had reached 0.6 and 0.5.
+    assert s.clock == "recorded"
+    assert s.equal_seconds == (2.0, 4.0)
+    sparse, dense = s.rows
+    assert sparse.equal_time.mean == pytest.approx(0.55)
+    assert dense.equal_time.mean == pytest.approx(0.7)
+    assert dense.equal_time_difference.mean == pytest.approx(-0.15)
+    assert dense.difference.mean == pytest.approx(0.15)
+    assert [left.name for left in s.left_out] == ["trees"]
+
+
+def test_equal_time_takes_the_measured_step_where_there_is_one():
+    s = summary(MEASURED)
+    # 10 steps of 0.2 s; sparse has done 6 of its own by then, its last validation was after 5.
+    assert s.clock == "steps"
+    assert s.equal_seconds == (2.0, 2.0)
+    assert s.rows[0].equal_time.mean == pytest.approx(0.55)
+
+
+def test_a_poor_bleu_is_no_share():
+    # In 0..1, as a share would be: it is in points already.
+    systems = [System("sparse", "")]
+    finals = {"sparse": [finished(0.4, [(5, 2.0, 0.4)], chrf=0.9, token_accuracy=0.1)]}
+    further = ("chrf", "token_accuracy")
+    s = summarize(systems, finals, {"sparse": (0.1, False)}, {}, "test/bleu", True, (0,), further)
+    assert not s.percent
+    assert s.shares == ("token_accuracy",)
+
+
+def test_an_estimator_takes_no_part_in_equal_time():
+    forest = [finished(0.6, [(None, 0.5, 0.6)]), finished(0.6, [(None, 0.5, 0.6)])]
+    for speeds, seconds in (({}, (2.0, 4.0)), (MEASURED, (2.0, 2.0))):
+        s = summary(speeds, {"forest": forest})
+        assert s.equal_seconds == seconds  # not the 0.5 s of the forest
+        assert s.clock == ("steps" if speeds else "recorded")
+        row = s.rows[2]
+        assert (row.equal_time, row.equal_time_difference) == (None, None)
+        assert row.difference.mean == pytest.approx(0.25)
+        assert row.train_seconds == 0.5
+    assert "Models without steps take no part." in markdown("T", s, [])
+
+
+def test_further_metrics_have_a_line_each_with_the_paired_difference():
+    forest = [finished(0.6, [(None, 0.5, 0.6)], auc_a=0.9), finished(0.6, [(None, 0.5, 0.6)], auc_a=0.9)]
+    s = summary(others={"forest": forest}, further=("auc_a", "log_loss_a", "auc_b"))
+    assert "auc_a" in s.shares
+    assert "log_loss_a" not in s.shares
+    table = cells(s)
+    titles = [line[0] for line in table]
+    place = titles.index("test auc_a, %")
+    # Differences to the dense model 0.03, 0.01: mean 0.02, half 12.706 * 0.01; to the forest 0.05, 0.03.
+    assert table[place][1:] == ["94.00 ± 12.71", "92.00 ± 0.00", "90.00 ± 0.00"]
+    assert table[place + 1] == ["  sparse minus it, points", "–", "+2.00 ± 12.71", "+4.00 ± 12.71"]
+    # A loss is shown as it is; only the sparse model reports it here.
+    assert table[titles.index("test log_loss_a")][1:] == ["0.5 ± 1.271", "–", "–"]
+    assert not any("auc_b" in title for title in titles)  # nobody reports it
+
+
+def test_a_wide_table_is_shown_in_parts_that_fit():
+    rows = [["", "sparse", "dense, equal FLOPs", "trees"], ["test top1, %", "94.00 ± 12.71", "92.00 ± 0.00", "–"]]
+    # First column 4 + 12; then 3 + 13, 3 + 12, 3 + 5.
+    assert _parts(rows, 55) == [[0, 1, 2, 3]]
+    assert _parts(rows, 54) == [[0, 1, 2], [0, 3]]
+    assert _parts(rows, 10) == [[0, 1], [0, 2], [0, 3]]
+
+
+def test_sentences_say_what_the_interval_allows():
+    # Differences 0.2 and 0.1: mean 0.15, half t(0.975, 1) * 0.0707 / sqrt(2) = 12.706 * 0.05 = 0.635
+    first, second = summary().sentences()
+    assert first == (
+        "Against dense, equal FLOPs: no difference shown at this budget (sparse minus dense +15.00 points; "
+        "95 % interval -48.53 to +78.53 points, 2 seeds, which holds 0)."
+    )
+    assert second.startswith(
+        "Against dense, equal FLOPs: no difference shown at equal training time, on validation data"
+    )
+
+
+def test_table_shows_intervals_edges_and_what_was_left_out():
+    s = summary()
+    rows = {line[0].strip(): line[1:] for line in cells(s)}
+    assert rows[""] == ["sparse", "dense, equal FLOPs"]
+    assert rows["test top1, %"][1] == "70.00 ± 0.00"
+    assert rows["learning rate"] == ["0.1 (edge)", "0.1"]
+    assert "training, examples/s" not in rows  # not measured
+    page = markdown("T", s, ["a fact"])
+    assert "trees: left out: no library." in page
+    assert "Best at the edge of the learning rates tried: sparse (0.1)" in page
+    assert page.endswith("- a fact\n")

@@ -1,0 +1,117 @@
+"""What systems cost, by hand, and which may be called equal."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from compared import experiment, offers
+from lightning.pytorch.utilities import move_data_to_device
+
+import core
+from apps.compare.systems import Cost, check_equal, claim, find_systems, label, measure_cost
+
+
+def test_names_say_what_is_claimed():
+    assert claim("dense_equal_flops") == "flops"
+    assert claim("dense_equal_params") == "params"
+    assert claim("shared_bottom") is None
+    assert label("dense_equal_flops") == "dense, equal FLOPs"
+
+
+@pytest.mark.parametrize("ratio, refused", [(1.0, False), (1.049, False), (0.951, False), (1.06, True), (0.94, True)])
+def test_five_percent(ratio, refused):
+    mine, its = (Cost(10, 10, 9e9, replaced_flops_per_example=r * 1000, replaced_params=100) for r in (1.0, ratio))
+    reason = check_equal("dense_equal_flops", mine, its)
+    assert bool(reason) == refused
+    if refused:
+        assert f"take {ratio * 1000:,.0f} FLOPs an example, the sparse model's 1,000: {ratio:.3f}" in reason
+    assert check_equal("shared_bottom", mine, its) == ""
+
+
+def test_cost_is_counted_by_hand(config):
+    tried = experiment(config)
+    model, data = tried.build("sparse")
+    cost = measure_cost(model, next(iter(data.val_dataloader())), tried.replaced)
+    # A point has 4 tokens: block 4 * 576; embedding 2 * 2*32 = 128; head 2 * 8*3 = 48.
+    assert cost.replaced_flops_per_example == 4 * 576
+    assert cost.flops_per_example == 4 * 576 + 128 + 48
+    assert cost.replaced_params == 544
+    # embedding 64 + 32, head 24 + 3
+    assert cost.num_params == 544 + 96 + 27
+    assert cost.active_params == 32 + 256 + 96 + 27
+    assert model.training
+
+
+def test_capacity_does_not_hide_cost(config):
+    tried = experiment(config, "--model.moe.capacity_factor", "1.0")
+    model, data = tried.build("sparse")
+    batch = next(iter(data.val_dataloader()))
+    assert measure_cost(model, batch, tried.replaced).replaced_flops_per_example == 4 * 576
+    assert measure_cost(model, batch, tried.replaced, as_evaluated=True).replaced_flops_per_example < 4 * 576
+
+
+def test_a_false_claim_is_left_out_with_its_reason(config):
+    names = ("dense_equal_flops", "dense_double_equal_flops", "dense_equal_params", "centroids", "none")
+    model, data = experiment(config, *offers(*names)).build("sparse")
+    found = {s.name: s for s in find_systems(model, next(iter(data.val_dataloader())))}
+    assert list(found) == ["sparse", *names]
+    assert not found["dense_equal_flops"].refused
+    assert found["dense_equal_flops"].replaced_ratio == 1.0
+    assert found["dense_double_equal_flops"].refused == (
+        "not called equal: its replaced blocks take 4,608 FLOPs an example, the sparse model's 2,304: "
+        "2.000 of them, and the rule is within 5%"
+    )
+    assert found["dense_equal_params"].params_ratio == 1.0
+    assert found["centroids"].cost is None
+    assert found["none"].refused == "it coincides with another"
+
+
+@dataclass(frozen=True)
+class Points:
+    """A batch that is no tuple of tensors."""
+
+    x: torch.Tensor
+    y: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def to(self, device: torch.device) -> Points:
+        return Points(self.x.to(device), self.y.to(device))
+
+
+def test_a_batch_may_be_an_object_and_a_block_may_hold_the_layers(config, monkeypatch):
+    model, data = experiment(config).build("sparse")
+    kind = type(model)
+    x, y = next(iter(data.val_dataloader()))
+    whole = measure_cost(model, (x, y), ("block",))
+    monkeypatch.setattr(kind, "example_inputs", lambda self, batch: (batch,))
+    forward = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, batch: forward(self, batch.x))
+    assert measure_cost(model, Points(x, y), ("block",)) == whole
+    moved = move_data_to_device(Points(x, y), torch.device("cpu"))
+    assert isinstance(moved, Points)
+    # The MoE layer inside a block that the baseline has under the same name, and not under the layer's.
+    monkeypatch.setattr(kind, "replaced_blocks", ("block",))
+    model.block = torch.nn.Sequential(model.block)
+    assert list(core.moe_layers(model)) == ["block.0"]
+    found = find_systems(model, Points(x, y))
+    assert [s.refused for s in found] == ["", ""]
+    assert found[1].replaced_ratio == 1.0
+    monkeypatch.setattr(kind, "example_inputs", lambda self, batch: ())
+    with pytest.raises(ValueError, match="example_inputs gives nothing, which has no length to count examples by"):
+        measure_cost(model, Points(x, y), ())
+
+
+def test_nothing_to_compare_with(config):
+    model, data = experiment(config, *offers("dense_double_equal_flops")).build("sparse")
+    batch = next(iter(data.val_dataloader()))
+    with pytest.raises(ValueError, match="nothing to compare with: dense_double_equal_flops: not called equal"):
+        find_systems(model, batch)
+    with pytest.raises(ValueError, match="baseline 'dense' is unknown: the module has dense_double_equal_flops"):
+        find_systems(model, batch, ["dense"])
+    model.moe, model.block = None, torch.nn.Identity()
+    with pytest.raises(ValueError, match="TinyModel has no MoE layer"):
+        find_systems(model, batch)

@@ -1,0 +1,145 @@
+"""Building a table: its splits, what is reported of it, what is refused."""
+
+from __future__ import annotations
+
+import gzip
+import os
+
+import pytest
+from own_table import TRAIN, changed, config_of, write
+
+from apps.recsys.data import TableData
+from apps.recsys.schema import SplitConfig, TaskConfig
+from apps.recsys.synthetic import SyntheticConfig
+
+
+def test_a_split_by_user_keeps_users_together_and_reports_those_of_given_files(own, tmp_path):
+    config = config_of(user="user", split=SplitConfig("user", val=0.34, test=0.34))
+    train = {"user": [1, 1, 2, 2, 3, 3], "click": [1, 0, 1, 0, 1, 0], "city": list("abcabc")}
+    write(tmp_path, train=train, test={"user": [1, 4], "click": [1, 0], "city": ["a", "a"]})
+    alone = own(config, test_file=None)
+    users = [set(alone.rows(s)[:].group_B.tolist()) for s in ("train", "val", "test")]
+    assert [len(u) for u in users] == [1, 1, 1]
+    assert len(set.union(*users)) == 3
+    assert not any("the split is by user" in w for w in alone.report.warnings)
+    # Both users 1 and 4 test; if user 1 also trains, that is one of two.
+    given = own(config_of(user="user", split=SplitConfig("user", val=0)))
+    assert "1 of 2 users of test are in train too, although the split is by user" in given.report.warnings
+    with pytest.warns(UserWarning, match="1 of 2 users of test"):
+        given.setup()
+
+
+def test_a_feature_that_is_the_label_is_reported(own, tmp_path):
+    write(tmp_path, train=changed(city=["y", "n", "y", "n", "n", "y"], age=["1", "0", "1", "0", "0", "1"]))
+    warnings = own(config_of(continuous=("age",))).report.warnings
+    assert [w.partition(" in every")[0] for w in warnings] == [
+        "column 'city' determines the label of task 'click'",
+        "column 'age' determines the label of task 'click'",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("train", "config", "message"),
+    [
+        (TRAIN, config_of(categorical=("citty",)), r"column 'citty' \(categorical\) is not in .*; did you mean 'city'"),
+        (TRAIN, config_of(tasks={"c": TaskConfig("clicks")}), r"'clicks' \(task c\) is not in .*did you mean 'click'"),
+        (changed(click=[1] * 6), config_of(), "task 'click' has positive labels alone in the train split"),
+        (changed(click=[0] * 6), config_of(), "task 'click' has no positive label in the train split"),
+        (
+            changed(stars=[""] * 6),
+            config_of(tasks={"l": TaskConfig("stars", at_least=4)}),
+            "task 'l' has no label in the train split",
+        ),
+        (
+            changed(age=["1", "2", "old", "3", "?", "4"]),
+            config_of(continuous=("age",)),
+            "column 'age' of the training table must hold numbers: row 2 holds 'old'; leave missing numbers empty",
+        ),
+        (TRAIN, config_of(num_rows={"city": 5}), "column 'city' holds 'Rome' in row 0: num_rows=5 takes row numbers"),
+        (
+            TRAIN,
+            config_of(categorical=("user",), num_rows={"user": 9}),
+            "column 'user' holds '9' in row 7: num_rows=9 takes row numbers 0 to 8",
+        ),
+        (
+            changed(shop=["de"] * 6),
+            config_of(domain="shop"),
+            "names the scenario, but holds 'fr', which training lacks,",
+        ),
+        (changed(shop=["de", "fr", "", "fr", "de", "de"]), config_of(domain="shop"), "holds no value in row 2"),
+        (
+            changed(user=["1", "", "2", "2", "3", "3"]),
+            config_of(user="user"),
+            "column 'user' names the users, but has no value in row 1",
+        ),
+        (
+            changed(stars=["1", "2", "3", "", "5", "6"]),
+            config_of(time="stars", split=SplitConfig("time")),
+            "column 'stars' orders the rows, but has no value in row 3",
+        ),
+        ({k: [] for k in TRAIN}, config_of(), "the training table has no rows"),
+        (TRAIN, config_of(split=SplitConfig("given", val=0.01)), "the validation split is empty"),
+    ],
+)
+def test_a_table_that_does_not_fit_its_description_is_refused_in_one_line(own, tmp_path, train, config, message):
+    write(tmp_path, train=train)
+    with pytest.raises(ValueError, match=message) as error:
+        _ = own(config).features
+    assert "\n" not in str(error.value)
+    assert not list((tmp_path / "cache" / "tables").glob("*")) + list((tmp_path / "cache" / "tables").glob(".*"))
+
+
+def test_files_that_cannot_be_read_are_named(own, tmp_path):
+    write(tmp_path, "parquet")
+    os.truncate(tmp_path / "train.parquet", 100)
+    with pytest.raises(ValueError, match=r"train\.parquet' cannot be read: ") as error:
+        _ = own(kind="parquet").features
+    assert "\n" not in str(error.value)
+    lines = (tmp_path / "train.csv").read_text().splitlines()
+    (tmp_path / "train.csv").write_text("\n".join([*lines[:3], lines[3][:9]]))
+    with pytest.raises(ValueError, match=r"train\.csv' cannot be read: .*Row #4: Expected 8 columns") as error:
+        _ = own().features
+    assert "\n" not in str(error.value)
+    (tmp_path / "cut.csv.gz").write_bytes(gzip.compress((tmp_path / "test.csv").read_bytes())[:60])
+    with pytest.raises(ValueError, match=r"cut\.csv\.gz' cannot be read: Truncated compressed stream"):
+        _ = own(train_file="cut.csv.gz").features
+    (tmp_path / "train.csv").write_text("")
+    with pytest.raises(ValueError, match=r"train\.csv' cannot be read: Empty CSV file"):
+        _ = own().features
+    with pytest.raises(ValueError, match=r"train_file='trian.csv': no such file in .*; did you mean 'train.csv'"):
+        _ = own(train_file="trian.csv").features
+    (tmp_path / "train.txt").touch()
+    with pytest.raises(ValueError, match=r"train_file='train.txt' is no .parquet, .csv or .tsv"):
+        _ = own(train_file="train.txt").features
+    header = (tmp_path / "test.csv").read_text().splitlines()[0].replace("other", "city")
+    (tmp_path / "train.csv").write_text(header + "\na,b,1,2,c,1,1,x\n")
+    with pytest.raises(ValueError, match="has two columns 'city'"):
+        _ = own().features
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dataset": "censsus_income"}, "dataset='censsus_income' is not one of .*did you mean 'census_income'"),
+        ({"batch_size": 0}, "batch_size=0 must be at least 1"),
+        ({"eval_batch_size": 0}, "eval_batch_size=0 must be at least 1"),
+        ({"subset": 0}, "subset=0 must be at least 1"),
+        ({"num_workers": -1}, "num_workers=-1 must not be negative"),
+        ({"dataset": "table"}, "dataset='table' needs train_file"),
+        ({"dataset": "table", "train_file": "x.csv"}, "dataset='table' needs table"),
+        ({"train_file": "x.csv"}, "train_file='x.csv' is for dataset='table', not 'census_income'"),
+        ({"synthetic": SyntheticConfig()}, "synthetic is for dataset='synthetic', not 'census_income'"),
+        ({"dataset": "synthetic", "root": "x"}, "root='x': dataset='synthetic' has no files"),
+    ],
+)
+def test_impossible_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        TableData(**options)
+
+
+def test_names_of_splits_and_columns_are_checked(own):
+    data = own()
+    with pytest.raises(ValueError, match="split='valid' is not one of train, val, test; did you mean 'val'"):
+        data.rows("valid")
+    with pytest.raises(ValueError, match="vocabulary of column='user' is not one of"):
+        data.vocabulary("user")  # hashed: its rows have no values
