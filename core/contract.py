@@ -67,6 +67,8 @@ class Routing:
         balance_scores, balance_chosen: float32 (T, M) and (M,), what the ``load_balancing`` and ``importance`` losses
             read in place of ``scores_TE`` and ``chosen_per_expert_E``, where they judge more than the E experts (null
             experts), or another choice than the computed one. None: the same.
+        sums: what the balance losses sum over the real tokens, where the gate summed it on the way: see
+            ``kernels.eager.TopK``. None: they sum it themselves.
     """
 
     token_index_N: Tensor
@@ -85,6 +87,7 @@ class Routing:
     extra: dict[str, Tensor] | None = None
     balance_scores: Tensor | None = None
     balance_chosen: Tensor | None = None
+    sums: dict[str, Tensor] | None = None
 
     def detach(self) -> Routing:
         """The same decision without its graph."""
@@ -93,8 +96,10 @@ class Routing:
 
 def _detached(routing: Any) -> dict[str, Any]:
     detached: dict[str, Any] = {k: v.detach() for k, v in vars(routing).items() if isinstance(v, Tensor)}
-    if getattr(routing, "extra", None) is not None:
-        detached["extra"] = {name: value_T.detach() for name, value_T in routing.extra.items()}
+    for name in ("extra", "sums"):
+        values = getattr(routing, name, None)
+        if values is not None:
+            detached[name] = {key: value.detach() for key, value in values.items()}
     return detached
 
 
@@ -108,6 +113,7 @@ class _WithoutPairs:
     extra: ClassVar[None] = None
     balance_scores: ClassVar[None] = None
     balance_chosen: ClassVar[None] = None
+    sums: ClassVar[None] = None
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from . import kernels
 from .contract import Routing, RowPlan, Rows, SlotPlan, SlotRouting
-from .kernels import eager
 
 
 class Dispatcher(Protocol):
@@ -21,10 +21,17 @@ class Dispatcher(Protocol):
 
 
 class LocalDispatcher:
-    """All experts are here: rows are an index into the tokens, and nothing is copied."""
+    """All experts are here: rows are an index into the tokens, and nothing is copied.
+
+    Args:
+        backend: whose kernels sort the pairs and sum the rows.
+    """
+
+    def __init__(self, backend: str = "auto") -> None:
+        self.backend = backend
 
     def dispatch(self, x: Tensor, routing: Routing) -> Rows:
-        placed = eager.sort_pairs(routing.expert_ids_N, routing.tokens_per_expert_E)
+        placed = kernels.sort_pairs(routing.expert_ids_N, routing.tokens_per_expert_E, backend=self.backend)
         return Rows(
             x=x,
             row_index_R=routing.token_index_N.index_select(0, placed.order_R),
@@ -38,7 +45,8 @@ class LocalDispatcher:
         if rows.combined:
             return rows.x
         gates_R = None if rows.weighted else rows.gates_R
-        return eager.combine(rows.x, rows.row_index_R, rows.offsets_E, gates_R, rows.num_tokens).to(rows.x.dtype)
+        y_TD = kernels.combine(rows.x, rows.row_index_R, rows.offsets_E, gates_R, rows.num_tokens, backend=self.backend)
+        return y_TD.to(rows.x.dtype)
 
 
 def join_tasks(routings: Sequence[Routing]) -> Routing:
@@ -66,7 +74,7 @@ class TaskDispatcher(LocalDispatcher):
 
     def dispatch(self, x: Tensor, routing: Routing) -> Rows:
         """(T, D) tokens and a routing of t * T virtual ones, whose number ``combine`` returns."""
-        placed = eager.sort_pairs(routing.expert_ids_N, routing.tokens_per_expert_E)
+        placed = kernels.sort_pairs(routing.expert_ids_N, routing.tokens_per_expert_E, backend=self.backend)
         order_R = placed.order_R
         if x.device.type == "cpu" and not torch.compiler.is_compiling():
             order_R = order_R[: int(placed.offsets_E[-1])]

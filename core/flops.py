@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
-from .kernels import cpu, grouped  # noqa: F401  their custom ops are registered on import
+from .kernels import cpu, grouped, triton_ops  # noqa: F401  their custom ops are registered on import
 
 
 def count_flops(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
@@ -28,24 +28,26 @@ def _rows(offsets_E: Tensor, upper: int) -> int:
     return upper if isinstance(offsets_E, FakeTensor) or offsets_E.is_meta else int(offsets_E[-1])
 
 
-@register_flop_formula(torch.ops.moesaic.cpu_expert_ffn, get_raw=True)
+@register_flop_formula([torch.ops.moesaic.cpu_expert_ffn, torch.ops.moesaic.triton_expert_ffn], get_raw=True)
 def _(x, row_index_R, offsets_E, gates_R, w_in, w_out, b_in, b_out, w_gate, *args, out_val=None, **kwargs):
     _, D, F = w_in.shape
     return 2 * _rows(offsets_E, gates_R.shape[0]) * F * (D * (1 if w_gate is None else 2) + w_out.shape[-1])
 
 
-@register_flop_formula(torch.ops.moesaic.cpu_expert_ffn_backward, get_raw=True)
+@register_flop_formula(
+    [torch.ops.moesaic.cpu_expert_ffn_backward, torch.ops.moesaic.triton_expert_ffn_backward], get_raw=True
+)
 def _(dy, x, row_index_R, offsets_E, gates_R, w_in, w_out, b_in, b_out, w_gate, *args, out_val=None, **kwargs):
     _, D, F = w_in.shape
     return 4 * _rows(offsets_E, gates_R.shape[0]) * F * (D * (1 if w_gate is None else 2) + w_out.shape[-1])
 
 
-@register_flop_formula(torch.ops.moesaic.grouped_mm, get_raw=True)
+@register_flop_formula([torch.ops.moesaic.grouped_mm, torch.ops.moesaic.triton_linear], get_raw=True)
 def _(x_R, w, offsets_E, *args, out_val=None, **kwargs):
     return 2 * _rows(offsets_E, x_R.shape[0]) * w.shape[1] * w.shape[2]
 
 
-@register_flop_formula(torch.ops.moesaic.grouped_mm_dw, get_raw=True)
+@register_flop_formula([torch.ops.moesaic.grouped_mm_dw, torch.ops.moesaic.triton_linear_dw], get_raw=True)
 def _(x_R, dy_R, offsets_E, *args, out_val=None, **kwargs):
     return 2 * _rows(offsets_E, x_R.shape[0]) * x_R.shape[1] * dy_R.shape[1]
 

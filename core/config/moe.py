@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
+from ..dispatch import LocalDispatcher
 from ..experts import FFN, ExpertConfig
 from ..kernels import BACKENDS
 from ..layers import MergedMoE, MoE, SharedGate, SoftMoE
@@ -35,7 +36,7 @@ class MoEConfig:
         group: whose tokens compete: "batch", "sequence", a number of tokens, or None for the router's default.
         num_shared_experts: experts that every token takes besides.
         balance: weights of the balance losses.
-        backend: "auto", "eager", "cpu" or "grouped".
+        backend: whose kernels compute: "auto", "eager", "cpu", "grouped" or "triton".
         shared_gate: how the shared experts' output s joins the routed one, r: "none": ``r + s``; "mix": ``(1 - g) s +
             g r`` with a gate ``g = sigmoid(x w)`` a token (NLLB's conditional routing, arXiv 2207.04672), whose share
             ``Balance(gate_budget=..., budget=...)`` holds; "scale": ``r + g s`` (Qwen-MoE).
@@ -136,10 +137,13 @@ class MoEConfig:
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} is not at least 1")
         shared, has_gate = self.num_shared_experts, self.shared_gate != "none"
-        return LAYERS[self.router.layer_kind()](
-            self.router.build(dim, self.num_experts, self.capacity()),
+        router, kind = self.router.build(dim, self.num_experts, self.capacity()), self.router.layer_kind()
+        router.backend = self.backend
+        return LAYERS[kind](
+            router,
             self.expert.build(self.num_experts, dim, out_dim, self.backend),
             self.balance,
+            LocalDispatcher(self.backend) if kind == "pairs" else None,
             shared_experts=self.expert.build(shared, dim, out_dim) if shared else None,
             shared_gate=SharedGate(dim, self.shared_gate, self.shared_gate_dropout) if has_gate else None,
             expert_output_masking=self.expert_output_masking,

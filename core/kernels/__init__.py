@@ -2,28 +2,35 @@
 
     topk_gate(logits_TE, ...)            scores, chosen experts and gates
     sort_pairs(expert_ids_N, E)          a stable order of the pairs by expert, and the offsets of the experts
+    queue_ranks(queue_TK, ...)           each pair's place in the queue of its expert
     expert_ffn(x_TD, row_index_R, ...)   the two- or three-matrix expert over its rows, weighted by the gates
     expert_linear(x_RD, w, ...)          one product of each row with its expert's matrix
     combine(y_RD, ...)                   sum over the rows of each token
 
-``eager`` is the oracle and reads like the equations. ``cpu`` and ``grouped`` are held to it in output and gradients.
+``eager`` is the oracle and reads like the equations. ``cpu``, ``grouped`` and ``triton`` are held to it in output and
+gradients. The functions here take a backend's name, resolve it and hand on; ``triton`` leaves what is beyond its limits
+to ``grouped`` or ``eager``.
 """
 
 from __future__ import annotations
 
-import warnings
-from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from . import cpu, eager, grouped
+from . import cpu, eager, grouped, triton_ops
+from .eager import Sorted, TopK
+from .fallback import warn_once
 
-BACKENDS: dict[str, ModuleType] = {"eager": eager, "cpu": cpu, "grouped": grouped}
+BACKENDS: dict[str, ModuleType] = {"eager": eager, "cpu": cpu, "grouped": grouped, "triton": triton_ops}
 
 
 def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype) -> str:
     """The backend that will run: ``name`` itself where it can, else the next best with one warning.
+
+    "auto" is ``cpu`` on a CPU; on CUDA ``triton``, else ``grouped`` for the same dtypes, else ``eager``.
 
     Args:
         name: "auto", or a key of ``BACKENDS``.
@@ -38,19 +45,57 @@ def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype) -
     """
     kind = torch.device(device).type
     if name == "auto":
-        return "cpu" if kind == "cpu" else "grouped" if BACKENDS["grouped"].supports(kind, dtype) else "eager"
+        if kind == "cpu":
+            return "cpu"
+        if triton_ops.supports(kind, dtype):
+            return "triton"
+        best = "grouped" if grouped.supports(kind, dtype) else "eager"
+        if kind == "cuda" and dtype != torch.float64:
+            warn_once(f"backend='auto' runs {best!r} on {kind}: {triton_ops.missing(kind, dtype)}")
+        return best
     if name not in BACKENDS:
         raise ValueError(f"backend={name!r} is not one of auto, {', '.join(BACKENDS)}")
     if BACKENDS[name].supports(kind, dtype):
         return name
-    if not torch.compiler.is_compiling():
-        _warn_fallback(name, kind, dtype)
+    why = f": {triton_ops.missing(kind, dtype)}" if name == "triton" else ""
+    warn_once(f"backend={name!r} does not run {dtype} on {kind}{why}: using 'eager' (correct, slower)")
     return "eager"
 
 
-@cache
-def _warn_fallback(name: str, kind: str, dtype: torch.dtype) -> None:
-    warnings.warn(f"backend={name!r} does not run {dtype} on {kind}: using 'eager' (correct, slower)", stacklevel=3)
+def topk_gate(logits_TE: Tensor, top_k: int, *, backend: str = "auto", **options: Any) -> TopK:
+    """``eager.topk_gate`` by the backend."""
+    kernels = BACKENDS[resolve_backend(backend, logits_TE.device, logits_TE.dtype)]
+    best: TopK = kernels.topk_gate(logits_TE, top_k, **options)
+    return best
 
 
-__all__ = ["BACKENDS", "resolve_backend"]
+def sort_pairs(expert_ids_N: Tensor, tokens_per_expert_E: Tensor, *, backend: str = "auto") -> Sorted:
+    """``eager.sort_pairs`` by the backend."""
+    kernels = BACKENDS[resolve_backend(backend, expert_ids_N.device, torch.float32)]
+    placed: Sorted = kernels.sort_pairs(expert_ids_N, tokens_per_expert_E)
+    return placed
+
+
+def queue_ranks(queue_TK: Tensor, served_T: Tensor | None, num_queues: int, *, backend: str = "auto") -> Tensor:
+    """``eager.queue_ranks`` by the backend."""
+    kernels = BACKENDS[resolve_backend(backend, queue_TK.device, torch.float32)]
+    rank_TK: Tensor = kernels.queue_ranks(queue_TK, served_T, num_queues)
+    return rank_TK
+
+
+def combine(
+    y_RD: Tensor,
+    row_index_R: Tensor,
+    offsets_E: Tensor,
+    gates_R: Tensor | None,
+    num_tokens: int,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """``eager.combine`` by the backend."""
+    kernels = BACKENDS[resolve_backend(backend, y_RD.device, y_RD.dtype)]
+    y_TD: Tensor = kernels.combine(y_RD, row_index_R, offsets_E, gates_R, num_tokens)
+    return y_TD
+
+
+__all__ = ["BACKENDS", "combine", "queue_ranks", "resolve_backend", "sort_pairs", "topk_gate"]

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from . import eager, grouped
-from .eager import ACTIVATIONS, accumulate_dtype, combine, sort_pairs, topk_gate
+from .eager import ACTIVATIONS, accumulate_dtype, combine, queue_ranks, sort_pairs, topk_gate
 from .pages import large_pages
 
 BLOCK = 512
@@ -357,4 +357,4 @@ def expert_linear(x_RD: Tensor, w: Tensor, offsets_E: Tensor, b: Tensor | None =
     return (grouped if grouped.supports("cpu", x_RD.dtype) else eager).expert_linear(x_RD, w, offsets_E, b)
 
 
-__all__ = ["combine", "expert_ffn", "expert_linear", "sort_pairs", "supports", "topk_gate"]
+__all__ = ["combine", "expert_ffn", "expert_linear", "queue_ranks", "sort_pairs", "supports", "topk_gate"]

@@ -26,11 +26,22 @@ def supports(device_type: str, dtype: torch.dtype) -> bool:
 
 @dataclass(frozen=True)
 class TopK:
-    """What ``topk_gate`` decides: the scores of all experts, ids and gates of the chosen ones."""
+    """What ``topk_gate`` decides.
+
+    Attributes:
+        scores_TE: float32 (T, E), of all experts.
+        expert_ids_TK: int64 (T, K), the chosen ones, the best first.
+        gates_TK: float32 (T, K).
+        chosen_per_expert_E: int64 (E,), real tokens that chose each expert; None where it was not counted on the way.
+        sums: what the balance losses sum over the real tokens, as ``balance_sums`` names it, where it was summed on the
+            way: "score" (E,), the scores over their sum; "square" (1,), the squared logsumexp of the logits.
+    """
 
     scores_TE: Tensor
     expert_ids_TK: Tensor
     gates_TK: Tensor
+    chosen_per_expert_E: Tensor | None = None
+    sums: dict[str, Tensor] | None = None
 
 
 def topk_gate(
@@ -44,6 +55,7 @@ def topk_gate(
     limited_groups: int = 1,
     group_score: str = "top2",
     scale: float = 1.0,
+    valid_T: Tensor | None = None,
 ) -> TopK:
     """Scores, the ``top_k`` best experts of each token, and their gates.
 
@@ -58,6 +70,7 @@ def topk_gate(
         group_score: what a group is judged by: "top2", the sum of its two best biased scores (DeepSeek-V3, arXiv
             2412.19437, section 2.1.2); "max", its best one (DeepSeek-V2, arXiv 2405.04434, section 2.2.2).
         scale: factor on the gates.
+        valid_T: bool (T,), False for padding: for a backend that counts and sums on the way.
     """
     scores_TE = logits_TE.softmax(-1) if score_func == "softmax" else logits_TE.sigmoid()
     choice_TE = scores_TE.detach() if bias_E is None else scores_TE.detach() + bias_E
@@ -119,6 +132,25 @@ def capacity_ranks(expert_ids_N: Tensor, priority_N: Tensor, num_experts: int) -
     starts = counts.cumsum(0) - counts
     place = torch.arange(by_queue.shape[0], device=by_queue.device) - starts[expert_ids_N[by_queue]]
     return torch.empty_like(place).scatter_(0, by_queue, place)
+
+
+def queue_ranks(queue_TK: Tensor, served_T: Tensor | None, num_queues: int) -> Tensor:
+    """Each pair's place in its queue, first choices of all tokens before second ones (as GShard and V-MoE do).
+
+    Args:
+        queue_TK: int64 (T, K), a queue number below ``num_queues``: an expert, or an expert of a group.
+        served_T: int64 (T,), the tokens in the order in which they are served; None: as they come.
+        num_queues: one more than the highest queue number.
+
+    Returns:
+        int64 (T, K), 0 first.
+    """
+    T, K = queue_TK.shape
+    place_T = torch.arange(T, device=queue_TK.device)
+    if served_T is not None:
+        place_T = torch.empty_like(place_T).scatter_(0, served_T, place_T)
+    priority_TK = torch.arange(K, device=queue_TK.device) * T + place_T[:, None]
+    return capacity_ranks(queue_TK.flatten(), priority_TK.flatten(), num_queues).view(T, K)
 
 
 def whole_ratio(factor: float) -> tuple[int, int]:

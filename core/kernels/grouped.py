@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .eager import ACTIVATIONS, accumulate_dtype, combine, sort_pairs, topk_gate
+from .eager import ACTIVATIONS, accumulate_dtype, combine, queue_ranks, sort_pairs, topk_gate
 
 
 def supports(device_type: str, dtype: torch.dtype) -> bool:
@@ -142,4 +142,13 @@ def expert_ffn(
     return combine(y_R, row_index_R, offsets_E, None, x.shape[0]).to(x.dtype)
 
 
-__all__ = ["combine", "expert_ffn", "expert_linear", "expert_of_rows", "sort_pairs", "supports", "topk_gate"]
+__all__ = [
+    "combine",
+    "expert_ffn",
+    "expert_linear",
+    "expert_of_rows",
+    "queue_ranks",
+    "sort_pairs",
+    "supports",
+    "topk_gate",
+]

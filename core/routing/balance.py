@@ -277,7 +277,7 @@ def balance_sums(
     Raises:
         ValueError: the context lacks what a wanted term reads.
     """
-    valid_T, scores_TE = routing.valid_T, routing.scores_TE
+    valid_T, scores_TE, known = routing.valid_T, routing.scores_TE, routing.sums or {}
 
     def total(per_token: Tensor) -> Tensor:
         return per_token.sum(0) if valid_T is None else (per_token * _like(valid_T, per_token)).sum(0)
@@ -290,7 +290,7 @@ def balance_sums(
         # Sigmoid scores are brought to sum 1, or the loss would shrink by lowering them all.
         share_TE = scores_TE / scores_TE.sum(-1, keepdim=True).clamp_min(1e-20)
         if wanted & {"load_balancing", "importance", "mutual_information"}:
-            sums["score"] = total(share_TE)
+            sums["score"] = known["score"] if "score" in known else total(share_TE)
             if routing.balance_scores is not None:
                 sums["balance_score"] = total(routing.balance_scores)
         if "mutual_information" in wanted and balance.num_tasks:
@@ -308,7 +308,8 @@ def balance_sums(
         if "sequence_balance" in wanted and routing.num_sequences is not None and routing.top_k is not None:
             sums["sequence_loss"], sums["num_sequences"] = _sequence_sums(routing, share_TE)
     if routing.logits_TE is not None and "router_z" in wanted:
-        sums["square"] = total(routing.logits_TE.logsumexp(-1).square()).reshape(1)
+        square = known.get("square")
+        sums["square"] = total(routing.logits_TE.logsumexp(-1).square()).reshape(1) if square is None else square
     noise, logits_TE = routing.noise_std, routing.logits_TE
     if routing.threshold_TE is not None and noise is not None and logits_TE is not None and "load" in wanted:
         sums["load"] = total(smooth_load(logits_TE, routing.threshold_TE, noise))

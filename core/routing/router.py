@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..contract import Routing, RoutingContext
-from ..kernels.eager import topk_gate
+from ..kernels import topk_gate
 from .balance import SCORE_TERMS, Balance, expert_bias_step
 from .checks import at_least_one, at_most_experts
 from .gates import LinearGate, NoisyGate
@@ -79,6 +79,7 @@ class Router(nn.Module):
         needs: fields of ``RoutingContext`` without which it cannot decide.
         gates_on: what the gates scale: the experts' "output", or their "input".
         extra_weights: weights of ``Routing.extra`` by name; the names are among ``terms`` too.
+        backend: whose kernels choose and count.
         expert_bias: float32 (E,) buffer added to the scores for the choice alone, or None.
     """
 
@@ -86,6 +87,7 @@ class Router(nn.Module):
     terms: frozenset[str] = frozenset()
     needs: tuple[str, ...] = ()
     gates_on: str = "output"
+    backend: str = "auto"
     extra_weights: Mapping[str, float] = MappingProxyType({})
     expert_bias: Tensor | None
 
@@ -145,6 +147,7 @@ class PairRouter(Router):
                 valid_T=tokens.valid_T,
                 limit=self.capacity,
                 training=self.training,
+                backend=self.backend,
             )
 
 
@@ -183,16 +186,19 @@ class TokenChoiceRouter(PairRouter):
             limited_groups=config.limited_groups,
             group_score=config.group_score,
             scale=config.scale,
+            valid_T=tokens.valid_T,
+            backend=self.backend,
         )
-        expert_ids_TK = best.expert_ids_TK
+        expert_ids_TK, chosen_E, sums = best.expert_ids_TK, best.chosen_per_expert_E, best.sums
         if self.training and config.second == "random":
             # GShard, algorithm 1: with probability 2 * g2, so a second expert of gate 1/2 always stays.
             g2_T = best.gates_TK[:, 1].detach() / config.scale
             second_T = torch.where(2 * g2_T > torch.rand_like(g2_T), expert_ids_TK[:, 1], self.num_experts)
-            expert_ids_TK = torch.stack((expert_ids_TK[:, 0], second_T), -1)
+            expert_ids_TK, chosen_E = torch.stack((expert_ids_TK[:, 0], second_T), -1), None
         scores_TE, threshold_TE = best.scores_TE, None
         if noise_std is not None:
             # The losses see the clean logits, as in V-MoE's code; noise only explores.
+            sums = None
             scores_TE = logits_TE.softmax(-1) if config.score_func == "softmax" else logits_TE.sigmoid()
             threshold_TE = _noise_threshold(noisy_TE, config)
         return Choice(
@@ -203,6 +209,8 @@ class TokenChoiceRouter(PairRouter):
             priority_T=best.scores_TE.amax(-1),
             noise_std=noise_std,
             threshold_TE=threshold_TE,
+            sums=sums,
+            chosen_per_expert_E=chosen_E,
         )
 
     @torch.no_grad()

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..contract import Routing
-from ..kernels.eager import capacity, capacity_ranks, count_experts, whole_ratio
+from ..kernels import queue_ranks
+from ..kernels.eager import capacity, count_experts, whole_ratio
 
 PRIORITIES = ("position", "score", "random")
 
@@ -69,17 +70,14 @@ def group_tokens(group: str | int, num_sequences: int, length: int, device: torc
     return torch.arange(T, device=device) // size, -(-T // size)
 
 
-def token_order(priority: str, score_T: Tensor, training: bool) -> Tensor:
-    """Each token's place in the queue of its group, int64 (T,), 0 served first."""
-    T = score_T.shape[0]  # len() would fix the number of tokens under torch.export
-    place = torch.arange(T, device=score_T.device)
+def served_tokens(priority: str, score_T: Tensor, training: bool) -> Tensor | None:
+    """The tokens in the order in which they are served, int64 (T,); None: as they come."""
     if priority == "score":
-        best_first = score_T.argsort(descending=True, stable=True)
-    elif priority == "random" and training:
-        best_first = torch.randperm(T, device=score_T.device)
-    else:
-        return place
-    return torch.empty_like(place).scatter_(0, best_first, place)
+        return score_T.argsort(descending=True, stable=True)
+    if priority == "random" and training:
+        # shape[0]: len() would fix the number of tokens under torch.export
+        return torch.randperm(score_T.shape[0], device=score_T.device)
+    return None
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,8 @@ class Choice:
         scores_TE: float32 (T, E), what the balance losses and the statistics see; None where there are none.
         logits_TE: float32 (T, E), without noise; None where there are none.
         priority_T: float32 (T,), the higher is served first under priority "score"; None: the largest score.
-        noise_std, threshold_TE, extra, balance_scores, balance_chosen: as in ``Routing``.
+        noise_std, threshold_TE, extra, balance_scores, balance_chosen, sums: as in ``Routing``.
+        chosen_per_expert_E: int64 (E,), real tokens that chose each expert, where the gate counted them on the way.
     """
 
     expert_ids_TK: Tensor
@@ -105,6 +104,8 @@ class Choice:
     extra: dict[str, Tensor] | None = None
     balance_scores: Tensor | None = None
     balance_chosen: Tensor | None = None
+    sums: dict[str, Tensor] | None = None
+    chosen_per_expert_E: Tensor | None = None
 
 
 def select_pairs(
@@ -115,6 +116,7 @@ def select_pairs(
     valid_T: Tensor | None,
     limit: Capacity,
     training: bool,
+    backend: str = "auto",
 ) -> Routing:
     """Flatten each token's choices to pairs and mark those that are not computed.
 
@@ -125,6 +127,7 @@ def select_pairs(
         valid_T: bool (T,), False for padding.
         limit: capacity, priority and groups.
         training: which of the two capacity factors holds, and whether random priority is random.
+        backend: whose kernels count the places in the experts' queues.
     """
     (T, K), E = choice.expert_ids_TK.shape, num_experts
     device = choice.expert_ids_TK.device
@@ -132,7 +135,10 @@ def select_pairs(
     if valid_T is not None:
         expert_ids_TK = expert_ids_TK.masked_fill(~valid_T[:, None], E)
     expert_ids_N = expert_ids_TK.flatten()
-    chosen_E = tokens_E = count_experts(expert_ids_N, E)
+    chosen_E = choice.chosen_per_expert_E
+    if chosen_E is None:
+        chosen_E = count_experts(expert_ids_N, E)
+    tokens_E = chosen_E
     ratio = limit.ratio(training)
     # K * factor >= E: an expert could take every token, so nothing can be dropped.
     if ratio is not None and K * ratio[0] < E * ratio[1]:
@@ -141,11 +147,9 @@ def select_pairs(
         size_G = torch.zeros(num_groups, dtype=torch.int64, device=device).scatter_add_(0, group_T, real_T)
         capacity_G = torch.as_tensor(capacity(ratio, K, size_G, E))
         queue_TK = torch.where(expert_ids_TK < E, group_T[:, None] * E + expert_ids_TK, num_groups * E)
-        # First choices of all tokens before second ones, as GShard and V-MoE do.
-        order_T = token_order(limit.priority, _priority(choice), training)
-        priority_TK = torch.arange(K, device=device) * T + order_T[:, None]
-        rank_N = capacity_ranks(queue_TK.flatten(), priority_TK.flatten(), num_groups * E + 1)
-        full_TK = rank_N.unflatten(0, (T, K)) >= capacity_G[group_T][:, None]
+        served_T = served_tokens(limit.priority, _priority(choice), training)
+        rank_TK = queue_ranks(queue_TK, served_T, num_groups * E + 1, backend=backend)
+        full_TK = rank_TK >= capacity_G[group_T][:, None]
         expert_ids_N = expert_ids_TK.masked_fill(full_TK, E).flatten()
         tokens_E = count_experts(expert_ids_N, E)
     gates_N = choice.gates_TK.flatten().masked_fill(expert_ids_N == E, 0.0)
@@ -166,6 +170,7 @@ def select_pairs(
         num_sequences=num_sequences,
         balance_scores=choice.balance_scores,
         balance_chosen=choice.balance_chosen,
+        sums=choice.sums,
     )
 
 

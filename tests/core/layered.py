@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from core import FFN, Balance, MoE, MoEConfig, TokenChoice
 
-BACKENDS = ["eager", "cpu", "grouped"]
+BACKENDS = ["eager", "cpu", "grouped", "triton"]
 EVERY_TERM = Balance(load_balancing=1.0, router_z=0.1, importance=1.0)
 
 

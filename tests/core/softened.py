@@ -9,7 +9,7 @@ from core import FFN, GEGLU, MoE, MoEConfig, SwiGLU
 from core.layers import SoftMoE
 from core.routing.soft import Merge, SoftSlots
 
-BACKENDS = ["eager", "cpu", "grouped"]
+BACKENDS = ["eager", "cpu", "grouped", "triton"]
 EXPERTS = [FFN(12), FFN(12, "relu", bias=True), SwiGLU(12, bias=True), GEGLU(12)]
 LORY = Merge("lory", segment_length=3)
 MERGES = [Merge("smear"), Merge("meo"), LORY, Merge("lory", segment_length=3, first="own")]

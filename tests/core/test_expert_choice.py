@@ -30,7 +30,7 @@ from core import (
 from core.routing.expert_choice import ExpertChoice, ExpertChoiceRouter
 from core.routing.selection import Capacity
 
-BACKENDS = ["eager", "cpu", "grouped"]
+BACKENDS = ["eager", "cpu", "grouped", "triton"]
 
 
 def router(num_experts: int, factor: float, group: str | int = "sequence") -> ExpertChoiceRouter:

@@ -20,7 +20,7 @@ CONFIGS = [
     MLP((12, 10, 6), "silu", norm="batch"),
     MLP((12, 10), "relu", norm="layer"),
 ]
-BACKENDS = ["eager", "cpu", "grouped"]
+BACKENDS = ["eager", "cpu", "grouped", "triton"]
 E, D = 4, 8
 
 

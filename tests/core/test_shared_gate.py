@@ -33,7 +33,7 @@ from core import (
 )
 from core.routing.balance import gate_budget_loss
 
-BACKENDS = ["eager", "cpu", "grouped"]
+BACKENDS = ["eager", "cpu", "grouped", "triton"]
 OFF = {"load_balancing": 0.0, "router_z": 0.0}
 # Gates sigmoid(log 3) = 3/4 and sigmoid(0) = 1/2, with w = (1, 0).
 TOKENS = [[math.log(3), 1.0], [0.0, 4.0]]

@@ -1,0 +1,19 @@
+"""What is said, once, when another backend runs than the one that was asked for."""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+
+import torch
+
+
+def warn_once(message: str) -> None:
+    """The same message once a process; not while code is compiled, which traces and does not run."""
+    if not torch.compiler.is_compiling():
+        _warn(message)
+
+
+@cache
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=4)

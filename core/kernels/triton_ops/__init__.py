@@ -1,0 +1,39 @@
+"""Fused Triton kernels for CUDA. ``TRITON_INTERPRET=1`` runs them on a CPU, slowly, for tests.
+
+    jit/            the kernels, the only files that import Triton
+    environment.py  what can run here
+    launch.py       one way to start a kernel
+    tuning.py       tiles, and the choice among them
+    gate.py sort.py products.py experts.py sums.py     custom ops and their launches
+    ahead.py        compiles all of it for cards that are not there
+
+Nothing synchronises with the host: counts stay on the device, and a launch covers the most tiles there can be. Sums
+have one order and no atomics, so results are equal bit by bit from run to run.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .environment import MAX_EXPERTS, missing
+from .experts import expert_ffn, expert_linear
+from .gate import topk_gate
+from .sort import queue_ranks, sort_pairs
+from .sums import combine
+
+
+def supports(device_type: str, dtype: torch.dtype) -> bool:
+    return missing(device_type, dtype) is None
+
+
+__all__ = [
+    "MAX_EXPERTS",
+    "combine",
+    "expert_ffn",
+    "expert_linear",
+    "missing",
+    "queue_ranks",
+    "sort_pairs",
+    "supports",
+    "topk_gate",
+]

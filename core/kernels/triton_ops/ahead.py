@@ -1,0 +1,243 @@
+"""Compiles every kernel for cards that are not there, and says what they need of the card.
+
+    python -m core.kernels.triton_ops.ahead                      # every kernel and tile, for sm_80, sm_90 and sm_100
+    python -m core.kernels.triton_ops.ahead --arch 90 --dtypes bfloat16 --kernels up linear
+
+One line a kernel, tile and card: registers, bytes of spilled registers, shared memory, and whether the products run on
+tensor cores. Needs Triton alone: its wheel brings the assembler. Leaves with 1 where a kernel does not fit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import gate, products, sort, sums
+from .environment import interpreted
+from .launch import Launch, jit_function, written_down
+from .tuning import Tile
+
+ARCHS = (80, 90, 100)
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+"""Bytes a program may have, of the CUDA C++ programming guide's table of compute capabilities."""
+MAX_SPILL = 96
+"""Bytes of registers that a thread may spill."""
+TENSOR_CORES = re.compile(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)\b")
+_TYPES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.uint8: "u8",
+}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What one kernel with one tile needs of one card.
+
+    Attributes:
+        kernel, arch, dtype, tile: which.
+        registers: of a thread. spill: bytes of them in memory. shared: bytes of shared memory of a program.
+        products, tensor_cores: the kernel multiplies matrices; its code has tensor-core instructions.
+    """
+
+    kernel: str
+    arch: int
+    dtype: str
+    tile: str
+    registers: int
+    spill: int
+    shared: int
+    products: bool
+    tensor_cores: bool
+
+    def wrong(self) -> str | None:
+        """What does not fit, None where all does."""
+        if self.shared > SHARED_MEMORY[self.arch]:
+            return f"needs {self.shared} bytes of shared memory, sm_{self.arch} has {SHARED_MEMORY[self.arch]}"
+        if self.spill > MAX_SPILL:
+            return f"spills {self.spill} bytes of registers, more than {MAX_SPILL}"
+        if self.products and self.dtype != "float32" and not self.tensor_cores:
+            return "has no tensor-core instruction"
+        return None
+
+
+def launches(dtype: torch.dtype, *, tokens: int = 32768, dim: int = 2048, hidden: int = 1408) -> list[Launch]:
+    """Every kernel with the flags that change its code, on tensors that are not there: E = 64 and K = 8."""
+    E, K, device = 64, 8, torch.device("meta")
+    R, T, D, F = tokens * K, tokens, dim, hidden
+
+    def of(*shape: int, kind: torch.dtype = dtype) -> Tensor:
+        return torch.empty(*shape, dtype=kind, device=device)
+
+    index_R, offsets_E = of(R, kind=torch.int64), of(E, kind=torch.int32)
+    gates_R = of(R, kind=torch.float32)
+    x, x_R, hidden_R = of(T, D), of(R, D), of(R, F)
+    w, w_out, b_in, b_out = of(E, D, F), of(E, F, D), of(E, F), of(E, D)
+    with written_down() as found:
+        products.up(x, index_R, offsets_E, w, None, None, "gelu", R, True)
+        products.up(x, index_R, offsets_E, w, w, None, "silu", R, True)
+        products.up(x, index_R, offsets_E, w, w, b_in, "gelu", R, True)
+        products.up(x_R, None, offsets_E, w, None, b_in, "relu", R, False)
+        products.up(of(T, D - 8), index_R, offsets_E, of(E, D - 8, F), None, b_in, "gelu", R, True)
+        products.linear(hidden_R, w_out, offsets_E, x_R, bias=b_out, gates_R=gates_R)
+        products.linear(hidden_R, w_out, offsets_E, x, gates_R=gates_R, row_index_R=index_R)
+        products.linear(hidden_R, w, offsets_E, x_R, transposed=True)
+        products.linear(hidden_R, w, offsets_E, x_R, transposed=True, second=(hidden_R, w))
+        products.hidden_grad(x, index_R, offsets_E, gates_R, w_out, b_out, hidden_R, None, "gelu")
+        products.hidden_grad(x, index_R, offsets_E, gates_R, w_out, None, hidden_R, hidden_R, "silu")
+        products.hidden_grad(x, index_R, offsets_E, gates_R, w_out, None, hidden_R, hidden_R, "gelu")
+        products.weight_grad(hidden_R, x, offsets_E, right_index_R=index_R)
+        products.weight_grad(x, hidden_R, offsets_E, left_index_R=index_R)
+        products.weight_grad(x_R, hidden_R, offsets_E)
+        products.column_sums(hidden_R, offsets_E)
+        products.column_sums(x, offsets_E, gates_R, index_R)
+        sums.sum_rows(x_R, index_R, None, offsets_E, None, T, K, dtype)
+        sums.sum_rows(x_R, index_R, of(T + 1, kind=torch.int64), offsets_E, gates_R, T, 0, torch.float32)
+        if dtype == torch.float32:  # these see no other
+            ids, logits_TE = of(R, kind=torch.int64), of(T, E)
+            sort.find_places(ids, E + 1, 0, 0, None)
+            sort.find_places(ids, E + 1, T, K, of(T, kind=torch.int64))
+            for experts, groups, softmax in ((E, 1, True), (256, 8, False)):
+                logits_TE, chosen = of(T, experts), (K, softmax, True)
+                gate.choose(logits_TE, None, None, *chosen, groups, max(groups // 2, 1), True, 1.0)
+                gate.choose(logits_TE, of(experts), of(T, kind=torch.bool), *chosen, groups, groups, True, 1.0)
+                grads = (of(T, experts), of(T, K), of(experts), of(1))
+                ids_TK = of(T, K, kind=torch.int64)
+                gate.choose_grad(*grads, logits_TE, logits_TE, ids_TK, None, softmax, True, 1.0)
+    return found
+
+
+def compile_launch(launch: Launch, tile: Tile | None, arch: int, dtype: torch.dtype) -> Compiled:
+    """The kernel of this launch for ``sm_<arch>``."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    function, options = jit_function(launch.kernel), launch.options(tile)
+    constants = {name: value for name, value in options.items() if name in function.arg_names}
+    signature: dict[str, str] = {}
+    aligned: dict[tuple[int, ...], list[list[Any]]] = {}
+    values = iter(launch.args)
+    for i, name in enumerate(function.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        value = next(values)
+        if isinstance(value, Tensor):
+            signature[name] = "*" + _TYPES[value.dtype]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        elif value == 1:  # as the launcher does
+            signature[name], constants[name] = "constexpr", 1
+        else:
+            signature[name] = "i32"
+        if isinstance(value, Tensor) or (isinstance(value, int) and value != 1 and value % 16 == 0):
+            aligned[(i,)] = [["tt.divisibility", 16]]
+    target = GPUTarget("cuda", arch, 32)
+    choices = {name: value for name, value in options.items() if name.startswith("num_")}
+    made = triton.compile(ASTSource(function, signature, constants, aligned), target=target, options=choices)
+    registers, spill = _resources(made.asm["cubin"])
+    return Compiled(
+        kernel=launch.kernel,
+        arch=arch,
+        dtype=str(dtype).removeprefix("torch."),
+        tile="-" if tile is None else f"{tile.m}x{tile.n} w{tile.warps} s{tile.stages}",
+        registers=registers,
+        spill=spill,
+        shared=made.metadata.shared,
+        products="tl.dot" in function.src or "product(" in function.src,
+        tensor_cores=TENSOR_CORES.search(made.asm["ptx"]) is not None,
+    )
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers of a thread, and bytes of its stack, where spilled ones are."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        said = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack = (re.search(rf"\b{word}:(\d+)", said) for word in ("REG", "STACK"))
+    if registers is None or stack is None:
+        raise RuntimeError(f"cuobjdump says neither registers nor stack: {said.strip()[:200]}")
+    return int(registers[1]), int(stack[1])
+
+
+def compile_all(
+    archs: Sequence[int], dtypes: Sequence[torch.dtype], kernels: Sequence[str] | None = None, *, all_flags: bool = True
+) -> Iterator[Compiled]:
+    """Each kernel with each tile that tuning may choose.
+
+    Args:
+        archs: of ``ARCHS``.
+        dtypes: of the products.
+        kernels: names, as "up"; None: all.
+        all_flags: with every combination of flags in ``launches``; else the first of each kernel.
+    """
+    for dtype in dtypes:
+        seen: set[object] = set()
+        # Few tokens have tiles of their own, and experts of 4096, 64, 32, 16 and 8 rows meet all there are.
+        for tokens in (32768, 512, 256, 128, 64):
+            for launch in launches(dtype, tokens=tokens):
+                name = launch.kernel.split(".")[1]
+                if kernels is not None and name not in kernels:
+                    continue
+                for tile in launch.tiles():
+                    flags = repr(sorted(launch.constants.items())) if all_flags else ""
+                    what = (launch.kernel, launch.tile and launch.tile[0], tile, flags)
+                    if what in seen:
+                        continue
+                    seen.add(what)
+                    for arch in archs:
+                        yield compile_launch(launch, tile, arch, dtype)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="ahead", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--arch", nargs="+", type=int, choices=ARCHS, default=list(ARCHS))
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=["float32", "bfloat16", "float16"], default=["bfloat16", "float32"]
+    )
+    parser.add_argument("--kernels", nargs="+", metavar="NAME", help="as up, linear, weight_grad (default: all)")
+    parser.add_argument("--first", action="store_true", help="each kernel with one set of flags")
+    parser.add_argument("--json", action="store_true", help="one object a line")
+    args = parser.parse_args(argv)
+    if interpreted():
+        parser.error("TRITON_INTERPRET=1 replaces the compiler: unset it")
+    failed = 0
+    if not args.json:
+        print(f"{'kernel':24}{'dtype':10}{'tile':18}{'card':8}{'registers':>10}{'spill':>7}{'shared':>8}  tensor cores")
+    dtypes = [getattr(torch, name) for name in args.dtypes]
+    for made in compile_all(args.arch, dtypes, args.kernels, all_flags=not args.first):
+        wrong = made.wrong()
+        failed += wrong is not None
+        if args.json:
+            print(json.dumps({**asdict(made), "wrong": wrong}), flush=True)
+            continue
+        cores = "yes" if made.tensor_cores else "-"
+        print(
+            f"{made.kernel:24}{made.dtype:10}{made.tile:18}sm_{made.arch:<5}{made.registers:>10}{made.spill:>7}"
+            f"{made.shared:>8}  {cores}{'' if wrong is None else '  ' + wrong}",
+            flush=True,
+        )
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,285 @@
+"""The two- or three-matrix expert over its rows, and one product: custom ops with a backward of their own.
+
+Forward: one launch gathers, multiplies and activates; one multiplies, adds the bias and weights by the gate; one sums
+the rows of a token (with one expert a token the second writes to the token itself, and there is no third). Kept for the
+backward: the tokens and the pre-activations. The gate's gradient is ``<dy w_out^T, h> + <dy, b_out>`` (arXiv
+2512.14080, section 3), so the experts' outputs are not needed.
+
+With several experts a token, rows are written where they are computed and the sum gathers them: as many bytes as when
+the product scatters them, and its stores are whole lines.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import grouped
+from ..fallback import warn_once
+from . import products
+from .environment import MAX_EXPERTS
+from .sums import rows_by_token, sum_rows
+
+
+@torch.library.custom_op("moesaic::triton_expert_ffn", mutates_args=())
+def _expert_ffn(
+    x: Tensor,
+    row_index_R: Tensor | None,
+    offsets_E: Tensor,
+    gates_R: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    b_in: Tensor | None,
+    b_out: Tensor | None,
+    w_gate: Tensor | None,
+    rows: Tensor | None,
+    starts: Tensor | None,
+    top_k: int,
+    activation: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    x, w_in, w_out, gates_R = (t.contiguous() for t in (x, w_in, w_out, gates_R))
+    b_in, b_out, w_gate = (None if t is None else t.contiguous() for t in (b_in, b_out, w_gate))
+    R, N = gates_R.shape[0], w_out.shape[-1]
+    if R == 0:
+        empty = x.new_empty(0, w_in.shape[-1])
+        return x.new_zeros(x.shape[0], N), empty, empty.clone()
+    hidden, pre, pre_gate = products.up(x, row_index_R, offsets_E, w_in, w_gate, b_in, activation, R, keep)
+    direct = row_index_R is None or top_k == 1
+    # Rows and tokens that no expert computes are zero.
+    y = x.new_zeros(x.shape[0], N) if direct else x.new_empty(R, N)
+    products.linear(
+        hidden, w_out, offsets_E, y, bias=b_out, gates_R=gates_R, row_index_R=row_index_R if direct else None
+    )
+    if not direct:
+        assert rows is not None
+        y = sum_rows(y, rows, starts, offsets_E, None, x.shape[0], top_k, x.dtype)
+    return y, pre, pre_gate
+
+
+@_expert_ffn.register_fake
+def _(x, row_index_R, offsets_E, gates_R, w_in, w_out, b_in, b_out, w_gate, rows, starts, top_k, activation, keep):
+    kept, width = gates_R.shape[0] if keep else 0, w_in.shape[-1]
+    return (
+        x.new_empty(x.shape[0], w_out.shape[-1]),
+        x.new_empty(kept, width),
+        x.new_empty(kept if w_gate is not None else 0, width),
+    )
+
+
+@torch.library.custom_op("moesaic::triton_expert_ffn_backward", mutates_args=())
+def _expert_ffn_backward(
+    dy: Tensor,
+    x: Tensor,
+    row_index_R: Tensor | None,
+    offsets_E: Tensor,
+    gates_R: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    b_in: Tensor | None,
+    b_out: Tensor | None,
+    w_gate: Tensor | None,
+    rows: Tensor | None,
+    starts: Tensor | None,
+    pre: Tensor,
+    pre_gate: Tensor,
+    top_k: int,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    R, none = gates_R.shape[0], x.new_empty(0)
+    if R == 0:
+        zeros = [none.clone() if w is None else torch.zeros_like(w) for w in (w_in, w_out, b_in, b_out, w_gate)]
+        return torch.zeros_like(x), torch.zeros_like(gates_R), zeros[0], zeros[1], zeros[2], zeros[3], zeros[4]
+    x, w_in, w_out, gates_R = (t.contiguous() for t in (x, w_in, w_out, gates_R))
+    w_gate = None if w_gate is None else w_gate.contiguous()
+    dpre, dpre_gate, weighted, dgates_R = products.hidden_grad(
+        dy, row_index_R, offsets_E, gates_R, w_out, b_out, pre, None if w_gate is None else pre_gate, activation
+    )
+    dw_out = products.weight_grad(weighted, dy, offsets_E, right_index_R=row_index_R)
+    del weighted
+    dw_in = products.weight_grad(x, dpre, offsets_E, left_index_R=row_index_R)
+    dw_gate = none if w_gate is None else products.weight_grad(x, dpre_gate, offsets_E, left_index_R=row_index_R)
+    db_in = none.clone() if b_in is None else products.column_sums(dpre, offsets_E).to(b_in.dtype)
+    db_out = none.clone()
+    if b_out is not None:
+        db_out = products.column_sums(dy, offsets_E, gates_R, row_index_R).to(b_out.dtype)
+    direct = row_index_R is None or top_k == 1
+    dx = torch.zeros_like(x) if direct else x.new_empty(R, x.shape[1])
+    products.linear(
+        dpre,
+        w_in,
+        offsets_E,
+        dx,
+        transposed=True,
+        second=None if w_gate is None else (dpre_gate, w_gate),
+        row_index_R=row_index_R if direct else None,
+    )
+    if not direct:
+        assert rows is not None
+        dx = sum_rows(dx, rows, starts, offsets_E, None, x.shape[0], top_k, x.dtype)
+    return dx, dgates_R, dw_in, dw_out, db_in, db_out, dw_gate
+
+
+@_expert_ffn_backward.register_fake
+def _(
+    dy,
+    x,
+    row_index_R,
+    offsets_E,
+    gates_R,
+    w_in,
+    w_out,
+    b_in,
+    b_out,
+    w_gate,
+    rows,
+    starts,
+    pre,
+    pre_gate,
+    top_k,
+    activation,
+):
+    weights = (w_in, w_out, b_in, b_out, w_gate)
+    grads = (x.new_empty(0) if w is None else torch.empty_like(w) for w in weights)
+    return (x.new_empty(x.shape), torch.empty_like(gates_R), *grads)
+
+
+def _setup(ctx, inputs, output):
+    *tensors, ctx.top_k, ctx.activation, _ = inputs
+    _, pre, pre_gate = output
+    ctx.mark_non_differentiable(pre, pre_gate)
+    ctx.save_for_backward(*tensors, pre, pre_gate)
+
+
+def _backward(ctx, dy, _dpre, _dpre_gate):
+    saved = ctx.saved_tensors
+    dx, dgates, *dweights = _expert_ffn_backward(dy.contiguous(), *saved, ctx.top_k, ctx.activation)
+    weights = saved[4:9]  # w_in, w_out, b_in, b_out, w_gate
+    dweights = [None if w is None else dw for w, dw in zip(weights, dweights, strict=True)]
+    return dx, None, None, dgates, *dweights, None, None, None, None, None
+
+
+_expert_ffn.register_autograd(_backward, setup_context=_setup)
+
+
+def expert_ffn(
+    x: Tensor,
+    row_index_R: Tensor | None,
+    offsets_E: Tensor,
+    gates_R: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    b_in: Tensor | None = None,
+    b_out: Tensor | None = None,
+    w_gate: Tensor | None = None,
+    *,
+    activation: str,
+    inverse_N: Tensor | None = None,
+    top_k: int | None = None,
+) -> Tensor:
+    """As ``eager.expert_ffn``. Memory kept for the backward: ``x`` and (R, F) pre-activations.
+
+    Raises:
+        ValueError: tokens and weights are not of one dtype.
+    """
+    if _beyond(w_in, w_out, w_gate, b_in, b_out, dtype=x.dtype):
+        return grouped.expert_ffn(
+            x,
+            row_index_R,
+            offsets_E,
+            gates_R,
+            w_in,
+            w_out,
+            b_in,
+            b_out,
+            w_gate,
+            activation=activation,
+            inverse_N=inverse_N,
+            top_k=top_k,
+        )
+    inputs = (x, gates_R, w_in, w_out, b_in, b_out, w_gate)
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    rows, starts, k = inverse_N, None, top_k or 0
+    if row_index_R is not None and (inverse_N is None or top_k is None):
+        (rows, starts), k = rows_by_token(row_index_R, offsets_E, x.shape[0]), 0
+    if row_index_R is None or k == 1:
+        rows = starts = None
+    weights = (w_in, w_out, b_in, b_out, w_gate)
+    return _expert_ffn(x, row_index_R, offsets_E, gates_R, *weights, rows, starts, k, activation, keep)[0]
+
+
+@torch.library.custom_op("moesaic::triton_linear", mutates_args=())
+def _linear(x_RD: Tensor, w: Tensor, offsets_E: Tensor, b: Tensor | None, transposed: bool) -> Tensor:
+    y = x_RD.new_zeros(x_RD.shape[0], w.shape[1 if transposed else 2])
+    if y.numel():
+        bias = None if b is None else b.contiguous()
+        products.linear(x_RD.contiguous(), w.contiguous(), offsets_E, y, transposed=transposed, bias=bias)
+    return y
+
+
+@_linear.register_fake
+def _(x_RD, w, offsets_E, b, transposed):
+    return x_RD.new_empty(x_RD.shape[0], w.shape[1 if transposed else 2])
+
+
+@torch.library.custom_op("moesaic::triton_linear_dw", mutates_args=())
+def _linear_dw(x_RD: Tensor, dy_RN: Tensor, offsets_E: Tensor, with_bias: bool) -> tuple[Tensor, Tensor]:
+    E, D, N = offsets_E.shape[0], x_RD.shape[1], dy_RN.shape[1]
+    if x_RD.shape[0] == 0:
+        return x_RD.new_zeros(E, D, N), x_RD.new_zeros(E if with_bias else 0, N)
+    dy_RN = dy_RN.contiguous()
+    dw = products.weight_grad(x_RD.contiguous(), dy_RN, offsets_E)
+    db = products.column_sums(dy_RN, offsets_E).to(dy_RN.dtype) if with_bias else dy_RN.new_empty(0, N)
+    return dw, db
+
+
+@_linear_dw.register_fake
+def _(x_RD, dy_RN, offsets_E, with_bias):
+    E, D, N = offsets_E.shape[0], x_RD.shape[1], dy_RN.shape[1]
+    return x_RD.new_empty(E, D, N), x_RD.new_empty(E if with_bias else 0, N)
+
+
+def _linear_setup(ctx, inputs, output):
+    x_RD, w, offsets_E, b, ctx.transposed = inputs
+    ctx.with_bias = b is not None
+    ctx.save_for_backward(x_RD, w, offsets_E)
+
+
+def _linear_backward(ctx, dy_RN):
+    x_RD, w, offsets_E = ctx.saved_tensors
+    dx = _linear(dy_RN, w, offsets_E, None, not ctx.transposed) if ctx.needs_input_grad[0] else None
+    dw = db = None
+    if ctx.needs_input_grad[1] or (ctx.with_bias and ctx.needs_input_grad[3]):
+        dw, db = _linear_dw(x_RD, dy_RN, offsets_E, ctx.with_bias)
+        dw = dw.transpose(1, 2) if ctx.transposed else dw
+    return dx, dw, None, db if ctx.with_bias else None, None
+
+
+_linear.register_autograd(_linear_backward, setup_context=_linear_setup)
+
+
+def expert_linear(x_RD: Tensor, w: Tensor, offsets_E: Tensor, b: Tensor | None = None) -> Tensor:
+    """As ``eager.expert_linear``.
+
+    Raises:
+        ValueError: rows and weights are not of one dtype.
+    """
+    if _beyond(w, b, dtype=x_RD.dtype):
+        return grouped.expert_linear(x_RD, w, offsets_E, b)
+    return _linear(x_RD, w, offsets_E, b, False)
+
+
+def _beyond(*weights: Tensor | None, dtype: torch.dtype) -> bool:
+    """Whether the kernels' limits are passed: the experts that a tile looks at, and 32-bit places in a matrix."""
+    for w in weights:
+        if w is None:
+            continue
+        if w.dtype != dtype:
+            raise ValueError(f"tokens are {dtype} and expert weights {w.dtype}: they must be of one dtype")
+        if w.shape[0] > MAX_EXPERTS:
+            warn_once(f"backend='triton' takes at most {MAX_EXPERTS} experts, not {w.shape[0]}: using 'grouped'")
+            return True
+        if w[:1].numel() >= 2**31:
+            warn_once(f"backend='triton' takes matrices below 2**31 numbers, not {w[:1].numel()}: using 'grouped'")
+            return True
+    return False

@@ -1,0 +1,242 @@
+"""The fused gate: scores, choice, gates, loads and the sums of the balance losses, in one pass over the logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import eager
+from ..eager import TopK
+from ..fallback import warn_once
+from .environment import MAX_EXPERTS
+from .launch import Launch, power_of_two
+
+NUMBERS = 1024
+"""Of the logits that a program holds at once."""
+
+
+def _tokens_at_a_time(columns: int) -> int:
+    return max(1, min(64, NUMBERS // columns))
+
+
+@torch.library.custom_op("moesaic::triton_gate", mutates_args=())
+def _gate(
+    logits_TE: Tensor,
+    bias_E: Tensor | None,
+    valid_T: Tensor | None,
+    top_k: int,
+    softmax: bool,
+    normalize: bool,
+    num_groups: int,
+    limited_groups: int,
+    best_two: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return choose(logits_TE, bias_E, valid_T, top_k, softmax, normalize, num_groups, limited_groups, best_two, scale)
+
+
+@_gate.register_fake
+def _(logits_TE, bias_E, valid_T, top_k, softmax, normalize, num_groups, limited_groups, best_two, scale):
+    T, E = logits_TE.shape
+    return (
+        logits_TE.new_empty(T, E),
+        logits_TE.new_empty(T, top_k, dtype=torch.int64),
+        logits_TE.new_empty(T, top_k),
+        logits_TE.new_empty(E, dtype=torch.int64),
+        logits_TE.new_empty(E),
+        logits_TE.new_empty(1),
+    )
+
+
+def choose(
+    logits_TE: Tensor,
+    bias_E: Tensor | None,
+    valid_T: Tensor | None,
+    top_k: int,
+    softmax: bool,
+    normalize: bool,
+    num_groups: int,
+    limited_groups: int,
+    best_two: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Scores, ids, gates, loads, score sums and square sum: the launch of the gate."""
+    logits_TE = logits_TE.contiguous()
+    (T, E), like = logits_TE.shape, logits_TE
+    limited = limited_groups if limited_groups < num_groups else 0
+    # Without a limit groups are of no account.
+    groups = num_groups if limited else 1
+    groups_pow2, within_pow2 = power_of_two(groups), power_of_two(E // groups)
+    high = _tokens_at_a_time(groups_pow2 * within_pow2)
+    blocks = -(-T // high)
+    scores_TE, gates_TK = like.new_empty(T, E), like.new_empty(T, top_k)
+    ids_TK = like.new_empty(T, top_k, dtype=torch.int64)
+    counts = like.new_empty(blocks, E, dtype=torch.int32)
+    score_sums, square_sums = like.new_empty(blocks, E), like.new_empty(blocks)
+    if T:
+        Launch(
+            "gate.choose",
+            (
+                logits_TE,
+                like if bias_E is None else bias_E.contiguous(),
+                like if valid_T is None else valid_T.contiguous().view(torch.uint8),
+                scores_TE,
+                ids_TK,
+                gates_TK,
+                counts,
+                score_sums,
+                square_sums,
+                T,
+                E,
+                groups,
+                float(scale),
+            ),
+            {
+                "SOFTMAX": softmax,
+                "NORMALIZE": normalize,
+                "BIASED": bias_E is not None,
+                "MASKED": valid_T is not None,
+                "TOP_K": top_k,
+                "LIMITED": limited,
+                "BEST_TWO": best_two and E // groups > 1,
+                "BLOCK_T": high,
+                "GROUPS_POW2": groups_pow2,
+                "IN_GROUP_POW2": within_pow2,
+            },
+            lambda _: blocks,
+        ).run()
+    return scores_TE, ids_TK, gates_TK, counts.sum(0), score_sums.sum(0), square_sums.sum(0, keepdim=True)
+
+
+@torch.library.custom_op("moesaic::triton_gate_backward", mutates_args=())
+def _gate_backward(
+    dscores_TE: Tensor,
+    dgates_TK: Tensor,
+    dscore_sum_E: Tensor,
+    dsquare_sum: Tensor,
+    logits_TE: Tensor,
+    scores_TE: Tensor,
+    ids_TK: Tensor,
+    valid_T: Tensor | None,
+    softmax: bool,
+    normalize: bool,
+    scale: float,
+) -> Tensor:
+    grads = (dscores_TE, dgates_TK, dscore_sum_E, dsquare_sum)
+    return choose_grad(*grads, logits_TE, scores_TE, ids_TK, valid_T, softmax, normalize, scale)
+
+
+@_gate_backward.register_fake
+def _(
+    dscores_TE, dgates_TK, dscore_sum_E, dsquare_sum, logits_TE, scores_TE, ids_TK, valid_T, softmax, normalize, scale
+):
+    return torch.empty_like(logits_TE, memory_format=torch.contiguous_format)
+
+
+def choose_grad(
+    dscores_TE: Tensor,
+    dgates_TK: Tensor,
+    dscore_sum_E: Tensor,
+    dsquare_sum: Tensor,
+    logits_TE: Tensor,
+    scores_TE: Tensor,
+    ids_TK: Tensor,
+    valid_T: Tensor | None,
+    softmax: bool,
+    normalize: bool,
+    scale: float,
+) -> Tensor:
+    """The gradient of the logits: the launch of the gate's backward."""
+    logits_TE = logits_TE.contiguous()
+    dlogits_TE = torch.empty_like(logits_TE)
+    (T, E), K = logits_TE.shape, ids_TK.shape[1]
+    if T == 0:
+        return dlogits_TE
+    high = _tokens_at_a_time(power_of_two(E))
+    blocks = -(-T // high)
+    grads = (t.contiguous() for t in (dscores_TE, dgates_TK, dscore_sum_E, dsquare_sum))
+    valid = logits_TE if valid_T is None else valid_T.contiguous().view(torch.uint8)
+    Launch(
+        "gate.choose_grad",
+        (logits_TE, scores_TE, ids_TK, valid, *grads, dlogits_TE, T, E, float(scale)),
+        {
+            "SOFTMAX": softmax,
+            "NORMALIZE": normalize,
+            "MASKED": valid_T is not None,
+            "TOP_K": K,
+            "BLOCK_T": high,
+            "E_POW2": power_of_two(E),
+        },
+        lambda _: blocks,
+    ).run()
+    return dlogits_TE
+
+
+def _setup(ctx, inputs, output):
+    logits_TE, _, valid_T, _, ctx.softmax, ctx.normalize, *_, ctx.scale = inputs
+    scores_TE, ids_TK, _, counts, *_ = output
+    ctx.mark_non_differentiable(ids_TK, counts)
+    ctx.save_for_backward(logits_TE, scores_TE, ids_TK, valid_T)
+
+
+def _backward(ctx, dscores_TE, _ids, dgates_TK, _counts, dscore_sum_E, dsquare_sum):
+    logits_TE, scores_TE, ids_TK, valid_T = ctx.saved_tensors
+    dlogits_TE = _gate_backward(
+        dscores_TE,
+        dgates_TK,
+        dscore_sum_E,
+        dsquare_sum,
+        logits_TE,
+        scores_TE,
+        ids_TK,
+        valid_T,
+        ctx.softmax,
+        ctx.normalize,
+        ctx.scale,
+    )
+    return dlogits_TE, *[None] * 9
+
+
+_gate.register_autograd(_backward, setup_context=_setup)
+
+
+def topk_gate(
+    logits_TE: Tensor,
+    top_k: int,
+    *,
+    score_func: str = "softmax",
+    normalize: bool = True,
+    bias_E: Tensor | None = None,
+    num_groups: int = 1,
+    limited_groups: int = 1,
+    group_score: str = "top2",
+    scale: float = 1.0,
+    valid_T: Tensor | None = None,
+) -> TopK:
+    """As ``eager.topk_gate``; of equal scores the expert of the lower number is taken."""
+    if logits_TE.shape[1] > MAX_EXPERTS:
+        warn_once(f"the fused gate takes at most {MAX_EXPERTS} experts, not {logits_TE.shape[1]}: using 'eager'")
+        return eager.topk_gate(
+            logits_TE,
+            top_k,
+            score_func=score_func,
+            normalize=normalize,
+            bias_E=bias_E,
+            num_groups=num_groups,
+            limited_groups=limited_groups,
+            group_score=group_score,
+            scale=scale,
+        )
+    scores_TE, ids_TK, gates_TK, counts_E, score_sum_E, square_sum = _gate(
+        logits_TE,
+        bias_E,
+        valid_T,
+        top_k,
+        score_func == "softmax",
+        normalize,
+        num_groups,
+        limited_groups,
+        group_score != "max",
+        scale,
+    )
+    return TopK(scores_TE, ids_TK, gates_TK, counts_E, {"score": score_sum_E, "square": square_sum})

@@ -1,0 +1,389 @@
+"""Grouped products: the rows of each expert times its matrix, with gather, bias, activation and gate inside.
+
+Rows are sorted by expert, ``Offsets`` are inclusive counts. A tile holds rows of one expert; the last tile of an expert
+is padded by masks, never in memory. The number of tiles is known on the device alone: a launch covers the most there
+can be, ``ceil(R / BLOCK_M) + min(E, R)``, and the tiles that are not there end at once. One launch of as many programs
+as there are multiprocessors walks the tiles in a loop (persistent); one program a tile is the same code.
+
+Sums run over ``BLOCK_K`` numbers at a time from first to last, whatever the tile: what tuning chooses does not change a
+bit of the result.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .tiles import activation, activation_grad, expert_tile, in_groups, load, product, rounded
+
+
+@triton.jit
+def up(
+    X,
+    Rows,
+    Offsets,
+    W,
+    WGate,
+    Bias,
+    Pre,
+    PreGate,
+    Hidden,
+    D,
+    F,
+    E,
+    R,
+    ACT: tl.constexpr,
+    GATHER: tl.constexpr,
+    GATED: tl.constexpr,
+    BIAS: tl.constexpr,
+    KEEP: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    E_POW2: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """``Hidden = act(X W + b)`` or ``act(X WGate) * (X W + b)``; ``Pre`` and ``PreGate`` are what the backward needs.
+
+    X (T, D) with ``GATHER``, else (R, D); W, WGate (E, D, F); Bias (E, F); Pre, PreGate, Hidden (R, F).
+    """
+    tiles_m = tl.cdiv(R, BLOCK_M) + tl.minimum(R, E)
+    tiles_n = tl.cdiv(F, BLOCK_N)
+    for pid in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
+        tile_m, tile_n = in_groups(pid, tiles_m, tiles_n, GROUP)
+        expert, start, end = expert_tile(Offsets, tile_m, E, BLOCK_M, E_POW2)
+        if expert < E:
+            row = tl.arange(0, BLOCK_M)
+            # What tiles hold past an expert's rows is computed and not stored.
+            token = tl.minimum(start + row, end - 1).to(tl.int64)
+            if GATHER:
+                token = tl.load(Rows + token)
+            column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+            k = tl.arange(0, BLOCK_K)
+            x_row = X + token * D
+            w_expert = W + expert.to(tl.int64) * D * F
+            gate_expert = WGate + expert.to(tl.int64) * D * F
+            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            acc_gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            for begin in range(0, D, BLOCK_K):
+                x = load(x_row[:, None] + (begin + k)[None, :], (begin + k)[None, :] < D, EVEN_K)
+                w_at = (begin + k)[:, None] * F + column[None, :]
+                w_mask = ((begin + k)[:, None] < D) & (column[None, :] < F)
+                acc = product(x, load(w_expert + w_at, w_mask, EVEN_K and EVEN_N), acc, PRECISION, UPCAST)
+                if GATED:
+                    w_gate = load(gate_expert + w_at, w_mask, EVEN_K and EVEN_N)
+                    acc_gate = product(x, w_gate, acc_gate, PRECISION, UPCAST)
+            if BIAS:
+                bias = tl.load(Bias + expert * F + column, mask=column < F, other=0.0)
+                acc += bias.to(tl.float32)[None, :]
+            tile_at = start.to(tl.int64) * F
+            out_at = row[:, None] * F + column[None, :]
+            out_mask = (row[:, None] < end - start) & (column[None, :] < F)
+            # The backward sees rounded pre-activations: so does the forward.
+            pre = rounded(acc, Hidden.dtype.element_ty, UPCAST)
+            if GATED:
+                pre_gate = rounded(acc_gate, Hidden.dtype.element_ty, UPCAST)
+                h = activation(pre_gate.to(tl.float32), ACT) * pre.to(tl.float32)
+            else:
+                h = activation(pre.to(tl.float32), ACT)
+            if KEEP:
+                tl.store(Pre + tile_at + out_at, pre, mask=out_mask)
+                if GATED:
+                    tl.store(PreGate + tile_at + out_at, pre_gate, mask=out_mask)
+            tl.store(Hidden + tile_at + out_at, rounded(h, Hidden.dtype.element_ty, UPCAST), mask=out_mask)
+
+
+@triton.jit
+def linear(
+    X,
+    X2,
+    W,
+    W2,
+    Bias,
+    Gates,
+    Rows,
+    Offsets,
+    Out,
+    D,
+    N,
+    E,
+    R,
+    stride_k,
+    stride_n,
+    SECOND: tl.constexpr,
+    BIAS: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    SCATTER: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    E_POW2: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """``Out = g (X W + b)``, with ``SECOND`` ``g (X W + X2 W2 + b)``, to the rows' own places or to their tokens'.
+
+    X, X2 (R, D); W, W2 (E, D, N) by their strides, so that a transposed matrix is one too; Bias (E, N); Gates (R,);
+    Out (R, N), or (T, N) with ``SCATTER``, where a token has one row at most.
+    """
+    tiles_m = tl.cdiv(R, BLOCK_M) + tl.minimum(R, E)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    for pid in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
+        tile_m, tile_n = in_groups(pid, tiles_m, tiles_n, GROUP)
+        expert, start, end = expert_tile(Offsets, tile_m, E, BLOCK_M, E_POW2)
+        if expert < E:
+            row = tl.arange(0, BLOCK_M)
+            inside = tl.minimum(start + row, end - 1)
+            column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+            k = tl.arange(0, BLOCK_K)
+            x_row = inside.to(tl.int64) * D
+            w_expert = expert.to(tl.int64) * D * N
+            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            for begin in range(0, D, BLOCK_K):
+                x = load((X + x_row)[:, None] + (begin + k)[None, :], (begin + k)[None, :] < D, EVEN_K)
+                w_at = (begin + k)[:, None] * stride_k + column[None, :] * stride_n
+                w_mask = ((begin + k)[:, None] < D) & (column[None, :] < N)
+                acc = product(x, load(W + w_expert + w_at, w_mask, EVEN_K and EVEN_N), acc, PRECISION, UPCAST)
+            if SECOND:
+                for begin in range(0, D, BLOCK_K):
+                    x = load((X2 + x_row)[:, None] + (begin + k)[None, :], (begin + k)[None, :] < D, EVEN_K)
+                    w_at = (begin + k)[:, None] * stride_k + column[None, :] * stride_n
+                    w_mask = ((begin + k)[:, None] < D) & (column[None, :] < N)
+                    acc = product(x, load(W2 + w_expert + w_at, w_mask, EVEN_K and EVEN_N), acc, PRECISION, UPCAST)
+            if BIAS:
+                bias = tl.load(Bias + expert * N + column, mask=column < N, other=0.0)
+                acc += bias.to(tl.float32)[None, :]
+            if WEIGHTED:
+                acc = acc * tl.load(Gates + inside).to(tl.float32)[:, None]
+            mask = (row[:, None] < end - start) & (column[None, :] < N)
+            if SCATTER:
+                out_row = Out + tl.load(Rows + inside) * N
+                tl.store(out_row[:, None] + column[None, :], rounded(acc, Out.dtype.element_ty, UPCAST), mask=mask)
+            else:
+                tile_at = Out + start.to(tl.int64) * N
+                tl.store(
+                    tile_at + (row[:, None] * N + column[None, :]),
+                    rounded(acc, Out.dtype.element_ty, UPCAST),
+                    mask=mask,
+                )
+
+
+@triton.jit
+def hidden_grad(
+    DY,
+    Rows,
+    Offsets,
+    W,
+    Gates,
+    Pre,
+    PreGate,
+    DPre,
+    DPreGate,
+    Weighted,
+    Partial,
+    N,
+    F,
+    E,
+    R,
+    ACT: tl.constexpr,
+    GATHER: tl.constexpr,
+    GATED: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    E_POW2: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """Gradients at the pre-activations, from ``dh = dy W^T`` with W (E, F, N).
+
+    ``DPre``, ``DPreGate`` (R, F): times the gate. ``Weighted`` (R, F): the gate times h, for the gradient of W.
+    ``Partial`` (R, tiles of F): ``<dh, h>`` of each tile, whose sum is the gradient of the gate (arXiv 2512.14080).
+    """
+    tiles_m = tl.cdiv(R, BLOCK_M) + tl.minimum(R, E)
+    tiles_n = tl.cdiv(F, BLOCK_N)
+    for pid in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
+        tile_m, tile_n = in_groups(pid, tiles_m, tiles_n, GROUP)
+        expert, start, end = expert_tile(Offsets, tile_m, E, BLOCK_M, E_POW2)
+        if expert < E:
+            row = tl.arange(0, BLOCK_M)
+            live = row < end - start
+            inside = tl.minimum(start + row, end - 1)
+            token = inside.to(tl.int64)
+            if GATHER:
+                token = tl.load(Rows + inside)
+            column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+            k = tl.arange(0, BLOCK_K)
+            dy_row = DY + token * N
+            w_expert = W + expert.to(tl.int64) * F * N
+            dh = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            for begin in range(0, N, BLOCK_K):
+                dy = load(dy_row[:, None] + (begin + k)[None, :], (begin + k)[None, :] < N, EVEN_K)
+                w_mask = ((begin + k)[:, None] < N) & (column[None, :] < F)
+                w = load(w_expert + (column[None, :] * N + (begin + k)[:, None]), w_mask, EVEN_K and EVEN_N)
+                dh = product(dy, w, dh, PRECISION, UPCAST)
+            tile_at = start.to(tl.int64) * F
+            at = row[:, None] * F + column[None, :]
+            mask = live[:, None] & (column[None, :] < F)
+            gate = tl.load(Gates + inside).to(tl.float32)[:, None]
+            kind = DPre.dtype.element_ty
+            a = tl.load(Pre + tile_at + at, mask=mask, other=0.0).to(tl.float32)
+            if GATED:
+                u = tl.load(PreGate + tile_at + at, mask=mask, other=0.0).to(tl.float32)
+                s = activation(u, ACT)
+                du = gate * dh * a * activation_grad(u, ACT)
+                tl.store(DPreGate + tile_at + at, rounded(du, kind, UPCAST), mask=mask)
+                h = s * a
+                tl.store(DPre + tile_at + at, rounded(gate * dh * s, kind, UPCAST), mask=mask)
+            else:
+                h = activation(a, ACT)
+                tl.store(DPre + tile_at + at, rounded(gate * dh * activation_grad(a, ACT), kind, UPCAST), mask=mask)
+            tl.store(Weighted + tile_at + at, rounded(gate * h, kind, UPCAST), mask=mask)
+            # Zero past F: dh is there, for weights past F were read as zero.
+            partial = tl.sum(dh * h, 1)
+            tl.store(Partial + inside.to(tl.int64) * tiles_n + tile_n, partial, mask=live)
+
+
+@triton.jit
+def weight_grad(
+    Left,
+    Right,
+    Rows,
+    Offsets,
+    DW,
+    M,
+    N,
+    GATHER_LEFT: tl.constexpr,
+    GATHER_RIGHT: tl.constexpr,
+    EVEN_M: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """``DW_e = Left^T Right`` over the rows of each expert; zero where it has none.
+
+    Left (R, M), or (T, M) with ``GATHER_LEFT``; Right (R, N), or (T, N) with ``GATHER_RIGHT``; DW (E, M, N).
+    """
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    pid = tl.program_id(0)
+    expert = pid // (tiles_m * tiles_n)
+    within = pid % (tiles_m * tiles_n)
+    m = (within // tiles_n) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = (within % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+    end = tl.load(Offsets + expert)
+    start = tl.load(Offsets + expert - 1, mask=expert > 0, other=0)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for begin in range(start, end, BLOCK_K):
+        row = begin + tl.arange(0, BLOCK_K)
+        live = row < end
+        left_row = row.to(tl.int64)
+        right_row = row.to(tl.int64)
+        if GATHER_LEFT:
+            left_row = tl.load(Rows + row, mask=live, other=0)
+        if GATHER_RIGHT:
+            right_row = tl.load(Rows + row, mask=live, other=0)
+        # Rows past the end are another expert's: both factors are cleared, for 0 * NaN is NaN.
+        left_at = (Left + left_row * M)[None, :] + m[:, None]
+        right_at = (Right + right_row * N)[:, None] + n[None, :]
+        if EVEN_M:
+            left = tl.load(left_at, mask=live[None, :], other=0.0)
+        else:
+            left = tl.load(left_at, mask=live[None, :] & (m[:, None] < M), other=0.0)
+        if EVEN_N:
+            right = tl.load(right_at, mask=live[:, None], other=0.0)
+        else:
+            right = tl.load(right_at, mask=live[:, None] & (n[None, :] < N), other=0.0)
+        acc = product(left, right, acc, PRECISION, UPCAST)
+    at = DW + expert.to(tl.int64) * M * N
+    mask = (m[:, None] < M) & (n[None, :] < N)
+    tl.store(at + (m[:, None] * N + n[None, :]), rounded(acc, DW.dtype.element_ty, UPCAST), mask=mask)
+
+
+@triton.jit
+def column_sums(
+    X,
+    Gates,
+    Rows,
+    Offsets,
+    Out,
+    N,
+    GATHER: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Sum of (gated) rows of each expert, the gradient of its bias: X (R, N) or (T, N), Out float32 (E, N)."""
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    expert = tl.program_id(0) // tiles_n
+    n = (tl.program_id(0) % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+    end = tl.load(Offsets + expert)
+    start = tl.load(Offsets + expert - 1, mask=expert > 0, other=0)
+    acc = tl.zeros((BLOCK_N,), tl.float32)
+    for begin in range(start, end, BLOCK_K):
+        row = begin + tl.arange(0, BLOCK_K)
+        live = row < end
+        inside = tl.minimum(row, end - 1).to(tl.int64)
+        token = inside
+        if GATHER:
+            token = tl.load(Rows + inside)
+        mask = live[:, None] & (n[None, :] < N)
+        x = tl.load(X + token[:, None] * N + n[None, :], mask=mask, other=0.0).to(tl.float32)
+        if WEIGHTED:
+            x = x * tl.load(Gates + inside, mask=live, other=0.0).to(tl.float32)[:, None]
+        acc += tl.sum(x, 0)
+    tl.store(Out + expert * N + n, acc, mask=n < N)
+
+
+@triton.jit
+def gate_grad(
+    Partial,
+    DY,
+    Bias,
+    Rows,
+    Offsets,
+    Out,
+    parts,
+    N,
+    E,
+    GATHER: tl.constexpr,
+    BIAS: tl.constexpr,
+    E_POW2: tl.constexpr,
+    PARTS_POW2: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """``Out_r = sum of Partial_r + <dy, b_out>``: DY (T, N) or (R, N), Bias (E, N), Out (R,)."""
+    expert, start, end = expert_tile(Offsets, tl.program_id(0), E, BLOCK_M, E_POW2)
+    if expert < E:
+        row = start + tl.arange(0, BLOCK_M)
+        live = row < end
+        inside = tl.minimum(row, end - 1).to(tl.int64)
+        part = tl.arange(0, PARTS_POW2)
+        mask = live[:, None] & (part[None, :] < parts)
+        total = tl.sum(tl.load(Partial + inside[:, None] * parts + part[None, :], mask=mask, other=0.0), 1)
+        if BIAS:
+            token = inside
+            if GATHER:
+                token = tl.load(Rows + inside)
+            n = tl.arange(0, BLOCK_N)
+            for begin in range(0, N, BLOCK_N):
+                width = n < N - begin
+                bias = tl.load(Bias + expert * N + begin + n, mask=width, other=0.0).to(tl.float32)
+                dy_mask = live[:, None] & width[None, :]
+                dy = tl.load(DY + token[:, None] * N + begin + n[None, :], mask=dy_mask, other=0.0).to(tl.float32)
+                total += tl.sum(dy * bias[None, :], 1)
+        tl.store(Out + inside, total.to(Out.dtype.element_ty), mask=live)

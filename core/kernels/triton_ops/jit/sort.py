@@ -1,0 +1,73 @@
+"""A stable counting sort of the pairs: counts by block, an exclusive sum over them (``torch.cumsum``), places."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _pair(n, Served, T, K, ORDERED: tl.constexpr, IN_QUEUE: tl.constexpr, live):
+    """Which pair is the n-th: itself, or, ``IN_QUEUE``, the (n // T)-th choice of the (n % T)-th token served."""
+    if IN_QUEUE:
+        token = (n % T).to(tl.int64)
+        if ORDERED:
+            token = tl.load(Served + token, mask=live, other=0)
+        return token * K + n // T
+    return n.to(tl.int64)
+
+
+@triton.jit
+def count(
+    Ids,
+    Served,
+    Counts,
+    N,
+    T,
+    K,
+    bins,
+    blocks,
+    ORDERED: tl.constexpr,
+    IN_QUEUE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BINS_POW2: tl.constexpr,
+):
+    """How often each id occurs in each block of pairs: Ids int64 (N,) in ``range(bins)``, Counts int32 (bins,
+    blocks)."""
+    block = tl.program_id(0)
+    n = block * BLOCK + tl.arange(0, BLOCK)
+    live = n < N
+    ids = tl.load(Ids + _pair(n, Served, T, K, ORDERED, IN_QUEUE, live), mask=live, other=0)
+    # What is past the last pair goes to a bin that is not kept.
+    found = tl.histogram(tl.where(live, ids, bins).to(tl.int32), BINS_POW2)
+    b = tl.arange(0, BINS_POW2)
+    tl.store(Counts + b.to(tl.int64) * blocks + block, found, mask=b < bins)
+
+
+@triton.jit
+def place(
+    Ids,
+    Served,
+    Starts,
+    Places,
+    N,
+    T,
+    K,
+    blocks,
+    ORDERED: tl.constexpr,
+    IN_QUEUE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Where each pair stands when they are sorted by id, earlier pairs first: Starts int32 (bins, blocks), the pairs of
+    lower ids and of the same id in earlier blocks; Places int64 (N,)."""
+    block = tl.program_id(0)
+    n = block * BLOCK + tl.arange(0, BLOCK)
+    live = n < N
+    pair = _pair(n, Served, T, K, ORDERED, IN_QUEUE, live)
+    ids = tl.load(Ids + pair, mask=live, other=-1)
+    m = block * BLOCK + tl.arange(0, BLOCK)
+    others = tl.load(Ids + _pair(m, Served, T, K, ORDERED, IN_QUEUE, m < N), mask=m < N, other=-2)
+    earlier = (others[None, :] == ids[:, None]) & (m[None, :] < n[:, None])
+    before = tl.sum(earlier.to(tl.int32), 1)
+    start = tl.load(Starts + ids * blocks + block, mask=live, other=0)
+    tl.store(Places + pair, (start + before).to(tl.int64), mask=live)

@@ -1,0 +1,55 @@
+"""Sum of the rows of each token, float32, in the order of the rows: no atomics, the same bits every time."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .tiles import rounded
+
+
+@triton.jit
+def sum_of_k(
+    Y,
+    Inverse,
+    Offsets,
+    Out,
+    T,
+    D,
+    E,
+    K: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Pairs are token-major: ``Out_t = sum over k of Y[Inverse[t K + k]]``, those past the last offset left out.
+
+    Y (R, D); Inverse int64 (T K,); Out (T, D).
+    """
+    tiles_d = tl.cdiv(D, BLOCK_D)
+    t = (tl.program_id(0) // tiles_d).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    d = (tl.program_id(0) % tiles_d) * BLOCK_D + tl.arange(0, BLOCK_D)
+    computed = tl.load(Offsets + E - 1)
+    mask = (t[:, None] < T) & (d[None, :] < D)
+    acc = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+    for k in tl.static_range(K):
+        row = tl.load(Inverse + t * K + k, mask=t < T, other=0)
+        live = mask & (row < computed)[:, None]
+        acc += tl.load(Y + row[:, None] * D + d[None, :], mask=live, other=0.0).to(tl.float32)
+    tl.store(Out + t[:, None] * D + d[None, :], rounded(acc, Out.dtype.element_ty, UPCAST), mask=mask)
+
+
+@triton.jit
+def sum_of_any(Y, Rows, Starts, Gates, Out, D, WEIGHTED: tl.constexpr, UPCAST: tl.constexpr, BLOCK_D: tl.constexpr):
+    """A token has any number of rows: ``Out_t = sum of g_r Y_r`` over ``Rows[Starts[t]:Starts[t + 1]]``."""
+    tiles_d = tl.cdiv(D, BLOCK_D)
+    t = (tl.program_id(0) // tiles_d).to(tl.int64)
+    d = (tl.program_id(0) % tiles_d) * BLOCK_D + tl.arange(0, BLOCK_D)
+    acc = tl.zeros((BLOCK_D,), tl.float32)
+    for i in range(tl.load(Starts + t), tl.load(Starts + t + 1)):
+        row = tl.load(Rows + i)
+        y = tl.load(Y + row * D + d, mask=d < D, other=0.0).to(tl.float32)
+        if WEIGHTED:
+            y = y * tl.load(Gates + row).to(tl.float32)
+        acc += y
+    tl.store(Out + t * D + d, rounded(acc, Out.dtype.element_ty, UPCAST), mask=d < D)

@@ -1,0 +1,84 @@
+"""What the kernels share: which expert a tile of rows belongs to, in which order tiles run, activations."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def expert_tile(Offsets, tile, E, BLOCK_M: tl.constexpr, E_POW2: tl.constexpr):
+    """Expert, first row and end of the expert's rows for tile ``tile`` of all experts' rows in blocks of ``BLOCK_M``.
+
+    The expert is ``E`` or above where there are not so many tiles: how many there are only the device knows.
+    """
+    e = tl.arange(0, E_POW2)
+    ends = tl.load(Offsets + e, mask=e < E, other=0)
+    starts = tl.load(Offsets + e - 1, mask=(e > 0) & (e < E), other=0)
+    tiles = (ends - starts + BLOCK_M - 1) // BLOCK_M
+    expert = tl.sum((tl.cumsum(tiles, 0) <= tile).to(tl.int32), 0)
+    before = tl.sum(tl.where(e < expert, tiles, 0), 0)
+    begin = tl.sum(tl.where(e == expert, starts, 0), 0)
+    end = tl.sum(tl.where(e == expert, ends, 0), 0)
+    return expert, begin + (tile - before) * BLOCK_M, end
+
+
+@triton.jit
+def in_groups(pid, tiles_m, tiles_n, GROUP: tl.constexpr):
+    """Row and column of tile ``pid``: ``GROUP`` row tiles share each column's weights while those are in the L2
+    cache."""
+    group = pid // (GROUP * tiles_n)
+    first = group * GROUP
+    rows = tl.minimum(tiles_m - first, GROUP)
+    within = pid - group * GROUP * tiles_n
+    return first + within % rows, within // rows
+
+
+@triton.jit
+def load(at, mask, WHOLE: tl.constexpr):
+    """What stands at ``at``, zero outside the mask; ``WHOLE``: nothing is outside."""
+    if WHOLE:
+        return tl.load(at)
+    return tl.load(at, mask=mask, other=0.0)
+
+
+@triton.jit
+def product(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    """``a @ b + acc`` with float32 sums. ``UPCAST``: the interpreter has no bfloat16 products."""
+    if UPCAST:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def rounded(x, kind: tl.constexpr, UPCAST: tl.constexpr):
+    """float32 ``x`` in ``kind``, to the nearest. ``UPCAST``: the interpreter would cut off."""
+    if UPCAST:
+        bits = x.to(tl.int32, bitcast=True)
+        x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+    return x.to(kind)
+
+
+@triton.jit
+def activation(x, ACT: tl.constexpr):
+    """Of float32 ``x``."""
+    if ACT == "relu":
+        return tl.maximum(x, 0.0)
+    elif ACT == "gelu":
+        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    else:
+        return x * tl.sigmoid(x)
+
+
+@triton.jit
+def activation_grad(x, ACT: tl.constexpr):
+    """Derivative of ``activation``."""
+    if ACT == "relu":
+        return tl.where(x > 0.0, 1.0, 0.0)
+    elif ACT == "gelu":
+        density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
+        return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * density
+    else:
+        s = tl.sigmoid(x)
+        return s * (1.0 + x * (1.0 - s))

@@ -1,0 +1,106 @@
+"""One way to start a kernel: on the card, in the interpreter, or, for the compiler ahead of time, only written down."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .tuning import TUNER, Tile, block_k, tiles
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One start of one kernel.
+
+    Attributes:
+        kernel: "file.function" below ``jit``.
+        args: tensors and whole numbers, in the order of the kernel's parameters.
+        constants: what is compiled in, tile aside.
+        grid: programs to start, given the tile.
+        tile: what ``tuning`` calls the kernel, what tells shapes apart (experts, width summed over or rows of the
+            result, columns of the result, flags), the dtype of the products and the mean rows of an expert; None where
+            nothing is tuned.
+        warps: where nothing is tuned.
+    """
+
+    kernel: str
+    args: Sequence[Any]
+    constants: dict[str, Any]
+    grid: Callable[[Tile | None], int]
+    tile: tuple[str, tuple[int, ...], torch.dtype, float] | None = None
+    warps: int = 4
+
+    def options(self, tile: Tile | None) -> dict[str, Any]:
+        """Constants and compiler options with this tile."""
+        if tile is None or self.tile is None:
+            return {**self.constants, "num_warps": self.warps}
+        kernel, shape, dtype, _ = self.tile
+        options = {**self.constants, **tile.options(), "BLOCK_K": block_k(dtype), "EVEN_N": shape[2] % tile.n == 0}
+        if kernel == "weight_grad":
+            return {**options, "EVEN_M": shape[1] % tile.m == 0}
+        return {**options, "GROUP": tile.group}
+
+    def tiles(self) -> tuple[Tile | None, ...]:
+        """All that tuning may choose from."""
+        return (None,) if self.tile is None else tiles(self.tile[0], self.tile[2], self.tile[3])
+
+    def start(self, tile: Tile | None) -> None:
+        jit_function(self.kernel)[(self.grid(tile),)](*self.args, **self.options(tile))
+
+    def run(self) -> None:
+        """Start it with the best tile, on the card where its tensors are."""
+        if _WRITTEN_DOWN is not None:
+            _WRITTEN_DOWN.append(self)
+            return
+        device = next(a.device for a in self.args if isinstance(a, Tensor))
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            if self.tile is None:
+                self.start(None)
+            else:
+                kernel, shape, dtype, rows = self.tile
+                self.start(TUNER.choose(kernel, shape, dtype, rows, self.start))
+
+
+_WRITTEN_DOWN: list[Launch] | None = None
+
+
+@contextlib.contextmanager
+def written_down() -> Iterator[list[Launch]]:
+    """Inside the block nothing runs: the launches are collected. Their tensors may be on the meta device."""
+    global _WRITTEN_DOWN
+    before, _WRITTEN_DOWN = _WRITTEN_DOWN, []
+    try:
+        yield _WRITTEN_DOWN
+    finally:
+        _WRITTEN_DOWN = before
+
+
+def jit_function(kernel: str) -> Any:
+    module, name = kernel.split(".")
+    return getattr(importlib.import_module(f"{__package__}.jit.{module}"), name)
+
+
+@cache
+def _multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def programs(total: int, tile: Tile | None, like: Tensor) -> int:
+    """How many programs walk ``total`` tiles: as many as run at once on Hopper and later, where that saves the starts;
+    one each before."""
+    if like.device.type != "cuda" or torch.cuda.get_device_capability(like.device) < (9, 0):
+        return total
+    at_once = _multiprocessors(like.device.index or 0) * (1 if tile is not None and tile.warps >= 8 else 2)
+    return min(total, at_once)
+
+
+def power_of_two(n: int) -> int:
+    """The least power of two that is not below ``n``."""
+    return 1 << max(n - 1, 0).bit_length()

@@ -1,0 +1,229 @@
+"""Launches of the grouped products: which kernel, with which flags, on which grid."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .environment import interpreted, upcast
+from .launch import Launch, power_of_two, programs
+from .tuning import Tile, block_k, tiles
+
+ROWS_AT_A_TIME = 64
+
+
+def _flags(x: Tensor) -> dict[str, object]:
+    """How products of this dtype are taken: float32 exactly unless torch's own are allowed tf32."""
+    tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    return {"PRECISION": "tf32" if tf32 else "ieee", "UPCAST": upcast(x.dtype)}
+
+
+def _tiles_m(rows: int, experts: int, height: int) -> int:
+    """The most row tiles that there can be: one unfinished tile for each expert that has rows."""
+    return -(-rows // height) + min(experts, rows)
+
+
+def up(
+    x: Tensor,
+    row_index_R: Tensor | None,
+    offsets_E: Tensor,
+    w: Tensor,
+    w_gate: Tensor | None,
+    bias: Tensor | None,
+    activation: str,
+    rows: int,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``hidden`` (R, F), and with ``keep`` the pre-activations of ``w`` and ``w_gate``, else empty ones."""
+    E, D, F = w.shape
+    hidden = x.new_empty(rows, F)
+    pre = x.new_empty(rows if keep else 0, F)
+    pre_gate = x.new_empty(rows if keep and w_gate is not None else 0, F)
+    constants = {
+        "ACT": activation,
+        "GATHER": row_index_R is not None,
+        "GATED": w_gate is not None,
+        "BIAS": bias is not None,
+        "KEEP": keep,
+        "EVEN_K": D % block_k(x.dtype) == 0,
+        "E_POW2": power_of_two(E),
+        **_flags(x),
+    }
+    pointers = (x, _or(row_index_R, offsets_E), offsets_E, w, _or(w_gate, w), _or(bias, w))
+    _by_rows(
+        "products.up",
+        "up" if w_gate is None else "up_geglu" if activation == "gelu" else "up_swiglu",
+        (*pointers, pre, pre_gate, hidden, D, F, E, rows),
+        constants,
+        (E, D, F, int(row_index_R is not None), int(bias is not None), int(keep)),
+        rows,
+        F,
+        x,
+    ).run()
+    return hidden, pre, pre_gate
+
+
+def linear(
+    x: Tensor,
+    w: Tensor,
+    offsets_E: Tensor,
+    out: Tensor,
+    *,
+    transposed: bool = False,
+    second: tuple[Tensor, Tensor] | None = None,
+    bias: Tensor | None = None,
+    gates_R: Tensor | None = None,
+    row_index_R: Tensor | None = None,
+) -> None:
+    """``out = g (x w + x2 w2 + b)``; rows go to ``row_index_R`` of ``out`` where it is given.
+
+    Args:
+        x: (R, D); w: (E, D, N), or ``transposed`` (E, N, D).
+        second: x2 and w2, of the same shapes.
+    """
+    E, D, N = w.shape if not transposed else (w.shape[0], w.shape[2], w.shape[1])
+    stride_k, stride_n = (N, 1) if not transposed else (1, D)
+    x2, w2 = second or (x, w)
+    constants = {
+        "SECOND": second is not None,
+        "BIAS": bias is not None,
+        "WEIGHTED": gates_R is not None,
+        "SCATTER": row_index_R is not None,
+        "EVEN_K": D % block_k(x.dtype) == 0,
+        "E_POW2": power_of_two(E),
+        **_flags(x),
+    }
+    pointers = (x, x2, w, w2, _or(bias, w), _or(gates_R, x), _or(row_index_R, offsets_E), offsets_E, out)
+    _by_rows(
+        "products.linear",
+        "linear",
+        (*pointers, D, N, E, x.shape[0], stride_k, stride_n),
+        constants,
+        (E, D, N, int(transposed), int(second is not None), int(row_index_R is not None)),
+        x.shape[0],
+        N,
+        x,
+    ).run()
+
+
+def hidden_grad(
+    dy: Tensor,
+    row_index_R: Tensor | None,
+    offsets_E: Tensor,
+    gates_R: Tensor,
+    w_out: Tensor,
+    b_out: Tensor | None,
+    pre: Tensor,
+    pre_gate: Tensor | None,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the pre-activations (times the gates), the hidden rows times the gates, and the gates' gradient."""
+    (E, F, N), R = w_out.shape, gates_R.shape[0]
+    dpre, weighted = torch.empty_like(pre), torch.empty_like(pre)
+    dpre_gate = dy.new_empty(0, F) if pre_gate is None else torch.empty_like(pre_gate)
+    constants = {
+        "ACT": activation,
+        "GATHER": row_index_R is not None,
+        "GATED": pre_gate is not None,
+        "EVEN_K": N % block_k(dy.dtype) == 0,
+        "E_POW2": power_of_two(E),
+        **_flags(dy),
+    }
+    index = _or(row_index_R, offsets_E)
+    (tile,) = tiles("hidden_grad", dy.dtype, R / E)
+    parts = -(-F // tile.n)
+    partial = dy.new_empty(R, parts, dtype=torch.float32)
+    pointers = (dy, index, offsets_E, w_out, gates_R, pre, _or(pre_gate, pre), dpre, dpre_gate, weighted, partial)
+    shape = (E, N, F, int(pre_gate is not None))
+    _by_rows("products.hidden_grad", "hidden_grad", (*pointers, N, F, E, R), constants, shape, R, F, dy).run()
+    dgates_R = torch.zeros_like(gates_R)
+    height = 16 if interpreted() else 32
+    Launch(
+        "products.gate_grad",
+        (partial, dy, _or(b_out, dy), index, offsets_E, dgates_R, parts, N, E),
+        {
+            "GATHER": row_index_R is not None,
+            "BIAS": b_out is not None,
+            "E_POW2": power_of_two(E),
+            "PARTS_POW2": power_of_two(parts),
+            "BLOCK_M": height,
+            "BLOCK_N": 64,
+        },
+        lambda _: _tiles_m(R, E, height),
+    ).run()
+    return dpre, dpre_gate, weighted, dgates_R
+
+
+def weight_grad(
+    left: Tensor,
+    right: Tensor,
+    offsets_E: Tensor,
+    *,
+    left_index_R: Tensor | None = None,
+    right_index_R: Tensor | None = None,
+) -> Tensor:
+    """``left^T right`` over the rows of each expert, (E, M, N); one of the two may be gathered by its index."""
+    E, M, N = offsets_E.shape[0], left.shape[1], right.shape[1]
+    R = next((i.shape[0] for i in (left_index_R, right_index_R) if i is not None), left.shape[0])
+    dw = left.new_empty(E, M, N)
+    index = left_index_R if right_index_R is None else right_index_R
+    gathers = {"GATHER_LEFT": left_index_R is not None, "GATHER_RIGHT": right_index_R is not None}
+
+    def grid(tile: Tile | None) -> int:
+        assert tile is not None
+        return E * -(-M // tile.m) * -(-N // tile.n)
+
+    Launch(
+        "products.weight_grad",
+        (left, right, _or(index, offsets_E), offsets_E, dw, M, N),
+        {**gathers, **_flags(left)},
+        grid,
+        ("weight_grad", (E, M, N, *map(int, gathers.values())), left.dtype, R / max(E, 1)),
+    ).run()
+    return dw
+
+
+def column_sums(
+    x: Tensor, offsets_E: Tensor, gates_R: Tensor | None = None, row_index_R: Tensor | None = None
+) -> Tensor:
+    """Sum of the (gated) rows of each expert, float32 (E, N)."""
+    E, N = offsets_E.shape[0], x.shape[1]
+    width = 32 if interpreted() else 64
+    out = x.new_empty(E, N, dtype=torch.float32)
+    Launch(
+        "products.column_sums",
+        (x, _or(gates_R, x), _or(row_index_R, offsets_E), offsets_E, out, N),
+        {
+            "GATHER": row_index_R is not None,
+            "WEIGHTED": gates_R is not None,
+            "BLOCK_K": 16 if interpreted() else ROWS_AT_A_TIME,
+            "BLOCK_N": width,
+        },
+        lambda _: E * -(-N // width),
+    ).run()
+    return out
+
+
+def _by_rows(
+    kernel: str,
+    tuned_as: str,
+    args: tuple[object, ...],
+    constants: dict[str, object],
+    shape: tuple[int, ...],
+    rows: int,
+    width: int,
+    like: Tensor,
+) -> Launch:
+    """A launch over tiles of ``rows`` rows by expert and ``width`` columns; ``shape`` starts with E."""
+    E = shape[0]
+
+    def grid(tile: Tile | None) -> int:
+        assert tile is not None
+        return programs(_tiles_m(rows, E, tile.m) * -(-width // tile.n), tile, like)
+
+    return Launch(kernel, args, constants, grid, (tuned_as, shape, like.dtype, rows / max(E, 1)))
+
+
+def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
+    """A pointer for a parameter that the kernel does not read."""
+    return other if tensor is None else tensor

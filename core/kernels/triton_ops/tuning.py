@@ -1,0 +1,206 @@
+"""Tiles: which sizes a kernel may run in, and which of them it runs in.
+
+Nothing here changes a bit of a result: tiles differ in rows, columns, warps and stages, and every sum runs over
+``BLOCK_K`` numbers at a time from first to last. ``hidden_grad`` sums along a row inside its tile, so its tile is not
+tuned: shapes alone decide it.
+
+The best tile of a shape is measured when it is first met, and written to a file of the card and the versions
+(``MOESAIC_TUNING_CACHE``; ``~/.cache/moesaic/tuning``). Shapes are told apart by powers of two of the rows an expert
+has and by the widths; more than ``MAX_SHAPES`` of them take the default. ``MOESAIC_TUNE=0`` measures nothing, and
+nothing is measured while a CUDA graph is captured.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .environment import interpreted
+
+MAX_SHAPES = 256
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How one launch is cut up.
+
+    Attributes:
+        m, n: rows and columns of an output tile.
+        warps, stages: of a program, and of its pipeline of loads.
+        group: row tiles that run side by side over the same columns.
+    """
+
+    m: int
+    n: int
+    warps: int
+    stages: int
+    group: int = 8
+
+    def options(self) -> dict[str, int]:
+        return {"BLOCK_M": self.m, "BLOCK_N": self.n, "num_warps": self.warps, "num_stages": self.stages}
+
+
+# Half precision on tensor cores. Where the end of a tile is an activation, its registers are what limits the tile.
+PLAIN = (
+    Tile(128, 256, 8, 3),
+    Tile(128, 128, 8, 3),
+    Tile(128, 128, 4, 4),
+    Tile(64, 256, 8, 3),
+    Tile(64, 128, 4, 4),
+    Tile(32, 128, 4, 4),
+    Tile(16, 128, 4, 4),
+)
+ACTIVATED = (
+    Tile(128, 128, 8, 3),
+    Tile(64, 256, 8, 3),
+    Tile(64, 128, 4, 4),
+    Tile(32, 128, 4, 4),
+    Tile(16, 128, 4, 4),
+)
+TWO_SUMS = (
+    Tile(128, 64, 8, 4),
+    Tile(64, 128, 8, 4),
+    Tile(64, 64, 4, 4),
+    Tile(32, 64, 4, 4),
+    Tile(16, 64, 4, 4),
+)
+# GELU's error function takes more registers than SiLU.
+TWO_SUMS_OF_SILU = (Tile(128, 128, 8, 3), *TWO_SUMS)
+# A row's sum lies within a tile: warps and columns fixed for each height.
+FIXED = (Tile(128, 64, 8, 3), Tile(64, 128, 8, 3), Tile(32, 64, 4, 3), Tile(16, 64, 4, 3))
+# The weights' gradients: their tiles are of the weight, their sums over the rows.
+SQUARE = (Tile(128, 256, 8, 3), Tile(128, 128, 8, 3), Tile(128, 128, 4, 4), Tile(64, 128, 4, 4), Tile(64, 64, 4, 4))
+# Full precision without tf32 runs on the ordinary cores, whose sums lie in registers.
+FULL = (Tile(64, 64, 8, 3), Tile(64, 64, 4, 3), Tile(32, 64, 4, 3), Tile(16, 64, 4, 3))
+FULL_FIXED = (Tile(64, 64, 8, 3), Tile(32, 64, 4, 3), Tile(16, 64, 4, 3))
+FULL_SQUARE = (Tile(64, 64, 8, 3), Tile(64, 64, 4, 3))
+# Small, so that small problems have many tiles, ragged ones too.
+INTERPRETED = (Tile(32, 32, 4, 1, 2),)
+
+HALF_TILES = {
+    "up": ACTIVATED,
+    "up_geglu": TWO_SUMS,
+    "up_swiglu": TWO_SUMS_OF_SILU,
+    "linear": PLAIN,
+    "hidden_grad": FIXED,
+    "weight_grad": SQUARE,
+}
+FULL_TILES = {
+    "up": FULL,
+    "up_geglu": FULL,
+    "up_swiglu": FULL,
+    "linear": FULL,
+    "hidden_grad": FULL_FIXED,
+    "weight_grad": FULL_SQUARE,
+}
+BY_ROWS = {"up", "up_geglu", "up_swiglu", "linear", "hidden_grad"}
+
+
+def block_k(dtype: torch.dtype) -> int:
+    """Numbers of a sum taken at a time: part of the result, and so never tuned."""
+    if interpreted():
+        return 16
+    return 64 if dtype.itemsize == 2 else 32
+
+
+def tiles(kernel: str, dtype: torch.dtype, rows_per_expert: float) -> tuple[Tile, ...]:
+    """What may be tried, the default first: tiles are not more than twice as high as an expert has rows."""
+    if interpreted():
+        return INTERPRETED
+    known = (HALF_TILES if dtype.itemsize == 2 else FULL_TILES)[kernel]
+    if kernel not in BY_ROWS:
+        return known
+    fitting = tuple(t for t in known if t.m <= max(2 * rows_per_expert, 16)) or known[-1:]
+    if kernel == "hidden_grad":
+        return fitting[:1]
+    # Below 64 rows another tensor-core instruction runs, which may round otherwise: tuning stays on one side.
+    tallest = fitting[0].m
+    return tuple(t for t in fitting if t.m >= min(tallest, 64))
+
+
+class Tuner:
+    """Measures tiles, and remembers the best of each shape."""
+
+    def __init__(self) -> None:
+        self.best: dict[str, Tile] = {}
+        self.file: Path | None = None
+        self.loaded = False
+
+    def choose(
+        self, kernel: str, shape: Sequence[int], dtype: torch.dtype, rows_per_expert: float, run: Callable[[Tile], Any]
+    ) -> Tile:
+        """The tile for this launch.
+
+        Args:
+            kernel: a key of ``HALF_TILES``.
+            shape: widths and flags that tell launches apart.
+            dtype: of the products.
+            rows_per_expert: the mean.
+            run: launches the kernel with a tile, into the buffers of the real launch.
+        """
+        candidates = tiles(kernel, dtype, rows_per_expert)
+        if len(candidates) == 1 or os.environ.get("MOESAIC_TUNE", "1") == "0":
+            return candidates[0]
+        if not self.loaded:
+            self._load()
+        height = max(int(rows_per_expert), 1).bit_length()
+        key = "/".join(map(str, (kernel, str(dtype).removeprefix("torch."), height, *shape)))
+        if key in self.best:
+            return self.best[key]
+        if len(self.best) >= MAX_SHAPES or torch.cuda.is_current_stream_capturing():
+            return candidates[0]
+        self.best[key] = _fastest(candidates, run)
+        self._save()
+        return self.best[key]
+
+    def _load(self) -> None:
+        import triton
+
+        self.loaded = True
+        folder = os.environ.get("MOESAIC_TUNING_CACHE") or Path.home() / ".cache" / "moesaic" / "tuning"
+        name = "-".join((torch.cuda.get_device_name(), torch.__version__, triton.__version__)).replace(" ", "_")
+        self.file = Path(folder) / f"{name.replace('/', '_')}.json"
+        try:
+            found = json.loads(self.file.read_text())
+            self.best = {key: Tile(**values) for key, values in found.items()}
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            log.warning("tiles are measured again: %s cannot be read (%s)", self.file, error)
+
+    def _save(self) -> None:
+        assert self.file is not None
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            # Beside its place, then moved: another process may be reading.
+            with tempfile.NamedTemporaryFile("w", dir=self.file.parent, suffix=".tmp", delete=False) as new:
+                json.dump({key: asdict(tile) for key, tile in self.best.items()}, new, indent=1)
+            os.replace(new.name, self.file)
+        except OSError as error:
+            log.warning("measured tiles are not kept: %s cannot be written (%s)", self.file, error)
+            self.file = Path(os.devnull)
+
+
+def _fastest(candidates: Sequence[Tile], run: Callable[[Tile], Any]) -> Tile:
+    from triton.runtime.errors import OutOfResources
+    from triton.testing import do_bench
+
+    seconds: dict[Tile, float] = {}
+    for tile in candidates:
+        try:
+            seconds[tile] = do_bench(lambda tile=tile: run(tile), warmup=5, rep=20, return_mode="median")
+        except OutOfResources:  # of a smaller card
+            continue
+    return min(seconds, key=seconds.__getitem__) if seconds else candidates[-1]
+
+
+TUNER = Tuner()

@@ -1,0 +1,84 @@
+"""The Triton kernels compiled for cards that are not here: they build, fit, and multiply on tensor cores."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from core.kernels.triton_ops import ahead, tuning
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).parents[2]
+KERNELS = {
+    "products": {"up", "linear", "hidden_grad", "weight_grad", "gate_grad", "column_sums"},
+    "sums": {"sum_of_k", "sum_of_any"},
+    "sort": {"count", "place"},
+    "gate": {"choose", "choose_grad"},
+}
+
+
+def compiled(*options: str) -> list[dict]:
+    """What ``ahead`` reports, run where the interpreter is off."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "core.kernels.triton_ops.ahead", "--json", *options]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def names(row: dict) -> str:
+    return f"{row['kernel']} {row['dtype']} {row['tile']} sm_{row['arch']}"
+
+
+def check(rows: list[dict], dtype: str) -> None:
+    wrong = {names(r): r["wrong"] for r in rows if r["wrong"]}
+    assert not wrong
+    for row in rows:
+        assert row["arch"] in ahead.ARCHS
+        assert row["spill"] <= ahead.MAX_SPILL
+        assert row["shared"] <= ahead.SHARED_MEMORY[row["arch"]]
+        multiplies = row["kernel"] in {f"products.{k}" for k in ("up", "linear", "hidden_grad", "weight_grad")}
+        assert row["products"] == multiplies
+        # float32 is exact: it must not run in tf32.
+        assert row["tensor_cores"] == (multiplies and dtype != "float32"), names(row)
+
+
+def test_every_kernel_and_tile_builds_for_three_cards_in_bfloat16():
+    rows = compiled("--first", "--dtypes", "bfloat16")
+    check(rows, "bfloat16")
+    for tuned, tiles in tuning.HALF_TILES.items():
+        kernel = "products." + tuned.split("_g")[0].split("_s")[0] if tuned.startswith("up") else "products." + tuned
+        for tile in tiles:
+            wanted = f"{tile.m}x{tile.n} w{tile.warps} s{tile.stages}"
+            for arch in ahead.ARCHS:
+                assert any((r["kernel"], r["tile"], r["arch"]) == (kernel, wanted, arch) for r in rows), (tuned, wanted)
+    assert {r["kernel"] for r in rows} == {f"{f}.{k}" for f in ("products", "sums") for k in KERNELS[f]}
+
+
+def test_what_sees_no_dtype_of_products_builds_for_three_cards():
+    rows = compiled("--dtypes", "float32", "--kernels", *KERNELS["sort"], *KERNELS["gate"])
+    check(rows, "float32")
+    assert {r["kernel"] for r in rows} == {f"{f}.{k}" for f in ("sort", "gate") for k in KERNELS[f]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_every_kernel_tile_and_flag_builds_for_three_cards(dtype):
+    check(compiled("--dtypes", dtype), dtype)
+
+
+def test_what_does_not_fit_is_said():
+    fits = {"kernel": "products.up", "dtype": "bfloat16", "tile": "-", "registers": 255, "products": True}
+    good = ahead.Compiled(**fits, arch=80, spill=ahead.MAX_SPILL, shared=163 * 1024, tensor_cores=True)
+    assert good.wrong() is None
+    large = ahead.Compiled(**fits, arch=80, spill=0, shared=163 * 1024 + 1, tensor_cores=True)
+    assert large.wrong() == "needs 166913 bytes of shared memory, sm_80 has 166912"
+    spilled = ahead.Compiled(**fits, arch=90, spill=ahead.MAX_SPILL + 8, shared=0, tensor_cores=True)
+    assert spilled.wrong() == f"spills {ahead.MAX_SPILL + 8} bytes of registers, more than {ahead.MAX_SPILL}"
+    plain = ahead.Compiled(**fits, arch=90, spill=0, shared=0, tensor_cores=False)
+    assert plain.wrong() == "has no tensor-core instruction"
