@@ -27,9 +27,11 @@ from torch import Tensor
 
 import core
 from apps import routers
+from apps.machine import machine_line
 from core.memory import kept_bytes
 
 NONE = "–"
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @dataclass(frozen=True)
@@ -51,16 +53,16 @@ def tokens(shape: Shape, skewed: bool) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(shape.B, shape.S, shape.D, generator=generator)
     if not skewed:
-        return x, torch.randint(0, 1024, (shape.B, shape.S), generator=generator)
+        return x.to(DEVICE), torch.randint(0, 1024, (shape.B, shape.S), generator=generator).to(DEVICE)
     size = 1 / torch.arange(1, 17, dtype=torch.float32)
     cluster = torch.multinomial(size, shape.B * shape.S, True, generator=generator).view(shape.B, shape.S)
     centre = torch.randn(16, shape.D, generator=generator)
-    return centre[cluster] + 0.3 * x, cluster
+    return (centre[cluster] + 0.3 * x).to(DEVICE), cluster.to(DEVICE)
 
 
 def context(config: Any, ids_BS: Tensor) -> core.RoutingContext:
     """What the router needs to know: sequences take tasks and domains in turn."""
-    place_B = torch.arange(ids_BS.shape[0])
+    place_B = torch.arange(ids_BS.shape[0], device=ids_BS.device)
     return core.RoutingContext(
         token_ids_BS=ids_BS,
         task_ids_B=place_B % getattr(config, "num_tasks", 4),
@@ -93,7 +95,7 @@ def at_size(router: Any, shape: Shape) -> Any:
 
 def step(config: core.MoEConfig, shape: Shape, x: Tensor, ids_BS: Tensor) -> tuple[core.MoELayer, Callable[[], None]]:
     torch.manual_seed(0)
-    layer = config.build(shape.D)
+    layer = config.build(shape.D).to(DEVICE)
     x = x.clone().requires_grad_()
     dy, known = torch.randn_like(x), context(config.router, ids_BS)
 
@@ -101,6 +103,8 @@ def step(config: core.MoEConfig, shape: Shape, x: Tensor, ids_BS: Tensor) -> tup
         x.grad = None
         layer.zero_grad(set_to_none=True)
         layer(x, known).backward(dy)
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
 
     return layer, run
 
@@ -112,7 +116,7 @@ def usage(config: core.MoEConfig, shape: Shape, skewed: bool) -> tuple[float, fl
 
     def stats(changed: core.MoEConfig) -> core.LayerStats:
         torch.manual_seed(0)
-        layer = changed.build(shape.D)
+        layer = changed.build(shape.D).to(DEVICE)
         with core.record(layer) as tape:
             layer(x, context(changed.router, ids_BS))
         return core.RoutingStats.from_tape(tape).layers[""]
@@ -191,13 +195,13 @@ def gates(config: core.MoEConfig, shape: Shape, training: bool) -> Tensor:
     """(T, E): the weight of each expert in each token, on the tokens of clusters."""
     x, ids_BS = tokens(shape, True)
     torch.manual_seed(0)
-    layer = config.build(shape.D).train(training)
+    layer = config.build(shape.D).to(DEVICE).train(training)
     with core.record(layer) as tape:
         layer(x, context(config.router, ids_BS))
     routing = tape.entries[0].routing
     if not isinstance(routing, core.Routing):
         return routing.scores_TE  # soft slots and merged experts: every expert has a share in every token
-    found = torch.zeros(routing.num_tokens, shape.E + 1)
+    found = torch.zeros(routing.num_tokens, shape.E + 1, device=DEVICE)
     found.index_put_((routing.token_index_N, routing.expert_ids_N), routing.gates_N, accumulate=True)
     return found[:, : shape.E]
 
@@ -209,7 +213,10 @@ def draw(names: list[str], folder: Path) -> None:
     shape = Shape(B=2, S=16, D=32, E=8, F=8)
     for name in names:
         config = configure(name, shape)
-        shown = {"training": gates(config, shape, True).numpy(), "evaluation": gates(config, shape, False).numpy()}
+        shown = {
+            "training": gates(config, shape, True).cpu().numpy(),
+            "evaluation": gates(config, shape, False).cpu().numpy(),
+        }
         path = folder / f"{Path(name).stem}.png"
         plots.save_figure(plots.gates_heatmap(shown, shape.S, f"{Path(name).stem}, untrained"), path)
         print(path)
@@ -260,9 +267,7 @@ def main(argv: list[str] | None = None) -> int:
         draw(names, args.pictures)
         return 0
     shape = Shape(B=2, S=16, D=16, F=16) if args.small else Shape()
-    print(
-        f"{shape}, float32, {torch.get_num_threads()} threads, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}"
-    )
+    print(f"{shape}, float32, {machine_line()}")
     print(HEAD, flush=True)
     rows = measure(names, shape, args.rounds)
     if args.json:

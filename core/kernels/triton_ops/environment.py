@@ -46,6 +46,7 @@ def card(index: int | None = None) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
+@torch.compiler.assume_constant_result  # versions and cards do not change under a compiled graph
 def missing(device_type: str, dtype: torch.dtype) -> str | None:
     """Why the kernels cannot run on such tensors, in a few words; None where they can."""
     version = triton_version()

@@ -1,0 +1,127 @@
+"""The Triton kernels on a card: sizes that fill it, graphs, and no word with the host. Run with: pytest -m gpu"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import core
+from core.kernels import eager, triton_ops
+from core.memory import kept_bytes
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+SHAPES = {
+    # T, D, E, K, F: ragged, few rows an expert, many small experts, one expert a token
+    "ragged": (1000, 200, 7, 3, 136),
+    "few rows": (33, 256, 64, 2, 128),
+    "fine-grained": (4096, 512, 64, 8, 192),
+    "switch": (2048, 512, 8, 1, 1024),
+}
+BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+
+
+def layers(shape: str, dtype: torch.dtype, expert: core.FFN) -> tuple[torch.nn.Module, torch.nn.Module, torch.Tensor]:
+    """The layer by Triton in ``dtype``, the oracle in float64, and tokens."""
+    T, D, E, K, F = SHAPES[shape]
+    expert = type(expert)(hidden_dim=F, activation=expert.activation, bias=expert.bias)
+    torch.manual_seed(0)
+    config = core.MoEConfig(E, core.TokenChoice(top_k=K), expert, backend="triton")
+    fused = config.build(D).cuda()
+    with torch.no_grad():  # numbers that every dtype holds
+        for p in fused.parameters():
+            p.copy_(p.bfloat16())
+    oracle = core.MoEConfig(E, core.TokenChoice(top_k=K), expert, backend="eager").build(D).cuda().double()
+    oracle.load_state_dict(fused.state_dict())
+    fused.experts.to(dtype)
+    return fused, oracle, torch.randn(1, T, D, device="cuda").bfloat16()
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize(
+    "expert", [core.FFN(bias=True), core.FFN(activation="relu"), core.SwiGLU(), core.GEGLU(bias=True)]
+)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_layer_equals_the_oracle(shape, expert, dtype):
+    fused, oracle, tokens = layers(shape, dtype, expert)
+    found, expected = {}, {}
+    for moe, out, kind in ((fused, found, dtype), (oracle, expected, torch.float64)):
+        x = tokens.to(kind).requires_grad_()
+        y = moe(x)
+        y.square().mean().backward()
+        out |= {"y": y.detach(), "dx": x.grad} | {n: p.grad for n, p in moe.named_parameters()}
+    for name, t in expected.items():
+        error = (found[name].double() - t).norm() / t.norm()
+        assert error <= BOUNDS[dtype], f"{name}: off by {error:.2e}"
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_same_bits_every_time(dtype, monkeypatch):
+    fused, _, tokens = layers("fine-grained", dtype, core.SwiGLU())
+    seen = []
+    for tune in ("0", "1", "1"):  # the default tiles, then the measured ones
+        monkeypatch.setenv("MOESAIC_TUNE", tune)
+        x = tokens.to(dtype).requires_grad_()
+        fused.zero_grad()
+        y = fused(x)
+        y.float().sum().backward()
+        seen.append([y.detach(), x.grad, *(p.grad.clone() for p in fused.parameters())])
+    for again in seen[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(seen[0], again, strict=True))
+
+
+def test_nothing_waits_for_the_host():
+    fused, _, tokens = layers("fine-grained", torch.bfloat16, core.SwiGLU())
+    x = tokens.requires_grad_()
+    fused(x).float().sum().backward()  # compiled and tuned
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        fused(x).float().sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_step_is_captured_in_a_cuda_graph_and_follows_new_tokens():
+    fused, _, tokens = layers("fine-grained", torch.bfloat16, core.SwiGLU())
+    x = tokens.clone()
+    with torch.no_grad():
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            fused(x)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = fused(x)
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        assert torch.equal(y, fused(x))
+
+
+def test_compiled_by_inductor():
+    fused, _, tokens = layers("ragged", torch.bfloat16, core.SwiGLU())
+    compiled = torch.compile(fused, fullgraph=True)
+    torch.testing.assert_close(compiled(tokens), fused(tokens), rtol=2e-2, atol=2e-2)
+
+
+def test_activation_memory_does_not_grow_with_granularity():
+    # Equal FLOPs: K F is the same. What is kept is the pre-activations, T K F numbers, and indices.
+    kept = {}
+    for E, K, F in ((8, 1, 2048), (64, 8, 256)):
+        moe = core.MoEConfig(E, core.TokenChoice(top_k=K), core.SwiGLU(hidden_dim=F)).build(1024).cuda().bfloat16()
+        kept[E] = kept_bytes(moe, torch.randn(1, 4096, 1024, device="cuda", dtype=torch.bfloat16, requires_grad=True))
+    assert kept[64] < 1.15 * kept[8]
+
+
+def test_sort_and_gate_equal_the_oracle_at_size():
+    T, E, K = 32768, 64, 8
+    logits = torch.randn(T, E, device="cuda")
+    fused, exact = triton_ops.topk_gate(logits, K), eager.topk_gate(logits, K)
+    assert torch.equal(fused.expert_ids_TK, exact.expert_ids_TK)
+    torch.testing.assert_close(fused.gates_TK, exact.gates_TK)
+    ids = fused.expert_ids_TK.flatten()
+    counts = eager.count_experts(ids, E)
+    assert torch.equal(fused.chosen_per_expert_E, counts)
+    assert torch.equal(triton_ops.sort_pairs(ids, counts).order_R, eager.sort_pairs(ids, counts).order_R)
+    served = torch.randperm(T, device="cuda")
+    queue = fused.expert_ids_TK
+    assert torch.equal(triton_ops.queue_ranks(queue, served, E), eager.queue_ranks(queue, served, E))
