@@ -143,6 +143,8 @@ class Translator(SparseModule):
             replaced_hidden_dim=replaced_hidden_dim,
         )
         self._references: list[str] | None = None
+        # The model in another dtype, for the length of one pass: a list, so that it is no part of the module.
+        self._copies: list[TranslationModel] | None = None
         self._tested: list[Sentence] = []
 
     def forward(
@@ -200,8 +202,16 @@ class Translator(SparseModule):
         """Translations of the batch's sources, in ids; by ``model``, a copy in another dtype, where it is given."""
         # Out of autocast: in bfloat16 a sentence's logits would depend on its batch mates.
         with torch.autocast(self.device.type, enabled=False):
-            ids = self._ids(batch)
-            return translate_ids(model or self.model, batch.source_BS, config, *ids, index_B=batch.index_B)
+            ids, model = self._ids(batch), model or self._model_in(config.dtype)
+            return translate_ids(model, batch.source_BS, config, *ids, index_B=batch.index_B)
+
+    def _model_in(self, dtype: str | None) -> TranslationModel:
+        """The model in this dtype; within a pass over the data it is copied once."""
+        if dtype is None or self._copies is None:
+            return self.model
+        if not self._copies:
+            self._copies.append(in_dtype(self.model, dtype))  # type: ignore[arg-type]
+        return self._copies[0]
 
     def _texts(self, ids: Sequence[Sequence[int]]) -> list[str]:
         """A line of text for each row of target ids: a model that spells bytes may write a line end."""
@@ -237,14 +247,25 @@ class Translator(SparseModule):
 
     def _start_pass(self, stage: Stage) -> None:
         super()._start_pass(stage)
+        self._copies = []
         references = getattr(self._data(), "references", None)
         self._references = None if references is None else references(stage)
 
     def on_test_epoch_end(self) -> None:
         metrics = self.stage_metrics("test")
         metrics.compute()  # on every rank: it gathers
-        self._tested = metrics.sentences
+        self._tested, self._copies = metrics.sentences, None
         super().on_test_epoch_end()
+
+    def on_validation_epoch_end(self) -> None:
+        self._copies = None  # the weights move on
+        super().on_validation_epoch_end()
+
+    def on_predict_epoch_start(self) -> None:
+        self._copies = []
+
+    def on_predict_epoch_end(self) -> None:
+        self._copies = None
 
     def examples_of_test(self) -> list[dict[str, Any]]:
         """Each sentence of the last test."""

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..contract import Routing, RoutingContext
-from ..kernels.eager import capacity_ranks, count_experts, topk_gate
+from ..kernels import topk_gate
+from ..kernels.eager import capacity_ranks, count_experts
 from .balance import SCORE_TERMS
 from .checks import at_least_one, at_most_experts, one_of, positive
 from .gates import LinearGate
@@ -32,7 +33,7 @@ class ThresholdRouter(PairRouter):
     def choose(self, tokens: Tokens) -> Choice:
         config = self.config
         logits_TE = self.gate(tokens.x_TD)
-        best = topk_gate(logits_TE, 2)
+        best = topk_gate(logits_TE, 2, backend=self.backend)
         expert_ids_TK, g2_T = best.expert_ids_TK, best.gates_TK[:, 1].detach()
         policy = config.second if self.training else config.eval_second
         if policy != "always":
@@ -389,7 +390,7 @@ class TokenRoundingRouter(PairRouter):
 
     def choose(self, tokens: Tokens) -> Choice:
         logits_TE = self.gate(tokens.x_TD)
-        best = topk_gate(logits_TE, self.config.top_k, normalize=self.config.normalizes)
+        best = topk_gate(logits_TE, self.config.top_k, normalize=self.config.normalizes, backend=self.backend)
         return Choice(best.expert_ids_TK, best.gates_TK, best.scores_TE, logits_TE)
 
     def forward(self, x: Tensor, context: RoutingContext | None = None) -> Routing:

@@ -6,7 +6,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from ..kernels.eager import topk_gate
+from ..kernels import topk_gate
 from .balance import SCORE_TERMS
 from .checks import at_least_one, at_most_experts
 from .router import PairRouter, RouterConfig, Tokens
@@ -47,13 +47,20 @@ class TopKRouter(PairRouter):
         self.gate = gate
 
     def choose(self, tokens: Tokens) -> Choice:
-        return self.choose_from(self.gate(tokens.x_TD))
+        return self.choose_from(self.gate(tokens.x_TD), tokens.valid_T)
 
-    def choose_from(self, logits: Tensor) -> Choice:
-        """The choice of each row of (..., E) logits."""
+    def choose_from(self, logits_TE: Tensor, valid_T: Tensor | None = None) -> Choice:
+        """The choice of each row of logits; ``valid_T`` marks the real ones."""
         config = cast(TopKConfig, self.config)
-        best = topk_gate(logits, config.top_k, normalize=config.normalizes)
-        return Choice(best.expert_ids_TK, best.gates_TK, best.scores_TE, logits)
+        best = topk_gate(logits_TE, config.top_k, normalize=config.normalizes, valid_T=valid_T, backend=self.backend)
+        return Choice(
+            best.expert_ids_TK,
+            best.gates_TK,
+            best.scores_TE,
+            logits_TE,
+            sums=best.sums,
+            chosen_per_expert_E=best.chosen_per_expert_E,
+        )
 
 
 class SequenceTopKRouter(TopKRouter):

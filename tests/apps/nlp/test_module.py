@@ -276,6 +276,27 @@ def test_a_training_step_and_a_validation(two, tmp_path, moe):
     assert math.log(float(logged["val/perplexity"])) == pytest.approx(float(logged["val/loss"]), rel=1e-5)
 
 
+def test_bfloat16_weights_are_copied_once_a_pass_and_follow_the_training(data, tmp_path, monkeypatch):
+    module = translator(data, decode=DecodeConfig(dtype="bfloat16", beam_size=2))
+    seen = []
+
+    def copied(model, dtype):
+        seen.append(model.source_embed.weight.detach().clone())
+        return original(model, dtype)
+
+    original = module_file.in_dtype
+    monkeypatch.setattr(module_file, "in_dtype", copied)
+    made = trainer(tmp_path, max_epochs=2, limit_train_batches=1, limit_val_batches=3)
+    made.fit(module, data)
+    assert len(seen) == 2
+    assert not torch.equal(*seen)
+    made.test(module, data, verbose=False)
+    assert len(seen) == 3
+    assert not any("_copies" in name for name in module.state_dict())
+    assert module.translate(a_batch(data), module.decode).ids  # outside a pass: of the weights as they are
+    assert len(seen) == 3
+
+
 def test_a_loss_that_is_nan_stops_the_training(data, tmp_path, monkeypatch):
     module = translator(data)
     with torch.no_grad():
