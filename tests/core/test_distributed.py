@@ -5,8 +5,10 @@ One spawn runs every scenario; each test reads the outcome of its own.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -33,12 +35,16 @@ Outcome = dict[str, Tensor]
 
 
 class Net(nn.Module):
-    """Two residual MoE blocks with noise on the logits and a gated shared expert, maybe checkpointed."""
+    """Two residual MoE blocks with noise on the logits and a gated shared expert, maybe checkpointed. Without noise the
+    losses take their sums from the fused gate, where the backend has one."""
 
-    def __init__(self, noise: str, checkpointed: bool = False) -> None:
+    def __init__(self, noise: str | None, checkpointed: bool = False, backend: str = "auto") -> None:
         super().__init__()
         router = TokenChoice(2, noise=noise, noise_std=4.0, init_scale=1.0)
-        config = MoEConfig(4, router, FFN(12), num_shared_experts=1, shared_gate="mix", balance=BALANCE)
+        balance = BALANCE if noise else replace(BALANCE, load=0.0)
+        config = MoEConfig(
+            4, router, FFN(12), num_shared_experts=1, shared_gate="mix", balance=balance, backend=backend
+        )
         self.stem = nn.Linear(8, 8)
         self.blocks = nn.ModuleList([config.build(8), config.build(8)])
         self.checkpointed = checkpointed
@@ -72,9 +78,9 @@ def batch(micro: int = 0) -> tuple[Tensor, Tensor]:
     return x, valid
 
 
-def model(noise: str, checkpointed: bool = False) -> Net:
+def model(noise: str | None, checkpointed: bool = False, backend: str = "auto") -> Net:
     torch.manual_seed(0)
-    return Net(noise, checkpointed)
+    return Net(noise, checkpointed, backend)
 
 
 def run(net: nn.Module, x: Tensor, valid: Tensor, factor: float = 1.0) -> Outcome:
@@ -151,6 +157,13 @@ def idle_rank(rank: int, kind: str) -> Outcome:
     return run(net, *mine((x, valid), rank)) | gradients(net)
 
 
+def fused_gate(rank: int, kind: str) -> Outcome:
+    """The Triton backend, checkpointed; one process computes by the oracle."""
+    backend = "eager" if rank < 0 else "triton"
+    net = wrap(model(None, True, backend), kind)
+    return run(net, *mine(batch(), rank)) | gradients(net)
+
+
 SCENARIOS: dict[str, Callable[[int, str], Outcome]] = {
     "fixed": lambda rank, kind: one_step(rank, kind, "fixed"),
     "learned": lambda rank, kind: one_step(rank, kind, "learned"),
@@ -160,6 +173,8 @@ SCENARIOS: dict[str, Callable[[int, str], Outcome]] = {
     "idle rank": idle_rank,
     "bias": bias_step,
 }
+if importlib.util.find_spec("triton"):
+    SCENARIOS["fused gate"] = fused_gate
 CASES = [
     (name, kind)
     for name in SCENARIOS
