@@ -29,6 +29,7 @@ MAY_USE: dict[str, tuple[str, ...]] = {"vision": (), "recsys": (), "nlp": (), "m
 ENTRY_POINTS = {"cli", "demo", "bench", "report"}
 
 TRITON_OPS = "core.kernels.triton_ops"
+TRITON_JIT = f"{TRITON_OPS}.jit"
 
 
 @dataclass(frozen=True)
@@ -83,9 +84,13 @@ def core_rule(module: str, imported: Import) -> str | None:
     """Why a module of core may not have this import, or None."""
     target, top = imported.target, imported.target.split(".")[0]
     if top == "triton":
-        return None if module == TRITON_OPS else f"triton is imported in {TRITON_OPS} alone"
-    if target.startswith(TRITON_OPS) and not imported.lazy:
-        return f"{TRITON_OPS} is imported inside a function, since triton may be missing"
+        if not module.startswith(TRITON_OPS):
+            return f"triton is imported in {TRITON_OPS} alone"
+        if not (imported.lazy or module.startswith(TRITON_JIT)):
+            return f"outside {TRITON_JIT} triton is imported inside a function, since it may be missing"
+        return None
+    if target.startswith(TRITON_JIT) and not (imported.lazy or module.startswith(TRITON_JIT)):
+        return f"{TRITON_JIT} is imported inside a function, since triton may be missing"
     if top != "core":
         return (
             None if top == "torch" or top in sys.stdlib_module_names else "core imports torch and the standard library"
@@ -154,8 +159,9 @@ def test_modules_of_core_import_each_other_without_a_cycle():
         ("core/layers.py", "from .kernels.eager import combine\nfrom .dispatch import LocalDispatcher"),
         ("core/routing/router.py", "from . import gates\nfrom ..contract import Routing\nfrom .. import kernels"),
         ("core/convert.py", "from .config import MoEConfig"),
-        ("core/kernels/triton_ops.py", "import triton\nimport triton.language as tl"),
-        ("core/kernels/__init__.py", "def load():\n    from . import triton_ops"),
+        ("core/kernels/triton_ops/jit/gate.py", "import triton\nimport triton.language as tl\nfrom .tiles import load"),
+        ("core/kernels/triton_ops/launch.py", "def load():\n    from .jit import gate\n    import triton"),
+        ("core/kernels/__init__.py", "from . import triton_ops"),
         ("core/contract.py", "import math, torch\nfrom torch.nn import functional"),
         (
             "apps/vision/module.py",
@@ -183,7 +189,8 @@ def test_allowed(path, source):
         ("core/experts.py", "from torchvision.ops import MLP", "core imports torch and the standard library"),
         ("core/experts.py", "import importlib\nimportlib.import_module('numpy')", "core imports torch"),
         ("core/kernels/cpu.py", "def f():\n    import triton", "triton is imported in core.kernels.triton_ops alone"),
-        ("core/kernels/__init__.py", "from . import triton_ops", "inside a function"),
+        ("core/kernels/triton_ops/gate.py", "import triton", "triton is imported inside a function"),
+        ("core/kernels/triton_ops/gate.py", "from .jit import gate", "inside a function, since triton may be missing"),
         ("core/brand_new.py", "from .contract import Rows", "no place in the import order"),
         ("apps/recsys/model.py", "from apps.vision.model import VMoE", "apps.recsys may not use apps.vision"),
         ("apps/vision/data.py", "from ..multimodal import data", "apps.vision may not use apps.multimodal"),

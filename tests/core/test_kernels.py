@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from core import kernels
-from core.kernels import BACKENDS, cpu, eager, grouped, resolve_backend
+from core.kernels import BACKENDS, cpu, eager, fallback, grouped, resolve_backend
+from core.kernels.triton_ops import environment
 
 FAST = ("cpu", "grouped")
 # The interpreter of Triton's kernels is slow, and blocks of 512 rows are the business of "cpu".
@@ -445,16 +445,19 @@ def test_capacity_is_the_exact_ceiling(factor, top_k, tokens, experts, expected)
     assert eager.capacity(ratio, top_k, torch.tensor([tokens, 0]), experts).tolist() == [expected, 0]
 
 
-def test_backend_auto_is_cpu_on_cpu_and_grouped_on_cuda_where_its_products_exist():
+def test_backend_auto_is_cpu_on_cpu_and_grouped_on_cuda_where_triton_does_not_run(monkeypatch):
+    monkeypatch.setattr(environment, "triton_version", lambda: None)
     assert resolve_backend("auto", "cpu", torch.float64) == "cpu"
-    assert resolve_backend("auto", "cuda", torch.bfloat16) == "grouped"
+    fallback._warn.cache_clear()
+    with pytest.warns(UserWarning, match=r"backend='auto' runs 'grouped' on cuda: triton is not installed \(pip inst"):
+        assert resolve_backend("auto", "cuda", torch.bfloat16) == "grouped"
     assert resolve_backend("auto", "cuda", torch.float64) == "eager"
     assert resolve_backend("auto", "mps", torch.float32) == "eager"
 
 
 @pytest.mark.parametrize("backend, device, dtype", [("grouped", "cpu", torch.float64), ("cpu", "cuda", torch.float32)])
 def test_backend_that_cannot_run_falls_back_to_eager_with_one_warning(backend, device, dtype):
-    kernels._warn_fallback.cache_clear()
+    fallback._warn.cache_clear()
     with pytest.warns(UserWarning, match=f"backend='{backend}' does not run {dtype} on {device}"):
         assert resolve_backend(backend, device, dtype) == "eager"
     with warnings.catch_warnings():
