@@ -27,6 +27,8 @@ TERMS = (
 )
 # Functions of each token's scores alone: they apply wherever a gate has learned scores of all experts.
 SCORE_TERMS = frozenset({"load_balancing", "importance", "mutual_information", "local_entropy", "global_entropy"})
+# Of these, functions of the scores' sum alone, which a fused gate has taken on the way.
+SUMMED_TERMS = frozenset({"load_balancing", "importance"})
 SCOPES = ("global", "rank")
 # Before the names of the sums of ``Routing.extra``.
 EXTRA = "extra."
@@ -287,9 +289,11 @@ def balance_sums(
     tokens = chosen_E.new_tensor(routing.num_tokens) if valid_T is None else valid_T.sum().to(torch.float32)
     sums = {"num_tokens": tokens.reshape(1), "chosen": chosen_E}
     if scores_TE is not None and wanted & (SCORE_TERMS | {"sequence_balance"}):
-        # Sigmoid scores are brought to sum 1, or the loss would shrink by lowering them all.
-        share_TE = scores_TE / scores_TE.sum(-1, keepdim=True).clamp_min(1e-20)
-        if wanted & {"load_balancing", "importance", "mutual_information"}:
+        share_TE = scores_TE
+        if "score" not in known or wanted & (SCORE_TERMS - SUMMED_TERMS | {"sequence_balance"}):
+            # Sigmoid scores are brought to sum 1, or the loss would shrink by lowering them all.
+            share_TE = scores_TE / scores_TE.sum(-1, keepdim=True).clamp_min(1e-20)
+        if wanted & (SUMMED_TERMS | {"mutual_information"}):
             sums["score"] = known["score"] if "score" in known else total(share_TE)
             if routing.balance_scores is not None:
                 sums["balance_score"] = total(routing.balance_scores)

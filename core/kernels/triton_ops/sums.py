@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..eager import accumulate_dtype
 from .environment import interpreted, upcast
 from .launch import Launch, power_of_two
 
@@ -57,15 +58,13 @@ def sum_rows(
 @torch.library.custom_op("moesaic::triton_combine", mutates_args=())
 def _combine(y_RD: Tensor, row_index_R: Tensor, offsets_E: Tensor, gates_R: Tensor | None, num_tokens: int) -> Tensor:
     rows, starts = rows_by_token(row_index_R, offsets_E, num_tokens)
-    dtype = torch.float32 if y_RD.dtype.itemsize == 2 else y_RD.dtype
     gates = None if gates_R is None else gates_R.contiguous()
-    return sum_rows(y_RD.contiguous(), rows, starts, offsets_E, gates, num_tokens, 0, dtype)
+    return sum_rows(y_RD.contiguous(), rows, starts, offsets_E, gates, num_tokens, 0, accumulate_dtype(y_RD.dtype))
 
 
 @_combine.register_fake
 def _(y_RD, row_index_R, offsets_E, gates_R, num_tokens):
-    dtype = torch.float32 if y_RD.dtype.itemsize == 2 else y_RD.dtype
-    return y_RD.new_empty(num_tokens, y_RD.shape[1], dtype=dtype)
+    return y_RD.new_empty(num_tokens, y_RD.shape[1], dtype=accumulate_dtype(y_RD.dtype))
 
 
 def _setup(ctx, inputs, output):

@@ -115,7 +115,8 @@ def choose(
         total += gate
         counted += taken.to(tl.int32)
         tl.store(Ids + t * TOP_K + k, chosen.to(tl.int64), mask=t < T)
-        tl.store(Gates + t * TOP_K + k, gate * scale, mask=t < T)
+        if not NORMALIZE:
+            tl.store(Gates + t * TOP_K + k, gate * scale, mask=t < T)
         rest = tl.where(taken, float("-inf"), rest)
     if NORMALIZE:
         total = tl.maximum(total, 1e-20)
