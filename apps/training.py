@@ -122,6 +122,9 @@ class SparseModule(LightningModule):
     readout: ClassVar[tuple[str, ...]] = ()
     """Dotted names of the modules that read the outputs off the last hidden state; Muon leaves them to AdamW."""
 
+    aux_weight: float = 1.0
+    """Of the layers' weighted losses beside the task's loss."""
+
     def __init__(
         self,
         optimizer: OptimizerConfig | None = None,
@@ -246,7 +249,7 @@ class SparseModule(LightningModule):
         with core.record(self) as tape:
             out = self.task_loss(batch)
         aux = core.aux_losses(tape)
-        loss = out.loss + aux.total if len(tape) else out.loss
+        loss = out.loss + self.aux_weight * aux.total if len(tape) else out.loss
         self._check_finite(loss, {"task loss": out.loss, **out.terms, **aux.terms})
         kept = tape.detach()
         self._tape = kept if self._tape is None else self._tape.merge(kept)
@@ -353,6 +356,8 @@ class SparseModule(LightningModule):
             if own is None:
                 continue
             group.update(initial_lr=own["lr"], weight_decay=own["weight_decay"], betas=config.betas, eps=config.eps)
+            if "momentum" in group:
+                group["momentum"] = config.muon_momentum
             group["lr"] = own["lr"] * scheduler.lr_lambdas[0](scheduler.last_epoch)
         scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
 

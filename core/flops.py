@@ -38,8 +38,10 @@ def _(x, row_index_R, offsets_E, gates_R, w_in, w_out, b_in, b_out, w_gate, *arg
     [torch.ops.moesaic.cpu_expert_ffn_backward, torch.ops.moesaic.triton_expert_ffn_backward], get_raw=True
 )
 def _(dy, x, row_index_R, offsets_E, gates_R, w_in, w_out, b_in, b_out, w_gate, *args, out_val=None, **kwargs):
-    _, D, F = w_in.shape
-    return 4 * _rows(offsets_E, gates_R.shape[0]) * F * (D * (1 if w_gate is None else 2) + w_out.shape[-1])
+    (_, D, F), N = w_in.shape, w_out.shape[-1]
+    wanted_in, wanted_out, _, _, wanted_gate = args[-1]
+    inputs = D * (1 if w_gate is None else 2) + N
+    return 2 * _rows(offsets_E, gates_R.shape[0]) * F * (inputs + D * (wanted_in + wanted_gate) + N * wanted_out)
 
 
 @register_flop_formula([torch.ops.moesaic.grouped_mm, torch.ops.moesaic.triton_linear], get_raw=True)

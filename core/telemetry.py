@@ -151,7 +151,7 @@ def _layer_stats(entry: Entry) -> LayerStats:
     routing = entry.routing
     valid_T = routing.valid_T
     device = routing.chosen_per_expert_E.device
-    num_tokens = torch.tensor(routing.num_tokens, device=device) if valid_T is None else valid_T.sum()
+    num_tokens = torch.full((), routing.num_tokens, device=device) if valid_T is None else valid_T.sum()
     entropy_sum = torch.zeros((), device=device)
     if routing.scores_TE is not None:
         scores_TE = routing.scores_TE / routing.scores_TE.sum(-1, keepdim=True).clamp_min(1e-20)

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import difflib
 import importlib
+import json
 import pkgutil
 import re
 import tempfile
@@ -20,6 +21,12 @@ import apps
 from apps.cli import UsageError
 from apps.cli.checkpoint import find_checkpoint, load_checkpoint, remembered, short, without_fixed_classes
 from apps.cli.errors import subclasses
+
+_QUOTED_LIST = re.compile(
+    r"""\[\s*(?:(?:"(?:[^"\\]|\\.)*"|'(?:[^']|'')*')\s*(?:,\s*|(?=\])))*\]""",
+    re.DOTALL,
+)
+_ESCAPED_IN_YAML = re.compile("[\x7f-\x9f\ufeff\u2028\u2029]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +52,7 @@ class Request:
     @classmethod
     def read(cls, command: str, argv: list[str]) -> Request:
         flags, options = take(argv, ("config", "c", "run_dir", "ckpt_path"))
+        flags = verbatim(flags, ("data.text", "data.init_args.text"))
         paths = [Path(p) for p in options["config"] + options["c"]]
         which = options["ckpt_path"][-1] if options["ckpt_path"] else None
         if not paths and which not in (None, "last", "best", "average", "null", "none"):
@@ -150,6 +158,36 @@ def take(argv: list[str], names: tuple[str, ...]) -> tuple[list[str], dict[str, 
             raise UsageError(f"{key} needs a value")
         found[name].append(value)
     return rest, found
+
+
+def verbatim(flags: list[str], names: tuple[str, ...]) -> list[str]:
+    """``flags`` with the values of the options called ``names`` as lists of one text: what a user wrote is not YAML.
+
+    A list of texts in quotes stays as it is.
+
+    Example::
+
+        verbatim(["--data.text", "- Yes: no"], ("data.text",))     # ['--data.text=["- Yes: no"]']
+    """
+    out: list[str] = []
+    items = iter(flags)
+    for item in items:
+        key, equals, value = item.partition("=")
+        if not (key.startswith("--") and key[2:] in names):
+            out.append(item)
+            continue
+        if not equals:
+            value = next(items, "")
+            if not value:
+                raise UsageError(f"{key} needs a value")
+        if any("\ud800" <= c <= "\udfff" for c in value):
+            raise UsageError(f"the text of {key} is not valid UTF-8")
+        if _QUOTED_LIST.fullmatch(value):
+            out.append(f"{key}={value}")
+            continue
+        text = json.dumps([value], ensure_ascii=False)
+        out.append(f"{key}=" + _ESCAPED_IN_YAML.sub(lambda c: f"\\u{ord(c[0]):04x}", text))
+    return out
 
 
 def with_remembered_data(config: Mapping[str, Any], flags: list[str], checkpoint: Mapping[str, Any]) -> dict[str, Any]:

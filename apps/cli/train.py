@@ -196,6 +196,11 @@ class SparseCLI(LightningCLI):
         if command == "fit":
             self._fit(arguments)
         elif command == "predict":
+            if self.trainer.world_size > 1:
+                raise UsageError(
+                    f"predict runs in one process, not in {self.trainer.world_size}, each of which would write its own "
+                    "part: give --trainer.devices 1 --trainer.num_nodes 1"
+                )
             lines = self._stream()
             if lines is not None:
                 self._print(lines)
@@ -209,7 +214,10 @@ class SparseCLI(LightningCLI):
     def _fit(self, arguments: dict[str, Any]) -> None:
         if self.trainer.is_global_zero and not self.trainer.fast_dev_run:
             if self.ckpt_path is None and (self.run_dir / "checkpoints").is_dir():
-                print(f"{self.run_dir} holds an earlier run; this one replaces it (--ckpt_path last goes on from it)")
+                print(
+                    f"{self.run_dir} holds an earlier run; this one replaces it, and its checkpoints go to checkpoints/"
+                    "earlier (--ckpt_path last goes on from it)"
+                )
             self._save_config()
             self._save_signatures()
         start, first_step = time.monotonic(), self.trainer.global_step
@@ -290,15 +298,15 @@ class SparseCLI(LightningCLI):
         if not self.trainer.is_global_zero:
             return
         path = self.run_dir / "predictions.jsonl"
-        count = 0
+        rows = [row for batch in batches for row in _rows(batch)]
+        if all("index" in row for row in rows):  # batches may be by length
+            rows.sort(key=lambda row: row["index"])
         with replacing(path) as file:
-            for batch in batches:
-                for row in _rows(batch):
-                    file.write(json.dumps(row) + "\n")
-                    if count < 3:
-                        print(json.dumps(row))
-                    count += 1
-        print(f"{count} predictions in {path}")
+            for number, row in enumerate(rows):
+                file.write(json.dumps(row) + "\n")
+                if number < 3:
+                    print(json.dumps(row))
+        print(f"{len(rows)} predictions in {path}")
 
 
 def print_metrics(metrics: Mapping[str, float], stage: str, title: str) -> None:

@@ -154,7 +154,7 @@ class _Bench:
         data = experiment.data()
         data.prepare_data()
         data.setup("fit")
-        self.train_batches = [self._to_device(b) for b in itertools.islice(data.train_dataloader(), 4)]
+        self.train_batches = [self._to_device(b) for b in itertools.islice(data.train_dataloader(), 8)]
         self.eval_batch = self._to_device(next(iter(data.val_dataloader())))
         _release()
         base = _current_memory(self.device)
@@ -170,8 +170,10 @@ class _Bench:
         replaced = job.replaced if own.issuperset(job.replaced) else ()
         with self.precision.forward_context():
             self.found["cost"] = measure_cost(module, self.eval_batch, replaced, as_evaluated=True).to_dict()
-        self.batches = itertools.cycle(self.train_batches)
         counts = [num_examples(module.example_inputs(b)) for b in self.train_batches]
+        # Of batches of a budget of tokens, long examples are few: a round takes all of them.
+        self.cycle = 1 if len(set(counts)) == 1 else len(counts)
+        self.batches = itertools.cycle(self.train_batches)
         accumulated = int(experiment.trainer_options.get("accumulate_grad_batches") or 1)
         self.found["examples_per_step"] = accumulated * statistics.mean(counts)
         # The peak begins here: not this system's are the sparse model that made a baseline, the weights as they were
@@ -187,7 +189,7 @@ class _Bench:
     def train(self) -> float:
         """Examples a second of forward, backward and optimizer step."""
         self.module.train()
-        return self._round(self._train_step)
+        return self._round(self._train_step, self.cycle)
 
     def _train_step(self) -> int:
         batch = next(self.batches)
@@ -215,10 +217,11 @@ class _Bench:
         """Peak bytes since the set-up."""
         return _peak_memory(self.device)
 
-    def _round(self, step: Callable[[], int]) -> float:
+    def _round(self, step: Callable[[], int], times: int = 1) -> float:
         examples, began = 0, time.perf_counter()
         while True:
-            examples += step()
+            for _ in range(times):
+                examples += step()
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             seconds = time.perf_counter() - began

@@ -134,6 +134,15 @@ def by_length(source_N: Lengths, target_N: Lengths, order: Lengths) -> Lengths:
     return order[np.lexsort((np.where(longer % 2, difference, -difference), longer))]
 
 
+def evenly(num: int) -> list[int]:
+    """0 to ``num - 1`` in an order of which every beginning is spread over all of them, from the middle on."""
+    bits = max(num - 1, 0).bit_length()
+    # The binary digits of 0, 1, 2, ... read backwards halve the widest gap each time (van der Corput).
+    reversed_bits = (int(f"{i:0{bits}b}"[::-1], 2) if bits else 0 for i in range(1 << bits))
+    places = ((r / (1 << bits) + 0.5) % 1 for r in reversed_bits)
+    return list(dict.fromkeys(int(place * num) for place in places))[:num]
+
+
 def cut_by_tokens(longer: Lengths, tokens: int, first: int | None = None) -> list[int]:
     """Bounds of the batches of pairs in this order: each as large as its budget allows, and of one pair at least.
 

@@ -24,7 +24,7 @@ from apps import sources
 from apps.columns import ColumnFiles, ColumnWriter
 from apps.loader import ResumableLoader, as_it_is, in_order, overfits
 from apps.nlp.batch import TranslationBatch
-from apps.nlp.batches import TokenBatches, by_length, cut_by_tokens
+from apps.nlp.batches import TokenBatches, by_length, cut_by_tokens, evenly
 from apps.nlp.corpora import SPLITS, Filters, Sizes, collect, parse_pairs
 from apps.nlp.datasets import NLP_DATASETS, OWN, Corpus, check_corpus, find_corpus
 from apps.nlp.encoded import EncodedPairs, identity, open_encoded, read_text, write_pairs
@@ -263,7 +263,13 @@ class TranslationData(LightningDataModule):
 
     def _pairs(self, split: str, positions: Tensor | None = None) -> EncodedPairs:
         subwords = self.subwords
-        tags = [subwords.tag_id(target) for _, target in parse_pairs(self.pairs)] if subwords.languages else None
+        targets = [target for _, target in parse_pairs(self.pairs)]
+        if not subwords.languages and len(set(targets)) > 1:
+            raise ValueError(
+                f"pairs={list(self.pairs)} have several target languages, and the given subwords no tags to ask for "
+                "one: leave subwords out, so that they are learned with tags, or take pairs of one target"
+            )
+        tags = [subwords.tag_id(target) for target in targets] if subwords.languages else None
         return EncodedPairs(self._open(), split, tags, self.max_length, positions)
 
     def _train_pairs(self) -> EncodedPairs:
@@ -283,7 +289,8 @@ class TranslationData(LightningDataModule):
         source_N, target_N = (side.clamp(max=self.max_length + 1).numpy() for side in pairs.lengths())
         order = by_length(source_N, target_N, np.arange(len(pairs)))
         bounds = cut_by_tokens(np.maximum(source_N, target_N)[order], self.eval_tokens_per_batch)
-        batches = [torch.from_numpy(order[a:b]) for a, b in itertools.pairwise(bounds)]
+        # The first few are of all lengths: to look at a part of a split is to look at sentences like the others.
+        batches = [torch.from_numpy(order[bounds[i] : bounds[i + 1]]) for i in evenly(len(bounds) - 1)]
         return in_order(_Whole(pairs, batches), 1, self.num_workers)
 
     def _predict_lines(self) -> Iterator[str]:

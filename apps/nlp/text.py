@@ -80,6 +80,9 @@ class _Blocks(Dataset[Any]):
         return TextBatch(tokens_BL.masked_fill_(past_BL, PAD_ID), index_B)
 
 
+_TWENTIETH = 0.05
+
+
 class TextData(LightningDataModule):
     """Text in train, validation and test batches of `TextBatch`.
 
@@ -96,7 +99,8 @@ class TextData(LightningDataModule):
         language: of a parallel corpus.
         document: what belongs together, and is on one side of a split: each "line", "paragraph" (lines up to an empty
             one) or "file".
-        val_size: documents to validate on, or a share of all below 1, where there are no files of them.
+        val_size: documents to validate on, or a share of all below 1, where there are no files of them; None: a
+            twentieth; of a parallel corpus as of `TranslationData`.
         test_size: likewise.
         split_seed: of what is held out. Not the run's.
         subwords: those of a trained model; None: they are learned from the training documents alone.
@@ -132,8 +136,8 @@ class TextData(LightningDataModule):
         test_files: list[str] | str | None = None,
         language: str = "en",
         document: Literal["line", "paragraph", "file"] = "line",
-        val_size: int | float = 0.05,
-        test_size: int | float = 0.05,
+        val_size: int | float | None = None,
+        test_size: int | float | None = None,
         split_seed: int = 0,
         subwords: Subwords | None = None,
         tokenizer: SubwordConfig = SubwordConfig(),
@@ -225,18 +229,18 @@ class TextData(LightningDataModule):
         if self._files is None:
             cache = sources.cache_root(self.cache_dir)
             if self.dataset == "text":
-                found = self._own_files()
-                files = [path for paths in found.values() for path in paths]
+                files: Any = [[split, identity(paths)] for split, paths in self._own_files().items()]
                 read = self._read_own
             else:
-                files, rows = find_corpus(*self._corpus(), self.cache_dir)
+                paths, rows = find_corpus(*self._corpus(), self.cache_dir)
+                files = identity(paths)
 
                 def read() -> dict[str, list[list[str]]]:
                     return self._read_corpus(rows())
 
             self._files = open_encoded(
                 self.dataset,
-                [identity(files), self.language, self.document, self.val_size, self.test_size, self.split_seed],
+                [files, self.language, self.document, self.val_size, self.test_size, self.split_seed],
                 cache,
                 lambda writer: self._write(writer, read(), cache),
                 tokenizer=self.tokenizer,
@@ -263,16 +267,17 @@ class TextData(LightningDataModule):
         }
         lacking = [split for split in ("val", "test") if getattr(self, f"{split}_files") is None]
         documents = splits["train"]
-        sizes = {split: getattr(self, f"{split}_size") for split in lacking}
+        sizes = {split: _TWENTIETH if (n := getattr(self, f"{split}_size")) is None else n for split in lacking}
         counts = {s: round(size * len(documents)) if size < 1 else int(size) for s, size in sizes.items()}
         if sum(counts.values()) >= max(1, len(documents)):
             told = ", ".join(f"{split}_size={size}" for split, size in sizes.items())
             raise ValueError(f"{told}: of {len(documents)} documents none is left to train on")
-        order = np.random.RandomState(self.split_seed).permutation(len(documents)).tolist()
-        for split in reversed(lacking):
-            splits[split] = [documents[i] for i in sorted(order[: counts[split]])]
-            del order[: counts[split]]
-        splits["train"] = [documents[i] for i in sorted(order)]
+        drawn = _draw(documents, [counts[split] for split in reversed(lacking)], self.split_seed)
+        for split, chosen in zip(reversed(lacking), drawn, strict=True):
+            splits[split] = [documents[i] for i in chosen]
+        # What is held out, also in files of its own, is not learned from.
+        held = {_key(document) for split in ("val", "test") for document in splits[split]}
+        splits["train"] = [document for document in documents if _key(document) not in held]
         return splits
 
     def _corpus(self) -> tuple[Corpus, list[str]]:
@@ -282,7 +287,8 @@ class TextData(LightningDataModule):
 
     def _read_corpus(self, rows: Any) -> dict[str, list[list[str]]]:
         corpus, pairs = self._corpus()
-        collected = collect({corpus.dataset: (rows, Sizes(seed=self.split_seed))}, pairs, Filters())
+        sizes = Sizes(self.val_size, self.test_size, self.split_seed)
+        collected = collect({corpus.dataset: (rows, sizes)}, pairs, Filters())
         return {split: [[line] for line in dict.fromkeys(found.target)] for split, found in collected.splits.items()}
 
     def _write(self, writer: ColumnWriter, splits: dict[str, list[list[str]]], cache: Path) -> None:
@@ -315,14 +321,35 @@ class TextData(LightningDataModule):
                     raise ValueError(f"{name}={getattr(self, name)!r} is for dataset='text', not {self.dataset!r}")
             if self.language not in (known := NLP_DATASETS[self.dataset].languages):
                 raise ValueError(sources.unknown_name("language", self.language, list(known)))
+            if self.document != "line":
+                raise ValueError(f"document={self.document!r} is for dataset='text', not {self.dataset!r}")
         if self.document not in ("line", "paragraph", "file"):
             raise ValueError(sources.unknown_name("document", self.document, ["line", "paragraph", "file"]))
         for name in ("block_size", "batch_size", "eval_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         for name in ("val_size", "test_size", "num_workers"):
-            if getattr(self, name) < 0:
+            if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+
+
+def _key(document: list[str]) -> str:
+    """Of documents that are the same text."""
+    return "\n".join(document)
+
+
+def _draw(documents: list[list[str]], counts: Sequence[int], seed: int) -> list[list[int]]:
+    """So many documents for each held-out split, by chance, in their order; the same text is in one split alone."""
+    copies: dict[str, list[int]] = {}
+    for i, document in enumerate(documents):
+        copies.setdefault(_key(document), []).append(i)
+    texts, drawn = list(copies.values()), [[] for _ in counts]  # type: list[list[int]], list[list[int]]
+    for text in np.random.RandomState(seed).permutation(len(texts)).tolist():
+        # A text with more copies than a split has room for stays in training.
+        room = next((s for s, n in zip(drawn, counts, strict=True) if len(s) + len(texts[text]) <= n), None)
+        if room is not None:
+            room += texts[text]
+    return [sorted(indices) for indices in drawn]
 
 
 def _documents(lines: list[str], document: str) -> Iterator[list[str]]:

@@ -241,7 +241,13 @@ class _Build:
         self.report.missing[column] = {s: _share(missing[mask]) for s, mask in self.masks.items()}
         if unseen is not None:
             masks = self.masks if lengths is None else {s: np.repeat(m, lengths) for s, m in self.masks.items()}
-            self.report.unseen[column] = {s: _share(unseen[mask]) for s, mask in masks.items()}
+            share = self.report.unseen[column] = {s: _share(unseen[mask]) for s, mask in masks.items()}
+            for split in ("val", "test"):
+                if share[split] > 0.5 > 2 * share["train"]:
+                    self.warnings.append(
+                        f"column {column!r}: {share[split]:.0%} of the {split} values are not in training: are they "
+                        "written alike there?"
+                    )
 
     def _check_leak(self, column: str, codes: NDArray[Any], labels: Mapping[str, NDArray[np.float32]]) -> None:
         train = self.masks["train"]

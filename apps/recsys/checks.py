@@ -67,7 +67,7 @@ def label_among_features(arrays: TableArrays) -> list[Check]:
         for column, values_N in zip(features.continuous, arrays.dense_NC.T, strict=True):
             tried.append((column.name, column_auc(values_N[kept_N], y_N)))
         for feature, ids_N in zip(single, arrays.ids_NF.T, strict=True):
-            tried.append((feature.name, category_auc(ids_N[kept_N], y_N, feature.num_rows)))
+            tried.append((feature.name, category_auc(ids_N[kept_N], y_N)))
         found += [
             Check(
                 "label_among_features",
@@ -85,13 +85,15 @@ def column_auc(values_N: np.ndarray, labels_N: np.ndarray) -> float:
     return max(auc, 1 - auc)
 
 
-def category_auc(ids_N: np.ndarray, labels_N: np.ndarray, num_rows: int) -> float:
+def category_auc(ids_N: np.ndarray, labels_N: np.ndarray) -> float:
     """AUC, in every second row, of the mean label that a value has in the other rows."""
-    ids, y = ids_N[::2], labels_N[::2]
-    counts = np.bincount(ids, minlength=num_rows)
+    # Numbered anew: a few thousand rows may hold ids of a table of a billion.
+    found, code_N = np.unique(ids_N, return_inverse=True)
+    code, y = code_N[::2], labels_N[::2]
+    counts = np.bincount(code, minlength=len(found))
     rate = y.mean() if len(y) else 0.0
-    means = (np.bincount(ids, weights=y, minlength=num_rows) + rate) / (counts + 1)
-    return figures.auc(means[ids_N[1::2]], labels_N[1::2])
+    means = (np.bincount(code, weights=y, minlength=len(found)) + rate) / (counts + 1)
+    return figures.auc(means[code_N[1::2]], labels_N[1::2])
 
 
 def shared_users(users: Mapping[str, np.ndarray]) -> list[Check]:

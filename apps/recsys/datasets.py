@@ -121,7 +121,7 @@ RECSYS_DATASETS: dict[str, RecsysDataset] = {
                                 "98402b1ab879573d0a7f38a699a40258080e25e33d3401e7bf9c96d3fa0fab8c",
                             ),
                         ),
-                        sdist=True,
+                        sdist="94a908fa4f8746c6cc227c19896a0930108f88f046d955ff7d84d1b8471a7057",
                     ),
                     # No hash of the two files is published; the reader checks columns, rows and labels.
                     UrlSource(

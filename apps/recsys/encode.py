@@ -106,6 +106,8 @@ def _text(values: pa.Array) -> pa.StringArray:
     text = values.cast(pa.string())
     if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_binary(kind):
         text = pc.utf8_trim_whitespace(text)
+        # Whole numbers beside missing ones are often written as 5.0.
+        text = pc.replace_substring_regex(text, r"^(-?(?:0|[1-9][0-9]*))\.0+$", r"\1")
     return pc.if_else(pc.equal(text, ""), pa.scalar(None, pa.string()), text)
 
 

@@ -418,7 +418,7 @@ def design_matrix(arrays: TableArrays) -> Any:
     for column, values_N in zip(features.continuous, arrays.dense_NC.T, strict=True):
         bins = len(column.quantiles) + 1
         missing_N = np.isnan(values_N)
-        places.append(np.where(missing_N, bins, np.searchsorted(np.asarray(column.quantiles), values_N, side="right")))
+        places.append(np.where(missing_N, bins, np.searchsorted(np.asarray(column.quantiles), values_N)))
         sizes.append(bins + 1)
     parts = []
     if places:

@@ -71,7 +71,7 @@ def _read_csv(file: Path, config: TableConfig) -> pa.Table:
     if doubled is not None:
         raise ValueError(f"{str(file)!r} has two columns {doubled!r}")
     text = pa.dictionary(pa.int32(), pa.string())
-    types: dict[str, Any] = {c: text for c, role in config.roles.items() if role != "time"}
+    types: dict[str, Any] = {c: text for c in config.roles if c != config.time}
     numbers = {c: pa.float64() for c in config.continuous}
     try:
         return _convert(file, parse, {**types, **numbers}, list(config.roles))

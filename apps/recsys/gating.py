@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import core
 from apps.recsys.arrays import TableArrays
+from apps.recsys.features import Features
 
 COLLAPSED = 0.9
 """Share of zero outputs from which an expert has collapsed (HoME, section 1)."""
@@ -345,7 +346,30 @@ def dependence(gates: Sequence[Gate], arrays: TableArrays, max_rows: int = 255) 
     return found
 
 
-def coded_columns(arrays: TableArrays, max_rows: int = 255) -> Iterator[tuple[str, np.ndarray, list[str] | None]]:
+MAX_CODES = 255
+"""Values of a categorical column that is shown value by value."""
+
+
+def check_column(features: Features, name: str) -> None:
+    """Whether `coded_columns` has the column.
+
+    Raises:
+        ValueError: it does not, and why.
+    """
+    fitting = [f.name for f in features.categorical if not f.multi_valued and f.num_rows <= MAX_CODES]
+    fitting += ["scenario"] * bool(features.num_domains) + [c.name for c in features.continuous if c.quantiles]
+    if name in fitting:
+        return
+    reason = ""
+    for f in features.categorical:
+        if f.name == name:
+            reason = ": it has several values a row" if f.multi_valued else f": it has {f.num_rows} values"
+    if any(c.name == name for c in features.continuous):
+        reason = ": it has one value"
+    raise ValueError(f"report.gate_feature={name!r} is not one of {', '.join(fitting) or '(no column)'}{reason}")
+
+
+def coded_columns(arrays: TableArrays, max_rows: int = MAX_CODES) -> Iterator[tuple[str, np.ndarray, list[str] | None]]:
     """Columns as codes: (name, int64 (N,), words of the codes or None where the data's vocabulary has them)."""
     features = arrays.features
     single = [f for f in features.categorical if not f.multi_valued]
@@ -358,10 +382,10 @@ def coded_columns(arrays: TableArrays, max_rows: int = 255) -> Iterator[tuple[st
         q = np.asarray(column.quantiles)
         if len(q) > 12:
             q = np.unique(q[np.linspace(0, len(q) - 1, 12).round().astype(int)])
-        codes_N = np.where(np.isnan(values_N), len(q) + 1, np.searchsorted(q, values_N, side="right"))
+        codes_N = np.where(np.isnan(values_N), len(q) + 1, np.searchsorted(q, values_N))
         if len(q):
-            middle = [f"{a:g} to {b:g}" for a, b in itertools.pairwise(q)]
-            yield column.name, codes_N, [f"below {q[0]:g}", *middle, f"from {q[-1]:g}", "missing"]
+            middle = [f"over {a:g} to {b:g}" for a, b in itertools.pairwise(q)]
+            yield column.name, codes_N, [f"to {q[0]:g}", *middle, f"over {q[-1]:g}", "missing"]
 
 
 def weights_by_value(gate: Gate, codes_N: np.ndarray, values: Sequence[int]) -> np.ndarray:

@@ -94,6 +94,7 @@ class MultiTaskRecommender(SparseModule):
         members = [self._network() for _ in range(num_members)]
         self.model = members[0] if num_members == 1 else Ensemble(members)
         self.weighting = self.weighting_config.build(features.tasks, features.positives)
+        self.aux_weight = 1 / num_members  # the tasks' losses are means over the members
         self.moe_config = None if isinstance(self.shared_config, SharedBottom) else self.shared_config
         self.moe_dim = self.input_dim
         self.moe_flops_arguments = {"num_tasks": len(features.tasks), "num_domains": features.num_domains}
@@ -137,7 +138,7 @@ class MultiTaskRecommender(SparseModule):
         terms = {f"loss_{name}": value for name, value in zip(tasks, loss_t.detach().unbind(), strict=True)}
         if self.training:
             shared = last_weight(self.members[0].shared) if self.weighting_config.kind == "gradnorm" else None
-            loss, figures = self.weighting(loss_t, shared)
+            loss, figures = self.weighting(loss_t, shared, (batch.label_Bt == batch.label_Bt).any(0))
             for what, value_t in figures.items():
                 terms |= {f"{what}_{name}": value for name, value in zip(tasks, value_t.unbind(), strict=True)}
         else:

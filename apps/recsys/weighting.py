@@ -80,12 +80,16 @@ class Weighting(nn.Module):
         self.alpha = alpha
         self.register_buffer("_given_t", torch.tensor(weights), persistent=False)
 
-    def forward(self, loss_t: Tensor, shared: Tensor | None = None) -> tuple[Tensor, Mapping[str, Tensor]]:
+    def forward(
+        self, loss_t: Tensor, shared: Tensor | None = None, labelled_t: Tensor | None = None
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
         """The loss () of the tasks' losses (t,), and the weights to log, (t,) each, by name.
 
         Args:
             loss_t: of a batch.
             shared: weight of the last shared layer, in whose graph the losses are; GradNorm reads it in training.
+            labelled_t: bool (t,), the tasks that have a label in the batch; the others' losses are 0, and no weight
+                learns from them. None: all.
         """
         return self.evaluate(loss_t), {}
 
@@ -101,11 +105,16 @@ class Uncertainty(Weighting):
         super().__init__(weights, positives, alpha)
         self.log_variance = nn.Parameter(-torch.tensor(weights).log())
 
-    def forward(self, loss_t: Tensor, shared: Tensor | None = None) -> tuple[Tensor, Mapping[str, Tensor]]:
+    def forward(
+        self, loss_t: Tensor, shared: Tensor | None = None, labelled_t: Tensor | None = None
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
         if not self.training:
             return self.evaluate(loss_t), {}
         weight_t = (-self.log_variance).exp()
-        return (weight_t * loss_t + self.log_variance / 2).sum(), {"weight": weight_t.detach()}
+        half_t = self.log_variance / 2
+        if labelled_t is not None:
+            half_t = half_t * labelled_t
+        return (weight_t * loss_t + half_t).sum(), {"weight": weight_t.detach()}
 
 
 class GradNorm(Weighting):
@@ -124,18 +133,24 @@ class GradNorm(Weighting):
         entropy = [_entropy(p) for p in positives] or [math.log(2.0)] * len(weights)
         self.register_buffer("_initial_t", torch.tensor(entropy), persistent=False)
 
-    def forward(self, loss_t: Tensor, shared: Tensor | None = None) -> tuple[Tensor, Mapping[str, Tensor]]:
+    def forward(
+        self, loss_t: Tensor, shared: Tensor | None = None, labelled_t: Tensor | None = None
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
         if not self.training or not torch.is_grad_enabled():
             return self.evaluate(loss_t), {}
         assert shared is not None
+        if labelled_t is None:
+            labelled_t = torch.ones_like(loss_t, dtype=torch.bool)
         norms = [torch.autograd.grad(loss, shared, retain_graph=True)[0].norm() for loss in loss_t]
         norm_t = torch.stack(norms)
         weight_t = len(loss_t) * F.softmax(self.logits, dim=0)
         with torch.no_grad():
             ratio_t = loss_t / self._initial_t
-            rate_t = ratio_t / ratio_t.mean()
-            target_t = (weight_t * norm_t).mean() * rate_t**self.alpha
-        balance = (weight_t * norm_t - target_t).abs().sum()
+            # Means over the tasks that have labels; none of them has any: all is 0.
+            labels = labelled_t.sum().clamp_min(1)
+            rate_t = ratio_t / (ratio_t.sum() / labels).clamp_min(torch.finfo(ratio_t.dtype).tiny)
+            target_t = (weight_t * norm_t).sum() / labels * rate_t**self.alpha
+        balance = ((weight_t * norm_t - target_t).abs() * labelled_t).sum()
         # The value logged is the weighted loss; the balance gives its gradient alone.
         loss = (weight_t.detach() * loss_t).sum() + balance - balance.detach()
         return loss, {"weight": weight_t.detach(), "gradient_norm": norm_t}

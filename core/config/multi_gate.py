@@ -37,7 +37,7 @@ class MultiGateConfig:
         init_scale: variance of the gates' initial weights times D.
         balance: weights of the balance losses of each gate; dense gates have ``importance``, ``mutual_information``,
             ``local_entropy``, ``global_entropy`` and ``router_z``, all 0 as they are published.
-        backend: of the experts: "auto", "eager", "cpu" or "grouped".
+        backend: whose kernels compute: "auto", "eager", "cpu", "grouped" or "triton".
 
     Raises:
         ValueError: a value is out of its range, or two of them do not go together.
@@ -230,9 +230,12 @@ class MMoE(MultiGateConfig):
         # The whole batch competes: an example is a sequence of its own.
         capacity, pairs = Capacity(group="batch"), self.router.pairs_per_token(E)
         experts = self.expert.build(E, dim, backend=self.backend)
+        routers = [self.router.build(dim, E, capacity) for _ in range(1 if self.selection == "shared" else num_tasks)]
+        for router in routers:
+            router.backend = self.backend
         if self.selection == "shared":
             return SelectedMultiGateMoE(
-                self.router.build(dim, E, capacity),
+                routers[0],
                 DenseGates(dim, groups, init_scale=self.init_scale, terms=DENSE_TERMS),
                 experts,
                 groups,
@@ -241,7 +244,7 @@ class MMoE(MultiGateConfig):
                 pairs_per_token=pairs,
             )
         return SparseMultiGateMoE(
-            [self.router.build(dim, E, capacity) for _ in range(num_tasks)],
+            routers,
             experts,
             balance=self.balance,
             domain=DomainEmbedding(num_domains, dim) if num_domains else None,

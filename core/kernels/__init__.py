@@ -57,6 +57,9 @@ def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype) -
         raise ValueError(f"backend={name!r} is not one of auto, {', '.join(BACKENDS)}")
     if BACKENDS[name].supports(kind, dtype):
         return name
+    if name == "triton" and kind == "cuda" and grouped.supports(kind, dtype):
+        warn_once(f"backend='triton' runs 'grouped' on {kind}: {triton_ops.missing(kind, dtype)}")
+        return "grouped"
     why = f": {triton_ops.missing(kind, dtype)}" if name == "triton" else ""
     warn_once(f"backend={name!r} does not run {dtype} on {kind}{why}: using 'eager' (correct, slower)")
     return "eager"

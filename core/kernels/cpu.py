@@ -110,6 +110,8 @@ class _WeightGrad:
         self.sum = torch.empty_like(like[0], dtype=torch.float32) if like is not None and half else None
 
     def add(self, block: _Block, left: Tensor, right: Tensor) -> None:
+        if self.dw.ndim != 3:  # nobody wants it
+            return
         dw = self.dw[block.expert]
         self.dw[self.begun : block.expert].zero_()
         self.begun = block.expert + 1
@@ -237,7 +239,9 @@ def _cpu_expert_ffn_backward(
     pre: Tensor,
     pre_gate: Tensor,
     activation: str,
+    wants: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, gates, w_in, w_out, b_in, b_out and w_gate; empty where ``wants``, of the last five, is False."""
     act, tile = ACTIVATIONS[activation], _tile(x.dtype)
     index_R = None if row_index_R is None else _past_the_end(row_index_R, tile)
     x_full, dy_full = (_past_the_end(t, tile) if index_R is None else t for t in (x, dy))
@@ -247,8 +251,15 @@ def _cpu_expert_ffn_backward(
     blocks = _blocks(offsets_E, tile)
     total = _RowSum(x, x.shape[-1], blocks)
     dgates = torch.zeros_like(gates_R)
-    dw_in, dw_out, dw_gate = (_WeightGrad(w, x.new_empty(0)) for w in (w_in, w_out, w_gate))
-    db_in, db_out = (x.new_empty(0) if b is None else torch.zeros_like(b, dtype=total.y.dtype) for b in (b_in, b_out))
+    wanted_in, wanted_out, wanted_b_in, wanted_b_out, wanted_gate = wants
+    dw_in, dw_out, dw_gate = (
+        _WeightGrad(w if wanted else None, x.new_empty(0))
+        for w, wanted in ((w_in, wanted_in), (w_out, wanted_out), (w_gate, wanted_gate))
+    )
+    db_in, db_out = (
+        torch.zeros_like(b, dtype=total.y.dtype) if wanted and b is not None else x.new_empty(0)
+        for b, wanted in ((b_in, wanted_b_in), (b_out, wanted_b_out))
+    )
     for block in blocks:
         e, start, end, stop, *_ = block
         rows = end - start
@@ -265,6 +276,7 @@ def _cpu_expert_ffn_backward(
         dg = torch.sum(dh[:rows] * h[:rows], -1)
         if b_out is not None:
             dg += dy_b[:rows] @ b_out[e]
+        if wanted_b_out:
             db_out[e] += (dy_b[:rows] * g).sum(0, dtype=db_out.dtype)
         dgates[start:end] = dg
         if w_gate is None:
@@ -274,8 +286,10 @@ def _cpu_expert_ffn_backward(
             da, du = dh * s, _activation_backward(dh.mul_(a), pre_gate[start:stop], activation)
             dx_b = (da @ w_in[e].t()).addmm_(du, w_gate[e].t())
         total.add(index_R, start, end, dx_b[:rows], gates[start:end])
-        if b_in is not None:
+        if wanted_b_in:
             db_in[e] += (da[:rows] * g).sum(0, dtype=db_in.dtype)
+        if not (wanted_in or wanted_out or wanted_gate):
+            continue
         if narrow:
             for t in (h, da) if du is None else (h, da, du):
                 t[:rows].mul_(g)
@@ -302,9 +316,9 @@ def _cpu_expert_ffn_backward(
 
 
 @_cpu_expert_ffn_backward.register_fake
-def _(dy, x, row_index_R, offsets_E, gates_R, w_in, w_out, b_in, b_out, w_gate, pre, pre_gate, activation):
-    weights = (w_in, w_out, b_in, b_out, w_gate)
-    grads = (x.new_empty(0) if w is None else torch.empty_like(w) for w in weights)
+def _(dy, x, row_index_R, offsets_E, gates_R, w_in, w_out, b_in, b_out, w_gate, pre, pre_gate, activation, wants):
+    weights = zip((w_in, w_out, b_in, b_out, w_gate), wants, strict=True)
+    grads = (torch.empty_like(w) if wanted else x.new_empty(0) for w, wanted in weights)
     return (x.new_empty(x.shape), torch.empty_like(gates_R), *grads)
 
 
@@ -317,9 +331,9 @@ def _setup(ctx, inputs, output):
 
 def _backward(ctx, dy, _dpre, _dpre_gate):
     saved = ctx.saved_tensors
-    dx, dgates, *dweights = _cpu_expert_ffn_backward(dy.contiguous(), *saved, ctx.activation)
-    weights = saved[4:9]  # w_in, w_out, b_in, b_out, w_gate
-    dweights = [None if w is None else dw for w, dw in zip(weights, dweights, strict=True)]
+    wants = list(ctx.needs_input_grad[4:9])  # w_in, w_out, b_in, b_out, w_gate
+    dx, dgates, *dweights = _cpu_expert_ffn_backward(dy.contiguous(), *saved, ctx.activation, wants)
+    dweights = [dw if wanted else None for wanted, dw in zip(wants, dweights, strict=True)]
     return dx, None, None, dgates, *dweights, None, None
 
 

@@ -44,9 +44,10 @@ class MoELayer(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> MoELayer:
         before = self.load_balancing_weight
         super()._apply(fn, recurse)
-        if before is not None and self.load_balancing_weight is not None:
+        after = self.load_balancing_weight
+        if before is not None and after is not None and after.dtype != before.dtype:
             # In half precision steps of 1 % of a percent would vanish: keep the dtype, and the value unrounded.
-            self.load_balancing_weight = before.to(self.load_balancing_weight.device)
+            self.load_balancing_weight = before.to(after.device)
         return self
 
     def __getstate__(self) -> dict[str, Any]:

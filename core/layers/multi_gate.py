@@ -272,7 +272,8 @@ class SparseMultiGateMoE(MultiGateLayer):
         num_experts: int,
     ) -> None:
         super().__init__(len(routers), num_domains, balance)
-        self.router, self.experts, self.dispatcher = GateRouters(routers, domain), experts, TaskDispatcher()
+        self.router, self.experts = GateRouters(routers, domain), experts
+        self.dispatcher = TaskDispatcher(routers[0].backend)
         self.pairs_per_token, self.num_experts = pairs_per_token, num_experts
 
     def _compute(self, examples: Examples) -> Tensor:
@@ -327,7 +328,7 @@ class SelectedMultiGateMoE(MultiGateLayer):
     ) -> None:
         super().__init__(groups.num_tasks, groups.num_domains, balance)
         self.router, self.experts, self.groups = GateRouters([router, gates]), experts, groups
-        self.dispatcher = TaskDispatcher()
+        self.dispatcher = TaskDispatcher(router.backend)
         self.expert_dropout, self.pairs_per_token = expert_dropout, pairs_per_token
 
     def _compute(self, examples: Examples) -> Tensor:

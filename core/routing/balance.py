@@ -286,7 +286,7 @@ def balance_sums(
 
     chosen = routing.chosen_per_expert_E if routing.balance_chosen is None else routing.balance_chosen
     chosen_E = chosen.to(torch.float32)
-    tokens = chosen_E.new_tensor(routing.num_tokens) if valid_T is None else valid_T.sum().to(torch.float32)
+    tokens = chosen_E.new_full((), routing.num_tokens) if valid_T is None else valid_T.sum().to(torch.float32)
     sums = {"num_tokens": tokens.reshape(1), "chosen": chosen_E}
     if scores_TE is not None and wanted & (SCORE_TERMS | {"sequence_balance"}):
         share_TE = scores_TE

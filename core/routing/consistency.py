@@ -18,5 +18,5 @@ def consistency_loss(logits_a: Tensor, logits_b: Tensor, valid: Tensor | None = 
     log_a, log_b = logits_a.log_softmax(-1), logits_b.log_softmax(-1)
     # sum p_a (log p_a - log p_b) + sum p_b (log p_b - log p_a); invalid ones are equal, and add 0.
     divergence = 0.5 * ((log_a.exp() - log_b.exp()) * (log_a - log_b)).sum(-1)
-    count = valid.sum() if valid is not None else divergence.new_tensor(divergence.numel())
+    count = valid.sum() if valid is not None else divergence.new_full((), divergence.numel())
     return divergence.sum() / count.clamp_min(1)

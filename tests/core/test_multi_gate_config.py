@@ -170,3 +170,9 @@ def test_a_router_that_needs_ids_says_so():
     with pytest.raises(ValueError, match="token_ids_BS"):
         layer(examples(3))
     layer(examples(3), RoutingContext(token_ids_BS=torch.tensor([[1], [2], [9]])))
+
+
+@pytest.mark.parametrize("selection", ["task", "shared"])
+def test_one_backend_chooses_sorts_and_computes(selection):
+    layer = MMoE(4, MLP((6,)), TokenChoice(2), selection, backend="eager").build(D, 2)
+    assert layer.dispatcher.backend == layer.router[0].backend == layer.experts.backend == "eager"

@@ -73,10 +73,17 @@ def test_same_bits_every_time(dtype, monkeypatch):
 def test_nothing_waits_for_the_host():
     fused, _, tokens = layers("fine-grained", torch.bfloat16, core.SwiGLU())
     x = tokens.requires_grad_()
-    fused(x).float().sum().backward()  # compiled and tuned
+
+    def step() -> None:
+        with core.record(fused) as tape:
+            y = fused(x)
+        (y.float().sum() + core.aux_loss(tape)).backward()
+        core.RoutingStats.from_tape(tape)
+
+    step()  # compiled and tuned
     torch.cuda.set_sync_debug_mode("error")
     try:
-        fused(x).float().sum().backward()
+        step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -110,6 +117,15 @@ def test_activation_memory_does_not_grow_with_granularity():
         moe = core.MoEConfig(E, core.TokenChoice(top_k=K), core.SwiGLU(hidden_dim=F)).build(1024).cuda().bfloat16()
         kept[E] = kept_bytes(moe, torch.randn(1, 4096, 1024, device="cuda", dtype=torch.bfloat16, requires_grad=True))
     assert kept[64] < 1.15 * kept[8]
+
+
+@pytest.mark.parametrize("experts", [8, 32, 64, 130])
+def test_a_token_of_nan_is_counted_where_it_goes(experts):
+    logits = torch.randn(100, experts, device="cuda")
+    logits[3], logits[7, 2] = torch.nan, torch.nan
+    best = triton_ops.topk_gate(logits, 2)
+    assert (best.expert_ids_TK[:, 0] != best.expert_ids_TK[:, 1]).all()
+    assert torch.equal(best.chosen_per_expert_E, eager.count_experts(best.expert_ids_TK.flatten(), experts))
 
 
 def test_sort_and_gate_equal_the_oracle_at_size():

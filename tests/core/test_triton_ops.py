@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import warnings
@@ -30,6 +31,7 @@ GATES = {
     "deepseek-v2": (12, 2, {"num_groups": 6, "limited_groups": 2, "group_score": "max"}),
     "groups of one": (6, 3, {"num_groups": 6, "limited_groups": 3}),
     "many": (130, 8, {}),
+    "dense": (20, 20, {}),
 }
 
 
@@ -60,8 +62,15 @@ def test_gate_takes_the_lower_expert_of_equal_scores_and_never_one_that_is_not_t
     equal = triton_ops.topk_gate(torch.zeros(2, 5), 3)
     assert equal.expert_ids_TK.tolist() == [[0, 1, 2], [0, 1, 2]]
     torch.testing.assert_close(equal.gates_TK, torch.full((2, 3), 1 / 3))
-    wrong = triton_ops.topk_gate(torch.full((2, 5), torch.nan), 2)
-    assert ((wrong.expert_ids_TK >= 0) & (wrong.expert_ids_TK < 5)).all(), "NaN must not become an address"
+    logits = torch.randn(6, 5)
+    logits[1], logits[4, 2] = torch.nan, torch.nan
+    for options in ({}, {"score_func": "sigmoid", "normalize": False}, {"num_groups": 5, "limited_groups": 3}):
+        wrong = triton_ops.topk_gate(logits, 2, **options)
+        ids = wrong.expert_ids_TK
+        assert ((ids >= 0) & (ids < 5)).all(), "NaN must not become an address"
+        assert (ids[:, 0] != ids[:, 1]).all()
+        # Else the rows of other tokens would be taken for this one's.
+        assert torch.equal(wrong.chosen_per_expert_E, eager.count_experts(ids.flatten(), 5))
 
 
 def test_gate_gives_an_expert_out_of_reach_no_score_and_no_gradient():
@@ -104,6 +113,52 @@ def test_places_in_the_queues_are_those_of_gshard():
 def test_experts_equal_the_oracle_in_each_dtype_for_one_to_eight_experts_a_token(dtype, bound, top_k, token_major):
     p = problem(20, E=8, K=top_k, D=20, H=34, D_out=18, expert="swiglu+bias")
     assert_same(p.run("triton", dtype, token_major), p.run("eager", torch.float64), bound)
+
+
+def test_experts_equal_the_oracle_where_a_token_takes_more_than_a_loop_unrolls():
+    p = problem(6, E=18, K=18, D=20, H=34, D_out=18)
+    assert_same(p.run("triton", torch.float32, True), p.run("eager", torch.float64), FLOAT32)
+
+
+@pytest.mark.parametrize("frozen", ["experts", "w_in", "bias"])
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_weights_that_do_not_learn_have_no_gradients_computed(backend, frozen):
+    moe = core.MoEConfig(4, core.TokenChoice(top_k=2), core.SwiGLU(hidden_dim=6, bias=True), backend=backend).build(8)
+    oracle = copy.deepcopy(moe)
+    oracle.experts.backend = oracle.router.backend = oracle.dispatcher.backend = "eager"
+    x = torch.randn(2, 5, 8)
+    for m in (moe, oracle):
+        for name, p in m.experts.named_parameters():
+            p.requires_grad_(
+                not (frozen == "experts" or name == frozen or (frozen == "bias" and name.startswith("b_")))
+            )
+    leaves = [x.clone().requires_grad_() for _ in range(2)]
+    counted = []
+    for m, leaf in zip((moe, oracle), leaves, strict=True):
+        y = m(leaf)
+        counted.append(core.count_flops(y.square().sum().backward))
+    torch.testing.assert_close(leaves[0].grad, leaves[1].grad, rtol=1e-4, atol=1e-5)
+    for (name, p), q in zip(moe.named_parameters(), oracle.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None), name
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5)
+    # 20 pairs, each 3 products of 8 x 6 for the inputs and one for each weight that learns; the router 2 of 8 x 4.
+    learning = {"experts": 0, "w_in": 2, "bias": 3}[frozen]
+    assert counted[0] == 2 * 20 * 48 * (3 + learning) + 2 * 2 * 10 * 8 * 4
+
+
+def test_tf32_is_asked_for_by_either_of_torch_s_names():
+    weight, x = torch.randn(2, 4, 6), torch.randn(3, 4)
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    assert products._flags(x)["PRECISION"] == "ieee"
+    try:
+        matmul.fp32_precision = "tf32"
+        assert products._flags(x)["PRECISION"] == "tf32"
+        assert products._flags(x.bfloat16())["PRECISION"] == "ieee"
+        triton_ops.expert_linear(x, weight, torch.tensor([1, 3], dtype=torch.int32))  # torch's old name is now an error
+    finally:
+        matmul.fp32_precision = before
 
 
 def test_experts_compute_the_same_bits_every_time_and_whatever_the_tile(monkeypatch):
@@ -305,6 +360,7 @@ def samples() -> dict[str, tuple[object, tuple[object, ...]]]:
     by_token = sums.rows_by_token(rows, offsets, T)
     pre, plain = torch.randn(T * K, F), (x, rows, offsets, gates, w_in, w_out)
     grads = (torch.randn(T, E), torch.randn(T, K), torch.randn(E), torch.randn(1))
+    wants = [True, False, False, False, False]
     return {
         "places": (sort.places, (ids, E + 1, 0, 0, None)),
         "places in queues": (sort.places, (ids, E + 1, T, K, torch.randperm(T))),
@@ -312,7 +368,7 @@ def samples() -> dict[str, tuple[object, tuple[object, ...]]]:
         "gated experts": (experts._expert_ffn, (*ffn, *biases, leaf(w_in), *by_token, 0, "silu", True)),
         "backward": (
             experts._expert_ffn_backward,
-            (torch.randn(T, D), *plain, None, None, None, placed.inverse_N, None, pre, pre[:0], K, "gelu"),
+            (torch.randn(T, D), *plain, None, None, None, placed.inverse_N, None, pre, pre[:0], K, "gelu", wants),
         ),
         "linear": (experts._linear, (leaf(torch.randn(T * K, D)), leaf(w_in), offsets, leaf(biases[0]), False)),
         "gradient of linear": (experts._linear_dw, (torch.randn(T * K, D), torch.randn(T * K, F), offsets, True)),
@@ -356,6 +412,8 @@ def test_what_is_missing_is_named(monkeypatch):
     monkeypatch.setattr(environment, "triton_version", lambda: (2, 1))
     assert environment.missing("cuda", torch.float16).startswith("triton 2.1 is older than 3.6 (pip install")
     monkeypatch.setattr(environment, "triton_version", lambda: None)
+    with pytest.warns(UserWarning, match=r"backend='triton' runs 'grouped' on cuda: triton is not installed"):
+        assert resolve_backend("triton", "cuda", torch.bfloat16) == "grouped"
     assert environment.missing("cuda", torch.float16) == "triton is not installed (pip install 'moesaic[kernels]')"
 
 
@@ -416,6 +474,36 @@ def test_tuner_measures_a_shape_once_keeps_it_and_survives_a_broken_file(monkeyp
     assert tuning.Tuner().choose("linear", (9, 64, 64), *args[2:]) == tuning.PLAIN[0]
 
 
+def test_tiles_that_cannot_be_kept_are_measured_in_each_process(monkeypatch, tmp_path, caplog):
+    monkeypatch.setattr(tuning, "interpreted", lambda: False)
+    (tmp_path / "file").write_text("in the way of a folder")
+    monkeypatch.setenv("MOESAIC_TUNING_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A card/1")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(tuning, "_fastest", lambda candidates, run: candidates[1])
+    replaced = []
+    monkeypatch.setattr(tuning.os, "replace", lambda *paths: replaced.append(paths))
+    tuner = tuning.Tuner()
+    for width in (64, 128, 256):
+        args = ("linear", (64, 2048, width), torch.bfloat16, 4096.0, lambda tile: None)
+        assert tuner.choose(*args) == tuner.choose(*args) == tuning.PLAIN[1]
+    assert not replaced
+    assert caplog.text.count("measured tiles are not kept") == 1
+
+
+def test_a_tile_of_an_older_list_is_measured_anew_and_without_memory_the_default_runs(monkeypatch):
+    monkeypatch.setattr(tuning, "interpreted", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    answers = iter([None, tuning.PLAIN[2]])
+    monkeypatch.setattr(tuning, "_fastest", lambda candidates, run: next(answers))
+    tuner = tuning.Tuner()
+    tuner.loaded = True
+    tuner.best["linear/bfloat16/13/64/2048/1408"] = Tile(16, 16, 1, 1)
+    args = ("linear", (64, 2048, 1408), torch.bfloat16, 4096.0, lambda tile: None)
+    assert tuner.choose(*args) == tuning.PLAIN[0]
+    assert tuner.choose(*args) == tuner.choose(*args) == tuning.PLAIN[2]
+
+
 def test_tiles_that_need_more_than_the_card_has_are_passed_over(monkeypatch):
     from triton.runtime.errors import OutOfResources
 
@@ -433,3 +521,9 @@ def test_tiles_that_need_more_than_the_card_has_are_passed_over(monkeypatch):
     monkeypatch.setattr("triton.testing.do_bench", bench)
     tiles = (Tile(128, 64, 8, 3), Tile(64, 64, 4, 3), Tile(32, 64, 4, 3))
     assert tuning._fastest(tiles, lambda tile: (last.append(tile), run(tile))) == tiles[2]
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr("triton.testing.do_bench", full)
+    assert tuning._fastest(tiles, run) is None, "the timer's own memory is not there"

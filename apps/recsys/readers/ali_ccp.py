@@ -108,7 +108,8 @@ def _columns(
     table: pa.Table, path: Path, single: tuple[str, ...], several: tuple[str, ...], weighted: tuple[str, ...]
 ) -> pa.Table:
     """One column a field of the texts in ``features``: the first id, the list of ids, the value of the first id."""
-    lists = pc.split_pattern(table["features"].combine_chunks(), "\x01")
+    # Of the release, more than the 2 GiB that one array of pa.string() holds.
+    lists = pc.split_pattern(table["features"].cast(pa.large_string()).combine_chunks(), "\x01")
     starts = lists.offsets.to_numpy()
     row_N = np.repeat(np.arange(len(lists)), np.diff(starts))
     if len(odd := np.flatnonzero(np.diff(starts) != table["count"].to_numpy())):

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from apps.recsys import encode
+
 if TYPE_CHECKING:
     import pyarrow as pa
 
@@ -122,7 +124,7 @@ def from_table(
 
     Raises:
         ValueError: the file is missing, is of another type or cannot be read, has not the columns, or a user, an item
-            or a time is missing in it; or no interaction is left.
+            or a time is missing in it, or a time is neither a number nor a date; or no interaction is left.
     """
     table = _read_columns(path, [c for c in (user, item, time, rating, name) if c is not None])
     for column in (user, item, time):
@@ -133,7 +135,7 @@ def from_table(
     if min_rating is not None:
         assert rating is not None
         keep = _numbers(table, rating, path) >= min_rating  # false for NaN
-    order = None if time is None else _sortable(table[time])
+    order = None if time is None else encode.to_order([(str(path), table[time])], time)
     try:
         item_N, offsets, users, items = build(_sortable(table[user]), _sortable(table[item]), order, keep, min_count)
     except ValueError as error:

@@ -85,24 +85,32 @@ def _expert_ffn_backward(
     pre_gate: Tensor,
     top_k: int,
     activation: str,
+    wants: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    R, none = gates_R.shape[0], x.new_empty(0)
+    """Gradients of x, gates, w_in, w_out, b_in, b_out and w_gate; empty where ``wants``, of the last five, is False."""
+    R = gates_R.shape[0]
     if R == 0:
-        zeros = [none.clone() if w is None else torch.zeros_like(w) for w in (w_in, w_out, b_in, b_out, w_gate)]
+        weights = zip((w_in, w_out, b_in, b_out, w_gate), wants, strict=True)
+        zeros = [torch.zeros_like(w) if wanted and w is not None else x.new_empty(0) for w, wanted in weights]
         return torch.zeros_like(x), torch.zeros_like(gates_R), zeros[0], zeros[1], zeros[2], zeros[3], zeros[4]
     x, w_in, w_out, gates_R = (t.contiguous() for t in (x, w_in, w_out, gates_R))
     w_gate = None if w_gate is None else w_gate.contiguous()
     dpre, dpre_gate, weighted, dgates_R = products.hidden_grad(
         dy, row_index_R, offsets_E, gates_R, w_out, b_out, pre, None if w_gate is None else pre_gate, activation
     )
-    dw_out = products.weight_grad(weighted, dy, offsets_E, right_index_R=row_index_R)
+    dw_in, dw_out, db_in, db_out, dw_gate = (x.new_empty(0) for _ in wants)
+    wanted_in, wanted_out, wanted_b_in, wanted_b_out, wanted_gate = wants
+    if wanted_out:
+        dw_out = products.weight_grad(weighted, dy, offsets_E, right_index_R=row_index_R)
     del weighted
-    dw_in = products.weight_grad(x, dpre, offsets_E, left_index_R=row_index_R)
-    dw_gate = none if w_gate is None else products.weight_grad(x, dpre_gate, offsets_E, left_index_R=row_index_R)
-    db_in = none.clone() if b_in is None else products.column_sums(dpre, offsets_E).to(b_in.dtype)
-    db_out = none.clone()
-    if b_out is not None:
-        db_out = products.column_sums(dy, offsets_E, gates_R, row_index_R).to(b_out.dtype)
+    if wanted_in:
+        dw_in = products.weight_grad(x, dpre, offsets_E, left_index_R=row_index_R)
+    if wanted_gate:
+        dw_gate = products.weight_grad(x, dpre_gate, offsets_E, left_index_R=row_index_R)
+    if wanted_b_in:
+        db_in = products.column_sums(dpre, offsets_E).to(x.dtype)
+    if wanted_b_out:
+        db_out = products.column_sums(dy, offsets_E, gates_R, row_index_R).to(x.dtype)
     direct = row_index_R is None or top_k == 1
     dx = torch.zeros_like(x) if direct else x.new_empty(R, x.shape[1])
     products.linear(
@@ -138,9 +146,10 @@ def _(
     pre_gate,
     top_k,
     activation,
+    wants,
 ):
-    weights = (w_in, w_out, b_in, b_out, w_gate)
-    grads = (x.new_empty(0) if w is None else torch.empty_like(w) for w in weights)
+    weights = zip((w_in, w_out, b_in, b_out, w_gate), wants, strict=True)
+    grads = (torch.empty_like(w) if wanted else x.new_empty(0) for w, wanted in weights)
     return (x.new_empty(x.shape), torch.empty_like(gates_R), *grads)
 
 
@@ -153,9 +162,9 @@ def _setup(ctx, inputs, output):
 
 def _backward(ctx, dy, _dpre, _dpre_gate):
     saved = ctx.saved_tensors
-    dx, dgates, *dweights = _expert_ffn_backward(dy.contiguous(), *saved, ctx.top_k, ctx.activation)
-    weights = saved[4:9]  # w_in, w_out, b_in, b_out, w_gate
-    dweights = [None if w is None else dw for w, dw in zip(weights, dweights, strict=True)]
+    wants = list(ctx.needs_input_grad[4:9])  # w_in, w_out, b_in, b_out, w_gate
+    dx, dgates, *dweights = _expert_ffn_backward(dy.contiguous(), *saved, ctx.top_k, ctx.activation, wants)
+    dweights = [dw if wanted else None for wanted, dw in zip(wants, dweights, strict=True)]
     return dx, None, None, dgates, *dweights, None, None, None, None, None
 
 

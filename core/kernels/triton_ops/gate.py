@@ -13,6 +13,8 @@ from .launch import Launch, power_of_two
 
 NUMBERS = 1024
 """Of the logits that a program holds at once."""
+TOKENS_OF_A_SUM = 16
+"""At least so many add to one row of counts and sums, or these would be as large as the logits."""
 
 
 def _tokens_at_a_time(columns: int) -> int:
@@ -68,7 +70,8 @@ def choose(
     groups = num_groups if limited else 1
     groups_pow2, within_pow2 = power_of_two(groups), power_of_two(E // groups)
     high = _tokens_at_a_time(groups_pow2 * within_pow2)
-    blocks = -(-T // high)
+    steps = max(1, TOKENS_OF_A_SUM // high)
+    blocks = -(-T // (high * steps))
     scores_TE, gates_TK = like.new_empty(T, E), like.new_empty(T, top_k)
     ids_TK = like.new_empty(T, top_k, dtype=torch.int64)
     counts = like.new_empty(blocks, E, dtype=torch.int32)
@@ -100,6 +103,7 @@ def choose(
                 "LIMITED": limited,
                 "BEST_TWO": best_two and E // groups > 1,
                 "BLOCK_T": high,
+                "STEPS": steps,
                 "GROUPS_POW2": groups_pow2,
                 "IN_GROUP_POW2": within_pow2,
             },

@@ -14,7 +14,7 @@ ROWS_AT_A_TIME = 64
 
 def _flags(x: Tensor) -> dict[str, object]:
     """How products of this dtype are taken: float32 exactly unless torch's own are allowed tf32."""
-    tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return {"PRECISION": "tf32" if tf32 else "ieee", "UPCAST": upcast(x.dtype)}
 
 

@@ -154,13 +154,16 @@ class Tuner:
             self._load()
         height = max(int(rows_per_expert), 1).bit_length()
         key = "/".join(map(str, (kernel, str(dtype).removeprefix("torch."), height, *shape)))
-        if key in self.best:
+        if self.best.get(key) in candidates:  # a file may be of an older list of tiles
             return self.best[key]
         if len(self.best) >= MAX_SHAPES or torch.cuda.is_current_stream_capturing():
             return candidates[0]
-        self.best[key] = _fastest(candidates, run)
+        fastest = _fastest(candidates, run)
+        if fastest is None:
+            return candidates[0]
+        self.best[key] = fastest
         self._save()
-        return self.best[key]
+        return fastest
 
     def _load(self) -> None:
         import triton
@@ -178,28 +181,37 @@ class Tuner:
             log.warning("tiles are measured again: %s cannot be read (%s)", self.file, error)
 
     def _save(self) -> None:
-        assert self.file is not None
+        if self.file is None:
+            return
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             # Beside its place, then moved: another process may be reading.
             with tempfile.NamedTemporaryFile("w", dir=self.file.parent, suffix=".tmp", delete=False) as new:
-                json.dump({key: asdict(tile) for key, tile in self.best.items()}, new, indent=1)
-            os.replace(new.name, self.file)
+                try:
+                    json.dump({key: asdict(tile) for key, tile in self.best.items()}, new, indent=1)
+                    new.flush()
+                    os.replace(new.name, self.file)
+                except OSError:
+                    Path(new.name).unlink(missing_ok=True)
+                    raise
         except OSError as error:
             log.warning("measured tiles are not kept: %s cannot be written (%s)", self.file, error)
-            self.file = Path(os.devnull)
+            self.file = None
 
 
-def _fastest(candidates: Sequence[Tile], run: Callable[[Tile], Any]) -> Tile:
-    from triton.runtime.errors import OutOfResources
+def _fastest(candidates: Sequence[Tile], run: Callable[[Tile], Any]) -> Tile | None:
+    """None where there is no room to measure in: the timer wants memory of its own, in the middle of a step."""
+    from triton.runtime.errors import OutOfResources, PTXASError
     from triton.testing import do_bench
 
     seconds: dict[Tile, float] = {}
     for tile in candidates:
         try:
             seconds[tile] = do_bench(lambda tile=tile: run(tile), warmup=5, rep=20, return_mode="median")
-        except OutOfResources:  # of a smaller card
+        except (OutOfResources, PTXASError):  # of a smaller card
             continue
+        except torch.OutOfMemoryError:
+            return None
     return min(seconds, key=seconds.__getitem__) if seconds else candidates[-1]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from compared import ROOT, experiment, offers
 
 from apps import routers
 from apps.cli import main as moesaic
-from apps.compare import command, training
+from apps.compare import command, measure, training
 
 
 def test_compare_end_to_end_and_again(config, tmp_path, monkeypatch, capsys):
@@ -104,6 +105,17 @@ def test_workers_train_and_measure(config, tmp_path):
         assert row.speed["inference_examples_per_second"] > 0
         assert row.speed["peak_memory_bytes"] > row.speed["base_memory_bytes"] > 0
         assert row.speed["cost"]["replaced_flops_per_example"] == 4 * 576
+
+
+def test_a_round_takes_all_batches_where_they_hold_different_numbers_of_examples(monkeypatch):
+    monkeypatch.setattr(measure, "ROUND_SECONDS", 0.0)
+    bench = object.__new__(measure._Bench)
+    bench.device = torch.device("cpu")
+    sizes = iter([1, 2, 3, 10, 20, 30])
+    began = time.perf_counter()
+    rate = bench._round(lambda: next(sizes), 3)
+    assert rate > 6 / (time.perf_counter() - began)
+    assert next(sizes) == 10, "one round: three steps"
 
 
 def test_a_workers_error_is_the_commands(config, tmp_path):

@@ -11,7 +11,7 @@ import torch
 from apps.loader import ResumableLoader, _Planned, _Sampler
 from apps.nlp import batches as module
 from apps.nlp.batch import TranslationBatch
-from apps.nlp.batches import TokenBatches, by_length, cut_by_tokens, padding_share, quotas
+from apps.nlp.batches import TokenBatches, by_length, cut_by_tokens, evenly, padding_share, quotas
 
 
 def lengths(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -33,6 +33,16 @@ def test_batches_are_cut_where_pairs_times_the_longest_exceeds_the_budget():
     assert cut_by_tokens(longer, 12) == [0, 3, 5, 6, 7]
     assert cut_by_tokens(longer, 12, first=4) == [0, 1, 3, 5, 6, 7]  # 2 x 3 = 6 exceed 4; then 2 x 4 fit, 3 x 5 do not
     assert cut_by_tokens(np.array([5, 1, 1]), 10) == [0, 2, 3]  # in any order: 3 x 5 = 15
+
+
+def test_every_beginning_is_spread_over_all():
+    assert [evenly(n) for n in (0, 1, 2, 4)] == [[], [0], [1, 0], [2, 0, 3, 1]]
+    for n in (5, 8, 23):
+        order = evenly(n)
+        assert sorted(order) == list(range(n))
+        assert order[0] == n // 2
+        # Between the first four is a quarter of all.
+        assert max(np.diff([*sorted(order[:4]), n])) <= -(-n // 4)
 
 
 def test_neighbours_are_alike_in_both_sides():

@@ -84,6 +84,8 @@ def test_evaluation_batches_hold_every_line_and_say_which(root):
     assert data.references("val") == lines("de", 100, 8) + lines("en", 100, 8)
     batches = list(data.test_dataloader())
     assert len(batches) > 2
+    longest = [batch.source_BS.shape[1] for batch in batches]
+    assert longest != sorted(longest), "the first batches would be the shortest sentences"
     assert all(batch.source_BS.numel() <= 60 for batch in batches)
     index = torch.cat([batch.index_B for batch in batches])
     assert index.sort().values.tolist() == list(range(20))
@@ -108,6 +110,10 @@ def test_a_source_has_a_tag_where_there_are_several_target_languages(root):
         assert torch.equal(batch.source_BS[:, 0], tags[batch.pair_B])
         seen |= set(batch.pair_B.tolist())
     assert seen == {0, 1, 2}
+    # subwords without tags could not ask for one of them
+    plain = make(root, pairs=["en-de"]).subwords
+    with pytest.raises(ValueError, match=r"pairs=\['en-de', 'en-fr'\] have several target languages, and the given"):
+        next(iter(make(root, pairs=["en-de", "en-fr"], subwords=plain).train_dataloader()))
     # two sources and one target need none
     assert make(root, pairs=["en-de", "fr-de"]).subwords.languages == ()
 

@@ -105,6 +105,29 @@ def test_documents_are_held_out_whole(root, document, counts):
         make(root, val_size=0.6, test_size=0.5, **options).setup()
 
 
+def test_the_same_text_is_on_one_side_of_a_split(root):
+    (root / "train.txt").write_text("\n".join([f"line {i % 30}" for i in range(90)] + ["one more"] * 20))
+    data = make(root, val_files=None, test_files=None, val_size=9, test_size=9)
+
+    def lines(loader):
+        text = (data.subwords.decode([stream(loader, 8)], "target"))[0]
+        return {number.split()[0] for number in text.split("line")[1:]}
+
+    splits = [lines(loader) for loader in (data.train_dataloader(), data.val_dataloader(), data.test_dataloader())]
+    assert [data.size(split).documents for split in ("train", "val", "test")] == [92, 9, 9]  # three texts of three
+    assert [len(s) for s in splits] == [24, 3, 3]
+    # Nor is anything learned that validates or tests in a file of its own.
+    (root / "train.txt").write_text("the cat\nthe bird runs\na dog\n")
+    assert make(root).size("train").documents == 1
+
+
+def test_which_file_is_of_which_split_is_part_of_what_is_kept(root):
+    both = make(root, train_files=["train.txt", "val.txt"], val_files=None, val_size=1)
+    assert [both.size(split).documents for split in ("train", "val", "test")] == [5, 1, 1]
+    apart = make(root)
+    assert [apart.size(split).documents for split in ("train", "val", "test")] == [4, 2, 1]
+
+
 def test_one_language_of_a_parallel_corpus(root):
     for split in ("train", "val", "test_2016_flickr"):
         for language in ("en", "de"):
@@ -114,6 +137,10 @@ def test_one_language_of_a_parallel_corpus(root):
     files = {"train_files": None, "val_files": None, "test_files": None}
     data = make(root, dataset="multi30k", language="de", **files)
     assert [data.size(split).documents for split in ("train", "val", "test")] == [2, 2, 2]  # each sentence once
+    smaller = make(root, dataset="multi30k", language="de", val_size=1, **files)
+    assert smaller.size("val").documents == 1
+    with pytest.raises(ValueError, match="document='file' is for dataset='text', not 'multi30k'"):
+        make(root, dataset="multi30k", language="de", document="file", **files)
     (batch,) = make(root, dataset="multi30k", language="de", block_size=200, **files).test_dataloader()
     assert data.subwords.decode(batch.tokens_BL.tolist(), "target")[0].startswith("test_2016_flickr in de")
 

@@ -32,7 +32,7 @@ def test_a_split_by_user_keeps_users_together_and_reports_those_of_given_files(o
 def test_a_feature_that_is_the_label_is_reported(own, tmp_path):
     write(tmp_path, train=changed(city=["y", "n", "y", "n", "n", "y"], age=["1", "0", "1", "0", "0", "1"]))
     warnings = own(config_of(continuous=("age",))).report.warnings
-    assert [w.partition(" in every")[0] for w in warnings] == [
+    assert [w.partition(" in every")[0] for w in warnings if "determines" in w] == [
         "column 'city' determines the label of task 'click'",
         "column 'age' determines the label of task 'click'",
     ]

@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from own_table import CONFIG, NAN, TEST, TRAIN, by_row, same, write
+from own_table import CONFIG, NAN, TEST, TRAIN, by_row, config_of, same, write
 
 from apps import sources
 from apps.recsys.data import TableData
@@ -109,6 +109,22 @@ def test_nothing_is_learned_from_rows_that_do_not_train(own, tmp_path):
     # Nor from validation rows, whose number changes what is learned.
     fewer = own(split=SplitConfig("given", val=0.5)).features
     assert fewer.continuous != features.continuous
+
+
+def test_a_column_is_a_category_and_the_time(own, tmp_path):
+    days = ["2024-05-03", "2024-05-01", "2024-05-02", "2024-05-01", "2024-05-04", "2024-05-05"]
+    write(tmp_path, train={**TRAIN, "shop": days}, test={**TEST, "shop": ["2024-05-01", "2024-05-09"]})
+    config = config_of(categorical=("shop",), time="shop", split=SplitConfig("time", val=0.34, test=0.0))
+    data = own(config)
+    assert data.vocabulary("shop")[1] == "2024-05-01"  # twice in training
+    assert data.rows("val").index.tolist() == [4, 5]
+
+
+def test_values_that_are_written_otherwise_in_another_file_are_reported(own, tmp_path):
+    told = "column 'city': 100% of the test values are not in training: are they written alike there?"
+    assert told not in own().report.warnings
+    write(tmp_path, test={**TEST, "city": ["rome", "oslo"]})
+    assert told in own().report.warnings
 
 
 def test_synthetic_tables_are_a_dataset(tmp_path):

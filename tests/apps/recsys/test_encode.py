@@ -25,6 +25,8 @@ def decoded(codes):
     ("values", "kind", "expected"),
     [
         (["a", " a ", "", None, "NA"], None, ["a", "a", None, None, "NA"]),
+        # As tools write whole numbers beside missing ones; 1.10 and 007.0 are names.
+        (["5", "5.0", "-3.00", "5.5", "1.10", "007.0"], None, ["5", "5", "-3", "5.5", "1.10", "007.0"]),
         ([3, 3, None], pa.int64(), ["3", "3", None]),
         ([3.0, 2.5, float("nan"), 1e15, None], None, ["3", "2.5", None, "1000000000000000", None]),
         ([True, False, None], None, ["true", "false", None]),

@@ -47,7 +47,7 @@ def test_design_matrix_by_hand():
     age = c["age"][row]
     want = np.zeros(508)
     want[[c["kind"][row], 6 + c["item"][row], 407 + c["domain"][row]]] = 1
-    want[409 + int(age >= 30) + int(age >= 40) + int(age >= 50)] = 1
+    want[409 + int(age > 30) + int(age > 40) + int(age > 50)] = 1
     want[414] = 1
     want[416:418] = (age - 40) / 10, 5  # the second is 5, by mean 0 and deviation 1
     for tag in c["tags"][c["lengths"][:row].sum() :][:2]:

@@ -186,10 +186,10 @@ def test_numbers_are_cut_at_quantiles():
     columns = {name: (codes, words) for name, codes, words in gating.coded_columns(arrays)}
     assert list(columns) == ["city", "age"]  # tags have several values, flat has one
     codes, words = columns["age"]
-    assert words == ["below 20", "20 to 30", "30 to 50", "from 50", "missing"]
+    assert words == ["to 20", "over 20 to 30", "over 30 to 50", "over 50", "missing"]
     assert codes[0] == codes[1] == 4  # NaN, infinite
     assert [words[c] for c in codes[2:4]] == [
-        next(w for w, edge in zip(words, (20, 30, 50, np.inf), strict=False) if age < edge)
+        next(w for w, edge in zip(words, (20, 30, 50, np.inf), strict=False) if age <= edge)
         for age in arrays.dense_NC[2:4, 0]
     ]
 
@@ -294,8 +294,11 @@ def test_options_of_the_report(tmp_path, capsys):
     run(module, tmp_path)
     assert {p.name for p in (tmp_path / "report").iterdir()} == {"tasks.csv"}
     run(recommender(core.MMoE(3, MLP), report=ReportConfig(gate_feature="age")), tmp_path)
-    with pytest.raises(ValueError, match=r"report.gate_feature='town' is not one of city, age"):
-        run(recommender(core.MMoE(3, MLP), report=ReportConfig(gate_feature="town")), tmp_path)
+    for name, why in (("town", "$"), ("film.tags", ": it has several values a row"), ("flat", ": it has one value")):
+        folder = tmp_path / name
+        with pytest.raises(ValueError, match=rf"report.gate_feature='{name}' is not one of city, age{why}"):
+            run(recommender(core.MMoE(3, MLP), report=ReportConfig(gate_feature=name)), folder)
+        assert not (folder / "report").exists(), "known before the test is run"
     with pytest.raises(ValueError, match=r"report.gate_values=0 must be at least 1"):
         ReportConfig(gate_values=0)
 

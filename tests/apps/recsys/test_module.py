@@ -67,6 +67,29 @@ def test_members_are_weighed_alike():
     assert_close(masked_bce(z_MBt, label_Bt), torch.stack([masked_bce(z, label_Bt) for z in z_MBt]).mean(0))
 
 
+def test_balance_losses_weigh_as_much_in_an_ensemble_as_in_one_network():
+    """Members that are one network: the loss of the step and its gradients are that network's."""
+    moe = core.MMoE(4, core.MLP((8,)), router=core.TokenChoice(top_k=2), balance=core.Balance(load_balancing=0.5))
+    alone, together = build(moe), build(moe, num_members=3)
+    for member in together.members:
+        member.load_state_dict(alone.model.state_dict())
+    seen = []
+    for module in (alone, together):
+
+        class Losses(Callback):
+            def on_before_backward(self, trainer, pl_module, loss):
+                seen.append(loss.detach())
+
+        Trainer(
+            max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False, callbacks=[Losses()],
+        ).fit(module, MadeTable(steps=1))  # fmt: skip
+    assert_close(seen[0], seen[1])
+    with core.record(alone) as tape:
+        alone.task_loss(batch())
+    assert float(core.aux_loss(tape)) > 0.1
+
+
 def test_the_terms_are_the_tasks_losses():
     module = build(weighting=WeightingConfig(weights={"buy": 0.5}))
     out = module.task_loss(batch())

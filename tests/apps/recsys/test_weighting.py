@@ -55,6 +55,24 @@ def test_gradnorm_pulls_the_gradients_to_one_norm():
     assert w.grad.tolist() == [3.0, 1.0]  # the weighted losses alone move the rest
 
 
+@pytest.mark.parametrize("kind", ["uncertainty", "gradnorm"])
+def test_a_batch_without_labels_teaches_the_weights_nothing(kind):
+    weighting = WeightingConfig(kind).build(TASKS)
+    w = torch.tensor([1.0, 2.0], requires_grad=True)
+    loss, _ = weighting(0 * w, w, torch.tensor([False, False]))
+    loss.backward()
+    assert float(loss) == 0
+    assert all(p.grad.tolist() == [0, 0] for p in weighting.parameters())
+
+
+def test_gradnorm_leaves_a_task_without_labels_out_of_the_means():
+    # The task alone is at the mean rate, and its norm is the mean norm: nothing pulls at the weights.
+    weighting = WeightingConfig("gradnorm", alpha=1.0).build(TASKS)
+    w = torch.tensor([1.0, 2.0], requires_grad=True)
+    weighting(torch.stack((3 * w[0], 0 * w[1])), w, torch.tensor([True, False]))[0].backward()
+    assert weighting.logits.grad.tolist() == [0, 0]
+
+
 def test_gradnorm_helps_the_slower_task():
     # Base rates 1/2 give log 2 to begin with. L = log 2 (still there) and log(2) / 3: rates 1.5 and 0.5, norms 1 and 1.
     # alpha 1: targets 1.5 and 0.5: the first weight rises, the second falls.

@@ -38,104 +38,115 @@ def choose(
     LIMITED: tl.constexpr,
     BEST_TWO: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    STEPS: tl.constexpr,
     GROUPS_POW2: tl.constexpr,
     IN_GROUP_POW2: tl.constexpr,
 ):
-    """Logits float32 (T, E) to Scores (T, E), Ids int64 (T, K), Gates (T, K), and of each block of tokens, real ones
-    alone: Counts int32 (blocks, E), ScoreSums (blocks, E) of the scores over their sum, SquareSums (blocks,) of the
-    squared logsumexp. ``LIMITED``: groups a token may take experts of, 0 for no limit. ``BEST_TWO``: a group is judged
-    by its two best."""
+    """Logits float32 (T, E) to Scores (T, E), Ids int64 (T, K), Gates (T, K), and of each block of ``STEPS * BLOCK_T``
+    tokens, real ones alone: Counts int32 (blocks, E), ScoreSums (blocks, E) of the scores over their sum, SquareSums
+    (blocks,) of the squared logsumexp. ``LIMITED``: groups a token may take experts of, 0 for no limit. ``BEST_TWO``: a
+    group is judged by its two best."""
     COLUMNS: tl.constexpr = GROUPS_POW2 * IN_GROUP_POW2
-    block = tl.program_id(0)
-    t = block.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    block = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, COLUMNS)
     expert = _expert_of(column, E, num_groups, IN_GROUP_POW2)
-    here = (t[:, None] < T) & (expert[None, :] >= 0)
-    at = t[:, None] * E + expert[None, :]
-    logits = tl.load(Logits + at, mask=here, other=float("-inf"))
-    # A row of -inf alone, of padding tokens of the block: shifted by 0.
-    top = tl.max(logits, 1)
-    top = tl.where(top == float("-inf"), 0.0, top)
-    powers = tl.exp(logits - top[:, None])
-    power_sum = tl.sum(powers, 1)
-    power_sum = tl.where(power_sum == 0.0, 1.0, power_sum)
-    if SOFTMAX:
-        scores = powers / power_sum[:, None]
-        share = scores
-    else:
-        scores = tl.where(expert[None, :] >= 0, tl.sigmoid(logits), 0.0)
-        share = scores / tl.maximum(tl.sum(scores, 1), 1e-20)[:, None]
-    tl.store(Scores + at, scores, mask=here)
-
-    choice = scores
-    if BIASED:
-        choice = choice + tl.load(Bias + expert, mask=expert >= 0, other=0.0)[None, :]
-    choice = tl.where(expert[None, :] >= 0, choice, float("-inf"))
-    if LIMITED > 0:
-        grouped = tl.reshape(choice, (BLOCK_T, GROUPS_POW2, IN_GROUP_POW2))
-        best = tl.max(grouped, 2)
-        if BEST_TWO:
-            within = tl.arange(0, IN_GROUP_POW2)
-            first = tl.argmax(grouped, 2)
-            others = tl.where(within[None, None, :] == first[:, :, None], float("-inf"), grouped)
-            best = best + tl.max(others, 2)
-        group = tl.arange(0, GROUPS_POW2)
-        best = tl.where(group[None, :] < num_groups, best, float("-inf"))
-        kept = tl.zeros((BLOCK_T, GROUPS_POW2), tl.int32)
-        for _ in tl.static_range(LIMITED):
-            taken = group[None, :] == tl.argmax(best, 1)[:, None]
-            kept = tl.where(taken, 1, kept)
-            best = tl.where(taken, float("-inf"), best)
-        grouped = tl.where(kept[:, :, None] > 0, grouped, float("-inf"))
-        choice = tl.reshape(grouped, (BLOCK_T, COLUMNS))
-
-    real = t < T
-    if MASKED:
-        real = real & (tl.load(Valid + t, mask=t < T, other=0) != 0)
-    counted = tl.zeros((BLOCK_T, COLUMNS), tl.int32)
-    total = tl.zeros((BLOCK_T,), tl.float32)
-    if NORMALIZE and SOFTMAX:
-        # The softmax of the chosen logits, whose largest need not be the first: a bias changes the order.
-        largest = tl.full((BLOCK_T,), float("-inf"), tl.float32)
-        rest = choice
-        for _ in tl.static_range(TOP_K):
-            taken = column[None, :] == tl.argmax(rest, 1)[:, None]
-            largest = tl.maximum(largest, tl.max(tl.where(taken, logits, float("-inf")), 1))
-            rest = tl.where(taken, float("-inf"), rest)
-        largest = tl.where(largest == float("-inf"), 0.0, largest)
-    rest = choice
-    for k in tl.static_range(TOP_K):
-        taken = column[None, :] == tl.argmax(rest, 1)[:, None]
-        # At least 0 and below E whatever the logits are: NaN must not become an address.
-        chosen = tl.minimum(tl.maximum(tl.sum(tl.where(taken, expert[None, :], 0), 1), 0), E - 1)
-        if NORMALIZE and SOFTMAX:
-            gate = tl.exp(tl.max(tl.where(taken, logits, float("-inf")), 1) - largest)
+    counts = tl.zeros((COLUMNS,), tl.int32)
+    score_sums = tl.zeros((COLUMNS,), tl.float32)
+    square_sum = 0.0
+    for step in range(STEPS):
+        t = (block * STEPS + step) * BLOCK_T + tl.arange(0, BLOCK_T)
+        here = (t[:, None] < T) & (expert[None, :] >= 0)
+        at = t[:, None] * E + expert[None, :]
+        logits = tl.load(Logits + at, mask=here, other=float("-inf"))
+        # A row of -inf alone, of padding tokens of the block: shifted by 0.
+        top = tl.max(logits, 1)
+        top = tl.where(top == float("-inf"), 0.0, top)
+        powers = tl.exp(logits - top[:, None])
+        power_sum = tl.sum(powers, 1)
+        power_sum = tl.where(power_sum == 0.0, 1.0, power_sum)
+        if SOFTMAX:
+            scores = powers / power_sum[:, None]
+            share = scores
         else:
-            gate = tl.sum(tl.where(taken, scores, 0.0), 1)
-        total += gate
-        counted += taken.to(tl.int32)
-        tl.store(Ids + t * TOP_K + k, chosen.to(tl.int64), mask=t < T)
-        if not NORMALIZE:
-            tl.store(Gates + t * TOP_K + k, gate * scale, mask=t < T)
-        rest = tl.where(taken, float("-inf"), rest)
-    if NORMALIZE:
-        total = tl.maximum(total, 1e-20)
+            scores = tl.where(expert[None, :] >= 0, tl.sigmoid(logits), 0.0)
+            share = scores / tl.maximum(tl.sum(scores, 1), 1e-20)[:, None]
+        tl.store(Scores + at, scores, mask=here)
+
+        choice = scores
+        if BIASED:
+            choice = choice + tl.load(Bias + expert, mask=expert >= 0, other=0.0)[None, :]
+        # NaN is beneath all numbers: a maximum's place among NaN is none that can be relied on, and a token whose ids
+        # and counts differ would move the rows of the others.
+        choice = tl.where(choice == choice, choice, -1e30)
+        choice = tl.where(expert[None, :] >= 0, choice, float("-inf"))
+        if LIMITED > 0:
+            grouped = tl.reshape(choice, (BLOCK_T, GROUPS_POW2, IN_GROUP_POW2))
+            best = tl.max(grouped, 2)
+            if BEST_TWO:
+                within = tl.arange(0, IN_GROUP_POW2)
+                first = tl.argmax(grouped, 2)
+                others = tl.where(within[None, None, :] == first[:, :, None], float("-inf"), grouped)
+                best = best + tl.max(others, 2)
+            group = tl.arange(0, GROUPS_POW2)
+            best = tl.where(group[None, :] < num_groups, best, float("-inf"))
+            kept = tl.zeros((BLOCK_T, GROUPS_POW2), tl.int32)
+            for _ in range(LIMITED):
+                taken = group[None, :] == tl.argmax(best, 1)[:, None]
+                kept = tl.where(taken, 1, kept)
+                best = tl.where(taken, float("-inf"), best)
+            grouped = tl.where(kept[:, :, None] > 0, grouped, float("-inf"))
+            choice = tl.reshape(grouped, (BLOCK_T, COLUMNS))
+
+        real = t < T
+        if MASKED:
+            real = real & (tl.load(Valid + t, mask=t < T, other=0) != 0)
+        counted = tl.zeros((BLOCK_T, COLUMNS), tl.int32)
+        total = tl.zeros((BLOCK_T,), tl.float32)
+        largest = tl.full((BLOCK_T,), float("-inf"), tl.float32)
+        if NORMALIZE and SOFTMAX:
+            # The softmax of the chosen logits, whose largest need not be the first: a bias changes the order.
+            rest = choice
+            for _ in range(TOP_K):
+                taken = column[None, :] == tl.argmax(rest, 1)[:, None]
+                largest = tl.maximum(largest, tl.max(tl.where(taken, logits, float("-inf")), 1))
+                rest = tl.where(taken, float("-inf"), rest)
+            largest = tl.where(largest == float("-inf"), 0.0, largest)
         rest = choice
-        for k in tl.static_range(TOP_K):
+        for k in range(TOP_K):
             taken = column[None, :] == tl.argmax(rest, 1)[:, None]
-            if SOFTMAX:
+            # At least 0 and below E whatever the logits are: nothing else may become an address.
+            chosen = tl.minimum(tl.maximum(tl.sum(tl.where(taken, expert[None, :], 0), 1), 0), E - 1)
+            if NORMALIZE and SOFTMAX:
                 gate = tl.exp(tl.max(tl.where(taken, logits, float("-inf")), 1) - largest)
             else:
                 gate = tl.sum(tl.where(taken, scores, 0.0), 1)
-            tl.store(Gates + t * TOP_K + k, gate / total * scale, mask=t < T)
+            total += gate
+            counted += taken.to(tl.int32)
+            tl.store(Ids + t * TOP_K + k, chosen.to(tl.int64), mask=t < T)
+            if not NORMALIZE:
+                tl.store(Gates + t * TOP_K + k, gate * scale, mask=t < T)
             rest = tl.where(taken, float("-inf"), rest)
+        if NORMALIZE:
+            total = tl.maximum(total, 1e-20)
+            rest = choice
+            for k in range(TOP_K):
+                taken = column[None, :] == tl.argmax(rest, 1)[:, None]
+                if SOFTMAX:
+                    gate = tl.exp(tl.max(tl.where(taken, logits, float("-inf")), 1) - largest)
+                else:
+                    gate = tl.sum(tl.where(taken, scores, 0.0), 1)
+                tl.store(Gates + t * TOP_K + k, gate / total * scale, mask=t < T)
+                rest = tl.where(taken, float("-inf"), rest)
 
-    kept = (expert >= 0) & (expert < E)
-    counted = tl.where(real[:, None], counted, 0)
-    tl.store(Counts + block * E + expert, tl.sum(counted, 0), mask=kept)
-    tl.store(ScoreSums + block * E + expert, tl.sum(tl.where(real[:, None], share, 0.0), 0), mask=kept)
-    lse = tl.log(power_sum) + top
-    tl.store(SquareSums + block, tl.sum(tl.where(real, lse * lse, 0.0), 0))
+        counts += tl.sum(tl.where(real[:, None], counted, 0), 0)
+        score_sums += tl.sum(tl.where(real[:, None], share, 0.0), 0)
+        lse = tl.log(power_sum) + top
+        square_sum += tl.sum(tl.where(real, lse * lse, 0.0), 0)
+
+    kept_column = (expert >= 0) & (expert < E)
+    tl.store(Counts + block * E + expert, counts, mask=kept_column)
+    tl.store(ScoreSums + block * E + expert, score_sums, mask=kept_column)
+    tl.store(SquareSums + block, square_sum)
 
 
 @triton.jit
@@ -183,13 +194,13 @@ def choose_grad(
         # g_k = scale * v_k / sum of v, with v the scores, or for softmax the exponentials of the logits.
         largest = tl.full((BLOCK_T,), float("-inf"), tl.float32)
         if SOFTMAX:
-            for k in tl.static_range(TOP_K):
+            for k in range(TOP_K):
                 chosen = e[None, :] == tl.load(Ids + t * TOP_K + k, mask=t < T, other=-1)[:, None]
                 largest = tl.maximum(largest, tl.max(tl.where(chosen, logits, float("-inf")), 1))
             largest = tl.where(largest == float("-inf"), 0.0, largest)
         total = tl.zeros((BLOCK_T,), tl.float32)
         mean = tl.zeros((BLOCK_T,), tl.float32)
-        for k in tl.static_range(TOP_K):
+        for k in range(TOP_K):
             chosen = e[None, :] == tl.load(Ids + t * TOP_K + k, mask=t < T, other=-1)[:, None]
             dgate = tl.load(DGates + t * TOP_K + k, mask=t < T, other=0.0) * scale
             if SOFTMAX:
@@ -200,7 +211,7 @@ def choose_grad(
             mean += dgate * value
         total = tl.maximum(total, 1e-20)
         mean = mean / total
-        for k in tl.static_range(TOP_K):
+        for k in range(TOP_K):
             chosen = e[None, :] == tl.load(Ids + t * TOP_K + k, mask=t < T, other=-1)[:, None]
             dgate = tl.load(DGates + t * TOP_K + k, mask=t < T, other=0.0) * scale
             if SOFTMAX:
@@ -209,7 +220,7 @@ def choose_grad(
             else:
                 dscores += tl.where(chosen, ((dgate - mean) / total)[:, None], 0.0)
     else:
-        for k in tl.static_range(TOP_K):
+        for k in range(TOP_K):
             chosen = e[None, :] == tl.load(Ids + t * TOP_K + k, mask=t < T, other=-1)[:, None]
             dgate = tl.load(DGates + t * TOP_K + k, mask=t < T, other=0.0) * scale
             dscores += tl.where(chosen, dgate[:, None], 0.0)

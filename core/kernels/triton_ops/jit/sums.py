@@ -32,10 +32,16 @@ def sum_of_k(
     computed = tl.load(Offsets + E - 1)
     mask = (t[:, None] < T) & (d[None, :] < D)
     acc = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
-    for k in tl.static_range(K):
-        row = tl.load(Inverse + t * K + k, mask=t < T, other=0)
-        live = mask & (row < computed)[:, None]
-        acc += tl.load(Y + row[:, None] * D + d[None, :], mask=live, other=0.0).to(tl.float32)
+    if K <= 16:
+        for k in tl.static_range(K):
+            row = tl.load(Inverse + t * K + k, mask=t < T, other=0)
+            live = mask & (row < computed)[:, None]
+            acc += tl.load(Y + row[:, None] * D + d[None, :], mask=live, other=0.0).to(tl.float32)
+    else:  # unrolled, a hundred rows take minutes to compile
+        for k in range(K):
+            row = tl.load(Inverse + t * K + k, mask=t < T, other=0)
+            live = mask & (row < computed)[:, None]
+            acc += tl.load(Y + row[:, None] * D + d[None, :], mask=live, other=0.0).to(tl.float32)
     tl.store(Out + t[:, None] * D + d[None, :], rounded(acc, Out.dtype.element_ty, UPCAST), mask=mask)
 
 

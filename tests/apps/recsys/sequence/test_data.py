@@ -379,6 +379,13 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
         ({}, {"user_column": "person"}, r"clicks\.csv has no column 'person'; it has user, item, time"),
         ({"item": [None, *ROWS["item"][1:]]}, {}, r"clicks\.csv: column 'item' has no value in row 0"),
         ({"time": [*ROWS["time"][:-1], None]}, {}, r"clicks\.csv: column 'time' has no value in row 10"),
+        # As text they would sort by letters: the last day of 2023 after the first of 2024.
+        (
+            {"time": ["31/12/2023", *["01/02/2024"] * 10]},
+            {},
+            r"column 'time' of .*clicks\.csv must hold numbers: row 0 holds '31/12/2023'",
+        ),
+        ({"time": [*map(str, ROWS["time"][:-1]), "n/a"]}, {}, r"row 10 holds 'n/a'; times are numbers, or dates"),
         ({}, {"min_rating": 4, "rating_column": "title"}, r"clicks\.csv: column 'title' is not numbers"),
         ({}, {"min_rating": 6, "rating_column": "stars"}, r"clicks\.csv: no interaction is left"),
         ({"user": list(range(11))}, {}, "no user has the 3 interactions"),
