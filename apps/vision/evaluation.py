@@ -278,7 +278,7 @@ class ReportConfig:
 
 
 class VisionReport(Callback):
-    """After a test: few-shot accuracy, the capacity sweep and the pictures of the routing.
+    """After a test in one process: few-shot accuracy, the capacity sweep and the pictures of the routing.
 
     Writes into ``<run folder>/report``: ``few_shot.csv``, ``capacity_sweep.csv`` and ``.png``, ``routing.png``,
     ``expert_class.png``, ``load.png``; prints the tables; logs ``test/few_shot_<k>``.
@@ -291,7 +291,8 @@ class VisionReport(Callback):
         self.config = config
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.is_global_zero:
+        if trainer.world_size > 1:  # each process has a share of the images, and of a sharded model a share of that
+            rank_zero_info("the report is left out with several processes: test with --trainer.devices 1 for it")
             return
         folder = Path(trainer.default_root_dir) / "report"
         model: Any = pl_module.model

@@ -2,6 +2,7 @@
 
 import csv
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from apps.vision.evaluation import (
     CapacityPoint,
     FewShotResult,
     ReportConfig,
+    VisionReport,
     block_name,
     capacity_sweep,
     class_share,
@@ -237,6 +239,15 @@ def test_no_capacity_is_swept_where_the_router_has_none(tmp_path):
     trainer = Trainer(default_root_dir=tmp_path, accelerator="cpu", enable_checkpointing=False, **options)
     trainer.test(module, datamodule=VisionData("digits", eval_batch_size=100), verbose=False)
     assert {p.name for p in (tmp_path / "report").iterdir()} == {"routing.png", "expert_class.png", "load.png"}
+
+
+def test_several_processes_leave_the_report_out(tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        VisionReport(ReportConfig()).on_test_epoch_end(
+            SimpleNamespace(world_size=2, default_root_dir=str(tmp_path)), SimpleNamespace(model=None)
+        )
+    assert not list(tmp_path.iterdir())
+    assert "test with --trainer.devices 1" in caplog.text
 
 
 def test_report_of_a_dense_model_is_the_few_shot_part(tmp_path):
