@@ -253,7 +253,7 @@ def sentence(row: Row, difference: Interval, summary: Summary, where: str) -> st
     """What a difference to one baseline allows to be said."""
     against, unit = f"Against {label(row.system.name)}", " points" if summary.percent else ""
     other = "dense" if row.system.name.startswith("dense") else "it"
-    shown = f"sparse minus {other} {number(difference.mean, summary.percent, signed=True)}{unit}"
+    shown = f"sparse minus {other} {number(difference.mean, summary.percent, True, difference.half_width)}{unit}"
     n = difference.count
     if difference.half_width is None:
         return f"{against}: no difference shown {where} ({shown}; one seed gives no interval)."
@@ -261,8 +261,8 @@ def sentence(row: Row, difference: Interval, summary: Summary, where: str) -> st
         every = f"{shown} with each of {n} seeds, which do not tell how far others would spread"
         return f"{against}: no difference shown {where} ({every})."
     low, high = (
-        number(difference.low, summary.percent, signed=True),
-        number(difference.high, summary.percent, signed=True),
+        number(difference.low, summary.percent, True, difference.half_width),
+        number(difference.high, summary.percent, True, difference.half_width),
     )
     interval = f"95 % interval {low} to {high}{unit}, {n} seeds"
     found = verdict(difference, summary.higher_is_better)
@@ -331,8 +331,12 @@ def flops(row: Row) -> float | None:
     return row.system.cost.flops_per_example if row.system.cost else None
 
 
-def number(value: float, percent: bool, signed: bool = False) -> str:
-    """A quality as it is shown, without its unit: in percent where it is a share."""
+def number(value: float, percent: bool, signed: bool = False, half_width: float | None = None) -> str:
+    """A quality as it is shown, without its unit: in percent where it is a share, else to two digits of its ±."""
     sign = "+" if signed else ""
     value = value + 0.0  # no -0.00
-    return f"{100 * value:{sign}.2f}" if percent else f"{value:{sign}.4g}"
+    if percent:
+        return f"{100 * value:{sign}.2f}"
+    if not half_width or not math.isfinite(half_width):
+        return f"{value:{sign}.4g}"
+    return f"{value:{sign}.{min(max(1 - math.floor(math.log10(half_width)), 0), 9)}f}"

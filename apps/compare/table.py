@@ -137,8 +137,10 @@ def router_cells(summary: Summary) -> list[list[str]]:
 
 
 def _interval(value: Interval, percent: bool, signed: bool = False) -> str:
-    shown = number(value.mean, percent, signed)
-    return shown if value.half_width is None else f"{shown} ± {number(value.half_width, percent)}"
+    shown = number(value.mean, percent, signed, value.half_width)
+    if value.half_width is None:
+        return shown
+    return f"{shown} ± {number(value.half_width, percent, half_width=value.half_width)}"
 
 
 def _seconds(values: Sequence[float]) -> str:

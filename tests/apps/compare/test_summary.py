@@ -97,7 +97,7 @@ def test_further_metrics_have_a_line_each_with_the_paired_difference():
     assert table[place][1:] == ["94.00 ± 12.71", "92.00 ± 0.00", "90.00 ± 0.00"]
     assert table[place + 1] == ["  sparse minus it, points", "–", "+2.00 ± 12.71", "+4.00 ± 12.71"]
     # A loss is shown as it is; only the sparse model reports it here.
-    assert table[titles.index("test log_loss_a")][1:] == ["0.5 ± 1.271", "–", "–"]
+    assert table[titles.index("test log_loss_a")][1:] == ["0.5 ± 1.3", "–", "–"]
     assert not any("auc_b" in title for title in titles)  # nobody reports it
 
 
