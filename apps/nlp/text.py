@@ -275,9 +275,14 @@ class TextData(LightningDataModule):
         drawn = _draw(documents, [counts[split] for split in reversed(lacking)], self.split_seed)
         for split, chosen in zip(reversed(lacking), drawn, strict=True):
             splits[split] = [documents[i] for i in chosen]
-        # What is held out, also in files of its own, is not learned from.
-        held = {_key(document) for split in ("val", "test") for document in splits[split]}
+        held = {_key(document) for split in lacking for document in splits[split]}
         splits["train"] = [document for document in documents if _key(document) not in held]
+        learned = {_key(document) for document in splits["train"]}
+        for split in {"val", "test"} - set(lacking):
+            known = sum(_key(document) in learned for document in splits[split])
+            if known:
+                told = f"{known:,} of {len(splits[split]):,} documents of {split}_files are in train_files too"
+                log.warning("%s: what is measured on them is memory", told)
         return splits
 
     def _corpus(self) -> tuple[Corpus, list[str]]:

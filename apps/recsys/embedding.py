@@ -42,7 +42,8 @@ class EmbeddingConfig:
             and at most ``dim``.
         pooling: how the values of a multi-valued column are put together: "mean" or "sum". No value gives 0.
         init_std: standard deviation of the initial rows. Row 0, of unseen and missing values, starts at 0.
-        weight_decay: the tables decay as other weights do ("joined", and "collection" that is not sharded).
+        weight_decay: the tables decay as other weights do; rows that are stepped in the backward ("fused", and sharded
+            ones but "data_parallel") never do.
         fused_optimizer: of "fused" and of sharded tables: "rowwise_adagrad", "adagrad" or "sgd".
         fused_lr: its peak learning rate; the model's schedule applies to it.
         deferred: of "collection": no process holds a whole table; each draws its own rows once ``TorchRecStrategy`` has
@@ -82,8 +83,6 @@ class EmbeddingConfig:
             raise ValueError(f"embedding.init_std={self.init_std} is negative")
         if self.deferred and self.kind != "collection":
             raise ValueError(f"embedding.deferred=True needs kind='collection', not {self.kind!r}")
-        if self.weight_decay and self.kind == "fused":
-            raise ValueError("embedding.weight_decay=True does not reach kind='fused', which steps its own rows")
         if not self.fused_lr > 0:
             raise ValueError(f"embedding.fused_lr={self.fused_lr} must be positive")
 

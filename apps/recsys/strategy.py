@@ -61,8 +61,7 @@ class TorchRecStrategy(DDPStrategy):
     Raises:
         ValueError: a value that is not known. At the start of a run: a model without a collection to shard, tables that
             do not fit or cannot be sharded as asked, gradient clipping or accumulation (rows are stepped inside the
-            backward), weight decay of the rows, a moving average of the weights, a module's optimizer that would step
-            the sharded rows as well.
+            backward), a moving average of the weights, a module's optimizer that would step the sharded rows as well.
 
     Example::
 
@@ -156,8 +155,6 @@ class TorchRecStrategy(DDPStrategy):
                     f"TorchRecStrategy steps the rows in the backward, where trainer.{name}={value} does not reach: "
                     f"set it to {'null' if neutral == 0 else neutral}"
                 )
-        if getattr(getattr(module, "embedding", None), "weight_decay", False):
-            raise ValueError("TorchRecStrategy decays no rows: set model.embedding.weight_decay=false")
         if any(isinstance(c, WeightEMA) for c in trainer.callbacks):
             raise ValueError("TorchRecStrategy keeps no moving average of sharded tables: set model.ema_decay=null")
 

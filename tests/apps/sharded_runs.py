@@ -227,7 +227,6 @@ def _refused(root: Path) -> dict[str, Any]:
         "clip": fit(module(root), gradient_clip_val=1.0),
         "accumulate": fit(module(root), accumulate_grad_batches=2),
         "average": fit(module(root, ema_decay=0.9)),
-        "decay": fit(module(root, weight_decay=True)),
         "uvm": fit(module(root), {"compute_kernel": "fused_uvm"}),
         "adam": fit(module(root), {"embedding_optimizer": "adam"}),
         "width": fit(module(root, dims={"city": 6})),

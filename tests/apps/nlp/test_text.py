@@ -116,9 +116,13 @@ def test_the_same_text_is_on_one_side_of_a_split(root):
     splits = [lines(loader) for loader in (data.train_dataloader(), data.val_dataloader(), data.test_dataloader())]
     assert [data.size(split).documents for split in ("train", "val", "test")] == [92, 9, 9]  # three texts of three
     assert [len(s) for s in splits] == [24, 3, 3]
-    # Nor is anything learned that validates or tests in a file of its own.
-    (root / "train.txt").write_text("the cat\nthe bird runs\na dog\n")
-    assert make(root).size("train").documents == 1
+
+
+def test_documents_of_files_that_are_in_training_too_are_told(root, caplog):
+    (root / "train.txt").write_text("the bird runs\na dog\n")
+    assert make(root).size("train").documents == 2
+    assert "1 of 2 documents of val_files are in train_files too: what is measured" in caplog.text
+    assert "test_files" not in caplog.text
 
 
 def test_which_file_is_of_which_split_is_part_of_what_is_kept(root):

@@ -170,7 +170,6 @@ def test_other_columns_are_named():
         ({"kind": "fused", "fused_optimizer": "adam"}, "fused_optimizer='adam' is not one of sgd"),
         ({"init_std": -1.0}, "init_std"),
         ({"fused_lr": 0.0}, "fused_lr"),
-        ({"kind": "fused", "weight_decay": True}, "weight_decay=True does not reach kind='fused'"),
     ],
 )
 def test_a_configuration_without_a_meaning_is_refused(options, match):

@@ -265,7 +265,6 @@ def test_deferred_tables_need_the_strategy(folder):
         ("clip", "trainer.gradient_clip_val=1.0 does not reach: set it to null"),
         ("accumulate", "trainer.accumulate_grad_batches=2 does not reach: set it to 1"),
         ("average", "keeps no moving average of sharded tables: set model.ema_decay=null"),
-        ("decay", "TorchRecStrategy decays no rows: set model.embedding.weight_decay=false"),
         ("uvm", "compute_kernel='fused_uvm' needs a GPU"),
         ("adam", "embedding_optimizer='adam' needs a GPU"),
         ("width", "table_city is 6 wide; the kernels of sharded tables take multiples of 4"),
