@@ -311,30 +311,27 @@ def test_checkpoints_of_an_earlier_run_are_put_aside_before_the_first_step(tmp_p
     assert load(tmp_path / "earlier" / "last.ckpt")["epoch"] == 1
 
 
-def test_a_score_that_is_no_number_is_not_the_best(tmp_path):
-    scores = iter([math.nan, 0.5, 0.7])
+def fit_with_scores(folder: Path, scores: list[float]) -> Trainer:
+    """An epoch for each validation score, of which the highest is the best."""
+    rest = iter(scores)
 
     class Score(apps.callbacks.Callback):
         def on_validation_epoch_end(self, trainer, pl_module):
-            pl_module.log("val/score", next(scores))
+            pl_module.log("val/score", next(rest))
 
     module = TinyModule(3)
     module.monitor, module.monitor_mode = "val/score", "max"
-    made = fit(module, tmp_path, Score(), max_epochs=3)
+    return fit(module, folder, Score(), max_epochs=len(scores))
+
+
+def test_a_score_that_is_no_number_is_not_the_best(tmp_path):
+    made = fit_with_scores(tmp_path, [math.nan, 0.5, 0.7])
     assert made.checkpoint_callback.best_score == pytest.approx(0.7)
     assert load(tmp_path / "best.ckpt")["epoch"] == 2
 
 
 def test_the_best_is_the_best_and_the_last_is_the_last(tmp_path):
-    scores = iter([0.5, 0.9, 0.7])
-
-    class Score(apps.callbacks.Callback):
-        def on_validation_epoch_end(self, trainer, pl_module):
-            pl_module.log("val/score", next(scores))
-
-    module = TinyModule(3)
-    module.monitor, module.monitor_mode = "val/score", "max"
-    made = fit(module, tmp_path, Score(), max_epochs=3)
+    made = fit_with_scores(tmp_path, [0.5, 0.9, 0.7])
     assert load(tmp_path / "best.ckpt")["epoch"] == 1
     assert load(tmp_path / "last.ckpt")["epoch"] == 2
     assert made.checkpoint_callback.best_score == pytest.approx(0.9)

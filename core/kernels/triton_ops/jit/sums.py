@@ -9,6 +9,14 @@ from .tiles import rounded
 
 
 @triton.jit
+def _row_of_pair(Y, Inverse, pair, real, d, mask, computed, D):
+    """Columns ``d`` of the pairs' rows in float32, zero where a row was not computed."""
+    row = tl.load(Inverse + pair, mask=real, other=0)
+    live = mask & (row < computed)[:, None]
+    return tl.load(Y + row[:, None] * D + d[None, :], mask=live, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def sum_of_k(
     Y,
     Inverse,
@@ -34,14 +42,10 @@ def sum_of_k(
     acc = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
     if K <= 16:
         for k in tl.static_range(K):
-            row = tl.load(Inverse + t * K + k, mask=t < T, other=0)
-            live = mask & (row < computed)[:, None]
-            acc += tl.load(Y + row[:, None] * D + d[None, :], mask=live, other=0.0).to(tl.float32)
+            acc += _row_of_pair(Y, Inverse, t * K + k, t < T, d, mask, computed, D)
     else:  # unrolled, a hundred rows take minutes to compile
         for k in range(K):
-            row = tl.load(Inverse + t * K + k, mask=t < T, other=0)
-            live = mask & (row < computed)[:, None]
-            acc += tl.load(Y + row[:, None] * D + d[None, :], mask=live, other=0.0).to(tl.float32)
+            acc += _row_of_pair(Y, Inverse, t * K + k, t < T, d, mask, computed, D)
     tl.store(Out + t[:, None] * D + d[None, :], rounded(acc, Out.dtype.element_ty, UPCAST), mask=mask)
 
 
