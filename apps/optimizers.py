@@ -119,7 +119,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
     """The trainable parameters of ``model`` in groups: routers, experts, the rest, each with and without decay.
 
-    No decay for 1-d parameters, biases (also the experts', which are (E, F)), and what a submodule names in
+    No decay for 1-d parameters, biases and norms (also the experts', which are (E, F)), and what a submodule names in
     ``no_weight_decay()`` as timm's models do. Under Muon the matrices stand in groups of their own: the weights of
     experts, shared ones too, and of ``nn.Linear``, but those of modules that ``model.readout`` names. A group has the
     keys ``name``, ``params``, ``lr``, ``weight_decay`` and, under Muon, ``muon``; empty groups are left out.
@@ -142,7 +142,7 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
             continue  # rows of a fused embedding are stepped in the backward already
         which = kind.get(id(parameter), "rest")
         leaf = name.rpartition(".")[2]
-        decays = parameter.ndim > 1 and not (name in exempt or "bias" in leaf or leaf.startswith("b_"))
+        decays = parameter.ndim > 1 and not (name in exempt or "bias" in leaf or leaf.startswith(("b_", "norm_")))
         matrix = decays and (which == "experts" or (which == "rest" and id(parameter) in linear))
         key = which if decays else f"{which}_no_decay"
         lr_scale, decay_scale = scales[which]

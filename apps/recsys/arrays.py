@@ -24,6 +24,15 @@ class MultiValued:
     values: np.ndarray
     lengths_N: np.ndarray
 
+    def sets_N(self) -> np.ndarray:
+        """int64 (N,): rows of the same values have the same number, whatever the values' order."""
+        found, code = np.unique(self.values, return_inverse=True)
+        # Sums of 64 random bits a value: two different rows have the same one with a chance of 2^-64.
+        bits = np.random.default_rng(0).integers(2**64, size=len(found), dtype=np.uint64)
+        total = np.concatenate((np.zeros(1, np.uint64), np.cumsum(bits[code], dtype=np.uint64)))
+        ends_N = np.cumsum(self.lengths_N)
+        return np.unique(total[ends_N] - total[ends_N - self.lengths_N], return_inverse=True)[1]
+
 
 @dataclass(frozen=True)
 class TableArrays:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from apps.columns import ColumnWriter
 from apps.recsys import encode
+from apps.recsys.arrays import MultiValued
 from apps.recsys.checks import shared_users
 from apps.recsys.encode import Part
 from apps.recsys.features import CategoricalFeature, ContinuousFeature, Features
@@ -46,6 +47,8 @@ class _Build:
     report: TableReport = field(init=False)
     warnings: list[str] = field(init=False, default_factory=list)
     vocabularies: dict[str, int] = field(init=False, default_factory=dict)
+    num_texts: int = field(init=False, default=0)
+    domain_texts: int | None = field(init=False, default=None)
 
     def run(self) -> None:
         raw, config = self.raw, self.config
@@ -71,7 +74,7 @@ class _Build:
                 self.warnings += [check.message for check in shared_users(users)]
         num_domains = 0 if config.domain is None else self._write_domain(config.domain, num_rows)
         features = Features(
-            categorical=(*self._write_categorical(labels, num_rows), *self._write_multi_valued()),
+            categorical=(*self._write_categorical(labels, num_rows), *self._write_multi_valued(labels)),
             continuous=self._write_continuous(labels, num_rows),
             tasks=tuple(config.tasks),
             positives=positives,
@@ -83,6 +86,7 @@ class _Build:
                 "features": asdict(features),
                 "report": asdict(self.report),
                 "vocabularies": self.vocabularies,
+                "domain": {"column": config.domain, "texts": self.domain_texts},
                 "split_seed": config.split.seed,
             }
         )
@@ -161,7 +165,7 @@ class _Build:
             what = "no value" if code == encode.MISSING else f"{codes.values[code].as_py()!r}, which training lacks,"
             raise ValueError(f"column {column!r} names the scenario, but holds {what} in row {row}")
         self.writer.save("domain", encoded.rows - 1)
-        self._write_vocabulary(column, encoded.values)
+        self.domain_texts = self._write_texts(encoded.values)
         return encoded.num_rows - 1
 
     def _write_categorical(
@@ -179,7 +183,7 @@ class _Build:
             features.append(CategoricalFeature(column, encoded.num_rows, hashed=column in self.config.hash_rows))
         return tuple(features)
 
-    def _write_multi_valued(self) -> tuple[CategoricalFeature, ...]:
+    def _write_multi_valued(self, labels: Mapping[str, NDArray[np.float32]]) -> tuple[CategoricalFeature, ...]:
         features = []
         for i, column in enumerate(self.config.multi_valued):
             offsets, codes = encode.split_values(self._parts(column), column, self.config.separator)
@@ -189,6 +193,7 @@ class _Build:
             self.writer.save(f"multi{i}_offsets", offsets)
             self.writer.save(f"multi{i}_values", encoded.rows)
             self._describe(column, lengths == 0, encoded.unseen, lengths)
+            self._check_leak(column, MultiValued(codes.codes, lengths).sets_N(), labels)
             hashed = column in self.config.hash_rows
             features.append(CategoricalFeature(column, encoded.num_rows, multi_valued=True, hashed=hashed))
         return tuple(features)
@@ -202,18 +207,17 @@ class _Build:
         if column in config.hash_rows:
             return encode.to_hashed(codes, train, config.hash_rows[column])
         encoded = encode.to_vocabulary(codes, train, config.min_count)
-        self._write_vocabulary(column, encoded.values)
+        self.vocabularies[column] = self._write_texts(encoded.values)
         return encoded
 
-    def _write_vocabulary(self, column: str, values: pa.StringArray | None) -> None:
-        """The text of each row from 1 on, as UTF-8 bytes and offsets: readable without arrow."""
+    def _write_texts(self, values: pa.StringArray | None) -> int:
+        """The text of each row from 1 on, as UTF-8 bytes and offsets: readable without arrow. Returns their number."""
         assert values is not None
-        if column in self.vocabularies:  # the scenario may be a feature too
-            return
-        number = self.vocabularies[column] = len(self.vocabularies)
+        number, self.num_texts = self.num_texts, self.num_texts + 1
         offsets, content = encode.utf8(values)
         self.writer.save(f"vocabulary{number}_offsets", offsets - offsets[0])
         self.writer.save(f"vocabulary{number}_bytes", content[offsets[0] : offsets[-1]])
+        return number
 
     def _write_continuous(
         self, labels: Mapping[str, NDArray[np.float32]], num_rows: int

@@ -50,7 +50,8 @@ def label_among_features(arrays: TableArrays) -> list[Check]:
     """Columns that alone rank the examples of a task almost without error, or that have a task's name.
 
     A column of numbers is judged by its own AUC, in either direction; a categorical one by the AUC, in every second
-    row, of its values' mean label in the others, so that a column of ids is not taken for a label.
+    row, of its values' mean label in the others, so that a column of ids is not taken for a label. All values of a row
+    together are one value of a multi-valued column.
     """
     features = arrays.features
     names = [*(f.name for f in features.categorical), *(f.name for f in features.continuous)]
@@ -60,6 +61,7 @@ def label_among_features(arrays: TableArrays) -> list[Check]:
         for name in named
     ]
     single = [f for f in features.categorical if not f.multi_valued]
+    several = {name: column.sets_N() for name, column in arrays.multi.items()}
     for task, label_N in zip(features.tasks, arrays.label_Nt.T, strict=True):
         kept_N = ~np.isnan(label_N)
         y_N = label_N[kept_N]
@@ -68,6 +70,8 @@ def label_among_features(arrays: TableArrays) -> list[Check]:
             tried.append((column.name, column_auc(values_N[kept_N], y_N)))
         for feature, ids_N in zip(single, arrays.ids_NF.T, strict=True):
             tried.append((feature.name, category_auc(ids_N[kept_N], y_N)))
+        for name, sets_N in several.items():
+            tried.append((name, category_auc(sets_N[kept_N], y_N)))
         found += [
             Check(
                 "label_among_features",

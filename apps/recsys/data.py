@@ -136,21 +136,30 @@ class TableData(LightningDataModule):
     def vocabulary(self, column: str) -> tuple[str | None, ...]:
         """The value of each row of a column's table; None for row 0, which is for unseen and missing ones.
 
-        Of the column of the scenario: the value of each scenario, from 0 on.
+        Of the scenario's column, where it is no feature: as ``domain_values``.
 
         Raises:
             ValueError: a column without a vocabulary: hashed, given as row numbers, or not categorical.
         """
         files = self._open()
-        names = files.info["vocabularies"]
-        if column not in names:
-            raise ValueError(sources.unknown_name("vocabulary of column", column, list(names)))
-        number = names[column]
+        names, domain = files.info["vocabularies"], files.info["domain"]["column"]
+        if column in names:
+            return (None, *self._texts(names[column]))
+        if column == domain and all(f.name != column for f in self.features.categorical):
+            return self.domain_values
+        raise ValueError(sources.unknown_name("vocabulary of column", column, list(names)))
+
+    @property
+    def domain_values(self) -> tuple[str, ...]:
+        """The value of each scenario, from 0 on; none where the table has one scenario."""
+        number = self._open().info["domain"]["texts"]
+        return () if number is None else self._texts(number)
+
+    def _texts(self, number: int) -> tuple[str, ...]:
+        files = self._open()
         offsets = files[f"vocabulary{number}_offsets"].tolist()
         content = files[f"vocabulary{number}_bytes"].numpy().tobytes()
-        values = [content[a:b].decode() for a, b in itertools.pairwise(offsets)]
-        feature = any(f.name == column for f in self.features.categorical)
-        return (None, *values) if feature else tuple(values)
+        return tuple(content[a:b].decode() for a, b in itertools.pairwise(offsets))
 
     def rows(self, split: str) -> TableRows:
         """The rows of "train", "val" or "test" in the table's order; ``rows(split)[:]`` is one batch of them all."""

@@ -6,6 +6,7 @@ the training rows alone; a value that they lack goes to row 0.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -309,6 +310,7 @@ def to_order(parts: Sequence[Part], column: str) -> NDArray[np.int64] | NDArray[
     Raises:
         ValueError: a missing value, or something that has no order.
     """
+    parts = [(where, _dates(data)) for where, data in parts]
     kinds = {str(data.type) for _, data in parts}
     if all(pa.types.is_temporal(data.type) for _, data in parts):
         unit = pa.timestamp("us")
@@ -325,6 +327,17 @@ def to_order(parts: Sequence[Part], column: str) -> NDArray[np.int64] | NDArray[
     if absent.any():
         raise ValueError(f"column {column!r} orders the rows, but has no value in row {int(np.argmax(absent))}")
     return order
+
+
+def _dates(data: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Text that reads as dates or times as such, as a CSV file's is read; other columns as they are."""
+    kind = data.type.value_type if pa.types.is_dictionary(data.type) else data.type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        return data
+    for zone in (None, "UTC"):
+        with contextlib.suppress(pa.ArrowInvalid):
+            return data.cast(kind).cast(pa.timestamp("us", zone))
+    return data
 
 
 @dataclass(frozen=True)
@@ -397,8 +410,9 @@ def to_labels(parts: Sequence[Part], name: str, task: TaskConfig) -> NDArray[np.
         known = {"0": 0.0, "1": 1.0, "false": 0.0, "true": 1.0}
         found = [] if values is None else [known.get(v.lower(), np.nan) for v in values]
         if values is None or any(np.isnan(found)):
-            odd = codes.values[0].as_py() if values is None else values[int(np.argmax(np.isnan(found)))]
-            row = int(np.argmax(codes.codes == codes.values.index(odd).as_py()))
+            fits = pc.is_in(pc.utf8_lower(codes.values), pa.array(list(known), pa.string()))
+            code = int(np.argmin(np.asarray(fits, dtype=bool)))
+            odd, row = codes.values[code].as_py(), int(np.argmax(codes.codes == code))
             raise ValueError(
                 f"task {name!r}: column {column!r} must hold 0 and 1, but row {row} holds {odd!r}; "
                 "set positive (the values that count) or at_least"

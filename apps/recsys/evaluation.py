@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -311,6 +312,8 @@ def _by_value(
             return None
         wanted = max(depends, key=lambda column: sum(depends[column].values()))
     codes_N, words = columns[wanted]
+    if wanted == gating.domain_column(arrays.features):
+        words = getattr(data, "domain_values", None) or None
     counts_V = np.bincount(codes_N)
     most = np.sort(np.argsort(-counts_V, kind="stable")[: config.gate_values])
     values = [int(v) for v in most if counts_V[v]]
@@ -336,18 +339,14 @@ def _small_percent(share: float) -> str:
 
 def _word(value: int, column: str, words: Sequence[str] | None, data: Any) -> str:
     """A value of a column as it stands in the table."""
-    if words is not None:
-        return words[value]
     vocabulary = getattr(data, "vocabulary", None)
-    if vocabulary is not None and column != "scenario":
-        try:
+    known: Sequence[str | None] = words or ()
+    if words is None and vocabulary is not None:
+        with contextlib.suppress(ValueError):  # hashed, or the scenario of other data
             known = vocabulary(column)
-        except ValueError:  # hashed
-            return str(value)
-        text = known[value] if value < len(known) else str(value)
-        text = "(unseen)" if text is None else text
-        return text if len(text) <= 28 else f"{text[:26]}…"
-    return str(value)
+    text = known[value] if value < len(known) else str(value)
+    text = "(unseen)" if text is None else text
+    return text if len(text) <= 28 else f"{text[:26]}…"
 
 
 def _block_use(block: str, use: Sequence[ExpertUse], gates: Sequence[Gate], tasks: Sequence[str]) -> pictures.BlockUse:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +39,10 @@ def find_files(root: str | None, name: str, option: str) -> list[Path]:
 def read_files(files: list[Path], config: TableConfig) -> pa.Table:
     """The rows of all files, one after the other, with the columns that ``config`` names.
 
-    In a CSV file an empty field is a missing value and everything else stands for itself, "NA" as well.
-
     Raises:
-        ValueError: a missing column, or a file that cannot be read, as one that was cut.
+        ValueError: as `read_columns`, or files that differ in their types.
     """
-    tables = [_read(file, config) for file in files]
+    tables = [read_columns(file, config.roles, config.continuous, config.time) for file in files]
     if len(tables) == 1:
         return tables[0]
     try:
@@ -52,34 +51,45 @@ def read_files(files: list[Path], config: TableConfig) -> pa.Table:
         raise ValueError(f"{files[0].name} and the files beside it differ in their types: {_line(error)}") from error
 
 
-def _read(file: Path, config: TableConfig) -> pa.Table:
+def read_columns(
+    file: Path, roles: Mapping[str, str], numbers: Collection[str] = (), inferred: str | None = None
+) -> pa.Table:
+    """Columns of one file.
+
+    In a CSV file an empty field is a missing value and everything else stands for itself, "NA" as well.
+
+    Args:
+        file: of a kind that `find_files` finds.
+        roles: the columns to read, and what each is for.
+        numbers: those of numbers; if a field is none the column is text, so that `encode` can say which.
+        inferred: one whose type a CSV file's fields tell, such as times. All others are text.
+
+    Raises:
+        ValueError: a missing or doubled column, or a file that cannot be read, as one that was cut.
+    """
     try:
         if _kind(file) == ".parquet":
-            _check(pa.parquet.read_schema(file).names, config, file)
-            return pa.parquet.read_table(file, columns=list(config.roles), partitioning=None)
-        return _read_csv(file, config)
+            _check(pa.parquet.read_schema(file).names, roles, file)
+            return pa.parquet.read_table(file, columns=list(roles), partitioning=None)
+        return _read_csv(file, roles, numbers, inferred)
     except (pa.ArrowException, OSError, EOFError) as error:
         raise ValueError(f"{str(file)!r} cannot be read: {_line(error)}") from error
 
 
-def _read_csv(file: Path, config: TableConfig) -> pa.Table:
+def _read_csv(file: Path, roles: Mapping[str, str], numbers: Collection[str], inferred: str | None) -> pa.Table:
     parse = pa.csv.ParseOptions(delimiter=_SEPARATORS[_kind(file)], newlines_in_values=True)
     with pa.csv.open_csv(file, parse_options=parse) as reader:
         names = reader.schema.names
-    _check(names, config, file)
-    doubled = next((n for n in config.roles if names.count(n) > 1), None)
-    if doubled is not None:
-        raise ValueError(f"{str(file)!r} has two columns {doubled!r}")
+    _check(names, roles, file)
     text = pa.dictionary(pa.int32(), pa.string())
-    types: dict[str, Any] = {c: text for c in config.roles if c != config.time}
-    numbers = {c: pa.float64() for c in config.continuous}
+    types: dict[str, Any] = {c: text for c in roles if c != inferred}
     try:
-        return _convert(file, parse, {**types, **numbers}, list(config.roles))
+        return _convert(file, parse, {**types, **{c: pa.float64() for c in numbers}}, list(roles))
     except pa.ArrowInvalid as error:
         if "conversion error" not in str(error):
             raise
-        # Some field of a continuous column is no number: as text, the encoder can say which one, and in which row.
-        return _convert(file, parse, types, list(config.roles))
+        # Some field of a column of numbers is none: as text, the encoder can say which one, and in which row.
+        return _convert(file, parse, types, list(roles))
 
 
 def _convert(file: Path, parse: pa.csv.ParseOptions, types: dict[str, Any], columns: list[str]) -> pa.Table:
@@ -90,10 +100,12 @@ def _convert(file: Path, parse: pa.csv.ParseOptions, types: dict[str, Any], colu
     return pa.csv.read_csv(file, parse_options=parse, convert_options=options)
 
 
-def _check(names: list[str], config: TableConfig, file: Path) -> None:
-    for column, role in config.roles.items():
+def _check(names: list[str], roles: Mapping[str, str], file: Path) -> None:
+    for column, role in roles.items():
         if column not in names:
             raise ValueError(f"column {column!r} ({role}) is not in {str(file)!r}{nearest(column, names)}")
+        if names.count(column) > 1:
+            raise ValueError(f"{str(file)!r} has two columns {column!r}")
 
 
 def _kind(file: Path) -> str:

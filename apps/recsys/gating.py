@@ -350,6 +350,12 @@ MAX_CODES = 255
 """Values of a categorical column that is shown value by value."""
 
 
+def domain_column(features: Features) -> str:
+    """What `coded_columns` calls the scenario: a name that no column has."""
+    names = [*(f.name for f in features.categorical), *(c.name for c in features.continuous)]
+    return "scenario" if "scenario" not in names else "(scenario)"
+
+
 def check_column(features: Features, name: str) -> None:
     """Whether `coded_columns` has the column.
 
@@ -357,7 +363,8 @@ def check_column(features: Features, name: str) -> None:
         ValueError: it does not, and why.
     """
     fitting = [f.name for f in features.categorical if not f.multi_valued and f.num_rows <= MAX_CODES]
-    fitting += ["scenario"] * bool(features.num_domains) + [c.name for c in features.continuous if c.quantiles]
+    fitting += [domain_column(features)] * bool(features.num_domains)
+    fitting += [c.name for c in features.continuous if c.quantiles]
     if name in fitting:
         return
     reason = ""
@@ -370,14 +377,14 @@ def check_column(features: Features, name: str) -> None:
 
 
 def coded_columns(arrays: TableArrays, max_rows: int = MAX_CODES) -> Iterator[tuple[str, np.ndarray, list[str] | None]]:
-    """Columns as codes: (name, int64 (N,), words of the codes or None where the data's vocabulary has them)."""
+    """Columns as codes: (name, int64 (N,), words of the codes or None where the data module has them)."""
     features = arrays.features
     single = [f for f in features.categorical if not f.multi_valued]
     for feature, ids_N in zip(single, arrays.ids_NF.T, strict=True):
         if feature.num_rows <= max_rows:
             yield feature.name, ids_N, None
     if arrays.domain_N is not None:
-        yield "scenario", arrays.domain_N, None
+        yield domain_column(features), arrays.domain_N, None
     for column, values_N in zip(features.continuous, arrays.dense_NC.T, strict=True):
         q = np.asarray(column.quantiles)
         if len(q) > 12:

@@ -137,8 +137,10 @@ class MultiTaskRecommender(SparseModule):
         tasks = self.features.tasks
         terms = {f"loss_{name}": value for name, value in zip(tasks, loss_t.detach().unbind(), strict=True)}
         if self.training:
-            shared = last_weight(self.members[0].shared) if self.weighting_config.kind == "gradnorm" else None
-            loss, figures = self.weighting(loss_t, shared, (batch.label_Bt == batch.label_Bt).any(0))
+            gradnorm = self.weighting_config.kind == "gradnorm"
+            shared, num_shared = last_weight(self.members[0].shared) if gradnorm else (None, None)
+            labelled_t = (batch.label_Bt == batch.label_Bt).any(0)
+            loss, figures = self.weighting(loss_t, shared, labelled_t, num_shared)
             for what, value_t in figures.items():
                 terms |= {f"{what}_{name}": value for name, value in zip(tasks, value_t.unbind(), strict=True)}
         else:
@@ -193,6 +195,11 @@ class MultiTaskRecommender(SparseModule):
                         f"embedding.kind='fused' steps its rows in the backward, where trainer's {name}={value} does "
                         "not reach: take 'joined' or 'collection'"
                     )
+            if getattr(trainer.precision_plugin, "scaler", None) is not None:
+                raise ValueError(
+                    "embedding.kind='fused' steps its rows in the backward, by gradients that trainer.precision="
+                    f"{trainer.precision!r} has scaled up: take 'bf16-mixed'"
+                )
 
     def configure_callbacks(self) -> list[Callback]:
         callbacks = super().configure_callbacks()
@@ -265,11 +272,11 @@ def masked_bce(logits: Tensor, label_Bt: Tensor) -> Tensor:
     return loss.sum(0) / has_Bt.sum(0).clamp_min(1)
 
 
-def last_weight(shared: torch.nn.Module) -> Tensor:
-    """The weight of the last layer of the experts that tasks share, of all of them, for GradNorm.
+def last_weight(shared: torch.nn.Module) -> tuple[Tensor, int]:
+    """The stacked weight of the experts' last layer, and how many experts, its first, all tasks share, for GradNorm.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such weight, or no shared expert.
     """
     experts: Any = getattr(shared, "experts", None)
     if isinstance(experts, torch.nn.ModuleList):
@@ -280,7 +287,11 @@ def last_weight(shared: torch.nn.Module) -> Tensor:
         if not stacked:
             raise ValueError(f"weighting.kind='gradnorm' finds no stacked weight in {type(experts).__name__}")
         weight = stacked[-1]
-    return weight
+    groups = getattr(shared, "groups", None)
+    num_shared = len(weight) if groups is None else groups.num_shared
+    if not num_shared:
+        raise ValueError("weighting.kind='gradnorm' needs an expert that all tasks share: num_experts is 0")
+    return weight, num_shared
 
 
 def _difference(mine: Features, found: Features) -> str:

@@ -155,6 +155,11 @@ class TorchRecStrategy(DDPStrategy):
                     f"TorchRecStrategy steps the rows in the backward, where trainer.{name}={value} does not reach: "
                     f"set it to {'null' if neutral == 0 else neutral}"
                 )
+        if getattr(trainer.precision_plugin, "scaler", None) is not None:
+            raise ValueError(
+                "TorchRecStrategy steps the rows in the backward, by gradients that trainer.precision="
+                f"{trainer.precision!r} has scaled up: take 'bf16-mixed'"
+            )
         if any(isinstance(c, WeightEMA) for c in trainer.callbacks):
             raise ValueError("TorchRecStrategy keeps no moving average of sharded tables: set model.ema_decay=null")
 

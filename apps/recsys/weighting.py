@@ -81,7 +81,11 @@ class Weighting(nn.Module):
         self.register_buffer("_given_t", torch.tensor(weights), persistent=False)
 
     def forward(
-        self, loss_t: Tensor, shared: Tensor | None = None, labelled_t: Tensor | None = None
+        self,
+        loss_t: Tensor,
+        shared: Tensor | None = None,
+        labelled_t: Tensor | None = None,
+        num_shared: int | None = None,
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
         """The loss () of the tasks' losses (t,), and the weights to log, (t,) each, by name.
 
@@ -90,6 +94,7 @@ class Weighting(nn.Module):
             shared: weight of the last shared layer, in whose graph the losses are; GradNorm reads it in training.
             labelled_t: bool (t,), the tasks that have a label in the batch; the others' losses are 0, and no weight
                 learns from them. None: all.
+            num_shared: so many entries of ``shared``, its first, are what the tasks share; None: all.
         """
         return self.evaluate(loss_t), {}
 
@@ -106,7 +111,11 @@ class Uncertainty(Weighting):
         self.log_variance = nn.Parameter(-torch.tensor(weights).log())
 
     def forward(
-        self, loss_t: Tensor, shared: Tensor | None = None, labelled_t: Tensor | None = None
+        self,
+        loss_t: Tensor,
+        shared: Tensor | None = None,
+        labelled_t: Tensor | None = None,
+        num_shared: int | None = None,
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
         if not self.training:
             return self.evaluate(loss_t), {}
@@ -134,14 +143,18 @@ class GradNorm(Weighting):
         self.register_buffer("_initial_t", torch.tensor(entropy), persistent=False)
 
     def forward(
-        self, loss_t: Tensor, shared: Tensor | None = None, labelled_t: Tensor | None = None
+        self,
+        loss_t: Tensor,
+        shared: Tensor | None = None,
+        labelled_t: Tensor | None = None,
+        num_shared: int | None = None,
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
         if not self.training or not torch.is_grad_enabled():
             return self.evaluate(loss_t), {}
         assert shared is not None
         if labelled_t is None:
             labelled_t = torch.ones_like(loss_t, dtype=torch.bool)
-        norms = [torch.autograd.grad(loss, shared, retain_graph=True)[0].norm() for loss in loss_t]
+        norms = [torch.autograd.grad(loss, shared, retain_graph=True)[0][:num_shared].norm() for loss in loss_t]
         norm_t = torch.stack(norms)
         weight_t = len(loss_t) * F.softmax(self.logits, dim=0)
         with torch.no_grad():

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.plugins import MixedPrecision
 
 import core
 from apps import sharded
@@ -99,7 +100,7 @@ def trainer(folder: Path, strategy: Any = "auto", world: int = 1, **options: Any
         default_root_dir=str(folder),
         logger=options.pop("logger", False),
         callbacks=[GeneratorState(), *options.pop("callbacks", [])],
-        plugins=[AtomicCheckpointIO()],
+        plugins=[AtomicCheckpointIO(), *options.pop("plugins", [])],
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -226,6 +227,7 @@ def _refused(root: Path) -> dict[str, Any]:
         "column": fit(module(root), {"table_sharding": {"town": "row_wise"}}),
         "clip": fit(module(root), gradient_clip_val=1.0),
         "accumulate": fit(module(root), accumulate_grad_batches=2),
+        "scaled": fit(module(root), plugins=[MixedPrecision("16-mixed", "cpu")]),
         "average": fit(module(root, ema_decay=0.9)),
         "uvm": fit(module(root), {"compute_kernel": "fused_uvm"}),
         "adam": fit(module(root), {"embedding_optimizer": "adam"}),

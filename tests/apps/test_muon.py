@@ -108,6 +108,16 @@ def test_matrices_of_experts_and_linear_layers_are_muons_and_the_read_out_is_not
     assert not any("muon" in g for g in parameter_groups(net, OptimizerConfig()))
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_stacked_norms_neither_decay_nor_are_matrices(name):
+    net = core.MMoE(4, core.MLP((8, 6), norm="batch")).build(5, num_tasks=2)
+    groups = parameter_groups(net, OptimizerConfig(name=name))
+    names = {id(p): n for n, p in net.named_parameters()}
+    norms = [g for g in groups for p in g["params"] if "norm_" in names[id(p)]]
+    assert len(norms) == 4
+    assert all(g["weight_decay"] == 0 and not g.get("muon") for g in norms)
+
+
 def test_what_is_no_matrix_is_refused():
     with pytest.raises(ValueError, match=r"a parameter of shape \(3,\) is none"):
         MuonAdamW([{"params": [nn.Parameter(torch.zeros(3))], "muon": True}])

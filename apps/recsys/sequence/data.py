@@ -7,7 +7,6 @@ A batch is cut out of one array of all items by the bounds of each user's histor
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -17,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from apps import sources
 from apps.loader import ResumableLoader, as_it_is, in_order, overfits
+from apps.recsys import files
 from apps.recsys.datasets import RECSYS_DATASETS
 from apps.recsys.sequence import histories
 from apps.recsys.sequence.histories import Histories
@@ -110,7 +110,8 @@ class HistoryData(LightningDataModule):
         dataset: "movielens_1m", "movielens_100k", or "table" for a file of yours (``file``).
         root: folder with the dataset's own files; None: the cache, or a source of it.
         cache_dir: where downloads are kept; default ``~/.cache/moesaic``.
-        file: CSV, TSV or Parquet with one interaction a row, for "table".
+        file: CSV, TSV or Parquet with one interaction a row, for "table", or a pattern of several. Users and items are
+            read as text: "007" and "7" are two.
         user_column, item_column: of it.
         time_column: by which a user's interactions are ordered; None: they are in order.
         rating_column: of it, for min_rating.
@@ -272,7 +273,7 @@ class HistoryData(LightningDataModule):
         if self.dataset == "table":
             assert self.file is not None
             return histories.from_table(
-                Path(self.file).expanduser(),
+                files.find_files(None, self.file, "file"),
                 self.user_column,
                 self.item_column,
                 self.time_column,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,11 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from apps.recsys import encode
+from apps.recsys import encode, files
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
     from apps.recsys.readers.movielens import Ratings
 
 
@@ -102,7 +101,7 @@ def from_ratings(ratings: Ratings, min_rating: float | None = None, min_count: i
 
 
 def from_table(
-    path: Path,
+    found: Sequence[Path],
     user: str,
     item: str,
     time: str | None = None,
@@ -111,10 +110,13 @@ def from_table(
     min_rating: float | None = None,
     min_count: int = 1,
 ) -> Histories:
-    """A CSV (with a header) or Parquet file with one interaction a row.
+    """CSV (with a header) or Parquet files with one interaction a row, one file after the other.
+
+    Users and items are what `encode.factorize` takes them for: 7 and "7.0" are the same, "007" is another. They are
+    numbered in the order of whole numbers where they all are such, else in that of text.
 
     Args:
-        path: ends in .csv, .csv.gz, .tsv, .tsv.gz or .parquet.
+        found: as `files.find_files` finds them.
         user, item: columns of numbers or text.
         time: column by which a user's interactions are ordered; None: they are in order.
         rating: column of numbers for ``min_rating``.
@@ -123,76 +125,53 @@ def from_table(
         min_count: see `build`.
 
     Raises:
-        ValueError: the file is missing, is of another type or cannot be read, has not the columns, or a user, an item
-            or a time is missing in it, or a time is neither a number nor a date; or no interaction is left.
+        ValueError: a file cannot be read or has not the columns; one column has two roles; a user, an item or a time is
+            missing, a time is neither a number nor a date, or a rating no number; or no interaction is left.
     """
-    table = _read_columns(path, [c for c in (user, item, time, rating, name) if c is not None])
-    for column in (user, item, time):
-        if column is not None and table[column].null_count:
-            row = int(np.argmax(table[column].is_null().to_numpy()))
-            raise ValueError(f"{path}: column {column!r} has no value in row {row}")
-    keep = np.ones(table.num_rows, bool)
+    given = {"user_column": user, "item_column": item, "time_column": time, "rating_column": rating}
+    roles: dict[str, str] = {}
+    for role, column in {**given, "name_column": name}.items():
+        if column in roles and not (role == "name_column" and column == item):
+            raise ValueError(f"{role}={column!r} is {roles[column]} too")
+        if column is not None:
+            roles.setdefault(column, role)
+    tables = [files.read_columns(path, roles, () if rating is None else (rating,), time) for path in found]
+
+    def parts(column: str) -> list[encode.Part]:
+        return [(str(path), table[column]) for path, table in zip(found, tables, strict=True)]
+
+    user_N, users = _numbered(encode.factorize(parts(user), user), user)
+    item_N, items = _numbered(encode.factorize(parts(item), item), item)
+    keep = np.ones(len(user_N), bool)
     if min_rating is not None:
         assert rating is not None
-        keep = _numbers(table, rating, path) >= min_rating  # false for NaN
-    order = None if time is None else encode.to_order([(str(path), table[time])], time)
+        keep = encode.to_numbers(parts(rating), rating) >= min_rating  # false for NaN
+    order = None if time is None else encode.to_order(parts(time), time)
     try:
-        item_N, offsets, users, items = build(_sortable(table[user]), _sortable(table[item]), order, keep, min_count)
+        item_of_N, offsets, used_users, used_items = build(user_N, item_N, order, keep, min_count)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    names = [str(i) for i in items.tolist()]
-    if name is not None:
-        values = _sortable(table[item])
-        _, first = np.unique(values, return_index=True)
-        first = first[np.searchsorted(values[first], items)]
-        names = ["" if n is None else str(n) for n in table[name].take(first).to_pylist()]
-    return Histories(item_N, offsets, tuple(str(u) for u in users.tolist()), ("", *names))
+        raise ValueError(f"{found[0]}: {error}") from error
+    names = [items[i] for i in used_items.tolist()]
+    if name is not None and name != item:
+        coded = encode.factorize(parts(name), name)
+        texts = [*coded.values.to_pylist(), ""]  # the last one is where MISSING points
+        _, first = np.unique(item_N, return_index=True)
+        names = [texts[code] for code in coded.codes[first[used_items]].tolist()]
+    return Histories(item_of_N, offsets, tuple(users[u] for u in used_users.tolist()), ("", *names))
 
 
-def _read_columns(path: Path, columns: list[str]) -> pa.Table:
-    import pyarrow as pa
-    import pyarrow.csv
-    import pyarrow.parquet
+def _numbered(codes: encode.Codes, column: str) -> tuple[NDArray[np.int64], list[str]]:
+    """The number of each row's value, ascending from 0, and the values by number.
 
-    if not path.is_file():
-        raise ValueError(f"{path} is missing")
-    suffixes = path.suffixes[-2:] if path.suffix == ".gz" else path.suffixes[-1:]
-    kind = suffixes[0] if suffixes else ""
-    if kind not in (".csv", ".tsv", ".parquet"):
-        raise ValueError(f"{path}: a table ends in .csv, .tsv or .parquet, not {kind!r}")
-    try:
-        if kind == ".parquet":
-            found = pa.parquet.read_schema(path).names
-        else:
-            parse = pa.csv.ParseOptions(delimiter="\t" if kind == ".tsv" else ",")
-            with pa.csv.open_csv(path, parse_options=parse) as reader:
-                found = reader.schema.names
-        if lacking := [c for c in columns if c not in found]:
-            raise ValueError(f"{path} has no column {lacking[0]!r}; it has {', '.join(found[:20])}")
-        if kind == ".parquet":
-            return pa.parquet.read_table(path, columns=columns)
-        convert = pa.csv.ConvertOptions(include_columns=columns, strings_can_be_null=True, null_values=[""])
-        return pa.csv.read_csv(path, parse_options=parse, convert_options=convert)
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is corrupt: {' '.join(str(error).split())[:160]}") from error
-
-
-def _sortable(column: pa.ChunkedArray) -> NDArray[Any]:
-    """Values that numpy sorts: text stays text, times become numbers."""
-    import pyarrow as pa
-
-    if pa.types.is_temporal(column.type):
-        column = column.cast(pa.int32() if column.type.bit_width == 32 else pa.int64())
-    if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
-    values = column.to_numpy()
-    return values.astype(str) if values.dtype == object else values
-
-
-def _numbers(table: pa.Table, column: str, path: Path) -> NDArray[np.float64]:
-    import pyarrow as pa
-
-    try:
-        return table[column].cast(pa.float64()).to_numpy()
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{path}: column {column!r} is not numbers ({' '.join(str(error).split())[:80]})") from error
+    Raises:
+        ValueError: a row has no value.
+    """
+    missing = codes.codes == encode.MISSING
+    if missing.any():
+        raise ValueError(f"column {column!r} has no value in row {int(np.argmax(missing))}")
+    values = codes.values.to_pylist()
+    whole = all(v.removeprefix("-").isdecimal() and v.isascii() for v in values)
+    order = sorted(range(len(values)), key=(lambda i: (int(values[i]), values[i])) if whole else values.__getitem__)
+    number = np.empty(len(values), np.int64)
+    number[order] = np.arange(len(values))
+    return number[codes.codes], [values[i] for i in order]

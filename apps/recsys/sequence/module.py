@@ -29,6 +29,7 @@ class NextItems(NamedTuple):
     Attributes:
         index: int64 (B,), the history's place in its dataset.
         user: int64 (B,), the user's place among the data's ``user_names``.
+        user_name: what the data calls the user; the place where it does not say.
         item: int64 (B, k), the k best next items by id, best first.
         name: what the data calls them; their ids where it does not say.
         score: float32 (B, k), their logits; -inf where no candidate is left.
@@ -36,6 +37,7 @@ class NextItems(NamedTuple):
 
     index: Tensor  # type: ignore[assignment]  # a batch has no use for tuple.index
     user: Tensor
+    user_name: list[str]
     item: Tensor
     name: list[list[str]]
     score: Tensor
@@ -166,9 +168,10 @@ class NextItemRecommender(SparseModule):
         """The ``top_k`` best next items of each history."""
         scores_BI = self._candidates(self(*self.example_inputs(batch)), batch)
         best = scores_BI.topk(min(self.top_k, self.num_items), dim=-1)
-        names = getattr(self._data(), "item_names", None)
-        name_Bk = [[str(i) if names is None else names[i] for i in row] for row in best.indices.tolist()]
-        return NextItems(batch.index_B, batch.user_B, best.indices, name_Bk, best.values)
+        items, users = (getattr(self._data(), name, None) for name in ("item_names", "user_names"))
+        name_Bk = [[str(i) if items is None else items[i] for i in row] for row in best.indices.tolist()]
+        user_name_B = [str(u) if users is None else users[u] for u in batch.user_B.tolist()]
+        return NextItems(batch.index_B, batch.user_B, user_name_B, best.indices, name_Bk, best.values)
 
     def setup(self, stage: str) -> None:
         super().setup(stage)

@@ -30,10 +30,12 @@ def test_a_split_by_user_keeps_users_together_and_reports_those_of_given_files(o
 
 
 def test_a_feature_that_is_the_label_is_reported(own, tmp_path):
-    write(tmp_path, train=changed(city=["y", "n", "y", "n", "n", "y"], age=["1", "0", "1", "0", "0", "1"]))
-    warnings = own(config_of(continuous=("age",))).report.warnings
+    tags = ["x|won", "lost|y", "won|x", "y|lost", "y|lost", "x|won"]
+    write(tmp_path, train=changed(city=["y", "n", "y", "n", "n", "y"], age=["1", "0", "1", "0", "0", "1"], tags=tags))
+    warnings = own(config_of(continuous=("age",), multi_valued=("tags",))).report.warnings
     assert [w.partition(" in every")[0] for w in warnings if "determines" in w] == [
         "column 'city' determines the label of task 'click'",
+        "column 'tags' determines the label of task 'click'",
         "column 'age' determines the label of task 'click'",
     ]
 
@@ -135,6 +137,20 @@ def test_files_that_cannot_be_read_are_named(own, tmp_path):
 def test_impossible_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         TableData(**options)
+
+
+def test_a_scenario_that_is_a_feature_too_has_its_own_words(own, tmp_path):
+    ids = {"shop": ["3", "1", "3", "3", "1", "3"]}
+    write(tmp_path, train=changed(**ids), test={"click": [1], "shop": ["1"]})
+    columns = {"categorical": ("shop",), "domain": "shop"}
+    data = own(config_of(**columns))
+    assert data.vocabulary("shop") == (None, "3", "1")
+    assert data.domain_values == ("3", "1")
+    given = own(config_of(**columns, num_rows={"shop": 5}))
+    assert given.domain_values == ("3", "1")
+    with pytest.raises(ValueError, match="vocabulary of column='shop' is not one of"):
+        given.vocabulary("shop")  # its rows are 3 and 1 themselves
+    assert own(config_of(categorical=("shop",))).domain_values == ()
 
 
 def test_names_of_splits_and_columns_are_checked(own):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
 from apps.recsys import checks
-from apps.recsys.arrays import TableArrays
+from apps.recsys.arrays import MultiValued, TableArrays
 from apps.recsys.checks import Check, label_among_features, shared_users, suspicious_figures
 from apps.recsys.features import CategoricalFeature, ContinuousFeature, Features
 from apps.recsys.figures import task_figures
@@ -25,7 +27,8 @@ def arrays(**changed: object) -> TableArrays:
     )
     ids_NF = np.stack([rng.integers(1, 8, N), np.arange(1, N + 1)], 1)
     values = {"dense_NC": rng.normal(size=(N, 1)).astype(np.float32), "ids_NF": ids_NF, "label_Nt": label_Nt}
-    return TableArrays(features=changed.pop("features", features), multi={}, **{**values, **changed})  # type: ignore[arg-type]
+    changed = {"features": features, "multi": {}, **values, **changed}
+    return TableArrays(**changed)  # type: ignore[arg-type]
 
 
 def test_a_clean_table_has_no_finding():
@@ -49,6 +52,18 @@ def test_a_category_that_holds_the_label_is_found():
     ids_NF[:, 0] = 2 + 3 * plain.label_Nt[:, 0]
     (found,) = label_among_features(arrays(ids_NF=ids_NF))
     assert found.message.startswith("column 'kind' alone predicts task 'click' with AUC 1.00000")
+
+
+def test_values_that_hold_the_label_together_are_found():
+    label_N = arrays().label_Nt[:, 0].astype(np.int64)
+    values_N2 = np.where(label_N[:, None] == 1, [[5, 2]], [[2, 4]])
+    values_N2[::2] = values_N2[::2, ::-1]  # in either order
+    held = MultiValued(values_N2.ravel(), np.full(N, 2))
+    (found,) = label_among_features(arrays(multi={"tags": held}))
+    assert found.message.startswith("column 'tags' alone predicts task 'click' with AUC 1.00000")
+    assert MultiValued(np.array([7, 8, 8, 7, 7]), np.array([2, 0, 2, 1, 0])).sets_N().tolist() in (
+        [a, b, a, c, b] for a, b, c in itertools.permutations(range(3))
+    )
 
 
 def test_rows_without_a_label_do_not_hide_it():

@@ -210,6 +210,9 @@ def test_labels(values, task, expected):
 def test_labels_that_are_none_are_refused():
     with pytest.raises(ValueError, match="task 't': column 'y' must hold 0 and 1, but row 2 holds '2'"):
         encode.to_labels([part([0, 1, 2])], "t", TaskConfig("y"))
+    many = [*range(2), *range(2000)]  # more values than are looked at one by one
+    with pytest.raises(ValueError, match="column 'y' must hold 0 and 1, but row 4 holds '2'"):
+        encode.to_labels([part(many)], "t", TaskConfig("y"))
     with pytest.raises(ValueError, match="column 'y' never holds positive='yes'; it holds 'Yes', 'no'"):
         encode.to_labels([part(["Yes", "no"])], "t", TaskConfig("y", positive=("yes",)))
     with pytest.raises(ValueError, match="must hold numbers: row 1 holds 'good'"):
@@ -220,6 +223,9 @@ def test_times_and_dates_sort_as_they_should():
     days = [datetime.datetime(2024, 5, 2), datetime.datetime(1969, 1, 1), datetime.datetime(2024, 5, 1)]
     assert np.argsort(encode.to_order([part(days)], "t")).tolist() == [1, 2, 0]
     assert encode.to_order([part(["10", "9.5"])], "t").tolist() == [10, 9.5]
+    for zone in ("", "Z"):  # as text they would sort alike, as numbers they are none
+        times = [f"2024-05-02T00:00:01{zone}", f"2024-05-02T00:00:00{zone}"]
+        assert np.diff(encode.to_order([part(times)], "t")).tolist() == [-1_000_000]
     with pytest.raises(ValueError, match="column 't' orders the rows, but has no value in row 1"):
         encode.to_order([part([*days[:1], None])], "t")
     with pytest.raises(ValueError, match="row 0 holds 'May'; times are numbers, or dates"):

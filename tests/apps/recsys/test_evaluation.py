@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from apps.compare.training import _without_reports
 from apps.recsys import gating, pictures
 from apps.recsys.arrays import join
 from apps.recsys.evaluation import RecommenderReport, ReportConfig
+from apps.recsys.features import CategoricalFeature
 from apps.recsys.figures import calibration
 from apps.recsys.gating import Gate, GateReader, dependence, expert_use, gate_weights
 from apps.recsys.module import MultiTaskRecommender
@@ -192,6 +194,13 @@ def test_numbers_are_cut_at_quantiles():
         next(w for w, edge in zip(words, (20, 30, 50, np.inf), strict=False) if age <= edge)
         for age in arrays.dense_NC[2:4, 0]
     ]
+
+
+def test_the_scenario_has_a_name_that_no_column_has():
+    assert gating.domain_column(features(num_domains=2)) == "scenario"
+    named = dataclasses.replace(features(num_domains=2), categorical=(CategoricalFeature("scenario", 5),))
+    assert gating.domain_column(named) == "(scenario)"
+    gating.check_column(named, "(scenario)")
 
 
 # ---- pictures

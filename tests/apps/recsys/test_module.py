@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.plugins import MixedPrecision
 from made_table import MadeTable, batch, features, jagged
 from torch.testing import assert_close
 
@@ -111,21 +112,28 @@ def test_learned_weights_train(kind, shared):
 
 
 def test_gradnorm_reads_the_last_layer_of_the_experts():
-    two = build(core.MMoE(4, core.MLP((8, 6)))).model.shared
-    assert last_weight(two) is two.experts.w_1
+    for config, name, num_shared in (
+        (core.MMoE(4, core.MLP((8, 6))), "w_1", 4),
+        (core.MMoE(4, core.SwiGLU(8)), "w_out", 4),
+        (core.CGC(2, core.MLP((4,)), num_task_experts=3), "w_0", 2),
+    ):
+        shared = build(config).model.shared
+        weight, found = last_weight(shared)
+        assert weight is getattr(shared.experts, name)
+        assert found == num_shared
     ple = build(core.PLE(2, core.MLP((4,)), num_levels=3)).model.shared
-    assert last_weight(ple) is ple.experts[2].w_0
-    ffn = build(core.MMoE(4, core.SwiGLU(8))).model.shared
-    assert last_weight(ffn) is ffn.experts.w_out
+    assert last_weight(ple)[0] is ple.experts[2].w_0
 
 
-def test_gradnorm_norms_are_those_of_the_tasks_gradients():
-    module = build(weighting=WeightingConfig("gradnorm"))
+@pytest.mark.parametrize("shared", [MMOE, core.CGC(2, core.MLP((4,)), num_task_experts=2)])
+def test_gradnorm_norms_are_those_of_the_shared_experts_gradients(shared):
+    module = build(shared, weighting=WeightingConfig("gradnorm"))
     terms = module.task_loss(batch()).terms
-    weight = last_weight(module.model.shared)
+    weight, num_shared = last_weight(module.model.shared)
+    assert num_shared == shared.num_experts
     for i, name in enumerate(("click", "buy")):
         loss = masked_bce(module(batch()), batch().label_Bt)[i]
-        expected = torch.autograd.grad(loss, weight)[0].norm()
+        expected = torch.autograd.grad(loss, weight)[0][: shared.num_experts].norm()
         assert_close(terms[f"gradient_norm_{name}"], expected)
 
 
@@ -376,6 +384,7 @@ def test_other_data_than_the_models_are_refused(tmp_path):
     [
         ({"accumulate_grad_batches": 2}, "trainer's accumulate_grad_batches=2 does not reach"),
         ({"gradient_clip_val": 1.0}, "trainer's gradient_clip_val=1.0 does not reach"),
+        ({"plugins": MixedPrecision("16-mixed", "cpu")}, "trainer.precision='16-mixed' has scaled up: take 'bf16-mi"),
     ],
 )
 def test_fused_tables_refuse_what_cannot_reach_them(options, match, tmp_path):

@@ -264,6 +264,7 @@ def test_deferred_tables_need_the_strategy(folder):
         ("column", "table_sharding names 'town', which is no embedded column: city, shop, tags"),
         ("clip", "trainer.gradient_clip_val=1.0 does not reach: set it to null"),
         ("accumulate", "trainer.accumulate_grad_batches=2 does not reach: set it to 1"),
+        ("scaled", "trainer.precision='16-mixed' has scaled up: take 'bf16-mixed'"),
         ("average", "keeps no moving average of sharded tables: set model.ema_decay=null"),
         ("uvm", "compute_kernel='fused_uvm' needs a GPU"),
         ("adam", "embedding_optimizer='adam' needs a GPU"),

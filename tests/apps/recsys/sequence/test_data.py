@@ -347,6 +347,33 @@ def test_a_model_trains_tests_and_predicts_on_it(tmp_path: Path) -> None:
     predicted = trainer.predict(model, datamodule=data)
     assert predicted is not None
     assert len(predicted[0].index) == len(data.user_names)
+    assert predicted[0].user_name == list(data.user_names)
+
+
+def test_ids_stand_for_themselves(tmp_path: Path) -> None:
+    rows = ["user,item,time", "007,01,1", "007,1,2", "007,2020-01-01,3", "7,1,1", "7,true,2", "7, 01 ,3", "08,1,1"]
+    (tmp_path / "a.csv").write_text("\n".join(rows) + "\n")
+    (tmp_path / "b.csv").write_text("user,item,time\n08,NA,2\n08,01,3\n")
+    data = ready(str(tmp_path / "?.csv"))
+    assert data.user_names == ("007", "7", "08")
+    assert data.item_names == ("", "01", "1", "2020-01-01", "NA", "true")
+    assert data.histories.item_N.tolist() == [1, 2, 3, 2, 5, 1, 2, 4, 1]
+    predicted = NextItemRecommender(data.num_items, 4).predict_step(next(iter(data.predict_dataloader())), 0)
+    assert predicted.user_name == ["0", "1", "2"]  # without a trainer there is no data module to ask
+
+
+def test_whole_numbers_keep_their_order(tmp_path: Path) -> None:
+    file = tmp_path / "clicks.csv"
+    file.write_text("user,item,time\n" + "".join(f"{u},{i},{t}\n" for u in (10, 9) for t, i in enumerate((10, 9, -1))))
+    data = ready(str(file))
+    assert data.user_names == ("9", "10")
+    assert data.item_names == ("", "-1", "9", "10")
+
+
+def test_a_doubled_column_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "clicks.csv").write_text("user,item,time,item\n1,2,3,4\n")
+    with pytest.raises(ValueError, match=r"clicks\.csv' has two columns 'item'"):
+        ready(str(tmp_path / "clicks.csv"))
 
 
 # --- bad input ---
@@ -376,9 +403,9 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("columns", "options", "message"),
     [
-        ({}, {"user_column": "person"}, r"clicks\.csv has no column 'person'; it has user, item, time"),
-        ({"item": [None, *ROWS["item"][1:]]}, {}, r"clicks\.csv: column 'item' has no value in row 0"),
-        ({"time": [*ROWS["time"][:-1], None]}, {}, r"clicks\.csv: column 'time' has no value in row 10"),
+        ({}, {"user_column": "person"}, r"column 'person' \(user_column\) is not in '.*clicks\.csv'"),
+        ({"item": [None, *ROWS["item"][1:]]}, {}, "column 'item' has no value in row 0"),
+        ({"time": [*ROWS["time"][:-1], None]}, {}, "column 'time' orders the rows, but has no value in row 10"),
         # As text they would sort by letters: the last day of 2023 after the first of 2024.
         (
             {"time": ["31/12/2023", *["01/02/2024"] * 10]},
@@ -386,9 +413,15 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
             r"column 'time' of .*clicks\.csv must hold numbers: row 0 holds '31/12/2023'",
         ),
         ({"time": [*map(str, ROWS["time"][:-1]), "n/a"]}, {}, r"row 10 holds 'n/a'; times are numbers, or dates"),
-        ({}, {"min_rating": 4, "rating_column": "title"}, r"clicks\.csv: column 'title' is not numbers"),
+        (
+            {},
+            {"min_rating": 4, "rating_column": "title"},
+            r"'title' of .*clicks\.csv must hold numbers: row 0 holds",
+        ),
         ({}, {"min_rating": 6, "rating_column": "stars"}, r"clicks\.csv: no interaction is left"),
         ({"user": list(range(11))}, {}, "no user has the 3 interactions"),
+        ({}, {"item_column": "user"}, "item_column='user' is user_column too"),
+        ({}, {"time_column": "item"}, "time_column='item' is item_column too"),
     ],
 )
 def test_bad_tables(tmp_path: Path, columns: dict[str, Any], options: dict[str, Any], message: str) -> None:
@@ -398,18 +431,18 @@ def test_bad_tables(tmp_path: Path, columns: dict[str, Any], options: dict[str, 
 
 
 def test_bad_files(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"nowhere\.csv is missing"):
+    with pytest.raises(ValueError, match=r"file='.*nowhere\.csv': no such file"):
         ready(str(tmp_path / "nowhere.csv"))
     (tmp_path / "table.xlsx").write_bytes(b"x")
-    with pytest.raises(ValueError, match=r"table\.xlsx: a table ends in \.csv, \.tsv or \.parquet, not '\.xlsx'"):
+    with pytest.raises(ValueError, match=r"file='table\.xlsx' is no \.parquet, \.csv or \.tsv"):
         ready(str(tmp_path / "table.xlsx"))
     whole = Path(write(tmp_path, "cut.parquet")).read_bytes()
     (tmp_path / "cut.parquet").write_bytes(whole[:-30])
-    with pytest.raises(ValueError, match=r"cut\.parquet is corrupt"):
+    with pytest.raises(ValueError, match=r"cut\.parquet' cannot be read"):
         ready(str(tmp_path / "cut.parquet"))
     (tmp_path / "cut.csv").write_text("user,item,time\n1,2,3\n1,2")
-    with pytest.raises(ValueError, match=r"cut\.csv is corrupt: .*Expected 3 columns, got 2"):
+    with pytest.raises(ValueError, match=r"cut\.csv' cannot be read: .*Expected 3 columns, got 2"):
         ready(str(tmp_path / "cut.csv"))
     (tmp_path / "empty.csv").write_text("")
-    with pytest.raises(ValueError, match=r"empty\.csv is corrupt: Empty CSV file"):
+    with pytest.raises(ValueError, match=r"empty\.csv' cannot be read: Empty CSV file"):
         ready(str(tmp_path / "empty.csv"))
