@@ -15,21 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from apps.nlp.batch import TranslationBatch
-
 _POOL = 1 << 17
 """Pairs that are ordered by length at once. A longer epoch is cut into as many pools as it takes, by chance, so that
 its batches mix the whole corpus."""
 
 Lengths = NDArray[np.int64]
-
-
-def padding_share(batches: Sequence[TranslationBatch]) -> float:
-    """Padding tokens of both sides over all tokens of both sides, padding included."""
-    from apps.nlp.subwords import PAD_ID
-
-    sides = [side for batch in batches for side in (batch.source_BS, batch.target_BL)]
-    return sum(int((side == PAD_ID).sum()) for side in sides) / sum(side.numel() for side in sides)
 
 
 class TokenBatches:

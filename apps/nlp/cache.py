@@ -27,19 +27,6 @@ class Memory:
     def __len__(self) -> int:
         return len(self.x_BSD)
 
-    def select(self, index: Tensor) -> Memory:
-        """The memory of these sentences, in this order; one may come twice."""
-        return Memory(
-            self.x_BSD.index_select(0, index),
-            self.valid_BS.index_select(0, index),
-            _select(self.task_ids_B, index),
-            _select(self.domain_ids_B, index),
-        )
-
-    def repeat(self, copies: int) -> Memory:
-        """Each sentence ``copies`` times, its copies side by side."""
-        return self.select(torch.arange(len(self), device=self.x_BSD.device).repeat_interleave(copies))
-
 
 class Cache:
     """Keys and values of R rows, which stand in groups of K copies: row ``n * K + k`` is copy k of sentence n.

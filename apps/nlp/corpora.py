@@ -164,7 +164,7 @@ def collect(
     parsed = parse_pairs(pairs)
     splits = {name: SentencePairs() for name in SPLITS}
     left_out: Counter[str] = Counter()
-    shared = [_share_out(parts, sizes, parsed, filters, left_out) for parts, sizes in corpora.values()]
+    shared = _share_out(list(corpora.values()), parsed, filters, left_out)
     held: set[frozenset[tuple[str, str]]] = set()
     for split in reversed(SPLITS):  # what is held out is known when training comes
         kept = splits[split]
@@ -204,27 +204,36 @@ def _both(rows: Rows, a: str, b: str) -> Iterable[tuple[str, str]]:
 
 
 def _share_out(
-    parts: Mapping[str, Sequence[Rows]],
-    sizes: Sizes,
+    corpora: Sequence[tuple[Mapping[str, Sequence[Rows]], Sizes]],
     pairs: Sequence[tuple[str, str]],
     filters: Filters,
     left_out: Counter[str],
-) -> dict[str, list[Rows]]:
-    """The rows of each split: those of its own files, as many as are wanted, or some of the training rows."""
-    shared = {name: list(rows) for name, rows in parts.items()}
-    for name, size in (("val", sizes.val), ("test", sizes.test)):
-        if size is not None:
-            shared[name] = [_sample(rows, size, sizes.seed) for rows in shared.get(name, ())]
-    lacking = [name for name in ("val", "test") if name not in parts]
-    if not lacking:
-        return shared
-    for rows in shared.pop("train"):
-        rows = _filtered(rows, pairs, filters, left_out)
-        default = min(1000, len(rows) // 20)
-        wanted = {name: default if (size := getattr(sizes, name)) is None else size for name in lacking}
-        drawn = draw_split(rows, wanted.get("val", 0), wanted.get("test", 0), sizes.seed)
-        for name in ("train", *lacking):
-            shared.setdefault(name, []).append(drawn[name])
+) -> list[dict[str, list[Rows]]]:
+    """The rows of each corpus' splits: those of its own files, as many as are wanted, or some of the training rows."""
+    shared: list[dict[str, list[Rows]]] = []
+    training: list[tuple[int, Rows, dict[str, int | float]]] = []
+    for number, (parts, sizes) in enumerate(corpora):
+        shared.append({name: list(rows) for name, rows in parts.items() if name != "train"})
+        for name, size in (("val", sizes.val), ("test", sizes.test)):
+            if size is not None:
+                shared[-1][name] = [_sample(rows, size, sizes.seed) for rows in parts.get(name, ())]
+        lacking = [name for name in ("val", "test") if name not in parts]
+        for rows in parts.get("train", ()):
+            rows = _filtered(rows, pairs, filters, left_out) if lacking else rows
+            default = min(1000, len(rows) // 20)
+            wanted = {name: default if (size := getattr(sizes, name)) is None else size for name in lacking}
+            training.append((number, rows, wanted))
+        for name in lacking:
+            shared[-1][name] = []
+    if any(wanted for _, _, wanted in training):
+        wants = [(wanted.get("val", 0), wanted.get("test", 0)) for _, _, wanted in training]
+        seeds = [corpora[number][1].seed for number, _, _ in training]
+        drawn = draw_splits([rows for _, rows, _ in training], wants, seeds)
+    else:
+        drawn = [{"train": rows} for _, rows, _ in training]
+    for (number, _, wanted), found in zip(training, drawn, strict=True):
+        for name in ("train", *wanted):
+            shared[number].setdefault(name, []).append(found[name])
     return shared
 
 
@@ -252,56 +261,70 @@ def _count(size: int | float, total: int) -> int:
     return round(size * total) if size < 1 else int(size)
 
 
-def draw_split(rows: Rows, val_size: int | float, test_size: int | float, seed: int) -> dict[str, Rows]:
-    """Rows shared out by chance so that no sentence, of any language, is in two splits.
+def draw_splits(
+    rows: Sequence[Rows], sizes: Sequence[tuple[int | float, int | float]], seeds: Sequence[int]
+) -> list[dict[str, Rows]]:
+    """Rows of one or several files shared out by chance so that no sentence, of any language, is in two splits.
 
-    Rows that share a sentence, directly or over others, stay together; letter case and spaces do not count. Their
-    groups are drawn until a split is full; one that is larger than what is left stays in training.
+    Rows that share a sentence, directly or over others, stay together, whichever files they are in; letter case and
+    spaces do not count. Their groups are drawn until a split is full; one that is larger than what is left, in any
+    file, stays in training.
 
     Args:
-        rows: all of them.
-        val_size, test_size: rows of a split, or a share of all below 1.
-        seed: of the draw.
+        rows: all of each file.
+        sizes: of each, rows of validation and test, or a share of all below 1.
+        seeds: of each one's draw.
 
     Raises:
         ValueError: sizes that leave nothing to train on.
     """
-    counts = {"val": _count(val_size, len(rows)), "test": _count(test_size, len(rows))}
-    if min(val_size, test_size) < 0 or sum(counts.values()) >= max(1, len(rows)):
-        raise ValueError(
-            f"val_size={val_size} and test_size={test_size} leave none of {rows.name}'s {len(rows):,} rows to train on"
-        )
-    parts = _connected(rows)
-    generator = np.random.RandomState(seed)
-    size_P = np.bincount(parts)
-    split_P = np.zeros(len(size_P), np.int64)
-    left = [counts["val"], counts["test"]]
-    for part in generator.permutation(len(size_P)):
-        for number in (1, 0):  # test first
-            if size_P[part] <= left[number]:
-                split_P[part] = number + 1
-                left[number] -= size_P[part]
+    left_2F = np.zeros((2, len(rows)), np.int64)
+    for f, (own, (val_size, test_size)) in enumerate(zip(rows, sizes, strict=True)):
+        left_2F[:, f] = _count(val_size, len(own)), _count(test_size, len(own))
+        if min(val_size, test_size) < 0 or left_2F[:, f].sum() >= max(1, len(own)):
+            raise ValueError(
+                f"val_size={val_size} and test_size={test_size} leave none of {own.name}'s {len(own):,} rows to "
+                "train on"
+            )
+    part_N = _connected(rows)
+    of_file = np.split(part_N, np.cumsum([len(own) for own in rows])[:-1])
+    num_parts = int(part_N.max(initial=-1)) + 1
+    size_PF = np.stack([np.bincount(parts, minlength=num_parts) for parts in of_file], axis=1)
+    split_P = np.zeros(num_parts, np.int64)
+    # Small files first: of a large one with the same sentences few would be theirs.
+    for f in sorted(range(len(rows)), key=lambda f: len(rows[f])):
+        own_P = np.unique(of_file[f])
+        for part in own_P[np.random.RandomState(seeds[f]).permutation(len(own_P))]:
+            if not left_2F[:, f].any():
                 break
-        if not any(left):
-            break
-    split_N = split_P[parts]
-    return {name: _take(rows, np.flatnonzero(split_N == i)) for i, name in enumerate(SPLITS)}
+            for number in (1, 0) if not split_P[part] else ():  # test first; an earlier file's draw stays
+                if (size_PF[part] <= left_2F[number]).all():
+                    split_P[part] = number + 1
+                    left_2F[number] -= size_PF[part]
+                    break
+    return [
+        {name: _take(own, np.flatnonzero(split_P[parts] == i)) for i, name in enumerate(SPLITS)}
+        for own, parts in zip(rows, of_file, strict=True)
+    ]
 
 
-def _connected(rows: Rows) -> NDArray[np.int64]:
-    """Of each row, the number of the group of rows that share sentences."""
+def _connected(files: Sequence[Rows]) -> NDArray[np.int64]:
+    """Of each row of each file, the number of the group of rows that share sentences."""
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
 
     known: dict[tuple[str, str], int] = {}
     at: list[int] = []
     sentence: list[int] = []
-    for language, lines in rows.text.items():
-        for i, line in enumerate(lines):
-            if line:
-                at.append(i)
-                sentence.append(known.setdefault((language, _key(line)), len(known)))
-    n, m = len(rows), len(known)
+    n = 0
+    for rows in files:
+        for language, lines in rows.text.items():
+            for i, line in enumerate(lines, n):
+                if line:
+                    at.append(i)
+                    sentence.append(known.setdefault((language, _key(line)), len(known)))
+        n += len(rows)
+    m = len(known)
     graph = coo_matrix((np.ones(len(at), np.int8), (at, np.array(sentence, np.int64) + n)), shape=(n + m, n + m))
     _, part = connected_components(graph, directed=False)
     return np.unique(part[:n], return_inverse=True)[1]

@@ -9,9 +9,10 @@ from __future__ import annotations
 import itertools
 import logging
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -88,6 +89,8 @@ class TranslationData(LightningDataModule):
 
     from_checkpoint: ClassVar[tuple[str, ...]] = ("subwords", "pairs")
     """Arguments that the command line takes from a checkpoint where they are not given."""
+    superseded: ClassVar[Mapping[str, str]] = MappingProxyType({"tokenizer": "subwords"})
+    """Arguments without effect where another one is given."""
 
     def __init__(
         self,
@@ -155,11 +158,6 @@ class TranslationData(LightningDataModule):
     def languages(self) -> tuple[str, ...]:
         """Of all pairs, in the order of their first mention."""
         return tuple(dict.fromkeys(language for pair in parse_pairs(self.pairs) for language in pair))
-
-    @property
-    def num_tasks(self) -> int:
-        """Language pairs."""
-        return len(self.pairs)
 
     def sources(self, split: str) -> list[str]:
         """The source sentences of "val" or "test", by ``index_B`` of a batch."""

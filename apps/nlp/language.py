@@ -17,7 +17,7 @@ from apps.nlp.config import TransformerConfig
 from apps.nlp.decode import DecodeConfig, Hypotheses, generate_ids, in_dtype
 from apps.nlp.metrics import gathered, perplexity, token_figures
 from apps.nlp.model import LanguageModel
-from apps.nlp.module import check_subwords, per_sentence, read_ids
+from apps.nlp.module import check_context, check_length, check_subwords, per_sentence, read_ids
 from apps.nlp.predict import in_order
 from apps.nlp.subwords import PAD_ID, UNK_ID, Subwords
 from apps.nlp.text import TextBatch, TextSize
@@ -49,11 +49,13 @@ class Continuations(NamedTuple):
         index: int64 (B,), the prompt's number, from 0.
         text: the prompt and what follows it.
         score: float64 (B,), of what follows, in the search.
+        alternatives: the further hypotheses, best first, where ``decode.num_best`` asks for them.
     """
 
     index: Tensor  # type: ignore[assignment]  # a batch has no use for tuple.index
     text: list[str]
     score: Tensor
+    alternatives: list[list[str]]
 
 
 class LanguageMetrics(Metric):
@@ -153,6 +155,7 @@ class LanguageModeler(SparseModule):
             moe_layers=moe_layers,
             replaced_hidden_dim=replaced_hidden_dim,
         )
+        check_context(self, moe)
 
     def forward(self, tokens_BL: Tensor) -> Tensor:
         """(B, L) ids to (B, L, V) logits of the token after each."""
@@ -200,28 +203,45 @@ class LanguageModeler(SparseModule):
         """Each prompt and what follows it."""
         found = self.generate(batch)
         texts = self._texts(batch, found)
-        return Continuations(batch.index_B, texts, torch.tensor([s[0] for s in found.scores], dtype=torch.float64))
+        return Continuations(
+            batch.index_B,
+            [best for best, *_ in texts],
+            torch.tensor([s[0] for s in found.scores], dtype=torch.float64),
+            [further for _, *further in texts],
+        )
 
     def generate(self, batch: TextBatch, model: LanguageModel | None = None) -> Hypotheses:
         """What follows each prompt, in ids; by ``model``, a copy in another dtype, where it is given."""
         with torch.autocast(self.device.type, enabled=False):
             return generate_ids(model or self.model, batch.tokens_BL, self.decode, index_B=batch.index_B)
 
-    def _texts(self, batch: TextBatch, found: Hypotheses) -> list[str]:
+    def _texts(self, batch: TextBatch, found: Hypotheses) -> list[list[str]]:
+        """Each prompt with each of its hypotheses, best first."""
         prompts = ([i for i in row if i != PAD_ID] for row in batch.tokens_BL.tolist())
-        ids = [[*prompt, *best] for prompt, best in zip(prompts, found.best, strict=True)]
-        return self.subwords.decode(ids, "target")
+        return [
+            self.subwords.decode([[*prompt, *ids] for ids in own], "target")
+            for prompt, own in zip(prompts, found.ids, strict=True)
+        ]
 
     def predict_stream(self, data: Any) -> Iterator[str] | None:
-        """Each prompt of ``data.text`` and what follows it, a line each, as it comes; None: there is none."""
+        """Each prompt of ``data.text`` and what follows it, a line each, as it comes; None: there is none.
+
+        Raises:
+            ValueError: ``decode.num_best`` asks for more than the one that a line has room for.
+        """
         if data.text is None:
             return None
+        if self.decode.num_best > 1:
+            raise ValueError(
+                f"decode.num_best={self.decode.num_best} (--model.decode.num_best): a line of text is printed with one "
+                "continuation; predict_step has the others"
+            )
         model: Any = in_dtype(self.model, self.decode.dtype)
 
         def lines() -> Iterator[tuple[list[int], list[str]]]:
             for batch in data.predict_dataloader():
                 batch = TextBatch(*(side.to(self.device) for side in batch))
-                yield batch.index_B.tolist(), self._texts(batch, self.generate(batch, model))
+                yield batch.index_B.tolist(), [best for best, *_ in self._texts(batch, self.generate(batch, model))]
 
         return in_order(lines())
 
@@ -229,7 +249,9 @@ class LanguageModeler(SparseModule):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        check_subwords(self.subwords, getattr(self._data(), "subwords", None))
+        data = self._data()
+        check_subwords(self.subwords, getattr(data, "subwords", None))
+        check_length(self.transformer, "data.block_size", getattr(data, "block_size", None))
 
     def with_moe(self, moe: core.MoEConfig) -> LanguageModeler:
         return self.twin(moe=moe, replaced_hidden_dim=None)

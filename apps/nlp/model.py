@@ -26,12 +26,15 @@ from .subwords import BOS_ID, EOS_ID, PAD_ID
 __all__ = ["Cache", "LanguageModel", "Memory", "TranslationModel"]
 
 Layers = str | Sequence[int]
+_OF_STEPS = ("the order of the tokens does not matter", "the order of the sequences does not matter")
+"""Properties of ``core.testing`` without which a row of one token is routed otherwise than within its sequence."""
 
 
 class _Decoding(nn.Module):
     """What a model with a decoder has: the read-out, and decoding step by step."""
 
     config: TransformerConfig
+    moe: core.MoEConfig | None
     decoder: Stack
     output: nn.Linear | None
 
@@ -54,6 +57,25 @@ class _Decoding(nn.Module):
         """(..., D) hidden states to (..., V)."""
         scale = self.config.logits_scale
         return F.linear(h if scale == 1.0 else h * scale, self.output_weight)
+
+    def check_steps(self) -> None:
+        """Refuse a router of the decoder that decides otherwise step by step than in the whole sequence.
+
+        Raises:
+            ValueError: it goes by more than the token itself and its sentence's task and domain.
+        """
+        if self.moe is None or not core.moe_layers(self.decoder):
+            return
+        router = self.moe.router
+        given_up = router.exceptions()
+        reasons = [given_up[name] for name in _OF_STEPS if name in given_up]
+        if router.depends_on() != "token":
+            reasons.append("other tokens decide too")
+        if reasons:
+            raise ValueError(
+                f"router {router.source()} trains and scores, but cannot decode step by step: {reasons[0]}; take "
+                "another router for the decoder"
+            )
 
     def _new_cache(
         self,
@@ -166,7 +188,10 @@ class TranslationModel(_Decoding):
         super().__init__()
         _check(moe, replaced_hidden_dim, source_vocab=source_vocab, target_vocab=target_vocab)
         if target_vocab is not None and config.tie in ("all", "inputs"):
-            raise ValueError(f"tie={config.tie!r} needs a joint vocabulary: with two, tie is 'decoder' or 'none'")
+            raise ValueError(
+                f"tie={config.tie!r} (model.transformer.tie) needs a joint vocabulary: with two, which "
+                "data.tokenizer.joint=false makes, tie is 'decoder' or 'none'"
+            )
         self.config, self.moe = config, moe
         shape = config.shape
         self.source_vocab = source_vocab
@@ -246,7 +271,11 @@ class TranslationModel(_Decoding):
             memory: of B sentences.
             copies: rows a sentence: row ``b * copies + k`` belongs to sentence b.
             capacity: positions to make room for; more are made as they come.
+
+        Raises:
+            ValueError: as ``check_steps``.
         """
+        self.check_steps()
         if copies < 1:
             raise ValueError(f"copies={copies} must be at least 1")
         heads = self.config.shape.num_kv_heads
@@ -346,6 +375,7 @@ class LanguageModel(_Decoding):
         capacity: int = 32,
     ) -> Cache:
         """An empty cache for decoding ``num_rows`` texts, ``copies`` rows each; see ``TranslationModel.start``."""
+        self.check_steps()
         if copies < 1:
             raise ValueError(f"copies={copies} must be at least 1")
         return self._new_cache(num_rows, copies, capacity, self.embed.weight, task_ids_B, domain_ids_B)

@@ -142,6 +142,8 @@ class Translator(SparseModule):
             decoder_moe_layers=decoder_moe_layers,
             replaced_hidden_dim=replaced_hidden_dim,
         )
+        self.model.check_steps()  # validation translates
+        check_context(self, moe)
         self._references: list[str] | None = None
         # The model in another dtype, for the length of one pass: a list, so that it is no part of the module.
         self._copies: list[TranslationModel] | None = None
@@ -214,8 +216,7 @@ class Translator(SparseModule):
         return self._copies[0]
 
     def _texts(self, ids: Sequence[Sequence[int]]) -> list[str]:
-        """A line of text for each row of target ids: a model that spells bytes may write a line end."""
-        return [" ".join(text.splitlines()) for text in self.subwords.decode(ids, "target")]
+        return self.subwords.decode(ids, "target")
 
     def _ids(self, batch: TranslationBatch) -> tuple[Tensor, Tensor]:
         """int64 (B,) twice, the tasks and the domains."""
@@ -308,7 +309,17 @@ class Translator(SparseModule):
         )
 
     def predict_stream(self, data: Any) -> Iterator[str] | None:
-        """The translation of each line of ``data.text`` or ``data.predict_file``, as it comes; None: no such."""
+        """The translation of each line of ``data.text`` or ``data.predict_file``, as it comes; None: no such.
+
+        Raises:
+            ValueError: ``decode.num_best`` asks for more than the one that a line has room for.
+        """
+        if self.decode.num_best > 1 and (data.text is not None or data.predict_file is not None):
+            raise ValueError(
+                f"decode.num_best={self.decode.num_best} (--model.decode.num_best): a line of text is printed as one "
+                "translation; a prediction of the test split, without data.text and data.predict_file, has the others"
+            )
+        check_length(self.transformer, "data.max_length", data.max_length)
         model: Any = in_dtype(self.model, self.decode.dtype)
 
         def translate(batch: TranslationBatch) -> list[str]:
@@ -324,6 +335,7 @@ class Translator(SparseModule):
         super().setup(stage)
         data = self._data()
         check_subwords(self.subwords, getattr(data, "subwords", None))
+        check_length(self.transformer, "data.max_length", getattr(data, "max_length", None))
         pairs = getattr(data, "pairs", None)
         if pairs is not None and tuple(pairs) != self.pairs:
             raise ValueError(
@@ -405,6 +417,37 @@ def check_subwords(own: Subwords, found: Subwords | None) -> None:
             f"the model's subwords have digest {own.digest}, the data's {found.digest}: it would read other words. "
             "Give the data the model's (data.subwords), or train anew"
         )
+
+
+def check_length(transformer: TransformerConfig, option: str, length: int | None) -> None:
+    """Refuse data whose sequences may be longer than a table of learned positions.
+
+    Raises:
+        ValueError: naming both lengths.
+    """
+    if length is not None and transformer.positions == "learned" and length > transformer.max_length:
+        raise ValueError(
+            f"{option}={length} exceeds model.transformer.max_length={transformer.max_length}, the positions that "
+            "positions='learned' knows"
+        )
+
+
+def check_context(module: SparseModule, moe: core.MoEConfig | None) -> None:
+    """Refuse a router, or losses, that ask for more of the context than the module gives its layers.
+
+    Raises:
+        ValueError: naming what is lacking.
+    """
+    if moe is None:
+        return
+    for part, needs in ((f"router {moe.router.source()}", moe.router.needs()), ("moe.balance", moe.balance.needs())):
+        for name in needs:
+            if name not in module.context_fields:
+                raise ValueError(f"{part} needs context.{name}, which {type(module).__name__} does not give")
+    # Some ask in training alone, or for one of several.
+    given = core.RoutingContext(**dict.fromkeys(module.context_fields, torch.zeros(1)))
+    for layer in core.moe_layers(module).values():
+        layer.router.check_context(given)
 
 
 def per_sentence(scores: TargetScores, real_BL: Tensor) -> Foreseen:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import TransformerConfig
@@ -55,7 +56,9 @@ class Learned(nn.Module):
         """
         if start + length > self.max_length:
             raise ValueError(f"a sequence of {start + length} tokens is longer than max_length={self.max_length}")
-        return self.weight[start + self.offset : start + self.offset + length]
+        begin = start + self.offset
+        # Looked up: without gradients a slice of a parameter still says that it has one, which a FLOP counter refuses.
+        return F.embedding(torch.arange(begin, begin + length, device=self.weight.device), self.weight)
 
 
 def added_positions(config: TransformerConfig) -> Sinusoidal | Learned | None:

@@ -35,7 +35,7 @@ def predict_lines(translate: Translate, subwords: Subwords, pairs: Sequence[str]
 
 
 def in_order(numbered: Iterable[tuple[Sequence[int], Sequence[str]]]) -> Iterator[str]:
-    """Texts by their numbers from 0, a line each: as soon as a text and all before it are there.
+    """Lines by their numbers from 0: as soon as a line and all before it are there.
 
     Raises:
         ValueError: a number comes twice, or is missing.
@@ -46,8 +46,7 @@ def in_order(numbered: Iterable[tuple[Sequence[int], Sequence[str]]]) -> Iterato
         for number, text in zip(numbers, texts, strict=True):
             if number in waiting or number < following:
                 raise ValueError(f"line {number + 1} comes twice")
-            # A model that spells bytes may write a line end.
-            waiting[number] = " ".join(text.splitlines())
+            waiting[number] = text
         while following in waiting:
             yield waiting.pop(following)
             following += 1

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from apps.files import replacing
+from apps.nlp.readers.lines import clean
 
 log = logging.getLogger(__name__)
 
@@ -69,8 +70,11 @@ class Subwords:
         return self.processor(side).encode(list(sentences), out_type=int)
 
     def decode(self, ids: Sequence[Sequence[int]], side: Side) -> list[str]:
-        """The text of each row of ids; specials and tags have none."""
-        return self.processor(side).decode([[int(i) for i in row] for row in ids])
+        """A line of text for each row of ids; specials and tags have none.
+
+        A model that spells bytes may write line ends, or what a terminal obeys: see ``clean``.
+        """
+        return [clean(text) for text in self.processor(side).decode([[int(i) for i in row] for row in ids])]
 
     def pieces(self, ids: Sequence[int], side: Side) -> list[str]:
         """The subwords themselves, as they are shown."""

@@ -7,9 +7,10 @@ restores the order of an epoch in mid-epoch.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -125,6 +126,8 @@ class TextData(LightningDataModule):
 
     from_checkpoint: ClassVar[tuple[str, ...]] = ("subwords",)
     """Arguments that the command line takes from a checkpoint where they are not given."""
+    superseded: ClassVar[Mapping[str, str]] = MappingProxyType({"tokenizer": "subwords"})
+    """Arguments without effect where another one is given."""
 
     def __init__(
         self,

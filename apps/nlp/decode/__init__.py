@@ -21,7 +21,7 @@ does not depend on it, nor on its batch mates, as far as the model's logits do n
 """
 
 from .config import DecodeConfig
-from .run import generate_ids, in_dtype, score_ids, translate_ids
+from .run import generate_ids, in_dtype, translate_ids
 from .search import Hypotheses
 
-__all__ = ["DecodeConfig", "Hypotheses", "generate_ids", "in_dtype", "score_ids", "translate_ids"]
+__all__ = ["DecodeConfig", "Hypotheses", "generate_ids", "in_dtype", "translate_ids"]

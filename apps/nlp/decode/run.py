@@ -1,4 +1,4 @@
-"""Translations, continuations and scores of a model: what other code calls."""
+"""Translations and continuations of a model: what other code calls."""
 
 from __future__ import annotations
 
@@ -61,7 +61,8 @@ def generate_ids(
 
     Args:
         model: a ``LanguageModel``, or what has its ``start`` and ``step``.
-        prompt_BL: int64 (B, L), as training texts begin, with ``BOS_ID``; padded with ``PAD_ID`` after its end.
+        prompt_BL: int64 (B, L), as training texts begin: those of ``TextData`` with ``EOS_ID``, those of Mistral and
+            Mixtral with ``BOS_ID``; padded with ``PAD_ID`` after its end.
         config: how to search; S in its maximal length are the prompt's ids.
         task_ids_B, domain_ids_B: int64 (B,), for the routing context.
         index_B: int64 (B,), the prompts' numbers, which their random draws depend on; None: their places.
@@ -73,26 +74,11 @@ def generate_ids(
         return Hypotheses([], [])
     lengths = _lengths(prompt_BL)
     if min(lengths) < 1:
-        raise ValueError(f"prompt {lengths.index(min(lengths))} is empty: it needs one id at least, such as BOS_ID")
+        number = lengths.index(min(lengths))
+        raise ValueError(f"prompt {number} is empty: it needs one id at least, such as EOS_ID, with which texts begin")
     with _evaluation(model, config.dtype) as model:
         cache = model.start(len(prompt_BL), task_ids_B, domain_ids_B)
         return search(model, cache, prompt_BL, lengths, config, index_B)
-
-
-def score_ids(
-    model: Any,
-    source_BS: Tensor,
-    target_BL: Tensor,
-    task_ids_B: Tensor | None = None,
-    domain_ids_B: Tensor | None = None,
-) -> Tensor:
-    """(B,), the sum of log p of each given translation, its end included: ``target_BL`` as in ``TranslationBatch``."""
-    said_BL = target_BL[:, 1:]
-    with _evaluation(model) as model:
-        logits_BLV = model(source_BS, target_BL[:, :-1], task_ids_B, domain_ids_B)
-        logits_BLV = logits_BLV if logits_BLV.dtype == torch.float64 else logits_BLV.float()
-        log_prob_BL = logits_BLV.log_softmax(-1).gather(-1, said_BL[..., None]).squeeze(-1)
-        return log_prob_BL.masked_fill(said_BL == PAD_ID, 0.0).sum(1)
 
 
 def in_dtype(model: nn.Module, dtype: str | None) -> nn.Module:

@@ -183,7 +183,12 @@ def _family(model_type: str) -> Family:
 
 
 def _read(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Architecture:
-    return _family(config["model_type"]).read(config, tensors)
+    model_type = config["model_type"]
+    try:
+        return _family(model_type).read(config, tensors)
+    except (TypeError, LookupError, AttributeError, ArithmeticError) as error:
+        told = f"config.json of a {model_type} holds a value of another kind than it should"
+        raise ValueError(f"{told}: {error}") from error
 
 
 def _weights(architecture: Architecture, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -165,13 +165,17 @@ class Family:
 
 
 def needed(config: Mapping[str, Any], name: str) -> Any:
-    """A value without which there is no model.
+    """A size without which there is no model.
 
     Raises:
-        ValueError: it is not there.
+        ValueError: it is not there, or no whole number.
     """
     if config.get(name) is None:
         raise ValueError(f"config.json of a {config['model_type']} says no {name}")
+    if type(config[name]) is not int:
+        raise ValueError(
+            f"config.json of a {config['model_type']} says {name}={config[name]!r}, which is no whole number"
+        )
     return config[name]
 
 

@@ -26,9 +26,11 @@ def read_config(folder: Path) -> dict[str, Any]:
         ValueError: it is missing, or not a JSON object with a ``model_type`` and a ``vocab_size``.
     """
     config = _read_json(folder / CONFIG)
-    for name in ("model_type", "vocab_size"):
+    for name, kind, told in (("model_type", str, "name"), ("vocab_size", int, "whole number")):
         if config.get(name) is None:
             raise ValueError(f"{folder / CONFIG} says no {name}")
+        if type(config[name]) is not kind:
+            raise ValueError(f"{folder / CONFIG} says {name}={config[name]!r}, which is no {told}")
     return config
 
 

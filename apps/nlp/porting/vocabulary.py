@@ -80,6 +80,13 @@ class Vocabulary:
 
 
 def special_id(config: Mapping[str, Any], name: str, default: int | None = None) -> int | None:
-    """``config``'s id of that name; the first one where it has several."""
+    """``config``'s id of that name; the first one where it has several.
+
+    Raises:
+        ValueError: it is no id.
+    """
     value = config.get(name, default)
-    return value[0] if isinstance(value, list) else value
+    first = value[0] if isinstance(value, list) and value else value
+    if first is not None and type(first) is not int:
+        raise ValueError(f"config.json says {name}={value!r}, which is no id")
+    return first

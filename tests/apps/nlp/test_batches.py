@@ -10,8 +10,7 @@ import torch
 
 from apps.loader import ResumableLoader, _Planned, _Sampler
 from apps.nlp import batches as module
-from apps.nlp.batch import TranslationBatch
-from apps.nlp.batches import TokenBatches, by_length, cut_by_tokens, evenly, padding_share, quotas
+from apps.nlp.batches import TokenBatches, by_length, cut_by_tokens, evenly, quotas
 
 
 def lengths(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -50,13 +49,6 @@ def test_neighbours_are_alike_in_both_sides():
     # a longer side of 4 (even): differences 2, 0, -1; of 5 (odd): -4, -3, 4
     order = by_length(source, target, np.arange(6))
     assert [(source[i], target[i]) for i in order] == [(4, 2), (4, 4), (3, 4), (1, 5), (2, 5), (5, 1)]
-
-
-def test_padding_share_counts_both_sides():
-    source, target = torch.tensor([[5, 6, 3], [5, 3, 0]]), torch.tensor([[2, 7, 8, 3], [2, 3, 0, 0]])
-    batch = TranslationBatch(source, target, torch.zeros(2), torch.arange(2))
-    assert padding_share([batch]) == 3 / 14
-    assert padding_share([batch, batch]) == 3 / 14
 
 
 @pytest.mark.parametrize("budget", [1024, 4096])

@@ -6,7 +6,7 @@ from torch.testing import assert_close
 
 import core
 from apps.nlp.config import TransformerConfig
-from apps.nlp.model import Cache, LanguageModel, Memory, TranslationModel
+from apps.nlp.model import Cache, LanguageModel, TranslationModel
 from apps.nlp.subwords import BOS_ID
 
 VOCAB = 20
@@ -173,17 +173,6 @@ def test_a_language_models_cache_has_no_memory():
     cache.select(torch.tensor([3, 2]))  # sentence 1 alone, its rows changed about
     read_RT = torch.cat((read_RT[[3, 2]], torch.tensor([[9], [10]])), 1)
     assert_close(model.step(read_RT[:, 2], cache), model(read_RT)[:, 2])
-
-
-def test_a_memory_is_selected_and_repeated():
-    memory = Memory(torch.randn(3, 2, 4), torch.rand(3, 2) > 0.5, torch.tensor([7, 8, 9]))
-    chosen = memory.select(torch.tensor([2, 0]))
-    assert len(chosen) == 2
-    assert torch.equal(chosen.x_BSD, memory.x_BSD[[2, 0]])
-    assert torch.equal(chosen.valid_BS, memory.valid_BS[[2, 0]])
-    assert chosen.task_ids_B.tolist() == [9, 7]
-    assert chosen.domain_ids_B is None
-    assert memory.repeat(2).task_ids_B.tolist() == [7, 7, 8, 8, 9, 9]
 
 
 def test_copies_are_at_least_one():

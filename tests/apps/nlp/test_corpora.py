@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from apps.nlp.corpora import Filters, Sizes, collect, draw_split, parse_pairs
+from apps.nlp.corpora import Filters, Sizes, collect, draw_splits, parse_pairs
 from apps.nlp.readers.lines import Rows
 
 
@@ -46,6 +46,11 @@ def random_rows(count: int, seed: int) -> Rows:
     return rows(*((f"e{draw.randrange(count)}", f"d{draw.randrange(count)}") for _ in range(count)))
 
 
+def draw_split(own: Rows, val: float, test: float, seed: int) -> dict[str, Rows]:
+    (drawn,) = draw_splits([own], [(val, test)], [seed])
+    return drawn
+
+
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_no_sentence_of_either_side_is_in_two_splits(seed):
     drawn = draw_split(random_rows(500, seed), 40, 0.1, seed)
@@ -74,6 +79,38 @@ def test_rows_that_share_sentences_over_others_stay_together_in_training_if_they
 def test_an_empty_side_connects_nothing():
     drawn = draw_split(rows(("a", ""), ("b", ""), ("c", ""), ("d", "")), 1, 1, 0)
     assert [len(part) for part in drawn.values()] == [2, 1, 1]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_no_sentence_is_in_two_splits_of_several_files(seed):
+    draw = random.Random(seed)
+    english = [f"e{draw.randrange(300)}" for _ in range(400)]
+    # The same English twice, as of {pair}/train.{lang}; a part of it in a small file; and a file that is all training.
+    files = [
+        rows(*((line, f"d{i}") for i, line in enumerate(english))),
+        rows(*((line, f"f{i}") for i, line in enumerate(english)), languages="en fr"),
+        rows(*((line, f"c{i}") for i, line in enumerate(english[:60])), languages="en cs"),
+        rows(*((line, f"r{i}") for i, line in enumerate(english[200:250])), languages="en ru"),
+    ]
+    drawn = draw_splits(files, [(20, 0.1), (20, 40), (3, 3), (0, 0)], [seed] * 4)
+    sizes = [{name: len(part) for name, part in parts.items()} for parts in drawn]
+    assert sizes[0] == sizes[1] == {"train": 340, "val": 20, "test": 40}
+    assert sizes[2:] == [{"train": 54, "val": 3, "test": 3}, {"train": 50, "val": 0, "test": 0}]
+    of_split = [{line for parts in drawn for line in parts[name].text["en"]} for name in ("train", "val", "test")]
+    assert sum(map(len, of_split)) == len(set(english))
+    # Files without a sentence in common are drawn as each would be alone.
+    apart = [random_rows(100, 1), rows(*((f"x{i}", f"y{i}") for i in range(50)))]
+    assert draw_splits(apart, [(9, 9), (0.1, 5)], [seed, 7]) == [
+        draw_split(apart[0], 9, 9, seed),
+        draw_split(apart[1], 0.1, 5, 7),
+    ]
+
+
+def test_a_draw_is_the_one_it_was():
+    """Figures in the documents are of these splits."""
+    drawn = draw_split(random_rows(60, 5), 4, 5, 11)
+    assert drawn["val"].text["en"] == ["e53", "e53", "e1", "e53"]
+    assert drawn["test"].text["en"] == ["e7", "e8", "e8", "e35", "e26"]
 
 
 def test_sizes_that_leave_nothing_are_refused():
@@ -160,6 +197,18 @@ def test_a_twentieth_is_held_out_and_files_that_are_there_are_kept():
     assert [len(found.splits[name]) for name in ("train", "val", "test")] == [30, 10, 1]
     found = collect({"made": (parts, Sizes(val=0))}, ["en-de"], Filters())
     assert [len(found.splits[name]) for name in ("train", "val", "test")] == [40, 0, 1]
+
+
+def test_what_one_corpus_holds_out_does_not_train_in_another():
+    lines = [f"e{i}" for i in range(100)]
+    german = rows(*((line, f"{line} de") for line in lines))
+    french = rows(*((line, f"{line} fr") for line in lines[:50]), languages="en fr")
+    for sizes in (Sizes(val=0, test=0), Sizes(val=5, test=5), Sizes()):
+        corpora = {"a": ({"train": [german]}, Sizes(val=10, test=10)), "b": ({"train": [french]}, sizes)}
+        splits = collect(corpora, ["de-en", "fr-en"], Filters()).splits
+        assert [splits[name].pair.count(0) for name in ("val", "test")] == [10, 10]
+        train, val, test = (set(splits[name].target) for name in ("train", "val", "test"))
+        assert not train & val and not train & test and not val & test  # noqa: PT018
 
 
 def test_so_many_rows_of_a_split_with_files_are_drawn():

@@ -103,7 +103,6 @@ def test_a_source_has_a_tag_where_there_are_several_target_languages(root):
     subwords = data.subwords
     assert subwords.languages == ("de", "fr")
     assert data.languages == ("en", "de", "fr")
-    assert data.num_tasks == 3
     tags = torch.tensor([subwords.tag_id(language) for language in ("de", "fr", "de")])
     seen = set()
     for batch in data.train_dataloader():

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import core
 from apps.nlp import naive
 from apps.nlp.config import TransformerConfig
-from apps.nlp.decode import DecodeConfig, generate_ids, in_dtype, score_ids, translate_ids
+from apps.nlp.decode import DecodeConfig, generate_ids, in_dtype, translate_ids
 from apps.nlp.decode.sampling import generator, sampling_probs
 from apps.nlp.decode.top import top_sums
 from apps.nlp.model import LanguageModel, TranslationModel
@@ -350,7 +350,9 @@ def test_scores_are_the_teacher_s_log_probabilities():
         target = torch.full((len(batch), longest + 2), PAD_ID)
         for row, ids in zip(target, out.best, strict=True):
             row[: len(ids) + 2] = torch.tensor([BOS_ID, *ids, EOS_ID])
-        log_prob_B = score_ids(model, batch, target).tolist()
+        log_prob_BLV = model(batch, target[:, :-1]).log_softmax(-1)
+        log_prob_BL = log_prob_BLV.gather(-1, target[:, 1:, None]).squeeze(-1)
+        log_prob_B = log_prob_BL.masked_fill(target[:, 1:] == PAD_ID, 0.0).sum(1).tolist()
         expected = [x / (len(ids) + 1) ** config.length_penalty for x, ids in zip(log_prob_B, out.best, strict=True)]
         assert [scores[0] for scores in out.scores] == pytest.approx(expected, abs=1e-10)
 
@@ -372,7 +374,7 @@ def test_prompts_of_unequal_length_are_continued_as_each_by_itself():
         for b, prompt in enumerate(prompts):
             alone = generate_ids(model, torch.tensor([prompt]), config, index_B=torch.tensor([b]))
             close(alone, SimpleNamespace(ids=out.ids[b : b + 1], scores=out.scores[b : b + 1]))
-    with pytest.raises(ValueError, match="prompt 1 is empty"):
+    with pytest.raises(ValueError, match="prompt 1 is empty: it needs one id at least, such as EOS_ID"):
         generate_ids(model, torch.tensor([[BOS_ID], [PAD_ID]]), config)
 
 

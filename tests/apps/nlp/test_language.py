@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import pickle
 import random
@@ -110,6 +111,46 @@ def test_a_router_that_sees_later_tokens_is_refused(data):
         modeler(data, core.MoEConfig(4, router=core.ExpertChoice()))
 
 
+@pytest.mark.parametrize(
+    ("moe", "message"),
+    [
+        (
+            core.MoEConfig(4, core.Task(num_tasks=2)),
+            r"router Task \(.*\) needs context.task_ids_B, which",
+        ),
+        (
+            core.MoEConfig(4, core.DomainRandom(2, 400)),
+            "needs context.domain_ids_B, which LanguageModeler does not",
+        ),
+        (core.MoEConfig(4, core.Domain(num_domains=4)), "Domain needs context.domain_ids_B or domain_weights_BE in tr"),
+        (
+            core.MoEConfig(4, balance=core.Balance(mutual_information=0.01, num_tasks=3)),
+            "moe.balance needs context.task_ids_B, which LanguageModeler does not give",
+        ),
+    ],
+)
+def test_routers_that_ask_for_what_a_text_has_not_are_refused(data, moe, message):
+    with pytest.raises(ValueError, match=message):
+        modeler(data, moe)
+
+
+def test_blocks_longer_than_learned_positions_are_refused(data, tmp_path):
+    learned = dataclasses.replace(TRANSFORMER, positions="learned", max_length=39)
+    with pytest.raises(ValueError, match=r"data\.block_size=40 exceeds model\.transformer\.max_length=39"):
+        trainer(tmp_path).validate(modeler(data, transformer=learned), data, verbose=False)
+    enough = dataclasses.replace(learned, max_length=40)
+    trainer(tmp_path, limit_val_batches=1).validate(modeler(data, transformer=enough), data, verbose=False)
+
+
+def test_a_router_that_cannot_decode_trains_and_scores(data, tmp_path):
+    module = modeler(data, core.MoEConfig(4, core.Merge("lory", segment_length=8)))
+    made = trainer(tmp_path, limit_train_batches=1, limit_val_batches=1)
+    made.fit(module, data)
+    assert math.isfinite(made.callback_metrics["val/perplexity"])
+    with pytest.raises(ValueError, match="trains and scores, but cannot decode step by step"):
+        list(module.predict_stream(text_data(Path(data.root), text="one")))
+
+
 def test_baselines_cost_what_they_say(data):
     module = modeler(data, moe_layers="all")
     tokens = F.pad(torch.randint(4, 290, (3, 17)), (0, 5))
@@ -120,6 +161,19 @@ def test_baselines_cost_what_they_say(data):
     assert isinstance(dense.get_submodule("model.decoder.layers.0.ffn"), FeedForward)
     assert dense.baselines() == {}
     assert module.with_moe(core.MoEConfig(2)).moe.num_experts == 2
+
+
+def test_alternatives_are_of_a_prediction_and_not_of_a_line(data):
+    module = modeler(data, decode=DecodeConfig(beam_size=3, num_best=2, max_length_extra=4)).eval()
+    prompt = text_data(Path(data.root), text="one two")
+    (batch,) = prompt.predict_dataloader()
+    found = module.predict_step(batch, 0)
+    ((other,),) = found.alternatives
+    assert found.text[0] != other
+    assert all(text.startswith("one two") for text in (*found.text, other))
+    with pytest.raises(ValueError, match=r"decode\.num_best=2 \(--model\.decode\.num_best\): a line of text is"):
+        module.predict_stream(prompt)
+    assert module.predict_stream(data) is None
 
 
 def test_data_of_other_subwords_are_refused(data, tmp_path):

@@ -1,6 +1,7 @@
 """The translation model and the language model."""
 
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 import core
+from apps import routers
 from apps.nlp.config import TransformerConfig
 from apps.nlp.layers import FeedForward
 from apps.nlp.model import LanguageModel, TranslationModel
@@ -78,6 +80,36 @@ def test_steps_equal_the_whole_sequence_where_routers_ask_for_more():
             assert_close(logits_RV.view(3, 2, VOCAB)[:, 1], logits_BLV[:, t])
     other_BLV = build(core.MoEConfig(4, core.Task(num_tasks=2, top_k=1)))(SOURCE, TARGET, 1 - task_B)
     assert not torch.allclose(other_BLV[:, 0], logits_BLV[:, 0])
+
+
+def test_steps_equal_the_whole_sequence_with_every_router_that_a_decoder_accepts():
+    ids_B, refused = torch.tensor([0, 1, 0]), {}
+    real_BL = TARGET != PAD_ID
+    moes = {name: routers.with_router(dataclasses.replace(MOE, num_experts=8), name) for name in routers.overlays()}
+    moes["random_average"] = dataclasses.replace(MOE, router=core.Random(evaluation="average"))
+    for name, moe in moes.items():
+        if not moe.router.is_causal():
+            continue
+        model = language_model(moe, decoder_layers=1)
+        logits_BLV = model(TARGET, ids_B, ids_B)
+        assert logits_BLV.isfinite().all(), name  # what cannot decode scores all the same
+        try:
+            cache = model.start(3, ids_B, ids_B)
+        except ValueError as error:
+            refused[name] = str(error)
+            continue
+        for t in range(TARGET.shape[1]):
+            assert_close(model.step(TARGET[:, t], cache)[real_BL[:, t]], logits_BLV[:, t][real_BL[:, t]], msg=name)
+    assert set(refused) == {"ensemble", "lory", "random"}
+    assert refused["lory"] == (
+        "router Merge(kind='lory') (arXiv 2405.03133) trains and scores, but cannot decode step by step: a token's "
+        "segment decides; take another router for the decoder"
+    )
+    # In the encoder they stand where they will.
+    model = build(core.MoEConfig(4, core.Random()), ("all", "none"))
+    assert len(model.start(model.encode(SOURCE))) == 3
+    with pytest.raises(ValueError, match=r"router Random .* in evaluation a token's position decides"):
+        build(core.MoEConfig(4, core.Random()), ("none", "all")).start(model.encode(SOURCE))
 
 
 def test_logits_of_a_step_are_float32_whatever_the_weights_are():
@@ -492,7 +524,11 @@ def test_a_forward_is_one_graph():
     [
         ({"source_vocab": 1}, "source_vocab=1 must be at least 2: id 0 is padding"),
         ({"target_vocab": 0}, "target_vocab=0 must be at least 2: id 0 is padding"),
-        ({"target_vocab": 20}, "tie='all' needs a joint vocabulary: with two, tie is 'decoder' or 'none'"),
+        (
+            {"target_vocab": 20},
+            "tie='all' (model.transformer.tie) needs a joint vocabulary: with two, which data.tokenizer.joint=false "
+            "makes, tie is 'decoder' or 'none'",
+        ),
         ({"replaced_hidden_dim": 0}, "replaced_hidden_dim=0 must be at least 1"),
         (
             {"moe": MOE, "replaced_hidden_dim": 8},

@@ -25,7 +25,7 @@ from apps.cli.train import build, quiet
 from apps.compare.systems import find_systems
 from apps.nlp.baselines import baseline_widths
 from apps.nlp.batch import TranslationBatch
-from apps.nlp.config import TransformerConfig
+from apps.nlp.config import POSITIONS, TransformerConfig
 from apps.nlp.decode import DecodeConfig
 from apps.nlp.evaluation import ReportConfig
 from apps.nlp.layers import FeedForward
@@ -186,6 +186,15 @@ def test_data_of_other_subwords_or_pairs_are_refused(data, two, tmp_path):
         trainer(tmp_path).validate(module, turned, verbose=False)
 
 
+def test_sentences_longer_than_learned_positions_are_refused(data, tmp_path):
+    module = translator(data, transformer=dataclasses.replace(TRANSFORMER, positions="learned", max_length=255))
+    told = r"data\.max_length=256 exceeds model\.transformer\.max_length=255, the positions that positions='learned'"
+    with pytest.raises(ValueError, match=told):
+        trainer(tmp_path).validate(module, data, verbose=False)
+    with pytest.raises(ValueError, match=told):
+        module.predict_stream(copy_data(Path(data.corpora[0].root), text="red"))
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -197,6 +206,26 @@ def test_data_of_other_subwords_or_pairs_are_refused(data, two, tmp_path):
 def test_wrong_options(data, options, message):
     with pytest.raises(ValueError, match=message):
         translator(data, **options)
+
+
+def test_a_router_that_cannot_decode_is_refused_before_validation_would(data):
+    lory = core.MoEConfig(4, router=core.Merge("lory", segment_length=4))
+    with pytest.raises(ValueError, match=r"Merge\(kind='lory'\) .* cannot decode step by step"):
+        translator(data, lory)
+    assert translator(data, lory, encoder_moe_layers="all", decoder_moe_layers="none").moe is lory
+
+
+# ---- training
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_every_kind_of_positions_trains(data, tmp_path, positions):
+    module = translator(data, transformer=dataclasses.replace(TRANSFORMER, positions=positions))
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    trainer(tmp_path, max_steps=1, limit_val_batches=0).fit(module, data)
+    still = {name for name, p in module.named_parameters() if torch.equal(p, before[name])}
+    assert not {name for name in still if "positions" in name or "relative" in name}
+    assert len(still) < len(before) / 2
 
 
 # ---- baselines
@@ -431,6 +460,15 @@ def test_a_prediction_keeps_empty_lines_and_names_alternatives(data):
     assert [len(by_line[i][2]) for i in (0, 2)] == [1, 1]
     assert by_line[0][1] < 0
     assert found.pair == ["en-de"] * 3
+
+
+def test_alternatives_that_a_line_has_no_room_for_are_refused(data):
+    module = translator(data, decode=DecodeConfig(beam_size=2, num_best=2)).eval()
+    told = r"decode\.num_best=2 \(--model\.decode\.num_best\): a line of text is printed as one translation"
+    for options in ({"text": "red"}, {"predict_file": "-"}):
+        with pytest.raises(ValueError, match=told):
+            module.predict_stream(copy_data(Path(data.corpora[0].root), **options))
+    assert module.predict_stream(data) is None
 
 
 def test_a_checkpoint_brings_its_subwords_along(data, tmp_path):

@@ -320,6 +320,8 @@ def test_files_that_cannot_be_read(tmp_path):
     assert message(model_type="t5") == "F/config.json says no vocab_size"
     assert message(model_type="bert", vocab_size=9).startswith("model_type='bert' is not one of t5, mt5, switch_")
     assert message(model_type="t5", vocab_size=9).startswith("F holds no weights: neither model.safetensors nor")
+    assert message(model_type=["t5"]) == "F/config.json says model_type=['t5'], which is no name"
+    assert message(model_type="t5", vocab_size="abc") == "F/config.json says vocab_size='abc', which is no whole number"
     (tmp_path / "config.json").write_text("{")
     assert message().startswith("F/config.json cannot be read: Expecting property name")
     (tmp_path / "config.json").write_text("[]")
@@ -531,6 +533,12 @@ def test_what_published_architectures_lack_is_named(build, message):
         ("mixtral", {"num_experts_per_tok": 1}, "normalize=True with top_k=1 makes every gate 1"),
         ("m2m_100", {"encoder_ffn_dim": 7}, "encoder_ffn_dim=7 is not decoder_ffn_dim=128: here they are one"),
         ("nllb-moe", {"second_expert_policy": "sampling"}, "second_expert_policy='sampling' is not one of all, random"),
+        ("t5", {"d_model": "16"}, "config.json of a t5 says d_model='16', which is no whole number"),
+        ("m2m_100", {"encoder_layers": True}, "config.json of a m2m_100 says encoder_layers=True, which is no whole"),
+        ("t5", {"dropout_rate": None}, "config.json of a t5 holds a value of another kind than it should: float()"),
+        ("mixtral", {"rope_parameters": [1]}, "config.json of a mixtral holds a value of another kind than it"),
+        ("t5", {"eos_token_id": []}, "config.json says eos_token_id=[], which is no id"),
+        ("mistral", {"bos_token_id": ["1"]}, "config.json says bos_token_id=['1'], which is no id"),
         ("t5", {"eos_token_id": 40}, "the id 40 of eos is not in a vocabulary of vocab_size=29"),
     ],
 )

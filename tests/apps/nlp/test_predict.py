@@ -30,10 +30,6 @@ def test_a_line_comes_as_soon_as_all_before_it_are_there():
     assert list(lines) == ["d"]
 
 
-def test_a_translation_is_one_line():
-    assert list(in_order([([0, 1, 2], ["a\nb", "", "c\r\n d\u2028e"])])) == ["a b", "", "c  d e"]
-
-
 def test_no_line_is_lost_or_doubled():
     with pytest.raises(ValueError, match="line 2 is missing"):
         list(in_order([([0, 2], ["a", "c"])]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -12,7 +13,8 @@ import pytest
 import yaml
 from copying import copy_data, write_copies
 
-from apps.cli import main
+from apps.cli import UsageError, main
+from apps.cli.request import Request
 from apps.cli.train import build
 from apps.nlp.subwords import SubwordConfig
 
@@ -129,3 +131,18 @@ def test_subwords_and_pairs_that_are_not_the_checkpoint_s_are_refused(capsys, tm
     assert main([*flags, "--data.pairs", "[en-de]", "--data.text", "red"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.endswith("and the data's are ['en-de']: leave data.pairs out")
+
+
+def test_how_subwords_are_learned_is_not_asked_again_of_a_checkpoint(capsys):
+    best = "runs/copies/checkpoints/best.ckpt"
+    command = ["--config", "copies.yaml", "--data.text", "red", "--ckpt_path", best]
+    for given, told in (
+        (["--data.tokenizer.vocab_size", "280"], "data.tokenizer.vocab_size=280"),
+        (["--data.init_args.tokenizer.joint=false"], "data.tokenizer.joint=False"),
+        (["--data.tokenizer", "{kind: unigram}"], "data.tokenizer={'kind': 'unigram'}"),
+    ):
+        with pytest.raises(UsageError, match=f"^{re.escape(told)} has no effect: {best} brings its subwords along; l"):
+            Request.read("predict", [*command, *given])
+    # As the run was started: a command line may be repeated.
+    assert predict(capsys, "--data.text", "red", "--data.tokenizer.vocab_size", "300", "--data.tokenizer.kind=bpe")
+    Request.read("fit", ["--config", "copies.yaml", "--data.tokenizer.vocab_size", "280"])

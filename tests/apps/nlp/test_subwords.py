@@ -46,6 +46,16 @@ def test_what_the_text_lacks_is_spelled_in_bytes():
     assert subwords.pieces(subwords.encode(["漢"], "source")[0], "source") == ["▁", "<0xE6>", "<0xBC>", "<0xA2>"]
 
 
+def test_what_is_spelled_is_a_line_that_no_terminal_obeys():
+    subwords = train_subwords(SOURCE, TARGET, SMALL)
+    first = subwords.processor("source").piece_to_id("<0x00>")
+    (dog,) = subwords.encode(["dog"], "source")
+    # A bell, an escape, a line end; U+2028 and U+009B in UTF-8.
+    for spelled in (b"\x07", b"\x1b", b"\r\n", b"\xe2\x80\xa8", b"\xc2\x9b"):
+        ids = [*dog, *(first + byte for byte in spelled), *dog]
+        assert subwords.decode([ids, [first + 10]], "source") == ["dog  dog", ""]
+
+
 def test_separate_sides_have_models_of_their_own():
     subwords = train_subwords(SOURCE, TARGET, SubwordConfig(vocab_size=300, joint=False), ["de", "fr"])
     assert not subwords.is_joint
