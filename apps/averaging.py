@@ -70,7 +70,6 @@ class WeightAverage(Callback):
                 trainer.ckpt_path,
             )
             self.kept = [epoch for epoch in self.kept if epoch not in missing]
-        self._prune(folder)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Not at the epoch's end: the checkpoint that says what is kept is written after this callback's turn.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import math
 import os
@@ -9,7 +10,7 @@ import random
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, RichProgressBar
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
@@ -60,6 +62,76 @@ def _os_error(error: BaseException | None) -> OSError | None:
             return error
         error = error.__cause__ or error.__context__
     return None
+
+
+@contextlib.contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """What cannot be written inside is an OSError that names ``path``: that of a full disk names no file."""
+    try:
+        yield
+    except Exception as error:
+        cause = _os_error(error)
+        if cause is None or not cause.errno:
+            raise
+        raise OSError(cause.errno, os.strerror(cause.errno), cause.filename or str(Path(path))) from error
+
+
+def put_aside(folder: Path, paths: Iterable[Path]) -> Path:
+    """Move ``paths`` from ``folder`` into its ``earlier``, in place of what was there; returns that."""
+    earlier = folder / "earlier"
+    if earlier.exists():
+        shutil.rmtree(earlier)
+    for path in paths:
+        target = earlier / path.relative_to(folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, target)
+    return earlier
+
+
+class RunFolder(Callback):
+    """Makes a folder that of a new run at the start of its training; until then an earlier run there stays whole.
+
+    All that run left goes to ``earlier``, where one run is kept: nothing of it lies among what is of this one. A run
+    that left no checkpoint is not kept. A resumed run moves nothing.
+
+    Args:
+        folder: of the run.
+        descriptions: texts to write there, by the name of the file.
+    """
+
+    # Beside the curves. The checkpoints come last, in one move: a kill half-way loses none.
+    names = ("metrics.csv", "config.yaml", "signatures.json", "test.json", "validate.json", "predictions.jsonl",
+             "report", "checkpoints")  # fmt: skip
+
+    def __init__(self, folder: Path, descriptions: Mapping[str, str]) -> None:
+        self.folder, self.descriptions = folder, dict(descriptions)
+        # Listed now: TensorBoard begins its file before the training starts.
+        curves = folder / "tensorboard"
+        self._curves = sorted(curves.iterdir()) if curves.is_dir() else []
+        self._found = [*self._curves, *(p for p in (folder / name for name in self.names) if p.exists())]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        if not trainer.ckpt_path:
+            self._put_aside()
+        for name, text in self.descriptions.items():
+            with naming(self.folder / name), replacing(self.folder / name) as file:
+                file.write(text)
+
+    def _put_aside(self) -> None:
+        if any((self.folder / "checkpoints").glob("*.ckpt")):
+            earlier = put_aside(self.folder, self._found)
+            print(
+                f"{self.folder} held an earlier run: it is in {earlier} now, where one earlier run is kept "
+                f"(--ckpt_path {earlier / 'checkpoints' / 'last.ckpt'} goes on from it)"
+            )
+            return
+        for path in self._curves:  # they would be drawn over this run's
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 class BestAndLast(Checkpoint):
@@ -127,12 +199,7 @@ class BestAndLast(Checkpoint):
         folder = Path(self.dirpath or "")
         found = [p for p in (folder / f"{name}.ckpt" for name in ("best", "last", "average")) if p.exists()]
         if found:
-            earlier = folder / "earlier"
-            if earlier.exists():
-                shutil.rmtree(earlier)
-            earlier.mkdir()
-            for path in found:
-                os.replace(path, earlier / path.name)
+            put_aside(folder, found)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -441,13 +508,13 @@ class MetricsCSV(Logger):
         row = {"step": step or 0, **{k: float(v) for k, v in metrics.items()}}
         new = [k for k in row if k not in self._keys]
         if not new:
-            with open(self.path, "a", newline="") as file:
+            with naming(self.path), open(self.path, "a", newline="") as file:
                 csv.DictWriter(file, self._keys).writerow(row)
             return
         rows = self._kept_rows()
         self._keys += [k for k in dict.fromkeys(k for r in rows for k in r) if k not in self._keys]
         self._keys += [k for k in row if k not in self._keys]
-        with replacing(self.path, newline="") as file:
+        with naming(self.path), replacing(self.path, newline="") as file:
             writer = csv.DictWriter(file, self._keys)
             writer.writeheader()
             writer.writerows([*rows, row])
@@ -460,6 +527,38 @@ class MetricsCSV(Logger):
         with open(self.path, newline="") as file:
             rows = [r for r in csv.DictReader(file) if (r.get("step") or "").isdigit()]  # a kill may cut the last row
         return [r for r in rows if not first or int(r["step"]) < self._before]  # type: ignore[operator]
+
+
+class EventLog(TensorBoardLogger):
+    """TensorBoard's curves; what its writer cannot write is an error that names the folder.
+
+    (It writes in a thread of its own, whose error comes up at a later call, as one of a value that is not supported.)
+    """
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        with naming(self.log_dir):
+            return super().experiment
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        with naming(self.log_dir):
+            super().log_metrics(metrics, step)
+
+    @rank_zero_only
+    def save(self) -> None:
+        with naming(self.log_dir):
+            super().save()
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        try:
+            with naming(self.log_dir):
+                super().finalize(status)
+        except OSError:
+            if status == "success":  # else what ended the run is told, which may be this
+                raise
 
 
 def continue_logs(trainer: Trainer, step: int) -> None:

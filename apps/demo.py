@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             comparison.
 
     Returns:
-        0; 1 for what goes wrong, 130 for an interrupt, each with one line on stderr.
+        0; 1 for what goes wrong, 130 for an interrupt, 143 for a termination, each with one line on stderr.
     """
     args = list(sys.argv[1:] if argv is None else argv)
     if args[:1] in (["-h"], ["--help"]):
@@ -111,11 +111,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 2
         output = Path(args[at + 1])
         del args[at : at + 2]
+    from apps.cli import is_termination
+
     try:
         return _run(output, args)
     except KeyboardInterrupt:
         print("\nstopped; make demo goes on from here", file=sys.stderr)
         return 130
+    except SystemExit as stop:
+        if not is_termination(stop):
+            raise
+        print("\nterminated; make demo goes on from here", file=sys.stderr)
+        return 143
     except Exception as error:
         if show_traceback:
             raise
@@ -171,12 +178,13 @@ def _pictures(arguments: Sequence[str], checkpoint: Path, folder: Path) -> list[
         from lightning.pytorch import Trainer
 
         from apps.compare.experiment import Experiment
-        from apps.compare.training import quiet
+        from apps.compare.training import interruptible
         from apps.nlp.module import Translator
+        from apps.quiet import quiet
         from apps.vision.evaluation import ReportConfig
         from apps.vision.module import VisionClassifier
 
-        with quiet():
+        with quiet(own_notes=False):
             module, data = Experiment(arguments).build("sparse")
             limit: float | int = 1.0
             if isinstance(module, VisionClassifier):
@@ -192,7 +200,8 @@ def _pictures(arguments: Sequence[str], checkpoint: Path, folder: Path) -> list[
                 enable_progress_bar=False,
                 enable_model_summary=False,
             )
-            trainer.test(module, datamodule=data, ckpt_path=str(checkpoint), verbose=False, weights_only=True)
+            with interruptible():
+                trainer.test(module, datamodule=data, ckpt_path=str(checkpoint), verbose=False, weights_only=True)
         (report / "drawn").touch()
     return sorted(report.glob("*.png"))
 

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 import core
 from apps.callbacks import GeneratorState, MetricsCSV
-from apps.compare.training import quiet
 from apps.machine import machine_line
+from apps.quiet import quiet
 from apps.recsys.batch import TableBatch
 from apps.recsys.data import TableData
 from apps.recsys.dense import DenseConfig
@@ -87,7 +87,7 @@ def lightning_loop(model: MultiTaskRecommender, data: TableData, steps: int) -> 
 
     def run() -> float:
         window = _Window(skip=10)
-        with tempfile.TemporaryDirectory() as folder, quiet():
+        with tempfile.TemporaryDirectory() as folder, quiet(own_notes=False):
             trainer = Trainer(
                 max_steps=10 + steps,
                 limit_val_batches=0,

@@ -41,8 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run ``moesaic ARGV``.
 
     Returns:
-        0; 1 for what goes wrong while running, 2 for wrong usage, 130 for an interrupt. Each of these prints one line
-        to stderr, and no traceback without ``--traceback``.
+        0; 1 for what goes wrong while running, 2 for wrong usage, 130 for an interrupt, 143 for a termination. Each of
+        these prints one line to stderr, and no traceback without ``--traceback``.
     """
     args = list(sys.argv[1:] if argv is None else argv)
     show_traceback = "--traceback" in args
@@ -50,10 +50,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(args)
     except KeyboardInterrupt:
-        return _interrupted()
+        return _stopped("interrupted", 130)
     except SystemExit as stop:
         if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning turns one into exit(1)
-            return _interrupted()
+            return _stopped("interrupted", 130)
+        if is_termination(stop):
+            return _stopped("terminated", 143)
         return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
     except BrokenPipeError:  # such as `moesaic data list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -68,9 +70,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
 
 
-def _interrupted() -> int:
-    print("\ninterrupted; --ckpt_path last goes on from the last checkpoint, if there is one", file=sys.stderr)
-    return 130
+def _stopped(how: str, code: int) -> int:
+    print(f"\n{how}; --ckpt_path last goes on from the last checkpoint, if there is one", file=sys.stderr)
+    return code
+
+
+def is_termination(stop: SystemExit) -> bool:
+    """Whether SIGTERM, as pre-emption and ``timeout`` send it, is why Lightning's trainer exits: it gives no code."""
+    return type(stop).__name__ == "SIGTERMException"
 
 
 class UsageError(ValueError):

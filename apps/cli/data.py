@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
-
 from apps import sources
-from apps.cli import UsageError
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:  # type: ignore[override]
-        raise UsageError(message)
+from apps.cli.parser import Parser
 
 
 def run(argv: list[str]) -> int:
     """Run ``moesaic data ARGV``."""
-    parser = _Parser(prog="moesaic data", description="List the datasets, or fetch one into the cache.")
+    parser = Parser(prog="moesaic data", description="List the datasets, or fetch one into the cache.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="list|prepare")
     listing = commands.add_parser("list", help="every dataset, and whether it is on this machine")
     prepare = commands.add_parser("prepare", help="fetch a dataset, unless it is here already")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
 import importlib
@@ -13,6 +14,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from apps.cli import UsageError
+from apps.messages import message, one_line
 
 _NOISE = re.compile(
     r"^(Does not validate against any|Subtypes: |Errors:|Given value|Expected a <class 'NoneType'>|"
@@ -23,6 +25,9 @@ _CLASS = re.compile(r"^Problem with given class_path '([^']+)':\s*(.*)$")
 _OPTION = re.compile(r"^Option '([^']+)' is not accepted")
 _NO_OPTION = re.compile(r"^Subcommand '\w+' does not accept option '([^']+)'")
 _NAME = re.compile(r"^Expected a dot import path string: (.+)$")
+_KIND = re.compile(
+    r"\s*(?:<class '(?:\w+\.)*(\w+)'>|(?:typing\.)?Literal(\[[^\[\]]*\])|((?:[^\[\],]|\[(?:[^\[\]]|\[[^\]]*\])*\])+))"
+)
 
 
 def describe(error: BaseException) -> tuple[str, int]:
@@ -30,15 +35,15 @@ def describe(error: BaseException) -> tuple[str, int]:
     if type(error).__name__ == "ArgumentError":
         return reduce_message(str(error)), 2
     if isinstance(error, UsageError):
-        return _one_line(str(error)), 2
+        return one_line(str(error)), 2
     root = _root(error)
     if type(root).__name__ == "OutOfMemoryError" or isinstance(root, MemoryError):
         return "out of memory: try a smaller data.batch_size, or trainer.precision=bf16-mixed", 1
     if isinstance(root, OSError):
         return _os_error(root), 1
     if isinstance(root, (ValueError, RuntimeError)) or type(root).__name__ == "MisconfigurationException":
-        return _one_line(str(root)) or type(root).__name__, 1
-    return f"{type(root).__name__}: {_one_line(str(root))} (--traceback shows where)", 1
+        return one_line(message(root)) or type(root).__name__, 1
+    return f"{type(root).__name__}: {one_line(message(root))} (--traceback shows where)", 1
 
 
 def _root(error: BaseException) -> BaseException:
@@ -51,11 +56,7 @@ def _root(error: BaseException) -> BaseException:
 def _os_error(error: OSError) -> str:
     if error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
-    return _one_line(error.strerror or str(error)) or type(error).__name__
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
+    return one_line(error.strerror or message(error)) or type(error).__name__
 
 
 def reduce_message(text: str, options: Iterable[str] = ()) -> str:
@@ -67,17 +68,19 @@ def reduce_message(text: str, options: Iterable[str] = ()) -> str:
     """
     path: list[str] = []
     owner: str | None = None
-    complaint = ""
+    complaint = kinds = ""
     for raw in text.splitlines():
         line = raw.strip().removeprefix("- ").strip()
         while line:
             if match := _KEY.match(line):
                 path.append(match[1])
-                line = match[2].strip()
+                line, kinds = match[2].strip(), ""
             elif match := _CLASS.match(line):
                 owner = match[1]
-                line = match[2].strip()
+                line, kinds = match[2].strip(), ""
             elif _NOISE.match(line):
+                if line.startswith("Subtypes: "):
+                    kinds = line.removeprefix("Subtypes: [").removesuffix("]")
                 line = ""
             else:
                 complaint = line
@@ -87,7 +90,7 @@ def reduce_message(text: str, options: Iterable[str] = ()) -> str:
     key = ".".join(path)
     if not complaint:
         value = re.search(r"Given value: (.*)", text)
-        return f"{key}={value[1]} is not valid" if value else _one_line(text)
+        return f"{key}={value[1]} is not valid" if value else one_line(text)
     if match := _OPTION.match(complaint):
         return _unknown(f"{key}.{match[1]}" if key else match[1], match[1], _parameters(owner), owner)
     if match := _NO_OPTION.match(complaint):
@@ -105,13 +108,24 @@ def reduce_message(text: str, options: Iterable[str] = ()) -> str:
         return f"{missing} missing: give a configuration, such as --config configs/vision/digits.yaml"
     if match := _NAME.match(complaint):
         return _unknown(f"{key}={match[1]}", match[1], _class_names(owner, path[-1] if path else ""), None)
-    wanted = re.match(r"^Expected an? <class '(\w+)'>\.?", complaint)
+    wanted = re.match(r"^Expected an? (<class '[\w.]+'>|(?:typing\.)?Literal\[[^\]]*\])", complaint)
     value = re.search(r"(?:Got value|Given value): (.*)", text[text.index(complaint) :])
     if wanted and value:
-        return f"{key}={value[1].strip()} is not of type {wanted[1]}"
+        return f"{key}={value[1].strip()} is not {_one_of(kinds or wanted[1])}"
     if key == "config":
-        return _one_line(complaint)
-    return _one_line(f"{key}: {complaint}" if key else complaint)
+        return one_line(complaint)
+    return one_line(f"{key}: {complaint}" if key else complaint)
+
+
+def _one_of(kinds: str) -> str:
+    """What jsonargparse lists as the types of an option, in words: "of type int", or "one of" types and choices."""
+    names: list[str] = []
+    for name, choices, other in _KIND.findall(kinds):
+        found = map(str, ast.literal_eval(choices)) if choices else [name or other.removeprefix("typing.")]
+        names += [n for n in found if n and n != "NoneType" and n not in names]
+    if len(names) == 1 and "Literal" not in kinds:
+        return f"of type {names[0]}"
+    return f"one of {', '.join(names)}"
 
 
 def _unknown(shown: str, name: str, valid: Iterable[str], owner: str | None) -> str:

@@ -6,11 +6,12 @@ import contextlib
 import dataclasses
 import difflib
 import importlib
+import itertools
 import json
 import pkgutil
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import yaml
 from lightning.pytorch import LightningDataModule, LightningModule
 
 import apps
+from apps.callbacks import naming
 from apps.cli import UsageError
 from apps.cli.checkpoint import find_checkpoint, load_checkpoint, remembered, short, without_fixed_classes
 from apps.cli.errors import subclasses
@@ -54,16 +56,19 @@ class Request:
         flags, options = take(argv, ("config", "c", "run_dir", "ckpt_path"))
         flags = verbatim(flags, ("data.text", "data.init_args.text"))
         paths = [Path(p) for p in options["config"] + options["c"]]
+        found_in: Path | None = None
         which = options["ckpt_path"][-1] if options["ckpt_path"] else None
         if not paths and which not in (None, "last", "best", "average", "null", "none"):
             # A checkpoint lies in its run's folder, beside the configuration of the run.
             beside = Path(which).parent.parent / "config.yaml"
-            paths = [beside] if beside.is_file() else []
+            if beside.is_file():
+                paths, found_in = [beside], beside.parent
         config: dict[str, Any] = {}
         for path in paths:
             config = merge(config, _read_yaml(path))
-        run_dir = options["run_dir"][-1] if options["run_dir"] else config.pop("run_dir", None)
-        config.pop("run_dir", None)
+        written = config.pop("run_dir", None)  # of a run that was put aside, where it was
+        run_dir = options["run_dir"][-1] if options["run_dir"] else found_in or written
+        config, flags = with_nulls(config, flags)
         if which is None:
             which = config.pop("ckpt_path", None)
         config.pop("ckpt_path", None)
@@ -73,6 +78,7 @@ class Request:
             loaded = load_checkpoint(checkpoint)
             config = merge(remembered(loaded, config), config)
             config = with_remembered_data(config, flags, loaded)
+            check_superseded(config, flags, checkpoint)
         model_class = _find_class("model", LightningModule, flags, config)
         return cls(command, tuple(flags), config, run_dir, checkpoint, model_class)
 
@@ -84,7 +90,8 @@ class Request:
             return
         with tempfile.TemporaryDirectory(prefix="moesaic-") as folder:
             path = Path(folder) / "config.yaml"
-            path.write_text(yaml.safe_dump(dict(self.config), sort_keys=False))
+            with naming(path):
+                path.write_text(yaml.safe_dump(dict(self.config), sort_keys=False))
             yield str(path)
 
 
@@ -190,6 +197,44 @@ def verbatim(flags: list[str], names: tuple[str, ...]) -> list[str]:
     return out
 
 
+def with_nulls(config: Mapping[str, Any], flags: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """``config`` with what the flags set to null two levels and more below "model" or "data", and the other flags.
+
+    (jsonargparse passes such a null on as the text "None".)
+
+    One that is set by another flag too has that one's value.
+
+    Example::
+
+        with_nulls({"model": {"moe": {"top": 1}}}, ["--model.moe.top", "null"])
+        # {"model": {"moe": {"top": None}}}, []
+    """
+    merged, out = dict(config), list[str]()
+    items = iter(flags)
+    for item in items:
+        key, equals, value = item.partition("=")
+        given = [item, *([] if equals else itertools.islice(items, 1))] if key.startswith("--") else [item]
+        value = value if equals else given[-1]
+        names = [name for name in key.removeprefix("--").split(".") if name != "init_args"]
+        if len(names) > 2 and value in ("null", "Null", "NULL", "~") and _holds(merged, names[:-1]):
+            over: Any = None
+            for name in reversed(names):
+                over = {name: over}
+            merged = merge(merged, over)
+        else:
+            out += given
+    return merged, out
+
+
+def _holds(config: Any, path: Iterable[str]) -> bool:
+    """Whether there are mappings all along ``path``."""
+    for name in path:
+        if isinstance(config, Mapping) and "class_path" in config:
+            config = config.get("init_args")
+        config = config.get(name) if isinstance(config, Mapping) else None
+    return isinstance(config, Mapping)
+
+
 def with_remembered_data(config: Mapping[str, Any], flags: list[str], checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """``config`` with the arguments of the data that the data's class names in ``from_checkpoint``.
 
@@ -211,6 +256,38 @@ def with_remembered_data(config: Mapping[str, Any], flags: list[str], checkpoint
     path = _class_path("data", flags, config)
     arguments = {k: v for k, v in arguments.items() if k != "class_path"}
     return {**config, "data": {"class_path": path, "init_args": {**arguments, **filled}}}
+
+
+def check_superseded(config: Mapping[str, Any], flags: list[str], checkpoint: Path) -> None:
+    """Refuse flags that have no effect beside what the checkpoint remembers: ``superseded`` of the data's class.
+
+    Those that its run was given too may stay.
+
+    Raises:
+        UsageError: naming the flag.
+    """
+    kind = _find_class("data", LightningDataModule, flags, config)
+    for name, by in getattr(kind, "superseded", {}).items():
+        if _at(config, ("data", "init_args", by)) is None:
+            continue
+        beside = checkpoint.parent.parent / "config.yaml"
+        of_run = _at(_read_yaml(beside), ("data", "init_args")) if beside.is_file() else None
+        option = re.compile(rf"--data\.(?:init_args\.)?({name}(?:\.\w+)*)(?:=(.*))?", re.DOTALL)
+        for flag, following in itertools.pairwise([*flags, ""]):
+            if not (match := option.fullmatch(flag)):
+                continue
+            value, known = yaml.safe_load(match[2] or following), _at(of_run, match[1].split("."))
+            both = isinstance(value, Mapping) and isinstance(known, Mapping)
+            if known != (merge(known, value) if both else value):
+                told = f"data.{match[1]}={value} has no effect: {checkpoint} brings its {by} along"
+                raise UsageError(f"{told}; leave it out")
+
+
+def _at(values: Any, keys: Iterable[str]) -> Any:
+    """What stands there in nested mappings; None: nothing."""
+    for key in keys:
+        values = values.get(key) if isinstance(values, Mapping) else None
+    return values
 
 
 def _class_path(part: str, flags: list[str], config: Mapping[str, Any]) -> str | None:

@@ -6,13 +6,10 @@ checkpoint, then from the constructors. A checkpoint whose tensors do not fit is
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import logging
 import sys
 import time
-import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -22,17 +19,17 @@ from jsonargparse import ArgumentError, set_parsing_settings
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.io import CheckpointIO
 from torch import Tensor
 
 from apps import sharded
-from apps.callbacks import AtomicCheckpointIO, BestAndLast, GeneratorState, MetricsCSV, progress
+from apps.callbacks import AtomicCheckpointIO, BestAndLast, EventLog, GeneratorState, MetricsCSV, RunFolder, progress
 from apps.cli import UsageError
 from apps.cli.checkpoint import CONFIG_BASES, check_fits, first_difference, load_checkpoint, without_fixed_classes
 from apps.cli.errors import reduce_message
 from apps.cli.request import Request, take
 from apps.files import replacing
+from apps.quiet import quiet
 from apps.training import to_plain
 
 _TRAINER_DEFAULTS = {
@@ -40,20 +37,6 @@ _TRAINER_DEFAULTS = {
     "num_sanity_val_steps": 1,
     "enable_model_summary": False,  # SparseModule logs the size, with the active parameters
 }
-# Advice that does not apply here: data in memory needs no workers, short epochs are logged by step, promotions.
-_UNHELPFUL_WARNINGS = (
-    ".*does not have many workers.*",
-    ".*is smaller than the logging interval.*",
-    ".*treespec, LeafSpec.*",
-    ".*LeafSpec.*is deprecated.*",
-    ".*litlogger.*",
-    ".*litmodels.*",
-    ".*GPU available but not used.*",
-    ".*`isinstance\\(treespec.*",
-    ".*no logger configured.*",
-    ".*Trying to infer the `batch_size`.*",
-    "`?torch.distributed.* is deprecated.*",  # TorchRec's calls
-)
 
 
 def run(command: str, argv: list[str]) -> int:
@@ -156,8 +139,12 @@ class SparseCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         given = self._get(self.config_init, "trainer")
-        if given.get("default_root_dir") is None:
-            kwargs["default_root_dir"] = str(self.run_dir)
+        if given.get("default_root_dir") is not None:
+            raise UsageError(
+                f"trainer.default_root_dir={given['default_root_dir']} would split the run: give --run_dir, which is "
+                "the one folder of its files"
+            )
+        kwargs["default_root_dir"] = str(self.run_dir)
         callbacks = given.get("callbacks") or []
         defaults: list[Callback] = [GeneratorState()]
         if given.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
@@ -182,7 +169,7 @@ class SparseCLI(LightningCLI):
             return False
         return [
             MetricsCSV(str(self.run_dir)),
-            TensorBoardLogger(str(self.run_dir), name="tensorboard", version="", default_hp_metric=False),
+            EventLog(str(self.run_dir), name="tensorboard", version="", default_hp_metric=False),
         ]
 
     # ---- the commands
@@ -213,13 +200,7 @@ class SparseCLI(LightningCLI):
 
     def _fit(self, arguments: dict[str, Any]) -> None:
         if self.trainer.is_global_zero and not self.trainer.fast_dev_run:
-            if self.ckpt_path is None and (self.run_dir / "checkpoints").is_dir():
-                print(
-                    f"{self.run_dir} holds an earlier run; this one replaces it, and its checkpoints go to checkpoints/"
-                    "earlier (--ckpt_path last goes on from it)"
-                )
-            self._save_config()
-            self._save_signatures()
+            self.trainer.callbacks.insert(0, RunFolder(self.run_dir, self._descriptions()))
         start, first_step = time.monotonic(), self.trainer.global_step
         self.trainer.fit(**arguments)
         if not self.trainer.is_global_zero:
@@ -232,13 +213,14 @@ class SparseCLI(LightningCLI):
                 print(f"checkpoints: {self.run_dir / 'checkpoints'}{best}")
         self._print_signatures()
 
-    def _save_config(self) -> None:
+    def _descriptions(self) -> dict[str, str]:
+        """What lies beside the log of a training and tells what it is of, by name."""
         parser = self._parser("fit")
         config = yaml.safe_load(parser.dump(self.config["fit"], skip_unset=False))
         config = {"run_dir": str(self.run_dir), **{k: v for k, v in config.items() if k not in ("config", "ckpt_path")}}
-        path = self.run_dir / "config.yaml"
-        with replacing(path) as file:
-            yaml.safe_dump(config, file, sort_keys=False)
+        signatures = self._signatures()
+        signed = {"signatures.json": json.dumps(signatures, indent=2) + "\n"} if signatures else {}
+        return {"config.yaml": yaml.safe_dump(config, sort_keys=False), **signed}
 
     def _evaluate(self, command: str, arguments: dict[str, Any]) -> None:
         results = getattr(self.trainer, command)(**arguments)
@@ -258,13 +240,6 @@ class SparseCLI(LightningCLI):
     def _signatures(self) -> dict[str, str]:
         """How the model's metrics are made; see ``SparseModule.metric_signatures``."""
         return dict(getattr(self.model, "metric_signatures", {}))
-
-    def _save_signatures(self) -> None:
-        """Beside the log of a training."""
-        signatures = self._signatures()
-        if signatures:
-            with replacing(self.run_dir / "signatures.json") as file:
-                file.write(json.dumps(signatures, indent=2) + "\n")
 
     def _print_signatures(self) -> None:
         for name, signature in self._signatures().items():
@@ -353,31 +328,3 @@ def _rows(batch: Any) -> Iterator[dict[str, Any]]:
     plain = {k: v.tolist() if isinstance(v, Tensor) else list(v) for k, v in columns.items()}
     for values in zip(*plain.values(), strict=True):
         yield dict(zip(plain, values, strict=True))
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without Lightning's notes and the warnings that do not help here; our own notes are printed."""
-    names = ("lightning.pytorch", "lightning.fabric", "lightning")
-    levels = {name: logging.getLogger(name).level for name in names}
-    # FBGEMM logs when it is imported, which would give the root logger a handler that repeats our notes.
-    nothing = logging.NullHandler()
-    logging.getLogger().addHandler(nothing)
-    own, handler = logging.getLogger("apps"), logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    own_level = own.level
-    for name in levels:
-        logging.getLogger(name).setLevel(logging.WARNING)
-    own.addHandler(handler)
-    own.setLevel(logging.INFO)
-    try:
-        with warnings.catch_warnings():
-            for pattern in _UNHELPFUL_WARNINGS:
-                warnings.filterwarnings("ignore", pattern)
-            yield
-    finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
-        own.removeHandler(handler)
-        logging.getLogger().removeHandler(nothing)
-        own.setLevel(own_level)

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from apps import routers
-from apps.cli import UsageError
+from apps.cli import UsageError, is_termination
+from apps.cli.parser import Parser
 from apps.compare import table
 from apps.compare.experiment import Experiment, arguments
 from apps.compare.files import locked, read_json, write_json, write_text
@@ -28,17 +29,13 @@ from apps.compare.plan import Options, Plan, at_edge
 from apps.compare.stats import choose
 from apps.compare.summary import ExamplePair, Summary, summarize
 from apps.compare.systems import SPARSE, System, find_systems, label
-from apps.compare.training import Unit, quiet, train
+from apps.compare.training import Unit, train
 from apps.machine import cpu_name
+from apps.quiet import quiet
 from apps.training import SparseModule
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:  # type: ignore[override]
-        raise UsageError(message)
 
 
 _DESCRIPTION = """\
@@ -50,8 +47,8 @@ Any value of the configuration may be given as well, as for moesaic fit: --train
 --model.moe.num_experts 16, --seed_everything 7. Stopped at any moment, the same command goes on."""
 
 
-def _parser() -> _Parser:
-    parser = _Parser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="moesaic compare",
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -82,7 +79,7 @@ def run(argv: Sequence[str]) -> int:
     """Run ``moesaic compare ARGV``.
 
     Returns:
-        0, or 130 where the user stopped it.
+        0, 130 where the user stopped it, or 143 where the system did.
 
     Raises:
         UsageError: a wrong option.
@@ -91,9 +88,17 @@ def run(argv: Sequence[str]) -> int:
     try:
         run_command(argv)
     except KeyboardInterrupt:
-        print(f"\nstopped; what is finished is kept. To go on: {command_line(argv)}", file=sys.stderr)
-        return 130
+        return _stopped("stopped", 130, argv)
+    except SystemExit as stop:
+        if not is_termination(stop):
+            raise
+        return _stopped("terminated", 143, argv)
     return 0
+
+
+def _stopped(how: str, code: int, argv: Sequence[str]) -> int:
+    print(f"\n{how}; what is finished is kept. To go on: {command_line(argv)}", file=sys.stderr)
+    return code
 
 
 def run_command(argv: Sequence[str], title: str | None = None) -> Outcome:
@@ -178,7 +183,7 @@ def compare(
         UsageError, ValueError: see ``run``.
         NonFiniteError: a final run diverged.
     """
-    with quiet():
+    with quiet(own_notes=False):
         experiment = Experiment(read)
     plan = Plan.make(experiment.plain(), options, experiment.rate, experiment.seed)
     with locked(output):
@@ -192,7 +197,7 @@ def compare(
 
 def _systems(experiment: Experiment, options: Options, output: Path, display: Display) -> list[System]:
     """The systems with their costs; counted each time, since it takes no more than a forward of each."""
-    with quiet(), display.step("counting FLOPs"):
+    with quiet(own_notes=False), display.step("counting FLOPs"):
         torch.manual_seed(experiment.seed)
         sparse, data = experiment.build(SPARSE)
         assert isinstance(sparse, SparseModule)
@@ -313,7 +318,7 @@ def _report(
     jobs: int,
 ) -> Outcome:
     metric = f"test/{experiment.monitor.partition('/')[2]}"
-    with quiet():
+    with quiet(own_notes=False):
         module = experiment.module(SPARSE)
     assert isinstance(module, SparseModule)
     signatures = dict(module.metric_signatures)

@@ -26,6 +26,8 @@ from lightning.pytorch import Trainer, seed_everything
 import core
 from apps.compare.experiment import Experiment
 from apps.compare.parallel import answering, start, worker_context
+from apps.compare.training import terminable
+from apps.messages import first_line
 from apps.training import SparseModule, num_examples
 
 ROUND_SECONDS = 0.3
@@ -51,6 +53,7 @@ class Job:
     threads: int
 
 
+@terminable()
 def measure(
     jobs: Mapping[str, Job],
     rounds: int,
@@ -120,8 +123,7 @@ def _answer(name: str, pipe: Connection) -> Any:
     except (EOFError, OSError):
         raise RuntimeError(f"the process that measures {name} ended without an answer (out of memory?)") from None
     if kind == "error":
-        line = (str(value).strip().splitlines() or [""])[0]
-        raise RuntimeError(f"measuring {name} failed: {type(value).__name__}: {line}")
+        raise RuntimeError(f"measuring {name} failed: {type(value).__name__}: {first_line(value)}")
     return value
 
 

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from apps.compare.experiment import Experiment
-from apps.compare.training import Unit, quiet, train
+from apps.compare.training import Unit, terminable, train
+from apps.quiet import quiet
 
 
 def worker_context(modules: Sequence[str] = ()) -> BaseContext:
@@ -45,7 +46,7 @@ def start(context: BaseContext, target: Callable[..., None], *args: Any) -> tupl
 def answering(pipe: Connection) -> Iterator[None]:
     """In a worker: what goes wrong inside is sent to the parent as ("error", exception)."""
     try:
-        with quiet(), suppress(KeyboardInterrupt, EOFError, BrokenPipeError):
+        with quiet(own_notes=False), suppress(KeyboardInterrupt, EOFError, BrokenPipeError):
             yield
     except Exception as error:
         with suppress(OSError):
@@ -55,6 +56,7 @@ def answering(pipe: Connection) -> Iterator[None]:
                 pipe.send(("error", RuntimeError(f"{type(error).__name__}: {error}")))
 
 
+@terminable()
 def train_all(
     arguments: Sequence[str],
     units: Sequence[Unit],

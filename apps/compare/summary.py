@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from apps.compare.stats import Interval, mean_interval, paired_difference, quality_at, verdict
+from apps.compare.stats import paired_difference, quality_at, verdict
 from apps.compare.systems import SPARSE, TOLERANCE, System, claim, label
+from apps.intervals import Interval, mean_interval
 from apps.routers import PREFIX
 from apps.training import ExampleDifference
 

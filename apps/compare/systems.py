@@ -102,14 +102,15 @@ def claim(name: str) -> Literal["flops", "params"] | None:
 
 
 def measure_cost(module: SparseModule, batch: Any, replaced: Sequence[str], as_evaluated: bool = False) -> Cost:
-    """Count parameters, and FLOPs of one evaluation forward of ``batch``.
+    """Count parameters, and FLOPs of one forward of ``batch``, as in training or as in evaluation.
 
     Args:
         module: left as it was.
         batch: of the data module, on the module's device.
         replaced: dotted names of the blocks that a baseline replaces; see ``SparseModule.replaced_blocks``.
-        as_evaluated: count what is computed under the module's evaluation capacity. Else capacity limits of 1 and more
-            are lifted: what an untrained router drops says nothing of the model.
+        as_evaluated: count what is computed under the module's evaluation capacity. Else as in training, by the rule of
+            ``MoEConfig.flops_per_token``: every chosen pair, times the training's capacity factor where that is below
+            1. What an untrained router drops, or leaves empty, says nothing of the model.
 
     Raises:
         ValueError: a name in ``replaced`` is not a submodule.
@@ -125,18 +126,25 @@ def measure_cost(module: SparseModule, batch: Any, replaced: Sequence[str], as_e
         modules[name].register_forward_pre_hook(lambda m, a, k: calls.append((m, a, k)), with_kwargs=True)
         for name in replaced
     ]
-    routers_of = [r for layer in core.moe_layers(module).values() for r in layer.routers().values()]
-    factors = [router.capacity.factor for router in routers_of]
-    lift = bool(factors) and not as_evaluated and all(f is None or f >= 1 for f in factors)
+    dropped = {} if as_evaluated else _shares_dropped(module)
+    rows: list[tuple[str, Any]] = []
+    hooks += [
+        modules[name].experts.register_forward_pre_hook(lambda _, a, name=name: rows.append((name, a)))
+        for name in dropped
+    ]
     training = module.training
     module.eval()
     try:
-        limits = core.set_capacity_factor(module, None) if lift else contextlib.nullcontext()
+        limits = contextlib.nullcontext() if as_evaluated else core.set_capacity_factor(module, None)
         with torch.no_grad(), torch.random.fork_rng(devices=cuda_devices(module)), limits:
-            total = core.count_flops(module, *inputs)
+            total: float = core.count_flops(module, *inputs)
             for hook in hooks:
                 hook.remove()
-            inside = sum(core.count_flops(m, *args, **kwargs) for m, args, kwargs in calls)
+            inside: float = sum(core.count_flops(m, *args, **kwargs) for m, args, kwargs in calls)
+            for name, args in rows:
+                less = dropped[name] * core.count_flops(modules[name].experts, *args)
+                total -= less
+                inside -= less * any(f"{name}.".startswith(f"{block}.") for block in replaced)
     finally:
         for hook in hooks:
             hook.remove()
@@ -148,6 +156,17 @@ def measure_cost(module: SparseModule, batch: Any, replaced: Sequence[str], as_e
         replaced_flops_per_example=inside / examples if replaced else None,
         replaced_params=sum(p.numel() for name in replaced for p in modules[name].parameters()) if replaced else None,
     )
+
+
+def _shares_dropped(module: nn.Module) -> dict[str, float]:
+    """By layer, the part of the routed pairs that its training's capacity leaves out even where loads are equal."""
+    shares = {}
+    for name, layer in core.moe_layers(module).items():
+        factors = [router.capacity.factor for router in layer.routers().values()]
+        least = min((f for f in factors if f is not None), default=1.0)
+        if least < 1:
+            shares[name] = 1 - least
+    return shares
 
 
 def check_equal(name: str, sparse: Cost, other: Cost, tolerance: float = TOLERANCE) -> str:

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from apps import plots
-from apps.compare.stats import Interval
 from apps.compare.summary import Row, Summary, flops, notes, number
 from apps.compare.systems import label
+from apps.intervals import Interval
 
 NONE = "–"
 

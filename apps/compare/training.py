@@ -7,23 +7,23 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
 import math
 import shutil
 import signal
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from apps.averaging import AVERAGE, FOLDER
 from apps.callbacks import AtomicCheckpointIO, BestAndLast, GeneratorState
 from apps.compare.experiment import Experiment
 from apps.compare.files import read_json, write_json
+from apps.quiet import quiet
 from apps.training import NonFiniteError, SparseModule, to_plain
 
 CHECKPOINT = "last.ckpt"
@@ -184,7 +184,7 @@ def train(
     folder = unit.folder(output)
     result: dict[str, Any] = {"unit": {**dataclasses.asdict(unit), "name": unit.name}}
     started, cpu = time.time(), time.process_time()
-    with quiet():
+    with quiet(own_notes=False):
         seed_everything(unit.seed, verbose=False)
         module, data = experiment.build(unit.system)
         if isinstance(module, SparseModule):
@@ -304,23 +304,6 @@ def _hooks(callback: Callback) -> set[str]:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Lightning's notes and hints off inside."""
-    loggers = [logging.getLogger(n) for n in ("lightning.pytorch", "lightning.fabric", "lightning")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"lightning\.")
-        warnings.filterwarnings("ignore", message=r".*(does not have many workers|num_workers|lr_scheduler\.step).*")
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
-
-
-@contextlib.contextmanager
 def interruptible() -> Iterator[None]:
     """Ctrl-C is a KeyboardInterrupt here: Lightning's trainer makes an exit of it and leaves the signal ignored."""
     handler = signal.getsignal(signal.SIGINT)
@@ -333,3 +316,21 @@ def interruptible() -> Iterator[None]:
     finally:
         with contextlib.suppress(ValueError):  # not the main thread, which has no handler to restore
             signal.signal(signal.SIGINT, handler)
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM is an exit here, as inside Lightning's trainer: what waits for workers stops them before it ends."""
+
+    def stop(*_: Any) -> None:
+        raise SIGTERMException
+
+    try:
+        handler = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)

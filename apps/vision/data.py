@@ -457,7 +457,13 @@ class VisionData(LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         if self._sets is not None:
             return
-        splits = self._read(sources.prepare(self.dataset, self.root, self.cache_dir))
+        folder = sources.prepare(self.dataset, self.root, self.cache_dir)
+        try:
+            splits = self._read(folder)
+        except ValueError as error:
+            if folder != sources.cache_root(self.cache_dir) / self.dataset:  # the user's own, or a package's
+                raise
+            raise ValueError(f"{error}; delete it to have it fetched again") from error
         train, val = splits.train, splits.val
         if self.val_size is not None or val is None:
             num_val = self._count_val(len(train))

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import core
 from apps import plots
+from apps.intervals import mean_interval
 from apps.loader import batches_of_test
 from apps.routed import expert_label_counts, expert_of_token
 from apps.tables import print_table, write_csv
@@ -35,7 +36,7 @@ class FewShotResult:
         shots: labelled images a class.
         accuracies: one a seed, each with other labelled images.
         mean: of the accuracies.
-        interval: half width of the 95 % interval of the mean (Student's t); 0 for one seed.
+        interval: half width of the 95 % interval of the mean (Student's t); None for one seed.
     """
 
     shots: int
@@ -46,13 +47,8 @@ class FewShotResult:
         return float(np.mean(self.accuracies))
 
     @property
-    def interval(self) -> float:
-        n = len(self.accuracies)
-        if n < 2:
-            return 0.0
-        from scipy.stats import t
-
-        return float(t.ppf(0.975, n - 1) * np.std(self.accuracies, ddof=1) / np.sqrt(n))
+    def interval(self) -> float | None:
+        return mean_interval(self.accuracies).half_width
 
 
 def draw_shots(labels: np.ndarray, shots: int, seed: int) -> np.ndarray:
@@ -329,9 +325,12 @@ class VisionReport(Callback):
         seeds = self.config.few_shot_seeds
         rows = [{"shots": r.shots, "accuracy": r.mean, "interval": r.interval, "seeds": seeds} for r in results]
         print_table(
-            f"Few-shot linear evaluation, mean of {seeds} draws",
+            f"Few-shot linear evaluation, {'one draw' if seeds == 1 else f'mean of {seeds} draws'}",
             ("shots a class", "test accuracy, %", "95 % interval"),
-            [(str(r.shots), f"{100 * r.mean:.2f}", f"± {100 * r.interval:.2f}") for r in results],
+            [
+                (str(r.shots), f"{100 * r.mean:.2f}", "–" if r.interval is None else f"± {100 * r.interval:.2f}")
+                for r in results
+            ],
         )
         return [write_csv(folder / "few_shot.csv", rows)]
 

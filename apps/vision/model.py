@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 import core
 from apps.blocks import resolve_blocks
+from apps.messages import first_line
 
 _logger = logging.getLogger(__name__)
 
@@ -409,7 +410,7 @@ def _read_weights(source: str) -> dict[str, Tensor]:
         try:
             weights = load_state_dict(source, weights_only=True)
         except Exception as error:  # a corrupt file raises whatever its format's reader raises
-            raise ValueError(f"pretrained={source} cannot be read: {_first_line(error)}") from error
+            raise ValueError(f"pretrained={source} cannot be read: {first_line(error)}") from error
         # A checkpoint of our own keeps the network under "model.".
         inner = {n.removeprefix("model."): w for n, w in weights.items() if n.startswith("model.")}
         return inner or weights
@@ -420,8 +421,4 @@ def _read_weights(source: str) -> dict[str, Tensor]:
     try:
         return timm.create_model(source, pretrained=True).state_dict()
     except Exception as error:  # hub, network and file errors have no common base
-        raise ValueError(f"pretrained={source!r} cannot be fetched: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"pretrained={source!r} cannot be fetched: {first_line(error)}") from error

@@ -120,8 +120,9 @@ def read_csv_digits(root: Path, name: str, side: int, top: int) -> Splits:
     The file has no split of its own: 20 % are held out, stratified, the same ones always.
     """
     path = root / name
+    data = _read_bytes(path)
     try:
-        rows = np.loadtxt(_read_bytes(path).decode().splitlines(), delimiter=",", dtype=np.float32, ndmin=2)
+        rows = np.loadtxt(data.decode().splitlines(), delimiter=",", dtype=np.float32, ndmin=2)
     except (ValueError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is corrupt: it is not a table of numbers ({error})") from error
     if rows.shape[1] != side * side + 1:
@@ -218,9 +219,7 @@ def _read_bytes(path: Path) -> bytes:
     except FileNotFoundError as error:
         raise ValueError(f"{path} is missing") from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(
-            f"{path} is corrupt: it is truncated or no gzip file ({error}); delete it to have it fetched again"
-        ) from error
+        raise ValueError(f"{path} is corrupt: it is truncated or no gzip file ({error})") from error
 
 
 class _NumpyUnpickler(pickle.Unpickler):

@@ -5,21 +5,24 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from tiny_app import TinyModule
+from PIL import Image
+from tiny_app import TinyData, TinyModule
 
 from apps.cli import main
 from apps.cli.errors import reduce_message
-from apps.cli.request import merge
+from apps.cli.request import merge, with_nulls
 from apps.cli.train import build
 
 ROOT = Path(__file__).parents[2]
@@ -105,14 +108,59 @@ def test_fit_leaves_logs_checkpoints_and_its_configuration(trained):
     assert saved["seed_everything"] == 0
 
 
-def test_the_run_is_named_after_its_configurations_and_can_be_run_again(config, capsys):
+def content(folder: Path) -> dict[str, bytes]:
+    """The files of a run's folder, without those of an earlier run."""
+    paths = (p for p in folder.rglob("*") if p.is_file())
+    files = {str(p.relative_to(folder)): p.read_bytes() for p in paths}
+    return {name: data for name, data in files.items() if not name.startswith("earlier/")}
+
+
+def test_the_run_is_named_after_its_configurations_and_a_new_one_puts_all_of_it_aside(config, capsys):
     Path("small.yaml").write_text("trainer: {limit_train_batches: 1}")
-    for _ in range(2):
-        assert main(["fit", "--config", config, "--config", "small.yaml"]) == 0
-    assert Path("runs/tiny-small/checkpoints/last.ckpt").is_file()
-    assert "holds an earlier run" in capsys.readouterr().out
-    with open("runs/tiny-small/metrics.csv") as file:
+    argv, run = ["--config", config, "--config", "small.yaml"], Path("runs/tiny-small")
+    assert main(["fit", *argv]) == 0
+    assert main(["test", *argv]) == 0
+    (run / "report").mkdir()
+    (run / "report" / "load.png").write_bytes(b"a picture")
+    before = content(run)
+    assert {"test.json", "checkpoints/last.ckpt", "config.yaml", "metrics.csv"} < set(before)
+    assert main(["fit", *argv, "--data.num_classes", "5"]) == 0
+    assert "runs/tiny-small held an earlier run: it is in runs/tiny-small/earlier now" in capsys.readouterr().out
+    assert content(run / "earlier") == before
+    names = {name for name in content(run) if "events" not in name}
+    assert names == {name for name in before if "events" not in name} - {"test.json", "report/load.png"}
+    assert len(list((run / "tensorboard").glob("events*"))) == 1
+    with open(run / "metrics.csv") as file:
         assert {row["step"] for row in csv.DictReader(file)} == {"0"}
+    # A resumed run moves nothing, and the earlier run can be tested and gone on with where it is.
+    now = content(run)
+    assert main(["fit", *argv, "--ckpt_path", "last", "--data.num_classes", "5", "--trainer.max_epochs", "2"]) == 0
+    assert content(run / "earlier") == before
+    assert content(run).keys() > now.keys()
+    assert main(["test", "--ckpt_path", str(run / "earlier" / "checkpoints" / "best.ckpt")]) == 0
+    assert json.loads((run / "earlier" / "test.json").read_text())["checkpoint"].startswith("runs/tiny-small/earlier/")
+    assert "test.json" not in content(run)
+
+
+def test_a_fit_that_fails_before_its_first_step_leaves_the_earlier_run_whole(config, capsys, monkeypatch):
+    def broken(self):
+        raise ValueError("no data today")
+
+    run = Path("runs/tiny")
+    assert main(["fit", "--config", config]) == 0
+    before = content(run)
+    with monkeypatch.context() as patch:
+        patch.setattr(TinyData, "train_dataloader", broken)
+        assert "no data today" in fails(capsys, 1, "fit", "--config", config, "--data.batch_size", "4")
+    after = content(run)
+    assert {name: after[name] for name in before} == before
+    assert not (run / "earlier").exists()
+    # One that fails after it is put aside with nothing, for it left no checkpoint: the run before stays.
+    assert "loss is nan" in fails(capsys, 1, "fit", "--config", config, "--model.explode_at", "0")
+    assert "loss is nan" in fails(capsys, 1, "fit", "--config", config, "--model.explode_at", "0")
+    kept = content(run / "earlier")
+    assert {name: kept[name] for name in before} == before
+    assert len(list((run / "tensorboard").glob("events*"))) == 1
 
 
 def test_a_short_name_a_long_name_and_a_user_s_own_class_are_routers(config, tmp_path):
@@ -207,12 +255,17 @@ def test_a_structural_clash_names_both_values(trained, capsys):
         (["--model.wdth", "8"], "model.wdth does not exist; did you mean 'width'?"),
         (["--trainer.max_epoch", "8"], "trainer.max_epoch does not exist; did you mean 'trainer.max_epochs'?"),
         (["--trainer.max_epochs", "x"], "trainer.max_epochs=x is not of type int"),
+        (["--trainer.gradient_clip_val", "x"], "trainer.gradient_clip_val=x is not one of int, float"),
+        (["--seed_everything", "abc"], "seed_everything=abc is not one of bool, int"),
+        (["--trainer.precision", "half"], "trainer.precision=half is not one of 64, 32, 16, transformer-engine, "),
+        (["--model.optimizer.name", "sgd"], "model.optimizer.name=sgd is not one of adamw, muon"),
         (["--trainer.max_epochs"], "trainer.max_epochs"),
         (["--nonsense", "1"], "nonsense does not exist"),
         (["stray"], "unexpected argument 'stray': options are written --key value"),
         (["--config", "tny.yaml"], "no configuration tny.yaml; did you mean tiny.yaml?"),
         (["--config"], "--config needs a value"),
         (["--model", "Tinny"], "model=Tinny does not exist"),
+        (["--trainer.default_root_dir", "r1"], "trainer.default_root_dir=r1 would split the run: give --run_dir"),
         (["--model.num_classes", "7"], "model.num_classes=7 does not fit the data, whose num_classes is 3"),
     ],
 )
@@ -296,8 +349,7 @@ def test_no_disk_space_is_one_line_and_the_old_checkpoint_stays(config, capsys):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
-        more = ("--ckpt_path", "last", "--trainer.max_epochs", "2", "--trainer.logger", "false")
-        line = fails(capsys, 1, "fit", "--config", config, *more)
+        line = fails(capsys, 1, "fit", "--config", config, "--ckpt_path", "last", "--trainer.max_epochs", "2")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "cannot write the checkpoint" in line
@@ -305,16 +357,38 @@ def test_no_disk_space_is_one_line_and_the_old_checkpoint_stays(config, capsys):
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
 
 
-def test_a_full_disk_at_the_first_file_is_one_line(config, capsys):
+@pytest.mark.parametrize(
+    ("limit", "what"), [(64, r".*/config\.yaml"), (8192, "runs/tiny/tensorboard")], ids=["first_file", "mid_epoch"]
+)
+def test_a_full_disk_is_one_line_that_names_what_could_not_be_written(config, capsys, monkeypatch, limit, what):
+    """TensorBoard's file grows the fastest. It is written in a thread, whose traceback would be told as well."""
+    uncaught: list[threading.ExceptHookArgs] = []
+    monkeypatch.setattr(threading, "excepthook", uncaught.append)
     Path("runs").mkdir()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (64, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
-        line = fails(capsys, 1, "fit", "--config", config)
+        line = fails(capsys, 1, "fit", "--config", config, "--data.n", "2400")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert "File too large" in line
+    assert re.fullmatch(f"{what}: File too large", line)
+    assert not uncaught
     assert not list(Path("runs").rglob("*.tmp"))
+
+
+def test_an_error_in_a_worker_is_told_without_its_traceback(config, capsys):
+    """torch puts the worker's traceback into the message."""
+    images = "data: {class_path: VisionData, init_args: {dataset: image_folder, root: images, image_size: 8}}\n"
+    Path("images.yaml").write_text(images)
+    for name in ("train/a/0.png", "train/b/0.png", "test/a/0.png", "test/b/0.png"):
+        Path("images", name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(Path("images", name))
+    cut = Path("images/train/b/0.png")
+    cut.write_bytes(cut.read_bytes()[:20])
+    more = ("--config", "images.yaml", "--data.val_size", "0", "--data.num_workers", "1")
+    line = fails(capsys, 1, "fit", "--config", config, *more)
+    assert line.startswith("images/train/b/0.png is corrupt: ")
+    assert "Traceback" not in line
 
 
 def test_an_interrupt_is_one_line(config, capsys, monkeypatch):
@@ -343,6 +417,25 @@ def test_merging_goes_mapping_by_mapping_and_drops_another_class_s_arguments():
     assert merge(base, {"n": None})["n"] is None
     assert merge({"moe": None}, {"moe": {"num_experts": 4}}) == {"moe": {"num_experts": 4}}
     assert base["n"] == 1
+
+
+def test_null_reaches_any_depth():
+    config = {"model": {"class_path": "V", "init_args": {"moe": {"capacity_factor": 1.0, "router": "TokenChoice"}}}}
+    argv = ["--trainer.logger", "false", "--model.moe.capacity_factor", "null", "--model.moe=null", "--print_config"]
+    merged, rest = with_nulls(config, argv)
+    assert merged["model"]["init_args"]["moe"] == {"capacity_factor": None, "router": "TokenChoice"}
+    assert rest == ["--trainer.logger", "false", "--model.moe=null", "--print_config"]
+    # Where there is nothing to set it in, the flag stays, to be refused by name.
+    for flag in ("--model.mo.capacity_factor=null", "--model.init_args.moe.router.mood=~"):
+        assert with_nulls(config, [flag]) == (config, [flag])
+    deep = with_nulls(config, ["--model.init_args.moe.capacity_factor=~"])
+    assert deep == (merged, [])
+
+
+def test_a_nested_null_is_taken(config):
+    flags = ["--model.moe.capacity_factor", "1.5", "--model.moe.eval_capacity_factor", "null"]
+    moe = build("fit", ["--config", config, *flags]).model.hparams["moe"]["init_args"]
+    assert (moe["capacity_factor"], moe["eval_capacity_factor"]) == (1.5, None)
 
 
 def test_jsonargparse_s_fifteen_lines_become_one():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from apps import demo, sources
 from apps.compare import training
@@ -53,13 +54,16 @@ def test_what_goes_wrong_is_one_line(tmp_path, capsys, digits):
     assert demo.main(["--output"]) == 2
 
 
-def test_stopping_says_how_to_go_on(tmp_path, monkeypatch, capsys, digits):
-    def stop(*args):
-        raise KeyboardInterrupt
+@pytest.mark.parametrize(
+    "stop, code, how", [(KeyboardInterrupt, 130, "stopped"), (SIGTERMException, 143, "terminated")]
+)
+def test_stopping_says_how_to_go_on(tmp_path, monkeypatch, capsys, digits, stop, code, how):
+    def stopping(*args):
+        raise stop
 
-    monkeypatch.setattr(training, "_fit", stop)
-    assert demo.main(["--output", str(tmp_path), *FEW]) == 130
-    assert "make demo goes on from here" in capsys.readouterr().err
+    monkeypatch.setattr(training, "_fit", stopping)
+    assert demo.main(["--output", str(tmp_path), *FEW]) == code
+    assert capsys.readouterr().err == f"\n{how}; make demo goes on from here\n"
 
 
 def test_every_part_is_a_comparison_that_parses(monkeypatch):

@@ -130,31 +130,45 @@ def test_a_stopped_run_resumes_exactly(config, tmp_path, stops, flags):
     assert_same(tmp_path / "unbroken", tmp_path / "broken")
 
 
-def test_a_killed_process_resumes_exactly(config, tmp_path):
-    fit(config, tmp_path / "unbroken")
-    broken = tmp_path / "broken"
-    command = [sys.executable, "-m", "apps.cli", "fit", "--config", config, "--run_dir", str(broken)]
+def fit_and_signal(config: str, run_dir: Path, number: signal.Signals, step: int) -> tuple[int, str]:
+    """A process that trains and is sent a signal once ``step`` is in its log: how it ended, and its stderr."""
+    command = [sys.executable, "-m", "apps.cli", "fit", "--config", config, "--run_dir", str(run_dir)]
     path = os.pathsep.join((str(ROOT), str(Path(__file__).parent)))
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     process = subprocess.Popen(
-        [*command, "--model.seconds", "0.05"], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
+        [*command, "--model.seconds", "0.05"],
+        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
     try:
         deadline = time.monotonic() + 120
-        while not (broken / "metrics.csv").exists() or not any(int(r["step"]) >= 13 for r in log(broken)):
-            assert process.poll() is None, process.stderr.read().decode()
+        while not (run_dir / "metrics.csv").exists() or not any(int(r["step"]) >= step for r in log(run_dir)):
+            assert process.poll() is None, process.stderr.read()
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
+        process.send_signal(number)
+        return process.wait(60), process.stderr.read()
     finally:
         process.kill()
         process.communicate()
-    assert process.returncode == -signal.SIGKILL
+
+
+def test_a_killed_process_resumes_exactly(config, tmp_path):
+    fit(config, tmp_path / "unbroken")
+    broken = tmp_path / "broken"
+    assert fit_and_signal(config, broken, signal.SIGKILL, step=13)[0] == -signal.SIGKILL
     assert 9 < checkpoint(broken)["global_step"] < 27
     # What no one writes comes from the checkpoint: without the flag, the resumed run would be as slow.
     fit(config, broken, "--ckpt_path", str(broken / "checkpoints" / "last.ckpt"), "--model.seconds", "0.0")
     assert_same(tmp_path / "unbroken", broken)
     assert not list(broken.rglob("*.tmp"))
+
+
+def test_a_terminated_process_is_no_success_and_says_how_to_go_on(config, tmp_path):
+    code, told = fit_and_signal(config, tmp_path, signal.SIGTERM, step=3)
+    assert code == 143
+    last = told.strip().splitlines()[-1]
+    assert last == "terminated; --ckpt_path last goes on from the last checkpoint, if there is one"
+    assert "Traceback" not in told
 
 
 def test_a_finished_run_is_left_as_it_is_and_can_be_made_longer(config, tmp_path):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from apps.files import replacing, temporary_path
+from apps.messages import first_line
 
 CONFIG = "config.json"
 SAFETENSORS, TORCH = "model.safetensors", "pytorch_model.bin"
@@ -107,7 +108,7 @@ class _Safetensors(Mapping[str, Tensor]):
         try:
             self._file = safe_open(path, framework="pt")
         except (OSError, SafetensorError) as error:
-            raise ValueError(f"{path} cannot be read: {_first_line(error)}") from error
+            raise ValueError(f"{path} cannot be read: {first_line(error)}") from error
         self._names = frozenset(self._file.keys())
 
     def __getitem__(self, name: str) -> Tensor:
@@ -129,14 +130,10 @@ def _read_torch(path: Path) -> Mapping[str, Tensor]:
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path} holds more than tensors, and is not read") from error
     except (OSError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} cannot be read: {_first_line(error)}") from error
+        raise ValueError(f"{path} cannot be read: {first_line(error)}") from error
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise ValueError(f"{path} holds no tensors by name")
     return tensors
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:

@@ -12,6 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 
+from apps.messages import one_line
+
 # The encodings in which a line can be cut at its separators without being decoded.
 _ENCODINGS = ("utf8", "latin1")
 
@@ -88,7 +90,7 @@ def read_delimited(
     except (pa.ArrowInvalid, pa.ArrowKeyError, UnicodeDecodeError) as error:
         if "Empty CSV file" in str(error):
             raise ValueError(empty) from error
-        raise ValueError(f"{path} is corrupt: {_one_line(error)}{_HINT}") from error
+        raise ValueError(f"{path} is corrupt: {_shortened(error)}{_HINT}") from error
     if not table.num_rows:
         raise ValueError(empty)
     for i, name in enumerate(table.column_names):
@@ -126,8 +128,8 @@ def side_by_side(*tables: pa.Table) -> pa.Table:
 _HINT = "; if it was fetched for you, delete it to have it fetched again"
 
 
-def _one_line(error: Exception) -> str:
-    line = " ".join(str(error).split())
+def _shortened(error: Exception) -> str:
+    line = one_line(str(error))
     return line if len(line) <= 160 else line[:157] + "..."
 
 

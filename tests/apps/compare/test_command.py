@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import signal
 import time
 from pathlib import Path
 
@@ -54,6 +57,21 @@ def test_compare_end_to_end_and_again(config, tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     assert moesaic([*argv, "--seeds", "3"]) == 1
     assert "options.num_seeds: 2 saved, 3 now" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_a_termination_is_no_success_and_says_how_to_go_on(config, tmp_path, monkeypatch, capsys, jobs):
+    """With one job the trainer gets the signal, with two the wait for the workers."""
+    argv = ["compare", str(config), "--output", str(tmp_path / "out"), "--rounds", "0", "--jobs", jobs]
+
+    def terminated(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(command.Display, "unit", terminated)
+    assert moesaic(argv) == 143
+    assert f"terminated; what is finished is kept. To go on: moesaic {' '.join(argv)}" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert not multiprocessing.active_children()
 
 
 def test_the_examples_of_two_tests_are_compared_seed_by_seed(config, tmp_path, capsys):

@@ -6,7 +6,8 @@ import math
 
 import pytest
 
-from apps.compare.stats import Interval, choose, mean_interval, paired_difference, quality_at, verdict
+from apps.compare.stats import choose, paired_difference, quality_at, verdict
+from apps.intervals import Interval, mean_interval
 
 
 def test_mean_interval_is_students_t():

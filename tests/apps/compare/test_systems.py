@@ -52,6 +52,21 @@ def test_capacity_does_not_hide_cost(config):
     assert measure_cost(model, batch, tried.replaced, as_evaluated=True).replaced_flops_per_example < 4 * 576
 
 
+# Of 576 FLOPs a token the router's 64 stay, and of the experts' 512 the training computes at most the factor's part.
+@pytest.mark.parametrize("train, evaluation, flops", [(0.5, None, 64 + 256), (0.5, 2.0, 64 + 256), (None, 0.5, 576)])
+def test_equal_is_the_cost_of_the_training_forward(config, train, evaluation, flops):
+    factors = {"capacity_factor": train, "eval_capacity_factor": evaluation}
+    given = [f"--model.moe.{name}={factor}" for name, factor in factors.items() if factor is not None]
+    model, data = experiment(config, *given).build("sparse")
+    torch.nn.init.zeros_(model.block.router.gate.weight)  # experts 0 and 1 take every token, and 2 and 3 stay empty
+    sparse, dense = find_systems(model, next(iter(data.val_dataloader())))
+    assert sparse.cost.replaced_flops_per_example == 4 * flops
+    assert sparse.cost.flops_per_example == 4 * flops + 128 + 48
+    assert not dense.refused
+    assert dense.replaced_ratio == 1.0
+    assert model.block.router.capacity.factor == train
+
+
 def test_a_false_claim_is_left_out_with_its_reason(config):
     names = ("dense_equal_flops", "dense_double_equal_flops", "dense_equal_params", "centroids", "none")
     model, data = experiment(config, *offers(*names)).build("sparse")

@@ -252,6 +252,16 @@ def test_other_corrupt_files(tmp_path: Path) -> None:
     (tmp_path / "mnist_5k.csv.gz").write_bytes(gzip.compress(b"1,2,three\n"))
     with pytest.raises(ValueError, match=r"mnist_5k.csv.gz is corrupt: it is not a table of numbers"):
         ready("mnist5k", tmp_path)
+    whole = gzip.compress(b"1,2,3\n" * 100)
+    (tmp_path / "mnist_5k.csv.gz").write_bytes(whole[:-9])
+    cut = r"mnist_5k.csv.gz is corrupt: it is truncated or no gzip file \(.*\)"
+    with pytest.raises(ValueError, match=rf"\A[^ ]*{cut}\Z"):  # once, and none of our business to delete
+        ready("mnist5k", tmp_path)
+    cached = tmp_path / "cache" / "mnist5k" / "mnist_5k.csv.gz"
+    cached.parent.mkdir(parents=True)
+    cached.write_bytes(whole[:-9])
+    with pytest.raises(ValueError, match=rf"\A[^ ]*{cut}; delete it to have it fetched again\Z"):
+        ready("mnist5k", cache_dir=str(tmp_path / "cache"))
     (tmp_path / "photo.jpg").write_bytes(b"\xff\xd8\xff\xe0 cut")
     with pytest.raises(ValueError, match=r"photo.jpg is corrupt"):
         read_image(str(tmp_path / "photo.jpg"))

@@ -74,7 +74,7 @@ def test_interval_is_students():
     result = FewShotResult(5, (0.5, 0.6, 0.7))
     assert result.mean == pytest.approx(0.6)
     assert result.interval == pytest.approx(0.2484, abs=1e-4)
-    assert FewShotResult(5, (0.5,)).interval == 0.0
+    assert FewShotResult(5, (0.5,)).interval is None
 
 
 # ---- who goes where
@@ -250,7 +250,7 @@ def test_several_processes_leave_the_report_out(tmp_path, caplog):
     assert "test with --trainer.devices 1" in caplog.text
 
 
-def test_report_of_a_dense_model_is_the_few_shot_part(tmp_path):
+def test_report_of_a_dense_model_is_the_few_shot_part_without_an_interval_of_one_draw(tmp_path, capsys):
     module = VisionClassifier(
         vit=ViTConfig(patch_size=4, embed_dim=8, depth=1, num_heads=2),
         image_size=8,
@@ -260,6 +260,9 @@ def test_report_of_a_dense_model_is_the_few_shot_part(tmp_path):
     trainer = Trainer(default_root_dir=tmp_path, accelerator="cpu", enable_checkpointing=False, **options)
     trainer.test(module, datamodule=VisionData("digits"), verbose=False)
     assert [p.name for p in (tmp_path / "report").iterdir()] == ["few_shot.csv"]
+    assert "±" not in capsys.readouterr().out
+    (row,) = csv.DictReader((tmp_path / "report" / "few_shot.csv").open())
+    assert row["interval"] == ""
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,61 @@
+"""Means over seeds or draws, and how far they may be off."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean and its 95 % interval (Student's t).
+
+    Attributes:
+        mean: of the values.
+        half_width: of the interval; None for fewer than two values.
+        count: number of values.
+    """
+
+    mean: float
+    half_width: float | None
+    count: int
+
+    @property
+    def low(self) -> float:
+        return self.mean - (self.half_width or 0.0)
+
+    @property
+    def high(self) -> float:
+        return self.mean + (self.half_width or 0.0)
+
+    def negated(self) -> Interval:
+        """Of the values with the other sign."""
+        return Interval(-self.mean, self.half_width, self.count)
+
+    @property
+    def excludes_zero(self) -> bool:
+        """An interval of width 0 excludes nothing: equal values do not tell how far others would spread."""
+        return bool(self.half_width) and not self.low <= 0 <= self.high
+
+
+def mean_interval(values: Sequence[float], level: float = 0.95) -> Interval:
+    """Mean and t-interval of ``values``: half width ``t_{(1 + level) / 2, n - 1} * s / sqrt(n)``.
+
+    Raises:
+        ValueError: no value.
+
+    Example::
+
+        mean_interval([1.0, 2.0, 3.0])     # 2 +- 4.3027 * 1 / sqrt(3) = 2 +- 2.4841
+    """
+    n = len(values)
+    if n == 0:
+        raise ValueError("mean_interval needs at least one value")
+    mean = math.fsum(values) / n
+    if n == 1:
+        return Interval(mean, None, 1)
+    from scipy.stats import t
+
+    deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1))
+    return Interval(mean, float(t.ppf((1 + level) / 2, n - 1)) * deviation / math.sqrt(n), n)

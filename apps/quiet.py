@@ -1,0 +1,76 @@
+"""What Lightning and its libraries say, left out where it does not help."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import warnings
+from collections.abc import Iterator
+
+# Advice that does not apply here: data in memory needs no workers, short epochs are logged by step, promotions.
+_UNHELPFUL_WARNINGS = (
+    ".*does not have many workers.*",
+    ".*is smaller than the logging interval.*",
+    ".*treespec, LeafSpec.*",
+    ".*LeafSpec.*is deprecated.*",
+    ".*litlogger.*",
+    ".*litmodels.*",
+    ".*GPU available but not used.*",
+    ".*`isinstance\\(treespec.*",
+    ".*no logger configured.*",
+    ".*Trying to infer the `batch_size`.*",
+    "`?torch.distributed.* is deprecated.*",  # TorchRec's calls
+)
+
+
+@contextlib.contextmanager
+def quiet(own_notes: bool = True) -> Iterator[None]:
+    """Without Lightning's notes and the warnings that do not help here.
+
+    Args:
+        own_notes: print our own notes; else they are left out, and with them every warning of Lightning's.
+    """
+    names = ("lightning.pytorch", "lightning.fabric", "lightning")
+    levels = {name: logging.getLogger(name).level for name in names}
+    # FBGEMM logs when it is imported, which would give the root logger a handler that repeats our notes.
+    nothing = logging.NullHandler()
+    logging.getLogger().addHandler(nothing)
+    own, handler = logging.getLogger("apps"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    own_level = own.level
+    for name in levels:
+        logging.getLogger(name).setLevel(logging.WARNING if own_notes else logging.ERROR)
+    if own_notes:
+        own.addHandler(handler)
+        own.setLevel(logging.INFO)
+    try:
+        with warnings.catch_warnings(), _quiet_event_writer():
+            for pattern in _UNHELPFUL_WARNINGS:
+                warnings.filterwarnings("ignore", pattern)
+            if not own_notes:
+                warnings.filterwarnings("ignore", module=r"lightning\.")
+                warnings.filterwarnings("ignore", ".*(num_workers|lr_scheduler\\.step).*")
+            yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+        own.removeHandler(handler)
+        logging.getLogger().removeHandler(nothing)
+        own.setLevel(own_level)
+
+
+@contextlib.contextmanager
+def _quiet_event_writer() -> Iterator[None]:
+    """Without the traceback of TensorBoard's writing thread: what it meets, the next call of its writer raises."""
+    shown = threading.excepthook
+
+    def hook(met: threading.ExceptHookArgs) -> None:
+        if type(met.thread).__name__ != "_AsyncWriterThread":
+            shown(met)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = shown
