@@ -20,7 +20,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,12 +102,28 @@ class ScatterMoE(nn.Module):
         return self.experts(x.flatten(0, 1), gates.to(x.dtype), best.indices).view_as(x)
 
 
+@contextlib.contextmanager
+def or_said(name: str) -> Iterator[None]:
+    """A peer that is not installed is passed over, one that cannot be built is named: the table goes on without it."""
+    try:
+        yield
+    except ImportError:
+        pass
+    except Exception as error:
+        print(f"{name} is not built: {reason(error)}", flush=True)
+
+
+def reason(error: Exception) -> str:
+    """The first line of what an error says, with its class."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
 def gpu_peers(shape: Shape, gated: bool, dtype: torch.dtype) -> dict[str, nn.Module]:
     """scattermoe, megablocks and sonic-moe, where they are installed, at the same widths."""
     peers: dict[str, nn.Module] = {}
-    with contextlib.suppress(ImportError):
+    with or_said("scattermoe"):
         peers["scattermoe"] = ScatterMoE(shape, gated)
-    with contextlib.suppress(ImportError):
+    with or_said("megablocks dMoE"):
         from megablocks import Arguments, dMoE
 
         peers["megablocks dMoE"] = dMoE(
@@ -126,7 +142,7 @@ def gpu_peers(shape: Shape, gated: bool, dtype: torch.dtype) -> dict[str, nn.Mod
                 device=torch.device("cuda"),
             )
         )
-    with contextlib.suppress(ImportError):
+    with or_said("sonic-moe"):
         from sonicmoe import MoE as SonicMoE
         from sonicmoe.enums import ActivationType
 
@@ -145,15 +161,15 @@ def gpu_peers(shape: Shape, gated: bool, dtype: torch.dtype) -> dict[str, nn.Mod
 def peer_layers(shape: Shape, gated: bool, device: torch.device, dtype: torch.dtype) -> dict[str, nn.Module]:
     """The layers of installed peers at the same FLOPs; those that are always gated get two thirds of the width beside
     experts that are not."""
-    peers = gpu_peers(shape, gated, dtype) if device.type == "cuda" else {}
-    peers = {name: peer.to(device, dtype) for name, peer in peers.items()}
+    peers: dict[str, nn.Module] = {}
+    for name, peer in (gpu_peers(shape, gated, dtype) if device.type == "cuda" else {}).items():
+        with or_said(name):
+            peers[name] = peer.to(device, dtype)
     gated_width = shape.F if gated else shape.F * 2 // 3 // 16 * 16
-    try:
+    with or_said("transformers Mixtral"):
         from transformers import MixtralConfig
         from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
-    except ImportError:
-        pass
-    else:
+
         for implementation in ("grouped_mm", "eager"):
             config = MixtralConfig(
                 hidden_size=shape.D,
@@ -166,11 +182,9 @@ def peer_layers(shape: Shape, gated: bool, device: torch.device, dtype: torch.dt
             for parameter in block.parameters():
                 nn.init.normal_(parameter, std=0.02)
             peers[f"transformers Mixtral, {implementation}"] = block.to(device, dtype)
-    try:
+    with or_said("st-moe-pytorch"):
         from st_moe_pytorch import MoE as StMoE
-    except ImportError:
-        pass
-    else:
+
         if shape.K == 2:  # its gate is top-2 by default
             moe = StMoE(dim=shape.D, num_experts=shape.E, expert_hidden_mult=gated_width / shape.D)
             peers["st-moe-pytorch"] = moe.to(device, dtype)
@@ -257,10 +271,10 @@ def measure(
     for name in list(runs):
         try:
             runs[name]()
-        except RuntimeError as error:
+        except Exception as error:
             if name.startswith(("dense", "moesaic")):
                 raise
-            print(f"{name} does not run in {dtype}: {str(error).splitlines()[0]}", flush=True)
+            print(f"{name} does not run in {dtype}: {reason(error)}", flush=True)
             del runs[name]
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):

@@ -44,8 +44,16 @@ class LocalDispatcher:
     def combine(self, rows: Rows) -> Tensor:
         if rows.combined:
             return rows.x
-        gates_R = None if rows.weighted else rows.gates_R
-        y_TD = kernels.combine(rows.x, rows.row_index_R, rows.offsets_E, gates_R, rows.num_tokens, backend=self.backend)
+        y_TD = kernels.combine(
+            rows.x,
+            rows.row_index_R,
+            rows.offsets_E,
+            None if rows.weighted else rows.gates_R,
+            rows.num_tokens,
+            inverse_N=getattr(rows.plan, "inverse_N", None),
+            top_k=getattr(rows.plan, "top_k", None),
+            backend=self.backend,
+        )
         return y_TD.to(rows.x.dtype)
 
 
@@ -85,6 +93,7 @@ class TaskDispatcher(LocalDispatcher):
             offsets_E=placed.offsets_E,
             gates_R=routing.gates_N.index_select(0, order_R),
             num_tokens=routing.num_tokens,
+            plan=RowPlan(order_R, placed.inverse_N, routing.top_k),
             gathered=True,
         )
 

@@ -39,8 +39,9 @@ def _(x, row_index_R, offsets_E, gates_R, w_in, w_out, b_in, b_out, w_gate, *arg
 )
 def _(dy, x, row_index_R, offsets_E, gates_R, w_in, w_out, b_in, b_out, w_gate, *args, out_val=None, **kwargs):
     (_, D, F), N = w_in.shape, w_out.shape[-1]
-    wanted_in, wanted_out, _, _, wanted_gate = args[-1]
-    inputs = D * (1 if w_gate is None else 2) + N
+    *wanted_x, wanted_in, wanted_out, _, _, wanted_gate = args[-1]
+    # On CPU the gradient of x is always computed.
+    inputs = N + (D * (1 if w_gate is None else 2) if all(wanted_x) else 0)
     return 2 * _rows(offsets_E, gates_R.shape[0]) * F * (inputs + D * (wanted_in + wanted_gate) + N * wanted_out)
 
 
@@ -50,7 +51,9 @@ def _(x_R, w, offsets_E, *args, out_val=None, **kwargs):
 
 
 @register_flop_formula([torch.ops.moesaic.grouped_mm_dw, torch.ops.moesaic.triton_linear_dw], get_raw=True)
-def _(x_R, dy_R, offsets_E, *args, out_val=None, **kwargs):
+def _(x_R, dy_R, offsets_E, wants=(True, False), *, out_val=None, **kwargs):
+    if not wants[0]:
+        return 0
     return 2 * _rows(offsets_E, x_R.shape[0]) * x_R.shape[1] * dy_R.shape[1]
 
 

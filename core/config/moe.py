@@ -149,6 +149,7 @@ class MoEConfig:
             expert_output_masking=self.expert_output_masking,
             num_experts=self.num_experts,
             pairs_per_token=self.router.pairs_per_token(self.num_experts),
+            dim=dim,
         )
 
     def num_params(self, dim: int, out_dim: int | None = None) -> int:

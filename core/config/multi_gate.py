@@ -92,6 +92,7 @@ class MultiGateConfig:
             balance=self.balance,
             expert_dropout=self.expert_dropout,
             feature_gate=self._feature_gate(dim, groups),
+            dim=dim,
         )
 
     def groups(self, num_tasks: int, num_domains: int = 0) -> ExpertGroups:
@@ -242,6 +243,7 @@ class MMoE(MultiGateConfig):
                 balance=self.balance,
                 expert_dropout=self.expert_dropout,
                 pairs_per_token=pairs,
+                dim=dim,
             )
         return SparseMultiGateMoE(
             routers,
@@ -251,6 +253,7 @@ class MMoE(MultiGateConfig):
             num_domains=num_domains,
             pairs_per_token=pairs,
             num_experts=E,
+            dim=dim,
         )
 
     def num_params(self, dim: int, num_tasks: int, num_domains: int = 0) -> int:
@@ -361,6 +364,7 @@ class PLE(CGC):
             balance=self.balance,
             expert_dropout=self.expert_dropout,
             feature_gates=feature_gates if self.feature_gate else None,
+            dim=dim,
         )
 
     def out_dim(self, dim: int) -> int:

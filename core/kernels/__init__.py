@@ -43,25 +43,25 @@ def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype) -
     Raises:
         ValueError: the name is not a backend.
     """
-    kind = torch.device(device).type
+    device = torch.device(device)
     if name == "auto":
-        if kind == "cpu":
+        if device.type == "cpu":
             return "cpu"
-        if triton_ops.supports(kind, dtype):
+        if triton_ops.supports(device, dtype):
             return "triton"
-        best = "grouped" if grouped.supports(kind, dtype) else "eager"
-        if kind == "cuda" and dtype != torch.float64:
-            warn_once(f"backend='auto' runs {best!r} on {kind}: {triton_ops.missing(kind, dtype)}")
+        best = "grouped" if grouped.supports(device, dtype) else "eager"
+        if device.type == "cuda" and dtype != torch.float64:
+            warn_once(f"backend='auto' runs {best!r} on {device.type}: {triton_ops.missing(device, dtype)}")
         return best
     if name not in BACKENDS:
         raise ValueError(f"backend={name!r} is not one of auto, {', '.join(BACKENDS)}")
-    if BACKENDS[name].supports(kind, dtype):
+    if BACKENDS[name].supports(device, dtype):
         return name
-    if name == "triton" and kind == "cuda" and grouped.supports(kind, dtype):
-        warn_once(f"backend='triton' runs 'grouped' on {kind}: {triton_ops.missing(kind, dtype)}")
+    if name == "triton" and device.type == "cuda" and grouped.supports(device, dtype):
+        warn_once(f"backend='triton' runs 'grouped' on {device.type}: {triton_ops.missing(device, dtype)}")
         return "grouped"
-    why = f": {triton_ops.missing(kind, dtype)}" if name == "triton" else ""
-    warn_once(f"backend={name!r} does not run {dtype} on {kind}{why}: using 'eager' (correct, slower)")
+    why = f": {triton_ops.missing(device, dtype)}" if name == "triton" else ""
+    warn_once(f"backend={name!r} does not run {dtype} on {device.type}{why}: using 'eager' (correct, slower)")
     return "eager"
 
 
@@ -93,11 +93,13 @@ def combine(
     gates_R: Tensor | None,
     num_tokens: int,
     *,
+    inverse_N: Tensor | None = None,
+    top_k: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """``eager.combine`` by the backend."""
     kernels = BACKENDS[resolve_backend(backend, y_RD.device, y_RD.dtype)]
-    y_TD: Tensor = kernels.combine(y_RD, row_index_R, offsets_E, gates_R, num_tokens)
+    y_TD: Tensor = kernels.combine(y_RD, row_index_R, offsets_E, gates_R, num_tokens, inverse_N=inverse_N, top_k=top_k)
     return y_TD
 
 

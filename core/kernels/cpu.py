@@ -36,8 +36,8 @@ FEW = 2**18
 """Numbers that the hidden layer of all rows may have to be computed at once: 1 MB, which stays in cache."""
 
 
-def supports(device_type: str, dtype: torch.dtype) -> bool:
-    return device_type == "cpu"
+def supports(device: torch.device, dtype: torch.dtype) -> bool:
+    return device.type == "cpu"
 
 
 def _activation_backward(grad: Tensor, pre: Tensor, activation: str) -> Tensor:
@@ -368,7 +368,7 @@ def expert_linear(x_RD: Tensor, w: Tensor, offsets_E: Tensor, b: Tensor | None =
     weighs as much as the products. Not rows padded to equal counts in one ``bmm``: that is E times the work where one
     expert takes all.
     """
-    return (grouped if grouped.supports("cpu", x_RD.dtype) else eager).expert_linear(x_RD, w, offsets_E, b)
+    return (grouped if grouped.supports(x_RD.device, x_RD.dtype) else eager).expert_linear(x_RD, w, offsets_E, b)
 
 
 __all__ = ["combine", "expert_ffn", "expert_linear", "queue_ranks", "sort_pairs", "supports", "topk_gate"]

@@ -20,7 +20,16 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return _ACCUMULATE.get(dtype, dtype)
 
 
-def supports(device_type: str, dtype: torch.dtype) -> bool:
+def check_width(x: Tensor, width: int) -> None:
+    """Raise a ``ValueError`` where rows (R, D) are not as wide as the experts' matrices take them.
+
+    For kernels that pad, or read without bounds: they would give numbers where a plain product raises.
+    """
+    if x.shape[1] != width:
+        raise ValueError(f"rows have width {x.shape[1]}, the experts' matrices take {width}")
+
+
+def supports(device: torch.device, dtype: torch.dtype) -> bool:
     return True
 
 
@@ -242,8 +251,20 @@ def expert_linear(x_RD: Tensor, w: Tensor, offsets_E: Tensor, b: Tensor | None =
     return torch.cat((*parts, x_RD.new_zeros(x_RD.shape[0] - start, w.shape[-1])))
 
 
-def combine(y_RD: Tensor, row_index_R: Tensor, offsets_E: Tensor, gates_R: Tensor | None, num_tokens: int) -> Tensor:
-    """Sum of the (weighted) rows of each token, (T, D). Rows past the last offset may hold anything."""
+def combine(
+    y_RD: Tensor,
+    row_index_R: Tensor,
+    offsets_E: Tensor,
+    gates_R: Tensor | None,
+    num_tokens: int,
+    *,
+    inverse_N: Tensor | None = None,
+    top_k: int | None = None,
+) -> Tensor:
+    """Sum of the (weighted) rows of each token, (T, D). Rows past the last offset may hold anything.
+
+    ``inverse_N``, ``top_k``: as in ``expert_ffn``.
+    """
     live_R = torch.arange(row_index_R.shape[0], device=y_RD.device) < offsets_E[-1]
     y_RD = torch.where(live_R[:, None], y_RD, 0).to(accumulate_dtype(y_RD.dtype))
     if gates_R is not None:

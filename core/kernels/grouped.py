@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .eager import ACTIVATIONS, accumulate_dtype, combine, queue_ranks, sort_pairs, topk_gate
+from .eager import ACTIVATIONS, accumulate_dtype, check_width, combine, queue_ranks, sort_pairs, topk_gate
 
 
-def supports(device_type: str, dtype: torch.dtype) -> bool:
-    return device_type in ("cpu", "cuda") and dtype in (torch.float32, torch.bfloat16, torch.float16)
+def supports(device: torch.device, dtype: torch.dtype) -> bool:
+    return device.type in ("cpu", "cuda") and dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _aligned(t: Tensor) -> Tensor:
@@ -40,7 +40,11 @@ def grouped_mm(x_R: Tensor, w: Tensor, offsets_E: Tensor) -> Tensor:
         x_R: (R, D) rows sorted by expert.
         w: (E, D, F).
         offsets_E: int32 (E,), inclusive.
+
+    Raises:
+        ValueError: rows are not D wide.
     """
+    check_width(x_R, w.shape[1])
     if x_R.shape[0] == 0:
         return x_R.new_empty(0, w.shape[-1])
     x_R, w, width = _aligned(x_R), _aligned(w), w.shape[-1]

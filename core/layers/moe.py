@@ -26,6 +26,7 @@ class MoELayer(nn.Module):
     Attributes:
         router, experts, dispatcher: the parts.
         balance: weights of the layer's balance losses.
+        dim: width of the tokens; None: as wide as the parts take them.
         load_balancing_weight: float32 () buffer where ``balance.adaptive``, else None.
     """
 
@@ -34,8 +35,9 @@ class MoELayer(nn.Module):
     balance: Balance
     load_balancing_weight: Tensor | None
 
-    def __init__(self, balance: Balance = Balance()) -> None:
+    def __init__(self, balance: Balance = Balance(), dim: int | None = None) -> None:
         super().__init__()
+        self.dim = dim
         self._tapes: tuple[tuple[str, Tape], ...] = ()
         self.balance = balance
         weight = torch.tensor(balance.load_balancing, dtype=torch.float32) if balance.adaptive else None
@@ -53,6 +55,11 @@ class MoELayer(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # A copy or pickle taken inside ``record`` is not recorded.
         return {**self.__dict__, "_tapes": ()}
+
+    def _check_width(self, x: Tensor) -> None:
+        """Raise a ``ValueError`` where tokens are not ``dim`` wide: not every gate and product would notice."""
+        if self.dim is not None and x.shape[-1] != self.dim:
+            raise ValueError(f"x has width {x.shape[-1]}, the layer is for dim={self.dim}")
 
     def routers(self) -> dict[str, Router]:
         """The routers by the ends of their entries' names: what ``router`` decides is recorded as ``<layer>.<end>``."""
@@ -123,6 +130,7 @@ class MoE(MoELayer):
         expert_output_masking: probability in training that a pair's output is left out; the others are divided by
             1 minus it.
         pairs_per_token: experts a token takes, for ``active_params``.
+        dim: width of the tokens; None: as wide as the parts take them.
     """
 
     default_dispatcher: ClassVar[type[Any]] = LocalDispatcher
@@ -139,8 +147,9 @@ class MoE(MoELayer):
         expert_output_masking: float = 0.0,
         num_experts: int,
         pairs_per_token: float,
+        dim: int | None = None,
     ) -> None:
-        super().__init__(balance)
+        super().__init__(balance, dim)
         self.router, self.experts = router, experts
         self.dispatcher: Dispatcher = dispatcher or self.default_dispatcher()
         self.shared_experts, self.shared_gate = shared_experts, shared_gate
@@ -158,10 +167,12 @@ class MoE(MoELayer):
             (..., S, D_out).
 
         Raises:
-            ValueError: ``x`` has one dimension, or ``valid_BS`` is of another shape or not bool.
+            ValueError: ``x`` has one dimension or another width than ``dim``, or ``valid_BS`` is of another shape or
+                not bool.
         """
         if x.ndim < 2:
             raise ValueError(f"x has shape {tuple(x.shape)}: an MoE layer needs at least (tokens, dim)")
+        self._check_width(x)
         x_BSD = x.unsqueeze(0) if x.ndim == 2 else x.flatten(0, -3)
         if context is not None and context.valid_BS is not None and context.valid_BS.shape != x_BSD.shape[:2]:
             raise ValueError(

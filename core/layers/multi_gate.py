@@ -60,10 +60,13 @@ class MultiGateLayer(MoELayer):
         num_tasks: t.
         num_domains: scenarios whose id ``context.domain_ids_B`` holds; 0: the layer does not ask.
         balance: loss weights, for each gate.
+        dim: width of the examples; None: as wide as the parts take them.
     """
 
-    def __init__(self, num_tasks: int, num_domains: int = 0, balance: Balance = Balance()) -> None:
-        super().__init__(balance)
+    def __init__(
+        self, num_tasks: int, num_domains: int = 0, balance: Balance = Balance(), dim: int | None = None
+    ) -> None:
+        super().__init__(balance, dim)
         self.num_tasks, self.num_domains = num_tasks, num_domains
 
     def forward(self, x: Tensor, context: RoutingContext | None = None) -> Tensor:
@@ -77,8 +80,9 @@ class MultiGateLayer(MoELayer):
             (t, ..., D_out). Padding is zero.
 
         Raises:
-            ValueError: ``x`` has one dimension, ``valid_BS`` is of another shape or not bool, or the layer knows
-                domains and ``domain_ids_B`` is missing, of another shape, or (on CPU) out of range.
+            ValueError: ``x`` has one dimension or another width than ``dim``, ``valid_BS`` is of another shape or not
+                bool, or the layer knows domains and ``domain_ids_B`` is missing, of another shape, or (on CPU) out of
+                range.
         """
         examples = self._examples(x, context)
         y_tTD = self._compute(examples)
@@ -93,6 +97,7 @@ class MultiGateLayer(MoELayer):
     def _examples(self, x: Tensor, context: RoutingContext | None) -> Examples:
         if x.ndim < 2:
             raise ValueError(f"x has shape {tuple(x.shape)}: a multi-gate layer needs at least (examples, dim)")
+        self._check_width(x)
         x_BSD = x.unsqueeze(1) if x.ndim == 2 else x.flatten(0, -3)
         real_T = domain_T = None
         if context is not None and context.valid_BS is not None:
@@ -164,6 +169,7 @@ class MultiGateMoE(MultiGateLayer):
         balance: loss weights, for each gate.
         expert_dropout: probability that a gate leaves an expert out in training, example by example.
         feature_gate: inputs of the experts' own.
+        dim: as in ``MultiGateLayer``.
     """
 
     router: DenseGates
@@ -178,8 +184,9 @@ class MultiGateMoE(MultiGateLayer):
         balance: Balance = Balance(),
         expert_dropout: float = 0.0,
         feature_gate: FeatureGate | None = None,
+        dim: int | None = None,
     ) -> None:
-        super().__init__(num_tasks, groups.num_domains, balance)
+        super().__init__(num_tasks, groups.num_domains, balance, dim)
         self.router, self.experts, self.groups = gates, experts, groups
         self.expert_dropout, self.feature_gate = expert_dropout, feature_gate
 
@@ -204,7 +211,7 @@ class PLELayer(MultiGateLayer):
 
     Args:
         gates, experts, feature_gates: of each level.
-        groups, balance, expert_dropout: as in ``MultiGateMoE``.
+        groups, balance, expert_dropout, dim: as in ``MultiGateMoE``.
     """
 
     router: GateRouters
@@ -219,8 +226,9 @@ class PLELayer(MultiGateLayer):
         balance: Balance = Balance(),
         expert_dropout: float = 0.0,
         feature_gates: list[FeatureGate] | None = None,
+        dim: int | None = None,
     ) -> None:
-        super().__init__(groups.num_tasks, groups.num_domains, balance)
+        super().__init__(groups.num_tasks, groups.num_domains, balance, dim)
         self.router, self.experts, self.groups = GateRouters(list(gates)), nn.ModuleList(experts), groups
         self.expert_dropout = expert_dropout
         self.feature_gates = None if feature_gates is None else nn.ModuleList(feature_gates)
@@ -253,7 +261,7 @@ class SparseMultiGateMoE(MultiGateLayer):
         experts: E experts.
         balance: loss weights, for each router.
         domain: what the routers see of the example's domain.
-        num_domains: as in ``MultiGateLayer``.
+        num_domains, dim: as in ``MultiGateLayer``.
         pairs_per_token: experts an example takes for a task, for ``active_params``.
         num_experts: E.
     """
@@ -270,8 +278,9 @@ class SparseMultiGateMoE(MultiGateLayer):
         num_domains: int = 0,
         pairs_per_token: float,
         num_experts: int,
+        dim: int | None = None,
     ) -> None:
-        super().__init__(len(routers), num_domains, balance)
+        super().__init__(len(routers), num_domains, balance, dim)
         self.router, self.experts = GateRouters(routers, domain), experts
         self.dispatcher = TaskDispatcher(routers[0].backend)
         self.pairs_per_token, self.num_experts = pairs_per_token, num_experts
@@ -311,6 +320,7 @@ class SelectedMultiGateMoE(MultiGateLayer):
         balance: loss weights, for the router and each gate.
         expert_dropout: as in ``MultiGateMoE``, among the selected.
         pairs_per_token: experts selected for an example, for ``active_params``.
+        dim: as in ``MultiGateLayer``.
     """
 
     router: GateRouters
@@ -325,8 +335,9 @@ class SelectedMultiGateMoE(MultiGateLayer):
         balance: Balance = Balance(),
         expert_dropout: float = 0.0,
         pairs_per_token: float,
+        dim: int | None = None,
     ) -> None:
-        super().__init__(groups.num_tasks, groups.num_domains, balance)
+        super().__init__(groups.num_tasks, groups.num_domains, balance, dim)
         self.router, self.experts, self.groups = GateRouters([router, gates]), experts, groups
         self.dispatcher = TaskDispatcher(router.backend)
         self.expert_dropout, self.pairs_per_token = expert_dropout, pairs_per_token

@@ -33,15 +33,17 @@ class ThresholdRouter(PairRouter):
     def choose(self, tokens: Tokens) -> Choice:
         config = self.config
         logits_TE = self.gate(tokens.x_TD)
-        best = topk_gate(logits_TE, 2, backend=self.backend)
-        expert_ids_TK, g2_T = best.expert_ids_TK, best.gates_TK[:, 1].detach()
+        best = topk_gate(logits_TE, 2, valid_T=tokens.valid_T, backend=self.backend)
+        expert_ids_TK, chosen_E, g2_T = best.expert_ids_TK, best.chosen_per_expert_E, best.gates_TK[:, 1].detach()
         policy = config.second if self.training else config.eval_second
         if policy != "always":
             # Both keep a second gate of the threshold or more for certain.
             kept_T = g2_T > config.threshold * torch.rand_like(g2_T) if policy == "random" else g2_T >= config.threshold
             second_T = torch.where(kept_T, expert_ids_TK[:, 1], self.num_experts)
-            expert_ids_TK = torch.stack((expert_ids_TK[:, 0], second_T), -1)
-        return Choice(expert_ids_TK, best.gates_TK, best.scores_TE, logits_TE)
+            expert_ids_TK, chosen_E = torch.stack((expert_ids_TK[:, 0], second_T), -1), None
+        return Choice(
+            expert_ids_TK, best.gates_TK, best.scores_TE, logits_TE, sums=best.sums, chosen_per_expert_E=chosen_E
+        )
 
 
 @dataclass(frozen=True)
@@ -390,8 +392,18 @@ class TokenRoundingRouter(PairRouter):
 
     def choose(self, tokens: Tokens) -> Choice:
         logits_TE = self.gate(tokens.x_TD)
-        best = topk_gate(logits_TE, self.config.top_k, normalize=self.config.normalizes, backend=self.backend)
-        return Choice(best.expert_ids_TK, best.gates_TK, best.scores_TE, logits_TE)
+        config = self.config
+        best = topk_gate(
+            logits_TE, config.top_k, normalize=config.normalizes, valid_T=tokens.valid_T, backend=self.backend
+        )
+        return Choice(
+            best.expert_ids_TK,
+            best.gates_TK,
+            best.scores_TE,
+            logits_TE,
+            sums=best.sums,
+            chosen_per_expert_E=best.chosen_per_expert_E,
+        )
 
     def forward(self, x: Tensor, context: RoutingContext | None = None) -> Routing:
         if not self.training:
@@ -425,6 +437,7 @@ class TokenRoundingRouter(PairRouter):
             valid_T=tokens.valid_T,
             num_sequences=tokens.num_sequences,
             balance_chosen=rounded.chosen_per_expert_E,
+            sums=choice.sums,
         )
 
 

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import torch
 
-from ..kernels.eager import topk_gate
+from ..kernels import topk_gate
 from .balance import SCORE_TERMS
 from .checks import at_least_one, divides, positive
 from .gates import LinearGate
@@ -98,14 +98,19 @@ class HierarchicalRouter(PairRouter):
 
     def choose(self, tokens: Tokens) -> Choice:
         config = self.config
-        groups = topk_gate(self.group_gate(tokens.x_TD), config.top_groups, normalize=config.top_groups > 1)
+        groups = topk_gate(
+            self.group_gate(tokens.x_TD), config.top_groups, normalize=config.top_groups > 1, backend=self.backend
+        )
         logits_TGe = self.gate(tokens.x_TD).unflatten(-1, (config.num_groups, -1))
         size = logits_TGe.shape[-1]
         # The gates of groups that were not chosen stay out: they neither weigh in nor get a gradient.
         chosen = groups.expert_ids_TK.unsqueeze(-1)
-        within = topk_gate(logits_TGe.gather(1, chosen.expand(-1, -1, size)), config.top_k, normalize=config.top_k > 1)
-        gates_TK = (groups.gates_TK.unsqueeze(-1) * within.gates_TK).flatten(1)
-        expert_ids_TK = (chosen * size + within.expert_ids_TK).flatten(1)
+        # Kernels take rows of logits: each chosen group of a token is one.
+        of_chosen = logits_TGe.gather(1, chosen.expand(-1, -1, size)).flatten(0, 1)
+        within = topk_gate(of_chosen, config.top_k, normalize=config.top_k > 1, backend=self.backend)
+        ids_TGk, gates_TGk = (t.unflatten(0, (-1, config.top_groups)) for t in (within.expert_ids_TK, within.gates_TK))
+        gates_TK = (groups.gates_TK.unsqueeze(-1) * gates_TGk).flatten(1)
+        expert_ids_TK = (chosen * size + ids_TGk).flatten(1)
         best_first = gates_TK.detach().argsort(dim=-1, descending=True, stable=True)
         return Choice(
             expert_ids_TK.gather(-1, best_first),
@@ -188,13 +193,21 @@ class EnsembleRouter(PairRouter):
         logits_TGe = self.gate(x_TD).unflatten(-1, (config.num_members, -1))
         own = member_T1.unsqueeze(-1).expand(-1, -1, logits_TGe.shape[-1])
         logits_T1e = logits_TGe.gather(1, own)
-        best = topk_gate(logits_T1e.squeeze(1), config.top_k, normalize=config.normalizes)
+        best = topk_gate(
+            logits_T1e.squeeze(1),
+            config.top_k,
+            normalize=config.normalizes,
+            valid_T=tokens.valid_T,
+            backend=self.backend,
+        )
         return Choice(
             member_T1 * own.shape[-1] + best.expert_ids_TK,
             best.gates_TK,
             torch.zeros_like(logits_TGe).scatter(1, own, best.scores_TE.unsqueeze(1)).flatten(1),
             # -inf: experts of another member are out of reach, for the z-loss too.
             torch.full_like(logits_TGe, -torch.inf).scatter(1, own, logits_T1e).flatten(1),
+            # The scores' sum is by place in the member, and of no use here.
+            sums=None if best.sums is None else {"square": best.sums["square"]},
         )
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..contract import MergeRouting, RoutingContext, SlotRouting
-from ..kernels.eager import topk_gate
+from ..kernels import topk_gate
 from .checks import at_least_one, positive
 from .gates import LinearGate
 from .router import Router, RouterConfig
@@ -218,7 +218,8 @@ class MergeRouter(Router):
     def _weights(self, logits_GE: Tensor) -> Tensor:
         config = self.config
         if config.kind == "meo":
-            best = topk_gate(logits_GE, config.num_merged(self.num_experts), normalize=config.normalizes)
+            top_k = config.num_merged(self.num_experts)
+            best = topk_gate(logits_GE, top_k, normalize=config.normalizes, backend=self.backend)
             return torch.zeros_like(logits_GE).scatter(-1, best.expert_ids_TK, best.gates_TK)
         if self.training and config.expert_dropout:
             kept_GE = torch.rand_like(logits_GE) >= config.expert_dropout

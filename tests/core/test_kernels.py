@@ -321,6 +321,18 @@ def test_nan_in_rows_past_the_last_offset_reaches_neither_output_nor_gradients(b
         assert found[name][8:].abs().max() == 0, name
 
 
+@pytest.mark.parametrize("backend", ["grouped", "triton"])
+@pytest.mark.parametrize("width", [3, 12])
+@pytest.mark.parametrize("rows", [0, 4])
+def test_rows_of_another_width_than_the_weights_are_refused(backend, width, rows):
+    kernels, x, w = BACKENDS[backend], torch.zeros(rows, width), torch.zeros(2, 8, 8)
+    offsets = torch.full((2,), rows, dtype=torch.int32)
+    with pytest.raises(ValueError, match=f"rows have width {width}, the experts' matrices take 8"):
+        kernels.expert_linear(x, w, offsets)
+    with pytest.raises(ValueError, match=f"rows have width {width}, the experts' matrices take 8"):
+        kernels.expert_ffn(x, None, offsets, torch.ones(rows), w, w, activation="relu")
+
+
 def test_grouped_mm_zeroes_the_tail_of_its_output_and_of_its_input_gradient():
     offsets = torch.tensor([2, 3], dtype=torch.int32)
     x = torch.ones(6, 4)

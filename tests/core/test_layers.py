@@ -8,7 +8,23 @@ import torch.nn.functional as F
 from layered import BACKENDS, EVERY_TERM, Net, identity_gate
 from torch import Tensor
 
-from core import FFN, GEGLU, Balance, MoE, MoEConfig, RoutingContext, SwiGLU, TokenChoice, aux_loss, moe_layers, record
+from core import (
+    FFN,
+    GEGLU,
+    MLP,
+    Balance,
+    Hash,
+    Merge,
+    MoE,
+    MoEConfig,
+    RoutingContext,
+    SoftSlots,
+    SwiGLU,
+    TokenChoice,
+    aux_loss,
+    moe_layers,
+    record,
+)
 
 
 def exact(layer: MoE) -> MoE:
@@ -257,6 +273,24 @@ def test_leading_dimensions_before_the_sequence_are_sequences():
 def test_wrong_inputs_are_refused_with_what_they_are(x, context, message):
     with pytest.raises(ValueError, match=message):
         MoEConfig(4).build(8)(x, context)
+
+
+@pytest.mark.parametrize("width", [0, 6, 10])
+@pytest.mark.parametrize(
+    "config, context",
+    [
+        (MoEConfig(4), None),
+        # A gate without weights: it is the experts' products that would pad or cut theirs.
+        (MoEConfig(4, Hash(vocab_size=9), MLP((8,))), RoutingContext(token_ids_BS=torch.arange(6).view(2, 3))),
+        (MoEConfig(4, Hash(vocab_size=9), backend="grouped"), RoutingContext(token_ids_BS=torch.arange(6).view(2, 3))),
+        (MoEConfig(4, SoftSlots(), balance=Balance(0, 0)), None),
+        (MoEConfig(4, Merge("smear"), balance=Balance(0, 0)), None),
+    ],
+    ids=["top-2", "mlp", "grouped", "soft", "merged"],
+)
+def test_tokens_of_another_width_are_refused(config, context, width):
+    with pytest.raises(ValueError, match=f"x has width {width}, the layer is for dim=8"):
+        config.build(8)(torch.zeros(2, 3, width), context)
 
 
 @pytest.mark.parametrize("training", [True, False])

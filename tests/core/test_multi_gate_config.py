@@ -165,6 +165,17 @@ def test_a_bad_context_is_refused(config, known, message):
         layer(examples(3), known)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [MMoE(3, MLP((6,))), PLE(2, MLP((6,))), MMoE(3, MLP((6,)), Hash(9)), MMoE(3, MLP((6,)), TokenChoice(2), "shared")],
+    ids=["gates", "levels", "router a task", "selection"],
+)
+def test_examples_of_another_width_are_refused(config):
+    ids = RoutingContext(token_ids_BS=torch.zeros(3, 1, dtype=torch.int64))
+    with pytest.raises(ValueError, match=f"x has width {D + 1}, the layer is for dim={D}"):
+        config.build(D, TASKS)(torch.zeros(3, D + 1), ids)
+
+
 def test_a_router_that_needs_ids_says_so():
     layer = MMoE(4, MLP((6,)), Hash(10)).build(D, 2)
     with pytest.raises(ValueError, match="token_ids_BS"):

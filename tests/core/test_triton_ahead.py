@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -48,20 +49,43 @@ def check(rows: list[dict], dtype: str) -> None:
         assert row["tensor_cores"] == (multiplies and dtype != "float32"), names(row)
 
 
+def written(tile: tuning.Tile) -> str:
+    return f"{tile.m}x{tile.n} w{tile.warps} s{tile.stages}"
+
+
+def check_tiles(rows: list[dict], tuned: dict[str, tuple[tuning.Tile, ...]], archs: tuple[int, ...]) -> None:
+    """Every tile of every kernel is there, for each card; and every kernel of the products and sums."""
+    found = {(r["kernel"], r["tile"], r["arch"]) for r in rows}
+    for name, tiles in tuned.items():
+        kernel = "products." + ("up" if name.startswith("up") else name)
+        for tile, arch in itertools.product(tiles, archs):
+            assert (kernel, written(tile), arch) in found, (name, tile, arch)
+    assert {r["kernel"] for r in rows} >= {f"{f}.{k}" for f in ("products", "sums") for k in KERNELS[f]}
+
+
 def test_every_kernel_and_tile_builds_for_three_cards_in_bfloat16():
-    rows = compiled("--first", "--dtypes", "bfloat16")
+    rows = compiled("--first", "--dtypes", "bfloat16", "--widths", "whole")
     check(rows, "bfloat16")
-    for tuned, tiles in tuning.HALF_TILES.items():
-        kernel = "products." + tuned.split("_g")[0].split("_s")[0] if tuned.startswith("up") else "products." + tuned
-        for tile in tiles:
-            wanted = f"{tile.m}x{tile.n} w{tile.warps} s{tile.stages}"
-            for arch in ahead.ARCHS:
-                assert any((r["kernel"], r["tile"], r["arch"]) == (kernel, wanted, arch) for r in rows), (tuned, wanted)
-    assert {r["kernel"] for r in rows} == {f"{f}.{k}" for f in ("products", "sums") for k in KERNELS[f]}
+    check_tiles(rows, tuning.HALF_TILES, ahead.ARCHS)
+
+
+def test_every_kernel_and_tile_builds_in_float32():
+    kernels = KERNELS["products"] | KERNELS["sums"]
+    rows = compiled("--first", "--arch", "80", "--dtypes", "float32", "--widths", "whole", "--kernels", *kernels)
+    check(rows, "float32")
+    check_tiles(rows, tuning.FULL_TILES, (80,))
+
+
+def test_no_tile_spills_where_rows_are_not_of_whole_tiles():
+    # 2040 numbers are read 16 bytes at a time, as 2048 are; 2041 one by one.
+    for widths, tuned in (("eights", tuning.HALF_TILES), ("odd", tuning.RAGGED_TILES)):
+        rows = compiled("--first", "--arch", "80", "--dtypes", "bfloat16", "--widths", widths)
+        check(rows, "bfloat16")
+        check_tiles(rows, tuned, (80,))
 
 
 def test_what_sees_no_dtype_of_products_builds_for_three_cards():
-    rows = compiled("--dtypes", "float32", "--kernels", *KERNELS["sort"], *KERNELS["gate"])
+    rows = compiled("--dtypes", "float32", "--widths", "whole", "--kernels", *KERNELS["sort"], *KERNELS["gate"])
     check(rows, "float32")
     assert {r["kernel"] for r in rows} == {f"{f}.{k}" for f in ("sort", "gate") for k in KERNELS[f]}
 
@@ -73,7 +97,14 @@ def test_every_kernel_tile_and_flag_builds_for_three_cards(dtype):
 
 
 def test_what_does_not_fit_is_said():
-    fits = {"kernel": "products.up", "dtype": "bfloat16", "tile": "-", "registers": 255, "products": True}
+    fits = {
+        "kernel": "products.up",
+        "widths": "-",
+        "dtype": "bfloat16",
+        "tile": "-",
+        "registers": 255,
+        "products": True,
+    }
     good = ahead.Compiled(**fits, arch=80, spill=ahead.MAX_SPILL, shared=163 * 1024, tensor_cores=True)
     assert good.wrong() is None
     large = ahead.Compiled(**fits, arch=80, spill=0, shared=163 * 1024 + 1, tensor_cores=True)

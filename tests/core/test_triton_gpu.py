@@ -7,9 +7,14 @@ import torch
 
 import core
 from core.kernels import eager, triton_ops
+from core.kernels.triton_ops import environment
 from core.memory import kept_bytes
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.skipif(environment.interpreted(), reason="the interpreter is on: run with -m gpu alone"),
+]
 
 SHAPES = {
     # T, D, E, K, F: ragged, few rows an expert, many small experts, one expert a token
@@ -21,17 +26,20 @@ SHAPES = {
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
 
-def layers(shape: str, dtype: torch.dtype, expert: core.FFN) -> tuple[torch.nn.Module, torch.nn.Module, torch.Tensor]:
-    """The layer by Triton in ``dtype``, the oracle in float64, and tokens."""
+def layers(
+    shape: str, dtype: torch.dtype, expert: core.FFN, router: core.RouterConfig | None = None
+) -> tuple[torch.nn.Module, torch.nn.Module, torch.Tensor]:
+    """The layer by Triton in ``dtype``, the oracle in float64, and tokens. ``router``: None: the shape's top-K."""
     T, D, E, K, F = SHAPES[shape]
+    router = core.TokenChoice(top_k=K) if router is None else router
     expert = type(expert)(hidden_dim=F, activation=expert.activation, bias=expert.bias)
     torch.manual_seed(0)
-    config = core.MoEConfig(E, core.TokenChoice(top_k=K), expert, backend="triton")
+    config = core.MoEConfig(E, router, expert, backend="triton")
     fused = config.build(D).cuda()
     with torch.no_grad():  # numbers that every dtype holds
         for p in fused.parameters():
             p.copy_(p.bfloat16())
-    oracle = core.MoEConfig(E, core.TokenChoice(top_k=K), expert, backend="eager").build(D).cuda().double()
+    oracle = core.MoEConfig(E, router, expert, backend="eager").build(D).cuda().double()
     oracle.load_state_dict(fused.state_dict())
     fused.experts.to(dtype)
     return fused, oracle, torch.randn(1, T, D, device="cuda").bfloat16()
@@ -56,8 +64,19 @@ def test_layer_equals_the_oracle(shape, expert, dtype):
 
 
 @pytest.mark.parametrize("dtype", BOUNDS)
-def test_same_bits_every_time(dtype, monkeypatch):
-    fused, _, tokens = layers("fine-grained", dtype, core.SwiGLU())
+@pytest.mark.parametrize(
+    "shape, expert, router",
+    [
+        ("fine-grained", core.SwiGLU(), None),
+        ("fine-grained", core.GEGLU(bias=True), None),
+        ("ragged", core.FFN(bias=True), None),
+        ("switch", core.FFN(bias=True), None),
+        ("fine-grained", core.SwiGLU(bias=True), core.ExpertChoice()),
+    ],
+    ids=["swiglu", "bias", "ragged", "one expert a token", "expert choice"],
+)
+def test_same_bits_every_time(shape, expert, router, dtype, monkeypatch):
+    fused, _, tokens = layers(shape, dtype, expert, router)
     seen = []
     for tune in ("0", "1", "1"):  # the default tiles, then the measured ones
         monkeypatch.setenv("MOESAIC_TUNE", tune)
@@ -88,20 +107,31 @@ def test_nothing_waits_for_the_host():
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_step_is_captured_in_a_cuda_graph_and_follows_new_tokens():
-    fused, _, tokens = layers("fine-grained", torch.bfloat16, core.SwiGLU())
-    x = tokens.clone()
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", ["fine-grained", "switch"])
+def test_step_is_captured_in_a_cuda_graph_and_follows_new_tokens(shape, bias):
+    fused, _, tokens = layers(shape, torch.bfloat16, core.SwiGLU(bias=bias))
+    x = tokens.clone().requires_grad_()
+
+    def step() -> list[torch.Tensor]:
+        # Not ``backward``: it would leave gradients in memory that the graph does not own.
+        y = fused(x)
+        return [y.detach(), *torch.autograd.grad(y.float().square().mean(), [x, *fused.parameters()])]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):  # compiled, tuned, and warm
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
     with torch.no_grad():
-        side = torch.cuda.Stream()
-        with torch.cuda.stream(side):
-            fused(x)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            y = fused(x)
         x.copy_(torch.randn_like(x))
-        graph.replay()
-        assert torch.equal(y, fused(x))
+    graph.replay()
+    for found, expected in zip(captured, step(), strict=True):
+        assert torch.equal(found, expected)
 
 
 def test_compiled_by_inductor():

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import os
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from core.kernels import eager, resolve_backend, triton_ops
 from core.kernels.triton_ops import environment, experts, gate, launch, products, sort, sums, tuning
 from core.kernels.triton_ops.tuning import Tile
 from core.memory import kept_bytes
+from core.routing.balance import balance_sums
 
 pytest.importorskip("triton")
 GATES = {
@@ -147,6 +150,61 @@ def test_weights_that_do_not_learn_have_no_gradients_computed(backend, frozen):
     assert counted[0] == 2 * 20 * 48 * (3 + learning) + 2 * 2 * 10 * 8 * 4
 
 
+@pytest.mark.parametrize("learns", list(itertools.product([False, True], repeat=3)), ids=str)
+def test_one_product_has_the_gradients_that_are_wanted_and_no_other(monkeypatch, learns):
+    launched = []
+    for kernel in ("linear", "weight_grad", "column_sums"):
+        run = getattr(products, kernel)
+        monkeypatch.setattr(
+            products,
+            kernel,
+            lambda *args, run=run, kernel=kernel, **rest: launched.append(kernel) or run(*args, **rest),
+        )
+    offsets, dy = torch.tensor([2, 5], dtype=torch.int32), torch.randn(6, 3)
+    values = torch.randn(6, 4), torch.randn(2, 4, 3), torch.randn(2, 3)
+    grads = []
+    for backend in (eager, triton_ops):
+        x, w, b = (t.clone().requires_grad_(wanted) for t, wanted in zip(values, learns, strict=True))
+        y = backend.expert_linear(x, w, offsets, b)
+        launched.clear()
+        if y.requires_grad:
+            flops = core.count_flops(lambda y=y: y.backward(dy))
+        grads.append([t.grad for t in (x, w, b)])
+    wanted = [kernel for kernel, on in zip(("linear", "weight_grad", "column_sums"), learns, strict=True) if on]
+    assert launched == wanted
+    if wanted:
+        assert flops == 2 * 5 * 4 * 3 * (learns[0] + learns[1])
+    for expected, found in zip(*grads, strict=True):
+        assert (found is None) == (expected is None)
+        if found is not None:
+            torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("rows", [0, 4])
+def test_tokens_that_do_not_learn_have_no_gradient_computed(rows):
+    p = problem(rows, expert="swiglu+bias")
+    ids = p.expert_ids_TK.flatten()
+    placed = eager.sort_pairs(ids, eager.count_experts(ids, 4))
+    gates = p.gates_TK.float().requires_grad_()
+    weights = {name: w.float().requires_grad_() for name, w in p.weights.items()}
+    pairs = {"inverse_N": placed.inverse_N, "top_k": 2}
+    y = triton_ops.expert_ffn(
+        p.x.float(),
+        placed.order_R // 2,
+        placed.offsets_E,
+        gates.flatten()[placed.order_R],
+        **weights,
+        activation=p.activation,
+        **pairs,
+    )
+    flops = core.count_flops(lambda: y.backward(p.dy.float()))
+    # A product of 24 x 16 for dh and one for each matrix, none for dx.
+    assert flops == 2 * int(placed.offsets_E[-1]) * 24 * 16 * 4
+    expected = p.run("eager", torch.float64)
+    found = {"gates": gates, **weights}
+    assert_same({k: t.grad.double() for k, t in found.items()}, {k: expected[f"d{k}"] for k in found}, FLOAT32)
+
+
 def test_tf32_is_asked_for_by_either_of_torch_s_names():
     weight, x = torch.randn(2, 4, 6), torch.randn(3, 4)
     matmul = torch.backends.cuda.matmul
@@ -165,16 +223,13 @@ def test_experts_compute_the_same_bits_every_time_and_whatever_the_tile(monkeypa
     p = problem(70, D=20, H=40, expert="geglu+bias")
     first = p.run("triton", torch.float32)
     assert all(torch.equal(t, first[name]) for name, t in p.run("triton", torch.float32).items())
-    fixed, original = tuning.INTERPRETED, launch.Launch.tiles
+    fixed = tuning.INTERPRETED
     for tile in (Tile(16, 16, 4, 1, 1), Tile(64, 32, 4, 1, 4)):
         monkeypatch.setattr(tuning, "INTERPRETED", (tile,))
         # The tile of the rows' own sums is not tuned.
         monkeypatch.setattr(products, "tiles", lambda *_: fixed)
         monkeypatch.setattr(
-            launch.Launch, "tiles", lambda self: fixed if self.tile[0] == "hidden_grad" else original(self)
-        )
-        monkeypatch.setattr(
-            tuning.TUNER, "choose", lambda kernel, *_, tile=tile: fixed[0] if kernel == "hidden_grad" else tile
+            tuning.Tuner, "choose", lambda _, kernel, *__, tile=tile: fixed[0] if kernel == "hidden_grad" else tile
         )
         for name, t in p.run("triton", torch.float32).items():
             assert torch.equal(t, first[name]), f"{name} differs with {tile}"
@@ -242,6 +297,60 @@ def test_combine_equals_the_oracle_where_tokens_have_any_number_of_rows(weighted
         torch.testing.assert_close(out["triton"][key], expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_combine_of_token_major_pairs_equals_the_oracle(weighted, top_k):
+    T, D = 7, 40
+    ids = torch.rand(T, 4).argsort(-1)[:, :top_k].masked_fill(torch.rand(T, top_k) < 0.2, 4).flatten()
+    placed = eager.sort_pairs(ids, eager.count_experts(ids, 4))
+    index, live = placed.order_R // top_k, int(placed.offsets_E[-1])
+    rows, gates = torch.randn(T * top_k, D), torch.rand(T * top_k)
+    rows[live:], gates[live:] = torch.nan, torch.nan  # past the last offset
+    pairs = {"inverse_N": placed.inverse_N, "top_k": top_k}
+    out = {}
+    for name in ("eager", "triton"):
+        y, g = rows.clone().requires_grad_(), gates.clone().requires_grad_()
+        total = core.kernels.BACKENDS[name].combine(y, index, placed.offsets_E, g if weighted else None, T, **pairs)
+        total.backward(torch.ones(T, D).cumsum(1))
+        out[name] = {"y": total.detach(), "dy": y.grad[:live]} | ({"dgates": g.grad[:live]} if weighted else {})
+    for key, expected in out["eager"].items():
+        torch.testing.assert_close(out["triton"][key], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tasks", [0, 2])
+def test_the_rows_of_a_token_are_found_without_a_sort(monkeypatch, tasks):
+    router, expert = core.TokenChoice(top_k=2), core.MLP((6,))
+    if tasks:
+        moe = core.MMoE(4, expert, router, backend="triton").build(8, tasks)
+    else:
+        moe = core.MoEConfig(4, router, expert, backend="triton").build(8)
+
+    def sorts(*_, **__):
+        raise AssertionError("a general sort, and a search for what the pairs' own sort has found")
+
+    monkeypatch.setattr(torch.Tensor, "argsort", sorts)
+    monkeypatch.setattr(sums, "rows_by_token", sorts)
+    moe(torch.randn(5, 8)).sum().backward()
+
+
+def test_combine_keeps_the_rows_only_where_gates_learn_from_them():
+    index, offsets = torch.tensor([0, 2, 0, 1]), torch.tensor([1, 3], dtype=torch.int32)
+    y, gates = torch.randn(4, 100, requires_grad=True), torch.rand(4, requires_grad=True)
+    for weights in (None, gates):
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.numel()) or t, lambda t: t):
+            triton_ops.combine(y, index, offsets, weights, 3)
+        assert (max(kept) >= y.numel()) == (weights is not None)
+
+
+def test_rows_by_token_are_those_of_a_general_sort(monkeypatch):
+    index, offsets = torch.randint(0, 9, (300,)), torch.tensor([100, 280], dtype=torch.int32)
+    counted = sums.rows_by_token(index, offsets, 9)
+    monkeypatch.setattr(sums, "MAX_BINS", 9)
+    for a, b in zip(counted, sums.rows_by_token(index, offsets, 9), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_rows_by_token_list_each_tokens_rows_in_order():
     rows, starts = sums.rows_by_token(torch.tensor([2, 0, 2, 0]), torch.tensor([1, 3], dtype=torch.int32), 3)
     assert starts.tolist() == [0, 1, 1, 3]
@@ -286,6 +395,49 @@ def test_layer_computes_and_learns_what_the_eager_one_does(router, options):
         torch.testing.assert_close(
             out["triton"][name], expected, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+@pytest.mark.parametrize(
+    "config, gates, summed",
+    [
+        (core.Hierarchical(num_groups=2, top_groups=2, top_k=1), 2, set()),
+        (core.Hierarchical(num_groups=4, top_groups=1, top_k=2), 2, set()),
+        (core.Ensemble(num_members=2, top_k=2), 1, {"square"}),
+        (core.Threshold(), 1, {"score", "square"}),
+        (core.Threshold(second="threshold", eval_second="always"), 1, {"score", "square"}),
+        (core.TokenRounding(top_k=2, tile=4), 1, {"score", "square"}),
+    ],
+    ids=["hierarchical", "one group", "ensemble", "threshold", "always", "rounding"],
+)
+@pytest.mark.parametrize("training", [False, True])
+def test_gates_that_choose_the_best_of_some_logits_are_the_fused_one(monkeypatch, config, gates, summed, training):
+    calls = []
+    fused = triton_ops.topk_gate
+    monkeypatch.setattr(triton_ops, "topk_gate", lambda *args, **options: calls.append(args) or fused(*args, **options))
+    valid = core.RoutingContext(valid_BS=torch.arange(18).view(2, 9) % 5 != 4)
+    x, out = torch.randn(2, 9, 20), {}
+    router = config.build(20, 8).train(training)
+    for backend in ("eager", "triton"):
+        router.zero_grad()
+        router.backend = backend
+        torch.manual_seed(5)
+        routing = router(x, valid)
+        losses = balance_sums(routing, router.terms)
+        (routing.gates_N.square().sum() + sum(t.sum() for t in losses.values())).backward()
+        grads = {name: p.grad for name, p in router.named_parameters()}
+        out[backend] = {"ids": routing.expert_ids_N, "gates": routing.gates_N, **losses, **grads}
+        assert set(routing.sums or {}) == (summed if backend == "triton" else set())
+    assert len(calls) == gates
+    for name, expected in out["eager"].items():
+        torch.testing.assert_close(out["triton"][name], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_merged_experts_are_chosen_by_the_fused_gate(monkeypatch):
+    router, x = core.Merge("meo", top_k=2).build(20, 5), torch.randn(3, 4, 20)
+    expected = router(x).weights_GE
+    router.backend = "triton"
+    monkeypatch.setattr(eager, "topk_gate", None)
+    torch.testing.assert_close(router(x).weights_GE, expected)
 
 
 def test_the_balance_losses_take_the_sums_of_the_fused_gate():
@@ -357,10 +509,11 @@ def samples() -> dict[str, tuple[object, tuple[object, ...]]]:
 
     ffn = (leaf(x), rows, offsets, leaf(gates), leaf(w_in), leaf(w_out))
     biases = (leaf(torch.randn(E, F)), leaf(torch.randn(E, D)))
-    by_token = sums.rows_by_token(rows, offsets, T)
+    # Every token has two rows.
+    by_token = rows.argsort(stable=True), torch.arange(0, T * K + 1, K)
     pre, plain = torch.randn(T * K, F), (x, rows, offsets, gates, w_in, w_out)
     grads = (torch.randn(T, E), torch.randn(T, K), torch.randn(E), torch.randn(1))
-    wants = [True, False, False, False, False]
+    wants = [False, True, False, False, False, False]
     return {
         "places": (sort.places, (ids, E + 1, 0, 0, None)),
         "places in queues": (sort.places, (ids, E + 1, T, K, torch.randperm(T))),
@@ -371,8 +524,16 @@ def samples() -> dict[str, tuple[object, tuple[object, ...]]]:
             (torch.randn(T, D), *plain, None, None, None, placed.inverse_N, None, pre, pre[:0], K, "gelu", wants),
         ),
         "linear": (experts._linear, (leaf(torch.randn(T * K, D)), leaf(w_in), offsets, leaf(biases[0]), False)),
-        "gradient of linear": (experts._linear_dw, (torch.randn(T * K, D), torch.randn(T * K, F), offsets, True)),
-        "combine": (sums._combine, (leaf(torch.randn(T * K, D)), rows, offsets, leaf(gates), T)),
+        "gradient of linear": (
+            experts._linear_dw,
+            (torch.randn(T * K, D), torch.randn(T * K, F), offsets, [False, True]),
+        ),
+        "rows by token": (sums.rows_by_token, (rows, offsets, T)),
+        "combine": (sums._combine, (leaf(torch.randn(T * K, D)), rows, offsets, leaf(gates), *by_token, T, 0)),
+        "combine pairs": (
+            sums._combine,
+            (leaf(torch.randn(T * K, D)), rows, offsets, None, placed.inverse_N, None, T, K),
+        ),
         "gate": (gate._gate, (leaf(logits), torch.randn(E), valid, K, True, True, 1, 1, True, 1.0)),
         "gradient of gate": (
             gate._gate_backward,
@@ -397,24 +558,38 @@ def test_flops_of_the_kernels_are_counted():
     assert core.flops.count_flops(y.sum().backward) == 2 * experts_forward + 2 * 2 * T * D * E
 
 
+@pytest.mark.parametrize(
+    "chosen, interpreted", [("not slow and not gpu", "1"), ("slow", "1"), ("", "1"), ("gpu", "0"), ("gpu or slow", "0")]
+)
+def test_the_kernels_of_these_tests_are_interpreted_on_a_machine_with_a_card_too(
+    pytestconfig, monkeypatch, chosen, interpreted
+):
+    plugin = pytestconfig.pluginmanager.getplugin(str(pytestconfig.rootpath / "tests" / "conftest.py"))
+    monkeypatch.setenv("TRITON_INTERPRET", "unset")  # and put back afterwards
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    plugin.pytest_configure(SimpleNamespace(getoption=lambda _: chosen))
+    assert os.environ["TRITON_INTERPRET"] == interpreted
+
+
 def test_what_is_missing_is_named(monkeypatch):
-    assert environment.missing("cpu", torch.float32) is None
-    assert environment.missing("cpu", torch.float64) == "the kernels have no torch.float64"
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert environment.missing(cpu, torch.float32) is None
+    assert environment.missing(cpu, torch.float64) == "the kernels have no torch.float64"
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    assert "interpreter" in environment.missing("cpu", torch.float32)
+    assert "interpreter" in environment.missing(cpu, torch.float32)
     with pytest.warns(UserWarning, match=r"backend='triton' does not run torch.bfloat16 on cpu: a CPU runs Triton in"):
         assert resolve_backend("triton", "cpu", torch.bfloat16) == "eager"
-    assert environment.missing("mps", torch.float32) == "the kernels are for CUDA, not for mps"
+    assert environment.missing(torch.device("mps"), torch.float32) == "the kernels are for CUDA, not for mps"
     monkeypatch.setattr(environment, "card", lambda *_: (7, 5))
-    assert environment.missing("cuda", torch.float16) == "a card of sm_75 is older than sm_80"
+    assert environment.missing(cuda, torch.float16) == "a card of sm_75 is older than sm_80"
     with pytest.warns(UserWarning, match=r"backend='auto' runs 'grouped' on cuda: a card of sm_75 is older than sm_80"):
         assert resolve_backend("auto", "cuda", torch.float16) == "grouped"
     monkeypatch.setattr(environment, "triton_version", lambda: (2, 1))
-    assert environment.missing("cuda", torch.float16).startswith("triton 2.1 is older than 3.6 (pip install")
+    assert environment.missing(cuda, torch.float16).startswith("triton 2.1 is older than 3.6 (pip install")
     monkeypatch.setattr(environment, "triton_version", lambda: None)
     with pytest.warns(UserWarning, match=r"backend='triton' runs 'grouped' on cuda: triton is not installed"):
         assert resolve_backend("triton", "cuda", torch.bfloat16) == "grouped"
-    assert environment.missing("cuda", torch.float16) == "triton is not installed (pip install 'moesaic[kernels]')"
+    assert environment.missing(cuda, torch.float16) == "triton is not installed (pip install 'moesaic[kernels]')"
 
 
 def test_auto_takes_the_kernels_on_a_card_that_runs_them(monkeypatch):
@@ -424,8 +599,33 @@ def test_auto_takes_the_kernels_on_a_card_that_runs_them(monkeypatch):
     assert resolve_backend("auto", "cpu", torch.bfloat16) == "cpu"
 
 
+def test_the_card_that_counts_is_that_of_the_tensors(monkeypatch):
+    monkeypatch.setattr(environment, "_capability", lambda index: [(9, 0), (7, 5)][index])
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert (
+        resolve_backend("auto", "cuda", torch.bfloat16) == resolve_backend("auto", "cuda:0", torch.float16) == "triton"
+    )
+    core.kernels.fallback._warn.cache_clear()
+    with pytest.warns(UserWarning, match=r"backend='auto' runs 'grouped' on cuda: a card of sm_75 is older than sm_80"):
+        assert resolve_backend("auto", "cuda:1", torch.bfloat16) == "grouped"
+    assert tuning.tuner("A card") is tuning.tuner("A card")
+    assert tuning.tuner("A card") is not tuning.tuner("Another")
+
+
+def test_a_tile_is_measured_for_each_way_a_product_is_taken(monkeypatch):
+    x, w, offsets, gates = torch.randn(4, 8), torch.randn(2, 8, 8), torch.tensor([2, 4]), torch.rand(4)
+    with launch.written_down() as found:
+        for options in ({}, {"bias": w[:, 0]}, {"gates_R": gates}, {"second": (x, w)}, {"transposed": True}):
+            products.linear(x, w, offsets, x, **options)
+        monkeypatch.setattr(products, "_flags", lambda _: {"PRECISION": "tf32"})
+        products.linear(x, w, offsets, x)
+    assert found[0].flags() == ("ieee",)
+    assert found[1].flags() == ("BIAS", "ieee")
+    assert len({start.flags() for start in found}) == len(found)
+
+
 def half_tiles(kernel: str, rows: float) -> list[tuple[int, int]]:
-    return [(t.m, t.n) for t in tuning.tiles(kernel, torch.bfloat16, rows)]
+    return [(t.m, t.n) for t in tuning.tiles(kernel, (64, 64), torch.bfloat16, rows)]
 
 
 def test_tiles_are_not_much_taller_than_an_expert_has_rows(monkeypatch):
@@ -438,12 +638,14 @@ def test_tiles_are_not_much_taller_than_an_expert_has_rows(monkeypatch):
         heights = {m for m, _ in half_tiles(kernel, rows)}
         assert min(heights) >= 64 or len(heights) == 1
     assert len(half_tiles("hidden_grad", 4096)) == 1, "its sums depend on the tile: it is not tuned"
+    for widths, tile in (((2040, 1400), (128, 256)), ((2042, 1408), (64, 64)), ((2048, 1401), (64, 64))):
+        first = tuning.tiles("linear", widths, torch.bfloat16, 4096)[0]
+        assert (first.m, first.n) == tile, "rows that are no multiple of 16 bytes take more registers"
 
 
 def test_tuner_measures_a_shape_once_keeps_it_and_survives_a_broken_file(monkeypatch, tmp_path, caplog):
     monkeypatch.setattr(tuning, "interpreted", lambda: False)
     monkeypatch.setenv("MOESAIC_TUNING_CACHE", str(tmp_path))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A card/1")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     asked = []
 
@@ -452,40 +654,39 @@ def test_tuner_measures_a_shape_once_keeps_it_and_survives_a_broken_file(monkeyp
         return candidates[2]
 
     monkeypatch.setattr(tuning, "_fastest", fastest)
-    args = ("linear", (64, 2048, 1408), torch.bfloat16, 4096.0, lambda tile: None)
+    args = ("linear", (64, 2048, 1408), ("BIAS", "ieee"), torch.bfloat16, 4096.0, lambda tile: None)
     expected = tuning.PLAIN[2]
-    tuner = tuning.Tuner()
+    tuner = tuning.Tuner("A card/1")
     assert tuner.choose(*args) == tuner.choose(*args) == expected
     assert len(asked) == 1
     (file,) = tmp_path.iterdir()
-    assert list(json.loads(file.read_text())) == ["linear/bfloat16/13/64/2048/1408"]
-    assert tuning.Tuner().choose(*args) == expected
+    assert list(json.loads(file.read_text())) == ["linear/bfloat16/13/64/2048/1408/BIAS/ieee"]
+    assert tuning.Tuner("A card/1").choose(*args) == expected
     assert len(asked) == 1, "another process reads what was measured"
     file.write_text("{")
-    assert tuning.Tuner().choose(*args) == expected
+    assert tuning.Tuner("A card/1").choose(*args) == expected
     assert len(asked) == 2
     assert "cannot be read" in caplog.text
     monkeypatch.setenv("MOESAIC_TUNE", "0")
-    assert tuning.Tuner().choose(*args) == tuning.PLAIN[0]
+    assert tuning.Tuner("A card/1").choose(*args) == tuning.PLAIN[0]
     monkeypatch.delenv("MOESAIC_TUNE")
     monkeypatch.setattr(tuning, "MAX_SHAPES", 1)
     assert tuner.choose("linear", (8, 64, 64), *args[2:]) == tuning.PLAIN[0], "the list is bounded"
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert tuning.Tuner().choose("linear", (9, 64, 64), *args[2:]) == tuning.PLAIN[0]
+    assert tuning.Tuner("A card/1").choose("linear", (9, 64, 64), *args[2:]) == tuning.PLAIN[0]
 
 
 def test_tiles_that_cannot_be_kept_are_measured_in_each_process(monkeypatch, tmp_path, caplog):
     monkeypatch.setattr(tuning, "interpreted", lambda: False)
     (tmp_path / "file").write_text("in the way of a folder")
     monkeypatch.setenv("MOESAIC_TUNING_CACHE", str(tmp_path / "file"))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A card/1")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(tuning, "_fastest", lambda candidates, run: candidates[1])
     replaced = []
     monkeypatch.setattr(tuning.os, "replace", lambda *paths: replaced.append(paths))
-    tuner = tuning.Tuner()
+    tuner = tuning.Tuner("A card/1")
     for width in (64, 128, 256):
-        args = ("linear", (64, 2048, width), torch.bfloat16, 4096.0, lambda tile: None)
+        args = ("linear", (64, 2048, width), (), torch.bfloat16, 4096.0, lambda tile: None)
         assert tuner.choose(*args) == tuner.choose(*args) == tuning.PLAIN[1]
     assert not replaced
     assert caplog.text.count("measured tiles are not kept") == 1
@@ -496,10 +697,10 @@ def test_a_tile_of_an_older_list_is_measured_anew_and_without_memory_the_default
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     answers = iter([None, tuning.PLAIN[2]])
     monkeypatch.setattr(tuning, "_fastest", lambda candidates, run: next(answers))
-    tuner = tuning.Tuner()
+    tuner = tuning.Tuner("A card/1")
     tuner.loaded = True
-    tuner.best["linear/bfloat16/13/64/2048/1408"] = Tile(16, 16, 1, 1)
-    args = ("linear", (64, 2048, 1408), torch.bfloat16, 4096.0, lambda tile: None)
+    tuner.best["linear/bfloat16/13/64/2048/1408/BIAS/ieee"] = Tile(16, 16, 1, 1)
+    args = ("linear", (64, 2048, 1408), (), torch.bfloat16, 4096.0, lambda tile: None)
     assert tuner.choose(*args) == tuning.PLAIN[0]
     assert tuner.choose(*args) == tuner.choose(*args) == tuning.PLAIN[2]
 

@@ -22,8 +22,8 @@ from .sort import queue_ranks, sort_pairs
 from .sums import combine
 
 
-def supports(device_type: str, dtype: torch.dtype) -> bool:
-    return missing(device_type, dtype) is None
+def supports(device: torch.device, dtype: torch.dtype) -> bool:
+    return missing(device, dtype) is None
 
 
 __all__ = [

@@ -10,6 +10,7 @@ tensor cores. Needs Triton alone: its wheel brings the assembler. Leaves with 1 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import subprocess
@@ -33,6 +34,8 @@ SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Bytes a program may have, of the CUDA C++ programming guide's table of compute capabilities."""
 MAX_SPILL = 96
 """Bytes of registers that a thread may spill."""
+WIDTHS = {"whole": (2048, 1408), "eights": (2040, 1400), "twos": (2042, 1402), "odd": (2041, 1401)}
+"""D and F: of whole tiles; multiples of 8, as ``SwiGLU`` makes them; rows that start at 4 bytes, and at any number."""
 TENSOR_CORES = re.compile(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)\b")
 _TYPES = {
     torch.float32: "fp32",
@@ -49,12 +52,13 @@ class Compiled:
     """What one kernel with one tile needs of one card.
 
     Attributes:
-        kernel, arch, dtype, tile: which.
+        kernel, widths, arch, dtype, tile: which.
         registers: of a thread. spill: bytes of them in memory. shared: bytes of shared memory of a program.
         products, tensor_cores: the kernel multiplies matrices; its code has tensor-core instructions.
     """
 
     kernel: str
+    widths: str
     arch: int
     dtype: str
     tile: str
@@ -75,10 +79,10 @@ class Compiled:
         return None
 
 
-def launches(dtype: torch.dtype, *, tokens: int = 32768, dim: int = 2048, hidden: int = 1408) -> list[Launch]:
+def launches(dtype: torch.dtype, widths: tuple[int, int], *, tokens: int = 32768) -> list[Launch]:
     """Every kernel with the flags that change its code, on tensors that are not there: E = 64 and K = 8."""
     E, K, device = 64, 8, torch.device("meta")
-    R, T, D, F = tokens * K, tokens, dim, hidden
+    R, T, (D, F) = tokens * K, tokens, widths
 
     def of(*shape: int, kind: torch.dtype = dtype) -> Tensor:
         return torch.empty(*shape, dtype=kind, device=device)
@@ -106,6 +110,7 @@ def launches(dtype: torch.dtype, *, tokens: int = 32768, dim: int = 2048, hidden
         products.column_sums(hidden_R, offsets_E)
         products.column_sums(x, offsets_E, gates_R, index_R)
         sums.sum_rows(x_R, index_R, None, offsets_E, None, T, K, dtype)
+        sums.sum_rows(x_R, index_R, None, offsets_E, gates_R, T, K, torch.float32)
         sums.sum_rows(x_R, index_R, of(T + 1, kind=torch.int64), offsets_E, gates_R, T, 0, torch.float32)
         if dtype == torch.float32:  # these see no other
             ids, logits_TE = of(R, kind=torch.int64), of(T, E)
@@ -153,6 +158,7 @@ def compile_launch(launch: Launch, tile: Tile | None, arch: int, dtype: torch.dt
     registers, spill = _resources(made.asm["cubin"])
     return Compiled(
         kernel=launch.kernel,
+        widths="-" if launch.tile is None else "x".join(map(str, launch.tile[1][1:])),
         arch=arch,
         dtype=str(dtype).removeprefix("torch."),
         tile="-" if tile is None else f"{tile.m}x{tile.n} w{tile.warps} s{tile.stages}",
@@ -180,7 +186,12 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 
 def compile_all(
-    archs: Sequence[int], dtypes: Sequence[torch.dtype], kernels: Sequence[str] | None = None, *, all_flags: bool = True
+    archs: Sequence[int],
+    dtypes: Sequence[torch.dtype],
+    kernels: Sequence[str] | None = None,
+    widths: Sequence[str] = tuple(WIDTHS),
+    *,
+    all_flags: bool = True,
 ) -> Iterator[Compiled]:
     """Each kernel with each tile that tuning may choose.
 
@@ -188,19 +199,20 @@ def compile_all(
         archs: of ``ARCHS``.
         dtypes: of the products.
         kernels: names, as "up"; None: all.
+        widths: of ``WIDTHS``; kernels that do not multiply are compiled for the first alone.
         all_flags: with every combination of flags in ``launches``; else the first of each kernel.
     """
     for dtype in dtypes:
         seen: set[object] = set()
         # Few tokens have tiles of their own, and experts of 4096, 64, 32, 16 and 8 rows meet all there are.
-        for tokens in (32768, 512, 256, 128, 64):
-            for launch in launches(dtype, tokens=tokens):
+        for pair, tokens in itertools.product(widths, (32768, 512, 256, 128, 64)):
+            for launch in launches(dtype, WIDTHS[pair], tokens=tokens):
                 name = launch.kernel.split(".")[1]
                 if kernels is not None and name not in kernels:
                     continue
                 for tile in launch.tiles():
                     flags = repr(sorted(launch.constants.items())) if all_flags else ""
-                    what = (launch.kernel, launch.tile and launch.tile[0], tile, flags)
+                    what = (launch.kernel, launch.tile and (launch.tile[0], pair), tile, flags)
                     if what in seen:
                         continue
                     seen.add(what)
@@ -211,9 +223,9 @@ def compile_all(
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="ahead", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--arch", nargs="+", type=int, choices=ARCHS, default=list(ARCHS))
-    parser.add_argument(
-        "--dtypes", nargs="+", choices=["float32", "bfloat16", "float16"], default=["bfloat16", "float32"]
-    )
+    names = ["bfloat16", "float16", "float32"]
+    parser.add_argument("--dtypes", nargs="+", choices=names, default=names)
+    parser.add_argument("--widths", nargs="+", choices=list(WIDTHS), default=list(WIDTHS), help="of tokens and experts")
     parser.add_argument("--kernels", nargs="+", metavar="NAME", help="as up, linear, weight_grad (default: all)")
     parser.add_argument("--first", action="store_true", help="each kernel with one set of flags")
     parser.add_argument("--json", action="store_true", help="one object a line")
@@ -222,9 +234,10 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("TRITON_INTERPRET=1 replaces the compiler: unset it")
     failed = 0
     if not args.json:
-        print(f"{'kernel':24}{'dtype':10}{'tile':18}{'card':8}{'registers':>10}{'spill':>7}{'shared':>8}  tensor cores")
+        heads = f"{'kernel':24}{'widths':12}{'dtype':10}{'tile':18}{'card':8}"
+        print(f"{heads}{'registers':>10}{'spill':>7}{'shared':>8}  tensor cores")
     dtypes = [getattr(torch, name) for name in args.dtypes]
-    for made in compile_all(args.arch, dtypes, args.kernels, all_flags=not args.first):
+    for made in compile_all(args.arch, dtypes, args.kernels, args.widths, all_flags=not args.first):
         wrong = made.wrong()
         failed += wrong is not None
         if args.json:
@@ -232,7 +245,7 @@ def main(argv: list[str] | None = None) -> int:
             continue
         cores = "yes" if made.tensor_cores else "-"
         print(
-            f"{made.kernel:24}{made.dtype:10}{made.tile:18}sm_{made.arch:<5}{made.registers:>10}{made.spill:>7}"
+            f"{made.kernel:24}{made.widths:12}{made.dtype:10}{made.tile:18}sm_{made.arch:<5}{made.registers:>10}{made.spill:>7}"
             f"{made.shared:>8}  {cores}{'' if wrong is None else '  ' + wrong}",
             flush=True,
         )

@@ -40,15 +40,19 @@ def upcast(dtype: torch.dtype) -> bool:
     return interpreted() and dtype == torch.bfloat16
 
 
+def card(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a CUDA device; without an index that of the current one."""
+    return _capability(torch.cuda.current_device() if device.index is None else device.index)
+
+
 @cache
-def card(index: int | None = None) -> tuple[int, int]:
-    """Compute capability of a CUDA device."""
+def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
 @torch.compiler.assume_constant_result  # versions and cards do not change under a compiled graph
-def missing(device_type: str, dtype: torch.dtype) -> str | None:
-    """Why the kernels cannot run on such tensors, in a few words; None where they can."""
+def missing(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the kernels cannot run on tensors of this device and dtype, in a few words; None where they can."""
     version = triton_version()
     if version is None:
         return "triton is not installed (pip install 'moesaic[kernels]')"
@@ -57,11 +61,11 @@ def missing(device_type: str, dtype: torch.dtype) -> str | None:
         return f"triton {found} is older than {oldest} (pip install -U 'moesaic[kernels]')"
     if dtype not in DTYPES:
         return f"the kernels have no {dtype}"
-    if device_type == "cpu":
+    if device.type == "cpu":
         return None if interpreted() else "a CPU runs Triton in its interpreter alone (TRITON_INTERPRET=1)"
-    if device_type != "cuda" or torch.version.hip is not None:
-        return f"the kernels are for CUDA, not for {device_type}"
-    if card() < OLDEST_CARD:
-        found, oldest = ("sm_{}{}".format(*v) for v in (card(), OLDEST_CARD))
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"the kernels are for CUDA, not for {device.type}"
+    if card(device) < OLDEST_CARD:
+        found, oldest = ("sm_{}{}".format(*v) for v in (card(device), OLDEST_CARD))
         return f"a card of {found} is older than {oldest}"
     return None

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import grouped
+from ..eager import check_width
 from ..fallback import warn_once
 from . import products
 from .environment import MAX_EXPERTS
@@ -40,6 +41,7 @@ def _expert_ffn(
 ) -> tuple[Tensor, Tensor, Tensor]:
     x, w_in, w_out, gates_R = (t.contiguous() for t in (x, w_in, w_out, gates_R))
     b_in, b_out, w_gate = (None if t is None else t.contiguous() for t in (b_in, b_out, w_gate))
+    check_width(x, w_in.shape[1])
     R, N = gates_R.shape[0], w_out.shape[-1]
     if R == 0:
         empty = x.new_empty(0, w_in.shape[-1])
@@ -87,19 +89,20 @@ def _expert_ffn_backward(
     activation: str,
     wants: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, gates, w_in, w_out, b_in, b_out and w_gate; empty where ``wants``, of the last five, is False."""
+    """Gradients of x, gates, w_in, w_out, b_in, b_out and w_gate; empty where ``wants``, of all but the gates, is
+    False."""
     R = gates_R.shape[0]
     if R == 0:
-        weights = zip((w_in, w_out, b_in, b_out, w_gate), wants, strict=True)
-        zeros = [torch.zeros_like(w) if wanted and w is not None else x.new_empty(0) for w, wanted in weights]
-        return torch.zeros_like(x), torch.zeros_like(gates_R), zeros[0], zeros[1], zeros[2], zeros[3], zeros[4]
+        inputs = zip((x, w_in, w_out, b_in, b_out, w_gate), wants, strict=True)
+        zeros = [t.new_zeros(t.shape) if wanted and t is not None else x.new_empty(0) for t, wanted in inputs]
+        return zeros[0], torch.zeros_like(gates_R), zeros[1], zeros[2], zeros[3], zeros[4], zeros[5]
     x, w_in, w_out, gates_R = (t.contiguous() for t in (x, w_in, w_out, gates_R))
     w_gate = None if w_gate is None else w_gate.contiguous()
     dpre, dpre_gate, weighted, dgates_R = products.hidden_grad(
         dy, row_index_R, offsets_E, gates_R, w_out, b_out, pre, None if w_gate is None else pre_gate, activation
     )
-    dw_in, dw_out, db_in, db_out, dw_gate = (x.new_empty(0) for _ in wants)
-    wanted_in, wanted_out, wanted_b_in, wanted_b_out, wanted_gate = wants
+    dx, dw_in, dw_out, db_in, db_out, dw_gate = (x.new_empty(0) for _ in wants)
+    wanted_x, wanted_in, wanted_out, wanted_b_in, wanted_b_out, wanted_gate = wants
     if wanted_out:
         dw_out = products.weight_grad(weighted, dy, offsets_E, right_index_R=row_index_R)
     del weighted
@@ -111,6 +114,8 @@ def _expert_ffn_backward(
         db_in = products.column_sums(dpre, offsets_E).to(x.dtype)
     if wanted_b_out:
         db_out = products.column_sums(dy, offsets_E, gates_R, row_index_R).to(x.dtype)
+    if not wanted_x:
+        return dx, dgates_R, dw_in, dw_out, db_in, db_out, dw_gate
     direct = row_index_R is None or top_k == 1
     dx = torch.zeros_like(x) if direct else x.new_empty(R, x.shape[1])
     products.linear(
@@ -148,9 +153,9 @@ def _(
     activation,
     wants,
 ):
-    weights = zip((w_in, w_out, b_in, b_out, w_gate), wants, strict=True)
-    grads = (torch.empty_like(w) if wanted else x.new_empty(0) for w, wanted in weights)
-    return (x.new_empty(x.shape), torch.empty_like(gates_R), *grads)
+    inputs = zip((x, w_in, w_out, b_in, b_out, w_gate), wants, strict=True)
+    dx, *dweights = (t.new_empty(t.shape) if wanted else x.new_empty(0) for t, wanted in inputs)
+    return (dx, torch.empty_like(gates_R), *dweights)
 
 
 def _setup(ctx, inputs, output):
@@ -162,9 +167,9 @@ def _setup(ctx, inputs, output):
 
 def _backward(ctx, dy, _dpre, _dpre_gate):
     saved = ctx.saved_tensors
-    wants = list(ctx.needs_input_grad[4:9])  # w_in, w_out, b_in, b_out, w_gate
+    wants = [ctx.needs_input_grad[i] for i in (0, 4, 5, 6, 7, 8)]  # x, w_in, w_out, b_in, b_out, w_gate
     dx, dgates, *dweights = _expert_ffn_backward(dy.contiguous(), *saved, ctx.top_k, ctx.activation, wants)
-    dweights = [dw if wanted else None for wanted, dw in zip(wants, dweights, strict=True)]
+    dx, *dweights = (d if wanted else None for wanted, d in zip(wants, (dx, *dweights), strict=True))
     return dx, None, None, dgates, *dweights, None, None, None, None, None
 
 
@@ -189,7 +194,7 @@ def expert_ffn(
     """As ``eager.expert_ffn``. Memory kept for the backward: ``x`` and (R, F) pre-activations.
 
     Raises:
-        ValueError: tokens and weights are not of one dtype.
+        ValueError: tokens and weights are not of one dtype, or tokens not as wide as the weights take them.
     """
     if _beyond(w_in, w_out, w_gate, b_in, b_out, dtype=x.dtype):
         return grouped.expert_ffn(
@@ -219,6 +224,7 @@ def expert_ffn(
 
 @torch.library.custom_op("moesaic::triton_linear", mutates_args=())
 def _linear(x_RD: Tensor, w: Tensor, offsets_E: Tensor, b: Tensor | None, transposed: bool) -> Tensor:
+    check_width(x_RD, w.shape[2 if transposed else 1])
     y = x_RD.new_zeros(x_RD.shape[0], w.shape[1 if transposed else 2])
     if y.numel():
         bias = None if b is None else b.contiguous()
@@ -232,25 +238,26 @@ def _(x_RD, w, offsets_E, b, transposed):
 
 
 @torch.library.custom_op("moesaic::triton_linear_dw", mutates_args=())
-def _linear_dw(x_RD: Tensor, dy_RN: Tensor, offsets_E: Tensor, with_bias: bool) -> tuple[Tensor, Tensor]:
+def _linear_dw(x_RD: Tensor, dy_RN: Tensor, offsets_E: Tensor, wants: list[bool]) -> tuple[Tensor, Tensor]:
+    """Gradients of w and b; empty where ``wants`` is False."""
     E, D, N = offsets_E.shape[0], x_RD.shape[1], dy_RN.shape[1]
+    wanted_w, wanted_b = wants
     if x_RD.shape[0] == 0:
-        return x_RD.new_zeros(E, D, N), x_RD.new_zeros(E if with_bias else 0, N)
+        return x_RD.new_zeros(E if wanted_w else 0, D, N), x_RD.new_zeros(E if wanted_b else 0, N)
     dy_RN = dy_RN.contiguous()
-    dw = products.weight_grad(x_RD.contiguous(), dy_RN, offsets_E)
-    db = products.column_sums(dy_RN, offsets_E).to(dy_RN.dtype) if with_bias else dy_RN.new_empty(0, N)
+    dw = products.weight_grad(x_RD.contiguous(), dy_RN, offsets_E) if wanted_w else x_RD.new_empty(0, D, N)
+    db = products.column_sums(dy_RN, offsets_E).to(dy_RN.dtype) if wanted_b else dy_RN.new_empty(0, N)
     return dw, db
 
 
 @_linear_dw.register_fake
-def _(x_RD, dy_RN, offsets_E, with_bias):
+def _(x_RD, dy_RN, offsets_E, wants):
     E, D, N = offsets_E.shape[0], x_RD.shape[1], dy_RN.shape[1]
-    return x_RD.new_empty(E, D, N), x_RD.new_empty(E if with_bias else 0, N)
+    return x_RD.new_empty(E if wants[0] else 0, D, N), x_RD.new_empty(E if wants[1] else 0, N)
 
 
 def _linear_setup(ctx, inputs, output):
     x_RD, w, offsets_E, b, ctx.transposed = inputs
-    ctx.with_bias = b is not None
     ctx.save_for_backward(x_RD, w, offsets_E)
 
 
@@ -258,10 +265,11 @@ def _linear_backward(ctx, dy_RN):
     x_RD, w, offsets_E = ctx.saved_tensors
     dx = _linear(dy_RN, w, offsets_E, None, not ctx.transposed) if ctx.needs_input_grad[0] else None
     dw = db = None
-    if ctx.needs_input_grad[1] or (ctx.with_bias and ctx.needs_input_grad[3]):
-        dw, db = _linear_dw(x_RD, dy_RN, offsets_E, ctx.with_bias)
-        dw = dw.transpose(1, 2) if ctx.transposed else dw
-    return dx, dw, None, db if ctx.with_bias else None, None
+    wants = [ctx.needs_input_grad[i] for i in (1, 3)]
+    if any(wants):
+        dw, db = _linear_dw(x_RD, dy_RN, offsets_E, wants)
+        dw = None if not wants[0] else dw.transpose(1, 2) if ctx.transposed else dw
+    return dx, dw, None, db if wants[1] else None, None
 
 
 _linear.register_autograd(_linear_backward, setup_context=_linear_setup)
@@ -271,7 +279,7 @@ def expert_linear(x_RD: Tensor, w: Tensor, offsets_E: Tensor, b: Tensor | None =
     """As ``eager.expert_linear``.
 
     Raises:
-        ValueError: rows and weights are not of one dtype.
+        ValueError: rows and weights are not of one dtype, or rows not as wide as the weights take them.
     """
     if _beyond(w, b, dtype=x_RD.dtype):
         return grouped.expert_linear(x_RD, w, offsets_E, b)

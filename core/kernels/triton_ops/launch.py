@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .tuning import TUNER, Tile, block_k, tiles
+from .tuning import Tile, block_k, tiles, tuner
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,8 @@ class Launch:
         args: tensors and whole numbers, in the order of the kernel's parameters.
         constants: what is compiled in, tile aside.
         grid: programs to start, given the tile.
-        tile: what ``tuning`` calls the kernel, what tells shapes apart (experts, width summed over or rows of the
-            result, columns of the result, flags), the dtype of the products and the mean rows of an expert; None where
-            nothing is tuned.
+        tile: what ``tuning`` calls the kernel, its shape (experts, width summed over or rows of the result, columns of
+            the result), the dtype of the products and the mean rows of an expert; None where nothing is tuned.
         warps: where nothing is tuned.
     """
 
@@ -34,7 +34,7 @@ class Launch:
     args: Sequence[Any]
     constants: dict[str, Any]
     grid: Callable[[Tile | None], int]
-    tile: tuple[str, tuple[int, ...], torch.dtype, float] | None = None
+    tile: tuple[str, tuple[int, int, int], torch.dtype, float] | None = None
     warps: int = 4
 
     def options(self, tile: Tile | None) -> dict[str, Any]:
@@ -43,13 +43,19 @@ class Launch:
             return {**self.constants, "num_warps": self.warps}
         kernel, shape, dtype, _ = self.tile
         options = {**self.constants, **tile.options(), "BLOCK_K": block_k(dtype), "EVEN_N": shape[2] % tile.n == 0}
+        options["UNIT_N"] = math.gcd(shape[2], 16)
         if kernel == "weight_grad":
-            return {**options, "EVEN_M": shape[1] % tile.m == 0}
-        return {**options, "GROUP": tile.group}
+            return {**options, "EVEN_M": shape[1] % tile.m == 0, "UNIT_M": math.gcd(shape[1], 16)}
+        return {**options, "GROUP": tile.group, "UNIT_K": math.gcd(shape[1], 16)}
 
     def tiles(self) -> tuple[Tile | None, ...]:
         """All that tuning may choose from."""
-        return (None,) if self.tile is None else tiles(self.tile[0], self.tile[2], self.tile[3])
+        return (None,) if self.tile is None else tiles(self.tile[0], self.tile[1][1:], self.tile[2], self.tile[3])
+
+    def flags(self) -> tuple[str, ...]:
+        """What tells launches of one shape apart: the constants that are on, and the words among them."""
+        constants = self.constants.items()
+        return tuple(name if on is True else on for name, on in constants if on is True or isinstance(on, str))
 
     def start(self, tile: Tile | None) -> None:
         jit_function(self.kernel)[(self.grid(tile),)](*self.args, **self.options(tile))
@@ -65,7 +71,7 @@ class Launch:
                 self.start(None)
             else:
                 kernel, shape, dtype, rows = self.tile
-                self.start(TUNER.choose(kernel, shape, dtype, rows, self.start))
+                self.start(tuner(_card_name(device)).choose(kernel, shape, self.flags(), dtype, rows, self.start))
 
 
 _WRITTEN_DOWN: list[Launch] | None = None
@@ -85,6 +91,11 @@ def written_down() -> Iterator[list[Launch]]:
 def jit_function(kernel: str) -> Any:
     module, name = kernel.split(".")
     return getattr(importlib.import_module(f"{__package__}.jit.{module}"), name)
+
+
+@cache
+def _card_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 @cache

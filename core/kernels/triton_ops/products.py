@@ -55,7 +55,7 @@ def up(
         "up" if w_gate is None else "up_geglu" if activation == "gelu" else "up_swiglu",
         (*pointers, pre, pre_gate, hidden, D, F, E, rows),
         constants,
-        (E, D, F, int(row_index_R is not None), int(bias is not None), int(keep)),
+        (E, D, F),
         rows,
         F,
         x,
@@ -82,9 +82,9 @@ def linear(
         second: x2 and w2, of the same shapes.
     """
     E, D, N = w.shape if not transposed else (w.shape[0], w.shape[2], w.shape[1])
-    stride_k, stride_n = (N, 1) if not transposed else (1, D)
     x2, w2 = second or (x, w)
     constants = {
+        "TRANSPOSED": transposed,
         "SECOND": second is not None,
         "BIAS": bias is not None,
         "WEIGHTED": gates_R is not None,
@@ -97,9 +97,9 @@ def linear(
     _by_rows(
         "products.linear",
         "linear",
-        (*pointers, D, N, E, x.shape[0], stride_k, stride_n),
+        (*pointers, D, N, E, x.shape[0]),
         constants,
-        (E, D, N, int(transposed), int(second is not None), int(row_index_R is not None)),
+        (E, D, N),
         x.shape[0],
         N,
         x,
@@ -130,12 +130,11 @@ def hidden_grad(
         **_flags(dy),
     }
     index = _or(row_index_R, offsets_E)
-    (tile,) = tiles("hidden_grad", dy.dtype, R / E)
+    (tile,) = tiles("hidden_grad", (N, F), dy.dtype, R / E)
     parts = -(-F // tile.n)
     partial = dy.new_empty(R, parts, dtype=torch.float32)
     pointers = (dy, index, offsets_E, w_out, gates_R, pre, _or(pre_gate, pre), dpre, dpre_gate, weighted, partial)
-    shape = (E, N, F, int(pre_gate is not None))
-    _by_rows("products.hidden_grad", "hidden_grad", (*pointers, N, F, E, R), constants, shape, R, F, dy).run()
+    _by_rows("products.hidden_grad", "hidden_grad", (*pointers, N, F, E, R), constants, (E, N, F), R, F, dy).run()
     dgates_R = torch.zeros_like(gates_R)
     height = 16 if interpreted() else 32
     Launch(
@@ -178,7 +177,7 @@ def weight_grad(
         (left, right, _or(index, offsets_E), offsets_E, dw, M, N),
         {**gathers, **_flags(left)},
         grid,
-        ("weight_grad", (E, M, N, *map(int, gathers.values())), left.dtype, R / max(E, 1)),
+        ("weight_grad", (E, M, N), left.dtype, R / max(E, 1)),
     ).run()
     return dw
 
@@ -209,7 +208,7 @@ def _by_rows(
     tuned_as: str,
     args: tuple[object, ...],
     constants: dict[str, object],
-    shape: tuple[int, ...],
+    shape: tuple[int, int, int],
     rows: int,
     width: int,
     like: Tensor,

@@ -8,19 +8,31 @@ from torch import Tensor
 from ..eager import accumulate_dtype
 from .environment import interpreted, upcast
 from .launch import Launch, power_of_two
+from .sort import MAX_BINS, find_places
 
 
+@torch.library.custom_op("moesaic::triton_rows_by_token", mutates_args=())
 def rows_by_token(row_index_R: Tensor, offsets_E: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
     """The rows of each token, where a token may have any number: int64 (R,) rows, int64 (T + 1,) starts.
 
-    Rows past the last offset come last and belong to none. No host synchronisation.
+    Rows past the last offset come last and belong to none. No host synchronisation. For tokens that have ``top_k`` rows
+    each nothing has to be sorted: see ``sum_rows``.
     """
     R, device = row_index_R.shape[0], row_index_R.device
-    token_R = torch.where(torch.arange(R, device=device) < offsets_E[-1], row_index_R, num_tokens)
+    row_R = torch.arange(R, device=device)
+    token_R = torch.where(row_R < offsets_E[-1], row_index_R, num_tokens)
+    if num_tokens < MAX_BINS:
+        place_R, starts = find_places(token_R, num_tokens + 1, 0, 0, None)
+        return torch.empty_like(place_R).scatter_(0, place_R, row_R), starts.to(torch.int64)
     rows = token_R.argsort(stable=True)
     counts = torch.zeros(num_tokens + 1, dtype=torch.int64, device=device)
     counts = counts.scatter_add_(0, token_R, torch.ones_like(token_R))
     return rows, torch.cat((counts.new_zeros(1), counts.cumsum(0)[:-1]))
+
+
+@rows_by_token.register_fake
+def _(row_index_R, offsets_E, num_tokens):
+    return torch.empty_like(row_index_R), row_index_R.new_empty(num_tokens + 1)
 
 
 def sum_rows(
@@ -33,7 +45,8 @@ def sum_rows(
     top_k: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """(T, D). ``rows`` is the row of each pair where pairs are token-major and ``starts`` is None."""
+    """(T, D), the (gated) rows of each token added up. ``rows`` is the row of each pair where pairs are token-major and
+    ``starts`` is None."""
     D = y_RD.shape[1]
     out = y_RD.new_empty(num_tokens, D, dtype=dtype)
     if out.numel() == 0:
@@ -41,51 +54,76 @@ def sum_rows(
     if y_RD.shape[0] == 0:
         return out.zero_()
     wide = min(power_of_two(D), 32 if interpreted() else 512)
+    gates = y_RD if gates_R is None else gates_R
+    constants = {"WEIGHTED": gates_R is not None, "UPCAST": upcast(dtype), "BLOCK_D": wide}
     if starts is not None:
-        gates = y_RD if gates_R is None else gates_R
-        constants = {"WEIGHTED": gates_R is not None, "UPCAST": upcast(dtype), "BLOCK_D": wide}
         grid = num_tokens * -(-D // wide)
         Launch("sums.sum_of_any", (y_RD, rows, starts, gates, out, D), constants, lambda _: grid).run()
         return out
     high = 4
-    constants = {"K": top_k, "UPCAST": upcast(dtype), "BLOCK_T": high, "BLOCK_D": wide}
+    constants |= {"K": top_k, "BLOCK_T": high}
     grid = -(-num_tokens // high) * -(-D // wide)
-    args = (y_RD, rows, offsets_E, out, num_tokens, D, offsets_E.shape[0])
+    args = (y_RD, rows, gates, offsets_E, out, num_tokens, D, offsets_E.shape[0])
     Launch("sums.sum_of_k", args, constants, lambda _: grid).run()
     return out
 
 
 @torch.library.custom_op("moesaic::triton_combine", mutates_args=())
-def _combine(y_RD: Tensor, row_index_R: Tensor, offsets_E: Tensor, gates_R: Tensor | None, num_tokens: int) -> Tensor:
-    rows, starts = rows_by_token(row_index_R, offsets_E, num_tokens)
+def _combine(
+    y_RD: Tensor,
+    row_index_R: Tensor,
+    offsets_E: Tensor,
+    gates_R: Tensor | None,
+    rows: Tensor,
+    starts: Tensor | None,
+    num_tokens: int,
+    top_k: int,
+) -> Tensor:
     gates = None if gates_R is None else gates_R.contiguous()
-    return sum_rows(y_RD.contiguous(), rows, starts, offsets_E, gates, num_tokens, 0, accumulate_dtype(y_RD.dtype))
+    dtype = accumulate_dtype(y_RD.dtype)
+    return sum_rows(y_RD.contiguous(), rows, starts, offsets_E, gates, num_tokens, top_k, dtype)
 
 
 @_combine.register_fake
-def _(y_RD, row_index_R, offsets_E, gates_R, num_tokens):
+def _(y_RD, row_index_R, offsets_E, gates_R, rows, starts, num_tokens, top_k):
     return y_RD.new_empty(num_tokens, y_RD.shape[1], dtype=accumulate_dtype(y_RD.dtype))
 
 
 def _setup(ctx, inputs, output):
-    y_RD, row_index_R, offsets_E, gates_R, _ = inputs
-    ctx.save_for_backward(y_RD, row_index_R, offsets_E, gates_R)
+    y_RD, row_index_R, offsets_E, gates_R, *_ = inputs
+    ctx.dtype = y_RD.dtype
+    # Without gates the gradient does not depend on the rows.
+    ctx.save_for_backward(None if gates_R is None else y_RD, row_index_R, offsets_E, gates_R)
 
 
 def _backward(ctx, dout):
     y_RD, row_index_R, offsets_E, gates_R = ctx.saved_tensors
     dead_R1 = (torch.arange(row_index_R.shape[0], device=dout.device) >= offsets_E[-1])[:, None]
     dout_RD = dout.index_select(0, row_index_R).masked_fill(dead_R1, 0.0)
-    if gates_R is None:
-        return dout_RD.to(y_RD.dtype), None, None, None, None
-    # Rows past the last offset may hold NaN.
-    dgates_R = (dout_RD * y_RD.to(dout.dtype).masked_fill(dead_R1, 0.0)).sum(-1).to(gates_R.dtype)
-    return (dout_RD * gates_R[:, None]).to(y_RD.dtype), None, None, dgates_R, None
+    dgates_R = None
+    if gates_R is not None:
+        # Rows past the last offset may hold NaN.
+        dgates_R = (dout_RD * y_RD.to(dout.dtype).masked_fill(dead_R1, 0.0)).sum(-1).to(gates_R.dtype)
+        dout_RD = dout_RD * gates_R[:, None]
+    return dout_RD.to(ctx.dtype), None, None, dgates_R, None, None, None, None
 
 
 _combine.register_autograd(_backward, setup_context=_setup)
 
 
-def combine(y_RD: Tensor, row_index_R: Tensor, offsets_E: Tensor, gates_R: Tensor | None, num_tokens: int) -> Tensor:
-    """As ``eager.combine``."""
-    return _combine(y_RD, row_index_R, offsets_E, gates_R, num_tokens)
+def combine(
+    y_RD: Tensor,
+    row_index_R: Tensor,
+    offsets_E: Tensor,
+    gates_R: Tensor | None,
+    num_tokens: int,
+    *,
+    inverse_N: Tensor | None = None,
+    top_k: int | None = None,
+) -> Tensor:
+    """As ``eager.combine``; nothing is sorted where ``inverse_N`` and ``top_k`` say where a token's rows are."""
+    if inverse_N is None or top_k is None:
+        (rows, starts), k = rows_by_token(row_index_R, offsets_E, num_tokens), 0
+    else:
+        rows, starts, k = inverse_N, None, top_k
+    return _combine(y_RD, row_index_R, offsets_E, gates_R, rows, starts, num_tokens, k)

@@ -18,6 +18,7 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,10 @@ SQUARE = (Tile(128, 256, 8, 3), Tile(128, 128, 8, 3), Tile(128, 128, 4, 4), Tile
 FULL = (Tile(64, 64, 8, 3), Tile(64, 64, 4, 3), Tile(32, 64, 4, 3), Tile(16, 64, 4, 3))
 FULL_FIXED = (Tile(64, 64, 8, 3), Tile(32, 64, 4, 3), Tile(16, 64, 4, 3))
 FULL_SQUARE = (Tile(64, 64, 8, 3), Tile(64, 64, 4, 3))
+# Half-precision rows that are no multiple of 16 bytes are loaded 2, 4 or 8 bytes at a time, and each address, kept over
+# the whole sum, takes two registers: on sm_80 ``linear`` spilled 1768 bytes a thread with 128 x 256, none with these.
+RAGGED = FULL_FIXED
+RAGGED_SQUARE = FULL_SQUARE[:1]
 # Small, so that small problems have many tiles, ragged ones too.
 INTERPRETED = (Tile(32, 32, 4, 1, 2),)
 
@@ -101,6 +106,7 @@ FULL_TILES = {
     "hidden_grad": FULL_FIXED,
     "weight_grad": FULL_SQUARE,
 }
+RAGGED_TILES = {kernel: RAGGED_SQUARE if kernel == "weight_grad" else RAGGED for kernel in HALF_TILES}
 BY_ROWS = {"up", "up_geglu", "up_swiglu", "linear", "hidden_grad"}
 
 
@@ -111,11 +117,19 @@ def block_k(dtype: torch.dtype) -> int:
     return 64 if dtype.itemsize == 2 else 32
 
 
-def tiles(kernel: str, dtype: torch.dtype, rows_per_expert: float) -> tuple[Tile, ...]:
-    """What may be tried, the default first: tiles are not more than twice as high as an expert has rows."""
+def tiles(kernel: str, widths: Sequence[int], dtype: torch.dtype, rows_per_expert: float) -> tuple[Tile, ...]:
+    """What may be tried, the default first: tiles are not more than twice as high as an expert has rows.
+
+    Args:
+        kernel: a key of ``HALF_TILES``.
+        widths: of the rows that it reads and writes.
+        dtype: of the products.
+        rows_per_expert: the mean.
+    """
     if interpreted():
         return INTERPRETED
-    known = (HALF_TILES if dtype.itemsize == 2 else FULL_TILES)[kernel]
+    ragged = any(width % 8 for width in widths)
+    known = (FULL_TILES if dtype.itemsize != 2 else RAGGED_TILES if ragged else HALF_TILES)[kernel]
     if kernel not in BY_ROWS:
         return known
     fitting = tuple(t for t in known if t.m <= max(2 * rows_per_expert, 16)) or known[-1:]
@@ -127,32 +141,44 @@ def tiles(kernel: str, dtype: torch.dtype, rows_per_expert: float) -> tuple[Tile
 
 
 class Tuner:
-    """Measures tiles, and remembers the best of each shape."""
+    """Measures tiles on one kind of card, and remembers the best of each shape.
 
-    def __init__(self) -> None:
+    Args:
+        card: its name.
+    """
+
+    def __init__(self, card: str) -> None:
+        self.card = card
         self.best: dict[str, Tile] = {}
         self.file: Path | None = None
         self.loaded = False
 
     def choose(
-        self, kernel: str, shape: Sequence[int], dtype: torch.dtype, rows_per_expert: float, run: Callable[[Tile], Any]
+        self,
+        kernel: str,
+        shape: tuple[int, int, int],
+        flags: Sequence[str],
+        dtype: torch.dtype,
+        rows_per_expert: float,
+        run: Callable[[Tile], Any],
     ) -> Tile:
         """The tile for this launch.
 
         Args:
             kernel: a key of ``HALF_TILES``.
-            shape: widths and flags that tell launches apart.
+            shape: experts and the two widths.
+            flags: what else tells launches apart.
             dtype: of the products.
             rows_per_expert: the mean.
             run: launches the kernel with a tile, into the buffers of the real launch.
         """
-        candidates = tiles(kernel, dtype, rows_per_expert)
+        candidates = tiles(kernel, shape[1:], dtype, rows_per_expert)
         if len(candidates) == 1 or os.environ.get("MOESAIC_TUNE", "1") == "0":
             return candidates[0]
         if not self.loaded:
             self._load()
         height = max(int(rows_per_expert), 1).bit_length()
-        key = "/".join(map(str, (kernel, str(dtype).removeprefix("torch."), height, *shape)))
+        key = "/".join(map(str, (kernel, str(dtype).removeprefix("torch."), height, *shape, *flags)))
         if self.best.get(key) in candidates:  # a file may be of an older list of tiles
             return self.best[key]
         if len(self.best) >= MAX_SHAPES or torch.cuda.is_current_stream_capturing():
@@ -169,7 +195,7 @@ class Tuner:
 
         self.loaded = True
         folder = os.environ.get("MOESAIC_TUNING_CACHE") or Path.home() / ".cache" / "moesaic" / "tuning"
-        name = "-".join((torch.cuda.get_device_name(), torch.__version__, triton.__version__)).replace(" ", "_")
+        name = "-".join((self.card, torch.__version__, triton.__version__)).replace(" ", "_")
         self.file = Path(folder) / f"{name.replace('/', '_')}.json"
         try:
             found = json.loads(self.file.read_text())
@@ -214,4 +240,7 @@ def _fastest(candidates: Sequence[Tile], run: Callable[[Tile], Any]) -> Tile | N
     return min(seconds, key=seconds.__getitem__) if seconds else candidates[-1]
 
 
-TUNER = Tuner()
+@cache
+def tuner(card: str) -> Tuner:
+    """The one of this kind of card: tensors of a process may lie on several."""
+    return Tuner(card)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import activation, activation_grad, expert_tile, in_groups, load, product, rounded
+from .tiles import activation, activation_grad, expert_tile, in_groups, in_units, load, product, rounded
 
 
 @triton.jit
@@ -37,6 +37,8 @@ def up(
     GATED: tl.constexpr,
     BIAS: tl.constexpr,
     KEEP: tl.constexpr,
+    UNIT_K: tl.constexpr,
+    UNIT_N: tl.constexpr,
     EVEN_K: tl.constexpr,
     EVEN_N: tl.constexpr,
     E_POW2: tl.constexpr,
@@ -51,6 +53,8 @@ def up(
 
     X (T, D) with ``GATHER``, else (R, D); W, WGate (E, D, F); Bias (E, F); Pre, PreGate, Hidden (R, F).
     """
+    D = in_units(D, UNIT_K)
+    F = in_units(F, UNIT_N)
     tiles_m = tl.cdiv(R, BLOCK_M) + tl.minimum(R, E)
     tiles_n = tl.cdiv(F, BLOCK_N)
     for pid in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
@@ -112,12 +116,13 @@ def linear(
     N,
     E,
     R,
-    stride_k,
-    stride_n,
+    TRANSPOSED: tl.constexpr,
     SECOND: tl.constexpr,
     BIAS: tl.constexpr,
     WEIGHTED: tl.constexpr,
     SCATTER: tl.constexpr,
+    UNIT_K: tl.constexpr,
+    UNIT_N: tl.constexpr,
     EVEN_K: tl.constexpr,
     EVEN_N: tl.constexpr,
     E_POW2: tl.constexpr,
@@ -130,9 +135,13 @@ def linear(
 ):
     """``Out = g (X W + b)``, with ``SECOND`` ``g (X W + X2 W2 + b)``, to the rows' own places or to their tokens'.
 
-    X, X2 (R, D); W, W2 (E, D, N) by their strides, so that a transposed matrix is one too; Bias (E, N); Gates (R,);
-    Out (R, N), or (T, N) with ``SCATTER``, where a token has one row at most.
+    X, X2 (R, D); W, W2 (E, D, N), ``TRANSPOSED`` (E, N, D); Bias (E, N); Gates (R,); Out (R, N), or (T, N) with
+    ``SCATTER``, where a token has one row at most.
     """
+    D = in_units(D, UNIT_K)
+    N = in_units(N, UNIT_N)
+    stride_k = 1 if TRANSPOSED else N
+    stride_n = D if TRANSPOSED else 1
     tiles_m = tl.cdiv(R, BLOCK_M) + tl.minimum(R, E)
     tiles_n = tl.cdiv(N, BLOCK_N)
     for pid in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
@@ -195,6 +204,8 @@ def hidden_grad(
     ACT: tl.constexpr,
     GATHER: tl.constexpr,
     GATED: tl.constexpr,
+    UNIT_K: tl.constexpr,
+    UNIT_N: tl.constexpr,
     EVEN_K: tl.constexpr,
     EVEN_N: tl.constexpr,
     E_POW2: tl.constexpr,
@@ -210,6 +221,8 @@ def hidden_grad(
     ``DPre``, ``DPreGate`` (R, F): times the gate. ``Weighted`` (R, F): the gate times h, for the gradient of W.
     ``Partial`` (R, tiles of F): ``<dh, h>`` of each tile, whose sum is the gradient of the gate (arXiv 2512.14080).
     """
+    N = in_units(N, UNIT_K)
+    F = in_units(F, UNIT_N)
     tiles_m = tl.cdiv(R, BLOCK_M) + tl.minimum(R, E)
     tiles_n = tl.cdiv(F, BLOCK_N)
     for pid in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
@@ -265,6 +278,8 @@ def weight_grad(
     N,
     GATHER_LEFT: tl.constexpr,
     GATHER_RIGHT: tl.constexpr,
+    UNIT_M: tl.constexpr,
+    UNIT_N: tl.constexpr,
     EVEN_M: tl.constexpr,
     EVEN_N: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -277,6 +292,8 @@ def weight_grad(
 
     Left (R, M), or (T, M) with ``GATHER_LEFT``; Right (R, N), or (T, N) with ``GATHER_RIGHT``; DW (E, M, N).
     """
+    M = in_units(M, UNIT_M)
+    N = in_units(N, UNIT_N)
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
     pid = tl.program_id(0)

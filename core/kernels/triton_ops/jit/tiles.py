@@ -35,6 +35,15 @@ def in_groups(pid, tiles_m, tiles_n, GROUP: tl.constexpr):
 
 
 @triton.jit
+def in_units(width, UNIT: tl.constexpr):
+    """``width`` itself, a multiple of ``UNIT``. The compiler sees that of 16 alone, and takes the numbers of other rows
+    one by one: without ``cp.async``, so without a pipeline, and with an address each."""
+    if UNIT == 1 or UNIT == 16:
+        return width
+    return width // UNIT * UNIT
+
+
+@triton.jit
 def load(at, mask, WHOLE: tl.constexpr):
     """What stands at ``at``, zero outside the mask; ``WHOLE``: nothing is outside."""
     if WHOLE:
