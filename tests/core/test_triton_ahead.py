@@ -78,7 +78,7 @@ def test_every_kernel_and_tile_builds_in_float32():
 
 def test_no_tile_spills_where_rows_are_not_of_whole_tiles():
     # 2040 numbers are read 16 bytes at a time, as 2048 are; 2041 one by one.
-    for widths, tuned in (("eights", tuning.HALF_TILES), ("odd", tuning.RAGGED_TILES)):
+    for widths, tuned in (("eights", tuning.UNEVEN_TILES), ("odd", tuning.RAGGED_TILES)):
         rows = compiled("--first", "--arch", "80", "--dtypes", "bfloat16", "--widths", widths)
         check(rows, "bfloat16")
         check_tiles(rows, tuned, (80,))
