@@ -638,9 +638,15 @@ def test_tiles_are_not_much_taller_than_an_expert_has_rows(monkeypatch):
         heights = {m for m, _ in half_tiles(kernel, rows)}
         assert min(heights) >= 64 or len(heights) == 1
     assert len(half_tiles("hidden_grad", 4096)) == 1, "its sums depend on the tile: it is not tuned"
-    for widths, tile in (((2040, 1400), (128, 256)), ((2042, 1408), (64, 64)), ((2048, 1401), (64, 64))):
+    # Masks take registers, and so do rows that are no multiple of 16 bytes.
+    for widths, tile in (
+        ((2048, 1408), (128, 256)),
+        ((2040, 1400), (128, 128)),
+        ((2042, 1408), (64, 64)),
+        ((2048, 1401), (64, 64)),
+    ):
         first = tuning.tiles("linear", widths, torch.bfloat16, 4096)[0]
-        assert (first.m, first.n) == tile, "rows that are no multiple of 16 bytes take more registers"
+        assert (first.m, first.n) == tile
 
 
 def test_tuner_measures_a_shape_once_keeps_it_and_survives_a_broken_file(monkeypatch, tmp_path, caplog):
