@@ -216,7 +216,7 @@ def with_nulls(config: Mapping[str, Any], flags: list[str]) -> tuple[dict[str, A
         given = [item, *([] if equals else itertools.islice(items, 1))] if key.startswith("--") else [item]
         value = value if equals else given[-1]
         names = [name for name in key.removeprefix("--").split(".") if name != "init_args"]
-        if len(names) > 2 and value in ("null", "Null", "NULL", "~") and _holds(merged, names[:-1]):
+        if len(names) > 2 and value in ("null", "Null", "NULL", "~") and isinstance(_at(merged, names[:-1]), Mapping):
             over: Any = None
             for name in reversed(names):
                 over = {name: over}
@@ -224,15 +224,6 @@ def with_nulls(config: Mapping[str, Any], flags: list[str]) -> tuple[dict[str, A
         else:
             out += given
     return merged, out
-
-
-def _holds(config: Any, path: Iterable[str]) -> bool:
-    """Whether there are mappings all along ``path``."""
-    for name in path:
-        if isinstance(config, Mapping) and "class_path" in config:
-            config = config.get("init_args")
-        config = config.get(name) if isinstance(config, Mapping) else None
-    return isinstance(config, Mapping)
 
 
 def with_remembered_data(config: Mapping[str, Any], flags: list[str], checkpoint: Mapping[str, Any]) -> dict[str, Any]:
@@ -284,8 +275,10 @@ def check_superseded(config: Mapping[str, Any], flags: list[str], checkpoint: Pa
 
 
 def _at(values: Any, keys: Iterable[str]) -> Any:
-    """What stands there in nested mappings; None: nothing."""
+    """What stands there in nested mappings, of a class among its arguments; None: nothing."""
     for key in keys:
+        if isinstance(values, Mapping) and "class_path" in values and key != "init_args":
+            values = values.get("init_args")
         values = values.get(key) if isinstance(values, Mapping) else None
     return values
 
