@@ -18,7 +18,7 @@ from .checks import at_least_one, at_most_experts, one_of, positive
 from .gates import LinearGate
 from .router import LinearGateConfig, PairRouter, RouterConfig, Tokens
 from .selection import Capacity, Choice
-from .top_k import TopKConfig
+from .top_k import TopKConfig, TopKRouter
 
 
 class ThresholdRouter(PairRouter):
@@ -381,29 +381,13 @@ def round_to_tiles(scores_TE: Tensor, expert_ids_TK: Tensor, real_T: Tensor, til
     )
 
 
-class TokenRoundingRouter(PairRouter):
+class TokenRoundingRouter(TopKRouter):
     """Top-k in evaluation, top-k rounded to tiles in training. Built by ``TokenRounding``."""
 
     config: TokenRounding
 
     def __init__(self, dim: int, num_experts: int, config: TokenRounding, capacity: Capacity) -> None:
-        super().__init__(num_experts, config, capacity)
-        self.gate = LinearGate(dim, num_experts, config.init_scale)
-
-    def choose(self, tokens: Tokens) -> Choice:
-        logits_TE = self.gate(tokens.x_TD)
-        config = self.config
-        best = topk_gate(
-            logits_TE, config.top_k, normalize=config.normalizes, valid_T=tokens.valid_T, backend=self.backend
-        )
-        return Choice(
-            best.expert_ids_TK,
-            best.gates_TK,
-            best.scores_TE,
-            logits_TE,
-            sums=best.sums,
-            chosen_per_expert_E=best.chosen_per_expert_E,
-        )
+        super().__init__(LinearGate(dim, num_experts, config.init_scale), num_experts, config, capacity)
 
     def forward(self, x: Tensor, context: RoutingContext | None = None) -> Routing:
         if not self.training:
