@@ -28,7 +28,7 @@ from torch import Tensor
 
 from . import eager, grouped
 from .eager import ACTIVATIONS, accumulate_dtype, combine, queue_ranks, sort_pairs, topk_gate
-from .pages import large_pages
+from .pages import new_empty
 
 BLOCK = 512
 TILE = 32
@@ -83,7 +83,7 @@ class _RowSum:
 
     def __init__(self, like: Tensor, width: int, blocks: list[_Block]) -> None:
         self.dtype = like.dtype
-        self.y = large_pages(like.new_empty(like.shape[0], width, dtype=accumulate_dtype(like.dtype))).zero_()
+        self.y = new_empty(like, (like.shape[0], width), accumulate_dtype(like.dtype)).zero_()
         longest = max((b.end - b.start for b in blocks), default=0)
         # One buffer for all blocks stays in cache and is not asked of the system again and again.
         self.buffer = None if self.y.dtype == like.dtype else self.y.new_empty(longest, width)
@@ -103,7 +103,10 @@ class _WeightGrad:
     """The gradient of a stacked weight, expert by expert; experts without rows get zeros."""
 
     def __init__(self, like: Tensor | None, empty: Tensor) -> None:
-        self.dw = empty if like is None else large_pages(torch.empty_like(like))
+        if like is None:
+            self.dw = empty
+        else:  # with the strides of its weight: else torch would copy it
+            self.dw = new_empty(like, like.shape) if like.is_contiguous() else torch.empty_like(like)
         self.begun = 0  # experts written so far
         # Adding up blocks in half precision would round each time.
         half = like is not None and accumulate_dtype(like.dtype) != like.dtype
@@ -154,8 +157,8 @@ def _cpu_expert_ffn(
     blocks = _blocks(offsets_E, tile)
     total = _RowSum(x, D_out, blocks)
     kept = R + tile - 1 if keep else 0
-    pre = large_pages(x.new_empty(kept, width))
-    pre_gate = large_pages(x.new_empty(kept if w_gate is not None else 0, width))
+    pre = new_empty(x, (kept, width))
+    pre_gate = new_empty(x, (kept if w_gate is not None else 0, width))
     for e, start, end, stop, *_ in blocks:
         x_b = x_full[start:stop] if index_R is None else x.index_select(0, index_R[start:stop])
         # Blocks run in the order of their rows, so what a tile writes past its end is written over by the next.
