@@ -57,7 +57,7 @@ def baselines(module: MultiTaskRecommender) -> Mapping[str, Baseline]:
             note = f"one network of width {solved.width} for all tasks"
             found[name] = Baseline(_Twin(module, solved.config, solved.width), note)
     for name, (kind, note) in ESTIMATORS.items():
-        found[name] = Baseline(_Estimator(kind), f"scikit-learn's, one for each task; {note}")
+        found[name] = Baseline(_Estimator(kind, module.head.has_steps), f"scikit-learn's, one for each task; {note}")
     return found
 
 
@@ -120,7 +120,7 @@ class _Twin:
         if not isinstance(self.shared, SingleTask):
             return self.module.twin(shared=self.shared)
         # Nothing that joins tasks: no head that chains them, no weights learned from each other's losses.
-        head = dataclasses.replace(self.module.head, kind="plain")
+        head = dataclasses.replace(self.module.head, kind="plain", steps=self.module.head.has_steps)
         weighting = WeightingConfig(weights=self.module.weighting_config.weights)
         return self.module.twin(shared=self.shared, head=head, weighting=weighting)
 
@@ -130,6 +130,9 @@ class _Estimator:
     """Makes a scikit-learn baseline, which is imported only then."""
 
     kind: str
+    steps: bool
 
     def __call__(self) -> Any:
-        return getattr(importlib.import_module("apps.recsys.estimators"), self.kind)()
+        made = getattr(importlib.import_module("apps.recsys.estimators"), self.kind)()
+        made.steps = self.steps
+        return made

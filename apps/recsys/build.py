@@ -18,6 +18,7 @@ from apps.recsys import encode
 from apps.recsys.arrays import MultiValued
 from apps.recsys.checks import shared_users
 from apps.recsys.encode import Part
+from apps.recsys.encoding import Encoding, Vocabulary
 from apps.recsys.features import CategoricalFeature, ContinuousFeature, Features
 from apps.recsys.readers import RawTables
 from apps.recsys.report import SPLITS, TableReport
@@ -27,14 +28,78 @@ from apps.recsys.splits import Splits, split_rows
 _WHERE = {"train": "the training table", "val": "the validation table", "test": "the test table"}
 
 
-def build(raw: RawTables, config: TableConfig, writer: ColumnWriter) -> None:
+def build(raw: RawTables, config: TableConfig, writer: ColumnWriter, given: Encoding | None = None) -> None:
     """Encode ``raw`` by ``config``, which is its own or the user's, and finish ``writer``.
+
+    Args:
+        raw: the rows.
+        config: which column is what, and the split.
+        writer: of the column files.
+        given: what the values become; None: what the training rows of ``raw`` teach.
 
     Raises:
         ValueError: a missing column, a value of a wrong type, an empty split, a task with one class in training, a
-            scenario that training lacks, a missing user or time where rows are split by them.
+            scenario that training lacks, a missing user or time where rows are split by them, or columns that are not
+            those of ``given``.
     """
-    _Build(raw, config, writer).run()
+    _Build(raw, config, writer, given).run()
+
+
+def build_rows(table: pa.Table, given: Encoding, writer: ColumnWriter) -> None:
+    """Encode rows that have no label, and are in no split, by ``given``, and finish ``writer``.
+
+    Raises:
+        ValueError: no rows, a value of a wrong type, or a scenario that ``given`` lacks.
+    """
+    num_rows, where = len(table), "the rows to predict"
+    if not num_rows:
+        raise ValueError(f"{where}: there are none")
+
+    def parts(column: str) -> list[Part]:
+        return [(where, table.column(column))]
+
+    def rows_of(feature: CategoricalFeature, codes: encode.Codes, row: NDArray[np.int64]) -> NDArray[np.int32]:
+        if feature.name in given.vocabularies:
+            return encode.to_known(codes, given.vocabularies[feature.name]).rows
+        train = np.zeros(len(codes.codes), dtype=bool)
+        if feature.hashed:
+            return encode.to_hashed(codes, train, feature.num_rows).rows
+        return encode.to_given(codes, train, feature.num_rows, feature.name, row).rows
+
+    features = given.features
+    single = [f for f in features.categorical if not f.multi_valued]
+    matrix = writer.create("categorical", (num_rows, len(single)), np.int32)
+    for f, feature in enumerate(single):
+        codes = encode.factorize(parts(feature.name), feature.name)
+        matrix[:, f] = rows_of(feature, codes, np.arange(num_rows))
+    for i, feature in enumerate(f for f in features.categorical if f.multi_valued):
+        offsets, codes = encode.split_values(parts(feature.name), feature.name, given.separator)
+        writer.save(f"multi{i}_offsets", offsets)
+        row = np.repeat(np.arange(num_rows), np.diff(offsets))
+        writer.save(f"multi{i}_values", rows_of(feature, codes, row))
+    dense = writer.create("dense", (num_rows, len(features.continuous)), np.float32)
+    for c, column in enumerate(features.continuous):
+        dense[:, c] = encode.to_float32(encode.to_numbers(parts(column.name), column.name))
+    writer.save("label", np.full((num_rows, len(features.tasks)), np.nan, np.float32))
+    if given.domain is not None and given.domains is not None:
+        codes = encode.factorize(parts(given.domain), given.domain)
+        writer.save("domain", _scenarios(codes, encode.to_known(codes, given.domains).rows, given.domain))
+    writer.finish({"num_rows": num_rows})
+
+
+def _scenarios(codes: encode.Codes, rows: NDArray[np.int32], column: str) -> NDArray[np.int32]:
+    """From 0 on; of ``rows``, in which 0 is none that training has.
+
+    Raises:
+        ValueError: naming the first such value and its row.
+    """
+    bad = rows == 0
+    if bad.any():
+        row = int(np.argmax(bad))
+        code = int(codes.codes[row])
+        what = "no value" if code == encode.MISSING else f"{codes.values[code].as_py()!r}, which training lacks,"
+        raise ValueError(f"column {column!r} names the scenario, but holds {what} in row {row}")
+    return rows - 1
 
 
 @dataclass
@@ -42,6 +107,7 @@ class _Build:
     raw: RawTables
     config: TableConfig
     writer: ColumnWriter
+    given: Encoding | None
     tables: dict[str, pa.Table] = field(init=False)
     masks: dict[str, NDArray[np.bool_]] = field(init=False)
     report: TableReport = field(init=False)
@@ -55,6 +121,8 @@ class _Build:
         given = {"train": raw.train, "val": raw.val, "test": raw.test}
         self.tables = {name: table for name, table in given.items() if table is not None}
         self._check_columns()
+        if self.given is not None:
+            self._check_given(self.given)
         labels = self._labels()
         user = None if config.user is None else self._user(config.user)
         splits = self._split(labels, user)
@@ -80,6 +148,8 @@ class _Build:
             positives=positives,
             num_domains=num_domains,
         )
+        if self.given is not None:
+            features = self.given.features
         self.report.warnings.extend(self.warnings)
         self.writer.finish(
             {
@@ -87,6 +157,7 @@ class _Build:
                 "report": asdict(self.report),
                 "vocabularies": self.vocabularies,
                 "domain": {"column": config.domain, "texts": self.domain_texts},
+                "separator": config.separator,
                 "split_seed": config.split.seed,
             }
         )
@@ -102,6 +173,26 @@ class _Build:
                     )
             if not len(table):
                 raise ValueError(f"{_WHERE[split]} has no rows")
+
+    def _check_given(self, given: Encoding) -> None:
+        """Refuse a description whose columns are not those that ``given`` is of."""
+        config, features = self.config, given.features
+        sizes = {**config.hash_rows, **config.num_rows}
+        single = {c: (sizes.get(c), False, c in config.hash_rows) for c in config.categorical}
+        own: dict[str, Any] = single | {c: (sizes.get(c), True, c in config.hash_rows) for c in config.multi_valued}
+        theirs: dict[str, Any] = {
+            f.name: (None if f.name in given.vocabularies else f.num_rows, f.multi_valued, f.hashed)
+            for f in features.categorical
+        }
+        for what, mine, found in (
+            ("categorical columns", list(theirs), list(own)),
+            *((f"rows of column {c!r}", theirs[c], own[c]) for c in own if c in theirs),
+            ("continuous columns", [f.name for f in features.continuous], list(config.continuous)),
+            ("tasks", list(features.tasks), list(config.tasks)),
+            ("domain", given.domain, config.domain),
+        ):
+            if mine != found:
+                raise ValueError(f"the table does not fit the checkpoint: {what}: {mine} there, {found} here")
 
     def _parts(self, column: str) -> list[Part]:
         return [(_WHERE[name], table.column(column)) for name, table in self.tables.items()]
@@ -157,15 +248,10 @@ class _Build:
 
     def _write_domain(self, column: str, num_rows: int) -> int:
         codes = encode.factorize(self._parts(column), column)
-        encoded = encode.to_vocabulary(codes, self.masks["train"])
-        bad = encoded.rows == 0
-        if bad.any():
-            row = int(np.argmax(bad))
-            code = int(codes.codes[row])
-            what = "no value" if code == encode.MISSING else f"{codes.values[code].as_py()!r}, which training lacks,"
-            raise ValueError(f"column {column!r} names the scenario, but holds {what} in row {row}")
-        self.writer.save("domain", encoded.rows - 1)
-        self.domain_texts = self._write_texts(encoded.values)
+        known = None if self.given is None else self.given.domains
+        encoded = encode.to_vocabulary(codes, self.masks["train"]) if known is None else encode.to_known(codes, known)
+        self.writer.save("domain", _scenarios(codes, encoded.rows, column))
+        self.domain_texts = self._write_texts(Vocabulary.of(encoded.values) if known is None else known)
         return encoded.num_rows - 1
 
     def _write_categorical(
@@ -206,17 +292,20 @@ class _Build:
             return encode.to_given(codes, train, config.num_rows[column], column, row)
         if column in config.hash_rows:
             return encode.to_hashed(codes, train, config.hash_rows[column])
-        encoded = encode.to_vocabulary(codes, train, config.min_count)
-        self.vocabularies[column] = self._write_texts(encoded.values)
+        known = None if self.given is None else self.given.vocabularies[column]
+        if known is None:
+            encoded = encode.to_vocabulary(codes, train, config.min_count)
+            known = Vocabulary.of(encoded.values)
+        else:
+            encoded = encode.to_known(codes, known)
+        self.vocabularies[column] = self._write_texts(known)
         return encoded
 
-    def _write_texts(self, values: pa.StringArray | None) -> int:
-        """The text of each row from 1 on, as UTF-8 bytes and offsets: readable without arrow. Returns their number."""
-        assert values is not None
+    def _write_texts(self, values: Vocabulary) -> int:
+        """The text of each row from 1 on: readable without arrow. Returns the number of its files."""
         number, self.num_texts = self.num_texts, self.num_texts + 1
-        offsets, content = encode.utf8(values)
-        self.writer.save(f"vocabulary{number}_offsets", offsets - offsets[0])
-        self.writer.save(f"vocabulary{number}_bytes", content[offsets[0] : offsets[-1]])
+        self.writer.save(f"vocabulary{number}_offsets", values.offsets.numpy())
+        self.writer.save(f"vocabulary{number}_bytes", values.content.numpy())
         return number
 
     def _write_continuous(
@@ -246,7 +335,8 @@ class _Build:
         if unseen is not None:
             masks = self.masks if lengths is None else {s: np.repeat(m, lengths) for s, m in self.masks.items()}
             share = self.report.unseen[column] = {s: _share(unseen[mask]) for s, mask in masks.items()}
-            for split in ("val", "test"):
+            new_by_design = self.config.split.kind == "user" and column == self.config.user
+            for split in () if new_by_design else ("val", "test"):
                 if share[split] > 0.5 > 2 * share["train"]:
                     self.warnings.append(
                         f"column {column!r}: {share[split]:.0%} of the {split} values are not in training: are they "

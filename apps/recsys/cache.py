@@ -8,9 +8,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from apps.columns import ColumnFiles, ColumnWriter, open_or_write
+from apps.columns import ColumnFiles, ColumnWriter, open_or_write, open_whole
+from apps.recsys.encoding import Encoding
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from apps.recsys.readers import RawTables
     from apps.recsys.schema import TableConfig
 
@@ -19,8 +22,8 @@ FORMAT = 1
 
 # What reads and encodes a table: a change there makes the files of the old code stale.
 _CODE = (
-    "build.py", "../columns.py", "encode.py", "features.py", "files.py", "report.py", "splits.py", "synthetic.py",
-    "readers/*.py",
+    "build.py", "../columns.py", "encode.py", "encoding.py", "features.py", "files.py", "report.py", "splits.py",
+    "synthetic.py", "readers/*.py",
 )  # fmt: skip
 
 
@@ -31,7 +34,12 @@ def identity(files: Iterable[Path]) -> list[list[Any]]:
 
 
 def open_table(
-    name: str, source: Any, options: Any, read: Callable[[], tuple[RawTables, TableConfig]], cache: Path
+    name: str,
+    source: Any,
+    options: Any,
+    read: Callable[[], tuple[RawTables, TableConfig]],
+    cache: Path,
+    given: Encoding | None = None,
 ) -> ColumnFiles:
     """The encoded table in ``cache/tables``, made if it is not there or is damaged.
 
@@ -41,12 +49,19 @@ def open_table(
         options: plain values: what the user says about the table.
         read: the table, and the description that it is encoded by.
         cache: the cache's folder.
+        given: what to encode by; None: by what the training rows teach.
 
     Raises:
-        ValueError: the table does not fit its description.
+        ValueError: the table does not fit its description, or the columns of ``given``.
         DataError: the cache cannot be written, or the disk is full.
     """
-    key = _key([FORMAT, name, source, options, _code()])
+    made_of = [FORMAT, name, source, options, _code()]
+    folder = cache / "tables" / f"{name}-{_key(made_of)}"
+    if given is not None:
+        own = open_whole(folder)
+        if own is not None and Encoding.of(own).digest == given.digest:
+            return own
+        folder = cache / "tables" / f"{name}-{_key([*made_of, given.digest])}"
 
     def write(writer: ColumnWriter) -> None:
         import pyarrow as pa
@@ -54,11 +69,28 @@ def open_table(
         from apps.recsys.build import build
 
         raw, config = read()
-        build(raw, config, writer)
+        build(raw, config, writer, given)
         del raw
         pa.default_memory_pool().release_unused()  # arrow would keep as much as the table took while training runs
 
-    return open_or_write(cache / "tables" / f"{name}-{key}", cache, write)
+    return open_or_write(folder, cache, write)
+
+
+def open_rows(source: Any, read: Callable[[], pa.Table], cache: Path, given: Encoding) -> ColumnFiles:
+    """Rows to predict, encoded by ``given``, in ``cache/tables``; the arguments are those of `open_table`.
+
+    Raises:
+        ValueError: a column is missing or of a wrong type, or a scenario that ``given`` lacks.
+        DataError: the cache cannot be written, or the disk is full.
+    """
+    folder = cache / "tables" / f"predict-{_key([FORMAT, source, _code(), given.digest])}"
+
+    def write(writer: ColumnWriter) -> None:
+        from apps.recsys.build import build_rows
+
+        build_rows(read(), given, writer)
+
+    return open_or_write(folder, cache, write)
 
 
 def _key(values: Any) -> str:

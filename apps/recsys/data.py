@@ -8,25 +8,25 @@ restores it in mid-epoch. pyarrow and torchrec are imported where they are used.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from apps import sources
 from apps.columns import ColumnFiles
 from apps.loader import ResumableLoader, as_it_is, in_order, overfits
-from apps.recsys.cache import identity, open_table
+from apps.recsys.cache import identity, open_rows, open_table
 from apps.recsys.datasets import RECSYS_DATASETS
-from apps.recsys.features import CategoricalFeature, ContinuousFeature, Features
+from apps.recsys.encoding import Encoding
+from apps.recsys.features import Features
 from apps.recsys.report import SPLITS, TableReport
 from apps.recsys.schema import SplitConfig, TableConfig
 from apps.recsys.synthetic import SyntheticConfig, generate
@@ -51,6 +51,9 @@ class TableData(LightningDataModule):
         train_file: of your table: .parquet, .csv or .tsv; a pattern such as "part-*.parquet" takes all that match.
         val_file: validation rows, if they are in a file of their own.
         test_file: test rows, likewise.
+        predict_file: rows to predict in place of the test rows, likewise, with the columns of the features alone. They
+            are encoded by what the checkpoint says, and no other file is read.
+        predict_columns: columns of ``predict_file`` that stand in each prediction as they are, such as a row's key.
         table: the columns, tasks and split of your table; of a standard dataset: instead of its own description.
         split: how the rows are shared out, instead of what the description says.
         exclude: features to leave out.
@@ -84,6 +87,8 @@ class TableData(LightningDataModule):
         train_file: str | None = None,
         val_file: str | None = None,
         test_file: str | None = None,
+        predict_file: str | None = None,
+        predict_columns: Sequence[str] = (),
         table: TableConfig | None = None,
         split: SplitConfig | None = None,
         exclude: Sequence[str] = (),
@@ -101,10 +106,13 @@ class TableData(LightningDataModule):
             raise ValueError(sources.unknown_name("dataset", dataset, sorted(known)))
         self.dataset, self.root, self.cache_dir = dataset, root, cache_dir
         self.train_file, self.val_file, self.test_file = train_file, val_file, test_file
+        self.predict_file, self.predict_columns = predict_file, tuple(predict_columns)
         self.table, self.split, self.exclude, self.synthetic = table, split, tuple(exclude), synthetic
         self.batch_size, self.eval_batch_size, self.drop_last = batch_size, eval_batch_size, drop_last
         self.num_workers, self.subset, self.seed = num_workers, subset, seed
         self._files: ColumnFiles | None = None
+        self._rows_to_predict: ColumnFiles | None = None
+        self._adopted: Encoding | None = None
         self._told = False
         self._check_options()
 
@@ -113,20 +121,26 @@ class TableData(LightningDataModule):
     @property
     def features(self) -> Features:
         """The columns as a model needs them. The first use reads the table, or finds it encoded in the cache."""
-        return self._features
+        return self._encoding.features
+
+    @property
+    def _encoding(self) -> Encoding:
+        return self._own_encoding if self._adopted is None else self._adopted
 
     @cached_property
-    def _features(self) -> Features:
-        plain = self._open().info["features"]
-        return Features(
-            categorical=tuple(CategoricalFeature(**f) for f in plain["categorical"]),
-            continuous=tuple(
-                ContinuousFeature(**{**f, "quantiles": tuple(f["quantiles"])}) for f in plain["continuous"]
-            ),
-            tasks=tuple(plain["tasks"]),
-            positives=tuple(plain["positives"]),
-            num_domains=plain["num_domains"],
-        )
+    def _own_encoding(self) -> Encoding:
+        return Encoding.of(self._open())
+
+    @property
+    def encoding_state(self) -> dict[str, Any]:
+        """What the training rows have taught, for a checkpoint: plain values, and the vocabularies as tensors."""
+        return self._encoding.state()
+
+    def adopt(self, encoding_state: Mapping[str, Any]) -> None:
+        """Encode all rows as those were whose ``encoding_state`` a checkpoint keeps, not by the own training rows."""
+        given = Encoding.from_state(encoding_state)
+        if (self._adopted is None and self._files is None) or self._encoding.digest != given.digest:
+            self._adopted, self._files, self._rows_to_predict = given, None, None
 
     @property
     def report(self) -> TableReport:
@@ -141,25 +155,29 @@ class TableData(LightningDataModule):
         Raises:
             ValueError: a column without a vocabulary: hashed, given as row numbers, or not categorical.
         """
-        files = self._open()
-        names, domain = files.info["vocabularies"], files.info["domain"]["column"]
-        if column in names:
-            return (None, *self._texts(names[column]))
-        if column == domain and all(f.name != column for f in self.features.categorical):
+        found = self._encoding.vocabularies
+        if column in found:
+            return (None, *found[column].texts())
+        if column == self._encoding.domain and all(f.name != column for f in self.features.categorical):
             return self.domain_values
-        raise ValueError(sources.unknown_name("vocabulary of column", column, list(names)))
+        raise ValueError(sources.unknown_name("vocabulary of column", column, list(found)))
 
     @property
     def domain_values(self) -> tuple[str, ...]:
         """The value of each scenario, from 0 on; none where the table has one scenario."""
-        number = self._open().info["domain"]["texts"]
-        return () if number is None else self._texts(number)
+        domains = self._encoding.domains
+        return () if domains is None else domains.texts()
 
-    def _texts(self, number: int) -> tuple[str, ...]:
-        files = self._open()
-        offsets = files[f"vocabulary{number}_offsets"].tolist()
-        content = files[f"vocabulary{number}_bytes"].numpy().tobytes()
-        return tuple(content[a:b].decode() for a, b in itertools.pairwise(offsets))
+    @cached_property
+    def predicted(self) -> dict[str, list[Any]]:
+        """The ``predict_columns`` by name, each in the order of the rows; plain values, the others as text."""
+        from apps.recsys.files import find_files, read_files
+
+        if self.predict_file is None or not self.predict_columns:
+            return {}
+        files = find_files(self._folder, self.predict_file, "predict_file")
+        table = read_files(files, dict.fromkeys(self.predict_columns, "predict_columns"))
+        return {column: [_plain(value) for value in table[column].to_pylist()] for column in self.predict_columns}
 
     def rows(self, split: str) -> TableRows:
         """The rows of "train", "val" or "test" in the table's order; ``rows(split)[:]`` is one batch of them all."""
@@ -175,13 +193,18 @@ class TableData(LightningDataModule):
     # ---- Lightning
 
     def prepare_data(self) -> None:
-        self._open()
+        if self._adopted is None or self.predict_file is None:
+            self._open()
 
     def setup(self, stage: str | None = None) -> None:
+        if stage == "predict" and self.predict_file is not None:
+            self._open_rows()
+            return
         report = self.report
         if not self._told:
             self._told = True
-            log.info("%s: %s", self.dataset, dataclasses.replace(report, warnings=[]))
+            if rank_zero_only.rank == 0:
+                log.info("%s: %s", self.dataset, dataclasses.replace(report, warnings=[]))
             for warning in report.warnings:
                 rank_zero_warn(warning)
 
@@ -209,7 +232,13 @@ class TableData(LightningDataModule):
         return self._eval_loader(rows)
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        return self.test_dataloader()
+        """The rows of ``predict_file``, else the test rows."""
+        if self.predict_file is None:
+            return self.test_dataloader()
+        from apps.recsys.rows import TableRows
+
+        files = self._open_rows()
+        return self._eval_loader(TableRows(files, self.features, torch.arange(files.info["num_rows"])))
 
     def train_eval_dataloader(self) -> DataLoader[Any]:
         """The training rows in the table's order."""
@@ -234,8 +263,31 @@ class TableData(LightningDataModule):
                 return raw, self._config(raw.config)
 
             cache = sources.cache_root(self.cache_dir)
-            self._files = open_table(self.dataset, source, options, described, cache)
+            self._files = open_table(self.dataset, source, options, described, cache, self._adopted)
         return self._files
+
+    def _open_rows(self) -> ColumnFiles:
+        if self._rows_to_predict is None:
+            from apps.recsys.files import find_files, read_files
+
+            assert self.predict_file is not None
+            files, encoding = find_files(self._folder, self.predict_file, "predict_file"), self._encoding
+            numbers = [f.name for f in encoding.features.continuous]
+            roles = {} if encoding.domain is None else {encoding.domain: "domain"}
+            roles |= {
+                f.name: "multi_valued" if f.multi_valued else "categorical" for f in encoding.features.categorical
+            }
+            roles |= dict.fromkeys(numbers, "continuous")
+            cache = sources.cache_root(self.cache_dir)
+            self._rows_to_predict = open_rows(
+                identity(files), lambda: read_files(files, roles, numbers), cache, encoding
+            )
+        return self._rows_to_predict
+
+    @property
+    def _folder(self) -> str | None:
+        """Where the names of the user's own files start from."""
+        return self.root if self.dataset == "table" else None
 
     def _source(self) -> tuple[Any, Callable[[], RawTables]]:
         """What tells this table from others, as plain values, and how to read it."""
@@ -259,7 +311,10 @@ class TableData(LightningDataModule):
         found = {o: find_files(self.root, name, o) for o, name in named.items() if name is not None}
 
         def read() -> RawTables:
-            train, val, test = (read_files(found[o], config) if o in found else None for o in _FILE_OPTIONS)
+            train, val, test = (
+                read_files(found[o], config.roles, config.continuous, config.time) if o in found else None
+                for o in _FILE_OPTIONS
+            )
             assert train is not None
             return RawTables(train, val, test, config)
 
@@ -299,7 +354,23 @@ class TableData(LightningDataModule):
             for name in _FILE_OPTIONS:
                 if getattr(self, name) is not None:
                     raise ValueError(f"{name}={getattr(self, name)!r} is for dataset='table', not {self.dataset!r}")
+        if self.predict_columns and self.predict_file is None:
+            raise ValueError(
+                f"predict_columns={list(self.predict_columns)} are columns of predict_file, which is not set"
+            )
+        for column in self.predict_columns:
+            if column == "index" or column.startswith("probability_"):
+                raise ValueError(f"predict_columns names {column!r}, which each prediction has of its own")
         if self.dataset != "synthetic" and self.synthetic is not None:
             raise ValueError(f"synthetic is for dataset='synthetic', not {self.dataset!r}")
         if self.dataset == "synthetic" and self.root is not None:
             raise ValueError(f"root={self.root!r}: dataset='synthetic' has no files")
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it: times, decimals and the like as text, and no number for NaN and infinities."""
+    if isinstance(value, float):
+        return value if np.isfinite(value) else None
+    if isinstance(value, list):
+        return [_plain(v) for v in value]
+    return value if value is None or isinstance(value, (bool, int, str)) else str(value)

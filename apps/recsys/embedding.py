@@ -39,7 +39,7 @@ class EmbeddingConfig:
         dim: width of the embeddings.
         dims: of single columns, by name, in place of ``dim``. "joined" has one width for all.
         by_cardinality: a column that ``dims`` does not name is ``6 * rows^(1/4)`` wide, up to the next multiple of 4,
-            and at most ``dim``.
+            and at most ``dim``, which must be above 8, the narrowest of them.
         pooling: how the values of a multi-valued column are put together: "mean" or "sum". No value gives 0.
         init_std: standard deviation of the initial rows. Row 0, of unseen and missing values, starts at 0.
         weight_decay: the tables decay as other weights do; rows that are stepped in the backward ("fused", and sharded
@@ -79,6 +79,8 @@ class EmbeddingConfig:
                 raise ValueError(f"embedding.{name}={dim} is not a multiple of 4, as kind='fused' needs it")
         if self.kind == "joined" and (self.by_cardinality or any(d != self.dim for d in self.dims.values())):
             raise ValueError("embedding.kind='joined' has one width for all columns: leave out dims and by_cardinality")
+        if self.by_cardinality and self.dim <= 8:
+            raise ValueError(f"embedding.by_cardinality=True gives widths from 8 to dim={self.dim}: give a larger dim")
         if not self.init_std >= 0:
             raise ValueError(f"embedding.init_std={self.init_std} is negative")
         if self.deferred and self.kind != "collection":

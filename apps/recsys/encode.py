@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +17,9 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from apps.recsys.schema import TaskConfig
+
+if TYPE_CHECKING:
+    from apps.recsys.encoding import Vocabulary
 
 MISSING = -1
 """The code of a value that is missing."""
@@ -65,8 +68,9 @@ class Rows:
 def factorize(parts: Sequence[Part], column: str) -> Codes:
     """The distinct values of a column over all tables, as text, and which of them each row has.
 
-    A number and its text are the same value (5, 5.0 and "5"), so that files of different types agree. Spaces around a
-    text are not part of it; an empty text is a missing value, and so is NaN.
+    A value and its text are the same (5, 5.0 and "5"; true, "True" and "TRUE"; a time with and without zero fractions
+    of a second), so that files of different types agree. Spaces around a text are not part of it; an empty text is a
+    missing value, and so is NaN.
 
     Raises:
         ValueError: the column holds lists or other nested values.
@@ -102,13 +106,19 @@ def _text(values: pa.Array) -> pa.StringArray:
         numbers = np.asarray(values.cast(pa.float64()).fill_null(np.nan), dtype=np.float64)
         whole = np.isfinite(numbers) & (np.floor(numbers) == numbers) & (np.abs(numbers) < _EXACT_INT)
         as_int = pa.array(np.where(whole, numbers, 0).astype(np.int64)).cast(pa.string())
-        text = pc.if_else(pa.array(whole), as_int, pa.array(numbers).cast(pa.string()))
+        # In the column's own precision: a float32 is 0.1, and not 0.10000000149.
+        text = pc.if_else(pa.array(whole), as_int, values.cast(pa.string()))
         return pc.if_else(pa.array(np.isnan(numbers)), pa.scalar(None, pa.string()), text)
     text = values.cast(pa.string())
+    if pa.types.is_temporal(kind):  # written to the unit of its type: 12:00:00.000000
+        text = pc.replace_substring_regex(text, r"(:\d\d)\.0+($|[^0-9])", r"\1\2")
     if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_binary(kind):
         text = pc.utf8_trim_whitespace(text)
         # Whole numbers beside missing ones are often written as 5.0.
         text = pc.replace_substring_regex(text, r"^(-?(?:0|[1-9][0-9]*))\.0+$", r"\1")
+        text = pc.replace_substring_regex(text, r"^(\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d)\.0+($|[^0-9])", r"\1\2")
+        # Programs write booleans as True and TRUE where a column of booleans reads true.
+        text = pc.if_else(pc.match_substring_regex(text, "^(?:True|TRUE|False|FALSE)$"), pc.utf8_lower(text), text)
     return pc.if_else(pc.equal(text, ""), pa.scalar(None, pa.string()), text)
 
 
@@ -181,6 +191,13 @@ def to_vocabulary(codes: Codes, train: NDArray[np.bool_], min_count: int = 1) ->
     rows = row_of[codes.codes]
     unseen = (rows == 0) & (codes.codes != MISSING)
     return Rows(rows, len(order) + 1, codes.values.take(pa.array(order)), unseen)
+
+
+def to_known(codes: Codes, values: Vocabulary) -> Rows:
+    """The rows of a vocabulary learned elsewhere; 0 for what it lacks."""
+    row_of = np.append(values.find(codes.values) + 1, 0).astype(np.int32)  # the last one is where MISSING points
+    rows = row_of[codes.codes]
+    return Rows(rows, len(values) + 1, None, (rows == 0) & (codes.codes != MISSING))
 
 
 def to_hashed(codes: Codes, train: NDArray[np.bool_], num_rows: int) -> Rows:
@@ -400,9 +417,10 @@ def to_labels(parts: Sequence[Part], name: str, task: TaskConfig) -> NDArray[np.
     codes = factorize(parts, column)
     values = codes.values.to_pylist() if len(codes.values) <= 1000 else None
     if task.positive is not None:
-        positive = np.asarray(pc.is_in(codes.values, pa.array(task.positive, pa.string())), dtype=bool)
-        for value in task.positive:
-            if not pc.any(pc.equal(codes.values, value)).as_py():
+        wanted = [_text(pa.array([value]))[0] for value in task.positive]
+        positive = np.asarray(pc.is_in(codes.values, pa.array(wanted, pa.string())), dtype=bool)
+        for value, text in zip(task.positive, wanted, strict=True):
+            if not pc.any(pc.equal(codes.values, text)).as_py():
                 some = ", ".join(map(repr, (values or codes.values[:5].to_pylist())[:5]))
                 raise ValueError(f"task {name!r}: column {column!r} never holds positive={value!r}; it holds {some}")
         label = positive.astype(np.float32)

@@ -25,6 +25,7 @@ from apps.recsys import figures
 from apps.recsys.arrays import TableArrays, gather
 from apps.recsys.features import Features
 from apps.recsys.metrics import MultiTaskMetrics
+from apps.recsys.tasks import step_labels
 
 _logger = logging.getLogger(__name__)
 
@@ -46,7 +47,12 @@ class _PerTask:
 
     Args:
         n_threads: of OpenMP and BLAS while training; None: as many as torch uses here.
+
+    Attributes:
+        steps: the tasks are steps, whose labels are filled in as `tasks.step_labels` does.
     """
+
+    steps: bool = False
 
     def __init__(self, n_threads: int | None = None) -> None:
         if n_threads is not None and n_threads < 1:
@@ -65,8 +71,9 @@ class _PerTask:
         with self._threads():
             train, val = gather(data, "train"), gather(data, "val")
             self._prepare(train)
+            label_Nt, label_val_Nt = self._labels(train).numpy(), self._labels(val).numpy()
             for task, name in enumerate(train.features.tasks):
-                y_N, yv_N = train.label_Nt[:, task], val.label_Nt[:, task]
+                y_N, yv_N = label_Nt[:, task], label_val_Nt[:, task]
                 classes = np.unique(y_N[~np.isnan(y_N)])
                 if len(classes) < 2:
                     rate = float(classes[0]) if len(classes) else 0.5
@@ -82,8 +89,12 @@ class _PerTask:
             z_Nt = self.logits(arrays)
         metrics = MultiTaskMetrics(arrays.features.tasks, grouped=arrays.group_N is not None)
         groups = None if arrays.group_N is None else torch.from_numpy(arrays.group_N)
-        metrics.update(torch.from_numpy(z_Nt), torch.from_numpy(arrays.label_Nt), groups)
+        metrics.update(torch.from_numpy(z_Nt), self._labels(arrays), groups)
         return {name: float(value) for name, value in metrics.compute().items()}
+
+    def _labels(self, arrays: TableArrays) -> torch.Tensor:
+        label_Nt = torch.from_numpy(arrays.label_Nt)
+        return step_labels(label_Nt) if self.steps else label_Nt
 
     def logits(self, arrays: TableArrays) -> np.ndarray:
         """float64 (N, t)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
 
 from apps import plots
 from apps.loader import batches_of_test
@@ -22,6 +22,8 @@ from apps.recsys.figures import TaskFigures
 from apps.recsys.gating import ExpertUse, Gate, GateReader
 from apps.recsys.metrics import MultiTaskMetrics
 from apps.tables import print_table, write_csv
+
+_logger = logging.getLogger(__name__)
 
 _SHOWN = 20  # lines of a printed table; the CSV file has all
 
@@ -113,7 +115,7 @@ class RecommenderReport(Callback):
         # What was found in the table when it was encoded, users in both splits among it.
         found += [Check("table", warning) for warning in getattr(getattr(data, "report", None), "warnings", ())]
         checks.report(checks.distinct(found))
-        rank_zero_info(f"{folder}: {', '.join(p.name for p in written)}")
+        _logger.info(f"{folder}: {', '.join(p.name for p in written)}")
 
     def _read(self, trainer: Trainer, pl_module: LightningModule) -> tuple[GateReader, TableArrays] | None:
         """The gates on the first test rows, and those rows."""
@@ -177,7 +179,7 @@ def gate_report(reader: GateReader, arrays: TableArrays, data: Any, config: Repo
     depends = gating.dependence(gates, arrays)
     written = [*_gate_tables(gates, tasks, folder), *_expert_tables(use, tasks, folder)]
     if depends:
-        written += _dependence_table(depends, gates, tasks, folder)
+        written += _dependence_table(depends, gating.left_out(arrays), gates, tasks, folder)
     if not config.pictures:
         return written
     blocks = list(dict.fromkeys(g.block for g in gates))
@@ -264,15 +266,20 @@ def _expert_tables(use: Sequence[ExpertUse], tasks: Sequence[str], folder: Path)
 
 
 def _dependence_table(
-    depends: Mapping[str, Mapping[str, float]], gates: Sequence[Gate], tasks: Sequence[str], folder: Path
+    depends: Mapping[str, Mapping[str, float]],
+    left_out: Sequence[str],
+    gates: Sequence[Gate],
+    tasks: Sequence[str],
+    folder: Path,
 ) -> list[Path]:
     """The columns on which the gates depend most, those of the last block on the screen."""
     known = [g for g in gates if any(g.key in values for values in depends.values())]
     order = sorted(depends, key=lambda c: -sum(depends[c].values()))
     last = [g for g in known if g.block == known[-1].block]
     where = f" of {last[0].block}" if last[0].block else ""
+    without = f"; not measured (many values, several in a row, or one): {', '.join(left_out)}" if left_out else ""
     print_table(
-        f"What the gates{where} depend on: share of their variance that a column explains, %",
+        f"What the gates{where} depend on: share of their variance that a column explains, %{without}",
         ("column", *(gating.label(g, tasks) for g in last)),
         [(c, *(_percent(depends[c].get(g.key, math.nan), 1) for g in last)) for c in order[:8]],
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -65,3 +67,14 @@ class Features:
     def __post_init__(self) -> None:
         for name in ("categorical", "continuous", "tasks", "positives"):
             object.__setattr__(self, name, tuple(getattr(self, name)))  # a list in a checkpoint
+
+    @classmethod
+    def of(cls, plain: Mapping[str, Any]) -> Features:
+        """What ``dataclasses.asdict`` made ``plain`` of."""
+        return cls(
+            categorical=tuple(CategoricalFeature(**f) for f in plain["categorical"]),
+            continuous=tuple(ContinuousFeature(**f) for f in plain["continuous"]),
+            tasks=plain["tasks"],
+            positives=plain["positives"],
+            num_domains=plain["num_domains"],
+        )

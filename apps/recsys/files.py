@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
-from apps.recsys.schema import TableConfig, nearest
+from apps.recsys.schema import nearest
 
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 _COMPRESSED = (".gz", ".bz2", ".zst", ".lz4")
@@ -36,13 +36,15 @@ def find_files(root: str | None, name: str, option: str) -> list[Path]:
     return found
 
 
-def read_files(files: list[Path], config: TableConfig) -> pa.Table:
-    """The rows of all files, one after the other, with the columns that ``config`` names.
+def read_files(
+    files: list[Path], roles: Mapping[str, str], numbers: Collection[str] = (), inferred: str | None = None
+) -> pa.Table:
+    """The rows of all files, one after the other; the other arguments are those of `read_columns`.
 
     Raises:
         ValueError: as `read_columns`, or files that differ in their types.
     """
-    tables = [read_columns(file, config.roles, config.continuous, config.time) for file in files]
+    tables = [read_columns(file, roles, numbers, inferred) for file in files]
     if len(tables) == 1:
         return tables[0]
     try:

@@ -395,6 +395,13 @@ def coded_columns(arrays: TableArrays, max_rows: int = MAX_CODES) -> Iterator[tu
             yield column.name, codes_N, [f"to {q[0]:g}", *middle, f"over {q[-1]:g}", "missing"]
 
 
+def left_out(arrays: TableArrays) -> list[str]:
+    """The columns that `coded_columns` does not have: of more than 255 values, multi-valued, or constant."""
+    features, coded = arrays.features, {name for name, _, _ in coded_columns(arrays)}
+    names = [*(f.name for f in features.categorical), *(f.name for f in features.continuous)]
+    return [name for name in names if name not in coded]
+
+
 def weights_by_value(gate: Gate, codes_N: np.ndarray, values: Sequence[int]) -> np.ndarray:
     """(V, E), the gate's mean weights over the examples of each value."""
     rows = [gate.weights_NE[codes_N == v].mean(0, dtype=np.float64) for v in values]

@@ -17,18 +17,19 @@ from apps.recsys.batch import TableBatch
 from apps.recsys.bottoms import SharedBottom, SingleTask
 from apps.recsys.dense import DenseConfig
 from apps.recsys.embedding import EmbeddingConfig
+from apps.recsys.encoded import EncodedModule
 from apps.recsys.evaluation import RecommenderReport, ReportConfig
 from apps.recsys.features import Features
 from apps.recsys.metrics import MultiTaskMetrics
 from apps.recsys.model import Ensemble, InteractionConfig, MultiTaskModel, mean_logit
 from apps.recsys.tasks import HeadConfig
 from apps.recsys.weighting import WeightingConfig
-from apps.training import Baseline, OptimizerConfig, SparseModule, TaskOutput
+from apps.training import Baseline, OptimizerConfig, TaskOutput
 
 _REPORT = ReportConfig()
 
 
-class MultiTaskRecommender(SparseModule):
+class MultiTaskRecommender(EncodedModule):
     """A recommender of several binary tasks: clicks, purchases, incomes.
 
     Args:
@@ -42,6 +43,8 @@ class MultiTaskRecommender(SparseModule):
         weighting: how the tasks' losses become one.
         dropout: of what enters the shared layer, in training.
         num_members: networks trained side by side; the prediction is the mean of their probabilities.
+        score_bins: the metrics keep counts by so many bins of the scores in place of every prediction, and have no AUC
+            by user; None: exact ones.
         report: what a test adds to the metrics; None: nothing.
         optimizer: learning rate, weight decay and schedule.
         ema_decay: of the moving average of the weights; None: none.
@@ -66,6 +69,7 @@ class MultiTaskRecommender(SparseModule):
         weighting: WeightingConfig | None = None,
         dropout: float = 0.0,
         num_members: int = 1,
+        score_bins: int | None = None,
         report: ReportConfig | None = _REPORT,
         optimizer: OptimizerConfig | None = None,
         ema_decay: float | None = None,
@@ -91,6 +95,8 @@ class MultiTaskRecommender(SparseModule):
         self.interaction, self.head = interaction or InteractionConfig(), head or HeadConfig()
         self.weighting_config = weighting or WeightingConfig()
         self.dropout, self.num_members, self.report = dropout, num_members, report
+        self.score_bins = score_bins
+        self.build_metrics()  # an impossible number is refused here
         members = [self._network() for _ in range(num_members)]
         self.model = members[0] if num_members == 1 else Ensemble(members)
         self.weighting = self.weighting_config.build(features.tasks, features.positives)
@@ -133,24 +139,25 @@ class MultiTaskRecommender(SparseModule):
         A task without a label in the batch has the loss 0 there.
         """
         logits = self.model(batch).float()
-        loss_t = masked_bce(logits, batch.label_Bt)
+        label_Bt = self.members[0].head.labels(batch.label_Bt)
+        loss_t = masked_bce(logits, label_Bt)
         tasks = self.features.tasks
         terms = {f"loss_{name}": value for name, value in zip(tasks, loss_t.detach().unbind(), strict=True)}
         if self.training:
             gradnorm = self.weighting_config.kind == "gradnorm"
             shared, num_shared = last_weight(self.members[0].shared) if gradnorm else (None, None)
-            labelled_t = (batch.label_Bt == batch.label_Bt).any(0)
+            labelled_t = (label_Bt == label_Bt).any(0)
             loss, figures = self.weighting(loss_t, shared, labelled_t, num_shared)
             for what, value_t in figures.items():
                 terms |= {f"{what}_{name}": value for name, value in zip(tasks, value_t.unbind(), strict=True)}
         else:
             loss = self.weighting.evaluate(loss_t)
-            self.members[0].head.check_labels(batch.label_Bt, tasks)
+            self.members[0].head.check_labels(label_Bt, tasks)
         for name, value in self._head_losses(logits).items():
             loss = loss + value
             terms[name] = value.detach()
         outputs = logits if logits.ndim == 2 else mean_logit(logits)
-        return TaskOutput(loss, outputs, batch.label_Bt, len(batch), terms, batch.group_B)
+        return TaskOutput(loss, outputs, label_Bt, len(batch), terms, batch.group_B)
 
     def _head_losses(self, logits: Tensor) -> Mapping[str, Tensor]:
         if logits.ndim == 2:
@@ -163,20 +170,24 @@ class MultiTaskRecommender(SparseModule):
 
     def build_metrics(self) -> MultiTaskMetrics:
         """AUC, PR-AUC, log loss and calibration error of each task, and AUC by user where the batches name users."""
-        return MultiTaskMetrics(self.features.tasks, grouped=True)
+        exact = self.score_bins is None
+        return MultiTaskMetrics(self.features.tasks, grouped=exact, score_bins=self.score_bins)
 
-    def predict_step(self, batch: TableBatch, batch_idx: int) -> dict[str, Tensor]:
-        """The rows' numbers in the table, and each task's probability as ``probability_<task>``."""
+    def predict_step(self, batch: TableBatch, batch_idx: int) -> dict[str, Any]:
+        """The rows' numbers in the table, the data's ``predict_columns``, each task's ``probability_<task>``."""
         p_Bt = self(batch).float().sigmoid()
-        return {"index": batch.index_B, **{f"probability_{n}": p_Bt[:, i] for i, n in enumerate(self.features.tasks)}}
+        predicted: Mapping[str, list[Any]] = getattr(self._data(), "predicted", {})
+        rows = batch.index_B.tolist()
+        return {
+            "index": batch.index_B,
+            **{column: [values[row] for row in rows] for column, values in predicted.items()},
+            **{f"probability_{n}": p_Bt[:, i] for i, n in enumerate(self.features.tasks)},
+        }
 
     # ---- what the tables need of Lightning
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        found = getattr(self._data(), "features", None)
-        if found is not None and found != self.features:
-            raise ValueError(f"model.features does not fit the data: {_difference(self.features, found)}")
         if self.embedding.deferred and not getattr(self.trainer.strategy, "shards_tables", False):
             raise ValueError(
                 "embedding.deferred=True leaves the tables to trainer.strategy=apps.recsys.strategy.TorchRecStrategy; "
@@ -200,6 +211,11 @@ class MultiTaskRecommender(SparseModule):
                     "embedding.kind='fused' steps its rows in the backward, by gradients that trainer.precision="
                     f"{trainer.precision!r} has scaled up: take 'bf16-mixed'"
                 )
+
+    def _check_data(self) -> None:
+        found = getattr(self._data(), "features", None)
+        if found is not None and found != self.features:
+            raise ValueError(f"model.features does not fit the data: {_difference(self.features, found)}")
 
     def configure_callbacks(self) -> list[Callback]:
         callbacks = super().configure_callbacks()

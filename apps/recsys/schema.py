@@ -18,7 +18,8 @@ class TaskConfig:
 
     Attributes:
         column: of the table.
-        positive: the values that are positive; None: the column holds 0 and 1 (or false and true).
+        positive: the values that are positive, as text, numbers or booleans: 1, 1.0 and "1" are the same; None: the
+            column holds 0 and 1 (or false and true).
         at_least: positive from this value on, such as 4 for a rating; not together with ``positive``.
 
     Raises:
@@ -26,7 +27,7 @@ class TaskConfig:
     """
 
     column: str
-    positive: tuple[str, ...] | None = None
+    positive: tuple[str | bool | int | float, ...] | None = None
     at_least: float | None = None
 
     def __post_init__(self) -> None:
@@ -202,5 +203,5 @@ _SIZES = ("hash_rows", "num_rows")
 def nearest(name: str, valid: Iterable[str]) -> str:
     """``; did you mean 'age'?``, or nothing where no name of ``valid`` is near."""
     folded = {v.lower(): v for v in valid}
-    near = difflib.get_close_matches(name.lower(), list(folded), n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name.lower(), list(folded), n=1, cutoff=0.7)
     return f"; did you mean {folded[near[0]]!r}?" if near else ""

@@ -25,8 +25,12 @@ class HeadConfig:
     - "aitm": steps too (arXiv 2105.08489): what a task knows goes on to the next one, which attends to it and to its
       own. A hinge keeps a step's probability below that of the step before.
 
+    With "esmm" and "aitm" a step that has no label is 0 where an earlier step is 0, in losses and in figures: nothing
+    was bought where nothing was clicked, whether a table writes it or leaves it out.
+
     Attributes:
         kind: "plain", "esmm" or "aitm".
+        steps: with "plain", that the tasks are steps too, whose labels are filled in likewise.
         hidden_dims: widths of a tower's layers; empty: a logit straight from the shared layer.
         activation: "relu", "gelu" or "silu".
         norm: of the towers: "batch", "layer" or None. Under "batch" a batch of one takes the running statistics.
@@ -45,6 +49,7 @@ class HeadConfig:
     dropout: float = 0.0
     prior_bias: bool = True
     calibrator_weight: float = 0.6
+    steps: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "hidden_dims", tuple(self.hidden_dims))  # a list in YAML and in a checkpoint
@@ -61,6 +66,11 @@ class HeadConfig:
     def tower(self) -> core.MLP:
         """A tower without its logit."""
         return core.MLP(self.hidden_dims, self.activation, self.norm, self.dropout)
+
+    @property
+    def has_steps(self) -> bool:
+        """Whether each task implies those before it."""
+        return self.steps or self.kind != "plain"
 
     def build(self, dim: int, num_tasks: int, positives: Sequence[float] = ()) -> Head:
         """The head for (t, B, ``dim``).
@@ -96,7 +106,8 @@ class Head(nn.Module):
         self.weight, self.bias = linear_init(num_tasks, (dim, *config.hidden_dims)[-1], 1)
         if config.prior_bias and positives:
             with torch.no_grad():
-                self.bias.copy_(torch.tensor([_logit(p) for p in self._prior(positives)]).view(-1, 1, 1))
+                start = over_all(positives) if config.has_steps else positives
+                self.bias.copy_(torch.tensor([_logit(p) for p in self._prior(start)]).view(-1, 1, 1))
 
     def _prior(self, positives: Sequence[float]) -> list[float]:
         return list(positives)
@@ -111,8 +122,12 @@ class Head(nn.Module):
         """The head's own weighted losses by name, () each."""
         return {}
 
+    def labels(self, label_Bt: Tensor) -> Tensor:
+        """The labels (B, t) as the losses and figures take them; NaN for none."""
+        return step_labels(label_Bt) if self.config.has_steps else label_Bt
+
     def check_labels(self, label_Bt: Tensor, names: Sequence[str]) -> None:
-        """Refuse labels that contradict the head. It waits for the device.
+        """Refuse labels, as ``labels`` gives them, that contradict the head. It waits for the device.
 
         Raises:
             ValueError: naming the two tasks.
@@ -130,6 +145,24 @@ class _Steps(Head):
                 f"an example has {after!r} and not {before!r}: with head.kind={self.config.kind!r} the tasks are "
                 "steps, in the order of the data, and each implies the one before"
             )
+
+
+def step_labels(label_Bt: Tensor) -> Tensor:
+    """Labels (B, t) of steps, 0 in place of a NaN where an earlier step is 0."""
+    ended_Bt = (label_Bt == 0).cumsum(1) > 0
+    return label_Bt.masked_fill(ended_Bt & label_Bt.isnan(), 0.0)
+
+
+def over_all(positives: Sequence[float]) -> list[float]:
+    """Shares of positives over all examples, (t,).
+
+    A step cannot have more positives than the one before: a share that says so is of the examples that came so far.
+    """
+    shares, before = [], 1.0
+    for p in positives:
+        before = p if p <= before else p * before
+        shares.append(before)
+    return shares
 
 
 class ESMM(_Steps):

@@ -6,11 +6,12 @@ A batch is cut out of one array of all items by the bounds of each user's histor
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -18,8 +19,9 @@ from apps import sources
 from apps.loader import ResumableLoader, as_it_is, in_order, overfits
 from apps.recsys import files
 from apps.recsys.datasets import RECSYS_DATASETS
+from apps.recsys.encoding import Vocabulary
 from apps.recsys.sequence import histories
-from apps.recsys.sequence.histories import Histories
+from apps.recsys.sequence.histories import Histories, Items
 
 DATASETS = (*(name for name in RECSYS_DATASETS if name.startswith("movielens")), "table")
 MIN_LENGTH = 3
@@ -115,7 +117,7 @@ class HistoryData(LightningDataModule):
         user_column, item_column: of it.
         time_column: by which a user's interactions are ordered; None: they are in order.
         rating_column: of it, for min_rating.
-        name_column: with the item's name; None: the item is its own name.
+        name_column: with the item's name, which predictions have beside the item; None: it has none.
         min_rating: interactions with a lower rating are left out; None: every interaction counts, whatever its rating.
         min_item_count: items with fewer interactions are left out. 5 gives MovieLens-1M the 3,416 items that many
             papers have (SASRec, BERT4Rec) instead of 3,706.
@@ -167,6 +169,7 @@ class HistoryData(LightningDataModule):
         self.batch_size, self.eval_batch_size, self.drop_last = batch_size, eval_batch_size, drop_last
         self.num_workers, self.seed = num_workers, seed
         self._histories: Histories | None = None
+        self._known: Items | None = None
         self._check_options()
 
     # ---- what the data hold
@@ -176,17 +179,48 @@ class HistoryData(LightningDataModule):
         """All interactions; read when they are first asked for."""
         if self._histories is None:
             self._histories = self._read()
+            if self._histories.num_unknown:
+                rank_zero_warn(
+                    f"interactions left out, for they are of items that the model does not know: "
+                    f"{self._histories.num_unknown:,}"
+                )
         return self._histories
 
     @property
     def num_items(self) -> int:
         """Items, numbered from 1; 0 is padding."""
-        return self.histories.num_items
+        return len(self._items.values) - 1
+
+    @property
+    def _items(self) -> Items:
+        return self._known or Items(self.histories.item_values, self.histories.item_names)
+
+    @property
+    def encoding_state(self) -> dict[str, Any]:
+        """The items by id, for a checkpoint: their values and names as tensors."""
+        import pyarrow as pa
+
+        found = self._items
+        values, names = (Vocabulary.of(pa.array(texts[1:], pa.string())) for texts in (found.values, found.names))
+        return {"items": values.state(), "names": names.state()}
+
+    def adopt(self, encoding_state: Mapping[str, Any]) -> None:
+        """Number items as in the data whose ``encoding_state`` a checkpoint keeps; others are left out, and counted."""
+        values, names = (("", *Vocabulary(**encoding_state[part]).texts()) for part in ("items", "names"))
+        known = Items(values, names)
+        untouched = self._known is None and self._histories is None
+        if untouched or self._items != known:
+            self._known, self._histories = known, None
+
+    @property
+    def item_values(self) -> tuple[str, ...]:
+        """The items as they stand in the file, by id; entry 0 is ""."""
+        return self._items.values
 
     @property
     def item_names(self) -> tuple[str, ...]:
-        """By id; entry 0 is ""."""
-        return self.histories.item_names
+        """By id, entry 0 is ""; the values where the data has no other names."""
+        return self._items.names
 
     @property
     def item_genres(self) -> tuple[tuple[str, ...], ...]:
@@ -205,7 +239,7 @@ class HistoryData(LightningDataModule):
             sources.prepare(self.dataset, self.root, self.cache_dir)
 
     def setup(self, stage: str | None = None) -> None:
-        if not (self.histories.length_U >= MIN_LENGTH).any():
+        if stage != "predict" and not (self.histories.length_U >= MIN_LENGTH).any():
             raise ValueError(f"no user has the {MIN_LENGTH} interactions that a split by leave-last-out needs")
 
     def train_dataloader(self) -> ResumableLoader:
@@ -253,7 +287,7 @@ class HistoryData(LightningDataModule):
 
     def _eval_examples(self, held_out: int) -> _Examples:
         """All users' histories without their last ``held_out`` items, the first of which is the target."""
-        self.setup()
+        self.setup(None if held_out else "predict")
         data = self.histories
         length_U = torch.from_numpy(data.length_U)
         begin_U = torch.from_numpy(data.offsets[:-1])
@@ -281,12 +315,13 @@ class HistoryData(LightningDataModule):
                 self.name_column,
                 self.min_rating,
                 self.min_item_count,
+                self._known,
             )
         from apps.recsys.readers import movielens  # imports pyarrow
 
         read = {"movielens_1m": movielens.read_ratings_1m, "movielens_100k": movielens.read_ratings_100k}[self.dataset]
         ratings = read(sources.prepare(self.dataset, self.root, self.cache_dir))
-        return histories.from_ratings(ratings, self.min_rating, self.min_item_count)
+        return histories.from_ratings(ratings, self.min_rating, self.min_item_count, self._known)
 
     def _check_options(self) -> None:
         if self.dataset not in DATASETS:

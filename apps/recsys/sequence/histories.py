@@ -17,6 +17,19 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Items:
+    """The items that a model knows, by id; entry 0 of each is "".
+
+    Attributes:
+        values: as the data of its training called them.
+        names: likewise; the values where the data had no other names.
+    """
+
+    values: tuple[str, ...]
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Histories:
     """The items of each user, oldest first. User u has ``item_N[offsets[u]:offsets[u + 1]]``.
 
@@ -24,19 +37,23 @@ class Histories:
         item_N: int32, item ids from 1; 0 is never an item.
         offsets: int64 (users + 1,).
         user_names: the users as the data calls them, by position.
-        item_names: by id; entry 0 is "".
+        item_values: the items as the data calls them, by id; entry 0 is "".
+        item_names: by id, entry 0 is ""; the values where the data has no other names.
         item_genres: by id, entry 0 is (); empty where the data knows no genres.
+        num_unknown: interactions that were left out, for the known items lack theirs.
     """
 
     item_N: NDArray[np.int32]
     offsets: NDArray[np.int64]
     user_names: tuple[str, ...]
+    item_values: tuple[str, ...]
     item_names: tuple[str, ...]
     item_genres: tuple[tuple[str, ...], ...] = ()
+    num_unknown: int = 0
 
     @property
     def num_items(self) -> int:
-        return len(self.item_names) - 1
+        return len(self.item_values) - 1
 
     @property
     def num_users(self) -> int:
@@ -49,7 +66,12 @@ class Histories:
 
 
 def build(
-    user_N: NDArray[Any], item_N: NDArray[Any], time_N: NDArray[Any] | None, keep_N: NDArray[np.bool_], min_count: int
+    user_N: NDArray[Any],
+    item_N: NDArray[Any],
+    time_N: NDArray[Any] | None,
+    keep_N: NDArray[np.bool_],
+    min_count: int,
+    id_N: NDArray[np.int32] | None = None,
 ) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[Any], NDArray[Any]]:
     """Order interactions by user and time, and number what is left of users and items.
 
@@ -61,6 +83,7 @@ def build(
         time_N: likewise; None: the order of the rows.
         keep_N: interactions that count, such as those with a good rating; the others are as if they were not there.
         min_count: items with fewer interactions are left out, with these; counted once, after ``keep_N``.
+        id_N: the items' ids where they have some already.
 
     Returns:
         Item ids (N',) and offsets (users + 1,) as in `Histories`, and the distinct users and items that are left.
@@ -80,24 +103,56 @@ def build(
     # lexsort is stable and sorts by its last key first
     order = np.lexsort((user_code,) if time_N is None else (time_N[keep_N], user_code))
     offsets = np.concatenate(([0], np.cumsum(np.bincount(user_code, minlength=len(users)))))
-    return (item_code[order] + 1).astype(np.int32), offsets.astype(np.int64), users, items
+    ids = (item_code + 1).astype(np.int32) if id_N is None else id_N[keep_N]
+    return ids[order], offsets.astype(np.int64), users, items
 
 
-def from_ratings(ratings: Ratings, min_rating: float | None = None, min_count: int = 1) -> Histories:
+def from_ratings(
+    ratings: Ratings, min_rating: float | None = None, min_count: int = 1, known: Items | None = None
+) -> Histories:
     """MovieLens as histories; items keep the order of the file of films.
+
+    Args:
+        ratings: as `readers.movielens` reads them.
+        min_rating, min_count: as in `from_table`.
+        known: as in `from_table`.
 
     Raises:
         ValueError: no rating is left.
     """
     keep = np.ones(len(ratings.user_N), bool) if min_rating is None else ratings.rating_N >= min_rating
-    item_N, offsets, users, items = build(ratings.user_N, ratings.item_N, ratings.time_N, keep, min_count)
+    films = ["", *map(str, range(1, len(ratings.titles) + 1))]
+    id_N, keep, unknown = _known_ids(known, films, ratings.item_N, keep)
+    item_N, offsets, users, items = build(
+        ratings.user_N, ratings.item_N, ratings.time_N, keep, min_count if known is None else 1, id_N
+    )
+    own = Items(("", *map(str, items.tolist())), ("", *(ratings.titles[i - 1] for i in items.tolist())))
+    found = known or own
+    genres = dict(zip(films[1:], ratings.genres, strict=True))
     return Histories(
         item_N,
         offsets,
         user_names=tuple(str(u) for u in users.tolist()),
-        item_names=("", *(ratings.titles[i - 1] for i in items.tolist())),
-        item_genres=((), *(ratings.genres[i - 1] for i in items.tolist())),
+        item_values=found.values,
+        item_names=found.names,
+        item_genres=((), *(genres.get(value, ()) for value in found.values[1:])),
+        num_unknown=unknown,
     )
+
+
+def _known_ids(
+    known: Items | None, values: Sequence[str], item_N: NDArray[Any], keep_N: NDArray[np.bool_]
+) -> tuple[NDArray[np.int32] | None, NDArray[np.bool_], int]:
+    """The ids of the known items, None where none are given, which of ``keep_N`` have one, and how many have none.
+
+    ``values`` are those of the numbers in ``item_N``.
+    """
+    if known is None:
+        return None, keep_N, 0
+    ids = {value: i for i, value in enumerate(known.values) if i}
+    id_N = np.array([ids.get(value, 0) for value in values], np.int32)[item_N]
+    unknown_N = keep_N & (id_N == 0)
+    return id_N, keep_N & ~unknown_N, int(unknown_N.sum())
 
 
 def from_table(
@@ -109,6 +164,7 @@ def from_table(
     name: str | None = None,
     min_rating: float | None = None,
     min_count: int = 1,
+    known: Items | None = None,
 ) -> Histories:
     """CSV (with a header) or Parquet files with one interaction a row, one file after the other.
 
@@ -123,6 +179,8 @@ def from_table(
         name: column with the item's name; of several names of an item the first one counts. None: the item itself.
         min_rating: interactions with a lower rating, or none, are left out.
         min_count: see `build`.
+        known: the items that a model knows: they keep their ids and names, and others are left out; min_count then
+            leaves out nothing.
 
     Raises:
         ValueError: a file cannot be read or has not the columns; one column has two roles; a user, an item or a time is
@@ -147,17 +205,23 @@ def from_table(
         assert rating is not None
         keep = encode.to_numbers(parts(rating), rating) >= min_rating  # false for NaN
     order = None if time is None else encode.to_order(parts(time), time)
+    id_N, keep, unknown = _known_ids(known, items, item_N, keep)
     try:
-        item_of_N, offsets, used_users, used_items = build(user_N, item_N, order, keep, min_count)
+        item_of_N, offsets, used_users, used_items = build(
+            user_N, item_N, order, keep, min_count if known is None else 1, id_N
+        )
     except ValueError as error:
         raise ValueError(f"{found[0]}: {error}") from error
-    names = [items[i] for i in used_items.tolist()]
+    user_names = tuple(users[u] for u in used_users.tolist())
+    if known is not None:
+        return Histories(item_of_N, offsets, user_names, known.values, known.names, num_unknown=unknown)
+    names = values = [items[i] for i in used_items.tolist()]
     if name is not None and name != item:
         coded = encode.factorize(parts(name), name)
         texts = [*coded.values.to_pylist(), ""]  # the last one is where MISSING points
         _, first = np.unique(item_N, return_index=True)
         names = [texts[code] for code in coded.codes[first[used_items]].tolist()]
-    return Histories(item_of_N, offsets, tuple(users[u] for u in used_users.tolist()), ("", *names))
+    return Histories(item_of_N, offsets, user_names, ("", *values), ("", *names))
 
 
 def _numbered(codes: encode.Codes, column: str) -> tuple[NDArray[np.int64], list[str]]:

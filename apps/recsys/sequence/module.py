@@ -14,9 +14,10 @@ from torch import Tensor
 import core
 from apps.baselines import dense_baselines
 from apps.loss import linear_cross_entropy
+from apps.recsys.encoded import EncodedModule
 from apps.recsys.metrics import RankingMetrics
 from apps.recsys.sequence.model import HistoryModel, HistoryModelConfig, last_of
-from apps.training import Baseline, OptimizerConfig, SparseModule, TaskOutput
+from apps.training import Baseline, OptimizerConfig, TaskOutput
 from apps.widths import SolvedWidth, ffn_widths
 
 CUTOFF = 10
@@ -30,16 +31,17 @@ class NextItems(NamedTuple):
         index: int64 (B,), the history's place in its dataset.
         user: int64 (B,), the user's place among the data's ``user_names``.
         user_name: what the data calls the user; the place where it does not say.
-        item: int64 (B, k), the k best next items by id, best first.
-        name: what the data calls them; their ids where it does not say.
+        item: the k best next items of each history as they stand in the file, best first; their ids where the data do
+            not say.
+        name: what the data calls them; None where it has no names beside the items.
         score: float32 (B, k), their logits; -inf where no candidate is left.
     """
 
     index: Tensor  # type: ignore[assignment]  # a batch has no use for tuple.index
     user: Tensor
     user_name: list[str]
-    item: Tensor
-    name: list[list[str]]
+    item: list[list[str]]
+    name: list[list[str]] | None
     score: Tensor
 
 
@@ -53,7 +55,7 @@ class NextItemMetrics(RankingMetrics):
         return {name.replace("@", "_"): value for name, value in super().compute().items()}
 
 
-class NextItemRecommender(SparseModule):
+class NextItemRecommender(EncodedModule):
     """A history transformer, sparse or dense, that ranks all items as the next one.
 
     It is trained by the softmax cross-entropy over all items at every position of a history, and judged by the rank of
@@ -168,14 +170,15 @@ class NextItemRecommender(SparseModule):
         """The ``top_k`` best next items of each history."""
         scores_BI = self._candidates(self(*self.example_inputs(batch)), batch)
         best = scores_BI.topk(min(self.top_k, self.num_items), dim=-1)
-        items, users = (getattr(self._data(), name, None) for name in ("item_names", "user_names"))
-        name_Bk = [[str(i) if items is None else items[i] for i in row] for row in best.indices.tolist()]
+        items, names, users = (
+            getattr(self._data(), attribute, None) for attribute in ("item_values", "item_names", "user_names")
+        )
+        item_Bk = [[str(i) if items is None else items[i] for i in row] for row in best.indices.tolist()]
+        name_Bk = None
+        if names is not None and names != items:
+            name_Bk = [[names[i] for i in row] for row in best.indices.tolist()]
         user_name_B = [str(u) if users is None else users[u] for u in batch.user_B.tolist()]
-        return NextItems(batch.index_B, batch.user_B, user_name_B, best.indices, name_Bk, best.values)
-
-    def setup(self, stage: str) -> None:
-        super().setup(stage)
-        self._check_data_arguments()
+        return NextItems(batch.index_B, batch.user_B, user_name_B, item_Bk, name_Bk, best.values)
 
     def with_moe(self, moe: core.MoEConfig) -> NextItemRecommender:
         return self.twin(moe=moe, replaced_hidden_dim=None)

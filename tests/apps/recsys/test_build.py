@@ -22,6 +22,10 @@ def test_a_split_by_user_keeps_users_together_and_reports_those_of_given_files(o
     assert [len(u) for u in users] == [1, 1, 1]
     assert len(set.union(*users)) == 3
     assert not any("the split is by user" in w for w in alone.report.warnings)
+    # That training lacks the users of the test is what the split is for.
+    other = own(config_of(categorical=("city", "user"), user="user", split=config.split), test_file=None)
+    assert other.report.unseen["user"]["test"] == 1
+    assert not any("are they written alike" in w for w in other.report.warnings)
     # Both users 1 and 4 test; if user 1 also trains, that is one of two.
     given = own(config_of(user="user", split=SplitConfig("user", val=0)))
     assert "1 of 2 users of test are in train too, although the split is by user" in given.report.warnings

@@ -12,6 +12,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
 from own_table import CONFIG, NAN, TEST, TRAIN, by_row, config_of, same, write
 
 from apps import sources
@@ -74,6 +75,16 @@ def test_a_table_of_every_kind_of_column_by_hand(own, tmp_path, kind):
     assert report.unseen["tags"] == {"train": 0, "val": 0, "test": 1 / 3}
     assert report.labelled["like"] == {"train": 5, "val": 0, "test": 2}
     assert "column city: unseen in 0.00% train, 50.00% test" in str(report)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_one_process_tells_what_was_found(own, monkeypatch, caplog):
+    for rank, told in ((1, 0), (0, 1)):
+        monkeypatch.setattr(rank_zero_only, "rank", rank)
+        caplog.clear()
+        with caplog.at_level("INFO", logger="apps.recsys.data"):
+            own().setup()
+        assert caplog.text.count("rows: 6 train") == told
 
 
 def test_types_may_differ_between_files(own, tmp_path):

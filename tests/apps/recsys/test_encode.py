@@ -255,3 +255,42 @@ def test_the_few_values_beside_a_frequent_one_are_told_apart():
     values[100:3000] = 0
     edges = encode.statistics(values).quantiles
     assert len(edges) == 10
+
+
+DAY = datetime.datetime(2024, 5, 3)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (pa.array([0.1, 2.0, 123.456], pa.float32()), ["0.1", "2", "123.456"]),
+        (pa.array([True, False]), ["True", "FALSE"]),
+        (pa.array([True, False]), ["true", "False"]),
+        (
+            pa.array(
+                [datetime.datetime(2024, 5, 3), datetime.datetime(2024, 5, 3, 12, 0, 0, 50000)], pa.timestamp("us")
+            ),
+            ["2024-05-03 00:00:00", "2024-05-03 12:00:00.050000"],
+        ),
+        (pa.array([DAY], pa.timestamp("s")), ["2024-05-03 00:00:00.000"]),
+        (pa.array([DAY], pa.timestamp("ns")), ["2024-05-03 00:00:00"]),
+    ],
+)
+def test_values_of_other_types_meet_their_text(one, other):
+    codes = encode.factorize([("a", pa.chunked_array([one])), ("b", pa.chunked_array([pa.array(other)]))], "c").codes
+    assert codes.tolist() == [*range(len(one)), *range(len(one))]
+
+
+@pytest.mark.parametrize(
+    ("column", "positive"),
+    [
+        (pa.array([0, 1, 2]), (2, 1)),
+        (pa.array(["0.0", "1", "2"]), (1.0, "2")),
+        (pa.array([False, True, True]), (True,)),
+    ],
+)
+def test_positive_values_may_be_of_any_type(column, positive):
+    part = ("the training table", pa.chunked_array([column]))
+    assert encode.to_labels([part], "t", TaskConfig("c", positive=positive)).tolist() == [0, 1, 1]
+    with pytest.raises(ValueError, match="task 't': column 'c' never holds positive=7"):
+        encode.to_labels([part], "t", TaskConfig("c", positive=(7,)))

@@ -269,6 +269,7 @@ def test_a_test_writes_its_report(shared, tmp_path, capsys):
         "Gates: entropy",
         "Experts",
         "depend on",
+        "not measured (many values, several in a row, or one): film.tags, flat",
         "checks",
     ):
         assert words in out, words

@@ -41,6 +41,22 @@ def rows(label_Bt):
     return TableBatch(of.dense_BC, of.sparse, torch.tensor(label_Bt), of.index_B)
 
 
+def test_metrics_of_counts_are_an_option():
+    module, exact = build(score_bins=4096), build()
+    with pytest.raises(ValueError, match="score_bins=1 must be at least 2"):
+        build(score_bins=1)
+    of = batch(64)
+    found = []
+    for each in (module, exact):
+        metrics = each.build_metrics()
+        out = each.eval().task_loss(of)
+        metrics.update(out.outputs, out.targets, out.groups)
+        found.append(metrics.compute())
+    assert not hasattr(module.build_metrics(), "scores")  # no prediction is kept
+    assert_close(found[0]["log_loss_click"], found[1]["log_loss_click"])
+    assert set(found[1]) - set(found[0]) == {"gauc", "gauc_click", "gauc_buy"}
+
+
 # ---- the loss
 
 
@@ -60,6 +76,17 @@ def test_a_task_without_a_label_costs_nothing():
     assert loss_t.tolist() == pytest.approx([0.0, math.log(2)])
     loss_t.sum().backward()
     assert z_Bt.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["esmm", "aitm"])
+def test_steps_that_are_left_out_count_as_those_that_are_written(kind):
+    written, left_out = rows([[1.0, 1.0], [0.0, 0.0], [1.0, 0.0]]), rows([[1.0, 1.0], [0.0, NAN], [1.0, 0.0]])
+    for training in (True, False):
+        module = build(head=HeadConfig(kind), dropout=0.0).train(training)
+        with torch.no_grad():
+            a, b = module.task_loss(written), module.task_loss(left_out)
+        assert_close(a.loss, b.loss)
+        assert torch.equal(a.targets, b.targets)
 
 
 def test_members_are_weighed_alike():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from apps.recsys.schema import SplitConfig, TableConfig, TaskConfig
+from apps.recsys.schema import SplitConfig, TableConfig, TaskConfig, nearest
 
 CLICK = {"click": TaskConfig("y")}
 
@@ -81,3 +81,8 @@ def test_a_feature_is_left_out_with_its_options():
         config.without(["d"])
     with pytest.raises(ValueError, match="exclude leaves no feature"):
         config.without(["a", "b", "c"])
+
+
+def test_only_a_name_that_is_near_is_suggested():
+    assert nearest("citty", ("City", "age")) == "; did you mean 'City'?"
+    assert nearest("price", ("dice", "created")) == ""  # they share three letters of nine

@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from apps.recsys.tasks import HeadConfig, and_logit
+from apps.recsys.tasks import HeadConfig, and_logit, over_all, step_labels
+
+NAN = math.nan
 
 
 def logit(p):
@@ -98,6 +100,29 @@ def test_a_step_without_the_one_before_is_refused(kind):
         head.check_labels(torch.tensor([[1.0, 1.0], [0.0, 1.0]]), ("click", "buy"))
     with pytest.raises(ValueError, match=f"head.kind='{kind}' needs at least 2 tasks, there is 1"):
         HeadConfig(kind).build(4, 1)
+
+
+def test_a_step_without_a_label_is_0_where_an_earlier_one_is():
+    # Not clicked, so neither carted nor bought, written or not; clicked, or not known: what is not labelled stays so.
+    label_Bt = torch.tensor([[0.0, NAN, NAN], [0.0, 0.0, NAN], [1.0, NAN, NAN], [NAN, NAN, 1.0], [1.0, 0.0, NAN]])
+    filled = [[0.0, 0.0, 0.0], [0.0, 0.0, 0.0], [1.0, NAN, NAN], [NAN, NAN, 1.0], [1.0, 0.0, 0.0]]
+    assert_close(step_labels(label_Bt), torch.tensor(filled), equal_nan=True)
+    for config in (HeadConfig("esmm"), HeadConfig("aitm"), HeadConfig(steps=True)):
+        assert_close(config.build(4, 3).labels(label_Bt), torch.tensor(filled), equal_nan=True)
+    assert HeadConfig().build(4, 3).labels(label_Bt) is label_Bt
+    head = HeadConfig("esmm").build(4, 3)
+    with pytest.raises(ValueError, match="an example has 'c' and not 'b'"):  # b is 0, since a is
+        head.check_labels(head.labels(torch.tensor([[0.0, NAN, 1.0]])), ("a", "b", "c"))
+
+
+def test_a_share_of_those_who_came_so_far_starts_as_one():
+    # 20 % click and 50 % of these buy, the others have no label: 10 % buy.
+    assert over_all([0.2, 0.5, 0.1]) == pytest.approx([0.2, 0.1, 0.1])
+    for kind in ("esmm", "aitm"):
+        head = HeadConfig(kind).build(4, 2, positives=(0.2, 0.5))
+        with torch.no_grad():
+            head.weight.zero_()
+        assert_close(head(torch.randn(2, 3, 4)).sigmoid(), torch.tensor([[0.2, 0.1]] * 3))
 
 
 # ---- AITM

@@ -279,7 +279,7 @@ def test_movielens(tmp_path: Path) -> None:
         HistoryData("movielens_1m", root=str(tmp_path)).setup()
 
     from apps.recsys.readers.movielens import read_ratings_1m
-    from apps.recsys.sequence.histories import from_ratings
+    from apps.recsys.sequence.histories import Items, from_ratings
 
     data = HistoryData("movielens_1m", root=str(tmp_path), seed=0)
     data._histories = from_ratings(read_ratings_1m(tmp_path, num_ratings=4))
@@ -288,6 +288,10 @@ def test_movielens(tmp_path: Path) -> None:
     assert by_user(data.predict_dataloader()) == {0: ([1, 2, 2], [0] * 3, [1, 2, 2]), 1: ([1], [0], [1])}
     liked = from_ratings(read_ratings_1m(tmp_path, num_ratings=4), min_rating=4)
     assert liked.item_N.tolist() == [2, 2, 1]
+    # A model that knows the third film alone: Heat's two ratings are left out, and user 2 with them.
+    known = from_ratings(read_ratings_1m(tmp_path, num_ratings=4), known=Items(("", "3"), ("", "Jumanji (1995)")))
+    assert (known.item_N.tolist(), known.num_unknown, known.user_names) == ([1, 1], 2, ("1",))
+    assert known.item_genres == ((), ("Adventure",))
 
 
 # --- the loader ---
@@ -348,6 +352,56 @@ def test_a_model_trains_tests_and_predicts_on_it(tmp_path: Path) -> None:
     assert predicted is not None
     assert len(predicted[0].index) == len(data.user_names)
     assert predicted[0].user_name == list(data.user_names)
+    assert {item for row in predicted[0].item for item in row} <= set(data.item_values)
+    assert predicted[0].name is None  # the items are all that the file says of them
+
+
+def saved(data: HistoryData, path: Path, **options: Any) -> Path:
+    """A checkpoint of an untrained model of ``data``."""
+    model = NextItemRecommender(data.num_items, data.max_length, **options)
+    trainer = Trainer(fast_dev_run=1, accelerator="cpu", logger=False, enable_progress_bar=False, barebones=False)
+    trainer.fit(model, datamodule=data)
+    trainer.save_checkpoint(path)
+    return path
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_knows_its_items_in_another_file(tmp_path: Path) -> None:
+    file = write(tmp_path)
+    path = saved(ready(file, max_length=4, name_column="title"), tmp_path / "it.ckpt")
+    # Without item 20 and with a new 35, ranks would be 10 30 35 40 50: ids 1 to 5 as before, of other items.
+    other = write(
+        tmp_path,
+        "tomorrow.csv",
+        item=[35 if item == 20 else item for item in ROWS["item"]],
+        title=["x" if title == "b" else title for title in ROWS["title"]],
+    )
+    data = HistoryData("table", file=other, max_length=4, name_column="title")
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
+    with pytest.warns(UserWarning, match="left out, for they are of items that the model does not know: 3"):
+        predicted = trainer.predict(
+            NextItemRecommender.load_from_checkpoint(path), datamodule=data, return_predictions=True
+        )
+    assert predicted is not None
+    assert data.item_values == ("", "10", "20", "30", "40", "50")
+    assert by_user(data.predict_dataloader())[2][0] == [1, 3, 4, 5]  # user 7's 10, 30, 40 and 50; 2 is 20 still
+    names = dict(zip(["10", "20", "30", "40", "50"], "abcde", strict=True))
+    for items, found in zip(predicted[0].item, predicted[0].name, strict=True):
+        assert sorted(items) == sorted(names)  # all five, by their own values
+        assert found == [names[item] for item in items]
+    # Lightning's own way to a checkpoint says it too, and it goes on into the next one.
+    model, again = NextItemRecommender(5, 4), HistoryData("table", file=other, max_length=4)
+    trainer.test(model, datamodule=again, ckpt_path=path, weights_only=True, verbose=False)
+    assert again.item_values == data.item_values
+    trainer.save_checkpoint(tmp_path / "next.ckpt")
+    kept = torch.load(tmp_path / "next.ckpt", weights_only=True)["encoding"]["items"]["content"]
+    assert bytes(kept.tolist()) == b"1020304050"
+
+
+def test_one_interaction_is_enough_to_predict_from(tmp_path: Path) -> None:
+    data = HistoryData("table", file=write(tmp_path, user=list(range(11))))
+    data.setup("predict")
+    assert len(next(iter(data.predict_dataloader())).index_B) == 11
 
 
 def test_ids_stand_for_themselves(tmp_path: Path) -> None:
