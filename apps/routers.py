@@ -17,27 +17,31 @@ import core
 from apps.training import Baseline, SparseModule
 from apps.widths import nearest_width, widened
 
-FOLDER = Path(__file__).resolve().parents[1] / "configs" / "routing"
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+"""The configurations that come along: of the source tree, or beside the packages of an installed wheel."""
+FOLDER = CONFIGS / "routing"
 PREFIX = "router_"
 """Of a system's name in a comparison."""
 Layers = core.MoEConfig | core.MultiGateConfig
 
 
 def overlays() -> dict[str, Path]:
-    """The overlays that come with the source tree, by name."""
+    """The overlays that come along, by name."""
     return {p.stem: p for p in sorted(FOLDER.glob("*.yaml"))}
 
 
 def resolve(names: Iterable[str]) -> tuple[str, ...]:
-    """Names or paths of overlays, each file once; "all" is all that come with the source tree.
+    """Names or paths of overlays, each file once; "all" is all that come along.
 
     Raises:
-        ValueError: an unknown name, or two files that would share a name.
+        ValueError: an unknown name, "all" where there is none, or two files that would share a name.
     """
     known = overlays()
     found: list[str] = []
     for name in names:
         if name == "all":
+            if not known:
+                raise ValueError("--routers all: no overlays in this installation")
             found += known
         elif name in known or Path(name).is_file():
             found.append(name)

@@ -48,14 +48,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     show_traceback = "--traceback" in args
     args = [a for a in args if a != "--traceback"]
     try:
+        _check_core()
         return _dispatch(args)
     except KeyboardInterrupt:
-        return _stopped("interrupted", 130)
+        return _stopped("interrupted", 130, args)
     except SystemExit as stop:
         if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning turns one into exit(1)
-            return _stopped("interrupted", 130)
+            return _stopped("interrupted", 130, args)
         if is_termination(stop):
-            return _stopped("terminated", 143)
+            return _stopped("terminated", 143, args)
         return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
     except BrokenPipeError:  # such as `moesaic data list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -70,8 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
 
 
-def _stopped(how: str, code: int) -> int:
-    print(f"\n{how}; --ckpt_path last goes on from the last checkpoint, if there is one", file=sys.stderr)
+def _stopped(how: str, code: int, args: Sequence[str]) -> int:
+    advice = "; --ckpt_path last goes on from the last checkpoint, if there is one"
+    print(f"\n{how}{'' if args[:1] == ['predict'] else advice}", file=sys.stderr)
     return code
 
 
@@ -82,6 +84,20 @@ def is_termination(stop: SystemExit) -> bool:
 
 class UsageError(ValueError):
     """The command line or a configuration is wrong."""
+
+
+def _check_core() -> None:
+    """The engine is a top-level package with a plain name, which a folder on PYTHONPATH may have too.
+
+    Raises:
+        UsageError: another ``core`` comes first.
+    """
+    found = importlib.util.find_spec("core")
+    folders = [os.path.realpath(p) for p in (found and found.submodule_search_locations) or ()]
+    own = os.path.join(os.path.dirname(os.path.dirname(os.path.dirname(os.path.realpath(__file__)))), "core")
+    if own not in folders:
+        other = (found and found.origin) or (folders or ["none at all"])[0]
+        raise UsageError(f"the package core must be {own}, and Python finds {other}: take that one off PYTHONPATH")
 
 
 def _dispatch(args: list[str]) -> int:

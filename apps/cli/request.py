@@ -10,6 +10,7 @@ import itertools
 import json
 import pkgutil
 import re
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ import yaml
 from lightning.pytorch import LightningDataModule, LightningModule
 
 import apps
+from apps import routers
 from apps.callbacks import naming
 from apps.cli import UsageError
 from apps.cli.checkpoint import find_checkpoint, load_checkpoint, remembered, short, without_fixed_classes
@@ -55,7 +57,7 @@ class Request:
     def read(cls, command: str, argv: list[str]) -> Request:
         flags, options = take(argv, ("config", "c", "run_dir", "ckpt_path"))
         flags = verbatim(flags, ("data.text", "data.init_args.text"))
-        paths = [Path(p) for p in options["config"] + options["c"]]
+        paths = [shipped(Path(p)) for p in options["config"] + options["c"]]
         found_in: Path | None = None
         which = options["ckpt_path"][-1] if options["ckpt_path"] else None
         if not paths and which not in (None, "last", "best", "average", "null", "none"):
@@ -119,6 +121,15 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
         else:
             merged[key] = merge(old, value)
     return merged
+
+
+def shipped(path: Path) -> Path:
+    """``path``; where it names a configuration of ours and the working folder has none, the one that came along."""
+    own = routers.CONFIGS.parent / path
+    if path.exists() or path.parts[:1] != (routers.CONFIGS.name,) or not own.is_file():
+        return path
+    print(f"{path} is not here: taking {own}", file=sys.stderr)
+    return own
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

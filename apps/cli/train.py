@@ -25,7 +25,14 @@ from torch import Tensor
 from apps import sharded
 from apps.callbacks import AtomicCheckpointIO, BestAndLast, EventLog, GeneratorState, MetricsCSV, RunFolder, progress
 from apps.cli import UsageError
-from apps.cli.checkpoint import CONFIG_BASES, check_fits, first_difference, load_checkpoint, without_fixed_classes
+from apps.cli.checkpoint import (
+    CONFIG_BASES,
+    check_fits,
+    first_difference,
+    load_checkpoint,
+    short,
+    without_fixed_classes,
+)
 from apps.cli.errors import reduce_message
 from apps.cli.request import Request, take
 from apps.files import replacing
@@ -110,10 +117,24 @@ class SparseCLI(LightningCLI):
         """``execute`` runs it."""
 
     def instantiate_classes(self) -> None:
-        super().instantiate_classes()
+        created = [(self._create_data, LightningDataModule, True)]
+        self.config_init = self.parser.instantiate(self.config, instantiators=created)
+        self.datamodule, self.model = (self._get(self.config_init, part) for part in ("data", "model"))
+        self.trainer = self.instantiate_trainer()
         self._check_links()
         if self.ckpt_path is not None:
             check_fits(load_checkpoint(self.ckpt_path), self.model, self.ckpt_path)
+            self.model.starts_afresh = False  # told here, for Lightning loads it after the model's setup
+
+    def _create_data(self, kind: type[LightningDataModule], *args: Any, **kwargs: Any) -> LightningDataModule:
+        """The data, told what the checkpoint says of their encoding before the model is made of what they say."""
+        data = kind(*args, **kwargs)
+        adopt = getattr(data, "adopt", None)
+        if adopt is not None and self.ckpt_path is not None:
+            checkpoint, own = load_checkpoint(self.ckpt_path), getattr(self.request.model_class, "__name__", None)
+            if "encoding" in checkpoint and short(checkpoint.get("module_class")) == own:
+                adopt(checkpoint["encoding"])
+        return data
 
     def _check_links(self) -> None:
         """A value that the data decides, written in the configuration as well, must be the same."""
@@ -278,9 +299,10 @@ class SparseCLI(LightningCLI):
             rows.sort(key=lambda row: row["index"])
         with replacing(path) as file:
             for number, row in enumerate(rows):
-                file.write(json.dumps(row) + "\n")
+                line = json.dumps(row, ensure_ascii=False)
+                file.write(line + "\n")
                 if number < 3:
-                    print(json.dumps(row))
+                    print(line)
         print(f"{len(rows)} predictions in {path}")
 
 
@@ -325,6 +347,6 @@ def _rows(batch: Any) -> Iterator[dict[str, Any]]:
         columns = batch._asdict()
     else:
         columns = {"output": batch}
-    plain = {k: v.tolist() if isinstance(v, Tensor) else list(v) for k, v in columns.items()}
+    plain = {k: v.tolist() if isinstance(v, Tensor) else list(v) for k, v in columns.items() if v is not None}
     for values in zip(*plain.values(), strict=True):
         yield dict(zip(plain, values, strict=True))

@@ -20,9 +20,10 @@ import torch
 from apps import routers
 from apps.cli import UsageError, is_termination
 from apps.cli.parser import Parser
+from apps.cli.request import shipped
 from apps.compare import table
 from apps.compare.experiment import Experiment, arguments
-from apps.compare.files import locked, read_json, write_json, write_text
+from apps.compare.files import differences, locked, read_json, write_json, write_text
 from apps.compare.measure import Job, measure
 from apps.compare.parallel import train_all
 from apps.compare.plan import Options, Plan, at_edge
@@ -44,7 +45,8 @@ learning-rate search on validation data, and compare them on test data."""
 
 _EPILOG = """\
 Any value of the configuration may be given as well, as for moesaic fit: --trainer.max_epochs 5,
---model.moe.num_experts 16, --seed_everything 7. Stopped at any moment, the same command goes on."""
+--model.moe.num_experts 16, --seed_everything 7. Stopped at any moment, the same command goes on; a finished comparison
+takes more --seeds, --baselines and --routers, and does what is new."""
 
 
 def _parser() -> Parser:
@@ -120,9 +122,10 @@ def run_command(argv: Sequence[str], title: str | None = None) -> Outcome:
         rounds=args.rounds,
         routers=names,
     )
-    name = "-".join(Path(p).stem for p in (args.config, *args.overlays))
+    config, *overlays = (str(shipped(Path(p))) for p in (args.config, *args.overlays))  # each process reads them
+    name = "-".join(Path(p).stem for p in (config, *overlays))
     output = Path(args.output) if args.output else Path("runs") / "compare" / name
-    read = arguments(args.config, args.overlays, rest, names)
+    read = arguments(config, overlays, rest, names)
     return compare(
         read,
         options,
@@ -174,7 +177,7 @@ def compare(
     Args:
         read: arguments of ``Experiment``.
         options: of the comparison.
-        output: its folder; what is finished there is not done again.
+        output: its folder; what is finished there is not done again, also where seeds, baselines or routers are added.
         command: how to repeat it; written into the JSON file.
         title: of the table and the picture.
         jobs: runs at a time; above 1 each in a process of its own, with a part of the threads.
@@ -287,7 +290,7 @@ class _Work:
     def _measure(self, checkpoints: Mapping[str, Path]) -> dict[str, Any]:
         path = self.output / "speed.json"
         found = read_json(path)
-        if found is None:
+        if found is None or found.keys() != checkpoints.keys():  # side by side, or the machine's mood is in the ratios
             threads = max(1, torch.get_num_threads() // self.jobs)  # as in training
             jobs = {
                 name: Job(self.experiment.arguments, name, str(file), self.experiment.replaced, threads)
@@ -337,6 +340,8 @@ def _report(
     about = {**machine(), "jobs": jobs}
     path = output / "results.json"
     saved = read_json(path)
+    if saved and differences({name: saved.get(name) for name in plan.to_dict()}, plan.to_dict()):
+        saved = None  # of fewer seeds or systems
     # Of a comparison shown again, the day it was finished.
     date = saved["date"] if saved else datetime.datetime.now().astimezone().isoformat(timespec="seconds")
     results = {

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from apps import routers
 from apps.compare.files import differences, read_json, write_json
 from apps.compare.training import Unit
 
@@ -65,6 +66,7 @@ class Plan:
     Attributes:
         config: the resolved configuration, plain values.
         options: of the command.
+        overlays: by the system's name, what each overlay of ``options.routers`` says.
         rates: learning rates of the search.
         configured_rate: the config's.
         seeds: of the final runs.
@@ -73,6 +75,7 @@ class Plan:
 
     config: dict[str, Any]
     options: Options
+    overlays: dict[str, Any]
     rates: tuple[float, ...]
     configured_rate: float
     seeds: tuple[int, ...]
@@ -80,8 +83,15 @@ class Plan:
 
     @classmethod
     def make(cls, config: dict[str, Any], options: Options, configured_rate: float, seed: int) -> Plan:
+        """The plan of a configuration.
+
+        Raises:
+            ValueError: as ``routers.read`` and ``routers.by_system``.
+        """
         seeds = tuple(range(seed, seed + options.num_seeds))
-        return cls(config, options, options.rates(configured_rate), configured_rate, seeds, seed + SEARCH_SEED)
+        overlays = {system: routers.read(name) for system, name in routers.by_system(options.routers).items()}
+        rates = options.rates(configured_rate)
+        return cls(config, options, overlays, rates, configured_rate, seeds, seed + SEARCH_SEED)
 
     def search_units(self, system: str) -> list[Unit]:
         """The runs of the learning-rate search; none where there is nothing to choose."""
@@ -93,8 +103,9 @@ class Plan:
         return [Unit(system, rate, seed, final=True) for seed in self.seeds]
 
     def to_dict(self) -> dict[str, Any]:
+        options = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self.options).items()}
         return {
-            "options": {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self.options).items()},
+            "options": {**options, "routers": self.overlays},
             "rates": list(self.rates),
             "seeds": list(self.seeds),
             "search_seed": self.search_seed,
@@ -102,22 +113,38 @@ class Plan:
         }
 
     def claim(self, output: Path) -> None:
-        """Save the plan in ``output``, or check that the one saved there is the same.
+        """Save the plan in ``output``. One that is saved there may lack seeds, baselines and routers, no more.
 
         Raises:
             ValueError: it is another; the message names the differences.
         """
-        path = output / "plan.json"
+        path, wanted = output / "plan.json", self.to_dict()
         saved = read_json(path)
-        if saved is None:
-            write_json(path, self.to_dict())
-            return
-        found = differences(saved, self.to_dict())
+        found = [] if saved is None else differences(_grown(saved, wanted), wanted)
         if found:
             more = f" and {len(found) - 3} more" if len(found) > 3 else ""
             raise ValueError(
                 f"{output} holds another comparison ({'; '.join(found[:3])}{more}): give another --output, or delete it"
             )
+        write_json(path, wanted)
+
+
+def _grown(saved: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
+    """``saved`` with the seeds, baselines and routers of ``wanted``, each where they hold all of its own.
+
+    A unit of work depends on none of these but its own, so what is finished stays.
+    """
+    had, has = saved["options"], wanted["options"]
+    options, seeds = dict(had), saved["seeds"]
+    if set(seeds) <= set(wanted["seeds"]):
+        options["num_seeds"], seeds = has["num_seeds"], wanted["seeds"]
+    fewer, more = had["baselines"], has["baselines"]
+    if fewer is not None and (more is None or set(fewer) <= set(more)):
+        options["baselines"] = more
+    kept = {name: has["routers"].get(name) for name in had["routers"]}
+    if not differences(had["routers"] or {}, kept):
+        options["routers"] = has["routers"]
+    return {**saved, "options": options, "seeds": seeds}
 
 
 SEARCH_SEED = 1000

@@ -212,6 +212,7 @@ def _fit(
 ) -> dict[str, Any]:
     curve = Curve(module.monitor)
     last = folder / CHECKPOINT
+    module.starts_afresh = not last.exists()
     _without_reports(module)
     trainer = Trainer(
         **shortened(experiment.trainer_options, unit.share),

@@ -39,6 +39,7 @@ from apps.vision.readers import (
     read_csv_digits,
     read_image_folder,
     read_mnist,
+    read_unlabelled,
     stratified_split,
 )
 
@@ -96,6 +97,23 @@ class Collate:
         if self.mixup_alpha or self.cutmix_alpha:
             images, labels = mix(images, labels, self.num_classes, self.mixup_alpha, self.cutmix_alpha)
         return ImageBatch(images, labels, index)
+
+
+def _middle_of_strip(image: Tensor) -> Tensor:
+    """Cut (C, H, W) to a longer side of at most 8 shorter ones around the centre, which is more than a crop keeps.
+
+    Scaled whole by its shorter side, an image of 12,000 x 2 pixels would take gigabytes.
+    """
+    height, width = image.shape[-2:]
+    most = 8 * min(height, width)
+    return (
+        image if max(height, width) <= most else v2.functional.center_crop(image, [min(height, most), min(width, most)])
+    )
+
+
+def _grey(image: Tensor) -> Tensor:
+    """Uint8 (3, H, W) to (1, H, W). torchvision cuts the fraction off, and grey would come out a level darker."""
+    return v2.functional.rgb_to_grayscale(image.float()).round().to(torch.uint8)
 
 
 # --- the datasets ---------------------------------------------------------------------------------------------------
@@ -373,6 +391,8 @@ class VisionData(LightningDataModule):
         subset: use only so many training images, chosen after validation is held out, stratified by class.
         seed: of the order and the random transforms; default the seed of the whole run (seed_everything).
         split_seed: of what is held out and of the subset; its own, so that runs of other seeds have the same images.
+        predict_folder: what ``predict`` is of: all images in this folder and those below it, which need no labels.
+            Default: the test images.
 
     Raises:
         ValueError: an unknown dataset (with the nearest name), an option out of its range, a corrupt or missing file.
@@ -410,6 +430,7 @@ class VisionData(LightningDataModule):
         subset: int | None = None,
         seed: int | None = None,
         split_seed: int = 0,
+        predict_folder: str | None = None,
     ) -> None:
         super().__init__()
         if dataset not in VISION_DATASETS:
@@ -419,6 +440,7 @@ class VisionData(LightningDataModule):
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.val_size, self.subset, self.drop_last = val_size, subset, drop_last
         self.num_workers, self.seed, self.split_seed = num_workers, seed, split_seed
+        self.predict_folder = predict_folder
         self.image_size = spec.image_size if image_size is None else image_size
         self.in_chans = spec.in_chans
         self.mean = spec.mean if mean is None else tuple(mean)
@@ -436,6 +458,7 @@ class VisionData(LightningDataModule):
         }
         self._spec = spec
         self._sets: tuple[ImageSet, ImageSet | None, ImageSet] | None = None
+        self._predicted: ImageSet | None = None
         self._class_names = spec.class_names
         self._check_options()
 
@@ -455,7 +478,7 @@ class VisionData(LightningDataModule):
         sources.prepare(self.dataset, self.root, self.cache_dir)
 
     def setup(self, stage: str | None = None) -> None:
-        if self._sets is not None:
+        if self._sets is not None or (stage == "predict" and self.predict_folder is not None):
             return
         folder = sources.prepare(self.dataset, self.root, self.cache_dir)
         try:
@@ -502,17 +525,32 @@ class VisionData(LightningDataModule):
         return self._eval_loader(self._sets[2])
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        return self.test_dataloader()
+        return self._eval_loader(self._predict_set())
+
+    def predicted_paths(self, index: Tensor) -> list[str] | None:
+        """The files of the images to predict, by their ``index`` (B,); None where they are not files of their own."""
+        read = self._predict_set().read
+        return [read.paths[i] for i in index.tolist()] if isinstance(read, FromFiles) else None
+
+    def _predict_set(self) -> ImageSet:
+        if self.predict_folder is None:
+            self.setup()
+            assert self._sets is not None
+            return self._sets[2]
+        if self._predicted is None:
+            self._predicted = read_unlabelled(Path(self.predict_folder), self._file_transform(train=False))
+        return self._predicted
 
     def train_eval_dataloader(self) -> DataLoader[Any]:
-        """The training images in order and without random transforms, for few-shot evaluation and embeddings."""
+        """The training images without random transforms, for few-shot evaluation and embeddings."""
         self.setup()
         assert self._sets is not None
         train = self._sets[0]
         return self._eval_loader(ImageSet(self._eval_reader(train.read), train.labels, train.index))
 
     def _eval_loader(self, images: ImageSet) -> DataLoader[Any]:
-        return in_order(images, self.eval_batch_size, self.num_workers, self._collate(train=False))
+        # Files are often sorted by class. Where images compete for experts, each batch must look like the whole.
+        return in_order(images.mixed(), self.eval_batch_size, self.num_workers, self._collate(train=False))
 
     def _collate(self, train: bool) -> Collate:
         random: dict[str, Any] = dict(self._random) if train else {}
@@ -533,7 +571,10 @@ class VisionData(LightningDataModule):
         if train and self.random_resized_crop is not None:
             cut: list[Any] = [v2.RandomResizedCrop(size, scale=(self.random_resized_crop, 1.0))]
         else:
-            cut = [v2.Resize(size if train else round(size / self.eval_crop)), v2.CenterCrop(size)]
+            scaled = size if train else round(size / self.eval_crop)
+            cut = [v2.Lambda(_middle_of_strip), v2.Resize(scaled), v2.CenterCrop(size)]
+        if self.in_chans == 1:  # images to predict alone: no dataset of files is grey
+            cut.append(v2.Lambda(_grey))
         return v2.Compose(cut)
 
     def _count_val(self, num_train: int) -> int:

@@ -7,15 +7,15 @@ pictures and tables into the run's folder.
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 import core
@@ -24,6 +24,8 @@ from apps.intervals import mean_interval
 from apps.loader import batches_of_test
 from apps.routed import expert_label_counts, expert_of_token
 from apps.tables import print_table, write_csv
+
+_logger = logging.getLogger(__name__)
 
 # ---- few-shot linear evaluation
 
@@ -148,6 +150,7 @@ class CapacityPoint:
         accuracy: top-1.
         flops_per_image: forward, products alone, of the rows really computed.
         drop_rate: share of the routed pairs no expert computed, over all layers.
+        images: how many it was evaluated on.
     """
 
     priority: str
@@ -155,6 +158,7 @@ class CapacityPoint:
     accuracy: float
     flops_per_image: float
     drop_rate: float
+    images: int
 
 
 @torch.no_grad()
@@ -187,7 +191,7 @@ def capacity_sweep(
     for priority, factor in itertools.product(priorities, factors):
         same = next((p for p in points if factor is None and p.capacity_factor is None), None)
         if same is not None:
-            points.append(CapacityPoint(priority, None, same.accuracy, same.flops_per_image, same.drop_rate))
+            points.append(replace(same, priority=priority))
             continue
         right = images = flops = computed = chosen = 0
         with core.set_capacity_factor(model, factor, priority=priority):
@@ -202,7 +206,8 @@ def capacity_sweep(
                 images += len(batch.image)
         if not images:
             raise ValueError("capacity_sweep got no batch")
-        points.append(CapacityPoint(priority, factor, right / images, flops / images, 1 - computed / max(chosen, 1)))
+        drop_rate = 1 - computed / max(chosen, 1)
+        points.append(CapacityPoint(priority, factor, right / images, flops / images, drop_rate, images))
     return tuple(points)
 
 
@@ -222,7 +227,8 @@ def sweep_figure(points: Sequence[CapacityPoint], baselines: Sequence[plots.Seri
                 connected=True,
             )
         )
-    return plots.quality_against_flops([*series, *baselines], title="Accuracy as the evaluation capacity falls")
+    title = f"Accuracy as the evaluation capacity falls, {points[0].images:,} images"
+    return plots.quality_against_flops([*series, *baselines], title=title)
 
 
 # ---- where tokens go
@@ -253,7 +259,7 @@ class ReportConfig:
         few_shot: shots a class of the linear evaluation on frozen features; empty leaves it out.
         few_shot_seeds: draws of labelled images.
         capacity_factors: of the capacity sweep, to which dropless is added; empty leaves it out.
-        sweep_images: test images that each point of the sweep sees, at least one batch.
+        sweep_images: test images that each point of the sweep sees, the same for all, to the end of a batch.
         pictures: images in the picture of the routing; 0 leaves all pictures out.
     """
 
@@ -288,7 +294,8 @@ class VisionReport(Callback):
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.world_size > 1:  # each process has a share of the images, and of a sharded model a share of that
-            rank_zero_info("the report is left out with several processes: test with --trainer.devices 1 for it")
+            if trainer.is_global_zero:
+                _logger.info("the report is left out with several processes: test with --trainer.devices 1 for it")
             return
         folder = Path(trainer.default_root_dir) / "report"
         model: Any = pl_module.model
@@ -302,12 +309,12 @@ class VisionReport(Callback):
             if self.config.capacity_factors and "capacity_factor" in model.moe.router.layer_options():
                 written += self._sweep(trainer, pl_module, folder)
         if written:
-            rank_zero_info(f"{folder}: {', '.join(p.name for p in written)}")
+            _logger.info(f"{folder}: {', '.join(p.name for p in written)}")
 
     def _few_shot(self, trainer: Trainer, pl_module: LightningModule, folder: Path) -> list[Path]:
         support = support_batches(trainer)
         if support is None:
-            rank_zero_info("few-shot evaluation left out: no images to draw labelled ones from")
+            _logger.info("few-shot evaluation left out: no images to draw labelled ones from")
             return []
         features, labels = extract_features(pl_module.model, support, pl_module.device)
         test_features, test_labels = extract_features(pl_module.model, batches_of_test(trainer), pl_module.device)
@@ -316,7 +323,7 @@ class VisionReport(Callback):
         shots = [k for k in self.config.few_shot if k <= most]
         if len(shots) < len(self.config.few_shot):
             left = ", ".join(f"{k}-shot" for k in self.config.few_shot if k > most)
-            rank_zero_info(f"{left} left out: a class has only {most} images to draw from")
+            _logger.info(f"{left} left out: a class has only {most} images to draw from")
         results = few_shot(features, labels, test_features, test_labels, shots, self.config.few_shot_seeds)
         for r in results:
             pl_module.log(f"test/few_shot_{r.shots}", r.mean, batch_size=1, rank_zero_only=True)
@@ -355,7 +362,7 @@ class VisionReport(Callback):
                 )
             )
         print_table(
-            "Capacity sweep at inference",
+            f"Capacity sweep at inference, {points[0].images:,} test images",
             ("capacity", "dropped, %", "MFLOPs/image", "top-1, %", "with batch priority, %"),
             rows,
         )

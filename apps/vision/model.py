@@ -8,6 +8,8 @@ same class with ``moe=None``, so a comparison changes the FFN of the chosen bloc
 from __future__ import annotations
 
 import logging
+import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -339,8 +341,8 @@ class LoadReport:
 
     Attributes:
         loaded: taken from the source.
-        missing: of the model, not in the source.
-        unexpected: in the source, not of the model.
+        missing: of the model, not in the source: its head.
+        unexpected: in the source, not of the model: its head, blocks beyond the model's depth.
         skipped: in both, but of another shape: a head of other classes, a widened FFN.
         replaced: of the model's MoE layers; left at their initial values unless the source has them.
     """
@@ -365,8 +367,9 @@ def load_pretrained_weights(model: VMoE, source: str | Path) -> LoadReport:
     """Load timm's weights into the dense parts of ``model`` and log one line about it.
 
     Patch and position embeddings are resampled to the model's by timm's own functions, and the first layer adapted to
-    the number of channels. FFNs that the model replaced stay at their initial values, unless ``source`` is an MoE
-    model of the same shapes.
+    the number of channels. A model without a class token leaves the source's out; where the source normalises before
+    pooling and the model after it, or the other way round, the same norm is taken. FFNs that the model replaced stay at
+    their initial values, unless ``source`` is an MoE model of the same shapes.
 
     Args:
         model: changed in place.
@@ -374,9 +377,20 @@ def load_pretrained_weights(model: VMoE, source: str | Path) -> LoadReport:
             pretrained weights timm downloads.
 
     Raises:
-        ValueError: no such file or timm model, the weights cannot be read or fetched, or nothing in them fits.
+        ValueError: no such file or timm model, the weights cannot be read or fetched, nothing in them fits, or they are
+            of another architecture: beside the head, blocks beyond the model's and replaced FFNs, a tensor is missing,
+            unexpected or of another shape.
     """
-    weights = checkpoint_filter_fn(_read_weights(str(source)), model)
+    weights = _with_prefix_of(model, _read_weights(str(source)))
+    try:
+        weights = checkpoint_filter_fn(weights, model)
+    except RuntimeError as error:
+        tokens = f"{model.num_prefix_tokens} class and register tokens (vit.pool={model.vit.pool})"
+        raise ValueError(f"pretrained={source} cannot be resampled for {tokens}: {first_line(error)}") from error
+    if not model.has_class_token:
+        weights.pop("cls_token", None)
+    mine, its = ("fc_norm", "norm") if isinstance(model.norm, nn.Identity) else ("norm", "fc_norm")
+    weights = {re.sub(rf"^{its}\.", f"{mine}.", name): w for name, w in weights.items()}
     conv = "patch_embed.proj.weight"
     if conv in weights and weights[conv].shape[1] != model.in_chans:
         if weights[conv].shape[1] != 3:
@@ -387,6 +401,14 @@ def load_pretrained_weights(model: VMoE, source: str | Path) -> LoadReport:
     fits = {name: w for name, w in weights.items() if name in own and own[name].shape == w.shape}
     if not fits:
         raise ValueError(f"pretrained={source}: none of its {len(weights)} tensors fits this model")
+    odd = {
+        "missing": [n for n in own if n not in weights],
+        "unexpected": [n for n in weights if n not in own],
+        "of another shape": [n for n in weights if n in own and n not in fits],
+    }
+    found = [f"{names[0]} is {what}" for what, of in odd.items() if (names := [n for n in of if _in_trunk(n, model)])]
+    if found:
+        raise ValueError(f"pretrained={source} is of another architecture than model.vit: {', '.join(found)}")
     model.load_state_dict(fits, strict=False)
 
     def is_replaced(name: str) -> bool:
@@ -401,6 +423,34 @@ def load_pretrained_weights(model: VMoE, source: str | Path) -> LoadReport:
     )
     _logger.info("pretrained %s: %s", source, report)
     return report
+
+
+def _in_trunk(name: str, model: VMoE) -> bool:
+    """Whether the model is another function without that tensor: no head, replaced FFN or block beyond the last."""
+    block = re.match(r"blocks\.(\d+)\.(mlp\.)?", name)
+    if block is None:
+        return not name.startswith("head.")
+    return int(block[1]) < len(model.blocks) and not (block[2] and int(block[1]) in model.moe_blocks)
+
+
+def _with_prefix_of(model: VMoE, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``weights`` with position embeddings of class and register tokens where ``model`` has them, and only there.
+
+    They are moved into the tokens that they are added to, which changes no output.
+    """
+    pos = weights.get("pos_embed")
+    if pos is None or "register_tokens" in weights:  # DINOv2's own names: timm does the same
+        return weights
+    tokens = [name for name in ("cls_token", "reg_token") if name in weights]
+    counts = [weights[name].shape[1] for name in tokens]
+    # The patches of an image are a square: 196, and 197 with a class token.
+    embedded = 0 if math.isqrt(pos.shape[1]) ** 2 == pos.shape[1] else sum(counts)
+    wanted = 0 if model.no_embed_class else model.num_prefix_tokens
+    if embedded == wanted:
+        return weights
+    *prefix, patches = pos.split([*counts, pos.shape[1] - embedded] if embedded else [pos.shape[1]], dim=1)
+    moved: dict[str, Tensor] = {name: weights[name] + part for name, part in zip(tokens, prefix, strict=False)}
+    return {**weights, **moved, "pos_embed": torch.cat((pos.new_zeros(1, wanted, pos.shape[2]), patches), dim=1)}
 
 
 def _read_weights(source: str) -> dict[str, Tensor]:

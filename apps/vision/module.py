@@ -29,11 +29,15 @@ class ImagePrediction(NamedTuple):
         index: int64 (B,), the image's place in its dataset.
         label: int64 (B, k), the k likeliest classes, best first.
         probability: float32 (B, k), theirs.
+        class_name: B lists of k names of these classes; None where the data has none.
+        path: B files; None where the images are not files of their own.
     """
 
     index: Tensor  # type: ignore[assignment]  # a batch has no use for tuple.index
     label: Tensor
     probability: Tensor
+    class_name: list[list[str]] | None = None
+    path: list[str] | None = None
 
 
 class VisionClassifier(SparseModule):
@@ -49,11 +53,15 @@ class VisionClassifier(SparseModule):
         in_chans: channels of an image; the command line takes it from the data.
         num_classes: the command line takes it from the data.
         label_smoothing: share of the target spread evenly over the classes, in training.
-        pretrained: weights for the dense parts: a timm model name, or a safetensors or torch file.
+        pretrained: weights for the dense parts, with which the first training or test begins that no checkpoint gives
+            its weights: a timm model name, or a safetensors or torch file.
         grad_checkpointing: recompute the blocks in the backward, to save memory.
         optimizer: learning rate, weight decay and schedule.
         ema_decay: of the moving average of the weights; None: none.
         report: what a test adds to the accuracy; None: nothing.
+
+    Attributes:
+        starts_afresh: the weights are still those it was made with. Who is to load a checkpoint says so by False.
 
     Raises:
         ValueError: a value out of its range, a combination that cannot be built, or weights that do not load.
@@ -103,8 +111,11 @@ class VisionClassifier(SparseModule):
         tokens = self.model.patch_embed.num_patches + self.model.num_prefix_tokens
         self.moe_flops_arguments = {"tokens_per_sequence": tokens}
         self.model.set_grad_checkpointing(grad_checkpointing)
-        if pretrained is not None:
-            load_pretrained_weights(self.model, pretrained)
+        self.starts_afresh = True
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        self.starts_afresh = False
+        return super().load_state_dict(*args, **kwargs)
 
     def forward(self, image: Tensor, context: core.RoutingContext | None = None) -> Tensor:
         """(B, C, H, W) normalised images to (B, num_classes) logits; ``context``: what routers may know of them."""
@@ -128,13 +139,21 @@ class VisionClassifier(SparseModule):
         return MetricCollection(metrics)
 
     def predict_step(self, batch: Any, batch_idx: int) -> ImagePrediction:
-        """The 5 likeliest classes of each image."""
+        """The 5 likeliest classes of each image, with what the data knows of it."""
         best = self(batch.image).float().softmax(-1).topk(min(5, self.num_classes), dim=-1)
-        return ImagePrediction(batch.index, best.indices, best.values)
+        data = self._data()
+        known = getattr(data, "class_names", None)
+        names = [[str(known[c]) for c in row] for row in best.indices.tolist()] if known else None
+        path = data.predicted_paths(batch.index) if hasattr(data, "predicted_paths") else None
+        return ImagePrediction(batch.index, best.indices, best.values, names, path)
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
         self._check_data_arguments()
+        # Not in the constructor: a trained model does not need the file any more.
+        if self.pretrained is not None and self.starts_afresh:
+            load_pretrained_weights(self.model, self.pretrained)
+        self.starts_afresh = False
 
     def configure_callbacks(self) -> list[Callback]:
         callbacks = super().configure_callbacks()

@@ -19,7 +19,9 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms.v2.functional import to_dtype
 
 
 class ImageSet(torch.utils.data.Dataset[Any]):
@@ -45,6 +47,10 @@ class ImageSet(torch.utils.data.Dataset[Any]):
     def subset(self, positions: Tensor) -> ImageSet:
         """The same images, fewer of them."""
         return ImageSet(self.read, self.labels, self.index[positions])
+
+    def mixed(self) -> ImageSet:
+        """The same images in an order without meaning, always the same one."""
+        return self.subset(torch.randperm(len(self), generator=torch.Generator().manual_seed(0)))
 
 
 @dataclass(frozen=True)
@@ -187,19 +193,47 @@ def read_image_folder(root: Path, train: Callable[..., Tensor], evaluate: Callab
     return Splits(split("train", train), split(test, evaluate), val)
 
 
-def read_image(path: str) -> Tensor:
-    """The image as RGB, uint8 (3, H, W).
+def read_unlabelled(folder: Path, transform: Callable[[Tensor], Tensor]) -> ImageSet:
+    """All images in ``folder`` and below it, by path; their labels are 0.
 
     Raises:
-        ValueError: the file is not an image, or is cut.
+        ValueError: there is none.
+    """
+    paths = sorted(str(p) for p in folder.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS and p.is_file())
+    if not paths:
+        what = "holds no image" if folder.is_dir() else "is no folder"
+        raise ValueError(f"predict_folder={folder} {what}; images end in {', '.join(IMG_EXTENSIONS)}")
+    return ImageSet(FromFiles(tuple(paths), transform), torch.zeros(len(paths), dtype=torch.int64))
+
+
+def read_image(path: str) -> Tensor:
+    """The image as RGB, uint8 (3, H, W); of 16 bits a channel the upper 8.
+
+    Raises:
+        ValueError: the file is not an image, is cut or too large, or its pixels have 32 bits.
     """
     with contextlib.suppress(RuntimeError):
-        return decode_image(path, ImageReadMode.RGB)  # a third of Pillow's time, but a few formats only
+        pixels = decode_image(path, ImageReadMode.RGB)  # a third of Pillow's time, but a few formats only
+        return pixels if pixels.dtype == torch.uint8 else to_dtype(pixels, torch.uint8, scale=True)
     try:
         with Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):
+                return _upper_bits(image, path).expand(3, -1, -1)
             return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{path} is too large: {error}") from error
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
         raise ValueError(f"{path} is corrupt: {error}") from error
+
+
+def _upper_bits(image: Image.Image, path: str) -> Tensor:
+    """Grey pixels of 16 bits as uint8 (1, H, W). Pillow's ``convert`` would cut all above 255 off."""
+    # In PNG and PPM files, mode I is how some versions of Pillow give 16 bits; else it is of 32.
+    if not (image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))):
+        raise ValueError(
+            f"{path} has pixels of 32 bits (mode {image.mode}) and no rule for their range: save it with 16"
+        )
+    return torch.from_numpy((np.array(image) >> 8).astype(np.uint8))[None]
 
 
 def in_memory(images: np.ndarray, labels: np.ndarray, path: Path, num_classes: int) -> ImageSet:

@@ -29,5 +29,11 @@ def experiment(config: Path, *rest: str) -> Experiment:
     return Experiment(arguments(config, [], rest))
 
 
+def overlay(path: Path, kind: str = "TokenChoice", **options: object) -> str:
+    router = {"class_path": f"core.{kind}", "init_args": options}
+    path.write_text(json.dumps({"model": {"init_args": {"moe": {"router": router}}}}))
+    return str(path)
+
+
 def offers(*names: str) -> tuple[str, str]:
     return "--model.offers", json.dumps(list(names))

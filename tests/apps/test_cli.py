@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -20,9 +21,9 @@ import yaml
 from PIL import Image
 from tiny_app import TinyData, TinyModule
 
-from apps.cli import main
+from apps.cli import UsageError, main
 from apps.cli.errors import reduce_message
-from apps.cli.request import merge, with_nulls
+from apps.cli.request import Request, merge, with_nulls
 from apps.cli.train import build
 
 ROOT = Path(__file__).parents[2]
@@ -86,6 +87,46 @@ def test_help_is_quick_and_lists_what_there_is():
     for command in ("fit", "validate", "test", "predict", "data"):
         assert f"  {command} " in done.stdout
     assert "convert" not in done.stdout
+
+
+def test_another_package_core_is_named(tmp_path):
+    (tmp_path / "core").mkdir()
+    (tmp_path / "core" / "__init__.py").touch()
+    env = {**environment(), "PYTHONPATH": os.pathsep.join((str(tmp_path), environment()["PYTHONPATH"]))}
+    done = subprocess.run([sys.executable, "-m", "apps.cli", "fit"], env=env, cwd="/", capture_output=True, text=True)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    other = tmp_path / "core" / "__init__.py"
+    assert (
+        line
+        == f"error: the package core must be {ROOT / 'core'}, and Python finds {other}: take that one off PYTHONPATH"
+    )
+
+
+def test_a_configuration_that_came_along_is_taken_where_there_is_none_here(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    name = "configs/vision/digits.yaml"
+    request = Request.read("fit", ["--config", name])
+    assert request.config["model"]["class_path"] == "apps.vision.module.VisionClassifier"
+    assert request.run_dir == Path("runs/digits")
+    assert capsys.readouterr().err == f"{name} is not here: taking {ROOT / name}\n"
+    Path(name).parent.mkdir(parents=True)
+    Path(name).write_text("model: mine")
+    assert Request.read("fit", ["--config", name]).config == {"model": "mine"}
+    for path in ("configs/vision/digit.yaml", "vision/digits.yaml", "configs/../README.md/x"):
+        with pytest.raises(UsageError, match=f"no configuration {path}"):
+            Request.read("fit", ["--config", path])
+    assert not capsys.readouterr().err
+
+
+def test_configurations_are_packages_of_a_wheel():
+    discovery = pytest.importorskip("setuptools.discovery")
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    packages = discovery.PEP420PackageFinder.find(str(ROOT), include=settings["packages"]["find"]["include"])
+    folders = {str(p.parent.relative_to(ROOT)) for p in (ROOT / "configs").rglob("*.yaml")}
+    assert {"configs", "configs/routing", "configs/vision"} <= folders
+    assert {folder.replace("/", ".") for folder in folders} <= set(packages)
+    assert "*.yaml" in settings["package-data"]["*"]
 
 
 def test_python_dash_m_works():

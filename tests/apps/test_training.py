@@ -106,7 +106,14 @@ def test_a_dense_model_has_no_auxiliary_loss(tmp_path):
 def test_the_expert_bias_moves_once_an_optimizer_step_by_the_load_of_all_its_micro_batches(tmp_path, monkeypatch):
     passes = []
     original = core.update_expert_bias
-    monkeypatch.setattr(core, "update_expert_bias", lambda m, tape: (passes.append(len(tape)), original(m, tape)))
+
+    def counted(module: TinyModule, tape: core.Tape) -> None:
+        # Of each micro-batch the loads are kept, and no logits.
+        assert all(isinstance(entry.routing, core.contract.Loads) for entry in tape.entries)
+        passes.append(len(tape))
+        original(module, tape)
+
+    monkeypatch.setattr(core, "update_expert_bias", counted)
     module = TinyModule(3, moe=core.MoEConfig(4, router=BIAS_ROUTER, expert=core.FFN(hidden_dim=8)))
     fit(module, tmp_path, data=TinyData(n=40), accumulate_grad_batches=2)  # 5 batches of 8: steps of 2, 2 and 1
     assert passes == [2, 2, 1]

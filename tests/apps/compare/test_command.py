@@ -7,11 +7,10 @@ import multiprocessing
 import os
 import signal
 import time
-from pathlib import Path
 
 import pytest
 import torch
-from compared import ROOT, experiment, offers
+from compared import ROOT, experiment, offers, overlay
 
 from apps import routers
 from apps.cli import main as moesaic
@@ -55,8 +54,44 @@ def test_compare_end_to_end_and_again(config, tmp_path, monkeypatch, capsys):
     assert moesaic(argv) == 0
     assert json.loads((output / "results.json").read_text()) == results
     capsys.readouterr()
-    assert moesaic([*argv, "--seeds", "3"]) == 1
-    assert "options.num_seeds: 2 saved, 3 now" in capsys.readouterr().err
+    assert moesaic([*argv, "--seeds", "1"]) == 1
+    assert "options.num_seeds: 2 saved, 1 now" in capsys.readouterr().err
+
+
+def test_a_finished_comparison_takes_more_seeds_and_systems(config, tmp_path, monkeypatch):
+    trained, measured = [], []
+    real = training.train
+
+    def train(*args, **kwargs):
+        trained.append(args[1].name)
+        return real(*args, **kwargs)
+
+    def measure_none(jobs, *_):
+        measured.append(list(jobs))
+        return {name: {"seconds_per_step": 1.0} for name in jobs}
+
+    monkeypatch.setattr(command, "train", train)
+    monkeypatch.setattr(command, "measure", measure_none)
+
+    def compared(output, seeds, *more):
+        argv = [str(config), "--output", str(tmp_path / output), "--seeds", str(seeds), "--learning_rates", "0.01"]
+        command.run_command([*argv, "--trainer.max_epochs", "1", "--baselines", "dense_equal_flops", *more])
+        return json.loads((tmp_path / output / "results.json").read_text())
+
+    switch = ("--routers", overlay(tmp_path / "switch.yaml", top_k=1))
+    first = compared("grown", 1)
+    assert len(trained) == 2
+    grown = compared("grown", 2, *switch)
+    assert len(trained) == len(set(trained)) == 6  # 3 systems with 2 seeds
+    whole = compared("whole", 2, *switch)
+    # Side by side: those of the first time once more.
+    three = ["sparse", "dense_equal_flops", "router_switch"]
+    assert measured == [["sparse", "dense_equal_flops"], three, three]
+    assert grown["date"] != first["date"]
+    assert grown["seeds"] == whole["seeds"] == [0, 1]
+    tests = [{name: [u["test"] for u in of] for name, of in found["finals"].items()} for found in (grown, whole)]
+    assert tests[0] == tests[1]
+    assert grown["finals"]["sparse"][0] == first["finals"]["sparse"][0]
 
 
 @pytest.mark.parametrize("jobs", ["1", "2"])
@@ -171,12 +206,6 @@ def test_compare_digits(tmp_path, capsys):
     assert "lightning" not in capsys.readouterr().err.lower()
 
 
-def overlay(path: Path, kind: str = "TokenChoice", **options: object) -> str:
-    router = {"class_path": f"core.{kind}", "init_args": options}
-    path.write_text(json.dumps({"model": {"init_args": {"moe": {"router": router}}}}))
-    return str(path)
-
-
 def test_routers_are_compared_at_equal_active_flops(config, tmp_path, capsys):
     switch = overlay(tmp_path / "switch.yaml", top_k=1)
     # One expert a token where the config has two: 576 = 64 + 4 * 8 * F, so F = 16 in place of 8.
@@ -229,6 +258,12 @@ def test_an_unknown_router_is_named(config, tmp_path, capsys):
         moesaic(["compare", str(config), "--output", str(tmp_path / "o"), "--routers", str(tmp_path / "bad.yaml")]) == 1
     )
     assert "bad.yaml has no model.init_args.moe.router with a class_path" in capsys.readouterr().err
+
+
+def test_all_routers_of_an_installation_without_any_are_refused(config, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(routers, "FOLDER", tmp_path / "none")
+    assert moesaic(["compare", str(config), "--output", str(tmp_path / "o"), "--routers", "all"]) == 1
+    assert capsys.readouterr().err == "error: --routers all: no overlays in this installation\n"
 
 
 def test_help(capsys):

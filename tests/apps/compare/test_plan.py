@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from compared import overlay
 
 from apps.compare.files import differences, locked, read_json, write_json
 from apps.compare.plan import Options, Plan, at_edge
@@ -71,6 +72,43 @@ def test_another_plan_in_the_folder_is_refused(tmp_path):
     other = Plan.make({"model": {"width": 16}}, Options(), 0.01, 0)
     with pytest.raises(ValueError, match=r"another comparison \(config\.model\.width: 8 saved, 16 now\)"):
         other.claim(tmp_path)
+
+
+def test_an_edited_overlay_is_another_comparison(tmp_path):
+    name = overlay(tmp_path / "switch.yaml", top_k=1)
+
+    def claim() -> None:
+        Plan.make({}, Options(routers=(name,)), 0.01, 0).claim(tmp_path)
+
+    claim()
+    claim()
+    overlay(tmp_path / "switch.yaml", top_k=3)
+    with pytest.raises(ValueError, match=r"options\.routers\.router_switch\.router\.init_args\.top_k: 1 saved, 3 now"):
+        claim()
+
+
+def test_a_plan_may_grow_and_not_shrink(tmp_path):
+    switch, hashed = overlay(tmp_path / "switch.yaml", top_k=1), overlay(tmp_path / "hash.yaml", "Hash")
+
+    def claim(seeds: int, baselines: tuple[str, ...] | None, *names: str, share: float = 1.0) -> None:
+        options = Options(num_seeds=seeds, baselines=baselines, routers=names, search_share=share)
+        Plan.make({}, options, 0.01, 0).claim(tmp_path)
+
+    claim(2, ("a",), switch)
+    claim(3, ("b", "a"), hashed, switch)
+    for seeds, baselines, names, message in (
+        (2, ("a", "b"), (hashed, switch), "options.num_seeds: 3 saved, 2 now; seeds"),
+        (3, ("a",), (hashed, switch), "options.baselines"),
+        (3, (), (hashed, switch), "options.baselines"),
+        (3, ("a", "b"), (hashed,), "options.routers.router_switch"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            claim(seeds, baselines, *names)
+    with pytest.raises(ValueError, match=r"search_share: 1\.0 saved, 0\.5 now"):
+        claim(4, None, hashed, switch, share=0.5)
+    claim(3, None, hashed, switch)
+    with pytest.raises(ValueError, match=r"options\.baselines: null saved"):
+        claim(3, ("a", "b"), hashed, switch)
 
 
 def test_shortened():

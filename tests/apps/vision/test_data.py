@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import os
 import pickle
+import struct
+import zlib
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -274,6 +276,53 @@ def test_other_corrupt_files(tmp_path: Path) -> None:
         ready("image_folder", tmp_path)
 
 
+@pytest.mark.parametrize("name", ["grey.png", "grey.tif", "grey.pgm", "colour.png"])
+def test_sixteen_bits_become_the_upper_eight(tmp_path: Path, name: str) -> None:
+    # 0x1234 is 0x12 = 18, 0xFFFF is 255, and what an 8-bit file holds, 7, is in the lower bits: 0.
+    values = np.array([[0x1234, 0xFFFF, 7]], np.uint16)
+    path = tmp_path / name
+    if name == "colour.png":  # Pillow writes none
+        rows = b"\0" + values.astype(">u2")[..., None].repeat(3, 2).tobytes()
+        header = struct.pack(">IIBBBBB", 3, 1, 16, 2, 0, 0, 0)
+        parts = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+        chunks = (struct.pack(">I", len(d)) + kind + d + struct.pack(">I", zlib.crc32(kind + d)) for kind, d in parts)
+        path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+    elif name == "grey.pgm":
+        path.write_bytes(b"P5 3 1 65535\n" + values.astype(">u2").tobytes())
+    else:
+        Image.fromarray(values).save(path)
+    read = read_image(str(path))
+    assert (read.dtype, read.shape) == (torch.uint8, (3, 1, 3))
+    assert read[:, 0].tolist() == [[18, 255, 0]] * 3
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.int32])
+def test_pixels_of_32_bits_are_refused_by_name(tmp_path: Path, kind: type) -> None:
+    Image.fromarray(np.ones((2, 2), kind)).save(tmp_path / "x.tif")
+    with pytest.raises(ValueError, match=rf"{tmp_path / 'x.tif'} has pixels of 32 bits \(mode [FI]\)"):
+        read_image(str(tmp_path / "x.tif"))
+
+
+def test_an_image_too_large_for_pillow_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("RGB", (10, 10)).save(tmp_path / "x.tif")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)
+    with pytest.raises(ValueError, match=rf"{tmp_path / 'x.tif'} is too large: .*100 pixels"):
+        read_image(str(tmp_path / "x.tif"))
+
+
+@pytest.mark.parametrize("shape", [(2, 12000), (12000, 2), (5, 40), (12, 10)])
+def test_a_strip_is_cut_before_it_is_scaled(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    scaled = []
+    real = v2.functional.resize_image
+    monkeypatch.setattr(v2.Resize, "transform", lambda self, x, _: scaled.append(x.shape) or real(x, self.size))
+    image = torch.randint(256, (3, *shape), dtype=torch.uint8)
+    found = VisionData("image_folder", root=".", image_size=4)._file_transform(train=False)(image)
+    assert found.shape == (3, 4, 4)
+    assert max(scaled[0]) <= 8 * min(shape)
+    # As scaled whole: (2, 12000) by 2 to (4, 24000).
+    assert torch.equal(found, v2.functional.center_crop(real(image, [4]), [4, 4]))
+
+
 def test_a_pickle_may_hold_arrays_only(tmp_path: Path) -> None:
     class Evil:
         def __reduce__(self) -> Any:
@@ -491,8 +540,42 @@ def test_lightning_tests_and_predicts_each_image_once(tmp_path: Path) -> None:
     data = ready("mnist", write_mnist(tmp_path), eval_batch_size=8)
     probe, run = Probe(), trainer(tmp_path, enable_checkpointing=False)
     run.test(probe, data, verbose=False)
-    assert [i for batch in probe.seen for i in batch] == list(range(20))
-    assert torch.cat(run.predict(probe, data)).tolist() == list(range(20))
+    assert sorted(i for batch in probe.seen for i in batch) == list(range(20))
+    assert sorted(torch.cat(run.predict(probe, data)).tolist()) == list(range(20))
+
+
+def test_batches_of_an_evaluation_hold_all_classes(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        write_images(tmp_path, split, 8)
+    data = ready("image_folder", tmp_path, image_size=8, eval_batch_size=8, val_size=0.5)
+    for loader in (data.val_dataloader(), data.test_dataloader(), data.train_eval_dataloader()):
+        assert all(set(batch.label.tolist()) == {0, 1} for batch in loader)  # the files are 8 of one, 8 of the other
+        assert indices(loader) == indices(loader)
+    for batch in data.test_dataloader():
+        assert torch.equal(batch.label, batch.index // 8)
+
+
+# --- predicting ---
+
+
+def test_images_without_labels_are_found_in_all_folders_below(tmp_path: Path) -> None:
+    for name, grey in (("b/2.png", 20), ("a/deep/1.PNG", 10), ("3.png", 30)):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((9, 6, 3), grey, np.uint8)).save(tmp_path / name)
+    (tmp_path / "notes.txt").touch()
+    data = VisionData("digits", predict_folder=str(tmp_path))
+    data.setup("predict")
+    assert data._sets is None  # the digits are not read
+    (batch,) = data.predict_dataloader()
+    assert batch.image.shape == (3, 1, 8, 8)
+    found = dict(zip(data.predicted_paths(batch.index), pixels(batch, data)[:, 0, 0, 0].tolist(), strict=True))
+    assert found == {str(tmp_path / n): g for n, g in (("3.png", 30), ("a/deep/1.PNG", 10), ("b/2.png", 20))}
+    assert VisionData("digits").predicted_paths(batch.index) is None
+    for folder, rule in ((tmp_path / "gone", "is no folder"), (tmp_path / "b" / "none", "holds no image")):
+        if "none" in folder.name:
+            folder.mkdir()
+        with pytest.raises(ValueError, match=rf"predict_folder={folder} {rule}; images end in \.jpg"):
+            VisionData("digits", predict_folder=str(folder)).predict_dataloader()
 
 
 def test_ranks_share_an_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

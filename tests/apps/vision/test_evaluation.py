@@ -1,6 +1,7 @@
 """Few-shot evaluation, the capacity sweep, and counts of who goes where, on numbers one can check."""
 
 import csv
+import json
 import math
 from types import SimpleNamespace
 
@@ -11,12 +12,15 @@ from lightning.pytorch import Trainer
 from torch.testing import assert_close
 
 import core
+from apps.cli import main
+from apps.loader import batches_of_test
 from apps.vision.data import ImageBatch, VisionData
 from apps.vision.evaluation import (
     CapacityPoint,
     FewShotResult,
     ReportConfig,
     VisionReport,
+    _limited,
     block_name,
     capacity_sweep,
     class_share,
@@ -142,6 +146,7 @@ def test_sweep_counts_flops_of_the_pairs_computed():
         ("score", None),
     ]
     half, whole, half_score, whole_score = points
+    assert {p.images for p in points} == {16}
     assert whole.drop_rate == 0.0
     assert (whole.accuracy, whole.flops_per_image) == (whole_score.accuracy, whole_score.flops_per_image)
     with torch.no_grad():
@@ -171,9 +176,11 @@ def test_sweep_needs_experts_and_images():
 
 
 def test_sweep_figure_has_a_line_a_priority_from_cheap_to_dear():
-    points = [CapacityPoint("position", 1.0, 0.9, 4e6, 0.0), CapacityPoint("position", 0.5, 0.7, 2e6, 0.5)]
-    points += [CapacityPoint("score", 1.0, 0.9, 4e6, 0.0), CapacityPoint("score", 0.5, 0.8, 2e6, 0.5)]
-    lines = {c.get_label(): c.lines[0] for c in sweep_figure(points).axes[0].containers}
+    points = [CapacityPoint("position", 1.0, 0.9, 4e6, 0.0, 2000), CapacityPoint("position", 0.5, 0.7, 2e6, 0.5, 2000)]
+    points += [CapacityPoint("score", 1.0, 0.9, 4e6, 0.0, 2000), CapacityPoint("score", 0.5, 0.8, 2e6, 0.5, 2000)]
+    figure = sweep_figure(points)
+    assert figure.get_suptitle() == "Accuracy as the evaluation capacity falls, 2,000 images"
+    lines = {c.get_label(): c.lines[0] for c in figure.axes[0].containers}
     assert lines["by position"].get_xdata().tolist() == [2.0, 4.0]
     assert lines["batch-prioritised"].get_ydata().tolist() == [80.0, 90.0]
 
@@ -225,6 +232,28 @@ def test_report_writes_tables_and_pictures(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "Few-shot linear evaluation" in printed
     assert "dropless" in printed
+    assert {r["images"] for r in rows} == {"100"}  # of 359
+    assert "Capacity sweep at inference, 100 test images" in printed
+    (batch,) = _limited(batches_of_test(trainer), 100)
+    assert len(set(batch.label.tolist())) == 10
+
+
+def test_the_command_says_where_the_report_is_and_what_it_leaves_out(tmp_path, capsys):
+    model = {
+        "class_path": "apps.vision.module.VisionClassifier",
+        "init_args": {
+            "vit": {"patch_size": 4, "embed_dim": 8, "depth": 1, "num_heads": 2},
+            "report": {"few_shot": [2, 500], "few_shot_seeds": 1},
+        },
+    }
+    (tmp_path / "c.yaml").write_text(
+        json.dumps({"model": model, "data": "apps.vision.data.VisionData", "trainer": {"accelerator": "cpu"}})
+    )
+    argv = ["--config", str(tmp_path / "c.yaml"), "--run_dir", str(tmp_path), "--trainer.limit_test_batches", "1"]
+    assert main(["test", *argv, "--ckpt_path", "none"]) == 0
+    said = capsys.readouterr().err.splitlines()
+    assert f"{tmp_path / 'report'}: few_shot.csv" in said
+    assert "500-shot left out: a class has only 14 images to draw from" in said
 
 
 def test_no_capacity_is_swept_where_the_router_has_none(tmp_path):
@@ -244,7 +273,8 @@ def test_no_capacity_is_swept_where_the_router_has_none(tmp_path):
 def test_several_processes_leave_the_report_out(tmp_path, caplog):
     with caplog.at_level("INFO"):
         VisionReport(ReportConfig()).on_test_epoch_end(
-            SimpleNamespace(world_size=2, default_root_dir=str(tmp_path)), SimpleNamespace(model=None)
+            SimpleNamespace(world_size=2, default_root_dir=str(tmp_path), is_global_zero=True),
+            SimpleNamespace(model=None),
         )
     assert not list(tmp_path.iterdir())
     assert "test with --trainer.devices 1" in caplog.text

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 from torch.testing import assert_close
 
 import core
@@ -278,7 +279,7 @@ def test_dense_parts_load_and_the_rest_is_named(source, tmp_path, kind, caplog):
     if kind == "safetensors":
         save_file(weights, path)
     elif kind == "torch":
-        torch.save({**weights, "extra": torch.zeros(2)}, path)
+        torch.save(weights, path)
     else:  # as Lightning saves a VisionClassifier
         torch.save({"state_dict": {f"model.{n}": w for n, w in weights.items()}, "epoch": 3}, path)
     model = build(moe=MOE)
@@ -296,10 +297,82 @@ def test_dense_parts_load_and_the_rest_is_named(source, tmp_path, kind, caplog):
     for name in (*report.skipped, *report.replaced):
         assert torch.equal(model.state_dict()[name], before[name]), name
     assert report.missing == ()
-    assert report.unexpected == (("extra",) if kind == "torch" else ())
+    assert report.unexpected == ()
     (line,) = [r.getMessage() for r in caplog.records if r.name == "apps.vision.model"]
     assert "\n" not in line
     assert f"{len(report.loaded)} loaded" in line
+
+
+def timm_vit(**kwargs):
+    """timm's own transformer of 2x2 patches on 8x8 grey images, with weights that are not all zeros and ones."""
+    options = {"img_size": 8, "patch_size": 2, "in_chans": 1, "num_classes": 3, "embed_dim": 16, "depth": 2}
+    torch.manual_seed(3)
+    model = VisionTransformer(**{**options, "num_heads": 2, **kwargs})
+    for weight in model.parameters():
+        nn.init.normal_(weight, std=0.3)
+    return model.eval()
+
+
+def loaded(weights, tmp_path, **vit):
+    torch.save(weights, tmp_path / "w.pt")
+    model = build(ViTConfig(patch_size=2, embed_dim=16, depth=2, num_heads=2, **vit), num_classes=3).eval()
+    return model, load_pretrained_weights(model, tmp_path / "w.pt")
+
+
+@pytest.mark.parametrize("class_token", [True, False])
+def test_averaged_features_are_timm_s(tmp_path, class_token):
+    theirs = timm_vit(global_pool="avg", class_token=class_token)
+    mine, report = loaded(theirs.state_dict(), tmp_path, pool="avg", class_token=class_token)
+    assert (report.missing, report.unexpected, report.skipped) == ((),) * 3
+    assert_close(mine(images()), theirs(images()))
+
+
+def test_weights_with_a_class_token_load_into_a_model_that_averages(tmp_path):
+    source = timm_vit().state_dict()
+    # timm's model without a class token, its weights put there by hand: the first position is the class token's.
+    theirs = timm_vit(global_pool="avg", class_token=False)
+    moved = {n.replace("norm.", "fc_norm.") if n.startswith("norm.") else n: w for n, w in source.items()}
+    del moved["cls_token"]
+    moved["pos_embed"] = source["pos_embed"][:, 1:]
+    theirs.load_state_dict(moved)
+    mine, report = loaded(source, tmp_path, pool="avg")
+    assert {"fc_norm.weight", "fc_norm.bias", "pos_embed"} <= set(report.loaded)
+    assert (report.missing, report.unexpected, report.skipped) == ((),) * 3
+    assert_close(mine(images()), theirs(images()))
+
+
+@pytest.mark.parametrize("registers", [0, 5])
+@pytest.mark.parametrize("embedded", [True, False])
+def test_positions_of_prefix_tokens_move_into_the_tokens_and_back(tmp_path, registers, embedded):
+    theirs = timm_vit(reg_tokens=registers, no_embed_class=not embedded)
+    mine, _ = loaded(theirs.state_dict(), tmp_path, reg_tokens=registers, no_embed_class=embedded)
+    assert_close(mine(images()), theirs(images()))
+
+
+@pytest.mark.parametrize(
+    ("source", "vit", "message"),
+    [
+        ({"pre_norm": True}, {}, "patch_embed.proj.bias is missing, norm_pre.weight is unexpected"),
+        ({"init_values": 0.1}, {}, "blocks.0.ls1.gamma is unexpected"),
+        ({"depth": 1}, {}, "blocks.1.norm1.weight is missing"),
+        ({"mlp_ratio": 2.0}, {}, "blocks.0.mlp.fc1.weight is of another shape"),
+        ({"reg_tokens": 2}, {}, "reg_token is unexpected"),
+        ({"class_token": False, "global_pool": "avg"}, {"pool": "token"}, "cls_token is missing"),
+    ],
+    ids=["pre_norm", "layer_scale", "depth", "ffn", "registers", "class_token"],
+)
+def test_weights_of_another_architecture_are_refused(tmp_path, source, vit, message):
+    with pytest.raises(ValueError, match=rf"w\.pt is of another architecture than model\.vit: {message}") as caught:
+        loaded(timm_vit(**source).state_dict(), tmp_path, **vit)
+    assert "\n" not in str(caught.value)
+
+
+def test_heads_blocks_beyond_the_last_and_replaced_ffns_may_differ(tmp_path):
+    torch.save(timm_vit(depth=4, num_classes=7).state_dict(), tmp_path / "w.pt")
+    model = build(ViTConfig(patch_size=2, embed_dim=16, depth=2, num_heads=2), blocks=[1], hidden=24)
+    report = load_pretrained_weights(model, tmp_path / "w.pt")
+    assert {n.rpartition(".")[0] for n in report.skipped} == {"head", "blocks.1.mlp.fc1", "blocks.1.mlp.fc2"}
+    assert {n.split(".")[1] for n in report.unexpected} == {"2", "3"}
 
 
 def test_an_own_sparse_checkpoint_loads_whole(tmp_path):

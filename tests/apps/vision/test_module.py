@@ -1,14 +1,18 @@
 """VisionClassifier: its loss, its baselines, and a run through Lightning."""
 
+import itertools
+import json
 import math
 import pickle
 
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from PIL import Image
 from torch.testing import assert_close
 
 import core
+from apps.cli import main
 from apps.training import OptimizerConfig, parameter_groups
 from apps.vision.data import ImageBatch, VisionData
 from apps.vision.model import ViTConfig
@@ -69,6 +73,75 @@ def test_metrics_are_top1_and_top5():
     # Of 9 and 4 the fourth image's 4 is among its five best: 3, 0, 1, 2, 4.
     assert float(found["top5"]) == 0.75
     assert "top5" not in build(num_classes=5).build_metrics()
+
+
+def test_pretrained_weights_are_where_an_untrained_model_begins(tmp_path):
+    source = build(None, moe_blocks=[1])
+    torch.save(source.model.state_dict(), tmp_path / "w.pt")
+    module = build(pretrained=str(tmp_path / "w.pt"))
+    torch.nn.init.zeros_(module.model.blocks[0].attn.qkv.weight)
+    module.setup("fit")
+    assert_close(module.model.blocks[0].attn.qkv.weight, source.model.blocks[0].attn.qkv.weight)
+    with pytest.raises(ValueError, match=r"pretrained='gone\.pt' is neither a file nor a timm model"):
+        build(pretrained="gone.pt").setup("fit")
+
+
+def test_a_trained_model_needs_its_pretrained_weights_no_more(tmp_path, capsys):
+    source = tmp_path / "w.pt"
+    torch.save(build(None).model.state_dict(), source)
+    small = {"patch_size": 2, "embed_dim": 8, "depth": 2, "num_heads": 2, "pool": "avg"}
+    model = {"vit": small, "pretrained": str(source), "report": None}
+    config = {
+        "model": {"class_path": "apps.vision.module.VisionClassifier", "init_args": model},
+        "data": "apps.vision.data.VisionData",
+        "trainer": {"accelerator": "cpu", "limit_train_batches": 1, "limit_val_batches": 1, "logger": False},
+    }
+    (tmp_path / "c.yaml").write_text(json.dumps(config))
+    argv = ["--config", str(tmp_path / "c.yaml"), "--run_dir", str(tmp_path / "run"), "--trainer.max_epochs"]
+    assert main(["fit", *argv, "1"]) == 0
+    assert "pretrained" in capsys.readouterr().err
+    source.unlink()
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    assert main(["test", *argv, "1", "--ckpt_path", "last", "--trainer.limit_test_batches", "1"]) == 0
+    assert main(["fit", *argv, "2", "--ckpt_path", "last"]) == 0
+    kept = torch.load(last, weights_only=True)
+    assert kept["epoch"] == 1
+    assert kept["hyper_parameters"]["pretrained"] == str(source)
+    again = VisionClassifier.load_from_checkpoint(last, weights_only=True)
+    again.setup("test")
+    assert_close(again.state_dict(), kept["state_dict"])
+    capsys.readouterr()
+    assert main(["fit", *argv, "1"]) == 1
+    assert "is neither a file nor a timm model" in capsys.readouterr().err
+
+
+def test_predictions_name_files_and_classes(tmp_path):
+    for split, name in itertools.product(("train", "test"), ("cat", "dog")):
+        (tmp_path / split / name).mkdir(parents=True)
+        for i in range(2):
+            Image.new("RGB", (8, 8), (100 * i, 0, 0)).save(tmp_path / split / name / f"{i}.png")
+    config = {
+        "model": {
+            "class_path": "apps.vision.module.VisionClassifier",
+            "init_args": {"vit": {"patch_size": 4, "embed_dim": 8, "depth": 1, "num_heads": 2}},
+        },
+        "data": {
+            "class_path": "apps.vision.data.VisionData",
+            "init_args": {"dataset": "image_folder", "root": str(tmp_path), "image_size": 8},
+        },
+        "trainer": {"accelerator": "cpu"},
+    }
+    (tmp_path / "c.yaml").write_text(json.dumps(config))
+    argv = ["predict", "--config", str(tmp_path / "c.yaml"), "--run_dir", str(tmp_path / "run"), "--ckpt_path", "none"]
+    for more, files in (
+        ([], ["test/cat/0.png", "test/cat/1.png", "test/dog/0.png", "test/dog/1.png"]),
+        (["--data.predict_folder", str(tmp_path / "train" / "dog")], ["train/dog/0.png", "train/dog/1.png"]),
+    ):
+        assert main([*argv, *more]) == 0
+        rows = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()]
+        assert [row["path"] for row in rows] == [str(tmp_path / f) for f in files]
+        assert [row["index"] for row in rows] == list(range(len(files)))
+        assert all(row["class_name"] == [("cat", "dog")[c] for c in row["label"]] for row in rows)
 
 
 def test_prediction_lists_the_likeliest_classes():
@@ -154,7 +227,6 @@ def test_baselines_travel_to_another_process():
         ({"num_classes": 1}, "num_classes=1 must be at least 2"),
         ({"moe_blocks": [2]}, "moe_blocks index 2 is out of range for depth=2"),
         ({"image_size": 9}, "image_size=9 is not divisible by patch_size=2"),
-        ({"pretrained": "gone.safetensors"}, "pretrained='gone.safetensors' is neither a file nor a timm model"),
     ],
 )
 def test_refused_options(options, message):
