@@ -251,8 +251,8 @@ class SparseModule(LightningModule):
         aux = core.aux_losses(tape)
         loss = out.loss + self.aux_weight * aux.total if len(tape) else out.loss
         self._check_finite(loss, {"task loss": out.loss, **out.terms, **aux.terms})
-        kept = tape.detach()
-        self._tape = kept if self._tape is None else self._tape.merge(kept)
+        # The loads alone: logits and scores of every micro-batch would stay until the optimizer's step.
+        self._tape = tape.loads() if self._tape is None else self._tape.merge(tape.loads())
         # Logged by step, never as an epoch's mean: Lightning does not save the running mean of an unfinished epoch.
         own = {"loss": out.loss.detach(), **{name: value.detach() for name, value in out.terms.items()}}
         if self._logs_this_step():
@@ -263,9 +263,9 @@ class SparseModule(LightningModule):
             self.log("train/loss", task_loss, prog_bar=True, batch_size=out.num_examples)
         if self._logs_this_step():
             terms = {f"train/{name}": value for name, value in {**own, **aux.terms}.items()}
-            if len(tape):
+            if core.moe_layers(self):  # not by the tape: all ranks take part in the sums
                 terms["train/aux_loss"] = aux.total
-                terms |= routing_metrics(core.RoutingStats.from_tape(kept))
+                terms |= routing_metrics(core.RoutingStats.from_tape(tape).all_reduce())
             self.log_dict({k: v.detach() for k, v in terms.items()}, batch_size=1)
         self._clock.add(out.num_examples)
         return loss
@@ -286,7 +286,7 @@ class SparseModule(LightningModule):
         shown = {"prog_bar": stage == "val", "batch_size": out.weight or out.num_examples}
         self.log(f"{stage}/loss", out.loss, on_epoch=True, sync_dist=True, **shown)
         if len(tape):
-            stats = core.RoutingStats.from_tape(tape.detach())
+            stats = core.RoutingStats.from_tape(tape)
             self._stats = stats if self._stats is None else self._stats + stats
         if stage in self._stage_metrics:
             metrics: Any = self._stage_metrics[stage]
@@ -312,9 +312,14 @@ class SparseModule(LightningModule):
         metrics.reset()
 
     def _log_stats(self, stage: Stage) -> None:
-        """The figures of the whole pass: the imbalance of a sum, not a mean of the batches' imbalances."""
+        """The figures of the whole pass: the imbalance of the sum over batches and ranks, not a mean of imbalances."""
         stats, self._stats = self._stats, None
-        if stats is not None:
+        if stats is None and not core.moe_layers(self):
+            return
+        # A rank without a batch takes part in the sums.
+        stats = (stats or core.RoutingStats({})).all_reduce()
+        if stats.layers:
+            # Every rank has the same figures already; with sync_dist Lightning does not warn that they might differ.
             self.log_dict(routing_metrics(stats, prefix=f"{stage}/routing"), sync_dist=True)
 
     # ---- optimizer

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 
@@ -41,6 +42,11 @@ class RoutingContext:
     domain_ids_B: Tensor | None = None
     domain_weights_BE: Tensor | None = None
     modality_BS: Tensor | None = None
+
+
+# So that ``torch.export`` takes a layer's own arguments, and a saved program is loaded.
+torch.export.register_dataclass(RoutingContext, serialized_type_name="core.RoutingContext")
+torch.serialization.add_safe_globals([RoutingContext])
 
 
 @dataclass(frozen=True)
@@ -107,7 +113,6 @@ class _WithoutPairs:
     """What the balance losses ask of a routing, and one without pairs does not have."""
 
     top_k: ClassVar[None] = None
-    num_sequences: ClassVar[None] = None
     noise_std: ClassVar[None] = None
     threshold_TE: ClassVar[None] = None
     extra: ClassVar[None] = None
@@ -139,6 +144,7 @@ class SlotRouting(_WithoutPairs):
     num_tokens: int
     valid_T: Tensor | None = None
     logits_TE: ClassVar[None] = None
+    num_sequences: ClassVar[None] = None
 
     @property
     def scores_TE(self) -> Tensor:
@@ -178,6 +184,7 @@ class MergeRouting(_WithoutPairs):
     logits_GE: Tensor | None = None
     valid_T: Tensor | None = None
     logits_TE: ClassVar[None] = None
+    num_sequences: ClassVar[None] = None
 
     @property
     def scores_TE(self) -> Tensor:
@@ -208,6 +215,7 @@ class DenseRouting(_WithoutPairs):
         valid_T: bool (B,), False for padding; None where every example is real.
         expert_names: what the E experts of this gate are: "shared0", "task0.1" (expert 1 of task 0's own), "domain.0"
             (expert 0 of the example's domain).
+        num_sequences: sequences that the examples come in; None: not known.
     """
 
     gates_BtE: Tensor
@@ -216,6 +224,7 @@ class DenseRouting(_WithoutPairs):
     logits_BtE: Tensor | None = None
     valid_T: Tensor | None = None
     expert_names: tuple[str, ...] = ()
+    num_sequences: int | None = None
 
     @property
     def scores_TE(self) -> Tensor:
@@ -240,6 +249,22 @@ class DenseRouting(_WithoutPairs):
     def detach(self) -> DenseRouting:
         """The same decision without its graph."""
         return replace(self, **_detached(self))
+
+
+@dataclass(frozen=True)
+class Loads:
+    """What ``update_expert_bias`` reads of a routing of any kind, in its place on the tape of ``Tape.loads``.
+
+    Attributes:
+        tokens_per_expert_E, chosen_per_expert_E: as in ``Routing``.
+    """
+
+    tokens_per_expert_E: Tensor
+    chosen_per_expert_E: Tensor
+
+    def detach(self) -> Loads:
+        """Itself: counts have no graph."""
+        return self
 
 
 @dataclass(frozen=True)
@@ -337,21 +362,45 @@ class Entry:
 
     def detach(self) -> Entry:
         gate_T = None if self.shared_gate_T is None else self.shared_gate_T.detach()
-        return replace(self, routing=self.routing.detach(), context=None, needs_grad=False, shared_gate_T=gate_T)
+        context = None if self.context is None else replace(self.context, **_detached(self.context))
+        return replace(self, routing=self.routing.detach(), context=context, needs_grad=False, shared_gate_T=gate_T)
+
+    def loads(self) -> Entry:
+        """The pass with its loads alone."""
+        loads = Loads(self.routing.tokens_per_expert_E, self.routing.chosen_per_expert_E)
+        return replace(self, routing=loads, context=None, needs_grad=False, shared_gate_T=None)
+
+
+WRAPPED = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_dmp_wrapped_module"})
+"""Names that ``torch.compile``, checkpoint wrappers, FSDP1 and TorchRec give the module that they wrap."""
+
+
+def unwrapped_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of a model by dotted name, without the levels that wrappers add.
+
+    A level ``module`` is a wrapper's (DDP) where it stands at the root and is all that its parent has.
+    """
+    while len(model._modules) == 1 and not model._parameters:
+        ((name, inner),) = model._modules.items()
+        if inner is None or name not in WRAPPED | {"module"}:
+            break
+        model = inner
+    for name, module in model.named_modules():
+        yield ".".join(part for part in name.split(".") if part not in WRAPPED), module
 
 
 class Tape:
-    """The passes of a model's MoE layers, in their order. See ``record``."""
+    """The passes of a model's MoE layers, in their order. See ``record``.
 
-    def __init__(self, entries: tuple[Entry, ...] = ()) -> None:
+    Attributes:
+        grad_wanted: gradients were on when it was opened.
+        shared_on: a device of the model, where ranks add up the sums of its layers; None: of no layer that can be told.
+    """
+
+    def __init__(self, entries: tuple[Entry, ...] = (), shared_on: torch.device | None = None) -> None:
         self._entries: list[Entry] = list(entries)
         self.grad_wanted = torch.is_grad_enabled()
-
-    @staticmethod
-    def clean_name(name: str) -> str:
-        """A module's dotted name without the levels that DDP, ``torch.compile`` and checkpoint wrappers add."""
-        parts = [p for p in name.split(".") if p not in ("_orig_mod", "_checkpoint_wrapped_module")]
-        return ".".join(parts[1:] if parts[0:1] == ["module"] else parts)
+        self.shared_on = shared_on
 
     @property
     def entries(self) -> tuple[Entry, ...]:
@@ -364,12 +413,22 @@ class Tape:
         self._entries.append(entry)
 
     def detach(self) -> Tape:
-        """The same passes without their graphs: what to keep across the micro-batches of a step."""
-        return Tape(tuple(e.detach() for e in self._entries))
+        """The same passes without their graphs; ``loads`` is what to keep across micro-batches."""
+        return Tape(tuple(e.detach() for e in self._entries), self.shared_on)
+
+    def loads(self) -> Tape:
+        """The same passes with the experts' loads alone: what to keep across the micro-batches of a step for
+        ``update_expert_bias``. Losses and statistics are taken of the tape itself."""
+        return Tape(tuple(e.loads() for e in self._entries))
 
     def merge(self, other: Tape) -> Tape:
         """Both tapes' passes as one tape, this one's first."""
-        return Tape(self.entries + other.entries)
+        return Tape(self.entries + other.entries, self.shared_on or other.shared_on)
+
+
+def several_ranks() -> bool:
+    """Whether there is a process group of more than one rank."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 @contextlib.contextmanager
@@ -386,11 +445,14 @@ def record(model: nn.Module) -> Iterator[Tape]:
         (loss + core.aux_loss(tape)).backward()
     """
     tape = Tape()
-    listening = []
-    for name, module in model.named_modules():
+    listening: list[Any] = []
+    for name, module in unwrapped_modules(model):
         if hasattr(module, "_tapes"):
             listening.append(module)
-            module._tapes = (*module._tapes, (Tape.clean_name(name), tape))
+            listening[-1]._tapes = (*listening[-1]._tapes, (name, tape))
+    if several_ranks():
+        # A rank that records no pass of a layer takes part in the sums of those that do.
+        tape.shared_on = next((device for m in listening if (device := m.shares_sums()) is not None), None)
     try:
         yield tape
     finally:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from .contract import Entry, Routing, Tape
+from .contract import Entry, Loads, Routing, Tape, several_ranks
+
+Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
+"""Shape and dtype of each sum of a layer."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +109,10 @@ class LayerStats:
             names.append("shared_gate")
         return {name: float(getattr(self, name)) for name in names}
 
+    def layout(self) -> Layout:
+        """Shape and dtype of each sum that is known."""
+        return {key: (tuple(t.shape), t.dtype) for key, t in vars(self).items() if t is not None}
+
     def __add__(self, other: LayerStats) -> LayerStats:
         return LayerStats(
             self.tokens_per_expert + other.tokens_per_expert,
@@ -139,6 +148,45 @@ class RoutingStats:
             layers[entry.name] = layers[entry.name] + stats if entry.name in layers else stats
         return cls(layers)
 
+    def all_reduce(self) -> RoutingStats:
+        """The sums over all ranks, on every rank; itself where there is one rank. All of them call it, as after a pass
+        over their shares of the data. A layer that a rank has no passes of adds nothing there.
+
+        Raises:
+            ValueError: a layer has other sums on another rank.
+        """
+        if not several_ranks():
+            return self
+        mine = {name: stats.layout() for name, stats in self.layers.items()}
+        of_ranks: list[dict[str, Layout]] = [{} for _ in range(dist.get_world_size())]
+        dist.all_gather_object(of_ranks, mine)
+        layouts = {name: layout for of_rank in of_ranks for name, layout in of_rank.items()}
+        for of_rank in of_ranks:
+            for name, layout in of_rank.items():
+                if layout != layouts[name]:
+                    raise ValueError(f"layer {name!r} has sums {layout} on one rank and {layouts[name]} on another")
+        if not layouts:
+            return self
+        device = next((stats.tokens_per_expert.device for stats in self.layers.values()), None)
+        device = device or torch.device("cuda" if "nccl" in dist.get_backend() else "cpu")
+        # In float64, which holds any count of pairs.
+        flat = [
+            getattr(self.layers[name], key).reshape(-1).to(torch.float64)
+            if name in self.layers
+            else torch.zeros(math.prod(shape), dtype=torch.float64, device=device)
+            for name, layout in layouts.items()
+            for key, (shape, _) in layout.items()
+        ]
+        total = torch.cat(flat)
+        dist.all_reduce(total)
+        parts = iter(total.split([len(t) for t in flat]))
+        return RoutingStats(
+            {
+                name: LayerStats(**{k: next(parts).reshape(shape).to(dtype) for k, (shape, dtype) in layout.items()})
+                for name, layout in layouts.items()
+            }
+        )
+
     def __add__(self, other: RoutingStats) -> RoutingStats:
         merged = dict(self.layers)
         for name, stats in other.layers.items():
@@ -149,6 +197,8 @@ class RoutingStats:
 @torch.no_grad()
 def _layer_stats(entry: Entry) -> LayerStats:
     routing = entry.routing
+    if isinstance(routing, Loads):
+        raise ValueError(f"layer {entry.name!r} is on this tape with its loads alone: statistics are taken before them")
     valid_T = routing.valid_T
     device = routing.chosen_per_expert_E.device
     num_tokens = torch.full((), routing.num_tokens, device=device) if valid_T is None else valid_T.sum()

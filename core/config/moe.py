@@ -11,7 +11,7 @@ from ..kernels import BACKENDS
 from ..layers import MergedMoE, MoE, SharedGate, SoftMoE
 from ..layers.shared import KINDS
 from ..routing.balance import Balance
-from ..routing.checks import one_of
+from ..routing.checks import at_least_one, one_of, whole
 from ..routing.router import LAYER_OPTIONS, RouterConfig, TokenChoice
 from ..routing.selection import Capacity, check_group
 from .plain import make, to_plain
@@ -31,7 +31,7 @@ class MoEConfig:
         expert: what is computed: ``FFN(...)``, ``SwiGLU(...)``, ``GEGLU(...)``.
         capacity_factor: in training an expert takes ``ceil(capacity_factor * K * tokens in group / E)`` tokens and the
             rest are dropped; None: dropless.
-        eval_capacity_factor: the same in evaluation; None: as in training.
+        eval_capacity_factor: the same in evaluation; None: as in training; infinity: dropless.
         priority: who is served first where capacity is short: "position", "score" (batch-prioritised) or "random".
         group: whose tokens compete: "batch", "sequence", a number of tokens, or None for the router's default.
         num_shared_experts: experts that every token takes besides.
@@ -68,10 +68,17 @@ class MoEConfig:
     expert_output_masking: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.num_experts < 1:
-            raise ValueError(f"num_experts={self.num_experts} is not at least 1")
+        at_least_one("num_experts", self.num_experts)
+        whole("num_shared_experts", self.num_shared_experts)
         if self.num_shared_experts < 0:
             raise ValueError(f"num_shared_experts={self.num_shared_experts} is negative")
+        for name, kind, example in (
+            ("router", RouterConfig, "TokenChoice(top_k=2)"),
+            ("expert", ExpertConfig, "FFN()"),
+            ("balance", Balance, "Balance()"),
+        ):
+            if not isinstance(getattr(self, name), kind):
+                raise ValueError(f"{name}={getattr(self, name)!r} is not a config of its kind, as {example} is")
         if self.group is not None:
             check_group(self.group)
         if self.backend != "auto" and self.backend not in BACKENDS:

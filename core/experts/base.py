@@ -22,7 +22,7 @@ class Experts(nn.Module):
 
     def dense(self, x: Tensor) -> Tensor:
         """Every token through every expert, summed: how shared experts run. (..., D) to (..., D_out)."""
-        raise NotImplementedError
+        return self.each(x.flatten(0, -2)).sum(1).unflatten(0, x.shape[:-1])
 
     def each(self, x: Tensor, counts: tuple[int, ...] | None = None, real_T: Tensor | None = None) -> Tensor:
         """Every token through each expert, not summed: what a layer with several gates mixes.

@@ -111,9 +111,6 @@ class MLPExperts(Experts):
             h = F.dropout(ACTIVATIONS[self.activation](h), self.dropout, self.training)
         return h
 
-    def dense(self, x: Tensor) -> Tensor:
-        return self.each(x.flatten(0, -2)).sum(1).unflatten(0, x.shape[:-1])
-
     def merged(self, x: Tensor, weights: Tensor) -> Tensor:
         if self.norm == "batch":
             raise NotImplementedError("experts with norm='batch' cannot be merged: a mixture has no statistics")

@@ -23,14 +23,25 @@ from torch import Tensor
 from . import cpu, eager, grouped, triton_ops
 from .eager import Sorted, TopK
 from .fallback import warn_once
+from .transforms import is_transformed
 
 BACKENDS: dict[str, ModuleType] = {"eager": eager, "cpu": cpu, "grouped": grouped, "triton": triton_ops}
+
+
+def _refuse_second_derivative(ctx: Any, *grads: Tensor) -> Tensor:
+    raise RuntimeError("backend='triton' has first derivatives alone: use backend='eager' for second ones")
+
+
+for _op in ("triton_expert_ffn_backward", "triton_linear_dw", "triton_gate_backward"):
+    torch.library.register_autograd(f"moesaic::{_op}", _refuse_second_derivative)
 
 
 def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype) -> str:
     """The backend that will run: ``name`` itself where it can, else the next best with one warning.
 
-    "auto" is ``cpu`` on a CPU; on CUDA ``triton``, else ``grouped`` for the same dtypes, else ``eager``.
+    "auto" is ``cpu`` on a CPU; on CUDA ``triton``, else ``grouped`` for the same dtypes, else ``eager``. Under a
+    transform of ``torch.func`` and in forward-mode differentiation it is ``eager``, whatever the name: custom ops know
+    neither.
 
     Args:
         name: "auto", or a key of ``BACKENDS``.
@@ -44,6 +55,10 @@ def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype) -
         ValueError: the name is not a backend.
     """
     device = torch.device(device)
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"backend={name!r} is not one of auto, {', '.join(BACKENDS)}")
+    if is_transformed():
+        return "eager"
     if name == "auto":
         if device.type == "cpu":
             return "cpu"
@@ -53,8 +68,6 @@ def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype) -
         if device.type == "cuda" and dtype != torch.float64:
             warn_once(f"backend='auto' runs {best!r} on {device.type}: {triton_ops.missing(device, dtype)}")
         return best
-    if name not in BACKENDS:
-        raise ValueError(f"backend={name!r} is not one of auto, {', '.join(BACKENDS)}")
     if BACKENDS[name].supports(device, dtype):
         return name
     if name == "triton" and device.type == "cuda" and grouped.supports(device, dtype):

@@ -21,7 +21,7 @@ Decisions, each measured at T=4096, D=512 on 2 cores with ``benchmarks/layer.py`
 from __future__ import annotations
 
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -329,15 +329,31 @@ def _setup(ctx, inputs, output):
     *tensors, ctx.activation, _ = inputs
     _, pre, pre_gate = output
     ctx.mark_non_differentiable(pre, pre_gate)
+    ctx.set_materialize_grads(False)  # or these two would be given zeros, as large as they are
     ctx.save_for_backward(*tensors, pre, pre_gate)
 
 
 def _backward(ctx, dy, _dpre, _dpre_gate):
+    if dy is None:
+        return (None,) * 11
     saved = ctx.saved_tensors
     wants = list(ctx.needs_input_grad[4:9])  # w_in, w_out, b_in, b_out, w_gate
+    if torch.is_grad_enabled():  # create_graph=True: the op's backward has none of its own
+        return _differentiable_backward(ctx, dy)
     dx, dgates, *dweights = _cpu_expert_ffn_backward(dy.contiguous(), *saved, ctx.activation, wants)
     dweights = [dw if wanted else None for wanted, dw in zip(wants, dweights, strict=True)]
     return dx, None, None, dgates, *dweights, None, None
+
+
+def _differentiable_backward(ctx, dy):
+    """The same by the oracle, whose graph reaches the inputs."""
+    # Views: a tensor that is given twice has a gradient for each of its places.
+    inputs: list[Any] = [None if t is None else t.view_as(t) for t in ctx.saved_tensors[:-2]]
+    y = eager.expert_ffn(*inputs, activation=ctx.activation)
+    wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
+    grads = torch.autograd.grad(y, [inputs[i] for i in wanted], dy, create_graph=True, materialize_grads=True)
+    found = dict(zip(wanted, grads, strict=True))
+    return tuple(found.get(i) for i in range(len(ctx.needs_input_grad)))
 
 
 _cpu_expert_ffn.register_autograd(_backward, setup_context=_setup)

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .transforms import check_not_mapped
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 # Matrix products accumulate in float32 below this width, sums over a token's rows too.
 _ACCUMULATE = {torch.bfloat16: torch.float32, torch.float16: torch.float32}
@@ -109,7 +111,12 @@ class Sorted:
 
 
 def count_experts(expert_ids_N: Tensor, num_experts: int) -> Tensor:
-    """Pairs of each expert, int64 (E,); the id E (not computed) is left out. No host synchronisation."""
+    """Pairs of each expert, int64 (E,); the id E (not computed) is left out. No host synchronisation.
+
+    Raises:
+        ValueError: ``torch.func.vmap`` maps over the pairs.
+    """
+    check_not_mapped(expert_ids_N)
     counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=expert_ids_N.device)
     return counts.scatter_add_(0, expert_ids_N, torch.ones_like(expert_ids_N))[:num_experts]
 

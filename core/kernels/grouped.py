@@ -89,6 +89,17 @@ def _backward(ctx, dy_R):
 grouped_mm.register_autograd(_backward, setup_context=_setup)
 
 
+def _dw_backward(ctx, ddw):
+    x_R, dy_R, offsets_E = ctx.saved_tensors
+    dx_R = grouped_mm(dy_R.contiguous(), ddw.transpose(1, 2), offsets_E) if ctx.needs_input_grad[0] else None
+    ddy_R = grouped_mm(x_R.contiguous(), ddw, offsets_E) if ctx.needs_input_grad[1] else None
+    return dx_R, ddy_R, None
+
+
+# The gradient of a weight may itself be differentiated, as in a gradient penalty.
+grouped_mm_dw.register_autograd(_dw_backward, setup_context=_setup)
+
+
 def _bias_rows(bias: Tensor, expert_R: Tensor) -> Tensor:
     """The bias of each row, (R, F). Its gradient is a sum over rows, kept in float32 like every other."""
     return bias.to(accumulate_dtype(bias.dtype)).index_select(0, expert_R).to(bias.dtype)

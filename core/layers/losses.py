@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..contract import Entry, Tape
+from ..contract import Entry, Loads, Tape, several_ranks, unwrapped_modules
 from ..routing.balance import adaptive_weight, balance_sums, balance_terms
-from .moe import entry_name, moe_layers
+from ..routing.router import Router
+from .moe import MoELayer, entry_name
 
 
 @dataclass(frozen=True)
@@ -31,15 +36,20 @@ def aux_losses(tape: Tape) -> AuxLosses:
     """Weighted sum and unweighted terms of the balance losses of all recorded passes, each by its layer's ``Balance``.
 
     Statistics are those of the tokens of all ranks, in one collective for all layers, unless a layer's ``scope`` is
-    "rank"; the gradient is exact once DDP or FSDP has averaged it over the ranks.
+    "rank"; the gradient is exact once DDP or FSDP has averaged it over the ranks. All ranks call it for the same passes
+    of these layers, in any order, which one small collective checks (not in compiled code).
 
     Raises:
-        ValueError: a pass had no context field that one of its terms reads.
-        RuntimeError: a pass ran without gradients although its router trains, as under reentrant checkpointing.
+        ValueError: a pass had no context field that one of its terms reads, or one of another form; or the tape has
+            the loads alone.
+        RuntimeError: a pass ran without gradients although its router trains, as under reentrant checkpointing; or the
+            ranks recorded passes of different layers, which all of them raise.
     """
     entries: list[tuple[Entry, frozenset[str]]] = []
     sums: list[dict[str, Tensor]] = []
     for entry in tape.entries:
+        if isinstance(entry.routing, Loads):
+            raise ValueError(f"layer {entry.name!r} is on this tape with its loads alone: losses are taken before them")
         if entry.needs_grad and not entry.has_grad and torch.is_grad_enabled():
             raise RuntimeError(
                 f"layer {entry.name!r} ran without gradients, so its balance loss has none: "
@@ -51,7 +61,9 @@ def aux_losses(tape: Tape) -> AuxLosses:
             entries.append((entry, wanted))
             sums.append(balance_sums(entry.routing, wanted, entry.balance, entry.context, entry.shared_gate_T))
     shared = [i for i, (entry, _) in enumerate(entries) if entry.balance.scope == "global"]
-    added, world = _all_reduce([sums[i] for i in shared])
+    # By name: ranks may run their layers in different orders.
+    shared.sort(key=lambda i: entries[i][0].name)
+    added, world = _all_reduce([entries[i][0].name for i in shared], [sums[i] for i in shared], tape.shared_on)
     for i, entry_sums in zip(shared, added, strict=True):
         sums[i] = entry_sums
     total: Tensor | None = None
@@ -74,11 +86,22 @@ def aux_losses(tape: Tape) -> AuxLosses:
     return AuxLosses(total, {name: torch.stack(values).mean() for name, values in seen.items()})
 
 
-def _all_reduce(sums: list[dict[str, Tensor]]) -> tuple[list[dict[str, Tensor]], int]:
-    """Add each sum over the ranks, in one collective; the gradient stays that of this rank's part."""
-    if not sums or not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+def _all_reduce(
+    names: list[str], sums: list[dict[str, Tensor]], device: torch.device | None
+) -> tuple[list[dict[str, Tensor]], int]:
+    """Add each sum over the ranks, in one collective; the gradient stays that of this rank's part.
+
+    Args:
+        names: the layer of each.
+        sums: of this rank.
+        device: where a rank without sums takes part; None: it does not.
+    """
+    if not several_ranks() or (not sums and device is None):
         return sums, 1
     flat = [t for s in sums for t in s.values()]
+    _check_ranks_agree(names, sums, flat[0].device if device is None else device)
+    if not sums:
+        return sums, 1
     local = torch.cat([t.reshape(-1) for t in flat])
     total = local.detach().clone()
     dist.all_reduce(total)
@@ -87,42 +110,93 @@ def _all_reduce(sums: list[dict[str, Tensor]]) -> tuple[list[dict[str, Tensor]],
     return [{name: next(parts).reshape(t.shape) for name, t in s.items()} for s in sums], dist.get_world_size()
 
 
+def _check_ranks_agree(names: list[str], sums: list[dict[str, Tensor]], device: torch.device) -> None:
+    """Raise a ``RuntimeError`` on every rank where their sums are of different layers, or of different shapes."""
+    if torch.compiler.is_compiling():
+        return
+    layout = [
+        (name, *((key, tuple(t.shape)) for key, t in of_layer.items()))
+        for name, of_layer in zip(names, sums, strict=True)
+    ]
+    code = int.from_bytes(hashlib.sha256(repr(layout).encode()).digest()[:7], "big")
+    extremes = torch.tensor([code, -code], device=device)
+    dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
+    largest, minus_smallest = extremes.tolist()
+    if largest == -minus_smallest:
+        return
+    layouts: list[list[tuple[str, object]]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(layouts, layout)
+    passes = [Counter(name for name, *_ in of_rank) for of_rank in layouts]
+    differ = {
+        name: " and ".join(str(counts[name]) for counts in passes)
+        for name in sorted(set(chain.from_iterable(passes)))
+        if len({counts[name] for counts in passes}) > 1
+    }
+    found = ", ".join(f"{name!r} ({counts} passes)" for name, counts in differ.items()) or "sums of other sizes"
+    raise RuntimeError(
+        f"the ranks recorded different passes, so their balance losses cannot be added up: {found}; "
+        "run these layers alike on all ranks, or give them Balance(scope='rank')"
+    )
+
+
 def update_expert_bias(model: nn.Module, tape: Tape) -> None:
     """Move the selection biases by the loads on the tape, and the adaptive weights of ``Balance`` by its drop rates,
     and tell each router that a step is over, for what it anneals: once per optimizer step, in training.
 
-    Under accumulation give it the micro-batches' tapes merged: ``steps = steps.merge(tape.detach())``. The loads of all
-    ranks are added in one collective.
+    Under accumulation give it the micro-batches' loads merged: ``steps = steps.merge(tape.loads())``. The loads of all
+    ranks are added in one collective. A router that several layers share moves once, by the sum of their loads.
 
     Args:
         model: the recorded model, or the same one wrapped.
         tape: the passes since the last step.
+
+    Raises:
+        ValueError: the tape has a pass of a layer that the model does not name so.
     """
-    layers = {Tape.clean_name(name): m for name, m in moe_layers(model).items() if m.training}
+    found = {name: m for name, m in unwrapped_modules(model) if isinstance(m, MoELayer)}
+    _check_names(found, tape)
+    layers = {name: m for name, m in found.items() if m.training}
     routers = {entry_name(name, end): r for name, m in layers.items() for end, r in m.routers().items()}
-    for router in {id(r): r for r in routers.values()}.values():  # one shared by two layers steps once
+    each: dict[int, Router] = {id(r): r for r in routers.values()}
+    for router in each.values():
         router.after_step()
-    loads = {n: torch.zeros_like(r.expert_bias) for n, r in routers.items() if r.expert_bias is not None}
+    loads = {key: torch.zeros_like(r.expert_bias) for key, r in each.items() if r.expert_bias is not None}
     drops = {n: m.load_balancing_weight.new_zeros(2) for n, m in layers.items() if m.load_balancing_weight is not None}
     if not loads and not drops:
         return
     for entry in tape.entries:
-        if entry.name in loads:
-            loads[entry.name] += entry.routing.chosen_per_expert_E
+        key = id(routers.get(entry.name))
+        if key in loads:
+            loads[key] += entry.routing.chosen_per_expert_E
         if entry.name in drops:
             chosen_E, computed_E = entry.routing.chosen_per_expert_E, entry.routing.tokens_per_expert_E
             drops[entry.name] += torch.stack((chosen_E.sum() - computed_E.sum(), chosen_E.sum()))
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if several_ranks():
         counts = [*loads.values(), *drops.values()]
         flat = torch.cat(counts)
         dist.all_reduce(flat)
         parts = iter(flat.split([len(v) for v in counts]))
-        loads, drops = {n: next(parts) for n in loads}, {n: next(parts) for n in drops}
-    for name, load in loads.items():
-        routers[name].update_expert_bias(load)
+        loads, drops = {key: next(parts) for key in loads}, {n: next(parts) for n in drops}
+    for key, load in loads.items():
+        each[key].update_expert_bias(load)
     for name, (dropped, chosen) in drops.items():
         weight = layers[name].load_balancing_weight
         assert weight is not None
         # In place: a compiled layer and a captured graph see the same buffer.
         moved = adaptive_weight(weight, dropped / chosen.clamp_min(1), layers[name].balance)
         weight.copy_(torch.where(chosen > 0, moved, weight))
+
+
+def _check_names(layers: Mapping[str, MoELayer], tape: Tape) -> None:
+    """Refuse a tape of another model, or of a part of it: its passes would move nothing."""
+    for entry in {entry.name: None for entry in tape.entries}:
+        if not any(_is_of(entry, name, layer) for name, layer in layers.items()):
+            named = ", ".join(repr(name) for name in layers) or "none"
+            raise ValueError(f"the tape has a pass of layer {entry!r}, the model's are {named}: record this very model")
+
+
+def _is_of(entry: str, name: str, layer: MoELayer) -> bool:
+    """Whether an entry of this name is a pass of the layer of that name."""
+    if name and entry != name and not entry.startswith(f"{name}."):
+        return False
+    return layer.names_entry(entry[len(name) :].removeprefix("."))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -40,8 +41,14 @@ class MoELayer(nn.Module):
         self.dim = dim
         self._tapes: tuple[tuple[str, Tape], ...] = ()
         self.balance = balance
-        weight = torch.tensor(balance.load_balancing, dtype=torch.float32) if balance.adaptive else None
+        weight = torch.empty((), dtype=torch.float32) if balance.adaptive else None
         self.register_buffer("load_balancing_weight", weight)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """What the layer itself holds, as it starts; router and experts have methods of their own."""
+        if self.load_balancing_weight is not None:
+            self.load_balancing_weight.fill_(self.balance.load_balancing)
 
     def _apply(self, fn: Any, recurse: bool = True) -> MoELayer:
         before = self.load_balancing_weight
@@ -103,6 +110,21 @@ class MoELayer(nn.Module):
             )
             tape.append(entry)
 
+    def shares_sums(self) -> torch.device | None:
+        """Where its balance losses are functions of the tokens of all ranks: its device. None: they are not."""
+        if self.balance.scope != "global":
+            return None
+        parts = [m for m in self.modules() if isinstance(m, (Router, SharedGate))]
+        given = {**self.balance.weights(), **{k: v for m in parts for k, v in getattr(m, "extra_weights", {}).items()}}
+        if not any(given.get(term, 0.0) > 0 for m in parts for term in m.terms):
+            return None
+        tensors = (*self.parameters(), *self.buffers())
+        return tensors[0].device if tensors else torch.device("cpu")
+
+    def names_entry(self, end: str) -> bool:
+        """Whether an entry of this layer may have a name with this end."""
+        return end in self.routers()
+
     def active_expert_params(self) -> int:
         """Parameters of the routed experts that one token touches."""
         raise NotImplementedError
@@ -129,8 +151,12 @@ class MoE(MoELayer):
         shared_gate: weights them and the routed output; None: their sum.
         expert_output_masking: probability in training that a pair's output is left out; the others are divided by
             1 minus it.
+        num_experts: E.
         pairs_per_token: experts a token takes, for ``active_params``.
         dim: width of the tokens; None: as wide as the parts take them.
+
+    Raises:
+        ValueError: the router or the experts are of another ``num_experts``.
     """
 
     default_dispatcher: ClassVar[type[Any]] = LocalDispatcher
@@ -155,6 +181,10 @@ class MoE(MoELayer):
         self.shared_experts, self.shared_gate = shared_experts, shared_gate
         self.expert_output_masking = expert_output_masking
         self.num_experts, self.pairs_per_token = num_experts, pairs_per_token
+        for name, part in (("router", router), ("experts", experts)):
+            own = getattr(part, "num_experts", num_experts)
+            if own != num_experts:
+                raise ValueError(f"the layer's num_experts={num_experts}, and its {name} has {own}")
 
     def forward(self, x: Tensor, context: RoutingContext | None = None) -> Tensor:
         """Run the layer.
@@ -253,11 +283,14 @@ def moe_layers(model: nn.Module) -> dict[str, MoELayer]:
 
 
 def active_params(model: nn.Module) -> int:
-    """Parameters that one token touches: all but the routed experts it does not take."""
-    total = sum(p.numel() for p in model.parameters())
+    """Parameters that one token touches, at most: all but the routed experts it does not take."""
+    active: dict[int, tuple[int, int]] = {}
     for layer in moe_layers(model).values():
-        total -= sum(p.numel() for p in layer.experts.parameters()) - layer.active_expert_params()
-    return total
+        # Experts that several layers share are there once, and a token may take others of them in each.
+        _, before = active.get(id(layer.experts), (0, 0))
+        every = sum(p.numel() for p in layer.experts.parameters())
+        active[id(layer.experts)] = every, min(every, before + layer.active_expert_params())
+    return sum(p.numel() for p in model.parameters()) - sum(every - taken for every, taken in active.values())
 
 
 @contextlib.contextmanager
@@ -269,13 +302,13 @@ def set_capacity_factor(model: nn.Module, factor: float | None, priority: str | 
 
     Args:
         model: any module with MoE layers.
-        factor: as ``MoEConfig.eval_capacity_factor``, but None means no limit.
+        factor: as ``MoEConfig.eval_capacity_factor``, but None means no limit. Training keeps its own.
         priority: as ``MoEConfig.priority``; None keeps each layer's own.
     """
     before = [(r, r.capacity) for m in moe_layers(model).values() for r in m.routers().values()]
     for router, old in before:
-        train = old.factor if factor is not None else None
-        router.capacity = replace(old, factor=train, eval_factor=factor, priority=priority or old.priority)
+        evaluation = math.inf if factor is None else factor
+        router.capacity = replace(old, eval_factor=evaluation, priority=priority or old.priority)
     try:
         yield
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -28,6 +29,8 @@ from .moe import MoELayer
 
 SHARED = "shared"
 """End of the name of the entries of a shared representation's gate."""
+ENDS = re.compile(rf"(level\d+\.)?(task\d+|tasks|selection|{SHARED})")
+"""Ends of the names of a layer's entries."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,9 @@ class MultiGateLayer(MoELayer):
         if examples.real_T is not None:
             y_tTD = y_tTD.masked_fill(~examples.real_T[:, None], 0.0)
         return y_tTD.unflatten(1, examples.leading)
+
+    def names_entry(self, end: str) -> bool:
+        return ENDS.fullmatch(end) is not None
 
     def _compute(self, examples: Examples) -> Tensor:
         """The tasks' outputs, (t, T, D_out); those of padding may be anything finite."""
@@ -364,7 +370,9 @@ class SelectedMultiGateMoE(MultiGateLayer):
             gates_TEt = gates_TEt.index_put((example_R, index_R), weights.clean_Rt, accumulate=True)
             for k in range(self.num_tasks):
                 names = self.groups.names(k)
-                dense = DenseRouting(gates_TEt.transpose(1, 2), k, T, None, examples.real_T, names)
+                dense = DenseRouting(
+                    gates_TEt.transpose(1, 2), k, T, None, examples.real_T, names, examples.x_BSD.shape[0]
+                )
                 self._record(dense, examples.context, f"task{k}", gates)
 
         sum_dtype = eager.accumulate_dtype(y_RH.dtype)
@@ -422,7 +430,8 @@ def _mix(
         clean = logits.softmax(-1)
         for k, name in enumerate(gate_names):
             names = groups.names(None if name == SHARED else k)
-            routing = DenseRouting(_of_real(clean, examples.real_T), k, T, logits, examples.real_T, names)
+            clean_real = _of_real(clean, examples.real_T)
+            routing = DenseRouting(clean_real, k, T, logits, examples.real_T, names, examples.x_BSD.shape[0])
             layer._record(routing, examples.context, f"{prefix}.{name}".lstrip("."), gates)
         if not (layer.training and layer.expert_dropout):
             return clean

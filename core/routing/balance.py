@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..contract import Routing, RoutingContext
+from .checks import clean_ids
 
 TERMS = (
     "load_balancing",
@@ -273,11 +274,12 @@ def balance_sums(
         routing: one pass of a layer.
         wanted: names of terms.
         balance: how many tasks and modalities there are.
-        context: where they are read. Ids out of range belong to none.
+        context: where they are read. Ids out of range belong to none where they are not refused (GPU, compiled code).
         shared_gate_T: as in ``Entry``.
 
     Raises:
-        ValueError: the context lacks what a wanted term reads.
+        ValueError: the context lacks what a wanted term reads, or it has another shape, no integers, or (on CPU) an id
+            of a real token that is out of range.
     """
     valid_T, scores_TE, known = routing.valid_T, routing.scores_TE, routing.sums or {}
 
@@ -336,8 +338,17 @@ def _members(routing: Routing, count: int, context: RoutingContext | None, name:
         ids = None if context is None else getattr(context, name)
         if ids is None:
             raise ValueError(f"the balance losses need context.{name}, which is None")
-        # A task is one number a sequence, a modality one a token.
-        ids_T = ids.reshape(-1).repeat_interleave(T // max(ids.numel(), 1))
+        if T == 0:
+            return scores_TE.new_zeros(0, count)
+        B = routing.num_sequences
+        if B is None:  # as the ids say it, where that can be
+            B = ids.shape[0] if ids.ndim and ids.shape[0] and T % ids.shape[0] == 0 else T
+        real_BS = None if valid_T is None else valid_T.unflatten(0, (B, T // B))
+        if name == "task_ids_B":  # a task is one number a sequence, a modality one a token
+            ids_B = clean_ids(ids, (B,), None if real_BS is None else real_BS.any(1), name, count)
+            ids_T = ids_B.repeat_interleave(T // B)
+        else:
+            ids_T = clean_ids(ids, (B, T // B), real_BS, name, count).flatten()
         member_TG = (ids_T[:, None] == torch.arange(count, device=ids.device)).to(scores_TE.dtype)
     return member_TG if valid_T is None else member_TG * valid_T[:, None]
 

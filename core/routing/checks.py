@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
+
+def whole(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{name}={value!r} is not a whole number")
+
 
 def at_least_one(name: str, value: int) -> None:
+    whole(name, value)
     if value < 1:
         raise ValueError(f"{name}={value} is not at least 1")
 
@@ -27,3 +36,30 @@ def at_most_experts(name: str, value: int | None, num_experts: int) -> None:
     """None is no number, and fits."""
     if value is not None and value > num_experts:
         raise ValueError(f"{name}={value} exceeds num_experts={num_experts}")
+
+
+def clean_ids(ids: Tensor, shape: tuple[int, ...], real: Tensor | None, name: str, size: int) -> Tensor:
+    """int64 ids of the context's field ``name``, with 0 where they are not real.
+
+    Args:
+        ids: the field.
+        shape: what it has to be.
+        real: bool of this shape; None: all are.
+        name: of the field.
+        size: ids are in ``range(size)``, which is looked at on CPU alone, and not in compiled code.
+
+    Raises:
+        ValueError: another shape, no integers, or an id out of range.
+    """
+    if ids.shape != shape:
+        raise ValueError(f"context.{name} has shape {tuple(ids.shape)}, the tokens {shape}")
+    if ids.is_floating_point() or ids.dtype == torch.bool:
+        raise ValueError(f"context.{name} is {ids.dtype}: ids are integers")
+    if real is not None:
+        ids = ids.masked_fill(~real, 0)
+    # Reading an id back would stop the queue of a GPU.
+    if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
+        low, high = (int(extreme) for extreme in ids.aminmax())
+        if low < 0 or high >= size:
+            raise ValueError(f"context.{name} holds {low if low < 0 else high}, which is not in range({size})")
+    return ids.to(torch.int64)

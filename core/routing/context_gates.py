@@ -178,7 +178,12 @@ class DomainRouter(PairRouter):
 
     def __init__(self, num_experts: int, config: Domain, capacity: Capacity) -> None:
         super().__init__(num_experts, config, capacity)
-        self.register_buffer("prior", torch.full((num_experts,), 1.0 / num_experts))
+        self.register_buffer("prior", torch.empty(num_experts))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self.prior.fill_(1.0 / self.num_experts)
 
     def check_context(self, context: RoutingContext | None) -> None:
         known = context is not None and (context.domain_ids_B is not None or context.domain_weights_BE is not None)

@@ -67,18 +67,27 @@ class HashRouter(PairRouter):
 
     def __init__(self, num_experts: int, config: Hash, capacity: Capacity) -> None:
         super().__init__(num_experts, config, capacity)
-        V, K = config.vocab_size, config.top_k
-        if config.kind == "random":
-            table = random_table(V, num_experts, K, config.seed)
-        elif config.kind == "balanced":
-            table = balanced_table([1.0] * V, num_experts, K, config.seed)
-        else:
-            table = torch.full((V, K), -1)
-        # Drawn on CPU, so that a seed means the same table everywhere; kept where the parameters are made.
-        self.register_buffer("table", table.to(torch.empty(0).device))
+        self.register_buffer("table", torch.empty(config.vocab_size, config.top_k, dtype=torch.int64))
         self._made = config.kind != "clustered"
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The table as it starts: what ``fit`` or ``fit_clusters`` made is gone."""
+        super().reset_parameters()
+        V, K, E, config = self.config.vocab_size, self.config.top_k, self.num_experts, self.config
+        if self.table.is_meta:
+            return
+        if config.kind == "clustered":
+            self.table.fill_(-1)
+        # Drawn on CPU, so that a seed means the same table everywhere.
+        elif config.kind == "random":
+            self.table.copy_(random_table(V, E, K, config.seed))
+        else:
+            self.table.copy_(balanced_table([1.0] * V, E, K, config.seed))
 
     def choose(self, tokens: Tokens) -> Choice:
+        if self.config.kind == "clustered" and self._is_unread(self.table):
+            self._made = bool((self.table >= 0).all())
         if not self._made:
             raise ValueError("Hash(kind='clustered') has no table yet: call router.fit_clusters(embeddings) first")
         expert_TK = self.table.index_select(0, token_ids(tokens, "token_ids_BS", self.config.vocab_size))
@@ -133,7 +142,7 @@ class HashRouter(PairRouter):
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
-        if not self.table.is_meta:
+        if not self.table.is_meta:  # here as well: compiled code does not look
             self._made = bool((self.table >= 0).all())
 
 
@@ -268,16 +277,17 @@ class DomainRandomRouter(PairRouter):
 
     def __init__(self, num_experts: int, config: DomainRandom, capacity: Capacity) -> None:
         super().__init__(num_experts, config, capacity)
-        size = num_experts // config.num_domains
+        self.register_buffer("table", torch.empty(config.num_domains, config.vocab_size, dtype=torch.int64))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        config, size = self.config, self.num_experts // self.config.num_domains
         generator = torch.Generator().manual_seed(config.seed)
-        # Dealt out in turn in a random order: an expert gets as many ids as the others of its group, or one more.
-        table = torch.stack(
-            [
-                domain * size + torch.randperm(config.vocab_size, generator=generator, device="cpu") % size
-                for domain in range(config.num_domains)
-            ]
-        )
-        self.register_buffer("table", table.to(torch.empty(0).device))
+        for domain in range(config.num_domains):
+            # Dealt out in turn in a random order: an expert gets as many ids as the others of its group, or one more.
+            place_V = torch.randperm(config.vocab_size, generator=generator, device="cpu")
+            self.table[domain].copy_(domain * size + place_V % size)
 
     def choose(self, tokens: Tokens) -> Choice:
         ids_T = token_ids(tokens, "token_ids_BS", self.config.vocab_size)

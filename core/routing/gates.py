@@ -54,6 +54,11 @@ class NoisyGate(LinearGate):
         # Zero weights: every expert starts with the same noise, softplus(0) = 0.69 (appendix A of the paper).
         self.noise_weight = nn.Parameter(torch.zeros(num_experts, dim))
 
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if "noise_weight" in self._parameters:  # the base class resets before there is one
+            nn.init.zeros_(self.noise_weight)
+
     def noise_std(self, x_TD: Tensor) -> Tensor:
         # Softplus underflows to 0 below -104, and the load loss divides by it.
         return F.softplus(F.linear(x_TD, self.noise_weight.to(x_TD.dtype))).clamp_min(1e-6)

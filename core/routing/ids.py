@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from .checks import clean_ids
 from .router import Tokens
 
 
@@ -22,7 +22,7 @@ def token_ids(tokens: Tokens, name: str, size: int) -> Tensor:
     """
     shape = (tokens.num_sequences, tokens.length)
     real_BS = None if tokens.valid_T is None else tokens.valid_T.unflatten(0, shape)
-    return _clean(getattr(tokens.context, name), shape, real_BS, name, size).flatten()
+    return clean_ids(getattr(tokens.context, name), shape, real_BS, name, size).flatten()
 
 
 def sequence_ids(tokens: Tokens, name: str, size: int) -> Tensor:
@@ -31,19 +31,4 @@ def sequence_ids(tokens: Tokens, name: str, size: int) -> Tensor:
     real_B = None
     if tokens.valid_T is not None:
         real_B = tokens.valid_T.unflatten(0, (tokens.num_sequences, tokens.length)).any(1)
-    return _clean(getattr(tokens.context, name), shape, real_B, name, size)
-
-
-def _clean(ids: Tensor, shape: tuple[int, ...], real: Tensor | None, name: str, size: int) -> Tensor:
-    if ids.shape != shape:
-        raise ValueError(f"context.{name} has shape {tuple(ids.shape)}, the tokens {shape}")
-    if ids.is_floating_point() or ids.dtype == torch.bool:
-        raise ValueError(f"context.{name} is {ids.dtype}: ids are integers")
-    if real is not None:
-        ids = ids.masked_fill(~real, 0)
-    # Reading an id back would stop the queue of a GPU.
-    if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
-        low, high = (int(extreme) for extreme in ids.aminmax())
-        if low < 0 or high >= size:
-            raise ValueError(f"context.{name} holds {low if low < 0 else high}, which is not in range({size})")
-    return ids.to(torch.int64)
+    return clean_ids(getattr(tokens.context, name), shape, real_B, name, size)

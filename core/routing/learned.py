@@ -108,7 +108,8 @@ class StableRouter(PairRouter):
     Attributes:
         gate: logits from hidden states; the sigmoid of the chosen one is the gate, in both stages.
         light: logits from token ids, learned in stage 1 and frozen in stage 2.
-        stage: int64 () buffer, 1 or 2; a checkpoint of stage 2 is loaded as one.
+        stage: int64 () buffer, 1 or 2, followed however it is written to: by ``load_state_dict``, or as an average of
+            weights copies it.
     """
 
     config: Stable
@@ -122,7 +123,13 @@ class StableRouter(PairRouter):
         self._stage_terms = self.terms
         self._light_decides = False
 
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self.stage.fill_(1)
+
     def choose(self, tokens: Tokens) -> Choice:
+        if self._is_unread(self.stage) and self._light_decides != (int(self.stage) == 2):
+            self._follow_stage()
         ids_T = token_ids(tokens, "token_ids_BS", self.config.vocab_size)
         logits_TE = self.gate(tokens.x_TD)
         extra = None

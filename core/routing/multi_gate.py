@@ -97,7 +97,11 @@ class DomainEmbedding(nn.Module):
 
     def __init__(self, num_domains: int, dim: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(num_domains, dim))
+        self.weight = nn.Parameter(torch.empty(num_domains, dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
 
     def forward(self, x: Tensor, domain_T: Tensor) -> Tensor:
         """(..., T, D) plus the vectors of int64 (T,) domains."""
@@ -140,6 +144,7 @@ class DenseGates(Router):
         for weight in (self.weight, self.self_weight, self.shared_weight):
             if weight is not None:
                 init_gate_(weight, self.init_scale)
+        super().reset_parameters()
 
     def forward(self, x_GTD: Tensor, domain_T: Tensor | None = None) -> GateLogits:  # type: ignore[override]
         """Logits, outside autocast and at least in float32.

@@ -94,6 +94,21 @@ class Router(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("expert_bias", None)
+        self._read: tuple[int, int] | None = None
+
+    def reset_parameters(self) -> None:
+        """Parameters and buffers of its own as they start, wherever they are: after ``to_empty``, as those of its gate
+        by the gate's method."""
+        if self.expert_bias is not None:
+            self.expert_bias.zero_()
+
+    def _is_unread(self, buffer: Tensor) -> bool:
+        """Whether a buffer is another one, or was written to, since it was last asked: what is read off it on the host
+        is read again then alone. Compiled code keeps what was read before."""
+        if torch.compiler.is_compiling() or buffer.is_meta or buffer.is_inference():
+            return False
+        before, self._read = self._read, (id(buffer), buffer._version)
+        return before != self._read
 
     def forward(self, x: Tensor, context: RoutingContext | None = None) -> Any:
         raise NotImplementedError

@@ -20,7 +20,7 @@ class Capacity:
 
     Attributes:
         factor: each expert of a group takes ``ceil(factor * K * tokens in group / E)`` pairs in training; None: all.
-        eval_factor: the same in evaluation; None: as in training.
+        eval_factor: the same in evaluation; None: as in training; infinity: all.
         priority: "position": first choices before second ones, then the earlier token (GShard, arXiv 2006.16668);
             "score": first choices before second ones, then the token with the highest score (batch-prioritised routing,
             arXiv 2106.05974, algorithm 2); "random": a random order of the tokens, in training only.
@@ -39,19 +39,26 @@ class Capacity:
     _eval_ratio: tuple[int, int] | None = field(init=False, repr=False, compare=False, default=None)
 
     def __post_init__(self) -> None:
-        for name, value in (("capacity_factor", self.factor), ("eval_capacity_factor", self.eval_factor)):
-            if value is not None and not 0 < value < float("inf"):
-                raise ValueError(f"{name}={value} is not a positive number (None means dropless)")
+        check_factor("capacity_factor", self.factor, "None means dropless")
+        if self.eval_factor != float("inf"):
+            check_factor("eval_capacity_factor", self.eval_factor, "inf means dropless")
         if self.priority not in PRIORITIES:
             raise ValueError(f"priority={self.priority!r} is not one of {', '.join(PRIORITIES)}")
         check_group(self.group)
         object.__setattr__(self, "_ratio", None if self.factor is None else whole_ratio(self.factor))
         eval_factor = self.factor if self.eval_factor is None else self.eval_factor
+        eval_factor = None if eval_factor == float("inf") else eval_factor
         object.__setattr__(self, "_eval_ratio", None if eval_factor is None else whole_ratio(eval_factor))
 
     def ratio(self, training: bool) -> tuple[int, int] | None:
         """The factor that holds, in whole numbers."""
         return self._ratio if training else self._eval_ratio
+
+
+def check_factor(name: str, value: float | None, none: str) -> None:
+    """Raise a ``ValueError`` unless a factor is a positive number or None."""
+    if value is not None and (isinstance(value, bool) or not 0 < value < float("inf")):
+        raise ValueError(f"{name}={value} is not a positive number ({none})")
 
 
 def check_group(group: str | int) -> None:
@@ -128,6 +135,9 @@ def select_pairs(
         limit: capacity, priority and groups.
         training: which of the two capacity factors holds, and whether random priority is random.
         backend: whose kernels count the places in the experts' queues.
+
+    Raises:
+        ValueError: on CPU, a choice is neither an expert nor E.
     """
     (T, K), E = choice.expert_ids_TK.shape, num_experts
     device = choice.expert_ids_TK.device
@@ -137,7 +147,7 @@ def select_pairs(
     expert_ids_N = expert_ids_TK.flatten()
     chosen_E = choice.chosen_per_expert_E
     if chosen_E is None:
-        chosen_E = count_experts(expert_ids_N, E)
+        chosen_E = _count(expert_ids_N, E)
     tokens_E = chosen_E
     ratio = limit.ratio(training)
     # K * factor >= E: an expert could take every token, so nothing can be dropped.
@@ -172,6 +182,22 @@ def select_pairs(
         balance_chosen=choice.balance_chosen,
         sums=choice.sums,
     )
+
+
+def _count(expert_ids_N: Tensor, num_experts: int) -> Tensor:
+    """``count_experts``, which fails where a gate has chosen an expert that is not there: said so."""
+    if torch.compiler.is_compiling():
+        return count_experts(expert_ids_N, num_experts)
+    try:
+        return count_experts(expert_ids_N, num_experts)
+    except (IndexError, RuntimeError):
+        low, high = (int(extreme) for extreme in expert_ids_N.aminmax())
+        if low >= 0 and high <= num_experts:
+            raise
+        raise ValueError(
+            f"a gate chose expert {low if low < 0 else high}, which is not in range({num_experts}) "
+            f"or {num_experts} for an empty place"
+        ) from None
 
 
 def _priority(choice: Choice) -> Tensor:

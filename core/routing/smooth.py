@@ -289,6 +289,10 @@ class DenseToSparseRouter(PairRouter):
         share = (self.num_steps.to(torch.float32) / config.anneal_steps).clamp_max(1.0)
         return config.tau_start * (share * math.log(config.tau_end / config.tau_start)).exp()
 
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self.num_steps.zero_()
+
     @torch.no_grad()
     def after_step(self) -> None:
         self.num_steps += 1

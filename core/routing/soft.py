@@ -54,6 +54,7 @@ class SlotRouter(Router):
         # The length does not matter: only the direction is read.
         nn.init.normal_(self.phi, std=1 / math.sqrt(self.phi.shape[-1]))
         nn.init.ones_(self.scale)
+        super().reset_parameters()
 
     def forward(self, x: Tensor, context: RoutingContext | None = None) -> SlotRouting:
         """Decide.

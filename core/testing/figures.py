@@ -119,3 +119,30 @@ def _(case: Case) -> None:
     copies = {"loaded": loaded, "copied": copy.deepcopy(layer), "pickled": pickle.loads(pickle.dumps(layer))}
     for how, other in copies.items():
         hold(torch.equal(other(x, context), expected), f"a {how} layer gives another output")
+
+
+@CHECKS.keeps("built on the meta device, emptied and reset, a layer starts as any other")
+def _(case: Case) -> None:
+    config = case.config(num_shared_experts=1)
+    fresh = config.build(case.dim)
+    with torch.device("meta"):
+        layer = config.build(case.dim)
+    layer.to_empty(device="cpu")
+    expected = {**dict(fresh.named_parameters()), **dict(fresh.named_buffers())}
+    found = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
+    hold(found.keys() == expected.keys(), f"there are {sorted(found)}, expected {sorted(expected)}")
+    with torch.no_grad():
+        for value in found.values():
+            value.fill_(77)  # what memory may hold
+        for module in layer.modules():
+            reset = getattr(module, "reset_parameters", None)
+            if reset is not None:
+                reset()
+    parameters = dict(fresh.named_parameters())
+    for name, value in found.items():
+        start = expected[name].detach()
+        if name in parameters and bool((start != start.flatten()[:1]).any()):  # drawn: of the same size
+            largest, before = float(value.detach().abs().max()), float(start.abs().max())
+            hold(largest <= 10 * before, f"{name} has {largest:.2g} where a new layer has {before:.2g} at most")
+        else:
+            hold(torch.equal(value, start), f"{name} is not as in a new layer")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -10,11 +11,13 @@ import torch
 import torch._dynamo
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
 
 from core import (
     FFN,
     GEGLU,
     Balance,
+    Hash,
     MoEConfig,
     RoutingContext,
     SwiGLU,
@@ -173,3 +176,53 @@ def test_an_exported_layer_is_saved_and_loaded(tmp_path):
     x = torch.randn(2, 6, 8)
     torch.export.save(torch.export.export(layer, (x,)), tmp_path / "layer.pt2")
     torch.testing.assert_close(torch.export.load(tmp_path / "layer.pt2").module()(x), layer(x), rtol=1e-5, atol=1e-6)
+
+
+class Checkpointed(nn.Module):
+    """Two layers, each in an activation checkpoint."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([build("dropless", "cpu"), build("dropless", "cpu")])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + checkpoint(block, x, use_reentrant=False)
+        return x
+
+
+def test_a_model_compiled_around_its_checkpoints_is_one_graph_while_it_is_recorded(monkeypatch):
+    monkeypatch.setattr(torch._dynamo.config, "skip_fwd_side_effects_in_bwd_under_checkpoint", True)
+    model, counter = Checkpointed(), CompileCounterWithBackend("aot_eager")
+    x, found = torch.randn(2, 6, 8), []
+    for run in (model, torch.compile(model, backend=counter, fullgraph=True)):
+        model.zero_grad()
+        with record(model) as tape:
+            y = run(x)
+        assert [entry.name for entry in tape.entries] == ["blocks.0", "blocks.1"]
+        loss = aux_loss(tape)
+        (y.square().sum() + loss).backward()
+        found.append(
+            {"y": y.detach(), "aux": loss.detach(), **{n: p.grad.clone() for n, p in model.named_parameters()}}
+        )
+    assert counter.frame_count == 1
+    assert_same(found[1], found[0])
+
+
+def test_a_layer_with_a_context_is_exported_by_its_own_signature_saved_and_loaded(tmp_path):
+    layer = MoEConfig(4, Hash(10), FFN(12)).build(8).eval()
+
+    def inputs(B: int, S: int) -> tuple[Tensor, RoutingContext]:
+        valid_BS = torch.arange(S) < torch.arange(S, S - B, -1)[:, None]
+        return torch.randn(B, S, 8), RoutingContext(valid_BS, token_ids_BS=torch.randint(10, (B, S)))
+
+    both = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    # A dimension of each of the context's fields that are there.
+    program = torch.export.export(layer, inputs(2, 6), dynamic_shapes={"x": both, "context": [both, both]})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.export.save(program, tmp_path / "layer.pt2")
+        loaded = torch.export.load(tmp_path / "layer.pt2").module()
+    for B, S in ((2, 6), (3, 7)):
+        given = inputs(B, S)
+        torch.testing.assert_close(loaded(*given), layer(*given))

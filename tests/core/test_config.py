@@ -7,6 +7,7 @@ from dataclasses import FrozenInstanceError, dataclass, replace
 
 import pytest
 import torch
+from torch import nn
 
 from core import FFN, GEGLU, Balance, MoEConfig, RouterConfig, SwiGLU, TokenChoice, active_params
 from core.routing.router import Router
@@ -44,6 +45,22 @@ def test_parameters_by_hand():
     config = MoEConfig(8, expert=FFN(20), num_shared_experts=1)
     assert config.num_params(12) == 96 + 9 * 480
     assert config.active_params(12) == 96 + 3 * 480
+
+
+def test_experts_that_two_layers_share_are_counted_once():
+    # A token touches 2 of the 8 experts of 480 weights in each of the layers: at most 4, and never more than there are.
+    config = MoEConfig(8, TokenChoice(2), FFN(20))
+    for layers, touched in ((2, 4), (5, 8)):
+        model = nn.ModuleList([config.build(12) for _ in range(layers)])
+        for layer in model:
+            layer.experts = model[0].experts
+        assert active_params(model) == layers * 96 + touched * 480
+
+
+def test_a_top_k_that_is_no_whole_number_is_refused():
+    for wrong in (2.0, True):
+        with pytest.raises(ValueError, match=f"top_k={wrong} is not a whole number"):
+            TokenChoice(top_k=wrong)
 
 
 def test_active_params_of_a_model_leave_out_the_experts_a_token_does_not_take():
@@ -152,6 +169,12 @@ def test_configs_are_frozen():
     "arguments, message",
     [
         ({"num_experts": 0}, r"num_experts=0 is not at least 1"),
+        ({"num_experts": 8.0}, r"num_experts=8.0 is not a whole number"),
+        ({"num_shared_experts": True}, r"num_shared_experts=True is not a whole number"),
+        ({"router": "TokenChoice"}, r"router='TokenChoice' is not a config of its kind, as TokenChoice\(top_k=2\) is"),
+        ({"expert": TokenChoice()}, r"expert=TokenChoice\(.*\) is not a config of its kind, as FFN\(\) is"),
+        ({"balance": 0.01}, r"balance=0.01 is not a config of its kind"),
+        ({"capacity_factor": True}, r"capacity_factor=True is not a positive number"),
         ({"router": TokenChoice(9)}, r"top_k=9 exceeds num_experts=8"),
         ({"router": TokenChoice(num_groups=3)}, r"num_groups=3 does not divide num_experts=8"),
         ({"capacity_factor": 0}, r"capacity_factor=0 is not a positive number \(None means dropless\)"),

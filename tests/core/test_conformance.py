@@ -120,6 +120,11 @@ class FaultyRouter(PairRouter):
         self.register_buffer("calls", torch.zeros(()))
         self.count, self.own = 0, torch.randn(dim)
 
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if self.config.fault != "does not reset":
+            self.calls.zero_()
+
     def check_context(self, context: RoutingContext | None) -> None:
         if self.config.fault != "does not ask":
             super().check_context(context)
@@ -190,6 +195,7 @@ FOUND_BY = {
     "is random in evaluation": "nothing is random in evaluation",
     "has a random state of its own": "the same seed gives the same training step",
     "keeps a state": "a forward changes no state",
+    "does not reset": "built on the meta device, emptied and reset, a layer starts as any other",
     "is not saved": "saved, loaded, copied and pickled, a layer gives the same output",
     "asks the first token": "without tokens there is an output, a loss and a gradient",
     "asks the host": "torch.compile goes through without a graph break, to the same step",

@@ -9,8 +9,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from core import MoEConfig, RoutingContext, Tape, TokenChoice, aux_loss, moe_layers, record, update_expert_bias
-from core.contract import Rows
+from core import (
+    MoE,
+    MoEConfig,
+    RoutingContext,
+    RoutingStats,
+    Tape,
+    TokenChoice,
+    aux_loss,
+    moe_layers,
+    record,
+    update_expert_bias,
+)
+from core.contract import Rows, unwrapped_modules
 
 
 class Net(nn.Module):
@@ -164,7 +175,59 @@ def test_a_detached_tape_keeps_the_numbers_and_drops_the_graph():
     ],
 )
 def test_names_are_those_of_the_unwrapped_model(name, clean):
-    assert Tape.clean_name(name) == clean
+    model = layer = MoEConfig(2).build(2)
+    for level in reversed(name.split(".") if name else []):
+        model = nn.ModuleDict({level: model})
+    assert [n for n, m in unwrapped_modules(model) if m is layer] == [clean]
+
+
+def test_a_level_that_is_called_module_beside_others_keeps_its_name():
+    model = nn.ModuleDict({"moe": bias_layer(), "module": nn.ModuleDict({"moe": bias_layer()})})
+    with record(model) as tape:
+        model["moe"](torch.tensor([[[1.0, 0.0]]]))
+        model["module"]["moe"](torch.tensor([[[0.0, 1.0]]]))
+    assert [entry.name for entry in tape.entries] == ["moe", "module.moe"]
+    update_expert_bias(model, tape)
+    assert model["moe"].router.expert_bias.tolist() == [-0.5, 0.5]
+    assert model["module"]["moe"].router.expert_bias.tolist() == [0.5, -0.5]
+
+
+@pytest.mark.parametrize("part", ["layer", "holder"])
+def test_a_tape_of_a_part_of_the_model_is_refused(part):
+    model = nn.ModuleDict({"encoder": nn.ModuleDict({"moe": bias_layer()})})
+    recorded = model["encoder"] if part == "holder" else model["encoder"]["moe"]
+    with record(recorded) as tape:
+        model["encoder"]["moe"](torch.tensor([[[1.0, 0.0]]]))
+    name = "moe" if part == "holder" else ""
+    with pytest.raises(ValueError, match=rf"a pass of layer '{name}', the model's are 'encoder.moe': record this very"):
+        update_expert_bias(model, tape)
+    update_expert_bias(recorded, tape)
+    assert model["encoder"]["moe"].router.expert_bias.tolist() == [-0.5, 0.5]
+
+
+def test_the_loads_of_a_tape_move_the_bias_and_have_no_losses():
+    layer = bias_layer()
+    with record(layer) as tape:
+        layer(torch.tensor([[[1.0, 0.0]]]))
+    loads = tape.loads()
+    (entry,) = loads.entries
+    kept = [value for value in vars(entry.routing).values() if isinstance(value, Tensor)]
+    assert sum(value.numel() for value in kept) == 4  # two counts of two experts
+    assert entry.context is None
+    update_expert_bias(layer, loads.merge(tape.loads()))
+    assert layer.router.expert_bias.tolist() == [-0.5, 0.5]
+    with pytest.raises(ValueError, match="layer '' is on this tape with its loads alone"):
+        aux_loss(loads)
+    with pytest.raises(ValueError, match="layer '' is on this tape with its loads alone"):
+        RoutingStats.from_tape(loads)
+
+
+def bias_layer() -> MoE:
+    """Two experts, whose logits are the token."""
+    layer = MoEConfig(2, router=TokenChoice(1, expert_bias=True, bias_update_rate=0.5)).build(2)
+    with torch.no_grad():
+        layer.router.gate.weight.copy_(torch.eye(2))
+    return layer
 
 
 class Wrapper(nn.Module):
@@ -179,9 +242,7 @@ class Wrapper(nn.Module):
 
 
 def test_a_tape_of_a_wrapped_layer_moves_the_bias_of_the_bare_one():
-    layer = MoEConfig(2, router=TokenChoice(1, expert_bias=True, bias_update_rate=0.5)).build(2)
-    with torch.no_grad():
-        layer.router.gate.weight.copy_(torch.eye(2))
+    layer = bias_layer()
     wrapped = Wrapper(layer)
     with record(wrapped) as tape:
         wrapped(torch.tensor([[[1.0, 0.0], [2.0, 0.0], [0.0, 1.0]]]))

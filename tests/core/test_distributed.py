@@ -6,6 +6,7 @@ One spawn runs every scenario; each test reads the outcome of its own.
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,7 +23,17 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from core import FFN, Balance, MoEConfig, RoutingContext, TokenChoice, aux_losses, record, update_expert_bias
+from core import (
+    FFN,
+    Balance,
+    MoEConfig,
+    RoutingContext,
+    RoutingStats,
+    TokenChoice,
+    aux_losses,
+    record,
+    update_expert_bias,
+)
 from core.routing.balance import TERMS
 
 WORLD = 2
@@ -164,6 +175,61 @@ def fused_gate(rank: int, kind: str) -> Outcome:
     return run(net, *mine(batch(), rank)) | gradients(net)
 
 
+class Towers(nn.Module):
+    """Layers of three experts whose logits are the tokens; ``passes`` names those that run."""
+
+    def __init__(self, **options: object) -> None:
+        super().__init__()
+        config = MoEConfig(3, TokenChoice(1), FFN(4), **options)
+        self.towers = nn.ModuleDict({name: config.build(3) for name in ("a", "b")})
+        for tower in self.towers.values():
+            tower.router.gate.weight.data.copy_(torch.eye(3))
+
+    def forward(self, x: Tensor, passes: str) -> None:
+        for name in passes:
+            self.towers[name](x)
+
+
+# Passes of rank 0 and rank 1, and what both say; None: the losses.
+PASSES = {
+    "one layer each": (("a", "b"), r"'towers.a' \(1 and 0 passes\), 'towers.b' \(0 and 1 passes\)"),
+    "twice and once": (("aab", "ab"), r"'towers.a' \(2 and 1 passes\); run these layers alike"),
+    "one and none": (("b", ""), r"'towers.b' \(1 and 0 passes\); run .* or give them Balance\(scope='rank'\)"),
+    "in another order": (("ab", "ba"), None),
+    "none at all": (("", ""), None),
+}
+TOKENS = (torch.eye(3)[None, [0, 0, 0, 1]], torch.eye(3)[None, [1, 1]])
+
+
+def other_passes(rank: int, name: str, scope: str = "global") -> str | Tensor:
+    """What ``aux_losses`` says of the passes of this rank; of those of both, in one process."""
+    passes, _ = PASSES[name]
+    net = Towers(balance=Balance(load_balancing=1.0, router_z=0.0, scope=scope))
+    with record(net) as tape:
+        if rank < 0:
+            net(torch.cat(TOKENS, 1), passes[0])
+        else:
+            net(TOKENS[rank], passes[rank])
+    try:
+        return aux_losses(tape).total.detach()
+    except RuntimeError as error:
+        return str(error)
+
+
+def telemetry(rank: int) -> list[dict[str, float]]:
+    """Figures by layer over both ranks' tokens, where tower b ran on rank 1 alone; those of one process for -1."""
+    net = Towers()
+    with record(net) as tape:
+        if rank < 0:
+            net(torch.cat(TOKENS, 1), "a")
+            net(TOKENS[1], "b")
+        else:
+            net(TOKENS[rank], ("a", "ab")[rank])
+    stats = RoutingStats.from_tape(tape).all_reduce().layers
+    assert all(not s.chosen_per_expert.is_floating_point() for s in stats.values())
+    return [stats[f"towers.{name}"].figures() for name in "ab"]
+
+
 SCENARIOS: dict[str, Callable[[int, str], Outcome]] = {
     "fixed": lambda rank, kind: one_step(rank, kind, "fixed"),
     "learned": lambda rank, kind: one_step(rank, kind, "learned"),
@@ -190,16 +256,25 @@ def worker(rank: int, folder: str) -> None:
     try:
         outcomes = {case: SCENARIOS[case[0]](rank, case[1]) for case in CASES}
         torch.save(outcomes, f"{folder}/rank{rank}.pt")
+        said = {name: other_passes(rank, name) for name in PASSES}
+        said["by rank"] = other_passes(rank, "one and none", "rank")
+        torch.save({"said": said, "figures": telemetry(rank)}, f"{folder}/said{rank}.pt")
         dist.barrier()
     finally:
         dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, str], Outcome]]:
-    """What each rank found, by scenario and wrapper."""
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where each rank has written what it found."""
     folder: Path = tmp_path_factory.mktemp("ranks")
     mp.spawn(worker, args=(str(folder),), nprocs=WORLD)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ranks(folder: Path) -> list[dict[tuple[str, str], Outcome]]:
+    """What each rank found, by scenario and wrapper."""
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(WORLD)]
 
 
@@ -239,3 +314,37 @@ def test_a_scaled_loss_scales_gradients_on_every_rank_exactly(ranks):
         for name, grad in ranks[0]["fixed", kind].items():
             if "." in name:  # parameters; the logged losses are not scaled
                 assert torch.equal(ranks[0]["scaled", kind][name], grad * 2.0**16), name
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_ranks_with_different_passes_all_say_so_and_none_waits(folder, name):
+    said = [torch.load(folder / f"said{rank}.pt", weights_only=True)["said"][name] for rank in range(WORLD)]
+    _, message = PASSES[name]
+    if message is None:
+        expected = other_passes(-1, name)
+        for found in said:
+            torch.testing.assert_close(found, expected)
+    else:
+        for found in said:
+            assert re.search(f"^the ranks recorded different passes, .*: {message}", found), found
+            assert "\n" not in found
+
+
+def test_losses_of_each_rank_alone_may_be_of_different_passes(folder):
+    said = [torch.load(folder / f"said{rank}.pt", weights_only=True)["said"]["by rank"] for rank in range(WORLD)]
+    layer = Towers(balance=Balance(load_balancing=1.0, router_z=0.0))
+    with record(layer) as tape:
+        layer(TOKENS[0], "b")
+    torch.testing.assert_close(said[0], aux_losses(tape).total.detach())
+    assert said[1] == 0
+
+
+def test_figures_are_those_of_the_ranks_tokens_together(folder):
+    expected = telemetry(-1)
+    # Tower a has loads 3, 1, 0 and 0, 2, 0: 3, 3, 0 around 2. The mean of the ranks' own figures would be
+    # (3 / (4 / 3) + 2 / (2 / 3)) / 2 = 2.625, and (1 + 2) / 2 dead experts.
+    assert (expected[0]["load_imbalance"], expected[0]["dead_experts"]) == (1.5, 1.0)
+    for rank in range(WORLD):
+        found = torch.load(folder / f"said{rank}.pt", weights_only=True)["figures"]
+        for mine, whole in zip(found, expected, strict=True):
+            assert mine == pytest.approx(whole)

@@ -101,6 +101,32 @@ def test_experts_of_a_users_own_are_weighted_and_summed_by_the_dispatcher():
     assert layer(x)[0, 0, 0].item() == pytest.approx(math.log(3) * 0.4583333, rel=1e-6)
 
 
+class CountedHalves(Halves):
+    """The same, which say how many they are."""
+
+    def __init__(self, num_experts: int) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+
+
+def test_experts_of_a_users_own_are_shared_experts_too():
+    router = TokenChoice(top_k=2).build(2, 2)
+    with torch.no_grad():
+        router.gate.weight.copy_(torch.eye(2))
+    layer = MoE(router, CountedHalves(2), shared_experts=CountedHalves(3), num_experts=2, pairs_per_token=2)
+    x = torch.tensor([[[math.log(3), 0.0]]])
+    # As above, and 1 / 2 + 1 / 3 + 1 / 4 = 1.083333 of the token from the shared ones.
+    assert layer(x)[0, 0, 0].item() == pytest.approx(math.log(3) * (0.4583333 + 1.0833333), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "router, experts, which", [(8, 4, "experts has 4"), (8, 16, "experts has 16"), (4, 8, "router has 4")]
+)
+def test_parts_for_different_numbers_of_experts_are_refused(router, experts, which):
+    with pytest.raises(ValueError, match=f"the layer's num_experts=8, and its {which}$"):
+        MoE(TokenChoice(2).build(6, router), FFN(4).build(experts, 6), num_experts=8, pairs_per_token=2)
+
+
 @pytest.mark.parametrize(
     "config, dim, hidden", [(FFN(), 6, 24), (SwiGLU(), 6, 16), (GEGLU(), 96, 256), (SwiGLU(), 3, 8)]
 )

@@ -165,6 +165,17 @@ def test_a_clustered_hash_is_made_from_embeddings_and_not_used_before():
     assert torch.equal(other(x, given).expert_ids_N, routing.expert_ids_N)
 
 
+def test_a_clustered_table_that_is_copied_from_outside_is_used():
+    made, empty = (Hash(20, "clustered").build(6, 4) for _ in range(2))
+    made.fit_clusters(torch.randn(20, 3))
+    empty.table.copy_(made.table)
+    x, given = torch.randn(1, 5, 6), by_id([[0, 3, 7, 11, 19]])
+    assert ids(empty(x, given)) == ids(made(x, given))
+    made.reset_parameters()
+    with pytest.raises(ValueError, match="has no table yet"):
+        made(x, given)
+
+
 def test_tables_are_buffers_of_the_state_dict():
     for config in (Hash(50, seed=1), DomainRandom(2, 50, seed=1)):
         built = config.build(6, 4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from layered import BACKENDS, EVERY_TERM, Net, identity_gate
 from torch import Tensor, nn
 
 from core import (
+    Balance,
     MoE,
     MoEConfig,
     RoutingContext,
@@ -43,8 +45,17 @@ def test_set_capacity_factor_holds_in_evaluation_inside_the_block_alone():
         assert tokens_computed(layer, x) == [2, 0]
         layer.train()
         assert tokens_computed(layer, x) == [4, 0]
+        with set_capacity_factor(layer, None):  # dropless in evaluation, and training as before
+            assert tokens_computed(layer, x) == [4, 0]
         layer.eval()
     assert tokens_computed(layer, x) == [4, 0]
+
+
+def test_an_infinite_capacity_factor_of_evaluation_drops_nothing_there():
+    layer = identity_gate(MoEConfig(2, TokenChoice(1), capacity_factor=1.0, eval_capacity_factor=math.inf).build(2))
+    x = torch.tensor([[[1.0, 0.0]] * 8])
+    assert tokens_computed(layer, x) == [4, 0]  # ceil(1 * 8 / 2)
+    assert tokens_computed(layer.eval(), x) == [8, 0]
 
 
 def test_set_capacity_factor_may_change_the_priority_and_is_undone_after_an_error():
@@ -108,6 +119,26 @@ def test_update_expert_bias_counts_both_passes_of_a_layer_used_twice():
         layer(torch.eye(3)[[1, 1, 1]][None])  # together 3, 4, 0 around 7/3
     update_expert_bias(layer, tape)
     assert layer.router.expert_bias.tolist() == [-0.125, -0.125, 0.125]
+
+
+def test_a_router_of_two_layers_moves_once_by_the_loads_of_both():
+    first, second = bias_layer(), bias_layer()
+    second.router = first.router
+    model = nn.ModuleList([first, second])
+    with record(model) as tape:
+        first(LOADED)
+        second(torch.eye(3)[[2, 2, 2, 2]][None])  # together 3, 1, 4 around 8/3; two steps would leave [0, 0.25, 0]
+    update_expert_bias(model, tape)
+    assert first.router.expert_bias.tolist() == [-0.125, 0.125, -0.125]
+
+
+def test_the_adaptive_weight_is_reset_with_its_layer():
+    balance = Balance(load_balancing=0.25, adaptive=True)
+    with torch.device("meta"):
+        layer = MoEConfig(2, balance=balance, capacity_factor=1.0).build(2)
+    layer.to_empty(device="cpu").load_balancing_weight.fill_(77.0)
+    layer.reset_parameters()
+    assert layer.load_balancing_weight.item() == 0.25
 
 
 def test_update_expert_bias_leaves_padding_frozen_layers_and_other_routers_alone():

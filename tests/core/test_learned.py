@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from routed import ids
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from core import FFN, Balance, MoEConfig, RoutingContext, aux_loss, record
 from core.flops import count_flops
@@ -248,6 +249,26 @@ def test_the_stage_is_saved_and_loaded_both_ways():
     assert torch.equal(other(x, given).expert_ids_N, other(x, given).logits_TE.argmax(-1))
     assert "distillation" in other.terms
     assert all(p.requires_grad for p in other.light.parameters())
+
+
+def test_the_stage_of_a_copied_buffer_is_followed():
+    model, averaged = stable(), AveragedModel(stable())
+    averaged.update_parameters(model)
+    model.freeze_light_router()
+    averaged.update_parameters(model)
+    x, given = torch.tensor([[[-1.0, 0.0]]]), RoutingContext(token_ids_BS=torch.tensor([[2]]))
+    # The hidden state takes expert 1, the light router's (2, 1) expert 0.
+    assert ids(stable()(x, given)) == [[1]]
+    assert ids(averaged(x, given)) == [[0]]
+    assert not any(p.requires_grad for p in averaged.module.light.parameters())
+    averaged.module.reset_parameters()
+    assert ids(averaged(x, given)) == [[1]]
+
+
+def test_a_forward_leaves_a_frozen_router_frozen():
+    built = stable().requires_grad_(False)
+    built(torch.randn(1, 2, 2), context(1, 2, 3))
+    assert not any(p.requires_grad for p in built.parameters())
 
 
 def test_a_forward_changes_no_state():

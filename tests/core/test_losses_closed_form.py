@@ -290,6 +290,31 @@ def test_a_term_without_its_context_is_refused_naming_the_field(options, missing
         aux_loss(tape)
 
 
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"modality_BS": torch.zeros(3, dtype=torch.int64)}, r"modality_BS has shape \(3,\), the tokens \(2, 3\)"),
+        ({"modality_BS": torch.zeros(3, 2, dtype=torch.int64)}, r"modality_BS has shape \(3, 2\), the tokens \(2, 3\)"),
+        ({"modality_BS": torch.full((2, 3), 7)}, r"modality_BS holds 7, which is not in range\(2\)"),
+        ({"modality_BS": torch.zeros(2, 3)}, r"modality_BS is torch.float32: ids are integers"),
+        ({"task_ids_B": torch.zeros(3, dtype=torch.int64)}, r"task_ids_B has shape \(3,\), the tokens \(2,\)"),
+        ({"task_ids_B": torch.tensor([0, -1])}, r"task_ids_B holds -1, which is not in range\(2\)"),
+    ],
+)
+def test_a_field_that_only_a_loss_reads_is_checked_as_a_gate_checks_it(fields, message):
+    right = {"modality_BS": torch.tensor([[0, 1, 1], [0, 0, 1]]), "task_ids_B": torch.tensor([0, 1])}
+    balance = Balance(mutual_information=1.0, num_tasks=2, local_entropy=1.0, num_modalities=2)
+    layer = MoEConfig(4, balance=balance).build(6)
+    with record(layer) as tape:
+        layer(torch.randn(2, 3, 6), RoutingContext(**right))
+        layer(torch.randn(2, 3, 6), RoutingContext(**{**right, **fields}))
+    sound, wrong = (Tape((entry,)) for entry in tape.entries)
+    assert aux_loss(sound).isfinite()
+    assert torch.equal(aux_loss(sound.detach()), aux_loss(sound).detach())  # the context is kept
+    with pytest.raises(ValueError, match=message):
+        aux_loss(wrong)
+
+
 def test_what_is_switched_off_needs_no_context():
     assert Balance(num_tasks=3, num_modalities=2).needs() == ()
     assert Balance(mutual_information=1.0, local_entropy=1.0).needs() == ()
@@ -404,7 +429,9 @@ def test_the_scope_says_whether_ranks_share_their_sums():
     decided = routing(torch.rand(6, 3).softmax(-1))
     other = balance_sums(routing(torch.tensor([[0.98, 0.01, 0.01]] * 4)), frozenset({"load_balancing"}))
 
-    def added_up(sums: list[dict[str, Tensor]]) -> tuple[list[dict[str, Tensor]], int]:
+    def added_up(
+        names: list[str], sums: list[dict[str, Tensor]], device: torch.device | None
+    ) -> tuple[list[dict[str, Tensor]], int]:
         return [{name: value + other[name] for name, value in s.items()} for s in sums], 2
 
     found = {}

@@ -9,7 +9,7 @@ import torch
 from routed import ids, logits_of
 from torch import Tensor
 
-from core import FFN, MoEConfig, Routing, RoutingContext, TokenChoice
+from core import FFN, Choice, MoEConfig, PairRouter, RouterConfig, Routing, RoutingContext, TokenChoice, Tokens
 from core.routing.gates import LinearGate, NoisyGate
 from core.routing.router import TokenChoiceRouter
 from core.routing.selection import Capacity
@@ -358,3 +358,19 @@ def test_a_wrong_option_is_refused_with_its_value_and_the_rule(arguments, messag
 def test_a_router_that_does_not_fit_its_experts_is_refused(config, num_experts, message):
     with pytest.raises(ValueError, match=message):
         config.build(16, num_experts)
+
+
+@pytest.mark.parametrize("chosen", [-1, 5])
+def test_a_gate_that_chooses_an_expert_that_is_not_there_is_told(chosen):
+    class Lost(PairRouter):
+        def choose(self, tokens: Tokens) -> Choice:
+            ids_T1 = torch.full((tokens.x_TD.shape[0], 1), chosen)
+            return Choice(ids_T1, torch.ones(ids_T1.shape))
+
+    class Plain(RouterConfig):
+        pass
+
+    with pytest.raises(
+        ValueError, match=rf"a gate chose expert {chosen}, which is not in range\(4\) or 4 for an empty"
+    ):
+        Lost(4, Plain(), Capacity())(torch.randn(1, 3, 6))
