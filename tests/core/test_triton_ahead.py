@@ -17,19 +17,25 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
 KERNELS = {
     "products": {"up", "linear", "hidden_grad", "weight_grad", "gate_grad", "column_sums"},
-    "sums": {"sum_of_k", "sum_of_any"},
+    "sums": {"sum_of_k", "sum_of_any", "sum_grad"},
     "sort": {"count", "place"},
-    "gate": {"choose", "choose_grad"},
+    "gate": {"choose", "totals", "choose_grad"},
 }
 
 
-def compiled(*options: str) -> list[dict]:
-    """What ``ahead`` reports, run where the interpreter is off."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "core.kernels.triton_ops.ahead", "--json", *options]
+def python(*arguments: str) -> str:
+    """What Python prints, run where the interpreter is off."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "TRITON_DEFAULT_FP_FUSION")}
+    command = [sys.executable, *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.stdout, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    assert "FP_FUSION" not in done.stderr, "Triton warns of a default that is about to change"
+    return done.stdout
+
+
+def compiled(*options: str) -> list[dict]:
+    """What ``ahead`` reports."""
+    return [json.loads(line) for line in python("-m", "core.kernels.triton_ops.ahead", "--json", *options).splitlines()]
 
 
 def names(row: dict) -> str:
@@ -45,6 +51,8 @@ def check(rows: list[dict], dtype: str) -> None:
         assert row["shared"] <= ahead.SHARED_MEMORY[row["arch"]]
         multiplies = row["kernel"] in {f"products.{k}" for k in ("up", "linear", "hidden_grad", "weight_grad")}
         assert row["products"] == multiplies
+        if multiplies and row["in_flight"] is not None:
+            assert row["in_flight"] > 0, names(row)
         # float32 is exact: it must not run in tf32.
         assert row["tensor_cores"] == (multiplies and dtype != "float32"), names(row)
 
@@ -82,6 +90,29 @@ def test_no_tile_spills_where_rows_are_not_of_whole_tiles():
         rows = compiled("--first", "--arch", "80", "--dtypes", "bfloat16", "--widths", widths)
         check(rows, "bfloat16")
         check_tiles(rows, tuned, (80,))
+        widest = {row["kernel"]: row["widest"] for row in rows}
+        for kernel in ("products.column_sums", "products.gate_grad", "sums.sum_of_k", "sums.sum_grad"):
+            assert (widest[kernel] == 16) == (widths == "eights"), kernel
+
+
+def test_kernels_are_not_compiled_anew_for_another_number_of_tokens():
+    # 32768, 32760 and 8 pairs of 4096 tokens, 4095 and one: multiples of 16 or not, and 1, which is compiled in.
+    script = """
+import json, torch
+from core.kernels.triton_ops.ahead import launches, specialized
+from core.kernels.triton_ops.launch import jit_function
+
+for tokens in (4096, 4095, 1):
+    for start in launches(torch.float32, (2048, 1408), tokens=tokens):
+        types, _, aligned = specialized(jit_function(start.kernel), start.args, start.options(start.tiles()[0]))
+        print(json.dumps([tokens, start.kernel, types, str(aligned)]))
+"""
+    found: dict[int, list[list]] = {4096: [], 4095: [], 1: []}
+    for line in python("-c", script).splitlines():
+        tokens, *compiled_for = json.loads(line)
+        found[tokens].append(compiled_for)
+    assert {kernel for kernel, *_ in found[4096]} == {f"{f}.{k}" for f, kernels in KERNELS.items() for k in kernels}
+    assert found[4096] == found[4095] == found[1]
 
 
 def test_what_sees_no_dtype_of_products_builds_for_three_cards():
@@ -104,12 +135,19 @@ def test_what_does_not_fit_is_said():
         "tile": "-",
         "registers": 255,
         "products": True,
+        "arch": 80,
+        "spill": ahead.MAX_SPILL,
+        "shared": 163 * 1024,
+        "tensor_cores": True,
+        "in_flight": 2,
+        "widest": 16,
     }
-    good = ahead.Compiled(**fits, arch=80, spill=ahead.MAX_SPILL, shared=163 * 1024, tensor_cores=True)
-    assert good.wrong() is None
-    large = ahead.Compiled(**fits, arch=80, spill=0, shared=163 * 1024 + 1, tensor_cores=True)
-    assert large.wrong() == "needs 166913 bytes of shared memory, sm_80 has 166912"
-    spilled = ahead.Compiled(**fits, arch=90, spill=ahead.MAX_SPILL + 8, shared=0, tensor_cores=True)
-    assert spilled.wrong() == f"spills {ahead.MAX_SPILL + 8} bytes of registers, more than {ahead.MAX_SPILL}"
-    plain = ahead.Compiled(**fits, arch=90, spill=0, shared=0, tensor_cores=False)
-    assert plain.wrong() == "has no tensor-core instruction"
+    for changed, wrong in (
+        ({}, None),
+        ({"in_flight": None}, None),
+        ({"shared": 163 * 1024 + 1}, "needs 166913 bytes of shared memory, sm_80 has 166912"),
+        ({"spill": 104}, "spills 104 bytes of registers, more than 96"),
+        ({"tensor_cores": False}, "has no tensor-core instruction"),
+        ({"in_flight": 0}, "waits for all that it loads before each product"),
+    ):
+        assert ahead.Compiled(**fits | changed).wrong() == wrong

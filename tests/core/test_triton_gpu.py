@@ -154,6 +154,7 @@ def test_a_token_of_nan_is_counted_where_it_goes(experts):
     logits = torch.randn(100, experts, device="cuda")
     logits[3], logits[7, 2] = torch.nan, torch.nan
     best = triton_ops.topk_gate(logits, 2)
+    assert best.gates_TK.isnan().all(1).nonzero().flatten().tolist() == [3, 7]
     assert (best.expert_ids_TK[:, 0] != best.expert_ids_TK[:, 1]).all()
     assert torch.equal(best.chosen_per_expert_E, eager.count_experts(best.expert_ids_TK.flatten(), experts))
 

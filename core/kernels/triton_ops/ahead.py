@@ -3,8 +3,9 @@
     python -m core.kernels.triton_ops.ahead                      # every kernel and tile, for sm_80, sm_90 and sm_100
     python -m core.kernels.triton_ops.ahead --arch 90 --dtypes bfloat16 --kernels up linear
 
-One line a kernel, tile and card: registers, bytes of spilled registers, shared memory, and whether the products run on
-tensor cores. Needs Triton alone: its wheel brings the assembler. Leaves with 1 where a kernel does not fit.
+One line a kernel, tile and card: registers, bytes of spilled registers, shared memory, how many loads are on the way
+when the pipeline first waits, bytes of the widest load, and whether the products run on tensor cores. Needs Triton
+alone: its wheel brings the assembler. Leaves with 1 where a kernel does not fit.
 """
 
 from __future__ import annotations
@@ -36,6 +37,9 @@ MAX_SPILL = 96
 """Bytes of registers that a thread may spill."""
 WIDTHS = {"whole": (2048, 1408), "eights": (2040, 1400), "twos": (2042, 1402), "odd": (2041, 1401)}
 """D and F: of whole tiles; multiples of 8, as ``SwiGLU`` makes them; rows that start at 4 bytes, and at any number."""
+FIRST_WAIT = re.compile(r"ttg\.async_wait\b.*?\bnum = (\d+)")
+LOAD = re.compile(r"\bld\.global[\w.:]*?(?:\.v(\d))?\.b(\d+)\b")
+ASYNC_LOAD = re.compile(r"\bcp\.async\.c[ag]\.shared\.global[^;]*?, (0x[0-9a-f]+|\d+)")
 TENSOR_CORES = re.compile(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)\b")
 _TYPES = {
     torch.float32: "fp32",
@@ -55,6 +59,8 @@ class Compiled:
         kernel, widths, arch, dtype, tile: which.
         registers: of a thread. spill: bytes of them in memory. shared: bytes of shared memory of a program.
         products, tensor_cores: the kernel multiplies matrices; its code has tensor-core instructions.
+        in_flight: loads that may still be on the way when the pipeline first waits; None without a pipeline.
+        widest: bytes that a thread loads at a time at most.
     """
 
     kernel: str
@@ -67,6 +73,8 @@ class Compiled:
     shared: int
     products: bool
     tensor_cores: bool
+    in_flight: int | None
+    widest: int
 
     def wrong(self) -> str | None:
         """What does not fit, None where all does."""
@@ -76,6 +84,8 @@ class Compiled:
             return f"spills {self.spill} bytes of registers, more than {MAX_SPILL}"
         if self.products and self.dtype != "float32" and not self.tensor_cores:
             return "has no tensor-core instruction"
+        if self.products and self.in_flight == 0:
+            return "waits for all that it loads before each product"
         return None
 
 
@@ -99,7 +109,7 @@ def launches(dtype: torch.dtype, widths: tuple[int, int], *, tokens: int = 32768
         products.up(of(T, D - 8), index_R, offsets_E, of(E, D - 8, F), None, b_in, "gelu", R, True)
         products.linear(hidden_R, w_out, offsets_E, x_R, bias=b_out, gates_R=gates_R)
         products.linear(hidden_R, w_out, offsets_E, x, gates_R=gates_R, row_index_R=index_R)
-        products.linear(hidden_R, w, offsets_E, x_R, transposed=True)
+        products.linear(hidden_R, w, offsets_E, x_R, transposed=True, clear=True)
         products.linear(hidden_R, w, offsets_E, x_R, transposed=True, second=(hidden_R, w))
         products.hidden_grad(x, index_R, offsets_E, gates_R, w_out, b_out, hidden_R, None, "gelu")
         products.hidden_grad(x, index_R, offsets_E, gates_R, w_out, None, hidden_R, hidden_R, "silu")
@@ -112,17 +122,20 @@ def launches(dtype: torch.dtype, widths: tuple[int, int], *, tokens: int = 32768
         sums.sum_rows(x_R, index_R, None, offsets_E, None, T, K, dtype)
         sums.sum_rows(x_R, index_R, None, offsets_E, gates_R, T, K, torch.float32)
         sums.sum_rows(x_R, index_R, of(T + 1, kind=torch.int64), offsets_E, gates_R, T, 0, torch.float32)
+        sums.sum_rows_grad(of(T, D, kind=torch.float32), x_R, index_R, offsets_E, gates_R, dtype)
+        sums.sum_rows_grad(of(T, D, kind=torch.float32), None, index_R, offsets_E, None, dtype)
         if dtype == torch.float32:  # these see no other
             ids, logits_TE = of(R, kind=torch.int64), of(T, E)
-            sort.find_places(ids, E + 1, 0, 0, None)
-            sort.find_places(ids, E + 1, T, K, of(T, kind=torch.int64))
+            sort.find_places(ids, E + 1)
+            sort.find_ranks(ids.view(T, K), of(T, kind=torch.int64), E + 1)
             for experts, groups, softmax in ((E, 1, True), (256, 8, False)):
                 logits_TE, chosen = of(T, experts), (K, softmax, True)
                 gate.choose(logits_TE, None, None, *chosen, groups, max(groups // 2, 1), True, 1.0)
                 gate.choose(logits_TE, of(experts), of(T, kind=torch.bool), *chosen, groups, groups, True, 1.0)
-                grads = (of(T, experts), of(T, K), of(experts), of(1))
+                grads = (of(T, K), of(experts), of(1))
                 ids_TK = of(T, K, kind=torch.int64)
-                gate.choose_grad(*grads, logits_TE, logits_TE, ids_TK, None, softmax, True, 1.0)
+                for dscores_TE in (None, logits_TE):
+                    gate.choose_grad(dscores_TE, *grads, logits_TE, logits_TE, ids_TK, None, softmax, True, 1.0)
     return found
 
 
@@ -133,29 +146,12 @@ def compile_launch(launch: Launch, tile: Tile | None, arch: int, dtype: torch.dt
     from triton.compiler import ASTSource
 
     function, options = jit_function(launch.kernel), launch.options(tile)
-    constants = {name: value for name, value in options.items() if name in function.arg_names}
-    signature: dict[str, str] = {}
-    aligned: dict[tuple[int, ...], list[list[Any]]] = {}
-    values = iter(launch.args)
-    for i, name in enumerate(function.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-            continue
-        value = next(values)
-        if isinstance(value, Tensor):
-            signature[name] = "*" + _TYPES[value.dtype]
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-        elif value == 1:  # as the launcher does
-            signature[name], constants[name] = "constexpr", 1
-        else:
-            signature[name] = "i32"
-        if isinstance(value, Tensor) or (isinstance(value, int) and value != 1 and value % 16 == 0):
-            aligned[(i,)] = [["tt.divisibility", 16]]
-    target = GPUTarget("cuda", arch, 32)
-    choices = {name: value for name, value in options.items() if name.startswith("num_")}
-    made = triton.compile(ASTSource(function, signature, constants, aligned), target=target, options=choices)
+    signature, constants, aligned = specialized(function, launch.args, options)
+    choices = {name: value for name, value in options.items() if name not in function.arg_names}
+    source, target = ASTSource(function, signature, constants, aligned), GPUTarget("cuda", arch, 32)
+    made = triton.compile(source, target=target, options=choices)
     registers, spill = _resources(made.asm["cubin"])
+    first_wait = FIRST_WAIT.search(made.asm["ttgir"])
     return Compiled(
         kernel=launch.kernel,
         widths="-" if launch.tile is None else "x".join(map(str, launch.tile[1][1:])),
@@ -167,7 +163,40 @@ def compile_launch(launch: Launch, tile: Tile | None, arch: int, dtype: torch.dt
         shared=made.metadata.shared,
         products="tl.dot" in function.src or "product(" in function.src,
         tensor_cores=TENSOR_CORES.search(made.asm["ptx"]) is not None,
+        in_flight=None if first_wait is None else int(first_wait[1]),
+        widest=_widest_load(made.asm["ptx"]),
     )
+
+
+def specialized(
+    function: Any, args: Sequence[Any], options: dict[str, Any]
+) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int, ...], list[list[Any]]]]:
+    """What the launcher compiles a kernel for: types, constants, and which arguments are multiples of 16."""
+    constants = {name: value for name, value in options.items() if name in function.arg_names}
+    signature: dict[str, str] = {}
+    aligned: dict[tuple[int, ...], list[list[Any]]] = {}
+    values = iter(args)
+    for i, (name, parameter) in enumerate(zip(function.arg_names, function.params, strict=True)):
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        value, known = next(values), not parameter.do_not_specialize
+        if isinstance(value, Tensor):
+            signature[name] = "*" + _TYPES[value.dtype]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        elif value == 1 and known:  # as the launcher does
+            signature[name], constants[name] = "constexpr", 1
+        else:
+            signature[name] = "i32"
+        if isinstance(value, Tensor) or (isinstance(value, int) and known and value != 1 and value % 16 == 0):
+            aligned[(i,)] = [["tt.divisibility", 16]]
+    return signature, constants, aligned
+
+
+def _widest_load(ptx: str) -> int:
+    vectors = [int(count or 1) * int(bits) // 8 for count, bits in LOAD.findall(ptx)]
+    return max((*vectors, *(int(size, 0) for size in ASYNC_LOAD.findall(ptx))), default=0)
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
@@ -199,7 +228,7 @@ def compile_all(
         archs: of ``ARCHS``.
         dtypes: of the products.
         kernels: names, as "up"; None: all.
-        widths: of ``WIDTHS``; kernels that do not multiply are compiled for the first alone.
+        widths: of ``WIDTHS``; kernels that see no width of rows are compiled for the first alone.
         all_flags: with every combination of flags in ``launches``; else the first of each kernel.
     """
     for dtype in dtypes:
@@ -212,7 +241,8 @@ def compile_all(
                     continue
                 for tile in launch.tiles():
                     flags = repr(sorted(launch.constants.items())) if all_flags else ""
-                    what = (launch.kernel, launch.tile and (launch.tile[0], pair), tile, flags)
+                    width = (launch.tile and (launch.tile[0], pair)) or launch.constants.get("UNIT")
+                    what = (launch.kernel, width, tile, flags)
                     if what in seen:
                         continue
                     seen.add(what)
@@ -235,7 +265,7 @@ def main(argv: list[str] | None = None) -> int:
     failed = 0
     if not args.json:
         heads = f"{'kernel':24}{'widths':12}{'dtype':10}{'tile':18}{'card':8}"
-        print(f"{heads}{'registers':>10}{'spill':>7}{'shared':>8}  tensor cores")
+        print(f"{heads}{'registers':>10}{'spill':>7}{'shared':>8}{'in flight':>11}{'widest':>8}  tensor cores")
     dtypes = [getattr(torch, name) for name in args.dtypes]
     for made in compile_all(args.arch, dtypes, args.kernels, args.widths, all_flags=not args.first):
         wrong = made.wrong()
@@ -243,10 +273,10 @@ def main(argv: list[str] | None = None) -> int:
         if args.json:
             print(json.dumps({**asdict(made), "wrong": wrong}), flush=True)
             continue
-        cores = "yes" if made.tensor_cores else "-"
+        cores, waiting = "yes" if made.tensor_cores else "-", "-" if made.in_flight is None else made.in_flight
         print(
             f"{made.kernel:24}{made.widths:12}{made.dtype:10}{made.tile:18}sm_{made.arch:<5}{made.registers:>10}{made.spill:>7}"
-            f"{made.shared:>8}  {cores}{'' if wrong is None else '  ' + wrong}",
+            f"{made.shared:>8}{waiting:>11}{made.widest:>8}  {cores}{'' if wrong is None else '  ' + wrong}",
             flush=True,
         )
     return 1 if failed else 0

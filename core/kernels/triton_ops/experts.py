@@ -162,10 +162,13 @@ def _setup(ctx, inputs, output):
     *tensors, ctx.top_k, ctx.activation, _ = inputs
     _, pre, pre_gate = output
     ctx.mark_non_differentiable(pre, pre_gate)
+    ctx.set_materialize_grads(False)  # or these two would be given zeros, as large as they are
     ctx.save_for_backward(*tensors, pre, pre_gate)
 
 
 def _backward(ctx, dy, _dpre, _dpre_gate):
+    if dy is None:
+        return (None,) * 14
     saved = ctx.saved_tensors
     wants = [ctx.needs_input_grad[i] for i in (0, 4, 5, 6, 7, 8)]  # x, w_in, w_out, b_in, b_out, w_gate
     dx, dgates, *dweights = _expert_ffn_backward(dy.contiguous(), *saved, ctx.top_k, ctx.activation, wants)
@@ -225,10 +228,10 @@ def expert_ffn(
 @torch.library.custom_op("moesaic::triton_linear", mutates_args=())
 def _linear(x_RD: Tensor, w: Tensor, offsets_E: Tensor, b: Tensor | None, transposed: bool) -> Tensor:
     check_width(x_RD, w.shape[2 if transposed else 1])
-    y = x_RD.new_zeros(x_RD.shape[0], w.shape[1 if transposed else 2])
+    y = x_RD.new_empty(x_RD.shape[0], w.shape[1 if transposed else 2])
     if y.numel():
         bias = None if b is None else b.contiguous()
-        products.linear(x_RD.contiguous(), w.contiguous(), offsets_E, y, transposed=transposed, bias=bias)
+        products.linear(x_RD.contiguous(), w.contiguous(), offsets_E, y, transposed=transposed, bias=bias, clear=True)
     return y
 
 

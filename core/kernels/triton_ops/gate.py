@@ -15,6 +15,8 @@ NUMBERS = 1024
 """Of the logits that a program holds at once."""
 TOKENS_OF_A_SUM = 16
 """At least so many add to one row of counts and sums, or these would be as large as the logits."""
+BLOCKS_AT_A_TIME = 256
+"""Whose counts and sums are added up side by side, of the few experts of a program."""
 
 
 def _tokens_at_a_time(columns: int) -> int:
@@ -62,7 +64,7 @@ def choose(
     best_two: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Scores, ids, gates, loads, score sums and square sum: the launch of the gate."""
+    """Scores, ids, gates, loads, score sums and square sum: the launches of the gate."""
     logits_TE = logits_TE.contiguous()
     (T, E), like = logits_TE.shape, logits_TE
     limited = limited_groups if limited_groups < num_groups else 0
@@ -109,12 +111,20 @@ def choose(
             },
             lambda _: blocks,
         ).run()
-    return scores_TE, ids_TK, gates_TK, counts.sum(0), score_sums.sum(0), square_sums.sum(0, keepdim=True)
+    chosen_E, score_sum_E, square_sum = like.new_empty(E, dtype=torch.int64), like.new_empty(E), like.new_empty(1)
+    wide = min(power_of_two(E), 8)
+    Launch(
+        "gate.totals",
+        (counts, score_sums, square_sums, chosen_E, score_sum_E, square_sum, blocks, E),
+        {"BLOCK_B": BLOCKS_AT_A_TIME, "BLOCK_E": wide},
+        lambda _: -(-E // wide),
+    ).run()
+    return scores_TE, ids_TK, gates_TK, chosen_E, score_sum_E, square_sum
 
 
 @torch.library.custom_op("moesaic::triton_gate_backward", mutates_args=())
 def _gate_backward(
-    dscores_TE: Tensor,
+    dscores_TE: Tensor | None,
     dgates_TK: Tensor,
     dscore_sum_E: Tensor,
     dsquare_sum: Tensor,
@@ -138,7 +148,7 @@ def _(
 
 
 def choose_grad(
-    dscores_TE: Tensor,
+    dscores_TE: Tensor | None,
     dgates_TK: Tensor,
     dscore_sum_E: Tensor,
     dsquare_sum: Tensor,
@@ -158,7 +168,8 @@ def choose_grad(
         return dlogits_TE
     high = _tokens_at_a_time(power_of_two(E))
     blocks = -(-T // high)
-    grads = (t.contiguous() for t in (dscores_TE, dgates_TK, dscore_sum_E, dsquare_sum))
+    dscores = scores_TE if dscores_TE is None else dscores_TE.contiguous()
+    grads = (dscores, *(t.contiguous() for t in (dgates_TK, dscore_sum_E, dsquare_sum)))
     valid = logits_TE if valid_T is None else valid_T.contiguous().view(torch.uint8)
     Launch(
         "gate.choose_grad",
@@ -167,6 +178,7 @@ def choose_grad(
             "SOFTMAX": softmax,
             "NORMALIZE": normalize,
             "MASKED": valid_T is not None,
+            "DSCORES": dscores_TE is not None,
             "TOP_K": K,
             "BLOCK_T": high,
             "E_POW2": power_of_two(E),
@@ -180,16 +192,20 @@ def _setup(ctx, inputs, output):
     logits_TE, _, valid_T, _, ctx.softmax, ctx.normalize, *_, ctx.scale = inputs
     scores_TE, ids_TK, _, counts, *_ = output
     ctx.mark_non_differentiable(ids_TK, counts)
+    ctx.set_materialize_grads(False)  # or the scores, which seldom have a gradient, would be given T E zeros
     ctx.save_for_backward(logits_TE, scores_TE, ids_TK, valid_T)
 
 
 def _backward(ctx, dscores_TE, _ids, dgates_TK, _counts, dscore_sum_E, dsquare_sum):
     logits_TE, scores_TE, ids_TK, valid_T = ctx.saved_tensors
+    if all(d is None for d in (dscores_TE, dgates_TK, dscore_sum_E, dsquare_sum)):
+        return (None,) * 10
+    zeros = logits_TE.new_zeros
     dlogits_TE = _gate_backward(
         dscores_TE,
-        dgates_TK,
-        dscore_sum_E,
-        dsquare_sum,
+        zeros(ids_TK.shape) if dgates_TK is None else dgates_TK,
+        zeros(logits_TE.shape[1]) if dscore_sum_E is None else dscore_sum_E,
+        zeros(1) if dsquare_sum is None else dsquare_sum,
         logits_TE,
         scores_TE,
         ids_TK,

@@ -13,7 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .environment import card
 from .tuning import Tile, block_k, tiles, tuner
+
+FUSED = {"enable_fp_fusion": True}
+"""A product and a sum in one rounding: left unsaid, it hangs on Triton's version and environment, and 3.9 warns."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +43,11 @@ class Launch:
 
     def options(self, tile: Tile | None) -> dict[str, Any]:
         """Constants and compiler options with this tile."""
+        options = {**self.constants, **FUSED}
         if tile is None or self.tile is None:
-            return {**self.constants, "num_warps": self.warps}
+            return {**options, "num_warps": self.warps}
         kernel, shape, dtype, _ = self.tile
-        options = {**self.constants, **tile.options(), "BLOCK_K": block_k(dtype), "EVEN_N": shape[2] % tile.n == 0}
+        options |= {**tile.options(), "BLOCK_K": block_k(dtype), "EVEN_N": shape[2] % tile.n == 0}
         options["UNIT_N"] = math.gcd(shape[2], 16)
         if kernel == "weight_grad":
             return {**options, "EVEN_M": shape[1] % tile.m == 0, "UNIT_M": math.gcd(shape[1], 16)}
@@ -103,13 +108,13 @@ def _multiprocessors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
-def programs(total: int, tile: Tile | None, like: Tensor) -> int:
-    """How many programs walk ``total`` tiles: as many as run at once on Hopper and later, where that saves the starts;
-    one each before."""
-    if like.device.type != "cuda" or torch.cuda.get_device_capability(like.device) < (9, 0):
+def programs(total: int, like: Tensor) -> int:
+    """How many programs walk ``total`` tiles: on Hopper and later, where that saves the starts, two for each
+    multiprocessor, whether or not the second one has room beside the first; one for each tile before."""
+    if like.device.type != "cuda" or card(like.device) < (9, 0):
         return total
-    at_once = _multiprocessors(like.device.index or 0) * (1 if tile is not None and tile.warps >= 8 else 2)
-    return min(total, at_once)
+    index = torch.cuda.current_device() if like.device.index is None else like.device.index
+    return min(total, 2 * _multiprocessors(index))
 
 
 def power_of_two(n: int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -74,12 +76,14 @@ def linear(
     bias: Tensor | None = None,
     gates_R: Tensor | None = None,
     row_index_R: Tensor | None = None,
+    clear: bool = False,
 ) -> None:
     """``out = g (x w + x2 w2 + b)``; rows go to ``row_index_R`` of ``out`` where it is given.
 
     Args:
         x: (R, D); w: (E, D, N), or ``transposed`` (E, N, D).
         second: x2 and w2, of the same shapes.
+        clear: rows past the last offset are set to zero, and not left as they are; not with ``row_index_R``.
     """
     E, D, N = w.shape if not transposed else (w.shape[0], w.shape[2], w.shape[1])
     x2, w2 = second or (x, w)
@@ -89,6 +93,7 @@ def linear(
         "BIAS": bias is not None,
         "WEIGHTED": gates_R is not None,
         "SCATTER": row_index_R is not None,
+        "CLEAR": clear,
         "EVEN_K": D % block_k(x.dtype) == 0,
         "E_POW2": power_of_two(E),
         **_flags(x),
@@ -143,6 +148,7 @@ def hidden_grad(
         {
             "GATHER": row_index_R is not None,
             "BIAS": b_out is not None,
+            "UNIT": math.gcd(N, 16),
             "E_POW2": power_of_two(E),
             "PARTS_POW2": power_of_two(parts),
             "BLOCK_M": height,
@@ -195,6 +201,7 @@ def column_sums(
         {
             "GATHER": row_index_R is not None,
             "WEIGHTED": gates_R is not None,
+            "UNIT": math.gcd(N, 16),
             "BLOCK_K": 16 if interpreted() else ROWS_AT_A_TIME,
             "BLOCK_N": width,
         },
@@ -218,7 +225,7 @@ def _by_rows(
 
     def grid(tile: Tile | None) -> int:
         assert tile is not None
-        return programs(_tiles_m(rows, E, tile.m) * -(-width // tile.n), tile, like)
+        return programs(_tiles_m(rows, E, tile.m) * -(-width // tile.n), like)
 
     return Launch(kernel, args, constants, grid, (tuned_as, shape, like.dtype, rows / max(E, 1)))
 

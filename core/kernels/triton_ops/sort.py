@@ -15,61 +15,87 @@ MAX_BINS = 4096
 
 
 @torch.library.custom_op("moesaic::triton_places", mutates_args=())
-def places(ids: Tensor, bins: int, num_tokens: int, top_k: int, served_T: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Where each pair stands when pairs are sorted by id, earlier pairs first; and how many there are of lower ids.
+def places(ids: Tensor, bins: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Where each pair stands when pairs are sorted by id, earlier pairs first.
 
     Args:
         ids: int64 (N,), in ``range(bins)``.
         bins: number of ids.
-        num_tokens, top_k: with ``top_k`` above 0 the order of the pairs, which are token-major, is that of queues:
-            first choices before second ones. 0: the order of the pairs is their own.
-        served_T: int64 (T,), the tokens in the order in which they are served; None: as they come.
 
     Returns:
-        int64 (N,) places; int32 (bins,) starts.
+        int64 (N,) the place of each pair; int64 (N,) the pair of each place; int32 (bins,) inclusive cumulative counts.
     """
-    return find_places(ids, bins, num_tokens, top_k, served_T)
+    return find_places(ids, bins)
 
 
 @places.register_fake
-def _(ids, bins, num_tokens, top_k, served_T):
-    return torch.empty_like(ids), ids.new_empty(bins, dtype=torch.int32)
+def _(ids, bins):
+    return torch.empty_like(ids), torch.empty_like(ids), ids.new_empty(bins, dtype=torch.int32)
 
 
-def find_places(ids: Tensor, bins: int, num_tokens: int, top_k: int, served_T: Tensor | None) -> tuple[Tensor, Tensor]:
+def find_places(ids: Tensor, bins: int) -> tuple[Tensor, Tensor, Tensor]:
     """The launches of ``places``."""
-    N, device = ids.shape[0], ids.device
-    found = torch.empty(N, dtype=torch.int64, device=device)
-    if N == 0:
-        return found, torch.zeros(bins, dtype=torch.int32, device=device)
+    place_N, order_N = (torch.empty_like(ids, memory_format=torch.contiguous_format) for _ in range(2))
+    ends = _launch(ids.contiguous(), place_N, order_N, bins, 0, 0, None)
+    # The last block's: memory of its own, for the operations that read it take no stride.
+    return place_N, order_N, ends[:, -1].clone()
+
+
+@torch.library.custom_op("moesaic::triton_queue_ranks", mutates_args=())
+def _queue_ranks(queue_TK: Tensor, served_T: Tensor | None, num_queues: int) -> Tensor:
+    return find_ranks(queue_TK, served_T, num_queues)
+
+
+@_queue_ranks.register_fake
+def _(queue_TK, served_T, num_queues):
+    return torch.empty_like(queue_TK, memory_format=torch.contiguous_format)
+
+
+def find_ranks(queue_TK: Tensor, served_T: Tensor | None, num_queues: int) -> Tensor:
+    """The launches of ``queue_ranks``."""
+    T, K = queue_TK.shape
+    ranks_TK = torch.empty_like(queue_TK, memory_format=torch.contiguous_format)
+    served = None if served_T is None else served_T.contiguous()
+    _launch(queue_TK.contiguous(), ranks_TK, ranks_TK, num_queues, T, K, served)
+    return ranks_TK
+
+
+def _launch(
+    ids: Tensor, found: Tensor, order_N: Tensor, bins: int, num_tokens: int, top_k: int, served_T: Tensor | None
+) -> Tensor:
+    """Counts, sums and places: with ``top_k`` 0 those of the pairs in their own order, into ``found`` and ``order_N``.
+    Else pairs are token-major, first choices come before second ones, and ``found`` takes the places among those of the
+    same id.
+
+    Returns:
+        int32 (bins, blocks) inclusive cumulative counts.
+    """
+    N = ids.numel()
     blocks = -(-N // BLOCK)
-    counts = torch.empty(bins, blocks, dtype=torch.int32, device=device)
+    if N == 0:
+        return torch.zeros(bins, 1, dtype=torch.int32, device=ids.device)
+    counts = torch.empty(bins, blocks, dtype=torch.int32, device=ids.device)
     flags = {"ORDERED": served_T is not None, "IN_QUEUE": top_k > 0, "BLOCK": BLOCK}
-    served = ids if served_T is None else served_T.contiguous()
-    ids, sizes = ids.contiguous(), (N, max(num_tokens, 1), max(top_k, 1))
+    served, sizes = ids if served_T is None else served_T, (N, max(num_tokens, 1), max(top_k, 1))
     # One bin more, for what is past the last pair.
     binned = flags | {"BINS_POW2": power_of_two(bins + 1)}
     Launch("sort.count", (ids, served, counts, *sizes, bins, blocks), binned, lambda _: blocks).run()
     ends = counts.flatten().cumsum(0, dtype=torch.int32)
-    starts = (ends - counts.flatten()).view(bins, blocks)
-    Launch("sort.place", (ids, served, starts, found, *sizes, blocks), flags, lambda _: blocks).run()
-    return found, starts[:, 0].clone()
+    Launch("sort.place", (ids, served, ends, found, order_N, *sizes, blocks), flags, lambda _: blocks).run()
+    return ends.view(bins, blocks)
 
 
 def sort_pairs(expert_ids_N: Tensor, tokens_per_expert_E: Tensor) -> Sorted:
-    """As ``eager.sort_pairs``."""
-    if tokens_per_expert_E.shape[0] >= MAX_BINS:
+    """As ``eager.sort_pairs``; the counts are taken from the ids."""
+    E = tokens_per_expert_E.shape[0]
+    if E >= MAX_BINS:
         return eager.sort_pairs(expert_ids_N, tokens_per_expert_E)
-    inverse_N, _ = places(expert_ids_N, tokens_per_expert_E.shape[0] + 1, 0, 0, None)
-    pair_N = torch.arange(inverse_N.shape[0], device=inverse_N.device)
-    order_R = torch.empty_like(inverse_N).scatter_(0, inverse_N, pair_N)
-    return Sorted(order_R, inverse_N, tokens_per_expert_E.cumsum(0).to(torch.int32))
+    inverse_N, order_R, ends = places(expert_ids_N, E + 1)
+    return Sorted(order_R, inverse_N, ends[:E])
 
 
 def queue_ranks(queue_TK: Tensor, served_T: Tensor | None, num_queues: int) -> Tensor:
     """As ``eager.queue_ranks``."""
     if num_queues > MAX_BINS:
         return eager.queue_ranks(queue_TK, served_T, num_queues)
-    T, K = queue_TK.shape
-    found_N, starts = places(queue_TK.flatten(), num_queues, T, K, served_T)
-    return (found_N - starts.to(torch.int64)[queue_TK.flatten()]).view(T, K)
+    return _queue_ranks(queue_TK, served_T, num_queues)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -22,8 +24,8 @@ def rows_by_token(row_index_R: Tensor, offsets_E: Tensor, num_tokens: int) -> tu
     row_R = torch.arange(R, device=device)
     token_R = torch.where(row_R < offsets_E[-1], row_index_R, num_tokens)
     if num_tokens < MAX_BINS:
-        place_R, starts = find_places(token_R, num_tokens + 1, 0, 0, None)
-        return torch.empty_like(place_R).scatter_(0, place_R, row_R), starts.to(torch.int64)
+        _, rows, ends = find_places(token_R, num_tokens + 1)
+        return rows, torch.nn.functional.pad(ends[:-1], (1, 0)).to(torch.int64)
     rows = token_R.argsort(stable=True)
     counts = torch.zeros(num_tokens + 1, dtype=torch.int64, device=device)
     counts = counts.scatter_add_(0, token_R, torch.ones_like(token_R))
@@ -55,7 +57,7 @@ def sum_rows(
         return out.zero_()
     wide = min(power_of_two(D), 32 if interpreted() else 512)
     gates = y_RD if gates_R is None else gates_R
-    constants = {"WEIGHTED": gates_R is not None, "UPCAST": upcast(dtype), "BLOCK_D": wide}
+    constants = {"WEIGHTED": gates_R is not None, "UPCAST": upcast(dtype), "UNIT": math.gcd(D, 16), "BLOCK_D": wide}
     if starts is not None:
         grid = num_tokens * -(-D // wide)
         Launch("sums.sum_of_any", (y_RD, rows, starts, gates, out, D), constants, lambda _: grid).run()
@@ -89,6 +91,54 @@ def _(y_RD, row_index_R, offsets_E, gates_R, rows, starts, num_tokens, top_k):
     return y_RD.new_empty(num_tokens, y_RD.shape[1], dtype=accumulate_dtype(y_RD.dtype))
 
 
+@torch.library.custom_op("moesaic::triton_combine_backward", mutates_args=())
+def _combine_backward(
+    dout: Tensor,
+    y_RD: Tensor | None,
+    row_index_R: Tensor,
+    offsets_E: Tensor,
+    gates_R: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    return sum_rows_grad(dout, y_RD, row_index_R, offsets_E, gates_R, dtype)
+
+
+@_combine_backward.register_fake
+def _(dout, y_RD, row_index_R, offsets_E, gates_R, dtype):
+    R, D = row_index_R.shape[0], dout.shape[1]
+    return dout.new_empty(R, D, dtype=dtype), dout.new_empty(0) if gates_R is None else gates_R.new_empty(R)
+
+
+def sum_rows_grad(
+    dout: Tensor,
+    y_RD: Tensor | None,
+    row_index_R: Tensor,
+    offsets_E: Tensor,
+    gates_R: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the rows in ``dtype``, (R, D), and of the gates, (R,): ``y_RD`` and ``gates_R`` are both None where
+    rows are not gated, and the second is empty then."""
+    R, D = row_index_R.shape[0], dout.shape[1]
+    dy_RD = dout.new_empty(R, D, dtype=dtype)
+    dgates_R = dout.new_empty(0) if gates_R is None else gates_R.new_empty(R)
+    if R == 0:
+        return dy_RD, dgates_R
+    dout = dout.contiguous()
+    y, gates = (dout if t is None else t.contiguous() for t in (y_RD, gates_R))
+    high, wide = 4, min(power_of_two(D), 32 if interpreted() else 512)
+    constants = {
+        "WEIGHTED": gates_R is not None,
+        "UPCAST": upcast(dtype),
+        "UNIT": math.gcd(D, 16),
+        "BLOCK_R": high,
+        "BLOCK_D": wide,
+    }
+    args = (dout, y, row_index_R.contiguous(), gates, offsets_E, dy_RD, dgates_R, R, D, offsets_E.shape[0])
+    Launch("sums.sum_grad", args, constants, lambda _: -(-R // high)).run()
+    return dy_RD, dgates_R
+
+
 def _setup(ctx, inputs, output):
     y_RD, row_index_R, offsets_E, gates_R, *_ = inputs
     ctx.dtype = y_RD.dtype
@@ -98,14 +148,8 @@ def _setup(ctx, inputs, output):
 
 def _backward(ctx, dout):
     y_RD, row_index_R, offsets_E, gates_R = ctx.saved_tensors
-    dead_R1 = (torch.arange(row_index_R.shape[0], device=dout.device) >= offsets_E[-1])[:, None]
-    dout_RD = dout.index_select(0, row_index_R).masked_fill(dead_R1, 0.0)
-    dgates_R = None
-    if gates_R is not None:
-        # Rows past the last offset may hold NaN.
-        dgates_R = (dout_RD * y_RD.to(dout.dtype).masked_fill(dead_R1, 0.0)).sum(-1).to(gates_R.dtype)
-        dout_RD = dout_RD * gates_R[:, None]
-    return dout_RD.to(ctx.dtype), None, None, dgates_R, None, None, None, None
+    dy_RD, dgates_R = _combine_backward(dout, y_RD, row_index_R, offsets_E, gates_R, ctx.dtype)
+    return dy_RD, None, None, None if gates_R is None else dgates_R, None, None, None, None
 
 
 _combine.register_autograd(_backward, setup_context=_setup)

@@ -12,11 +12,12 @@ nothing is measured while a CUDA graph is captured.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -76,7 +77,7 @@ TWO_SUMS = (
 # GELU's error function takes more registers than SiLU.
 TWO_SUMS_OF_SILU = (Tile(128, 128, 8, 3), *TWO_SUMS)
 # A row's sum lies within a tile: warps and columns fixed for each height.
-FIXED = (Tile(128, 64, 8, 3), Tile(64, 128, 8, 3), Tile(32, 64, 4, 3), Tile(16, 64, 4, 3))
+FIXED = (Tile(128, 128, 8, 3), Tile(64, 128, 8, 3), Tile(32, 64, 4, 3), Tile(16, 64, 4, 3))
 # The weights' gradients: their tiles are of the weight, their sums over the rows.
 SQUARE = (Tile(128, 256, 8, 3), Tile(128, 128, 8, 3), Tile(128, 128, 4, 4), Tile(64, 128, 4, 4), Tile(64, 64, 4, 4))
 # Full precision without tf32 runs on the ordinary cores, whose sums lie in registers.
@@ -110,6 +111,7 @@ FULL_TILES = {
     "weight_grad": FULL_SQUARE,
 }
 RAGGED_TILES = {kernel: RAGGED_SQUARE if kernel == "weight_grad" else RAGGED for kernel in HALF_TILES}
+TABLES = (HALF_TILES, UNEVEN_TILES, FULL_TILES, RAGGED_TILES)
 BY_ROWS = {"up", "up_geglu", "up_swiglu", "linear", "hidden_grad"}
 
 
@@ -155,7 +157,7 @@ class Tuner:
         self.card = card
         self.best: dict[str, Tile] = {}
         self.file: Path | None = None
-        self.loaded = False
+        self.loaded = self.full = False
 
     def choose(
         self,
@@ -185,7 +187,12 @@ class Tuner:
         key = "/".join(map(str, (kernel, str(dtype).removeprefix("torch."), height, *shape, *flags)))
         if self.best.get(key) in candidates:  # a file may be of an older list of tiles
             return self.best[key]
-        if len(self.best) >= MAX_SHAPES or torch.cuda.is_current_stream_capturing():
+        if len(self.best) >= MAX_SHAPES:
+            if not self.full:
+                log.warning("%d shapes are measured on %s: others take the default tile", MAX_SHAPES, self.card)
+            self.full = True
+            return candidates[0]
+        if torch.cuda.is_current_stream_capturing():
             return candidates[0]
         fastest = _fastest(candidates, run)
         if fastest is None:
@@ -201,31 +208,54 @@ class Tuner:
         folder = os.environ.get("MOESAIC_TUNING_CACHE") or Path.home() / ".cache" / "moesaic" / "tuning"
         name = "-".join((self.card, torch.__version__, triton.__version__)).replace(" ", "_")
         self.file = Path(folder) / f"{name.replace('/', '_')}.json"
-        try:
-            found = json.loads(self.file.read_text())
-            self.best = {key: Tile(**values) for key, values in found.items()}
-        except FileNotFoundError:
-            pass
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            log.warning("tiles are measured again: %s cannot be read (%s)", self.file, error)
+        self.best = _read(self.file)
 
     def _save(self) -> None:
         if self.file is None:
             return
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            # Beside its place, then moved: another process may be reading.
-            with tempfile.NamedTemporaryFile("w", dir=self.file.parent, suffix=".tmp", delete=False) as new:
-                try:
-                    json.dump({key: asdict(tile) for key, tile in self.best.items()}, new, indent=1)
-                    new.flush()
-                    os.replace(new.name, self.file)
-                except OSError:
-                    Path(new.name).unlink(missing_ok=True)
-                    raise
+            with _locked(self.file):
+                # Others have measured since it was read, and theirs stay.
+                self.best = {**_read(self.file), **self.best}
+                # Beside its place, then moved: another process may be reading.
+                with tempfile.NamedTemporaryFile("w", dir=self.file.parent, suffix=".tmp", delete=False) as new:
+                    try:
+                        json.dump({key: asdict(tile) for key, tile in self.best.items()}, new, indent=1)
+                        new.flush()
+                        os.replace(new.name, self.file)
+                    except OSError:
+                        Path(new.name).unlink(missing_ok=True)
+                        raise
         except OSError as error:
             log.warning("measured tiles are not kept: %s cannot be written (%s)", self.file, error)
             self.file = None
+
+
+def _read(file: Path) -> dict[str, Tile]:
+    """The tiles of a file, those of an older list left out; none where there is no file, or where it cannot be read."""
+    known = {tile for table in TABLES for listed in table.values() for tile in listed}
+    try:
+        found = {key: Tile(**values) for key, values in json.loads(file.read_text()).items()}
+        return {key: tile for key, tile in found.items() if tile in known}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        log.warning("tiles are measured again: %s cannot be read (%s)", file, error)
+        return {}
+
+
+@contextlib.contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    """One process at a time, by a file beside it. Where the system has no such locks (Windows) the last one wins."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with open(file.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed
+        yield
 
 
 def _fastest(candidates: Sequence[Tile], run: Callable[[Tile], Any]) -> Tile | None:

@@ -1,4 +1,5 @@
-"""The gate in one pass over the logits: scores, choice, gates, counts, and the sums of the balance losses."""
+"""The gate in one pass over the logits: scores, choice, gates, counts, and the sums of the balance losses; and the sums
+of its blocks."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ def _expert_of(column, E, num_groups, IN_GROUP_POW2: tl.constexpr):
     return tl.where((within < size) & (group < num_groups), group * size + within, -1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def choose(
     Logits,
     Bias,
@@ -69,8 +70,10 @@ def choose(
             share = scores
         else:
             scores = tl.where(expert[None, :] >= 0, tl.sigmoid(logits), 0.0)
-            share = scores / tl.maximum(tl.sum(scores, 1), 1e-20)[:, None]
+            share = scores / tl.maximum(tl.sum(scores, 1), 1e-20, propagate_nan=tl.PropagateNan.ALL)[:, None]
         tl.store(Scores + at, scores, mask=here)
+        # Maxima pass NaN over, and the choice does: the gates must say it, or a token of NaN ends as one of zeros.
+        wrong = tl.sum((scores != scores).to(tl.int32), 1) > 0
 
         choice = scores
         if BIASED:
@@ -124,7 +127,7 @@ def choose(
             counted += taken.to(tl.int32)
             tl.store(Ids + t * TOP_K + k, chosen.to(tl.int64), mask=t < T)
             if not NORMALIZE:
-                tl.store(Gates + t * TOP_K + k, gate * scale, mask=t < T)
+                tl.store(Gates + t * TOP_K + k, tl.where(wrong, float("nan"), gate * scale), mask=t < T)
             rest = tl.where(taken, float("-inf"), rest)
         if NORMALIZE:
             total = tl.maximum(total, 1e-20)
@@ -135,7 +138,7 @@ def choose(
                     gate = tl.exp(tl.max(tl.where(taken, logits, float("-inf")), 1) - largest)
                 else:
                     gate = tl.sum(tl.where(taken, scores, 0.0), 1)
-                tl.store(Gates + t * TOP_K + k, gate / total * scale, mask=t < T)
+                tl.store(Gates + t * TOP_K + k, tl.where(wrong, float("nan"), gate / total * scale), mask=t < T)
                 rest = tl.where(taken, float("-inf"), rest)
 
         counts += tl.sum(tl.where(real[:, None], counted, 0), 0)
@@ -149,7 +152,38 @@ def choose(
     tl.store(SquareSums + block, square_sum)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
+def totals(
+    Counts,
+    ScoreSums,
+    SquareSums,
+    Chosen,
+    ScoreSum,
+    SquareSum,
+    blocks,
+    E,
+    BLOCK_B: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """What ``choose`` leaves of each block of tokens, added up: Chosen int64 (E,), ScoreSum (E,), SquareSum (1,)."""
+    e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
+    counts = tl.zeros((BLOCK_B, BLOCK_E), tl.int32)
+    scores = tl.zeros((BLOCK_B, BLOCK_E), tl.float32)
+    squares = tl.zeros((BLOCK_B,), tl.float32)
+    for begin in range(0, blocks, BLOCK_B):
+        block = begin + tl.arange(0, BLOCK_B)
+        mask = (block[:, None] < blocks) & (e[None, :] < E)
+        at = block.to(tl.int64)[:, None] * E + e[None, :]
+        counts += tl.load(Counts + at, mask=mask, other=0)
+        scores += tl.load(ScoreSums + at, mask=mask, other=0.0)
+        squares += tl.load(SquareSums + block, mask=block < blocks, other=0.0)
+    tl.store(Chosen + e, tl.sum(counts, 0).to(tl.int64), mask=e < E)
+    tl.store(ScoreSum + e, tl.sum(scores, 0), mask=e < E)
+    if tl.program_id(0) == 0:
+        tl.store(SquareSum, tl.sum(squares, 0))
+
+
+@triton.jit(do_not_specialize=["T"])
 def choose_grad(
     Logits,
     Scores,
@@ -166,18 +200,22 @@ def choose_grad(
     SOFTMAX: tl.constexpr,
     NORMALIZE: tl.constexpr,
     MASKED: tl.constexpr,
+    DSCORES: tl.constexpr,
     TOP_K: tl.constexpr,
     BLOCK_T: tl.constexpr,
     E_POW2: tl.constexpr,
 ):
-    """The gradient of the logits from those of scores (T, E), gates (T, K), score sums (E,) and square sum (1,)."""
+    """The gradient of the logits from those of scores (T, E), zero without ``DSCORES``, gates (T, K), score sums (E,)
+    and square sum (1,)."""
     t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     e = tl.arange(0, E_POW2)
     here = (t[:, None] < T) & (e[None, :] < E)
     at = t[:, None] * E + e[None, :]
     logits = tl.load(Logits + at, mask=here, other=float("-inf"))
     scores = tl.load(Scores + at, mask=here, other=0.0)
-    dscores = tl.load(DScores + at, mask=here, other=0.0)
+    dscores = tl.zeros((BLOCK_T, E_POW2), tl.float32)
+    if DSCORES:
+        dscores = tl.load(DScores + at, mask=here, other=0.0)
     real = t < T
     if MASKED:
         real = real & (tl.load(Valid + t, mask=t < T, other=0) != 0)
@@ -237,4 +275,6 @@ def choose_grad(
     lse = tl.log(power_sum) + top
     dsquare = tl.load(DSquareSum) * 2.0 * lse
     dlogits += tl.where(real[:, None], dsquare[:, None] * powers / power_sum[:, None], 0.0)
-    tl.store(DLogits + at, dlogits, mask=here)
+    # The gates of a token with a score of NaN are NaN, whichever experts it was given.
+    wrong = tl.sum((scores != scores).to(tl.int32), 1) > 0
+    tl.store(DLogits + at, tl.where(wrong[:, None], float("nan"), dlogits), mask=here)

@@ -7,6 +7,9 @@ as there are multiprocessors walks the tiles in a loop (persistent); one program
 
 Sums run over ``BLOCK_K`` numbers at a time from first to last, whatever the tile: what tuning chooses does not change a
 bit of the result.
+
+Numbers that follow from how many tokens there are (``do_not_specialize``) are not compiled in, here as in the other
+files: batches of other sizes would be compiled anew wherever one is a multiple of 16 and the other is not.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import triton.language as tl
 from .tiles import activation, activation_grad, expert_tile, in_groups, in_units, load, product, rounded
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def up(
     X,
     Rows,
@@ -101,7 +104,7 @@ def up(
             tl.store(Hidden + tile_at + out_at, rounded(h, Hidden.dtype.element_ty, UPCAST), mask=out_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def linear(
     X,
     X2,
@@ -121,6 +124,7 @@ def linear(
     BIAS: tl.constexpr,
     WEIGHTED: tl.constexpr,
     SCATTER: tl.constexpr,
+    CLEAR: tl.constexpr,
     UNIT_K: tl.constexpr,
     UNIT_N: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -136,7 +140,7 @@ def linear(
     """``Out = g (X W + b)``, with ``SECOND`` ``g (X W + X2 W2 + b)``, to the rows' own places or to their tokens'.
 
     X, X2 (R, D); W, W2 (E, D, N), ``TRANSPOSED`` (E, N, D); Bias (E, N); Gates (R,); Out (R, N), or (T, N) with
-    ``SCATTER``, where a token has one row at most.
+    ``SCATTER``, where a token has one row at most. ``CLEAR``, without ``SCATTER``: rows past the last offset are zero.
     """
     D = in_units(D, UNIT_K)
     N = in_units(N, UNIT_N)
@@ -182,9 +186,16 @@ def linear(
                     rounded(acc, Out.dtype.element_ty, UPCAST),
                     mask=mask,
                 )
+        elif CLEAR:
+            # The tiles that are left over are enough for the rows that are: ``start`` counts from the last offset.
+            rest = (tl.load(Offsets + E - 1) + start).to(tl.int64) + tl.arange(0, BLOCK_M)
+            column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+            zeros = tl.zeros((BLOCK_M, BLOCK_N), Out.dtype.element_ty)
+            mask = (rest[:, None] < R) & (column[None, :] < N)
+            tl.store(Out + (rest[:, None] * N + column[None, :]), zeros, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def hidden_grad(
     DY,
     Rows,
@@ -221,6 +232,7 @@ def hidden_grad(
     ``DPre``, ``DPreGate`` (R, F): times the gate. ``Weighted`` (R, F): the gate times h, for the gradient of W.
     ``Partial`` (R, tiles of F): ``<dh, h>`` of each tile, whose sum is the gradient of the gate (arXiv 2512.14080).
     """
+    HALF: tl.constexpr = BLOCK_N // 2
     N = in_units(N, UNIT_K)
     F = in_units(F, UNIT_N)
     tiles_m = tl.cdiv(R, BLOCK_M) + tl.minimum(R, E)
@@ -245,26 +257,55 @@ def hidden_grad(
                 w_mask = ((begin + k)[:, None] < N) & (column[None, :] < F)
                 w = load(w_expert + (column[None, :] * N + (begin + k)[:, None]), w_mask, EVEN_K and EVEN_N)
                 dh = product(dy, w, dh, PRECISION, UPCAST)
-            tile_at = start.to(tl.int64) * F
-            at = row[:, None] * F + column[None, :]
-            mask = live[:, None] & (column[None, :] < F)
             gate = tl.load(Gates + inside).to(tl.float32)[:, None]
-            kind = DPre.dtype.element_ty
-            a = tl.load(Pre + tile_at + at, mask=mask, other=0.0).to(tl.float32)
-            if GATED:
-                u = tl.load(PreGate + tile_at + at, mask=mask, other=0.0).to(tl.float32)
-                s = activation(u, ACT)
-                du = gate * dh * a * activation_grad(u, ACT)
-                tl.store(DPreGate + tile_at + at, rounded(du, kind, UPCAST), mask=mask)
-                h = s * a
-                tl.store(DPre + tile_at + at, rounded(gate * dh * s, kind, UPCAST), mask=mask)
-            else:
-                h = activation(a, ACT)
-                tl.store(DPre + tile_at + at, rounded(gate * dh * activation_grad(a, ACT), kind, UPCAST), mask=mask)
-            tl.store(Weighted + tile_at + at, rounded(gate * h, kind, UPCAST), mask=mask)
-            # Zero past F: dh is there, for weights past F were read as zero.
-            partial = tl.sum(dh * h, 1)
+            first = start.to(tl.int64) * F + tile_n * BLOCK_N
+            at = row[:, None] * F + tl.arange(0, HALF)[None, :]
+            # Half of the columns after the other: all of them at once take twice the registers.
+            left, right = tl.split(tl.permute(tl.reshape(dh, (BLOCK_M, 2, HALF)), (0, 2, 1)))
+            mask = live[:, None] & (tile_n * BLOCK_N + tl.arange(0, HALF) < F)[None, :]
+            partial = _hidden_grad_end(
+                left, first, at, mask, gate, Pre, PreGate, DPre, DPreGate, Weighted, ACT, GATED, UPCAST
+            )
+            mask = live[:, None] & (tile_n * BLOCK_N + HALF + tl.arange(0, HALF) < F)[None, :]
+            partial += _hidden_grad_end(
+                right, first + HALF, at, mask, gate, Pre, PreGate, DPre, DPreGate, Weighted, ACT, GATED, UPCAST
+            )
             tl.store(Partial + inside.to(tl.int64) * tiles_n + tile_n, partial, mask=live)
+
+
+@triton.jit
+def _hidden_grad_end(
+    dh,
+    first,
+    at,
+    mask,
+    gate,
+    Pre,
+    PreGate,
+    DPre,
+    DPreGate,
+    Weighted,
+    ACT: tl.constexpr,
+    GATED: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Stores at ``first + at`` what ``hidden_grad`` gives for these numbers of ``dh``; ``<dh, h>`` of each row of
+    them."""
+    kind = DPre.dtype.element_ty
+    a = tl.load(Pre + first + at, mask=mask, other=0.0).to(tl.float32)
+    if GATED:
+        u = tl.load(PreGate + first + at, mask=mask, other=0.0).to(tl.float32)
+        s = activation(u, ACT)
+        du = gate * dh * a * activation_grad(u, ACT)
+        tl.store(DPreGate + first + at, rounded(du, kind, UPCAST), mask=mask)
+        h = s * a
+        tl.store(DPre + first + at, rounded(gate * dh * s, kind, UPCAST), mask=mask)
+    else:
+        h = activation(a, ACT)
+        tl.store(DPre + first + at, rounded(gate * dh * activation_grad(a, ACT), kind, UPCAST), mask=mask)
+    tl.store(Weighted + first + at, rounded(gate * h, kind, UPCAST), mask=mask)
+    # Zero past F: dh is there, for weights past F were read as zero.
+    return tl.sum(dh * h, 1)
 
 
 @triton.jit
@@ -304,15 +345,22 @@ def weight_grad(
     end = tl.load(Offsets + expert)
     start = tl.load(Offsets + expert - 1, mask=expert > 0, other=0)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if GATHER_LEFT or GATHER_RIGHT:
+        # One step ahead, in registers: loaded where it is used, the index takes stages of the pipeline, and every
+        # product waits for its own rows.
+        first = start + tl.arange(0, BLOCK_K)
+        ahead = tl.load(Rows + first, mask=first < end, other=0)
     for begin in range(start, end, BLOCK_K):
         row = begin + tl.arange(0, BLOCK_K)
         live = row < end
         left_row = row.to(tl.int64)
         right_row = row.to(tl.int64)
         if GATHER_LEFT:
-            left_row = tl.load(Rows + row, mask=live, other=0)
+            left_row = ahead
         if GATHER_RIGHT:
-            right_row = tl.load(Rows + row, mask=live, other=0)
+            right_row = ahead
+        if GATHER_LEFT or GATHER_RIGHT:
+            ahead = tl.load(Rows + row + BLOCK_K, mask=row + BLOCK_K < end, other=0)
         # Rows past the end are another expert's: both factors are cleared, for 0 * NaN is NaN.
         left_at = (Left + left_row * M)[None, :] + m[:, None]
         right_at = (Right + right_row * N)[:, None] + n[None, :]
@@ -340,16 +388,19 @@ def column_sums(
     N,
     GATHER: tl.constexpr,
     WEIGHTED: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """Sum of (gated) rows of each expert, the gradient of its bias: X (R, N) or (T, N), Out float32 (E, N)."""
+    N = in_units(N, UNIT)
     tiles_n = tl.cdiv(N, BLOCK_N)
     expert = tl.program_id(0) // tiles_n
     n = (tl.program_id(0) % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
     end = tl.load(Offsets + expert)
     start = tl.load(Offsets + expert - 1, mask=expert > 0, other=0)
-    acc = tl.zeros((BLOCK_N,), tl.float32)
+    # Threads meet once, at the end, and not at each step.
+    acc = tl.zeros((BLOCK_K, BLOCK_N), tl.float32)
     for begin in range(start, end, BLOCK_K):
         row = begin + tl.arange(0, BLOCK_K)
         live = row < end
@@ -361,8 +412,8 @@ def column_sums(
         x = tl.load(X + token[:, None] * N + n[None, :], mask=mask, other=0.0).to(tl.float32)
         if WEIGHTED:
             x = x * tl.load(Gates + inside, mask=live, other=0.0).to(tl.float32)[:, None]
-        acc += tl.sum(x, 0)
-    tl.store(Out + expert * N + n, acc, mask=n < N)
+        acc += x
+    tl.store(Out + expert * N + n, tl.sum(acc, 0), mask=n < N)
 
 
 @triton.jit
@@ -378,12 +429,14 @@ def gate_grad(
     E,
     GATHER: tl.constexpr,
     BIAS: tl.constexpr,
+    UNIT: tl.constexpr,
     E_POW2: tl.constexpr,
     PARTS_POW2: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """``Out_r = sum of Partial_r + <dy, b_out>``: DY (T, N) or (R, N), Bias (E, N), Out (R,)."""
+    N = in_units(N, UNIT)
     expert, start, end = expert_tile(Offsets, tl.program_id(0), E, BLOCK_M, E_POW2)
     if expert < E:
         row = start + tl.arange(0, BLOCK_M)
@@ -397,10 +450,12 @@ def gate_grad(
             if GATHER:
                 token = tl.load(Rows + inside)
             n = tl.arange(0, BLOCK_N)
+            of_bias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             for begin in range(0, N, BLOCK_N):
                 width = n < N - begin
                 bias = tl.load(Bias + expert * N + begin + n, mask=width, other=0.0).to(tl.float32)
                 dy_mask = live[:, None] & width[None, :]
                 dy = tl.load(DY + token[:, None] * N + begin + n[None, :], mask=dy_mask, other=0.0).to(tl.float32)
-                total += tl.sum(dy * bias[None, :], 1)
+                of_bias += dy * bias[None, :]
+            total += tl.sum(of_bias, 1)
         tl.store(Out + inside, total.to(Out.dtype.element_ty), mask=live)

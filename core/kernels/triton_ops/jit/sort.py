@@ -1,4 +1,4 @@
-"""A stable counting sort of the pairs: counts by block, an exclusive sum over them (``torch.cumsum``), places."""
+"""A stable counting sort of the pairs: counts by block, a sum over them (``torch.cumsum``), places."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _pair(n, Served, T, K, ORDERED: tl.constexpr, IN_QUEUE: tl.constexpr, live):
     return n.to(tl.int64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "T", "bins", "blocks"])
 def count(
     Ids,
     Served,
@@ -44,12 +44,13 @@ def count(
     tl.store(Counts + b.to(tl.int64) * blocks + block, found, mask=b < bins)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "T", "blocks"])
 def place(
     Ids,
     Served,
-    Starts,
+    Ends,
     Places,
+    Order,
     N,
     T,
     K,
@@ -58,8 +59,11 @@ def place(
     IN_QUEUE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Where each pair stands when they are sorted by id, earlier pairs first: Starts int32 (bins, blocks), the pairs of
-    lower ids and of the same id in earlier blocks; Places int64 (N,)."""
+    """Where each pair stands when they are sorted by id, earlier pairs first; ``IN_QUEUE`` among those of its id alone.
+
+    Ends int32 (bins, blocks): the pairs of lower ids, and of the same id up to the end of the block. Places int64 (N,);
+    Order int64 (N,), which pair stands at each place, not ``IN_QUEUE``.
+    """
     block = tl.program_id(0)
     n = block * BLOCK + tl.arange(0, BLOCK)
     live = n < N
@@ -69,5 +73,12 @@ def place(
     others = tl.load(Ids + _pair(m, Served, T, K, ORDERED, IN_QUEUE, m < N), mask=m < N, other=-2)
     earlier = (others[None, :] == ids[:, None]) & (m[None, :] < n[:, None])
     before = tl.sum(earlier.to(tl.int32), 1)
-    start = tl.load(Starts + ids * blocks + block, mask=live, other=0)
-    tl.store(Places + pair, (start + before).to(tl.int64), mask=live)
+    # The end of what comes before: of the block before, or of the id before's last block.
+    at = ids * blocks + block - 1
+    start = tl.load(Ends + at, mask=live & (at >= 0), other=0)
+    if IN_QUEUE:
+        start -= tl.load(Ends + ids * blocks - 1, mask=live & (ids > 0), other=0)
+        tl.store(Places + pair, (start + before).to(tl.int64), mask=live)
+    else:
+        tl.store(Places + pair, (start + before).to(tl.int64), mask=live)
+        tl.store(Order + (start + before), pair, mask=live)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import rounded
+from .tiles import in_units, rounded
 
 
 @triton.jit
@@ -19,7 +19,7 @@ def _row_of_pair(Y, Inverse, Gates, pair, real, d, mask, computed, D, WEIGHTED: 
     return y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def sum_of_k(
     Y,
     Inverse,
@@ -32,6 +32,7 @@ def sum_of_k(
     K: tl.constexpr,
     WEIGHTED: tl.constexpr,
     UPCAST: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -40,6 +41,7 @@ def sum_of_k(
 
     Y (R, D); Inverse int64 (T K,); Gates (R,); Out (T, D).
     """
+    D = in_units(D, UNIT)
     tiles_d = tl.cdiv(D, BLOCK_D)
     t = (tl.program_id(0) // tiles_d).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     d = (tl.program_id(0) % tiles_d) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -56,8 +58,20 @@ def sum_of_k(
 
 
 @triton.jit
-def sum_of_any(Y, Rows, Starts, Gates, Out, D, WEIGHTED: tl.constexpr, UPCAST: tl.constexpr, BLOCK_D: tl.constexpr):
+def sum_of_any(
+    Y,
+    Rows,
+    Starts,
+    Gates,
+    Out,
+    D,
+    WEIGHTED: tl.constexpr,
+    UPCAST: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """A token has any number of rows: ``Out_t = sum of g_r Y_r`` over ``Rows[Starts[t]:Starts[t + 1]]``."""
+    D = in_units(D, UNIT)
     tiles_d = tl.cdiv(D, BLOCK_D)
     t = (tl.program_id(0) // tiles_d).to(tl.int64)
     d = (tl.program_id(0) % tiles_d) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -69,3 +83,49 @@ def sum_of_any(Y, Rows, Starts, Gates, Out, D, WEIGHTED: tl.constexpr, UPCAST: t
             y = y * tl.load(Gates + row).to(tl.float32)
         acc += y
     tl.store(Out + t * D + d, rounded(acc, Out.dtype.element_ty, UPCAST), mask=d < D)
+
+
+@triton.jit(do_not_specialize=["R"])
+def sum_grad(
+    DOut,
+    Y,
+    Rows,
+    Gates,
+    Offsets,
+    DY,
+    DGates,
+    R,
+    D,
+    E,
+    WEIGHTED: tl.constexpr,
+    UPCAST: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Gradients of the rows, ``DY_r = g_r DOut_t`` with t = ``Rows[r]``, and of the gates, ``<DOut_t, Y_r>``; zero past
+    the last offset.
+
+    DOut (T, D); Y, DY (R, D); Gates, DGates (R,).
+    """
+    D = in_units(D, UNIT)
+    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    there = row < R
+    live = row < tl.load(Offsets + E - 1)
+    token = tl.load(Rows + row, mask=there & live, other=0)
+    # Rows past the last offset, their gates too, may hold NaN.
+    gate = tl.full((BLOCK_R,), 1.0, tl.float32)
+    if WEIGHTED:
+        gate = tl.load(Gates + row, mask=there & live, other=0.0).to(tl.float32)
+    acc = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+    for begin in range(0, D, BLOCK_D):
+        d = begin + tl.arange(0, BLOCK_D)
+        mask = there[:, None] & (d[None, :] < D)
+        computed = mask & live[:, None]
+        at = row[:, None] * D + d[None, :]
+        dout = tl.load(DOut + token[:, None] * D + d[None, :], mask=computed, other=0.0).to(tl.float32)
+        if WEIGHTED:
+            acc += dout * tl.load(Y + at, mask=computed, other=0.0).to(tl.float32)
+        tl.store(DY + at, rounded(gate[:, None] * dout, DY.dtype.element_ty, UPCAST), mask=mask)
+    if WEIGHTED:
+        tl.store(DGates + row, tl.sum(acc, 1).to(DGates.dtype.element_ty), mask=there)

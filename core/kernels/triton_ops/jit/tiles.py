@@ -10,7 +10,8 @@ import triton.language as tl
 def expert_tile(Offsets, tile, E, BLOCK_M: tl.constexpr, E_POW2: tl.constexpr):
     """Expert, first row and end of the expert's rows for tile ``tile`` of all experts' rows in blocks of ``BLOCK_M``.
 
-    The expert is ``E`` or above where there are not so many tiles: how many there are only the device knows.
+    The expert is ``E`` or above where there are not so many tiles: how many there are only the device knows. The first
+    row is then that after the last expert's, counted from there, of the tile as one of the tiles left over.
     """
     e = tl.arange(0, E_POW2)
     ends = tl.load(Offsets + e, mask=e < E, other=0)
@@ -62,10 +63,11 @@ def product(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
 
 @triton.jit
 def rounded(x, kind: tl.constexpr, UPCAST: tl.constexpr):
-    """float32 ``x`` in ``kind``, to the nearest. ``UPCAST``: the interpreter would cut off."""
+    """float32 ``x`` in ``kind``, to the nearest. ``UPCAST``: the interpreter would cut off, and make a number of what
+    is below the last bit of zero."""
     if UPCAST:
         bits = x.to(tl.int32, bitcast=True)
-        x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16 << 16).to(tl.float32, bitcast=True)
     return x.to(kind)
 
 

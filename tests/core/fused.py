@@ -1,0 +1,39 @@
+"""What the tests of the fused kernels watch: the operations that torch runs, and a gradient that does not come."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class Operations(TorchDispatchMode):
+    """Names what runs inside the block, but for views and memory left as it is; ``zeros``: the shapes of what is made
+    of zeros. An operation of our own is one name, whatever it runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.zeros: list[torch.Size] = []
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, out = op.overloadpacket.__name__, op(*args, **(kwargs or {}))
+        if not op.is_view and "empty" not in name:
+            self.names.append(name)
+        if "zero" in name and isinstance(out, Tensor):
+            self.zeros.append(out.shape)
+        return out
+
+
+class Severed(torch.autograd.Function):
+    """The tensor itself, whose gradient is None."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        return None
