@@ -36,6 +36,9 @@ def dense_twins(sparse: Any) -> Mapping[str, Baseline]:
     place of experts are wider."""
     if sparse.moe is None:
         return {}
+    if sparse.pretrained is not None:
+        note = f"the weights of pretrained={sparse.pretrained} are of the sparse model alone"
+        return {name: Baseline(None, note) for name in ("dense_equal_flops", "dense_equal_params")}
     widths = baseline_widths(sparse.moe, sparse.transformer)
     says = "FFN hidden dim {width} in the replaced layers"
     return dense_baselines(widths, partial(DenseTwin, sparse), says, sparse.transformer.shape.hidden_dim)

@@ -5,15 +5,18 @@ Draws come from numpy's ``RandomState``, whose stream numpy guarantees to keep: 
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from apps.nlp.readers.lines import Rows
+from apps.nlp.readers.lines import Rows, num_words
+
+log = logging.getLogger(__name__)
 
 SPLITS = ("train", "val", "test")
 _LANGUAGE = r"[A-Za-z]{2,8}(?:[_@][A-Za-z0-9]+)*"
@@ -53,7 +56,7 @@ class Filters:
     """Which pairs are left out. Files of validation and test pairs are taken as they are.
 
     Attributes:
-        min_words, max_words: words of a side, cut at spaces; None: any number.
+        min_words, max_words: words of a side, as `num_words` counts them; None: any number.
         max_ratio: words of the longer side over those of the shorter one; None: any.
         without: regular expression that neither side holds; None: any text.
 
@@ -86,7 +89,7 @@ class Filters:
             return f"that hold {self.without!r}"
         if self.min_words is None and self.max_words is None and self.max_ratio is None:
             return None
-        short, long = sorted((len(source.split()), len(target.split())))
+        short, long = sorted((num_words(source), num_words(target)))
         if self.min_words is not None and short < self.min_words:
             return f"of fewer than {self.min_words} words"
         if self.max_words is not None and long > self.max_words:
@@ -144,6 +147,18 @@ class Sizes:
     seed: int = 0
 
 
+def check_size(name: str, size: int | float | None) -> None:
+    """Refuse what is neither a number of rows nor a share of them.
+
+    Raises:
+        ValueError: a negative size, or a fraction above 1.
+    """
+    if size is not None and size < 0:
+        raise ValueError(f"{name}={size} must not be negative")
+    if size is not None and size >= 1 and size != int(size):
+        raise ValueError(f"{name}={size} is neither a whole number nor a share below 1")
+
+
 def collect(
     corpora: Mapping[str, tuple[Mapping[str, Sequence[Rows]], Sizes]], pairs: Sequence[str], filters: Filters
 ) -> Collected:
@@ -164,7 +179,7 @@ def collect(
     parsed = parse_pairs(pairs)
     splits = {name: SentencePairs() for name in SPLITS}
     left_out: Counter[str] = Counter()
-    shared = _share_out(list(corpora.values()), parsed, filters, left_out)
+    shared = share_out(list(corpora.values()), lambda rows: _filtered(rows, parsed, filters, left_out))
     held: set[frozenset[tuple[str, str]]] = set()
     for split in reversed(SPLITS):  # what is held out is known when training comes
         kept = splits[split]
@@ -203,13 +218,18 @@ def _both(rows: Rows, a: str, b: str) -> Iterable[tuple[str, str]]:
     return ((source, target) for source, target in zip(rows.text[a], rows.text[b], strict=True) if source or target)
 
 
-def _share_out(
-    corpora: Sequence[tuple[Mapping[str, Sequence[Rows]], Sizes]],
-    pairs: Sequence[tuple[str, str]],
-    filters: Filters,
-    left_out: Counter[str],
+def share_out(
+    corpora: Sequence[tuple[Mapping[str, Sequence[Rows]], Sizes]], kept: Callable[[Rows], Rows] = lambda rows: rows
 ) -> list[dict[str, list[Rows]]]:
-    """The rows of each corpus' splits: those of its own files, as many as are wanted, or some of the training rows."""
+    """The rows of each corpus' splits: those of its own files, as many as are wanted, or some of the training rows.
+
+    Args:
+        corpora: of each one the rows of its splits, and how many are to be held out.
+        kept: of the training rows those that rows are held out from, and that train then.
+
+    Raises:
+        ValueError: sizes that leave nothing to train on, or that ask for rows of which none can be held out.
+    """
     shared: list[dict[str, list[Rows]]] = []
     training: list[tuple[int, Rows, dict[str, int | float]]] = []
     for number, (parts, sizes) in enumerate(corpora):
@@ -219,7 +239,7 @@ def _share_out(
                 shared[-1][name] = [_sample(rows, size, sizes.seed) for rows in parts.get(name, ())]
         lacking = [name for name in ("val", "test") if name not in parts]
         for rows in parts.get("train", ()):
-            rows = _filtered(rows, pairs, filters, left_out) if lacking else rows
+            rows = kept(rows) if lacking else rows
             default = min(1000, len(rows) // 20)
             wanted = {name: default if (size := getattr(sizes, name)) is None else size for name in lacking}
             training.append((number, rows, wanted))
@@ -228,13 +248,42 @@ def _share_out(
     if any(wanted for _, _, wanted in training):
         wants = [(wanted.get("val", 0), wanted.get("test", 0)) for _, _, wanted in training]
         seeds = [corpora[number][1].seed for number, _, _ in training]
-        drawn = draw_splits([rows for _, rows, _ in training], wants, seeds)
+        held = [rows for parts in shared for of_split in parts.values() for rows in of_split]
+        drawn = draw_splits([rows for _, rows, _ in training], wants, seeds, held)
+        for f, (number, own, wanted) in enumerate(training):
+            others = [rows for g, (_, rows, _) in enumerate(training) if g != f] + held
+            for name, size in wanted.items():
+                asked = getattr(corpora[number][1], name)
+                _check_drawn(own, others, name, asked, _count(size, len(own)), len(drawn[f][name]))
     else:
         drawn = [{"train": rows} for _, rows, _ in training]
     for (number, _, wanted), found in zip(training, drawn, strict=True):
         for name in ("train", *wanted):
             shared[number].setdefault(name, []).append(found[name])
     return shared
+
+
+def _check_drawn(
+    own: Rows, others: Sequence[Rows], split: str, asked: int | float | None, wanted: int, found: int
+) -> None:
+    """Tell of a file of which fewer rows were held out than wanted; refuse that none were where they were asked for."""
+    if found == wanted:
+        return
+    known = {(language, _key(line)) for language, lines in own.text.items() for line in lines if line}
+    counts = [
+        sum(any((language, _key(lines[i])) in known for language, lines in rows.text.items()) for i in range(len(rows)))
+        for rows in others
+    ]
+    size = f"{split}_size={wanted if asked is None else asked}"
+    told = (
+        f"{size}: {found:,} of {own.name}'s {len(own):,} rows can be held out: those that share sentences stay together"
+    )
+    if any(counts):
+        most = int(np.argmax(counts))
+        told += f", {counts[most]:,} of {others[most].name} too"
+    if asked and not found:
+        raise ValueError(f"{told}; {split}_size=0 holds none out")
+    log.warning("%s", told)
 
 
 def _filtered(rows: Rows, pairs: Sequence[tuple[str, str]], filters: Filters, left_out: Counter[str]) -> Rows:
@@ -262,7 +311,10 @@ def _count(size: int | float, total: int) -> int:
 
 
 def draw_splits(
-    rows: Sequence[Rows], sizes: Sequence[tuple[int | float, int | float]], seeds: Sequence[int]
+    rows: Sequence[Rows],
+    sizes: Sequence[tuple[int | float, int | float]],
+    seeds: Sequence[int],
+    held: Sequence[Rows] = (),
 ) -> list[dict[str, Rows]]:
     """Rows of one or several files shared out by chance so that no sentence, of any language, is in two splits.
 
@@ -274,6 +326,7 @@ def draw_splits(
         rows: all of each file.
         sizes: of each, rows of validation and test, or a share of all below 1.
         seeds: of each one's draw.
+        held: of validation and test files; rows that share a sentence with them stay in training.
 
     Raises:
         ValueError: sizes that leave nothing to train on.
@@ -286,18 +339,18 @@ def draw_splits(
                 f"val_size={val_size} and test_size={test_size} leave none of {own.name}'s {len(own):,} rows to "
                 "train on"
             )
-    part_N = _connected(rows)
-    of_file = np.split(part_N, np.cumsum([len(own) for own in rows])[:-1])
+    part_N = _connected([*rows, *held])
+    *of_file, held_N = np.split(part_N, np.cumsum([len(own) for own in rows]))
     num_parts = int(part_N.max(initial=-1)) + 1
     size_PF = np.stack([np.bincount(parts, minlength=num_parts) for parts in of_file], axis=1)
-    split_P = np.zeros(num_parts, np.int64)
+    split_P, stays_P = np.zeros(num_parts, np.int64), np.isin(np.arange(num_parts), held_N)
     # Small files first: of a large one with the same sentences few would be theirs.
     for f in sorted(range(len(rows)), key=lambda f: len(rows[f])):
         own_P = np.unique(of_file[f])
         for part in own_P[np.random.RandomState(seeds[f]).permutation(len(own_P))]:
             if not left_2F[:, f].any():
                 break
-            for number in (1, 0) if not split_P[part] else ():  # test first; an earlier file's draw stays
+            for number in (1, 0) if not (split_P[part] or stays_P[part]) else ():  # test first; an earlier draw stays
                 if (size_PF[part] <= left_2F[number]).all():
                     split_P[part] = number + 1
                     left_2F[number] -= size_PF[part]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -27,9 +26,10 @@ from apps.loader import ResumableLoader, as_it_is, in_order, overfits
 from apps.nlp.batch import TranslationBatch
 from apps.nlp.batches import TokenBatches, by_length, cut_by_tokens, evenly
 from apps.nlp.corpora import SPLITS, Filters, Sizes, collect, parse_pairs
-from apps.nlp.datasets import NLP_DATASETS, OWN, Corpus, check_corpus, find_corpus
+from apps.nlp.datasets import NLP_DATASETS, OWN, Corpus, Mnemonic, check_corpus, find_corpus
 from apps.nlp.encoded import EncodedPairs, identity, open_encoded, read_text, write_pairs
-from apps.nlp.readers.lines import clean
+from apps.nlp.porting import subwords_of
+from apps.nlp.predict import as_line, given_lines
 from apps.nlp.subwords import BOS_ID, EOS_ID, PAD_ID, SubwordConfig, Subwords, train_subwords
 
 log = logging.getLogger(__name__)
@@ -50,13 +50,15 @@ class TranslationData(LightningDataModule):
         val_files: likewise; None: rows of train_files are held out. Of multi30k: another name than ``val``.
         test_files: likewise. Of multi30k: another name than ``test_2016_flickr``, such as ``test_2017_flickr``.
         columns: the languages of the columns of TSV files, "-" for one that is not read; None: source and target.
+        mnemonic: of gettext, what stands before the letter that opens a menu entry and is taken out: "_" (GTK), "&"
+            (Qt), "~" (LibreOffice) or "none"; None: whichever of these stands at the beginning of a word.
         val_size: rows to validate on, or a share of all below 1. Of a split that has files, so many of them by chance;
             None: all. Where rows are held out None is 1000, and no more than a twentieth; 0: none are.
         test_size: likewise.
         split_seed: of what is held out, and of the subset. Not the run's: runs of different seeds have the same splits.
         corpora: further ones beside this one, each with its own files.
-        subwords: those of a trained model; None: they are learned from the training sentences alone.
-        tokenizer: how they are learned.
+        subwords: those of a trained model; None: as ``tokenizer`` says.
+        tokenizer: how they are learned, from the training sentences alone; or the file they are in.
         max_length: tokens of a side, specials included. Longer training pairs are left out; longer sources to be
             translated are cut, with a warning.
         min_words: training pairs with fewer words on a side are left out. Where rows are held out by chance, these
@@ -102,6 +104,7 @@ class TranslationData(LightningDataModule):
         val_files: str | None = None,
         test_files: str | None = None,
         columns: Sequence[str] | None = None,
+        mnemonic: Mnemonic | None = None,
         val_size: int | float | None = None,
         test_size: int | float | None = None,
         split_seed: int = 0,
@@ -125,7 +128,7 @@ class TranslationData(LightningDataModule):
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        own = Corpus(dataset, root, train_files, val_files, test_files, columns, val_size, test_size)
+        own = Corpus(dataset, root, train_files, val_files, test_files, columns, val_size, test_size, mnemonic)
         self.dataset, self.corpora, self.cache_dir = dataset, (own, *corpora), cache_dir
         known = NLP_DATASETS.get(dataset)
         if pairs is None and known is not None:
@@ -143,6 +146,8 @@ class TranslationData(LightningDataModule):
         self._files: ColumnFiles | None = None
         self._told = False
         self._check_options()
+        if subwords is None and tokenizer.path is not None:
+            self._given = subwords_of(tokenizer.path, self._targets)
 
     # ---- what a model and a reader of results ask
 
@@ -158,6 +163,10 @@ class TranslationData(LightningDataModule):
     def languages(self) -> tuple[str, ...]:
         """Of all pairs, in the order of their first mention."""
         return tuple(dict.fromkeys(language for pair in parse_pairs(self.pairs) for language in pair))
+
+    @property
+    def _targets(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(target for _, target in parse_pairs(self.pairs)))
 
     def sources(self, split: str) -> list[str]:
         """The source sentences of "val" or "test", by ``index_B`` of a batch."""
@@ -200,7 +209,10 @@ class TranslationData(LightningDataModule):
         return self._eval_loader("val")
 
     def test_dataloader(self) -> DataLoader[Any] | list[Any]:
-        return self._eval_loader("test")
+        loader = self._eval_loader("test")
+        if not loader:
+            raise ValueError(f"{self.dataset} has no test pairs: give test_files, or a test_size that holds some out")
+        return loader
 
     def predict_dataloader(self) -> DataLoader[Any] | list[Any]:
         """What is to be translated, read as it comes by one process; ``target_BL`` is ``BOS_ID`` alone.
@@ -208,7 +220,7 @@ class TranslationData(LightningDataModule):
         Without text and file, the test split.
         """
         if self.text is None and self.predict_file is None:
-            return self._eval_loader("test")
+            return self.test_dataloader()
         return DataLoader(_Streamed(self), batch_size=None, generator=torch.Generator())
 
     def predict_batches(self, lines: Iterable[str]) -> Iterator[TranslationBatch]:
@@ -232,7 +244,7 @@ class TranslationData(LightningDataModule):
         remaining = iter(lines)
         while chunk := list(itertools.islice(remaining, self.predict_lines)):
             index_N = np.fromiter(itertools.islice(numbers, len(chunk)), np.int64)
-            rows = subwords.encode([_checked(line, int(i)) for line, i in zip(chunk, index_N, strict=True)], "source")
+            rows = subwords.encode([as_line(line, int(i)) for line, i in zip(chunk, index_N, strict=True)], "source")
             for i, row in zip(index_N, rows, strict=True):
                 if len(row) > most:
                     log.warning(
@@ -291,20 +303,6 @@ class TranslationData(LightningDataModule):
         batches = [torch.from_numpy(order[bounds[i] : bounds[i + 1]]) for i in evenly(len(bounds) - 1)]
         return in_order(_Whole(pairs, batches), 1, self.num_workers)
 
-    def _predict_lines(self) -> Iterator[str]:
-        if self.text is not None:
-            yield from [self.text] if isinstance(self.text, str) else self.text
-        elif self.predict_file == "-":
-            yield from _decoded(sys.stdin.buffer, "standard input")
-        else:
-            assert self.predict_file is not None
-            try:
-                file = open(Path(self.predict_file).expanduser(), "rb")  # noqa: SIM115
-            except OSError as error:
-                raise ValueError(f"predict_file={self.predict_file!r} cannot be read: {error.strerror}") from error
-            with file:
-                yield from _decoded(file, self.predict_file)
-
     def _predict_pair(self) -> int:
         if self.predict_pair is None:
             if len(self.pairs) > 1:
@@ -360,8 +358,7 @@ class TranslationData(LightningDataModule):
                 raise ValueError(f"subset={self.subset} exceeds the {len(train):,} training pairs")
             chosen = np.random.RandomState(self.split_seed).permutation(len(train))[: self.subset]
             collected.splits["train"] = train = train.take(np.sort(chosen))
-        targets = tuple(dict.fromkeys(target for _, target in parse_pairs(self.pairs)))
-        tags = targets if len(targets) > 1 else ()
+        tags = self._targets if len(self._targets) > 1 else ()
         subwords = self._given or train_subwords(train.source, train.target, self.tokenizer, tags, cache)
         for split, pairs in collected.splits.items():
             write_pairs(writer, split, pairs, subwords, keep_text=split != "train")
@@ -422,21 +419,4 @@ class _Streamed(IterableDataset[Any]):
         self.data = data
 
     def __iter__(self) -> Iterator[TranslationBatch]:
-        return self.data.predict_batches(self.data._predict_lines())
-
-
-def _checked(line: str, index: int) -> str:
-    try:
-        line.encode()
-    except UnicodeEncodeError as error:  # bytes of a command line that are no text
-        raise ValueError(f"line {index + 1} is not valid UTF-8") from error
-    return clean(line)
-
-
-def _decoded(lines: Iterable[bytes], name: str) -> Iterator[str]:
-    for number, line in enumerate(lines, 1):
-        try:
-            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            byte = line[error.start]
-            raise ValueError(f"{name}, line {number}: byte 0x{byte:02x} is not valid UTF-8") from error
+        return self.data.predict_batches(given_lines(self.data.text, self.data.predict_file))

@@ -8,13 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from apps import sources
+from apps.nlp.corpora import check_size
 from apps.nlp.readers import bible, catalogs, moses, tsv
 from apps.nlp.readers.lines import Rows
 from apps.sources import Dataset, DebianPackage, File, PythonPackage, Source, UrlSource
 
 Read = Callable[[], Mapping[str, Sequence[Rows]]]
+Mnemonic = Literal["_", "&", "~", "none"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,8 @@ class Corpus:
         columns: the languages of the columns of TSV files, ``-`` for one that is not read; None: source and target.
         val_size, test_size: rows of a split, or a share of all below 1. Of a split that has files, so many of them by
             chance; None: all. Where rows are held out None is 1000, and no more than a twentieth; 0: none are.
+        mnemonic: of gettext, what stands before the letter that opens a menu entry and is taken out: "_" (GTK), "&"
+            (Qt), "~" (LibreOffice) or "none"; None: whichever of these stands at the beginning of a word.
     """
 
     dataset: str
@@ -42,6 +47,7 @@ class Corpus:
     columns: Sequence[str] | None = None
     val_size: int | float | None = None
     test_size: int | float | None = None
+    mnemonic: Mnemonic | None = None
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,7 @@ class NlpDataset:
         pairs: the language pairs that are meant where none are named.
         find: of a folder with those files, the language pairs, and the corpus' options: the files, and what reads them.
         options: of `Corpus`, those for files of yours that it takes too.
+        by_message: its rows are those that its languages have translated, so that English has all in all pairs alone.
     """
 
     source: Dataset
@@ -61,6 +68,7 @@ class NlpDataset:
     pairs: tuple[str, ...]
     find: Callable[[Path, Sequence[str], Corpus], tuple[list[Path], Read]]
     options: tuple[str, ...] = ()
+    by_message: bool = False
 
 
 def _named(corpus: Corpus) -> dict[str, str]:
@@ -95,7 +103,7 @@ def find_gettext(root: Path, pairs: Sequence[str], corpus: Corpus) -> tuple[list
     """The catalogs of the pairs' languages, and what reads them by split."""
     found = {split: catalogs.find(root, name, pairs) for split, name in _named(corpus).items()}
     files = [path for those in found.values() for _, path in those]
-    return files, lambda: {split: [catalogs.read(those, str(root))] for split, those in found.items()}
+    return files, lambda: {split: [catalogs.read(those, str(root), corpus.mnemonic)] for split, those in found.items()}
 
 
 _MULTI30K = "https://raw.githubusercontent.com/multi30k/dataset/a3d2e0d26b56f3846f66a952536ffed4e401d05a/"
@@ -119,11 +127,13 @@ def _find_bible(root: Path, pairs: Sequence[str], corpus: Corpus) -> tuple[list[
     return [path], lambda: bible.read(path, [language for language in languages if language in bible.CODES])
 
 
-def _catalogs(name: str, title: str, pattern: str, languages: str, source: Source, licence: str) -> NlpDataset:
+def _catalogs(
+    name: str, title: str, pattern: str, languages: str, source: Source, licence: str, mnemonic: Mnemonic
+) -> NlpDataset:
     """The catalogs of a program, which a package ships."""
 
     def find(root: Path, pairs: Sequence[str], corpus: Corpus) -> tuple[list[Path], Read]:
-        return find_gettext(root, pairs, Corpus("gettext", None, pattern))
+        return find_gettext(root, pairs, Corpus("gettext", None, pattern, mnemonic=mnemonic))
 
     return NlpDataset(
         Dataset(
@@ -138,6 +148,7 @@ def _catalogs(name: str, title: str, pattern: str, languages: str, source: Sourc
         (catalogs.SOURCE, *languages.split()),
         ("en-de",),
         find,
+        by_message=True,
     )
 
 
@@ -228,6 +239,7 @@ NLP_DATASETS: dict[str, NlpDataset] = {
             "sv ta tr uk vi zh_CN zh_HK zh_TW",
             PythonPackage("gramps==6.0.8", "gramps-6.0.8.data/data/share/locale", (File("*/LC_MESSAGES/gramps.mo"),)),
             "GPL 2 or later",
+            "_",
         ),
         _catalogs(
             "libreoffice_de",
@@ -236,6 +248,7 @@ NLP_DATASETS: dict[str, NlpDataset] = {
             "de",
             DebianPackage("libreoffice-l10n-de", "/usr/lib/libreoffice/program/resource"),
             "MPL 2.0",
+            "~",
         ),
         _catalogs(
             "gcc",
@@ -244,6 +257,7 @@ NLP_DATASETS: dict[str, NlpDataset] = {
             "be da de el es fi fr hr id ja ka nl ru sr sv tr uk vi zh_CN zh_TW",
             DebianPackage("gcc-14-locales", "/usr/share/locale"),
             "GPL 3 or later",
+            "none",
         ),
     )
 }
@@ -277,9 +291,13 @@ def check_corpus(corpus: Corpus) -> None:
             raise ValueError(f"{name}={value!r} is for files of yours, not for {corpus.dataset}")
     if corpus.columns is not None and corpus.dataset != "tsv":
         raise ValueError(f"columns={list(corpus.columns)} is for dataset='tsv', not {corpus.dataset!r}")
+    if corpus.mnemonic is not None:
+        if corpus.dataset != "gettext":
+            raise ValueError(f"mnemonic={corpus.mnemonic!r} is for dataset='gettext', not {corpus.dataset!r}")
+        if corpus.mnemonic not in catalogs.MNEMONICS:
+            raise ValueError(sources.unknown_name("mnemonic", corpus.mnemonic, list(catalogs.MNEMONICS)))
     for name in ("val_size", "test_size"):
-        if (size := getattr(corpus, name)) is not None and size < 0:
-            raise ValueError(f"{name}={size} must not be negative")
+        check_size(name, getattr(corpus, name))
 
 
 def find_corpus(corpus: Corpus, pairs: Sequence[str], cache_dir: str | None) -> tuple[list[Path], Read]:
@@ -293,3 +311,25 @@ def find_corpus(corpus: Corpus, pairs: Sequence[str], cache_dir: str | None) -> 
         return OWN[corpus.dataset](Path(corpus.root or ".").expanduser(), pairs, corpus)
     known = NLP_DATASETS[corpus.dataset]
     return known.find(sources.prepare(corpus.dataset, corpus.root, cache_dir), pairs, corpus)
+
+
+def find_language(dataset: str, root: str | None, language: str, cache_dir: str | None) -> tuple[list[Path], Read]:
+    """The files of a corpus that is known by name, and what reads by split all rows that are there in a language.
+
+    Raises:
+        ValueError: a missing file.
+        DataError: no source could deliver.
+    """
+    known = NLP_DATASETS[dataset]
+    others = [other for other in known.languages if other != language]
+    if not (known.by_message and language == catalogs.SOURCE):
+        others = others[:1]  # as its rows are another's too
+    paths, read = find_corpus(Corpus(dataset, root), [f"{other}-{language}" for other in others], cache_dir)
+
+    def read_language() -> dict[str, list[Rows]]:
+        return {
+            split: [Rows({language: rows.text[language]}, rows.name) for rows in parts if language in rows.text]
+            for split, parts in read().items()
+        }
+
+    return paths, read_language

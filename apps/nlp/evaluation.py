@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,13 +11,15 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
 
 from apps.files import replacing
 from apps.loader import batches_of_test
-from apps.nlp.metrics import Sentence, TranslationMetrics, figures, scorer, signatures
+from apps.nlp.metrics import Sentence, TranslationMetrics, figures, scorer, signature, signatures
+from apps.nlp.readers.lines import num_words
 from apps.nlp.routes import report_curves, report_routes
 from apps.tables import print_table, write_csv
+
+_logger = logging.getLogger(__name__)
 
 _COLUMNS = {"bleu": "BLEU", "chrf": "chrF++", "token_accuracy": "token acc., %", "perplexity": "perplexity"}
 
@@ -27,6 +30,7 @@ class ReportConfig:
 
     Attributes:
         lengths: words of a reference up to which its sentences are one group, ascending; longer ones are the last.
+            Of scripts without spaces between words each character counts.
         samples: translations printed, at equal steps through the test set.
         routing_sentences: test sentences from which the experts' use is read, about; 0 reads none.
         pictures: sentences whose attention and experts are drawn; 0 leaves out all pictures.
@@ -81,11 +85,11 @@ class TranslationReport(Callback):
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         sources = data.sources("test") if hasattr(data, "sources") else None
         folder = Path(trainer.default_root_dir) / "report"
-        written = report(metrics.sentences, metrics.pairs, sources, folder, self.config, metrics.tokenize)
+        written = report(metrics.sentences, metrics.tokenizers, sources, folder, self.config)
         batches = list(batches_of_test(trainer))
         written += report_routes(pl_module, batches, folder, self.config.routing_sentences, self.config.pictures)
         written += self._curves(trainer, pl_module)
-        rank_zero_info(f"{folder}: {', '.join(p.name for p in written)}")
+        _logger.info(f"{folder}: {', '.join(p.name for p in written)}")
 
     def _curves(self, trainer: Trainer, pl_module: LightningModule) -> list[Path]:
         if not self.config.pictures:
@@ -96,54 +100,59 @@ class TranslationReport(Callback):
 
 def report(
     sentences: Sequence[Sentence],
-    pairs: Sequence[str],
+    tokenizers: Mapping[str, str],
     sources: Sequence[str] | None,
     folder: Path,
     config: ReportConfig,
-    tokenize: str = "13a",
 ) -> list[Path]:
     """Print the tables and samples, and write the files.
 
     Args:
         sentences: of the test, by line number.
-        pairs: language pairs, in the order of their numbers.
+        tokenizers: BLEU's, of each language pair, in the order of their numbers.
         sources: source texts, by line number; None: they are not known.
         folder: of the files.
         config: what to do.
-        tokenize: of BLEU.
     """
-    signed = signatures(tokenize)
-    by_pair = breakdown({name: [s for s in sentences if s.pair == p] for p, name in enumerate(pairs)}, pairs, tokenize)
+    pairs, signed = list(tokenizers), signatures(tokenizers)
+    by_pair = breakdown({name: [s for s in sentences if s.pair == p] for p, name in enumerate(pairs)}, tokenizers)
     if len(by_pair) > 1:
-        by_pair.append(_row("mean of the pairs", sentences, pairs, tokenize))
-    by_length = breakdown(length_groups(sentences, config.lengths), pairs, tokenize)
-    _print(f"sacreBLEU {signed['bleu']}\nchrF++ {signed['chrf']}", "pair", by_pair)
+        by_pair.append(_row("mean of the pairs", sentences, tokenizers))
+    by_length = breakdown(length_groups(sentences, config.lengths), tokenizers)
+    titles = {name: name.replace("bleu", "sacreBLEU").replace("chrf", "chrF++").replace("_", " ", 1) for name in signed}
+    _print("\n".join(f"{titles[name]} {text}" for name, text in signed.items()), "pair", by_pair)
     _print("By words of the reference", "words", by_length)
     _print_samples(sentences, sources, pairs, config.samples)
     return [
-        write_csv(folder / "pairs.csv", [{"pair": r["group"], **_without(r)} for r in by_pair]),
+        write_csv(
+            folder / "pairs.csv", [{"pair": r["group"], **_without(r), **_signed(r, tokenizers)} for r in by_pair]
+        ),
         write_csv(folder / "lengths.csv", [{"words": r["group"], **_without(r)} for r in by_length]),
         write_sentences(folder / "sentences.jsonl", sentences, pairs, sources),
         write_signatures(folder / "signatures.txt", signed),
     ]
 
 
-def breakdown(
-    groups: Mapping[str, Sequence[Sentence]], pairs: Sequence[str], tokenize: str = "13a"
-) -> list[dict[str, Any]]:
+def breakdown(groups: Mapping[str, Sequence[Sentence]], tokenizers: Mapping[str, str]) -> list[dict[str, Any]]:
     """Scores of each group that has a sentence: a row each, with its name as "group"."""
-    return [_row(name, own, pairs, tokenize) for name, own in groups.items() if own]
+    return [_row(name, own, tokenizers) for name, own in groups.items() if own]
 
 
-def _row(name: str, own: Sequence[Sentence], pairs: Sequence[str], tokenize: str) -> dict[str, Any]:
-    values = figures(own, pairs, tokenize)
-    words = sum(len(s.reference.split()) for s in own)
-    ratio = sum(len(s.hypothesis.split()) for s in own) / words if words else math.nan
+def _row(name: str, own: Sequence[Sentence], tokenizers: Mapping[str, str]) -> dict[str, Any]:
+    values = figures(own, tokenizers)
+    words = sum(num_words(s.reference) for s in own)
+    ratio = sum(num_words(s.hypothesis) for s in own) / words if words else math.nan
     return {"group": name, "sentences": len(own), "length_ratio": ratio, **{k: values[k] for k in _COLUMNS}}
 
 
 def _without(row: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in row.items() if key != "group"}
+
+
+def _signed(row: Mapping[str, Any], tokenizers: Mapping[str, str]) -> dict[str, str]:
+    """BLEU's signature, of the mean of several pairs those of all."""
+    own = [tokenizers[row["group"]]] if row["group"] in tokenizers else dict.fromkeys(tokenizers.values())
+    return {"bleu_signature": "; ".join(signature("bleu", name) for name in own)}
 
 
 def length_groups(sentences: Sequence[Sentence], lengths: Sequence[int]) -> dict[str, list[Sentence]]:
@@ -152,7 +161,7 @@ def length_groups(sentences: Sequence[Sentence], lengths: Sequence[int]) -> dict
     names.append(f"over {lengths[-1]}" if lengths else "all")
     found: dict[str, list[Sentence]] = {name: [] for name in names}
     for sentence in sentences:
-        words = len(sentence.reference.split())
+        words = num_words(sentence.reference)
         found[names[sum(words > high for high in lengths)]].append(sentence)
     return found
 

@@ -29,7 +29,14 @@ def dense_of_pair(sparse: Translator, pair: str) -> Translator:
     model = dense_of_task(sparse.model, int(sparse.task_P[sparse.pairs.index(pair)]))  # type: ignore[index]
     assert sparse.moe is not None
     width = _width(sparse.moe, sparse.moe_dim)
-    dense = sparse.twin(pairs=(pair,), moe=None, transformer=model.config, replaced_hidden_dim=width)
+    dense = sparse.twin(
+        pairs=(pair,),
+        moe=None,
+        transformer=model.config,
+        replaced_hidden_dim=width,
+        pretrained=None,
+        bleu_tokenize=sparse.bleu_tokenizers[pair],
+    )
     dense.model = model
     return dense.train(sparse.training)
 

@@ -19,10 +19,12 @@ from apps.nlp.metrics import gathered, perplexity, token_figures
 from apps.nlp.model import LanguageModel
 from apps.nlp.module import check_context, check_length, check_subwords, per_sentence, read_ids
 from apps.nlp.predict import in_order
+from apps.nlp.pretrained import PretrainedModule, check_free, check_replaced, published_network
 from apps.nlp.subwords import PAD_ID, UNK_ID, Subwords
 from apps.nlp.text import TextBatch, TextSize
-from apps.training import Baseline, OptimizerConfig, SparseModule, Stage, TaskOutput
+from apps.training import Baseline, OptimizerConfig, Stage, TaskOutput
 
+_LAYERS = "all"
 _DECODE = DecodeConfig("sample", top_p=0.9, max_length_ratio=0.0, max_length_extra=64)
 
 
@@ -99,7 +101,7 @@ class LanguageMetrics(Metric):
         return {name: torch.tensor(value, dtype=torch.float64) for name, value in found.items()}
 
 
-class LanguageModeler(SparseModule):
+class LanguageModeler(PretrainedModule):
     """A decoder alone, sparse or dense, that foresees the next subword of a text.
 
     Args:
@@ -113,6 +115,9 @@ class LanguageModeler(SparseModule):
         optimizer: learning rate, weight decay and schedule.
         ema_decay: of the moving average of the weights; None: none.
         average_last: epochs whose weights at their end are averaged at last; None: none.
+        pretrained: folder of a published checkpoint, as `apps.nlp.porting` reads it: its weights are those with which
+            the first training or test begins that no checkpoint gives its own; ``data.tokenizer.path`` takes its
+            subwords. Where ``transformer`` is None its network is taken; a given one must be the same, but for dropout.
 
     Raises:
         ValueError: a value out of its range, or a combination that cannot be built.
@@ -131,20 +136,29 @@ class LanguageModeler(SparseModule):
         subwords: Subwords | None = None,
         transformer: TransformerConfig | None = None,
         moe: core.MoEConfig | None = None,
-        moe_layers: str | list[int] = "all",
+        moe_layers: str | list[int] = _LAYERS,
         replaced_hidden_dim: int | None = None,
         label_smoothing: float = 0.0,
         decode: DecodeConfig = _DECODE,
         optimizer: OptimizerConfig | None = None,
         ema_decay: float | None = None,
         average_last: int | None = None,
+        pretrained: str | None = None,
     ) -> None:
+        check_replaced(pretrained, replaced_hidden_dim)
+        if pretrained is not None and transformer is None:
+            # Before these are kept for the checkpoint, which is read without the folder.
+            published = published_network(pretrained, is_language_model=True)
+            transformer, moe = published.transformer, moe or published.moe
+            if moe_layers == _LAYERS:
+                moe_layers = list(published.decoder_moe_layers) or "none"
         super().__init__(optimizer=optimizer, ema_decay=ema_decay, average_last=average_last)
         if not 0.0 <= label_smoothing < 1.0:
             raise ValueError(f"label_smoothing={label_smoothing} is not in [0, 1)")
         if subwords is None:
             raise ValueError("subwords=None: they come from the data, such as TextData(...).subwords")
         self.subwords, self.transformer = subwords, transformer or TransformerConfig()
+        self.pretrained = pretrained
         self.moe, self.moe_layers = moe, moe_layers
         self.moe_config, self.moe_dim = moe, self.transformer.shape.dim
         self.label_smoothing, self.decode = label_smoothing, decode
@@ -224,18 +238,20 @@ class LanguageModeler(SparseModule):
         ]
 
     def predict_stream(self, data: Any) -> Iterator[str] | None:
-        """Each prompt of ``data.text`` and what follows it, a line each, as it comes; None: there is none.
+        """Each prompt of ``data.text`` or ``data.predict_file`` and what follows it, a line each, as it comes; None:
+        there is none.
 
         Raises:
             ValueError: ``decode.num_best`` asks for more than the one that a line has room for.
         """
-        if data.text is None:
+        if data.text is None and data.predict_file is None:
             return None
         if self.decode.num_best > 1:
             raise ValueError(
                 f"decode.num_best={self.decode.num_best} (--model.decode.num_best): a line of text is printed with one "
                 "continuation; predict_step has the others"
             )
+        self._load_pretrained()
         model: Any = in_dtype(self.model, self.decode.dtype)
 
         def lines() -> Iterator[tuple[list[int], list[str]]]:
@@ -252,8 +268,10 @@ class LanguageModeler(SparseModule):
         data = self._data()
         check_subwords(self.subwords, getattr(data, "subwords", None))
         check_length(self.transformer, "data.block_size", getattr(data, "block_size", None))
+        self._load_pretrained()
 
     def with_moe(self, moe: core.MoEConfig) -> LanguageModeler:
+        check_free(self.pretrained)
         return self.twin(moe=moe, replaced_hidden_dim=None)
 
     def baselines(self) -> Mapping[str, Baseline]:

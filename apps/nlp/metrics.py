@@ -6,14 +6,20 @@ neither is a mean over sentences or batches. sacrebleu is imported where it is u
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import Metric
+
+from apps.messages import one_line
+
+log = logging.getLogger(__name__)
 
 Score = Literal["bleu", "chrf"]
 SCORES: tuple[Score, ...] = ("bleu", "chrf")
@@ -50,7 +56,7 @@ def scorer(score: Score, tokenize: str = "13a") -> Any:
         tokenize: of BLEU, a name of sacrebleu's.
 
     Raises:
-        ValueError: sacrebleu has no such tokenizer.
+        ValueError: sacrebleu has no such tokenizer, or lacks the package that it needs.
     """
     from sacrebleu.metrics import BLEU, CHRF
 
@@ -58,7 +64,58 @@ def scorer(score: Score, tokenize: str = "13a") -> Any:
         return CHRF(word_order=2)
     if tokenize not in BLEU.TOKENIZERS:
         raise ValueError(f"bleu_tokenize={tokenize!r} is not one of {', '.join(sorted(BLEU.TOKENIZERS))}")
-    return BLEU(tokenize=tokenize, force=True)  # else each validation may warn that the corpus is tokenised
+    try:
+        return BLEU(tokenize=tokenize, force=True)  # else each validation may warn that the corpus is tokenised
+    except RuntimeError as error:  # a package that it needs
+        raise ValueError(f"bleu_tokenize={tokenize!r}: {one_line(str(error))}") from error
+
+
+# By the code of a language, without script and country: what sacrebleu takes where it is told the language.
+_OF_LANGUAGE = {
+    **dict.fromkeys(("zh", "zho", "yue", "cmn"), "zh"),
+    **dict.fromkeys(("ja", "jpn"), "ja-mecab"),
+    **dict.fromkeys(("ko", "kor"), "ko-mecab"),
+    # These have no spaces between words, and sacrebleu no tokenizer: with 13a a sentence would be a word or two.
+    **dict.fromkeys(("th", "tha", "lo", "lao", "km", "khm", "my", "mya", "bo", "bod"), "char"),
+}
+
+
+def bleu_tokenizers(pairs: Sequence[str], tokenize: str | Mapping[str, str] | None = None) -> dict[str, str]:
+    """BLEU's tokenizer for each language pair, a name of sacrebleu's.
+
+    Args:
+        pairs: such as "en-de".
+        tokenize: one for all, or of some pairs theirs. Where none is given it is "zh" into Chinese, "ja-mecab" into
+            Japanese and "ko-mecab" into Korean, or with a warning "char" where the package for these is not installed;
+            "char" into Thai, Lao, Khmer, Burmese and Tibetan; and "13a".
+
+    Raises:
+        ValueError: sacrebleu has no such tokenizer or lacks a package for it, or ``tokenize`` names another pair.
+    """
+    if isinstance(tokenize, str):
+        scorer("bleu", tokenize)
+        return dict.fromkeys(pairs, tokenize)
+    given = dict(tokenize or {})
+    for pair, name in given.items():
+        if pair not in pairs:
+            raise ValueError(f"bleu_tokenize names {pair!r}, which is not one of {', '.join(pairs)}")
+        scorer("bleu", name)
+    return {pair: given.get(pair) or _of_target(pair) for pair in pairs}
+
+
+def _of_target(pair: str) -> str:
+    name = _OF_LANGUAGE.get(pair.partition("-")[2].partition("_")[0], "13a")
+    try:
+        scorer("bleu", name)
+    except ValueError as error:
+        _warn_once(f"{pair}: BLEU is of characters, not of words: {error}")
+        return "char"
+    return name
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    log.warning("%s", text)
 
 
 def corpus_score(score: Score, hypotheses: Sequence[str], references: Sequence[str], tokenize: str = "13a") -> float:
@@ -68,14 +125,24 @@ def corpus_score(score: Score, hypotheses: Sequence[str], references: Sequence[s
     return float(scorer(score, tokenize).corpus_score(list(hypotheses), [list(references)]).score)
 
 
-def signatures(tokenize: str = "13a") -> dict[str, str]:
-    """How each score is made, as sacrebleu writes it, by the score's name."""
-    found: dict[str, str] = {}
-    for score in SCORES:
-        metric = scorer(score, tokenize)
-        metric.corpus_score(["a"], [["a"]])  # before, it does not know how many references there are
-        found[score] = str(metric.get_signature())
-    return found
+def signature(score: Score, tokenize: str = "13a") -> str:
+    """How a score is made, as sacrebleu writes it."""
+    metric = scorer(score, tokenize)
+    metric.corpus_score(["a"], [["a"]])  # before, it does not know how many references there are
+    return str(metric.get_signature())
+
+
+def signatures(tokenizers: Mapping[str, str]) -> dict[str, str]:
+    """The signature of each score by its name, "bleu", "chrf"; of pairs that differ "bleu_en-de", "bleu_en-zh".
+
+    Args:
+        tokenizers: BLEU's, of each pair.
+    """
+    if len(set(tokenizers.values())) < 2:
+        bleu = {"bleu": signature("bleu", next(iter(tokenizers.values()), "13a"))}
+    else:
+        bleu = {f"bleu_{pair}": signature("bleu", name) for pair, name in tokenizers.items()}
+    return {**bleu, "chrf": signature("chrf")}
 
 
 class Scored(Protocol):
@@ -106,7 +173,7 @@ class TranslationMetrics(Metric):
 
     Args:
         pairs: language pairs, in the order of their numbers.
-        tokenize: of BLEU, a name of sacrebleu's.
+        tokenize: of BLEU, see `bleu_tokenizers`.
 
     Attributes:
         sentences: of all ranks, by line number; after ``compute``.
@@ -116,9 +183,9 @@ class TranslationMetrics(Metric):
     is_differentiable = False
     higher_is_better = True
 
-    def __init__(self, pairs: Sequence[str], tokenize: str = "13a") -> None:
+    def __init__(self, pairs: Sequence[str], tokenize: str | Mapping[str, str] | None = None) -> None:
         super().__init__()
-        self.pairs, self.tokenize = tuple(pairs), tokenize
+        self.pairs, self.tokenizers = tuple(pairs), bleu_tokenizers(pairs, tokenize)
         self._own: list[Sentence] = []
         self.sentences: list[Sentence] = []
 
@@ -134,22 +201,27 @@ class TranslationMetrics(Metric):
     def compute(self) -> dict[str, Tensor]:
         """The metrics of all sentences so far, float64 scalars; NaN without any."""
         self.sentences = gathered(self._own)
-        values = figures(self.sentences, self.pairs, self.tokenize)
+        values = figures(self.sentences, self.tokenizers)
         return {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
 
 
-def figures(sentences: Sequence[Sentence], pairs: Sequence[str], tokenize: str = "13a") -> dict[str, float]:
-    """What ``TranslationMetrics.compute`` returns, as plain numbers."""
-    by_pair = {name: [s for s in sentences if s.pair == number] for number, name in enumerate(pairs)}
+def figures(sentences: Sequence[Sentence], tokenizers: Mapping[str, str]) -> dict[str, float]:
+    """What ``TranslationMetrics.compute`` returns, as plain numbers.
+
+    Args:
+        sentences: of all pairs.
+        tokenizers: BLEU's, of each pair, in the order of their numbers.
+    """
+    by_pair = {name: [s for s in sentences if s.pair == number] for number, name in enumerate(tokenizers)}
     by_pair = {name: own for name, own in by_pair.items() if own}
     found: dict[str, float] = {}
     for score in SCORES:
         of_pairs = {
-            name: corpus_score(score, [s.hypothesis for s in own], [s.reference for s in own], tokenize)
+            name: corpus_score(score, [s.hypothesis for s in own], [s.reference for s in own], tokenizers[name])
             for name, own in by_pair.items()
         }
         found[score] = sum(of_pairs.values()) / len(of_pairs) if of_pairs else math.nan
-        if len(pairs) > 1:
+        if len(tokenizers) > 1:
             found |= {f"{score}_{name}": value for name, value in of_pairs.items()}
     return {**found, **token_figures(sentences)}
 

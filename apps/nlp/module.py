@@ -17,14 +17,16 @@ from apps.nlp.batch import TranslationBatch
 from apps.nlp.config import TransformerConfig
 from apps.nlp.decode import DecodeConfig, Hypotheses, in_dtype, translate_ids
 from apps.nlp.evaluation import ReportConfig, TranslationReport, side_by_side
-from apps.nlp.metrics import Sentence, TranslationMetrics, scorer, signatures
+from apps.nlp.metrics import Sentence, TranslationMetrics, bleu_tokenizers, signatures
 from apps.nlp.model import TranslationModel
 from apps.nlp.predict import predict_lines
+from apps.nlp.pretrained import PretrainedModule, check_free, check_replaced, published_network
 from apps.nlp.subwords import PAD_ID, UNK_ID, Subwords
 from apps.training import Baseline, ExampleDifference, OptimizerConfig, SparseModule, Stage, TaskOutput
 
 _DECODE = DecodeConfig()
 _REPORT = ReportConfig()
+_LAYERS = "every2"
 Tasks = Literal["pair", "source", "target"]
 
 
@@ -34,6 +36,7 @@ class Translations(NamedTuple):
     Attributes:
         index: int64 (B,), the sentence's line number, from 0.
         pair: the language pair, such as "en-de".
+        source: as the model read it.
         translation: the best hypothesis; empty for an empty line.
         score: float64 (B,), its score in the search; 0 for an empty line.
         alternatives: the further hypotheses, best first, where ``decode.num_best`` asks for them.
@@ -41,6 +44,7 @@ class Translations(NamedTuple):
 
     index: Tensor  # type: ignore[assignment]  # a batch has no use for tuple.index
     pair: list[str]
+    source: list[str]
     translation: list[str]
     score: Tensor
     alternatives: list[list[str]]
@@ -60,7 +64,7 @@ class Foreseen(NamedTuple):
     tokens_B: Tensor
 
 
-class Translator(SparseModule):
+class Translator(PretrainedModule):
     """A transformer from one language to another, or from many to many, sparse or dense.
 
     It is trained by the cross-entropy of each target token after those before it, with label smoothing, and judged by
@@ -79,10 +83,14 @@ class Translator(SparseModule):
         label_smoothing: share of the target spread evenly over the vocabulary, in training.
         decode: how test sentences and those of a prediction are translated.
         val_decode: how validation sentences are: "greedy", or "as_test".
-        bleu_tokenize: sacrebleu's tokenizer for BLEU: "13a"; "zh" for Chinese, "ja-mecab", "ko-mecab", "char", ...
+        bleu_tokenize: sacrebleu's tokenizer for BLEU, "13a", "zh", "char", ..., of all pairs, or of some pairs theirs;
+            None: by target language, as `bleu_tokenizers` says.
         optimizer: learning rate, weight decay and schedule.
         ema_decay: of the moving average of the weights; None: none.
         average_last: epochs whose weights at their end are averaged at last; None: none.
+        pretrained: folder of a published checkpoint, as `apps.nlp.porting` reads it: its weights are those with which
+            the first training or test begins that no checkpoint gives its own; ``data.tokenizer.path`` takes its
+            subwords. Where ``transformer`` is None its network is taken; a given one must be the same, but for dropout.
         report: what a test adds to the scores; None: nothing.
 
     Raises:
@@ -102,28 +110,38 @@ class Translator(SparseModule):
         pairs: Sequence[str] = (),
         transformer: TransformerConfig | None = None,
         moe: core.MoEConfig | None = None,
-        encoder_moe_layers: str | list[int] = "every2",
-        decoder_moe_layers: str | list[int] = "every2",
+        encoder_moe_layers: str | list[int] = _LAYERS,
+        decoder_moe_layers: str | list[int] = _LAYERS,
         replaced_hidden_dim: int | None = None,
         tasks: Tasks = "pair",
         label_smoothing: float = 0.1,
         decode: DecodeConfig = _DECODE,
         val_decode: Literal["greedy", "as_test"] = "greedy",
-        bleu_tokenize: str = "13a",
+        bleu_tokenize: str | dict[str, str] | None = None,
         optimizer: OptimizerConfig | None = None,
         ema_decay: float | None = None,
         average_last: int | None = None,
+        pretrained: str | None = None,
         report: ReportConfig | None = _REPORT,
     ) -> None:
+        check_replaced(pretrained, replaced_hidden_dim)
+        if pretrained is not None and transformer is None:
+            # Before these are kept for the checkpoint, which is read without the folder.
+            published = published_network(pretrained, is_language_model=False)
+            transformer, moe = published.transformer, moe or published.moe
+            if encoder_moe_layers == _LAYERS:
+                encoder_moe_layers = list(published.encoder_moe_layers) or "none"
+            if decoder_moe_layers == _LAYERS:
+                decoder_moe_layers = list(published.decoder_moe_layers) or "none"
         super().__init__(optimizer=optimizer, ema_decay=ema_decay, average_last=average_last)
         if not 0.0 <= label_smoothing < 1.0:
             raise ValueError(f"label_smoothing={label_smoothing} is not in [0, 1)")
         if val_decode not in ("greedy", "as_test"):
             raise ValueError(f"val_decode={val_decode!r} is not one of 'greedy', 'as_test'")
-        scorer("bleu", bleu_tokenize)
+        self.bleu_tokenizers = bleu_tokenizers(pairs, bleu_tokenize)
         if subwords is None:
             raise ValueError("subwords=None: they come from the data, such as TranslationData(...).subwords")
-        self.subwords, self.pairs = subwords, tuple(pairs)
+        self.subwords, self.pairs, self.pretrained = subwords, tuple(pairs), pretrained
         self.transformer = transformer or TransformerConfig()
         self.moe, self.encoder_moe_layers, self.decoder_moe_layers = moe, encoder_moe_layers, decoder_moe_layers
         self.moe_config, self.moe_dim = moe, self.transformer.shape.dim
@@ -240,11 +258,11 @@ class Translator(SparseModule):
 
     def build_metrics(self) -> TranslationMetrics:
         """BLEU, chrF++, token accuracy and perplexity."""
-        return TranslationMetrics(self.pairs, self.bleu_tokenize)
+        return TranslationMetrics(self.pairs, self.bleu_tokenizers)
 
     @property
     def metric_signatures(self) -> Mapping[str, str]:
-        return signatures(self.bleu_tokenize)
+        return signatures(self.bleu_tokenizers)
 
     def _start_pass(self, stage: Stage) -> None:
         super()._start_pass(stage)
@@ -289,7 +307,7 @@ class Translator(SparseModule):
         """BLEU and chrF++ differences by paired bootstrap resampling."""
         from apps.nlp.significance import compare_sentences
 
-        return compare_sentences(mine, other, self.pairs, self.bleu_tokenize)
+        return compare_sentences(mine, other, self.bleu_tokenizers)
 
     def side_by_side(self, systems: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         """Sentences at equal steps through the test set, with each system's translation."""
@@ -303,6 +321,7 @@ class Translator(SparseModule):
         return Translations(
             batch.index_B,
             [self.pairs[p] for p in batch.pair_B.tolist()],
+            self.subwords.decode(batch.source_BS.tolist(), "source"),
             ["" if empty else best for empty, (best, *_) in zip(empty_B, texts, strict=True)],
             torch.tensor([0.0 if e else s[0] for e, s in zip(empty_B, found.scores, strict=True)], dtype=torch.float64),
             [[] if empty else further for empty, (_, *further) in zip(empty_B, texts, strict=True)],
@@ -320,6 +339,7 @@ class Translator(SparseModule):
                 "translation; a prediction of the test split, without data.text and data.predict_file, has the others"
             )
         check_length(self.transformer, "data.max_length", data.max_length)
+        self._load_pretrained()
         model: Any = in_dtype(self.model, self.decode.dtype)
 
         def translate(batch: TranslationBatch) -> list[str]:
@@ -342,6 +362,7 @@ class Translator(SparseModule):
                 f"the model translates {', '.join(self.pairs)}, which does not fit the data, whose pairs are "
                 f"{', '.join(pairs)}"
             )
+        self._load_pretrained()
 
     def configure_callbacks(self) -> list[Callback]:
         callbacks = super().configure_callbacks()
@@ -355,6 +376,7 @@ class Translator(SparseModule):
         return bool(self.model.decoder_moe_layers)
 
     def with_moe(self, moe: core.MoEConfig) -> Translator:
+        check_free(self.pretrained)
         return self.twin(moe=moe, replaced_hidden_dim=None)
 
     def baselines(self) -> Mapping[str, Baseline]:

@@ -1,11 +1,13 @@
 """Pictures of a translation model: who takes which language and which subwords, what it attends to, how it learned.
 
 Each function turns plain arrays into a matplotlib ``Figure``, as in ``apps.plots``. The font is DejaVu Sans, which
-matplotlib brings along: it has Latin, Greek, Cyrillic, Arabic and Hebrew letters; a box stands for what it lacks.
+matplotlib brings along: it has Latin, Greek, Cyrillic, Arabic and Hebrew letters. Others are of the fonts of `_FURTHER`
+that the machine has; a box stands for what all lack.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -19,9 +21,30 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+log = logging.getLogger(__name__)
+
 _WRITTEN = 16  # experts up to which each cell has its number
 _WIDTH = 12.5  # inches that a figure has for maps side by side
-_PLAIN: dict[str, Any] = {"parse_math": False}  # a dollar sign in a text is one
+# Families of Chinese, Japanese and Korean, Indic and other letters, as Linux, macOS and Windows have them.
+_FURTHER = (
+    "Noto Sans CJK",
+    "Source Han Sans",
+    "WenQuanYi",
+    "IPAGothic",
+    "Droid Sans Fallback",
+    "Noto Sans",
+    "Lohit",
+    "PingFang",
+    "Hiragino Sans",
+    "Apple SD Gothic Neo",
+    "Arial Unicode MS",
+    "Microsoft YaHei",
+    "Yu Gothic",
+    "Malgun Gothic",
+    "Nirmala UI",
+    "Leelawadee UI",
+    "Unifont",
+)
 
 
 @dataclass(frozen=True)
@@ -149,7 +172,7 @@ def sentence_routes(sides: Sequence[Routes], num_experts: int, title: str) -> Fi
         _route_panel(axis, side, colors)
         # Rows of one height on both sides: the shorter one ends earlier.
         axis.set_ylim(rows - 0.5, -0.5)
-    fig.suptitle(title, fontsize=10, **_PLAIN)
+    fig.suptitle(title, fontsize=10, **_text())
     return fig
 
 
@@ -174,7 +197,7 @@ def _route_panel(axis: Axes, side: Routes, colors: Sequence[str]) -> None:
     axis.xaxis.tick_top()
     axis.xaxis.set_label_position("top")
     axis.set_xlabel(side.title, fontsize=9)
-    axis.set_yticks(range(len(side.pieces)), [drawn(p) for p in side.pieces], fontsize=8.5, **_PLAIN)
+    axis.set_yticks(range(len(side.pieces)), [drawn(p) for p in side.pieces], fontsize=8.5, **_text())
     axis.tick_params(length=0)
     for spine in axis.spines.values():
         spine.set_visible(False)
@@ -200,26 +223,47 @@ def attention_map(weights: np.ndarray, source: Sequence[str], target: Sequence[s
     fig = new_figure(max(4.2, 0.24 * len(source) + wide + 1.4), max(2.6, 0.24 * len(target) + high + 0.8))
     axis = fig.subplots()
     image = axis.imshow(100 * weights, aspect="equal", cmap="cividis", vmin=0.0, interpolation="nearest")
-    axis.set_xticks(range(len(source)), names[0], rotation=90, fontsize=8.5, **_PLAIN)
-    axis.set_yticks(range(len(target)), names[1], fontsize=8.5, **_PLAIN)
+    axis.set_xticks(range(len(source)), names[0], rotation=90, fontsize=8.5, **_text())
+    axis.set_yticks(range(len(target)), names[1], fontsize=8.5, **_text())
     axis.xaxis.tick_top()
     axis.tick_params(length=2)
     fig.colorbar(image, ax=axis, label="attention, %", pad=0.02, shrink=0.8)
-    fig.suptitle(title, fontsize=10, **_PLAIN)
+    fig.suptitle(title, fontsize=10, **_text())
     return fig
 
 
 def drawn(piece: str) -> str:
-    """A subword with a box for each character that the font lacks."""
+    """A subword with a box for each character that the fonts lack."""
     known = _characters()
+    if any(ord(c) not in known for c in piece):
+        _tell_of_boxes()
     return "".join(c if ord(c) in known else "\N{WHITE SQUARE}" for c in piece)
+
+
+def _text() -> dict[str, Any]:
+    """Of text from a corpus: a dollar sign is one, and each glyph comes from the first font that has it."""
+    return {"parse_math": False, "fontfamily": list(_families())}
+
+
+@cache
+def _families() -> tuple[str, ...]:
+    from matplotlib import font_manager
+
+    installed = sorted({font.name for font in font_manager.fontManager.ttflist})
+    return ("DejaVu Sans", *dict.fromkeys(name for start in _FURTHER for name in installed if name.startswith(start)))
 
 
 @cache
 def _characters() -> frozenset[int]:
     from matplotlib import font_manager
 
-    return frozenset(font_manager.get_font(font_manager.findfont("DejaVu Sans")).get_charmap())
+    fonts = (font_manager.get_font(font_manager.findfont(name)) for name in _families())
+    return frozenset(character for font in fonts for character in font.get_charmap())
+
+
+@cache
+def _tell_of_boxes() -> None:
+    log.warning("pictures have boxes for characters that no font here has: install one, such as Noto Sans CJK")
 
 
 # ---- learning

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from apps.nlp.batch import TranslationBatch
+from apps.nlp.readers.lines import clean
 from apps.nlp.subwords import Subwords
 
 Translate = Callable[[TranslationBatch], Sequence[str]]
@@ -32,6 +35,51 @@ def predict_lines(translate: Translate, subwords: Subwords, pairs: Sequence[str]
     if tuple(data.pairs) != tuple(pairs):
         raise ValueError(f"the model's pairs are {', '.join(pairs)}, and the data's are {', '.join(data.pairs)}")
     return in_order((batch.index_B.tolist(), translate(batch)) for batch in data.predict_dataloader())
+
+
+def given_lines(text: Sequence[str] | str | None, predict_file: str | None) -> Iterator[str]:
+    """The lines of a prediction as they come, each as `as_line` makes it.
+
+    Args:
+        text: a line, or several; None: those of the file.
+        predict_file: its path, "-" being standard input.
+
+    Raises:
+        ValueError: a file that cannot be read, or a line that is not UTF-8.
+    """
+    if text is not None:
+        yield from (as_line(line, i) for i, line in enumerate([text] if isinstance(text, str) else text))
+    elif predict_file == "-":
+        yield from _decoded(sys.stdin.buffer, "standard input")
+    elif predict_file is not None:
+        try:
+            file = open(Path(predict_file).expanduser(), "rb")  # noqa: SIM115
+        except OSError as error:
+            raise ValueError(f"predict_file={predict_file!r} cannot be read: {error.strerror}") from error
+        with file:
+            yield from _decoded(file, predict_file)
+
+
+def as_line(text: str, index: int) -> str:
+    """A line of text, from 0, cleaned.
+
+    Raises:
+        ValueError: it is no text.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # bytes of a command line that are no text
+        raise ValueError(f"line {index + 1} is not valid UTF-8") from error
+    return clean(text)
+
+
+def _decoded(lines: Iterable[bytes], name: str) -> Iterator[str]:
+    for number, line in enumerate(lines, 1):
+        try:
+            yield clean(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        except UnicodeDecodeError as error:
+            byte = line[error.start]
+            raise ValueError(f"{name}, line {number}: byte 0x{byte:02x} is not valid UTF-8") from error
 
 
 def in_order(numbered: Iterable[tuple[Sequence[int], Sequence[str]]]) -> Iterator[str]:

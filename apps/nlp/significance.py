@@ -49,7 +49,7 @@ def paired_bootstrap(
     hypotheses_b: Sequence[str],
     references: Sequence[str],
     score: Score = "bleu",
-    tokenize: str = "13a",
+    tokenize: str | Mapping[Any, str] = "13a",
     resamples: int = RESAMPLES,
     seed: int = 0,
     strata: Sequence[Any] | None = None,
@@ -60,7 +60,7 @@ def paired_bootstrap(
         hypotheses_a, hypotheses_b: of the two systems, a sentence each.
         references: of the same sentences.
         score: "bleu" or "chrf".
-        tokenize: of BLEU, a name of sacrebleu's.
+        tokenize: of BLEU, a name of sacrebleu's, or that of each stratum.
         resamples: test sets drawn.
         seed: of the draws.
         strata: what each sentence belongs to, such as its language pair: the score is then the mean of theirs, and each
@@ -75,11 +75,11 @@ def paired_bootstrap(
         raise ValueError(f"a paired test needs two hypotheses for each reference, and one at least: got {counts}")
     if resamples < 1:
         raise ValueError(f"resamples={resamples} must be at least 1")
-    metric = scorer(score, tokenize)
     rng = np.random.default_rng(seed)
     groups = _groups(strata, n)
     whole, drawn = np.zeros(2), np.zeros((2, resamples))
-    for group in groups:
+    for stratum, group in groups.items():
+        metric = scorer(score, tokenize if isinstance(tokenize, str) else tokenize[stratum])
         of_group = [references[i] for i in group]
         statistics = [
             sentence_statistics(metric, [hypotheses[i] for i in group], of_group)
@@ -101,13 +101,13 @@ def paired_bootstrap(
     return PairedBootstrap(a, b, a - b, float(low), float(high), p)
 
 
-def _groups(strata: Sequence[Any] | None, n: int) -> list[list[int]]:
+def _groups(strata: Sequence[Any] | None, n: int) -> dict[Any, list[int]]:
     if strata is None:
-        return [list(range(n))]
+        return {None: list(range(n))}
     found: dict[Any, list[int]] = {}
     for i, stratum in enumerate(strata):
         found.setdefault(stratum, []).append(i)
-    return list(found.values())
+    return found
 
 
 def sentence_statistics(metric: Any, hypotheses: Sequence[str], references: Sequence[str]) -> Array:
@@ -125,19 +125,22 @@ def _score(metric: Any, sums_K: Array) -> float:
 def compare_sentences(
     mine: Sequence[Mapping[str, Any]],
     other: Sequence[Mapping[str, Any]],
-    pairs: Sequence[str],
-    tokenize: str = "13a",
+    tokenizers: Mapping[str, str],
 ) -> list[ExampleDifference]:
     """Paired bootstrap of two tests as ``Translator.examples_of_test`` saves them: BLEU, then chrF++.
 
     With several pairs the mean over the pairs comes first, then each pair.
+
+    Args:
+        mine, other: the examples of each test.
+        tokenizers: BLEU's, of each pair.
 
     Raises:
         ValueError: they are not of the same sentences.
     """
     if [(e["index"], e["reference"]) for e in mine] != [(e["index"], e["reference"]) for e in other]:
         raise ValueError("the two tests are not of the same sentences")
-    names = [pair for pair in pairs if any(e["pair"] == pair for e in mine)]
+    names = [pair for pair in tokenizers if any(e["pair"] == pair for e in mine)]
     found = []
     for score in SCORES:
         for name in (None, *(names if len(names) > 1 else ())):
@@ -147,7 +150,7 @@ def compare_sentences(
                 [other[i]["hypothesis"] for i in own],
                 [mine[i]["reference"] for i in own],
                 score,
-                tokenize,
+                tokenizers,
                 strata=[mine[i]["pair"] for i in own],
             )
             of = "" if len(names) < 2 else ", mean of the pairs" if name is None else f" {name}"

@@ -9,7 +9,7 @@ import io
 import json
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -115,7 +115,7 @@ _LONGEST_BYTES = 1 << 14
 
 @dataclass(frozen=True)
 class SubwordConfig:
-    """How subwords are learned from the training text.
+    """How subwords are learned from the training text, or where they are.
 
     Attributes:
         kind: "bpe" (Sennrich et al. 2016) or "unigram" (Kudo 2018).
@@ -125,6 +125,8 @@ class SubwordConfig:
         character_coverage: share of the text whose characters are subwords themselves; the rarest ones are spelled in
             bytes, as are those that the training text lacks.
         max_sentences: of a side, that subwords are learned from; of a larger corpus so many are drawn.
+        path: they are not learned, but read: from the folder of a published checkpoint, or a sentencepiece model of
+            yours. The others have no effect then.
 
     Raises:
         ValueError: a value out of its range.
@@ -135,6 +137,7 @@ class SubwordConfig:
     joint: bool = True
     character_coverage: float = 0.9999
     max_sentences: int = 2_000_000
+    path: str | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in ("bpe", "unigram"):
@@ -172,13 +175,14 @@ def _model(lines: Iterable[str], config: SubwordConfig, languages: Sequence[str]
     import numpy as np
     import sentencepiece
 
-    sentences = list(dict.fromkeys(line for line in lines if line))
+    sentences = list(dict.fromkeys(part for line in lines if line for part in _parts(line)))
     if len(sentences) > config.max_sentences:
         chosen = np.random.RandomState(0).permutation(len(sentences))[: config.max_sentences]
         sentences = [sentences[i] for i in np.sort(chosen)]
     if cache is None:
         return _train(sentences, config, languages)
-    options = json.dumps([asdict(config), list(languages), sentencepiece.__version__, _THREADS])
+    how = {name: value for name, value in asdict(config).items() if name != "path"}
+    options = json.dumps([how, list(languages), sentencepiece.__version__, _THREADS])
     digest = hashlib.sha256(options.encode())
     for sentence in sentences:
         digest.update(sentence.encode() + b"\n")
@@ -189,6 +193,20 @@ def _model(lines: Iterable[str], config: SubwordConfig, languages: Sequence[str]
     with replacing(path, "wb") as file:
         file.write(model)
     return model
+
+
+def _parts(line: str) -> Iterator[str]:
+    """A line in parts that sentencepiece takes, cut at spaces, or else between characters: it skips longer ones."""
+    data, start = line.encode(), 0
+    while len(data) - start > _LONGEST_BYTES:
+        end = data.rfind(b" ", start + 1, start + _LONGEST_BYTES + 1)
+        if end < 0:
+            end = start + _LONGEST_BYTES
+            while data[end] & 0xC0 == 0x80:  # within a character
+                end -= 1
+        yield data[start:end].decode()
+        start = end
+    yield data[start:].decode()
 
 
 def _train(sentences: list[str], config: SubwordConfig, languages: Sequence[str]) -> bytes:

@@ -17,15 +17,17 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from apps import sources
 from apps.columns import ColumnFiles, ColumnWriter
 from apps.loader import ResumableLoader, as_it_is, in_order, overfits
-from apps.nlp.corpora import SPLITS, Filters, Sizes, collect
-from apps.nlp.datasets import NLP_DATASETS, Corpus, find_corpus
+from apps.nlp.corpora import SPLITS, Sizes, check_size, share_out
+from apps.nlp.datasets import NLP_DATASETS, find_language
 from apps.nlp.encoded import encode, identity, open_encoded
-from apps.nlp.readers.lines import clean, expand, read_lines
+from apps.nlp.porting import subwords_of
+from apps.nlp.predict import given_lines
+from apps.nlp.readers.lines import Rows, expand, num_words, read_lines
 from apps.nlp.subwords import EOS_ID, PAD_ID, SubwordConfig, Subwords, train_subwords
 
 log = logging.getLogger(__name__)
@@ -51,7 +53,7 @@ class TextSize(NamedTuple):
     Attributes:
         documents: of it.
         tokens: to be said: subwords, and ``EOS_ID`` after each document.
-        words: cut at spaces.
+        words: cut at spaces; of scripts that put none between words, characters.
         bytes: of UTF-8, without line ends.
     """
 
@@ -97,19 +99,20 @@ class TextData(LightningDataModule):
         train_files: of yours: a name or a pattern of UTF-8 text files, plain or ``.gz``, or several.
         val_files: likewise; None: documents of train_files are held out.
         test_files: likewise.
-        language: of a parallel corpus.
+        language: of a parallel corpus; None: English.
         document: what belongs together, and is on one side of a split: each "line", "paragraph" (lines up to an empty
             one) or "file".
         val_size: documents to validate on, or a share of all below 1, where there are no files of them; None: a
             twentieth; of a parallel corpus as of `TranslationData`.
         test_size: likewise.
         split_seed: of what is held out. Not the run's.
-        subwords: those of a trained model; None: they are learned from the training documents alone.
-        tokenizer: how they are learned.
+        subwords: those of a trained model; None: as ``tokenizer`` says.
+        tokenizer: how they are learned, from the training documents alone; or the file they are in.
         block_size: tokens of a block that a model reads.
         batch_size: blocks of a training batch and process.
         eval_batch_size: in validation and test.
         text: prompts to be continued in prediction, one or several.
+        predict_file: file of prompts, one a line; "-" is standard input.
         num_workers: processes that cut batches; 0 is enough.
         seed: of the order of training; default the seed of the whole run (seed_everything).
 
@@ -137,7 +140,7 @@ class TextData(LightningDataModule):
         train_files: list[str] | str | None = None,
         val_files: list[str] | str | None = None,
         test_files: list[str] | str | None = None,
-        language: str = "en",
+        language: str | None = None,
         document: Literal["line", "paragraph", "file"] = "line",
         val_size: int | float | None = None,
         test_size: int | float | None = None,
@@ -148,6 +151,7 @@ class TextData(LightningDataModule):
         batch_size: int = 32,
         eval_batch_size: int = 32,
         text: list[str] | str | None = None,
+        predict_file: str | None = None,
         num_workers: int = 0,
         seed: int | None = None,
     ) -> None:
@@ -155,13 +159,16 @@ class TextData(LightningDataModule):
         self.dataset, self.root, self.cache_dir, self.language = dataset, root, cache_dir, language
         self.train_files, self.val_files, self.test_files = train_files, val_files, test_files
         self.document, self.val_size, self.test_size, self.split_seed = document, val_size, test_size, split_seed
+        self._language = language or "en"
         self.tokenizer = replace(tokenizer, joint=True)  # text has one side
         self.block_size, self.batch_size, self.eval_batch_size = block_size, batch_size, eval_batch_size
-        self.text, self.num_workers, self.seed = text, num_workers, seed
+        self.text, self.predict_file, self.num_workers, self.seed = text, predict_file, num_workers, seed
         self._given = subwords
         self._files: ColumnFiles | None = None
         self._told = False
         self._check_options()
+        if subwords is None and tokenizer.path is not None:
+            self._given = subwords_of(tokenizer.path)
 
     # ---- what a model and a reader of results ask
 
@@ -181,7 +188,7 @@ class TextData(LightningDataModule):
     # ---- Lightning
 
     def prepare_data(self) -> None:
-        if self._given is None or self.text is None:
+        if self._given is None or (self.text is None and self.predict_file is None):
             self._open()  # what is to be continued needs no corpus
 
     def setup(self, stage: str | None = None) -> None:
@@ -206,16 +213,18 @@ class TextData(LightningDataModule):
         return self._eval_loader("val")
 
     def test_dataloader(self) -> DataLoader[Any] | list[Any]:
-        return self._eval_loader("test")
+        loader = self._eval_loader("test")
+        if not loader:
+            raise ValueError(f"{self.dataset} has no test text: give test_files, or a test_size that holds some out")
+        return loader
 
     def predict_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """One prompt a batch: a decoder that continues text has no place for padding."""
-        if self.text is None:
-            raise ValueError("there is nothing to continue: give text (--data.text)")
-        prompts = [self.text] if isinstance(self.text, str) else self.text
-        rows = self.subwords.encode([clean(prompt) for prompt in prompts], "target")
-        batches = [TextBatch(torch.tensor([[EOS_ID, *row]]), torch.tensor([i])) for i, row in enumerate(rows)]
-        return DataLoader(batches, batch_size=None, generator=torch.Generator())  # type: ignore[arg-type]
+        """One prompt a batch, read as it comes: a decoder that continues text has no place for padding."""
+        if self.text is None and self.predict_file is None:
+            raise ValueError(
+                "there is nothing to continue: give text (--data.text) or predict_file (--data.predict_file)"
+            )
+        return DataLoader(_Prompts(self), batch_size=None, generator=torch.Generator())
 
     def _blocks(self, split: str) -> _Blocks:
         return _Blocks(self._open()[f"{split}_ids"], self.block_size)
@@ -235,7 +244,7 @@ class TextData(LightningDataModule):
                 files: Any = [[split, identity(paths)] for split, paths in self._own_files().items()]
                 read = self._read_own
             else:
-                paths, rows = find_corpus(*self._corpus(), self.cache_dir)
+                paths, rows = find_language(self.dataset, self.root, self._language, self.cache_dir)
                 files = identity(paths)
 
                 def read() -> dict[str, list[list[str]]]:
@@ -243,7 +252,7 @@ class TextData(LightningDataModule):
 
             self._files = open_encoded(
                 self.dataset,
-                [files, self.language, self.document, self.val_size, self.test_size, self.split_seed],
+                [files, self._language, self.document, self.val_size, self.test_size, self.split_seed],
                 cache,
                 lambda writer: self._write(writer, read(), cache),
                 tokenizer=self.tokenizer,
@@ -257,7 +266,7 @@ class TextData(LightningDataModule):
         for split in SPLITS:
             named = getattr(self, f"{split}_files")
             names = [named] if isinstance(named, str) else named or []
-            found[split] = [path for name in names for path in expand(root, name)]
+            found[split] = list(dict.fromkeys(path for name in names for path in expand(root, name)))
             if names and not found[split]:
                 raise ValueError(f"{root / names[0]} is missing")
         return found
@@ -288,16 +297,24 @@ class TextData(LightningDataModule):
                 log.warning("%s: what is measured on them is memory", told)
         return splits
 
-    def _corpus(self) -> tuple[Corpus, list[str]]:
-        known = NLP_DATASETS[self.dataset].languages
-        other = next(language for language in known if language != self.language)
-        return Corpus(self.dataset, self.root), [f"{other}-{self.language}"]
-
-    def _read_corpus(self, rows: Any) -> dict[str, list[list[str]]]:
-        corpus, pairs = self._corpus()
-        sizes = Sizes(self.val_size, self.test_size, self.split_seed)
-        collected = collect({corpus.dataset: (rows, sizes)}, pairs, Filters())
-        return {split: [[line] for line in dict.fromkeys(found.target)] for split, found in collected.splits.items()}
+    def _read_corpus(self, parts: Mapping[str, Sequence[Rows]]) -> dict[str, list[list[str]]]:
+        """The sentences of each split, each in one split and there once."""
+        language, sizes = self._language, Sizes(self.val_size, self.test_size, self.split_seed)
+        distinct = {
+            split: [Rows({language: [*dict.fromkeys(filter(None, rows.text[language]))]}, rows.name) for rows in found]
+            for split, found in parts.items()
+        }
+        (shared,) = share_out([(distinct, sizes)])
+        splits = {
+            split: list(dict.fromkeys(line for rows in shared[split] for line in rows.text[language]))
+            for split in SPLITS
+        }
+        held = {*splits["val"], *splits["test"]}
+        train = [line for line in splits["train"] if line not in held]
+        lines, kept = (sum(len(rows) for of in found.values() for rows in of) for found in (parts, distinct))
+        left_out = f"{lines - kept:,} lines that are empty or come again, {len(splits['train']) - len(train):,}"
+        log.info("%s in %s: left out: %s of validation or test (train)", self.dataset, language, left_out)
+        return {split: [[line] for line in (train if split == "train" else lines)] for split, lines in splits.items()}
 
     def _write(self, writer: ColumnWriter, splits: dict[str, list[list[str]]], cache: Path) -> None:
         if not splits["train"]:
@@ -312,7 +329,7 @@ class TextData(LightningDataModule):
             # document i comes after the i + 1 ends before it
             stream[np.arange(len(ids)) + 1 + np.repeat(np.arange(len(text)), np.diff(bounds))] = ids
             writer.save(f"{split}_ids", stream)
-            words = sum(len(line.split()) for line in text)
+            words = sum(map(num_words, text))
             sizes[split] = TextSize(len(text), len(stream) - 1, words, sum(len(line.encode()) for line in text))
         writer.finish({"subwords": subwords.models, "digest": subwords.digest, "sizes": sizes})
 
@@ -323,12 +340,18 @@ class TextData(LightningDataModule):
         if self.dataset == "text":
             if self.train_files is None:
                 raise ValueError("dataset='text' needs train_files (--data.train_files)")
+            if self.language is not None:
+                raise ValueError(f"language={self.language!r} is of a parallel corpus, not of dataset='text'")
+            for split in ("val", "test"):
+                size, files = getattr(self, f"{split}_size"), getattr(self, f"{split}_files")
+                if size is not None and files is not None:
+                    raise ValueError(f"{split}_size={size} is of train_files: {split}_files={files!r} are taken whole")
         else:
             for name in ("train_files", "val_files", "test_files"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"{name}={getattr(self, name)!r} is for dataset='text', not {self.dataset!r}")
-            if self.language not in (known := NLP_DATASETS[self.dataset].languages):
-                raise ValueError(sources.unknown_name("language", self.language, list(known)))
+            if self._language not in (known := NLP_DATASETS[self.dataset].languages):
+                raise ValueError(sources.unknown_name("language", self._language, list(known)))
             if self.document != "line":
                 raise ValueError(f"document={self.document!r} is for dataset='text', not {self.dataset!r}")
         if self.document not in ("line", "paragraph", "file"):
@@ -336,9 +359,25 @@ class TextData(LightningDataModule):
         for name in ("block_size", "batch_size", "eval_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("val_size", "test_size", "num_workers"):
-            if (getattr(self, name) or 0) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        for name in ("val_size", "test_size"):
+            check_size(name, getattr(self, name))
+        if self.text is not None and self.predict_file is not None:
+            raise ValueError("text and predict_file are both given: continue one of them")
+        if self.num_workers < 0:
+            raise ValueError(f"num_workers={self.num_workers} must not be negative")
+
+
+class _Prompts(IterableDataset[Any]):
+    """The batches of what is to be continued."""
+
+    def __init__(self, data: TextData) -> None:
+        self.data = data
+
+    def __iter__(self) -> Iterator[TextBatch]:
+        subwords = self.data.subwords
+        for number, line in enumerate(given_lines(self.data.text, self.data.predict_file)):
+            (row,) = subwords.encode([line], "target")
+            yield TextBatch(torch.tensor([[EOS_ID, *row]]), torch.tensor([number]))
 
 
 def _key(document: list[str]) -> str:

@@ -6,7 +6,7 @@ parameters that leads both ways. A folder's ``config.json`` and weights are read
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from apps.nlp.subwords import Subwords
 from . import files, mixtral, nllb, switch
 from .architecture import Architecture, Family, Model
 from .parts import Parts, to_ours, to_theirs
-from .subwords import read_subwords
+from .subwords import read_file, read_subwords, write_subwords
 from .vocabulary import Vocabulary, special_id
 
 __all__ = [
@@ -48,14 +48,23 @@ def config_of(folder: str | Path) -> Architecture:
     return _open(Path(folder))[0]
 
 
-def subwords_of(folder: str | Path) -> Subwords:
-    """The subwords of the checkpoint in ``folder``, for ``data.subwords``: sentencepiece's, in the order of our ids.
+def subwords_of(path: str | Path, targets: Sequence[str] = ()) -> Subwords:
+    """The subwords of a checkpoint, or of a sentencepiece model of yours, in the order of our ids.
+
+    Args:
+        path: the checkpoint's folder, or the model's file.
+        targets: languages that are translated into. Of several each has a tag: its piece ``<2xx>`` where there is one,
+            else an id that the checkpoint does not use, or one more at the end of a model of yours. Where there are
+            pieces ``<2xx>``, a single one has as well.
 
     Raises:
-        ValueError: as ``config_of``, or subwords of another kind: M2M-100, NLLB and Qwen have such.
+        ValueError: as ``config_of``, or subwords of another kind: M2M-100, NLLB and Qwen have such; no id for a tag.
     """
-    config = files.read_config(Path(folder))
-    return read_subwords(Path(folder), _family(config["model_type"]).vocabulary(config)[0])
+    path = Path(path).expanduser()
+    if path.is_file():
+        return read_file(path, targets)
+    config = files.read_config(path)
+    return read_subwords(path, _family(config["model_type"]).vocabulary(config)[0], targets)
 
 
 def load_pretrained(folder: str | Path, dtype: torch.dtype | None = None) -> Model:
@@ -89,7 +98,12 @@ def load_pretrained_weights(model: Model, folder: str | Path) -> None:
 
 
 def save_pretrained(
-    model: Model, folder: str | Path, *, like: str | Path | None = None, model_type: str | None = None
+    model: Model,
+    folder: str | Path,
+    *,
+    like: str | Path | None = None,
+    model_type: str | None = None,
+    subwords: Subwords | None = None,
 ) -> None:
     """Write ``config.json`` and ``model.safetensors`` that transformers reads, in the dtype of the weights.
 
@@ -98,9 +112,10 @@ def save_pretrained(
         folder: is made where there is none.
         like: folder of the checkpoint the model came from: its ids stay, and values that our model does not say.
         model_type: what to write it as; None: as ``like``, or by what the model has.
+        subwords: to be written as well, as ``spiece.model`` or ``tokenizer.model``; None: no such file.
 
     Raises:
-        ValueError: the published architecture has not what the model has.
+        ValueError: the published architecture has not what the model has, or not subwords of this kind.
     """
     config, table, tensors = _publish(model, None if like is None else files.read_config(Path(like)), model_type)
     for alias, name in table.aliases.items():
@@ -108,6 +123,9 @@ def save_pretrained(
             del tensors[alias]
         else:
             tensors[alias] = tensors[name].clone()  # a reader ties nothing then, and a file shares nothing
+    if subwords is not None:
+        vocabulary = _family(config["model_type"]).vocabulary(config)[0]
+        write_subwords(subwords, Path(folder), config["model_type"], vocabulary)
     files.write(Path(folder), config, tensors)
 
 

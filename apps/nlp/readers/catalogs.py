@@ -6,6 +6,7 @@ depends on the language.
 
 from __future__ import annotations
 
+import functools
 import gettext
 import re
 import struct
@@ -17,9 +18,10 @@ from apps.nlp.readers.lines import Rows, clean, decode, expand, read_bytes
 SOURCE = "en"
 """The language of the messages."""
 
-# One of these before a letter marks the key that opens a menu entry: GTK, Qt, LibreOffice.
-_MARKERS = "_&~"
-_BRACKETED = re.compile(rf"\s?\([{_MARKERS}]\w\)")
+MARKS = ("_", "&", "~")
+"""What stands before the letter that opens a menu entry: in GTK, Qt, LibreOffice."""
+MNEMONICS = (*MARKS, "none")
+
 _FORMAT = re.compile(
     r"%(?:\d+\$)?(?:\([^)]*\))?[-+ #0]*[\d*]*(?:\.[\d*]+)?(?:hh|h|ll|l|L|z|j|t|q)*[a-zA-Z<>'%]"
     r"|\{[^{}]*\}|\$\{?\w+\}?|<[^<>]*>|&\w+;"
@@ -27,15 +29,39 @@ _FORMAT = re.compile(
 _LETTER = re.compile(r"[^\W\d_]")
 
 
-def plain(message: str) -> str:
-    """A message as a sentence: without its context, without the mark of its key, on one line."""
-    message = clean(message.rpartition("\x04")[2])
-    message = _BRACKETED.sub("", message)
-    for marker in _MARKERS:
-        # more than one is no mark of a key, and an entity such as &amp; has none
-        if message.count(marker) == 1:
-            message = re.sub(rf"{marker}(?=[^\W_])(?!\w+;)", "", message)
-    return re.sub(" {2,}", " ", message)
+@functools.cache
+def _mark(marker: str, inside: bool) -> re.Pattern[str]:
+    """A format code, or as group 1 the mark of a key; ``inside``: in a word too, but never as in "R&D"."""
+    where = "" if inside else r"(?<!\S)"
+    return re.compile(rf"{_FORMAT.pattern}|({where}{marker}(?=[^\W\d_])(?!(?<=[A-Z]&)[A-Z]))")
+
+
+def plain(message: str, translation: str, mnemonic: str | None = None) -> tuple[str, str]:
+    """A message and its translation as sentences: without context and mark of a key, each on one line.
+
+    A message with one mark outside its format codes has a key: that mark is taken out, and of its translation the one
+    mark, or the key behind it, ``(_F)``. More marks than one are none.
+
+    Args:
+        message: in English, with its context and ``\\x04`` before it.
+        translation: of it.
+        mnemonic: the mark, one of `MNEMONICS`; None: whichever stands at the beginning of a message's word, for within
+            a word only who knows the program can tell ``E_xit`` from ``snake_case``.
+    """
+    source, target = clean(message.rpartition("\x04")[2]), clean(translation)
+    for marker in MARKS:
+        if mnemonic in (None, marker):
+            unmarked = _without(_mark(marker, inside=mnemonic is not None), source)
+            if unmarked != source:
+                source, target = unmarked, re.sub(rf"\s?\({marker}\w\)", "", target)
+                target = _without(_mark(marker, inside=True), target)
+    return re.sub(" {2,}", " ", source), re.sub(" {2,}", " ", target)
+
+
+def _without(mark: re.Pattern[str], text: str) -> str:
+    """``text`` without the mark, if it has exactly one."""
+    found = [match.start() for match in mark.finditer(text) if match[1]]
+    return text[: found[0]] + text[found[0] + 1 :] if len(found) == 1 else text
 
 
 def has_words(message: str) -> bool:
@@ -71,7 +97,7 @@ def _language(path: Path) -> str:
     raise ValueError(f"{path}: its language cannot be told; call it LANGUAGE.po, or put it in LANGUAGE/LC_MESSAGES/")
 
 
-def read(catalogs: Sequence[tuple[str, Path]], name: str) -> Rows:
+def read(catalogs: Sequence[tuple[str, Path]], name: str, mnemonic: str | None = None) -> Rows:
     """The messages of all catalogs and their translations, a row for each.
 
     Left out are messages without words, translations that repeat the message, and rows that come again.
@@ -79,6 +105,7 @@ def read(catalogs: Sequence[tuple[str, Path]], name: str) -> Rows:
     Args:
         catalogs: each one's language and file.
         name: of the whole, for messages.
+        mnemonic: see `plain`.
 
     Raises:
         ValueError: a file that cannot be read.
@@ -90,7 +117,7 @@ def read(catalogs: Sequence[tuple[str, Path]], name: str) -> Rows:
             continue  # a catalog from English to English mends typing errors
         domain = path.stem if path.parent.name == "LC_MESSAGES" else ""
         for message, translation in read_catalog(path):
-            source, target = plain(message), plain(translation)
+            source, target = plain(message, translation, mnemonic)
             if source != target and has_words(source) and has_words(target):
                 rows.setdefault((domain, message), {SOURCE: source})[language] = target
     distinct = dict.fromkeys(tuple(row.get(language, "") for language in (SOURCE, *languages)) for row in rows.values())
@@ -152,6 +179,8 @@ def _entries(path: Path) -> Iterator[dict[str, str]]:
         if (starts or line.startswith("#") or not line) and any(key.startswith("msgstr") for key in entry):
             yield {} if fuzzy else entry
             entry, fuzzy, last = {}, False, ""
+        if line.startswith("#~"):
+            fuzzy = False  # it was this obsolete entry's, which is comments alone
         if match is not None:
             last = match[1]
             entry[last] = _unquote(match[2])

@@ -43,6 +43,18 @@ def clean(line: str) -> str:
     return _CONTROL.sub(" ", line).strip()
 
 
+# Chinese and Japanese, Thai, Lao, Tibetan, Burmese and Khmer are written without spaces between words.
+_UNSPACED = (
+    "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+)
+_WORD = re.compile(f"[{_UNSPACED}]|[^\\s{_UNSPACED}]+")
+
+
+def num_words(line: str) -> int:
+    """Words cut at spaces; of scripts that put none between words each character counts as one."""
+    return len(_WORD.findall(line))
+
+
 def read_lines(path: Path) -> list[str]:
     """The lines of a UTF-8 text file, cleaned, gzipped if its name ends in ``.gz``.
 
@@ -115,7 +127,12 @@ def read_zip(path: Path) -> Iterator[tuple[str, bytes]]:
 def expand(root: Path, pattern: str) -> list[Path]:
     """The files that match a name or a pattern, in alphabetical order; of a name also ``NAME.gz``."""
     plain = root / pattern
+    # first as a name: it may have brackets of its own
+    for path in (plain, plain.with_name(plain.name + ".gz")):
+        if path.is_file():
+            return [path]
     if not any(c in pattern for c in "*?["):
-        return [p for p in (plain, plain.with_name(plain.name + ".gz")) if p.is_file()][:1]
-    anchor = Path(plain.anchor)
-    return sorted(p for p in anchor.glob(str(plain.relative_to(anchor))) if p.is_file())
+        return []
+    if Path(pattern).is_absolute():
+        root, pattern = Path(plain.anchor), str(plain.relative_to(plain.anchor))
+    return sorted(p for p in root.glob(pattern) if p.is_file())

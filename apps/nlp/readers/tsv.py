@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from apps.nlp.readers.lines import Rows, clean, decode, expand, read_bytes, read_zip
+
+log = logging.getLogger(__name__)
 
 SKIP = "-"
 """Stands for a column that holds no text."""
@@ -26,6 +29,8 @@ def find(root: Path, names: str) -> list[Path]:
 def read(paths: Sequence[Path], columns: Sequence[str]) -> Rows:
     """The rows of all files, ``.tsv`` or ``.txt``, plain, ``.gz`` or in a ``.zip``, one after the other.
 
+    An empty line is a row without text.
+
     Args:
         paths: the files.
         columns: the language of each column, ``-`` where it has none; further columns are not read. A first line of
@@ -38,10 +43,14 @@ def read(paths: Sequence[Path], columns: Sequence[str]) -> Rows:
     text: dict[str, list[str]] = {language: [] for language in wanted}
     for name, data in (part for path in paths for part in _parts(path)):
         lines = decode(data, name).split("\n")
+        if lines[-1] in ("", "\r"):  # what follows the last line end
+            lines.pop()
+        empty = 0
         for number, line in enumerate(lines, 1):
             fields = line.rstrip("\r").split("\t")
-            if fields == [""] and number == len(lines):
-                continue  # what follows the last line end
+            if fields == [""]:
+                empty += 1
+                fields *= len(columns)
             if len(fields) < len(columns):
                 raise ValueError(
                     f"{name}, line {number}: {len(fields)} columns, not {len(columns)} ({', '.join(columns)})"
@@ -50,6 +59,8 @@ def read(paths: Sequence[Path], columns: Sequence[str]) -> Rows:
                 continue
             for language, i in wanted.items():
                 text[language].append(clean(fields[i]))
+        if empty:
+            log.info("%s: %s of %s lines are empty", name, f"{empty:,}", f"{len(lines):,}")
     return Rows(text, str(paths[0]))
 
 

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from apps.nlp.corpora import Filters, Sizes, collect, draw_splits, parse_pairs
-from apps.nlp.readers.lines import Rows
+from apps.nlp.readers.lines import Rows, num_words
 
 
 def rows(*lines: tuple[str, ...], languages: str = "en de") -> Rows:
@@ -209,6 +209,66 @@ def test_what_one_corpus_holds_out_does_not_train_in_another():
         assert [splits[name].pair.count(0) for name in ("val", "test")] == [10, 10]
         train, val, test = (set(splits[name].target) for name in ("train", "val", "test"))
         assert not train & val and not train & test and not val & test  # noqa: PT018
+
+
+def test_rows_that_are_asked_for_and_cannot_be_held_out_are_an_error_that_names_why(caplog):
+    lines = [f"e{i}" for i in range(20)]
+    german = Rows({"en": lines, "de": [f"{line} de" for line in lines]}, "german")
+    french = Rows({"en": lines[:19], "fr": [f"{line} fr" for line in lines[:19]]}, "french")
+    twice = rows(*((f"t{i}", f"T{j}") for i in range(5) for j in range(5)))
+
+    def sizes(val, test=0):
+        corpora = {"a": ({"train": [german]}, Sizes(val, test)), "b": ({"train": [french]}, Sizes(0, 0))}
+        splits = collect(corpora, ["en-de", "en-fr"], Filters()).splits
+        return [splits[name].pair.count(0) for name in ("val", "test")]
+
+    # One row of the 20 is in no other corpus: the others of german train, as french, which holds none out, does.
+    assert sizes(1) == [1, 0]
+    assert not caplog.text
+    assert sizes(3) == [1, 0]
+    told = (
+        "val_size=3: 1 of german's 20 rows can be held out: those that share sentences stay together, 19 of french too"
+    )
+    assert told in caplog.text
+    with pytest.raises(ValueError, match=r"^val_size=3: 0 of german's 20 .*, 19 of french too; val_size=0 holds none"):
+        sizes(3, 1)
+    with pytest.raises(ValueError, match=r"^test_size=3: 0 of made's 25 rows can be held out: those that share sente"):
+        collect({"made": ({"train": [twice]}, Sizes(0, 3))}, ["en-de"], Filters())
+    caplog.clear()
+    collect({"made": ({"train": [twice]}, Sizes())}, ["en-de"], Filters())  # a twentieth, that nobody asked for
+    assert "val_size=1: 0 of made's 25 rows can be held out" in caplog.text
+
+
+def test_rows_that_share_a_sentence_with_given_files_are_not_held_out():
+    lines = [(f"e{i}", f"d{i}") for i in range(40)]
+    # Of the test file, rows 0 to 19 are of training too, word for word or on one side alone.
+    given = rows(*(lines[i] if i % 2 else (f"E{i}", f"other {i}") for i in range(20)))
+    for seed in range(3):
+        corpora = {"made": ({"train": [rows(*lines)], "test": [given]}, Sizes(val=15, seed=seed))}
+        splits = collect(corpora, ["en-de"], Filters()).splits
+        assert len(splits["val"]) == 15
+        assert not set(splits["val"].source) & {line.lower() for line in splits["test"].source}
+    with pytest.raises(ValueError, match=r"made.*val_size=0 holds none out"):
+        collect({"made": ({"train": [rows(*lines[:20])], "test": [given]}, Sizes(val=3))}, ["en-de"], Filters())
+
+
+def test_words_of_scripts_without_spaces_are_characters():
+    assert [num_words(line) for line in ("a b-c  d.", "", "打开 USB 设备", "เปิด", "ファイル", "파일 열기")] == [
+        3,
+        0,
+        5,
+        4,
+        4,
+        2,
+    ]
+    parts = {
+        "train": [rows(("Open the file now", "现在打开文件"), ("Open the file now", "打开"))],
+        "val": [],
+        "test": [],
+    }
+    found = collect({"made": (parts, Sizes())}, ["en-de"], Filters(min_words=3, max_ratio=1.5))
+    assert found.splits["train"].target == ["现在打开文件"]  # six characters are 1.5 times the four words
+    assert found.left_out == {"of fewer than 3 words (train)": 1}
 
 
 def test_so_many_rows_of_a_split_with_files_are_drawn():

@@ -317,7 +317,13 @@ def test_missing_evaluation_pairs_are_told_and_one_without_any_split_gives_no_lo
     (root / "test.fr").unlink()
     data = make(root, pairs=["en-de", "en-fr"])
     assert data.describe().endswith("; no test pairs of en-fr")
-    assert list(make(root, val_files=None, test_files=None, val_size=0, test_size=0).val_dataloader()) == []
+    alone = make(root, val_files=None, test_files=None, val_size=0, test_size=0)
+    assert list(alone.val_dataloader()) == []
+    for loader in (alone.test_dataloader, alone.predict_dataloader):
+        with pytest.raises(
+            ValueError, match="moses has no test pairs: give test_files, or a test_size that holds some"
+        ):
+            loader()
 
 
 # --- prediction ---

@@ -13,7 +13,7 @@ import pytest
 
 from apps import sources
 from apps.nlp.data import TranslationData
-from apps.nlp.datasets import NLP_DATASETS, OWN
+from apps.nlp.datasets import NLP_DATASETS, OWN, Corpus, find_corpus
 from apps.nlp.readers import bible
 from apps.nlp.subwords import SubwordConfig
 from apps.sources import PythonPackage
@@ -119,6 +119,17 @@ def test_software_strings_lie_in_a_folder_a_language(tmp_path):
     assert sum(len(batch.index_B) for batch in data.train_dataloader()) == 2 * 36
     assert len(data.sources("val")) == len(data.sources("test")) == 2 * 2
     assert {line.split()[0] for line in data.references("test")} == {"Datei", "file"}
+    (tmp_path / "own/de.po").write_text(f'{header}\nmsgid "E_xit now"\nmsgstr "Jetzt b_eenden"\n', "utf-8")
+    for mnemonic, source in ((None, "E_xit now"), ("_", "Exit now")):
+        corpus = Corpus("gettext", str(tmp_path / "own"), "de.po", mnemonic=mnemonic)
+        _, read = find_corpus(corpus, ["en-de"], None)
+        assert read()["train"][0].text["en"] == [source]
+    for dataset, mnemonic, message in (
+        ("gettext", "%", "mnemonic='%' is not one of _, &, ~, none"),
+        ("moses", "_", "mnemonic='_' is for dataset='gettext', not 'moses'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make(tmp_path / "own", dataset, **{**options, "mnemonic": mnemonic})
     with pytest.raises(ValueError, match=r"root='.*' holds no \*/LC_MESSAGES/gramps\.mo: gramps expects"):
         make(tmp_path / "own", "gramps").setup()
 

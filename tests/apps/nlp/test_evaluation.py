@@ -11,7 +11,7 @@ import pytest
 from apps.nlp.evaluation import ReportConfig, breakdown, length_groups, report, side_by_side
 from apps.nlp.metrics import Sentence, corpus_score, scorer
 
-PAIRS = ("en-de", "en-fr")
+PAIRS = {"en-de": "13a", "en-fr": "13a"}
 SOURCES = ["A dog runs.", "She reads a long book.", "Go!", "[/b] {x}"]
 SENTENCES = [
     Sentence(0, 0, "Ein Hund läuft.", "Ein Hund läuft.", -0.1, nll=2.0, right=4, tokens=4),
@@ -83,12 +83,31 @@ def test_the_report_is_printed_and_written(tmp_path, capsys):
 
 
 def test_one_pair_has_no_mean_and_sources_may_be_unknown(tmp_path, capsys):
-    report(SENTENCES[:2], ("en-de",), None, tmp_path, ReportConfig(samples=9))
+    report(SENTENCES[:2], {"en-de": "13a"}, None, tmp_path, ReportConfig(samples=9))
     assert [row["pair"] for row in rows(tmp_path / "pairs.csv")] == ["en-de"]
     assert "source" not in json.loads((tmp_path / "sentences.jsonl").read_text().splitlines()[0])
     out = capsys.readouterr().out
     assert out.count("hypothesis") == 2
     assert "  source" not in out
+
+
+def test_each_pair_is_scored_by_its_tokenizer_and_says_so(tmp_path, capsys):
+    # As one word of 13a nothing is right; of seven characters six are, in their order.
+    other = Sentence(4, 1, "他今天在家里。", "她今天在家里。", -0.2, nll=1.0, right=2, tokens=3)
+    report([*SENTENCES[:2], other], {"en-de": "13a", "en-zh": "zh"}, None, tmp_path, ReportConfig(lengths=(6,)))
+    first, second, mean = rows(tmp_path / "pairs.csv")
+    assert ("tok:13a" in first["bleu_signature"], "tok:zh" in second["bleu_signature"]) == (True, True)
+    assert mean["bleu_signature"] == f"{first['bleu_signature']}; {second['bleu_signature']}"
+    assert corpus_score("bleu", [other.hypothesis], [other.reference], "13a") == 0
+    # N-grams right: 6 of 7, 5 of 6, 4 of 5, 3 of 4.
+    assert float(second["bleu"]) == pytest.approx(100 * (6 / 7 * 5 / 6 * 4 / 5 * 3 / 4) ** 0.25)
+    assert float(second["length_ratio"]) == 1
+    # Six characters and the stop: 7 words, where spaces make one.
+    assert [(row["words"], row["sentences"]) for row in rows(tmp_path / "lengths.csv")] == [
+        ("1-6", "2"),
+        ("over 6", "1"),
+    ]
+    assert "sacreBLEU en-zh nrefs:1" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

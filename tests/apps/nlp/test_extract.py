@@ -105,7 +105,7 @@ def test_the_translator_of_one_pair_as_the_document_takes_it_out(tmp_path, monke
     data = copy_data(tmp_path, ("de", "fr"))
     torch.manual_seed(0)
     moe = core.MoEConfig(4, core.Task(num_tasks=2, top_k=2), core.FFN(hidden_dim=16, activation="relu"))
-    sparse = translator(data, moe, encoder_moe_layers="all")
+    sparse = translator(data, moe, encoder_moe_layers="all", bleu_tokenize={"en-fr": "intl"})
     with torch.no_grad():
         for layer in core.moe_layers(sparse).values():
             layer.router.gate.weight.normal_()
@@ -118,6 +118,7 @@ def test_the_translator_of_one_pair_as_the_document_takes_it_out(tmp_path, monke
     exec(source, names)
     dense, sparse = names["dense"].double().eval(), sparse.double().eval()
     assert dense.pairs == ("en-fr",)
+    assert dense.bleu_tokenizers == {"en-fr": "intl"}
     assert {m.w_in.out_features for m in dense.modules() if isinstance(m, FeedForward)} == {32}
     own = copy_data(tmp_path, ("fr",), subwords=sparse.subwords)
     (batch,) = own.test_dataloader()

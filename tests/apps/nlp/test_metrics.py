@@ -12,8 +12,17 @@ import sacrebleu
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from sacrebleu.tokenizers import tokenizer_ja_mecab, tokenizer_ko_mecab
 
-from apps.nlp.metrics import Sentence, TranslationMetrics, corpus_score, perplexity, scorer, signatures
+from apps.nlp.metrics import (
+    Sentence,
+    TranslationMetrics,
+    bleu_tokenizers,
+    corpus_score,
+    perplexity,
+    scorer,
+    signatures,
+)
 
 ROOT = Path(__file__).parents[3]
 
@@ -45,12 +54,42 @@ def test_the_scores_are_sacrebleu_s_own_defaults():
 
 
 def test_the_signature_tells_how():
-    signed = signatures()
+    signed = signatures({"en-de": "13a"})
     assert signed["bleu"].startswith("nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:")
     assert "nc:6|nw:2" in signed["chrf"]
-    assert "tok:char" in signatures("char")["bleu"]
+    assert "tok:char" in signatures({"en-de": "char", "fr-de": "char"})["bleu"]
+    each = signatures({"en-de": "13a", "en-zh": "zh"})
+    assert list(each) == ["bleu_en-de", "bleu_en-zh", "chrf"]
+    assert "tok:zh" in each["bleu_en-zh"]
     with pytest.raises(ValueError, match="bleu_tokenize='12a' is not one of 13a, char"):
         scorer("bleu", "12a")
+
+
+def test_the_target_language_decides_how_bleu_cuts_words(caplog, monkeypatch):
+    monkeypatch.setattr(tokenizer_ja_mecab, "MeCab", None)  # as where it is not installed
+    for name in ("__init__", "signature"):  # as where it is
+        monkeypatch.setattr(tokenizer_ko_mecab.TokenizerKoMecab, name, lambda self: None)
+    pairs = ["zh-en", "en-zh_CN", "eng_Latn-zho_Hans", "en-ja", "en-ko", "en-th", "en-de"]
+    found = bleu_tokenizers(pairs)
+    assert list(found.values()) == ["13a", "zh", "zh", "char", "ko-mecab", "char", "13a"]
+    assert bleu_tokenizers(pairs) == found
+    told = "en-ja: BLEU is of characters, not of words: bleu_tokenize='ja-mecab': Japanese tokenization requires"
+    assert caplog.text.count(told) == 1
+    assert caplog.text.rstrip().endswith("pip install sacrebleu[ja]")
+    with pytest.raises(ValueError, match=r"^bleu_tokenize='ja-mecab': Japanese .* pip install sacrebleu\[ja\]$"):
+        bleu_tokenizers(["en-ja"], "ja-mecab")
+    assert bleu_tokenizers(["en-zh", "en-de"], {"en-de": "intl"}) == {"en-zh": "zh", "en-de": "intl"}
+    assert bleu_tokenizers(["en-zh", "en-de"], "13a") == {"en-zh": "13a", "en-de": "13a"}
+    with pytest.raises(ValueError, match="bleu_tokenize names 'en-fr', which is not one of en-zh, en-de"):
+        bleu_tokenizers(["en-zh", "en-de"], {"en-fr": "13a"})
+
+
+def test_a_translation_into_chinese_is_scored_by_characters():
+    metrics = TranslationMetrics(("en-de", "en-zh"))
+    metrics.update([sentence(0, "a b c d", "a b c d"), sentence(1, "我们今天在家", "我们今天在家里", pair=1)])
+    found = {name: float(value) for name, value in metrics.compute().items()}
+    assert found["bleu_en-zh"] == pytest.approx(100 * math.exp(1 - 7 / 6))  # all is right, a character is missing
+    assert found["bleu"] == pytest.approx((100 + found["bleu_en-zh"]) / 2)
 
 
 def test_several_pairs_are_averaged_and_shown_each():

@@ -460,6 +460,7 @@ def test_a_prediction_keeps_empty_lines_and_names_alternatives(data):
     assert [len(by_line[i][2]) for i in (0, 2)] == [1, 1]
     assert by_line[0][1] < 0
     assert found.pair == ["en-de"] * 3
+    assert dict(zip(found.index.tolist(), found.source, strict=True)) == {0: "red blue green black", 1: "", 2: "blue"}
 
 
 def test_alternatives_that_a_line_has_no_room_for_are_refused(data):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 
+from apps.nlp import pictures
 from apps.nlp.pictures import (
     Curve,
     ExpertMap,
@@ -106,10 +107,42 @@ def test_attention_has_a_row_a_token_said_and_a_column_a_source_token():
     assert bar.get_ylabel() == "attention, %"
 
 
-def test_letters_of_other_scripts_are_drawn_and_a_box_for_those_the_font_lacks():
+@pytest.fixture
+def further(monkeypatch):
+    """Sets the families that are asked for letters which DejaVu Sans lacks."""
+    cached = (pictures._families, pictures._characters, pictures._tell_of_boxes)
+
+    def use(*families):
+        monkeypatch.setattr(pictures, "_FURTHER", families)
+        for function in cached:
+            function.cache_clear()
+
+    use()
+    yield use
+    for function in cached:
+        function.cache_clear()
+
+
+def test_letters_of_other_scripts_are_drawn_and_a_box_for_those_the_font_lacks(further, caplog):
     assert drawn("▁Žluťoučký") == "▁Žluťoučký"
     assert drawn("▁червоному") == "▁червоному"
-    assert drawn("▁漢a字") == "▁\N{WHITE SQUARE}a\N{WHITE SQUARE}"
+    assert not caplog.text
+    assert drawn("▁漢a字") == drawn("▁字a漢") == "▁\N{WHITE SQUARE}a\N{WHITE SQUARE}"
+    assert [r.getMessage() for r in caplog.records] == [
+        "pictures have boxes for characters that no font here has: install one, such as Noto Sans CJK"
+    ]
+
+
+@pytest.mark.filterwarnings("error")
+def test_letters_of_another_installed_font_are_drawn_in_it(further, tmp_path):
+    hooked = "\N{LATIN SMALL LETTER D WITH PALATAL HOOK}"
+    assert drawn(f"{hooked}a") == "\N{WHITE SQUARE}a"
+    further("No such font", "STIXG")  # of those that matplotlib brings along
+    assert drawn(f"{hooked}a漢") == f"{hooked}a\N{WHITE SQUARE}"
+    fig = attention_map(np.ones((1, 1)), [hooked], ["a"], hooked)
+    (label,) = shown(fig)[0].get_xticklabels()
+    assert label.get_fontfamily() == ["DejaVu Sans", "STIXGeneral"]
+    save_figure(fig, tmp_path / "a.png", flat=True)
 
 
 @pytest.mark.filterwarnings("error")

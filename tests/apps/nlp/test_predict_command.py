@@ -10,12 +10,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from copying import copy_data, write_copies
 
 from apps.cli import UsageError, main
 from apps.cli.request import Request
 from apps.cli.train import build
+from apps.nlp.module import Translations
 from apps.nlp.subwords import SubwordConfig
 
 CONFIG = """
@@ -115,6 +117,33 @@ def test_what_is_wrong_is_one_line_and_what_came_before_it_is_printed(capsys):
     assert capsys.readouterr().err == "error: predict_file='nowhere.txt' cannot be read: No such file or directory\n"
     assert main(["predict", "--config", "copies.yaml", "--data.text", "red"]) == 1
     assert "must name one of en-de, en-fr" in capsys.readouterr().err
+
+
+def test_an_interrupted_prediction_gives_no_advice_on_training(capsys, monkeypatch):
+    def typed():
+        yield b"red blue\n"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=typed()))
+    flags = ["--data.predict_pair", "en-de", "--data.predict_file", "-", "--data.predict_lines", "1"]
+    assert main(["predict", "--config", "copies.yaml", *flags]) == 130
+    shown = capsys.readouterr()
+    assert len(shown.out.splitlines()) == 1
+    assert shown.err.endswith("\ninterrupted\n")
+
+
+def test_predictions_are_text_as_it_is_read(capsys, monkeypatch):
+    predictions = [
+        Translations(torch.tensor([1, 0]), ["en-de"] * 2, ["größer", "a"], ["ß", "b"], torch.zeros(2), [[], []])
+    ]
+    cli = build("predict", ["--config", "copies.yaml"])
+    monkeypatch.setattr(cli.trainer, "predict", lambda *a, **k: predictions)
+    cli.execute()
+    first = '{"index": 0, "pair": "en-de", "source": "a", "translation": "b", "score": 0.0, "alternatives": []}'
+    lines = Path("runs/copies/predictions.jsonl").read_text("utf-8").splitlines()
+    assert lines == capsys.readouterr().out.splitlines()[:2]
+    assert lines[0] == first
+    assert '"source": "größer", "translation": "ß"' in lines[1]
 
 
 def test_subwords_and_pairs_that_are_not_the_checkpoint_s_are_refused(capsys, tmp_path):

@@ -106,6 +106,14 @@ def test_columns_are_taken_by_language_and_a_quote_is_a_character(tmp_path):
     assert tsv.read(tsv.find(tmp_path, "b.tsv"), ["en", "de"]).text == {"en": ["Hi."], "de": ["Hallo!"]}
 
 
+def test_an_empty_line_is_a_row_without_text(tmp_path, caplog):
+    write(tmp_path / "a.tsv", "Hi.\tHallo!\n\r\nRun!\tLauf!\n\n")
+    with caplog.at_level("INFO"):
+        rows = tsv.read([tmp_path / "a.tsv"], ["en", "de"])
+    assert rows.text == {"en": ["Hi.", "", "Run!", ""], "de": ["Hallo!", "", "Lauf!", ""]}
+    assert "a.tsv: 2 of 4 lines are empty" in caplog.text
+
+
 def test_columns_inside_an_archive(tmp_path):
     with zipfile.ZipFile(tmp_path / "deu-eng.zip", "w") as archive:
         archive.writestr("_about.txt", "** Info **\nno columns here\n")
@@ -133,25 +141,62 @@ def test_a_name_is_also_found_gzipped_and_a_pattern_in_order(tmp_path):
     assert expand(tmp_path, str(tmp_path / "a.tsv")) == [tmp_path / "a.tsv"]
 
 
+def test_brackets_of_a_folder_or_a_file_are_no_pattern(tmp_path):
+    root = tmp_path / "corpus [2024] ?"
+    path = write(root / "news[1].txt", "x\n")
+    assert expand(root, "*.txt") == [path]
+    assert expand(root, "news[1].txt") == [path]
+    assert expand(root / "below", "../*.txt") == []  # there is no such folder
+    assert [p.resolve() for p in expand(write(root / "a/b.txt", "x").parent, "../*.txt")] == [path]
+    assert expand(tmp_path, str(tmp_path / "*/*.txt")) == [path]
+
+
 # --- catalogs ---
 
 
 @pytest.mark.parametrize(
-    ("message", "sentence"),
+    ("mnemonic", "message", "translation", "expected"),
     [
-        ("menu\x04_Open", "Open"),  # a context; GTK
-        ("E_xit", "Exit"),
-        ("&File", "File"),  # Qt
-        ("~Save As...", "Save As..."),  # LibreOffice
-        ("ファイル(_F)", "ファイル"),
-        ("Cut & Paste", "Cut & Paste"),
-        ("fish &amp; chips", "fish &amp; chips"),
-        ("use max_len of my_list", "use max_len of my_list"),  # two are no mark
-        ("one\n  line\t", "one line"),
+        (None, "menu\x04_Open", "Ö_ffnen", ("Open", "Öffnen")),  # a context; GTK
+        (None, "&File", "&Datei", ("File", "Datei")),  # Qt
+        (None, "~Save As...", "Speichern ~unter", ("Save As...", "Speichern unter")),  # LibreOffice
+        (None, "_File", "ファイル(_F)", ("File", "ファイル")),
+        (None, "Save _as %(file_name)s", "%(file_name)s _sichern", ("Save as %(file_name)s", "%(file_name)s sichern")),
+        (None, "one\n  line\t", "eine\nZeile", ("one line", "eine Zeile")),
+        # Within a word only where the program is known to write keys so.
+        ("_", "E_xit", "B_eenden", ("Exit", "Beenden")),
+        ("&", "E&xit", "&Beenden", ("Exit", "Beenden")),
+        ("_", "Undo ~ and &redo", "Zurück ~ und &vor", ("Undo ~ and &redo", "Zurück ~ und &vor")),
+        ("none", "_Open", "_Öffnen", ("_Open", "_Öffnen")),
+        # A message without a key has none in its translation either, nor has one with more marks than one.
+        (None, "invalid reinterpret_cast", "_cast ungültig", ("invalid reinterpret_cast", "_cast ungültig")),
+        ("_", "use max_len of my_list", "_nutze", ("use max_len of my_list", "_nutze")),
+        ("_", "Show _max_len", "max_len _zeigen", ("Show _max_len", "max_len _zeigen")),
     ],
 )
-def test_a_message_becomes_a_sentence(message, sentence):
-    assert catalogs.plain(message) == sentence
+def test_a_message_loses_the_mark_of_its_key_and_its_translation_too(mnemonic, message, translation, expected):
+    assert catalogs.plain(message, translation, mnemonic) == expected
+
+
+@pytest.mark.parametrize(
+    ("mnemonic", "message"),
+    [
+        (None, "reinterpret_cast"),
+        (None, "see snake_case"),
+        (None, r"C:\new_dir"),
+        (None, "about ~100 files"),
+        ("~", "about ~100 files"),
+        (None, "R&D department"),
+        ("&", "R&D department"),
+        (None, "Cut & Paste"),
+        ("&", "fish &amp; chips"),
+        ("_", "%(event_name)s of %(family)s"),
+        ("_", "{event_name}, $file_name or <file_name>"),
+        ("&", "<a href='x?a=1&b=2'>"),
+    ],
+)
+def test_what_is_no_mark_of_a_key_stays(mnemonic, message):
+    assert catalogs.plain(message, message, mnemonic) == (message, message)
 
 
 @pytest.mark.parametrize(
@@ -199,6 +244,7 @@ msgstr "Geschlossen?"
 
 msgid "Untranslated"
 msgstr ""
+#, fuzzy
 #~ msgid "Old"
 #~ msgstr "Alt"
 msgid "Name"

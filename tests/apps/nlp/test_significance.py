@@ -80,6 +80,13 @@ def test_pairs_are_drawn_from_apart_and_their_scores_averaged():
     strata = ["en-de"] * 4 + ["en-fr"] * 2
     found = paired_bootstrap(BETTER, WORSE, REFERENCES, "chrf", strata=strata)
     parts = [paired_bootstrap(BETTER[s], WORSE[s], REFERENCES[s], "chrf") for s in (slice(4), slice(4, 6))]
+    each = {"en-de": "13a", "en-fr": "char"}
+    by_stratum = paired_bootstrap(BETTER, WORSE, REFERENCES, "bleu", each, resamples=1, strata=strata)
+    bleu = [
+        corpus_score("bleu", BETTER[s], REFERENCES[s], name)
+        for s, name in zip((slice(4), slice(4, 6)), each.values(), strict=True)
+    ]
+    assert by_stratum.score_a == pytest.approx(sum(bleu) / 2)
     assert found.difference == pytest.approx((parts[0].difference + parts[1].difference) / 2)
     assert found.low < found.difference < found.high
 
@@ -90,7 +97,7 @@ def examples(hypotheses, pairs=("en-de",) * 6):
 
 
 def test_saved_tests_are_compared_in_bleu_and_chrf():
-    found = compare_sentences(examples(BETTER), examples(WORSE), ["en-de"])
+    found = compare_sentences(examples(BETTER), examples(WORSE), {"en-de": "13a"})
     assert [d.name for d in found] == ["BLEU", "chrF++"]
     assert found[0].difference == pytest.approx(paired_bootstrap(BETTER, WORSE, REFERENCES).difference)
     assert found[0].method == "paired bootstrap, 1,000 draws"
@@ -98,7 +105,9 @@ def test_saved_tests_are_compared_in_bleu_and_chrf():
 
 def test_several_pairs_have_their_mean_first_and_then_each():
     pairs = ["en-de"] * 4 + ["en-fr"] * 2
-    found = compare_sentences(examples(BETTER, pairs), examples(WORSE, pairs), ["en-de", "de-en", "en-fr"])
+    found = compare_sentences(
+        examples(BETTER, pairs), examples(WORSE, pairs), dict.fromkeys(["en-de", "de-en", "en-fr"], "13a")
+    )
     assert [d.name for d in found[:3]] == ["BLEU, mean of the pairs", "BLEU en-de", "BLEU en-fr"]
     assert [d.is_part for d in found] == [False, True, True] * 2
     assert found[0].difference == pytest.approx((found[1].difference + found[2].difference) / 2)
@@ -112,4 +121,4 @@ def test_what_is_not_paired_is_refused():
     with pytest.raises(ValueError, match="resamples=0 must be at least 1"):
         paired_bootstrap(BETTER, WORSE, REFERENCES, resamples=0)
     with pytest.raises(ValueError, match="not of the same sentences"):
-        compare_sentences(examples(BETTER), examples(WORSE)[:5], ["en-de"])
+        compare_sentences(examples(BETTER), examples(WORSE)[:5], {"en-de": "13a"})

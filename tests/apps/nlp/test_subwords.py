@@ -109,6 +109,20 @@ def test_a_trained_model_is_kept_in_the_cache(tmp_path, monkeypatch):
     assert len(calls) == len(list((tmp_path / "subwords").iterdir())) - 1 == 3
 
 
+@pytest.mark.parametrize("space", [" ", ""])
+def test_a_long_line_is_learned_from_as_its_parts_are(space):
+    words = ["alpha", "beta", "gämma", "delta"] * 2000
+    line = space.join(words)
+    assert len(line.encode()) > 2 * module._LONGEST_BYTES
+    parts = list(module._parts(line))
+    assert "".join(parts) == line
+    assert all(len(part.encode()) <= module._LONGEST_BYTES for part in parts)
+    assert {word for part in parts for word in part.split()} == set(words) or not space  # no word is cut
+    whole = train_subwords([line], (), SMALL)
+    assert whole == train_subwords(parts, (), SMALL)
+    assert "ä" in "".join(whole.pieces(range(whole.size("source")), "source"))
+
+
 def test_of_a_large_corpus_so_many_sentences_are_drawn():
     seen = []
     lines = [f"line {i}" for i in range(100)]

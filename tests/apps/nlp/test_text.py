@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from apps.nlp.readers import catalogs
 from apps.nlp.subwords import EOS_ID, PAD_ID, SubwordConfig
 from apps.nlp.text import TextData
 
@@ -149,6 +150,38 @@ def test_one_language_of_a_parallel_corpus(root):
     assert data.subwords.decode(batch.tokens_BL.tolist(), "target")[0].startswith("test_2016_flickr in de")
 
 
+def test_a_language_of_a_corpus_has_its_sentences_whatever_the_others_lack(root, caplog, monkeypatch):
+    monkeypatch.setattr(catalogs, "_read_mo", catalogs._read_po)
+    # Czech translates 0 to 19, German 10 to 39, of which 10 and 11 are the same.
+    for language, numbers in (("cs", range(20)), ("de", range(10, 40))):
+        path = root / f"{language}/LC_MESSAGES/gramps.mo"
+        path.parent.mkdir(parents=True)
+        path.write_text("\n".join(f'msgid "word {i}"\nmsgstr "{language} {max(i, 11)}"' for i in numbers))
+    options = {"dataset": "gramps", "train_files": None, "val_files": None, "test_files": None}
+
+    def count(**more):
+        data = make(root, **options, **more)
+        return [data.size(split).documents for split in ("train", "val", "test")]
+
+    assert count(val_size=4, test_size=2) == [34, 4, 2]  # English: all 40
+    with caplog.at_level("INFO"):
+        assert count(language="de", val_size=4, test_size=2) == [23, 4, 2]  # 30, of which two say "de 11"
+    assert (
+        "gramps in de: left out: 1 lines that are empty or come again, 0 of validation or test (train)" in caplog.text
+    )
+
+
+def test_a_file_that_is_named_twice_is_read_once(root):
+    assert make(root, train_files=["train.txt", "t*n.txt"]).size("train").documents == 4
+
+
+def test_an_empty_test_split_is_no_test(root):
+    data = make(root, test_files=None, test_size=0)
+    assert len(data.val_dataloader())
+    with pytest.raises(ValueError, match="text has no test text: give test_files, or a test_size that holds some out"):
+        data.test_dataloader()
+
+
 def test_prompts_are_read_one_by_one(root):
     data = make(root, text=["the dog", "", "a"])
     batches = list(data.predict_dataloader())
@@ -156,7 +189,11 @@ def test_prompts_are_read_one_by_one(root):
     assert batches[0].tokens_BL.tolist() == [[EOS_ID, *data.subwords.encode(["the dog"], "target")[0]]]
     assert batches[1].tokens_BL.tolist() == [[EOS_ID]]
     assert batches[0].tokens_BL.dtype == torch.int64
-    with pytest.raises(ValueError, match=r"there is nothing to continue: give text \(--data.text\)"):
+    (root / "prompts.txt").write_text("the dog\n\na\n")
+    from_file = list(make(root, predict_file=str(root / "prompts.txt"), subwords=data.subwords).predict_dataloader())
+    assert [b.tokens_BL.tolist() for b in from_file] == [b.tokens_BL.tolist() for b in batches]
+    assert [b.index_B.tolist() for b in from_file] == [[0], [1], [2]]
+    with pytest.raises(ValueError, match=r"there is nothing to continue: give text \(--data.text\) or predict_file"):
         make(root).predict_dataloader()
 
 
@@ -168,7 +205,11 @@ def test_prompts_are_read_one_by_one(root):
         ({"train_files": None}, r"dataset='text' needs train_files \(--data.train_files\)"),
         ({"document": "book"}, "document='book' is not one of line, paragraph, file"),
         ({"block_size": 0}, "block_size=0 must be at least 1"),
-        ({"val_size": -1}, "val_size=-1 must not be negative"),
+        ({"val_files": None, "val_size": -1}, "val_size=-1 must not be negative"),
+        ({"val_files": None, "val_size": 1.5}, "val_size=1.5 is neither a whole number nor a share below 1"),
+        ({"val_size": 3}, r"val_size=3 is of train_files: val_files='val\.txt' are taken whole"),
+        ({"language": "de"}, "language='de' is of a parallel corpus, not of dataset='text'"),
+        ({"text": "a", "predict_file": "-"}, "text and predict_file are both given: continue one of them"),
         (
             {"dataset": "multi30k", "train_files": None, "val_files": None, "test_files": None, "language": "es"},
             "language='es' is not one of en, de, fr, cs",
