@@ -338,25 +338,38 @@ def _backward(ctx, dy, _dpre, _dpre_gate):
         return (None,) * 11
     saved = ctx.saved_tensors
     wants = list(ctx.needs_input_grad[4:9])  # w_in, w_out, b_in, b_out, w_gate
-    if torch.is_grad_enabled():  # create_graph=True: the op's backward has none of its own
-        return _differentiable_backward(ctx, dy)
     dx, dgates, *dweights = _cpu_expert_ffn_backward(dy.contiguous(), *saved, ctx.activation, wants)
     dweights = [dw if wanted else None for wanted, dw in zip(wants, dweights, strict=True)]
     return dx, None, None, dgates, *dweights, None, None
 
 
-def _differentiable_backward(ctx, dy):
-    """The same by the oracle, whose graph reaches the inputs."""
-    # Views: a tensor that is given twice has a gradient for each of its places.
-    inputs: list[Any] = [None if t is None else t.view_as(t) for t in ctx.saved_tensors[:-2]]
-    y = eager.expert_ffn(*inputs, activation=ctx.activation)
-    wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
-    grads = torch.autograd.grad(y, [inputs[i] for i in wanted], dy, create_graph=True, materialize_grads=True)
-    found = dict(zip(wanted, grads, strict=True))
-    return tuple(found.get(i) for i in range(len(ctx.needs_input_grad)))
-
-
 _cpu_expert_ffn.register_autograd(_backward, setup_context=_setup)
+
+
+def _setup_second(ctx, inputs, output):
+    *tensors, _pre, _pre_gate, ctx.activation, ctx.wants = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors)
+
+
+def _second_backward(ctx, *grads):
+    """Second derivatives, by the oracle: it computes the pre-activations anew, whose part is in its graph."""
+    with torch.enable_grad():
+        leaves: list[Any] = [
+            t.detach().requires_grad_(t.is_floating_point()) if t is not None else None for t in ctx.saved_tensors
+        ]
+        dy, x, row_index_R, offsets_E, gates_R, *weights = leaves
+        y = eager.expert_ffn(x, row_index_R, offsets_E, gates_R, *weights, activation=ctx.activation)
+        outputs = zip((x, gates_R, *weights), grads, (True, True, *ctx.wants), strict=True)
+        kept = [(t, g) for t, g, wanted in outputs if t is not None and g is not None and wanted]
+        first = torch.autograd.grad(y, [t for t, _ in kept], dy, create_graph=True, materialize_grads=True)
+        wanted = [i for i, t in enumerate(leaves) if t is not None and ctx.needs_input_grad[i]]
+        found = torch.autograd.grad(first, [leaves[i] for i in wanted], [g for _, g in kept], materialize_grads=True)
+    second = dict(zip(wanted, found, strict=True))
+    return tuple(second.get(i) for i in range(len(ctx.needs_input_grad)))
+
+
+_cpu_expert_ffn_backward.register_autograd(_second_backward, setup_context=_setup_second)
 
 
 def expert_ffn(

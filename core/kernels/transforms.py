@@ -13,12 +13,13 @@ from torch.autograd import forward_ad
 
 def is_transformed() -> bool:
     """Whether a transform of ``torch.func`` or forward-mode differentiation is under way."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    # Not peek_interpreter_stack(), which is never None to torch.compile.
+    return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
 
 
 def check_not_mapped(ids: Tensor) -> None:
     """Raise a ``ValueError`` where ``torch.func.vmap`` maps over a choice of experts: each would have other counts."""
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None:
+    if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is None:
         return
     while torch._C._functorch.is_functorch_wrapped_tensor(ids):
         if torch._C._functorch.is_batchedtensor(ids):

@@ -10,7 +10,9 @@ import pytest
 import torch
 import torch._dynamo
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._functorch.aot_autograd import make_boxed_func
 from torch.utils.checkpoint import checkpoint
 
 from core import (
@@ -148,6 +150,23 @@ def test_a_compiled_model_with_autocast_keeps_its_router_in_float32():
     assert torch.equal(cast.logits_TE, plain.logits_TE)
     assert y.dtype == torch.bfloat16
     assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize(
+    "backend, forward, backward",
+    [("cpu", "cpu_expert_ffn", "cpu_expert_ffn_backward"), ("grouped", "grouped_mm", "grouped_mm_dw")],
+)
+def test_a_compiled_layer_runs_the_ops_of_its_backend_forward_and_backward(backend, forward, backward):
+    found = []
+
+    def keep(graph, _):
+        found.append({str(node.target) for node in graph.graph.nodes})
+        return make_boxed_func(graph.forward)
+
+    compiler = aot_autograd(fw_compiler=keep, bw_compiler=keep)
+    torch.compile(build("switch", backend), fullgraph=True, backend=compiler)(torch.randn(2, 6, 8)).sum().backward()
+    for ops, name in zip(found, (forward, backward), strict=True):
+        assert f"moesaic.{name}.default" in ops
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
