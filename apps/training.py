@@ -125,6 +125,9 @@ class SparseModule(LightningModule):
     aux_weight: float = 1.0
     """Of the layers' weighted losses beside the task's loss."""
 
+    starts_afresh: bool = True
+    """The weights are still those it was made with. Who is to load a checkpoint says so by False."""
+
     def __init__(
         self,
         optimizer: OptimizerConfig | None = None,
@@ -156,6 +159,10 @@ class SparseModule(LightningModule):
         self._stats: core.RoutingStats | None = None
         self._total_steps = math.inf
         self._clock = _Clock()
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        self.starts_afresh = False
+        return super().load_state_dict(*args, **kwargs)
 
     # ---- what a subclass brings
 

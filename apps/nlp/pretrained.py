@@ -19,17 +19,11 @@ class PretrainedModule(SparseModule):
     Attributes:
         pretrained: folder of a published checkpoint, with which the first training or test begins that no checkpoint
             gives its weights; None: none.
-        starts_afresh: the weights are still those it was made with. Who is to load a checkpoint says so by False.
     """
 
     model: Any
     subwords: Subwords
     pretrained: str | None = None
-    starts_afresh: bool = True
-
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        self.starts_afresh = False
-        return super().load_state_dict(*args, **kwargs)
 
     def _load_pretrained(self) -> None:
         """Give the model the published weights, unless it has others already.

@@ -60,9 +60,6 @@ class VisionClassifier(SparseModule):
         ema_decay: of the moving average of the weights; None: none.
         report: what a test adds to the accuracy; None: nothing.
 
-    Attributes:
-        starts_afresh: the weights are still those it was made with. Who is to load a checkpoint says so by False.
-
     Raises:
         ValueError: a value out of its range, a combination that cannot be built, or weights that do not load.
     """
@@ -111,11 +108,6 @@ class VisionClassifier(SparseModule):
         tokens = self.model.patch_embed.num_patches + self.model.num_prefix_tokens
         self.moe_flops_arguments = {"tokens_per_sequence": tokens}
         self.model.set_grad_checkpointing(grad_checkpointing)
-        self.starts_afresh = True
-
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        self.starts_afresh = False
-        return super().load_state_dict(*args, **kwargs)
 
     def forward(self, image: Tensor, context: core.RoutingContext | None = None) -> Tensor:
         """(B, C, H, W) normalised images to (B, num_classes) logits; ``context``: what routers may know of them."""
