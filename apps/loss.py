@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from core.kernels.products import mm
+
 # Logits at a time: 4 MB in bfloat16, in rows enough for a product.
 _CHUNK_ELEMENTS = 2**21
 
@@ -36,7 +38,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, T, rows):
             h_tD, target_t1 = h_TD[start : start + rows], target_T[start : start + rows, None]
             logits_tV, p_tV = logits_rV[: len(h_tD)], p_rV[: len(h_tD)]
-            torch.mm(h_tD, weight_DV, out=logits_tV)
+            mm(h_tD, weight_DV, out=logits_tV)
             torch.softmax(logits_tV, -1, out=p_tV)  # float32 inside, whatever goes in and out
             own_t1 = logits_tV.gather(1, target_t1).to(exact)
             total += (_log_sum(logits_tV, p_tV) - (1 - smoothing) * own_t1).sum()
@@ -44,9 +46,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 continue
             d_tV = p_tV.scatter_add_(1, target_t1, torch.full_like(target_t1, smoothing - 1, dtype=dtype))
             if dh_TD is not None:
-                torch.mm(d_tV, weight_VD, out=dh_TD[start : start + rows])
+                mm(d_tV, weight_VD, out=dh_TD[start : start + rows])
             if dweight_VD is not None:
-                dweight_VD += d_tV.t() @ h_tD
+                dweight_VD += mm(d_tV.t(), h_tD)
         if smoothing:
             sum_D, mean_D = h_TD.sum(0, dtype=exact), weight_VD.mean(0, dtype=exact)
             total -= smoothing * sum_D.dot(mean_D)
@@ -123,7 +125,7 @@ def target_scores(h: Tensor, weight: Tensor, target: Tensor) -> TargetScores:
         weight_DV = weight.to(dtype).t().contiguous()
         for start in range(0, len(h), rows):
             part = slice(start, start + rows)
-            logits_tV, target_t = h[part].to(dtype) @ weight_DV, target[part]
+            logits_tV, target_t = mm(h[part].to(dtype), weight_DV), target[part]
             nll_T[part] = logits_tV.logsumexp(-1) - logits_tV.gather(1, target_t[:, None]).squeeze(1)
             is_first_T[part] = logits_tV.argmax(-1) == target_t
     return TargetScores(nll_T, is_first_T)

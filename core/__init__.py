@@ -5,6 +5,7 @@ from .contract import DenseRouting, Entry, MergeRouting, Routing, RoutingContext
 from .experts import FFN, GEGLU, MLP, ExpertConfig, Experts, MLPExperts, SwiGLU
 from .flops import count_flops
 from .kernels import resolve_backend
+from .kernels.products import Linear, convert_linear, linear
 from .layers import (
     AuxLosses,
     MergedMoE,
@@ -64,6 +65,7 @@ __all__ = [
     "Hash",
     "Hierarchical",
     "LayerStats",
+    "Linear",
     "MLP",
     "MLPExperts",
     "MMoE",
@@ -108,8 +110,10 @@ __all__ = [
     "aux_loss",
     "aux_losses",
     "consistency_loss",
+    "convert_linear",
     "count_flops",
     "domain_posterior",
+    "linear",
     "moe_layers",
     "record",
     "resolve_backend",

@@ -45,6 +45,14 @@ def _(dy, x, row_index_R, offsets_E, gates_R, w_in, w_out, b_in, b_out, w_gate, 
     return 2 * _rows(offsets_E, gates_R.shape[0]) * F * (inputs + D * (wanted_in + wanted_gate) + N * wanted_out)
 
 
+def _linear_flops(x_shape, weight_shape, *args, out_shape=None, **kwargs):
+    return 2 * _product(x_shape) * weight_shape[0]
+
+
+if hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # torch may be built without oneDNN
+    register_flop_formula(torch.ops.mkldnn._linear_pointwise)(_linear_flops)
+
+
 @register_flop_formula([torch.ops.moesaic.grouped_mm, torch.ops.moesaic.triton_linear], get_raw=True)
 def _(x_R, w, offsets_E, *args, out_val=None, **kwargs):
     return 2 * _rows(offsets_E, x_R.shape[0]) * w.shape[1] * w.shape[2]

@@ -40,9 +40,9 @@ class FeedForward(nn.Module):
         super().__init__()
         dim = config.shape.dim
         self.activation = config.activation
-        self.w_in = nn.Linear(dim, hidden_dim, bias=config.bias)
-        self.w_gate = nn.Linear(dim, hidden_dim, bias=config.bias) if config.gated else None
-        self.w_out = nn.Linear(hidden_dim, dim, bias=config.bias)
+        self.w_in = core.Linear(dim, hidden_dim, bias=config.bias)
+        self.w_gate = core.Linear(dim, hidden_dim, bias=config.bias) if config.gated else None
+        self.w_out = core.Linear(hidden_dim, dim, bias=config.bias)
         self.dropout = Dropout(config.ffn_dropout)
 
     def forward(self, x: Tensor) -> Tensor:

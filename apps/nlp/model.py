@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import core
@@ -56,7 +55,7 @@ class _Decoding(nn.Module):
     def logits(self, h: Tensor) -> Tensor:
         """(..., D) hidden states to (..., V)."""
         scale = self.config.logits_scale
-        return F.linear(h if scale == 1.0 else h * scale, self.output_weight)
+        return core.linear(h if scale == 1.0 else h * scale, self.output_weight)
 
     def check_steps(self) -> None:
         """Refuse a router of the decoder that decides otherwise step by step than in the whole sequence.
@@ -228,7 +227,7 @@ class TranslationModel(_Decoding):
             cross=True,
         )
         own_output = config.tie in ("inputs", "none")
-        self.output = nn.Linear(shape.dim, self.target_vocab, bias=False) if own_output else None
+        self.output = core.Linear(shape.dim, self.target_vocab, bias=False) if own_output else None
         self.reset_parameters()
 
     @property
@@ -345,7 +344,7 @@ class LanguageModel(_Decoding):
             causal=True,
             cross=False,
         )
-        self.output = nn.Linear(shape.dim, vocab, bias=False) if config.tie == "none" else None
+        self.output = core.Linear(shape.dim, vocab, bias=False) if config.tie == "none" else None
         self.reset_parameters()
 
     @property

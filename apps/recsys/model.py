@@ -78,7 +78,7 @@ class InteractionArch(nn.Module):
                 raise ValueError(f"interaction.kind='dot' needs embeddings of one width; there is {widths}")
             d, columns = sparse_dims[0], len(sparse_dims)
             if dense_dim:
-                self.project = nn.Linear(dense_dim, d)
+                self.project = core.Linear(dense_dim, d)
                 self.interact = DotProducts(num_sparse_features=columns)
                 self.out_dim = d + (columns + 1) * columns // 2
             else:

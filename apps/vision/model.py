@@ -258,6 +258,7 @@ class VMoE(VisionTransformer):
         if vit.fused_attn is not None:
             for block in self.blocks:
                 block.attn.fused_attn = vit.fused_attn
+        core.convert_linear(self)
         self.vit = vit
         self.moe = moe
         self.moe_blocks = replaced

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..contract import Rows
+from ..kernels.products import linear
 
 
 class Experts(nn.Module):
@@ -103,7 +104,7 @@ def first_linear(x_GTD: Tensor, w: Tensor, b: Tensor | None, counts: tuple[int, 
     (G, _, D), (n, _, F_), count = x_GTD.shape, w.shape, counts[0]
     w_GDF = w.unflatten(0, (G, count)).transpose(1, 2).reshape(G, D, count * F_)
     if G == 1:
-        y_TF = x_GTD[0] @ w_GDF[0] if b is None else torch.addmm(b.reshape(-1), x_GTD[0], w_GDF[0])
+        y_TF = linear(x_GTD[0], w_GDF[0].t(), None if b is None else b.reshape(-1))
         return y_TF.unflatten(1, (n, F_))
     y_GTF = torch.bmm(x_GTD, w_GDF) if b is None else torch.baddbmm(b.reshape(G, 1, count * F_), x_GTD, w_GDF)
     return y_GTF.unflatten(2, (count, F_)).transpose(0, 1).flatten(1, 2)

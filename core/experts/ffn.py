@@ -6,12 +6,12 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..contract import Rows
 from ..kernels import BACKENDS, resolve_backend
 from ..kernels.eager import ACTIVATIONS
+from ..kernels.products import linear
 from .base import ExpertConfig, Experts, autocast_together, first_linear, next_linear
 
 
@@ -72,9 +72,9 @@ class FFNExperts(Experts):
         act = ACTIVATIONS[self.activation]
         y = None
         for e in range(self.num_experts):
-            h = F.linear(x, self.w_in[e].t(), None if self.b_in is None else self.b_in[e])
-            h = act(h) if self.w_gate is None else act(F.linear(x, self.w_gate[e].t())) * h
-            y_e = F.linear(h, self.w_out[e].t(), None if self.b_out is None else self.b_out[e])
+            h = linear(x, self.w_in[e].t(), None if self.b_in is None else self.b_in[e])
+            h = act(h) if self.w_gate is None else act(linear(x, self.w_gate[e].t())) * h
+            y_e = linear(h, self.w_out[e].t(), None if self.b_out is None else self.b_out[e])
             y = y_e if y is None else y + y_e
         assert y is not None
         return y

@@ -29,6 +29,7 @@ from torch import Tensor
 from . import eager, grouped
 from .eager import ACTIVATIONS, accumulate_dtype, combine, queue_ranks, sort_pairs, topk_gate
 from .pages import new_empty
+from .products import addmm_, is_served_badly, mm
 
 BLOCK = 512
 TILE = 32
@@ -48,8 +49,17 @@ def _activation_backward(grad: Tensor, pre: Tensor, activation: str) -> Tensor:
     return torch.ops.aten.threshold_backward(grad, pre, 0)
 
 
+def _is_half(dtype: torch.dtype) -> bool:
+    return dtype in (torch.bfloat16, torch.float16)
+
+
 def _tile(dtype: torch.dtype) -> int:
-    return TILE if dtype in (torch.bfloat16, torch.float16) else 1
+    return TILE if _is_half(dtype) or (dtype == torch.float32 and is_served_badly()) else 1
+
+
+def _kept_rows(num_rows: Any) -> Any:
+    """Of the pre-activations. Not by ``_tile``: a graph that was compiled on one machine may run on another."""
+    return num_rows + TILE - 1
 
 
 class _Block(NamedTuple):
@@ -63,10 +73,10 @@ class _Block(NamedTuple):
     last: bool
 
 
-def _blocks(offsets_E: Tensor, tile: int) -> list[_Block]:
+def _blocks(offsets_E: Tensor, dtype: torch.dtype) -> list[_Block]:
     """Each expert's rows in equal blocks, in the order of the rows."""
     # As many bytes in half precision as in full: a block is to stay in cache.
-    block_rows = BLOCK if tile == 1 else 2 * BLOCK
+    block_rows, tile = 2 * BLOCK if _is_half(dtype) else BLOCK, _tile(dtype)
     blocks, begin = [], 0
     for e, end in enumerate(offsets_E.tolist()):
         rows = end - begin
@@ -119,7 +129,7 @@ class _WeightGrad:
         self.dw[self.begun : block.expert].zero_()
         self.begun = block.expert + 1
         if (block.first and block.last) or self.sum is None:
-            torch.mm(left.t(), right, out=dw) if block.first else dw.addmm_(left.t(), right)
+            mm(left.t(), right, out=dw) if block.first else addmm_(dw, left.t(), right)
             return
         part = left.t() @ right
         self.sum.copy_(part) if block.first else self.sum.add_(part)
@@ -148,29 +158,30 @@ def _cpu_expert_ffn(
 ) -> tuple[Tensor, Tensor, Tensor]:
     R, width, D_out = gates_R.shape[0], w_in.shape[-1], w_out.shape[-1]
     act, tile = ACTIVATIONS[activation], _tile(x.dtype)
-    if not keep and tile == 1 and R * max(width, x.shape[-1]) <= FEW:
+    if not keep and not _is_half(x.dtype) and R * max(width, x.shape[-1]) <= FEW:
         y = _few_rows(x, row_index_R, offsets_E, gates_R, w_in, w_out, b_in, b_out, w_gate, activation)
         return y, x.new_empty(0, width), x.new_empty(0, width)
     index_R = None if row_index_R is None else _past_the_end(row_index_R, tile)
     x_full = _past_the_end(x, tile) if index_R is None else x
     gates = gates_R.unsqueeze(-1)
-    blocks = _blocks(offsets_E, tile)
+    blocks = _blocks(offsets_E, x.dtype)
     total = _RowSum(x, D_out, blocks)
-    kept = R + tile - 1 if keep else 0
+    kept = _kept_rows(R) if keep else 0
     pre = new_empty(x, (kept, width))
     pre_gate = new_empty(x, (kept if w_gate is not None else 0, width))
+    pre[R:], pre_gate[R:] = 0, 0  # a block may end before them
     for e, start, end, stop, *_ in blocks:
         x_b = x_full[start:stop] if index_R is None else x.index_select(0, index_R[start:stop])
         # Blocks run in the order of their rows, so what a tile writes past its end is written over by the next.
-        a = torch.mm(x_b, w_in[e], out=pre[start:stop]) if keep else x_b @ w_in[e]
+        a = mm(x_b, w_in[e], out=pre[start:stop] if keep else None)
         if b_in is not None:
             a.add_(b_in[e])
         if w_gate is None:
             h = act(a)
         else:
-            u = torch.mm(x_b, w_gate[e], out=pre_gate[start:stop]) if keep else x_b @ w_gate[e]
+            u = mm(x_b, w_gate[e], out=pre_gate[start:stop] if keep else None)
             h = act(u).mul_(a)
-        y_b = h @ w_out[e] if b_out is None else torch.addmm(b_out[e], h, w_out[e])
+        y_b = mm(h, w_out[e], bias=None if b_out is None else b_out[e])
         total.add(index_R, start, end, y_b[: end - start], gates[start:end])
     return total.result(), pre, pre_gate
 
@@ -196,10 +207,7 @@ def _few_rows(
     def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         out = rows.new_empty(rows.shape[0], weight.shape[-1])
         for e, start, end in runs:
-            if bias is None:
-                torch.mm(rows[start:end], weight[e], out=out[start:end])
-            else:
-                torch.addmm(bias[e], rows[start:end], weight[e], out=out[start:end])
+            mm(rows[start:end], weight[e], bias=None if bias is None else bias[e], out=out[start:end])
         return out
 
     a = product(x_rD, w_in, b_in)
@@ -214,7 +222,7 @@ def _few_rows(
 
 @_cpu_expert_ffn.register_fake
 def _(x, row_index_R, offsets_E, gates_R, w_in, w_out, b_in, b_out, w_gate, activation, keep):
-    kept, width = gates_R.shape[0] + _tile(x.dtype) - 1 if keep else 0, w_in.shape[-1]
+    kept, width = _kept_rows(gates_R.shape[0]) if keep else 0, w_in.shape[-1]
     return (
         x.new_empty(x.shape[0], w_out.shape[-1]),
         x.new_empty(kept, width),
@@ -251,7 +259,7 @@ def _cpu_expert_ffn_backward(
     gates = gates_R.unsqueeze(-1)
     # The weight gradients scale the narrower of their two factors.
     narrow = w_in.shape[-1] <= w_out.shape[-1]
-    blocks = _blocks(offsets_E, tile)
+    blocks = _blocks(offsets_E, x.dtype)
     total = _RowSum(x, x.shape[-1], blocks)
     dgates = torch.zeros_like(gates_R)
     wanted_in, wanted_out, wanted_b_in, wanted_b_out, wanted_gate = wants
@@ -275,7 +283,7 @@ def _cpu_expert_ffn_backward(
         else:
             s = act(pre_gate[start:stop])
             h = s * a
-        dh = dy_b @ w_out[e].t()
+        dh = mm(dy_b, w_out[e].t())
         dg = torch.sum(dh[:rows] * h[:rows], -1)
         if b_out is not None:
             dg += dy_b[:rows] @ b_out[e]
@@ -284,10 +292,10 @@ def _cpu_expert_ffn_backward(
         dgates[start:end] = dg
         if w_gate is None:
             da, du = _activation_backward(dh, a, activation), None
-            dx_b = da @ w_in[e].t()
+            dx_b = mm(da, w_in[e].t())
         else:
             da, du = dh * s, _activation_backward(dh.mul_(a), pre_gate[start:stop], activation)
-            dx_b = (da @ w_in[e].t()).addmm_(du, w_gate[e].t())
+            dx_b = addmm_(mm(da, w_in[e].t()), du, w_gate[e].t())
         total.add(index_R, start, end, dx_b[:rows], gates[start:end])
         if wanted_b_in:
             db_in[e] += (da[:rows] * g).sum(0, dtype=db_in.dtype)

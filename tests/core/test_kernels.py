@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from core.kernels import BACKENDS, cpu, eager, fallback, grouped, resolve_backend
+from core.kernels import BACKENDS, cpu, eager, fallback, grouped, products, resolve_backend
 from core.kernels.triton_ops import environment
 
 FAST = ("cpu", "grouped")
@@ -147,16 +147,36 @@ def test_backend_equals_the_oracle_with_idle_experts(backend, expert, load, toke
         assert found[f"d{name}"][idle].abs().max() == 0, f"an idle expert's d{name} is not zero"
 
 
+@pytest.fixture(params=["torch", "onednn"])
+def library(request, monkeypatch) -> str:
+    """Whose products ``cpu`` takes, of every size."""
+    if request.param == "onednn" and not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        pytest.skip("torch is built without oneDNN")
+    monkeypatch.setattr(products, "is_served_badly", lambda: request.param == "onednn")
+    monkeypatch.setattr(cpu, "is_served_badly", lambda: request.param == "onednn")
+    monkeypatch.setattr(products, "LEAST", 1)
+    return request.param
+
+
+@pytest.mark.parametrize("expert", ["gelu", "relu+bias", "swiglu", "geglu+bias"])
+@pytest.mark.parametrize("tokens", [0, 7, 33, 600])
+@pytest.mark.parametrize("widths", [(16, 24, 12), (30, 7, 30)])
+def test_cpu_equals_the_oracle_by_either_library(library, expert, tokens, widths):
+    D, H, D_out = widths
+    p = problem(tokens, D=D, H=H, D_out=D_out, expert=expert, load="empty")
+    assert_same(p.run("cpu", torch.float32), p.run("eager", torch.float64), FLOAT32)
+
+
 @pytest.mark.parametrize("expert", ["gelu", "relu+bias", "swiglu", "geglu+bias"])
 @pytest.mark.parametrize("H", [8, 24])
 @pytest.mark.parametrize("load", ["one", "empty", "spread"])
-def test_cpu_blocks_of_an_expert_add_up(monkeypatch, expert, H, load):
+def test_cpu_blocks_of_an_expert_add_up(library, monkeypatch, expert, H, load):
     monkeypatch.setattr(cpu, "BLOCK", 16)  # 100 tokens, 200 rows: 13 blocks of one expert
     p = problem(100, expert=expert, H=H, load=load)
     assert_same(p.run("cpu", torch.float32), p.run("eager", torch.float64), FLOAT32)
 
 
-def test_cpu_equals_the_oracle_past_its_own_block_size():
+def test_cpu_equals_the_oracle_past_its_own_block_size(library):
     p = problem(cpu.BLOCK + 1, expert="swiglu", load="one")  # 2 rows a token: more than two blocks
     assert_same(p.run("cpu", torch.float32), p.run("eager", torch.float64), FLOAT32)
 
@@ -164,7 +184,7 @@ def test_cpu_equals_the_oracle_past_its_own_block_size():
 @pytest.mark.parametrize("few", [0, cpu.FEW])
 @pytest.mark.parametrize("expert", EXPERTS)
 @pytest.mark.parametrize("tokens", [0, 1, 7, 600])
-def test_cpu_without_gradients_equals_the_oracle(monkeypatch, few, expert, tokens):
+def test_cpu_without_gradients_equals_the_oracle(library, monkeypatch, few, expert, tokens):
     """Few rows are computed for all experts at once, more by blocks; with some pairs dropped and two idle experts."""
     monkeypatch.setattr(cpu, "FEW", few)
     p = problem(tokens, expert=expert, load="empty")
@@ -319,6 +339,11 @@ def test_nan_in_rows_past_the_last_offset_reaches_neither_output_nor_gradients(b
     assert_same(found, clean.run("eager", torch.float64), FLOAT32)
     for name in ("y", "dx", "dgates"):
         assert found[name][8:].abs().max() == 0, name
+
+
+@pytest.mark.parametrize("expert", ["gelu+bias", "swiglu"])
+def test_nan_past_the_last_offset_stays_there_by_either_library(library, expert):
+    test_nan_in_rows_past_the_last_offset_reaches_neither_output_nor_gradients("cpu", expert, True)
 
 
 @pytest.mark.parametrize("backend", ["grouped", "triton"])

@@ -163,7 +163,7 @@ class CausalAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int, dropout: float) -> None:
         super().__init__()
         self.num_heads, self.dropout = num_heads, dropout
-        self.qkv = nn.Linear(dim, 3 * dim)
+        self.qkv = core.Linear(dim, 3 * dim)
 
     def forward(self, x_TD: Tensor, packing: Packing) -> Tensor:
         # Rows are filled from the left, so the causal mask keeps padding from every real query.
@@ -193,7 +193,7 @@ class CausalConvolution(nn.Module):
     def __init__(self, dim: int, kernel_size: int) -> None:
         super().__init__()
         self.kernel_size = kernel_size
-        self.proj = nn.Linear(kernel_size * dim, dim)
+        self.proj = core.Linear(kernel_size * dim, dim)
 
     def forward(self, x_TD: Tensor, packing: Packing) -> Tensor:
         shifted = [x_TD]
@@ -210,7 +210,7 @@ class SelfAttention(nn.Module):
     def __init__(self, config: HistoryModelConfig) -> None:
         super().__init__()
         self.attention = CausalAttention(config.dim, config.num_heads, config.attn_dropout)
-        self.out = nn.Linear(config.dim, config.dim)
+        self.out = core.Linear(config.dim, config.dim)
 
     def forward(self, x_TD: Tensor, packing: Packing) -> Tensor:
         """(T, D) to (T, D)."""
@@ -240,7 +240,7 @@ class TokenMixing(core.MoELayer):
         )
         # Averages of many values are smaller than a convolution's output: the gate would weigh unlike things.
         self.norms = nn.ModuleDict({name: nn.LayerNorm(config.dim) for name in EXPERTS})
-        self.out = nn.Linear(config.dim, config.dim)
+        self.out = core.Linear(config.dim, config.dim)
 
     def forward(self, x_TD: Tensor, packing: Packing) -> Tensor:  # type: ignore[override]
         """(T, D) to (T, D)."""
@@ -349,7 +349,7 @@ class HistoryModel(nn.Module):
                 ffn: nn.Module = moe.build(config.dim, causal=True)
             else:
                 width = replaced_hidden_dim if replaced and replaced_hidden_dim else config.dense_hidden_dim
-                ffn = nn.Sequential(nn.Linear(config.dim, width), nn.GELU(), nn.Linear(width, config.dim))
+                ffn = nn.Sequential(core.Linear(config.dim, width), nn.GELU(), core.Linear(width, config.dim))
             self.blocks.append(HistoryBlock(config, ffn))
         self.norm = nn.LayerNorm(config.dim)
         self.reset_parameters()
@@ -416,7 +416,7 @@ class HistoryModel(nn.Module):
         # In bfloat16 many items would tie.
         with torch.autocast(h_BD.device.type, enabled=False):
             h_BD = h_BD if h_BD.dtype == torch.float64 else h_BD.float()
-            logits_BV = h_BD @ self.output_weight.to(h_BD.dtype).t()
+            logits_BV = core.linear(h_BD, self.output_weight.to(h_BD.dtype))
         return F.pad(logits_BV, (1, 0), value=-math.inf)
 
     def forward(self, items_BS: Tensor) -> Tensor:

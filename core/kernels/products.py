@@ -1,0 +1,122 @@
+"""Products of float32 matrices on CPUs that torch's own library serves badly.
+
+torch gives them to MKL, which uses AVX-512 on Intel's processors alone; oneDNN, which comes with torch too and computes
+its products of half precision, uses it wherever it is. One core of an AMD EPYC of 2025, GFLOP/s (MKL, oneDNN):
+
+    160 x 128 x 8000      51   139          forward of 512 x 512 x 256      53   136
+    160 x 128 x 128       74   115          its gradient of the input       58   131
+     20 x 128 x 256       56    45          its gradient of the weight      51   105
+
+So products of ``LEAST`` multiplications and more go to oneDNN there. It compiles a kernel for each new shape (0.5 ms)
+and keeps a thousand. ``torch.backends.mkldnn.flags(enabled=False)`` turns it off, as for all of torch. Both sum in
+float32; they differ by rounding.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .transforms import is_transformed
+
+LEAST = 2**20
+"""Multiplications of the smallest product that oneDNN is faster at: at 0.66 million both take as long."""
+
+
+@functools.cache
+def is_served_badly() -> bool:
+    """Whether this is a processor with AVX-512 that MKL does not use it on, and torch has the other way."""
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkl.is_available():
+        return False
+    return _vendor() == "AuthenticAMD" and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def _vendor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")
+
+
+def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:
+    return (
+        is_served_badly()
+        and x.device.type == weight.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and x.numel() * weight.shape[0] >= LEAST
+        and torch._C._get_mkldnn_enabled()
+    )
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """(M, K) and (N, K) to (M, N). Strides are as they like."""
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return y
+
+
+def mm(a: Tensor, b: Tensor, *, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """``a @ b + bias`` of (M, K) and (K, N), without a gradient: for custom ops."""
+    if _is_for_onednn(a, b.t()):
+        y = _onednn(a, b.t(), bias)
+        return y if out is None else out.copy_(y)
+    return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
+
+
+def addmm_(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """``total += a @ b``, as ``mm``."""
+    return total.add_(_onednn(a, b.t())) if _is_for_onednn(a, b.t()) else total.addmm_(a, b)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _onednn(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
+        flat_x, flat_dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+        return (
+            linear(dy, weight.t()) if wants_x else None,
+            linear(flat_dy.t(), flat_x.t()) if wants_weight else None,
+            flat_dy.sum(0) if wants_bias else None,
+        )
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``F.linear``: (..., K) and (N, K) to (..., N), with all its derivatives."""
+    if torch.compiler.is_compiling() or not _is_for_onednn(x, weight):
+        return F.linear(x, weight, bias)
+    if (
+        torch.is_autocast_enabled("cpu")
+        or is_transformed()
+        or torch.jit.is_tracing()
+        or not all(type(t) in (Tensor, nn.Parameter) for t in (x, weight, bias) if t is not None)
+    ):
+        return F.linear(x, weight, bias)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+        y: Tensor = _Linear.apply(x, weight, bias)
+        return y
+    return _onednn(x, weight, bias)
+
+
+class Linear(nn.Linear):
+    """``nn.Linear`` by ``linear``: dense layers as fast as experts, so that a comparison of the two is fair."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+def convert_linear(module: nn.Module) -> None:
+    """Make every ``nn.Linear`` of ``module`` a ``Linear``, in place: parameters, names and hooks stay."""
+    for part in module.modules():
+        if type(part) is nn.Linear:
+            part.__class__ = Linear

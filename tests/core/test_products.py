@@ -1,0 +1,170 @@
+"""Products by oneDNN: the same numbers and derivatives as torch's own, and only where they are wanted."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import core
+from core.kernels import products
+
+BY_ONEDNN = "mkldnn::_linear_pointwise"
+needs_onednn = pytest.mark.skipif(
+    not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="torch is built without oneDNN"
+)
+
+
+class Names(TorchDispatchMode):
+    """The operations that run inside the block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.found.append(op.name().removesuffix(".default"))
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def badly_served(monkeypatch) -> None:
+    monkeypatch.setattr(products, "is_served_badly", lambda: True)
+
+
+@pytest.fixture
+def of_every_size(badly_served, monkeypatch) -> None:
+    monkeypatch.setattr(products, "LEAST", 1)
+
+
+def count(fn) -> int:
+    with Names() as names:
+        fn()
+    return names.found.count(BY_ONEDNN)
+
+
+def derivatives(linear, x: Tensor, weight: Tensor, bias: Tensor | None) -> list[Tensor]:
+    """Output, gradients, and those of the gradients' squares."""
+    leaves = [t.detach().clone().requires_grad_() for t in (x, weight, bias) if t is not None]
+    y = linear(*leaves)
+    first = torch.autograd.grad(y.pow(3).sum(), leaves, create_graph=True)
+    second = torch.autograd.grad(sum(g.pow(2).sum() for g in first), leaves)
+    return [y, *first, *second]
+
+
+@needs_onednn
+@pytest.mark.parametrize("shape", [(1, 1), (7, 5), (2, 3, 5), (0, 5), (64, 33)])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_linear_has_torchs_output_and_derivatives(of_every_size, shape, has_bias):
+    x, weight = torch.randn(shape), torch.randn(9, shape[-1])
+    bias = torch.randn(9) if has_bias else None
+    found = derivatives(core.linear, x, weight, bias)
+    exact = derivatives(F.linear, *(None if t is None else t.double() for t in (x, weight, bias)))
+    for value, expected in zip(found, exact, strict=True):
+        # Sums of 64 x 9 products of sums, each off by 6e-8, to the largest element.
+        scale = expected.abs().max().item() if expected.numel() else 0.0
+        torch.testing.assert_close(value.double(), expected, rtol=0.0, atol=1e-5 * scale)
+
+
+@needs_onednn
+def test_views_of_any_strides_are_multiplied_as_they_are(of_every_size):
+    a, b, total = torch.randn(6, 10)[:, ::2], torch.randn(8, 5).t(), torch.randn(6, 8)
+    expected = a.double() @ b.double()
+    out = torch.empty(8, 6).t()
+    assert products.mm(a, b, out=out) is out
+    for found in (products.mm(a, b), out, products.addmm_(total.clone(), a, b) - total):
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(products.mm(a, b, bias=torch.ones(8)).double(), expected + 1, rtol=1e-5, atol=1e-5)
+
+
+@needs_onednn
+def test_forward_and_both_gradients_are_onednns(of_every_size):
+    x, weight = torch.randn(4, 5, requires_grad=True), torch.randn(3, 5, requires_grad=True)
+    assert count(lambda: core.linear(x, weight).sum().backward()) == 3
+    assert count(lambda: core.linear(x.detach(), weight).sum().backward()) == 2
+    with torch.no_grad():
+        assert count(lambda: core.linear(x, weight)) == 1
+
+
+@needs_onednn
+def test_small_products_stay_with_torch(badly_served):
+    x, weight = torch.randn(128, 64), torch.randn(128, 64)  # 2 ** 20 multiplications
+    assert count(lambda: core.linear(x, weight)) == count(lambda: products.mm(x, weight.t())) == 1
+    assert count(lambda: core.linear(x[:-1], weight)) == count(lambda: products.mm(x[:-1], weight.t())) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_dtypes_stay_with_torch(of_every_size, dtype):
+    x, weight = torch.randn(4, 5, dtype=dtype), torch.randn(3, 5, dtype=dtype)
+    assert count(lambda: core.linear(x, weight)) == count(lambda: products.mm(x, weight.t())) == 0
+
+
+def test_torchs_switch_turns_it_off(of_every_size):
+    x, weight = torch.randn(4, 5), torch.randn(3, 5)
+    before = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        assert count(lambda: core.linear(x, weight)) == count(lambda: products.mm(x, weight.t())) == 0
+    finally:
+        torch._C._set_mkldnn_enabled(before)
+
+
+def test_autocast_decides_the_dtype(of_every_size):
+    x, weight = torch.randn(4, 5), torch.randn(3, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert core.linear(x, weight).dtype == torch.bfloat16
+
+
+def test_transforms_and_tangents_see_torchs_product(of_every_size):
+    x, weight = torch.randn(4, 5), torch.randn(3, 5)
+    tangent = torch.randn(4, 5)
+    _, found = torch.func.jvp(lambda t: core.linear(t, weight), (x,), (tangent,))
+    torch.testing.assert_close(found, tangent @ weight.t())
+    mapped = torch.func.vmap(core.linear, in_dims=(None, 0))(x, torch.stack((weight, 2 * weight)))
+    torch.testing.assert_close(mapped[1], 2 * mapped[0])
+
+
+def test_a_compiled_product_is_the_same_without_a_graph_break(of_every_size):
+    layer, x = core.Linear(5, 3), torch.randn(4, 5)
+    torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))
+    torch.testing.assert_close(torch.export.export(layer, (x,)).module()(x), layer(x))
+
+
+@needs_onednn
+def test_flops_are_counted_alike(badly_served, monkeypatch):
+    x, weight = torch.randn(128, 64, requires_grad=True), torch.randn(256, 64, requires_grad=True)
+    by_onednn = core.count_flops(lambda: core.linear(x, weight).sum().backward())
+    monkeypatch.setattr(products, "is_served_badly", lambda: False)
+    assert by_onednn == core.count_flops(lambda: core.linear(x, weight).sum().backward()) == 3 * 2 * 128 * 64 * 256
+
+
+def test_converted_layers_keep_parameters_and_names():
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Sequential(nn.Linear(3, 2, bias=False)))
+    state, x = copy.deepcopy(model.state_dict()), torch.randn(5, 4)
+    weight, y = model[0].weight, model(x)
+    core.convert_linear(model)
+    assert [type(m) for m in (model[0], model[1], model[2][0])] == [core.Linear, nn.ReLU, core.Linear]
+    assert model[0].weight is weight
+    assert model.state_dict().keys() == state.keys()
+    torch.testing.assert_close(model(x), y)
+
+
+@pytest.mark.parametrize(
+    "vendor, capability, expected",
+    [
+        ("AuthenticAMD", "AVX512", True),
+        ("AuthenticAMD", "AVX2", False),
+        ("GenuineIntel", "AVX512", False),
+        ("", "", False),
+    ],
+)
+def test_only_amd_with_avx512_is_served_badly(monkeypatch, vendor, capability, expected):
+    monkeypatch.setattr(products, "_vendor", lambda: vendor)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    known = hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    assert products.is_served_badly.__wrapped__() == (expected and known)
