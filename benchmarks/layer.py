@@ -1,7 +1,8 @@
 """Time of an MoE layer, forward and backward, against a dense FFN of equal active FLOPs, in one run.
 
 Every round times each system once, in turn, and the ratio to the dense FFN is taken within the round, so that a drift
-of the machine's speed hits both sides. Printed: the median ratio and its quartiles, over the rounds.
+of the machine's speed hits both sides. Printed: the median ratio and its quartiles, over the rounds. The dense FFN
+multiplies by the experts' library (``core.Linear``); where that is not torch's own, ``torch.nn.Linear`` has a row too.
 
 The products' rate stands beside that of one large product of the same dtype, measured in the same run; on CUDA the
 layers of a model's size run, by Triton, by ``grouped_mm`` with a gather and a scatter of its own, and by the oracle.
@@ -31,6 +32,7 @@ from torch import nn
 import core
 from apps.machine import machine_line
 from core.kernels import BACKENDS
+from core.kernels.products import is_served_badly
 from core.memory import kept_bytes
 
 
@@ -64,12 +66,12 @@ GEMMS = ("up", "linear", "hidden_grad", "weight_grad")
 
 
 class DenseFFN(nn.Module):
-    """The dense layer of equal active FLOPs: hidden width K * F."""
+    """The dense layer of equal active FLOPs: hidden width K * F. Its products are those of the experts' library."""
 
-    def __init__(self, dim: int, hidden_dim: int, gated: bool) -> None:
+    def __init__(self, dim: int, hidden_dim: int, gated: bool, linear: type[nn.Linear] = core.Linear) -> None:
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(dim, hidden_dim, bias=False), nn.Linear(hidden_dim, dim, bias=False)
-        self.gate = nn.Linear(dim, hidden_dim, bias=False) if gated else None
+        self.fc1, self.fc2 = linear(dim, hidden_dim, bias=False), linear(hidden_dim, dim, bias=False)
+        self.gate = linear(dim, hidden_dim, bias=False) if gated else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = self.fc1(x)
@@ -264,6 +266,8 @@ def measure(
     x = torch.randn(1, shape.T, shape.D, device=device, dtype=dtype, requires_grad=True)
     dy = torch.randn_like(x)
     layers: dict[str, nn.Module] = {"dense": DenseFFN(shape.D, shape.K * shape.F, gated).to(device, dtype)}
+    if dtype == torch.float32 and device.type == "cpu" and is_served_badly():  # then the two differ
+        layers["dense, torch.nn.Linear"] = DenseFFN(shape.D, shape.K * shape.F, gated, nn.Linear)
     layers |= {f"moesaic {b}": moesaic_layer(shape, b, gated, device, dtype) for b in backends}
     if peers:
         layers |= peer_layers(shape, gated, device, dtype)
