@@ -32,7 +32,7 @@ from torch import nn
 import core
 from apps.machine import machine_line
 from core.kernels import BACKENDS
-from core.kernels.products import is_served_badly
+from core.kernels.products import is_served_badly, mm
 from core.memory import kept_bytes
 
 
@@ -223,7 +223,7 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     source = torch.empty(numbers, dtype=torch.float32, device=device).fill_(1.0)
     target = torch.empty_like(source)
-    flops = 2 * side**3 / seconds_of(lambda: a @ b, device)
+    flops = 2 * side**3 / seconds_of(lambda: mm(a, b), device)
     return flops, 2 * source.nbytes / seconds_of(lambda: target.copy_(source), device)
 
 

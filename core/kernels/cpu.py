@@ -200,14 +200,16 @@ def _few_rows(
 ) -> Tensor:
     """The same, layer by layer, and in a layer expert by expert."""
     act, ends = ACTIVATIONS[activation], [0, *offsets_E.tolist()]
-    runs = [(e, start, end) for e, (start, end) in enumerate(itertools.pairwise(ends)) if end > start]
+    counts = [end - start for start, end in itertools.pairwise(ends)]
     index_r = None if row_index_R is None else row_index_R[: ends[-1]]
     x_rD = x[: ends[-1]] if index_r is None else x.index_select(0, index_r)
 
     def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         out = rows.new_empty(rows.shape[0], weight.shape[-1])
-        for e, start, end in runs:
-            mm(rows[start:end], weight[e], bias=None if bias is None else bias[e], out=out[start:end])
+        parts = zip(rows.split(counts), weight.unbind(0), out.split(counts), strict=True)
+        for e, (rows_e, weight_e, out_e) in enumerate(parts):
+            if counts[e]:
+                mm(rows_e, weight_e, bias=None if bias is None else bias[e], out=out_e)
         return out
 
     a = product(x_rD, w_in, b_in)

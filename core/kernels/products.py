@@ -44,12 +44,13 @@ def _vendor() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")
 
 
-def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:
+def _is_for_onednn(x: Tensor, weight: Tensor, width: int) -> bool:
+    """Whether it is to multiply ``x`` by a weight that leads to ``width`` numbers."""
     return (
         is_served_badly()
-        and x.device.type == weight.device.type == "cpu"
+        and x.numel() * width >= LEAST
         and x.dtype == weight.dtype == torch.float32
-        and x.numel() * weight.shape[0] >= LEAST
+        and x.device.type == weight.device.type == "cpu"
         and torch._C._get_mkldnn_enabled()
     )
 
@@ -62,7 +63,7 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def mm(a: Tensor, b: Tensor, *, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """``a @ b + bias`` of (M, K) and (K, N), without a gradient: for custom ops."""
-    if _is_for_onednn(a, b.t()):
+    if _is_for_onednn(a, b, b.shape[1]):
         y = _onednn(a, b.t(), bias)
         return y if out is None else out.copy_(y)
     return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
@@ -70,7 +71,7 @@ def mm(a: Tensor, b: Tensor, *, bias: Tensor | None = None, out: Tensor | None =
 
 def addmm_(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """``total += a @ b``, as ``mm``."""
-    return total.add_(_onednn(a, b.t())) if _is_for_onednn(a, b.t()) else total.addmm_(a, b)
+    return total.add_(_onednn(a, b.t())) if _is_for_onednn(a, b, b.shape[1]) else total.addmm_(a, b)
 
 
 class _Linear(torch.autograd.Function):
@@ -93,7 +94,7 @@ class _Linear(torch.autograd.Function):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``F.linear``: (..., K) and (N, K) to (..., N), with all its derivatives."""
-    if torch.compiler.is_compiling() or not _is_for_onednn(x, weight):
+    if torch.compiler.is_compiling() or not _is_for_onednn(x, weight, weight.shape[0]):
         return F.linear(x, weight, bias)
     if (
         torch.is_autocast_enabled("cpu")

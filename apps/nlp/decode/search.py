@@ -51,7 +51,7 @@ class Sentence:
 
     prompt: list[int]
     limit: int
-    steps: list[tuple[list[int], list[int]]] = field(default_factory=list)
+    steps: list[tuple[list[float], list[float]]] = field(default_factory=list)
     finished: list[tuple[float, list[int]]] = field(default_factory=list)
     done: bool = False
 
@@ -64,8 +64,8 @@ class Sentence:
         """The ids that lead to a row, without the prompt."""
         found = []
         for ids, parents in reversed(self.steps):
-            found.append(ids[row])
-            row = parents[row]
+            found.append(int(ids[row]))
+            row = int(parents[row])
         return found[::-1]
 
     def advance(self, report: Report, config: DecodeConfig) -> None:
@@ -74,7 +74,7 @@ class Sentence:
         for log_prob, parent in zip(report.closed_score, report.closed_parent, strict=True):
             if log_prob > -math.inf:
                 self.finished.append((config.score(log_prob, num_ids), self.ids(int(parent))))
-        self.steps.append(([int(i) for i in report.token], [int(i) for i in report.parent]))
+        self.steps.append((report.token, report.parent))
         best_open = max(report.score)
         self.done = len(self.finished) >= config.width or num_ids >= self.limit or not best_open > -math.inf
         if not self.done and len(self.finished) >= config.num_best:
@@ -137,9 +137,9 @@ def search(
             cache = cache.expand(k)
         else:
             row_bk = row_bk - row_bk % k + choice.parent_bk
-        kept = [place for place, s in enumerate(waiting) if not (config.prune and s.done)]
-        leaves = len(kept) < len(in_batch)
+        leaves = config.prune and any(s.done for s in waiting)
         if leaves:
+            kept = _closed_up([not s.done for s in waiting])
             kept_b = torch.tensor(kept, device=device)
             token_bk, score_bk, row_bk = token_bk[kept_b], score_bk[kept_b], row_bk[kept_b]
             draw_BkT = None if draw_BkT is None else draw_BkT[kept_b]
@@ -153,6 +153,13 @@ def search(
         if not found:
             raise ValueError(f"sentence {i} of the batch has no end with a finite log-probability")
     return Hypotheses([[ids for _, ids in found] for found in best], [[score for score, _ in found] for found in best])
+
+
+def _closed_up(stays: Sequence[bool]) -> list[int]:
+    """The places of those that stay, in their new order: the last ones fill the gaps, so that few move."""
+    count = sum(stays)
+    last = (place for place in reversed(range(count, len(stays))) if stays[place])
+    return [place if stays[place] else next(last) for place in range(count)]
 
 
 def _column(prompts: Sequence[Sequence[int]], t: int, device: torch.device) -> Tensor:
