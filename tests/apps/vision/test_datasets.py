@@ -1,0 +1,161 @@
+"""The datasets that have a name, in every layout; folders of images; splits."""
+
+from __future__ import annotations
+
+import gzip
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from made_images import indices, pixels, ready, write_images, write_mnist
+from PIL import Image
+
+from apps.vision.data import VISION_DATASETS
+from apps.vision.readers import stratified_split
+
+
+def test_digits() -> None:
+    data = ready("digits", batch_size=2000, val_size=0.1)
+    batch = next(iter(data.train_dataloader()))
+    val, test = next(iter(data.val_dataloader())), next(iter(data.test_dataloader()))
+    # 1797 images: 359 (20 %) for testing, 144 (10 % of the other 1438) for validation
+    assert len(batch.label) == 1438 - 144
+    assert batch.image.shape == (1294, 1, 8, 8)
+    assert batch.image.dtype == torch.float32
+    assert batch.label.dtype == batch.index.dtype == torch.int64
+    assert abs(batch.image.mean()) < 0.02
+    assert abs(batch.image.std() - 1) < 0.02
+    every = torch.cat([batch.index, val.index, test.index, *[b.index for b in list(data.test_dataloader())[1:]]])
+    assert every.sort().values.tolist() == list(range(1797))
+    assert (data.num_classes, data.in_chans, data.image_size) == (10, 1, 8)
+    assert data.class_names == tuple("0123456789")
+    # every class has its share: 178 to 183 of 1797 images, so 14 or 15 of 144
+    assert set(val.label.bincount().tolist()) <= {14, 15}
+
+
+@pytest.mark.parametrize(
+    "layout, zipped", [("", True), ("", False), ("FashionMNIST/raw", False), ("FashionMNIST/raw", True)]
+)
+def test_fashion_mnist_in_every_layout(tmp_path: Path, layout: str, zipped: bool) -> None:
+    write_mnist(tmp_path / layout, zipped=zipped)
+    if layout and zipped:
+        (tmp_path / layout / "train-images-idx3-ubyte").touch()  # torchvision keeps both; the plain ones count
+        write_mnist(tmp_path / layout, zipped=False)
+    data = ready("fashion_mnist", tmp_path, batch_size=8, val_size=10)
+    assert data.class_names[9] == "Ankle boot"
+    for loader in (data.train_dataloader(), data.val_dataloader(), data.test_dataloader()):
+        for batch in loader:
+            assert torch.equal(batch.label, batch.index % 10)
+            assert torch.equal(pixels(batch, data)[:, 0, 0, 0].long(), batch.index)
+    assert len(data.train_dataloader()) == 4  # 30 images: 8 + 8 + 8 + 6
+    assert next(iter(data.val_dataloader())).label.bincount().tolist() == [1] * 10
+
+
+def test_mnist5k_is_a_table(tmp_path: Path) -> None:
+    rows = [",".join(["0"] * 783 + [str(i), str(i % 10)]) for i in range(50)]
+    (tmp_path / "mnist_5k.csv.gz").write_bytes(gzip.compress("\n".join(rows).encode()))
+    data = ready("mnist5k", tmp_path, val_size=0.25)
+    batch = next(iter(data.train_dataloader()))
+    assert len(batch.label) == 30  # 50 - 10 for testing, a quarter of 40 for validation
+    assert torch.equal(pixels(batch, data)[:, 0, 27, 27].long(), batch.index)
+    assert next(iter(data.test_dataloader())).label.bincount().tolist() == [1] * 10
+
+
+@pytest.mark.parametrize("name, key, classes", [("cifar10", "labels", 10), ("cifar100", "fine_labels", 100)])
+def test_cifar_batches(tmp_path: Path, name: str, key: str, classes: int) -> None:
+    train = [f"data_batch_{i}" for i in range(1, 6)] if name == "cifar10" else ["train"]
+    test = "test_batch" if name == "cifar10" else "test"
+    folder = tmp_path / ("cifar-10-batches-py" if name == "cifar10" else "cifar-100-python")
+    folder.mkdir()
+    for n, file in enumerate([*train, test]):
+        data = np.tile(np.arange(3, dtype=np.uint8).repeat(1024) + n, (20, 1))  # channel c is n + c
+        (folder / file).write_bytes(pickle.dumps({"data": data, key: [0, classes - 1] * 10}, protocol=2))
+    data = ready(name, tmp_path, val_size=0, batch_size=10)
+    assert (data.num_classes, data.in_chans, data.image_size) == (classes, 3, 32)
+    assert data.val_dataloader() == []
+    batch = next(iter(data.train_dataloader()))
+    assert torch.equal(pixels(batch, data)[:, :, 0, 0].long(), batch.index[:, None] // 20 + torch.arange(3))
+    assert len(data.test_dataloader().dataset) == 20
+
+
+def test_cifar_as_a_folder_of_images(tmp_path: Path) -> None:
+    names = VISION_DATASETS["cifar10"].class_names
+    assert names is not None
+    write_images(tmp_path, "train", 4, 32, names)
+    write_images(tmp_path, "test", 2, 32, names)
+    data = ready("cifar10", tmp_path, val_size=10)
+    batch = next(iter(data.train_dataloader()))
+    assert torch.equal(pixels(batch, data)[:, 0, 0, 0].long(), 10 * (batch.index % 4) + batch.label)
+    Image.fromarray(np.zeros((9, 32, 3), np.uint8)).save(tmp_path / "train/cat/odd.png")
+    with pytest.raises(ValueError, match=r"odd.png is 32x9, not 32x32"):
+        ready("cifar10", tmp_path)
+    (tmp_path / "test/deer").rename(tmp_path / "test/elk")
+    (tmp_path / "train/cat/odd.png").unlink()
+    with pytest.raises(ValueError, match=r"test: its folders are not the 10 classes; they differ in deer, elk"):
+        ready("cifar10", tmp_path)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_image_folder(tmp_path: Path, num_workers: int) -> None:
+    write_images(tmp_path, "train", 10)
+    write_images(tmp_path, "test", 2)
+    data = ready("image_folder", tmp_path, image_size=4, batch_size=20, val_size=0.2, num_workers=num_workers)
+    assert (data.num_classes, data.class_names, data.in_chans) == (2, ("a", "b"), 3)
+    batch = next(iter(data.train_dataloader()))
+    assert batch.image.shape == (16, 3, 4, 4)
+    assert torch.equal(pixels(batch, data)[:, 0, 0, 0].long(), 10 * (batch.index % 10) + batch.label)
+    assert next(iter(data.val_dataloader())).label.tolist() == [0, 0, 1, 1]
+    assert next(iter(data.test_dataloader())).image.shape == (4, 3, 4, 4)
+
+
+def test_validation_of_an_image_folder(tmp_path: Path) -> None:
+    write_images(tmp_path, "train", 10)
+    write_images(tmp_path, "val", 3)
+    # as ImageNet: val is what is tested on, and a tenth of train is held out
+    data = ready("image_folder", tmp_path, image_size=8)
+    assert [len(s) for s in data._sets] == [18, 2, 6]
+    # with both, val is for validation, unless val_size asks for some of train
+    write_images(tmp_path, "test", 2)
+    assert [len(s) for s in ready("image_folder", tmp_path, image_size=8)._sets] == [20, 6, 4]
+    assert [len(s) for s in ready("image_folder", tmp_path, image_size=8, val_size=4)._sets] == [16, 4, 4]
+    (tmp_path / "test/b").rename(tmp_path / "test/c")
+    with pytest.raises(ValueError, match=r"test: its classes are not those of train; they differ in b, c"):
+        ready("image_folder", tmp_path)
+
+
+def test_held_out_images_come_without_random_crops(tmp_path: Path) -> None:
+    for name in ("train", "test"):
+        write_images(tmp_path, name, 10, side=16)
+    ramp = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, 2)
+    for path in tmp_path.glob("*/*/*.png"):
+        Image.fromarray(ramp).save(path)
+    data = ready("image_folder", tmp_path, image_size=16, val_size=0.5, random_resized_crop=0.1)
+    ramps = torch.from_numpy(ramp).permute(2, 0, 1).float()
+    assert not torch.equal(pixels(next(iter(data.train_dataloader())), data)[0], ramps)
+    for loader in (data.val_dataloader(), data.test_dataloader(), data.train_eval_dataloader()):
+        for image in pixels(next(iter(loader)), data):
+            assert torch.equal(image, ramps)
+
+
+def test_stratified_split_keeps_the_shares() -> None:
+    labels = torch.tensor([0] * 6 + [1] * 3)
+    chosen, rest = stratified_split(labels, 3, seed=0)
+    assert sorted(labels[chosen].tolist()) == [0, 0, 1]
+    assert sorted([*chosen.tolist(), *rest.tolist()]) == list(range(9))
+    assert torch.equal(stratified_split(labels, 3, seed=0)[0], chosen)
+    splits = {tuple(stratified_split(labels, 3, seed=s)[0].tolist()) for s in range(20)}
+    assert len(splits) > 10  # of 15 * 3
+    assert [len(p) for p in stratified_split(labels, 0, seed=0)] == [0, 9]
+
+
+def test_subset_and_splits_do_not_depend_on_the_seed(tmp_path: Path) -> None:
+    root = write_mnist(tmp_path)
+    a, b = (ready("mnist", root, val_size=10, subset=20, seed=s) for s in (0, 1))
+    assert sorted(indices(a.train_dataloader())) == sorted(indices(b.train_dataloader()))
+    assert indices(a.train_dataloader()) != indices(b.train_dataloader())
+    assert indices(a.val_dataloader()) == indices(b.val_dataloader())
+    assert not set(indices(a.train_dataloader())) & set(indices(a.val_dataloader()))
+    c = ready("mnist", root, val_size=10, subset=20, split_seed=1)
+    assert indices(a.val_dataloader()) != indices(c.val_dataloader())

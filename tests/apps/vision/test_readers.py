@@ -1,0 +1,138 @@
+"""Files of images: what is read out of them, and what is said of those that cannot be read."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import pickle
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from made_images import idx, ready, write_images, write_mnist
+from PIL import Image
+from torchvision.transforms import v2
+
+from apps.vision.data import VisionData
+from apps.vision.readers import read_idx, read_image
+
+
+def test_idx_by_hand(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(bytes([0, 0, 8, 2, 0, 0, 0, 2, 0, 0, 0, 3, 1, 2, 3, 4, 5, 255]))
+    assert read_idx(tmp_path / "x").tolist() == [[1, 2, 3], [4, 5, 255]]
+
+
+@pytest.mark.parametrize(
+    "name, content, rule",
+    [
+        ("train-images-idx3-ubyte.gz", gzip.compress(idx(np.zeros((40, 28, 28))))[:60], "truncated or no gzip file"),
+        ("train-images-idx3-ubyte.gz", b"<html>not found</html>", "truncated or no gzip file"),
+        ("train-images-idx3-ubyte.gz", gzip.compress(b"\0\0\x0d\3" + bytes(12)), "rank of 1 to 4, not 00 00 0d 03"),
+        ("t10k-images-idx3-ubyte.gz", gzip.compress(b""), "rank of 1 to 4, not nothing"),
+        ("t10k-images-idx3-ubyte.gz", gzip.compress(idx(np.zeros((20, 28, 28)))[:-5]), "says .20, 28, 28., but 15675"),
+        ("t10k-images-idx3-ubyte.gz", gzip.compress(idx(np.zeros((20, 784)))), "images have rank 3, not 2"),
+        ("t10k-labels-idx1-ubyte.gz", gzip.compress(idx(np.zeros(19))), "19 labels for 20 images"),
+        ("train-labels-idx1-ubyte.gz", gzip.compress(idx(np.full(40, 10))), "labels go from 0 to 9, not 10 to 10"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "content",  # gzip's bytes hold the time
+)  # fmt: skip
+def test_a_corrupt_file_is_named_with_the_rule(tmp_path: Path, name: str, content: bytes, rule: str) -> None:
+    root = write_mnist(tmp_path)
+    (root / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{name} is corrupt: .*{rule}") as caught:
+        ready("mnist", root)
+    assert "\n" not in str(caught.value)
+
+
+def test_other_corrupt_files(tmp_path: Path) -> None:
+    (tmp_path / "mnist_5k.csv.gz").write_bytes(gzip.compress(b"1,2,3\n4,5,6\n"))
+    with pytest.raises(ValueError, match=r"mnist_5k.csv.gz is corrupt: 3 columns, not 784 pixels and a label"):
+        ready("mnist5k", tmp_path)
+    (tmp_path / "mnist_5k.csv.gz").write_bytes(gzip.compress(b"1,2,three\n"))
+    with pytest.raises(ValueError, match=r"mnist_5k.csv.gz is corrupt: it is not a table of numbers"):
+        ready("mnist5k", tmp_path)
+    whole = gzip.compress(b"1,2,3\n" * 100)
+    (tmp_path / "mnist_5k.csv.gz").write_bytes(whole[:-9])
+    cut = r"mnist_5k.csv.gz is corrupt: it is truncated or no gzip file \(.*\)"
+    with pytest.raises(ValueError, match=rf"\A[^ ]*{cut}\Z"):  # once, and none of our business to delete
+        ready("mnist5k", tmp_path)
+    cached = tmp_path / "cache" / "mnist5k" / "mnist_5k.csv.gz"
+    cached.parent.mkdir(parents=True)
+    cached.write_bytes(whole[:-9])
+    with pytest.raises(ValueError, match=rf"\A[^ ]*{cut}; delete it to have it fetched again\Z"):
+        ready("mnist5k", cache_dir=str(tmp_path / "cache"))
+    (tmp_path / "photo.jpg").write_bytes(b"\xff\xd8\xff\xe0 cut")
+    with pytest.raises(ValueError, match=r"photo.jpg is corrupt"):
+        read_image(str(tmp_path / "photo.jpg"))
+    write_images(tmp_path, "train", 1)
+    with pytest.raises(ValueError, match=r"holds no test/\*/\*"):
+        ready("image_folder", tmp_path)
+    write_images(tmp_path, "test", 1)
+    (tmp_path / "test/b/0.png").unlink()
+    with pytest.raises(ValueError, match=r"is no image folder: Found no valid file for the classes b"):
+        ready("image_folder", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["grey.png", "grey.tif", "grey.pgm", "colour.png"])
+def test_sixteen_bits_become_the_upper_eight(tmp_path: Path, name: str) -> None:
+    # 0x1234 is 0x12 = 18, 0xFFFF is 255, and what an 8-bit file holds, 7, is in the lower bits: 0.
+    values = np.array([[0x1234, 0xFFFF, 7]], np.uint16)
+    path = tmp_path / name
+    if name == "colour.png":  # Pillow writes none
+        rows = b"\0" + values.astype(">u2")[..., None].repeat(3, 2).tobytes()
+        header = struct.pack(">IIBBBBB", 3, 1, 16, 2, 0, 0, 0)
+        parts = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+        chunks = (struct.pack(">I", len(d)) + kind + d + struct.pack(">I", zlib.crc32(kind + d)) for kind, d in parts)
+        path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+    elif name == "grey.pgm":
+        path.write_bytes(b"P5 3 1 65535\n" + values.astype(">u2").tobytes())
+    else:
+        Image.fromarray(values).save(path)
+    read = read_image(str(path))
+    assert (read.dtype, read.shape) == (torch.uint8, (3, 1, 3))
+    assert read[:, 0].tolist() == [[18, 255, 0]] * 3
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.int32])
+def test_pixels_of_32_bits_are_refused_by_name(tmp_path: Path, kind: type) -> None:
+    Image.fromarray(np.ones((2, 2), kind)).save(tmp_path / "x.tif")
+    with pytest.raises(ValueError, match=rf"{tmp_path / 'x.tif'} has pixels of 32 bits \(mode [FI]\)"):
+        read_image(str(tmp_path / "x.tif"))
+
+
+def test_an_image_too_large_for_pillow_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("RGB", (10, 10)).save(tmp_path / "x.tif")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)
+    with pytest.raises(ValueError, match=rf"{tmp_path / 'x.tif'} is too large: .*100 pixels"):
+        read_image(str(tmp_path / "x.tif"))
+
+
+@pytest.mark.parametrize("shape", [(2, 12000), (12000, 2), (5, 40), (12, 10)])
+def test_a_strip_is_cut_before_it_is_scaled(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    scaled = []
+    real = v2.functional.resize_image
+    monkeypatch.setattr(v2.Resize, "transform", lambda self, x, _: scaled.append(x.shape) or real(x, self.size))
+    image = torch.randint(256, (3, *shape), dtype=torch.uint8)
+    found = VisionData("image_folder", root=".", image_size=4)._file_transform(train=False)(image)
+    assert found.shape == (3, 4, 4)
+    assert max(scaled[0]) <= 8 * min(shape)
+    # As scaled whole: (2, 12000) by 2 to (4, 24000).
+    assert torch.equal(found, v2.functional.center_crop(real(image, [4]), [4, 4]))
+
+
+def test_a_pickle_may_hold_arrays_only(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> Any:
+            return os.mkdir, (str(tmp_path / "owned"),)
+
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    for file in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
+        (folder / file).write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(ValueError, match=r"data_batch_1 is corrupt: .*it holds a posix.mkdir"):
+        ready("cifar10", tmp_path)
+    assert not (tmp_path / "owned").exists()
