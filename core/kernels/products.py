@@ -56,7 +56,9 @@ def _is_for_onednn(x: Tensor, weight: Tensor, width: int) -> bool:
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """(M, K) and (N, K) to (M, N). Strides are as they like."""
+    """(M, K) and (N, K) to (M, N), of any strides."""
+    # It reads a bias as if its numbers stood side by side.
+    bias = None if bias is None else bias.contiguous()
     y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return y
 

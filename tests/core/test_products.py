@@ -70,15 +70,30 @@ def test_linear_has_torchs_output_and_derivatives(of_every_size, shape, has_bias
         torch.testing.assert_close(value.double(), expected, rtol=0.0, atol=1e-5 * scale)
 
 
+VIEWS = {
+    "whole": lambda rows, columns: torch.randn(rows, columns),
+    "transposed": lambda rows, columns: torch.randn(columns, rows).t(),
+    "stepped": lambda rows, columns: torch.randn(2 * rows, 2 * columns)[::2, ::2],
+    "one row": lambda rows, columns: torch.randn(1, columns).expand(rows, columns),
+    "one column": lambda rows, columns: torch.randn(rows, 1).expand(rows, columns),
+    "inside": lambda rows, columns: torch.randn(rows + 3, columns + 3)[1:-2, 2:-1],
+}
+
+
 @needs_onednn
-def test_views_of_any_strides_are_multiplied_as_they_are(of_every_size):
-    a, b, total = torch.randn(6, 10)[:, ::2], torch.randn(8, 5).t(), torch.randn(6, 8)
+@pytest.mark.parametrize("left", VIEWS)
+@pytest.mark.parametrize("right", VIEWS)
+def test_views_of_any_strides_are_multiplied_as_they_are(of_every_size, left, right):
+    a, b, total = VIEWS[left](6, 5), VIEWS[right](5, 8), torch.randn(6, 8)
     expected = a.double() @ b.double()
     out = torch.empty(8, 6).t()
     assert products.mm(a, b, out=out) is out
     for found in (products.mm(a, b), out, products.addmm_(total.clone(), a, b) - total):
         torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(products.mm(a, b, bias=torch.ones(8)).double(), expected + 1, rtol=1e-5, atol=1e-5)
+    for bias in (torch.randn(8), torch.randn(16)[::2], torch.randn(1).expand(8), torch.randn(9)[1:]):
+        found = products.mm(a, b, bias=bias)
+        torch.testing.assert_close(found.double(), expected + bias.double(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(core.linear(a, b.t(), bias), found, rtol=1e-5, atol=1e-5)
 
 
 @needs_onednn
