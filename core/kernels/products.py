@@ -102,6 +102,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         torch.is_autocast_enabled("cpu")
         or is_transformed()
         or torch.jit.is_tracing()
+        or not (weight.ndim == 2 and x.shape[-1] == weight.shape[1])  # torch says what is wrong
+        or not (bias is None or bias.shape == weight.shape[:1])
         or not all(type(t) in (Tensor, nn.Parameter) for t in (x, weight, bias) if t is not None)
     ):
         return F.linear(x, weight, bias)

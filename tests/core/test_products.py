@@ -128,6 +128,17 @@ def test_torchs_switch_turns_it_off(of_every_size):
         torch._C._set_mkldnn_enabled(before)
 
 
+def test_shapes_that_do_not_fit_have_torchs_error_and_biases_that_spread_its_result(of_every_size):
+    x, weight = torch.randn(4, 5), torch.randn(3, 5)
+    for wrong in (torch.randn(3, 6), torch.randn(6)):
+        with pytest.raises(RuntimeError, match=r"\(4x5 and 6x3\)|size mismatch"):
+            core.linear(x, wrong)
+    for bias in (torch.randn(1), torch.randn(4, 3)):
+        torch.testing.assert_close(core.linear(x, weight, bias), F.linear(x, weight, bias))
+    torch.testing.assert_close(core.linear(x[0], weight), weight @ x[0])
+    torch.testing.assert_close(core.linear(x, weight[0]), x @ weight[0])
+
+
 def test_autocast_decides_the_dtype(of_every_size):
     x, weight = torch.randn(4, 5), torch.randn(3, 5)
     with torch.autocast("cpu", torch.bfloat16):
