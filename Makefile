@@ -9,7 +9,7 @@ BIN   := .venv/bin
 READY := .venv/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench clean
+.PHONY: help setup demo test peers lint format bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -25,6 +25,10 @@ demo: $(READY) ## train sparse and dense models on real images, compare them, sh
 
 test: $(READY) ## run the tests, without those marked slow or gpu
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 5 $(ARGS)
+
+peers: $(READY) ## install transformers and other peers, and run the tests of equality with them
+	$(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check $(PIP_ARGS) -e ".[peers]"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests/peers $(ARGS)
 
 lint: $(READY) ## ruff check, ruff format --check, mypy
 	$(BIN)/ruff check .

@@ -34,7 +34,7 @@ def resolve_blocks(
         return ()
     every = moe_blocks.startswith("every")
     rule, count = ("every", moe_blocks[5:]) if every else (moe_blocks[:4], moe_blocks[4:])
-    if rule not in ("last", "every") or not count.isdigit() or int(count) < 1:
+    if rule not in ("last", "every") or not (count.isascii() and count.isdigit()) or int(count) < 1:
         words = "'all' or 'none'" if optional else "'all'"
         raise ValueError(
             f"{option}={moe_blocks!r} is not lastN or everyN (N at least 1), {words}, nor a list of indices"

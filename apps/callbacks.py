@@ -109,15 +109,28 @@ class RunFolder(Callback):
         curves = folder / "tensorboard"
         self._curves = sorted(curves.iterdir()) if curves.is_dir() else []
         self._found = [*self._curves, *(p for p in (folder / name for name in self.names) if p.exists())]
+        self._started = False
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """A run that ends before its training starts leaves nothing: TensorBoard has begun a file by then."""
+        if self._started or not trainer.is_global_zero:
+            return
+        curves = self.folder / "tensorboard"
+        for path in sorted(curves.iterdir()) if curves.is_dir() else []:
+            if path not in self._curves and path.is_file():
+                path.unlink()
+        for empty in (curves, self.folder):
+            if empty.is_dir() and not any(empty.iterdir()):
+                empty.rmdir()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.is_global_zero:
-            return
-        if not trainer.ckpt_path:
-            self._put_aside()
-        for name, text in self.descriptions.items():
-            with naming(self.folder / name), replacing(self.folder / name) as file:
-                file.write(text)
+        if trainer.is_global_zero:
+            if not trainer.ckpt_path:
+                self._put_aside()
+            for name, text in self.descriptions.items():
+                with naming(self.folder / name), replacing(self.folder / name) as file:
+                    file.write(text)
+        self._started = True
 
     def _put_aside(self) -> None:
         if any((self.folder / "checkpoints").glob("*.ckpt")):

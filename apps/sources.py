@@ -340,9 +340,9 @@ def _layout(dataset: Dataset) -> str:
 
 
 def cache_root(cache_dir: str | os.PathLike[str] | None) -> Path:
-    """The folder for downloads: ``cache_dir``, or the user's own cache."""
+    """The folder for downloads: ``cache_dir``, or the user's own cache. Absolute: pip runs in another one."""
     if cache_dir is not None:
-        return Path(cache_dir).expanduser()
+        return Path(cache_dir).expanduser().absolute()
     home = os.environ.get("XDG_CACHE_HOME", "")
     # the specification of XDG says to ignore a relative path
     return (Path(home) if os.path.isabs(home) else Path.home() / ".cache") / "moesaic"

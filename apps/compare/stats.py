@@ -11,12 +11,19 @@ from apps.intervals import Interval, mean_interval
 def paired_difference(a: Sequence[float], b: Sequence[float], level: float = 0.95) -> Interval:
     """Mean and t-interval of ``a - b``, value by value: what both share (a seed's data order) cancels.
 
+    The values are measured in float32: differences that its rounding may account for are equal, and have no width.
+
     Raises:
         ValueError: the two differ in length, or are empty.
     """
     if len(a) != len(b):
         raise ValueError(f"a paired difference needs pairs: got {len(a)} and {len(b)} values")
-    return mean_interval([x - y for x, y in zip(a, b, strict=True)], level)
+    differences = [x - y for x, y in zip(a, b, strict=True)]
+    # Each of the four values in two differences is off by half a unit in its last place at most.
+    rounding = 4 * 2**-24 * max((abs(v) for v in (*a, *b)), default=0.0)
+    if differences and max(differences) - min(differences) <= rounding:
+        differences = [sum(differences) / len(differences)] * len(differences)
+    return mean_interval(differences, level)
 
 
 def verdict(difference: Interval, higher_is_better: bool = True) -> str:

@@ -17,7 +17,8 @@ class TranslationBatch(NamedTuple):
         target_BL: int64 (B, L), ``BOS_ID``, the reference, ``EOS_ID``: a decoder reads ``[:, :-1]`` and is to say
             ``[:, 1:]``. In prediction there is no reference, and L is 1.
         pair_B: int64 (B,), the language pair's place among the data's ``pairs``.
-        index_B: int64 (B,), the sentence's line number, from 0.
+        index_B: int64 (B,), the sentence's place in its split, from 0, as in `apps.nlp.metrics.Sentence`; in prediction
+            of text or a file, its line there.
     """
 
     source_BS: Tensor

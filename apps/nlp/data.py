@@ -29,10 +29,12 @@ from apps.nlp.corpora import SPLITS, Filters, Sizes, collect, parse_pairs
 from apps.nlp.datasets import NLP_DATASETS, OWN, Corpus, Mnemonic, check_corpus, find_corpus
 from apps.nlp.encoded import EncodedPairs, identity, open_encoded, read_text, write_pairs
 from apps.nlp.porting import subwords_of
-from apps.nlp.predict import as_line, given_lines
+from apps.nlp.predict import chunks, given_lines
 from apps.nlp.subwords import BOS_ID, EOS_ID, PAD_ID, SubwordConfig, Subwords, train_subwords
 
 log = logging.getLogger(__name__)
+
+_MUCH_PADDING = 0.05
 
 
 class TranslationData(LightningDataModule):
@@ -193,10 +195,9 @@ class TranslationData(LightningDataModule):
 
     def train_dataloader(self) -> ResumableLoader:
         pairs = self._train_pairs()
-        source_N, target_N = (side.numpy() for side in pairs.lengths())
         return ResumableLoader(
             pairs,
-            plan=TokenBatches(source_N, target_N, self.tokens_per_batch, pairs.groups().numpy(), self.temperature),
+            plan=self._plan(pairs),
             seed=self.seed,
             shuffle=not overfits(self.trainer),
             collate_fn=as_it_is,
@@ -228,7 +229,8 @@ class TranslationData(LightningDataModule):
 
         ``predict_lines`` lines are read at a time and batched with their neighbours in length; ``index_B`` is the
         number of each line, from 0. Each line is in one batch. An empty one has a source of ``EOS_ID`` alone
-        (``batch.empty_B``); one over ``max_length`` tokens is cut, with a warning that names it.
+        (``batch.empty_B``); one over ``max_length`` tokens is cut, with a warning that names it. The lines before one
+        that is no text come before its error.
 
         Args:
             lines: text; line ends and spaces around it do not count.
@@ -240,11 +242,11 @@ class TranslationData(LightningDataModule):
         subwords = self.subwords
         tag = subwords.tag_id(self.pairs[pair].split("-")[1]) if subwords.languages else None
         most = self.max_length - 1 - (tag is not None)
-        numbers = itertools.count()
-        remaining = iter(lines)
-        while chunk := list(itertools.islice(remaining, self.predict_lines)):
-            index_N = np.fromiter(itertools.islice(numbers, len(chunk)), np.int64)
-            rows = subwords.encode([as_line(line, int(i)) for line, i in zip(chunk, index_N, strict=True)], "source")
+        following = 0
+        for chunk in chunks(lines, self.predict_lines):
+            index_N = np.arange(following, following + len(chunk))
+            following += len(chunk)
+            rows = subwords.encode(chunk, "source")
             for i, row in zip(index_N, rows, strict=True):
                 if len(row) > most:
                     log.warning(
@@ -292,6 +294,10 @@ class TranslationData(LightningDataModule):
             raise ValueError(f"max_length={self.max_length} leaves none of the {len(pairs):,} training pairs")
         return self._pairs("train", torch.nonzero(fits).squeeze(1))
 
+    def _plan(self, pairs: EncodedPairs) -> TokenBatches:
+        source_N, target_N = (side.numpy() for side in pairs.lengths())
+        return TokenBatches(source_N, target_N, self.tokens_per_batch, pairs.groups().numpy(), self.temperature)
+
     def _eval_loader(self, split: str) -> DataLoader[Any] | list[Any]:
         pairs = self._pairs(split)
         if not len(pairs):
@@ -313,14 +319,19 @@ class TranslationData(LightningDataModule):
     # ---- the encoded corpus
 
     def describe(self) -> str:
-        """One line: how many pairs each split has, and what was left out."""
+        """One line: how many pairs each split has, what was left out, and how much of an epoch is padding."""
         info = self._open().info
-        sizes = {split: len(self._train_pairs() if split == "train" else self._pairs(split)) for split in SPLITS}
+        train = self._train_pairs()
+        sizes = {split: len(train if split == "train" else self._pairs(split)) for split in SPLITS}
         counts = ", ".join(f"{size:,} {split}" for split, size in sizes.items())
         out = [f"{count:,} {reason}" for reason, count in info["left_out"].items()]
         if long := len(self._pairs("train")) - sizes["train"]:
             out.append(f"{long:,} of more than {self.max_length} tokens (train)")
         told = f"{self.dataset} {' '.join(self.pairs)}: {counts} pairs; left out: {', '.join(out) or 'none'}"
+        padding = self._plan(train).padding()
+        told += f"; padding of an epoch: {100 * padding:.1f} %"
+        if padding > _MUCH_PADDING:
+            told += f", less with tokens_per_batch (--data.tokens_per_batch) below {self.tokens_per_batch}"
         for split in ("val", "test"):
             found = set(self.pair_of(split))
             if found and (lacking := [pair for p, pair in enumerate(self.pairs) if p not in found]):

@@ -108,9 +108,9 @@ def report(
     """Print the tables and samples, and write the files.
 
     Args:
-        sentences: of the test, by line number.
+        sentences: of the test, by ``index``.
         tokenizers: BLEU's, of each language pair, in the order of their numbers.
-        sources: source texts, by line number; None: they are not known.
+        sources: source texts, by ``index``; None: they are not known.
         folder: of the files.
         config: what to do.
     """
@@ -189,7 +189,7 @@ def _print_samples(
     count = min(count, len(sentences))
     for number in range(count):
         s = sentences[number * len(sentences) // count]
-        print(f"\n{pairs[s.pair]}, line {s.index + 1}")
+        print(f"\n{pairs[s.pair]}, sentence {s.index + 1}")
         if sources is not None:
             print(f"  source      {sources[s.index]}")
         print(f"  reference   {s.reference}\n  hypothesis  {s.hypothesis}")
@@ -211,7 +211,7 @@ def side_by_side(systems: Mapping[str, Sequence[Mapping[str, Any]]], count: int)
     for number in range(count):
         index = shared[number * len(shared) // count]
         given = first[index]
-        lines += ["", f"{given['pair']}, line {index + 1}"]
+        lines += ["", f"{given['pair']}, sentence {index + 1}"]
         lines += [f"  {key:<{width}}{given[key]}" for key in ("source", "reference") if key in given]
         lines += [f"  {name:<{width}}{own[index]['hypothesis']}" for name, own in translations.items()]
     return "\n".join(lines[1:])
@@ -225,7 +225,7 @@ def write_sentences(
     with replacing(path) as file:
         for s in sentences:
             row = {
-                "line": s.index + 1,
+                "sentence": s.index + 1,
                 "pair": pairs[s.pair],
                 **({} if sources is None else {"source": sources[s.index]}),
                 "reference": s.reference,

@@ -29,7 +29,8 @@ class Sentence(NamedTuple):
     """One sentence of a test, as it was translated.
 
     Attributes:
-        index: its line number in the split, from 0.
+        index: its place in the split, from 0: not its line in a file, for pairs of several files stand one after
+            another and those with an empty side are left out.
         pair: its language pair's place among the data's.
         hypothesis, reference: text.
         log_prob: the hypothesis's score in the search.
@@ -176,7 +177,7 @@ class TranslationMetrics(Metric):
         tokenize: of BLEU, see `bleu_tokenizers`.
 
     Attributes:
-        sentences: of all ranks, by line number; after ``compute``.
+        sentences: of all ranks, by ``index``; after ``compute``.
     """
 
     full_state_update = False

@@ -34,7 +34,7 @@ class Translations(NamedTuple):
     """Translations of a batch.
 
     Attributes:
-        index: int64 (B,), the sentence's line number, from 0.
+        index: int64 (B,), as ``TranslationBatch.index_B``.
         pair: the language pair, such as "en-de".
         source: as the model read it.
         translation: the best hypothesis; empty for an empty line.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from apps.nlp.decode import DecodeConfig, Hypotheses
+from apps.nlp.decode.run import dropless
 from apps.nlp.decode.sampling import generator
 from apps.nlp.decode.search import max_positions
 from apps.nlp.subwords import BOS_ID, EOS_ID, PAD_ID
@@ -33,17 +34,18 @@ def translate_ids(
 ) -> Hypotheses:
     """As ``decode.translate_ids``; the model is to be in evaluation mode, in the dtype that is wanted."""
     found = []
-    for b, source_S in enumerate(source_BS):
-        source_1S = source_S[source_S != PAD_ID][None]
-        task_1, domain_1 = (None if x is None else x[b : b + 1] for x in (task_ids_B, domain_ids_B))
-        memory = model.encode(source_1S, task_1, domain_1)
+    with dropless(model):
+        for b, source_S in enumerate(source_BS):
+            source_1S = source_S[source_S != PAD_ID][None]
+            task_1, domain_1 = (None if x is None else x[b : b + 1] for x in (task_ids_B, domain_ids_B))
+            memory = model.encode(source_1S, task_1, domain_1)
 
-        def next_log_probs(ids: list[int], memory: Any = memory) -> list[float]:
-            h_1LD = model.decode(torch.tensor([ids], device=source_BS.device), memory)
-            return _log_probs(model.logits(h_1LD[0, -1]))
+            def next_log_probs(ids: list[int], memory: Any = memory) -> list[float]:
+                h_1LD = model.decode(torch.tensor([ids], device=source_BS.device), memory)
+                return _log_probs(model.logits(h_1LD[0, -1]))
 
-        number = b if index_B is None else int(index_B[b])
-        found.append(_find(next_log_probs, [BOS_ID], source_1S.shape[1], config, model, number))
+            number = b if index_B is None else int(index_B[b])
+            found.append(_find(next_log_probs, [BOS_ID], source_1S.shape[1], config, model, number))
     return Hypotheses([[ids for ids, _ in best] for best in found], [[score for _, score in best] for best in found])
 
 
@@ -58,15 +60,16 @@ def generate_ids(
 ) -> Hypotheses:
     """As ``decode.generate_ids``; the model is to be in evaluation mode, in the dtype that is wanted."""
     found = []
-    for b, prompt_L in enumerate(prompt_BL):
-        prompt = prompt_L[prompt_L != PAD_ID].tolist()
-        context = tuple(None if x is None else x[b : b + 1] for x in (task_ids_B, domain_ids_B))
+    with dropless(model):
+        for b, prompt_L in enumerate(prompt_BL):
+            prompt = prompt_L[prompt_L != PAD_ID].tolist()
+            context = tuple(None if x is None else x[b : b + 1] for x in (task_ids_B, domain_ids_B))
 
-        def next_log_probs(ids: list[int], context: Any = context) -> list[float]:
-            return _log_probs(model(torch.tensor([ids], device=prompt_BL.device), *context)[0, -1])
+            def next_log_probs(ids: list[int], context: Any = context) -> list[float]:
+                return _log_probs(model(torch.tensor([ids], device=prompt_BL.device), *context)[0, -1])
 
-        number = b if index_B is None else int(index_B[b])
-        found.append(_find(next_log_probs, prompt, len(prompt), config, model, number))
+            number = b if index_B is None else int(index_B[b])
+            found.append(_find(next_log_probs, prompt, len(prompt), config, model, number))
     return Hypotheses([[ids for ids, _ in best] for best in found], [[score for _, score in best] for best in found])
 
 

@@ -73,6 +73,27 @@ def as_line(text: str, index: int) -> str:
     return clean(text)
 
 
+def chunks(lines: Iterable[str], size: int) -> Iterator[list[str]]:
+    """The lines cleaned, ``size`` at a time; those before one that is no text come before its error.
+
+    Raises:
+        ValueError: a line that is no text.
+    """
+    chunk: list[str] = []
+    try:
+        for index, line in enumerate(lines):
+            chunk.append(as_line(line, index))
+            if len(chunk) == size:
+                yield chunk
+                chunk = []
+    except ValueError:
+        if chunk:
+            yield chunk
+        raise
+    if chunk:
+        yield chunk
+
+
 def _decoded(lines: Iterable[bytes], name: str) -> Iterator[str]:
     for number, line in enumerate(lines, 1):
         try:

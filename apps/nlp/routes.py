@@ -218,7 +218,7 @@ def report_sentence(module: Any, sentence: TranslationBatch, number: int, folder
     subwords, pair = module.subwords, module.pairs[int(sentence.pair_B)]
     source_pieces = tuple(subwords.pieces(source.tolist(), "source"))
     read_pieces, said_pieces = (tuple(subwords.pieces(x, "target")) for x in (read_1L[0].tolist(), said))
-    heading = f"{pair}, line {int(sentence.index_B) + 1}"
+    heading = f"{pair}, sentence {int(sentence.index_B) + 1}"
     layer, heads = max(len(weights) - 2, 0), weights.shape[1]
     figure = pictures.attention_map(
         weights[layer].mean(0).cpu().numpy(),

@@ -30,7 +30,10 @@ class SharedBottom(core.MultiGateConfig):
         super().__post_init__()
         kind = type(self).__name__
         if self.num_experts != 1:
-            raise ValueError(f"num_experts={self.num_experts}: {kind} has one network, as wide as its expert")
+            raise ValueError(
+                f"num_experts={self.num_experts}: {kind} has one network, as wide as its expert; over another layer's "
+                "configuration set --model.shared.init_args.num_experts 1"
+            )
         for f in fields(self):
             if f.name not in _OWN and getattr(self, f.name) != f.default:
                 raise ValueError(f"{f.name}={getattr(self, f.name)!r} has no meaning for {kind}, which has no gates")

@@ -73,7 +73,7 @@ def factorize(parts: Sequence[Part], column: str) -> Codes:
     missing value, and so is NaN.
 
     Raises:
-        ValueError: the column holds lists or other nested values.
+        ValueError: the column holds lists or other nested values, or bytes that are no UTF-8 text.
     """
     local = []
     for where, data in parts:
@@ -86,7 +86,12 @@ def factorize(parts: Sequence[Part], column: str) -> Codes:
         data = data.unify_dictionaries()
         pieces = [np.asarray(c.indices.fill_null(MISSING), dtype=np.int64) for c in data.chunks]
         values = data.chunk(0).dictionary if data.num_chunks else pa.array([], pa.string())
-        local.append((np.concatenate([*pieces, np.empty(0, np.int64)]), _text(values)))
+        try:
+            text = _text(values)
+        except pa.ArrowInvalid:
+            odd = values[first_failing(values, pa.string())].as_py()
+            raise ValueError(f"column {column!r} of {where} holds {odd!r}, which is no UTF-8 text") from None
+        local.append((np.concatenate([*pieces, np.empty(0, np.int64)]), text))
     merged = pa.chunked_array([text for _, text in local], type=pa.string()).dictionary_encode().combine_chunks()
     # The last entry is where MISSING points.
     global_code = np.asarray(merged.indices.fill_null(MISSING), dtype=np.int64)
@@ -209,10 +214,12 @@ def to_hashed(codes: Codes, train: NDArray[np.bool_], num_rows: int) -> Rows:
 
 
 def to_given(codes: Codes, train: NDArray[np.bool_], num_rows: int, column: str, row: NDArray[np.int64]) -> Rows:
-    """The values themselves, which are row numbers already. ``row`` is the table's row of each code.
+    """The values themselves, which are row numbers already; 0 where one is missing. ``row`` is the table's row of each
+    code.
 
     Raises:
-        ValueError: a value that is no whole number from 0 to num_rows - 1; the message names the first one.
+        ValueError: a value that is no whole number from 0 to num_rows - 1, or a missing one where 0 is one of the
+            values; the message names the first one.
     """
     text = codes.values
     fits = np.asarray(pc.match_substring_regex(text, r"^\d{1,10}$"), dtype=bool)
@@ -225,6 +232,12 @@ def to_given(codes: Codes, train: NDArray[np.bool_], num_rows: int, column: str,
         raise ValueError(
             f"column {column!r} holds {value!r} in row {int(row[first])}: num_rows={num_rows} takes row numbers "
             f"0 to {num_rows - 1}"
+        )
+    missing = codes.codes == MISSING
+    if missing.any() and (ids == 0).any():
+        raise ValueError(
+            f"column {column!r} has no value in row {int(row[np.argmax(missing)])}, which num_rows takes as row number "
+            "0, and holds 0 as well: count the values from 1, or fill in the missing ones"
         )
     unseen_value = np.append(count(codes, train) == 0, False)
     return Rows(np.append(ids, 0).astype(np.int32)[codes.codes], num_rows, None, unseen_value[codes.codes])
@@ -293,21 +306,21 @@ def _numbers(data: pa.ChunkedArray, column: str, where: str, missing: str) -> ND
     try:
         numbers = data.cast(pa.float64(), safe=False)
     except pa.ArrowInvalid:
-        row = _first_failing(data)
+        row = first_failing(data, pa.float64())
         raise ValueError(
             f"column {column!r} of {where} must hold numbers: row {row} holds {data[row].as_py()!r}; {missing}"
         ) from None
     return np.asarray(numbers.fill_null(np.nan), dtype=np.float64)
 
 
-def _first_failing(data: pa.ChunkedArray) -> int:
-    """The first row whose value is no number, by halving: each cast is half as long as the one before."""
-    low, high = 0, len(data)  # the first bad row lies in [low, high)
-    while high - low > 1:
+def first_failing(data: pa.Array | pa.ChunkedArray, kind: pa.DataType) -> int:
+    """The first row of texts or bytes that do not read as ``kind``, by halving; ``len(data)`` where all do."""
+    low, high = 0, len(data)  # the rows before low do, and the one at high does not
+    while low < high:
         middle = (low + high) // 2
         try:
-            data.slice(low, middle - low).cast(pa.float64(), safe=False)
-            low = middle
+            data.slice(low, middle + 1 - low).cast(kind)
+            low = middle + 1
         except pa.ArrowInvalid:
             high = middle
     return low

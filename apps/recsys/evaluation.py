@@ -57,9 +57,9 @@ class RecommenderReport(Callback):
     """The checks of a training, and the report of a test.
 
     ``fit`` prints what the checks find in the validation split, in its columns at the start and in its figures at the
-    end. ``test`` prints the tasks' metrics, the gates, the experts and the checks, and writes into
-    ``<run folder>/report``: ``tasks.csv``, ``gates.csv``, ``experts.csv``, ``dependence.csv``, ``calibration.png``,
-    ``gates_by_task.png``, ``gates_by_value.png``, ``utilisation.png``, ``polarisation.png``.
+    end, if it came to a validation. ``test`` prints the tasks' metrics, the gates, the experts and the checks, and
+    writes into ``<run folder>/report``: ``tasks.csv``, ``gates.csv``, ``experts.csv``, ``dependence.csv``,
+    ``calibration.png``, ``gates_by_task.png``, ``gates_by_value.png``, ``utilisation.png``, ``polarisation.png``.
 
     Args:
         config: what to do.
@@ -70,10 +70,12 @@ class RecommenderReport(Callback):
 
     def __init__(self, config: ReportConfig) -> None:
         self.config = config
+        self._validated = False
 
     # ---- fit
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._validated = False
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         if not trainer.is_global_zero or not hasattr(data, "rows"):
             return
@@ -82,9 +84,13 @@ class RecommenderReport(Callback):
             found = checks.label_among_features(join([rows[: max(self.config.gate_rows, 1)]], data.features, "val"))
             checks.report(found, "checks of the columns", quiet_when_clean=True)
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # The figures of the check before the first step are of an untrained network.
+        self._validated |= not trainer.sanity_checking
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         metrics: Any = pl_module.stage_metrics("val")
-        if trainer.is_global_zero and isinstance(metrics, MultiTaskMetrics):
+        if trainer.is_global_zero and self._validated and isinstance(metrics, MultiTaskMetrics):
             found = checks.suspicious_figures(metrics.figures, "val")
             checks.report(found, "checks of the last validation", quiet_when_clean=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
+from lightning.pytorch.utilities import rank_zero_warn
 
+from apps.recsys import encode
 from apps.recsys.schema import nearest
 
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
@@ -58,7 +61,8 @@ def read_columns(
 ) -> pa.Table:
     """Columns of one file.
 
-    In a CSV file an empty field is a missing value and everything else stands for itself, "NA" as well.
+    In a CSV file an empty field is a missing value and everything else stands for itself, "NA" as well. One that is not
+    compressed and does not end in a line end is read with a warning: its last field may be cut.
 
     Args:
         file: of a kind that `find_files` finds.
@@ -67,14 +71,15 @@ def read_columns(
         inferred: one whose type a CSV file's fields tell, such as times. All others are text.
 
     Raises:
-        ValueError: a missing or doubled column, or a file that cannot be read, as one that was cut.
+        ValueError: a missing or doubled column, text that is no UTF-8, or a file that cannot be read, as one that was
+            cut.
     """
     try:
         if _kind(file) == ".parquet":
             _check(pa.parquet.read_schema(file).names, roles, file)
             return pa.parquet.read_table(file, columns=list(roles), partitioning=None)
         return _read_csv(file, roles, numbers, inferred)
-    except (pa.ArrowException, OSError, EOFError) as error:
+    except (pa.ArrowException, OSError, EOFError, UnicodeDecodeError) as error:
         raise ValueError(f"{str(file)!r} cannot be read: {_line(error)}") from error
 
 
@@ -86,12 +91,36 @@ def _read_csv(file: Path, roles: Mapping[str, str], numbers: Collection[str], in
     text = pa.dictionary(pa.int32(), pa.string())
     types: dict[str, Any] = {c: text for c in roles if c != inferred}
     try:
-        return _convert(file, parse, {**types, **{c: pa.float64() for c in numbers}}, list(roles))
+        table = _convert(file, parse, {**types, **{c: pa.float64() for c in numbers}}, list(roles))
     except pa.ArrowInvalid as error:
         if "conversion error" not in str(error):
             raise
         # Some field of a column of numbers is none: as text, the encoder can say which one, and in which row.
-        return _convert(file, parse, types, list(roles))
+        try:
+            table = _convert(file, parse, types, list(roles))
+        except pa.ArrowInvalid as error:
+            if "invalid UTF8" not in str(error):
+                raise
+            raise ValueError(f"{str(file)!r} cannot be read: {_no_text(file, parse, types)}") from error
+    if file.suffix.lower() not in _COMPRESSED and not _ends_in_a_line_end(file):
+        rank_zero_warn(f"{str(file)!r} does not end in a line end: its last row may be cut")
+    return table
+
+
+def _no_text(file: Path, parse: pa.csv.ParseOptions, types: Mapping[str, Any]) -> str:
+    """The first value of the first column of text that is no UTF-8."""
+    raw = _convert(file, parse, dict.fromkeys(types, pa.binary()), list(types))
+    for column in raw.column_names:
+        row = encode.first_failing(raw[column], pa.string())
+        if row < len(raw):
+            break
+    return f"column {column!r} holds {raw[column][row].as_py()!r} in row {row}, which is no UTF-8 text"
+
+
+def _ends_in_a_line_end(file: Path) -> bool:
+    with open(file, "rb") as content:
+        content.seek(-1, os.SEEK_END)
+        return content.read() in (b"\n", b"\r")
 
 
 def _convert(file: Path, parse: pa.csv.ParseOptions, types: dict[str, Any], columns: list[str]) -> pa.Table:
@@ -105,7 +134,10 @@ def _convert(file: Path, parse: pa.csv.ParseOptions, types: dict[str, Any], colu
 def _check(names: list[str], roles: Mapping[str, str], file: Path) -> None:
     for column, role in roles.items():
         if column not in names:
-            raise ValueError(f"column {column!r} ({role}) is not in {str(file)!r}{nearest(column, names)}")
+            near = nearest(column, names)
+            if len(names) == 1 and _kind(file) in _SEPARATORS:
+                near = f", whose one column is {names[0]!r}: is it separated by {_SEPARATORS[_kind(file)]!r}?"
+            raise ValueError(f"column {column!r} ({role}) is not in {str(file)!r}{near}")
         if names.count(column) > 1:
             raise ValueError(f"{str(file)!r} has two columns {column!r}")
 

@@ -89,7 +89,7 @@ class TableConfig:
         time: column by which rows are ordered.
         hash_rows: rows of the table of a column whose ids are hashed, by column.
         num_rows: rows of the table of a column that holds row numbers already, 0 to num_rows - 1, by column; they are
-            taken as they are. 0 is the row of what is missing.
+            taken as they are. 0 is the row of what is missing: a column that holds 0 may lack no value.
         min_count: values seen less often in training share the row of the unseen ones.
         separator: of the values in a text of a multi-valued column.
         split: how the rows are shared out.

@@ -461,7 +461,7 @@ def _read_weights(source: str) -> dict[str, Tensor]:
         try:
             weights = load_state_dict(source, weights_only=True)
         except Exception as error:  # a corrupt file raises whatever its format's reader raises
-            raise ValueError(f"pretrained={source} cannot be read: {first_line(error)}") from error
+            raise ValueError(f"pretrained={source} cannot be read: {_sentence(error)}") from error
         # A checkpoint of our own keeps the network under "model.".
         inner = {n.removeprefix("model."): w for n, w in weights.items() if n.startswith("model.")}
         return inner or weights
@@ -469,7 +469,17 @@ def _read_weights(source: str) -> dict[str, Tensor]:
 
     if not timm.is_model(source.split(".")[0]):
         raise ValueError(f"pretrained={source!r} is neither a file nor a timm model")
+    hub = logging.getLogger("huggingface_hub")
+    level = hub.level
+    hub.setLevel(logging.ERROR)  # it writes two lines for each of its attempts
     try:
         return timm.create_model(source, pretrained=True).state_dict()
     except Exception as error:  # hub, network and file errors have no common base
-        raise ValueError(f"pretrained={source!r} cannot be fetched: {first_line(error)}") from error
+        raise ValueError(f"pretrained={source!r} cannot be fetched: {_sentence(error)}") from error
+    finally:
+        hub.setLevel(level)
+
+
+def _sentence(error: BaseException) -> str:
+    """The first sentence of what ``error`` says: torch explains a cut file in four."""
+    return re.split(r"\.\s", first_line(error), maxsplit=1)[0].rstrip(".")

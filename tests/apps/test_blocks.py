@@ -42,6 +42,7 @@ def test_no_block_where_that_is_allowed(nothing):
         ("every5", "layers='every5' does not fit depth=4: N is at most 4"),
         ("last0", "layers='last0' is not lastN or everyN"),
         ("first2", "layers='first2' is not lastN or everyN"),
+        ("last²", "layers='last²' is not lastN or everyN"),
         ("none", "layers='none' is not lastN or everyN .N at least 1., 'all', nor a list"),
     ],
 )

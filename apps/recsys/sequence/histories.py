@@ -40,7 +40,8 @@ class Histories:
         item_values: the items as the data calls them, by id; entry 0 is "".
         item_names: by id, entry 0 is ""; the values where the data has no other names.
         item_genres: by id, entry 0 is (); empty where the data knows no genres.
-        num_unknown: interactions that were left out, for the known items lack theirs.
+        num_unknown: interactions that were left out, for the known items lack theirs. A user who has no other is kept,
+            without items.
     """
 
     item_N: NDArray[np.int32]
@@ -83,7 +84,7 @@ def build(
         time_N: likewise; None: the order of the rows.
         keep_N: interactions that count, such as those with a good rating; the others are as if they were not there.
         min_count: items with fewer interactions are left out, with these; counted once, after ``keep_N``.
-        id_N: the items' ids where they have some already.
+        id_N: the items' ids where they have some already; 0: it has none and is left out, but its user stays.
 
     Returns:
         Item ids (N',) and offsets (users + 1,) as in `Histories`, and the distinct users and items that are left.
@@ -95,11 +96,12 @@ def build(
         _, code, count = np.unique(item_N[keep_N], return_inverse=True, return_counts=True)
         keep_N = keep_N.copy()
         keep_N[keep_N] = count[code] >= min_count
-    user, item = user_N[keep_N], item_N[keep_N]
-    if not len(user):
+    users, user_code = np.unique(user_N[keep_N], return_inverse=True)
+    if id_N is not None:
+        user_code, keep_N = user_code[id_N[keep_N] > 0], keep_N & (id_N > 0)
+    if not len(user_code):
         raise ValueError("no interaction is left to make histories of")
-    users, user_code = np.unique(user, return_inverse=True)
-    items, item_code = np.unique(item, return_inverse=True)
+    items, item_code = np.unique(item_N[keep_N], return_inverse=True)
     # lexsort is stable and sorts by its last key first
     order = np.lexsort((user_code,) if time_N is None else (time_N[keep_N], user_code))
     offsets = np.concatenate(([0], np.cumsum(np.bincount(user_code, minlength=len(users)))))
@@ -122,7 +124,7 @@ def from_ratings(
     """
     keep = np.ones(len(ratings.user_N), bool) if min_rating is None else ratings.rating_N >= min_rating
     films = ["", *map(str, range(1, len(ratings.titles) + 1))]
-    id_N, keep, unknown = _known_ids(known, films, ratings.item_N, keep)
+    id_N, unknown = _known_ids(known, films, ratings.item_N, keep)
     item_N, offsets, users, items = build(
         ratings.user_N, ratings.item_N, ratings.time_N, keep, min_count if known is None else 1, id_N
     )
@@ -142,17 +144,16 @@ def from_ratings(
 
 def _known_ids(
     known: Items | None, values: Sequence[str], item_N: NDArray[Any], keep_N: NDArray[np.bool_]
-) -> tuple[NDArray[np.int32] | None, NDArray[np.bool_], int]:
-    """The ids of the known items, None where none are given, which of ``keep_N`` have one, and how many have none.
+) -> tuple[NDArray[np.int32] | None, int]:
+    """The ids of the known items, 0 for others, and how many of ``keep_N`` have none; None where no items are known.
 
     ``values`` are those of the numbers in ``item_N``.
     """
     if known is None:
-        return None, keep_N, 0
+        return None, 0
     ids = {value: i for i, value in enumerate(known.values) if i}
     id_N = np.array([ids.get(value, 0) for value in values], np.int32)[item_N]
-    unknown_N = keep_N & (id_N == 0)
-    return id_N, keep_N & ~unknown_N, int(unknown_N.sum())
+    return id_N, int((id_N[keep_N] == 0).sum())
 
 
 def from_table(
@@ -179,8 +180,8 @@ def from_table(
         name: column with the item's name; of several names of an item the first one counts. None: the item itself.
         min_rating: interactions with a lower rating, or none, are left out.
         min_count: see `build`.
-        known: the items that a model knows: they keep their ids and names, and others are left out; min_count then
-            leaves out nothing.
+        known: the items that a model knows: they keep their ids and names, and others are left out, but not their
+            users; min_count then leaves out nothing.
 
     Raises:
         ValueError: a file cannot be read or has not the columns; one column has two roles; a user, an item or a time is
@@ -205,7 +206,7 @@ def from_table(
         assert rating is not None
         keep = encode.to_numbers(parts(rating), rating) >= min_rating  # false for NaN
     order = None if time is None else encode.to_order(parts(time), time)
-    id_N, keep, unknown = _known_ids(known, items, item_N, keep)
+    id_N, unknown = _known_ids(known, items, item_N, keep)
     try:
         item_of_N, offsets, used_users, used_items = build(
             user_N, item_N, order, keep, min_count if known is None else 1, id_N

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 
 from apps.compare.stats import choose, paired_difference, quality_at, verdict
 from apps.intervals import Interval, mean_interval
@@ -36,6 +37,21 @@ def test_pairing_removes_what_both_share():
 def test_equal_differences_are_no_evidence():
     # An interval of width 0 only says that the seeds agree.
     assert verdict(paired_difference([2.0, 3.0], [1.0, 2.0])) == "no difference shown"
+
+
+@pytest.mark.parametrize(
+    "ours, theirs", [((43, 39), (40, 36)), ((143, 101, 130), (140, 98, 127)), ((90, 88), (91, 89))]
+)
+def test_float32_rounding_of_equal_differences_is_no_evidence(ours, theirs):
+    # Accuracies on 144 images, each with as many right ones more.
+    a, b = (torch.tensor([n / 144 for n in counts]).tolist() for counts in (ours, theirs))
+    found = paired_difference(a, b)
+    assert found.half_width == 0
+    assert found.mean == pytest.approx((ours[0] - theirs[0]) / 144)
+    assert verdict(found) == "no difference shown"
+    # One image of a million is a difference that float32 tells.
+    other = [b[0] + 1e-6, *b[1:]]
+    assert paired_difference(a, other).half_width > 0
 
 
 def test_pairs_are_needed():

@@ -60,6 +60,7 @@ def test_padding_is_under_a_twentieth_and_no_batch_over_its_budget(budget):
         assert torch.equal(torch.cat(found).sort().values, torch.arange(30_000))
         assert padding(source, target, found) < 0.05
         assert max(len(b) * max(source[b].max(), target[b].max()) for b in found) <= budget
+    assert plan.padding() == pytest.approx(padding(source, target, plan.batches(0, 0)), abs=1e-12)
 
 
 @pytest.mark.parametrize("pool", [1 << 17, 200])

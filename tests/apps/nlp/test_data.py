@@ -293,13 +293,13 @@ def test_long_pairs_do_not_train_and_are_counted(root, caplog):
     write(root / "train.de", [*lines("de", 0, 60), "leer", "Hund", "Kater"])
     write(root / "val.en", [*lines("en", 100, 3), "bird " * 10_000])
     write(root / "val.de", [*lines("de", 100, 3), "Vogel"])
-    data = make(root, max_length=20)
+    data = make(root, max_length=20, tokens_per_batch=1)
     with caplog.at_level(logging.INFO):
         data.setup("fit")
         data.setup("fit")  # told once
     assert [r.message for r in caplog.records if r.name == module.__name__] == [
         "moses en-de: 61 train, 4 val, 10 test pairs; left out: 1 with an empty side (train), "
-        "1 of more than 20 tokens (train); 1 of more than 20 tokens are cut (val)"
+        "1 of more than 20 tokens (train); padding of an epoch: 0.0 %; 1 of more than 20 tokens are cut (val)"
     ]
     batches = list(data.train_dataloader())
     assert sum(len(batch.index_B) for batch in batches) == 61
@@ -311,6 +311,22 @@ def test_long_pairs_do_not_train_and_are_counted(root, caplog):
         assert (batch.source_BS == EOS_ID).sum(1).tolist() == [1] * len(batch.index_B)
     with pytest.raises(ValueError, match="max_length=4 leaves none of the 62 training pairs"):
         make(root, max_length=4).train_dataloader()
+
+
+def test_the_padding_of_an_epoch_is_told_and_what_lessens_it(root):
+    """One batch of all pairs is padded to the longest; with a budget of 1 each pair is a batch of its own."""
+    data = make(root, tokens_per_batch=10_000)
+    (batch,) = data.train_dataloader()
+    sides = (batch.source_BS, batch.target_BL)
+    padding = sum(int((side == PAD_ID).sum()) for side in sides) / sum(side.numel() for side in sides)
+    assert padding > 0.05
+    told = (
+        f"padding of an epoch: {100 * padding:.1f} %, less with tokens_per_batch (--data.tokens_per_batch) below 10000"
+    )
+    assert told in data.describe()
+    assert data.describe().replace(told, "") == make(root, tokens_per_batch=1).describe().replace(
+        "padding of an epoch: 0.0 %", ""
+    )
 
 
 def test_missing_evaluation_pairs_are_told_and_one_without_any_split_gives_no_loader(root):
@@ -409,6 +425,18 @@ def test_what_is_no_text_names_its_line(root, monkeypatch):
         list(make(root).predict_batches(["dog", "cat \udce4"]))
     with pytest.raises(ValueError, match=r"predict_file='nowhere\.txt' cannot be read: No such file"):
         list(make(root, predict_file="nowhere.txt").predict_dataloader())
+
+
+@pytest.mark.parametrize("size", [2, 3, 2048])
+def test_the_lines_before_one_that_is_no_text_come_before_its_error(root, size):
+    write(root / "in.txt", b"dog\ncat sleeps\nbird\n\xff\ndog\n")
+    data = make(root, predict_file=str(root / "in.txt"), predict_lines=size)
+    for lines_ in (data.predict_dataloader(), data.predict_batches(["dog", "cat sleeps", "bird", "\udce4", "dog"])):
+        found, batches = set(), iter(lines_)
+        with pytest.raises(ValueError, match=r"line 4.* is not valid UTF-8"):
+            while True:
+                found |= set(next(batches).index_B.tolist())
+        assert found == {0, 1, 2}
 
 
 def test_several_pairs_need_one_to_translate_in(root):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import core
 from apps.nlp import naive
 from apps.nlp.config import TransformerConfig
-from apps.nlp.decode import DecodeConfig, generate_ids, in_dtype, translate_ids
+from apps.nlp.decode import DecodeConfig, generate_ids, in_dtype, run, translate_ids
 from apps.nlp.decode.sampling import generator, sampling_probs
 from apps.nlp.decode.top import top_sums
 from apps.nlp.model import LanguageModel, TranslationModel
@@ -388,6 +388,8 @@ def transformer(kind: str, vocab: int = 40, **options: Any) -> TranslationModel:
         "top1": core.MoEConfig(num_experts=4, router=core.TokenChoice(top_k=1)),
         "top2": core.MoEConfig(num_experts=4, router=core.TokenChoice(top_k=2), expert=core.SwiGLU()),
         "task": core.MoEConfig(num_experts=4, router=core.Task(num_tasks=2)),
+        "capacity": core.MoEConfig(num_experts=4, router=core.TokenChoice(top_k=1), capacity_factor=0.25),
+        "own capacity": core.MoEConfig(num_experts=4, capacity_factor=4.0, eval_capacity_factor=0.25),
     }[kind]
     torch.manual_seed(0)
     config = TransformerConfig("nano", tie="none", **options)
@@ -419,9 +421,10 @@ def test_transformers_with_a_cache_say_what_the_plain_loops_say(kind, positions)
     assert max(lengths) <= 13 or positions != "learned"  # BOS_ID takes the first of 14 positions
 
 
-def test_a_sparse_language_model_continues_prompts():
+@pytest.mark.parametrize("capacity_factor", [None, 0.25])
+def test_a_sparse_language_model_continues_prompts(capacity_factor):
     torch.manual_seed(0)
-    moe = core.MoEConfig(num_experts=4, router=core.TokenChoice(top_k=2))
+    moe = core.MoEConfig(num_experts=4, router=core.TokenChoice(top_k=2), capacity_factor=capacity_factor)
     model = LanguageModel(TransformerConfig("nano", positions="rotary", tie="none"), vocab=40, moe=moe).double().eval()
     prompts = torch.tensor([[BOS_ID, 7, 9, 11], [BOS_ID, PAD_ID, PAD_ID, PAD_ID], [BOS_ID, 8, PAD_ID, PAD_ID]])
     for method in ("greedy", "beam", "sample"):
@@ -440,6 +443,47 @@ def test_a_sentence_alone_is_translated_as_in_a_batch_of_64():
         alone = [translate_ids(model, row[row != PAD_ID][None], config) for row in batch]
         close(SimpleNamespace(ids=[h.ids[0] for h in alone], scores=[h.scores[0] for h in alone]), together, tolerance)
     assert len({tuple(ids) for ids in together.best}) > 40
+
+
+def capacities(model: nn.Module) -> list[core.Capacity]:
+    return [layer.router.capacity for layer in core.moe_layers(model).values()]
+
+
+def test_training_s_capacity_is_none_of_decoding_s():
+    """Of 4 rows at a step an expert would take ceil(0.25 * 4 / 4) = 1, and of one row alone that row."""
+    model = transformer("capacity", vocab=200)
+    before, batch = capacities(model), sources([5, 9, 4, 7], 200)
+    target = torch.full((4, 3), BOS_ID)
+    limited = model(batch, target)
+    for config in (DecodeConfig(beam_size=3, length_penalty=0.6), DecodeConfig(method="greedy")):
+        out = translate_ids(model, batch, config)
+        close(translate_ids(model, batch, replace(config, prune=False)), out)
+        close(naive.translate_ids(model, batch, config), out)
+        alone = [translate_ids(model, row[row != PAD_ID][None], config) for row in batch]
+        close(SimpleNamespace(ids=[h.ids[0] for h in alone], scores=[h.scores[0] for h in alone]), out)
+        with core.set_capacity_factor(model, None):
+            assert translate_ids(model, batch, config) == out
+            assert not torch.equal(model(batch, target), limited)
+        assert capacities(model) == before
+    assert torch.equal(model(batch, target), limited)  # what is not decoded is evaluated as before
+    model.output.weight.data.fill_(math.nan)
+    with pytest.raises(ValueError, match="no end with a finite log-probability"):
+        translate_ids(model, batch, config)
+    assert capacities(model) == before
+
+
+def test_a_capacity_that_was_set_for_evaluation_holds_in_decoding_and_is_told_once(caplog):
+    model, batch, config = transformer("own capacity"), sources([5, 9, 4, 7], 40), DecodeConfig(beam_size=3)
+    before = capacities(model)
+    run._warn_once.cache_clear()
+    limited = [translate_ids(model, batch, config) for _ in range(2)]
+    (warning,) = caplog.messages
+    assert warning.startswith("eval_capacity_factor=0.25 holds in decoding too: what comes out can depend on what else")
+    with core.set_capacity_factor(model, None):
+        assert translate_ids(model, batch, config).scores != limited[0].scores
+    assert limited[0] == limited[1]
+    assert capacities(model) == before
+    assert len(caplog.messages) == 1
 
 
 # ---- the parts

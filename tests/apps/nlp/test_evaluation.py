@@ -63,7 +63,7 @@ def test_the_report_is_printed_and_written(tmp_path, capsys):
     lines = [json.loads(line) for line in (tmp_path / "sentences.jsonl").read_text().splitlines()]
     of_second = round(scorer("chrf").sentence_score(SENTENCES[1].hypothesis, [SENTENCES[1].reference]).score, 2)
     assert lines[1] == {
-        "line": 2,
+        "sentence": 2,
         "pair": "en-de",
         "source": "She reads a long book.",
         "reference": "Sie liest ein langes Buch.",
@@ -133,13 +133,13 @@ def test_translations_stand_side_by_side_line_by_line():
     # Of four lines that both have, two: the first and, two further, the third. A fifth that one has alone is none.
     shown = side_by_side({"sparse": own("a", "b", "c", "d", "e"), "dense, equal FLOPs": own("A", "B", "C", "D")}, 2)
     assert shown.splitlines() == [
-        "en-de, line 1",
+        "en-de, sentence 1",
         "  source              s0",
         "  reference           r0",
         "  sparse              a",
         "  dense, equal FLOPs  A",
         "",
-        "en-de, line 3",
+        "en-de, sentence 3",
         "  source              s2",
         "  reference           r2",
         "  sparse              c",

@@ -113,6 +113,11 @@ def test_what_is_wrong_is_one_line_and_what_came_before_it_is_printed(capsys):
     shown = capsys.readouterr()
     assert len(shown.out.splitlines()) == 1
     assert "line 2" in shown.err.splitlines()[-1]
+    Path("bad.txt").write_bytes(b"red\nblue red\ngreen\n\xff\xfe\nblue\n")
+    assert main([*flags, "bad.txt"]) == 1
+    shown = capsys.readouterr()
+    assert len(shown.out.splitlines()) == 3
+    assert "line 4" in shown.err.splitlines()[-1]
     assert main([*flags, "nowhere.txt"]) == 1
     assert capsys.readouterr().err == "error: predict_file='nowhere.txt' cannot be read: No such file or directory\n"
     assert main(["predict", "--config", "copies.yaml", "--data.text", "red"]) == 1

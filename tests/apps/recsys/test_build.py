@@ -8,6 +8,7 @@ import os
 import pytest
 from own_table import TRAIN, changed, config_of, write
 
+from apps.recsys import files
 from apps.recsys.data import TableData
 from apps.recsys.schema import SplitConfig, TaskConfig
 from apps.recsys.synthetic import SyntheticConfig
@@ -114,6 +115,11 @@ def test_files_that_cannot_be_read_are_named(own, tmp_path):
         _ = own().features
     with pytest.raises(ValueError, match=r"train_file='trian.csv': no such file in .*; did you mean 'train.csv'"):
         _ = own(train_file="trian.csv").features
+    (tmp_path / "train.csv").write_text((tmp_path / "test.csv").read_text().replace(",", ";"))
+    with pytest.raises(
+        ValueError, match=r"is not in .*, whose one column is 'city;\"tags\".*': is it separated by ','\?$"
+    ):
+        _ = own().features
     (tmp_path / "train.txt").touch()
     with pytest.raises(ValueError, match=r"train_file='train.txt' is no .parquet, .csv or .tsv"):
         _ = own(train_file="train.txt").features
@@ -121,6 +127,32 @@ def test_files_that_cannot_be_read_are_named(own, tmp_path):
     (tmp_path / "train.csv").write_text(header + "\na,b,1,2,c,1,1,x\n")
     with pytest.raises(ValueError, match="has two columns 'city'"):
         _ = own().features
+
+
+@pytest.mark.parametrize("numbers", [("age",), ()], ids=["beside a text among numbers", "alone"])
+def test_text_of_another_encoding_is_named_with_its_row(tmp_path, numbers):
+    (tmp_path / "t.csv").write_bytes("user,age,city\n1,x,Rome\n2,3,Zürich\n".encode("latin1"))
+    with pytest.raises(
+        ValueError, match=r"t\.csv' cannot be read: column 'city' holds b'Z\\xfcrich' in row 1, which is no"
+    ):
+        files.read_columns(tmp_path / "t.csv", dict.fromkeys(("user", "age", "city"), "categorical"), numbers)
+    (tmp_path / "t.csv").write_bytes("straße,user\n1,2\n".encode("latin1"))
+    with pytest.raises(ValueError, match=r"t\.csv' cannot be read: 'utf-8' codec can't decode byte 0xdf"):
+        files.read_columns(tmp_path / "t.csv", {"user": "categorical"})
+
+
+def test_a_file_cut_within_its_last_field_is_read_with_a_warning(tmp_path, recwarn):
+    def ages(name: str, content: bytes) -> list[float]:
+        (tmp_path / name).write_bytes(content)
+        return files.read_columns(tmp_path / name, {"age": "continuous"}, ("age",))["age"].to_pylist()
+
+    whole = b"user,age\r\n1,20\r\n2,345\r\n"
+    assert ages("whole.csv", whole) == [20, 345]
+    assert ages("cut.csv.gz", gzip.compress(whole[:-3])) == [20, 34]  # its end is known to be whole
+    assert ages("line.csv", whole[:-7]) == [20]  # a cut between two rows cannot be seen
+    assert not recwarn
+    with pytest.warns(UserWarning, match=r"cut\.csv' does not end in a line end: its last row may be cut"):
+        assert ages("cut.csv", whole[:-3]) == [20, 34]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import re
 
 import numpy as np
 import pyarrow as pa
@@ -50,6 +51,16 @@ def test_a_number_and_its_text_are_one_value_across_tables_and_chunks():
 def test_lists_are_refused_where_one_value_is_expected():
     with pytest.raises(ValueError, match=r"column 'c' .* type list<.*list it under multi_valued"):
         encode.factorize([part([[1]])], "c")
+
+
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.dictionary(pa.int8(), pa.binary())])
+def test_bytes_that_are_no_text_are_refused_by_name(kind):
+    assert decoded(encode.factorize([part([b"a", "ü".encode(), None], kind)], "c")) == ["a", "ü", None]
+    match = re.escape(r"column 'c' of the training table holds b'Z\xfcrich', which is no UTF-8 text") + "$"
+    with pytest.raises(ValueError, match=match):
+        encode.factorize([part([b"a", None, b"Z\xfcrich", b"\xff"], kind)], "c")
+    with pytest.raises(ValueError, match=match):
+        encode.split_values([part([[b"a"], [], [b"Z\xfcrich"]], pa.list_(pa.binary()))], "c", "|")
 
 
 def test_a_vocabulary_has_the_frequent_values_first_and_only_those_of_training():
@@ -101,10 +112,18 @@ def test_hashed_rows_are_1_to_num_rows_and_spread_evenly():
 
 def test_given_row_numbers_are_taken_as_they_are_and_checked():
     train = np.array([True, True, False, False])
-    codes = encode.factorize([part([3, 0, None, 2])], "c")
+    codes = encode.factorize([part([3, 0, 0, 2])], "c")
     rows = encode.to_given(codes, train, 4, "c", np.arange(4))
     assert rows.rows.tolist() == [3, 0, 0, 2]
     assert rows.unseen.tolist() == [False, False, False, True]
+    codes = encode.factorize([part([3, 1, None, 2])], "c")
+    rows = encode.to_given(codes, train, 4, "c", np.arange(4))
+    assert rows.rows.tolist() == [3, 1, 0, 2]
+    assert rows.unseen.tolist() == [False, False, False, True]
+    # One id would be both a value and none.
+    codes = encode.factorize([part([3, 1, None, 0])], "c")
+    with pytest.raises(ValueError, match="column 'c' has no value in row 9, which num_rows takes as row number 0, and"):
+        encode.to_given(codes, train, 4, "c", np.array([7, 8, 9, 9]))
     for bad in (4, -1, "x", 2.5):
         codes = encode.factorize([part(["0", "1", "2", str(bad)])], "c")
         with pytest.raises(ValueError, match=f"column 'c' holds '{bad}' in row 3: num_rows=4 takes row numbers 0 to 3"):

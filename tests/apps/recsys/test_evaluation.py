@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 import core
 from apps.compare.training import _without_reports
-from apps.recsys import gating, pictures
+from apps.recsys import checks, gating, pictures
 from apps.recsys.arrays import join
 from apps.recsys.evaluation import RecommenderReport, ReportConfig
 from apps.recsys.features import CategoricalFeature
@@ -311,6 +311,19 @@ def test_options_of_the_report(tmp_path, capsys):
         assert not (folder / "report").exists(), "known before the test is run"
     with pytest.raises(ValueError, match=r"report.gate_values=0 must be at least 1"):
         ReportConfig(gate_values=0)
+
+
+@pytest.mark.parametrize("steps, reports", [(3, 0), (4, 1)])
+def test_the_figures_of_an_untrained_network_are_not_reported(steps, reports, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(checks, "suspicious_figures", lambda figures, split: seen.append(split) or [])
+    trainer = Trainer(
+        accelerator="cpu", max_steps=steps, num_sanity_val_steps=1, default_root_dir=str(tmp_path), logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    # An epoch has 4 steps and a validation at its end; another one came before the first step.
+    trainer.fit(recommender(core.MMoE(3, MLP)).train(), datamodule=MadeTable(steps=4))
+    assert seen == ["val"] * reports
 
 
 def test_a_leak_is_reported_in_the_test_and_a_comparison_has_no_report(tmp_path, capsys):

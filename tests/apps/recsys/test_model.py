@@ -244,7 +244,8 @@ def test_a_bottoms_costs_are_counted(kind, expert):
 
 
 def test_a_bottom_has_no_gates():
-    with pytest.raises(ValueError, match="num_experts=2: SharedBottom has one network"):
+    hint = r"over another layer's configuration set --model\.shared\.init_args\.num_experts 1"
+    with pytest.raises(ValueError, match=f"num_experts=2: SharedBottom has one network.*{hint}"):
         SharedBottom(2)
     with pytest.raises(ValueError, match=r"expert_dropout=0.1 has no meaning for SingleTask, which has no gates"):
         SingleTask(expert_dropout=0.1)

@@ -78,6 +78,17 @@ def test_two_processes_train_as_one_with_the_whole_batch(folder, name):
     assert_same_training(folder / f"one {name}", folder / f"two {name}")
 
 
+def test_rows_that_two_processes_cannot_share_evenly_repeat_the_first_in_the_last_step(folder):
+    last = runs.LastStep()
+    train(folder, "one uneven", module(folder, "fused"), max_epochs=1, subset=runs.UNEVEN, callbacks=[last])
+    one, two = (losses(folder / f"{n} uneven")["train/loss"] for n in ("one", "two"))
+    assert two[:6] == pytest.approx(one[:6], abs=TOLERANCE)
+    assert (last.size, one[6]) == (5, pytest.approx(last.mean, abs=TOLERANCE))
+    # 5 rows are left, and the epoch's first comes once more: 3 for each process
+    assert two[6] == pytest.approx((5 * last.mean + last.first) / 6, abs=TOLERANCE)
+    assert abs(two[6] - one[6]) > 100 * TOLERANCE
+
+
 def test_the_data_order_and_the_optimizer_would_show(folder):
     # Otherwise the test above could not tell a wrong step from a right one.
     a, b = losses(folder / "one table_wise")["train/loss"], losses(folder / "one auto")["train/loss"]

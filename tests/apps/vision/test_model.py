@@ -387,7 +387,9 @@ def test_an_own_sparse_checkpoint_loads_whole(tmp_path):
 def test_weights_that_cannot_be_had_are_one_line(tmp_path):
     (tmp_path / "w.safetensors").write_bytes(b"not weights")
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pt")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "other.pt").read_bytes()[:-40])
     for bad, message in (
+        (tmp_path / "cut.pt", "cut.pt cannot be read: PytorchStreamReader failed[^.]*$"),
         (tmp_path / "w.safetensors", "cannot be read"),
         (tmp_path / "other.pt", "none of its 1 tensors fits"),
         ("vit_tinny_patch16_224", "is neither a file nor a timm model"),

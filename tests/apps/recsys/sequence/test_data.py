@@ -288,9 +288,10 @@ def test_movielens(tmp_path: Path) -> None:
     assert by_user(data.predict_dataloader()) == {0: ([1, 2, 2], [0] * 3, [1, 2, 2]), 1: ([1], [0], [1])}
     liked = from_ratings(read_ratings_1m(tmp_path, num_ratings=4), min_rating=4)
     assert liked.item_N.tolist() == [2, 2, 1]
-    # A model that knows the third film alone: Heat's two ratings are left out, and user 2 with them.
+    # A model that knows the third film alone: Heat's two ratings are left out, and user 2 has no other.
     known = from_ratings(read_ratings_1m(tmp_path, num_ratings=4), known=Items(("", "3"), ("", "Jumanji (1995)")))
-    assert (known.item_N.tolist(), known.num_unknown, known.user_names) == ([1, 1], 2, ("1",))
+    assert (known.item_N.tolist(), known.num_unknown, known.user_names) == ([1, 1], 2, ("1", "2"))
+    assert known.offsets.tolist() == [0, 2, 2]
     assert known.item_genres == ((), ("Adventure",))
 
 
@@ -396,6 +397,32 @@ def test_a_model_knows_its_items_in_another_file(tmp_path: Path) -> None:
     trainer.save_checkpoint(tmp_path / "next.ckpt")
     kept = torch.load(tmp_path / "next.ckpt", weights_only=True)["encoding"]["items"]["content"]
     assert bytes(kept.tolist()) == b"1020304050"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_a_user_of_unknown_items_alone_has_a_prediction(tmp_path: Path, batch_size: int) -> None:
+    path = saved(ready(write(tmp_path), max_length=4), tmp_path / "it.ckpt", exclude_seen=True)
+    # Users 5 and 9 have new items alone; 9 is the last one.
+    new = [item + 5 if user in (5, 9) else item for user, item in zip(ROWS["user"], ROWS["item"], strict=True)]
+    data = HistoryData("table", file=write(tmp_path, "new.csv", item=new), max_length=4, eval_batch_size=batch_size)
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
+    model = NextItemRecommender.load_from_checkpoint(path)
+    with pytest.warns(
+        UserWarning, match="know: 3; users who have no others, and for whom all items score 0: 2, first '5'"
+    ):
+        predicted = trainer.predict(model, datamodule=data, return_predictions=True)
+    assert predicted is not None
+    assert [name for p in predicted for name in p.user_name] == ["3", "5", "7", "9"]
+    score = torch.cat([p.score for p in predicted])
+    assert score[[1, 3]].tolist() == [[0.0] * 5] * 2
+    assert score[0].isfinite().sum() == 2  # of five items user 3 has seen three
+    trainer.test(model, datamodule=data, verbose=False)  # users 3 and 7 have items enough
+    assert [b.user_B.tolist() for b in data.test_dataloader()] == ([[0], [2]] if batch_size == 1 else [[0, 2]])
+    other = [item + 5 for item in ROWS["item"]]
+    unknown = HistoryData("table", file=write(tmp_path, "none.csv", item=other), max_length=4)
+    with pytest.raises(ValueError, match=r"none\.csv: no interaction is left"):
+        trainer.predict(model, datamodule=unknown)
 
 
 def test_one_interaction_is_enough_to_predict_from(tmp_path: Path) -> None:
