@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
@@ -13,11 +14,13 @@ class Broken(nn.Module):
         raise TypeError("forward() takes no such thing\nand more")
 
 
-def test_a_peer_that_fails_is_named_and_the_others_are_measured(monkeypatch, capsys):
+@pytest.mark.parametrize("served_badly, others", [(False, []), (True, ["dense, torch.nn.Linear"])])
+def test_a_peer_that_fails_is_named_and_the_others_are_measured(monkeypatch, capsys, served_badly, others):
     monkeypatch.setattr(layer, "peer_layers", lambda *_: {"peer": Broken()})
+    monkeypatch.setattr(layer, "is_served_badly", lambda: served_badly)
     shape, cpu = layer.Shape(8, 8, 2, 1, 8), torch.device("cpu")
     rows = layer.measure(shape, torch.float32, ["auto"], 1, True, False, cpu, (1.0, 1.0))
-    assert [row["system"] for row in rows] == ["dense", "moesaic auto"]
+    assert [row["system"] for row in rows] == ["dense", *others, "moesaic auto"]
     for error in (ImportError("not installed"), ValueError("hidden_size=8 is too small")):
         with layer.or_said("another"):
             raise error
