@@ -181,12 +181,13 @@ def test_cpu_equals_the_oracle_past_its_own_block_size(library):
     assert_same(p.run("cpu", torch.float32), p.run("eager", torch.float64), FLOAT32)
 
 
-@pytest.mark.parametrize("few", [0, cpu.FEW])
+@pytest.mark.parametrize("few, padded", [(0, 0), (cpu.FEW, 0), (cpu.FEW, cpu.PADDED), (cpu.FEW, 100)])
 @pytest.mark.parametrize("expert", EXPERTS)
 @pytest.mark.parametrize("tokens", [0, 1, 7, 600])
-def test_cpu_without_gradients_equals_the_oracle(library, monkeypatch, few, expert, tokens):
+def test_cpu_without_gradients_equals_the_oracle(library, monkeypatch, few, padded, expert, tokens):
     """Few rows are computed for all experts at once, more by blocks; with some pairs dropped and two idle experts."""
     monkeypatch.setattr(cpu, "FEW", few)
+    monkeypatch.setattr(cpu, "PADDED", padded)
     p = problem(tokens, expert=expert, load="empty")
     y = {}
     for name, dtype in (("cpu", torch.float32), ("eager", torch.float64)):
