@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import platform
 import time
-from pathlib import Path
 
 import torch
+
+from core.kernels.products import cpu_field
 
 
 def cpu_name() -> str:
     """The processor's own name where the system tells it, else its kind."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    return cpu_field("model name") or platform.processor() or platform.machine()
 
 
 def machine_line() -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import re
 
 # torch puts the traceback of a DataLoader's worker or thread into the message of the error that it raises again.
@@ -25,3 +27,9 @@ def one_line(text: str) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of what ``error`` says, or its class where it says nothing."""
     return (message(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+@functools.cache
+def warn_once(logger: logging.Logger, text: str) -> None:
+    """The same warning once a process."""
+    logger.warning("%s", text)

@@ -6,7 +6,6 @@ neither is a mean over sentences or batches. sacrebleu is imported where it is u
 
 from __future__ import annotations
 
-import functools
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import Metric
 
-from apps.messages import one_line
+from apps.messages import one_line, warn_once
 
 log = logging.getLogger(__name__)
 
@@ -109,14 +108,9 @@ def _of_target(pair: str) -> str:
     try:
         scorer("bleu", name)
     except ValueError as error:
-        _warn_once(f"{pair}: BLEU is of characters, not of words: {error}")
+        warn_once(log, f"{pair}: BLEU is of characters, not of words: {error}")
         return "char"
     return name
-
-
-@functools.cache
-def _warn_once(text: str) -> None:
-    log.warning("%s", text)
 
 
 def corpus_score(score: Score, hypotheses: Sequence[str], references: Sequence[str], tokenize: str = "13a") -> float:

@@ -21,6 +21,7 @@ Decisions, each measured at T=4096, D=512 on 2 cores with ``benchmarks/layer.py`
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import Any, NamedTuple
 
@@ -54,7 +55,7 @@ def _activation_backward(grad: Tensor, pre: Tensor, activation: str) -> Tensor:
 
 
 def _is_half(dtype: torch.dtype) -> bool:
-    return dtype in (torch.bfloat16, torch.float16)
+    return accumulate_dtype(dtype) != dtype
 
 
 def _tile(dtype: torch.dtype) -> int:
@@ -123,7 +124,7 @@ class _WeightGrad:
             self.dw = new_empty(like, like.shape) if like.is_contiguous() else torch.empty_like(like)
         self.begun = 0  # experts written so far
         # Adding up blocks in half precision would round each time.
-        half = like is not None and accumulate_dtype(like.dtype) != like.dtype
+        half = like is not None and _is_half(like.dtype)
         self.sum = torch.empty_like(like[0], dtype=torch.float32) if like is not None and half else None
 
     def add(self, block: _Block, left: Tensor, right: Tensor) -> None:
@@ -190,6 +191,21 @@ def _cpu_expert_ffn(
     return total.result(), pre, pre_gate
 
 
+def _looped(counts: list[int], rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``rows_e w_e + b_e`` of rows that stand expert by expert, ``counts`` of each."""
+    out = rows.new_empty(rows.shape[0], weight.shape[-1])
+    parts = zip(rows.split(counts), weight.unbind(0), out.split(counts), strict=True)
+    for e, (rows_e, weight_e, out_e) in enumerate(parts):
+        if counts[e]:
+            mm(rows_e, weight_e, bias=None if bias is None else bias[e], out=out_e)
+    return out
+
+
+def _batched(rows_EmD: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The same of as many rows an expert."""
+    return torch.bmm(rows_EmD, weight) if bias is None else torch.baddbmm(bias.unsqueeze(1), rows_EmD, weight)
+
+
 def _few_rows(
     x: Tensor,
     row_index_R: Tensor | None,
@@ -214,22 +230,13 @@ def _few_rows(
         start_E1 = torch.tensor(ends[:-1], device=x.device)[:, None]
         real_Em = place_m < torch.tensor(counts, device=x.device)[:, None]
         row_N = (start_E1 + place_m).clamp_(max=ends[-1] - 1).flatten()
-        x_rD = x.index_select(0, row_N if index_r is None else index_r[row_N]).view(len(counts), most, -1)
+        rows = x.index_select(0, row_N if index_r is None else index_r[row_N]).view(len(counts), most, -1)
+        product = _batched
     else:
-        x_rD = x[: ends[-1]] if index_r is None else x.index_select(0, index_r)
-
-    def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if padded:
-            return torch.bmm(rows, weight) if bias is None else torch.baddbmm(bias.unsqueeze(1), rows, weight)
-        out = rows.new_empty(rows.shape[0], weight.shape[-1])
-        parts = zip(rows.split(counts), weight.unbind(0), out.split(counts), strict=True)
-        for e, (rows_e, weight_e, out_e) in enumerate(parts):
-            if counts[e]:
-                mm(rows_e, weight_e, bias=None if bias is None else bias[e], out=out_e)
-        return out
-
-    a = product(x_rD, w_in, b_in)
-    h = act(a) if w_gate is None else act(product(x_rD, w_gate, None)).mul_(a)
+        rows = x[: ends[-1]] if index_r is None else x.index_select(0, index_r)
+        product = functools.partial(_looped, counts)
+    a = product(rows, w_in, b_in)
+    h = act(a) if w_gate is None else act(product(rows, w_gate, None)).mul_(a)
     y_rD = product(h, w_out, b_out)
     y_rD = (y_rD[real_Em] if padded else y_rD).mul_(gates_R[: ends[-1], None])
     y = y_rD.new_zeros(x.shape[0], y_rD.shape[-1])

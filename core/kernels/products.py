@@ -33,15 +33,16 @@ def is_served_badly() -> bool:
     """Whether this is a processor with AVX-512 that MKL does not use it on, and torch has the other way."""
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkl.is_available():
         return False
-    return _vendor() == "AuthenticAMD" and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return cpu_field("vendor_id") == "AuthenticAMD" and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def _vendor() -> str:
+def cpu_field(name: str) -> str:
+    """What Linux tells of the processor under this name, such as "model name"; "" where there is no such line."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return ""
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), "")
 
 
 def _is_for_onednn(x: Tensor, weight: Tensor, width: int) -> bool:

@@ -189,7 +189,7 @@ def test_converted_layers_keep_parameters_and_names():
     ],
 )
 def test_only_amd_with_avx512_is_served_badly(monkeypatch, vendor, capability, expected):
-    monkeypatch.setattr(products, "_vendor", lambda: vendor)
+    monkeypatch.setattr(products, "cpu_field", lambda name: vendor)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     known = hasattr(torch.ops.mkldnn, "_linear_pointwise")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import core
+from apps.messages import warn_once
 from apps.nlp.subwords import BOS_ID, PAD_ID
 
 from .config import DecodeConfig
@@ -113,16 +113,12 @@ def dropless(model: nn.Module) -> Iterator[None]:
             if capacity.eval_factor is None:
                 stack.enter_context(core.set_capacity_factor(layer, None))
             else:
-                _warn_once(
+                warn_once(
+                    log,
                     f"eval_capacity_factor={capacity.eval_factor:g} holds in decoding too: what comes out can depend "
-                    "on what else is in the batch; leave it out, or set it to .inf, to decode without a capacity"
+                    "on what else is in the batch; leave it out, or set it to .inf, to decode without a capacity",
                 )
         yield
-
-
-@functools.cache
-def _warn_once(text: str) -> None:
-    log.warning("%s", text)
 
 
 @contextlib.contextmanager

@@ -91,24 +91,6 @@ def _(y_RD, row_index_R, offsets_E, gates_R, rows, starts, num_tokens, top_k):
     return y_RD.new_empty(num_tokens, y_RD.shape[1], dtype=accumulate_dtype(y_RD.dtype))
 
 
-@torch.library.custom_op("moesaic::triton_combine_backward", mutates_args=())
-def _combine_backward(
-    dout: Tensor,
-    y_RD: Tensor | None,
-    row_index_R: Tensor,
-    offsets_E: Tensor,
-    gates_R: Tensor | None,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    return sum_rows_grad(dout, y_RD, row_index_R, offsets_E, gates_R, dtype)
-
-
-@_combine_backward.register_fake
-def _(dout, y_RD, row_index_R, offsets_E, gates_R, dtype):
-    R, D = row_index_R.shape[0], dout.shape[1]
-    return dout.new_empty(R, D, dtype=dtype), dout.new_empty(0) if gates_R is None else gates_R.new_empty(R)
-
-
 def sum_rows_grad(
     dout: Tensor,
     y_RD: Tensor | None,
@@ -137,6 +119,15 @@ def sum_rows_grad(
     args = (dout, y, row_index_R.contiguous(), gates, offsets_E, dy_RD, dgates_R, R, D, offsets_E.shape[0])
     Launch("sums.sum_grad", args, constants, lambda _: -(-R // high)).run()
     return dy_RD, dgates_R
+
+
+_combine_backward = torch.library.custom_op("moesaic::triton_combine_backward", sum_rows_grad, mutates_args=())
+
+
+@_combine_backward.register_fake
+def _(dout, y_RD, row_index_R, offsets_E, gates_R, dtype):
+    R, D = row_index_R.shape[0], dout.shape[1]
+    return dout.new_empty(R, D, dtype=dtype), dout.new_empty(0) if gates_R is None else gates_R.new_empty(R)
 
 
 def _setup(ctx, inputs, output):

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import core
+from apps.messages import warn_once
 from apps.nlp import naive
 from apps.nlp.config import TransformerConfig
-from apps.nlp.decode import DecodeConfig, generate_ids, in_dtype, run, translate_ids
+from apps.nlp.decode import DecodeConfig, generate_ids, in_dtype, translate_ids
 from apps.nlp.decode.sampling import generator, sampling_probs
 from apps.nlp.decode.top import top_sums
 from apps.nlp.model import LanguageModel, TranslationModel
@@ -475,7 +476,7 @@ def test_training_s_capacity_is_none_of_decoding_s():
 def test_a_capacity_that_was_set_for_evaluation_holds_in_decoding_and_is_told_once(caplog):
     model, batch, config = transformer("own capacity"), sources([5, 9, 4, 7], 40), DecodeConfig(beam_size=3)
     before = capacities(model)
-    run._warn_once.cache_clear()
+    warn_once.cache_clear()
     limited = [translate_ids(model, batch, config) for _ in range(2)]
     (warning,) = caplog.messages
     assert warning.startswith("eval_capacity_factor=0.25 holds in decoding too: what comes out can depend on what else")

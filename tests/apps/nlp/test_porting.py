@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from published_shapes import MIXTRAL, T5
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -35,28 +36,7 @@ from apps.nlp.porting import (
 from apps.nlp.porting.parts import cut, joined, stacked
 from apps.nlp.subwords import BOS_ID, EOS_ID
 
-T5 = TransformerConfig(
-    "nano",
-    positions="relative",
-    norm="rms",
-    bias=False,
-    tie="inputs",
-    scale_embeddings=False,
-    attention_scale=1.0,
-    dropout=0.0,
-)
 NLLB = TransformerConfig("nano", position_offset=2, dropout=0.0)
-MIXTRAL = TransformerConfig(
-    "nano",
-    positions="rotary",
-    norm="rms",
-    bias=False,
-    tie="none",
-    scale_embeddings=False,
-    activation="silu",
-    gated=True,
-    dropout=0.0,
-)
 EXPERTS = core.MoEConfig(4, core.TokenChoice(top_k=1), core.FFN(128, "relu"))
 VOCAB = 30
 

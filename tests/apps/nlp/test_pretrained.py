@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import published_shapes
 import pytest
 import torch
 from copying import WORDS, write_copies
@@ -25,34 +26,17 @@ from apps.nlp.porting import config_of, load_pretrained, save_pretrained, subwor
 from apps.nlp.subwords import SubwordConfig
 from apps.nlp.text import TextData
 
-T5 = TransformerConfig(
+T5 = replace(
+    published_shapes.T5,
     dim=32,
     hidden_dim=48,
     num_heads=2,
     encoder_layers=2,
     decoder_layers=2,
-    positions="relative",
-    norm="rms",
-    bias=False,
+    tie="all",
     logits_scale=32**-0.5,
-    scale_embeddings=False,
-    attention_scale=1.0,
-    dropout=0.0,
 )
-MISTRAL = TransformerConfig(
-    dim=32,
-    hidden_dim=48,
-    num_heads=2,
-    decoder_layers=1,
-    positions="rotary",
-    norm="rms",
-    bias=False,
-    tie="none",
-    scale_embeddings=False,
-    activation="silu",
-    gated=True,
-    dropout=0.0,
-)
+MISTRAL = replace(published_shapes.MIXTRAL, dim=32, hidden_dim=48, num_heads=2, decoder_layers=1)
 EXPERTS = core.MoEConfig(4, core.TokenChoice(top_k=1), core.FFN(48, "relu"))
 SPARE = 5  # ids of the checkpoint past its pieces, as T5's sentinels
 T5_IDS = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
