@@ -166,7 +166,7 @@ def sentence_routes(sides: Sequence[Routes], num_experts: int, title: str) -> Fi
     rows = max(len(side.pieces) for side in sides)
     widths = [max(0.9, cell * len(side.experts)) for side in sides]
     labels = [0.095 * max(len(p) for p in side.pieces) + 0.25 for side in sides]
-    fig = new_figure(max(4.2, sum(widths) + sum(labels) + 0.7), 0.235 * rows + 1.2)
+    fig = new_figure(max(_title_width(title), sum(widths) + sum(labels) + 0.7), 0.235 * rows + 1.2)
     axes = fig.subplots(1, len(sides), squeeze=False, gridspec_kw={"width_ratios": widths})[0]
     for axis, side in zip(axes, sides, strict=True):
         _route_panel(axis, side, colors)
@@ -220,7 +220,9 @@ def attention_map(weights: np.ndarray, source: Sequence[str], target: Sequence[s
     names = [[drawn(p) for p in side] for side in (source, target)]
     wide = 0.09 * max(map(len, names[1]))
     high = 0.09 * max(map(len, names[0]))
-    fig = new_figure(max(4.2, 0.24 * len(source) + wide + 1.4), max(2.6, 0.24 * len(target) + high + 0.8))
+    fig = new_figure(
+        max(_title_width(title), 0.24 * len(source) + wide + 1.4), max(2.6, 0.24 * len(target) + high + 0.8)
+    )
     axis = fig.subplots()
     image = axis.imshow(100 * weights, aspect="equal", cmap="cividis", vmin=0.0, interpolation="nearest")
     axis.set_xticks(range(len(source)), names[0], rotation=90, fontsize=8.5, **_text())
@@ -230,6 +232,11 @@ def attention_map(weights: np.ndarray, source: Sequence[str], target: Sequence[s
     fig.colorbar(image, ax=axis, label="attention, %", pad=0.02, shrink=0.8)
     fig.suptitle(title, fontsize=10, **_text())
     return fig
+
+
+def _title_width(title: str) -> float:
+    """Inches that a figure has at least, for its title of 10 points to stand on one line."""
+    return max(4.2, 0.09 * len(title) + 0.2)
 
 
 def drawn(piece: str) -> str:

@@ -76,6 +76,17 @@ def test_numbers_are_left_out_where_there_is_no_room():
     assert [int(x) for x in axis.get_xticks()] == list(range(0, 64, 4))
 
 
+@pytest.mark.parametrize(
+    "title", ["en-de", "eng_Latn-deu_Latn, sentence 2047: experts of each subword, by falling gate"]
+)
+def test_a_title_stands_within_the_picture(title):
+    route = Routes("encoder layer", ("a", "b"), {"encoder 1": np.array([[0, 1], [1, 0]])})
+    for fig in (sentence_routes([route], 2, title), attention_map(np.ones((1, 1)), ["a"], ["b"], title)):
+        fig.draw_without_rendering()
+        box = fig._suptitle.get_window_extent()
+        assert 0 < box.x0 < box.x1 < fig.bbox.width
+
+
 # ---- one sentence
 
 
