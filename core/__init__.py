@@ -5,7 +5,7 @@ from .contract import DenseRouting, Entry, MergeRouting, Routing, RoutingContext
 from .experts import FFN, GEGLU, MLP, ExpertConfig, Experts, MLPExperts, SwiGLU
 from .flops import count_flops
 from .kernels import resolve_backend
-from .kernels.products import Linear, convert_linear, linear
+from .kernels.products import Linear, convert_linear, linear, packed
 from .layers import (
     AuxLosses,
     MergedMoE,
@@ -115,6 +115,7 @@ __all__ = [
     "domain_posterior",
     "linear",
     "moe_layers",
+    "packed",
     "record",
     "resolve_backend",
     "set_capacity_factor",

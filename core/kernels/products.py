@@ -8,13 +8,16 @@ its products of half precision, uses it wherever it is. One core of an AMD EPYC 
      20 x 128 x 256       56    45          its gradient of the weight      51   105
 
 So products of ``LEAST`` multiplications and more go to oneDNN there. It compiles a kernel for each new shape (0.5 ms)
-and keeps a thousand. ``torch.backends.mkldnn.flags(enabled=False)`` turns it off, as for all of torch. Both sum in
+and keeps a thousand. At each product it copies the weight to a layout of its own, which ``packed`` does once for many:
+5 x 512 x 10000 takes 0.13 ms in place of 0.52, on two cores, and 160 x 128 x 8000 0.69 in place of 0.78. ``torch.backends.mkldnn.flags(enabled=False)`` turns it off, as for all of torch. Both sum in
 float32; they differ by rounding.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,14 @@ from .transforms import is_transformed
 
 LEAST = 2**20
 """Multiplications of the smallest product that oneDNN is faster at: at 0.66 million both take as long."""
+LEAST_PACKED = 2**18
+"""The same where the weight is packed."""
+LEAST_WEIGHT = 2**18
+"""Numbers of the smallest weight that is packed, which takes as long as it saves in ten products of few rows."""
+MOST_PACKED = 2**28
+"""Numbers that are packed at once: copies of 1 GB."""
+
+_packed: dict[int, Tensor] = {}
 
 
 @functools.cache
@@ -49,7 +60,7 @@ def _is_for_onednn(x: Tensor, weight: Tensor, width: int) -> bool:
     """Whether it is to multiply ``x`` by a weight that leads to ``width`` numbers."""
     return (
         is_served_badly()
-        and x.numel() * width >= LEAST
+        and x.numel() * width >= (LEAST_PACKED if id(weight) in _packed else LEAST)
         and x.dtype == weight.dtype == torch.float32
         and x.device.type == weight.device.type == "cpu"
         and torch._C._get_mkldnn_enabled()
@@ -60,7 +71,7 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """(M, K) and (N, K) to (M, N), of any strides."""
     # It reads a bias as if its numbers stood side by side.
     bias = None if bias is None else bias.contiguous()
-    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, _packed.get(id(weight), weight), bias, "none", [], "")
     return y
 
 
@@ -112,6 +123,26 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         y: Tensor = _Linear.apply(x, weight, bias)
         return y
     return _onednn(x, weight, bias)
+
+
+@contextlib.contextmanager
+def packed(*weights: Tensor) -> Iterator[None]:
+    """Inside, ``linear`` keeps a copy of each of these (N, K) weights in oneDNN's layout, for many products of few rows.
+    They must not change meanwhile. Nothing happens where products are not oneDNN's, or a gradient is wanted."""
+    mine: dict[int, Tensor] = {}
+    room = 0 if torch.is_grad_enabled() or not is_served_badly() else MOST_PACKED
+    for weight in weights:
+        new = id(weight) not in _packed and id(weight) not in mine
+        suits = weight.dtype == torch.float32 and weight.device.type == "cpu"
+        if new and suits and LEAST_WEIGHT <= weight.numel() <= room:
+            room -= weight.numel()
+            mine[id(weight)] = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+    _packed.update(mine)
+    try:
+        yield
+    finally:
+        for number in mine:
+            del _packed[number]
 
 
 class Linear(nn.Linear):

@@ -221,7 +221,7 @@ class TokenChoiceRouter(PairRouter):
             best.gates_TK,
             scores_TE,
             logits_TE,
-            priority_T=best.scores_TE.amax(-1),
+            priority_T=None if noise_std is None else best.scores_TE.amax(-1),  # the losses' scores else
             noise_std=noise_std,
             threshold_TE=threshold_TE,
             sums=sums,

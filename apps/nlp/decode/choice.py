@@ -43,8 +43,6 @@ class Choice:
         """The same as plain values, by sentence, and whether any is tied: one wait for the device."""
         parts = [self.token_bk, self.parent_bk, self.score_bk, self.closed_score_bk, self.closed_parent_bk]
         if self.tied_b is not None:
-            parts.append(self.tied_b[:, None])
-        k = self.token_bk.shape[1]
-        rows = torch.cat([part.double() for part in parts], 1).tolist()
-        reports = [Report(*(row[i * k : (i + 1) * k] for i in range(5))) for row in rows]
-        return reports, self.tied_b is not None and any(row[-1] for row in rows)
+            parts.append(self.tied_b[:, None].expand_as(self.token_bk))
+        rows = torch.stack([part.double() for part in parts], 1).tolist()
+        return [Report(*row[:5]) for row in rows], self.tied_b is not None and any(row[5][0] for row in rows)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import core
 from apps.messages import warn_once
+from apps.nlp.layers import RMSNorm
 from apps.nlp.subwords import BOS_ID, PAD_ID
 
 from .config import DecodeConfig
@@ -128,11 +129,21 @@ def _evaluation(model: nn.Module, dtype: str | None = None) -> Iterator[Any]:
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.inference_mode(), dropless(model):
+        with torch.inference_mode(), dropless(model), core.packed(*_products(model)), contextlib.ExitStack() as stack:
+            for module in model.modules():
+                if isinstance(module, RMSNorm):
+                    stack.enter_context(module.steady())
             yield model
     finally:
         for module in training:
             module.training = True
+
+
+def _products(model: nn.Module) -> list[Tensor]:
+    """The weights by which each step multiplies a few rows."""
+    weights = [module.weight for module in model.modules() if isinstance(module, core.Linear)]
+    output = getattr(model, "output_weight", None)
+    return weights if output is None else [*weights, output]
 
 
 def _lengths(ids_BL: Tensor) -> list[int]:

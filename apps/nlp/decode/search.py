@@ -125,6 +125,7 @@ def search(
             reports, tied = choice.reports()
             if not tied:
                 break
+        del logits_RV, log_prob_bkV  # or the next step's would need memory beside them: pages that the system zeroes
         for sentence, report in zip(waiting, reports, strict=True):
             if step >= sentence.start and not sentence.done:
                 sentence.advance(report, config)
@@ -179,10 +180,10 @@ def _restrict(log_prob_bkV: Tensor, sentences: Sequence[Sentence], step: int, co
     if too_short:
         at = slice(None) if len(too_short) == len(sentences) else too_short
         log_prob_bkV[at, :, EOS_ID] = -math.inf
-    if too_long:
-        end_bk = log_prob_bkV[too_long, :, EOS_ID]
-        log_prob_bkV[too_long] = -math.inf
-        log_prob_bkV[too_long, :, EOS_ID] = end_bk
+    for place in too_long:
+        log_prob_kV = log_prob_bkV[place]
+        end_k = log_prob_kV[:, EOS_ID].clone()
+        log_prob_kV.fill_(-math.inf)[:, EOS_ID] = end_k
 
 
 def _read_prompts(choice: Choice, sentences: Sequence[Sentence], step: int, method: str) -> None:

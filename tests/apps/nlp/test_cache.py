@@ -56,6 +56,13 @@ class Search:
         token_R = torch.randint(4, VOCAB, (len(self.read_RT), 1), generator=self.random)
         self.read_RT = torch.cat((self.read_RT, token_R), 1)
 
+    def expand(self, copies):
+        """Rows of their own for each copy, whose last tokens differ."""
+        assert self.cache.expand(copies) is self.cache
+        self.sentence_R = self.sentence_R.repeat_interleave(copies)
+        self.read_RT = self.read_RT.repeat_interleave(copies, 0)
+        self.read_RT[:, -1] = torch.randint(4, VOCAB, (len(self.read_RT),), generator=self.random)
+
     def reordered(self, sentences):
         """Random rows of these sentences, in groups."""
         K = self.cache.copies
@@ -139,10 +146,7 @@ def test_one_row_a_sentence_becomes_several(kind):
     for _ in range(2):
         search.check()
         search.go_on()
-    assert search.cache.expand(3) is search.cache
-    search.sentence_R = search.sentence_R.repeat_interleave(3)
-    search.read_RT = search.read_RT.repeat_interleave(3, 0)
-    search.read_RT[:, -1] = torch.randint(4, VOCAB, (12,), generator=search.random)
+    search.expand(3)
     for _ in range(3):
         search.check()
         search.go_on(search.reordered([0, 1, 2, 3]))
@@ -153,12 +157,19 @@ def test_one_row_a_sentence_becomes_several(kind):
 
 
 def test_what_was_never_written_is_never_read():
-    # Room that is not used yet may hold NaN.
-    search = Search(build(), copies=3, capacity=8)
+    # Memory is not cleared where each sentence has as many slots, and is where it has not.
+    search = Search(build(), copies=1, capacity=9)
     search.cache.store.fill_(float("nan"))
-    for _ in range(3):
+    for _ in range(2):
+        search.check()
+        search.go_on()
+    search.cache.store[:, :, :, 2:] = float("nan")
+    search.expand(3)
+    for _ in range(4):
         search.check()
         search.go_on(search.reordered([0, 1, 2, 3]))
+    store = torch.full((1, 2, 4, 3, 1), float("nan"))
+    assert not Cache(store, num_kv_heads=1, group=1, copies=2).store.any()
 
 
 def test_a_language_models_cache_has_no_memory():
@@ -175,6 +186,21 @@ def test_a_language_models_cache_has_no_memory():
     assert_close(model.step(read_RT[:, 2], cache), model(read_RT)[:, 2])
 
 
+def test_a_slot_is_given_away_when_no_copy_goes_on_from_it():
+    cache = Cache(torch.zeros(1, 2, 2, 4, 1), num_kv_heads=1, group=1, copies=2)  # 2 sentences of 2 copies
+    slots = []
+    for step, parents in enumerate(([0, 1, 2, 3], [0, 0, 2, 3], [1, 0, 3, 2])):
+        cache.append()
+        cache.length += 1
+        slots.append([cache._slot_NKT[..., : step + 1].tolist(), cache.extent])
+        cache.select(torch.tensor(parents))
+    assert slots[0] == [[[[0], [1]], [[0], [1]]], 2]
+    assert slots[1] == [[[[0, 2], [1, 3]], [[0, 2], [1, 3]]], 4]
+    # The first sentence's copies both go on from slots 0 and 2, so that 1 and 3 are free; the second's need all four.
+    assert slots[2] == [[[[0, 2, 1], [0, 2, 3]], [[0, 2, 4], [1, 3, 5]]], 6]
+    assert cache.store.shape[3] == 6
+
+
 def test_copies_are_at_least_one():
     model = build()
     with pytest.raises(ValueError, match="copies=0 must be at least 1"):
@@ -184,6 +210,6 @@ def test_copies_are_at_least_one():
 
 
 def test_a_cache_is_as_long_as_its_rows():
-    store = torch.empty(1, 2, 4 * 2, 3, 5, 1)
-    cache = Cache(store, num_kv_heads=2, group=1)
+    store = torch.empty(1, 2, 4 * 2, 3, 1)
+    cache = Cache(store, num_kv_heads=2, group=1, copies=5)
     assert (len(cache), cache.num_sentences, cache.copies, cache.length) == (20, 4, 5, 0)
