@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .transforms import is_transformed
+from .transforms import is_traced
 
 LEAST = 2**20
 """Multiplications of the smallest product that oneDNN is faster at: at 0.66 million both take as long."""
@@ -112,11 +112,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     if (
         torch.is_autocast_enabled("cpu")
-        or is_transformed()
-        or torch.jit.is_tracing()
+        or is_traced(x, weight, bias)
         or not (weight.ndim == 2 and x.shape[-1] == weight.shape[1])  # torch says what is wrong
         or not (bias is None or bias.shape == weight.shape[:1])
-        or not all(type(t) in (Tensor, nn.Parameter) for t in (x, weight, bias) if t is not None)
     ):
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):

@@ -7,7 +7,7 @@ A custom op has a backward of its own and nothing else: ``torch.func.jvp`` of on
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 
@@ -15,6 +15,21 @@ def is_transformed() -> bool:
     """Whether a transform of ``torch.func`` or forward-mode differentiation is under way."""
     # Not peek_interpreter_stack(), which is never None to torch.compile.
     return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
+
+
+def is_traced(*tensors: Tensor | None) -> bool:
+    """Whether a transform, a tracer or tensors of a kind of their own need to see torch's operations."""
+    return (
+        is_transformed()
+        or torch.jit.is_tracing()
+        or not all(type(t) in (Tensor, nn.Parameter) for t in tensors if t is not None)
+    )
+
+
+def is_watched(*tensors: Tensor | None) -> bool:
+    """Whether anything sees which operations run: what ``is_traced`` asks for, a compiler, or a mode such as a FLOP
+    counter."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or is_traced(*tensors)
 
 
 def check_not_mapped(ids: Tensor) -> None:

@@ -168,6 +168,36 @@ def test_flops_are_counted_alike(badly_served, monkeypatch):
     assert by_onednn == core.count_flops(lambda: core.linear(x, weight).sum().backward()) == 3 * 2 * 128 * 64 * 256
 
 
+@needs_onednn
+def test_a_packed_weight_gives_the_same_products(badly_served, monkeypatch):
+    monkeypatch.setattr(products, "LEAST_WEIGHT", 100 * 60)
+    monkeypatch.setattr(products, "LEAST_PACKED", 1)
+    layer, small, other = core.Linear(60, 100), torch.randn(99, 60), torch.randn(100, 60)
+    x = torch.randn(7, 60)
+    with torch.no_grad(), core.packed(layer.weight, layer.weight, small, other.double()):
+        assert list(products._packed) == [id(layer.weight)]
+        assert count(lambda: layer(x)) == 1  # too small for it where it is not packed
+        assert count(lambda: core.linear(x, small)) == 0
+        torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
+        with core.packed(layer.weight, other):
+            assert list(products._packed) == [id(layer.weight), id(other)]
+        assert list(products._packed) == [id(layer.weight)]  # who packed it unpacks it
+        torch.testing.assert_close(layer(x[:0]), torch.empty(0, 100))
+    assert not products._packed
+    assert count(lambda: layer(x)) == 0
+    with core.packed(layer.weight):  # with gradients, an optimizer may write to it
+        assert not products._packed
+
+
+@needs_onednn
+def test_what_is_packed_is_bounded(badly_served, monkeypatch):
+    monkeypatch.setattr(products, "LEAST_WEIGHT", 1)
+    monkeypatch.setattr(products, "MOST_PACKED", 100)
+    weights = [torch.randn(rows, 10) for rows in (6, 5, 4)]
+    with torch.no_grad(), core.packed(*weights):
+        assert list(products._packed) == [id(weights[0]), id(weights[2])]
+
+
 def test_converted_layers_keep_parameters_and_names():
     model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Sequential(nn.Linear(3, 2, bias=False)))
     state, x = copy.deepcopy(model.state_dict()), torch.randn(5, 4)

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
 @dataclass
 class Report:
-    """A sentence's part of a ``Choice``, k values each."""
+    """A ``Choice`` of b sentences off the device: float64 (b, k) arrays, and what most steps ask for alone.
 
-    token: list[float]
-    parent: list[float]
-    score: list[float]
-    closed_score: list[float]
-    closed_parent: list[float]
+    Attributes:
+        token, parent, score, closed_score, closed_parent: as in ``Choice``.
+        best: each sentence's largest ``score``.
+        ends: whether any hypothesis of a sentence ends.
+        tied: whether any sentence's choice is tied.
+    """
+
+    token: NDArray[np.float64]
+    parent: NDArray[np.float64]
+    score: NDArray[np.float64]
+    closed_score: NDArray[np.float64]
+    closed_parent: NDArray[np.float64]
+    best: list[float]
+    ends: list[bool]
+    tied: bool
 
 
 @dataclass
@@ -39,10 +52,14 @@ class Choice:
     closed_parent_bk: Tensor
     tied_b: Tensor | None = None
 
-    def reports(self) -> tuple[list[Report], bool]:
-        """The same as plain values, by sentence, and whether any is tied: one wait for the device."""
+    def report(self) -> Report:
+        """The same off the device: one wait for it."""
         parts = [self.token_bk, self.parent_bk, self.score_bk, self.closed_score_bk, self.closed_parent_bk]
         if self.tied_b is not None:
             parts.append(self.tied_b[:, None].expand_as(self.token_bk))
-        rows = torch.stack([part.double() for part in parts], 1).tolist()
-        return [Report(*row[:5]) for row in rows], self.tied_b is not None and any(row[5][0] for row in rows)
+        token, parent, score, closed_score, closed_parent, *tied = torch.stack([p.double() for p in parts]).cpu().numpy()
+        ends = (closed_score > -math.inf).any(1)
+        best = score.max(1).tolist()
+        return Report(
+            token, parent, score, closed_score, closed_parent, best, ends.tolist(), any(t.any() for t in tied)
+        )

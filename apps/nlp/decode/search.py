@@ -44,14 +44,14 @@ class Sentence:
     Attributes:
         prompt: ids that its hypotheses begin with.
         limit: ids it may have before its end.
-        steps: of each step from the first choice on, the chosen ids and the rows they go on from.
+        steps: of each step from the first choice on, what was chosen, and the sentence's place in it.
         finished: scores and ids of its finished hypotheses, in the order they were.
         done: nothing more is asked of it.
     """
 
     prompt: list[int]
     limit: int
-    steps: list[tuple[list[float], list[float]]] = field(default_factory=list)
+    steps: list[tuple[Report, int]] = field(default_factory=list)
     finished: list[tuple[float, list[int]]] = field(default_factory=list)
     done: bool = False
 
@@ -63,19 +63,21 @@ class Sentence:
     def ids(self, row: int) -> list[int]:
         """The ids that lead to a row, without the prompt."""
         found = []
-        for ids, parents in reversed(self.steps):
-            found.append(int(ids[row]))
-            row = int(parents[row])
+        for report, place in reversed(self.steps):
+            found.append(int(report.token[place, row]))
+            row = int(report.parent[place, row])
         return found[::-1]
 
-    def advance(self, report: Report, config: DecodeConfig) -> None:
-        """Take in what a step chose."""
+    def advance(self, report: Report, place: int, config: DecodeConfig) -> None:
+        """Take in what a step chose; ``place`` is the sentence's in it."""
         num_ids = len(self.steps)
-        for log_prob, parent in zip(report.closed_score, report.closed_parent, strict=True):
-            if log_prob > -math.inf:
-                self.finished.append((config.score(log_prob, num_ids), self.ids(int(parent))))
-        self.steps.append((report.token, report.parent))
-        best_open = max(report.score)
+        if report.ends[place]:
+            closed = zip(report.closed_score[place].tolist(), report.closed_parent[place].tolist(), strict=True)
+            for log_prob, parent in closed:
+                if log_prob > -math.inf:
+                    self.finished.append((config.score(log_prob, num_ids), self.ids(int(parent))))
+        self.steps.append((report, place))
+        best_open = report.best[place]
         self.done = len(self.finished) >= config.width or num_ids >= self.limit or not best_open > -math.inf
         if not self.done and len(self.finished) >= config.num_best:
             worst = sorted((score for score, _ in self.finished), reverse=True)[config.num_best - 1]
@@ -122,13 +124,13 @@ def search(
             else:
                 choice = ranked(log_prob_bkV, score_bk, k, exact)
             _read_prompts(choice, waiting, step, config.method)
-            reports, tied = choice.reports()
-            if not tied:
+            report = choice.report()
+            if not report.tied:
                 break
         del logits_RV, log_prob_bkV  # or the next step's would need memory beside them: pages that the system zeroes
-        for sentence, report in zip(waiting, reports, strict=True):
+        for place, sentence in enumerate(waiting):
             if step >= sentence.start and not sentence.done:
-                sentence.advance(report, config)
+                sentence.advance(report, place, config)
         if all(s.done for s in waiting):
             break
 

@@ -7,6 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from apps.nlp.attention import CrossAttention, Mask, SelfAttention, attend, key_bias, padding_mask, self_mask
+from apps.nlp.cache import Cache
 from apps.nlp.config import TransformerConfig
 from apps.nlp.positions import RelativeBias, rotate, rotations
 
@@ -137,11 +138,15 @@ def test_a_step_is_the_last_position_of_the_sequence(kv_heads, rotary):
     turns = rotations(0, 5, 2, 10.0, x_BLD) if rotary else None
     mask = self_mask(x_BLD, 4, valid_BL=None, causal=True, relative_HLL=relative(5))
     expected = attention(x_BLD, mask, turns)
-    store = torch.full((2, 3 * kv_heads, 5, 1, 2), math.nan, dtype=torch.float64)
+    store = torch.full((2, 2, 3 * kv_heads, 5, 2), math.nan, dtype=torch.float64)
+    cache = Cache(store, kv_heads, 4 // kv_heads)
     for t in range(5):
+        cache.append()
         bias = relative.last(t + 1).unflatten(0, (kv_heads, -1)).repeat(3, 1, 1)
-        y_RD = attention.step(x_BLD[:, t], store, t, bias, None if turns is None else turns[:, t : t + 1])
+        y_RD = attention.step(x_BLD[:, t], cache, 1, bias, None if turns is None else turns[:, t : t + 1])
         assert_close(y_RD, expected[:, t])
+        cache.length += 1
+    assert store[0].isnan().all()  # another layer's
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])
