@@ -54,7 +54,8 @@ class RMSNorm(nn.RMSNorm):
     def steady(self) -> Iterator[None]:
         """Inside, without gradients, the weight does not change."""
         weight, dim = self.weight, self.normalized_shape[0]
-        if not torch.is_grad_enabled() and weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64):
+        is_full = weight.dtype in (torch.float32, torch.float64)
+        if is_full and weight.device.type == "cpu" and not torch.is_grad_enabled():
             least = torch.tensor((dim * (self.eps or 0.0)) ** 0.5, dtype=weight.dtype)
             self._scaled = weight.detach() * dim**0.5, least
         try:

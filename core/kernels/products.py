@@ -9,8 +9,9 @@ its products of half precision, uses it wherever it is. One core of an AMD EPYC 
 
 So products of ``LEAST`` multiplications and more go to oneDNN there. It compiles a kernel for each new shape (0.5 ms)
 and keeps a thousand. At each product it copies the weight to a layout of its own, which ``packed`` does once for many:
-5 x 512 x 10000 takes 0.13 ms in place of 0.52, on two cores, and 160 x 128 x 8000 0.69 in place of 0.78. ``torch.backends.mkldnn.flags(enabled=False)`` turns it off, as for all of torch. Both sum in
-float32; they differ by rounding.
+5 x 512 x 10000 takes 0.13 ms in place of 0.52, on two cores, and 160 x 128 x 8000 0.69 in place of 0.78.
+``torch.backends.mkldnn.flags(enabled=False)`` turns it off, as for all of torch. Both sum in float32; they differ by
+rounding.
 """
 
 from __future__ import annotations
@@ -125,8 +126,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 @contextlib.contextmanager
 def packed(*weights: Tensor) -> Iterator[None]:
-    """Inside, ``linear`` keeps a copy of each of these (N, K) weights in oneDNN's layout, for many products of few rows.
-    They must not change meanwhile. Nothing happens where products are not oneDNN's, or a gradient is wanted."""
+    """Inside, ``linear`` keeps a copy of each of these (N, K) weights in oneDNN's layout, for many products of few
+    rows: of those that gain by it, up to 1 GB. They must not change meanwhile. Nothing happens where products are not
+    oneDNN's, or gradients are on."""
     mine: dict[int, Tensor] = {}
     room = 0 if torch.is_grad_enabled() or not is_served_badly() else MOST_PACKED
     for weight in weights:

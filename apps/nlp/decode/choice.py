@@ -57,9 +57,7 @@ class Choice:
         parts = [self.token_bk, self.parent_bk, self.score_bk, self.closed_score_bk, self.closed_parent_bk]
         if self.tied_b is not None:
             parts.append(self.tied_b[:, None].expand_as(self.token_bk))
-        token, parent, score, closed_score, closed_parent, *tied = torch.stack([p.double() for p in parts]).cpu().numpy()
-        ends = (closed_score > -math.inf).any(1)
-        best = score.max(1).tolist()
-        return Report(
-            token, parent, score, closed_score, closed_parent, best, ends.tolist(), any(t.any() for t in tied)
-        )
+        values = torch.stack([part.double() for part in parts]).cpu().numpy()
+        token, parent, score, closed_score, closed_parent = values[:5]
+        best, ends = score.max(1).tolist(), (closed_score > -math.inf).any(1).tolist()
+        return Report(token, parent, score, closed_score, closed_parent, best, ends, bool(values[5:].any()))
