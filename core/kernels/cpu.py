@@ -13,20 +13,19 @@ Decisions, each measured at T=4096, D=512 on 2 cores with ``benchmarks/layer.py`
 - The gate's gradient comes from the activation side, ``<dy w_out^T, h> + <dy, b_out>`` (arXiv 2512.14080, section 3),
   so only ``x`` and the pre-activations are kept.
 - With few rows, as in a step of decoding, kernel starts are what counts: gather, activation, gate and sum are done once
-  for all experts, and where loads are even enough one padded product is, too. 160 rows, D=128, F=256, forward, one
-  core: 0.35 against 0.46 ms at E=8, 2.2 against 3.1 ms at E=64 by the loop alone.
+  for all experts, and the products of all experts of very few rows (``_light``). Experts padded to equal counts in one
+  ``bmm`` were slower than that, E=64, and slower than a loop where one expert takes half of the rows.
 - A token's rows are summed in float32, block by block from cache; in half precision the gate rides on the conversion.
   Writing all rows out and summing them with ``embedding_bag`` was slower: 33 MB of fresh pages cost 20 ms.
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
-import math
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import eager, grouped
@@ -39,12 +38,23 @@ BLOCK = 512
 TILE = 32
 FEW = 2**18
 """Numbers that the hidden layer of all rows may have to be computed at once: 1 MB, which stays in cache."""
-PADDED = 0.75
-"""One batched product takes the place of a loop over E experts where it computes up to this times log2(E) times as many
-rows as there are: the loop costs a start for each expert. D=128, F=256, two threads, over the time of the loop:
 
-    E=8, 160 rows: 1.4 times as many rows 0.68, 2.7 times 0.94, 4 times 1.4    E=64: 2.4 times 0.44, 4.4 times 0.80
-"""
+
+def _light(size: int) -> int:
+    """Rows up to which an expert of matrices of ``size`` numbers is light.
+
+    Without a gradient its products are sums of its matrix's rows, weighted by a token's numbers, which
+    ``embedding_bag`` computes for all light experts in one call, on all cores. A product by torch's own library starts
+    for each expert, and few rows run on one core. Microseconds an expert, by a loop and in a bag of 12 experts, on two
+    cores of an AMD EPYC:
+
+        rows          1           4           8           12          16          24
+        128 x 256     4.6  1.8    10   3.2    10   5.0    13   7.0    13   8.7    15   12
+        512 x 2048    182  77     351  173    405  262    423  357    477  442    558  619
+    """
+    if is_served_badly():
+        return 24 if size <= 2**16 else 16
+    return 4 if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") else 0
 
 
 def supports(device: torch.device, dtype: torch.dtype) -> bool:
@@ -203,18 +213,47 @@ def _has_few(offsets_E: Tensor, width: int) -> bool:
     return not len(offsets_E) or int(offsets_E[-1]) * width <= FEW
 
 
-def _looped(counts: dict[int, int], rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``rows_e w_e + b_e`` of rows that stand expert by expert: ``counts`` of those that have any."""
-    out = rows.new_empty(rows.shape[0], weight.shape[-1])
-    lengths = list(counts.values())
-    for e, rows_e, out_e in zip(counts, rows.split(lengths), out.split(lengths), strict=True):
-        mm(rows_e, weight[e], bias=None if bias is None else bias[e], out=out_e)
-    return out
+class _Split:
+    """The experts of few rows, light ones before the others, each expert's rows side by side.
 
+    Attributes:
+        light_n: int64 (n,), the expert of each row of a light one, which come first.
+        heavy: rows of each other expert that has any.
+        order_r: int64 (r,), which of the rows in the order of the experts each row is; None: as they stand.
+    """
 
-def _batched(rows_EmD: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The same of as many rows an expert."""
-    return torch.bmm(rows_EmD, weight) if bias is None else torch.baddbmm(bias.unsqueeze(1), rows_EmD, weight)
+    def __init__(self, offsets_E: Tensor, light: int) -> None:
+        ends = offsets_E.tolist()
+        counts = [end - start for start, end in itertools.pairwise([0, *ends])]
+        self.num_rows = ends[-1] if ends else 0
+        few = [e for e, count in enumerate(counts) if 0 < count <= light]
+        if len(few) == 1:
+            few = []  # one product is as fast
+        self.heavy = {e: count for e, count in enumerate(counts) if count and (count > light or not few)}
+        self.light_n = torch.tensor([e for e in few for _ in range(counts[e])], dtype=torch.int64)
+        self.order_r = None
+        if few and self.heavy:
+            parts = [range(ends[e] - counts[e], ends[e]) for e in (*few, *self.heavy)]
+            self.order_r = torch.tensor([*itertools.chain.from_iterable(parts)])
+
+    def linear(self, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """``rows_e w_e + b_e``, (r, D) to (r, F)."""
+        n, D = len(self.light_n), weight.shape[1]
+        bags = None
+        if n:
+            index_nD = self.light_n[:, None] * D + torch.arange(D)
+            bags = F.embedding_bag(index_nD, weight.flatten(0, 1), mode="sum", per_sample_weights=rows[:n])
+            if bias is not None:
+                bags.add_(bias.index_select(0, self.light_n))
+            if not self.heavy:
+                return bags
+        out = rows.new_empty(rows.shape[0], weight.shape[-1])
+        if bags is not None:
+            out[:n] = bags
+        counts = list(self.heavy.values())
+        for e, rows_e, out_e in zip(self.heavy, rows[n:].split(counts), out[n:].split(counts), strict=True):
+            mm(rows_e, weight[e], bias=None if bias is None else bias[e], out=out_e)
+        return out
 
 
 def _few_rows(
@@ -230,30 +269,21 @@ def _few_rows(
     activation: str,
 ) -> Tensor:
     """The same, layer by layer, and in a layer expert by expert."""
-    act, ends = ACTIVATIONS[activation], [0, *offsets_E.tolist()]
-    counts = [end - start for start, end in itertools.pairwise(ends)]
-    index_r = None if row_index_R is None else row_index_R[: ends[-1]]
-    most = max(counts, default=0)
-    most_rows = min(PADDED * math.log2(max(len(counts), 1)) * ends[-1], FEW / max(w_in.shape[-1], x.shape[-1]))
-    padded = 0 < len(counts) * most <= most_rows
-    if padded:
-        # Experts side by side, each with as many rows as the fullest: the rows after its own are others', and not read.
-        place_m = torch.arange(most, device=x.device)
-        start_E1 = torch.tensor(ends[:-1], device=x.device)[:, None]
-        real_Em = place_m < torch.tensor(counts, device=x.device)[:, None]
-        row_N = (start_E1 + place_m).clamp_(max=ends[-1] - 1).flatten()
-        rows = x.index_select(0, row_N if index_r is None else index_r[row_N]).view(len(counts), most, -1)
-        product = _batched
-    else:
-        rows = x[: ends[-1]] if index_r is None else x.index_select(0, index_r)
-        product = functools.partial(_looped, {e: count for e, count in enumerate(counts) if count})
-    a = product(rows, w_in, b_in)
-    h = act(a) if w_gate is None else act(product(rows, w_gate, None)).mul_(a)
-    y_rD = product(h, w_out, b_out)
-    y_rD = (y_rD[real_Em] if padded else y_rD).mul_(gates_R[: ends[-1], None])
+    act = ACTIVATIONS[activation]
+    plain = x.dtype == torch.float32 and all(w is None or w.is_contiguous() for w in (w_in, w_out, w_gate))
+    split = _Split(offsets_E, _light(w_in[:1].numel()) if plain else 0)
+    order_r, gates_r = split.order_r, gates_R[: split.num_rows]
+    index_r = order_r if row_index_R is None else row_index_R[: split.num_rows]
+    if order_r is not None:
+        gates_r = gates_r[order_r]
+        index_r = order_r if row_index_R is None else row_index_R[order_r]
+    rows = x[: split.num_rows] if index_r is None else x.index_select(0, index_r)
+    a = split.linear(rows, w_in, b_in)
+    h = act(a) if w_gate is None else act(split.linear(rows, w_gate, None)).mul_(a)
+    y_rD = split.linear(h, w_out, b_out).mul_(gates_r[:, None])
     y = y_rD.new_zeros(x.shape[0], y_rD.shape[-1])
     if index_r is None:
-        y[: ends[-1]] = y_rD
+        y[: split.num_rows] = y_rD
         return y
     return y.index_add_(0, index_r, y_rD)
 
