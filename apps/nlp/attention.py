@@ -94,7 +94,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dropout: f
     """``softmax(scale q k^T + bias) v`` of (B, H, L, d) queries, (B, H, S, d) keys and values."""
     B, H, L, d = q.shape
     with torch.autocast(q.device.type, enabled=False):
-        if _is_fused(q, mask, dropout):
+        if _is_fused(q, k, mask, dropout):
             bias = mask.bias
             if bias is not None:
                 bias = bias.unsqueeze(0) if len(bias) == 1 else bias.unflatten(0, (B, H))
@@ -114,19 +114,22 @@ _FEW_SCORES = 2**17
 76 and 226 us in place of 218 and 376, but 2.4 ms in place of 1.3 at 40 positions of twice as many."""
 
 
-def _is_fused(q: Tensor, mask: Mask, dropout: float) -> bool:
+def _is_fused(q: Tensor, k: Tensor, mask: Mask, dropout: float) -> bool:
     """Whether torch's fused attention is the faster one.
 
     On a CPU in bfloat16 it is not: forward and backward at B=64, H=4, d=32 and 16, 24, 40 positions took 10.4, 12.4,
     24.2 ms of one core, and explicit products 1.0, 1.6, 3.3 ms. In float32 it was 3.1, 5.4, 12.2 ms against 3.0, 6.8,
-    9.7 ms, and it keeps no weights, which long texts feel. Where it would fall back on explicit products of its own, so
-    do we.
+    9.7 ms, and it keeps no weights, which long texts feel. Without gradients it is slower up to ``_FEW_SCORES``. Where
+    it would fall back on explicit products of its own, so do we.
     """
     if q.is_cuda:
         return True
     learned = mask.bias is not None and mask.bias.requires_grad
-    if not torch.is_grad_enabled() and q[..., 0].numel() * q.shape[2] <= _FEW_SCORES:
-        return False
+    # A compiled graph must not depend on how many there are.
+    if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        B, H, L, _ = q.shape
+        if B * H * L * k.shape[2] <= _FEW_SCORES:
+            return False
     return q.dtype in (torch.float32, torch.float64) and not learned and not dropout
 
 

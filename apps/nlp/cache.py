@@ -67,7 +67,7 @@ class Cache:
         self.store, self.memory, self.memory_bias = store, memory, memory_bias
         self.num_kv_heads, self.group, self.copies = num_kv_heads, group, copies
         self.task_ids_R, self.domain_ids_R = task_ids_R, domain_ids_R
-        self.length = self.extent = 0
+        self.length = self.extent = self._most = 0
         self.relative_HT: Tensor | None = None
         # The slot of each position of a row's past. With one copy a sentence it is the position.
         self._slot_NKT = torch.zeros(self.num_sentences, copies, store.shape[3], dtype=torch.int64, device=store.device)
@@ -99,8 +99,12 @@ class Cache:
             slot_NK.fill_(self.length)
             self.extent = self.length + 1
         else:
-            slot_NK.copy_(self._free_slots())
-            self.extent = int(self._slot_NKT[:, :, : self.length + 1].max()) + 1
+            free_NK = self._free_slots()
+            slot_NK.copy_(free_NK)
+            # Fake tensors have no numbers; no slot is further away than this.
+            seen = type(free_NK) is Tensor and not torch.compiler.is_compiling()
+            self.extent = int(self._slot_NKT[:, :, : self.length + 1].max()) + 1 if seen else self.extent + K
+        self._most = max(self._most, self.extent)
         if self.extent > self.store.shape[3]:
             more = max(self.extent - self.store.shape[3], self.store.shape[3] // 2)
             shape = self.store.shape
@@ -123,7 +127,7 @@ class Cache:
             keys and values of all slots, (N * Hkv, S, d) each.
         """
         store = self.store[layer]
-        store[self._place] = new_R2Hd
+        store[self._place] = new_R2Hd.to(store.dtype)
         keys, values = store[:, :, : self.extent]
         return keys, values
 
@@ -199,6 +203,7 @@ class Cache:
             for to, of in enumerate(kept):
                 if to != of:
                     store[:, :, to, :, : self.extent] = store[:, :, of, :, : self.extent]
+                    store[:, :, to, :, self.extent : self._most] = 0.0  # what was there need not be finite
                     if self.memory is not None:
                         self.memory[:, :, to] = self.memory[:, :, of]
             store = store[:, :, : len(kept)]
@@ -225,7 +230,7 @@ class Cache:
         if self.memory_bias is not None:
             self.memory_bias = self.memory_bias.unflatten(0, (N, Hkv)).index_select(0, sentence_R).flatten(0, 1)
         self.task_ids_R, self.domain_ids_R = _select(self.task_ids_R, index), _select(self.domain_ids_R, index)
-        self.copies, self.extent = 1, T
+        self.copies, self.extent, self._most = 1, T, T
         self._slot_NKT = torch.arange(T, device=index.device).expand(len(index), 1, T).clone()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -57,11 +58,17 @@ class RMSNorm(nn.RMSNorm):
         is_full = weight.dtype in (torch.float32, torch.float64)
         if is_full and weight.device.type == "cpu" and not torch.is_grad_enabled():
             least = torch.tensor((dim * (self.eps or 0.0)) ** 0.5, dtype=weight.dtype)
-            self._scaled = weight.detach() * dim**0.5, least
+            before, self._scaled = self._scaled, (weight.detach() * dim**0.5, least)
+        else:
+            before = self._scaled
         try:
             yield
         finally:
-            self._scaled = None
+            self._scaled = before
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy or pickle taken inside has its own weight, which may change.
+        return {**self.__dict__, "_scaled": None}
 
 
 class FeedForward(nn.Module):
@@ -247,8 +254,9 @@ class Stack(nn.Module):
             cache.relative_HT = self.relative.last(2 * (t + 1))
         bias = cache.self_bias(product_dtype(x_RD))
         turns = self._rotations(t, 1, x_RD)
-        # Whether there is padding costs a CPU a look, and a GPU a wait.
-        real = not valid_R.is_cuda and bool(valid_R.all())
+        # Whether there is padding costs a CPU a look, another device a wait, and a fake tensor does not know.
+        seen = valid_R.device.type == "cpu" and type(valid_R) is Tensor and not torch.compiler.is_compiling()
+        real = seen and bool(valid_R.all())
         context = core.RoutingContext(
             valid_BS=None if real else valid_R[:, None],
             token_ids_BS=token_R[:, None],

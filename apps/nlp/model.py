@@ -57,6 +57,12 @@ class _Decoding(nn.Module):
         scale = self.config.logits_scale
         return core.linear(h if scale == 1.0 else h * scale, self.output_weight)
 
+    def step_weights(self) -> list[Tensor]:
+        """The (N, K) weights by which every step multiplies its rows, experts' and gates' aside."""
+        once = [layer.cross_attn.kv for layer in self.decoder.layers if layer.cross_attn is not None]
+        linear = [m for m in self.decoder.modules() if isinstance(m, core.Linear) and not any(m is kv for kv in once)]
+        return [*(module.weight for module in linear), self.output_weight]
+
     def check_steps(self) -> None:
         """Refuse a router of the decoder that decides otherwise step by step than in the whole sequence.
 
@@ -270,7 +276,7 @@ class TranslationModel(_Decoding):
         Args:
             memory: of B sentences.
             copies: rows a sentence: row ``b * copies + k`` belongs to sentence b.
-            capacity: positions to make room for; more are made as they come.
+            capacity: slots of a sentence to make room for, one a position and copy at most; more are made as they come.
 
         Raises:
             ValueError: as ``check_steps``.

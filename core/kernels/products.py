@@ -18,7 +18,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,18 @@ LEAST_WEIGHT = 2**18
 MOST_PACKED = 2**28
 """Numbers that are packed at once: copies of 1 GB."""
 
-_packed: dict[int, Tensor] = {}
+
+@dataclass
+class _Packed:
+    """A weight, which is kept alive so that no other gets its ``id``, and its copy."""
+
+    weight: Tensor
+    copy: Tensor
+    users: int = 0
+
+
+_packed: dict[int, _Packed] = {}
+_lock = threading.Lock()
 
 
 @functools.cache
@@ -72,7 +85,9 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """(M, K) and (N, K) to (M, N), of any strides."""
     # It reads a bias as if its numbers stood side by side.
     bias = None if bias is None else bias.contiguous()
-    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, _packed.get(id(weight), weight), bias, "none", [], "")
+    entry = _packed.get(id(weight))
+    weight = weight if entry is None else entry.copy
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return y
 
 
@@ -128,21 +143,34 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def packed(*weights: Tensor) -> Iterator[None]:
     """Inside, ``linear`` keeps a copy of each of these (N, K) weights in oneDNN's layout, for many products of few
     rows: of those that gain by it, up to 1 GB. They must not change meanwhile. Nothing happens where products are not
-    oneDNN's, or gradients are on."""
-    mine: dict[int, Tensor] = {}
-    room = 0 if torch.is_grad_enabled() or not is_served_badly() else MOST_PACKED
-    for weight in weights:
-        new = id(weight) not in _packed and id(weight) not in mine
-        suits = weight.dtype == torch.float32 and weight.device.type == "cpu"
-        if new and suits and LEAST_WEIGHT <= weight.numel() <= room:
-            room -= weight.numel()
-            mine[id(weight)] = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
-    _packed.update(mine)
+    oneDNN's, or gradients are on. Several threads may be inside, with the same weights too."""
+    wanted = {} if torch.is_grad_enabled() or not is_served_badly() else {id(w): w for w in weights if _gains(w)}
+    mine = []
+    with _lock:
+        room = MOST_PACKED - sum(entry.weight.numel() for entry in _packed.values())
+        for number, weight in wanted.items():
+            if number not in _packed and weight.numel() <= room:
+                room -= weight.numel()
+                _packed[number] = _Packed(weight, torch.ops.mkldnn._reorder_linear_weight(weight.detach()))
+            if number in _packed:
+                _packed[number].users += 1
+                mine.append(number)
     try:
         yield
     finally:
-        for number in mine:
-            del _packed[number]
+        with _lock:
+            for number in mine:
+                _packed[number].users -= 1
+                if not _packed[number].users:
+                    del _packed[number]
+
+
+def _gains(weight: Tensor) -> bool:
+    return (
+        type(weight) in (Tensor, nn.Parameter)
+        and (weight.ndim, weight.dtype, weight.device.type) == (2, torch.float32, "cpu")
+        and weight.numel() >= LEAST_WEIGHT
+    )
 
 
 class Linear(nn.Linear):

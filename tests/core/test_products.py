@@ -196,6 +196,32 @@ def test_what_is_packed_is_bounded(badly_served, monkeypatch):
     weights = [torch.randn(rows, 10) for rows in (6, 5, 4)]
     with torch.no_grad(), core.packed(*weights):
         assert list(products._packed) == [id(weights[0]), id(weights[2])]
+        with core.packed(torch.randn(1, 10)):
+            assert len(products._packed) == 2
+
+
+@needs_onednn
+def test_a_weight_stays_packed_until_the_last_thread_is_out(badly_served, monkeypatch):
+    monkeypatch.setattr(products, "LEAST_WEIGHT", 1)
+    shared, own = torch.randn(6, 10), torch.randn(6, 10)
+    first, second = core.packed(shared), core.packed(shared, own)
+    with torch.no_grad():
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert list(products._packed) == [id(shared), id(own)]
+        second.__exit__(None, None, None)
+    assert not products._packed
+
+
+@needs_onednn
+def test_only_plain_matrices_are_packed(badly_served, monkeypatch):
+    class Own(Tensor):
+        pass
+
+    monkeypatch.setattr(products, "LEAST_WEIGHT", 1)
+    with torch.no_grad(), core.packed(torch.randn(6, 10).as_subclass(Own), torch.randn(10), torch.randn(2, 3, 4)):
+        assert not products._packed
 
 
 def test_converted_layers_keep_parameters_and_names():

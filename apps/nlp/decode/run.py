@@ -21,6 +21,9 @@ from .search import Hypotheses, search
 
 log = logging.getLogger(__name__)
 
+_PACKING = 10
+"""Steps of a search in which packing its weights (``core.packed``) pays, with more than one row."""
+
 
 def translate_ids(
     model: Any,
@@ -50,7 +53,11 @@ def translate_ids(
         memory = model.encode(source_BS, task_ids_B, domain_ids_B)
         cache = model.start(memory)
         bos_B1 = torch.full_like(source_BS[:, :1], BOS_ID)
-        return search(model, cache, bos_B1, _lengths(source_BS), config, index_B)
+        lengths = _lengths(source_BS)
+        # A translation is about as long as its source.
+        steps = min(max(lengths), config.max_length(max(lengths)))
+        with _steady(model, len(source_BS) * config.width, steps):
+            return search(model, cache, bos_B1, lengths, config, index_B)
 
 
 def generate_ids(
@@ -84,7 +91,9 @@ def generate_ids(
         raise ValueError(f"prompt {number} is empty: it needs one id at least, such as EOS_ID, with which texts begin")
     with _evaluation(model, config.dtype) as model:
         cache = model.start(len(prompt_BL), task_ids_B, domain_ids_B)
-        return search(model, cache, prompt_BL, lengths, config, index_B)
+        steps = max(lengths) + config.max_length(max(lengths))
+        with _steady(model, len(prompt_BL) * config.width, steps):
+            return search(model, cache, prompt_BL, lengths, config, index_B)
 
 
 def in_dtype(model: nn.Module, dtype: str | None) -> nn.Module:
@@ -129,21 +138,23 @@ def _evaluation(model: nn.Module, dtype: str | None = None) -> Iterator[Any]:
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.inference_mode(), dropless(model), core.packed(*_products(model)), contextlib.ExitStack() as stack:
-            for module in model.modules():
-                if isinstance(module, RMSNorm):
-                    stack.enter_context(module.steady())
+        with torch.inference_mode(), dropless(model):
             yield model
     finally:
         for module in training:
             module.training = True
 
 
-def _products(model: nn.Module) -> list[Tensor]:
-    """The weights by which each step multiplies a few rows."""
-    weights = [module.weight for module in model.modules() if isinstance(module, core.Linear)]
-    output = getattr(model, "output_weight", None)
-    return weights if output is None else [*weights, output]
+@contextlib.contextmanager
+def _steady(model: nn.Module, rows: int, steps: int) -> Iterator[None]:
+    """What is made of the weights once for all steps of a search."""
+    with contextlib.ExitStack() as stack:
+        if rows > 1 and steps >= _PACKING:
+            stack.enter_context(core.packed(*getattr(model, "step_weights", list)()))
+        for module in model.modules():
+            if isinstance(module, RMSNorm):
+                stack.enter_context(module.steady())
+        yield
 
 
 def _lengths(ids_BL: Tensor) -> list[int]:

@@ -6,7 +6,16 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from apps.nlp.attention import CrossAttention, Mask, SelfAttention, attend, key_bias, padding_mask, self_mask
+from apps.nlp.attention import (
+    CrossAttention,
+    Mask,
+    SelfAttention,
+    _is_fused,
+    attend,
+    key_bias,
+    padding_mask,
+    self_mask,
+)
 from apps.nlp.cache import Cache
 from apps.nlp.config import TransformerConfig
 from apps.nlp.positions import RelativeBias, rotate, rotations
@@ -161,6 +170,16 @@ def test_a_step_reads_each_sentences_memory_once_for_all_its_copies(kv_heads):
     y_RD = attention.step(x_RD, store.contiguous(), 3, key_bias(valid_BS, kv_heads, torch.float64))
     mask = padding_mask(valid_BS, 4, x_RD)
     assert_close(y_RD.view(2, 3, 8), attention(x_RD.view(2, 3, 8), memory_BSD, mask))
+
+
+def test_without_gradients_few_scores_are_computed_by_explicit_products():
+    q, k = torch.randn(2, 4, 8, 3), torch.randn(2, 4, 2048, 3)
+    assert _is_fused(q, k, Mask(), 0.0)
+    with torch.no_grad():
+        assert not _is_fused(q, k, Mask(), 0.0)  # 2 * 4 * 8 * 2048 = 2 ** 17
+        assert _is_fused(q, torch.randn(2, 4, 2049, 3), Mask(), 0.0)
+        y = attend(q, k, k, Mask(), 0.7)
+    assert_close(y, attend(q, k, k, Mask(), 0.7))
 
 
 def test_weights_are_dropped_in_training_alone():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
 import core
@@ -199,6 +200,36 @@ def test_a_slot_is_given_away_when_no_copy_goes_on_from_it():
     # The first sentence's copies both go on from slots 0 and 2, so that 1 and 3 are free; the second's need all four.
     assert slots[2] == [[[[0, 2, 1], [0, 2, 3]], [[0, 2, 4], [1, 3, 5]]], 6]
     assert cache.store.shape[3] == 6
+
+
+def test_what_a_sentence_leaves_behind_reaches_no_other():
+    cache = Cache(torch.zeros(1, 2, 3, 12, 1), num_kv_heads=1, group=1, copies=4)  # 3 sentences of 4 copies
+    for _ in range(3):  # each copy goes on from itself
+        cache.append()
+        cache.length += 1
+    assert cache.extent == 12
+    cache.select(torch.tensor([0] * 4 + [4] * 4 + [8] * 4))
+    cache.append()  # slots 0, 4 and 8 are in use, and now 1, 2, 3 and 5
+    cache.length += 1
+    assert cache.extent == 9
+    cache.store[:, :, 0, 9:] = float("inf")
+    cache.select(torch.tensor([8, 9, 10, 11, 4, 5, 6, 7]))  # the last sentence takes the place of the first
+    assert cache.store.isfinite().all()
+
+
+def test_a_step_heeds_the_caches_dtype_and_needs_no_numbers():
+    model = build().float()
+    cache = model.start(model.encode(SOURCE, TASKS), 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        model.step(torch.full((8,), BOS_ID), cache)
+    assert cache.store.dtype == torch.float32
+    with FakeTensorMode():
+        torch.manual_seed(0)
+        model = LanguageModel(TransformerConfig("nano", dim=16, hidden_dim=16), vocab=VOCAB).eval()
+        cache = model.start(3, copies=2)
+        for _ in range(2):
+            assert model.step(torch.full((6,), BOS_ID), cache).shape == (6, VOCAB)
+    assert cache.extent == 4
 
 
 def test_copies_are_at_least_one():
