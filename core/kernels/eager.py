@@ -31,6 +31,14 @@ def check_width(x: Tensor, width: int) -> None:
         raise ValueError(f"rows have width {x.shape[1]}, the experts' matrices take {width}")
 
 
+def check_shapes(**tensors: tuple[Tensor | None, tuple[int, ...]]) -> None:
+    """Raise a ``ValueError`` where a tensor, given by name with the shape that goes with the others, has another one:
+    for kernels that read without bounds."""
+    for name, (tensor, shape) in tensors.items():
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, which must be {tuple(shape)} beside the others")
+
+
 def supports(device: torch.device, dtype: torch.dtype) -> bool:
     return True
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..routing.gates import LinearGate
+from ..routing.gates import LinearGate, widened
 
 KINDS = ("mix", "scale")
 
@@ -30,10 +30,11 @@ class SharedGate(LinearGate):
         self.kind, self.dropout = kind, dropout
         self.terms = frozenset({"gate_budget"} if kind == "mix" else ())
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """(..., D) tokens to their gates before dropout: float32 (...), whatever the model is in (float64 stays)."""
         with torch.autocast(x.device.type, enabled=False):
-            return super().forward(x if x.dtype == torch.float64 else x.float()).squeeze(-1).sigmoid()
+            logits_T1 = super().forward(*widened(x.reshape(-1, x.shape[-1])))
+            return logits_T1.view(x.shape[:-1]).sigmoid()
 
     def combine(self, gate: Tensor, routed: Tensor, shared: Tensor) -> Tensor:
         """The layer's output, in the dtype of ``routed``.

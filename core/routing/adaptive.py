@@ -32,7 +32,7 @@ class ThresholdRouter(PairRouter):
 
     def choose(self, tokens: Tokens) -> Choice:
         config = self.config
-        logits_TE = self.gate(tokens.x_TD)
+        logits_TE = tokens.logits(self.gate)
         best = topk_gate(logits_TE, 2, valid_T=tokens.valid_T, backend=self.backend)
         expert_ids_TK, chosen_E, g2_T = best.expert_ids_TK, best.chosen_per_expert_E, best.gates_TK[:, 1].detach()
         policy = config.second if self.training else config.eval_second
@@ -105,7 +105,7 @@ class NullExpertsRouter(PairRouter):
 
     def choose(self, tokens: Tokens) -> Choice:
         E, M = self.num_experts, self.num_experts + self.config.num_null_experts
-        logits_TM = self.gate(tokens.x_TD)
+        logits_TM = tokens.logits(self.gate)
         scores_TM = logits_TM.softmax(-1)
         ids_TK = logits_TM.detach().topk(self.config.top_k, dim=-1).indices
         real_TK = ids_TK < E

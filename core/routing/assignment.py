@@ -25,7 +25,7 @@ class BaseRouter(PairRouter):
         self.gate = LinearGate(dim, num_experts, config.init_scale)
 
     def choose(self, tokens: Tokens) -> Choice:
-        logits_TE = self.gate(tokens.x_TD)
+        logits_TE = tokens.logits(self.gate)
         if self.training:
             ids_T = balanced_assignment(logits_TE.detach(), tokens.valid_T)
         else:
@@ -115,7 +115,7 @@ class SinkhornRouter(PairRouter):
 
     def choose(self, tokens: Tokens) -> Choice:
         config = self.config
-        logits_TE = self.gate(tokens.x_TD)
+        logits_TE = tokens.logits(self.gate)
         scores_TE = logits_TE.sigmoid() if config.scores == "sigmoid" else logits_TE.softmax(-1)
         choice_TE = logits_TE.detach()
         if self.training:

@@ -41,7 +41,7 @@ class ExpertChoiceRouter(Router):
         """
         with torch.autocast(x.device.type, enabled=False):
             tokens = Tokens.of(x, context)
-            logits_TE = self.gate(tokens.x_TD)
+            logits_TE = tokens.logits(self.gate)
             return choose_tokens(
                 logits_TE,
                 self.ratio,

@@ -3,16 +3,49 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ..kernels.transforms import is_transformed
 
 
 def init_gate_(weight: Tensor, init_scale: float) -> None:
     """Truncated normal of variance ``init_scale / fan_in`` (Switch Transformer, arXiv 2101.03961, section 2.4)."""
     std = math.sqrt(init_scale / weight.shape[-1])
     nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
+
+
+def widened(x_TD: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The tokens in float32 (float64 stays), and what a linear gate keeps of them for its backward where they were in
+    half precision."""
+    if x_TD.dtype in (torch.float32, torch.float64):
+        return x_TD, None
+    return x_TD.float(), x_TD if torch.is_grad_enabled() and not is_transformed() else None
+
+
+class _KeepHalf(torch.autograd.Function):
+    """``F.linear`` in float32 whose backward converts half-precision tokens and weights again: T * D numbers of 4 bytes
+    would be twice what the experts keep of the tokens."""
+
+    @staticmethod
+    def forward(ctx: Any, kept_TD: Tensor, x_TD: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(kept_TD, weight)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return F.linear(x_TD, weight.to(x_TD.dtype), None if bias is None else bias.to(x_TD.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, dy_TE: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None]:
+        kept_TD, weight = ctx.saved_tensors
+        wants_x, _, wants_weight, wants_bias = ctx.needs_input_grad
+        return (
+            (dy_TE @ weight.to(dy_TE.dtype)).to(kept_TD.dtype) if wants_x else None,
+            None,
+            (dy_TE.t() @ kept_TD.to(dy_TE.dtype)).to(weight.dtype) if wants_weight else None,
+            dy_TE.sum(0).to(ctx.bias_dtype) if wants_bias else None,
+        )
 
 
 class LinearGate(nn.Module):
@@ -37,8 +70,11 @@ class LinearGate(nn.Module):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        """float32 (T, D) to logits (T, E)."""
+    def forward(self, x_TD: Tensor, kept_TD: Tensor | None = None) -> Tensor:
+        """float32 (T, D) to logits (T, E). ``kept_TD``: the same tokens in half precision, which the backward keeps in
+        place of them, and which get the gradient."""
+        if kept_TD is not None:
+            return _KeepHalf.apply(kept_TD, x_TD.detach(), self.weight, self.bias)  # type: ignore[no-any-return]
         return F.linear(x_TD, self.weight.to(x_TD.dtype), None if self.bias is None else self.bias.to(x_TD.dtype))
 
     def noise_std(self, x_TD: Tensor) -> Tensor | None:

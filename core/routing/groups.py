@@ -29,7 +29,7 @@ class PrototypesRouter(PairRouter):
         self.gate = LinearGate(dim, num_experts, config.init_scale)
 
     def choose(self, tokens: Tokens) -> Choice:
-        logits_TE = self.gate(tokens.x_TD)
+        logits_TE = tokens.logits(self.gate)
         scores_TGe = logits_TE.unflatten(-1, (self.config.num_prototypes, -1)).softmax(-1)
         best = scores_TGe.max(-1)
         first_G = torch.arange(0, self.num_experts, scores_TGe.shape[-1], device=logits_TE.device)
@@ -99,9 +99,9 @@ class HierarchicalRouter(PairRouter):
     def choose(self, tokens: Tokens) -> Choice:
         config = self.config
         groups = topk_gate(
-            self.group_gate(tokens.x_TD), config.top_groups, normalize=config.top_groups > 1, backend=self.backend
+            tokens.logits(self.group_gate), config.top_groups, normalize=config.top_groups > 1, backend=self.backend
         )
-        logits_TGe = self.gate(tokens.x_TD).unflatten(-1, (config.num_groups, -1))
+        logits_TGe = tokens.logits(self.gate).unflatten(-1, (config.num_groups, -1))
         size = logits_TGe.shape[-1]
         # The gates of groups that were not chosen stay out: they neither weigh in nor get a gradient.
         chosen = groups.expert_ids_TK.unsqueeze(-1)

@@ -131,7 +131,7 @@ class StableRouter(PairRouter):
         if self._is_unread(self.stage) and self._light_decides != (int(self.stage) == 2):
             self._follow_stage()
         ids_T = token_ids(tokens, "token_ids_BS", self.config.vocab_size)
-        logits_TE = self.gate(tokens.x_TD)
+        logits_TE = tokens.logits(self.gate)
         extra = None
         if self._light_decides:
             expert_T = self.light(ids_T, logits_TE.dtype).argmax(-1)

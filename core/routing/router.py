@@ -15,7 +15,7 @@ from ..contract import Routing, RoutingContext
 from ..kernels import topk_gate
 from .balance import SCORE_TERMS, Balance, expert_bias_step
 from .checks import at_least_one, at_most_experts
-from .gates import LinearGate, NoisyGate
+from .gates import LinearGate, NoisyGate, widened
 from .selection import Capacity, Choice, select_pairs
 
 
@@ -29,6 +29,7 @@ class Tokens:
         length: S.
         valid_T: bool (T,), False for padding; None where every token is real.
         context: as the layer got it, or an empty one.
+        kept_TD: (T, D), the tokens in half precision where a backward follows and they are in it; else None.
     """
 
     x_TD: Tensor
@@ -36,19 +37,25 @@ class Tokens:
     length: int
     valid_T: Tensor | None
     context: RoutingContext
+    kept_TD: Tensor | None = None
 
     @classmethod
     def of(cls, x: Tensor, context: RoutingContext | None) -> Tokens:
         """``x`` is (B, S, D)."""
         context = RoutingContext() if context is None else context
         x_TD = x.flatten(0, 1)
-        # float64 stays, for gradcheck.
-        x_TD = x_TD if x_TD.dtype == torch.float64 else x_TD.float()
         valid_T = None if context.valid_BS is None else context.valid_BS.flatten()
         if valid_T is not None:
             # Padding may hold anything, NaN too; a masked gradient would not stop 0 * NaN.
             x_TD = x_TD.masked_fill(~valid_T[:, None], 0.0)
-        return cls(x_TD, x.shape[0], x.shape[1], valid_T, context)
+        x_TD, kept_TD = widened(x_TD)
+        return cls(x_TD, x.shape[0], x.shape[1], valid_T, context, kept_TD)
+
+    def logits(self, gate: nn.Module) -> Tensor:
+        """What a gate says of the tokens."""
+        if self.kept_TD is not None and isinstance(gate, LinearGate):
+            return gate(self.x_TD, self.kept_TD)  # type: ignore[no-any-return]
+        return gate(self.x_TD)  # type: ignore[no-any-return]
 
     @property
     def real_T(self) -> Tensor:
@@ -183,7 +190,7 @@ class TokenChoiceRouter(PairRouter):
         config, x_TD = self.config, tokens.x_TD
         if self.training and config.jitter_eps:
             x_TD = x_TD * torch.empty_like(x_TD).uniform_(1 - config.jitter_eps, 1 + config.jitter_eps)
-        logits_TE = self.gate(x_TD)
+        logits_TE = tokens.logits(self.gate) if x_TD is tokens.x_TD else self.gate(x_TD)
         if config.logit_norm is not None:
             logits_TE = normalize_logits(logits_TE, config.logit_norm)
         noise_std, noisy_TE = None, logits_TE

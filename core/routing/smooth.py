@@ -34,7 +34,7 @@ class DenseRouter(PairRouter):
         self.gate = LinearGate(dim, num_experts, config.init_scale)
 
     def choose(self, tokens: Tokens) -> Choice:
-        logits_TE = self.gate(tokens.x_TD)
+        logits_TE = tokens.logits(self.gate)
         scores_TE = logits_TE.softmax(-1)
         places = self.num_experts if self.training else self.config.eval_top_k or self.num_experts
         best = scores_TE.topk(places, dim=-1)
@@ -299,7 +299,7 @@ class DenseToSparseRouter(PairRouter):
 
     def choose(self, tokens: Tokens) -> Choice:
         config = self.config
-        logits_TE = self.gate(tokens.x_TD)
+        logits_TE = tokens.logits(self.gate)
         tau = self.temperature.to(logits_TE.dtype)
         # The losses see the clean logits, as everywhere; noise only explores.
         scores_TE = gates_TE = (logits_TE / tau).softmax(-1)

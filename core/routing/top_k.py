@@ -47,7 +47,7 @@ class TopKRouter(PairRouter):
         self.gate = gate
 
     def choose(self, tokens: Tokens) -> Choice:
-        return self.choose_from(self.gate(tokens.x_TD), tokens.valid_T)
+        return self.choose_from(tokens.logits(self.gate), tokens.valid_T)
 
     def choose_from(self, logits_TE: Tensor, valid_T: Tensor | None = None) -> Choice:
         """The choice of each row of logits; ``valid_T`` marks the real ones."""

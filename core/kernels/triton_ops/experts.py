@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from .. import grouped
-from ..eager import check_width
+from ..eager import ACTIVATIONS, check_shapes, check_width
 from ..fallback import warn_once
 from . import products
 from .environment import MAX_EXPERTS
+from .launch import dense
 from .sums import rows_by_token, sum_rows
 
 
@@ -39,8 +40,8 @@ def _expert_ffn(
     activation: str,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    x, w_in, w_out, gates_R = (t.contiguous() for t in (x, w_in, w_out, gates_R))
-    b_in, b_out, w_gate = (None if t is None else t.contiguous() for t in (b_in, b_out, w_gate))
+    x, w_in, w_out, gates_R, b_in, b_out, w_gate = dense(x, w_in, w_out, gates_R, b_in, b_out, w_gate)
+    row_index_R, offsets_E, rows, starts = dense(row_index_R, offsets_E, rows, starts)
     check_width(x, w_in.shape[1])
     R, N = gates_R.shape[0], w_out.shape[-1]
     if R == 0:
@@ -96,8 +97,8 @@ def _expert_ffn_backward(
         inputs = zip((x, w_in, w_out, b_in, b_out, w_gate), wants, strict=True)
         zeros = [t.new_zeros(t.shape) if wanted and t is not None else x.new_empty(0) for t, wanted in inputs]
         return zeros[0], torch.zeros_like(gates_R), zeros[1], zeros[2], zeros[3], zeros[4], zeros[5]
-    x, w_in, w_out, gates_R = (t.contiguous() for t in (x, w_in, w_out, gates_R))
-    w_gate = None if w_gate is None else w_gate.contiguous()
+    dy, x, w_in, w_out, gates_R, b_out, w_gate = dense(dy, x, w_in, w_out, gates_R, b_out, w_gate)
+    row_index_R, offsets_E, rows, starts, pre, pre_gate = dense(row_index_R, offsets_E, rows, starts, pre, pre_gate)
     dpre, dpre_gate, weighted, dgates_R = products.hidden_grad(
         dy, row_index_R, offsets_E, gates_R, w_out, b_out, pre, None if w_gate is None else pre_gate, activation
     )
@@ -171,7 +172,7 @@ def _backward(ctx, dy, _dpre, _dpre_gate):
         return (None,) * 14
     saved = ctx.saved_tensors
     wants = [ctx.needs_input_grad[i] for i in (0, 4, 5, 6, 7, 8)]  # x, w_in, w_out, b_in, b_out, w_gate
-    dx, dgates, *dweights = _expert_ffn_backward(dy.contiguous(), *saved, ctx.top_k, ctx.activation, wants)
+    dx, dgates, *dweights = _expert_ffn_backward(dy, *saved, ctx.top_k, ctx.activation, wants)
     dx, *dweights = (d if wanted else None for wanted, d in zip(wants, (dx, *dweights), strict=True))
     return dx, None, None, dgates, *dweights, None, None, None, None, None
 
@@ -197,8 +198,21 @@ def expert_ffn(
     """As ``eager.expert_ffn``. Memory kept for the backward: ``x`` and (R, F) pre-activations.
 
     Raises:
-        ValueError: tokens and weights are not of one dtype, or tokens not as wide as the weights take them.
+        ValueError: tokens and weights are not of one dtype, tokens not as wide as the weights take them, other shapes
+            that do not go together, or an unknown activation.
     """
+    (E, D, F), N = w_in.shape, w_out.shape[-1]
+    check_shapes(
+        w_in=(w_in, (E, D, F)),
+        w_out=(w_out, (E, F, N)),
+        b_in=(b_in, (E, F)),
+        b_out=(b_out, (E, N)),
+        w_gate=(w_gate, (E, D, F)),
+        offsets_E=(offsets_E, (E,)),
+        gates_R=(gates_R, (x if row_index_R is None else row_index_R).shape[:1]),
+    )
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation={activation!r} is not one of {', '.join(ACTIVATIONS)}")
     if _beyond(w_in, w_out, w_gate, b_in, b_out, dtype=x.dtype):
         return grouped.expert_ffn(
             x,
@@ -230,8 +244,8 @@ def _linear(x_RD: Tensor, w: Tensor, offsets_E: Tensor, b: Tensor | None, transp
     check_width(x_RD, w.shape[2 if transposed else 1])
     y = x_RD.new_empty(x_RD.shape[0], w.shape[1 if transposed else 2])
     if y.numel():
-        bias = None if b is None else b.contiguous()
-        products.linear(x_RD.contiguous(), w.contiguous(), offsets_E, y, transposed=transposed, bias=bias, clear=True)
+        x_RD, w, offsets_E, b = dense(x_RD, w, offsets_E, b)
+        products.linear(x_RD, w, offsets_E, y, transposed=transposed, bias=b, clear=True)
     return y
 
 
@@ -247,8 +261,8 @@ def _linear_dw(x_RD: Tensor, dy_RN: Tensor, offsets_E: Tensor, wants: list[bool]
     wanted_w, wanted_b = wants
     if x_RD.shape[0] == 0:
         return x_RD.new_zeros(E if wanted_w else 0, D, N), x_RD.new_zeros(E if wanted_b else 0, N)
-    dy_RN = dy_RN.contiguous()
-    dw = products.weight_grad(x_RD.contiguous(), dy_RN, offsets_E) if wanted_w else x_RD.new_empty(0, D, N)
+    x_RD, dy_RN, offsets_E = dense(x_RD, dy_RN, offsets_E)
+    dw = products.weight_grad(x_RD, dy_RN, offsets_E) if wanted_w else x_RD.new_empty(0, D, N)
     db = products.column_sums(dy_RN, offsets_E).to(dy_RN.dtype) if wanted_b else dy_RN.new_empty(0, N)
     return dw, db
 
@@ -282,8 +296,10 @@ def expert_linear(x_RD: Tensor, w: Tensor, offsets_E: Tensor, b: Tensor | None =
     """As ``eager.expert_linear``.
 
     Raises:
-        ValueError: rows and weights are not of one dtype, or rows not as wide as the weights take them.
+        ValueError: rows and weights are not of one dtype, rows not as wide as the weights take them, a bias not of the
+            weights' shape, or offsets of another number of experts.
     """
+    check_shapes(b=(b, (w.shape[0], w.shape[2])), offsets_E=(offsets_E, (w.shape[0],)))
     if _beyond(w, b, dtype=x_RD.dtype):
         return grouped.expert_linear(x_RD, w, offsets_E, b)
     return _linear(x_RD, w, offsets_E, b, False)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import eager
-from ..eager import TopK
+from ..eager import TopK, check_shapes
 from ..fallback import warn_once
 from .environment import MAX_EXPERTS
 from .launch import Launch, power_of_two
@@ -233,7 +233,17 @@ def topk_gate(
     scale: float = 1.0,
     valid_T: Tensor | None = None,
 ) -> TopK:
-    """As ``eager.topk_gate``; of equal scores the expert of the lower number is taken."""
+    """As ``eager.topk_gate``; of equal scores the expert of the lower number is taken.
+
+    Raises:
+        ValueError: ``top_k`` is not in 1 to E, an unknown ``score_func``, or a bias or mask of another shape.
+    """
+    T, E = logits_TE.shape
+    check_shapes(bias_E=(bias_E, (E,)), valid_T=(valid_T, (T,)))
+    if not 1 <= top_k <= E:
+        raise ValueError(f"top_k={top_k} is not in 1 to {E}, the experts")
+    if score_func not in ("softmax", "sigmoid"):
+        raise ValueError(f"score_func={score_func!r} is not 'softmax' or 'sigmoid'")
     if logits_TE.shape[1] > MAX_EXPERTS:
         warn_once(f"the fused gate takes at most {MAX_EXPERTS} experts, not {logits_TE.shape[1]}: using 'eager'")
         return eager.topk_gate(

@@ -70,7 +70,10 @@ class Launch:
         if _WRITTEN_DOWN is not None:
             _WRITTEN_DOWN.append(self)
             return
-        device = next(a.device for a in self.args if isinstance(a, Tensor))
+        tensors = [a for a in self.args if isinstance(a, Tensor)]
+        device = tensors[0].device
+        if not all(t.is_contiguous() for t in tensors):  # kernels know no strides
+            raise AssertionError(f"a tensor for the kernel {self.kernel} is not contiguous")
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
             if self.tile is None:
                 self.start(None)
@@ -91,6 +94,11 @@ def written_down() -> Iterator[list[Launch]]:
         yield _WRITTEN_DOWN
     finally:
         _WRITTEN_DOWN = before
+
+
+def dense(*tensors: Tensor | None) -> list[Any]:
+    """Each of them contiguous, a copy where it must be: kernels know no strides."""
+    return [None if t is None else t.contiguous() for t in tensors]
 
 
 def jit_function(kernel: str) -> Any:

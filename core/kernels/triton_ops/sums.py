@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from ..eager import accumulate_dtype
+from ..eager import accumulate_dtype, check_shapes
 from .environment import interpreted, upcast
-from .launch import Launch, power_of_two
+from .launch import Launch, dense, power_of_two
 from .sort import MAX_BINS, find_places
 
 
@@ -81,9 +81,8 @@ def _combine(
     num_tokens: int,
     top_k: int,
 ) -> Tensor:
-    gates = None if gates_R is None else gates_R.contiguous()
-    dtype = accumulate_dtype(y_RD.dtype)
-    return sum_rows(y_RD.contiguous(), rows, starts, offsets_E, gates, num_tokens, top_k, dtype)
+    y_RD, offsets_E, gates_R, rows, starts = dense(y_RD, offsets_E, gates_R, rows, starts)
+    return sum_rows(y_RD, rows, starts, offsets_E, gates_R, num_tokens, top_k, accumulate_dtype(y_RD.dtype))
 
 
 @_combine.register_fake
@@ -106,8 +105,8 @@ def sum_rows_grad(
     dgates_R = dout.new_empty(0) if gates_R is None else gates_R.new_empty(R)
     if R == 0:
         return dy_RD, dgates_R
-    dout = dout.contiguous()
-    y, gates = (dout if t is None else t.contiguous() for t in (y_RD, gates_R))
+    dout, row_index_R, offsets_E = dense(dout, row_index_R, offsets_E)
+    y, gates = dense(dout if y_RD is None else y_RD, dout if gates_R is None else gates_R)
     high, wide = 4, min(power_of_two(D), 32 if interpreted() else 512)
     constants = {
         "WEIGHTED": gates_R is not None,
@@ -116,7 +115,7 @@ def sum_rows_grad(
         "BLOCK_R": high,
         "BLOCK_D": wide,
     }
-    args = (dout, y, row_index_R.contiguous(), gates, offsets_E, dy_RD, dgates_R, R, D, offsets_E.shape[0])
+    args = (dout, y, row_index_R, gates, offsets_E, dy_RD, dgates_R, R, D, offsets_E.shape[0])
     Launch("sums.sum_grad", args, constants, lambda _: -(-R // high)).run()
     return dy_RD, dgates_R
 
@@ -156,7 +155,13 @@ def combine(
     inverse_N: Tensor | None = None,
     top_k: int | None = None,
 ) -> Tensor:
-    """As ``eager.combine``; nothing is sorted where ``inverse_N`` and ``top_k`` say where a token's rows are."""
+    """As ``eager.combine``; nothing is sorted where ``inverse_N`` and ``top_k`` say where a token's rows are.
+
+    Raises:
+        ValueError: an index or gates not of one number a row.
+    """
+    R = y_RD.shape[:1]
+    check_shapes(row_index_R=(row_index_R, R), gates_R=(gates_R, R))
     if inverse_N is None or top_k is None:
         (rows, starts), k = rows_by_token(row_index_R, offsets_E, num_tokens), 0
     else:
