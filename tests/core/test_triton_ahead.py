@@ -122,9 +122,34 @@ def test_what_sees_no_dtype_of_products_builds_for_three_cards():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("dtype", ahead.PRODUCTS)
 def test_every_kernel_tile_and_flag_builds_for_three_cards(dtype):
     check(compiled("--dtypes", dtype), dtype)
+
+
+def test_every_flag_of_every_kernel_is_met_both_ways():
+    """By the constants in their source: what may be on or off is compiled on and off."""
+    script = """
+import json, torch
+from core.kernels.triton_ops import ahead
+
+for dtype in ahead.PRODUCTS:
+    for shape in ({}, {"num_experts": 1, "top_k": 1}):
+        with ahead._precision(dtype):
+            found = ahead.launches(ahead.PRODUCTS[dtype], (2048, 1408), **shape)
+        for start in found:
+            print(json.dumps([start.kernel, start.constants]))
+"""
+    values: dict[tuple[str, str], set] = {}
+    for line in python("-c", script).splitlines():
+        kernel, constants = json.loads(line)
+        for name, value in constants.items():
+            values.setdefault((kernel, name), set()).add(value)
+    one_way = {f"{kernel} {name}" for (kernel, name), met in values.items() if met in ({True}, {False})}
+    # Widths of 2041 make the products uneven; the interpreter alone converts half precision by itself.
+    assert not {name for name in one_way if name.split()[1] not in ("EVEN_K", "UPCAST")}
+    assert values["products.up", "ACT"] == values["products.hidden_grad", "ACT"] == {"relu", "gelu", "silu"}
+    assert values["products.linear", "PRECISION"] == {"ieee", "tf32"}
 
 
 def test_what_does_not_fit_is_said():

@@ -11,6 +11,7 @@ alone: its wheel brings the assembler. Leaves with 1 where a kernel does not fit
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import re
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor
 
 from . import gate, products, sort, sums
-from .environment import interpreted
+from .environment import MAX_EXPERTS, interpreted
 from .launch import Launch, jit_function, written_down
 from .tuning import Tile
 
@@ -41,6 +42,13 @@ FIRST_WAIT = re.compile(r"ttg\.async_wait\b.*?\bnum = (\d+)")
 LOAD = re.compile(r"\bld\.global[\w.:]*?(?:\.v(\d))?\.b(\d+)\b")
 ASYNC_LOAD = re.compile(r"\bcp\.async\.c[ag]\.shared\.global[^;]*?, (0x[0-9a-f]+|\d+)")
 TENSOR_CORES = re.compile(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)\b")
+PRODUCTS = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "tf32": torch.float32,
+}
+"""What products are taken in: dtypes, and float32 with the tensor cores' own precision."""
 _TYPES = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
@@ -89,9 +97,11 @@ class Compiled:
         return None
 
 
-def launches(dtype: torch.dtype, widths: tuple[int, int], *, tokens: int = 32768) -> list[Launch]:
-    """Every kernel with the flags that change its code, on tensors that are not there: E = 64 and K = 8."""
-    E, K, device = 64, 8, torch.device("meta")
+def launches(
+    dtype: torch.dtype, widths: tuple[int, int], *, tokens: int = 32768, num_experts: int = 64, top_k: int = 8
+) -> list[Launch]:
+    """Every kernel with the flags that change its code, on tensors that are not there."""
+    E, K, device = num_experts, top_k, torch.device("meta")
     R, T, (D, F) = tokens * K, tokens, widths
 
     def of(*shape: int, kind: torch.dtype = dtype) -> Tensor:
@@ -114,6 +124,8 @@ def launches(dtype: torch.dtype, widths: tuple[int, int], *, tokens: int = 32768
         products.hidden_grad(x, index_R, offsets_E, gates_R, w_out, b_out, hidden_R, None, "gelu")
         products.hidden_grad(x, index_R, offsets_E, gates_R, w_out, None, hidden_R, hidden_R, "silu")
         products.hidden_grad(x, index_R, offsets_E, gates_R, w_out, None, hidden_R, hidden_R, "gelu")
+        products.hidden_grad(x_R, None, offsets_E, gates_R, w_out, b_out, hidden_R, None, "relu")
+        products.hidden_grad(x_R, None, offsets_E, gates_R, w_out, None, hidden_R, hidden_R, "silu")
         products.weight_grad(hidden_R, x, offsets_E, right_index_R=index_R)
         products.weight_grad(x, hidden_R, offsets_E, left_index_R=index_R)
         products.weight_grad(x_R, hidden_R, offsets_E)
@@ -122,25 +134,32 @@ def launches(dtype: torch.dtype, widths: tuple[int, int], *, tokens: int = 32768
         sums.sum_rows(x_R, index_R, None, offsets_E, None, T, K, dtype)
         sums.sum_rows(x_R, index_R, None, offsets_E, gates_R, T, K, torch.float32)
         sums.sum_rows(x_R, index_R, of(T + 1, kind=torch.int64), offsets_E, gates_R, T, 0, torch.float32)
+        sums.sum_rows(x_R, index_R, of(T + 1, kind=torch.int64), offsets_E, None, T, 0, dtype)
         sums.sum_rows_grad(of(T, D, kind=torch.float32), x_R, index_R, offsets_E, gates_R, dtype)
         sums.sum_rows_grad(of(T, D, kind=torch.float32), None, index_R, offsets_E, None, dtype)
         if dtype == torch.float32:  # these see no other
             ids, logits_TE = of(R, kind=torch.int64), of(T, E)
             sort.find_places(ids, E + 1)
             sort.find_ranks(ids.view(T, K), of(T, kind=torch.int64), E + 1)
-            for experts, groups, softmax in ((E, 1, True), (256, 8, False)):
-                logits_TE, chosen = of(T, experts), (K, softmax, True)
-                gate.choose(logits_TE, None, None, *chosen, groups, max(groups // 2, 1), True, 1.0)
-                gate.choose(logits_TE, of(experts), of(T, kind=torch.bool), *chosen, groups, groups, True, 1.0)
+            real_T = of(T, kind=torch.bool)
+            for experts, groups, softmax, normalize in itertools.product(
+                (E, 4 * E), (1, 8), (True, False), (True, False)
+            ):
+                if experts % groups or K > experts * max(groups // 2, 1) // groups:
+                    continue
+                logits_TE, chosen = of(T, experts), (K, softmax, normalize)
+                for best_two in (True, False):
+                    gate.choose(logits_TE, None, None, *chosen, groups, max(groups // 2, 1), best_two, 1.0)
+                gate.choose(logits_TE, of(experts), real_T, *chosen, groups, groups, True, 1.0)
                 grads = (of(T, K), of(experts), of(1))
                 ids_TK = of(T, K, kind=torch.int64)
-                for dscores_TE in (None, logits_TE):
-                    gate.choose_grad(dscores_TE, *grads, logits_TE, logits_TE, ids_TK, None, softmax, True, 1.0)
+                for dscores_TE, valid_T in ((None, None), (logits_TE, None), (logits_TE, real_T)):
+                    gate.choose_grad(dscores_TE, *grads, logits_TE, logits_TE, ids_TK, valid_T, softmax, normalize, 1.0)
     return found
 
 
-def compile_launch(launch: Launch, tile: Tile | None, arch: int, dtype: torch.dtype) -> Compiled:
-    """The kernel of this launch for ``sm_<arch>``."""
+def compile_launch(launch: Launch, tile: Tile | None, arch: int, dtype: str) -> Compiled:
+    """The kernel of this launch for ``sm_<arch>``; ``dtype`` is its name in ``PRODUCTS``."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -156,7 +175,7 @@ def compile_launch(launch: Launch, tile: Tile | None, arch: int, dtype: torch.dt
         kernel=launch.kernel,
         widths="-" if launch.tile is None else "x".join(map(str, launch.tile[1][1:])),
         arch=arch,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=dtype,
         tile="-" if tile is None else f"{tile.m}x{tile.n} w{tile.warps} s{tile.stages}",
         registers=registers,
         spill=spill,
@@ -216,7 +235,7 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 def compile_all(
     archs: Sequence[int],
-    dtypes: Sequence[torch.dtype],
+    dtypes: Sequence[str],
     kernels: Sequence[str] | None = None,
     widths: Sequence[str] = tuple(WIDTHS),
     *,
@@ -226,20 +245,29 @@ def compile_all(
 
     Args:
         archs: of ``ARCHS``.
-        dtypes: of the products.
+        dtypes: of ``PRODUCTS``.
         kernels: names, as "up"; None: all.
         widths: of ``WIDTHS``; kernels that see no width of rows are compiled for the first alone.
-        all_flags: with every combination of flags in ``launches``; else the first of each kernel.
+        all_flags: with every combination of flags in ``launches``, and of the fewest and most experts there can be with
+            the first tile; else the first of each kernel.
     """
     for dtype in dtypes:
         seen: set[object] = set()
         # Few tokens have tiles of their own, and experts of 4096, 64, 32, 16 and 8 rows meet all there are.
-        for pair, tokens in itertools.product(widths, (32768, 512, 256, 128, 64)):
-            for launch in launches(dtype, WIDTHS[pair], tokens=tokens):
+        sizes = [(pair, tokens, 64, 8) for pair, tokens in itertools.product(widths, (32768, 512, 256, 128, 64))]
+        if all_flags:
+            sizes += [(widths[0], 512, 1, 1), (widths[0], 512, MAX_EXPERTS, 32)]
+        for pair, tokens, num_experts, top_k in sizes:
+            with _precision(dtype):
+                shape = {"tokens": tokens, "num_experts": num_experts, "top_k": top_k}
+                found = launches(PRODUCTS[dtype], WIDTHS[pair], **shape)
+            for launch in found:
                 name = launch.kernel.split(".")[1]
                 if kernels is not None and name not in kernels:
                     continue
-                for tile in launch.tiles():
+                if dtype == "tf32" and "PRECISION" not in launch.constants:
+                    continue  # as in float32
+                for tile in launch.tiles() if num_experts == 64 else launch.tiles()[:1]:
                     flags = repr(sorted(launch.constants.items())) if all_flags else ""
                     width = (launch.tile and (launch.tile[0], pair)) or launch.constants.get("UNIT")
                     what = (launch.kernel, width, tile, flags)
@@ -250,11 +278,22 @@ def compile_all(
                         yield compile_launch(launch, tile, arch, dtype)
 
 
+@contextlib.contextmanager
+def _precision(dtype: str) -> Iterator[None]:
+    """Inside, float32 products are of the precision that ``dtype`` names."""
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32" if dtype == "tf32" else "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="ahead", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--arch", nargs="+", type=int, choices=ARCHS, default=list(ARCHS))
-    names = ["bfloat16", "float16", "float32"]
-    parser.add_argument("--dtypes", nargs="+", choices=names, default=names)
+    names = list(PRODUCTS)
+    parser.add_argument("--dtypes", nargs="+", choices=names, default=names, help="of the products")
     parser.add_argument("--widths", nargs="+", choices=list(WIDTHS), default=list(WIDTHS), help="of tokens and experts")
     parser.add_argument("--kernels", nargs="+", metavar="NAME", help="as up, linear, weight_grad (default: all)")
     parser.add_argument("--first", action="store_true", help="each kernel with one set of flags")
@@ -266,8 +305,7 @@ def main(argv: list[str] | None = None) -> int:
     if not args.json:
         heads = f"{'kernel':24}{'widths':12}{'dtype':10}{'tile':18}{'card':8}"
         print(f"{heads}{'registers':>10}{'spill':>7}{'shared':>8}{'in flight':>11}{'widest':>8}  tensor cores")
-    dtypes = [getattr(torch, name) for name in args.dtypes]
-    for made in compile_all(args.arch, dtypes, args.kernels, args.widths, all_flags=not args.first):
+    for made in compile_all(args.arch, args.dtypes, args.kernels, args.widths, all_flags=not args.first):
         wrong = made.wrong()
         failed += wrong is not None
         if args.json:
