@@ -8,10 +8,12 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 from layered import BACKENDS, EVERY_TERM
 from torch import nn
+from torch.testing import assert_close
 
-from core import FFN, MoE, MoEConfig, SwiGLU, TokenChoice, aux_loss, record
+from core import FFN, MoE, MoEConfig, RoutingContext, SwiGLU, TokenChoice, aux_loss, record
 
 # --- autocast ---
 
@@ -125,6 +127,41 @@ def test_a_bfloat16_layer_runs_and_trains(backend):
     assert y.dtype == torch.bfloat16
     (y.sum() + aux_loss(tape)).backward()
     assert all(p.grad.dtype == torch.bfloat16 and p.grad.abs().max() > 0 for p in layer.parameters())
+
+
+@pytest.mark.parametrize("shared_gate", [None, "mix"])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_gate_keeps_half_precision_tokens_as_they_are_and_computes_in_float32(dtype, padded, shared_gate):
+    shared = {} if shared_gate is None else {"num_shared_experts": 1, "shared_gate": shared_gate}
+    layer = MoEConfig(4, TokenChoice(top_k=2, gate_bias=True), FFN(16), backend="cpu", **shared).build(8).to(dtype)
+    x = torch.randn(3, 5, 8, dtype=dtype, requires_grad=True)
+    context = RoutingContext(valid_BS=torch.arange(5) < torch.tensor([[5], [2], [4]])) if padded else None
+    kept: list[torch.dtype] = []
+
+    def pack(t):
+        if t.ndim == 2 and t.shape == (15, 8):
+            kept.append(t.dtype)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), record(layer) as tape:
+        y = layer(x, context)
+    assert set(kept) == {dtype}
+    logits_TE = tape.entries[0].routing.logits_TE
+    # The same from float32 copies: the logits bit by bit, the gradients but for the rounding of each.
+    wide = [t.detach().float().requires_grad_() for t in (x, layer.router.gate.weight, layer.router.gate.bias)]
+    tokens = wide[0].flatten(0, 1)
+    if padded:
+        tokens = tokens.masked_fill(~context.valid_BS.flatten()[:, None], 0.0)
+    expected = F.linear(tokens, wide[1], wide[2])
+    assert logits_TE.dtype == torch.float32
+    assert torch.equal(logits_TE, expected)
+    weights = torch.randn_like(expected)
+    found = torch.autograd.grad((logits_TE * weights).sum(), (x, *layer.router.gate.parameters()), retain_graph=True)
+    for gradient, exact in zip(found, torch.autograd.grad((expected * weights).sum(), wide), strict=True):
+        assert gradient.dtype == dtype
+        assert_close(gradient.float(), exact, atol=1e-6, rtol=torch.finfo(dtype).eps)
+    y.float().sum().backward()
 
 
 def kept_floats(num_experts: int, tokens: int, top_k: int) -> int:

@@ -194,6 +194,96 @@ def test_experts_read_tensors_that_are_not_contiguous_and_not_aligned():
     assert_same({"y": y.double()}, {"y": p.run("eager", torch.float64)["y"]}, FLOAT32)
 
 
+def apart(t):
+    """The same numbers, each with another one after it."""
+    return torch.stack((t, torch.full_like(t, 99)), -1)[..., 0]
+
+
+@pytest.mark.parametrize("token_major", [True, False])
+@pytest.mark.parametrize(
+    "strided", ["row_index", "offsets", "inverse", "gates", "b_in", "b_out", "w_in", "w_out", "dy"]
+)
+def test_each_argument_may_have_any_strides(strided, token_major):
+    T, E, K, D, F = 12, 3, 2, 8, 6
+    torch.manual_seed(0)
+    ids_N = torch.rand(T, E).argsort(-1)[:, :K].flatten()
+    placed = eager.sort_pairs(ids_N, eager.count_experts(ids_N, E))
+    given = {"x": torch.randn(T, D), "w_in": torch.randn(E, D, F), "w_out": torch.randn(E, F, D)}
+    given |= {"b_in": torch.randn(E, F), "b_out": torch.randn(E, D), "gates": torch.rand(T * K)}
+    given |= {"row_index": placed.order_R // K, "offsets": placed.offsets_E, "inverse": placed.inverse_N}
+    dy = torch.randn(T, D)
+    found = {}
+    for backend in (triton_ops, eager):
+        own = {k: t.clone() for k, t in given.items()}
+        if backend is triton_ops and strided in own:
+            own[strided] = apart(own[strided])
+        leaves = {k: t.requires_grad_() for k, t in own.items() if t.is_floating_point()}
+        major = {"inverse_N": own["inverse"], "top_k": K} if token_major else {}
+        y = backend.expert_ffn(
+            *(own[k] for k in ("x", "row_index", "offsets", "gates", "w_in", "w_out", "b_in", "b_out")),
+            activation="gelu",
+            **major,
+        )
+        y.backward(apart(dy) if backend is triton_ops and strided == "dy" else dy)
+        found[backend] = {"y": y.detach().double()} | {k: t.grad.double() for k, t in leaves.items()}
+    assert_same(found[triton_ops], found[eager], FLOAT32)
+
+
+@pytest.mark.parametrize("strided", ["row_index", "offsets", "inverse"])
+def test_sums_and_single_products_take_any_strides(strided):
+    T, E, K, D = 9, 3, 2, 8
+    torch.manual_seed(0)
+    ids_N = torch.rand(T, E).argsort(-1)[:, :K].flatten()
+    placed = eager.sort_pairs(ids_N, eager.count_experts(ids_N, E))
+    given = {"row_index": placed.order_R // K, "offsets": placed.offsets_E, "inverse": placed.inverse_N}
+    y_RD, gates_R, w, b = torch.randn(T * K, D), torch.rand(T * K), torch.randn(E, D, 5), torch.randn(E, 5)
+    found = {}
+    for backend in (triton_ops, eager):
+        own = {k: apart(t) if k == strided and backend is triton_ops else t for k, t in given.items()}
+        leaves = [t.clone().requires_grad_() for t in (y_RD, gates_R, w, b)]
+        major = {"inverse_N": own["inverse"], "top_k": K} if strided == "inverse" else {}
+        summed = backend.combine(leaves[0], own["row_index"], own["offsets"], leaves[1], T, **major)
+        multiplied = backend.expert_linear(leaves[0], leaves[2], own["offsets"], leaves[3])
+        (summed.square().sum() + multiplied.square().sum()).backward()
+        tensors = (summed.detach(), multiplied.detach(), *(t.grad for t in leaves))
+        found[backend] = {str(i): t.double() for i, t in enumerate(tensors)}
+    assert_same(found[triton_ops], found[eager], FLOAT32)
+
+
+def test_shapes_that_do_not_go_together_are_refused():
+    x, w_in, w_out = torch.randn(4, 8), torch.randn(2, 8, 6), torch.randn(2, 6, 8)
+    offsets, ones = torch.tensor([2, 4], dtype=torch.int32), torch.ones(4)
+
+    def run(offsets=offsets, gates=ones, w_out=w_out, activation="relu", **more):
+        triton_ops.expert_ffn(x, None, offsets, gates, w_in, w_out, activation=activation, **more)
+
+    run()
+    for wrong, words in (
+        ({"w_out": torch.randn(2, 7, 8)}, r"w_out has shape \(2, 7, 8\), which must be \(2, 6, 8\)"),
+        ({"w_out": torch.randn(1, 6, 8)}, r"w_out has shape \(1, 6, 8\), which must be \(2, 6, 8\)"),
+        ({"b_out": torch.randn(2, 9)}, r"b_out has shape \(2, 9\), which must be \(2, 8\)"),
+        ({"b_in": torch.randn(2, 8)}, r"b_in has shape \(2, 8\), which must be \(2, 6\)"),
+        ({"w_gate": torch.randn(2, 8, 7)}, r"w_gate has shape \(2, 8, 7\), which must be \(2, 8, 6\)"),
+        ({"offsets": torch.ones(3, dtype=torch.int32)}, r"offsets_E has shape \(3,\), which must be \(2,\)"),
+        ({"gates": torch.ones(3)}, r"gates_R has shape \(3,\), which must be \(4,\)"),
+        ({"activation": "tanh"}, r"activation='tanh' is not one of"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            run(**wrong)
+    with pytest.raises(ValueError, match=r"b has shape \(2, 8\), which must be \(2, 6\)"):
+        triton_ops.expert_linear(x, w_in, offsets, torch.randn(2, 8))
+    with pytest.raises(ValueError, match=r"row_index_R has shape \(3,\), which must be \(4,\)"):
+        triton_ops.combine(x, torch.arange(3), offsets, None, 4)
+    for wrong, words in (
+        ({"top_k": 5}, "top_k=5 is not in 1 to 4"),
+        ({"score_func": "relu"}, "score_func='relu' is not"),
+        ({"bias_E": torch.zeros(3)}, r"bias_E has shape \(3,\), which must be \(4,\)"),
+        ({"valid_T": torch.ones(8, dtype=torch.bool)}, r"valid_T has shape \(8,\), which must be \(9,\)"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            triton_ops.topk_gate(torch.randn(9, 4), **{"top_k": 2, **wrong})
+
+
 def test_experts_of_another_dtype_than_the_tokens_are_refused():
     x, w = torch.randn(4, 8), torch.randn(2, 8, 8, dtype=torch.bfloat16)
     offsets, ones = torch.tensor([2, 4], dtype=torch.int32), torch.ones(4)
