@@ -142,11 +142,10 @@ def launches(
             sort.find_places(ids, E + 1)
             sort.find_ranks(ids.view(T, K), of(T, kind=torch.int64), E + 1)
             real_T = of(T, kind=torch.bool)
-            for experts, groups, softmax, normalize in itertools.product(
-                (E, 4 * E), (1, 8), (True, False), (True, False)
-            ):
-                if experts % groups or K > experts * max(groups // 2, 1) // groups:
-                    continue
+            kinds = itertools.product((E, 4 * E), (1, 8), (True, False), (True, False))
+            for experts, groups, softmax, normalize in kinds:
+                if experts > MAX_EXPERTS or experts % groups or K > experts * max(groups // 2, 1) // groups:
+                    continue  # 'eager' takes more
                 logits_TE, chosen = of(T, experts), (K, softmax, normalize)
                 for best_two in (True, False):
                     gate.choose(logits_TE, None, None, *chosen, groups, max(groups // 2, 1), best_two, 1.0)
