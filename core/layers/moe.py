@@ -93,7 +93,7 @@ class MoELayer(nn.Module):
         if shared_gate is not None:
             terms = terms | shared_gate.terms
             if self.balance.gate_budget:
-                pulled += shared_gate.parameters()
+                pulled = [*pulled, *shared_gate.parameters()]
         needs_grad = self.training and any(p.requires_grad for p in pulled)
         for name, tape in self._tapes:
             entry = Entry(
