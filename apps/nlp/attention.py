@@ -225,14 +225,8 @@ class SelfAttention(_Attention):
         Returns:
             (R, D).
         """
-        H, Hkv = self.num_heads, self.num_kv_heads
-        if rotations is None:
-            heads = self.qkv(x_RD).unflatten(-1, (H + 2 * Hkv, self.head_dim))
-            q_RHd, new_R2Hd = heads[:, :H], heads[:, H:].unflatten(1, (2, Hkv))
-        else:
-            q_RHd, k_RHd, v_RHd = self._heads(x_RD, rotations)
-            new_R2Hd = torch.stack((k_RHd, v_RHd), 1)
-        keys, values = cache.write(layer, new_R2Hd)
+        q_RHd, k_RHd, v_RHd = self._heads(x_RD, rotations)
+        keys, values = cache.write(layer, torch.stack((k_RHd, v_RHd), 1))
         return self._step(q_RHd, keys, values, cache.copies, bias)
 
 

@@ -101,9 +101,10 @@ class Cache:
         else:
             free_NK = self._free_slots()
             slot_NK.copy_(free_NK)
-            # Fake tensors have no numbers; no slot is further away than this.
-            seen = type(free_NK) is Tensor and not torch.compiler.is_compiling()
-            self.extent = int(self._slot_NKT[:, :, : self.length + 1].max()) + 1 if seen else self.extent + K
+            if has_numbers(free_NK):
+                self.extent = int(self._slot_NKT[:, :, : self.length + 1].max()) + 1
+            else:
+                self.extent += K  # no slot is further away
         self._most = max(self._most, self.extent)
         if self.extent > self.store.shape[3]:
             more = max(self.extent - self.store.shape[3], self.store.shape[3] // 2)
@@ -232,6 +233,11 @@ class Cache:
         self.task_ids_R, self.domain_ids_R = _select(self.task_ids_R, index), _select(self.domain_ids_R, index)
         self.copies, self.extent, self._most = 1, T, T
         self._slot_NKT = torch.arange(T, device=index.device).expand(len(index), 1, T).clone()
+
+
+def has_numbers(tensor: Tensor) -> bool:
+    """Whether they can be read here: a fake tensor has none, and a graph that is compiled must not depend on them."""
+    return type(tensor) is Tensor and not torch.compiler.is_compiling()
 
 
 def _select(value_B: Tensor | None, index: Tensor) -> Tensor | None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import core
 
 from .attention import CrossAttention, Mask, SelfAttention, padding_mask, product_dtype, self_mask
-from .cache import Cache
+from .cache import Cache, has_numbers
 from .config import TransformerConfig
 from .dropout import Dropout
 from .positions import RelativeBias, added_positions, rotations
@@ -54,13 +54,11 @@ class RMSNorm(nn.RMSNorm):
     @contextlib.contextmanager
     def steady(self) -> Iterator[None]:
         """Inside, without gradients, the weight does not change."""
-        weight, dim = self.weight, self.normalized_shape[0]
+        weight, dim, before = self.weight, self.normalized_shape[0], self._scaled
         is_full = weight.dtype in (torch.float32, torch.float64)
         if is_full and weight.device.type == "cpu" and not torch.is_grad_enabled():
             least = torch.tensor((dim * (self.eps or 0.0)) ** 0.5, dtype=weight.dtype)
-            before, self._scaled = self._scaled, (weight.detach() * dim**0.5, least)
-        else:
-            before = self._scaled
+            self._scaled = weight.detach() * dim**0.5, least
         try:
             yield
         finally:
@@ -254,9 +252,8 @@ class Stack(nn.Module):
             cache.relative_HT = self.relative.last(2 * (t + 1))
         bias = cache.self_bias(product_dtype(x_RD))
         turns = self._rotations(t, 1, x_RD)
-        # Whether there is padding costs a CPU a look, another device a wait, and a fake tensor does not know.
-        seen = valid_R.device.type == "cpu" and type(valid_R) is Tensor and not torch.compiler.is_compiling()
-        real = seen and bool(valid_R.all())
+        # Whether there is padding costs a CPU a look, and another device a wait.
+        real = valid_R.device.type == "cpu" and has_numbers(valid_R) and bool(valid_R.all())
         context = core.RoutingContext(
             valid_BS=None if real else valid_R[:, None],
             token_ids_BS=token_R[:, None],

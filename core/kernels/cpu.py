@@ -220,6 +220,7 @@ class _Split:
         light_n: int64 (n,), the expert of each row of a light one, which come first.
         heavy: rows of each other expert that has any.
         order_r: int64 (r,), which of the rows in the order of the experts each row is; None: as they stand.
+        taken: the same as an index into them.
     """
 
     def __init__(self, offsets_E: Tensor, light: int) -> None:
@@ -235,20 +236,17 @@ class _Split:
         if few and self.heavy:
             parts = [range(ends[e] - counts[e], ends[e]) for e in (*few, *self.heavy)]
             self.order_r = torch.tensor([*itertools.chain.from_iterable(parts)])
+        self.taken = slice(self.num_rows) if self.order_r is None else self.order_r
 
     def linear(self, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """``rows_e w_e + b_e``, (r, D) to (r, F)."""
         n, D = len(self.light_n), weight.shape[1]
-        bags = None
+        out = rows.new_empty(rows.shape[0], weight.shape[-1])
         if n:
             index_nD = self.light_n[:, None] * D + torch.arange(D)
             bags = F.embedding_bag(index_nD, weight.flatten(0, 1), mode="sum", per_sample_weights=rows[:n])
             if bias is not None:
                 bags.add_(bias.index_select(0, self.light_n))
-            if not self.heavy:
-                return bags
-        out = rows.new_empty(rows.shape[0], weight.shape[-1])
-        if bags is not None:
             out[:n] = bags
         counts = list(self.heavy.values())
         for e, rows_e, out_e in zip(self.heavy, rows[n:].split(counts), out[n:].split(counts), strict=True):
@@ -272,15 +270,11 @@ def _few_rows(
     act = ACTIVATIONS[activation]
     plain = x.dtype == torch.float32 and all(w is None or w.is_contiguous() for w in (w_in, w_out, w_gate))
     split = _Split(offsets_E, _light(w_in[:1].numel()) if plain else 0)
-    order_r, gates_r = split.order_r, gates_R[: split.num_rows]
-    index_r = order_r if row_index_R is None else row_index_R[: split.num_rows]
-    if order_r is not None:
-        gates_r = gates_r[order_r]
-        index_r = order_r if row_index_R is None else row_index_R[order_r]
+    index_r = split.order_r if row_index_R is None else row_index_R[split.taken]
     rows = x[: split.num_rows] if index_r is None else x.index_select(0, index_r)
     a = split.linear(rows, w_in, b_in)
     h = act(a) if w_gate is None else act(split.linear(rows, w_gate, None)).mul_(a)
-    y_rD = split.linear(h, w_out, b_out).mul_(gates_r[:, None])
+    y_rD = split.linear(h, w_out, b_out).mul_(gates_R[split.taken, None])
     y = y_rD.new_zeros(x.shape[0], y_rD.shape[-1])
     if index_r is None:
         y[: split.num_rows] = y_rD

@@ -167,7 +167,7 @@ def packed(*weights: Tensor) -> Iterator[None]:
 
 def _gains(weight: Tensor) -> bool:
     return (
-        type(weight) in (Tensor, nn.Parameter)
+        not is_traced(weight)
         and (weight.ndim, weight.dtype, weight.device.type) == (2, torch.float32, "cpu")
         and weight.numel() >= LEAST_WEIGHT
     )

@@ -187,10 +187,10 @@ class EnsembleRouter(PairRouter):
         self.gate = LinearGate(dim, num_experts, config.init_scale)
 
     def choose(self, tokens: Tokens) -> Choice:
-        config, x_TD = self.config, tokens.x_TD
-        member_B = torch.arange(tokens.num_sequences, device=x_TD.device) % config.num_members
+        config = self.config
+        member_B = torch.arange(tokens.num_sequences, device=tokens.x_TD.device) % config.num_members
         member_T1 = tokens.to_tokens(member_B).unsqueeze(-1)
-        logits_TGe = self.gate(x_TD).unflatten(-1, (config.num_members, -1))
+        logits_TGe = tokens.logits(self.gate).unflatten(-1, (config.num_members, -1))
         own = member_T1.unsqueeze(-1).expand(-1, -1, logits_TGe.shape[-1])
         logits_T1e = logits_TGe.gather(1, own)
         best = topk_gate(

@@ -203,7 +203,6 @@ def expert_ffn(
     """
     (E, D, F), N = w_in.shape, w_out.shape[-1]
     check_shapes(
-        w_in=(w_in, (E, D, F)),
         w_out=(w_out, (E, F, N)),
         b_in=(b_in, (E, F)),
         b_out=(b_out, (E, N)),
