@@ -128,6 +128,9 @@ class SparseModule(LightningModule):
     starts_afresh: bool = True
     """The weights are still those it was made with. Who is to load a checkpoint says so by False."""
 
+    _encoding: Mapping[str, Any] | None = None
+    """What the numbers of the data stand for, as the checkpoint says; None: no checkpoint says it."""
+
     def __init__(
         self,
         optimizer: OptimizerConfig | None = None,
@@ -379,6 +382,20 @@ class SparseModule(LightningModule):
         """The trainer's data module; None without one."""
         return None if self._trainer is None else getattr(self._trainer, "datamodule", None)
 
+    def _hand_over(self) -> None:
+        """Give the data the encoding that the checkpoint keeps, and refuse data that do not fit the model.
+
+        Data that have ``encoding_state`` and ``adopt`` encode by it, whatever their own training part would have taught.
+        """
+        adopt = getattr(self._data(), "adopt", None)
+        if adopt is not None and self._encoding is not None:
+            adopt(self._encoding)
+        self._check_data()
+
+    def _check_data(self) -> None:
+        """Refuse data that do not fit the model, with a ``ValueError``."""
+        self._check_data_arguments()
+
     def _check_data_arguments(self) -> None:
         """Refuse data that say otherwise of ``data_arguments`` than the model's attributes of these names."""
         for name in self.data_arguments:
@@ -392,6 +409,7 @@ class SparseModule(LightningModule):
             for name in ("val", "test"):
                 own = metrics.clone(prefix=f"{name}/") if hasattr(metrics, "items") else metrics.clone()
                 self._stage_metrics[name] = own
+        self._hand_over()
 
     def configure_callbacks(self) -> list[Callback]:
         if self.average_last is not None:
@@ -424,6 +442,14 @@ class SparseModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["module_class"] = f"{type(self).__module__}.{type(self).__qualname__}"
+        state = getattr(self._data(), "encoding_state", self._encoding)
+        if state is not None:
+            checkpoint["encoding"] = state
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._encoding = checkpoint.get("encoding")
+        if self._data() is not None:
+            self._hand_over()
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -434,6 +460,7 @@ class SparseModule(LightningModule):
         if shards is not None:
             module = cls(*args, **{**remembered, **kwargs})
             module.load_state_dict(shards["state_dict"])
+            module._encoding = shards.get("encoding")  # Lightning's hooks are not called here
             return module
         return super().load_from_checkpoint(checkpoint_path, *args, **{"weights_only": True, **remembered, **kwargs})
 

@@ -265,10 +265,12 @@ class LanguageModeler(PretrainedModule):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
+        self._load_pretrained()
+
+    def _check_data(self) -> None:
         data = self._data()
         check_subwords(self.subwords, getattr(data, "subwords", None))
         check_length(self.transformer, "data.block_size", getattr(data, "block_size", None))
-        self._load_pretrained()
 
     def with_moe(self, moe: core.MoEConfig) -> LanguageModeler:
         check_free(self.pretrained)

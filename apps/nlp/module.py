@@ -353,6 +353,9 @@ class Translator(PretrainedModule):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
+        self._load_pretrained()
+
+    def _check_data(self) -> None:
         data = self._data()
         check_subwords(self.subwords, getattr(data, "subwords", None))
         check_length(self.transformer, "data.max_length", getattr(data, "max_length", None))
@@ -362,7 +365,6 @@ class Translator(PretrainedModule):
                 f"the model translates {', '.join(self.pairs)}, which does not fit the data, whose pairs are "
                 f"{', '.join(pairs)}"
             )
-        self._load_pretrained()
 
     def configure_callbacks(self) -> list[Callback]:
         callbacks = super().configure_callbacks()

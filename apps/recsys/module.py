@@ -17,19 +17,18 @@ from apps.recsys.batch import TableBatch
 from apps.recsys.bottoms import SharedBottom, SingleTask
 from apps.recsys.dense import DenseConfig
 from apps.recsys.embedding import EmbeddingConfig
-from apps.recsys.encoded import EncodedModule
 from apps.recsys.evaluation import RecommenderReport, ReportConfig
 from apps.recsys.features import Features
 from apps.recsys.metrics import MultiTaskMetrics
 from apps.recsys.model import Ensemble, InteractionConfig, MultiTaskModel, mean_logit
 from apps.recsys.tasks import HeadConfig
 from apps.recsys.weighting import WeightingConfig
-from apps.training import Baseline, OptimizerConfig, TaskOutput
+from apps.training import Baseline, OptimizerConfig, SparseModule, TaskOutput
 
 _REPORT = ReportConfig()
 
 
-class MultiTaskRecommender(EncodedModule):
+class MultiTaskRecommender(SparseModule):
     """A recommender of several binary tasks: clicks, purchases, incomes.
 
     Args:

@@ -141,7 +141,6 @@ class VisionClassifier(SparseModule):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        self._check_data_arguments()
         # Not in the constructor: a trained model does not need the file any more.
         if self.pretrained is not None and self.starts_afresh:
             load_pretrained_weights(self.model, self.pretrained)

@@ -14,10 +14,9 @@ from torch import Tensor
 import core
 from apps.baselines import dense_baselines
 from apps.loss import linear_cross_entropy
-from apps.recsys.encoded import EncodedModule
 from apps.recsys.metrics import RankingMetrics
 from apps.recsys.sequence.model import HistoryModel, HistoryModelConfig, last_of
-from apps.training import Baseline, OptimizerConfig, TaskOutput
+from apps.training import Baseline, OptimizerConfig, SparseModule, TaskOutput
 from apps.widths import SolvedWidth, ffn_widths
 
 CUTOFF = 10
@@ -55,7 +54,7 @@ class NextItemMetrics(RankingMetrics):
         return {name.replace("@", "_"): value for name, value in super().compute().items()}
 
 
-class NextItemRecommender(EncodedModule):
+class NextItemRecommender(SparseModule):
     """A history transformer, sparse or dense, that ranks all items as the next one.
 
     It is trained by the softmax cross-entropy over all items at every position of a history, and judged by the rank of
