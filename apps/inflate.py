@@ -1,0 +1,63 @@
+"""Compressed files are read as streams with a limit, so that a few megabytes cannot fill the memory or the disk."""
+
+from __future__ import annotations
+
+import io
+from typing import BinaryIO
+
+FREE = 256 << 20
+"""Bytes that any compressed file may unpack to, however small it is."""
+
+MOST = 200
+"""Times that a larger one may unpack to its own size. Text and tables shrink 3 to 30 times, and repeated lines 1,000."""
+
+
+class Inflated(io.RawIOBase):
+    """A stream of unpacked bytes that ends in an error where they are far more than their file explains.
+
+    ``io.BufferedReader(Inflated(...))`` and ``io.TextIOWrapper`` take it like any other stream, and pyarrow as a file.
+
+    Args:
+        unpacked: yields the unpacked bytes, such as ``gzip.open(path)`` or a member of a ``zipfile.ZipFile``.
+        compressed_size: bytes of the compressed file or member.
+        name: names it in messages.
+        free: unpacked bytes that are always allowed.
+        most: allowed ratio of unpacked to compressed bytes beyond those.
+
+    Raises:
+        ValueError: while reading, past ``free`` bytes and a ratio of ``most``.
+    """
+
+    def __init__(self, unpacked: BinaryIO, compressed_size: int, name: str, free: int = FREE, most: int = MOST) -> None:
+        super().__init__()
+        self._unpacked, self._size, self._name = unpacked, max(compressed_size, 1), name
+        self._limit, self._most, self._read = max(free, most * self._size), most, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        data = self._unpacked.read(len(buffer))
+        buffer[: len(data)] = data
+        self._read += len(data)
+        if self._read > self._limit:
+            raise ValueError(
+                f"{self._name} is compressed over {self._read // self._size} times ({self._size:,} bytes hold over "
+                f"{self._read:,}): no data shrinks so much, and at most {self._most} times is read. Unpack it by hand "
+                "if it is what you mean"
+            )
+        return len(data)
+
+    def close(self) -> None:
+        self._unpacked.close()
+        super().close()
+
+
+def read_limited(unpacked: BinaryIO, compressed_size: int, name: str) -> bytes:
+    """Return all bytes of a compressed stream, within the limits of ``Inflated``.
+
+    Raises:
+        ValueError: it unpacks to more.
+    """
+    with io.BufferedReader(Inflated(unpacked, compressed_size, name), 1 << 20) as stream:
+        return stream.read()
