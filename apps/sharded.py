@@ -7,6 +7,7 @@ leaves the old checkpoint. Neither part is read by a pickle that could run code.
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 import shutil
 import uuid
@@ -14,12 +15,12 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorProperties, TensorStorageMetadata
 
 from apps.files import replacing
 
@@ -113,6 +114,9 @@ def read_rest(path: Path) -> dict[str, Any]:
         checkpoint = torch.load(path / _REST, map_location="cpu", weights_only=True)
         if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint or _KEY not in checkpoint:
             raise ValueError("it has no state_dict")
+        folder = str(checkpoint[_KEY]["folder"])
+        if not folder.startswith("shards-") or Path(folder).name != folder:
+            raise ValueError(f"its shards are not beside it: {folder}")
     return checkpoint
 
 
@@ -158,6 +162,9 @@ class _Reader(dcp.FileSystemReader):
             metadata = _Unpickler(file).load()
         if not isinstance(metadata, Metadata):
             raise ValueError("no table of contents")
+        for where in (metadata.storage_data or {}).values():
+            if Path(where.relative_path).name != where.relative_path:  # shards lie beside the table
+                raise ValueError(f"a shard outside the folder: {where.relative_path}")
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
@@ -168,11 +175,30 @@ class _Reader(dcp.FileSystemReader):
         return {k: v for k, v in found.items() if isinstance(v, TensorStorageMetadata)}
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
+    """Makes objects of the classes in ``_SAFE``, and changes nothing that it has not made itself.
+
+    A pickle may set attributes on what it has named: here on new dataclasses alone, and their own fields alone. (The
+    unpickler in C has no place to say so.)
+    """
+
+    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)  # type: ignore[attr-defined]
+
     def find_class(self, module: str, name: str) -> Any:
         if name not in _SAFE.get(module, ()):
             raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint")
         return super().find_class(module, name)
+
+    def load_build(self) -> None:
+        state, made = self.stack[-1], self.stack[-2]  # type: ignore[attr-defined]
+        if not isinstance(made, TensorProperties):  # which reads its state, a tuple, by itself
+            if isinstance(made, type) or not dataclasses.is_dataclass(made) or not isinstance(state, dict):
+                raise pickle.UnpicklingError(f"it sets attributes of {made!r}")
+            if foreign := state.keys() - {field.name for field in dataclasses.fields(made)}:
+                raise pickle.UnpicklingError(f"{type(made).__name__} has no {min(foreign)}")
+        super().load_build()  # type: ignore[misc]
+
+    dispatch[pickle.BUILD[0]] = load_build
 
 
 @contextmanager
