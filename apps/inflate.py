@@ -9,7 +9,7 @@ FREE = 256 << 20
 """Bytes that any compressed file may unpack to, however small it is."""
 
 MOST = 200
-"""Times that a larger one may unpack to its own size. Text and tables shrink 3 to 30 times, and repeated lines 1,000."""
+"""Times that a larger one may unpack to its own size. Text and tables shrink 3 to 30 times, repeated lines 1,000."""
 
 
 class Inflated(io.RawIOBase):

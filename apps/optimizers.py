@@ -14,6 +14,7 @@ import core
 from apps.muon import MuonAdamW
 
 
+@core.register_config
 @dataclass(frozen=True)
 class OptimizerConfig:
     """One learning rate for three kinds of parameters, a linear warm-up and a decay, both by step.

@@ -7,7 +7,6 @@ images, users and sentences.
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import inspect
 import logging
 import math
@@ -385,7 +384,7 @@ class SparseModule(LightningModule):
     def _hand_over(self) -> None:
         """Give the data the encoding that the checkpoint keeps, and refuse data that do not fit the model.
 
-        Data that have ``encoding_state`` and ``adopt`` encode by it, whatever their own training part would have taught.
+        Data that have ``encoding_state`` and ``adopt`` encode by it, whatever their own rows would have taught.
         """
         adopt = getattr(self._data(), "adopt", None)
         if adopt is not None and self._encoding is not None:
@@ -453,10 +452,16 @@ class SparseModule(LightningModule):
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """The module of a checkpoint, with the weights that a test uses; ``kwargs`` beat what it remembers."""
+        """Return the module of a checkpoint, with the weights that a test uses; ``kwargs`` beat what it remembers.
+
+        Raises:
+            ValueError: the checkpoint names a class that is not registered.
+        """
         shards = sharded.read(checkpoint_path) if sharded.is_sharded(checkpoint_path) else None
         checkpoint = shards or torch.load(checkpoint_path, map_location="cpu", weights_only=True)
         remembered = {k: from_plain(v) for k, v in checkpoint.get("hyper_parameters", {}).items()}
+        if "_instantiator" in remembered:  # Lightning would import what it names
+            raise ValueError(f"{checkpoint_path} names a function to be made with, which no checkpoint of ours does")
         if shards is not None:
             module = cls(*args, **{**remembered, **kwargs})
             module.load_state_dict(shards["state_dict"])
@@ -591,10 +596,17 @@ def cuda_devices(model: nn.Module) -> list[int]:
 
 
 def to_plain(value: Any) -> Any:
-    """``value`` as plain dicts, lists and numbers; a dataclass as ``{"class_path": ..., "init_args": ...}``."""
+    """Return ``value`` as plain dicts, lists and numbers; a dataclass as ``{"class_path": ..., "init_args": ...}``.
+
+    Raises:
+        ValueError: a dataclass that is not registered: ``from_plain`` could not make it again.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        path = f"{type(value).__module__}.{type(value).__qualname__}"
+        if not core.is_registered(type(value)):
+            raise ValueError(f"no checkpoint can be loaded with a {path}: decorate the class with core.register_config")
         fields = {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
-        return {"class_path": f"{type(value).__module__}.{type(value).__qualname__}", "init_args": fields}
+        return {"class_path": path, "init_args": fields}
     if isinstance(value, Mapping):
         return {str(k): to_plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
@@ -605,10 +617,10 @@ def to_plain(value: Any) -> Any:
 
 
 def from_plain(value: Any) -> Any:
-    """What ``to_plain`` made its argument of, with the config dataclasses of class_path back; lists stay lists.
+    """Return what ``to_plain`` made ``value`` of, with the config dataclasses of class_path back; lists stay lists.
 
     Raises:
-        ValueError: a class_path that is no dataclass of this environment.
+        ValueError: a class_path that is not registered (``core.register_config``), or arguments that its class refuses.
     """
     if isinstance(value, list):
         return [from_plain(v) for v in value]
@@ -616,11 +628,8 @@ def from_plain(value: Any) -> Any:
         return value
     if set(value) != {"class_path", "init_args"}:
         return {k: from_plain(v) for k, v in value.items()}
-    module, _, name = value["class_path"].rpartition(".")
+    kind = core.registered_config(value["class_path"])
     try:
-        kind = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError):
-        raise ValueError(f"class_path={value['class_path']!r} cannot be imported") from None
-    if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
-        raise ValueError(f"class_path={value['class_path']!r} is not a config dataclass")
-    return kind(**{k: from_plain(v) for k, v in value["init_args"].items()})
+        return kind(**{k: from_plain(v) for k, v in value["init_args"].items()})
+    except TypeError as error:
+        raise ValueError(f"class_path={value['class_path']!r}: {error}") from error

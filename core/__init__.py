@@ -24,6 +24,7 @@ from .layers import (
     set_capacity_factor,
     update_expert_bias,
 )
+from .registry import is_registered, register_config, registered_config
 from .routing.adaptive import DynamicThreshold, NullExperts, Threshold, TokenRounding
 from .routing.assignment import Base, Sinkhorn
 from .routing.balance import Balance
@@ -113,10 +114,13 @@ __all__ = [
     "convert_linear",
     "count_flops",
     "domain_posterior",
+    "is_registered",
     "linear",
     "moe_layers",
     "packed",
     "record",
+    "register_config",
+    "registered_config",
     "resolve_backend",
     "set_capacity_factor",
     "update_expert_bias",

@@ -2,43 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
 import core
 from apps import sharded
+from apps.checkpoints import CONFIG_BASES, check_arguments, module_class
 from apps.training import to_plain
-
-CONFIG_BASES = (core.RouterConfig, core.ExpertConfig, core.MultiGateConfig)
-"""Of the configs that may be of several classes: their YAML has a ``class_path``."""
-
-
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint's contents, on the CPU; tensors are mapped from the file, not read; of shards, the shape.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: the file is damaged, or is no checkpoint.
-    """
-    if sharded.is_sharded(path):
-        return sharded.read(path, device="meta")
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint {path}")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except PermissionError:
-        raise
-    except Exception as error:
-        raise ValueError(f"{path} is not a readable checkpoint: damaged, cut short, or of another program") from error
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise ValueError(f"{path} is not a checkpoint of a training run: it has no state_dict")
-    return checkpoint
 
 
 def find_checkpoint(command: str, which: str | None, run_dir: Path) -> Path | None:
@@ -65,28 +41,70 @@ def find_checkpoint(command: str, which: str | None, run_dir: Path) -> Path | No
     return Path(which)
 
 
-def remembered(checkpoint: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """The model's arguments that the checkpoint remembers, if it is of the class the configuration names."""
+def remembered(
+    checkpoint: Mapping[str, Any], config: Mapping[str, Any], model: type | None, path: Path
+) -> dict[str, Any]:
+    """Return the model's arguments that the checkpoint remembers, if it is of the class the configuration names.
+
+    Args:
+        checkpoint: its contents.
+        config: what the user gave; it decides the class where it names one.
+        model: the class that it names; None: it names none.
+        path: the checkpoint's file, for messages.
+
+    Raises:
+        ValueError: the checkpoint names a class that is not registered, or holds a text where a config belongs.
+    """
     kind, hparams = checkpoint.get("module_class"), checkpoint.get("hyper_parameters")
     if not kind or not hparams:
         return {}
-    model = config.get("model")
-    named = model if isinstance(model, str) else model.get("class_path") if isinstance(model, Mapping) else None
+    if not isinstance(kind, str) or not isinstance(hparams, Mapping):
+        raise ValueError(f"{path} is damaged: its module_class or hyper_parameters are of the wrong type")
+    written = config.get("model")
+    named = written if isinstance(written, str) else written.get("class_path") if isinstance(written, Mapping) else None
     if named is not None and short(named) != short(kind):
         return {}
-    return {"model": {"class_path": kind, "init_args": without_fixed_classes(hparams)}}
+    if named is None:
+        model, named = module_class(checkpoint, path), kind
+    if model is None:  # the parser reports a class that does not exist
+        return {}
+    check_arguments(model, hparams, f"{path}: model")
+    return {"model": {"class_path": named, "init_args": without_fixed_classes(hparams)}}
+
+
+def import_named(checkpoint: Mapping[str, Any], texts: Collection[str]) -> None:
+    """Import the classes that a checkpoint names and the user's own command or configuration names as well.
+
+    Args:
+        checkpoint: its contents.
+        texts: what the user wrote: the values of flags and of the configurations that ``--config`` named.
+    """
+    for path in {*_class_paths(checkpoint.get("hyper_parameters")), checkpoint.get("module_class")}:
+        if isinstance(path, str) and path in texts and "." in path:
+            with contextlib.suppress(ModuleNotFoundError):  # reported where the class is looked up
+                importlib.import_module(path.rpartition(".")[0])
+
+
+def _class_paths(value: Any) -> Iterator[Any]:
+    if isinstance(value, Mapping):
+        if "class_path" in value:
+            yield value["class_path"]
+        for inner in value.values():
+            yield from _class_paths(inner)
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from _class_paths(inner)
 
 
 def without_fixed_classes(value: Any) -> Any:
-    """Plain mappings in place of ``{"class_path", "init_args"}``, but for the parts that may be of several classes."""
+    """Return plain mappings for ``{"class_path", "init_args"}``, but for the parts that may be of several classes.
+
+    Raises:
+        ValueError: a class that is not registered.
+    """
     if isinstance(value, Mapping) and set(value) == {"class_path", "init_args"}:
         args = {k: without_fixed_classes(v) for k, v in value["init_args"].items()}
-        module, _, name = value["class_path"].rpartition(".")
-        try:
-            kind = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError, ValueError):
-            raise ValueError(f"the checkpoint needs {value['class_path']}, which cannot be imported") from None
-        if isinstance(kind, type) and issubclass(kind, CONFIG_BASES):
+        if issubclass(core.registered_config(value["class_path"]), CONFIG_BASES):
             return {"class_path": value["class_path"], "init_args": args}
         return args
     if isinstance(value, Mapping):

@@ -8,7 +8,6 @@ import difflib
 import importlib
 import itertools
 import json
-import pkgutil
 import re
 import sys
 import tempfile
@@ -19,11 +18,11 @@ from typing import Any
 import yaml
 from lightning.pytorch import LightningDataModule, LightningModule
 
-import apps
-from apps import routers
+from apps import registry, routers
 from apps.callbacks import naming
+from apps.checkpoints import check_arguments, check_beside, load_checkpoint
 from apps.cli import UsageError
-from apps.cli.checkpoint import find_checkpoint, load_checkpoint, remembered, short, without_fixed_classes
+from apps.cli.checkpoint import find_checkpoint, import_named, remembered, short, without_fixed_classes
 from apps.cli.errors import subclasses
 
 _QUOTED_LIST = re.compile(
@@ -68,6 +67,9 @@ class Request:
         config: dict[str, Any] = {}
         for path in paths:
             config = merge(config, _read_yaml(path))
+        if found_in is not None:
+            check_beside(config, paths[0])
+            print(f"configuration: {paths[0]}, which lies beside the checkpoint", file=sys.stderr)
         written = config.pop("run_dir", None)  # of a run that was put aside, where it was
         run_dir = options["run_dir"][-1] if options["run_dir"] else found_in or written
         config, flags = with_nulls(config, flags)
@@ -78,7 +80,10 @@ class Request:
         checkpoint = find_checkpoint(command, which, run_dir)
         if checkpoint is not None:
             loaded = load_checkpoint(checkpoint)
-            config = merge(remembered(loaded, config), config)
+            if found_in is None:
+                import_named(loaded, {*_texts(config), *(part for flag in flags for part in flag.split("=", 1))})
+            model_class = _find_class("model", LightningModule, flags, config)
+            config = merge(remembered(loaded, config, model_class, checkpoint), config)
             config = with_remembered_data(config, flags, loaded)
             check_superseded(config, flags, checkpoint)
         model_class = _find_class("model", LightningModule, flags, config)
@@ -132,15 +137,27 @@ def shipped(path: Path) -> Path:
     return own
 
 
+_MOST_BYTES, _MOST_VALUES = 16 << 20, 1_000_000
+"""Limits of a configuration: its size, and its values with aliases written out."""
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        config = yaml.safe_load(path.read_text())
+        if path.stat().st_size > _MOST_BYTES:
+            raise UsageError(f"{path} is not a configuration: it has {path.stat().st_size:,} bytes of {_MOST_BYTES:,}")
+        loader = yaml.SafeLoader(path.read_text())
+        node = loader.get_single_node()
+        if node is not None and _num_values(node, {}, path) > _MOST_VALUES:
+            raise UsageError(f"{path}: its aliases stand for over {_MOST_VALUES:,} values")
+        config = None if node is None else loader.construct_document(node)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         raise UsageError(f"{path}{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is not a text file") from error
+    except RecursionError as error:
+        raise UsageError(f"{path} is nested too deeply") from error
     except IsADirectoryError as error:
         raise UsageError(f"{path} is a folder, not a configuration") from error
     except FileNotFoundError as error:
@@ -150,6 +167,27 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UsageError(f"{path} is not a configuration: it holds a {type(config).__name__}, not keys with values")
     return config
+
+
+def _num_values(node: yaml.Node, known: dict[int, int], path: Path) -> int:
+    """Return how many values a node stands for with each alias written out. A file of 1 KB can stand for 10^9."""
+    if not isinstance(node, yaml.CollectionNode):
+        return 1
+    if id(node) not in known:
+        known[id(node)] = -1  # open
+        inner = [part for item in node.value for part in (item if isinstance(item, tuple) else (item,))]
+        known[id(node)] = 1 + sum(_num_values(part, known, path) for part in inner)
+    if known[id(node)] < 0:
+        raise UsageError(f"{path}: an alias stands for a value that holds the alias")
+    return known[id(node)]
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield every text of nested plain values."""
+    if isinstance(value, str):
+        yield value
+    for inner in value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ():
+        yield from _texts(inner)
 
 
 def _nearest(path: Path) -> str:
@@ -242,7 +280,8 @@ def with_remembered_data(config: Mapping[str, Any], flags: list[str], checkpoint
 
     They come from the checkpoint's model, which has arguments of the same names, unless they are written by hand.
     """
-    names = getattr(_find_class("data", LightningDataModule, flags, config), "from_checkpoint", ())
+    kind = _find_class("data", LightningDataModule, flags, config)
+    names = getattr(kind, "from_checkpoint", ())
     written = config.get("data")
     written = written if isinstance(written, Mapping) else {}
     arguments = written["init_args"] or {} if "init_args" in written else written
@@ -253,8 +292,9 @@ def with_remembered_data(config: Mapping[str, Any], flags: list[str], checkpoint
         by_hand = any(option.fullmatch(flag) for flag in flags)
         if not by_hand and arguments.get(name) is None and hparams.get(name) is not None:
             filled[name] = without_fixed_classes(hparams[name])
-    if not filled:
+    if not filled or kind is None:
         return dict(config)
+    check_arguments(kind, filled, "the checkpoint: data")
     path = _class_path("data", flags, config)
     arguments = {k: v for k, v in arguments.items() if k != "class_path"}
     return {**config, "data": {"class_path": path, "init_args": {**arguments, **filled}}}
@@ -305,9 +345,10 @@ def _class_path(part: str, flags: list[str], config: Mapping[str, Any]) -> str |
 def _find_class(part: str, base: type, flags: list[str], config: Mapping[str, Any]) -> type | None:
     """The class of "model" or "data"; None where none is named, or there is no such class."""
     path = _class_path(part, flags, config)
-    paths = [_class_path(either, flags, config) for either in ("model", "data")]
-    if any(p and "." not in p for p in paths):
-        _import_apps()  # short names are looked up among the classes that are imported
+    for either in ("model", "data"):  # the parser looks short names up among the classes that are imported
+        given = _class_path(either, flags, config)
+        if given and registry.full_path(given) is not None:
+            registry.resolve(given)
     if not path:
         return None
     if "." not in path:
@@ -319,12 +360,3 @@ def _find_class(part: str, base: type, flags: list[str], config: Mapping[str, An
         if error.name and module.startswith(error.name):
             return None  # the parser reports a class that does not exist
         raise
-
-
-def _import_apps() -> None:
-    """Import every app's ``module`` and ``data``, so that their classes have short names."""
-    for app in pkgutil.iter_modules(apps.__path__, "apps."):
-        for part in ("module", "data") if app.ispkg else ():
-            if importlib.util.find_spec(f"{app.name}.{part}") is not None:
-                with contextlib.suppress(ImportError):  # an app whose optional library is missing
-                    importlib.import_module(f"{app.name}.{part}")

@@ -24,15 +24,9 @@ from torch import Tensor
 
 from apps import sharded
 from apps.callbacks import AtomicCheckpointIO, BestAndLast, EventLog, GeneratorState, MetricsCSV, RunFolder, progress
+from apps.checkpoints import CONFIG_BASES, load_checkpoint
 from apps.cli import UsageError
-from apps.cli.checkpoint import (
-    CONFIG_BASES,
-    check_fits,
-    first_difference,
-    load_checkpoint,
-    short,
-    without_fixed_classes,
-)
+from apps.cli.checkpoint import check_fits, first_difference, short, without_fixed_classes
 from apps.cli.errors import reduce_message
 from apps.cli.request import Request, take
 from apps.files import replacing
@@ -238,7 +232,8 @@ class SparseCLI(LightningCLI):
         """What lies beside the log of a training and tells what it is of, by name."""
         parser = self._parser("fit")
         config = yaml.safe_load(parser.dump(self.config["fit"], skip_unset=False))
-        config = {"run_dir": str(self.run_dir), **{k: v for k, v in config.items() if k not in ("config", "ckpt_path")}}
+        no_part = ("config", "ckpt_path", "weights_only")
+        config = {"run_dir": str(self.run_dir), **{k: v for k, v in config.items() if k not in no_part}}
         signatures = self._signatures()
         signed = {"signatures.json": json.dumps(signatures, indent=2) + "\n"} if signatures else {}
         return {"config.yaml": yaml.safe_dump(config, sort_keys=False), **signed}

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal, NamedTuple
 
+import core
+
 
 class Size(NamedTuple):
     """A named size."""
@@ -53,6 +55,7 @@ class Shape(NamedTuple):
         return self.num_heads // self.num_kv_heads
 
 
+@core.register_config
 @dataclass(frozen=True)
 class TransformerConfig:
     """The pre-norm transformer around the MoE layers. A field left at None takes the size's value; see ``shape``.

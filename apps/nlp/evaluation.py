@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+import core
 from apps.files import replacing
 from apps.loader import batches_of_test
 from apps.nlp.metrics import Sentence, TranslationMetrics, figures, scorer, signature, signatures
@@ -24,6 +25,7 @@ _logger = logging.getLogger(__name__)
 _COLUMNS = {"bleu": "BLEU", "chrf": "chrF++", "token_accuracy": "token acc., %", "perplexity": "perplexity"}
 
 
+@core.register_config
 @dataclass(frozen=True)
 class ReportConfig:
     """What ``moesaic test`` adds to the scores of a translation model.

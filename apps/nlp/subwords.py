@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import core
 from apps.files import replacing
 from apps.nlp.readers.lines import clean
 
@@ -25,6 +26,7 @@ PAD_ID, UNK_ID, BOS_ID, EOS_ID = 0, 1, 2, 3
 Side = Literal["source", "target"]
 
 
+@core.register_config
 @dataclass(frozen=True)
 class Subwords:
     """Sentencepiece models of both sides of a corpus. Saved in the checkpoint with the model that reads its ids.

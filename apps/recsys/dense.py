@@ -12,12 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import core
 from apps.recsys.features import CategoricalFeature, ContinuousFeature
 
 _CLIP = 100.0
 """Standard deviations beyond which a value is taken as this far off: a slip of the decimal point must not blow up."""
 
 
+@core.register_config
 @dataclass(frozen=True)
 class DenseConfig:
     """What becomes of the continuous columns.

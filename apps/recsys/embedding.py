@@ -15,11 +15,13 @@ from torchrec.modules.fused_embedding_modules import FusedEmbeddingBagCollection
 from torchrec.optim import RowWiseAdagrad
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+import core
 from apps.recsys.features import CategoricalFeature
 
 _FUSED_OPTIMIZERS = {"sgd": torch.optim.SGD, "adagrad": torch.optim.Adagrad, "rowwise_adagrad": RowWiseAdagrad}
 
 
+@core.register_config
 @dataclass(frozen=True)
 class EmbeddingConfig:
     """How columns are embedded.

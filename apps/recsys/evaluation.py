@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+import core
 from apps import plots
 from apps.loader import batches_of_test
 from apps.recsys import checks, gating, pictures
@@ -28,6 +29,7 @@ _logger = logging.getLogger(__name__)
 _SHOWN = 20  # lines of a printed table; the CSV file has all
 
 
+@core.register_config
 @dataclass(frozen=True)
 class ReportConfig:
     """What ``moesaic test`` adds to the metrics of a recommender.

@@ -1,4 +1,4 @@
-"""What a table's columns are to a model: the seam between the data and the network. Plain values, no torch."""
+"""What a table's columns are to a model: the seam between the data and the network. Plain values, no tensors."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import core
 
+
+@core.register_config
 @dataclass(frozen=True)
 class CategoricalFeature:
     """One embedded column.
@@ -24,6 +27,7 @@ class CategoricalFeature:
     hashed: bool = False
 
 
+@core.register_config
 @dataclass(frozen=True)
 class ContinuousFeature:
     """One column of numbers, as the training split has it. NaN and infinities are missing, and not in the figures.
@@ -47,6 +51,7 @@ class ContinuousFeature:
         object.__setattr__(self, "quantiles", tuple(self.quantiles))  # a list in a checkpoint
 
 
+@core.register_config
 @dataclass(frozen=True)
 class Features:
     """All columns of a table, as a model needs them. It is saved in the checkpoint.

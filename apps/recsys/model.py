@@ -20,6 +20,7 @@ from apps.recsys.features import Features
 from apps.recsys.tasks import HeadConfig
 
 
+@core.register_config
 @dataclass(frozen=True)
 class InteractionConfig:
     """How the columns meet before the shared layer.

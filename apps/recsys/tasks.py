@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import core
 
 
+@core.register_config
 @dataclass(frozen=True)
 class HeadConfig:
     """The towers of the tasks, and what one task tells another.

@@ -11,7 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import core
 
+
+@core.register_config
 @dataclass(frozen=True)
 class WeightingConfig:
     """Weights of the tasks' losses, in training.

@@ -251,6 +251,7 @@ def class_share(counts: Tensor) -> np.ndarray:
 # ---- in `moesaic test`
 
 
+@core.register_config
 @dataclass(frozen=True)
 class ReportConfig:
     """What ``moesaic test`` adds to the accuracy of an image classifier.

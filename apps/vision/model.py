@@ -39,6 +39,7 @@ VARIANTS: Mapping[str, tuple[int, int, int]] = {
 }
 
 
+@core.register_config
 @dataclass(frozen=True)
 class ViTConfig:
     """The transformer around the experts. A field left at None takes the variant's value."""

@@ -10,6 +10,7 @@ from ..experts import FFN, ExpertConfig
 from ..kernels import BACKENDS
 from ..layers import MergedMoE, MoE, SharedGate, SoftMoE
 from ..layers.shared import KINDS
+from ..registry import register_config
 from ..routing.balance import Balance
 from ..routing.checks import at_least_one, one_of, whole
 from ..routing.router import LAYER_OPTIONS, RouterConfig, TokenChoice
@@ -20,6 +21,7 @@ LAYERS: dict[str, type[MoE]] = {"pairs": MoE, "slots": SoftMoE, "merged": Merged
 """The layer of each ``RouterConfig.layer_kind``."""
 
 
+@register_config
 @dataclass(frozen=True)
 class MoEConfig:
     """A mixture-of-experts layer, to be built at any width.

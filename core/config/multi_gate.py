@@ -9,6 +9,7 @@ from ..experts import MLP, ExpertConfig
 from ..kernels import BACKENDS
 from ..layers import MultiGateLayer, MultiGateMoE, PLELayer, SelectedMultiGateMoE, SparseMultiGateMoE
 from ..layers.multi_gate import FeatureGate
+from ..registry import register_config
 from ..routing.balance import Balance
 from ..routing.checks import at_least_one, one_of, positive
 from ..routing.multi_gate import DenseGates, DomainEmbedding, ExpertGroups
@@ -42,6 +43,10 @@ class MultiGateConfig:
     Raises:
         ValueError: a value is out of its range, or two of them do not go together.
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        register_config(cls)
 
     num_experts: int = 8
     expert: ExpertConfig = MLP()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import fields, is_dataclass
 from typing import Any
 
 from ..experts import ExpertConfig
+from ..registry import registered_config
 from ..routing.balance import Balance
 from ..routing.router import RouterConfig
 
@@ -33,16 +33,12 @@ def from_plain(value: Any, kind: type | tuple[type, ...] = (RouterConfig, Expert
         kind: what its class has to be.
 
     Raises:
-        ValueError: the class cannot be imported or is of another kind, or has no such field.
+        ValueError: the class is not registered, is of another kind, or has no such field.
     """
     if not isinstance(value, dict) or "class_path" not in value:
         return value
-    module, _, name = value["class_path"].rpartition(".")
-    try:
-        named = getattr(importlib.import_module(module or "core"), name)
-    except (ImportError, AttributeError):
-        raise ValueError(f"class_path={value['class_path']!r} cannot be imported") from None
-    if not (isinstance(named, type) and issubclass(named, kind)):
+    named = registered_config(value["class_path"])
+    if not issubclass(named, kind):
         what = "not a multi-gate config" if isinstance(kind, type) else "neither a router config nor an expert config"
         raise ValueError(f"class_path={value['class_path']!r} is {what}")
     return make(named, value.get("init_args", {}))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..contract import Rows
 from ..kernels.products import linear
+from ..registry import register_config
 
 
 class Experts(nn.Module):
@@ -69,6 +71,10 @@ class Experts(nn.Module):
 @dataclass(frozen=True)
 class ExpertConfig:
     """Base of the expert configs: a subclass is a frozen dataclass with ``build`` and the costs of one expert."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        register_config(cls)
 
     def build(self, num_experts: int, dim: int, out_dim: int | None = None, backend: str = "auto") -> Experts:
         raise NotImplementedError

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..contract import Routing, RoutingContext
+from ..registry import register_config
 from .checks import clean_ids
 
 TERMS = (
@@ -35,6 +36,7 @@ SCOPES = ("global", "rank")
 EXTRA = "extra."
 
 
+@register_config
 @dataclass(frozen=True)
 class Balance:
     """Weights of the balance losses of a layer. A term that does not apply to the router is skipped while it is at its

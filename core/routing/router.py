@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..contract import Routing, RoutingContext
 from ..kernels import topk_gate
+from ..registry import register_config
 from .balance import SCORE_TERMS, Balance, expert_bias_step
 from .checks import at_least_one, at_most_experts
 from .gates import LinearGate, NoisyGate, widened
@@ -301,6 +302,7 @@ class RouterConfig:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        register_config(cls)
         for name in ("__post_init__", "check", "check_group"):
             if name in vars(cls):
                 setattr(cls, name, _with_paper(vars(cls)[name]))

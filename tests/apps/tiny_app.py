@@ -117,6 +117,7 @@ class TinyData(LightningDataModule):
     test_dataloader = predict_dataloader = val_dataloader
 
 
+@core.register_config
 @dataclass(frozen=True)
 class Names:
     """What the classes are called: learned from the data, saved with the model.

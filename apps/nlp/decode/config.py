@@ -6,7 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+import core
 
+
+@core.register_config
 @dataclass(frozen=True)
 class DecodeConfig:
     """How a translation or a continuation is found.

@@ -30,6 +30,7 @@ _DENSE = core.Dense()
 _UNBALANCED = core.Balance(load_balancing=0.0, router_z=0.0)
 
 
+@core.register_config
 @dataclass(frozen=True)
 class HistoryModelConfig:
     """The transformer around the MoE layers.

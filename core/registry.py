@@ -1,0 +1,54 @@
+"""The config classes that a file may name: a checkpoint makes these and no others, and imports nothing."""
+
+from __future__ import annotations
+
+import difflib
+from typing import TypeVar
+
+_REGISTERED: dict[str, type] = {}
+
+T = TypeVar("T", bound=type)
+
+
+def register_config(kind: T) -> T:
+    """Let checkpoints and adopted configurations make a config class. Use it as a decorator, above ``@dataclass``.
+
+    Router, expert and multi-gate configs register themselves when they are defined. A dataclass of yours that is an
+    argument of your own module needs this, or the module's checkpoint cannot be loaded.
+
+    Example::
+
+        @core.register_config
+        @dataclass(frozen=True)
+        class TowerConfig:
+            width: int = 64
+    """
+    _REGISTERED[f"{kind.__module__}.{kind.__qualname__}"] = kind
+    return kind
+
+
+def is_registered(kind: type) -> bool:
+    """Return whether a class is registered under its own path."""
+    return _REGISTERED.get(f"{kind.__module__}.{kind.__qualname__}") is kind
+
+
+def registered_config(class_path: object) -> type:
+    """Return the registered class of a path such as ``core.TokenChoice`` or ``my_module.MyRouter``.
+
+    A class of ``core`` is also found by its plain name and by ``core.NAME``. Nothing is imported.
+
+    Raises:
+        ValueError: no class of that path has been registered.
+    """
+    if isinstance(class_path, str):
+        if class_path in _REGISTERED:
+            return _REGISTERED[class_path]
+        package, _, name = class_path.rpartition(".")
+        if package in ("", "core"):
+            for path, kind in _REGISTERED.items():
+                if path.startswith("core.") and kind.__qualname__ == name:
+                    return kind
+    names = {path.rpartition(".")[2] for path in _REGISTERED}
+    near = difflib.get_close_matches(str(class_path).rpartition(".")[2], names, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else "; import the module of a class of yours first"
+    raise ValueError(f"class_path={class_path!r} is not a registered config class{hint}")
