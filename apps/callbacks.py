@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import math
 import os
 import random
-import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from apps import sharded
-from apps.files import replacing, temporary_path
+from apps.files import naming, os_error, replacing, temporary_path
+from apps.run_folder import put_aside
+from apps.stopping import StopsSoon
 
 
 class NonFiniteError(RuntimeError):
@@ -50,108 +50,18 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 torch.save(checkpoint, file)
         except (OSError, RuntimeError) as error:
             # torch reports a failed write as a RuntimeError about its zip file, without the reason.
-            cause = _os_error(error)
+            cause = os_error(error)
             reason = os.strerror(cause.errno) if cause is not None and cause.errno else "the disk may be full"
             kept = "; the earlier one is intact" if path.exists() else ""
             raise OSError(f"cannot write the checkpoint {path}: {reason}{kept}") from error
-
-
-def _os_error(error: BaseException | None) -> OSError | None:
-    while error is not None:
-        if isinstance(error, OSError):
-            return error
-        error = error.__cause__ or error.__context__
-    return None
-
-
-@contextlib.contextmanager
-def naming(path: str | Path) -> Iterator[None]:
-    """What cannot be written inside is an OSError that names ``path``: that of a full disk names no file."""
-    try:
-        yield
-    except Exception as error:
-        cause = _os_error(error)
-        if cause is None or not cause.errno:
-            raise
-        raise OSError(cause.errno, os.strerror(cause.errno), cause.filename or str(Path(path))) from error
-
-
-def put_aside(folder: Path, paths: Iterable[Path]) -> Path:
-    """Move ``paths`` from ``folder`` into its ``earlier``, in place of what was there; returns that."""
-    earlier = folder / "earlier"
-    if earlier.exists():
-        shutil.rmtree(earlier)
-    for path in paths:
-        target = earlier / path.relative_to(folder)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(path, target)
-    return earlier
-
-
-class RunFolder(Callback):
-    """Makes a folder that of a new run at the start of its training; until then an earlier run there stays whole.
-
-    All that run left goes to ``earlier``, where one run is kept: nothing of it lies among what is of this one. A run
-    that left no checkpoint is not kept. A resumed run moves nothing.
-
-    Args:
-        folder: of the run.
-        descriptions: texts to write there, by the name of the file.
-    """
-
-    # Beside the curves. The checkpoints come last, in one move: a kill half-way loses none.
-    names = ("metrics.csv", "config.yaml", "signatures.json", "test.json", "validate.json", "predictions.jsonl",
-             "report", "checkpoints")  # fmt: skip
-
-    def __init__(self, folder: Path, descriptions: Mapping[str, str]) -> None:
-        self.folder, self.descriptions = folder, dict(descriptions)
-        # Listed now: TensorBoard begins its file before the training starts.
-        curves = folder / "tensorboard"
-        self._curves = sorted(curves.iterdir()) if curves.is_dir() else []
-        self._found = [*self._curves, *(p for p in (folder / name for name in self.names) if p.exists())]
-        self._started = False
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """A run that ends before its training starts leaves nothing: TensorBoard has begun a file by then."""
-        if self._started or not trainer.is_global_zero:
-            return
-        curves = self.folder / "tensorboard"
-        for path in sorted(curves.iterdir()) if curves.is_dir() else []:
-            if path not in self._curves and path.is_file():
-                path.unlink()
-        for empty in (curves, self.folder):
-            if empty.is_dir() and not any(empty.iterdir()):
-                empty.rmdir()
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.is_global_zero:
-            if not trainer.ckpt_path:
-                self._put_aside()
-            for name, text in self.descriptions.items():
-                with naming(self.folder / name), replacing(self.folder / name) as file:
-                    file.write(text)
-        self._started = True
-
-    def _put_aside(self) -> None:
-        if any((self.folder / "checkpoints").glob("*.ckpt")):
-            earlier = put_aside(self.folder, self._found)
-            print(
-                f"{self.folder} held an earlier run: it is in {earlier} now, where one earlier run is kept "
-                f"(--ckpt_path {earlier / 'checkpoints' / 'last.ckpt'} goes on from it)"
-            )
-            return
-        for path in self._curves:  # they would be drawn over this run's
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
 
 
 class BestAndLast(Checkpoint):
     """Keeps ``best.ckpt`` and ``last.ckpt`` in a folder.
 
     Both are written at the end of an epoch, after its validation; ``last.ckpt`` also between two steps of an epoch,
-    every ``every_n_minutes`` or ``every_n_steps``. A model with a weight that is not finite is never written.
+    every ``every_n_minutes`` or ``every_n_steps``, and when SIGTERM has come. A model with a weight that is not finite
+    is never written.
 
     Args:
         dirpath: the folder; None: ``checkpoints`` in the trainer's ``default_root_dir``.
@@ -163,6 +73,8 @@ class BestAndLast(Checkpoint):
     Raises:
         ValueError: a mode that is neither, or an interval that is not positive.
     """
+
+    writes_when_stopped = True
 
     def __init__(
         self,
@@ -209,10 +121,10 @@ class BestAndLast(Checkpoint):
 
     def _put_aside(self) -> None:
         """Checkpoints of an earlier run go to ``earlier/``: "last" must not mean that run's."""
-        folder = Path(self.dirpath or "")
-        found = [p for p in (folder / f"{name}.ckpt" for name in ("best", "last", "average")) if p.exists()]
+        folder, names = Path(self.dirpath or ""), ("best.ckpt", "last.ckpt", "average.ckpt")
+        found = [path for path in (folder / name for name in names) if path.exists()]
         if found:
-            put_aside(folder, found)
+            put_aside(folder, found, names)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -222,15 +134,22 @@ class BestAndLast(Checkpoint):
         loop = trainer.fit_loop.epoch_loop
         # Not within an accumulation: its gradients would be lost. Not before a validation or an epoch's end: Lightning
         # would resume after them.
-        if loop._should_accumulate() or trainer.global_step == self._saved_step:
+        if loop._should_accumulate():
+            return
+        if trainer.global_step == self._saved_step:
+            if (stops := StopsSoon.of(trainer)) is not None:
+                stops.written(trainer)
             return
         if loop.batch_progress.is_last_batch or loop._should_check_val_fx(trainer.fit_loop._data_fetcher):
             return
         # A step's values reach the log after this hook: with a checkpoint here, a kill in between would lose them.
         logs = trainer.log_every_n_steps
-        if logs > 1 and trainer.global_step % logs == 0:
+        stops = StopsSoon.of(trainer)
+        if logs > 1 and trainer.global_step % logs == 0 and stops is None:
             return
         self._save(trainer, pl_module, "last.ckpt")
+        if stops is not None:
+            stops.written(trainer)
 
     def _due(self, trainer: Trainer) -> bool:
         if trainer.fast_dev_run or trainer.sanity_checking:
@@ -238,7 +157,9 @@ class BestAndLast(Checkpoint):
         by_step = self.every_n_steps is not None and trainer.global_step - self._saved_step >= self.every_n_steps
         minutes = (time.monotonic() - self._saved_at) / 60
         by_time = self.every_n_minutes is not None and minutes >= self.every_n_minutes
-        return bool(trainer.strategy.broadcast(by_step or by_time)) if trainer.world_size > 1 else by_step or by_time
+        if trainer.world_size > 1:
+            return bool(trainer.strategy.broadcast(by_step or by_time))
+        return by_step or by_time or StopsSoon.of(trainer) is not None
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.fast_dev_run:

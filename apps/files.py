@@ -34,3 +34,24 @@ def replacing(path: Path, mode: str = "w", **options: Any) -> Iterator[Any]:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Name ``path`` in the OSError of what cannot be written inside: that of a full disk names no file."""
+    try:
+        yield
+    except Exception as error:
+        cause = os_error(error)
+        if cause is None or not cause.errno:
+            raise
+        raise OSError(cause.errno, os.strerror(cause.errno), cause.filename or str(Path(path))) from error
+
+
+def os_error(error: BaseException | None) -> OSError | None:
+    """Return the OSError among an error and its causes; None: there is none."""
+    while error is not None:
+        if isinstance(error, OSError):
+            return error
+        error = error.__cause__ or error.__context__
+    return None

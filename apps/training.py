@@ -264,11 +264,12 @@ class SparseModule(LightningModule):
         self._tape = tape.loads() if self._tape is None else self._tape.merge(tape.loads())
         # Logged by step, never as an epoch's mean: Lightning does not save the running mean of an unfinished epoch.
         own = {"loss": out.loss.detach(), **{name: value.detach() for name, value in out.terms.items()}}
-        if self._logs_this_step():
+        # Not at each step: a call of log() costs as much as a tenth of a recommender's step.
+        shown = self._logs_this_step() or self.trainer.is_last_batch
+        if shown:
             own = self._mean_over_processes(own)
         task_loss = own.pop("loss")
-        # Not at each step: a call of log() costs as much as a tenth of a recommender's step.
-        if self._logs_this_step() or self.trainer.is_last_batch:
+        if shown:
             self.log("train/loss", task_loss, prog_bar=True, batch_size=out.num_examples)
         if self._logs_this_step():
             terms = {f"train/{name}": value for name, value in {**own, **aux.terms}.items()}

@@ -19,11 +19,11 @@ import yaml
 from lightning.pytorch import LightningDataModule, LightningModule
 
 from apps import registry, routers
-from apps.callbacks import naming
 from apps.checkpoints import check_arguments, check_beside, load_checkpoint
 from apps.cli import UsageError
 from apps.cli.checkpoint import find_checkpoint, import_named, remembered, short, without_fixed_classes
 from apps.cli.errors import subclasses
+from apps.files import naming
 
 _QUOTED_LIST = re.compile(
     r"""\[\s*(?:(?:"(?:[^"\\]|\\.)*"|'(?:[^']|'')*')\s*(?:,\s*|(?=\])))*\]""",

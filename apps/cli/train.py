@@ -6,6 +6,7 @@ checkpoint, then from the constructors. A checkpoint whose tensors do not fit is
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -23,7 +24,7 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from torch import Tensor
 
 from apps import sharded
-from apps.callbacks import AtomicCheckpointIO, BestAndLast, EventLog, GeneratorState, MetricsCSV, RunFolder, progress
+from apps.callbacks import AtomicCheckpointIO, BestAndLast, EventLog, GeneratorState, MetricsCSV, progress
 from apps.checkpoints import CONFIG_BASES, load_checkpoint
 from apps.cli import UsageError
 from apps.cli.checkpoint import check_fits, first_difference, short, without_fixed_classes
@@ -31,6 +32,8 @@ from apps.cli.errors import reduce_message
 from apps.cli.request import Request, take
 from apps.files import replacing
 from apps.quiet import quiet
+from apps.run_folder import RunFolder, check_free, check_own, mark
+from apps.stopping import StopsSoon
 from apps.training import to_plain
 
 _TRAINER_DEFAULTS = {
@@ -70,6 +73,8 @@ class SparseCLI(LightningCLI):
         self.request = request
         self.run_dir = request.run_dir
         self.ckpt_path = request.checkpoint
+        if request.command == "fit":  # before anything slow
+            check_free(self.run_dir)
         self.subcommands = lambda: {request.command: LightningCLI.subcommands()[request.command]}  # type: ignore[method-assign]
         # An abbreviation would be taken silently: --trainer.max_epoch for max_epochs.
         parser = {"exit_on_error": False, "allow_abbrev": False}
@@ -214,10 +219,16 @@ class SparseCLI(LightningCLI):
             self._evaluate(command, arguments)
 
     def _fit(self, arguments: dict[str, Any]) -> None:
-        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:
-            self.trainer.callbacks.insert(0, RunFolder(self.run_dir, self._descriptions()))
         start, first_step = time.monotonic(), self.trainer.global_step
-        self.trainer.fit(**arguments)
+        with contextlib.ExitStack() as stack:
+            stops = StopsSoon()
+            self.trainer.callbacks.insert(0, stops)
+            stack.enter_context(stops.handling())
+            if self.trainer.is_global_zero and not self.trainer.fast_dev_run:
+                folder = RunFolder(self.run_dir, self._descriptions())
+                self.trainer.callbacks.insert(0, folder)
+                stack.enter_context(folder.held())
+            self.trainer.fit(**arguments)
         if not self.trainer.is_global_zero:
             return
         steps, seconds = self.trainer.global_step - first_step, time.monotonic() - start
@@ -239,11 +250,13 @@ class SparseCLI(LightningCLI):
         return {"config.yaml": yaml.safe_dump(config, sort_keys=False), **signed}
 
     def _evaluate(self, command: str, arguments: dict[str, Any]) -> None:
+        check_own(self.run_dir / f"{command}.json")
         results = getattr(self.trainer, command)(**arguments)
         if not self.trainer.is_global_zero:
             return
         metrics = {k: float(v) for result in results for k, v in result.items()}
         path = self.run_dir / f"{command}.json"
+        mark(self.run_dir)
         signatures = self._signatures()
         signed = {"signatures": signatures} if signatures else {}
         with replacing(path) as file:

@@ -1,0 +1,80 @@
+"""SIGTERM, as pre-emption and ``timeout`` send it, ends a training soon: after at most one step and a checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+
+class StopsSoon(Callback):
+    """Ends a training of one process at SIGTERM: after the optimizer step with a checkpoint, in a validation at once.
+
+    Lightning alone waits for the end of the step or of the validation batch, which may be a decoded batch of half a
+    minute, and writes nothing. Several processes stop as Lightning has them, by a message from the first one.
+
+    Attributes:
+        asked: SIGTERM has come, and the training goes on until a checkpoint can be written.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._trainer: Trainer | None = None
+
+    @staticmethod
+    def of(trainer: Trainer) -> StopsSoon | None:
+        """Return the trainer's callback of this kind that has been asked to stop; None where none has."""
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        return next((c for c in callbacks if isinstance(c, StopsSoon) and c.asked), None)
+
+    @contextlib.contextmanager
+    def handling(self) -> Iterator[None]:
+        """Handle SIGTERM inside. Lightning's own handler, which it sets later, calls this one."""
+        try:
+            before = signal.signal(signal.SIGTERM, self._stop)
+        except ValueError:  # not the main thread
+            yield
+            return
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def _stop(self, *_: Any) -> None:
+        trainer = self._trainer
+        if trainer is not None and (trainer.world_size > 1 or not _writes(trainer)):
+            return  # Lightning ends the training after the step
+        if trainer is None or not trainer.training or self.asked:  # a second one does not wait
+            raise SIGTERMException
+        self.asked = True
+        self._let_lightning_stop(trainer, False)  # it would stop before a checkpoint is written
+
+    def written(self, trainer: Trainer) -> None:
+        """Let the training end: its checkpoint is written. Lightning logs the step first."""
+        self._let_lightning_stop(trainer, True)
+
+    def _let_lightning_stop(self, trainer: Trainer, now: bool) -> None:
+        trainer._signal_connector.received_sigterm = now
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._trainer = trainer
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.asked:  # the checkpoint of the epoch's end is written after this
+            self._let_lightning_stop(trainer, True)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.asked:
+            raise SIGTERMException
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._trainer = None
+
+
+def _writes(trainer: Trainer) -> bool:
+    """Whether a callback of the trainer writes a checkpoint when it is asked to stop."""
+    return any(getattr(callback, "writes_when_stopped", False) for callback in trainer.checkpoint_callbacks)
