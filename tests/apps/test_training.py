@@ -517,3 +517,17 @@ def test_the_progress_says_what_was_reached(tmp_path, capsys):
     assert [line.split()[:2] for line in lines] == [["epoch", "1/2"], ["epoch", "2/2"]]
     for value in ("train/loss", "val/loss", "val/top1"):
         assert f"  {value} " in lines[0]
+
+
+def test_the_loss_at_an_epochs_end_is_the_mean_over_processes(tmp_path, monkeypatch):
+    # 66 examples in batches of 8: nine steps, none of which is logged, and the last one is shown.
+    calls = []
+
+    def over_processes(self, values):
+        calls.append(self.trainer.is_last_batch)
+        return {name: value * 0 + 7 for name, value in values.items()}
+
+    monkeypatch.setattr(TinyModule, "_mean_over_processes", over_processes)
+    made = fit(TinyModule(3), tmp_path, log_every_n_steps=100)
+    assert calls == [True]
+    assert float(made.callback_metrics["train/loss"]) == 7
