@@ -17,13 +17,17 @@ the folder ready. Whoever holds the lock removes what a killed process left.
 
 from __future__ import annotations
 
+import bz2
 import contextlib
 import difflib
 import errno
 import fnmatch
+import gzip
 import importlib
 import importlib.util
+import io
 import logging
+import lzma
 import os
 import shutil
 import signal
@@ -32,10 +36,14 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
+
+from apps.inflate import FREE, MOST, Inflated
+from apps.messages import one_line
 
 log = logging.getLogger(__name__)
 
@@ -433,40 +441,97 @@ def _check_hash(path: Path, file: File) -> None:
 
 
 def _unpack(archive: Path, folder: Path) -> None:
-    if tarfile.is_tarfile(archive):
-        with tarfile.open(archive) as tar:
-            tar.extractall(folder, filter="data")
-    elif zipfile.is_zipfile(archive):
-        with zipfile.ZipFile(archive) as zipped:
-            zipped.extractall(folder)
-    else:
-        raise SourceFailed(f"{archive.name} is neither a tar nor a zip archive")
+    """Write all members of a tar or zip archive into ``folder``.
+
+    Raises:
+        SourceFailed: it is neither, is damaged, has a member that leads out of ``folder``, or unpacks to more than
+            ``apps.inflate`` allows. What was written until then stays: the caller removes the folder.
+    """
+    with _open_archive(archive) as opened:
+        if isinstance(opened, tarfile.TarFile):
+            opened.extractall(folder, members=_within_limit(archive, opened), filter="data")
+        else:
+            for _ in _within_limit(archive, opened.infolist()):
+                pass  # the sizes are known beforehand, and zipfile reads no more than they say
+            opened.extractall(folder)
 
 
 def _extract(archive: Path, pattern: str, folder: str, target: Path) -> Iterator[Path]:
     """Write the members of ``archive`` that match ``pattern`` into ``target``, by their path below ``folder``."""
-    with contextlib.ExitStack() as stack:
-        open_member: Callable[[str], IO[bytes] | None]
-        if zipfile.is_zipfile(archive):
-            zipped = stack.enter_context(zipfile.ZipFile(archive))
-            names, open_member = zipped.namelist(), zipped.open
-        else:
-            tar = stack.enter_context(tarfile.open(archive))
-            names, open_member = [m.name for m in tar.getmembers() if m.isfile()], tar.extractfile
-        for name in names:
+    with _open_archive(archive) as opened:
+        is_tar = isinstance(opened, tarfile.TarFile)
+        for member in _within_limit(archive, opened if is_tar else opened.infolist()):
+            name = member.name if is_tar else member.filename
             # the members of a source archive lie below one more folder, NAME-VERSION
             if not (fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"*/{pattern}")):
+                continue
+            if not member.isfile() if is_tar else member.is_dir():
                 continue
             relative = PurePosixPath(name[name.index(f"{folder}/") + len(folder) + 1 :])
             if relative.is_absolute() or ".." in relative.parts:
                 raise SourceFailed(f"{archive.name} holds {name}, which leads out of its folder")
             path = target / relative
             path.parent.mkdir(parents=True, exist_ok=True)
-            member = open_member(name)
-            assert member is not None
-            with member, open(path, "wb") as out:
-                shutil.copyfileobj(member, out)
+            with opened.extractfile(member) if is_tar else opened.open(member) as content, open(path, "wb") as out:
+                shutil.copyfileobj(content, out)
             yield path
+
+
+_COMPRESSED_TARS: tuple[tuple[bytes, Callable[..., Any]], ...] = (
+    (b"\x1f\x8b", gzip.open),
+    (b"BZh", bz2.open),
+    (b"\xfd7zXZ\x00", lzma.open),
+)
+
+
+@contextlib.contextmanager
+def _open_archive(archive: Path) -> Iterator[Any]:
+    """Open a tar archive as a stream that has a limit, or a zip archive.
+
+    Yields:
+        A ``tarfile.TarFile``, whose members are read one after the other, or a ``zipfile.ZipFile``.
+
+    Raises:
+        SourceFailed: it is neither, or what is read of it is damaged, leads out of its folder or is past the limit.
+    """
+    with open(archive, "rb") as file:
+        start = file.read(8)
+    opener = next((opener for magic, opener in _COMPRESSED_TARS if start.startswith(magic)), open)
+    with contextlib.ExitStack() as stack:
+        try:
+            # The limit lies under tarfile, which reads a member's attributes whole, however long they say they are.
+            limited = Inflated(opener(archive, "rb"), archive.stat().st_size, archive.name)
+            stream = stack.enter_context(io.BufferedReader(limited))
+            try:
+                opened: Any = stack.enter_context(tarfile.open(fileobj=stream, mode="r|"))
+            except tarfile.TarError:
+                if not zipfile.is_zipfile(archive):
+                    raise SourceFailed(f"{archive.name} is neither a tar nor a zip archive") from None
+                opened = stack.enter_context(zipfile.ZipFile(archive))
+            yield opened
+        except ValueError as error:  # past the limit
+            raise SourceFailed(str(error)) from error
+        except (OSError, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile) as error:
+            if isinstance(error, OSError) and error.errno is not None:  # of the disk, not of gzip or bz2
+                raise
+            raise SourceFailed(f"{archive.name} cannot be unpacked: {one_line(str(error))}") from error
+
+
+def _within_limit(archive: Path, members: Iterable[Any]) -> Iterator[Any]:
+    """Pass the members of an archive on while their sizes add up to no more than their archive explains.
+
+    Raises:
+        ValueError: at the first member past the limit.
+    """
+    size, total = archive.stat().st_size, 0
+    for member in members:
+        total += member.size if isinstance(member, tarfile.TarInfo) else member.file_size
+        if total > max(FREE, MOST * size):
+            raise ValueError(
+                f"{archive.name} would unpack to over {total:,} bytes from {size:,}: no data shrinks so much, and at "
+                f"most {MOST} times is unpacked"
+            )
+        yield member
 
 
 def _run(command: list[str], folder: str) -> None:

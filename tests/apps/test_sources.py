@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.server
 import io
@@ -127,6 +128,75 @@ def test_an_archive_is_unpacked(server: Server, tmp_path: Path) -> None:
     toy(UrlSource(server.url + "toy.tar.gz", (File("toy.tar.gz", digest),)), layouts=(("toy/data.bin",),))
     sources.prepare("toy", cache_dir=tmp_path)
     assert left_behind(tmp_path) == ["toy", "toy/toy", "toy/toy/data.bin"]
+
+
+def archive_of(kind: str, members: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    if kind == "zip":
+        with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as zipped:
+            for name, content in members.items():
+                zipped.writestr(name, content)
+        return buffer.getvalue()
+    with tarfile.open(fileobj=buffer, mode=f"w:{kind}") as tar:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["", "gz", "bz2", "xz", "zip"])
+def test_every_kind_of_archive_is_unpacked(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "toy").write_bytes(archive_of(kind, {"a/b.bin": b"abc", "c.bin": CONTENT}))
+    sources._unpack(tmp_path / "toy", tmp_path / "to")
+    assert (tmp_path / "to/a/b.bin").read_bytes() == b"abc"
+    assert (tmp_path / "to/c.bin").read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("kind", ["gz", "bz2", "xz", "zip"])
+def test_an_archive_that_unpacks_to_far_more_than_itself_leaves_nothing(
+    kind: str, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Some KiB that hold 2 + 2 MiB, where 3 MiB may always be unpacked: the first member is written, the second not.
+    monkeypatch.setattr(sources, "FREE", 3 << 20)
+    body = archive_of(kind, {"a.bin": bytes(2 << 20), "b.bin": bytes(2 << 20)})
+    server.files["/toy"] = body
+    toy(UrlSource(server.url + "toy", (File("toy", hashlib.sha256(body).hexdigest()),)), layouts=(("b.bin",),))
+    with pytest.raises(DataError, match=r"toy would unpack to over 4,194,304 bytes from [\d,]+: no data") as caught:
+        sources.prepare("toy", cache_dir=tmp_path)
+    assert "\n" not in str(caught.value)
+    assert left_behind(tmp_path) == []
+
+
+def test_attributes_of_a_tar_member_cannot_fill_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("apps.inflate.Inflated.__init__.__defaults__", (1 << 20, 50))
+    with tarfile.open(tmp_path / "toy", "w:gz", format=tarfile.PAX_FORMAT) as tar:
+        member = tarfile.TarInfo("a.bin")
+        member.pax_headers = {"comment": "a" * (4 << 20)}
+        tar.addfile(member)
+    with pytest.raises(sources.SourceFailed, match=r"^toy is compressed over \d+ times"):
+        sources._unpack(tmp_path / "toy", tmp_path / "to")
+
+
+def test_a_damaged_archive_is_a_failed_source(tmp_path: Path) -> None:
+    for kind in ("gz", "bz2", "xz"):
+        whole = archive_of(kind, {"a.bin": os.urandom(1 << 16)})
+        for damaged in (whole[:-1000], whole[:-5000] + bytes(5000)):
+            (tmp_path / "toy").write_bytes(damaged)
+            with pytest.raises(sources.SourceFailed, match=r"^toy cannot be unpacked: "):
+                sources._unpack(tmp_path / "toy", tmp_path / "to")
+    (tmp_path / "toy").write_bytes(b"neither")
+    with pytest.raises(sources.SourceFailed, match=r"^toy is neither a tar nor a zip archive$"):
+        sources._unpack(tmp_path / "toy", tmp_path / "to")
+
+
+@pytest.mark.parametrize("name", ["../out.bin", "/out.bin"])
+def test_a_tar_member_stays_in_its_folder(name: str, tmp_path: Path) -> None:
+    (tmp_path / "toy").write_bytes(archive_of("gz", {name: b"abc"}))
+    with contextlib.suppress(sources.SourceFailed):  # a leading slash is dropped, ".." is refused
+        sources._unpack(tmp_path / "toy", tmp_path / "to")
+    assert not (tmp_path / "out.bin").exists()
+    assert not Path("/out.bin").exists()
 
 
 def test_one_line_tells_every_source_and_reason(server: Server, tmp_path: Path) -> None:
