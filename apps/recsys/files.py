@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
+import io
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,13 @@ import pyarrow.csv
 import pyarrow.parquet
 from lightning.pytorch.utilities import rank_zero_warn
 
+from apps.inflate import FREE, MOST, Inflated
 from apps.recsys import encode
 from apps.recsys.schema import nearest
 
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
-_COMPRESSED = (".gz", ".bz2", ".zst", ".lz4")
+_SERIAL = pa.csv.ReadOptions(use_threads=False)  # only then an error of the layout names the row
+_COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4"}
 
 
 def find_files(root: str | None, name: str, option: str) -> list[Path]:
@@ -71,13 +75,17 @@ def read_columns(
         inferred: one whose type a CSV file's fields tell, such as times. All others are text.
 
     Raises:
-        ValueError: a missing or doubled column, text that is no UTF-8, or a file that cannot be read, as one that was
-            cut.
+        ValueError: a missing or doubled column, text that is no UTF-8, a file that cannot be read, as one that was
+            cut, or one that unpacks to far more than its size explains (see ``apps.inflate``).
     """
     try:
         if _kind(file) == ".parquet":
-            _check(pa.parquet.read_schema(file).names, roles, file)
-            return pa.parquet.read_table(file, columns=list(roles), partitioning=None)
+            with pa.parquet.ParquetFile(file) as parquet:
+                _check(parquet.schema_arrow.names, roles, file)
+                _check_size(parquet.metadata, file)
+                texts = [f.name for f in parquet.schema_arrow if f.name in roles and _is_text(f.type)]
+            # Texts stay numbers of distinct ones: a page may repeat a long one a million times in a few bytes.
+            return pa.parquet.read_table(file, columns=list(roles), partitioning=None, read_dictionary=texts)
         return _read_csv(file, roles, numbers, inferred)
     except (pa.ArrowException, OSError, EOFError, UnicodeDecodeError) as error:
         raise ValueError(f"{str(file)!r} cannot be read: {_line(error)}") from error
@@ -85,7 +93,7 @@ def read_columns(
 
 def _read_csv(file: Path, roles: Mapping[str, str], numbers: Collection[str], inferred: str | None) -> pa.Table:
     parse = pa.csv.ParseOptions(delimiter=_SEPARATORS[_kind(file)], newlines_in_values=True)
-    with pa.csv.open_csv(file, parse_options=parse) as reader:
+    with _opened(file) as source, pa.csv.open_csv(source, _SERIAL, parse_options=parse) as reader:
         names = reader.schema.names
     _check(names, roles, file)
     text = pa.dictionary(pa.int32(), pa.string())
@@ -128,7 +136,48 @@ def _convert(file: Path, parse: pa.csv.ParseOptions, types: dict[str, Any], colu
         column_types=types, include_columns=columns, null_values=[""], strings_can_be_null=True, true_values=["true"],
         false_values=["false"],
     )  # fmt: skip
-    return pa.csv.read_csv(file, parse_options=parse, convert_options=options)
+    try:
+        with _opened(file) as source:
+            return pa.csv.read_csv(source, parse_options=parse, convert_options=options)
+    except pa.ArrowInvalid as error:
+        if "parse error" not in str(error):
+            raise
+        with _opened(file) as source:
+            return pa.csv.read_csv(source, _SERIAL, parse_options=parse, convert_options=options)
+
+
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """A file of text as pyarrow takes it: the path, or of a compressed one a stream of text that has a limit."""
+    codec = _COMPRESSED.get(file.suffix.lower())
+    if codec is None:
+        yield file
+        return
+    with (
+        pa.OSFile(str(file)) as packed,
+        pa.CompressedInputStream(packed, codec) as unpacked,
+        io.BufferedReader(Inflated(unpacked, file.stat().st_size, file.name), 1 << 20) as limited,
+    ):
+        yield limited
+
+
+def _check_size(metadata: pa.parquet.FileMetaData, file: Path) -> None:
+    """Refuse a Parquet file that says that its pages or rows take far more memory than its size explains."""
+    size = file.stat().st_size
+    pages = sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
+    for what, count, found in (
+        ("bytes of pages", pages, pages),
+        ("rows", metadata.num_rows, 4 * metadata.num_rows * metadata.num_columns),  # a number of 32 bits at least
+    ):
+        if found > max(FREE, MOST * size):
+            raise ValueError(
+                f"{file.name} holds {count:,} {what} in {size:,} bytes: no data shrinks so much, and at most {MOST} "
+                "times is read"
+            )
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
 def _check(names: list[str], roles: Mapping[str, str], file: Path) -> None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import io
 import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 
+from apps.inflate import Inflated
 from apps.messages import one_line
 
 # The encodings in which a line can be cut at its separators without being decoded.
@@ -57,7 +60,8 @@ def read_delimited(
         quoted: values may stand in double quotes; else a quote is a character like another.
 
     Raises:
-        ValueError: the file is missing, is truncated or not of that layout.
+        ValueError: the file is missing, is truncated, not of that layout, or unpacks to far more than its size explains
+            (see ``apps.inflate``).
     """
     assert encoding in _ENCODINGS
     first = _first_line(path, encoding)
@@ -68,25 +72,23 @@ def read_delimited(
         skipped, empty = 1, f"{path} is empty below its header"
         if lacking := [name for name in types if name not in columns]:
             raise ValueError(f"{path} has no column {lacking[0]!r}; its header is {first[:80]!r}")
-    # A plain file is mapped, so that it is not in memory beside the table. pyarrow takes one character as separator.
-    plain = path.suffix != ".gz" and len(separator) == 1
-    source = pa.memory_map(str(path)) if plain else pa.BufferReader(_read_bytes(path).replace(*_one(separator)))
     try:
-        table = pa.csv.read_csv(
-            source,
-            read_options=pa.csv.ReadOptions(
-                column_names=columns, encoding=encoding, block_size=16 << 20, skip_rows=skipped
-            ),
-            parse_options=pa.csv.ParseOptions(
-                delimiter=_one(separator)[1].decode(), quote_char='"' if quoted else False, ignore_empty_lines=True
-            ),
-            convert_options=pa.csv.ConvertOptions(
-                column_types=dict(types),
-                include_columns=list(types),
-                null_values=["" if null is None else null],
-                strings_can_be_null=null is not None,
-            ),
-        )
+        with _reading(path), _source(path, separator) as source:
+            table = pa.csv.read_csv(
+                source,
+                read_options=pa.csv.ReadOptions(
+                    column_names=columns, encoding=encoding, block_size=16 << 20, skip_rows=skipped
+                ),
+                parse_options=pa.csv.ParseOptions(
+                    delimiter=_one(separator)[1].decode(), quote_char='"' if quoted else False, ignore_empty_lines=True
+                ),
+                convert_options=pa.csv.ConvertOptions(
+                    column_types=dict(types),
+                    include_columns=list(types),
+                    null_values=["" if null is None else null],
+                    strings_can_be_null=null is not None,
+                ),
+            )
     except (pa.ArrowInvalid, pa.ArrowKeyError, UnicodeDecodeError) as error:
         if "Empty CSV file" in str(error):
             raise ValueError(empty) from error
@@ -139,17 +141,34 @@ def _one(separator: str) -> tuple[bytes, bytes]:
 
 
 def _first_line(path: Path, encoding: str) -> str:
-    with _reading(path), gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
+    with _reading(path), _open(path) as file:
         line = file.readline()
     if not line:
         raise ValueError(f"{path} is empty")
     return line.decode(encoding, "replace").rstrip("\r\n").removeprefix("\ufeff")
 
 
-def _read_bytes(path: Path) -> bytes:
-    with _reading(path):
-        data = path.read_bytes()
-        return gzip.decompress(data) if path.suffix == ".gz" else data
+def _open(path: Path) -> BinaryIO:
+    """The bytes of a file; of a gzipped one unpacked, as a stream that has a limit."""
+    if path.suffix != ".gz":
+        return open(path, "rb")
+    return io.BufferedReader(Inflated(gzip.open(path, "rb"), path.stat().st_size, path.name), 1 << 20)  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def _source(path: Path, separator: str) -> Iterator[Any]:
+    """A file as pyarrow takes it, which wants one character as separator.
+
+    A plain file is mapped and a gzipped one streamed, so that neither is in memory beside the table.
+    """
+    if len(separator) > 1:
+        with _open(path) as file:
+            yield pa.BufferReader(file.read().replace(*_one(separator)))
+    elif path.suffix == ".gz":
+        with _open(path) as file:
+            yield file
+    else:
+        yield pa.memory_map(str(path))
 
 
 @contextlib.contextmanager

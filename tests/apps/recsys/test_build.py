@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import gzip
 import os
+from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 from own_table import TRAIN, changed, config_of, write
 
@@ -127,6 +130,40 @@ def test_files_that_cannot_be_read_are_named(own, tmp_path):
     (tmp_path / "train.csv").write_text(header + "\na,b,1,2,c,1,1,x\n")
     with pytest.raises(ValueError, match="has two columns 'city'"):
         _ = own().features
+
+
+@pytest.mark.parametrize("codec", ["gzip", "bz2", "zstd", "lz4"])
+def test_text_that_unpacks_to_far_more_than_its_file_is_refused(tmp_path, monkeypatch, codec):
+    monkeypatch.setattr("apps.inflate.Inflated.__init__.__defaults__", (1 << 20, 50))
+    ending = {"gzip": "gz", "bz2": "bz2", "zstd": "zst", "lz4": "lz4"}[codec]
+    path = tmp_path / f"t.csv.{ending}"
+
+    def written(rows: int) -> Path:
+        with pa.CompressedOutputStream(str(path), codec) as file:
+            file.write(b"age,city\n" + b"20,Rome\n" * rows)
+        return path
+
+    roles = {"age": "continuous", "city": "categorical"}
+    assert len(files.read_columns(written(1000), roles, ("age",))) == 1000  # 8 KB of rows: below 1 MiB all is read
+    with pytest.raises(ValueError, match=rf"^t\.csv\.{ending} is compressed over \d+ times") as error:
+        files.read_columns(written(1_000_000), roles, ("age",))  # 8 MB
+    assert "\n" not in str(error.value)
+
+
+def test_parquet_that_holds_far_more_than_its_file_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "FREE", 1 << 20)
+    pa.parquet.write_table(pa.table({"age": pa.array([7] * 1_000_000, pa.int32())}), tmp_path / "t.parquet")
+    # 1,000,000 rows of 4 bytes, in a run that takes some hundred
+    with pytest.raises(ValueError, match=r"^t\.parquet holds 1,000,000 rows in [\d,]+ bytes: no data shrinks so much"):
+        files.read_columns(tmp_path / "t.parquet", {"age": "continuous"})
+
+
+def test_a_text_that_parquet_repeats_is_in_memory_once(tmp_path):
+    texts = pa.table({"city": pa.array(["Rome" * 25_000, "Oslo"]).take(pa.array([0] * 999 + [1]))})
+    pa.parquet.write_table(texts, tmp_path / "t.parquet")
+    table = files.read_columns(tmp_path / "t.parquet", {"city": "categorical"})
+    assert table.nbytes < 200_000  # 100,000 bytes once, and not 999 times
+    assert table["city"].to_pylist()[998:] == ["Rome" * 25_000, "Oslo"]
 
 
 @pytest.mark.parametrize("numbers", [("age",), ()], ids=["beside a text among numbers", "alone"])
