@@ -173,6 +173,37 @@ class ColumnWriter:
         os.replace(self.folder, target)
 
 
+class ColumnArrays:
+    """Arrays in memory, to be filled like those of a ``ColumnWriter`` and read like those of ``ColumnFiles``.
+
+    Attributes:
+        info: what was given to ``finish``.
+    """
+
+    def __init__(self) -> None:
+        self._arrays: dict[str, NDArray[Any]] = {}
+        self.info: Any = None
+
+    def create(self, name: str, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+        """Return an array to be filled."""
+        self._arrays[name] = np.empty(shape, dtype)
+        return self._arrays[name]
+
+    def save(self, name: str, array: NDArray[Any]) -> None:
+        """Take a whole array; it is not copied."""
+        self._arrays[name] = array
+
+    def finish(self, info: Any) -> None:
+        """Keep plain values beside the arrays."""
+        self.info = info
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._arrays
+
+    def __getitem__(self, name: str) -> Tensor:
+        return torch.from_numpy(self._arrays[name])
+
+
 def open_or_write(folder: Path, cache: Path, write: Callable[[ColumnWriter], None]) -> ColumnFiles:
     """The arrays of ``folder``, written once, whatever asks at the same time; anew if they are damaged.
 

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from apps.columns import ColumnWriter
+from apps.columns import ColumnArrays, ColumnWriter
 from apps.recsys import encode
 from apps.recsys.arrays import MultiValued
 from apps.recsys.checks import shared_users
@@ -45,15 +45,19 @@ def build(raw: RawTables, config: TableConfig, writer: ColumnWriter, given: Enco
     _Build(raw, config, writer, given).run()
 
 
-def build_rows(table: pa.Table, given: Encoding, writer: ColumnWriter) -> None:
+def build_rows(table: pa.Table, given: Encoding, writer: ColumnWriter | ColumnArrays, first_row: int = 0) -> None:
     """Encode rows that have no label, and are in no split, by ``given``, and finish ``writer``.
 
+    Args:
+        table: the rows; has the columns of ``given.roles``.
+        given: what the values become.
+        writer: takes the arrays.
+        first_row: number of the first row in messages, where the table is a piece of a longer one.
+
     Raises:
-        ValueError: no rows, a value of a wrong type, or a scenario that ``given`` lacks.
+        ValueError: a value of a wrong type, or a scenario that ``given`` lacks.
     """
     num_rows, where = len(table), "the rows to predict"
-    if not num_rows:
-        raise ValueError(f"{where}: there are none")
 
     def parts(column: str) -> list[Part]:
         return [(where, table.column(column))]
@@ -71,23 +75,25 @@ def build_rows(table: pa.Table, given: Encoding, writer: ColumnWriter) -> None:
     matrix = writer.create("categorical", (num_rows, len(single)), np.int32)
     for f, feature in enumerate(single):
         codes = encode.factorize(parts(feature.name), feature.name)
-        matrix[:, f] = rows_of(feature, codes, np.arange(num_rows))
+        matrix[:, f] = rows_of(feature, codes, first_row + np.arange(num_rows))
     for i, feature in enumerate(f for f in features.categorical if f.multi_valued):
         offsets, codes = encode.split_values(parts(feature.name), feature.name, given.separator)
         writer.save(f"multi{i}_offsets", offsets)
-        row = np.repeat(np.arange(num_rows), np.diff(offsets))
+        row = first_row + np.repeat(np.arange(num_rows), np.diff(offsets))
         writer.save(f"multi{i}_values", rows_of(feature, codes, row))
     dense = writer.create("dense", (num_rows, len(features.continuous)), np.float32)
     for c, column in enumerate(features.continuous):
-        dense[:, c] = encode.to_float32(encode.to_numbers(parts(column.name), column.name))
+        numbers = encode.to_numbers(parts(column.name), column.name, first_row=first_row)
+        dense[:, c] = encode.to_float32(numbers)
     writer.save("label", np.full((num_rows, len(features.tasks)), np.nan, np.float32))
     if given.domain is not None and given.domains is not None:
         codes = encode.factorize(parts(given.domain), given.domain)
-        writer.save("domain", _scenarios(codes, encode.to_known(codes, given.domains).rows, given.domain))
+        known = encode.to_known(codes, given.domains)
+        writer.save("domain", _scenarios(codes, known.rows, given.domain, first_row))
     writer.finish({"num_rows": num_rows})
 
 
-def _scenarios(codes: encode.Codes, rows: NDArray[np.int32], column: str) -> NDArray[np.int32]:
+def _scenarios(codes: encode.Codes, rows: NDArray[np.int32], column: str, first_row: int = 0) -> NDArray[np.int32]:
     """From 0 on; of ``rows``, in which 0 is none that training has.
 
     Raises:
@@ -98,7 +104,7 @@ def _scenarios(codes: encode.Codes, rows: NDArray[np.int32], column: str) -> NDA
         row = int(np.argmax(bad))
         code = int(codes.codes[row])
         what = "no value" if code == encode.MISSING else f"{codes.values[code].as_py()!r}, which training lacks,"
-        raise ValueError(f"column {column!r} names the scenario, but holds {what} in row {row}")
+        raise ValueError(f"column {column!r} names the scenario, but holds {what} in row {first_row + row}")
     return rows - 1
 
 

@@ -80,7 +80,7 @@ def open_rows(source: Any, read: Callable[[], pa.Table], cache: Path, given: Enc
     """Rows to predict, encoded by ``given``, in ``cache/tables``; the arguments are those of `open_table`.
 
     Raises:
-        ValueError: a column is missing or of a wrong type, or a scenario that ``given`` lacks.
+        ValueError: no rows, a column that is missing or of a wrong type, or a scenario that ``given`` lacks.
         DataError: the cache cannot be written, or the disk is full.
     """
     folder = cache / "tables" / f"predict-{_key([FORMAT, source, _code(), given.digest])}"
@@ -88,7 +88,10 @@ def open_rows(source: Any, read: Callable[[], pa.Table], cache: Path, given: Enc
     def write(writer: ColumnWriter) -> None:
         from apps.recsys.build import build_rows
 
-        build_rows(read(), given, writer)
+        table = read()
+        if not len(table):
+            raise ValueError("the rows to predict: there are none")
+        build_rows(table, given, writer)
 
     return open_or_write(folder, cache, write)
 

@@ -272,15 +272,9 @@ class TableData(LightningDataModule):
 
             assert self.predict_file is not None
             files, encoding = find_files(self._folder, self.predict_file, "predict_file"), self._encoding
-            numbers = [f.name for f in encoding.features.continuous]
-            roles = {} if encoding.domain is None else {encoding.domain: "domain"}
-            roles |= {
-                f.name: "multi_valued" if f.multi_valued else "categorical" for f in encoding.features.categorical
-            }
-            roles |= dict.fromkeys(numbers, "continuous")
             cache = sources.cache_root(self.cache_dir)
             self._rows_to_predict = open_rows(
-                identity(files), lambda: read_files(files, roles, numbers), cache, encoding
+                identity(files), lambda: read_files(files, encoding.roles, encoding.numbers), cache, encoding
             )
         return self._rows_to_predict
 

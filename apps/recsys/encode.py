@@ -277,20 +277,27 @@ def hash_text(values: pa.StringArray) -> NDArray[np.uint64]:
 # ---- numbers
 
 
-def to_numbers(parts: Sequence[Part], column: str, missing: str = "leave missing numbers empty") -> NDArray[np.float64]:
+def to_numbers(
+    parts: Sequence[Part], column: str, missing: str = "leave missing numbers empty", first_row: int = 0
+) -> NDArray[np.float64]:
     """A column of numbers over all tables, NaN where missing.
+
+    Args:
+        parts: the tables.
+        column: names it in messages.
+        missing: what a message says of missing values.
+        first_row: number of each table's first row in messages, where the tables are pieces of longer ones.
 
     Raises:
         ValueError: something that is no number; the message names the first one and its row.
     """
-    out, start = [], 0
+    out = []
     for where, data in parts:
-        out.append(_numbers(data, column, where, missing))
-        start += len(data)
+        out.append(_numbers(data, column, where, missing, first_row))
     return np.concatenate(out)
 
 
-def _numbers(data: pa.ChunkedArray, column: str, where: str, missing: str) -> NDArray[np.float64]:
+def _numbers(data: pa.ChunkedArray, column: str, where: str, missing: str, first_row: int) -> NDArray[np.float64]:
     kind = data.type.value_type if pa.types.is_dictionary(data.type) else data.type
     if pa.types.is_dictionary(data.type):
         data = data.cast(kind)
@@ -308,7 +315,7 @@ def _numbers(data: pa.ChunkedArray, column: str, where: str, missing: str) -> ND
     except pa.ArrowInvalid:
         row = first_failing(data, pa.float64())
         raise ValueError(
-            f"column {column!r} of {where} must hold numbers: row {row} holds {data[row].as_py()!r}; {missing}"
+            f"column {column!r} of {where} must hold numbers: row {first_row + row} holds {data[row].as_py()!r}; {missing}"
         ) from None
     return np.asarray(numbers.fill_null(np.nan), dtype=np.float64)
 

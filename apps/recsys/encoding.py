@@ -126,6 +126,18 @@ class Encoding:
             state["separator"],
         )
 
+    @property
+    def roles(self) -> dict[str, str]:
+        """What each column is for that rows to predict must have, by column."""
+        roles = {} if self.domain is None else {self.domain: "domain"}
+        roles |= {f.name: "multi_valued" if f.multi_valued else "categorical" for f in self.features.categorical}
+        return roles | dict.fromkeys(self.numbers, "continuous")
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """The columns of numbers."""
+        return tuple(f.name for f in self.features.continuous)
+
     @cached_property
     def digest(self) -> str:
         """Encodings of the same digest make the same of every row."""

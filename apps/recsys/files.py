@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import io
+import itertools
 import os
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -21,6 +22,8 @@ from apps.recsys.schema import nearest
 
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 _SERIAL = pa.csv.ReadOptions(use_threads=False)  # only then an error of the layout names the row
+_TEXT = pa.dictionary(pa.int32(), pa.string())
+_UNREADABLE = (pa.ArrowException, OSError, EOFError, UnicodeDecodeError)
 _COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4"}
 
 
@@ -80,24 +83,52 @@ def read_columns(
     """
     try:
         if _kind(file) == ".parquet":
-            with pa.parquet.ParquetFile(file) as parquet:
-                _check(parquet.schema_arrow.names, roles, file)
-                _check_size(parquet.metadata, file)
-                texts = [f.name for f in parquet.schema_arrow if f.name in roles and _is_text(f.type)]
-            # Texts stay numbers of distinct ones: a page may repeat a long one a million times in a few bytes.
-            return pa.parquet.read_table(file, columns=list(roles), partitioning=None, read_dictionary=texts)
+            with _parquet(file, roles) as parquet:
+                return parquet.read(columns=list(roles))
         return _read_csv(file, roles, numbers, inferred)
-    except (pa.ArrowException, OSError, EOFError, UnicodeDecodeError) as error:
+    except _UNREADABLE as error:
         raise ValueError(f"{str(file)!r} cannot be read: {_line(error)}") from error
 
 
+def iter_columns(
+    file: Path, roles: Mapping[str, str], numbers: Collection[str] = (), num_rows: int = 1 << 16
+) -> Iterator[pa.Table]:
+    """Yield the columns of one file piece by piece, so that a long file is never in memory as a whole.
+
+    Args:
+        file, roles, numbers: as in `read_columns`.
+        num_rows: rows of a piece of a Parquet file; those of text are of about a megabyte.
+
+    Raises:
+        ValueError: as `read_columns`.
+    """
+    try:
+        if _kind(file) == ".parquet":
+            with _parquet(file, roles) as parquet:
+                for batch in parquet.iter_batches(num_rows, columns=list(roles)):
+                    yield pa.Table.from_batches([batch])
+        else:
+            for batch in _iter_csv(file, roles, numbers):
+                yield pa.Table.from_batches([batch])
+    except _UNREADABLE as error:
+        raise ValueError(f"{str(file)!r} cannot be read: {_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _parquet(file: Path, roles: Mapping[str, str]) -> Iterator[pa.parquet.ParquetFile]:
+    """Open a Parquet file that has the columns and holds no more than its size explains."""
+    with pa.parquet.ParquetFile(file) as parquet:
+        _check(parquet.schema_arrow.names, roles, file)
+        _check_size(parquet.metadata, file)
+        texts = [f.name for f in parquet.schema_arrow if f.name in roles and _is_text(f.type)]
+    # Texts stay numbers of distinct ones: a page may repeat a long one a million times in a few bytes.
+    with pa.parquet.ParquetFile(file, read_dictionary=texts) as parquet:
+        yield parquet
+
+
 def _read_csv(file: Path, roles: Mapping[str, str], numbers: Collection[str], inferred: str | None) -> pa.Table:
-    parse = pa.csv.ParseOptions(delimiter=_SEPARATORS[_kind(file)], newlines_in_values=True)
-    with _opened(file) as source, pa.csv.open_csv(source, _SERIAL, parse_options=parse) as reader:
-        names = reader.schema.names
-    _check(names, roles, file)
-    text = pa.dictionary(pa.int32(), pa.string())
-    types: dict[str, Any] = {c: text for c in roles if c != inferred}
+    parse = _layout(file, roles)
+    types: dict[str, Any] = {c: _TEXT for c in roles if c != inferred}
     try:
         table = _convert(file, parse, {**types, **{c: pa.float64() for c in numbers}}, list(roles))
     except pa.ArrowInvalid as error:
@@ -110,9 +141,42 @@ def _read_csv(file: Path, roles: Mapping[str, str], numbers: Collection[str], in
             if "invalid UTF8" not in str(error):
                 raise
             raise ValueError(f"{str(file)!r} cannot be read: {_no_text(file, parse, types)}") from error
+    _check_end(file)
+    return table
+
+
+def _iter_csv(file: Path, roles: Mapping[str, str], numbers: Collection[str]) -> Iterator[pa.RecordBatch]:
+    parse = _layout(file, roles)
+    text: dict[str, Any] = dict.fromkeys(roles, _TEXT)
+    _check_end(file)
+    count = 0
+    try:
+        for batch in _stream(file, parse, {**text, **{c: pa.float64() for c in numbers}}, list(roles)):
+            yield batch
+            count += 1
+    except pa.ArrowInvalid as error:
+        if "conversion error" not in str(error):
+            raise
+        try:  # as text from there on, as in _read_csv: the pieces are the same
+            yield from itertools.islice(_stream(file, parse, text, list(roles)), count, None)
+        except pa.ArrowInvalid as error:
+            if "invalid UTF8" not in str(error):
+                raise
+            raise ValueError(f"{str(file)!r} cannot be read: {_no_text(file, parse, text)}") from error
+
+
+def _layout(file: Path, roles: Mapping[str, str]) -> pa.csv.ParseOptions:
+    """How a file of text is parsed, which has the columns."""
+    parse = pa.csv.ParseOptions(delimiter=_SEPARATORS[_kind(file)], newlines_in_values=True)
+    with _opened(file) as source, pa.csv.open_csv(source, _SERIAL, parse_options=parse) as reader:
+        _check(reader.schema.names, roles, file)
+    return parse
+
+
+def _check_end(file: Path) -> None:
+    """Warn of a file that may be cut within its last row."""
     if file.suffix.lower() not in _COMPRESSED and not _ends_in_a_line_end(file):
         rank_zero_warn(f"{str(file)!r} does not end in a line end: its last row may be cut")
-    return table
 
 
 def _no_text(file: Path, parse: pa.csv.ParseOptions, types: Mapping[str, Any]) -> str:
@@ -131,11 +195,22 @@ def _ends_in_a_line_end(file: Path) -> bool:
         return content.read() in (b"\n", b"\r")
 
 
-def _convert(file: Path, parse: pa.csv.ParseOptions, types: dict[str, Any], columns: list[str]) -> pa.Table:
-    options = pa.csv.ConvertOptions(
+def _options(types: dict[str, Any], columns: list[str]) -> pa.csv.ConvertOptions:
+    return pa.csv.ConvertOptions(
         column_types=types, include_columns=columns, null_values=[""], strings_can_be_null=True, true_values=["true"],
         false_values=["false"],
     )  # fmt: skip
+
+
+def _stream(
+    file: Path, parse: pa.csv.ParseOptions, types: dict[str, Any], columns: list[str]
+) -> Iterator[pa.RecordBatch]:
+    with _opened(file) as source:
+        yield from pa.csv.open_csv(source, _SERIAL, parse_options=parse, convert_options=_options(types, columns))
+
+
+def _convert(file: Path, parse: pa.csv.ParseOptions, types: dict[str, Any], columns: list[str]) -> pa.Table:
+    options = _options(types, columns)
     try:
         with _opened(file) as source:
             return pa.csv.read_csv(source, parse_options=parse, convert_options=options)

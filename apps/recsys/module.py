@@ -12,6 +12,7 @@ from lightning.pytorch import Callback
 from torch import Tensor
 
 import core
+from apps.recsys import scoring
 from apps.recsys.baselines import baselines
 from apps.recsys.batch import TableBatch
 from apps.recsys.bottoms import SharedBottom, SingleTask
@@ -171,6 +172,38 @@ class MultiTaskRecommender(SparseModule):
         """AUC, PR-AUC, log loss and calibration error of each task, and AUC by user where the batches name users."""
         exact = self.score_bins is None
         return MultiTaskMetrics(self.features.tasks, grouped=exact, score_bins=self.score_bins)
+
+    @torch.inference_mode()
+    def predict(self, rows: Any, batch_size: int = 8192) -> Any:
+        """Return the probability of each task for each row, in the rows' order: what ``moesaic predict`` writes.
+
+        Values are encoded by what the checkpoint keeps, as in an evaluation: no training file is needed, and a value
+        that training lacked has row 0. Columns that the model does not know are ignored, labels too.
+
+        Args:
+            rows: a pandas DataFrame, a pyarrow Table (or what offers itself as one, such as a polars DataFrame), a dict
+                of columns, or a path, or a pattern of paths, of CSV or Parquet files.
+            batch_size: rows a step. Files and frames are read in pieces of eight steps; only the scores are held whole.
+
+        Returns:
+            float32 columns ``probability_<task>``: a DataFrame with the index of ``rows`` for a DataFrame, a
+            ``pyarrow.Table`` for a table, and a dict of numpy arrays (N,) for a dict and for files.
+
+        Raises:
+            ValueError: a column is missing or doubled, a value is of a wrong type, a scenario that training lacked, a
+                file that cannot be read, or a model that has neither a checkpoint's encoding nor its data.
+
+        Example::
+
+            model = apps.load("runs/census_income")
+            scores = model.predict(df)        # df["age"], df["education"], ...: scores["probability_income"]
+        """
+        training = self.training
+        self.eval()
+        try:
+            return scoring.predict(self, rows, batch_size)
+        finally:
+            self.train(training)
 
     def predict_step(self, batch: TableBatch, batch_idx: int) -> dict[str, Any]:
         """The rows' numbers in the table, the data's ``predict_columns``, each task's ``probability_<task>``."""
