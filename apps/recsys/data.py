@@ -193,10 +193,18 @@ class TableData(LightningDataModule):
     # ---- Lightning
 
     def prepare_data(self) -> None:
+        self._adopt_of_model()
         if self._adopted is None or self.predict_file is None:
             self._open()
 
+    def _adopt_of_model(self) -> None:
+        """Encode by what the model's checkpoint says, which Lightning's own setup of the model would tell too late."""
+        module = None if self.trainer is None else self.trainer.lightning_module
+        if (state := getattr(module, "_encoding", None)) is not None:
+            self.adopt(state)
+
     def setup(self, stage: str | None = None) -> None:
+        self._adopt_of_model()
         if stage == "predict" and self.predict_file is not None:
             self._open_rows()
             return

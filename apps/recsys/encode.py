@@ -314,8 +314,9 @@ def _numbers(data: pa.ChunkedArray, column: str, where: str, missing: str, first
         numbers = data.cast(pa.float64(), safe=False)
     except pa.ArrowInvalid:
         row = first_failing(data, pa.float64())
+        odd = data[row].as_py()
         raise ValueError(
-            f"column {column!r} of {where} must hold numbers: row {first_row + row} holds {data[row].as_py()!r}; {missing}"
+            f"column {column!r} of {where} must hold numbers: row {first_row + row} holds {odd!r}; {missing}"
         ) from None
     return np.asarray(numbers.fill_null(np.nan), dtype=np.float64)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
@@ -206,14 +207,24 @@ class MultiTaskRecommender(SparseModule):
             self.train(training)
 
     def predict_step(self, batch: TableBatch, batch_idx: int) -> dict[str, Any]:
-        """The rows' numbers in the table, the data's ``predict_columns``, each task's ``probability_<task>``."""
+        """The rows' numbers in the table, the data's ``predict_columns``, each task's ``probability_<task>``.
+
+        Rows of a split have each task's ``label_<task>`` too, 0, 1, or None for no label; those of a ``predict_file``
+        have none.
+        """
         p_Bt = self(batch).float().sigmoid()
-        predicted: Mapping[str, list[Any]] = getattr(self._data(), "predicted", {})
+        data, tasks = self._data(), self.features.tasks
+        predicted: Mapping[str, list[Any]] = getattr(data, "predicted", {})
         rows = batch.index_B.tolist()
+        labels = {}
+        if getattr(data, "predict_file", None) is None:
+            for task, label_B in zip(tasks, batch.label_Bt.T.tolist(), strict=True):
+                labels[f"label_{task}"] = [None if math.isnan(label) else int(label) for label in label_B]
         return {
             "index": batch.index_B,
             **{column: [values[row] for row in rows] for column, values in predicted.items()},
-            **{f"probability_{n}": p_Bt[:, i] for i, n in enumerate(self.features.tasks)},
+            **{f"probability_{task}": p_Bt[:, i] for i, task in enumerate(tasks)},
+            **labels,
         }
 
     # ---- what the tables need of Lightning

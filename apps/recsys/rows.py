@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from apps.columns import ColumnFiles
+from apps.columns import ColumnArrays, ColumnFiles
 from apps.recsys.batch import TableBatch
 from apps.recsys.features import Features
 
@@ -39,7 +39,7 @@ class TableRows(Dataset[TableBatch]):
         index: int64 (n,), the table's row of each position.
     """
 
-    def __init__(self, columns: ColumnFiles, features: Features, index: Tensor) -> None:
+    def __init__(self, columns: ColumnFiles | ColumnArrays, features: Features, index: Tensor) -> None:
         self.columns, self.features, self.index = columns, features, index
         self._single = [f.name for f in features.categorical if not f.multi_valued]
         self._multi = [f.name for f in features.categorical if f.multi_valued]

@@ -159,8 +159,6 @@ def _of_files(name: str, roles: Mapping[str, str], numbers: tuple[str, ...], siz
 
 def _joined(tables: Iterable[pa.Table], size: int) -> Iterator[pa.Table]:
     """Tables of ``size`` rows from tables of any."""
-    import pyarrow as pa
-
     kept: list[pa.Table] = []
     count = 0
     for table in tables:

@@ -49,7 +49,7 @@ def test_a_run_is_tested_predicted_and_resumed(trained):
     assert {"test/auc", "test/auc_click", "test/gauc_buy", "test/loss"} <= found.keys()
     assert main(["predict", *where]) == 0
     first = json.loads((trained / "predictions.jsonl").read_text().splitlines()[0])
-    assert first.keys() == {"index", "probability_click", "probability_buy"}
+    assert first.keys() == {"index", "probability_click", "probability_buy", "label_click", "label_buy"}
     assert main(["fit", *where, "--ckpt_path", "last", "--trainer.max_epochs", "2"]) == 0
 
 

@@ -136,6 +136,32 @@ def test_a_loaded_module_scores_by_its_own_rows_whatever_the_data_would_learn(ow
         trainer(tmp_path).test(module_of(other), datamodule=other, ckpt_path=tmp_path / "it.ckpt", weights_only=True)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_script_predicts_a_file_by_a_loaded_module_alone(own, tmp_path):
+    data = own()
+    model = module_of(data)
+    run = trainer(tmp_path, max_steps=2)
+    run.fit(model, datamodule=data)
+    run.save_checkpoint(tmp_path / "it.ckpt")
+    expected = model.predict(NEW)
+    for name in ("train.csv", "test.csv"):
+        (tmp_path / name).unlink()
+    pa.csv.write_csv(pa.table(NEW), tmp_path / "new.csv")
+    loaded = MultiTaskRecommender.load_from_checkpoint(tmp_path / "it.ckpt")
+    (found,) = trainer(tmp_path).predict(loaded, datamodule=own(predict_file="new.csv"))
+    assert list(found) == ["index", "probability_click", "probability_like"]
+    assert found["probability_click"].tolist() == expected["probability_click"].tolist()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_test_rows_have_their_labels_beside_their_predictions(own, tmp_path):
+    write(tmp_path, test={**TEST, "stars": ["4", ""]})
+    data = own()
+    (found,) = trainer(tmp_path).predict(module_of(data), datamodule=data)
+    # clicks of TEST; 4 stars are liked, and no stars are no label
+    assert (found["label_click"], found["label_like"]) == ([1, 0], [1, None])
+
+
 # ---- rows to predict
 
 
@@ -239,4 +265,6 @@ def test_the_example_of_the_docs(tmp_path, monkeypatch, capsys):
     pa.csv.write_csv(pa.table(events), "events.csv")
     assert main(["predict", "--config", "shop.yaml", "--data.split.kind", "random", "--data.split.seed", "7"]) == 0
     for row in map(json.loads, path.read_text().splitlines()):
-        assert row == pytest.approx(every[row["index"]], rel=1e-5)
+        labels = {name: events[column][row["index"]] for name, column in (("click", "clicked"), ("buy", "bought"))}
+        expected = every[row["index"]] | {f"label_{name}": label for name, label in labels.items()}
+        assert row == pytest.approx(expected, rel=1e-5)

@@ -123,13 +123,13 @@ def test_a_row_of_a_later_piece_is_named_by_its_place_in_the_file(loaded, tmp_pa
     for rows in (text, tmp_path / "new.csv"):
         with pytest.raises(ValueError, match="must hold numbers: row 3 holds 'old'"):
             loaded.predict(rows, batch_size=2)
-    with pytest.raises(ValueError, match="^column 'shop' names the scenario, but holds no value in row 4$"):
+    with pytest.raises(ValueError, match=r"^column 'shop' names the scenario, but holds no value in row 4$"):
         loaded.predict({**NEW, "shop": ["de"] * 4 + [None]}, batch_size=2)
 
 
 def test_a_model_that_knows_no_values_says_so(own):
     model = MultiTaskRecommender(own().features, report=None)
-    with pytest.raises(ValueError, match="^this MultiTaskRecommender does not know what its numbers stand for: load"):
+    with pytest.raises(ValueError, match=r"^this MultiTaskRecommender does not know what its numbers stand for: load"):
         model.predict(NEW)
 
 
