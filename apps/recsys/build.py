@@ -5,6 +5,7 @@ Beside the arrow tables, one column at a time is in memory; what is encoded goes
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -24,6 +25,9 @@ from apps.recsys.readers import RawTables
 from apps.recsys.report import SPLITS, TableReport
 from apps.recsys.schema import TableConfig, nearest
 from apps.recsys.splits import Splits, split_rows
+
+_ID_SHARE, _FEWEST_FOR_ID = 0.95, 100
+"""A column of so many different values a row, in at least so many rows, is taken for an id of the rows."""
 
 _WHERE = {"train": "the training table", "val": "the validation table", "test": "the test table"}
 
@@ -270,7 +274,8 @@ class _Build:
             codes = encode.factorize(self._parts(column), column)
             encoded = self._encode(codes, column, self.masks["train"], np.arange(num_rows))
             matrix[:, f] = encoded.rows
-            self._describe(column, codes.codes == encode.MISSING, encoded.unseen)
+            is_id = self._is_id(column, codes.codes)
+            self._describe(column, codes.codes == encode.MISSING, encoded.unseen, is_id=is_id)
             self._check_leak(column, codes.codes, labels)
             features.append(CategoricalFeature(column, encoded.num_rows, hashed=column in self.config.hash_rows))
         return tuple(features)
@@ -335,19 +340,38 @@ class _Build:
         missing: NDArray[np.bool_],
         unseen: NDArray[np.bool_] | None,
         lengths: NDArray[np.int64] | None = None,
+        is_id: bool = False,
     ) -> None:
-        """Shares of a column in each split: of its rows that are missing, of its values that training lacks."""
+        """Shares of a column in each split: of its rows that are missing, of its values that training lacks.
+
+        ``is_id``: a warning has said that its values do not come again.
+        """
         self.report.missing[column] = {s: _share(missing[mask]) for s, mask in self.masks.items()}
         if unseen is not None:
             masks = self.masks if lengths is None else {s: np.repeat(m, lengths) for s, m in self.masks.items()}
             share = self.report.unseen[column] = {s: _share(unseen[mask]) for s, mask in masks.items()}
-            new_by_design = self.config.split.kind == "user" and column == self.config.user
+            new_by_design = is_id or (self.config.split.kind == "user" and column == self.config.user)
             for split in () if new_by_design else ("val", "test"):
                 if share[split] > 0.5 > 2 * share["train"]:
                     self.warnings.append(
                         f"column {column!r}: {share[split]:.0%} of the {split} values are not in training: are they "
                         "written alike there?"
                     )
+
+    def _is_id(self, column: str, codes: NDArray[np.int64]) -> bool:
+        """Whether nearly every training row has a value of its own, with a warning if so."""
+        mine = codes[self.masks["train"]]
+        mine = mine[mine != encode.MISSING]
+        if len(mine) < _FEWEST_FOR_ID:
+            return False
+        share = len(np.unique(mine)) / len(mine)
+        if share < _ID_SHARE:
+            return False
+        self.warnings.append(
+            f"column {column!r} looks like an id of the rows: {math.floor(100 * share)} % of its {len(mine):,} "
+            f"training values are distinct. It says nothing of new rows: leave it out (exclude: [{column}])"
+        )
+        return True
 
     def _check_leak(self, column: str, codes: NDArray[Any], labels: Mapping[str, NDArray[np.float32]]) -> None:
         train = self.masks["train"]

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -209,12 +210,22 @@ class TableData(LightningDataModule):
             self._open_rows()
             return
         report = self.report
-        if not self._told:
-            self._told = True
-            if rank_zero_only.rank == 0:
-                log.info("%s: %s", self.dataset, dataclasses.replace(report, warnings=[]))
+        if self._told or rank_zero_only.rank != 0 or stage == "predict":
+            return
+        self._told = True
+        log.info("%s: %s", self.dataset, dataclasses.replace(report, warnings=[]))
+        if not self._report_follows():
             for warning in report.warnings:
-                rank_zero_warn(warning)
+                log.warning("%s", warning)
+
+    def _report_follows(self) -> bool:
+        """Whether a test is to print a report, whose checks repeat the warnings."""
+        trainer = self.trainer
+        return (
+            trainer is not None
+            and trainer.state.fn == TrainerFn.TESTING
+            and any(getattr(callback, "only_reports", False) for callback in trainer.callbacks)
+        )
 
     def train_dataloader(self) -> ResumableLoader:
         return ResumableLoader(

@@ -6,6 +6,7 @@ import contextlib
 import glob
 import io
 import itertools
+import logging
 import os
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -14,11 +15,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only
 
 from apps.inflate import FREE, MOST, Inflated
 from apps.recsys import encode
 from apps.recsys.schema import nearest
+
+log = logging.getLogger(__name__)
 
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 _SERIAL = pa.csv.ReadOptions(use_threads=False)  # only then an error of the layout names the row
@@ -175,8 +178,12 @@ def _layout(file: Path, roles: Mapping[str, str]) -> pa.csv.ParseOptions:
 
 def _check_end(file: Path) -> None:
     """Warn of a file that may be cut within its last row."""
-    if file.suffix.lower() not in _COMPRESSED and not _ends_in_a_line_end(file):
-        rank_zero_warn(f"{str(file)!r} does not end in a line end: its last row may be cut")
+    if file.suffix.lower() in _COMPRESSED or rank_zero_only.rank != 0:  # compressed text shows that it was cut
+        return
+    with open(file, "rb") as content:
+        content.seek(-1, os.SEEK_END)
+        if content.read() not in (b"\n", b"\r"):
+            log.warning("%r does not end in a line end: its last row may be cut", str(file))
 
 
 def _no_text(file: Path, parse: pa.csv.ParseOptions, types: Mapping[str, Any]) -> str:
@@ -187,12 +194,6 @@ def _no_text(file: Path, parse: pa.csv.ParseOptions, types: Mapping[str, Any]) -
         if row < len(raw):
             break
     return f"column {column!r} holds {raw[column][row].as_py()!r} in row {row}, which is no UTF-8 text"
-
-
-def _ends_in_a_line_end(file: Path) -> bool:
-    with open(file, "rb") as content:
-        content.seek(-1, os.SEEK_END)
-        return content.read() in (b"\n", b"\r")
 
 
 def _options(types: dict[str, Any], columns: list[str]) -> pa.csv.ConvertOptions:

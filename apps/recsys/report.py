@@ -20,7 +20,8 @@ class TableReport:
             column. They are in row 0, unless the column is hashed. In the training split these are the rare ones.
         labelled: rows with a label, by task.
         positives: share of positive labels among them, by task.
-        warnings: one line each: a column that determines a label, users in both splits, a task with one class.
+        warnings: one line each: a column that determines a label, a column of ids, users in both splits, a task with
+            one class.
     """
 
     rows: dict[str, int] = field(default_factory=dict)

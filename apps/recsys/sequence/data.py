@@ -6,12 +6,13 @@ A batch is cut out of one array of all items by the bounds of each user's histor
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -22,6 +23,8 @@ from apps.recsys.datasets import RECSYS_DATASETS
 from apps.recsys.encoding import Vocabulary
 from apps.recsys.sequence import histories
 from apps.recsys.sequence.histories import Histories, Items
+
+log = logging.getLogger(__name__)
 
 DATASETS = (*(name for name in RECSYS_DATASETS if name.startswith("movielens")), "table")
 MIN_LENGTH = 3
@@ -190,7 +193,8 @@ class HistoryData(LightningDataModule):
                     found += (
                         f"; users who have no others, and for whom all items score 0: {len(empty):,}, first {first!r}"
                     )
-                rank_zero_warn(found)
+                if rank_zero_only.rank == 0:
+                    log.warning("%s", found)
         return self._histories
 
     @property

@@ -17,7 +17,7 @@ from apps.recsys.schema import SplitConfig, TaskConfig
 from apps.recsys.synthetic import SyntheticConfig
 
 
-def test_a_split_by_user_keeps_users_together_and_reports_those_of_given_files(own, tmp_path):
+def test_a_split_by_user_keeps_users_together_and_reports_those_of_given_files(own, tmp_path, caplog):
     config = config_of(user="user", split=SplitConfig("user", val=0.34, test=0.34))
     train = {"user": [1, 1, 2, 2, 3, 3], "click": [1, 0, 1, 0, 1, 0], "city": list("abcabc")}
     write(tmp_path, train=train, test={"user": [1, 4], "click": [1, 0], "city": ["a", "a"]})
@@ -33,8 +33,35 @@ def test_a_split_by_user_keeps_users_together_and_reports_those_of_given_files(o
     # Both users 1 and 4 test; if user 1 also trains, that is one of two.
     given = own(config_of(user="user", split=SplitConfig("user", val=0)))
     assert "1 of 2 users of test are in train too, although the split is by user" in given.report.warnings
-    with pytest.warns(UserWarning, match="1 of 2 users of test"):
-        given.setup()
+    given.setup()
+    assert "1 of 2 users of test" in caplog.text
+
+
+def test_an_id_of_the_rows_is_one_warning_of_the_training(own, tmp_path, caplog):
+    # 200 orders, of which the last row repeats the first; 180 train by time. Of 180 prices 180 are distinct as well.
+    rows = {
+        "order": [*(f"o{i}" for i in range(199)), "o0"],
+        "city": ["Rome", "Oslo"] * 100,
+        "price": list(range(200)),
+        "click": [0, 1, 1, 0] * 50,
+    }
+    roles = {"categorical": ("order", "city"), "continuous": ("price",), "time": "price"}
+    config = config_of(**roles, split=SplitConfig("time", val=0, test=0.1))
+    pa.csv.write_csv(pa.table(rows), tmp_path / "train.csv")
+    data = own(config, test_file=None)
+    said = (
+        "column 'order' looks like an id of the rows: 100 % of its 180 training values are distinct. It says nothing "
+        "of new rows: leave it out (exclude: [order])"
+    )
+    assert data.report.warnings == [said]  # nor that the orders of the test are not in training
+    data.setup("predict")
+    assert said not in caplog.text
+    data.setup("fit")
+    data.setup("validate")
+    assert caplog.text.count(said) == 1
+    assert own(config, test_file=None, exclude=["order"]).report.warnings == []
+    pa.csv.write_csv(pa.table(rows).slice(0, 100), tmp_path / "train.csv")  # 90 rows that train
+    assert not any("looks like an id" in w for w in own(config, test_file=None).report.warnings)
 
 
 def test_a_feature_that_is_the_label_is_reported(own, tmp_path):
@@ -178,7 +205,7 @@ def test_text_of_another_encoding_is_named_with_its_row(tmp_path, numbers):
         files.read_columns(tmp_path / "t.csv", {"user": "categorical"})
 
 
-def test_a_file_cut_within_its_last_field_is_read_with_a_warning(tmp_path, recwarn):
+def test_a_file_cut_within_its_last_field_is_read_with_a_warning(tmp_path, caplog):
     def ages(name: str, content: bytes) -> list[float]:
         (tmp_path / name).write_bytes(content)
         return files.read_columns(tmp_path / name, {"age": "continuous"}, ("age",))["age"].to_pylist()
@@ -187,9 +214,9 @@ def test_a_file_cut_within_its_last_field_is_read_with_a_warning(tmp_path, recwa
     assert ages("whole.csv", whole) == [20, 345]
     assert ages("cut.csv.gz", gzip.compress(whole[:-3])) == [20, 34]  # its end is known to be whole
     assert ages("line.csv", whole[:-7]) == [20]  # a cut between two rows cannot be seen
-    assert not recwarn
-    with pytest.warns(UserWarning, match=r"cut\.csv' does not end in a line end: its last row may be cut"):
-        assert ages("cut.csv", whole[:-3]) == [20, 34]
+    assert not caplog.messages
+    assert ages("cut.csv", whole[:-3]) == [20, 34]
+    assert caplog.text.count("cut.csv' does not end in a line end: its last row may be cut") == 1
 
 
 @pytest.mark.parametrize(
