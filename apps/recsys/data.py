@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 from apps import sources
 from apps.columns import ColumnFiles
 from apps.loader import ResumableLoader, as_it_is, in_order, overfits
+from apps.plain import as_config
 from apps.recsys.cache import identity, open_rows, open_table
 from apps.recsys.datasets import RECSYS_DATASETS
 from apps.recsys.encoding import Encoding
@@ -43,6 +44,8 @@ _FILE_OPTIONS = ("train_file", "val_file", "test_file")
 
 class TableData(LightningDataModule):
     """A table in train, validation and test batches of `TableBatch`.
+
+    ``table``, ``split`` and ``synthetic`` may also be given as the mappings that stand for them in YAML.
 
     Args:
         dataset: census_income, movielens_1m, ... (`moesaic data list`); table: your own file; synthetic: made tasks.
@@ -108,7 +111,10 @@ class TableData(LightningDataModule):
         self.dataset, self.root, self.cache_dir = dataset, root, cache_dir
         self.train_file, self.val_file, self.test_file = train_file, val_file, test_file
         self.predict_file, self.predict_columns = predict_file, tuple(predict_columns)
-        self.table, self.split, self.exclude, self.synthetic = table, split, tuple(exclude), synthetic
+        self.table = as_config(TableConfig, table, "table")
+        self.split = as_config(SplitConfig, split, "split")
+        self.exclude = tuple(exclude)
+        self.synthetic = as_config(SyntheticConfig, synthetic, "synthetic")
         self.batch_size, self.eval_batch_size, self.drop_last = batch_size, eval_batch_size, drop_last
         self.num_workers, self.subset, self.seed = num_workers, subset, seed
         self._files: ColumnFiles | None = None

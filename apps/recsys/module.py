@@ -13,6 +13,7 @@ from lightning.pytorch import Callback
 from torch import Tensor
 
 import core
+from apps.plain import as_config
 from apps.recsys import scoring
 from apps.recsys.baselines import baselines
 from apps.recsys.batch import TableBatch
@@ -32,6 +33,8 @@ _REPORT = ReportConfig()
 
 class MultiTaskRecommender(SparseModule):
     """A recommender of several binary tasks: clicks, purchases, incomes.
+
+    Configs may also be given as the mappings that stand for them in a run's ``config.yaml``.
 
     Args:
         features: the columns and tasks; the command line takes them from the data.
@@ -75,6 +78,15 @@ class MultiTaskRecommender(SparseModule):
         optimizer: OptimizerConfig | None = None,
         ema_decay: float | None = None,
     ) -> None:
+        features = as_config(Features, features, "features")
+        shared = as_config(core.MultiGateConfig, shared, "shared")
+        embedding = as_config(EmbeddingConfig, embedding, "embedding")
+        dense = as_config(DenseConfig, dense, "dense")
+        interaction = as_config(InteractionConfig, interaction, "interaction")
+        head = as_config(HeadConfig, head, "head")
+        weighting = as_config(WeightingConfig, weighting, "weighting")
+        report = as_config(ReportConfig, report, "report")
+        optimizer = as_config(OptimizerConfig, optimizer, "optimizer")
         super().__init__(optimizer=optimizer, ema_decay=ema_decay)
         if features is None:
             raise ValueError("features=None: the columns and tasks come from the data, such as TableData(...).features")

@@ -14,6 +14,7 @@ from torch import Tensor
 import core
 from apps.baselines import dense_baselines
 from apps.loss import linear_cross_entropy
+from apps.plain import as_config
 from apps.recsys.metrics import RankingMetrics
 from apps.recsys.sequence.model import HistoryModel, HistoryModelConfig, last_of
 from apps.training import Baseline, OptimizerConfig, SparseModule, TaskOutput
@@ -60,6 +61,8 @@ class NextItemRecommender(SparseModule):
     It is trained by the softmax cross-entropy over all items at every position of a history, and judged by the rank of
     the target among all items, none sampled: ``hr_10``, ``ndcg_10`` and ``mrr``.
 
+    Configs may also be given as the mappings that stand for them in a run's ``config.yaml``.
+
     Args:
         num_items: items, numbered from 1; the command line takes it from the data.
         max_length: items of the longest history; the command line takes it from the data.
@@ -98,6 +101,9 @@ class NextItemRecommender(SparseModule):
         optimizer: OptimizerConfig | None = None,
         ema_decay: float | None = None,
     ) -> None:
+        sequence = as_config(HistoryModelConfig, sequence, "sequence")
+        moe = as_config(core.MoEConfig, moe, "moe")
+        optimizer = as_config(OptimizerConfig, optimizer, "optimizer")
         super().__init__(optimizer=optimizer, ema_decay=ema_decay)
         if top_k < 1:
             raise ValueError(f"top_k={top_k} must be at least 1")

@@ -3,13 +3,20 @@
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.csv
 import pytest
+import torch
 import yaml
 from made_table import batch, features
 
+import core
 from apps.cli import main
 from apps.cli.train import build, quiet
 from apps.recsys.data import TableData
+from apps.recsys.module import MultiTaskRecommender
+from apps.recsys.schema import SplitConfig, TableConfig, TaskConfig
+from apps.recsys.tasks import HeadConfig
 
 ROOT = Path(__file__).parents[3]
 CONFIGS = [
@@ -51,6 +58,60 @@ def test_a_run_is_tested_predicted_and_resumed(trained):
     first = json.loads((trained / "predictions.jsonl").read_text().splitlines()[0])
     assert first.keys() == {"index", "probability_click", "probability_buy", "label_click", "label_buy"}
     assert main(["fit", *where, "--ckpt_path", "last", "--trainer.max_epochs", "2"]) == 0
+
+
+def test_constructors_take_what_their_own_configuration_holds(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = {"city": ["Rome", "Oslo"] * 50, "age": list(range(100)), "clicked": [1, 0, 0, 1] * 25}
+    pa.csv.write_csv(pa.table(rows), "events.csv")
+    flags = {
+        "model": "MultiTaskRecommender",
+        "model.shared": "core.MMoE",
+        "model.shared.num_experts": "2",
+        "model.head.hidden_dims": "[4]",
+        "model.optimizer.betas": "[0.8, 0.9]",
+        "data": "TableData",
+        "data.dataset": "table",
+        "data.train_file": "events.csv",
+        "data.cache_dir": "cache",
+        "data.table": "{categorical: [city], continuous: [age], tasks: {click: {column: clicked, positive: [1]}}}",
+        "data.table.split": "{kind: random, val: 0.2}",
+        "trainer.max_epochs": "1",
+        "trainer.accelerator": "cpu",
+    }
+    assert main(["fit", "--run_dir", "run", *(f"--{name}={value}" for name, value in flags.items())]) == 0
+    config = yaml.safe_load(Path("run/config.yaml").read_text())
+    data = TableData(**config["data"]["init_args"])
+    split = SplitConfig("random", val=0.2)
+    expected = TableConfig(("city",), (), ("age",), {"click": TaskConfig("clicked", (1,))}, split=split)
+    assert data.table == expected
+    assert data.report.rows == {"train": 72, "val": 18, "test": 10}  # a tenth of 100, then a fifth of 90
+    model = MultiTaskRecommender(features=data.features, **config["model"]["init_args"])
+    assert model.shared_config == core.MMoE(2, core.MLP((16,)))
+    assert model.head == HeadConfig(hidden_dims=(4,))
+    assert model.optimizer_config.betas == (0.8, 0.9)
+    checkpoint = torch.load("run/checkpoints/last.ckpt", weights_only=True)
+    assert dict(model.hparams) == checkpoint["hyper_parameters"]
+    model.load_state_dict(checkpoint["state_dict"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"table": {"catgorical": ["city"]}},
+            "option of table='catgorical' is not one of .*did you mean 'categorical'",
+        ),
+        ({"table": {"tasks": {"a": {"colum": "x"}}}}, "option of table.tasks.a='colum' is not one of at_least, column"),
+        ({"table": {"tasks": {"a": {}}}}, "table.tasks.a: .* missing 1 required positional argument: 'column'"),
+        ({"table": "city"}, "table='city' is neither a TableConfig nor a mapping of its options"),
+        ({"split": {"class_path": "core.MMoE"}}, "split.class_path='core.MMoE' is no SplitConfig"),
+        ({"split": {"class_path": "os.system"}}, "class_path='os.system' is not a registered config class"),
+    ],
+)
+def test_mappings_that_are_no_configs_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        TableData("table", train_file="t.csv", **options)
 
 
 @pytest.mark.parametrize(
