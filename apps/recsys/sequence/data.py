@@ -51,7 +51,7 @@ class HistoryBatch(NamedTuple):
     seen_BH: Tensor | None = None
 
 
-class _Examples(Dataset[Any]):
+class Examples(Dataset[Any]):
     """Parts of histories, read by whole batches: ``examples.__getitems__(positions)`` is a `HistoryBatch`.
 
     Args:
@@ -80,7 +80,7 @@ class _Examples(Dataset[Any]):
     def __getitem__(self, position: int) -> HistoryBatch:
         return self.__getitems__([position])
 
-    def __getitems__(self, positions: Sequence[int]) -> HistoryBatch:
+    def __getitems__(self, positions: Sequence[int] | Tensor) -> HistoryBatch:
         index_B = torch.as_tensor(positions, dtype=torch.int64)
         begin_B, end_B = self.begin_X[index_B], self.end_X[index_B]
         items_BS = self._cut(begin_B, end_B)
@@ -208,12 +208,18 @@ class HistoryData(LightningDataModule):
 
     @property
     def encoding_state(self) -> dict[str, Any]:
-        """The items by id, for a checkpoint: their values and names as tensors."""
+        """What a checkpoint keeps: the items' values and names by id, as tensors, and what their file's columns are."""
         import pyarrow as pa
 
         found = self._items
         values, names = (Vocabulary.of(pa.array(texts[1:], pa.string())) for texts in (found.values, found.names))
-        return {"items": values.state(), "names": names.state()}
+        columns = {
+            "user": self.user_column,
+            "item": self.item_column,
+            "time": self.time_column,
+            "rating": self.rating_column if self.min_rating is not None else None,
+        }
+        return {"items": values.state(), "names": names.state(), "columns": columns, "min_rating": self.min_rating}
 
     def adopt(self, encoding_state: Mapping[str, Any]) -> None:
         """Number items as in the data whose ``encoding_state`` a checkpoint keeps; others are left out, and counted.
@@ -281,7 +287,7 @@ class HistoryData(LightningDataModule):
 
     # ---- examples
 
-    def _train_examples(self) -> _Examples:
+    def _train_examples(self) -> Examples:
         data = self.histories
         length_U = torch.from_numpy(data.length_U)
         begin_U = torch.from_numpy(data.offsets[:-1])
@@ -297,9 +303,9 @@ class HistoryData(LightningDataModule):
         else:
             end_X = end_U[user_X]
         begin_X = torch.maximum(begin_U[user_X], end_X - self.max_length)
-        return _Examples(torch.from_numpy(data.item_N), user_X, begin_X, end_X, None, "all")
+        return Examples(torch.from_numpy(data.item_N), user_X, begin_X, end_X, None, "all")
 
-    def _eval_examples(self, held_out: int) -> _Examples:
+    def _eval_examples(self, held_out: int) -> Examples:
         """All users' histories without their last ``held_out`` items, the first of which is the target."""
         self.setup(None if held_out else "predict")
         data = self.histories
@@ -310,9 +316,9 @@ class HistoryData(LightningDataModule):
         end_X = first_X + length_U[user_X] - held_out
         begin_X = torch.maximum(first_X, end_X - self.max_length)
         item_N = torch.from_numpy(data.item_N)
-        return _Examples(item_N, user_X, begin_X, end_X, first_X, "last" if held_out else "none")
+        return Examples(item_N, user_X, begin_X, end_X, first_X, "last" if held_out else "none")
 
-    def _eval_loader(self, examples: _Examples) -> DataLoader[Any]:
+    def _eval_loader(self, examples: Examples) -> DataLoader[Any]:
         return in_order(examples, self.eval_batch_size, self.num_workers)
 
     # ---- reading

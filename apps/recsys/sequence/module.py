@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 import core
@@ -16,6 +17,7 @@ from apps.baselines import dense_baselines
 from apps.loss import linear_cross_entropy
 from apps.plain import as_config
 from apps.recsys.metrics import RankingMetrics
+from apps.recsys.sequence import scoring
 from apps.recsys.sequence.model import HistoryModel, HistoryModelConfig, last_of
 from apps.training import Baseline, OptimizerConfig, SparseModule, TaskOutput
 from apps.widths import SolvedWidth, ffn_widths
@@ -170,6 +172,46 @@ class NextItemRecommender(SparseModule):
     def build_metrics(self) -> NextItemMetrics:
         """Hit rate and NDCG at 10, and the mean reciprocal rank, over all items."""
         return NextItemMetrics()
+
+    @torch.inference_mode()
+    def predict(self, histories: Any, top: int = 10, include_seen: bool = False, batch_size: int = 256) -> Any:
+        """Return the best next items of each history with their scores, by the items' own values.
+
+        Items are those that the checkpoint keeps; no training file is needed. Interactions with others are left out,
+        and a warning counts them; a history of no others gets no items.
+
+        Args:
+            histories: lists of items, the oldest first: one for each history. Or events, one a row, with the columns
+                that the training file had (user, item and time, where there was one): a pandas DataFrame, a pyarrow
+                Table, a dict of columns, or a path of CSV or Parquet files. Events that the training left out for
+                their rating (``min_rating``) are left out.
+            top: items of a history at most.
+            include_seen: recommend items of the history too, as ``moesaic predict`` does unless the model has
+                ``exclude_seen``.
+            batch_size: histories a step.
+
+        Returns:
+            For lists a list for each history: pairs of item and score, the best first. For events a row for each
+            recommendation, the best first, of users in the order in which they first occur: the columns of user and
+            item, ``name`` where the items have names beside their values, and ``score``, the logit. They are a
+            DataFrame for a DataFrame, a ``pyarrow.Table`` for a table, and a dict of numpy arrays for a dict and files.
+            Items are whole numbers where those given are.
+
+        Raises:
+            ValueError: a column is missing, a user or an item has no value, a time is neither a number nor a date, or
+                the model has neither a checkpoint's encoding nor its data.
+
+        Example::
+
+            model = apps.load("runs/clicks")
+            model.predict([["tea", "rye"], ["fig"]], top=2)     # [[("oat", 1.3), ("fig", 0.2)], [...]]
+        """
+        training = self.training
+        self.eval()
+        try:
+            return scoring.predict(self, histories, top, include_seen, batch_size)
+        finally:
+            self.train(training)
 
     def predict_step(self, batch: Any, batch_idx: int) -> NextItems:
         """The ``top_k`` best next items of each history."""

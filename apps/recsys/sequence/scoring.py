@@ -1,0 +1,216 @@
+"""Histories that a script brings, and the best next items of each."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from apps.recsys.encoding import Vocabulary
+from apps.recsys.scoring import encoding_of, is_frame, pieces
+from apps.recsys.sequence.data import Examples
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from apps.recsys.sequence.module import NextItemRecommender
+
+log = logging.getLogger(__name__)
+
+_COLUMNS = {"user": "user", "item": "item", "time": "time", "rating": None}
+"""Of events, where a checkpoint is older than that it says so."""
+
+
+def predict(model: NextItemRecommender, histories: Any, top: int, include_seen: bool, batch_size: int) -> Any:
+    """See ``NextItemRecommender.predict``."""
+    for name, value in (("top", top), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+    encoding = encoding_of(model)
+    values, names = (("", *Vocabulary(**encoding[part]).texts()) for part in ("items", "names"))
+    ids = {value: i for i, value in enumerate(values) if i}
+    best = _Best(model, top, include_seen, batch_size)
+    if _are_lists(histories):
+        texts, lengths = _flat(histories)
+        id_N = np.array([ids.get(text, 0) for text in texts], np.int32)
+        history_X, item_X, score_X = best.of(id_N, np.repeat(np.arange(len(lengths)), lengths), len(lengths))
+        whole = all(isinstance(v, (int, np.integer)) for history in histories for v in history)
+        own = _numbers_or_texts([values[i] for i in item_X.tolist()], whole)
+        found: list[list[tuple[Any, float]]] = [[] for _ in lengths]
+        for history, item, score in zip(history_X.tolist(), own, score_X.tolist(), strict=True):
+            found[history].append((item, score))
+        return found
+    columns = {**_COLUMNS, **encoding.get("columns", {})}
+    user, item = columns["user"], columns["item"]
+    table = _events(histories, columns)
+    code_N, id_N, first_U = _ordered(table, columns, encoding.get("min_rating"), ids)
+    user_X, item_X, score_X = best.of(id_N, code_N, len(first_U))
+    result = {
+        user: _plain(table[user].take(first_U[user_X])),
+        item: _like_items([values[i] for i in item_X.tolist()], table[item].type),
+    }
+    if names != values:
+        result["name"] = [names[i] for i in item_X.tolist()]
+    return _as(histories, {**result, "score": score_X})
+
+
+class _Best:
+    """The best items of histories, in batches."""
+
+    def __init__(self, model: NextItemRecommender, top: int, include_seen: bool, batch_size: int) -> None:
+        self.model, self.top, self.include_seen, self.batch_size = model, top, include_seen, batch_size
+
+    def of(
+        self, id_N: NDArray[np.int32], history_N: NDArray[np.int64], num: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
+        """Return history, item id and score of each recommendation, by history and the best first.
+
+        Args:
+            id_N: items in the order of their histories, 0 for one that the model does not know.
+            history_N: the history of each, ascending.
+            num: histories.
+        """
+        known_N = id_N > 0
+        length_U = np.bincount(history_N[known_N], minlength=num)
+        if unknown := int((~known_N).sum()):
+            empty = int((length_U == 0).sum())
+            more = f"; histories of no others, which get no items: {empty:,}" if empty else ""
+            log.warning("items left out, for the model does not know them: %s%s", f"{unknown:,}", more)
+        if not length_U.any():
+            return np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32)
+        user_X = torch.from_numpy(np.flatnonzero(length_U))
+        ends_X = torch.from_numpy(np.cumsum(length_U))[user_X]
+        first_X = ends_X - torch.from_numpy(length_U)[user_X]
+        begin_X = torch.maximum(first_X, ends_X - self.model.max_length)
+        examples = Examples(torch.from_numpy(id_N[known_N]), user_X, begin_X, ends_X, first_X, "none")
+        parts = [self._batch(examples, b) for b in torch.arange(len(user_X)).split(self.batch_size)]
+        history, item, score = (torch.cat(part).numpy() for part in zip(*parts, strict=True))
+        return history, item, score
+
+    def _batch(self, examples: Examples, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        batch = examples.__getitems__(positions)
+        scores_BI = self.model(batch.items_BS.to(self.model.device))
+        if not self.include_seen:
+            assert batch.seen_BH is not None
+            scores_BI = scores_BI.scatter(1, batch.seen_BH.to(scores_BI.device), -torch.inf)
+        best = scores_BI.topk(min(self.top, self.model.num_items), dim=-1)
+        item_Bk, score_Bk = best.indices.cpu(), best.values.float().cpu()
+        kept_Bk = score_Bk > -torch.inf
+        return batch.user_B[:, None].expand_as(item_Bk)[kept_Bk], item_Bk[kept_Bk], score_Bk[kept_Bk]
+
+
+# ---- lists of items
+
+
+def _are_lists(histories: Any) -> bool:
+    return isinstance(histories, (Sequence, np.ndarray)) and not isinstance(histories, (str, bytes))
+
+
+def _flat(histories: Sequence[Any]) -> tuple[list[str], NDArray[np.int64]]:
+    """All items as text, and how many each history has."""
+    import pyarrow as pa
+
+    from apps.recsys import encode
+
+    for place, history in enumerate(histories):
+        if not _are_lists(history):
+            raise ValueError(f"histories[{place}]={history!r} is not a list of items: give a list of histories")
+    flat = [value for history in histories for value in history]
+    try:
+        array = pa.array(flat, from_pandas=True)
+    except (pa.ArrowException, TypeError):  # of several types
+        array = pa.array([None if value is None else str(value) for value in flat], pa.string())
+    lengths = np.array([len(history) for history in histories], np.int64)
+    if not flat:
+        return [], lengths
+    codes = encode.factorize([("the histories", pa.chunked_array([array]))], "items")
+    if (codes.codes == encode.MISSING).any():
+        at = int(np.argmax(codes.codes == encode.MISSING))
+        place = int(np.searchsorted(np.cumsum(lengths), at, side="right"))
+        raise ValueError(f"histories[{place}] has no value at place {at - int(lengths[:place].sum())}")
+    texts = codes.values.to_pylist()
+    return [texts[code] for code in codes.codes.tolist()], lengths
+
+
+def _numbers_or_texts(texts: list[str], whole: bool) -> list[Any]:
+    """Items as whole numbers, where that is what was given and they all are some."""
+    return [int(t) for t in texts] if whole and all(t.lstrip("-").isdecimal() for t in texts) else list(texts)
+
+
+# ---- tables of events
+
+
+def _events(rows: Any, columns: Mapping[str, str | None]) -> pa.Table:
+    """The columns of the events as one table."""
+    import pyarrow as pa
+
+    roles = {column: role for role, column in columns.items() if column is not None}
+    numbers = [] if columns["rating"] is None else [columns["rating"]]
+    tables = list(pieces(rows, roles, numbers, 1 << 40))
+    return tables[0] if tables else pa.table({column: pa.array([], pa.string()) for column in roles})
+
+
+def _ordered(
+    table: pa.Table, columns: Mapping[str, str | None], min_rating: float | None, ids: Mapping[str, int]
+) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int64]]:
+    """User and item id of each event by user and time, as ``histories.build`` orders them, and each user's first row.
+
+    Users are numbered in the order in which they first occur.
+    """
+    from apps.recsys import encode
+
+    def parts(column: str) -> list[encode.Part]:
+        return [("the rows to predict", table[column])]
+
+    coded = {}
+    for role in ("user", "item"):
+        column = columns[role]
+        assert column is not None
+        coded[column] = encode.factorize(parts(column), column)
+        if (coded[column].codes == encode.MISSING).any():
+            raise ValueError(f"column {column!r} has no value in row {int(np.argmax(coded[column].codes == -1))}")
+    user, item = coded.values()
+    _, first_U = np.unique(user.codes, return_index=True)
+    id_V = np.array([ids.get(text, 0) for text in item.values.to_pylist()], np.int32)
+    keep = np.ones(len(table), bool)
+    if columns["rating"] is not None and min_rating is not None:
+        keep = encode.to_numbers(parts(columns["rating"]), columns["rating"]) >= min_rating  # false for NaN
+    by: list[NDArray[Any]] = [user.codes]
+    if columns["time"] is not None:
+        by.insert(0, encode.to_order(parts(columns["time"]), columns["time"]))  # lexsort sorts by its last key first
+    order = np.lexsort(by)
+    order = order[keep[order]]
+    return user.codes[order], id_V[item.codes[order]], first_U
+
+
+def _plain(values: pa.ChunkedArray) -> pa.ChunkedArray:
+    import pyarrow as pa
+
+    return values.cast(values.type.value_type) if pa.types.is_dictionary(values.type) else values
+
+
+def _like_items(texts: list[str], kind: pa.DataType) -> pa.Array:
+    """Items as whole numbers, where that is what was given and they all are some."""
+    import pyarrow as pa
+
+    if pa.types.is_integer(kind):
+        return pa.array(_numbers_or_texts(texts, True), kind if all(t.isdecimal() for t in texts) else None)
+    return pa.array(texts, pa.string())
+
+
+def _as(rows: Any, columns: Mapping[str, Any]) -> Any:
+    """Columns as what ``rows`` are: a DataFrame, an arrow table, else a dict of arrays."""
+    import pyarrow as pa
+
+    table = pa.table(dict(columns))
+    if is_frame(rows):
+        return table.to_pandas()
+    if isinstance(rows, (str, Path, Mapping)):
+        return {name: table[name].to_numpy() for name in table.column_names}
+    return table
