@@ -100,7 +100,7 @@ class WeightAverage(Callback):
             for name, value in _floating(pl_module).items():
                 value.copy_(mean[name])
         path = folder.parent / AVERAGE
-        trainer.save_checkpoint(path)
+        trainer.save_checkpoint(path, weights_only=False)
         self._trained = None
         if trainer.is_global_zero:
             self._prune(folder)

@@ -184,7 +184,8 @@ class BestAndLast(Checkpoint):
             )
         for logger in trainer.loggers:
             logger.save()
-        trainer.save_checkpoint(os.path.join(self.dirpath or "", name))
+        # weights_only=False is the default, which Lightning notes where it is not said.
+        trainer.save_checkpoint(os.path.join(self.dirpath or "", name), weights_only=False)
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
 
     def state_dict(self) -> dict[str, Any]:

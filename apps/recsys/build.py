@@ -346,7 +346,11 @@ class _Build:
 
         ``is_id``: a warning has said that its values do not come again.
         """
-        self.report.missing[column] = {s: _share(missing[mask]) for s, mask in self.masks.items()}
+        share_missing = self.report.missing[column] = {s: _share(missing[mask]) for s, mask in self.masks.items()}
+        if share_missing["train"] == 1:
+            self.warnings.append(
+                f"column {column!r} has no value in any training row: leave it out (exclude: [{column}])"
+            )
         if unseen is not None:
             masks = self.masks if lengths is None else {s: np.repeat(m, lengths) for s, m in self.masks.items()}
             share = self.report.unseen[column] = {s: _share(unseen[mask]) for s, mask in masks.items()}

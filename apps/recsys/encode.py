@@ -78,9 +78,8 @@ def factorize(parts: Sequence[Part], column: str) -> Codes:
     local = []
     for where, data in parts:
         if pa.types.is_nested(data.type):
-            raise ValueError(
-                f"column {column!r} of {where} holds values of type {data.type}: list it under multi_valued"
-            )
+            what = "list it under multi_valued, if it is a feature" if _is_list(data.type) else "not single values"
+            raise ValueError(f"column {column!r} of {where} holds values of type {data.type}: {what}")
         if not pa.types.is_dictionary(data.type):
             data = data.dictionary_encode()
         data = data.unify_dictionaries()

@@ -38,6 +38,10 @@ def find_files(root: str | None, name: str, option: str) -> list[Path]:
     """
     path = Path(name).expanduser() if root is None else Path(root).expanduser() / name
     found = [path] if path.is_file() else [Path(p) for p in sorted(glob.glob(str(path))) if Path(p).is_file()]
+    if not found and path.is_dir():
+        raise ValueError(
+            f"{option}={name!r} is a folder: name a file in it, or several as {name.rstrip('/')}/*.parquet"
+        )
     if not found:
         near = "" if not path.parent.is_dir() else nearest(path.name, [p.name for p in path.parent.iterdir()])
         raise ValueError(f"{option}={name!r}: no such file{'' if root is None else f' in {root!r}'}{near}")
@@ -275,4 +279,6 @@ def _kind(file: Path) -> str:
 
 
 def _line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+    text = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    text = "".join(c if c.isprintable() else "?" for c in text)  # what a broken file holds is not for a terminal
+    return text if len(text) <= 200 else text[:197] + "..."

@@ -64,6 +64,22 @@ def test_an_id_of_the_rows_is_one_warning_of_the_training(own, tmp_path, caplog)
     assert not any("looks like an id" in w for w in own(config, test_file=None).report.warnings)
 
 
+def test_a_feature_without_a_value_is_reported(own, tmp_path):
+    pa.csv.write_csv(pa.table(changed(age=[""] * 6)), tmp_path / "train.csv")
+    assert "column 'age' has no value in any training row: leave it out (exclude: [age])" in own().report.warnings
+
+
+def test_a_folder_and_the_bytes_of_another_format_are_named_in_a_line_of_text(own, tmp_path):
+    (tmp_path / "parts.csv").mkdir()
+    with pytest.raises(ValueError, match=r"^train_file='parts\.csv' is a folder: name a file in it, or several as"):
+        _ = own(train_file="parts.csv").features
+    (tmp_path / "train.csv").write_bytes(b"city\x1b[31m\n" + b"\x1b]0;x\x07," * 500)
+    with pytest.raises(ValueError, match=r"train\.csv' cannot be read: ") as error:
+        _ = own().features
+    assert str(error.value).isprintable()
+    assert len(str(error.value)) < 200 + len(str(tmp_path)) + 50
+
+
 def test_a_feature_that_is_the_label_is_reported(own, tmp_path):
     tags = ["x|won", "lost|y", "won|x", "y|lost", "y|lost", "x|won"]
     write(tmp_path, train=changed(city=["y", "n", "y", "n", "n", "y"], age=["1", "0", "1", "0", "0", "1"], tags=tags))

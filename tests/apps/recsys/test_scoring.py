@@ -14,6 +14,7 @@ from lightning.pytorch import Trainer
 from own_table import write
 
 import core
+from apps.callbacks import BestAndLast
 from apps.cli import main
 from apps.recsys import scoring
 from apps.recsys.module import MultiTaskRecommender
@@ -125,6 +126,23 @@ def test_a_row_of_a_later_piece_is_named_by_its_place_in_the_file(loaded, tmp_pa
             loaded.predict(rows, batch_size=2)
     with pytest.raises(ValueError, match=r"^column 'shop' names the scenario, but holds no value in row 4$"):
         loaded.predict({**NEW, "shop": ["de"] * 4 + [None]}, batch_size=2)
+
+
+def test_a_script_hears_nothing_of_lightning_from_our_own_calls(own, tmp_path, caplog, recwarn):
+    data = own()
+    data.setup()
+    model = MultiTaskRecommender(data.features, report=None)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    saves = BestAndLast(dirpath=str(tmp_path / "checkpoints"))
+    trainer = Trainer(default_root_dir=tmp_path, max_epochs=1, callbacks=[saves], num_sanity_val_steps=0, **quiet)
+    trainer.fit(model, datamodule=data)
+    assert "weights_only" not in caplog.text
+    caplog.clear()
+    recwarn.clear()
+    loaded = MultiTaskRecommender.load_from_checkpoint(tmp_path / "checkpoints" / "last.ckpt")
+    loaded.predict(NEW)
+    assert caplog.messages == []
+    assert [str(w.message) for w in recwarn] == []
 
 
 def test_a_model_that_knows_no_values_says_so(own):
