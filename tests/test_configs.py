@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,9 @@ from PIL import Image
 
 from apps import routers, sources
 from apps.cli.train import build, quiet
+from apps.compare.command import _parser as command_line_of_compare
+from apps.compare.experiment import Experiment, arguments
+from apps.compare.systems import SPARSE, candidates
 from apps.nlp.data import TranslationData
 from apps.nlp.subwords import SubwordConfig, train_subwords
 from apps.nlp.text import TextData
@@ -96,8 +102,71 @@ def test_a_routing_overlay_means_the_same_to_every_command(path, monkeypatch, tm
     assert cli.model.moe == routers.with_router(base_moe, path.stem)
 
 
+def header(path: Path) -> list[str]:
+    """The lines of the comment that a configuration begins with, without their marks."""
+    lines = itertools.takewhile(lambda line: line.startswith("#"), path.read_text().splitlines())
+    return [line.removeprefix("#").strip() for line in lines]
+
+
+def commands(path: Path) -> list[list[str]]:
+    """What a header says to type, in words: whole commands, and options within its sentences after the first one."""
+    text = "\n".join(header(path)).replace("\\\n", " ")
+    lines = [line for line in text.split("\n") if line.startswith(("moesaic ", "torchrun "))]
+    typed = [shlex.split(line, comments=True) for line in lines]
+    for words in typed:
+        words[:] = words[words.index("apps.cli") if "apps.cli" in words else 0 :][1:]  # the command, and its arguments
+    prose = " ".join(line for line in text.split("\n") if line not in lines)
+    sentences = re.findall(r"(?:--[a-z_]+(?:\.[a-z_]+)+ (?:'[^']*'|[^\s']+) ?(?:and )?)+", prose)
+    options = [[word.rstrip(".,;:") for word in shlex.split(sentence) if word != "and"] for sentence in sentences]
+    return typed + [[*typed[0], *words] for words in options]
+
+
+def is_built_above(path: Path, words: list[str]) -> bool:
+    """Whether another test builds the same."""
+    own = str(path.relative_to(ROOT))
+    return words in (["fit", "--config", own], ["fit", "--config", str(BASE.relative_to(ROOT)), "--config", own])
+
+
+COMMANDS = [(path, words) for path in FILES for words in commands(path) if not is_built_above(path, words)]
+
+
 @pytest.mark.parametrize("path", FILES, ids=name)
 def test_the_header_says_how_to_run_it(path):
-    lines = path.read_text().splitlines()
-    header = lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))]
-    assert any("moesaic fit" in line and path.name in line for line in header), "no `moesaic fit --config ...` line"
+    typed = commands(path)
+    assert any(words[0] == "fit" and str(path.relative_to(ROOT)) in words for words in typed), "no `moesaic fit` line"
+
+
+def test_a_header_s_commands_are_found(tmp_path):
+    path = tmp_path / "a.yaml"
+    # A continued line, a comment behind a command, and options within a sentence, of which a stop is no part.
+    path.write_text(
+        "# A thing.\n#   moesaic fit --config a.yaml \\\n#     --x.y 1   # so\n# For --data.n 'a b' and --m.k 2, it\n"
+        "# goes: --data.root DIR.\nmodel: {}\n# moesaic fit --no\n"
+    )
+    fit = ["fit", "--config", "a.yaml", "--x.y", "1"]
+    assert commands(path) == [fit, [*fit, "--data.n", "a b", "--m.k", "2"], [*fit, "--data.root", "DIR"]]
+
+
+@pytest.mark.parametrize(("path", "words"), COMMANDS, ids=[f"{name(p)}: {' '.join(words)}" for p, words in COMMANDS])
+def test_what_a_header_says_to_type_is_read_and_built(path, words, monkeypatch, tmp_path):
+    if any("apps.recsys.strategy" in (ROOT / word).read_text() for word in words if word.endswith(".yaml")):
+        pytest.importorskip("torchrec")
+    monkeypatch.chdir(tmp_path)
+    no_data(monkeypatch)
+    command, *rest = (str(ROOT / word) if word.startswith("configs/") else word for word in words)
+    if "--ckpt_path" in rest:
+        del rest[rest.index("--ckpt_path") : rest.index("--ckpt_path") + 2]
+    if "DIR" in rest:
+        rest[rest.index("DIR")] = str(image_folder(tmp_path / "data"))
+    if command == "compare":
+        args, flags = command_line_of_compare().parse_known_args(rest)
+        experiment = Experiment(arguments(args.config, args.overlays, flags, args.routers))
+        known = candidates(experiment.module(SPARSE), args.routers)
+        assert set(args.baselines or ()) <= set(known)
+        return
+    # One process, whatever the command asks for.
+    rest += ["--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.precision", "32-true"]
+    rest += [] if command == "fit" else ["--ckpt_path", "none"]  # nothing is trained here
+    with quiet():
+        cli = build(command, rest)
+    assert sum(p.numel() for p in cli.model.parameters()) > 0
