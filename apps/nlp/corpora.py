@@ -40,6 +40,10 @@ class SentencePairs:
     def __len__(self) -> int:
         return len(self.source)
 
+    def num_identical(self) -> int:
+        """How many pairs have the same text on both sides."""
+        return sum(source == target for source, target in zip(self.source, self.target, strict=True))
+
     def take(self, positions: Iterable[int]) -> SentencePairs:
         """Those at ``positions``."""
         at = list(positions)
@@ -59,6 +63,7 @@ class Filters:
         min_words, max_words: words of a side, as `num_words` counts them; None: any number.
         max_ratio: words of the longer side over those of the shorter one; None: any.
         without: regular expression that neither side holds; None: any text.
+        drop_identical: leave out pairs whose two sides are the same text.
 
     Raises:
         ValueError: a value out of its range, or no regular expression.
@@ -68,6 +73,7 @@ class Filters:
     max_words: int | None = None
     max_ratio: float | None = None
     without: str | None = None
+    drop_identical: bool = False
 
     def __post_init__(self) -> None:
         try:
@@ -85,6 +91,8 @@ class Filters:
         """Why a pair is left out; None: it is not."""
         if not source or not target:
             return "with an empty side"
+        if self.drop_identical and source == target:
+            return "of the same text on both sides"
         if self.without is not None and any(re.search(self.without, side) for side in (source, target)):
             return f"that hold {self.without!r}"
         if self.min_words is None and self.max_words is None and self.max_ratio is None:
@@ -179,6 +187,10 @@ def collect(
     parsed = parse_pairs(pairs)
     splits = {name: SentencePairs() for name in SPLITS}
     left_out: Counter[str] = Counter()
+    for parts, _ in corpora.values():
+        for split, files in parts.items():
+            for rows in files:
+                left_out.update({f"{reason} ({split})": count for reason, count in rows.left_out.items()})
     shared = share_out(list(corpora.values()), lambda rows: _filtered(rows, parsed, filters, left_out))
     held: set[frozenset[tuple[str, str]]] = set()
     for split in reversed(SPLITS):  # what is held out is known when training comes

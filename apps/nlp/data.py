@@ -35,6 +35,8 @@ from apps.nlp.subwords import BOS_ID, EOS_ID, PAD_ID, SubwordConfig, Subwords, t
 log = logging.getLogger(__name__)
 
 _MUCH_PADDING = 0.05
+_MANY_IDENTICAL = 0.01
+"""Share of copied sources in training that harms a translator (Khayrallah and Koehn 2018; Ott et al. 2018)."""
 
 
 class TranslationData(LightningDataModule):
@@ -46,12 +48,14 @@ class TranslationData(LightningDataModule):
             folder their names start from, by default the one you are in.
         cache_dir: folder for downloads, subwords and encoded text; default ~/.cache/moesaic.
         pairs: language pairs, such as [en-de, de-en]; a sparse model's tasks, in this order. None: the dataset's first.
-        train_files: of yours. Moses: ``train`` for ``train.en`` and ``train.de``, plain or ``.gz``; or with the place
-            of the language and, if each pair has its own files, of the pair: ``{pair}/train.{lang}``. TSV: a name or a
-            pattern of ``.tsv`` or ``.txt`` files, also ``.gz`` or in a ``.zip``. gettext: of ``.mo`` or ``.po`` files.
+        train_files: of yours. Moses: ``train`` for ``train.en`` and ``train.de``, plain or compressed (``.gz``, ``.bz2``,
+            ``.xz``); or with the place of the language and, if each pair has its own files, of the pair:
+            ``{pair}/train.{lang}``. TSV: a name or a pattern of ``.tsv`` or ``.txt`` files, also compressed or in a
+            ``.zip``. gettext: of ``.mo`` or ``.po`` files.
         val_files: likewise; None: rows of train_files are held out. Of multi30k: another name than ``val``.
         test_files: likewise. Of multi30k: another name than ``test_2016_flickr``, such as ``test_2017_flickr``.
-        columns: the languages of the columns of TSV files, "-" for one that is not read; None: source and target.
+        columns: the languages of the columns of TSV files, "-" for one that is not read; None: as a header line says,
+            else source and target. Rows of more columns are skipped, with a warning that counts them.
         mnemonic: of gettext, what stands before the letter that opens a menu entry and is taken out: "_" (GTK), "&"
             (Qt), "~" (LibreOffice) or "none"; None: whichever of these stands at the beginning of a word.
         val_size: rows to validate on, or a share of all below 1. Of a split that has files, so many of them by chance;
@@ -64,10 +68,11 @@ class TranslationData(LightningDataModule):
         max_length: tokens of a side, specials included. Longer training pairs are left out; longer sources to be
             translated are cut, with a warning.
         min_words: training pairs with fewer words on a side are left out. Where rows are held out by chance, these
-            four hold for all splits.
+            five hold for all splits.
         max_words: those with more.
         max_ratio: those whose longer side has more than so many times the words of the shorter one.
         without: those with a side in which this regular expression is found, such as ``%|<`` for codes and tags.
+        drop_identical: leave out pairs whose two sides are the same text, as untranslated rows of a corpus are.
         subset: use only so many training pairs, drawn by split_seed; subwords are learned from these alone.
         temperature: T of sampling among corpora and pairs, n^(1/T): above 1 small ones come more often.
         tokens_per_batch: pairs of a training batch and process times their longest side, at most.
@@ -118,6 +123,7 @@ class TranslationData(LightningDataModule):
         max_words: int | None = None,
         max_ratio: float | None = None,
         without: str | None = None,
+        drop_identical: bool = False,
         subset: int | None = None,
         temperature: float = 1.0,
         tokens_per_batch: int = 4096,
@@ -139,7 +145,7 @@ class TranslationData(LightningDataModule):
             raise ValueError(f"dataset={dataset!r} needs pairs (--data.pairs), such as [en-de]")
         self.pairs: tuple[str, ...] = tuple(pairs or ())
         self.split_seed, self.tokenizer, self.subset, self.seed = split_seed, tokenizer, subset, seed
-        self.filters = Filters(min_words, max_words, max_ratio, without)
+        self.filters = Filters(min_words, max_words, max_ratio, without, drop_identical)
         self.max_length, self.temperature = max_length, temperature
         self.tokens_per_batch, self.eval_tokens_per_batch = tokens_per_batch, eval_tokens_per_batch
         self.text, self.predict_file, self.predict_pair = text, predict_file, predict_pair
@@ -192,6 +198,7 @@ class TranslationData(LightningDataModule):
         if stage != "predict" and not self._told:
             self._told = True
             log.info("%s", self.describe())
+            self._warn_of_identical()
 
     def train_dataloader(self) -> ResumableLoader:
         pairs = self._train_pairs()
@@ -340,6 +347,15 @@ class TranslationData(LightningDataModule):
                 told += f"; {cut:,} of more than {self.max_length} tokens are cut ({split})"
         return told
 
+    def _warn_of_identical(self) -> None:
+        identical, total = (self._open().info[name] for name in ("identical", "train_pairs"))
+        if identical and identical >= _MANY_IDENTICAL * total:
+            share = f"{identical:,} of {total:,} training pairs ({100 * identical / total:.0f} %)"
+            told = "have the same text on both sides: a model learns to copy from them"
+            log.warning(
+                "%s: %s %s; drop_identical (--data.drop_identical true) leaves them out", self.dataset, share, told
+            )
+
     def _open(self) -> ColumnFiles:
         if self._files is None:
             cache = sources.cache_root(self.cache_dir)
@@ -376,6 +392,8 @@ class TranslationData(LightningDataModule):
         writer.finish(
             {
                 "left_out": dict(collected.left_out),
+                "identical": train.num_identical(),
+                "train_pairs": len(train),
                 "subwords": {"models": subwords.models, "languages": subwords.languages},
                 "digest": subwords.digest,
             }

@@ -27,12 +27,14 @@ class Corpus:
     Attributes:
         dataset: a name of ``moesaic data list``, or what your files are: "moses", "tsv" or "gettext".
         root: folder with the dataset's own files; of yours, the folder their names start from.
-        train_files: of yours. Moses: ``train`` for ``train.en`` and ``train.de``, plain or ``.gz``; or with the place
-            of the language and, if each pair has its own files, of the pair: ``{pair}/train.{lang}``. TSV: a name or a
-            pattern of ``.tsv`` or ``.txt`` files, also ``.gz`` or in a ``.zip``. gettext: of ``.mo`` or ``.po`` files.
+        train_files: of yours. Moses: ``train`` for ``train.en`` and ``train.de``, plain or ``.gz``, ``.bz2`` or
+            ``.xz``; or with the place of the language and, if each pair has its own files, of the pair:
+            ``{pair}/train.{lang}``. TSV: a name or a pattern of ``.tsv`` or ``.txt`` files, also compressed or in a
+            ``.zip``. gettext: of ``.mo`` or ``.po`` files.
         val_files, test_files: likewise; None: rows of train_files are held out. Of multi30k: other names than ``val``
             and ``test_2016_flickr``.
-        columns: the languages of the columns of TSV files, ``-`` for one that is not read; None: source and target.
+        columns: the languages of the columns of TSV files, ``-`` for one that is not read; None: as a header line says,
+            else source and target.
         val_size, test_size: rows of a split, or a share of all below 1. Of a split that has files, so many of them by
             chance; None: all. Where rows are held out None is 1000, and no more than a twentieth; 0: none are.
         mnemonic: of gettext, what stands before the letter that opens a menu entry and is taken out: "_" (GTK), "&"
@@ -96,7 +98,8 @@ def find_tsv(root: Path, pairs: Sequence[str], corpus: Corpus) -> tuple[list[Pat
     columns = pairs[0].split("-") if corpus.columns is None else list(corpus.columns)
     found = {split: tsv.find(root, name) for split, name in _named(corpus).items()}
     files = [path for paths in found.values() for path in paths]
-    return files, lambda: {split: [tsv.read(paths, columns)] for split, paths in found.items()}
+    named = corpus.columns is not None
+    return files, lambda: {split: [tsv.read(paths, columns, named)] for split, paths in found.items()}
 
 
 def find_gettext(root: Path, pairs: Sequence[str], corpus: Corpus) -> tuple[list[Path], Read]:
@@ -118,7 +121,7 @@ def _find_multi30k(root: Path, pairs: Sequence[str], corpus: Corpus) -> tuple[li
 
 def _find_tatoeba(root: Path, pairs: Sequence[str], corpus: Corpus) -> tuple[list[Path], Read]:
     name = "deu.txt" if (root / "deu.txt").is_file() else "deu-eng.zip"
-    return find_tsv(root, pairs, Corpus("tsv", None, name, columns=("en", "de")))
+    return find_tsv(root, pairs, Corpus("tsv", None, name, columns=("en", "de", tsv.SKIP)))
 
 
 def _find_bible(root: Path, pairs: Sequence[str], corpus: Corpus) -> tuple[list[Path], Read]:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import functools
 import gettext
+import itertools
 import re
 import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from apps.nlp.readers.lines import Rows, clean, decode, expand, read_bytes
+from apps.nlp.readers.lines import Rows, clean, expand, text_lines
 
 SOURCE = "en"
 """The language of the messages."""
@@ -172,7 +173,7 @@ def _entries(path: Path) -> Iterator[dict[str, str]]:
     """The strings of each entry by keyword; fuzzy ones have none."""
     entry: dict[str, str] = {}
     fuzzy, last = False, ""
-    for number, raw in enumerate([*decode(read_bytes(path), str(path)).split("\n"), ""], 1):
+    for number, raw in enumerate(itertools.chain(text_lines(path), [""]), 1):
         line = raw.strip()
         match = _KEYWORD.match(line)
         starts = match is not None and match[1] in ("msgctxt", "msgid")

@@ -313,6 +313,37 @@ def test_long_pairs_do_not_train_and_are_counted(root, caplog):
         make(root, max_length=4).train_dataloader()
 
 
+def test_pairs_of_the_same_text_on_both_sides_are_counted_and_can_be_left_out(root, caplog):
+    # 4 of 64 training pairs are copies: 6 %. One of a thousand is no news: a name is the same in both languages.
+    write(root / "train.en", [*lines("en", 0, 60), "Berlin", "Paris", "Rome", "Oslo"])
+    write(root / "train.de", [*lines("de", 0, 60), "Berlin", "Paris", "Rome", "Oslo"])
+    data = make(root)
+    with caplog.at_level(logging.INFO):
+        data.setup("fit")
+        data.setup("fit")  # told once
+        make(root).setup("fit")  # and again by the next run, which reads nothing anew
+    told = "moses: 4 of 64 training pairs (6 %) have the same text on both sides: a model learns to copy from them; "
+    told += "drop_identical (--data.drop_identical true) leaves them out"
+    assert [r.message for r in caplog.records if r.levelname == "WARNING"] == [told, told]
+    caplog.clear()
+    without = make(root, drop_identical=True)
+    without.setup("fit")
+    assert len(without._pairs("train")) == 60
+    assert "left out: 4 of the same text on both sides (train)" in without.describe()
+    write(root / "train.en", [*(f"{line} {i}" for i in range(5) for line in lines("en", 0, 60)), "Oslo", "Rome"])
+    write(root / "train.de", [*(f"{line} {i}" for i in range(5) for line in lines("de", 0, 60)), "Oslo", "Rome"])
+    make(root).setup("fit")  # 2 of 302
+    assert not [r for r in caplog.records if r.levelname == "WARNING"]
+
+
+def test_rows_of_more_columns_are_told_with_what_is_left_out(root):
+    rows = [f"{en}\t{de}" for en, de in zip(lines("en", 0, 60), lines("de", 0, 60), strict=True)]
+    write(root / "rows.tsv", [*rows, "I have\ta tab\tIch habe\tein Tab"])
+    options = {"tokenizer": SMALL, "cache_dir": str(root / "cache"), "root": str(root), "val_size": 2, "test_size": 2}
+    data = TranslationData("tsv", train_files="rows.tsv", pairs=["en-de"], **options)
+    assert "56 train, 2 val, 2 test pairs; left out: 1 of 4 columns where 2 are expected (train)" in data.describe()
+
+
 def test_the_padding_of_an_epoch_is_told_and_what_lessens_it(root):
     """One batch of all pairs is padded to the longest; with a budget of 1 each pair is a batch of its own."""
     data = make(root, tokens_per_batch=10_000)

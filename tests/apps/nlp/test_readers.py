@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import bz2
+import functools
 import gzip
+import lzma
 import sqlite3
 import struct
+import tracemalloc
 import zipfile
 
 import pytest
 
-from apps.nlp.readers import bible, catalogs, moses, tsv
-from apps.nlp.readers.lines import Rows, clean, expand, read_lines
+from apps.inflate import Inflated
+from apps.nlp.readers import bible, catalogs, lines, moses, tsv
+from apps.nlp.readers.lines import Rows, clean, expand, read_lines, text_lines
 
 
 def write(path, content):
@@ -26,8 +31,8 @@ def write(path, content):
 def test_a_line_ends_at_a_line_feed_alone(tmp_path):
     # str.splitlines would see eight lines here
     text = "\ufeffone\u2028still one\r\n\ntwo\x0bstill\x85two\n three\tparts \x00\nfour"
-    lines = read_lines(write(tmp_path / "a.en.gz", text))
-    assert lines == ["one still one", "", "two still two", "three parts", "four"]
+    found = read_lines(write(tmp_path / "a.en.gz", text))
+    assert found == ["one still one", "", "two still two", "three parts", "four"]
     assert read_lines(write(tmp_path / "b", "one\n\n")) == ["one", ""]
     assert clean("a\u00a0b") == "a\u00a0b"  # a space that a language means
 
@@ -52,6 +57,40 @@ def test_a_missing_or_truncated_file_is_named(tmp_path):
     path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(ValueError, match=r"a\.gz is corrupt: it is truncated or no gzip file"):
         read_lines(path)
+
+
+@pytest.mark.parametrize(("ending", "pack"), [(".gz", gzip.compress), (".bz2", bz2.compress), (".xz", lzma.compress)])
+def test_compressed_text_is_read_as_a_stream_and_not_past_what_text_shrinks(tmp_path, ending, pack, monkeypatch):
+    path = tmp_path / f"a.en{ending}"
+    path.write_bytes(pack("größer\nzwei\n".encode()))
+    assert read_lines(expand(tmp_path, "a.en")[0]) == ["größer", "zwei"]
+    path.write_bytes(pack(bytes(10)))  # other bytes than text are the text's matter
+    path.write_bytes(path.read_bytes()[:-6])
+    with pytest.raises(ValueError, match=rf"a\.en\{ending} is corrupt"):
+        read_lines(path)
+    path.write_bytes(b"no such format")
+    with pytest.raises(ValueError, match=rf"a\.en\{ending} is corrupt"):
+        read_lines(path)
+    # 3 MiB in a few kilobytes: more than the 1 MiB that is free here, and over 200 times.
+    monkeypatch.setattr(lines, "Inflated", functools.partial(Inflated, free=1 << 20))
+    path.write_bytes(pack(b"\n" * (3 << 20)))
+    kept: list[str] = []
+    with pytest.raises(ValueError, match=rf"a\.en\{ending} is compressed over \d+ times"):
+        kept.extend(text_lines(path))
+    assert not kept  # it was known before a line was kept
+
+
+def test_a_zip_of_far_more_than_it_explains_is_refused_before_a_line_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(lines, "Inflated", functools.partial(Inflated, free=1 << 20))
+    path = tmp_path / "corpus.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("corpus.txt", "w") as member:
+        for _ in range(40):
+            member.write(b"Hi.\tHallo!\n" * 100_000)  # 12 bytes each: 48 MB
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"corpus\.zip:corpus\.txt is compressed over \d+ times"):
+        tsv.read([path], ["en", "de"])
+    assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    tracemalloc.stop()
 
 
 def test_rows_have_as_many_lines_in_each_language():
@@ -98,12 +137,43 @@ def test_a_missing_side_is_named(tmp_path):
 
 
 def test_columns_are_taken_by_language_and_a_quote_is_a_character(tmp_path):
-    write(tmp_path / "a.tsv", 'en\tid\tde\nA "dog\t7\tEin "Hund\textra\nCats\t8\t\n')
+    write(tmp_path / "a.tsv", 'en\tid\tde\nA "dog\t7\tEin "Hund\nCats\t8\t\n')
     rows = tsv.read(tsv.find(tmp_path, "a.tsv"), ["en", "-", "de"])
-    # the line of names is a row here: it says "id" where the columns say "-"
-    assert rows.text == {"en": ["en", 'A "dog', "Cats"], "de": ["de", 'Ein "Hund', ""]}
+    assert rows.text == {"en": ['A "dog', "Cats"], "de": ['Ein "Hund', ""]}
     write(tmp_path / "b.tsv", "en\tde\nHi.\tHallo!\n")
     assert tsv.read(tsv.find(tmp_path, "b.tsv"), ["en", "de"]).text == {"en": ["Hi."], "de": ["Hallo!"]}
+
+
+def test_a_row_of_more_columns_is_skipped_and_counted(tmp_path, caplog):
+    # Of 5 rows one has 4 columns; a tab at the end of a line, or where columns says "-", is no further column.
+    write(tmp_path / "a.tsv", "Hi.\tHallo!\nI have\ta tab\tIch habe\tein Tab\n\nRun!\tLauf!\t\nGo.\tGeh.\t \t\n")
+    rows = tsv.read([tmp_path / "a.tsv"], ["en", "de"], named=False)
+    assert rows.text == {"en": ["Hi.", "", "Run!", "Go."], "de": ["Hallo!", "", "Lauf!", "Geh."]}
+    assert rows.left_out == {"of 4 columns where 2 are expected": 1}
+    (warning,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert warning.endswith("a.tsv: 1 of 5 rows have 4 columns where 2 are expected (en, de): skipped")
+
+
+def test_a_file_whose_rows_have_more_columns_asks_for_their_names(tmp_path):
+    # As Tatoeba's files for Anki: English, German, attribution.
+    write(tmp_path / "deu.txt", "Hi.\tHallo!\tCC-BY\nRun!\tLauf!\tCC-BY\nGo.\tGeh.\n")
+    with pytest.raises(ValueError, match=r"2 of 3 rows have 3 columns where 2 are .* such as \[en, de, \"-\"\]$"):
+        tsv.read([tmp_path / "deu.txt"], ["en", "de"], named=False)
+    rows = tsv.read([tmp_path / "deu.txt"], ["en", "de", "-"])  # of the last row the attribution lacks
+    assert rows.text == {"en": ["Hi.", "Run!", "Go."], "de": ["Hallo!", "Lauf!", "Geh."]}
+    assert not rows.left_out
+
+
+def test_a_header_names_the_columns_and_must_not_contradict_them(tmp_path):
+    write(tmp_path / "a.tsv", "id\tde\ten\n7\tHallo!\tHi.\n")
+    expected = {"en": ["Hi."], "de": ["Hallo!"]}
+    assert tsv.read([tmp_path / "a.tsv"], ["en", "de"], named=False).text == expected
+    assert tsv.read([tmp_path / "a.tsv"], ["-", "de", "en"]).text == expected
+    with pytest.raises(ValueError, match=r"line 1: the header says id, de, en, and columns=.* must be \[-, de, en\]"):
+        tsv.read([tmp_path / "a.tsv"], ["-", "en", "de"])
+    write(tmp_path / "b.tsv", "en\tde\ten\nHi.\tHallo!\tHi.\n")
+    with pytest.raises(ValueError, match="names a language twice"):
+        tsv.read([tmp_path / "b.tsv"], ["en", "de"], named=False)
 
 
 def test_an_empty_line_is_a_row_without_text(tmp_path, caplog):
