@@ -6,7 +6,6 @@ on (seed, epoch) alone: `apps.loader.ResumableLoader` restores it in mid-epoch. 
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -29,8 +28,8 @@ from apps.nlp.corpora import SPLITS, Filters, Sizes, collect, parse_pairs
 from apps.nlp.datasets import NLP_DATASETS, OWN, Corpus, Mnemonic, check_corpus, find_corpus
 from apps.nlp.encoded import EncodedPairs, identity, open_encoded, read_text, write_pairs
 from apps.nlp.porting import subwords_of
-from apps.nlp.predict import chunks, given_lines
-from apps.nlp.subwords import BOS_ID, EOS_ID, PAD_ID, SubwordConfig, Subwords, train_subwords
+from apps.nlp.predict import BadLines, check_bad_lines, given_lines, source_batches
+from apps.nlp.subwords import SubwordConfig, Subwords, train_subwords
 
 log = logging.getLogger(__name__)
 
@@ -48,8 +47,8 @@ class TranslationData(LightningDataModule):
             folder their names start from, by default the one you are in.
         cache_dir: folder for downloads, subwords and encoded text; default ~/.cache/moesaic.
         pairs: language pairs, such as [en-de, de-en]; a sparse model's tasks, in this order. None: the dataset's first.
-        train_files: of yours. Moses: ``train`` for ``train.en`` and ``train.de``, plain or compressed (``.gz``, ``.bz2``,
-            ``.xz``); or with the place of the language and, if each pair has its own files, of the pair:
+        train_files: of yours. Moses: ``train`` for ``train.en`` and ``train.de``, plain or ``.gz``, ``.bz2`` or
+            ``.xz``; or with the place of the language and, if each pair has its own files, of the pair:
             ``{pair}/train.{lang}``. TSV: a name or a pattern of ``.tsv`` or ``.txt`` files, also compressed or in a
             ``.zip``. gettext: of ``.mo`` or ``.po`` files.
         val_files: likewise; None: rows of train_files are held out. Of multi30k: another name than ``val``.
@@ -82,6 +81,8 @@ class TranslationData(LightningDataModule):
         predict_file: file to translate, line by line; "-" is standard input.
         predict_pair: the pair that text or predict_file is to be translated in; None: the only one.
         predict_lines: lines of predict_file that are read at once, and sorted by length.
+        bad_lines: what a line of predict_file that is not UTF-8 is: an "error"; or its bad bytes are put as U+FFFD
+            ("replace"), or it is taken for an empty line ("skip"), and a warning at the end counts them.
         num_workers: processes that cut batches; 0 is best, a batch takes about a millisecond.
         seed: of the order of training; default the seed of the whole run (seed_everything).
 
@@ -132,6 +133,7 @@ class TranslationData(LightningDataModule):
         predict_file: str | None = None,
         predict_pair: str | None = None,
         predict_lines: int = 2048,
+        bad_lines: BadLines = "error",
         num_workers: int = 0,
         seed: int | None = None,
     ) -> None:
@@ -149,7 +151,7 @@ class TranslationData(LightningDataModule):
         self.max_length, self.temperature = max_length, temperature
         self.tokens_per_batch, self.eval_tokens_per_batch = tokens_per_batch, eval_tokens_per_batch
         self.text, self.predict_file, self.predict_pair = text, predict_file, predict_pair
-        self.predict_lines, self.num_workers = predict_lines, num_workers
+        self.predict_lines, self.bad_lines, self.num_workers = predict_lines, bad_lines, num_workers
         self._given = subwords
         self._files: ColumnFiles | None = None
         self._told = False
@@ -245,38 +247,24 @@ class TranslationData(LightningDataModule):
         Raises:
             ValueError: several pairs and no ``predict_pair``; a line that is no text.
         """
+        return (batch for batch, _ in self.given_batches(lines))
+
+    def given_batches(
+        self, lines: Iterable[str] | None = None, start: int = 0
+    ) -> Iterator[tuple[TranslationBatch, list[str]]]:
+        """Yield what ``predict_batches`` does, each batch with its lines.
+
+        Args:
+            lines: as there; None: those that ``text`` or ``predict_file`` has.
+            start: lines before this one are passed over.
+
+        Raises:
+            ValueError: as ``predict_batches``.
+        """
+        lines = given_lines(self.text, self.predict_file, self.bad_lines) if lines is None else lines
         pair = self._predict_pair()
-        subwords = self.subwords
-        tag = subwords.tag_id(self.pairs[pair].split("-")[1]) if subwords.languages else None
-        most = self.max_length - 1 - (tag is not None)
-        following = 0
-        for chunk in chunks(lines, self.predict_lines):
-            index_N = np.arange(following, following + len(chunk))
-            following += len(chunk)
-            rows = subwords.encode(chunk, "source")
-            for i, row in zip(index_N, rows, strict=True):
-                if len(row) > most:
-                    log.warning(
-                        "line %d has %d tokens: it is cut after %d (max_length=%d)",
-                        i + 1,
-                        len(row),
-                        most,
-                        self.max_length,
-                    )
-            ids = [[*([tag] if tag is not None and row else []), *row[:most], EOS_ID] for row in rows]
-            length_N = np.array([len(row) for row in ids])
-            order = np.argsort(length_N, kind="stable")
-            bounds = cut_by_tokens(length_N[order], self.eval_tokens_per_batch)
-            for at in (order[a:b] for a, b in itertools.pairwise(bounds)):
-                source_BS = torch.full((len(at), int(length_N[at].max())), PAD_ID)
-                for b, i in enumerate(at):
-                    source_BS[b, : length_N[i]] = torch.tensor(ids[i])
-                yield TranslationBatch(
-                    source_BS,
-                    torch.full((len(at), 1), BOS_ID),
-                    torch.full((len(at),), pair),
-                    torch.from_numpy(index_N[at]),
-                )
+        budget, at_once = self.eval_tokens_per_batch, self.predict_lines
+        return source_batches(lines, self.subwords, self.pairs, pair, self.max_length, budget, at_once, start)
 
     # ---- batches
 
@@ -419,6 +407,7 @@ class TranslationData(LightningDataModule):
                 raise ValueError(f"{name}={value} must be at least {4 if name == 'max_length' else 1}")
         if self.temperature < 1:
             raise ValueError(f"temperature={self.temperature} must be at least 1")
+        check_bad_lines(self.bad_lines)
         if self.num_workers < 0:
             raise ValueError(f"num_workers={self.num_workers} must not be negative")
         if self.text is not None and self.predict_file is not None:
@@ -448,4 +437,4 @@ class _Streamed(IterableDataset[Any]):
         self.data = data
 
     def __iter__(self) -> Iterator[TranslationBatch]:
-        return self.data.predict_batches(given_lines(self.data.text, self.data.predict_file))
+        return (batch for batch, _ in self.data.given_batches())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -18,10 +18,11 @@ from apps.nlp.decode import DecodeConfig, Hypotheses, generate_ids, in_dtype
 from apps.nlp.metrics import gathered, perplexity, token_figures
 from apps.nlp.model import LanguageModel
 from apps.nlp.module import check_context, check_length, check_subwords, per_sentence, read_ids
-from apps.nlp.predict import in_order
+from apps.nlp.output import LinePredictor
+from apps.nlp.predict import Candidate, Line, check_one, checked_texts, decoding, in_order
 from apps.nlp.pretrained import PretrainedModule, check_free, check_replaced, published_network
 from apps.nlp.subwords import PAD_ID, UNK_ID, Subwords
-from apps.nlp.text import TextBatch, TextSize
+from apps.nlp.text import TextBatch, TextSize, prompt_batches
 from apps.training import Baseline, OptimizerConfig, Stage, TaskOutput
 
 _LAYERS = "all"
@@ -101,7 +102,7 @@ class LanguageMetrics(Metric):
         return {name: torch.tensor(value, dtype=torch.float64) for name, value in found.items()}
 
 
-class LanguageModeler(PretrainedModule):
+class LanguageModeler(LinePredictor, PretrainedModule):
     """A decoder alone, sparse or dense, that foresees the next subword of a text.
 
     Args:
@@ -216,7 +217,7 @@ class LanguageModeler(PretrainedModule):
     def predict_step(self, batch: TextBatch, batch_idx: int) -> Continuations:
         """Each prompt and what follows it."""
         found = self.generate(batch)
-        texts = self._texts(batch, found)
+        texts = self._texts_of(batch, found)
         return Continuations(
             batch.index_B,
             [best for best, *_ in texts],
@@ -224,12 +225,14 @@ class LanguageModeler(PretrainedModule):
             [further for _, *further in texts],
         )
 
-    def generate(self, batch: TextBatch, model: LanguageModel | None = None) -> Hypotheses:
+    def generate(
+        self, batch: TextBatch, model: LanguageModel | None = None, config: DecodeConfig | None = None
+    ) -> Hypotheses:
         """What follows each prompt, in ids; by ``model``, a copy in another dtype, where it is given."""
         with torch.autocast(self.device.type, enabled=False):
-            return generate_ids(model or self.model, batch.tokens_BL, self.decode, index_B=batch.index_B)
+            return generate_ids(model or self.model, batch.tokens_BL, config or self.decode, index_B=batch.index_B)
 
-    def _texts(self, batch: TextBatch, found: Hypotheses) -> list[list[str]]:
+    def _texts_of(self, batch: TextBatch, found: Hypotheses) -> list[list[str]]:
         """Each prompt with each of its hypotheses, best first."""
         prompts = ([i for i in row if i != PAD_ID] for row in batch.tokens_BL.tolist())
         return [
@@ -237,29 +240,58 @@ class LanguageModeler(PretrainedModule):
             for prompt, own in zip(prompts, found.ids, strict=True)
         ]
 
-    def predict_stream(self, data: Any) -> Iterator[str] | None:
-        """Each prompt of ``data.text`` or ``data.predict_file`` and what follows it, a line each, as it comes; None:
-        there is none.
+    def predict(self, prompts: Sequence[str], **decode: Any) -> list[str]:
+        """Return each prompt with what follows it, as ``moesaic predict --data.text`` prints it.
+
+        Args:
+            prompts: texts that are to be continued; an empty one begins a text.
+            decode: fields of `DecodeConfig` that are to differ from the model's, such as ``method="greedy"``,
+                ``temperature=0.7``, ``seed=1`` or ``max_length_extra=200``.
 
         Raises:
-            ValueError: ``decode.num_best`` asks for more than the one that a line has room for.
+            ValueError: one text in place of a list, an item that is no text, an unknown option, a value out of its
+                range, or ``num_best`` above 1, which ``candidates`` takes.
+
+        Example::
+
+            model.predict(["And the king said"], max_length_extra=20)
+        """
+        check_one(decode)
+        return [best.text for best, *_ in self.candidates(prompts, **{**decode, "num_best": 1})]
+
+    def candidates(self, prompts: Sequence[str], **decode: Any) -> list[list[Candidate]]:
+        """Return each prompt with several continuations and their scores, best first: ``num_best`` of them.
+
+        Arguments and errors are those of ``predict``. A search may find fewer than it was asked for.
+        """
+        lines, config = checked_texts(prompts), decoding(self.decode, decode)
+        return [line.candidates for line in self._lines(prompt_batches(lines, self.subwords), config)]
+
+    def predict_lines(self, data: Any, start: int = 0) -> Iterator[Line] | None:
+        """Yield each prompt of ``data.text`` or ``data.predict_file`` with what follows it; see ``LinePredictor``.
+
+        Raises:
+            ValueError: data of other subwords.
         """
         if data.text is None and data.predict_file is None:
             return None
-        if self.decode.num_best > 1:
-            raise ValueError(
-                f"decode.num_best={self.decode.num_best} (--model.decode.num_best): a line of text is printed with one "
-                "continuation; predict_step has the others"
-            )
+        check_subwords(self.subwords, data.subwords)
         self._load_pretrained()
-        model: Any = in_dtype(self.model, self.decode.dtype)
+        return self._lines(data.given_batches(start), self.decode, start)
 
-        def lines() -> Iterator[tuple[list[int], list[str]]]:
-            for batch in data.predict_dataloader():
+    def _lines(
+        self, batches: Iterable[tuple[TextBatch, list[str]]], config: DecodeConfig, start: int = 0
+    ) -> Iterator[Line]:
+        model: Any = in_dtype(self.model, config.dtype)
+
+        def continued() -> Iterator[tuple[list[int], list[Line]]]:
+            for batch, prompts in batches:
                 batch = TextBatch(*(side.to(self.device) for side in batch))
-                yield batch.index_B.tolist(), [best for best, *_ in self._texts(batch, self.generate(batch, model))]
+                found, index = self.generate(batch, model, config), batch.index_B.tolist()
+                rows = zip(index, prompts, self._texts_of(batch, found), found.scores, strict=True)
+                yield index, [Line(i, prompt, [*map(Candidate, own, scores)]) for i, prompt, own, scores in rows]
 
-        return in_order(lines())
+        return in_order(continued(), start)
 
     # ---- set-up and comparisons
 

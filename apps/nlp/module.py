@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -19,14 +19,18 @@ from apps.nlp.decode import DecodeConfig, Hypotheses, in_dtype, translate_ids
 from apps.nlp.evaluation import ReportConfig, TranslationReport, side_by_side
 from apps.nlp.metrics import Sentence, TranslationMetrics, bleu_tokenizers, signatures
 from apps.nlp.model import TranslationModel
-from apps.nlp.predict import predict_lines
+from apps.nlp.output import LinePredictor
+from apps.nlp.predict import Candidate, Line, check_one, checked_texts, decoding, in_order, source_batches
 from apps.nlp.pretrained import PretrainedModule, check_free, check_replaced, published_network
 from apps.nlp.subwords import PAD_ID, UNK_ID, Subwords
+from apps.sources import unknown_name
 from apps.training import Baseline, ExampleDifference, OptimizerConfig, SparseModule, Stage, TaskOutput
 
 _DECODE = DecodeConfig()
 _REPORT = ReportConfig()
 _LAYERS = "every2"
+_AT_ONCE = 2048
+"""Texts that are batched with their neighbours in length: as many as ``TranslationData.predict_lines`` by default."""
 Tasks = Literal["pair", "source", "target"]
 
 
@@ -64,7 +68,7 @@ class Foreseen(NamedTuple):
     tokens_B: Tensor
 
 
-class Translator(PretrainedModule):
+class Translator(LinePredictor, PretrainedModule):
     """A transformer from one language to another, or from many to many, sparse or dense.
 
     It is trained by the cross-entropy of each target token after those before it, with label smoothing, and judged by
@@ -103,6 +107,7 @@ class Translator(PretrainedModule):
     monitor: ClassVar[str] = "val/bleu"
     monitor_mode: ClassVar[Literal["min", "max"]] = "max"
     table_metrics = ("chrf", "token_accuracy", "perplexity")
+    predicts: ClassVar[str] = "translation"
 
     def __init__(
         self,
@@ -206,7 +211,7 @@ class Translator(PretrainedModule):
         sentences = zip(
             batch.index_B.tolist(),
             batch.pair_B.tolist(),
-            self._texts(found.best),
+            self._texts_of(found.best),
             self._references_of(batch),
             [scores[0] for scores in found.scores],
             foreseen.nll_B.tolist(),
@@ -233,7 +238,7 @@ class Translator(PretrainedModule):
             self._copies.append(in_dtype(self.model, dtype))  # type: ignore[arg-type]
         return self._copies[0]
 
-    def _texts(self, ids: Sequence[Sequence[int]]) -> list[str]:
+    def _texts_of(self, ids: Sequence[Sequence[int]]) -> list[str]:
         return self.subwords.decode(ids, "target")
 
     def _ids(self, batch: TranslationBatch) -> tuple[Tensor, Tensor]:
@@ -317,7 +322,7 @@ class Translator(PretrainedModule):
         """The translation of each source; an empty line stays one."""
         found = self.translate(batch, self.decode)
         empty_B = batch.empty_B.tolist()
-        texts = [self._texts(ids) for ids in found.ids]
+        texts = [self._texts_of(ids) for ids in found.ids]
         return Translations(
             batch.index_B,
             [self.pairs[p] for p in batch.pair_B.tolist()],
@@ -327,27 +332,116 @@ class Translator(PretrainedModule):
             [[] if empty else further for empty, (_, *further) in zip(empty_B, texts, strict=True)],
         )
 
-    def predict_stream(self, data: Any) -> Iterator[str] | None:
-        """The translation of each line of ``data.text`` or ``data.predict_file``, as it comes; None: no such.
+    def predict(
+        self,
+        texts: Sequence[str],
+        pair: str | None = None,
+        *,
+        max_length: int | None = None,
+        tokens_per_batch: int = 4096,
+        **decode: Any,
+    ) -> list[str]:
+        """Return the translation of each text, as ``moesaic predict --data.text`` prints it.
+
+        Args:
+            texts: what to translate, a sentence each; an empty one stays empty.
+            pair: such as "en-de"; None: the model's only one.
+            max_length: tokens of a source, specials included; a longer one is cut, with a warning. None: 256, or what
+                the model can read.
+            tokens_per_batch: sentences of a batch times the longest of them, at most.
+            decode: fields of `DecodeConfig` that are to differ from the model's, such as ``method="sample"``,
+                ``beam_size=8`` or ``temperature=0.7``.
 
         Raises:
-            ValueError: ``decode.num_best`` asks for more than the one that a line has room for.
+            ValueError: one text in place of a list, an item that is no text, an unknown pair or option, a value out of
+                its range, or ``num_best`` above 1, which ``candidates`` takes.
+
+        Example::
+
+            model.predict(["Delete the selected person"], beam_size=8)      # ["Die gewählte Person löschen"]
         """
-        if self.decode.num_best > 1 and (data.text is not None or data.predict_file is not None):
-            raise ValueError(
-                f"decode.num_best={self.decode.num_best} (--model.decode.num_best): a line of text is printed as one "
-                "translation; a prediction of the test split, without data.text and data.predict_file, has the others"
-            )
+        check_one(decode)
+        options = {"max_length": max_length, "tokens_per_batch": tokens_per_batch, **decode, "num_best": 1}
+        return [best.text for best, *_ in self.candidates(texts, pair, **options)]
+
+    def candidates(
+        self,
+        texts: Sequence[str],
+        pair: str | None = None,
+        *,
+        max_length: int | None = None,
+        tokens_per_batch: int = 4096,
+        **decode: Any,
+    ) -> list[list[Candidate]]:
+        """Return the best translations of each text with their scores, best first: ``num_best`` of them.
+
+        Arguments and errors are those of ``predict``. A search may find fewer than it was asked for.
+
+        Example::
+
+            model.candidates(["Delete the selected person"], num_best=3)[0][0].score    # -0.21
+        """
+        lines, config = checked_texts(texts), decoding(self.decode, decode)
+        if pair is None and len(self.pairs) > 1:
+            raise ValueError(f"pair must name one of {', '.join(self.pairs)}")
+        if pair is not None and pair not in self.pairs:
+            raise ValueError(unknown_name("pair", pair, list(self.pairs)))
+        number = 0 if pair is None else self.pairs.index(pair)
+        learned = self.transformer.max_length if self.transformer.positions == "learned" else 256
+        most = min(256, learned) if max_length is None else max_length
+        check_length(self.transformer, "max_length", most)
+        for name, value, least in (("max_length", most, 4), ("tokens_per_batch", tokens_per_batch, 1)):
+            if value < least:
+                raise ValueError(f"{name}={value} must be at least {least}")
+        batches = source_batches(lines, self.subwords, self.pairs, number, most, tokens_per_batch, _AT_ONCE)
+        return [line.candidates for line in self._lines(batches, config)]
+
+    def predict_lines(self, data: Any, start: int = 0) -> Iterator[Line] | None:
+        """Yield the translations of each line of ``data.text`` or ``data.predict_file``; see ``LinePredictor``.
+
+        Raises:
+            ValueError: data of other subwords or pairs, or of lines that are longer than the model can read.
+        """
+        if data.text is None and data.predict_file is None:
+            return None
         check_length(self.transformer, "data.max_length", data.max_length)
+        check_subwords(self.subwords, data.subwords)
+        if tuple(data.pairs) != self.pairs:
+            raise ValueError(f"the model's pairs are {', '.join(self.pairs)}, and the data's {', '.join(data.pairs)}")
         self._load_pretrained()
-        model: Any = in_dtype(self.model, self.decode.dtype)
+        return self._lines(data.given_batches(start=start), self.decode, start)
 
-        def translate(batch: TranslationBatch) -> list[str]:
-            batch = TranslationBatch(*(side.to(self.device) for side in batch))
-            texts = self._texts(self.translate(batch, self.decode, model).best)
-            return ["" if empty else text for empty, text in zip(batch.empty_B.tolist(), texts, strict=True)]
+    def _lines(
+        self, batches: Iterable[tuple[TranslationBatch, list[str]]], config: DecodeConfig, start: int = 0
+    ) -> Iterator[Line]:
+        model: Any = in_dtype(self.model, config.dtype)
 
-        return predict_lines(translate, self.subwords, self.pairs, data)
+        def translated() -> Iterator[tuple[list[int], list[Line]]]:
+            for batch, sources in batches:
+                batch = TranslationBatch(*(side.to(self.device) for side in batch))
+                found, empty_B, index = (
+                    self.translate(batch, config, model),
+                    batch.empty_B.tolist(),
+                    batch.index_B.tolist(),
+                )
+                texts = [self._texts_of(ids) for ids in found.ids]
+                rows = zip(index, sources, empty_B, texts, found.scores, strict=True)
+                yield (
+                    index,
+                    [
+                        Line(i, source, [Candidate("", 0.0)] if empty else [*map(Candidate, own, scores)])
+                        for i, source, empty, own, scores in rows
+                    ],
+                )
+
+        return in_order(translated(), start)
+
+    def chunk_of(self, data: Any) -> int:
+        return data.predict_lines
+
+    def made_from(self, data: Any) -> dict[str, Any]:
+        names = ("predict_pair", "predict_lines", "max_length", "eval_tokens_per_batch")
+        return {name: getattr(data, name) for name in names}
 
     # ---- set-up
 

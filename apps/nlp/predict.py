@@ -1,63 +1,180 @@
-"""Translations as a stream of lines, in the order in which the sentences came."""
+"""What a model says of lines of text, in the order in which they came: as values, as lines, or into a file."""
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
+import numpy as np
+import torch
+
+from apps import sources
 from apps.nlp.batch import TranslationBatch
+from apps.nlp.batches import cut_by_tokens
+from apps.nlp.decode import DecodeConfig
 from apps.nlp.readers.lines import clean
-from apps.nlp.subwords import Subwords
+from apps.nlp.subwords import BOS_ID, EOS_ID, PAD_ID, Subwords
 
-Translate = Callable[[TranslationBatch], Sequence[str]]
-"""A batch to the translation of each of its sentences."""
+log = logging.getLogger(__name__)
+
+BadLines = Literal["error", "replace", "skip"]
+"""What a line that is not UTF-8 is; see ``TranslationData``."""
 
 
-def predict_lines(translate: Translate, subwords: Subwords, pairs: Sequence[str], data: Any) -> Iterator[str] | None:
-    """Translations of what ``data`` was given to translate, a line for each of its lines; None: it was given nothing.
+class Candidate(NamedTuple):
+    """A text that a model found.
 
-    Nothing is translated before the first line is asked for, and no more than is needed for the next one.
+    Attributes:
+        text: a translation, or a prompt with what follows it.
+        score: its score in the search, as ``DecodeConfig`` says.
+    """
+
+    text: str
+    score: float
+
+
+class Line(NamedTuple):
+    """A line of input and what a model says of it.
+
+    Attributes:
+        index: its number, from 0.
+        source: the line.
+        candidates: what the model found, best first; of an empty line to be translated an empty text alone.
+    """
+
+    index: int  # type: ignore[assignment]  # a line has no use for tuple.index
+    source: str
+    candidates: list[Candidate]
+
+
+def source_batches(
+    lines: Iterable[str],
+    subwords: Subwords,
+    pairs: Sequence[str],
+    pair: int,
+    max_length: int,
+    tokens_per_batch: int,
+    lines_at_once: int,
+    start: int = 0,
+) -> Iterator[tuple[TranslationBatch, list[str]]]:
+    """Yield batches of sentences to be translated, as the lines come, each with its lines.
 
     Args:
-        translate: the model.
-        subwords, pairs: what it was trained with.
-        data: a ``TranslationData``.
+        lines: text; line ends and spaces around it do not count.
+        subwords, pairs: the model's.
+        pair: the place of the language pair among them.
+        max_length: tokens of a source, specials included; a longer one is cut, with a warning that names its line.
+        tokens_per_batch: sentences of a batch times the longest of them, at most.
+        lines_at_once: lines that are read and batched with their neighbours in length.
+        start: lines before this one are passed over: a multiple of ``lines_at_once``, so that batches stay the same.
 
     Raises:
-        ValueError: the data has other subwords or pairs.
+        ValueError: a line that is no text; those before it come first.
     """
-    if data.text is None and data.predict_file is None:
-        return None
-    if data.subwords.digest != subwords.digest:
-        raise ValueError(f"the model's subwords are {subwords.digest}, and the data's are {data.subwords.digest}")
-    if tuple(data.pairs) != tuple(pairs):
-        raise ValueError(f"the model's pairs are {', '.join(pairs)}, and the data's are {', '.join(data.pairs)}")
-    return in_order((batch.index_B.tolist(), translate(batch)) for batch in data.predict_dataloader())
+    tag = subwords.tag_id(pairs[pair].split("-")[1]) if subwords.languages else None
+    most = max_length - 1 - (tag is not None)
+    following = start
+    for chunk in chunks(itertools.islice(lines, start, None), lines_at_once, start):
+        index_N = np.arange(following, following + len(chunk))
+        following += len(chunk)
+        rows = subwords.encode(chunk, "source")
+        for i, row in zip(index_N, rows, strict=True):
+            if len(row) > most:
+                told = "line %d has %d tokens: it is cut after %d (max_length=%d)"
+                log.warning(told, i + 1, len(row), most, max_length)
+        ids = [[*([tag] if tag is not None and row else []), *row[:most], EOS_ID] for row in rows]
+        length_N = np.array([len(row) for row in ids])
+        order = np.argsort(length_N, kind="stable")
+        bounds = cut_by_tokens(length_N[order], tokens_per_batch)
+        for at in (order[a:b] for a, b in itertools.pairwise(bounds)):
+            source_BS = torch.full((len(at), int(length_N[at].max())), PAD_ID)
+            for b, i in enumerate(at):
+                source_BS[b, : length_N[i]] = torch.tensor(ids[i])
+            batch = TranslationBatch(
+                source_BS,
+                torch.full((len(at), 1), BOS_ID),
+                torch.full((len(at),), pair),
+                torch.from_numpy(index_N[at]),
+            )
+            yield batch, [chunk[i] for i in at]
 
 
-def given_lines(text: Sequence[str] | str | None, predict_file: str | None) -> Iterator[str]:
+def given_lines(
+    text: Sequence[str] | str | None, predict_file: str | None, bad_lines: BadLines = "error"
+) -> Iterator[str]:
     """The lines of a prediction as they come, each as `as_line` makes it.
 
     Args:
         text: a line, or several; None: those of the file.
         predict_file: its path, "-" being standard input.
+        bad_lines: what a line of the file is that is not UTF-8.
 
     Raises:
-        ValueError: a file that cannot be read, or a line that is not UTF-8.
+        ValueError: a file that cannot be read, or a line that is no text.
     """
     if text is not None:
         yield from (as_line(line, i) for i, line in enumerate([text] if isinstance(text, str) else text))
     elif predict_file == "-":
-        yield from _decoded(sys.stdin.buffer, "standard input")
+        yield from _decoded(sys.stdin.buffer, "standard input", bad_lines)
     elif predict_file is not None:
         try:
             file = open(Path(predict_file).expanduser(), "rb")  # noqa: SIM115
         except OSError as error:
             raise ValueError(f"predict_file={predict_file!r} cannot be read: {error.strerror}") from error
         with file:
-            yield from _decoded(file, predict_file)
+            yield from _decoded(file, predict_file, bad_lines)
+
+
+def check_bad_lines(bad_lines: str) -> None:
+    """Refuse a word that says nothing of bad lines.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if bad_lines not in get_args(BadLines):
+        raise ValueError(sources.unknown_name("bad_lines", bad_lines, list(get_args(BadLines))))
+
+
+def checked_texts(texts: Sequence[str]) -> list[str]:
+    """Texts that a caller gives, each as `as_line` makes it.
+
+    Raises:
+        ValueError: one text in place of a list of them, or an item that is no text.
+    """
+    if isinstance(texts, (str, bytes)):
+        raise ValueError(f"texts={texts[:40]!r} is one text, and not a list of texts: give [text]")
+    for i, text in enumerate(texts := list(texts)):
+        if not isinstance(text, str):
+            raise ValueError(f"texts[{i}]={text!r} is a {type(text).__name__}, and not a text")
+    return [as_line(text, i) for i, text in enumerate(texts)]
+
+
+def check_one(options: Mapping[str, Any]) -> None:
+    """Refuse to be asked for several candidates of a text where one is returned.
+
+    Raises:
+        ValueError: naming ``num_best``.
+    """
+    if options.get("num_best", 1) != 1:
+        raise ValueError(f"num_best={options['num_best']}: predict returns one text each; candidates has the others")
+
+
+def decoding(config: DecodeConfig, options: Mapping[str, Any]) -> DecodeConfig:
+    """``config`` with some of its fields set otherwise.
+
+    Raises:
+        ValueError: no such field, or a value out of its range.
+    """
+    known = [field.name for field in dataclasses.fields(DecodeConfig)]
+    for name in options:
+        if name not in known:
+            raise ValueError(sources.unknown_name("option", name, known))
+    return dataclasses.replace(config, **options)
 
 
 def as_line(text: str, index: int) -> str:
@@ -73,15 +190,20 @@ def as_line(text: str, index: int) -> str:
     return clean(text)
 
 
-def chunks(lines: Iterable[str], size: int) -> Iterator[list[str]]:
+def chunks(lines: Iterable[str], size: int, start: int = 0) -> Iterator[list[str]]:
     """The lines cleaned, ``size`` at a time; those before one that is no text come before its error.
+
+    Args:
+        lines: text.
+        size: of a chunk.
+        start: number of the first line, for the error.
 
     Raises:
         ValueError: a line that is no text.
     """
     chunk: list[str] = []
     try:
-        for index, line in enumerate(lines):
+        for index, line in enumerate(lines, start):
             chunk.append(as_line(line, index))
             if len(chunk) == size:
                 yield chunk
@@ -94,28 +216,45 @@ def chunks(lines: Iterable[str], size: int) -> Iterator[list[str]]:
         yield chunk
 
 
-def _decoded(lines: Iterable[bytes], name: str) -> Iterator[str]:
+def _decoded(lines: Iterable[bytes], name: str, bad_lines: BadLines) -> Iterator[str]:
+    number, bad = 0, list[int]()
     for number, line in enumerate(lines, 1):
+        encoding = "utf-8-sig" if number == 1 else "utf-8"
         try:
-            yield clean(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            text = line.decode(encoding)
         except UnicodeDecodeError as error:
-            byte = line[error.start]
-            raise ValueError(f"{name}, line {number}: byte 0x{byte:02x} is not valid UTF-8") from error
+            if bad_lines == "error":
+                raise ValueError(
+                    f"{name}, line {number}: byte 0x{line[error.start]:02x} is not valid UTF-8; "
+                    "bad_lines (--data.bad_lines replace, or skip) goes on with the others"
+                ) from error
+            bad.append(number)
+            text = "" if bad_lines == "skip" else line.decode(encoding, "replace")
+        yield clean(text)
+    if bad:
+        shown = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
+        done = "are taken for empty ones" if bad_lines == "skip" else "have U+FFFD for each bad byte"
+        log.warning(
+            "%s: %s of %s lines are not valid UTF-8 and %s: line %s", name, f"{len(bad):,}", f"{number:,}", done, shown
+        )
 
 
-def in_order(numbered: Iterable[tuple[Sequence[int], Sequence[str]]]) -> Iterator[str]:
-    """Lines by their numbers from 0: as soon as a line and all before it are there.
+T = TypeVar("T")
+
+
+def in_order(numbered: Iterable[tuple[Sequence[int], Sequence[T]]], start: int = 0) -> Iterator[T]:
+    """Items by their numbers from ``start``: as soon as one and all before it are there.
 
     Raises:
         ValueError: a number comes twice, or is missing.
     """
-    waiting: dict[int, str] = {}
-    following = 0
-    for numbers, texts in numbered:
-        for number, text in zip(numbers, texts, strict=True):
+    waiting: dict[int, T] = {}
+    following = start
+    for numbers, items in numbered:
+        for number, item in zip(numbers, items, strict=True):
             if number in waiting or number < following:
                 raise ValueError(f"line {number + 1} comes twice")
-            waiting[number] = text
+            waiting[number] = item
         while following in waiting:
             yield waiting.pop(following)
             following += 1

@@ -6,8 +6,9 @@ restores the order of an epoch in mid-epoch.
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -26,7 +27,7 @@ from apps.nlp.corpora import SPLITS, Sizes, check_size, share_out
 from apps.nlp.datasets import NLP_DATASETS, find_language
 from apps.nlp.encoded import encode, identity, open_encoded
 from apps.nlp.porting import subwords_of
-from apps.nlp.predict import given_lines
+from apps.nlp.predict import BadLines, check_bad_lines, given_lines
 from apps.nlp.readers.lines import Rows, expand, num_words, read_lines
 from apps.nlp.subwords import EOS_ID, PAD_ID, SubwordConfig, Subwords, train_subwords
 
@@ -113,6 +114,8 @@ class TextData(LightningDataModule):
         eval_batch_size: in validation and test.
         text: prompts to be continued in prediction, one or several.
         predict_file: file of prompts, one a line; "-" is standard input.
+        bad_lines: what a line of predict_file that is not UTF-8 is: an "error"; or its bad bytes are put as U+FFFD
+            ("replace"), or it is taken for an empty line ("skip"), and a warning at the end counts them.
         num_workers: processes that cut batches; 0 is enough.
         seed: of the order of training; default the seed of the whole run (seed_everything).
 
@@ -152,6 +155,7 @@ class TextData(LightningDataModule):
         eval_batch_size: int = 32,
         text: list[str] | str | None = None,
         predict_file: str | None = None,
+        bad_lines: BadLines = "error",
         num_workers: int = 0,
         seed: int | None = None,
     ) -> None:
@@ -162,7 +166,8 @@ class TextData(LightningDataModule):
         self._language = language or "en"
         self.tokenizer = replace(tokenizer, joint=True)  # text has one side
         self.block_size, self.batch_size, self.eval_batch_size = block_size, batch_size, eval_batch_size
-        self.text, self.predict_file, self.num_workers, self.seed = text, predict_file, num_workers, seed
+        self.text, self.predict_file, self.bad_lines = text, predict_file, bad_lines
+        self.num_workers, self.seed = num_workers, seed
         self._given = subwords
         self._files: ColumnFiles | None = None
         self._told = False
@@ -225,6 +230,17 @@ class TextData(LightningDataModule):
                 "there is nothing to continue: give text (--data.text) or predict_file (--data.predict_file)"
             )
         return DataLoader(_Prompts(self), batch_size=None, generator=torch.Generator())
+
+    def given_batches(self, start: int = 0) -> Iterator[tuple[TextBatch, list[str]]]:
+        """Yield the prompts of ``text`` or ``predict_file``, one a batch, each with its line.
+
+        Args:
+            start: lines before this one are passed over.
+
+        Raises:
+            ValueError: a file that cannot be read, or a line that is no text.
+        """
+        return prompt_batches(given_lines(self.text, self.predict_file, self.bad_lines), self.subwords, start)
 
     def _blocks(self, split: str) -> _Blocks:
         return _Blocks(self._open()[f"{split}_ids"], self.block_size)
@@ -363,6 +379,7 @@ class TextData(LightningDataModule):
             check_size(name, getattr(self, name))
         if self.text is not None and self.predict_file is not None:
             raise ValueError("text and predict_file are both given: continue one of them")
+        check_bad_lines(self.bad_lines)
         if self.num_workers < 0:
             raise ValueError(f"num_workers={self.num_workers} must not be negative")
 
@@ -374,10 +391,17 @@ class _Prompts(IterableDataset[Any]):
         self.data = data
 
     def __iter__(self) -> Iterator[TextBatch]:
-        subwords = self.data.subwords
-        for number, line in enumerate(given_lines(self.data.text, self.data.predict_file)):
-            (row,) = subwords.encode([line], "target")
-            yield TextBatch(torch.tensor([[EOS_ID, *row]]), torch.tensor([number]))
+        return (batch for batch, _ in self.data.given_batches())
+
+
+def prompt_batches(lines: Iterable[str], subwords: Subwords, start: int = 0) -> Iterator[tuple[TextBatch, list[str]]]:
+    """Yield each prompt as a batch, with its line; ``index_B`` is its number, from 0, and those before ``start`` lack.
+
+    A decoder that continues text has no place for padding, so each is alone.
+    """
+    for number, line in itertools.islice(enumerate(lines), start, None):
+        (row,) = subwords.encode([line], "target")
+        yield TextBatch(torch.tensor([[EOS_ID, *row]]), torch.tensor([number])), [line]
 
 
 def _key(document: list[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import pickle
 import random
@@ -163,7 +164,7 @@ def test_baselines_cost_what_they_say(data):
     assert module.with_moe(core.MoEConfig(2)).moe.num_experts == 2
 
 
-def test_alternatives_are_of_a_prediction_and_not_of_a_line(data):
+def test_alternatives_come_with_a_prediction_and_as_lines_of_their_own(data):
     module = modeler(data, decode=DecodeConfig(beam_size=3, num_best=2, max_length_extra=4)).eval()
     prompt = text_data(Path(data.root), text="one two")
     (batch,) = prompt.predict_dataloader()
@@ -171,8 +172,8 @@ def test_alternatives_are_of_a_prediction_and_not_of_a_line(data):
     ((other,),) = found.alternatives
     assert found.text[0] != other
     assert all(text.startswith("one two") for text in (*found.text, other))
-    with pytest.raises(ValueError, match=r"decode\.num_best=2 \(--model\.decode\.num_best\): a line of text is"):
-        module.predict_stream(prompt)
+    lines = list(module.predict_stream(prompt))
+    assert [line.split("\t")[0::2] for line in lines] == [["1", found.text[0]], ["1", other]]
     assert module.predict_stream(data) is None
 
 
@@ -200,3 +201,28 @@ def test_it_learns_which_word_follows_which(data, tmp_path, moe):
     assert module.predict_stream(data) is None
     again = LanguageModeler.load_from_checkpoint(tmp_path / "last.ckpt")
     assert again.subwords == data.subwords
+
+
+def test_a_list_of_prompts_is_continued_as_the_command_continues_it(data, tmp_path):
+    module = modeler(data).eval()
+    prompts = ["one two", "", "three", "one two"]
+    given = text_data(Path(data.root), text=prompts)
+    printed = list(module.predict_stream(given))
+    assert module.predict(prompts) == printed
+    assert module.predict([]) == []
+    assert module.predict(prompts, seed=7) != printed  # it draws, and each prompt by its number
+    options = {"method": "beam", "beam_size": 3, "max_length_extra": 4}
+    found = module.candidates(prompts[:1], num_best=2, **options)
+    assert [best.text for best, _ in found] == module.predict(prompts[:1], **options)
+    with pytest.raises(ValueError, match=r"texts='one' is one text, and not a list of texts"):
+        module.predict("one")
+    done = module.predict_into(given, tmp_path / "out.jsonl")
+    assert done == f"4 lines in {tmp_path / 'out.jsonl'}"
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [(row["source"], row["text"]) for row in rows] == list(zip(prompts, printed, strict=True))
+
+
+def test_prompts_after_the_first_few_are_continued_alike(data):
+    module = modeler(data).eval()
+    given = text_data(Path(data.root), text=["one two", "three", "two"])
+    assert list(module.predict_lines(given, start=1)) == list(module.predict_lines(given))[1:]

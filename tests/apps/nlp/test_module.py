@@ -463,12 +463,10 @@ def test_a_prediction_keeps_empty_lines_and_names_alternatives(data):
     assert dict(zip(found.index.tolist(), found.source, strict=True)) == {0: "red blue green black", 1: "", 2: "blue"}
 
 
-def test_alternatives_that_a_line_has_no_room_for_are_refused(data):
+def test_alternatives_are_lines_of_their_own_with_number_and_score(data):
     module = translator(data, decode=DecodeConfig(beam_size=2, num_best=2)).eval()
-    told = r"decode\.num_best=2 \(--model\.decode\.num_best\): a line of text is printed as one translation"
-    for options in ({"text": "red"}, {"predict_file": "-"}):
-        with pytest.raises(ValueError, match=told):
-            module.predict_stream(copy_data(Path(data.corpora[0].root), **options))
+    lines = list(module.predict_stream(copy_data(Path(data.corpora[0].root), text=["red", ""])))
+    assert [line.split("\t")[0] for line in lines] == ["1", "1", "2"]
     assert module.predict_stream(data) is None
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
-import torch
 
-from apps.nlp.batch import TranslationBatch
-from apps.nlp.predict import in_order, predict_lines
+from apps.nlp import output
+from apps.nlp.data import TranslationData
+from apps.nlp.decode import DecodeConfig
+from apps.nlp.predict import Candidate, Line, checked_texts, decoding, given_lines, in_order
+from apps.nlp.text import TextData
 
 
 def test_a_line_comes_as_soon_as_all_before_it_are_there():
@@ -35,24 +38,76 @@ def test_no_line_is_lost_or_doubled():
         list(in_order([([0, 2], ["a", "c"])]))
     with pytest.raises(ValueError, match="line 1 comes twice"):
         list(in_order([([0, 1], ["a", "b"]), ([0], ["a"])]))
+    with pytest.raises(ValueError, match="line 3 is missing"):
+        list(in_order([([3], ["d"])], start=2))
 
 
-def test_data_of_other_subwords_or_pairs_are_refused():
-    def data(**options: Any) -> Any:
-        subwords = SimpleNamespace(digest=options.pop("digest", "a1"))
-        one = torch.zeros(1, dtype=torch.int64)
-        batches = [TranslationBatch(one[None] + 9, one[None], one, one)]
-        given = {"text": "x", "predict_file": None, "pairs": ("en-de",), "subwords": subwords}
-        return SimpleNamespace(**{**given, **options}, predict_dataloader=lambda: batches)
+def test_a_line_that_is_no_utf8_is_an_error_or_replaced_or_left_empty(tmp_path, caplog):
+    path = tmp_path / "in.txt"
+    path.write_bytes("\ufeffgrün\n".encode() + b"b\xffd\n" + b"\n" + b"\xfe\n")
+    with pytest.raises(
+        ValueError, match=r"in\.txt, line 2: byte 0xff .*; bad_lines \(--data\.bad_lines replace, or skip"
+    ):
+        list(given_lines(None, str(path)))
+    assert list(given_lines(None, str(path), "replace")) == ["grün", "b\ufffdd", "", "\ufffd"]
+    assert list(given_lines(None, str(path), "skip")) == ["grün", "", "", ""]
+    first, second = (record.message for record in caplog.records)
+    assert first.endswith("in.txt: 2 of 4 lines are not valid UTF-8 and have U+FFFD for each bad byte: line 2, 4")
+    assert second.endswith("in.txt: 2 of 4 lines are not valid UTF-8 and are taken for empty ones: line 2, 4")
+    with pytest.raises(ValueError, match="bad_lines='ignore' is not one of error, replace, skip"):
+        TextData(train_files="a.txt", bad_lines="ignore")
+    with pytest.raises(ValueError, match=r"bad_lines='repl' is not one of .*; did you mean 'replace'"):
+        TranslationData(bad_lines="repl")
 
-    def lines(data: Any) -> Any:
-        model = SimpleNamespace(digest="a1")
-        return predict_lines(lambda batch: [f"{int(i)}" for i in batch.source_BS[:, 0]], model, ["en-de"], data)
 
-    assert list(lines(data())) == ["9"]
-    assert list(lines(data(text=None, predict_file="in.txt"))) == ["9"]
-    assert lines(data(text=None)) is None
-    with pytest.raises(ValueError, match="the model's subwords are a1, and the data's are b2"):
-        lines(data(digest="b2"))
-    with pytest.raises(ValueError, match="the model's pairs are en-de, and the data's are de-en"):
-        lines(data(pairs=("de-en",)))
+def test_texts_and_options_of_a_caller_are_checked():
+    assert checked_texts(("a\tb ", "")) == ["a b", ""]
+    with pytest.raises(ValueError, match=r"texts='abc' is one text, and not a list of texts: give \[text\]"):
+        checked_texts("abc")
+    with pytest.raises(ValueError, match=r"texts\[1\]=3 is a int, and not a text"):
+        checked_texts(["a", 3])
+    assert decoding(DecodeConfig(), {"beam_size": 2}).beam_size == 2
+    with pytest.raises(ValueError, match=r"option='beam' is not one of .*did you mean 'beam_size'"):
+        decoding(DecodeConfig(), {"beam": 2})
+
+
+def test_progress_is_said_each_minute_or_each_second_on_a_terminal(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    lines = [Line(i, "", [Candidate("", 0.0)]) for i in range(5)]
+    now = itertools.count(0.0, 25.0)  # a line each 25 seconds
+    monkeypatch.setattr(output.time, "monotonic", lambda: next(now))
+    log = io.StringIO()
+    assert list(output.watched(iter(lines), 9, True, 4, log)) == lines
+    assert log.getvalue() == "7 of 9 lines, 0.04 a second\n"  # 4 and 3 after 75 s
+    now = itertools.count(0.0, 0.5)
+    shown = Terminal()
+    assert list(output.watched(iter(lines), None, True, 0, shown)) == lines
+    # after 1.0 s and 2.0 s; the note is taken away at the end
+    assert shown.getvalue() == "\r\x1b[K2 lines, 2 a second\r\x1b[K4 lines, 2 a second\r\x1b[K"
+    quiet = Terminal()
+    assert list(output.watched(iter(lines), None, False, 0, quiet)) == lines
+    assert quiet.getvalue() == ""
+
+
+def test_candidates_are_lines_of_number_score_and_text_or_an_object():
+    line = Line(4, "größer", [Candidate("greater", -0.25), Candidate("bigger", -1.5)])
+    assert output.as_text(line, 1) == ["greater"]
+    assert output.as_text(line, 2) == ["5\t-0.2500\tgreater", "5\t-1.5000\tbigger"]
+    assert output.as_json(line, "translation") == (
+        '{"index": 4, "source": "größer", "translation": "greater", "candidates": ["greater", "bigger"], '
+        '"scores": [-0.25, -1.5]}'
+    )
+
+
+def test_lines_of_a_text_or_a_file_are_counted(tmp_path):
+    def data(text, path):
+        return SimpleNamespace(text=text, predict_file=path)
+
+    (tmp_path / "a.txt").write_bytes(b"a\n\nb")  # no line end after the last
+    (tmp_path / "b.txt").write_bytes(b"")
+    assert [output.num_lines(data(text, None)) for text in ("a", ["a", "b"])] == [1, 2]
+    assert [output.num_lines(data(None, str(tmp_path / name))) for name in ("a.txt", "b.txt", "c")] == [3, 0, None]
+    assert output.num_lines(data(None, "-")) is None

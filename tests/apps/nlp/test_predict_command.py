@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import io
+import itertools
+import json
+import os
 import re
 import shutil
+import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +22,9 @@ from copying import copy_data, write_copies
 from apps.cli import UsageError, main
 from apps.cli.request import Request
 from apps.cli.train import build
-from apps.nlp.module import Translations
+from apps.nlp import output
+from apps.nlp.data import TranslationData
+from apps.nlp.module import Translations, Translator
 from apps.nlp.subwords import SubwordConfig
 
 CONFIG = """
@@ -122,6 +129,146 @@ def test_what_is_wrong_is_one_line_and_what_came_before_it_is_printed(capsys):
     assert capsys.readouterr().err == "error: predict_file='nowhere.txt' cannot be read: No such file or directory\n"
     assert main(["predict", "--config", "copies.yaml", "--data.text", "red"]) == 1
     assert "must name one of en-de, en-fr" in capsys.readouterr().err
+
+
+def load() -> Translator:
+    return Translator.load_from_checkpoint("runs/copies/checkpoints/best.ckpt")
+
+
+def data_of(model: Translator, **options) -> TranslationData:
+    known = {"pairs": model.pairs, "subwords": model.subwords, "predict_pair": "en-de", "train_files": "train"}
+    return TranslationData("moses", **{**known, **options})
+
+
+LINES = ["red blue green black", "", "blue", "black black green red", "green", "red", "blue black"]
+
+
+def test_a_list_of_texts_is_translated_as_the_command_translates_it(capsys):
+    model = load()
+    printed = predict(capsys, "--data.text", str(LINES))
+    assert model.predict(LINES, "en-de") == printed
+    assert model.predict([], "en-de") == []
+    assert model.predict(tuple(LINES[2:3]), "en-de") == printed[2:3]
+    for name, value in (("method", "greedy"), ("beam_size", 2), ("max_length_ratio", 0.5)):
+        flags = (f"--model.decode.{name}", str(value), "--data.text", str(LINES))
+        assert model.predict(LINES, "en-de", **{name: value}) == predict(capsys, *flags)
+    drawn = model.predict(LINES, "en-fr", method="sample", seed=1)
+    assert drawn == model.predict(LINES, "en-fr", method="sample", seed=1) != model.predict(LINES, "en-fr")
+    with pytest.raises(ValueError, match=r"^pair must name one of en-de, en-fr$"):
+        model.predict(["red"])
+    with pytest.raises(ValueError, match="pair='de-en' is not one of en-de, en-fr"):
+        model.predict(["red"], "de-en")
+    with pytest.raises(ValueError, match="num_best=2: predict returns one text each; candidates has the others"):
+        model.predict(["red"], "en-de", num_best=2)
+    with pytest.raises(ValueError, match="max_length=3 must be at least 4"):
+        model.predict(["red"], "en-de", max_length=3)
+
+
+def test_the_best_candidates_of_a_line_come_with_their_scores(capsys):
+    found = load().candidates(LINES, "en-de", num_best=3)
+    assert [len(own) for own in found] == [1 if not line else 3 for line in LINES]
+    assert found[1] == [("", 0.0)]
+    printed = predict(capsys, "--data.text", str(LINES), "--model.decode.num_best", "3")
+    assert printed == [f"{i}\t{c.score:.4f}\t{c.text}" for i, own in enumerate(found, 1) for c in own]
+    assert all(a.score >= b.score for own in found for a, b in itertools.pairwise(own))
+    assert [own[0].text for own in found] == predict(capsys, "--data.text", str(LINES))
+
+
+def test_a_script_that_translates_hears_nothing_of_lightning():
+    script = (
+        "from apps.nlp.module import Translator\n"
+        "print(len(Translator.load_from_checkpoint('runs/copies/checkpoints/best.ckpt').predict(['red'], 'en-de')))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True)
+    assert (done.stdout, done.stderr) == ("1\n", "")
+
+
+@pytest.mark.parametrize("name", ["out.txt", "out.jsonl"])
+def test_a_file_goes_on_where_a_killed_run_stopped_to_the_same_lines(name, tmp_path, monkeypatch):
+    model = load()
+    Path("in.txt").write_text("\n".join(LINES) + "\n")
+    options = {"predict_file": "in.txt", "predict_lines": 2}
+    monkeypatch.setattr(output, "_SAVED", -1.0)  # noted after each chunk
+    whole, path = tmp_path / f"whole-{name}", tmp_path / name
+    assert model.predict_into(data_of(model, **options), whole) == f"7 lines in {whole}"
+    translated: list[int] = []
+    translate = model.translate
+
+    def stopped(batch, *rest):
+        if 4 in batch.index_B:
+            raise KeyboardInterrupt
+        return translate(batch, *rest)
+
+    monkeypatch.setattr(model, "translate", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        model.predict_into(data_of(model, **options), path)
+    assert not path.exists()
+    partial = tmp_path / f"{name}.partial"
+    assert partial.read_bytes() == b"".join(whole.read_bytes().splitlines(keepends=True)[:4])
+    with open(partial, "a") as file:
+        file.write("half a li")  # what a kill leaves behind the last note
+
+    def counted(batch, *rest):
+        translated.extend(batch.index_B.tolist())
+        return translate(batch, *rest)
+
+    monkeypatch.setattr(model, "translate", counted)
+    done = model.predict_into(data_of(model, **options), path)
+    assert done == f"7 lines in {path}, 4 of them by an earlier run"
+    assert sorted(translated) == [4, 5, 6]
+    assert path.read_bytes() == whole.read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([name, f"whole-{name}"])
+    if name == "out.jsonl":
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        assert [row["source"] for row in rows] == LINES
+        assert [row["translation"] for row in rows] == model.predict(LINES, "en-de")
+        assert list(rows[0]) == ["index", "source", "translation", "candidates", "scores"]
+    else:
+        assert path.read_text().splitlines() == model.predict(LINES, "en-de")
+
+
+def test_a_file_of_another_run_is_never_replaced_or_gone_on_with_in_silence(tmp_path, monkeypatch):
+    model, path = load(), tmp_path / "out.txt"
+    Path("in.txt").write_text("red\nblue\n")
+    Path("bad.txt").write_bytes(b"red\nblue\n\xff\ngreen\n")
+    path.write_text("mine\n")
+    with pytest.raises(ValueError, match=r"output=.*out\.txt exists already: give another name"):
+        model.predict_into(data_of(model, predict_file="in.txt"), path)
+    assert path.read_text() == "mine\n"
+    assert model.predict_into(data_of(model, predict_file="in.txt"), path, overwrite=True) == f"2 lines in {path}"
+    assert path.read_text().splitlines() == model.predict(["red", "blue"], "en-de")
+    with pytest.raises(ValueError, match=r"output=.*out\.csv must end in \.txt or \.jsonl"):
+        model.predict_into(data_of(model, predict_file="in.txt"), tmp_path / "out.csv")
+    assert model.predict_into(data_of(model), tmp_path / "none.txt") is None
+
+    path = tmp_path / "other.txt"
+    with pytest.raises(ValueError, match="line 3: byte 0xff"):
+        model.predict_into(data_of(model, predict_file="bad.txt", predict_lines=1), path)
+    for options, told in (
+        ({"predict_file": "in.txt"}, "input is not this one's"),
+        ({"predict_file": "bad.txt", "predict_pair": "en-fr"}, "predict_pair is en-de, not en-fr"),
+    ):
+        with pytest.raises(ValueError, match=rf"other\.txt\.partial is of another run, whose {told}: take it away"):
+            model.predict_into(data_of(model, predict_lines=1, **options), path)
+    model.decode = replace(model.decode, beam_size=2)
+    with pytest.raises(ValueError, match=r"whose decode\.beam_size is 5, not 2"):
+        model.predict_into(data_of(model, predict_file="bad.txt", predict_lines=1), path)
+    model.decode = replace(model.decode, beam_size=5)
+    skipping = {"predict_file": "bad.txt", "predict_lines": 1, "bad_lines": "skip"}
+    done = model.predict_into(data_of(model, **skipping), path)  # what came before the error is the same
+    assert done == f"4 lines in {path}, 2 of them by an earlier run"
+    assert path.read_text().splitlines() == model.predict(["red", "blue", "", "green"], "en-de")
+
+
+def test_two_runs_do_not_write_one_file(tmp_path):
+    pytest.importorskip("fcntl")
+    made = {"input": ["a"]}
+    with output.Partial(tmp_path / "out.txt", made, overwrite=False) as first:
+        with pytest.raises(ValueError, match=r"another run is writing .*out\.txt\.partial"):
+            output.Partial(tmp_path / "out.txt", made, overwrite=True)
+        first.write("whole\n")
+    assert (tmp_path / "out.txt").read_text() == "whole\n"
 
 
 def test_an_interrupted_prediction_gives_no_advice_on_training(capsys, monkeypatch):
