@@ -11,6 +11,7 @@ import pytest
 import yaml
 from PIL import Image
 
+import core
 from apps import routers, sources
 from apps.cli.train import build, quiet
 from apps.compare.command import _parser as command_line_of_compare
@@ -74,6 +75,11 @@ def test_a_configuration_builds(path, monkeypatch, tmp_path):
         cli = build("fit", ["--config", str(path), *flags])
     assert cli.run_dir == Path("runs") / path.stem
     assert sum(p.numel() for p in cli.model.parameters()) > 0
+    for part in ("router", "expert"):  # of a class that is named, what is not written has that class's default
+        written = ((yaml.safe_load(path.read_text())["model"]["init_args"].get("moe") or {}).get(part)) or {}
+        if "class_path" in written:
+            expected = getattr(core, written["class_path"].removeprefix("core."))(**written.get("init_args", {}))
+            assert getattr(cli.model.moe, part) == expected
     assert cli.trainer.max_epochs or cli.trainer.max_steps > 0
 
 

@@ -34,6 +34,17 @@ EXPERTS = {
     "moe_intermediate_size": 12,
     "shared_expert_intermediate_size": 36,
 }
+GLM = {
+    **{name: value for name, value in MISTRAL.items() if name != "sliding_window"},
+    "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 1.0},
+    "partial_rotary_factor": 1.0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 12,
+    "n_shared_experts": 2,
+}
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "mistral": ("mistral", "Mistral", MISTRAL),
     "mistral-tied": ("mistral", "Mistral", {**MISTRAL, "tie_word_embeddings": True, "head_dim": 6}),
@@ -44,6 +55,12 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "qwen2-moe": ("qwen2_moe", "Qwen2Moe", {**QWEN, **EXPERTS}),
     "qwen2-moe-normalized": ("qwen2_moe", "Qwen2Moe", {**QWEN, **EXPERTS, "norm_topk_prob": True}),
     "qwen2-moe-some-dense": ("qwen2_moe", "Qwen2Moe", {**QWEN, **EXPERTS, "mlp_only_layers": [0]}),
+    "glm4-moe": ("glm4_moe", "Glm4Moe", GLM),
+    "glm4-moe-tied-groups": (
+        "glm4_moe",
+        "Glm4Moe",
+        {**GLM, "tie_word_embeddings": True, "n_group": 2, "routed_scaling_factor": 2.5, "first_k_dense_replace": 2},
+    ),
 }
 
 
@@ -51,7 +68,11 @@ def peer(name: str) -> Any:
     module, prefix, options = CASES[name]
     modeling(module)
     config = getattr(transformers, f"{prefix}Config")(**options)
-    return randomize(getattr(transformers, f"{prefix}ForCausalLM")(config))
+    model = randomize(getattr(transformers, f"{prefix}ForCausalLM")(config))
+    for buffer_name, bias in model.named_buffers():
+        if buffer_name.endswith("e_score_correction_bias"):
+            bias.normal_(0.0, 0.1)
+    return model
 
 
 @pytest.mark.parametrize("name", CASES)

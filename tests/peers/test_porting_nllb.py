@@ -128,3 +128,15 @@ def test_a_model_of_our_own_is_read_by_transformers(start, tmp_path):
     torch.testing.assert_close(*pair.logits(), rtol=1e-5, atol=2e-4)
     ids = torch.randint(2, VOCAB, (3, 8))
     torch.testing.assert_close(pair.ours(ids, ids), model(ids, ids), rtol=0, atol=0)
+
+
+@pytest.mark.usefixtures("all_experts")
+def test_narrow_experts_without_biases_are_read_by_transformers(tmp_path):
+    # As in configs/nlp: dense FFNs of 128, experts of 64; zeros fill them up.
+    config = TransformerConfig("nano", position_offset=2, dropout=0.0)
+    moe = core.MoEConfig(4, core.TokenChoice(top_k=2), core.FFN(64, "relu"))
+    model = TranslationModel(config, source_vocab=VOCAB, moe=moe)
+    pair = check_own(model, transformers.NllbMoeForConditionalGeneration, tmp_path)
+    torch.testing.assert_close(*pair.logits(), rtol=1e-5, atol=2e-4)
+    ids = torch.randint(2, VOCAB, (3, 8))
+    torch.testing.assert_close(pair.ours(ids, ids), model(ids, ids), rtol=1e-5, atol=2e-5)

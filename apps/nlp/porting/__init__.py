@@ -1,4 +1,4 @@
-"""Published checkpoints as our models, and back: T5, Switch, M2M-100, NLLB-MoE, Mixtral, Qwen2-MoE.
+"""Published checkpoints as our models, and back: T5, Switch, M2M-100, NLLB-MoE, Mixtral, Qwen2-MoE, GLM-4.5's layout.
 
 A family has a file, with three pure functions: its configuration in our terms, ours in its, and a table of the
 parameters that leads both ways. A folder's ``config.json`` and weights are read as they are, without transformers.
@@ -161,8 +161,7 @@ def _publish(
     like = {**defaults, **_start(model, defaults), **like, "model_type": model_type}
     our_size = _vocab_sizes(model)[-1]
     vocabulary = family.vocabulary({**like, "vocab_size": our_size})[0].resized(our_size)
-    own = Architecture.of(model, model_type, vocabulary)
-    weights = dict(model.state_dict())
+    own, weights = family.fit(Architecture.of(model, model_type, vocabulary), dict(model.state_dict()))
     dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
     written = family.write(own)
     for name in ("eos_token_id", "bos_token_id"):
@@ -233,6 +232,8 @@ def _model_type(model: Model) -> str:
     config, sparse = model.config, model.moe is not None
     if isinstance(model, LanguageModel):
         is_qwen = config.bias if config.qkv_bias is None else config.qkv_bias
+        if model.moe is not None and getattr(model.moe.router, "score_func", None) == "sigmoid":
+            return "glm4_moe"
         if model.moe is not None:
             return "qwen2_moe" if is_qwen or model.moe.num_shared_experts else "mixtral"
         return "qwen2" if is_qwen else "mistral"

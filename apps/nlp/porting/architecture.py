@@ -152,6 +152,7 @@ class Family:
         parts: the architecture to the table of its parameters.
         vocabulary: the configuration to the vocabulary, and our ``TransformerConfig.start``.
         published: tensors to the names of published files; a library may hold them in another layout.
+        fit: the architecture and weights of a model of ours to others of the same logits that the family can say.
         computed: ends of the names of tensors that are no weights.
     """
 
@@ -161,7 +162,48 @@ class Family:
     parts: Callable[[Architecture], Parts]
     vocabulary: Callable[[Mapping[str, Any]], tuple[Vocabulary, Any]]
     published: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = lambda tensors: tensors
+    fit: Callable[[Architecture, dict[str, Tensor]], tuple[Architecture, dict[str, Tensor]]] = lambda *given: given
     computed: tuple[str, ...] = ()
+
+
+def one_width(
+    architecture: Architecture, weights: dict[str, Tensor], *, bias: bool
+) -> tuple[Architecture, dict[str, Tensor]]:
+    """Plain experts and dense FFNs as wide as the wider ones, by hidden units that are zero: the logits stay.
+
+    Args:
+        architecture: of a model of ours.
+        weights: of it.
+        bias: experts without biases get such of zero.
+    """
+    moe, shape = architecture.moe, architecture.transformer.shape
+    if moe is None or type(moe.expert) is not core.FFN:
+        return architecture, weights
+    num_sparse = len(architecture.encoder_moe_layers) + len(architecture.decoder_moe_layers)
+    own = moe.expert.hidden(shape.dim)
+    width = own if num_sparse == shape.encoder_layers + shape.decoder_layers else max(own, shape.hidden_dim)
+    out = {}
+    for name, weight in weights.items():
+        hidden_dim = None  # the dimension of its hidden units
+        if ".ffn." in name:
+            hidden_dim = {
+                "experts.w_in": 2,  # (E, D, F)
+                "experts.b_in": 1,
+                "experts.w_out": 1,  # (E, F, D)
+                "w_in.weight": 0,  # (F, D)
+                "w_in.bias": 0,
+                "w_out.weight": 1,  # (D, F)
+            }.get(name.rpartition(".ffn.")[2])
+        if hidden_dim is not None and weight.shape[hidden_dim] < width:
+            lacking = [*weight.shape]
+            lacking[hidden_dim] = width - weight.shape[hidden_dim]
+            weight = torch.cat((weight, weight.new_zeros(lacking)), hidden_dim)
+        out[name] = weight
+        if bias and not moe.expert.bias and name.endswith((".experts.w_in", ".experts.w_out")):
+            out[name.replace(".w_", ".b_")] = weight.new_zeros(len(weight), weight.shape[2])
+    expert = replace(moe.expert, hidden_dim=width, bias=bias or moe.expert.bias)
+    transformer = replace(architecture.transformer, hidden_dim=width)
+    return replace(architecture, transformer=transformer, moe=replace(moe, expert=expert)), out
 
 
 def needed(config: Mapping[str, Any], name: str) -> Any:

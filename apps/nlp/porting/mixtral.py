@@ -1,4 +1,5 @@
-"""Decoders with rotary positions: Mixtral (arXiv 2401.04088), Qwen2-MoE, and their dense parents Mistral and Qwen2."""
+"""Decoders with rotary positions: Mixtral (arXiv 2401.04088), Qwen2-MoE, their dense parents Mistral and Qwen2, and
+GLM-4.5 (arXiv 2508.06471), whose experts are DeepSeek-V3's."""
 
 from __future__ import annotations
 
@@ -27,8 +28,10 @@ NAMES = {
     "mixtral": "MixtralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen2_moe": "Qwen2MoeForCausalLM",
+    "glm4_moe": "Glm4MoeForCausalLM",
 }
-EXPERTS = {"mixtral": ("w1", "w3", "w2"), "qwen2_moe": ("gate_proj", "up_proj", "down_proj")}
+_PROJ = ("gate_proj", "up_proj", "down_proj")
+EXPERTS = {"mixtral": ("w1", "w3", "w2"), "qwen2_moe": _PROJ, "glm4_moe": _PROJ}
 """Theirs for ``w_gate``, ``w_in``, ``w_out``."""
 
 
@@ -54,7 +57,7 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Architectu
         activation=activation(config.get("hidden_act", "silu")),
         gated=True,
         bias=False,
-        qkv_bias=config.get("qkv_bias", True) if is_qwen else False,
+        qkv_bias=config.get("qkv_bias", True) if is_qwen else bool(config.get("attention_bias", False)),
         tie="all" if tied else "none",
         start=start,
         scale_embeddings=False,
@@ -66,6 +69,9 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Architectu
         moe, layers = _mixtral(config, transformer), tuple(range(transformer.shape.decoder_layers))
     elif model_type == "qwen2_moe":
         moe, layers = _qwen(config, transformer), _qwen_layers(config)
+    elif model_type == "glm4_moe":
+        first = config.get("first_k_dense_replace", 1)
+        moe, layers = _glm(config, transformer), tuple(range(first, transformer.shape.decoder_layers))
     if moe is None or not layers:
         moe, layers = None, ()
     return Architecture(model_type, transformer, vocabulary, moe, (), layers, is_language_model=True)
@@ -79,6 +85,12 @@ def _check_attention(config: Mapping[str, Any]) -> None:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
         raise ValueError(f"rope_type={kind!r}: rotary positions are 'default' in our models")
+    if config["model_type"] == "glm4_moe":
+        part = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 0.5))
+        if part != 1.0:
+            raise ValueError(f"partial_rotary_factor={part}: rotary positions are of whole heads in our models")
+        if config.get("use_qk_norm", False):
+            raise ValueError("use_qk_norm=True: our models have no norms of queries and keys")
 
 
 def _read_specials(config: Mapping[str, Any]) -> tuple[Vocabulary, Any]:
@@ -120,6 +132,25 @@ def _qwen(config: Mapping[str, Any], transformer: TransformerConfig) -> core.MoE
     )
 
 
+def _glm(config: Mapping[str, Any], transformer: TransformerConfig) -> core.MoEConfig:
+    router = core.TokenChoice(
+        top_k=config.get("num_experts_per_tok", 8),
+        score_func="sigmoid",
+        normalize=config.get("norm_topk_prob", True),
+        expert_bias=True,
+        num_groups=config.get("n_group", 1),
+        limited_groups=config.get("topk_group", 1),
+        scale=float(config.get("routed_scaling_factor", 1.0)),
+    )
+    return core.MoEConfig(
+        needed(config, "n_routed_experts"),
+        router,
+        core.SwiGLU(needed(config, "moe_intermediate_size"), transformer.activation),
+        num_shared_experts=config.get("n_shared_experts", 1),
+        balance=core.Balance(load_balancing=0.0, router_z=0.0),
+    )
+
+
 def _balance(config: Mapping[str, Any], top_k: int) -> core.Balance:
     # Theirs is K times ours.
     return core.Balance(load_balancing=top_k * config.get("router_aux_loss_coef", 0.001), router_z=0.0)
@@ -158,6 +189,11 @@ def write(architecture: Architecture) -> dict[str, Any]:
         written["head_dim"] = config.head_dim
     if model_type.startswith("qwen2"):
         written["use_sliding_window"] = False
+    if model_type == "glm4_moe":
+        del written["sliding_window"]
+        written["rope_parameters"] |= {"partial_rotary_factor": 1.0}
+        written |= {"partial_rotary_factor": 1.0, "use_qk_norm": False}
+        written["attention_bias"] = config.bias if config.qkv_bias is None else config.qkv_bias
     if moe is None:
         return written
     router, expert = token_choice(moe, model_type), plain_ffn(moe, model_type)
@@ -173,6 +209,19 @@ def write(architecture: Architecture) -> dict[str, Any]:
             "router_jitter_noise": router.jitter_eps,
         }
     dense = [i for i in range(shape.decoder_layers) if i not in architecture.decoder_moe_layers]
+    if model_type == "glm4_moe":
+        del written["router_aux_loss_coef"]
+        return {
+            **written,
+            "n_routed_experts": moe.num_experts,
+            "moe_intermediate_size": hidden_dim,
+            "n_shared_experts": moe.num_shared_experts,
+            "first_k_dense_replace": len(dense),
+            "norm_topk_prob": router.normalizes,
+            "n_group": router.num_groups,
+            "topk_group": router.limited_groups,
+            "routed_scaling_factor": router.scale,
+        }
     return {
         **written,
         "num_experts": moe.num_experts,
@@ -226,13 +275,16 @@ def _experts(architecture: Architecture, ours: str, layer: str) -> list[Part]:
     for our, name in zip(("w_gate", "w_in", "w_out"), EXPERTS[model_type], strict=True):
         experts = [f"{theirs}.experts.{e}.{name}.weight" for e in range(moe.num_experts)]
         found.append(stacked(f"{ours}.experts.{our}", experts))
+    if moe.router.expert_bias:  # type: ignore[attr-defined]  # a TokenChoice, as token_choice found
+        found.append(same(f"{ours}.router.expert_bias", f"{theirs}.gate.e_score_correction_bias"))
     if moe.num_shared_experts:
-        shared = f"{theirs}.shared_expert"
+        shared = f"{theirs}.shared_expert{'s' if model_type == 'glm4_moe' else ''}"
         for our, name, dim in (("w_gate", "gate_proj", 0), ("w_in", "up_proj", 0), ("w_out", "down_proj", 1)):
             found.append(
                 cut(f"{ours}.shared_experts.{our}", f"{shared}.{name}.weight", moe.num_shared_experts, dim=dim)
             )
-        found += linear(f"{ours}.shared_gate", f"{theirs}.shared_expert_gate", bias=False)
+        if model_type == "qwen2_moe":
+            found += linear(f"{ours}.shared_gate", f"{theirs}.shared_expert_gate", bias=False)
     return found
 
 
@@ -244,7 +296,8 @@ def published(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         return tensors
     found = dict(tensors)
     for layer in layers:
-        model_type = "qwen2_moe" if f"{layer}mlp.shared_expert_gate.weight" in found else "mixtral"
+        shared = {"mlp.shared_expert_gate.weight": "qwen2_moe", "mlp.shared_experts.up_proj.weight": "glm4_moe"}
+        model_type = next((kind for name, kind in shared.items() if f"{layer}{name}" in found), "mixtral")
         gate_name, in_name, out_name = EXPERTS[model_type]
         block = f"{layer}{_block(model_type)}"
         gates = found.pop(f"{layer}{fused}")

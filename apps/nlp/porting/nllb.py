@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ from .architecture import (
     Family,
     activation,
     needed,
+    one_width,
     plain_ffn,
     sparse_step,
     token_choice,
@@ -200,5 +202,6 @@ FAMILY = Family(
     read=read,
     write=write,
     parts=parts,
+    fit=functools.partial(one_width, bias=True),
     computed=("embed_positions.weights", "final_logits_bias"),
 )

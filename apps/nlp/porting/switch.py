@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ from .architecture import (
     Family,
     activation,
     needed,
+    one_width,
     plain_ffn,
     sparse_step,
     token_choice,
@@ -210,6 +212,7 @@ FAMILY = Family(
     read=read,
     write=write,
     parts=parts,
+    fit=functools.partial(one_width, bias=False),
     # Of releases that gave the cross-attention a table it does not use.
     computed=("EncDecAttention.relative_attention_bias.weight",),
 )
