@@ -17,6 +17,7 @@ from typing import Any, ClassVar, TextIO
 import torch
 from torch import Tensor, nn
 
+from apps.callbacks import naming
 from apps.files import replacing
 from apps.nlp.decode import DecodeConfig
 from apps.nlp.predict import Line
@@ -101,10 +102,10 @@ class LinePredictor:
             ValueError: another ending, a file that is there, lines of another run, or a run that writes them now.
         """
         path = Path(path)
-        if path.suffix not in ENDINGS:
-            raise ValueError(f"output={path} must end in {' or '.join(ENDINGS)}")
         if data.text is None and data.predict_file is None:
             return None
+        if path.suffix not in ENDINGS:
+            raise ValueError(f"output={path}: what is said of lines of text goes to a file in {' or '.join(ENDINGS)}")
         if path.exists() and not overwrite:
             raise ValueError(f"output={path} exists already: give another name, or take it away")
         is_json = path.suffix == ".jsonl"
@@ -115,7 +116,7 @@ class LinePredictor:
             "bad_lines": data.bad_lines,
             **to_plain(self.made_from(data)),
         }
-        with Partial(path, made, overwrite) as partial:
+        with naming(path), Partial(path, made, overwrite) as partial:
             lines = self.predict_lines(data, partial.lines)
             assert lines is not None
             start, chunk = partial.lines, self.chunk_of(data)
