@@ -127,7 +127,7 @@ class LinePredictor:
                     partial.save(line.index + 1)
                 partial.count = line.index + 1
         resumed = f", {start:,} of them by an earlier run" if start else ""
-        return f"{partial.count:,} lines in {path}{resumed}"
+        return f"{partial.count:,} line{'s' * (partial.count != 1)} in {path}{resumed}"
 
 
 def as_text(line: Line, num_best: int) -> list[str]:
@@ -198,7 +198,9 @@ class Partial:
         if where is None and self.made["input"] == ["-"] and known["lines"]:
             raise ValueError(f"{self.partial} is of standard input, which cannot be read twice: take it away")
         if where is not None:
-            raise ValueError(f"{self.partial} is of another run, whose {where}: take it away, or give another output")
+            raise ValueError(
+                f"{self.partial} is of another run, whose {where}: take it away, overwrite it, or give another output"
+            )
 
     def write(self, text: str) -> None:
         """Append text."""
@@ -223,12 +225,16 @@ class Partial:
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         with self._file:
             self._file.flush()
-            if kind is not None:
+            if kind is not None and self._whole["lines"]:
                 self._note()
-                log.info("%s has what is done: the same command goes on from there", self.partial)
+                done = f"{self._whole['lines']:,} lines"
+                log.info("%s are in %s: a run like this one goes on after them", done, self.partial)
                 return
-            os.fsync(self._file.fileno())
-            os.replace(self.partial, self.path)
+            if kind is not None:
+                self.partial.unlink()
+            else:
+                os.fsync(self._file.fileno())
+                os.replace(self.partial, self.path)
         with contextlib.suppress(FileNotFoundError):
             self.state.unlink()
 

@@ -185,7 +185,8 @@ def test_a_script_that_translates_hears_nothing_of_lightning():
 
 
 @pytest.mark.parametrize("name", ["out.txt", "out.jsonl"])
-def test_a_file_goes_on_where_a_killed_run_stopped_to_the_same_lines(name, tmp_path, monkeypatch):
+def test_a_file_goes_on_where_a_killed_run_stopped_to_the_same_lines(name, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
     model = load()
     Path("in.txt").write_text("\n".join(LINES) + "\n")
     options = {"predict_file": "in.txt", "predict_lines": 2}
@@ -206,6 +207,7 @@ def test_a_file_goes_on_where_a_killed_run_stopped_to_the_same_lines(name, tmp_p
     assert not path.exists()
     partial = tmp_path / f"{name}.partial"
     assert partial.read_bytes() == b"".join(whole.read_bytes().splitlines(keepends=True)[:4])
+    assert caplog.messages[-1] == f"4 lines are in {partial}: a run like this one goes on after them"
     with open(partial, "a") as file:
         file.write("half a li")  # what a kill leaves behind the last note
 
@@ -245,6 +247,9 @@ def test_a_file_of_another_run_is_never_replaced_or_gone_on_with_in_silence(tmp_
     assert model.predict_into(data_of(model), tmp_path / "none.csv") is None  # of rows of the test split
 
     path = tmp_path / "other.txt"
+    with pytest.raises(ValueError, match="line 3: byte 0xff"):  # in the first chunk: nothing is left behind
+        model.predict_into(data_of(model, predict_file="bad.txt"), path)
+    assert not list(tmp_path.glob("other*"))
     with pytest.raises(ValueError, match="line 3: byte 0xff"):
         model.predict_into(data_of(model, predict_file="bad.txt", predict_lines=1), path)
     for options, told in (
