@@ -1,6 +1,7 @@
 """The routers by name: ``configs/routing/NAME.yaml``, overlays that put a router into any config with MoE layers.
 
-``moesaic compare --routers`` and ``moesaic bench routing`` read them, so a router's settings are written once.
+``moesaic compare --routers`` and ``moesaic bench routing`` read them, so a router's settings are written once. torch is
+imported where a layer is made: a name is checked without it.
 """
 
 from __future__ import annotations
@@ -9,20 +10,21 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
-import core
-from apps.training import Baseline, SparseModule
-from apps.widths import nearest_width, widened
+if TYPE_CHECKING:
+    import core
+    from apps.training import Baseline, SparseModule
+
+    Layers = core.MoEConfig | core.MultiGateConfig
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 """The configurations that come along: of the source tree, or beside the packages of an installed wheel."""
 FOLDER = CONFIGS / "routing"
 PREFIX = "router_"
 """Of a system's name in a comparison."""
-Layers = core.MoEConfig | core.MultiGateConfig
 
 
 def overlays() -> dict[str, Path]:
@@ -94,6 +96,8 @@ def with_router(moe: Layers, name: str) -> Layers:
     Raises:
         ValueError: the overlay's values do not fit ``moe``.
     """
+    import core
+
     plain = moe.to_dict()
     values = {"balance": {}, **read(name)}
     if isinstance(moe, core.MoEConfig):
@@ -113,6 +117,7 @@ def match_flops(moe: Layers, flops: float, dim: int, **how: Any) -> Layers:
     Raises:
         ValueError: its experts have no hidden dim.
     """
+    from apps.widths import nearest_width, widened
 
     def at(width: int) -> Layers:
         return dataclasses.replace(moe, expert=widened(moe.expert, width))
@@ -147,6 +152,8 @@ def variants(module: SparseModule, names: Iterable[str]) -> Mapping[str, Baselin
     Raises:
         ValueError: two overlays share a name, or the module has no layer whose router could be another.
     """
+    from apps.training import Baseline
+
     found: dict[str, Baseline] = {}
     names, moe = list(names), module.moe_config
     if names and moe is None:
