@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from apps.recsys.module import MultiTaskRecommender
 
 ESTIMATORS = {
-    "hist_gradient_boosting": ("HistGradientBoosting", "tuned on validation"),
+    "hist_gradient_boosting": ("HistGradientBoosting", "settings chosen on validation"),
     "hist_gradient_boosting_untuned": ("HistGradientBoostingUntuned", "150 trees, scikit-learn's defaults"),
-    "logistic_regression": ("LogisticRegression", "strength tuned on validation"),
+    "logistic_regression": ("LogisticRegression", "strength chosen on validation"),
 }
 """Classes of ``apps.recsys.estimators`` by the name of the baseline, and what is said of them."""
 

@@ -1,7 +1,7 @@
 """scikit-learn's models as baselines of a multi-task recommender: one model a task, nothing shared.
 
-They are estimators of ``apps.compare.systems``: ``fit`` on the training split with what is tuned tuned on the
-validation split, and metrics under the names that the network logs. The test split is read by ``evaluate`` alone.
+They are estimators of ``apps.compare.systems``: ``tune`` finds the settings on the validation split, ``fit`` trains
+with them, and the metrics have the names that the network logs. The test split is read by ``evaluate`` alone.
 
 Threads: boosting and the sparse products run in as many as torch uses here (``n_threads=None``), so that several runs
 at a time share the cores as networks do. Results depend on the seed, not on the number of threads, but for the order in
@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 
+from apps.baselines import Search
 from apps.recsys import figures
 from apps.recsys.arrays import TableArrays, gather
 from apps.recsys.features import Features
@@ -38,6 +39,16 @@ FOLDS = 5
 SMOOTHING = 10.0
 """Examples of the overall mean that are added to those of a value."""
 
+TREES = tuple({"max_leaf_nodes": a, "max_features": b} for a, b in itertools.product((31, 15, 63), (1.0, 0.5)))
+PENALTIES = tuple({"l2_regularization": a} for a in (1.0, 20.0))
+"""Settings that boosting tries on some rows, the second ones with the best of the first, which have no penalty."""
+
+WHOLE = tuple({"learning_rate": a, "by_category": b} for a, b in ((0.05, True), (0.05, False), (0.1, True)))
+"""Settings that boosting tries on all rows."""
+
+SOME_ROWS = 0.6
+"""Share of a task's time that is for the settings on some rows."""
+
 MULTI_HOT = 64
 """The most frequent values of a multi-valued column that get a column each in boosting."""
 
@@ -53,6 +64,8 @@ class _PerTask:
     """
 
     steps: bool = False
+    tunes: bool = True
+    """Whether there are settings to be searched, by ``tune``."""
 
     def __init__(self, n_threads: int | None = None) -> None:
         if n_threads is not None and n_threads < 1:
@@ -62,25 +75,65 @@ class _PerTask:
         self.chosen: dict[str, dict[str, Any]] = {}
         """What was tuned, by task."""
 
-    def fit(self, data: Any, seed: int) -> None:
-        """Train on the training split of ``data``, which is set up; tune on its validation split.
+    def tune(self, data: Any, seed: int, search: Search | None = None) -> dict[str, dict[str, Any]]:
+        """Find the settings of each task's model: trained on the training split, judged on the validation split.
+
+        Args:
+            data: set up already.
+            seed: of what the search draws.
+            search: how long it may take, and what it has tried before; None: as long as it takes. Each task has an
+                equal part of the time, and what one leaves goes to the next. The first setting is tried in any case.
+
+        Returns:
+            By task, plain values for ``fit``; empty for a task whose training labels are of one class.
 
         Raises:
             ValueError: a split without rows.
         """
+        search = search or Search()
+        found: dict[str, dict[str, Any]] = {}
         with self._threads():
-            train, val = gather(data, "train"), gather(data, "val")
-            self._prepare(train)
-            label_Nt, label_val_Nt = self._labels(train).numpy(), self._labels(val).numpy()
-            for task, name in enumerate(train.features.tasks):
-                y_N, yv_N = label_Nt[:, task], label_val_Nt[:, task]
-                classes = np.unique(y_N[~np.isnan(y_N)])
-                if len(classes) < 2:
-                    rate = float(classes[0]) if len(classes) else 0.5
-                    self.models[name], self.chosen[name] = _Constant(rate), {"constant": rate}
+            tasks = self._tasks(data, seed)
+            search.total = sum(self._num_settings(task) for _, task in tasks if isinstance(task, _Task))
+            for t, (name, task) in enumerate(tasks):
+                part = (t / len(tasks), (t + 1) / len(tasks))
+                found[name] = self._tune_task(task, search, part) if isinstance(task, _Task) else {}
+        return found
+
+    def fit(self, data: Any, seed: int, settings: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+        """Train on the training split of ``data``, which is set up; how long, the validation split says.
+
+        Args:
+            data: set up already.
+            seed: of what the training draws.
+            settings: what ``tune`` has found; None: tune now.
+
+        Raises:
+            ValueError: a split without rows.
+        """
+        settings = self.tune(data, seed) if settings is None else settings
+        with self._threads():
+            for name, task in self._tasks(data, seed):
+                if isinstance(task, _Constant):
+                    self.models[name], self.chosen[name] = task, {"constant": task.rate}
                 else:
-                    self.models[name], self.chosen[name] = self._fit_task(_Task(train, y_N, val, yv_N, seed))
+                    self.models[name], self.chosen[name] = self._fit_task(task, settings[name])
                 _logger.info("%s, %s: %s", type(self).__name__, name, _words(self.chosen[name]))
+
+    def _tasks(self, data: Any, seed: int) -> list[tuple[str, _Task | _Constant]]:
+        """Return the labelled rows of each task, or the rate of one whose training labels are of one class."""
+        train, val = gather(data, "train"), gather(data, "val")
+        self._prepare(train)
+        label_Nt, label_val_Nt = self._labels(train).numpy(), self._labels(val).numpy()
+        found: list[tuple[str, _Task | _Constant]] = []
+        for t, name in enumerate(train.features.tasks):
+            y_N, yv_N = label_Nt[:, t], label_val_Nt[:, t]
+            classes = np.unique(y_N[~np.isnan(y_N)])
+            if len(classes) < 2:
+                found.append((name, _Constant(float(classes[0]) if len(classes) else 0.5)))
+            else:
+                found.append((name, _Task(name, train, y_N, val, yv_N, seed)))
+        return found
 
     def evaluate(self, data: Any, split: Literal["val", "test"]) -> Mapping[str, float]:
         """The metrics of ``MultiTaskMetrics``, as the module logs them, without the split."""
@@ -113,7 +166,15 @@ class _PerTask:
     def _prepare(self, train: TableArrays) -> None:
         """Learn from the training rows what all tasks need."""
 
-    def _fit_task(self, task: _Task) -> tuple[Any, dict[str, Any]]:
+    def _num_settings(self, task: _Task) -> int:
+        """Return how many settings the whole search of a task has."""
+        raise NotImplementedError
+
+    def _tune_task(self, task: _Task, search: Search, part: tuple[float, float]) -> dict[str, Any]:
+        """Return the best settings found; ``part``: from what share of the search's time to what share it may go on."""
+        raise NotImplementedError
+
+    def _fit_task(self, task: _Task, settings: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
         raise NotImplementedError
 
     def _decision(self, model: Any, arrays: TableArrays) -> np.ndarray:
@@ -122,8 +183,9 @@ class _PerTask:
 
 @dataclass(frozen=True)
 class _Task:
-    """The labelled rows of one task."""
+    """The rows of one task."""
 
+    name: str
     train: TableArrays
     y_N: np.ndarray
     val: TableArrays
@@ -168,8 +230,9 @@ class HistGradientBoosting(_PerTask):
 
     Tuned, on the validation split's AUC: leaves and the share of columns a split looks at, then the L2 penalty, on at
     most ``search_rows`` training rows; then the learning rate, and whether categories are split as such or as numbers,
-    on all of them, each with as many of ``max_iter`` trees as are best. The seed draws the search rows and the columns
-    of a split.
+    on all of them, each with as many of ``max_iter`` trees as are best. A search whose time is up keeps the best so
+    far; the last two fifths of the time are for the settings on all rows. The seed draws the search rows and the
+    columns of a split.
 
     Args:
         tuned: search; False: scikit-learn's defaults and ``UNTUNED_ITERATIONS`` trees.
@@ -192,7 +255,7 @@ class HistGradientBoosting(_PerTask):
         super().__init__(n_threads)
         if max_iter < 1:
             raise ValueError(f"max_iter={max_iter} must be at least 1")
-        self.tuned, self.max_iter, self.search_rows = tuned, max_iter, search_rows
+        self.tunes, self.max_iter, self.search_rows = tuned, max_iter, search_rows
         self._frequent: dict[str, np.ndarray] = {}
 
     def _prepare(self, train: TableArrays) -> None:
@@ -201,41 +264,73 @@ class HistGradientBoosting(_PerTask):
                 counts = np.bincount(train.multi[feature.name].values, minlength=feature.num_rows)
                 self._frequent[feature.name] = np.sort(np.argsort(-counts, kind="stable")[:MULTI_HOT])
 
-    def _fit_task(self, task: _Task) -> tuple[Any, dict[str, Any]]:
+    def _rows(self, task: _Task) -> _Rows:
         encoder = _Encoder(task.train.features, self._frequent)
         kept_N, kept_V = ~np.isnan(task.y_N), ~np.isnan(task.yv_N)
         y_N, yv_N = task.y_N[kept_N].astype(np.int64), task.yv_N[kept_V].astype(np.int64)
         x_ND, mask_D = encoder.fit_transform(task.train, kept_N, y_N, task.seed)
-        if not self.tuned:
-            fitted = _Boosted(_booster(mask_D, task.seed, {}, self.UNTUNED_ITERATIONS).fit(x_ND, y_N), 0)
-            return (encoder, fitted), {"iterations": self.UNTUNED_ITERATIONS}
-        xv_ND = encoder.transform(task.val)[kept_V]
-        valid = (xv_ND, yv_N)
-        rows = self._search_rows(y_N, task.seed)
-        few = (x_ND[rows], y_N[rows])
+        valid = (np.zeros((0, 0)), yv_N) if not self.tunes else (encoder.transform(task.val)[kept_V], yv_N)
+        return _Rows(encoder, (x_ND, y_N), valid, mask_D)
+
+    def _num_settings(self, task: _Task) -> int:
+        if not self.tunes:
+            return 0
+        encoder = _Encoder(task.train.features, {})
+        has_categories = bool(encoder.small) or encoder.has_domain(task.train)
+        return len(TREES) + len(PENALTIES) + len(_whole_settings(has_categories))
+
+    def _tune_task(self, task: _Task, search: Search, part: tuple[float, float]) -> dict[str, Any]:
+        if not self.tunes:
+            return {}
+        rows = self._rows(task)
+        few = self._search_rows(rows.train[1], task.seed)
+        sample = (rows.train[0][few], rows.train[1][few])
+        limit = min(self.SEARCH_ITERATIONS, self.max_iter)
+        begins, ends = part
         best: dict[str, Any] = {}
-        grids: list[list[dict[str, Any]]] = [
-            [{"max_leaf_nodes": a, "max_features": b} for a, b in itertools.product((15, 31, 63), (0.5, 1.0))],
-            [{"l2_regularization": a} for a in (0.0, 1.0, 20.0)],
-        ]
-        for grid in grids:
-            tried = [{**best, **options} for options in grid]
-            limit = min(self.SEARCH_ITERATIONS, self.max_iter)
-            at = [self._boost(mask_D, few, valid, task.seed, {**o, "learning_rate": 0.1}, limit)[1] for o in tried]
-            best = tried[int(np.argmax(at))]
-        final = []
-        for rate, by_category in ((0.05, True), (0.05, False), (0.1, True)):
-            options = {**best, "learning_rate": rate}
-            mask = mask_D if by_category else np.zeros_like(mask_D)
-            if not by_category and not mask_D.any():
-                continue
-            model, _ = self._boost(mask, (x_ND, y_N), valid, task.seed, options, self.max_iter)
-            by_number = [_quality(z_N, yv_N) for z_N in model.staged_decision_function(xv_ND)]
-            final.append(_Boosted(model, int(np.argmax(by_number)) + 1, max(by_number), by_category))
-        fitted = max(final, key=lambda f: f.quality)
-        options = {k: v for k, v in fitted.model.get_params().items() if k in {*best, "learning_rate"}}
-        options |= {"by_category": fitted.by_category, "iterations": fitted.iterations, "val_quality": fitted.quality}
-        return (encoder, fitted), options
+        at = -math.inf
+        for grid in (TREES, PENALTIES):
+            start = best
+            for further in grid:
+                options = {**start, **further}
+                own = {**options, "learning_rate": 0.1}
+
+                def few_trees(own: dict[str, Any] = own) -> float:
+                    return self._boost(rows.mask_D, sample, rows.valid, task.seed, own, limit)[1]
+
+                name, until = f"{task.name}, some rows: {_words(options)}", begins + SOME_ROWS * (ends - begins)
+                quality = search.quality(name, few_trees, until)
+                if quality is not None and quality > at:
+                    best, at = options, quality
+        chosen: dict[str, Any] = {}
+        at = -math.inf
+        for further in _whole_settings(bool(rows.mask_D.any())):
+            options = {**best, **further}
+
+            def all_trees(options: dict[str, Any] = options) -> float:
+                return self._whole(rows, task.seed, options).quality
+
+            name = f"{task.name}, all rows: {_words(options)}"
+            quality = search.quality(name, all_trees, ends if chosen else math.inf)
+            if quality is not None and quality > at:
+                chosen, at = options, quality
+        return chosen
+
+    def _fit_task(self, task: _Task, settings: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+        rows = self._rows(task)
+        if not self.tunes:
+            model = _booster(rows.mask_D, task.seed, {}, self.UNTUNED_ITERATIONS).fit(*rows.train)
+            return (rows.encoder, _Boosted(model, 0)), {"iterations": self.UNTUNED_ITERATIONS}
+        fitted = self._whole(rows, task.seed, settings)
+        return (rows.encoder, fitted), {**settings, "iterations": fitted.iterations, "val_quality": fitted.quality}
+
+    def _whole(self, rows: _Rows, seed: int, settings: Mapping[str, Any]) -> _Boosted:
+        """Return trees on all rows, as many of them as are best on the validation split."""
+        options = {name: value for name, value in settings.items() if name != "by_category"}
+        mask_D = rows.mask_D if settings["by_category"] else np.zeros_like(rows.mask_D)
+        model, _ = self._boost(mask_D, rows.train, rows.valid, seed, options, self.max_iter)
+        by_number = [_quality(z_N, rows.valid[1]) for z_N in model.staged_decision_function(rows.valid[0])]
+        return _Boosted(model, int(np.argmax(by_number)) + 1, max(by_number))
 
     def _search_rows(self, y_N: np.ndarray, seed: int) -> np.ndarray:
         rows = np.sort(np.random.default_rng(seed).permutation(len(y_N))[: self.search_rows])
@@ -273,6 +368,20 @@ class HistGradientBoostingUntuned(HistGradientBoosting):
         super().__init__(tuned=False, n_threads=n_threads)
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """The columns and labels of one task's rows, for training and validation; ``mask_D``: which hold categories."""
+
+    encoder: _Encoder
+    train: tuple[np.ndarray, np.ndarray]
+    valid: tuple[np.ndarray, np.ndarray]
+    mask_D: np.ndarray
+
+
+def _whole_settings(has_categories: bool) -> list[dict[str, Any]]:
+    return [options for options in WHOLE if options["by_category"] or has_categories]
+
+
 def _booster(mask_D: np.ndarray, seed: int, options: Mapping[str, Any], trees: int) -> Any:
     from sklearn.ensemble import HistGradientBoostingClassifier
 
@@ -293,7 +402,6 @@ class _Boosted:
     model: Any
     iterations: int
     quality: float = math.nan
-    by_category: bool = True
 
     def decision(self, x_ND: np.ndarray) -> np.ndarray:
         if not self.iterations:
@@ -331,7 +439,7 @@ class _Encoder:
         x_ND = self._columns(train, rates_NF, kept_N)
         mask_D = np.zeros(x_ND.shape[1], dtype=bool)
         C = train.dense_NC.shape[1]
-        mask_D[C : C + len(self.small) + self._has_domain(train)] = True
+        mask_D[C : C + len(self.small) + self.has_domain(train)] = True
         return x_ND, mask_D
 
     def transform(self, arrays: TableArrays) -> np.ndarray:
@@ -339,7 +447,7 @@ class _Encoder:
         rates_NF = np.stack(rates, 1) if rates else np.zeros((len(arrays), 0))
         return self._columns(arrays, rates_NF, np.ones(len(arrays), dtype=bool))
 
-    def _has_domain(self, arrays: TableArrays) -> bool:
+    def has_domain(self, arrays: TableArrays) -> bool:
         return arrays.domain_N is not None and self.features.num_domains <= MAX_CATEGORIES
 
     def _columns(self, arrays: TableArrays, rates_NF: np.ndarray, kept_N: np.ndarray) -> np.ndarray:
@@ -390,23 +498,34 @@ class LogisticRegression(_PerTask):
             raise ValueError(f"strengths={strengths} must be positive numbers")
         self.strengths, self.max_iter = strengths, max_iter
 
-    def _fit_task(self, task: _Task) -> tuple[Any, dict[str, Any]]:
+    def _num_settings(self, task: _Task) -> int:
+        return len(self.strengths)
+
+    def _tune_task(self, task: _Task, search: Search, part: tuple[float, float]) -> dict[str, Any]:
+        best, at = None, -math.inf
+        for strength in sorted(self.strengths):
+
+            def tried(strength: float = strength) -> float:
+                return self._fit_task(task, {"C": strength})[1]["val_quality"]
+
+            quality = search.quality(f"{task.name}: C={strength:g}", tried, math.inf if best is None else part[1])
+            if quality is not None and quality > at:
+                best, at = strength, quality
+        return {"C": best}
+
+    def _fit_task(self, task: _Task, settings: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
         from sklearn.exceptions import ConvergenceWarning
         from sklearn.linear_model import LogisticRegression as Linear
 
         kept_N, kept_V = ~np.isnan(task.y_N), ~np.isnan(task.yv_N)
         x, xv = design_matrix(task.train)[kept_N], design_matrix(task.val)[kept_V]
-        tried = []
-        model = Linear(max_iter=self.max_iter, warm_start=True)
+        model = Linear(C=settings["C"], max_iter=self.max_iter)
         with warnings.catch_warnings():
             # The best strength is chosen by validation; an optimiser cut short is one more regulariser.
             warnings.simplefilter("ignore", ConvergenceWarning)
-            for strength in sorted(self.strengths):
-                model.set_params(C=strength).fit(x, task.y_N[kept_N].astype(np.int64))
-                quality = _quality(model.decision_function(xv), task.yv_N[kept_V])
-                tried.append((quality, strength, model.coef_[0].copy(), float(model.intercept_[0])))
-        quality, strength, weights, bias = max(tried, key=lambda t: t[0])
-        return (weights, bias), {"C": strength, "val_quality": quality}
+            model.fit(x, task.y_N[kept_N].astype(np.int64))
+        quality = _quality(model.decision_function(xv), task.yv_N[kept_V])
+        return (model.coef_[0].copy(), float(model.intercept_[0])), {"C": settings["C"], "val_quality": quality}
 
     def _decision(self, model: Any, arrays: TableArrays) -> np.ndarray:
         weights, bias = model
