@@ -235,6 +235,7 @@ def quality_against_flops(
     quality: str = "test accuracy",
     title: str = "Quality against cost",
     percent: bool = True,
+    unit: str = "an example",
 ) -> Figure:
     """Quality over FLOPs of one example, one marker a series; lone points of equal FLOPs stand side by side.
 
@@ -243,6 +244,7 @@ def quality_against_flops(
         quality: name of the vertical axis.
         title: of the figure.
         percent: qualities are shares in 0..1 and drawn in %.
+        unit: what the FLOPs are of, such as "an image".
 
     Raises:
         ValueError: no point to draw.
@@ -250,7 +252,7 @@ def quality_against_flops(
     flops = [f for s in series for f in s.flops]
     if not flops:
         raise ValueError("quality_against_flops needs at least one point")
-    scale, unit = _flop_unit(max(flops))
+    scale, prefix = _flop_unit(max(flops))
     factor = 100.0 if percent else 1.0
     fig = new_figure(6.0, 3.9)
     axis = fig.subplots()
@@ -274,7 +276,7 @@ def quality_against_flops(
     if percent:  # an interval may reach beyond what there is
         low, high = axis.get_ylim()
         axis.set_ylim(max(low, -1.0), min(high, 101.0))
-    axis.set_xlabel(f"{unit}FLOPs per example, forward")
+    axis.set_xlabel(f"{prefix}FLOPs {unit}, forward")
     axis.set_ylabel(f"{quality}, %" if percent else quality)
     axis.grid(alpha=0.25)
     axis.legend(fontsize=8, frameon=False, loc="best")

@@ -26,6 +26,7 @@ import core
 from apps import sharded
 from apps.averaging import WeightAverage
 from apps.callbacks import NonFiniteError, WeightEMA
+from apps.cost import measure_cost, megaflops
 from apps.optimizers import OptimizerConfig, build_optimizer, parameter_groups
 
 _logger = logging.getLogger(__name__)
@@ -81,6 +82,7 @@ class ExampleDifference:
         p: of no difference.
         method: what was done, in a few words.
         is_part: it is of a part of the examples; a comparison shows those of all on the screen.
+        over: what the interval is over, such as "test sentences".
     """
 
     name: str
@@ -90,6 +92,7 @@ class ExampleDifference:
     p: float
     method: str
     is_part: bool = False
+    over: str = "test examples"
 
 
 class SparseModule(LightningModule):
@@ -186,6 +189,11 @@ class SparseModule(LightningModule):
         """As ``example_inputs``, for counting what a comparison calls equal: without padding, where one kind of layer
         computes it and another does not."""
         return self.example_inputs(batch)
+
+    def cost_unit(self, batch: Any) -> str:
+        """What the FLOPs of an example of ``batch`` are of: "an image", or with a length where the data decide it, "a
+        block of 128 tokens"."""
+        return "an example"
 
     def build_metrics(self) -> nn.Module | None:
         """A torchmetrics ``MetricCollection`` of (outputs, targets), without prefix, or one ``Metric`` that returns a
@@ -480,20 +488,39 @@ class SparseModule(LightningModule):
             self.log("train/examples_per_second", self._clock.rate() * self.trainer.world_size, batch_size=1)
 
     def _log_size(self, batch: Any) -> None:
-        """Parameters, active parameters and forward FLOPs an example, once a run."""
-        size = model_size(self, self.example_inputs(batch))
-        for name in ("num_params", "active_params"):
-            size[name] += getattr(self.trainer.strategy, "num_params_elsewhere", 0)
+        """Parameters, active parameters and forward FLOPs an example, once a run: what a comparison counts too."""
+        counted = self._validation_batch()
+        cost = measure_cost(self, batch if counted is None else counted)
+        elsewhere = getattr(self.trainer.strategy, "num_params_elsewhere", 0)
+        size = {
+            "num_params": cost.num_params + elsewhere,
+            "active_params": cost.active_params + elsewhere,
+            "flops_per_example": cost.flops_per_example,
+        }
         for logger in self.loggers:
             logger.log_metrics({f"model/{k}": float(v) for k, v in size.items()}, step=0)
         if rank_zero_only.rank == 0:
             _logger.info(
-                "%s: %s parameters, %s active, %.2f MFLOPs an example (forward)",
+                "%s: %s parameters, %s active, %s MFLOPs %s (forward)",
                 type(self).__name__,
                 f"{size['num_params']:,}",
                 f"{size['active_params']:,}",
-                size["flops_per_example"] / 1e6,
+                megaflops(cost.flops_per_example),
+                cost.unit,
             )
+
+    def _validation_batch(self) -> Any:
+        """The first batch of the validation, which costs are counted on; None where there is none."""
+        loader: Any = self.trainer.val_dataloaders
+        while isinstance(loader, (list, tuple)):
+            loader = next(iter(loader), None)
+        if loader is None:
+            return None
+        with torch.random.fork_rng(devices=[]):  # a pass over a loader draws a seed for its workers
+            batch = next(iter(loader), None)
+        if batch is None:
+            return None
+        return self.trainer.strategy.batch_to_device(self.trainer.precision_plugin.convert_input(batch))
 
     def _logs_this_step(self) -> bool:
         return (self.global_step + 1) % self.trainer.log_every_n_steps == 0
@@ -553,47 +580,6 @@ def routing_metrics(stats: core.RoutingStats, prefix: str = "routing") -> dict[s
             figures.setdefault(name, []).append(value)
     metrics |= {f"{prefix}/{name}": torch.tensor(sum(v) / len(v)) for name, v in figures.items()}
     return metrics
-
-
-def model_size(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, float]:
-    """``num_params``, ``active_params`` and the forward ``flops_per_example``, counted on ``inputs``.
-
-    The generators and the model's mode are as before.
-    """
-    training = model.training
-    # Of a table on other ranks there is an empty weight; its empty rows need a gradient, which the counter looks for.
-    elsewhere = any(p.numel() == 0 for p in model.parameters())
-    with torch.random.fork_rng(devices=cuda_devices(model)), torch.set_grad_enabled(elsewhere):
-        model.eval()
-        flops = core.count_flops(model, *inputs)
-        model.train(training)
-    return {
-        "num_params": sum(p.numel() for p in model.parameters()),
-        "active_params": core.active_params(model),
-        "flops_per_example": flops / num_examples(inputs),
-    }
-
-
-def num_examples(inputs: tuple[Any, ...]) -> int:
-    """B of the arguments of a forward: the length of the first that has one, a tensor or an object of a batch.
-
-    Raises:
-        ValueError: none has a length.
-    """
-    for value in inputs:
-        if isinstance(value, Tensor):
-            if value.ndim:
-                return len(value)
-        elif hasattr(value, "__len__") and not isinstance(value, (Mapping, list, tuple, str)):
-            return len(value)
-    kinds = ", ".join(type(value).__name__ for value in inputs) or "nothing"
-    raise ValueError(f"example_inputs gives {kinds}, which has no length to count examples by")
-
-
-def cuda_devices(model: nn.Module) -> list[int]:
-    """The CUDA devices that ``model`` is on, for ``torch.random.fork_rng``."""
-    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda}
-    return sorted(device.index or 0 for device in devices)
 
 
 def to_plain(value: Any) -> Any:

@@ -26,9 +26,9 @@ from lightning.pytorch import Trainer, seed_everything
 import core
 from apps.compare.experiment import Experiment
 from apps.compare.parallel import answering, start, worker_context
-from apps.compare.training import terminable
+from apps.cost import measure_cost, num_examples
 from apps.messages import first_line
-from apps.training import SparseModule, num_examples
+from apps.training import SparseModule
 
 ROUND_SECONDS = 0.3
 """A round is as many steps as take this long, at least one."""
@@ -53,7 +53,6 @@ class Job:
     threads: int
 
 
-@terminable()
 def measure(
     jobs: Mapping[str, Job],
     rounds: int,
@@ -141,8 +140,6 @@ class _Bench:
     """One system on its device with a few batches, ready for rounds."""
 
     def __init__(self, job: Job) -> None:
-        from apps.compare.systems import measure_cost
-
         experiment = Experiment(job.arguments)
         trainer = Trainer(
             **experiment.trainer_options,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -12,9 +11,10 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch import nn
 
-import core
 from apps import routers
-from apps.training import Baseline, SparseModule, cuda_devices, num_examples
+from apps.baselines import Search
+from apps.cost import Cost, cuda_devices, measure_cost
+from apps.training import Baseline, SparseModule
 
 TOLERANCE = 0.05
 """Relative difference of the replaced blocks beyond which a pair is not called equal."""
@@ -26,7 +26,8 @@ SPARSE = "sparse"
 class Estimator(Protocol):
     """A baseline that is no LightningModule, such as boosted trees: ``Baseline.build`` may return one.
 
-    It has no steps, learning rate or FLOPs; what it tunes, it tunes in ``fit``, on the validation split.
+    It has no steps, learning rate or FLOPs; what it tunes, it tunes in ``fit``, on the validation split, or is a
+    ``Tuner``.
     """
 
     def fit(self, data: LightningDataModule, seed: int) -> None:
@@ -34,28 +35,6 @@ class Estimator(Protocol):
 
     def evaluate(self, data: LightningDataModule, split: Literal["val", "test"]) -> Mapping[str, float]:
         """The same metrics as the sparse module logs, named without the split: ``{"top1": 0.93}``."""
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a torch system costs, as measured.
-
-    Attributes:
-        num_params: parameters.
-        active_params: parameters that one token touches.
-        flops_per_example: forward FLOPs of the whole model, products alone, two a multiply-add.
-        replaced_flops_per_example: of the blocks that a baseline of equal cost replaces; None where there are none.
-        replaced_params: parameters of those blocks; None where there are none.
-    """
-
-    num_params: int
-    active_params: int
-    flops_per_example: float
-    replaced_flops_per_example: float | None = None
-    replaced_params: int | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -67,6 +46,7 @@ class System:
         note: what it is.
         cost: as measured before training; None for an estimator.
         refused: why it is not trained; empty where it is.
+        tunes: it is an estimator whose settings are searched.
         flops_ratio: whole-model FLOPs over the sparse model's.
         replaced_ratio: FLOPs of the replaced blocks over the sparse model's.
         params_ratio: parameters of the replaced blocks over the sparse model's.
@@ -79,9 +59,24 @@ class System:
     flops_ratio: float | None = None
     replaced_ratio: float | None = None
     params_ratio: float | None = None
+    tunes: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@runtime_checkable
+class Tuner(Protocol):
+    """An ``Estimator`` whose settings are searched once, for a time, before it is trained with each seed.
+
+    Its ``fit`` takes what ``tune`` returned as a third argument.
+    """
+
+    tunes: bool
+    """Whether there is anything to search."""
+
+    def tune(self, data: LightningDataModule, seed: int, search: Search) -> Mapping[str, Any]:
+        """Find the settings on the validation split, in the time that ``search`` allows; plain values."""
 
 
 def label(name: str) -> str:
@@ -99,74 +94,6 @@ def claim(name: str) -> Literal["flops", "params"] | None:
         if name.endswith(f"equal_{what}"):
             return what  # type: ignore[return-value]
     return None
-
-
-def measure_cost(module: SparseModule, batch: Any, replaced: Sequence[str], as_evaluated: bool = False) -> Cost:
-    """Count parameters, and FLOPs of one forward of ``batch``, as in training or as in evaluation.
-
-    Args:
-        module: left as it was.
-        batch: of the data module, on the module's device.
-        replaced: dotted names of the blocks that a baseline replaces; see ``SparseModule.replaced_blocks``.
-        as_evaluated: count what is computed under the module's evaluation capacity. Else as in training, by the rule of
-            ``MoEConfig.flops_per_token``: every chosen pair, times the training's capacity factor where that is below
-            1. What an untrained router drops, or leaves empty, says nothing of the model.
-
-    Raises:
-        ValueError: a name in ``replaced`` is not a submodule.
-    """
-    inputs = module.cost_inputs(batch)
-    examples = num_examples(inputs)
-    modules = dict(module.named_modules())
-    missing = [name for name in replaced if name not in modules]
-    if missing:
-        raise ValueError(f"it has no module {missing[0]!r}, which is a replaced block of the sparse model")
-    calls: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = []
-    hooks = [
-        modules[name].register_forward_pre_hook(lambda m, a, k: calls.append((m, a, k)), with_kwargs=True)
-        for name in replaced
-    ]
-    dropped = {} if as_evaluated else _shares_dropped(module)
-    rows: list[tuple[str, Any]] = []
-    hooks += [
-        modules[name].experts.register_forward_pre_hook(lambda _, a, name=name: rows.append((name, a)))
-        for name in dropped
-    ]
-    training = module.training
-    module.eval()
-    try:
-        limits = contextlib.nullcontext() if as_evaluated else core.set_capacity_factor(module, None)
-        with torch.no_grad(), torch.random.fork_rng(devices=cuda_devices(module)), limits:
-            total: float = core.count_flops(module, *inputs)
-            for hook in hooks:
-                hook.remove()
-            inside: float = sum(core.count_flops(m, *args, **kwargs) for m, args, kwargs in calls)
-            for name, args in rows:
-                less = dropped[name] * core.count_flops(modules[name].experts, *args)
-                total -= less
-                inside -= less * any(f"{name}.".startswith(f"{block}.") for block in replaced)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        module.train(training)
-    return Cost(
-        num_params=sum(p.numel() for p in module.parameters()),
-        active_params=core.active_params(module),
-        flops_per_example=total / examples,
-        replaced_flops_per_example=inside / examples if replaced else None,
-        replaced_params=sum(p.numel() for name in replaced for p in modules[name].parameters()) if replaced else None,
-    )
-
-
-def _shares_dropped(module: nn.Module) -> dict[str, float]:
-    """By layer, the part of the routed pairs that its training's capacity leaves out even where loads are equal."""
-    shares = {}
-    for name, layer in core.moe_layers(module).items():
-        factors = [router.capacity.factor for router in layer.routers().values()]
-        least = min((f for f in factors if f is not None), default=1.0)
-        if least < 1:
-            shares[name] = 1 - least
-    return shares
 
 
 def check_equal(name: str, sparse: Cost, other: Cost, tolerance: float = TOLERANCE) -> str:
@@ -249,7 +176,7 @@ def find_systems(
             found.append(System(name, baseline.note, refused=str(error)))
             continue
         if not isinstance(model, SparseModule):
-            found.append(System(name, baseline.note))
+            found.append(System(name, baseline.note, tunes=isinstance(model, Tuner) and model.tunes))
             continue
         if name.startswith(routers.PREFIX):
             problem = _trial(model.to(sparse.device), batch)

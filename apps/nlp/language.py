@@ -17,7 +17,7 @@ from apps.nlp.config import TransformerConfig
 from apps.nlp.decode import DecodeConfig, Hypotheses, generate_ids, in_dtype
 from apps.nlp.metrics import gathered, perplexity, token_figures
 from apps.nlp.model import LanguageModel
-from apps.nlp.module import check_context, check_length, check_subwords, per_sentence, read_ids
+from apps.nlp.module import check_context, check_length, check_subwords, of_mean_length, per_sentence, read_ids
 from apps.nlp.output import LinePredictor
 from apps.nlp.predict import Candidate, Line, check_one, checked_texts, decoding, in_order
 from apps.nlp.pretrained import PretrainedModule, check_free, check_replaced, published_network
@@ -199,9 +199,14 @@ class LanguageModeler(LinePredictor, PretrainedModule):
         return (read_ids(batch.tokens_BL),)
 
     def cost_inputs(self, batch: TextBatch) -> tuple[Tensor]:
-        """As ``example_inputs``, padding taken for unknown tokens: experts do not compute it, dense layers do."""
+        """As ``example_inputs``, each block cut or filled up with unknown tokens to the batch's mean length: experts do
+        not compute padding, dense layers do."""
         (read_BL,) = self.example_inputs(batch)
-        return (read_BL.masked_fill(read_BL == PAD_ID, UNK_ID),)
+        return (of_mean_length(read_BL),)
+
+    def cost_unit(self, batch: TextBatch) -> str:
+        (read_BL,) = self.cost_inputs(batch)
+        return f"a block of {read_BL.shape[1]} tokens"
 
     # ---- evaluation
 

@@ -255,9 +255,14 @@ class Translator(LinePredictor, PretrainedModule):
         return (batch.source_BS, read_ids(batch.target_BL), *self._ids(batch))
 
     def cost_inputs(self, batch: TranslationBatch) -> tuple[Tensor, ...]:
-        """As ``example_inputs``, padding taken for unknown tokens: experts do not compute it, dense layers do."""
+        """As ``example_inputs``, each side cut or filled up with unknown tokens to the batch's mean length: experts do
+        not compute padding, dense layers do."""
         source_BS, read_BL, *ids = self.example_inputs(batch)
-        return *(side.masked_fill(side == PAD_ID, UNK_ID) for side in (source_BS, read_BL)), *ids
+        return of_mean_length(source_BS), of_mean_length(read_BL), *ids
+
+    def cost_unit(self, batch: TranslationBatch) -> str:
+        source_BS, read_BL, *_ = self.cost_inputs(batch)
+        return f"a pair of {source_BS.shape[1]} + {read_BL.shape[1]} tokens"
 
     # ---- evaluation
 
@@ -583,3 +588,9 @@ def per_sentence(scores: TargetScores, real_BL: Tensor) -> Foreseen:
 def read_ids(target_BL: Tensor) -> Tensor:
     """(B, L - 1), what the decoder reads: all but the end, after which there is nothing to say."""
     return target_BL[:, :-1].masked_fill(target_BL[:, 1:] == PAD_ID, PAD_ID)
+
+
+def of_mean_length(ids_BS: Tensor) -> Tensor:
+    """(B, M), the first M tokens, with unknown tokens in place of padding; M is the mean length, rounded."""
+    length = round(int((ids_BS != PAD_ID).sum()) / max(len(ids_BS), 1))
+    return ids_BS[:, : max(length, 1)].masked_fill(ids_BS[:, : max(length, 1)] == PAD_ID, UNK_ID)

@@ -181,6 +181,9 @@ class MultiTaskRecommender(SparseModule):
     def example_inputs(self, batch: TableBatch) -> tuple[TableBatch]:
         return (batch,)
 
+    def cost_unit(self, batch: TableBatch) -> str:
+        return "a row"
+
     def build_metrics(self) -> MultiTaskMetrics:
         """AUC, PR-AUC, log loss and calibration error of each task, and AUC by user where the batches name users."""
         exact = self.score_bins is None

@@ -123,6 +123,9 @@ class VisionClassifier(SparseModule):
     def example_inputs(self, batch: Any) -> tuple[Tensor]:
         return (batch.image,)
 
+    def cost_unit(self, batch: Any) -> str:
+        return "an image"
+
     def build_metrics(self) -> MetricCollection:
         """Top-1, and top-5 where there are more than 5 classes."""
         metrics = {"top1": MulticlassAccuracy(self.num_classes, top_k=1, average="micro")}

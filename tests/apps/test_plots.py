@@ -18,7 +18,7 @@ def test_quality_against_flops_scales_axes_and_keeps_every_point():
     assert lines["sparse"].get_ydata().tolist() == [50.0, 75.0]  # %
     assert lines["sparse"].get_linestyle() == "-"
     assert lines["dense"].get_linestyle() == "None"
-    assert axis.get_xlabel() == "MFLOPs per example, forward"
+    assert axis.get_xlabel() == "MFLOPs an example, forward"
     low, high = axis.containers[1].lines[2][0].get_segments()[0][:, 1]
     assert (low, high) == pytest.approx((55.0, 65.0))
 

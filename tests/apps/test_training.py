@@ -32,8 +32,6 @@ from apps.callbacks import (
 from apps.training import (
     OptimizerConfig,
     from_plain,
-    model_size,
-    num_examples,
     parameter_groups,
     routing_metrics,
     to_plain,
@@ -471,28 +469,6 @@ def test_a_metric_of_many_values_is_computed_once_a_pass(tmp_path, monkeypatch, 
     assert found["test/top1"] == float(logged["val/top1"])  # the same points
     assert Counts.asked == [24, 24, 24]
     assert module.stage_metrics("test").seen == 0
-
-
-def test_examples_are_counted_by_the_first_argument_with_a_length():
-    class Batch:
-        def __len__(self) -> int:
-            return 7
-
-    assert num_examples((torch.zeros(3, 2), Batch())) == 3
-    assert num_examples(({"a": 1}, [1, 2], "abc", torch.tensor(1.0), Batch())) == 7
-    with pytest.raises(ValueError, match="gives dict, which has no length to count examples by"):
-        num_examples(({"a": torch.zeros(3)},))
-
-
-def test_counting_the_size_changes_neither_generators_nor_mode():
-    module = TinyModule(3, moe=MOE).train()
-    state = torch.get_rng_state()
-    size = model_size(module, (torch.randn(5, 2, generator=torch.Generator()),))
-    assert module.training
-    assert torch.equal(state, torch.get_rng_state())
-    assert size["num_params"] == sum(p.numel() for p in module.parameters())
-    # Of four experts with 2 * 64 weights and 16 biases each, a token touches two.
-    assert size["num_params"] - size["active_params"] == 2 * (2 * 64 + 16)
 
 
 def test_the_imbalance_of_a_pass_is_that_of_the_sum():

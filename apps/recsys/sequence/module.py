@@ -169,6 +169,10 @@ class NextItemRecommender(SparseModule):
     def example_inputs(self, batch: Any) -> tuple[Tensor]:
         return (batch.items_BS,)
 
+    def cost_unit(self, batch: Any) -> str:
+        items = int((batch.items_BS > 0).sum()) / len(batch.items_BS)
+        return f"a history of {items:.4g} items on average"
+
     def build_metrics(self) -> NextItemMetrics:
         """Hit rate and NDCG at 10, and the mean reciprocal rank, over all items."""
         return NextItemMetrics()

@@ -10,7 +10,8 @@ from compared import experiment, offers
 from lightning.pytorch.utilities import move_data_to_device
 
 import core
-from apps.compare.systems import Cost, check_equal, claim, find_systems, label, measure_cost
+from apps.compare.systems import check_equal, claim, find_systems, label
+from apps.cost import Cost, measure_cost
 
 
 def test_names_say_what_is_claimed():

@@ -31,7 +31,7 @@ from apps.nlp.evaluation import ReportConfig
 from apps.nlp.layers import FeedForward
 from apps.nlp.metrics import corpus_score
 from apps.nlp.module import Translator, check_tasks, read_ids, task_numbers
-from apps.nlp.subwords import BOS_ID, EOS_ID, PAD_ID
+from apps.nlp.subwords import BOS_ID, EOS_ID, PAD_ID, UNK_ID
 from apps.training import OptimizerConfig
 
 DROPPING = dataclasses.replace(TRANSFORMER, dropout=0.1)
@@ -90,6 +90,19 @@ def test_the_decoder_reads_all_but_the_end():
     target = torch.tensor([[BOS_ID, 7, 8, EOS_ID], [BOS_ID, 9, EOS_ID, PAD_ID]])
     # To be said: 7 8 EOS, 9 EOS. After an EOS there is nothing to say, so it is not read.
     assert read_ids(target).tolist() == [[BOS_ID, 7, 8], [BOS_ID, 9, PAD_ID]]
+
+
+def test_costs_are_of_a_pair_of_mean_length(data):
+    # Sources of 2 and 5 tokens: the mean 3.5 is rounded to 4. Read are 3 and 1: 2.
+    source_BS = torch.tensor([[7, EOS_ID, PAD_ID, PAD_ID, PAD_ID], [7, 8, 9, 7, EOS_ID]])
+    target_BL = torch.tensor([[BOS_ID, 7, 8, EOS_ID], [BOS_ID, EOS_ID, PAD_ID, PAD_ID]])
+    batch = TranslationBatch(source_BS, target_BL, torch.zeros(2, dtype=torch.long), torch.arange(2))
+    module = translator(data)
+    source, read, *_ = module.cost_inputs(batch)
+    assert source.tolist() == [[7, EOS_ID, UNK_ID, UNK_ID], [7, 8, 9, 7]]
+    assert read.tolist() == [[BOS_ID, 7], [BOS_ID, UNK_ID]]
+    assert module.cost_unit(batch) == "a pair of 4 + 2 tokens"
+    assert module.cost_unit(padded(batch, 3, 2)) == "a pair of 4 + 2 tokens"
 
 
 @pytest.mark.parametrize("logits_scale", [1.0, 0.25])
