@@ -1,10 +1,10 @@
 """``moesaic compare CONFIG``: the sparse model of a configuration beside dense ones of equal cost, on the same data.
 
-The rooms, from the ground up: ``stats`` (intervals and what they allow to be said), ``files`` (atomic JSON),
-``systems`` (what is compared, its cost, what may be called equal), ``experiment`` (a configuration, made anew at will),
-``training`` and ``parallel`` (one unit of work, and several at a time),
-``plan`` (the options and all units), ``measure`` (speed and memory), ``summary`` and
-``table`` (the numbers and how they are shown), ``command`` (the command line, and the order of the work).
+The rooms, from the ground up: ``options`` (the command line), ``stats`` (intervals and what they allow to be said),
+``files`` (atomic JSON), ``systems`` (what is compared, what may be called equal), ``experiment`` (a configuration, made
+anew at will), ``training`` and ``parallel`` (one unit of work, and several at a time), ``plan`` (all units),
+``measure`` (speed and memory), ``summary`` and ``table`` (the numbers and how they are shown), ``command`` (the order
+of the work).
 """
 
 from __future__ import annotations
@@ -14,6 +14,10 @@ from collections.abc import Sequence
 
 def main(argv: Sequence[str]) -> int:
     """Run ``moesaic compare ARGV``."""
+    from apps.compare.options import Command
+
+    Command.read(argv)  # a wrong one ends here, before torch is imported
+
     from apps.compare.command import run
 
     return run(argv)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import datetime
 import functools
@@ -10,6 +9,7 @@ import gc
 import platform
 import shlex
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,63 +18,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from apps import routers
-from apps.cli import UsageError, is_termination
-from apps.cli.parser import Parser
+from apps.cli import is_termination
 from apps.cli.request import shipped
 from apps.compare import table
 from apps.compare.experiment import Experiment, arguments
-from apps.compare.files import differences, locked, read_json, write_json, write_text
+from apps.compare.files import locked, read_json, write_json, write_text
 from apps.compare.measure import Job, measure
+from apps.compare.options import Command, Options
 from apps.compare.parallel import train_all
-from apps.compare.plan import Options, Plan, at_edge
+from apps.compare.plan import Plan, at_edge
 from apps.compare.stats import choose
-from apps.compare.summary import ExamplePair, Summary, summarize
+from apps.compare.summary import ExamplePair, Summary, summarize, tuned
 from apps.compare.systems import SPARSE, System, find_systems, label
-from apps.compare.training import Unit, train
+from apps.compare.training import Unit, terminable, train
 from apps.machine import cpu_name
 from apps.quiet import quiet
 from apps.training import SparseModule
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
-
-
-_DESCRIPTION = """\
-Train the sparse model of a configuration and dense ones of equal cost on the same data and steps, each with the same
-learning-rate search on validation data, and compare them on test data."""
-
-_EPILOG = """\
-Any value of the configuration may be given as well, as for moesaic fit: --trainer.max_epochs 5,
---model.moe.num_experts 16, --seed_everything 7. Stopped at any moment, the same command goes on; a finished comparison
-takes more --seeds, --baselines and --routers, and does what is new."""
-
-
-def _parser() -> Parser:
-    parser = Parser(
-        prog="moesaic compare",
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-    )
-    add = parser.add_argument
-    add("config", help="configuration of the sparse model")
-    overlay = "another configuration over it, such as configs/debug.yaml; may be given again"
-    add("--config", "-c", dest="overlays", action="append", default=[], metavar="FILE", help=overlay)
-    add("--output", metavar="DIR", help="folder of the comparison (default: runs/compare/<config name>)")
-    add("--seeds", type=int, default=3, metavar="N", help="runs of each model (default: 3)")
-    add("--baselines", nargs="+", metavar="NAME", help="those to train, such as dense_equal_flops (default: all)")
-    each = "also with the routers of these overlays, at equal active FLOPs: names of configs/routing, files, or all"
-    add("--routers", nargs="+", metavar="NAME", default=[], help=f"{each}; no baselines then but those named")
-    rates = "tried for each model; one: no search (default: the config's, a third and 3 times it)"
-    add("--learning_rates", nargs="+", type=float, default=[], metavar="LR", help=rates)
-    share = "part of the training that a run of the search has (default: 1)"
-    add("--search_share", type=float, default=1.0, metavar="SHARE", help=share)
-    rounds = "timed rounds of speed; 0 measures neither speed nor memory (default: 5)"
-    add("--rounds", type=int, default=5, metavar="N", help=rounds)
-    jobs = "runs at a time; each has its part of the cores, which small models use better so (default: 1)"
-    add("--jobs", type=int, default=1, metavar="N", help=jobs)
-    return parser
 
 
 def run(argv: Sequence[str]) -> int:
@@ -103,36 +65,19 @@ def _stopped(how: str, code: int, argv: Sequence[str]) -> int:
     return code
 
 
+@terminable()
 def run_command(argv: Sequence[str], title: str | None = None) -> Outcome:
-    """As ``run``, and return what came out of it; ``title`` is that of the table."""
-    args, rest = _parser().parse_known_args(list(argv))
-    for number, word in enumerate(rest):
-        is_value = bool(number) and not word.startswith("--") and "=" not in rest[number - 1]
-        if not (is_value or (word.startswith("--") and ("." in word or word.startswith("--seed_everything")))):
-            raise UsageError(f"{word} is no option of moesaic compare (--help lists them)")
-    if args.jobs < 1:
-        raise UsageError(f"--jobs {args.jobs} must be at least 1")
-    names = routers.resolve(args.routers)
-    baselines = args.baselines if args.baselines is not None or not names else []
-    options = Options(
-        num_seeds=args.seeds,
-        learning_rates=tuple(args.learning_rates),
-        search_share=args.search_share,
-        baselines=None if baselines is None else tuple(baselines),
-        rounds=args.rounds,
-        routers=names,
-    )
-    config, *overlays = (str(shipped(Path(p))) for p in (args.config, *args.overlays))  # each process reads them
-    name = "-".join(Path(p).stem for p in (config, *overlays))
-    output = Path(args.output) if args.output else Path("runs") / "compare" / name
-    read = arguments(config, overlays, rest, names)
+    """Do what ``run`` does and return what came out of it; ``title`` is that of the table."""
+    asked = Command.read(argv)
+    config, *overlays = (str(shipped(path)) for path in asked.files)  # each process reads them
+    names = asked.options.routers
     return compare(
-        read,
-        options,
-        output,
+        arguments(config, overlays, asked.rest, names),
+        asked.options,
+        asked.output,
         command=command_line(argv),
-        title=title or f"{'Routers' if names else 'Sparse and dense'}: {name}",
-        jobs=args.jobs,
+        title=title or f"{'Routers' if names else 'Sparse and dense'}: {asked.name}",
+        jobs=asked.jobs,
     )
 
 
@@ -194,6 +139,7 @@ def compare(
         display = Display()
         with display:
             systems = _systems(experiment, options, output, display)
+            _tell_left_out(systems, output, display)
             done = _Work(experiment, plan, systems, output, display, jobs).run()
         return _report(experiment, plan, systems, done, output, command, title, jobs)
 
@@ -217,6 +163,20 @@ def _systems(experiment: Experiment, options: Options, output: Path, display: Di
     return systems
 
 
+def _tell_left_out(systems: Sequence[System], output: Path, display: Display) -> None:
+    """Name the systems that have finished runs in ``output`` and are not among those asked for."""
+    shown = {system.name for system in systems}
+    found = sorted({path.parts[-3] for path in _results(output) if path.name == "result.json"} - shown)
+    if found:
+        names = "; ".join(label(name) for name in found)
+        display.say(f"not asked for this time: {names}. The finished runs are kept, and shown again when asked for")
+
+
+def _results(output: Path) -> list[Path]:
+    """Return the files that hold what was trained and measured in ``output``, whoever asked for it."""
+    return [*(output / "units").glob("*/*/result.json"), *output.glob("speed.json")]
+
+
 class _Work:
     """The units of a plan, in order."""
 
@@ -228,20 +188,25 @@ class _Work:
         self.higher = experiment.monitor_mode == "max"
 
     def run(self) -> dict[str, Any]:
-        searched = {s.name: self.plan.search_units(s.name) if s.cost else [] for s in self.systems}
+        searched = {s.name: self._search_units(s) for s in self.systems}
         count = sum(len(u) for u in searched.values()) + len(self.systems) * len(self.plan.seeds)
         self.display.start(count + (1 if self.plan.options.rounds else 0))
         results = self._train([u for units in searched.values() for u in units])
         searches = {name: [results[u] for u in units] for name, units in searched.items()}
         rates = {s.name: self._choose(s, searched[s.name], searches[s.name]) for s in self.systems}
-        units = {s.name: self.plan.final_units(s.name, rates[s.name][0]) for s in self.systems}
+        units = {s.name: self.plan.final_units(s.name, rates[s.name][0], s.tunes) for s in self.systems}
         # Seed by seed, so that a stopped comparison has whole pairs.
         results = self._train([units[s.name][i] for i in range(len(self.plan.seeds)) for s in self.systems])
         finals = {name: [results[u] for u in of_system] for name, of_system in units.items()}
         checkpoints = {s.name: units[s.name][0].checkpoint(self.output) for s in self.systems if s.cost}
-        speeds = self._measure(checkpoints) if self.plan.options.rounds else {}
+        speeds = self._speeds(checkpoints)
         done = {"searches": searches, "rates": rates, "finals": finals, "speeds": speeds, "checkpoints": checkpoints}
         return {**done, "examples": {name: [u.examples(self.output) for u in own] for name, own in units.items()}}
+
+    def _search_units(self, system: System) -> list[Unit]:
+        if system.cost:
+            return self.plan.search_units(system.name)
+        return self.plan.tuning_units(system.name) if system.tunes else []
 
     def _train(self, units: Sequence[Unit]) -> dict[Unit, Any]:
         """Do what is not done yet."""
@@ -268,6 +233,8 @@ class _Work:
         return results
 
     def _found(self, result: Mapping[str, Any]) -> str:
+        if "settings" in result:
+            return tuned(result)
         if result["quality"] is None:
             return f"diverged ({result['diverged']})"
         metric = self.experiment.monitor.partition("/")[2]
@@ -287,20 +254,37 @@ class _Work:
             raise ValueError(f"{label(system.name)}: {error}; give lower --learning_rates") from None
         return self.plan.rates[index], at_edge(self.plan.rates[index], self.plan.rates)
 
-    def _measure(self, checkpoints: Mapping[str, Path]) -> dict[str, Any]:
-        path = self.output / "speed.json"
-        found = read_json(path)
-        if found is None or found.keys() != checkpoints.keys():  # side by side, or the machine's mood is in the ratios
-            threads = max(1, torch.get_num_threads() // self.jobs)  # as in training
-            jobs = {
-                name: Job(self.experiment.arguments, name, str(file), self.experiment.replaced, threads)
-                for name, file in checkpoints.items()
-            }
-            show = functools.partial(self.display.unit, "speed and memory")
-            found = measure(jobs, self.plan.options.rounds, show, self.experiment.modules)
-            write_json(path, found)
-        self.display.finished("speed and memory")
+    def _speeds(self, checkpoints: Mapping[str, Path]) -> dict[str, Any]:
+        """Return what is measured of each system, all in one session: the machine's mood is in ratios of several."""
+        path, rounds = self.output / "speed.json", self.plan.options.rounds
+        saved = read_json(path) or {}
+        found = {name: saved[name] for name in checkpoints if name in saved}
+        if len({of.get("measured") for of in found.values()}) > 1:
+            found = {}
+        if rounds and not (
+            found.keys() == checkpoints.keys() and all(len(of["train_rounds"]) == rounds for of in found.values())
+        ):
+            found = self._measure(checkpoints)
+            write_json(path, {**saved, **found})  # what was measured of systems that are left out stays
+        if rounds:
+            self.display.finished("speed and memory")
         return found
+
+    def _measure(self, checkpoints: Mapping[str, Path]) -> dict[str, Any]:
+        threads = max(1, torch.get_num_threads() // self.jobs)  # as in training
+        jobs = {
+            name: Job(self.experiment.arguments, name, str(file), self.experiment.replaced, threads)
+            for name, file in checkpoints.items()
+        }
+        show = functools.partial(self.display.unit, "speed and memory")
+        found = measure(jobs, self.plan.options.rounds, show, self.experiment.modules)
+        when = _day(time.time())
+        return {name: {**of, "measured": when} for name, of in found.items()}
+
+
+def _day(seconds: float) -> str:
+    """Return a moment of ``time.time`` as people and machines read it."""
+    return datetime.datetime.fromtimestamp(seconds).astimezone().isoformat(timespec="seconds")
 
 
 def describe(unit: Unit) -> str:
@@ -336,19 +320,19 @@ def _report(
         experiment.table_metrics,
         experiment.average_last,
         _compare_examples(module, done["examples"], plan.seeds),
+        {s.name: done["searches"][s.name][0] for s in systems if s.tunes and s.name in done["searches"]},
     )
-    about = {**machine(), "jobs": jobs}
     path = output / "results.json"
-    saved = read_json(path)
-    if saved and differences({name: saved.get(name) for name in plan.to_dict()}, plan.to_dict()):
-        saved = None  # of fewer seeds or systems
-    # Of a comparison shown again, the day it was finished.
-    date = saved["date"] if saved else datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+    worked = path.exists() and any(f.stat().st_mtime_ns > path.stat().st_mtime_ns for f in _results(output))
+    saved = None if worked else read_json(path)
+    about = saved["machine"] if saved else {**machine(), "jobs": jobs}
+    # A comparison that is shown again keeps the day it was finished, also where fewer systems are shown.
+    date = saved["date"] if saved else _day(time.time())
     results = {
         "title": title,
         "command": command,
         "date": date,
-        "machine": saved["machine"] if saved else about,
+        "machine": about,
         **plan.to_dict(),
         **({"signatures": signatures} if signatures else {}),
         "summary": summary.to_dict(),
@@ -358,7 +342,7 @@ def _report(
     }
     write_json(path, results)
     picture = table.picture(title, summary, output / "quality_against_flops.png")
-    m = results["machine"]
+    m = about
     rates = ", ".join(f"{r:g}" for r in plan.rates)
     share = "" if plan.options.search_share == 1 else f" and {plan.options.search_share:g} of the training"
     searched = f"Learning rates tried for each system, with seed {plan.search_seed}{share}: {rates}."

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from apps.compare.experiment import Experiment
-from apps.compare.training import Unit, terminable, train
+from apps.compare.training import Unit, train
 from apps.quiet import quiet
 
 
@@ -56,7 +56,6 @@ def answering(pipe: Connection) -> Iterator[None]:
                 pipe.send(("error", RuntimeError(f"{type(error).__name__}: {error}")))
 
 
-@terminable()
 def train_all(
     arguments: Sequence[str],
     units: Sequence[Unit],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,52 +10,8 @@ from typing import Any
 
 from apps import routers
 from apps.compare.files import differences, read_json, write_json
+from apps.compare.options import Options
 from apps.compare.training import Unit
-
-SEARCH_FACTORS = (1 / 3, 1.0, 3.0)
-"""The learning rates tried, over the configured one."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """What ``moesaic compare`` was asked.
-
-    Attributes:
-        num_seeds: training runs a system at its chosen rate; seeds are the config's, one after another.
-        learning_rates: tried for each system; empty: the config's, a third and three times it; one: no search.
-        search_share: part of the configured training that a run of the search has, in (0, 1].
-        baselines: names of those wanted; None: all.
-        routers: overlays whose routers are compared too, by name or path.
-        rounds: timed rounds of training and of inference; 0: speed and memory are not measured.
-
-    Raises:
-        ValueError: a value out of its range.
-    """
-
-    num_seeds: int = 3
-    learning_rates: tuple[float, ...] = ()
-    search_share: float = 1.0
-    baselines: tuple[str, ...] | None = None
-    rounds: int = 5
-    routers: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.num_seeds < 1:
-            raise ValueError(f"seeds={self.num_seeds} must be at least 1")
-        for rate in self.learning_rates:
-            if not (rate > 0 and math.isfinite(rate)):
-                raise ValueError(f"learning_rates: {rate:g} must be a positive number")
-        if len(set(self.learning_rates)) != len(self.learning_rates):
-            raise ValueError(f"learning_rates names a rate twice: {', '.join(f'{r:g}' for r in self.learning_rates)}")
-        if not 0 < self.search_share <= 1:
-            raise ValueError(f"search_share={self.search_share:g} must be above 0 and at most 1")
-        if self.rounds < 0:
-            raise ValueError(f"rounds={self.rounds} must not be negative")
-
-    def rates(self, configured: float) -> tuple[float, ...]:
-        """The learning rates to try, ascending, to three digits."""
-        tried = self.learning_rates or tuple(float(f"{factor * configured:.3g}") for factor in SEARCH_FACTORS)
-        return tuple(sorted(tried))
 
 
 @dataclass(frozen=True)
@@ -99,8 +54,13 @@ class Plan:
             return []
         return [Unit(system, rate, self.search_seed, self.options.search_share) for rate in self.rates]
 
-    def final_units(self, system: str, rate: float | None) -> list[Unit]:
-        return [Unit(system, rate, seed, final=True) for seed in self.seeds]
+    def tuning_units(self, system: str) -> list[Unit]:
+        """The search of an estimator's settings: one for all seeds, as that of the learning rate."""
+        return [Unit(system, None, self.search_seed, minutes=self.options.baseline_minutes)]
+
+    def final_units(self, system: str, rate: float | None, tunes: bool = False) -> list[Unit]:
+        minutes, by = (self.options.baseline_minutes, self.search_seed) if tunes else (None, None)
+        return [Unit(system, rate, seed, final=True, minutes=minutes, tuned_by=by) for seed in self.seeds]
 
     def to_dict(self) -> dict[str, Any]:
         options = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self.options).items()}
@@ -113,37 +73,42 @@ class Plan:
         }
 
     def claim(self, output: Path) -> None:
-        """Save the plan in ``output``. One that is saved there may lack seeds, baselines and routers, no more.
+        """Save the plan in ``output``.
+
+        The plan that is saved there may have other baselines, routers, rounds and minutes, and fewer seeds: no finished
+        unit of work depends on these but its own. What an overlay says is kept after its router is left out, so that a
+        router that comes back is the one that was trained.
 
         Raises:
-            ValueError: it is another; the message names the differences.
+            ValueError: it is the plan of another comparison; the message names the differences.
         """
         path, wanted = output / "plan.json", self.to_dict()
         saved = read_json(path)
-        found = [] if saved is None else differences(_grown(saved, wanted), wanted)
-        if found:
-            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-            raise ValueError(
-                f"{output} holds another comparison ({'; '.join(found[:3])}{more}): give another --output, or delete it"
-            )
+        if saved is not None:
+            found = differences(_adapted(saved, wanted), wanted)
+            if found:
+                more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+                raise ValueError(
+                    f"{output} holds another comparison ({'; '.join(found[:3])}{more}): give another --output, "
+                    "or delete it"
+                )
+            overlays = {**(saved["options"]["routers"] or {}), **self.overlays}
+            wanted = {**wanted, "options": {**wanted["options"], "routers": overlays}}
         write_json(path, wanted)
 
 
-def _grown(saved: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
-    """``saved`` with the seeds, baselines and routers of ``wanted``, each where they hold all of its own.
+_FREE = ("baselines", "rounds", "baseline_minutes")
+"""Options that say what is shown, measured or still to be done, and nothing of what is finished."""
 
-    A unit of work depends on none of these but its own, so what is finished stays.
-    """
+
+def _adapted(saved: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
+    """Return ``saved`` with the values of ``wanted`` wherever these may be others."""
     had, has = saved["options"], wanted["options"]
-    options, seeds = dict(had), saved["seeds"]
+    options, seeds = {**had, **{name: has[name] for name in _FREE}}, saved["seeds"]
     if set(seeds) <= set(wanted["seeds"]):
         options["num_seeds"], seeds = has["num_seeds"], wanted["seeds"]
-    fewer, more = had["baselines"], has["baselines"]
-    if fewer is not None and (more is None or set(fewer) <= set(more)):
-        options["baselines"] = more
-    kept = {name: has["routers"].get(name) for name in had["routers"]}
-    if not differences(had["routers"] or {}, kept):
-        options["routers"] = has["routers"]
+    known = had["routers"] or {}
+    options["routers"] = {name: known.get(name, overlay) for name, overlay in has["routers"].items()}
     return {**saved, "options": options, "seeds": seeds}
 
 

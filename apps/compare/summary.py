@@ -31,6 +31,7 @@ class Row:
         train_seconds: mean of a final run.
         speed: what was measured of speed and memory; empty where nothing was.
         routing: how the experts were used in the test, by figure; means over layers and seeds, empty without experts.
+        tuning: what the search of an estimator's settings came to; empty where there was none.
         further: by name, test metrics beside the quality and the differences, the sparse one minus this; None where a
             system does not report it, and for the difference of the sparse one.
     """
@@ -45,6 +46,7 @@ class Row:
     train_seconds: float
     speed: Mapping[str, Any]
     routing: Mapping[str, float] = field(default_factory=dict)
+    tuning: Mapping[str, Any] = field(default_factory=dict)
     further: Mapping[str, tuple[Interval | None, Interval | None]] = field(default_factory=dict)
 
 
@@ -117,6 +119,17 @@ class Summary:
                 )
         return lines
 
+    def two_intervals(self) -> str:
+        """One sentence that tells the intervals over seeds from those over test examples; empty without the latter."""
+        over = next((d.over for pair in self.examples for d in pair.differences), None)
+        if over is None:
+            return ""
+        return (
+            "Two kinds of interval. Above, over training seeds: would both models, trained again, differ so? Below, "
+            f"over the {over} of one seed: would these two trained models differ on other {over}? A difference may be "
+            "significant below and not shown above."
+        )
+
     def example_lines(self, parts: bool = True) -> list[str]:
         """What each seed's test examples say by themselves; ``parts``: also of parts of them."""
         return [
@@ -138,6 +151,7 @@ def summarize(
     further: Sequence[str] = (),
     average_last: int | None = None,
     examples: Sequence[ExamplePair] = (),
+    tuning: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Summary:
     """Put the units together.
 
@@ -158,6 +172,7 @@ def summarize(
         further: names, without the split, of more test metrics to show.
         average_last: epochs whose weights each run averaged; None: none.
         examples: of each other system and seed, where the module compares examples.
+        tuning: by system, the result of the search of its settings, where there was one.
     """
     trained = [s for s in systems if s.name in finals]
     tests = {s.name: [float(r["test_quality"]) for r in finals[s.name]] for s in trained}
@@ -196,6 +211,7 @@ def summarize(
                 equal_time_difference=paired_difference(mine, its) if other and mine and its else None,
                 train_seconds=sum(float(r["train_seconds"]) for r in finals[s.name]) / len(seeds),
                 speed=speeds.get(s.name, {}),
+                tuning=(tuning or {}).get(s.name, {}),
                 routing=_means([r.get("routing", {}) for r in finals[s.name]]),
                 further={name: _further(name, finals[SPARSE], finals[s.name] if other else None) for name in further},
             )
@@ -265,7 +281,7 @@ def sentence(row: Row, difference: Interval, summary: Summary, where: str) -> st
         number(difference.low, summary.percent, True, difference.half_width),
         number(difference.high, summary.percent, True, difference.half_width),
     )
-    interval = f"95 % interval {low} to {high}{unit}, {n} seeds"
+    interval = f"95 % interval over {n} seeds {low} to {high}{unit}"
     found = verdict(difference, summary.higher_is_better)
     if found == "no difference shown":
         return f"{against}: no difference shown {where} ({shown}; {interval}, which holds 0)."
@@ -277,8 +293,8 @@ def example_line(pair: ExamplePair, difference: ExampleDifference) -> str:
     d = difference
     found = "significant" if d.p < 0.05 else "not significant"
     return (
-        f"Against {label(pair.system)}, seed {pair.seed}: {d.name} difference {d.difference:+.2f} "
-        f"[{d.low:+.2f}, {d.high:+.2f}], p = {d.p:.3f}: {found} ({d.method})."
+        f"Against {label(pair.system)}, seed {pair.seed}: {d.name} difference {d.difference:+.2f}, 95 % interval over "
+        f"the {d.over} {d.low:+.2f} to {d.high:+.2f}, p = {d.p:.3f}: {found} over these {d.over} ({d.method})."
     )
 
 
@@ -296,7 +312,7 @@ def notes(summary: Summary) -> list[str]:
                 f"{unit} (the rule is within {TOLERANCE:.0%}), the whole model {s.flops_ratio:.3f} x its FLOPs."
             )
         elif s.note:
-            lines.append(f"{label(s.name)}: {s.note}.")
+            lines.append(f"{label(s.name)}: {s.note}{f'; {tuned(row.tuning)}' if row.tuning else ''}.")
     lines += [f"{label(s.name)}: left out: {s.refused}." for s in summary.left_out]
     lines += _drops(summary)
     edge = [f"{label(row.system.name)} ({row.rate:g})" for row in summary.rows if row.rate_at_edge]
@@ -306,6 +322,19 @@ def notes(summary: Summary) -> list[str]:
             "(--learning_rates)."
         )
     return lines
+
+
+def tuned(search: Mapping[str, Any]) -> str:
+    """Say what a search of settings came to: "tuned for 2.0 min, 7 of 22 settings"."""
+    done, total = len(search["tried"]), search["num_settings"]
+    text = f"tuned for {_duration(search['seconds'])}, {done} of {total} settings"
+    if done < total:
+        text += f" (--baseline_minutes {search['minutes']:g} ended the search; the best of these is taken)"
+    return text
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 60 else f"{seconds / 60:.1f} min"
 
 
 def _drops(summary: Summary) -> list[str]:
@@ -319,17 +348,25 @@ def _drops(summary: Summary) -> list[str]:
                 why = "a router that decides how many experts a token takes, or a capacity that drops tokens"
                 lines.append(
                     f"{label(row.system.name)}: trained, its replaced blocks compute {ratio:.3f} x the FLOPs counted "
-                    f"before ({why}). The table shows what is computed."
+                    f"before ({why})."
                 )
     return lines
 
 
 def flops(row: Row) -> float | None:
-    """FLOPs an example, with the trained weights where that was measured."""
-    cost = row.speed.get("cost")
-    if cost:
-        return float(cost["flops_per_example"])
+    """FLOPs an example, as counted before the training: of the same network ``moesaic fit`` says the same."""
     return row.system.cost.flops_per_example if row.system.cost else None
+
+
+def flops_trained(row: Row) -> float | None:
+    """FLOPs an example that an evaluation computes with the trained weights; None where that was not measured."""
+    cost = row.speed.get("cost")
+    return float(cost["flops_per_example"]) if cost else None
+
+
+def flops_unit(summary: Summary) -> str:
+    """What the FLOPs are of, such as "an image"."""
+    return next((row.system.cost.unit for row in summary.rows if row.system.cost), "an example")
 
 
 def number(value: float, percent: bool, signed: bool = False, half_width: float | None = None) -> str:

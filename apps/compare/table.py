@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from apps import plots
-from apps.compare.summary import Row, Summary, flops, notes, number
+from apps.compare.summary import Row, Summary, flops, flops_trained, flops_unit, notes, number
 from apps.compare.systems import label
+from apps.cost import megaflops
 from apps.intervals import Interval
 
 NONE = "–"
@@ -54,30 +55,27 @@ def cells(summary: Summary) -> list[list[str]]:
 
         return show
 
-    def flop(row: Row) -> str:
-        value = flops(row)
-        return NONE if value is None else f"{value / 1e6:,.2f}"
-
-    name = summary.metric.partition("/")[2]
-    unit, points = (", %", ", points") if summary.percent else ("", "")
+    name, rows = summary.metric.partition("/")[2], summary.systems()
+    percent, points = (", %", ", points") if summary.percent else ("", "")
     lines: list[tuple[str, Callable[[Row], str]]] = [
-        (f"test {name}{unit}", lambda r: quality(r.test)),
+        (f"test {name}{percent}", lambda r: quality(r.test)),
         (f"  sparse minus it{points}", lambda r: quality(r.difference, signed=True)),
         *(line for metric in summary.rows[0].further for line in further(metric)),
-        (f"val. {name} at {_seconds(summary.equal_seconds)}{unit}", lambda r: quality(r.equal_time)),
+        (f"val. {name} at {_seconds(summary.equal_seconds)}{percent}", lambda r: quality(r.equal_time)),
         (f"  sparse minus it{points}", lambda r: quality(r.equal_time_difference, signed=True)),
         ("learning rate", lambda r: NONE if r.rate is None else f"{r.rate:g}{' (edge)' if r.rate_at_edge else ''}"),
+        ("settings tried", lambda r: f"{len(r.tuning['tried'])} of {r.tuning['num_settings']}" if r.tuning else NONE),
         ("parameters", lambda r: f"{r.system.cost.num_params:,}" if r.system.cost else NONE),
         ("active parameters", lambda r: f"{r.system.cost.active_params:,}" if r.system.cost else NONE),
-        ("MFLOPs an example", flop),
+        (f"MFLOPs {flops_unit(summary)}", lambda r: _megaflops(flops(r))),
         ("  x sparse, replaced", ratio("replaced_ratio")),
         ("  x sparse, whole model", ratio("flops_ratio")),
+        *([("  computed once trained", lambda r: _megaflops(flops_trained(r)))] if _trained_differ(rows) else []),
         ("training, examples/s", speed("train_examples_per_second")),
         ("inference, examples/s", speed("inference_examples_per_second")),
         ("peak memory, MiB", memory),
         ("training time, s", lambda r: f"{r.train_seconds:,.1f}"),
     ]
-    rows = summary.systems()
     table = [["", *(label(row.system.name) for row in rows)]]
     table += [[title, *(show(row) for row in rows)] for title, show in lines]
     return [table[0], *(line for line in table[1:] if any(cell != NONE for cell in line[1:]))]
@@ -88,30 +86,32 @@ def router_cells(summary: Summary) -> list[list[str]]:
     if not summary.routers():
         return []
     name = summary.metric.partition("/")[2]
-    unit, points = (", %", ", points") if summary.percent else ("", "")
+    percent, points = (", %", ", points") if summary.percent else ("", "")
+    rows = [*summary.systems()[:1], *summary.routers()]
+    trained = _trained_differ(rows)
     lines = [
         [
             "router",
-            f"test {name}{unit}",
+            f"test {name}{percent}",
             f"minus the config's{points}",
             "learning rate",
             "load imbalance",
             "dropped, %",
             "active parameters",
-            "MFLOPs an example",
+            f"MFLOPs {flops_unit(summary)}",
             "training, examples/s",
             "inference, examples/s",
             *(
-                f"{what}, {unit}" if metric in summary.shares else what
+                f"{what}, {of}" if metric in summary.shares else what
                 for metric in summary.rows[0].further
-                for what, unit in ((f"test {metric}", "%"), ("minus the config's", "points"))
+                for what, of in ((f"test {metric}", "%"), ("minus the config's", "points"))
             ),
+            *(["MFLOPs computed once trained"] if trained else []),
         ]
     ]
-    for row in [*summary.systems()[:1], *summary.routers()]:
+    for row in rows:
         own = row.difference is None
         cost, used, speed = row.system.cost, row.routing, row.speed
-        value = flops(row)
         lines.append(
             [
                 "the config's" if own else label(row.system.name),
@@ -121,7 +121,7 @@ def router_cells(summary: Summary) -> list[list[str]]:
                 f"{used['load_imbalance']:.2f}" if "load_imbalance" in used else NONE,
                 f"{100 * used['drop_rate']:.1f}" if "drop_rate" in used else NONE,
                 NONE if cost is None else f"{cost.active_params:,}",
-                NONE if value is None else f"{value / 1e6:,.2f}",
+                _megaflops(flops(row)),
                 *(
                     f"{speed[k]:,.0f}" if k in speed else NONE
                     for k in ("train_examples_per_second", "inference_examples_per_second")
@@ -131,9 +131,20 @@ def router_cells(summary: Summary) -> list[list[str]]:
                     for metric, (own_value, difference) in row.further.items()
                     for value, signed in ((own_value, False), (difference and difference.negated(), True))
                 ),
+                *([_megaflops(flops_trained(row))] if trained else []),
             ]
         )
     return lines
+
+
+def _megaflops(value: float | None) -> str:
+    return NONE if value is None else megaflops(value)
+
+
+def _trained_differ(rows: Sequence[Row]) -> bool:
+    """Whether a trained model computes other FLOPs than were counted before, by more than rounding shows."""
+    pairs = [(flops(row), flops_trained(row)) for row in rows]
+    return any(a is not None and b is not None and abs(b - a) > 0.005 * a for a, b in pairs)
 
 
 def _interval(value: Interval, percent: bool, signed: bool = False) -> str:
@@ -154,8 +165,9 @@ def legend(summary: Summary) -> list[str]:
     lines = [
         f"Means of {n} seed{'s' if n > 1 else ''}, ± half a 95 % interval (Student's t); differences are paired by "
         f"seed. Test data was read once a seed, with the weights {summary.weights}.",
-        "FLOPs: products alone, two a multiply-add, counted by torch.utils.flop_counter in an evaluation forward; of "
-        "the replaced blocks and of the whole model over the sparse one's.",
+        f"FLOPs: of one forward of {flops_unit(summary)}, the same figure as moesaic fit gives: in the first batch of "
+        "the validation, without padding, products alone, two a multiply-add, counted by torch.utils.flop_counter. 'x "
+        "sparse' is over the sparse model's: those of the blocks that differ, then those of the whole model.",
     ]
     if len(summary.systems()) > 1:
         lines.append(
@@ -191,7 +203,7 @@ def markdown(title: str, summary: Summary, facts: Sequence[str], read: str = "")
     lines += ["", *(f"**{s}**  " for s in summary.sentences()), ""]
     examples = summary.example_lines()
     if examples:
-        lines += [*(f"{line}  " for line in examples), ""]
+        lines += [summary.two_intervals(), "", *(f"{line}  " for line in examples), ""]
     lines += [f"- {note}" for note in [*notes(summary), *legend(summary), *facts]]
     lines += ["", "```", read, "```"] if read else []
     return "\n".join(lines) + "\n"
@@ -219,7 +231,7 @@ def show(title: str, summary: Summary) -> None:
             console.print(table)
     for line in summary.sentences():
         console.print(f"[bold]{escape(line)}[/bold]", highlight=False)
-    for line in summary.example_lines(parts=False):
+    for line in filter(None, [summary.two_intervals(), *summary.example_lines(parts=False)]):
         console.print(escape(line), highlight=False)
     for line in [*notes(summary), *legend(summary)[:2]]:
         console.print(f"- {escape(line)}", highlight=False)
@@ -248,7 +260,7 @@ def picture(title: str, summary: Summary, path: Path) -> Path | None:
     """Quality against FLOPs, one point a system with its interval; None where no system has FLOPs."""
     series = []
     for row in summary.systems():
-        cost = flops(row)
+        cost = flops_trained(row) if _trained_differ([row]) else flops(row)
         if cost is not None:
             half = row.test.half_width
             series.append(
@@ -257,5 +269,5 @@ def picture(title: str, summary: Summary, path: Path) -> Path | None:
     if not series:
         return None
     metric = f"test {summary.metric.partition('/')[2]}"
-    figure = plots.quality_against_flops(series, metric, title, percent=summary.percent)
+    figure = plots.quality_against_flops(series, metric, title, percent=summary.percent, unit=flops_unit(summary))
     return plots.save_figure(figure, path)

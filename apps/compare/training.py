@@ -10,6 +10,7 @@ import dataclasses
 import math
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from apps.averaging import AVERAGE, FOLDER
+from apps.baselines import Search
 from apps.callbacks import AtomicCheckpointIO, BestAndLast, GeneratorState
 from apps.compare.experiment import Experiment
 from apps.compare.files import read_json, write_json
@@ -27,6 +29,9 @@ from apps.quiet import quiet
 from apps.training import NonFiniteError, SparseModule, to_plain
 
 CHECKPOINT = "last.ckpt"
+TRIED = "tried.json"
+"""What a search has tried of an estimator's settings, until it is finished."""
+
 EXAMPLES = "examples.json"
 
 Progress = Callable[[int, int], None]
@@ -44,6 +49,8 @@ class Unit:
         share: part of the configured training, in (0, 1].
         final: also read the test split, once, with the weights of the last step or, where the module averages those
             of its last epochs, with these, and keep them.
+        minutes: of the search of an estimator that tunes; a final unit has those of the search it takes settings from.
+        tuned_by: seed of that search.
     """
 
     system: str
@@ -51,12 +58,20 @@ class Unit:
     seed: int
     share: float = 1.0
     final: bool = False
+    minutes: float | None = None
+    tuned_by: int | None = None
 
     @property
     def name(self) -> str:
         kind = "final" if self.final else "search"
         rate = "" if self.rate is None else f"-lr{self.rate:g}"
-        return f"{self.system}/{kind}{rate}-seed{self.seed}"
+        minutes = "" if self.minutes is None else f"-{self.minutes:g}min"
+        return f"{self.system}/{kind}{rate}{minutes}-seed{self.seed}"
+
+    @property
+    def search(self) -> Unit | None:
+        """The search that a final unit of an estimator takes its settings from; None: there is none."""
+        return None if self.tuned_by is None else Unit(self.system, None, self.tuned_by, minutes=self.minutes)
 
     def folder(self, output: Path) -> Path:
         return output / "units" / self.name
@@ -197,12 +212,17 @@ def train(
                     raise NonFiniteError(f"{unit.name}: {error}") from None
                 result |= {"quality": None, "diverged": str(error)}
         else:
-            result |= _fit_estimator(experiment, module, data, unit)
+            data.prepare_data()
+            data.setup("fit")
+            if unit.final or unit.minutes is None:
+                result |= _fit_estimator(experiment, module, data, unit, output)
+            else:
+                result |= _tune_estimator(module, data, unit, folder, progress)
     result["wall_seconds"], result["cpu_seconds"] = time.time() - started, time.process_time() - cpu
     write_json(folder / "result.json", result)
     shutil.rmtree(folder / FOLDER, ignore_errors=True)
     if not unit.final:
-        for name in (CHECKPOINT, AVERAGE):
+        for name in (CHECKPOINT, AVERAGE, TRIED):
             (folder / name).unlink(missing_ok=True)
     return result
 
@@ -224,7 +244,7 @@ def _fit(
         enable_model_summary=False,
         num_sanity_val_steps=0,
     )
-    with interruptible():
+    with interruptible(trainer):
         trainer.fit(module, datamodule=data, ckpt_path=str(last) if last.exists() else None, weights_only=True)
     steps = trainer.global_step
     if not steps or not last.exists():
@@ -237,7 +257,7 @@ def _fit(
     points = list(curve.points)
     ended = bool(points) and points[-1][0] == steps
     if averages or not ended:
-        with interruptible():
+        with interruptible(trainer):
             trainer.validate(module, **where)  # the config's steps may end between two validations
     result: dict[str, Any] = {
         "quality": curve.points[-1][2],
@@ -246,7 +266,7 @@ def _fit(
         "curve": [list(p) for p in (points if ended else curve.points)],
     }
     if unit.final:
-        with interruptible():
+        with interruptible(trainer):
             logged = trainer.test(module, **where)
         name = f"test/{module.monitor.partition('/')[2]}"
         result["test"] = {k: float(v) for k, v in logged[0].items() if k.count("/") == 1}
@@ -265,12 +285,15 @@ def _fit(
     return result
 
 
-def _fit_estimator(experiment: Experiment, model: Any, data: Any, unit: Unit) -> dict[str, Any]:
+def _fit_estimator(experiment: Experiment, model: Any, data: Any, unit: Unit, output: Path) -> dict[str, Any]:
     metric = experiment.monitor.partition("/")[2]
-    data.prepare_data()
-    data.setup("fit")
+    settings: tuple[Any, ...] = ()
+    if unit.search is not None:
+        searched = unit.search.read(output)
+        assert searched is not None, unit.search.name
+        settings = (searched["settings"],)
     began = time.perf_counter()
-    model.fit(data, unit.seed)
+    model.fit(data, unit.seed, *settings)
     seconds = time.perf_counter() - began
     quality = float(model.evaluate(data, "val")[metric])
     result: dict[str, Any] = {"quality": quality, "steps": None, "train_seconds": seconds}
@@ -280,6 +303,30 @@ def _fit_estimator(experiment: Experiment, model: Any, data: Any, unit: Unit) ->
         result["test"] = {f"test/{k}": float(v) for k, v in model.evaluate(data, "test").items()}
         result["test_quality"] = result["test"][f"test/{metric}"]
     return result
+
+
+def _tune_estimator(model: Any, data: Any, unit: Unit, folder: Path, progress: Progress) -> dict[str, Any]:
+    assert unit.minutes is not None
+    path = folder / TRIED
+
+    def keep(tried: dict[str, dict[str, float]]) -> None:
+        write_json(path, tried)
+        progress(len(tried), search.total)
+
+    tried = read_json(path)
+    if tried is None:  # a search of fewer minutes is the beginning of this one
+        shorter = [read_json(p) for p in folder.parent.glob(f"search-*min-seed{unit.seed}/result.json")]
+        shorter = [found["tried"] for found in shorter if found["minutes"] < unit.minutes]
+        tried = max(shorter, key=len, default=None)
+    search = Search(unit.minutes, tried, keep)
+    settings = model.tune(data, unit.seed, search)
+    return {
+        "settings": settings,
+        "tried": search.tried,
+        "num_settings": search.total,
+        "seconds": search.seconds,
+        "minutes": unit.minutes,
+    }
 
 
 def _checkpoints(folder: Path) -> BestAndLast:
@@ -305,9 +352,21 @@ def _hooks(callback: Callback) -> set[str]:
 
 
 @contextlib.contextmanager
-def interruptible() -> Iterator[None]:
-    """Ctrl-C is a KeyboardInterrupt here: Lightning's trainer makes an exit of it and leaves the signal ignored."""
-    handler = signal.getsignal(signal.SIGINT)
+def interruptible(trainer: Trainer | None = None) -> Iterator[None]:
+    """Make signals end ``trainer`` as they end everything else.
+
+    Ctrl-C is a KeyboardInterrupt here: Lightning's trainer makes an exit of it and leaves the signal ignored. SIGTERM
+    is a SIGTERMException: in a loop Lightning raises it at the end of a batch, but not after the last one.
+    """
+    handler, on_term = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+
+    def stop(*_: Any) -> None:
+        if trainer is None or not trainer.received_sigterm:  # Lightning's handler, where it is set, was called first
+            raise SIGTERMException
+
+    main = threading.current_thread() is threading.main_thread()  # only that one has handlers
+    if main and trainer is not None:
+        signal.signal(signal.SIGTERM, stop)
     try:
         yield
     except SystemExit as stopped:
@@ -315,13 +374,16 @@ def interruptible() -> Iterator[None]:
             raise KeyboardInterrupt from None
         raise
     finally:
-        with contextlib.suppress(ValueError):  # not the main thread, which has no handler to restore
+        if main:
             signal.signal(signal.SIGINT, handler)
+            signal.signal(signal.SIGTERM, on_term)
+    if trainer is not None and trainer.received_sigterm:
+        raise SIGTERMException
 
 
 @contextlib.contextmanager
 def terminable() -> Iterator[None]:
-    """SIGTERM is an exit here, as inside Lightning's trainer: what waits for workers stops them before it ends."""
+    """SIGTERM is an exit here, as inside Lightning's trainer: workers are stopped, and a line says how to go on."""
 
     def stop(*_: Any) -> None:
         raise SIGTERMException

@@ -157,6 +157,8 @@ def compare_sentences(
             label = f"{LABELS[score]}{of}"
             method = f"paired bootstrap, {RESAMPLES:,} draws"
             found.append(
-                ExampleDifference(label, result.difference, result.low, result.high, result.p, method, bool(name))
+                ExampleDifference(
+                    label, result.difference, result.low, result.high, result.p, method, bool(name), "test sentences"
+                )
             )
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -14,6 +15,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 import core
+from apps.baselines import Search
 from apps.loader import ResumableLoader
 from apps.training import Baseline, ExampleDifference, OptimizerConfig, SparseModule, TaskOutput
 
@@ -27,7 +29,7 @@ class TinyModel(SparseModule):
         moe: the MoE layer; None: a dense model.
         hidden: F of the dense model's block.
         offers: its baselines: "dense_equal_flops", "dense_double_equal_flops" (a false claim), "dense_equal_params",
-            "centroids" (no torch model), "none" (one that cannot exist).
+            "centroids" (no torch model), "tuned_centroids" (one with settings), "none" (one that cannot exist).
         further: metrics for the table beside top1; the module logs "top2" too.
         explodes_from: learning rates from here on give a NaN loss.
         optimizer: rates.
@@ -114,6 +116,7 @@ class TinyModel(SparseModule):
             "dense_double_equal_flops": Baseline(Dense(self, round(2 * flops / (4 * D))), "twice as wide"),
             "dense_equal_params": Baseline(Dense(self, round(params / (2 * D))), "a much wider FFN"),
             "centroids": Baseline(Centroids, "the nearest mean"),  # type: ignore[arg-type]
+            "tuned_centroids": Baseline(TunedCentroids, "means drawn together"),  # type: ignore[arg-type]
             "none": Baseline(None, "it coincides with another"),
         }
         return {name: every[name] for name in self.offers}
@@ -140,6 +143,28 @@ class Centroids:
     def evaluate(self, data: LightningDataModule, split: Literal["val", "test"]) -> Mapping[str, float]:
         x, y = data.points(1 if split == "val" else 2, 48)
         return {"top1": float((torch.cdist(x, self.means).argmin(1) == y).float().mean())}
+
+
+class TunedCentroids(Centroids):
+    """The class of the nearest mean; the means are drawn together by as much as is best on validation."""
+
+    tunes = True
+
+    def tune(self, data: LightningDataModule, seed: int, search: Search) -> dict[str, float]:
+        search.total, best = 3, (-1.0, 0.0)
+        for share in (0.0, 0.5, 1.0):
+
+            def tried(share: float = share) -> float:
+                self.fit(data, seed, {"share": share})
+                return self.evaluate(data, "val")["top1"]
+
+            found = search.quality(f"share={share:g}", tried, math.inf if best[0] < 0 else 1.0)
+            best = max(best, (-1.0 if found is None else found, share))
+        return {"share": best[1]}
+
+    def fit(self, data: LightningDataModule, seed: int, settings: Mapping[str, float]) -> None:  # type: ignore[override]
+        super().fit(data, seed)
+        self.means = self.means.lerp(self.means.mean(0), settings["share"])
 
 
 class TinyData(LightningDataModule):

@@ -6,8 +6,11 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 
+import compare_app
 import pytest
 import torch
 from compared import ROOT, experiment, offers, overlay
@@ -109,6 +112,134 @@ def test_a_termination_is_no_success_and_says_how_to_go_on(config, tmp_path, mon
     assert not multiprocessing.active_children()
 
 
+@pytest.mark.parametrize("where", ["in a baseline without steps", "after the last batch of a test"])
+def test_a_termination_outside_lightnings_loops_is_one_too(config, tmp_path, monkeypatch, capsys, where):
+    output = tmp_path / "out"
+    argv = ["compare", str(config), "--output", str(output), "--rounds", "0", "--seeds", "1",
+            "--learning_rates", "0.01", *offers("centroids")]  # fmt: skip
+    kind, hook = {
+        "in a baseline without steps": (compare_app.Centroids, "fit"),
+        "after the last batch of a test": (compare_app.TinyModel, "on_test_epoch_end"),
+    }[where]
+    real = getattr(kind, hook)
+
+    def terminated(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(kind, hook, terminated)
+        assert moesaic(argv) == 143
+    assert "terminated; what is finished is kept. To go on: moesaic compare" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finished = [path.parts[-3] for path in output.glob("units/*/*/result.json")]
+    assert finished == (["sparse"] if kind is compare_app.Centroids else [])
+    assert not list(output.rglob("*.tmp"))
+    assert moesaic(argv) == 0
+
+
+def test_systems_may_be_left_out_and_come_back(config, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "out"
+    argv = ["compare", str(config), "--seeds", "2", "--output", str(output), "--rounds", "0",
+            "--learning_rates", "0.01", *offers("dense_equal_flops", "centroids")]  # fmt: skip
+    real = training.train
+
+    def stopping(experiment, unit, *args):
+        if unit.system == "centroids":
+            raise KeyboardInterrupt
+        return real(experiment, unit, *args)
+
+    monkeypatch.setattr(command, "train", stopping)
+    assert moesaic(argv) == 130
+    capsys.readouterr()
+    # The slow one is dropped before it is finished, and then a finished one.
+    assert moesaic([*argv, "--baselines", "dense_equal_flops"]) == 0
+    assert "not asked for" not in capsys.readouterr().out
+    monkeypatch.setattr(command, "train", real)
+    assert moesaic([*argv, "--baselines", "centroids"]) == 0
+    said = "not asked for this time: dense, equal FLOPs. The finished runs are kept, and shown again when asked for"
+    assert said in capsys.readouterr().out
+    shown = json.loads((output / "results.json").read_text())
+    assert list(shown["finals"]) == ["sparse", "centroids"]
+    assert "| dense, equal FLOPs" not in (output / "table.md").read_text()
+    monkeypatch.setattr(command, "train", lambda *a: pytest.fail("trained again"))
+    assert moesaic(argv) == 0
+    again = json.loads((output / "results.json").read_text())
+    assert list(again["finals"]) == ["sparse", "dense_equal_flops", "centroids"]
+    assert again["date"] == shown["date"]  # that of the work, not of the printing
+
+
+def test_a_finished_comparison_is_printed_again_without_measuring(config, tmp_path, monkeypatch):
+    argv = [
+        str(config),
+        "--seeds",
+        "1",
+        "--learning_rates",
+        "0.01",
+        "--output",
+        str(tmp_path),
+        "--trainer.max_epochs",
+        "1",
+    ]
+    names = offers("dense_equal_flops", "dense_equal_params")
+
+    def measured(jobs, rounds, *_):
+        rates = {"seconds_per_step": 0.1, "train_examples_per_second": 321.0, "train_rounds": [1.0] * rounds}
+        return dict.fromkeys(jobs, rates)
+
+    monkeypatch.setattr(command, "measure", measured)
+    command.run_command([*argv, *names, "--rounds", "2"])
+    monkeypatch.setattr(command, "train", lambda *a: pytest.fail("trained again"))
+    monkeypatch.setattr(command, "measure", lambda *a: pytest.fail("measured again"))
+    for rounds in ("0", "2"):
+        command.run_command([*argv, *names, "--rounds", rounds])
+        assert "| training, examples/s | 321 | 321 | 321 |" in (tmp_path / "table.md").read_text()
+    command.run_command([*argv, *names, "--rounds", "0", "--baselines", "dense_equal_params"])
+    assert "| training, examples/s | 321 | 321 |\n" in (tmp_path / "table.md").read_text()
+    asked = []
+    monkeypatch.setattr(command, "measure", lambda jobs, *a: asked.append(list(jobs)) or measured(jobs, *a))
+    command.run_command([*argv, *names, "--rounds", "3"])
+    assert asked == [["sparse", "dense_equal_flops", "dense_equal_params"]]
+
+
+def test_an_estimators_settings_are_searched_once_and_for_a_time(config, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "out"
+    argv = ["compare", str(config), "--seeds", "2", "--output", str(output), "--rounds", "0",
+            "--learning_rates", "0.01", *offers("tuned_centroids")]  # fmt: skip
+    real, fits = compare_app.TunedCentroids.fit, []
+
+    def counted(self, data, seed, settings):
+        fits.append((seed, settings["share"]))
+        if interrupt and len(fits) == 2:
+            raise KeyboardInterrupt
+        real(self, data, seed, settings)
+
+    monkeypatch.setattr(compare_app.TunedCentroids, "fit", counted)
+    interrupt = True
+    assert moesaic(argv) == 130  # in the second setting
+    interrupt = False
+    assert moesaic(argv) == 0
+    # The search of seed 1000 goes on where it was, and its choice serves both seeds.
+    assert [seed for seed, _ in fits] == [1000, 1000, 1000, 1000, 0, 1]
+    assert [share for _, share in fits[:4]] == [0.0, 0.5, 0.5, 1.0]
+    best = json.loads((output / "units/tuned_centroids/search-2min-seed1000/result.json").read_text())["settings"]
+    assert {share for _, share in fits[4:]} == {best["share"]}
+    assert not list(output.rglob("tried.json"))
+    assert "means drawn together; tuned for 0.0 s, 3 of 3 settings." in (output / "table.md").read_text()
+    assert "| settings tried | – | 3 of 3 |" in (output / "table.md").read_text()
+    # Another budget is another search; more minutes go on from fewer ones.
+    del fits[:]
+    assert moesaic([*argv, "--baseline_minutes", "1e-9"]) == 0
+    assert [seed for seed, _ in fits] == [1000, 0, 1]
+    assert (
+        "tuned for 0.0 s, 1 of 3 settings (--baseline_minutes 1e-09 ended the search; the best of these is taken)"
+        in (output / "table.md").read_text()
+    )
+    del fits[:]
+    assert moesaic([*argv, "--baseline_minutes", "5"]) == 0
+    assert [seed for seed, _ in fits] == [0, 1]
+
+
 def test_the_examples_of_two_tests_are_compared_seed_by_seed(config, tmp_path, capsys):
     output = tmp_path / "out"
     argv = ["compare", str(config), "--seeds", "2", "--output", str(output), "--rounds", "0",
@@ -123,15 +254,14 @@ def test_the_examples_of_two_tests_are_compared_seed_by_seed(config, tmp_path, c
         by_metric = [rows[name][seed]["test"]["test/top1"] for name in ("sparse", "dense_equal_flops")]
         difference = pair["differences"][0]["difference"]
         assert difference == pytest.approx(48 * (by_metric[0] - by_metric[1]))
-        line = f"Against dense, equal FLOPs, seed {seed}: right points difference {difference:+.2f} "
-        assert (
-            f"{line}[{difference - 1:+.2f}, {difference + 1:+.2f}], p = 0.500: not significant (counted)."
-            in (output / "table.md").read_text()
-        )
+        interval = f"95 % interval over the test examples {difference - 1:+.2f} to {difference + 1:+.2f}"
+        line = f"Against dense, equal FLOPs, seed {seed}: right points difference {difference:+.2f}, {interval}"
+        found = "p = 0.500: not significant over these test examples (counted)."
+        assert f"{line}, {found}" in (output / "table.md").read_text()
     # Of parts of the examples on the page alone.
-    assert "right halves difference +0.00 [+0.00, +0.00], p = 0.010: significant" in (output / "table.md").read_text()
+    assert "p = 0.010: significant over these test examples" in (output / "table.md").read_text()
     shown = " ".join(capsys.readouterr().out.split())
-    assert "right points difference" in shown
+    assert shown.index("Two kinds of interval") < shown.index("right points difference")
     assert "right halves" not in shown
     assert found["signatures"] == {"top1": "micro"}
     assert "- top1: micro." in (output / "table.md").read_text()
@@ -184,6 +314,7 @@ def test_a_workers_error_is_the_commands(config, tmp_path):
         (["extra"], "extra is no option"),
         (["--seeds", "0"], "seeds=0 must be at least 1"),
         (["--jobs", "0"], "--jobs 0 must be at least 1"),
+        (["--baseline_minutes", "-1"], "baseline_minutes=-1 must be a positive number"),
         (["--baselines", "boosted"], "baseline 'boosted' is unknown: the module has dense_equal_flops"),
         (["--trainer.max_epoch", "3"], "did you mean 'trainer.max_epochs'"),
         (["--model.moe.num_experts", "1"], "top_k=2 exceeds num_experts=1"),
@@ -264,6 +395,31 @@ def test_all_routers_of_an_installation_without_any_are_refused(config, tmp_path
     monkeypatch.setattr(routers, "FOLDER", tmp_path / "none")
     assert moesaic(["compare", str(config), "--output", str(tmp_path / "o"), "--routers", "all"]) == 1
     assert capsys.readouterr().err == "error: --routers all: no overlays in this installation\n"
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["nowhere.yaml"], "no configuration nowhere.yaml"),
+        (["tiny.yml"], "no configuration tiny.yml; did you mean tiny.yaml?"),
+        (["none/x.yaml"], "no configuration none/x.yaml: there is no folder none"),
+        (["."], ". is a folder, not a configuration"),
+        (["tiny.yaml", "--config", "configs/debgu.yaml"], "no configuration configs/debgu.yaml"),
+        (["tiny.yaml", "--routers", "swich"], "router 'swich' is neither a file nor one of"),
+        (["tiny.yaml", "--seeds", "0"], "seeds=0 must be at least 1"),
+        (["tiny.yaml", "--sedes", "1"], "--sedes is no option of moesaic compare"),
+        (["tiny.yaml", "--output", "tiny.yaml"], "--output tiny.yaml is a file, not a folder"),
+    ],
+)
+def test_what_the_command_line_tells_is_refused_before_torch_is_imported(config, argv, message):
+    program = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from apps.cli import main; "
+        f"code = main({['compare', *argv]!r}); "
+        "print(code, [name for name in ('torch', 'lightning') if name in sys.modules])"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], cwd=config.parent, capture_output=True, text=True, check=True)
+    assert ran.stdout.split(maxsplit=1)[1] == "[]\n"
+    assert f"error: {message}" in ran.stderr
 
 
 def test_help(capsys):

@@ -6,7 +6,8 @@ import pytest
 from compared import overlay
 
 from apps.compare.files import differences, locked, read_json, write_json
-from apps.compare.plan import Options, Plan, at_edge
+from apps.compare.options import Options
+from apps.compare.plan import Plan, at_edge
 from apps.compare.training import shortened
 
 
@@ -58,6 +59,7 @@ def test_plan_searches_around_the_configured_rate_with_a_seed_of_its_own():
         ({"learning_rates": (0.1, 0.1)}, "names a rate twice"),
         ({"search_share": 0.0}, "search_share=0 must be above 0"),
         ({"rounds": -1}, "rounds=-1 must not be negative"),
+        ({"baseline_minutes": 0.0}, "baseline_minutes=0 must be a positive number"),
     ],
 )
 def test_options_out_of_range(values, message):
@@ -87,28 +89,39 @@ def test_an_edited_overlay_is_another_comparison(tmp_path):
         claim()
 
 
-def test_a_plan_may_grow_and_not_shrink(tmp_path):
+def test_a_plan_takes_other_systems_and_rounds_and_more_seeds(tmp_path):
     switch, hashed = overlay(tmp_path / "switch.yaml", top_k=1), overlay(tmp_path / "hash.yaml", "Hash")
 
-    def claim(seeds: int, baselines: tuple[str, ...] | None, *names: str, share: float = 1.0) -> None:
-        options = Options(num_seeds=seeds, baselines=baselines, routers=names, search_share=share)
+    def claim(seeds: int, baselines: tuple[str, ...] | None, *names: str, share: float = 1.0, **more: float) -> None:
+        options = Options(num_seeds=seeds, baselines=baselines, routers=names, search_share=share, **more)
         Plan.make({}, options, 0.01, 0).claim(tmp_path)
 
     claim(2, ("a",), switch)
     claim(3, ("b", "a"), hashed, switch)
-    for seeds, baselines, names, message in (
-        (2, ("a", "b"), (hashed, switch), "options.num_seeds: 3 saved, 2 now; seeds"),
-        (3, ("a",), (hashed, switch), "options.baselines"),
-        (3, (), (hashed, switch), "options.baselines"),
-        (3, ("a", "b"), (hashed,), "options.routers.router_switch"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            claim(seeds, baselines, *names)
+    with pytest.raises(ValueError, match=r"options\.num_seeds: 3 saved, 2 now; seeds"):
+        claim(2, ("a", "b"), hashed, switch)
+    claim(3, ("a",), hashed, switch)
+    claim(3, (), hashed)
+    claim(3, None, hashed, rounds=0)
+    claim(3, ("a", "b"), hashed, baseline_minutes=0.5)
     with pytest.raises(ValueError, match=r"search_share: 1\.0 saved, 0\.5 now"):
         claim(4, None, hashed, switch, share=0.5)
+    # A router that was left out is remembered as it was trained.
+    overlay(tmp_path / "switch.yaml", top_k=3)
+    with pytest.raises(ValueError, match=r"options\.routers\.router_switch\.router\.init_args\.top_k: 1 saved, 3 now"):
+        claim(3, None, hashed, switch)
+    overlay(tmp_path / "switch.yaml", top_k=1)
     claim(3, None, hashed, switch)
-    with pytest.raises(ValueError, match=r"options\.baselines: null saved"):
-        claim(3, ("a", "b"), hashed, switch)
+
+
+def test_an_estimators_search_is_one_for_all_seeds_and_of_its_minutes():
+    plan = Plan.make({}, Options(num_seeds=2, baseline_minutes=0.5), 0.01, 7)
+    (search,) = plan.tuning_units("trees")
+    finals = plan.final_units("trees", None, tunes=True)
+    assert search.name == "trees/search-0.5min-seed1007"
+    assert [u.name for u in finals] == ["trees/final-0.5min-seed7", "trees/final-0.5min-seed8"]
+    assert [u.search for u in finals] == [search, search]
+    assert plan.final_units("rule", None)[0].search is None
 
 
 def test_shortened():

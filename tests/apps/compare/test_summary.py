@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
-from apps.compare.summary import summarize
+from apps.compare.summary import ExamplePair, summarize
 from apps.compare.systems import System
 from apps.compare.table import _parts, cells, markdown
+from apps.cost import Cost
+from apps.training import ExampleDifference
 
 MEASURED = {"sparse": {"seconds_per_step": 0.3}, "dense_equal_flops": {"seconds_per_step": 0.2}}
 
@@ -114,11 +118,46 @@ def test_sentences_say_what_the_interval_allows():
     first, second = summary().sentences()
     assert first == (
         "Against dense, equal FLOPs: no difference shown at this budget (sparse minus dense +15.00 points; "
-        "95 % interval -48.53 to +78.53 points, 2 seeds, which holds 0)."
+        "95 % interval over 2 seeds -48.53 to +78.53 points, which holds 0)."
     )
     assert second.startswith(
         "Against dense, equal FLOPs: no difference shown at equal training time, on validation data"
     )
+
+
+def test_intervals_over_seeds_and_over_examples_are_told_apart():
+    s = summary()
+    assert s.two_intervals() == ""
+    bleu = ExampleDifference("BLEU", 0.4, 0.1, 0.7, 0.002, "paired bootstrap", over="test sentences")
+    s = dataclasses.replace(s, examples=(ExamplePair("dense_equal_flops", 1, (bleu,)),))
+    assert s.two_intervals() == (
+        "Two kinds of interval. Above, over training seeds: would both models, trained again, differ so? Below, over "
+        "the test sentences of one seed: would these two trained models differ on other test sentences? A difference "
+        "may be significant below and not shown above."
+    )
+    page = markdown("T", s, [])
+    places = [page.index(text) for text in ("95 % interval over 2 seeds", "Two kinds of interval", "seed 1: BLEU")]
+    assert places == sorted(places)
+    assert (
+        "Against dense, equal FLOPs, seed 1: BLEU difference +0.40, 95 % interval over the test sentences +0.10 to "
+        "+0.70, p = 0.002: significant over these test sentences (paired bootstrap)." in page
+    )
+
+
+def test_flops_are_those_before_training_and_once_trained_where_these_differ():
+    cost = {"num_params": 1, "active_params": 1}
+    found = [System("sparse", "", Cost(**cost, flops_per_example=2e6, unit="an image"))]
+    finals = {"sparse": [finished(0.4, [(5, 2.0, 0.4)])]}
+
+    def rows(trained: float) -> dict:
+        speeds = {"sparse": {"cost": {**cost, "flops_per_example": trained, "replaced_flops_per_example": 1.0}}}
+        s = summarize(found, finals, {"sparse": (0.1, False)}, speeds, "test/top1", True, (0,))
+        return {line[0].strip(): line[1:] for line in cells(s)}
+
+    assert rows(2e6)["MFLOPs an image"] == ["2.00"]
+    assert "computed once trained" not in rows(2e6)
+    assert rows(1.5e6)["MFLOPs an image"] == ["2.00"]
+    assert rows(1.5e6)["computed once trained"] == ["1.50"]
 
 
 def test_table_shows_intervals_edges_and_what_was_left_out():

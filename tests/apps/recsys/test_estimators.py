@@ -9,7 +9,8 @@ import pytest
 from every_column import FEATURES, EveryColumn
 from sklearn.metrics import log_loss, roc_auc_score
 
-from apps.compare.systems import Estimator
+from apps.baselines import Search
+from apps.compare.systems import Estimator, Tuner
 from apps.recsys.arrays import gather
 from apps.recsys.estimators import (
     HistGradientBoosting,
@@ -92,6 +93,7 @@ def test_estimators_learn_and_report_as_the_module_does(kind):
     data = EveryColumn()
     model = kind(**FAST) if kind is HistGradientBoosting else kind()
     assert isinstance(model, Estimator)
+    assert isinstance(model, Tuner)
     reads: list[str] = []
     for split in ("train", "val", "test"):
         loader = getattr(data, f"{split}_dataloader")
@@ -132,6 +134,39 @@ def test_what_is_tuned_is_the_best_on_validation():
     untuned = HistGradientBoostingUntuned()
     untuned.fit(data, 0)
     assert trees.evaluate(data, "val")["auc_click"] > untuned.evaluate(data, "val")["auc_click"]  # which overfits
+
+
+def test_a_search_that_has_no_time_takes_one_setting_of_each_task():
+    data = EveryColumn()
+    # Of two tasks, each: 6 of leaves and columns, 2 penalties, 3 on all rows; C: 3. At 0 s there is time for the first.
+    for model, total, tried in ((HistGradientBoosting(**FAST), 22, 3), (LogisticRegression(), 6, 2)):
+        search = Search(minutes=1e-9)
+        settings = model.tune(data, 0, search)
+        assert search.total == total
+        assert len(search.tried) == tried
+        model.fit(data, 1, settings)
+        assert model.evaluate(data, "test")["auc_buy"] > 0.7
+    assert HistGradientBoosting(**FAST).tunes
+    assert not HistGradientBoostingUntuned().tunes
+
+
+def test_a_search_that_was_broken_off_ends_as_a_whole_one():
+    data, kept = EveryColumn(), {}
+
+    def keep(tried):
+        kept.update(tried)
+        if len(tried) == 4:
+            raise KeyboardInterrupt
+
+    model = HistGradientBoosting(max_iter=4, search_rows=300)
+    with pytest.raises(KeyboardInterrupt):
+        model.tune(data, 3, Search(keep=keep))
+    resumed, whole = Search(tried=kept), Search()
+    assert model.tune(data, 3, resumed) == model.tune(data, 3, whole)
+    assert len(whole.tried) == whole.total == 22
+    assert {name: found["quality"] for name, found in resumed.tried.items()} == {
+        name: found["quality"] for name, found in whole.tried.items()
+    }
 
 
 def test_a_task_with_one_class_in_training_is_its_rate():
