@@ -50,7 +50,7 @@ class Options:
     baselines: tuple[str, ...] | None = None
     rounds: int = 5
     routers: tuple[str, ...] = ()
-    baseline_minutes: float = 2.0
+    baseline_minutes: float = 1.0
 
     def __post_init__(self) -> None:
         if self.num_seeds < 1:
@@ -163,8 +163,8 @@ def _parser() -> Parser:
     add("--learning_rates", nargs="+", type=float, default=[], metavar="LR", help=rates)
     share = "part of the training that a run of the search has (default: 1)"
     add("--search_share", type=float, default=1.0, metavar="SHARE", help=share)
-    minutes = "for which boosted trees and the like search their settings, each once for all seeds (default: 2)"
-    add("--baseline_minutes", type=float, default=2.0, metavar="M", help=minutes)
+    minutes = "for which boosted trees and the like search their settings, each once for all seeds (default: 1)"
+    add("--baseline_minutes", type=float, default=1.0, metavar="M", help=minutes)
     rounds = "timed rounds of speed and memory; 0 measures nothing and shows what was measured (default: 5)"
     add("--rounds", type=int, default=5, metavar="N", help=rounds)
     jobs = "runs at a time; each has its part of the cores, which small models use better so (default: 1)"

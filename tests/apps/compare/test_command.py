@@ -222,7 +222,7 @@ def test_an_estimators_settings_are_searched_once_and_for_a_time(config, tmp_pat
     # The search of seed 1000 goes on where it was, and its choice serves both seeds.
     assert [seed for seed, _ in fits] == [1000, 1000, 1000, 1000, 0, 1]
     assert [share for _, share in fits[:4]] == [0.0, 0.5, 0.5, 1.0]
-    best = json.loads((output / "units/tuned_centroids/search-2min-seed1000/result.json").read_text())["settings"]
+    best = json.loads((output / "units/tuned_centroids/search-1min-seed1000/result.json").read_text())["settings"]
     assert {share for _, share in fits[4:]} == {best["share"]}
     assert not list(output.rglob("tried.json"))
     assert "means drawn together; tuned for 0.0 s, 3 of 3 settings." in (output / "table.md").read_text()
