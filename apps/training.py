@@ -514,7 +514,7 @@ class SparseModule(LightningModule):
         loader: Any = self.trainer.val_dataloaders
         while isinstance(loader, (list, tuple)):
             loader = next(iter(loader), None)
-        if loader is None:
+        if loader is None or isinstance(loader, Mapping):
             return None
         with torch.random.fork_rng(devices=[]):  # a pass over a loader draws a seed for its workers
             batch = next(iter(loader), None)
