@@ -256,8 +256,8 @@ def test_the_examples_of_two_tests_are_compared_seed_by_seed(config, tmp_path, c
         assert difference == pytest.approx(48 * (by_metric[0] - by_metric[1]))
         interval = f"95 % interval over the test examples {difference - 1:+.2f} to {difference + 1:+.2f}"
         line = f"Against dense, equal FLOPs, seed {seed}: right points difference {difference:+.2f}, {interval}"
-        found = "p = 0.500: not significant over these test examples (counted)."
-        assert f"{line}, {found}" in (output / "table.md").read_text()
+        said = "p = 0.500: not significant over these test examples (counted)."
+        assert f"{line}, {said}" in (output / "table.md").read_text()
     # Of parts of the examples on the page alone.
     assert "p = 0.010: significant over these test examples" in (output / "table.md").read_text()
     shown = " ".join(capsys.readouterr().out.split())
