@@ -21,7 +21,7 @@ from apps.nlp.module import check_context, check_length, check_subwords, of_mean
 from apps.nlp.output import LinePredictor
 from apps.nlp.predict import Candidate, Line, check_one, checked_texts, decoding, in_order
 from apps.nlp.pretrained import PretrainedModule, check_free, check_replaced, published_network
-from apps.nlp.subwords import PAD_ID, UNK_ID, Subwords
+from apps.nlp.subwords import PAD_ID, Subwords
 from apps.nlp.text import TextBatch, TextSize, prompt_batches
 from apps.training import Baseline, OptimizerConfig, Stage, TaskOutput
 
