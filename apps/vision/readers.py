@@ -23,6 +23,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2.functional import to_dtype
 
+from apps.inflate import read_limited
+
 
 class ImageSet(torch.utils.data.Dataset[Any]):
     """Images that are read by whole batches: ``set.__getitems__(positions)`` is (uint8 (B, C, H, W), label, index)."""
@@ -248,8 +250,10 @@ def in_memory(images: np.ndarray, labels: np.ndarray, path: Path, num_classes: i
 
 def _read_bytes(path: Path) -> bytes:
     try:
-        data = path.read_bytes()
-        return gzip.decompress(data) if path.suffix == ".gz" else data
+        if path.suffix != ".gz":
+            return path.read_bytes()
+        with gzip.open(path) as unpacked:
+            return read_limited(unpacked, path.stat().st_size, str(path))  # type: ignore[arg-type]
     except FileNotFoundError as error:
         raise ValueError(f"{path} is missing") from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:

@@ -111,6 +111,15 @@ def test_an_image_too_large_for_pillow_is_named(tmp_path: Path, monkeypatch: pyt
         read_image(str(tmp_path / "x.tif"))
 
 
+def test_a_small_archive_of_too_many_bytes_is_refused(tmp_path: Path) -> None:
+    # Gzip files may be joined: 257 of 1 MiB of zeros, about 1 KiB each, pass the 256 MiB that any file may unpack to.
+    write_mnist(tmp_path)
+    path = tmp_path / "train-images-idx3-ubyte.gz"
+    path.write_bytes(gzip.compress(bytes(1 << 20)) * 257)
+    with pytest.raises(ValueError, match=rf"^{path} is compressed over \d+ times .* at most 200 times is read"):
+        read_idx(path)
+
+
 @pytest.mark.parametrize("shape", [(2, 12000), (12000, 2), (5, 40), (12, 10)])
 def test_a_strip_is_cut_before_it_is_scaled(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     scaled = []
