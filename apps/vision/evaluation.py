@@ -468,6 +468,8 @@ def support_batches(trainer: Trainer) -> Iterable[Any] | None:
         if train is None:
             return None
         loader = train()
+        if not len(loader):  # a folder of images to test alone
+            return None
     limit = trainer.limit_val_batches
     return itertools.islice(loader, int(limit if isinstance(limit, int) else limit * len(loader)))
 

@@ -9,7 +9,8 @@ import contextlib
 import gzip
 import pickle
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,12 +19,12 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2.functional import to_dtype
 
 from apps.inflate import read_limited
+from apps.messages import one_line
 
 
 class ImageSet(torch.utils.data.Dataset[Any]):
@@ -73,13 +74,19 @@ class FromFiles:
     transform: Callable[[Tensor], Tensor]
 
     def __call__(self, index: Tensor) -> Tensor:
-        return torch.stack([self.transform(read_image(self.paths[i])) for i in index.tolist()])
+        try:
+            return torch.stack([self.transform(read_image(self.paths[i])) for i in index.tolist()])
+        except BadImage as error:
+            raise BadImage(f"{error}; data.on_bad_image=skip leaves such images out") from error
 
 
 class Splits(NamedTuple):
-    """What a dataset brings along. ``val`` is None where it has no validation split of its own."""
+    """What a dataset brings along.
 
-    train: ImageSet
+    ``val`` is None where it has no validation split of its own, ``train`` where a folder holds images to test alone.
+    """
+
+    train: ImageSet | None
     test: ImageSet
     val: ImageSet | None = None
 
@@ -161,42 +168,85 @@ def read_cifar(
 
 def read_small_images(folder: Path, class_names: Sequence[str], side: int) -> ImageSet:
     """All images below ``folder/CLASS`` in memory; each one must be ``side`` x ``side``."""
-    listing = _list_images(folder)
-    if sorted(listing.classes) != sorted(class_names):
-        odd = sorted(set(listing.classes) ^ set(class_names))
+    folders = class_folders(folder)
+    if sorted(folders) != sorted(class_names):
+        odd = sorted(set(folders) ^ set(class_names))
         rule = f"its folders are not the {len(class_names)} classes"
         raise ValueError(f"{folder}: {rule}; they differ in {', '.join(odd[:5])}")
 
-    images = np.empty((len(listing.samples), 3, side, side), np.uint8)
-    for i, (path, _) in enumerate(listing.samples):
+    samples = _list_images(folder, class_names)
+    images = np.empty((len(samples), 3, side, side), np.uint8)
+    for i, (path, _) in enumerate(samples):
         pixels = read_image(path)
         if pixels.shape != images.shape[1:]:
             raise ValueError(f"{path} is {pixels.shape[2]}x{pixels.shape[1]}, not {side}x{side} like the others")
         images[i] = pixels
-    names = list(class_names)
-    labels = np.array([names.index(listing.classes[label]) for label in listing.targets])
-    return in_memory(images, labels, folder, len(names))
+    return in_memory(images, np.array([label for _, label in samples]), folder, len(class_names))
 
 
-def read_image_folder(root: Path, train: Callable[..., Tensor], evaluate: Callable[..., Tensor]) -> Splits:
-    """``root/{train,val,test}/CLASS/``; without ``test``, ``val`` is the test split, as ImageNet is used."""
-    listings = {name: _list_images(root / name) for name in ("train", "val", "test") if (root / name).is_dir()}
-    for name, listing in listings.items():
-        if listing.classes != listings["train"].classes:
-            odd = sorted(set(listing.classes) ^ set(listings["train"].classes))
+def read_image_folder(
+    root: Path,
+    class_names: Sequence[str],
+    train: Callable[..., Tensor],
+    evaluate: Callable[..., Tensor],
+    of_checkpoint: bool = False,
+) -> Splits:
+    """``root/{train,val,test}/CLASS/``; without ``test``, ``val`` is the test split, as ImageNet is used.
+
+    Args:
+        root: the folder.
+        class_names: by label.
+        train, evaluate: what becomes of a decoded image, in training and in evaluation.
+        of_checkpoint: the classes are a model's that is trained: a split need not have images of all of them, and there
+            may be no ``train``. Else they are those of ``train``, and every split has the same.
+
+    Raises:
+        ValueError: a split has another class, or no image.
+    """
+    samples = {}
+    for name in ("train", "val", "test"):
+        if not (root / name).is_dir():
+            continue
+        found = class_folders(root / name)
+        if of_checkpoint:
+            check_classes(str(root / name), found, class_names)
+        elif set(found) != set(class_names):
+            odd = sorted(set(found) ^ set(class_names))
             raise ValueError(f"{root / name}: its classes are not those of train; they differ in {', '.join(odd[:5])}")
+        samples[name] = _list_images(root / name, class_names, allow_empty=of_checkpoint)
 
     def split(name: str, transform: Callable[..., Tensor]) -> ImageSet:
-        paths, labels = zip(*listings[name].samples, strict=True)
+        paths, labels = zip(*samples[name], strict=True)
         return ImageSet(FromFiles(paths, transform), torch.tensor(labels))
 
-    test = "test" if "test" in listings else "val"
-    val = split("val", evaluate) if test != "val" and "val" in listings else None
-    return Splits(split("train", train), split(test, evaluate), val)
+    test = "test" if "test" in samples else "val"
+    val = split("val", evaluate) if test != "val" and "val" in samples else None
+    return Splits(split("train", train) if "train" in samples else None, split(test, evaluate), val)
+
+
+def check_classes(where: str, found: Sequence[str], known: Sequence[str]) -> None:
+    """Refuse data with a class that a checkpoint does not know.
+
+    Raises:
+        ValueError: naming the classes that either has and the other has not.
+    """
+    unknown, lacking = sorted(set(found) - set(known)), sorted(set(known) - set(found))
+    if unknown:
+        also = f", and lacks {some(lacking)}" if lacking else ""
+        raise ValueError(
+            f"{where}: its classes are not those of the checkpoint: it has {some(unknown)}, which the checkpoint does "
+            f"not know{also}"
+        )
+
+
+def some(names: Sequence[str], most: int = 5) -> str:
+    """The first ``most`` of the names, and how many others there are."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def read_unlabelled(folder: Path, transform: Callable[[Tensor], Tensor]) -> ImageSet:
-    """All images in ``folder`` and below it, by path; their labels are 0.
+    """All images in ``folder`` and below it, by path; their label is -1, which is none.
 
     Raises:
         ValueError: there is none.
@@ -205,36 +255,100 @@ def read_unlabelled(folder: Path, transform: Callable[[Tensor], Tensor]) -> Imag
     if not paths:
         what = "holds no image" if folder.is_dir() else "is no folder"
         raise ValueError(f"predict_folder={folder} {what}; images end in {', '.join(IMG_EXTENSIONS)}")
-    return ImageSet(FromFiles(tuple(paths), transform), torch.zeros(len(paths), dtype=torch.int64))
+    return ImageSet(FromFiles(tuple(paths), transform), torch.full((len(paths),), -1))
+
+
+class BadImage(ValueError):
+    """A file that holds no image, or one that is cut, damaged, too large or of 32 bits."""
 
 
 def read_image(path: str) -> Tensor:
     """The image as RGB, uint8 (3, H, W); of 16 bits a channel the upper 8.
 
     Raises:
-        ValueError: the file is not an image, is cut or too large, or its pixels have 32 bits.
+        BadImage: the file is not an image, is cut or too large, or its pixels have 32 bits.
+        ValueError: there is no such file, or it cannot be opened.
     """
-    with contextlib.suppress(RuntimeError):
-        pixels = decode_image(path, ImageReadMode.RGB)  # a third of Pillow's time, but a few formats only
-        return pixels if pixels.dtype == torch.uint8 else to_dtype(pixels, torch.uint8, scale=True)
+    # Pillow reads the header, for 0.03 to 0.08 ms: it refuses what a small file would unpack to.
+    with _named(path), Image.open(path) as image:
+        with contextlib.suppress(RuntimeError):
+            pixels = decode_image(path, ImageReadMode.RGB)  # a third of Pillow's time, but a few formats only
+            return pixels if pixels.dtype == torch.uint8 else to_dtype(pixels, torch.uint8, scale=True)
+        return _of_pillow(image, path)
+
+
+def to_pixels(image: Any, name: str) -> Tensor:
+    """The image as RGB, uint8 (3, H, W).
+
+    Args:
+        image: a path, an image of Pillow's, or a uint8 array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4).
+        name: what an error calls one that has no path.
+
+    Raises:
+        ValueError: anything else, or an image that cannot be read.
+    """
+    if isinstance(image, (str, Path)):
+        return read_image(str(image))
+    if isinstance(image, Image.Image):
+        with _named(name):
+            return _of_pillow(image, name)
+    if not isinstance(image, np.ndarray):
+        raise ValueError(f"{name} is of type {type(image).__name__}, not a path, a PIL image or a uint8 array")
+    channels = image.shape[2:] if image.ndim == 3 else (1,) if image.ndim == 2 else ()
+    if image.dtype != np.uint8 or channels not in ((1,), (3,), (4,)) or not image.size:
+        raise ValueError(f"{name} is {image.dtype} {image.shape}: an array must be uint8, (H, W) or (H, W, 3)")
+    pixels = torch.from_numpy(image.reshape(*image.shape[:2], *channels).copy()).permute(2, 0, 1)
+    return pixels.expand(3, -1, -1) if len(pixels) == 1 else pixels[:3]
+
+
+def without_bad_images(images: ImageSet, num_threads: int) -> tuple[ImageSet, list[str]]:
+    """Decode all images once: those that can be read, in their order, and one complaint for each of the others."""
+    read = images.read
+    if not isinstance(read, FromFiles):
+        return images, []
+
+    def complaint(i: int) -> str | None:
+        try:
+            read_image(read.paths[i])
+        except BadImage as error:
+            return str(error)
+        return None
+
+    complaints: list[str | None] = []
+    with ThreadPoolExecutor(num_threads) as pool:
+        for some_of_them in images.index.split(4096):  # a future for each of a million would take a gigabyte
+            complaints += pool.map(complaint, some_of_them.tolist())
+    kept = torch.tensor([c is None for c in complaints], dtype=torch.bool)
+    return images.subset(kept.nonzero().squeeze(1)), [c for c in complaints if c is not None]
+
+
+@contextlib.contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Say which image an error is about."""
     try:
-        with Image.open(path) as image:
-            if image.mode.startswith(("I", "F")):
-                return _upper_bits(image, path).expand(3, -1, -1)
-            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+        yield
+    except (BadImage, MemoryError):
+        raise
     except Image.DecompressionBombError as error:
-        raise ValueError(f"{path} is too large: {error}") from error
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise ValueError(f"{path} is corrupt: {error}") from error
+        raise BadImage(f"{name} is too large: {error}") from error
+    except Exception as error:  # a damaged file makes Pillow's readers raise nearly anything
+        if isinstance(error, OSError) and error.errno is not None:  # the system's, not of what the file holds
+            raise ValueError(f"{name} cannot be read: {error.strerror}") from error
+        reason = "it is no image" if isinstance(error, UnidentifiedImageError) else one_line(str(error))
+        raise BadImage(f"{name} is corrupt: {reason}") from error
+
+
+def _of_pillow(image: Image.Image, name: str) -> Tensor:
+    if image.mode.startswith(("I", "F")):
+        return _upper_bits(image, name).expand(3, -1, -1)
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
 def _upper_bits(image: Image.Image, path: str) -> Tensor:
     """Grey pixels of 16 bits as uint8 (1, H, W). Pillow's ``convert`` would cut all above 255 off."""
     # In PNG and PPM files, mode I is how some versions of Pillow give 16 bits; else it is of 32.
     if not (image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))):
-        raise ValueError(
-            f"{path} has pixels of 32 bits (mode {image.mode}) and no rule for their range: save it with 16"
-        )
+        raise BadImage(f"{path} has pixels of 32 bits (mode {image.mode}) and no rule for their range: save it with 16")
     return torch.from_numpy((np.array(image) >> 8).astype(np.uint8))[None]
 
 
@@ -284,11 +398,25 @@ def _read_cifar_batch(path: Path, key: str) -> tuple[np.ndarray, np.ndarray]:
     return images.reshape(-1, 3, 32, 32), labels
 
 
-def _list_images(folder: Path) -> ImageFolder:
+def class_folders(folder: Path) -> tuple[str, ...]:
+    """The names of the folders in ``folder``, sorted."""
+    return tuple(sorted(p.name for p in folder.iterdir() if p.is_dir()))
+
+
+def _list_images(folder: Path, class_names: Sequence[str], allow_empty: bool = False) -> list[tuple[str, int]]:
+    """The images below ``folder/CLASS`` with their labels, by class and path.
+
+    Raises:
+        ValueError: there is none; or, unless ``allow_empty``, none of one class.
+    """
+    numbers = {name: label for label, name in enumerate(class_names)}
     try:
-        return ImageFolder(str(folder))
+        samples = make_dataset(str(folder), numbers, extensions=IMG_EXTENSIONS, allow_empty=allow_empty)
     except FileNotFoundError as error:
-        raise ValueError(f"{folder} is no image folder: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{folder} is no image folder: {one_line(str(error))}") from error
+    if not samples:
+        raise ValueError(f"{folder} holds no image; images end in {', '.join(IMG_EXTENSIONS)}")
+    return samples
 
 
 def stratified_split(labels: Tensor, num: int, seed: int) -> tuple[Tensor, Tensor]:

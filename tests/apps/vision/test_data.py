@@ -210,12 +210,19 @@ def test_a_wrong_option_names_value_and_rule(options: dict[str, Any], message: s
 
 def test_what_only_the_data_can_tell(tmp_path: Path) -> None:
     root = write_mnist(tmp_path)
-    with pytest.raises(ValueError, match="val_size=40 leaves none of the 40 training images"):
+    with pytest.raises(
+        ValueError, match=r"val_size=40 leaves none of the 40 training images .* leave it out for a tenth"
+    ):
         ready("mnist", root, val_size=40)
     with pytest.raises(ValueError, match="subset=37 exceeds the 36 training images"):
         ready("mnist", root, subset=37)
     with pytest.raises(ValueError, match="batch_size=100 exceeds the 36 training examples"):
         ready("mnist", root, batch_size=100, drop_last=True).train_dataloader()
+
+
+@pytest.mark.parametrize(("images", "held_out"), [(9, 1), (100, 10), (1728, 173), (100_000, 10_000), (10**6, 10_000)])
+def test_a_tenth_is_held_out_of_a_folder_of_any_size_and_no_more_than_10000(images: int, held_out: int) -> None:
+    assert VisionData("image_folder", root=".")._count_val(images) == held_out
 
 
 def test_num_classes_of_a_folder_needs_root() -> None:

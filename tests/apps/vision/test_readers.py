@@ -111,6 +111,16 @@ def test_an_image_too_large_for_pillow_is_named(tmp_path: Path, monkeypatch: pyt
         read_image(str(tmp_path / "x.tif"))
 
 
+@pytest.mark.parametrize("name", ["x.png", "x.jpg"])  # what torchvision decodes, whatever the size
+def test_a_small_file_of_too_many_pixels_is_named_before_it_is_decoded(tmp_path: Path, name: str, monkeypatch) -> None:
+    Image.new("L", (10, 10)).save(tmp_path / name)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)
+    monkeypatch.setattr("apps.vision.readers.decode_image", None)
+    with pytest.raises(ValueError, match=rf"^{tmp_path / name} is too large: .*pixels") as caught:
+        read_image(str(tmp_path / name))
+    assert "\n" not in str(caught.value)
+
+
 def test_a_small_archive_of_too_many_bytes_is_refused(tmp_path: Path) -> None:
     # Gzip files may be joined: 257 of 1 MiB of zeros, about 1 KiB each, pass the 256 MiB that any file may unpack to.
     write_mnist(tmp_path)

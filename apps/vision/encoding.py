@@ -1,0 +1,81 @@
+"""What a checkpoint keeps of the images of its training: the classes' names, and how pixels become a model's input."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.transforms import v2
+
+
+@dataclass(frozen=True)
+class ImageEncoding:
+    """The classes of a model by their number, and what decides the pixels that it sees in an evaluation.
+
+    Attributes:
+        class_names: by label.
+        image_size: height and width in pixels.
+        in_chans: 1 or 3.
+        mean: of each channel, pixels in [0, 1].
+        std: standard deviation of each channel, likewise.
+        eval_crop: share of the shorter side that is kept of an image file.
+    """
+
+    class_names: tuple[str, ...]
+    image_size: int
+    in_chans: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    eval_crop: float = 1.0
+
+    def state(self) -> dict[str, Any]:
+        """Return plain values, for a checkpoint."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> ImageEncoding:
+        """Return the encoding of a checkpoint's ``state()``."""
+        plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in state.items()}
+        return cls(**plain)
+
+    @property
+    def transform(self) -> v2.Compose:
+        """What becomes of a decoded image: see ``evaluation_transform``."""
+        return evaluation_transform(self.image_size, self.in_chans, self.eval_crop)
+
+
+def evaluation_transform(image_size: int, in_chans: int, eval_crop: float) -> v2.Compose:
+    """Scale a decoded image, uint8 (3, H, W), to a model's size, keep the centre: uint8 (in_chans, S, S)."""
+    cut = [v2.Lambda(middle_of_strip), v2.Resize(round(image_size / eval_crop)), v2.CenterCrop(image_size)]
+    return file_transform(cut, in_chans)
+
+
+def file_transform(cut: Sequence[Any], in_chans: int) -> v2.Compose:
+    """Return ``cut`` of a decoded image, which is made grey where the model has one channel."""
+    return v2.Compose([*cut, v2.Lambda(_grey)] if in_chans == 1 else list(cut))
+
+
+def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Return uint8 (B, C, H, W) as float32 of mean 0 and deviation 1, by those of pixels in [0, 1]."""
+    centre, scale = (torch.tensor(v).view(-1, 1, 1) for v in (mean, std))
+    return images.float().mul_(1 / (255 * scale)).sub_(centre / scale)
+
+
+def middle_of_strip(image: Tensor) -> Tensor:
+    """Cut (C, H, W) to a longer side of at most 8 shorter ones around the centre, which is more than a crop keeps.
+
+    Scaled whole by its shorter side, an image of 12,000 x 2 pixels would take gigabytes.
+    """
+    height, width = image.shape[-2:]
+    most = 8 * min(height, width)
+    return (
+        image if max(height, width) <= most else v2.functional.center_crop(image, [min(height, most), min(width, most)])
+    )
+
+
+def _grey(image: Tensor) -> Tensor:
+    """Uint8 (3, H, W) to (1, H, W). torchvision cuts the fraction off, and grey would come out a level darker."""
+    return v2.functional.rgb_to_grayscale(image.float()).round().to(torch.uint8)
