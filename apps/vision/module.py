@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
+import numpy as np
+import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback
+from PIL import Image
 from torch import Tensor
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
@@ -15,11 +20,15 @@ from torchmetrics.classification import MulticlassAccuracy
 import core
 from apps.baselines import DenseTwin, dense_baselines
 from apps.training import Baseline, OptimizerConfig, SparseModule, TaskOutput
+from apps.vision.encoding import ImageEncoding, normalize
 from apps.vision.evaluation import ReportConfig, VisionReport, hard_labels
 from apps.vision.model import ViTConfig, VMoE, load_pretrained_weights
+from apps.vision.readers import to_pixels
 from apps.widths import SolvedWidth, ffn_widths
 
 _REPORT = ReportConfig()
+
+_PREDICTED_AT_ONCE = 64
 
 
 class ImagePrediction(NamedTuple):
@@ -31,6 +40,8 @@ class ImagePrediction(NamedTuple):
         probability: float32 (B, k), theirs.
         class_name: B lists of k names of these classes; None where the data has none.
         path: B files; None where the images are not files of their own.
+        true_label: int64 (B,), the images' own classes; None where they have none.
+        true_class_name: B names of these; None where they have none.
     """
 
     index: Tensor  # type: ignore[assignment]  # a batch has no use for tuple.index
@@ -38,6 +49,25 @@ class ImagePrediction(NamedTuple):
     probability: Tensor
     class_name: list[list[str]] | None = None
     path: list[str] | None = None
+    true_label: Tensor | None = None
+    true_class_name: list[str] | None = None
+
+
+@dataclass(frozen=True)
+class ClassifiedImage:
+    """What ``VisionClassifier.predict`` says of an image. ``pandas.DataFrame`` makes a table of a list of them.
+
+    Attributes:
+        path: of its file; None where the image was given itself.
+        class_name: of the likeliest class.
+        probability: its, to 6 places.
+        top: the probabilities of the likeliest classes by name, best first.
+    """
+
+    path: str | None
+    class_name: str
+    probability: float
+    top: dict[str, float]
 
 
 class VisionClassifier(SparseModule):
@@ -140,7 +170,70 @@ class VisionClassifier(SparseModule):
         known = getattr(data, "class_names", None)
         names = [[str(known[c]) for c in row] for row in best.indices.tolist()] if known else None
         path = data.predicted_paths(batch.index) if hasattr(data, "predicted_paths") else None
-        return ImagePrediction(batch.index, best.indices, best.values, names, path)
+        label: Tensor | None = hard_labels(batch.label)
+        if label is not None and bool((label < 0).any()):  # images to predict have none
+            label = None
+        true_names = None if label is None or not known else [str(known[c]) for c in label.tolist()]
+        return ImagePrediction(batch.index, best.indices, best.values, names, path, label, true_names)
+
+    @torch.no_grad()
+    def predict(self, images: Sequence[str | Path | Image.Image | np.ndarray], top: int = 5) -> list[ClassifiedImage]:
+        """Classify images by what the checkpoint knows: no data module and no training folder is needed.
+
+        Images are decoded, scaled and cut as in the model's evaluation, and classified 64 at a time.
+
+        Args:
+            images: paths, images of Pillow's, or uint8 arrays (H, W) or (H, W, 3), mixed as you like.
+            top: how many classes to name for each.
+
+        Raises:
+            ValueError: an image that cannot be read, by its name or place; a single image outside a list; ``top`` below
+                1; a model whose checkpoint keeps no classes.
+
+        Example::
+
+            model.predict(["a.png"])[0].class_name      # 'cat'
+        """
+        if isinstance(images, (str, Path, Image.Image)) or (isinstance(images, np.ndarray) and images.ndim < 4):
+            raise ValueError("images must be a list: write predict([image]) for one image")
+        if top < 1:
+            raise ValueError(f"top={top} must be at least 1")
+        encoding, training = self.encoding, self.training
+        self.eval()
+        try:
+            numbered = list(enumerate(images))
+            starts = range(0, len(numbered), _PREDICTED_AT_ONCE)
+            batches = (numbered[start : start + _PREDICTED_AT_ONCE] for start in starts)
+            return [answer for batch in batches for answer in self._classified(batch, encoding, top)]
+        finally:
+            self.train(training)
+
+    def _classified(
+        self, batch: Sequence[tuple[int, Any]], encoding: ImageEncoding, top: int
+    ) -> Iterator[ClassifiedImage]:
+        transform = encoding.transform
+        pixels = torch.stack([transform(to_pixels(image, f"images[{i}]")) for i, image in batch])
+        normalized = normalize(pixels, encoding.mean, encoding.std).to(self.device)
+        best = self(normalized).float().softmax(-1).topk(min(top, self.num_classes), dim=-1)
+        for (_, image), labels, values in zip(batch, best.indices.tolist(), best.values.tolist(), strict=True):
+            shares = {encoding.class_names[c]: round(p, 6) for c, p in zip(labels, values, strict=True)}
+            name, share = next(iter(shares.items()))
+            yield ClassifiedImage(str(image) if isinstance(image, (str, Path)) else None, name, share, shares)
+
+    @property
+    def encoding(self) -> ImageEncoding:
+        """The classes' names and what becomes of pixels: the checkpoint's, else the data's it was trained on.
+
+        Raises:
+            ValueError: there is neither.
+        """
+        state = self._encoding or getattr(self._data(), "encoding_state", None)
+        if state is None:
+            raise ValueError(
+                "this model does not know its classes and the scale of its pixels: load a checkpoint that keeps them, "
+                "which those of earlier versions do not"
+            )
+        return ImageEncoding.from_state(state)
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
