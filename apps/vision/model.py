@@ -357,11 +357,16 @@ class LoadReport:
 
     def __str__(self) -> str:
         parts = [f"{len(self.loaded)} loaded"]
-        for what in ("missing", "unexpected", "skipped", "replaced"):
+        for what, meaning in (
+            ("missing", "not in the source, left untrained"),
+            ("unexpected", "in the source alone, not taken"),
+            ("skipped", "of another shape, left untrained"),
+            ("replaced", "of MoE layers in place of an FFN, left untrained"),
+        ):
             names = getattr(self, what)
             if names:
                 more = ", ..." if len(names) > 4 else ""
-                parts.append(f"{len(names)} {what} ({', '.join(names[:4])}{more})")
+                parts.append(f"{len(names)} {meaning} ({', '.join(names[:4])}{more})")
         return "; ".join(parts)
 
 

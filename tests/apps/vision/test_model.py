@@ -294,6 +294,8 @@ def test_dense_parts_load_and_the_rest_is_named(source, tmp_path, kind, caplog):
     assert_close(model.pos_embed[:, 0], source.pos_embed[:, 0])
     assert set(report.skipped) == {"head.weight", "head.bias"}
     assert len(report.replaced) == 2 * 3  # gate, w_in, w_out
+    assert "2 of another shape, left untrained (head." in caplog.text
+    assert "6 of MoE layers in place of an FFN, left untrained (blocks.1.mlp." in caplog.text
     for name in (*report.skipped, *report.replaced):
         assert torch.equal(model.state_dict()[name], before[name]), name
     assert report.missing == ()
