@@ -37,9 +37,16 @@ class ImageEncoding:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> ImageEncoding:
-        """Return the encoding of a checkpoint's ``state()``."""
+        """Return the encoding of a checkpoint's ``state()``.
+
+        Raises:
+            ValueError: it has other fields.
+        """
         plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in state.items()}
-        return cls(**plain)
+        try:
+            return cls(**plain)
+        except TypeError as error:
+            raise ValueError(f"the checkpoint's encoding is not one of images: it has {', '.join(plain)}") from error
 
     @property
     def transform(self) -> v2.Compose:

@@ -409,6 +409,8 @@ class VisionReport(Callback):
         pictured = displayed(np.concatenate(images), trainer)[order]
         loads = {block_name(n): s.tokens_per_expert.cpu().numpy() for n, s in stats.layers.items()}
         drops = {block_name(n): s.drop_rate for n, s in stats.layers.items()}
+        # A class without a test image has no shares, and would be drawn as one whose tokens no expert takes.
+        with_images = sum(c.sum(1) for c in counts.values()).nonzero().squeeze(1).tolist()  # type: ignore[union-attr]
         return [
             plots.save_figure(
                 plots.routing_over_images(
@@ -417,7 +419,9 @@ class VisionReport(Callback):
                 folder / "routing.png",
             ),
             plots.save_figure(
-                plots.expert_class_heatmap({n: class_share(c) for n, c in counts.items()}, names),
+                plots.expert_class_heatmap(
+                    {n: class_share(c[with_images]) for n, c in counts.items()}, [names[label] for label in with_images]
+                ),
                 folder / "expert_class.png",
             ),
             plots.save_figure(plots.load_bars(loads, drops), folder / "load.png"),

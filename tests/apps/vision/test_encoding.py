@@ -73,6 +73,11 @@ def test_a_checkpoint_keeps_classes_and_scale(trained: Path) -> None:
     assert ImageEncoding.from_state(kept) == replace(ENCODING, std=(0.229, 0.224, 0.225))
 
 
+def test_an_encoding_of_something_else_is_refused() -> None:
+    with pytest.raises(ValueError, match="the checkpoint's encoding is not one of images: it has features, domain"):
+        ImageEncoding.from_state({"features": {}, "domain": None})
+
+
 # ---- other folders
 
 

@@ -12,6 +12,7 @@ from lightning.pytorch import Trainer
 from torch.testing import assert_close
 
 import core
+from apps import plots
 from apps.cli import main
 from apps.loader import batches_of_test
 from apps.vision.data import ImageBatch, VisionData
@@ -236,6 +237,32 @@ def test_report_writes_tables_and_pictures(tmp_path, capsys):
     assert "Capacity sweep at inference, 100 test images" in printed
     (batch,) = _limited(batches_of_test(trainer), 100)
     assert len(set(batch.label.tolist())) == 10
+
+
+def test_a_class_without_test_images_is_in_no_picture(tmp_path, monkeypatch):
+    moe = core.MoEConfig(num_experts=4, expert=core.FFN(hidden_dim=16))
+    report = ReportConfig(few_shot=(), capacity_factors=(), pictures=1)
+    vit = ViTConfig(patch_size=4, embed_dim=8, depth=1, num_heads=2)
+    module = VisionClassifier(vit=vit, moe=moe, moe_blocks=[0], image_size=8, report=report)
+    data = VisionData("digits")
+    data.setup("test")
+    test = data._sets.test
+    data._sets = data._sets._replace(test=test.subset((test.labels[test.index] != 3).nonzero().squeeze(1)))
+    drawn = {}
+    real = plots.expert_class_heatmap
+    monkeypatch.setattr(
+        plots, "expert_class_heatmap", lambda shares, names: (drawn.update(shares, names=names), real(shares, names))[1]
+    )
+    quiet = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }
+    Trainer(default_root_dir=tmp_path, accelerator="cpu", **quiet).test(module, datamodule=data, verbose=False)
+    assert drawn.pop("names") == ["0", "1", "2", "4", "5", "6", "7", "8", "9"]
+    (share,) = drawn.values()
+    assert share.sum(1) == pytest.approx(np.ones(9))
 
 
 def test_the_command_says_where_the_report_is_and_what_it_leaves_out(tmp_path, capsys):
