@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import importlib
 import re
+import shlex
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import core
 from apps import routers
+from apps.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 ROUTING = (ROOT / "docs" / "routing.md").read_text(encoding="utf-8")
+VISION = (ROOT / "docs" / "vision.md").read_text(encoding="utf-8")
 
 
 def slug(heading: str) -> str:
@@ -45,3 +51,51 @@ def test_the_gate_of_ones_own_passes_the_conformance_suite(tmp_path, monkeypatch
 @pytest.mark.parametrize("name", routers.overlays())
 def test_an_overlay_has_an_entry_and_a_picture(name):
     assert f"(img/routing/{name}.png)" in ROUTING
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", page, flags=re.DOTALL | re.MULTILINE)
+
+
+def write_noise(folder: Path, count: int) -> None:
+    folder.mkdir(parents=True)
+    for i in range(count):
+        pixels = np.random.default_rng(i).integers(256, size=(20, 24, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+
+
+def test_the_page_of_images_runs(tmp_path, monkeypatch, capsys):
+    import timm
+    from safetensors.torch import save_file
+
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    monkeypatch.chdir(tmp_path)
+    for split, count in (("train", 12), ("test", 3)):
+        for name in ("cat", "dog"):
+            write_noise(Path("photos", split, name), count)
+    write_noise(Path("inbox"), 2)
+    (tune,) = blocks(VISION, "yaml")
+    model = re.search(r"pretrained: (\S+)", tune)[1]
+    # The name is one of timm's; its weights come from a hub, for which a file with the same tensors stands here.
+    assert model in timm.list_pretrained("vit_tiny*")
+    save_file(timm.create_model(model, pretrained=False).state_dict(), "vit_tiny.safetensors")
+    Path("tune.yaml").write_text(
+        tune.replace(model, "vit_tiny.safetensors").replace("image_size: 128", "image_size: 32")
+    )
+
+    commands = [line for block in blocks(VISION, "sh") for line in block.splitlines()]
+    assert len(commands) == 5
+    for command in ["moesaic fit --config configs/vision/digits.yaml --run_dir runs/digits", *commands]:
+        words = shlex.split(command)[1:]
+        run_dir = "digits" if "digits" in command else "tune" if "tune" in command else "photos"
+        overlay = ["--config", "configs/debug.yaml", "--run_dir", f"runs/{run_dir}", "--trainer.accelerator", "cpu"]
+        assert main([*words, *overlay]) == 0, command
+    said = capsys.readouterr()
+    assert "142 loaded; 2 of another shape" in said.err
+    assert "6 of MoE layers in place of an FFN, left untrained (blocks.9.mlp." in said.err
+
+    shutil.copy("inbox/0.png", "a.png")
+    shutil.copy("inbox/1.png", "b.png")
+    (source,) = blocks(VISION, "python")
+    exec(compile(source, "vision.md", "exec"), {})
+    assert "path='b.png', class_name='" in capsys.readouterr().out
