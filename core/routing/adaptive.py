@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..contract import Routing, RoutingContext
 from ..kernels import topk_gate
-from ..kernels.eager import capacity_ranks, count_experts
+from ..kernels.eager import capacity_ranks, count_experts, top_k_ids
 from .balance import SCORE_TERMS
 from .checks import at_least_one, at_most_experts, one_of, positive
 from .gates import LinearGate
@@ -107,7 +107,7 @@ class NullExpertsRouter(PairRouter):
         E, M = self.num_experts, self.num_experts + self.config.num_null_experts
         logits_TM = tokens.logits(self.gate)
         scores_TM = logits_TM.softmax(-1)
-        ids_TK = logits_TM.detach().topk(self.config.top_k, dim=-1).indices
+        ids_TK = top_k_ids(logits_TM.detach(), self.config.top_k)
         real_TK = ids_TK < E
         # Softmax of the chosen experts alone; a row without any would be NaN.
         some_T1 = real_TK.any(-1, keepdim=True)
@@ -241,11 +241,11 @@ class DynamicThresholdRouter(PairRouter):
         scores_TE = logits_TE.sigmoid()
         over_TE = scores_TE - (gate.threshold.to(logits_TE.dtype) / config.temperature).sigmoid()
         # By the distance to the threshold, so that those above theirs come first.
-        best = over_TE.detach().topk(config.max_k, dim=-1)
-        above_TK = best.values > 0
+        best_TK = top_k_ids(over_TE.detach(), config.max_k)
+        above_TK = over_TE.detach().gather(-1, best_TK) > 0
         none_T = ~above_TK[:, 0]
-        first_T = torch.where(none_T, scores_TE.detach().argmax(-1), best.indices[:, 0])
-        ids_TK = torch.cat((first_T[:, None], best.indices[:, 1:]), -1)
+        first_T = torch.where(none_T, logits_TE.detach().argmax(-1), best_TK[:, 0])
+        ids_TK = torch.cat((first_T[:, None], best_TK[:, 1:]), -1)
         taken_TK = torch.cat((torch.ones_like(none_T)[:, None], above_TK[:, 1:]), -1)
         over_TK = over_TE.gather(-1, ids_TK)
         # 1 / k, and on the way back the gradient of the distance, as if the step were its identity.
@@ -368,7 +368,7 @@ def round_to_tiles(scores_TE: Tensor, expert_ids_TK: Tensor, real_T: Tensor, til
     taken_TE = torch.zeros(T, E + 1, dtype=torch.bool, device=device).scatter_(1, expert_ids_TK, True)[:, :E]
     free_ET = scores_TE.masked_fill(taken_TE | ~real_T[:, None], -torch.inf).T
     extra = min(tile // 2, T)
-    added_token_EX = free_ET.topk(extra, dim=-1).indices
+    added_token_EX = top_k_ids(free_ET, extra)
     added_E = (target_E - chosen_E).clamp_min(0)
     is_added_EX = torch.arange(extra, device=device) < added_E[:, None]
     added_ids_EX = torch.where(is_added_EX, torch.arange(E, device=device)[:, None], E)

@@ -9,6 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from ..kernels.assign import balanced_assignment
+from ..kernels.eager import top_k_ids
 from .checks import at_least_one, at_most_experts, one_of, positive
 from .gates import LinearGate
 from .router import LinearGateConfig, PairRouter, Tokens
@@ -120,7 +121,7 @@ class SinkhornRouter(PairRouter):
         choice_TE = logits_TE.detach()
         if self.training:
             choice_TE = sinkhorn(choice_TE, tokens.valid_T, config.iterations, config.temperature)
-        ids_TK = choice_TE.topk(config.top_k, dim=-1).indices
+        ids_TK = top_k_ids(choice_TE, config.top_k)
         return Choice(ids_TK, scores_TE.gather(-1, ids_TK), scores_TE, logits_TE)
 
 

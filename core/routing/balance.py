@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..contract import Routing, RoutingContext
+from ..kernels.eager import top_k_ids
 from ..registry import register_config
 from .checks import clean_ids
 
@@ -362,7 +363,8 @@ def _sequence_sums(routing: Routing, share_TE: Tensor) -> tuple[Tensor, Tensor]:
     assert K is not None
     T = share_TE.shape[0]
     real_T1 = share_TE.new_ones(T, 1) if routing.valid_T is None else _like(routing.valid_T, share_TE)
-    best_TK = share_TE.detach().topk(K, dim=-1).indices
+    # By the logits, whose order the scores have: those of large logits are equal in float32.
+    best_TK = top_k_ids((share_TE if routing.logits_TE is None else routing.logits_TE).detach(), K)
     chosen_TE = torch.zeros_like(share_TE).scatter_(-1, best_TK, 1.0) * real_T1
     of_sequence = (B, T // max(B, 1))
     score_BE = (share_TE * real_T1).unflatten(0, of_sequence).sum(1)

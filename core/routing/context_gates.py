@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..contract import RoutingContext
+from ..kernels.eager import top_k_ids
 from .balance import SCORE_TERMS
 from .checks import at_least_one, positive
 from .gates import LinearGate, TableGate
@@ -203,7 +204,9 @@ class DomainRouter(PairRouter):
         elif weights_BE.shape != (tokens.num_sequences, self.num_experts):
             expected = (tokens.num_sequences, self.num_experts)
             raise ValueError(f"context.domain_weights_BE has shape {tuple(weights_BE.shape)}, not {expected}")
-        weights_BK, expert_BK = weights_BE.to(x_TD.dtype).topk(self.config.mixed(self.num_experts), dim=-1)
+        weights_BE = weights_BE.to(x_TD.dtype)
+        expert_BK = top_k_ids(weights_BE.detach(), self.config.mixed(self.num_experts))
+        weights_BK = weights_BE.gather(-1, expert_BK)
         # A domain without weight is not computed.
         expert_BK = torch.where(weights_BK > 0, expert_BK, self.num_experts)
         gates_BK = weights_BK / weights_BK.sum(-1, keepdim=True).clamp_min(1e-20)

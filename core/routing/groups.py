@@ -31,12 +31,12 @@ class PrototypesRouter(PairRouter):
     def choose(self, tokens: Tokens) -> Choice:
         logits_TE = tokens.logits(self.gate)
         scores_TGe = logits_TE.unflatten(-1, (self.config.num_prototypes, -1)).softmax(-1)
-        best = scores_TGe.max(-1)
+        best_TG = logits_TE.detach().unflatten(-1, (self.config.num_prototypes, -1)).argmax(-1)
         first_G = torch.arange(0, self.num_experts, scores_TGe.shape[-1], device=logits_TE.device)
         # Not best first: groups have no expert in common, so none is served before another.
         return Choice(
-            best.indices + first_G,
-            best.values,
+            best_TG + first_G,
+            scores_TGe.gather(-1, best_TG.unsqueeze(-1)).squeeze(-1),
             scores_TGe.flatten(-2) / self.config.num_prototypes,
             logits_TE,
         )

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels.eager import top_k_ids
 from .balance import SCORE_TERMS, entropy
 from .checks import at_least_one, at_most_experts, positive
 from .gates import LinearGate, init_gate_
@@ -37,8 +38,8 @@ class DenseRouter(PairRouter):
         logits_TE = tokens.logits(self.gate)
         scores_TE = logits_TE.softmax(-1)
         places = self.num_experts if self.training else self.config.eval_top_k or self.num_experts
-        best = scores_TE.topk(places, dim=-1)
-        return Choice(best.indices, best.values, scores_TE, logits_TE)
+        ids_TK = top_k_ids(logits_TE.detach(), places)
+        return Choice(ids_TK, scores_TE.gather(-1, ids_TK), scores_TE, logits_TE)
 
 
 @dataclass(frozen=True)
@@ -173,8 +174,8 @@ class DSelectKRouter(PairRouter):
         places = config.max_k or E
         if not self.training:
             places = config.eval_max_k or places
-        best = scores_TE.topk(places, dim=-1)
-        gates_TK = best.values
+        best_TK = top_k_ids(scores_TE.detach(), places)
+        gates_TK = scores_TE.gather(-1, best_TK)
         if places < E:
             # What is cut off is shared out, so that the sum of a token's gates stays.
             gates_TK = gates_TK * (scores_TE.sum(-1, keepdim=True) / gates_TK.sum(-1, keepdim=True).clamp_min(1e-20))
@@ -185,7 +186,7 @@ class DSelectKRouter(PairRouter):
             if "reachability" in self.extra_weights and E & (E - 1):
                 extra["reachability"] = reachability(r_TKE)
         # Weight 0 has gradient 0 (the smooth step is flat there): leaving such pairs out is exact.
-        ids_TK = torch.where(gates_TK > 0, best.indices, E)
+        ids_TK = torch.where(gates_TK > 0, best_TK, E)
         return Choice(ids_TK, gates_TK, scores_TE, extra=extra)
 
 
@@ -302,14 +303,17 @@ class DenseToSparseRouter(PairRouter):
         logits_TE = tokens.logits(self.gate)
         tau = self.temperature.to(logits_TE.dtype)
         # The losses see the clean logits, as everywhere; noise only explores.
-        scores_TE = gates_TE = (logits_TE / tau).softmax(-1)
+        noisy_TE, scores_TE = logits_TE, (logits_TE / tau).softmax(-1)
+        gates_TE = scores_TE
         if self.training:
             gumbel_TE = -torch.empty_like(logits_TE).exponential_().log()
-            gates_TE = ((logits_TE + gumbel_TE) / tau).softmax(-1)
-        best = gates_TE.topk(config.max_k or self.num_experts, dim=-1)
-        above_TK = best.values > config.threshold
+            noisy_TE = logits_TE + gumbel_TE
+            gates_TE = (noisy_TE / tau).softmax(-1)
+        best_TK = top_k_ids(noisy_TE.detach(), config.max_k or self.num_experts)
+        gates_TK = gates_TE.gather(-1, best_TK)
+        above_TK = gates_TK > config.threshold
         above_TK = torch.cat((torch.ones_like(above_TK[:, :1]), above_TK[:, 1:]), -1)
-        return Choice(torch.where(above_TK, best.indices, self.num_experts), best.values, scores_TE, logits_TE)
+        return Choice(torch.where(above_TK, best_TK, self.num_experts), gates_TK, scores_TE, logits_TE)
 
 
 @dataclass(frozen=True)

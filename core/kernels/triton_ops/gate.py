@@ -233,7 +233,7 @@ def topk_gate(
     scale: float = 1.0,
     valid_T: Tensor | None = None,
 ) -> TopK:
-    """As ``eager.topk_gate``; of equal scores the expert of the lower number is taken.
+    """Choose as ``eager.topk_gate`` does.
 
     Raises:
         ValueError: ``top_k`` is not in 1 to E, an unknown ``score_func``, or a bias or mask of another shape.

@@ -16,6 +16,17 @@ def _expert_of(column, E, num_groups, IN_GROUP_POW2: tl.constexpr):
     return tl.where((within < size) & (group < num_groups), group * size + within, -1)
 
 
+@triton.jit
+def _comparable(choice, expert):
+    """What experts are chosen by, as finite numbers; -inf in the columns of padding.
+
+    NaN and -inf are beneath all numbers: a maximum's place among NaN is none that can be relied on, a -inf would be
+    taken again, and a token whose ids and counts differ would move the rows of the others."""
+    lowest = -1e38  # twice it is a number too
+    choice = tl.where(choice > lowest, choice, lowest)
+    return tl.where(expert[None, :] >= 0, choice, float("-inf"))
+
+
 @triton.jit(do_not_specialize=["T"])
 def choose(
     Logits,
@@ -75,21 +86,22 @@ def choose(
         # Maxima pass NaN over, and the choice does: the gates must say it, or a token of NaN ends as one of zeros.
         wrong = tl.sum((scores != scores).to(tl.int32), 1) > 0
 
-        choice = scores
+        # By the logits wherever scores have their order: those of large logits are equal in float32.
+        choice = logits
         if BIASED:
-            choice = choice + tl.load(Bias + expert, mask=expert >= 0, other=0.0)[None, :]
-        # NaN is beneath all numbers: a maximum's place among NaN is none that can be relied on, and a token whose ids
-        # and counts differ would move the rows of the others.
-        choice = tl.where(choice == choice, choice, -1e30)
-        choice = tl.where(expert[None, :] >= 0, choice, float("-inf"))
+            choice = scores + tl.load(Bias + expert, mask=expert >= 0, other=0.0)[None, :]
+        choice = _comparable(choice, expert)
         if LIMITED > 0:
             grouped = tl.reshape(choice, (BLOCK_T, GROUPS_POW2, IN_GROUP_POW2))
             best = tl.max(grouped, 2)
             if BEST_TWO:
+                judged = grouped
+                if not BIASED:  # a sum of two has the scores' order and not the logits'
+                    judged = tl.reshape(_comparable(scores, expert), (BLOCK_T, GROUPS_POW2, IN_GROUP_POW2))
                 within = tl.arange(0, IN_GROUP_POW2)
-                first = tl.argmax(grouped, 2)
-                others = tl.where(within[None, None, :] == first[:, :, None], float("-inf"), grouped)
-                best = best + tl.max(others, 2)
+                first = tl.argmax(judged, 2)
+                others = tl.where(within[None, None, :] == first[:, :, None], float("-inf"), judged)
+                best = tl.max(judged, 2) + tl.max(others, 2)
             group = tl.arange(0, GROUPS_POW2)
             best = tl.where(group[None, :] < num_groups, best, float("-inf"))
             kept = tl.zeros((BLOCK_T, GROUPS_POW2), tl.int32)
