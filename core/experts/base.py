@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..contract import Rows
+from ..kernels.eager import check_devices
 from ..kernels.products import linear
 from ..registry import register_config
 
@@ -22,6 +23,11 @@ class Experts(nn.Module):
 
     def forward(self, rows: Rows) -> Rows:
         raise NotImplementedError
+
+    def check_devices(self, x: Tensor) -> None:
+        """Raise a ``ValueError`` where a parameter or buffer of these experts is not on the device of the tokens."""
+        for tensors in (self._parameters, self._buffers):
+            check_devices(x, type(self).__name__, tensors)
 
     def dense(self, x: Tensor) -> Tensor:
         """Every token through every expert, summed: how shared experts run. (..., D) to (..., D_out)."""
@@ -126,7 +132,8 @@ def next_linear(h_TnF: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
 def autocast_together(x: Tensor, *weights: Tensor | None) -> tuple[Tensor, *tuple[Tensor | None, ...]]:
     """Tokens and weights in the dtype of the products: autocast does not know custom ops."""
     kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    is_on = kind != "meta" and torch.is_autocast_enabled(kind)
+    dtype = torch.get_autocast_dtype(kind) if is_on else None
     if dtype is None or x.dtype == torch.float64:
         wrong = next((w for w in weights if w is not None and w.dtype != x.dtype), None)
         if wrong is not None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..contract import Rows
 from ..kernels import BACKENDS, resolve_backend
-from ..kernels.eager import ACTIVATIONS
+from ..kernels.eager import ACTIVATIONS, outside_autocast
 from ..kernels.products import linear
 from .base import ExpertConfig, Experts, autocast_together, first_linear, next_linear
 
@@ -54,6 +54,7 @@ class FFNExperts(Experts):
                     nn.init.uniform_(bias, -bound, bound)
 
     def forward(self, rows: Rows) -> Rows:
+        self.check_devices(rows.x)
         x, *weights = autocast_together(rows.x, self.w_in, self.w_out, self.b_in, self.b_out, self.w_gate)
         plan = rows.plan
         y = BACKENDS[resolve_backend(self.backend, x.device, x.dtype)].expert_ffn(
@@ -69,6 +70,7 @@ class FFNExperts(Experts):
         return rows.with_output(y, weighted=True, combined=not rows.gathered)
 
     def dense(self, x: Tensor) -> Tensor:
+        self.check_devices(x)
         act = ACTIVATIONS[self.activation]
         y = None
         for e in range(self.num_experts):
@@ -80,6 +82,7 @@ class FFNExperts(Experts):
         return y
 
     def each(self, x: Tensor, counts: tuple[int, ...] | None = None, real_T: Tensor | None = None) -> Tensor:
+        self.check_devices(x)
         counts = (self.num_experts,) if counts is None else counts
         n, x = sum(counts), x if x.ndim == 3 else x.unsqueeze(0)
         parts = (self.w_in, self.w_out, self.b_in, self.b_out, self.w_gate)
@@ -93,8 +96,9 @@ class FFNExperts(Experts):
         return next_linear(h_TnF, w_out, b_out)
 
     def merged(self, x: Tensor, weights: Tensor) -> Tensor:
+        self.check_devices(x)
         # The sum over experts in the parameters' own dtype: under autocast it is rounded once, after it.
-        with torch.autocast(x.device.type, enabled=False):
+        with outside_autocast(x.device):
             parts = [
                 None if w is None else (weights.to(w.dtype) @ w.flatten(1)).unflatten(1, w.shape[1:])
                 for w in (self.w_in, self.w_out, self.b_in, self.b_out, self.w_gate)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..contract import Rows
 from ..kernels import BACKENDS, resolve_backend
-from ..kernels.eager import ACTIVATIONS
+from ..kernels.eager import ACTIVATIONS, outside_autocast
 from ..kernels.grouped import expert_of_rows
 from .base import ExpertConfig, Experts, autocast_together, first_linear, next_linear
 
@@ -84,6 +84,7 @@ class MLPExperts(Experts):
         return x, w, b
 
     def forward(self, rows: Rows) -> Rows:
+        self.check_devices(rows.x)
         h_RF = rows.materialize()
         expert_R = expert_of_rows(h_RF, rows.offsets_E)
         for i in range(len(self.hidden_dims)):
@@ -95,6 +96,7 @@ class MLPExperts(Experts):
         return rows.with_output(h_RF.masked_fill((expert_R == self.num_experts)[:, None], 0))
 
     def each(self, x: Tensor, counts: tuple[int, ...] | None = None, real_T: Tensor | None = None) -> Tensor:
+        self.check_devices(x)
         counts = (self.num_experts,) if counts is None else counts
         n, h = sum(counts), x if x.ndim == 3 else x.unsqueeze(0)
         if self.backend == "eager":
@@ -112,12 +114,13 @@ class MLPExperts(Experts):
         return h
 
     def merged(self, x: Tensor, weights: Tensor) -> Tensor:
+        self.check_devices(x)
         if self.norm == "batch":
             raise NotImplementedError("experts with norm='batch' cannot be merged: a mixture has no statistics")
         h = x
         for i in range(len(self.hidden_dims)):
             # As in ``FFNExperts.merged``: the sum in the parameters' own dtype.
-            with torch.autocast(x.device.type, enabled=False):
+            with outside_autocast(x.device):
                 w, b, scale, shift = (
                     None if p is None else (weights.to(p.dtype) @ p.flatten(1)).unflatten(1, p.shape[1:])
                     for p in (getattr(self, f"{name}_{i}") for name in ("w", "b", "norm_weight", "norm_bias"))

@@ -41,7 +41,7 @@ def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype) -
 
     "auto" is ``cpu`` on a CPU; on CUDA ``triton``, else ``grouped`` for the same dtypes, else ``eager``. Under a
     transform of ``torch.func`` and in forward-mode differentiation it is ``eager``, whatever the name: custom ops know
-    neither.
+    neither. On the meta device it is ``cpu``, whatever the name.
 
     Args:
         name: "auto", or a key of ``BACKENDS``.
@@ -57,6 +57,8 @@ def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype) -
     device = torch.device(device)
     if name != "auto" and name not in BACKENDS:
         raise ValueError(f"backend={name!r} is not one of auto, {', '.join(BACKENDS)}")
+    if device.type == "meta":
+        return "cpu"  # its operations are told what shape they have, where the oracle would read counts
     if is_transformed():
         return "eager"
     if name == "auto":

@@ -461,7 +461,7 @@ def expert_ffn(
     inputs = (x, gates_R, w_in, w_out, b_in, b_out, w_gate)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     # Without a gradient and nobody to see the op, its start of 10 to 20 us is saved.
-    run = _cpu_expert_ffn if keep or is_watched(*inputs) else _expert_ffn
+    run = _cpu_expert_ffn if keep or x.is_meta or is_watched(*inputs) else _expert_ffn
     return run(x, row_index_R, offsets_E, gates_R, w_in, w_out, b_in, b_out, w_gate, activation, keep)[0]
 
 
@@ -472,7 +472,8 @@ def expert_linear(x_RD: Tensor, w: Tensor, offsets_E: Tensor, b: Tensor | None =
     weighs as much as the products. Not rows padded to equal counts in one ``bmm``: that is E times the work where one
     expert takes all.
     """
-    return (grouped if grouped.supports(x_RD.device, x_RD.dtype) else eager).expert_linear(x_RD, w, offsets_E, b)
+    can_group = x_RD.is_meta or grouped.supports(x_RD.device, x_RD.dtype)
+    return (grouped if can_group else eager).expert_linear(x_RD, w, offsets_E, b)
 
 
 __all__ = ["combine", "expert_ffn", "expert_linear", "queue_ranks", "sort_pairs", "supports", "topk_gate"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -37,6 +38,28 @@ def check_shapes(**tensors: tuple[Tensor | None, tuple[int, ...]]) -> None:
     for name, (tensor, shape) in tensors.items():
         if tensor is not None and tensor.shape != shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, which must be {tuple(shape)} beside the others")
+
+
+def check_devices(x: Tensor, owner: str, parameters: Mapping[str, Tensor | None]) -> None:
+    """Raise a ``ValueError`` where a parameter that tokens are about to meet is on another device than they.
+
+    torch's products on a CPU read a parameter on the meta device, which has no numbers, as whatever lies in memory.
+
+    Args:
+        x: the tokens.
+        owner: whose parameters they are, for the message.
+        parameters: by name, as in ``nn.Module._parameters``.
+    """
+    if torch.compiler.is_compiling():
+        return
+    for name, parameter in parameters.items():
+        if parameter is not None and parameter.device != x.device:
+            raise ValueError(f"{owner}.{name} is on device {parameter.device}, the tokens are on {x.device}")
+
+
+def outside_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Return a context without autocast, which does not know the meta device."""
+    return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def supports(device: torch.device, dtype: torch.dtype) -> bool:

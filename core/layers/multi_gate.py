@@ -152,6 +152,7 @@ class FeatureGate(nn.Module):
 
     def forward(self, x_GTD: Tensor, counts: tuple[int, ...]) -> Tensor:
         """(G, T, D) inputs of ``counts`` experts each to (n, T, D), an input an expert."""
+        eager.check_devices(x_GTD, type(self).__name__, self._parameters)
         x_GTD, *cast = autocast_together(x_GTD, self.down, self.up)
         down, up = cast
         assert down is not None
@@ -437,7 +438,7 @@ def _mix(
             return clean
         return logits.masked_fill(dropped_experts(clean, layer.expert_dropout), -torch.inf).softmax(-1)
 
-    with torch.autocast(x_GTD.device.type, enabled=False):
+    with eager.outside_autocast(x_GTD.device):
         names = [f"task{k}" for k in range(t)] if layer.num_tasks == t else ["tasks"]
         gates_TtE = weights(logits.task_TtE, names).to(h_TnH.dtype)
         y_TtH = torch.bmm(gates_TtE[..., :s], h_TnH[:, :s])

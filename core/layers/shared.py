@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..kernels.eager import outside_autocast
 from ..routing.gates import LinearGate, widened
 
 KINDS = ("mix", "scale")
@@ -32,7 +33,7 @@ class SharedGate(LinearGate):
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """(..., D) tokens to their gates before dropout: float32 (...), whatever the model is in (float64 stays)."""
-        with torch.autocast(x.device.type, enabled=False):
+        with outside_autocast(x.device):
             logits_T1 = super().forward(*widened(x.reshape(-1, x.shape[-1])))
             return logits_T1.view(x.shape[:-1]).sigmoid()
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..contract import Routing, RoutingContext
 from ..kernels import topk_gate
-from ..kernels.eager import capacity_ranks, count_experts, top_k_ids
+from ..kernels.eager import capacity_ranks, check_devices, count_experts, outside_autocast, top_k_ids
 from .balance import SCORE_TERMS
 from .checks import at_least_one, at_most_experts, one_of, positive
 from .gates import LinearGate
@@ -206,6 +206,7 @@ class ThresholdGate(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """float32 (T, D) to logits (T, E)."""
+        check_devices(x_TD, type(self).__name__, self._parameters)
         # A zero token has similarity 0 to all; the floor bounds its gradient.
         direction_TD = F.normalize(x_TD, dim=-1, eps=1e-4)
         return F.linear(direction_TD, self.directions().to(x_TD.dtype)) / self.temperature
@@ -393,7 +394,7 @@ class TokenRoundingRouter(TopKRouter):
         if not self.training:
             return super().forward(x, context)
         self.check_context(context)
-        with torch.autocast(x.device.type, enabled=False):
+        with outside_autocast(x.device):
             return self._round(Tokens.of(x, context))
 
     def _round(self, tokens: Tokens) -> Routing:

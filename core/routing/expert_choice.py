@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..contract import Routing, RoutingContext
 from ..kernels.eager import capacity as capacity_of
-from ..kernels.eager import count_experts, whole_ratio
+from ..kernels.eager import count_experts, outside_autocast, whole_ratio
 from .checks import positive
 from .gates import LinearGate
 from .router import LinearGateConfig, Router, Tokens
@@ -39,7 +39,7 @@ class ExpertChoiceRouter(Router):
         Returns:
             ``groups * E * C`` pairs, group by group and expert by expert, the best token first.
         """
-        with torch.autocast(x.device.type, enabled=False):
+        with outside_autocast(x.device):
             tokens = Tokens.of(x, context)
             logits_TE = tokens.logits(self.gate)
             return choose_tokens(

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels.eager import check_devices
 from ..kernels.transforms import is_transformed
 
 
@@ -73,6 +74,7 @@ class LinearGate(nn.Module):
     def forward(self, x_TD: Tensor, kept_TD: Tensor | None = None) -> Tensor:
         """float32 (T, D) to logits (T, E). ``kept_TD``: the same tokens in half precision, which the backward keeps in
         place of them, and which get the gradient."""
+        check_devices(x_TD, type(self).__name__, self._parameters)
         if kept_TD is not None:
             return _KeepHalf.apply(kept_TD, x_TD.detach(), self.weight, self.bias)  # type: ignore[no-any-return]
         return F.linear(x_TD, self.weight.to(x_TD.dtype), None if self.bias is None else self.bias.to(x_TD.dtype))
@@ -129,6 +131,7 @@ class CosineGate(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """float32 (T, D) to logits (T, E), within +-1 / temperature."""
+        check_devices(x_TD, type(self).__name__, self._parameters)
         dtype = x_TD.dtype
         x_TP = F.normalize(F.linear(x_TD, self.projection.to(dtype)), dim=-1)
         scale = self.log_scale.to(dtype).clamp_max(self.max_log_scale).exp()
@@ -156,6 +159,7 @@ class AttentionGate(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """float32 (T, D) to logits (T, E), through (T, E, E) attention."""
+        check_devices(x_TD, type(self).__name__, self._parameters)
         E = self.weight.shape[1]
         query_TE, key_TE, value_TE = F.linear(x_TD, self.weight.to(x_TD.dtype).flatten(0, 1)).split(E, dim=-1)
         attention_TEE = torch.bmm(query_TE.unsqueeze(2), key_TE.unsqueeze(1)).softmax(-1)
@@ -182,6 +186,7 @@ class TableGate(nn.Module):
 
     def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """int64 (N,) to logits (N, E) in ``dtype``."""
+        check_devices(ids, type(self).__name__, self._parameters)
         return F.embedding(ids, self.weight).to(dtype)
 
 
@@ -208,4 +213,5 @@ class TokenIdGate(nn.Module):
 
     def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """int64 (T,) to logits (T, E) in ``dtype``."""
+        check_devices(ids, type(self).__name__, self._parameters)
         return F.linear(F.embedding(ids, self.embedding).to(dtype), self.weight.to(dtype))

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels.eager import check_devices, outside_autocast
 from .gates import init_gate_
 from .router import Router
 from .smooth import DENSE_TERMS
@@ -105,6 +106,7 @@ class DomainEmbedding(nn.Module):
 
     def forward(self, x: Tensor, domain_T: Tensor) -> Tensor:
         """(..., T, D) plus the vectors of int64 (T,) domains."""
+        check_devices(x, type(self).__name__, self._parameters)
         return x + F.embedding(domain_T, self.weight).to(x.dtype)
 
 
@@ -153,7 +155,8 @@ class DenseGates(Router):
             x_GTD: (1, T, D), one input for all; or (1 + t, T, D), that of the shared representation and each task's.
             domain_T: int64 (T,), the domains.
         """
-        with torch.autocast(x_GTD.device.type, enabled=False):
+        with outside_autocast(x_GTD.device):
+            check_devices(x_GTD, type(self).__name__, self._parameters)
             x_GTD = x_GTD if x_GTD.dtype == torch.float64 else x_GTD.float()
             if self.domain is not None:
                 assert domain_T is not None

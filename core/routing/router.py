@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..contract import Routing, RoutingContext
 from ..kernels import topk_gate
+from ..kernels.eager import outside_autocast
 from ..registry import register_config
 from .balance import SCORE_TERMS, Balance, expert_bias_step
 from .checks import at_least_one, at_most_experts
@@ -161,7 +162,7 @@ class PairRouter(Router):
             ValueError: the context lacks what the gate needs.
         """
         self.check_context(context)
-        with torch.autocast(x.device.type, enabled=False):
+        with outside_autocast(x.device):
             tokens = Tokens.of(x, context)
             return select_pairs(
                 self.choose(tokens),

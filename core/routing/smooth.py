@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels.eager import top_k_ids
+from ..kernels.eager import check_devices, top_k_ids
 from .balance import SCORE_TERMS, entropy
 from .checks import at_least_one, at_most_experts, positive
 from .gates import LinearGate, init_gate_
@@ -148,6 +148,7 @@ class SelectorGate(nn.Module):
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """float32 (T, D) to codes z (T, K, m) and the selectors' weights (T, K), which sum to 1."""
+        check_devices(x_TD, type(self).__name__, self._parameters)
         if not self.per_token:
             x_TD = x_TD.new_ones(x_TD.shape[0], 1)
         # With one input of 1 a product would do, and FLOPs are counted for matrix products.

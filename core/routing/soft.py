@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..contract import MergeRouting, RoutingContext, SlotRouting
 from ..kernels import topk_gate
+from ..kernels.eager import check_devices, outside_autocast
 from .checks import at_least_one, positive
 from .gates import LinearGate
 from .router import Router, RouterConfig
@@ -63,7 +64,8 @@ class SlotRouter(Router):
             x: (B, S, D) tokens.
             context: ``valid_BS`` marks the real ones.
         """
-        with torch.autocast(x.device.type, enabled=False):
+        with outside_autocast(x.device):
+            check_devices(x, type(self).__name__, self._parameters)
             x_BSD, valid_BS = _by_sequence(x, context)
             (B, S, _), (E, P, _) = x_BSD.shape, self.phi.shape
             phi_ND = F.normalize(self.phi.to(x_BSD.dtype).flatten(0, 1), dim=-1) * self.scale.to(x_BSD.dtype)
@@ -180,7 +182,7 @@ class MergeRouter(Router):
             context: ``valid_BS`` marks the real ones.
         """
         config = self.config
-        with torch.autocast(x.device.type, enabled=False):
+        with outside_autocast(x.device):
             x_BSD, valid_BS = _by_sequence(x, context)
             B, S, _ = x_BSD.shape
             J, L = config.segments(S)
