@@ -353,7 +353,7 @@ class SparseModule(LightningModule):
         # Here and not in on_train_batch_end: Lightning calls the callbacks' hook, which may save, before the module's.
         super().optimizer_step(*args, **kwargs)
         tape, self._tape = self._tape, None
-        if tape is not None and len(tape):
+        if tape is not None:  # also where it is empty: other ranks may have passes, and wait
             core.update_expert_bias(self, tape)
 
     def on_train_start(self) -> None:

@@ -99,7 +99,13 @@ def _all_reduce(
     if not several_ranks() or (not sums and device is None):
         return sums, 1
     flat = [t for s in sums for t in s.values()]
-    _check_ranks_agree(names, sums, flat[0].device if device is None else device)
+    differ = _difference_of_ranks(names, sums, flat[0].device if device is None else device)
+    if differ is not None:
+        found = ", ".join(f"{name!r} ({counts} passes)" for name, counts in differ.items()) or "sums of other sizes"
+        raise RuntimeError(
+            f"the ranks recorded different passes, so their balance losses cannot be added up: {found}; "
+            "run these layers alike on all ranks, or give them Balance(scope='rank')"
+        )
     if not sums:
         return sums, 1
     local = torch.cat([t.reshape(-1) for t in flat])
@@ -110,10 +116,22 @@ def _all_reduce(
     return [{name: next(parts).reshape(t.shape) for name, t in s.items()} for s in sums], dist.get_world_size()
 
 
-def _check_ranks_agree(names: list[str], sums: list[dict[str, Tensor]], device: torch.device) -> None:
-    """Raise a ``RuntimeError`` on every rank where their sums are of different layers, or of different shapes."""
+def _difference_of_ranks(
+    names: list[str], sums: list[dict[str, Tensor]], device: torch.device
+) -> dict[str, str] | None:
+    """Return how the ranks' sums differ, the same on every rank: None where they are of the same layers and shapes.
+
+    Args:
+        names: the layer of each.
+        sums: of this rank.
+        device: where the ranks compare.
+
+    Returns:
+        For each layer that has other numbers of sums on other ranks, these numbers, as "1 and 0"; none of them where
+        only shapes differ.
+    """
     if torch.compiler.is_compiling():
-        return
+        return None
     layout = [
         (name, *((key, tuple(t.shape)) for key, t in of_layer.items()))
         for name, of_layer in zip(names, sums, strict=True)
@@ -123,20 +141,15 @@ def _check_ranks_agree(names: list[str], sums: list[dict[str, Tensor]], device: 
     dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
     largest, minus_smallest = extremes.tolist()
     if largest == -minus_smallest:
-        return
+        return None
     layouts: list[list[tuple[str, object]]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(layouts, layout)
     passes = [Counter(name for name, *_ in of_rank) for of_rank in layouts]
-    differ = {
+    return {
         name: " and ".join(str(counts[name]) for counts in passes)
         for name in sorted(set(chain.from_iterable(passes)))
         if len({counts[name] for counts in passes}) > 1
     }
-    found = ", ".join(f"{name!r} ({counts} passes)" for name, counts in differ.items()) or "sums of other sizes"
-    raise RuntimeError(
-        f"the ranks recorded different passes, so their balance losses cannot be added up: {found}; "
-        "run these layers alike on all ranks, or give them Balance(scope='rank')"
-    )
 
 
 def update_expert_bias(model: nn.Module, tape: Tape) -> None:
@@ -144,7 +157,8 @@ def update_expert_bias(model: nn.Module, tape: Tape) -> None:
     and tell each router that a step is over, for what it anneals: once per optimizer step, in training.
 
     Under accumulation give it the micro-batches' loads merged: ``steps = steps.merge(tape.loads())``. The loads of all
-    ranks are added in one collective. A router that several layers share moves once, by the sum of their loads.
+    ranks are added in one collective, so all of them call it, with the same layers: one small collective checks it. A
+    router that several layers share moves once, by the sum of their loads.
 
     Args:
         model: the recorded model, or the same one wrapped.
@@ -152,16 +166,22 @@ def update_expert_bias(model: nn.Module, tape: Tape) -> None:
 
     Raises:
         ValueError: the tape has a pass of a layer that the model does not name so.
+        RuntimeError: the ranks have biases or adaptive weights of different layers, which all of them raise.
     """
     found = {name: m for name, m in unwrapped_modules(model) if isinstance(m, MoELayer)}
     _check_names(found, tape)
     layers = {name: m for name, m in found.items() if m.training}
     routers = {entry_name(name, end): r for name, m in layers.items() for end, r in m.routers().items()}
     each: dict[int, Router] = {id(r): r for r in routers.values()}
-    for router in each.values():
-        router.after_step()
     loads = {key: torch.zeros_like(r.expert_bias) for key, r in each.items() if r.expert_bias is not None}
     drops = {n: m.load_balancing_weight.new_zeros(2) for n, m in layers.items() if m.load_balancing_weight is not None}
+    if several_ranks():
+        first = {id(r): name for name, r in reversed(routers.items())}
+        names = [*(first[key] for key in loads), *drops]
+        sums = [*({"load": t} for t in loads.values()), *({"drops": t} for t in drops.values())]
+        _check_layers_agree(names, sums)
+    for router in each.values():
+        router.after_step()
     if not loads and not drops:
         return
     for entry in tape.entries:
@@ -185,6 +205,26 @@ def update_expert_bias(model: nn.Module, tape: Tape) -> None:
         # In place: a compiled layer and a captured graph see the same buffer.
         moved = adaptive_weight(weight, dropped / chosen.clamp_min(1), layers[name].balance)
         weight.copy_(torch.where(chosen > 0, moved, weight))
+
+
+def _check_layers_agree(names: list[str], sums: list[dict[str, Tensor]]) -> None:
+    """Raise a ``RuntimeError`` on every rank where they have loads of different layers, which are added by position.
+
+    Args:
+        names: the layer of each.
+        sums: of this rank, which may have none.
+    """
+    device = next((t.device for s in sums for t in s.values()), None)
+    if device is None:
+        device = torch.device("cuda" if "nccl" in dist.get_backend() else "cpu")
+    differ = _difference_of_ranks(names, sums, device)
+    if differ is not None:
+        found = ", ".join(f"{name!r} ({counts} layers)" for name, counts in differ.items())
+        found = found or "in another order, or of other numbers of experts"
+        raise RuntimeError(
+            f"the ranks train different layers, so the loads of their experts cannot be added up: {found}; "
+            "every rank needs the same layers with expert_bias or Balance(adaptive=True)"
+        )
 
 
 def _check_names(layers: Mapping[str, MoELayer], tape: Tape) -> None:

@@ -216,6 +216,36 @@ def other_passes(rank: int, name: str, scope: str = "global") -> str | Tensor:
         return str(error)
 
 
+# Layers of rank 0 and rank 1 with their numbers of experts, and what both say; None: nothing.
+LAYERS: dict[str, tuple[tuple[dict[str, int], ...], str | None]] = {
+    "one layer each": (({"a": 4}, {"b": 4}), r"'a' \(1 and 0 layers\), 'b' \(0 and 1 layers\)"),
+    "one and none": (({"a": 4}, {}), r"'a' \(1 and 0 layers\)"),
+    "other experts": (({"a": 4}, {"a": 8}), "in another order, or of other numbers of experts"),
+    "other order": (({"a": 4, "b": 4}, {"b": 4, "a": 4}), "in another order, or of other numbers of experts"),
+    "the same": (({"a": 4, "b": 8}, {"a": 4, "b": 8}), None),
+    "none at all": (({}, {}), None),
+}
+
+
+def other_layers(rank: int, name: str) -> tuple[str, list[list[float]]]:
+    """What ``update_expert_bias`` says of the layers of this rank, as a pipeline gives each its own, and their biases
+    after it; rank 0 sends 8 tokens to expert 0 and rank 1 to expert 1."""
+    layers, _ = LAYERS[name]
+    router = TokenChoice(1, expert_bias=True, bias_update_rate=0.125)
+    net = nn.ModuleDict({key: MoEConfig(E, router, FFN(4)).build(E) for key, E in layers[rank].items()})
+    with record(net) as tape:
+        for layer in net.values():
+            E = layer.num_experts
+            layer.router.gate.weight.data.copy_(torch.eye(E))
+            layer(torch.eye(E)[[rank] * 8])
+    try:
+        update_expert_bias(net, tape)
+        said = ""
+    except RuntimeError as error:
+        said = str(error)
+    return said, [layer.router.expert_bias.tolist() for layer in net.values()]
+
+
 def telemetry(rank: int) -> list[dict[str, float]]:
     """Figures by layer over both ranks' tokens, where tower b ran on rank 1 alone; those of one process for -1."""
     net = Towers()
@@ -258,7 +288,8 @@ def worker(rank: int, folder: str) -> None:
         torch.save(outcomes, f"{folder}/rank{rank}.pt")
         said = {name: other_passes(rank, name) for name in PASSES}
         said["by rank"] = other_passes(rank, "one and none", "rank")
-        torch.save({"said": said, "figures": telemetry(rank)}, f"{folder}/said{rank}.pt")
+        layers = {name: other_layers(rank, name) for name in LAYERS}
+        torch.save({"said": said, "layers": layers, "figures": telemetry(rank)}, f"{folder}/said{rank}.pt")
         dist.barrier()
     finally:
         dist.destroy_process_group()
@@ -328,6 +359,21 @@ def test_ranks_with_different_passes_all_say_so_and_none_waits(folder, name):
         for found in said:
             assert re.search(f"^the ranks recorded different passes, .*: {message}", found), found
             assert "\n" not in found
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_ranks_with_different_layers_all_say_so_and_move_no_bias(folder, name):
+    for rank in range(WORLD):
+        said, biases = torch.load(folder / f"said{rank}.pt", weights_only=True)["layers"][name]
+        layers, message = LAYERS[name]
+        if message is None:
+            assert said == ""
+            # Loads 8, 8, 0, 0 around 4, or 8, 8 and six times 0 around 2.
+            assert biases == [[-0.125, -0.125, *[0.125] * (E - 2)] for E in layers[rank].values()]
+        else:
+            assert re.search(f"^the ranks train different layers, .*: {message}; every rank needs", said), said
+            assert "\n" not in said
+            assert biases == [[0.0] * E for E in layers[rank].values()]
 
 
 def test_losses_of_each_rank_alone_may_be_of_different_passes(folder):
