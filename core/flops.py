@@ -1,43 +1,64 @@
 """FLOP formulas for ``torch.utils.flop_counter``, which counts 0 for custom ops, ``grouped_mm`` and attention on CPU.
 
 Two FLOPs a multiply-add, products alone. Rows are those really computed, read from the offsets; where offsets are fake
-(tracing) every routed pair counts.
+(tracing) every routed pair counts. The formulas are registered at the first ``count_flops``, because torch's module
+imports Triton, which takes as long as half of torch.
 """
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 from .kernels import cpu, grouped, triton_ops  # noqa: F401  their custom ops are registered on import
 
 
 def count_flops(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
     """FLOPs of one call of ``fn``, products alone, two a multiply-add."""
+    register_formulas()
+    from torch.utils.flop_counter import FlopCounterMode
+
     with FlopCounterMode(display=False) as counter:
         fn(*args, **kwargs)
     return int(counter.get_total_flops())
+
+
+@functools.cache
+def register_formulas() -> None:
+    """Tell torch's FLOP counter of these operations, once: to be called before a ``FlopCounterMode`` of your own."""
+    from torch.utils.flop_counter import register_flop_formula
+
+    ops, aten = torch.ops.moesaic, torch.ops.aten
+    experts = [ops.cpu_expert_ffn, ops.triton_expert_ffn]
+    backwards = [ops.cpu_expert_ffn_backward, ops.triton_expert_ffn_backward]
+    register_flop_formula(experts, get_raw=True)(_expert_ffn)
+    register_flop_formula(backwards, get_raw=True)(_expert_ffn_backward)
+    register_flop_formula([ops.grouped_mm, ops.triton_linear], get_raw=True)(_grouped)
+    register_flop_formula([ops.grouped_mm_dw, ops.triton_linear_dw], get_raw=True)(_grouped_dw)
+    if hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # torch may be built without oneDNN
+        register_flop_formula(torch.ops.mkldnn._linear_pointwise)(_linear)
+    register_flop_formula(aten._scaled_dot_product_flash_attention_for_cpu)(_attention)
+    register_flop_formula(aten._scaled_dot_product_flash_attention_for_cpu_backward)(_attention_backward)
 
 
 def _rows(offsets_E: Tensor, upper: int) -> int:
     return upper if isinstance(offsets_E, FakeTensor) or offsets_E.is_meta else int(offsets_E[-1])
 
 
-@register_flop_formula([torch.ops.moesaic.cpu_expert_ffn, torch.ops.moesaic.triton_expert_ffn], get_raw=True)
-def _(x, row_index_R, offsets_E, gates_R, w_in, w_out, b_in, b_out, w_gate, *args, out_val=None, **kwargs):
+def _expert_ffn(x, row_index_R, offsets_E, gates_R, w_in, w_out, b_in, b_out, w_gate, *args, out_val=None, **kwargs):
     _, D, F = w_in.shape
     return 2 * _rows(offsets_E, gates_R.shape[0]) * F * (D * (1 if w_gate is None else 2) + w_out.shape[-1])
 
 
-@register_flop_formula(
-    [torch.ops.moesaic.cpu_expert_ffn_backward, torch.ops.moesaic.triton_expert_ffn_backward], get_raw=True
-)
-def _(dy, x, row_index_R, offsets_E, gates_R, w_in, w_out, b_in, b_out, w_gate, *args, out_val=None, **kwargs):
+def _expert_ffn_backward(
+    dy, x, row_index_R, offsets_E, gates_R, w_in, w_out, b_in, b_out, w_gate, *args, out_val=None, **kwargs
+):
     (_, D, F), N = w_in.shape, w_out.shape[-1]
     *wanted_x, wanted_in, wanted_out, _, _, wanted_gate = args[-1]
     # On CPU the gradient of x is always computed.
@@ -45,35 +66,27 @@ def _(dy, x, row_index_R, offsets_E, gates_R, w_in, w_out, b_in, b_out, w_gate, 
     return 2 * _rows(offsets_E, gates_R.shape[0]) * F * (inputs + D * (wanted_in + wanted_gate) + N * wanted_out)
 
 
-def _linear_flops(x_shape, weight_shape, *args, out_shape=None, **kwargs):
+def _linear(x_shape, weight_shape, *args, out_shape=None, **kwargs):
     return 2 * _product(x_shape) * weight_shape[0]
 
 
-if hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # torch may be built without oneDNN
-    register_flop_formula(torch.ops.mkldnn._linear_pointwise)(_linear_flops)
-
-
-@register_flop_formula([torch.ops.moesaic.grouped_mm, torch.ops.moesaic.triton_linear], get_raw=True)
-def _(x_R, w, offsets_E, *args, out_val=None, **kwargs):
+def _grouped(x_R, w, offsets_E, *args, out_val=None, **kwargs):
     return 2 * _rows(offsets_E, x_R.shape[0]) * w.shape[1] * w.shape[2]
 
 
-@register_flop_formula([torch.ops.moesaic.grouped_mm_dw, torch.ops.moesaic.triton_linear_dw], get_raw=True)
-def _(x_R, dy_R, offsets_E, wants=(True, False), *, out_val=None, **kwargs):
+def _grouped_dw(x_R, dy_R, offsets_E, wants=(True, False), *, out_val=None, **kwargs):
     if not wants[0]:
         return 0
     return 2 * _rows(offsets_E, x_R.shape[0]) * x_R.shape[1] * dy_R.shape[1]
 
 
-@register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu)
-def _(query_shape, key_shape, value_shape, *args, out_shape=None, **kwargs):
+def _attention(query_shape, key_shape, value_shape, *args, out_shape=None, **kwargs):
     # Two products, q k^T and scores v; a causal mask still computes both triangles here.
     *batch, length, width = query_shape
     return 2 * _product(batch) * length * key_shape[-2] * (width + value_shape[-1])
 
 
-@register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward)
-def _(grad_shape, query_shape, key_shape, value_shape, *args, out_shape=None, **kwargs):
+def _attention_backward(grad_shape, query_shape, key_shape, value_shape, *args, out_shape=None, **kwargs):
     # Scores once more, then dv, dscores, dq and dk.
     *batch, length, width = query_shape
     return 2 * _product(batch) * length * key_shape[-2] * (3 * width + 2 * value_shape[-1])
@@ -84,3 +97,7 @@ def _product(sizes: list[int]) -> int:
     for size in sizes:
         total *= size
     return total
+
+
+if "torch.utils.flop_counter" in sys.modules:  # then it costs nothing
+    register_formulas()

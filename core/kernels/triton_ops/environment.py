@@ -50,7 +50,6 @@ def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
-@torch.compiler.assume_constant_result  # versions and cards do not change under a compiled graph
 def missing(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the kernels cannot run on tensors of this device and dtype, in a few words; None where they can."""
     version = triton_version()
@@ -69,3 +68,8 @@ def missing(device: torch.device, dtype: torch.dtype) -> str | None:
         found, oldest = ("sm_{}{}".format(*v) for v in (card(device), OLDEST_CARD))
         return f"a card of {found} is older than {oldest}"
     return None
+
+
+# Versions and cards do not change under a compiled graph. This is all that ``torch.compiler.assume_constant_result``
+# does, which imports the compiler: that would double the time of ``import core``.
+missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
