@@ -46,7 +46,9 @@ class Balance:
     Attributes:
         load_balancing: ``E * sum_e f_e P_e`` (Switch, arXiv 2101.03961, eq. 4); 1 at balance.
         router_z: mean of ``logsumexp(logits)^2`` (ST-MoE, arXiv 2202.08906, eq. 5).
-        importance: squared coefficient of variation of the experts' summed scores (arXiv 1701.06538, eq. 7).
+        importance: squared coefficient of variation of the experts' summed scores, which are those of all experts and
+            not the gates of the chosen ones (V-MoE, arXiv 2106.05974, section A.1, and its code; arXiv 1701.06538, eq.
+            7, sums the sparse gates).
         load: the same of the experts' smooth load; needs noise on the logits (arXiv 1701.06538, eq. 11).
         mutual_information: minus the mutual information of token and expert (ModuleFormer, arXiv 2306.04640), or, with
             ``num_tasks``, of task and expert (Mod-Squad, arXiv 2212.08066); in nats.
@@ -164,7 +166,7 @@ def squared_cv(total_E: Tensor) -> Tensor:
 
 
 def importance_loss(score_sum_E: Tensor) -> Tensor:
-    """``CV(sum over tokens of the scores)^2`` (arXiv 2106.05974, eq. 6)."""
+    """``CV(sum over tokens of the scores)^2``, scores of all experts before the choice (arXiv 2106.05974, eq. 6)."""
     return squared_cv(score_sum_E)
 
 

@@ -221,7 +221,7 @@ class TokenChoiceRouter(PairRouter):
             expert_ids_TK, chosen_E = torch.stack((expert_ids_TK[:, 0], second_T), -1), None
         scores_TE, threshold_TE = best.scores_TE, None
         if noise_std is not None:
-            # The losses see the clean logits, as in V-MoE's code; noise only explores.
+            # The losses see the clean logits, as V-MoE's importance and load losses do; noise only explores.
             sums = None
             scores_TE = logits_TE.softmax(-1) if config.score_func == "softmax" else logits_TE.sigmoid()
             threshold_TE = _noise_threshold(noisy_TE, config)

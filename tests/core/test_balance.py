@@ -68,6 +68,17 @@ def test_load_balancing_loss_does_not_depend_on_the_number_of_experts_a_token_ta
     assert loss.item() == pytest.approx(1.233333, abs=1e-6)
 
 
+def test_importance_is_of_the_scores_of_all_experts_as_in_v_moe():
+    # Scores (0.5, 0.3, 0.2) and (0.2, 0.3, 0.5) sum to 0.7, 0.6, 0.7: mean 2/3, variance (2 / 900 + 4 / 900) / 3 =
+    # 0.002222, over 4/9: 0.005. Shazeer's gates of the chosen, 0.5, 0, 0.5, would have 0.5.
+    router = TokenChoice(1).build(3, 3)
+    with torch.no_grad():
+        router.gate.weight.copy_(torch.eye(3))
+    routing = router(torch.tensor([[[0.5, 0.3, 0.2], [0.2, 0.3, 0.5]]]).log())
+    terms = balance_terms(balance_sums(routing, frozenset({"importance"})))
+    assert terms["importance"].item() == pytest.approx(0.005)
+
+
 def test_importance_loss_by_hand():
     # Mean 1.0; variance (0.3^2 + 0.1^2 + 0.4^2) / 3 = 0.26 / 3.
     assert importance_loss(torch.tensor([1.3, 1.1, 0.6])).item() == pytest.approx(0.086667, abs=1e-6)
