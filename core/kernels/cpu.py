@@ -432,6 +432,8 @@ def _second_backward(ctx, *grads):
         y = eager.expert_ffn(x, row_index_R, offsets_E, gates_R, *weights, activation=ctx.activation)
         outputs = zip((x, gates_R, *weights), grads, (True, True, *ctx.wants), strict=True)
         kept = [(t, g) for t, g, wanted in outputs if t is not None and g is not None and wanted]
+        if not kept:  # a gradient that is None is zero
+            return (None,) * len(ctx.needs_input_grad)
         first = torch.autograd.grad(y, [t for t, _ in kept], dy, create_graph=True, materialize_grads=True)
         wanted = [i for i, t in enumerate(leaves) if t is not None and ctx.needs_input_grad[i]]
         found = torch.autograd.grad(first, [leaves[i] for i in wanted], [g for _, g in kept], materialize_grads=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from core import FFN, MLP, ExpertChoice, MoE, MoEConfig, SoftSlots, SwiGLU, TokenChoice
-from core.kernels import BACKENDS, resolve_backend
+from core.kernels import BACKENDS, cpu, resolve_backend
 
 EXPERTS = {"swiglu": SwiGLU(6), "ffn": FFN(6, bias=True), "mlp": MLP((6, 4), activation="silu")}
 
@@ -116,3 +116,26 @@ def test_vmap_over_a_choice_is_refused_and_over_experts_of_equal_loads_it_is_not
         equal = squares(MoEConfig(3, router, SwiGLU(6)).build(4))
         expected = torch.stack([transform(equal)(each) for each in x])
         torch.testing.assert_close(torch.func.vmap(transform(equal))(x), expected)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("activation", ["relu", "gelu", "silu"])
+@pytest.mark.parametrize("gated", [False, True])
+def test_second_derivatives_of_the_cpu_op_are_those_of_differences_also_of_undefined_gradients(activation, gated, bias):
+    # Tokens 0 to 3 with two experts each; expert 1 has no rows.
+    E, D, F, K = 3, 3, 4, 2
+    row_index = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3])
+    offsets = torch.tensor([4, 4, 8], dtype=torch.int32)
+
+    def of(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+    x, gates, w_in, w_out = of(4, D), of(4 * K), of(E, D, F), of(E, F, D)
+    options = {"b_in": of(E, F), "b_out": of(E, D)} if bias else {}
+    options |= {"w_gate": of(E, D, F)} if gated else {}
+
+    def run(x, gates, w_in, w_out, *rest):
+        named = dict(zip(options, rest, strict=True))
+        return cpu.expert_ffn(x, row_index, offsets, gates, w_in, w_out, **named, activation=activation)
+
+    assert torch.autograd.gradgradcheck(run, (x, gates, w_in, w_out, *options.values()))
