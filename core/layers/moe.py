@@ -126,8 +126,12 @@ class MoELayer(nn.Module):
         return end in self.routers()
 
     def active_expert_params(self) -> int:
-        """Parameters of the routed experts that one token touches."""
+        """Parameters of the routed experts that one token touches, whichever rank holds them."""
         raise NotImplementedError
+
+    def all_expert_params(self) -> int:
+        """Parameters of the routed experts of all ranks."""
+        return sum(p.numel() for p in self.experts.parameters())
 
 
 def entry_name(layer: str, end: str) -> str:
@@ -237,8 +241,11 @@ class MoE(MoELayer):
         return self.dispatcher.combine(self.experts(rows)).unflatten(0, x_BSD.shape[:2])
 
     def active_expert_params(self) -> int:
-        total = sum(p.numel() for p in self.experts.parameters())
-        return round(total * min(self.pairs_per_token / self.num_experts, 1.0))
+        return round(self.all_expert_params() * min(self.pairs_per_token / self.num_experts, 1.0))
+
+    def all_expert_params(self) -> int:
+        local = sum(p.numel() for p in self.experts.parameters())
+        return local * self.num_experts // _num_local_experts(self.experts, self.num_experts)
 
 
 class SoftMoE(MoE):
@@ -282,15 +289,31 @@ def moe_layers(model: nn.Module) -> dict[str, MoELayer]:
     return {name: m for name, m in model.named_modules() if isinstance(m, MoELayer)}
 
 
+def _num_local_experts(experts: Experts, num_experts: int) -> int:
+    """Return how many of E experts are here: the rows of stacked parameters, which under expert parallelism are fewer.
+
+    A sharded parameter (``DTensor``) has the shape of the whole and counts as it. Experts of another make are all here.
+    """
+    stacked = [p for p in experts._parameters.values() if p is not None]
+    rows = {p.shape[0] if p.ndim else 0 for p in stacked}
+    others = sum(1 for _ in experts.parameters()) - len(stacked)
+    alike = not others and len(rows) == 1 and 0 < min(rows) < num_experts
+    return rows.pop() if alike else num_experts
+
+
 def active_params(model: nn.Module) -> int:
-    """Parameters that one token touches, at most: all but the routed experts it does not take."""
+    """Parameters that one token touches, at most: all but the routed experts it does not take.
+
+    Experts of other ranks count where a token takes them: the figure is that of the whole model, on every rank.
+    """
     active: dict[int, tuple[int, int]] = {}
     for layer in moe_layers(model).values():
         # Experts that several layers share are there once, and a token may take others of them in each.
         _, before = active.get(id(layer.experts), (0, 0))
-        every = sum(p.numel() for p in layer.experts.parameters())
-        active[id(layer.experts)] = every, min(every, before + layer.active_expert_params())
-    return sum(p.numel() for p in model.parameters()) - sum(every - taken for every, taken in active.values())
+        local = sum(p.numel() for p in layer.experts.parameters())
+        taken = min(layer.all_expert_params(), before + layer.active_expert_params())
+        active[id(layer.experts)] = local, taken
+    return sum(p.numel() for p in model.parameters()) - sum(local - taken for local, taken in active.values())
 
 
 @contextlib.contextmanager

@@ -68,6 +68,21 @@ def test_active_params_of_a_model_leave_out_the_experts_a_token_does_not_take():
     assert active_params(model) == 12 * 12 + 12 + 96 + 2 * 480
 
 
+@pytest.mark.parametrize("here, top_k", [(2, 1), (2, 3), (6, 3), (8, 3)])
+def test_active_params_count_the_experts_of_other_ranks(here, top_k):
+    # An expert of D = 12, F = 20 with biases has 2 * 240 + 20 + 12 = 512 parameters, the gate 8 * 12 = 96. A token
+    # takes K of 8 experts, wherever they are: K * 512 + 96.
+    layer = MoEConfig(8, TokenChoice(top_k), FFN(20, bias=True)).build(12)
+    for name, whole in list(layer.experts.named_parameters()):
+        setattr(layer.experts, name, torch.nn.Parameter(whole[:here]))  # as expert parallelism leaves them
+    assert sum(p.numel() for p in layer.parameters()) == here * 512 + 96
+    assert active_params(layer) == top_k * 512 + 96
+    # Twice the same experts: a token may take others of them in each layer, but no more than all 8.
+    twice = MoEConfig(8, TokenChoice(top_k), FFN(20, bias=True)).build(12)
+    twice.experts = layer.experts
+    assert active_params(torch.nn.ModuleList([layer, twice])) == 2 * top_k * 512 + 2 * 96
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=range(len(CONFIGS)))
 def test_plain_form_survives_json_and_comes_back_equal(config):
     plain = config.to_dict()

@@ -30,6 +30,7 @@ from core import (
     RoutingContext,
     RoutingStats,
     TokenChoice,
+    active_params,
     aux_losses,
     record,
     update_expert_bias,
@@ -246,6 +247,15 @@ def other_layers(rank: int, name: str) -> tuple[str, list[list[float]]]:
     return said, [layer.router.expert_bias.tolist() for layer in net.values()]
 
 
+def sharded_params(rank: int) -> tuple[int, int]:
+    """Active parameters of blocks under FSDP, whose parameters are sharded by rows, and of the same ones whole."""
+    whole, net = model("fixed"), model("fixed")
+    wrap(net, "fsdp")
+    local = sum(p.to_local().numel() for p in net.parameters())
+    assert local < sum(p.numel() for p in net.parameters())
+    return active_params(net), active_params(whole)
+
+
 def telemetry(rank: int) -> list[dict[str, float]]:
     """Figures by layer over both ranks' tokens, where tower b ran on rank 1 alone; those of one process for -1."""
     net = Towers()
@@ -289,7 +299,8 @@ def worker(rank: int, folder: str) -> None:
         said = {name: other_passes(rank, name) for name in PASSES}
         said["by rank"] = other_passes(rank, "one and none", "rank")
         layers = {name: other_layers(rank, name) for name in LAYERS}
-        torch.save({"said": said, "layers": layers, "figures": telemetry(rank)}, f"{folder}/said{rank}.pt")
+        found = {"said": said, "layers": layers, "params": sharded_params(rank), "figures": telemetry(rank)}
+        torch.save(found, f"{folder}/said{rank}.pt")
         dist.barrier()
     finally:
         dist.destroy_process_group()
@@ -374,6 +385,14 @@ def test_ranks_with_different_layers_all_say_so_and_move_no_bias(folder, name):
             assert re.search(f"^the ranks train different layers, .*: {message}; every rank needs", said), said
             assert "\n" not in said
             assert biases == [[0.0] * E for E in layers[rank].values()]
+
+
+def test_sharded_parameters_count_as_whole(folder):
+    # Stem 8 * 8 + 8; a block: gate 8 * 4, shared gate 8, experts of 2 * 8 * 12 = 192, of which a token takes 2 of 4
+    # and the shared one.
+    by_hand = 72 + 2 * (32 + 8 + 3 * 192)
+    for rank in range(WORLD):
+        assert torch.load(folder / f"said{rank}.pt", weights_only=True)["params"] == (by_hand, by_hand)
 
 
 def test_losses_of_each_rank_alone_may_be_of_different_passes(folder):
