@@ -128,12 +128,16 @@ class ExpertChoice(LinearGateConfig):
     balance loss applies but ``router_z``. What a token gets depends on all tokens of its group, so it is not for causal
     decoders. The group is the sequence where ``MoEConfig.group`` does not say.
 
+    The softmax over one expert is 1 for every token. With ``num_experts=1`` the router therefore gets no gradient: the
+    layer is the expert itself where ``capacity_factor`` is 1 or more, and is refused below, where the expert would take
+    the earliest tokens whatever they are.
+
     Attributes:
         capacity_factor: experts that compute a token, on average. It takes the place of ``MoEConfig.capacity_factor``.
         init_scale: variance of the gate's initial weights times D.
 
     Raises:
-        ValueError: a value is not a positive number.
+        ValueError: a value is not a positive number, or one expert is to choose among tokens.
     """
 
     paper: ClassVar[str] = "2202.09368"
@@ -145,7 +149,15 @@ class ExpertChoice(LinearGateConfig):
         for name in ("capacity_factor", "init_scale"):
             positive(name, getattr(self, name))
 
+    def check(self, num_experts: int) -> None:
+        if num_experts == 1 and self.capacity_factor < 1:
+            raise ValueError(
+                f"capacity_factor={self.capacity_factor} with num_experts=1 would take the earliest tokens: the softmax "
+                "over one expert is 1 for every token, and its router gets no gradient"
+            )
+
     def build(self, dim: int, num_experts: int, capacity: Capacity | None = None) -> ExpertChoiceRouter:
+        self.check(num_experts)
         capacity = Capacity(group=self.default_group()) if capacity is None else capacity
         return ExpertChoiceRouter(dim, num_experts, self, capacity)
 

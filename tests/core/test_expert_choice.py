@@ -348,3 +348,21 @@ def test_a_causal_decoder_refuses_it_because_a_later_token_changes_an_earlier_on
     later = torch.cat((x[:, :1], probabilities((0.9, 0.1))), 1)
     assert chosen(built(x), 2) == [[0], [1]]
     assert chosen(built(later), 2) == [[1], [0]]  # token 0 goes to the other expert
+
+
+def test_one_expert_does_not_choose_among_tokens():
+    message = r"^capacity_factor=0.5 with num_experts=1 would take the earliest tokens: .* \(arXiv 2202.09368\)$"
+    with pytest.raises(ValueError, match=message):
+        MoEConfig(1, ExpertChoice(0.5))
+    with pytest.raises(ValueError, match=message):
+        ExpertChoice(0.5).build(8, 1)
+
+
+def test_one_expert_of_all_tokens_is_the_expert_itself_and_trains_no_router():
+    layer = MoEConfig(1, ExpertChoice(1.0)).build(8)
+    x = torch.randn(2, 5, 8)
+    y = layer(x)
+    torch.testing.assert_close(y, layer.experts.dense(x))
+    y.square().sum().backward()
+    assert layer.router.gate.weight.grad.eq(0).all()
+    assert layer.experts.w_in.grad.ne(0).any()
