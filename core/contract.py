@@ -395,12 +395,19 @@ class Tape:
     Attributes:
         grad_wanted: gradients were on when it was opened.
         shared_on: a device of the model, where ranks add up the sums of its layers; None: of no layer that can be told.
+        layers: names of the layers that are recorded, whether they run or not.
     """
 
-    def __init__(self, entries: tuple[Entry, ...] = (), shared_on: torch.device | None = None) -> None:
+    def __init__(
+        self,
+        entries: tuple[Entry, ...] = (),
+        shared_on: torch.device | None = None,
+        layers: tuple[str, ...] = (),
+    ) -> None:
         self._entries: list[Entry] = list(entries)
         self.grad_wanted = torch.is_grad_enabled()
         self.shared_on = shared_on
+        self.layers = layers
 
     @property
     def entries(self) -> tuple[Entry, ...]:
@@ -409,21 +416,32 @@ class Tape:
     def __len__(self) -> int:
         return len(self._entries)
 
+    def silent_layers(self) -> tuple[str, ...]:
+        """Return the names of the recorded layers without a pass: those that the forward did not reach, by intent as in
+        a part of a model, or because something else computed in their place."""
+        ran = tuple(entry.name for entry in self._entries)
+
+        def is_silent(layer: str) -> bool:  # a pass of a layer with several routers is named "<layer>.<router>"
+            return not any(not layer or name == layer or name.startswith(f"{layer}.") for name in ran)
+
+        return tuple(layer for layer in self.layers if is_silent(layer))
+
     def append(self, entry: Entry) -> None:
         self._entries.append(entry)
 
     def detach(self) -> Tape:
         """The same passes without their graphs; ``loads`` is what to keep across micro-batches."""
-        return Tape(tuple(e.detach() for e in self._entries), self.shared_on)
+        return Tape(tuple(e.detach() for e in self._entries), self.shared_on, self.layers)
 
     def loads(self) -> Tape:
         """The same passes with the experts' loads alone: what to keep across the micro-batches of a step for
         ``update_expert_bias``. Losses and statistics are taken of the tape itself."""
-        return Tape(tuple(e.loads() for e in self._entries))
+        return Tape(tuple(e.loads() for e in self._entries), layers=self.layers)
 
     def merge(self, other: Tape) -> Tape:
         """Both tapes' passes as one tape, this one's first."""
-        return Tape(self.entries + other.entries, self.shared_on or other.shared_on)
+        layers = tuple(dict.fromkeys(self.layers + other.layers))
+        return Tape(self.entries + other.entries, self.shared_on or other.shared_on, layers)
 
 
 def several_ranks() -> bool:
@@ -450,6 +468,7 @@ def record(model: nn.Module) -> Iterator[Tape]:
         if hasattr(module, "_tapes"):
             listening.append(module)
             listening[-1]._tapes = (*listening[-1]._tapes, (name, tape))
+            tape.layers = (*tape.layers, name)
     if several_ranks():
         # A rank that records no pass of a layer takes part in the sums of those that do.
         tape.shared_on = next((device for m in listening if (device := m.shares_sums()) is not None), None)

@@ -21,6 +21,10 @@ from ..routing.soft import in_segments
 from .shared import SharedGate
 
 
+def _nothing(module: nn.Module, args: Any) -> None:
+    """Do nothing before a layer's forward, but be a hook on it."""
+
+
 class MoELayer(nn.Module):
     """Base of the MoE layers: what ``record``, ``moe_layers`` and ``active_params`` look for.
 
@@ -43,6 +47,9 @@ class MoELayer(nn.Module):
         self.balance = balance
         weight = torch.empty((), dtype=torch.float32) if balance.adaptive else None
         self.register_buffer("load_balancing_weight", weight)
+        # ``nn.TransformerEncoderLayer`` computes its own feed-forward block in evaluation, whatever ``_ff_block`` says,
+        # unless there is a hook on it or in it.
+        self.register_forward_pre_hook(_nothing)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -65,6 +72,8 @@ class MoELayer(nn.Module):
 
     def _check_width(self, x: Tensor) -> None:
         """Raise a ``ValueError`` where tokens are not ``dim`` wide: not every gate and product would notice."""
+        if x.is_nested:
+            raise ValueError("x is a nested tensor: give nn.TransformerEncoder enable_nested_tensor=False")
         if self.dim is not None and x.shape[-1] != self.dim:
             raise ValueError(f"x has width {x.shape[-1]}, the layer is for dim={self.dim}")
 

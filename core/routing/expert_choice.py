@@ -152,8 +152,8 @@ class ExpertChoice(LinearGateConfig):
     def check(self, num_experts: int) -> None:
         if num_experts == 1 and self.capacity_factor < 1:
             raise ValueError(
-                f"capacity_factor={self.capacity_factor} with num_experts=1 would take the earliest tokens: the softmax "
-                "over one expert is 1 for every token, and its router gets no gradient"
+                f"capacity_factor={self.capacity_factor} with num_experts=1 would take the earliest tokens: "
+                "the softmax over one expert is 1 for every token, and its router gets no gradient"
             )
 
     def build(self, dim: int, num_experts: int, capacity: Capacity | None = None) -> ExpertChoiceRouter:
