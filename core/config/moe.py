@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
+from ..contract import check_kinds, check_part
 from ..dispatch import LocalDispatcher
 from ..experts import FFN, ExpertConfig
 from ..kernels import BACKENDS
@@ -70,19 +71,16 @@ class MoEConfig:
     expert_output_masking: float = 0.0
 
     def __post_init__(self) -> None:
+        if self.group is not None:
+            check_group(self.group)
+        check_kinds(self)
         at_least_one("num_experts", self.num_experts)
         whole("num_shared_experts", self.num_shared_experts)
         if self.num_shared_experts < 0:
             raise ValueError(f"num_shared_experts={self.num_shared_experts} is negative")
-        for name, kind, example in (
-            ("router", RouterConfig, "TokenChoice(top_k=2)"),
-            ("expert", ExpertConfig, "FFN()"),
-            ("balance", Balance, "Balance()"),
-        ):
-            if not isinstance(getattr(self, name), kind):
-                raise ValueError(f"{name}={getattr(self, name)!r} is not a config of its kind, as {example} is")
-        if self.group is not None:
-            check_group(self.group)
+        check_part("router", self.router, RouterConfig, "TokenChoice(top_k=2)")
+        check_part("expert", self.expert, ExpertConfig, "FFN()")
+        check_part("balance", self.balance, Balance, "Balance()")
         if self.backend != "auto" and self.backend not in BACKENDS:
             raise ValueError(f"backend={self.backend!r} is not one of auto, {', '.join(BACKENDS)}")
         self.router.check(self.num_experts)
@@ -142,9 +140,9 @@ class MoEConfig:
             raise ValueError(
                 f"router {self.router.source()} lets later tokens change earlier ones: not for a causal decoder"
             )
-        for name, value in (("dim", dim), ("out_dim", out_dim)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} is not at least 1")
+        at_least_one("dim", dim)
+        if out_dim is not None:
+            at_least_one("out_dim", out_dim)
         shared, has_gate = self.num_shared_experts, self.shared_gate != "none"
         router, kind = self.router.build(dim, self.num_experts, self.capacity()), self.router.layer_kind()
         router.backend = self.backend

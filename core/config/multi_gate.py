@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..contract import check_kinds, check_part
 from ..experts import MLP, ExpertConfig
 from ..kernels import BACKENDS
 from ..layers import MultiGateLayer, MultiGateMoE, PLELayer, SelectedMultiGateMoE, SparseMultiGateMoE
 from ..layers.multi_gate import FeatureGate
 from ..registry import register_config
 from ..routing.balance import Balance
-from ..routing.checks import at_least_one, one_of, positive
+from ..routing.checks import at_least_one, one_of, positive, whole
 from ..routing.multi_gate import DenseGates, DomainEmbedding, ExpertGroups
 from ..routing.router import RouterConfig
 from ..routing.selection import Capacity
@@ -59,6 +60,9 @@ class MultiGateConfig:
     backend: str = field(default="auto", kw_only=True)
 
     def __post_init__(self) -> None:
+        check_kinds(self)
+        check_part("expert", self.expert, ExpertConfig, "MLP()")
+        check_part("balance", self.balance, Balance, "Balance()")
         at_least_one("num_experts", self.num_experts)
         for name in ("feature_gate", "self_gate", "num_domain_experts"):
             if getattr(self, name) < 0:
@@ -107,6 +111,7 @@ class MultiGateConfig:
             ValueError: as ``build``.
         """
         at_least_one("num_tasks", num_tasks)
+        whole("num_domains", num_domains)
         if num_domains < 0:
             raise ValueError(f"num_domains={num_domains} is negative")
         if self.num_domain_experts and not num_domains:
@@ -203,8 +208,10 @@ class MMoE(MultiGateConfig):
     selection: str = "task"
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         one_of("selection", self.selection, ("task", "shared"))
         if self.router is not None:
+            check_part("router", self.router, RouterConfig, "TokenChoice(top_k=2)")
             self._check_router(self.router)
         elif self.selection != "task":
             raise ValueError(f"selection={self.selection!r} needs a router")
@@ -320,6 +327,7 @@ class CGC(MultiGateConfig):
     num_task_experts: int = 2
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         if self.num_task_experts < 0:
             raise ValueError(f"num_task_experts={self.num_task_experts} is negative")
         super().__post_init__()

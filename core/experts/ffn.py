@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..contract import Rows
+from ..contract import Rows, check_kinds
 from ..kernels import BACKENDS, resolve_backend
 from ..kernels.eager import ACTIVATIONS, outside_autocast
 from ..kernels.products import linear
@@ -139,6 +139,7 @@ class FFN(ExpertConfig):
     bias: bool = False
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation={self.activation!r} is not one of {', '.join(ACTIVATIONS)}")
         if self.hidden_dim is not None and self.hidden_dim < 1:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..contract import Rows
+from ..contract import Rows, check_kinds
 from ..kernels import BACKENDS, resolve_backend
 from ..kernels.eager import ACTIVATIONS, outside_autocast
 from ..kernels.grouped import expert_of_rows
@@ -244,6 +244,13 @@ class MLP(ExpertConfig):
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
+        check_kinds(self)
+        try:
+            widths = tuple(self.hidden_dims)
+        except TypeError:
+            widths = ()
+        if not all(isinstance(width, int) and not isinstance(width, bool) for width in widths) or not widths:
+            raise ValueError(f"hidden_dims={self.hidden_dims!r} is not one or more widths of at least 1")
         object.__setattr__(self, "hidden_dims", tuple(self.hidden_dims))  # a list in YAML and in a checkpoint
         if not self.hidden_dims or min(self.hidden_dims) < 1:
             raise ValueError(f"hidden_dims={self.hidden_dims} is not one or more widths of at least 1")

@@ -16,6 +16,7 @@ from ..contract import Entry, MergeRouting, RoutingContext, SlotRouting, Tape
 from ..dispatch import Dispatcher, LocalDispatcher, SlotDispatcher
 from ..experts import Experts
 from ..routing.balance import Balance
+from ..routing.checks import check_tensor
 from ..routing.router import Router
 from ..routing.soft import in_segments
 from .shared import SharedGate
@@ -217,6 +218,8 @@ class MoE(MoELayer):
             raise ValueError(f"x has shape {tuple(x.shape)}: an MoE layer needs at least (tokens, dim)")
         self._check_width(x)
         x_BSD = x.unsqueeze(0) if x.ndim == 2 else x.flatten(0, -3)
+        if context is not None and context.valid_BS is not None:
+            check_tensor("context.valid_BS", context.valid_BS)
         if context is not None and context.valid_BS is not None and context.valid_BS.shape != x_BSD.shape[:2]:
             raise ValueError(
                 f"context.valid_BS has shape {tuple(context.valid_BS.shape)}, the tokens {tuple(x_BSD.shape[:2])}"

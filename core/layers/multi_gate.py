@@ -15,6 +15,7 @@ from ..experts import Experts
 from ..experts.base import autocast_together, first_linear, next_linear
 from ..kernels import eager
 from ..routing.balance import Balance
+from ..routing.checks import check_tensor
 from ..routing.ids import sequence_ids
 from ..routing.multi_gate import (
     DenseGates,
@@ -108,6 +109,7 @@ class MultiGateLayer(MoELayer):
         real_T = domain_T = None
         if context is not None and context.valid_BS is not None:
             valid = context.valid_BS
+            check_tensor("context.valid_BS", valid)
             if valid.shape not in (x.shape[:-1], x_BSD.shape[:2]):
                 raise ValueError(f"context.valid_BS has shape {tuple(valid.shape)}, the examples {tuple(x.shape[:-1])}")
             if valid.dtype != torch.bool:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from ..contract import Routing, RoutingContext
+from ..contract import Routing, RoutingContext, check_kinds
 from ..kernels.eager import top_k_ids
 from ..registry import register_config
 from .checks import clean_ids
@@ -98,6 +98,7 @@ class Balance:
     adaptive_momentum: float = 0.99
 
     def __post_init__(self) -> None:
+        check_kinds(self, "balance.")
         for name, weight in self.weights().items():
             if not 0 <= weight < float("inf"):
                 raise ValueError(f"balance.{name}={weight} is not a finite number >= 0")

@@ -38,6 +38,11 @@ def at_most_experts(name: str, value: int | None, num_experts: int) -> None:
         raise ValueError(f"{name}={value} exceeds num_experts={num_experts}")
 
 
+def check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} is a {type(value).__name__}, not a tensor")
+
+
 def clean_ids(ids: Tensor, shape: tuple[int, ...], real: Tensor | None, name: str, size: int) -> Tensor:
     """int64 ids of the context's field ``name``, with 0 where they are not real.
 
@@ -49,11 +54,12 @@ def clean_ids(ids: Tensor, shape: tuple[int, ...], real: Tensor | None, name: st
         size: ids are in ``range(size)``, which is looked at on CPU alone, and not in compiled code.
 
     Raises:
-        ValueError: another shape, no integers, or an id out of range.
+        ValueError: no tensor, another shape, no integers, or an id out of range.
     """
+    check_tensor(f"context.{name}", ids)
     if ids.shape != shape:
         raise ValueError(f"context.{name} has shape {tuple(ids.shape)}, the tokens {shape}")
-    if ids.is_floating_point() or ids.dtype == torch.bool:
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise ValueError(f"context.{name} is {ids.dtype}: ids are integers")
     if real is not None:
         ids = ids.masked_fill(~real, 0)

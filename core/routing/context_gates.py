@@ -12,7 +12,7 @@ from torch import Tensor
 from ..contract import RoutingContext
 from ..kernels.eager import top_k_ids
 from .balance import SCORE_TERMS
-from .checks import at_least_one, positive
+from .checks import at_least_one, check_tensor, positive
 from .gates import LinearGate, TableGate
 from .ids import sequence_ids
 from .router import PairRouter, RouterConfig, Tokens
@@ -201,10 +201,20 @@ class DomainRouter(PairRouter):
         weights_BE = context.domain_weights_BE
         if weights_BE is None:
             weights_BE = self.prior.expand(tokens.num_sequences, -1)
-        elif weights_BE.shape != (tokens.num_sequences, self.num_experts):
+        else:
+            check_tensor("context.domain_weights_BE", weights_BE)
+        if weights_BE.shape != (tokens.num_sequences, self.num_experts):
             expected = (tokens.num_sequences, self.num_experts)
             raise ValueError(f"context.domain_weights_BE has shape {tuple(weights_BE.shape)}, not {expected}")
+        if weights_BE.is_complex():
+            raise ValueError(f"context.domain_weights_BE is {weights_BE.dtype}: weights are real")
         weights_BE = weights_BE.to(x_TD.dtype)
+        if weights_BE.device.type == "cpu" and not torch.compiler.is_compiling():
+            real_BS = tokens.real_T.unflatten(0, (tokens.num_sequences, tokens.length))
+            wrong = ~((weights_BE >= 0) & weights_BE.isfinite()) & real_BS.any(1)[:, None]
+            if wrong.any():
+                value = float(weights_BE[wrong][0])
+                raise ValueError(f"context.domain_weights_BE holds {value}: weights are finite and not negative")
         expert_BK = top_k_ids(weights_BE.detach(), self.config.mixed(self.num_experts))
         weights_BK = weights_BE.gather(-1, expert_BK)
         # A domain without weight is not computed.

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..contract import Routing, RoutingContext
+from ..contract import Routing, RoutingContext, check_kinds
 from ..kernels import topk_gate
 from ..kernels.eager import outside_autocast
 from ..registry import register_config
@@ -285,6 +285,8 @@ def _with_paper(method: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(method)
     def checked(self: RouterConfig, *args: Any) -> None:
         try:
+            if method.__name__ == "__post_init__":
+                check_kinds(self)
             method(self, *args)
         except ValueError as error:
             if not self.paper or self.source() in str(error):
@@ -307,6 +309,9 @@ class RouterConfig:
         for name in ("__post_init__", "check", "check_group"):
             if name in vars(cls):
                 setattr(cls, name, _with_paper(vars(cls)[name]))
+
+    def __post_init__(self) -> None:
+        check_kinds(self)
 
     def source(self) -> str:
         """Name and paper, for messages."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..contract import Routing
+from ..contract import Routing, check_kinds
 from ..kernels import queue_ranks
 from ..kernels.eager import capacity, count_experts, whole_ratio
 
@@ -39,12 +39,13 @@ class Capacity:
     _eval_ratio: tuple[int, int] | None = field(init=False, repr=False, compare=False, default=None)
 
     def __post_init__(self) -> None:
+        check_group(self.group)
+        check_kinds(self)
         check_factor("capacity_factor", self.factor, "None means dropless")
         if self.eval_factor != float("inf"):
             check_factor("eval_capacity_factor", self.eval_factor, "inf means dropless")
         if self.priority not in PRIORITIES:
             raise ValueError(f"priority={self.priority!r} is not one of {', '.join(PRIORITIES)}")
-        check_group(self.group)
         object.__setattr__(self, "_ratio", None if self.factor is None else whole_ratio(self.factor))
         eval_factor = self.factor if self.eval_factor is None else self.eval_factor
         eval_factor = None if eval_factor == float("inf") else eval_factor

@@ -317,7 +317,7 @@ class Merge(RouterConfig):
 
     def source(self) -> str:
         papers = {"smear": self.paper, "lory": "2405.03133", "meo": "2310.09832"}
-        return f"Merge(kind={self.kind!r}) (arXiv {papers.get(self.kind, self.paper)})"
+        return f"Merge(kind={self.kind!r}) (arXiv {papers.get(str(self.kind), self.paper)})"
 
     def build(self, dim: int, num_experts: int, capacity: Capacity = Capacity()) -> MergeRouter:
         self.check(num_experts)
