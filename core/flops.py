@@ -1,14 +1,13 @@
 """FLOP formulas for ``torch.utils.flop_counter``, which counts 0 for custom ops, ``grouped_mm`` and attention on CPU.
 
 Two FLOPs a multiply-add, products alone. Rows are those really computed, read from the offsets; where offsets are fake
-(tracing) every routed pair counts. The formulas are registered at the first ``count_flops``, because torch's module
-imports Triton, which takes as long as half of torch.
+(tracing) every routed pair counts. The formulas are registered with the first layer that is built, so that a counter of
+the user's own knows them, and not at import: torch's module imports Triton, which takes as long as half of torch.
 """
 
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -31,7 +30,7 @@ def count_flops(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
 
 @functools.cache
 def register_formulas() -> None:
-    """Tell torch's FLOP counter of these operations, once: to be called before a ``FlopCounterMode`` of your own."""
+    """Tell torch's FLOP counter of these operations, once. Counters that are made later know them."""
     from torch.utils.flop_counter import register_flop_formula
 
     ops, aten = torch.ops.moesaic, torch.ops.aten
@@ -97,7 +96,3 @@ def _product(sizes: list[int]) -> int:
     for size in sizes:
         total *= size
     return total
-
-
-if "torch.utils.flop_counter" in sys.modules:  # then it costs nothing
-    register_formulas()

@@ -16,9 +16,9 @@ ROOT = Path(__file__).resolve().parents[1]
 # (convert needs config), without a cycle. `core/__init__.py` is above them all: nothing inside core imports it.
 ROWS = (
     ("contract", "kernels", "registry"),
-    ("routing", "experts", "dispatch"),
+    ("routing", "experts", "dispatch", "flops"),
     ("layers",),
-    ("config", "parallel", "offload", "quant", "convert", "telemetry", "flops", "testing"),
+    ("config", "parallel", "offload", "quant", "convert", "telemetry", "testing"),
 )
 ROW_OF = {part: row for row, parts in enumerate(ROWS) for part in parts} | {"": len(ROWS)}
 LAST_ROW = len(ROWS) - 1

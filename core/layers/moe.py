@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..contract import Entry, MergeRouting, RoutingContext, SlotRouting, Tape
 from ..dispatch import Dispatcher, LocalDispatcher, SlotDispatcher
 from ..experts import Experts
+from ..flops import register_formulas
 from ..routing.balance import Balance
 from ..routing.checks import check_tensor
 from ..routing.router import Router
@@ -43,6 +44,7 @@ class MoELayer(nn.Module):
 
     def __init__(self, balance: Balance = Balance(), dim: int | None = None) -> None:
         super().__init__()
+        register_formulas()
         self.dim = dim
         self._tapes: tuple[tuple[str, Tape], ...] = ()
         self.balance = balance

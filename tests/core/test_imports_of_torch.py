@@ -22,9 +22,9 @@ layer(x).sum().backward()
 print(core.count_flops(layer, x))
 """
 COUNTED = """
-from torch.utils.flop_counter import FlopCounterMode
 import core, torch
 layer, x = core.MoEConfig(4, core.TokenChoice(2), core.FFN(8)).build(4), torch.randn(1, 3, 4)
+from torch.utils.flop_counter import FlopCounterMode
 with FlopCounterMode(display=False) as counter:
     layer(x)
 print(counter.get_total_flops())
@@ -39,7 +39,7 @@ def test_core_loads_no_compiler_and_no_library_that_torch_does_not_load():
     assert lines(LOADED)[:2] == ["[] False", str(3 * (32 + 2 * 128))]
 
 
-def test_a_flop_counter_that_is_loaded_before_knows_the_experts():
+def test_a_flop_counter_of_the_users_own_knows_the_experts():
     assert lines(COUNTED)[0] == str(3 * (32 + 2 * 128))
 
 
