@@ -1,4 +1,4 @@
-"""Files written whole or not at all."""
+"""Files: where the configurations lie, and files written whole or not at all."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+"""The configurations that come along: of the source tree, or beside the packages of an installed wheel."""
 
 
 def temporary_path(path: Path) -> Path:

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from apps.files import CONFIGS
+
 if TYPE_CHECKING:
     import core
     from apps.training import Baseline, SparseModule
 
     Layers = core.MoEConfig | core.MultiGateConfig
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-"""The configurations that come along: of the source tree, or beside the packages of an installed wheel."""
 FOLDER = CONFIGS / "routing"
 PREFIX = "router_"
 """Of a system's name in a comparison."""

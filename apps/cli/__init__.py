@@ -114,9 +114,12 @@ def _dispatch(args: list[str]) -> int:
         if rest in (["-h"], ["--help"]):
             print(f"usage: moesaic {command} --config FILE [options]\n\n{_TRAINING[command]}\n\n{_OPTIONS}")
             return 0
+        from apps.cli.request import Request
+
+        request = Request.read(command, rest, announce=lambda line: _announce(command, line))
         from apps.cli.train import run
 
-        return run(command, ["--help" if a == "--help_all" else a for a in rest])
+        return run(request)
     if command == "data":
         from apps.cli.data import run as run_data
 
@@ -129,6 +132,13 @@ def _dispatch(args: list[str]) -> int:
     near = difflib.get_close_matches(command, names, n=1)
     suggestion = f"; did you mean {near[0]!r}?" if near else ""
     raise UsageError(f"{command!r} is not one of {', '.join(names)}{suggestion}")
+
+
+def _announce(command: str, line: str) -> None:
+    """Say what starts, before the seconds that torch takes. The stdout of predict is for what it predicts."""
+    ranks = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+    if all(rank == "0" for rank in ranks):  # the processes of a distributed run have one command line
+        print(line, file=sys.stderr if command == "predict" else None, flush=True)
 
 
 def _available() -> dict[str, str]:

@@ -14,6 +14,7 @@ from torch import Tensor
 import core
 from apps import sharded
 from apps.checkpoints import CONFIG_BASES, check_arguments, module_class
+from apps.cli.classes import short
 from apps.training import to_plain
 
 
@@ -163,8 +164,3 @@ def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[tupl
     rows = [(k, there.get(k), here.get(k)) for k in keys if there.get(k) != here.get(k)]
     shapeless = ("model.optimizer", "model.ema_decay", "model.average_last", "model.report")
     return [row for row in rows if not row[0].startswith(shapeless)]
-
-
-def short(class_path: str | None) -> str | None:
-    """The name of the class, as a configuration may write it."""
-    return class_path and class_path.rpartition(".")[2]

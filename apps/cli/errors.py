@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from apps.cli import UsageError
+from apps.cli.classes import app_classes
 from apps.messages import message, one_line
 
 _NOISE = re.compile(
@@ -24,7 +25,10 @@ _KEY = re.compile(r'^Parser key "([^"]+)":\s*(.*)$')
 _CLASS = re.compile(r"^Problem with given class_path '([^']+)':\s*(.*)$")
 _OPTION = re.compile(r"^Option '([^']+)' is not accepted")
 _NO_OPTION = re.compile(r"^Subcommand '\w+' does not accept option '([^']+)'")
-_NAME = re.compile(r"^Expected a dot import path string: (.+)$")
+_NAME = re.compile(r"Expected a dot import path string: (.+)$", re.MULTILINE)
+_NO_CLASS = re.compile(r"^module '([\w.]+)' has no attribute '\w+'$")
+_NO_MODULE = re.compile(r"^No module named '")
+_BASE = re.compile(r"<class '([\w.]+)'>|\[([\w.]+)\]")
 _KIND = re.compile(
     r"\s*(?:<class '(?:\w+\.)*(\w+)'>|(?:typing\.)?Literal(\[[^\[\]]*\])|((?:[^\[\],]|\[(?:[^\[\]]|\[[^\]]*\])*\])+))"
 )
@@ -68,6 +72,7 @@ def reduce_message(text: str, options: Iterable[str] = ()) -> str:
     """
     path: list[str] = []
     owner: str | None = None
+    outer: str | None = None
     complaint = kinds = ""
     for raw in text.splitlines():
         line = raw.strip().removeprefix("- ").strip()
@@ -76,7 +81,7 @@ def reduce_message(text: str, options: Iterable[str] = ()) -> str:
                 path.append(match[1])
                 line, kinds = match[2].strip(), ""
             elif match := _CLASS.match(line):
-                owner = match[1]
+                outer, owner = owner, match[1]
                 line, kinds = match[2].strip(), ""
             elif _NOISE.match(line):
                 if line.startswith("Subtypes: "):
@@ -92,22 +97,32 @@ def reduce_message(text: str, options: Iterable[str] = ()) -> str:
         value = re.search(r"Given value: (.*)", text)
         return f"{key}={value[1]} is not valid" if value else one_line(text)
     if match := _OPTION.match(complaint):
-        return _unknown(f"{key}.{match[1]}" if key else match[1], match[1], _parameters(owner), owner)
+        return unknown_option(f"{key}.{match[1]}" if key else match[1], _parameters(owner), match[1], owner)
     if match := _NO_OPTION.match(complaint):
-        return _unknown(match[1], match[1], options, None)
+        return unknown_option(match[1], options)
     if match := re.match(r"^unrecognized arguments: (.*)$", complaint):
         first = match[1].split()[0].split("=")[0]
         if not first.startswith("-"):
             return f"unexpected argument {first!r}: options are written --key value"
         first = first.lstrip("-")
-        return _unknown(first, first, options, None)
+        return unknown_option(first, options)
     if match := re.match(r"^the following arguments are required: (.*)$", complaint):
         missing = re.sub(r"\b(fit|validate|test|predict)\.", "", match[1])
         if not {"model", "data"}.issuperset(missing.split(", ")):
             return f"{key or owner or 'the configuration'} needs {missing}, which has no default"
         return f"{missing} missing: give a configuration, such as --config configs/vision/digits.yaml"
+    name = path[-1] if path else ""
     if match := _NAME.match(complaint):
-        return _unknown(f"{key}={match[1]}", match[1], _class_names(owner, path[-1] if path else ""), None)
+        return unknown_option(f"{key}={match[1]}", _class_names(owner, name, kinds), match[1])
+    if owner and (match := _NO_CLASS.match(complaint)):
+        return unknown_option(f"{key}={owner}", _classes_of(match[1]), owner, listed=False)
+    if owner and _NO_MODULE.match(complaint):
+        near = difflib.get_close_matches(owner.rpartition(".")[2], _class_names(outer, name, kinds), n=1)
+        return f"{key}={owner} does not exist: {one_line(complaint)}" + (f"; did you mean {near[0]!r}?" if near else "")
+    if match := _NAME.search(text, text.index(complaint)):  # a name that may be a class's, among other kinds
+        near = difflib.get_close_matches(match[1], _class_names(owner, name, kinds), n=1)
+        if near:
+            return f"{key}={match[1]} does not exist; did you mean {near[0]!r}?"
     wanted = re.match(r"^Expected an? (<class '[\w.]+'>|(?:typing\.)?Literal\[[^\]]*\])", complaint)
     value = re.search(r"(?:Got value|Given value): (.*)", text[text.index(complaint) :])
     if wanted and value:
@@ -128,14 +143,25 @@ def _one_of(kinds: str) -> str:
     return f"one of {', '.join(names)}"
 
 
-def _unknown(shown: str, name: str, valid: Iterable[str], owner: str | None) -> str:
+def unknown_option(
+    shown: str, valid: Iterable[str], name: str | None = None, owner: str | None = None, listed: bool = True
+) -> str:
+    """Return the line on an option or a class that does not exist.
+
+    Args:
+        shown: what was written.
+        valid: what there is; the nearest of these is suggested.
+        name: what is compared with them; None: ``shown``.
+        owner: the class whose options they are.
+        listed: name all of them where none is near.
+    """
     valid = sorted(set(valid))
-    near = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name or shown, valid, n=1, cutoff=0.5)
     if near:
         return f"{shown} does not exist; did you mean {near[0]!r}?"
     if owner and valid:
         return f"{shown} does not exist; {owner.rpartition('.')[2]} has {', '.join(valid)}"
-    return f"{shown} does not exist" + (f"; there is {', '.join(valid)}" if 0 < len(valid) <= 12 else "")
+    return f"{shown} does not exist" + (f"; there is {', '.join(valid)}" if listed and 0 < len(valid) <= 12 else "")
 
 
 def _import(class_path: str | None) -> Any:
@@ -153,20 +179,32 @@ def _parameters(class_path: str | None) -> list[str]:
     return [p for p in inspect.signature(kind).parameters if p not in ("self", "args", "kwargs")]
 
 
-def _class_names(owner: str | None, parameter: str) -> list[str]:
-    """Names of the classes that a parameter of ``owner`` may be; without owner, the models or the data modules."""
-    if owner is None:
-        from lightning.pytorch import LightningDataModule, LightningModule
+def _class_names(owner: str | None, parameter: str, kinds: str = "") -> list[str]:
+    """Return the names of the classes that a parameter of ``owner`` may be.
 
-        base = LightningDataModule if parameter == "data" else LightningModule
-        return [k.__name__ for k in subclasses(base) if k.__module__.startswith("apps.")]
-    kind = _import(owner)
-    try:
-        hint = typing.get_type_hints(kind if dataclasses.is_dataclass(kind) else kind.__init__).get(parameter)
-    except (NameError, TypeError, AttributeError):
-        return []
-    hints = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    return [k.__name__ for h in hints if isinstance(h, type) for k in subclasses(h) if dataclasses.is_dataclass(k)]
+    Args:
+        owner: a class path; None: the parameter is one of the command line's own, such as "model".
+        parameter: its name.
+        kinds: its types as jsonargparse lists them, if it does.
+    """
+    if owner is None and parameter in ("model", "data"):
+        return list(app_classes(parameter))
+    bases = [_import(one or other) for one, other in _BASE.findall(kinds)]
+    if owner is not None and not bases:
+        kind = _import(owner)
+        try:
+            hint = typing.get_type_hints(kind if dataclasses.is_dataclass(kind) else kind.__init__).get(parameter)
+        except (NameError, TypeError, AttributeError):
+            return []
+        bases = list(typing.get_args(hint)) if isinstance(hint, types.UnionType) else [hint]
+    known = (k for base in bases if isinstance(base, type) for k in subclasses(base))
+    return [k.__name__ for k in known if not inspect.isabstract(k)]
+
+
+def _classes_of(module: str) -> list[str]:
+    """Return the class paths of the public classes of an imported module."""
+    found = vars(importlib.import_module(module)).items()
+    return [f"{module}.{name}" for name, value in found if isinstance(value, type) and not name.startswith("_")]
 
 
 def subclasses(kind: type[Any]) -> list[type[Any]]:

@@ -1,4 +1,7 @@
-"""What the user asked for: the command line and its configurations, as far as the parser needs to know beforehand."""
+"""What the user asked for: the command line and its configurations, as far as the parser needs to know beforehand.
+
+What takes torch is imported where it is used, after the checks that need none: an error of usage is shown at once.
+"""
 
 from __future__ import annotations
 
@@ -11,19 +14,16 @@ import json
 import re
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
-from lightning.pytorch import LightningDataModule, LightningModule
 
-from apps import registry, routers
-from apps.checkpoints import check_arguments, check_beside, load_checkpoint
-from apps.cli import UsageError
-from apps.cli.checkpoint import find_checkpoint, import_named, remembered, short, without_fixed_classes
+from apps.cli import UsageError, usage
+from apps.cli.classes import long_name, short
 from apps.cli.errors import subclasses
-from apps.files import naming
+from apps.files import CONFIGS, naming
 
 _QUOTED_LIST = re.compile(
     r"""\[\s*(?:(?:"(?:[^"\\]|\\.)*"|'(?:[^']|'')*')\s*(?:,\s*|(?=\])))*\]""",
@@ -43,6 +43,8 @@ class Request:
         run_dir: where the run's files are.
         checkpoint: the file to load, or None.
         model_class: the model's class, where it is named.
+        output: the file of the predictions; None: the run's own.
+        overwrite: replace an earlier file of predictions.
     """
 
     command: str
@@ -51,10 +53,26 @@ class Request:
     run_dir: Path
     checkpoint: Path | None
     model_class: type | None
+    output: Path | None = None
+    overwrite: bool = False
 
     @classmethod
-    def read(cls, command: str, argv: list[str]) -> Request:
-        flags, options = take(argv, ("config", "c", "run_dir", "ckpt_path"))
+    def read(cls, command: str, argv: list[str], announce: Callable[[str], None] | None = None) -> Request:
+        """Read ``moesaic COMMAND ARGV``.
+
+        Args:
+            command: fit, validate, test or predict.
+            argv: what follows it.
+            announce: called with a line that says what starts, once the command line has passed the quick checks.
+
+        Raises:
+            UsageError: a wrong option or configuration.
+            FileNotFoundError: no such checkpoint.
+            ValueError: a damaged checkpoint, or data that are not there.
+        """
+        argv, overwrite = switch(argv, "overwrite")
+        flags, options = take(argv, ("config", "c", "run_dir", "ckpt_path", "output"))
+        output = Path(options["output"][-1]) if options["output"] else None
         flags = verbatim(flags, ("data.text", "data.init_args.text"))
         paths = [shipped(Path(p)) for p in options["config"] + options["c"]]
         found_in: Path | None = None
@@ -66,10 +84,13 @@ class Request:
                 paths, found_in = [beside], beside.parent
         config: dict[str, Any] = {}
         for path in paths:
-            config = merge(config, _read_yaml(path))
-        if found_in is not None:
-            check_beside(config, paths[0])
-            print(f"configuration: {paths[0]}, which lies beside the checkpoint", file=sys.stderr)
+            layer = _read_yaml(path)
+            if found_in is None:  # else ``check_beside`` looks at all of it
+                usage.check_sections(layer, path)
+            config = merge(config, _with_long_names(layer))
+        flags = _long_named(flags)
+        beside_checkpoint = config if found_in is not None else None
+        config = dict(config)
         written = config.pop("run_dir", None)  # of a run that was put aside, where it was
         run_dir = options["run_dir"][-1] if options["run_dir"] else found_in or written
         config, flags = with_nulls(config, flags)
@@ -77,17 +98,35 @@ class Request:
             which = config.pop("ckpt_path", None)
         config.pop("ckpt_path", None)
         run_dir = Path(run_dir) if run_dir else Path("runs") / ("-".join(p.stem for p in paths) or "unnamed")
+        usage.check_options(command, flags, config if found_in is None else {})
+        usage.check_complete(command, which, flags, config)
+        usage.check_run_dir(run_dir)
+        if not usage.asks(flags):
+            usage.check_output(command, output, overwrite)
+            usage.check_checkpoint(command, which, run_dir)
+            usage.check_data_files(command, flags, config)
+            if announce is not None:
+                read = " + ".join(map(str, paths)) or (which if which not in (None, "last", "best", "average") else "")
+                written_to = output if command == "predict" else run_dir
+                announce(" ".join(filter(None, (command, read, f"-> {written_to}" if written_to else ""))))
+
+        from apps.checkpoints import check_beside, load_checkpoint
+        from apps.cli.checkpoint import find_checkpoint, import_named, remembered
+
+        if beside_checkpoint is not None:
+            check_beside(beside_checkpoint, paths[0])
+            print(f"configuration: {paths[0]}, which lies beside the checkpoint", file=sys.stderr)
         checkpoint = find_checkpoint(command, which, run_dir)
         if checkpoint is not None:
             loaded = load_checkpoint(checkpoint)
             if found_in is None:
                 import_named(loaded, {*_texts(config), *(part for flag in flags for part in flag.split("=", 1))})
-            model_class = _find_class("model", LightningModule, flags, config)
+            model_class = _find_class("model", flags, config)
             config = merge(remembered(loaded, config, model_class, checkpoint), config)
             config = with_remembered_data(config, flags, loaded)
             check_superseded(config, flags, checkpoint)
-        model_class = _find_class("model", LightningModule, flags, config)
-        return cls(command, tuple(flags), config, run_dir, checkpoint, model_class)
+        model_class = _find_class("model", flags, config)
+        return cls(command, tuple(flags), config, run_dir, checkpoint, model_class, output, overwrite)
 
     @contextlib.contextmanager
     def config_file(self) -> Iterator[str | None]:
@@ -130,11 +169,34 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 def shipped(path: Path) -> Path:
     """``path``; where it names a configuration of ours and the working folder has none, the one that came along."""
-    own = routers.CONFIGS.parent / path
-    if path.exists() or path.parts[:1] != (routers.CONFIGS.name,) or not own.is_file():
-        return path
-    print(f"{path} is not here: taking {own}", file=sys.stderr)
-    return own
+    own = CONFIGS.parent / path
+    return path if path.exists() or path.parts[:1] != (CONFIGS.name,) or not own.is_file() else own
+
+
+def _with_long_names(config: dict[str, Any]) -> dict[str, Any]:
+    """Return ``config`` with the class paths of the apps' model and data in place of short names."""
+    out = dict(config)
+    for part in ("model", "data"):
+        written = config.get(part)
+        if isinstance(written, str):
+            out[part] = long_name(part, written)
+        elif isinstance(written, Mapping) and isinstance(written.get("class_path"), str):
+            out[part] = {**written, "class_path": long_name(part, written["class_path"])}
+    return out
+
+
+def _long_named(flags: list[str]) -> list[str]:
+    """Return ``flags`` with the class paths of the apps' model and data in place of short names."""
+    out: list[str] = []
+    for i, flag in enumerate(flags):
+        key, equals, value = flag.partition("=")
+        option = re.compile(r"--(model|data)(\.class_path|\.help)?")
+        if (match := option.fullmatch(key)) and equals:
+            flag = f"{key}={long_name(match[1], value)}"
+        elif i and (match := option.fullmatch(flags[i - 1])):
+            flag = long_name(match[1], flag)
+        out.append(flag)
+    return out
 
 
 _MOST_BYTES, _MOST_VALUES = 16 << 20, 1_000_000
@@ -195,6 +257,26 @@ def _nearest(path: Path) -> str:
         return f": there is no folder {path.parent}"
     near = difflib.get_close_matches(path.stem, [p.stem for p in path.parent.glob("*.yaml")], n=1)
     return f"; did you mean {path.parent / near[0]}.yaml?" if near else ""
+
+
+def switch(argv: list[str], name: str) -> tuple[list[str], bool]:
+    """Return ``argv`` without the switch called ``name``, and whether it is on; a value may follow, true or false."""
+    rest: list[str] = []
+    on = False
+    items = iter(enumerate(argv))
+    for i, item in items:
+        key, equals, value = item.partition("=")
+        if key != f"--{name}":
+            rest.append(item)
+            continue
+        if not equals:
+            value = "true"
+            if argv[i + 1 : i + 2] in (["true"], ["false"]):
+                value = next(items)[1]
+        if value not in ("true", "false"):
+            raise UsageError(f"{name}={value} is not one of true, false")
+        on = value == "true"
+    return rest, on
 
 
 def take(argv: list[str], names: tuple[str, ...]) -> tuple[list[str], dict[str, list[str]]]:
@@ -280,7 +362,10 @@ def with_remembered_data(config: Mapping[str, Any], flags: list[str], checkpoint
 
     They come from the checkpoint's model, which has arguments of the same names, unless they are written by hand.
     """
-    kind = _find_class("data", LightningDataModule, flags, config)
+    from apps.checkpoints import check_arguments
+    from apps.cli.checkpoint import without_fixed_classes
+
+    kind = _find_class("data", flags, config)
     names = getattr(kind, "from_checkpoint", ())
     written = config.get("data")
     written = written if isinstance(written, Mapping) else {}
@@ -308,7 +393,7 @@ def check_superseded(config: Mapping[str, Any], flags: list[str], checkpoint: Pa
     Raises:
         UsageError: naming the flag.
     """
-    kind = _find_class("data", LightningDataModule, flags, config)
+    kind = _find_class("data", flags, config)
     for name, by in getattr(kind, "superseded", {}).items():
         if _at(config, ("data", "init_args", by)) is None:
             continue
@@ -336,24 +421,20 @@ def _at(values: Any, keys: Iterable[str]) -> Any:
 
 def _class_path(part: str, flags: list[str], config: Mapping[str, Any]) -> str | None:
     """What the flags, else the configuration, name as the class of "model" or "data"."""
-    written = config.get(part)
-    path = written if isinstance(written, str) else written.get("class_path") if isinstance(written, Mapping) else None
-    _, given = take(flags, (part, f"{part}.class_path"))
-    return next(iter(reversed(given[part] + given[f"{part}.class_path"])), path)
+    return usage.class_path(part, usage.given(flags), config)
 
 
-def _find_class(part: str, base: type, flags: list[str], config: Mapping[str, Any]) -> type | None:
+def _find_class(part: str, flags: list[str], config: Mapping[str, Any]) -> type | None:
     """The class of "model" or "data"; None where none is named, or there is no such class."""
     path = _class_path(part, flags, config)
-    for either in ("model", "data"):  # the parser looks short names up among the classes that are imported
-        given = _class_path(either, flags, config)
-        if given and registry.full_path(given) is not None:
-            registry.resolve(given)
     if not path:
         return None
-    if "." not in path:
-        return next((k for k in subclasses(base) if k.__name__ == path), None)
     module, _, name = path.rpartition(".")
+    if not module:
+        from lightning.pytorch import LightningDataModule, LightningModule
+
+        base = LightningDataModule if part == "data" else LightningModule
+        return next((k for k in subclasses(base) if k.__name__ == path), None)
     try:
         return getattr(importlib.import_module(module), name, None)
     except ModuleNotFoundError as error:

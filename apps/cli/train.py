@@ -43,11 +43,10 @@ _TRAINER_DEFAULTS = {
 }
 
 
-def run(command: str, argv: list[str]) -> int:
-    """Parse ``argv``, run ``command``, print what it found."""
+def run(request: Request) -> int:
+    """Run what was asked for, print what it found."""
     with quiet():
-        cli = build(command, argv)
-        cli.execute()
+        _build(request).execute()
     return 0
 
 
@@ -61,9 +60,13 @@ def build(command: str, argv: list[str]) -> SparseCLI:
         ValueError: a value that the model or the data refuses.
         FileNotFoundError: no such checkpoint or configuration.
     """
+    return _build(Request.read(command, argv))
+
+
+def _build(request: Request) -> SparseCLI:
     # A dataclass field is a fixed group to jsonargparse unless its class is listed here.
     set_parsing_settings(subclasses_enabled=list(CONFIG_BASES))
-    return SparseCLI(Request.read(command, argv))
+    return SparseCLI(request)
 
 
 class SparseCLI(LightningCLI):

@@ -109,14 +109,88 @@ def test_a_configuration_that_came_along_is_taken_where_there_is_none_here(tmp_p
     request = Request.read("fit", ["--config", name])
     assert request.config["model"]["class_path"] == "apps.vision.module.VisionClassifier"
     assert request.run_dir == Path("runs/digits")
-    assert capsys.readouterr().err == f"{name} is not here: taking {ROOT / name}\n"
+    assert not capsys.readouterr().err
     Path(name).parent.mkdir(parents=True)
-    Path(name).write_text("model: mine")
-    assert Request.read("fit", ["--config", name]).config == {"model": "mine"}
+    own = {"model": "tiny_app.TinyModule", "data": "tiny_app.TinyData"}
+    Path(name).write_text(yaml.safe_dump(own))
+    assert Request.read("fit", ["--config", name]).config == own
     for path in ("configs/vision/digit.yaml", "vision/digits.yaml", "configs/../README.md/x"):
         with pytest.raises(UsageError, match=f"no configuration {path}"):
             Request.read("fit", ["--config", path])
     assert not capsys.readouterr().err
+
+
+# Runs the command line, then says which of the heavy libraries it has imported.
+WATCHED = """
+import sys
+from apps.cli import main
+code = main(sys.argv[1:])
+heavy = [name for name in ("torch", "lightning", "jsonargparse", "core") if name in sys.modules]
+print("imported", *heavy)
+sys.exit(code)
+"""
+
+
+def watched(folder: Path, *argv: str) -> tuple[int, str, list[str]]:
+    """Return the exit code, stderr, and the heavy libraries that were imported for ``moesaic ARGV`` in ``folder``."""
+    command = [sys.executable, "-c", WATCHED, *argv]
+    done = subprocess.run(command, env=environment(), cwd=folder, capture_output=True, text=True)
+    return done.returncode, done.stderr, done.stdout.splitlines()[-1].split()[1:]
+
+
+DIGITS = ("--config", "configs/vision/digits.yaml")
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "message"),
+    [
+        (("fitt",), 2, "did you mean 'fit'?"),
+        (("fit",), 2, "model, data missing: give a configuration"),
+        (("fit", "--config", "nope.yaml"), 2, "no configuration nope.yaml"),
+        (("fit", "--config", "broken.yaml"), 2, "broken.yaml, line 1: not valid YAML"),
+        (("fit", "--config", "modl.yaml"), 2, "modl.yaml: modl does not exist; did you mean 'model'?"),
+        (("fit", "configs/x.yaml"), 2, "'configs/x.yaml': a configuration is given as --config configs/x.yaml"),
+        (("fit", *DIGITS, "--model.ema_decy", "0.9"), 2, "model.ema_decy does not exist; did you mean 'ema_decay'?"),
+        (("fit", *DIGITS, "--trainer.max_epoch", "1"), 2, "did you mean 'trainer.max_epochs'?"),
+        (("fit", *DIGITS, "--modle.moe", "null"), 2, "modle.moe does not exist; did you mean 'model'?"),
+        (("fit", *DIGITS, "--data", "VisionDat"), 2, "data=VisionDat does not exist; did you mean 'VisionData'?"),
+        (("fit", *DIGITS, "--model", "apps.vision.module.Visin"), 2, "apps.vision.module.Visin does not exist"),
+        (("fit", *DIGITS, "--data.root", "nowhere"), 1, "root='nowhere' cannot be read: No such file or directory"),
+        (("fit", *DIGITS, "--run_dir", "broken.yaml"), 2, "run_dir=broken.yaml must be a folder, not a file"),
+        (("fit", *DIGITS, "--run_dir", "broken.yaml/a"), 2, "not below a file, and broken.yaml is one"),
+        (("test", *DIGITS), 1, "no checkpoint in runs/digits/checkpoints"),
+        (("test", *DIGITS, "--ckpt_path", "nope.ckpt"), 1, "no checkpoint nope.ckpt"),
+        (("predict", *DIGITS, "--output", "x.xls"), 2, "output=x.xls must end in one of .jsonl, .csv, .parquet"),
+        (("predict", *DIGITS, "--output", "here.csv"), 2, "here.csv exists: --overwrite replaces it"),
+        (("fit", *DIGITS, "--output", "here.csv"), 2, "output is an option of predict, not of fit"),
+    ],
+)
+def test_an_error_of_usage_needs_no_heavy_import(tmp_path, argv, code, message):
+    (tmp_path / "broken.yaml").write_text("trainer: [")
+    (tmp_path / "modl.yaml").write_text("modl: {}")
+    (tmp_path / "here.csv").write_text("earlier predictions")
+    status, err, heavy = watched(tmp_path, *argv)
+    (line,) = err.splitlines()
+    assert (status, heavy) == (code, [])
+    assert line.startswith("error: ")
+    assert message in line
+    assert (tmp_path / "here.csv").read_text() == "earlier predictions"
+
+
+def test_the_first_line_says_what_starts_before_the_heavy_imports(config, capsys, monkeypatch):
+    def stops(*_):
+        raise RuntimeError("the imports begin")
+
+    monkeypatch.setattr("apps.cli.checkpoint.find_checkpoint", stops)
+    Path("small.yaml").write_text("trainer: {max_epochs: 1}")
+    assert main(["fit", "--config", config, "--config", "small.yaml"]) == 1
+    assert capsys.readouterr().out == "fit tiny.yaml + small.yaml -> runs/tiny-small\n"
+    # A configuration that came along is named where it lies; a second process of a run says nothing.
+    assert main(["fit", *DIGITS, "--run_dir", "r"]) == 1
+    assert capsys.readouterr().out == f"fit {ROOT / DIGITS[1]} -> r\n"
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert main(["fit", "--config", config]) == 1
+    assert not capsys.readouterr().out
 
 
 def test_configurations_are_packages_of_a_wheel():
@@ -291,6 +365,11 @@ def test_a_structural_clash_names_both_values(trained, capsys):
         (["--model.moe.num_expert", "8"], "model.moe.num_expert does not exist; did you mean 'num_experts'?"),
         (["--model.moe.num_experts", "many"], "model.moe.num_experts=many is not of type int"),
         (["--model.moe.router", "TokenChoic"], "router=TokenChoic does not exist; did you mean 'TokenChoice'?"),
+        (["--model.moe.router", "core.TokenChoic"], "core.TokenChoic does not exist; did you mean 'core.TokenChoice'?"),
+        (["--model.moe.expert", "core.FNN"], "model.moe.expert=core.FNN does not exist; did you mean 'core.FFN'?"),
+        (["--model.moe.router", "coer.Hash"], "router=coer.Hash does not exist: No module named 'coer'; did you mean"),
+        (["--trainer.logger", "CSVLoger"], "trainer.logger=CSVLoger does not exist; did you mean 'CSVLogger'?"),
+        (["--trainer.callbacks", "ModelChekpoint"], "callbacks=ModelChekpoint does not exist; did you mean 'ModelC"),
         (["--model.moe.router.topk", "1"], "model.moe.router.topk does not exist; did you mean 'top_k'?"),
         (["--model.moe.router", "core.Hash"], "model.moe.router needs vocab_size, which has no default"),
         (["--model.wdth", "8"], "model.wdth does not exist; did you mean 'width'?"),

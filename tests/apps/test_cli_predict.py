@@ -55,7 +55,7 @@ def test_lines_before_an_error_are_printed(run, capsys):
     assert main(["predict", run, "--data.text", '["1 0", "-0.5 0.9", "far away"]']) == 1
     shown = capsys.readouterr()
     assert shown.out == "east\nnorth\n"
-    assert shown.err.startswith("error: ")
+    assert shown.err.splitlines()[-1].startswith("error: ")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,256 @@
+"""Checks of a command line before anything heavy is imported: its text, its files, and the sources of its classes."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from apps.cli import UsageError
+from apps.cli.classes import app_classes, defined, parameters
+from apps.cli.errors import unknown_option
+
+_TRAINER = "lightning.pytorch.trainer.trainer.Trainer"
+_SECTIONS = ("seed_everything", "trainer", "model", "data", "ckpt_path", "weights_only")
+_OF_COMMAND = {"validate": ("verbose",), "test": ("verbose",), "predict": ("return_predictions",)}
+_ASKING = ("print_config", "help", "h")
+_NAMES = ("last", "best", "average")
+"""Of checkpoints in a run's folder."""
+ENDINGS = (".jsonl", ".csv", ".parquet", ".txt")
+"""Of a file of predictions, which say how it is written."""
+_READ = {"fit": re.compile(r"root|file|(train|val)_files?"), "predict": re.compile(r"predict_(file|folder)")}
+"""Options of the apps' data that name what a command cannot do without."""
+
+
+def given(flags: Sequence[str]) -> list[tuple[str, str | None]]:
+    """Return each flag's dotted name, without ``init_args``, and its value.
+
+    Raises:
+        UsageError: a word that belongs to no flag, or a flag without its value.
+    """
+    found: list[tuple[str, str | None]] = []
+    i = 0
+    while i < len(flags):
+        flag = flags[i]
+        i += 1
+        if not flag.startswith("--"):
+            if flag.startswith("-") and flag != "-h":
+                raise UsageError(unknown_option(flag.lstrip("-").split("=")[0], _SECTIONS))
+            if flag != "-h":
+                raise UsageError(_stray(flag))
+            found.append(("h", None))
+            continue
+        key, equals, value = flag[2:].partition("=")
+        name = ".".join(part for part in key.rstrip("+").split(".") if part != "init_args")
+        asks = name in _ASKING or name.endswith(".help")
+        if not equals and i < len(flags) and not flags[i].startswith("--") and name not in _ASKING:
+            value, equals = flags[i], "="
+            i += 1
+        if not equals and not asks and name.partition(".")[0] in _SECTIONS:
+            raise UsageError(f"--{key} needs a value")
+        found.append((name, value if equals else None))
+    return found
+
+
+def _stray(word: str) -> str:
+    if word.endswith((".yaml", ".yml")) or Path(word).is_file():
+        return f"unexpected argument {word!r}: a configuration is given as --config {word}"
+    return f"unexpected argument {word!r}: options are written --key value"
+
+
+def asks(flags: Iterable[str]) -> bool:
+    """Return whether the flags ask for the configuration or for help, and not for a run."""
+    names = [flag.lstrip("-").partition("=")[0] for flag in flags if flag.startswith("-")]
+    return any(name in _ASKING or name.endswith(".help") for name in names)
+
+
+def check_sections(config: Mapping[str, Any], path: Path) -> None:
+    """Refuse a top-level key of a configuration that no command has.
+
+    Raises:
+        UsageError: naming the file, the key and the nearest valid one.
+    """
+    known = (*_SECTIONS, "run_dir", *(name for names in _OF_COMMAND.values() for name in names))
+    for key in config:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            rest = f"did you mean {near[0]!r}?" if near else f"there is {', '.join((*_SECTIONS, 'run_dir'))}"
+            raise UsageError(f"{path}: {key} does not exist; {rest}")
+
+
+def check_options(command: str, flags: Sequence[str], config: Mapping[str, Any]) -> None:
+    """Refuse sections, classes and first-level options that do not exist, and what is missing altogether.
+
+    Deeper options are the parser's to check: it knows the types.
+
+    Raises:
+        UsageError: naming the option and the nearest valid one.
+    """
+    options = given(flags)
+    trainer = [f"trainer.{name}" for name in parameters(_TRAINER) or ()]
+    known = (*_SECTIONS, *_OF_COMMAND.get(command, ()), *_ASKING)
+    for name, _ in options:
+        section, _, rest = name.partition(".")
+        if section not in known:
+            raise UsageError(unknown_option(name, [*known[: -len(_ASKING)], *trainer, "config", "run_dir"]))
+        if section == "trainer" and rest:
+            _check_trainer(rest, trainer)
+    written = config.get("trainer")
+    for key in written if isinstance(written, Mapping) else ():
+        _check_trainer(str(key), trainer)
+    paths = {part: class_path(part, options, config) for part in ("model", "data")}
+    foreign = any(path and "." in path and not path.startswith("apps.") for path in paths.values())
+    for part, path in paths.items():
+        if path is not None:
+            _check_class(part, path, foreign)
+            _check_parameters(part, path, options, config)
+
+
+def check_complete(command: str, which: str | None, flags: Sequence[str], config: Mapping[str, Any]) -> None:
+    """Refuse a command without a model or data, unless a checkpoint may tell which.
+
+    Raises:
+        UsageError: naming what is missing.
+    """
+    if which not in (None, "null", "none", *_NAMES) or asks(flags):
+        return
+    names = {name.partition(".")[0] for name, _ in given(flags)}
+    missing = [part for part in ("model", "data") if part not in config and part not in names]
+    if missing and (command == "fit" or len(missing) == 2):
+        raise UsageError(
+            f"{', '.join(missing)} missing: give a configuration, such as --config configs/vision/digits.yaml"
+        )
+
+
+def class_path(part: str, options: Sequence[tuple[str, str | None]], config: Mapping[str, Any]) -> str | None:
+    """Return what the flags, else the configuration, name as the class of "model" or "data"."""
+    written = config.get(part)
+    path = written if isinstance(written, str) else written.get("class_path") if isinstance(written, Mapping) else None
+    named = [value for name, value in options if name in (part, f"{part}.class_path") and value]
+    return named[-1] if named else path
+
+
+def _check_trainer(name: str, known: Sequence[str]) -> None:
+    dotted = f"trainer.{name.partition('.')[0]}"
+    if known and name != "help" and dotted not in known:
+        raise UsageError(unknown_option(f"trainer.{name}", known))
+
+
+def _check_class(part: str, path: str, foreign: bool) -> None:
+    module, _, name = path.rpartition(".")
+    if not module:
+        classes = app_classes(part)
+        if not foreign and name.isidentifier() and name not in classes:  # else it may be one that is imported later
+            raise UsageError(unknown_option(f"{part}={name}", classes, name))
+        return
+    names = defined(module)
+    if names is not None and name not in names:
+        raise UsageError(unknown_option(f"{part}={path}", names, name, listed=False))
+
+
+def _check_parameters(
+    part: str, path: str, options: Sequence[tuple[str, str | None]], config: Mapping[str, Any]
+) -> None:
+    known = parameters(path)
+    if known is None:
+        return
+    written = config.get(part)
+    names: list[str] = []
+    if isinstance(written, Mapping) and written.get("class_path", path) == path:
+        arguments = written.get("init_args") if "class_path" in written or "init_args" in written else written
+        names += [str(key) for key in arguments or ()] if isinstance(arguments, Mapping) else []
+    names += [name.partition(".")[2] for name, _ in options if name.startswith(f"{part}.")]
+    for name in names:
+        first = name.partition(".")[0]
+        if first not in (*known, "class_path", "dict_kwargs", "help"):
+            raise UsageError(unknown_option(f"{part}.{name}", known, first, owner=path))
+
+
+def check_run_dir(run_dir: Path) -> None:
+    """Refuse a run's folder that is a file, or lies below one.
+
+    Raises:
+        UsageError: naming it.
+    """
+    for path in (run_dir, *run_dir.parents):
+        if path.exists():
+            if not path.is_dir():
+                below = "" if path == run_dir else f", and {path} is one"
+                raise UsageError(
+                    f"run_dir={run_dir} must be a folder, not {'below a file' if below else 'a file'}{below}"
+                )
+            return
+
+
+def check_output(command: str, output: Path | None, overwrite: bool) -> None:
+    """Refuse a file of predictions that cannot be written, or that would replace an earlier one.
+
+    Raises:
+        UsageError: naming it.
+    """
+    if command != "predict":
+        if output is not None or overwrite:
+            raise UsageError(
+                f"{'output' if output is not None else 'overwrite'} is an option of predict, not of {command}"
+            )
+        return
+    if output is None:
+        return
+    if output.suffix not in ENDINGS:
+        raise UsageError(f"output={output} must end in one of {', '.join(ENDINGS)} ({ENDINGS[-1]}: lines of text)")
+    if output.is_dir():
+        raise UsageError(f"output={output} is a folder: give a file")
+    check_free(output, overwrite)
+
+
+def check_free(path: Path, overwrite: bool) -> None:
+    """Refuse to replace a file unless ``overwrite`` says so.
+
+    Raises:
+        UsageError: naming it.
+    """
+    if path.exists() and not overwrite:
+        raise UsageError(f"{path} exists: --overwrite replaces it, --output FILE writes another")
+
+
+def check_checkpoint(command: str, which: str | None, run_dir: Path) -> None:
+    """Refuse a checkpoint that is not there; whether it can be read shows when it is read.
+
+    Raises:
+        FileNotFoundError: no such checkpoint.
+    """
+    if which in ("null", "none"):
+        return
+    folder = run_dir / "checkpoints"
+    if which is None:
+        if command != "fit" and not any((folder / f"{name}.ckpt").exists() for name in ("best", "last")):
+            raise FileNotFoundError(
+                f"no checkpoint in {folder}: train one with moesaic fit, or give --ckpt_path (none: an untrained model)"
+            )
+        return
+    path = folder / f"{which}.ckpt" if which in _NAMES else Path(which)
+    if not path.exists() and not (which in _NAMES and command == "fit"):
+        raise FileNotFoundError(f"no checkpoint {path}")
+
+
+def check_data_files(command: str, flags: Sequence[str], config: Mapping[str, Any]) -> None:
+    """Refuse files and folders of an app's data that are not there. Patterns are left to the data module.
+
+    Raises:
+        ValueError: naming the option and its value.
+    """
+    options, wanted = given(flags), _READ.get(command)
+    if wanted is None or class_path("data", options, config) not in app_classes("data").values():
+        return
+    written = config.get("data")
+    arguments = dict(written.get("init_args") or {}) if isinstance(written, Mapping) else {}
+    arguments |= {name.removeprefix("data."): value for name, value in options if name.startswith("data.")}
+    root = arguments.get("root")
+    for name, value in arguments.items():
+        if not wanted.fullmatch(name) or not isinstance(value, str) or re.search(r"[][*?{}]", value):
+            continue
+        places = [Path(value), Path(root, value)] if isinstance(root, str) else [Path(value)]
+        if value not in ("-", "null", "~", "") and not any(path.expanduser().exists() for path in places):
+            raise ValueError(f"{name}={value!r} cannot be read: No such file or directory")
