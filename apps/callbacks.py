@@ -360,7 +360,10 @@ class EpochLines(Callback):
 
 
 class ProgressBar(EpochLines, RichProgressBar):
-    """A rich bar for the epoch that runs, and a line for each one that is done."""
+    """A rich bar for the epoch that runs, and a line for each one that is done.
+
+    The bar is erased where its pass ends, before others print what they found in it.
+    """
 
     def __init__(self) -> None:
         RichProgressBar.__init__(self, leave=False)
@@ -374,11 +377,30 @@ class ProgressBar(EpochLines, RichProgressBar):
         RichProgressBar.on_train_epoch_end(self, trainer, pl_module)
         EpochLines.on_train_epoch_end(self, trainer, pl_module)
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._stop_progress()
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        RichProgressBar.on_validation_epoch_end(self, trainer, pl_module)
+        if trainer.state.fn == "validate":
+            self._stop_progress()
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._stop_progress()
+
+    def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._stop_progress()
+
+    def _init_progress(self, trainer: Trainer) -> None:
+        RichProgressBar._init_progress(self, trainer)
+        if self.progress is not None:
+            self.progress.live.transient = True
+
     def _print(self, line: str) -> None:
         if self.progress is None:
             print(line, flush=True)
         else:
-            self.progress.console.print(line, highlight=False)
+            self.progress.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def _get_train_description(self, current_epoch: int) -> str:
         """Counted from 1, as in the lines."""

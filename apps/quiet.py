@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 # Advice that does not apply here: data in memory needs no workers, short epochs are logged by step, promotions.
 _UNHELPFUL_WARNINGS = (
@@ -36,7 +38,7 @@ def quiet(own_notes: bool = True) -> Iterator[None]:
     # FBGEMM logs when it is imported, which would give the root logger a handler that repeats our notes.
     nothing = logging.NullHandler()
     logging.getLogger().addHandler(nothing)
-    own, handler = logging.getLogger("apps"), logging.StreamHandler()
+    own, handler = logging.getLogger("apps"), _Notes()
     handler.setFormatter(logging.Formatter("%(message)s"))
     own_level = own.level
     for name in levels:
@@ -58,6 +60,18 @@ def quiet(own_notes: bool = True) -> Iterator[None]:
         own.removeHandler(handler)
         logging.getLogger().removeHandler(nothing)
         own.setLevel(own_level)
+
+
+class _Notes(logging.Handler):
+    """Prints notes to stderr as it is at that time: while a progress bar runs, rich prints above it.
+
+    (Rich would print to the bar's own file, stdout, also where stderr is another one.)
+    """
+
+    def emit(self, record: logging.LogRecord) -> None:
+        stream: Any = sys.stderr
+        own = getattr(stream, "rich_proxied_file", stream)
+        print(self.format(record), file=stream if own.isatty() else own, flush=True)
 
 
 @contextlib.contextmanager

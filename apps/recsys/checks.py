@@ -1,12 +1,11 @@
 """Guards: what makes a good figure worthless, found in the data and in the figures themselves.
 
-Each function returns what it found as ``Check``s, one line each; ``report`` prints them and logs a warning for each.
+Each function returns what it found as ``Check``s, one line each; ``report`` prints them.
 """
 
 from __future__ import annotations
 
 import itertools
-import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,8 +15,6 @@ import numpy as np
 from apps.recsys import figures
 from apps.recsys.arrays import TableArrays
 from apps.recsys.figures import TaskFigures
-
-_logger = logging.getLogger(__name__)
 
 SUSPICIOUS_AUC = 0.9999
 """Above it an AUC is more likely a leak than a success."""
@@ -167,7 +164,7 @@ def far_from(mean_prediction: float, base_rate: float, n: int) -> bool:
 
 
 def report(found: Sequence[Check], title: str = "checks", quiet_when_clean: bool = False) -> None:
-    """Print a block with a line for each check, and log each as a warning.
+    """Print a block with a line for each check.
 
     Args:
         found: what was found.
@@ -185,7 +182,6 @@ def report(found: Sequence[Check], title: str = "checks", quiet_when_clean: bool
         console.print(f"  nothing found ({'; '.join(EVERY_CHECK)})", highlight=False, soft_wrap=True)
     for check in found:
         console.print(f"  [bold red]![/bold red] {escape(check.message)}", highlight=False, soft_wrap=True)
-        _logger.warning("%s: %s", check.name, check.message)
 
 
 def distinct(found: Iterable[Check]) -> list[Check]:
