@@ -7,11 +7,10 @@ checkpoint, then from the constructors. A checkpoint whose tensors do not fit is
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,7 +20,6 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import CheckpointIO
-from torch import Tensor
 
 from apps import sharded
 from apps.callbacks import AtomicCheckpointIO, BestAndLast, EventLog, GeneratorState, MetricsCSV, progress
@@ -29,8 +27,10 @@ from apps.checkpoints import CONFIG_BASES, load_checkpoint
 from apps.cli import UsageError
 from apps.cli.checkpoint import check_fits, first_difference, short, without_fixed_classes
 from apps.cli.errors import reduce_message
+from apps.cli.predictions import PredictionFile
 from apps.cli.request import Request, take
-from apps.files import replacing
+from apps.cli.usage import check_new
+from apps.files import naming, replacing
 from apps.quiet import quiet
 from apps.run_folder import RunFolder, check_free, check_own, mark
 from apps.stopping import StopsSoon
@@ -211,11 +211,9 @@ class SparseCLI(LightningCLI):
                     f"predict runs in one process, not in {self.trainer.world_size}, each of which would write its own "
                     "part: give --trainer.devices 1 --trainer.num_nodes 1"
                 )
-            lines = self._stream()
-            if lines is not None:
-                self._print(lines)
+            if self._predict_lines():
                 return
-            arguments["return_predictions"] = True
+            arguments["return_predictions"] = False
             self._predict(arguments)
         else:
             arguments["verbose"] = False
@@ -277,44 +275,70 @@ class SparseCLI(LightningCLI):
         for name, signature in self._signatures().items():
             print(f"{name}: {signature}")
 
-    def _stream(self) -> Iterator[str] | None:
-        """What the model has to say line by line, if it can: ``predict_stream(datamodule)`` gives it, or None.
+    def _predict_lines(self) -> bool:
+        """Print or write what the model has to say line by line, if it can; returns whether it did.
 
-        The weights are loaded before that is called; the trainer's loop, which knows only whole batches, is not run.
+        ``predict_into(datamodule, path, overwrite)`` of the model writes a file and returns a line on it;
+        ``predict_stream(datamodule)`` returns the lines; None of either: there are none. The weights are loaded before;
+        the trainer's loop, which knows only whole batches, is not run.
         """
         stream = getattr(self.model, "predict_stream", None)
         if stream is None:
-            return None
+            return False
         if self.ckpt_path is not None:
             checkpoint = sharded.read(self.ckpt_path) if sharded.is_sharded(self.ckpt_path) else None
             self.model.load_state_dict((checkpoint or load_checkpoint(self.ckpt_path))["state_dict"])
         self.model.to(self.trainer.strategy.root_device).eval()
-        return stream(self.datamodule)
+        output, into = self.request.output, getattr(self.model, "predict_into", None)
+        with torch.no_grad(), self.trainer.precision_plugin.forward_context():
+            if output is not None and into is not None:
+                done = into(self.datamodule, output, self.request.overwrite)
+                if done is not None:
+                    print(done)
+                return done is not None
+            lines = stream(self.datamodule)
+            if lines is not None:
+                self._print(lines)
+            return lines is not None
 
     def _print(self, lines: Iterator[str]) -> None:
-        """Print them as they come. They are all that goes to stdout."""
+        """Print them as they come, and nothing else to stdout; or write them to the file that was asked for."""
         start, count = time.monotonic(), 0
-        with torch.no_grad(), self.trainer.precision_plugin.forward_context():
+        with self._line_writer() as write:
             for line in lines:
-                print(line, flush=True)
+                write(line)
                 count += 1
-        print(f"{count} lines in {time.monotonic() - start:.1f} s", file=sys.stderr)
+        where = f" to {self.request.output}" if self.request.output else ""
+        print(f"{count} lines{where} in {time.monotonic() - start:.1f} s", file=sys.stderr)
+
+    @contextlib.contextmanager
+    def _line_writer(self) -> Iterator[Callable[[str], None]]:
+        """Where lines go: stdout, a text file, or the ``output`` of rows in any other file."""
+        path = self.request.output
+        if path is None:
+            yield lambda line: print(line, flush=True)
+        elif path.suffix == ".txt":
+            with naming(path), replacing(path) as file:
+                yield lambda line: file.write(line + "\n")
+        else:
+            with PredictionFile(path).open() as rows:
+                yield lambda line: rows.add([{"index": rows.num_rows, "output": line}])
 
     def _predict(self, arguments: dict[str, Any]) -> None:
-        batches = self.trainer.predict(**arguments) or []
-        if not self.trainer.is_global_zero:
-            return
-        path = self.run_dir / "predictions.jsonl"
-        rows = [row for batch in batches for row in _rows(batch)]
-        if all("index" in row for row in rows):  # batches may be by length
-            rows.sort(key=lambda row: row["index"])
-        with replacing(path) as file:
-            for number, row in enumerate(rows):
-                line = json.dumps(row, ensure_ascii=False)
-                file.write(line + "\n")
-                if number < 3:
-                    print(line)
-        print(f"{len(rows)} predictions in {path}")
+        path = self.request.output or self.run_dir / "predictions.jsonl"
+        if path.suffix == ".txt":
+            raise UsageError(
+                f"output={path} is for lines of text, and this model predicts rows: give .jsonl, .csv or .parquet"
+            )
+        check_new(path, self.request.overwrite)
+        if self.request.output is None:
+            mark(self.run_dir)
+        with PredictionFile(path).open() as file:
+            self.trainer.callbacks.append(file)
+            self.trainer.predict(**arguments)
+        for line in file.first:
+            print(line)
+        print(f"{file.num_rows} predictions in {path}")
 
 
 def print_metrics(metrics: Mapping[str, float], stage: str, title: str) -> None:
@@ -346,18 +370,3 @@ def print_metrics(metrics: Mapping[str, float], stage: str, title: str) -> None:
         for layer, values in layers.items():
             routing.add_row(layer, *(f"{values[f]:.3f}" if f in values else "" for f in figures))
         console.print(routing)
-
-
-def _rows(batch: Any) -> Iterator[dict[str, Any]]:
-    """The predictions of a batch, an example each, as plain values."""
-    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
-        columns = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
-    elif isinstance(batch, Mapping):
-        columns = dict(batch)
-    elif hasattr(batch, "_asdict"):
-        columns = batch._asdict()
-    else:
-        columns = {"output": batch}
-    plain = {k: v.tolist() if isinstance(v, Tensor) else list(v) for k, v in columns.items() if v is not None}
-    for values in zip(*plain.values(), strict=True):
-        yield dict(zip(plain, values, strict=True))

@@ -20,8 +20,8 @@ _NAMES = ("last", "best", "average")
 """Of checkpoints in a run's folder."""
 ENDINGS = (".jsonl", ".csv", ".parquet", ".txt")
 """Of a file of predictions, which say how it is written."""
-_READ = {"fit": re.compile(r"root|file|(train|val)_files?"), "predict": re.compile(r"predict_(file|folder)")}
-"""Options of the apps' data that name what a command cannot do without."""
+_READ = {"fit": ("root", "file", "train_file", "val_file"), "predict": ("predict_file", "predict_folder")}
+"""Options of the apps' data that name what a command cannot do without. (``train_files`` of texts may be a prefix.)"""
 
 
 def given(flags: Sequence[str]) -> list[tuple[str, str | None]]:
@@ -202,10 +202,10 @@ def check_output(command: str, output: Path | None, overwrite: bool) -> None:
         raise UsageError(f"output={output} must end in one of {', '.join(ENDINGS)} ({ENDINGS[-1]}: lines of text)")
     if output.is_dir():
         raise UsageError(f"output={output} is a folder: give a file")
-    check_free(output, overwrite)
+    check_new(output, overwrite)
 
 
-def check_free(path: Path, overwrite: bool) -> None:
+def check_new(path: Path, overwrite: bool) -> None:
     """Refuse to replace a file unless ``overwrite`` says so.
 
     Raises:
@@ -241,15 +241,16 @@ def check_data_files(command: str, flags: Sequence[str], config: Mapping[str, An
     Raises:
         ValueError: naming the option and its value.
     """
-    options, wanted = given(flags), _READ.get(command)
-    if wanted is None or class_path("data", options, config) not in app_classes("data").values():
+    options = given(flags)
+    if command not in _READ or class_path("data", options, config) not in app_classes("data").values():
         return
     written = config.get("data")
     arguments = dict(written.get("init_args") or {}) if isinstance(written, Mapping) else {}
     arguments |= {name.removeprefix("data."): value for name, value in options if name.startswith("data.")}
     root = arguments.get("root")
-    for name, value in arguments.items():
-        if not wanted.fullmatch(name) or not isinstance(value, str) or re.search(r"[][*?{}]", value):
+    for name in _READ[command]:
+        value = arguments.get(name)
+        if not isinstance(value, str) or re.search(r"[][*?{}]", value):
             continue
         places = [Path(value), Path(root, value)] if isinstance(root, str) else [Path(value)]
         if value not in ("-", "null", "~", "") and not any(path.expanduser().exists() for path in places):

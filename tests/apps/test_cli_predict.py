@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny_app import Names
+from tiny_app import Names, NamingModule
 
 from apps.cli import main
 from apps.cli.train import build
@@ -49,6 +49,30 @@ def test_lines_are_all_that_goes_to_stdout_in_their_order(run, capsys):
     assert shown.out == "north\neast\nsouth\neast\n"
     assert "4 lines in" in shown.err
     assert not Path("runs/named/predictions.jsonl").exists()
+
+
+def test_lines_go_to_a_file_where_one_is_given(run, capsys, tmp_path):
+    argv = ["predict", run, "--data.text", POINTS, "--output"]
+    assert main([*argv, str(tmp_path / "names.txt")]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert f"4 lines to {tmp_path / 'names.txt'} in" in shown.err
+    assert (tmp_path / "names.txt").read_text() == "north\neast\nsouth\neast\n"
+    assert main([*argv, str(tmp_path / "names.txt")]) == 2
+    assert main([*argv, str(tmp_path / "names.csv")]) == 0
+    assert (tmp_path / "names.csv").read_text() == "index,output\n0,north\n1,east\n2,south\n3,east\n"
+
+
+def test_a_model_may_write_its_lines_itself(run, capsys, tmp_path, monkeypatch):
+    def predict_into(self, data, path, overwrite):
+        return None if data.text is None else f"{data.text} into {path}, {overwrite}"
+
+    monkeypatch.setattr(NamingModule, "predict_into", predict_into, raising=False)
+    path = tmp_path / "names.jsonl"
+    assert main(["predict", run, "--data.text", "1 0", "--output", str(path), "--overwrite"]) == 0
+    assert capsys.readouterr().out == f"['1 0'] into {path}, True\n"
+    assert main(["predict", run, "--output", str(path)]) == 0  # without text the rows of the data
+    assert len(path.read_text().splitlines()) == 24
 
 
 def test_lines_before_an_error_are_printed(run, capsys):

@@ -296,7 +296,12 @@ def test_predictions_are_text_as_it_is_read(capsys, monkeypatch):
         Translations(torch.tensor([1, 0]), ["en-de"] * 2, ["größer", "a"], ["ß", "b"], torch.zeros(2), [[], []])
     ]
     cli = build("predict", ["--config", "copies.yaml"])
-    monkeypatch.setattr(cli.trainer, "predict", lambda *a, **k: predictions)
+
+    def predict(**_):
+        for batch in predictions:
+            cli.trainer.callbacks[-1].on_predict_batch_end(cli.trainer, cli.model, batch, None, 0)
+
+    monkeypatch.setattr(cli.trainer, "predict", predict)
     cli.execute()
     first = '{"index": 0, "pair": "en-de", "source": "a", "translation": "b", "score": 0.0, "alternatives": []}'
     lines = Path("runs/copies/predictions.jsonl").read_text("utf-8").splitlines()
@@ -313,11 +318,11 @@ def test_subwords_and_pairs_that_are_not_the_checkpoint_s_are_refused(capsys, tm
     flags = ["predict", "--config", "copies.yaml", "--ckpt_path", "runs/copies/checkpoints/best.ckpt"]
     capsys.readouterr()
     assert main([*flags, "--config", "other.yaml", "--data.text", "red"]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    *_, line = capsys.readouterr().err.splitlines()
     told = f"best.ckpt is of subwords {own.digest}, and the data's are {other.digest}: leave data.subwords out"
     assert line.endswith(told)
     assert main([*flags, "--data.pairs", "[en-de]", "--data.text", "red"]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    *_, line = capsys.readouterr().err.splitlines()
     assert line.endswith("and the data's are ['en-de']: leave data.pairs out")
 
 
@@ -333,4 +338,4 @@ def test_how_subwords_are_learned_is_not_asked_again_of_a_checkpoint(capsys):
             Request.read("predict", [*command, *given])
     # As the run was started: a command line may be repeated.
     assert predict(capsys, "--data.text", "red", "--data.tokenizer.vocab_size", "300", "--data.tokenizer.kind=bpe")
-    Request.read("fit", ["--config", "copies.yaml", "--data.tokenizer.vocab_size", "280"])
+    Request.read("fit", ["--config", "copies.yaml", "--data.root", ".", "--data.tokenizer.vocab_size", "280"])

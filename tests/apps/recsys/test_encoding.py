@@ -255,7 +255,7 @@ def test_the_example_of_the_docs(tmp_path, monkeypatch, capsys):
     assert [row["index"] for row in every] == list(range(120))
 
     head, _, rest = predict.partition(" --data.predict_columns ")
-    assert main([*head.split(), "--data.predict_columns", rest]) == 0
+    assert main([*head.split(), "--overwrite", "--data.predict_columns", rest]) == 0
     found = [json.loads(line) for line in path.read_text().splitlines()]
     assert [list(row) for row in found] == [["index", "user", "item", "probability_click", "probability_buy"]] * 2
     assert [(row["user"], row["item"]) for row in found] == [("ann", "tea"), ("zoe", "tea")]
@@ -263,7 +263,12 @@ def test_the_example_of_the_docs(tmp_path, monkeypatch, capsys):
 
     # The test rows of another split, whose training rows would teach otherwise, have the same predictions.
     pa.csv.write_csv(pa.table(events), "events.csv")
-    assert main(["predict", "--config", "shop.yaml", "--data.split.kind", "random", "--data.split.seed", "7"]) == 0
+    assert (
+        main(
+            ["predict", "--config", "shop.yaml", "--data.split.kind", "random", "--data.split.seed", "7", "--overwrite"]
+        )
+        == 0
+    )
     for row in map(json.loads, path.read_text().splitlines()):
         labels = {name: events[column][row["index"]] for name, column in (("click", "clicked"), ("buy", "bought"))}
         expected = every[row["index"]] | {f"label_{name}": label for name, label in labels.items()}

@@ -135,7 +135,10 @@ def test_predictions_name_files_and_classes(tmp_path):
     argv = ["predict", "--config", str(tmp_path / "c.yaml"), "--run_dir", str(tmp_path / "run"), "--ckpt_path", "none"]
     for more, files in (
         ([], ["test/cat/0.png", "test/cat/1.png", "test/dog/0.png", "test/dog/1.png"]),
-        (["--data.predict_folder", str(tmp_path / "train" / "dog")], ["train/dog/0.png", "train/dog/1.png"]),
+        (
+            ["--overwrite", "--data.predict_folder", str(tmp_path / "train" / "dog")],
+            ["train/dog/0.png", "train/dog/1.png"],
+        ),
     ):
         assert main([*argv, *more]) == 0
         rows = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()]

@@ -1,0 +1,169 @@
+"""``moesaic predict --output``: what is written, in which order, and what is never written over."""
+
+from __future__ import annotations
+
+import json
+import resource
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from pyarrow import parquet
+from tiny_app import TinyModule
+
+from apps.cli import UsageError, main
+from apps.cli.predictions import PredictionFile, rows_of
+from apps.cli.request import Request, switch
+from apps.cli.train import build
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Two classes an example, best first, and the true one."""
+
+    index: torch.Tensor
+    label: list[list[int]]
+    probability: torch.Tensor
+    target: list[str | None]
+
+
+# Batches by length come in another order than their examples: 2, 0, then 1. The last knows no true class, and only one.
+BATCHES = [
+    Prediction(torch.tensor([2, 0]), [[1, 0], [0, 1]], torch.tensor([[0.75, 0.25], [0.5, 0.5]]), ["a, b", "c"]),
+    Prediction(torch.tensor([1]), [[0]], torch.tensor([[0.625]]), [None]),
+]
+ROWS = [
+    {"index": 0, "label": [0, 1], "probability": [0.5, 0.5], "target": "c"},
+    {"index": 1, "label": [0], "probability": [0.625], "target": None},
+    {"index": 2, "label": [1, 0], "probability": [0.75, 0.25], "target": "a, b"},
+]
+
+
+def write(path: Path) -> PredictionFile:
+    with PredictionFile(path).open() as file:
+        for batch in BATCHES:
+            file.add(rows_of(batch))
+    assert [p.name for p in path.parent.iterdir()] == [path.name]  # nothing is left beside it
+    return file
+
+
+def test_json_lines_are_in_the_order_of_their_index(tmp_path):
+    file = write(tmp_path / "p.jsonl")
+    lines = (tmp_path / "p.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == ROWS
+    assert file.first == lines
+    assert file.num_rows == 3
+
+
+def test_without_an_index_rows_stay_in_their_order(tmp_path):
+    with PredictionFile(tmp_path / "p.jsonl", preview=1).open() as file:
+        file.add(rows_of(torch.tensor([3, 1])))
+        file.add(rows_of({"output": [2], "index": [0]}))
+    assert (tmp_path / "p.jsonl").read_text() == '{"output": 3}\n{"output": 1}\n{"output": 2, "index": 0}\n'
+    assert file.first == ['{"output": 3}']
+
+
+def test_csv_has_a_column_a_place_of_a_list(tmp_path):
+    write(tmp_path / "p.csv")
+    assert (tmp_path / "p.csv").read_text().splitlines() == [
+        "index,label_1,probability_1,label_2,probability_2,target",
+        "0,0,0.5,1,0.5,c",
+        "1,0,0.625,,,",
+        '2,1,0.75,0,0.25,"a, b"',
+    ]
+
+
+def test_parquet_keeps_lists(tmp_path):
+    write(tmp_path / "p.parquet")
+    assert parquet.read_table(tmp_path / "p.parquet").to_pylist() == ROWS
+
+
+def test_parquet_refuses_a_column_of_two_kinds(tmp_path):
+    refused = pytest.raises(ValueError, match=r"p.parquet cannot hold .*give a file ending in .jsonl")
+    with refused, PredictionFile(tmp_path / "p.parquet").open() as file:
+        file.add([{"x": 1}])
+        file.add([{"x": "one"}])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["p.jsonl", "p.csv", "p.parquet"])
+def test_an_error_half_way_leaves_the_earlier_file(tmp_path, name):
+    (tmp_path / name).write_text("earlier")
+    with pytest.raises(RuntimeError, match="half-way"), PredictionFile(tmp_path / name).open() as file:
+        file.add(rows_of(BATCHES[0]))
+        raise RuntimeError("half-way")
+    assert (tmp_path / name).read_text() == "earlier"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_full_disk_is_named_and_leaves_the_earlier_file(tmp_path):
+    (tmp_path / "p.jsonl").write_text("earlier")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with (
+            pytest.raises(OSError, match=r"File too large.*p\.jsonl"),
+            PredictionFile(tmp_path / "p.jsonl").open() as f,
+        ):
+            f.add({"output": "x" * 100} for _ in range(1000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (tmp_path / "p.jsonl").read_text() == "earlier"
+
+
+def test_a_switch_may_have_a_value():
+    assert switch(["--overwrite", "--x", "1"], "overwrite") == (["--x", "1"], True)
+    assert switch(["--overwrite", "false"], "overwrite") == ([], False)
+    assert switch(["--x", "--overwrite=true"], "overwrite") == (["--x"], True)
+    with pytest.raises(UsageError, match="overwrite=yes is not one of true, false"):
+        switch(["--overwrite=yes"], "overwrite")
+
+
+CONFIG = """
+model: {class_path: tiny_app.TinyModule}
+data: {class_path: tiny_app.TinyData, init_args: {n: 24}}
+trainer: {accelerator: cpu, max_epochs: 1}
+"""
+
+
+@pytest.fixture
+def untrained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A prediction of an untrained model, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    Path("tiny.yaml").write_text(CONFIG)
+    return ["predict", "--config", "tiny.yaml", "--ckpt_path", "none"]
+
+
+def test_a_file_of_predictions_is_never_replaced_unasked(untrained, capsys, monkeypatch):
+    assert main(untrained) == 0
+    path = Path("runs/tiny/predictions.jsonl")
+    first = path.read_text()
+    assert capsys.readouterr().out.splitlines()[-1] == f"24 predictions in {path}"
+    with monkeypatch.context() as patch:
+        patch.setattr(TinyModule, "predict_step", lambda *_: pytest.fail("the refusal comes before the work"))
+        assert main([*untrained, "--model.width", "16"]) == 2
+    assert f"error: {path} exists: --overwrite replaces it, --output FILE writes another" in capsys.readouterr().err
+    assert path.read_text() == first
+    assert main([*untrained, "--model.width", "16", "--overwrite"]) == 0
+    assert path.read_text() != first
+    assert main([*untrained, "--output", "deep/down/p.csv"]) == 0
+    assert "24 predictions in deep/down/p.csv" in capsys.readouterr().out
+    assert Path("deep/down/p.csv").read_text().startswith("output_1,output_2,output_3\n")
+    assert main([*untrained, "--output", "p.txt"]) == 2
+    assert "output=p.txt is for lines of text, and this model predicts rows" in capsys.readouterr().err
+
+
+def test_rows_are_not_kept_in_memory(untrained, monkeypatch):
+    """The trainer gathers no predictions: it would hold them all."""
+    cli = build("predict", untrained[1:])
+    kept = []
+    predict = cli.trainer.predict
+    monkeypatch.setattr(cli.trainer, "predict", lambda **options: kept.append(predict(**options)))
+    cli.execute()
+    assert kept == [None]
+
+
+def test_the_request_has_the_output(untrained):
+    request = Request.read("predict", [*untrained[1:], "--output=a.csv", "--overwrite"])
+    assert (request.output, request.overwrite) == (Path("a.csv"), True)
