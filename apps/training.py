@@ -116,6 +116,17 @@ class SparseModule(LightningModule):
     data_arguments: ClassVar[tuple[str, ...]] = ()
     """Constructor parameters that the command line fills with the data module's attribute of the same name."""
 
+    @classmethod
+    def defaults_of_none(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the configs that stand in for constructor arguments that are None, by name.
+
+        The command line writes them out, so that a run's configuration says what was in force.
+
+        Args:
+            arguments: the plain values that were given, by name.
+        """
+        return {"optimizer": OptimizerConfig()}
+
     monitor: ClassVar[str] = "val/loss"
     """The logged value that decides which checkpoint is the best."""
 

@@ -26,15 +26,27 @@ _OTHERS = {
 }
 _PLANNED = {"convert": "upcycle, densify, quantize and merge checkpoints"}
 
-_OPTIONS = """options:
-  --config FILE           a configuration; may be given again: a later file overrides an earlier one
-  --KEY.SUBKEY VALUE      any value in it, such as --data.batch_size 64 or --model.moe.num_experts 4
-  --run_dir DIR           where logs, checkpoints and the configuration go (default: runs/<config name>)
-  --ckpt_path WHICH       last, best, or a file; fit goes on from it
-  --seed_everything N     seed of weights, order and transforms (default: 0)
-  --trainer.max_epochs N  and whatever else Lightning's Trainer takes
-  --traceback             in case of an error, show where in the code
-  --help_all              every option (long); --model.help CLASS and --data.help CLASS those of one class"""
+RUN_OPTIONS = (
+    ("config FILE", "", "a configuration; may be given again: a later file overrides an earlier one"),
+    ("KEY.SUBKEY VALUE", "", "any value in it, such as --data.batch_size 64 or --model.moe.num_experts 4"),
+    ("run_dir DIR", "runs/<config name>", "where logs, checkpoints and the configuration go"),
+    ("ckpt_path WHICH", "", "last, best, or a file; fit goes on from it"),
+    ("seed_everything N", "0", "seed of weights, order and transforms"),
+    ("trainer.max_epochs N", "", "and whatever else Lightning's Trainer takes"),
+    ("print_config", "", "print the whole configuration, with the defaults in force, and run nothing"),
+    (
+        "help_all [SECTION]",
+        "",
+        "every option, or those of run, trainer, model or data; --config FILE says of which model",
+    ),
+    ("model.help [CLASS]", "", "the options of a model, such as VisionClassifier; --data.help likewise"),
+    ("traceback", "", "in case of an error, show where in the code"),
+)
+"""Options of the training commands: their names without the dashes, their defaults, what they mean."""
+_PREDICT_OPTIONS = (
+    ("output FILE", "predictions.jsonl in the run's folder", ".jsonl, .csv, .parquet, or .txt for lines of text"),
+    ("overwrite", "", "replace an earlier FILE"),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -112,11 +124,17 @@ def _dispatch(args: list[str]) -> int:
         return 0
     if command in _TRAINING:
         if rest in (["-h"], ["--help"]):
-            print(f"usage: moesaic {command} --config FILE [options]\n\n{_TRAINING[command]}\n\n{_OPTIONS}")
+            print(_training_help(command))
             return 0
         from apps.cli.request import Request
 
         request = Request.read(command, rest, announce=lambda line: _announce(command, line))
+        if "--help_all" in rest or any(".help" in flag for flag in rest):
+            from apps.cli.help import show
+            from apps.cli.train import TRAINER_DEFAULTS
+
+            if show(request, TRAINER_DEFAULTS):
+                return 0
         from apps.cli.train import run
 
         return run(request)
@@ -132,6 +150,14 @@ def _dispatch(args: list[str]) -> int:
     near = difflib.get_close_matches(command, names, n=1)
     suggestion = f"; did you mean {near[0]!r}?" if near else ""
     raise UsageError(f"{command!r} is not one of {', '.join(names)}{suggestion}")
+
+
+def _training_help(command: str) -> str:
+    rows = [*RUN_OPTIONS[:4], *(_PREDICT_OPTIONS if command == "predict" else ()), *RUN_OPTIONS[4:]]
+    lines = [f"usage: moesaic {command} --config FILE [options]", "", _TRAINING[command], "", "options:"]
+    for name, default, meaning in rows:
+        lines.append(f"  --{name:<22}{meaning}{f' (default: {default})' if default else ''}")
+    return "\n".join(lines)
 
 
 def _announce(command: str, line: str) -> None:

@@ -29,6 +29,7 @@ _QUOTED_LIST = re.compile(
     r"""\[\s*(?:(?:"(?:[^"\\]|\\.)*"|'(?:[^']|'')*')\s*(?:,\s*|(?=\])))*\]""",
     re.DOTALL,
 )
+_NULLS = ("null", "Null", "NULL", "~")
 _ESCAPED_IN_YAML = re.compile("[\x7f-\x9f\ufeff\u2028\u2029]")
 
 
@@ -116,7 +117,7 @@ class Request:
         if beside_checkpoint is not None:
             check_beside(beside_checkpoint, paths[0])
             print(f"configuration: {paths[0]}, which lies beside the checkpoint", file=sys.stderr)
-        checkpoint = find_checkpoint(command, which, run_dir)
+        checkpoint = None if usage.asks_for_help(flags) else find_checkpoint(command, which, run_dir)
         if checkpoint is not None:
             loaded = load_checkpoint(checkpoint)
             if found_in is None:
@@ -125,6 +126,8 @@ class Request:
             config = merge(remembered(loaded, config, model_class, checkpoint), config)
             config = with_remembered_data(config, flags, loaded)
             check_superseded(config, flags, checkpoint)
+        for part in ("model", "data"):
+            config = with_defaults(part, flags, config)
         model_class = _find_class("model", flags, config)
         return cls(command, tuple(flags), config, run_dir, checkpoint, model_class, output, overwrite)
 
@@ -347,7 +350,7 @@ def with_nulls(config: Mapping[str, Any], flags: list[str]) -> tuple[dict[str, A
         given = [item, *([] if equals else itertools.islice(items, 1))] if key.startswith("--") else [item]
         value = value if equals else given[-1]
         names = [name for name in key.removeprefix("--").split(".") if name != "init_args"]
-        if len(names) > 2 and value in ("null", "Null", "NULL", "~") and isinstance(_at(merged, names[:-1]), Mapping):
+        if len(names) > 2 and value in _NULLS and isinstance(_at(merged, names[:-1]), Mapping):
             over: Any = None
             for name in reversed(names):
                 over = {name: over}
@@ -383,6 +386,33 @@ def with_remembered_data(config: Mapping[str, Any], flags: list[str], checkpoint
     path = _class_path("data", flags, config)
     arguments = {k: v for k, v in arguments.items() if k != "class_path"}
     return {**config, "data": {"class_path": path, "init_args": {**arguments, **filled}}}
+
+
+def with_defaults(part: str, flags: list[str], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``config`` with what is in force where an argument of the model or data is null or not given.
+
+    See ``SparseModule.defaults_of_none``. A null that stands for nothing, such as "no MoE layer", stays.
+    """
+    kind, path = _find_class(part, flags, config), _class_path(part, flags, config)
+    stand_ins = getattr(kind, "defaults_of_none", None)
+    written = config.get(part)
+    written = {"class_path": written} if isinstance(written, str) else dict(written or {})
+    if stand_ins is None or written.get("class_path", path) != path:
+        return dict(config)
+
+    from apps.cli.checkpoint import without_fixed_classes
+    from apps.training import to_plain
+
+    arguments = written.get("init_args") or {} if {"class_path", "init_args"} & written.keys() else written
+    options = ((name.removeprefix(f"{part}."), value) for name, value in usage.given(flags))
+    by_flag = {name: None if value in _NULLS else value for name, value in options}
+    filled = {
+        name: without_fixed_classes(to_plain(value))
+        for name, value in stand_ins({**arguments, **by_flag}).items()
+        if arguments.get(name) is None
+    }
+    others = {"dict_kwargs": written["dict_kwargs"]} if "dict_kwargs" in written else {}
+    return {**config, part: {"class_path": path, "init_args": {**arguments, **filled}, **others}}
 
 
 def check_superseded(config: Mapping[str, Any], flags: list[str], checkpoint: Path) -> None:

@@ -36,11 +36,12 @@ from apps.run_folder import RunFolder, check_free, check_own, mark
 from apps.stopping import StopsSoon
 from apps.training import to_plain
 
-_TRAINER_DEFAULTS = {
+TRAINER_DEFAULTS = {
     "log_every_n_steps": 10,
     "num_sanity_val_steps": 1,
     "enable_model_summary": False,  # SparseModule logs the size, with the active parameters
 }
+"""Set otherwise than Lightning's Trainer does."""
 
 
 def run(request: Request) -> int:
@@ -87,7 +88,7 @@ class SparseCLI(LightningCLI):
                     LightningModule,
                     LightningDataModule,
                     save_config_callback=None,
-                    trainer_defaults=dict(_TRAINER_DEFAULTS),
+                    trainer_defaults=dict(TRAINER_DEFAULTS),
                     seed_everything_default=0,
                     parser_kwargs={**parser, "prog": "moesaic", request.command: parser},
                     subclass_mode_model=True,

@@ -15,7 +15,7 @@ from apps.cli.errors import unknown_option
 _TRAINER = "lightning.pytorch.trainer.trainer.Trainer"
 _SECTIONS = ("seed_everything", "trainer", "model", "data", "ckpt_path", "weights_only")
 _OF_COMMAND = {"validate": ("verbose",), "test": ("verbose",), "predict": ("return_predictions",)}
-_ASKING = ("print_config", "help", "h")
+_ASKING = ("print_config", "help", "h", "help_all")
 _NAMES = ("last", "best", "average")
 """Of checkpoints in a run's folder."""
 ENDINGS = (".jsonl", ".csv", ".parquet", ".txt")
@@ -45,7 +45,7 @@ def given(flags: Sequence[str]) -> list[tuple[str, str | None]]:
         key, equals, value = flag[2:].partition("=")
         name = ".".join(part for part in key.rstrip("+").split(".") if part != "init_args")
         asks = name in _ASKING or name.endswith(".help")
-        if not equals and i < len(flags) and not flags[i].startswith("--") and name not in _ASKING:
+        if not equals and i < len(flags) and not flags[i].startswith("--") and name not in _ASKING[:3]:
             value, equals = flags[i], "="
             i += 1
         if not equals and not asks and name.partition(".")[0] in _SECTIONS:
@@ -60,10 +60,15 @@ def _stray(word: str) -> str:
     return f"unexpected argument {word!r}: options are written --key value"
 
 
-def asks(flags: Iterable[str]) -> bool:
+def asks(flags: Iterable[str], names: Sequence[str] = _ASKING) -> bool:
     """Return whether the flags ask for the configuration or for help, and not for a run."""
-    names = [flag.lstrip("-").partition("=")[0] for flag in flags if flag.startswith("-")]
-    return any(name in _ASKING or name.endswith(".help") for name in names)
+    found = [flag.lstrip("-").partition("=")[0] for flag in flags if flag.startswith("-")]
+    return any(name in names or name.endswith(".help") for name in found)
+
+
+def asks_for_help(flags: Iterable[str]) -> bool:
+    """Return whether the flags ask for help, for which no checkpoint is needed."""
+    return asks(flags, ("help", "h", "help_all"))
 
 
 def check_sections(config: Mapping[str, Any], path: Path) -> None:

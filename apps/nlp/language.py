@@ -132,6 +132,12 @@ class LanguageModeler(LinePredictor, PretrainedModule):
     monitor_mode: ClassVar[Literal["min", "max"]] = "min"
     table_metrics = ("word_perplexity", "bits_per_byte", "token_accuracy")
 
+    @classmethod
+    def defaults_of_none(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        published = arguments.get("pretrained") is not None  # its folder says what the transformer is
+        own = {} if published else {"transformer": TransformerConfig()}
+        return {**super().defaults_of_none(arguments), **own}
+
     def __init__(
         self,
         subwords: Subwords | None = None,

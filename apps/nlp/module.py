@@ -109,6 +109,12 @@ class Translator(LinePredictor, PretrainedModule):
     table_metrics = ("chrf", "token_accuracy", "perplexity")
     predicts: ClassVar[str] = "translation"
 
+    @classmethod
+    def defaults_of_none(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        published = arguments.get("pretrained") is not None  # its folder says what the transformer is
+        own = {} if published else {"transformer": TransformerConfig()}
+        return {**super().defaults_of_none(arguments), **own}
+
     def __init__(
         self,
         subwords: Subwords | None = None,

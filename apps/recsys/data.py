@@ -83,6 +83,11 @@ class TableData(LightningDataModule):
         batch.dense_BC, batch.sparse, batch.label_Bt        # (1024, 7), KeyedJaggedTensor, (1024, 2)
     """
 
+    @classmethod
+    def defaults_of_none(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """As ``SparseModule.defaults_of_none``."""
+        return {"synthetic": SyntheticConfig()} if arguments.get("dataset") == "synthetic" else {}
+
     def __init__(
         self,
         dataset: str = "census_income",

@@ -62,6 +62,18 @@ class MultiTaskRecommender(SparseModule):
     monitor: ClassVar[str] = "val/auc"
     monitor_mode: ClassVar[Literal["min", "max"]] = "max"
 
+    @classmethod
+    def defaults_of_none(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            **super().defaults_of_none(arguments),
+            "shared": SharedBottom(),
+            "embedding": EmbeddingConfig(),
+            "dense": DenseConfig(),
+            "interaction": InteractionConfig(),
+            "head": HeadConfig(),
+            "weighting": WeightingConfig(),
+        }
+
     def __init__(
         self,
         features: Features | None = None,

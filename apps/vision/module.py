@@ -97,6 +97,11 @@ class VisionClassifier(SparseModule):
     context_fields: ClassVar[tuple[str, ...]] = ("token_ids_BS",)
     data_arguments: ClassVar[tuple[str, ...]] = ("image_size", "in_chans", "num_classes")
     readout: ClassVar[tuple[str, ...]] = ("model.head",)
+
+    @classmethod
+    def defaults_of_none(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        return {**super().defaults_of_none(arguments), "vit": ViTConfig()}
+
     monitor: ClassVar[str] = "val/top1"
     monitor_mode: ClassVar[Literal["min", "max"]] = "max"
 

@@ -90,6 +90,10 @@ class NextItemRecommender(SparseModule):
     monitor_mode: ClassVar[Literal["min", "max"]] = "max"
     table_metrics = (f"hr_{CUTOFF}", "mrr")
 
+    @classmethod
+    def defaults_of_none(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        return {**super().defaults_of_none(arguments), "sequence": HistoryModelConfig()}
+
     def __init__(
         self,
         num_items: int,

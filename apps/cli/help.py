@@ -1,0 +1,241 @@
+"""``--help_all`` and ``--model.help``: every option in a line, with its default and what it means."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import json
+import re
+import shutil
+import textwrap
+import types
+import typing
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import docstring_parser
+
+from apps.cli import RUN_OPTIONS, UsageError
+from apps.cli.checkpoint import CONFIG_BASES
+from apps.cli.classes import app_classes, long_name
+from apps.cli.errors import subclasses, unknown_option
+from apps.cli.request import Request
+from apps.cli.usage import class_path, given
+
+SECTIONS = ("run", "trainer", "model", "data")
+_LONGEST = 48
+"""Characters of a name, beyond which its line is not aligned with the others."""
+
+
+class Option(NamedTuple):
+    """An option of the command line.
+
+    Attributes:
+        name: dotted.
+        default: as YAML has it, with the kind of a value where that does not tell.
+        meaning: the first sentence on it.
+    """
+
+    name: str
+    default: str
+    meaning: str
+
+
+def show(request: Request, trainer_defaults: Mapping[str, Any]) -> bool:
+    """Print the help that a command line asks for; returns whether it asks for one of ours.
+
+    Args:
+        request: the command line.
+        trainer_defaults: what the command line sets otherwise than Lightning's Trainer.
+
+    Raises:
+        UsageError: a section or a class that does not exist.
+    """
+    options = given(request.flags)
+    for name, value in options:
+        if name == "help_all":
+            if value not in (None, *SECTIONS):
+                raise UsageError(unknown_option(f"help_all={value}", SECTIONS, value))
+            for section in SECTIONS if value is None else (value,):
+                path = class_path(section, options, request.config)
+                _print(_title(section, path), _section(section, request, options, trainer_defaults))
+            return True
+        part = name.partition(".")[0]
+        if name in ("model.help", "data.help"):
+            path = long_name(part, value) if value else class_path(part, options, request.config)
+            _print(_title(part, path), _classes(part) if path is None else _of_class(path, part))
+            return True
+        if part in ("model", "data") and name.endswith(".help") and value:
+            prefix = name.removesuffix(".help")
+            path = _config_class(value)
+            _print(_title(prefix, path), _of_class(path, prefix))
+            return True
+    return False
+
+
+def _title(part: str, path: str | None) -> str:
+    return part if path is None else f"{part} {path}: {_first(inspect.getdoc(_load(path)) or '')}"
+
+
+def _section(
+    section: str, request: Request, options: list[tuple[str, str | None]], trainer_defaults: Mapping[str, Any]
+) -> Iterable[Option]:
+    if section == "run":
+        return [
+            Option(*row) for row in RUN_OPTIONS if not row[0].startswith("trainer.")
+        ]  # these have their own section
+    if section == "trainer":
+        from lightning.pytorch import Trainer
+
+        return options_of(Trainer, "trainer", trainer_defaults)
+    path = class_path(section, options, request.config)
+    return _classes(section) if path is None else _of_class(path, section)
+
+
+def _classes(part: str) -> Iterator[Option]:
+    for name, path in app_classes(part).items():
+        kind = _load(path)
+        yield Option(f"{part} {name}", "", _first(inspect.getdoc(kind) or ""))
+    yield Option(f"{part}.help CLASS", "", "the options of one of them, or of a class of yours")
+
+
+def _of_class(path: str, prefix: str) -> Iterator[Option]:
+    kind = _load(path)
+    stand_ins = getattr(kind, "defaults_of_none", None)
+    yield from options_of(kind, prefix, stand_ins({}) if stand_ins else None)
+
+
+def _load(path: str) -> type[Any]:
+    module, _, name = path.rpartition(".")
+    try:
+        kind = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError):
+        names = [*app_classes("model"), *app_classes("data")]
+        raise UsageError(unknown_option(path, names, name)) from None
+    if not isinstance(kind, type):
+        raise UsageError(f"{path} is not a class")
+    return kind
+
+
+def _config_class(name: str) -> str:
+    """Return the class path of a config that may be of several classes, such as a router's, by its short name."""
+    known = {k.__name__: f"{k.__module__}.{k.__qualname__}" for base in CONFIG_BASES for k in subclasses(base)}
+    return known.get(name, name)
+
+
+def options_of(kind: type[Any], prefix: str, defaults: Mapping[str, Any] | None = None) -> Iterator[Option]:
+    """Yield the options of a class's constructor, and below them those of the configs that it takes.
+
+    Args:
+        kind: the class.
+        prefix: what their names begin with.
+        defaults: values that stand in for the constructor's.
+    """
+    meanings, linked = _meanings(kind), getattr(kind, "data_arguments", ())
+    for parameter, hint in _parameters(kind):
+        name = parameter.name
+        if name in linked:
+            continue
+        default = (defaults or {}).get(name, parameter.default)
+        nested = _config_of(hint)
+        meaning = meanings.get(name, "")
+        yield Option(f"{prefix}.{name}", _default(default, hint, nested), meaning)
+        if nested is None:
+            continue
+        own = default if dataclasses.is_dataclass(default) and not isinstance(default, type) else None
+        if own is not None or not issubclass(nested, CONFIG_BASES):
+            values = {f.name: getattr(own, f.name) for f in dataclasses.fields(own) if f.init} if own else None
+            yield from options_of(nested if own is None else type(own), f"{prefix}.{name}", values)
+
+
+def _parameters(kind: type[Any]) -> Iterator[tuple[inspect.Parameter, Any]]:
+    """The constructor's parameters with their types; those of ``**kwargs`` are the next class's."""
+    seen: set[str] = set()
+    for owner in kind.__mro__:
+        if "__init__" not in vars(owner):
+            continue
+        hints = typing.get_type_hints(owner if dataclasses.is_dataclass(owner) else owner.__init__)  # type: ignore[misc]
+        parameters = list(inspect.signature(owner.__init__).parameters.values())[1:]  # type: ignore[misc]
+        for parameter in parameters:
+            if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL) or parameter.name in seen:
+                continue
+            seen.add(parameter.name)
+            yield parameter, hints.get(parameter.name, Any)
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            return
+
+
+def _meanings(kind: type[Any]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for owner in reversed(kind.__mro__[:-1]):
+        for text in (vars(owner).get("__doc__"), getattr(vars(owner).get("__init__"), "__doc__", None)):
+            for item in docstring_parser.parse(text or "").params:
+                for name in item.arg_name.split(","):
+                    found[name.strip()] = _first(item.description or "")
+        if dataclasses.is_dataclass(owner):  # whose fields may have docstrings of their own
+            for item in docstring_parser.parse_from_object(owner).params:
+                found.setdefault(item.arg_name, _first(item.description or ""))
+    return found
+
+
+def _first(text: str) -> str:
+    """Return the first sentence, on one line and without markup."""
+    plain = re.sub(r":\w+:`([^`]*)`|`+([^`]*)`+", lambda m: m[1] or m[2], " ".join(text.split()))
+    return re.split(r"(?<=[a-z)\"'0-9])\.\s+(?=[A-Z])", plain, maxsplit=1)[0].rstrip(".")
+
+
+def _config_of(hint: Any) -> type[Any] | None:
+    """Return the config dataclass that a value may be, if there is one."""
+    return next((k for k in _kinds(hint) if isinstance(k, type) and dataclasses.is_dataclass(k)), None)
+
+
+def _kinds(hint: Any) -> tuple[Any, ...]:
+    origin = typing.get_origin(hint)
+    if origin in (types.UnionType, typing.Union):
+        return tuple(k for arg in typing.get_args(hint) for k in _kinds(arg) if k is not type(None))
+    return (hint,)
+
+
+def _default(value: Any, hint: Any, nested: type[Any] | None) -> str:
+    if value is inspect.Parameter.empty:
+        return f"required ({_kind(hint)})"
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return type(value).__name__
+    if nested is not None:
+        return f"null ({nested.__name__})"
+    if value is None or any(typing.get_origin(k) is typing.Literal for k in _kinds(hint)):
+        return f"{_plain(value)} ({_kind(hint)})"
+    return _plain(value)
+
+
+def _plain(value: Any) -> str:
+    try:
+        return json.dumps(value) if not isinstance(value, str) else value or '""'
+    except TypeError:
+        return str(value)
+
+
+def _kind(hint: Any) -> str:
+    names = []
+    for kind in _kinds(hint):
+        if typing.get_origin(kind) is typing.Literal:
+            names += [str(choice) for choice in typing.get_args(kind)]
+        else:
+            names.append(getattr(kind, "__name__", str(kind)) if not typing.get_args(kind) else str(kind))
+    return ", ".join(dict.fromkeys(re.sub(r"\b(?:\w+\.)+", "", name) for name in names))
+
+
+def _print(title: str, options: Iterable[Option]) -> None:
+    """Print the options below each other, a line each, cut at the edge of the terminal."""
+    rows = [Option(f"  --{o.name}", o.default, o.meaning) for o in options]
+    rows = [o._replace(default=textwrap.shorten(o.default, _LONGEST, placeholder="...")) for o in rows]
+    edge = max(shutil.get_terminal_size((160, 24)).columns, 80)
+    left = max((len(o.name) for o in rows if len(o.name) <= _LONGEST), default=0)
+    middle = max((len(o.default) for o in rows if len(o.default) <= 24), default=0)
+    print(title)
+    for name, default, meaning in rows:
+        start = f"{name:<{left}}  {default:<{middle}}  "
+        room = max(edge - len(start), 16)
+        print((start + textwrap.shorten(meaning, room, placeholder="...")).rstrip())
+    print()
