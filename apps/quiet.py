@@ -1,4 +1,8 @@
-"""What Lightning and its libraries say, left out where it does not help."""
+"""What Lightning and its libraries say, left out where it does not help.
+
+The commands run inside ``quiet()``. A script with a Trainer of its own may do so as well: nothing is silenced by an
+import.
+"""
 
 from __future__ import annotations
 
@@ -28,10 +32,16 @@ _UNHELPFUL_WARNINGS = (
 
 @contextlib.contextmanager
 def quiet(own_notes: bool = True) -> Iterator[None]:
-    """Without Lightning's notes and the warnings that do not help here.
+    """Leave out Lightning's notes, tips and advertisements, and the warnings that do not help here.
 
     Args:
         own_notes: print our own notes; else they are left out, and with them every warning of Lightning's.
+
+    Example::
+
+        with quiet():
+            trainer = lightning.pytorch.Trainer(max_epochs=5)    # its constructor speaks too
+            trainer.fit(model, data)
     """
     names = ("lightning.pytorch", "lightning.fabric", "lightning")
     levels = {name: logging.getLogger(name).level for name in names}
