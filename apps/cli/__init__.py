@@ -127,8 +127,10 @@ def _dispatch(args: list[str]) -> int:
             print(_training_help(command))
             return 0
         from apps.cli.request import Request
+        from apps.quiet import quiet
 
-        request = Request.read(command, rest, announce=lambda line: _announce(command, line))
+        with quiet():  # of what libraries say when a model's class is imported
+            request = Request.read(command, rest, announce=lambda line: _announce(command, line))
         if "--help_all" in rest or any(".help" in flag for flag in rest):
             from apps.cli.help import show
             from apps.cli.train import TRAINER_DEFAULTS

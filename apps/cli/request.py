@@ -117,7 +117,12 @@ class Request:
         if beside_checkpoint is not None:
             check_beside(beside_checkpoint, paths[0])
             print(f"configuration: {paths[0]}, which lies beside the checkpoint", file=sys.stderr)
-        checkpoint = None if usage.asks_for_help(flags) else find_checkpoint(command, which, run_dir)
+        try:
+            checkpoint = None if usage.asks_for_help(flags) else find_checkpoint(command, which, run_dir)
+        except FileNotFoundError:
+            if which is not None or not usage.asks(flags):
+                raise
+            checkpoint = None  # a configuration can be printed without one
         if checkpoint is not None:
             loaded = load_checkpoint(checkpoint)
             if found_in is None:

@@ -171,6 +171,13 @@ def test_no_null_of_an_app_stands_for_a_default(config, filled):
     assert printed("--config", "again.yaml") == values
 
 
+def test_a_configuration_is_printed_before_there_is_a_checkpoint():
+    assert (
+        yaml.safe_load("\n".join(said("test", "--config", "tiny.yaml", "--print_config")))["data"]["init_args"]["n"]
+        == 24
+    )
+
+
 def test_a_published_transformer_is_not_written_out_as_ours():
     flags = ["--model", "Translator", "--data", "TranslationData", "--model.pretrained", "folder"]
     assert printed(*flags)["model"]["init_args"]["transformer"] is None

@@ -6,6 +6,7 @@ import io
 import os
 import pty
 import re
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -78,6 +79,29 @@ def terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., l
         return screen(seen.getvalue())
 
     return run
+
+
+LOUD = """
+import logging
+from tiny_app import TinyModule
+
+logging.basicConfig(level=logging.INFO)  # as FBGEMM has it: the root logger then repeats every note
+
+
+class Loud(TinyModule):
+    pass
+"""
+
+
+def test_a_note_is_printed_once_where_a_library_logs_as_well(tmp_path):
+    (tmp_path / "loud.py").write_text(LOUD)
+    (tmp_path / "tiny.yaml").write_text(CONFIG.replace("tiny_app.TinyModule", "loud.Loud"))
+    path = os.pathsep.join(map(str, (tmp_path, Path(__file__).parents[2], Path(__file__).parent)))
+    command = [sys.executable, "-m", "apps.cli", "fit", "--config", "tiny.yaml"]
+    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+    assert done.returncode == 0
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("Loud: ")
 
 
 def test_a_line_over_a_line_is_seen_as_a_terminal_shows_it():
