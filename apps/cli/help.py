@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 import docstring_parser
 
+from apps.checkpoints import CONFIG_BASES
 from apps.cli import RUN_OPTIONS, UsageError
-from apps.cli.checkpoint import CONFIG_BASES
 from apps.cli.classes import app_classes, long_name
 from apps.cli.errors import subclasses, unknown_option
 from apps.cli.request import Request
