@@ -414,7 +414,8 @@ def with_defaults(part: str, flags: list[str], config: Mapping[str, Any]) -> dic
     filled = {
         name: without_fixed_classes(to_plain(value))
         for name, value in stand_ins({**arguments, **by_flag}).items()
-        if arguments.get(name) is None
+        # A flag that names a class, or the whole, begins from nothing: it would keep the stand-in's arguments.
+        if arguments.get(name) is None and not {name, f"{name}.class_path"} & by_flag.keys()
     }
     others = {"dict_kwargs": written["dict_kwargs"]} if "dict_kwargs" in written else {}
     return {**config, part: {"class_path": path, "init_args": {**arguments, **filled}, **others}}

@@ -184,6 +184,16 @@ def test_a_published_transformer_is_not_written_out_as_ours():
     assert printed(*flags[:4])["model"]["init_args"]["transformer"]["size"] == "tiny"
 
 
+def test_a_class_given_by_a_flag_begins_without_the_stand_in_s_arguments():
+    """SharedBottom, which stands in for null, has experts of width 128; MMoE's own are of width 16."""
+    flags = ["--model", "MultiTaskRecommender", "--data", "TableData", "--model.shared", "core.MMoE"]
+    shared = printed(*flags, "--model.shared.num_experts", "2")["model"]["init_args"]["shared"]
+    assert shared["init_args"]["expert"]["init_args"]["hidden_dims"] == list(core.MMoE(2).expert.hidden_dims) == [16]
+    shared = printed(*flags[:4], "--model.shared.expert.hidden_dims", "[32]")["model"]["init_args"]["shared"]
+    assert shared["class_path"] == "apps.recsys.bottoms.SharedBottom"
+    assert shared["init_args"]["expert"]["init_args"]["hidden_dims"] == [32]
+
+
 def losses(run: str) -> list[str]:
     with open(Path("runs", run, "metrics.csv")) as file:
         return [row["train/loss"] for row in csv.DictReader(file)]
