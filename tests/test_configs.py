@@ -14,8 +14,8 @@ from PIL import Image
 import core
 from apps import routers, sources
 from apps.cli.train import build, quiet
-from apps.compare.command import _parser as command_line_of_compare
 from apps.compare.experiment import Experiment, arguments
+from apps.compare.options import command_line as command_line_of_compare
 from apps.compare.systems import SPARSE, candidates
 from apps.nlp.data import TranslationData
 from apps.nlp.subwords import SubwordConfig, train_subwords
@@ -164,6 +164,8 @@ def test_what_a_header_says_to_type_is_read_and_built(path, words, monkeypatch, 
         del rest[rest.index("--ckpt_path") : rest.index("--ckpt_path") + 2]
     if "DIR" in rest:
         rest[rest.index("DIR")] = str(image_folder(tmp_path / "data"))
+    if "INBOX" in rest:
+        rest[rest.index("INBOX")] = str(image_folder(tmp_path / "inbox"))
     if command == "compare":
         args, flags = command_line_of_compare().parse_known_args(rest)
         experiment = Experiment(arguments(args.config, args.overlays, flags, args.routers))

@@ -133,6 +133,8 @@ class Request:
             check_superseded(config, flags, checkpoint)
         for part in ("model", "data"):
             config = with_defaults(part, flags, config)
+        config, rest = with_own_defaults(config, flags)
+        flags = rest if not usage.asks_for_help(flags) else flags
         model_class = _find_class("model", flags, config)
         return cls(command, tuple(flags), config, run_dir, checkpoint, model_class, output, overwrite)
 
@@ -231,7 +233,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except IsADirectoryError as error:
         raise UsageError(f"{path} is a folder, not a configuration") from error
     except FileNotFoundError as error:
-        raise UsageError(f"no configuration {path}{_nearest(path)}") from error
+        raise UsageError(f"no configuration {path}{nearest(path)}") from error
     if config is None:
         return {}
     if not isinstance(config, dict):
@@ -260,7 +262,8 @@ def _texts(value: Any) -> Iterator[str]:
         yield from _texts(inner)
 
 
-def _nearest(path: Path) -> str:
+def nearest(path: Path) -> str:
+    """Return what to say after the path of a configuration that is not there: the nearest one."""
     if not path.parent.is_dir():
         return f": there is no folder {path.parent}"
     near = difflib.get_close_matches(path.stem, [p.stem for p in path.parent.glob("*.yaml")], n=1)
@@ -419,6 +422,74 @@ def with_defaults(part: str, flags: list[str], config: Mapping[str, Any]) -> dic
     }
     others = {"dict_kwargs": written["dict_kwargs"]} if "dict_kwargs" in written else {}
     return {**config, part: {"class_path": path, "init_args": {**arguments, **filled}, **others}}
+
+
+def with_own_defaults(config: Mapping[str, Any], flags: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """Return ``config`` with every option of the config classes that it or the flags name, and the other flags.
+
+    (Where another class than a default's is named, jsonargparse keeps the default's values of options with the same
+    name: ``core.SwiGLU`` in place of a default ``FFN(activation="gelu")`` would compute GELU.)
+
+    Example::
+
+        with_own_defaults({"model": {"expert": {"class_path": "core.SwiGLU"}}}, [])
+        # {"model": {"expert": {"class_path": "core.SwiGLU", "init_args": {"activation": "silu", ...}}}}, []
+    """
+    merged, out = dict(config), list[str]()
+    items = iter(flags)
+    for item in items:
+        key, equals, value = item.partition("=")
+        given = [item, *([] if equals else itertools.islice(items, 1))] if key.startswith("--") else [item]
+        value = value if equals else given[-1]
+        names = [name for name in key.removeprefix("--").split(".") if name not in ("init_args", "class_path")]
+        part = merged.get(names[0]) if key.startswith("--model.") and len(names) > 1 else None
+        if isinstance(part, Mapping) and "class_path" in part and _config_class(value) is not None:
+            over: Any = {"class_path": value}
+            for name in reversed(names):
+                over = {name: over}
+            merged = merge(merged, over)
+        else:
+            out += given
+    return {k: _with_own_defaults(v) if k == "model" else v for k, v in merged.items()}, out
+
+
+def _with_own_defaults(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_with_own_defaults(v) for v in value]
+    if not isinstance(value, Mapping):
+        return value
+    inner = {k: _with_own_defaults(v) for k, v in value.items()}
+    kind = _config_class(value["class_path"]) if "class_path" in value else None
+    if kind is None:
+        return inner
+
+    from apps.cli.checkpoint import without_fixed_classes
+    from apps.training import to_plain
+
+    own = {}
+    for field in dataclasses.fields(kind):
+        if field.init and field.default is not dataclasses.MISSING:
+            own[field.name] = without_fixed_classes(to_plain(field.default))
+        elif field.init and field.default_factory is not dataclasses.MISSING:
+            own[field.name] = without_fixed_classes(to_plain(field.default_factory()))
+    given = inner.get("init_args")
+    return {**inner, "init_args": {**own, **(given if isinstance(given, Mapping) else {})}}
+
+
+def _config_class(name: Any) -> Any:
+    """Return the config class that the user names, imported if need be; None where it is none, as a typing error."""
+    import core
+
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_][\w.]*", name):
+        return None
+    module = name.rpartition(".")[0]
+    if module and module.partition(".")[0] not in ("core", "apps"):
+        with contextlib.suppress(ImportError):  # the parser reports a class that does not exist
+            importlib.import_module(module)
+    try:
+        return core.registered_config(name)
+    except ValueError:
+        return None
 
 
 def check_superseded(config: Mapping[str, Any], flags: list[str], checkpoint: Path) -> None:

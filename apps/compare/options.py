@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 from apps import routers
 from apps.cli import UsageError
 from apps.cli.parser import Parser
+from apps.cli.request import nearest, shipped
 
 SEARCH_FACTORS = (1 / 3, 1.0, 3.0)
 """The learning rates tried, over the configured one."""
@@ -101,7 +101,7 @@ class Command:
             UsageError: an unknown option, or a file that is not there.
             ValueError: a value out of its range, or an unknown router.
         """
-        args, rest = _parser().parse_known_args(list(argv))
+        args, rest = command_line().parse_known_args(list(argv))
         for number, word in enumerate(rest):
             is_value = bool(number) and not word.startswith("--") and "=" not in rest[number - 1]
             if not (is_value or (word.startswith("--") and ("." in word or word.startswith("--seed_everything")))):
@@ -133,16 +133,11 @@ def _check_file(path: Path) -> None:
     """Refuse a configuration that is neither here nor among those that come along."""
     if path.is_dir():
         raise UsageError(f"{path} is a folder, not a configuration")
-    if path.is_file() or (path.parts[:1] == (routers.CONFIGS.name,) and (routers.CONFIGS.parent / path).is_file()):
-        return
-    if not path.parent.is_dir():
-        raise UsageError(f"no configuration {path}: there is no folder {path.parent}")
-    near = difflib.get_close_matches(path.stem, [p.stem for p in path.parent.glob("*.yaml")], n=1)
-    suggestion = f"; did you mean {path.parent / near[0]}.yaml?" if near else ""
-    raise UsageError(f"no configuration {path}{suggestion}")
+    if not shipped(path).is_file():
+        raise UsageError(f"no configuration {path}{nearest(path)}")
 
 
-def _parser() -> Parser:
+def command_line() -> Parser:
     parser = Parser(
         prog="moesaic compare",
         allow_abbrev=False,

@@ -21,6 +21,7 @@ import yaml
 from PIL import Image
 from tiny_app import TinyData, TinyModule
 
+import core
 from apps.cli import UsageError, main
 from apps.cli.errors import reduce_message
 from apps.cli.request import Request, merge, with_nulls
@@ -576,3 +577,19 @@ def test_jsonargparse_s_fifteen_lines_become_one():
   Given value type: <class 'dict'>
   Given value: {'class_path': 'tiny_app.TinyModule'}"""
     assert reduce_message(text) == "model.moe.num_expert does not exist; did you mean 'num_experts'?"
+
+
+@pytest.mark.parametrize("by", ["file", "flag", "flag and option"])
+def test_a_class_that_is_named_has_its_own_defaults_and_not_those_of_the_one_before(config, by):
+    # TinyModule's expert is FFN(hidden_dim=8), and MoEConfig's own one computes GELU; SwiGLU's default is SiLU.
+    flags = ["--model.moe.expert", "core.SwiGLU"]
+    if by == "file":
+        Path("over.yaml").write_text("model: {init_args: {moe: {expert: {class_path: core.SwiGLU}}}}")
+        flags = ["--config", "over.yaml"]
+    elif by == "flag and option":
+        flags += ["--model.moe.expert.hidden_dim", "16"]
+    made = build("fit", ["--config", config, *flags]).model.hparams["moe"]["init_args"]["expert"]
+    assert made["class_path"].endswith("SwiGLU")
+    assert core.registered_config(made["class_path"])(**made["init_args"]) == core.SwiGLU(
+        **({"hidden_dim": 16} if by == "flag and option" else {})
+    )
