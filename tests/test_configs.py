@@ -166,6 +166,7 @@ def test_what_a_header_says_to_type_is_read_and_built(path, words, monkeypatch, 
         rest[rest.index("DIR")] = str(image_folder(tmp_path / "data"))
     if "INBOX" in rest:
         rest[rest.index("INBOX")] = str(image_folder(tmp_path / "inbox"))
+        rest += ["--data.root", str(tmp_path / "inbox")]  # an untrained model learns its classes from there
     if command == "compare":
         args, flags = command_line_of_compare().parse_known_args(rest)
         experiment = Experiment(arguments(args.config, args.overlays, flags, args.routers))
