@@ -235,8 +235,8 @@ class VisionClassifier(SparseModule):
         state = self._encoding or getattr(self._data(), "encoding_state", None)
         if state is None:
             raise ValueError(
-                "this model does not know its classes and the scale of its pixels: load a checkpoint of a training with "
-                "VisionData, which keeps them"
+                "this model does not know its classes and the scale of its pixels: load a checkpoint of a training "
+                "with VisionData, which keeps them"
             )
         return ImageEncoding.from_state(state)
 

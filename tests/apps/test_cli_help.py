@@ -82,7 +82,8 @@ def test_a_short_name_is_taken_by_flags_and_in_yaml():
 # ---- help
 
 
-def test_all_options_are_a_line_each_by_section():
+def test_all_options_are_a_line_each_by_section(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")  # narrower, a meaning is cut
     lines = said("fit", "--help_all", "--config", "tiny.yaml")
     titles = [line.partition(":")[0] for line in lines if line and not line.startswith("  --")]
     assert titles == ["run", "trainer", "model tiny_app.TinyModule", "data tiny_app.TinyData"]

@@ -113,7 +113,8 @@ def test_the_translator_of_one_pair_as_the_document_takes_it_out(tmp_path, monke
     made = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
     made.strategy.connect(sparse)
     made.save_checkpoint("runs/pairs/checkpoints/best.ckpt")
-    (source,) = re.findall(r"^```python\n(.*?)^```$", DOCUMENT.read_text(), flags=re.DOTALL | re.MULTILINE)
+    blocks = re.findall(r"^```python\n(.*?)^```$", DOCUMENT.read_text(), flags=re.DOTALL | re.MULTILINE)
+    (source,) = (block for block in blocks if "extract" in block)
     names: dict[str, Any] = {}
     exec(source, names)
     dense, sparse = names["dense"].double().eval(), sparse.double().eval()

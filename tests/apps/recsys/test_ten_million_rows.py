@@ -21,7 +21,14 @@ def test_ten_million_rows_train_in_their_own_memory(tmp_path):
         "--trainer.limit_val_batches",
         "1",
     ]
-    flags += ["--trainer.enable_checkpointing", "false", "--data.cache_dir", str(tmp_path), "--run_dir", str(tmp_path)]
+    flags += [
+        "--trainer.enable_checkpointing",
+        "false",
+        "--data.cache_dir",
+        str(tmp_path),
+        "--run_dir",
+        str(tmp_path / "run"),
+    ]
     with quiet():
         cli = build("fit", ["--config", str(CONFIG), *flags])
         sparse = cli.model.members[0].sparse
