@@ -19,10 +19,11 @@ class StopsSoon(Callback):
 
     Attributes:
         asked: SIGTERM has come, and the training goes on until a checkpoint can be written.
+        first_step: the optimizer step that the training began or went on from.
     """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked, self.first_step = False, 0
         self._trainer: Trainer | None = None
 
     @staticmethod
@@ -61,7 +62,7 @@ class StopsSoon(Callback):
         trainer._signal_connector.received_sigterm = now
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._trainer = trainer
+        self._trainer, self.first_step = trainer, trainer.global_step
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.asked:  # the checkpoint of the epoch's end is written after this

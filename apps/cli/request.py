@@ -264,9 +264,12 @@ def _texts(value: Any) -> Iterator[str]:
 
 def nearest(path: Path) -> str:
     """Return what to say after the path of a configuration that is not there: the nearest one."""
-    if not path.parent.is_dir():
+    folder = path.parent
+    if not folder.is_dir() and path.parts[:1] == (CONFIGS.name,):
+        folder = CONFIGS.parent / folder
+    if not folder.is_dir():
         return f": there is no folder {path.parent}"
-    near = difflib.get_close_matches(path.stem, [p.stem for p in path.parent.glob("*.yaml")], n=1)
+    near = difflib.get_close_matches(path.stem, [p.stem for p in folder.glob("*.yaml")], n=1)
     return f"; did you mean {path.parent / near[0]}.yaml?" if near else ""
 
 

@@ -221,7 +221,7 @@ class SparseCLI(LightningCLI):
             self._evaluate(command, arguments)
 
     def _fit(self, arguments: dict[str, Any]) -> None:
-        start, first_step = time.monotonic(), self.trainer.global_step
+        start = time.monotonic()
         with contextlib.ExitStack() as stack:
             stops = StopsSoon()
             self.trainer.callbacks.insert(0, stops)
@@ -233,8 +233,9 @@ class SparseCLI(LightningCLI):
             self.trainer.fit(**arguments)
         if not self.trainer.is_global_zero:
             return
-        steps, seconds = self.trainer.global_step - first_step, time.monotonic() - start
-        print(f"trained {self.trainer.current_epoch} epochs, {steps} steps, in {seconds:.1f} s")
+        step, seconds = self.trainer.global_step, time.monotonic() - start
+        own = f" ({step - stops.first_step} of them now)" if stops.first_step else ""
+        print(f"trained {self.trainer.current_epoch} epochs, {step} steps{own}, in {seconds:.1f} s")
         for callback in self.trainer.checkpoint_callbacks:
             if isinstance(callback, BestAndLast):
                 best = "" if callback.best_score is None else f"; best {callback.monitor} {callback.best_score:.4g}"

@@ -579,6 +579,12 @@ def test_jsonargparse_s_fifteen_lines_become_one():
     assert reduce_message(text) == "model.moe.num_expert does not exist; did you mean 'num_experts'?"
 
 
+def test_a_configuration_that_came_along_is_suggested_from_anywhere(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["fit", "--config", "configs/vision/digit.yaml"]) == 2
+    assert "did you mean configs/vision/digits.yaml?" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("by", ["file", "flag", "flag and option"])
 def test_a_class_that_is_named_has_its_own_defaults_and_not_those_of_the_one_before(config, by):
     # TinyModule's expert is FFN(hidden_dim=8), and MoEConfig's own one computes GELU; SwiGLU's default is SiLU.

@@ -107,7 +107,9 @@ def test_resuming_says_where_it_goes_on(config, capsys):
     argv = ["fit", "--config", config, "--run_dir", "run", "--ckpt_path", "last", "--trainer.max_epochs", "2"]
     assert main(argv) == 0
     # 24 examples in batches of 8: three steps an epoch.
-    assert "going on from run/checkpoints/last.ckpt: step 3, epoch 2" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "going on from run/checkpoints/last.ckpt: step 3, epoch 2" in said
+    assert "trained 2 epochs, 6 steps (3 of them now), in" in said
 
 
 def terminated(config, *flags, when):
