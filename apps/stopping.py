@@ -4,11 +4,36 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+
+@contextlib.contextmanager
+def on_sigterm(handler: Callable[..., Any]) -> Iterator[None]:
+    """Call ``handler`` at SIGTERM inside. Only the main thread of a process has handlers; elsewhere nothing changes."""
+    try:
+        before = signal.signal(signal.SIGTERM, handler)
+    except ValueError:  # not the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """Make SIGTERM an exit inside, as in Lightning's trainer: workers are stopped, and a line says how to go on."""
+
+    def stop(*_: Any) -> None:
+        raise SIGTERMException
+
+    with on_sigterm(stop):
+        yield
 
 
 class StopsSoon(Callback):
@@ -32,18 +57,9 @@ class StopsSoon(Callback):
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         return next((c for c in callbacks if isinstance(c, StopsSoon) and c.asked), None)
 
-    @contextlib.contextmanager
-    def handling(self) -> Iterator[None]:
+    def handling(self) -> contextlib.AbstractContextManager[None]:
         """Handle SIGTERM inside. Lightning's own handler, which it sets later, calls this one."""
-        try:
-            before = signal.signal(signal.SIGTERM, self._stop)
-        except ValueError:  # not the main thread
-            yield
-            return
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, before)
+        return on_sigterm(self._stop)
 
     def _stop(self, *_: Any) -> None:
         trainer = self._trainer

@@ -354,20 +354,44 @@ def with_nulls(config: Mapping[str, Any], flags: list[str]) -> tuple[dict[str, A
         with_nulls({"model": {"moe": {"top": 1}}}, ["--model.moe.top", "null"])
         # {"model": {"moe": {"top": None}}}, []
     """
+
+    def null(merged: Mapping[str, Any], names: list[str], value: str) -> bool:
+        return len(names) > 2 and value in _NULLS and isinstance(_at(merged, names[:-1]), Mapping)
+
+    return _with_flags(config, flags, null, lambda value: None)
+
+
+def _with_flags(
+    config: Mapping[str, Any],
+    flags: list[str],
+    takes: Callable[[Mapping[str, Any], list[str], str], bool],
+    plain: Callable[[str], Any],
+) -> tuple[dict[str, Any], list[str]]:
+    """Lay some flags over ``config``.
+
+    Args:
+        config: nested mappings.
+        flags: ``--KEY.SUBKEY VALUE`` and ``--KEY.SUBKEY=VALUE``.
+        takes: whether to take a flag, by the mappings so far, the names of its key and its value.
+        plain: makes of its text what stands there.
+
+    Returns:
+        The mappings, and the other flags.
+    """
     merged, out = dict(config), list[str]()
     items = iter(flags)
     for item in items:
         key, equals, value = item.partition("=")
         given = [item, *([] if equals else itertools.islice(items, 1))] if key.startswith("--") else [item]
         value = value if equals else given[-1]
-        names = [name for name in key.removeprefix("--").split(".") if name != "init_args"]
-        if len(names) > 2 and value in _NULLS and isinstance(_at(merged, names[:-1]), Mapping):
-            over: Any = None
-            for name in reversed(names):
-                over = {name: over}
-            merged = merge(merged, over)
-        else:
+        names = [name for name in key.removeprefix("--").split(".") if name not in ("init_args", "class_path")]
+        if not takes(merged, names, value):
             out += given
+            continue
+        over = plain(value)
+        for name in reversed(names):
+            over = {name: over}
+        merged = merge(merged, over)
     return merged, out
 
 
@@ -438,22 +462,14 @@ def with_own_defaults(config: Mapping[str, Any], flags: list[str]) -> tuple[dict
         with_own_defaults({"model": {"expert": {"class_path": "core.SwiGLU"}}}, [])
         # {"model": {"expert": {"class_path": "core.SwiGLU", "init_args": {"activation": "silu", ...}}}}, []
     """
-    merged, out = dict(config), list[str]()
-    items = iter(flags)
-    for item in items:
-        key, equals, value = item.partition("=")
-        given = [item, *([] if equals else itertools.islice(items, 1))] if key.startswith("--") else [item]
-        value = value if equals else given[-1]
-        names = [name for name in key.removeprefix("--").split(".") if name not in ("init_args", "class_path")]
-        part = merged.get(names[0]) if key.startswith("--model.") and len(names) > 1 else None
-        if isinstance(part, Mapping) and "class_path" in part and _config_class(value) is not None:
-            over: Any = {"class_path": value}
-            for name in reversed(names):
-                over = {name: over}
-            merged = merge(merged, over)
-        else:
-            out += given
-    return {k: _with_own_defaults(v) if k == "model" else v for k, v in merged.items()}, out
+
+    def names_class(merged: Mapping[str, Any], names: list[str], value: str) -> bool:
+        model = merged.get("model")
+        inside = names[0] == "model" and len(names) > 1 and isinstance(model, Mapping) and "class_path" in model
+        return inside and _config_class(value) is not None
+
+    merged, rest = _with_flags(config, flags, names_class, lambda value: {"class_path": value})
+    return {k: _with_own_defaults(v) if k == "model" else v for k, v in merged.items()}, rest
 
 
 def _with_own_defaults(value: Any) -> Any:

@@ -30,9 +30,10 @@ from apps.compare.plan import Plan, at_edge
 from apps.compare.stats import choose
 from apps.compare.summary import ExamplePair, Summary, summarize, tuned
 from apps.compare.systems import SPARSE, System, find_systems, label
-from apps.compare.training import Unit, terminable, train
+from apps.compare.training import Unit, train
 from apps.machine import cpu_name
 from apps.quiet import quiet
+from apps.stopping import terminable
 from apps.training import SparseModule
 
 if TYPE_CHECKING:

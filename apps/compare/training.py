@@ -379,21 +379,3 @@ def interruptible(trainer: Trainer | None = None) -> Iterator[None]:
             signal.signal(signal.SIGTERM, on_term)
     if trainer is not None and trainer.received_sigterm:
         raise SIGTERMException
-
-
-@contextlib.contextmanager
-def terminable() -> Iterator[None]:
-    """SIGTERM is an exit here, as inside Lightning's trainer: workers are stopped, and a line says how to go on."""
-
-    def stop(*_: Any) -> None:
-        raise SIGTERMException
-
-    try:
-        handler = signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # not the main thread
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, handler)
