@@ -17,9 +17,9 @@ _SECTIONS = ("seed_everything", "trainer", "model", "data", "ckpt_path", "weight
 _OF_COMMAND = {"validate": ("verbose",), "test": ("verbose",), "predict": ("return_predictions",)}
 _ASKING = ("print_config", "help", "h", "help_all")
 _NAMES = ("last", "best", "average")
-"""Of checkpoints in a run's folder."""
+"""Names that ``--ckpt_path`` takes for the checkpoints in a run's folder."""
 ENDINGS = (".jsonl", ".csv", ".parquet", ".txt")
-"""Of a file of predictions, which say how it is written."""
+"""Endings of a file of predictions; each stands for a format."""
 _READ = {"fit": ("root", "file", "train_file", "val_file"), "predict": ("predict_file", "predict_folder")}
 """Options of the apps' data that name what a command cannot do without. (``train_files`` of texts may be a prefix.)"""
 

@@ -205,8 +205,8 @@ class LanguageModeler(LinePredictor, PretrainedModule):
         return (read_ids(batch.tokens_BL),)
 
     def cost_inputs(self, batch: TextBatch) -> tuple[Tensor]:
-        """As ``example_inputs``, each block cut or filled up with unknown tokens to the batch's mean length: experts do
-        not compute padding, dense layers do."""
+        """Return ``example_inputs`` with each block cut or filled up with unknown tokens to the batch's mean length:
+        experts do not compute padding, dense layers do."""
         (read_BL,) = self.example_inputs(batch)
         return (of_mean_length(read_BL),)
 

@@ -261,8 +261,8 @@ class Translator(LinePredictor, PretrainedModule):
         return (batch.source_BS, read_ids(batch.target_BL), *self._ids(batch))
 
     def cost_inputs(self, batch: TranslationBatch) -> tuple[Tensor, ...]:
-        """As ``example_inputs``, each side cut or filled up with unknown tokens to the batch's mean length: experts do
-        not compute padding, dense layers do."""
+        """Return ``example_inputs`` with each side cut or filled up with unknown tokens to the batch's mean length:
+        experts do not compute padding, dense layers do."""
         source_BS, read_BL, *ids = self.example_inputs(batch)
         return of_mean_length(source_BS), of_mean_length(read_BL), *ids
 

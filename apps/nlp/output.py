@@ -26,7 +26,7 @@ from apps.training import to_plain
 log = logging.getLogger(__name__)
 
 ENDINGS = (".txt", ".jsonl")
-"""Of files of predictions: lines of text as they are printed, or a JSON object a line."""
+"""Endings of files of predictions: lines of text as they are printed, or a JSON object a line."""
 
 _TERMINAL, _LOG = 1.0, 60.0
 """Seconds between two notes of progress, on a terminal and elsewhere."""

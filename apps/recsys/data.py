@@ -85,7 +85,7 @@ class TableData(LightningDataModule):
 
     @classmethod
     def defaults_of_none(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """As ``SparseModule.defaults_of_none``."""
+        """Return the configs that stand in for arguments that are None, as ``SparseModule.defaults_of_none`` does."""
         return {"synthetic": SyntheticConfig()} if arguments.get("dataset") == "synthetic" else {}
 
     def __init__(

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _COLUMNS = {"user": "user", "item": "item", "time": "time", "rating": None}
-"""Of events, where a checkpoint is older than that it says so."""
+"""Names of the columns of events where the checkpoint does not say them."""
 
 
 def predict(model: NextItemRecommender, histories: Any, top: int, include_seen: bool, batch_size: int) -> Any:
