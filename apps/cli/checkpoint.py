@@ -14,6 +14,7 @@ from torch import Tensor
 import core
 from apps import sharded
 from apps.checkpoints import CONFIG_BASES, check_arguments, module_class
+from apps.cli import usage
 from apps.cli.classes import short
 from apps.training import to_plain
 
@@ -31,7 +32,7 @@ def find_checkpoint(command: str, which: str | None, run_dir: Path) -> Path | No
         raise FileNotFoundError(
             f"no checkpoint in {folder}: train one with moesaic fit, or give --ckpt_path (none: an untrained model)"
         )
-    if which in ("last", "best", "average"):
+    if which in usage.NAMES:
         path = folder / f"{which}.ckpt"
         if path.is_file() or sharded.is_sharded(path):
             return path

@@ -78,7 +78,7 @@ class Request:
         paths = [shipped(Path(p)) for p in options["config"] + options["c"]]
         found_in: Path | None = None
         which = options["ckpt_path"][-1] if options["ckpt_path"] else None
-        if not paths and which not in (None, "last", "best", "average", "null", "none"):
+        if not paths and which not in (None, *usage.NAMES, "null", "none"):
             # A checkpoint lies in its run's folder, beside the configuration of the run.
             beside = Path(which).parent.parent / "config.yaml"
             if beside.is_file():
@@ -107,7 +107,7 @@ class Request:
             usage.check_checkpoint(command, which, run_dir)
             usage.check_data_files(command, flags, config)
             if announce is not None:
-                read = " + ".join(map(str, paths)) or (which if which not in (None, "last", "best", "average") else "")
+                read = " + ".join(map(str, paths)) or (which if which not in (None, *usage.NAMES) else "")
                 written_to = output if command == "predict" else run_dir
                 announce(" ".join(filter(None, (command, read, f"-> {written_to}" if written_to else ""))))
 

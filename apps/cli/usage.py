@@ -16,7 +16,7 @@ _TRAINER = "lightning.pytorch.trainer.trainer.Trainer"
 _SECTIONS = ("seed_everything", "trainer", "model", "data", "ckpt_path", "weights_only")
 _OF_COMMAND = {"validate": ("verbose",), "test": ("verbose",), "predict": ("return_predictions",)}
 _ASKING = ("print_config", "help", "h", "help_all")
-_NAMES = ("last", "best", "average")
+NAMES = ("last", "best", "average")
 """Names that ``--ckpt_path`` takes for the checkpoints in a run's folder."""
 ENDINGS = (".jsonl", ".csv", ".parquet", ".txt")
 """Endings of a file of predictions; each stands for a format."""
@@ -119,7 +119,7 @@ def check_complete(command: str, which: str | None, flags: Sequence[str], config
     Raises:
         UsageError: naming what is missing.
     """
-    if which not in (None, "null", "none", *_NAMES) or asks(flags):
+    if which not in (None, "null", "none", *NAMES) or asks(flags):
         return
     names = {name.partition(".")[0] for name, _ in given(flags)}
     missing = [part for part in ("model", "data") if part not in config and part not in names]
@@ -235,8 +235,8 @@ def check_checkpoint(command: str, which: str | None, run_dir: Path) -> None:
                 f"no checkpoint in {folder}: train one with moesaic fit, or give --ckpt_path (none: an untrained model)"
             )
         return
-    path = folder / f"{which}.ckpt" if which in _NAMES else Path(which)
-    if not path.exists() and not (which in _NAMES and command == "fit"):
+    path = folder / f"{which}.ckpt" if which in NAMES else Path(which)
+    if not path.exists() and not (which in NAMES and command == "fit"):
         raise FileNotFoundError(f"no checkpoint {path}")
 
 
