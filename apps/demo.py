@@ -136,8 +136,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(output: Path, extra: Sequence[str]) -> int:
     began = time.monotonic()
     print("moesaic demo: sparse and dense models of equal cost, on real data.", flush=True)
-    from apps import sources
     from apps.compare.command import command_line, run_command
+    from apps.data import sources
 
     drawn: list[Path] = []
     for part in PARTS:
@@ -177,12 +177,12 @@ def _pictures(arguments: Sequence[str], checkpoint: Path, folder: Path) -> list[
     if not (report / "drawn").exists():
         from lightning.pytorch import Trainer
 
+        from apps.base.quiet import quiet
         from apps.compare.experiment import Experiment
         from apps.compare.training import interruptible
-        from apps.nlp.module import Translator
-        from apps.quiet import quiet
-        from apps.vision.evaluation import ReportConfig
+        from apps.nlp.translation.module import Translator
         from apps.vision.module import VisionClassifier
+        from apps.vision.report import ReportConfig
 
         with quiet(own_notes=False):
             module, data = Experiment(arguments).build("sparse")

@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import Any
 
 MODULES = {
     "VisionClassifier": "apps.vision.module",
-    "MultiTaskRecommender": "apps.recsys.module",
+    "MultiTaskRecommender": "apps.recsys.tables.module",
     "NextItemRecommender": "apps.recsys.sequence.module",
-    "Translator": "apps.nlp.module",
-    "LanguageModeler": "apps.nlp.language",
+    "Translator": "apps.nlp.translation.module",
+    "LanguageModeler": "apps.nlp.language.module",
 }
 """The models: where each LightningModule is."""
 
 DATA = {
     "VisionData": "apps.vision.data",
-    "TableData": "apps.recsys.data",
+    "TableData": "apps.recsys.tables.data",
     "HistoryData": "apps.recsys.sequence.data",
-    "TranslationData": "apps.nlp.data",
-    "TextData": "apps.nlp.text",
+    "TranslationData": "apps.nlp.translation.data",
+    "TextData": "apps.nlp.language.data",
 }
 """The data: where each LightningDataModule is."""
 
+DATASETS = ("apps.vision.datasets", "apps.recsys.readers.datasets", "apps.nlp.text.datasets")
+"""Modules that register the apps' datasets when they are imported."""
+
 TRAINER_PARTS = frozenset(
     {
-        "apps.callbacks.BestAndLast",
-        "apps.recsys.strategy.TorchRecStrategy",
+        "apps.train.callbacks.BestAndLast",
+        "apps.recsys.tables.strategy.TorchRecStrategy",
         "lightning.pytorch.callbacks.EarlyStopping",
         "lightning.pytorch.callbacks.LearningRateMonitor",
         "lightning.pytorch.callbacks.early_stopping.EarlyStopping",
@@ -54,3 +58,12 @@ def resolve(name: str) -> Any:
         raise KeyError(name)
     module, _, short = path.rpartition(".")
     return getattr(importlib.import_module(module), short)
+
+
+def import_datasets() -> None:
+    """Import the modules that register datasets. One that lacks an optional library is named in a warning."""
+    for module in DATASETS:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:  # an optional library of one app must not hide the data of the others
+            logging.getLogger(__name__).warning("the datasets of %s are not listed: %s", module, error)

@@ -1,7 +1,7 @@
 """Sentences a second of beam search: ours and that of transformers, on the same weights; and what batch pruning gives.
 
 Beam 5, 32 sentences a batch, float32, on a CPU. A model of transformers is made with random weights and read as ours
-(``apps.nlp.porting``). Both decode the same number of steps: no sentence may end earlier. Each round times each system
+(``apps.porting``). Both decode the same number of steps: no sentence may end earlier. Each round times each system
 once, in turn, and ratios are taken within a round.
 
 For pruning, sentences end at lengths that are spread as those of image captions, and all 32 begin together.
@@ -26,12 +26,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apps.machine import machine_line
+from apps.base.machine import machine_line
+from apps.data.subwords import EOS_ID, PAD_ID
+from apps.nets.transformer import TranslationModel
 from apps.nlp.decode import DecodeConfig, translate_ids
-from apps.nlp.model import TranslationModel
-from apps.nlp.porting import from_published
-from apps.nlp.porting.vocabulary import Vocabulary
-from apps.nlp.subwords import EOS_ID, PAD_ID
+from apps.porting import from_published
+from apps.porting.vocabulary import Vocabulary
 
 LAYERS, DIM, HIDDEN, HEADS, VOCAB = 4, 128, 256, 4, 8000
 """Of encoder and decoder each: the size "tiny", every second layer sparse, experts as wide as the dense FFNs."""

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import core
-from apps.machine import machine_line
+from apps.base.machine import machine_line
 from core.kernels import BACKENDS
 from core.kernels.products import is_served_badly, mm
 from core.memory import kept_bytes

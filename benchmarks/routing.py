@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 import core
-from apps import routers
-from apps.machine import machine_line
+from apps.base.machine import machine_line
+from apps.equal_cost import routers
 from core.memory import kept_bytes
 
 NONE = "–"
@@ -208,7 +208,7 @@ def gates(config: core.MoEConfig, shape: Shape, training: bool) -> Tensor:
 
 def draw(names: list[str], folder: Path) -> None:
     """One picture a router: who computes whom, of two sequences of 16 tokens in up to 16 clusters."""
-    from apps import plots
+    from apps.report import plots
 
     shape = Shape(B=2, S=16, D=32, E=8, F=8)
     for name in names:

@@ -31,12 +31,12 @@ from torch.utils.data import DataLoader
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import core
-from apps.recsys.batch import TableBatch
-from apps.recsys.embedding import EmbeddingConfig
-from apps.recsys.features import CategoricalFeature, Features
-from apps.recsys.module import MultiTaskRecommender
-from apps.recsys.sharding import is_split, tables
-from apps.recsys.strategy import TorchRecStrategy
+from apps.recsys.encoding.features import CategoricalFeature, Features
+from apps.recsys.tables.batch import TableBatch
+from apps.recsys.tables.embedding import EmbeddingConfig
+from apps.recsys.tables.module import MultiTaskRecommender
+from apps.recsys.tables.sharding import is_split, tables
+from apps.recsys.tables.strategy import TorchRecStrategy
 
 SHARDINGS = ("table_wise", "row_wise", "column_wise")
 

@@ -26,16 +26,16 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
 import core
-from apps.callbacks import GeneratorState, MetricsCSV
-from apps.machine import machine_line
-from apps.quiet import quiet
-from apps.recsys.batch import TableBatch
-from apps.recsys.data import TableData
-from apps.recsys.dense import DenseConfig
-from apps.recsys.embedding import EmbeddingConfig
-from apps.recsys.module import MultiTaskRecommender
-from apps.recsys.tasks import HeadConfig
-from apps.training import OptimizerConfig
+from apps.base.machine import machine_line
+from apps.base.quiet import quiet
+from apps.recsys.tables.batch import TableBatch
+from apps.recsys.tables.data import TableData
+from apps.recsys.tables.dense import DenseConfig
+from apps.recsys.tables.embedding import EmbeddingConfig
+from apps.recsys.tables.module import MultiTaskRecommender
+from apps.recsys.tables.tasks import HeadConfig
+from apps.train.callbacks import GeneratorState, MetricsCSV
+from apps.train.module import OptimizerConfig
 
 PEER = "torch-rechub, bare loop"
 

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 import core
+from apps.base.machine import machine_line
 from apps.bench import load
-from apps.loss import linear_cross_entropy
-from apps.machine import machine_line
+from apps.nets.loss import linear_cross_entropy
 
 decode = load("decode")
 

@@ -12,17 +12,18 @@ import yaml
 from PIL import Image
 
 import core
-from apps import routers, sources
 from apps.cli.train import build, quiet
 from apps.compare.experiment import Experiment, arguments
 from apps.compare.options import command_line as command_line_of_compare
 from apps.compare.systems import SPARSE, candidates
-from apps.nlp.data import TranslationData
-from apps.nlp.subwords import SubwordConfig, train_subwords
-from apps.nlp.text import TextData
-from apps.recsys.data import TableData
-from apps.recsys.features import CategoricalFeature, ContinuousFeature, Features
+from apps.data import sources
+from apps.data.subwords import SubwordConfig, train_subwords
+from apps.equal_cost import routers
+from apps.nlp.language.data import TextData
+from apps.nlp.translation.data import TranslationData
+from apps.recsys.encoding.features import CategoricalFeature, ContinuousFeature, Features
 from apps.recsys.sequence.data import HistoryData
+from apps.recsys.tables.data import TableData
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -155,7 +156,7 @@ def test_a_header_s_commands_are_found(tmp_path):
 
 @pytest.mark.parametrize(("path", "words"), COMMANDS, ids=[f"{name(p)}: {' '.join(words)}" for p, words in COMMANDS])
 def test_what_a_header_says_to_type_is_read_and_built(path, words, monkeypatch, tmp_path):
-    if any("apps.recsys.strategy" in (ROOT / word).read_text() for word in words if word.endswith(".yaml")):
+    if any("apps.recsys.tables.strategy" in (ROOT / word).read_text() for word in words if word.endswith(".yaml")):
         pytest.importorskip("torchrec")
     monkeypatch.chdir(tmp_path)
     no_data(monkeypatch)

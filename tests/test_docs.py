@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 import core
-from apps import routers
 from apps.cli import main
+from apps.equal_cost import routers
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))

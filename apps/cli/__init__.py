@@ -22,7 +22,7 @@ _TRAINING = {
 _OTHERS = {
     "compare": ("apps.compare", "train sparse and dense models of equal cost, and compare them"),
     "bench": ("apps.bench", "measure the speed of a layer on this machine"),
-    "data": ("apps.sources", "list the datasets, or fetch one"),
+    "data": ("apps.data.sources", "list the datasets, or fetch one"),
 }
 _PLANNED = {"convert": "upcycle, densify, quantize and merge checkpoints"}
 
@@ -126,8 +126,8 @@ def _dispatch(args: list[str]) -> int:
         if rest in (["-h"], ["--help"]):
             print(_training_help(command))
             return 0
+        from apps.base.quiet import quiet
         from apps.cli.request import Request
-        from apps.quiet import quiet
 
         with quiet():  # of what libraries say when a model's class is imported
             request = Request.read(command, rest, announce=lambda line: _announce(command, line))

@@ -12,11 +12,11 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 import core
-from apps import sharded
-from apps.checkpoints import CONFIG_BASES, check_arguments, module_class
 from apps.cli import usage
 from apps.cli.classes import short
-from apps.training import to_plain
+from apps.train import sharded
+from apps.train.loading import CONFIG_BASES, check_arguments, module_class
+from apps.train.module import to_plain
 
 
 def find_checkpoint(command: str, which: str | None, run_dir: Path) -> Path | None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from apps import sources
 from apps.cli.parser import Parser
+from apps.data import sources
 
 
 def run(argv: list[str]) -> int:

@@ -13,9 +13,9 @@ import typing
 from collections.abc import Iterable
 from typing import Any
 
+from apps.base.messages import message, one_line
 from apps.cli import UsageError
 from apps.cli.classes import app_classes
-from apps.messages import message, one_line
 
 _NOISE = re.compile(
     r"^(Does not validate against any|Subtypes: |Errors:|Given value|Expected a <class 'NoneType'>|"

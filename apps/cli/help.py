@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 
 import docstring_parser
 
-from apps.checkpoints import CONFIG_BASES
 from apps.cli import RUN_OPTIONS, UsageError
 from apps.cli.classes import app_classes, long_name
 from apps.cli.errors import subclasses, unknown_option
 from apps.cli.request import Request
 from apps.cli.usage import class_path, given
+from apps.train.loading import CONFIG_BASES
 
 SECTIONS = ("run", "trainer", "model", "data")
 _LONGEST = 48

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from apps.files import naming, replacing
+from apps.base.files import naming, replacing
 
 _CHUNK = 8192
 """Rows of a Parquet row group."""

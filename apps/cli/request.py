@@ -20,10 +20,10 @@ from typing import Any
 
 import yaml
 
+from apps.base.files import CONFIGS, naming
 from apps.cli import UsageError, usage
 from apps.cli.classes import long_name, short
 from apps.cli.errors import subclasses
-from apps.files import CONFIGS, naming
 
 _QUOTED_LIST = re.compile(
     r"""\[\s*(?:(?:"(?:[^"\\]|\\.)*"|'(?:[^']|'')*')\s*(?:,\s*|(?=\])))*\]""",
@@ -111,8 +111,8 @@ class Request:
                 written_to = output if command == "predict" else run_dir
                 announce(" ".join(filter(None, (command, read, f"-> {written_to}" if written_to else ""))))
 
-        from apps.checkpoints import check_beside, load_checkpoint
         from apps.cli.checkpoint import find_checkpoint, import_named, remembered
+        from apps.train.loading import check_beside, load_checkpoint
 
         if beside_checkpoint is not None:
             check_beside(beside_checkpoint, paths[0])
@@ -400,8 +400,8 @@ def with_remembered_data(config: Mapping[str, Any], flags: list[str], checkpoint
 
     They come from the checkpoint's model, which has arguments of the same names, unless they are written by hand.
     """
-    from apps.checkpoints import check_arguments
     from apps.cli.checkpoint import without_fixed_classes
+    from apps.train.loading import check_arguments
 
     kind = _find_class("data", flags, config)
     names = getattr(kind, "from_checkpoint", ())
@@ -436,7 +436,7 @@ def with_defaults(part: str, flags: list[str], config: Mapping[str, Any]) -> dic
         return dict(config)
 
     from apps.cli.checkpoint import without_fixed_classes
-    from apps.training import to_plain
+    from apps.train.module import to_plain
 
     arguments = written.get("init_args") or {} if {"class_path", "init_args"} & written.keys() else written
     options = ((name.removeprefix(f"{part}."), value) for name, value in usage.given(flags))
@@ -483,7 +483,7 @@ def _with_own_defaults(value: Any) -> Any:
         return inner
 
     from apps.cli.checkpoint import without_fixed_classes
-    from apps.training import to_plain
+    from apps.train.module import to_plain
 
     own = {}
     for field in dataclasses.fields(kind):

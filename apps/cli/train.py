@@ -21,20 +21,20 @@ from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import CheckpointIO
 
-from apps import sharded
-from apps.callbacks import AtomicCheckpointIO, BestAndLast, EventLog, GeneratorState, MetricsCSV, progress
-from apps.checkpoints import CONFIG_BASES, load_checkpoint
+from apps.base.files import naming, replacing
+from apps.base.quiet import quiet
 from apps.cli import UsageError
 from apps.cli.checkpoint import check_fits, first_difference, short, without_fixed_classes
 from apps.cli.errors import reduce_message
 from apps.cli.predictions import PredictionFile
 from apps.cli.request import Request, take
 from apps.cli.usage import check_new
-from apps.files import naming, replacing
-from apps.quiet import quiet
-from apps.run_folder import RunFolder, check_free, check_own, mark
-from apps.stopping import StopsSoon
-from apps.training import to_plain
+from apps.train import sharded
+from apps.train.callbacks import AtomicCheckpointIO, BestAndLast, EventLog, GeneratorState, MetricsCSV, progress
+from apps.train.loading import CONFIG_BASES, load_checkpoint
+from apps.train.module import to_plain
+from apps.train.run_folder import RunFolder, check_free, check_own, mark
+from apps.train.stopping import StopsSoon
 
 TRAINER_DEFAULTS = {
     "log_every_n_steps": 10,

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from apps import routers
+from apps.base.machine import cpu_name
+from apps.base.quiet import quiet
 from apps.cli import is_termination
 from apps.cli.request import shipped
 from apps.compare import table
@@ -31,10 +32,9 @@ from apps.compare.stats import choose
 from apps.compare.summary import ExamplePair, Summary, summarize, tuned
 from apps.compare.systems import SPARSE, System, find_systems, label
 from apps.compare.training import Unit, train
-from apps.machine import cpu_name
-from apps.quiet import quiet
-from apps.stopping import terminable
-from apps.training import SparseModule
+from apps.equal_cost import routers
+from apps.train.module import SparseModule
+from apps.train.stopping import terminable
 
 if TYPE_CHECKING:
     from rich.progress import TaskID

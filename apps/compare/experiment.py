@@ -17,7 +17,7 @@ from apps.cli import UsageError
 from apps.cli.checkpoint import CONFIG_BASES
 from apps.cli.train import Request, SparseCLI
 from apps.compare.systems import SPARSE, Estimator, candidates
-from apps.training import SparseModule
+from apps.train.module import SparseModule
 
 # Of the trainer, what a comparison sets itself.
 _OWN = ("callbacks", "logger", "default_root_dir", "plugins", "enable_progress_bar", "enable_model_summary",

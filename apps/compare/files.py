@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from apps.files import replacing
+from apps.base.files import replacing
 
 
 def write_text(path: Path, text: str) -> Path:

@@ -24,11 +24,11 @@ import torch
 from lightning.pytorch import Trainer, seed_everything
 
 import core
+from apps.base.messages import first_line
 from apps.compare.experiment import Experiment
 from apps.compare.parallel import answering, start, worker_context
-from apps.cost import measure_cost, num_examples
-from apps.messages import first_line
-from apps.training import SparseModule
+from apps.train.cost import measure_cost, num_examples
+from apps.train.module import SparseModule
 
 ROUND_SECONDS = 0.3
 """A round is as many steps as take this long, at least one."""

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from apps import routers
 from apps.cli import UsageError
 from apps.cli.parser import Parser
 from apps.cli.request import nearest, shipped
+from apps.equal_cost import routers
 
 SEARCH_FACTORS = (1 / 3, 1.0, 3.0)
 """The learning rates tried, over the configured one."""

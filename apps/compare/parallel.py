@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
+from apps.base.quiet import quiet
 from apps.compare.experiment import Experiment
 from apps.compare.training import Unit, train
-from apps.quiet import quiet
 
 
 def worker_context(modules: Sequence[str] = ()) -> BaseContext:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from apps import routers
 from apps.compare.files import differences, read_json, write_json
 from apps.compare.options import Options
 from apps.compare.training import Unit
+from apps.equal_cost import routers
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch import nn
 
-from apps import routers
-from apps.baselines import Search
-from apps.cost import Cost, cuda_devices, measure_cost
-from apps.training import Baseline, SparseModule
+from apps.equal_cost import routers
+from apps.equal_cost.twins import Search
+from apps.train.cost import Cost, cuda_devices, measure_cost
+from apps.train.module import Baseline, SparseModule
 
 TOLERANCE = 0.05
 """Relative difference of the replaced blocks beyond which a pair is not called equal."""

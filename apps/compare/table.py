@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from apps import plots
 from apps.compare.summary import Row, Summary, flops, flops_trained, flops_unit, notes, number
 from apps.compare.systems import label
-from apps.cost import megaflops
-from apps.intervals import Interval
+from apps.report import plots
+from apps.report.intervals import Interval
+from apps.train.cost import megaflops
 
 NONE = "–"
 

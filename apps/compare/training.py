@@ -20,13 +20,13 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from apps.averaging import AVERAGE, FOLDER
-from apps.baselines import Search
-from apps.callbacks import AtomicCheckpointIO, BestAndLast, GeneratorState
+from apps.base.quiet import quiet
 from apps.compare.experiment import Experiment
 from apps.compare.files import read_json, write_json
-from apps.quiet import quiet
-from apps.training import NonFiniteError, SparseModule, to_plain
+from apps.equal_cost.twins import Search
+from apps.train.averaging import AVERAGE, FOLDER
+from apps.train.callbacks import AtomicCheckpointIO, BestAndLast, GeneratorState
+from apps.train.module import NonFiniteError, SparseModule, to_plain
 
 CHECKPOINT = "last.ckpt"
 TRIED = "tried.json"

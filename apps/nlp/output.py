@@ -17,11 +17,11 @@ from typing import Any, ClassVar, TextIO
 import torch
 from torch import Tensor, nn
 
-from apps.callbacks import naming
-from apps.files import replacing
+from apps.base.files import replacing
 from apps.nlp.decode import DecodeConfig
 from apps.nlp.predict import Line
-from apps.training import to_plain
+from apps.train.callbacks import naming
+from apps.train.module import to_plain
 
 log = logging.getLogger(__name__)
 

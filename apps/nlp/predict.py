@@ -13,12 +13,12 @@ from typing import Any, Literal, NamedTuple, TypeVar, get_args
 import numpy as np
 import torch
 
-from apps import sources
-from apps.nlp.batch import TranslationBatch
-from apps.nlp.batches import cut_by_tokens
+from apps.data import sources
+from apps.data.lines import clean
+from apps.data.subwords import BOS_ID, EOS_ID, PAD_ID, Subwords
 from apps.nlp.decode import DecodeConfig
-from apps.nlp.readers.lines import clean
-from apps.nlp.subwords import BOS_ID, EOS_ID, PAD_ID, Subwords
+from apps.nlp.text.batch import TranslationBatch
+from apps.nlp.text.batches import cut_by_tokens
 
 log = logging.getLogger(__name__)
 

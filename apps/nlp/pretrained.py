@@ -6,9 +6,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from apps.nlp.porting import Architecture, config_of, load_pretrained_weights, subwords_of
-from apps.nlp.subwords import Subwords
-from apps.training import SparseModule
+from apps.data.subwords import Subwords
+from apps.porting import Architecture, config_of, load_pretrained_weights, subwords_of
+from apps.train.module import SparseModule
 
 log = logging.getLogger(__name__)
 

@@ -1,8 +1,8 @@
 """Metrics of click models and of rankings as torchmetrics metrics, the same on one process or many.
 
 ``MultiTaskMetrics`` and ``RankingMetrics`` are what a module returns from ``build_metrics``. What is computed, and how
-ties, bins and classes that are missing are treated, stands in ``apps.recsys.figures``. Ranks are pessimistic: an item
-with the score of the target stands before it, so a constant scorer ranks last.
+ties, bins and classes that are missing are treated, stands in ``apps.recsys.binary_metrics``. Ranks are pessimistic: an
+item with the score of the target stands before it, so a constant scorer ranks last.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import Metric
 
-from apps.recsys.figures import NO_GROUP, Binning, ScoreGroups, TaskFigures, figures_of, task_figures, unknown
+from apps.recsys.binary_metrics import NO_GROUP, Binning, ScoreGroups, TaskFigures, figures_of, task_figures, unknown
 
 # Logits beyond it share the outermost bins of the streaming form: their probability is within 1.2e-7 of 0 or 1.
 _LIMIT = 16.0

@@ -2,7 +2,8 @@
 
 Cropping an image of 28x28 takes microseconds and calling a transform for it fifty: a loop over images would cost more
 than a small model. All draws are torch's global ones, as in torchvision; the loader seeds them for each batch
-(`apps.loader.seeded`). Images are uint8 (B, C, H, W) until `random_erase` and `mix`, which take normalised float32.
+(`apps.data.loader.seeded`). Images are uint8 (B, C, H, W) until `random_erase` and `mix`, which take normalised
+float32.
 """
 
 from __future__ import annotations

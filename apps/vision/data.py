@@ -3,7 +3,7 @@
 Small datasets are one uint8 tensor in memory and batches are cut out of it by index: a batch costs a few milliseconds
 and no worker process is needed. Folders of larger images are decoded by worker processes, one image at a time. Either
 way the random transforms then work on the whole batch (`augment`). The order of an epoch and all draws depend on (seed,
-epoch, batch) alone: `apps.loader.ResumableLoader` restores them in mid-epoch.
+epoch, batch) alone: `apps.data.loader.ResumableLoader` restores them in mid-epoch.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-from apps import sources
-from apps.loader import ResumableLoader, in_order, overfits
+from apps.data import sources
+from apps.data.loader import ResumableLoader, in_order, overfits
 from apps.vision.augment import (
     RANDAUGMENT_BINS,
     BatchRandAugment,

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from apps import sources
-from apps.sources import Dataset, DebianPackage, File, PythonPackage, UrlSource
+from apps.data import sources
+from apps.data.sources import Dataset, DebianPackage, File, PythonPackage, UrlSource
 from apps.vision.readers import Splits, read_cifar, read_csv_digits, read_mnist
 
 

@@ -24,8 +24,8 @@ from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_
 from torch import Tensor, nn
 
 import core
-from apps.blocks import resolve_blocks
-from apps.messages import first_line
+from apps.base.messages import first_line
+from apps.nets.blocks import resolve_blocks
 
 _logger = logging.getLogger(__name__)
 
@@ -174,7 +174,7 @@ class VMoE(VisionTransformer):
         in_chans: channels of an image.
         num_classes: classes; 0 leaves the head out.
         moe: the MoE layer; None: a dense model.
-        moe_blocks: which blocks; see ``apps.blocks.resolve_blocks``. "last2" is V-MoE's Last-2. In a dense model:
+        moe_blocks: which blocks; see ``apps.nets.blocks.resolve_blocks``. "last2" is V-MoE's Last-2. In a dense model:
             which blocks ``replaced_hidden_dim`` widens.
         replaced_hidden_dim: FFN hidden dim of those blocks in a dense model; None: that of the other blocks. With
             ``moe`` it is refused: the experts' own hidden dim says it.

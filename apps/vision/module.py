@@ -18,13 +18,13 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 import core
-from apps.baselines import DenseTwin, dense_baselines
-from apps.training import Baseline, OptimizerConfig, SparseModule, TaskOutput
+from apps.equal_cost.twins import DenseTwin, dense_baselines
+from apps.equal_cost.widths import SolvedWidth, ffn_widths
+from apps.train.module import Baseline, OptimizerConfig, SparseModule, TaskOutput
 from apps.vision.encoding import ImageEncoding, normalize
-from apps.vision.evaluation import ReportConfig, VisionReport, hard_labels
 from apps.vision.model import ViTConfig, VMoE, load_pretrained_weights
 from apps.vision.readers import to_pixels
-from apps.widths import SolvedWidth, ffn_widths
+from apps.vision.report import ReportConfig, VisionReport, hard_labels
 
 _REPORT = ReportConfig()
 

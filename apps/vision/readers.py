@@ -23,8 +23,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2.functional import to_dtype
 
-from apps.inflate import read_limited
-from apps.messages import one_line
+from apps.base.inflate import read_limited
+from apps.base.messages import one_line
 
 
 class ImageSet(torch.utils.data.Dataset[Any]):

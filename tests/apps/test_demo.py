@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from apps import demo, sources
+from apps import demo
 from apps.compare import training
+from apps.data import sources
 
 FEW = ["--jobs", "1", "--seeds", "2", "--rounds", "0", "--learning_rates", "0.004", "--trainer.max_epochs", "1",
        "--trainer.limit_train_batches", "2", "--trainer.limit_test_batches", "1"]  # fmt: skip
@@ -68,8 +69,8 @@ def test_stopping_says_how_to_go_on(tmp_path, monkeypatch, capsys, digits, stop,
 
 def test_every_part_is_a_comparison_that_parses(monkeypatch):
     from apps.compare.experiment import Experiment, arguments
-    from apps.recsys.data import TableData
-    from apps.recsys.features import CategoricalFeature, Features
+    from apps.recsys.encoding.features import CategoricalFeature, Features
+    from apps.recsys.tables.data import TableData
 
     made = Features(categorical=(CategoricalFeature("city", 5),), tasks=("income", "never_married"))
     monkeypatch.setattr(TableData, "features", made)  # the table is not fetched

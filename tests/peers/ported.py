@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from apps.data.subwords import BOS_ID, PAD_ID
+from apps.nets.transformer import LanguageModel
 from apps.nlp.decode import DecodeConfig, generate_ids, translate_ids
-from apps.nlp.model import LanguageModel
-from apps.nlp.porting import FAMILIES, Architecture, from_published, load_pretrained, save_pretrained, to_published
-from apps.nlp.subwords import BOS_ID, PAD_ID
+from apps.porting import FAMILIES, Architecture, from_published, load_pretrained, save_pretrained, to_published
 
 VOCAB = 60
 LENGTHS = (9, 5, 7, 1)

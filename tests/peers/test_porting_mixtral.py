@@ -12,8 +12,8 @@ import torch
 from ported import VOCAB, Pair, check_own, modeling, randomize
 
 import core
-from apps.nlp.config import TransformerConfig
-from apps.nlp.model import LanguageModel
+from apps.nets.config import TransformerConfig
+from apps.nets.transformer import LanguageModel
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 

@@ -13,8 +13,8 @@ import torch
 from ported import VOCAB, Pair, check_own, double, modeling, randomize
 
 import core
-from apps.nlp.config import TransformerConfig
-from apps.nlp.model import TranslationModel
+from apps.nets.config import TransformerConfig
+from apps.nets.transformer import TranslationModel
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 

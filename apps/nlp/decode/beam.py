@@ -7,10 +7,9 @@ import math
 import torch.nn.functional as F
 from torch import Tensor
 
-from apps.nlp.subwords import EOS_ID
-
-from .choice import Choice
-from .top import top_sums
+from apps.data.subwords import EOS_ID
+from apps.nlp.decode.choice import Choice
+from apps.nlp.decode.top import top_sums
 
 
 def ranked(log_prob_bkV: Tensor, score_bk: Tensor, width: int, exact: bool) -> Choice:

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor, nn
 
 import core
-from apps.messages import warn_once
-from apps.nlp.layers import RMSNorm
-from apps.nlp.subwords import BOS_ID, PAD_ID
-
-from .config import DecodeConfig
-from .search import Hypotheses, search
+from apps.base.messages import warn_once
+from apps.data.subwords import BOS_ID, PAD_ID
+from apps.nets.layers import RMSNorm
+from apps.nlp.decode.config import DecodeConfig
+from apps.nlp.decode.search import Hypotheses, search
 
 log = logging.getLogger(__name__)
 

@@ -9,10 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from apps.nlp.subwords import EOS_ID
-
-from .choice import Choice
-from .config import DecodeConfig
+from apps.data.subwords import EOS_ID
+from apps.nlp.decode.choice import Choice
+from apps.nlp.decode.config import DecodeConfig
 
 
 def drawn(log_prob_bkV: Tensor, score_bk: Tensor, draw_bk: Tensor, config: DecodeConfig) -> Choice:

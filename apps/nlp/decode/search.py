@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apps.nlp.subwords import BOS_ID, EOS_ID, PAD_ID
-
-from .beam import ranked
-from .choice import Choice, Report
-from .config import DecodeConfig
-from .sampling import drawn, draws
+from apps.data.subwords import BOS_ID, EOS_ID, PAD_ID
+from apps.nlp.decode.beam import ranked
+from apps.nlp.decode.choice import Choice, Report
+from apps.nlp.decode.config import DecodeConfig
+from apps.nlp.decode.sampling import drawn, draws
 
 
 @dataclass(frozen=True)

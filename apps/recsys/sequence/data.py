@@ -1,7 +1,7 @@
 """Click histories for the next item: MovieLens, and any table of user, item and time.
 
 A batch is cut out of one array of all items by the bounds of each user's history. The order of an epoch depends on
-(seed, epoch) alone: `apps.loader.ResumableLoader` restores it in mid-epoch.
+(seed, epoch) alone: `apps.data.loader.ResumableLoader` restores it in mid-epoch.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from apps import sources
-from apps.loader import ResumableLoader, as_it_is, in_order, overfits
-from apps.recsys import files
-from apps.recsys.datasets import RECSYS_DATASETS
-from apps.recsys.encoding import Vocabulary
+from apps.data import sources
+from apps.data.loader import ResumableLoader, as_it_is, in_order, overfits
+from apps.recsys.encoding.learnt import Vocabulary
+from apps.recsys.readers import own_files
+from apps.recsys.readers.datasets import RECSYS_DATASETS
 from apps.recsys.sequence import histories
 from apps.recsys.sequence.histories import Histories, Items
 
@@ -327,7 +327,7 @@ class HistoryData(LightningDataModule):
         if self.dataset == "table":
             assert self.file is not None
             return histories.from_table(
-                files.find_files(None, self.file, "file"),
+                own_files.find_files(None, self.file, "file"),
                 self.user_column,
                 self.item_column,
                 self.time_column,

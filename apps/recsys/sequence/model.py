@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import core
-from apps.blocks import resolve_blocks
+from apps.nets.blocks import resolve_blocks
 
 EXPERTS = ("convolution", "attention")
 """The experts of a ``TokenMixing`` layer, in the order of its gates."""
@@ -308,7 +308,7 @@ class HistoryModel(nn.Module):
         num_items: items, numbered from 1; 0 is padding.
         max_length: items of the longest history.
         moe: the MoE layer in place of the FFN of ``moe_blocks``; its router must be causal. None: a dense model.
-        moe_blocks: which blocks; see ``apps.blocks.resolve_blocks``. In a dense model: which blocks
+        moe_blocks: which blocks; see ``apps.nets.blocks.resolve_blocks``. In a dense model: which blocks
             ``replaced_hidden_dim`` is for.
         replaced_hidden_dim: FFN hidden dim of those blocks in a dense model; None: that of the others.
 

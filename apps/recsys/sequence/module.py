@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 import core
-from apps.baselines import dense_baselines
-from apps.loss import linear_cross_entropy
-from apps.plain import as_config
+from apps.equal_cost.twins import dense_baselines
+from apps.equal_cost.widths import SolvedWidth, ffn_widths
+from apps.nets.loss import linear_cross_entropy
 from apps.recsys.metrics import RankingMetrics
 from apps.recsys.sequence import scoring
 from apps.recsys.sequence.model import HistoryModel, HistoryModelConfig, last_of
-from apps.training import Baseline, OptimizerConfig, SparseModule, TaskOutput
-from apps.widths import SolvedWidth, ffn_widths
+from apps.train.module import Baseline, OptimizerConfig, SparseModule, TaskOutput
+from apps.train.plain import as_config
 
 CUTOFF = 10
 """Of the hit rate and the NDCG."""

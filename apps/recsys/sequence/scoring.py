@@ -12,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from apps.recsys.encoding import Vocabulary
-from apps.recsys.scoring import encoding_of, is_frame, pieces
+from apps.recsys.encoding.learnt import Vocabulary
 from apps.recsys.sequence.data import Examples
+from apps.recsys.tables.scoring import encoding_of, is_frame, pieces
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -116,7 +116,7 @@ def _flat(histories: Sequence[Any]) -> tuple[list[str], NDArray[np.int64]]:
     """All items as text, and how many each history has."""
     import pyarrow as pa
 
-    from apps.recsys import encode
+    from apps.recsys.encoding import encode
 
     for place, history in enumerate(histories):
         if not _are_lists(history):
@@ -163,7 +163,7 @@ def _ordered(
 
     Users are numbered in the order in which they first occur.
     """
-    from apps.recsys import encode
+    from apps.recsys.encoding import encode
 
     def parts(column: str) -> list[encode.Part]:
         return [("the rows to predict", table[column])]

@@ -9,8 +9,7 @@ from compared import CONFIG
 
 
 @pytest.fixture
-def config(tmp_path, monkeypatch) -> Path:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
+def config(tmp_path) -> Path:
     path = tmp_path / "tiny.yaml"
     path.write_text(CONFIG)
     return path

@@ -13,11 +13,12 @@ import time
 import compare_app
 import pytest
 import torch
-from compared import ROOT, experiment, offers, overlay
+from compared import experiment, offers, overlay
+from places import ROOT
 
-from apps import routers
 from apps.cli import main as moesaic
 from apps.compare import command, measure, training
+from apps.equal_cost import routers
 
 
 def test_compare_end_to_end_and_again(config, tmp_path, monkeypatch, capsys):

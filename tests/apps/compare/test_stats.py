@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from apps.compare.stats import choose, paired_difference, quality_at, verdict
-from apps.intervals import Interval, mean_interval
+from apps.report.intervals import Interval, mean_interval
 
 
 def test_mean_interval_is_students_t():

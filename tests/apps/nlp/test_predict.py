@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import pytest
 
 from apps.nlp import output
-from apps.nlp.data import TranslationData
 from apps.nlp.decode import DecodeConfig
+from apps.nlp.language.data import TextData
 from apps.nlp.predict import Candidate, Line, checked_texts, decoding, given_lines, in_order
-from apps.nlp.text import TextData
+from apps.nlp.translation.data import TranslationData
 
 
 def test_a_line_comes_as_soon_as_all_before_it_are_there():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import itertools
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -18,18 +17,19 @@ import pytest
 import torch
 import yaml
 from copying import copy_data, write_copies
+from places import environment
 
 from apps.cli import UsageError, main
 from apps.cli.request import Request
 from apps.cli.train import build
+from apps.data.subwords import SubwordConfig
 from apps.nlp import output
-from apps.nlp.data import TranslationData
-from apps.nlp.module import Translations, Translator
-from apps.nlp.subwords import SubwordConfig
+from apps.nlp.translation.data import TranslationData
+from apps.nlp.translation.module import Translations, Translator
 
 CONFIG = """
 model:
-  class_path: apps.nlp.module.Translator
+  class_path: apps.nlp.translation.module.Translator
   init_args:
     transformer: {size: nano, dim: 32, hidden_dim: 32, encoder_layers: 1, decoder_layers: 1}
     moe: {num_experts: 4, expert: {class_path: core.FFN, init_args: {hidden_dim: 16}}}
@@ -37,7 +37,7 @@ model:
     decoder_moe_layers: all
     report: null
 data:
-  class_path: apps.nlp.data.TranslationData
+  class_path: apps.nlp.translation.data.TranslationData
   init_args:
     dataset: moses
     root: corpus
@@ -176,11 +176,10 @@ def test_the_best_candidates_of_a_line_come_with_their_scores(capsys):
 
 def test_a_script_that_translates_hears_nothing_of_lightning():
     script = (
-        "from apps.nlp.module import Translator\n"
+        "from apps.nlp.translation.module import Translator\n"
         "print(len(Translator.load_from_checkpoint('runs/copies/checkpoints/best.ckpt').predict(['red'], 'en-de')))\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment(), check=True)
     assert (done.stdout, done.stderr) == ("1\n", "")
 
 

@@ -16,15 +16,15 @@ from torch.testing import assert_close
 
 import core
 from apps.cli import main
-from apps.nlp.config import TransformerConfig
-from apps.nlp.data import TranslationData
+from apps.data.subwords import SubwordConfig
+from apps.nets.config import TransformerConfig
+from apps.nets.transformer import LanguageModel, TranslationModel
 from apps.nlp.decode import DecodeConfig
-from apps.nlp.language import LanguageModeler
-from apps.nlp.model import LanguageModel, TranslationModel
-from apps.nlp.module import Translator
-from apps.nlp.porting import config_of, load_pretrained, save_pretrained, subwords_of
-from apps.nlp.subwords import SubwordConfig
-from apps.nlp.text import TextData
+from apps.nlp.language.data import TextData
+from apps.nlp.language.module import LanguageModeler
+from apps.nlp.translation.data import TranslationData
+from apps.nlp.translation.module import Translator
+from apps.porting import config_of, load_pretrained, save_pretrained, subwords_of
 
 T5 = replace(
     published_shapes.T5,
@@ -124,14 +124,14 @@ def test_a_translator_begins_with_the_published_network_and_weights(moe, corpus,
 
 CONFIG = """
 model:
-  class_path: apps.nlp.module.Translator
+  class_path: apps.nlp.translation.module.Translator
   init_args:
     pretrained: published
     report: null
     decode: {method: greedy, max_length_ratio: 1.0, max_length_extra: 2}
     optimizer: {lr: 1.0e-2}
 data:
-  class_path: apps.nlp.data.TranslationData
+  class_path: apps.nlp.translation.data.TranslationData
   init_args:
     dataset: moses
     root: corpus

@@ -14,7 +14,7 @@ import torch.multiprocessing as mp
 from sklearn import metrics as sk
 from sklearn.calibration import calibration_curve
 
-from apps.recsys import figures
+from apps.recsys import binary_metrics
 from apps.recsys.metrics import (
     AUC,
     PRAUC,
@@ -50,13 +50,13 @@ def sigmoid(z: np.ndarray) -> np.ndarray:
 def test_equal_to_scikit_learn(n, ties):
     z, y, _ = draw(n, ties=ties)
     y[:2] = (0, 1)
-    found = figures.task_figures(z, y)
+    found = binary_metrics.task_figures(z, y)
     assert found.auc == pytest.approx(sk.roc_auc_score(y, z), abs=1e-12)
     assert found.pr_auc == pytest.approx(sk.average_precision_score(y, z), abs=1e-12)
     assert found.log_loss == pytest.approx(sk.log_loss(y, sigmoid(z)), abs=1e-12)
     assert found.mean_prediction == pytest.approx(sigmoid(z).mean(), abs=1e-12)
     assert found.base_rate == pytest.approx(y.mean())
-    probable = figures.task_figures(sigmoid(z).astype(np.float32), y, outputs="probabilities")
+    probable = binary_metrics.task_figures(sigmoid(z).astype(np.float32), y, outputs="probabilities")
     assert probable.log_loss == pytest.approx(sk.log_loss(y, sigmoid(z).astype(np.float32)), rel=1e-6)
     assert probable.auc == pytest.approx(found.auc, abs=1e-12)
 
@@ -65,7 +65,7 @@ def test_equal_to_scikit_learn(n, ties):
 def test_calibration_bins_are_scikit_learns(binning, strategy):
     # 3000 different scores in 15 bins of 200: quantiles fall between two scores.
     z, y, _ = draw(3000, ties=False)
-    bins = figures.calibration(sigmoid(z), y, 15, binning)
+    bins = binary_metrics.calibration(sigmoid(z), y, 15, binning)
     positives, prediction = calibration_curve(y, sigmoid(z), n_bins=15, strategy=strategy)
     np.testing.assert_allclose(bins.positives, positives, atol=1e-12)
     np.testing.assert_allclose(bins.prediction, prediction, atol=1e-12)
@@ -85,7 +85,7 @@ def test_auc_by_user_is_the_weighted_mean_of_scikit_learns():
         else:
             aucs.append(sk.roc_auc_score(y[own], z[own]))
             weights.append(own.sum())
-    found = figures.grouped_auc(z, y, users)
+    found = binary_metrics.grouped_auc(z, y, users)
     assert left_out > 0
     assert (found.num_groups, found.left_out) == (len(aucs), left_out)
     assert found.value == pytest.approx(np.average(aucs, weights=weights), abs=1e-12)
@@ -96,27 +96,27 @@ def test_auc_by_user_is_the_weighted_mean_of_scikit_learns():
 
 def test_auc_by_hand_ties_count_half():
     # Positives 0.9, 0.5; negatives 0.5, 0.1. Pairs: (0.9, 0.5) 1, (0.9, 0.1) 1, (0.5, 0.5) 1/2, (0.5, 0.1) 1: 3.5 / 4
-    assert figures.auc(np.array([0.9, 0.5, 0.5, 0.1]), np.array([1, 1, 0, 0])) == 3.5 / 4
+    assert binary_metrics.auc(np.array([0.9, 0.5, 0.5, 0.1]), np.array([1, 1, 0, 0])) == 3.5 / 4
     # Scores 0.9: 1 of 1 positive; 0.5: 2 of 3. AP = 1/2 * 1 + 1/2 * 2/3
-    assert figures.pr_auc(np.array([0.9, 0.5, 0.5, 0.1]), np.array([1, 1, 0, 0])) == pytest.approx(5 / 6)
+    assert binary_metrics.pr_auc(np.array([0.9, 0.5, 0.5, 0.1]), np.array([1, 1, 0, 0])) == pytest.approx(5 / 6)
 
 
 def test_calibration_error_by_hand():
     # Two bins of two. First: predictions 0.1, 0.2 (mean 0.15), positives 1 of 2: 0.35. Second: 0.6, 0.8, both: 0.3.
     p, y = np.array([0.8, 0.1, 0.6, 0.2]), np.array([1, 0, 1, 1])
-    assert figures.calibration(p, y, 2).error == pytest.approx((2 * 0.35 + 2 * 0.3) / 4)
+    assert binary_metrics.calibration(p, y, 2).error == pytest.approx((2 * 0.35 + 2 * 0.3) / 4)
     # Equal width, two bins: the same here; with 0.55 for 0.2 the bins are 1 and 3: 0.1, |0.65 - 1| = 0.35.
     p = np.array([0.8, 0.1, 0.6, 0.55])
-    assert figures.calibration(p, y, 2, "width").error == pytest.approx((0.1 + 3 * 0.35) / 4)
+    assert binary_metrics.calibration(p, y, 2, "width").error == pytest.approx((0.1 + 3 * 0.35) / 4)
 
 
 def test_a_constant_prediction_has_one_bin_whatever_the_order():
     y = np.r_[np.ones(3), np.zeros(9)]
     for order in (np.arange(12), np.arange(12)[::-1], np.random.default_rng(0).permutation(12)):
-        bins = figures.calibration(np.full(12, 0.4), y[order], 5)
+        bins = binary_metrics.calibration(np.full(12, 0.4), y[order], 5)
         assert bins.counts.tolist() == [12]
         assert bins.error == pytest.approx(0.4 - 3 / 12)
-    assert figures.auc(np.full(12, 0.4), y) == 0.5
+    assert binary_metrics.auc(np.full(12, 0.4), y) == 0.5
 
 
 def test_auc_by_user_by_hand():
@@ -125,17 +125,17 @@ def test_auc_by_user_by_hand():
     users = np.array([7, 9, 7, 4, 9, 7])
     scores = np.array([0.5, 0.1, 0.9, 0.3, 0.2, 0.1])
     labels = np.array([1, 0, 0, 1, 1, 0])
-    found = figures.grouped_auc(scores, labels, users)
-    assert found == figures.GroupedAUC((3 * 0.5 + 2 * 1.0) / 5, 2, 1)
+    found = binary_metrics.grouped_auc(scores, labels, users)
+    assert found == binary_metrics.GroupedAUC((3 * 0.5 + 2 * 1.0) / 5, 2, 1)
 
 
 def test_large_logits_are_not_ties():
     # In float32 both sigmoids are 1.
     z, y = np.array([20.0, 30.0], dtype=np.float32), np.array([0, 1])
     assert sk.roc_auc_score(y, torch.tensor(z).sigmoid().numpy()) == 0.5
-    assert figures.task_figures(z, y).auc == 1.0
-    assert figures.task_figures(np.array([np.inf, -np.inf]), y).log_loss == math.inf
-    assert figures.task_figures(np.array([-np.inf, np.inf]), y).log_loss == 0.0
+    assert binary_metrics.task_figures(z, y).auc == 1.0
+    assert binary_metrics.task_figures(np.array([np.inf, -np.inf]), y).log_loss == math.inf
+    assert binary_metrics.task_figures(np.array([-np.inf, np.inf]), y).log_loss == 0.0
 
 
 # ---- what a split cannot tell
@@ -144,26 +144,26 @@ def test_large_logits_are_not_ties():
 def test_missing_labels_are_left_out_and_one_class_is_nan():
     z, y, users = draw(50)
     y[:10] = np.nan
-    whole, part = figures.task_figures(z, y, users), figures.task_figures(z[10:], y[10:], users[10:])
+    whole, part = binary_metrics.task_figures(z, y, users), binary_metrics.task_figures(z[10:], y[10:], users[10:])
     assert whole.values() == part.values()
     assert whole.num_examples == 40
-    one = figures.task_figures(z, np.zeros(50))
+    one = binary_metrics.task_figures(z, np.zeros(50))
     assert math.isnan(one.auc)
     assert math.isnan(one.pr_auc)
     assert one.log_loss == pytest.approx(-np.log(1 - sigmoid(z)).mean())
     assert one.ece == pytest.approx(sigmoid(z).mean())
-    none = figures.task_figures(z, np.full(50, np.nan), users)
+    none = binary_metrics.task_figures(z, np.full(50, np.nan), users)
     assert none.num_examples == 0
     assert all(math.isnan(v) for v in none.values().values())
     z[3] = np.nan
-    broken = figures.task_figures(z, np.ones(50))
+    broken = binary_metrics.task_figures(z, np.ones(50))
     assert broken.invalid == 1
     assert math.isnan(broken.log_loss)
 
 
 def test_labels_must_be_zero_or_one():
     with pytest.raises(ValueError, match=r"label 0\.5 is neither 0 nor 1"):
-        figures.task_figures(np.zeros(3), np.array([0, 0.5, 1]))
+        binary_metrics.task_figures(np.zeros(3), np.array([0, 0.5, 1]))
     binned = MultiTaskMetrics(["a"], score_bins=4)
     with pytest.raises(ValueError, match="label 2 is neither 0 nor 1"):
         binned.update(torch.zeros(1, 1), torch.tensor([[2.0]]))
@@ -189,8 +189,8 @@ def test_tasks_are_judged_apart_and_averaged():
     assert found["auc_click"] == pytest.approx(sk.roc_auc_score(y[:, 0], z[:, 0]), abs=1e-12)
     assert found["auc_buy"] == pytest.approx(sk.roc_auc_score(y[:, 1], z[:, 1]), abs=1e-12)
     assert found["auc"] == pytest.approx((found["auc_click"] + found["auc_buy"]) / 2)
-    assert found["gauc_buy"] == figures.grouped_auc(z[:, 1], y[:, 1], users).value
-    assert metric.figures["buy"].gauc.left_out == figures.grouped_auc(z[:, 1], y[:, 1], users).left_out
+    assert found["gauc_buy"] == binary_metrics.grouped_auc(z[:, 1], y[:, 1], users).value
+    assert metric.figures["buy"].gauc.left_out == binary_metrics.grouped_auc(z[:, 1], y[:, 1], users).left_out
     metric.reset()
     metric.update(torch.zeros(2, 2), torch.tensor([[0.0, 1.0], [1.0, 1.0]]))
     found = metric.compute()

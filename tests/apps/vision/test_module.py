@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 import core
 from apps.cli import main
-from apps.training import OptimizerConfig, parameter_groups
+from apps.train.module import OptimizerConfig, parameter_groups
 from apps.vision.data import ImageBatch, VisionData
 from apps.vision.model import ViTConfig
 from apps.vision.module import VisionClassifier, baseline_widths

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import core
-from apps import routers
+from apps.equal_cost import routers
 from apps.vision.model import ViTConfig
 from apps.vision.module import VisionClassifier
 

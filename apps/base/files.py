@@ -1,0 +1,60 @@
+"""Files: where the configurations lie, and files written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+"""The configurations that come along: of the source tree, or beside the packages of an installed wheel."""
+
+
+def temporary_path(path: Path) -> Path:
+    """Where a file is written before it is moved to ``path``: one name, so that what a kill leaves is found again."""
+    return path.with_name(f".{path.name}.tmp")
+
+
+@contextlib.contextmanager
+def replacing(path: Path, mode: str = "w", **options: Any) -> Iterator[Any]:
+    """Open a file beside ``path``, and move it there once the block has ended without an error.
+
+    A kill or a full disk leaves the old file as it was and no half-written one. Options are those of ``open``.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_path(path)
+    if "b" not in mode:
+        options.setdefault("encoding", "utf-8")
+    try:
+        with open(temporary, mode, **options) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Name ``path`` in the OSError of what cannot be written inside: that of a full disk names no file."""
+    try:
+        yield
+    except Exception as error:
+        cause = os_error(error)
+        if cause is None or not cause.errno:
+            raise
+        raise OSError(cause.errno, os.strerror(cause.errno), cause.filename or str(Path(path))) from error
+
+
+def os_error(error: BaseException | None) -> OSError | None:
+    """Return the OSError among an error and its causes; None: there is none."""
+    while error is not None:
+        if isinstance(error, OSError):
+            return error
+        error = error.__cause__ or error.__context__
+    return None

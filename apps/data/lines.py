@@ -1,0 +1,184 @@
+"""Lines of text files, plain or compressed, as a stream.
+
+Bytes that are no text are one ValueError that names the file and the line.
+"""
+
+from __future__ import annotations
+
+import bz2
+import contextlib
+import functools
+import gzip
+import lzma
+import re
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from apps.base.inflate import Inflated
+
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Aligned text: line i of every language says the same.
+
+    Attributes:
+        text: the lines of each language, as many of each; "" where a language lacks one.
+        name: where they come from, for messages.
+        left_out: how many rows of the files are not among them, by reason.
+
+    Raises:
+        ValueError: languages with different numbers of lines.
+    """
+
+    text: dict[str, list[str]]
+    name: str
+    left_out: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        counts = {language: len(lines) for language, lines in self.text.items()}
+        if len(set(counts.values())) > 1:
+            told = ", ".join(f"{count:,} in {language}" for language, count in counts.items())
+            raise ValueError(f"{self.name}: line i of one language translates line i of another, but there are {told}")
+
+    def __len__(self) -> int:
+        return len(next(iter(self.text.values()), []))
+
+
+def clean(line: str) -> str:
+    """A line without control characters (tabs, odd line ends) and without spaces around it."""
+    return _CONTROL.sub(" ", line).strip()
+
+
+# Chinese and Japanese, Thai, Lao, Tibetan, Burmese and Khmer are written without spaces between words.
+_UNSPACED = (
+    "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+)
+_WORD = re.compile(f"[{_UNSPACED}]|[^\\s{_UNSPACED}]+")
+
+
+def num_words(line: str) -> int:
+    """Words cut at spaces; of scripts that put none between words each character counts as one."""
+    return len(_WORD.findall(line))
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a UTF-8 text file, cleaned; compressed ones by their ending, as ``text_lines`` says.
+
+    A line ends at a line feed and nowhere else: corpora hold other characters that Unicode calls line ends, and one
+    line too many would shift all that follow against their translations.
+
+    Raises:
+        ValueError: as ``text_lines``.
+    """
+    return [clean(line) for line in text_lines(path)]
+
+
+_UNPACK: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+COMPRESSED = tuple(_UNPACK)
+"""Endings of files that are unpacked while they are read."""
+
+
+def text_lines(path: Path) -> Iterator[str]:
+    """Yield the lines of a UTF-8 text file without their line ends, and without a byte order mark.
+
+    A file that ends in ``.gz``, ``.bz2`` or ``.xz`` is unpacked as it is read. One that unpacks to far more than text
+    does is refused before its first line.
+
+    Raises:
+        ValueError: the file is missing, empty, truncated, unpacks to too much, or is not UTF-8.
+    """
+    unpack = _UNPACK.get(path.suffix)
+    with _errors_of(path):
+        if unpack is None:
+            with open(path, "rb") as file:
+                yield from decoded(file, str(path))
+        else:
+            yield from _unpacked(functools.partial(unpack, path), path.stat().st_size, str(path))
+
+
+def zipped_lines(path: Path) -> Iterator[tuple[str, Iterator[str]]]:
+    """Yield name and lines of each ``.txt`` or ``.tsv`` file in a zip archive, but those called ``_about.txt`` or so.
+
+    Raises:
+        ValueError: the archive is missing, truncated or locked, holds no such file, or one that ``text_lines`` refuses.
+    """
+    with _errors_of(path), zipfile.ZipFile(path) as archive:
+        members = [m for m in archive.infolist() if re.search(r"(^|/)[^_/][^/]*\.(txt|tsv)$", m.filename)]
+        if not members:
+            raise ValueError(f"{path} holds no .txt or .tsv file")
+        for member in members:
+            name = f"{path}:{member.filename}"
+            yield name, _member_lines(archive, member, path, name)
+
+
+def _member_lines(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path, name: str) -> Iterator[str]:
+    with _errors_of(path):
+        yield from _unpacked(lambda: archive.open(member), member.compress_size, name)
+
+
+def _unpacked(unpack: Callable[[], Any], compressed_size: int, name: str) -> Iterator[str]:
+    # Unpacked twice: kept lines take memory, so what is too much must be known before the first one is kept.
+    with Inflated(unpack(), compressed_size, name) as stream:
+        while stream.read(1 << 20):
+            pass
+    with unpack() as stream:
+        yield from decoded(stream, name)
+
+
+@contextlib.contextmanager
+def _errors_of(path: Path) -> Iterator[None]:
+    """Tell of a file that cannot be read by its name."""
+    kind = "gzip" if path.suffix == ".gz" else path.suffix.removeprefix(".")
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} is missing") from error
+    except (IsADirectoryError, PermissionError) as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    except (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path} is corrupt: it is truncated or no {kind} file ({error})") from error
+    except RuntimeError as error:  # a password, or a method that Python lacks
+        raise ValueError(f"{path} cannot be unpacked: {error}") from error
+    except OSError as error:
+        if error.errno is None:  # bz2 says so of other bytes
+            raise ValueError(f"{path} is corrupt: it is truncated or no {kind} file ({error})") from error
+        raise
+
+
+def decoded(lines: Iterable[bytes], name: str) -> Iterator[str]:
+    """Yield lines of bytes as UTF-8 text without their line feeds; the first without a byte order mark.
+
+    Raises:
+        ValueError: there is no line, or one that is not UTF-8, which the message names.
+    """
+    number = 0
+    for number, line in enumerate(lines, 1):
+        try:
+            yield line.removesuffix(b"\n").decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{name}, line {number}: byte 0x{line[error.start]:02x} is not valid UTF-8; convert the file, "
+                "for example with iconv"
+            ) from error
+    if not number:
+        raise ValueError(f"{name} is empty")
+
+
+def expand(root: Path, pattern: str) -> list[Path]:
+    """The files that match a name or a pattern, in alphabetical order; a name may lack the ending of `COMPRESSED`."""
+    plain = root / pattern
+    # first as a name: it may have brackets of its own
+    for path in (plain, *(plain.with_name(plain.name + ending) for ending in COMPRESSED)):
+        if path.is_file():
+            return [path]
+    if not any(c in pattern for c in "*?["):
+        return []
+    if Path(pattern).is_absolute():
+        root, pattern = Path(plain.anchor), str(plain.relative_to(plain.anchor))
+    return sorted(p for p in root.glob(pattern) if p.is_file())

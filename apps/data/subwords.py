@@ -1,0 +1,248 @@
+"""Subwords of a corpus: sentencepiece models as plain values, so that they travel in a checkpoint."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hashlib
+import io
+import json
+import logging
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import core
+from apps.base.files import replacing
+from apps.data.lines import clean
+
+log = logging.getLogger(__name__)
+
+PAD_ID, UNK_ID, BOS_ID, EOS_ID = 0, 1, 2, 3
+"""Ids of padding, of what has no subword, and of a sentence's begin and end, in every vocabulary here."""
+
+Side = Literal["source", "target"]
+
+
+@core.register_config
+@dataclass(frozen=True)
+class Subwords:
+    """Sentencepiece models of both sides of a corpus. Saved in the checkpoint with the model that reads its ids.
+
+    Attributes:
+        models: base64 of the sentencepiece model files: one for both sides, or the source's and the target's.
+        languages: those with a tag; its id is that of the piece ``<2xx>``, xx being the language's code. Empty where
+            sentences have no tag.
+
+    Raises:
+        ValueError: not one model or two, or one that sentencepiece cannot read.
+    """
+
+    models: tuple[str, ...]
+    languages: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "models", tuple(self.models))  # a list in a checkpoint
+        object.__setattr__(self, "languages", tuple(self.languages))
+        if len(self.models) not in (1, 2):
+            raise ValueError(f"subwords has {len(self.models)} models: one for both sides, or one for each")
+
+    @property
+    def is_joint(self) -> bool:
+        """Both sides have the same ids."""
+        return len(self.models) == 1
+
+    @property
+    def digest(self) -> str:
+        """12 hex digits that tell one set of models from another."""
+        return hashlib.sha256("\n".join((*self.models, *self.languages)).encode()).hexdigest()[:12]
+
+    def processor(self, side: Side) -> Any:
+        """The ``SentencePieceProcessor`` of a side."""
+        return _processor(self.models[0 if side == "source" else -1])
+
+    def size(self, side: Side) -> int:
+        """V, ids of a side's vocabulary, specials and tags included."""
+        return int(self.processor(side).vocab_size())
+
+    def encode(self, sentences: Sequence[str], side: Side) -> list[list[int]]:
+        """Ids of each sentence, without tag, begin and end."""
+        return self.processor(side).encode(list(sentences), out_type=int)
+
+    def decode(self, ids: Sequence[Sequence[int]], side: Side) -> list[str]:
+        """A line of text for each row of ids; specials and tags have none.
+
+        A model that spells bytes may write line ends, or what a terminal obeys: see ``clean``.
+        """
+        return [clean(text) for text in self.processor(side).decode([[int(i) for i in row] for row in ids])]
+
+    def pieces(self, ids: Sequence[int], side: Side) -> list[str]:
+        """The subwords themselves, as they are shown."""
+        processor = self.processor(side)
+        return [processor.id_to_piece(int(i)) for i in ids]
+
+    def tag_id(self, language: str) -> int:
+        """The id, on the source side, of the tag that asks for a translation into ``language``.
+
+        Raises:
+            ValueError: it has no tag.
+        """
+        if language not in self.languages:
+            raise ValueError(f"language {language!r} has no tag: there is {', '.join(self.languages) or 'none'}")
+        return int(self.processor("source").piece_to_id(f"<2{language}>"))
+
+
+@functools.lru_cache(maxsize=8)
+def _processor(model: str) -> Any:
+    # Not kept in the dataclass: it stays plain values, and pickles.
+    from sentencepiece import SentencePieceProcessor
+
+    processor = SentencePieceProcessor()
+    try:
+        processor.load_from_serialized_proto(base64.b64decode(model, validate=True))
+    except Exception as error:
+        raise ValueError("subwords: not a sentencepiece model") from error
+    specials = (processor.pad_id(), processor.unk_id(), processor.bos_id(), processor.eos_id())
+    if specials != (PAD_ID, UNK_ID, BOS_ID, EOS_ID):
+        raise ValueError(f"subwords: ids of pad, unk, bos, eos are {specials}, not {(PAD_ID, UNK_ID, BOS_ID, EOS_ID)}")
+    return processor
+
+
+_THREADS = 8
+"""Fixed, whatever the machine has: sentencepiece adds up its counts thread by thread, and rounds by their number."""
+_LONGEST_BYTES = 1 << 14
+
+
+@dataclass(frozen=True)
+class SubwordConfig:
+    """How subwords are learned from the training text, or where they are.
+
+    Attributes:
+        kind: "bpe" (Sennrich et al. 2016) or "unigram" (Kudo 2018).
+        vocab_size: ids of a vocabulary; of both sides together where it is joint. The 4 specials, the tags, 256 bytes
+            and the characters are among them. It is a limit: a small corpus may not have so many subwords.
+        joint: one vocabulary for both sides; else each has its own.
+        character_coverage: share of the text whose characters are subwords themselves; the rarest ones are spelled in
+            bytes, as are those that the training text lacks.
+        max_sentences: of a side, that subwords are learned from; of a larger corpus so many are drawn.
+        path: they are not learned, but read: from the folder of a published checkpoint, or a sentencepiece model of
+            yours. The others have no effect then.
+
+    Raises:
+        ValueError: a value out of its range.
+    """
+
+    kind: Literal["bpe", "unigram"] = "bpe"
+    vocab_size: int = 8000
+    joint: bool = True
+    character_coverage: float = 0.9999
+    max_sentences: int = 2_000_000
+    path: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("bpe", "unigram"):
+            raise ValueError(f"kind={self.kind!r} is not bpe or unigram")
+        if self.vocab_size < 1 or self.max_sentences < 1:
+            raise ValueError(f"vocab_size={self.vocab_size} and max_sentences={self.max_sentences} must be at least 1")
+        if not 0.9 <= self.character_coverage <= 1:
+            raise ValueError(f"character_coverage={self.character_coverage} is not between 0.9 and 1")
+
+
+def train_subwords(
+    source: Iterable[str], target: Iterable[str], config: SubwordConfig, languages: Sequence[str] = (),
+    cache: Path | None = None,
+) -> Subwords:  # fmt: skip
+    """Subwords of a corpus, the same whenever its text and the options are.
+
+    Args:
+        source: the sentences of the source side, of training alone. A sentence that comes twice counts once.
+        target: of the target side.
+        config: how.
+        languages: those that need a tag.
+        cache: folder for the models, so that the same one is not trained again; None: none is kept.
+
+    Raises:
+        ValueError: no text, or a vocabulary too small for its characters.
+    """
+    if config.joint:
+        models = [_model([*source, *target], config, languages, cache)]
+    else:
+        models = [_model(source, config, languages, cache), _model(target, config, (), cache)]
+    return Subwords(tuple(base64.b64encode(model).decode() for model in models), tuple(languages))
+
+
+def _model(lines: Iterable[str], config: SubwordConfig, languages: Sequence[str], cache: Path | None) -> bytes:
+    import numpy as np
+    import sentencepiece
+
+    sentences = list(dict.fromkeys(part for line in lines if line for part in _parts(line)))
+    if len(sentences) > config.max_sentences:
+        chosen = np.random.RandomState(0).permutation(len(sentences))[: config.max_sentences]
+        sentences = [sentences[i] for i in np.sort(chosen)]
+    if cache is None:
+        return _train(sentences, config, languages)
+    how = {name: value for name, value in asdict(config).items() if name != "path"}
+    options = json.dumps([how, list(languages), sentencepiece.__version__, _THREADS])
+    digest = hashlib.sha256(options.encode())
+    for sentence in sentences:
+        digest.update(sentence.encode() + b"\n")
+    path = cache / "subwords" / f"{config.kind}-{config.vocab_size}-{digest.hexdigest()[:16]}.model"
+    if path.is_file():
+        return path.read_bytes()
+    model = _train(sentences, config, languages)
+    with replacing(path, "wb") as file:
+        file.write(model)
+    return model
+
+
+def _parts(line: str) -> Iterator[str]:
+    """A line in parts that sentencepiece takes, cut at spaces, or else between characters: it skips longer ones."""
+    data, start = line.encode(), 0
+    while len(data) - start > _LONGEST_BYTES:
+        end = data.rfind(b" ", start + 1, start + _LONGEST_BYTES + 1)
+        if end < 0:
+            end = start + _LONGEST_BYTES
+            while data[end] & 0xC0 == 0x80:  # within a character
+                end -= 1
+        yield data[start:end].decode()
+        start = end
+    yield data[start:].decode()
+
+
+def _train(sentences: list[str], config: SubwordConfig, languages: Sequence[str]) -> bytes:
+    from sentencepiece import SentencePieceTrainer
+
+    if not sentences:
+        raise ValueError("there is no text to learn subwords from")
+    model = io.BytesIO()
+    try:
+        SentencePieceTrainer.train(
+            sentence_iterator=iter(sentences),
+            model_writer=model,
+            model_type=config.kind,
+            vocab_size=config.vocab_size,
+            hard_vocab_limit=False,
+            character_coverage=config.character_coverage,
+            byte_fallback=True,
+            # What goes in comes out: references are compared with their own characters, not with compatible ones.
+            normalization_rule_name="identity",
+            pad_id=PAD_ID,
+            unk_id=UNK_ID,
+            bos_id=BOS_ID,
+            eos_id=EOS_ID,
+            unk_surface="",
+            # Control symbols, not user-defined ones: a "<2de>" in a text stays text, and a tag is no part of one.
+            control_symbols=[f"<2{language}>" for language in languages],
+            max_sentence_length=_LONGEST_BYTES,
+            num_threads=_THREADS,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        if found := re.search(r"required_chars\. \d+ vs (\d+)", str(error)):
+            raise ValueError(
+                f"vocab_size={config.vocab_size} is too small: specials, tags, bytes and characters are {found[1]}"
+            ) from error
+        raise ValueError(f"subwords cannot be learned: {' '.join(str(error).split())}") from error
+    return model.getvalue()

@@ -1,0 +1,1 @@
+"""Models of equal cost: solved widths, dense twins, and routers by name."""

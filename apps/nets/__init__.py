@@ -1,0 +1,1 @@
+"""One transformer for translation, language and histories: attention, layers, positions, caches, losses."""

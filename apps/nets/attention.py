@@ -1,0 +1,283 @@
+"""Attention of a whole sequence, and of one position whose keys and values are kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import core
+from apps.nets.config import TransformerConfig
+from apps.nets.decode_cache import Cache
+from apps.nets.dropout import dropout as drop
+from apps.nets.positions import rotate
+
+
+@dataclass(frozen=True)
+class Mask:
+    """What is added to the attention scores, made once for all layers of a stack.
+
+    Attributes:
+        bias: (N, L, S), N = batch x heads, in the dtype of the products; each of N and L may be 1. None: nothing.
+        causal: a query sees the keys up to its own position, which ``bias`` does not say.
+    """
+
+    bias: Tensor | None = None
+    causal: bool = False
+
+
+def hidden_score(dtype: torch.dtype) -> float:
+    """What hides a key. Not -inf: a sentence of padding alone would become NaN."""
+    return torch.finfo(dtype).min
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which matrix products of ``x`` come out, autocast heeded."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and x.dtype != torch.float64 else x.dtype
+
+
+def padding_mask(valid_BS: Tensor, num_heads: int, like: Tensor) -> Mask:
+    """Hides the padding of the keys from all queries."""
+    dtype = product_dtype(like)
+    bias_BS = torch.zeros(valid_BS.shape, dtype=dtype, device=like.device)
+    bias_BS = bias_BS.masked_fill(~valid_BS, hidden_score(dtype))
+    return Mask(bias_BS.repeat_interleave(num_heads, 0).unsqueeze(1))
+
+
+def self_mask(
+    like_BLD: Tensor, num_heads: int, *, valid_BL: Tensor | None, causal: bool, relative_HLL: Tensor | None
+) -> Mask:
+    """The mask of a stack's self-attention.
+
+    Args:
+        like_BLD: the stack's input.
+        num_heads: H.
+        valid_BL: bool, False for keys that no query may see; None: all may be seen.
+        causal: a query sees the keys up to its own position.
+        relative_HLL: biases by distance.
+    """
+    B, L, _ = like_BLD.shape
+    if relative_HLL is None and not causal:
+        return Mask() if valid_BL is None else padding_mask(valid_BL, num_heads, like_BLD)
+    if relative_HLL is None and valid_BL is None and like_BLD.is_cuda:
+        return Mask(causal=True)
+    dtype = product_dtype(like_BLD)
+    bias = like_BLD.new_zeros(1, 1, 1, 1, dtype=dtype) if relative_HLL is None else relative_HLL.to(dtype)[None]
+    if causal:
+        later_LL = torch.ones(L, L, dtype=torch.bool, device=like_BLD.device).triu(1)
+        bias = bias.masked_fill(later_LL, hidden_score(dtype))
+    if valid_BL is not None:
+        bias = bias.masked_fill(~valid_BL[:, None, None], hidden_score(dtype))
+    if bias.shape[:2] != (1, 1):
+        bias = bias.expand(B, num_heads, -1, -1)
+    return Mask(bias.flatten(0, 1))
+
+
+def attention_weights(q: Tensor, k: Tensor, mask: Mask, scale: float) -> Tensor:
+    """``softmax(scale q k^T + bias)`` of (N, L, d) queries and (N, S, d) keys: (N, L, S)."""
+    bias = mask.bias
+    if mask.causal:
+        bias = q.new_full((q.shape[1], q.shape[1]), hidden_score(q.dtype)).triu(1)
+    if bias is None:
+        scores = torch.bmm(q * scale, k.transpose(1, 2))
+    else:
+        scores = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=scale)
+    # At 24 keys the softmax of half precision takes a CPU four times as long as this.
+    return scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(scores.dtype)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dropout: float = 0.0) -> Tensor:
+    """``softmax(scale q k^T + bias) v`` of (B, H, L, d) queries, (B, H, S, d) keys and values."""
+    B, H, L, d = q.shape
+    with torch.autocast(q.device.type, enabled=False):
+        if _is_fused(q, k, mask, dropout):
+            bias = mask.bias
+            if bias is not None:
+                bias = bias.unsqueeze(0) if len(bias) == 1 else bias.unflatten(0, (B, H))
+                bias = bias.expand(B, H, L, k.shape[2])
+            return F.scaled_dot_product_attention(
+                q, k, v, attn_mask=bias, dropout_p=dropout, is_causal=mask.causal, scale=scale
+            )
+        q, k, v = (x.reshape(B * H, x.shape[2], d) for x in (q, k, v))
+        weights = attention_weights(q, k, mask, scale)
+        if dropout:
+            weights = drop(weights, dropout)
+        return torch.bmm(weights, v).view(B, H, L, d)
+
+
+_FEW_SCORES = 2**17
+"""Without gradients so many take a CPU longer by the fused attention: B=32, H=4, d=32, two threads, 16 and 33 positions
+76 and 226 us in place of 218 and 376, but 2.4 ms in place of 1.3 at 40 positions of twice as many."""
+
+
+def _is_fused(q: Tensor, k: Tensor, mask: Mask, dropout: float) -> bool:
+    """Whether torch's fused attention is the faster one.
+
+    On a CPU in bfloat16 it is not: forward and backward at B=64, H=4, d=32 and 16, 24, 40 positions took 10.4, 12.4,
+    24.2 ms of one core, and explicit products 1.0, 1.6, 3.3 ms. In float32 it was 3.1, 5.4, 12.2 ms against 3.0, 6.8,
+    9.7 ms, and it keeps no weights, which long texts feel. Without gradients it is slower up to ``_FEW_SCORES``. Where
+    it would fall back on explicit products of its own, so do we.
+    """
+    if q.is_cuda:
+        return True
+    learned = mask.bias is not None and mask.bias.requires_grad
+    # A compiled graph must not depend on how many there are.
+    if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        B, H, L, _ = q.shape
+        if B * H * L * k.shape[2] <= _FEW_SCORES:
+            return False
+    return q.dtype in (torch.float32, torch.float64) and not learned and not dropout
+
+
+class _Attention(nn.Module):
+    """What self- and cross-attention share: sizes and the way to heads and back."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        shape = config.shape
+        self.num_heads, self.num_kv_heads, self.head_dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
+        self.group, self.scale, self.dropout = shape.group, config.score_scale, config.attn_dropout
+        self.qkv_bias = config.bias if config.qkv_bias is None else config.qkv_bias
+        self.out = core.Linear(shape.num_heads * shape.head_dim, shape.dim, bias=config.bias)
+
+    def reset_heads(self) -> None:
+        """Xavier-uniform for each of queries, keys and values, at ``1 / sqrt(2)`` of the usual scale."""
+        for weight in self._projections():
+            nn.init.xavier_uniform_(weight, gain=2**-0.5)
+
+    def _projections(self) -> list[Tensor]:
+        """The (H * d, D) parts of the weights for queries, keys, values."""
+        raise NotImplementedError
+
+    def _for_queries(self, x_BSHd: Tensor) -> Tensor:
+        """Keys or values by head, (B, H, S, d), each repeated for the queries that share it."""
+        x_BHSd = x_BSHd.transpose(1, 2)
+        return x_BHSd if self.group == 1 else x_BHSd.repeat_interleave(self.group, 1)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+        y_BHLd = attend(q, k, v, mask, self.scale, self.dropout if self.training else 0.0)
+        return self.out(y_BHLd.transpose(1, 2).flatten(2))
+
+    def _step(self, q_RC: Tensor, keys: Tensor, values: Tensor, copies: int, bias: Tensor | None) -> Tensor:
+        """One query of each row on the keys of its group of rows.
+
+        Args:
+            q_RC: (R, H * d) queries.
+            keys, values: (N * Hkv, S, d), N groups of rows.
+            copies: K, rows of a group.
+            bias: as in ``Mask``, by key-value head; a group's queries are its query heads x its rows.
+
+        Returns:
+            (R, D).
+        """
+        R, K = len(q_RC), copies
+        N, Hkv, G, d = R // K, self.num_kv_heads, self.group, self.head_dim
+        q = q_RC.view(N, K, Hkv, G, d).permute(0, 2, 3, 1, 4).reshape(N * Hkv, G * K, d)
+        y = torch.bmm(attention_weights(q, keys, Mask(bias), self.scale), values)
+        y_RC = y.view(N, Hkv, G, K, d).permute(0, 3, 1, 2, 4).reshape(R, Hkv * G * d)
+        return self.out(y_RC)
+
+
+class SelfAttention(_Attention):
+    """Multi-head attention of a sequence to itself; ``num_kv_heads`` may be fewer than the queries'."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__(config)
+        width = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+        self.qkv = core.Linear(config.shape.dim, width, bias=self.qkv_bias)
+
+    def _projections(self) -> list[Tensor]:
+        H, Hkv, d = self.num_heads, self.num_kv_heads, self.head_dim
+        return list(self.qkv.weight.split((H * d, Hkv * d, Hkv * d)))
+
+    def _heads(self, x: Tensor, rotations: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, L, D) to queries, keys and values, (B, L, heads, d)."""
+        H, Hkv = self.num_heads, self.num_kv_heads
+        heads = self.qkv(x).unflatten(-1, (H + 2 * Hkv, self.head_dim))
+        if rotations is None:
+            q, k, v = heads.split((H, Hkv, Hkv), dim=-2)
+            return q, k, v
+        qk, v = heads.split((H + Hkv, Hkv), dim=-2)
+        q, k = rotate(qk, rotations.to(qk.dtype)).split((H, Hkv), dim=-2)
+        return q, k, v
+
+    def forward(self, x_BLD: Tensor, mask: Mask, rotations: Tensor | None = None) -> Tensor:
+        """(B, L, D) to (B, L, D). ``rotations`` are those of ``positions.rotations``."""
+        q, k, v = self._heads(x_BLD, rotations)
+        return self._attend(q.transpose(1, 2), self._for_queries(k), self._for_queries(v), mask)
+
+    def step(
+        self, x_RD: Tensor, cache: Cache, layer: int, bias: Tensor | None, rotations: Tensor | None = None
+    ) -> Tensor:
+        """The next position of each row.
+
+        Args:
+            x_RD: (R, D).
+            cache: keeps keys and values of this position too, in slots that it has found.
+            layer: of the stack: this one.
+            bias: ``cache.self_bias``.
+            rotations: of this position.
+
+        Returns:
+            (R, D).
+        """
+        q_RHd, k_RHd, v_RHd = self._heads(x_RD, rotations)
+        keys, values = cache.write(layer, torch.stack((k_RHd, v_RHd), 1))
+        return self._step(q_RHd, keys, values, cache.copies, bias)
+
+
+class CrossAttention(_Attention):
+    """Multi-head attention of a sequence to another one, the memory."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__(config)
+        dim = config.shape.dim
+        self.q = core.Linear(dim, self.num_heads * self.head_dim, bias=self.qkv_bias)
+        self.kv = core.Linear(dim, 2 * self.num_kv_heads * self.head_dim, bias=self.qkv_bias)
+
+    def _projections(self) -> list[Tensor]:
+        return [self.q.weight, *self.kv.weight.chunk(2)]
+
+    def _heads(self, x_BLD: Tensor, memory_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q_BLHd = self.q(x_BLD).unflatten(-1, (self.num_heads, self.head_dim))
+        k_BSHd, v_BSHd = self.kv(memory_BSD).unflatten(-1, (2, self.num_kv_heads, self.head_dim)).unbind(2)
+        return q_BLHd.transpose(1, 2), self._for_queries(k_BSHd), v_BSHd
+
+    def forward(self, x_BLD: Tensor, memory_BSD: Tensor, mask: Mask) -> Tensor:
+        """(B, L, D) and (B, S, D) to (B, L, D)."""
+        q, k, v_BSHd = self._heads(x_BLD, memory_BSD)
+        return self._attend(q, k, self._for_queries(v_BSHd), mask)
+
+    def weights(self, x_BLD: Tensor, memory_BSD: Tensor, mask: Mask) -> Tensor:
+        """(B, H, L, S), how each head spreads each query over the memory."""
+        q, k, _ = self._heads(x_BLD, memory_BSD)
+        weights = attention_weights(q.flatten(0, 1), k.flatten(0, 1), mask, self.scale)
+        return weights.unflatten(0, q.shape[:2])
+
+    def keys_and_values(self, memory_BSD: Tensor) -> Tensor:
+        """(2, B, Hkv, S, d), what ``step`` reads."""
+        heads = self.kv(memory_BSD).unflatten(-1, (2, self.num_kv_heads, self.head_dim))
+        return heads.permute(2, 0, 3, 1, 4)
+
+    def step(self, x_RD: Tensor, store: Tensor, copies: int, bias: Tensor | None) -> Tensor:
+        """One position of each row: (R, D) to (R, D).
+
+        Args:
+            x_RD: (R, D).
+            store: (2, N, Hkv, S, d), ``keys_and_values`` of N sentences.
+            copies: K, rows of a sentence.
+            bias: (N * Hkv, 1, S), or None.
+        """
+        keys, values = store.flatten(1, 2)
+        return self._step(self.q(x_RD), keys, values, copies, bias)
+
+
+def key_bias(valid_NS: Tensor, num_kv_heads: int, dtype: torch.dtype) -> Tensor | None:
+    """(N * Hkv, 1, S), which hides padding in ``CrossAttention.step``; None where there is none."""
+    if bool(valid_NS.all()):
+        return None
+    bias_NS = torch.zeros(valid_NS.shape, dtype=dtype, device=valid_NS.device)
+    return bias_NS.masked_fill(~valid_NS, hidden_score(dtype)).repeat_interleave(num_kv_heads, 0).unsqueeze(1)

@@ -1,0 +1,418 @@
+"""Sparse translation and language models on one kind of transformer.
+
+An encoder-decoder (Vaswani et al., arXiv 1706.03762) with the norm before each part, in which the FFN of chosen layers
+is a mixture of experts (GShard, arXiv 2006.16668), and the decoder alone as a causal language model. Dense is the same
+class with ``moe=None``, so a comparison changes the FFN of the chosen layers and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+import core
+from apps.data.subwords import BOS_ID, EOS_ID, PAD_ID
+from apps.nets.attention import CrossAttention, SelfAttention, key_bias, product_dtype
+from apps.nets.blocks import resolve_blocks
+from apps.nets.config import TransformerConfig
+from apps.nets.decode_cache import Cache, Memory
+from apps.nets.layers import FeedForward, Stack
+from apps.nets.positions import Learned, RelativeBias
+
+__all__ = ["Cache", "LanguageModel", "Memory", "TranslationModel"]
+
+Layers = str | Sequence[int]
+_OF_STEPS = ("the order of the tokens does not matter", "the order of the sequences does not matter")
+"""Properties of ``core.testing`` without which a row of one token is routed otherwise than within its sequence."""
+
+
+class _Decoding(nn.Module):
+    """What a model with a decoder has: the read-out, and decoding step by step."""
+
+    config: TransformerConfig
+    moe: core.MoEConfig | None
+    decoder: Stack
+    output: nn.Linear | None
+
+    @property
+    def target_embedding(self) -> nn.Embedding:
+        raise NotImplementedError
+
+    def embed_target(self, ids: Tensor) -> Tensor:
+        """Target ids to their embeddings, (..., D); ``config.start`` says which is that of ``BOS_ID``."""
+        if self.config.start == "eos":
+            ids = ids.masked_fill(ids == BOS_ID, EOS_ID)
+        return self.target_embedding(ids)
+
+    @property
+    def output_weight(self) -> Tensor:
+        """(V, D): the logits are ``logits_scale * h @ output_weight.T``."""
+        return self.target_embedding.weight if self.output is None else self.output.weight
+
+    def logits(self, h: Tensor) -> Tensor:
+        """(..., D) hidden states to (..., V)."""
+        scale = self.config.logits_scale
+        return core.linear(h if scale == 1.0 else h * scale, self.output_weight)
+
+    def step_weights(self) -> list[Tensor]:
+        """The (N, K) weights by which every step multiplies its rows, experts' and gates' aside."""
+        once = [layer.cross_attn.kv for layer in self.decoder.layers if layer.cross_attn is not None]
+        linear = [m for m in self.decoder.modules() if isinstance(m, core.Linear) and not any(m is kv for kv in once)]
+        return [*(module.weight for module in linear), self.output_weight]
+
+    def check_steps(self) -> None:
+        """Refuse a router of the decoder that decides otherwise step by step than in the whole sequence.
+
+        Raises:
+            ValueError: it goes by more than the token itself and its sentence's task and domain.
+        """
+        if self.moe is None or not core.moe_layers(self.decoder):
+            return
+        router = self.moe.router
+        given_up = router.exceptions()
+        reasons = [given_up[name] for name in _OF_STEPS if name in given_up]
+        if router.depends_on() != "token":
+            reasons.append("other tokens decide too")
+        if reasons:
+            raise ValueError(
+                f"router {router.source()} trains and scores, but cannot decode step by step: {reasons[0]}; take "
+                "another router for the decoder"
+            )
+
+    def _new_cache(
+        self,
+        num_sentences: int,
+        copies: int,
+        capacity: int,
+        like: Tensor,
+        task_ids_B: Tensor | None,
+        domain_ids_B: Tensor | None,
+        memory: Tensor | None = None,
+        memory_bias: Tensor | None = None,
+    ) -> Cache:
+        shape = self.config.shape
+        size = (shape.decoder_layers, 2, num_sentences * shape.num_kv_heads, capacity, shape.head_dim)
+        return Cache(
+            like.new_empty(size, dtype=product_dtype(like)),
+            shape.num_kv_heads,
+            shape.group,
+            copies=copies,
+            memory=memory,
+            memory_bias=memory_bias,
+            task_ids_R=None if task_ids_B is None else task_ids_B.repeat_interleave(copies),
+            domain_ids_R=None if domain_ids_B is None else domain_ids_B.repeat_interleave(copies),
+        )
+
+    @torch.no_grad()
+    def step(self, token_R: Tensor, cache: Cache) -> Tensor:
+        """Read one more token of each row. Meant for evaluation: there is no dropout, and no gradient.
+
+        Args:
+            token_R: int64 (R,) ids; rows at ``PAD_ID`` are not routed.
+            cache: grows by one position.
+
+        Returns:
+            (R, V) logits of the next token, float32; float64 where the model is.
+        """
+        h_RD = self.decoder.step(self.embed_target(token_R), token_R, token_R != PAD_ID, cache)
+        logits_RV = self.logits(h_RD)
+        return logits_RV if logits_RV.dtype == torch.float64 else logits_RV.float()
+
+    def reset_parameters(self) -> None:
+        """Xavier-uniform products, each expert as the dense FFN it stands for; embeddings ``N(0, 1 / D)``.
+
+        Queries, keys and values start as one matrix of all three would, at ``1 / sqrt(2)`` of their own scale, which
+        deep stacks train better with (fairseq).
+        """
+        sparse = core.moe_layers(self)
+        # What an MoE layer has beside its experts starts as its router says.
+        inside = {id(module) for layer in sparse.values() for module in layer.modules()}
+        for module in self.modules():
+            if id(module) in inside:
+                continue
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, (Learned, RelativeBias)):
+                nn.init.normal_(module.weight, std=self.config.shape.dim**-0.5)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=self.config.shape.dim**-0.5)
+                with torch.no_grad():
+                    module.weight[PAD_ID] = 0.0
+        for module in self.modules():
+            if isinstance(module, (SelfAttention, CrossAttention)):
+                module.reset_heads()
+        for layer in sparse.values():
+            for experts in (layer.experts, getattr(layer, "shared_experts", None)):
+                for name, weight in () if experts is None else experts.named_parameters():
+                    if name in ("w_in", "w_gate", "w_out"):
+                        for expert in weight.unbind(0):
+                            nn.init.xavier_uniform_(expert)
+                    elif name in ("b_in", "b_out"):
+                        nn.init.zeros_(weight)
+        if self.output is not None:
+            nn.init.normal_(self.output.weight, std=self.config.shape.dim**-0.5)
+
+
+class TranslationModel(_Decoding):
+    """Source ids to the logits of the target's.
+
+    Args:
+        config: the transformer.
+        source_vocab: V of the source, or of both.
+        target_vocab: V of the target; None: one joint vocabulary.
+        moe: the MoE layer in place of the FFN of the chosen layers; None: a dense model.
+        encoder_moe_layers, decoder_moe_layers: which layers: "everyN", "lastN", "all", "none" or indices, as
+            ``apps.nets.blocks.resolve_blocks`` has them; "every2" is layers 1, 3, 5, ... In a dense model: which layers
+            ``replaced_hidden_dim`` is for; without it they are not asked.
+        replaced_hidden_dim: FFN hidden dim of those layers in a dense model; None: that of the others.
+
+    Raises:
+        ValueError: a value out of its range, or a combination that cannot be built.
+
+    Example::
+
+        model = TranslationModel(TransformerConfig("tiny"), source_vocab=8000, moe=core.MoEConfig(num_experts=8))
+        logits = model(source_BS, target_BL[:, :-1])         # (B, L - 1, 8000)
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        source_vocab: int,
+        target_vocab: int | None = None,
+        moe: core.MoEConfig | None = None,
+        encoder_moe_layers: Layers = "every2",
+        decoder_moe_layers: Layers = "every2",
+        replaced_hidden_dim: int | None = None,
+    ) -> None:
+        super().__init__()
+        _check(moe, replaced_hidden_dim, source_vocab=source_vocab, target_vocab=target_vocab)
+        if target_vocab is not None and config.tie in ("all", "inputs"):
+            raise ValueError(
+                f"tie={config.tie!r} (model.transformer.tie) needs a joint vocabulary: with two, which "
+                "data.tokenizer.joint=false makes, tie is 'decoder' or 'none'"
+            )
+        self.config, self.moe = config, moe
+        shape = config.shape
+        self.source_vocab = source_vocab
+        self.target_vocab = source_vocab if target_vocab is None else target_vocab
+        plain = moe is None and replaced_hidden_dim is None
+        self.encoder_moe_layers, self.decoder_moe_layers = (
+            () if plain else resolve_blocks(layers, depth, option=f"{stack}_moe_layers", optional=True)
+            for stack, layers, depth in (
+                ("encoder", encoder_moe_layers, shape.encoder_layers),
+                ("decoder", decoder_moe_layers, shape.decoder_layers),
+            )
+        )
+        if moe is not None and not self.encoder_moe_layers and not self.decoder_moe_layers:
+            raise ValueError("encoder_moe_layers and decoder_moe_layers name no layer: leave moe out for a dense model")
+        if moe is not None and self.decoder_moe_layers and not moe.router.is_causal():
+            raise ValueError(
+                f"router {moe.router.source()} lets later tokens change earlier ones: not for a causal decoder, set "
+                "decoder_moe_layers='none' or another router"
+            )
+        self.source_embed = nn.Embedding(source_vocab, shape.dim, padding_idx=PAD_ID)
+        self.target_embed = (
+            None if config.tie in ("all", "inputs") else nn.Embedding(self.target_vocab, shape.dim, padding_idx=PAD_ID)
+        )
+        self.encoder = Stack(
+            config,
+            _ffns(config, shape.encoder_layers, self.encoder_moe_layers, moe, replaced_hidden_dim, causal=False),
+            causal=False,
+            cross=False,
+        )
+        self.decoder = Stack(
+            config,
+            _ffns(config, shape.decoder_layers, self.decoder_moe_layers, moe, replaced_hidden_dim, causal=True),
+            causal=True,
+            cross=True,
+        )
+        own_output = config.tie in ("inputs", "none")
+        self.output = core.Linear(shape.dim, self.target_vocab, bias=False) if own_output else None
+        self.reset_parameters()
+
+    @property
+    def target_embedding(self) -> nn.Embedding:
+        """Embeds the target; the source's, where they are one."""
+        return self.source_embed if self.target_embed is None else self.target_embed
+
+    def encode(self, source_BS: Tensor, task_ids_B: Tensor | None = None, domain_ids_B: Tensor | None = None) -> Memory:
+        """The encoder's output.
+
+        Args:
+            source_BS: int64 (B, S) ids, ``PAD_ID`` after a sentence's end.
+            task_ids_B, domain_ids_B: int64 (B,), for routers that ask for them, in the decoder too.
+        """
+        valid_BS = source_BS != PAD_ID
+        context = core.RoutingContext(valid_BS, source_BS, task_ids_B, domain_ids_B)
+        x_BSD = self.encoder(self.source_embed(source_BS), context)
+        return Memory(x_BSD, valid_BS, task_ids_B, domain_ids_B)
+
+    def decode(self, target_BL: Tensor, memory: Memory) -> Tensor:
+        """(B, L) ids, ``PAD_ID`` after a sentence's end, to the (B, L, D) normed output, causal."""
+        context = core.RoutingContext(target_BL != PAD_ID, target_BL, memory.task_ids_B, memory.domain_ids_B)
+        return self.decoder(self.embed_target(target_BL), context, memory.x_BSD, memory.valid_BS)
+
+    def forward(
+        self,
+        source_BS: Tensor,
+        target_BL: Tensor,
+        task_ids_B: Tensor | None = None,
+        domain_ids_B: Tensor | None = None,
+    ) -> Tensor:
+        """(B, S) source and (B, L) target ids to (B, L, V) logits of the token after each; see ``encode``."""
+        return self.logits(self.decode(target_BL, self.encode(source_BS, task_ids_B, domain_ids_B)))
+
+    @torch.no_grad()
+    def start(self, memory: Memory, copies: int = 1, capacity: int = 48) -> Cache:
+        """An empty cache for decoding.
+
+        Args:
+            memory: of B sentences.
+            copies: rows a sentence: row ``b * copies + k`` belongs to sentence b.
+            capacity: slots of a sentence to make room for, one a position and copy at most; more are made as they come.
+
+        Raises:
+            ValueError: as ``check_steps``.
+        """
+        self.check_steps()
+        if copies < 1:
+            raise ValueError(f"copies={copies} must be at least 1")
+        heads = self.config.shape.num_kv_heads
+        keys = self.decoder.memory_keys(memory.x_BSD)
+        return self._new_cache(
+            len(memory),
+            copies,
+            capacity,
+            memory.x_BSD,
+            memory.task_ids_B,
+            memory.domain_ids_B,
+            keys,
+            key_bias(memory.valid_BS, heads, product_dtype(memory.x_BSD)),
+        )
+
+    def cross_attention(
+        self,
+        source_BS: Tensor,
+        target_BL: Tensor,
+        task_ids_B: Tensor | None = None,
+        domain_ids_B: Tensor | None = None,
+    ) -> Tensor:
+        """(layers, B, H, L, S): how much each decoder layer's head attends to each source token. For pictures."""
+        memory = self.encode(source_BS, task_ids_B, domain_ids_B)
+        context = core.RoutingContext(target_BL != PAD_ID, target_BL, task_ids_B, domain_ids_B)
+        return self.decoder.cross_attention(self.embed_target(target_BL), context, memory.x_BSD, memory.valid_BS)
+
+
+class LanguageModel(_Decoding):
+    """The decoder alone: ids to the logits of the next.
+
+    Args:
+        config: the transformer; ``decoder_layers`` deep. ``tie``: all but "none" tie the output to the embedding.
+        vocab: V.
+        moe: the MoE layer in place of the FFN of ``moe_layers``; its router must be causal. None: a dense model.
+        moe_layers: which layers, as in ``TranslationModel``. In a dense model: which layers ``replaced_hidden_dim`` is
+            for.
+        replaced_hidden_dim: FFN hidden dim of those layers in a dense model; None: that of the others.
+
+    Raises:
+        ValueError: a value out of its range, or a combination that cannot be built.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        vocab: int,
+        moe: core.MoEConfig | None = None,
+        moe_layers: Layers = "all",
+        replaced_hidden_dim: int | None = None,
+    ) -> None:
+        super().__init__()
+        _check(moe, replaced_hidden_dim, vocab=vocab)
+        self.config, self.moe, self.vocab = config, moe, vocab
+        shape = config.shape
+        plain = moe is None and replaced_hidden_dim is None
+        self.moe_layers = (
+            () if plain else resolve_blocks(moe_layers, shape.decoder_layers, option="moe_layers", optional=True)
+        )
+        if moe is not None and not self.moe_layers:
+            raise ValueError(f"moe_layers={moe_layers!r} names no layer: leave moe out for a dense model")
+        self.embed = nn.Embedding(vocab, shape.dim, padding_idx=PAD_ID)
+        self.decoder = Stack(
+            config,
+            _ffns(config, shape.decoder_layers, self.moe_layers, moe, replaced_hidden_dim, causal=True),
+            causal=True,
+            cross=False,
+        )
+        self.output = core.Linear(shape.dim, vocab, bias=False) if config.tie == "none" else None
+        self.reset_parameters()
+
+    @property
+    def target_embedding(self) -> nn.Embedding:
+        """The embedding."""
+        return self.embed
+
+    def hidden(self, tokens_BL: Tensor, task_ids_B: Tensor | None = None, domain_ids_B: Tensor | None = None) -> Tensor:
+        """(B, L) ids, ``PAD_ID`` after a text's end, to the (B, L, D) normed output, causal."""
+        context = core.RoutingContext(tokens_BL != PAD_ID, tokens_BL, task_ids_B, domain_ids_B)
+        return self.decoder(self.embed_target(tokens_BL), context)
+
+    def forward(
+        self, tokens_BL: Tensor, task_ids_B: Tensor | None = None, domain_ids_B: Tensor | None = None
+    ) -> Tensor:
+        """(B, L) ids to (B, L, V) logits of the token after each."""
+        return self.logits(self.hidden(tokens_BL, task_ids_B, domain_ids_B))
+
+    @torch.no_grad()
+    def start(
+        self,
+        num_rows: int,
+        task_ids_B: Tensor | None = None,
+        domain_ids_B: Tensor | None = None,
+        *,
+        copies: int = 1,
+        capacity: int = 48,
+    ) -> Cache:
+        """An empty cache for decoding ``num_rows`` texts, ``copies`` rows each; see ``TranslationModel.start``."""
+        self.check_steps()
+        if copies < 1:
+            raise ValueError(f"copies={copies} must be at least 1")
+        return self._new_cache(num_rows, copies, capacity, self.embed.weight, task_ids_B, domain_ids_B)
+
+
+def _check(moe: core.MoEConfig | None, replaced_hidden_dim: int | None, **vocabularies: int | None) -> None:
+    for name, value in vocabularies.items():
+        if value is not None and value <= PAD_ID + 1:
+            raise ValueError(f"{name}={value} must be at least 2: id {PAD_ID} is padding")
+    if replaced_hidden_dim is not None and replaced_hidden_dim < 1:
+        raise ValueError(f"replaced_hidden_dim={replaced_hidden_dim} must be at least 1")
+    if moe is not None and replaced_hidden_dim is not None:
+        raise ValueError(
+            f"replaced_hidden_dim={replaced_hidden_dim} is for a dense model: with moe, set moe.expert.hidden_dim"
+        )
+
+
+def _ffns(
+    config: TransformerConfig,
+    num_layers: int,
+    replaced: tuple[int, ...],
+    moe: core.MoEConfig | None,
+    replaced_hidden_dim: int | None,
+    *,
+    causal: bool,
+) -> list[nn.Module]:
+    """The FFN or MoE layer of each layer."""
+    ffns: list[nn.Module] = []
+    for i in range(num_layers):
+        if i in replaced and moe is not None:
+            ffns.append(moe.build(config.shape.dim, causal=causal))
+        else:
+            width = replaced_hidden_dim if i in replaced and replaced_hidden_dim else config.shape.hidden_dim
+            ffns.append(FeedForward(config, width))
+    return ffns

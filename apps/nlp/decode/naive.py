@@ -1,0 +1,174 @@
+"""The searches of ``apps.nlp.decode`` as plain loops over sentences and hypotheses: the oracle of its tests.
+
+Each sentence is alone, without padding, and each step decodes each whole prefix anew. Any dtype.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apps.data.subwords import BOS_ID, EOS_ID, PAD_ID
+from apps.nlp.decode import DecodeConfig, Hypotheses
+from apps.nlp.decode.run import dropless
+from apps.nlp.decode.sampling import generator
+from apps.nlp.decode.search import max_positions
+
+NextLogProbs = Callable[[list[int]], list[float]]
+"""From the ids so far, the prompt's first, to log p of each next id."""
+
+
+@torch.no_grad()
+def translate_ids(
+    model: Any,
+    source_BS: Tensor,
+    config: DecodeConfig,
+    task_ids_B: Tensor | None = None,
+    domain_ids_B: Tensor | None = None,
+    index_B: Tensor | None = None,
+) -> Hypotheses:
+    """As ``decode.translate_ids``; the model is to be in evaluation mode, in the dtype that is wanted."""
+    found = []
+    with dropless(model):
+        for b, source_S in enumerate(source_BS):
+            source_1S = source_S[source_S != PAD_ID][None]
+            task_1, domain_1 = (None if x is None else x[b : b + 1] for x in (task_ids_B, domain_ids_B))
+            memory = model.encode(source_1S, task_1, domain_1)
+
+            def next_log_probs(ids: list[int], memory: Any = memory) -> list[float]:
+                h_1LD = model.decode(torch.tensor([ids], device=source_BS.device), memory)
+                return _log_probs(model.logits(h_1LD[0, -1]))
+
+            number = b if index_B is None else int(index_B[b])
+            found.append(_find(next_log_probs, [BOS_ID], source_1S.shape[1], config, model, number))
+    return Hypotheses([[ids for ids, _ in best] for best in found], [[score for _, score in best] for best in found])
+
+
+@torch.no_grad()
+def generate_ids(
+    model: Any,
+    prompt_BL: Tensor,
+    config: DecodeConfig,
+    task_ids_B: Tensor | None = None,
+    domain_ids_B: Tensor | None = None,
+    index_B: Tensor | None = None,
+) -> Hypotheses:
+    """As ``decode.generate_ids``; the model is to be in evaluation mode, in the dtype that is wanted."""
+    found = []
+    with dropless(model):
+        for b, prompt_L in enumerate(prompt_BL):
+            prompt = prompt_L[prompt_L != PAD_ID].tolist()
+            context = tuple(None if x is None else x[b : b + 1] for x in (task_ids_B, domain_ids_B))
+
+            def next_log_probs(ids: list[int], context: Any = context) -> list[float]:
+                return _log_probs(model(torch.tensor([ids], device=prompt_BL.device), *context)[0, -1])
+
+            number = b if index_B is None else int(index_B[b])
+            found.append(_find(next_log_probs, prompt, len(prompt), config, model, number))
+    return Hypotheses([[ids for ids, _ in best] for best in found], [[score for _, score in best] for best in found])
+
+
+def _log_probs(logits_V: Tensor) -> list[float]:
+    return (logits_V if logits_V.dtype == torch.float64 else logits_V.float()).log_softmax(-1).tolist()
+
+
+def _find(
+    next_log_probs: NextLogProbs, prompt: list[int], length: int, config: DecodeConfig, model: Any, number: int
+) -> list[tuple[list[int], float]]:
+    """The best ids and scores of a sentence."""
+    most = max_positions(model)
+    limit = config.max_length(length, None if most is None else most - len(prompt))
+    if config.method == "sample":
+        draws = torch.rand(
+            limit + 1, config.num_best, generator=generator(config.seed, number), dtype=torch.float64
+        ).tolist()
+        found = [
+            draw_one(next_log_probs, prompt, limit, config, [row[i] for row in draws]) for i in range(config.num_best)
+        ]
+    elif config.method == "greedy":
+        found = [greedy(next_log_probs, prompt, limit, config)]
+    else:
+        found = beam(next_log_probs, prompt, limit, config)
+    return sorted(found, key=lambda pair: -pair[1])[: config.num_best]
+
+
+def allowed(num_ids: int, vocab: int, limit: int, config: DecodeConfig) -> list[int]:
+    """The ids that may follow ``num_ids`` ids."""
+    if num_ids == limit:
+        return [EOS_ID]
+    return [i for i in range(vocab) if i not in (PAD_ID, BOS_ID) and (i != EOS_ID or num_ids >= config.min_length)]
+
+
+def greedy(
+    next_log_probs: NextLogProbs, prompt: list[int], limit: int, config: DecodeConfig
+) -> tuple[list[int], float]:
+    """The best id each step, the lowest of equals."""
+    ids: list[int] = []
+    total = 0.0
+    while True:
+        log_p = next_log_probs(prompt + ids)
+        best = max(allowed(len(ids), len(log_p), limit, config), key=lambda i: (log_p[i], -i))
+        total += log_p[best]
+        if best == EOS_ID:
+            return ids, total / (len(ids) + 1) ** config.length_penalty
+        ids.append(best)
+
+
+def beam(
+    next_log_probs: NextLogProbs, prompt: list[int], limit: int, config: DecodeConfig
+) -> list[tuple[list[int], float]]:
+    """All hypotheses that are finished until there are k, or none is open."""
+    k = config.beam_size
+    hypotheses: list[tuple[list[int], float]] = [([], 0.0)]
+    finished: list[tuple[list[int], float]] = []
+    for num_ids in itertools.count():
+        proposals = []
+        for ids, total in hypotheses:
+            log_p = next_log_probs(prompt + ids)
+            proposals += [(total + log_p[i], ids, i) for i in allowed(num_ids, len(log_p), limit, config)]
+        proposals = [p for p in sorted(proposals, key=lambda p: -p[0]) if p[0] > -math.inf]
+        finished += [
+            (ids, total / (num_ids + 1) ** config.length_penalty) for total, ids, i in proposals[:k] if i == EOS_ID
+        ]
+        hypotheses = [([*ids, i], total) for total, ids, i in proposals if i != EOS_ID][:k]
+        if len(finished) >= k or not hypotheses:
+            break
+    return finished
+
+
+def draw_one(
+    next_log_probs: NextLogProbs, prompt: list[int], limit: int, config: DecodeConfig, draws: list[float]
+) -> tuple[list[int], float]:
+    """Each id the first whose cumulative probability, by id, exceeds the draw."""
+    ids: list[int] = []
+    total = 0.0
+    while True:
+        log_p = next_log_probs(prompt + ids)
+        probs = sampling_probs(log_p, allowed(len(ids), len(log_p), limit, config), config)
+        target = draws[len(ids)] * sum(probs.values())
+        cumulative = 0.0
+        for chosen in sorted(probs):
+            cumulative += probs[chosen]
+            if cumulative > target:
+                break
+        total += log_p[chosen]
+        if chosen == EOS_ID:
+            return ids, total / (len(ids) + 1) ** config.length_penalty
+        ids.append(chosen)
+
+
+def sampling_probs(log_p: list[float], ids: list[int], config: DecodeConfig) -> dict[int, float]:
+    """What each id is drawn with, of those that may follow and that ``top_k`` and ``top_p`` leave."""
+    ordered = sorted(ids, key=lambda i: (-log_p[i], i))[: config.top_k or None]
+    weights = [math.exp((log_p[i] - log_p[ordered[0]]) / config.temperature) for i in ordered]
+    kept: dict[int, float] = {}
+    for i, weight in zip(ordered, weights, strict=True):
+        if sum(kept.values()) >= config.top_p * sum(weights) and config.top_p < 1:
+            break
+        kept[i] = weight
+    return {i: weight / sum(kept.values()) for i, weight in kept.items()}

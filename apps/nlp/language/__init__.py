@@ -1,0 +1,1 @@
+"""Sparse language models on plain text."""

@@ -1,0 +1,439 @@
+"""Plain text for language models: files of yours, or one language of a parallel corpus, as one stream of subwords.
+
+The stream of a split is in a memory-mapped file in the cache and is cut into blocks. `apps.data.loader.ResumableLoader`
+restores the order of an epoch in mid-epoch.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from apps.data import sources
+from apps.data.columns import ColumnFiles, ColumnWriter
+from apps.data.lines import Rows, expand, num_words, read_lines
+from apps.data.loader import ResumableLoader, as_it_is, in_order, overfits
+from apps.data.subwords import EOS_ID, PAD_ID, SubwordConfig, Subwords, train_subwords
+from apps.nlp.predict import BadLines, check_bad_lines, given_lines
+from apps.nlp.text.corpora import SPLITS, Sizes, check_size, share_out
+from apps.nlp.text.datasets import NLP_DATASETS, find_language
+from apps.nlp.text.encoded import encode, identity, open_encoded
+from apps.porting import subwords_of
+
+log = logging.getLogger(__name__)
+
+
+class TextBatch(NamedTuple):
+    """B blocks of text.
+
+    Attributes:
+        tokens_BL: int64 (B, L), a model reads ``[:, :-1]`` and is to say ``[:, 1:]``. In training and evaluation L is
+            the block size and one, and the last token of a block is the first of the next, so that each token is said
+            once; the last block of a split is padded with ``PAD_ID``. In prediction: ``EOS_ID`` and the prompt.
+        index_B: int64 (B,), the block's place in its split, or the prompt's line number.
+    """
+
+    tokens_BL: Tensor
+    index_B: Tensor  # type: ignore[assignment]  # a batch has no use for tuple.index
+
+
+class TextSize(NamedTuple):
+    """How much text a split has: what turns a loss a token into one a word or a byte.
+
+    Attributes:
+        documents: of it.
+        tokens: to be said: subwords, and ``EOS_ID`` after each document.
+        words: cut at spaces; of scripts that put none between words, characters.
+        bytes: of UTF-8, without line ends.
+    """
+
+    documents: int
+    tokens: int
+    words: int
+    bytes: int
+
+
+class _Blocks(Dataset[Any]):
+    """The blocks of one stream, read by whole batches."""
+
+    def __init__(self, ids_M: Tensor, block_size: int) -> None:
+        self.ids_M, self.block_size = ids_M, block_size
+
+    def __len__(self) -> int:
+        return -(-(len(self.ids_M) - 1) // self.block_size)  # the first token is said by none
+
+    def __getitem__(self, position: int) -> TextBatch:
+        return self.__getitems__([position])
+
+    def __getitems__(self, positions: Sequence[int] | Tensor) -> TextBatch:
+        index_B = torch.as_tensor(positions, dtype=torch.int64)
+        at_BL = index_B[:, None] * self.block_size + torch.arange(self.block_size + 1)
+        past_BL = at_BL >= len(self.ids_M)
+        tokens_BL = self.ids_M[at_BL.clamp_(max=len(self.ids_M) - 1)].long()
+        return TextBatch(tokens_BL.masked_fill_(past_BL, PAD_ID), index_B)
+
+
+_TWENTIETH = 0.05
+
+
+class TextData(LightningDataModule):
+    """Text in train, validation and test batches of `TextBatch`.
+
+    A stream is ``EOS_ID``, and then each document with ``EOS_ID`` after it.
+
+    Args:
+        dataset: "text" for files of yours, or a parallel corpus of `moesaic data list`, of which ``language`` is taken,
+            each sentence being a document.
+        root: folder that the file names start from; or with your own copy of the dataset's files.
+        cache_dir: folder for downloads, subwords and encoded text; default ~/.cache/moesaic.
+        train_files: of yours: a name or a pattern of UTF-8 text files, plain or ``.gz``, or several.
+        val_files: likewise; None: documents of train_files are held out.
+        test_files: likewise.
+        language: of a parallel corpus; None: English.
+        document: what belongs together, and is on one side of a split: each "line", "paragraph" (lines up to an empty
+            one) or "file".
+        val_size: documents to validate on, or a share of all below 1, where there are no files of them; None: a
+            twentieth; of a parallel corpus as of `TranslationData`.
+        test_size: likewise.
+        split_seed: of what is held out. Not the run's.
+        subwords: those of a trained model; None: as ``tokenizer`` says.
+        tokenizer: how they are learned, from the training documents alone; or the file they are in.
+        block_size: tokens of a block that a model reads.
+        batch_size: blocks of a training batch and process.
+        eval_batch_size: in validation and test.
+        text: prompts to be continued in prediction, one or several.
+        predict_file: file of prompts, one a line; "-" is standard input.
+        bad_lines: what a line of predict_file that is not UTF-8 is: an "error"; or its bad bytes are put as U+FFFD
+            ("replace"), or it is taken for an empty line ("skip"), and a warning at the end counts them.
+        num_workers: processes that cut batches; 0 is enough.
+        seed: of the order of training; default the seed of the whole run (seed_everything).
+
+    Raises:
+        ValueError: an option out of its range; when the data are first needed: missing or unreadable files, a split
+            without text.
+
+    Example::
+
+        data = TextData(train_files="books/*.txt", document="paragraph", block_size=256)
+        batch = next(iter(data.train_dataloader()))
+        batch.tokens_BL     # (32, 257)
+    """
+
+    from_checkpoint: ClassVar[tuple[str, ...]] = ("subwords",)
+    """Arguments that the command line takes from a checkpoint where they are not given."""
+    superseded: ClassVar[Mapping[str, str]] = MappingProxyType({"tokenizer": "subwords"})
+    """Arguments without effect where another one is given."""
+
+    def __init__(
+        self,
+        dataset: str = "text",
+        root: str | None = None,
+        cache_dir: str | None = None,
+        train_files: list[str] | str | None = None,
+        val_files: list[str] | str | None = None,
+        test_files: list[str] | str | None = None,
+        language: str | None = None,
+        document: Literal["line", "paragraph", "file"] = "line",
+        val_size: int | float | None = None,
+        test_size: int | float | None = None,
+        split_seed: int = 0,
+        subwords: Subwords | None = None,
+        tokenizer: SubwordConfig = SubwordConfig(),
+        block_size: int = 256,
+        batch_size: int = 32,
+        eval_batch_size: int = 32,
+        text: list[str] | str | None = None,
+        predict_file: str | None = None,
+        bad_lines: BadLines = "error",
+        num_workers: int = 0,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.dataset, self.root, self.cache_dir, self.language = dataset, root, cache_dir, language
+        self.train_files, self.val_files, self.test_files = train_files, val_files, test_files
+        self.document, self.val_size, self.test_size, self.split_seed = document, val_size, test_size, split_seed
+        self._language = language or "en"
+        self.tokenizer = replace(tokenizer, joint=True)  # text has one side
+        self.block_size, self.batch_size, self.eval_batch_size = block_size, batch_size, eval_batch_size
+        self.text, self.predict_file, self.bad_lines = text, predict_file, bad_lines
+        self.num_workers, self.seed = num_workers, seed
+        self._given = subwords
+        self._files: ColumnFiles | None = None
+        self._told = False
+        self._check_options()
+        if subwords is None and tokenizer.path is not None:
+            self._given = subwords_of(tokenizer.path)
+
+    # ---- what a model and a reader of results ask
+
+    @property
+    def subwords(self) -> Subwords:
+        """Given, or learned from the training documents. The first use reads the text, or finds it in the cache."""
+        if self._given is not None:
+            return self._given
+        return Subwords(tuple(self._open().info["subwords"]))
+
+    def size(self, split: str) -> TextSize:
+        """Of the text of "train", "val" or "test"."""
+        if split not in SPLITS:
+            raise ValueError(sources.unknown_name("split", split, list(SPLITS)))
+        return TextSize(*self._open().info["sizes"][split])
+
+    # ---- Lightning
+
+    def prepare_data(self) -> None:
+        if self._given is None or (self.text is None and self.predict_file is None):
+            self._open()  # what is to be continued needs no corpus
+
+    def setup(self, stage: str | None = None) -> None:
+        if stage != "predict" and not self._told:
+            self._told = True
+            sizes = ", ".join(f"{name} {self.size(name).tokens:,}" for name in SPLITS)
+            log.info("%s: tokens of %s", self.dataset, sizes)
+
+    def train_dataloader(self) -> ResumableLoader:
+        return ResumableLoader(
+            self._blocks("train"),
+            self.batch_size,
+            seed=self.seed,
+            shuffle=not overfits(self.trainer),
+            collate_fn=as_it_is,
+            draws=False,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+        )
+
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        return self._eval_loader("val")
+
+    def test_dataloader(self) -> DataLoader[Any] | list[Any]:
+        loader = self._eval_loader("test")
+        if not loader:
+            raise ValueError(f"{self.dataset} has no test text: give test_files, or a test_size that holds some out")
+        return loader
+
+    def predict_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """One prompt a batch, read as it comes: a decoder that continues text has no place for padding."""
+        if self.text is None and self.predict_file is None:
+            raise ValueError(
+                "there is nothing to continue: give text (--data.text) or predict_file (--data.predict_file)"
+            )
+        return DataLoader(_Prompts(self), batch_size=None, generator=torch.Generator())
+
+    def given_batches(self, start: int = 0) -> Iterator[tuple[TextBatch, list[str]]]:
+        """Yield the prompts of ``text`` or ``predict_file``, one a batch, each with its line.
+
+        Args:
+            start: lines before this one are passed over.
+
+        Raises:
+            ValueError: a file that cannot be read, or a line that is no text.
+        """
+        return prompt_batches(given_lines(self.text, self.predict_file, self.bad_lines), self.subwords, start)
+
+    def _blocks(self, split: str) -> _Blocks:
+        return _Blocks(self._open()[f"{split}_ids"], self.block_size)
+
+    def _eval_loader(self, split: str) -> DataLoader[Any] | list[Any]:
+        blocks = self._blocks(split)
+        if not len(blocks):
+            return []
+        return in_order(blocks, self.eval_batch_size, self.num_workers)
+
+    # ---- the encoded text
+
+    def _open(self) -> ColumnFiles:
+        if self._files is None:
+            cache = sources.cache_root(self.cache_dir)
+            if self.dataset == "text":
+                files: Any = [[split, identity(paths)] for split, paths in self._own_files().items()]
+                read = self._read_own
+            else:
+                paths, rows = find_language(self.dataset, self.root, self._language, self.cache_dir)
+                files = identity(paths)
+
+                def read() -> dict[str, list[list[str]]]:
+                    return self._read_corpus(rows())
+
+            self._files = open_encoded(
+                self.dataset,
+                [files, self._language, self.document, self.val_size, self.test_size, self.split_seed],
+                cache,
+                lambda writer: self._write(writer, read(), cache),
+                tokenizer=self.tokenizer,
+                given=self._given,
+            )
+        return self._files
+
+    def _own_files(self) -> dict[str, list[Path]]:
+        found = {}
+        root = Path(self.root or ".").expanduser()
+        for split in SPLITS:
+            named = getattr(self, f"{split}_files")
+            names = [named] if isinstance(named, str) else named or []
+            found[split] = list(dict.fromkeys(path for name in names for path in expand(root, name)))
+            if names and not found[split]:
+                raise ValueError(f"{root / names[0]} is missing")
+        return found
+
+    def _read_own(self) -> dict[str, list[list[str]]]:
+        """The lines of each document of each split."""
+        splits = {
+            split: [document for path in paths for document in _documents(read_lines(path), self.document)]
+            for split, paths in self._own_files().items()
+        }
+        lacking = [split for split in ("val", "test") if getattr(self, f"{split}_files") is None]
+        documents = splits["train"]
+        sizes = {split: _TWENTIETH if (n := getattr(self, f"{split}_size")) is None else n for split in lacking}
+        counts = {s: round(size * len(documents)) if size < 1 else int(size) for s, size in sizes.items()}
+        if sum(counts.values()) >= max(1, len(documents)):
+            told = ", ".join(f"{split}_size={size}" for split, size in sizes.items())
+            raise ValueError(f"{told}: of {len(documents)} documents none is left to train on")
+        drawn = _draw(documents, [counts[split] for split in reversed(lacking)], self.split_seed)
+        for split, chosen in zip(reversed(lacking), drawn, strict=True):
+            splits[split] = [documents[i] for i in chosen]
+        held = {_key(document) for split in lacking for document in splits[split]}
+        splits["train"] = [document for document in documents if _key(document) not in held]
+        learned = {_key(document) for document in splits["train"]}
+        for split in {"val", "test"} - set(lacking):
+            known = sum(_key(document) in learned for document in splits[split])
+            if known:
+                told = f"{known:,} of {len(splits[split]):,} documents of {split}_files are in train_files too"
+                log.warning("%s: what is measured on them is memory", told)
+        return splits
+
+    def _read_corpus(self, parts: Mapping[str, Sequence[Rows]]) -> dict[str, list[list[str]]]:
+        """The sentences of each split, each in one split and there once."""
+        language, sizes = self._language, Sizes(self.val_size, self.test_size, self.split_seed)
+        distinct = {
+            split: [Rows({language: [*dict.fromkeys(filter(None, rows.text[language]))]}, rows.name) for rows in found]
+            for split, found in parts.items()
+        }
+        (shared,) = share_out([(distinct, sizes)])
+        splits = {
+            split: list(dict.fromkeys(line for rows in shared[split] for line in rows.text[language]))
+            for split in SPLITS
+        }
+        held = {*splits["val"], *splits["test"]}
+        train = [line for line in splits["train"] if line not in held]
+        lines, kept = (sum(len(rows) for of in found.values() for rows in of) for found in (parts, distinct))
+        left_out = f"{lines - kept:,} lines that are empty or come again, {len(splits['train']) - len(train):,}"
+        log.info("%s in %s: left out: %s of validation or test (train)", self.dataset, language, left_out)
+        return {split: [[line] for line in (train if split == "train" else lines)] for split, lines in splits.items()}
+
+    def _write(self, writer: ColumnWriter, splits: dict[str, list[list[str]]], cache: Path) -> None:
+        if not splits["train"]:
+            raise ValueError(f"there is no text to train on in {self.train_files or self.dataset}")
+        train = (line for document in splits["train"] for line in document)
+        subwords = self._given or train_subwords((), train, self.tokenizer, (), cache)
+        sizes = {}
+        for split, documents in splits.items():
+            text = [" ".join(document) for document in documents]
+            ids, bounds = encode(text, subwords, "target")
+            stream = np.full(len(ids) + len(text) + 1, EOS_ID, np.int32)
+            # document i comes after the i + 1 ends before it
+            stream[np.arange(len(ids)) + 1 + np.repeat(np.arange(len(text)), np.diff(bounds))] = ids
+            writer.save(f"{split}_ids", stream)
+            words = sum(map(num_words, text))
+            sizes[split] = TextSize(len(text), len(stream) - 1, words, sum(len(line.encode()) for line in text))
+        writer.finish({"subwords": subwords.models, "digest": subwords.digest, "sizes": sizes})
+
+    def _check_options(self) -> None:
+        names = ["text", *NLP_DATASETS]
+        if self.dataset not in names:
+            raise ValueError(sources.unknown_name("dataset", self.dataset, sorted(names)))
+        if self.dataset == "text":
+            if self.train_files is None:
+                raise ValueError("dataset='text' needs train_files (--data.train_files)")
+            if self.language is not None:
+                raise ValueError(f"language={self.language!r} is of a parallel corpus, not of dataset='text'")
+            for split in ("val", "test"):
+                size, files = getattr(self, f"{split}_size"), getattr(self, f"{split}_files")
+                if size is not None and files is not None:
+                    raise ValueError(f"{split}_size={size} is of train_files: {split}_files={files!r} are taken whole")
+        else:
+            for name in ("train_files", "val_files", "test_files"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name}={getattr(self, name)!r} is for dataset='text', not {self.dataset!r}")
+            if self._language not in (known := NLP_DATASETS[self.dataset].languages):
+                raise ValueError(sources.unknown_name("language", self._language, list(known)))
+            if self.document != "line":
+                raise ValueError(f"document={self.document!r} is for dataset='text', not {self.dataset!r}")
+        if self.document not in ("line", "paragraph", "file"):
+            raise ValueError(sources.unknown_name("document", self.document, ["line", "paragraph", "file"]))
+        for name in ("block_size", "batch_size", "eval_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("val_size", "test_size"):
+            check_size(name, getattr(self, name))
+        if self.text is not None and self.predict_file is not None:
+            raise ValueError("text and predict_file are both given: continue one of them")
+        check_bad_lines(self.bad_lines)
+        if self.num_workers < 0:
+            raise ValueError(f"num_workers={self.num_workers} must not be negative")
+
+
+class _Prompts(IterableDataset[Any]):
+    """The batches of what is to be continued."""
+
+    def __init__(self, data: TextData) -> None:
+        self.data = data
+
+    def __iter__(self) -> Iterator[TextBatch]:
+        return (batch for batch, _ in self.data.given_batches())
+
+
+def prompt_batches(lines: Iterable[str], subwords: Subwords, start: int = 0) -> Iterator[tuple[TextBatch, list[str]]]:
+    """Yield each prompt as a batch, with its line; ``index_B`` is its number, from 0, and those before ``start`` lack.
+
+    A decoder that continues text has no place for padding, so each is alone.
+    """
+    for number, line in itertools.islice(enumerate(lines), start, None):
+        (row,) = subwords.encode([line], "target")
+        yield TextBatch(torch.tensor([[EOS_ID, *row]]), torch.tensor([number])), [line]
+
+
+def _key(document: list[str]) -> str:
+    """Of documents that are the same text."""
+    return "\n".join(document)
+
+
+def _draw(documents: list[list[str]], counts: Sequence[int], seed: int) -> list[list[int]]:
+    """So many documents for each held-out split, by chance, in their order; the same text is in one split alone."""
+    copies: dict[str, list[int]] = {}
+    for i, document in enumerate(documents):
+        copies.setdefault(_key(document), []).append(i)
+    texts, drawn = list(copies.values()), [[] for _ in counts]  # type: list[list[int]], list[list[int]]
+    for text in np.random.RandomState(seed).permutation(len(texts)).tolist():
+        # A text with more copies than a split has room for stays in training.
+        room = next((s for s, n in zip(drawn, counts, strict=True) if len(s) + len(texts[text]) <= n), None)
+        if room is not None:
+            room += texts[text]
+    return [sorted(indices) for indices in drawn]
+
+
+def _documents(lines: list[str], document: str) -> Iterator[list[str]]:
+    """The lines of a file that are no empty ones, as documents."""
+    if document == "line":
+        yield from ([line] for line in lines if line)
+        return
+    part: list[str] = []
+    for line in lines:
+        if line:
+            part.append(line)
+        elif part and document == "paragraph":
+            yield part
+            part = []
+    if part:
+        yield part

@@ -1,0 +1,198 @@
+"""A corpus in subword ids, on disk: made once, mapped into memory, and cut into batches from there."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from apps.data.columns import ColumnFiles, ColumnWriter, open_or_write, open_whole
+from apps.data.subwords import BOS_ID, EOS_ID, PAD_ID, Side, SubwordConfig, Subwords
+from apps.nlp.text.batch import TranslationBatch
+from apps.nlp.text.corpora import SentencePairs
+
+FORMAT = 1
+"""Of the encoded files; a new number makes every corpus be encoded anew."""
+
+# What reads and encodes a corpus: a change there makes the files of the old code stale.
+_CODE = (
+    "corpora.py",
+    "data.py",
+    "datasets.py",
+    "encoded.py",
+    "subwords.py",
+    "text.py",
+    "readers/*.py",
+    "../columns.py",
+)
+_CHUNK = 10_000  # sentences encoded at a time
+_SIDES: tuple[Side, Side] = ("source", "target")
+
+
+def open_encoded(
+    name: str,
+    made_from: Any,
+    cache: Path,
+    write: Callable[[ColumnWriter], None],
+    *,
+    tokenizer: SubwordConfig,
+    given: Subwords | None,
+) -> ColumnFiles:
+    """The files in ``cache/text`` that were made from this, by this code; written if they are not there.
+
+    Args:
+        name: of the corpus, for people who look into the folder.
+        made_from: plain values that change when what is encoded does.
+        cache: the cache's folder.
+        write: fills the writer, and ends with the digest of the subwords in the files' ``info``.
+        tokenizer: how the subwords are learned.
+        given: those that are used in their place. Files serve whose subwords were learned and are the same: those of a
+            checkpoint, where it was trained.
+
+    Raises:
+        DataError: the cache cannot be written, or the disk is full.
+    """
+    here = Path(__file__).parent
+    code = hashlib.sha256()
+    for path in sorted(p for pattern in _CODE for p in here.glob(pattern)):
+        code.update(path.read_bytes())
+
+    def folder(subwords: Any) -> Path:
+        key = json.dumps([FORMAT, code.hexdigest(), name, made_from, subwords], sort_keys=True)
+        return cache / "text" / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+
+    learned = folder(asdict(tokenizer))
+    if given is None:
+        return open_or_write(learned, cache, write)
+    files = open_whole(learned)
+    same = files is not None and files.info.get("digest") == given.digest
+    return files if files is not None and same else open_or_write(folder(given.digest), cache, write)
+
+
+def identity(files: Iterable[Path]) -> list[list[Any]]:
+    """Path, size and time of the last change of each file, by which an exchanged one is noticed."""
+    stats = [(path.resolve(), path.stat()) for path in files]
+    return [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
+
+
+def encode(lines: Sequence[str], subwords: Subwords, side: Side) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """Ids of all lines, one after the other, and the N + 1 bounds of each."""
+    ids, ends = [np.empty(0, np.int32)], [np.zeros(1, np.int64)]
+    for start in range(0, len(lines), _CHUNK):
+        rows = subwords.encode(lines[start : start + _CHUNK], side)
+        ends.append(np.cumsum([len(row) for row in rows], dtype=np.int64) + ends[-1][-1])
+        ids.append(np.fromiter((i for row in rows for i in row), np.int32))
+    return np.concatenate(ids), np.concatenate(ends)
+
+
+def write_pairs(writer: ColumnWriter, split: str, pairs: SentencePairs, subwords: Subwords, *, keep_text: bool) -> None:
+    """Write a split's ids, and its text where it is to be kept."""
+    writer.save(f"{split}_pair", np.array(pairs.pair, np.int64))
+    writer.save(f"{split}_corpus", np.array(pairs.corpus, np.int64))
+    for side, lines in zip(_SIDES, (pairs.source, pairs.target), strict=True):
+        ids, bounds = encode(lines, subwords, side)
+        writer.save(f"{split}_{side}_ids", ids)
+        writer.save(f"{split}_{side}_bounds", bounds)
+        if keep_text:
+            data = [line.encode() for line in lines]
+            writer.save(f"{split}_{side}_text", np.frombuffer(b"".join(data), np.uint8))
+            writer.save(f"{split}_{side}_text_bounds", np.cumsum([0, *map(len, data)], dtype=np.int64))
+
+
+def read_text(files: ColumnFiles, split: str, side: Side) -> list[str]:
+    """The sentences of one side of a split that was written with its text."""
+    data = files[f"{split}_{side}_text"].numpy().tobytes()
+    bounds = files[f"{split}_{side}_text_bounds"].tolist()
+    return [data[a:b].decode() for a, b in itertools.pairwise(bounds)]
+
+
+class EncodedPairs(Dataset[Any]):
+    """The pairs of one split, read by whole batches: ``pairs.__getitems__(positions)`` is a `TranslationBatch`.
+
+    Args:
+        files: as `write_pairs` left them.
+        split: its name.
+        tags: id of the tag of each language pair; None: there are none.
+        max_length: tokens of a side that a batch takes; longer ones are cut. Of a source the tag and the end count, of
+            a target the begin or the end, as a model reads and writes it.
+        positions: the split's pairs that count, in order; None: all. A batch's ``index_B`` is the place among them.
+    """
+
+    def __init__(
+        self,
+        files: ColumnFiles,
+        split: str,
+        tags: Sequence[int] | None,
+        max_length: int,
+        positions: Tensor | None = None,
+    ) -> None:
+        self.files, self.split = files, split  # not the arrays: a worker process maps the files anew
+        self.tags = None if tags is None else torch.tensor(tags)
+        self.max_length, self.positions = max_length, positions
+
+    def __len__(self) -> int:
+        return len(self._array("pair")) if self.positions is None else len(self.positions)
+
+    def __getitem__(self, position: int) -> TranslationBatch:
+        return self.__getitems__([position])
+
+    def __getitems__(self, positions: Sequence[int] | Tensor) -> TranslationBatch:
+        index_B = torch.as_tensor(positions, dtype=torch.int64)
+        at_B = index_B if self.positions is None else self.positions[index_B]
+        pair_B = self._array("pair")[at_B]
+        tag_B = None if self.tags is None else self.tags[pair_B]
+        source_BS = self._padded("source", at_B, self.max_length - 1 - (tag_B is not None), tag_B)
+        target_BL = self._padded("target", at_B, self.max_length - 1, torch.full_like(pair_B, BOS_ID))
+        return TranslationBatch(source_BS, target_BL, pair_B, index_B)
+
+    def lengths(self) -> tuple[Tensor, Tensor]:
+        """int64 (N,) twice: tokens of each pair's source and target, specials included and uncut."""
+        source_N = self._array("source_bounds").diff() + 1 + (self.tags is not None)
+        target_N = self._array("target_bounds").diff() + 2
+        return (source_N, target_N) if self.positions is None else (source_N[self.positions], target_N[self.positions])
+
+    def groups(self) -> Tensor:
+        """int64 (N,): a number for each corpus and language pair."""
+        pair_N, corpus_N = self._array("pair"), self._array("corpus")
+        group_N = corpus_N * (int(pair_N.max()) + 1 if len(pair_N) else 1) + pair_N
+        return group_N if self.positions is None else group_N[self.positions]
+
+    def _array(self, name: str) -> Tensor:
+        return self.files[f"{self.split}_{name}"]
+
+    def _padded(self, side: Side, at_B: Tensor, most: int, first_B: Tensor | None) -> Tensor:
+        bounds = self._array(f"{side}_bounds")
+        return pad(self._array(f"{side}_ids"), bounds[at_B], bounds[at_B + 1], most, first_B)
+
+
+def pad(ids_M: Tensor, begin_B: Tensor, end_B: Tensor, most: int, first_B: Tensor | None) -> Tensor:
+    """Sentences side by side, each with ``EOS_ID`` and padding after it.
+
+    Args:
+        ids_M: ids of all sentences, one after the other.
+        begin_B, end_B: bounds of each one.
+        most: of a longer sentence only so many ids are taken.
+        first_B: an id before each one; None: none.
+
+    Returns:
+        int64 (B, longest + 1 or 2).
+    """
+    length_B = (end_B - begin_B).clamp_(max=most)
+    place_S = torch.arange(int(length_B.max()) + 1)
+    # places past the end are read at the last id, and replaced
+    at_BS = (begin_B[:, None] + place_S).clamp_(max=max(0, len(ids_M) - 1))
+    ids_BS = ids_M[at_BS].long() if len(ids_M) else torch.zeros_like(at_BS)
+    ids_BS = ids_BS.masked_fill_(place_S >= length_B[:, None], PAD_ID).masked_fill_(
+        place_S == length_B[:, None], EOS_ID
+    )
+    return ids_BS if first_B is None else torch.cat((first_B[:, None], ids_BS), 1)

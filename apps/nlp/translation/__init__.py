@@ -1,0 +1,1 @@
+"""Sparse translation models, their data and their test report."""

@@ -1,0 +1,441 @@
+"""Parallel text for Lightning: the corpora that are known by name, and your own files.
+
+A corpus is read and turned into subword ids once, into memory-mapped files in the cache. The order of an epoch depends
+on (seed, epoch) alone: `apps.data.loader.ResumableLoader` restores it in mid-epoch. sentencepiece is imported where
+it is needed.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from apps.data import sources
+from apps.data.columns import ColumnFiles, ColumnWriter
+from apps.data.loader import ResumableLoader, as_it_is, in_order, overfits
+from apps.data.subwords import SubwordConfig, Subwords, train_subwords
+from apps.nlp.predict import BadLines, check_bad_lines, given_lines, source_batches
+from apps.nlp.text.batch import TranslationBatch
+from apps.nlp.text.batches import TokenBatches, by_length, cut_by_tokens, evenly
+from apps.nlp.text.corpora import SPLITS, Filters, Sizes, collect, parse_pairs
+from apps.nlp.text.datasets import NLP_DATASETS, OWN, Corpus, Mnemonic, check_corpus, find_corpus
+from apps.nlp.text.encoded import EncodedPairs, identity, open_encoded, read_text, write_pairs
+from apps.porting import subwords_of
+
+log = logging.getLogger(__name__)
+
+_MUCH_PADDING = 0.05
+_MANY_IDENTICAL = 0.01
+"""Share of copied sources in training that harms a translator (Khayrallah and Koehn 2018; Ott et al. 2018)."""
+
+
+class TranslationData(LightningDataModule):
+    """Sentence pairs in train, validation and test batches of `TranslationBatch`.
+
+    Args:
+        dataset: multi30k, ... (`moesaic data list`), or what files of yours are: moses, tsv or gettext.
+        root: folder with your own copy of the dataset's files; nothing is downloaded then. Of files of yours: the
+            folder their names start from, by default the one you are in.
+        cache_dir: folder for downloads, subwords and encoded text; default ~/.cache/moesaic.
+        pairs: language pairs, such as [en-de, de-en]; a sparse model's tasks, in this order. None: the dataset's first.
+        train_files: of yours. Moses: ``train`` for ``train.en`` and ``train.de``, plain or ``.gz``, ``.bz2`` or
+            ``.xz``; or with the place of the language and, if each pair has its own files, of the pair:
+            ``{pair}/train.{lang}``. TSV: a name or a pattern of ``.tsv`` or ``.txt`` files, also compressed or in a
+            ``.zip``. gettext: of ``.mo`` or ``.po`` files.
+        val_files: likewise; None: rows of train_files are held out. Of multi30k: another name than ``val``.
+        test_files: likewise. Of multi30k: another name than ``test_2016_flickr``, such as ``test_2017_flickr``.
+        columns: the languages of the columns of TSV files, "-" for one that is not read; None: as a header line says,
+            else source and target. Rows of more columns are skipped, with a warning that counts them.
+        mnemonic: of gettext, what stands before the letter that opens a menu entry and is taken out: "_" (GTK), "&"
+            (Qt), "~" (LibreOffice) or "none"; None: whichever of these stands at the beginning of a word.
+        val_size: rows to validate on, or a share of all below 1. Of a split that has files, so many of them by chance;
+            None: all. Where rows are held out None is 1000, and no more than a twentieth; 0: none are.
+        test_size: likewise.
+        split_seed: of what is held out, and of the subset. Not the run's: runs of different seeds have the same splits.
+        corpora: further ones beside this one, each with its own files.
+        subwords: those of a trained model; None: as ``tokenizer`` says.
+        tokenizer: how they are learned, from the training sentences alone; or the file they are in.
+        max_length: tokens of a side, specials included. Longer training pairs are left out; longer sources to be
+            translated are cut, with a warning.
+        min_words: training pairs with fewer words on a side are left out. Where rows are held out by chance, these
+            five hold for all splits.
+        max_words: those with more.
+        max_ratio: those whose longer side has more than so many times the words of the shorter one.
+        without: those with a side in which this regular expression is found, such as ``%|<`` for codes and tags.
+        drop_identical: leave out pairs whose two sides are the same text, as untranslated rows of a corpus are.
+        subset: use only so many training pairs, drawn by split_seed; subwords are learned from these alone.
+        temperature: T of sampling among corpora and pairs, n^(1/T): above 1 small ones come more often.
+        tokens_per_batch: pairs of a training batch and process times their longest side, at most.
+        eval_tokens_per_batch: in validation, test and prediction.
+        text: what to translate in prediction, one sentence or several. Without text and file: the sources of the test
+            split.
+        predict_file: file to translate, line by line; "-" is standard input.
+        predict_pair: the pair that text or predict_file is to be translated in; None: the only one.
+        predict_lines: lines of predict_file that are read at once, and sorted by length.
+        bad_lines: what a line of predict_file that is not UTF-8 is: an "error"; or its bad bytes are put as U+FFFD
+            ("replace"), or it is taken for an empty line ("skip"), and a warning at the end counts them.
+        num_workers: processes that cut batches; 0 is best, a batch takes about a millisecond.
+        seed: of the order of training; default the seed of the whole run (seed_everything).
+
+    Raises:
+        ValueError: an unknown dataset, pair or language, an option out of its range or for another dataset; when the
+            data are first needed: missing or unreadable files, unequal numbers of lines, a pair without sentences.
+
+    Example::
+
+        data = TranslationData("multi30k", pairs=["en-de"])
+        batch = next(iter(data.train_dataloader()))
+        batch.source_BS, batch.target_BL
+    """
+
+    from_checkpoint: ClassVar[tuple[str, ...]] = ("subwords", "pairs")
+    """Arguments that the command line takes from a checkpoint where they are not given."""
+    superseded: ClassVar[Mapping[str, str]] = MappingProxyType({"tokenizer": "subwords"})
+    """Arguments without effect where another one is given."""
+
+    def __init__(
+        self,
+        dataset: str = "multi30k",
+        root: str | None = None,
+        cache_dir: str | None = None,
+        pairs: Sequence[str] | None = None,
+        train_files: str | None = None,
+        val_files: str | None = None,
+        test_files: str | None = None,
+        columns: Sequence[str] | None = None,
+        mnemonic: Mnemonic | None = None,
+        val_size: int | float | None = None,
+        test_size: int | float | None = None,
+        split_seed: int = 0,
+        corpora: Sequence[Corpus] = (),
+        subwords: Subwords | None = None,
+        tokenizer: SubwordConfig = SubwordConfig(),
+        max_length: int = 256,
+        min_words: int | None = None,
+        max_words: int | None = None,
+        max_ratio: float | None = None,
+        without: str | None = None,
+        drop_identical: bool = False,
+        subset: int | None = None,
+        temperature: float = 1.0,
+        tokens_per_batch: int = 4096,
+        eval_tokens_per_batch: int = 4096,
+        text: list[str] | str | None = None,
+        predict_file: str | None = None,
+        predict_pair: str | None = None,
+        predict_lines: int = 2048,
+        bad_lines: BadLines = "error",
+        num_workers: int = 0,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        own = Corpus(dataset, root, train_files, val_files, test_files, columns, val_size, test_size, mnemonic)
+        self.dataset, self.corpora, self.cache_dir = dataset, (own, *corpora), cache_dir
+        known = NLP_DATASETS.get(dataset)
+        if pairs is None and known is not None:
+            pairs = known.pairs
+        if pairs is None and dataset in OWN:
+            raise ValueError(f"dataset={dataset!r} needs pairs (--data.pairs), such as [en-de]")
+        self.pairs: tuple[str, ...] = tuple(pairs or ())
+        self.split_seed, self.tokenizer, self.subset, self.seed = split_seed, tokenizer, subset, seed
+        self.filters = Filters(min_words, max_words, max_ratio, without, drop_identical)
+        self.max_length, self.temperature = max_length, temperature
+        self.tokens_per_batch, self.eval_tokens_per_batch = tokens_per_batch, eval_tokens_per_batch
+        self.text, self.predict_file, self.predict_pair = text, predict_file, predict_pair
+        self.predict_lines, self.bad_lines, self.num_workers = predict_lines, bad_lines, num_workers
+        self._given = subwords
+        self._files: ColumnFiles | None = None
+        self._told = False
+        self._check_options()
+        if subwords is None and tokenizer.path is not None:
+            self._given = subwords_of(tokenizer.path, self._targets)
+
+    # ---- what a model and a reader of results ask
+
+    @property
+    def subwords(self) -> Subwords:
+        """Given, or learned from the training sentences. The first use reads the corpus, or finds it in the cache."""
+        if self._given is not None:
+            return self._given
+        info = self._open().info["subwords"]
+        return Subwords(tuple(info["models"]), tuple(info["languages"]))
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        """Of all pairs, in the order of their first mention."""
+        return tuple(dict.fromkeys(language for pair in parse_pairs(self.pairs) for language in pair))
+
+    @property
+    def _targets(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(target for _, target in parse_pairs(self.pairs)))
+
+    def sources(self, split: str) -> list[str]:
+        """The source sentences of "val" or "test", by ``index_B`` of a batch."""
+        return read_text(self._open(), self._held_out(split), "source")
+
+    def references(self, split: str) -> list[str]:
+        """The target sentences of "val" or "test", by ``index_B`` of a batch."""
+        return read_text(self._open(), self._held_out(split), "target")
+
+    def pair_of(self, split: str) -> list[int]:
+        """The language pair of each sentence pair of "val" or "test", as its place in ``pairs``."""
+        return self._open()[f"{self._held_out(split)}_pair"].tolist()
+
+    # ---- Lightning
+
+    def prepare_data(self) -> None:
+        if self._given is None or (self.text is None and self.predict_file is None):
+            self._open()  # what is to be translated needs no corpus
+
+    def setup(self, stage: str | None = None) -> None:
+        if stage != "predict" and not self._told:
+            self._told = True
+            log.info("%s", self.describe())
+            self._warn_of_identical()
+
+    def train_dataloader(self) -> ResumableLoader:
+        pairs = self._train_pairs()
+        return ResumableLoader(
+            pairs,
+            plan=self._plan(pairs),
+            seed=self.seed,
+            shuffle=not overfits(self.trainer),
+            collate_fn=as_it_is,
+            draws=False,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+        )
+
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        return self._eval_loader("val")
+
+    def test_dataloader(self) -> DataLoader[Any] | list[Any]:
+        loader = self._eval_loader("test")
+        if not loader:
+            raise ValueError(f"{self.dataset} has no test pairs: give test_files, or a test_size that holds some out")
+        return loader
+
+    def predict_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """What is to be translated, read as it comes by one process; ``target_BL`` is ``BOS_ID`` alone.
+
+        Without text and file, the test split.
+        """
+        if self.text is None and self.predict_file is None:
+            return self.test_dataloader()
+        return DataLoader(_Streamed(self), batch_size=None, generator=torch.Generator())
+
+    def predict_batches(self, lines: Iterable[str]) -> Iterator[TranslationBatch]:
+        """Batches of sentences to be translated, as the lines come.
+
+        ``predict_lines`` lines are read at a time and batched with their neighbours in length; ``index_B`` is the
+        number of each line, from 0. Each line is in one batch. An empty one has a source of ``EOS_ID`` alone
+        (``batch.empty_B``); one over ``max_length`` tokens is cut, with a warning that names it. The lines before one
+        that is no text come before its error.
+
+        Args:
+            lines: text; line ends and spaces around it do not count.
+
+        Raises:
+            ValueError: several pairs and no ``predict_pair``; a line that is no text.
+        """
+        return (batch for batch, _ in self.given_batches(lines))
+
+    def given_batches(
+        self, lines: Iterable[str] | None = None, start: int = 0
+    ) -> Iterator[tuple[TranslationBatch, list[str]]]:
+        """Yield what ``predict_batches`` does, each batch with its lines.
+
+        Args:
+            lines: as there; None: those that ``text`` or ``predict_file`` has.
+            start: lines before this one are passed over.
+
+        Raises:
+            ValueError: as ``predict_batches``.
+        """
+        lines = given_lines(self.text, self.predict_file, self.bad_lines) if lines is None else lines
+        pair = self._predict_pair()
+        budget, at_once = self.eval_tokens_per_batch, self.predict_lines
+        return source_batches(lines, self.subwords, self.pairs, pair, self.max_length, budget, at_once, start)
+
+    # ---- batches
+
+    def _pairs(self, split: str, positions: Tensor | None = None) -> EncodedPairs:
+        subwords = self.subwords
+        targets = [target for _, target in parse_pairs(self.pairs)]
+        if not subwords.languages and len(set(targets)) > 1:
+            raise ValueError(
+                f"pairs={list(self.pairs)} have several target languages, and the given subwords no tags to ask for "
+                "one: leave subwords out, so that they are learned with tags, or take pairs of one target"
+            )
+        tags = [subwords.tag_id(target) for target in targets] if subwords.languages else None
+        return EncodedPairs(self._open(), split, tags, self.max_length, positions)
+
+    def _train_pairs(self) -> EncodedPairs:
+        pairs = self._pairs("train")
+        source_N, target_N = pairs.lengths()
+        fits = (source_N <= self.max_length) & (target_N - 1 <= self.max_length)
+        if bool(fits.all()):
+            return pairs
+        if not bool(fits.any()):
+            raise ValueError(f"max_length={self.max_length} leaves none of the {len(pairs):,} training pairs")
+        return self._pairs("train", torch.nonzero(fits).squeeze(1))
+
+    def _plan(self, pairs: EncodedPairs) -> TokenBatches:
+        source_N, target_N = (side.numpy() for side in pairs.lengths())
+        return TokenBatches(source_N, target_N, self.tokens_per_batch, pairs.groups().numpy(), self.temperature)
+
+    def _eval_loader(self, split: str) -> DataLoader[Any] | list[Any]:
+        pairs = self._pairs(split)
+        if not len(pairs):
+            return []
+        source_N, target_N = (side.clamp(max=self.max_length + 1).numpy() for side in pairs.lengths())
+        order = by_length(source_N, target_N, np.arange(len(pairs)))
+        bounds = cut_by_tokens(np.maximum(source_N, target_N)[order], self.eval_tokens_per_batch)
+        # The first few are of all lengths: to look at a part of a split is to look at sentences like the others.
+        batches = [torch.from_numpy(order[bounds[i] : bounds[i + 1]]) for i in evenly(len(bounds) - 1)]
+        return in_order(_Whole(pairs, batches), 1, self.num_workers)
+
+    def _predict_pair(self) -> int:
+        if self.predict_pair is None:
+            if len(self.pairs) > 1:
+                raise ValueError(f"predict_pair (--data.predict_pair) must name one of {', '.join(self.pairs)}")
+            return 0
+        return self.pairs.index(self.predict_pair)
+
+    # ---- the encoded corpus
+
+    def describe(self) -> str:
+        """One line: how many pairs each split has, what was left out, and how much of an epoch is padding."""
+        info = self._open().info
+        train = self._train_pairs()
+        sizes = {split: len(train if split == "train" else self._pairs(split)) for split in SPLITS}
+        counts = ", ".join(f"{size:,} {split}" for split, size in sizes.items())
+        out = [f"{count:,} {reason}" for reason, count in info["left_out"].items()]
+        if long := len(self._pairs("train")) - sizes["train"]:
+            out.append(f"{long:,} of more than {self.max_length} tokens (train)")
+        told = f"{self.dataset} {' '.join(self.pairs)}: {counts} pairs; left out: {', '.join(out) or 'none'}"
+        padding = self._plan(train).padding()
+        told += f"; padding of an epoch: {100 * padding:.1f} %"
+        if padding > _MUCH_PADDING:
+            told += f", less with tokens_per_batch (--data.tokens_per_batch) below {self.tokens_per_batch}"
+        for split in ("val", "test"):
+            found = set(self.pair_of(split))
+            if found and (lacking := [pair for p, pair in enumerate(self.pairs) if p not in found]):
+                told += f"; no {split} pairs of {', '.join(lacking)}"
+            if cut := int((torch.maximum(*self._pairs(split).lengths()) > self.max_length).sum()):
+                told += f"; {cut:,} of more than {self.max_length} tokens are cut ({split})"
+        return told
+
+    def _warn_of_identical(self) -> None:
+        identical, total = (self._open().info[name] for name in ("identical", "train_pairs"))
+        if identical and identical >= _MANY_IDENTICAL * total:
+            share = f"{identical:,} of {total:,} training pairs ({100 * identical / total:.0f} %)"
+            told = "have the same text on both sides: a model learns to copy from them"
+            log.warning(
+                "%s: %s %s; drop_identical (--data.drop_identical true) leaves them out", self.dataset, share, told
+            )
+
+    def _open(self) -> ColumnFiles:
+        if self._files is None:
+            cache = sources.cache_root(self.cache_dir)
+            found = [find_corpus(corpus, self.pairs, self.cache_dir) for corpus in self.corpora]
+            made_from = [
+                [[identity(files) for files, _ in found], [asdict(corpus) for corpus in self.corpora], self.pairs],
+                [asdict(self.filters), self.split_seed, self.subset],
+            ]
+
+            def write(writer: ColumnWriter) -> None:
+                self._write(writer, [read() for _, read in found], cache)
+
+            self._files = open_encoded(
+                self.dataset, made_from, cache, write, tokenizer=self.tokenizer, given=self._given
+            )
+        return self._files
+
+    def _write(self, writer: ColumnWriter, rows: list[Any], cache: Path) -> None:
+        corpora = {}
+        for number, (corpus, parts) in enumerate(zip(self.corpora, rows, strict=True), 1):
+            name = f"{corpus.dataset} ({number})" if len(rows) > 1 else corpus.dataset
+            corpora[name] = (parts, Sizes(corpus.val_size, corpus.test_size, self.split_seed))
+        collected = collect(corpora, self.pairs, self.filters)
+        train = collected.splits["train"]
+        if self.subset is not None:
+            if self.subset > len(train):
+                raise ValueError(f"subset={self.subset} exceeds the {len(train):,} training pairs")
+            chosen = np.random.RandomState(self.split_seed).permutation(len(train))[: self.subset]
+            collected.splits["train"] = train = train.take(np.sort(chosen))
+        tags = self._targets if len(self._targets) > 1 else ()
+        subwords = self._given or train_subwords(train.source, train.target, self.tokenizer, tags, cache)
+        for split, pairs in collected.splits.items():
+            write_pairs(writer, split, pairs, subwords, keep_text=split != "train")
+        writer.finish(
+            {
+                "left_out": dict(collected.left_out),
+                "identical": train.num_identical(),
+                "train_pairs": len(train),
+                "subwords": {"models": subwords.models, "languages": subwords.languages},
+                "digest": subwords.digest,
+            }
+        )
+
+    def _held_out(self, split: str) -> str:
+        if split not in ("val", "test"):
+            raise ValueError(sources.unknown_name("split", split, ["val", "test"]))
+        return split
+
+    def _check_options(self) -> None:
+        for corpus in self.corpora:
+            check_corpus(corpus)
+        parse_pairs(self.pairs)
+        if all(corpus.dataset in NLP_DATASETS for corpus in self.corpora):
+            known = dict.fromkeys(lang for corpus in self.corpora for lang in NLP_DATASETS[corpus.dataset].languages)
+            for language in self.languages:
+                if language not in known:
+                    raise ValueError(sources.unknown_name("language", language, list(known)))
+        for name in ("max_length", "tokens_per_batch", "eval_tokens_per_batch", "predict_lines", "subset"):
+            value = getattr(self, name)
+            if value is not None and value < (4 if name == "max_length" else 1):
+                raise ValueError(f"{name}={value} must be at least {4 if name == 'max_length' else 1}")
+        if self.temperature < 1:
+            raise ValueError(f"temperature={self.temperature} must be at least 1")
+        check_bad_lines(self.bad_lines)
+        if self.num_workers < 0:
+            raise ValueError(f"num_workers={self.num_workers} must not be negative")
+        if self.text is not None and self.predict_file is not None:
+            raise ValueError("text and predict_file are both given: translate one of them")
+        if self.predict_pair is not None and self.predict_pair not in self.pairs:
+            raise ValueError(sources.unknown_name("predict_pair", self.predict_pair, list(self.pairs)))
+
+
+class _Whole(Dataset[Any]):
+    """Whole batches."""
+
+    def __init__(self, pairs: EncodedPairs, batches: list[Tensor]) -> None:
+        self.pairs, self.batches = pairs, batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitems__(self, numbers: list[int]) -> TranslationBatch:
+        (number,) = numbers
+        return self.pairs.__getitems__(self.batches[number])
+
+
+class _Streamed(IterableDataset[Any]):
+    """The batches of what is to be translated."""
+
+    def __init__(self, data: TranslationData) -> None:
+        self.data = data
+
+    def __iter__(self) -> Iterator[TranslationBatch]:
+        return (batch for batch, _ in self.data.given_batches())

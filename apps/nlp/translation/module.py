@@ -1,0 +1,602 @@
+"""``Translator``: what ``moesaic fit`` trains on parallel text."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from lightning.pytorch import Callback
+from torch import Tensor
+
+import core
+from apps.data.sources import unknown_name
+from apps.data.subwords import PAD_ID, UNK_ID, Subwords
+from apps.nets.config import TransformerConfig
+from apps.nets.loss import TargetScores, linear_cross_entropy, target_scores
+from apps.nets.transformer import TranslationModel
+from apps.nlp.baselines import dense_twins
+from apps.nlp.decode import DecodeConfig, Hypotheses, in_dtype, translate_ids
+from apps.nlp.output import LinePredictor
+from apps.nlp.predict import Candidate, Line, check_one, checked_texts, decoding, in_order, source_batches
+from apps.nlp.pretrained import PretrainedModule, check_free, check_replaced, published_network
+from apps.nlp.text.batch import TranslationBatch
+from apps.nlp.translation.metrics import Sentence, TranslationMetrics, bleu_tokenizers, signatures
+from apps.nlp.translation.report import ReportConfig, TranslationReport, side_by_side
+from apps.train.module import Baseline, ExampleDifference, OptimizerConfig, SparseModule, Stage, TaskOutput
+
+_DECODE = DecodeConfig()
+_REPORT = ReportConfig()
+_LAYERS = "every2"
+_AT_ONCE = 2048
+"""Texts that are batched with their neighbours in length: as many as ``TranslationData.predict_lines`` by default."""
+Tasks = Literal["pair", "source", "target"]
+
+
+class Translations(NamedTuple):
+    """Translations of a batch.
+
+    Attributes:
+        index: int64 (B,), as ``TranslationBatch.index_B``.
+        pair: the language pair, such as "en-de".
+        source: as the model read it.
+        translation: the best hypothesis; empty for an empty line.
+        score: float64 (B,), its score in the search; 0 for an empty line.
+        alternatives: the further hypotheses, best first, where ``decode.num_best`` asks for them.
+    """
+
+    index: Tensor  # type: ignore[assignment]  # a batch has no use for tuple.index
+    pair: list[str]
+    source: list[str]
+    translation: list[str]
+    score: Tensor
+    alternatives: list[list[str]]
+
+
+class Foreseen(NamedTuple):
+    """How well each sentence's reference was foreseen, its end included.
+
+    Attributes:
+        nll_B: float64 (B,), negative log likelihood in nats, summed over its tokens.
+        right_B: int64 (B,), tokens that came first.
+        tokens_B: int64 (B,).
+    """
+
+    nll_B: Tensor
+    right_B: Tensor
+    tokens_B: Tensor
+
+
+class Translator(LinePredictor, PretrainedModule):
+    """A transformer from one language to another, or from many to many, sparse or dense.
+
+    It is trained by the cross-entropy of each target token after those before it, with label smoothing, and judged by
+    what it says itself: BLEU and chrF++ of its translations as text, by sacrebleu, against the references as they are.
+    With several pairs ``bleu`` and ``chrf`` are the means over the pairs.
+
+    Args:
+        subwords: of both languages; the command line takes them from the data.
+        pairs: language pairs, such as "en-de"; the command line takes them from the data.
+        transformer: the network around the MoE layers.
+        moe: the MoE layer that replaces the FFN of some layers; None: a dense model.
+        encoder_moe_layers, decoder_moe_layers: which layers: "everyN" (every N-th), "lastN", "all", "none" or indices.
+        replaced_hidden_dim: FFN hidden dim of those layers in a dense model, as in the baselines; None: the others'.
+        tasks: what a task is to routers that ask for one: the language "pair", or the "source" or the "target"
+            language. The target language is the domain.
+        label_smoothing: share of the target spread evenly over the vocabulary, in training.
+        decode: how test sentences and those of a prediction are translated.
+        val_decode: how validation sentences are: "greedy", or "as_test".
+        bleu_tokenize: sacrebleu's tokenizer for BLEU, "13a", "zh", "char", ..., of all pairs, or of some pairs theirs;
+            None: by target language, as `bleu_tokenizers` says.
+        optimizer: learning rate, weight decay and schedule.
+        ema_decay: of the moving average of the weights; None: none.
+        average_last: epochs whose weights at their end are averaged at last; None: none.
+        pretrained: folder of a published checkpoint, as `apps.porting` reads it: its weights are those with which
+            the first training or test begins that no checkpoint gives its own; ``data.tokenizer.path`` takes its
+            subwords. Where ``transformer`` is None its network is taken; a given one must be the same, but for dropout.
+        report: what a test adds to the scores; None: nothing.
+
+    Raises:
+        ValueError: a value out of its range, or a combination that cannot be built.
+    """
+
+    context_fields: ClassVar[tuple[str, ...]] = ("token_ids_BS", "task_ids_B", "domain_ids_B")
+    data_arguments: ClassVar[tuple[str, ...]] = ("subwords", "pairs")
+    readout: ClassVar[tuple[str, ...]] = ("model.output",)
+    monitor: ClassVar[str] = "val/bleu"
+    monitor_mode: ClassVar[Literal["min", "max"]] = "max"
+    table_metrics = ("chrf", "token_accuracy", "perplexity")
+    predicts: ClassVar[str] = "translation"
+
+    @classmethod
+    def defaults_of_none(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        published = arguments.get("pretrained") is not None  # its folder says what the transformer is
+        own = {} if published else {"transformer": TransformerConfig()}
+        return {**super().defaults_of_none(arguments), **own}
+
+    def __init__(
+        self,
+        subwords: Subwords | None = None,
+        pairs: Sequence[str] = (),
+        transformer: TransformerConfig | None = None,
+        moe: core.MoEConfig | None = None,
+        encoder_moe_layers: str | list[int] = _LAYERS,
+        decoder_moe_layers: str | list[int] = _LAYERS,
+        replaced_hidden_dim: int | None = None,
+        tasks: Tasks = "pair",
+        label_smoothing: float = 0.1,
+        decode: DecodeConfig = _DECODE,
+        val_decode: Literal["greedy", "as_test"] = "greedy",
+        bleu_tokenize: str | dict[str, str] | None = None,
+        optimizer: OptimizerConfig | None = None,
+        ema_decay: float | None = None,
+        average_last: int | None = None,
+        pretrained: str | None = None,
+        report: ReportConfig | None = _REPORT,
+    ) -> None:
+        check_replaced(pretrained, replaced_hidden_dim)
+        if pretrained is not None and transformer is None:
+            # Before these are kept for the checkpoint, which is read without the folder.
+            published = published_network(pretrained, is_language_model=False)
+            transformer, moe = published.transformer, moe or published.moe
+            if encoder_moe_layers == _LAYERS:
+                encoder_moe_layers = list(published.encoder_moe_layers) or "none"
+            if decoder_moe_layers == _LAYERS:
+                decoder_moe_layers = list(published.decoder_moe_layers) or "none"
+        super().__init__(optimizer=optimizer, ema_decay=ema_decay, average_last=average_last)
+        if not 0.0 <= label_smoothing < 1.0:
+            raise ValueError(f"label_smoothing={label_smoothing} is not in [0, 1)")
+        if val_decode not in ("greedy", "as_test"):
+            raise ValueError(f"val_decode={val_decode!r} is not one of 'greedy', 'as_test'")
+        self.bleu_tokenizers = bleu_tokenizers(pairs, bleu_tokenize)
+        if subwords is None:
+            raise ValueError("subwords=None: they come from the data, such as TranslationData(...).subwords")
+        self.subwords, self.pairs, self.pretrained = subwords, tuple(pairs), pretrained
+        self.transformer = transformer or TransformerConfig()
+        self.moe, self.encoder_moe_layers, self.decoder_moe_layers = moe, encoder_moe_layers, decoder_moe_layers
+        self.moe_config, self.moe_dim = moe, self.transformer.shape.dim
+        self.tasks, self.label_smoothing = tasks, label_smoothing
+        self.decode, self.val_decode, self.bleu_tokenize, self.report = decode, val_decode, bleu_tokenize, report
+        task_P, domain_P = task_numbers(self.pairs, tasks)
+        check_tasks(moe, self.pairs, tasks, len(set(task_P)), len(set(domain_P)))
+        self.register_buffer("task_P", torch.tensor(task_P), persistent=False)
+        self.register_buffer("domain_P", torch.tensor(domain_P), persistent=False)
+        self.model = TranslationModel(
+            self.transformer,
+            source_vocab=subwords.size("source"),
+            target_vocab=None if subwords.is_joint else subwords.size("target"),
+            moe=moe,
+            encoder_moe_layers=encoder_moe_layers,
+            decoder_moe_layers=decoder_moe_layers,
+            replaced_hidden_dim=replaced_hidden_dim,
+        )
+        self.model.check_steps()  # validation translates
+        check_context(self, moe)
+        self._references: list[str] | None = None
+        # The model in another dtype, for the length of one pass: a list, so that it is no part of the module.
+        self._copies: list[TranslationModel] | None = None
+        self._tested: list[Sentence] = []
+
+    def forward(
+        self,
+        source_BS: Tensor,
+        target_BL: Tensor,
+        task_ids_B: Tensor | None = None,
+        domain_ids_B: Tensor | None = None,
+    ) -> Tensor:
+        """(B, S) source and (B, L) target ids to (B, L, V) logits of the token after each."""
+        return self.model(source_BS, target_BL, task_ids_B, domain_ids_B)
+
+    # ---- the loss
+
+    def task_loss(self, batch: TranslationBatch) -> TaskOutput:
+        """Mean cross-entropy of the target tokens, padding left out; in evaluation without label smoothing.
+
+        In evaluation ``outputs`` says how well each sentence was foreseen; see ``judged`` for its translation.
+        """
+        said_BL = batch.target_BL[:, 1:]
+        real_BL = said_BL != PAD_ID
+        memory = self.model.encode(batch.source_BS, *self._ids(batch))
+        h_TD = self.model.decode(read_ids(batch.target_BL), memory)[real_BL]
+        h_TD = h_TD * self.transformer.logits_scale
+        target_T, weight_VD, B = said_BL[real_BL], self.model.output_weight, len(said_BL)
+        if self.training:
+            loss = linear_cross_entropy(h_TD, weight_VD, target_T, self.label_smoothing)
+            return TaskOutput(loss, None, None, B)
+        scores = target_scores(h_TD, weight_VD, target_T)
+        loss = scores.nll_T.sum() / max(len(target_T), 1)  # without a token 0, as in training
+        return TaskOutput(loss, per_sentence(scores, real_BL), None, B, weight=len(target_T))
+
+    def judged(self, batch: TranslationBatch, out: TaskOutput, stage: Stage) -> TaskOutput:
+        """``out`` with the batch's ``Sentence``s, translated, as its outputs."""
+        greedy = stage == "val" and self.val_decode == "greedy"
+        config = dataclasses.replace(self.decode, method="greedy", num_best=1) if greedy else self.decode
+        found = self.translate(batch, config)
+        foreseen: Foreseen = out.outputs
+        sentences = zip(
+            batch.index_B.tolist(),
+            batch.pair_B.tolist(),
+            self._texts_of(found.best),
+            self._references_of(batch),
+            [scores[0] for scores in found.scores],
+            foreseen.nll_B.tolist(),
+            foreseen.right_B.tolist(),
+            foreseen.tokens_B.tolist(),
+            strict=True,
+        )
+        return dataclasses.replace(out, outputs=[Sentence(*row) for row in sentences])
+
+    def translate(
+        self, batch: TranslationBatch, config: DecodeConfig, model: TranslationModel | None = None
+    ) -> Hypotheses:
+        """Translations of the batch's sources, in ids; by ``model``, a copy in another dtype, where it is given."""
+        # Out of autocast: in bfloat16 a sentence's logits would depend on its batch mates.
+        with torch.autocast(self.device.type, enabled=False):
+            ids, model = self._ids(batch), model or self._model_in(config.dtype)
+            return translate_ids(model, batch.source_BS, config, *ids, index_B=batch.index_B)
+
+    def _model_in(self, dtype: str | None) -> TranslationModel:
+        """The model in this dtype; within a pass over the data it is copied once."""
+        if dtype is None or self._copies is None:
+            return self.model
+        if not self._copies:
+            self._copies.append(in_dtype(self.model, dtype))  # type: ignore[arg-type]
+        return self._copies[0]
+
+    def _texts_of(self, ids: Sequence[Sequence[int]]) -> list[str]:
+        return self.subwords.decode(ids, "target")
+
+    def _ids(self, batch: TranslationBatch) -> tuple[Tensor, Tensor]:
+        """int64 (B,) twice, the tasks and the domains."""
+        return self.task_P[batch.pair_B], self.domain_P[batch.pair_B]  # type: ignore[index]
+
+    def _references_of(self, batch: TranslationBatch) -> list[str]:
+        """The references as they stand in the corpus; where the data does not tell, as their subwords read."""
+        if self._references is not None:
+            return [self._references[i] for i in batch.index_B.tolist()]
+        return self.subwords.decode(batch.target_BL.tolist(), "target")
+
+    def example_inputs(self, batch: TranslationBatch) -> tuple[Tensor, ...]:
+        return (batch.source_BS, read_ids(batch.target_BL), *self._ids(batch))
+
+    def cost_inputs(self, batch: TranslationBatch) -> tuple[Tensor, ...]:
+        """Return ``example_inputs`` with each side cut or filled up with unknown tokens to the batch's mean length:
+        experts do not compute padding, dense layers do."""
+        source_BS, read_BL, *ids = self.example_inputs(batch)
+        return of_mean_length(source_BS), of_mean_length(read_BL), *ids
+
+    def cost_unit(self, batch: TranslationBatch) -> str:
+        source_BS, read_BL, *_ = self.cost_inputs(batch)
+        return f"a pair of {source_BS.shape[1]} + {read_BL.shape[1]} tokens"
+
+    # ---- evaluation
+
+    def build_metrics(self) -> TranslationMetrics:
+        """BLEU, chrF++, token accuracy and perplexity."""
+        return TranslationMetrics(self.pairs, self.bleu_tokenizers)
+
+    @property
+    def metric_signatures(self) -> Mapping[str, str]:
+        return signatures(self.bleu_tokenizers)
+
+    def _start_pass(self, stage: Stage) -> None:
+        super()._start_pass(stage)
+        self._copies = []
+        references = getattr(self._data(), "references", None)
+        self._references = None if references is None else references(stage)
+
+    def on_test_epoch_end(self) -> None:
+        metrics = self.stage_metrics("test")
+        metrics.compute()  # on every rank: it gathers
+        self._tested, self._copies = metrics.sentences, None
+        super().on_test_epoch_end()
+
+    def on_validation_epoch_end(self) -> None:
+        self._copies = None  # the weights move on
+        super().on_validation_epoch_end()
+
+    def on_predict_epoch_start(self) -> None:
+        self._copies = []
+
+    def on_predict_epoch_end(self) -> None:
+        self._copies = None
+
+    def examples_of_test(self) -> list[dict[str, Any]]:
+        """Each sentence of the last test."""
+        data = self._data()
+        sources = data.sources("test") if hasattr(data, "sources") else None
+        return [
+            {
+                "index": s.index,
+                "pair": self.pairs[s.pair],
+                **({} if sources is None else {"source": sources[s.index]}),
+                "reference": s.reference,
+                "hypothesis": s.hypothesis,
+            }
+            for s in self._tested
+        ]
+
+    def compare_examples(
+        self, mine: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]]
+    ) -> list[ExampleDifference]:
+        """BLEU and chrF++ differences by paired bootstrap resampling."""
+        from apps.nlp.translation.significance import compare_sentences
+
+        return compare_sentences(mine, other, self.bleu_tokenizers)
+
+    def side_by_side(self, systems: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+        """Sentences at equal steps through the test set, with each system's translation."""
+        return side_by_side(systems, 0 if self.report is None else self.report.samples)
+
+    def predict_step(self, batch: TranslationBatch, batch_idx: int) -> Translations:
+        """The translation of each source; an empty line stays one."""
+        found = self.translate(batch, self.decode)
+        empty_B = batch.empty_B.tolist()
+        texts = [self._texts_of(ids) for ids in found.ids]
+        return Translations(
+            batch.index_B,
+            [self.pairs[p] for p in batch.pair_B.tolist()],
+            self.subwords.decode(batch.source_BS.tolist(), "source"),
+            ["" if empty else best for empty, (best, *_) in zip(empty_B, texts, strict=True)],
+            torch.tensor([0.0 if e else s[0] for e, s in zip(empty_B, found.scores, strict=True)], dtype=torch.float64),
+            [[] if empty else further for empty, (_, *further) in zip(empty_B, texts, strict=True)],
+        )
+
+    def predict(
+        self,
+        texts: Sequence[str],
+        pair: str | None = None,
+        *,
+        max_length: int | None = None,
+        tokens_per_batch: int = 4096,
+        **decode: Any,
+    ) -> list[str]:
+        """Return the translation of each text, as ``moesaic predict --data.text`` prints it.
+
+        Args:
+            texts: what to translate, a sentence each; an empty one stays empty.
+            pair: such as "en-de"; None: the model's only one.
+            max_length: tokens of a source, specials included; a longer one is cut, with a warning. None: 256, or what
+                the model can read.
+            tokens_per_batch: sentences of a batch times the longest of them, at most.
+            decode: fields of `DecodeConfig` that are to differ from the model's, such as ``method="sample"``,
+                ``beam_size=8`` or ``temperature=0.7``.
+
+        Raises:
+            ValueError: one text in place of a list, an item that is no text, an unknown pair or option, a value out of
+                its range, or ``num_best`` above 1, which ``candidates`` takes.
+
+        Example::
+
+            model.predict(["Delete the selected person"], beam_size=8)      # ["Die gewählte Person löschen"]
+        """
+        check_one(decode)
+        options = {"max_length": max_length, "tokens_per_batch": tokens_per_batch, **decode, "num_best": 1}
+        return [best.text for best, *_ in self.candidates(texts, pair, **options)]
+
+    def candidates(
+        self,
+        texts: Sequence[str],
+        pair: str | None = None,
+        *,
+        max_length: int | None = None,
+        tokens_per_batch: int = 4096,
+        **decode: Any,
+    ) -> list[list[Candidate]]:
+        """Return the best translations of each text with their scores, best first: ``num_best`` of them.
+
+        Arguments and errors are those of ``predict``. A search may find fewer than it was asked for.
+
+        Example::
+
+            model.candidates(["Delete the selected person"], num_best=3)[0][0].score    # -0.21
+        """
+        lines, config = checked_texts(texts), decoding(self.decode, decode)
+        if pair is None and len(self.pairs) > 1:
+            raise ValueError(f"pair must name one of {', '.join(self.pairs)}")
+        if pair is not None and pair not in self.pairs:
+            raise ValueError(unknown_name("pair", pair, list(self.pairs)))
+        number = 0 if pair is None else self.pairs.index(pair)
+        learned = self.transformer.max_length if self.transformer.positions == "learned" else 256
+        most = min(256, learned) if max_length is None else max_length
+        check_length(self.transformer, "max_length", most)
+        for name, value, least in (("max_length", most, 4), ("tokens_per_batch", tokens_per_batch, 1)):
+            if value < least:
+                raise ValueError(f"{name}={value} must be at least {least}")
+        batches = source_batches(lines, self.subwords, self.pairs, number, most, tokens_per_batch, _AT_ONCE)
+        return [line.candidates for line in self._lines(batches, config)]
+
+    def predict_lines(self, data: Any, start: int = 0) -> Iterator[Line] | None:
+        """Yield the translations of each line of ``data.text`` or ``data.predict_file``; see ``LinePredictor``.
+
+        Raises:
+            ValueError: data of other subwords or pairs, or of lines that are longer than the model can read.
+        """
+        if data.text is None and data.predict_file is None:
+            return None
+        check_length(self.transformer, "data.max_length", data.max_length)
+        check_subwords(self.subwords, data.subwords)
+        if tuple(data.pairs) != self.pairs:
+            raise ValueError(f"the model's pairs are {', '.join(self.pairs)}, and the data's {', '.join(data.pairs)}")
+        self._load_pretrained()
+        return self._lines(data.given_batches(start=start), self.decode, start)
+
+    def _lines(
+        self, batches: Iterable[tuple[TranslationBatch, list[str]]], config: DecodeConfig, start: int = 0
+    ) -> Iterator[Line]:
+        model: Any = in_dtype(self.model, config.dtype)
+
+        def translated() -> Iterator[tuple[list[int], list[Line]]]:
+            for batch, sources in batches:
+                batch = TranslationBatch(*(side.to(self.device) for side in batch))
+                found, empty_B, index = (
+                    self.translate(batch, config, model),
+                    batch.empty_B.tolist(),
+                    batch.index_B.tolist(),
+                )
+                texts = [self._texts_of(ids) for ids in found.ids]
+                rows = zip(index, sources, empty_B, texts, found.scores, strict=True)
+                yield (
+                    index,
+                    [
+                        Line(i, source, [Candidate("", 0.0)] if empty else [*map(Candidate, own, scores)])
+                        for i, source, empty, own, scores in rows
+                    ],
+                )
+
+        return in_order(translated(), start)
+
+    def chunk_of(self, data: Any) -> int:
+        return data.predict_lines
+
+    def made_from(self, data: Any) -> dict[str, Any]:
+        names = ("predict_pair", "predict_lines", "max_length", "eval_tokens_per_batch")
+        return {name: getattr(data, name) for name in names}
+
+    # ---- set-up
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        self._load_pretrained()
+
+    def _check_data(self) -> None:
+        data = self._data()
+        check_subwords(self.subwords, getattr(data, "subwords", None))
+        check_length(self.transformer, "data.max_length", getattr(data, "max_length", None))
+        pairs = getattr(data, "pairs", None)
+        if pairs is not None and tuple(pairs) != self.pairs:
+            raise ValueError(
+                f"the model translates {', '.join(self.pairs)}, which does not fit the data, whose pairs are "
+                f"{', '.join(pairs)}"
+            )
+
+    def configure_callbacks(self) -> list[Callback]:
+        callbacks = super().configure_callbacks()
+        return callbacks if self.report is None else [*callbacks, TranslationReport(self.report)]
+
+    # ---- comparisons
+
+    @property
+    def causal(self) -> bool:  # type: ignore[override]
+        """Only a decoder's layers must not look ahead."""
+        return bool(self.model.decoder_moe_layers)
+
+    def with_moe(self, moe: core.MoEConfig) -> Translator:
+        check_free(self.pretrained)
+        return self.twin(moe=moe, replaced_hidden_dim=None)
+
+    def baselines(self) -> Mapping[str, Baseline]:
+        """Dense models of equal active FLOPs and of equal parameters; only the FFNs in place of experts are wider."""
+        return dense_twins(self)
+
+
+def task_numbers(pairs: Sequence[str], tasks: Tasks) -> tuple[list[int], list[int]]:
+    """The task and the domain of each pair, numbered in the order of their first mention.
+
+    Raises:
+        ValueError: no pair, or ``tasks`` is none of its words.
+    """
+    if not pairs:
+        raise ValueError("pairs=[] names no language pair")
+    sources, targets = zip(*(pair.split("-") for pair in pairs), strict=True)
+    of = {"pair": tuple(pairs), "source": sources, "target": targets}
+    if tasks not in of:
+        raise ValueError(f"tasks={tasks!r} is not one of {', '.join(map(repr, of))}")
+
+    def numbers(names: Sequence[str]) -> list[int]:
+        known = list(dict.fromkeys(names))
+        return [known.index(name) for name in names]
+
+    return numbers(of[tasks]), numbers(targets)
+
+
+def check_tasks(moe: core.MoEConfig | None, pairs: Sequence[str], tasks: Tasks, num_tasks: int, targets: int) -> None:
+    """Refuse routers and losses of another number of tasks, or of too few domains.
+
+    Raises:
+        ValueError: naming both numbers.
+    """
+    if moe is None:
+        return
+    shown = ", ".join(pairs)
+    for name, owner in (("router", moe.router), ("balance", moe.balance)):
+        found = getattr(owner, "num_tasks", None)
+        if found and found != num_tasks:
+            raise ValueError(
+                f"moe.{name}.num_tasks={found} does not fit tasks={tasks!r}, of which the data's pairs {shown} make "
+                f"{num_tasks}"
+            )
+    domains = getattr(moe.router, "num_domains", None)
+    if domains is not None and domains < targets:
+        raise ValueError(
+            f"moe.router.num_domains={domains} does not fit the data's pairs {shown}, which have {targets} target "
+            "languages"
+        )
+
+
+def check_subwords(own: Subwords, found: Subwords | None) -> None:
+    """Refuse data that is cut into other subwords than the model reads.
+
+    Raises:
+        ValueError: naming the digests of both.
+    """
+    if found is not None and found.digest != own.digest:
+        raise ValueError(
+            f"the model's subwords have digest {own.digest}, the data's {found.digest}: it would read other words. "
+            "Give the data the model's (data.subwords), or train anew"
+        )
+
+
+def check_length(transformer: TransformerConfig, option: str, length: int | None) -> None:
+    """Refuse data whose sequences may be longer than a table of learned positions.
+
+    Raises:
+        ValueError: naming both lengths.
+    """
+    if length is not None and transformer.positions == "learned" and length > transformer.max_length:
+        raise ValueError(
+            f"{option}={length} exceeds model.transformer.max_length={transformer.max_length}, the positions that "
+            "positions='learned' knows"
+        )
+
+
+def check_context(module: SparseModule, moe: core.MoEConfig | None) -> None:
+    """Refuse a router, or losses, that ask for more of the context than the module gives its layers.
+
+    Raises:
+        ValueError: naming what is lacking.
+    """
+    if moe is None:
+        return
+    for part, needs in ((f"router {moe.router.source()}", moe.router.needs()), ("moe.balance", moe.balance.needs())):
+        for name in needs:
+            if name not in module.context_fields:
+                raise ValueError(f"{part} needs context.{name}, which {type(module).__name__} does not give")
+    # Some ask in training alone, or for one of several.
+    given = core.RoutingContext(**dict.fromkeys(module.context_fields, torch.zeros(1)))
+    for layer in core.moe_layers(module).values():
+        layer.router.check_context(given)
+
+
+def per_sentence(scores: TargetScores, real_BL: Tensor) -> Foreseen:
+    """The scores of T targets, the real ones of (B, L), row by row."""
+    tokens_B = real_BL.sum(1)
+    row_T = torch.repeat_interleave(tokens_B)
+    nll_B = torch.zeros(len(tokens_B), dtype=torch.float64, device=row_T.device)
+    return Foreseen(
+        nll_B=nll_B.index_add_(0, row_T, scores.nll_T.double()),
+        right_B=torch.zeros_like(tokens_B).index_add_(0, row_T, scores.is_first_T.long()),
+        tokens_B=tokens_B,
+    )
+
+
+def read_ids(target_BL: Tensor) -> Tensor:
+    """(B, L - 1), what the decoder reads: all but the end, after which there is nothing to say."""
+    return target_BL[:, :-1].masked_fill(target_BL[:, 1:] == PAD_ID, PAD_ID)
+
+
+def of_mean_length(ids_BS: Tensor) -> Tensor:
+    """(B, M), the first M tokens, with unknown tokens in place of padding; M is the mean length, rounded."""
+    length = round(int((ids_BS != PAD_ID).sum()) / max(len(ids_BS), 1))
+    return ids_BS[:, : max(length, 1)].masked_fill(ids_BS[:, : max(length, 1)] == PAD_ID, UNK_ID)

@@ -1,0 +1,164 @@
+"""Whether two systems' translations of the same sentences differ by more than the choice of sentences (Koehn 2004).
+
+Paired bootstrap resampling: test sets of the same size are drawn with replacement from the sentences, and both systems
+are scored on each. BLEU and chrF++ are functions of sums over sentences, so draws are a product of counts and sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from apps.nlp.translation.metrics import SCORES, Score, scorer
+from apps.train.module import ExampleDifference
+
+RESAMPLES = 1000
+LABELS: Mapping[Score, str] = {"bleu": "BLEU", "chrf": "chrF++"}
+# Draws at a time: counts of 10,000 sentences in 8 MB.
+_CHUNK = 100
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class PairedBootstrap:
+    """Two systems on the same sentences.
+
+    Attributes:
+        score_a, score_b: of each on all sentences, in 0..100.
+        difference: ``score_a - score_b``.
+        low, high: between them are 95 % of the differences of the draws.
+        p: twice the share of the draws that say the opposite, or that there is no difference; both counts with one
+            draw more than there are, so that it is never 0.
+    """
+
+    score_a: float
+    score_b: float
+    difference: float
+    low: float
+    high: float
+    p: float
+
+
+def paired_bootstrap(
+    hypotheses_a: Sequence[str],
+    hypotheses_b: Sequence[str],
+    references: Sequence[str],
+    score: Score = "bleu",
+    tokenize: str | Mapping[Any, str] = "13a",
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    strata: Sequence[Any] | None = None,
+) -> PairedBootstrap:
+    """The difference of two systems in BLEU or chrF++, and what other test sets would make of it.
+
+    Args:
+        hypotheses_a, hypotheses_b: of the two systems, a sentence each.
+        references: of the same sentences.
+        score: "bleu" or "chrf".
+        tokenize: of BLEU, a name of sacrebleu's, or that of each stratum.
+        resamples: test sets drawn.
+        seed: of the draws.
+        strata: what each sentence belongs to, such as its language pair: the score is then the mean of theirs, and each
+            is drawn from by itself. None: one.
+
+    Raises:
+        ValueError: numbers of sentences that differ, none, or fewer than one draw.
+    """
+    n = len(references)
+    if not n or len(hypotheses_a) != n or len(hypotheses_b) != n or (strata is not None and len(strata) != n):
+        counts = f"{len(hypotheses_a)} and {len(hypotheses_b)} hypotheses, {n} references"
+        raise ValueError(f"a paired test needs two hypotheses for each reference, and one at least: got {counts}")
+    if resamples < 1:
+        raise ValueError(f"resamples={resamples} must be at least 1")
+    rng = np.random.default_rng(seed)
+    groups = _groups(strata, n)
+    whole, drawn = np.zeros(2), np.zeros((2, resamples))
+    for stratum, group in groups.items():
+        metric = scorer(score, tokenize if isinstance(tokenize, str) else tokenize[stratum])
+        of_group = [references[i] for i in group]
+        statistics = [
+            sentence_statistics(metric, [hypotheses[i] for i in group], of_group)
+            for hypotheses in (hypotheses_a, hypotheses_b)
+        ]
+        whole += [_score(metric, own_NK.sum(0)) / len(groups) for own_NK in statistics]
+        for start in range(0, resamples, _CHUNK):
+            draws = min(_CHUNK, resamples - start)
+            # The same sentences for both: what makes one easy or hard cancels.
+            counts_rN = rng.multinomial(len(group), np.full(len(group), 1 / len(group)), size=draws).astype(np.float64)
+            for system, own_NK in enumerate(statistics):
+                scores = [_score(metric, sums_K) for sums_K in counts_rN @ own_NK]
+                drawn[system, start : start + draws] += np.array(scores) / len(groups)
+    differences = drawn[0] - drawn[1]
+    low, high = np.quantile(differences, (0.025, 0.975))
+    opposite = min(int((differences <= 0).sum()), int((differences >= 0).sum()))
+    p = min(1.0, 2 * (opposite + 1) / (resamples + 1))
+    a, b = float(whole[0]), float(whole[1])
+    return PairedBootstrap(a, b, a - b, float(low), float(high), p)
+
+
+def _groups(strata: Sequence[Any] | None, n: int) -> dict[Any, list[int]]:
+    if strata is None:
+        return {None: list(range(n))}
+    found: dict[Any, list[int]] = {}
+    for i, stratum in enumerate(strata):
+        found.setdefault(stratum, []).append(i)
+    return found
+
+
+def sentence_statistics(metric: Any, hypotheses: Sequence[str], references: Sequence[str]) -> Array:
+    """(N, K), the counts of each sentence whose sums are what a corpus's score is made of.
+
+    sacrebleu has no public name for them; its own significance tests take them from here.
+    """
+    return np.array(metric._extract_corpus_statistics(list(hypotheses), [list(references)]), dtype=np.float64)
+
+
+def _score(metric: Any, sums_K: Array) -> float:
+    return float(metric._compute_score_from_stats(sums_K.tolist()).score)
+
+
+def compare_sentences(
+    mine: Sequence[Mapping[str, Any]],
+    other: Sequence[Mapping[str, Any]],
+    tokenizers: Mapping[str, str],
+) -> list[ExampleDifference]:
+    """Paired bootstrap of two tests as ``Translator.examples_of_test`` saves them: BLEU, then chrF++.
+
+    With several pairs the mean over the pairs comes first, then each pair.
+
+    Args:
+        mine, other: the examples of each test.
+        tokenizers: BLEU's, of each pair.
+
+    Raises:
+        ValueError: they are not of the same sentences.
+    """
+    if [(e["index"], e["reference"]) for e in mine] != [(e["index"], e["reference"]) for e in other]:
+        raise ValueError("the two tests are not of the same sentences")
+    names = [pair for pair in tokenizers if any(e["pair"] == pair for e in mine)]
+    found = []
+    for score in SCORES:
+        for name in (None, *(names if len(names) > 1 else ())):
+            own = [i for i, e in enumerate(mine) if name in (None, e["pair"])]
+            result = paired_bootstrap(
+                [mine[i]["hypothesis"] for i in own],
+                [other[i]["hypothesis"] for i in own],
+                [mine[i]["reference"] for i in own],
+                score,
+                tokenizers,
+                strata=[mine[i]["pair"] for i in own],
+            )
+            of = "" if len(names) < 2 else ", mean of the pairs" if name is None else f" {name}"
+            label = f"{LABELS[score]}{of}"
+            method = f"paired bootstrap, {RESAMPLES:,} draws"
+            found.append(
+                ExampleDifference(
+                    label, result.difference, result.low, result.high, result.p, method, bool(name), "test sentences"
+                )
+            )
+    return found

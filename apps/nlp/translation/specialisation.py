@@ -1,0 +1,316 @@
+"""Whether experts take to languages and to kinds of subwords: counts over an evaluation, and figures of them.
+
+A routed pair is one token and one of the experts that compute it; pairs that no expert had room for do not count. In
+the encoder tokens are the source's. In the decoder they are those it reads, from the sentence's begin on, so that a
+pair's expert helps to say the token after.
+
+How much an expert says of a label is their mutual information over the routed pairs,
+
+    I(E; C) = sum over e, c of p(e, c) log2(p(e, c) / (p(e) p(c)))    bits
+
+or, as a share of the most it could be, I / min(H(E), H(C)): 0 where each label's tokens are spread over the experts as
+all tokens are, 1 where a label tells the expert, or an expert the label.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import core
+from apps.data.subwords import Side, Subwords
+from apps.report.routed import expert_label_counts
+
+_QUARTERS = ("frequent", "2nd quarter", "3rd quarter", "rare")
+CLASSES = (
+    "begin of sentence",
+    "end of sentence",
+    "language tag",
+    "byte or unknown",
+    "digits",
+    "punctuation",
+    "function-like",
+    *(f"word start, {q}" for q in _QUARTERS),
+    *(f"continuation, {q}" for q in _QUARTERS),
+)
+"""The classes of ``token_classes``, by number."""
+SPECIAL = 4
+"""The first so many are not of the text itself."""
+_DIGITS, _PUNCTUATION, _FUNCTION, _START = 4, 5, 6, 7
+_MARKED = {"<s>": 0, "</s>": 1, "<unk>": 3, "<pad>": 3}
+_SHORT = 4
+
+Label = Literal["source language", "target language", "pair", "token class"]
+
+
+def token_classes(pieces: Sequence[str], counts_V: np.ndarray) -> np.ndarray:
+    """The class of each subword, told from its characters and how often it came. No tagger is asked.
+
+    - begin, end and language tag (``<2de>``) of a sentence; bytes (``<0xE4>``), with what has no subword at all.
+    - digits: a number without a letter. punctuation: neither letter nor number.
+    - All others have letters. They start a word (sentencepiece's mark U+2581 is before them) or continue one, and are
+      put in order by ``counts_V``: "frequent" are the first ones, as many as make up a quarter of all tokens with
+      letters, then those of the "2nd" and the "3rd quarter", and the "rare" of the last.
+    - function-like: of the frequent ones that start a word, those with at most 4 letters: articles, prepositions, and
+      beginnings that are as short.
+
+    Args:
+        pieces: the vocabulary, V subwords.
+        counts_V: how often each came among the tokens looked at.
+
+    Returns:
+        int64 (V,), places in ``CLASSES``.
+    """
+    class_V = np.array([_class_by_text(piece) for piece in pieces], dtype=np.int64)
+    lettered = np.flatnonzero(class_V < 0)
+    order = lettered[np.argsort(-counts_V[lettered], kind="stable")]
+    counts = counts_V[order].astype(np.int64)
+    before = np.cumsum(counts) - counts
+    quarter = np.minimum(4 * before // max(int(counts.sum()), 1), 3)
+    for v, q in zip(order, quarter, strict=True):
+        starts = pieces[v].startswith("\u2581")
+        if starts and q == 0 and sum(c.isalpha() for c in pieces[v]) <= _SHORT:
+            class_V[v] = _FUNCTION
+        else:
+            class_V[v] = _START + q + (0 if starts else len(_QUARTERS))
+    return class_V
+
+
+def _class_by_text(piece: str) -> int:
+    """The class, or -1 for a piece of letters."""
+    if piece in _MARKED:
+        return _MARKED[piece]
+    if re.fullmatch(r"<2[^<>]+>", piece):
+        return 2
+    if re.fullmatch(r"<0x[0-9A-F]{2}>", piece):
+        return 3
+    body = piece.lstrip("\u2581")
+    kinds = {unicodedata.category(c)[0] for c in body}
+    if not body or kinds & {"L", "M"}:  # M: vowel signs
+        return -1
+    return _DIGITS if "N" in kinds else _PUNCTUATION
+
+
+@dataclass(frozen=True)
+class LayerUse:
+    """Routed pairs of one MoE layer over an evaluation.
+
+    Attributes:
+        name: such as "encoder 1".
+        side: whose tokens the layer sees.
+        by_sentence: int64 (sentences, E).
+        by_piece: int64 (V, E).
+    """
+
+    name: str
+    side: Side
+    by_sentence: np.ndarray
+    by_piece: np.ndarray
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.by_sentence.shape[1]
+
+    @property
+    def num_pairs(self) -> int:
+        """Routed pairs."""
+        return int(self.by_sentence.sum())
+
+
+class ExpertUse:
+    """Adds up, batch by batch, which sentences and which subwords each expert was used for.
+
+    Args:
+        subwords: of the ids.
+        pairs: language pairs, in the order of their numbers.
+
+    Example::
+
+        with torch.no_grad(), core.record(model) as tape:
+            model(source_BS, target_BL, task_ids_B)
+        use.add(tape, pair_B)
+    """
+
+    def __init__(self, subwords: Subwords, pairs: Sequence[str]) -> None:
+        self.subwords, self.pairs = subwords, tuple(pairs)
+        self.pair_B = np.zeros(0, np.int64)
+        self._by_sentence: dict[str, list[np.ndarray]] = {}
+        self._by_piece: dict[str, np.ndarray] = {}
+
+    def add(self, tape: core.Tape, pair_B: Tensor) -> None:
+        """The passes of one batch, whose sentences have the language pairs ``pair_B``."""
+        B = len(pair_B)
+        found: dict[str, np.ndarray] = {}
+        for entry in tape.entries:
+            name, side = layer_name(entry.name), side_of(entry.name)
+            if entry.context is None or entry.context.token_ids_BS is None:
+                raise ValueError(f"layer {entry.name!r} was not told the ids of its tokens")
+            ids_T = entry.context.token_ids_BS.flatten()
+            row_T = torch.arange(B, device=ids_T.device).repeat_interleave(len(ids_T) // B)
+            by_sentence = expert_label_counts(entry.routing, row_T, B).cpu().numpy()
+            by_piece = expert_label_counts(entry.routing, ids_T, self.subwords.size(side)).cpu().numpy()
+            found[name] = found.get(name, 0) + by_sentence  # a layer used twice counts twice
+            self._by_piece[name] = self._by_piece.get(name, 0) + by_piece
+        for name, counts in found.items():
+            self._by_sentence.setdefault(name, []).append(counts)
+        self.pair_B = np.concatenate([self.pair_B, pair_B.cpu().numpy()])
+
+    @property
+    def layers(self) -> list[LayerUse]:
+        """In the order of the passes."""
+        return [
+            LayerUse(name, side_of(name), np.concatenate(parts), self._by_piece[name])
+            for name, parts in self._by_sentence.items()
+        ]
+
+    def labels(self) -> dict[Label, tuple[np.ndarray, tuple[str, ...]]]:
+        """Of the sentences, by what they are about: the label of each, and the labels' names.
+
+        What all sentences share is left out, and the pair where one of its languages tells it.
+        """
+        found: dict[Label, tuple[np.ndarray, tuple[str, ...]]] = {}
+        for about, end in (("source language", 0), ("target language", 1)):
+            of_P = [pair.split("-")[end] for pair in self.pairs]
+            names = tuple(dict.fromkeys(of_P))
+            if len(names) > 1:
+                found[about] = np.array([names.index(n) for n in of_P])[self.pair_B], names  # type: ignore[index]
+        if all(len(names) < len(self.pairs) for _, names in found.values()) and len(self.pairs) > 1:
+            found["pair"] = self.pair_B, self.pairs
+        return found
+
+    def classes_of(self, side: Side) -> np.ndarray:
+        """int64 (V,), ``token_classes`` by the tokens that the first layer of a side saw."""
+        pieces = self.subwords.pieces(range(self.subwords.size(side)), side)
+        counts = next((use.sum(1) for name, use in self._by_piece.items() if side_of(name) == side), None)
+        return token_classes(pieces, np.zeros(len(pieces), np.int64) if counts is None else counts)
+
+
+def by_label(layer: LayerUse, label_B: np.ndarray, num_labels: int) -> np.ndarray:
+    """A layer's routed pairs by label of their sentence, int64 (num_labels, E)."""
+    return np.eye(num_labels, dtype=np.int64)[label_B].T @ layer.by_sentence
+
+
+def by_class(layer: LayerUse, class_V: np.ndarray) -> np.ndarray:
+    """A layer's routed pairs by class of their token, int64 (len(CLASSES), E)."""
+    found = np.zeros((len(CLASSES), layer.num_experts), np.int64)
+    np.add.at(found, class_V, layer.by_piece)
+    return found
+
+
+def layer_name(layer: str) -> str:
+    """The layer ``decoder.layers.3.ffn`` as "decoder 3"; other names as they are."""
+    parts = layer.split(".")
+    for stack in ("encoder", "decoder"):
+        if stack in parts[:-2] and parts[parts.index(stack) + 1] == "layers":
+            return f"{stack} {parts[parts.index(stack) + 2]}"
+    return layer
+
+
+def side_of(layer: str) -> Side:
+    """Whose tokens a layer of this name sees."""
+    return "target" if "decoder" in layer else "source"
+
+
+# ---- figures
+
+
+def entropy(counts: np.ndarray) -> float:
+    """In bits, of the shares of ``counts``; 0 without any."""
+    p = counts[counts > 0] / max(counts.sum(), 1)
+    return float(-(p * np.log2(p)).sum()) if len(p) else 0.0
+
+
+def mutual_information(counts_CE: np.ndarray) -> float:
+    """I(E; C) in bits, from counts; 0 without any."""
+    bits = entropy(counts_CE.sum(0)) + entropy(counts_CE.sum(1)) - entropy(counts_CE.ravel())
+    return max(bits, 0.0)
+
+
+@dataclass(frozen=True)
+class Specialisation:
+    """How much the experts of a layer say of a label.
+
+    Attributes:
+        layer: its name.
+        about: the label.
+        num_labels: labels that have a routed pair.
+        num_experts: E.
+        num_pairs: routed pairs.
+        bits: their mutual information.
+        share: of ``min(H(E), H(C))``; 0 where that is 0.
+        by_chance: bits that would come of so few sentences alone: of languages the mean over shuffles of the labels
+            among the sentences, of token classes ``(C - 1) (E - 1) / (2 N ln 2)``, the bias for N independent pairs
+            (Miller 1955).
+    """
+
+    layer: str
+    about: Label
+    num_labels: int
+    num_experts: int
+    num_pairs: int
+    bits: float
+    share: float
+    by_chance: float
+
+
+def specialisation(use: ExpertUse, shuffles: int = 20) -> list[Specialisation]:
+    """Of each layer, first for the languages, where there are several, then for the token classes."""
+    draw = np.random.RandomState(0)
+    classes = {side: use.classes_of(side) for side in {layer.side for layer in use.layers}}
+    found = []
+    for layer in use.layers:
+        for about, (label_B, names) in use.labels().items():
+            shuffled = (by_label(layer, draw.permutation(label_B), len(names)) for _ in range(shuffles))
+            chance = np.mean([mutual_information(counts) for counts in shuffled])
+            counts = by_label(layer, label_B, len(names))
+            found.append(_specialisation(layer, about, counts, float(chance)))
+        counts = by_class(layer, classes[layer.side])
+        free = max(int(np.count_nonzero(counts.sum(1))) - 1, 0) * max(int(np.count_nonzero(counts.sum(0))) - 1, 0)
+        chance = free / (2 * max(layer.num_pairs, 1) * np.log(2))
+        found.append(_specialisation(layer, "token class", counts, float(chance)))
+    return found
+
+
+def _specialisation(layer: LayerUse, about: Label, counts_CE: np.ndarray, by_chance: float) -> Specialisation:
+    bits = mutual_information(counts_CE)
+    most = min(entropy(counts_CE.sum(0)), entropy(counts_CE.sum(1)))
+    return Specialisation(
+        layer.name,
+        about,
+        int(np.count_nonzero(counts_CE.sum(1))),
+        layer.num_experts,
+        layer.num_pairs,
+        bits,
+        bits / most if most > 0 else 0.0,
+        by_chance,
+    )
+
+
+def shares(counts: np.ndarray) -> np.ndarray:
+    """Counts as shares of their row; NaN in a row without any."""
+    sums = counts.sum(1, keepdims=True)
+    return np.where(sums > 0, counts / np.maximum(sums, 1), np.nan)
+
+
+def typical_pieces(layer: LayerUse, pieces: Sequence[str], most: int = 10) -> list[list[str]]:
+    """For each expert the subwords that it takes far more of than it would by chance, the clearest first.
+
+    In the order of ``p(e, v) log(p(e, v) / (p(e) p(v)))``, what each adds to the mutual information; those that the
+    expert takes less of than by chance are left out.
+    """
+    joint = layer.by_piece / max(layer.num_pairs, 1)
+    expected = joint.sum(1, keepdims=True) * joint.sum(0, keepdims=True)
+    gain = joint * np.log(np.divide(joint, expected, out=np.ones_like(joint), where=joint > 0))
+    found = []
+    for e in range(layer.num_experts):
+        order = np.argsort(-gain[:, e], kind="stable")[:most]
+        found.append([pieces[v] for v in order if gain[v, e] > 0])
+    return found

@@ -1,0 +1,278 @@
+"""What a published configuration says, in our terms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import core
+from apps.nets.config import TransformerConfig
+from apps.nets.transformer import LanguageModel, TranslationModel
+from apps.porting.parts import Parts
+from apps.porting.vocabulary import Vocabulary
+
+Model = TranslationModel | LanguageModel
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A published model in our terms.
+
+    Attributes:
+        model_type: theirs.
+        transformer: the configuration of our model.
+        vocabulary: their ids and ours.
+        moe: of the sparse layers; None: there are none.
+        encoder_moe_layers, decoder_moe_layers: the sparse layers.
+        is_language_model: it has a decoder alone.
+    """
+
+    model_type: str
+    transformer: TransformerConfig
+    vocabulary: Vocabulary
+    moe: core.MoEConfig | None = None
+    encoder_moe_layers: tuple[int, ...] = ()
+    decoder_moe_layers: tuple[int, ...] = ()
+    is_language_model: bool = False
+
+    @classmethod
+    def of(cls, model: Model, model_type: str, vocabulary: Vocabulary) -> Architecture:
+        """That of a model of ours."""
+        layers: tuple[tuple[int, ...], tuple[int, ...]]
+        if isinstance(model, LanguageModel):
+            layers = (), model.moe_layers
+        else:
+            layers = model.encoder_moe_layers, model.decoder_moe_layers
+        encoder, decoder = layers if model.moe else ((), ())
+        is_language_model = isinstance(model, LanguageModel)
+        return cls(model_type, model.config, vocabulary, model.moe, encoder, decoder, is_language_model)
+
+    def build(self) -> Model:
+        """Our model, with weights of its own."""
+        if self.is_language_model:
+            return LanguageModel(
+                self.transformer,
+                vocab=self.vocabulary.our_size,
+                moe=self.moe,
+                moe_layers=self.decoder_moe_layers or "none",
+            )
+        return TranslationModel(
+            self.transformer,
+            source_vocab=self.vocabulary.our_size,
+            moe=self.moe,
+            encoder_moe_layers=self.encoder_moe_layers or "none",
+            decoder_moe_layers=self.decoder_moe_layers or "none",
+        )
+
+    def shapes(self) -> dict[str, torch.Size]:
+        """Our parameters' shapes by name."""
+        with torch.device("meta"):
+            return {name: weight.shape for name, weight in self.build().state_dict().items()}
+
+    def options(self) -> dict[str, Any]:
+        """The model's options as plain values, as a YAML file has them."""
+        options: dict[str, Any] = {
+            "transformer": asdict(self.transformer),
+            "moe": None if self.moe is None else self.moe.to_dict(),
+        }
+        layers = {"decoder_moe_layers": self.decoder_moe_layers, "encoder_moe_layers": self.encoder_moe_layers}
+        if self.is_language_model:
+            layers = {"moe_layers": self.decoder_moe_layers}
+        return {**options, **{name: list(indices) or "none" for name, indices in layers.items()}}
+
+    def essence(self) -> dict[str, Any]:
+        """What the logits depend on beside the weights, by name. Dropout, capacity and balance losses are not in it."""
+        config, shape = self.transformer, self.transformer.shape
+        values = shape._asdict()
+        for name in ("positions", "norm", "norm_eps", "bias", "tie", "start", "scale_embeddings", "logits_scale"):
+            values[name] = getattr(config, name)
+        values["qkv_bias"] = config.bias if config.qkv_bias is None else config.qkv_bias
+        values["attention_scale"] = config.score_scale
+        of_positions = {
+            "sinusoidal": ("position_offset",),
+            "learned": ("position_offset", "max_length"),
+            "rotary": ("rotary_base",),
+            "relative": ("relative_buckets", "relative_max_distance"),
+        }
+        for name in of_positions.get(config.positions, ()):
+            values[name] = getattr(config, name)
+        if self.is_language_model:
+            values["encoder_layers"] = 0
+            values["tie"] = "none" if config.tie == "none" else "all"
+        values["encoder_moe_layers"], values["decoder_moe_layers"] = self.encoder_moe_layers, self.decoder_moe_layers
+        num_sparse = len(self.encoder_moe_layers) + len(self.decoder_moe_layers)
+        if num_sparse < values["encoder_layers"] + shape.decoder_layers:
+            values.update(activation=config.activation, gated=config.gated)
+        else:
+            del values["hidden_dim"]
+        return {**values, **_essence_of_moe(self.moe, shape.dim), "vocab_size": self.vocabulary.our_size}
+
+
+def _essence_of_moe(moe: core.MoEConfig | None, dim: int) -> dict[str, Any]:
+    if moe is None:
+        return {}
+    router, expert = moe.router, moe.expert
+    if isinstance(router, core.TokenChoice):
+        # In evaluation there is no noise, and the start of the weights is past.
+        router = replace(
+            router,
+            normalize=router.normalizes,
+            noise=None,
+            noise_std=1.0,
+            jitter_eps=0.0,
+            second="always",
+            bias_update_rate=1e-3,
+            init_scale=0.1,
+        )
+    if isinstance(expert, core.FFN):
+        expert = replace(expert, hidden_dim=expert.hidden(dim))
+    return {
+        "moe.num_experts": moe.num_experts,
+        "moe.router": router,
+        "moe.expert": expert,
+        "moe.num_shared_experts": moe.num_shared_experts,
+        "moe.shared_gate": moe.shared_gate,
+    }
+
+
+@dataclass(frozen=True)
+class Family:
+    """Published models that differ in numbers alone.
+
+    Attributes:
+        defaults: by ``model_type``, of dense parents and sparse models: what ``config.json`` says that our models have
+            not, such as special ids.
+        read: configuration and tensors to the architecture.
+        write: the architecture to the values of a configuration.
+        parts: the architecture to the table of its parameters.
+        vocabulary: the configuration to the vocabulary, and our ``TransformerConfig.start``.
+        published: tensors to the names of published files; a library may hold them in another layout.
+        fit: the architecture and weights of a model of ours to others of the same logits that the family can say.
+        computed: ends of the names of tensors that are no weights.
+    """
+
+    defaults: Mapping[str, Mapping[str, Any]]
+    read: Callable[[Mapping[str, Any], Mapping[str, Tensor]], Architecture]
+    write: Callable[[Architecture], dict[str, Any]]
+    parts: Callable[[Architecture], Parts]
+    vocabulary: Callable[[Mapping[str, Any]], tuple[Vocabulary, Any]]
+    published: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = lambda tensors: tensors
+    fit: Callable[[Architecture, dict[str, Tensor]], tuple[Architecture, dict[str, Tensor]]] = lambda *given: given
+    computed: tuple[str, ...] = ()
+
+
+def one_width(
+    architecture: Architecture, weights: dict[str, Tensor], *, bias: bool
+) -> tuple[Architecture, dict[str, Tensor]]:
+    """Plain experts and dense FFNs as wide as the wider ones, by hidden units that are zero: the logits stay.
+
+    Args:
+        architecture: of a model of ours.
+        weights: of it.
+        bias: experts without biases get such of zero.
+    """
+    moe, shape = architecture.moe, architecture.transformer.shape
+    if moe is None or type(moe.expert) is not core.FFN:
+        return architecture, weights
+    num_sparse = len(architecture.encoder_moe_layers) + len(architecture.decoder_moe_layers)
+    own = moe.expert.hidden(shape.dim)
+    width = own if num_sparse == shape.encoder_layers + shape.decoder_layers else max(own, shape.hidden_dim)
+    out = {}
+    for name, weight in weights.items():
+        hidden_dim = None  # the dimension of its hidden units
+        if ".ffn." in name:
+            hidden_dim = {
+                "experts.w_in": 2,  # (E, D, F)
+                "experts.b_in": 1,
+                "experts.w_out": 1,  # (E, F, D)
+                "w_in.weight": 0,  # (F, D)
+                "w_in.bias": 0,
+                "w_out.weight": 1,  # (D, F)
+            }.get(name.rpartition(".ffn.")[2])
+        if hidden_dim is not None and weight.shape[hidden_dim] < width:
+            lacking = [*weight.shape]
+            lacking[hidden_dim] = width - weight.shape[hidden_dim]
+            weight = torch.cat((weight, weight.new_zeros(lacking)), hidden_dim)
+        out[name] = weight
+        if bias and not moe.expert.bias and name.endswith((".experts.w_in", ".experts.w_out")):
+            out[name.replace(".w_", ".b_")] = weight.new_zeros(len(weight), weight.shape[2])
+    expert = replace(moe.expert, hidden_dim=width, bias=bias or moe.expert.bias)
+    transformer = replace(architecture.transformer, hidden_dim=width)
+    return replace(architecture, transformer=transformer, moe=replace(moe, expert=expert)), out
+
+
+def needed(config: Mapping[str, Any], name: str) -> Any:
+    """A size without which there is no model.
+
+    Raises:
+        ValueError: it is not there, or no whole number.
+    """
+    if config.get(name) is None:
+        raise ValueError(f"config.json of a {config['model_type']} says no {name}")
+    if type(config[name]) is not int:
+        raise ValueError(
+            f"config.json of a {config['model_type']} says {name}={config[name]!r}, which is no whole number"
+        )
+    return config[name]
+
+
+ACTIVATIONS = {
+    "relu": "relu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "silu": "silu",
+    "swish": "silu",
+}
+THEIR_ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "gelu_tanh": "gelu_new", "silu": "silu"}
+
+
+def activation(theirs: str) -> Any:
+    """Our name of an activation.
+
+    Raises:
+        ValueError: there is none like it here.
+    """
+    if theirs not in ACTIVATIONS:
+        raise ValueError(f"activation {theirs!r} is not one of {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[theirs]
+
+
+def token_choice(moe: core.MoEConfig, model_type: str) -> core.TokenChoice:
+    """The router.
+
+    Raises:
+        ValueError: it is another.
+    """
+    if not isinstance(moe.router, core.TokenChoice):
+        raise ValueError(f"router {type(moe.router).__name__} cannot be said in {model_type}, which has TokenChoice")
+    return moe.router
+
+
+def plain_ffn(moe: core.MoEConfig, model_type: str) -> core.FFN:
+    """The experts; gated ones are of a subclass.
+
+    Raises:
+        ValueError: they are others.
+    """
+    if not isinstance(moe.expert, core.FFN):
+        raise ValueError(f"expert {type(moe.expert).__name__} cannot be said in {model_type}, which has FFN or SwiGLU")
+    return moe.expert
+
+
+def sparse_step(indices: tuple[int, ...], sparse: Callable[[int, int], tuple[int, ...]], depth: int) -> int:
+    """The step whose layers are ``indices``: 0 where there are none.
+
+    Raises:
+        ValueError: no step has them.
+    """
+    if not indices:
+        return 0
+    for step in range(1, depth + 1):
+        if sparse(step, depth) == indices:
+            return step
+    raise ValueError(f"moe layers {list(indices)} of {depth} are not every n-th layer, as published models have them")

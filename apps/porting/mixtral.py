@@ -1,0 +1,321 @@
+"""Decoders with rotary positions: Mixtral (arXiv 2401.04088), Qwen2-MoE, their dense parents Mistral and Qwen2, and
+GLM-4.5 (arXiv 2508.06471), whose experts are DeepSeek-V3's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+import core
+from apps.nets.config import TransformerConfig
+from apps.porting.architecture import (
+    THEIR_ACTIVATIONS,
+    Architecture,
+    Family,
+    activation,
+    needed,
+    plain_ffn,
+    token_choice,
+)
+from apps.porting.parts import Part, Parts, cut, embedding, joined_linear, linear, same, stacked
+from apps.porting.vocabulary import Vocabulary, special_id
+
+NAMES = {
+    "mistral": "MistralForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
+    "glm4_moe": "Glm4MoeForCausalLM",
+}
+_PROJ = ("gate_proj", "up_proj", "down_proj")
+EXPERTS = {"mixtral": ("w1", "w3", "w2"), "qwen2_moe": _PROJ, "glm4_moe": _PROJ}
+"""Theirs for ``w_gate``, ``w_in``, ``w_out``."""
+
+
+def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Architecture:
+    """Such a decoder's configuration in our terms."""
+    model_type = config["model_type"]
+    _check_attention(config)
+    vocabulary, start = _read_specials(config)
+    is_qwen = model_type.startswith("qwen2")
+    rope = config.get("rope_parameters") or {}
+    tied = config.get("tie_word_embeddings", False)
+    transformer = TransformerConfig(
+        dim=needed(config, "hidden_size"),
+        hidden_dim=needed(config, "intermediate_size"),
+        num_heads=needed(config, "num_attention_heads"),
+        num_kv_heads=needed(config, "num_key_value_heads"),
+        head_dim=config.get("head_dim"),
+        decoder_layers=needed(config, "num_hidden_layers"),
+        positions="rotary",
+        rotary_base=float(rope.get("rope_theta", config.get("rope_theta", 1e6 if model_type == "mixtral" else 1e4))),
+        norm="rms",
+        norm_eps=config.get("rms_norm_eps", 1e-6),
+        activation=activation(config.get("hidden_act", "silu")),
+        gated=True,
+        bias=False,
+        qkv_bias=config.get("qkv_bias", True) if is_qwen else bool(config.get("attention_bias", False)),
+        tie="all" if tied else "none",
+        start=start,
+        scale_embeddings=False,
+        dropout=0.0,
+        attn_dropout=float(config.get("attention_dropout", 0.0)),
+    )
+    moe = None
+    if model_type == "mixtral":
+        moe, layers = _mixtral(config, transformer), tuple(range(transformer.shape.decoder_layers))
+    elif model_type == "qwen2_moe":
+        moe, layers = _qwen(config, transformer), _qwen_layers(config)
+    elif model_type == "glm4_moe":
+        first = config.get("first_k_dense_replace", 1)
+        moe, layers = _glm(config, transformer), tuple(range(first, transformer.shape.decoder_layers))
+    if moe is None or not layers:
+        moe, layers = None, ()
+    return Architecture(model_type, transformer, vocabulary, moe, (), layers, is_language_model=True)
+
+
+def _check_attention(config: Mapping[str, Any]) -> None:
+    window = config.get("sliding_window", 4096 if config["model_type"] == "mistral" else None)
+    if window and config.get("use_sliding_window", True):
+        raise ValueError(f"sliding_window={window}: attention to the last tokens alone is not in our models")
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise ValueError(f"rope_type={kind!r}: rotary positions are 'default' in our models")
+    if config["model_type"] == "glm4_moe":
+        part = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 0.5))
+        if part != 1.0:
+            raise ValueError(f"partial_rotary_factor={part}: rotary positions are of whole heads in our models")
+        if config.get("use_qk_norm", False):
+            raise ValueError("use_qk_norm=True: our models have no norms of queries and keys")
+
+
+def _read_specials(config: Mapping[str, Any]) -> tuple[Vocabulary, Any]:
+    """Mistral's unknown is id 0, which byte fallback leaves unused; Qwen has none, and unused ids at the end."""
+    size = config["vocab_size"]
+    unk, spare = (None, size - 1) if config["model_type"].startswith("qwen2") else (0, 0)
+    eos, bos, pad = (special_id(config, f"{name}_token_id") for name in ("eos", "bos", "pad"))
+    start = "eos" if eos is not None and bos in (None, eos) else "bos"
+    bos = None if bos == eos else bos
+    unk = None if unk in (eos, bos) else unk
+    pad = None if pad in (eos, bos, unk) else pad
+    return Vocabulary(size, pad, unk, bos, eos, spare), start
+
+
+def _mixtral(config: Mapping[str, Any], transformer: TransformerConfig) -> core.MoEConfig:
+    top_k = config.get("num_experts_per_tok", 2)
+    return core.MoEConfig(
+        needed(config, "num_local_experts"),
+        core.TokenChoice(top_k=top_k, normalize=True, jitter_eps=config.get("router_jitter_noise", 0.0)),
+        core.SwiGLU(config["intermediate_size"], transformer.activation),
+        balance=_balance(config, top_k),
+    )
+
+
+def _qwen(config: Mapping[str, Any], transformer: TransformerConfig) -> core.MoEConfig:
+    top_k, hidden_dim = config.get("num_experts_per_tok", 4), needed(config, "moe_intermediate_size")
+    shared = needed(config, "shared_expert_intermediate_size")
+    if shared % hidden_dim:
+        raise ValueError(
+            f"shared_expert_intermediate_size={shared} is not a multiple of moe_intermediate_size={hidden_dim}"
+        )
+    return core.MoEConfig(
+        needed(config, "num_experts"),
+        core.TokenChoice(top_k=top_k, normalize=config.get("norm_topk_prob", False)),
+        core.SwiGLU(hidden_dim, transformer.activation),
+        num_shared_experts=shared // hidden_dim,
+        shared_gate="scale",
+        balance=_balance(config, top_k),
+    )
+
+
+def _glm(config: Mapping[str, Any], transformer: TransformerConfig) -> core.MoEConfig:
+    router = core.TokenChoice(
+        top_k=config.get("num_experts_per_tok", 8),
+        score_func="sigmoid",
+        normalize=config.get("norm_topk_prob", True),
+        expert_bias=True,
+        num_groups=config.get("n_group", 1),
+        limited_groups=config.get("topk_group", 1),
+        scale=float(config.get("routed_scaling_factor", 1.0)),
+    )
+    return core.MoEConfig(
+        needed(config, "n_routed_experts"),
+        router,
+        core.SwiGLU(needed(config, "moe_intermediate_size"), transformer.activation),
+        num_shared_experts=config.get("n_shared_experts", 1),
+        balance=core.Balance(load_balancing=0.0, router_z=0.0),
+    )
+
+
+def _balance(config: Mapping[str, Any], top_k: int) -> core.Balance:
+    # Theirs is K times ours.
+    return core.Balance(load_balancing=top_k * config.get("router_aux_loss_coef", 0.001), router_z=0.0)
+
+
+def _qwen_layers(config: Mapping[str, Any]) -> tuple[int, ...]:
+    dense, step = config.get("mlp_only_layers") or (), config.get("decoder_sparse_step", 1)
+    return tuple(i for i in _every(step, config["num_hidden_layers"]) if i not in dense)
+
+
+def _every(step: int, depth: int) -> tuple[int, ...]:
+    return tuple(range(step - 1, depth, step))
+
+
+def write(architecture: Architecture) -> dict[str, Any]:
+    """The values of our architecture in such a configuration."""
+    config, shape, moe = architecture.transformer, architecture.transformer.shape, architecture.moe
+    vocabulary, model_type = architecture.vocabulary, architecture.model_type
+    written: dict[str, Any] = {
+        "architectures": [NAMES[model_type]],
+        **vocabulary.token_ids(),
+        "hidden_size": shape.dim,
+        "intermediate_size": shape.hidden_dim,
+        "num_hidden_layers": shape.decoder_layers,
+        "num_attention_heads": shape.num_heads,
+        "num_key_value_heads": shape.num_kv_heads,
+        "rope_theta": config.rotary_base,
+        "rope_parameters": {"rope_theta": config.rotary_base, "rope_type": "default"},
+        "rms_norm_eps": config.norm_eps,
+        "hidden_act": THEIR_ACTIVATIONS[config.activation],
+        "attention_dropout": config.attn_dropout,
+        "tie_word_embeddings": config.tie != "none",
+        "sliding_window": None,
+    }
+    if config.head_dim is not None:
+        written["head_dim"] = config.head_dim
+    if model_type.startswith("qwen2"):
+        written["use_sliding_window"] = False
+    if model_type == "glm4_moe":
+        del written["sliding_window"]
+        written["rope_parameters"] |= {"partial_rotary_factor": 1.0}
+        written |= {"partial_rotary_factor": 1.0, "use_qk_norm": False}
+        written["attention_bias"] = config.bias if config.qkv_bias is None else config.qkv_bias
+    if moe is None:
+        return written
+    router, expert = token_choice(moe, model_type), plain_ffn(moe, model_type)
+    hidden_dim = expert.hidden(shape.dim)
+    written["hidden_act"] = THEIR_ACTIVATIONS[expert.activation]
+    written["num_experts_per_tok"] = router.top_k
+    written["router_aux_loss_coef"] = moe.balance.load_balancing / router.top_k
+    if model_type == "mixtral":
+        return {
+            **written,
+            "intermediate_size": hidden_dim,
+            "num_local_experts": moe.num_experts,
+            "router_jitter_noise": router.jitter_eps,
+        }
+    dense = [i for i in range(shape.decoder_layers) if i not in architecture.decoder_moe_layers]
+    if model_type == "glm4_moe":
+        del written["router_aux_loss_coef"]
+        return {
+            **written,
+            "n_routed_experts": moe.num_experts,
+            "moe_intermediate_size": hidden_dim,
+            "n_shared_experts": moe.num_shared_experts,
+            "first_k_dense_replace": len(dense),
+            "norm_topk_prob": router.normalizes,
+            "n_group": router.num_groups,
+            "topk_group": router.limited_groups,
+            "routed_scaling_factor": router.scale,
+        }
+    return {
+        **written,
+        "num_experts": moe.num_experts,
+        "moe_intermediate_size": hidden_dim,
+        "shared_expert_intermediate_size": hidden_dim * moe.num_shared_experts,
+        "norm_topk_prob": router.normalizes,
+        "qkv_bias": config.bias if config.qkv_bias is None else config.qkv_bias,
+        "mlp_only_layers": dense,
+        "decoder_sparse_step": 1,
+    }
+
+
+def parts(architecture: Architecture) -> Parts:
+    """Ours and theirs, tensor by tensor."""
+    config, shape = architecture.transformer, architecture.transformer.shape
+    head, embed = "lm_head.weight", "model.embed_tokens.weight"
+    found = [
+        embedding("embed.weight", embed, architecture.vocabulary),
+        same("decoder.norm.weight", "model.norm.weight"),
+    ]
+    aliases = {head: embed} if config.tie != "none" else {}
+    if not aliases:
+        found.append(embedding("output.weight", head, architecture.vocabulary))
+    d = shape.head_dim
+    rows = [shape.num_heads * d, shape.num_kv_heads * d, shape.num_kv_heads * d]
+    qkv_bias = config.bias if config.qkv_bias is None else config.qkv_bias
+    for i in range(shape.decoder_layers):
+        ours, theirs = f"decoder.layers.{i}", f"model.layers.{i}"
+        attention = f"{theirs}.self_attn"
+        found += linear(f"{ours}.self_norm", f"{theirs}.input_layernorm", bias=False)
+        found += joined_linear(f"{ours}.self_attn.qkv", [f"{attention}.{x}_proj" for x in "qkv"], rows, bias=qkv_bias)
+        found += linear(f"{ours}.self_attn.out", f"{attention}.o_proj", bias=False)
+        found += linear(f"{ours}.ffn_norm", f"{theirs}.post_attention_layernorm", bias=False)
+        if i in architecture.decoder_moe_layers:
+            found += _experts(architecture, f"{ours}.ffn", theirs)
+        else:
+            for our, name in (("w_gate", "gate_proj"), ("w_in", "up_proj"), ("w_out", "down_proj")):
+                found += linear(f"{ours}.ffn.{our}", f"{theirs}.mlp.{name}", bias=False)
+    return Parts(tuple(found), aliases)
+
+
+def _block(model_type: str) -> str:
+    return "block_sparse_moe" if model_type == "mixtral" else "mlp"
+
+
+def _experts(architecture: Architecture, ours: str, layer: str) -> list[Part]:
+    moe, model_type = architecture.moe, architecture.model_type
+    assert moe is not None
+    theirs = f"{layer}.{_block(model_type)}"
+    found = linear(f"{ours}.router.gate", f"{theirs}.gate", bias=False)
+    for our, name in zip(("w_gate", "w_in", "w_out"), EXPERTS[model_type], strict=True):
+        experts = [f"{theirs}.experts.{e}.{name}.weight" for e in range(moe.num_experts)]
+        found.append(stacked(f"{ours}.experts.{our}", experts))
+    if moe.router.expert_bias:  # type: ignore[attr-defined]  # a TokenChoice, as token_choice found
+        found.append(same(f"{ours}.router.expert_bias", f"{theirs}.gate.e_score_correction_bias"))
+    if moe.num_shared_experts:
+        shared = f"{theirs}.shared_expert{'s' if model_type == 'glm4_moe' else ''}"
+        for our, name, dim in (("w_gate", "gate_proj", 0), ("w_in", "up_proj", 0), ("w_out", "down_proj", 1)):
+            found.append(
+                cut(f"{ours}.shared_experts.{our}", f"{shared}.{name}.weight", moe.num_shared_experts, dim=dim)
+            )
+        if model_type == "qwen2_moe":
+            found += linear(f"{ours}.shared_gate", f"{theirs}.shared_expert_gate", bias=False)
+    return found
+
+
+def published(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Tensors by their published names; transformers 5 holds a layer's experts in two tensors."""
+    fused = "mlp.experts.gate_up_proj"
+    layers = [name.removesuffix(fused) for name in tensors if name.endswith(fused)]
+    if not layers:
+        return tensors
+    found = dict(tensors)
+    for layer in layers:
+        shared = {"mlp.shared_expert_gate.weight": "qwen2_moe", "mlp.shared_experts.up_proj.weight": "glm4_moe"}
+        model_type = next((kind for name, kind in shared.items() if f"{layer}{name}" in found), "mixtral")
+        gate_name, in_name, out_name = EXPERTS[model_type]
+        block = f"{layer}{_block(model_type)}"
+        gates = found.pop(f"{layer}{fused}")
+        outs = found.pop(f"{layer}mlp.experts.down_proj")
+        for e, (w, out) in enumerate(zip(gates, outs, strict=True)):
+            gate, up = w.chunk(2)
+            found[f"{block}.experts.{e}.{gate_name}.weight"] = gate
+            found[f"{block}.experts.{e}.{in_name}.weight"] = up
+            found[f"{block}.experts.{e}.{out_name}.weight"] = out
+        found[f"{block}.gate.weight"] = found.pop(f"{layer}mlp.gate.weight")
+    return found
+
+
+FAMILY = Family(
+    defaults={name: {"bos_token_id": 1, "eos_token_id": 2} for name in NAMES},
+    vocabulary=_read_specials,
+    read=read,
+    write=write,
+    parts=parts,
+    published=published,
+    computed=("rotary_emb.inv_freq",),
+)

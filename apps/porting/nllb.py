@@ -1,0 +1,206 @@
+"""M2M-100 (arXiv 2010.11125), the dense NLLB models on its code, and NLLB-MoE (arXiv 2207.04672)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+import core
+from apps.nets.config import TransformerConfig
+from apps.porting.architecture import (
+    THEIR_ACTIVATIONS,
+    Architecture,
+    Family,
+    activation,
+    needed,
+    one_width,
+    plain_ffn,
+    sparse_step,
+    token_choice,
+)
+from apps.porting.encoder_decoder import embedding_parts, read_specials, read_tie, write_specials, write_tie
+from apps.porting.parts import Part, Parts, joined_linear, linear, stacked
+
+SPARSE = "nllb-moe"
+UNK = 3
+SECOND = {"all": "always", "random": "random"}
+
+
+def sparse_layers(step: int, depth: int) -> tuple[int, ...]:
+    """The layers that have experts: the last of each ``step``."""
+    return tuple(range(step - 1, depth, step)) if step > 0 else ()
+
+
+def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Architecture:
+    """An M2M-100 or NLLB-MoE configuration in our terms.
+
+    ``moe_token_dropout`` p leaves expert outputs out in training without making up for it, and evaluation multiplies by
+    1 - p. Ours makes up for it, so gates of ``scale = 1 - p`` give both. Capacity is not carried over: theirs has none
+    in evaluation, where ``moe_eval_capacity_token_fraction`` is 1.
+    """
+    model_type = config["model_type"]
+    for name in ("ffn_dim", "attention_heads"):
+        encoder, decoder = (needed(config, f"{side}_{name}") for side in ("encoder", "decoder"))
+        if encoder != decoder:
+            raise ValueError(f"encoder_{name}={encoder} is not decoder_{name}={decoder}: here they are one")
+    vocabulary, start = FAMILY.vocabulary(config)
+    assert vocabulary.pad is not None
+    transformer = TransformerConfig(
+        dim=needed(config, "d_model"),
+        hidden_dim=config["encoder_ffn_dim"],
+        num_heads=config["encoder_attention_heads"],
+        encoder_layers=needed(config, "encoder_layers"),
+        decoder_layers=needed(config, "decoder_layers"),
+        positions="sinusoidal",
+        max_length=config.get("max_position_embeddings", 1024),
+        position_offset=vocabulary.pad + 1,
+        norm="layer",
+        norm_eps=1e-5,
+        activation=activation(config.get("activation_function", "relu")),
+        bias=True,
+        tie=read_tie(tensors, "model.", own_head=config.get("tie_word_embeddings") is False),
+        start=start,
+        scale_embeddings=config.get("scale_embedding", True),
+        dropout=float(config.get("dropout", 0.1)),
+        attn_dropout=float(config.get("attention_dropout", 0.1)),
+        ffn_dropout=float(config.get("activation_dropout", 0.0)),
+    )
+    if model_type != SPARSE:
+        return Architecture(model_type, transformer, vocabulary)
+    encoder, decoder = (
+        sparse_layers(config.get(f"{side}_sparse_step", 4), config[f"{side}_layers"]) for side in ("encoder", "decoder")
+    )
+    moe = _moe(config, transformer.activation) if encoder or decoder else None
+    return Architecture(model_type, transformer, vocabulary, moe, encoder, decoder)
+
+
+def _moe(config: Mapping[str, Any], act: str) -> core.MoEConfig:
+    policy, masking = config.get("second_expert_policy", "all"), float(config.get("moe_token_dropout", 0.2))
+    if policy not in SECOND:
+        raise ValueError(f"second_expert_policy={policy!r} is not one of {', '.join(SECOND)}")
+    return core.MoEConfig(
+        needed(config, "num_experts"),
+        core.TokenChoice(top_k=2, second=SECOND[policy], scale=1 - masking, gate_bias=config.get("router_bias", False)),
+        core.FFN(config["encoder_ffn_dim"], act, bias=True),
+        priority="score" if config.get("batch_prioritized_routing") else "position",
+        expert_output_masking=masking,
+        # Theirs is K times ours.
+        balance=core.Balance(
+            load_balancing=2 * config.get("router_aux_loss_coef", 0.001),
+            router_z=config.get("router_z_loss_coef", 0.001),
+        ),
+    )
+
+
+def write(architecture: Architecture) -> dict[str, Any]:
+    """The values of our architecture in an M2M-100 or NLLB-MoE configuration."""
+    config, shape, moe = architecture.transformer, architecture.transformer.shape, architecture.moe
+    written: dict[str, Any] = {
+        "architectures": ["M2M100ForConditionalGeneration"],
+        "d_model": shape.dim,
+        "max_position_embeddings": config.max_length,
+        "activation_function": THEIR_ACTIVATIONS[config.activation],
+        "scale_embedding": config.scale_embeddings,
+        "tie_word_embeddings": write_tie(config.tie),
+        "dropout": config.dropout,
+        "attention_dropout": config.attn_dropout,
+        "activation_dropout": config.ffn_dropout,
+        "is_encoder_decoder": True,
+        **write_specials(architecture.vocabulary, config.start),
+    }
+    hidden_dim = shape.hidden_dim
+    if moe is not None:
+        router, expert = token_choice(moe, SPARSE), plain_ffn(moe, SPARSE)
+        hidden_dim, masking = expert.hidden(shape.dim), moe.expert_output_masking
+        written.update(
+            architectures=["NllbMoeForConditionalGeneration"],
+            activation_function=THEIR_ACTIVATIONS[expert.activation],
+            num_experts=moe.num_experts,
+            moe_token_dropout=masking if router.scale == 1 - masking else 1 - router.scale,
+            second_expert_policy="random" if router.second == "random" else "all",
+            batch_prioritized_routing=moe.priority == "score",
+            router_bias=router.gate_bias,
+            router_aux_loss_coef=moe.balance.load_balancing / 2,
+            router_z_loss_coef=moe.balance.router_z,
+        )
+    sides = (
+        ("encoder", architecture.encoder_moe_layers, shape.encoder_layers),
+        ("decoder", architecture.decoder_moe_layers, shape.decoder_layers),
+    )
+    for side, indices, depth in sides:
+        written[f"{side}_layers"] = depth
+        written[f"{side}_ffn_dim"] = hidden_dim
+        written[f"{side}_attention_heads"] = shape.num_heads
+        if moe is not None:
+            written[f"{side}_sparse_step"] = sparse_step(indices, sparse_layers, depth)
+    return written
+
+
+def parts(architecture: Architecture) -> Parts:
+    """Ours and theirs, tensor by tensor."""
+    config = architecture.transformer
+    embeddings, aliases = embedding_parts(config.tie, "model.", architecture.vocabulary)
+    encoder = _stack(architecture, "encoder", config.shape.encoder_layers, architecture.encoder_moe_layers)
+    decoder = _stack(architecture, "decoder", config.shape.decoder_layers, architecture.decoder_moe_layers)
+    return Parts((*embeddings, *encoder, *decoder), aliases)
+
+
+def _stack(architecture: Architecture, side: str, depth: int, sparse: tuple[int, ...]) -> list[Part]:
+    rows = [architecture.transformer.shape.dim] * 3
+    is_moe = architecture.model_type == SPARSE
+    cross, ffn_norm = ("cross_attention", "ff_layer_norm") if is_moe else ("encoder_attn", "final_layer_norm")
+    found = linear(f"{side}.norm", f"model.{side}.layer_norm", bias=True)
+    for i in range(depth):
+        ours, theirs = f"{side}.layers.{i}", f"model.{side}.layers.{i}"
+        q, k, v = (f"{theirs}.self_attn.{x}_proj" for x in "qkv")
+        found += linear(f"{ours}.self_norm", f"{theirs}.self_attn_layer_norm", bias=True)
+        found += joined_linear(f"{ours}.self_attn.qkv", [q, k, v], rows, bias=True)
+        found += linear(f"{ours}.self_attn.out", f"{theirs}.self_attn.out_proj", bias=True)
+        if side == "decoder":
+            q, k, v = (f"{theirs}.{cross}.{x}_proj" for x in "qkv")
+            found += linear(f"{ours}.cross_norm", f"{theirs}.{cross}_layer_norm", bias=True)
+            found += linear(f"{ours}.cross_attn.q", q, bias=True)
+            found += joined_linear(f"{ours}.cross_attn.kv", [k, v], rows[:2], bias=True)
+            found += linear(f"{ours}.cross_attn.out", f"{theirs}.{cross}.out_proj", bias=True)
+        found += linear(f"{ours}.ffn_norm", f"{theirs}.{ffn_norm}", bias=True)
+        if i in sparse:
+            found += _experts(architecture.moe, f"{ours}.ffn", f"{theirs}.ffn")
+        else:
+            theirs = f"{theirs}.ffn" if is_moe else theirs
+            found += linear(f"{ours}.ffn.w_in", f"{theirs}.fc1", bias=True)
+            found += linear(f"{ours}.ffn.w_out", f"{theirs}.fc2", bias=True)
+    return found
+
+
+def _experts(moe: core.MoEConfig | None, ours: str, theirs: str) -> list[Part]:
+    assert moe is not None
+    experts = [f"{theirs}.experts.expert_{e}" for e in range(moe.num_experts)]
+    names = {"w_in": "fc1.weight", "b_in": "fc1.bias", "w_out": "fc2.weight", "b_out": "fc2.bias"}
+    return [
+        *linear(f"{ours}.router.gate", f"{theirs}.router.classifier", bias=token_choice(moe, SPARSE).gate_bias),
+        *(stacked(f"{ours}.experts.{our}", [f"{expert}.{name}" for expert in experts]) for our, name in names.items()),
+    ]
+
+
+_IDS = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
+_DEFAULTS = {**_IDS, "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0}
+
+FAMILY = Family(
+    defaults={
+        "m2m_100": _DEFAULTS,
+        SPARSE: {
+            **_DEFAULTS,
+            "moe_eval_capacity_token_fraction": 1.0,
+            "normalize_router_prob_before_dropping": True,
+        },
+    },
+    vocabulary=lambda config: read_specials({**_IDS, "decoder_start_token_id": 2, **config}, UNK),
+    read=read,
+    write=write,
+    parts=parts,
+    fit=functools.partial(one_width, bias=True),
+    computed=("embed_positions.weights", "final_logits_bias"),
+)

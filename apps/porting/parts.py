@@ -1,0 +1,132 @@
+"""One parameter of ours and the tensors of theirs it is made of: the same table leads there and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from apps.porting.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True)
+class Part:
+    """A parameter.
+
+    Attributes:
+        ours: its name in our state dict.
+        theirs: names in theirs.
+        join: their tensors to ours.
+        split: ours to theirs.
+    """
+
+    ours: str
+    theirs: tuple[str, ...]
+    join: Callable[[Sequence[Tensor]], Tensor]
+    split: Callable[[Tensor], Sequence[Tensor]]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """All of a model's.
+
+    Attributes:
+        parts: each parameter of ours once.
+        aliases: names in a state dict of theirs that are the tensor of another name; files may leave them out.
+    """
+
+    parts: tuple[Part, ...]
+    aliases: Mapping[str, str] = field(default_factory=dict)
+
+
+def same(ours: str, theirs: str) -> Part:
+    """The same tensor."""
+    return Part(ours, (theirs,), lambda t: t[0], lambda t: [t])
+
+
+def joined(ours: str, theirs: Iterable[str], rows: Sequence[int]) -> Part:
+    """Products that we compute as one: their ``rows`` one after the other."""
+    return Part(ours, tuple(theirs), lambda t: torch.cat(list(t)), lambda t: t.split(list(rows)))
+
+
+def embedding(ours: str, theirs: str, vocabulary: Vocabulary) -> Part:
+    """(V, D), the rows in our order."""
+    to_ours, to_theirs = vocabulary.theirs, vocabulary.ours
+    return Part(ours, (theirs,), lambda t: t[0][to_ours.to(t[0].device)], lambda t: [t[to_theirs.to(t.device)]])
+
+
+def stacked(ours: str, theirs: Iterable[str]) -> Part:
+    """(E, out, in) of an ``nn.Linear`` an expert, as (E, in, out); (E, out) of its bias."""
+
+    def turned(t: Tensor) -> Tensor:
+        return t.mT if t.ndim == 2 else t
+
+    return Part(
+        ours, tuple(theirs), lambda t: torch.stack([turned(w) for w in t]), lambda t: [turned(w) for w in t.unbind()]
+    )
+
+
+def cut(ours: str, theirs: str, num: int, *, dim: int) -> Part:
+    """One wide ``nn.Linear`` as ``num`` experts: its hidden units, on ``dim``, in as many runs."""
+
+    def join(t: Sequence[Tensor]) -> Tensor:
+        return t[0].unflatten(dim, (num, -1)).movedim(dim, 0).mT
+
+    return Part(ours, (theirs,), join, lambda t: [t.mT.movedim(0, dim).flatten(dim, dim + 1)])
+
+
+def linear(ours: str, theirs: str, *, bias: bool) -> list[Part]:
+    """An ``nn.Linear`` or a norm."""
+    return [same(f"{ours}.{name}", f"{theirs}.{name}") for name in (("weight", "bias") if bias else ("weight",))]
+
+
+def joined_linear(ours: str, theirs: Sequence[str], rows: Sequence[int], *, bias: bool) -> list[Part]:
+    """Several ``nn.Linear`` of ``rows`` outputs each, as one."""
+    names = ("weight", "bias") if bias else ("weight",)
+    return [joined(f"{ours}.{name}", [f"{t}.{name}" for t in theirs], rows) for name in names]
+
+
+def to_ours(table: Parts, theirs: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    """Our state dict.
+
+    Args:
+        table: the parts.
+        theirs: tensors by name.
+        shapes: of our parameters.
+
+    Raises:
+        ValueError: a tensor that is missing, of another shape, or has no place here.
+    """
+    left = set(theirs)
+    ours: dict[str, Tensor] = {}
+    for part in table.parts:
+        wanted = [t.shape for t in part.split(torch.empty(shapes[part.ours], device="meta"))]
+        tensors = []
+        for name, shape in zip(part.theirs, wanted, strict=True):
+            tensors.append(_take(theirs, name, table.aliases))
+            if tensors[-1].shape != shape:
+                raise ValueError(f"tensor {name!r} is of shape {tuple(tensors[-1].shape)}, not {tuple(shape)}")
+        ours[part.ours] = part.join(tensors)
+        left -= set(part.theirs)
+    left -= set(table.aliases)
+    if left:
+        more = f", nor have {len(left) - 1} others" if len(left) > 1 else ""
+        raise ValueError(f"tensor {min(left)!r} has no place in this model{more}")
+    return ours
+
+
+def _take(theirs: Mapping[str, Tensor], name: str, aliases: Mapping[str, str]) -> Tensor:
+    for known in (name, *(alias for alias, of in aliases.items() if of == name)):
+        if known in theirs:
+            return theirs[known]
+    raise ValueError(f"tensor {name!r} is missing")
+
+
+def to_theirs(table: Parts, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Their state dict, aliases included."""
+    theirs: dict[str, Tensor] = {}
+    for part in table.parts:
+        theirs.update(zip(part.theirs, part.split(ours[part.ours]), strict=True))
+    return {**theirs, **{alias: theirs[name] for alias, name in table.aliases.items()}}

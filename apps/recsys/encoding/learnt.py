@@ -1,0 +1,147 @@
+"""What training has taught of a table's values: the checkpoint keeps it, and other rows are encoded by it."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from apps.recsys.encoding.features import Features
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from apps.data.columns import ColumnFiles
+
+
+@dataclass(frozen=True, eq=False)
+class Vocabulary:
+    """Distinct texts by number, as UTF-8 bytes: millions of them are two tensors, mapped or in a checkpoint.
+
+    Attributes:
+        offsets: int64 (n + 1,), where each text begins and ends.
+        content: uint8, the bytes.
+    """
+
+    offsets: Tensor
+    content: Tensor
+
+    @classmethod
+    def of(cls, values: pa.StringArray) -> Vocabulary:
+        from apps.recsys.encoding import encode
+
+        offsets, content = encode.utf8(values)
+        kept = content[offsets[0] : offsets[-1]]
+        return cls(torch.from_numpy(offsets - offsets[0]), torch.from_numpy(kept.copy()))
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def texts(self) -> tuple[str, ...]:
+        content = self.content.numpy().tobytes()
+        return tuple(content[a:b].decode() for a, b in itertools.pairwise(self.offsets.tolist()))
+
+    def find(self, values: pa.StringArray) -> NDArray[np.int64]:
+        """The number of each text, int64 (N,); -1 where it is not among them."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        buffers = [None, pa.py_buffer(self.offsets.numpy()), pa.py_buffer(self.content.numpy())]
+        known = pa.Array.from_buffers(pa.large_string(), len(self), buffers)
+        return np.asarray(pc.index_in(values.cast(pa.large_string()), known).fill_null(-1), dtype=np.int64)
+
+    @cached_property
+    def digest(self) -> str:
+        """Other texts, or another order, have another one."""
+        digest = hashlib.sha256(self.offsets.numpy().data)
+        digest.update(self.content.numpy().data)
+        return digest.hexdigest()
+
+    def state(self) -> dict[str, Tensor]:
+        return {"offsets": self.offsets, "content": self.content}
+
+
+@dataclass(frozen=True, eq=False)
+class Encoding:
+    """Which row, bin or scenario a value of a table is to a model.
+
+    Attributes:
+        features: the columns, with the statistics of the training rows.
+        vocabularies: the values of the rows from 1 on of each categorical column, but for those that are hashed or hold
+            row numbers.
+        domain: column of the scenario; None: there is one.
+        domains: the scenarios' values, from 0 on.
+        separator: of the values in a text of a multi-valued column.
+    """
+
+    features: Features
+    vocabularies: Mapping[str, Vocabulary] = field(default_factory=dict)
+    domain: str | None = None
+    domains: Vocabulary | None = None
+    separator: str = "|"
+
+    @classmethod
+    def of(cls, files: ColumnFiles) -> Encoding:
+        """That of an encoded table."""
+        info = files.info
+
+        def texts(number: int) -> Vocabulary:
+            return Vocabulary(files[f"vocabulary{number}_offsets"], files[f"vocabulary{number}_bytes"])
+
+        return cls(
+            Features.of(info["features"]),
+            {column: texts(number) for column, number in info["vocabularies"].items()},
+            info["domain"]["column"],
+            None if info["domain"]["texts"] is None else texts(info["domain"]["texts"]),
+            info["separator"],
+        )
+
+    def state(self) -> dict[str, Any]:
+        """Plain values and tensors, for a checkpoint."""
+        return {
+            "features": asdict(self.features),
+            "vocabularies": {column: found.state() for column, found in self.vocabularies.items()},
+            "domain": self.domain,
+            "domains": None if self.domains is None else self.domains.state(),
+            "separator": self.separator,
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Encoding:
+        domains = state["domains"]
+        return cls(
+            Features.of(state["features"]),
+            {column: Vocabulary(**found) for column, found in state["vocabularies"].items()},
+            state["domain"],
+            None if domains is None else Vocabulary(**domains),
+            state["separator"],
+        )
+
+    @property
+    def roles(self) -> dict[str, str]:
+        """What each column is for that rows to predict must have, by column."""
+        roles = {} if self.domain is None else {self.domain: "domain"}
+        roles |= {f.name: "multi_valued" if f.multi_valued else "categorical" for f in self.features.categorical}
+        return roles | dict.fromkeys(self.numbers, "continuous")
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """The columns of numbers."""
+        return tuple(f.name for f in self.features.continuous)
+
+    @cached_property
+    def digest(self) -> str:
+        """Encodings of the same digest make the same of every row."""
+        found = {column: vocabulary.digest for column, vocabulary in self.vocabularies.items()}
+        domains = None if self.domains is None else self.domains.digest
+        plain = [asdict(self.features), found, self.domain, domains, self.separator]
+        return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,284 @@
+"""A user's own table from CSV or Parquet files, as an arrow table of the columns that have a role."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import io
+import itertools
+import logging
+import os
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+from lightning.pytorch.utilities import rank_zero_only
+
+from apps.base.inflate import FREE, MOST, Inflated
+from apps.recsys.encoding import encode
+from apps.recsys.readers.schema import nearest
+
+log = logging.getLogger(__name__)
+
+_SEPARATORS = {".csv": ",", ".tsv": "\t"}
+_SERIAL = pa.csv.ReadOptions(use_threads=False)  # only then an error of the layout names the row
+_TEXT = pa.dictionary(pa.int32(), pa.string())
+_UNREADABLE = (pa.ArrowException, OSError, EOFError, UnicodeDecodeError)
+_COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4"}
+
+
+def find_files(root: str | None, name: str, option: str) -> list[Path]:
+    """The file ``name``, or the files that it matches as a pattern, in the order of their names.
+
+    Raises:
+        ValueError: there is none, or one of a kind that is not read.
+    """
+    path = Path(name).expanduser() if root is None else Path(root).expanduser() / name
+    found = [path] if path.is_file() else [Path(p) for p in sorted(glob.glob(str(path))) if Path(p).is_file()]
+    if not found and path.is_dir():
+        raise ValueError(
+            f"{option}={name!r} is a folder: name a file in it, or several as {name.rstrip('/')}/*.parquet"
+        )
+    if not found:
+        near = "" if not path.parent.is_dir() else nearest(path.name, [p.name for p in path.parent.iterdir()])
+        raise ValueError(f"{option}={name!r}: no such file{'' if root is None else f' in {root!r}'}{near}")
+    for file in found:
+        if _kind(file) not in (*_SEPARATORS, ".parquet"):
+            raise ValueError(
+                f"{option}={file.name!r} is no .parquet, .csv or .tsv (the last two also {', '.join(_COMPRESSED)})"
+            )
+    return found
+
+
+def read_files(
+    files: list[Path], roles: Mapping[str, str], numbers: Collection[str] = (), inferred: str | None = None
+) -> pa.Table:
+    """The rows of all files, one after the other; the other arguments are those of `read_columns`.
+
+    Raises:
+        ValueError: as `read_columns`, or files that differ in their types.
+    """
+    tables = [read_columns(file, roles, numbers, inferred) for file in files]
+    if len(tables) == 1:
+        return tables[0]
+    try:
+        return pa.concat_tables(tables, promote_options="permissive")
+    except pa.ArrowException as error:
+        raise ValueError(f"{files[0].name} and the files beside it differ in their types: {_line(error)}") from error
+
+
+def read_columns(
+    file: Path, roles: Mapping[str, str], numbers: Collection[str] = (), inferred: str | None = None
+) -> pa.Table:
+    """Columns of one file.
+
+    In a CSV file an empty field is a missing value and everything else stands for itself, "NA" as well. One that is not
+    compressed and does not end in a line end is read with a warning: its last field may be cut.
+
+    Args:
+        file: of a kind that `find_files` finds.
+        roles: the columns to read, and what each is for.
+        numbers: those of numbers; if a field is none the column is text, so that `encode` can say which.
+        inferred: one whose type a CSV file's fields tell, such as times. All others are text.
+
+    Raises:
+        ValueError: a missing or doubled column, text that is no UTF-8, a file that cannot be read, as one that was
+            cut, or one that unpacks to far more than its size explains (see ``apps.base.inflate``).
+    """
+    try:
+        if _kind(file) == ".parquet":
+            with _parquet(file, roles) as parquet:
+                return parquet.read(columns=list(roles))
+        return _read_csv(file, roles, numbers, inferred)
+    except _UNREADABLE as error:
+        raise ValueError(f"{str(file)!r} cannot be read: {_line(error)}") from error
+
+
+def iter_columns(
+    file: Path, roles: Mapping[str, str], numbers: Collection[str] = (), num_rows: int = 1 << 16
+) -> Iterator[pa.Table]:
+    """Yield the columns of one file piece by piece, so that a long file is never in memory as a whole.
+
+    Args:
+        file, roles, numbers: as in `read_columns`.
+        num_rows: rows of a piece of a Parquet file; those of text are of about a megabyte.
+
+    Raises:
+        ValueError: as `read_columns`.
+    """
+    try:
+        if _kind(file) == ".parquet":
+            with _parquet(file, roles) as parquet:
+                for batch in parquet.iter_batches(num_rows, columns=list(roles)):
+                    yield pa.Table.from_batches([batch])
+        else:
+            for batch in _iter_csv(file, roles, numbers):
+                yield pa.Table.from_batches([batch])
+    except _UNREADABLE as error:
+        raise ValueError(f"{str(file)!r} cannot be read: {_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _parquet(file: Path, roles: Mapping[str, str]) -> Iterator[pa.parquet.ParquetFile]:
+    """Open a Parquet file that has the columns and holds no more than its size explains."""
+    with pa.parquet.ParquetFile(file) as parquet:
+        _check(parquet.schema_arrow.names, roles, file)
+        _check_size(parquet.metadata, file)
+        texts = [f.name for f in parquet.schema_arrow if f.name in roles and _is_text(f.type)]
+    # Texts stay numbers of distinct ones: a page may repeat a long one a million times in a few bytes.
+    with pa.parquet.ParquetFile(file, read_dictionary=texts) as parquet:
+        yield parquet
+
+
+def _read_csv(file: Path, roles: Mapping[str, str], numbers: Collection[str], inferred: str | None) -> pa.Table:
+    parse = _layout(file, roles)
+    types: dict[str, Any] = {c: _TEXT for c in roles if c != inferred}
+    try:
+        table = _convert(file, parse, {**types, **{c: pa.float64() for c in numbers}}, list(roles))
+    except pa.ArrowInvalid as error:
+        if "conversion error" not in str(error):
+            raise
+        # Some field of a column of numbers is none: as text, the encoder can say which one, and in which row.
+        try:
+            table = _convert(file, parse, types, list(roles))
+        except pa.ArrowInvalid as error:
+            if "invalid UTF8" not in str(error):
+                raise
+            raise ValueError(f"{str(file)!r} cannot be read: {_no_text(file, parse, types)}") from error
+    _check_end(file)
+    return table
+
+
+def _iter_csv(file: Path, roles: Mapping[str, str], numbers: Collection[str]) -> Iterator[pa.RecordBatch]:
+    parse = _layout(file, roles)
+    text: dict[str, Any] = dict.fromkeys(roles, _TEXT)
+    _check_end(file)
+    count = 0
+    try:
+        for batch in _stream(file, parse, {**text, **{c: pa.float64() for c in numbers}}, list(roles)):
+            yield batch
+            count += 1
+    except pa.ArrowInvalid as error:
+        if "conversion error" not in str(error):
+            raise
+        try:  # as text from there on, as in _read_csv: the pieces are the same
+            yield from itertools.islice(_stream(file, parse, text, list(roles)), count, None)
+        except pa.ArrowInvalid as error:
+            if "invalid UTF8" not in str(error):
+                raise
+            raise ValueError(f"{str(file)!r} cannot be read: {_no_text(file, parse, text)}") from error
+
+
+def _layout(file: Path, roles: Mapping[str, str]) -> pa.csv.ParseOptions:
+    """How a file of text is parsed, which has the columns."""
+    parse = pa.csv.ParseOptions(delimiter=_SEPARATORS[_kind(file)], newlines_in_values=True)
+    with _opened(file) as source, pa.csv.open_csv(source, _SERIAL, parse_options=parse) as reader:
+        _check(reader.schema.names, roles, file)
+    return parse
+
+
+def _check_end(file: Path) -> None:
+    """Warn of a file that may be cut within its last row."""
+    if file.suffix.lower() in _COMPRESSED or rank_zero_only.rank != 0:  # compressed text shows that it was cut
+        return
+    with open(file, "rb") as content:
+        content.seek(-1, os.SEEK_END)
+        if content.read() not in (b"\n", b"\r"):
+            log.warning("%r does not end in a line end: its last row may be cut", str(file))
+
+
+def _no_text(file: Path, parse: pa.csv.ParseOptions, types: Mapping[str, Any]) -> str:
+    """The first value of the first column of text that is no UTF-8."""
+    raw = _convert(file, parse, dict.fromkeys(types, pa.binary()), list(types))
+    for column in raw.column_names:
+        row = encode.first_failing(raw[column], pa.string())
+        if row < len(raw):
+            break
+    return f"column {column!r} holds {raw[column][row].as_py()!r} in row {row}, which is no UTF-8 text"
+
+
+def _options(types: dict[str, Any], columns: list[str]) -> pa.csv.ConvertOptions:
+    return pa.csv.ConvertOptions(
+        column_types=types, include_columns=columns, null_values=[""], strings_can_be_null=True, true_values=["true"],
+        false_values=["false"],
+    )  # fmt: skip
+
+
+def _stream(
+    file: Path, parse: pa.csv.ParseOptions, types: dict[str, Any], columns: list[str]
+) -> Iterator[pa.RecordBatch]:
+    with _opened(file) as source:
+        yield from pa.csv.open_csv(source, _SERIAL, parse_options=parse, convert_options=_options(types, columns))
+
+
+def _convert(file: Path, parse: pa.csv.ParseOptions, types: dict[str, Any], columns: list[str]) -> pa.Table:
+    options = _options(types, columns)
+    try:
+        with _opened(file) as source:
+            return pa.csv.read_csv(source, parse_options=parse, convert_options=options)
+    except pa.ArrowInvalid as error:
+        if "parse error" not in str(error):
+            raise
+        with _opened(file) as source:
+            return pa.csv.read_csv(source, _SERIAL, parse_options=parse, convert_options=options)
+
+
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """A file of text as pyarrow takes it: the path, or of a compressed one a stream of text that has a limit."""
+    codec = _COMPRESSED.get(file.suffix.lower())
+    if codec is None:
+        yield file
+        return
+    with (
+        pa.OSFile(str(file)) as packed,
+        pa.CompressedInputStream(packed, codec) as unpacked,
+        io.BufferedReader(Inflated(unpacked, file.stat().st_size, file.name), 1 << 20) as limited,
+    ):
+        yield limited
+
+
+def _check_size(metadata: pa.parquet.FileMetaData, file: Path) -> None:
+    """Refuse a Parquet file that says that its pages or rows take far more memory than its size explains."""
+    size = file.stat().st_size
+    pages = sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
+    for what, count, found in (
+        ("bytes of pages", pages, pages),
+        ("rows", metadata.num_rows, 4 * metadata.num_rows * metadata.num_columns),  # a number of 32 bits at least
+    ):
+        if found > max(FREE, MOST * size):
+            raise ValueError(
+                f"{file.name} holds {count:,} {what} in {size:,} bytes: no data shrinks so much, and at most {MOST} "
+                "times is read"
+            )
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _check(names: list[str], roles: Mapping[str, str], file: Path) -> None:
+    for column, role in roles.items():
+        if column not in names:
+            near = nearest(column, names)
+            if len(names) == 1 and _kind(file) in _SEPARATORS:
+                near = f", whose one column is {names[0]!r}: is it separated by {_SEPARATORS[_kind(file)]!r}?"
+            raise ValueError(f"column {column!r} ({role}) is not in {str(file)!r}{near}")
+        if names.count(column) > 1:
+            raise ValueError(f"{str(file)!r} has two columns {column!r}")
+
+
+def _kind(file: Path) -> str:
+    suffixes = [s.lower() for s in file.suffixes]
+    if len(suffixes) > 1 and suffixes[-1] in _COMPRESSED:
+        return suffixes[-2]
+    return suffixes[-1] if suffixes else ""
+
+
+def _line(error: BaseException) -> str:
+    text = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    text = "".join(c if c.isprintable() else "?" for c in text)  # what a broken file holds is not for a terminal
+    return text if len(text) <= 200 else text[:197] + "..."

@@ -1,0 +1,207 @@
+"""How a table is described: which column is what, what is predicted, and how it is split."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal, get_args
+
+from apps.data import sources
+
+SplitKind = Literal["given", "random", "user", "time", "leave_last_out"]
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """One binary label. A row without a value has no label for the task: it counts in no loss and no figure of it.
+
+    Attributes:
+        column: of the table.
+        positive: the values that are positive, as text, numbers or booleans: 1, 1.0 and "1" are the same; None: the
+            column holds 0 and 1 (or false and true).
+        at_least: positive from this value on, such as 4 for a rating; not together with ``positive``.
+
+    Raises:
+        ValueError: both ``positive`` and ``at_least``, or a ``positive`` without a value.
+    """
+
+    column: str
+    positive: tuple[str | bool | int | float, ...] | None = None
+    at_least: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.positive is not None and self.at_least is not None:
+            raise ValueError(f"task of column {self.column!r}: positive and at_least exclude each other")
+        if self.positive is not None and not self.positive:
+            raise ValueError(f"task of column {self.column!r}: positive=() names no value")
+
+
+@dataclass(frozen=True)
+class SplitConfig:
+    """Which rows train, validate and test.
+
+    What the files give is kept; ``kind`` says how the rest is drawn from the training file.
+
+    Attributes:
+        kind: "given": as the files have it; "random": rows; "user": all rows of a user fall on one side; "time": the
+            last rows by time; "leave_last_out": of each user the last row tests, the one before validates.
+        val: share of the training rows (of the users with "user") that validates, where the files give no validation.
+            0: no validation.
+        test: share of all rows (of the users with "user") that tests, where the files give no test; "given" and
+            "leave_last_out" take none.
+        stratify: task whose positives are shared out evenly over validation and training, with "given" and "random".
+        seed: of what is drawn; its own, so that runs of other seeds have the same rows.
+
+    Raises:
+        ValueError: an unknown kind, a share outside [0, 1), or ``stratify`` with a kind that draws no rows at random.
+    """
+
+    kind: SplitKind = "random"
+    val: float = 0.1
+    test: float = 0.1
+    stratify: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(SplitKind):
+            raise ValueError(sources.unknown_name("split.kind", self.kind, list(get_args(SplitKind))))
+        for name in ("val", "test"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"split.{name}={getattr(self, name)} must be a share, at least 0 and below 1")
+        if self.stratify is not None and self.kind not in ("given", "random"):
+            raise ValueError(f"split.stratify={self.stratify!r} is for kind 'given' or 'random', not {self.kind!r}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"split.seed={self.seed} must be 0 to {2**32 - 1}")
+
+
+@dataclass(frozen=True)
+class TableConfig:
+    """The columns of a table by role. A column that has none is not read.
+
+    Attributes:
+        categorical: columns of one value a row.
+        multi_valued: columns of any number of values a row: lists, or text that ``separator`` cuts.
+        continuous: columns of numbers.
+        tasks: the labels by the name of the task.
+        domain: column of the scenario; None: there is one.
+        user: column whose rows belong together, for a split by user and figures by user.
+        time: column by which rows are ordered.
+        hash_rows: rows of the table of a column whose ids are hashed, by column.
+        num_rows: rows of the table of a column that holds row numbers already, 0 to num_rows - 1, by column; they are
+            taken as they are. 0 is the row of what is missing: a column that holds 0 may lack no value.
+        min_count: values seen less often in training share the row of the unseen ones.
+        separator: of the values in a text of a multi-valued column.
+        split: how the rows are shared out.
+
+    Raises:
+        ValueError: no task, no feature, a label among the features, a column with two of the roles of a feature, an
+            option for a column that is no categorical feature, or a split that needs a column which is not named.
+    """
+
+    categorical: tuple[str, ...] = ()
+    multi_valued: tuple[str, ...] = ()
+    continuous: tuple[str, ...] = ()
+    tasks: Mapping[str, TaskConfig] = field(default_factory=dict)
+    domain: str | None = None
+    user: str | None = None
+    time: str | None = None
+    hash_rows: Mapping[str, int] = field(default_factory=dict)
+    num_rows: Mapping[str, int] = field(default_factory=dict)
+    min_count: int = 1
+    separator: str = "|"
+    split: SplitConfig = SplitConfig()
+
+    def __post_init__(self) -> None:
+        self._check_roles()
+        self._check_options()
+        self._check_split()
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """The columns that a model is given, in the order of the batches: continuous last."""
+        return (*self.categorical, *self.multi_valued, *self.continuous)
+
+    @property
+    def roles(self) -> dict[str, str]:
+        """What each column that is read is for, by column; a feature's role where there are several."""
+        named = {"domain": self.domain, "user": self.user, "time": self.time}
+        roles = {column: role for role, column in named.items() if column is not None}
+        roles |= {task.column: f"task {name}" for name, task in self.tasks.items()}
+        for role in ("categorical", "multi_valued", "continuous"):
+            roles |= dict.fromkeys(getattr(self, role), role)
+        return roles
+
+    def without(self, columns: Iterable[str]) -> TableConfig:
+        """The same table without these features.
+
+        Raises:
+            ValueError: a column that is no feature, or none would be left.
+        """
+        out = tuple(columns)
+        for column in out:
+            if column not in self.features:
+                raise ValueError(f"exclude={column!r} is not a feature{nearest(column, self.features)}")
+        if not set(self.features) - set(out):
+            raise ValueError("exclude leaves no feature")
+        kept = {role: tuple(c for c in getattr(self, role) if c not in out) for role in _FEATURE_ROLES}
+        sizes = {name: {c: n for c, n in getattr(self, name).items() if c not in out} for name in _SIZES}
+        return replace(self, **kept, **sizes)  # type: ignore[arg-type]
+
+    def _check_roles(self) -> None:
+        if not self.tasks:
+            raise ValueError("table.tasks names no label")
+        if not self.features:
+            raise ValueError("table names no feature: categorical, multi_valued and continuous are empty")
+        seen: dict[str, str] = {}
+        for role in _FEATURE_ROLES:
+            for column in getattr(self, role):
+                if column in seen:
+                    raise ValueError(f"column {column!r} is listed twice: under {seen[column]} and {role}")
+                seen[column] = role
+        for name, task in self.tasks.items():
+            if task.column in seen:
+                raise ValueError(
+                    f"column {task.column!r} is the label of task {name!r} and a {seen[task.column]} feature: "
+                    "a model that is given its label learns nothing"
+                )
+        # Names become keys of torch modules, which take no dot, and of metrics, where a slash has a meaning.
+        for name in (*self.features, *self.tasks):
+            if not name or "." in name or "/" in name:
+                raise ValueError(f"{name!r}: a feature or a task needs a name without dot and slash")
+
+    def _check_options(self) -> None:
+        for option in _SIZES:
+            for column, rows in getattr(self, option).items():
+                if column not in (*self.categorical, *self.multi_valued):
+                    near = nearest(column, (*self.categorical, *self.multi_valued))
+                    raise ValueError(f"{option} names {column!r}, which is not a categorical feature{near}")
+                if rows < 2:
+                    raise ValueError(f"{option}[{column!r}]={rows} must be at least 2: row 0 is for unseen values")
+        for column in self.hash_rows:
+            if column in self.num_rows:
+                raise ValueError(f"column {column!r} has both hash_rows and num_rows")
+        if self.min_count < 1:
+            raise ValueError(f"min_count={self.min_count} must be at least 1")
+        if not self.separator:
+            raise ValueError("separator='' must not be empty")
+
+    def _check_split(self) -> None:
+        kind = self.split.kind
+        if kind in ("user", "leave_last_out") and self.user is None:
+            raise ValueError(f"split.kind={kind!r} needs table.user, the column whose rows belong together")
+        if kind == "time" and self.time is None:
+            raise ValueError("split.kind='time' needs table.time, the column by which rows are ordered")
+        if self.split.stratify is not None and self.split.stratify not in self.tasks:
+            raise ValueError(sources.unknown_name("split.stratify", self.split.stratify, list(self.tasks)))
+
+
+_FEATURE_ROLES = ("categorical", "multi_valued", "continuous")
+_SIZES = ("hash_rows", "num_rows")
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """``; did you mean 'age'?``, or nothing where no name of ``valid`` is near."""
+    folded = {v.lower(): v for v in valid}
+    near = difflib.get_close_matches(name.lower(), list(folded), n=1, cutoff=0.7)
+    return f"; did you mean {folded[near[0]]!r}?" if near else ""

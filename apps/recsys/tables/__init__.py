@@ -1,0 +1,1 @@
+"""Tables with several labels: multi-task recommenders, their data and their test report."""

@@ -1,0 +1,392 @@
+"""From arrow tables to column files: split the rows, learn from the training rows, encode column by column.
+
+Beside the arrow tables, one column at a time is in memory; what is encoded goes to mapped files.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from apps.data.columns import ColumnArrays, ColumnWriter
+from apps.recsys.encoding import encode
+from apps.recsys.encoding.encode import Part
+from apps.recsys.encoding.features import CategoricalFeature, ContinuousFeature, Features
+from apps.recsys.encoding.learnt import Encoding, Vocabulary
+from apps.recsys.readers import RawTables
+from apps.recsys.readers.schema import TableConfig, nearest
+from apps.recsys.tables.arrays import MultiValued
+from apps.recsys.tables.checks import shared_users
+from apps.recsys.tables.findings import SPLITS, TableReport
+from apps.recsys.tables.splits import Splits, split_rows
+
+_ID_SHARE, _FEWEST_FOR_ID = 0.95, 100
+"""A column of so many different values a row, in at least so many rows, is taken for an id of the rows."""
+
+_WHERE = {"train": "the training table", "val": "the validation table", "test": "the test table"}
+
+
+def build(raw: RawTables, config: TableConfig, writer: ColumnWriter, given: Encoding | None = None) -> None:
+    """Encode ``raw`` by ``config``, which is its own or the user's, and finish ``writer``.
+
+    Args:
+        raw: the rows.
+        config: which column is what, and the split.
+        writer: of the column files.
+        given: what the values become; None: what the training rows of ``raw`` teach.
+
+    Raises:
+        ValueError: a missing column, a value of a wrong type, an empty split, a task with one class in training, a
+            scenario that training lacks, a missing user or time where rows are split by them, or columns that are not
+            those of ``given``.
+    """
+    _Build(raw, config, writer, given).run()
+
+
+def build_rows(table: pa.Table, given: Encoding, writer: ColumnWriter | ColumnArrays, first_row: int = 0) -> None:
+    """Encode rows that have no label, and are in no split, by ``given``, and finish ``writer``.
+
+    Args:
+        table: the rows; has the columns of ``given.roles``.
+        given: what the values become.
+        writer: takes the arrays.
+        first_row: number of the first row in messages, where the table is a piece of a longer one.
+
+    Raises:
+        ValueError: a value of a wrong type, or a scenario that ``given`` lacks.
+    """
+    num_rows, where = len(table), "the rows to predict"
+
+    def parts(column: str) -> list[Part]:
+        return [(where, table.column(column))]
+
+    def rows_of(feature: CategoricalFeature, codes: encode.Codes, row: NDArray[np.int64]) -> NDArray[np.int32]:
+        if feature.name in given.vocabularies:
+            return encode.to_known(codes, given.vocabularies[feature.name]).rows
+        train = np.zeros(len(codes.codes), dtype=bool)
+        if feature.hashed:
+            return encode.to_hashed(codes, train, feature.num_rows).rows
+        return encode.to_given(codes, train, feature.num_rows, feature.name, row).rows
+
+    features = given.features
+    single = [f for f in features.categorical if not f.multi_valued]
+    matrix = writer.create("categorical", (num_rows, len(single)), np.int32)
+    for f, feature in enumerate(single):
+        codes = encode.factorize(parts(feature.name), feature.name)
+        matrix[:, f] = rows_of(feature, codes, first_row + np.arange(num_rows))
+    for i, feature in enumerate(f for f in features.categorical if f.multi_valued):
+        offsets, codes = encode.split_values(parts(feature.name), feature.name, given.separator)
+        writer.save(f"multi{i}_offsets", offsets)
+        row = first_row + np.repeat(np.arange(num_rows), np.diff(offsets))
+        writer.save(f"multi{i}_values", rows_of(feature, codes, row))
+    dense = writer.create("dense", (num_rows, len(features.continuous)), np.float32)
+    for c, column in enumerate(features.continuous):
+        numbers = encode.to_numbers(parts(column.name), column.name, first_row=first_row)
+        dense[:, c] = encode.to_float32(numbers)
+    writer.save("label", np.full((num_rows, len(features.tasks)), np.nan, np.float32))
+    if given.domain is not None and given.domains is not None:
+        codes = encode.factorize(parts(given.domain), given.domain)
+        known = encode.to_known(codes, given.domains)
+        writer.save("domain", _scenarios(codes, known.rows, given.domain, first_row))
+    writer.finish({"num_rows": num_rows})
+
+
+def _scenarios(codes: encode.Codes, rows: NDArray[np.int32], column: str, first_row: int = 0) -> NDArray[np.int32]:
+    """From 0 on; of ``rows``, in which 0 is none that training has.
+
+    Raises:
+        ValueError: naming the first such value and its row.
+    """
+    bad = rows == 0
+    if bad.any():
+        row = int(np.argmax(bad))
+        code = int(codes.codes[row])
+        what = "no value" if code == encode.MISSING else f"{codes.values[code].as_py()!r}, which training lacks,"
+        raise ValueError(f"column {column!r} names the scenario, but holds {what} in row {first_row + row}")
+    return rows - 1
+
+
+@dataclass
+class _Build:
+    raw: RawTables
+    config: TableConfig
+    writer: ColumnWriter
+    given: Encoding | None
+    tables: dict[str, pa.Table] = field(init=False)
+    masks: dict[str, NDArray[np.bool_]] = field(init=False)
+    report: TableReport = field(init=False)
+    warnings: list[str] = field(init=False, default_factory=list)
+    vocabularies: dict[str, int] = field(init=False, default_factory=dict)
+    num_texts: int = field(init=False, default=0)
+    domain_texts: int | None = field(init=False, default=None)
+
+    def run(self) -> None:
+        raw, config = self.raw, self.config
+        given = {"train": raw.train, "val": raw.val, "test": raw.test}
+        self.tables = {name: table for name, table in given.items() if table is not None}
+        self._check_columns()
+        if self.given is not None:
+            self._check_given(self.given)
+        labels = self._labels()
+        user = None if config.user is None else self._user(config.user)
+        splits = self._split(labels, user)
+        num_rows = sum(len(table) for table in self.tables.values())
+        self.masks = {}
+        for name in SPLITS:
+            mask = np.zeros(num_rows, dtype=bool)
+            mask[getattr(splits, name)] = True
+            self.masks[name] = mask
+            self.writer.save(name, getattr(splits, name))
+        self.report = TableReport(rows={name: int(mask.sum()) for name, mask in self.masks.items()})
+        positives = self._write_labels(labels, num_rows)
+        if user is not None:
+            self.writer.save("group", user)
+            if config.split.kind == "user":
+                users = {name: user[mask] for name, mask in self.masks.items()}
+                self.warnings += [check.message for check in shared_users(users)]
+        num_domains = 0 if config.domain is None else self._write_domain(config.domain, num_rows)
+        features = Features(
+            categorical=(*self._write_categorical(labels, num_rows), *self._write_multi_valued(labels)),
+            continuous=self._write_continuous(labels, num_rows),
+            tasks=tuple(config.tasks),
+            positives=positives,
+            num_domains=num_domains,
+        )
+        if self.given is not None:
+            features = self.given.features
+        self.report.warnings.extend(self.warnings)
+        self.writer.finish(
+            {
+                "features": asdict(features),
+                "report": asdict(self.report),
+                "vocabularies": self.vocabularies,
+                "domain": {"column": config.domain, "texts": self.domain_texts},
+                "separator": config.separator,
+                "split_seed": config.split.seed,
+            }
+        )
+
+    # ---- before the split
+
+    def _check_columns(self) -> None:
+        for split, table in self.tables.items():
+            for column, role in self.config.roles.items():
+                if column not in table.column_names:
+                    raise ValueError(
+                        f"column {column!r} ({role}) is not in {_WHERE[split]}{nearest(column, table.column_names)}"
+                    )
+            if not len(table):
+                raise ValueError(f"{_WHERE[split]} has no rows")
+
+    def _check_given(self, given: Encoding) -> None:
+        """Refuse a description whose columns are not those that ``given`` is of."""
+        config, features = self.config, given.features
+        sizes = {**config.hash_rows, **config.num_rows}
+        single = {c: (sizes.get(c), False, c in config.hash_rows) for c in config.categorical}
+        own: dict[str, Any] = single | {c: (sizes.get(c), True, c in config.hash_rows) for c in config.multi_valued}
+        theirs: dict[str, Any] = {
+            f.name: (None if f.name in given.vocabularies else f.num_rows, f.multi_valued, f.hashed)
+            for f in features.categorical
+        }
+        for what, mine, found in (
+            ("categorical columns", list(theirs), list(own)),
+            *((f"rows of column {c!r}", theirs[c], own[c]) for c in own if c in theirs),
+            ("continuous columns", [f.name for f in features.continuous], list(config.continuous)),
+            ("tasks", list(features.tasks), list(config.tasks)),
+            ("domain", given.domain, config.domain),
+        ):
+            if mine != found:
+                raise ValueError(f"the table does not fit the checkpoint: {what}: {mine} there, {found} here")
+
+    def _parts(self, column: str) -> list[Part]:
+        return [(_WHERE[name], table.column(column)) for name, table in self.tables.items()]
+
+    def _labels(self) -> dict[str, NDArray[np.float32]]:
+        return {n: encode.to_labels(self._parts(t.column), n, t) for n, t in self.config.tasks.items()}
+
+    def _user(self, column: str) -> NDArray[np.int64]:
+        codes = encode.factorize(self._parts(column), column).codes
+        if (codes == encode.MISSING).any():
+            row = int(np.argmax(codes == encode.MISSING))
+            raise ValueError(f"column {column!r} names the users, but has no value in row {row}")
+        return codes
+
+    def _split(self, labels: Mapping[str, NDArray[np.float32]], user: NDArray[np.int64] | None) -> Splits:
+        config = self.config.split
+        time = None
+        if config.kind in ("time", "leave_last_out") and self.config.time is not None:
+            time = encode.to_order(self._parts(self.config.time)[:1], self.config.time)
+        num = {name: len(table) for name, table in self.tables.items()}
+        first = slice(0, num["train"])
+        return split_rows(
+            config,
+            num["train"],
+            num.get("val"),
+            num.get("test"),
+            user=None if user is None else user[first],
+            time=time,
+            label=None if config.stratify is None else labels[config.stratify][first],
+        )
+
+    # ---- after it
+
+    def _write_labels(self, labels: Mapping[str, NDArray[np.float32]], num_rows: int) -> tuple[float, ...]:
+        matrix = self.writer.create("label", (num_rows, len(labels)), np.float32)
+        positives = []
+        for t, (name, label) in enumerate(labels.items()):
+            matrix[:, t] = label
+            self.report.labelled[name], self.report.positives[name] = {}, {}
+            for split, mask in self.masks.items():
+                mine = label[mask]
+                mine = mine[~np.isnan(mine)]
+                share = float(mine.mean(dtype=np.float64)) if len(mine) else 0.0
+                self.report.labelled[name][split], self.report.positives[name][split] = len(mine), share
+                if mask.any() and share in (0.0, 1.0):
+                    which = "no label" if not len(mine) else "positive labels alone" if share else "no positive label"
+                    message = f"task {name!r} has {which} in the {split} split"
+                    if split == "train":
+                        raise ValueError(f"{message}: there is nothing to learn")
+                    self.warnings.append(f"{message}: its AUC is not defined there")
+            positives.append(self.report.positives[name]["train"])
+        return tuple(positives)
+
+    def _write_domain(self, column: str, num_rows: int) -> int:
+        codes = encode.factorize(self._parts(column), column)
+        known = None if self.given is None else self.given.domains
+        encoded = encode.to_vocabulary(codes, self.masks["train"]) if known is None else encode.to_known(codes, known)
+        self.writer.save("domain", _scenarios(codes, encoded.rows, column))
+        self.domain_texts = self._write_texts(Vocabulary.of(encoded.values) if known is None else known)
+        return encoded.num_rows - 1
+
+    def _write_categorical(
+        self, labels: Mapping[str, NDArray[np.float32]], num_rows: int
+    ) -> tuple[CategoricalFeature, ...]:
+        columns = self.config.categorical
+        matrix = self.writer.create("categorical", (num_rows, len(columns)), np.int32)
+        features = []
+        for f, column in enumerate(columns):
+            codes = encode.factorize(self._parts(column), column)
+            encoded = self._encode(codes, column, self.masks["train"], np.arange(num_rows))
+            matrix[:, f] = encoded.rows
+            is_id = self._is_id(column, codes.codes)
+            self._describe(column, codes.codes == encode.MISSING, encoded.unseen, is_id=is_id)
+            self._check_leak(column, codes.codes, labels)
+            features.append(CategoricalFeature(column, encoded.num_rows, hashed=column in self.config.hash_rows))
+        return tuple(features)
+
+    def _write_multi_valued(self, labels: Mapping[str, NDArray[np.float32]]) -> tuple[CategoricalFeature, ...]:
+        features = []
+        for i, column in enumerate(self.config.multi_valued):
+            offsets, codes = encode.split_values(self._parts(column), column, self.config.separator)
+            lengths = np.diff(offsets)
+            row = np.repeat(np.arange(len(lengths)), lengths)
+            encoded = self._encode(codes, column, np.repeat(self.masks["train"], lengths), row)
+            self.writer.save(f"multi{i}_offsets", offsets)
+            self.writer.save(f"multi{i}_values", encoded.rows)
+            self._describe(column, lengths == 0, encoded.unseen, lengths)
+            self._check_leak(column, MultiValued(codes.codes, lengths).sets_N(), labels)
+            hashed = column in self.config.hash_rows
+            features.append(CategoricalFeature(column, encoded.num_rows, multi_valued=True, hashed=hashed))
+        return tuple(features)
+
+    def _encode(
+        self, codes: encode.Codes, column: str, train: NDArray[np.bool_], row: NDArray[np.int64]
+    ) -> encode.Rows:
+        config = self.config
+        if column in config.num_rows:
+            return encode.to_given(codes, train, config.num_rows[column], column, row)
+        if column in config.hash_rows:
+            return encode.to_hashed(codes, train, config.hash_rows[column])
+        known = None if self.given is None else self.given.vocabularies[column]
+        if known is None:
+            encoded = encode.to_vocabulary(codes, train, config.min_count)
+            known = Vocabulary.of(encoded.values)
+        else:
+            encoded = encode.to_known(codes, known)
+        self.vocabularies[column] = self._write_texts(known)
+        return encoded
+
+    def _write_texts(self, values: Vocabulary) -> int:
+        """The text of each row from 1 on: readable without arrow. Returns the number of its files."""
+        number, self.num_texts = self.num_texts, self.num_texts + 1
+        self.writer.save(f"vocabulary{number}_offsets", values.offsets.numpy())
+        self.writer.save(f"vocabulary{number}_bytes", values.content.numpy())
+        return number
+
+    def _write_continuous(
+        self, labels: Mapping[str, NDArray[np.float32]], num_rows: int
+    ) -> tuple[ContinuousFeature, ...]:
+        columns = self.config.continuous
+        matrix = self.writer.create("dense", (num_rows, len(columns)), np.float32)
+        features = []
+        for c, column in enumerate(columns):
+            values = encode.to_float32(encode.to_numbers(self._parts(column), column))
+            matrix[:, c] = values
+            s = encode.statistics(values[self.masks["train"]])
+            self._describe(column, np.isnan(values), None)
+            self._check_leak(column, np.unique(values, return_inverse=True)[1], labels)
+            features.append(ContinuousFeature(column, s.mean, s.std, s.quantiles, s.missing))
+        return tuple(features)
+
+    def _describe(
+        self,
+        column: str,
+        missing: NDArray[np.bool_],
+        unseen: NDArray[np.bool_] | None,
+        lengths: NDArray[np.int64] | None = None,
+        is_id: bool = False,
+    ) -> None:
+        """Shares of a column in each split: of its rows that are missing, of its values that training lacks.
+
+        ``is_id``: a warning has said that its values do not come again.
+        """
+        share_missing = self.report.missing[column] = {s: _share(missing[mask]) for s, mask in self.masks.items()}
+        if share_missing["train"] == 1:
+            self.warnings.append(
+                f"column {column!r} has no value in any training row: leave it out (exclude: [{column}])"
+            )
+        if unseen is not None:
+            masks = self.masks if lengths is None else {s: np.repeat(m, lengths) for s, m in self.masks.items()}
+            share = self.report.unseen[column] = {s: _share(unseen[mask]) for s, mask in masks.items()}
+            new_by_design = is_id or (self.config.split.kind == "user" and column == self.config.user)
+            for split in () if new_by_design else ("val", "test"):
+                if share[split] > 0.5 > 2 * share["train"]:
+                    self.warnings.append(
+                        f"column {column!r}: {share[split]:.0%} of the {split} values are not in training: are they "
+                        "written alike there?"
+                    )
+
+    def _is_id(self, column: str, codes: NDArray[np.int64]) -> bool:
+        """Whether nearly every training row has a value of its own, with a warning if so."""
+        mine = codes[self.masks["train"]]
+        mine = mine[mine != encode.MISSING]
+        if len(mine) < _FEWEST_FOR_ID:
+            return False
+        share = len(np.unique(mine)) / len(mine)
+        if share < _ID_SHARE:
+            return False
+        self.warnings.append(
+            f"column {column!r} looks like an id of the rows: {math.floor(100 * share)} % of its {len(mine):,} "
+            f"training values are distinct. It says nothing of new rows: leave it out (exclude: [{column}])"
+        )
+        return True
+
+    def _check_leak(self, column: str, codes: NDArray[Any], labels: Mapping[str, NDArray[np.float32]]) -> None:
+        train = self.masks["train"]
+        mine = codes[train]
+        for name, label in labels.items():
+            if encode.determines(mine, label[train]):
+                self.warnings.append(
+                    f"column {column!r} determines the label of task {name!r} in every training row: "
+                    "is it known before the label is? Else leave it out (exclude)"
+                )
+
+
+def _share(mask: NDArray[np.bool_]) -> float:
+    return float(mask.mean()) if len(mask) else 0.0

@@ -1,0 +1,189 @@
+"""Guards: what makes a good figure worthless, found in the data and in the figures themselves.
+
+Each function returns what it found as ``Check``s, one line each; ``report`` prints them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from apps.recsys import binary_metrics
+from apps.recsys.binary_metrics import TaskFigures
+from apps.recsys.tables.arrays import TableArrays
+
+SUSPICIOUS_AUC = 0.9999
+"""Above it an AUC is more likely a leak than a success."""
+
+EVERY_CHECK = (
+    "a label among the features",
+    "users in both splits",
+    "tasks of equal AUC",
+    f"AUC below 0.5 or above {SUSPICIOUS_AUC}",
+    "a split with one class",
+    "constant or invalid predictions",
+    "a mean prediction far from the base rate",
+)
+
+
+@dataclass(frozen=True)
+class Check:
+    """Something that was found.
+
+    Attributes:
+        name: of the guard, such as "label_among_features".
+        message: one line.
+    """
+
+    name: str
+    message: str
+
+
+def label_among_features(arrays: TableArrays) -> list[Check]:
+    """Columns that alone rank the examples of a task almost without error, or that have a task's name.
+
+    A column of numbers is judged by its own AUC, in either direction; a categorical one by the AUC, in every second
+    row, of its values' mean label in the others, so that a column of ids is not taken for a label. All values of a row
+    together are one value of a multi-valued column.
+    """
+    features = arrays.features
+    names = [*(f.name for f in features.categorical), *(f.name for f in features.continuous)]
+    named = [name for name in names if name in features.tasks]
+    found = [
+        Check("label_among_features", f"column {name!r} has the name of a task: is the label among the features?")
+        for name in named
+    ]
+    single = [f for f in features.categorical if not f.multi_valued]
+    several = {name: column.sets_N() for name, column in arrays.multi.items()}
+    for task, label_N in zip(features.tasks, arrays.label_Nt.T, strict=True):
+        kept_N = ~np.isnan(label_N)
+        y_N = label_N[kept_N]
+        tried: list[tuple[str, float]] = []
+        for column, values_N in zip(features.continuous, arrays.dense_NC.T, strict=True):
+            tried.append((column.name, column_auc(values_N[kept_N], y_N)))
+        for feature, ids_N in zip(single, arrays.ids_NF.T, strict=True):
+            tried.append((feature.name, category_auc(ids_N[kept_N], y_N)))
+        for name, sets_N in several.items():
+            tried.append((name, category_auc(sets_N[kept_N], y_N)))
+        found += [
+            Check(
+                "label_among_features",
+                f"column {name!r} alone predicts task {task!r} with AUC {auc:.5f}: is it known before the label is?",
+            )
+            for name, auc in tried
+            if auc > SUSPICIOUS_AUC and name not in named
+        ]
+    return found
+
+
+def column_auc(values_N: np.ndarray, labels_N: np.ndarray) -> float:
+    """AUC of numbers as a score, or of their negative where that is more; missing ones are the lowest."""
+    auc = binary_metrics.auc(np.where(np.isnan(values_N), -np.inf, values_N), labels_N)
+    return max(auc, 1 - auc)
+
+
+def category_auc(ids_N: np.ndarray, labels_N: np.ndarray) -> float:
+    """AUC, in every second row, of the mean label that a value has in the other rows."""
+    # Numbered anew: a few thousand rows may hold ids of a table of a billion.
+    found, code_N = np.unique(ids_N, return_inverse=True)
+    code, y = code_N[::2], labels_N[::2]
+    counts = np.bincount(code, minlength=len(found))
+    rate = y.mean() if len(y) else 0.0
+    means = (np.bincount(code, weights=y, minlength=len(found)) + rate) / (counts + 1)
+    return binary_metrics.auc(means[code_N[1::2]], labels_N[1::2])
+
+
+def shared_users(users: Mapping[str, np.ndarray]) -> list[Check]:
+    """Users that are in several splits, where the split is by user.
+
+    Args:
+        users: the ids of each split's rows, by the name of the split.
+    """
+    found = []
+    sets = {split: np.unique(ids) for split, ids in users.items()}
+    for (first, a), (second, b) in itertools.combinations(sets.items(), 2):
+        both = np.intersect1d(a, b, assume_unique=True)
+        if len(both):
+            found.append(
+                Check(
+                    "shared_users",
+                    f"{len(both)} of {len(b)} users of {second} are in {first} too, although the split is by user",
+                )
+            )
+    return found
+
+
+def suspicious_figures(by_task: Mapping[str, TaskFigures], split: str) -> list[Check]:
+    """What the figures of a split say against themselves.
+
+    Two tasks of equal AUC to 6 digits, an AUC below 0.5 or above 0.9999, a split with one class, constant or invalid
+    predictions, and a mean prediction off the base rate by a quarter of it (or of the negatives' share, where that is
+    smaller) and by more than 5 standard errors.
+    """
+    found: list[Check] = []
+
+    def add(name: str, message: str) -> None:
+        found.append(Check(name, f"{split}: {message}"))
+
+    for (a, x), (b, y) in itertools.combinations(by_task.items(), 2):
+        if round(x.auc, 6) == round(y.auc, 6) and not (x.constant or y.constant):
+            add("equal_auc", f"tasks {a!r} and {b!r} have the same AUC, {x.auc:.6f}: are they the same label?")
+    for task, f in by_task.items():
+        if not f.num_examples:
+            add("one_class", f"task {task!r} has no labels: it has no figures")
+        elif f.invalid:
+            add("invalid_predictions", f"{f.invalid} of {f.num_examples} predictions of task {task!r} are NaN")
+        elif f.base_rate in (0.0, 1.0):
+            which = "positive" if f.base_rate else "negative"
+            add("one_class", f"task {task!r} has {which} labels alone: its AUC does not exist")
+        elif f.constant:
+            add("constant_prediction", f"all {f.num_examples} predictions of task {task!r} are {f.mean_prediction:.4g}")
+        elif f.auc < 0.5:
+            add("extreme_auc", f"AUC {f.auc:.4f} of task {task!r} is below 0.5: worse than chance")
+        elif f.auc > SUSPICIOUS_AUC:
+            add("extreme_auc", f"AUC {f.auc:.6f} of task {task!r} is above {SUSPICIOUS_AUC}: is a label leaked?")
+        judged = not f.invalid and 0 < f.base_rate < 1
+        if judged and far_from(f.mean_prediction, f.base_rate, f.num_examples):
+            add(
+                "base_rate",
+                f"the mean prediction of task {task!r} is {f.mean_prediction:.2%}, and {f.base_rate:.2%} are positive",
+            )
+    return found
+
+
+def far_from(mean_prediction: float, base_rate: float, n: int) -> bool:
+    """Whether a mean of ``n`` predictions is off the base rate by more than chance and by more than matters."""
+    off = abs(mean_prediction - base_rate)
+    rarer = min(base_rate, 1 - base_rate)
+    error = math.sqrt(max(base_rate * (1 - base_rate), 1 / n) / n)
+    return off > 0.25 * rarer and off > 5 * error
+
+
+def report(found: Sequence[Check], title: str = "checks", quiet_when_clean: bool = False) -> None:
+    """Print a block with a line for each check.
+
+    Args:
+        found: what was found.
+        title: of the block.
+        quiet_when_clean: print nothing where nothing was found.
+    """
+    from rich.console import Console
+    from rich.markup import escape
+
+    if not found and quiet_when_clean:
+        return
+    console = Console()
+    console.print(f"[bold]{escape(title)}[/bold]", highlight=False)
+    if not found:
+        console.print(f"  nothing found ({'; '.join(EVERY_CHECK)})", highlight=False, soft_wrap=True)
+    for check in found:
+        console.print(f"  [bold red]![/bold red] {escape(check.message)}", highlight=False, soft_wrap=True)
+
+
+def distinct(found: Iterable[Check]) -> list[Check]:
+    """Each message once."""
+    return list({check.message: check for check in found}.values())

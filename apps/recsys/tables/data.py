@@ -1,0 +1,400 @@
+"""Tables for Lightning: the standard ones, your own CSV or Parquet file, and made tasks of a chosen correlation.
+
+A table is read and encoded once, into memory-mapped column files in the cache; a batch is an indexed read of them, so
+no worker process is needed. The order of an epoch depends on (seed, epoch) alone: `apps.data.loader.ResumableLoader`
+restores it in mid-epoch. pyarrow and torchrec are imported where they are used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from apps.data import sources
+from apps.data.columns import ColumnFiles
+from apps.data.loader import ResumableLoader, as_it_is, in_order, overfits
+from apps.recsys.encoding.features import Features
+from apps.recsys.encoding.learnt import Encoding
+from apps.recsys.readers.datasets import RECSYS_DATASETS
+from apps.recsys.readers.schema import SplitConfig, TableConfig
+from apps.recsys.tables.findings import SPLITS, TableReport
+from apps.recsys.tables.store import identity, open_rows, open_table
+from apps.recsys.tables.synthetic import SyntheticConfig, generate
+from apps.train.plain import as_config
+
+if TYPE_CHECKING:
+    from apps.recsys.readers import RawTables
+    from apps.recsys.tables.rows import TableRows
+
+log = logging.getLogger(__name__)
+
+_FILE_OPTIONS = ("train_file", "val_file", "test_file")
+
+
+class TableData(LightningDataModule):
+    """A table in train, validation and test batches of `TableBatch`.
+
+    ``table``, ``split`` and ``synthetic`` may also be given as the mappings that stand for them in YAML.
+
+    Args:
+        dataset: census_income, movielens_1m, ... (`moesaic data list`); table: your own file; synthetic: made tasks.
+        root: folder with your own copy of the dataset's files; nothing is downloaded then. Of a table: the folder that
+            the file names start from, by default the one you are in.
+        cache_dir: folder for downloads and encoded tables; default ~/.cache/moesaic.
+        train_file: of your table: .parquet, .csv or .tsv; a pattern such as "part-*.parquet" takes all that match.
+        val_file: validation rows, if they are in a file of their own.
+        test_file: test rows, likewise.
+        predict_file: rows to predict in place of the test rows, likewise, with the columns of the features alone. They
+            are encoded by what the checkpoint says, and no other file is read.
+        predict_columns: columns of ``predict_file`` that stand in each prediction as they are, such as a row's key.
+        table: the columns, tasks and split of your table; of a standard dataset: instead of its own description.
+        split: how the rows are shared out, instead of what the description says.
+        exclude: features to leave out.
+        synthetic: of the made tasks.
+        batch_size: training rows a step and process.
+        eval_batch_size: rows a step and process in validation and test.
+        drop_last: leave out the last training batch of an epoch if it is not full.
+        num_workers: processes that build batches. 0 is best: a batch takes a fraction of a millisecond.
+        subset: use only so many training rows, drawn by split.seed. What is learned from the training rows (values with
+            a row, means) is still learned from all of them.
+        seed: of the order of the rows; default the seed of the whole run (seed_everything).
+
+    Raises:
+        ValueError: an unknown dataset (with the nearest name), an option out of its range or for another dataset. Of
+            the table, when it is first needed: a missing column, a value of a wrong type, an empty split, a task with
+            one class, a file that cannot be read.
+
+    Example::
+
+        data = TableData("census_income", batch_size=1024)
+        data.features.categorical[0]    # CategoricalFeature(name='class_of_worker', num_rows=10, ...)
+        batch = next(iter(data.train_dataloader()))
+        batch.dense_BC, batch.sparse, batch.label_Bt        # (1024, 7), KeyedJaggedTensor, (1024, 2)
+    """
+
+    @classmethod
+    def defaults_of_none(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the configs that stand in for arguments that are None, as ``SparseModule.defaults_of_none`` does."""
+        return {"synthetic": SyntheticConfig()} if arguments.get("dataset") == "synthetic" else {}
+
+    def __init__(
+        self,
+        dataset: str = "census_income",
+        root: str | None = None,
+        cache_dir: str | None = None,
+        train_file: str | None = None,
+        val_file: str | None = None,
+        test_file: str | None = None,
+        predict_file: str | None = None,
+        predict_columns: Sequence[str] = (),
+        table: TableConfig | None = None,
+        split: SplitConfig | None = None,
+        exclude: Sequence[str] = (),
+        synthetic: SyntheticConfig | None = None,
+        batch_size: int = 1024,
+        eval_batch_size: int = 8192,
+        drop_last: bool = False,
+        num_workers: int = 0,
+        subset: int | None = None,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        known = [*RECSYS_DATASETS, "table", "synthetic"]
+        if dataset not in known:
+            raise ValueError(sources.unknown_name("dataset", dataset, sorted(known)))
+        self.dataset, self.root, self.cache_dir = dataset, root, cache_dir
+        self.train_file, self.val_file, self.test_file = train_file, val_file, test_file
+        self.predict_file, self.predict_columns = predict_file, tuple(predict_columns)
+        self.table = as_config(TableConfig, table, "table")
+        self.split = as_config(SplitConfig, split, "split")
+        self.exclude = tuple(exclude)
+        self.synthetic = as_config(SyntheticConfig, synthetic, "synthetic")
+        self.batch_size, self.eval_batch_size, self.drop_last = batch_size, eval_batch_size, drop_last
+        self.num_workers, self.subset, self.seed = num_workers, subset, seed
+        self._files: ColumnFiles | None = None
+        self._rows_to_predict: ColumnFiles | None = None
+        self._adopted: Encoding | None = None
+        self._told = False
+        self._check_options()
+
+    # ---- what a model and a reader of results ask
+
+    @property
+    def features(self) -> Features:
+        """The columns as a model needs them. The first use reads the table, or finds it encoded in the cache."""
+        return self._encoding.features
+
+    @property
+    def _encoding(self) -> Encoding:
+        return self._own_encoding if self._adopted is None else self._adopted
+
+    @cached_property
+    def _own_encoding(self) -> Encoding:
+        return Encoding.of(self._open())
+
+    @property
+    def encoding_state(self) -> dict[str, Any]:
+        """What the training rows have taught, for a checkpoint: plain values, and the vocabularies as tensors."""
+        return self._encoding.state()
+
+    def adopt(self, encoding_state: Mapping[str, Any]) -> None:
+        """Encode all rows as those were whose ``encoding_state`` a checkpoint keeps, not by the own training rows."""
+        given = Encoding.from_state(encoding_state)
+        if (self._adopted is None and self._files is None) or self._encoding.digest != given.digest:
+            self._adopted, self._files, self._rows_to_predict = given, None, None
+
+    @property
+    def report(self) -> TableReport:
+        """What was found in the table: rows, missing and unseen values, positive shares, warnings."""
+        return TableReport(**self._open().info["report"])
+
+    def vocabulary(self, column: str) -> tuple[str | None, ...]:
+        """The value of each row of a column's table; None for row 0, which is for unseen and missing ones.
+
+        Of the scenario's column, where it is no feature: as ``domain_values``.
+
+        Raises:
+            ValueError: a column without a vocabulary: hashed, given as row numbers, or not categorical.
+        """
+        found = self._encoding.vocabularies
+        if column in found:
+            return (None, *found[column].texts())
+        if column == self._encoding.domain and all(f.name != column for f in self.features.categorical):
+            return self.domain_values
+        raise ValueError(sources.unknown_name("vocabulary of column", column, list(found)))
+
+    @property
+    def domain_values(self) -> tuple[str, ...]:
+        """The value of each scenario, from 0 on; none where the table has one scenario."""
+        domains = self._encoding.domains
+        return () if domains is None else domains.texts()
+
+    @cached_property
+    def predicted(self) -> dict[str, list[Any]]:
+        """The ``predict_columns`` by name, each in the order of the rows; plain values, the others as text."""
+        from apps.recsys.readers.own_files import find_files, read_files
+
+        if self.predict_file is None or not self.predict_columns:
+            return {}
+        files = find_files(self._folder, self.predict_file, "predict_file")
+        table = read_files(files, dict.fromkeys(self.predict_columns, "predict_columns"))
+        return {column: [_plain(value) for value in table[column].to_pylist()] for column in self.predict_columns}
+
+    def rows(self, split: str) -> TableRows:
+        """The rows of "train", "val" or "test" in the table's order; ``rows(split)[:]`` is one batch of them all."""
+        from apps.recsys.tables.rows import TableRows
+
+        if split not in SPLITS:
+            raise ValueError(sources.unknown_name("split", split, list(SPLITS)))
+        index = self._open()[split]
+        if split == "train" and self.subset is not None:
+            index = self._subset(index, self.subset)
+        return TableRows(self._open(), self.features, index)
+
+    # ---- Lightning
+
+    def prepare_data(self) -> None:
+        self._adopt_of_model()
+        if self._adopted is None or self.predict_file is None:
+            self._open()
+
+    def _adopt_of_model(self) -> None:
+        """Encode by what the model's checkpoint says, which Lightning's own setup of the model would tell too late."""
+        module = None if self.trainer is None else self.trainer.lightning_module
+        if (state := getattr(module, "_encoding", None)) is not None:
+            self.adopt(state)
+
+    def setup(self, stage: str | None = None) -> None:
+        self._adopt_of_model()
+        if stage == "predict" and self.predict_file is not None:
+            self._open_rows()
+            return
+        report = self.report
+        if self._told or rank_zero_only.rank != 0 or stage == "predict":
+            return
+        self._told = True
+        log.info("%s: %s", self.dataset, dataclasses.replace(report, warnings=[]))
+        if not self._report_follows():
+            for warning in report.warnings:
+                log.warning("%s", warning)
+
+    def _report_follows(self) -> bool:
+        """Whether a test is to print a report, whose checks repeat the warnings."""
+        trainer = self.trainer
+        return (
+            trainer is not None
+            and trainer.state.fn == TrainerFn.TESTING
+            and any(getattr(callback, "only_reports", False) for callback in trainer.callbacks)
+        )
+
+    def train_dataloader(self) -> ResumableLoader:
+        return ResumableLoader(
+            self.rows("train"),
+            self.batch_size,
+            seed=self.seed,
+            shuffle=not overfits(self.trainer),
+            drop_last=self.drop_last,
+            collate_fn=as_it_is,
+            draws=False,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+        )
+
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        rows = self.rows("val")
+        return self._eval_loader(rows) if len(rows) else []
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        rows = self.rows("test")
+        if not len(rows):
+            raise ValueError("there are no test rows: split.test=0")
+        return self._eval_loader(rows)
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """The rows of ``predict_file``, else the test rows."""
+        if self.predict_file is None:
+            return self.test_dataloader()
+        from apps.recsys.tables.rows import TableRows
+
+        files = self._open_rows()
+        return self._eval_loader(TableRows(files, self.features, torch.arange(files.info["num_rows"])))
+
+    def train_eval_dataloader(self) -> DataLoader[Any]:
+        """The training rows in the table's order."""
+        return self._eval_loader(self.rows("train"))
+
+    def _eval_loader(self, rows: TableRows) -> DataLoader[Any]:
+        return in_order(rows, self.eval_batch_size, self.num_workers)
+
+    # ---- the encoded table
+
+    def _open(self) -> ColumnFiles:
+        if self._files is None:
+            source, read = self._source()
+            options = {
+                "table": None if self.table is None else dataclasses.asdict(self.table),
+                "split": None if self.split is None else dataclasses.asdict(self.split),
+                "exclude": self.exclude,
+            }
+
+            def described() -> tuple[RawTables, TableConfig]:
+                raw = read()
+                return raw, self._config(raw.config)
+
+            cache = sources.cache_root(self.cache_dir)
+            self._files = open_table(self.dataset, source, options, described, cache, self._adopted)
+        return self._files
+
+    def _open_rows(self) -> ColumnFiles:
+        if self._rows_to_predict is None:
+            from apps.recsys.readers.own_files import find_files, read_files
+
+            assert self.predict_file is not None
+            files, encoding = find_files(self._folder, self.predict_file, "predict_file"), self._encoding
+            cache = sources.cache_root(self.cache_dir)
+            self._rows_to_predict = open_rows(
+                identity(files), lambda: read_files(files, encoding.roles, encoding.numbers), cache, encoding
+            )
+        return self._rows_to_predict
+
+    @property
+    def _folder(self) -> str | None:
+        """Where the names of the user's own files start from."""
+        return self.root if self.dataset == "table" else None
+
+    def _source(self) -> tuple[Any, Callable[[], RawTables]]:
+        """What tells this table from others, as plain values, and how to read it."""
+        if self.dataset == "synthetic":
+            config = self.synthetic or SyntheticConfig()
+            return dataclasses.asdict(config), lambda: generate(config).tables()
+        if self.dataset == "table":
+            return self._own_files()
+        known = RECSYS_DATASETS[self.dataset]
+        root = sources.prepare(self.dataset, self.root, self.cache_dir)
+        names = {name for layout in known.source.layouts for name in layout}
+        return identity(sorted({p for name in names for p in root.glob(name)})), lambda: known.read(root)
+
+    def _own_files(self) -> tuple[Any, Callable[[], RawTables]]:
+        from apps.recsys.readers import RawTables
+        from apps.recsys.readers.own_files import find_files, read_files
+
+        assert self.table is not None
+        config = self._config(self.table)
+        named = {option: getattr(self, option) for option in _FILE_OPTIONS}
+        found = {o: find_files(self.root, name, o) for o, name in named.items() if name is not None}
+
+        def read() -> RawTables:
+            train, val, test = (
+                read_files(found[o], config.roles, config.continuous, config.time) if o in found else None
+                for o in _FILE_OPTIONS
+            )
+            assert train is not None
+            return RawTables(train, val, test, config)
+
+        return {option: identity(files) for option, files in found.items()}, read
+
+    def _config(self, own: TableConfig) -> TableConfig:
+        """The description that counts: the user's over the dataset's own, then the split, then what is left out."""
+        config = self.table or own
+        if self.split is not None:
+            config = dataclasses.replace(config, split=self.split)
+        return config.without(self.exclude) if self.exclude else config
+
+    def _subset(self, index: Tensor, size: int) -> Tensor:
+        if size > len(index):
+            raise ValueError(f"subset={size} exceeds the {len(index)} training rows")
+        seed = self._open().info["split_seed"]
+        chosen = np.sort(np.random.RandomState(seed).permutation(len(index))[:size])
+        index = index[torch.from_numpy(chosen)]
+        label = self._open()["label"].index_select(0, index)
+        for task, mine in zip(self.features.tasks, label.T, strict=True):
+            if not bool((mine == 0).any() and (mine == 1).any()):
+                raise ValueError(f"subset={size} leaves task {task!r} one class in the training split")
+        return index
+
+    def _check_options(self) -> None:
+        for name in ("batch_size", "eval_batch_size", "subset"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        if self.num_workers < 0:
+            raise ValueError(f"num_workers={self.num_workers} must not be negative")
+        if self.dataset == "table":
+            for name in ("train_file", "table"):
+                if getattr(self, name) is None:
+                    raise ValueError(f"dataset='table' needs {name} (--data.{name})")
+        else:
+            for name in _FILE_OPTIONS:
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name}={getattr(self, name)!r} is for dataset='table', not {self.dataset!r}")
+        if self.predict_columns and self.predict_file is None:
+            raise ValueError(
+                f"predict_columns={list(self.predict_columns)} are columns of predict_file, which is not set"
+            )
+        for column in self.predict_columns:
+            if column == "index" or column.startswith("probability_"):
+                raise ValueError(f"predict_columns names {column!r}, which each prediction has of its own")
+        if self.dataset != "synthetic" and self.synthetic is not None:
+            raise ValueError(f"synthetic is for dataset='synthetic', not {self.dataset!r}")
+        if self.dataset == "synthetic" and self.root is not None:
+            raise ValueError(f"root={self.root!r}: dataset='synthetic' has no files")
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it: times, decimals and the like as text, and no number for NaN and infinities."""
+    if isinstance(value, float):
+        return value if np.isfinite(value) else None
+    if isinstance(value, list):
+        return [_plain(v) for v in value]
+    return value if value is None or isinstance(value, (bool, int, str)) else str(value)

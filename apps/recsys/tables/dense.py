@@ -1,0 +1,300 @@
+"""DenseArch: continuous columns as numbers or as rows of an embedding table. NaN and infinities are missing values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import core
+from apps.recsys.encoding.features import CategoricalFeature, ContinuousFeature
+
+_CLIP = 100.0
+"""Standard deviations beyond which a value is taken as this far off: a slip of the decimal point must not blow up."""
+
+
+@core.register_config
+@dataclass(frozen=True)
+class DenseConfig:
+    """What becomes of the continuous columns.
+
+    - "normalize": ``(x - mean) / std``, of the training split; with ``log1p`` then ``sign(z) log(1 + |z|)``. A missing
+      value is 0, the mean, and 1 in an indicator of its own where the column has missing values in training.
+    - "quantile": the bin ``b[i-1] < x <= b[i]`` of the training split's quantiles, embedded like a category; missing
+      values have the row 0.
+    - "piecewise_linear": the encoding of Gorishniy et al. (arXiv 2203.05556, equation 1): each bin is 0 below, 1 above
+      and linear inside. Beyond the outermost boundary, where their bins go on linearly, two more numbers grow as
+      ``log(1 + distance / std)``. A missing value is 0 everywhere but in its indicator.
+
+    Attributes:
+        kind: "normalize", "quantile" or "piecewise_linear".
+        log1p: with "normalize" only.
+        num_bins: at most so many bins a column, evenly taken from its quantiles; None: all of them.
+        dim: with "piecewise_linear": a linear map and ReLU of each column's encoding to ``dim`` numbers; None: the
+            encoding itself.
+
+    Raises:
+        ValueError: a value out of its range, or one without a meaning for the kind.
+    """
+
+    kind: Literal["normalize", "quantile", "piecewise_linear"] = "normalize"
+    log1p: bool = False
+    num_bins: int | None = None
+    dim: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("normalize", "quantile", "piecewise_linear"):
+            raise ValueError(f"dense.kind={self.kind!r} is not one of normalize, quantile, piecewise_linear")
+        if self.log1p and self.kind != "normalize":
+            raise ValueError(f"dense.log1p=True has no meaning with dense.kind={self.kind!r}")
+        if self.num_bins is not None and (self.kind == "normalize" or self.num_bins < 2):
+            raise ValueError(f"dense.num_bins={self.num_bins} must be at least 2, and has a meaning with bins only")
+        if self.dim is not None and (self.kind != "piecewise_linear" or self.dim < 1):
+            raise ValueError(f"dense.dim={self.dim} must be at least 1, and needs dense.kind='piecewise_linear'")
+
+
+class DenseArch(nn.Module):
+    """The continuous columns of a batch.
+
+    Args:
+        features: C columns.
+        config: what becomes of them.
+        copies: separate weights, for models that share nothing.
+
+    Attributes:
+        out_dim: width of the output; 0 where there is none.
+        bin_features: the columns that ``bins`` gives to the embeddings, with "quantile".
+    """
+
+    _edges_CM: Tensor
+
+    def __init__(
+        self, features: Sequence[ContinuousFeature], config: DenseConfig = DenseConfig(), copies: int = 1
+    ) -> None:
+        super().__init__()
+        self.config, self.copies = config, copies
+        self.bin_features: tuple[CategoricalFeature, ...] = ()
+        self.out_dim = 0
+        self.encode: nn.Module | None = None
+        if not features:
+            return
+        if config.kind == "normalize":
+            self.encode = Normalize(features, config.log1p)
+            self.out_dim = self.encode.out_dim
+            return
+        edges = [thin(f.quantiles, config.num_bins) for f in features]
+        if config.kind == "quantile":
+            self.bin_features = tuple(
+                CategoricalFeature(f.name, num_rows=len(e) + 2) for f, e in zip(features, edges, strict=True)
+            )
+            self.register_buffer("_edges_CM", _padded(edges), persistent=False)
+        elif config.dim is None:
+            self.encode = PiecewiseLinear(features, edges)
+            self.out_dim = self.encode.out_dim
+        else:
+            self.encode = PiecewiseLinearEmbedding(features, edges, copies * config.dim)
+            self.out_dim = len(features) * config.dim
+
+    def bins(self, dense_BC: Tensor) -> Tensor | None:
+        """Rows int64 (C, B) of the columns' tables: 0 where missing, else 1 + the bin; None with other kinds."""
+        if not self.bin_features:
+            return None
+        x_CB = dense_BC.t().contiguous()
+        bin_CB = torch.searchsorted(self._edges_CM, x_CB)  # the number of boundaries below x
+        return torch.where(x_CB.isfinite(), bin_CB + 1, 0)
+
+    def forward(self, dense_BC: Tensor) -> Tensor | None:
+        """(B, C) to (B, ``out_dim``), or (copies, B, ``out_dim``); None where the columns give no numbers."""
+        if self.encode is None:
+            return None
+        x = self.encode(dense_BC)
+        if self.copies == 1:
+            return x.flatten(1)
+        if isinstance(self.encode, PiecewiseLinearEmbedding):
+            B, C, _ = x.shape
+            return x.view(B, C, self.copies, -1).permute(2, 0, 1, 3).reshape(self.copies, B, -1)
+        return x.expand(self.copies, -1, -1)
+
+
+class Normalize(nn.Module):
+    """``(x - mean) / std``, and an indicator for columns with missing values. See ``DenseConfig``."""
+
+    _mean_C: Tensor
+    _scale_C: Tensor
+    _indicated: Tensor
+
+    def __init__(self, features: Sequence[ContinuousFeature], log1p: bool = False) -> None:
+        super().__init__()
+        self.log1p = log1p
+        self.register_buffer("_mean_C", torch.tensor([f.mean for f in features]), persistent=False)
+        self.register_buffer("_scale_C", torch.tensor([1 / f.std for f in features]), persistent=False)
+        where = [i for i, f in enumerate(features) if f.missing > 0]
+        self.register_buffer("_indicated", torch.tensor(where, dtype=torch.int64), persistent=False)
+        self._indicators = bool(where)
+        self.out_dim = len(features) + len(where)
+
+    def forward(self, dense_BC: Tensor) -> Tensor:
+        # An infinity stays one until nan_to_num; so does a number that overflows.
+        z_BC = ((dense_BC - self._mean_C) * self._scale_C).nan_to_num(0.0, 0.0, 0.0).clamp(-_CLIP, _CLIP)
+        if self.log1p:
+            z_BC = z_BC.sign() * z_BC.abs().log1p()
+        if not self._indicators:
+            return z_BC
+        missing = ~dense_BC.index_select(1, self._indicated).isfinite()
+        return torch.cat((z_BC, missing.to(z_BC.dtype)), dim=1)
+
+
+class _Bins(nn.Module):
+    """What the two piecewise-linear forms share: boundaries, and how far a value lies beyond the outermost ones."""
+
+    _edges_CM: Tensor
+    _first_C: Tensor
+    _last_C: Tensor
+    _scale_C: Tensor
+
+    def __init__(self, features: Sequence[ContinuousFeature], edges: Sequence[tuple[float, ...]]) -> None:
+        super().__init__()
+        edges_CM = _padded(edges)
+        self.register_buffer("_edges_CM", edges_CM, persistent=False)
+        first = torch.tensor([e[0] if e else math.nan for e in edges])
+        last = torch.tensor([e[-1] if e else math.nan for e in edges])
+        self.register_buffer("_first_C", first, persistent=False)
+        self.register_buffer("_last_C", last, persistent=False)
+        self.register_buffer("_scale_C", torch.tensor([1 / f.std for f in features]), persistent=False)
+
+    def tails(self, dense_BC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """How far below the first and above the last boundary, and 1 where missing: (B, C) each."""
+        # Of a constant column the boundaries are NaN, and both are 0.
+        below = ((self._first_C - dense_BC) * self._scale_C).nan_to_num(0.0, 0.0, 0.0).clamp(0, _CLIP).log1p()
+        above = ((dense_BC - self._last_C) * self._scale_C).nan_to_num(0.0, 0.0, 0.0).clamp(0, _CLIP).log1p()
+        return below, above, (~dense_BC.isfinite()).to(dense_BC.dtype)
+
+
+class PiecewiseLinear(_Bins):
+    """The encoding itself: of each column its bins, the two tails, and an indicator where values are missing."""
+
+    _left_R: Tensor
+    _slope_R: Tensor
+    _column_R: Tensor
+    _tailed: Tensor
+    _missing: Tensor
+
+    def __init__(self, features: Sequence[ContinuousFeature], edges: Sequence[tuple[float, ...]]) -> None:
+        super().__init__(features, edges)
+        left, scale, column = [], [], []
+        for c, e in enumerate(edges):
+            for low, high in pairwise(e):
+                left.append(low)
+                scale.append(1 / (high - low))
+                column.append(c)
+        self.register_buffer("_left_R", torch.tensor(left), persistent=False)
+        self.register_buffer("_slope_R", torch.tensor(scale), persistent=False)
+        self.register_buffer("_column_R", torch.tensor(column, dtype=torch.int64), persistent=False)
+        tailed = torch.tensor([c for c, e in enumerate(edges) if e], dtype=torch.int64)
+        missing = torch.tensor([c for c, f in enumerate(features) if f.missing > 0], dtype=torch.int64)
+        self.register_buffer("_tailed", tailed, persistent=False)
+        self.register_buffer("_missing", missing, persistent=False)
+        self.out_dim = len(left) + 2 * len(tailed) + len(missing)
+
+    def forward(self, dense_BC: Tensor) -> Tensor:
+        ramp_BR = (dense_BC.index_select(1, self._column_R) - self._left_R) * self._slope_R
+        ramp_BR = torch.where(dense_BC.isfinite().index_select(1, self._column_R), ramp_BR, 0.0).clamp(0, 1)
+        below, above, missing = self.tails(dense_BC)
+        return torch.cat(
+            (
+                ramp_BR,
+                below.index_select(1, self._tailed),
+                above.index_select(1, self._tailed),
+                missing.index_select(1, self._missing),
+            ),
+            dim=1,
+        )
+
+
+class PiecewiseLinearEmbedding(_Bins):
+    """The encoding, a linear map for each column, and ReLU: "PLE-LR" of the paper; (B, C) to (B, C, d).
+
+    A linear map of the encoding is linear interpolation between prefix sums of its weights: two rows are looked up a
+    value, whatever the number of bins, and the encoding is never there.
+
+    Parameters: ``weight`` (bins of all columns, d), ``tails_weight`` (3, C, d) for below, above and missing, ``bias``
+    (C, d).
+    """
+
+    _index_CM: Tensor
+    _last_bin_C1: Tensor
+    _node_C1: Tensor
+    _left_CM: Tensor
+    _slope_CM: Tensor
+
+    def __init__(self, features: Sequence[ContinuousFeature], edges: Sequence[tuple[float, ...]], dim: int) -> None:
+        super().__init__(features, edges)
+        C = len(features)
+        sizes = [max(len(e) - 1, 0) for e in edges]
+        longest = max(sizes)
+        # Row 0 is zero: where a sum begins, and what stands for the bins that a column lacks.
+        index_CM = torch.zeros(C, longest + 1, dtype=torch.int64)
+        start = 1
+        for c, size in enumerate(sizes):
+            index_CM[c, 1 : size + 1] = torch.arange(start, start + size)
+            start += size
+        self.register_buffer("_index_CM", index_CM, persistent=False)
+        self.register_buffer("_last_bin_C1", torch.tensor([[max(s - 1, 0)] for s in sizes]), persistent=False)
+        self.register_buffer("_node_C1", torch.arange(C)[:, None] * (longest + 1), persistent=False)
+        left, slope = torch.zeros(C, longest + 1), torch.zeros(C, longest + 1)
+        for c, e in enumerate(edges):
+            for k, (low, high) in enumerate(pairwise(e)):
+                left[c, k], slope[c, k] = low, 1 / (high - low)
+        self.register_buffer("_left_CM", left, persistent=False)
+        self.register_buffer("_slope_CM", slope, persistent=False)
+        self.dim = dim
+        bound_C = torch.tensor([1 / math.sqrt(s + 2) for s in sizes])
+        by_row = torch.cat([b.expand(s) for b, s in zip(bound_C, sizes, strict=True)])
+        self.weight = nn.Parameter((2 * torch.rand(sum(sizes), dim) - 1) * by_row[:, None])
+        self.tails_weight = nn.Parameter((2 * torch.rand(3, C, dim) - 1) * bound_C[:, None])
+        self.bias = nn.Parameter((2 * torch.rand(C, dim) - 1) * bound_C[:, None])
+        with torch.no_grad():
+            self.tails_weight[2].zero_()  # where training has no missing value, a missing one changes nothing
+
+    def forward(self, dense_BC: Tensor) -> Tensor:
+        B, C = dense_BC.shape
+        # Below every boundary where missing: the encoding is 0 there.
+        x_CB = torch.where(dense_BC.isfinite(), dense_BC, -math.inf).t().contiguous()
+        bin_CB = (torch.searchsorted(self._edges_CM, x_CB) - 1).clamp_min(0).minimum(self._last_bin_C1)
+        share_CB = ((x_CB - self._left_CM.gather(1, bin_CB)) * self._slope_CM.gather(1, bin_CB)).nan_to_num(0.0)
+        share_BC1 = share_CB.clamp(0, 1).t().unsqueeze(-1)
+        weights = torch.cat((self.weight.new_zeros(1, self.dim), self.weight))
+        node_Nd = weights.index_select(0, self._index_CM.reshape(-1)).view(C, -1, self.dim).cumsum(1).flatten(0, 1)
+        node_BC = (bin_CB + self._node_C1).t().reshape(-1)
+        low = node_Nd.index_select(0, node_BC).view(B, C, self.dim)
+        # A column without bins has one node; the next node is another column's, with a share of 0.
+        high = node_Nd.index_select(0, (node_BC + 1).clamp_max(len(node_Nd) - 1)).view(B, C, self.dim)
+        tails_BC3 = torch.stack(self.tails(dense_BC), dim=-1)
+        tails = torch.bmm(tails_BC3.transpose(0, 1), self.tails_weight.transpose(0, 1)).transpose(0, 1)
+        return F.relu(torch.lerp(low, high, share_BC1) + tails + self.bias)
+
+
+def thin(quantiles: Sequence[float], num_bins: int | None) -> tuple[float, ...]:
+    """At most ``num_bins - 1`` of the boundaries, evenly taken, distinct in float32.
+
+    The outermost two stay: the first parts a value that fills a bin of its own, as 96 % zeros do, from the rest.
+    """
+    kept = tuple(quantiles)
+    if num_bins is not None and len(kept) > num_bins - 1:
+        steps = max(num_bins - 2, 1)
+        kept = tuple(kept[i * (len(kept) - 1) // steps] for i in range(num_bins - 1))
+    return tuple(dict.fromkeys(torch.tensor(kept, dtype=torch.float32).tolist()))
+
+
+def _padded(edges: Sequence[tuple[float, ...]]) -> Tensor:
+    """(C, M) boundaries; shorter rows end in infinities, which no value exceeds."""
+    padded = torch.full((len(edges), max((len(e) for e in edges), default=0)), math.inf)
+    for c, e in enumerate(edges):
+        padded[c, : len(e)] = torch.tensor(e)
+    return padded

@@ -1,0 +1,482 @@
+"""SparseArch: the categorical columns' embeddings, all columns in one lookup."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.modules.fused_embedding_modules import FusedEmbeddingBagCollection
+from torchrec.optim import RowWiseAdagrad
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+import core
+from apps.recsys.encoding.features import CategoricalFeature
+
+_FUSED_OPTIMIZERS = {"sgd": torch.optim.SGD, "adagrad": torch.optim.Adagrad, "rowwise_adagrad": RowWiseAdagrad}
+
+
+@core.register_config
+@dataclass(frozen=True)
+class EmbeddingConfig:
+    """How columns are embedded.
+
+    The three kinds compute the same and start the same; they differ in how the tables are held and stepped:
+
+    - "joined": one weight holds the rows of all tables, and the model's optimizer steps it. The fastest where tables
+      are small; Adam touches every row in every step, so not for tables of millions of rows.
+    - "fused": TorchRec's ``FusedEmbeddingBagCollection``; an optimizer of its own steps the rows of a batch inside the
+      backward. Time and memory follow the batch, not the tables. Its kernels know no Adam on a CPU. The gradient exists
+      nowhere: clipping and accumulation cannot reach it. One process only.
+    - "collection": TorchRec's ``EmbeddingBagCollection``, one tensor a table: what ``TorchRecStrategy`` shards over
+      processes, whose rows are then stepped as those of "fused".
+
+    Attributes:
+        kind: "joined", "fused" or "collection".
+        dim: width of the embeddings.
+        dims: of single columns, by name, in place of ``dim``. "joined" has one width for all.
+        by_cardinality: a column that ``dims`` does not name is ``6 * rows^(1/4)`` wide, up to the next multiple of 4,
+            and at most ``dim``, which must be above 8, the narrowest of them.
+        pooling: how the values of a multi-valued column are put together: "mean" or "sum". No value gives 0.
+        init_std: standard deviation of the initial rows. Row 0, of unseen and missing values, starts at 0.
+        weight_decay: the tables decay as other weights do; rows that are stepped in the backward ("fused", and sharded
+            ones but "data_parallel") never do.
+        fused_optimizer: of "fused" and of sharded tables: "rowwise_adagrad", "adagrad" or "sgd".
+        fused_lr: its peak learning rate; the model's schedule applies to it.
+        deferred: of "collection": no process holds a whole table; each draws its own rows once ``TorchRecStrategy`` has
+            sharded them. For tables beyond the memory of one process; the rows drawn hang on the sharding.
+
+    Raises:
+        ValueError: a value out of its range, or widths that the kind does not have.
+    """
+
+    kind: Literal["joined", "fused", "collection"] = "joined"
+    dim: int = 8
+    dims: Mapping[str, int] = field(default_factory=dict)
+    by_cardinality: bool = False
+    pooling: Literal["mean", "sum"] = "mean"
+    init_std: float = 0.01
+    weight_decay: bool = False
+    fused_optimizer: Literal["rowwise_adagrad", "adagrad", "sgd"] = "rowwise_adagrad"
+    fused_lr: float = 0.02
+    deferred: bool = False
+
+    def __post_init__(self) -> None:
+        for name, known in (
+            ("kind", ("joined", "fused", "collection")),
+            ("pooling", ("mean", "sum")),
+            ("fused_optimizer", tuple(_FUSED_OPTIMIZERS)),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"embedding.{name}={getattr(self, name)!r} is not one of {', '.join(known)}")
+        for name, dim in (("dim", self.dim), *((f"dims[{k!r}]", v) for k, v in self.dims.items())):
+            if dim < 1:
+                raise ValueError(f"embedding.{name}={dim} is not at least 1")
+            if self.kind == "fused" and dim % 4:
+                raise ValueError(f"embedding.{name}={dim} is not a multiple of 4, as kind='fused' needs it")
+        if self.kind == "joined" and (self.by_cardinality or any(d != self.dim for d in self.dims.values())):
+            raise ValueError("embedding.kind='joined' has one width for all columns: leave out dims and by_cardinality")
+        if self.by_cardinality and self.dim <= 8:
+            raise ValueError(f"embedding.by_cardinality=True gives widths from 8 to dim={self.dim}: give a larger dim")
+        if not self.init_std >= 0:
+            raise ValueError(f"embedding.init_std={self.init_std} is negative")
+        if self.deferred and self.kind != "collection":
+            raise ValueError(f"embedding.deferred=True needs kind='collection', not {self.kind!r}")
+        if not self.fused_lr > 0:
+            raise ValueError(f"embedding.fused_lr={self.fused_lr} must be positive")
+
+    def width(self, feature: CategoricalFeature) -> int:
+        """The width of a column's embedding."""
+        if feature.name in self.dims:
+            return self.dims[feature.name]
+        if self.by_cardinality:
+            return min(self.dim, 4 * math.ceil(6 * feature.num_rows**0.25 / 4))
+        return self.dim
+
+
+class SparseArch(nn.Module):
+    """The embeddings of F columns, side by side.
+
+    Args:
+        features: the columns, in the order of the batches'; the bins of continuous columns follow the categorical ones.
+        config: widths, kind and start.
+        copies: separate embeddings of each column, for models that share nothing; a row holds them all.
+
+    Attributes:
+        dims: width of each column, of one copy.
+        out_dim: their sum H.
+
+    Raises:
+        ValueError: ``config.dims`` names a column that is not there, or two columns have one name.
+    """
+
+    _rows_F1: Tensor
+    _first_row_F1: Tensor
+    _order_H: Tensor
+    weight: Any  # a Parameter with "joined"
+
+    def __init__(
+        self, features: Sequence[CategoricalFeature], config: EmbeddingConfig = EmbeddingConfig(), copies: int = 1
+    ) -> None:
+        super().__init__()
+        names = [f.name for f in features]
+        if len(set(names)) != len(names):
+            raise ValueError(f"column {next(n for n in names if names.count(n) > 1)!r} is there twice")
+        unknown = [name for name in config.dims if name not in names]
+        if unknown:
+            raise ValueError(f"embedding.dims names {unknown[0]!r}, which is no column; there is {', '.join(names)}")
+        self.features, self.config, self.copies = tuple(features), config, copies
+        self.dims = tuple(config.width(f) for f in features)
+        self.out_dim = sum(self.dims)
+        self._names = names
+        self._ragged = any(f.multi_valued for f in features)
+        self.collection: nn.Module | None = None
+        rows = torch.tensor([f.num_rows for f in features], dtype=torch.int64)
+        self.register_buffer("_rows_F1", rows[:, None], persistent=False)
+        self.register_buffer("_first_row_F1", (rows.cumsum(0) - rows)[:, None], persistent=False)
+        if not features:
+            self.register_parameter("weight", None)
+        elif config.kind == "joined":
+            self.weight = nn.Parameter(torch.empty(int(rows.sum()), copies * config.dim))
+        else:
+            self.register_parameter("weight", None)
+            with torch.random.fork_rng(devices=[]):  # TorchRec draws a start of its own
+                self.collection = _collection(self.features, [copies * d for d in self.dims], config)
+        if copies > 1:
+            # Column c of copy k stands at (its column's start) * copies + k * width.
+            starts = [copies * sum(self.dims[:i]) for i in range(len(self.dims))]
+            order = [
+                s + k * d + j for k in range(copies) for s, d in zip(starts, self.dims, strict=True) for j in range(d)
+            ]
+            self.register_buffer("_order_H", torch.tensor(order, dtype=torch.int64), persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """N(0, ``init_std``), table after table, so that all kinds start alike; row 0 of each at 0."""
+        with torch.no_grad():
+            for weight in self.tables().values():
+                weight.normal_(0.0, self.config.init_std)
+                weight[0].zero_()
+
+    def draw_rows(self, rows: Tensor, first: int, generator: torch.Generator) -> None:
+        """Start the rows ``first`` on of a deferred table, or some columns of them, in place."""
+        with torch.no_grad():
+            rows.normal_(0.0, self.config.init_std, generator=generator)
+            if first == 0 and len(rows):
+                rows[0].zero_()
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that do not decay; see ``apps.train.module.parameter_groups``."""
+        return set() if self.config.weight_decay else {n for n, _ in self.named_parameters()}
+
+    def tables(self) -> dict[str, Tensor]:
+        """The rows of each column, (num_rows, copies * width), by name; views, whatever the kind."""
+        if self.collection is not None:
+            bags: Any = self.collection.embedding_bags
+            return {
+                f.name: bags[k].weight.detach() for f, k in zip(self.features, table_names(self.features), strict=True)
+            }
+        if self.weight is None:
+            return {}
+        parts = self.weight.detach().split([f.num_rows for f in self.features])
+        return dict(zip(self._names, parts, strict=True))
+
+    def forward(self, sparse: KeyedJaggedTensor | None, bins_CB: Tensor | None = None) -> Tensor:
+        """Look up all columns of a batch at once.
+
+        Args:
+            sparse: of the categorical columns, in the order of ``features``.
+            bins_CB: int64 (C, B), the bins of the continuous columns that come after them; None: none.
+
+        Returns:
+            (B, H); (copies, B, H) where there are several copies.
+
+        Raises:
+            ValueError: other columns than the model's, or a row that a column's table does not have. On another device
+                than the CPU such a row is a failed assertion of the device, for an error here would wait for it.
+        """
+        values, lengths = self._values(sparse, bins_CB)
+        F = len(self._names)
+        B = values.numel() // F if lengths is None else lengths.numel() // F
+        self._check(values, lengths, B)
+        if isinstance(self.collection, FusedEmbeddingBagCollection):
+            y_BH = self._look_up_fused(values, lengths, F, B)
+        elif self.collection is not None:
+            if lengths is None:
+                lengths = torch.ones(F * B, dtype=torch.int32, device=values.device)
+            # TorchRec asks for a jagged tensor of exactly its own columns.
+            pooled = self.collection(KeyedJaggedTensor(keys=self._names, values=values, lengths=lengths))
+            # Sharded tables answer in the order of the processes that hold them.
+            in_order = list(pooled.keys()) == self._names
+            y_BH = pooled.values() if in_order else torch.cat([pooled[name] for name in self._names], dim=1)
+        elif lengths is None:
+            y_BH = self._look_up(values, F, B)
+        else:
+            y_BH = self._look_up_bags(values, lengths, F, B)
+        if self.copies == 1:
+            return y_BH
+        return y_BH.index_select(1, self._order_H).unflatten(1, (self.copies, self.out_dim)).transpose(0, 1)
+
+    def _look_up_fused(self, values: Tensor, lengths: Tensor | None, F: int, B: int) -> Tensor:
+        # The collection's own forward takes the columns apart and joins them again, which takes as long as its kernel.
+        # One pooling and one dtype for all columns: there is one kernel, with the tables in our order.
+        collection: Any = self.collection
+        (kernel,) = collection._emb_modules
+        if lengths is None:
+            offsets = torch.arange(F * B + 1, dtype=torch.int32, device=values.device)
+        else:
+            offsets = torch.cat((lengths.new_zeros(1, dtype=torch.int32), lengths.cumsum(0, dtype=torch.int32)))
+        if not torch.is_inference_mode_enabled():
+            return kernel(values.int(), offsets, None)
+        # On a CPU the kernel exists as an autograd function alone, which inference mode leaves out.
+        with torch.inference_mode(False), torch.no_grad():
+            return kernel(values.int(), offsets, None)
+
+    def _look_up(self, values: Tensor, F: int, B: int) -> Tensor:
+        row_N = (values.view(F, B) + self._first_row_F1).t().reshape(-1)
+        dim = self.weight.shape[1]
+        if self.weight.device.type == "cpu" and dim < 16:
+            # Number by number: adding 32,768 gradients of 4 numbers to 528 rows takes 0.2 ms so, and 1.6 ms row by row
+            # (8 numbers: 0.3 and 0.9; 16: 0.6 and 0.3; F.embedding: 1.2). An Intel Xeon, 2 threads.
+            number_Nd = row_N[:, None] * dim + torch.arange(dim)
+            return self.weight.reshape(-1).gather(0, number_Nd.view(-1)).view(B, -1)
+        return self.weight.index_select(0, row_N).view(B, -1)
+
+    def _look_up_bags(self, values: Tensor, lengths: Tensor, F: int, B: int) -> Tensor:
+        # A gather and an index_add, forward and backward: on a CPU 3 times as fast as embedding_bag at these sizes.
+        length_FB = lengths.view(F, B)
+        row_N = values + self._first_row_F1[:, 0].repeat_interleave(length_FB.sum(1), output_size=values.numel())
+        bag_FB = torch.arange(B * F, device=values.device).view(B, F).t()
+        bag_N = bag_FB.reshape(-1).repeat_interleave(lengths, output_size=values.numel())
+        y = self.weight.new_zeros(B * F, self.weight.shape[1])
+        y = y.index_add(0, bag_N, self.weight.index_select(0, row_N))
+        if self.config.pooling == "mean":
+            y = y / length_FB.t().reshape(-1, 1).clamp_min(1)
+        return y.view(B, -1)
+
+    def _values(self, sparse: KeyedJaggedTensor | None, bins_CB: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Rows of all columns, column after column, and how many an example has; None: one each."""
+        C = 0 if bins_CB is None else len(bins_CB)
+        names = self._names[: len(self._names) - C]
+        given = [] if sparse is None else sparse.keys()
+        if given != names:
+            missing = [n for n in names if n not in given] or [n for n in given if n not in names] or given
+            raise ValueError(f"the batch has the columns {given}, the model {names}: {missing[0]!r} is not as it was")
+        if sparse is None:
+            assert bins_CB is not None
+            return bins_CB.reshape(-1), None
+        values, lengths = sparse.values(), sparse.lengths() if self._ragged else None
+        if lengths is None and values.numel() != len(names) * sparse.stride():
+            raise ValueError(
+                f"{values.numel()} values for {len(names)} columns and {sparse.stride()} examples: "
+                "a column that is not multi_valued has exactly one value an example"
+            )
+        if bins_CB is not None:
+            values = torch.cat((values, bins_CB.reshape(-1).to(values.dtype)))
+            if lengths is not None:
+                lengths = torch.cat((lengths, lengths.new_ones(bins_CB.numel())))
+        return values, lengths
+
+    def _check(self, values: Tensor, lengths: Tensor | None, B: int) -> None:
+        """Refuse rows that a column's table does not have: in the joined weight they are another column's."""
+        if not values.numel():
+            return
+        if lengths is None:
+            value_FB = values.view(-1, B)
+            low_F1, high_F1 = value_FB.aminmax(dim=1, keepdim=True)
+            bad = (low_F1 < 0) | (high_F1 >= self._rows_F1)
+        else:
+            count_F = lengths.view(-1, B).sum(1)
+            rows_N = self._rows_F1[:, 0].repeat_interleave(count_F, output_size=values.numel())
+            bad = (values < 0) | (values >= rows_N)
+        if values.device.type != "cpu":
+            torch._assert_async(~bad.any(), "a row is not in its column's embedding table")
+            return
+        if not bool(bad.any()):
+            return
+        if lengths is None:
+            bad = (value_FB < 0) | (value_FB >= self._rows_F1)
+            f, n = (int(i) for i in bad.nonzero()[0])
+            row = int(value_FB[f, n])
+        else:
+            n = int(bad.nonzero()[0])
+            f, row = int((count_F.cumsum(0) <= n).sum()), int(values[n])
+        feature = self.features[f]
+        raise ValueError(
+            f"column {feature.name!r} has the row {row}, and its table {feature.num_rows} rows, "
+            f"0 to {feature.num_rows - 1}"
+        )
+
+    # ---- the optimizer of "fused"
+
+    def set_fused_lr(self, factor: float) -> None:
+        """The fused optimizer's learning rate as a part of its peak; nothing for other kinds."""
+        if isinstance(self.collection, FusedEmbeddingBagCollection):
+            optimizer = self.collection.fused_optimizer()
+            for group in optimizer.param_groups:
+                group["lr"] = self.config.fused_lr * factor
+            optimizer.step()  # hands the rate to the kernel, and no more: the rows are stepped in the backward
+
+    def fused_state(self) -> dict[str, dict[str, Tensor]]:
+        """The fused optimizer's state by table: tensors of its own, empty for other kinds."""
+        if not isinstance(self.collection, FusedEmbeddingBagCollection):
+            return {}
+        state = self.collection.fused_optimizer().state_dict()["state"]
+        return {table: {k: v.detach().clone() for k, v in values.items()} for table, values in state.items()}
+
+    def load_fused_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Continue with a state of ``fused_state``.
+
+        Raises:
+            ValueError: it is of other tables.
+        """
+        if not isinstance(self.collection, FusedEmbeddingBagCollection):
+            if state:
+                raise ValueError(f"a fused optimizer's state does not fit embedding.kind={self.config.kind!r}")
+            return
+        own = self.collection.fused_optimizer().state_dict()["state"]
+        if {t: set(v) for t, v in own.items()} != {t: set(v) for t, v in state.items()}:
+            raise ValueError("the fused optimizer's state is of other tables, or of another fused_optimizer")
+        for table, values in state.items():
+            for name, value in values.items():
+                own[table][name].copy_(value)
+
+    # The fused collection's parameters are views of its kernel's one weight; a move, copy or pickle would part them.
+
+    def _apply(self, fn: Any, recurse: bool = True) -> SparseArch:
+        if (
+            self.config.deferred
+            and self.collection is not None
+            and any(p.is_meta for p in self.collection.parameters())
+        ):
+            held, self.collection = self.collection, None  # there is nothing to move yet
+            super()._apply(fn, recurse)
+            self.collection = held
+            return self
+        if not isinstance(self.collection, FusedEmbeddingBagCollection):
+            return super()._apply(fn, recurse)
+        fused = self.collection
+        self.collection = None
+        super()._apply(fn, recurse)
+        device = fn(torch.empty(0, device=fused.device)).device
+        if device == fused.device:
+            self.collection = fused
+            return self
+        rows, state = (
+            [bag.weight for bag in fused.embedding_bags.values()],
+            fused.fused_optimizer().state_dict()["state"],
+        )
+        self.collection = _collection(self.features, [self.copies * d for d in self.dims], self.config, device)
+        for weight, old in zip(self.tables().values(), rows, strict=True):
+            weight.copy_(old)
+        self.load_fused_state(state)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        if not isinstance(self.collection, FusedEmbeddingBagCollection):
+            return self.__dict__
+        saved = {name: weight.clone() for name, weight in self.tables().items()}
+        modules = {k: v for k, v in self._modules.items() if k != "collection"}
+        return {**self.__dict__, "_modules": modules, "_fused": (saved, self.fused_state())}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        fused = state.pop("_fused", None)
+        super().__setstate__(state)
+        if fused is not None:
+            self.collection = _collection(self.features, [self.copies * d for d in self.dims], self.config)
+            for name, weight in self.tables().items():
+                weight.copy_(fused[0][name])
+            self.load_fused_state(fused[1])
+
+
+def _collection(
+    features: Sequence[CategoricalFeature],
+    dims: Sequence[int],
+    config: EmbeddingConfig,
+    device: torch.device | None = None,
+) -> nn.Module:
+    tables = [
+        EmbeddingBagConfig(
+            name=key,
+            embedding_dim=dim,
+            num_embeddings=f.num_rows,
+            feature_names=[f.name],
+            pooling=PoolingType.MEAN if config.pooling == "mean" else PoolingType.SUM,
+        )
+        for f, key, dim in zip(features, table_names(features), dims, strict=True)
+    ]
+    if config.kind == "fused":
+        return FusedEmbeddingBagCollection(
+            tables,
+            _FUSED_OPTIMIZERS[config.fused_optimizer],
+            {"lr": config.fused_lr},
+            device=device or torch.device("cpu"),
+        )
+    return EmbeddingBagCollection(tables=tables, device=torch.device("meta") if config.deferred else device)
+
+
+def table_names(features: Sequence[CategoricalFeature]) -> list[str]:
+    """The name of each column's table in TorchRec: a module's name, so without dots, and unique."""
+    names: list[str] = []
+    for f in features:
+        name = "table_" + f.name.replace(".", "_")  # a bare "type" or "values" would be an attribute of the container
+        while name in names:
+            name += "_"
+        names.append(name)
+    return names
+
+
+def joined_to_collection(
+    state: Mapping[str, Tensor], features: Sequence[CategoricalFeature], prefix: str = ""
+) -> dict[str, Tensor]:
+    """A state dict with a joined table as one with a table for each column ("collection" and "fused").
+
+    Args:
+        state: of a module that holds a ``SparseArch`` under ``prefix``, such as "model.sparse.".
+        features: its columns.
+        prefix: the dotted path, with the dot.
+
+    Raises:
+        ValueError: no joined weight there, or one of another number of rows.
+    """
+    changed = dict(state)
+    weight = changed.pop(f"{prefix}weight", None)
+    rows = [f.num_rows for f in features]
+    if weight is None or len(weight) != sum(rows):
+        found = "none" if weight is None else f"one of {len(weight)} rows"
+        raise ValueError(f"expected a joined weight of {sum(rows)} rows at {prefix}weight, found {found}")
+    for name, part in zip(table_names(features), weight.split(rows), strict=True):
+        changed[f"{prefix}collection.embedding_bags.{name}.weight"] = part.clone()
+    return changed
+
+
+def collection_to_joined(
+    state: Mapping[str, Tensor], features: Sequence[CategoricalFeature], prefix: str = ""
+) -> dict[str, Tensor]:
+    """The inverse of ``joined_to_collection``.
+
+    Raises:
+        ValueError: a table is missing, or is of another width or number of rows.
+    """
+    changed = dict(state)
+    parts: list[Tensor] = []
+    for feature, name in zip(features, table_names(features), strict=True):
+        key = f"{prefix}collection.embedding_bags.{name}.weight"
+        part = changed.pop(key, None)
+        if part is None or len(part) != feature.num_rows:
+            found = "nothing" if part is None else f"{len(part)} rows"
+            raise ValueError(f"expected the {feature.num_rows} rows of column {feature.name!r} at {key}, found {found}")
+        if parts and part.shape[1] != parts[0].shape[1]:
+            raise ValueError(
+                f"column {feature.name!r} is {part.shape[1]} wide and those before it {parts[0].shape[1]}: "
+                "a joined weight has one width"
+            )
+        parts.append(part)
+    changed[f"{prefix}weight"] = torch.cat(parts)
+    return changed

@@ -1,0 +1,408 @@
+"""What a multi-task model's gates and experts do with the examples of a split, read from the tape.
+
+``GateReader`` collects, batch by batch, the weight that each gate gives each expert and the share of each expert's
+outputs that is zero. From that: who uses whom, on which column the gates depend, and whether the experts show what HoME
+(arXiv 2408.05430) calls polarisation: *collapse*, outputs that are nearly all zero; *degradation*, a shared expert that
+one task has taken for itself; *underfitting*, a task's own experts that its gate passes by.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import core
+from apps.recsys.encoding.features import Features
+from apps.recsys.tables.arrays import TableArrays
+
+COLLAPSED = 0.9
+"""Share of zero outputs from which an expert has collapsed (HoME, section 1)."""
+
+TAKEN = 0.9
+"""Share of a shared expert's weight from one task, from which the task has it for itself."""
+
+PASSED_BY = 0.05
+"""Weight of all of a task's own experts together, up to which its gate passes them by."""
+
+UNUSED = 0.01
+"""Weight over the even share, up to which no gate uses an expert."""
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One gate over the examples of a split.
+
+    Attributes:
+        block: which layer or level it belongs to; "" where there is one.
+        end: of its entry on the tape: "task0", "shared" (of a shared representation), "selection", "tasks", "".
+        task: number of its task; None where it serves all.
+        experts: names of its E experts: "shared0", "task0.1", "domain.0", or their numbers.
+        weights_NE: float32 (N, E), the weight of each expert's output; 0 where it is not computed.
+    """
+
+    block: str
+    end: str
+    task: int | None
+    experts: tuple[str, ...]
+    weights_NE: np.ndarray
+
+    @property
+    def key(self) -> str:
+        """Its name among the gates of a model."""
+        return f"{self.block} {self.end}".strip()
+
+    @property
+    def entropy(self) -> float:
+        """Mean entropy of an example's weights over log E: 0, one expert; 1, all alike."""
+        return float(_entropy(self.weights_NE).mean()) if len(self.weights_NE) else math.nan
+
+    @property
+    def mean_entropy(self) -> float:
+        """Entropy of the mean weights over log E. What it exceeds ``entropy`` by, the gate owes to the example."""
+        return float(_entropy(self.mean_E[None])[0])
+
+    @property
+    def mean_E(self) -> np.ndarray:
+        """(E,) mean weights."""
+        return self.weights_NE.mean(0, dtype=np.float64) if len(self.weights_NE) else np.zeros(len(self.experts))
+
+
+def _entropy(weights_NE: np.ndarray) -> np.ndarray:
+    E = weights_NE.shape[1]
+    if E < 2:
+        return np.zeros(len(weights_NE))
+    p_NE = weights_NE / np.maximum(weights_NE.sum(1, keepdims=True, dtype=np.float64), 1e-20)
+    return -np.sum(np.where(p_NE > 0, p_NE * np.log(np.maximum(p_NE, 1e-30)), 0.0), axis=1) / math.log(E)
+
+
+def gate_weights(routing: Any) -> Tensor:
+    """float32 (T, E): the weight of each expert in each example's output, of any routing on a tape."""
+    if not isinstance(routing, core.Routing):
+        return routing.scores_TE.detach().float()
+    E = len(routing.tokens_per_expert_E)
+    weights_TE = torch.zeros(routing.num_tokens, E + 1, device=routing.gates_N.device)
+    place = (routing.token_index_N, routing.expert_ids_N)
+    return weights_TE.index_put(place, routing.gates_N.detach().float(), accumulate=True)[:, :E]
+
+
+# ---- reading
+
+
+@dataclass
+class GateReader:
+    """Collects over batches::
+
+        reader = GateReader(module)
+        for batch in batches:
+            with reader.reading():
+                module(batch)
+
+    Attributes:
+        model: with MoE layers, in evaluation mode.
+        weights: by entry of the tape, its batches.
+        experts: by entry, the names of its experts.
+        zeros: by block, sums over outputs of each expert: zeros and all, (2, E).
+    """
+
+    model: nn.Module
+    weights: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    experts: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    zeros: dict[str, np.ndarray] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """Read what the model does inside."""
+        with torch.no_grad(), core.record(self.model) as tape, contextlib.ExitStack() as stack:
+            for name, layer in core.moe_layers(self.model).items():
+                levels = layer.experts if isinstance(layer.experts, nn.ModuleList) else [layer.experts]
+                for i, experts in enumerate(levels):
+                    block = f"{name}.level{i}" if isinstance(layer.experts, nn.ModuleList) else name
+                    stack.enter_context(self._watching(block, experts))
+            yield
+        for entry in tape.entries:
+            self.weights.setdefault(entry.name, []).append(gate_weights(entry.routing).cpu().numpy())
+            names = getattr(entry.routing, "expert_names", ())
+            E = self.weights[entry.name][-1].shape[1]
+            self.experts[entry.name] = tuple(names) or self._names(entry.name, E)
+
+    @contextlib.contextmanager
+    def _watching(self, block: str, experts: Any) -> Iterator[None]:
+        """Count the zeros among the outputs of ``experts``, in whichever way they are asked for them."""
+        inside = False
+        own_each = experts.each
+
+        def each(*args: Any, **kwargs: Any) -> Tensor:
+            nonlocal inside
+            inside = True  # it may run ``forward``
+            try:
+                y_TnH = own_each(*args, **kwargs)
+            finally:
+                inside = False
+            E = experts.num_experts
+            zeros_n, all_n = (y_TnH == 0).sum((0, 2)), torch.full((y_TnH.shape[1],), y_TnH[:, 0].numel())
+            self._count(block, zeros_n.cpu().numpy(), all_n.numpy(), E)
+            return y_TnH
+
+        def forward(_: nn.Module, args: tuple[Any, ...], rows: Any) -> None:
+            if inside or rows.combined or not rows.gathered:
+                return  # summed in the kernel: there are no outputs to look at
+            E, y_RH = len(rows.offsets_E), rows.x
+            expert_R = torch.bucketize(torch.arange(len(y_RH), device=y_RH.device), rows.offsets_E, right=True)
+            zeros_E = torch.bincount(expert_R, weights=(y_RH == 0).sum(1).double(), minlength=E + 1)[:E]
+            all_E = y_RH.shape[1] * torch.bincount(expert_R, minlength=E + 1)[:E]
+            self._count(block, zeros_E.cpu().numpy(), all_E.cpu().numpy(), E)
+
+        hook = experts.register_forward_hook(forward)
+        experts.each = each
+        try:
+            yield
+        finally:
+            hook.remove()
+            del experts.each
+
+    def _count(self, block: str, zeros: np.ndarray, every: np.ndarray, num_experts: int) -> None:
+        sums = self.zeros.setdefault(block, np.zeros((2, num_experts)))
+        sums[0, : len(zeros)] += zeros
+        sums[1, : len(every)] += every
+
+    def _names(self, entry: str, num_experts: int) -> tuple[str, ...]:
+        """Of the experts of a router that does not name them."""
+        groups = getattr(core.moe_layers(self.model)[self._layer(entry)], "groups", None)
+        return tuple(map(str, range(num_experts))) if groups is None else tuple(groups.names())
+
+    def _layer(self, entry: str) -> str:
+        """The layer of an entry: the longest name that starts the entry's."""
+        layers = sorted(core.moe_layers(self.model), key=len, reverse=True)
+        return next(n for n in layers if entry == n or entry.startswith(f"{n}.") or not n)
+
+    def _blocks(self) -> dict[str, str]:
+        """The short names of the blocks, in the order of the passes."""
+        full = dict.fromkeys(self._split(name)[0] for name in self.weights)
+        return dict(zip(full, _short(list(full)), strict=True))
+
+    def _split(self, entry: str) -> tuple[str, str]:
+        """An entry's block, a layer or a level of one, and its end."""
+        layer = self._layer(entry)
+        level, _, end = entry[len(layer) :].lstrip(".").rpartition(".")
+        return ".".join(p for p in (layer, level) if p), end
+
+    def gates(self) -> list[Gate]:
+        """The gates in the order of the passes."""
+        short, found = self._blocks(), []
+        for name, parts in self.weights.items():
+            block, end = self._split(name)
+            task = int(end[4:]) if end.startswith("task") and end[4:].isdigit() else None
+            found.append(Gate(short[block], end, task, self.experts[name], np.concatenate(parts)))
+        return found
+
+    def zero_share(self) -> dict[str, dict[str, float]]:
+        """By block and expert, the share of its outputs that is zero; NaN for one that computed nothing.
+
+        A block whose outputs are summed in a kernel is not there.
+        """
+        short, layers, found = self._blocks(), core.moe_layers(self.model), {}
+        for block, (zeros_E, all_E) in self.zeros.items():
+            groups = getattr(layers[self._layer(block)], "groups", None)
+            names = map(str, range(len(all_E))) if groups is None else _all_names(groups)
+            shares = np.where(all_E > 0, zeros_E / np.maximum(all_E, 1), np.nan)
+            found[short.get(block, block)] = dict(zip(names, shares.tolist(), strict=True))
+        return found
+
+
+def _all_names(groups: Any) -> Iterator[str]:
+    """Of all experts of a level in their order, those of the self-gates and of every domain too."""
+    yield from (f"shared{i}" for i in range(groups.num_shared))
+    for k in range(groups.num_tasks):
+        yield from (f"task{k}.{i}" for i in range(groups.num_task))
+        yield from (f"self{k}.{i}" for i in range(groups.num_self))
+    yield from (f"domain{d}.{i}" for d in range(groups.num_domains) for i in range(groups.num_domain))
+
+
+def _short(blocks: Sequence[str]) -> list[str]:
+    """Names of blocks in words, without what all have in common; "" for a lone one."""
+    if len(blocks) < 2:
+        return [""] * len(blocks)
+    parts = [block.split(".") for block in blocks]
+    start = next(i for i, p in enumerate(zip(*parts, strict=False)) if len(set(p)) > 1 or i == min(map(len, parts)) - 1)
+    if any(p[start].isdigit() for p in parts) and start:
+        start -= 1  # "members 0" says more than "0"
+    ends = [p[::-1] for p in parts]
+    same = next((i for i, p in enumerate(zip(*ends, strict=False)) if len(set(p)) > 1), 0)
+    words = (" ".join(p[start : max(len(p) - same, start + 1)]) for p in parts)
+    return [re.sub(r"\blevel(\d)", r"level \1", w) for w in words]
+
+
+# ---- judging
+
+
+@dataclass(frozen=True)
+class ExpertUse:
+    """One expert of a block.
+
+    Attributes:
+        block: see ``Gate``.
+        name: see ``Gate.experts``.
+        zero_share: of its outputs; NaN where they are not seen: summed in a kernel, or not computed.
+        weights: by gate, its mean weight; NaN for gates that cannot reach it.
+        problem: "collapsed", "taken by <task>", "passed by", "unused", several with commas; "" where there is none.
+    """
+
+    block: str
+    name: str
+    zero_share: float
+    weights: dict[str, float]
+    problem: str = ""
+
+
+def label(gate: Gate, tasks: Sequence[str]) -> str:
+    """A gate in words: the name of its task, or what it is for."""
+    if gate.task is not None:
+        return tasks[gate.task] if gate.task < len(tasks) else gate.end
+    return {"shared": "shared representation", "selection": "selection"}.get(gate.end, "all tasks")
+
+
+def expert_label(name: str, tasks: Sequence[str]) -> str:
+    """An expert in words: "task0.1" is "income 1" with the first task income."""
+    kind, _, number = name.partition(".")
+    if kind.startswith("task") and kind[4:].isdigit() and int(kind[4:]) < len(tasks):
+        return f"{tasks[int(kind[4:])]} {number}"
+    if kind.startswith("self") and kind[4:].isdigit() and int(kind[4:]) < len(tasks):
+        return f"{tasks[int(kind[4:])]} self {number}"
+    if name.startswith("shared") and name[6:].isdigit():
+        return f"shared {name[6:]}"
+    return name.replace(".", " ")
+
+
+def expert_use(
+    gates: Sequence[Gate], zero_share: Mapping[str, Mapping[str, float]], tasks: Sequence[str]
+) -> list[ExpertUse]:
+    """Every expert, with the gates that reach it and with what is wrong with it."""
+    found = []
+    for block in dict.fromkeys(g.block for g in gates):
+        own, zeros = [g for g in gates if g.block == block], zero_share.get(block, {})
+        names = dict.fromkeys([*(name for g in own for name in g.experts), *zeros])
+        judges = [g for g in own if g.task is not None] or own
+        for name in names:
+            weights = {
+                label(g, tasks): float(g.mean_E[g.experts.index(name)]) if name in g.experts else math.nan for g in own
+            }
+            zero = zeros.get(name, math.nan)
+            problem = ", ".join(_problems(name, zero, judges, tasks))
+            found.append(ExpertUse(block, name, zero, weights, problem))
+    return found
+
+
+def _problems(name: str, zero: float, gates: Sequence[Gate], tasks: Sequence[str]) -> Iterator[str]:
+    if zero > COLLAPSED:
+        yield "collapsed"
+    reach = [g for g in gates if name in g.experts]
+    weights = {label(g, tasks): float(g.mean_E[g.experts.index(name)]) for g in reach}
+    if reach and all(w * len(g.experts) <= UNUSED for w, g in zip(weights.values(), reach, strict=True)):
+        yield "unused"
+    elif name.startswith("shared") and len(weights) > 1 and max(weights.values()) >= TAKEN * sum(weights.values()):
+        yield f"taken by {max(weights, key=weights.__getitem__)}"
+    for gate in reach:
+        mine = f"task{gate.task}."
+        own = [i for i, n in enumerate(gate.experts) if n.startswith(mine)]
+        if name.startswith(mine) and len(own) < len(gate.experts) and gate.mean_E[own].sum() <= PASSED_BY:
+            yield "passed by"
+
+
+# ---- on what the gates depend
+
+
+def dependence(gates: Sequence[Gate], arrays: TableArrays, max_rows: int = 255) -> dict[str, dict[str, float]]:
+    """By column and gate, the share of the variance of the gate's weights that the column explains.
+
+    It is the correlation ratio, sum over the values v of ``n_v (mean_v - mean)^2`` over ``sum (x - mean)^2``, both
+    summed over the experts. Numbers are cut at their quantiles. Columns of more than ``max_rows`` values, which would
+    explain much by having many, and multi-valued ones are left out. A gate that weights all examples alike has none.
+
+    Returns:
+        ``{column: {gate.key: share}}``.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for column, values_N, _ in coded_columns(arrays, max_rows):
+        counts_V = np.bincount(values_N)
+        used = counts_V > 0
+        for gate in gates:
+            x_NE = gate.weights_NE.astype(np.float64)
+            x_NE = x_NE - x_NE.mean(0)
+            total = float(np.sum(x_NE**2))
+            if total <= 1e-12 * x_NE.size:
+                continue
+            sums_VE = np.stack([np.bincount(values_N, weights=x_N) for x_N in x_NE.T], 1)
+            between = float(np.sum(sums_VE[used] ** 2 / counts_V[used, None]))
+            found.setdefault(column, {})[gate.key] = between / total
+    return found
+
+
+MAX_CODES = 255
+"""Values of a categorical column that is shown value by value."""
+
+
+def domain_column(features: Features) -> str:
+    """What `coded_columns` calls the scenario: a name that no column has."""
+    names = [*(f.name for f in features.categorical), *(c.name for c in features.continuous)]
+    return "scenario" if "scenario" not in names else "(scenario)"
+
+
+def check_column(features: Features, name: str) -> None:
+    """Whether `coded_columns` has the column.
+
+    Raises:
+        ValueError: it does not, and why.
+    """
+    fitting = [f.name for f in features.categorical if not f.multi_valued and f.num_rows <= MAX_CODES]
+    fitting += [domain_column(features)] * bool(features.num_domains)
+    fitting += [c.name for c in features.continuous if c.quantiles]
+    if name in fitting:
+        return
+    reason = ""
+    for f in features.categorical:
+        if f.name == name:
+            reason = ": it has several values a row" if f.multi_valued else f": it has {f.num_rows} values"
+    if any(c.name == name for c in features.continuous):
+        reason = ": it has one value"
+    raise ValueError(f"report.gate_feature={name!r} is not one of {', '.join(fitting) or '(no column)'}{reason}")
+
+
+def coded_columns(arrays: TableArrays, max_rows: int = MAX_CODES) -> Iterator[tuple[str, np.ndarray, list[str] | None]]:
+    """Columns as codes: (name, int64 (N,), words of the codes or None where the data module has them)."""
+    features = arrays.features
+    single = [f for f in features.categorical if not f.multi_valued]
+    for feature, ids_N in zip(single, arrays.ids_NF.T, strict=True):
+        if feature.num_rows <= max_rows:
+            yield feature.name, ids_N, None
+    if arrays.domain_N is not None:
+        yield domain_column(features), arrays.domain_N, None
+    for column, values_N in zip(features.continuous, arrays.dense_NC.T, strict=True):
+        q = np.asarray(column.quantiles)
+        if len(q) > 12:
+            q = np.unique(q[np.linspace(0, len(q) - 1, 12).round().astype(int)])
+        codes_N = np.where(np.isnan(values_N), len(q) + 1, np.searchsorted(q, values_N))
+        if len(q):
+            middle = [f"over {a:g} to {b:g}" for a, b in itertools.pairwise(q)]
+            yield column.name, codes_N, [f"to {q[0]:g}", *middle, f"over {q[-1]:g}", "missing"]
+
+
+def left_out(arrays: TableArrays) -> list[str]:
+    """The columns that `coded_columns` does not have: of more than 255 values, multi-valued, or constant."""
+    features, coded = arrays.features, {name for name, _, _ in coded_columns(arrays)}
+    names = [*(f.name for f in features.categorical), *(f.name for f in features.continuous)]
+    return [name for name in names if name not in coded]
+
+
+def weights_by_value(gate: Gate, codes_N: np.ndarray, values: Sequence[int]) -> np.ndarray:
+    """(V, E), the gate's mean weights over the examples of each value."""
+    rows = [gate.weights_NE[codes_N == v].mean(0, dtype=np.float64) for v in values]
+    return np.stack(rows) if rows else np.zeros((0, len(gate.experts)))

@@ -1,0 +1,200 @@
+"""The table recommender's network, in TorchRec's terms: SparseArch and DenseArch, InteractionArch, OverArch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchrec.models.dlrm import InteractionArch as DotProducts
+from torchrec.modules.crossnet import CrossNet, LowRankCrossNet
+
+import core
+from apps.recsys.encoding.features import Features
+from apps.recsys.tables.batch import TableBatch
+from apps.recsys.tables.bottoms import SingleTask
+from apps.recsys.tables.dense import DenseArch, DenseConfig
+from apps.recsys.tables.embedding import EmbeddingConfig, SparseArch
+from apps.recsys.tables.tasks import HeadConfig
+
+
+@core.register_config
+@dataclass(frozen=True)
+class InteractionConfig:
+    """How the columns meet before the shared layer.
+
+    - "concat": side by side.
+    - "dot": the products of all pairs of embeddings, beside the numbers (DLRM, arXiv 1906.00091). The embeddings need
+      one width d; the numbers become one more vector of width d by a linear map and ReLU.
+    - "cross": side by side, then ``x_{l+1} = x_0 * (W x_l + b) + x_l`` (DCN-v2, arXiv 2008.13535).
+
+    Attributes:
+        kind: "concat", "dot" or "cross".
+        num_layers: of "cross".
+        low_rank: of "cross": W = U V of this rank; None: a full W.
+
+    Raises:
+        ValueError: a value out of its range, or one without a meaning for the kind.
+    """
+
+    kind: Literal["concat", "dot", "cross"] = "concat"
+    num_layers: int = 2
+    low_rank: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("concat", "dot", "cross"):
+            raise ValueError(f"interaction.kind={self.kind!r} is not one of concat, dot, cross")
+        if self.num_layers < 1:
+            raise ValueError(f"interaction.num_layers={self.num_layers} is not at least 1")
+        if self.low_rank is not None and (self.kind != "cross" or self.low_rank < 1):
+            raise ValueError(f"interaction.low_rank={self.low_rank} must be at least 1, and needs kind='cross'")
+
+
+class InteractionArch(nn.Module):
+    """Numbers and embeddings of an example to one vector.
+
+    Args:
+        config: how.
+        dense_dim: width of the numbers; 0: there are none.
+        sparse_dims: widths of the embeddings.
+
+    Attributes:
+        out_dim: D of the output.
+
+    Raises:
+        ValueError: embeddings of several widths, or none, with "dot".
+    """
+
+    def __init__(self, config: InteractionConfig, dense_dim: int, sparse_dims: tuple[int, ...]) -> None:
+        super().__init__()
+        self.config, self.sparse_dims = config, sparse_dims
+        self.out_dim = dense_dim + sum(sparse_dims)
+        self.project: nn.Linear | None = None
+        self.interact: nn.Module | None = None
+        if config.kind == "dot":
+            if not sparse_dims or len(set(sparse_dims)) > 1:
+                widths = ", ".join(map(str, sorted(set(sparse_dims)))) or "none"
+                raise ValueError(f"interaction.kind='dot' needs embeddings of one width; there is {widths}")
+            d, columns = sparse_dims[0], len(sparse_dims)
+            if dense_dim:
+                self.project = core.Linear(dense_dim, d)
+                self.interact = DotProducts(num_sparse_features=columns)
+                self.out_dim = d + (columns + 1) * columns // 2
+            else:
+                # The first column stands where the numbers would.
+                self.interact = DotProducts(num_sparse_features=columns - 1)
+                self.out_dim = d + columns * (columns - 1) // 2
+        elif config.kind == "cross" and config.low_rank is None:
+            self.interact = CrossNet(self.out_dim, config.num_layers)
+        elif config.kind == "cross":
+            self.interact = LowRankCrossNet(self.out_dim, config.num_layers, config.low_rank)
+
+    def forward(self, dense_BD: Tensor | None, sparse_BH: Tensor | None) -> Tensor:
+        """(B, dense_dim) and (B, sum of sparse_dims), either may be None, to (B, out_dim)."""
+        if self.config.kind == "dot":
+            assert sparse_BH is not None
+            assert self.interact is not None
+            sparse_BFd = sparse_BH.unflatten(1, (len(self.sparse_dims), self.sparse_dims[0]))
+            if self.project is None:
+                return self.interact(sparse_BFd[:, 0], sparse_BFd[:, 1:])
+            return self.interact(F.relu(self.project(dense_BD)), sparse_BFd)
+        parts = [x for x in (dense_BD, sparse_BH) if x is not None]
+        x_BD = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        return x_BD if self.interact is None else self.interact(x_BD)
+
+
+_EMBEDDING, _DENSE, _INTERACTION, _HEAD = EmbeddingConfig(), DenseConfig(), InteractionConfig(), HeadConfig()
+
+
+class MultiTaskModel(nn.Module):
+    """One network: a batch of table rows to the logits of all tasks.
+
+    ``sparse`` (SparseArch) and ``dense`` (DenseArch) read the columns, ``interaction`` (InteractionArch) makes one
+    vector of them, and the OverArch is ``shared``, the layer that the tasks share in whole or in part, and ``head``.
+
+    Args:
+        features: of the data.
+        shared: a multi-gate layer's config, or that of a bottom.
+        embedding, dense, interaction, head: of the parts.
+        dropout: of what enters the shared layer.
+
+    Attributes:
+        input_dim: width D of what enters the shared layer.
+    """
+
+    def __init__(
+        self,
+        features: Features,
+        shared: core.MultiGateConfig,
+        embedding: EmbeddingConfig = _EMBEDDING,
+        dense: DenseConfig = _DENSE,
+        interaction: InteractionConfig = _INTERACTION,
+        head: HeadConfig = _HEAD,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        copies = len(features.tasks) if isinstance(shared, SingleTask) else 1
+        self.num_domains, self.dropout, self.copies = features.num_domains, dropout, copies
+        self.num_continuous = len(features.continuous)
+        self.dense = DenseArch(features.continuous, dense, copies)
+        self.sparse = SparseArch((*features.categorical, *self.dense.bin_features), embedding, copies)
+        parts = [InteractionArch(interaction, self.dense.out_dim, self.sparse.dims) for _ in range(copies)]
+        self.interaction, self.input_dim = nn.ModuleList(parts), parts[0].out_dim
+        dim, num_tasks = self.input_dim, len(features.tasks)
+        self.shared = shared.build(dim, num_tasks, num_domains=features.num_domains)
+        self.head = head.build(shared.out_dim(dim), num_tasks, features.positives)
+
+    def forward(self, batch: TableBatch) -> Tensor:
+        """Logits (B, t).
+
+        Raises:
+            ValueError: other columns than the model's, a row beyond a table, or no scenario where the model has some.
+        """
+        dense_BC = batch.dense_BC
+        if dense_BC.shape[1] != self.num_continuous:
+            raise ValueError(f"the batch has {dense_BC.shape[1]} continuous columns, the model {self.num_continuous}")
+        context = None
+        if self.num_domains:
+            if batch.domain_B is None:
+                raise ValueError(f"the model knows {self.num_domains} scenarios, and the batch has no domain_B")
+            context = core.RoutingContext(domain_ids_B=batch.domain_B)
+        dense = self.dense(dense_BC)
+        sparse = self.sparse(batch.sparse, self.dense.bins(dense_BC)) if self.sparse.dims else None
+        if self.copies == 1:
+            x = self.interaction[0](dense, sparse)
+        else:
+            x = torch.stack(
+                [
+                    part(None if dense is None else dense[k], None if sparse is None else sparse[k])
+                    for k, part in enumerate(self.interaction)
+                ]
+            )
+        if self.dropout and self.training:
+            x = F.dropout(x, self.dropout)
+        return self.head(self.shared(x, context))
+
+
+class Ensemble(nn.Module):
+    """M networks of the same shape and different initial weights, trained side by side on the same batches.
+
+    Nothing but the batches is shared: the loss is the mean of the members', and the prediction the mean of their
+    probabilities. They run one after the other.
+
+    Args:
+        members: the networks.
+    """
+
+    def __init__(self, members: list[MultiTaskModel]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+
+    def forward(self, batch: TableBatch) -> Tensor:
+        """Logits (M, B, t) of the members."""
+        return torch.stack([member(batch) for member in self.members])
+
+
+def mean_logit(logits_MBt: Tensor) -> Tensor:
+    """The logit (B, t) of the mean over M of the probabilities."""
+    return F.logsigmoid(logits_MBt).logsumexp(0) - F.logsigmoid(-logits_MBt).logsumexp(0)

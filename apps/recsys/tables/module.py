@@ -1,0 +1,391 @@
+"""``MultiTaskRecommender``: what ``moesaic fit`` trains on tables."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback
+from torch import Tensor
+
+import core
+from apps.recsys.encoding.features import Features
+from apps.recsys.metrics import MultiTaskMetrics
+from apps.recsys.tables import scoring
+from apps.recsys.tables.baselines import baselines
+from apps.recsys.tables.batch import TableBatch
+from apps.recsys.tables.bottoms import SharedBottom, SingleTask
+from apps.recsys.tables.dense import DenseConfig
+from apps.recsys.tables.embedding import EmbeddingConfig
+from apps.recsys.tables.model import Ensemble, InteractionConfig, MultiTaskModel, mean_logit
+from apps.recsys.tables.report import RecommenderReport, ReportConfig
+from apps.recsys.tables.tasks import HeadConfig
+from apps.recsys.tables.weighting import WeightingConfig
+from apps.train.module import Baseline, OptimizerConfig, SparseModule, TaskOutput
+from apps.train.plain import as_config
+
+_REPORT = ReportConfig()
+
+
+class MultiTaskRecommender(SparseModule):
+    """A recommender of several binary tasks: clicks, purchases, incomes.
+
+    Configs may also be given as the mappings that stand for them in a run's ``config.yaml``.
+
+    Args:
+        features: the columns and tasks; the command line takes them from the data.
+        shared: the layer between the columns and the towers: ``core.MMoE``, ``OMoE``, ``CGC``, ``PLE``, or
+            ``SharedBottom`` or ``SingleTask`` of ``apps.recsys.tables.bottoms``.
+        embedding: of the categorical columns.
+        dense: what becomes of the continuous columns.
+        interaction: how the columns meet.
+        head: the tasks' towers.
+        weighting: how the tasks' losses become one.
+        dropout: of what enters the shared layer, in training.
+        num_members: networks trained side by side; the prediction is the mean of their probabilities.
+        score_bins: the metrics keep counts by so many bins of the scores in place of every prediction, and have no AUC
+            by user; None: exact ones.
+        report: what a test adds to the metrics; None: nothing.
+        optimizer: learning rate, weight decay and schedule.
+        ema_decay: of the moving average of the weights; None: none.
+
+    Raises:
+        ValueError: no features, no task, a value out of its range, or parts that do not go together.
+    """
+
+    context_fields: ClassVar[tuple[str, ...]] = ("domain_ids_B",)
+    data_arguments: ClassVar[tuple[str, ...]] = ("features",)
+    monitor: ClassVar[str] = "val/auc"
+    monitor_mode: ClassVar[Literal["min", "max"]] = "max"
+
+    @classmethod
+    def defaults_of_none(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            **super().defaults_of_none(arguments),
+            "shared": SharedBottom(),
+            "embedding": EmbeddingConfig(),
+            "dense": DenseConfig(),
+            "interaction": InteractionConfig(),
+            "head": HeadConfig(),
+            "weighting": WeightingConfig(),
+        }
+
+    def __init__(
+        self,
+        features: Features | None = None,
+        shared: core.MultiGateConfig | None = None,
+        embedding: EmbeddingConfig | None = None,
+        dense: DenseConfig | None = None,
+        interaction: InteractionConfig | None = None,
+        head: HeadConfig | None = None,
+        weighting: WeightingConfig | None = None,
+        dropout: float = 0.0,
+        num_members: int = 1,
+        score_bins: int | None = None,
+        report: ReportConfig | None = _REPORT,
+        optimizer: OptimizerConfig | None = None,
+        ema_decay: float | None = None,
+    ) -> None:
+        features = as_config(Features, features, "features")
+        shared = as_config(core.MultiGateConfig, shared, "shared")
+        embedding = as_config(EmbeddingConfig, embedding, "embedding")
+        dense = as_config(DenseConfig, dense, "dense")
+        interaction = as_config(InteractionConfig, interaction, "interaction")
+        head = as_config(HeadConfig, head, "head")
+        weighting = as_config(WeightingConfig, weighting, "weighting")
+        report = as_config(ReportConfig, report, "report")
+        optimizer = as_config(OptimizerConfig, optimizer, "optimizer")
+        super().__init__(optimizer=optimizer, ema_decay=ema_decay)
+        if features is None:
+            raise ValueError("features=None: the columns and tasks come from the data, such as TableData(...).features")
+        if not features.tasks:
+            raise ValueError("features.tasks=() names no task: there is nothing to learn")
+        if not features.categorical and not features.continuous:
+            raise ValueError("features has neither a categorical nor a continuous column")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout={dropout} must lie in [0, 1)")
+        if num_members < 1:
+            raise ValueError(f"num_members={num_members} is not at least 1")
+        if num_members > 1 and weighting is not None and weighting.kind == "gradnorm":
+            raise ValueError(f"weighting.kind='gradnorm' needs one shared layer; num_members={num_members} has as many")
+        if isinstance(shared, SingleTask) and weighting is not None and weighting.kind == "gradnorm":
+            raise ValueError("weighting.kind='gradnorm' needs a shared layer, and SingleTask shares nothing")
+        self.features = features
+        self.shared_config = shared or SharedBottom()
+        self.embedding, self.dense = embedding or EmbeddingConfig(), dense or DenseConfig()
+        self.interaction, self.head = interaction or InteractionConfig(), head or HeadConfig()
+        self.weighting_config = weighting or WeightingConfig()
+        self.dropout, self.num_members, self.report = dropout, num_members, report
+        self.score_bins = score_bins
+        self.build_metrics()  # an impossible number is refused here
+        members = [self._network() for _ in range(num_members)]
+        self.model = members[0] if num_members == 1 else Ensemble(members)
+        self.weighting = self.weighting_config.build(features.tasks, features.positives)
+        self.aux_weight = 1 / num_members  # the tasks' losses are means over the members
+        self.moe_config = None if isinstance(self.shared_config, SharedBottom) else self.shared_config
+        self.moe_dim = self.input_dim
+        self.moe_flops_arguments = {"num_tasks": len(features.tasks), "num_domains": features.num_domains}
+
+    def _network(self) -> MultiTaskModel:
+        return MultiTaskModel(
+            self.features,
+            self.shared_config,
+            embedding=self.embedding,
+            dense=self.dense,
+            interaction=self.interaction,
+            head=self.head,
+            dropout=self.dropout,
+        )
+
+    @property
+    def members(self) -> list[MultiTaskModel]:
+        """The networks, one where there is no ensemble."""
+        if isinstance(self.model, MultiTaskModel):
+            return [self.model]
+        return [m for m in self.model.members if isinstance(m, MultiTaskModel)]
+
+    @property
+    def input_dim(self) -> int:
+        """Width D of what enters the shared layer."""
+        return self.members[0].input_dim
+
+    def forward(self, batch: TableBatch) -> Tensor:
+        """Logits (B, t) of the tasks; of an ensemble, those of the mean probability."""
+        logits = self.model(batch)
+        return logits if logits.ndim == 2 else mean_logit(logits)
+
+    def task_loss(self, batch: TableBatch) -> TaskOutput:
+        """Binary cross-entropy of each task over its labelled examples, then the weighting.
+
+        A task without a label in the batch has the loss 0 there.
+        """
+        logits = self.model(batch).float()
+        label_Bt = self.members[0].head.labels(batch.label_Bt)
+        loss_t = masked_bce(logits, label_Bt)
+        tasks = self.features.tasks
+        terms = {f"loss_{name}": value for name, value in zip(tasks, loss_t.detach().unbind(), strict=True)}
+        if self.training:
+            gradnorm = self.weighting_config.kind == "gradnorm"
+            shared, num_shared = last_weight(self.members[0].shared) if gradnorm else (None, None)
+            labelled_t = (label_Bt == label_Bt).any(0)
+            loss, figures = self.weighting(loss_t, shared, labelled_t, num_shared)
+            for what, value_t in figures.items():
+                terms |= {f"{what}_{name}": value for name, value in zip(tasks, value_t.unbind(), strict=True)}
+        else:
+            loss = self.weighting.evaluate(loss_t)
+            self.members[0].head.check_labels(label_Bt, tasks)
+        for name, value in self._head_losses(logits).items():
+            loss = loss + value
+            terms[name] = value.detach()
+        outputs = logits if logits.ndim == 2 else mean_logit(logits)
+        return TaskOutput(loss, outputs, label_Bt, len(batch), terms, batch.group_B)
+
+    def _head_losses(self, logits: Tensor) -> Mapping[str, Tensor]:
+        if logits.ndim == 2:
+            return self.members[0].head.losses(logits)
+        found = [m.head.losses(z_Bt) for m, z_Bt in zip(self.members, logits, strict=True)]
+        return {name: torch.stack([f[name] for f in found]).mean() for name in found[0]}
+
+    def example_inputs(self, batch: TableBatch) -> tuple[TableBatch]:
+        return (batch,)
+
+    def cost_unit(self, batch: TableBatch) -> str:
+        return "a row"
+
+    def build_metrics(self) -> MultiTaskMetrics:
+        """AUC, PR-AUC, log loss and calibration error of each task, and AUC by user where the batches name users."""
+        exact = self.score_bins is None
+        return MultiTaskMetrics(self.features.tasks, grouped=exact, score_bins=self.score_bins)
+
+    @torch.inference_mode()
+    def predict(self, rows: Any, batch_size: int = 8192) -> Any:
+        """Return the probability of each task for each row, in the rows' order: what ``moesaic predict`` writes.
+
+        Values are encoded by what the checkpoint keeps, as in an evaluation: no training file is needed, and a value
+        that training lacked has row 0. Columns that the model does not know are ignored, labels too.
+
+        Args:
+            rows: a pandas DataFrame, a pyarrow Table (or what offers itself as one, such as a polars DataFrame), a dict
+                of columns, or a path, or a pattern of paths, of CSV or Parquet files.
+            batch_size: rows a step. Files and frames are read in pieces of eight steps; only the scores are held whole.
+
+        Returns:
+            float32 columns ``probability_<task>``: a DataFrame with the index of ``rows`` for a DataFrame, a
+            ``pyarrow.Table`` for a table, and a dict of numpy arrays (N,) for a dict and for files.
+
+        Raises:
+            ValueError: a column is missing or doubled, a value is of a wrong type, a scenario that training lacked, a
+                file that cannot be read, or a model that has neither a checkpoint's encoding nor its data.
+
+        Example::
+
+            model = apps.load("runs/census_income")
+            scores = model.predict(df)        # df["age"], df["education"], ...: scores["probability_income"]
+        """
+        training = self.training
+        self.eval()
+        try:
+            return scoring.predict(self, rows, batch_size)
+        finally:
+            self.train(training)
+
+    def predict_step(self, batch: TableBatch, batch_idx: int) -> dict[str, Any]:
+        """The rows' numbers in the table, the data's ``predict_columns``, each task's ``probability_<task>``.
+
+        Rows of a split have each task's ``label_<task>`` too, 0, 1, or None for no label; those of a ``predict_file``
+        have none.
+        """
+        p_Bt = self(batch).float().sigmoid()
+        data, tasks = self._data(), self.features.tasks
+        predicted: Mapping[str, list[Any]] = getattr(data, "predicted", {})
+        rows = batch.index_B.tolist()
+        labels = {}
+        if getattr(data, "predict_file", None) is None:
+            for task, label_B in zip(tasks, batch.label_Bt.T.tolist(), strict=True):
+                labels[f"label_{task}"] = [None if math.isnan(label) else int(label) for label in label_B]
+        return {
+            "index": batch.index_B,
+            **{column: [values[row] for row in rows] for column, values in predicted.items()},
+            **{f"probability_{task}": p_Bt[:, i] for i, task in enumerate(tasks)},
+            **labels,
+        }
+
+    # ---- what the tables need of Lightning
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if self.embedding.deferred and not getattr(self.trainer.strategy, "shards_tables", False):
+            raise ValueError(
+                "embedding.deferred=True leaves the tables to trainer.strategy=TorchRecStrategy; "
+                "without it set deferred to false"
+            )
+        if stage == "fit" and self.embedding.kind == "fused":
+            trainer = self.trainer
+            # The rows are stepped inside the backward: what acts on gradients later would silently pass them by.
+            for name, value, neutral in (
+                ("accumulate_grad_batches", trainer.accumulate_grad_batches, 1),
+                ("gradient_clip_val", trainer.gradient_clip_val or 0, 0),
+                ("number of processes", trainer.world_size, 1),
+            ):
+                if value != neutral:
+                    raise ValueError(
+                        f"embedding.kind='fused' steps its rows in the backward, where trainer's {name}={value} does "
+                        "not reach: take 'joined' or 'collection'"
+                    )
+            if getattr(trainer.precision_plugin, "scaler", None) is not None:
+                raise ValueError(
+                    "embedding.kind='fused' steps its rows in the backward, by gradients that trainer.precision="
+                    f"{trainer.precision!r} has scaled up: take 'bf16-mixed'"
+                )
+
+    def _check_data(self) -> None:
+        found = getattr(self._data(), "features", None)
+        if found is not None and found != self.features:
+            raise ValueError(f"model.features does not fit the data: {_difference(self.features, found)}")
+
+    def configure_callbacks(self) -> list[Callback]:
+        callbacks = super().configure_callbacks()
+        return callbacks if self.report is None else [*callbacks, RecommenderReport(self.report)]
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(batch, batch_idx)
+        if self.embedding.kind == "fused":
+            factor = self.optimizer_config.factor(self.global_step, self._total_steps)
+            for member in self.members:
+                member.sparse.set_fused_lr(factor)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        if self.embedding.kind == "fused":
+            checkpoint["fused_embeddings"] = [member.sparse.fused_state() for member in self.members]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        fitting = self._trainer is not None and self.trainer.state.fn == "fit"
+        if "sharded" in checkpoint and fitting and not getattr(self.trainer.strategy, "shards_tables", False):
+            raise ValueError(
+                "the checkpoint is sharded: training goes on from it with trainer.strategy="
+                "apps.recsys.tables.strategy.TorchRecStrategy; validate, test and predict take it as it is"
+            )
+        if fitting or self.embedding.kind == "fused":  # a test takes the weights alone, whatever the kind
+            for member, state in zip(self.members, checkpoint.get("fused_embeddings", []), strict=False):
+                member.sparse.load_fused_state(state)
+
+    # ---- comparisons
+
+    @property
+    def table_metrics(self) -> tuple[str, ...]:
+        return tuple(f"auc_{name}" for name in self.features.tasks)
+
+    @property
+    def note(self) -> str:  # type: ignore[override]
+        """Says where nothing is sparse but the word."""
+        if getattr(self.shared_config, "router", None) is not None:
+            return ""
+        return f"{type(self.shared_config).__name__} with dense gates: every expert computes every example"
+
+    @property
+    def replaced_blocks(self) -> tuple[str, ...]:
+        """The shared layer of each network; none where it is a bottom itself."""
+        if isinstance(self.shared_config, SharedBottom):
+            return ()
+        return tuple(n for n, m in self.named_modules() if any(m is network.shared for network in self.members))
+
+    def baselines(self) -> Mapping[str, Baseline]:
+        return baselines(self)
+
+    def with_moe(self, moe: core.MultiGateConfig) -> MultiTaskRecommender:
+        return self.twin(shared=moe)
+
+
+def masked_bce(logits: Tensor, label_Bt: Tensor) -> Tensor:
+    """Mean binary cross-entropy of each task over the examples that have a label, (t,); 0 where none has.
+
+    Args:
+        logits: (B, t), or (M, B, t) of an ensemble: the mean of the members' losses.
+        label_Bt: 0, 1, or NaN for no label.
+    """
+    has_Bt = label_Bt == label_Bt
+    loss = F.binary_cross_entropy_with_logits(
+        logits, label_Bt.nan_to_num(0.0).expand_as(logits), weight=has_Bt.to(logits.dtype), reduction="none"
+    )
+    if loss.ndim == 3:
+        loss = loss.mean(0)
+    return loss.sum(0) / has_Bt.sum(0).clamp_min(1)
+
+
+def last_weight(shared: torch.nn.Module) -> tuple[Tensor, int]:
+    """The stacked weight of the experts' last layer, and how many experts, its first, all tasks share, for GradNorm.
+
+    Raises:
+        ValueError: there is no such weight, or no shared expert.
+    """
+    experts: Any = getattr(shared, "experts", None)
+    if isinstance(experts, torch.nn.ModuleList):
+        experts = experts[-1]
+    weight = getattr(experts, "w_out", None)
+    if weight is None:
+        stacked = [] if experts is None else [p for p in experts.parameters() if p.ndim == 3]
+        if not stacked:
+            raise ValueError(f"weighting.kind='gradnorm' finds no stacked weight in {type(experts).__name__}")
+        weight = stacked[-1]
+    groups = getattr(shared, "groups", None)
+    num_shared = len(weight) if groups is None else groups.num_shared
+    if not num_shared:
+        raise ValueError("weighting.kind='gradnorm' needs an expert that all tasks share: num_experts is 0")
+    return weight, num_shared
+
+
+def _difference(mine: Features, found: Features) -> str:
+    for field in dataclasses.fields(Features):
+        a, b = getattr(mine, field.name), getattr(found, field.name)
+        if a == b:
+            continue
+        if isinstance(a, tuple) and len(a) == len(b):
+            a, b = next((x, y) for x, y in zip(a, b, strict=True) if x != y)
+        return f"{field.name} is {str(a)[:80]} in the model and {str(b)[:80]} in the data"
+    raise AssertionError

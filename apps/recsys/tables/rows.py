@@ -1,0 +1,122 @@
+"""Rows of an encoded table as a map-style dataset that is read by whole batches."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from apps.data.columns import ColumnArrays, ColumnFiles
+from apps.recsys.encoding.features import Features
+from apps.recsys.tables.batch import TableBatch
+
+_KEPT_SIZES = 4  # batch sizes at a time: training, evaluation and their last batches
+
+
+class _Ones(NamedTuple):
+    """The parts of a KeyedJaggedTensor of B rows in which every column has one value: they hang on B alone."""
+
+    lengths: Tensor
+    offsets: Tensor
+    length_per_key: list[int]
+    offset_per_key: list[int]
+
+
+class TableRows(Dataset[TableBatch]):
+    """Some rows of an encoded table.
+
+    ``rows[i]`` is a batch of one row and ``rows[:]`` one of all of them; ``__getitems__`` takes positions in any order.
+    A batch costs one indexed read for each kind of column, not one for each row. Nothing is drawn at random.
+
+    Args:
+        columns: the table.
+        features: what its columns are.
+        index: int64 (n,), the table's row of each position.
+    """
+
+    def __init__(self, columns: ColumnFiles | ColumnArrays, features: Features, index: Tensor) -> None:
+        self.columns, self.features, self.index = columns, features, index
+        self._single = [f.name for f in features.categorical if not f.multi_valued]
+        self._multi = [f.name for f in features.categorical if f.multi_valued]
+        self._keys = [*self._single, *self._multi]
+        self._index_per_key = {key: i for i, key in enumerate(self._keys)}
+        self._ones: OrderedDict[int, _Ones] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, position: int | slice) -> TableBatch:
+        if isinstance(position, slice):
+            return self._batch(self.index[position])
+        return self._batch(self.index[position].reshape(1))
+
+    def __getitems__(self, positions: Sequence[int] | Tensor) -> TableBatch:
+        return self._batch(self.index[torch.as_tensor(positions, dtype=torch.int64)])
+
+    def _batch(self, index_B: Tensor) -> TableBatch:
+        columns = self.columns
+        return TableBatch(
+            dense_BC=columns["dense"].index_select(0, index_B),
+            sparse=self._sparse(index_B) if self._keys else None,
+            label_Bt=columns["label"].index_select(0, index_B),
+            index_B=index_B,
+            domain_B=columns["domain"].index_select(0, index_B).long() if "domain" in columns else None,
+            group_B=columns["group"].index_select(0, index_B) if "group" in columns else None,
+        )
+
+    def _sparse(self, index_B: Tensor) -> KeyedJaggedTensor:
+        B, F = len(index_B), len(self._single)
+        # Feature by feature, as a KeyedJaggedTensor has it; the copy turns the rows and widens them at once.
+        single = torch.empty(F, B, dtype=torch.int64)
+        if F:
+            single.copy_(self.columns["categorical"].index_select(0, index_B).t())
+        ones = self._ones_of(B)
+        if not self._multi:
+            return KeyedJaggedTensor(
+                self._keys,
+                single.view(-1),
+                lengths=ones.lengths,
+                offsets=ones.offsets,
+                stride=B,
+                length_per_key=ones.length_per_key,
+                offset_per_key=ones.offset_per_key,
+                index_per_key=self._index_per_key,
+            )
+        values, lengths = [single.view(-1)], [ones.lengths]
+        for i in range(len(self._multi)):
+            offsets = self.columns[f"multi{i}_offsets"]
+            starts = offsets.index_select(0, index_B)
+            length_B = offsets.index_select(0, index_B + 1) - starts
+            ends = length_B.cumsum(0)
+            shift = torch.repeat_interleave(starts - ends + length_B, length_B)
+            position = shift.add_(torch.arange(len(shift)))
+            values.append(self.columns[f"multi{i}_values"].index_select(0, position).long())
+            lengths.append(length_B)
+        length_per_key = [*ones.length_per_key, *(len(v) for v in values[1:])]
+        return KeyedJaggedTensor(
+            self._keys,
+            torch.cat(values),
+            lengths=torch.cat(lengths),
+            stride=B,
+            length_per_key=length_per_key,
+            index_per_key=self._index_per_key,
+        )
+
+    def _ones_of(self, B: int) -> _Ones:
+        ones = self._ones.get(B)
+        if ones is None:
+            F = len(self._single)
+            offset_per_key = [f * B for f in range(F + 1)]
+            lengths = torch.ones(F * B, dtype=torch.int64)
+            ones = self._ones[B] = _Ones(lengths, torch.arange(F * B + 1), [B] * F, offset_per_key)
+            if len(self._ones) > _KEPT_SIZES:
+                self._ones.popitem(last=False)
+        return ones
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_ones": OrderedDict()}

@@ -1,0 +1,192 @@
+"""Rows that a script brings, scored by a trained model: by columns of a DataFrame, an arrow table, a dict or a file.
+
+Rows are encoded by what the checkpoint keeps, piece by piece, and nothing is written. pandas is used where the rows are
+its own, and is no dependency; pyarrow is imported where it is used.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from apps.recsys.encoding.learnt import Encoding
+from apps.recsys.readers.schema import nearest
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from apps.recsys.tables.module import MultiTaskRecommender
+
+_BATCHES = 8
+"""Batches that are encoded at a time."""
+
+
+def predict(model: MultiTaskRecommender, rows: Any, batch_size: int) -> Any:
+    """See ``MultiTaskRecommender.predict``."""
+    from apps.data.columns import ColumnArrays
+    from apps.recsys.tables.build import build_rows
+    from apps.recsys.tables.rows import TableRows
+
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
+    encoding = Encoding.from_state(encoding_of(model))
+    found: list[NDArray[np.float32]] = [np.empty((0, len(encoding.features.tasks)), np.float32)]
+    first = 0
+    for table in pieces(rows, encoding.roles, encoding.numbers, _BATCHES * batch_size):
+        columns = ColumnArrays()
+        build_rows(table, encoding, columns, first)
+        first += len(table)
+        encoded = TableRows(columns, encoding.features, torch.arange(len(table)))
+        for begin in range(0, len(table), batch_size):
+            batch = encoded[begin : begin + batch_size].to(model.device)
+            found.append(model(batch).float().sigmoid().cpu().numpy())
+    p_Nt = np.concatenate(found)
+    return like(rows, {f"probability_{task}": p_Nt[:, i] for i, task in enumerate(encoding.features.tasks)})
+
+
+def encoding_of(model: Any) -> Mapping[str, Any]:
+    """Return what a model's checkpoint, or the data that it is trained on, say of the values of its data.
+
+    Raises:
+        ValueError: neither says it.
+    """
+    found = getattr(model._data(), "encoding_state", None) or model._encoding
+    if found is None:
+        raise ValueError(
+            f"this {type(model).__name__} does not know what its numbers stand for: load a checkpoint of its training "
+            "(apps.load), or train it first"
+        )
+    return found
+
+
+def pieces(rows: Any, roles: Mapping[str, str], numbers: Iterable[str], size: int) -> Iterator[pa.Table]:
+    """Yield the columns of ``roles`` as tables of ``size`` rows; the last one may have fewer. Others are ignored.
+
+    Args:
+        rows: a pandas DataFrame, an arrow table or what becomes one, a mapping of columns, or a path (a pattern too) of
+            CSV or Parquet files.
+        roles: the columns, and what each is for.
+        numbers: those of numbers.
+        size: rows of a table.
+
+    Raises:
+        ValueError: a column is missing, doubled, of another length, or of values that are no column, or a file cannot
+            be read.
+    """
+    import pyarrow as pa
+
+    if isinstance(rows, (str, Path)):
+        yield from _joined(_of_files(str(rows), roles, tuple(numbers), size), size)
+    elif is_frame(rows):
+        _check_columns(list(rows.columns), roles)
+        for begin in range(0, len(rows), size):
+            part = rows.iloc[begin : begin + size]
+            yield pa.table({column: _column(column, part[column]) for column in roles})
+    elif isinstance(rows, Mapping):
+        _check_columns(list(rows), roles)
+        columns = {column: _column(column, rows[column]) for column in roles}
+        lengths = {column: len(values) for column, values in columns.items()}
+        for column, length in lengths.items():
+            if length != next(iter(lengths.values())):
+                first = next(iter(lengths))
+                raise ValueError(f"column {column!r} has {length} values, and column {first!r} {lengths[first]}")
+        yield from _cut(pa.table(columns), size)
+    elif isinstance(rows, pa.Table) or hasattr(rows, "__arrow_c_stream__") or hasattr(rows, "__arrow_c_array__"):
+        table = rows if isinstance(rows, pa.Table) else pa.table(rows)
+        _check_columns(table.column_names, roles)
+        yield from _cut(table.select(list(roles)), size)
+    else:
+        raise ValueError(
+            f"rows={_short(rows)} are none that can be scored: give a DataFrame, an arrow table, a dict of columns, or "
+            "a path of CSV or Parquet files"
+        )
+
+
+def like(rows: Any, columns: Mapping[str, Any]) -> Any:
+    """Return columns as what ``rows`` are: a DataFrame with their index, an arrow table, else a dict of arrays."""
+    import pyarrow as pa
+
+    if is_frame(rows):
+        return sys.modules["pandas"].DataFrame(dict(columns), index=rows.index)
+    if isinstance(rows, (str, Path, Mapping)):
+        return dict(columns)
+    return pa.table(dict(columns))
+
+
+def is_frame(rows: Any) -> bool:
+    """Return whether ``rows`` are a pandas DataFrame, without importing pandas."""
+    pandas = sys.modules.get("pandas")
+    return pandas is not None and isinstance(rows, pandas.DataFrame)
+
+
+def _check_columns(names: list[Any], roles: Mapping[str, str]) -> None:
+    for column, role in roles.items():
+        if column not in names:
+            near = nearest(column, [name for name in names if isinstance(name, str)])
+            raise ValueError(f"column {column!r} ({role}) is not in the rows to predict{near}")
+        if names.count(column) > 1:
+            raise ValueError(f"the rows to predict have two columns {column!r}")
+
+
+def _column(name: str, values: Any) -> pa.Array | pa.ChunkedArray:
+    import pyarrow as pa
+
+    if isinstance(values, (pa.Array, pa.ChunkedArray)):
+        return values
+    if isinstance(values, (str, bytes)) or not hasattr(values, "__len__"):
+        raise ValueError(f"column {name!r} is {_short(values)}, not a list of values")
+    if isinstance(values, torch.Tensor):
+        values = values.numpy(force=True)
+    try:
+        return pa.array(values, from_pandas=True)
+    except (pa.ArrowException, TypeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"column {name!r} of the rows to predict is no column of one type: {reason}") from error
+
+
+def _of_files(name: str, roles: Mapping[str, str], numbers: tuple[str, ...], size: int) -> Iterator[pa.Table]:
+    from apps.recsys.readers import own_files
+
+    for file in own_files.find_files(None, name, "rows"):
+        yield from own_files.iter_columns(file, roles, numbers, size)
+
+
+def _joined(tables: Iterable[pa.Table], size: int) -> Iterator[pa.Table]:
+    """Tables of ``size`` rows from tables of any."""
+    kept: list[pa.Table] = []
+    count = 0
+    for table in tables:
+        while len(table):
+            kept.append(table.slice(0, size - count))
+            count += len(kept[-1])
+            table = table.slice(len(kept[-1]))
+            if count == size:
+                yield _concatenated(kept)
+                kept, count = [], 0
+    if kept:
+        yield _concatenated(kept)
+
+
+def _concatenated(tables: list[pa.Table]) -> pa.Table:
+    import pyarrow as pa
+
+    try:
+        return pa.concat_tables(tables, promote_options="permissive")
+    except pa.ArrowException as error:
+        raise ValueError(f"the files to predict differ in their types: {str(error).splitlines()[0]}") from error
+
+
+def _cut(table: pa.Table, size: int) -> Iterator[pa.Table]:
+    for begin in range(0, len(table), size):
+        yield table.slice(begin, size)
+
+
+def _short(value: Any) -> str:
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else text[:57] + "..."

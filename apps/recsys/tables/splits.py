@@ -1,0 +1,154 @@
+"""Which rows of a table train, validate and test.
+
+Draws come from numpy's ``RandomState``, whose stream numpy guarantees to keep: a split is the same on every machine and
+with every version.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from apps.recsys.readers.schema import SplitConfig
+
+Rows = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Row numbers of each split, ascending; no row is in two of them.
+
+    Attributes:
+        train, val, test: int64. val and test are empty where the configuration wants none.
+    """
+
+    train: Rows
+    val: Rows
+    test: Rows
+
+
+def split_rows(
+    config: SplitConfig,
+    num_train: int,
+    num_val: int | None = None,
+    num_test: int | None = None,
+    *,
+    user: NDArray[np.int64] | None = None,
+    time: NDArray[np.int64] | NDArray[np.float64] | None = None,
+    label: NDArray[np.float32] | None = None,
+) -> Splits:
+    """Share out the rows of up to three files, numbered one after the other: training, validation, test.
+
+    Args:
+        config: the rules.
+        num_train: rows of the first file, from which is drawn what the others do not give.
+        num_val: rows of the validation file; None: there is none.
+        num_test: rows of the test file; None: there is none.
+        user: (num_train,) users as numbers, for the kinds "user" and "leave_last_out".
+        time: (num_train,) for the kind "time", and for "leave_last_out" where there is one, else the order of the rows.
+        label: (num_train,) of the task to stratify by, NaN where missing.
+
+    Raises:
+        ValueError: a split that must hold rows would be empty, or files that the kind has no use for.
+    """
+    rows = np.arange(num_train)
+    given_val = None if num_val is None else num_train + np.arange(num_val)
+    given_test = None if num_test is None else num_train + (num_val or 0) + np.arange(num_test)
+    kind = config.kind
+    if kind == "leave_last_out":
+        if given_val is not None or given_test is not None:
+            raise ValueError("split.kind='leave_last_out' draws every split itself: leave out val_file and test_file")
+        assert user is not None
+        drawn = _leave_last_out(config, user, time)
+    elif kind == "user":
+        assert user is not None
+        drawn = _by_user(config, rows, user, given_val is None, given_test is None)
+    elif kind == "time":
+        assert time is not None
+        drawn = _cut(config, np.argsort(time, kind="stable"), given_val is None, given_test is None)
+    else:
+        if kind == "given" and given_test is None:
+            raise ValueError("split.kind='given' needs test rows in a file of their own (test_file), and there is none")
+        drawn = _at_random(config, num_train, label, given_val is None, given_test is None)
+    train, val, test = drawn
+    val = val if given_val is None else given_val
+    test = test if given_test is None else given_test
+    wanted = {
+        "training": (train, True),
+        "validation": (val, given_val is not None or config.val > 0),
+        "test": (test, given_test is not None or config.test > 0 or kind == "leave_last_out"),
+    }
+    for name, (part, must) in wanted.items():
+        if must and not len(part):
+            raise ValueError(
+                f"the {name} split is empty: split.kind={kind!r}, val={config.val}, test={config.test} on "
+                f"{num_train} rows"
+            )
+    return Splits(np.sort(train), np.sort(val), np.sort(test))
+
+
+def _at_random(
+    config: SplitConfig, num: int, label: NDArray[np.float32] | None, draw_val: bool, draw_test: bool
+) -> tuple[Rows, Rows, Rows]:
+    order = np.random.RandomState(config.seed).permutation(num)
+    if label is not None:
+        order = order[np.argsort(_even_places(label[order]), kind="stable")]
+    # The test rows are the first on the line and validation the next, each an even sample where it is stratified.
+    num_test = round(config.test * num) if draw_test else 0
+    num_val = round(config.val * (num - num_test)) if draw_val else 0
+    if label is not None and num_test:  # what is left of the line is not even any more
+        rest = order[num_test:]
+        rest = rest[np.argsort(_even_places(label[rest]), kind="stable")]
+        order = np.concatenate((order[:num_test], rest))
+    return order[num_test + num_val :], order[num_test : num_test + num_val], order[:num_test]
+
+
+def _even_places(label: NDArray[np.float32]) -> NDArray[np.float64]:
+    """A place on [0, 1] for each row, such that each class (and the rows without a label) lies there evenly.
+
+    The first n rows by place then hold each class in its share, to one row.
+    """
+    place = np.empty(len(label))
+    for mine in (label == 0, label == 1, np.isnan(label)):
+        count = int(mine.sum())
+        place[mine] = (np.arange(count) + 0.5) / max(count, 1)
+    return place
+
+
+def _cut(config: SplitConfig, order: Rows, draw_val: bool, draw_test: bool) -> tuple[Rows, Rows, Rows]:
+    """The last of ``order`` test, those before validate."""
+    num_test = round(config.test * len(order)) if draw_test else 0
+    rest = len(order) - num_test
+    num_val = round(config.val * rest) if draw_val else 0
+    return order[: rest - num_val], order[rest - num_val : rest], order[rest:]
+
+
+def _by_user(
+    config: SplitConfig, rows: Rows, user: NDArray[np.int64], draw_val: bool, draw_test: bool
+) -> tuple[Rows, Rows, Rows]:
+    users, user_of_row = np.unique(user, return_inverse=True)
+    order = np.random.RandomState(config.seed).permutation(len(users))
+    side = np.zeros(len(users), dtype=np.int8)
+    _, val, test = _cut(config, order, draw_val, draw_test)
+    side[val], side[test] = 1, 2
+    of_row = side[user_of_row]
+    return rows[of_row == 0], rows[of_row == 1], rows[of_row == 2]
+
+
+def _leave_last_out(
+    config: SplitConfig, user: NDArray[np.int64], time: NDArray[np.int64] | NDArray[np.float64] | None
+) -> tuple[Rows, Rows, Rows]:
+    num = len(user)
+    by_time = np.arange(num) if time is None else np.argsort(time, kind="stable")
+    order = by_time[np.argsort(user[by_time], kind="stable")]  # by user, then time, then row
+    _, starts, counts = np.unique(user[order], return_index=True, return_counts=True)
+    # A user with fewer rows than there are splits would leave nothing to learn from: its rows all train.
+    num_out = 2 if config.val > 0 else 1
+    enough = counts > num_out
+    last = (starts + counts - 1)[enough]
+    test, val = order[last], order[last - 1] if num_out == 2 else order[:0]
+    held_out = np.zeros(num, dtype=bool)
+    held_out[test], held_out[val] = True, True
+    return np.flatnonzero(~held_out), val, test

@@ -1,0 +1,305 @@
+"""``TorchRecStrategy``: embedding tables over several processes, the dense network on each of them.
+
+TorchRec's ``DistributedModelParallel`` replaces each ``EmbeddingBagCollection`` by a sharded one. A row's gradient goes
+to the process that holds the row, where an optimizer fused into the backward steps it; the gradients of everything else
+are averaged by DDP and stepped by the module's own optimizer. Both are means over the processes, so that N processes
+with batches of B train as one with batches of N * B.
+
+Lightning's "ddp" cannot: it would copy rank 0's tables over those of the other ranks, and average rows that are not the
+same. It fails at its first collective.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
+from lightning.fabric.utilities.optimizer import _optimizers_to_device
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import nn
+from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, DistributedModelParallel
+from torchrec.distributed.types import ShardingPlan
+
+from apps.recsys.tables import sharding
+from apps.recsys.tables.embedding import EmbeddingConfig
+from apps.recsys.tables.sharding import ComputeKernel, Sharding, ShardingConfig
+from apps.train import sharded
+from apps.train.callbacks import WeightEMA
+
+
+class TorchRecStrategy(DDPStrategy):
+    """Shards the embedding tables of a model over the processes of a run.
+
+    Checkpoints are folders of shards (``apps.train.sharded``): each process writes its rows. ``moesaic test`` reads
+    them on any number of processes, with this strategy and without. Training goes on from them with this strategy, on
+    another number of processes too, except for column-wise tables under rowwise_adagrad.
+
+    Args:
+        sharding: of all tables: "table_wise", a table on one process; "row_wise", its rows over all; "column_wise", its
+            columns over all; "table_row_wise", its rows over the processes of one node; "data_parallel", a whole table
+            on each process, stepped by the module's optimizer; "auto": TorchRec's planner chooses among table_wise,
+            row_wise and table_row_wise, which all train alike.
+        table_sharding: of single columns' tables, by the column's name, in place of ``sharding``.
+        compute_kernel: "fused": tables in the device's memory; "fused_uvm": in the host's; "fused_uvm_caching": there,
+            with a cache on the device. The last two need GPUs.
+        memory_gib: of each process, for its tables and their optimizer state; None: 80% of the device's, or of the
+            host's shared among its processes.
+        embedding_optimizer: "rowwise_adagrad", "adagrad" or "sgd", and "adam" on GPUs; None: the model's
+            ``embedding.fused_optimizer``, so that kind="fused" on one process trains alike.
+        embedding_lr: its peak learning rate; the schedule of the module's optimizer applies to it. None: the model's
+            ``embedding.fused_lr``.
+        process_group_backend: None: gloo on CPUs, nccl on GPUs.
+        timeout: of a collective.
+
+    Raises:
+        ValueError: a value that is not known. At the start of a run: a model without a collection to shard, tables that
+            do not fit or cannot be sharded as asked, gradient clipping or accumulation (rows are stepped inside the
+            backward), a moving average of the weights, a module's optimizer that would step the sharded rows as well.
+
+    Example::
+
+        torchrun --nproc-per-node 2 -m apps.cli fit --config configs/recsys/census_income.yaml \\
+            --config configs/parallel/torchrec.yaml --trainer.devices 2
+    """
+
+    shards_tables = True
+
+    def __init__(
+        self,
+        sharding: Sharding = "auto",
+        table_sharding: Mapping[str, Sharding] | None = None,
+        compute_kernel: ComputeKernel = "fused",
+        memory_gib: float | None = None,
+        embedding_optimizer: str | None = None,
+        embedding_lr: float | None = None,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+    ) -> None:
+        super().__init__(process_group_backend=process_group_backend, timeout=timeout)
+        self.config = ShardingConfig(sharding, table_sharding or {}, compute_kernel, memory_gib)
+        if embedding_lr is not None and not embedding_lr > 0:
+            raise ValueError(f"embedding_lr={embedding_lr} must be positive")
+        self.embedding_optimizer, self.embedding_lr = embedding_optimizer, embedding_lr
+        if embedding_optimizer is not None:
+            self._sharder(embedding_optimizer, 1.0)
+        self.plan: ShardingPlan | None = None
+        self.num_params_elsewhere = 0
+        self._peak_lr = 0.0
+
+    @staticmethod
+    def _sharder(optimizer: str, lr: float) -> sharding.Sharder:
+        return sharding.sharder(optimizer, lr)
+
+    # ---- set-up
+
+    @property
+    def root_device(self) -> torch.device:
+        if self.local_rank >= self.num_processes:
+            raise ValueError(
+                f"trainer.devices={self.num_processes}, but this is process {self.local_rank + 1} on this machine: "
+                "give --trainer.devices the number of torchrun's --nproc-per-node"
+            )
+        return super().root_device
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        """A shard is read into the sharded table."""
+        return True
+
+    def setup(self, trainer: Trainer) -> None:
+        module, fitting = self.lightning_module, trainer.state.fn == TrainerFn.FITTING
+        assert module is not None
+        assert self.accelerator is not None
+        self._check(trainer, module, fitting)
+        self.accelerator.setup(trainer)
+        self.precision_plugin.convert_module(module)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of torch, about what TorchRec calls
+            self.model = self._shard(module, getattr(trainer.datamodule, "batch_size", 512), fitting)
+        if fitting:
+            self.setup_optimizers(trainer)
+            self._check_optimizers(module)
+        self.setup_precision_plugin()
+        if fitting:
+            _optimizers_to_device(self.optimizers, self.root_device)
+
+    def _check(self, trainer: Trainer, module: LightningModule, fitting: bool) -> None:
+        if not sharding.collections(module) and not sharding.sharded_collections(module):
+            kind = getattr(getattr(module, "embedding", None), "kind", None)
+            what = f"embedding.kind={kind!r} is one tensor" if kind else f"{type(module).__name__} has no collection"
+            raise ValueError(
+                f"TorchRecStrategy finds no tables to shard: {what}; set model.embedding.kind='collection', with at "
+                "least one embedded column"
+            )
+        device = self.root_device.type
+        if self.config.compute_kernel != "fused" and device == "cpu":
+            raise ValueError(f"compute_kernel={self.config.compute_kernel!r} needs a GPU; on a CPU there is 'fused'")
+        optimizer = self._fused_options(module)[0]
+        if optimizer == "adam" and device == "cpu":
+            raise ValueError("embedding_optimizer='adam' needs a GPU; take 'rowwise_adagrad', 'adagrad' or 'sgd'")
+        if not fitting:
+            return
+        for name, value, neutral in (
+            ("accumulate_grad_batches", trainer.accumulate_grad_batches, 1),
+            ("gradient_clip_val", trainer.gradient_clip_val or 0, 0),
+        ):
+            if value != neutral:
+                raise ValueError(
+                    f"TorchRecStrategy steps the rows in the backward, where trainer.{name}={value} does not reach: "
+                    f"set it to {'null' if neutral == 0 else neutral}"
+                )
+        if getattr(trainer.precision_plugin, "scaler", None) is not None:
+            raise ValueError(
+                "TorchRecStrategy steps the rows in the backward, by gradients that trainer.precision="
+                f"{trainer.precision!r} has scaled up: take 'bf16-mixed'"
+            )
+        if any(isinstance(c, WeightEMA) for c in trainer.callbacks):
+            raise ValueError("TorchRecStrategy keeps no moving average of sharded tables: set model.ema_decay=null")
+
+    def _fused_options(self, module: LightningModule) -> tuple[str, float]:
+        own: Any = getattr(module, "embedding", EmbeddingConfig())
+        return self.embedding_optimizer or own.fused_optimizer, self.embedding_lr or own.fused_lr
+
+    def _shard(self, module: LightningModule, batch_size: int, fitting: bool) -> nn.Module:
+        optimizer, self._peak_lr = self._fused_options(module)
+        shard = self._sharder(optimizer, self._peak_lr)
+        whole = {path: c.state_dict() for path, c in sharding.collections(module).items()}
+        plan = ShardingPlan({})  # the module of an earlier fit is sharded already
+        if whole:
+            plan = sharding.plan(module, self.config, shard, self.root_device, self.num_processes, batch_size)
+            self.plan = plan
+        model = DistributedModelParallel(
+            module,
+            device=self.root_device,
+            plan=plan,
+            sharders=[shard],
+            init_data_parallel=False,
+            data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=False),
+        )
+        # TorchRec draws rows anew; these are the model's, as one process would have them.
+        rows = sharding.tables(module)
+        for path, state in whole.items():
+            for name, full in state.items():
+                target = rows[f"{path}.{name}"]
+                if full.is_meta:
+                    sharding.draw_rows(target, name, module.get_submodule(path.rpartition(".")[0]))
+                else:
+                    sharding.copy_rows(target, full)
+        split = [value for value in rows.values() if sharding.is_split(value)]
+        here = sum(part.tensor.numel() for value in split for part in value.local_shards())
+        self.num_params_elsewhere = sum(value.size().numel() for value in split) - here
+        if fitting:
+            model.init_data_parallel()
+        elif self.root_device.type != "cpu":
+            module.to(self.root_device)
+        return model
+
+    def _check_optimizers(self, module: LightningModule) -> None:
+        stepped = {id(p) for o in self.optimizers for g in o.param_groups for p in g["params"]}
+        for name, parameter in module.named_parameters():
+            if hasattr(parameter, "_in_backward_optimizers") and id(parameter) in stepped:
+                raise ValueError(
+                    f"configure_optimizers of {type(module).__name__} takes {name}, whose rows are stepped in the "
+                    "backward: leave out parameters with _in_backward_optimizers"
+                )
+
+    # ---- steps
+
+    @property
+    def fused_optimizer(self) -> Any:
+        """TorchRec's ``CombinedOptimizer`` of the sharded tables."""
+        assert isinstance(self.model, DistributedModelParallel)
+        return self.model.fused_optimizer
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._set_embedding_lr()
+        return super().training_step(*args, **kwargs)
+
+    def _set_embedding_lr(self) -> None:
+        """The rate of this step, by the schedule of the module's optimizer."""
+        groups = [g for o in self.optimizers for g in o.param_groups]
+        factor = groups[0]["lr"] / groups[0]["initial_lr"] if groups and "initial_lr" in groups[0] else 1.0
+        optimizer = self.fused_optimizer
+        for group in optimizer.param_groups:
+            group["lr"] = self._peak_lr * factor
+        optimizer.step()  # hands the rate to the kernels, and no more: the rows are stepped in the backward
+
+    def teardown(self) -> None:
+        # Lightning moves the module to the CPU, which a sharded table on a GPU cannot be.
+        module = self.lightning_module
+        if self.root_device.type != "cpu":
+            self._lightning_module = None
+        super().teardown()
+        self._lightning_module = module
+
+    # ---- checkpoints
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The state dict but for the sharded tables, which ``save_checkpoint`` writes beside it."""
+        assert self.lightning_module is not None
+        state = self.lightning_module.state_dict()
+        return {k: _plain(v) for k, v in state.items() if not sharding.is_split(v)}
+
+    def _split(self, with_state: bool) -> dict[str, Any]:
+        """The sharded tensors by their names in ``apps.train.sharded``."""
+        assert self.lightning_module is not None
+        tables = sharding.tables(self.lightning_module)
+        found = {f"{sharded.WEIGHT}{name}": value for name, value in tables.items() if sharding.is_split(value)}
+        if with_state:
+            for parameter, values in self.fused_optimizer.state_dict()["state"].items():
+                found |= {f"{sharded.STATE}{parameter}/{name}": value for name, value in values.items()}
+        return found
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Write the folder of a sharded checkpoint; all processes take part."""
+        if storage_options is not None:
+            raise ValueError("TorchRecStrategy writes folders of shards and takes no storage_options")
+        sharded.write(Path(self.broadcast(str(filepath))), checkpoint, self._split(with_state=True))
+
+    def remove_checkpoint(self, filepath: Any) -> None:
+        if self.is_global_zero:
+            sharded.remove(Path(filepath))
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """What Lightning restores; the tables are read at once, each process its own rows."""
+        path = Path(checkpoint_path)
+        fitting = self.lightning_module is not None and self.lightning_module.trainer.state.fn == TrainerFn.FITTING
+        if sharded.is_sharded(path):
+            checkpoint = sharded.read_rest(path)
+            sharded.load(path, checkpoint, self._split(with_state=fitting))
+            return checkpoint
+        if fitting:
+            raise ValueError(
+                f"{path} is not sharded: its optimizer's state is of other parameters. Training goes on from it "
+                "without TorchRecStrategy; validate, test and predict take it"
+            )
+        return self.checkpoint_io.load_checkpoint(path, weights_only=True)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        module = self.lightning_module
+        assert module is not None
+        state, own = dict(checkpoint["state_dict"]), module.state_dict()
+        for name, target in sharding.tables(module).items():
+            full = state.pop(name, None)
+            if full is not None:
+                sharding.copy_rows(target, full)
+        rest = {name: value for name, value in own.items() if name not in sharding.tables(module)}
+        wrong = sorted(rest.keys() ^ state.keys())
+        if strict and wrong:
+            there = "not in the model" if wrong[0] in state else "missing in the checkpoint"
+            raise ValueError(f"the checkpoint does not fit this model: {wrong[0]} is {there}")
+        module.load_state_dict(state, strict=False)
+
+
+def _plain(value: Any) -> Any:
+    """A copy without TorchRec's parameter classes, which a checkpoint that is read without code cannot hold."""
+    if isinstance(value, torch.Tensor) and type(value) is not torch.Tensor:
+        return value.detach().as_subclass(torch.Tensor).clone()
+    return value

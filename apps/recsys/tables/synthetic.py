@@ -1,0 +1,202 @@
+"""Tasks of a chosen correlation, made by the recipe of the MMoE paper.
+
+Ma et al., "Modeling Task Relationships in Multi-task Learning with Multi-gate Mixture-of-Experts", KDD 2018
+(doi 10.1145/3219819.3220007), section 3.3: with orthonormal u_1 ... u_t and inputs x of independent standard normals,
+
+    w_k = c (L u)_k,    L L^T = the matrix with 1 on the diagonal and p elsewhere
+    y_k = w_k . x + sum_i sin(alpha_i (w_k . x) + beta_i) + noise,    noise ~ N(0, noise_std^2)
+
+For two tasks w_1 = c u_1 and w_2 = c (p u_1 + sqrt(1 - p^2) u_2), as in the paper. Its y is a regression target; here a
+label is y above a threshold, the same for all tasks, so that a chosen share is positive.
+
+Beside the numbers there may be a column of ids, for embeddings of millions of rows: id i of N is drawn about as often
+as 1 / i, and adds a normal number of its own to each y.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from apps.recsys.readers.schema import SplitConfig, TableConfig, TaskConfig
+
+if TYPE_CHECKING:
+    from apps.recsys.readers import RawTables
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class SyntheticConfig:
+    """What the tables are like.
+
+    Attributes:
+        correlation: p, the cosine between the weights of two tasks, from -1/(num_tasks - 1) to 1. What the labels then
+            have is ``label_correlation``.
+        num_rows: of all splits.
+        num_features: inputs of each row, at least num_tasks.
+        num_tasks: labels of each row.
+        scale: c, the deviation of w . x.
+        alphas, betas: of the sines, as many of one as of the other; none: the tasks are linear.
+        noise_std: deviation of the noise in y.
+        positives: share of positive labels, in (0, 1).
+        num_ids: N, distinct values of the column ``id``; 0: there is no such column.
+        id_std: deviation of what an id adds to y.
+        seed: of what is drawn.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    correlation: float = 0.5
+    num_rows: int = 20_000
+    num_features: int = 32
+    num_tasks: int = 2
+    scale: float = 1.0
+    alphas: tuple[float, ...] = (1.0, 2.0, 3.0, 4.0)
+    betas: tuple[float, ...] = (0.0, 0.5, 1.0, 1.5)
+    noise_std: float = 0.1
+    positives: float = 0.5
+    num_ids: int = 0
+    id_std: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.num_tasks < 1:
+            raise ValueError(f"num_tasks={self.num_tasks} must be at least 1")
+        if self.num_features < self.num_tasks:
+            raise ValueError(f"num_features={self.num_features} must be at least num_tasks={self.num_tasks}")
+        if self.num_rows < 10:
+            raise ValueError(f"num_rows={self.num_rows} must be at least 10")
+        lowest = -1 / (self.num_tasks - 1) if self.num_tasks > 1 else -1.0
+        if not lowest <= self.correlation <= 1:
+            raise ValueError(f"correlation={self.correlation} of {self.num_tasks} tasks must lie in [{lowest:.4g}, 1]")
+        if len(self.alphas) != len(self.betas):
+            raise ValueError(f"alphas has {len(self.alphas)} values, betas {len(self.betas)}: they go in pairs")
+        if not 0 < self.positives < 1:
+            raise ValueError(f"positives={self.positives} must lie between 0 and 1")
+        if self.scale <= 0:
+            raise ValueError(f"scale={self.scale} must be above 0")
+        if self.noise_std < 0:
+            raise ValueError(f"noise_std={self.noise_std} must not be negative")
+        if self.num_ids < 0:
+            raise ValueError(f"num_ids={self.num_ids} must not be negative")
+        if self.id_std < 0:
+            raise ValueError(f"id_std={self.id_std} must not be negative")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed={self.seed} must be 0 to {2**32 - 1}")
+
+    @property
+    def unexplained_std(self) -> float:
+        """Deviation of what is in y beside the numbers: the noise and what the ids add."""
+        return math.hypot(self.noise_std, self.id_std if self.num_ids else 0.0)
+
+
+@dataclass(frozen=True)
+class Synthetic:
+    """Made data, and what is known of it.
+
+    Attributes:
+        x: float64 (num_rows, num_features).
+        y: float64 (num_rows, num_tasks), before the threshold.
+        label: bool (num_rows, num_tasks).
+        weights: float64 (num_tasks, num_features), rows of length ``scale``.
+        label_correlation: of the labels of two tasks, as it is in an endless table of endless ids.
+        ids: int64 (num_rows,), from 0; None where there are none.
+    """
+
+    x: Array
+    y: Array
+    label: NDArray[np.bool_]
+    weights: Array
+    label_correlation: float
+    ids: NDArray[np.int64] | None = None
+
+    def tables(self) -> RawTables:
+        """Columns x0, x1, ..., label_1, label_2, ... and maybe id, split at random."""
+        import pyarrow as pa
+
+        from apps.recsys.readers import RawTables
+
+        columns = {f"x{i}": pa.array(self.x[:, i]) for i in range(self.x.shape[1])}
+        labels = {f"label_{k + 1}": pa.array(self.label[:, k]) for k in range(self.label.shape[1])}
+        tasks = {f"task_{k + 1}": TaskConfig(f"label_{k + 1}") for k in range(self.label.shape[1])}
+        ids = {} if self.ids is None else {"id": pa.array(self.ids)}
+        config = TableConfig(
+            categorical=tuple(ids),
+            continuous=tuple(columns),
+            tasks=tasks,
+            split=SplitConfig("random", val=0.1, test=0.2),
+        )
+        return RawTables(train=pa.table({**ids, **columns, **labels}), val=None, test=None, config=config)
+
+
+def generate(config: SyntheticConfig) -> Synthetic:
+    """Draw a table. The same configuration gives the same table everywhere."""
+    random = np.random.RandomState(config.seed)  # numpy keeps its stream, which it does not for newer generators
+    basis = np.linalg.qr(random.standard_normal((config.num_features, config.num_tasks)))[0].T
+    weights = config.scale * _mixing(config.num_tasks, config.correlation) @ basis
+    x = random.standard_normal((config.num_rows, config.num_features))
+    noise = config.noise_std * random.standard_normal((config.num_rows, config.num_tasks))
+    y = _curve(config, x @ weights.T) + noise
+    ids = None
+    if config.num_ids:
+        # floor(N^u) - 1 with u uniform: the density of an id falls as 1 / (id + 1).
+        ids = (float(config.num_ids) ** random.random_sample(config.num_rows)).astype(np.int64) - 1
+        seen, which = np.unique(ids, return_inverse=True)
+        y += config.id_std * random.standard_normal((len(seen), config.num_tasks))[which]
+    threshold, correlation = label_correlation(config)
+    return Synthetic(x, y, y > threshold, weights, correlation, ids)
+
+
+def _mixing(num_tasks: int, p: float) -> Array:
+    """L (t, t), lower triangular, with L L^T = (1 - p) I + p; also where that has an eigenvalue 0."""
+    gram = (1 - p) * np.eye(num_tasks) + p
+    values, vectors = np.linalg.eigh(gram)
+    root = vectors * np.sqrt(np.maximum(values, 0))
+    lower = np.linalg.qr(root.T)[1].T
+    return lower * np.where(np.diag(lower) < 0, -1.0, 1.0)  # a column may have either sign: take the one above 0
+
+
+def _curve(config: SyntheticConfig, s: Array) -> Array:
+    """s + sum_i sin(alpha_i s + beta_i)."""
+    return s + sum((np.sin(a * s + b) for a, b in zip(config.alphas, config.betas, strict=True)), np.zeros_like(s))
+
+
+def label_correlation(config: SyntheticConfig, num: int = 1201) -> tuple[float, float]:
+    """The threshold on y that makes the chosen share positive, and Pearson's correlation of two tasks' labels.
+
+    w_1 . x / c and w_2 . x / c are standard normals z_1, z_2 of correlation p, and given z a label is positive with
+    probability g(z) = P(f(c z) + noise > threshold). The correlation is (E[g(z_1) g(z_2)] - q^2) / (q (1 - q)), whose
+    expectation is an integral over z_1 and z_2 | z_1, taken on a grid of ``num`` values each.
+    """
+    z = np.linspace(-8, 8, num)
+    density = np.exp(-(z**2) / 2)
+    density /= density.sum()
+    share = config.positives
+    curve = _curve(config, config.scale * z)
+    reach = 1 + 9 * config.unexplained_std
+    low, high = float(curve.min()) - reach, float(curve.max()) + reach
+    for _ in range(60):
+        threshold = (low + high) / 2
+        if float(density @ _positive(config, z, threshold)) > share:
+            low = threshold
+        else:
+            high = threshold
+    p = config.correlation
+    g = _positive(config, z, threshold)
+    z_2 = p * z[:, None] + np.sqrt(1 - p * p) * z[None, :]
+    both = float(density @ (g[:, None] * _positive(config, z_2, threshold)) @ density)
+    return threshold, (both - share * share) / (share * (1 - share))
+
+
+def _positive(config: SyntheticConfig, z: Array, threshold: float) -> Array:
+    from scipy.special import ndtr
+
+    margin = _curve(config, config.scale * z) - threshold
+    std = config.unexplained_std
+    return (margin > 0).astype(np.float64) if std == 0 else ndtr(margin / std)

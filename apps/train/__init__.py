@@ -1,0 +1,1 @@
+"""Training for every app: the LightningModule, optimizers, checkpoints, exact resume and the folder of a run."""

@@ -1,0 +1,159 @@
+"""The mean of the weights at the ends of the last epochs (checkpoint averaging)."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from apps.base.files import replacing
+
+_logger = logging.getLogger(__name__)
+
+AVERAGE = "average.ckpt"
+FOLDER = "epochs"
+
+
+class WeightAverage(Callback):
+    """Writes ``average.ckpt`` beside ``last.ckpt``: a checkpoint with the mean of the weights of the last epochs' ends.
+
+    Each epoch leaves its weights in ``epochs/<number>.pt`` there, of which the last ``num_epochs`` are kept, for a
+    longer run goes on from them; so memory holds one mean, whatever their number, and a training may end at any epoch.
+    Averaged are all tensors of floating point, also the experts' selection biases; the others are the last epoch's.
+    The trained module is left with the mean. To go on training from ``average.ckpt`` is to go on from the weights it
+    has as ``trained_state_dict``, those of the last epoch. Without checkpoints there is no average.
+
+    Args:
+        num_epochs: averaged, fewer where there are not so many.
+
+    Attributes:
+        kept: numbers of the epochs in the average, from 0.
+
+    Raises:
+        ValueError: a number below 1.
+    """
+
+    def __init__(self, num_epochs: int) -> None:
+        if num_epochs < 1:
+            raise ValueError(f"average_last={num_epochs} must be at least 1")
+        self.num_epochs = num_epochs
+        self.kept: list[int] = []
+        self._trained: dict[str, Any] | None = None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        folder = self._folder(trainer)
+        if folder is None:
+            return
+        if trainer.is_global_zero:
+            self._find_kept(trainer, folder)
+        self.kept = trainer.strategy.broadcast(self.kept)
+
+    def _find_kept(self, trainer: Trainer, folder: Path) -> None:
+        """Bring the weights of the kept epochs here, and forget those that there are not."""
+        came_from = None if trainer.ckpt_path is None else Path(str(trainer.ckpt_path)).parent / FOLDER
+        for epoch in self.kept:
+            here = _file(folder, epoch)
+            if came_from is not None and came_from != folder and _file(came_from, epoch).exists():
+                folder.mkdir(parents=True, exist_ok=True)
+                shutil.copy(_file(came_from, epoch), here)
+        missing = [epoch for epoch in self.kept if not _file(folder, epoch).exists()]
+        if missing:
+            _logger.warning(
+                "the weights of epochs %s are not beside %s: the average is without them",
+                ", ".join(str(epoch + 1) for epoch in missing),
+                trainer.ckpt_path,
+            )
+            self.kept = [epoch for epoch in self.kept if epoch not in missing]
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Not at the epoch's end: the checkpoint that says what is kept is written after this callback's turn.
+        folder = self._folder(trainer)
+        if folder is not None and trainer.is_global_zero:
+            self._prune(folder)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        folder = self._folder(trainer)
+        if folder is None:
+            return
+        epoch = trainer.current_epoch
+        if trainer.is_global_zero:
+            weights = {name: value.detach().cpu() for name, value in _floating(pl_module).items()}
+            with replacing(_file(folder, epoch), "wb") as file:
+                torch.save(weights, file)
+        self.kept = [*(e for e in self.kept if e != epoch), epoch][-self.num_epochs :]
+
+    # Here and not at the training's end: a run that was killed after its last epoch has no such end any more.
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        folder = self._folder(trainer)
+        if folder is None or not self.kept:
+            return
+        own = mean_weights([_file(folder, epoch) for epoch in self.kept]) if trainer.is_global_zero else None
+        mean = trainer.strategy.broadcast(own)
+        self._trained = {name: _copy(value) for name, value in pl_module.state_dict().items()}
+        with torch.no_grad():
+            for name, value in _floating(pl_module).items():
+                value.copy_(mean[name])
+        path = folder.parent / AVERAGE
+        trainer.save_checkpoint(path, weights_only=False)
+        self._trained = None
+        if trainer.is_global_zero:
+            self._prune(folder)
+            epochs = ", ".join(str(epoch + 1) for epoch in self.kept)
+            _logger.info("%s: the mean of the weights after epoch%s %s", path, "s" * (len(self.kept) > 1), epochs)
+
+    def _prune(self, folder: Path) -> None:
+        """Remove what is not kept; at the start of a run, that of the run before."""
+        kept = {_file(folder, epoch) for epoch in self.kept}
+        for path in folder.glob("*.pt*") if folder.is_dir() else ():
+            if path not in kept:
+                path.unlink(missing_ok=True)
+
+    def _folder(self, trainer: Trainer) -> Path | None:
+        """Where the epochs' weights are; None where the run has no checkpoints."""
+        dirpath = getattr(trainer.checkpoint_callback, "dirpath", None)
+        return None if trainer.fast_dev_run or not dirpath else Path(dirpath) / FOLDER
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"kept": list(self.kept)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.kept = [int(epoch) for epoch in state_dict["kept"]][-self.num_epochs :]
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self._trained is not None:
+            checkpoint["trained_state_dict"] = self._trained
+            checkpoint["averaged_epochs"] = list(self.kept)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.state.fn == "fit" and "averaged_epochs" in checkpoint:
+            pl_module.load_state_dict(checkpoint["trained_state_dict"])
+
+
+def mean_weights(paths: Sequence[Path]) -> Mapping[str, Tensor]:
+    """The equal-weighted mean of files of tensors by name, one file in memory at a time, summed in float64."""
+    total: dict[str, Tensor] = {}
+    dtypes: dict[str, torch.dtype] = {}
+    for path in paths:
+        for name, value in torch.load(path, map_location="cpu", weights_only=True).items():
+            dtypes[name] = value.dtype
+            total[name] = total[name].add_(value) if name in total else value.to(torch.float64, copy=True)
+    return {name: value.div_(len(paths)).to(dtypes[name]) for name, value in total.items()}
+
+
+def _file(folder: Path, epoch: int) -> Path:
+    return folder / f"{epoch}.pt"
+
+
+def _floating(module: LightningModule) -> dict[str, Tensor]:
+    values = module.state_dict(keep_vars=True).items()
+    return {name: v for name, v in values if isinstance(v, Tensor) and v.is_floating_point()}
+
+
+def _copy(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value

@@ -1,0 +1,259 @@
+"""Checkpoints from outside a training: which file a path means, what it holds, and the model in it.
+
+A checkpoint is data. It names its model and the model's configs, and those names are looked up among the classes of the
+apps and those that the program has imported: nothing is imported because a file says so. See docs/security.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+
+import core
+from apps import registry
+from apps.train import sharded
+from apps.train.module import SparseModule
+
+CONFIG_BASES = (core.RouterConfig, core.ExpertConfig, core.MultiGateConfig)
+"""Bases of the configs that may be of several classes: their YAML has a ``class_path``."""
+
+
+def load(path: str | Path, device: str | torch.device = "cpu") -> Any:
+    """Return the trained model of a run, of any app, ready to predict.
+
+    Every app's model has ``predict``, which takes what its users have: a table or a path of one (recommenders), image
+    files (vision), strings (translation and language models).
+
+    Args:
+        path: the folder of a run, whose best checkpoint is taken, else its last; or a checkpoint.
+        device: where the weights go.
+
+    Returns:
+        The ``SparseModule`` in evaluation mode. It knows what its checkpoint keeps of the data (classes, columns,
+        subwords), so that no training data are needed.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint.
+        ValueError: the file is damaged, or of a model whose class has not been imported.
+
+    Example::
+
+        model = apps.load("runs/digits")
+        model.predict(["three.png"])
+    """
+    file = checkpoint_file(Path(path))
+    checkpoint = load_checkpoint(file)
+    kind = module_class(checkpoint, file)
+    check_arguments(kind, checkpoint.get("hyper_parameters") or {}, f"{file}: model")
+    return kind.load_from_checkpoint(file, map_location="cpu").to(device).eval()
+
+
+def checkpoint_file(path: Path) -> Path:
+    """Return the checkpoint that a path means: of a run's folder the best, else the last.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    if path.is_file() or sharded.is_sharded(path):
+        return path
+    for folder in (path / "checkpoints", path):
+        for name in ("best", "last"):
+            file = folder / f"{name}.ckpt"
+            if file.is_file() or sharded.is_sharded(file):
+                return file
+    if not path.exists():
+        raise FileNotFoundError(f"no checkpoint {path}")
+    raise FileNotFoundError(f"{path} holds no checkpoint: a run has checkpoints/best.ckpt or checkpoints/last.ckpt")
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Return a checkpoint's contents on the CPU. Tensors are mapped from the file, not read; shards give shapes alone.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is damaged, or is no checkpoint.
+    """
+    if sharded.is_sharded(path):
+        return sharded.read(path, device="meta")
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint {path}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except PermissionError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{path} is not a readable checkpoint: damaged, cut short, or of another program") from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise ValueError(f"{path} is not a checkpoint of a training run: it has no state_dict")
+    return checkpoint
+
+
+def module_class(checkpoint: Mapping[str, Any], path: Path) -> type[SparseModule]:
+    """Return the class of the model that a checkpoint is of: an app's, or one that the program has imported.
+
+    Args:
+        checkpoint: its contents.
+        path: its file, for messages.
+
+    Raises:
+        ValueError: the checkpoint names no class, or one that is neither.
+    """
+    name = checkpoint.get("module_class")
+    if not isinstance(name, str):
+        raise ValueError(f"{path} does not say which model it is of: load it by load_from_checkpoint of its class")
+    if registry.full_path(name) == name:
+        return registry.resolve(name)
+    for kind in _imported(SparseModule):
+        if f"{kind.__module__}.{kind.__qualname__}" == name:
+            return kind
+    raise ValueError(
+        f"{path} is of a {name}, which no app has and nothing has imported: a checkpoint imports nothing. If you trust "
+        "the class, import its module first, or name it in --config"
+    )
+
+
+def _imported(kind: type[SparseModule]) -> Iterator[type[SparseModule]]:
+    for sub in kind.__subclasses__():
+        yield sub
+        yield from _imported(sub)
+
+
+# ---- plain values that come from a file and are handed to the parser
+
+
+def check_arguments(kind: type, arguments: Any, where: str) -> None:
+    """Refuse plain arguments of a class that name anything but registered config classes.
+
+    The parser would import what a ``class_path`` names, and would read a text in a config's place as a class or as the
+    path of another file. This is for arguments from a checkpoint or from the configuration beside one.
+
+    Args:
+        kind: the class: a module, a data module, or a registered config.
+        arguments: by name.
+        where: file and dotted key, for messages.
+
+    Raises:
+        ValueError: naming the key and what it names.
+    """
+    if not isinstance(arguments, Mapping):
+        raise ValueError(f"{where} is {_short(arguments)}, not the arguments of {kind.__name__}")
+    # Of a module or data module the constructor's hints, base classes' included: they hand **kwargs on.
+    hints: dict[str, Any] = {}
+    for owner in reversed(kind.__mro__):
+        if dataclasses.is_dataclass(kind):
+            hints = typing.get_type_hints(kind)
+            break
+        if "__init__" in vars(owner) and owner is not object:
+            hints |= typing.get_type_hints(vars(owner)["__init__"])
+    for name, value in arguments.items():
+        _check(value, hints.get(name, Any), f"{where}.{name}")
+
+
+def _check(value: Any, hint: Any, where: str) -> None:
+    kinds = list(_flat(hint))
+    configs = [k for k in kinds if isinstance(k, type) and dataclasses.is_dataclass(k)]
+    configs += [k for k in kinds if k in CONFIG_BASES and k not in configs]
+    if isinstance(value, str):
+        if configs and not any(k in (str, Any) or typing.get_origin(k) is typing.Literal for k in kinds):
+            raise ValueError(f"{where}={_short(value)} is a text in place of a {configs[0].__name__}")
+    elif isinstance(value, Mapping) and "class_path" in value:
+        kind = _registered(value["class_path"], where)
+        if extra := set(value) - {"class_path", "init_args"}:
+            raise ValueError(f"{where} has {sorted(map(str, extra))[0]!r} beside class_path and init_args")
+        check_arguments(kind, value.get("init_args") or {}, where)
+    elif isinstance(value, Mapping):
+        several = [k for k in configs if k in CONFIG_BASES]
+        if several:
+            raise ValueError(f"{where} has no class_path, which says what {several[0].__name__} it is")
+        for kind in configs:
+            check_arguments(kind, value, where)
+        if not configs:
+            for name, inner in value.items():
+                _check(inner, hint if hint is Any else typing.Union[tuple(kinds)], f"{where}.{name}")  # noqa: UP007
+    elif isinstance(value, (list, tuple)):
+        for i, inner in enumerate(value):
+            _check(inner, hint, f"{where}.{i}")
+
+
+def _registered(class_path: Any, where: str) -> type:
+    try:
+        return core.registered_config(class_path)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _flat(hint: Any) -> Iterator[Any]:
+    yield hint
+    if typing.get_origin(hint) is not typing.Literal:
+        for part in typing.get_args(hint):
+            yield from _flat(part)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def check_beside(config: Mapping[str, Any], path: Path) -> None:
+    """Refuse a configuration that lies beside a checkpoint and names more than registered classes.
+
+    Args:
+        config: its contents.
+        path: its file, for messages.
+
+    Raises:
+        ValueError: naming the key, what it names, and that ``--config`` trusts the file.
+    """
+    try:
+        _check_beside(config)
+    except ValueError as error:
+        raise ValueError(
+            f"{path} lies beside the checkpoint, and such a file may name registered classes alone: {error}; if you "
+            f"trust it, give --config {path}"
+        ) from None
+
+
+def _check_beside(config: Mapping[str, Any]) -> None:
+    for key, value in config.items():
+        if key in ("model", "data"):
+            name = value if isinstance(value, str) else value.get("class_path") if isinstance(value, Mapping) else None
+            kind = _app_class(name, LightningDataModule if key == "data" else SparseModule)
+            if kind is None:
+                raise ValueError(f"{key}={_short(name)} is neither a class of the apps nor one that is imported")
+            if isinstance(value, Mapping):
+                if extra := set(value) - {"class_path", "init_args"}:
+                    raise ValueError(f"{key} has {sorted(map(str, extra))[0]!r} beside class_path and init_args")
+                check_arguments(kind, value.get("init_args") or {}, key)
+        elif key == "trainer":
+            _check_trainer(value, "trainer")
+        elif value is not None and key not in ("seed_everything", "run_dir", "ckpt_path"):
+            raise ValueError(f"{key} is no part of a run's configuration")
+
+
+def _app_class(name: Any, base: type) -> type | None:
+    if not isinstance(name, str):
+        return None
+    if registry.full_path(name) is not None:
+        return registry.resolve(name)
+    return next((k for k in _imported(base) if name == f"{k.__module__}.{k.__qualname__}"), None)  # type: ignore[arg-type]
+
+
+def _check_trainer(value: Any, where: str) -> None:
+    if isinstance(value, Mapping):
+        path = value.get("class_path")
+        if "class_path" in value and path not in registry.TRAINER_PARTS:
+            raise ValueError(f"{where} names {_short(path)}")
+        for name, inner in value.items():
+            if name not in ("class_path", "default_root_dir"):
+                _check_trainer(inner, f"{where}.{name}")
+    elif isinstance(value, (list, tuple)):
+        for i, inner in enumerate(value):
+            _check_trainer(inner, f"{where}.{i}")
+    elif isinstance(value, str) and ("." in value or Path(value).exists()):  # a class, or the path of another file
+        raise ValueError(f"{where}={_short(value)}")

@@ -1,0 +1,171 @@
+"""The optimizer of every app: AdamW, or Muon with AdamW beside it, over groups of routers, experts and the rest."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+import core
+from apps.train.muon import MuonAdamW
+
+
+@core.register_config
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """One learning rate for three kinds of parameters, a linear warm-up and a decay, both by step.
+
+    Attributes:
+        name: "adamw"; or "muon" for the matrices inside the network, with AdamW for the rest: embeddings, the read-out,
+            routers, biases and norms. Its steps have the size of AdamW's, so that ``lr`` means the same.
+        lr: peak learning rate.
+        weight_decay: decoupled weight decay; biases, norms and other 1-d parameters have none.
+        betas: decay rates of Adam's two moments.
+        eps: added to the root of the second moment.
+        muon_momentum: decay of Muon's running mean of the gradients.
+        fused: AdamW's step in one kernel. With gradient clipping Lightning refuses it under mixed precision.
+        router_lr_scale: the routers' learning rate is ``lr`` times this.
+        router_weight_decay_scale: the routers' weight decay is ``weight_decay`` times this.
+        expert_lr_scale: the experts' learning rate is ``lr`` times this.
+        expert_weight_decay_scale: the experts' weight decay is ``weight_decay`` times this.
+        warmup: steps of linear warm-up; a fraction of all steps where it is below 1.
+        schedule: what follows the warm-up: "cosine" to ``min_lr_ratio``; "inverse_sqrt": ``sqrt(warmup / n)`` at the
+            n-th step (arXiv 1706.03762, section 5.3), which does not depend on the length of the run where ``warmup``
+            is in steps; or "constant".
+        min_lr_ratio: learning rate at the end, as a part of the peak; "inverse_sqrt" does not fall below it.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    name: Literal["adamw", "muon"] = "adamw"
+    lr: float = 1e-3
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    muon_momentum: float = 0.95
+    fused: bool = False
+    router_lr_scale: float = 1.0
+    router_weight_decay_scale: float = 1.0
+    expert_lr_scale: float = 1.0
+    expert_weight_decay_scale: float = 1.0
+    warmup: float = 0.05
+    schedule: Literal["cosine", "inverse_sqrt", "constant"] = "cosine"
+    min_lr_ratio: float = 0.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "betas", tuple(self.betas))  # a list in YAML and in a checkpoint
+        if self.name not in ("adamw", "muon"):
+            raise ValueError(f"optimizer.name={self.name!r} is not one of 'adamw', 'muon'")
+        if self.name == "muon" and self.fused:
+            raise ValueError("optimizer.fused=True is a kernel of AdamW's; optimizer.name='muon' has none")
+        if not 0 <= self.muon_momentum < 1:
+            raise ValueError(f"optimizer.muon_momentum={self.muon_momentum} must lie in [0, 1)")
+        if not self.lr > 0:
+            raise ValueError(f"optimizer.lr={self.lr} must be positive")
+        for name in (
+            "weight_decay",
+            "eps",
+            "router_lr_scale",
+            "router_weight_decay_scale",
+            "expert_lr_scale",
+            "expert_weight_decay_scale",
+            "warmup",
+        ):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"optimizer.{name}={getattr(self, name)} must not be negative")
+        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
+            raise ValueError(f"optimizer.betas={self.betas} must be two numbers in [0, 1)")
+        if not 0 <= self.min_lr_ratio <= 1:
+            raise ValueError(f"optimizer.min_lr_ratio={self.min_lr_ratio} must lie in [0, 1]")
+        if self.schedule not in ("cosine", "inverse_sqrt", "constant"):
+            raise ValueError(f"optimizer.schedule={self.schedule!r} is not one of 'cosine', 'inverse_sqrt', 'constant'")
+        if self.warmup >= 1 and self.warmup != int(self.warmup):
+            raise ValueError(f"optimizer.warmup={self.warmup} must be a whole number of steps, or a fraction below 1")
+
+    def warmup_steps(self, total_steps: float) -> int:
+        """Steps of warm-up in a run of ``total_steps`` (``inf`` where it has no end)."""
+        if self.warmup >= 1:
+            return int(self.warmup)
+        return round(self.warmup * total_steps) if math.isfinite(total_steps) else 0
+
+    def factor(self, step: int, total_steps: float) -> float:
+        """The learning rate of optimizer step ``step`` (from 0) as a part of the peak."""
+        warmup = self.warmup_steps(total_steps)
+        if step < warmup:
+            return (step + 1) / warmup
+        if self.schedule == "inverse_sqrt":
+            return max(math.sqrt(max(warmup, 1) / (step + 1)), self.min_lr_ratio)
+        if self.schedule == "constant" or not math.isfinite(total_steps):
+            return 1.0
+        progress = min((step - warmup) / max(total_steps - warmup, 1), 1.0)
+        return self.min_lr_ratio + (1 - self.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """The optimizer of ``parameter_groups(model, config)``."""
+    groups = parameter_groups(model, config)
+    options: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "weight_decay": 0.0}
+    if config.fused:
+        options["fused"] = True
+    if config.name == "muon":
+        return MuonAdamW(groups, momentum=config.muon_momentum, **options)
+    return torch.optim.AdamW(groups, **options)
+
+
+def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """The trainable parameters of ``model`` in groups: routers, experts, the rest, each with and without decay.
+
+    No decay for 1-d parameters, biases and norms (also the experts', which are (E, F)), and what a submodule names in
+    ``no_weight_decay()`` as timm's models do. Under Muon the matrices stand in groups of their own: the weights of
+    experts, shared ones too, and of ``nn.Linear``, but those of modules that ``model.readout`` names. A group has the
+    keys ``name``, ``params``, ``lr``, ``weight_decay`` and, under Muon, ``muon``; empty groups are left out.
+    """
+    kind: dict[int, str] = {}
+    for layer in core.moe_layers(model).values():
+        kind |= dict.fromkeys(map(id, layer.router.parameters()), "router")
+        for experts in (layer.experts, getattr(layer, "shared_experts", None)):
+            kind |= dict.fromkeys(map(id, experts.parameters() if experts is not None else ()), "experts")
+    exempt = set(_no_weight_decay(model))
+    linear = {id(m.weight) for name, m in model.named_modules() if isinstance(m, nn.Linear) and not _reads(model, name)}
+    scales = {
+        "router": (config.router_lr_scale, config.router_weight_decay_scale),
+        "experts": (config.expert_lr_scale, config.expert_weight_decay_scale),
+        "rest": (1.0, 1.0),
+    }
+    groups: dict[str, dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad or hasattr(parameter, "_in_backward_optimizers"):
+            continue  # rows of a fused embedding are stepped in the backward already
+        which = kind.get(id(parameter), "rest")
+        leaf = name.rpartition(".")[2]
+        decays = parameter.ndim > 1 and not (name in exempt or "bias" in leaf or leaf.startswith(("b_", "norm_")))
+        matrix = decays and (which == "experts" or (which == "rest" and id(parameter) in linear))
+        key = which if decays else f"{which}_no_decay"
+        lr_scale, decay_scale = scales[which]
+        group: dict[str, Any] = {
+            "name": key,
+            "params": [],
+            "lr": config.lr * lr_scale,
+            "weight_decay": config.weight_decay * decay_scale if decays else 0.0,
+        }
+        if config.name == "muon":
+            group |= {"name": f"{key}_matrices" if matrix else key, "muon": matrix}
+        groups.setdefault(group["name"], group)["params"].append(parameter)
+    return list(groups.values())
+
+
+def _reads(model: nn.Module, name: str) -> bool:
+    """Whether the module ``name`` is the read-out, or in it."""
+    return any(name == own or name.startswith(f"{own}.") for own in getattr(model, "readout", ()))
+
+
+def _no_weight_decay(model: nn.Module) -> Iterator[str]:
+    for prefix, module in model.named_modules():
+        names = getattr(module, "no_weight_decay", None)
+        if callable(names):
+            yield from (f"{prefix}.{n}" if prefix else n for n in names())

@@ -1,0 +1,169 @@
+"""The folder of a run: a run of ours has made it, one training at a time is in it, and an earlier run is put aside."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from apps.base.files import naming, replacing
+
+MARKER = ".moesaic-run"
+"""The file that says that a folder is a run's. A training holds a lock on it."""
+
+_CURVES = ("events.out.tfevents.*", "hparams.yaml")
+"""The files that TensorBoard's writer leaves."""
+
+
+def mark(folder: Path) -> None:
+    """Say that a folder is a run's, where it is new or empty; a folder with files stays as it is."""
+    if not folder.is_dir() or not any(folder.iterdir()):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / MARKER).touch()
+
+
+def check_free(folder: Path) -> None:
+    """Refuse a folder for a training that holds files and that no run has made.
+
+    Raises:
+        ValueError: naming the first file.
+    """
+    found = sorted(folder.iterdir()) if folder.is_dir() else []
+    if found and not (folder / MARKER).exists():
+        raise ValueError(
+            f"{folder} holds {found[0].name}, and no run has made the folder: it stays as it is; give another --run_dir"
+        )
+
+
+def check_own(path: Path) -> None:
+    """Refuse to replace a file that no run has written.
+
+    Raises:
+        ValueError: the file is there, and its folder is no run's.
+    """
+    if path.exists() and not (path.parent / MARKER).exists():
+        raise ValueError(f"{path} is no run's: it stays as it is; give another --run_dir")
+
+
+def put_aside(folder: Path, paths: Iterable[Path], names: Iterable[str]) -> Path:
+    """Move ``paths`` from ``folder`` into its ``earlier``, in place of what a run had left there; return that folder.
+
+    Args:
+        folder: of the run.
+        paths: files and folders in it.
+        names: what a run leaves in ``folder``, relative to it: so much of ``earlier`` is deleted.
+    """
+    earlier = folder / "earlier"
+    for name in names:
+        _delete(earlier / name)
+    for path in paths:
+        target = earlier / path.relative_to(folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, target)
+    return earlier
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+class RunFolder(Callback):
+    """Makes a folder that of a new run at the start of its training; until then an earlier run there stays whole.
+
+    All that run left goes to ``earlier``, where one run is kept: nothing of it lies among what is of this one. A run
+    that left no checkpoint is not kept. A resumed run moves nothing. Files that no run writes are not touched.
+
+    Args:
+        folder: of the run.
+        descriptions: texts to write there, by the name of the file.
+
+    Raises:
+        ValueError: the folder holds files, and no run has made it.
+    """
+
+    # Beside the curves. The checkpoints come last, in one move: a kill half-way loses none.
+    names = ("metrics.csv", "config.yaml", "signatures.json", "test.json", "validate.json", "predictions.jsonl",
+             "report", "checkpoints")  # fmt: skip
+
+    def __init__(self, folder: Path, descriptions: Mapping[str, str]) -> None:
+        self.folder, self.descriptions = folder, dict(descriptions)
+        check_free(folder)
+        # Listed now: TensorBoard begins its file before the training starts.
+        self._curves = self._list_curves()
+        self._found = [*self._curves, *(p for p in (folder / name for name in self.names) if p.exists())]
+        self._started = False
+
+    def _list_curves(self) -> list[Path]:
+        return sorted(path for pattern in _CURVES for path in (self.folder / "tensorboard").glob(pattern))
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the folder for the training inside: another one there is refused.
+
+        Raises:
+            ValueError: another training holds it.
+        """
+        new = not self.folder.exists()
+        with naming(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.folder / MARKER)  # the system drops it when its holder dies
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                raise ValueError(
+                    f"another training is running in {self.folder}: wait for its end, or give another --run_dir"
+                ) from None
+        try:
+            yield
+        finally:
+            lock.release()
+            if not self._started and new:
+                with contextlib.suppress(OSError):  # it holds what someone else has put there
+                    (self.folder / MARKER).unlink()
+                    self.folder.rmdir()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """A run that ends before its training starts leaves nothing: TensorBoard has begun a file by then."""
+        if self._started or not trainer.is_global_zero:
+            return
+        for path in self._list_curves():
+            if path not in self._curves:
+                path.unlink()
+        curves = self.folder / "tensorboard"
+        if curves.is_dir() and not any(curves.iterdir()):
+            curves.rmdir()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            if trainer.ckpt_path:
+                print(
+                    f"going on from {trainer.ckpt_path}: step {trainer.global_step}, epoch {trainer.current_epoch + 1}"
+                )
+            else:
+                self._put_aside()
+            for name, text in self.descriptions.items():
+                with naming(self.folder / name), replacing(self.folder / name) as file:
+                    file.write(text)
+        self._started = True
+
+    def _put_aside(self) -> None:
+        if any((self.folder / "checkpoints").glob("*.ckpt")):
+            curves = (f"tensorboard/{path.name}" for path in (self.folder / "earlier" / "tensorboard").glob("*"))
+            own = [name for name in curves if any(Path(name).match(pattern) for pattern in _CURVES)]
+            earlier = put_aside(self.folder, self._found, [*own, *self.names])
+            (earlier / MARKER).touch()
+            print(
+                f"{self.folder} held an earlier run: it is in {earlier} now, where one earlier run is kept "
+                f"(--ckpt_path {earlier / 'checkpoints' / 'last.ckpt'} goes on from it)"
+            )
+            return
+        for path in self._curves:  # they would be drawn over this run's
+            path.unlink()

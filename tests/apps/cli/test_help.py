@@ -1,0 +1,209 @@
+"""``--help_all``, ``--model.help`` and ``--print_config``: what can be set, and what is in force."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tiny_app import TinyData, TinyModule
+
+import core
+from apps.cli import main
+from apps.cli.classes import app_classes, long_name, parameters
+from apps.cli.help import options_of
+from apps.cli.request import Request
+from apps.train.optimizers import OptimizerConfig
+
+CONFIG = """
+model: {class_path: tiny_app.TinyModule, init_args: {moe: {num_experts: 4}}}
+data: {class_path: tiny_app.TinyData, init_args: {n: 24}}
+trainer: {accelerator: cpu, max_epochs: 1, log_every_n_steps: 1}
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder with ``tiny.yaml``."""
+    monkeypatch.chdir(tmp_path)
+    Path("tiny.yaml").write_text(CONFIG)
+    return tmp_path
+
+
+def said(*argv: str) -> list[str]:
+    """Return the lines of stdout of a command that must succeed."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert main(list(argv)) == 0
+    return out.getvalue().splitlines()
+
+
+# ---- short names
+
+
+def test_every_class_of_the_apps_has_a_short_name_that_needs_no_import():
+    assert set(app_classes("model")) == {
+        "LanguageModeler", "MultiTaskRecommender", "NextItemRecommender", "Translator", "VisionClassifier",
+    }  # fmt: skip
+    assert set(app_classes("data")) == {"HistoryData", "TableData", "TextData", "TranslationData", "VisionData"}
+    assert long_name("data", "TextData") == "apps.nlp.language.data.TextData"
+    assert long_name("data", "mine.TextData") == "mine.TextData"
+    assert parameters("tiny_app.TinyData") == ["num_classes", "n", "batch_size", "num_workers"]
+    assert parameters("tiny_app.NamingModule") is None  # it passes **kwargs on
+
+
+@pytest.mark.parametrize(
+    ("option", "name"),
+    [("--model.help", name) for name in app_classes("model")] + [("--data.help", name) for name in app_classes("data")],
+)
+def test_a_short_name_is_taken_by_help(option, name):
+    title, *lines = said("fit", option, name)
+    part = option[2:].partition(".")[0]
+    assert title.startswith(f"{part} {long_name(part, name)}: ")
+    assert len(lines) > 5
+    assert all(line.startswith(f"  --{part}.") for line in lines if line)
+
+
+def test_a_short_name_is_taken_by_flags_and_in_yaml():
+    Path("short.yaml").write_text("model: {class_path: LanguageModeler, init_args: {moe: null}}\ndata: TextData")
+    request = Request.read("fit", ["--config", "short.yaml"])
+    assert request.config["model"]["class_path"] == "apps.nlp.language.module.LanguageModeler"
+    assert request.config["data"] == "apps.nlp.language.data.TextData"
+    request = Request.read("fit", ["--model", "NextItemRecommender", "--data=HistoryData"])
+    assert request.flags == (
+        "--model", "apps.recsys.sequence.module.NextItemRecommender", "--data=apps.recsys.sequence.data.HistoryData",
+    )  # fmt: skip
+
+
+# ---- help
+
+
+def test_all_options_are_a_line_each_by_section(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")  # narrower, a meaning is cut
+    lines = said("fit", "--help_all", "--config", "tiny.yaml")
+    titles = [line.partition(":")[0] for line in lines if line and not line.startswith("  --")]
+    assert titles == ["run", "trainer", "model tiny_app.TinyModule", "data tiny_app.TinyData"]
+    text = "\n".join(lines)
+    for noise in ("known subclasses", "{fit}", "usage:", "type: "):
+        assert noise not in text
+    names = [line.split()[0] for line in lines if line.startswith("  --")]
+    assert len(names) == len(set(names))
+    rows = {line.split()[0]: line.split(maxsplit=2)[1:] for line in lines if line.startswith("  --")}
+    assert rows["--model.moe.router.top_k"] == ["2", "experts per token, K"]
+    assert rows["--model.optimizer.lr"] == ["0.001", "peak learning rate"]
+    assert rows["--model.dropout"] == ["0.1", "probability"]
+    assert rows["--trainer.enable_model_summary"][0] == "false"  # as our command line sets it
+    assert "--model.num_classes" not in rows  # the data decide it
+    alone = said("fit", "--help_all", "data", "--config", "tiny.yaml")
+    assert [line.split() for line in alone] == [line.split() for line in lines[-len(alone) :]]
+
+
+def test_without_a_configuration_the_classes_are_listed():
+    lines = said("test", "--help_all", "model")  # and no checkpoint is asked for
+    assert lines[0] == "model"
+    assert [line.split()[1] for line in lines[1:-2]] == list(app_classes("model"))
+
+
+def test_a_router_has_help_by_its_short_name():
+    title, *lines = said("fit", "--model.moe.router.help", "Hash")
+    assert title.startswith("model.moe.router core.routing.fixed.Hash: ")
+    assert lines[0].split()[:2] == ["--model.moe.router.vocab_size", "required"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--help_all", "modl"], "help_all=modl does not exist; did you mean 'model'?"),
+        (["--model.help", "VisionClasifier"], "VisionClasifier does not exist; did you mean 'VisionClassifier'?"),
+    ],
+)
+def test_help_of_what_is_not_there(capsys, argv, message):
+    assert main(["fit", *argv]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_options_of_a_config_are_listed_with_the_values_of_its_owner():
+    options = {o.name: o.default for o in options_of(TinyModule, "m", {"moe": core.MoEConfig(6, core.Hash(9))})}
+    assert options["m.moe.num_experts"] == "6"
+    assert (options["m.moe.router"], options["m.moe.router.vocab_size"]) == ("Hash", "9")
+    assert {o.name for o in options_of(TinyData, "d")} == {f"d.{name}" for name in parameters("tiny_app.TinyData")}
+
+
+# ---- the configuration in force
+
+
+def printed(*argv: str) -> dict[str, Any]:
+    return yaml.safe_load("\n".join(said("fit", *argv, "--print_config")))
+
+
+def test_the_printed_configuration_has_the_defaults_in_force():
+    model = printed("--config", "tiny.yaml")["model"]["init_args"]
+    assert OptimizerConfig(**model["optimizer"]) == OptimizerConfig()
+    assert model["explode_at"] is model["ema_decay"] is None  # where null is "off" it stays
+    assert (
+        printed("--config", "tiny.yaml", "--model.optimizer.lr", "0.5")["model"]["init_args"]["optimizer"]["lr"] == 0.5
+    )
+    null = ["--config", "tiny.yaml", "--config", "null.yaml"]
+    Path("null.yaml").write_text("model: {init_args: {optimizer: null, moe: null}}")
+    model = printed(*null)["model"]["init_args"]
+    assert model["optimizer"]["lr"] == OptimizerConfig().lr
+    assert model["moe"] is None
+
+
+@pytest.mark.parametrize(
+    ("config", "filled"),
+    [
+        ("vision/digits.yaml", ["optimizer"]),
+        ("recsys/synthetic.yaml", ["embedding", "dense", "interaction", "weighting"]),
+        ("recsys/movielens_1m_next_item.yaml", ["sequence", "optimizer"]),
+        ("nlp/multi30k_en_de.yaml", ["transformer", "optimizer"]),
+    ],
+)
+def test_no_null_of_an_app_stands_for_a_default(config, filled):
+    path, empty = f"configs/{config}", "\n".join(f"    {name}: null" for name in filled)
+    Path("null.yaml").write_text(f"model:\n  init_args:\n{empty}\n")
+    values = printed("--config", path, "--config", "null.yaml")
+    assert all(isinstance(values["model"]["init_args"][name], dict) for name in filled)
+    Path("again.yaml").write_text(yaml.safe_dump(values))
+    assert printed("--config", "again.yaml") == values
+
+
+def test_a_configuration_is_printed_before_there_is_a_checkpoint():
+    assert (
+        yaml.safe_load("\n".join(said("test", "--config", "tiny.yaml", "--print_config")))["data"]["init_args"]["n"]
+        == 24
+    )
+
+
+def test_a_published_transformer_is_not_written_out_as_ours():
+    flags = ["--model", "Translator", "--data", "TranslationData", "--model.pretrained", "folder"]
+    assert printed(*flags)["model"]["init_args"]["transformer"] is None
+    assert printed(*flags[:4])["model"]["init_args"]["transformer"]["size"] == "tiny"
+
+
+def test_a_class_given_by_a_flag_begins_without_the_stand_in_s_arguments():
+    """SharedBottom, which stands in for null, has experts of width 128; MMoE's own are of width 16."""
+    flags = ["--model", "MultiTaskRecommender", "--data", "TableData", "--model.shared", "core.MMoE"]
+    shared = printed(*flags, "--model.shared.num_experts", "2")["model"]["init_args"]["shared"]
+    assert shared["init_args"]["expert"]["init_args"]["hidden_dims"] == list(core.MMoE(2).expert.hidden_dims) == [16]
+    shared = printed(*flags[:4], "--model.shared.expert.hidden_dims", "[32]")["model"]["init_args"]["shared"]
+    assert shared["class_path"] == "apps.recsys.tables.bottoms.SharedBottom"
+    assert shared["init_args"]["expert"]["init_args"]["hidden_dims"] == [32]
+
+
+def losses(run: str) -> list[str]:
+    with open(Path("runs", run, "metrics.csv")) as file:
+        return [row["train/loss"] for row in csv.DictReader(file)]
+
+
+def test_printed_and_written_configurations_give_the_same_run():
+    Path("printed.yaml").write_text("\n".join(said("fit", "--config", "tiny.yaml", "--print_config")))
+    for config, run in (("tiny.yaml", "tiny"), ("printed.yaml", "printed"), ("runs/tiny/config.yaml", "again")):
+        assert main(["fit", "--config", config, "--run_dir", f"runs/{run}"]) == 0
+    assert len([x for x in losses("tiny") if x]) == 3  # 24 points in batches of 8
+    assert losses("printed") == losses("again") == losses("tiny")
+    written = [yaml.safe_load(Path("runs", run, "config.yaml").read_text()) for run in ("tiny", "printed", "again")]
+    assert len({yaml.safe_dump({**one, "run_dir": ""}) for one in written}) == 1

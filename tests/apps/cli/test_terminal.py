@@ -1,0 +1,129 @@
+"""What a terminal shows when a command has ended: the bars gone, each line once and at the start of a line."""
+
+from __future__ import annotations
+
+import io
+import os
+import pty
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from places import environment
+
+from apps.cli import main
+
+CONFIG = """
+model:
+  class_path: tiny_app.TinyModule
+  init_args: {moe: {num_experts: 4}}
+data: {class_path: tiny_app.TinyData, init_args: {n: 24}}
+trainer: {accelerator: cpu, max_epochs: 2}
+"""
+
+
+def screen(data: bytes) -> list[str]:
+    """Return the lines that a wide terminal shows in the end, without colours.
+
+    Carriage return, line feed, cursor up and erasing a line are all that a progress bar moves by.
+    """
+    lines, row, column = [""], 0, 0
+    for token in re.findall(r"\x1b\[[0-9;?]*[A-Za-z]|\r|\n|[^\x1b\r\n]+", data.decode()):
+        if token == "\r":
+            column = 0
+        elif token == "\n":
+            row += 1
+            lines += [""] * (row + 1 - len(lines))
+        elif token.startswith("\x1b["):
+            if token.endswith("A"):
+                row -= int(token[2:-1] or 1)
+            elif token == "\x1b[2K":
+                lines[row] = ""
+        else:
+            line = lines[row].ljust(column)
+            lines[row] = line[:column] + token + line[column + len(token) :]
+            column += len(token)
+    return [line.rstrip() for line in lines if line.strip()]
+
+
+@pytest.fixture
+def terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """Run a command with a terminal as stdout and stderr; returns what it shows."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "200")
+    Path("tiny.yaml").write_text(CONFIG)
+
+    def run(*argv: str) -> list[str]:
+        leader, follower = pty.openpty()
+        seen = io.BytesIO()
+
+        def read() -> None:
+            try:
+                while data := os.read(leader, 65536):
+                    seen.write(data)
+            except OSError:  # the other end is closed
+                pass
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        with open(follower, "w", buffering=1) as out, monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", out)
+            patch.setattr(sys, "stderr", out)
+            assert main(list(argv)) == 0
+        reader.join()
+        os.close(leader)
+        return screen(seen.getvalue())
+
+    return run
+
+
+LOUD = """
+import logging
+from tiny_app import TinyModule
+
+logging.basicConfig(level=logging.INFO)  # as FBGEMM has it: the root logger then repeats every note
+
+
+class Loud(TinyModule):
+    pass
+"""
+
+
+def test_a_note_is_printed_once_where_a_library_logs_as_well(tmp_path):
+    (tmp_path / "loud.py").write_text(LOUD)
+    (tmp_path / "tiny.yaml").write_text(CONFIG.replace("tiny_app.TinyModule", "loud.Loud"))
+    command = [sys.executable, "-m", "apps.cli", "fit", "--config", "tiny.yaml"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True)
+    assert done.returncode == 0
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("Loud: ")
+
+
+def test_a_line_over_a_line_is_seen_as_a_terminal_shows_it():
+    # "ab", back, "c" over the a; a line below, up again, erased and written anew.
+    assert screen(b"ab\rc\r\nnext\x1b[1A\r\x1b[2Knew\r\n") == ["new", "next"]
+
+
+def test_a_training_leaves_no_bar_and_no_line_glued_to_one(terminal):
+    shown = terminal("fit", "--config", "tiny.yaml")
+    expected = [
+        "fit tiny.yaml -> runs/tiny",
+        "TinyModule: [0-9,]+ parameters, [0-9,]+ active, [0-9.]+ MFLOPs an example .forward.",
+        "epoch 1/2  train/loss .*",
+        "epoch 2/2  train/loss .*",
+        "trained 2 epochs, 6 steps, in [0-9.]+ s",
+        "checkpoints: runs/tiny/checkpoints; best val/loss .*",
+    ]
+    assert len(shown) == len(expected), shown
+    for line, pattern in zip(shown, expected, strict=True):
+        assert re.fullmatch(pattern, line)
+    for command, title in (("test", "test of runs/tiny/checkpoints/best.ckpt"), ("validate", "validate of .*")):
+        shown = terminal(command, "--config", "tiny.yaml")
+        assert shown[0] == f"{command} tiny.yaml -> runs/tiny"
+        assert re.fullmatch(title, shown[1])
+    assert terminal("predict", "--config", "tiny.yaml")[1].startswith('{"output": [')

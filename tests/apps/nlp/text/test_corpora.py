@@ -1,0 +1,306 @@
+"""Which sentence pairs train, validate and test, and what is left out."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from apps.data.lines import Rows, num_words
+from apps.nlp.text.corpora import Filters, Sizes, collect, draw_splits, parse_pairs
+
+
+def rows(*lines: tuple[str, ...], languages: str = "en de") -> Rows:
+    columns = zip(*lines, strict=True)
+    return Rows({lang: list(column) for lang, column in zip(languages.split(), columns, strict=True)}, "made")
+
+
+def test_pairs_are_two_languages():
+    assert parse_pairs(["en-de", "de-en", "en-pt_BR", "eng_Latn-sr@latin"])[2:] == (
+        ("en", "pt_BR"),
+        ("eng_Latn", "sr@latin"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        ([], "pairs is empty"),
+        (["en-en"], "pair 'en-en' translates a language into itself"),
+        (["ende"], "pair 'ende' is not SOURCE-TARGET"),
+        (["en-de-fr"], "pair 'en-de-fr' is not SOURCE-TARGET"),
+        (["en-de", "en-fr", "en-de"], "pairs names 'en-de' twice"),
+    ],
+)
+def test_what_is_no_pair_is_refused(pairs, message):
+    with pytest.raises(ValueError, match=message):
+        parse_pairs(pairs)
+
+
+# --- drawing ---
+
+
+def random_rows(count: int, seed: int) -> Rows:
+    """Sentences of a small vocabulary, so that many come again on one side or the other."""
+    draw = random.Random(seed)
+    return rows(*((f"e{draw.randrange(count)}", f"d{draw.randrange(count)}") for _ in range(count)))
+
+
+def draw_split(own: Rows, val: float, test: float, seed: int) -> dict[str, Rows]:
+    (drawn,) = draw_splits([own], [(val, test)], [seed])
+    return drawn
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_no_sentence_of_either_side_is_in_two_splits(seed):
+    drawn = draw_split(random_rows(500, seed), 40, 0.1, seed)
+    assert {name: len(part) for name, part in drawn.items()} == {"train": 410, "val": 40, "test": 50}
+    for side in ("en", "de"):
+        train, val, test = (set(drawn[name].text[side]) for name in ("train", "val", "test"))
+        assert not train & val and not train & test and not val & test  # noqa: PT018
+
+
+def test_a_draw_depends_on_its_seed_alone():
+    a, b, c = (draw_split(random_rows(200, 0), 20, 20, seed) for seed in (3, 3, 4))
+    assert a == b
+    assert a != c
+
+
+def test_rows_that_share_sentences_over_others_stay_together_in_training_if_they_are_too_many():
+    # hi-hallo, hi-tag, day-tag are one group of three; letter case and spaces do not count
+    chain = [("Hi", "Hallo"), ("hi ", "Tag"), ("Day", "tag")]
+    alone = [(f"e{i}", f"d{i}") for i in range(7)]
+    for seed in range(10):
+        drawn = draw_split(rows(*chain, *alone), 2, 2, seed)
+        assert {"Hallo", "Tag", "tag"} <= set(drawn["train"].text["de"])
+        assert [len(drawn[name]) for name in ("val", "test")] == [2, 2]
+
+
+def test_an_empty_side_connects_nothing():
+    drawn = draw_split(rows(("a", ""), ("b", ""), ("c", ""), ("d", "")), 1, 1, 0)
+    assert [len(part) for part in drawn.values()] == [2, 1, 1]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_no_sentence_is_in_two_splits_of_several_files(seed):
+    draw = random.Random(seed)
+    english = [f"e{draw.randrange(300)}" for _ in range(400)]
+    # The same English twice, as of {pair}/train.{lang}; a part of it in a small file; and a file that is all training.
+    files = [
+        rows(*((line, f"d{i}") for i, line in enumerate(english))),
+        rows(*((line, f"f{i}") for i, line in enumerate(english)), languages="en fr"),
+        rows(*((line, f"c{i}") for i, line in enumerate(english[:60])), languages="en cs"),
+        rows(*((line, f"r{i}") for i, line in enumerate(english[200:250])), languages="en ru"),
+    ]
+    drawn = draw_splits(files, [(20, 0.1), (20, 40), (3, 3), (0, 0)], [seed] * 4)
+    sizes = [{name: len(part) for name, part in parts.items()} for parts in drawn]
+    assert sizes[0] == sizes[1] == {"train": 340, "val": 20, "test": 40}
+    assert sizes[2:] == [{"train": 54, "val": 3, "test": 3}, {"train": 50, "val": 0, "test": 0}]
+    of_split = [{line for parts in drawn for line in parts[name].text["en"]} for name in ("train", "val", "test")]
+    assert sum(map(len, of_split)) == len(set(english))
+    # Files without a sentence in common are drawn as each would be alone.
+    apart = [random_rows(100, 1), rows(*((f"x{i}", f"y{i}") for i in range(50)))]
+    assert draw_splits(apart, [(9, 9), (0.1, 5)], [seed, 7]) == [
+        draw_split(apart[0], 9, 9, seed),
+        draw_split(apart[1], 0.1, 5, 7),
+    ]
+
+
+def test_a_draw_is_the_one_it_was():
+    """Figures in the documents are of these splits."""
+    drawn = draw_split(random_rows(60, 5), 4, 5, 11)
+    assert drawn["val"].text["en"] == ["e53", "e53", "e1", "e53"]
+    assert drawn["test"].text["en"] == ["e7", "e8", "e8", "e35", "e26"]
+
+
+def test_sizes_that_leave_nothing_are_refused():
+    for val, test in ((2, 2), (0.6, 0.5), (-1, 0)):
+        with pytest.raises(ValueError, match=rf"val_size={val} and test_size={test} leave none of made's 4 rows"):
+            draw_split(rows(*((f"{i}", f"{i}") for i in range(4))), val, test, 0)
+
+
+# --- collecting ---
+
+
+def test_both_directions_and_several_corpora_side_by_side():
+    first = {"train": [rows(("a", "A"), ("b", "B"))], "val": [rows(("v", "V"))], "test": []}
+    second = {"train": [rows(("c", "C", "K"), languages="en de fr")], "val": [], "test": []}
+    found = collect({"x": (first, Sizes()), "y": (second, Sizes())}, ["en-de", "de-en", "fr-en"], Filters())
+    train = found.splits["train"]
+    assert list(zip(train.source, train.target, train.pair, train.corpus, strict=True)) == [
+        ("a", "A", 0, 0),
+        ("b", "B", 0, 0),
+        ("A", "a", 1, 0),
+        ("B", "b", 1, 0),
+        ("c", "C", 0, 1),
+        ("C", "c", 1, 1),
+        ("K", "c", 2, 1),
+    ]
+    val = found.splits["val"]
+    assert list(zip(val.source, val.target, val.pair, strict=True)) == [("v", "V", 0), ("V", "v", 1)]
+    assert not found.left_out
+
+
+def test_what_is_left_out_is_counted():
+    train = rows(
+        ("kept as it is", "so wie es ist"),
+        ("", "leer"),
+        ("", ""),  # a missing pair is none that is left out
+        ("one", "eins"),
+        ("one two three four five six", "eins zwei drei"),
+        ("one two", "eins zwei drei vier fünf"),
+        ("page %d", "Seite Nummer %d"),
+        ("held out", "zurückgehalten"),
+        ("held out", "anders gesagt"),  # another translation is another pair
+    )
+    parts = {"train": [train], "val": [rows(("held out", "zurückgehalten"), ("x", ""))], "test": []}
+    found = collect({"made": (parts, Sizes())}, ["en-de"], Filters(2, 5, max_ratio=2, without="%|<"))
+    # One word, not two, is "held out" against: zurückgehalten is caught before the filters.
+    assert found.splits["train"].source == ["kept as it is", "held out"]
+    assert found.splits["val"].source == ["held out"]  # of one and two words: evaluation files are taken as they are
+    assert found.left_out == {
+        "with an empty side (train)": 1,
+        "of fewer than 2 words (train)": 2,
+        "of more than 5 words (train)": 1,
+        "of a length ratio over 2 (train)": 1,
+        "that hold '%|<' (train)": 1,
+        "with an empty side (val)": 1,
+    }
+
+
+def test_a_pair_of_validation_or_test_does_not_train_in_either_direction():
+    parts = {"train": [rows(("a", "A"), ("b", "B"), ("c", "C"))], "val": [rows(("a", "A"))], "test": [rows(("b", "B"))]}
+    found = collect({"made": (parts, Sizes())}, ["de-en"], Filters())
+    assert found.splits["train"].source == ["C"]
+    assert found.left_out == {"of validation or test (train)": 2}
+    # also where the held-out pair is another corpus'
+    other = {"train": [rows(("A", "a"), ("d", "D"), languages="de en")], "val": [], "test": []}
+    found = collect({"made": (parts, Sizes()), "other": (other, Sizes())}, ["en-de"], Filters())
+    assert found.splits["train"].source == ["c", "D"]
+
+
+def test_held_out_rows_are_drawn_from_what_the_filters_keep():
+    lines = [(f"e{i} " * (i % 4 + 1), f"d{i} " * (i % 4 + 1)) for i in range(40)]
+    found = collect({"made": ({"train": [rows(*lines)]}, Sizes(val=4, test=5))}, ["en-de"], Filters(min_words=3))
+    # 10 of 40 have three words and 10 have four
+    assert [len(found.splits[name]) for name in ("train", "val", "test")] == [11, 4, 5]
+    assert all(len(line.split()) >= 3 for split in found.splits.values() for line in split.source)
+    assert found.left_out == {"of fewer than 3 words": 20}
+
+
+def test_a_twentieth_is_held_out_and_files_that_are_there_are_kept():
+    lines = [(f"e{i}", f"d{i}") for i in range(40)]
+    found = collect({"made": ({"train": [rows(*lines)]}, Sizes())}, ["en-de"], Filters())
+    assert [len(found.splits[name]) for name in ("train", "val", "test")] == [36, 2, 2]
+    parts = {"train": [rows(*lines)], "test": [rows(("t", "T"))]}
+    found = collect({"made": (parts, Sizes(val=0.25))}, ["en-de"], Filters())
+    assert [len(found.splits[name]) for name in ("train", "val", "test")] == [30, 10, 1]
+    found = collect({"made": (parts, Sizes(val=0))}, ["en-de"], Filters())
+    assert [len(found.splits[name]) for name in ("train", "val", "test")] == [40, 0, 1]
+
+
+def test_what_one_corpus_holds_out_does_not_train_in_another():
+    lines = [f"e{i}" for i in range(100)]
+    german = rows(*((line, f"{line} de") for line in lines))
+    french = rows(*((line, f"{line} fr") for line in lines[:50]), languages="en fr")
+    for sizes in (Sizes(val=0, test=0), Sizes(val=5, test=5), Sizes()):
+        corpora = {"a": ({"train": [german]}, Sizes(val=10, test=10)), "b": ({"train": [french]}, sizes)}
+        splits = collect(corpora, ["de-en", "fr-en"], Filters()).splits
+        assert [splits[name].pair.count(0) for name in ("val", "test")] == [10, 10]
+        train, val, test = (set(splits[name].target) for name in ("train", "val", "test"))
+        assert not train & val and not train & test and not val & test  # noqa: PT018
+
+
+def test_rows_that_are_asked_for_and_cannot_be_held_out_are_an_error_that_names_why(caplog):
+    lines = [f"e{i}" for i in range(20)]
+    german = Rows({"en": lines, "de": [f"{line} de" for line in lines]}, "german")
+    french = Rows({"en": lines[:19], "fr": [f"{line} fr" for line in lines[:19]]}, "french")
+    twice = rows(*((f"t{i}", f"T{j}") for i in range(5) for j in range(5)))
+
+    def sizes(val, test=0):
+        corpora = {"a": ({"train": [german]}, Sizes(val, test)), "b": ({"train": [french]}, Sizes(0, 0))}
+        splits = collect(corpora, ["en-de", "en-fr"], Filters()).splits
+        return [splits[name].pair.count(0) for name in ("val", "test")]
+
+    # One row of the 20 is in no other corpus: the others of german train, as french, which holds none out, does.
+    assert sizes(1) == [1, 0]
+    assert not caplog.text
+    assert sizes(3) == [1, 0]
+    told = (
+        "val_size=3: 1 of german's 20 rows can be held out: those that share sentences stay together, 19 of french too"
+    )
+    assert told in caplog.text
+    with pytest.raises(ValueError, match=r"^val_size=3: 0 of german's 20 .*, 19 of french too; val_size=0 holds none"):
+        sizes(3, 1)
+    with pytest.raises(ValueError, match=r"^test_size=3: 0 of made's 25 rows can be held out: those that share sente"):
+        collect({"made": ({"train": [twice]}, Sizes(0, 3))}, ["en-de"], Filters())
+    caplog.clear()
+    collect({"made": ({"train": [twice]}, Sizes())}, ["en-de"], Filters())  # a twentieth, that nobody asked for
+    assert "val_size=1: 0 of made's 25 rows can be held out" in caplog.text
+
+
+def test_rows_that_share_a_sentence_with_given_files_are_not_held_out():
+    lines = [(f"e{i}", f"d{i}") for i in range(40)]
+    # Of the test file, rows 0 to 19 are of training too, word for word or on one side alone.
+    given = rows(*(lines[i] if i % 2 else (f"E{i}", f"other {i}") for i in range(20)))
+    for seed in range(3):
+        corpora = {"made": ({"train": [rows(*lines)], "test": [given]}, Sizes(val=15, seed=seed))}
+        splits = collect(corpora, ["en-de"], Filters()).splits
+        assert len(splits["val"]) == 15
+        assert not set(splits["val"].source) & {line.lower() for line in splits["test"].source}
+    with pytest.raises(ValueError, match=r"made.*val_size=0 holds none out"):
+        collect({"made": ({"train": [rows(*lines[:20])], "test": [given]}, Sizes(val=3))}, ["en-de"], Filters())
+
+
+def test_words_of_scripts_without_spaces_are_characters():
+    assert [num_words(line) for line in ("a b-c  d.", "", "打开 USB 设备", "เปิด", "ファイル", "파일 열기")] == [
+        3,
+        0,
+        5,
+        4,
+        4,
+        2,
+    ]
+    parts = {
+        "train": [rows(("Open the file now", "现在打开文件"), ("Open the file now", "打开"))],
+        "val": [],
+        "test": [],
+    }
+    found = collect({"made": (parts, Sizes())}, ["en-de"], Filters(min_words=3, max_ratio=1.5))
+    assert found.splits["train"].target == ["现在打开文件"]  # six characters are 1.5 times the four words
+    assert found.left_out == {"of fewer than 3 words (train)": 1}
+
+
+def test_so_many_rows_of_a_split_with_files_are_drawn():
+    parts = {"train": [rows(("t", "T"))], "val": [rows(*((f"e{i}", f"d{i}") for i in range(50)))], "test": []}
+    halves = [collect({"made": (parts, Sizes(val=0.5, seed=s))}, ["en-de"], Filters()).splits["val"] for s in (0, 0, 1)]
+    assert [len(half) for half in halves] == [25, 25, 25]
+    assert halves[0] == halves[1] != halves[2]
+    assert halves[0].source == sorted(halves[0].source, key=lambda line: int(line[1:]))  # in the order of the file
+
+
+@pytest.mark.parametrize(
+    ("pair", "message"),
+    [
+        ("en-cs", "pair 'en-cs' has no training sentences in made: nothing is in 'cs', only in de, en"),
+        ("en-de", "pair 'en-de' has no training sentences in made: none is left"),
+    ],
+)
+def test_a_pair_without_sentences_is_refused(pair, message):
+    parts = {"train": [rows(("a", ""), ("b", "B"))], "val": [rows(("b", "B"))], "test": []}
+    with pytest.raises(ValueError, match=message):
+        collect({"made": (parts, Sizes())}, [pair], Filters())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_words": 0}, "max_words=0 must be at least 1"),
+        ({"max_ratio": 0.5}, "max_ratio=0.5 must be at least 1"),
+        ({"min_words": 5, "max_words": 4}, "min_words=5 exceeds max_words=4"),
+        ({"without": "("}, r"without='\(' is no regular expression"),
+    ],
+)
+def test_impossible_filters_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Filters(**options)

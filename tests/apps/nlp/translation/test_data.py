@@ -1,0 +1,537 @@
+"""TranslationData: what reaches a model, what is left out, and what is to be translated."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import itertools
+import logging
+import pickle
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+
+from apps.data.subwords import BOS_ID, EOS_ID, PAD_ID, SubwordConfig
+from apps.nlp.text.batch import TranslationBatch
+from apps.nlp.text.datasets import Corpus
+from apps.nlp.translation import data as module
+from apps.nlp.translation.data import TranslationData
+
+SMALL = SubwordConfig(vocab_size=320)
+NOUNS = {"en": ["dog", "cat", "bird"], "de": ["Hund", "Kater", "Vogel"], "fr": ["chien", "chat", "oiseau"]}
+VERBS = {"en": ["runs", "sleeps"], "de": ["rennt", "schläft"], "fr": ["court", "dort"]}
+
+
+def lines(language: str, first: int, count: int) -> list[str]:
+    """Sentence i in a language: noun, verb, and i spelled with as many words as it has digits."""
+    noun, verb = NOUNS[language], VERBS[language]
+    return [f"{noun[i % 3]} {verb[i % 2]} {' '.join(str(i))}" for i in range(first, first + count)]
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = content if isinstance(content, bytes) else ("\n".join(content) + "\n").encode()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+
+
+@pytest.fixture
+def root(tmp_path):
+    for language in NOUNS:
+        for split, first, count in (("train", 0, 60), ("val", 100, 8), ("test", 200, 10)):
+            write(tmp_path / f"{split}.{language}", lines(language, first, count))
+    return tmp_path
+
+
+def make(root, **options):
+    known = {"train_files": "train", "val_files": "val", "test_files": "test", "pairs": ["en-de"], "seed": 0}
+    known |= {"tokenizer": SMALL, "tokens_per_batch": 80, "cache_dir": str(root / "cache"), "root": str(root)}
+    return TranslationData("moses", **{**known, **options})
+
+
+def tokens(row: torch.Tensor) -> list[int]:
+    return row[row != PAD_ID].tolist()
+
+
+# --- batches ---
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_training_batch_is_source_and_target_with_their_ends(root, workers):
+    data = make(root, num_workers=workers)
+    found = []
+    for batch in data.train_dataloader():
+        assert batch.source_BS.dtype == batch.target_BL.dtype == batch.pair_B.dtype == torch.int64
+        assert max(batch.source_BS.numel(), batch.target_BL.numel()) <= 80
+        for source, target, index in zip(batch.source_BS, batch.target_BL, batch.index_B.tolist(), strict=True):
+            s, t = tokens(source), tokens(target)
+            assert s[-1] == t[-1] == EOS_ID
+            assert t[0] == BOS_ID
+            assert s == source[: len(s)].tolist()  # padding comes after the end alone
+            assert [BOS_ID, EOS_ID] == [i for i in t if i < 4]
+            text = data.subwords.decode([s], "source"), data.subwords.decode([t], "target")
+            assert text == ([lines("en", 0, 60)[index]], [lines("de", 0, 60)[index]])
+            found.append(index)
+    assert sorted(found) == list(range(60))
+
+
+def test_evaluation_batches_hold_every_line_and_say_which(root):
+    data = make(root, pairs=["en-de", "fr-en"], eval_tokens_per_batch=60)
+    assert data.pair_of("test") == [0] * 10 + [1] * 10
+    assert data.sources("test") == lines("en", 200, 10) + lines("fr", 200, 10)
+    assert data.references("val") == lines("de", 100, 8) + lines("en", 100, 8)
+    batches = list(data.test_dataloader())
+    assert len(batches) > 2
+    longest = [batch.source_BS.shape[1] for batch in batches]
+    assert longest != sorted(longest), "the first batches would be the shortest sentences"
+    assert all(batch.source_BS.numel() <= 60 for batch in batches)
+    index = torch.cat([batch.index_B for batch in batches])
+    assert index.sort().values.tolist() == list(range(20))
+    for batch in batches:
+        decoded = data.subwords.decode([tokens(row)[1:] for row in batch.source_BS], "source")
+        assert decoded == [data.sources("test")[i] for i in batch.index_B]
+        assert batch.pair_B.tolist() == [data.pair_of("test")[i] for i in batch.index_B]
+        assert not batch.empty_B.any()
+    with pytest.raises(ValueError, match="split='train' is not one of val, test"):
+        data.sources("train")
+
+
+def test_a_source_has_a_tag_where_there_are_several_target_languages(root):
+    data = make(root, pairs=["en-de", "en-fr", "fr-de"])
+    subwords = data.subwords
+    assert subwords.languages == ("de", "fr")
+    assert data.languages == ("en", "de", "fr")
+    tags = torch.tensor([subwords.tag_id(language) for language in ("de", "fr", "de")])
+    seen = set()
+    for batch in data.train_dataloader():
+        assert torch.equal(batch.source_BS[:, 0], tags[batch.pair_B])
+        seen |= set(batch.pair_B.tolist())
+    assert seen == {0, 1, 2}
+    # subwords without tags could not ask for one of them
+    plain = make(root, pairs=["en-de"]).subwords
+    with pytest.raises(ValueError, match=r"pairs=\['en-de', 'en-fr'\] have several target languages, and the given"):
+        next(iter(make(root, pairs=["en-de", "en-fr"], subwords=plain).train_dataloader()))
+    # two sources and one target need none
+    assert make(root, pairs=["en-de", "fr-de"]).subwords.languages == ()
+
+
+def test_subwords_are_learned_from_the_training_side_alone(root):
+    for split in ("val", "test"):
+        for language in ("en", "de"):
+            write(root / f"{split}.{language}", ["Ж dog Ω"])
+    write(root / "extra.fr", ["Ж"])
+    joint = make(root).subwords
+    pieces = joint.pieces(range(joint.size("source")), "source")
+    assert not {"Ж", "Ω"} & set("".join(pieces))
+    assert "ä" in "".join(pieces)  # schläft
+    apart = make(root, tokenizer=SubwordConfig(vocab_size=300, joint=False)).subwords
+    assert "ä" not in "".join(apart.pieces(range(apart.size("source")), "source"))
+    assert "ä" in "".join(apart.pieces(range(apart.size("target")), "target"))
+
+
+def test_given_subwords_are_taken_and_need_no_corpus_to_translate(root, tmp_path):
+    learned = make(root).subwords
+    data = TranslationData("moses", root=str(tmp_path / "nowhere"), train_files="x", pairs=["en-de"], subwords=learned)
+    data.text = "dog runs"
+    data.prepare_data()
+    data.setup("predict")
+    (batch,) = data.predict_dataloader()
+    assert learned.decode([tokens(batch.source_BS[0])], "source") == ["dog runs"]
+    # another corpus, the same ids
+    write(root / "more.en", ["dog zzz"] * 3)
+    write(root / "more.de", ["Hund zzz"] * 3)
+    data = make(root, train_files="more", subwords=learned)
+    assert data.subwords is learned
+    batch = next(iter(data.train_dataloader()))
+    assert learned.encode(["dog zzz"], "source")[0] == tokens(batch.source_BS[0])[:-1]
+    # a model of several target languages keeps its tags when it serves one
+    tagged = make(root, pairs=["en-de", "en-fr"]).subwords
+    batch = next(iter(make(root, pairs=["en-fr"], subwords=tagged).train_dataloader()))
+    assert set(batch.source_BS[:, 0].tolist()) == {tagged.tag_id("fr")}
+
+
+# --- order, resuming, cache ---
+
+
+def test_a_resumed_epoch_goes_on_where_it_was(root):
+    def served(loader, epoch):
+        loader.batch_sampler.sampler.set_epoch(epoch)
+        return [batch.index_B.tolist() for batch in loader]
+
+    data = make(root)
+    whole = served(data.train_dataloader(), 1)
+    assert len(whole) == len(data.train_dataloader()) > 5
+    stopped = data.train_dataloader()
+    stopped.batch_sampler.sampler.set_epoch(1)
+    for _ in itertools.islice(stopped, 3):
+        pass
+    resumed = make(root).train_dataloader()
+    resumed.load_state_dict(stopped.state_dict())
+    assert served(resumed, 1) == whole[3:]
+
+
+def test_overfitting_repeats_its_batches(root):
+    data = make(root)
+    data.trainer = SimpleNamespace(overfit_batches=2)
+    loader = data.train_dataloader()
+    first, second = ([b.index_B.tolist() for b in itertools.islice(loader, 2)] for _ in range(2))
+    assert first == second
+
+
+def test_a_corpus_is_encoded_once_and_anew_when_a_file_or_an_option_changes(root, monkeypatch):
+    written = []
+    write_pairs = module.write_pairs
+    monkeypatch.setattr(module, "write_pairs", lambda *a, **k: written.append(a[1]) or write_pairs(*a, **k))
+    first = make(root)
+    expected = next(iter(first.train_dataloader()))
+    assert written == ["train", "val", "test"]
+    second = make(root)
+    assert second.subwords == first.subwords
+    assert all(torch.equal(a, b) for a, b in zip(next(iter(second.train_dataloader())), expected, strict=True))
+    assert len(written) == 3
+    make(root, subset=20).setup()
+    assert len(written) == 6
+    write(root / "val.en", lines("en", 300, 8))
+    changed = make(root)
+    assert changed.sources("val") == lines("en", 300, 8)
+    assert len(written) == 9
+
+
+def test_examples_are_sent_to_other_processes_without_the_corpus(root):
+    data = make(root)
+    pairs = data._train_pairs()
+    sent = pickle.loads(pickle.dumps(pairs))
+    assert len(pickle.dumps(pairs)) < 2000
+    assert all(torch.equal(a, b) for a, b in zip(sent[7], pairs[7], strict=True))
+
+
+class Counting(LightningModule):
+    """Counts the steps of each epoch and collects what is predicted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.steps, self.total = [], 0
+
+    def training_step(self, batch: TranslationBatch) -> torch.Tensor:
+        self.steps.append((self.current_epoch, tuple(batch.index_B.tolist())))
+        return self.weight.sum()
+
+    def predict_step(self, batch: TranslationBatch) -> list[int]:
+        return batch.index_B.tolist()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        self.total = self.trainer.estimated_stepping_batches
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def trainer(**options) -> Trainer:
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return Trainer(accelerator="cpu", **quiet, **options)
+
+
+def test_lightning_makes_the_steps_it_foresaw_and_other_batches_each_epoch(root):
+    data = make(root)
+    model = Counting()
+    trainer(max_epochs=3).fit(model, train_dataloaders=data.train_dataloader())
+    assert model.total == len(model.steps) == 3 * len(data.train_dataloader())
+    epochs = [{rows for e, rows in model.steps if e == epoch} for epoch in range(3)]
+    assert all(sorted(itertools.chain(*epoch)) == list(range(60)) for epoch in epochs)
+    assert epochs[0] != epochs[1]
+    steps = Counting()
+    trainer(max_steps=5, max_epochs=-1).fit(steps, train_dataloaders=data.train_dataloader())
+    assert steps.steps == model.steps[:5]
+
+
+def test_lightning_predicts_every_line(root):
+    data = make(root, text=["dog", "", "cat runs"], predict_lines=2)
+    found = trainer().predict(Counting(), dataloaders=data.predict_dataloader())
+    assert sorted(itertools.chain(*found)) == [0, 1, 2]
+    found = trainer().predict(Counting(), dataloaders=make(root).predict_dataloader())  # the test split
+    assert sorted(itertools.chain(*found)) == list(range(10))
+
+
+# --- what is trained on ---
+
+
+def test_a_subset_is_drawn_by_the_seed_of_the_split(root):
+    def chosen(**options):
+        data = make(root, subset=20, **options)
+        batches = list(data.train_dataloader())
+        assert sum(len(b.index_B) for b in batches) == 20
+        return sorted(data.subwords.decode([tokens(row) for b in batches for row in b.source_BS], "source"))
+
+    assert chosen() == chosen(seed=5) != chosen(split_seed=1)
+    with pytest.raises(ValueError, match="subset=61 exceeds the 60 training pairs"):
+        make(root, subset=61).setup()
+
+
+def test_several_corpora_are_sampled_by_the_temperature(root):
+    write(root / "small.tsv", [f"{i} dog\t{i} Hund" for i in range(15)])
+    small = Corpus("tsv", str(root), "small.tsv", val_size=0, test_size=0)
+
+    def counts(temperature):
+        data = make(root, corpora=[small], temperature=temperature)
+        indices = torch.cat([batch.index_B for batch in data.train_dataloader()])
+        assert len(indices) == 75
+        return int((indices >= 60).sum())  # those of the second corpus come after the first one's
+
+    assert counts(1.0) == 15
+    assert counts(2.0) == 25  # 60^(1/2) : 15^(1/2) = 2 : 1
+    assert make(root, corpora=[small]).sources("test") == lines("en", 200, 10)
+
+
+def test_long_pairs_do_not_train_and_are_counted(root, caplog):
+    write(root / "train.en", [*lines("en", 0, 60), "", "dog " * 10_000, "cat"])
+    write(root / "train.de", [*lines("de", 0, 60), "leer", "Hund", "Kater"])
+    write(root / "val.en", [*lines("en", 100, 3), "bird " * 10_000])
+    write(root / "val.de", [*lines("de", 100, 3), "Vogel"])
+    data = make(root, max_length=20, tokens_per_batch=1)
+    with caplog.at_level(logging.INFO):
+        data.setup("fit")
+        data.setup("fit")  # told once
+    assert [r.message for r in caplog.records if r.name == module.__name__] == [
+        "moses en-de: 61 train, 4 val, 10 test pairs; left out: 1 with an empty side (train), "
+        "1 of more than 20 tokens (train); padding of an epoch: 0.0 %; 1 of more than 20 tokens are cut (val)"
+    ]
+    batches = list(data.train_dataloader())
+    assert sum(len(batch.index_B) for batch in batches) == 61
+    assert max(batch.source_BS.shape[1] for batch in batches) <= 20
+    # the model reads target[:, :-1], which is as long as a source may be
+    for batch in data.val_dataloader():
+        assert batch.source_BS.shape[1] <= 20
+        assert batch.target_BL.shape[1] <= 21
+        assert (batch.source_BS == EOS_ID).sum(1).tolist() == [1] * len(batch.index_B)
+    with pytest.raises(ValueError, match="max_length=4 leaves none of the 62 training pairs"):
+        make(root, max_length=4).train_dataloader()
+
+
+def test_pairs_of_the_same_text_on_both_sides_are_counted_and_can_be_left_out(root, caplog):
+    # 4 of 64 training pairs are copies: 6 %. One of a thousand is no news: a name is the same in both languages.
+    write(root / "train.en", [*lines("en", 0, 60), "Berlin", "Paris", "Rome", "Oslo"])
+    write(root / "train.de", [*lines("de", 0, 60), "Berlin", "Paris", "Rome", "Oslo"])
+    data = make(root)
+    with caplog.at_level(logging.INFO):
+        data.setup("fit")
+        data.setup("fit")  # told once
+        make(root).setup("fit")  # and again by the next run, which reads nothing anew
+    told = "moses: 4 of 64 training pairs (6 %) have the same text on both sides: a model learns to copy from them; "
+    told += "drop_identical (--data.drop_identical true) leaves them out"
+    assert [r.message for r in caplog.records if r.levelname == "WARNING"] == [told, told]
+    caplog.clear()
+    without = make(root, drop_identical=True)
+    without.setup("fit")
+    assert len(without._pairs("train")) == 60
+    assert "left out: 4 of the same text on both sides (train)" in without.describe()
+    write(root / "train.en", [*(f"{line} {i}" for i in range(5) for line in lines("en", 0, 60)), "Oslo", "Rome"])
+    write(root / "train.de", [*(f"{line} {i}" for i in range(5) for line in lines("de", 0, 60)), "Oslo", "Rome"])
+    make(root).setup("fit")  # 2 of 302
+    assert not [r for r in caplog.records if r.levelname == "WARNING"]
+
+
+def test_rows_of_more_columns_are_told_with_what_is_left_out(root):
+    rows = [f"{en}\t{de}" for en, de in zip(lines("en", 0, 60), lines("de", 0, 60), strict=True)]
+    write(root / "rows.tsv", [*rows, "I have\ta tab\tIch habe\tein Tab"])
+    options = {"tokenizer": SMALL, "cache_dir": str(root / "cache"), "root": str(root), "val_size": 2, "test_size": 2}
+    data = TranslationData("tsv", train_files="rows.tsv", pairs=["en-de"], **options)
+    assert "56 train, 2 val, 2 test pairs; left out: 1 of 4 columns where 2 are expected (train)" in data.describe()
+
+
+def test_the_padding_of_an_epoch_is_told_and_what_lessens_it(root):
+    """One batch of all pairs is padded to the longest; with a budget of 1 each pair is a batch of its own."""
+    data = make(root, tokens_per_batch=10_000)
+    (batch,) = data.train_dataloader()
+    sides = (batch.source_BS, batch.target_BL)
+    padding = sum(int((side == PAD_ID).sum()) for side in sides) / sum(side.numel() for side in sides)
+    assert padding > 0.05
+    told = (
+        f"padding of an epoch: {100 * padding:.1f} %, less with tokens_per_batch (--data.tokens_per_batch) below 10000"
+    )
+    assert told in data.describe()
+    assert data.describe().replace(told, "") == make(root, tokens_per_batch=1).describe().replace(
+        "padding of an epoch: 0.0 %", ""
+    )
+
+
+def test_missing_evaluation_pairs_are_told_and_one_without_any_split_gives_no_loader(root):
+    (root / "test.fr").unlink()
+    data = make(root, pairs=["en-de", "en-fr"])
+    assert data.describe().endswith("; no test pairs of en-fr")
+    alone = make(root, val_files=None, test_files=None, val_size=0, test_size=0)
+    assert list(alone.val_dataloader()) == []
+    for loader in (alone.test_dataloader, alone.predict_dataloader):
+        with pytest.raises(
+            ValueError, match="moses has no test pairs: give test_files, or a test_size that holds some"
+        ):
+            loader()
+
+
+# --- prediction ---
+
+
+def predicted(data, texts):
+    """The source of each line as text, by its number, and the batches."""
+    batches = list(data.predict_batches(texts))
+    found = {}
+    for batch in batches:
+        assert batch.target_BL.tolist() == [[BOS_ID]] * len(batch.index_B)
+        for row, index, empty in zip(batch.source_BS, batch.index_B.tolist(), batch.empty_B.tolist(), strict=True):
+            ids = tokens(row)
+            assert ids[-1] == EOS_ID
+            assert empty == (ids == [EOS_ID])
+            assert index not in found
+            found[index] = data.subwords.decode([ids], "source")[0]
+    return [found[i] for i in range(len(found))], batches
+
+
+@pytest.mark.parametrize("pairs", [["en-de"], ["en-de", "en-fr"]])
+def test_every_line_is_in_one_batch_with_its_number(root, pairs):
+    data = make(root, pairs=pairs, predict_pair="en-de", predict_lines=7, eval_tokens_per_batch=60)
+    texts = [*lines("en", 0, 20), "", "  \t", "a 漢 character", *lines("en", 5, 3), ""]
+    found, batches = predicted(data, (f"{text}\r\n" for text in texts))
+    assert found == [text.strip() for text in texts]
+    # seven lines are read at a time
+    assert [min(b.index_B.tolist()) // 7 for b in batches] == sorted(min(b.index_B.tolist()) // 7 for b in batches)
+    assert all(b.source_BS.numel() <= 60 for b in batches)
+    if len(pairs) > 1:
+        tag = data.subwords.tag_id("de")
+        assert all(bool(((b.source_BS[:, 0] == tag) | b.empty_B).all()) for b in batches)
+
+
+def test_lines_are_read_as_they_are_asked_for(root):
+    read = []
+
+    def typed():
+        for i in range(100):
+            read.append(i)
+            yield f"dog {i}"
+
+    batches = make(root, predict_lines=4).predict_batches(typed())
+    next(batches)
+    assert read == [0, 1, 2, 3]
+
+
+def test_a_line_of_ten_thousand_words_is_cut_with_a_warning_that_names_it(root, caplog):
+    data = make(root, max_length=50)
+    found, _ = predicted(data, ["dog", "cat " * 10_000, "bird"])
+    assert found[0] == "dog"
+    assert found[1].startswith("cat cat cat ")
+    assert found[2] == "bird"
+    (warning,) = [r.message for r in caplog.records if r.levelno == logging.WARNING]
+    count = len(data.subwords.encode(["cat " * 10_000], "source")[0])
+    assert warning == f"line 2 has {count} tokens: it is cut after 49 (max_length=50)"
+
+
+def test_a_file_and_standard_input_are_translated(root, monkeypatch):
+    content = "dog runs\n\ncat sleeps\u2028a bit\nbird".encode()
+    write(root / "in.txt", content)
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(content)))
+    for name in (str(root / "in.txt"), "-"):
+        data = make(root, predict_file=name)
+        batches = list(data.predict_dataloader())
+        rows = {i: tokens(row) for b in batches for i, row in zip(b.index_B.tolist(), b.source_BS, strict=True)}
+        assert data.subwords.decode([rows[i] for i in range(4)], "source") == [
+            "dog runs",
+            "",
+            "cat sleeps a bit",
+            "bird",
+        ]
+
+
+def test_what_is_no_text_names_its_line(root, monkeypatch):
+    write(root / "in.txt", b"dog\ncat \xe4\n")
+    with pytest.raises(ValueError, match=r"in\.txt, line 2: byte 0xe4 is not valid UTF-8"):
+        list(make(root, predict_file=str(root / "in.txt")).predict_dataloader())
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"\xff\n")))
+    with pytest.raises(ValueError, match="standard input, line 1: byte 0xff is not valid UTF-8"):
+        list(make(root, predict_file="-").predict_dataloader())
+    with pytest.raises(ValueError, match="line 2 is not valid UTF-8"):
+        list(make(root).predict_batches(["dog", "cat \udce4"]))
+    with pytest.raises(ValueError, match=r"predict_file='nowhere\.txt' cannot be read: No such file"):
+        list(make(root, predict_file="nowhere.txt").predict_dataloader())
+
+
+@pytest.mark.parametrize("size", [2, 3, 2048])
+def test_the_lines_before_one_that_is_no_text_come_before_its_error(root, size):
+    write(root / "in.txt", b"dog\ncat sleeps\nbird\n\xff\ndog\n")
+    data = make(root, predict_file=str(root / "in.txt"), predict_lines=size)
+    for lines_ in (data.predict_dataloader(), data.predict_batches(["dog", "cat sleeps", "bird", "\udce4", "dog"])):
+        found, batches = set(), iter(lines_)
+        with pytest.raises(ValueError, match=r"line 4.* is not valid UTF-8"):
+            while True:
+                found |= set(next(batches).index_B.tolist())
+        assert found == {0, 1, 2}
+
+
+def test_several_pairs_need_one_to_translate_in(root):
+    data = make(root, pairs=["en-de", "en-fr"])
+    with pytest.raises(ValueError, match=r"predict_pair \(--data.predict_pair\) must name one of en-de, en-fr"):
+        list(data.predict_batches(["dog"]))
+    (batch,) = make(root, pairs=["en-de", "en-fr"], predict_pair="en-fr").predict_batches(["dog"])
+    assert batch.pair_B.tolist() == [1]
+    assert batch.source_BS[0, 0] == data.subwords.tag_id("fr")
+
+
+# --- bad options ---
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pairs": ["en-en"]}, "pair 'en-en' translates a language into itself"),
+        ({"pairs": []}, "pairs is empty"),
+        ({"pairs": None}, r"dataset='moses' needs pairs \(--data.pairs\)"),
+        ({"train_files": None}, r"dataset='moses' needs train_files \(--data.train_files\)"),
+        ({"max_length": 3}, "max_length=3 must be at least 4"),
+        ({"tokens_per_batch": 0}, "tokens_per_batch=0 must be at least 1"),
+        ({"temperature": 0.5}, "temperature=0.5 must be at least 1"),
+        ({"num_workers": -1}, "num_workers=-1 must not be negative"),
+        ({"max_words": 0}, "max_words=0 must be at least 1"),
+        ({"text": "a", "predict_file": "b"}, "text and predict_file are both given"),
+        ({"predict_pair": "de-en"}, "predict_pair='de-en' is not one of en-de"),
+        ({"corpora": [Corpus("multi30K")]}, "dataset='multi30K' is not one of .*; did you mean 'multi30k'"),
+        ({"corpora": [Corpus("tsv")]}, "dataset='tsv' needs train_files"),
+    ],
+)
+def test_impossible_options_are_refused_at_once(root, options, message):
+    with pytest.raises(ValueError, match=message):
+        make(root, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dataset": "multi30"}, "dataset='multi30' is not one of .*; did you mean 'multi30k'"),
+        ({"pairs": ["en-es"]}, "language='es' is not one of en, de, fr, cs"),
+        ({"train_files": "train"}, "train_files='train' is for files of yours, not for multi30k"),
+        (
+            {"dataset": "bible", "pairs": ["en-de"], "test_files": "x"},
+            "test_files='x' is for files of yours, not for bible",
+        ),
+    ],
+)
+def test_a_dataset_s_own_options_are_checked(options, message):
+    with pytest.raises(ValueError, match=message):
+        TranslationData(**options)
+
+
+def test_files_that_do_not_fit_are_refused_when_they_are_needed(root):
+    write(root / "train.de", lines("de", 0, 59))
+    with pytest.raises(ValueError, match=r"train\.en has 60 lines and .*train\.de has 59"):
+        make(root).setup()
+    write(root / "train.de", b"")
+    with pytest.raises(ValueError, match=r"train\.de is empty"):
+        make(root).setup()
+    with pytest.raises(ValueError, match=r"train\.cs is missing \(and train\.cs\.gz too\)"):
+        make(root, pairs=["en-cs"]).setup()
+    write(root / "train.de", ["Hund"] * 60)
+    with pytest.raises(ValueError, match="pair 'en-cs' has no training sentences in moses: nothing is in 'cs'"):
+        make(root, pairs=["en-de", "en-cs"]).setup()
+    assert not list((root / "cache/text").iterdir())  # nothing half-made is left

@@ -1,0 +1,289 @@
+"""The use of the experts, read from a model whose gate is known, and the files of a report."""
+
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from copying import MOE, copy_data, translator
+from lightning.pytorch import Trainer
+
+import core
+from apps.data.subwords import PAD_ID
+from apps.nlp.decode import DecodeConfig
+from apps.nlp.text.batch import TranslationBatch
+from apps.nlp.translation.report import ReportConfig
+from apps.nlp.translation.routes import (
+    class_figure,
+    expert_use,
+    language_figure,
+    read_curves,
+    report_curves,
+    report_routes,
+    report_sentence,
+    report_use,
+    usual_sentences,
+)
+from apps.nlp.translation.specialisation import specialisation
+
+TASK = core.MoEConfig(4, router=core.Task(num_tasks=2, top_k=1), expert=core.FFN(hidden_dim=8))
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    return copy_data(tmp_path_factory.mktemp("two"), ("de", "fr"), eval_tokens_per_batch=100)
+
+
+@pytest.fixture(scope="module")
+def batches(two) -> list[TranslationBatch]:
+    return list(two.test_dataloader())
+
+
+@pytest.fixture
+def module(two):
+    """Encoder and decoder layer 0: German goes to expert 1, French to expert 3."""
+    torch.manual_seed(0)
+    options = {"encoder_moe_layers": [0], "decoder_moe_layers": [0], "decode": DecodeConfig("greedy")}
+    module = translator(two, TASK, **options).eval()
+    for layer in core.moe_layers(module).values():
+        layer.router.gate.weight.data = torch.tensor([[0.0, 9.0, 0.0, 0.0], [0.0, 0.0, 0.0, 9.0]])
+    return module
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.open(encoding="utf-8")))
+
+
+def test_use_is_read_from_all_real_tokens_of_both_sides(module, batches):
+    use = expert_use(module, batches)
+    encoder, decoder = use.layers
+    assert (encoder.name, decoder.name) == ("encoder 0", "decoder 0")
+    assert encoder.num_pairs == sum(int((b.source_BS != PAD_ID).sum()) for b in batches)
+    # The decoder does not read the end.
+    assert decoder.num_pairs == sum(int((b.target_BL[:, 1:] != PAD_ID).sum()) for b in batches)
+    assert use.pair_B.tolist() == [p for b in batches for p in b.pair_B.tolist()]
+    for layer in use.layers:
+        assert np.count_nonzero(layer.by_sentence[use.pair_B == 0], axis=0).tolist() == [0, 20, 0, 0]
+        assert np.count_nonzero(layer.by_sentence[use.pair_B == 1], axis=0).tolist() == [0, 0, 0, 20]
+
+
+def test_a_gate_by_language_is_specialised_as_far_as_can_be(module, batches):
+    found = {(s.layer, s.about): s for s in specialisation(expert_use(module, batches))}
+    assert found["encoder 0", "target language"].share == pytest.approx(1)
+    assert found["decoder 0", "target language"].share == pytest.approx(1)
+    # Copies have the words of their sources, so a word does not tell which language it is in.
+    assert found["decoder 0", "token class"].bits < 0.05
+
+
+def test_the_report_has_a_row_a_layer_and_label_and_one_an_expert(module, batches, tmp_path, capsys):
+    written = report_use(expert_use(module, batches), tmp_path)
+    assert [p.name for p in written] == [
+        "specialisation.csv",
+        "expert_subwords.csv",
+        "expert_language.png",
+        "expert_class.png",
+    ]
+    found = rows(written[0])
+    assert [(r["layer"], r["about"]) for r in found] == [
+        (layer, about) for layer in ("encoder 0", "decoder 0") for about in ("target language", "token class")
+    ]
+    experts = rows(written[1])
+    assert [(r["layer"], r["expert"]) for r in experts] == [
+        (layer, str(e)) for layer in ("encoder 0", "decoder 0") for e in range(4)
+    ]
+    # All that differs between the languages' sources is the tag.
+    assert experts[1]["subwords"].split()[0] == "<2de>"
+    assert experts[3]["subwords"].split()[0] == "<2fr>"
+    assert (experts[0]["share"], experts[0]["subwords"]) == ("0.0", "")
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "by chance at most" in printed
+    assert "(100 %)" in printed
+    assert all(p.stat().st_size < 300_000 for p in written)
+
+
+def test_language_maps_are_by_pair_with_its_share_and_the_load(module, batches):
+    encoder, decoder, _ = (a for a in language_figure(expert_use(module, batches)).axes if a.get_visible())
+    # Sources differ in the tag alone, so the pairs have as many tokens.
+    assert [t.get_text() for t in encoder.get_yticklabels()] == ["en-de (50 %)", "en-fr (50 %)", "all"]
+    assert encoder.images[0].get_array().tolist() == [[0, 100, 0, 0], [0, 0, 0, 100], [0, 50, 0, 50]]
+    assert decoder.get_title() == "decoder 0"
+
+
+def test_class_maps_leave_out_classes_without_a_token(module, batches):
+    encoder, decoder, _ = (a for a in class_figure(expert_use(module, batches)).axes if a.get_visible())
+    of_encoder, of_decoder = ([t.get_text().split(" (")[0] for t in a.get_yticklabels()] for a in (encoder, decoder))
+    assert of_encoder[:2] == ["end of sentence", "language tag"]
+    assert of_decoder[0] == "begin of sentence"
+    assert not {"digits", "punctuation"} & {*of_encoder, *of_decoder}
+    assert (of_encoder[-1], of_decoder[-1]) == ("all", "all")
+
+
+def test_of_many_pairs_a_side_is_mapped_by_its_own_language(module, batches, monkeypatch):
+    monkeypatch.setattr("apps.nlp.translation.routes._MOST_PAIRS", 1)
+    encoder, decoder, _ = (a for a in language_figure(expert_use(module, batches)).axes if a.get_visible())
+    # There is one source language, which says nothing: the encoder's tokens are put by the target's.
+    for axis in (encoder, decoder):
+        assert [t.get_text().split()[0] for t in axis.get_yticklabels()] == ["de", "fr", "all"]
+
+
+# ---- sentences
+
+
+def made_batch(lengths, pairs, first):
+    source_BS = torch.zeros(len(lengths), max(lengths), dtype=torch.int64)
+    for b, length in enumerate(lengths):
+        source_BS[b, :length] = 5
+    B = len(lengths)
+    return TranslationBatch(source_BS, torch.full((B, 1), 2), torch.tensor(pairs), torch.arange(first, first + B))
+
+
+def test_usual_sentences_are_of_each_pair_in_turn_those_nearest_to_14_subwords():
+    made = [made_batch([3, 13, 20], [0, 0, 0], 0), made_batch([12, 40, 15], [1, 1, 0], 3)]
+    # Pair 0: lines 1 and 5 are one away, line 2 six. Pair 1: line 3 two away.
+    assert [int(s.index_B) for s in usual_sentences(made, 3)] == [1, 3, 5]
+    assert [int(s.index_B) for s in usual_sentences(made, 1)] == [1]
+    assert usual_sentences(made, 0) == []
+    assert usual_sentences([], 2) == []
+
+
+def test_a_sentence_is_drawn_as_the_model_says_it(module, batches, tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(
+        "apps.nlp.translation.routes.plots.save_figure", lambda fig, path, flat: drawn.setdefault(path.name, fig)
+    )
+    sentence = usual_sentences([b for b in batches if (b.pair_B == 1).any()], 2)[1]
+    report_sentence(module, sentence, 1, tmp_path)
+    assert list(drawn) == ["sentence_1_attention.png", "sentence_1_experts.png"]
+    ids = sentence.source_BS[0][sentence.source_BS[0] != PAD_ID].tolist()
+    source = module.subwords.pieces(ids, "source")
+    said = module.subwords.pieces(module.translate(sentence, module.decode).best[0], "target")
+    attention = drawn["sentence_1_attention.png"].axes[0]
+    assert [t.get_text() for t in attention.get_xticklabels()] == source
+    assert [t.get_text() for t in attention.get_yticklabels()] == [*said, "</s>"]
+    np.testing.assert_allclose(np.asarray(attention.images[0].get_array()).sum(1), 100, rtol=1e-5)
+    encoder, decoder = drawn["sentence_1_experts.png"].axes
+    assert [t.get_text() for t in encoder.get_yticklabels()] == source
+    assert [t.get_text() for t in decoder.get_yticklabels()] == ["<s>", *said]
+    # One expert a token: that of French.
+    assert {t.get_text() for axis in (encoder, decoder) for t in axis.texts} == {"3"}
+
+
+def test_padding_of_a_batch_is_not_drawn(module, batches, tmp_path, monkeypatch):
+    (sentence,) = usual_sentences(batches, 1)
+    padded = sentence._replace(source_BS=torch.nn.functional.pad(sentence.source_BS, (0, 3), value=PAD_ID))
+    heights = []
+    monkeypatch.setattr(
+        "apps.nlp.translation.routes.plots.save_figure",
+        lambda fig, path, flat: heights.append(len(fig.axes[0].get_xticklabels())),
+    )
+    for one in (sentence, padded):
+        report_sentence(module, one, 1, tmp_path)
+    assert heights[:2] == heights[2:]
+
+
+def test_use_is_read_from_batches_at_equal_steps(module, batches, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("apps.nlp.translation.routes.expert_use", lambda module, some: seen.append(some))
+    monkeypatch.setattr("apps.nlp.translation.routes.report_use", lambda use, folder, draw: [])
+    made = [made_batch([5] * 10, [0] * 10, 10 * i) for i in range(6)]  # 60 sentences
+    for wanted in (1000, 30, 10, 1):
+        report_routes(module, made, tmp_path, wanted, 0)
+    # Half of the batches: the middle of each pair, as well as can be; one: the middle of all.
+    assert [[int(b.index_B[0]) // 10 for b in some] for some in seen] == [[0, 1, 2, 3, 4, 5], [1, 3, 5], [3], [3]]
+    report_routes(module, made, tmp_path, 0, 0)
+    report_routes(module, [], tmp_path, 10, 0)
+    assert len(seen) == 4
+
+
+# ---- curves
+
+METRICS = """step,train/loss,val/loss,val/bleu,routing/load_imbalance,val/routing/load_imbalance
+0,,,,,
+10,3.5,,,2.0,
+20,3.0,,,1.5,
+20,,3.25,12.5,,1.75
+2"""
+
+
+def test_curves_are_read_from_the_rows_that_have_them(tmp_path):
+    (tmp_path / "metrics.csv").write_text(METRICS)
+    found = {
+        panel: {c.label: list(zip(c.steps.tolist(), c.values.tolist(), strict=True)) for c in curves}
+        for panel, curves in read_curves(tmp_path / "metrics.csv", label_smoothing=0.1).items()
+    }
+    assert found == {
+        "loss": {"train (label smoothing 0.1)": [(10, 3.5), (20, 3.0)], "validation": [(20, 3.25)]},
+        "validation translations": {"BLEU": [(20, 12.5)]},
+        "most loaded expert over the mean": {"train": [(10, 2.0), (20, 1.5)], "validation": [(20, 1.75)]},
+    }
+    (picture,) = report_curves(tmp_path / "metrics.csv", tmp_path / "report")
+    assert picture == tmp_path / "report" / "learning_curves.png"
+    assert picture.is_file()
+
+
+def test_without_metrics_there_are_no_curves(tmp_path):
+    assert report_curves(tmp_path / "metrics.csv", tmp_path) == []
+    (tmp_path / "metrics.csv").write_text("step,epoch\n1,0\n")
+    assert report_curves(tmp_path / "metrics.csv", tmp_path) == []
+
+
+# ---- in a test run
+
+OF_SCORES = {"pairs.csv", "lengths.csv", "sentences.jsonl", "signatures.txt"}
+
+
+def files_of(two, folder: Path, **options) -> set[str]:
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = Trainer(default_root_dir=folder, accelerator="cpu", enable_checkpointing=False, **quiet)
+    trainer.test(translator(two, decode=DecodeConfig("greedy"), **options), two, verbose=False)
+    return {p.name for p in (folder / "report").iterdir()} - OF_SCORES
+
+
+def test_a_test_leaves_pictures_and_figures_in_the_runs_folder(two, tmp_path):
+    (tmp_path / "metrics.csv").write_text(METRICS)
+    assert files_of(two, tmp_path, moe=MOE, report=ReportConfig(pictures=1)) == {
+        "specialisation.csv",
+        "expert_subwords.csv",
+        "expert_language.png",
+        "expert_class.png",
+        "sentence_1_attention.png",
+        "sentence_1_experts.png",
+        "learning_curves.png",
+    }
+    assert all(math.isfinite(float(r["bits"])) for r in rows(tmp_path / "report" / "specialisation.csv"))
+
+
+def test_a_dense_model_has_its_attention_drawn(two, tmp_path):
+    found = files_of(two, tmp_path, moe=None, decoder_moe_layers="none")
+    assert found == {"sentence_1_attention.png", "sentence_2_attention.png"}
+
+
+def test_pictures_can_be_left_out(two, tmp_path):
+    (tmp_path / "metrics.csv").write_text(METRICS)
+    found = files_of(two, tmp_path, moe=MOE, report=ReportConfig(pictures=0))
+    assert found == {"specialisation.csv", "expert_subwords.csv"}
+
+
+def test_a_training_leaves_its_curves(two, tmp_path):
+    (tmp_path / "metrics.csv").write_text(METRICS)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
+    trainer = Trainer(
+        default_root_dir=tmp_path,
+        accelerator="cpu",
+        enable_checkpointing=False,
+        max_steps=1,
+        limit_val_batches=0,
+        **quiet,
+    )
+    trainer.fit(translator(two), two)
+    assert [p.name for p in (tmp_path / "report").iterdir()] == ["learning_curves.png"]
+
+
+@pytest.mark.parametrize("name", ["routing_sentences", "pictures"])
+def test_refused_report_options(name):
+    with pytest.raises(ValueError, match=rf"report.{name}=-1 must not be negative"):
+        ReportConfig(**{name: -1})

@@ -1,0 +1,124 @@
+"""Paired bootstrap resampling: against sacrebleu on the drawn sentences themselves, and what it says of clear cases."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from apps.nlp.translation.metrics import corpus_score, scorer
+from apps.nlp.translation.significance import compare_sentences, paired_bootstrap, sentence_statistics
+
+REFERENCES = [
+    "the old man sat on the green bench",
+    "a dog runs through the high grass",
+    "two children play with a red ball in the park",
+    "she reads a book by the window",
+    "the train leaves the station at noon",
+    "a woman sells fruit at the market",
+]
+BETTER = [r.replace("the", "a", 1) for r in REFERENCES]
+WORSE = [" ".join(reversed(r.split())) for r in REFERENCES]
+
+
+@pytest.mark.parametrize("score", ["bleu", "chrf"])
+def test_the_sums_of_the_statistics_are_the_score_of_the_corpus(score):
+    metric = scorer(score)
+    sums = sentence_statistics(metric, BETTER, REFERENCES).sum(0)
+    found = metric._compute_score_from_stats(sums.tolist()).score
+    assert found == pytest.approx(corpus_score(score, BETTER, REFERENCES), abs=1e-9)
+
+
+@pytest.mark.parametrize("score", ["bleu", "chrf"])
+def test_each_draw_is_scored_as_its_sentences_would_be(score):
+    found = paired_bootstrap(BETTER, WORSE, REFERENCES, score, resamples=9, seed=3)
+    # The same draws, a sentence as often as it was drawn.
+    counts = np.random.default_rng(3).multinomial(6, np.full(6, 1 / 6), size=9)
+    differences = []
+    for drawn in counts:
+        chosen = np.repeat(np.arange(6), drawn)
+        of_a, of_b = (
+            corpus_score(score, [hypotheses[i] for i in chosen], [REFERENCES[i] for i in chosen])
+            for hypotheses in (BETTER, WORSE)
+        )
+        differences.append(of_a - of_b)
+    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(differences, (0.025, 0.975))), abs=1e-9)
+    assert found.difference == pytest.approx(found.score_a - found.score_b)
+    assert found.score_a == pytest.approx(corpus_score(score, BETTER, REFERENCES))
+
+
+def test_a_clear_difference_is_significant_and_its_sign_is_that_of_the_first():
+    found = paired_bootstrap(BETTER, WORSE, REFERENCES)
+    assert 0 < found.low < found.difference < found.high
+    # No draw of 1000 says the opposite: twice 1 in 1001.
+    assert found.p == pytest.approx(2 / 1001)
+    turned = paired_bootstrap(WORSE, BETTER, REFERENCES)
+    assert (turned.low, turned.high) == pytest.approx((-found.high, -found.low))
+    assert turned.p == found.p
+
+
+def test_a_system_does_not_differ_from_itself():
+    found = paired_bootstrap(BETTER, BETTER, REFERENCES)
+    assert (found.difference, found.low, found.high, found.p) == (0, 0, 0, 1)
+
+
+def test_one_sentence_in_six_is_not_significant():
+    # Systems that differ in one sentence agree on every draw without it: (5/6)^6 = 0.33 of them.
+    other = [*REFERENCES[:5], WORSE[5]]
+    found = paired_bootstrap(REFERENCES, other, REFERENCES)
+    assert found.difference > 0
+    assert found.low == 0
+    assert found.p == pytest.approx(2 * (5 / 6) ** 6, abs=0.05)
+
+
+def test_a_seed_gives_the_same_again():
+    first, again, other = (paired_bootstrap(BETTER, WORSE, REFERENCES, seed=s) for s in (0, 0, 1))
+    assert first == again
+    assert first != other
+
+
+def test_pairs_are_drawn_from_apart_and_their_scores_averaged():
+    strata = ["en-de"] * 4 + ["en-fr"] * 2
+    found = paired_bootstrap(BETTER, WORSE, REFERENCES, "chrf", strata=strata)
+    parts = [paired_bootstrap(BETTER[s], WORSE[s], REFERENCES[s], "chrf") for s in (slice(4), slice(4, 6))]
+    each = {"en-de": "13a", "en-fr": "char"}
+    by_stratum = paired_bootstrap(BETTER, WORSE, REFERENCES, "bleu", each, resamples=1, strata=strata)
+    bleu = [
+        corpus_score("bleu", BETTER[s], REFERENCES[s], name)
+        for s, name in zip((slice(4), slice(4, 6)), each.values(), strict=True)
+    ]
+    assert by_stratum.score_a == pytest.approx(sum(bleu) / 2)
+    assert found.difference == pytest.approx((parts[0].difference + parts[1].difference) / 2)
+    assert found.low < found.difference < found.high
+
+
+def examples(hypotheses, pairs=("en-de",) * 6):
+    rows = zip(range(6), pairs, REFERENCES, hypotheses, strict=True)
+    return [{"index": i, "pair": p, "reference": r, "hypothesis": h} for i, p, r, h in rows]
+
+
+def test_saved_tests_are_compared_in_bleu_and_chrf():
+    found = compare_sentences(examples(BETTER), examples(WORSE), {"en-de": "13a"})
+    assert [d.name for d in found] == ["BLEU", "chrF++"]
+    assert found[0].difference == pytest.approx(paired_bootstrap(BETTER, WORSE, REFERENCES).difference)
+    assert found[0].method == "paired bootstrap, 1,000 draws"
+
+
+def test_several_pairs_have_their_mean_first_and_then_each():
+    pairs = ["en-de"] * 4 + ["en-fr"] * 2
+    found = compare_sentences(
+        examples(BETTER, pairs), examples(WORSE, pairs), dict.fromkeys(["en-de", "de-en", "en-fr"], "13a")
+    )
+    assert [d.name for d in found[:3]] == ["BLEU, mean of the pairs", "BLEU en-de", "BLEU en-fr"]
+    assert [d.is_part for d in found] == [False, True, True] * 2
+    assert found[0].difference == pytest.approx((found[1].difference + found[2].difference) / 2)
+
+
+def test_what_is_not_paired_is_refused():
+    with pytest.raises(ValueError, match="got 6 and 5 hypotheses, 6 references"):
+        paired_bootstrap(BETTER, WORSE[:5], REFERENCES)
+    with pytest.raises(ValueError, match="one at least: got 0 and 0 hypotheses, 0 references"):
+        paired_bootstrap([], [], [])
+    with pytest.raises(ValueError, match="resamples=0 must be at least 1"):
+        paired_bootstrap(BETTER, WORSE, REFERENCES, resamples=0)
+    with pytest.raises(ValueError, match="not of the same sentences"):
+        compare_sentences(examples(BETTER), examples(WORSE)[:5], {"en-de": "13a"})

@@ -1,0 +1,250 @@
+"""Classes of subwords, counts from tapes that are written down, and the figures of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+import core
+from apps.nlp.translation.specialisation import (
+    CLASSES,
+    ExpertUse,
+    LayerUse,
+    by_class,
+    by_label,
+    entropy,
+    layer_name,
+    mutual_information,
+    shares,
+    side_of,
+    specialisation,
+    token_classes,
+    typical_pieces,
+)
+
+# ---- classes
+
+
+def classes(pieces, counts):
+    return [CLASSES[c] for c in token_classes(pieces, np.array(counts))]
+
+
+def test_what_is_no_word_is_told_by_its_characters():
+    pieces = ["<unk>", "<s>", "</s>", "<2de>", "<0xE4>", "▁24", "7", ".", "▁-", "▁€"]
+    assert classes(pieces, [9] * 10) == [
+        "byte or unknown",
+        "begin of sentence",
+        "end of sentence",
+        "language tag",
+        "byte or unknown",
+        "digits",
+        "digits",
+        "punctuation",
+        "punctuation",
+        "punctuation",
+    ]
+
+
+def test_letters_with_digits_or_signs_are_words_in_any_script():
+    # "हि" is a letter and a vowel sign, "ि" that sign alone; a mark alone starts a word that is spelled after it.
+    pieces = ["▁T-Shirt", "▁1st", "чер", "▁हि", "ि", "▁"]
+    found = classes(pieces, [1] * 6)
+    assert [c.split(",")[0] for c in found] == [
+        "function-like" if p == "▁1st" else "word start" if p.startswith("▁") else "continuation" for p in pieces
+    ]
+
+
+def test_words_are_quartered_by_the_tokens_before_them():
+    # 40 tokens with letters. Before "ing" are 10 of them: the second quarter. What is no word does not count.
+    pieces = ["▁the", "▁playing", "ing", "▁dog", "s", "▁cat", "er", "▁owl", "."]
+    assert classes(pieces, [5, 5, 5, 5, 5, 5, 5, 5, 1000]) == [
+        "function-like",
+        "word start, frequent",
+        "continuation, 2nd quarter",
+        "word start, 2nd quarter",
+        "continuation, 3rd quarter",
+        "word start, 3rd quarter",
+        "continuation, rare",
+        "word start, rare",
+        "punctuation",
+    ]
+
+
+def test_a_frequent_word_counts_by_where_it_begins_and_an_unseen_one_as_rare():
+    # "a" makes up 90 of 100 tokens: it begins the first quarter; "on", after it, belongs to the last.
+    assert classes(["▁on", "▁a", "x"], [10, 90, 0]) == ["word start, rare", "function-like", "continuation, rare"]
+
+
+def test_long_words_and_continuations_are_not_like_function_words():
+    assert classes(["▁under"], [1]) == ["word start, frequent"]
+    assert classes(["ing"], [1]) == ["continuation, frequent"]
+
+
+# ---- counts
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Stands for ``Subwords``: the same pieces on both sides."""
+
+    known: tuple[str, ...]
+
+    def size(self, side):
+        return len(self.known)
+
+    def pieces(self, ids, side):
+        return [self.known[i] for i in ids]
+
+
+WORDS = Vocabulary(("<pad>", "<unk>", "<s>", "</s>", "▁dog", "▁cat"))
+
+
+def entry(name, ids, experts, num_experts=2):
+    """A pass in which each token of ``ids`` (B, S) has one pair; expert ``num_experts`` computes none."""
+    ids, experts = torch.tensor(ids), torch.tensor(experts).flatten()
+    counts = torch.bincount(experts, minlength=num_experts + 1)[:num_experts]
+    T = ids.numel()
+    routing = core.Routing(torch.arange(T), experts, torch.ones(T), counts, counts, T, valid_T=(ids != 0).flatten())
+    return core.contract.Entry(name, routing, core.RoutingContext(ids != 0, ids), None)
+
+
+def use_of(pairs, *batches):
+    """Each batch: entries and the pairs of its sentences."""
+    use = ExpertUse(WORDS, pairs)  # type: ignore[arg-type]
+    for entries, pair in batches:
+        use.add(core.Tape(tuple(entries)), torch.tensor(pair))
+    return use
+
+
+def test_pairs_are_counted_by_sentence_and_by_subword_without_padding_and_what_was_dropped():
+    # "dog </s> <pad>" and "cat dog </s>": the dog of the second sentence found no room.
+    first = entry("model.encoder.layers.1.ffn", [[4, 3, 0], [5, 4, 3]], [[0, 1, 2], [1, 2, 1]])
+    second = entry("model.encoder.layers.1.ffn", [[5, 3]], [[1, 1]])
+    use = use_of(["en-de", "en-fr"], ([first], [0, 1]), ([second], [1]))
+    (layer,) = use.layers
+    assert (layer.name, layer.side, layer.num_experts, layer.num_pairs) == ("encoder 1", "source", 2, 6)
+    assert layer.by_sentence.tolist() == [[1, 1], [0, 2], [0, 2]]
+    assert layer.by_piece.tolist() == [[0, 0], [0, 0], [0, 0], [0, 3], [1, 0], [0, 2]]
+    assert use.pair_B.tolist() == [0, 1, 1]
+    assert by_label(layer, use.pair_B, 2).tolist() == [[1, 1], [0, 4]]
+    counts = by_class(layer, use.classes_of("source"))
+    assert {CLASSES[c]: counts[c].tolist() for c in np.flatnonzero(counts.sum(1))} == {
+        "end of sentence": [0, 3],
+        "function-like": [0, 2],  # the cat, which came more often than the dog
+        "word start, 3rd quarter": [1, 0],
+    }
+
+
+def test_a_layer_used_twice_counts_twice():
+    passes = [entry("encoder.layers.0.ffn", [[4]], [[0]]), entry("encoder.layers.0.ffn", [[4]], [[1]])]
+    (layer,) = use_of(["en-de"], (passes, [0])).layers
+    assert layer.by_sentence.tolist() == [[1, 1]]
+
+
+def test_layers_that_were_not_told_their_tokens_are_refused():
+    blind = core.contract.Entry("encoder.layers.0.ffn", entry("x", [[4]], [[0]]).routing, None, None)
+    with pytest.raises(ValueError, match=r"layer 'encoder.layers.0.ffn' was not told the ids of its tokens"):
+        use_of(["en-de"], ([blind], [0]))
+
+
+def test_layers_are_named_by_stack_and_number():
+    assert layer_name("decoder.layers.3.ffn") == "decoder 3"
+    assert layer_name("model.encoder.layers.11.ffn") == "encoder 11"
+    assert layer_name("tower.ffn") == "tower.ffn"
+    assert (side_of("decoder 3"), side_of("model.encoder.layers.0.ffn")) == ("target", "source")
+
+
+@pytest.mark.parametrize(
+    ("pairs", "expected"),
+    [
+        (["en-de"], []),
+        (["en-de", "en-fr"], ["target language"]),
+        (["de-en", "fr-en"], ["source language"]),
+        (["en-de", "de-en"], ["source language", "target language"]),  # either tells the pair
+        (["en-de", "en-fr", "de-en"], ["source language", "target language"]),  # so does the target
+        (["en-de", "en-fr", "de-en", "fr-en"], ["source language", "target language", "pair"]),
+    ],
+)
+def test_sentences_are_labelled_by_what_tells_them_apart(pairs, expected):
+    use = ExpertUse(WORDS, pairs)  # type: ignore[arg-type]
+    use.pair_B = np.arange(len(pairs))
+    assert list(use.labels()) == expected
+
+
+def test_labels_are_numbered_by_their_first_mention():
+    use = ExpertUse(WORDS, ["en-de", "en-fr", "de-en", "fr-en"])  # type: ignore[arg-type]
+    use.pair_B = np.array([3, 0, 1, 2])
+    found = {about: (label_B.tolist(), names) for about, (label_B, names) in use.labels().items()}
+    assert found == {
+        "source language": ([2, 0, 0, 1], ("en", "de", "fr")),
+        "target language": ([2, 0, 1, 2], ("de", "fr", "en")),
+        "pair": ([3, 0, 1, 2], ("en-de", "en-fr", "de-en", "fr-en")),
+    }
+
+
+# ---- figures
+
+
+def test_entropy_is_in_bits():
+    assert entropy(np.array([4, 4])) == 1.0
+    assert entropy(np.array([2, 1, 1, 0])) == 1.5
+    assert entropy(np.zeros(3, int)) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("counts", "bits"),
+    [
+        ([[2, 0], [0, 2]], 1.0),
+        ([[1, 2], [2, 4]], 0.0),
+        # H(E) = H(C) = 1; H(E, C) = 2 * 3/8 * log2(8/3) + 2 * 1/8 * log2(8) = 1.8113
+        ([[3, 1], [1, 3]], 2 - 0.75 * np.log2(8 / 3) - 0.75),
+        ([[0, 0], [0, 0]], 0.0),
+    ],
+)
+def test_mutual_information_of_small_tables(counts, bits):
+    assert mutual_information(np.array(counts)) == pytest.approx(bits, abs=1e-12)
+
+
+def two_languages(experts):
+    """40 sentences of one token each, every second one into French; ``experts`` of German and of French."""
+    batches = [([entry("decoder.layers.0.ffn", [[4]], [[experts[i % 2]]])], [i % 2]) for i in range(40)]
+    return use_of(["en-de", "en-fr"], *batches)
+
+
+def test_an_expert_a_language_is_all_there_can_be():
+    about = {s.about: s for s in specialisation(two_languages([0, 1]))}
+    found = about["target language"]
+    assert (found.bits, found.share, found.num_labels, found.num_pairs) == (1.0, 1.0, 2, 40)
+    # Shuffled, 40 sentences still say about 1 / (2 * 40 * ln 2) = 0.018 bits.
+    assert 0.005 < found.by_chance < 0.05
+    # All tokens are one subword.
+    assert (about["token class"].bits, about["token class"].share, about["token class"].by_chance) == (0.0, 0.0, 0.0)
+
+
+def test_one_expert_for_both_languages_says_nothing():
+    found = specialisation(two_languages([1, 1]))[0]
+    assert (found.about, found.bits, found.share, found.by_chance) == ("target language", 0.0, 0.0, 0.0)
+
+
+def test_the_chance_of_token_classes_is_the_bias_of_so_many_pairs():
+    # 3 begins by expert 0, 5 dogs by expert 1: (2 - 1) (2 - 1) / (2 * 8 ln 2).
+    use = use_of(["en-de"], ([entry("decoder.layers.0.ffn", [[2, 2, 2, 4, 4, 4, 4, 4]], [[0] * 3 + [1] * 5])], [0]))
+    (found,) = specialisation(use)
+    assert found.bits == pytest.approx(entropy(np.array([3, 5])))
+    assert found.share == pytest.approx(1.0)
+    assert found.by_chance == pytest.approx(1 / (16 * np.log(2)))
+
+
+def test_shares_are_of_a_row_and_unknown_without_tokens():
+    np.testing.assert_array_equal(shares(np.array([[1, 3], [0, 0]])), [[0.25, 0.75], [np.nan, np.nan]])
+
+
+def test_typical_subwords_are_those_that_tell_most_of_their_expert():
+    # Of 20 pairs, 10 each expert. "a" comes 10 times, 5 in each: as by chance. "b" 6 times, 4 of them in expert 0.
+    layer = LayerUse("decoder 0", "target", np.array([[10, 10]]), np.array([[5, 5], [4, 2], [1, 0], [0, 3]]))
+    # b: 0.2 log(0.2 / 0.15) = 0.058; c: 0.05 log(0.05 / 0.025) = 0.035; d: 0.15 log(0.15 / 0.075) = 0.104
+    assert typical_pieces(layer, ["a", "b", "c", "d"]) == [["b", "c"], ["d"]]
+    assert typical_pieces(layer, ["a", "b", "c", "d"], most=1) == [["b"], ["d"]]

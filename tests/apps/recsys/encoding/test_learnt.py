@@ -1,0 +1,276 @@
+"""What a checkpoint says of its table's values: other rows of other files are encoded by it."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from own_table import CONFIG, NAN, TEST, by_row, changed, config_of, same, write
+from places import ROOT
+
+import core
+from apps.cli import main
+from apps.recsys.encoding.learnt import Encoding, Vocabulary
+from apps.recsys.tables.module import MultiTaskRecommender
+
+DOCS = ROOT / "docs" / "recommenders.md"
+
+# As many values of each column as in TRAIN, and as often, but Oslo is where Rome was and fr where de was.
+SWAPPED = changed(
+    city=["Oslo", "Oslo", "NA", "Rome", "", "Oslo"],
+    shop=["fr", "de", "fr", "fr", "de", "fr"],
+    age=["1", "2", "", "3", "inf", "4"],
+)
+NEW = {
+    "key": ["k0", "k1", "k2"],
+    "city": ["Oslo", "Paris", ""],
+    "tags": ["z|y", "", "w"],
+    "user": [1, 2, 77],
+    "age": ["25", "", "30"],
+    "shop": ["fr", "de", "de"],
+}
+
+
+def test_a_vocabulary_finds_its_texts():
+    found = Vocabulary.of(pa.array(["skip", "b", "", "äö"]).slice(1))
+    assert (len(found), found.texts()) == (3, ("b", "", "äö"))
+    assert found.find(pa.array(["äö", "a", "b", None, ""])).tolist() == [2, -1, 0, -1, 1]
+    assert Vocabulary.of(pa.array([], pa.string())).find(pa.array(["a"])).tolist() == [-1]
+    assert found.digest != Vocabulary.of(pa.array(["", "b", "äö"])).digest
+
+
+def test_a_table_is_encoded_by_what_another_one_taught(own, tmp_path):
+    learned = own()
+    state = learned.encoding_state
+    torch.save(state, tmp_path / "state.pt")
+    saved = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert Encoding.from_state(state).digest == Encoding.from_state(saved).digest
+    write(tmp_path, train=SWAPPED)
+    assert own().vocabulary("city") == (None, "Oslo", "NA", "Rome")  # what the rows themselves would teach
+    data = own()
+    data.adopt(state)
+    assert data.features == learned.features  # with the mean age of the first table
+    assert data.vocabulary("city") == (None, "Rome", "NA", "Oslo")
+    assert data.domain_values == ("de", "fr")
+    rows = by_row(data.rows("train")[:])
+    assert [r["city"] for r in rows] == [[3], [3], [2], [1], [0], [3]]
+    assert [r["domain"] for r in rows] == [1, 0, 1, 1, 0, 1]
+    assert same([r["dense"] for r in rows], [[1.0], [2.0], [NAN], [3.0], [NAN], [4.0]])
+    assert data.report.unseen["city"] == {"train": 0, "val": 0, "test": 1 / 2}
+
+
+def test_what_was_encoded_is_used_again_where_it_is_the_same(own, tmp_path):
+    first = own()
+    state = first.encoding_state
+    first.adopt(state)
+    second = own()
+    second.adopt(state)
+    assert second.rows("train").columns.folder == first.rows("train").columns.folder
+    assert len(list((tmp_path / "cache" / "tables").iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            config_of(categorical=("city",), multi_valued=("tags",), continuous=("age",), domain="shop"),
+            r"categorical columns: \['city', 'user', 'tags'\] there, \['city', 'tags'\] here",
+        ),
+        (CONFIG.without(["age"]), r"continuous columns: \['age'\] there, \[\] here"),
+    ],
+)
+def test_columns_that_the_checkpoint_is_not_of_are_refused(own, config, message):
+    state = own().encoding_state
+    other = own(config)
+    other.adopt(state)
+    with pytest.raises(ValueError, match=f"the table does not fit the checkpoint: {message}"):
+        other.setup("test")
+
+
+def test_a_scenario_that_training_lacks_is_named(own, tmp_path):
+    state = own().encoding_state
+    write(tmp_path, test={**TEST, "shop": ["fr", "it"]})
+    data = own()
+    data.adopt(state)
+    with pytest.raises(ValueError, match="column 'shop' names the scenario, but holds 'it', which training lacks, in"):
+        data.setup("test")
+
+
+# ---- a module brings it along
+
+
+def module_of(data):
+    torch.manual_seed(0)
+    return MultiTaskRecommender(data.features, shared=core.MMoE(2, core.MLP((4,))), report=None)
+
+
+def trainer(folder, **options):
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    return Trainer(default_root_dir=folder, **{**quiet, "enable_checkpointing": False, **options})
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_loaded_module_scores_by_its_own_rows_whatever_the_data_would_learn(own, tmp_path):
+    data = own()
+    model = module_of(data)
+    run = trainer(tmp_path, max_steps=2)
+    run.fit(model, datamodule=data)
+    run.save_checkpoint(tmp_path / "it.ckpt")
+    expected = model.eval()(data.rows("test")[:]).sigmoid()
+    write(tmp_path, train=SWAPPED)
+
+    loaded = MultiTaskRecommender.load_from_checkpoint(tmp_path / "it.ckpt")
+    (found,) = trainer(tmp_path).predict(loaded, datamodule=own())
+    assert torch.equal(torch.stack([found["probability_click"], found["probability_like"]], 1), expected)
+
+    other = own()
+    fresh = module_of(data)
+    trainer(tmp_path).test(fresh, datamodule=data, ckpt_path=tmp_path / "it.ckpt", weights_only=True, verbose=False)
+    with pytest.raises(ValueError, match=r"model.features does not fit the data: positives|continuous"):
+        trainer(tmp_path).test(module_of(other), datamodule=other, ckpt_path=tmp_path / "it.ckpt", weights_only=True)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_script_predicts_a_file_by_a_loaded_module_alone(own, tmp_path):
+    data = own()
+    model = module_of(data)
+    run = trainer(tmp_path, max_steps=2)
+    run.fit(model, datamodule=data)
+    run.save_checkpoint(tmp_path / "it.ckpt")
+    expected = model.predict(NEW)
+    for name in ("train.csv", "test.csv"):
+        (tmp_path / name).unlink()
+    pa.csv.write_csv(pa.table(NEW), tmp_path / "new.csv")
+    loaded = MultiTaskRecommender.load_from_checkpoint(tmp_path / "it.ckpt")
+    (found,) = trainer(tmp_path).predict(loaded, datamodule=own(predict_file="new.csv"))
+    assert list(found) == ["index", "probability_click", "probability_like"]
+    assert found["probability_click"].tolist() == expected["probability_click"].tolist()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_test_rows_have_their_labels_beside_their_predictions(own, tmp_path):
+    write(tmp_path, test={**TEST, "stars": ["4", ""]})
+    data = own()
+    (found,) = trainer(tmp_path).predict(module_of(data), datamodule=data)
+    # clicks of TEST; 4 stars are liked, and no stars are no label
+    assert (found["label_click"], found["label_like"]) == ([1, 0], [1, None])
+
+
+# ---- rows to predict
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_rows_to_predict_need_neither_labels_nor_the_training_file(own, tmp_path, kind):
+    learned = own()
+    user_1 = int(learned.rows("train")[:].sparse["user"].values()[0])
+    table = pa.table(NEW)
+    if kind == "csv":
+        pa.csv.write_csv(table, tmp_path / "new.csv")
+    else:
+        pa.parquet.write_table(table, tmp_path / "new.parquet")
+    data = own(train_file="gone.csv", test_file=None, predict_file=f"new.{kind}", predict_columns=["key", "age"])
+    data.adopt(learned.encoding_state)
+    data.prepare_data()
+    data.setup("predict")
+    (batch,) = data.predict_dataloader()
+    rows = by_row(batch)
+    assert [r["index"] for r in rows] == [0, 1, 2]
+    assert [r["city"] for r in rows] == [[3], [0], [0]]  # Oslo; Paris is not known; nothing
+    # z and y; no value; w is not known. (A row of fewer values than the longest is filled up with 0.)
+    assert batch.sparse["tags"].lengths().tolist() == [2, 0, 1]
+    assert batch.sparse["tags"].values().tolist() == [3, 1, 0]
+    assert batch.sparse["user"].values()[0] == user_1
+    assert same([r["dense"] for r in rows], [[25.0], [NAN], [30.0]])
+    assert [r["domain"] for r in rows] == [1, 0, 0]
+    assert same([r["label"] for r in rows], [[NAN, NAN]] * 3)
+    assert data.predicted["key"] == ["k0", "k1", "k2"]
+    assert data.predicted["age"] == ["25", None if kind == "csv" else "", "30"]  # as it stands there
+    # Without a checkpoint the table itself teaches.
+    alone = own(predict_file=f"new.{kind}")
+    assert same(by_row(next(iter(alone.predict_dataloader()))), rows)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"age": ["1", "old", "2"]}, "column 'age' of the rows to predict must hold numbers: row 1 holds 'old'"),
+        (
+            {"shop": ["de", "it", "fr"]},
+            "column 'shop' names the scenario, but holds 'it', which training lacks, in row 1",
+        ),
+        ({c: [] for c in NEW}, "the rows to predict: there are none"),
+    ],
+)
+def test_rows_that_cannot_be_encoded_are_named(own, tmp_path, columns, message):
+    pa.parquet.write_table(pa.table({**NEW, **columns}), tmp_path / "new.parquet")
+    data = own(predict_file="new.parquet")
+    with pytest.raises(ValueError, match=message):
+        data.setup("predict")
+
+
+def test_bad_options_of_a_prediction_are_refused(own, tmp_path):
+    with pytest.raises(ValueError, match=r"predict_columns=\['key'\] are columns of predict_file, which is not set"):
+        own(predict_columns=["key"])
+    with pytest.raises(ValueError, match="predict_columns names 'index', which each prediction has of its own"):
+        own(predict_file="new.csv", predict_columns=["index"])
+    pa.csv.write_csv(pa.table({k: v for k, v in NEW.items() if k != "city"}), tmp_path / "new.csv")
+    with pytest.raises(ValueError, match=r"column 'city' \(categorical\) is not in '.*new\.csv'"):
+        own(predict_file="new.csv").setup("predict")
+
+
+# ---- the command line
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_example_of_the_docs(tmp_path, monkeypatch, capsys):
+    section = DOCS.read_text().partition("## Scoring new rows")[2].partition("\n## ")[0]
+    config, new, commands = re.findall(r"```\w*\n(.*?)```", section, re.DOTALL)[:3]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    Path("shop.yaml").write_text(config)
+    Path("new.csv").write_text(new)
+    events = {
+        "user": ["ann", "bob", "cy", "dot"] * 30,
+        "item": (["tea"] * 3 + ["cup"] * 2) * 24,
+        "price": [3.5, 3.5, 3.5, 8.0, 8.0] * 24,
+        "clicked": ([1, 0, 1, 1, 0, 0, 1] * 18)[:120],
+        "bought": ([1, 0, 0] * 40),
+    }
+    pa.csv.write_csv(pa.table(events), "events.csv")
+    fit, predict = (line.replace("'", "").split(" ", 1)[1] for line in commands.strip().splitlines())
+    assert main(fit.split()) == 0
+
+    # All events, without their labels and without the file that trained.
+    path = Path("runs/shop/predictions.jsonl")
+    Path("events.csv").unlink()
+    pa.parquet.write_table(pa.table(events).select(["user", "item", "price"]), "all.parquet")
+    assert main(["predict", "--config", "shop.yaml", "--data.predict_file", "all.parquet"]) == 0
+    every = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["index"] for row in every] == list(range(120))
+
+    head, _, rest = predict.partition(" --data.predict_columns ")
+    assert main([*head.split(), "--overwrite", "--data.predict_columns", rest]) == 0
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [list(row) for row in found] == [["index", "user", "item", "probability_click", "probability_buy"]] * 2
+    assert [(row["user"], row["item"]) for row in found] == [("ann", "tea"), ("zoe", "tea")]
+    assert found[0]["probability_buy"] == pytest.approx(every[0]["probability_buy"], rel=1e-5)  # the first event
+
+    # The test rows of another split, whose training rows would teach otherwise, have the same predictions.
+    pa.csv.write_csv(pa.table(events), "events.csv")
+    assert (
+        main(
+            ["predict", "--config", "shop.yaml", "--data.split.kind", "random", "--data.split.seed", "7", "--overwrite"]
+        )
+        == 0
+    )
+    for row in map(json.loads, path.read_text().splitlines()):
+        labels = {name: events[column][row["index"]] for name, column in (("click", "clicked"), ("buy", "bought"))}
+        expected = every[row["index"]] | {f"label_{name}": label for name, label in labels.items()}
+        assert row == pytest.approx(expected, rel=1e-5)

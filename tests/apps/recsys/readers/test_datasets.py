@@ -1,0 +1,70 @@
+"""The standard tables by name: their readers, their sources, their layouts."""
+
+from __future__ import annotations
+
+import importlib
+import pickle
+from pathlib import Path
+
+import pytest
+from made_sources import (
+    write_100k,
+    write_adult,
+    write_ali_ccp,
+    write_aliexpress,
+    write_census,
+    write_grouplens_1m,
+    write_kuairand,
+    write_recbole_1m,
+)
+
+from apps.data import sources
+from apps.recsys.readers.datasets import RECSYS_DATASETS
+
+
+@pytest.mark.parametrize("name", list(RECSYS_DATASETS))
+def test_every_dataset_has_its_reader(name: str) -> None:
+    dataset = RECSYS_DATASETS[name]
+    assert dataset.source.name == name
+    assert dataset.source.app == "recsys"
+    assert dataset.source.licence
+    assert sources.find(name) is dataset.source
+    assert callable(getattr(importlib.import_module("apps.recsys.readers"), f"read_{name}"))
+    assert pickle.loads(pickle.dumps(dataset)).source == dataset.source
+
+
+@pytest.mark.parametrize("name", [n for n, d in RECSYS_DATASETS.items() if not d.source.sources])
+def test_a_dataset_without_source_says_how_to_get_it(name: str, tmp_path: Path) -> None:
+    with pytest.raises(sources.DataError, match=f"{name} cannot be fetched: set root"):
+        sources.prepare(name, cache_dir=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["census_income", "adult", "movielens_1m", "movielens_100k"])
+def test_packages_are_pinned_and_their_files_known_by_hash(name: str) -> None:
+    packages = [s for s in RECSYS_DATASETS[name].source.sources if isinstance(s, sources.PythonPackage)]
+    assert packages
+    for package in packages:
+        assert "==" in package.requirement
+        assert all(len(file.hash or "") == 64 for file in package.files)
+
+
+def test_a_folder_in_each_layout_is_taken_as_it_is(tmp_path: Path) -> None:
+    write_census(tmp_path / "census")
+    write_recbole_1m(tmp_path / "recbole")
+    write_grouplens_1m(tmp_path / "grouplens" / "ml-1m")
+    write_100k(tmp_path / "100k", "grouplens")
+    write_adult(tmp_path / "adult")
+    write_ali_ccp(tmp_path / "ccp")
+    write_aliexpress(tmp_path / "ae" / "AliExpress_ES")
+    write_kuairand(tmp_path / "kuairand" / "KuaiRand-1K" / "data", "1k")
+    for name, folder in (
+        ("census_income", "census"),
+        ("movielens_1m", "recbole"),
+        ("movielens_1m", "grouplens"),
+        ("movielens_100k", "100k"),
+        ("adult", "adult"),
+        ("ali_ccp", "ccp"),
+        ("aliexpress", "ae"),
+        ("kuairand", "kuairand"),
+    ):
+        assert sources.prepare(name, root=tmp_path / folder) == tmp_path / folder

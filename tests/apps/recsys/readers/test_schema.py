@@ -1,0 +1,88 @@
+"""The description of a table: what contradicts itself is refused, in one line that names it."""
+
+from __future__ import annotations
+
+import pytest
+
+from apps.recsys.readers.schema import SplitConfig, TableConfig, TaskConfig, nearest
+
+CLICK = {"click": TaskConfig("y")}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"categorical": ("a",)}, "names no label"),
+        ({"tasks": CLICK}, "names no feature"),
+        (
+            {"categorical": ("a", "y"), "tasks": CLICK},
+            "column 'y' is the label of task 'click' and a categorical feature",
+        ),
+        ({"continuous": ("y",), "tasks": CLICK}, "column 'y' is the label of task 'click' and a continuous feature"),
+        (
+            {"categorical": ("a",), "continuous": ("a",), "tasks": CLICK},
+            "'a' is listed twice: under categorical and con",
+        ),
+        ({"categorical": ("a.b",), "tasks": CLICK}, "'a.b': a feature or a task needs a name without dot"),
+        ({"categorical": ("user",), "hash_rows": {"usr": 9}, "tasks": CLICK}, "hash_rows names 'usr'.*mean 'user'"),
+        ({"categorical": ("a",), "num_rows": {"a": 1}, "tasks": CLICK}, r"num_rows\['a'\]=1 must be at least 2"),
+        (
+            {"categorical": ("a",), "num_rows": {"a": 9}, "hash_rows": {"a": 9}, "tasks": CLICK},
+            "both hash_rows and num_rows",
+        ),
+        ({"categorical": ("a",), "min_count": 0, "tasks": CLICK}, "min_count=0 must be at least 1"),
+        ({"categorical": ("a",), "separator": "", "tasks": CLICK}, "separator='' must not be empty"),
+        ({"categorical": ("a",), "tasks": CLICK, "split": SplitConfig("user")}, "needs table.user"),
+        ({"categorical": ("a",), "tasks": CLICK, "split": SplitConfig("time")}, "needs table.time"),
+        (
+            {"categorical": ("a",), "tasks": CLICK, "split": SplitConfig(stratify="clik")},
+            "split.stratify='clik' is not one of click; did you mean 'click'",
+        ),
+    ],
+)
+def test_a_description_that_contradicts_itself_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        TableConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kind": "usr"}, "split.kind='usr' is not one of .*; did you mean 'user'"),
+        ({"val": 1.0}, "split.val=1.0 must be a share"),
+        ({"test": -0.1}, "split.test=-0.1 must be a share"),
+        ({"kind": "time", "stratify": "click"}, "is for kind 'given' or 'random', not 'time'"),
+        ({"seed": -1}, "split.seed=-1 must be 0 to"),
+    ],
+)
+def test_impossible_splits_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        SplitConfig(**options)
+
+
+def test_a_label_is_defined_in_one_way():
+    with pytest.raises(ValueError, match="'y': positive and at_least exclude each other"):
+        TaskConfig("y", positive=("a",), at_least=1)
+    with pytest.raises(ValueError, match=r"positive=\(\) names no value"):
+        TaskConfig("y", positive=())
+
+
+def test_a_feature_is_left_out_with_its_options():
+    config = TableConfig(
+        categorical=("a", "b"), continuous=("c",), tasks=CLICK, hash_rows={"a": 9}, user="a", num_rows={"b": 4}
+    )
+    left = config.without(["a"])
+    assert left.features == ("b", "c")
+    assert left.hash_rows == {}
+    assert left.num_rows == {"b": 4}
+    assert left.user == "a"  # the role of the user is not that of a feature
+    assert left.roles == {"a": "user", "y": "task click", "b": "categorical", "c": "continuous"}
+    with pytest.raises(ValueError, match="exclude='d' is not a feature"):
+        config.without(["d"])
+    with pytest.raises(ValueError, match="exclude leaves no feature"):
+        config.without(["a", "b", "c"])
+
+
+def test_only_a_name_that_is_near_is_suggested():
+    assert nearest("citty", ("City", "age")) == "; did you mean 'City'?"
+    assert nearest("price", ("dice", "created")) == ""  # they share three letters of nine

@@ -1,0 +1,151 @@
+"""Guards: each finds what it is there for, in one line, and is silent else."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from apps.recsys.binary_metrics import task_figures
+from apps.recsys.encoding.features import CategoricalFeature, ContinuousFeature, Features
+from apps.recsys.tables import checks
+from apps.recsys.tables.arrays import MultiValued, TableArrays
+from apps.recsys.tables.checks import Check, label_among_features, shared_users, suspicious_figures
+
+N = 400
+
+
+def arrays(**changed: object) -> TableArrays:
+    """A number, a category, an id of each row, and two tasks that none of them gives away."""
+    rng = np.random.default_rng(0)
+    label_Nt = (rng.random((N, 2)) < 0.3).astype(np.float32)
+    features = Features(
+        categorical=(CategoricalFeature("kind", 8), CategoricalFeature("row", N + 1)),
+        continuous=(ContinuousFeature("age"),),
+        tasks=("click", "buy"),
+    )
+    ids_NF = np.stack([rng.integers(1, 8, N), np.arange(1, N + 1)], 1)
+    values = {"dense_NC": rng.normal(size=(N, 1)).astype(np.float32), "ids_NF": ids_NF, "label_Nt": label_Nt}
+    changed = {"features": features, "multi": {}, **values, **changed}
+    return TableArrays(**changed)  # type: ignore[arg-type]
+
+
+def test_a_clean_table_has_no_finding():
+    # The ids would predict every label that their own means were taken of.
+    assert label_among_features(arrays()) == []
+
+
+def test_a_number_that_orders_the_label_is_found_in_either_direction():
+    plain = arrays()
+    for sign in (1, -1):
+        dense_NC = (sign * (plain.label_Nt[:, 1:] * 2 + 0.1 * plain.dense_NC)).astype(np.float32)
+        dense_NC[plain.label_Nt[:, 1] == (sign < 0)] = np.nan  # missing is a value like others
+        (found,) = label_among_features(arrays(dense_NC=dense_NC))
+        assert found.name == "label_among_features"
+        assert found.message.startswith("column 'age' alone predicts task 'buy' with AUC 1.00000")
+
+
+def test_a_category_that_holds_the_label_is_found():
+    plain = arrays()
+    ids_NF = plain.ids_NF.copy()
+    ids_NF[:, 0] = 2 + 3 * plain.label_Nt[:, 0]
+    (found,) = label_among_features(arrays(ids_NF=ids_NF))
+    assert found.message.startswith("column 'kind' alone predicts task 'click' with AUC 1.00000")
+
+
+def test_values_that_hold_the_label_together_are_found():
+    label_N = arrays().label_Nt[:, 0].astype(np.int64)
+    values_N2 = np.where(label_N[:, None] == 1, [[5, 2]], [[2, 4]])
+    values_N2[::2] = values_N2[::2, ::-1]  # in either order
+    held = MultiValued(values_N2.ravel(), np.full(N, 2))
+    (found,) = label_among_features(arrays(multi={"tags": held}))
+    assert found.message.startswith("column 'tags' alone predicts task 'click' with AUC 1.00000")
+    assert MultiValued(np.array([7, 8, 8, 7, 7]), np.array([2, 0, 2, 1, 0])).sets_N().tolist() in (
+        [a, b, a, c, b] for a, b, c in itertools.permutations(range(3))
+    )
+
+
+def test_rows_without_a_label_do_not_hide_it():
+    plain = arrays()
+    label_Nt = plain.label_Nt.copy()
+    ids_NF = plain.ids_NF.copy()
+    ids_NF[:, 0] = 2 + 3 * label_Nt[:, 0]
+    label_Nt[::3, 0] = np.nan
+    assert len(label_among_features(arrays(ids_NF=ids_NF, label_Nt=label_Nt))) == 1
+
+
+def test_a_column_with_the_name_of_a_task_is_found():
+    named = Features((CategoricalFeature("click", 8), CategoricalFeature("row", N + 1)), (ContinuousFeature("age"),),
+                     ("click", "buy"))  # fmt: skip
+    (found,) = label_among_features(arrays(features=named))
+    assert found.message == "column 'click' has the name of a task: is the label among the features?"
+
+
+def test_users_of_several_splits_are_counted():
+    users = {"train": np.array([1, 1, 2, 3]), "val": np.array([4, 5]), "test": np.array([3, 2, 2, 9])}
+    (found,) = shared_users(users)
+    assert found == Check("shared_users", "2 of 3 users of test are in train too, although the split is by user")
+    assert shared_users({"train": np.array([1, 2]), "val": np.array([3])}) == []
+
+
+def names(z: np.ndarray, y: np.ndarray) -> list[str]:
+    return [c.name for c in suspicious_figures({"a": task_figures(z, y)}, "test")]
+
+
+def calibrated(n: int = 4000) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(1)
+    z = rng.normal(-1, 1, n)
+    return z, (rng.random(n) < 1 / (1 + np.exp(-z))).astype(float)
+
+
+def test_good_figures_have_no_finding():
+    assert names(*calibrated()) == []
+
+
+def test_suspicious_figures_are_found():
+    z, y = calibrated()
+    assert "extreme_auc" in names(-z, y)
+    assert "extreme_auc" in names(np.where(y > 0, 9.0, -9.0), y)
+    assert names(np.full(len(z), np.log(y.mean() / (1 - y.mean()))), y) == ["constant_prediction"]
+    assert names(z, np.ones(len(z))) == ["one_class"]
+    assert names(z, np.full(len(z), np.nan)) == ["one_class"]
+    assert names(np.where(np.arange(len(z)) == 7, np.nan, z), y) == ["invalid_predictions"]
+
+
+def test_a_mean_prediction_is_far_when_it_is_off_by_more_than_chance_and_by_a_quarter():
+    z, y = calibrated()
+    assert names(z + 1, y) == ["base_rate"]
+    assert names(z + 0.1, y) == []
+    # 0.10 against 0.15: a third off. Standard error sqrt(0.1 * 0.9 / n): 0.03 of 100 rows, 0.003 of 10,000.
+    assert not checks.far_from(0.15, 0.10, 100)
+    assert checks.far_from(0.15, 0.10, 10_000)
+    # Of 0.95, the negatives' share is 0.05: 0.93 is off by 0.4 of it.
+    assert checks.far_from(0.93, 0.95, 100_000)
+    assert not checks.far_from(0.945, 0.95, 100_000)
+
+
+def test_tasks_of_equal_auc_are_found():
+    z, y = calibrated()
+    same, other = task_figures(z, y), task_figures(z[::-1] + z, y)
+    found = suspicious_figures({"a": same, "b": same, "c": other}, "val")
+    assert [c.name for c in found if c.name == "equal_auc"] == ["equal_auc"]
+    assert found[0].message == f"val: tasks 'a' and 'b' have the same AUC, {same.auc:.6f}: are they the same label?"
+
+
+def test_report_prints_each_check_once(capsys, caplog):
+    checks.report([Check("one_class", "test: task 'a' has [negative] labels alone")])
+    out = capsys.readouterr().out
+    assert out.splitlines() == ["checks", "  ! test: task 'a' has [negative] labels alone"]
+    assert not caplog.messages  # the command line prints what is logged: it would be there twice
+    checks.report([])
+    assert "nothing found (a label among the features;" in capsys.readouterr().out
+    checks.report([], quiet_when_clean=True)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_tiny_splits_do_not_crash(n):
+    small = arrays()
+    part = TableArrays(small.features, small.dense_NC[:n], small.ids_NF[:n], {}, small.label_Nt[:n])
+    assert label_among_features(part) == []

@@ -1,0 +1,148 @@
+"""The table recommender from the command line, and its configurations."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.csv
+import pytest
+import torch
+import yaml
+from made_table import batch, features
+from places import ROOT
+
+import core
+from apps.cli import main
+from apps.cli.train import build, quiet
+from apps.recsys.readers.schema import SplitConfig, TableConfig, TaskConfig
+from apps.recsys.tables.data import TableData
+from apps.recsys.tables.module import MultiTaskRecommender
+from apps.recsys.tables.tasks import HeadConfig
+
+CONFIGS = [
+    path
+    for path in sorted((ROOT / "configs" / "recsys").glob("*.yaml"))
+    if yaml.safe_load(path.read_text())["model"]["class_path"] == "MultiTaskRecommender"
+]
+
+CONFIG = """
+model:
+  class_path: apps.recsys.tables.module.MultiTaskRecommender
+  init_args:
+    shared:
+      class_path: core.CGC
+      init_args: {num_experts: 2, num_task_experts: 1, expert: {class_path: core.MLP, init_args: {hidden_dims: [8]}}}
+    embedding: {dim: 4}
+    dense: {kind: quantile}
+    weighting: {weights: {click: 2.0}}
+    report: null
+data: {class_path: made_table.MadeTable}
+trainer: {accelerator: cpu, max_epochs: 1, log_every_n_steps: 1}
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "table.yaml").write_text(CONFIG)
+    assert main(["fit", "--config", str(folder / "table.yaml"), "--run_dir", str(folder / "run")]) == 0
+    return folder / "run"
+
+
+def test_a_run_is_tested_predicted_and_resumed(trained):
+    where = ["--config", str(trained.parent / "table.yaml"), "--run_dir", str(trained)]
+    assert main(["test", *where]) == 0
+    found = json.loads((trained / "test.json").read_text())
+    assert {"test/auc", "test/auc_click", "test/gauc_buy", "test/loss"} <= found.keys()
+    assert main(["predict", *where]) == 0
+    first = json.loads((trained / "predictions.jsonl").read_text().splitlines()[0])
+    assert first.keys() == {"index", "probability_click", "probability_buy", "label_click", "label_buy"}
+    assert main(["fit", *where, "--ckpt_path", "last", "--trainer.max_epochs", "2"]) == 0
+
+
+def test_constructors_take_what_their_own_configuration_holds(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = {"city": ["Rome", "Oslo"] * 50, "age": list(range(100)), "clicked": [1, 0, 0, 1] * 25}
+    pa.csv.write_csv(pa.table(rows), "events.csv")
+    flags = {
+        "model": "MultiTaskRecommender",
+        "model.shared": "core.MMoE",
+        "model.shared.num_experts": "2",
+        "model.head.hidden_dims": "[4]",
+        "model.optimizer.betas": "[0.8, 0.9]",
+        "data": "TableData",
+        "data.dataset": "table",
+        "data.train_file": "events.csv",
+        "data.cache_dir": "cache",
+        "data.table": "{categorical: [city], continuous: [age], tasks: {click: {column: clicked, positive: [1]}}}",
+        "data.table.split": "{kind: random, val: 0.2}",
+        "trainer.max_epochs": "1",
+        "trainer.accelerator": "cpu",
+    }
+    assert main(["fit", "--run_dir", "run", *(f"--{name}={value}" for name, value in flags.items())]) == 0
+    config = yaml.safe_load(Path("run/config.yaml").read_text())
+    data = TableData(**config["data"]["init_args"])
+    split = SplitConfig("random", val=0.2)
+    expected = TableConfig(("city",), (), ("age",), {"click": TaskConfig("clicked", (1,))}, split=split)
+    assert data.table == expected
+    assert data.report.rows == {"train": 72, "val": 18, "test": 10}  # a tenth of 100, then a fifth of 90
+    model = MultiTaskRecommender(features=data.features, **config["model"]["init_args"])
+    assert model.shared_config == core.MMoE(2, core.MLP((16,)))
+    assert model.head == HeadConfig(hidden_dims=(4,))
+    assert model.optimizer_config.betas == (0.8, 0.9)
+    checkpoint = torch.load("run/checkpoints/last.ckpt", weights_only=True)
+    assert dict(model.hparams) == checkpoint["hyper_parameters"]
+    model.load_state_dict(checkpoint["state_dict"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"table": {"catgorical": ["city"]}},
+            "option of table='catgorical' is not one of .*did you mean 'categorical'",
+        ),
+        ({"table": {"tasks": {"a": {"colum": "x"}}}}, "option of table.tasks.a='colum' is not one of at_least, column"),
+        ({"table": {"tasks": {"a": {}}}}, "table.tasks.a: .* missing 1 required positional argument: 'column'"),
+        ({"table": "city"}, "table='city' is neither a TableConfig nor a mapping of its options"),
+        ({"split": {"class_path": "core.MMoE"}}, "split.class_path='core.MMoE' is no SplitConfig"),
+        ({"split": {"class_path": "os.system"}}, "class_path='os.system' is not a registered config class"),
+    ],
+)
+def test_mappings_that_are_no_configs_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        TableData("table", train_file="t.csv", **options)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--data.tags", "false"],
+            "model.features.categorical.1.multi_valued=True does not fit the data, whose "
+            "features.categorical.1.multi_valued is False",
+        ),
+        (["--model.shared.num_experts", "3"], "model.shared.num_experts=2 in the checkpoint, 3 here"),
+        (["--model.head.kind", "esm"], "model.head.kind"),
+        (["--model.embedding.kind", "fused", "--model.embedding.dim", "6"], "embedding.dim=6 is not a multiple of 4"),
+    ],
+)
+def test_what_does_not_fit_is_named(trained, capsys, flags, message):
+    capsys.readouterr()
+    where = ["--config", str(trained.parent / "table.yaml"), "--run_dir", str(trained)]
+    assert main(["test", *where, *flags]) != 0
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_a_configuration_trains_a_step(path, monkeypatch, tmp_path):
+    # Made columns stand for the dataset's, which is not on every machine.
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(TableData, "features", features())
+    with quiet():
+        cli = build("fit", ["--config", str(path), "--trainer.accelerator", "cpu"])
+    out = cli.model.train().task_loss(batch(32))
+    out.loss.backward()
+    assert out.loss.isfinite()
+    shared = "core.MMoE" if path.stem != "census_ple" else "core.PLE"
+    assert yaml.safe_load(path.read_text())["model"]["init_args"]["shared"]["class_path"] == shared

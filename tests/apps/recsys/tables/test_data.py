@@ -1,0 +1,237 @@
+"""TableData: a table of every kind of column, from its file to Lightning."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import jsonargparse
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+import pytest
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
+from own_table import CONFIG, NAN, TEST, TRAIN, by_row, config_of, same, write
+
+from apps.data import sources
+from apps.recsys.encoding.features import CategoricalFeature
+from apps.recsys.readers.schema import SplitConfig
+from apps.recsys.tables.data import TableData
+from apps.recsys.tables.synthetic import SyntheticConfig
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_a_table_of_every_kind_of_column_by_hand(own, tmp_path, kind):
+    write(tmp_path, kind)
+    data = own(kind=kind)
+    features = data.features
+    # In training Rome has 3 rows, "NA" and Oslo one each (by text); the empty field is missing. Paris is not there.
+    assert features.categorical[0] == CategoricalFeature("city", 4)
+    assert features.categorical[1] == CategoricalFeature("user", 100, hashed=True)
+    assert features.categorical[2] == CategoricalFeature("tags", 4, multi_valued=True)
+    assert data.vocabulary("city") == (None, "Rome", "NA", "Oslo")
+    assert data.vocabulary("tags") == (None, "y", "x", "z")  # y 4 times, x 2, z 1
+    assert data.vocabulary("shop") == ("de", "fr")
+    # ages 10, 20, 40, 50: mean 30, variance (400 + 100 + 100 + 400) / 4; an empty field and inf of six are missing
+    age = features.continuous[0]
+    assert (age.name, age.mean, age.std, age.quantiles) == ("age", 30, 250**0.5, (10, 20, 40))
+    assert age.missing == pytest.approx(2 / 6)
+    # stars >= 4 in 2 of the 5 rows that have some
+    assert (features.tasks, features.positives) == (("click", "like"), (0.5, 0.4))
+    assert features.num_domains == 2
+
+    train = by_row(data.rows("train")[:])
+    assert [r["index"] for r in train] == [0, 1, 2, 3, 4, 5]
+    assert [r["city"] for r in train] == [[1], [1], [2], [3], [0], [1]]
+    assert [r["tags"][: len(t.split("|")) if t else 0] for r, t in zip(train, TRAIN["tags"], strict=True)] == [
+        [2, 1], [], [1], [2], [1, 3], [1],
+    ]  # fmt: skip
+    assert same([r["dense"] for r in train], [[10.0], [20.0], [NAN], [40.0], [NAN], [50.0]])
+    assert same([r["label"] for r in train], [[1.0, 1.0], [0.0, 1.0], [1.0, NAN], [0.0, 0.0], [0.0, 0.0], [1.0, 0.0]])
+    assert [r["domain"] for r in train] == [0, 1, 0, 0, 1, 0]
+    assert [r["group"] for r in train] == [0, 0, 1, 1, 2, 2]
+
+    test = data.rows("test")[:]
+    assert test.sparse.keys() == ["city", "user", "tags"]
+    assert test.sparse["city"].values().tolist() == [0, 1]  # Paris: not seen in training
+    assert test.sparse["tags"].lengths().tolist() == [2, 1]
+    assert test.sparse["tags"].values().tolist() == [0, 2, 3]  # w: not seen
+    assert test.index_B.tolist() == [6, 7]
+    assert test.group_B.tolist() == [0, 3]
+    user = {str(u): int(r) for u, r in zip(TRAIN["user"], data.rows("train")[:].sparse["user"].values(), strict=True)}
+    assert test.sparse["user"].values()[0] == user["1"]
+    assert 1 <= test.sparse["user"].values()[1] < 100  # user 9 is new, but hashed
+    assert same([r["dense"] for r in by_row(test)], [[30.0], [NAN]])
+
+    report = data.report
+    assert report.rows == {"train": 6, "val": 0, "test": 2}
+    assert report.missing["city"] == {"train": 1 / 6, "val": 0, "test": 0}
+    assert report.missing["age"] == {"train": 2 / 6, "val": 0, "test": 1 / 2}
+    assert report.missing["tags"] == {"train": 1 / 6, "val": 0, "test": 0}
+    assert report.unseen["city"] == {"train": 0, "val": 0, "test": 1 / 2}
+    assert report.unseen["user"] == {"train": 0, "val": 0, "test": 1 / 2}
+    assert report.unseen["tags"] == {"train": 0, "val": 0, "test": 1 / 3}
+    assert report.labelled["like"] == {"train": 5, "val": 0, "test": 2}
+    assert "column city: unseen in 0.00% train, 50.00% test" in str(report)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_one_process_tells_what_was_found(own, monkeypatch, caplog):
+    for rank, told in ((1, 0), (0, 1)):
+        monkeypatch.setattr(rank_zero_only, "rank", rank)
+        caplog.clear()
+        with caplog.at_level("INFO", logger="apps.recsys.tables.data"):
+            own().setup()
+        assert caplog.text.count("rows: 6 train") == told
+
+
+def test_types_may_differ_between_files(own, tmp_path):
+    # Rows of users as numbers in one file and as text in another.
+    write(tmp_path, "parquet", test={**TEST, "user": ["1", "9"]})
+    data = own(kind="parquet")
+    train, test = data.rows("train")[:], data.rows("test")[:]
+    assert test.sparse["user"].values()[0] == train.sparse["user"].values()[0]
+
+
+def test_a_pattern_takes_several_files_and_compressed_text_is_read(own, tmp_path):
+    table = pa.table(TRAIN)
+    for number, rows in enumerate((table.slice(0, 4), table.slice(4))):
+        with pa.CompressedOutputStream(str(tmp_path / f"part-{number}.tsv.gz"), "gzip") as file:
+            pa.csv.write_csv(rows, file, pa.csv.WriteOptions(delimiter="\t"))
+    found = own(train_file="part-*.tsv.gz")
+    assert same(by_row(found.rows("train")[:]), by_row(own().rows("train")[:]))
+    assert found.features == own().features
+
+
+def test_validation_rows_from_a_file_are_numbered_after_training_rows(own, tmp_path):
+    pa.csv.write_csv(pa.table(TRAIN).slice(0, 3), tmp_path / "val.csv")
+    data = own(val_file="val.csv", split=SplitConfig("random"))
+    indices = [data.rows(s).index.tolist() for s in ("train", "val", "test")]
+    assert indices == [[0, 1, 2, 3, 4, 5], [6, 7, 8], [9, 10]]  # nothing is drawn: the files give it all
+    assert same(data.rows("val")[:].dense_BC.tolist(), [[10.0], [20.0], [NAN]])
+
+
+def test_nothing_is_learned_from_rows_that_do_not_train(own, tmp_path):
+    features = own().features
+    write(tmp_path, test={**TEST, "age": ["1000", "2000"], "city": ["Rome", "Rome"]})
+    assert own().features == features
+    # Nor from validation rows, whose number changes what is learned.
+    fewer = own(split=SplitConfig("given", val=0.5)).features
+    assert fewer.continuous != features.continuous
+
+
+def test_a_column_is_a_category_and_the_time(own, tmp_path):
+    days = ["2024-05-03", "2024-05-01", "2024-05-02", "2024-05-01", "2024-05-04", "2024-05-05"]
+    write(tmp_path, train={**TRAIN, "shop": days}, test={**TEST, "shop": ["2024-05-01", "2024-05-09"]})
+    config = config_of(categorical=("shop",), time="shop", split=SplitConfig("time", val=0.34, test=0.0))
+    data = own(config)
+    assert data.vocabulary("shop")[1] == "2024-05-01"  # twice in training
+    assert data.rows("val").index.tolist() == [4, 5]
+
+
+def test_values_that_are_written_otherwise_in_another_file_are_reported(own, tmp_path):
+    told = "column 'city': 100% of the test values are not in training: are they written alike there?"
+    assert told not in own().report.warnings
+    write(tmp_path, test={**TEST, "city": ["rome", "oslo"]})
+    assert told in own().report.warnings
+
+
+def test_synthetic_tables_are_a_dataset(tmp_path):
+    config = SyntheticConfig(0.9, num_rows=200, num_features=3)
+    data = TableData("synthetic", cache_dir=str(tmp_path), synthetic=config)
+    assert [f.name for f in data.features.continuous] == ["x0", "x1", "x2"]
+    assert data.features.tasks == ("task_1", "task_2")
+    assert data.report.rows == {"train": 144, "val": 16, "test": 40}
+    other = TableData("synthetic", cache_dir=str(tmp_path), synthetic=SyntheticConfig(0.1, 200, 3))
+    assert other.features != data.features
+
+
+class Counting(LightningModule):
+    """Sees batches, as Lightning hands them on, and learns one number."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias = torch.nn.Parameter(torch.zeros(()))
+        self.seen = []
+
+    def training_step(self, batch, batch_idx):
+        self.seen.append(batch.index_B.tolist())
+        assert batch.sparse["city"].values().tolist() == [int(CITY_ROWS[i]) for i in batch.index_B]
+        return (self.bias - batch.label_Bt.nan_to_num()).square().mean()
+
+    def validation_step(self, batch, batch_idx):
+        self.seen.append(batch.index_B.tolist())
+
+    test_step = validation_step
+
+    def predict_step(self, batch, batch_idx):
+        return batch.index_B
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+CITY_ROWS = [1, 1, 2, 3, 0, 1]
+
+
+def test_lightning_trains_validates_tests_and_predicts(own, tmp_path):
+    pa.csv.write_csv(pa.table(TRAIN).slice(0, 3), tmp_path / "val.csv")
+    data = own(val_file="val.csv", batch_size=4)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    trainer = Trainer(max_epochs=2, enable_checkpointing=False, num_sanity_val_steps=0, **quiet)
+    model = Counting()
+    trainer.fit(model, datamodule=data)
+    first, second = model.seen[:2], model.seen[3:5]
+    assert [len(b) for b in (*first, *second)] == [4, 2, 4, 2]
+    assert sorted(first[0] + first[1]) == sorted(second[0] + second[1]) == [0, 1, 2, 3, 4, 5]
+    assert first != second
+    assert model.seen[2] == model.seen[5] == [6, 7, 8]
+    model.seen.clear()
+    trainer.test(model, datamodule=data, verbose=False)
+    assert model.seen == [[9, 10]]
+    assert torch.cat(trainer.predict(model, datamodule=data)).tolist() == [9, 10]
+
+
+def test_yaml_describes_a_table(tmp_path):
+    text = """
+    class_path: apps.recsys.tables.data.TableData
+    init_args:
+      dataset: table
+      train_file: train.csv
+      test_file: test.csv
+      table:
+        categorical: [city, user]
+        multi_valued: [tags]
+        continuous: [age]
+        tasks:
+          click: {column: click}
+          like: {column: stars, at_least: 4}
+        domain: shop
+        user: user
+        hash_rows: {user: 100}
+        split: {kind: given, val: 0}
+    """
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(LightningDataModule, "data")
+    (tmp_path / "data.yaml").write_text(text)
+    arguments = ["--data", str(tmp_path / "data.yaml"), "--data.root", str(tmp_path), "--data.table.split.seed", "5"]
+    parsed = parser.parse_args(arguments)
+    data = parser.instantiate(parsed).data
+    assert isinstance(data, TableData)
+    assert data.table == CONFIG.__class__(**{**vars(CONFIG), "split": SplitConfig("given", val=0, seed=5)})
+    assert "like:\n          column: stars" in parser.dump(parsed)
+
+
+def test_importing_the_datasets_is_light():
+    code = (
+        "import sys, lightning.pytorch\n"  # brings scipy where transformers is installed
+        "before = set(sys.modules)\n"
+        "import apps.recsys.tables.data\n"
+        "heavy = ('pyarrow', 'torchrec', 'fbgemm_gpu', 'pandas', 'sklearn', 'scipy')\n"
+        "print([m for m in heavy if m in sys.modules.keys() - before])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+    assert {"table", "synthetic"} <= {row.name for row in sources.list_datasets() if row.app == "recsys"}

@@ -1,0 +1,189 @@
+"""scikit-learn's models on tables: the columns they see, what they learn, and that the test split is read once."""
+
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pytest
+from every_column import FEATURES, EveryColumn
+from sklearn.metrics import log_loss, roc_auc_score
+
+from apps.compare.systems import Estimator, Tuner
+from apps.equal_cost.twins import Search
+from apps.recsys.tables.arrays import gather
+from apps.recsys.tables.estimators import (
+    HistGradientBoosting,
+    HistGradientBoostingUntuned,
+    LogisticRegression,
+    _Encoder,
+    design_matrix,
+)
+
+FAST = {"max_iter": 15, "search_rows": 300}
+
+
+def test_a_split_is_gathered_in_the_tables_order():
+    data = EveryColumn()
+    c = data.columns("train")
+    found = gather(data, "train")  # the training loader shuffles
+    np.testing.assert_array_equal(found.ids_NF, np.stack([c["kind"], c["item"]], 1))
+    np.testing.assert_array_equal(found.dense_NC[:, 0], c["age"].astype(np.float32))
+    np.testing.assert_array_equal(found.label_Nt[:, 1], c["buy"])
+    np.testing.assert_array_equal(found.multi["tags"].values, c["tags"])
+    np.testing.assert_array_equal(found.multi["tags"].lengths_N, c["lengths"])
+    np.testing.assert_array_equal(found.group_N, c["group"])
+    np.testing.assert_array_equal(found.domain_N, c["domain"])
+    with pytest.raises(ValueError, match="the val split has no rows"):
+        gather(EveryColumn((5, 0, 5)), "val")
+
+
+def test_design_matrix_by_hand():
+    data = EveryColumn()
+    c, x = data.columns("val"), design_matrix(gather(data, "val"))
+    # kind 6, item 401, scenario 2, age 4 bins and missing, the constant 1 bin and missing, 2 standardised, tags 90.
+    assert x.shape == (500, 6 + 401 + 2 + 5 + 2 + 2 + 90)
+    row = int(np.flatnonzero((c["lengths"] == 2) & ~np.isnan(c["age"]))[0])
+    dense = x[[row]].toarray()[0]
+    age = c["age"][row]
+    want = np.zeros(508)
+    want[[c["kind"][row], 6 + c["item"][row], 407 + c["domain"][row]]] = 1
+    want[409 + int(age > 30) + int(age > 40) + int(age > 50)] = 1
+    want[414] = 1
+    want[416:418] = (age - 40) / 10, 5  # the second is 5, by mean 0 and deviation 1
+    for tag in c["tags"][c["lengths"][:row].sum() :][:2]:
+        want[418 + tag] += 0.5
+    np.testing.assert_allclose(dense, want, atol=1e-6)
+    missing = int(np.flatnonzero(np.isnan(c["age"]))[0])
+    assert x[[missing]].toarray()[0][[413, 416]].tolist() == [1, 0]
+
+
+def test_columns_for_boosting():
+    data = EveryColumn()
+    train, c = gather(data, "train"), data.columns("train")
+    model = HistGradientBoosting()
+    model._prepare(train)
+    frequent = model._frequent["tags"]
+    assert len(frequent) == 64
+    assert 7 in frequent
+    kept = np.arange(1500) != 3
+    encoder = _Encoder(FEATURES, model._frequent)
+    x, mask = encoder.fit_transform(train, kept, c["click"][kept].astype(int), 0)
+    # 2 numbers; kind and the scenario as categories; the item's rate and frequency; number of tags and 64 of them.
+    assert x.shape == (1499, 2 + 2 + 2 + 1 + 64)
+    assert np.flatnonzero(mask).tolist() == [2, 3]
+    np.testing.assert_array_equal(x[:, 2], c["kind"][kept])
+    counts = np.bincount(c["item"][kept], minlength=401)
+    np.testing.assert_allclose(x[:, 5], np.log1p(counts[c["item"][kept]]), rtol=1e-6)
+    np.testing.assert_array_equal(x[:, 6], c["lengths"][kept])
+    np.testing.assert_array_equal(x[0, 7:], [tag in c["tags"][: c["lengths"][0]] for tag in frequent])
+    # The rate of an item in training leaves out the row's own fold: a click does not raise its own column. The overall
+    # rates of the folds differ by less than 0.05.
+    single = counts[c["item"][kept]] == 1
+    assert np.ptp(x[single, 4]) < 0.05 < np.ptp(x[:, 4])
+    later, v = encoder.transform(gather(data, "val")), data.columns("val")
+    assert later.shape == (500, 71)
+    item = v["item"][0]
+    clicks, mean = c["click"][kept][c["item"][kept] == item], c["click"][kept].mean()
+    assert later[0, 4] == pytest.approx((clicks.sum() + 10 * mean) / (len(clicks) + 10), abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", [HistGradientBoosting, HistGradientBoostingUntuned, LogisticRegression])
+def test_estimators_learn_and_report_as_the_module_does(kind):
+    data = EveryColumn()
+    model = kind(**FAST) if kind is HistGradientBoosting else kind()
+    assert isinstance(model, Estimator)
+    assert isinstance(model, Tuner)
+    reads: list[str] = []
+    for split in ("train", "val", "test"):
+        loader = getattr(data, f"{split}_dataloader")
+        setattr(data, f"{split}_dataloader", lambda s=split, own=loader: (reads.append(s), own())[1])
+    model.fit(data, 0)
+    assert "test" not in reads
+    found = model.evaluate(data, "test")
+    assert set(found) == {"auc", "gauc"} | {
+        f"{m}_{t}" for m in ("auc", "pr_auc", "log_loss", "ece", "gauc") for t in ("click", "buy")
+    }
+    arrays = gather(data, "test")
+    z, y = model.logits(arrays), arrays.label_Nt
+    known = ~np.isnan(y[:, 1])
+    assert found["auc_buy"] == pytest.approx(roc_auc_score(y[known, 1], z[known, 1]), abs=1e-6)  # kept in float32
+    assert found["log_loss_click"] == pytest.approx(log_loss(y[:, 0], 1 / (1 + np.exp(-z[:, 0]))), abs=1e-6)
+    # The labels' own probabilities have AUC of about 0.85 and 0.88.
+    assert found["auc_click"] > 0.68
+    assert found["auc_buy"] > 0.75
+    again = kind(**FAST) if kind is HistGradientBoosting else kind()
+    again.fit(data, 0)
+    assert again.evaluate(data, "test") == found
+    assert pickle.loads(pickle.dumps(model)).evaluate(data, "test") == found
+
+
+def test_what_is_tuned_is_the_best_on_validation():
+    data = EveryColumn()
+    model = LogisticRegression(strengths=(1e-6, 0.1))
+    model.fit(data, 0)
+    assert model.chosen["click"]["C"] == 0.1
+    assert model.chosen["click"]["val_quality"] == pytest.approx(model.evaluate(data, "val")["auc_click"], abs=1e-6)
+    trees = HistGradientBoosting(**FAST)
+    trees.fit(data, 0)
+    for task in ("click", "buy"):
+        chosen = trees.chosen[task]
+        assert 1 <= chosen["iterations"] <= 15
+        assert chosen["learning_rate"] in (0.05, 0.1)
+        assert chosen["val_quality"] == pytest.approx(trees.evaluate(data, "val")[f"auc_{task}"], abs=1e-6)
+    untuned = HistGradientBoostingUntuned()
+    untuned.fit(data, 0)
+    assert trees.evaluate(data, "val")["auc_click"] > untuned.evaluate(data, "val")["auc_click"]  # which overfits
+
+
+def test_a_search_that_has_no_time_takes_one_setting_of_each_task():
+    data = EveryColumn()
+    # Of two tasks, each: 6 of leaves and columns, 2 penalties, 3 on all rows; C: 3. At 0 s there is time for the first.
+    for model, total, tried in ((HistGradientBoosting(**FAST), 22, 3), (LogisticRegression(), 6, 2)):
+        search = Search(minutes=1e-9)
+        settings = model.tune(data, 0, search)
+        assert search.total == total
+        assert len(search.tried) == tried
+        model.fit(data, 1, settings)
+        assert model.evaluate(data, "test")["auc_buy"] > 0.7
+    assert HistGradientBoosting(**FAST).tunes
+    assert not HistGradientBoostingUntuned().tunes
+
+
+def test_a_search_that_was_broken_off_ends_as_a_whole_one():
+    data, kept = EveryColumn(), {}
+
+    def keep(tried):
+        kept.update(tried)
+        if len(tried) == 4:
+            raise KeyboardInterrupt
+
+    model = HistGradientBoosting(max_iter=4, search_rows=300)
+    with pytest.raises(KeyboardInterrupt):
+        model.tune(data, 3, Search(keep=keep))
+    resumed, whole = Search(tried=kept), Search()
+    assert model.tune(data, 3, resumed) == model.tune(data, 3, whole)
+    assert len(whole.tried) == whole.total == 22
+    assert {name: found["quality"] for name, found in resumed.tried.items()} == {
+        name: found["quality"] for name, found in whole.tried.items()
+    }
+
+
+def test_a_task_with_one_class_in_training_is_its_rate():
+    data = EveryColumn(one_class=True)
+    for model in (LogisticRegression(), HistGradientBoostingUntuned()):
+        model.fit(data, 0)
+        assert model.chosen["buy"] == {"constant": 0.0}
+        found = model.evaluate(data, "test")
+        assert found["auc_buy"] == 0.5
+        assert found["auc_click"] > 0.68
+
+
+def test_bad_arguments():
+    for make, message in (
+        (lambda: HistGradientBoosting(n_threads=0), "n_threads=0 must be at least 1"),
+        (lambda: HistGradientBoosting(max_iter=0), "max_iter=0 must be at least 1"),
+        (lambda: LogisticRegression(strengths=(0.0,)), r"strengths=\(0.0,\) must be positive"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make()

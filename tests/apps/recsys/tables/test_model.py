@@ -1,0 +1,251 @@
+"""The table recommender's network: interactions, single-task models, ensembles."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from made_table import batch, features, jagged
+from torch.testing import assert_close
+
+import core
+from apps.recsys.encoding.features import CategoricalFeature, Features
+from apps.recsys.tables.batch import TableBatch
+from apps.recsys.tables.bottoms import SharedBottom, SingleTask
+from apps.recsys.tables.dense import DenseConfig
+from apps.recsys.tables.embedding import EmbeddingConfig
+from apps.recsys.tables.model import Ensemble, InteractionArch, InteractionConfig, MultiTaskModel, mean_logit
+from apps.recsys.tables.tasks import HeadConfig
+
+BOTTOM = SharedBottom(expert=core.MLP((6,)))
+
+
+def build(shared=BOTTOM, of=None, **options):
+    torch.manual_seed(0)
+    return MultiTaskModel(of or features(), shared, **{"embedding": EmbeddingConfig(dim=4, init_std=1.0), **options})
+
+
+# ---- interactions
+
+
+def test_concat_puts_numbers_before_embeddings():
+    arch = InteractionArch(InteractionConfig(), 2, (3,))
+    assert arch(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0, 5.0]])).tolist() == [[1.0, 2.0, 3.0, 4.0, 5.0]]
+
+
+def test_dot_gives_the_products_of_all_pairs():
+    # Numbers (2, 3) projected by the identity. With e1 = (1, 1) and e2 = (-1, 2):
+    # x.e1 = 5, x.e2 = 4, e1.e2 = 1.
+    arch = InteractionArch(InteractionConfig("dot"), 2, (2, 2))
+    with torch.no_grad():
+        arch.project.weight.copy_(torch.eye(2))
+        arch.project.bias.zero_()
+    y_BD = arch(torch.tensor([[2.0, 3.0]]), torch.tensor([[1.0, 1.0, -1.0, 2.0]]))
+    assert y_BD.tolist() == [[2.0, 3.0, 5.0, 4.0, 1.0]]
+    assert arch.out_dim == 5
+    # Without numbers the first column's embedding stands in their place.
+    arch = InteractionArch(InteractionConfig("dot"), 0, (2, 2))
+    assert arch(None, torch.tensor([[1.0, 1.0, -1.0, 2.0]])).tolist() == [[1.0, 1.0, 1.0]]
+    assert arch.out_dim == 3
+
+
+@pytest.mark.parametrize("low_rank", [None, 2])
+def test_cross_is_the_equation_of_the_paper(low_rank):
+    torch.manual_seed(0)
+    arch = InteractionArch(InteractionConfig("cross", num_layers=2, low_rank=low_rank), 2, (3,))
+    dense_BD, sparse_BH = torch.randn(4, 2), torch.randn(4, 3)
+    x_0 = x = torch.cat((dense_BD, sparse_BH), dim=1)
+    net = arch.interact
+    for i in range(2):
+        if low_rank is None:
+            w_x = F.linear(x, net.kernels[i])
+        else:
+            w_x = F.linear(F.linear(x, net.V_kernels[i]), net.W_kernels[i])
+        x = x_0 * (w_x + net.bias[i].view(-1)) + x
+    assert_close(arch(dense_BD, sparse_BH), x)
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: InteractionConfig("sum"), "interaction.kind='sum'"),
+        (lambda: InteractionConfig("cross", num_layers=0), "num_layers=0"),
+        (lambda: InteractionConfig("dot", low_rank=2), "low_rank=2 must be at least 1, and needs kind='cross'"),
+        (lambda: InteractionArch(InteractionConfig("dot"), 2, (2, 3)), "one width; there is 2, 3"),
+        (lambda: InteractionArch(InteractionConfig("dot"), 2, ()), "one width; there is none"),
+    ],
+)
+def test_an_interaction_without_a_meaning_is_refused(make, match):
+    with pytest.raises(ValueError, match=match):
+        make()
+
+
+# ---- the network
+
+
+def test_the_path_of_an_example():
+    # Columns of one number each. Age (60 - 40) / 10 = 2 and indicator 0; flat 0; city row: 5; tags 1 and 3: mean 7.
+    # The bottom adds them: 2 + 0 + 0 + 5 + 7 = 14. Logits 14 * 1 and 14 * -1.
+    model = build(
+        SharedBottom(expert=core.MLP((1,))), embedding=EmbeddingConfig(dim=1), head=HeadConfig(hidden_dims=())
+    )
+    with torch.no_grad():
+        tables = model.sparse.tables()
+        tables["city"][2], tables["film.tags"][1], tables["film.tags"][3] = 5.0, 4.0, 10.0
+        model.shared.experts.w_0.fill_(1.0)
+        model.shared.experts.b_0.zero_()
+        model.head.weight.copy_(torch.tensor([1.0, -1.0]).view(2, 1, 1))
+        model.head.bias.zero_()
+    row = TableBatch(
+        torch.tensor([[60.0, 3.0]]),
+        jagged({"city": [[2]], "film.tags": [[1, 3]]}),
+        torch.zeros(1, 2),
+        torch.tensor([0]),
+    )
+    assert model(row).tolist() == [[14.0, -14.0]]
+
+
+SHARED = [
+    core.MMoE(3, core.MLP((4,))),
+    core.OMoE(3, core.MLP((4,))),
+    core.CGC(2, core.MLP((4,)), num_task_experts=1),
+    core.PLE(2, core.MLP((4,)), num_task_experts=1),
+    core.MMoE(8, core.MLP((4,)), router=core.TokenChoice(top_k=2)),
+    BOTTOM,
+    SingleTask(expert=core.MLP((6, 5))),
+]
+
+
+@pytest.mark.parametrize("shared", SHARED, ids=lambda s: f"{type(s).__name__}-{getattr(s, 'router', None) is not None}")
+@pytest.mark.parametrize("kind", ["normalize", "quantile", "piecewise_linear"])
+def test_every_layer_trains_on_every_kind_of_columns(shared, kind):
+    model = build(shared, dense=DenseConfig(kind))
+    z_Bt = model(batch())
+    assert z_Bt.shape == (6, 2)
+    assert z_Bt.isfinite().all()  # the batch has a missing and an infinite age
+    z_Bt.square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("interaction", ["concat", "dot", "cross"])
+@pytest.mark.parametrize("dense", [DenseConfig(), DenseConfig("quantile"), DenseConfig("piecewise_linear", dim=2)])
+@pytest.mark.parametrize("kind", ["joined", "collection"])
+def test_single_task_models_share_nothing(interaction, dense, kind):
+    model = build(
+        SingleTask(expert=core.MLP((6,))),
+        interaction=InteractionConfig(interaction),
+        dense=dense,
+        embedding=EmbeddingConfig(kind, dim=4),
+    )
+    rows = batch()
+    model(rows)[:, 0].sum().backward()
+    mine = {n: p.grad for n, p in model.named_parameters()}
+    model.zero_grad()
+    model(rows)[:, 1].sum().backward()
+    for name, p in model.named_parameters():
+        assert mine[name] is None or p.grad is None or not (mine[name] * p.grad).any(), name
+    for part in ("sparse.", "shared.", "head."):
+        assert any(p.grad is not None and p.grad.any() for n, p in model.named_parameters() if n.startswith(part))
+
+
+def test_single_task_models_equal_models_alone():
+    # Task 1's part of every weight, in a model of that task alone.
+    both = build(SingleTask(expert=core.MLP((6,))))
+    alone = build(of=Features(*(getattr(features(), n) for n in ("categorical", "continuous")), ("buy",), (0.2,)))
+    with torch.no_grad():
+        alone.sparse.weight.copy_(both.sparse.weight[:, 4:])
+        for name in ("w_0", "b_0"):
+            getattr(alone.shared.experts, name).copy_(getattr(both.shared.experts, name)[1:])
+            getattr(alone.head.towers, name).copy_(getattr(both.head.towers, name)[1:])
+        alone.head.weight.copy_(both.head.weight[1:])
+        alone.head.bias.copy_(both.head.bias[1:])
+    assert_close(alone(batch())[:, 0], both(batch())[:, 1])
+
+
+def test_scenarios_reach_the_gates():
+    shared = core.MMoE(2, core.MLP((4,)), num_domain_experts=1)
+    model = build(shared, of=features(num_domains=3)).eval()
+    rows = batch(num_domains=3)
+    moved = TableBatch(rows.dense_BC, rows.sparse, rows.label_Bt, rows.index_B, (rows.domain_B + 1) % 3)
+    assert (model(rows) != model(moved)).all(dim=1).all()
+    with pytest.raises(ValueError, match="the model knows 3 scenarios, and the batch has no domain_B"):
+        model(batch())
+
+
+def test_one_kind_of_columns_is_enough():
+    numbers = Features((), features().continuous, ("click", "buy"))
+    rows = batch()
+    only_numbers = TableBatch(rows.dense_BC, None, rows.label_Bt, rows.index_B)
+    for kind in ("normalize", "quantile"):
+        assert build(of=numbers, dense=DenseConfig(kind))(only_numbers).isfinite().all()
+    categories = Features(features().categorical, (), ("click", "buy"))
+    only_categories = TableBatch(rows.dense_BC[:, :0], rows.sparse, rows.label_Bt, rows.index_B)
+    for interaction in ("concat", "dot"):
+        model = build(of=categories, interaction=InteractionConfig(interaction))
+        assert model(only_categories).isfinite().all()
+
+
+def test_other_columns_than_the_models_are_refused():
+    rows = batch()
+    with pytest.raises(ValueError, match="the batch has 1 continuous columns, the model 2"):
+        build()(TableBatch(rows.dense_BC[:, :1], rows.sparse, rows.label_Bt, rows.index_B))
+    other = Features((*features().categorical, CategoricalFeature("shop", 3)), features().continuous, ("click", "buy"))
+    with pytest.raises(ValueError, match="'shop' is not as it was"):
+        build(of=other)(rows)
+
+
+def test_a_batch_of_one_is_a_batch():
+    for shared in (core.MMoE(3, core.MLP((4,), norm="batch")), SingleTask(expert=core.MLP((4,)))):
+        model = build(shared, head=HeadConfig(norm="batch"))
+        assert model(batch(1)).shape == (1, 2)
+        model(batch(1)).sum().backward()
+
+
+def test_dropout_is_of_training_alone():
+    model = build(dropout=0.5)
+    assert not torch.equal(model(batch()), model(batch()))
+    assert torch.equal(model.eval()(batch()), model(batch()))
+
+
+# ---- ensembles
+
+
+def test_an_ensemble_means_probabilities():
+    # (0.2 + 0.6) / 2 = 0.4. Both sure: the mean is as sure as they are.
+    z = torch.tensor([math.log(0.2 / 0.8), math.log(0.6 / 0.4)]).view(2, 1, 1)
+    assert_close(mean_logit(z).sigmoid(), torch.tensor([[0.4]]))
+    assert_close(mean_logit(torch.tensor([[[60.0]], [[60.0]]])), torch.tensor([[60.0]]))
+    assert_close(mean_logit(torch.tensor([[[-200.0]], [[-200.0]]])), torch.tensor([[-200.0]]))
+
+
+def test_the_members_of_an_ensemble_share_nothing():
+    ensemble = Ensemble([MultiTaskModel(features(), BOTTOM) for _ in range(2)])
+    z_MBt = ensemble(batch())
+    assert z_MBt.shape == (2, 6, 2)
+    z_MBt[0].sum().backward()
+    assert ensemble.members[0].sparse.weight.grad.any()
+    assert not any(p.grad.any() for p in ensemble.members[1].parameters())
+    starts = zip(ensemble.members[0].parameters(), ensemble.members[1].parameters(), strict=True)
+    assert any((a != b).any() for a, b in starts)
+
+
+# ---- bottoms
+
+
+@pytest.mark.parametrize("kind", [SharedBottom, SingleTask])
+@pytest.mark.parametrize("expert", [core.MLP((6, 5), norm="layer"), core.FFN(7)], ids=["MLP", "FFN"])
+def test_a_bottoms_costs_are_counted(kind, expert):
+    config = kind(expert=expert)
+    layer = config.build(8, 2)
+    assert sum(p.numel() for p in layer.parameters()) == config.num_params(8, 2) == config.active_params(8, 2)
+    x = torch.randn(3, 8) if kind is SharedBottom else torch.randn(2, 3, 8)
+    assert layer(x).shape == (2, 3, config.out_dim(8))
+    assert core.count_flops(layer, x) == 3 * config.flops_per_token(8, 2)
+
+
+def test_a_bottom_has_no_gates():
+    hint = r"over another layer's configuration set --model\.shared\.init_args\.num_experts 1"
+    with pytest.raises(ValueError, match=f"num_experts=2: SharedBottom has one network.*{hint}"):
+        SharedBottom(2)
+    with pytest.raises(ValueError, match=r"expert_dropout=0.1 has no meaning for SingleTask, which has no gates"):
+        SingleTask(expert_dropout=0.1)

@@ -1,0 +1,437 @@
+"""MultiTaskRecommender: its loss, its baselines, and runs through Lightning and the command line."""
+
+import math
+import pickle
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.plugins import MixedPrecision
+from made_table import MadeTable, batch, features, jagged
+from torch.testing import assert_close
+
+import core
+from apps.compare.systems import check_equal, measure_cost
+from apps.recsys.encoding.features import Features
+from apps.recsys.tables import estimators
+from apps.recsys.tables.baselines import ESTIMATORS, solve
+from apps.recsys.tables.batch import TableBatch
+from apps.recsys.tables.bottoms import SharedBottom, SingleTask
+from apps.recsys.tables.dense import DenseConfig
+from apps.recsys.tables.embedding import EmbeddingConfig
+from apps.recsys.tables.model import InteractionConfig
+from apps.recsys.tables.module import MultiTaskRecommender, last_weight, masked_bce
+from apps.recsys.tables.tasks import HeadConfig
+from apps.recsys.tables.weighting import WeightingConfig
+from apps.train.module import OptimizerConfig, parameter_groups
+
+NAN = math.nan
+DOT = InteractionConfig("dot")
+MMOE = core.MMoE(4, core.MLP((8,)))
+
+
+def build(shared=MMOE, seed=0, **options):
+    torch.manual_seed(seed)
+    arguments = {"features": features(), "shared": shared, "embedding": EmbeddingConfig(dim=4), "report": None}
+    return MultiTaskRecommender(**{**arguments, **options})
+
+
+def rows(label_Bt):
+    of = batch(len(label_Bt))
+    return TableBatch(of.dense_BC, of.sparse, torch.tensor(label_Bt), of.index_B)
+
+
+def test_metrics_of_counts_are_an_option():
+    module, exact = build(score_bins=4096), build()
+    with pytest.raises(ValueError, match="score_bins=1 must be at least 2"):
+        build(score_bins=1)
+    of = batch(64)
+    found = []
+    for each in (module, exact):
+        metrics = each.build_metrics()
+        out = each.eval().task_loss(of)
+        metrics.update(out.outputs, out.targets, out.groups)
+        found.append(metrics.compute())
+    assert not hasattr(module.build_metrics(), "scores")  # no prediction is kept
+    assert_close(found[0]["log_loss_click"], found[1]["log_loss_click"])
+    assert set(found[1]) - set(found[0]) == {"gauc", "gauc_click", "gauc_buy"}
+
+
+# ---- the loss
+
+
+def test_missing_labels_are_in_no_loss():
+    # Click: logits 0 and log 3 (p = 1/2 and 3/4), labels 1 and none: log 2. Buy: labels 0, 1 at p = 1/2: log 2 each.
+    z_Bt = torch.tensor([[0.0, 0.0], [math.log(3), 0.0]], requires_grad=True)
+    loss_t = masked_bce(z_Bt, torch.tensor([[1.0, 0.0], [NAN, 1.0]]))
+    assert_close(loss_t, torch.full((2,), math.log(2)))
+    loss_t.sum().backward()
+    # (p - y) over the labelled: click -1/2 of one, nothing of the other; buy 1/4 and -1/4.
+    assert_close(z_Bt.grad, torch.tensor([[-0.5, 0.25], [0.0, -0.25]]))
+
+
+def test_a_task_without_a_label_costs_nothing():
+    z_Bt = torch.zeros(2, 2, requires_grad=True)
+    loss_t = masked_bce(z_Bt, torch.tensor([[NAN, 1.0], [NAN, 1.0]]))
+    assert loss_t.tolist() == pytest.approx([0.0, math.log(2)])
+    loss_t.sum().backward()
+    assert z_Bt.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["esmm", "aitm"])
+def test_steps_that_are_left_out_count_as_those_that_are_written(kind):
+    written, left_out = rows([[1.0, 1.0], [0.0, 0.0], [1.0, 0.0]]), rows([[1.0, 1.0], [0.0, NAN], [1.0, 0.0]])
+    for training in (True, False):
+        module = build(head=HeadConfig(kind), dropout=0.0).train(training)
+        with torch.no_grad():
+            a, b = module.task_loss(written), module.task_loss(left_out)
+        assert_close(a.loss, b.loss)
+        assert torch.equal(a.targets, b.targets)
+
+
+def test_members_are_weighed_alike():
+    z_MBt = torch.randn(3, 4, 2)
+    label_Bt = torch.tensor([[1.0, 0.0], [NAN, 1.0], [0.0, NAN], [1.0, 1.0]])
+    assert_close(masked_bce(z_MBt, label_Bt), torch.stack([masked_bce(z, label_Bt) for z in z_MBt]).mean(0))
+
+
+def test_balance_losses_weigh_as_much_in_an_ensemble_as_in_one_network():
+    """Members that are one network: the loss of the step and its gradients are that network's."""
+    moe = core.MMoE(4, core.MLP((8,)), router=core.TokenChoice(top_k=2), balance=core.Balance(load_balancing=0.5))
+    alone, together = build(moe), build(moe, num_members=3)
+    for member in together.members:
+        member.load_state_dict(alone.model.state_dict())
+    seen = []
+    for module in (alone, together):
+
+        class Losses(Callback):
+            def on_before_backward(self, trainer, pl_module, loss):
+                seen.append(loss.detach())
+
+        Trainer(
+            max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False, callbacks=[Losses()],
+        ).fit(module, MadeTable(steps=1))  # fmt: skip
+    assert_close(seen[0], seen[1])
+    with core.record(alone) as tape:
+        alone.task_loss(batch())
+    assert float(core.aux_loss(tape)) > 0.1
+
+
+def test_the_terms_are_the_tasks_losses():
+    module = build(weighting=WeightingConfig(weights={"buy": 0.5}))
+    out = module.task_loss(batch())
+    assert_close(out.loss, out.terms["loss_click"] + 0.5 * out.terms["loss_buy"])
+    assert out.num_examples == 6
+    assert out.groups.tolist() == [0, 0, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("kind", ["uncertainty", "gradnorm"])
+@pytest.mark.parametrize("shared", [MMOE, core.PLE(2, core.MLP((4,)), num_task_experts=1), SharedBottom()])
+def test_learned_weights_train(kind, shared):
+    module = build(shared, weighting=WeightingConfig(kind))
+    out = module.task_loss(batch())
+    assert {"weight_click", "weight_buy"} <= out.terms.keys()
+    out.loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in module.weighting.parameters())
+    plain = build(shared)
+    assert_close(module.eval().task_loss(batch()).loss, plain.eval().task_loss(batch()).loss)
+
+
+def test_gradnorm_reads_the_last_layer_of_the_experts():
+    for config, name, num_shared in (
+        (core.MMoE(4, core.MLP((8, 6))), "w_1", 4),
+        (core.MMoE(4, core.SwiGLU(8)), "w_out", 4),
+        (core.CGC(2, core.MLP((4,)), num_task_experts=3), "w_0", 2),
+    ):
+        shared = build(config).model.shared
+        weight, found = last_weight(shared)
+        assert weight is getattr(shared.experts, name)
+        assert found == num_shared
+    ple = build(core.PLE(2, core.MLP((4,)), num_levels=3)).model.shared
+    assert last_weight(ple)[0] is ple.experts[2].w_0
+
+
+@pytest.mark.parametrize("shared", [MMOE, core.CGC(2, core.MLP((4,)), num_task_experts=2)])
+def test_gradnorm_norms_are_those_of_the_shared_experts_gradients(shared):
+    module = build(shared, weighting=WeightingConfig("gradnorm"))
+    terms = module.task_loss(batch()).terms
+    weight, num_shared = last_weight(module.model.shared)
+    assert num_shared == shared.num_experts
+    for i, name in enumerate(("click", "buy")):
+        loss = masked_bce(module(batch()), batch().label_Bt)[i]
+        expected = torch.autograd.grad(loss, weight)[0][: shared.num_experts].norm()
+        assert_close(terms[f"gradient_norm_{name}"], expected)
+
+
+def test_the_calibrator_joins_the_loss():
+    module = build(head=HeadConfig("aitm", calibrator_weight=2.0))
+    out = module.task_loss(batch())
+    p_Bt = out.outputs.sigmoid()
+    hinge = 2 * (p_Bt[:, 1] - p_Bt[:, 0]).relu().mean()
+    assert_close(out.terms["calibrator"], hinge)
+    assert_close(out.loss, out.terms["loss_click"] + out.terms["loss_buy"] + hinge)
+
+
+def test_steps_out_of_order_are_found_in_an_evaluation():
+    module = build(head=HeadConfig("esmm")).eval()
+    module.task_loss(rows([[1.0, 1.0], [0.0, 0.0]]))
+    with pytest.raises(ValueError, match="an example has 'buy' and not 'click'"):
+        module.task_loss(rows([[1.0, 1.0], [0.0, 1.0]]))
+
+
+def test_an_ensemble_is_its_members():
+    module = build(num_members=3)
+    z_MBt = torch.stack([m(batch()) for m in module.members])
+    assert_close(module(batch()).sigmoid(), z_MBt.sigmoid().mean(0))
+    out = module.task_loss(batch())
+    assert_close(out.loss, masked_bce(z_MBt, batch().label_Bt).sum())
+    assert_close(out.outputs, module(batch()))
+    assert module.replaced_blocks == tuple(f"model.members.{i}.shared" for i in range(3))
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"features": None}, "features=None: the columns and tasks come from the data"),
+        ({"features": Features(features().categorical)}, r"features.tasks=\(\) names no task"),
+        ({"features": Features(tasks=("click",))}, "neither a categorical nor a continuous column"),
+        ({"dropout": 1.0}, r"dropout=1.0 must lie in \[0, 1\)"),
+        ({"num_members": 0}, "num_members=0 is not at least 1"),
+        ({"embedding": EmbeddingConfig("collection", dims={"town": 4})}, "embedding.dims names 'town'"),
+        ({"weighting": WeightingConfig(weights={"like": 1.0})}, "weighting.weights names 'like'"),
+        ({"weighting": WeightingConfig("gradnorm"), "num_members": 2}, "num_members=2 has as many"),
+        ({"weighting": WeightingConfig("gradnorm"), "shared": SingleTask()}, "SingleTask shares nothing"),
+        (
+            {"interaction": DOT, "embedding": EmbeddingConfig("collection", dims={"city": 4})},
+            "dot",
+        ),
+        ({"shared": core.MMoE(4, core.MLP((8,)), num_domain_experts=1)}, "needs num_domains, which is 0"),
+    ],
+)
+def test_bad_arguments_are_refused(options, match):
+    with pytest.raises(ValueError, match=match):
+        build(**options)
+
+
+@pytest.mark.parametrize("dense", ["normalize", "quantile", "piecewise_linear"])
+def test_missing_and_infinite_values_train(dense):
+    module = build(dense=DenseConfig(dense))
+    of = batch()
+    dense_BC = torch.full_like(of.dense_BC, NAN)
+    dense_BC[1], dense_BC[2] = math.inf, -math.inf
+    out = module.task_loss(TableBatch(dense_BC, of.sparse, of.label_Bt, of.index_B))
+    out.loss.backward()
+    assert out.loss.isfinite()
+    assert all(p.grad.isfinite().all() for p in module.parameters())
+
+
+def test_a_row_beyond_the_table_is_named():
+    module = build()
+    of = batch(2)
+    sparse = jagged({"city": [[1], [5]], "film.tags": [[], [1]]})
+    beyond = TableBatch(of.dense_BC, sparse, of.label_Bt, of.index_B)
+    with pytest.raises(ValueError, match="column 'city' has the row 5, and its table 5 rows, 0 to 4"):
+        module(beyond)
+    assert of.to("cpu") is of
+
+
+# ---- baselines
+
+
+@pytest.mark.parametrize(
+    "shared",
+    [
+        core.MMoE(8, core.MLP((16,))),
+        core.MMoE(8, core.MLP((16, 8), norm="batch", activation="silu")),
+        core.PLE(4, core.MLP((16,)), num_task_experts=2),
+        core.MMoE(32, core.MLP((8,)), router=core.TokenChoice(top_k=4)),
+        core.CGC(4, core.FFN(16), num_task_experts=2),
+    ],
+    ids=["mmoe", "deep", "ple", "sparse", "ffn"],
+)
+def test_baselines_cost_what_the_shared_layer_does(shared):
+    module = build(shared)
+    mine = measure_cost(module, batch(64), module.replaced_blocks)
+    found = module.baselines()
+    assert list(found)[:4] == [
+        f"{kind}_equal_{what}" for kind in ("shared_bottom", "single_task") for what in ("flops", "params")
+    ]
+    for name in list(found)[:4]:
+        if found[name].build is None:
+            assert "coincides" in found[name].note
+            continue
+        twin = found[name].build()
+        its = measure_cost(twin, batch(64), module.replaced_blocks)
+        assert check_equal(name, mine, its) == ""
+        assert type(twin.shared_config) is (SingleTask if name.startswith("single") else SharedBottom)
+        pickle.loads(pickle.dumps(found[name]))
+
+
+def test_the_width_of_a_bottom_by_hand():
+    # D = 10, 8 experts of 16, 2 tasks. Parameters: gates 2 * 8 * 10 = 160, experts 8 * (10 + 1) * 16 = 1,408: 1,568.
+    # A bottom of width h has 11 h: 142.5, so 143. Two models of 71.3 each: 71.
+    # FLOPs: 8 * 2 * 10 * 16 = 2,560 of experts, 2 * 16 * (10 + 16) = 832 of gates: 3,392 = 20 h: 169.6; two of 85.
+    solved = solve(core.MMoE(8, core.MLP((16,))), 10, features())
+    assert {name: s.width for name, s in solved.items()} == {
+        "shared_bottom_equal_flops": 170,
+        "shared_bottom_equal_params": 143,
+        "single_task_equal_flops": 85,
+        "single_task_equal_params": 71,
+    }
+    assert solved["single_task_equal_flops"].config == SingleTask(expert=core.MLP((85,)))
+
+
+def test_a_layer_too_small_to_match_has_no_twin():
+    # D = 1, one expert of 1, 2 tasks: 2 parameters of gates and 2 of the expert; two models of width h have 4 h: equal.
+    # FLOPs: 2 of the expert, 2 * 2 * (1 + 1) = 8 of the gates, 10 in all, against 4 h: 8 or 12.
+    solved = solve(core.MMoE(1, core.MLP((1,))), 1, features())
+    assert solved["single_task_equal_params"].width == 1
+    assert solved["single_task_equal_flops"].config is None
+    assert solved["single_task_equal_flops"].problem == "no whole width comes within 5% of 10 flops"
+
+
+def test_single_task_baselines_have_nothing_that_joins_tasks():
+    module = build(head=HeadConfig("aitm"), weighting=WeightingConfig("uncertainty"), num_members=2)
+    twin = module.baselines()["single_task_equal_flops"].build()
+    assert twin.head.kind == "plain"
+    assert twin.weighting_config.kind == "fixed"
+    assert twin.num_members == 2
+    assert module.baselines()["shared_bottom_equal_flops"].build().head.kind == "aitm"
+
+
+def test_a_bottom_has_no_baselines():
+    assert build(SharedBottom()).baselines() == {}
+    assert build(SharedBottom()).replaced_blocks == ()
+
+
+def test_a_comparison_says_that_dense_gates_are_not_sparse():
+    assert build(core.MMoE(num_experts=2)).note == "MMoE with dense gates: every expert computes every example"
+    assert build(core.MMoE(num_experts=2, router=core.TokenChoice(top_k=1))).note == ""
+
+
+def test_the_estimators_are_there():
+    found = build().baselines()
+    for name, (kind, _) in ESTIMATORS.items():
+        assert type(found[name].build()) is getattr(estimators, kind)
+
+
+# ---- Lightning
+
+
+def trainer(tmp_path, **options):
+    defaults = {
+        "max_epochs": 2,
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "default_root_dir": str(tmp_path),
+        "num_sanity_val_steps": 0,
+        "log_every_n_steps": 1,
+    }
+    return Trainer(**{**defaults, **options})
+
+
+@pytest.mark.parametrize("kind", ["joined", "fused", "collection"])
+def test_it_trains_tests_and_predicts(kind, tmp_path):
+    seed_everything(0, verbose=False)
+    module = build(embedding=EmbeddingConfig(kind, dim=4), optimizer=OptimizerConfig(lr=1e-2, warmup=0), num_members=2)
+    data, run = MadeTable(), trainer(tmp_path)
+    before = module.members[0].sparse.tables()["city"].clone()
+    run.fit(module, datamodule=data)
+    assert (module.members[0].sparse.tables()["city"] != before).any()
+    logged = run.validate(module, datamodule=data, verbose=False)[0]
+    names = {"val/loss", "val/auc", "val/gauc"}
+    names |= {f"val/{m}_{t}" for m in ("auc", "pr_auc", "log_loss", "ece", "gauc") for t in ("click", "buy")}
+    assert names <= logged.keys()
+    assert logged["val/auc"] == pytest.approx((logged["val/auc_click"] + logged["val/auc_buy"]) / 2)
+    assert module.table_metrics == ("auc_click", "auc_buy")
+    predicted = run.predict(module, datamodule=data)[0]
+    assert predicted.keys() == {"index", "probability_click", "probability_buy", "label_click", "label_buy"}
+    assert_close(predicted["probability_buy"], module.eval()(batch(16, seed=200))[:, 1].sigmoid())
+
+
+class SaveInBetween(Callback):
+    """Saves after the second epoch of four."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        if trainer.current_epoch == 1:
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize("kind", ["joined", "fused"])
+def test_a_resumed_run_ends_in_the_same_weights(kind, tmp_path):
+    def make():
+        options = OptimizerConfig(lr=1e-2)
+        return build(embedding=EmbeddingConfig(kind, dim=4), optimizer=options, ema_decay=0.9, dropout=0.0)
+
+    path = tmp_path / "half.ckpt"
+    whole, resumed = make(), make()
+    trainer(tmp_path, max_epochs=4, callbacks=[SaveInBetween(path)]).fit(whole, datamodule=MadeTable())
+    trainer(tmp_path, max_epochs=4).fit(resumed, datamodule=MadeTable(), ckpt_path=path, weights_only=True)
+    assert_close(resumed.state_dict(), whole.state_dict(), atol=0, rtol=0)
+    for a, b in zip(resumed.members, whole.members, strict=True):
+        assert_close(a.sparse.fused_state(), b.sparse.fused_state(), atol=0, rtol=0)
+
+
+def test_a_checkpoint_holds_everything(tmp_path):
+    module = build(
+        core.PLE(2, core.MLP((4,)), num_task_experts=1),
+        dense=DenseConfig("quantile"),
+        head=HeadConfig("aitm"),
+        weighting=WeightingConfig("uncertainty", {"buy": 0.5}),
+    )
+    run = trainer(tmp_path, max_epochs=1)
+    run.fit(module, datamodule=MadeTable())
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    again = MultiTaskRecommender.load_from_checkpoint(tmp_path / "a.ckpt")
+    assert again.features == features()
+    assert again.shared_config == module.shared_config
+    assert again.weighting_config == module.weighting_config
+    assert_close(again.eval()(batch()), module.eval()(batch()))
+
+
+def test_other_data_than_the_models_are_refused(tmp_path):
+    module = build(features=Features(*(getattr(features(), n) for n in ("categorical", "continuous")), ("click",)))
+    with pytest.raises(ValueError, match=r"model.features does not fit the data: tasks is"):
+        trainer(tmp_path).fit(module, datamodule=MadeTable())
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"accumulate_grad_batches": 2}, "trainer's accumulate_grad_batches=2 does not reach"),
+        ({"gradient_clip_val": 1.0}, "trainer's gradient_clip_val=1.0 does not reach"),
+        ({"plugins": MixedPrecision("16-mixed", "cpu")}, "trainer.precision='16-mixed' has scaled up: take 'bf16-mi"),
+    ],
+)
+def test_fused_tables_refuse_what_cannot_reach_them(options, match, tmp_path):
+    module = build(embedding=EmbeddingConfig("fused", dim=4))
+    with pytest.raises(ValueError, match=match):
+        trainer(tmp_path, **options).fit(module, datamodule=MadeTable())
+
+
+def test_a_twin_is_the_same_module_anew():
+    module = build(dropout=0.2, num_members=2, head=HeadConfig("esmm"), dense=DenseConfig("quantile"), ema_decay=0.9)
+    twin = module.twin()
+    assert {k: v.shape for k, v in twin.state_dict().items()} == {k: v.shape for k, v in module.state_dict().items()}
+    assert {k: v for k, v in module.hparams.items() if v is not None}.items() <= twin.hparams.items()
+    assert dict(twin.twin(head=HeadConfig()).hparams) != dict(twin.hparams) == dict(twin.twin().hparams)
+
+
+def test_tables_do_not_decay():
+    module = build()
+    names = {id(p): n for n, p in module.named_parameters()}
+    groups = {g["name"]: [names[id(p)] for p in g["params"]] for g in parameter_groups(module, OptimizerConfig())}
+    assert "model.sparse.weight" in groups["rest_no_decay"]
+    assert "model.head.weight" in groups["rest"]
+    assert "model.shared.experts.w_0" in groups["experts"]

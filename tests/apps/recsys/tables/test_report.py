@@ -1,0 +1,341 @@
+"""The report of a test: what gates and experts do, read from models whose answer is known, and the files it writes."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from made_table import MadeTable, batch, features
+from torch.utils.data import DataLoader
+
+import core
+from apps.compare.training import _without_reports
+from apps.recsys.binary_metrics import calibration
+from apps.recsys.encoding.features import CategoricalFeature
+from apps.recsys.tables import checks, gating, pictures
+from apps.recsys.tables.arrays import join
+from apps.recsys.tables.gating import Gate, GateReader, dependence, expert_use, gate_weights
+from apps.recsys.tables.module import MultiTaskRecommender
+from apps.recsys.tables.report import RecommenderReport, ReportConfig
+
+MLP = core.MLP((4,))
+
+
+def recommender(shared: object, **options: object) -> MultiTaskRecommender:
+    seed_everything(0, verbose=False)
+    return MultiTaskRecommender(features(), shared=shared, **options).eval()  # type: ignore[arg-type]
+
+
+def read(module: MultiTaskRecommender, *batches) -> GateReader:
+    reader = GateReader(module)
+    for b in batches:
+        with reader.reading():
+            module(b)
+    return reader
+
+
+# ---- reading
+
+
+def test_gate_weights_of_routed_pairs():
+    # Token 0 takes expert 1 with 0.7 and expert 0 with 0.3; token 1 expert 1 with 0.6, its second pair is not computed.
+    routing = core.Routing(
+        token_index_N=torch.tensor([0, 0, 1, 1]),
+        expert_ids_N=torch.tensor([1, 0, 1, 2]),
+        gates_N=torch.tensor([0.7, 0.3, 0.6, 0.4]),
+        tokens_per_expert_E=torch.tensor([1, 2]),
+        chosen_per_expert_E=torch.tensor([2, 2]),
+        num_tokens=2,
+    )
+    torch.testing.assert_close(gate_weights(routing), torch.tensor([[0.3, 0.7], [0.0, 0.6]]))
+
+
+def test_the_gates_of_mmoe_are_read_over_batches():
+    module = recommender(core.MMoE(3, MLP))
+    first, second = batch(6), batch(5, seed=1)
+    gates = read(module, first, second).gates()
+    assert [(g.block, g.end, g.task) for g in gates] == [("", "task0", 0), ("", "task1", 1)]
+    assert gates[0].experts == ("shared0", "shared1", "shared2")
+    with core.record(module) as tape, torch.no_grad():
+        module(first)
+    np.testing.assert_allclose(gates[1].weights_NE[:6], tape.entries[1].routing.gates_BtE[:, 1].numpy())
+    np.testing.assert_allclose(gates[1].weights_NE.sum(1), np.ones(11), atol=1e-6)
+
+
+def test_reading_leaves_nothing_behind():
+    module = recommender(core.CGC(2, MLP, num_task_experts=1))
+    layer = next(iter(core.moe_layers(module).values()))
+    read(module, batch())
+    assert "each" not in vars(layer.experts)
+    assert not layer.experts._forward_hooks
+    assert not layer._tapes
+    with pytest.raises(RuntimeError, match="stop"), GateReader(module).reading():
+        raise RuntimeError("stop")
+    assert "each" not in vars(layer.experts)
+
+
+@pytest.mark.parametrize(
+    "shared, names",
+    [
+        (core.MMoE(3, MLP), ["shared0", "shared1", "shared2"]),
+        (core.CGC(2, MLP, num_task_experts=1), ["shared0", "shared1", "task0.0", "task1.0"]),
+        (core.CGC(1, MLP, num_task_experts=1, self_gate=1), ["shared0", "task0.0", "self0.0", "task1.0", "self1.0"]),
+        (core.MMoE(3, MLP, router=core.TokenChoice(top_k=3)), ["0", "1", "2"]),
+        (core.MMoE(3, MLP, router=core.TokenChoice(top_k=3), selection="shared"), ["shared0", "shared1", "shared2"]),
+    ],
+    ids=["mmoe", "cgc", "self_gate", "sparse", "selected"],
+)
+def test_a_dead_expert_is_found_whichever_it_is(shared, names):
+    for dead, name in enumerate(names):
+        module = recommender(shared)
+        layer = next(iter(core.moe_layers(module).values()))
+        with torch.no_grad():
+            layer.experts.w_0[dead] = 0.0
+            layer.experts.b_0[dead] = -1.0  # relu(-1) = 0
+        reader = read(module, batch())
+        use = {u.name: u for u in expert_use(reader.gates(), reader.zero_share(), features().tasks)}
+        assert set(use) == set(names)
+        assert use[name].zero_share == 1.0
+        assert "collapsed" in use[name].problem
+        assert all(u.zero_share < 1 for u in use.values() if u.name != name)
+
+
+def test_the_zero_share_is_that_of_the_outputs():
+    module = recommender(core.MMoE(2, MLP))
+    layer = next(iter(core.moe_layers(module).values()))
+    seen = []
+    hook = module.model.shared.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    shares = read(module, batch(6), batch(9, seed=1)).zero_share()[""]
+    hook.remove()
+    x = torch.cat(seen)
+    for e in range(2):
+        y = (x @ layer.experts.w_0[e] + layer.experts.b_0[e]).relu()
+        assert shares[f"shared{e}"] == pytest.approx(float((y == 0).double().mean()))
+
+
+def test_levels_and_members_have_names():
+    gates = read(recommender(core.PLE(2, MLP, num_task_experts=1)), batch()).gates()
+    assert [(g.block, gating.label(g, ("click", "buy"))) for g in gates] == [
+        ("level 0", "click"),
+        ("level 0", "buy"),
+        ("level 0", "shared representation"),
+        ("level 1", "click"),
+        ("level 1", "buy"),
+    ]
+    assert gates[2].experts == ("shared0", "shared1", "task0.0", "task1.0")
+    gates = read(recommender(core.OMoE(2, MLP), num_members=2), batch()).gates()
+    assert [(g.block, gating.label(g, ())) for g in gates] == [("members 0", "all tasks"), ("members 1", "all tasks")]
+    names = [gating.expert_label(n, ("click", "buy")) for n in ("shared3", "task1.0", "self0.1", "domain.0", "17")]
+    assert names == ["shared 3", "buy 0", "click self 1", "domain 0", "17"]
+
+
+# ---- judging
+
+
+def gate(task: int | None, experts: tuple[str, ...], *rows: tuple[float, ...]) -> Gate:
+    return Gate("", "tasks" if task is None else f"task{task}", task, experts, np.array(rows, dtype=np.float32))
+
+
+def test_entropies_by_hand():
+    # One expert an example, each expert for one example: 0, and of the mean (1/2, 1/2) log 2 / log 2 = 1.
+    sure = gate(0, ("shared0", "shared1"), (1.0, 0.0), (0.0, 1.0))
+    assert (sure.entropy, sure.mean_entropy) == (0.0, pytest.approx(1.0))
+    even = gate(0, ("shared0", "shared1"), (0.5, 0.5), (0.5, 0.5))
+    assert (even.entropy, even.mean_entropy) == (pytest.approx(1.0), pytest.approx(1.0))
+    # 1/4, 3/4: (log 4 / 4 + 3/4 log(4/3)) / log 2 = 0.8113
+    assert gate(0, ("a", "b"), (0.25, 0.75)).entropy == pytest.approx(0.8113, abs=1e-4)
+
+
+def test_polarisation_by_hand():
+    click = gate(0, ("shared0", "shared1", "shared2", "task0.0"), (0.495, 0.27, 0.005, 0.23))
+    buy = gate(1, ("shared0", "shared1", "shared2", "task1.0"), (0.02, 0.94, 0.0, 0.04))
+    zeros = {"": {"shared0": 0.2, "shared1": 0.95, "shared2": 0.1, "task0.0": 0.3, "task1.0": 0.3}}
+    found = {u.name: u for u in expert_use([click, buy], zeros, ("click", "buy"))}
+    # 0.495 of 0.515 is 96 %: taken. 0.94 of 1.21 is 78 %. 0.005 and 0, of an even share of 1/4: at most 1 % and 2 %.
+    assert found["shared0"].problem == "taken by click"
+    assert found["shared1"].problem == "collapsed"
+    assert found["shared2"].problem == "taken by click"
+    assert found["task0.0"].problem == ""
+    assert found["task1.0"].problem == "passed by"
+    assert found["task1.0"].weights["click"] != found["task1.0"].weights["click"]  # NaN: it is not reached
+    idle = gate(0, ("shared0", "shared1"), (0.996, 0.004))
+    assert expert_use([idle], {}, ("click",))[1].problem == "unused"
+    # Of many experts each task may have its own: that is what they are for.
+    apart = [gate(0, ("0", "1"), (1.0, 0.0)), gate(1, ("0", "1"), (0.0, 1.0))]
+    assert [u.problem for u in expert_use(apart, {}, ("click", "buy"))] == ["", ""]
+
+
+def test_dependence_is_the_correlation_ratio():
+    rows = [(0, 0.9), (0, 0.7), (1, 0.2), (1, 0.4), (1, 0.3)]
+    city = torch.tensor([r[0] for r in rows])
+    b = batch(5, tags=False)
+    arrays = join([b], features(tags=False))
+    arrays.ids_NF[:, 0] = city.numpy()
+    weights = tuple((w, 1 - w) for _, w in rows)
+    found = dependence([gate(0, ("shared0", "shared1"), *weights)], arrays)
+    # Mean 0.5; squares 0.16 + 0.04 + 0.09 + 0.01 + 0.04 = 0.34; between: 2 * 0.3^2 + 3 * 0.2^2 = 0.30.
+    assert found["city"]["task0"] == pytest.approx(0.30 / 0.34, abs=1e-6)
+    alike = dependence([gate(0, ("shared0", "shared1"), *[(0.5, 0.5)] * 5)], arrays)
+    assert alike == {}
+
+
+def test_numbers_are_cut_at_quantiles():
+    arrays = join([batch(8)], features())
+    columns = {name: (codes, words) for name, codes, words in gating.coded_columns(arrays)}
+    assert list(columns) == ["city", "age"]  # tags have several values, flat has one
+    codes, words = columns["age"]
+    assert words == ["to 20", "over 20 to 30", "over 30 to 50", "over 50", "missing"]
+    assert codes[0] == codes[1] == 4  # NaN, infinite
+    assert [words[c] for c in codes[2:4]] == [
+        next(w for w, edge in zip(words, (20, 30, 50, np.inf), strict=False) if age <= edge)
+        for age in arrays.dense_NC[2:4, 0]
+    ]
+
+
+def test_the_scenario_has_a_name_that_no_column_has():
+    assert gating.domain_column(features(num_domains=2)) == "scenario"
+    named = dataclasses.replace(features(num_domains=2), categorical=(CategoricalFeature("scenario", 5),))
+    assert gating.domain_column(named) == "(scenario)"
+    gating.check_column(named, "(scenario)")
+
+
+# ---- pictures
+
+
+def test_heatmaps_say_the_values_and_leave_out_what_is_not_there():
+    maps = [pictures.Heatmap("", ("a", "b"), ("x", "y"), np.array([[0.25, 0.75], [1.0, np.nan]]))]
+    axis = pictures.heatmaps(maps, "t").axes[0]
+    assert [t.get_text() for t in axis.texts] == ["25", "75", "100"]
+    with pytest.raises(ValueError, match="at least one map"):
+        pictures.heatmaps([], "t")
+    with pytest.raises(ValueError, match=r"values \(1, 1\) for 2 x 1"):
+        pictures.Heatmap("m", ("a", "b"), ("x",), np.zeros((1, 1)))
+
+
+@pytest.mark.parametrize("rate", [0.001, 0.4])
+def test_calibration_curves_show_every_bin(rate):
+    rng = np.random.default_rng(0)
+    p = np.clip(rng.beta(2, 2 / rate - 2, 20_000), 1e-6, 1)
+    bins = calibration(p, (rng.random(20_000) < p).astype(float))
+    axis = pictures.calibration_curves({"a": bins}).axes[0]
+    assert (axis.get_xscale() == "log") == (rate < 0.05)
+    x, y = axis.lines[1].get_data()
+    assert len(x) == 15
+    low, high = axis.get_xlim()
+    assert all(low <= v <= high for v in (*x, *y))
+    # What the model says is what happens: on the diagonal but for chance.
+    big = bins.positives > 0.01
+    np.testing.assert_allclose(y[big], x[big], rtol=0.25)
+
+
+def test_polarisation_without_outputs_says_so():
+    block = pictures.BlockUse("", ("0", "1"), np.full(2, np.nan), {"a": np.array([0.2, 0.8])}, {"a": (0.7, 0.9)})
+    figure = pictures.polarisation([block], 0.9)
+    assert "not seen" in figure.axes[0].texts[0].get_text()
+
+
+# ---- the whole
+
+
+def run(module: MultiTaskRecommender, tmp_path, data=None) -> Trainer:
+    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(accelerator="cpu", default_root_dir=str(tmp_path), enable_model_summary=False, **options)
+    trainer.test(module, datamodule=data or MadeTable(), verbose=False)
+    return trainer
+
+
+@pytest.mark.parametrize(
+    "shared",
+    [
+        core.MMoE(3, MLP),
+        core.PLE(2, MLP, num_task_experts=1),
+        core.MMoE(40, MLP, router=core.TokenChoice(top_k=2)),
+        core.MMoE(4, MLP, router=core.TokenChoice(top_k=2), selection="shared"),
+        core.OMoE(2, MLP),
+    ],
+    ids=["mmoe", "ple", "sparse", "selected", "omoe"],
+)
+def test_a_test_writes_its_report(shared, tmp_path, capsys):
+    module = recommender(shared)
+    logged = run(module, tmp_path).callback_metrics
+    out = " ".join(capsys.readouterr().out.split())  # titles are broken where they do not fit
+    for words in (
+        "Tasks: share of positive labels",
+        "AUC within users",
+        "Gates: entropy",
+        "Experts",
+        "depend on",
+        "not measured (many values, several in a row, or one): film.tags, flat",
+        "checks",
+    ):
+        assert words in out, words
+    report = tmp_path / "report"
+    assert {p.name for p in report.iterdir()} == {
+        *("tasks.csv", "gates.csv", "experts.csv", "dependence.csv"),
+        *("calibration.png", "gates_by_task.png", "gates_by_value.png", "utilisation.png", "polarisation.png"),
+    }
+    with open(report / "tasks.csv") as file:
+        rows = {row["task"]: row for row in csv.DictReader(file)}
+    for task in ("click", "buy"):
+        assert float(rows[task]["auc"]) == pytest.approx(float(logged[f"test/auc_{task}"]), abs=1e-6)
+        assert int(rows[task]["rows"]) == 16
+    with open(report / "experts.csv") as file:
+        experts = list(csv.DictReader(file))
+    gates = [name for name in experts[0] if name.startswith("weight_")]
+    last = [e for e in experts if e["block"] == experts[-1]["block"]]
+    reached = [sum(float(e[g]) for e in last if e[g] not in ("nan", "")) for g in gates]
+    assert all(total == pytest.approx(1.0, abs=1e-4) for total in reached if total)
+
+
+def test_a_model_without_gates_has_a_report_too(tmp_path, capsys):
+    run(recommender(None), tmp_path)
+    out = capsys.readouterr().out
+    assert "Tasks" in out
+    assert "Gates" not in out
+    assert {p.name for p in (tmp_path / "report").iterdir()} == {"tasks.csv", "calibration.png"}
+
+
+def test_options_of_the_report(tmp_path, capsys):
+    module = recommender(core.MMoE(3, MLP), report=ReportConfig(gate_rows=0, pictures=False))
+    run(module, tmp_path)
+    assert {p.name for p in (tmp_path / "report").iterdir()} == {"tasks.csv"}
+    run(recommender(core.MMoE(3, MLP), report=ReportConfig(gate_feature="age")), tmp_path)
+    for name, why in (("town", "$"), ("film.tags", ": it has several values a row"), ("flat", ": it has one value")):
+        folder = tmp_path / name
+        with pytest.raises(ValueError, match=rf"report.gate_feature='{name}' is not one of city, age{why}"):
+            run(recommender(core.MMoE(3, MLP), report=ReportConfig(gate_feature=name)), folder)
+        assert not (folder / "report").exists(), "known before the test is run"
+    with pytest.raises(ValueError, match=r"report.gate_values=0 must be at least 1"):
+        ReportConfig(gate_values=0)
+
+
+@pytest.mark.parametrize("steps, reports", [(3, 0), (4, 1)])
+def test_the_figures_of_an_untrained_network_are_not_reported(steps, reports, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(checks, "suspicious_figures", lambda figures, split: seen.append(split) or [])
+    trainer = Trainer(
+        accelerator="cpu", max_steps=steps, num_sanity_val_steps=1, default_root_dir=str(tmp_path), logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    # An epoch has 4 steps and a validation at its end; another one came before the first step.
+    trainer.fit(recommender(core.MMoE(3, MLP)).train(), datamodule=MadeTable(steps=4))
+    assert seen == ["val"] * reports
+
+
+def test_a_leak_is_reported_in_the_test_and_a_comparison_has_no_report(tmp_path, capsys):
+    class Leaky(MadeTable):
+        def test_dataloader(self):
+            leaky = batch(64, seed=3)
+            leaky.dense_BC[:, 1] = leaky.label_Bt[:, 0]
+            return DataLoader([leaky], batch_size=None)
+
+    module = recommender(core.MMoE(3, MLP))
+    run(module, tmp_path, Leaky())
+    assert "! column 'flat' alone predicts task 'click' with AUC 1.00000" in capsys.readouterr().out
+    assert any(isinstance(c, RecommenderReport) for c in module.configure_callbacks())
+    _without_reports(module)
+    assert not any(isinstance(c, RecommenderReport) for c in module.configure_callbacks())

@@ -1,0 +1,50 @@
+"""Who computes a token, from routings that are written down."""
+
+import torch
+
+import core
+from apps.report.routed import expert_label_counts, expert_of_token, experts_of_token
+
+
+def routing(token, expert, gate, num_tokens, num_experts):
+    """Expert ``num_experts`` computes none."""
+    ids = torch.tensor(expert)
+    counts = torch.bincount(ids, minlength=num_experts + 1)[:num_experts]
+    return core.Routing(torch.tensor(token), ids, torch.tensor(gate), counts, counts, num_tokens)
+
+
+# Token 0: experts 2 (0.6) and 0 (0.4). Token 1: its better choice was dropped, expert 1 is left. Token 2: both dropped.
+# Token 3: equal gates, the lower expert first. Token 4 has no pair, as under expert choice.
+PAIRS = routing([0, 0, 1, 1, 2, 2, 3, 3], [2, 0, 3, 1, 3, 3, 2, 1], [0.4, 0.6, 0.0, 0.3, 0.0, 0.0, 0.5, 0.5], 5, 3)
+
+
+def test_expert_of_a_token_is_that_of_its_highest_gate():
+    assert expert_of_token(PAIRS).tolist() == [0, 1, 3, 1, 3]
+
+
+def test_experts_of_a_token_come_by_falling_gate():
+    assert experts_of_token(PAIRS, 2).tolist() == [[0, 2], [1, 3], [3, 3], [1, 2], [3, 3]]
+    assert experts_of_token(PAIRS, 3)[0].tolist() == [0, 2, 3]
+
+
+def test_the_order_of_the_pairs_does_not_matter():
+    # As an expert-choice router lists them: by expert.
+    by_expert = routing([1, 3, 3, 0, 0, 1], [1, 1, 2, 0, 2, 3], [0.3, 0.5, 0.5, 0.6, 0.4, 0.0], 5, 3)
+    assert torch.equal(experts_of_token(by_expert, 2), experts_of_token(PAIRS, 2))
+
+
+def test_without_pairs_the_experts_of_a_token_are_those_of_the_largest_shares():
+    # Two sequences of two tokens, the last token is padding.
+    weights = torch.tensor([[0.2, 0.5, 0.3], [0.6, 0.3, 0.1]])
+    tokens = torch.tensor([3, 3, 3])
+    merged = core.contract.MergeRouting(
+        weights, 2, 1, tokens, tokens, 4, valid_T=torch.tensor([True, True, True, False])
+    )
+    assert expert_of_token(merged).tolist() == [1, 1, 0, 3]
+    assert experts_of_token(merged, 4).tolist() == [[1, 2, 0, 3], [1, 2, 0, 3], [0, 1, 2, 3], [3, 3, 3, 3]]
+    assert expert_label_counts(merged, torch.tensor([0, 1, 1, 1]), 2).tolist() == [[0, 1, 0], [1, 1, 0]]
+
+
+def test_counts_by_label_leave_dropped_pairs_out():
+    # Token 0 has label 1 and experts 2 and 0, token 1 label 0 and expert 1, token 3 label 1 and experts 2 and 1.
+    assert expert_label_counts(PAIRS, torch.tensor([1, 0, 0, 1, 1]), 2).tolist() == [[0, 1, 0], [1, 1, 2]]

@@ -1,0 +1,17 @@
+"""Tables on the screen and in files."""
+
+from __future__ import annotations
+
+from apps.report.tables import print_table, write_csv
+
+
+def test_rows_may_have_different_keys(tmp_path):
+    path = write_csv(tmp_path / "deeper" / "a.csv", [{"name": "x", "a": 1}, {"name": "y, z", "b": 2}])
+    assert path.read_text().splitlines() == ["name,a,b", "x,1,", '"y, z",,2']
+
+
+def test_what_looks_like_markup_is_text(capsys):
+    print_table("[bold]scores", ("name of the system", "value"), [("[red]", "1")])
+    out = capsys.readouterr().out
+    assert "[bold]scores" in out
+    assert "[red]" in out

@@ -1,0 +1,166 @@
+"""The mean of the last epochs' weights: by hand, over a kill, in a longer run; and an early stop that stays one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from resuming import CONFIG, Stop, checkpoint, differences, fit
+from tiny_app import TinyModule
+
+from apps.cli import main as moesaic
+from apps.train.averaging import mean_weights
+
+# 26 points in batches of 8: 4 steps an epoch, 3 epochs.
+AVERAGED = CONFIG.replace("ema_decay: 0.99", "average_last: 2").replace(
+    "class_path: tiny_app.TinyData", "class_path: tiny_app.TinyData\n  init_args: {n: 26}"
+)
+EARLY = """
+    - class_path: lightning.pytorch.callbacks.EarlyStopping
+      init_args: {monitor: val/loss, mode: max, patience: 2}
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    path = tmp_path / "config.yaml"
+    path.write_text(AVERAGED)
+    return str(path)
+
+
+@pytest.fixture
+def early_config(tmp_path: Path) -> str:
+    # The loss falls: by "max" no epoch after the first is better, and the third ends the training.
+    path = tmp_path / "early.yaml"
+    path.write_text(AVERAGED.rstrip() + EARLY)
+    return str(path)
+
+
+def weights(run_dir: Path, name: str = "last", key: str = "state_dict") -> dict[str, torch.Tensor]:
+    return checkpoint(run_dir, name)[key]
+
+
+def files(run_dir: Path) -> list[str]:
+    return sorted(str(p.relative_to(run_dir / "checkpoints")) for p in (run_dir / "checkpoints").rglob("*.*"))
+
+
+def test_the_mean_of_files_by_hand(tmp_path):
+    for i, value in enumerate((1.0, 2.0, 6.0)):
+        torch.save({"w": torch.full((2,), value), "half": torch.tensor(value).half()}, tmp_path / f"{i}.pt")
+    found = mean_weights([tmp_path / f"{i}.pt" for i in range(3)])
+    assert found["w"].tolist() == [3.0, 3.0]
+    assert (found["w"].dtype, found["half"].dtype) == (torch.float32, torch.float16)
+
+
+def test_the_average_is_that_of_the_last_epochs_ends(config, tmp_path):
+    ends = []
+    for epochs in (2, 3):  # the third epoch goes on from the second's end
+        fit(config, tmp_path / "run", "--trainer.max_epochs", str(epochs), "--ckpt_path", "last")
+        ends.append(weights(tmp_path / "run"))
+    average = weights(tmp_path / "run", "average")
+    for name, value in average.items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value, (ends[0][name] + ends[1][name]) / 2, rtol=1e-6, atol=1e-7)
+        else:
+            assert torch.equal(value, ends[1][name])
+    assert not torch.equal(average["net.0.weight"], ends[1]["net.0.weight"])
+    assert differences(weights(tmp_path / "run", "average", "trained_state_dict"), ends[1]) == []
+    assert files(tmp_path / "run") == ["average.ckpt", "best.ckpt", "epochs/1.pt", "epochs/2.pt", "last.ckpt"]
+
+
+def test_it_is_a_checkpoint_as_others(config, tmp_path):
+    fit(config, tmp_path / "run")
+    path = tmp_path / "run" / "checkpoints" / "average.ckpt"
+    module = TinyModule.load_from_checkpoint(path)
+    assert torch.equal(module.net[0].weight, weights(tmp_path / "run", "average")["net.0.weight"])
+    for which in ("average", str(path)):
+        assert moesaic(["test", "--config", config, "--run_dir", str(tmp_path / "run"), "--ckpt_path", which]) == 0
+        assert json.loads((tmp_path / "run" / "test.json").read_text())["checkpoint"] == str(path)
+
+
+# Batch 2 lies in mid-epoch, 4 is the first of an epoch, 11 the last of all.
+@pytest.mark.parametrize("stops", [(2, 4), (11,)], ids=["twice", "at_the_end"])
+def test_a_stopped_run_has_the_same_average(config, tmp_path, stops):
+    fit(config, tmp_path / "unbroken")
+    for stop in stops:
+        with pytest.raises(Stop):
+            fit(config, tmp_path / "broken", "--ckpt_path", "last", stop_at=stop)
+    fit(config, tmp_path / "broken", "--ckpt_path", "last")
+    for name in ("last", "average"):
+        assert differences(checkpoint(tmp_path / "unbroken", name), checkpoint(tmp_path / "broken", name)) == []
+    assert files(tmp_path / "unbroken") == files(tmp_path / "broken")
+
+
+def test_a_run_killed_after_its_last_epoch_writes_it_when_it_is_resumed(config, tmp_path):
+    fit(config, tmp_path / "run")
+    path = tmp_path / "run" / "checkpoints" / "average.ckpt"
+    written = weights(tmp_path / "run", "average")
+    path.unlink()
+    fit(config, tmp_path / "run", "--ckpt_path", "last")
+    assert differences(written, weights(tmp_path / "run", "average")) == []
+
+
+@pytest.mark.parametrize("which", ["last", "average"])
+def test_a_longer_run_goes_on_from_the_trained_weights(config, tmp_path, which):
+    # No schedule: it would depend on the length of the run.
+    steady = ("--model.optimizer.schedule", "constant", "--model.optimizer.warmup", "0")
+    fit(config, tmp_path / "long", *steady, "--trainer.max_epochs", "4")
+    for epochs, start in ((3, "none"), (4, which)):
+        fit(config, tmp_path / "run", *steady, "--trainer.max_epochs", str(epochs), "--ckpt_path", start)
+    for name in ("last", "average"):
+        assert differences(weights(tmp_path / "long", name), weights(tmp_path / "run", name)) == []
+
+
+def test_the_epochs_are_found_beside_the_checkpoint_that_is_resumed(config, tmp_path, caplog):
+    fit(config, tmp_path / "long")
+    fit(config, tmp_path / "short", "--trainer.max_epochs", "2")
+    last = tmp_path / "short" / "checkpoints" / "last.ckpt"
+    fit(config, tmp_path / "other", "--trainer.max_epochs", "3", "--ckpt_path", str(last))
+    assert files(tmp_path / "other")[-3:] == ["epochs/1.pt", "epochs/2.pt", "last.ckpt"]
+    shutil.rmtree(last.parent / "epochs")
+    fit(config, tmp_path / "without", "--trainer.max_epochs", "3", "--ckpt_path", str(last))
+    assert f"the weights of epochs 1, 2 are not beside {last}: the average is without them" in caplog.text
+    # Of the third epoch alone: its own weights.
+    of_one = checkpoint(tmp_path / "without", "average")
+    assert differences(of_one["state_dict"], of_one["trained_state_dict"]) == []
+
+
+def test_a_new_run_in_the_folder_does_not_average_the_old_one(config, tmp_path):
+    fit(config, tmp_path / "run")
+    fit(config, tmp_path / "run", "--trainer.max_epochs", "1")
+    assert checkpoint(tmp_path / "run", "average")["averaged_epochs"] == [0]
+    assert "epochs/2.pt" not in files(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"average_last": 0}, "average_last=0 must be at least 1"),
+        ({"average_last": 3, "ema_decay": 0.9}, r"average_last=3 with ema_decay=0\.9: the weights have one average"),
+    ],
+)
+def test_wrong_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        TinyModule(3, **options)
+
+
+# ---- early stopping
+
+
+def test_an_early_stop_stays_one(early_config, tmp_path):
+    flags = ("--trainer.max_epochs", "9")
+    fit(early_config, tmp_path / "unbroken", *flags)
+    before = checkpoint(tmp_path / "unbroken")
+    assert before["global_step"] == 12
+    assert checkpoint(tmp_path / "unbroken", "average")["averaged_epochs"] == [1, 2]
+    # Resumed in the second epoch, it remembers the score of the first.
+    with pytest.raises(Stop):
+        fit(early_config, tmp_path / "broken", *flags, stop_at=6)
+    fit(early_config, tmp_path / "broken", *flags, "--ckpt_path", "last")
+    assert differences(before, checkpoint(tmp_path / "broken")) == []
+    # Resumed after its end, it does no epoch more.
+    fit(early_config, tmp_path / "unbroken", *flags, "--ckpt_path", "last")
+    assert differences(before, checkpoint(tmp_path / "unbroken")) == []

@@ -1,0 +1,98 @@
+"""A run that was killed and resumed ends where an unbroken one does: the same weights, the same log, bit by bit."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from places import environment
+from resuming import CONFIG, Stop, assert_same, checkpoint, differences, fit, log
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    path = tmp_path / "config.yaml"
+    path.write_text(CONFIG)
+    return str(path)
+
+
+# Batch 5 lies in mid-epoch and off a saved step, 9 is the first of an epoch, 17 the last of one.
+@pytest.mark.parametrize(
+    ("stops", "flags"),
+    [
+        ((5,), ()),
+        ((1, 9, 8), ()),  # nothing is saved before batch 1: "last" begins again
+        ((17, 3), ("--trainer.accumulate_grad_batches", "2")),
+        ((5, 16), ("--trainer.val_check_interval", "4")),
+        ((7, 12), ("--trainer.max_epochs", "-1", "--trainer.max_steps", "24", "--trainer.log_every_n_steps", "1")),
+        ((13, 4), ("--trainer.limit_train_batches", "6")),
+        ((4, 7), ("--data.num_workers", "1", "--model.ema_decay", "null")),
+    ],
+    ids=["mid_epoch", "again_and_again", "accumulation", "validation_within", "max_steps", "limited", "workers"],
+)
+def test_a_stopped_run_resumes_exactly(config, tmp_path, stops, flags):
+    fit(config, tmp_path / "unbroken", *flags)
+    for stop in stops:
+        with pytest.raises(Stop):
+            fit(config, tmp_path / "broken", *flags, "--ckpt_path", "last", stop_at=stop)
+    fit(config, tmp_path / "broken", *flags, "--ckpt_path", "last")
+    assert_same(tmp_path / "unbroken", tmp_path / "broken")
+
+
+def fit_and_signal(config: str, run_dir: Path, number: signal.Signals, step: int) -> tuple[int, str]:
+    """A process that trains and is sent a signal once ``step`` is in its log: how it ended, and its stderr."""
+    command = [sys.executable, "-m", "apps.cli", "fit", "--config", config, "--run_dir", str(run_dir)]
+    process = subprocess.Popen(
+        [*command, "--model.seconds", "0.05"],
+        env=environment(OMP_NUM_THREADS=str(torch.get_num_threads())),
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 120
+        while not (run_dir / "metrics.csv").exists() or not any(int(r["step"]) >= step for r in log(run_dir)):
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(number)
+        return process.wait(60), process.stderr.read()
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_killed_process_resumes_exactly(config, tmp_path):
+    fit(config, tmp_path / "unbroken")
+    broken = tmp_path / "broken"
+    assert fit_and_signal(config, broken, signal.SIGKILL, step=13)[0] == -signal.SIGKILL
+    assert 9 < checkpoint(broken)["global_step"] < 27
+    # What no one writes comes from the checkpoint: without the flag, the resumed run would be as slow.
+    fit(config, broken, "--ckpt_path", str(broken / "checkpoints" / "last.ckpt"), "--model.seconds", "0.0")
+    assert_same(tmp_path / "unbroken", broken)
+    assert not list(broken.rglob("*.tmp"))
+
+
+def test_a_terminated_process_is_no_success_and_says_how_to_go_on(config, tmp_path):
+    fit(config, tmp_path / "unbroken")
+    code, told = fit_and_signal(config, tmp_path / "run", signal.SIGTERM, step=3)
+    assert code == 143
+    assert checkpoint(tmp_path / "run")["global_step"] >= 4  # it is written after the step that runs
+    last = told.strip().splitlines()[-1]
+    assert last == "terminated; --ckpt_path last goes on from the last checkpoint, if there is one"
+    assert "Traceback" not in told
+    last = str(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    fit(config, tmp_path / "run", "--ckpt_path", last, "--model.seconds", "0.0")
+    assert_same(tmp_path / "unbroken", tmp_path / "run")
+
+
+def test_a_finished_run_is_left_as_it_is_and_can_be_made_longer(config, tmp_path):
+    fit(config, tmp_path / "run")
+    before = checkpoint(tmp_path / "run")
+    fit(config, tmp_path / "run", "--ckpt_path", "last")
+    assert differences(before, checkpoint(tmp_path / "run")) == []
+    fit(config, tmp_path / "run", "--ckpt_path", "last", "--trainer.max_epochs", "4")
+    assert checkpoint(tmp_path / "run")["global_step"] == 36

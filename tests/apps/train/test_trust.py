@@ -1,0 +1,286 @@
+"""What a loaded file may do: a checkpoint and the configuration beside it are data, and import nothing."""
+
+from __future__ import annotations
+
+import pickle
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+import yaml
+from tiny_app import TinyModule
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
+
+import apps
+import core
+from apps import registry
+from apps.cli import main
+from apps.nlp.translation.module import Translator
+from apps.train import sharded
+from apps.train.loading import check_arguments, check_beside
+from apps.train.module import SparseModule
+from apps.vision.data import VisionData
+from apps.vision.module import VisionClassifier
+
+CONFIG = """
+model:
+  class_path: tiny_app.TinyModule
+  init_args:
+    moe:
+      num_experts: 4
+      router: {class_path: TokenChoice, init_args: {top_k: 2}}
+      expert: {class_path: FFN, init_args: {hidden_dim: 8}}
+data: {class_path: tiny_app.TinyData, init_args: {n: 24}}
+trainer: {accelerator: cpu, max_epochs: 1, enable_progress_bar: false}
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "tiny.yaml").write_text(CONFIG)
+    assert main(["fit", "--config", str(folder / "tiny.yaml"), "--run_dir", str(folder / "run")]) == 0
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working folder that Python imports from, with a module that leaves a file behind when it is imported."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "planted.py").write_text(
+        "from pathlib import Path\nfrom dataclasses import dataclass\nimport core\n"
+        "Path('ran').touch()\n"
+        "@dataclass(frozen=True)\nclass Router(core.TokenChoice):\n    pass\n"
+        "class Module:\n    pass\n"
+    )
+    yield tmp_path
+    sys.modules.pop("planted", None)
+
+
+def tampered(trained, folder, change):
+    """A copy of the checkpoint, changed by ``change``, in a run's folder of its own; no configuration beside it."""
+    checkpoint = torch.load(trained / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    change(checkpoint)
+    path = folder / "got" / "checkpoints" / "last.ckpt"
+    path.parent.mkdir(parents=True)
+    torch.save(checkpoint, path)
+    return path
+
+
+def name_router(checkpoint):
+    checkpoint["hyper_parameters"]["moe"]["init_args"]["router"] = {"class_path": "planted.Router", "init_args": {}}
+
+
+def name_router_by_text(checkpoint):
+    checkpoint["hyper_parameters"]["moe"]["init_args"]["router"] = "planted.Router"
+
+
+def name_router_by_a_file(checkpoint):
+    Path("router.yaml").write_text("class_path: planted.Router\n")
+    checkpoint["hyper_parameters"]["moe"] = "router.yaml"
+
+
+def name_module(checkpoint):
+    checkpoint["module_class"] = "planted.Module"
+
+
+def name_instantiator(checkpoint):
+    checkpoint["hyper_parameters"]["_instantiator"] = "planted.Module"
+
+
+CHANGES = [name_router, name_router_by_text, name_router_by_a_file, name_module]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_checkpoint_on_the_command_line_imports_nothing(trained, folder, capsys, change):
+    path = tampered(trained, folder, change)
+    assert main(["test", "--config", str(trained / "tiny.yaml"), "--ckpt_path", str(path)]) != 0
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert error.startswith("error: ")
+    assert main(["test", "--data", "tiny_app.TinyData", "--ckpt_path", str(path)]) != 0
+    assert not (folder / "ran").exists()
+    assert "planted" not in sys.modules
+
+
+@pytest.mark.parametrize("change", [*CHANGES, name_instantiator])
+def test_a_checkpoint_loaded_in_python_imports_nothing(trained, folder, change):
+    path = tampered(trained, folder, change)
+    with pytest.raises(ValueError):
+        apps.load(path)
+    if change not in (name_module, name_router_by_a_file):  # the caller names the class, and no parser reads files
+        with pytest.raises(ValueError):
+            TinyModule.load_from_checkpoint(path)
+    assert not (folder / "ran").exists()
+    assert "planted" not in sys.modules
+
+
+def test_a_class_that_is_imported_and_registered_is_made(trained, folder):
+    path = tampered(trained, folder, name_router)
+    import planted  # the script names it
+
+    moe = apps.load(path).net[3]
+    assert isinstance(moe, core.MoE)
+    assert (folder / "ran").exists()
+    assert planted.Router.__module__ == "planted"
+
+
+def test_a_class_that_the_users_own_configuration_names_is_made(trained, folder, capsys):
+    path = tampered(trained, folder, name_router)
+    config = yaml.safe_load(CONFIG)
+    config["model"]["init_args"]["moe"]["router"] = {"class_path": "planted.Router", "init_args": {"top_k": 2}}
+    Path("own.yaml").write_text(yaml.safe_dump(config))
+    assert main(["test", "--config", "own.yaml", "--ckpt_path", str(path)]) == 0, capsys.readouterr().err
+    assert (folder / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "section, key",
+    [
+        ("model", {"class_path": "planted.Module"}),
+        ("model", "planted.Module"),
+        ("data", {"class_path": "planted.Module"}),
+        ("trainer", {"callbacks": [{"class_path": "planted.Module"}]}),
+        ("trainer", {"logger": "planted.Module"}),
+        ("trainer", {"callbacks": ["other.yaml"]}),
+        ("optimizer", {"class_path": "planted.Module"}),
+        ("config", "other.yaml"),
+    ],
+)
+def test_a_configuration_beside_a_checkpoint_names_registered_classes_alone(trained, folder, capsys, section, key):
+    (folder / "other.yaml").write_text("class_path: planted.Module\n")
+    path = tampered(trained, folder, lambda checkpoint: None)
+    beside = path.parent.parent / "config.yaml"
+    beside.write_text(yaml.safe_dump({**yaml.safe_load(CONFIG), section: key}))
+    assert main(["test", "--ckpt_path", str(path)]) == 1
+    error = capsys.readouterr().err
+    assert "config.yaml lies beside the checkpoint" in error
+    assert "--config" in error
+    assert not (folder / "ran").exists()
+    assert "planted" not in sys.modules
+
+
+def test_an_adopted_configuration_is_said(trained, capsys):
+    assert main(["test", "--ckpt_path", str(trained / "run" / "checkpoints" / "best.ckpt")]) == 0
+    assert f"configuration: {trained / 'run' / 'config.yaml'}" in capsys.readouterr().err
+
+
+def test_every_run_of_the_apps_may_be_adopted():
+    # A text in a config's place would be a class or a file to the parser; elsewhere it is a text.
+    check_beside({"model": {"class_path": "apps.vision.module.VisionClassifier", "init_args": {}}}, Path("x"))
+    check_arguments(VisionData, {"dataset": "digits", "root": "some.folder", "mean": [0.5]}, "data")
+    check_arguments(VisionClassifier, {"moe_blocks": "last2", "vit": {"depth": 4}, "pretrained": "a.b"}, "model")
+    with pytest.raises(ValueError, match=r"model\.vit='planted\.yaml' is a text in place of a ViTConfig"):
+        check_arguments(VisionClassifier, {"vit": "planted.yaml"}, "model")
+    with pytest.raises(ValueError, match=r"model\.moe\.router has no class_path"):
+        check_arguments(VisionClassifier, {"moe": {"num_experts": 4, "router": {"top_k": 2}}}, "model")
+    with pytest.raises(ValueError, match=r"model\.decode='x\.yaml' is a text"):
+        check_arguments(Translator, {"decode": "x.yaml"}, "model")
+
+
+@pytest.mark.parametrize("name", [*registry.MODULES, *registry.DATA])
+def test_the_registry_knows_the_apps_classes(name):
+    kind = registry.resolve(name)
+    assert (
+        f"{kind.__module__}.{kind.__qualname__}"
+        == registry.full_path(name)
+        == registry.full_path(kind.__module__ + "." + name)
+    )
+
+
+def test_every_module_of_the_apps_is_in_the_registry():
+    for name in registry.MODULES:
+        registry.resolve(name)
+    found, todo = set(), [SparseModule]
+    while todo:
+        todo += (subs := todo.pop().__subclasses__())
+        found |= {k.__name__ for k in subs if k.__module__.startswith("apps.") and not k.__name__.startswith("_")}
+    assert found - {"PretrainedModule"} == set(registry.MODULES)  # a base
+
+
+def test_a_config_of_a_module_must_be_registered(tmp_path):
+    from dataclasses import make_dataclass
+
+    kind = make_dataclass("Strange", [("width", int)], frozen=True)
+    with pytest.raises(ValueError, match=r"no checkpoint can be loaded with a .*Strange: decorate the class"):
+        TinyModule(3, moe=kind(3))
+
+
+# ---- shards
+
+
+def shards(folder):
+    """A sharded checkpoint of one tensor, by hand."""
+    path = folder / "last.ckpt"
+    name = "shards-0-0123abcd"
+    dcp.save({"weight/w": torch.arange(4.0)}, storage_writer=dcp.FileSystemWriter(path / name), no_dist=True)
+    torch.save({"state_dict": {}, "sharded": {"folder": name, "world_size": 1}}, path / "checkpoint.pt")
+    return path, path / name / ".metadata"
+
+
+def test_shards_are_read(tmp_path):
+    path, _ = shards(tmp_path)
+    assert sharded.read(path)["state_dict"]["w"].tolist() == [0, 1, 2, 3]
+
+
+def _pickled_build(target: bytes, state: bytes) -> bytes:
+    """A pickle by hand: push a global, push a dict of one entry, set it on the global, stop."""
+    return b"\x80\x02" + b"c" + target + b"}" + state + b"sb" + b"."
+
+
+@pytest.mark.parametrize(
+    "target", [b"torch.distributed.checkpoint.metadata\nMetadata\n", b"torch.serialization\n_get_layout\n"]
+)
+def test_a_table_of_contents_sets_nothing_on_classes(tmp_path, target):
+    path, table = shards(tmp_path)
+    table.write_bytes(_pickled_build(target, b"X\x07\x00\x00\x00plantedK\x01"))
+    with pytest.raises(ValueError, match="not a readable checkpoint"):
+        sharded.read(path, device="meta")
+    assert not hasattr(Metadata, "planted")
+    assert not hasattr(torch.serialization._get_layout, "planted")
+
+
+def test_a_table_of_contents_sets_no_foreign_attribute(tmp_path):
+    path, table = shards(tmp_path)
+    made = BytesStorageMetadata()
+    made.__dict__["read_data"] = 1
+    table.write_bytes(pickle.dumps(Metadata(state_dict_metadata={"x": made})))
+    with pytest.raises(ValueError, match="not a readable checkpoint"):
+        sharded.read(path, device="meta")
+
+
+@pytest.mark.parametrize("place", ["../outside.distcp", "/tmp/outside.distcp"])
+def test_shards_outside_their_folder_are_refused(tmp_path, place):
+    path, table = shards(tmp_path)
+    with open(table, "rb") as file:
+        metadata = pickle.load(file)
+    for where in metadata.storage_data.values():
+        where.relative_path = place
+    table.write_bytes(pickle.dumps(metadata))
+    with pytest.raises(ValueError, match="not a readable checkpoint"):
+        sharded.read(path)
+    for folder in ("..", "/tmp", "../other"):
+        torch.save({"state_dict": {}, "sharded": {"folder": folder, "world_size": 1}}, path / "checkpoint.pt")
+        with pytest.raises(ValueError, match="not a readable checkpoint"):
+            sharded.read(path)
+
+
+# ---- YAML
+
+
+def test_a_configuration_of_many_aliases_is_refused_at_once(tmp_path, capsys):
+    # Ten lists of ten of the one before: 10^10 values in under 1 KB.
+    lines = ["a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 10)]
+    (tmp_path / "bomb.yaml").write_text("\n".join(lines))
+    assert main(["fit", "--config", str(tmp_path / "bomb.yaml")]) == 2
+    assert "its aliases stand for over 1,000,000 values" in capsys.readouterr().err
+
+
+def test_a_configuration_that_holds_itself_is_refused(tmp_path, capsys):
+    (tmp_path / "loop.yaml").write_text("a: &a [*a]\n")
+    assert main(["fit", "--config", str(tmp_path / "loop.yaml")]) == 2
+    assert "an alias stands for a value that holds the alias" in capsys.readouterr().err

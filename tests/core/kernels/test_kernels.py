@@ -1,0 +1,415 @@
+"""Every backend against the oracle: output and every gradient, over ragged sizes, odd widths and a garbage tail."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from expert_problems import EXPERTS, FLOAT32, Problem, assert_same, problem
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from core.kernels import BACKENDS, cpu, eager, fallback, grouped, products, resolve_backend
+from core.kernels.triton_ops import environment
+
+FAST = ("cpu", "grouped")
+# The interpreter of Triton's kernels is slow, and blocks of 512 rows are the business of "cpu".
+BACKENDS_AND_TOKENS = [(b, t) for b in BACKENDS for t in (0, 1, 7, 100, 600) if b != "triton" or t < 600]
+
+
+@pytest.mark.parametrize("backend, tokens", BACKENDS_AND_TOKENS)
+@pytest.mark.parametrize("expert", ["gelu", "gelu+bias", "swiglu"])
+def test_backend_equals_the_oracle_at_every_number_of_tokens(backend, tokens, expert):
+    p = problem(tokens, expert=expert)
+    assert_same(p.run(backend, torch.float32), p.run("eager", torch.float64), FLOAT32)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("expert", EXPERTS)
+@pytest.mark.parametrize("D, H, D_out", [(16, 8, 16), (8, 16, 12), (30, 20, 30), (30, 20, 7), (7, 30, 5)])
+def test_backend_equals_the_oracle_for_every_expert_at_even_and_odd_widths(backend, expert, D, H, D_out):
+    # Rows of 30 or 7 numbers are not whole 16-byte units; a hidden dim above and below the output's
+    # takes the gate on either side of the second product.
+    p = problem(33, D=D, H=H, D_out=D_out, expert=expert)
+    assert_same(p.run(backend, torch.float32), p.run("eager", torch.float64), FLOAT32)
+
+
+@pytest.mark.parametrize("backend, tokens", [pair for pair in BACKENDS_AND_TOKENS if pair[1] in (1, 7, 600)])
+@pytest.mark.parametrize("expert", ["gelu+bias", "swiglu", "geglu+bias"])
+@pytest.mark.parametrize("load", ["one", "empty"])
+def test_backend_equals_the_oracle_with_idle_experts(backend, expert, load, tokens):
+    p = problem(tokens, expert=expert, load=load)
+    found = p.run(backend, torch.float32)
+    assert_same(found, p.run("eager", torch.float64), FLOAT32)
+    idle = [0, 1, 3] if load == "one" else [1, 3]
+    for name in p.weights:
+        assert found[f"d{name}"][idle].abs().max() == 0, f"an idle expert's d{name} is not zero"
+
+
+@pytest.fixture(params=["torch", "onednn"])
+def library(request, monkeypatch) -> str:
+    """Whose products ``cpu`` takes, of every size."""
+    if request.param == "onednn" and not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        pytest.skip("torch is built without oneDNN")
+    monkeypatch.setattr(products, "is_served_badly", lambda: request.param == "onednn")
+    monkeypatch.setattr(cpu, "is_served_badly", lambda: request.param == "onednn")
+    monkeypatch.setattr(products, "LEAST", 1)
+    return request.param
+
+
+@pytest.mark.parametrize("expert", ["gelu", "relu+bias", "swiglu", "geglu+bias"])
+@pytest.mark.parametrize("tokens", [0, 7, 33, 600])
+@pytest.mark.parametrize("widths", [(16, 24, 12), (30, 7, 30)])
+def test_cpu_equals_the_oracle_by_either_library(library, expert, tokens, widths):
+    D, H, D_out = widths
+    p = problem(tokens, D=D, H=H, D_out=D_out, expert=expert, load="empty")
+    assert_same(p.run("cpu", torch.float32), p.run("eager", torch.float64), FLOAT32)
+
+
+@pytest.mark.parametrize("expert", ["gelu", "relu+bias", "swiglu", "geglu+bias"])
+@pytest.mark.parametrize("H", [8, 24])
+@pytest.mark.parametrize("load", ["one", "empty", "spread"])
+def test_cpu_blocks_of_an_expert_add_up(library, monkeypatch, expert, H, load):
+    monkeypatch.setattr(cpu, "BLOCK", 16)  # 100 tokens, 200 rows: 13 blocks of one expert
+    p = problem(100, expert=expert, H=H, load=load)
+    assert_same(p.run("cpu", torch.float32), p.run("eager", torch.float64), FLOAT32)
+
+
+def test_cpu_equals_the_oracle_past_its_own_block_size(library):
+    p = problem(cpu.BLOCK + 1, expert="swiglu", load="one")  # 2 rows a token: more than two blocks
+    assert_same(p.run("cpu", torch.float32), p.run("eager", torch.float64), FLOAT32)
+
+
+@pytest.mark.parametrize("few, light", [(0, 0), (cpu.FEW, 0), (cpu.FEW, 3), (cpu.FEW, 16), (cpu.FEW, 10**6)])
+@pytest.mark.parametrize("expert", EXPERTS)
+@pytest.mark.parametrize("tokens", [0, 1, 7, 12, 600])
+def test_cpu_without_gradients_equals_the_oracle(library, monkeypatch, few, light, expert, tokens):
+    """Few rows are computed for all experts at once, more by blocks, and of those of light experts sums are made; with
+    some pairs dropped and two idle experts."""
+    monkeypatch.setattr(cpu, "FEW", few)
+    monkeypatch.setattr(cpu, "_light", lambda size: light)
+    p = problem(tokens, expert=expert, load="empty")
+    y = {}
+    for name, dtype in (("cpu", torch.float32), ("eager", torch.float64)):
+        placed = eager.sort_pairs(p.expert_ids_TK.flatten(), eager.count_experts(p.expert_ids_TK.flatten(), 4))
+        weights = {k: w.to(dtype) for k, w in p.weights.items()}
+        gates_R, index_R = p.gates_TK.flatten().to(dtype)[placed.order_R], placed.order_R // 2
+        by_index = BACKENDS[name].expert_ffn(
+            p.x.to(dtype), index_R, placed.offsets_E, gates_R, **weights, activation=p.activation
+        )
+        gathered = BACKENDS[name].expert_ffn(
+            p.x.to(dtype)[index_R], None, placed.offsets_E, gates_R, **weights, activation=p.activation
+        )
+        y[name] = {"y": by_index.double(), "rows": gathered.double()}
+    assert_same(y["cpu"], y["eager"], FLOAT32)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_pairs_in_any_order_give_the_same_as_token_major_ones(backend):
+    p = problem(50, expert="gelu+bias")
+    assert_same(p.run(backend, torch.float32, token_major=False), p.run("eager", torch.float64), FLOAT32)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("expert", ["gelu+bias", "swiglu"])
+def test_gathered_rows_equal_the_oracle_and_rows_past_the_last_offset_are_zero(backend, expert):
+    # Rows 0-2 belong to expert 0, none to 1, 3-7 to 2, 8 to 3; row 9 to nobody.
+    offsets = torch.tensor([3, 3, 8, 9], dtype=torch.int32)
+    p = problem(10, K=1, expert=expert)
+    out = {}
+    for name, dtype in ((backend, torch.float32), ("eager", torch.float64)):
+        x, gates = p.x.to(dtype).requires_grad_(), p.gates_TK.flatten().to(dtype).requires_grad_()
+        weights = {k: w.to(dtype).requires_grad_() for k, w in p.weights.items()}
+        y = BACKENDS[name].expert_ffn(x, None, offsets, gates, **weights, activation=p.activation)
+        y.backward(p.dy.to(dtype))
+        assert y.shape == (10, 16)
+        assert y[9].abs().max() == 0
+        assert x.grad[9].abs().max() == 0
+        assert gates.grad[9] == 0
+        out[dtype] = {"y": y.detach().double(), "dx": x.grad.double(), "dgates": gates.grad.double()}
+        out[dtype] |= {f"d{k}": w.grad.double() for k, w in weights.items()}
+    assert_same(out[torch.float32], out[torch.float64], FLOAT32)
+
+
+def relative_errors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+    return {name: ((found[name] - t).norm() / t.norm()).item() for name, t in expected.items()}
+
+
+def dense_bfloat16_errors(expert: str) -> dict[str, float]:
+    """Errors of one plain bfloat16 FFN on autograd, with tokens and weights like ``problem``'s, gate on the output."""
+    p = problem(300, E=1, K=1, D=64, H=96, expert=expert)
+    act = eager.ACTIVATIONS[p.activation]
+    out = {}
+    for dtype in (torch.bfloat16, torch.float64):
+        x, gates = p.x.to(dtype).requires_grad_(), p.gates_TK.to(dtype).requires_grad_()
+        w = {k: v[0].to(dtype).requires_grad_() for k, v in p.weights.items()}
+        h = x @ w["w_in"] + w.get("b_in", 0)
+        h = act(x @ w["w_gate"]) * h if "w_gate" in w else act(h)
+        y = (h @ w["w_out"] + w.get("b_out", 0)) * gates
+        y.backward(p.dy.to(dtype))
+        leaves = {"x": x, "gates": gates, **w}
+        out[dtype] = {"y": y.detach().double(), **{f"d{k}": t.grad.double() for k, t in leaves.items()}}
+    return relative_errors(out[torch.bfloat16], out[torch.float64])
+
+
+@pytest.mark.parametrize("backend, H", [(b, H) for b in BACKENDS for H in (48, 96) if b != "triton" or H == 48])
+@pytest.mark.parametrize("expert", ["relu", "gelu+bias", "geglu", "swiglu"])
+def test_bfloat16_is_as_exact_as_a_dense_bfloat16_ffn(backend, expert, H):
+    dense = dense_bfloat16_errors(expert)
+    p = problem(100 if backend == "triton" else 300, D=64, H=H, expert=expert)  # its interpreter takes 10 s for 300
+    errors = relative_errors(p.run(backend, torch.bfloat16), p.run("eager", torch.float64))
+    for name, error in errors.items():
+        # A half more than the dense one: its rounded gate and the sum over two experts are roundings of their own.
+        assert error <= 1.5 * dense[name], f"{name}: {error:.2e}, a dense FFN's {dense[name]:.2e}"
+
+
+@pytest.mark.parametrize("expert", ["gelu+bias", "swiglu"])
+def test_bfloat16_gradients_summed_over_blocks_are_as_exact_as_dense_ones(expert):
+    dense = dense_bfloat16_errors(expert)
+    p = problem(3 * cpu.BLOCK // 2, D=64, H=96, expert=expert, load="one")  # 3 blocks of one expert
+    errors = relative_errors(p.run("cpu", torch.bfloat16), p.run("eager", torch.float64))
+    for name, error in errors.items():
+        assert error <= 1.5 * dense[name], f"{name}: {error:.2e}, a dense FFN's {dense[name]:.2e}"
+
+
+GRADCHECK = [(expert, H) for expert in ("gelu", "silu+bias", "relu", "geglu+bias", "swiglu") for H in (2, 5)]
+
+
+@pytest.mark.parametrize("backend", ["eager", "cpu"])
+@pytest.mark.parametrize("expert, H", GRADCHECK)
+def test_gradients_pass_gradcheck_in_float64(monkeypatch, backend, expert, H):
+    monkeypatch.setattr(cpu, "BLOCK", 2)
+    p = problem(5, E=3, D=3, H=H, D_out=4, expert=expert)
+    ids_N = p.expert_ids_TK.flatten()
+    placed = eager.sort_pairs(ids_N, eager.count_experts(ids_N, 3))
+    assert (placed.offsets_E.diff() > 2).any()  # an expert of more than one block
+    names = list(p.weights)
+
+    def run(x: Tensor, gates_R: Tensor, *weights: Tensor) -> Tensor:
+        named = dict(zip(names, weights, strict=True))
+        rows = placed.order_R // 2
+        return BACKENDS[backend].expert_ffn(x, rows, placed.offsets_E, gates_R, **named, activation=p.activation)
+
+    inputs = (p.x, p.gates_TK.flatten()[placed.order_R], *p.weights.values())
+    assert torch.autograd.gradcheck(run, tuple(t.clone().requires_grad_() for t in inputs))
+
+
+def test_gradients_of_the_oracles_combine_pass_gradcheck():
+    rows, offsets = torch.tensor([0, 2, 0, 1]), torch.tensor([1, 3], dtype=torch.int32)
+    y, gates = torch.randn(4, 3, dtype=torch.float64), torch.rand(4, dtype=torch.float64)
+    inputs = (y.requires_grad_(), gates.requires_grad_())
+    assert torch.autograd.gradcheck(lambda y, g: eager.combine(y, rows, offsets, g, 3), inputs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("expert", ["gelu+bias", "swiglu"])
+def test_a_second_backward_through_the_same_graph_gives_the_same_gradients(backend, expert):
+    p = problem(20, expert=expert)
+    ids_N = p.expert_ids_TK.flatten()
+    placed = eager.sort_pairs(ids_N, eager.count_experts(ids_N, 4))
+    leaves = [t.float().requires_grad_() for t in (p.x, p.gates_TK.flatten()[placed.order_R], *p.weights.values())]
+    named = dict(zip(p.weights, leaves[2:], strict=True))
+    y = BACKENDS[backend].expert_ffn(
+        leaves[0], placed.order_R // 2, placed.offsets_E, leaves[1], **named, activation=p.activation
+    )
+    first = torch.autograd.grad(y, leaves, p.dy.float(), retain_graph=True)
+    second = torch.autograd.grad(y, leaves, p.dy.float())
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def poison_freed_memory(*shapes: tuple[int, ...]) -> None:
+    """Leave NaN in memory that the next allocations of these shapes may get."""
+    for _ in range(3):
+        blocks = [torch.full(shape, torch.nan) for shape in shapes]
+        del blocks
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("expert", ["gelu", "gelu+bias", "swiglu", "swiglu+bias"])
+@pytest.mark.parametrize("token_major", [True, False])
+def test_nan_in_rows_past_the_last_offset_reaches_neither_output_nor_gradients(backend, expert, token_major):
+    # The last four of 12 tokens are NaN, with NaN gates, and are routed nowhere.
+    clean = problem(12, expert=expert)
+    clean.expert_ids_TK[8:] = 4
+    dirty = problem(12, expert=expert)
+    dirty.expert_ids_TK[8:] = 4
+    dirty.x[8:] = torch.nan
+    dirty.gates_TK[8:] = torch.nan
+    poison_freed_memory((24, 16), (24, 24), (12, 16), (4, 16, 24), (4, 24, 16))
+    found = dirty.run(backend, torch.float32, token_major)
+    assert_same(found, clean.run("eager", torch.float64), FLOAT32)
+    for name in ("y", "dx", "dgates"):
+        assert found[name][8:].abs().max() == 0, name
+
+
+@pytest.mark.parametrize("expert", ["gelu+bias", "swiglu"])
+def test_nan_past_the_last_offset_stays_there_by_either_library(library, expert):
+    test_nan_in_rows_past_the_last_offset_reaches_neither_output_nor_gradients("cpu", expert, True)
+
+
+@pytest.mark.parametrize("backend", ["grouped", "triton"])
+@pytest.mark.parametrize("width", [3, 12])
+@pytest.mark.parametrize("rows", [0, 4])
+def test_rows_of_another_width_than_the_weights_are_refused(backend, width, rows):
+    kernels, x, w = BACKENDS[backend], torch.zeros(rows, width), torch.zeros(2, 8, 8)
+    offsets = torch.full((2,), rows, dtype=torch.int32)
+    with pytest.raises(ValueError, match=f"rows have width {width}, the experts' matrices take 8"):
+        kernels.expert_linear(x, w, offsets)
+    with pytest.raises(ValueError, match=f"rows have width {width}, the experts' matrices take 8"):
+        kernels.expert_ffn(x, None, offsets, torch.ones(rows), w, w, activation="relu")
+
+
+def test_grouped_mm_zeroes_the_tail_of_its_output_and_of_its_input_gradient():
+    offsets = torch.tensor([2, 3], dtype=torch.int32)
+    x = torch.ones(6, 4)
+    x[3:] = torch.nan
+    w = torch.stack((torch.ones(4, 4), 2 * torch.ones(4, 4))).requires_grad_()
+    x.requires_grad_()
+    poison_freed_memory((6, 4))
+    y = grouped.grouped_mm(x, w, offsets)
+    # Rows of ones: 4 through expert 0, 8 through expert 1, and zeros past the last offset.
+    assert torch.equal(y[:, 0], torch.tensor([4.0, 4.0, 8.0, 0.0, 0.0, 0.0]))
+    dy = torch.ones(6, 4)
+    dy[3:] = torch.nan
+    poison_freed_memory((6, 4))
+    y.backward(dy)
+    assert torch.equal(x.grad[:, 0], torch.tensor([4.0, 4.0, 8.0, 0.0, 0.0, 0.0]))
+    # x^T dy: two rows of expert 0, one of expert 1.
+    assert torch.equal(w.grad, torch.stack((torch.full((4, 4), 2.0), torch.ones(4, 4))))
+
+
+def test_combine_ignores_nan_past_the_last_offset_in_output_and_gradients():
+    y = torch.tensor([[1.0], [2.0], [3.0], [torch.nan]], requires_grad=True)
+    gates = torch.tensor([0.5, 1.0, 2.0, torch.nan], requires_grad=True)
+    rows = torch.tensor([1, 0, 1, 0])
+    out = eager.combine(y, rows, torch.tensor([2, 3], dtype=torch.int32), gates, 3)
+    # Token 0: 1.0 * 2; token 1: 0.5 * 1 + 2 * 3; token 2 has no row; row 3 is past the last offset.
+    assert out.tolist() == [[2.0], [6.5], [0.0]]
+    out.sum().backward()
+    assert y.grad.tolist() == [[0.5], [1.0], [2.0], [0.0]]
+    assert gates.grad.tolist() == [1.0, 2.0, 3.0, 0.0]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "grouped"])
+def test_inputs_of_a_backend_are_left_as_they_were(backend):
+    p = problem(9, expert="geglu+bias")
+    before = [t.clone() for t in (p.x, p.gates_TK, p.dy, *p.weights.values())]
+    p32 = Problem(
+        p.x.float(),
+        p.expert_ids_TK,
+        p.gates_TK.float(),
+        {k: w.float() for k, w in p.weights.items()},
+        p.activation,
+        p.dy.float(),
+    )  # .to(float32) in run is then no copy
+    p32.run(backend, torch.float32)
+    after = (p32.x, p32.gates_TK, p32.dy, *p32.weights.values())
+    assert all(torch.equal(a, b.detach().double()) for a, b in zip(before, after, strict=True))
+
+
+class _Calls(TorchDispatchMode):
+    """Remembers the calls of our custom ops."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[str, tuple] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "moesaic":
+            self.calls.setdefault(func.name(), (func, args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "backend, ops",
+    [
+        ("cpu", {"moesaic::cpu_expert_ffn", "moesaic::cpu_expert_ffn_backward"}),
+        ("grouped", {"moesaic::grouped_mm", "moesaic::grouped_mm_dw"}),
+    ],
+)
+@pytest.mark.parametrize("expert", ["gelu+bias", "swiglu"])
+def test_custom_ops_pass_opcheck(backend, ops, expert):
+    # Schema (nothing mutated, no alias), fake against real, autograd registration, aot dispatch with dynamic shapes.
+    # Every pair is computed: what the ops keep for the backward is undefined past the last offset.
+    p = problem(9, expert=expert, load="full")
+    with _Calls() as recorded:
+        p.run(backend, torch.float32)
+    assert set(recorded.calls) == ops
+    for name, (op, args, kwargs) in recorded.calls.items():
+        differentiable = not name.endswith(("_backward", "_dw"))
+        fresh = tuple(
+            a.detach().clone().requires_grad_(differentiable and a.is_floating_point()) if isinstance(a, Tensor) else a
+            for a in args
+        )
+        torch.library.opcheck(op, fresh, kwargs)
+
+
+def test_sort_pairs_is_stable_and_its_inverse_finds_each_pair():
+    # Pairs 0..5 of experts 2, 0, E, 2, 0, 1 (E = 3): by expert, earlier first, the uncomputed pair 2 last.
+    ids = torch.tensor([2, 0, 3, 2, 0, 1])
+    counts = eager.count_experts(ids, 3)
+    assert counts.tolist() == [2, 1, 2]
+    placed = eager.sort_pairs(ids, counts)
+    assert placed.order_R.tolist() == [1, 4, 5, 0, 3, 2]
+    assert placed.inverse_N.tolist() == [3, 0, 5, 4, 1, 2]
+    assert placed.offsets_E.tolist() == [2, 3, 5]
+    assert placed.offsets_E.dtype == torch.int32
+
+
+def test_capacity_ranks_serve_each_queue_by_priority():
+    # Queue 0 holds pairs 0, 2, 3 with priorities 5, 1, 3: places 2, 0, 1. Queue 1 holds pair 1. Queue 2 holds pair 4.
+    ranks = eager.capacity_ranks(torch.tensor([0, 1, 0, 0, 2]), torch.tensor([5, 4, 1, 3, 0]), 3)
+    assert ranks.tolist() == [2, 0, 0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    "factor, top_k, tokens, experts, expected",
+    [
+        (1.0, 2, 6, 4, 3),  # 12 / 4
+        (1.0, 1, 5, 2, 3),  # 2.5
+        (1.1, 1, 100, 10, 11),  # 1.1 * 10 is 11.000000000000002 in floats: still 11
+        (1.1, 1, 10, 1, 11),
+        (1.05, 2, 40, 4, 21),  # 1.05 * 20
+        (0.1, 1, 1, 8, 1),  # at least one where there is a token
+        (1.25, 2, 0, 8, 0),
+        (0.7, 3, 100, 3, 70),
+        (1 / 3, 2, 4096 * 12, 8, 4096),  # a third of 12 * 4096 / 4, although 0.333... has 16 digits
+        (2 / 3, 1, 3, 2, 1),
+    ],
+)
+def test_capacity_is_the_exact_ceiling(factor, top_k, tokens, experts, expected):
+    ratio = eager.whole_ratio(factor)
+    assert eager.capacity(ratio, top_k, tokens, experts) == expected
+    assert eager.capacity(ratio, top_k, torch.tensor([tokens, 0]), experts).tolist() == [expected, 0]
+
+
+def test_backend_auto_is_cpu_on_cpu_and_grouped_on_cuda_where_triton_does_not_run(monkeypatch):
+    monkeypatch.setattr(environment, "triton_version", lambda: None)
+    assert resolve_backend("auto", "cpu", torch.float64) == "cpu"
+    fallback._warn.cache_clear()
+    with pytest.warns(UserWarning, match=r"backend='auto' runs 'grouped' on cuda: triton is not installed \(pip inst"):
+        assert resolve_backend("auto", "cuda", torch.bfloat16) == "grouped"
+    assert resolve_backend("auto", "cuda", torch.float64) == "eager"
+    assert resolve_backend("auto", "mps", torch.float32) == "eager"
+
+
+@pytest.mark.parametrize("backend, device, dtype", [("grouped", "cpu", torch.float64), ("cpu", "cuda", torch.float32)])
+def test_backend_that_cannot_run_falls_back_to_eager_with_one_warning(backend, device, dtype):
+    fallback._warn.cache_clear()
+    with pytest.warns(UserWarning, match=f"backend='{backend}' does not run {dtype} on {device}"):
+        assert resolve_backend(backend, device, dtype) == "eager"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert resolve_backend(backend, device, dtype) == "eager"
+
+
+def test_backend_of_an_unknown_name_is_refused():
+    with pytest.raises(ValueError, match=r"backend='fused' is not one of auto, eager, cpu, grouped, triton"):
+        resolve_backend("fused", "cpu", torch.float32)
+
+
+def test_every_backend_offers_the_same_functions():
+    for backend in BACKENDS.values():
+        for name in ("topk_gate", "sort_pairs", "queue_ranks", "expert_ffn", "expert_linear", "combine", "supports"):
+            assert callable(getattr(backend, name))

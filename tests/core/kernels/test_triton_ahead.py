@@ -1,0 +1,178 @@
+"""The Triton kernels compiled for cards that are not here: they build, fit, and multiply on tensor cores."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from places import ROOT
+
+from core.kernels.triton_ops import ahead, tuning
+
+pytest.importorskip("triton")
+KERNELS = {
+    "products": {"up", "linear", "hidden_grad", "weight_grad", "gate_grad", "column_sums"},
+    "sums": {"sum_of_k", "sum_of_any", "sum_grad"},
+    "sort": {"count", "place"},
+    "gate": {"choose", "totals", "choose_grad"},
+}
+
+
+def python(*arguments: str) -> str:
+    """What Python prints, run where the interpreter is off."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "TRITON_DEFAULT_FP_FUSION")}
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout, done.stderr
+    assert "FP_FUSION" not in done.stderr, "Triton warns of a default that is about to change"
+    return done.stdout
+
+
+def compiled(*options: str) -> list[dict]:
+    """What ``ahead`` reports."""
+    return [json.loads(line) for line in python("-m", "core.kernels.triton_ops.ahead", "--json", *options).splitlines()]
+
+
+def names(row: dict) -> str:
+    return f"{row['kernel']} {row['dtype']} {row['tile']} sm_{row['arch']}"
+
+
+def check(rows: list[dict], dtype: str) -> None:
+    wrong = {names(r): r["wrong"] for r in rows if r["wrong"]}
+    assert not wrong
+    for row in rows:
+        assert row["arch"] in ahead.ARCHS
+        assert row["spill"] <= ahead.MAX_SPILL
+        assert row["shared"] <= ahead.SHARED_MEMORY[row["arch"]]
+        multiplies = row["kernel"] in {f"products.{k}" for k in ("up", "linear", "hidden_grad", "weight_grad")}
+        assert row["products"] == multiplies
+        if multiplies and row["in_flight"] is not None:
+            assert row["in_flight"] > 0, names(row)
+        # float32 is exact: it must not run in tf32.
+        assert row["tensor_cores"] == (multiplies and dtype != "float32"), names(row)
+
+
+def written(tile: tuning.Tile) -> str:
+    return f"{tile.m}x{tile.n} w{tile.warps} s{tile.stages}"
+
+
+def check_tiles(rows: list[dict], tuned: dict[str, tuple[tuning.Tile, ...]], archs: tuple[int, ...]) -> None:
+    """Every tile of every kernel is there, for each card; and every kernel of the products and sums."""
+    found = {(r["kernel"], r["tile"], r["arch"]) for r in rows}
+    for name, tiles in tuned.items():
+        kernel = "products." + ("up" if name.startswith("up") else name)
+        for tile, arch in itertools.product(tiles, archs):
+            assert (kernel, written(tile), arch) in found, (name, tile, arch)
+    assert {r["kernel"] for r in rows} >= {f"{f}.{k}" for f in ("products", "sums") for k in KERNELS[f]}
+
+
+def test_every_kernel_and_tile_builds_for_three_cards_in_bfloat16():
+    rows = compiled("--first", "--dtypes", "bfloat16", "--widths", "whole")
+    check(rows, "bfloat16")
+    check_tiles(rows, tuning.HALF_TILES, ahead.ARCHS)
+
+
+def test_every_kernel_and_tile_builds_in_float32():
+    kernels = KERNELS["products"] | KERNELS["sums"]
+    rows = compiled("--first", "--arch", "80", "--dtypes", "float32", "--widths", "whole", "--kernels", *kernels)
+    check(rows, "float32")
+    check_tiles(rows, tuning.FULL_TILES, (80,))
+
+
+def test_no_tile_spills_where_rows_are_not_of_whole_tiles():
+    # 2040 numbers are read 16 bytes at a time, as 2048 are; 2041 one by one.
+    for widths, tuned in (("eights", tuning.UNEVEN_TILES), ("odd", tuning.RAGGED_TILES)):
+        rows = compiled("--first", "--arch", "80", "--dtypes", "bfloat16", "--widths", widths)
+        check(rows, "bfloat16")
+        check_tiles(rows, tuned, (80,))
+        widest = {row["kernel"]: row["widest"] for row in rows}
+        for kernel in ("products.column_sums", "products.gate_grad", "sums.sum_of_k", "sums.sum_grad"):
+            assert (widest[kernel] == 16) == (widths == "eights"), kernel
+
+
+def test_kernels_are_not_compiled_anew_for_another_number_of_tokens():
+    # 32768, 32760 and 8 pairs of 4096 tokens, 4095 and one: multiples of 16 or not, and 1, which is compiled in.
+    script = """
+import json, torch
+from core.kernels.triton_ops.ahead import launches, specialized
+from core.kernels.triton_ops.launch import jit_function
+
+for tokens in (4096, 4095, 1):
+    for start in launches(torch.float32, (2048, 1408), tokens=tokens):
+        types, _, aligned = specialized(jit_function(start.kernel), start.args, start.options(start.tiles()[0]))
+        print(json.dumps([tokens, start.kernel, types, str(aligned)]))
+"""
+    found: dict[int, list[list]] = {4096: [], 4095: [], 1: []}
+    for line in python("-c", script).splitlines():
+        tokens, *compiled_for = json.loads(line)
+        found[tokens].append(compiled_for)
+    assert {kernel for kernel, *_ in found[4096]} == {f"{f}.{k}" for f, kernels in KERNELS.items() for k in kernels}
+    assert found[4096] == found[4095] == found[1]
+
+
+def test_what_sees_no_dtype_of_products_builds_for_three_cards():
+    kernels = KERNELS["sort"] | KERNELS["gate"]
+    rows = compiled("--first", "--dtypes", "float32", "--widths", "whole", "--kernels", *kernels)
+    check(rows, "float32")
+    assert {r["kernel"] for r in rows} == {f"{f}.{k}" for f in ("sort", "gate") for k in KERNELS[f]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ahead.PRODUCTS)
+def test_every_kernel_tile_and_flag_builds_for_three_cards(dtype):
+    check(compiled("--dtypes", dtype), dtype)
+
+
+def test_every_flag_of_every_kernel_is_met_both_ways():
+    """By the constants in their source: what may be on or off is compiled on and off."""
+    script = """
+import json, torch
+from core.kernels.triton_ops import ahead
+
+for dtype in ahead.PRODUCTS:
+    for shape in ({}, {"num_experts": 1, "top_k": 1}):
+        with ahead._precision(dtype):
+            found = ahead.launches(ahead.PRODUCTS[dtype], (2048, 1408), **shape)
+        for start in found:
+            print(json.dumps([start.kernel, start.constants]))
+"""
+    values: dict[tuple[str, str], set] = {}
+    for line in python("-c", script).splitlines():
+        kernel, constants = json.loads(line)
+        for name, value in constants.items():
+            values.setdefault((kernel, name), set()).add(value)
+    one_way = {f"{kernel} {name}" for (kernel, name), met in values.items() if met in ({True}, {False})}
+    # Widths of 2041 make the products uneven; the interpreter alone converts half precision by itself.
+    assert not {name for name in one_way if name.split()[1] not in ("EVEN_K", "UPCAST")}
+    assert values["products.up", "ACT"] == values["products.hidden_grad", "ACT"] == {"relu", "gelu", "silu"}
+    assert values["products.linear", "PRECISION"] == {"ieee", "tf32"}
+
+
+def test_what_does_not_fit_is_said():
+    fits = {
+        "kernel": "products.up",
+        "widths": "-",
+        "dtype": "bfloat16",
+        "tile": "-",
+        "registers": 255,
+        "products": True,
+        "arch": 80,
+        "spill": ahead.MAX_SPILL,
+        "shared": 163 * 1024,
+        "tensor_cores": True,
+        "in_flight": 2,
+        "widest": 16,
+    }
+    for changed, wrong in (
+        ({}, None),
+        ({"in_flight": None}, None),
+        ({"shared": 163 * 1024 + 1}, "needs 166913 bytes of shared memory, sm_80 has 166912"),
+        ({"spill": 104}, "spills 104 bytes of registers, more than 96"),
+        ({"tensor_cores": False}, "has no tensor-core instruction"),
+        ({"in_flight": 0}, "waits for all that it loads before each product"),
+    ):
+        assert ahead.Compiled(**fits | changed).wrong() == wrong

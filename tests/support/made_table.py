@@ -1,0 +1,91 @@
+"""Table batches and a data module made here, for tests of the recommender and the processes they start."""
+
+from __future__ import annotations
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from apps.recsys.encoding.features import CategoricalFeature, ContinuousFeature, Features
+from apps.recsys.tables.batch import TableBatch
+
+AGE = ContinuousFeature("age", mean=40.0, std=10.0, quantiles=(20.0, 30.0, 50.0), missing=0.1)
+FLAT = ContinuousFeature("flat", mean=3.0, std=1.0, quantiles=(), missing=0.0)
+
+
+def features(tags: bool = True, num_domains: int = 0) -> Features:
+    """Two categorical columns, the second multi-valued with ``tags``; two continuous ones, the second constant."""
+    return Features(
+        categorical=(CategoricalFeature("city", 5), CategoricalFeature("film.tags", 7, multi_valued=tags)),
+        continuous=(AGE, FLAT),
+        tasks=("click", "buy"),
+        positives=(0.5, 0.2),
+        num_domains=num_domains,
+    )
+
+
+def jagged(columns: dict[str, list[list[int]]]) -> KeyedJaggedTensor:
+    """Rows of each example by column."""
+    lists = [rows for column in columns.values() for rows in column]
+    return KeyedJaggedTensor(
+        keys=list(columns),
+        values=torch.tensor([row for rows in lists for row in rows], dtype=torch.int32),
+        lengths=torch.tensor([len(rows) for rows in lists], dtype=torch.int32),
+    )
+
+
+def batch(size: int = 6, tags: bool = True, seed: int = 0, num_domains: int = 0) -> TableBatch:
+    """Rows of ``features``; a purchase implies a click. Age 0 is missing in the first row, infinite in the second."""
+    g = torch.Generator().manual_seed(seed)
+
+    def draw(high: int, n: int) -> list[int]:
+        return torch.randint(high, (n,), generator=g).tolist()
+
+    counts = draw(4, size) if tags else [1] * size
+    sparse = jagged({"city": [[c] for c in draw(5, size)], "film.tags": [draw(7, n) for n in counts]})
+    dense_BC = torch.stack((40 + 10 * torch.randn(size, generator=g), torch.full((size,), 3.0)), dim=1)
+    dense_BC[0, 0] = torch.nan
+    if size > 1:
+        dense_BC[1, 0] = torch.inf
+    click_B = (torch.rand(size, generator=g) < 0.5).float()
+    buy_B = click_B * (torch.rand(size, generator=g) < 0.4).float()
+    return TableBatch(
+        dense_BC,
+        sparse,
+        torch.stack((click_B, buy_B), dim=1),
+        torch.arange(size),
+        domain_B=torch.randint(num_domains, (size,), generator=g) if num_domains else None,
+        group_B=torch.arange(size) // 2,
+    )
+
+
+class MadeTable(LightningDataModule):
+    """``steps`` training batches, one validation and one test batch.
+
+    Args:
+        steps: training batches an epoch.
+        size: rows of a batch.
+        tags: with a multi-valued column.
+    """
+
+    def __init__(self, steps: int = 4, size: int = 16, tags: bool = True) -> None:
+        super().__init__()
+        self.steps, self.size, self.tags = steps, size, tags
+        self.features = features(tags)
+
+    def _batches(self, seeds: range) -> DataLoader[Tensor]:
+        return DataLoader([batch(self.size, self.tags, seed=s) for s in seeds], batch_size=None)  # type: ignore[arg-type]
+
+    def train_dataloader(self) -> DataLoader[Tensor]:
+        return self._batches(range(self.steps))
+
+    def val_dataloader(self) -> DataLoader[Tensor]:
+        return self._batches(range(100, 101))
+
+    def test_dataloader(self) -> DataLoader[Tensor]:
+        return self._batches(range(200, 201))
+
+    def predict_dataloader(self) -> DataLoader[Tensor]:
+        return self._batches(range(200, 201))
