@@ -2,7 +2,7 @@
 
 Every round times each system once, in turn, and the ratio to the dense FFN is taken within the round, so that a drift
 of the machine's speed hits both sides. Printed: the median ratio and its quartiles, over the rounds. The dense FFN
-multiplies by the experts' library (``core.Linear``); where that is not torch's own, ``torch.nn.Linear`` has a row too.
+multiplies by the experts' library (``cpu.Linear``); where that is not torch's own, ``torch.nn.Linear`` has a row too.
 
 The products' rate stands beside that of one large product of the same dtype, measured in the same run; on CUDA the
 layers of a model's size run, by Triton, by ``grouped_mm`` with a gather and a scatter of its own, and by the oracle.
@@ -31,8 +31,8 @@ from torch import nn
 
 import core
 from apps.base.machine import machine_line
-from core.kernels import BACKENDS
-from core.kernels.products import is_served_badly, mm
+from core.kernels import BACKENDS, cpu
+from core.kernels.cpu.products import is_served_badly, mm
 from core.memory import kept_bytes
 
 
@@ -68,7 +68,7 @@ GEMMS = ("up", "linear", "hidden_grad", "weight_grad")
 class DenseFFN(nn.Module):
     """The dense layer of equal active FLOPs: hidden width K * F. Its products are those of the experts' library."""
 
-    def __init__(self, dim: int, hidden_dim: int, gated: bool, linear: type[nn.Linear] = core.Linear) -> None:
+    def __init__(self, dim: int, hidden_dim: int, gated: bool, linear: type[nn.Linear] = cpu.Linear) -> None:
         super().__init__()
         self.fc1, self.fc2 = linear(dim, hidden_dim, bias=False), linear(hidden_dim, dim, bias=False)
         self.gate = linear(dim, hidden_dim, bias=False) if gated else None

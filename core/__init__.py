@@ -5,7 +5,6 @@ from .contract import DenseRouting, Entry, MergeRouting, Routing, RoutingContext
 from .experts import FFN, GEGLU, MLP, ExpertConfig, Experts, MLPExperts, SwiGLU
 from .flops import count_flops
 from .kernels import resolve_backend
-from .kernels.products import Linear, convert_linear, linear, packed
 from .layers import (
     AuxLosses,
     MergedMoE,
@@ -66,7 +65,6 @@ __all__ = [
     "Hash",
     "Hierarchical",
     "LayerStats",
-    "Linear",
     "MLP",
     "MLPExperts",
     "MMoE",
@@ -111,13 +109,10 @@ __all__ = [
     "aux_loss",
     "aux_losses",
     "consistency_loss",
-    "convert_linear",
     "count_flops",
     "domain_posterior",
     "is_registered",
-    "linear",
     "moe_layers",
-    "packed",
     "record",
     "register_config",
     "registered_config",

@@ -7,7 +7,7 @@ import time
 
 import torch
 
-from core.kernels.products import cpu_field
+from core.kernels.cpu.products import cpu_field
 
 
 def cpu_name() -> str:

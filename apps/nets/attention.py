@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import core
 from apps.nets.config import TransformerConfig
 from apps.nets.decode_cache import Cache
 from apps.nets.dropout import dropout as drop
 from apps.nets.positions import rotate
+from core.kernels import cpu
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class _Attention(nn.Module):
         self.num_heads, self.num_kv_heads, self.head_dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
         self.group, self.scale, self.dropout = shape.group, config.score_scale, config.attn_dropout
         self.qkv_bias = config.bias if config.qkv_bias is None else config.qkv_bias
-        self.out = core.Linear(shape.num_heads * shape.head_dim, shape.dim, bias=config.bias)
+        self.out = cpu.Linear(shape.num_heads * shape.head_dim, shape.dim, bias=config.bias)
 
     def reset_heads(self) -> None:
         """Xavier-uniform for each of queries, keys and values, at ``1 / sqrt(2)`` of the usual scale."""
@@ -187,7 +187,7 @@ class SelfAttention(_Attention):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__(config)
         width = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
-        self.qkv = core.Linear(config.shape.dim, width, bias=self.qkv_bias)
+        self.qkv = cpu.Linear(config.shape.dim, width, bias=self.qkv_bias)
 
     def _projections(self) -> list[Tensor]:
         H, Hkv, d = self.num_heads, self.num_kv_heads, self.head_dim
@@ -235,8 +235,8 @@ class CrossAttention(_Attention):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__(config)
         dim = config.shape.dim
-        self.q = core.Linear(dim, self.num_heads * self.head_dim, bias=self.qkv_bias)
-        self.kv = core.Linear(dim, 2 * self.num_kv_heads * self.head_dim, bias=self.qkv_bias)
+        self.q = cpu.Linear(dim, self.num_heads * self.head_dim, bias=self.qkv_bias)
+        self.kv = cpu.Linear(dim, 2 * self.num_kv_heads * self.head_dim, bias=self.qkv_bias)
 
     def _projections(self) -> list[Tensor]:
         return [self.q.weight, *self.kv.weight.chunk(2)]

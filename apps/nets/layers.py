@@ -17,6 +17,7 @@ from apps.nets.config import TransformerConfig
 from apps.nets.decode_cache import Cache, has_numbers
 from apps.nets.dropout import Dropout
 from apps.nets.positions import RelativeBias, added_positions, rotations
+from core.kernels import cpu
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -75,9 +76,9 @@ class FeedForward(nn.Module):
         super().__init__()
         dim = config.shape.dim
         self.activation = config.activation
-        self.w_in = core.Linear(dim, hidden_dim, bias=config.bias)
-        self.w_gate = core.Linear(dim, hidden_dim, bias=config.bias) if config.gated else None
-        self.w_out = core.Linear(hidden_dim, dim, bias=config.bias)
+        self.w_in = cpu.Linear(dim, hidden_dim, bias=config.bias)
+        self.w_gate = cpu.Linear(dim, hidden_dim, bias=config.bias) if config.gated else None
+        self.w_out = cpu.Linear(hidden_dim, dim, bias=config.bias)
         self.dropout = Dropout(config.ffn_dropout)
 
     def forward(self, x: Tensor) -> Tensor:

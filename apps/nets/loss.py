@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from core.kernels.products import mm
+from core.kernels.cpu.products import mm
 
 # Logits at a time: 4 MB in bfloat16, in rows enough for a product.
 _CHUNK_ELEMENTS = 2**21

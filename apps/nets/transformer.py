@@ -20,6 +20,7 @@ from apps.nets.config import TransformerConfig
 from apps.nets.decode_cache import Cache, Memory
 from apps.nets.layers import FeedForward, Stack
 from apps.nets.positions import Learned, RelativeBias
+from core.kernels import cpu
 
 __all__ = ["Cache", "LanguageModel", "Memory", "TranslationModel"]
 
@@ -54,12 +55,12 @@ class _Decoding(nn.Module):
     def logits(self, h: Tensor) -> Tensor:
         """(..., D) hidden states to (..., V)."""
         scale = self.config.logits_scale
-        return core.linear(h if scale == 1.0 else h * scale, self.output_weight)
+        return cpu.linear(h if scale == 1.0 else h * scale, self.output_weight)
 
     def step_weights(self) -> list[Tensor]:
         """The (N, K) weights by which every step multiplies its rows, experts' and gates' aside."""
         once = [layer.cross_attn.kv for layer in self.decoder.layers if layer.cross_attn is not None]
-        linear = [m for m in self.decoder.modules() if isinstance(m, core.Linear) and not any(m is kv for kv in once)]
+        linear = [m for m in self.decoder.modules() if isinstance(m, cpu.Linear) and not any(m is kv for kv in once)]
         return [*(module.weight for module in linear), self.output_weight]
 
     def check_steps(self) -> None:
@@ -233,7 +234,7 @@ class TranslationModel(_Decoding):
             cross=True,
         )
         own_output = config.tie in ("inputs", "none")
-        self.output = core.Linear(shape.dim, self.target_vocab, bias=False) if own_output else None
+        self.output = cpu.Linear(shape.dim, self.target_vocab, bias=False) if own_output else None
         self.reset_parameters()
 
     @property
@@ -350,7 +351,7 @@ class LanguageModel(_Decoding):
             causal=True,
             cross=False,
         )
-        self.output = core.Linear(shape.dim, vocab, bias=False) if config.tie == "none" else None
+        self.output = cpu.Linear(shape.dim, vocab, bias=False) if config.tie == "none" else None
         self.reset_parameters()
 
     @property

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 import core
 from apps.base.messages import first_line
 from apps.nets.blocks import resolve_blocks
+from core.kernels import cpu
 
 _logger = logging.getLogger(__name__)
 
@@ -259,7 +260,7 @@ class VMoE(VisionTransformer):
         if vit.fused_attn is not None:
             for block in self.blocks:
                 block.attn.fused_attn = vit.fused_attn
-        core.convert_linear(self)
+        cpu.convert_linear(self)
         self.vit = vit
         self.moe = moe
         self.moe_blocks = replaced

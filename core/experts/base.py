@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..contract import Rows
+from ..kernels.cpu.products import linear
 from ..kernels.eager import check_devices
-from ..kernels.products import linear
 from ..registry import register_config
 
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ..contract import Rows, check_kinds
 from ..kernels import BACKENDS, resolve_backend
+from ..kernels.cpu.products import linear
 from ..kernels.eager import ACTIVATIONS, outside_autocast
-from ..kernels.products import linear
 from .base import ExpertConfig, Experts, autocast_together, first_linear, next_linear
 
 

@@ -17,11 +17,12 @@ from apps.data.subwords import BOS_ID, PAD_ID
 from apps.nets.layers import RMSNorm
 from apps.nlp.decode.config import DecodeConfig
 from apps.nlp.decode.search import Hypotheses, search
+from core.kernels import cpu
 
 log = logging.getLogger(__name__)
 
 _PACKING = 10
-"""Steps of a search in which packing its weights (``core.packed``) pays, with more than one row."""
+"""Steps of a search in which packing its weights (``cpu.packed``) pays, with more than one row."""
 
 
 def translate_ids(
@@ -149,7 +150,7 @@ def _steady(model: nn.Module, rows: int, steps: int) -> Iterator[None]:
     """What is made of the weights once for all steps of a search."""
     with contextlib.ExitStack() as stack:
         if rows > 1 and steps >= _PACKING:
-            stack.enter_context(core.packed(*getattr(model, "step_weights", list)()))
+            stack.enter_context(cpu.packed(*getattr(model, "step_weights", list)()))
         for module in model.modules():
             if isinstance(module, RMSNorm):
                 stack.enter_context(module.steady())

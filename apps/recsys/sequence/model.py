@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import core
 from apps.nets.blocks import resolve_blocks
+from core.kernels import cpu
 
 EXPERTS = ("convolution", "attention")
 """The experts of a ``TokenMixing`` layer, in the order of its gates."""
@@ -164,7 +165,7 @@ class CausalAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int, dropout: float) -> None:
         super().__init__()
         self.num_heads, self.dropout = num_heads, dropout
-        self.qkv = core.Linear(dim, 3 * dim)
+        self.qkv = cpu.Linear(dim, 3 * dim)
 
     def forward(self, x_TD: Tensor, packing: Packing) -> Tensor:
         # Rows are filled from the left, so the causal mask keeps padding from every real query.
@@ -194,7 +195,7 @@ class CausalConvolution(nn.Module):
     def __init__(self, dim: int, kernel_size: int) -> None:
         super().__init__()
         self.kernel_size = kernel_size
-        self.proj = core.Linear(kernel_size * dim, dim)
+        self.proj = cpu.Linear(kernel_size * dim, dim)
 
     def forward(self, x_TD: Tensor, packing: Packing) -> Tensor:
         shifted = [x_TD]
@@ -211,7 +212,7 @@ class SelfAttention(nn.Module):
     def __init__(self, config: HistoryModelConfig) -> None:
         super().__init__()
         self.attention = CausalAttention(config.dim, config.num_heads, config.attn_dropout)
-        self.out = core.Linear(config.dim, config.dim)
+        self.out = cpu.Linear(config.dim, config.dim)
 
     def forward(self, x_TD: Tensor, packing: Packing) -> Tensor:
         """(T, D) to (T, D)."""
@@ -241,7 +242,7 @@ class TokenMixing(core.MoELayer):
         )
         # Averages of many values are smaller than a convolution's output: the gate would weigh unlike things.
         self.norms = nn.ModuleDict({name: nn.LayerNorm(config.dim) for name in EXPERTS})
-        self.out = core.Linear(config.dim, config.dim)
+        self.out = cpu.Linear(config.dim, config.dim)
 
     def forward(self, x_TD: Tensor, packing: Packing) -> Tensor:  # type: ignore[override]
         """(T, D) to (T, D)."""
@@ -350,7 +351,7 @@ class HistoryModel(nn.Module):
                 ffn: nn.Module = moe.build(config.dim, causal=True)
             else:
                 width = replaced_hidden_dim if replaced and replaced_hidden_dim else config.dense_hidden_dim
-                ffn = nn.Sequential(core.Linear(config.dim, width), nn.GELU(), core.Linear(width, config.dim))
+                ffn = nn.Sequential(cpu.Linear(config.dim, width), nn.GELU(), cpu.Linear(width, config.dim))
             self.blocks.append(HistoryBlock(config, ffn))
         self.norm = nn.LayerNorm(config.dim)
         self.reset_parameters()
@@ -417,7 +418,7 @@ class HistoryModel(nn.Module):
         # In bfloat16 many items would tie.
         with torch.autocast(h_BD.device.type, enabled=False):
             h_BD = h_BD if h_BD.dtype == torch.float64 else h_BD.float()
-            logits_BV = core.linear(h_BD, self.output_weight.to(h_BD.dtype))
+            logits_BV = cpu.linear(h_BD, self.output_weight.to(h_BD.dtype))
         return F.pad(logits_BV, (1, 0), value=-math.inf)
 
     def forward(self, items_BS: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from apps.recsys.tables.bottoms import SingleTask
 from apps.recsys.tables.dense import DenseArch, DenseConfig
 from apps.recsys.tables.embedding import EmbeddingConfig, SparseArch
 from apps.recsys.tables.tasks import HeadConfig
+from core.kernels import cpu
 
 
 @core.register_config
@@ -79,7 +80,7 @@ class InteractionArch(nn.Module):
                 raise ValueError(f"interaction.kind='dot' needs embeddings of one width; there is {widths}")
             d, columns = sparse_dims[0], len(sparse_dims)
             if dense_dim:
-                self.project = core.Linear(dense_dim, d)
+                self.project = cpu.Linear(dense_dim, d)
                 self.interact = DotProducts(num_sparse_features=columns)
                 self.out_dim = d + (columns + 1) * columns // 2
             else:

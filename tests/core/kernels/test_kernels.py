@@ -10,7 +10,8 @@ from expert_problems import EXPERTS, FLOAT32, Problem, assert_same, problem
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from core.kernels import BACKENDS, cpu, eager, fallback, grouped, products, resolve_backend
+from core.kernels import BACKENDS, eager, fallback, grouped, resolve_backend
+from core.kernels.cpu import experts, products
 from core.kernels.triton_ops import environment
 
 FAST = ("cpu", "grouped")
@@ -53,7 +54,7 @@ def library(request, monkeypatch) -> str:
     if request.param == "onednn" and not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         pytest.skip("torch is built without oneDNN")
     monkeypatch.setattr(products, "is_served_badly", lambda: request.param == "onednn")
-    monkeypatch.setattr(cpu, "is_served_badly", lambda: request.param == "onednn")
+    monkeypatch.setattr(experts, "is_served_badly", lambda: request.param == "onednn")
     monkeypatch.setattr(products, "LEAST", 1)
     return request.param
 
@@ -71,24 +72,26 @@ def test_cpu_equals_the_oracle_by_either_library(library, expert, tokens, widths
 @pytest.mark.parametrize("H", [8, 24])
 @pytest.mark.parametrize("load", ["one", "empty", "spread"])
 def test_cpu_blocks_of_an_expert_add_up(library, monkeypatch, expert, H, load):
-    monkeypatch.setattr(cpu, "BLOCK", 16)  # 100 tokens, 200 rows: 13 blocks of one expert
+    monkeypatch.setattr(experts, "BLOCK", 16)  # 100 tokens, 200 rows: 13 blocks of one expert
     p = problem(100, expert=expert, H=H, load=load)
     assert_same(p.run("cpu", torch.float32), p.run("eager", torch.float64), FLOAT32)
 
 
 def test_cpu_equals_the_oracle_past_its_own_block_size(library):
-    p = problem(cpu.BLOCK + 1, expert="swiglu", load="one")  # 2 rows a token: more than two blocks
+    p = problem(experts.BLOCK + 1, expert="swiglu", load="one")  # 2 rows a token: more than two blocks
     assert_same(p.run("cpu", torch.float32), p.run("eager", torch.float64), FLOAT32)
 
 
-@pytest.mark.parametrize("few, light", [(0, 0), (cpu.FEW, 0), (cpu.FEW, 3), (cpu.FEW, 16), (cpu.FEW, 10**6)])
+@pytest.mark.parametrize(
+    "few, light", [(0, 0), (experts.FEW, 0), (experts.FEW, 3), (experts.FEW, 16), (experts.FEW, 10**6)]
+)
 @pytest.mark.parametrize("expert", EXPERTS)
 @pytest.mark.parametrize("tokens", [0, 1, 7, 12, 600])
 def test_cpu_without_gradients_equals_the_oracle(library, monkeypatch, few, light, expert, tokens):
     """Few rows are computed for all experts at once, more by blocks, and of those of light experts sums are made; with
     some pairs dropped and two idle experts."""
-    monkeypatch.setattr(cpu, "FEW", few)
-    monkeypatch.setattr(cpu, "_light", lambda size: light)
+    monkeypatch.setattr(experts, "FEW", few)
+    monkeypatch.setattr(experts, "_light", lambda size: light)
     p = problem(tokens, expert=expert, load="empty")
     y = {}
     for name, dtype in (("cpu", torch.float32), ("eager", torch.float64)):
@@ -167,7 +170,7 @@ def test_bfloat16_is_as_exact_as_a_dense_bfloat16_ffn(backend, expert, H):
 @pytest.mark.parametrize("expert", ["gelu+bias", "swiglu"])
 def test_bfloat16_gradients_summed_over_blocks_are_as_exact_as_dense_ones(expert):
     dense = dense_bfloat16_errors(expert)
-    p = problem(3 * cpu.BLOCK // 2, D=64, H=96, expert=expert, load="one")  # 3 blocks of one expert
+    p = problem(3 * experts.BLOCK // 2, D=64, H=96, expert=expert, load="one")  # 3 blocks of one expert
     errors = relative_errors(p.run("cpu", torch.bfloat16), p.run("eager", torch.float64))
     for name, error in errors.items():
         assert error <= 1.5 * dense[name], f"{name}: {error:.2e}, a dense FFN's {dense[name]:.2e}"
@@ -179,7 +182,7 @@ GRADCHECK = [(expert, H) for expert in ("gelu", "silu+bias", "relu", "geglu+bias
 @pytest.mark.parametrize("backend", ["eager", "cpu"])
 @pytest.mark.parametrize("expert, H", GRADCHECK)
 def test_gradients_pass_gradcheck_in_float64(monkeypatch, backend, expert, H):
-    monkeypatch.setattr(cpu, "BLOCK", 2)
+    monkeypatch.setattr(experts, "BLOCK", 2)
     p = problem(5, E=3, D=3, H=H, D_out=4, expert=expert)
     ids_N = p.expert_ids_TK.flatten()
     placed = eager.sort_pairs(ids_N, eager.count_experts(ids_N, 3))

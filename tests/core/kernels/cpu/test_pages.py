@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import core
-from core.kernels import pages
+from core.kernels.cpu import pages
 
 SMAPS = Path("/proc/self/smaps")
 MB = 1 << 20

@@ -28,11 +28,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import eager, grouped
-from .eager import ACTIVATIONS, accumulate_dtype, combine, queue_ranks, sort_pairs, topk_gate
+from .. import eager, grouped
+from ..eager import ACTIVATIONS, accumulate_dtype, combine, queue_ranks, sort_pairs, topk_gate
+from ..transforms import is_watched
 from .pages import new_empty
 from .products import addmm_, is_served_badly, mm
-from .transforms import is_watched
 
 BLOCK = 512
 TILE = 32

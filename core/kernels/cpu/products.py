@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .transforms import is_traced
+from ..transforms import is_traced
 
 LEAST = 2**20
 """Multiplications of the smallest product that oneDNN is faster at: at 0.66 million both take as long."""

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import core
-from core.kernels import products
+from core.kernels import cpu
+from core.kernels.cpu import products
 
 BY_ONEDNN = "mkldnn::_linear_pointwise"
 needs_onednn = pytest.mark.skipif(
@@ -62,7 +63,7 @@ def derivatives(linear, x: Tensor, weight: Tensor, bias: Tensor | None) -> list[
 def test_linear_has_torchs_output_and_derivatives(of_every_size, shape, has_bias):
     x, weight = torch.randn(shape), torch.randn(9, shape[-1])
     bias = torch.randn(9) if has_bias else None
-    found = derivatives(core.linear, x, weight, bias)
+    found = derivatives(cpu.linear, x, weight, bias)
     exact = derivatives(F.linear, *(None if t is None else t.double() for t in (x, weight, bias)))
     for value, expected in zip(found, exact, strict=True):
         # Sums of 64 x 9 products of sums, each off by 6e-8, to the largest element.
@@ -93,29 +94,29 @@ def test_views_of_any_strides_are_multiplied_as_they_are(of_every_size, left, ri
     for bias in (torch.randn(8), torch.randn(16)[::2], torch.randn(1).expand(8), torch.randn(9)[1:]):
         found = products.mm(a, b, bias=bias)
         torch.testing.assert_close(found.double(), expected + bias.double(), rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(core.linear(a, b.t(), bias), found, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(cpu.linear(a, b.t(), bias), found, rtol=1e-5, atol=1e-5)
 
 
 @needs_onednn
 def test_forward_and_both_gradients_are_onednns(of_every_size):
     x, weight = torch.randn(4, 5, requires_grad=True), torch.randn(3, 5, requires_grad=True)
-    assert count(lambda: core.linear(x, weight).sum().backward()) == 3
-    assert count(lambda: core.linear(x.detach(), weight).sum().backward()) == 2
+    assert count(lambda: cpu.linear(x, weight).sum().backward()) == 3
+    assert count(lambda: cpu.linear(x.detach(), weight).sum().backward()) == 2
     with torch.no_grad():
-        assert count(lambda: core.linear(x, weight)) == 1
+        assert count(lambda: cpu.linear(x, weight)) == 1
 
 
 @needs_onednn
 def test_small_products_stay_with_torch(badly_served):
     x, weight = torch.randn(128, 64), torch.randn(128, 64)  # 2 ** 20 multiplications
-    assert count(lambda: core.linear(x, weight)) == count(lambda: products.mm(x, weight.t())) == 1
-    assert count(lambda: core.linear(x[:-1], weight)) == count(lambda: products.mm(x[:-1], weight.t())) == 0
+    assert count(lambda: cpu.linear(x, weight)) == count(lambda: products.mm(x, weight.t())) == 1
+    assert count(lambda: cpu.linear(x[:-1], weight)) == count(lambda: products.mm(x[:-1], weight.t())) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_other_dtypes_stay_with_torch(of_every_size, dtype):
     x, weight = torch.randn(4, 5, dtype=dtype), torch.randn(3, 5, dtype=dtype)
-    assert count(lambda: core.linear(x, weight)) == count(lambda: products.mm(x, weight.t())) == 0
+    assert count(lambda: cpu.linear(x, weight)) == count(lambda: products.mm(x, weight.t())) == 0
 
 
 def test_torchs_switch_turns_it_off(of_every_size):
@@ -123,7 +124,7 @@ def test_torchs_switch_turns_it_off(of_every_size):
     before = torch._C._get_mkldnn_enabled()
     torch._C._set_mkldnn_enabled(False)
     try:
-        assert count(lambda: core.linear(x, weight)) == count(lambda: products.mm(x, weight.t())) == 0
+        assert count(lambda: cpu.linear(x, weight)) == count(lambda: products.mm(x, weight.t())) == 0
     finally:
         torch._C._set_mkldnn_enabled(before)
 
@@ -132,30 +133,30 @@ def test_shapes_that_do_not_fit_have_torchs_error_and_biases_that_spread_its_res
     x, weight = torch.randn(4, 5), torch.randn(3, 5)
     for wrong in (torch.randn(3, 6), torch.randn(6)):
         with pytest.raises(RuntimeError, match=r"\(4x5 and 6x3\)|size mismatch"):
-            core.linear(x, wrong)
+            cpu.linear(x, wrong)
     for bias in (torch.randn(1), torch.randn(4, 3)):
-        torch.testing.assert_close(core.linear(x, weight, bias), F.linear(x, weight, bias))
-    torch.testing.assert_close(core.linear(x[0], weight), weight @ x[0])
-    torch.testing.assert_close(core.linear(x, weight[0]), x @ weight[0])
+        torch.testing.assert_close(cpu.linear(x, weight, bias), F.linear(x, weight, bias))
+    torch.testing.assert_close(cpu.linear(x[0], weight), weight @ x[0])
+    torch.testing.assert_close(cpu.linear(x, weight[0]), x @ weight[0])
 
 
 def test_autocast_decides_the_dtype(of_every_size):
     x, weight = torch.randn(4, 5), torch.randn(3, 5)
     with torch.autocast("cpu", torch.bfloat16):
-        assert core.linear(x, weight).dtype == torch.bfloat16
+        assert cpu.linear(x, weight).dtype == torch.bfloat16
 
 
 def test_transforms_and_tangents_see_torchs_product(of_every_size):
     x, weight = torch.randn(4, 5), torch.randn(3, 5)
     tangent = torch.randn(4, 5)
-    _, found = torch.func.jvp(lambda t: core.linear(t, weight), (x,), (tangent,))
+    _, found = torch.func.jvp(lambda t: cpu.linear(t, weight), (x,), (tangent,))
     torch.testing.assert_close(found, tangent @ weight.t())
-    mapped = torch.func.vmap(core.linear, in_dims=(None, 0))(x, torch.stack((weight, 2 * weight)))
+    mapped = torch.func.vmap(cpu.linear, in_dims=(None, 0))(x, torch.stack((weight, 2 * weight)))
     torch.testing.assert_close(mapped[1], 2 * mapped[0])
 
 
 def test_a_compiled_product_is_the_same_without_a_graph_break(of_every_size):
-    layer, x = core.Linear(5, 3), torch.randn(4, 5)
+    layer, x = cpu.Linear(5, 3), torch.randn(4, 5)
     torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))
     torch.testing.assert_close(torch.export.export(layer, (x,)).module()(x), layer(x))
 
@@ -163,29 +164,29 @@ def test_a_compiled_product_is_the_same_without_a_graph_break(of_every_size):
 @needs_onednn
 def test_flops_are_counted_alike(badly_served, monkeypatch):
     x, weight = torch.randn(128, 64, requires_grad=True), torch.randn(256, 64, requires_grad=True)
-    by_onednn = core.count_flops(lambda: core.linear(x, weight).sum().backward())
+    by_onednn = core.count_flops(lambda: cpu.linear(x, weight).sum().backward())
     monkeypatch.setattr(products, "is_served_badly", lambda: False)
-    assert by_onednn == core.count_flops(lambda: core.linear(x, weight).sum().backward()) == 3 * 2 * 128 * 64 * 256
+    assert by_onednn == core.count_flops(lambda: cpu.linear(x, weight).sum().backward()) == 3 * 2 * 128 * 64 * 256
 
 
 @needs_onednn
 def test_a_packed_weight_gives_the_same_products(badly_served, monkeypatch):
     monkeypatch.setattr(products, "LEAST_WEIGHT", 100 * 60)
     monkeypatch.setattr(products, "LEAST_PACKED", 1)
-    layer, small, other = core.Linear(60, 100), torch.randn(99, 60), torch.randn(100, 60)
+    layer, small, other = cpu.Linear(60, 100), torch.randn(99, 60), torch.randn(100, 60)
     x = torch.randn(7, 60)
-    with torch.no_grad(), core.packed(layer.weight, layer.weight, small, other.double()):
+    with torch.no_grad(), cpu.packed(layer.weight, layer.weight, small, other.double()):
         assert list(products._packed) == [id(layer.weight)]
         assert count(lambda: layer(x)) == 1  # too small for it where it is not packed
-        assert count(lambda: core.linear(x, small)) == 0
+        assert count(lambda: cpu.linear(x, small)) == 0
         torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
-        with core.packed(layer.weight, other):
+        with cpu.packed(layer.weight, other):
             assert list(products._packed) == [id(layer.weight), id(other)]
         assert list(products._packed) == [id(layer.weight)]  # who packed it unpacks it
         torch.testing.assert_close(layer(x[:0]), torch.empty(0, 100))
     assert not products._packed
     assert count(lambda: layer(x)) == 0
-    with core.packed(layer.weight):  # with gradients, an optimizer may write to it
+    with cpu.packed(layer.weight):  # with gradients, an optimizer may write to it
         assert not products._packed
 
 
@@ -194,9 +195,9 @@ def test_what_is_packed_is_bounded(badly_served, monkeypatch):
     monkeypatch.setattr(products, "LEAST_WEIGHT", 1)
     monkeypatch.setattr(products, "MOST_PACKED", 100)
     weights = [torch.randn(rows, 10) for rows in (6, 5, 4)]
-    with torch.no_grad(), core.packed(*weights):
+    with torch.no_grad(), cpu.packed(*weights):
         assert list(products._packed) == [id(weights[0]), id(weights[2])]
-        with core.packed(torch.randn(1, 10)):
+        with cpu.packed(torch.randn(1, 10)):
             assert len(products._packed) == 2
 
 
@@ -204,7 +205,7 @@ def test_what_is_packed_is_bounded(badly_served, monkeypatch):
 def test_a_weight_stays_packed_until_the_last_thread_is_out(badly_served, monkeypatch):
     monkeypatch.setattr(products, "LEAST_WEIGHT", 1)
     shared, own = torch.randn(6, 10), torch.randn(6, 10)
-    first, second = core.packed(shared), core.packed(shared, own)
+    first, second = cpu.packed(shared), cpu.packed(shared, own)
     with torch.no_grad():
         first.__enter__()
         second.__enter__()
@@ -220,7 +221,7 @@ def test_only_plain_matrices_are_packed(badly_served, monkeypatch):
         pass
 
     monkeypatch.setattr(products, "LEAST_WEIGHT", 1)
-    with torch.no_grad(), core.packed(torch.randn(6, 10).as_subclass(Own), torch.randn(10), torch.randn(2, 3, 4)):
+    with torch.no_grad(), cpu.packed(torch.randn(6, 10).as_subclass(Own), torch.randn(10), torch.randn(2, 3, 4)):
         assert not products._packed
 
 
@@ -228,8 +229,8 @@ def test_converted_layers_keep_parameters_and_names():
     model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Sequential(nn.Linear(3, 2, bias=False)))
     state, x = copy.deepcopy(model.state_dict()), torch.randn(5, 4)
     weight, y = model[0].weight, model(x)
-    core.convert_linear(model)
-    assert [type(m) for m in (model[0], model[1], model[2][0])] == [core.Linear, nn.ReLU, core.Linear]
+    cpu.convert_linear(model)
+    assert [type(m) for m in (model[0], model[1], model[2][0])] == [cpu.Linear, nn.ReLU, cpu.Linear]
     assert model[0].weight is weight
     assert model.state_dict().keys() == state.keys()
     torch.testing.assert_close(model(x), y)

@@ -1,0 +1,36 @@
+"""What router, dispatcher and experts hand to each other, and the tape that remembers it.
+
+Shape legend, used as suffixes of local names and never of parameters:
+
+    B batch            S sequence            T tokens (B*S, flattened)     G groups
+    D model dim        F expert hidden dim   E experts                     K experts per token
+    N routed pairs     R rows on the local experts                         C capacity
+    P slots per expert
+
+A *routed pair* is one (token, expert) choice. A pair that is not computed (its expert was full, its token is padding,
+its second expert was left out) keeps its row with the expert id ``E``: it sorts last, past the last offset.
+"""
+
+from .checks import check_kinds, check_part
+from .routing import DenseRouting, Loads, MergeRouting, Routing, RoutingContext, SlotRouting
+from .rows import RowPlan, Rows, SlotPlan
+from .tape import Entry, Tape, record, several_ranks, unwrapped_modules
+
+__all__ = [
+    "DenseRouting",
+    "Entry",
+    "Loads",
+    "MergeRouting",
+    "RowPlan",
+    "Routing",
+    "RoutingContext",
+    "Rows",
+    "SlotPlan",
+    "SlotRouting",
+    "Tape",
+    "check_kinds",
+    "check_part",
+    "record",
+    "several_ranks",
+    "unwrapped_modules",
+]

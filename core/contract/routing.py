@@ -1,0 +1,253 @@
+"""What a router decides: routed pairs, slots, merged experts, or every expert for every token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RoutingContext:
+    """What a gate may know beside the hidden states. Every field is optional.
+
+    Attributes:
+        valid_BS: bool (B, S), True for real tokens. Padding is never routed, counted or in a loss.
+        token_ids_BS: int64 (B, S), vocabulary ids; patch positions in vision.
+        task_ids_B: int64 (B,), the task of each sequence; a language pair is a task.
+        domain_ids_B: int64 (B,), the domain or scenario of each sequence.
+        domain_weights_BE: float32 (B, number of domains), a mixture of domains for each sequence, as its posterior.
+        modality_BS: int64 (B, S), the modality of each token.
+    """
+
+    valid_BS: Tensor | None = None
+    token_ids_BS: Tensor | None = None
+    task_ids_B: Tensor | None = None
+    domain_ids_B: Tensor | None = None
+    domain_weights_BE: Tensor | None = None
+    modality_BS: Tensor | None = None
+
+
+# So that ``torch.export`` takes a layer's own arguments, and a saved program is loaded.
+torch.export.register_dataclass(RoutingContext, serialized_type_name="core.RoutingContext")
+torch.serialization.add_safe_globals([RoutingContext])
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Flat routed pairs: token choice, expert choice, hashing and assignment share this form.
+
+    Attributes:
+        token_index_N: int64 (N,), the token of each pair, in ``range(T)``.
+        expert_ids_N: int64 (N,), its expert, or E where the pair is not computed.
+        gates_N: float32 (N,), the combine weight of the expert's output, or of its input where the router says so.
+        tokens_per_expert_E: int64 (E,), pairs each expert computes.
+        chosen_per_expert_E: int64 (E,), pairs of real tokens that chose it, before capacity.
+        num_tokens: T, padding included.
+        top_k: K where the pairs are token-major, so that pair ``n`` belongs to token ``n // K``; else None.
+        logits_TE: float32 (T, E), without noise; (T, M) with null experts; -inf where a token cannot reach an expert;
+            None where E is too large to hold them.
+        scores_TE: float32 (T, E), the score function of ``logits_TE``; each row sums to 1 in the balance losses.
+        valid_T: bool (T,), False for padding; None where every token is real.
+        noise_std: standard deviation of the noise added to the logits, a float or (T, E); None without noise.
+        threshold_TE: float32, broadcastable to (T, E): what a noisy logit had to reach to be chosen; or None.
+        num_sequences: B, for the losses of each sequence; T is B times their length. None where it is not known.
+        extra: the gate's own losses by name, float32 (T,) each; padding may hold any finite value. Their means over
+            the real tokens join the balance losses with the weights of ``RouterConfig.extra_weights``. None: none.
+        balance_scores, balance_chosen: float32 (T, M) and (M,), what the ``load_balancing`` and ``importance`` losses
+            read in place of ``scores_TE`` and ``chosen_per_expert_E``, where they judge more than the E experts (null
+            experts), or another choice than the computed one. None: the same.
+        sums: what the balance losses sum over the real tokens, where the gate summed it on the way: see
+            ``kernels.eager.TopK``. None: they sum it themselves.
+    """
+
+    token_index_N: Tensor
+    expert_ids_N: Tensor
+    gates_N: Tensor
+    tokens_per_expert_E: Tensor
+    chosen_per_expert_E: Tensor
+    num_tokens: int
+    top_k: int | None = None
+    logits_TE: Tensor | None = None
+    scores_TE: Tensor | None = None
+    valid_T: Tensor | None = None
+    noise_std: float | Tensor | None = None
+    threshold_TE: Tensor | None = None
+    num_sequences: int | None = None
+    extra: dict[str, Tensor] | None = None
+    balance_scores: Tensor | None = None
+    balance_chosen: Tensor | None = None
+    sums: dict[str, Tensor] | None = None
+
+    def detach(self) -> Routing:
+        """The same decision without its graph."""
+        return replace(self, **detached(self))
+
+
+def detached(routing: Any) -> dict[str, Any]:
+    detached: dict[str, Any] = {k: v.detach() for k, v in vars(routing).items() if isinstance(v, Tensor)}
+    for name in ("extra", "sums"):
+        values = getattr(routing, name, None)
+        if values is not None:
+            detached[name] = {key: value.detach() for key, value in values.items()}
+    return detached
+
+
+class _WithoutPairs:
+    """What the balance losses ask of a routing, and one without pairs does not have."""
+
+    top_k: ClassVar[None] = None
+    noise_std: ClassVar[None] = None
+    threshold_TE: ClassVar[None] = None
+    extra: ClassVar[None] = None
+    balance_scores: ClassVar[None] = None
+    balance_chosen: ClassVar[None] = None
+    sums: ClassVar[None] = None
+
+
+@dataclass(frozen=True)
+class SlotRouting(_WithoutPairs):
+    """Soft slots: each of an expert's P slots is a weighted mean of the tokens of a group (arXiv 2308.00951).
+
+    A group is a sequence, so ``G = B`` and ``T = G * S``.
+
+    Attributes:
+        dispatch_GSEP: float32 (G, S, E, P), the share of each token in each slot: sums to 1 over the real tokens S.
+        combine_GSEP: float32 (G, S, E, P), the share of each slot in each token: sums to 1 over E and P.
+            Padding has 0 in both.
+        tokens_per_expert_E: int64 (E,), slots each expert computes for the groups that have a real token.
+        chosen_per_expert_E: the same: no slot is ever left out.
+        num_tokens: T, padding included.
+        valid_T: bool (T,), False for padding; None where every token is real.
+    """
+
+    dispatch_GSEP: Tensor
+    combine_GSEP: Tensor
+    tokens_per_expert_E: Tensor
+    chosen_per_expert_E: Tensor
+    num_tokens: int
+    valid_T: Tensor | None = None
+    logits_TE: ClassVar[None] = None
+    num_sequences: ClassVar[None] = None
+
+    @property
+    def scores_TE(self) -> Tensor:
+        """float32 (T, E), how a token's output is shared out among the experts."""
+        return self.combine_GSEP.sum(-1).flatten(0, 1)
+
+    def detach(self) -> SlotRouting:
+        """The same decision without its graph."""
+        return replace(self, **detached(self))
+
+
+@dataclass(frozen=True)
+class MergeRouting(_WithoutPairs):
+    """Merged experts: all tokens of a group take one expert, the weighted sum of the experts' parameters.
+
+    A group is a sequence or a segment of one, ``G = B * groups_per_sequence``, sequence by sequence.
+
+    Attributes:
+        weights_GE: float32 (G, E), the share of each expert's parameters.
+        tokens_per_group: tokens of a group; the last of a sequence may have fewer.
+        groups_per_sequence: groups of a sequence.
+        tokens_per_expert_E: int64 (E,), real tokens whose merged expert has a part of this one.
+        chosen_per_expert_E: the same: nothing is ever left out.
+        num_tokens: T, padding included.
+        in_segments: a sequence may have several groups.
+        logits_GE: float32 (G, E), what the weights were made of.
+        valid_T: bool (T,), False for padding; None where every token is real.
+    """
+
+    weights_GE: Tensor
+    tokens_per_group: int
+    groups_per_sequence: int
+    tokens_per_expert_E: Tensor
+    chosen_per_expert_E: Tensor
+    num_tokens: int
+    in_segments: bool = False
+    logits_GE: Tensor | None = None
+    valid_T: Tensor | None = None
+    logits_TE: ClassVar[None] = None
+    num_sequences: ClassVar[None] = None
+
+    @property
+    def scores_TE(self) -> Tensor:
+        """float32 (T, E), the weights of each token's group."""
+        B = self.weights_GE.shape[0] // self.groups_per_sequence
+        weights_BSE = self.weights_GE.unflatten(0, (B, self.groups_per_sequence)).repeat_interleave(
+            self.tokens_per_group, dim=1
+        )
+        return weights_BSE[:, : self.num_tokens // max(B, 1)].flatten(0, 1)
+
+    def detach(self) -> MergeRouting:
+        """The same decision without its graph."""
+        return replace(self, **detached(self))
+
+
+@dataclass(frozen=True)
+class DenseRouting(_WithoutPairs):
+    """Softmax gates over all experts they reach, one gate a task (MMoE, KDD 2018): all experts compute every example.
+
+    A layer records one for each of its gates; they share ``gates_BtE`` and differ in ``gate``.
+
+    Attributes:
+        gates_BtE: float32 (B, t, E), the weight of each expert in each task's output, without expert dropout. Sums to 1
+            over E, except that padding has 0, and experts left out by a selection.
+        gate: which of the t gates this is about.
+        num_tokens: B, padding included.
+        logits_BtE: float32 (B, t, E), what the softmax was taken of; None where it was of more than logits.
+        valid_T: bool (B,), False for padding; None where every example is real.
+        expert_names: what the E experts of this gate are: "shared0", "task0.1" (expert 1 of task 0's own), "domain.0"
+            (expert 0 of the example's domain).
+        num_sequences: sequences that the examples come in; None: not known.
+    """
+
+    gates_BtE: Tensor
+    gate: int
+    num_tokens: int
+    logits_BtE: Tensor | None = None
+    valid_T: Tensor | None = None
+    expert_names: tuple[str, ...] = ()
+    num_sequences: int | None = None
+
+    @property
+    def scores_TE(self) -> Tensor:
+        """float32 (B, E), this gate's weights."""
+        return self.gates_BtE[:, self.gate]
+
+    @property
+    def logits_TE(self) -> Tensor | None:
+        """float32 (B, E), this gate's logits."""
+        return None if self.logits_BtE is None else self.logits_BtE[:, self.gate]
+
+    @property
+    def chosen_per_expert_E(self) -> Tensor:
+        """float32 (E,), the load of an expert that all examples take: the sum of its gates over real examples."""
+        return self.scores_TE.detach().sum(0)
+
+    @property
+    def tokens_per_expert_E(self) -> Tensor:
+        """The same: nothing is ever left out."""
+        return self.chosen_per_expert_E
+
+    def detach(self) -> DenseRouting:
+        """The same decision without its graph."""
+        return replace(self, **detached(self))
+
+
+@dataclass(frozen=True)
+class Loads:
+    """What ``update_expert_bias`` reads of a routing of any kind, in its place on the tape of ``Tape.loads``.
+
+    Attributes:
+        tokens_per_expert_E, chosen_per_expert_E: as in ``Routing``.
+    """
+
+    tokens_per_expert_E: Tensor
+    chosen_per_expert_E: Tensor
+
+    def detach(self) -> Loads:
+        """Itself: counts have no graph."""
+        return self

@@ -1,0 +1,162 @@
+"""The tape: what the MoE layers of a model decided, pass by pass, kept outside the model."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .routing import Loads, RoutingContext, detached
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One pass of one layer.
+
+    Attributes:
+        name: the layer's dotted name in the recorded model.
+        routing: what its router decided.
+        context: what the layer was told.
+        balance: the layer's own loss weights.
+        terms: the balance terms that apply to its router.
+        needs_grad: the router trains and gradients were wanted when the tape was opened.
+        has_grad: gradients were on during the pass.
+        load_balancing_weight: the layer's adaptive weight of that term, (); None where ``balance`` says it.
+        extra_weights: the router's weights of ``routing.extra``.
+        shared_gate_T: float32 (T,), the gate between the routed path and the shared experts, without dropout; padding
+            may hold any finite value. None: there is none.
+    """
+
+    name: str
+    routing: Any
+    context: RoutingContext | None
+    balance: Any
+    terms: frozenset[str] = frozenset()
+    needs_grad: bool = False
+    has_grad: bool = True
+    load_balancing_weight: Tensor | None = None
+    extra_weights: Mapping[str, float] = field(default_factory=dict)
+    shared_gate_T: Tensor | None = None
+
+    def detach(self) -> Entry:
+        gate_T = None if self.shared_gate_T is None else self.shared_gate_T.detach()
+        context = None if self.context is None else replace(self.context, **detached(self.context))
+        return replace(self, routing=self.routing.detach(), context=context, needs_grad=False, shared_gate_T=gate_T)
+
+    def loads(self) -> Entry:
+        """The pass with its loads alone."""
+        loads = Loads(self.routing.tokens_per_expert_E, self.routing.chosen_per_expert_E)
+        return replace(self, routing=loads, context=None, needs_grad=False, shared_gate_T=None)
+
+
+WRAPPED = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_dmp_wrapped_module"})
+"""Names that ``torch.compile``, checkpoint wrappers, FSDP1 and TorchRec give the module that they wrap."""
+
+
+def unwrapped_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of a model by dotted name, without the levels that wrappers add.
+
+    A level ``module`` is a wrapper's (DDP) where it stands at the root and is all that its parent has.
+    """
+    while len(model._modules) == 1 and not model._parameters:
+        ((name, inner),) = model._modules.items()
+        if inner is None or name not in WRAPPED | {"module"}:
+            break
+        model = inner
+    for name, module in model.named_modules():
+        yield ".".join(part for part in name.split(".") if part not in WRAPPED), module
+
+
+class Tape:
+    """The passes of a model's MoE layers, in their order. See ``record``.
+
+    Attributes:
+        grad_wanted: gradients were on when it was opened.
+        shared_on: a device of the model, where ranks add up the sums of its layers; None: of no layer that can be told.
+        layers: names of the layers that are recorded, whether they run or not.
+    """
+
+    def __init__(
+        self,
+        entries: tuple[Entry, ...] = (),
+        shared_on: torch.device | None = None,
+        layers: tuple[str, ...] = (),
+    ) -> None:
+        self._entries: list[Entry] = list(entries)
+        self.grad_wanted = torch.is_grad_enabled()
+        self.shared_on = shared_on
+        self.layers = layers
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        return tuple(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def silent_layers(self) -> tuple[str, ...]:
+        """Return the names of the recorded layers without a pass: those that the forward did not reach, by intent as in
+        a part of a model, or because something else computed in their place."""
+        ran = tuple(entry.name for entry in self._entries)
+
+        def is_silent(layer: str) -> bool:  # a pass of a layer with several routers is named "<layer>.<router>"
+            return not any(not layer or name == layer or name.startswith(f"{layer}.") for name in ran)
+
+        return tuple(layer for layer in self.layers if is_silent(layer))
+
+    def append(self, entry: Entry) -> None:
+        self._entries.append(entry)
+
+    def detach(self) -> Tape:
+        """The same passes without their graphs; ``loads`` is what to keep across micro-batches."""
+        return Tape(tuple(e.detach() for e in self._entries), self.shared_on, self.layers)
+
+    def loads(self) -> Tape:
+        """The same passes with the experts' loads alone: what to keep across the micro-batches of a step for
+        ``update_expert_bias``. Losses and statistics are taken of the tape itself."""
+        return Tape(tuple(e.loads() for e in self._entries), layers=self.layers)
+
+    def merge(self, other: Tape) -> Tape:
+        """Both tapes' passes as one tape, this one's first."""
+        layers = tuple(dict.fromkeys(self.layers + other.layers))
+        return Tape(self.entries + other.entries, self.shared_on or other.shared_on, layers)
+
+
+def several_ranks() -> bool:
+    """Whether there is a process group of more than one rank."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+@contextlib.contextmanager
+def record(model: nn.Module) -> Iterator[Tape]:
+    """Collect one ``Entry`` a pass of each MoE layer of ``model`` inside the ``with`` block.
+
+    Layers hold a reference to the tape only inside the block: a forward leaves nothing behind in a module.
+    A pass that an activation checkpoint repeats during the backward is not collected again.
+
+    Example::
+
+        with core.record(model) as tape:
+            loss = task_loss(model(x), y)
+        (loss + core.aux_loss(tape)).backward()
+    """
+    tape = Tape()
+    listening: list[Any] = []
+    for name, module in unwrapped_modules(model):
+        if hasattr(module, "_tapes"):
+            listening.append(module)
+            listening[-1]._tapes = (*listening[-1]._tapes, (name, tape))
+            tape.layers = (*tape.layers, name)
+    if several_ranks():
+        # A rank that records no pass of a layer takes part in the sums of those that do.
+        tape.shared_on = next((device for m in listening if (device := m.shares_sums()) is not None), None)
+    try:
+        yield tape
+    finally:
+        for module in listening:
+            module._tapes = tuple(t for t in module._tapes if t[1] is not tape)

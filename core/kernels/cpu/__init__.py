@@ -1,0 +1,19 @@
+"""The CPU backend, and the linear layers that take the same products as its experts."""
+
+from ..eager import combine, queue_ranks, sort_pairs, topk_gate
+from .experts import expert_ffn, expert_linear, supports
+from .products import Linear, convert_linear, linear, packed
+
+__all__ = [
+    "Linear",
+    "combine",
+    "convert_linear",
+    "expert_ffn",
+    "expert_linear",
+    "linear",
+    "packed",
+    "queue_ranks",
+    "sort_pairs",
+    "supports",
+    "topk_gate",
+]
