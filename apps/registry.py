@@ -24,7 +24,7 @@ DATA = {
 }
 """The data: where each LightningDataModule is."""
 
-DATASETS = ("apps.vision.datasets", "apps.recsys.readers.datasets", "apps.nlp.text.datasets")
+DATASETS = ("apps.vision.datasets", "apps.recsys.datasets", "apps.nlp.text.datasets")
 """Modules that register the apps' datasets when they are imported."""
 
 TRAINER_PARTS = frozenset(

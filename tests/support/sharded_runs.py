@@ -20,7 +20,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.plugins import MixedPrecision
 
 import core
-from apps.recsys.readers.schema import SplitConfig, TableConfig, TaskConfig
+from apps.recsys.schema import SplitConfig, TableConfig, TaskConfig
 from apps.recsys.tables.bottoms import SingleTask
 from apps.recsys.tables.data import TableData
 from apps.recsys.tables.embedding import EmbeddingConfig

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from apps.recsys.readers.schema import TaskConfig
+from apps.recsys.schema import TaskConfig
 
 if TYPE_CHECKING:
     from apps.recsys.encoding.learnt import Vocabulary

@@ -10,7 +10,7 @@ import pyarrow.parquet
 
 from apps.recsys.readers.delimited import check_rows, check_values, first_file, read_delimited
 from apps.recsys.readers.raw import RawTables
-from apps.recsys.readers.schema import SplitConfig, TableConfig, TaskConfig
+from apps.recsys.schema import SplitConfig, TableConfig, TaskConfig
 
 _PARQUET = "adult.parquet.brotli"
 # adult.names, in the order of the files; the parquet file calls two of them otherwise.

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 
 from apps.recsys.readers.delimited import look_up, read_delimited, side_by_side
 from apps.recsys.readers.raw import RawTables
-from apps.recsys.readers.schema import SplitConfig, TableConfig, TaskConfig
+from apps.recsys.schema import SplitConfig, TableConfig, TaskConfig
 
 # Fields by the release's own numbers. User: 101 id, 121-129 profile. Item: 205 id, 206 category, 207 shop, 210
 # intentions, 216 brand. 508, 509, 702, 853: what the user did with the item's category, shop, brand, intention. 301 is

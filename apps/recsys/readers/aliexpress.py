@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from apps.recsys.readers.delimited import read_delimited
 from apps.recsys.readers.raw import RawTables
-from apps.recsys.readers.schema import SplitConfig, TableConfig, TaskConfig
+from apps.recsys.schema import SplitConfig, TableConfig, TaskConfig
 
 COUNTRIES = ("NL", "ES", "FR", "US")
 _CATEGORICAL = tuple(f"categorical_{i}" for i in range(1, 17))

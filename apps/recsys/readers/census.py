@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from apps.recsys.readers.delimited import check_values, first_file, read_delimited
 from apps.recsys.readers.raw import RawTables
-from apps.recsys.readers.schema import SplitConfig, TableConfig, TaskConfig
+from apps.recsys.schema import SplitConfig, TableConfig, TaskConfig
 
 # The archive's own names (census-income.names), in the order of the file.
 COLUMNS = (

@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 
 from apps.recsys.readers.delimited import look_up, read_delimited, side_by_side
 from apps.recsys.readers.raw import RawTables
-from apps.recsys.readers.schema import SplitConfig, TableConfig, TaskConfig
+from apps.recsys.schema import SplitConfig, TableConfig, TaskConfig
 
 _FOLDERS = (".", "data", "KuaiRand-1K/data", "KuaiRand-Pure/data")
 _LOGS = ("log_standard_4_08_to_4_21", "log_standard_4_22_to_5_08")

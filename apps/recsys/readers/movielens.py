@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from apps.recsys.readers.delimited import read_delimited
 from apps.recsys.readers.raw import RawTables
-from apps.recsys.readers.schema import SplitConfig, TableConfig, TaskConfig
+from apps.recsys.schema import SplitConfig, TableConfig, TaskConfig
 
 # A rating within a minute of the last one is of the next film on the page; 88.7 % of MovieLens-1M.
 WATCHED_NEXT_SECONDS = 60

@@ -19,7 +19,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from apps.base.inflate import FREE, MOST, Inflated
 from apps.recsys.encoding import encode
-from apps.recsys.readers.schema import nearest
+from apps.recsys.schema import nearest
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from apps.recsys.readers.schema import TableConfig
+from apps.recsys.schema import TableConfig
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from apps.data import sources
 from apps.data.loader import ResumableLoader, as_it_is, in_order, overfits
+from apps.recsys.datasets import RECSYS_DATASETS
 from apps.recsys.encoding.learnt import Vocabulary
 from apps.recsys.readers import own_files
-from apps.recsys.readers.datasets import RECSYS_DATASETS
 from apps.recsys.sequence import histories
 from apps.recsys.sequence.histories import Histories, Items
 

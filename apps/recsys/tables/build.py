@@ -20,7 +20,7 @@ from apps.recsys.encoding.encode import Part
 from apps.recsys.encoding.features import CategoricalFeature, ContinuousFeature, Features
 from apps.recsys.encoding.learnt import Encoding, Vocabulary
 from apps.recsys.readers import RawTables
-from apps.recsys.readers.schema import TableConfig, nearest
+from apps.recsys.schema import TableConfig, nearest
 from apps.recsys.tables.arrays import MultiValued
 from apps.recsys.tables.checks import shared_users
 from apps.recsys.tables.findings import SPLITS, TableReport

@@ -24,10 +24,10 @@ from torch.utils.data import DataLoader
 from apps.data import sources
 from apps.data.columns import ColumnFiles
 from apps.data.loader import ResumableLoader, as_it_is, in_order, overfits
+from apps.recsys.datasets import RECSYS_DATASETS
 from apps.recsys.encoding.features import Features
 from apps.recsys.encoding.learnt import Encoding
-from apps.recsys.readers.datasets import RECSYS_DATASETS
-from apps.recsys.readers.schema import SplitConfig, TableConfig
+from apps.recsys.schema import SplitConfig, TableConfig
 from apps.recsys.tables.findings import SPLITS, TableReport
 from apps.recsys.tables.store import identity, open_rows, open_table
 from apps.recsys.tables.synthetic import SyntheticConfig, generate

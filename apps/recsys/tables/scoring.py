@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from apps.recsys.encoding.learnt import Encoding
-from apps.recsys.readers.schema import nearest
+from apps.recsys.schema import nearest
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from apps.recsys.readers.schema import SplitConfig
+from apps.recsys.schema import SplitConfig
 
 Rows = NDArray[np.int64]
 

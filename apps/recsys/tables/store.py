@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from apps.recsys.readers import RawTables
-    from apps.recsys.readers.schema import TableConfig
+    from apps.recsys.schema import TableConfig
 
 FORMAT = 1
 """Of the column files; a new number makes every table be encoded anew."""

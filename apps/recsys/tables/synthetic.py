@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from apps.recsys.readers.schema import SplitConfig, TableConfig, TaskConfig
+from apps.recsys.schema import SplitConfig, TableConfig, TaskConfig
 
 if TYPE_CHECKING:
     from apps.recsys.readers import RawTables

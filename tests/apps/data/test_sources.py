@@ -26,6 +26,7 @@ from places import ROOT
 
 from apps.data import sources
 from apps.data.sources import DataError, Dataset, DebianPackage, File, PythonPackage, UrlSource
+from apps.registry import import_datasets
 
 CONTENT = b"12,13,5\n" * 32
 SHA = hashlib.sha256(CONTENT).hexdigest()
@@ -76,7 +77,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 @pytest.fixture(autouse=True)
 def registry(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a test registers is gone after it; what the apps register stays."""
-    sources._import_apps()
+    import_datasets()
     monkeypatch.setattr(sources, "_REGISTRY", dict(sources._REGISTRY))
 
 
@@ -244,7 +245,7 @@ def test_a_full_disk_is_one_clear_error(server: Server, tmp_path: Path) -> None:
 CHILD = textwrap.dedent(
     """
     import sys
-    from apps import sources
+    from apps.data import sources
     from apps.data.sources import Dataset, File, UrlSource
     url, digest, cache = sys.argv[1:]
     sources.register(Dataset("toy", "test", "toy", (("toy.csv",),), (UrlSource(url, (File("toy.csv", digest),)),)))

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from apps.recsys.encoding import encode
-from apps.recsys.readers.schema import TaskConfig
+from apps.recsys.schema import TaskConfig
 
 
 def part(values, kind=None, where="the training table"):

@@ -12,7 +12,7 @@ import pytest
 from own_table import TRAIN, changed, config_of, write
 
 from apps.recsys.readers import own_files
-from apps.recsys.readers.schema import SplitConfig, TaskConfig
+from apps.recsys.schema import SplitConfig, TaskConfig
 from apps.recsys.tables.data import TableData
 from apps.recsys.tables.synthetic import SyntheticConfig
 

@@ -14,7 +14,7 @@ from places import ROOT
 import core
 from apps.cli import main
 from apps.cli.train import build, quiet
-from apps.recsys.readers.schema import SplitConfig, TableConfig, TaskConfig
+from apps.recsys.schema import SplitConfig, TableConfig, TaskConfig
 from apps.recsys.tables.data import TableData
 from apps.recsys.tables.module import MultiTaskRecommender
 from apps.recsys.tables.tasks import HeadConfig

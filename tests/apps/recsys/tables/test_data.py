@@ -17,7 +17,7 @@ from own_table import CONFIG, NAN, TEST, TRAIN, by_row, config_of, same, write
 
 from apps.data import sources
 from apps.recsys.encoding.features import CategoricalFeature
-from apps.recsys.readers.schema import SplitConfig
+from apps.recsys.schema import SplitConfig
 from apps.recsys.tables.data import TableData
 from apps.recsys.tables.synthetic import SyntheticConfig
 

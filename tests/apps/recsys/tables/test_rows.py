@@ -7,7 +7,7 @@ import torch
 from own_table import CONFIG, by_row, config_of, same
 
 from apps.data.loader import ResumableLoader
-from apps.recsys.readers.schema import SplitConfig
+from apps.recsys.schema import SplitConfig
 
 
 def test_a_shuffled_batch_equals_its_rows_one_by_one(own):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from apps.recsys.readers.schema import SplitConfig
+from apps.recsys.schema import SplitConfig
 from apps.recsys.tables.splits import split_rows
 
 

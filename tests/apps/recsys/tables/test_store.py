@@ -11,7 +11,7 @@ import pytest
 from own_table import CONFIG, by_row, config_of, same
 
 from apps.data import sources
-from apps.recsys.readers.schema import SplitConfig
+from apps.recsys.schema import SplitConfig
 from apps.recsys.tables import build as build_module
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from apps.recsys.readers.schema import SplitConfig, TableConfig, TaskConfig, nearest
+from apps.recsys.schema import SplitConfig, TableConfig, TaskConfig, nearest
 
 CLICK = {"click": TaskConfig("y")}
 

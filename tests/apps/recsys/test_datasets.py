@@ -19,7 +19,7 @@ from made_sources import (
 )
 
 from apps.data import sources
-from apps.recsys.readers.datasets import RECSYS_DATASETS
+from apps.recsys.datasets import RECSYS_DATASETS
 
 
 @pytest.mark.parametrize("name", list(RECSYS_DATASETS))
