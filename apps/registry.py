@@ -29,7 +29,7 @@ DATASETS = ("apps.vision.datasets", "apps.recsys.datasets", "apps.nlp.text.datas
 
 TRAINER_PARTS = frozenset(
     {
-        "apps.train.callbacks.BestAndLast",
+        "apps.train.checkpoints.BestAndLast",
         "apps.recsys.tables.strategy.TorchRecStrategy",
         "lightning.pytorch.callbacks.EarlyStopping",
         "lightning.pytorch.callbacks.LearningRateMonitor",

@@ -34,8 +34,9 @@ from apps.recsys.tables.dense import DenseConfig
 from apps.recsys.tables.embedding import EmbeddingConfig
 from apps.recsys.tables.module import MultiTaskRecommender
 from apps.recsys.tables.tasks import HeadConfig
-from apps.train.callbacks import GeneratorState, MetricsCSV
+from apps.train.logs import MetricsCSV
 from apps.train.module import OptimizerConfig
+from apps.train.resume import GeneratorState
 
 PEER = "torch-rechub, bare loop"
 

@@ -30,9 +30,12 @@ from apps.cli.predictions import PredictionFile
 from apps.cli.request import Request, take
 from apps.cli.usage import check_new
 from apps.train import sharded
-from apps.train.callbacks import AtomicCheckpointIO, BestAndLast, EventLog, GeneratorState, MetricsCSV, progress
+from apps.train.checkpoints import AtomicCheckpointIO, BestAndLast
 from apps.train.loading import CONFIG_BASES, load_checkpoint
+from apps.train.logs import EventLog, MetricsCSV
 from apps.train.module import to_plain
+from apps.train.progress import progress
+from apps.train.resume import GeneratorState
 from apps.train.run_folder import RunFolder, check_free, check_own, mark
 from apps.train.stopping import StopsSoon
 

@@ -25,8 +25,10 @@ from apps.compare.experiment import Experiment
 from apps.compare.files import read_json, write_json
 from apps.equal_cost.twins import Search
 from apps.train.averaging import AVERAGE, FOLDER
-from apps.train.callbacks import AtomicCheckpointIO, BestAndLast, GeneratorState
-from apps.train.module import NonFiniteError, SparseModule, to_plain
+from apps.train.checkpoints import AtomicCheckpointIO, BestAndLast
+from apps.train.finite import NonFiniteError
+from apps.train.module import SparseModule, to_plain
+from apps.train.resume import GeneratorState
 
 CHECKPOINT = "last.ckpt"
 TRIED = "tried.json"

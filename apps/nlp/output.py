@@ -17,10 +17,9 @@ from typing import Any, ClassVar, TextIO
 import torch
 from torch import Tensor, nn
 
-from apps.base.files import replacing
+from apps.base.files import naming, replacing
 from apps.nlp.decode import DecodeConfig
 from apps.nlp.predict import Line
-from apps.train.callbacks import naming
 from apps.train.module import to_plain
 
 log = logging.getLogger(__name__)

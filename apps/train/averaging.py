@@ -1,4 +1,4 @@
-"""The mean of the weights at the ends of the last epochs (checkpoint averaging)."""
+"""Averages of the weights: a moving one, and the mean of those at the ends of the last epochs."""
 
 from __future__ import annotations
 
@@ -18,6 +18,78 @@ _logger = logging.getLogger(__name__)
 
 AVERAGE = "average.ckpt"
 FOLDER = "epochs"
+
+
+class WeightEMA(Callback):
+    """An exponential moving average of the weights, used in validation and kept in the checkpoint.
+
+    After optimizer step t the average moves by ``1 - d`` towards the weights, with ``d = min(decay, (1 + t) / (10 +
+    t))``, so that a short run is not an average of its start. A checkpoint holds the average as ``state_dict``, what
+    test and predict load; the weights being trained are under ``trained_state_dict``. Buffers that are not floating
+    point follow the model. (Lightning's EMAWeightAveraging deep-copies the module with its metrics, averages with the
+    full decay from the first step, and warns whenever a checkpoint is tested.)
+
+    Args:
+        decay: in (0, 1), such as 0.999.
+    """
+
+    def __init__(self, decay: float) -> None:
+        self.decay = decay
+        self.average: dict[str, Tensor] = {}
+        self._step = 0
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        state = _floating(pl_module)
+        if self.average:  # of the checkpoint
+            self.average = {name: self.average[name].to(value.device) for name, value in state.items()}
+        else:
+            self.average = {name: value.detach().clone() for name, value in state.items()}
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == self._step:
+            return
+        self._step = trainer.global_step
+        decay = min(self.decay, (1 + self._step) / (10 + self._step))
+        with torch.no_grad():
+            state = _floating(pl_module)
+            torch._foreach_lerp_([self.average[n] for n in state], [v.detach() for v in state.values()], 1 - decay)
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._swap(pl_module)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._swap(pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # The trained module is left with the average, so that a test in the same program sees what a later one will.
+        self._swap(pl_module)
+        self.average = {}
+
+    def _swap(self, pl_module: LightningModule) -> None:
+        if not self.average:  # validation without training: the weights are the checkpoint's, the average already
+            return
+        with torch.no_grad():
+            for name, value in _floating(pl_module).items():
+                trained = value.detach().clone()
+                value.copy_(self.average[name])
+                self.average[name].copy_(trained)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if not self.average:
+            return
+        checkpoint["trained_state_dict"] = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {**checkpoint["state_dict"], **self.average}
+        checkpoint["ema_step"] = self._step
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.state.fn != "fit" or "trained_state_dict" not in checkpoint:
+            return
+        names = _floating(pl_module).keys()
+        self.average = {n: v.clone() for n, v in checkpoint["state_dict"].items() if n in names}
+        self._step = checkpoint["ema_step"]
+        pl_module.load_state_dict(checkpoint["trained_state_dict"])
 
 
 class WeightAverage(Callback):
@@ -151,6 +223,7 @@ def _file(folder: Path, epoch: int) -> Path:
 
 
 def _floating(module: LightningModule) -> dict[str, Tensor]:
+    """Return the tensors of the state dict that have an average: those of floating point."""
     values = module.state_dict(keep_vars=True).items()
     return {name: v for name, v in values if isinstance(v, Tensor) and v.is_floating_point()}
 

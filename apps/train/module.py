@@ -24,9 +24,9 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import core
 from apps.train import sharded
-from apps.train.averaging import WeightAverage
-from apps.train.callbacks import NonFiniteError, WeightEMA
+from apps.train.averaging import WeightAverage, WeightEMA
 from apps.train.cost import measure_cost, megaflops
+from apps.train.finite import check_loss
 from apps.train.optimizers import OptimizerConfig, build_optimizer, parameter_groups
 
 _logger = logging.getLogger(__name__)
@@ -278,7 +278,8 @@ class SparseModule(LightningModule):
             out = self.task_loss(batch)
         aux = core.aux_losses(tape)
         loss = out.loss + self.aux_weight * aux.total if len(tape) else out.loss
-        self._check_finite(loss, {"task loss": out.loss, **out.terms, **aux.terms})
+        terms = {"task loss": out.loss, **out.terms, **aux.terms}
+        check_loss(loss, terms, self.global_step + 1, self.optimizer_config.lr)
         # The loads alone: logits and scores of every micro-batch would stay until the optimizer's step.
         self._tape = tape.loads() if self._tape is None else self._tape.merge(tape.loads())
         # Logged by step, never as an epoch's mean: Lightning does not save the running mean of an unfinished epoch.
@@ -542,17 +543,6 @@ class SparseModule(LightningModule):
             return values
         mean = self.trainer.strategy.reduce(torch.stack([v.float() for v in values.values()]), reduce_op="mean")
         return dict(zip(values, mean.unbind(), strict=True))
-
-    def _check_finite(self, loss: Tensor, terms: Mapping[str, Tensor]) -> None:
-        # Waits for the device each step: a few percent on a GPU, for an error at the step that caused it.
-        if bool(torch.isfinite(loss)):
-            return
-        values = ", ".join(f"{name}={float(value.detach()):.4g}" for name, value in terms.items())
-        raise NonFiniteError(
-            f"the training loss is {float(loss.detach())} at step {self.global_step + 1} ({values}); "
-            f"no checkpoint holds it. Try a lower model.optimizer.lr (now {self.optimizer_config.lr:g}), a longer "
-            "warmup, trainer.gradient_clip_val=1.0, or trainer.precision=32-true"
-        )
 
 
 class _Clock:

@@ -28,8 +28,10 @@ from apps.recsys.tables.module import MultiTaskRecommender
 from apps.recsys.tables.strategy import TorchRecStrategy
 from apps.recsys.tables.tasks import HeadConfig
 from apps.train import sharded
-from apps.train.callbacks import AtomicCheckpointIO, GeneratorState, MetricsCSV
+from apps.train.checkpoints import AtomicCheckpointIO
+from apps.train.logs import MetricsCSV
 from apps.train.module import OptimizerConfig
+from apps.train.resume import GeneratorState
 
 WORLD = 2
 BATCH = 16  # of all processes together

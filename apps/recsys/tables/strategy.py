@@ -31,7 +31,7 @@ from apps.recsys.tables import sharding
 from apps.recsys.tables.embedding import EmbeddingConfig
 from apps.recsys.tables.sharding import ComputeKernel, Sharding, ShardingConfig
 from apps.train import sharded
-from apps.train.callbacks import WeightEMA
+from apps.train.averaging import WeightEMA
 
 
 class TorchRecStrategy(DDPStrategy):

@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import core
 from apps.compare.systems import find_systems
-from apps.train.callbacks import MetricsCSV
 from apps.train.cost import measure_cost, megaflops, num_examples
+from apps.train.logs import MetricsCSV
 from apps.train.module import Baseline, TaskOutput
 
 MOE = core.MoEConfig(num_experts=4, router=core.TokenChoice(top_k=2), expert=core.FFN(hidden_dim=8, bias=True))

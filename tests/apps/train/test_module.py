@@ -13,22 +13,15 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from tiny_app import TinyData, TinyModule
 from torchmetrics import Metric
 
-import apps.train.callbacks
 import core
-from apps.train.callbacks import (
-    AtomicCheckpointIO,
-    BestAndLast,
-    GeneratorState,
-    MetricsCSV,
-    NonFiniteError,
-    WeightEMA,
-    generator_state,
-    restore_generators,
-)
+from apps.train.averaging import WeightEMA
+from apps.train.checkpoints import AtomicCheckpointIO, BestAndLast
+from apps.train.finite import NonFiniteError
+from apps.train.logs import MetricsCSV
 from apps.train.module import (
     OptimizerConfig,
     from_plain,
@@ -36,6 +29,8 @@ from apps.train.module import (
     routing_metrics,
     to_plain,
 )
+from apps.train.progress import EpochLines
+from apps.train.resume import GeneratorState, generator_state, restore_generators
 
 MOE = core.MoEConfig(num_experts=4, router=core.TokenChoice(top_k=2), expert=core.FFN(hidden_dim=8, bias=True))
 BIAS_ROUTER = core.TokenChoice(top_k=2, expert_bias=True)
@@ -84,7 +79,7 @@ def test_the_returned_loss_is_the_task_s_plus_the_weighted_auxiliary_loss(tmp_pa
     module = TinyModule(3, moe=MOE, dropout=0.0)
     seen = {}
 
-    class Spy(apps.train.callbacks.Callback):
+    class Spy(Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             seen["returned"] = float(outputs["loss"])
 
@@ -270,7 +265,7 @@ def test_a_loss_that_is_nan_names_step_terms_and_advice_and_spares_the_checkpoin
 
 
 def test_weights_that_are_not_finite_are_never_written(tmp_path):
-    class Poison(apps.train.callbacks.Callback):
+    class Poison(Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             if trainer.global_step == 18:  # the last step of the second epoch: the loss is seen no more
                 with torch.no_grad():
@@ -305,7 +300,7 @@ def test_checkpoints_of_an_earlier_run_are_put_aside_before_the_first_step(tmp_p
         fit(TinyModule(3), tmp_path, max_epochs=2)
     (tmp_path / "average.ckpt").write_bytes(b"of the earlier run")
 
-    class Killed(apps.train.callbacks.Callback):
+    class Killed(Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             raise KeyboardInterrupt
 
@@ -320,7 +315,7 @@ def fit_with_scores(folder: Path, scores: list[float]) -> Trainer:
     """An epoch for each validation score, of which the highest is the best."""
     rest = iter(scores)
 
-    class Score(apps.train.callbacks.Callback):
+    class Score(Callback):
         def on_validation_epoch_end(self, trainer, pl_module):
             pl_module.log("val/score", next(rest))
 
@@ -488,7 +483,7 @@ def test_what_a_kill_in_the_middle_of_a_write_left_is_removed(tmp_path):
 
 
 def test_the_progress_says_what_was_reached(tmp_path, capsys):
-    fit(TinyModule(3), tmp_path, apps.train.callbacks.EpochLines(), max_epochs=2)
+    fit(TinyModule(3), tmp_path, EpochLines(), max_epochs=2)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines] == [["epoch", "1/2"], ["epoch", "2/2"]]
     for value in ("train/loss", "val/loss", "val/top1"):

@@ -23,7 +23,7 @@ from apps.nets.layers import FeedForward
 from apps.nlp.decode import DecodeConfig
 from apps.nlp.language.data import TextBatch, TextData, TextSize
 from apps.nlp.language.module import Block, LanguageMetrics, LanguageModeler
-from apps.train.callbacks import AtomicCheckpointIO, BestAndLast
+from apps.train.checkpoints import AtomicCheckpointIO, BestAndLast
 from apps.train.module import OptimizerConfig
 
 DOCUMENTS = ["red blue green black", "one two three four", "north east south west", "spring summer autumn winter"]

@@ -31,8 +31,10 @@ from apps.nlp.text.batch import TranslationBatch
 from apps.nlp.translation.metrics import corpus_score
 from apps.nlp.translation.module import Translator, check_tasks, read_ids, task_numbers
 from apps.nlp.translation.report import ReportConfig
-from apps.train.callbacks import AtomicCheckpointIO, BestAndLast, GeneratorState, NonFiniteError
+from apps.train.checkpoints import AtomicCheckpointIO, BestAndLast
+from apps.train.finite import NonFiniteError
 from apps.train.module import OptimizerConfig
+from apps.train.resume import GeneratorState
 
 DROPPING = dataclasses.replace(TRANSFORMER, dropout=0.1)
 
@@ -387,7 +389,7 @@ def test_a_stopped_run_resumes_exactly(config, tmp_path):
     def fit(name: str, stop_at: int | None = None) -> None:
         with quiet():
             cli = build("fit", ["--config", config, "--run_dir", str(tmp_path / name), "--ckpt_path", "last",
-                                "--trainer.callbacks", "[{class_path: apps.train.callbacks.BestAndLast, init_args: "
+                                "--trainer.callbacks", "[{class_path: apps.train.checkpoints.BestAndLast, init_args: "
                                 "{every_n_steps: 2}}]"])  # fmt: skip
             original, steps = cli.model.task_loss, iter(range(99 if stop_at is None else stop_at))
 

@@ -17,7 +17,7 @@ import core
 from apps.cli import main
 from apps.recsys.tables import scoring
 from apps.recsys.tables.module import MultiTaskRecommender
-from apps.train.callbacks import BestAndLast
+from apps.train.checkpoints import BestAndLast
 
 # Values that training has and lacks, missing ones, other columns; no label.
 NEW = {

@@ -1,0 +1,184 @@
+"""The checkpoints of a run: which are kept, and how a file is written so that a kill leaves the old one whole."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from apps.base.files import os_error, replacing, temporary_path
+from apps.train import sharded
+from apps.train.finite import check_weights
+from apps.train.logs import continue_logs
+from apps.train.run_folder import put_aside
+from apps.train.stopping import StopsSoon
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its place and moves it there: a kill or a full disk leaves the old file as it was."""
+
+    def load_checkpoint(self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = True) -> Any:
+        """A checkpoint's contents; the shards of a folder put together."""
+        if sharded.is_sharded(path):
+            return sharded.read(path)
+        return super().load_checkpoint(path, map_location, weights_only)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        path = Path(path)
+        if sharded.is_sharded(path):  # of an earlier run on several processes; a file cannot replace a folder
+            sharded.remove(path)
+        try:
+            with replacing(path, "wb") as file:
+                torch.save(checkpoint, file)
+        except (OSError, RuntimeError) as error:
+            # torch reports a failed write as a RuntimeError about its zip file, without the reason.
+            cause = os_error(error)
+            reason = os.strerror(cause.errno) if cause is not None and cause.errno else "the disk may be full"
+            kept = "; the earlier one is intact" if path.exists() else ""
+            raise OSError(f"cannot write the checkpoint {path}: {reason}{kept}") from error
+
+
+class BestAndLast(Checkpoint):
+    """Keeps ``best.ckpt`` and ``last.ckpt`` in a folder.
+
+    Both are written at the end of an epoch, after its validation; ``last.ckpt`` also between two steps of an epoch,
+    every ``every_n_minutes`` or ``every_n_steps``, and when SIGTERM has come. A model with a weight that is not finite
+    is never written.
+
+    Args:
+        dirpath: the folder; None: ``checkpoints`` in the trainer's ``default_root_dir``.
+        monitor: the logged value that decides the best; None: the module's own ``monitor``, else "val/loss".
+        mode: "min" or "max"; None: the module's own ``monitor_mode``, else "min".
+        every_n_minutes: minutes of training between two writings of ``last.ckpt`` within an epoch; None: none.
+        every_n_steps: steps between them; None: none.
+
+    Raises:
+        ValueError: a mode that is neither, or an interval that is not positive.
+    """
+
+    writes_when_stopped = True
+
+    def __init__(
+        self,
+        dirpath: str | None = None,
+        monitor: str | None = None,
+        mode: str | None = None,
+        every_n_minutes: float | None = 10.0,
+        every_n_steps: int | None = None,
+    ) -> None:
+        if mode not in (None, "min", "max"):
+            raise ValueError(f"mode={mode!r} is not one of 'min', 'max'")
+        if every_n_minutes is not None and every_n_minutes <= 0:
+            raise ValueError(f"every_n_minutes={every_n_minutes} must be positive")
+        if every_n_steps is not None and every_n_steps < 1:
+            raise ValueError(f"every_n_steps={every_n_steps} must be at least 1")
+        self.dirpath, self.monitor, self.mode = dirpath, monitor, mode
+        self.every_n_minutes, self.every_n_steps = every_n_minutes, every_n_steps
+        self.best_score: float | None = None
+        self._saved_at = time.monotonic()
+        self._saved_step = 0
+
+    @property
+    def best_model_path(self) -> str:
+        path = os.path.join(self.dirpath or "", "best.ckpt")
+        return path if os.path.exists(path) else ""
+
+    @property
+    def last_model_path(self) -> str:
+        path = os.path.join(self.dirpath or "", "last.ckpt")
+        return path if os.path.exists(path) else ""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.dirpath = self.dirpath or os.path.join(trainer.default_root_dir, "checkpoints")
+        self.monitor = self.monitor or getattr(pl_module, "monitor", "val/loss")
+        self.mode = self.mode or getattr(pl_module, "monitor_mode", "min")
+        if stage == "fit" and trainer.is_global_zero:
+            for name in ("best.ckpt", "last.ckpt"):  # of a run that was killed while it wrote
+                temporary_path(Path(self.dirpath, name)).unlink(missing_ok=True)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
+        if trainer.is_global_zero and not trainer.ckpt_path and not trainer.fast_dev_run:
+            self._put_aside()
+
+    def _put_aside(self) -> None:
+        """Checkpoints of an earlier run go to ``earlier/``: "last" must not mean that run's."""
+        folder, names = Path(self.dirpath or ""), ("best.ckpt", "last.ckpt", "average.ckpt")
+        found = [path for path in (folder / name for name in names) if path.exists()]
+        if found:
+            put_aside(folder, found, names)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not self._due(trainer):
+            return
+        loop = trainer.fit_loop.epoch_loop
+        # Not within an accumulation: its gradients would be lost. Not before a validation or an epoch's end: Lightning
+        # would resume after them.
+        if loop._should_accumulate():
+            return
+        if trainer.global_step == self._saved_step:
+            if (stops := StopsSoon.of(trainer)) is not None:
+                stops.written(trainer)
+            return
+        if loop.batch_progress.is_last_batch or loop._should_check_val_fx(trainer.fit_loop._data_fetcher):
+            return
+        # A step's values reach the log after this hook: with a checkpoint here, a kill in between would lose them.
+        logs = trainer.log_every_n_steps
+        stops = StopsSoon.of(trainer)
+        if logs > 1 and trainer.global_step % logs == 0 and stops is None:
+            return
+        self._save(trainer, pl_module, "last.ckpt")
+        if stops is not None:
+            stops.written(trainer)
+
+    def _due(self, trainer: Trainer) -> bool:
+        if trainer.fast_dev_run or trainer.sanity_checking:
+            return False
+        by_step = self.every_n_steps is not None and trainer.global_step - self._saved_step >= self.every_n_steps
+        minutes = (time.monotonic() - self._saved_at) / 60
+        by_time = self.every_n_minutes is not None and minutes >= self.every_n_minutes
+        if trainer.world_size > 1:
+            return bool(trainer.strategy.broadcast(by_step or by_time))
+        return by_step or by_time or StopsSoon.of(trainer) is not None
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.fast_dev_run:
+            return
+        assert self.monitor is not None
+        value = trainer.callback_metrics.get(self.monitor)
+        if value is not None and trainer.fit_loop.epoch_loop._should_check_val_epoch():
+            score = float(value)
+            sign = 1 if self.mode == "max" else -1
+            if math.isfinite(score) and (self.best_score is None or sign * score > sign * self.best_score):
+                self.best_score = score
+                self._save(trainer, pl_module, "best.ckpt")
+        # After the best: the last one remembers its score.
+        self._save(trainer, pl_module, "last.ckpt")
+
+    def _save(self, trainer: Trainer, pl_module: LightningModule, name: str) -> None:
+        check_weights(pl_module, trainer.global_step)
+        for logger in trainer.loggers:
+            logger.save()
+        # weights_only=False is the default, which Lightning notes where it is not said.
+        trainer.save_checkpoint(os.path.join(self.dirpath or "", name), weights_only=False)
+        self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best_score": self.best_score, "monitor": self.monitor}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict.get("monitor") == self.monitor:
+            self.best_score = state_dict["best_score"]
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.state.fn == "fit":
+            continue_logs(trainer, checkpoint["global_step"])

@@ -1,0 +1,121 @@
+"""The logs of a run: ``metrics.csv`` and TensorBoard's curves, which a resumed run continues."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.loggers.logger import rank_zero_experiment
+from lightning.pytorch.utilities import rank_zero_only
+
+from apps.base.files import naming, replacing
+
+
+class MetricsCSV(Logger):
+    """``metrics.csv`` in a folder, a row a step, written at once and continued where a resumed run goes on.
+
+    Rows of steps that the checkpoint had not reached are dropped on resuming, so that the file of a killed and resumed
+    run is that of an unbroken one. (Lightning's CSVLogger deletes the file on resuming.)
+    """
+
+    def __init__(self, folder: str) -> None:
+        super().__init__()
+        self.folder = folder
+        self._keys: list[str] = []
+        self._before: int | None = None
+
+    @property
+    def name(self) -> str:
+        return ""
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @property
+    def save_dir(self) -> str:
+        return self.folder
+
+    @property
+    def log_dir(self) -> str:
+        return self.folder
+
+    @property
+    def path(self) -> Path:
+        return Path(self.folder) / "metrics.csv"
+
+    def continue_from(self, step: int) -> None:
+        """Keep the rows of the steps before ``step``."""
+        self._before = step
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """They are in the run's ``config.yaml``."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        row = {"step": step or 0, **{k: float(v) for k, v in metrics.items()}}
+        new = [k for k in row if k not in self._keys]
+        if not new:
+            with naming(self.path), open(self.path, "a", newline="") as file:
+                csv.DictWriter(file, self._keys).writerow(row)
+            return
+        rows = self._kept_rows()
+        self._keys += [k for k in dict.fromkeys(k for r in rows for k in r) if k not in self._keys]
+        self._keys += [k for k in row if k not in self._keys]
+        with naming(self.path), replacing(self.path, newline="") as file:
+            writer = csv.DictWriter(file, self._keys)
+            writer.writeheader()
+            writer.writerows([*rows, row])
+
+    def _kept_rows(self) -> list[dict[str, Any]]:
+        """The rows to carry over into a file with more columns: this run's, at first those before the resumed step."""
+        first = not self._keys
+        if not self.path.exists() or (first and self._before is None):
+            return []
+        with open(self.path, newline="") as file:
+            rows = [r for r in csv.DictReader(file) if (r.get("step") or "").isdigit()]  # a kill may cut the last row
+        return [r for r in rows if not first or int(r["step"]) < self._before]  # type: ignore[operator]
+
+
+class EventLog(TensorBoardLogger):
+    """TensorBoard's curves; what its writer cannot write is an error that names the folder.
+
+    (It writes in a thread of its own, whose error comes up at a later call, as one of a value that is not supported.)
+    """
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        with naming(self.log_dir):
+            return super().experiment
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        with naming(self.log_dir):
+            super().log_metrics(metrics, step)
+
+    @rank_zero_only
+    def save(self) -> None:
+        with naming(self.log_dir):
+            super().save()
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        try:
+            with naming(self.log_dir):
+                super().finalize(status)
+        except OSError:
+            if status == "success":  # else what ended the run is told, which may be this
+                raise
+
+
+def continue_logs(trainer: Trainer, step: int) -> None:
+    """Tell the loggers that the run goes on from optimizer step ``step``."""
+    for logger in trainer.loggers:
+        if isinstance(logger, MetricsCSV):
+            logger.continue_from(step)
