@@ -318,7 +318,7 @@ def _report(
         metric,
         experiment.monitor_mode == "max",
         plan.seeds,
-        experiment.table_metrics,
+        experiment.shown_metrics,
         experiment.average_last,
         _compare_examples(module, done["examples"], plan.seeds),
         {s.name: done["searches"][s.name][0] for s in systems if s.tunes and s.name in done["searches"]},

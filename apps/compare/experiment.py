@@ -17,6 +17,7 @@ from apps.cli import UsageError
 from apps.cli.checkpoint import CONFIG_BASES
 from apps.cli.train import Request, SparseCLI
 from apps.compare.systems import SPARSE, Estimator, candidates
+from apps.equal_cost.comparable import Comparable
 from apps.train.module import SparseModule
 
 # Of the trainer, what a comparison sets itself.
@@ -52,8 +53,10 @@ class Experiment:
         request = Request.read("fit", [a for a in arguments if not a.startswith(_ROUTERS)])
         if request.checkpoint is not None:
             raise UsageError(f"--ckpt_path {request.checkpoint}: a comparison trains every model from its start")
-        if request.model_class is not None and not issubclass(request.model_class, SparseModule):
-            raise UsageError(f"{request.model_class.__name__} is no SparseModule: compare starts from a sparse config")
+        for needed in (SparseModule, Comparable):
+            if request.model_class is not None and not issubclass(request.model_class, needed):
+                name = request.model_class.__name__
+                raise UsageError(f"{name} is no {needed.__name__}: compare asks a module for its baselines")
         self._cli = _Parsed(request)
         self._parser, self._config = self._cli._parser("fit"), self._cli.config["fit"]
         self.name = request.run_dir.name
@@ -70,7 +73,7 @@ class Experiment:
         self.monitor = made["model"].monitor
         self.monitor_mode = made["model"].monitor_mode
         self.rate = made["model"].optimizer_config.lr
-        self.table_metrics = tuple(made["model"].table_metrics)
+        self.shown_metrics = tuple(made["model"].shown_metrics)
         self.average_last: int | None = made["model"].average_last
         self.replaced = tuple(made["model"].replaced_blocks)
         self.modules = (type(made["model"]).__module__, type(made["data"]).__module__)

@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from apps.compare.stats import paired_difference, quality_at, verdict
 from apps.compare.systems import SPARSE, TOLERANCE, System, claim, label
+from apps.equal_cost.comparable import ExampleDifference
 from apps.equal_cost.routers import PREFIX
 from apps.report.intervals import Interval, mean_interval
-from apps.train.module import ExampleDifference
 
 _NOT_SHARES = ("loss", "ece", "error", "mse", "mae", "perplexity", "bits", "bleu", "chrf")
 """Words in the names of metrics that are no share of 1, whatever their values: a poor BLEU lies in 0..1 as well."""

@@ -12,9 +12,10 @@ from lightning.pytorch import LightningDataModule
 from torch import nn
 
 from apps.equal_cost import routers
+from apps.equal_cost.comparable import Baseline
 from apps.equal_cost.twins import Search
 from apps.train.cost import Cost, cuda_devices, measure_cost
-from apps.train.module import Baseline, SparseModule
+from apps.train.module import SparseModule
 
 TOLERANCE = 0.05
 """Relative difference of the replaced blocks beyond which a pair is not called equal."""

@@ -18,7 +18,7 @@ from apps.base.files import CONFIGS
 
 if TYPE_CHECKING:
     import core
-    from apps.train.module import Baseline, SparseModule
+    from apps.equal_cost.comparable import Baseline, Comparable
 
     Layers = core.MoEConfig | core.MultiGateConfig
 
@@ -129,16 +129,16 @@ def match_flops(moe: Layers, flops: float, dim: int, **how: Any) -> Layers:
 class Variant:
     """Makes ``module`` anew with another router at equal active FLOPs. A class and no closure: it pickles."""
 
-    module: SparseModule
+    module: Comparable
     name: str
 
     def config(self) -> Layers:
-        moe = self.module.moe_config
-        assert moe is not None
-        dim, how = self.module.moe_dim, self.module.moe_flops_arguments
-        return match_flops(with_router(moe, self.name), moe.flops_per_token(dim, **how), dim, **how)
+        layers = self.module.routed_layers()
+        assert layers is not None
+        moe = with_router(layers.config, self.name)
+        return match_flops(moe, layers.flops_per_token(), layers.dim, **layers.flops_arguments)
 
-    def __call__(self) -> SparseModule:
+    def __call__(self) -> Any:
         return self.module.with_moe(self.config())
 
 
@@ -146,20 +146,23 @@ def system_name(name: str) -> str:
     return PREFIX + Path(name).stem
 
 
-def variants(module: SparseModule, names: Iterable[str]) -> Mapping[str, Baseline]:
+def variants(module: Comparable, names: Iterable[str]) -> Mapping[str, Baseline]:
     """The routers as systems to compare ``module`` with; those that cannot be built say why.
 
     Raises:
         ValueError: two overlays share a name, or the module has no layer whose router could be another.
     """
-    from apps.train.module import Baseline
+    from apps.equal_cost.comparable import Baseline
 
     found: dict[str, Baseline] = {}
-    names, moe = list(names), module.moe_config
-    if names and moe is None:
+    names, layers = list(names), module.routed_layers()
+    if not names:
+        return found
+    if layers is None:
         raise ValueError(f"--routers {names[0]}: {type(module).__name__} has no layer to put it into")
-    if names and not hasattr(moe, "router"):
-        raise ValueError(f"--routers {names[0]}: {type(moe).__name__} takes no router in place of its gates, MMoE does")
+    if not hasattr(layers.config, "router"):
+        kind = type(layers.config).__name__
+        raise ValueError(f"--routers {names[0]}: {kind} takes no router in place of its gates, MMoE does")
     for system, name in by_system(names).items():
         variant = Variant(module, name)
         try:
@@ -168,11 +171,11 @@ def variants(module: SparseModule, names: Iterable[str]) -> Mapping[str, Baselin
             found[system] = Baseline(None, str(error))
             continue
         router: Any = config.router  # type: ignore[union-attr]
-        lacking = [field for field in router.needs() if field not in module.context_fields]
+        lacking = [field for field in router.needs() if field not in layers.context_fields]
         if lacking:
             problem = f"needs context.{lacking[0]}, which {type(module).__name__} does not give"
             found[system] = Baseline(None, problem)
-        elif module.causal and not router.is_causal():
+        elif layers.causal and not router.is_causal():
             found[system] = Baseline(None, f"{router.source()} lets later tokens change earlier ones")
         else:
             found[system] = Baseline(variant, f"{type(router).__name__}, {_width(config.expert)}")

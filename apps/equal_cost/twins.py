@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from apps.equal_cost.comparable import Baseline
 from apps.equal_cost.widths import SolvedWidth, same_width
-from apps.train.module import Baseline, SparseModule
+from apps.train.module import SparseModule
 
 
 def dense_baselines(

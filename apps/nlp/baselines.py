@@ -7,10 +7,10 @@ from functools import partial
 from typing import Any
 
 import core
+from apps.equal_cost.comparable import Baseline
 from apps.equal_cost.twins import DenseTwin, dense_baselines
 from apps.equal_cost.widths import SolvedWidth, ffn_widths
 from apps.nets.config import TransformerConfig
-from apps.train.module import Baseline
 
 
 def baseline_widths(

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+import core
 from apps.data.subwords import Subwords
+from apps.equal_cost.comparable import Comparable
 from apps.porting import Architecture, config_of, load_pretrained_weights, subwords_of
 from apps.train.module import SparseModule
 
 log = logging.getLogger(__name__)
 
 
-class PretrainedModule(SparseModule):
+class PretrainedModule(SparseModule, Comparable):
     """A module with ``model``, ``subwords`` and an argument ``pretrained``, which its constructor sets.
 
     Attributes:
@@ -24,6 +26,10 @@ class PretrainedModule(SparseModule):
     model: Any
     subwords: Subwords
     pretrained: str | None = None
+
+    def with_moe(self, moe: core.MoEConfig) -> Self:
+        check_free(self.pretrained)
+        return self.twin(moe=moe, replaced_hidden_dim=None)
 
     def _load_pretrained(self) -> None:
         """Give the model the published weights, unless it has others already.

@@ -11,7 +11,7 @@ import inspect
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self
 
@@ -57,50 +57,12 @@ class TaskOutput:
     weight: int | None = None
 
 
-@dataclass(frozen=True)
-class Baseline:
-    """A model that ``moesaic compare`` trains beside the sparse one.
-
-    Attributes:
-        build: makes it, untrained: a ``SparseModule``, or an ``Estimator`` of ``apps.compare.systems``; None where it
-            cannot exist or coincides with another.
-        note: what it is, or why there is none.
-    """
-
-    build: Callable[[], Any] | None
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class ExampleDifference:
-    """How two systems differ on the same test examples.
-
-    Attributes:
-        name: of the figure, such as "BLEU".
-        difference: the first system's minus the second's.
-        low, high: its 95 % interval over other examples of the same kind.
-        p: of no difference.
-        method: what was done, in a few words.
-        is_part: it is of a part of the examples; a comparison shows those of all on the screen.
-        over: what the interval is over, such as "test sentences".
-    """
-
-    name: str
-    difference: float
-    low: float
-    high: float
-    p: float
-    method: str
-    is_part: bool = False
-    over: str = "test examples"
-
-
 class SparseModule(LightningModule):
     """A LightningModule for a network that may have MoE layers.
 
-    A subclass brings ``forward``, ``task_loss`` and ``example_inputs``, and may bring ``build_metrics`` and
-    ``baselines``. The weighted auxiliary loss of all MoE layers is added to the loss that ``training_step`` returns, so
-    that gradient accumulation and AMP scale it as they scale the task's.
+    A subclass brings ``forward``, ``task_loss`` and ``example_inputs``, and may bring ``build_metrics``. The weighted
+    auxiliary loss of all MoE layers is added to the loss that ``training_step`` returns, so that gradient accumulation
+    and AMP scale it as they scale the task's.
 
     Args:
         optimizer: learning rate, weight decay and schedule.
@@ -197,8 +159,8 @@ class SparseModule(LightningModule):
         raise NotImplementedError(f"{type(self).__name__} must define example_inputs(batch)")
 
     def cost_inputs(self, batch: Any) -> tuple[Any, ...]:
-        """As ``example_inputs``, for counting what a comparison calls equal: without padding, where one kind of layer
-        computes it and another does not."""
+        """Return ``example_inputs`` without padding: FLOPs are counted on these, and dense layers compute padding
+        while experts do not."""
         return self.example_inputs(batch)
 
     def cost_unit(self, batch: Any) -> str:
@@ -211,14 +173,11 @@ class SparseModule(LightningModule):
         dict of values by name, computed once a pass; None: the loss alone."""
         return None
 
-    def baselines(self) -> Mapping[str, Baseline]:
-        """The models to compare this one with, by name."""
-        return {}
-
     @property
-    def table_metrics(self) -> tuple[str, ...]:
-        """Further metrics in the table of a comparison, beside the monitored one: names without the split, such as
-        ``("auc_click", "auc_buy")``. A loss, an ``ece`` and an error are shown as they are, a share in percent."""
+    def shown_metrics(self) -> tuple[str, ...]:
+        """Metrics that are shown beside the monitored one, on the progress bar and in tables: names without the split,
+        such as ``("auc_click", "auc_buy")``. A loss, an ``ece`` and an error are shown as they are, a share in percent.
+        """
         return ()
 
     @property
@@ -226,50 +185,9 @@ class SparseModule(LightningModule):
         """How metrics are made, by name, where their name alone does not tell: stands beside their values."""
         return {}
 
-    def examples_of_test(self) -> list[dict[str, Any]]:
-        """Plain values of each example of the last test, which a comparison keeps; empty: it keeps none."""
-        return []
-
-    def compare_examples(
-        self, mine: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]]
-    ) -> list[ExampleDifference]:
-        """The differences between two systems' ``examples_of_test``, the most important first."""
-        return []
-
-    def side_by_side(self, systems: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-        """Lines that show some examples as each system has them, by its heading; empty: there is nothing to read."""
-        return ""
-
-    moe_config: core.MoEConfig | core.MultiGateConfig | None = None
-    """The MoE layers' configuration, for a comparison of routers; None: there is none."""
-
-    moe_dim: int = 0
-    """Width D of the tokens that reach the MoE layers."""
-
-    moe_flops_arguments: Mapping[str, int] = {}
-    """Further arguments of its ``flops_per_token`` at these layers, such as the length of a sequence."""
-
-    note: str = ""
-    """What a comparison says of the model, which it calls "sparse", where that needs a word."""
-
-    @property
-    def replaced_blocks(self) -> tuple[str, ...]:
-        """Dotted names of the blocks that a baseline of equal cost replaces: the MoE layers, or what holds them."""
-        return tuple(core.moe_layers(self))
-
-    context_fields: ClassVar[tuple[str, ...]] = ()
-    """Fields of ``core.RoutingContext`` that the model gives its MoE layers, beside ``valid_BS``."""
-
-    causal: ClassVar[bool] = False
-    """A later token must not change an earlier one: routers that let it are not compared."""
-
     def twin(self, **changed: Any) -> Self:
-        """The same module anew, untrained, but for the arguments in ``changed``."""
+        """Return the module anew, untrained, with other values of the arguments in ``changed``."""
         return type(self)(**{**self._arguments, **changed})
-
-    def with_moe(self, moe: Any) -> SparseModule:
-        """The same model, untrained, with other MoE layers: a configuration of ``moe_config``'s class."""
-        raise NotImplementedError(f"{type(self).__name__} must define with_moe(moe) for a comparison of routers")
 
     # ---- steps
 
@@ -334,7 +252,7 @@ class SparseModule(LightningModule):
         if metrics is None or hasattr(metrics, "items"):
             return
         values = {f"{stage}/{name}": value for name, value in metrics.compute().items()}
-        on_bar = {self.monitor, *(f"val/{name}" for name in self.table_metrics)}
+        on_bar = {self.monitor, *(f"val/{name}" for name in self.shown_metrics)}
         # Every rank has the same values already; with sync_dist Lightning does not warn that they might differ.
         for shown in (True, False):
             some = {k: v for k, v in values.items() if (k in on_bar) == shown}

@@ -18,9 +18,10 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 import core
+from apps.equal_cost.comparable import Baseline, Comparable, RoutedLayers
 from apps.equal_cost.twins import DenseTwin, dense_baselines
 from apps.equal_cost.widths import SolvedWidth, ffn_widths
-from apps.train.module import Baseline, OptimizerConfig, SparseModule, TaskOutput
+from apps.train.module import OptimizerConfig, SparseModule, TaskOutput
 from apps.vision.encoding import ImageEncoding, normalize
 from apps.vision.model import ViTConfig, VMoE, load_pretrained_weights
 from apps.vision.readers import to_pixels
@@ -70,7 +71,7 @@ class ClassifiedImage:
     top: dict[str, float]
 
 
-class VisionClassifier(SparseModule):
+class VisionClassifier(SparseModule, Comparable):
     """A vision transformer, sparse or dense, as an image classifier.
 
     Args:
@@ -94,7 +95,6 @@ class VisionClassifier(SparseModule):
         ValueError: a value out of its range, a combination that cannot be built, or weights that do not load.
     """
 
-    context_fields: ClassVar[tuple[str, ...]] = ("token_ids_BS",)
     data_arguments: ClassVar[tuple[str, ...]] = ("image_size", "in_chans", "num_classes")
     readout: ClassVar[tuple[str, ...]] = ("model.head",)
 
@@ -127,7 +127,6 @@ class VisionClassifier(SparseModule):
         if num_classes < 2:
             raise ValueError(f"num_classes={num_classes} must be at least 2 for a classifier")
         self.vit, self.moe, self.moe_blocks = vit or ViTConfig(), moe, moe_blocks
-        self.moe_config, self.moe_dim = moe, self.vit.dim
         self.image_size, self.in_chans, self.num_classes = image_size, in_chans, num_classes
         self.label_smoothing, self.pretrained, self.report = label_smoothing, pretrained, report
         self.grad_checkpointing = grad_checkpointing
@@ -140,8 +139,6 @@ class VisionClassifier(SparseModule):
             moe_blocks=moe_blocks,
             replaced_hidden_dim=replaced_hidden_dim,
         )
-        tokens = self.model.patch_embed.num_patches + self.model.num_prefix_tokens
-        self.moe_flops_arguments = {"tokens_per_sequence": tokens}
         self.model.set_grad_checkpointing(grad_checkpointing)
 
     def forward(self, image: Tensor, context: core.RoutingContext | None = None) -> Tensor:
@@ -251,16 +248,27 @@ class VisionClassifier(SparseModule):
         callbacks = super().configure_callbacks()
         return callbacks if self.report is None else [*callbacks, VisionReport(self.report)]
 
-    def with_moe(self, moe: core.MoEConfig) -> VisionClassifier:
-        return self.twin(moe=moe, replaced_hidden_dim=None)
+    # ---- comparisons
 
     def baselines(self) -> Mapping[str, Baseline]:
         """Dense models of equal active FLOPs and of equal parameters; only the FFNs in place of experts are wider."""
         if self.moe is None:
             return {}
-        widths = baseline_widths(self.moe, self.vit.dim, **self.moe_flops_arguments)
+        widths = baseline_widths(self.moe, self.vit.dim, tokens_per_sequence=self.tokens_per_image)
         says = "FFN hidden dim {width} in the replaced blocks"
         return dense_baselines(widths, partial(DenseTwin, self), says, self.vit.dense_hidden_dim)
+
+    @property
+    def tokens_per_image(self) -> int:
+        """Patches and class token."""
+        return self.model.patch_embed.num_patches + self.model.num_prefix_tokens
+
+    def routed_layers(self) -> RoutedLayers | None:
+        arguments = {"tokens_per_sequence": self.tokens_per_image}
+        return None if self.moe is None else RoutedLayers(self.moe, self.vit.dim, arguments, ("token_ids_BS",))
+
+    def with_moe(self, moe: core.MoEConfig) -> VisionClassifier:
+        return self.twin(moe=moe, replaced_hidden_dim=None)
 
 
 def baseline_widths(

@@ -16,13 +16,14 @@ from torchmetrics.classification import MulticlassAccuracy
 
 import core
 from apps.data.loader import ResumableLoader
+from apps.equal_cost.comparable import Baseline, Comparable, ExampleDifference, RoutedLayers
 from apps.equal_cost.twins import Search
-from apps.train.module import Baseline, ExampleDifference, OptimizerConfig, SparseModule, TaskOutput
+from apps.train.module import OptimizerConfig, SparseModule, TaskOutput
 
 D, TOKENS, CLASSES = 8, 4, 3
 
 
-class TinyModel(SparseModule):
+class TinyModel(SparseModule, Comparable):
     """Four tokens a point, one block that is an MoE layer or an FFN, the mean of the tokens.
 
     Args:
@@ -56,7 +57,7 @@ class TinyModel(SparseModule):
         super().__init__(optimizer=optimizer, ema_decay=ema_decay, average_last=average_last)
         self.keeps_examples, self._tested = keeps_examples, []
         self.moe, self.offers, self.explodes_from = moe, offers or ["dense_equal_flops"], explodes_from
-        self.moe_config, self.moe_dim, self.further = moe, D, tuple(further or ())
+        self.further = tuple(further or ())
         self.embed = nn.Linear(2, TOKENS * D)
         dense = nn.Sequential(nn.Linear(D, hidden, bias=False), nn.GELU(), nn.Linear(hidden, D, bias=False))
         self.block = dense if moe is None else moe.build(D)
@@ -90,9 +91,9 @@ class TinyModel(SparseModule):
         return [{"right": right} for right in self._tested] if self.keeps_examples else []
 
     def compare_examples(
-        self, mine: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]]
+        self, first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]]
     ) -> list[ExampleDifference]:
-        difference = sum(a["right"] - b["right"] for a, b in zip(mine, other, strict=True))
+        difference = sum(a["right"] - b["right"] for a, b in zip(first, second, strict=True))
         whole = ExampleDifference("right points", difference, difference - 1, difference + 1, 0.5, "counted")
         return [whole, ExampleDifference("right halves", 0, 0, 0, 0.01, "counted", is_part=True)]
 
@@ -102,8 +103,11 @@ class TinyModel(SparseModule):
         return MetricCollection(metrics, compute_groups=False)
 
     @property
-    def table_metrics(self) -> tuple[str, ...]:
+    def shown_metrics(self) -> tuple[str, ...]:
         return self.further
+
+    def routed_layers(self) -> RoutedLayers | None:
+        return None if self.moe is None else RoutedLayers(self.moe, D)
 
     def with_moe(self, moe: core.MoEConfig) -> TinyModel:
         return TinyModel(moe=moe, optimizer=self.optimizer_config, ema_decay=self.ema_decay)

@@ -12,6 +12,7 @@ from torchmetrics import Metric
 
 import core
 from apps.data.subwords import PAD_ID, Subwords
+from apps.equal_cost.comparable import Baseline, RoutedLayers
 from apps.nets.config import TransformerConfig
 from apps.nets.loss import linear_cross_entropy, target_scores
 from apps.nets.transformer import LanguageModel
@@ -20,7 +21,7 @@ from apps.nlp.decode import DecodeConfig, Hypotheses, generate_ids, in_dtype
 from apps.nlp.language.data import TextBatch, TextSize, prompt_batches
 from apps.nlp.output import LinePredictor
 from apps.nlp.predict import Candidate, Line, check_one, checked_texts, decoding, in_order
-from apps.nlp.pretrained import PretrainedModule, check_free, check_replaced, published_network
+from apps.nlp.pretrained import PretrainedModule, check_replaced, published_network
 from apps.nlp.translation.metrics import gathered, perplexity, token_figures
 from apps.nlp.translation.module import (
     check_context,
@@ -30,7 +31,7 @@ from apps.nlp.translation.module import (
     per_sentence,
     read_ids,
 )
-from apps.train.module import Baseline, OptimizerConfig, Stage, TaskOutput
+from apps.train.module import OptimizerConfig, Stage, TaskOutput
 
 _LAYERS = "all"
 _DECODE = DecodeConfig("sample", top_p=0.9, max_length_ratio=0.0, max_length_extra=64)
@@ -132,12 +133,11 @@ class LanguageModeler(LinePredictor, PretrainedModule):
     """
 
     context_fields: ClassVar[tuple[str, ...]] = ("token_ids_BS",)
-    causal: ClassVar[bool] = True
     data_arguments: ClassVar[tuple[str, ...]] = ("subwords",)
     readout: ClassVar[tuple[str, ...]] = ("model.output",)
     monitor: ClassVar[str] = "val/perplexity"
     monitor_mode: ClassVar[Literal["min", "max"]] = "min"
-    table_metrics = ("word_perplexity", "bits_per_byte", "token_accuracy")
+    shown_metrics = ("word_perplexity", "bits_per_byte", "token_accuracy")
 
     @classmethod
     def defaults_of_none(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -174,7 +174,6 @@ class LanguageModeler(LinePredictor, PretrainedModule):
         self.subwords, self.transformer = subwords, transformer or TransformerConfig()
         self.pretrained = pretrained
         self.moe, self.moe_layers = moe, moe_layers
-        self.moe_config, self.moe_dim = moe, self.transformer.shape.dim
         self.label_smoothing, self.decode = label_smoothing, decode
         self.model = LanguageModel(
             self.transformer,
@@ -322,10 +321,11 @@ class LanguageModeler(LinePredictor, PretrainedModule):
         check_subwords(self.subwords, getattr(data, "subwords", None))
         check_length(self.transformer, "data.block_size", getattr(data, "block_size", None))
 
-    def with_moe(self, moe: core.MoEConfig) -> LanguageModeler:
-        check_free(self.pretrained)
-        return self.twin(moe=moe, replaced_hidden_dim=None)
-
     def baselines(self) -> Mapping[str, Baseline]:
         """Dense models of equal active FLOPs and of equal parameters; only the FFNs in place of experts are wider."""
         return dense_twins(self)
+
+    def routed_layers(self) -> RoutedLayers | None:
+        if self.moe is None:
+            return None
+        return RoutedLayers(self.moe, self.transformer.shape.dim, {}, self.context_fields, causal=True)

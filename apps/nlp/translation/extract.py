@@ -28,7 +28,7 @@ def dense_of_pair(sparse: Translator, pair: str) -> Translator:
         raise ValueError(f"pair {pair!r} is not one of {', '.join(sparse.pairs)}")
     model = dense_of_task(sparse.model, int(sparse.task_P[sparse.pairs.index(pair)]))  # type: ignore[index]
     assert sparse.moe is not None
-    width = _width(sparse.moe, sparse.moe_dim)
+    width = _width(sparse.moe, sparse.transformer.shape.dim)
     dense = sparse.twin(
         pairs=(pair,),
         moe=None,

@@ -13,6 +13,7 @@ from torch import Tensor
 import core
 from apps.data.sources import unknown_name
 from apps.data.subwords import PAD_ID, UNK_ID, Subwords
+from apps.equal_cost.comparable import Baseline, ExampleDifference, RoutedLayers
 from apps.nets.config import TransformerConfig
 from apps.nets.loss import TargetScores, linear_cross_entropy, target_scores
 from apps.nets.transformer import TranslationModel
@@ -20,11 +21,11 @@ from apps.nlp.baselines import dense_twins
 from apps.nlp.decode import DecodeConfig, Hypotheses, in_dtype, translate_ids
 from apps.nlp.output import LinePredictor
 from apps.nlp.predict import Candidate, Line, check_one, checked_texts, decoding, in_order, source_batches
-from apps.nlp.pretrained import PretrainedModule, check_free, check_replaced, published_network
+from apps.nlp.pretrained import PretrainedModule, check_replaced, published_network
 from apps.nlp.text.batch import TranslationBatch
 from apps.nlp.translation.metrics import Sentence, TranslationMetrics, bleu_tokenizers, signatures
 from apps.nlp.translation.report import ReportConfig, TranslationReport, side_by_side
-from apps.train.module import Baseline, ExampleDifference, OptimizerConfig, SparseModule, Stage, TaskOutput
+from apps.train.module import OptimizerConfig, SparseModule, Stage, TaskOutput
 
 _DECODE = DecodeConfig()
 _REPORT = ReportConfig()
@@ -106,7 +107,7 @@ class Translator(LinePredictor, PretrainedModule):
     readout: ClassVar[tuple[str, ...]] = ("model.output",)
     monitor: ClassVar[str] = "val/bleu"
     monitor_mode: ClassVar[Literal["min", "max"]] = "max"
-    table_metrics = ("chrf", "token_accuracy", "perplexity")
+    shown_metrics = ("chrf", "token_accuracy", "perplexity")
     predicts: ClassVar[str] = "translation"
 
     @classmethod
@@ -155,7 +156,6 @@ class Translator(LinePredictor, PretrainedModule):
         self.subwords, self.pairs, self.pretrained = subwords, tuple(pairs), pretrained
         self.transformer = transformer or TransformerConfig()
         self.moe, self.encoder_moe_layers, self.decoder_moe_layers = moe, encoder_moe_layers, decoder_moe_layers
-        self.moe_config, self.moe_dim = moe, self.transformer.shape.dim
         self.tasks, self.label_smoothing = tasks, label_smoothing
         self.decode, self.val_decode, self.bleu_tokenize, self.report = decode, val_decode, bleu_tokenize, report
         task_P, domain_P = task_numbers(self.pairs, tasks)
@@ -318,12 +318,12 @@ class Translator(LinePredictor, PretrainedModule):
         ]
 
     def compare_examples(
-        self, mine: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]]
+        self, first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]]
     ) -> list[ExampleDifference]:
         """BLEU and chrF++ differences by paired bootstrap resampling."""
         from apps.nlp.translation.significance import compare_sentences
 
-        return compare_sentences(mine, other, self.bleu_tokenizers)
+        return compare_sentences(first, second, self.bleu_tokenizers)
 
     def side_by_side(self, systems: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         """Sentences at equal steps through the test set, with each system's translation."""
@@ -477,18 +477,15 @@ class Translator(LinePredictor, PretrainedModule):
 
     # ---- comparisons
 
-    @property
-    def causal(self) -> bool:  # type: ignore[override]
-        """Only a decoder's layers must not look ahead."""
-        return bool(self.model.decoder_moe_layers)
-
-    def with_moe(self, moe: core.MoEConfig) -> Translator:
-        check_free(self.pretrained)
-        return self.twin(moe=moe, replaced_hidden_dim=None)
-
     def baselines(self) -> Mapping[str, Baseline]:
         """Dense models of equal active FLOPs and of equal parameters; only the FFNs in place of experts are wider."""
         return dense_twins(self)
+
+    def routed_layers(self) -> RoutedLayers | None:
+        if self.moe is None:
+            return None
+        causal = bool(self.model.decoder_moe_layers)  # only a decoder's layers must not look ahead
+        return RoutedLayers(self.moe, self.transformer.shape.dim, {}, self.context_fields, causal)
 
 
 def task_numbers(pairs: Sequence[str], tasks: Tasks) -> tuple[list[int], list[int]]:

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from apps.equal_cost.comparable import ExampleDifference
 from apps.nlp.translation.metrics import SCORES, Score, scorer
-from apps.train.module import ExampleDifference
 
 RESAMPLES = 1000
 LABELS: Mapping[Score, str] = {"bleu": "BLEU", "chrf": "chrF++"}

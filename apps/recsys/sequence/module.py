@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 import core
+from apps.equal_cost.comparable import Baseline, Comparable, RoutedLayers
 from apps.equal_cost.twins import dense_baselines
 from apps.equal_cost.widths import SolvedWidth, ffn_widths
 from apps.nets.loss import linear_cross_entropy
 from apps.recsys.metrics import RankingMetrics
 from apps.recsys.sequence import scoring
 from apps.recsys.sequence.model import HistoryModel, HistoryModelConfig, last_of
-from apps.train.module import Baseline, OptimizerConfig, SparseModule, TaskOutput
+from apps.train.module import OptimizerConfig, SparseModule, TaskOutput
 from apps.train.plain import as_config
 
 CUTOFF = 10
@@ -57,7 +58,7 @@ class NextItemMetrics(RankingMetrics):
         return {name.replace("@", "_"): value for name, value in super().compute().items()}
 
 
-class NextItemRecommender(SparseModule):
+class NextItemRecommender(SparseModule, Comparable):
     """A history transformer, sparse or dense, that ranks all items as the next one.
 
     It is trained by the softmax cross-entropy over all items at every position of a history, and judged by the rank of
@@ -83,12 +84,10 @@ class NextItemRecommender(SparseModule):
         ValueError: a value out of its range, or a combination that cannot be built.
     """
 
-    context_fields: ClassVar[tuple[str, ...]] = ("token_ids_BS",)
-    causal: ClassVar[bool] = True
     data_arguments: ClassVar[tuple[str, ...]] = ("num_items", "max_length")
     monitor: ClassVar[str] = f"val/ndcg_{CUTOFF}"
     monitor_mode: ClassVar[Literal["min", "max"]] = "max"
-    table_metrics = (f"hr_{CUTOFF}", "mrr")
+    shown_metrics = (f"hr_{CUTOFF}", "mrr")
 
     @classmethod
     def defaults_of_none(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,8 +113,6 @@ class NextItemRecommender(SparseModule):
         if top_k < 1:
             raise ValueError(f"top_k={top_k} must be at least 1")
         self.sequence, self.moe, self.moe_blocks = sequence or HistoryModelConfig(), moe, moe_blocks
-        self.moe_config, self.moe_dim = moe, self.sequence.dim
-        self.moe_flops_arguments = {"tokens_per_sequence": max_length}
         self.num_items, self.max_length = num_items, max_length
         self.exclude_seen, self.top_k = exclude_seen, top_k
         self.model = HistoryModel(
@@ -235,8 +232,7 @@ class NextItemRecommender(SparseModule):
         user_name_B = [str(u) if users is None else users[u] for u in batch.user_B.tolist()]
         return NextItems(batch.index_B, batch.user_B, user_name_B, item_Bk, name_Bk, best.values)
 
-    def with_moe(self, moe: core.MoEConfig) -> NextItemRecommender:
-        return self.twin(moe=moe, replaced_hidden_dim=None)
+    # ---- comparisons
 
     @property
     def replaced_blocks(self) -> tuple[str, ...]:
@@ -251,9 +247,20 @@ class NextItemRecommender(SparseModule):
         as wide as makes up for the experts and, where there is one, for the convolution with its gate."""
         if not self.replaced_blocks:
             return {}
-        widths = baseline_widths(self.sequence, self.moe, len(self.model.moe_blocks), **self.moe_flops_arguments)
+        widths = baseline_widths(
+            self.sequence, self.moe, len(self.model.moe_blocks), tokens_per_sequence=self.max_length
+        )
         says = "attention and dense FFNs, hidden dim {width} in the replaced blocks"
         return dense_baselines(widths, partial(_Dense, self), says, self.sequence.dense_hidden_dim)
+
+    def routed_layers(self) -> RoutedLayers | None:
+        if self.moe is None:
+            return None
+        arguments = {"tokens_per_sequence": self.max_length}
+        return RoutedLayers(self.moe, self.sequence.dim, arguments, ("token_ids_BS",), causal=True)
+
+    def with_moe(self, moe: core.MoEConfig) -> NextItemRecommender:
+        return self.twin(moe=moe, replaced_hidden_dim=None)
 
 
 def baseline_widths(

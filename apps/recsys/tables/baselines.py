@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import core
+from apps.equal_cost.comparable import Baseline
 from apps.equal_cost.widths import nearest_width, same_width, widened
 from apps.recsys.encoding.features import Features
 from apps.recsys.tables.bottoms import SharedBottom, SingleTask
 from apps.recsys.tables.weighting import WeightingConfig
-from apps.train.module import Baseline
 
 if TYPE_CHECKING:
     from apps.recsys.tables.module import MultiTaskRecommender

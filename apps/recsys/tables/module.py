@@ -13,6 +13,7 @@ from lightning.pytorch import Callback
 from torch import Tensor
 
 import core
+from apps.equal_cost.comparable import Baseline, Comparable, RoutedLayers
 from apps.recsys.encoding.features import Features
 from apps.recsys.metrics import MultiTaskMetrics
 from apps.recsys.tables import scoring
@@ -25,13 +26,13 @@ from apps.recsys.tables.model import Ensemble, InteractionConfig, MultiTaskModel
 from apps.recsys.tables.report import RecommenderReport, ReportConfig
 from apps.recsys.tables.tasks import HeadConfig
 from apps.recsys.tables.weighting import WeightingConfig
-from apps.train.module import Baseline, OptimizerConfig, SparseModule, TaskOutput
+from apps.train.module import OptimizerConfig, SparseModule, TaskOutput
 from apps.train.plain import as_config
 
 _REPORT = ReportConfig()
 
 
-class MultiTaskRecommender(SparseModule):
+class MultiTaskRecommender(SparseModule, Comparable):
     """A recommender of several binary tasks: clicks, purchases, incomes.
 
     Configs may also be given as the mappings that stand for them in a run's ``config.yaml``.
@@ -57,7 +58,6 @@ class MultiTaskRecommender(SparseModule):
         ValueError: no features, no task, a value out of its range, or parts that do not go together.
     """
 
-    context_fields: ClassVar[tuple[str, ...]] = ("domain_ids_B",)
     data_arguments: ClassVar[tuple[str, ...]] = ("features",)
     monitor: ClassVar[str] = "val/auc"
     monitor_mode: ClassVar[Literal["min", "max"]] = "max"
@@ -126,9 +126,6 @@ class MultiTaskRecommender(SparseModule):
         self.model = members[0] if num_members == 1 else Ensemble(members)
         self.weighting = self.weighting_config.build(features.tasks, features.positives)
         self.aux_weight = 1 / num_members  # the tasks' losses are means over the members
-        self.moe_config = None if isinstance(self.shared_config, SharedBottom) else self.shared_config
-        self.moe_dim = self.input_dim
-        self.moe_flops_arguments = {"num_tasks": len(features.tasks), "num_domains": features.num_domains}
 
     def _network(self) -> MultiTaskModel:
         return MultiTaskModel(
@@ -200,6 +197,10 @@ class MultiTaskRecommender(SparseModule):
         """AUC, PR-AUC, log loss and calibration error of each task, and AUC by user where the batches name users."""
         exact = self.score_bins is None
         return MultiTaskMetrics(self.features.tasks, grouped=exact, score_bins=self.score_bins)
+
+    @property
+    def shown_metrics(self) -> tuple[str, ...]:
+        return tuple(f"auc_{name}" for name in self.features.tasks)
 
     @torch.inference_mode()
     def predict(self, rows: Any, batch_size: int = 8192) -> Any:
@@ -318,10 +319,6 @@ class MultiTaskRecommender(SparseModule):
     # ---- comparisons
 
     @property
-    def table_metrics(self) -> tuple[str, ...]:
-        return tuple(f"auc_{name}" for name in self.features.tasks)
-
-    @property
     def note(self) -> str:  # type: ignore[override]
         """Says where nothing is sparse but the word."""
         if getattr(self.shared_config, "router", None) is not None:
@@ -337,6 +334,12 @@ class MultiTaskRecommender(SparseModule):
 
     def baselines(self) -> Mapping[str, Baseline]:
         return baselines(self)
+
+    def routed_layers(self) -> RoutedLayers | None:
+        if isinstance(self.shared_config, SharedBottom):
+            return None
+        arguments = {"num_tasks": len(self.features.tasks), "num_domains": self.features.num_domains}
+        return RoutedLayers(self.shared_config, self.input_dim, arguments, ("domain_ids_B",))
 
     def with_moe(self, moe: core.MultiGateConfig) -> MultiTaskRecommender:
         return self.twin(shared=moe)

@@ -9,8 +9,8 @@ import pytest
 from apps.compare.summary import ExamplePair, summarize
 from apps.compare.systems import System
 from apps.compare.table import _parts, cells, markdown
+from apps.equal_cost.comparable import ExampleDifference
 from apps.train.cost import Cost
-from apps.train.module import ExampleDifference
 
 MEASURED = {"sparse": {"seconds_per_step": 0.3}, "dense_equal_flops": {"seconds_per_step": 0.2}}
 

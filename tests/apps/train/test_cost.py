@@ -12,14 +12,15 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import core
 from apps.compare.systems import find_systems
+from apps.equal_cost.comparable import Baseline, Comparable
 from apps.train.cost import measure_cost, megaflops, num_examples
 from apps.train.logs import MetricsCSV
-from apps.train.module import Baseline, TaskOutput
+from apps.train.module import TaskOutput
 
 MOE = core.MoEConfig(num_experts=4, router=core.TokenChoice(top_k=2), expert=core.FFN(hidden_dim=8, bias=True))
 
 
-class Rows(TinyModule):
+class Rows(TinyModule, Comparable):
     """Classifies a row of points by the mean of their logits."""
 
     def forward(self, x_BSD):

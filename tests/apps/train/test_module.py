@@ -436,7 +436,7 @@ class Counts(Metric):
 
 class CountingModule(TinyModule):
     monitor = "val/top1"
-    table_metrics = ("groups",)
+    shown_metrics = ("groups",)
     grouped = False
 
     def build_metrics(self) -> Counts:

@@ -289,8 +289,8 @@ def test_only_a_decoder_must_be_causal(data):
     ahead = core.MoEConfig(4, router=core.ExpertChoice(), expert=core.FFN(hidden_dim=16))
     with pytest.raises(ValueError, match="causal"):
         translator(data, ahead)
-    assert translator(data).causal
-    assert not translator(data, ahead, encoder_moe_layers="all", decoder_moe_layers="none").causal
+    assert translator(data).routed_layers().causal
+    assert not translator(data, ahead, encoder_moe_layers="all", decoder_moe_layers="none").routed_layers().causal
 
 
 # ---- a step

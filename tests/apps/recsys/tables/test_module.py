@@ -351,7 +351,7 @@ def test_it_trains_tests_and_predicts(kind, tmp_path):
     names |= {f"val/{m}_{t}" for m in ("auc", "pr_auc", "log_loss", "ece", "gauc") for t in ("click", "buy")}
     assert names <= logged.keys()
     assert logged["val/auc"] == pytest.approx((logged["val/auc_click"] + logged["val/auc_buy"]) / 2)
-    assert module.table_metrics == ("auc_click", "auc_buy")
+    assert module.shown_metrics == ("auc_click", "auc_buy")
     predicted = run.predict(module, datamodule=data)[0]
     assert predicted.keys() == {"index", "probability_click", "probability_buy", "label_click", "label_buy"}
     assert_close(predicted["probability_buy"], module.eval()(batch(16, seed=200))[:, 1].sigmoid())
