@@ -16,7 +16,7 @@ from apps.cli import usage
 from apps.cli.classes import short
 from apps.train import sharded
 from apps.train.loading import CONFIG_BASES, check_arguments, module_class
-from apps.train.module import to_plain
+from apps.train.plain import to_plain
 
 
 def find_checkpoint(command: str, which: str | None, run_dir: Path) -> Path | None:

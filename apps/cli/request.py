@@ -436,7 +436,7 @@ def with_defaults(part: str, flags: list[str], config: Mapping[str, Any]) -> dic
         return dict(config)
 
     from apps.cli.checkpoint import without_fixed_classes
-    from apps.train.module import to_plain
+    from apps.train.plain import to_plain
 
     arguments = written.get("init_args") or {} if {"class_path", "init_args"} & written.keys() else written
     options = ((name.removeprefix(f"{part}."), value) for name, value in usage.given(flags))
@@ -483,7 +483,7 @@ def _with_own_defaults(value: Any) -> Any:
         return inner
 
     from apps.cli.checkpoint import without_fixed_classes
-    from apps.train.module import to_plain
+    from apps.train.plain import to_plain
 
     own = {}
     for field in dataclasses.fields(kind):

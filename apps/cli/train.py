@@ -33,7 +33,7 @@ from apps.train import sharded
 from apps.train.checkpoints import AtomicCheckpointIO, BestAndLast
 from apps.train.loading import CONFIG_BASES, load_checkpoint
 from apps.train.logs import EventLog, MetricsCSV
-from apps.train.module import to_plain
+from apps.train.plain import to_plain
 from apps.train.progress import progress
 from apps.train.resume import GeneratorState
 from apps.train.run_folder import RunFolder, check_free, check_own, mark

@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer, seed_everything
 
-import core
 from apps.base.messages import first_line
 from apps.compare.experiment import Experiment
 from apps.compare.parallel import answering, start, worker_context
@@ -192,13 +191,12 @@ class _Bench:
 
     def _train_step(self) -> int:
         batch = next(self.batches)
-        with self.precision.forward_context(), core.record(self.module) as tape:
-            out = self.module.task_loss(batch)
-            loss = out.loss + core.aux_loss(tape) if len(tape) else out.loss
+        with self.precision.forward_context():
+            loss = self.module.training_loss(batch)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.total.backward()
         self.optimizer.step()
-        return out.num_examples
+        return int(loss.out.num_examples)
 
     @torch.no_grad()
     def inference(self) -> float:

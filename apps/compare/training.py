@@ -27,7 +27,8 @@ from apps.equal_cost.twins import Search
 from apps.train.averaging import AVERAGE, FOLDER
 from apps.train.checkpoints import AtomicCheckpointIO, BestAndLast
 from apps.train.finite import NonFiniteError
-from apps.train.module import SparseModule, to_plain
+from apps.train.module import SparseModule
+from apps.train.plain import to_plain
 from apps.train.resume import GeneratorState
 
 CHECKPOINT = "last.ckpt"
@@ -235,7 +236,7 @@ def _fit(
     curve = Curve(module.monitor)
     last = folder / CHECKPOINT
     module.starts_afresh = not last.exists()
-    _without_reports(module)
+    module.reports = False
     trainer = Trainer(
         **shortened(experiment.trainer_options, unit.share),
         callbacks=[*experiment.callbacks(), curve, GeneratorState(), _Report(progress), _checkpoints(folder)],
@@ -334,23 +335,6 @@ def _tune_estimator(model: Any, data: Any, unit: Unit, folder: Path, progress: P
 def _checkpoints(folder: Path) -> BestAndLast:
     # A monitor that nothing logs: the last weights are compared, and a best checkpoint would only take time.
     return BestAndLast(dirpath=str(folder), monitor="-", every_n_minutes=2.0)
-
-
-def _without_reports(module: SparseModule) -> None:
-    """Leave out callbacks that only act in a test, or say so: pictures and checks are not part of a comparison."""
-    configured = module.configure_callbacks
-
-    def kept() -> list[Callback]:
-        callbacks: Any = configured()
-        return [c for c in callbacks if not getattr(c, "only_reports", False) and _hooks(c) - {"on_test"}]
-
-    module.configure_callbacks = kept  # type: ignore[method-assign]
-
-
-def _hooks(callback: Callback) -> set[str]:
-    """Families of hooks that a callback overrides, as {"on_test", "on_train"}."""
-    changed = (n for n in dir(Callback) if getattr(type(callback), n) is not getattr(Callback, n))
-    return {"_".join(n.split("_")[:2]) for n in changed if n.startswith(("on_", "state_dict"))}
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from apps.base.files import naming, replacing
 from apps.nlp.decode import DecodeConfig
 from apps.nlp.predict import Line
-from apps.train.module import to_plain
+from apps.train.plain import to_plain
 
 log = logging.getLogger(__name__)
 

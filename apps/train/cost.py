@@ -10,15 +10,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import core
-
-if TYPE_CHECKING:
-    from apps.train.module import SparseModule
 
 
 @dataclass(frozen=True)
@@ -45,13 +42,14 @@ class Cost:
         return asdict(self)
 
 
-def measure_cost(module: SparseModule, batch: Any, replaced: Sequence[str] = (), as_evaluated: bool = False) -> Cost:
+def measure_cost(module: Any, batch: Any, replaced: Sequence[str] = (), as_evaluated: bool = False) -> Cost:
     """Count parameters, and FLOPs of one forward of ``batch``, as in training or as in evaluation.
 
     Args:
-        module: left as it was, and the generators too.
+        module: a ``SparseModule``, for its ``cost_inputs`` and ``cost_unit``; it is left as it was, and the generators
+            too.
         batch: of the data module, on the module's device.
-        replaced: dotted names of the blocks that a baseline replaces; see ``SparseModule.replaced_blocks``.
+        replaced: dotted names of the blocks that a baseline replaces: the MoE layers, or what holds them.
         as_evaluated: count what is computed under the module's evaluation capacity. Else as in training, by the rule of
             ``MoEConfig.flops_per_token``: every chosen pair, times the training's capacity factor where that is below
             1. What an untrained router drops, or leaves empty, says nothing of the model.

@@ -1,4 +1,4 @@
-"""What every app's LightningModule shares: the auxiliary loss, the optimizer, the log of the routing, and the guards.
+"""The training that every app shares: the auxiliary loss, the optimizer, the metrics, and the log of the routing.
 
 An app subclasses ``SparseModule`` and brings a network, a task loss and metrics; everything here is the same for
 images, users and sentences.
@@ -6,30 +6,23 @@ images, users and sentences.
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
-import logging
 import math
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
-from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 import core
-from apps.train import sharded
 from apps.train.averaging import WeightAverage, WeightEMA
-from apps.train.cost import measure_cost, megaflops
 from apps.train.finite import check_loss
+from apps.train.linked import LinkedModule
+from apps.train.measures import ModelSize, Throughput
 from apps.train.optimizers import OptimizerConfig, build_optimizer, parameter_groups
-
-_logger = logging.getLogger(__name__)
 
 Stage = Literal["train", "val", "test"]
 
@@ -57,8 +50,24 @@ class TaskOutput:
     weight: int | None = None
 
 
-class SparseModule(LightningModule):
-    """A LightningModule for a network that may have MoE layers.
+class TrainingLoss(NamedTuple):
+    """The loss of a training step and its parts.
+
+    Attributes:
+        total: (), what the step minimises.
+        out: the task's part.
+        aux: the balance losses of the MoE layers.
+        tape: what the layers did.
+    """
+
+    total: Tensor
+    out: TaskOutput
+    aux: core.AuxLosses
+    tape: core.Tape
+
+
+class SparseModule(LinkedModule):
+    """A LightningModule for a network that may have MoE layers, and its training.
 
     A subclass brings ``forward``, ``task_loss`` and ``example_inputs``, and may bring ``build_metrics``. The weighted
     auxiliary loss of all MoE layers is added to the loss that ``training_step`` returns, so that gradient accumulation
@@ -75,8 +84,19 @@ class SparseModule(LightningModule):
         ValueError: ema_decay outside (0, 1), average_last below 1, or both.
     """
 
-    data_arguments: ClassVar[tuple[str, ...]] = ()
-    """Constructor parameters that the command line fills with the data module's attribute of the same name."""
+    monitor: ClassVar[str] = "val/loss"
+    """The logged value that decides which checkpoint is the best."""
+
+    monitor_mode: ClassVar[Literal["min", "max"]] = "min"
+
+    readout: ClassVar[tuple[str, ...]] = ()
+    """Dotted names of the modules that read the outputs off the last hidden state; Muon leaves them to AdamW."""
+
+    aux_weight: float = 1.0
+    """Weight of the layers' balance losses relative to the task's loss."""
+
+    reports: bool = True
+    """The size, the speed and the reports of ``report_callbacks`` are made; a comparison sets it to False."""
 
     @classmethod
     def defaults_of_none(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -88,23 +108,6 @@ class SparseModule(LightningModule):
             arguments: the plain values that were given, by name.
         """
         return {"optimizer": OptimizerConfig()}
-
-    monitor: ClassVar[str] = "val/loss"
-    """The logged value that decides which checkpoint is the best."""
-
-    monitor_mode: ClassVar[Literal["min", "max"]] = "min"
-
-    readout: ClassVar[tuple[str, ...]] = ()
-    """Dotted names of the modules that read the outputs off the last hidden state; Muon leaves them to AdamW."""
-
-    aux_weight: float = 1.0
-    """Of the layers' weighted losses beside the task's loss."""
-
-    starts_afresh: bool = True
-    """The weights are still those it was made with. Who is to load a checkpoint says so by False."""
-
-    _encoding: Mapping[str, Any] | None = None
-    """What the numbers of the data stand for, as the checkpoint says; None: no checkpoint says it."""
 
     def __init__(
         self,
@@ -121,26 +124,11 @@ class SparseModule(LightningModule):
             raise ValueError(f"average_last={average_last} with ema_decay={ema_decay}: the weights have one average")
         self.optimizer_config = optimizer or OptimizerConfig()
         self.ema_decay, self.average_last = ema_decay, average_last
-        # Lightning gathers the arguments of the subclass's constructor from here. Plain dicts, or a checkpoint could
-        # not be loaded with weights_only.
-        self.save_hyperparameters(logger=False)
-        taken = inspect.signature(type(self).__init__).parameters
-        every = any(p.kind is p.VAR_KEYWORD for p in taken.values())
-        # Without those of this constructor alone, which the subclass could not be made anew with.
-        self._arguments = {k: v for k, v in self.hparams.items() if every or k in taken}
-        plain = {k: to_plain(v) for k, v in self._arguments.items()}
-        self.hparams.clear()
-        self._set_hparams(plain)
-        self._hparams_initial = dict(plain)
         self._stage_metrics = nn.ModuleDict()
         self._tape: core.Tape | None = None
         self._stats: core.RoutingStats | None = None
         self._total_steps = math.inf
-        self._clock = _Clock()
-
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        self.starts_afresh = False
-        return super().load_state_dict(*args, **kwargs)
+        self.num_trained = 0
 
     # ---- what a subclass brings
 
@@ -185,17 +173,22 @@ class SparseModule(LightningModule):
         """How metrics are made, by name, where their name alone does not tell: stands beside their values."""
         return {}
 
-    def twin(self, **changed: Any) -> Self:
-        """Return the module anew, untrained, with other values of the arguments in ``changed``."""
-        return type(self)(**{**self._arguments, **changed})
+    def report_callbacks(self) -> list[Callback]:
+        """Return the callbacks that report on a training or a test and change neither."""
+        return []
 
     # ---- steps
 
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+    def training_loss(self, batch: Any) -> TrainingLoss:
+        """Return the loss that a step minimises: the task's, plus the weighted balance losses of all MoE layers."""
         with core.record(self) as tape:
             out = self.task_loss(batch)
         aux = core.aux_losses(tape)
-        loss = out.loss + self.aux_weight * aux.total if len(tape) else out.loss
+        total = out.loss + self.aux_weight * aux.total if len(tape) else out.loss
+        return TrainingLoss(total, out, aux, tape)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss, out, aux, tape = self.training_loss(batch)
         terms = {"task loss": out.loss, **out.terms, **aux.terms}
         check_loss(loss, terms, self.global_step + 1, self.optimizer_config.lr)
         # The loads alone: logits and scores of every micro-batch would stay until the optimizer's step.
@@ -215,7 +208,7 @@ class SparseModule(LightningModule):
                 terms["train/aux_loss"] = aux.total
                 terms |= routing_metrics(core.RoutingStats.from_tape(tape).all_reduce())
             self.log_dict({k: v.detach() for k, v in terms.items()}, batch_size=1)
-        self._clock.add(out.num_examples)
+        self.num_trained += out.num_examples
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -295,7 +288,6 @@ class SparseModule(LightningModule):
         for callback in self.trainer.early_stopping_callbacks:
             if callback is not None and callback.stopping_reason != EarlyStoppingReason.NOT_STOPPED:
                 self.trainer.should_stop = True
-        self._clock.restart()
 
     def _restore_own_rates(self) -> None:
         """Set the rates of the step ahead: resuming loads the old run's with the optimizer, but this run's count."""
@@ -314,32 +306,7 @@ class SparseModule(LightningModule):
             group["lr"] = own["lr"] * scheduler.lr_lambdas[0](scheduler.last_epoch)
         scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
 
-    # ---- set-up and log
-
-    def _data(self) -> Any:
-        """The trainer's data module; None without one."""
-        return None if self._trainer is None else getattr(self._trainer, "datamodule", None)
-
-    def _hand_over(self) -> None:
-        """Give the data the encoding that the checkpoint keeps, and refuse data that do not fit the model.
-
-        Data that have ``encoding_state`` and ``adopt`` encode by it, whatever their own rows would have taught.
-        """
-        adopt = getattr(self._data(), "adopt", None)
-        if adopt is not None and self._encoding is not None:
-            adopt(self._encoding)
-        self._check_data()
-
-    def _check_data(self) -> None:
-        """Refuse data that do not fit the model, with a ``ValueError``."""
-        self._check_data_arguments()
-
-    def _check_data_arguments(self) -> None:
-        """Refuse data that say otherwise of ``data_arguments`` than the model's attributes of these names."""
-        for name in self.data_arguments:
-            found = getattr(self._data(), name, None)
-            if found is not None and found != getattr(self, name):
-                raise ValueError(f"model.{name}={getattr(self, name)} does not fit the data, whose {name} is {found}")
+    # ---- set-up and passes
 
     def setup(self, stage: str) -> None:
         metrics: Any = self.build_metrics()
@@ -347,110 +314,36 @@ class SparseModule(LightningModule):
             for name in ("val", "test"):
                 own = metrics.clone(prefix=f"{name}/") if hasattr(metrics, "items") else metrics.clone()
                 self._stage_metrics[name] = own
-        self._hand_over()
+        super().setup(stage)
 
     def configure_callbacks(self) -> list[Callback]:
+        callbacks: list[Callback] = []
         if self.average_last is not None:
-            return [WeightAverage(self.average_last)]
-        return [WeightEMA(self.ema_decay)] if self.ema_decay is not None else []
-
-    def on_train_epoch_start(self) -> None:
-        self._clock.restart()
+            callbacks.append(WeightAverage(self.average_last))
+        if self.ema_decay is not None:
+            callbacks.append(WeightEMA(self.ema_decay))
+        return [*callbacks, ModelSize(), Throughput(), *self.report_callbacks()] if self.reports else callbacks
 
     def on_validation_epoch_start(self) -> None:
-        self._clock.pause()
         self._start_pass("val")
 
     def on_validation_epoch_end(self) -> None:
-        self._log_metrics("val")
-        self._log_stats("val")
-        self._clock.resume()
+        self._end_pass("val")
 
     def on_test_epoch_start(self) -> None:
         self._start_pass("test")
 
     def on_test_epoch_end(self) -> None:
-        self._log_metrics("test")
-        self._log_stats("test")
+        self._end_pass("test")
 
     def _start_pass(self, stage: Stage) -> None:
         self._stats = None
         if stage in self._stage_metrics:  # a pass that was broken off leaves its part behind
             self._stage_metrics[stage].reset()  # type: ignore[operator]
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["module_class"] = f"{type(self).__module__}.{type(self).__qualname__}"
-        state = getattr(self._data(), "encoding_state", self._encoding)
-        if state is not None:
-            checkpoint["encoding"] = state
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._encoding = checkpoint.get("encoding")
-        if self._data() is not None:
-            self._hand_over()
-
-    @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Return the module of a checkpoint, with the weights that a test uses; ``kwargs`` beat what it remembers.
-
-        Raises:
-            ValueError: the checkpoint names a class that is not registered.
-        """
-        shards = sharded.read(checkpoint_path) if sharded.is_sharded(checkpoint_path) else None
-        checkpoint = shards or torch.load(checkpoint_path, map_location="cpu", weights_only=True)
-        remembered = {k: from_plain(v) for k, v in checkpoint.get("hyper_parameters", {}).items()}
-        if "_instantiator" in remembered:  # Lightning would import what it names
-            raise ValueError(f"{checkpoint_path} names a function to be made with, which no checkpoint of ours does")
-        if shards is not None:
-            module = cls(*args, **{**remembered, **kwargs})
-            module.load_state_dict(shards["state_dict"])
-            module._encoding = shards.get("encoding")  # Lightning's hooks are not called here
-            return module
-        return super().load_from_checkpoint(checkpoint_path, *args, **{"weights_only": True, **remembered, **kwargs})
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        if self.global_step == 0 and batch_idx == 0:
-            self._log_size(batch)
-            self._clock.restart()
-
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if self.global_step % self.trainer.log_every_n_steps == 0 and self._clock.examples:
-            self.log("train/examples_per_second", self._clock.rate() * self.trainer.world_size, batch_size=1)
-
-    def _log_size(self, batch: Any) -> None:
-        """Parameters, active parameters and forward FLOPs an example, once a run: what a comparison counts too."""
-        counted = self._validation_batch()
-        cost = measure_cost(self, batch if counted is None else counted)
-        elsewhere = getattr(self.trainer.strategy, "num_params_elsewhere", 0)
-        size = {
-            "num_params": cost.num_params + elsewhere,
-            "active_params": cost.active_params + elsewhere,
-            "flops_per_example": cost.flops_per_example,
-        }
-        for logger in self.loggers:
-            logger.log_metrics({f"model/{k}": float(v) for k, v in size.items()}, step=0)
-        if rank_zero_only.rank == 0:
-            _logger.info(
-                "%s: %s parameters, %s active, %s MFLOPs %s (forward)",
-                type(self).__name__,
-                f"{size['num_params']:,}",
-                f"{size['active_params']:,}",
-                megaflops(cost.flops_per_example),
-                cost.unit,
-            )
-
-    def _validation_batch(self) -> Any:
-        """The first batch of the validation, which costs are counted on; None where there is none."""
-        loader: Any = self.trainer.val_dataloaders
-        while isinstance(loader, (list, tuple)):
-            loader = next(iter(loader), None)
-        if loader is None or isinstance(loader, Mapping):
-            return None
-        with torch.random.fork_rng(devices=[]):  # a pass over a loader draws a seed for its workers
-            batch = next(iter(loader), None)
-        if batch is None:
-            return None
-        return self.trainer.strategy.batch_to_device(self.trainer.precision_plugin.convert_input(batch))
+    def _end_pass(self, stage: Stage) -> None:
+        self._log_metrics(stage)
+        self._log_stats(stage)
 
     def _logs_this_step(self) -> bool:
         return (self.global_step + 1) % self.trainer.log_every_n_steps == 0
@@ -463,32 +356,6 @@ class SparseModule(LightningModule):
         return dict(zip(values, mean.unbind(), strict=True))
 
 
-class _Clock:
-    """Seconds of training and the examples trained on in them; validation and checkpoints do not count."""
-
-    def __init__(self) -> None:
-        self.examples, self._seconds, self._since = 0, 0.0, time.perf_counter()
-
-    def restart(self) -> None:
-        self.examples, self._seconds, self._since = 0, 0.0, time.perf_counter()
-
-    def add(self, examples: int) -> None:
-        self.examples += examples
-
-    def pause(self) -> None:
-        self._seconds += time.perf_counter() - self._since
-
-    def resume(self) -> None:
-        self._since = time.perf_counter()
-
-    def rate(self) -> float:
-        """Examples a second since the last call."""
-        seconds = self._seconds + time.perf_counter() - self._since
-        rate = self.examples / seconds if seconds > 0 else 0.0
-        self.restart()
-        return rate
-
-
 def routing_metrics(stats: core.RoutingStats, prefix: str = "routing") -> dict[str, Tensor]:
     """The figures of each layer, ``{prefix}/{layer}/{figure}``, and their means, ``{prefix}/{figure}``."""
     metrics: dict[str, Tensor] = {}
@@ -499,43 +366,3 @@ def routing_metrics(stats: core.RoutingStats, prefix: str = "routing") -> dict[s
             figures.setdefault(name, []).append(value)
     metrics |= {f"{prefix}/{name}": torch.tensor(sum(v) / len(v)) for name, v in figures.items()}
     return metrics
-
-
-def to_plain(value: Any) -> Any:
-    """Return ``value`` as plain dicts, lists and numbers; a dataclass as ``{"class_path": ..., "init_args": ...}``.
-
-    Raises:
-        ValueError: a dataclass that is not registered: ``from_plain`` could not make it again.
-    """
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        path = f"{type(value).__module__}.{type(value).__qualname__}"
-        if not core.is_registered(type(value)):
-            raise ValueError(f"no checkpoint can be loaded with a {path}: decorate the class with core.register_config")
-        fields = {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
-        return {"class_path": path, "init_args": fields}
-    if isinstance(value, Mapping):
-        return {str(k): to_plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [to_plain(v) for v in value]
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    return str(value)
-
-
-def from_plain(value: Any) -> Any:
-    """Return what ``to_plain`` made ``value`` of, with the config dataclasses of class_path back; lists stay lists.
-
-    Raises:
-        ValueError: a class_path that is not registered (``core.register_config``), or arguments that its class refuses.
-    """
-    if isinstance(value, list):
-        return [from_plain(v) for v in value]
-    if not isinstance(value, dict):
-        return value
-    if set(value) != {"class_path", "init_args"}:
-        return {k: from_plain(v) for k, v in value.items()}
-    kind = core.registered_config(value["class_path"])
-    try:
-        return kind(**{k: from_plain(v) for k, v in value["init_args"].items()})
-    except TypeError as error:
-        raise ValueError(f"class_path={value['class_path']!r}: {error}") from error

@@ -1,4 +1,4 @@
-"""Config dataclasses from the plain values of a YAML file, for constructors that a script calls with them."""
+"""Config dataclasses as the plain values of YAML files and checkpoints, and back."""
 
 from __future__ import annotations
 
@@ -74,3 +74,43 @@ def _value(hint: Any, value: Any, option: str) -> Any:
             element = typing.get_args(tuples[0])[0]
             return tuple(_value(element, given, option) for given in value)
     return value
+
+
+def to_plain(value: Any) -> Any:
+    """Return ``value`` as plain dicts, lists and numbers; a dataclass as ``{"class_path": ..., "init_args": ...}``.
+
+    Raises:
+        ValueError: a dataclass that is not registered: ``from_plain`` could not make it again.
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        path = f"{type(value).__module__}.{type(value).__qualname__}"
+        if not core.is_registered(type(value)):
+            raise ValueError(f"no checkpoint can be loaded with a {path}: decorate the class with core.register_config")
+        fields = {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
+        return {"class_path": path, "init_args": fields}
+    if isinstance(value, Mapping):
+        return {str(k): to_plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [to_plain(v) for v in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return str(value)
+
+
+def from_plain(value: Any) -> Any:
+    """Return what ``to_plain`` made ``value`` of, with the config dataclasses of class_path back; lists stay lists.
+
+    Raises:
+        ValueError: a class_path that is not registered (``core.register_config``), or arguments that its class refuses.
+    """
+    if isinstance(value, list):
+        return [from_plain(v) for v in value]
+    if not isinstance(value, dict):
+        return value
+    if set(value) != {"class_path", "init_args"}:
+        return {k: from_plain(v) for k, v in value.items()}
+    kind = core.registered_config(value["class_path"])
+    try:
+        return kind(**{k: from_plain(v) for k, v in value["init_args"].items()})
+    except TypeError as error:
+        raise ValueError(f"class_path={value['class_path']!r}: {error}") from error

@@ -229,7 +229,7 @@ class VisionClassifier(SparseModule, Comparable):
         Raises:
             ValueError: there is neither.
         """
-        state = self._encoding or getattr(self._data(), "encoding_state", None)
+        state = self.encoding_state
         if state is None:
             raise ValueError(
                 "this model does not know its classes and the scale of its pixels: load a checkpoint of a training "
@@ -244,9 +244,8 @@ class VisionClassifier(SparseModule, Comparable):
             load_pretrained_weights(self.model, self.pretrained)
         self.starts_afresh = False
 
-    def configure_callbacks(self) -> list[Callback]:
-        callbacks = super().configure_callbacks()
-        return callbacks if self.report is None else [*callbacks, VisionReport(self.report)]
+    def report_callbacks(self) -> list[Callback]:
+        return [] if self.report is None else [VisionReport(self.report)]
 
     # ---- comparisons
 

@@ -471,9 +471,8 @@ class Translator(LinePredictor, PretrainedModule):
                 f"{', '.join(pairs)}"
             )
 
-    def configure_callbacks(self) -> list[Callback]:
-        callbacks = super().configure_callbacks()
-        return callbacks if self.report is None else [*callbacks, TranslationReport(self.report)]
+    def report_callbacks(self) -> list[Callback]:
+        return [] if self.report is None else [TranslationReport(self.report)]
 
     # ---- comparisons
 

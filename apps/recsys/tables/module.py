@@ -288,9 +288,8 @@ class MultiTaskRecommender(SparseModule, Comparable):
         if found is not None and found != self.features:
             raise ValueError(f"model.features does not fit the data: {_difference(self.features, found)}")
 
-    def configure_callbacks(self) -> list[Callback]:
-        callbacks = super().configure_callbacks()
-        return callbacks if self.report is None else [*callbacks, RecommenderReport(self.report)]
+    def report_callbacks(self) -> list[Callback]:
+        return [] if self.report is None else [RecommenderReport(self.report)]
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)

@@ -56,7 +56,7 @@ def encoding_of(model: Any) -> Mapping[str, Any]:
     Raises:
         ValueError: neither says it.
     """
-    found = getattr(model._data(), "encoding_state", None) or model._encoding
+    found = model.encoding_state
     if found is None:
         raise ValueError(
             f"this {type(model).__name__} does not know what its numbers stand for: load a checkpoint of its training "

@@ -24,11 +24,10 @@ from apps.train.finite import NonFiniteError
 from apps.train.logs import MetricsCSV
 from apps.train.module import (
     OptimizerConfig,
-    from_plain,
     parameter_groups,
     routing_metrics,
-    to_plain,
 )
+from apps.train.plain import from_plain, to_plain
 from apps.train.progress import EpochLines
 from apps.train.resume import GeneratorState, generator_state, restore_generators
 
