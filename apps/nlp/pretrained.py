@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
 import core
 from apps.data.subwords import Subwords
 from apps.equal_cost.comparable import Comparable
+from apps.nets.config import TransformerConfig
 from apps.porting import Architecture, config_of, load_pretrained_weights, subwords_of
 from apps.train.module import SparseModule
 
@@ -26,6 +28,16 @@ class PretrainedModule(SparseModule, Comparable):
     model: Any
     subwords: Subwords
     pretrained: str | None = None
+
+    @classmethod
+    def defaults_of_none(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        published = arguments.get("pretrained") is not None  # its folder says what the transformer is
+        own = {} if published else {"transformer": TransformerConfig()}
+        return {**super().defaults_of_none(arguments), **own}
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        self._load_pretrained()
 
     def with_moe(self, moe: core.MoEConfig) -> Self:
         check_free(self.pretrained)

@@ -237,6 +237,8 @@ class VisionClassifier(SparseModule, Comparable):
             )
         return ImageEncoding.from_state(state)
 
+    # ---- set-up
+
     def setup(self, stage: str) -> None:
         super().setup(stage)
         # Not in the constructor: a trained model does not need the file any more.
@@ -249,6 +251,11 @@ class VisionClassifier(SparseModule, Comparable):
 
     # ---- comparisons
 
+    @property
+    def tokens_per_image(self) -> int:
+        """Patches and class token."""
+        return self.model.patch_embed.num_patches + self.model.num_prefix_tokens
+
     def baselines(self) -> Mapping[str, Baseline]:
         """Dense models of equal active FLOPs and of equal parameters; only the FFNs in place of experts are wider."""
         if self.moe is None:
@@ -256,11 +263,6 @@ class VisionClassifier(SparseModule, Comparable):
         widths = baseline_widths(self.moe, self.vit.dim, tokens_per_sequence=self.tokens_per_image)
         says = "FFN hidden dim {width} in the replaced blocks"
         return dense_baselines(widths, partial(DenseTwin, self), says, self.vit.dense_hidden_dim)
-
-    @property
-    def tokens_per_image(self) -> int:
-        """Patches and class token."""
-        return self.model.patch_embed.num_patches + self.model.num_prefix_tokens
 
     def routed_layers(self) -> RoutedLayers | None:
         arguments = {"tokens_per_sequence": self.tokens_per_image}

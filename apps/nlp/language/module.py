@@ -17,20 +17,14 @@ from apps.nets.config import TransformerConfig
 from apps.nets.loss import linear_cross_entropy, target_scores
 from apps.nets.transformer import LanguageModel
 from apps.nlp.baselines import dense_twins
+from apps.nlp.checks import check_context, check_length, check_subwords
 from apps.nlp.decode import DecodeConfig, Hypotheses, generate_ids, in_dtype
+from apps.nlp.foreseen import of_mean_length, per_sentence, read_ids
 from apps.nlp.language.data import TextBatch, TextSize, prompt_batches
 from apps.nlp.output import LinePredictor
 from apps.nlp.predict import Candidate, Line, check_one, checked_texts, decoding, in_order
 from apps.nlp.pretrained import PretrainedModule, check_replaced, published_network
 from apps.nlp.translation.metrics import gathered, perplexity, token_figures
-from apps.nlp.translation.module import (
-    check_context,
-    check_length,
-    check_subwords,
-    of_mean_length,
-    per_sentence,
-    read_ids,
-)
 from apps.train.module import OptimizerConfig, Stage, TaskOutput
 
 _LAYERS = "all"
@@ -139,12 +133,6 @@ class LanguageModeler(LinePredictor, PretrainedModule):
     monitor_mode: ClassVar[Literal["min", "max"]] = "min"
     shown_metrics = ("word_perplexity", "bits_per_byte", "token_accuracy")
 
-    @classmethod
-    def defaults_of_none(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        published = arguments.get("pretrained") is not None  # its folder says what the transformer is
-        own = {} if published else {"transformer": TransformerConfig()}
-        return {**super().defaults_of_none(arguments), **own}
-
     def __init__(
         self,
         subwords: Subwords | None = None,
@@ -231,6 +219,8 @@ class LanguageModeler(LinePredictor, PretrainedModule):
         size = getattr(self._data(), "size", None)
         self.stage_metrics(stage).size = None if size is None else size(stage)
 
+    # ---- prediction
+
     def predict_step(self, batch: TextBatch, batch_idx: int) -> Continuations:
         """Each prompt and what follows it."""
         found = self.generate(batch)
@@ -311,10 +301,6 @@ class LanguageModeler(LinePredictor, PretrainedModule):
         return in_order(continued(), start)
 
     # ---- set-up and comparisons
-
-    def setup(self, stage: str) -> None:
-        super().setup(stage)
-        self._load_pretrained()
 
     def _check_data(self) -> None:
         data = self._data()

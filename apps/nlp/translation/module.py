@@ -12,20 +12,22 @@ from torch import Tensor
 
 import core
 from apps.data.sources import unknown_name
-from apps.data.subwords import PAD_ID, UNK_ID, Subwords
+from apps.data.subwords import PAD_ID, Subwords
 from apps.equal_cost.comparable import Baseline, ExampleDifference, RoutedLayers
 from apps.nets.config import TransformerConfig
-from apps.nets.loss import TargetScores, linear_cross_entropy, target_scores
+from apps.nets.loss import linear_cross_entropy, target_scores
 from apps.nets.transformer import TranslationModel
 from apps.nlp.baselines import dense_twins
+from apps.nlp.checks import check_context, check_length, check_subwords
 from apps.nlp.decode import DecodeConfig, Hypotheses, in_dtype, translate_ids
+from apps.nlp.foreseen import Foreseen, of_mean_length, per_sentence, read_ids
 from apps.nlp.output import LinePredictor
 from apps.nlp.predict import Candidate, Line, check_one, checked_texts, decoding, in_order, source_batches
 from apps.nlp.pretrained import PretrainedModule, check_replaced, published_network
 from apps.nlp.text.batch import TranslationBatch
 from apps.nlp.translation.metrics import Sentence, TranslationMetrics, bleu_tokenizers, signatures
 from apps.nlp.translation.report import ReportConfig, TranslationReport, side_by_side
-from apps.train.module import OptimizerConfig, SparseModule, Stage, TaskOutput
+from apps.train.module import OptimizerConfig, Stage, TaskOutput
 
 _DECODE = DecodeConfig()
 _REPORT = ReportConfig()
@@ -53,20 +55,6 @@ class Translations(NamedTuple):
     translation: list[str]
     score: Tensor
     alternatives: list[list[str]]
-
-
-class Foreseen(NamedTuple):
-    """How well each sentence's reference was foreseen, its end included.
-
-    Attributes:
-        nll_B: float64 (B,), negative log likelihood in nats, summed over its tokens.
-        right_B: int64 (B,), tokens that came first.
-        tokens_B: int64 (B,).
-    """
-
-    nll_B: Tensor
-    right_B: Tensor
-    tokens_B: Tensor
 
 
 class Translator(LinePredictor, PretrainedModule):
@@ -109,12 +97,6 @@ class Translator(LinePredictor, PretrainedModule):
     monitor_mode: ClassVar[Literal["min", "max"]] = "max"
     shown_metrics = ("chrf", "token_accuracy", "perplexity")
     predicts: ClassVar[str] = "translation"
-
-    @classmethod
-    def defaults_of_none(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        published = arguments.get("pretrained") is not None  # its folder says what the transformer is
-        own = {} if published else {"transformer": TransformerConfig()}
-        return {**super().defaults_of_none(arguments), **own}
 
     def __init__(
         self,
@@ -302,32 +284,7 @@ class Translator(LinePredictor, PretrainedModule):
     def on_predict_epoch_end(self) -> None:
         self._copies = None
 
-    def examples_of_test(self) -> list[dict[str, Any]]:
-        """Each sentence of the last test."""
-        data = self._data()
-        sources = data.sources("test") if hasattr(data, "sources") else None
-        return [
-            {
-                "index": s.index,
-                "pair": self.pairs[s.pair],
-                **({} if sources is None else {"source": sources[s.index]}),
-                "reference": s.reference,
-                "hypothesis": s.hypothesis,
-            }
-            for s in self._tested
-        ]
-
-    def compare_examples(
-        self, first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]]
-    ) -> list[ExampleDifference]:
-        """BLEU and chrF++ differences by paired bootstrap resampling."""
-        from apps.nlp.translation.significance import compare_sentences
-
-        return compare_sentences(first, second, self.bleu_tokenizers)
-
-    def side_by_side(self, systems: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-        """Sentences at equal steps through the test set, with each system's translation."""
-        return side_by_side(systems, 0 if self.report is None else self.report.samples)
+    # ---- prediction
 
     def predict_step(self, batch: TranslationBatch, batch_idx: int) -> Translations:
         """The translation of each source; an empty line stays one."""
@@ -456,10 +413,6 @@ class Translator(LinePredictor, PretrainedModule):
 
     # ---- set-up
 
-    def setup(self, stage: str) -> None:
-        super().setup(stage)
-        self._load_pretrained()
-
     def _check_data(self) -> None:
         data = self._data()
         check_subwords(self.subwords, getattr(data, "subwords", None))
@@ -485,6 +438,33 @@ class Translator(LinePredictor, PretrainedModule):
             return None
         causal = bool(self.model.decoder_moe_layers)  # only a decoder's layers must not look ahead
         return RoutedLayers(self.moe, self.transformer.shape.dim, {}, self.context_fields, causal)
+
+    def examples_of_test(self) -> list[dict[str, Any]]:
+        """Each sentence of the last test."""
+        data = self._data()
+        sources = data.sources("test") if hasattr(data, "sources") else None
+        return [
+            {
+                "index": s.index,
+                "pair": self.pairs[s.pair],
+                **({} if sources is None else {"source": sources[s.index]}),
+                "reference": s.reference,
+                "hypothesis": s.hypothesis,
+            }
+            for s in self._tested
+        ]
+
+    def compare_examples(
+        self, first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]]
+    ) -> list[ExampleDifference]:
+        """BLEU and chrF++ differences by paired bootstrap resampling."""
+        from apps.nlp.translation.significance import compare_sentences
+
+        return compare_sentences(first, second, self.bleu_tokenizers)
+
+    def side_by_side(self, systems: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+        """Sentences at equal steps through the test set, with each system's translation."""
+        return side_by_side(systems, 0 if self.report is None else self.report.samples)
 
 
 def task_numbers(pairs: Sequence[str], tasks: Tasks) -> tuple[list[int], list[int]]:
@@ -529,70 +509,3 @@ def check_tasks(moe: core.MoEConfig | None, pairs: Sequence[str], tasks: Tasks, 
             f"moe.router.num_domains={domains} does not fit the data's pairs {shown}, which have {targets} target "
             "languages"
         )
-
-
-def check_subwords(own: Subwords, found: Subwords | None) -> None:
-    """Refuse data that is cut into other subwords than the model reads.
-
-    Raises:
-        ValueError: naming the digests of both.
-    """
-    if found is not None and found.digest != own.digest:
-        raise ValueError(
-            f"the model's subwords have digest {own.digest}, the data's {found.digest}: it would read other words. "
-            "Give the data the model's (data.subwords), or train anew"
-        )
-
-
-def check_length(transformer: TransformerConfig, option: str, length: int | None) -> None:
-    """Refuse data whose sequences may be longer than a table of learned positions.
-
-    Raises:
-        ValueError: naming both lengths.
-    """
-    if length is not None and transformer.positions == "learned" and length > transformer.max_length:
-        raise ValueError(
-            f"{option}={length} exceeds model.transformer.max_length={transformer.max_length}, the positions that "
-            "positions='learned' knows"
-        )
-
-
-def check_context(module: SparseModule, moe: core.MoEConfig | None) -> None:
-    """Refuse a router, or losses, that ask for more of the context than the module gives its layers.
-
-    Raises:
-        ValueError: naming what is lacking.
-    """
-    if moe is None:
-        return
-    for part, needs in ((f"router {moe.router.source()}", moe.router.needs()), ("moe.balance", moe.balance.needs())):
-        for name in needs:
-            if name not in module.context_fields:
-                raise ValueError(f"{part} needs context.{name}, which {type(module).__name__} does not give")
-    # Some ask in training alone, or for one of several.
-    given = core.RoutingContext(**dict.fromkeys(module.context_fields, torch.zeros(1)))
-    for layer in core.moe_layers(module).values():
-        layer.router.check_context(given)
-
-
-def per_sentence(scores: TargetScores, real_BL: Tensor) -> Foreseen:
-    """The scores of T targets, the real ones of (B, L), row by row."""
-    tokens_B = real_BL.sum(1)
-    row_T = torch.repeat_interleave(tokens_B)
-    nll_B = torch.zeros(len(tokens_B), dtype=torch.float64, device=row_T.device)
-    return Foreseen(
-        nll_B=nll_B.index_add_(0, row_T, scores.nll_T.double()),
-        right_B=torch.zeros_like(tokens_B).index_add_(0, row_T, scores.is_first_T.long()),
-        tokens_B=tokens_B,
-    )
-
-
-def read_ids(target_BL: Tensor) -> Tensor:
-    """(B, L - 1), what the decoder reads: all but the end, after which there is nothing to say."""
-    return target_BL[:, :-1].masked_fill(target_BL[:, 1:] == PAD_ID, PAD_ID)
-
-
-def of_mean_length(ids_BS: Tensor) -> Tensor:
-    """(B, M), the first M tokens, with unknown tokens in place of padding; M is the mean length, rounded."""
-    length = round(int((ids_BS != PAD_ID).sum()) / max(len(ids_BS), 1))
-    return ids_BS[:, : max(length, 1)].masked_fill(ids_BS[:, : max(length, 1)] == PAD_ID, UNK_ID)

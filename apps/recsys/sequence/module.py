@@ -178,6 +178,20 @@ class NextItemRecommender(SparseModule, Comparable):
         """Hit rate and NDCG at 10, and the mean reciprocal rank, over all items."""
         return NextItemMetrics()
 
+    def predict_step(self, batch: Any, batch_idx: int) -> NextItems:
+        """The ``top_k`` best next items of each history."""
+        scores_BI = self._candidates(self(*self.example_inputs(batch)), batch)
+        best = scores_BI.topk(min(self.top_k, self.num_items), dim=-1)
+        items, names, users = (
+            getattr(self._data(), attribute, None) for attribute in ("item_values", "item_names", "user_names")
+        )
+        item_Bk = [[str(i) if items is None else items[i] for i in row] for row in best.indices.tolist()]
+        name_Bk = None
+        if names is not None and names != items:
+            name_Bk = [[names[i] for i in row] for row in best.indices.tolist()]
+        user_name_B = [str(u) if users is None else users[u] for u in batch.user_B.tolist()]
+        return NextItems(batch.index_B, batch.user_B, user_name_B, item_Bk, name_Bk, best.values)
+
     @torch.inference_mode()
     def predict(self, histories: Any, top: int = 10, include_seen: bool = False, batch_size: int = 256) -> Any:
         """Return the best next items of each history with their scores, by the items' own values.
@@ -217,20 +231,6 @@ class NextItemRecommender(SparseModule, Comparable):
             return scoring.predict(self, histories, top, include_seen, batch_size)
         finally:
             self.train(training)
-
-    def predict_step(self, batch: Any, batch_idx: int) -> NextItems:
-        """The ``top_k`` best next items of each history."""
-        scores_BI = self._candidates(self(*self.example_inputs(batch)), batch)
-        best = scores_BI.topk(min(self.top_k, self.num_items), dim=-1)
-        items, names, users = (
-            getattr(self._data(), attribute, None) for attribute in ("item_values", "item_names", "user_names")
-        )
-        item_Bk = [[str(i) if items is None else items[i] for i in row] for row in best.indices.tolist()]
-        name_Bk = None
-        if names is not None and names != items:
-            name_Bk = [[names[i] for i in row] for row in best.indices.tolist()]
-        user_name_B = [str(u) if users is None else users[u] for u in batch.user_B.tolist()]
-        return NextItems(batch.index_B, batch.user_B, user_name_B, item_Bk, name_Bk, best.values)
 
     # ---- comparisons
 

@@ -202,6 +202,27 @@ class MultiTaskRecommender(SparseModule, Comparable):
     def shown_metrics(self) -> tuple[str, ...]:
         return tuple(f"auc_{name}" for name in self.features.tasks)
 
+    def predict_step(self, batch: TableBatch, batch_idx: int) -> dict[str, Any]:
+        """The rows' numbers in the table, the data's ``predict_columns``, each task's ``probability_<task>``.
+
+        Rows of a split have each task's ``label_<task>`` too, 0, 1, or None for no label; those of a ``predict_file``
+        have none.
+        """
+        p_Bt = self(batch).float().sigmoid()
+        data, tasks = self._data(), self.features.tasks
+        predicted: Mapping[str, list[Any]] = getattr(data, "predicted", {})
+        rows = batch.index_B.tolist()
+        labels = {}
+        if getattr(data, "predict_file", None) is None:
+            for task, label_B in zip(tasks, batch.label_Bt.T.tolist(), strict=True):
+                labels[f"label_{task}"] = [None if math.isnan(label) else int(label) for label in label_B]
+        return {
+            "index": batch.index_B,
+            **{column: [values[row] for row in rows] for column, values in predicted.items()},
+            **{f"probability_{task}": p_Bt[:, i] for i, task in enumerate(tasks)},
+            **labels,
+        }
+
     @torch.inference_mode()
     def predict(self, rows: Any, batch_size: int = 8192) -> Any:
         """Return the probability of each task for each row, in the rows' order: what ``moesaic predict`` writes.
@@ -234,28 +255,7 @@ class MultiTaskRecommender(SparseModule, Comparable):
         finally:
             self.train(training)
 
-    def predict_step(self, batch: TableBatch, batch_idx: int) -> dict[str, Any]:
-        """The rows' numbers in the table, the data's ``predict_columns``, each task's ``probability_<task>``.
-
-        Rows of a split have each task's ``label_<task>`` too, 0, 1, or None for no label; those of a ``predict_file``
-        have none.
-        """
-        p_Bt = self(batch).float().sigmoid()
-        data, tasks = self._data(), self.features.tasks
-        predicted: Mapping[str, list[Any]] = getattr(data, "predicted", {})
-        rows = batch.index_B.tolist()
-        labels = {}
-        if getattr(data, "predict_file", None) is None:
-            for task, label_B in zip(tasks, batch.label_Bt.T.tolist(), strict=True):
-                labels[f"label_{task}"] = [None if math.isnan(label) else int(label) for label in label_B]
-        return {
-            "index": batch.index_B,
-            **{column: [values[row] for row in rows] for column, values in predicted.items()},
-            **{f"probability_{task}": p_Bt[:, i] for i, task in enumerate(tasks)},
-            **labels,
-        }
-
-    # ---- what the tables need of Lightning
+    # ---- set-up, and what the tables need of Lightning
 
     def setup(self, stage: str) -> None:
         super().setup(stage)

@@ -27,9 +27,10 @@ from apps.nets.config import POSITIONS, TransformerConfig
 from apps.nets.layers import FeedForward
 from apps.nlp.baselines import baseline_widths
 from apps.nlp.decode import DecodeConfig
+from apps.nlp.foreseen import read_ids
 from apps.nlp.text.batch import TranslationBatch
 from apps.nlp.translation.metrics import corpus_score
-from apps.nlp.translation.module import Translator, check_tasks, read_ids, task_numbers
+from apps.nlp.translation.module import Translator, check_tasks, task_numbers
 from apps.nlp.translation.report import ReportConfig
 from apps.train.checkpoints import AtomicCheckpointIO, BestAndLast
 from apps.train.finite import NonFiniteError

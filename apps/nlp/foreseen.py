@@ -1,0 +1,48 @@
+"""What a decoder reads, and how well it foresaw the sentences it was given."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from apps.data.subwords import PAD_ID, UNK_ID
+from apps.nets.loss import TargetScores
+
+
+class Foreseen(NamedTuple):
+    """How well each sentence's reference was foreseen, its end included.
+
+    Attributes:
+        nll_B: float64 (B,), negative log likelihood in nats, summed over its tokens.
+        right_B: int64 (B,), tokens that came first.
+        tokens_B: int64 (B,).
+    """
+
+    nll_B: Tensor
+    right_B: Tensor
+    tokens_B: Tensor
+
+
+def per_sentence(scores: TargetScores, real_BL: Tensor) -> Foreseen:
+    """The scores of T targets, the real ones of (B, L), row by row."""
+    tokens_B = real_BL.sum(1)
+    row_T = torch.repeat_interleave(tokens_B)
+    nll_B = torch.zeros(len(tokens_B), dtype=torch.float64, device=row_T.device)
+    return Foreseen(
+        nll_B=nll_B.index_add_(0, row_T, scores.nll_T.double()),
+        right_B=torch.zeros_like(tokens_B).index_add_(0, row_T, scores.is_first_T.long()),
+        tokens_B=tokens_B,
+    )
+
+
+def read_ids(target_BL: Tensor) -> Tensor:
+    """(B, L - 1), what the decoder reads: all but the end, after which there is nothing to say."""
+    return target_BL[:, :-1].masked_fill(target_BL[:, 1:] == PAD_ID, PAD_ID)
+
+
+def of_mean_length(ids_BS: Tensor) -> Tensor:
+    """(B, M), the first M tokens, with unknown tokens in place of padding; M is the mean length, rounded."""
+    length = round(int((ids_BS != PAD_ID).sum()) / max(len(ids_BS), 1))
+    return ids_BS[:, : max(length, 1)].masked_fill(ids_BS[:, : max(length, 1)] == PAD_ID, UNK_ID)
