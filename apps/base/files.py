@@ -40,6 +40,26 @@ def replacing(path: Path, mode: str = "w", **options: Any) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
+def holding(path: Path, refusal: str) -> Iterator[None]:
+    """Hold the lock file ``path`` for this process inside. The system lets go of it when its holder dies.
+
+    Raises:
+        ValueError: another process holds it; the message is ``refusal``.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(refusal) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
 def naming(path: str | Path) -> Iterator[None]:
     """Name ``path`` in the OSError of what cannot be written inside: that of a full disk names no file."""
     try:

@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ProgressBar, 
 from apps.cli import UsageError
 from apps.cli.checkpoint import CONFIG_BASES
 from apps.cli.train import Request, SparseCLI
-from apps.compare.systems import SPARSE, Estimator, candidates
+from apps.compare.systems import SPARSE, candidates
 from apps.equal_cost.comparable import Comparable
 from apps.train.module import SparseModule
 
@@ -99,12 +99,15 @@ class Experiment:
         given = given if isinstance(given, list) else [given]
         return [c for c in given if not isinstance(c, (Checkpoint, EarlyStopping, ProgressBar, Timer))]
 
-    def module(self, system: str) -> SparseModule | Estimator:
-        """A new, untrained model of ``system``."""
+    def module(self, system: str) -> Any:
+        """Return a new, untrained model of ``system``: a ``SparseModule``, or an ``Estimator``."""
         return self.build(system)[0]
 
-    def build(self, system: str) -> tuple[SparseModule | Estimator, LightningDataModule]:
-        """A new, untrained model of ``system`` and new data; the weights follow from the generators' state alone."""
+    def build(self, system: str) -> tuple[Any, LightningDataModule]:
+        """Return a new, untrained model of ``system`` and new data.
+
+        The weights follow from the generators' state alone.
+        """
         state = torch.get_rng_state()
         made = self._make()
         model, data = made["model"], made["data"]

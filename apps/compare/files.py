@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,24 +50,3 @@ def differences(saved: Any, wanted: Any, name: str = "") -> list[str]:
     if isinstance(saved, (list, tuple)) and isinstance(wanted, (list, tuple)):
         saved, wanted = list(saved), list(wanted)
     return [] if saved == wanted else [f"{name}: {json.dumps(saved)} saved, {json.dumps(wanted)} now"]
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold ``folder`` for this process.
-
-    Raises:
-        ValueError: another process holds it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        import fcntl
-    except ImportError:  # not a POSIX system: no lock, as before
-        yield
-        return
-    with open(folder / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another comparison is running in {folder}") from None
-        yield

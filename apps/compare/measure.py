@@ -157,7 +157,6 @@ class _Bench:
         _release()
         base = _current_memory(self.device)
         module = experiment.module(job.system)
-        assert isinstance(module, SparseModule)
         state = torch.load(job.checkpoint, map_location="cpu", weights_only=True)["state_dict"]
         module.load_state_dict({k: v for k, v in state.items() if k in module.state_dict()})
         del state

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from apps.compare.stats import paired_difference, quality_at, verdict
@@ -140,18 +141,37 @@ class Summary:
         ]
 
 
+@dataclass(frozen=True)
+class Results:
+    """What the units of a plan came to, by the systems' names.
+
+    Attributes:
+        finals: results of the final units, in the order of the seeds.
+        rates: the chosen learning rate, None for an estimator, and whether it is at the edge of those tried.
+        searches: results of the search units.
+        speeds: what ``measure`` returned.
+        examples: what each final unit kept of its test examples.
+        checkpoints: the trained weights of the first seed; without estimators.
+    """
+
+    finals: Mapping[str, Sequence[Mapping[str, Any]]]
+    rates: Mapping[str, tuple[float | None, bool]]
+    searches: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    speeds: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    examples: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]] = field(default_factory=dict)
+    checkpoints: Mapping[str, Path] = field(default_factory=dict)
+
+
 def summarize(
     systems: Sequence[System],
-    finals: Mapping[str, Sequence[Mapping[str, Any]]],
-    rates: Mapping[str, tuple[float | None, bool]],
-    speeds: Mapping[str, Mapping[str, Any]],
+    results: Results,
+    seeds: Sequence[int],
+    *,
     metric: str,
     higher_is_better: bool,
-    seeds: Sequence[int],
     further: Sequence[str] = (),
     average_last: int | None = None,
     examples: Sequence[ExamplePair] = (),
-    tuning: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Summary:
     """Put the units together.
 
@@ -163,17 +183,15 @@ def summarize(
 
     Args:
         systems: all of them, the sparse one first.
-        finals: by system, the results of the final units in the order of ``seeds``.
-        rates: by system, the chosen rate and whether it is at the edge of those tried.
-        speeds: by system, what ``measure`` returned.
+        results: what their units came to.
+        seeds: of the final units.
         metric: name of the test quality.
         higher_is_better: of it.
-        seeds: of the final units.
         further: names, without the split, of more test metrics to show.
         average_last: epochs whose weights each run averaged; None: none.
         examples: of each other system and seed, where the module compares examples.
-        tuning: by system, the result of the search of its settings, where there was one.
     """
+    finals, rates, speeds = results.finals, results.rates, results.speeds
     trained = [s for s in systems if s.name in finals]
     tests = {s.name: [float(r["test_quality"]) for r in finals[s.name]] for s in trained}
     clock: Literal["steps", "recorded"] = "steps"
@@ -211,7 +229,7 @@ def summarize(
                 equal_time_difference=paired_difference(mine, its) if other and mine and its else None,
                 train_seconds=sum(float(r["train_seconds"]) for r in finals[s.name]) / len(seeds),
                 speed=speeds.get(s.name, {}),
-                tuning=(tuning or {}).get(s.name, {}),
+                tuning=results.searches[s.name][0] if s.tunes and results.searches.get(s.name) else {},
                 routing=_means([r.get("routing", {}) for r in finals[s.name]]),
                 further={name: _further(name, finals[SPARSE], finals[s.name] if other else None) for name in further},
             )

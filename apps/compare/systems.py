@@ -12,7 +12,7 @@ from lightning.pytorch import LightningDataModule
 from torch import nn
 
 from apps.equal_cost import routers
-from apps.equal_cost.comparable import Baseline
+from apps.equal_cost.comparable import Baseline, Comparable
 from apps.equal_cost.twins import Search
 from apps.train.cost import Cost, cuda_devices, measure_cost
 from apps.train.module import SparseModule
@@ -81,7 +81,7 @@ class Tuner(Protocol):
 
 
 def label(name: str) -> str:
-    """A system's name as a heading: "dense_equal_flops" is "dense, equal FLOPs"."""
+    """Return a system's name as a heading: "dense_equal_flops" is "dense, equal FLOPs"."""
     if name.startswith(routers.PREFIX):
         return name.removeprefix(routers.PREFIX)
     words = {"flops": "FLOPs", "params": "parameters"}
@@ -90,7 +90,7 @@ def label(name: str) -> str:
 
 
 def claim(name: str) -> Literal["flops", "params"] | None:
-    """What a baseline's name promises to be equal: names that end in ``equal_flops`` or ``equal_params`` do."""
+    """Return what a baseline's name promises to be equal: names that end in ``equal_flops`` or ``equal_params`` do."""
     for what in ("flops", "params"):
         if name.endswith(f"equal_{what}"):
             return what  # type: ignore[return-value]
@@ -98,7 +98,7 @@ def claim(name: str) -> Literal["flops", "params"] | None:
 
 
 def check_equal(name: str, sparse: Cost, other: Cost, tolerance: float = TOLERANCE) -> str:
-    """Why ``other`` may not be called what its name says, or "" where it may.
+    """Return why ``other`` may not be called what its name says, or "" where it may.
 
     Args:
         name: of the baseline; see ``claim``.
@@ -111,22 +111,22 @@ def check_equal(name: str, sparse: Cost, other: Cost, tolerance: float = TOLERAN
         return ""
     unit = "FLOPs an example" if what == "flops" else "parameters"
     field = "replaced_flops_per_example" if what == "flops" else "replaced_params"
-    mine, its = getattr(sparse, field), getattr(other, field)
-    if not mine or its is None:
+    wanted, given = getattr(sparse, field), getattr(other, field)
+    if not wanted or given is None:
         return f"not called equal: the sparse model has no replaced block to measure {unit} of"
-    ratio = its / mine
+    ratio = given / wanted
     if abs(ratio - 1) <= tolerance:
         return ""
     return (
-        f"not called equal: its replaced blocks take {its:,.0f} {unit}, the sparse model's {mine:,.0f}: "
+        f"not called equal: its replaced blocks take {given:,.0f} {unit}, the sparse model's {wanted:,.0f}: "
         f"{ratio:.3f} of them, and the rule is within {tolerance:.0%}"
     )
 
 
 def candidates(
-    sparse: SparseModule, router_names: Iterable[str] = (), wanted: Iterable[str] | None = None
+    sparse: Comparable, router_names: Iterable[str] = (), wanted: Iterable[str] | None = None
 ) -> dict[str, Baseline]:
-    """What ``sparse`` can be compared with: its baselines, and itself with the routers of overlays.
+    """Return what ``sparse`` can be compared with: its baselines, and itself with the routers of overlays.
 
     Args:
         sparse: the configured module.
@@ -147,12 +147,12 @@ def candidates(
 
 
 def find_systems(
-    sparse: SparseModule, batch: Any, wanted: Iterable[str] | None = None, router_names: Iterable[str] = ()
+    sparse: Any, batch: Any, wanted: Iterable[str] | None = None, router_names: Iterable[str] = ()
 ) -> list[System]:
-    """The sparse model and its baselines with their measured costs; those that may not be trained say why.
+    """Return the sparse model and its baselines with their measured costs; those that may not be trained say why.
 
     Args:
-        sparse: the configured module, untrained.
+        sparse: the configured module, untrained: a ``SparseModule`` that is ``Comparable``.
         batch: of its data.
         wanted, router_names: see ``candidates``.
 
@@ -163,53 +163,54 @@ def find_systems(
     if not replaced:
         raise ValueError(f"{type(sparse).__name__} has no MoE layer: compare starts from a sparse config")
     baselines = candidates(sparse, router_names, wanted)
-    mine = measure_cost(sparse, batch, replaced)
-    found = [System(SPARSE, sparse.note, mine, flops_ratio=1.0, replaced_ratio=1.0, params_ratio=1.0)]
+    cost = measure_cost(sparse, batch, replaced)
+    systems = [System(SPARSE, sparse.note, cost, flops_ratio=1.0, replaced_ratio=1.0, params_ratio=1.0)]
     for name, baseline in baselines.items():
-        if baseline.build is None:
-            found.append(System(name, baseline.note, refused=baseline.note or "cannot be built"))
-            continue
-        try:
-            model: Any = baseline.build()
-        except ValueError as error:
-            if not name.startswith(routers.PREFIX):
-                raise
-            found.append(System(name, baseline.note, refused=str(error)))
-            continue
-        if not isinstance(model, SparseModule):
-            found.append(System(name, baseline.note, tunes=isinstance(model, Tuner) and model.tunes))
-            continue
-        if name.startswith(routers.PREFIX):
-            problem = _trial(model.to(sparse.device), batch)
-            if problem:
-                found.append(System(name, baseline.note, refused=problem))
-                continue
-        try:
-            its = measure_cost(model.to(sparse.device), batch, replaced if claim(name) else _shared(model, replaced))
-            refused = check_equal(name, mine, its)
-        except ValueError as error:
-            its, refused = measure_cost(model, batch, ()), f"not called equal: {error}"
-        found.append(
-            System(
-                name,
-                baseline.note,
-                its,
-                refused,
-                flops_ratio=its.flops_per_example / mine.flops_per_example,
-                replaced_ratio=_ratio(its.replaced_flops_per_example, mine.replaced_flops_per_example),
-                params_ratio=_ratio(its.replaced_params, mine.replaced_params),
-            )
-        )
-        del model
-        gc.collect()
-    if all(s.refused for s in found[1:]):
-        reasons = "; ".join(f"{s.name}: {s.refused}" for s in found[1:]) or "the module has no baselines"
+        systems.append(_measured(name, baseline, batch, cost, replaced, sparse.device))
+        gc.collect()  # of the model that was counted
+    if all(s.refused for s in systems[1:]):
+        reasons = "; ".join(f"{s.name}: {s.refused}" for s in systems[1:]) or "the module has no baselines"
         raise ValueError(f"nothing to compare with: {reasons}")
-    return found
+    return systems
+
+
+def _measured(
+    name: str, baseline: Baseline, batch: Any, sparse: Cost, replaced: Sequence[str], device: torch.device
+) -> System:
+    """Return a baseline with its cost beside that of the sparse model, or with the reason why it is not trained."""
+    is_router = name.startswith(routers.PREFIX)
+    if baseline.build is None:
+        return System(name, baseline.note, refused=baseline.note or "cannot be built")
+    try:
+        model: Any = baseline.build()
+    except ValueError as error:
+        if not is_router:
+            raise
+        return System(name, baseline.note, refused=str(error))
+    if not isinstance(model, SparseModule):
+        return System(name, baseline.note, tunes=isinstance(model, Tuner) and model.tunes)
+    model.to(device)
+    if is_router and (problem := _trial(model, batch)):
+        return System(name, baseline.note, refused=problem)
+    try:
+        cost = measure_cost(model, batch, replaced if claim(name) else _shared(model, replaced))
+        refused = check_equal(name, sparse, cost)
+    except ValueError as error:
+        cost, refused = measure_cost(model, batch), f"not called equal: {error}"
+    return System(
+        name,
+        baseline.note,
+        cost,
+        refused,
+        flops_ratio=cost.flops_per_example / sparse.flops_per_example,
+        replaced_ratio=_ratio(cost.replaced_flops_per_example, sparse.replaced_flops_per_example),
+        params_ratio=_ratio(cost.replaced_params, sparse.replaced_params),
+    )
 
 
 def _trial(model: SparseModule, batch: Any) -> str:
-    """Why ``model`` cannot train on ``batch``, or "": some routers need in training what they can else do without."""
+    """Return why ``model`` cannot train on ``batch``, or "": some routers need in training what they can else do
+    without."""
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=cuda_devices(model)):
             model.train().task_loss(batch)
@@ -219,7 +220,7 @@ def _trial(model: SparseModule, batch: Any) -> str:
 
 
 def _shared(model: nn.Module, names: Sequence[str]) -> Sequence[str]:
-    """All of ``names`` where the model has them; a baseline of another structure has no replaced blocks."""
+    """Return all of ``names`` where the model has them; a baseline of another structure has no replaced blocks."""
     own = {name for name, _ in model.named_modules()}
     return names if own.issuperset(names) else ()
 

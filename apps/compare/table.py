@@ -9,6 +9,7 @@ from apps.compare.summary import Row, Summary, flops, flops_trained, flops_unit,
 from apps.compare.systems import label
 from apps.report import plots
 from apps.report.intervals import Interval
+from apps.report.tables import print_table
 from apps.train.cost import megaflops
 
 NONE = "–"
@@ -210,25 +211,18 @@ def markdown(title: str, summary: Summary, facts: Sequence[str], read: str = "")
 
 
 def show(title: str, summary: Summary) -> None:
-    """The table with its sentences and notes on the screen."""
+    """Print the table with its sentences and notes."""
     from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
 
     console = Console()
     for rows in tables(summary):
         routers = rows[0][0] == "router"
-        parts = [list(_ON_SCREEN)] if routers else _parts(rows, console.width)
-        for part, shown in enumerate(parts):
-            table = Table(title=None if part else escape(title), title_justify="left", title_style="bold")
-            for index in shown:
-                first = index == 0
-                name = rows[0][index].replace(", ", ",\n")
-                table.add_column(escape(name), justify="left" if first else "right", no_wrap=first)
-            for row in rows[1:]:
-                if any(row[index] != NONE for index in shown[1:]):
-                    table.add_row(*(escape(row[index]) for index in shown))
-            console.print(table)
+        for part, shown in enumerate([list(_ON_SCREEN)] if routers else _parts(rows, console.width)):
+            columns = [rows[0][index].replace(", ", ",\n") for index in shown]
+            lines = [[row[index] for index in shown] for row in rows[1:]]
+            lines = [line for line in lines if any(cell != NONE for cell in line[1:])]
+            print_table("" if part else title, columns, lines)
     for line in summary.sentences():
         console.print(f"[bold]{escape(line)}[/bold]", highlight=False)
     for line in filter(None, [summary.two_intervals(), *summary.example_lines(parts=False)]):

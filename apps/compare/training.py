@@ -146,7 +146,9 @@ class Curve(Callback):
         self._seconds, self._since = float(state_dict["seconds"]), None
 
 
-class _Report(Callback):
+class _Steps(Callback):
+    """Tells the optimizer steps done and to do."""
+
     def __init__(self, progress: Progress) -> None:
         self.progress, self.total = progress, 0
 
@@ -236,10 +238,12 @@ def _fit(
     curve = Curve(module.monitor)
     last = folder / CHECKPOINT
     module.starts_afresh = not last.exists()
-    module.reports = False
+    module.reports = False  # pictures and checks are not part of a comparison
+    # A monitor that nothing logs: the last weights are compared, and a best checkpoint would only take time.
+    checkpoints = BestAndLast(dirpath=str(folder), monitor="-", every_n_minutes=2.0)
     trainer = Trainer(
         **shortened(experiment.trainer_options, unit.share),
-        callbacks=[*experiment.callbacks(), curve, GeneratorState(), _Report(progress), _checkpoints(folder)],
+        callbacks=[*experiment.callbacks(), curve, GeneratorState(), _Steps(progress), checkpoints],
         plugins=[AtomicCheckpointIO()],
         logger=False,
         default_root_dir=str(folder),
@@ -330,11 +334,6 @@ def _tune_estimator(model: Any, data: Any, unit: Unit, folder: Path, progress: P
         "seconds": search.seconds,
         "minutes": unit.minutes,
     }
-
-
-def _checkpoints(folder: Path) -> BestAndLast:
-    # A monitor that nothing logs: the last weights are compared, and a best checkpoint would only take time.
-    return BestAndLast(dirpath=str(folder), monitor="-", every_n_minutes=2.0)
 
 
 @contextlib.contextmanager

@@ -8,10 +8,9 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from apps.base.files import naming, replacing
+from apps.base.files import holding, naming, replacing
 
 MARKER = ".moesaic-run"
 """The file that says that a folder is a run's. A training holds a lock on it."""
@@ -112,23 +111,21 @@ class RunFolder(Callback):
             ValueError: another training holds it.
         """
         new = not self.folder.exists()
-        with naming(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.folder / MARKER)  # the system drops it when its holder dies
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                raise ValueError(
-                    f"another training is running in {self.folder}: wait for its end, or give another --run_dir"
-                ) from None
-        try:
+        refusal = f"another training is running in {self.folder}: wait for its end, or give another --run_dir"
+        with contextlib.ExitStack() as stack:
+            with naming(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                if new:
+                    stack.callback(self._remove_unused)
+                stack.enter_context(holding(self.folder / MARKER, refusal))
             yield
-        finally:
-            lock.release()
-            if not self._started and new:
-                with contextlib.suppress(OSError):  # it holds what someone else has put there
-                    (self.folder / MARKER).unlink()
-                    self.folder.rmdir()
+
+    def _remove_unused(self) -> None:
+        """Remove the folder where no training has started in it."""
+        if not self._started:
+            with contextlib.suppress(OSError):  # it holds what someone else has put there
+                (self.folder / MARKER).unlink()
+                self.folder.rmdir()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """A run that ends before its training starts leaves nothing: TensorBoard has begun a file by then."""

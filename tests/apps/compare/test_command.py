@@ -17,7 +17,7 @@ from compared import experiment, offers, overlay
 from places import ROOT
 
 from apps.cli import main as moesaic
-from apps.compare import command, measure, training
+from apps.compare import command, display, measure, training, work
 from apps.equal_cost import routers
 
 
@@ -34,7 +34,7 @@ def test_compare_end_to_end_and_again(config, tmp_path, monkeypatch, capsys):
         done.append(args[1].name)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(command, "train", stopping)
+    monkeypatch.setattr(work, "train", stopping)
     assert moesaic(argv) == 130
     assert f"To go on: moesaic compare {config}" in capsys.readouterr().err
     stop_after = 99
@@ -54,7 +54,7 @@ def test_compare_end_to_end_and_again(config, tmp_path, monkeypatch, capsys):
     (line,) = (line for line in page.splitlines() if line.startswith("| test top2, % |"))
     assert line.endswith("| – |")  # the centroids know no second class
 
-    monkeypatch.setattr(command, "train", lambda *a: pytest.fail("trained again"))
+    monkeypatch.setattr(work, "train", lambda *a: pytest.fail("trained again"))
     assert moesaic(argv) == 0
     assert json.loads((output / "results.json").read_text()) == results
     capsys.readouterr()
@@ -74,8 +74,8 @@ def test_a_finished_comparison_takes_more_seeds_and_systems(config, tmp_path, mo
         measured.append(list(jobs))
         return {name: {"seconds_per_step": 1.0} for name in jobs}
 
-    monkeypatch.setattr(command, "train", train)
-    monkeypatch.setattr(command, "measure", measure_none)
+    monkeypatch.setattr(work, "train", train)
+    monkeypatch.setattr(work, "measure", measure_none)
 
     def compared(output, seeds, *more):
         argv = [str(config), "--output", str(tmp_path / output), "--seeds", str(seeds), "--learning_rates", "0.01"]
@@ -106,7 +106,7 @@ def test_a_termination_is_no_success_and_says_how_to_go_on(config, tmp_path, mon
     def terminated(*_):
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(command.Display, "unit", terminated)
+    monkeypatch.setattr(display.Display, "unit", terminated)
     assert moesaic(argv) == 143
     assert f"terminated; what is finished is kept. To go on: moesaic {' '.join(argv)}" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
@@ -150,20 +150,20 @@ def test_systems_may_be_left_out_and_come_back(config, tmp_path, monkeypatch, ca
             raise KeyboardInterrupt
         return real(experiment, unit, *args)
 
-    monkeypatch.setattr(command, "train", stopping)
+    monkeypatch.setattr(work, "train", stopping)
     assert moesaic(argv) == 130
     capsys.readouterr()
     # The slow one is dropped before it is finished, and then a finished one.
     assert moesaic([*argv, "--baselines", "dense_equal_flops"]) == 0
     assert "not asked for" not in capsys.readouterr().out
-    monkeypatch.setattr(command, "train", real)
+    monkeypatch.setattr(work, "train", real)
     assert moesaic([*argv, "--baselines", "centroids"]) == 0
     said = "not asked for this time: dense, equal FLOPs. The finished runs are kept, and shown again when asked for"
     assert said in capsys.readouterr().out
     shown = json.loads((output / "results.json").read_text())
     assert list(shown["finals"]) == ["sparse", "centroids"]
     assert "| dense, equal FLOPs" not in (output / "table.md").read_text()
-    monkeypatch.setattr(command, "train", lambda *a: pytest.fail("trained again"))
+    monkeypatch.setattr(work, "train", lambda *a: pytest.fail("trained again"))
     assert moesaic(argv) == 0
     again = json.loads((output / "results.json").read_text())
     assert list(again["finals"]) == ["sparse", "dense_equal_flops", "centroids"]
@@ -188,17 +188,17 @@ def test_a_finished_comparison_is_printed_again_without_measuring(config, tmp_pa
         rates = {"seconds_per_step": 0.1, "train_examples_per_second": 321.0, "train_rounds": [1.0] * rounds}
         return dict.fromkeys(jobs, rates)
 
-    monkeypatch.setattr(command, "measure", measured)
+    monkeypatch.setattr(work, "measure", measured)
     command.run_command([*argv, *names, "--rounds", "2"])
-    monkeypatch.setattr(command, "train", lambda *a: pytest.fail("trained again"))
-    monkeypatch.setattr(command, "measure", lambda *a: pytest.fail("measured again"))
+    monkeypatch.setattr(work, "train", lambda *a: pytest.fail("trained again"))
+    monkeypatch.setattr(work, "measure", lambda *a: pytest.fail("measured again"))
     for rounds in ("0", "2"):
         command.run_command([*argv, *names, "--rounds", rounds])
         assert "| training, examples/s | 321 | 321 | 321 |" in (tmp_path / "table.md").read_text()
     command.run_command([*argv, *names, "--rounds", "0", "--baselines", "dense_equal_params"])
     assert "| training, examples/s | 321 | 321 |\n" in (tmp_path / "table.md").read_text()
     asked = []
-    monkeypatch.setattr(command, "measure", lambda jobs, *a: asked.append(list(jobs)) or measured(jobs, *a))
+    monkeypatch.setattr(work, "measure", lambda jobs, *a: asked.append(list(jobs)) or measured(jobs, *a))
     command.run_command([*argv, *names, "--rounds", "3"])
     assert asked == [["sparse", "dense_equal_flops", "dense_equal_params"]]
 

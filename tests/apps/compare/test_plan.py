@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from compared import overlay
 
-from apps.compare.files import differences, locked, read_json, write_json
+from apps.compare.files import differences, read_json, write_json
 from apps.compare.options import Options
 from apps.compare.plan import Plan, at_edge
 from apps.compare.training import shortened
@@ -27,15 +27,6 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
     path.write_text('{"x"')
     with pytest.raises(ValueError, match=r"a\.json is not a JSON file .*: delete it"):
         read_json(path)
-
-
-def test_a_folder_is_held_by_one_comparison(tmp_path):
-    with (
-        locked(tmp_path / "c"),
-        pytest.raises(ValueError, match="another comparison is running"),
-        locked(tmp_path / "c"),
-    ):
-        pass
 
 
 def test_plan_searches_around_the_configured_rate_with_a_seed_of_its_own():

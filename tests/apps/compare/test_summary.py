@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from apps.compare.summary import ExamplePair, summarize
+from apps.compare.summary import ExamplePair, Results, summarize
 from apps.compare.systems import System
 from apps.compare.table import _parts, cells, markdown
 from apps.equal_cost.comparable import ExampleDifference
@@ -42,7 +42,8 @@ def summary(speeds: dict | None = None, others: dict | None = None, further: tup
     if others:
         found.append(System("forest", "no steps"))
         finals |= others
-    return summarize(found, finals, rates, speeds or {}, "test/top1", True, (0, 1), further)
+    results = Results(finals, rates, speeds=speeds or {})
+    return summarize(found, results, (0, 1), metric="test/top1", higher_is_better=True, further=further)
 
 
 def test_equal_time_ends_when_the_fastest_ends():
@@ -71,7 +72,8 @@ def test_a_poor_bleu_is_no_share():
     systems = [System("sparse", "")]
     finals = {"sparse": [finished(0.4, [(5, 2.0, 0.4)], chrf=0.9, token_accuracy=0.1)]}
     further = ("chrf", "token_accuracy")
-    s = summarize(systems, finals, {"sparse": (0.1, False)}, {}, "test/bleu", True, (0,), further)
+    results = Results(finals, {"sparse": (0.1, False)})
+    s = summarize(systems, results, (0,), metric="test/bleu", higher_is_better=True, further=further)
     assert not s.percent
     assert s.shares == ("token_accuracy",)
 
@@ -151,7 +153,8 @@ def test_flops_are_those_before_training_and_once_trained_where_these_differ():
 
     def rows(trained: float) -> dict:
         speeds = {"sparse": {"cost": {**cost, "flops_per_example": trained, "replaced_flops_per_example": 1.0}}}
-        s = summarize(found, finals, {"sparse": (0.1, False)}, speeds, "test/top1", True, (0,))
+        results = Results(finals, {"sparse": (0.1, False)}, speeds=speeds)
+        s = summarize(found, results, (0,), metric="test/top1", higher_is_better=True)
         return {line[0].strip(): line[1:] for line in cells(s)}
 
     assert rows(2e6)["MFLOPs an image"] == ["2.00"]

@@ -1,0 +1,152 @@
+"""The units of a plan, in order: the searches, the final runs, then speed and memory. What is finished stays so."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import gc
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from apps.compare.display import Display, describe
+from apps.compare.experiment import Experiment
+from apps.compare.files import read_json, write_json
+from apps.compare.measure import Job, measure
+from apps.compare.parallel import train_all
+from apps.compare.plan import Plan, at_edge
+from apps.compare.stats import choose
+from apps.compare.summary import Results, tuned
+from apps.compare.systems import System, label
+from apps.compare.training import Unit, train
+
+
+class Work:
+    """Does a plan for the systems that are not refused.
+
+    Args:
+        experiment: makes models and data.
+        plan: what to do.
+        systems: all of them.
+        output: the comparison's folder.
+        display: is told what is done.
+        jobs: runs at a time; above 1 each in a process of its own, with a part of the threads.
+    """
+
+    def __init__(
+        self, experiment: Experiment, plan: Plan, systems: Sequence[System], output: Path, display: Display, jobs: int
+    ) -> None:
+        self.experiment, self.plan, self.output, self.display, self.jobs = experiment, plan, output, display, jobs
+        self.systems = [s for s in systems if not s.refused]
+
+    def do(self) -> Results:
+        search_units = {s.name: self._search_units(s) for s in self.systems}
+        count = sum(map(len, search_units.values())) + len(self.systems) * len(self.plan.seeds)
+        self.display.start(count + (1 if self.plan.options.rounds else 0))
+        results = self._train([unit for units in search_units.values() for unit in units])
+        searches = {name: [results[u] for u in units] for name, units in search_units.items()}
+        rates = {s.name: self._choose(s, searches[s.name]) for s in self.systems}
+        units = {s.name: self.plan.final_units(s.name, rates[s.name][0], s.tunes) for s in self.systems}
+        # Seed by seed, so that a stopped comparison has whole pairs.
+        results = self._train([units[s.name][i] for i in range(len(self.plan.seeds)) for s in self.systems])
+        checkpoints = {s.name: units[s.name][0].checkpoint(self.output) for s in self.systems if s.cost}
+        return Results(
+            finals={name: [results[u] for u in own] for name, own in units.items()},
+            rates=rates,
+            searches=searches,
+            speeds=self._speeds(checkpoints),
+            examples={name: [u.examples(self.output) for u in own] for name, own in units.items()},
+            checkpoints=checkpoints,
+        )
+
+    def _search_units(self, system: System) -> list[Unit]:
+        if system.cost:
+            return self.plan.search_units(system.name)
+        return self.plan.tuning_units(system.name) if system.tunes else []
+
+    def _train(self, units: Sequence[Unit]) -> dict[Unit, Any]:
+        """Return the units' results; what is not done yet is done."""
+        results = {u: u.read(self.output) for u in units}
+        left = [u for u, result in results.items() if result is None]
+        self.display.advance(len(units) - len(left))
+
+        def finished(unit: Unit, result: dict[str, Any]) -> None:
+            results[unit] = result
+            self.display.finished(describe(unit))
+            self.display.say(f"{describe(unit)}: {self._in_words(result)}")
+
+        def progress(unit: Unit, done: int, total: int) -> None:
+            self.display.unit(describe(unit), done, total)
+
+        if self.jobs > 1 and len(left) > 1:
+            arguments, modules = self.experiment.arguments, self.experiment.modules
+            train_all(arguments, left, self.output, self.jobs, modules, progress, finished)
+        else:
+            for u in left:
+                finished(u, train(self.experiment, u, self.output, functools.partial(progress, u)))
+                gc.collect()
+        return results
+
+    def _in_words(self, result: Mapping[str, Any]) -> str:
+        if "settings" in result:
+            return tuned(result)
+        if result["quality"] is None:
+            return f"diverged ({result['diverged']})"
+        metric = self.experiment.monitor.partition("/")[2]
+        text = f"validation {metric} {result['quality']:.4g}"
+        if "test_quality" in result:
+            text += f", test {result['test_quality']:.4g}"
+        return f"{text}, {result['train_seconds']:.1f} s"
+
+    def _choose(self, system: System, searched: Sequence[Mapping[str, Any]]) -> tuple[float | None, bool]:
+        """Return the learning rate that the search has chosen, and whether it is at the edge of those tried."""
+        rates = self.plan.rates
+        if system.cost is None:
+            return None, False
+        if not searched:
+            return rates[0], False
+        higher_is_better = self.experiment.monitor_mode == "max"
+        try:
+            index = choose(rates, [r["quality"] for r in searched], self.plan.configured_rate, higher_is_better)
+        except ValueError as error:
+            raise ValueError(f"{label(system.name)}: {error}; give lower --learning_rates") from None
+        return rates[index], at_edge(rates[index], rates)
+
+    def _speeds(self, checkpoints: Mapping[str, Path]) -> dict[str, Any]:
+        """Return what is measured of each system, all in one session: the machine's mood is in ratios of several."""
+        path, rounds = self.output / "speed.json", self.plan.options.rounds
+        saved = read_json(path) or {}
+        speeds = {name: saved[name] for name in checkpoints if name in saved}
+        if len({speed.get("measured") for speed in speeds.values()}) > 1:
+            speeds = {}
+        whole = speeds.keys() == checkpoints.keys()
+        if rounds and not (whole and all(len(speed["train_rounds"]) == rounds for speed in speeds.values())):
+            speeds = self._measure(checkpoints)
+            write_json(path, {**saved, **speeds})  # what was measured of systems that are left out stays
+        if rounds:
+            self.display.finished("speed and memory")
+        return speeds
+
+    def _measure(self, checkpoints: Mapping[str, Path]) -> dict[str, Any]:
+        threads = max(1, torch.get_num_threads() // self.jobs)  # as in training
+        jobs = {
+            name: Job(self.experiment.arguments, name, str(file), self.experiment.replaced, threads)
+            for name, file in checkpoints.items()
+        }
+        show = functools.partial(self.display.unit, "speed and memory")
+        speeds = measure(jobs, self.plan.options.rounds, show, self.experiment.modules)
+        when = moment(time.time())
+        return {name: {**speed, "measured": when} for name, speed in speeds.items()}
+
+
+def moment(seconds: float) -> str:
+    """Return a moment of ``time.time`` as people and machines read it."""
+    return datetime.datetime.fromtimestamp(seconds).astimezone().isoformat(timespec="seconds")
+
+
+def result_files(output: Path) -> list[Path]:
+    """Return the files that hold what was trained and measured in ``output``, whoever asked for it."""
+    return [*(output / "units").glob("*/*/result.json"), *output.glob("speed.json")]
