@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +20,62 @@ class Experts(nn.Module):
 
     A subclass may read ``rows.materialize()``, (R, D) rows sorted by expert, and ``rows.offsets_E``, and return
     ``rows.with_output(y_RD)``; the dispatcher weights and sums. See ``FFNExperts`` for one that does it all itself.
+
+    Every parameter and buffer is *stacked*: its first axis counts the experts. One that is split over ranks is a
+    ``DTensor`` sharded along that axis; its local experts are the rows that this process holds, numbered from 0. Who
+    starts, converts or stores experts uses ``init_each``, ``weights_of`` and ``num_local_experts``, and no parameter's
+    name.
     """
+
+    num_experts: int
+    """E, of all ranks."""
 
     def forward(self, rows: Rows) -> Rows:
         raise NotImplementedError
+
+    @property
+    def num_local_experts(self) -> int:
+        """Number of experts whose parameters this process holds; experts without parameters are all here."""
+        first = next(self.parameters(), None)
+        return self.num_experts if first is None else local_tensor(first).shape[0]
+
+    def weights_of(self, e: int) -> dict[str, Tensor]:
+        """Return the parameters and buffers of local expert ``e`` by name, as views: writing to one changes the expert.
+
+        Raises:
+            ValueError: ``e`` is not in ``range(num_local_experts)``.
+        """
+        if not 0 <= e < self.num_local_experts:
+            raise ValueError(f"expert {e} is not in range(num_local_experts={self.num_local_experts})")
+        return {name: local_tensor(t)[e] for name, t in (*self.named_parameters(), *self.named_buffers())}
+
+    def init_each(self, fn: Callable[[Tensor], Any]) -> None:
+        """Start every local expert's matrices by ``fn``, each by itself, and its biases at zero.
+
+        Matrices are called for in the order of the parameters, each for all experts in turn: ``w_in`` of expert 0, of
+        expert 1, ..., then ``w_out`` of expert 0, and so on. Weights and statistics of norms stay as they are.
+
+        Args:
+            fn: fills one (in, out) matrix in place, as ``nn.init.xavier_uniform_`` does; gradients are off. That layout
+                is the transpose of ``nn.Linear``'s: a function of ``fan_in`` alone has to take ``mode="fan_out"``.
+
+        Example::
+
+            for module in model.modules():  # routed and shared experts, layer by layer
+                if isinstance(module, core.Experts):
+                    module.init_each(nn.init.xavier_uniform_)
+        """
+        with torch.no_grad():
+            for parameter in self.parameters():
+                if parameter.ndim >= 3:
+                    for matrix in local_tensor(parameter):
+                        fn(matrix)
+            for bias in self.biases():
+                bias.zero_()
+
+    def biases(self) -> list[Tensor]:
+        """Return the stacked parameters that ``init_each`` sets to zero: none, unless a subclass says so."""
+        return []
 
     def check_devices(self, x: Tensor) -> None:
         """Raise a ``ValueError`` where a parameter or buffer of these experts is not on the device of the tokens."""
@@ -96,6 +149,21 @@ class ExpertConfig:
     def flops_per_row(self, dim: int, out_dim: int | None = None) -> int:
         """Forward FLOPs of one expert on one row, two a multiply-add; activations are not counted."""
         raise NotImplementedError
+
+
+def local_tensor(t: Tensor) -> Tensor:
+    """Return the part of a stacked tensor that this process holds: of a ``DTensor`` its shard, else the whole.
+
+    Raises:
+        ValueError: the shard is cut along another axis than that of the experts, so that no expert is whole.
+    """
+    if not hasattr(t, "to_local"):
+        return t
+    axes = [placement.dim for placement in getattr(t, "placements", ()) if placement.is_shard()]
+    if any(axes):
+        raise ValueError(f"a tensor of experts of shape {tuple(t.shape)} is sharded along axis {max(axes)}, not 0")
+    local: Tensor = t.to_local()
+    return local
 
 
 def first_linear(x_GTD: Tensor, w: Tensor, b: Tensor | None, counts: tuple[int, ...]) -> Tensor:

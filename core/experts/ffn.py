@@ -53,6 +53,9 @@ class FFNExperts(Experts):
                 if bias is not None:
                     nn.init.uniform_(bias, -bound, bound)
 
+    def biases(self) -> list[Tensor]:
+        return [b for b in (self.b_in, self.b_out) if b is not None]
+
     def forward(self, rows: Rows) -> Rows:
         self.check_devices(rows.x)
         x, *weights = autocast_together(rows.x, self.w_in, self.w_out, self.b_in, self.b_out, self.w_gate)

@@ -69,6 +69,10 @@ class MLPExperts(Experts):
                 if tensor is not None:
                     nn.init.constant_(tensor, start)
 
+    def biases(self) -> list[Tensor]:
+        all_layers = (getattr(self, f"b_{i}") for i in range(len(self.hidden_dims)))
+        return [b for b in all_layers if b is not None]
+
     def _get(self, name: str, i: int) -> Tensor:
         tensor: Tensor = getattr(self, f"{name}_{i}")
         return tensor

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from core import FFN, GEGLU, MoE, MoEConfig, SwiGLU, TokenChoice
+from core import FFN, GEGLU, MLP, MoE, MoEConfig, SwiGLU, TokenChoice
 from core.contract import Rows
 from core.experts import Experts, FFNExperts
 
@@ -181,3 +181,45 @@ def test_tokens_and_weights_of_different_dtypes_are_refused_outside_autocast():
 def test_a_wrong_option_is_refused_with_its_value_and_the_rule(kind, arguments, message):
     with pytest.raises(ValueError, match=message):
         kind(**arguments)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_init_each_draws_matrix_by_matrix_and_expert_by_expert(config):
+    experts = config.build(3, 8)
+    torch.manual_seed(1)
+    experts.init_each(nn.init.xavier_uniform_)
+    torch.manual_seed(1)
+    for weight in (experts.w_in, experts.w_out, experts.w_gate):
+        for e in range(0 if weight is None else 3):
+            assert torch.equal(weight[e], nn.init.xavier_uniform_(torch.empty(weight.shape[1:])))
+    assert all(not b.any() for b in (experts.b_in, experts.b_out) if b is not None)
+
+
+def test_init_each_reaches_the_shared_experts_of_a_layer_and_all_layers_of_an_mlp():
+    layer = MoEConfig(4, TokenChoice(1), FFN(6), num_shared_experts=1).build(3)
+    sizes = []
+    for module in layer.modules():
+        if isinstance(module, Experts):
+            module.init_each(lambda matrix: sizes.append(tuple(matrix.shape)))
+    assert sizes == [*[(3, 6)] * 4, *[(6, 3)] * 4, (3, 6), (6, 3)]
+
+    mlp, sizes = MLP((5, 2), norm="layer").build(2, 3), []
+    mlp.init_each(lambda matrix: sizes.append(tuple(matrix.shape)))
+    assert sizes == [(3, 5), (3, 5), (5, 2), (5, 2)]
+    assert not mlp.b_0.any()
+    assert mlp.norm_weight_0.eq(1).all()
+
+
+def test_weights_of_is_one_experts_tensors_and_writing_to_one_changes_it():
+    experts = FFN(6, bias=True).build(3, 4)
+    weights = experts.weights_of(2)
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    assert shapes == {"w_in": (4, 6), "w_out": (6, 4), "b_in": (6,), "b_out": (4,)}
+    weights["b_in"].data.fill_(7.0)
+    assert experts.b_in.eq(7).sum(1).tolist() == [0, 0, 6]
+    assert set(MLP((5,), norm="batch").build(2, 3).weights_of(1)) == {
+        "w_0", "norm_weight_0", "norm_bias_0", "running_mean_0", "running_var_0"
+    }  # fmt: skip
+    for wrong in (3, -1):
+        with pytest.raises(ValueError, match=rf"expert {wrong} is not in range\(num_local_experts=3\)"):
+            experts.weights_of(wrong)
