@@ -8,7 +8,7 @@ from typing import Any
 from ..contract import check_kinds, check_part
 from ..dispatch import LocalDispatcher
 from ..experts import FFN, ExpertConfig
-from ..kernels import BACKENDS
+from ..kernels import check_backend
 from ..layers import MergedMoE, MoE, SharedGate, SoftMoE
 from ..layers.shared import KINDS
 from ..registry import register_config
@@ -81,8 +81,7 @@ class MoEConfig:
         check_part("router", self.router, RouterConfig, "TokenChoice(top_k=2)")
         check_part("expert", self.expert, ExpertConfig, "FFN()")
         check_part("balance", self.balance, Balance, "Balance()")
-        if self.backend != "auto" and self.backend not in BACKENDS:
-            raise ValueError(f"backend={self.backend!r} is not one of auto, {', '.join(BACKENDS)}")
+        check_backend(self.backend)
         self.router.check(self.num_experts)
         self._check_options()
         self._check_shared_gate()

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..contract import check_kinds, check_part
 from ..experts import MLP, ExpertConfig
-from ..kernels import BACKENDS
+from ..kernels import check_backend
 from ..layers import MultiGateLayer, MultiGateMoE, PLELayer, SelectedMultiGateMoE, SparseMultiGateMoE
 from ..layers.multi_gate import FeatureGate
 from ..registry import register_config
@@ -70,7 +70,7 @@ class MultiGateConfig:
         if not 0 <= self.expert_dropout < 1:
             raise ValueError(f"expert_dropout={self.expert_dropout} is not in [0, 1)")
         positive("init_scale", self.init_scale)
-        one_of("backend", self.backend, ("auto", *BACKENDS))
+        check_backend(self.backend)
         if self.balance.adaptive:
             raise ValueError("balance.adaptive=True follows the drop rate, which is 0: multi-gate layers are dropless")
         self.balance.check(self.balance_terms(), type(self).__name__)

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..contract import Rows
-from ..kernels.cpu.products import linear
-from ..kernels.eager import check_devices
+from ..kernels import check_devices, linear
 from ..registry import register_config
 
 

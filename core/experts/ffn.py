@@ -9,9 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..contract import Rows, check_kinds
-from ..kernels import BACKENDS, resolve_backend
-from ..kernels.cpu.products import linear
-from ..kernels.eager import ACTIVATIONS, outside_autocast
+from ..kernels import ACTIVATIONS, expert_ffn, linear, outside_autocast
 from .base import ExpertConfig, Experts, autocast_together, first_linear, next_linear
 
 
@@ -60,7 +58,7 @@ class FFNExperts(Experts):
         self.check_devices(rows.x)
         x, *weights = autocast_together(rows.x, self.w_in, self.w_out, self.b_in, self.b_out, self.w_gate)
         plan = rows.plan
-        y = BACKENDS[resolve_backend(self.backend, x.device, x.dtype)].expert_ffn(
+        y = expert_ffn(
             x,
             None if rows.gathered else rows.row_index_R,
             rows.offsets_E,
@@ -69,6 +67,7 @@ class FFNExperts(Experts):
             activation=self.activation,
             inverse_N=getattr(plan, "inverse_N", None),
             top_k=getattr(plan, "top_k", None),
+            backend=self.backend,
         )
         return rows.with_output(y, weighted=True, combined=not rows.gathered)
 

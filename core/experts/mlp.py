@@ -11,9 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..contract import Rows, check_kinds
-from ..kernels import BACKENDS, resolve_backend
-from ..kernels.eager import ACTIVATIONS, outside_autocast
-from ..kernels.grouped import expert_of_rows
+from ..kernels import ACTIVATIONS, expert_linear, expert_of_rows, outside_autocast
 from .base import ExpertConfig, Experts, autocast_together, first_linear, next_linear
 
 EPS = 1e-5
@@ -93,8 +91,7 @@ class MLPExperts(Experts):
         expert_R = expert_of_rows(h_RF, rows.offsets_E)
         for i in range(len(self.hidden_dims)):
             h_RF, w, b = self._linear(h_RF, i)
-            kernels = BACKENDS[resolve_backend(self.backend, h_RF.device, h_RF.dtype)]
-            h_RF = kernels.expert_linear(h_RF, w, rows.offsets_E, b)
+            h_RF = expert_linear(h_RF, w, rows.offsets_E, b, backend=self.backend)
             h_RF = self._norm_rows(h_RF, i, expert_R)
             h_RF = F.dropout(ACTIVATIONS[self.activation](h_RF), self.dropout, self.training)
         return rows.with_output(h_RF.masked_fill((expert_R == self.num_experts)[:, None], 0))

@@ -9,7 +9,8 @@
 
 ``eager`` is the oracle and reads like the equations. ``cpu``, ``grouped`` and ``triton`` are held to it in output and
 gradients. The functions here take a backend's name, resolve it and hand on; ``triton`` leaves what is beyond its limits
-to ``grouped`` or ``eager``.
+to ``grouped`` or ``eager``. Experts, dispatchers and layers use these functions, and the few helpers that are exported
+beside them, and know no backend by name.
 """
 
 from __future__ import annotations
@@ -21,8 +22,18 @@ import torch
 from torch import Tensor
 
 from . import cpu, eager, grouped, triton_ops
-from .eager import Sorted, TopK
+from .cpu.products import linear
+from .eager import (
+    ACTIVATIONS,
+    Sorted,
+    TopK,
+    accumulate_dtype,
+    check_devices,
+    count_experts,
+    outside_autocast,
+)
 from .fallback import warn_once
+from .grouped import expert_of_rows
 from .transforms import is_transformed
 
 BACKENDS: dict[str, ModuleType] = {"eager": eager, "cpu": cpu, "grouped": grouped, "triton": triton_ops}
@@ -34,6 +45,12 @@ def _refuse_second_derivative(ctx: Any, *grads: Tensor) -> Tensor:
 
 for _op in ("triton_expert_ffn_backward", "triton_linear_dw", "triton_gate_backward"):
     torch.library.register_autograd(f"moesaic::{_op}", _refuse_second_derivative)
+
+
+def check_backend(name: str) -> None:
+    """Raise a ``ValueError`` where ``name`` is neither "auto" nor a backend."""
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"backend={name!r} is not one of auto, {', '.join(BACKENDS)}")
 
 
 def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype) -> str:
@@ -55,8 +72,7 @@ def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype) -
         ValueError: the name is not a backend.
     """
     device = torch.device(device)
-    if name != "auto" and name not in BACKENDS:
-        raise ValueError(f"backend={name!r} is not one of auto, {', '.join(BACKENDS)}")
+    check_backend(name)
     if device.type == "meta":
         return "cpu"  # its operations are told what shape they have, where the oracle would read counts
     if is_transformed():
@@ -101,6 +117,22 @@ def queue_ranks(queue_TK: Tensor, served_T: Tensor | None, num_queues: int, *, b
     return rank_TK
 
 
+def expert_ffn(x: Tensor, *args: Any, backend: str = "auto", **options: Any) -> Tensor:
+    """``eager.expert_ffn`` by the backend."""
+    kernels = BACKENDS[resolve_backend(backend, x.device, x.dtype)]
+    y: Tensor = kernels.expert_ffn(x, *args, **options)
+    return y
+
+
+def expert_linear(
+    x_RD: Tensor, w: Tensor, offsets_E: Tensor, b: Tensor | None = None, *, backend: str = "auto"
+) -> Tensor:
+    """``eager.expert_linear`` by the backend."""
+    kernels = BACKENDS[resolve_backend(backend, x_RD.device, x_RD.dtype)]
+    y_RF: Tensor = kernels.expert_linear(x_RD, w, offsets_E, b)
+    return y_RF
+
+
 def combine(
     y_RD: Tensor,
     row_index_R: Tensor,
@@ -118,4 +150,21 @@ def combine(
     return y_TD
 
 
-__all__ = ["BACKENDS", "combine", "queue_ranks", "resolve_backend", "sort_pairs", "topk_gate"]
+__all__ = [
+    "ACTIVATIONS",
+    "BACKENDS",
+    "accumulate_dtype",
+    "check_backend",
+    "check_devices",
+    "combine",
+    "count_experts",
+    "expert_ffn",
+    "expert_linear",
+    "expert_of_rows",
+    "linear",
+    "outside_autocast",
+    "queue_ranks",
+    "resolve_backend",
+    "sort_pairs",
+    "topk_gate",
+]

@@ -9,11 +9,11 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from .. import kernels
 from ..contract import DenseRouting, RoutingContext, Rows
 from ..dispatch import TaskDispatcher, join_tasks
 from ..experts import Experts
 from ..experts.base import autocast_together, first_linear, next_linear
-from ..kernels import eager
 from ..routing.balance import Balance
 from ..routing.checks import check_tensor
 from ..routing.ids import sequence_ids
@@ -154,7 +154,7 @@ class FeatureGate(nn.Module):
 
     def forward(self, x_GTD: Tensor, counts: tuple[int, ...]) -> Tensor:
         """(G, T, D) inputs of ``counts`` experts each to (n, T, D), an input an expert."""
-        eager.check_devices(x_GTD, type(self).__name__, self._parameters)
+        kernels.check_devices(x_GTD, type(self).__name__, self._parameters)
         x_GTD, *cast = autocast_together(x_GTD, self.down, self.up)
         down, up = cast
         assert down is not None
@@ -378,7 +378,7 @@ class SelectedMultiGateMoE(MultiGateLayer):
                 )
                 self._record(dense, examples.context, f"task{k}", gates)
 
-        sum_dtype = eager.accumulate_dtype(y_RH.dtype)
+        sum_dtype = kernels.accumulate_dtype(y_RH.dtype)
         weighted_RtH = weights.used_Rt.to(sum_dtype)[:, :, None] * y_RH.to(sum_dtype)[:, None, :]
         y_TtH = weighted_RtH.new_zeros(T, *weighted_RtH.shape[1:]).index_add(0, example_R, weighted_RtH)
         return y_TtH.to(y_RH.dtype).transpose(0, 1)
@@ -440,7 +440,7 @@ def _mix(
             return clean
         return logits.masked_fill(dropped_experts(clean, layer.expert_dropout), -torch.inf).softmax(-1)
 
-    with eager.outside_autocast(x_GTD.device):
+    with kernels.outside_autocast(x_GTD.device):
         names = [f"task{k}" for k in range(t)] if layer.num_tasks == t else ["tasks"]
         gates_TtE = weights(logits.task_TtE, names).to(h_TnH.dtype)
         y_TtH = torch.bmm(gates_TtE[..., :s], h_TnH[:, :s])
@@ -493,7 +493,7 @@ def _expert_outputs(
     if examples.real_T is not None:
         expert_ids_Td = expert_ids_Td.masked_fill(~examples.real_T[:, None], E)
     expert_ids_N = expert_ids_Td.flatten()
-    placed = eager.sort_pairs(expert_ids_N, eager.count_experts(expert_ids_N, E))
+    placed = kernels.sort_pairs(expert_ids_N, kernels.count_experts(expert_ids_N, E))
     rows = Rows(
         x=x_GTD[0].index_select(0, placed.order_R // d),
         row_index_R=placed.order_R // d,

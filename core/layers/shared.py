@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..kernels.eager import outside_autocast
+from ..kernels import outside_autocast
 from ..routing.gates import LinearGate, widened
 
 KINDS = ("mix", "scale")
