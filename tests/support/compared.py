@@ -22,6 +22,12 @@ trainer: {max_epochs: 2, accelerator: cpu}
 """
 
 
+def asked(config: Path, output: Path, *more: str) -> list[str]:
+    """Arguments of ``moesaic`` for a comparison of one epoch a run with two seeds, one rate, and no measuring."""
+    fixed = ["--seeds", "2", "--rounds", "0", "--learning_rates", "0.01", "--trainer.max_epochs", "1"]
+    return ["compare", str(config), "--output", str(output), *fixed, *more]
+
+
 def experiment(config: Path, *rest: str) -> Experiment:
     return Experiment(arguments(config, [], rest))
 

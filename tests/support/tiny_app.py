@@ -19,6 +19,19 @@ import core
 from apps.data.loader import ResumableLoader
 from apps.train.module import OptimizerConfig, SparseModule, TaskOutput
 
+CONFIG = """
+model:
+  class_path: tiny_app.TinyModule
+  init_args:
+    moe:
+      num_experts: 4
+      router: {class_path: TokenChoice, init_args: {top_k: 2}}
+      expert: {class_path: FFN, init_args: {hidden_dim: 8}}
+data: {class_path: tiny_app.TinyData, init_args: {n: 24}}
+trainer: {accelerator: cpu, max_epochs: 1, log_every_n_steps: 1}
+"""
+"""A run of one epoch with three steps."""
+
 
 class TinyModule(SparseModule):
     """Points in the plane to classes: linear, dropout, an MoE layer, linear.

@@ -8,8 +8,11 @@ from apps.base.files import holding
 
 
 def test_a_lock_is_held_by_one_and_free_after_it(tmp_path):
-    with holding(tmp_path / ".lock", "first"):
-        with pytest.raises(ValueError, match="^it is busy$"), holding(tmp_path / ".lock", "it is busy"):
-            pass
+    with (
+        holding(tmp_path / ".lock", "held by none before"),
+        pytest.raises(ValueError, match="it is busy"),
+        holding(tmp_path / ".lock", "it is busy"),
+    ):
+        pass
     with holding(tmp_path / ".lock", "it is busy"):
         pass

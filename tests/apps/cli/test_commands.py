@@ -19,27 +19,13 @@ import torch
 import yaml
 from PIL import Image
 from places import ROOT, environment
-from tiny_app import TinyData, TinyModule
+from tiny_app import CONFIG, TinyData, TinyModule
 
 import core
 from apps.cli import UsageError, main
 from apps.cli.errors import reduce_message
 from apps.cli.request import Request, merge, with_nulls
 from apps.cli.train import build
-
-CONFIG = """
-model:
-  class_path: tiny_app.TinyModule
-  init_args:
-    moe:
-      num_experts: 4
-      router: {class_path: TokenChoice, init_args: {top_k: 2}}
-      expert: {class_path: FFN, init_args: {hidden_dim: 8}}
-data:
-  class_path: tiny_app.TinyData
-  init_args: {n: 24}
-trainer: {accelerator: cpu, max_epochs: 1, log_every_n_steps: 1}
-"""
 
 
 @pytest.fixture

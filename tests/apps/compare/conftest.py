@@ -1,11 +1,17 @@
-"""A configuration of a model and data that are as small as can be."""
+"""A configuration of a model and data that are as small as can be, and a comparison that is finished."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
-from compared import CONFIG
+from compared import CONFIG, asked, offers
+
+from apps.cli import main as moesaic
+
+KEPT = (*offers("dense_equal_flops", "centroids", "tuned_centroids"), "--model.keeps_examples", "true")
+"""Values of the configuration of ``finished``."""
 
 
 @pytest.fixture
@@ -13,3 +19,20 @@ def config(tmp_path) -> Path:
     path = tmp_path / "tiny.yaml"
     path.write_text(CONFIG)
     return path
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory) -> Path:
+    """The folder of a finished comparison of the sparse model, "dense_equal_flops" and "centroids"; only to be read."""
+    folder = tmp_path_factory.mktemp("whole")
+    (folder / "tiny.yaml").write_text(CONFIG)
+    argv = asked(folder / "tiny.yaml", folder / "out", *KEPT, "--baselines", "dense_equal_flops", "centroids")
+    assert moesaic(argv) == 0
+    return folder / "out"
+
+
+@pytest.fixture
+def finished(whole, config, tmp_path) -> tuple[Path, list[str]]:
+    """A copy of ``whole`` to go on in, and the arguments of its command without its baselines."""
+    shutil.copytree(whole, tmp_path / "finished")
+    return tmp_path / "finished", asked(config, tmp_path / "finished", *KEPT)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +15,7 @@ import time
 import compare_app
 import pytest
 import torch
-from compared import experiment, offers, overlay
+from compared import asked, experiment, offers, overlay
 from places import ROOT
 
 from apps.cli import main as moesaic
@@ -23,9 +25,10 @@ from apps.equal_cost import routers
 
 def test_compare_end_to_end_and_again(config, tmp_path, monkeypatch, capsys):
     output = tmp_path / "out"
-    argv = ["compare", str(config), "--seeds", "2", "--output", str(output), "--rounds", "0", *offers(
-        "dense_equal_flops", "dense_double_equal_flops", "centroids"), "--model.further", '["top2"]']  # fmt: skip
-    stop_after, done = 4, []
+    names = offers("dense_equal_flops", "dense_double_equal_flops", "centroids")
+    rates = ("--learning_rates", "0.01", "0.03")
+    argv = asked(config, output, "--seeds", "1", *rates, *names, "--model.further", '["top2"]')
+    stop_after, done = 3, []
     real = training.train
 
     def stopping(*args, **kwargs):
@@ -39,13 +42,12 @@ def test_compare_end_to_end_and_again(config, tmp_path, monkeypatch, capsys):
     assert f"To go on: moesaic compare {config}" in capsys.readouterr().err
     stop_after = 99
     assert moesaic(argv) == 0
-    # 3 rates of two systems, then 2 seeds of three: each once, the four before the stop not again.
-    assert len(done) == len(set(done)) == 12
+    # 2 rates of two systems, then a seed of three: each once, the three before the stop not again.
+    assert len(done) == len(set(done)) == 7
     out = capsys.readouterr().out
     assert "left out: not called equal" in out.replace("\n", " ")
     results = json.loads((output / "results.json").read_text())
-    assert results["seeds"] == [0, 1]
-    assert len(results["finals"]["centroids"]) == 2
+    assert results["seeds"] == [0]
     assert results["summary"]["rows"][1]["system"]["replaced_ratio"] == 1.0
     assert results["machine"]["torch"] == torch.__version__
     assert (output / "quality_against_flops.png").stat().st_size > 5000
@@ -53,16 +55,18 @@ def test_compare_end_to_end_and_again(config, tmp_path, monkeypatch, capsys):
     assert "| test top1, % |" in page
     (line,) = (line for line in page.splitlines() if line.startswith("| test top2, % |"))
     assert line.endswith("| – |")  # the centroids know no second class
-
     monkeypatch.setattr(work, "train", lambda *a: pytest.fail("trained again"))
     assert moesaic(argv) == 0
     assert json.loads((output / "results.json").read_text()) == results
-    capsys.readouterr()
+
+
+def test_a_finished_comparison_takes_no_fewer_seeds(finished, capsys):
+    _, argv = finished
     assert moesaic([*argv, "--seeds", "1"]) == 1
     assert "options.num_seeds: 2 saved, 1 now" in capsys.readouterr().err
 
 
-def test_a_finished_comparison_takes_more_seeds_and_systems(config, tmp_path, monkeypatch):
+def test_a_finished_comparison_takes_more_seeds_and_systems(config, whole, tmp_path, monkeypatch):
     trained, measured = [], []
     real = training.train
 
@@ -77,25 +81,23 @@ def test_a_finished_comparison_takes_more_seeds_and_systems(config, tmp_path, mo
     monkeypatch.setattr(work, "train", train)
     monkeypatch.setattr(work, "measure", measure_none)
 
-    def compared(output, seeds, *more):
-        argv = [str(config), "--output", str(tmp_path / output), "--seeds", str(seeds), "--learning_rates", "0.01"]
-        command.run_command([*argv, "--trainer.max_epochs", "1", "--baselines", "dense_equal_flops", *more])
-        return json.loads((tmp_path / output / "results.json").read_text())
+    def compared(seeds, *more):
+        argv = asked(config, tmp_path / "grown", "--seeds", str(seeds), "--rounds", "5", *more)
+        assert moesaic([*argv, "--baselines", "dense_equal_flops"]) == 0
+        return json.loads((tmp_path / "grown" / "results.json").read_text())
 
-    switch = ("--routers", overlay(tmp_path / "switch.yaml", top_k=1))
-    first = compared("grown", 1)
+    first = compared(1)
     assert len(trained) == 2
-    grown = compared("grown", 2, *switch)
+    grown = compared(2, "--routers", overlay(tmp_path / "switch.yaml", top_k=1))
     assert len(trained) == len(set(trained)) == 6  # 3 systems with 2 seeds
-    whole = compared("whole", 2, *switch)
     # Side by side: those of the first time once more.
-    three = ["sparse", "dense_equal_flops", "router_switch"]
-    assert measured == [["sparse", "dense_equal_flops"], three, three]
+    assert measured == [["sparse", "dense_equal_flops"], ["sparse", "dense_equal_flops", "router_switch"]]
     assert grown["date"] != first["date"]
-    assert grown["seeds"] == whole["seeds"] == [0, 1]
-    tests = [{name: [u["test"] for u in of] for name, of in found["finals"].items()} for found in (grown, whole)]
-    assert tests[0] == tests[1]
+    assert grown["seeds"] == [0, 1]
     assert grown["finals"]["sparse"][0] == first["finals"]["sparse"][0]
+    at_once = json.loads((whole / "results.json").read_text())["finals"]
+    for name in ("sparse", "dense_equal_flops"):
+        assert [u["test"] for u in grown["finals"][name]] == [u["test"] for u in at_once[name]]
 
 
 @pytest.mark.parametrize("jobs", ["1", "2"])
@@ -116,8 +118,7 @@ def test_a_termination_is_no_success_and_says_how_to_go_on(config, tmp_path, mon
 @pytest.mark.parametrize("where", ["in a baseline without steps", "after the last batch of a test"])
 def test_a_termination_outside_lightnings_loops_is_one_too(config, tmp_path, monkeypatch, capsys, where):
     output = tmp_path / "out"
-    argv = ["compare", str(config), "--output", str(output), "--rounds", "0", "--seeds", "1",
-            "--learning_rates", "0.01", *offers("centroids")]  # fmt: skip
+    argv = asked(config, output, "--seeds", "1", *offers("centroids"))
     kind, hook = {
         "in a baseline without steps": (compare_app.Centroids, "fit"),
         "after the last batch of a test": (compare_app.TinyModel, "on_test_epoch_end"),
@@ -139,24 +140,12 @@ def test_a_termination_outside_lightnings_loops_is_one_too(config, tmp_path, mon
     assert moesaic(argv) == 0
 
 
-def test_systems_may_be_left_out_and_come_back(config, tmp_path, monkeypatch, capsys):
-    output = tmp_path / "out"
-    argv = ["compare", str(config), "--seeds", "2", "--output", str(output), "--rounds", "0",
-            "--learning_rates", "0.01", *offers("dense_equal_flops", "centroids")]  # fmt: skip
-    real = training.train
-
-    def stopping(experiment, unit, *args):
-        if unit.system == "centroids":
-            raise KeyboardInterrupt
-        return real(experiment, unit, *args)
-
-    monkeypatch.setattr(work, "train", stopping)
-    assert moesaic(argv) == 130
-    capsys.readouterr()
+def test_systems_may_be_left_out_and_come_back(finished, monkeypatch, capsys):
+    output, argv = finished
+    shutil.rmtree(output / "units" / "centroids")  # as if it was not done yet
     # The slow one is dropped before it is finished, and then a finished one.
     assert moesaic([*argv, "--baselines", "dense_equal_flops"]) == 0
     assert "not asked for" not in capsys.readouterr().out
-    monkeypatch.setattr(work, "train", real)
     assert moesaic([*argv, "--baselines", "centroids"]) == 0
     said = "not asked for this time: dense, equal FLOPs. The finished runs are kept, and shown again when asked for"
     assert said in capsys.readouterr().out
@@ -164,49 +153,38 @@ def test_systems_may_be_left_out_and_come_back(config, tmp_path, monkeypatch, ca
     assert list(shown["finals"]) == ["sparse", "centroids"]
     assert "| dense, equal FLOPs" not in (output / "table.md").read_text()
     monkeypatch.setattr(work, "train", lambda *a: pytest.fail("trained again"))
-    assert moesaic(argv) == 0
+    assert moesaic([*argv, "--baselines", "dense_equal_flops", "centroids"]) == 0
     again = json.loads((output / "results.json").read_text())
     assert list(again["finals"]) == ["sparse", "dense_equal_flops", "centroids"]
     assert again["date"] == shown["date"]  # that of the work, not of the printing
 
 
-def test_a_finished_comparison_is_printed_again_without_measuring(config, tmp_path, monkeypatch):
-    argv = [
-        str(config),
-        "--seeds",
-        "1",
-        "--learning_rates",
-        "0.01",
-        "--output",
-        str(tmp_path),
-        "--trainer.max_epochs",
-        "1",
-    ]
-    names = offers("dense_equal_flops", "dense_equal_params")
+def test_a_finished_comparison_is_printed_again_without_measuring(finished, monkeypatch):
+    output, argv = finished
+    monkeypatch.setattr(work, "train", lambda *a: pytest.fail("trained again"))
+    asked_for = []
 
     def measured(jobs, rounds, *_):
+        asked_for.append((rounds, list(jobs)))
         rates = {"seconds_per_step": 0.1, "train_examples_per_second": 321.0, "train_rounds": [1.0] * rounds}
         return dict.fromkeys(jobs, rates)
 
+    def shown(rounds, *baselines):
+        assert moesaic([*argv, "--rounds", rounds, "--baselines", *baselines]) == 0
+        return (output / "table.md").read_text()
+
     monkeypatch.setattr(work, "measure", measured)
-    command.run_command([*argv, *names, "--rounds", "2"])
-    monkeypatch.setattr(work, "train", lambda *a: pytest.fail("trained again"))
-    monkeypatch.setattr(work, "measure", lambda *a: pytest.fail("measured again"))
-    for rounds in ("0", "2"):
-        command.run_command([*argv, *names, "--rounds", rounds])
-        assert "| training, examples/s | 321 | 321 | 321 |" in (tmp_path / "table.md").read_text()
-    command.run_command([*argv, *names, "--rounds", "0", "--baselines", "dense_equal_params"])
-    assert "| training, examples/s | 321 | 321 |\n" in (tmp_path / "table.md").read_text()
-    asked = []
-    monkeypatch.setattr(work, "measure", lambda jobs, *a: asked.append(list(jobs)) or measured(jobs, *a))
-    command.run_command([*argv, *names, "--rounds", "3"])
-    assert asked == [["sparse", "dense_equal_flops", "dense_equal_params"]]
+    for rounds in ("2", "0", "2"):
+        assert "| training, examples/s | 321 | 321 | – |" in shown(rounds, "dense_equal_flops", "centroids")
+    assert "| training, examples/s | 321 | – |\n" in shown("0", "centroids")
+    assert asked_for == [(2, ["sparse", "dense_equal_flops"])]
+    shown("3", "dense_equal_flops", "centroids")
+    assert asked_for[1:] == [(3, ["sparse", "dense_equal_flops"])]
 
 
-def test_an_estimators_settings_are_searched_once_and_for_a_time(config, tmp_path, monkeypatch, capsys):
-    output = tmp_path / "out"
-    argv = ["compare", str(config), "--seeds", "2", "--output", str(output), "--rounds", "0",
-            "--learning_rates", "0.01", *offers("tuned_centroids")]  # fmt: skip
+def test_an_estimators_settings_are_searched_once_and_for_a_time(finished, monkeypatch):
+    output, argv = finished
+    argv += ["--baselines", "tuned_centroids"]
     real, fits = compare_app.TunedCentroids.fit, []
 
     def counted(self, data, seed, settings):
@@ -241,12 +219,9 @@ def test_an_estimators_settings_are_searched_once_and_for_a_time(config, tmp_pat
     assert [seed for seed, _ in fits] == [0, 1]
 
 
-def test_the_examples_of_two_tests_are_compared_seed_by_seed(config, tmp_path, capsys):
-    output = tmp_path / "out"
-    argv = ["compare", str(config), "--seeds", "2", "--output", str(output), "--rounds", "0",
-            "--learning_rates", "0.01", *offers("dense_equal_flops", "centroids"),
-            "--model.keeps_examples", "true"]  # fmt: skip
-    assert moesaic(argv) == 0
+def test_the_examples_of_two_tests_are_compared_seed_by_seed(finished, capsys):
+    output, argv = finished
+    assert moesaic([*argv, "--baselines", "dense_equal_flops", "centroids"]) == 0
     found = json.loads((output / "results.json").read_text())
     pairs = found["summary"]["examples"]
     assert [(p["system"], p["seed"]) for p in pairs] == [("dense_equal_flops", 0), ("dense_equal_flops", 1)]
@@ -278,11 +253,11 @@ def test_baselines_start_from_the_generators_state_alone(config):
     assert torch.equal(heads[1], heads[2])
 
 
-def test_workers_train_and_measure(config, tmp_path):
-    argv = [str(config), "--seeds", "2", "--learning_rates", "0.01", "--rounds", "1", "--jobs", "2"]
-    outcome = command.run_command([*argv, "--output", str(tmp_path / "two")])
-    alone = command.run_command([*argv[:-2], "--rounds", "0", "--output", str(tmp_path / "one")])
-    assert [r.test for r in outcome.summary.rows] == [r.test for r in alone.summary.rows]
+def test_workers_train_and_measure(config, whole, tmp_path):
+    argv = asked(config, tmp_path / "out", "--rounds", "1", "--jobs", "2")
+    outcome = command.run_command(argv[1:])
+    alone = json.loads((whole / "results.json").read_text())["summary"]["rows"]
+    assert [dataclasses.asdict(r.test) for r in outcome.summary.rows] == [row["test"] for row in alone[:2]]
     assert outcome.summary.clock == "steps"
     for row in outcome.summary.rows:
         assert row.speed["train_examples_per_second"] > 0
@@ -303,9 +278,9 @@ def test_a_round_takes_all_batches_where_they_hold_different_numbers_of_examples
 
 
 def test_a_workers_error_is_the_commands(config, tmp_path):
-    argv = [str(config), "--seeds", "2", "--learning_rates", "1", "--rounds", "0", "--jobs", "2"]
+    argv = asked(config, tmp_path / "out", "--learning_rates", "1", "--jobs", "2", "--model.explodes_from", "0.5")
     with pytest.raises(RuntimeError, match="the training loss is nan"):
-        command.run_command([*argv, "--output", str(tmp_path), "--model.explodes_from", "0.5"])
+        command.run_command(argv[1:])
 
 
 @pytest.mark.parametrize(
@@ -330,15 +305,15 @@ def test_bad_input_is_one_line(config, tmp_path, capsys, argv, message):
 
 
 def test_compare_digits(tmp_path, capsys):
-    few = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2", "--trainer.limit_test_batches", "1"]
-    argv = ["compare", str(ROOT / "configs/vision/digits.yaml"), "--seeds", "2", "--learning_rates", "0.004"]
-    assert moesaic([*argv, "--rounds", "0", "--output", str(tmp_path / "digits"), *few]) == 0
+    few = ["--trainer.limit_train_batches", "2", "--trainer.limit_test_batches", "1"]
+    argv = asked(ROOT / "configs/vision/digits.yaml", tmp_path / "digits", "--seeds", "1", *few)
+    assert moesaic(argv) == 0
     assert "dense, equal parameters" in (tmp_path / "digits" / "table.md").read_text()
     assert (tmp_path / "digits" / "quality_against_flops.png").exists()
     assert "lightning" not in capsys.readouterr().err.lower()
 
 
-def test_routers_are_compared_at_equal_active_flops(config, tmp_path, capsys):
+def test_routers_are_compared_at_equal_active_flops(config, finished, tmp_path):
     switch = overlay(tmp_path / "switch.yaml", top_k=1)
     # One expert a token where the config has two: 576 = 64 + 4 * 8 * F, so F = 16 in place of 8.
     made = routers.Variant(experiment(config).module("sparse"), switch).config()
@@ -346,10 +321,8 @@ def test_routers_are_compared_at_equal_active_flops(config, tmp_path, capsys):
     too_many = overlay(tmp_path / "too_many.yaml", top_k=5)
     task = overlay(tmp_path / "task.yaml", "Task", num_tasks=2, top_k=2)
     domain = overlay(tmp_path / "domain.yaml", "Domain", num_domains=4)
-    output = tmp_path / "out"
-    argv = ["compare", str(config), "--seeds", "2", "--output", str(output), "--rounds", "1", "--jobs", "2",
-            "--learning_rates", "0.01", "--routers", switch, too_many, task, domain]  # fmt: skip
-    assert moesaic(argv) == 0
+    output, argv = finished
+    assert moesaic([*argv, "--jobs", "2", "--routers", switch, too_many, task, domain]) == 0
     page = (output / "table.md").read_text()
     assert [line.split(" |")[0] for line in page.splitlines() if line.startswith("| ")] == [
         *("| router", "| ---"),

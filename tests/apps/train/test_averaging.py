@@ -1,18 +1,21 @@
-"""The mean of the last epochs' weights: by hand, over a kill, in a longer run; and an early stop that stays one."""
+"""Averages of the weights: the moving one, and the mean of the last epochs, by hand, over a kill, in a longer run."""
 
 from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+import trainings
 from resuming import CONFIG, Stop, checkpoint, differences, fit
-from tiny_app import TinyModule
+from tiny_app import TinyData, TinyModule
 
 from apps.cli import main as moesaic
-from apps.train.averaging import mean_weights
+from apps.train.averaging import WeightEMA, mean_weights
+from apps.train.optimizers import OptimizerConfig
 
 # 26 points in batches of 8: 4 steps an epoch, 3 epochs.
 AVERAGED = CONFIG.replace("ema_decay: 0.99", "average_last: 2").replace(
@@ -164,3 +167,37 @@ def test_an_early_stop_stays_one(early_config, tmp_path):
     # Resumed after its end, it does no epoch more.
     fit(early_config, tmp_path / "unbroken", *flags, "--ckpt_path", "last")
     assert differences(before, checkpoint(tmp_path / "unbroken")) == []
+
+
+def test_the_average_moves_as_the_formula_says():
+    module = TinyModule(3)
+    average = WeightEMA(0.99)
+    average.on_fit_start(None, module)
+    before = module.net[0].weight.detach().clone()
+    with torch.no_grad():
+        module.net[0].weight.add_(1.0)
+
+    class AtStepOne:
+        global_step = 1
+
+    average.on_train_batch_end(AtStepOne, module, None, None, 0)
+    # d = min(0.99, 2 / 11), so the average has moved by 9/11 of the 1.0 that was added.
+    assert torch.allclose(average.average["net.0.weight"], before + 9 / 11)
+    average.on_train_batch_end(AtStepOne, module, None, None, 1)  # a micro-batch of the same step
+    assert torch.allclose(average.average["net.0.weight"], before + 9 / 11)
+
+
+def test_the_average_is_what_is_validated_saved_and_left(tmp_path):
+    module = TinyModule(3, moe=trainings.MOE, ema_decay=0.9, optimizer=OptimizerConfig(lr=0.05))
+    trainings.fit(module, tmp_path, max_epochs=2)
+    checkpoint = trainings.load(tmp_path / "last.ckpt")
+    trained, average = checkpoint["trained_state_dict"], checkpoint["state_dict"]
+    assert not torch.equal(trained["net.0.weight"], average["net.0.weight"])
+    assert torch.equal(module.net[0].weight, average["net.0.weight"])
+    fresh = TinyModule(3, moe=trainings.MOE)
+    fresh.load_state_dict(average)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = trainings.trainer(tmp_path / "again", logger=False).validate(fresh, TinyData(), verbose=False)
+    last = [r for r in trainings.rows(tmp_path) if r["val/loss"]][-1]
+    assert found[0]["val/loss"] == pytest.approx(float(last["val/loss"]))

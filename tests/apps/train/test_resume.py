@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import random
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from places import environment
 from resuming import CONFIG, Stop, assert_same, checkpoint, differences, fit, log
+
+from apps.train.resume import generator_state, restore_generators
 
 
 @pytest.fixture
@@ -96,3 +100,11 @@ def test_a_finished_run_is_left_as_it_is_and_can_be_made_longer(config, tmp_path
     assert differences(before, checkpoint(tmp_path / "run")) == []
     fit(config, tmp_path / "run", "--ckpt_path", "last", "--trainer.max_epochs", "4")
     assert checkpoint(tmp_path / "run")["global_step"] == 36
+
+
+def test_generators_go_on_where_they_were(tmp_path):
+    state = generator_state()
+    torch.save(state, tmp_path / "state.pt")
+    drawn = (random.random(), np.random.rand(3).tolist(), torch.rand(3).tolist())
+    restore_generators(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert drawn == (random.random(), np.random.rand(3).tolist(), torch.rand(3).tolist())

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import yaml
-from tiny_app import TinyModule
+from tiny_app import CONFIG, TinyModule
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 import apps
@@ -23,18 +23,6 @@ from apps.train.loading import check_arguments, check_beside
 from apps.train.module import SparseModule
 from apps.vision.data import VisionData
 from apps.vision.module import VisionClassifier
-
-CONFIG = """
-model:
-  class_path: tiny_app.TinyModule
-  init_args:
-    moe:
-      num_experts: 4
-      router: {class_path: TokenChoice, init_args: {top_k: 2}}
-      expert: {class_path: FFN, init_args: {hidden_dim: 8}}
-data: {class_path: tiny_app.TinyData, init_args: {n: 24}}
-trainer: {accelerator: cpu, max_epochs: 1, enable_progress_bar: false}
-"""
 
 
 @pytest.fixture(scope="module")
