@@ -14,6 +14,7 @@ import time
 
 import compare_app
 import pytest
+import tiny_app
 import torch
 from compared import asked, experiment, offers, overlay
 from places import ROOT
@@ -302,6 +303,12 @@ def test_bad_input_is_one_line(config, tmp_path, capsys, argv, message):
     err = capsys.readouterr().err
     assert message in err
     assert "Traceback" not in err
+
+
+def test_a_module_that_tells_a_comparison_nothing_is_refused(tmp_path, capsys):
+    (tmp_path / "tiny.yaml").write_text(tiny_app.CONFIG)
+    assert moesaic(asked(tmp_path / "tiny.yaml", tmp_path / "out")) == 2
+    assert "TinyModule is no Comparable: compare asks a module for its baselines" in capsys.readouterr().err
 
 
 def test_compare_digits(tmp_path, capsys):

@@ -1,0 +1,32 @@
+"""What a module answers to a comparison where it says nothing itself."""
+
+from __future__ import annotations
+
+import pytest
+from tiny_app import TinyModule
+from trainings import MOE
+
+from apps.equal_cost import routers
+from apps.equal_cost.comparable import Comparable, RoutedLayers
+
+
+class Silent(TinyModule, Comparable):
+    """A module with an MoE layer that tells a comparison nothing."""
+
+
+def test_every_question_has_an_answer():
+    module = Silent(3, moe=MOE)
+    assert module.replaced_blocks == ("net.3",)
+    assert (module.note, module.baselines(), module.routed_layers()) == ("", {}, None)
+    assert module.examples_of_test() == module.compare_examples([], []) == []
+    assert module.side_by_side({}) == ""
+    assert routers.variants(module, []) == {}
+    with pytest.raises(ValueError, match="--routers hash: Silent has no layer to put it into"):
+        routers.variants(module, ["hash"])
+    with pytest.raises(NotImplementedError, match=r"Silent must define with_moe\(moe\)"):
+        module.with_moe(MOE)
+
+
+def test_flops_of_routed_layers_are_those_of_their_config():
+    # A router of 2 * 8 * 4 FLOPs a token, two of four experts with 2 * 2 * 8 * 8 each.
+    assert RoutedLayers(MOE, 8).flops_per_token() == 2 * 8 * 4 + 2 * 2 * 2 * 8 * 8
