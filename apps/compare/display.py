@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def describe(unit: Unit) -> str:
-    """A unit in words."""
+    """Return a unit in words."""
     what = f"seed {unit.seed}" if unit.final else "search"
     rate = "" if unit.rate is None else f" at learning rate {unit.rate:g}"
     return f"[{label(unit.system)}] {what}{rate}"
@@ -61,7 +61,7 @@ class Display:
         self.bars.update(task, completed=done, total=total or None)
 
     def finished(self, name: str) -> None:
-        """A unit is done."""
+        """Count a unit as done."""
         task = self.tasks.pop(name, None)
         if task is not None:
             self.bars.remove_task(task)

@@ -82,17 +82,17 @@ class Experiment:
         return self._parser.instantiate(self._config)
 
     def plain(self) -> dict[str, Any]:
-        """Model, data, trainer and seed as plain values, without what a comparison sets itself."""
+        """Return model, data, trainer and seed as plain values, without what a comparison sets itself."""
         values = yaml.safe_load(self._parser.dump(self._config, skip_unset=False))
         trainer = {k: v for k, v in values["trainer"].items() if k not in _OWN or k == "callbacks"}
         return {"model": values["model"], "data": values["data"], "trainer": trainer, "seed": self.seed}
 
     def data(self) -> LightningDataModule:
-        """A new data module."""
+        """Return a new data module."""
         return self._make()["data"]
 
     def callbacks(self) -> list[Callback]:
-        """New ones of those the configuration names; without bars, checkpoints and what ends a training early."""
+        """Return new callbacks of the configuration, without bars, checkpoints and what ends a training early."""
         if not self._config["trainer"].get("callbacks"):
             return []
         given = self._make()["trainer"]["callbacks"]
@@ -124,6 +124,6 @@ class Experiment:
 def arguments(
     config: str | Path, overlays: Sequence[str], rest: Sequence[str], routers: Sequence[str] = ()
 ) -> tuple[str, ...]:
-    """Arguments of ``Experiment`` for a configuration, overlays over it, single values over both, and routers."""
+    """Return arguments of ``Experiment``: a configuration, overlays over it, single values over both, and routers."""
     files = [str(config), *overlays]
     return (*(part for file in files for part in ("--config", file)), *rest, *(_ROUTERS + r for r in routers))

@@ -22,7 +22,7 @@ def write_json(path: Path, value: Any) -> Path:
 
 
 def read_json(path: Path) -> Any:
-    """The value in ``path``; None where there is no such file.
+    """Return the value in ``path``; None where there is no such file.
 
     Raises:
         ValueError: the file is not JSON.
@@ -36,7 +36,7 @@ def read_json(path: Path) -> Any:
 
 
 def differences(saved: Any, wanted: Any, name: str = "") -> list[str]:
-    """One line for each value that differs between two plain values, by its dotted name.
+    """Return a line for each value that differs between two plain values, by its dotted name.
 
     Example::
 

@@ -58,7 +58,7 @@ def measure(
     progress: Callable[[int, int], None] = lambda done, total: None,
     modules: Sequence[str] = (),
 ) -> dict[str, dict[str, Any]]:
-    """Throughput and peak memory of each system, the systems interleaved.
+    """Measure throughput and peak memory of each system, the systems taking turns.
 
     Args:
         jobs: a worker each.
@@ -76,13 +76,13 @@ def measure(
     """
     context = worker_context(modules)
     workers: dict[str, tuple[Any, Connection]] = {}
-    found: dict[str, dict[str, Any]] = {}
+    measured: dict[str, dict[str, Any]] = {}
     total, done = 2 * (rounds + 1) * len(jobs), 0
     try:
         for name, job in jobs.items():
             workers[name] = start(context, _work, job)
         for name, (_, pipe) in workers.items():
-            found[name] = _answer(name, pipe)
+            measured[name] = _answer(name, pipe)
         for phase in ("train", "inference"):
             rates: dict[str, list[float]] = {name: [] for name in jobs}
             for number in range(rounds + 1):
@@ -94,19 +94,19 @@ def measure(
                     done += 1
                     progress(done, total)
             for name, (_, pipe) in workers.items():
-                found[name][f"{phase}_rounds"] = rates[name]
-                found[name][f"{phase}_examples_per_second"] = statistics.median(rates[name])
+                measured[name][f"{phase}_rounds"] = rates[name]
+                measured[name][f"{phase}_examples_per_second"] = statistics.median(rates[name])
                 pipe.send("memory")
                 if phase == "train":
-                    found[name]["peak_memory_bytes"] = _answer(name, pipe)
-                    found[name]["seconds_per_step"] = (
-                        found[name]["examples_per_step"] / found[name]["train_examples_per_second"]
+                    measured[name]["peak_memory_bytes"] = _answer(name, pipe)
+                    measured[name]["seconds_per_step"] = (
+                        measured[name]["examples_per_step"] / measured[name]["train_examples_per_second"]
                     )
                 else:
                     _answer(name, pipe)
         for _, pipe in workers.values():
             pipe.send("stop")
-        return found
+        return measured
     finally:
         for process, pipe in workers.values():
             pipe.close()
@@ -126,11 +126,11 @@ def _answer(name: str, pipe: Connection) -> Any:
 
 
 def _work(pipe: Connection, job: Job) -> None:
-    """The worker: build, then one round for each command."""
+    """Build the system, then do one round for each command, until "stop"."""
     with answering(pipe):
         torch.set_num_threads(job.threads)
         bench = _Bench(job)
-        pipe.send(("done", bench.found))
+        pipe.send(("done", bench.facts))
         while (command := pipe.recv()) != "stop":
             pipe.send(("done", getattr(bench, command)()))
 
@@ -162,17 +162,17 @@ class _Bench:
         del state
         self.module: Any = self.precision.convert_module(module.to(self.device))
         self.optimizer = _optimizer(self.module)
-        self.found: dict[str, Any] = {"base_memory_bytes": base}
+        self.facts: dict[str, Any] = {"base_memory_bytes": base}
         own = {name for name, _ in module.named_modules()}
         replaced = job.replaced if own.issuperset(job.replaced) else ()
         with self.precision.forward_context():
-            self.found["cost"] = measure_cost(module, self.eval_batch, replaced, as_evaluated=True).to_dict()
+            self.facts["cost"] = measure_cost(module, self.eval_batch, replaced, as_evaluated=True).to_dict()
         counts = [num_examples(module.example_inputs(b)) for b in self.train_batches]
         # Of batches of a budget of tokens, long examples are few: a round takes all of them.
         self.cycle = 1 if len(set(counts)) == 1 else len(counts)
         self.batches = itertools.cycle(self.train_batches)
         accumulated = int(experiment.trainer_options.get("accumulate_grad_batches") or 1)
-        self.found["examples_per_step"] = accumulated * statistics.mean(counts)
+        self.facts["examples_per_step"] = accumulated * statistics.mean(counts)
         # The peak begins here: not this system's are the sparse model that made a baseline, the weights as they were
         # read, and the forward that was counted.
         _release()
@@ -184,7 +184,7 @@ class _Bench:
         return move_data_to_device(batch, self.device)
 
     def train(self) -> float:
-        """Examples a second of forward, backward and optimizer step."""
+        """Return the examples a second of forward, backward and optimizer step."""
         self.module.train()
         return self._round(self._train_step, self.cycle)
 
@@ -199,7 +199,7 @@ class _Bench:
 
     @torch.no_grad()
     def inference(self) -> float:
-        """Examples a second of the forward alone, in evaluation mode."""
+        """Return the examples a second of the forward alone, in evaluation mode."""
         self.module.eval()
         return self._round(self._infer)
 
@@ -210,7 +210,7 @@ class _Bench:
         return num_examples(inputs)
 
     def memory(self) -> int:
-        """Peak bytes since the set-up."""
+        """Return the peak bytes since the set-up."""
         return _peak_memory(self.device)
 
     def _round(self, step: Callable[[], int], times: int = 1) -> float:
@@ -226,7 +226,7 @@ class _Bench:
 
 
 def _optimizer(module: SparseModule) -> torch.optim.Optimizer:
-    """The module's own optimizer, without what its schedule needs of a trainer."""
+    """Return the module's own optimizer, without what its schedule needs of a trainer."""
     configured: Any = module.configure_optimizers()
     optimizer = configured["optimizer"] if isinstance(configured, dict) else configured
     if not isinstance(optimizer, torch.optim.Optimizer):
@@ -242,7 +242,7 @@ def _release() -> None:
 
 
 def _status(field: str) -> int | None:
-    """A field of this process's status on Linux, in bytes. (``ru_maxrss`` starts at the parent's size after a fork.)"""
+    """Return a field of this process's status on Linux, in bytes. (``ru_maxrss`` starts at the parent's size.)"""
     with suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith(f"{field}:"):

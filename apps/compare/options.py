@@ -68,7 +68,7 @@ class Options:
             raise ValueError(f"baseline_minutes={self.baseline_minutes:g} must be a positive number")
 
     def rates(self, configured: float) -> tuple[float, ...]:
-        """The learning rates to try, ascending, to three digits."""
+        """Return the learning rates to try, ascending, to three digits."""
         tried = self.learning_rates or tuple(float(f"{factor * configured:.3g}") for factor in SEARCH_FACTORS)
         return tuple(sorted(tried))
 

@@ -22,7 +22,7 @@ from apps.compare.training import Unit, train
 
 
 def worker_context(modules: Sequence[str] = ()) -> BaseContext:
-    """How worker processes are started; ``modules`` are imported once for all of them.
+    """Return how worker processes are started; ``modules`` are imported once for all of them.
 
     Not by a plain fork: threads of this process are not in the child, and torch's would be waited for.
     """
@@ -34,7 +34,7 @@ def worker_context(modules: Sequence[str] = ()) -> BaseContext:
 
 
 def start(context: BaseContext, target: Callable[..., None], *args: Any) -> tuple[Any, Connection]:
-    """A process that runs ``target(pipe, *args)``, and the other end of its pipe."""
+    """Start a process that runs ``target(pipe, *args)``, and return it with the other end of its pipe."""
     ours, theirs = context.Pipe()
     process = context.Process(target=target, args=(theirs, *args), daemon=True)  # type: ignore[attr-defined]
     process.start()
@@ -44,7 +44,7 @@ def start(context: BaseContext, target: Callable[..., None], *args: Any) -> tupl
 
 @contextmanager
 def answering(pipe: Connection) -> Iterator[None]:
-    """In a worker: what goes wrong inside is sent to the parent as ("error", exception)."""
+    """Send what goes wrong inside, in a worker, to the parent as ("error", exception)."""
     try:
         with quiet(own_notes=False), suppress(KeyboardInterrupt, EOFError, BrokenPipeError):
             yield

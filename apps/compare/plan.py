@@ -38,7 +38,7 @@ class Plan:
 
     @classmethod
     def make(cls, config: dict[str, Any], options: Options, configured_rate: float, seed: int) -> Plan:
-        """The plan of a configuration.
+        """Return the plan of a configuration.
 
         Raises:
             ValueError: as ``routers.read`` and ``routers.by_system``.
@@ -49,13 +49,13 @@ class Plan:
         return cls(config, options, overlays, rates, configured_rate, seeds, seed + SEARCH_SEED)
 
     def search_units(self, system: str) -> list[Unit]:
-        """The runs of the learning-rate search; none where there is nothing to choose."""
+        """Return the runs of the learning-rate search; none where there is nothing to choose."""
         if len(self.rates) < 2:
             return []
         return [Unit(system, rate, self.search_seed, self.options.search_share) for rate in self.rates]
 
     def tuning_units(self, system: str) -> list[Unit]:
-        """The search of an estimator's settings: one for all seeds, as that of the learning rate."""
+        """Return the search of an estimator's settings: one for all seeds, as that of the learning rate."""
         return [Unit(system, None, self.search_seed, minutes=self.options.baseline_minutes)]
 
     def final_units(self, system: str, rate: float | None, tunes: bool = False) -> list[Unit]:
@@ -85,11 +85,11 @@ class Plan:
         path, wanted = output / "plan.json", self.to_dict()
         saved = read_json(path)
         if saved is not None:
-            found = differences(_adapted(saved, wanted), wanted)
-            if found:
-                more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+            lines = differences(_adapted(saved, wanted), wanted)
+            if lines:
+                more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""
                 raise ValueError(
-                    f"{output} holds another comparison ({'; '.join(found[:3])}{more}): give another --output, "
+                    f"{output} holds another comparison ({'; '.join(lines[:3])}{more}): give another --output, "
                     "or delete it"
                 )
             overlays = {**(saved["options"]["routers"] or {}), **self.overlays}

@@ -9,7 +9,7 @@ from apps.report.intervals import Interval, mean_interval
 
 
 def paired_difference(a: Sequence[float], b: Sequence[float], level: float = 0.95) -> Interval:
-    """Mean and t-interval of ``a - b``, value by value: what both share (a seed's data order) cancels.
+    """Return the mean and the t-interval of ``a - b``, value by value: what both share (a seed's data order) cancels.
 
     The values are measured in float32: differences that its rounding may account for are equal, and have no width.
 
@@ -27,14 +27,14 @@ def paired_difference(a: Sequence[float], b: Sequence[float], level: float = 0.9
 
 
 def verdict(difference: Interval, higher_is_better: bool = True) -> str:
-    """ "wins", "loses" or "no difference shown", for the first of the two."""
+    """Return "wins", "loses" or "no difference shown", for the first of the two."""
     if not difference.excludes_zero:
         return "no difference shown"
     return "wins" if (difference.mean > 0) == higher_is_better else "loses"
 
 
 def quality_at(curve: Sequence[tuple[float, float]], seconds: float) -> float | None:
-    """The last quality of a curve of (seconds, quality) that was reached within ``seconds``; None before the first.
+    """Return the last quality of a curve of (seconds, quality) within ``seconds``; None before the first.
 
     The last and not the best one: a slow model is validated less often by then, and would have fewer draws.
     """
@@ -44,7 +44,9 @@ def quality_at(curve: Sequence[tuple[float, float]], seconds: float) -> float | 
 def choose(
     rates: Sequence[float], scores: Sequence[float | None], default: float, higher_is_better: bool = True
 ) -> int:
-    """Index of the best score; of equal ones the rate nearest to ``default``, by ratio. None is a run that diverged.
+    """Return the index of the best score; of equal ones the rate nearest to ``default``, by ratio.
+
+    A score of None is a run that diverged.
 
     Raises:
         ValueError: every run diverged.

@@ -100,16 +100,16 @@ class Summary:
         return asdict(self)
 
     def systems(self) -> list[Row]:
-        """The rows that are the sparse model or another kind of model."""
+        """Return the rows that are the sparse model or another kind of model."""
         return [row for row in self.rows if not row.system.name.startswith(PREFIX)]
 
     def routers(self) -> list[Row]:
-        """The rows that are the sparse model with another router, the best first; none where none was asked for."""
-        found = [row for row in self.rows if row.system.name.startswith(PREFIX)]
-        return sorted(found, key=lambda row: row.test.mean, reverse=self.higher_is_better)
+        """Return the rows that are the sparse model with another router, the best first."""
+        rows = [row for row in self.rows if row.system.name.startswith(PREFIX)]
+        return sorted(rows, key=lambda row: row.test.mean, reverse=self.higher_is_better)
 
     def sentences(self) -> list[str]:
-        """What the intervals allow to be said: of the test at equal steps, then of the validation at equal time."""
+        """Return what the intervals allow to be said of the test at equal steps, then of validation at equal time."""
         lines = []
         for row in self.systems():
             if row.difference is not None:
@@ -121,7 +121,7 @@ class Summary:
         return lines
 
     def two_intervals(self) -> str:
-        """One sentence that tells the intervals over seeds from those over test examples; empty without the latter."""
+        """Return a sentence that tells intervals over seeds from those over test examples; empty without the latter."""
         over = next((d.over for pair in self.examples for d in pair.differences), None)
         if over is None:
             return ""
@@ -132,7 +132,7 @@ class Summary:
         )
 
     def example_lines(self, parts: bool = True) -> list[str]:
-        """What each seed's test examples say by themselves; ``parts``: also of parts of them."""
+        """Return what each seed's test examples say by themselves; ``parts``: also of parts of them."""
         return [
             example_line(pair, difference)
             for pair in self.examples
@@ -214,9 +214,9 @@ def summarize(
         ]
         at_time[s.name] = None if any(q is None for q in reached) else [float(q) for q in reached if q is not None]
     rows = []
-    mine = at_time[SPARSE]
+    sparse_at_time = at_time[SPARSE]
     for s in trained:
-        its = at_time[s.name]
+        own_at_time = at_time[s.name]
         other = s.name != SPARSE
         rows.append(
             Row(
@@ -225,8 +225,10 @@ def summarize(
                 rate_at_edge=rates[s.name][1],
                 test=mean_interval(tests[s.name]),
                 difference=paired_difference(tests[SPARSE], tests[s.name]) if other else None,
-                equal_time=None if its is None else mean_interval(its),
-                equal_time_difference=paired_difference(mine, its) if other and mine and its else None,
+                equal_time=None if own_at_time is None else mean_interval(own_at_time),
+                equal_time_difference=paired_difference(sparse_at_time, own_at_time)
+                if other and sparse_at_time and own_at_time
+                else None,
                 train_seconds=sum(float(r["train_seconds"]) for r in finals[s.name]) / len(seeds),
                 speed=speeds.get(s.name, {}),
                 tuning=results.searches[s.name][0] if s.tunes and results.searches.get(s.name) else {},
@@ -253,19 +255,19 @@ def summarize(
 def _further(
     name: str, sparse: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]] | None
 ) -> tuple[Interval | None, Interval | None]:
-    """A test metric of a system (None: of the sparse one), and how the sparse one differs."""
-    mine, its = (None if r is None else _values(name, r) for r in (sparse, other))
+    """Return a test metric of a system (None: of the sparse one), and how the sparse one differs."""
+    of_sparse, of_other = (None if r is None else _values(name, r) for r in (sparse, other))
     if other is None:
-        return (None if mine is None else mean_interval(mine)), None
-    if its is None:
+        return (None if of_sparse is None else mean_interval(of_sparse)), None
+    if of_other is None:
         return None, None
-    return mean_interval(its), None if mine is None else paired_difference(mine, its)
+    return mean_interval(of_other), None if of_sparse is None else paired_difference(of_sparse, of_other)
 
 
 def _values(name: str, results: Sequence[Mapping[str, Any]]) -> list[float] | None:
-    """A test metric of each seed; None where it is not reported."""
-    found = [r.get("test", {}).get(f"test/{name}") for r in results]
-    return None if any(v is None for v in found) else [float(v) for v in found if v is not None]
+    """Return a test metric of each seed; None where it is not reported."""
+    values = [r.get("test", {}).get(f"test/{name}") for r in results]
+    return None if any(v is None for v in values) else [float(v) for v in values if v is not None]
 
 
 def _is_share(name: str, finals: Mapping[str, Sequence[Mapping[str, Any]]]) -> bool:
@@ -280,12 +282,13 @@ def _may_be_share(name: str) -> bool:
     return not any(word in _NOT_SHARES for word in name.rpartition("/")[2].split("_"))
 
 
-def _means(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    return {name: sum(f[name] for f in found) / len(found) for name in found[0] if all(name in f for f in found)}
+def _means(figures: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    names = [name for name in figures[0] if all(name in own for own in figures)]
+    return {name: sum(own[name] for own in figures) / len(figures) for name in names}
 
 
 def sentence(row: Row, difference: Interval, summary: Summary, where: str) -> str:
-    """What a difference to one baseline allows to be said."""
+    """Return what a difference to one baseline allows to be said."""
     against, unit = f"Against {label(row.system.name)}", " points" if summary.percent else ""
     other = "dense" if row.system.name.startswith("dense") else "it"
     shown = f"sparse minus {other} {number(difference.mean, summary.percent, True, difference.half_width)}{unit}"
@@ -300,24 +303,24 @@ def sentence(row: Row, difference: Interval, summary: Summary, where: str) -> st
         number(difference.high, summary.percent, True, difference.half_width),
     )
     interval = f"95 % interval over {n} seeds {low} to {high}{unit}"
-    found = verdict(difference, summary.higher_is_better)
-    if found == "no difference shown":
+    outcome = verdict(difference, summary.higher_is_better)
+    if outcome == "no difference shown":
         return f"{against}: no difference shown {where} ({shown}; {interval}, which holds 0)."
-    return f"{against}: sparse {found} {where} ({shown}; {interval}, which excludes 0)."
+    return f"{against}: sparse {outcome} {where} ({shown}; {interval}, which excludes 0)."
 
 
 def example_line(pair: ExamplePair, difference: ExampleDifference) -> str:
-    """A difference on the examples of one seed, whose sign is the sparse model's minus the other's."""
+    """Return in words a difference on the examples of one seed, whose sign is the sparse model's minus the other's."""
     d = difference
-    found = "significant" if d.p < 0.05 else "not significant"
+    significance = "significant" if d.p < 0.05 else "not significant"
     return (
         f"Against {label(pair.system)}, seed {pair.seed}: {d.name} difference {d.difference:+.2f}, 95 % interval over "
-        f"the {d.over} {d.low:+.2f} to {d.high:+.2f}, p = {d.p:.3f}: {found} over these {d.over} ({d.method})."
+        f"the {d.over} {d.low:+.2f} to {d.high:+.2f}, p = {d.p:.3f}: {significance} over these {d.over} ({d.method})."
     )
 
 
 def notes(summary: Summary) -> list[str]:
-    """What a reader must know to read the table: left-out baselines, ratios, rates at the edge, limits of a measure."""
+    """Return what a reader must know: left-out baselines, ratios, rates at the edge, limits of a measure."""
     lines = []
     for row in summary.systems():
         s = row.system
@@ -356,7 +359,7 @@ def _duration(seconds: float) -> str:
 
 
 def _drops(summary: Summary) -> list[str]:
-    """Where the trained model computes less or more than counted before."""
+    """Say where the trained model computes less or more than counted before."""
     lines = []
     for row in summary.rows:
         before, after = row.system.cost, row.speed.get("cost")
@@ -372,23 +375,23 @@ def _drops(summary: Summary) -> list[str]:
 
 
 def flops(row: Row) -> float | None:
-    """FLOPs an example, as counted before the training: of the same network ``moesaic fit`` says the same."""
+    """Return the FLOPs an example, as counted before the training; ``moesaic fit`` says the same of the network."""
     return row.system.cost.flops_per_example if row.system.cost else None
 
 
 def flops_trained(row: Row) -> float | None:
-    """FLOPs an example that an evaluation computes with the trained weights; None where that was not measured."""
+    """Return the FLOPs an example that an evaluation computes with the trained weights; None: not measured."""
     cost = row.speed.get("cost")
     return float(cost["flops_per_example"]) if cost else None
 
 
 def flops_unit(summary: Summary) -> str:
-    """What the FLOPs are of, such as "an image"."""
+    """Return what the FLOPs are of, such as "an image"."""
     return next((row.system.cost.unit for row in summary.rows if row.system.cost), "an example")
 
 
 def number(value: float, percent: bool, signed: bool = False, half_width: float | None = None) -> str:
-    """A quality as it is shown, without its unit: in percent where it is a share, else to two digits of its ±."""
+    """Return a quality as it is shown, without unit: in percent where it is a share, else to two digits of its ±."""
     sign = "+" if signed else ""
     value = value + 0.0  # no -0.00
     if percent:

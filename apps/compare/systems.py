@@ -35,7 +35,7 @@ class Estimator(Protocol):
         """Train on the training split of ``data``, which is set up already."""
 
     def evaluate(self, data: LightningDataModule, split: Literal["val", "test"]) -> Mapping[str, float]:
-        """The same metrics as the sparse module logs, named without the split: ``{"top1": 0.93}``."""
+        """Return the metrics that the sparse module logs, named without the split: ``{"top1": 0.93}``."""
 
 
 @dataclass(frozen=True)

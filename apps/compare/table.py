@@ -24,7 +24,7 @@ _CLOCKS = {
 
 
 def cells(summary: Summary) -> list[list[str]]:
-    """The table: a heading line, then a line a quantity, systems in columns."""
+    """Return the table: a heading line, then a line a quantity, systems in columns."""
 
     def quality(value: Interval | None, signed: bool = False) -> str:
         return NONE if value is None else _interval(value, summary.percent, signed)
@@ -83,7 +83,7 @@ def cells(summary: Summary) -> list[list[str]]:
 
 
 def router_cells(summary: Summary) -> list[list[str]]:
-    """The table of routers: a heading line, then a line a router, the sparse model's own first; empty without any."""
+    """Return the table of routers: a heading, then a line a router, the sparse model's own first; empty without any."""
     if not summary.routers():
         return []
     name = summary.metric.partition("/")[2]
@@ -161,7 +161,7 @@ def _seconds(values: Sequence[float]) -> str:
 
 
 def legend(summary: Summary) -> list[str]:
-    """How each line was measured, in few words."""
+    """Return how each line was measured, in few words."""
     n = len(summary.seeds)
     lines = [
         f"Means of {n} seed{'s' if n > 1 else ''}, ± half a 95 % interval (Student's t); differences are paired by "
@@ -190,13 +190,13 @@ def legend(summary: Summary) -> list[str]:
 
 
 def tables(summary: Summary) -> list[list[list[str]]]:
-    """What there is to show: systems in columns, routers in lines."""
-    found = [cells(summary)] if len(summary.systems()) > 1 else []
-    return [*found, router_cells(summary)] if summary.routers() else found
+    """Return what there is to show: systems in columns, routers in lines."""
+    systems = [cells(summary)] if len(summary.systems()) > 1 else []
+    return [*systems, router_cells(summary)] if summary.routers() else systems
 
 
 def markdown(title: str, summary: Summary, facts: Sequence[str], read: str = "") -> str:
-    """The table with its sentences, notes and legend as a Markdown page; ``read``: examples, as they are."""
+    """Return table, sentences, notes and legend as a Markdown page; ``read``: examples, as they are."""
     lines = [f"# {title}"]
     for table in tables(summary):
         lines += ["", "| " + " | ".join(table[0]) + " |", "|" + " --- |" + " ---: |" * (len(table[0]) - 1)]
@@ -232,7 +232,7 @@ def show(title: str, summary: Summary) -> None:
 
 
 def _parts(rows: Sequence[Sequence[str]], width: int) -> list[list[int]]:
-    """Columns of tables that fit ``width`` characters one below another, each with the first column."""
+    """Return the columns of tables that fit ``width`` characters one below another, each with the first column."""
 
     def needed(index: int) -> int:
         words = rows[0][index].replace(",", ", ").split()
@@ -251,7 +251,7 @@ def _parts(rows: Sequence[Sequence[str]], width: int) -> list[list[int]]:
 
 
 def picture(title: str, summary: Summary, path: Path) -> Path | None:
-    """Quality against FLOPs, one point a system with its interval; None where no system has FLOPs."""
+    """Draw quality against FLOPs, one point a system with its interval; None where no system has FLOPs."""
     series = []
     for row in summary.systems():
         cost = flops_trained(row) if _trained_differ([row]) else flops(row)

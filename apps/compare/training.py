@@ -73,14 +73,14 @@ class Unit:
 
     @property
     def search(self) -> Unit | None:
-        """The search that a final unit of an estimator takes its settings from; None: there is none."""
+        """Return the search that a final unit of an estimator takes its settings from; None: there is none."""
         return None if self.tuned_by is None else Unit(self.system, None, self.tuned_by, minutes=self.minutes)
 
     def folder(self, output: Path) -> Path:
         return output / "units" / self.name
 
     def read(self, output: Path) -> dict[str, Any] | None:
-        """Its result; None where it is not finished.
+        """Return its result; None where it is not finished.
 
         Raises:
             ValueError: the file is not whole JSON.
@@ -88,12 +88,12 @@ class Unit:
         return read_json(self.folder(output) / "result.json")
 
     def checkpoint(self, output: Path) -> Path:
-        """Where a final unit keeps the weights it was tested with, and an unfinished one its state."""
+        """Return where a final unit keeps the weights it was tested with, and an unfinished one its state."""
         average = self.folder(output) / AVERAGE
         return average if average.exists() else self.folder(output) / CHECKPOINT
 
     def examples(self, output: Path) -> list[dict[str, Any]]:
-        """What a final unit keeps of each test example; empty where its module keeps nothing."""
+        """Return what a final unit keeps of each test example; empty where its module keeps nothing."""
         return read_json(self.folder(output) / EXAMPLES) or []
 
 
@@ -323,7 +323,7 @@ def _tune_estimator(model: Any, data: Any, unit: Unit, folder: Path, progress: P
     tried = read_json(path)
     if tried is None:  # a search of fewer minutes is the beginning of this one
         shorter = [read_json(p) for p in folder.parent.glob(f"search-*min-seed{unit.seed}/result.json")]
-        shorter = [found["tried"] for found in shorter if found["minutes"] < unit.minutes]
+        shorter = [search["tried"] for search in shorter if search["minutes"] < unit.minutes]
         tried = max(shorter, key=len, default=None)
     search = Search(unit.minutes, tried, keep)
     settings = model.tune(data, unit.seed, search)

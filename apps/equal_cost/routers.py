@@ -28,12 +28,12 @@ PREFIX = "router_"
 
 
 def overlays() -> dict[str, Path]:
-    """The overlays that come along, by name."""
+    """Return the overlays that come along, by name."""
     return {p.stem: p for p in sorted(FOLDER.glob("*.yaml"))}
 
 
 def resolve(names: Iterable[str]) -> tuple[str, ...]:
-    """Names or paths of overlays, each file once; "all" is all that come along.
+    """Return names or paths of overlays, each file once; "all" is all that come along.
 
     Raises:
         ValueError: an unknown name, "all" where there is none, or two files that would share a name.
@@ -53,7 +53,7 @@ def resolve(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def by_system(names: Iterable[str]) -> dict[str, str]:
-    """The overlays by the name of their system in a comparison; one file named twice is one system.
+    """Return the overlays by the name of their system in a comparison; one file named twice is one system.
 
     Raises:
         ValueError: two files share a name.
@@ -70,12 +70,12 @@ def by_system(names: Iterable[str]) -> dict[str, str]:
 
 
 def path_of(name: str) -> Path:
-    """The file of an overlay."""
+    """Return the file of an overlay."""
     return overlays().get(name, Path(name))
 
 
 def read(name: str) -> dict[str, Any]:
-    """The part of an overlay that says what the MoE layers are: fields of ``MoEConfig`` or ``MMoE``.
+    """Return the part of an overlay that says what the MoE layers are: fields of ``MoEConfig`` or ``MMoE``.
 
     Raises:
         ValueError: the file has no ``model.init_args.moe.router``.
@@ -90,8 +90,9 @@ def read(name: str) -> dict[str, Any]:
 
 
 def with_router(moe: Layers, name: str) -> Layers:
-    """``moe`` with the overlay over it; a multi-gate layer gets the router for its gates. Balance weights that the
-    overlay does not set are the defaults.
+    """Return ``moe`` with the overlay over it; a multi-gate layer gets the router for its gates.
+
+    Balance weights that the overlay does not set are the defaults.
 
     Raises:
         ValueError: the overlay's values do not fit ``moe``.
@@ -106,7 +107,7 @@ def with_router(moe: Layers, name: str) -> Layers:
 
 
 def match_flops(moe: Layers, flops: float, dim: int, **how: Any) -> Layers:
-    """``moe`` with experts as wide as makes a token cost ``flops``.
+    """Return ``moe`` with experts as wide as makes a token cost ``flops``.
 
     Args:
         moe: a layer.
@@ -147,7 +148,7 @@ def system_name(name: str) -> str:
 
 
 def variants(module: Comparable, names: Iterable[str]) -> Mapping[str, Baseline]:
-    """The routers as systems to compare ``module`` with; those that cannot be built say why.
+    """Return the routers as systems to compare ``module`` with; those that cannot be built say why.
 
     Raises:
         ValueError: two overlays share a name, or the module has no layer whose router could be another.

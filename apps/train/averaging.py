@@ -187,7 +187,7 @@ class WeightAverage(Callback):
                 path.unlink(missing_ok=True)
 
     def _folder(self, trainer: Trainer) -> Path | None:
-        """Where the epochs' weights are; None where the run has no checkpoints."""
+        """Return where the epochs' weights are; None where the run has no checkpoints."""
         dirpath = getattr(trainer.checkpoint_callback, "dirpath", None)
         return None if trainer.fast_dev_run or not dirpath else Path(dirpath) / FOLDER
 
@@ -208,7 +208,7 @@ class WeightAverage(Callback):
 
 
 def mean_weights(paths: Sequence[Path]) -> Mapping[str, Tensor]:
-    """The equal-weighted mean of files of tensors by name, one file in memory at a time, summed in float64."""
+    """Return the equal-weighted mean of files of tensors by name, one file in memory at a time, summed in float64."""
     total: dict[str, Tensor] = {}
     dtypes: dict[str, torch.dtype] = {}
     for path in paths:

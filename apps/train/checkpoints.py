@@ -25,7 +25,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint beside its place and moves it there: a kill or a full disk leaves the old file as it was."""
 
     def load_checkpoint(self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = True) -> Any:
-        """A checkpoint's contents; the shards of a folder put together."""
+        """Return a checkpoint's contents; the shards of a folder put together."""
         if sharded.is_sharded(path):
             return sharded.read(path)
         return super().load_checkpoint(path, map_location, weights_only)
@@ -109,7 +109,7 @@ class BestAndLast(Checkpoint):
             self._put_aside()
 
     def _put_aside(self) -> None:
-        """Checkpoints of an earlier run go to ``earlier/``: "last" must not mean that run's."""
+        """Move the checkpoints of an earlier run to ``earlier/``: "last" must not mean that run's."""
         folder, names = Path(self.dirpath or ""), ("best.ckpt", "last.ckpt", "average.ckpt")
         found = [path for path in (folder / name for name in names) if path.exists()]
         if found:

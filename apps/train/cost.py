@@ -104,7 +104,7 @@ def measure_cost(module: Any, batch: Any, replaced: Sequence[str] = (), as_evalu
 
 
 def _shares_dropped(module: nn.Module) -> dict[str, float]:
-    """By layer, the part of the routed pairs that its training's capacity leaves out even where loads are equal."""
+    """Return by layer the part of the routed pairs that its training's capacity drops even under equal loads."""
     shares = {}
     for name, layer in core.moe_layers(module).items():
         factors = [router.capacity.factor for router in layer.routers().values()]
@@ -121,7 +121,7 @@ def megaflops(flops: float) -> str:
 
 
 def num_examples(inputs: tuple[Any, ...]) -> int:
-    """B of the arguments of a forward: the length of the first that has one, a tensor or an object of a batch.
+    """Return B of the arguments of a forward: the length of the first that has one, a tensor or an object of a batch.
 
     Raises:
         ValueError: none has a length.
@@ -137,6 +137,6 @@ def num_examples(inputs: tuple[Any, ...]) -> int:
 
 
 def cuda_devices(model: nn.Module) -> list[int]:
-    """The CUDA devices that ``model`` is on, for ``torch.random.fork_rng``."""
+    """Return the CUDA devices that ``model`` is on, for ``torch.random.fork_rng``."""
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda}
     return sorted(device.index or 0 for device in devices)

@@ -54,7 +54,7 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """They are in the run's ``config.yaml``."""
+        """Write none: they are in the run's ``config.yaml``."""
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -73,7 +73,7 @@ class MetricsCSV(Logger):
             writer.writerows([*rows, row])
 
     def _kept_rows(self) -> list[dict[str, Any]]:
-        """The rows to carry over into a file with more columns: this run's, at first those before the resumed step."""
+        """Return the rows for a file with more columns: this run's, at first those before the resumed step."""
         first = not self._keys
         if not self.path.exists() or (first and self._before is None):
             return []

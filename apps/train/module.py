@@ -133,17 +133,17 @@ class SparseModule(LinkedModule):
     # ---- what a subclass brings
 
     def task_loss(self, batch: Any) -> TaskOutput:
-        """The loss of a batch, without the auxiliary loss of its MoE layers."""
+        """Return the loss of a batch, without the auxiliary loss of its MoE layers."""
         raise NotImplementedError(f"{type(self).__name__} must define task_loss(batch)")
 
     def judged(self, batch: Any, out: TaskOutput, stage: Stage) -> TaskOutput:
-        """``out`` with what the metrics compare where ``task_loss`` does not give it, such as decoded texts.
+        """Return ``out`` with what the metrics compare where ``task_loss`` does not give it, such as decoded texts.
 
         Called in validation and test alone; no pass in here counts as routing of the evaluation."""
         return out
 
     def example_inputs(self, batch: Any) -> tuple[Any, ...]:
-        """The arguments of ``forward`` in a batch: what FLOPs are counted and predictions made with."""
+        """Return the arguments of ``forward`` in a batch: what FLOPs are counted and predictions made with."""
         raise NotImplementedError(f"{type(self).__name__} must define example_inputs(batch)")
 
     def cost_inputs(self, batch: Any) -> tuple[Any, ...]:
@@ -152,25 +152,26 @@ class SparseModule(LinkedModule):
         return self.example_inputs(batch)
 
     def cost_unit(self, batch: Any) -> str:
-        """What the FLOPs of an example of ``batch`` are of: "an image", or with a length where the data decide it, "a
-        block of 128 tokens"."""
+        """Return what the FLOPs of an example of ``batch`` are of: "an image", or with a length where the data decide
+        it, "a block of 128 tokens"."""
         return "an example"
 
     def build_metrics(self) -> nn.Module | None:
-        """A torchmetrics ``MetricCollection`` of (outputs, targets), without prefix, or one ``Metric`` that returns a
-        dict of values by name, computed once a pass; None: the loss alone."""
+        """Return a torchmetrics ``MetricCollection`` of (outputs, targets), without prefix, or one ``Metric`` that
+        returns a dict of values by name, computed once a pass; None: the loss alone."""
         return None
 
     @property
     def shown_metrics(self) -> tuple[str, ...]:
-        """Metrics that are shown beside the monitored one, on the progress bar and in tables: names without the split,
-        such as ``("auc_click", "auc_buy")``. A loss, an ``ece`` and an error are shown as they are, a share in percent.
+        """Metrics beside the monitored one on the progress bar and in tables, by names without the split.
+
+        Such as ``("auc_click", "auc_buy")``. A loss, an ``ece`` and an error are shown as they are, a share in percent.
         """
         return ()
 
     @property
     def metric_signatures(self) -> Mapping[str, str]:
-        """How metrics are made, by name, where their name alone does not tell: stands beside their values."""
+        """Return how metrics are made, by name, where their name alone does not tell: stands beside their values."""
         return {}
 
     def report_callbacks(self) -> list[Callback]:
@@ -236,11 +237,11 @@ class SparseModule(LinkedModule):
                 self.log_dict(metrics, on_epoch=True, **shown)
 
     def stage_metrics(self, stage: Stage) -> Any:
-        """The metrics of "val" or "test", as ``build_metrics`` made them; None where there are none."""
+        """Return the metrics of "val" or "test", as ``build_metrics`` made them; None where there are none."""
         return dict(self._stage_metrics.items()).get(stage)
 
     def _log_metrics(self, stage: Stage) -> None:
-        """A metric of many values is computed here, once; Lightning logs metrics of one value by itself."""
+        """Compute and log a metric of many values, once; Lightning logs metrics of one value by itself."""
         metrics: Any = self.stage_metrics(stage)
         if metrics is None or hasattr(metrics, "items"):
             return
@@ -253,7 +254,7 @@ class SparseModule(LinkedModule):
         metrics.reset()
 
     def _log_stats(self, stage: Stage) -> None:
-        """The figures of the whole pass: the imbalance of the sum over batches and ranks, not a mean of imbalances."""
+        """Log the figures of the whole pass: the imbalance of the sum over batches and ranks, no mean of imbalances."""
         stats, self._stats = self._stats, None
         if stats is None and not core.moe_layers(self):
             return
@@ -349,7 +350,7 @@ class SparseModule(LinkedModule):
         return (self.global_step + 1) % self.trainer.log_every_n_steps == 0
 
     def _mean_over_processes(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Each (), of batches of the same size; one collective for all."""
+        """Return the mean of each value, (), over processes with batches of the same size, in one collective."""
         if self.trainer.world_size == 1:
             return values
         mean = self.trainer.strategy.reduce(torch.stack([v.float() for v in values.values()]), reduce_op="mean")
@@ -357,7 +358,7 @@ class SparseModule(LinkedModule):
 
 
 def routing_metrics(stats: core.RoutingStats, prefix: str = "routing") -> dict[str, Tensor]:
-    """The figures of each layer, ``{prefix}/{layer}/{figure}``, and their means, ``{prefix}/{figure}``."""
+    """Return the figures of each layer, ``{prefix}/{layer}/{figure}``, and their means, ``{prefix}/{figure}``."""
     metrics: dict[str, Tensor] = {}
     figures: dict[str, list[float]] = {}
     for layer, layer_stats in stats.layers.items():

@@ -88,13 +88,13 @@ class OptimizerConfig:
             raise ValueError(f"optimizer.warmup={self.warmup} must be a whole number of steps, or a fraction below 1")
 
     def warmup_steps(self, total_steps: float) -> int:
-        """Steps of warm-up in a run of ``total_steps`` (``inf`` where it has no end)."""
+        """Return the steps of warm-up in a run of ``total_steps`` (``inf`` where it has no end)."""
         if self.warmup >= 1:
             return int(self.warmup)
         return round(self.warmup * total_steps) if math.isfinite(total_steps) else 0
 
     def factor(self, step: int, total_steps: float) -> float:
-        """The learning rate of optimizer step ``step`` (from 0) as a part of the peak."""
+        """Return the learning rate of optimizer step ``step`` (from 0) as a part of the peak."""
         warmup = self.warmup_steps(total_steps)
         if step < warmup:
             return (step + 1) / warmup
@@ -107,7 +107,7 @@ class OptimizerConfig:
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """The optimizer of ``parameter_groups(model, config)``."""
+    """Return the optimizer of ``parameter_groups(model, config)``."""
     groups = parameter_groups(model, config)
     options: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "weight_decay": 0.0}
     if config.fused:
@@ -118,7 +118,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """The trainable parameters of ``model`` in groups: routers, experts, the rest, each with and without decay.
+    """Return the trainable parameters of ``model`` in groups: routers, experts, the rest, each with and without decay.
 
     No decay for 1-d parameters, biases and norms (also the experts', which are (E, F)), and what a submodule names in
     ``no_weight_decay()`` as timm's models do. Under Muon the matrices stand in groups of their own: the weights of
@@ -160,7 +160,7 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
 
 
 def _reads(model: nn.Module, name: str) -> bool:
-    """Whether the module ``name`` is the read-out, or in it."""
+    """Return whether the module ``name`` is the read-out, or in it."""
     return any(name == own or name.startswith(f"{own}.") for own in getattr(model, "readout", ()))
 
 

@@ -76,17 +76,17 @@ class ProgressBar(EpochLines, RichProgressBar):
             self.progress.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def _get_train_description(self, current_epoch: int) -> str:
-        """Counted from 1, as in the lines."""
+        """Return the epoch counted from 1, as in the lines."""
         total = self.trainer.max_epochs
         return f"epoch {current_epoch + 1}" + (f"/{total}" if total and total > 0 else "")
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """The running values alone: those of an epoch are in its line."""
+        """Return the running values alone: those of an epoch are in its line."""
         metrics = RichProgressBar.get_metrics(self, trainer, pl_module)
         kept = {k: v for k, v in metrics.items() if k.startswith("train/")}
         return {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in kept.items()}
 
 
 def progress() -> Callback:
-    """A bar and a line an epoch on a terminal; elsewhere the lines alone."""
+    """Return a bar and a line an epoch on a terminal; elsewhere the lines alone."""
     return ProgressBar() if sys.stdout.isatty() else EpochLines()

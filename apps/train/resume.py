@@ -45,7 +45,7 @@ class GeneratorState(Callback):
 
 
 def generator_state() -> dict[str, Any]:
-    """The state of this process's random generators, of plain numbers and tensors."""
+    """Return the state of this process's random generators, of plain numbers and tensors."""
     name, keys, pos, has_gauss, cached = np.random.get_state()
     version, internal, gauss_next = random.getstate()
     return {
