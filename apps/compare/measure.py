@@ -96,14 +96,11 @@ def measure(
             for name, (_, pipe) in workers.items():
                 measured[name][f"{phase}_rounds"] = rates[name]
                 measured[name][f"{phase}_examples_per_second"] = statistics.median(rates[name])
-                pipe.send("memory")
                 if phase == "train":
+                    pipe.send("memory")
                     measured[name]["peak_memory_bytes"] = _answer(name, pipe)
-                    measured[name]["seconds_per_step"] = (
-                        measured[name]["examples_per_step"] / measured[name]["train_examples_per_second"]
-                    )
-                else:
-                    _answer(name, pipe)
+                    examples, rate = measured[name]["examples_per_step"], measured[name]["train_examples_per_second"]
+                    measured[name]["seconds_per_step"] = examples / rate
         for _, pipe in workers.values():
             pipe.send("stop")
         return measured

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningDataModule
 from torch import nn
 
 from apps.equal_cost import routers
 from apps.equal_cost.comparable import Baseline, Comparable
-from apps.equal_cost.twins import Search
 from apps.train.cost import Cost, cuda_devices, measure_cost
 from apps.train.module import SparseModule
 
@@ -21,21 +19,6 @@ TOLERANCE = 0.05
 """Relative difference of the replaced blocks beyond which a pair is not called equal."""
 
 SPARSE = "sparse"
-
-
-@runtime_checkable
-class Estimator(Protocol):
-    """A baseline that is no LightningModule, such as boosted trees: ``Baseline.build`` may return one.
-
-    It has no steps, learning rate or FLOPs; what it tunes, it tunes in ``fit``, on the validation split, or is a
-    ``Tuner``.
-    """
-
-    def fit(self, data: LightningDataModule, seed: int) -> None:
-        """Train on the training split of ``data``, which is set up already."""
-
-    def evaluate(self, data: LightningDataModule, split: Literal["val", "test"]) -> Mapping[str, float]:
-        """Return the metrics that the sparse module logs, named without the split: ``{"top1": 0.93}``."""
 
 
 @dataclass(frozen=True)
@@ -64,20 +47,6 @@ class System:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-
-@runtime_checkable
-class Tuner(Protocol):
-    """An ``Estimator`` whose settings are searched once, for a time, before it is trained with each seed.
-
-    Its ``fit`` takes what ``tune`` returned as a third argument.
-    """
-
-    tunes: bool
-    """Whether there is anything to search."""
-
-    def tune(self, data: LightningDataModule, seed: int, search: Search) -> Mapping[str, Any]:
-        """Find the settings on the validation split, in the time that ``search`` allows; plain values."""
 
 
 def label(name: str) -> str:
@@ -188,7 +157,7 @@ def _measured(
             raise
         return System(name, baseline.note, refused=str(error))
     if not isinstance(model, SparseModule):
-        return System(name, baseline.note, tunes=isinstance(model, Tuner) and model.tunes)
+        return System(name, baseline.note, tunes=getattr(model, "tunes", False))
     model.to(device)
     if is_router and (problem := _trial(model, batch)):
         return System(name, baseline.note, refused=problem)

@@ -10,7 +10,6 @@ import dataclasses
 import math
 import shutil
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from apps.train.finite import NonFiniteError
 from apps.train.module import SparseModule
 from apps.train.plain import to_plain
 from apps.train.resume import GeneratorState
+from apps.train.stopping import on_sigterm
 
 CHECKPOINT = "last.ckpt"
 TRIED = "tried.json"
@@ -100,14 +100,15 @@ class Unit:
 class Curve(Callback):
     """Validation quality over seconds of training: reading data, forward, backward and step, without validation.
 
-    It is saved in the checkpoint, so the time of a resumed run is that of its kept steps.
+    It is saved in the checkpoint, so the time of a resumed run is that of its kept steps. ``progress`` is told the
+    steps.
 
     Attributes:
         points: (step, seconds, quality) of each validation.
     """
 
-    def __init__(self, monitor: str) -> None:
-        self.monitor = monitor
+    def __init__(self, monitor: str, progress: Progress) -> None:
+        self.monitor, self.progress, self._total = monitor, progress, 0
         self.points: list[tuple[int, float, float]] = []
         self._seconds, self._since = 0.0, None  # type: tuple[float, float | None]
 
@@ -119,8 +120,15 @@ class Curve(Callback):
     def _pause(self) -> None:
         self._seconds, self._since = self.seconds, None
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        total = trainer.estimated_stepping_batches
+        self._total = int(total) if math.isfinite(total) else 0
+
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._since = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        self.progress(trainer.global_step, self._total)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._pause()
@@ -144,20 +152,6 @@ class Curve(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.points = [(int(s), float(t), float(q)) for s, t, q in state_dict["points"]]
         self._seconds, self._since = float(state_dict["seconds"]), None
-
-
-class _Steps(Callback):
-    """Tells the optimizer steps done and to do."""
-
-    def __init__(self, progress: Progress) -> None:
-        self.progress, self.total = progress, 0
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        total = trainer.estimated_stepping_batches
-        self.total = int(total) if math.isfinite(total) else 0
-
-    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        self.progress(trainer.global_step, self.total)
 
 
 def set_rate(module: SparseModule, rate: float) -> None:
@@ -235,7 +229,7 @@ def train(
 def _fit(
     experiment: Experiment, module: SparseModule, data: Any, unit: Unit, folder: Path, progress: Progress
 ) -> dict[str, Any]:
-    curve = Curve(module.monitor)
+    curve = Curve(module.monitor, progress)
     last = folder / CHECKPOINT
     module.starts_afresh = not last.exists()
     module.reports = False  # pictures and checks are not part of a comparison
@@ -243,7 +237,7 @@ def _fit(
     checkpoints = BestAndLast(dirpath=str(folder), monitor="-", every_n_minutes=2.0)
     trainer = Trainer(
         **shortened(experiment.trainer_options, unit.share),
-        callbacks=[*experiment.callbacks(), curve, GeneratorState(), _Steps(progress), checkpoints],
+        callbacks=[*experiment.callbacks(), curve, GeneratorState(), checkpoints],
         plugins=[AtomicCheckpointIO()],
         logger=False,
         default_root_dir=str(folder),
@@ -343,24 +337,21 @@ def interruptible(trainer: Trainer | None = None) -> Iterator[None]:
     Ctrl-C is a KeyboardInterrupt here: Lightning's trainer makes an exit of it and leaves the signal ignored. SIGTERM
     is a SIGTERMException: in a loop Lightning raises it at the end of a batch, but not after the last one.
     """
-    handler, on_term = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
 
     def stop(*_: Any) -> None:
         if trainer is None or not trainer.received_sigterm:  # Lightning's handler, where it is set, was called first
             raise SIGTERMException
 
-    main = threading.current_thread() is threading.main_thread()  # only that one has handlers
-    if main and trainer is not None:
-        signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    except SystemExit as stopped:
-        if isinstance(stopped.__context__, KeyboardInterrupt):
-            raise KeyboardInterrupt from None
-        raise
-    finally:
-        if main:
-            signal.signal(signal.SIGINT, handler)
-            signal.signal(signal.SIGTERM, on_term)
+    handler = signal.getsignal(signal.SIGINT)
+    with on_sigterm(stop):
+        try:
+            yield
+        except SystemExit as stopped:
+            if isinstance(stopped.__context__, KeyboardInterrupt):
+                raise KeyboardInterrupt from None
+            raise
+        finally:
+            with contextlib.suppress(ValueError):  # only the main thread has handlers
+                signal.signal(signal.SIGINT, handler)
     if trainer is not None and trainer.received_sigterm:
         raise SIGTERMException

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from lightning.pytorch import LightningDataModule
 
 import core
 
@@ -17,13 +19,30 @@ class Baseline:
     """A model that ``moesaic compare`` trains beside the sparse one.
 
     Attributes:
-        build: makes it, untrained: a ``SparseModule``, or an ``Estimator`` of ``apps.compare.systems``; None where it
-            cannot exist or coincides with another.
+        build: makes it, untrained: a ``SparseModule``, or an ``Estimator``; None where it cannot exist or coincides
+            with another.
         note: what it is, or why there is none.
     """
 
     build: Callable[[], Any] | None
     note: str = ""
+
+
+@runtime_checkable
+class Estimator(Protocol):
+    """A baseline that is no LightningModule, such as boosted trees: ``Baseline.build`` may return one.
+
+    It has no steps, learning rate or FLOPs. What it tunes, it tunes in ``fit``, on the validation split. Or it has an
+    attribute ``tunes``, True where there is anything to search, and ``tune(data, seed, search)``, which finds plain
+    settings in the time that ``search``, a ``Search``, allows; they are searched once, before the training with each
+    seed, and are the third argument of its ``fit``.
+    """
+
+    def fit(self, data: LightningDataModule, seed: int) -> None:
+        """Train on the training split of ``data``, which is set up already."""
+
+    def evaluate(self, data: LightningDataModule, split: Literal["val", "test"]) -> Mapping[str, float]:
+        """Return the metrics that the sparse module logs, named without the split: ``{"top1": 0.93}``."""
 
 
 @dataclass(frozen=True)
