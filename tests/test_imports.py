@@ -219,11 +219,7 @@ def test_allowed(path, source):
     "path, source, reason",
     [
         ("core/kernels/eager.py", "from ..contract import Routing", "core.kernels may not use core.contract"),
-        (
-            "core/experts/ffn.py",
-            "from ..kernels.eager import combine",
-            "core.experts uses the functions of core.kernels",
-        ),
+        ("core/experts/ffn.py", "from ..kernels.eager import combine", "core.experts uses the functions of"),
         ("core/layers/moe.py", "from ..kernels import grouped", "core.layers uses the functions of core.kernels"),
         ("core/experts.py", "from .dispatch import LocalDispatcher", "core.experts may not use core.dispatch"),
         ("core/routing/gates.py", "def f():\n    from core.layers import MoE", "core.routing may not use core.layers"),

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from ..contract import check_kinds, check_part
-from ..dispatch import LocalDispatcher
+from ..dispatch import Dispatcher
 from ..experts import FFN, ExpertConfig
 from ..kernels import check_backend
 from ..layers import MergedMoE, MoE, SharedGate, SoftMoE
@@ -143,20 +143,23 @@ class MoEConfig:
         if out_dim is not None:
             at_least_one("out_dim", out_dim)
         shared, has_gate = self.num_shared_experts, self.shared_gate != "none"
-        router, kind = self.router.build(dim, self.num_experts, self.capacity()), self.router.layer_kind()
-        router.backend = self.backend
-        return LAYERS[kind](
-            router,
-            self.expert.build(self.num_experts, dim, out_dim, self.backend),
+        layer = LAYERS[self.router.layer_kind()](
+            self.router.build(dim, self.num_experts, self.capacity()),
+            self.expert.build(self.num_experts, dim, out_dim),
             self.balance,
-            LocalDispatcher(self.backend) if kind == "pairs" else None,
+            self.make_dispatcher(),
             shared_experts=self.expert.build(shared, dim, out_dim) if shared else None,
             shared_gate=SharedGate(dim, self.shared_gate, self.shared_gate_dropout) if has_gate else None,
             expert_output_masking=self.expert_output_masking,
-            num_experts=self.num_experts,
             pairs_per_token=self.router.pairs_per_token(self.num_experts),
             dim=dim,
         )
+        layer.backend = self.backend
+        return layer
+
+    def make_dispatcher(self) -> Dispatcher:
+        """Return the dispatcher of the layer that ``build`` makes: all experts are here."""
+        return LAYERS[self.router.layer_kind()].default_dispatcher()
 
     def num_params(self, dim: int, out_dim: int | None = None) -> int:
         """Parameters of the layer, equal to the sum of ``numel`` of the built one."""

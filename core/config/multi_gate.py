@@ -93,9 +93,14 @@ class MultiGateConfig:
         """
         groups = self.groups(num_tasks, num_domains)
         at_least_one("dim", dim)
+        layer = self._layer(dim, num_tasks, groups)
+        layer.backend = self.backend
+        return layer
+
+    def _layer(self, dim: int, num_tasks: int, groups: ExpertGroups) -> MultiGateLayer:
         return MultiGateMoE(
             self._gates(dim, groups),
-            self.expert.build(groups.num_experts, dim, backend=self.backend),
+            self.expert.build(groups.num_experts, dim),
             groups,
             num_tasks=num_tasks,
             balance=self.balance,
@@ -235,17 +240,14 @@ class MMoE(MultiGateConfig):
             return DENSE_GATE_TERMS
         return self.router.balance_terms() | (DENSE_TERMS if self.selection == "shared" else frozenset())
 
-    def build(self, dim: int, num_tasks: int, num_domains: int = 0) -> MultiGateLayer:
+    def _layer(self, dim: int, num_tasks: int, groups: ExpertGroups) -> MultiGateLayer:
         if self.router is None:
-            return super().build(dim, num_tasks, num_domains)
-        groups, E = self.groups(num_tasks, num_domains), self.num_experts
-        at_least_one("dim", dim)
+            return super()._layer(dim, num_tasks, groups)
+        E, num_domains = self.num_experts, groups.num_domains
         # The whole batch competes: an example is a sequence of its own.
         capacity, pairs = Capacity(group="batch"), self.router.pairs_per_token(E)
-        experts = self.expert.build(E, dim, backend=self.backend)
-        routers = [self.router.build(dim, E, capacity) for _ in range(1 if self.selection == "shared" else num_tasks)]
-        for router in routers:
-            router.backend = self.backend
+        experts = self.expert.build(E, dim)
+        routers = [self.router.build(dim, E, capacity) for _ in range(self._choices(num_tasks))]
         if self.selection == "shared":
             return SelectedMultiGateMoE(
                 routers[0],
@@ -264,7 +266,6 @@ class MMoE(MultiGateConfig):
             domain=DomainEmbedding(num_domains, dim) if num_domains else None,
             num_domains=num_domains,
             pairs_per_token=pairs,
-            num_experts=E,
             dim=dim,
         )
 
@@ -365,14 +366,13 @@ class PLE(CGC):
             dims.append(self.expert.out_dim(dims[-1]))
         return [(width, i + 1 < self.num_levels) for i, width in enumerate(dims)]
 
-    def build(self, dim: int, num_tasks: int, num_domains: int = 0) -> MultiGateLayer:
-        groups, levels = self.groups(num_tasks, num_domains), self._levels(dim)
-        at_least_one("dim", dim)
+    def _layer(self, dim: int, num_tasks: int, groups: ExpertGroups) -> MultiGateLayer:
+        levels = self._levels(dim)
         gates = [self._gates(width, groups, shared_gate) for width, shared_gate in levels]
         feature_gates = [FeatureGate(width, groups.num_dense, self.feature_gate) for width, _ in levels]
         return PLELayer(
             gates,
-            [self.expert.build(groups.num_experts, width, backend=self.backend) for width, _ in levels],
+            [self.expert.build(groups.num_experts, width) for width, _ in levels],
             groups,
             balance=self.balance,
             expert_dropout=self.expert_dropout,

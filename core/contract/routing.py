@@ -40,13 +40,15 @@ class Routing:
     """Flat routed pairs: token choice, expert choice, hashing and assignment share this form.
 
     Attributes:
-        token_index_N: int64 (N,), the token of each pair, in ``range(T)``.
+        token_index_N: int64 (N,), the token of each pair, in ``range(T)``: where its output is summed.
         expert_ids_N: int64 (N,), its expert, or E where the pair is not computed.
         gates_N: float32 (N,), the combine weight of the expert's output, or of its input where the router says so.
         tokens_per_expert_E: int64 (E,), pairs each expert computes.
         chosen_per_expert_E: int64 (E,), pairs of real tokens that chose it, before capacity.
         num_tokens: T, padding included.
         top_k: K where the pairs are token-major, so that pair ``n`` belongs to token ``n // K``; else None.
+        input_index_N: int64 (N,), the token that each pair reads, where that is another number than ``token_index_N``:
+            several tasks route the same tokens (``core.dispatch.join_tasks``). None: the same.
         logits_TE: float32 (T, E), without noise; (T, M) with null experts; -inf where a token cannot reach an expert;
             None where E is too large to hold them.
         scores_TE: float32 (T, E), the score function of ``logits_TE``; each row sums to 1 in the balance losses.
@@ -70,6 +72,7 @@ class Routing:
     chosen_per_expert_E: Tensor
     num_tokens: int
     top_k: int | None = None
+    input_index_N: Tensor | None = None
     logits_TE: Tensor | None = None
     scores_TE: Tensor | None = None
     valid_T: Tensor | None = None

@@ -3,6 +3,6 @@
 from .base import Dispatcher
 from .local import LocalDispatcher
 from .slots import SlotDispatcher
-from .tasks import TaskDispatcher, join_tasks
+from .virtual import join_tasks, split_pairs
 
-__all__ = ["Dispatcher", "LocalDispatcher", "SlotDispatcher", "TaskDispatcher", "join_tasks"]
+__all__ = ["Dispatcher", "LocalDispatcher", "SlotDispatcher", "join_tasks", "split_pairs"]

@@ -1,17 +1,35 @@
-"""The dispatchers' protocol."""
+"""The dispatchers' base."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
 from ..contract import Rows
 
 
-class Dispatcher(Protocol):
+class Dispatcher:
+    """A dispatcher moves tokens to experts and back. It has no parameters, and a layer may be given another one.
+
+    A layer is copied and pickled with its dispatcher: one that holds a process group leaves it out of its
+    ``__getstate__``.
+
+    Attributes:
+        backend: whose kernels sort and sum; a layer sets it (``MoELayer.backend``).
+    """
+
+    backend: str = "auto"
+
     def dispatch(self, x: Tensor, routing: Any) -> Rows:
-        """(T, D) tokens to rows sorted by expert. ``routing`` is what the layer's router decides."""
+        """Return rows sorted by the experts that are here, with the weight of each: the weights travel with the rows.
+
+        Args:
+            x: (T, D) tokens, or the (B, S, D) that soft slots take.
+            routing: what the layer's router decided.
+        """
+        raise NotImplementedError
 
     def combine(self, rows: Rows) -> Tensor:
-        """The experts' output to (T, D_out): what is not weighted and summed yet is so here."""
+        """Return the experts' output as (T, D_out): weighted and summed here where it is not yet."""
+        raise NotImplementedError

@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .. import kernels
 from ..contract import Routing, RowPlan, Rows
+from .base import Dispatcher
 
 
-class LocalDispatcher:
+class LocalDispatcher(Dispatcher):
     """All experts are here: rows are an index into the tokens, and nothing is copied.
 
-    Args:
-        backend: whose kernels sort the pairs and sum the rows.
+    Where the routing says that its pairs read other rows than they are summed to (``Routing.input_index_N``), the rows
+    are copies. Those that no expert computes are left out then on a CPU; elsewhere, and in compiled code, the number of
+    rows is static.
     """
-
-    def __init__(self, backend: str = "auto") -> None:
-        self.backend = backend
 
     def dispatch(self, x: Tensor, routing: Routing) -> Rows:
         placed = kernels.sort_pairs(routing.expert_ids_N, routing.tokens_per_expert_E, backend=self.backend)
+        order_R, input_index_N = placed.order_R, routing.input_index_N
+        if input_index_N is not None:
+            if x.device.type == "cpu" and not torch.compiler.is_compiling():
+                order_R = order_R[: int(placed.offsets_E[-1])]
+            x = x.index_select(0, input_index_N.index_select(0, order_R))
         return Rows(
             x=x,
-            row_index_R=routing.token_index_N.index_select(0, placed.order_R),
+            row_index_R=routing.token_index_N.index_select(0, order_R),
             offsets_E=placed.offsets_E,
-            gates_R=routing.gates_N.index_select(0, placed.order_R),
+            gates_R=routing.gates_N.index_select(0, order_R),
             num_tokens=routing.num_tokens,
-            plan=RowPlan(placed.order_R, placed.inverse_N, routing.top_k),
+            plan=RowPlan(order_R, placed.inverse_N, routing.top_k),
+            gathered=input_index_N is not None,
         )
 
     def combine(self, rows: Rows) -> Tensor:

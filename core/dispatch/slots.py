@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from ..contract import Rows, SlotPlan, SlotRouting
+from .base import Dispatcher
 
 
-class SlotDispatcher:
+class SlotDispatcher(Dispatcher):
     """Soft slots: the rows of an expert are its slots of all groups, G * P of them, each a mean over its group.
 
     Tokens come and go by group, (G, S, D). Sums over tokens and slots run in their dtype (autocast's, where it is on).

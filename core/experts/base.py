@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,29 +13,64 @@ from ..contract import Rows
 from ..kernels import check_devices, linear
 from ..registry import register_config
 
+Way = Literal["rows", "dense", "each", "merged"]
+
 
 class Experts(nn.Module):
-    """Base of all experts: ``experts(rows)`` returns the rows computed.
+    """Base of all experts. A layer asks them in one of four ways, always by a call, so that hooks run (FSDP2's too):
 
-    A subclass may read ``rows.materialize()``, (R, D) rows sorted by expert, and ``rows.offsets_E``, and return
-    ``rows.with_output(y_RD)``; the dispatcher weights and sums. See ``FFNExperts`` for one that does it all itself.
+        experts(rows)                           rows sorted by expert, computed
+        experts(x, "dense")                     every token through every expert, summed: shared experts
+        experts(x, "each", counts, real_T)      every token through each expert: layers of several gates
+        experts(x, "merged", weights_GE)        groups of tokens through an expert of weighted parameters
+
+    A subclass sets ``num_experts`` and writes ``compute_rows``; the base class does "dense" by "each" and "each" by
+    rows, where a subclass may do better, and cannot do "merged" for it. See ``FFNExperts``.
 
     Every parameter and buffer is *stacked*: its first axis counts the experts. One that is split over ranks is a
     ``DTensor`` sharded along that axis; its local experts are the rows that this process holds, numbered from 0. Who
     starts, converts or stores experts uses ``init_each``, ``weights_of`` and ``num_local_experts``, and no parameter's
     name.
+
+    Attributes:
+        num_experts: E, of all ranks.
+        backend: whose kernels compute; a layer sets it (``MoELayer.backend``).
     """
 
     num_experts: int
-    """E, of all ranks."""
+    backend: str = "auto"
 
-    def forward(self, rows: Rows) -> Rows:
+    def forward(self, x: Any, way: Way = "rows", *args: Any) -> Any:
+        """Compute in one of the ways: ``Rows`` to ``Rows``, tokens to tokens.
+
+        Raises:
+            ValueError: a parameter is on another device than the tokens, rows are sorted by another number of experts
+                than are here, or a way other than "rows" meets experts that are split over ranks.
+        """
+        tokens, local = x.x if way == "rows" else x, self.num_local_experts
+        for tensors in (self._parameters, self._buffers):
+            check_devices(tokens, type(self).__name__, tensors)
+        if way == "rows" and x.offsets_E.shape[0] != local:
+            raise ValueError(f"rows are sorted by {x.offsets_E.shape[0]} experts, and {local} are here")
+        if way != "rows" and local != self.num_experts:
+            raise ValueError(f"{local} of {self.num_experts} experts are here: they compute rows alone, not {way!r}")
+        return getattr(self, f"compute_{way}")(x, *args)
+
+    def compute_rows(self, rows: Rows) -> Rows:
+        """Return the rows computed.
+
+        A subclass may read ``rows.materialize()``, (R, D) rows sorted by expert, and ``rows.offsets_E``, and return
+        ``rows.with_output(y_RD)``: the dispatcher weights and sums. ``FFNExperts`` does it all by itself.
+        """
         raise NotImplementedError
 
     @property
     def num_local_experts(self) -> int:
-        """Number of experts whose parameters this process holds; experts without parameters are all here."""
-        first = next(self.parameters(), None)
+        """Number of experts whose parameters this process holds; experts without parameters of their own are all here.
+
+        Under FSDP2 it is the shard's between the calls, and all of them inside one.
+        """
+        first = next((p for p in self._parameters.values() if p is not None), None)
         return self.num_experts if first is None else local_tensor(first).shape[0]
 
     def weights_of(self, e: int) -> dict[str, Tensor]:
@@ -70,25 +105,19 @@ class Experts(nn.Module):
                     for matrix in local_tensor(parameter):
                         fn(matrix)
             for bias in self.biases():
-                bias.zero_()
+                local_tensor(bias).zero_()
 
     def biases(self) -> list[Tensor]:
         """Return the stacked parameters that ``init_each`` sets to zero: none, unless a subclass says so."""
         return []
 
-    def check_devices(self, x: Tensor) -> None:
-        """Raise a ``ValueError`` where a parameter or buffer of these experts is not on the device of the tokens."""
-        for tensors in (self._parameters, self._buffers):
-            check_devices(x, type(self).__name__, tensors)
+    def compute_dense(self, x: Tensor) -> Tensor:
+        """Return the sum over all experts for every token: (..., D) to (..., D_out)."""
+        y_TnD: Tensor = self.compute_each(x.flatten(0, -2))
+        return y_TnD.sum(1).unflatten(0, x.shape[:-1])
 
-    def dense(self, x: Tensor) -> Tensor:
-        """Every token through every expert, summed: how shared experts run. (..., D) to (..., D_out)."""
-        return self.each(x.flatten(0, -2)).sum(1).unflatten(0, x.shape[:-1])
-
-    def each(self, x: Tensor, counts: tuple[int, ...] | None = None, real_T: Tensor | None = None) -> Tensor:
-        """Every token through each expert, not summed: what a layer with several gates mixes.
-
-        This one runs ``forward`` on copies of the tokens, and needs ``num_experts``; a subclass may do better.
+    def compute_each(self, x: Tensor, counts: tuple[int, ...] | None = None, real_T: Tensor | None = None) -> Tensor:
+        """Return the output of each expert for every token, not summed. This one computes rows that are copies.
 
         Args:
             x: (T, D); with ``counts`` (G, T, D), G inputs of the same T tokens.
@@ -99,7 +128,7 @@ class Experts(nn.Module):
         Returns:
             (T, n, D_out).
         """
-        E: int = self.num_experts  # type: ignore[assignment]
+        E = self.num_experts
         counts, x_GTD = (E,) if counts is None else counts, x if x.ndim == 3 else x.unsqueeze(0)
         T, n = x_GTD.shape[1], sum(counts)
         x_RD = torch.cat([x_TD.expand(count, -1, -1) for x_TD, count in zip(x_GTD, counts, strict=True)]).flatten(0, 1)
@@ -111,10 +140,10 @@ class Experts(nn.Module):
             num_tokens=n * T,
             gathered=True,
         )
-        return self(rows).x.unflatten(0, (n, T)).transpose(0, 1)
+        return self.compute_rows(rows).x.unflatten(0, (n, T)).transpose(0, 1)
 
-    def merged(self, x: Tensor, weights: Tensor) -> Tensor:
-        """Each group of tokens through one expert whose parameters are a weighted sum of those of all E.
+    def compute_merged(self, x: Tensor, weights: Tensor) -> Tensor:
+        """Return each group of tokens after one expert, whose parameters are a weighted sum of those of all E.
 
         Args:
             x: (G, S, D), tokens by group.
@@ -123,7 +152,7 @@ class Experts(nn.Module):
         Returns:
             (G, S, D_out).
         """
-        raise NotImplementedError(f"{type(self).__name__} cannot be merged: it has no method `merged`")
+        raise NotImplementedError(f"{type(self).__name__} cannot be merged: it has no method `compute_merged`")
 
 
 @dataclass(frozen=True)
@@ -134,7 +163,7 @@ class ExpertConfig:
         super().__init_subclass__(**kwargs)
         register_config(cls)
 
-    def build(self, num_experts: int, dim: int, out_dim: int | None = None, backend: str = "auto") -> Experts:
+    def build(self, num_experts: int, dim: int, out_dim: int | None = None) -> Experts:
         raise NotImplementedError
 
     def out_dim(self, dim: int) -> int:
@@ -196,8 +225,14 @@ def next_linear(h_TnF: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
     return y_nTF.transpose(0, 1)
 
 
-def autocast_together(x: Tensor, *weights: Tensor | None) -> tuple[Tensor, *tuple[Tensor | None, ...]]:
-    """Tokens and weights in the dtype of the products: autocast does not know custom ops."""
+def weighted_sum(weights_GE: Tensor, w: Tensor | None) -> Tensor | None:
+    """Return the weighted sums of the experts' tensors (E, ...), in their own dtype: (G, ...)."""
+    return None if w is None else (weights_GE.to(w.dtype) @ w.flatten(1)).unflatten(1, w.shape[1:])
+
+
+def autocast_together(x: Tensor, *weights: Tensor | None) -> tuple[Any, ...]:
+    """Tokens and this process's part of the weights in the dtype of the products: autocast knows no custom ops."""
+    weights = tuple(None if w is None else local_tensor(w) for w in weights)
     kind = x.device.type
     is_on = kind != "meta" and torch.is_autocast_enabled(kind)
     dtype = torch.get_autocast_dtype(kind) if is_on else None

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..contract import Rows, check_kinds
 from ..kernels import ACTIVATIONS, expert_ffn, linear, outside_autocast
-from .base import ExpertConfig, Experts, autocast_together, first_linear, next_linear
+from .base import ExpertConfig, Experts, autocast_together, first_linear, next_linear, weighted_sum
 
 
 class FFNExperts(Experts):
@@ -30,11 +30,10 @@ class FFNExperts(Experts):
         activation: str = "gelu",
         gated: bool = False,
         bias: bool = False,
-        backend: str = "auto",
     ) -> None:
         super().__init__()
         out_dim = dim if out_dim is None else out_dim
-        self.num_experts, self.activation, self.backend = num_experts, activation, backend
+        self.num_experts, self.activation = num_experts, activation
         self.w_in = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
         self.w_out = nn.Parameter(torch.empty(num_experts, hidden_dim, out_dim))
         self.w_gate = nn.Parameter(torch.empty(num_experts, dim, hidden_dim)) if gated else None
@@ -54,9 +53,11 @@ class FFNExperts(Experts):
     def biases(self) -> list[Tensor]:
         return [b for b in (self.b_in, self.b_out) if b is not None]
 
-    def forward(self, rows: Rows) -> Rows:
-        self.check_devices(rows.x)
-        x, *weights = autocast_together(rows.x, self.w_in, self.w_out, self.b_in, self.b_out, self.w_gate)
+    def _weights(self) -> tuple[Tensor | None, ...]:
+        return self.w_in, self.w_out, self.b_in, self.b_out, self.w_gate
+
+    def compute_rows(self, rows: Rows) -> Rows:
+        x, *weights = autocast_together(rows.x, *self._weights())
         plan = rows.plan
         y = expert_ffn(
             x,
@@ -71,8 +72,7 @@ class FFNExperts(Experts):
         )
         return rows.with_output(y, weighted=True, combined=not rows.gathered)
 
-    def dense(self, x: Tensor) -> Tensor:
-        self.check_devices(x)
+    def compute_dense(self, x: Tensor) -> Tensor:
         act = ACTIVATIONS[self.activation]
         y = None
         for e in range(self.num_experts):
@@ -83,38 +83,27 @@ class FFNExperts(Experts):
         assert y is not None
         return y
 
-    def each(self, x: Tensor, counts: tuple[int, ...] | None = None, real_T: Tensor | None = None) -> Tensor:
-        self.check_devices(x)
+    def compute_each(self, x: Tensor, counts: tuple[int, ...] | None = None, real_T: Tensor | None = None) -> Tensor:
         counts = (self.num_experts,) if counts is None else counts
         n, x = sum(counts), x if x.ndim == 3 else x.unsqueeze(0)
-        parts = (self.w_in, self.w_out, self.b_in, self.b_out, self.w_gate)
-        x, *cast = autocast_together(x, *(None if w is None else w[:n] for w in parts))
-        w_in, w_out, b_in, b_out, w_gate = cast
-        assert w_in is not None
-        assert w_out is not None
+        taken = (None if w is None else w[:n] for w in self._weights())
+        x, w_in, w_out, b_in, b_out, w_gate = autocast_together(x, *taken)
         act = ACTIVATIONS[self.activation]
         h_TnF = first_linear(x, w_in, b_in, counts)
         h_TnF = act(h_TnF) if w_gate is None else act(first_linear(x, w_gate, None, counts)) * h_TnF
         return next_linear(h_TnF, w_out, b_out)
 
-    def merged(self, x: Tensor, weights: Tensor) -> Tensor:
-        self.check_devices(x)
+    def compute_merged(self, x: Tensor, weights: Tensor) -> Tensor:
         # The sum over experts in the parameters' own dtype: under autocast it is rounded once, after it.
         with outside_autocast(x.device):
-            parts = [
-                None if w is None else (weights.to(w.dtype) @ w.flatten(1)).unflatten(1, w.shape[1:])
-                for w in (self.w_in, self.w_out, self.b_in, self.b_out, self.w_gate)
-            ]
-        x, *cast = autocast_together(x, *parts)
-        w_in, w_out, b_in, b_out, w_gate = cast
-        assert w_in is not None
-        assert w_out is not None
+            mixed = [weighted_sum(weights, w) for w in self._weights()]
+        x, w_in, w_out, b_in, b_out, w_gate = autocast_together(x, *mixed)
         act = ACTIVATIONS[self.activation]
         h = x @ w_in
         if b_in is not None:
             h = h + b_in[:, None]
         h = act(h) if w_gate is None else act(x @ w_gate) * h
-        y = h @ w_out
+        y: Tensor = h @ w_out
         return y if b_out is None else y + b_out[:, None]
 
     def extra_repr(self) -> str:
@@ -155,7 +144,7 @@ class FFN(ExpertConfig):
         """Products that widen to F."""
         return 1
 
-    def build(self, num_experts: int, dim: int, out_dim: int | None = None, backend: str = "auto") -> FFNExperts:
+    def build(self, num_experts: int, dim: int, out_dim: int | None = None) -> FFNExperts:
         return FFNExperts(
             num_experts,
             dim,
@@ -164,7 +153,6 @@ class FFN(ExpertConfig):
             activation=self.activation,
             gated=self.matrices() == 2,
             bias=self.bias,
-            backend=backend,
         )
 
     def num_params(self, dim: int, out_dim: int | None = None) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,15 @@ from torch import Tensor, nn
 
 from ..contract import Rows, check_kinds
 from ..kernels import ACTIVATIONS, expert_linear, expert_of_rows, outside_autocast
-from .base import ExpertConfig, Experts, autocast_together, first_linear, next_linear
+from .base import (
+    ExpertConfig,
+    Experts,
+    autocast_together,
+    first_linear,
+    local_tensor,
+    next_linear,
+    weighted_sum,
+)
 
 EPS = 1e-5
 MOMENTUM = 0.1
@@ -40,11 +49,10 @@ class MLPExperts(Experts):
         activation: str = "relu",
         norm: str | None = None,
         dropout: float = 0.0,
-        backend: str = "auto",
     ) -> None:
         super().__init__()
         self.num_experts, self.hidden_dims, self.activation = num_experts, hidden_dims, activation
-        self.norm, self.dropout, self.backend = norm, dropout, backend
+        self.norm, self.dropout = norm, dropout
         for i, (fan_in, width) in enumerate(pairwise((dim, *hidden_dims))):
             self.register_parameter(f"w_{i}", nn.Parameter(torch.empty(num_experts, fan_in, width)))
             for name, used in (("b", norm != "batch"), ("norm_weight", norm), ("norm_bias", norm)):
@@ -57,7 +65,7 @@ class MLPExperts(Experts):
     def reset_parameters(self) -> None:
         """Each layer as ``nn.Linear`` would start, U(-1/sqrt(fan_in), 1/sqrt(fan_in)); norms as their own modules."""
         for i in range(len(self.hidden_dims)):
-            bound = 1 / math.sqrt(self._get("w", i).shape[1])
+            bound = 1 / math.sqrt(getattr(self, f"w_{i}").shape[1])
             for name in ("w", "b"):
                 parameter = getattr(self, f"{name}_{i}")
                 if parameter is not None:
@@ -68,25 +76,20 @@ class MLPExperts(Experts):
                     nn.init.constant_(tensor, start)
 
     def biases(self) -> list[Tensor]:
-        all_layers = (getattr(self, f"b_{i}") for i in range(len(self.hidden_dims)))
-        return [b for b in all_layers if b is not None]
+        return [] if self.norm == "batch" else [self._get("b", i) for i in range(len(self.hidden_dims))]
 
-    def _get(self, name: str, i: int) -> Tensor:
-        tensor: Tensor = getattr(self, f"{name}_{i}")
-        return tensor
+    def _get(self, name: str, i: int) -> Any:
+        """Return this process's part of a tensor of layer ``i``; None where there is none."""
+        tensor = getattr(self, f"{name}_{i}")
+        return None if tensor is None else local_tensor(tensor)
 
     def _linear(self, x: Tensor, i: int, n: int | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The layer's input and its weights, those of the first ``n`` experts, in the dtype of the product."""
-        w: Tensor | None = self._get("w", i)
-        b: Tensor | None = getattr(self, f"b_{i}")
-        assert w is not None
-        x, *cast = autocast_together(x, w[:n], None if b is None else b[:n])
-        w, b = cast
-        assert w is not None
+        """Return the layer's input and its weights, those of the first ``n`` experts, in the dtype of the product."""
+        b = self._get("b", i)
+        x, w, b = autocast_together(x, self._get("w", i)[:n], None if b is None else b[:n])
         return x, w, b
 
-    def forward(self, rows: Rows) -> Rows:
-        self.check_devices(rows.x)
+    def compute_rows(self, rows: Rows) -> Rows:
         h_RF = rows.materialize()
         expert_R = expert_of_rows(h_RF, rows.offsets_E)
         for i in range(len(self.hidden_dims)):
@@ -94,18 +97,17 @@ class MLPExperts(Experts):
             h_RF = expert_linear(h_RF, w, rows.offsets_E, b, backend=self.backend)
             h_RF = self._norm_rows(h_RF, i, expert_R)
             h_RF = F.dropout(ACTIVATIONS[self.activation](h_RF), self.dropout, self.training)
-        return rows.with_output(h_RF.masked_fill((expert_R == self.num_experts)[:, None], 0))
+        return rows.with_output(h_RF.masked_fill((expert_R == rows.offsets_E.shape[0])[:, None], 0))
 
-    def each(self, x: Tensor, counts: tuple[int, ...] | None = None, real_T: Tensor | None = None) -> Tensor:
-        self.check_devices(x)
+    def compute_each(self, x: Tensor, counts: tuple[int, ...] | None = None, real_T: Tensor | None = None) -> Tensor:
         counts = (self.num_experts,) if counts is None else counts
         n, h = sum(counts), x if x.ndim == 3 else x.unsqueeze(0)
         if self.backend == "eager":
             if real_T is None:
-                return super().each(h, counts)
+                return super().compute_each(h, counts)
             # The oracle: padding is not there at all.
             kept = real_T.nonzero()[:, 0]
-            y_TnF = super().each(h.index_select(1, kept), counts)
+            y_TnF = super().compute_each(h.index_select(1, kept), counts)
             return y_TnF.new_zeros(h.shape[1], *y_TnF.shape[1:]).index_copy(0, kept, y_TnF)
         for i in range(len(self.hidden_dims)):
             h, w, b = self._linear(h, i, n)
@@ -114,22 +116,16 @@ class MLPExperts(Experts):
             h = F.dropout(ACTIVATIONS[self.activation](h), self.dropout, self.training)
         return h
 
-    def merged(self, x: Tensor, weights: Tensor) -> Tensor:
-        self.check_devices(x)
+    def compute_merged(self, x: Tensor, weights: Tensor) -> Tensor:
         if self.norm == "batch":
             raise NotImplementedError("experts with norm='batch' cannot be merged: a mixture has no statistics")
         h = x
         for i in range(len(self.hidden_dims)):
-            # As in ``FFNExperts.merged``: the sum in the parameters' own dtype.
+            # As in ``FFNExperts``: the sum in the parameters' own dtype.
             with outside_autocast(x.device):
-                w, b, scale, shift = (
-                    None if p is None else (weights.to(p.dtype) @ p.flatten(1)).unflatten(1, p.shape[1:])
-                    for p in (getattr(self, f"{name}_{i}") for name in ("w", "b", "norm_weight", "norm_bias"))
-                )
-            h, *cast = autocast_together(h, w, b)
-            w, b = cast
-            assert w is not None
-            assert b is not None
+                names = ("w", "b", "norm_weight", "norm_bias")
+                w, b, scale, shift = (weighted_sum(weights, self._get(name, i)) for name in names)
+            h, w, b = autocast_together(h, w, b)
             h = torch.baddbmm(b.unsqueeze(1), h, w)
             if scale is not None and shift is not None:
                 h = _layer_norm(h, scale.unsqueeze(1), shift.unsqueeze(1))
@@ -168,9 +164,9 @@ class MLPExperts(Experts):
         """The norm of layer ``i`` on rows, each by its expert; what rows past the last offset hold does not matter."""
         if self.norm is None:
             return h_RF
-        E = self.num_experts
-        index_R = expert_R.clamp_max(E - 1)
         weight, bias = self._get("norm_weight", i), self._get("norm_bias", i)
+        E = weight.shape[0]
+        index_R = expert_R.clamp_max(E - 1)
         if self.norm == "layer":
             return _layer_norm(h_RF, weight.index_select(0, index_R), bias.index_select(0, index_R))
         x_RF = _wide(h_RF)
@@ -262,16 +258,10 @@ class MLP(ExpertConfig):
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} is not in [0, 1)")
 
-    def build(self, num_experts: int, dim: int, out_dim: int | None = None, backend: str = "auto") -> MLPExperts:
+    def build(self, num_experts: int, dim: int, out_dim: int | None = None) -> MLPExperts:
         self._check_width(out_dim)
         return MLPExperts(
-            num_experts,
-            dim,
-            self.hidden_dims,
-            activation=self.activation,
-            norm=self.norm,
-            dropout=self.dropout,
-            backend=backend,
+            num_experts, dim, self.hidden_dims, activation=self.activation, norm=self.norm, dropout=self.dropout
         )
 
     def out_dim(self, dim: int) -> int:

@@ -16,6 +16,7 @@ from ..contract import Entry, MergeRouting, RoutingContext, SlotRouting, Tape
 from ..dispatch import Dispatcher, LocalDispatcher, SlotDispatcher
 from ..experts import Experts
 from ..flops import register_formulas
+from ..kernels import check_backend
 from ..routing.balance import Balance
 from ..routing.checks import check_tensor
 from ..routing.router import Router
@@ -30,6 +31,11 @@ def _nothing(module: nn.Module, args: Any) -> None:
 class MoELayer(nn.Module):
     """Base of the MoE layers: what ``record``, ``moe_layers`` and ``active_params`` look for.
 
+    Args:
+        balance: weights of the layer's balance losses.
+        dim: width of the tokens; None: as wide as the parts take them.
+        dispatcher: moves tokens to experts; None: one of ``default_dispatcher``.
+
     Attributes:
         router, experts, dispatcher: the parts.
         balance: weights of the layer's balance losses.
@@ -41,11 +47,15 @@ class MoELayer(nn.Module):
     experts: Experts
     balance: Balance
     load_balancing_weight: Tensor | None
+    default_dispatcher: ClassVar[type[Dispatcher]] = LocalDispatcher
 
-    def __init__(self, balance: Balance = Balance(), dim: int | None = None) -> None:
+    def __init__(
+        self, balance: Balance = Balance(), dim: int | None = None, dispatcher: Dispatcher | None = None
+    ) -> None:
         super().__init__()
         register_formulas()
         self.dim = dim
+        self.dispatcher = self.default_dispatcher() if dispatcher is None else dispatcher
         self._tapes: tuple[tuple[str, Tape], ...] = ()
         self.balance = balance
         weight = torch.empty((), dtype=torch.float32) if balance.adaptive else None
@@ -79,6 +89,19 @@ class MoELayer(nn.Module):
             raise ValueError("x is a nested tensor: give nn.TransformerEncoder enable_nested_tensor=False")
         if self.dim is not None and x.shape[-1] != self.dim:
             raise ValueError(f"x has width {x.shape[-1]}, the layer is for dim={self.dim}")
+
+    @property
+    def backend(self) -> str:
+        """Whose kernels route, move and compute. Setting it sets it for all parts of the layer."""
+        return self.dispatcher.backend
+
+    @backend.setter
+    def backend(self, name: str) -> None:
+        check_backend(name)
+        self.dispatcher.backend = name
+        for part in self.modules():
+            if isinstance(part, (Router, Experts)):
+                part.backend = name
 
     def routers(self) -> dict[str, Router]:
         """The routers by the ends of their entries' names: what ``router`` decides is recorded as ``<layer>.<end>``."""
@@ -138,11 +161,11 @@ class MoELayer(nn.Module):
         return end in self.routers()
 
     def active_expert_params(self) -> int:
-        """Parameters of the routed experts that one token touches, whichever rank holds them."""
+        """Parameters of the routed experts that one token touches, of all ranks."""
         raise NotImplementedError
 
     def all_expert_params(self) -> int:
-        """Parameters of the routed experts of all ranks."""
+        """Parameters of the routed experts, of all ranks: a ``DTensor`` counts as whole."""
         return sum(p.numel() for p in self.experts.parameters())
 
 
@@ -167,15 +190,12 @@ class MoE(MoELayer):
         shared_gate: weights them and the routed output; None: their sum.
         expert_output_masking: probability in training that a pair's output is left out; the others are divided by
             1 minus it.
-        num_experts: E.
         pairs_per_token: experts a token takes, for ``active_params``.
         dim: width of the tokens; None: as wide as the parts take them.
 
     Raises:
-        ValueError: the router or the experts are of another ``num_experts``.
+        ValueError: the router chooses among another number of experts than there are, those of other ranks included.
     """
-
-    default_dispatcher: ClassVar[type[Any]] = LocalDispatcher
 
     def __init__(
         self,
@@ -187,20 +207,17 @@ class MoE(MoELayer):
         *,
         shared_gate: SharedGate | None = None,
         expert_output_masking: float = 0.0,
-        num_experts: int,
         pairs_per_token: float,
         dim: int | None = None,
     ) -> None:
-        super().__init__(balance, dim)
+        super().__init__(balance, dim, dispatcher)
         self.router, self.experts = router, experts
-        self.dispatcher: Dispatcher = dispatcher or self.default_dispatcher()
         self.shared_experts, self.shared_gate = shared_experts, shared_gate
         self.expert_output_masking = expert_output_masking
-        self.num_experts, self.pairs_per_token = num_experts, pairs_per_token
-        for name, part in (("router", router), ("experts", experts)):
-            own = getattr(part, "num_experts", num_experts)
-            if own != num_experts:
-                raise ValueError(f"the layer's num_experts={num_experts}, and its {name} has {own}")
+        self.num_experts, self.pairs_per_token = experts.num_experts, pairs_per_token
+        chosen_among = getattr(router, "num_experts", self.num_experts)
+        if chosen_among != self.num_experts:
+            raise ValueError(f"the router chooses among {chosen_among} experts, and there are {self.num_experts}")
 
     def forward(self, x: Tensor, context: RoutingContext | None = None) -> Tensor:
         """Run the layer.
@@ -239,7 +256,7 @@ class MoE(MoELayer):
         y = y_BSD.reshape(*x.shape[:-1], y_BSD.shape[-1])
         if self.shared_experts is None:
             return y
-        shared = self.shared_experts.dense(x)
+        shared = self.shared_experts(x, "dense")
         if self.shared_gate is None or gate is None:
             return y + shared
         return self.shared_gate.combine(gate, y, shared)
@@ -257,10 +274,6 @@ class MoE(MoELayer):
     def active_expert_params(self) -> int:
         return round(self.all_expert_params() * min(self.pairs_per_token / self.num_experts, 1.0))
 
-    def all_expert_params(self) -> int:
-        local = sum(p.numel() for p in self.experts.parameters())
-        return local * self.num_experts // _num_local_experts(self.experts, self.num_experts)
-
 
 class SoftMoE(MoE):
     """Soft mixture of experts (arXiv 2308.00951): the experts compute slots, weighted means of a sequence's tokens, and
@@ -276,7 +289,7 @@ class SoftMoE(MoE):
 class MergedMoE(MoE):
     """One merged expert for each sequence, or segment of one: ``y = f(x; sum_e p_e W_e)``. Built from ``Merge``.
 
-    Nothing is dispatched: the experts compute by ``Experts.merged``, and their backend is not asked.
+    Nothing is dispatched, and the experts' backend is not asked.
     """
 
     def _compute(self, x_BSD: Tensor, routing: MergeRouting) -> Tensor:
@@ -288,13 +301,13 @@ class MergedMoE(MoE):
             x_BSD = x_BSD.masked_fill(~real_BS1, 0.0)
         if routing.in_segments:
             x_GLD = in_segments(x_BSD, J, L).reshape(B * J, L, D)
-            y_GLD = self.experts.merged(x_GLD, routing.weights_GE)
+            y_GLD = self.experts(x_GLD, "merged", routing.weights_GE)
             # Without what fills up the last segment: token s of sequence b is row b * J * L + s.
             row_BS = torch.arange(B, device=x_BSD.device)[:, None] * (J * L) + torch.arange(S, device=x_BSD.device)
             y_TD = y_GLD.reshape(B * J * L, y_GLD.shape[-1]).index_select(0, row_BS.reshape(B * S))
             y_BSD = y_TD.unflatten(0, (B, S))
         else:
-            y_BSD = self.experts.merged(x_BSD, routing.weights_GE)
+            y_BSD = self.experts(x_BSD, "merged", routing.weights_GE)
         return y_BSD if real_BS1 is None else y_BSD.masked_fill(~real_BS1, 0.0)
 
 
@@ -303,31 +316,17 @@ def moe_layers(model: nn.Module) -> dict[str, MoELayer]:
     return {name: m for name, m in model.named_modules() if isinstance(m, MoELayer)}
 
 
-def _num_local_experts(experts: Experts, num_experts: int) -> int:
-    """Return how many of E experts are here: the rows of stacked parameters, which under expert parallelism are fewer.
-
-    A sharded parameter (``DTensor``) has the shape of the whole and counts as it. Experts of another make are all here.
-    """
-    stacked = [p for p in experts._parameters.values() if p is not None]
-    rows = {p.shape[0] if p.ndim else 0 for p in stacked}
-    others = sum(1 for _ in experts.parameters()) - len(stacked)
-    alike = not others and len(rows) == 1 and 0 < min(rows) < num_experts
-    return rows.pop() if alike else num_experts
-
-
 def active_params(model: nn.Module) -> int:
     """Parameters that one token touches, at most: all but the routed experts it does not take.
 
-    Experts of other ranks count where a token takes them: the figure is that of the whole model, on every rank.
+    Sharded parameters (``DTensor``) count as whole: the figure is that of the whole model, on every rank.
     """
-    active: dict[int, tuple[int, int]] = {}
+    idle: dict[int, int] = {}
     for layer in moe_layers(model).values():
         # Experts that several layers share are there once, and a token may take others of them in each.
-        _, before = active.get(id(layer.experts), (0, 0))
-        local = sum(p.numel() for p in layer.experts.parameters())
-        taken = min(layer.all_expert_params(), before + layer.active_expert_params())
-        active[id(layer.experts)] = local, taken
-    return sum(p.numel() for p in model.parameters()) - sum(local - taken for local, taken in active.values())
+        before = idle.get(id(layer.experts), layer.all_expert_params())
+        idle[id(layer.experts)] = max(before - layer.active_expert_params(), 0)
+    return sum(p.numel() for p in model.parameters()) - sum(idle.values())
 
 
 @contextlib.contextmanager

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import kernels
-from ..contract import DenseRouting, RoutingContext, Rows
-from ..dispatch import TaskDispatcher, join_tasks
+from ..contract import DenseRouting, RoutingContext
+from ..dispatch import join_tasks, split_pairs
 from ..experts import Experts
 from ..experts.base import autocast_together, first_linear, next_linear
 from ..routing.balance import Balance
@@ -155,10 +155,7 @@ class FeatureGate(nn.Module):
     def forward(self, x_GTD: Tensor, counts: tuple[int, ...]) -> Tensor:
         """(G, T, D) inputs of ``counts`` experts each to (n, T, D), an input an expert."""
         kernels.check_devices(x_GTD, type(self).__name__, self._parameters)
-        x_GTD, *cast = autocast_together(x_GTD, self.down, self.up)
-        down, up = cast
-        assert down is not None
-        assert up is not None
+        x_GTD, down, up = autocast_together(x_GTD, self.down, self.up)
         gate_nTD = next_linear(first_linear(x_GTD, down, None, counts), up, None).transpose(0, 1)
         x_nTD = torch.cat([x.expand(count, -1, -1) for x, count in zip(x_GTD, counts, strict=True)])
         return x_nTD * (2 * gate_nTD.sigmoid())
@@ -272,7 +269,6 @@ class SparseMultiGateMoE(MultiGateLayer):
         domain: what the routers see of the example's domain.
         num_domains, dim: as in ``MultiGateLayer``.
         pairs_per_token: experts an example takes for a task, for ``active_params``.
-        num_experts: E.
     """
 
     router: GateRouters
@@ -286,13 +282,11 @@ class SparseMultiGateMoE(MultiGateLayer):
         domain: DomainEmbedding | None = None,
         num_domains: int = 0,
         pairs_per_token: float,
-        num_experts: int,
         dim: int | None = None,
     ) -> None:
         super().__init__(len(routers), num_domains, balance, dim)
         self.router, self.experts = GateRouters(routers, domain), experts
-        self.dispatcher = TaskDispatcher(routers[0].backend)
-        self.pairs_per_token, self.num_experts = pairs_per_token, num_experts
+        self.pairs_per_token = pairs_per_token
 
     def _compute(self, examples: Examples) -> Tensor:
         seen_BSD = _with_domain(examples, self.router.domain)
@@ -310,8 +304,8 @@ class SparseMultiGateMoE(MultiGateLayer):
 
     def active_expert_params(self) -> int:
         """With experts of the tasks' own for each: the most that they can be."""
-        total = sum(p.numel() for p in self.experts.parameters())
-        return round(total * min(self.num_tasks * self.pairs_per_token / self.num_experts, 1.0))
+        taken = self.num_tasks * self.pairs_per_token / self.experts.num_experts
+        return round(self.all_expert_params() * min(taken, 1.0))
 
 
 class SelectedMultiGateMoE(MultiGateLayer):
@@ -348,7 +342,6 @@ class SelectedMultiGateMoE(MultiGateLayer):
     ) -> None:
         super().__init__(groups.num_tasks, groups.num_domains, balance, dim)
         self.router, self.experts, self.groups = GateRouters([router, gates]), experts, groups
-        self.dispatcher = TaskDispatcher(router.backend)
         self.expert_dropout, self.pairs_per_token = expert_dropout, pairs_per_token
 
     def _compute(self, examples: Examples) -> Tensor:
@@ -356,21 +349,22 @@ class SelectedMultiGateMoE(MultiGateLayer):
         x_TD, (T, E) = examples.x_TD, (examples.x_TD.shape[0], self.groups.num_shared)
         routing = selection(_with_domain(examples, gates.domain), examples.context)
         self._record(routing, examples.context, "selection", selection)
-        rows = self.dispatcher.dispatch(x_TD, routing)
-        y_RH = self.experts(replace(rows, gates_R=torch.ones_like(rows.gates_R))).x
+        # Each pair's output by itself, for every task weights it in its own way.
+        example_N, expert_ids_N = routing.token_index_N, routing.expert_ids_N
+        pairs = split_pairs(example_N, expert_ids_N, routing.tokens_per_expert_E)
+        y_NH = self.dispatcher.combine(self.experts(self.dispatcher.dispatch(x_TD, pairs)))
 
         logits_TtE = gates(x_TD.unsqueeze(0), examples.domain_T).task_TtE
-        example_R = rows.row_index_R
-        expert_R = torch.bucketize(torch.arange(y_RH.shape[0], device=x_TD.device), rows.offsets_E, right=True)
-        # Rows past the last offset have the id E and no weight.
-        index_R = expert_R.clamp_max(E - 1)
-        logits_Rt = logits_TtE[example_R, :, index_R].masked_fill((expert_R == E)[:, None], -torch.inf)
+        # Pairs that are not computed have the id E and no weight.
+        index_N, is_left_out_N = expert_ids_N.clamp_max(E - 1), expert_ids_N == E
+        logits_Nt = logits_TtE[example_N, :, index_N].masked_fill(is_left_out_N[:, None], -torch.inf)
+        prior_N = routing.gates_N.masked_fill(is_left_out_N, 0.0).to(logits_Nt.dtype)
         dropout = self.expert_dropout if self.training else 0.0
-        weights = selected_softmax(logits_Rt, rows.gates_R.to(logits_Rt.dtype), example_R, T, dropout)
+        weights = selected_softmax(logits_Nt, prior_N, example_N, T, dropout)
         if self._tapes:
             # The gates of all experts are for the tape alone.
             gates_TEt = weights.clean_Rt.new_zeros(T, E, self.num_tasks)
-            gates_TEt = gates_TEt.index_put((example_R, index_R), weights.clean_Rt, accumulate=True)
+            gates_TEt = gates_TEt.index_put((example_N, index_N), weights.clean_Rt, accumulate=True)
             for k in range(self.num_tasks):
                 names = self.groups.names(k)
                 dense = DenseRouting(
@@ -378,17 +372,16 @@ class SelectedMultiGateMoE(MultiGateLayer):
                 )
                 self._record(dense, examples.context, f"task{k}", gates)
 
-        sum_dtype = kernels.accumulate_dtype(y_RH.dtype)
-        weighted_RtH = weights.used_Rt.to(sum_dtype)[:, :, None] * y_RH.to(sum_dtype)[:, None, :]
-        y_TtH = weighted_RtH.new_zeros(T, *weighted_RtH.shape[1:]).index_add(0, example_R, weighted_RtH)
-        return y_TtH.to(y_RH.dtype).transpose(0, 1)
+        sum_dtype = kernels.accumulate_dtype(y_NH.dtype)
+        weighted_NtH = weights.used_Rt.to(sum_dtype)[:, :, None] * y_NH.to(sum_dtype)[:, None, :]
+        y_TtH = weighted_NtH.new_zeros(T, *weighted_NtH.shape[1:]).index_add(0, example_N, weighted_NtH)
+        return y_TtH.to(y_NH.dtype).transpose(0, 1)
 
     def routers(self) -> dict[str, Router]:
         return {"selection": self.router[0]}
 
     def active_expert_params(self) -> int:
-        total = sum(p.numel() for p in self.experts.parameters())
-        return round(total * min(self.pairs_per_token / self.groups.num_shared, 1.0))
+        return round(self.all_expert_params() * min(self.pairs_per_token / self.groups.num_shared, 1.0))
 
 
 def _with_domain(examples: Examples, domain: DomainEmbedding | None) -> Tensor:
@@ -423,7 +416,7 @@ def _mix(
     """
     T, (t, s) = x_GTD.shape[1], (groups.num_tasks, groups.num_shared)
     logits = gates(x_GTD, examples.domain_T)
-    h_TnH, h_TdH = _expert_outputs(groups, experts, feature_gate, x_GTD, examples)
+    h_TnH, h_TdH = _expert_outputs(layer, groups, experts, feature_gate, x_GTD, examples)
     # Weighted sums in float32 at least: half precision would round each gate.
     dtype = h_TnH.dtype
     h_TnH = h_TnH.to(torch.promote_types(dtype, torch.float32))
@@ -472,6 +465,7 @@ def _of_real(gates: Tensor, real_T: Tensor | None) -> Tensor:
 
 
 def _expert_outputs(
+    layer: MultiGateLayer,
     groups: ExpertGroups,
     experts: Experts,
     feature_gate: FeatureGate | None,
@@ -482,9 +476,9 @@ def _expert_outputs(
     # With one input for all the experts are one group.
     counts = groups.counts if x_GTD.shape[0] > 1 else (groups.num_dense,)
     if feature_gate is None:
-        h_TnH = experts.each(x_GTD, counts, examples.real_T)
+        h_TnH = experts(x_GTD, "each", counts, examples.real_T)
     else:
-        h_TnH = experts.each(feature_gate(x_GTD, counts), (1,) * groups.num_dense, examples.real_T)
+        h_TnH = experts(feature_gate(x_GTD, counts), "each", (1,) * groups.num_dense, examples.real_T)
     if not groups.num_domain:
         return h_TnH, None
     assert examples.domain_T is not None
@@ -493,16 +487,10 @@ def _expert_outputs(
     if examples.real_T is not None:
         expert_ids_Td = expert_ids_Td.masked_fill(~examples.real_T[:, None], E)
     expert_ids_N = expert_ids_Td.flatten()
-    placed = kernels.sort_pairs(expert_ids_N, kernels.count_experts(expert_ids_N, E))
-    rows = Rows(
-        x=x_GTD[0].index_select(0, placed.order_R // d),
-        row_index_R=placed.order_R // d,
-        offsets_E=placed.offsets_E,
-        gates_R=torch.ones(T * d, dtype=torch.float32, device=device),
-        num_tokens=T,
-        gathered=True,
-    )
-    return h_TnH, experts(rows).x.index_select(0, placed.inverse_N).unflatten(0, (T, d))
+    token_index_N = torch.arange(T, device=device).repeat_interleave(d)
+    pairs = split_pairs(token_index_N, expert_ids_N, kernels.count_experts(expert_ids_N, E))
+    rows = experts(layer.dispatcher.dispatch(x_GTD[0], pairs))
+    return h_TnH, layer.dispatcher.combine(rows).unflatten(0, (T, d))
 
 
 __all__ = ["FeatureGate", "MultiGateLayer", "MultiGateMoE", "PLELayer", "SelectedMultiGateMoE", "SparseMultiGateMoE"]

@@ -43,7 +43,8 @@ class SharedBottom(core.MultiGateConfig):
 
     def build(self, dim: int, num_tasks: int, num_domains: int = 0) -> BottomLayer:  # type: ignore[override]
         """The layer for examples (B, ``dim``). It asks for no scenario."""
-        experts = self.expert.build(self._networks(num_tasks), dim, backend=self.backend)
+        experts = self.expert.build(self._networks(num_tasks), dim)
+        experts.backend = self.backend
         return BottomLayer(experts, self._networks(num_tasks), num_tasks)
 
     def num_params(self, dim: int, num_tasks: int, num_domains: int = 0) -> int:
@@ -80,4 +81,4 @@ class BottomLayer(nn.Module):
     def forward(self, x: Tensor, context: core.RoutingContext | None = None) -> Tensor:
         """(B, D), or (t, B, D) where each task has an input of its own, to (t, B, D_out)."""
         counts = (self.num_networks,) if x.ndim == 2 else (1,) * self.num_networks
-        return self.experts.each(x, counts).transpose(0, 1).expand(self.num_tasks, -1, -1)
+        return self.experts(x, "each", counts).transpose(0, 1).expand(self.num_tasks, -1, -1)

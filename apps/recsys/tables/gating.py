@@ -137,37 +137,25 @@ class GateReader:
     @contextlib.contextmanager
     def _watching(self, block: str, experts: Any) -> Iterator[None]:
         """Count the zeros among the outputs of ``experts``, in whichever way they are asked for them."""
-        inside = False
-        own_each = experts.each
 
-        def each(*args: Any, **kwargs: Any) -> Tensor:
-            nonlocal inside
-            inside = True  # it may run ``forward``
-            try:
-                y_TnH = own_each(*args, **kwargs)
-            finally:
-                inside = False
+        def count(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             E = experts.num_experts
-            zeros_n, all_n = (y_TnH == 0).sum((0, 2)), torch.full((y_TnH.shape[1],), y_TnH[:, 0].numel())
-            self._count(block, zeros_n.cpu().numpy(), all_n.numpy(), E)
-            return y_TnH
-
-        def forward(_: nn.Module, args: tuple[Any, ...], rows: Any) -> None:
-            if inside or rows.combined or not rows.gathered:
+            if isinstance(output, Tensor):  # each expert on every example, (T, n, H)
+                zeros, every = (output == 0).sum((0, 2)), torch.full((output.shape[1],), output[:, 0].numel())
+            elif output.combined or not output.gathered:
                 return  # summed in the kernel: there are no outputs to look at
-            E, y_RH = len(rows.offsets_E), rows.x
-            expert_R = torch.bucketize(torch.arange(len(y_RH), device=y_RH.device), rows.offsets_E, right=True)
-            zeros_E = torch.bincount(expert_R, weights=(y_RH == 0).sum(1).double(), minlength=E + 1)[:E]
-            all_E = y_RH.shape[1] * torch.bincount(expert_R, minlength=E + 1)[:E]
-            self._count(block, zeros_E.cpu().numpy(), all_E.cpu().numpy(), E)
+            else:
+                y_RH = output.x
+                expert_R = torch.bucketize(torch.arange(len(y_RH), device=y_RH.device), output.offsets_E, right=True)
+                zeros = torch.bincount(expert_R, weights=(y_RH == 0).sum(1).double(), minlength=E + 1)[:E]
+                every = y_RH.shape[1] * torch.bincount(expert_R, minlength=E + 1)[:E]
+            self._count(block, zeros.cpu().numpy(), every.cpu().numpy(), E)
 
-        hook = experts.register_forward_hook(forward)
-        experts.each = each
+        hook = experts.register_forward_hook(count)
         try:
             yield
         finally:
             hook.remove()
-            del experts.each
 
     def _count(self, block: str, zeros: np.ndarray, every: np.ndarray, num_experts: int) -> None:
         sums = self.zeros.setdefault(block, np.zeros((2, num_experts)))

@@ -116,7 +116,7 @@ class Head(nn.Module):
     def forward(self, x_tBD: Tensor) -> Tensor:
         """(t, B, D) to logits (B, t)."""
         if self.towers is not None:
-            x_tBD = self.towers.each(x_tBD, (1,) * self.num_tasks).transpose(0, 1)
+            x_tBD = self.towers(x_tBD, "each", (1,) * self.num_tasks).transpose(0, 1)
         return torch.baddbmm(self.bias, x_tBD, self.weight).squeeze(-1).t()
 
     def losses(self, logits_Bt: Tensor) -> Mapping[str, Tensor]:

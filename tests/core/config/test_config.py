@@ -68,21 +68,6 @@ def test_active_params_of_a_model_leave_out_the_experts_a_token_does_not_take():
     assert active_params(model) == 12 * 12 + 12 + 96 + 2 * 480
 
 
-@pytest.mark.parametrize("here, top_k", [(2, 1), (2, 3), (6, 3), (8, 3)])
-def test_active_params_count_the_experts_of_other_ranks(here, top_k):
-    # An expert of D = 12, F = 20 with biases has 2 * 240 + 20 + 12 = 512 parameters, the gate 8 * 12 = 96. A token
-    # takes K of 8 experts, wherever they are: K * 512 + 96.
-    layer = MoEConfig(8, TokenChoice(top_k), FFN(20, bias=True)).build(12)
-    for name, whole in list(layer.experts.named_parameters()):
-        setattr(layer.experts, name, torch.nn.Parameter(whole[:here]))  # as expert parallelism leaves them
-    assert sum(p.numel() for p in layer.parameters()) == here * 512 + 96
-    assert active_params(layer) == top_k * 512 + 96
-    # Twice the same experts: a token may take others of them in each layer, but no more than all 8.
-    twice = MoEConfig(8, TokenChoice(top_k), FFN(20, bias=True)).build(12)
-    twice.experts = layer.experts
-    assert active_params(torch.nn.ModuleList([layer, twice])) == 2 * top_k * 512 + 2 * 96
-
-
 @pytest.mark.parametrize("config", CONFIGS, ids=range(len(CONFIGS)))
 def test_plain_form_survives_json_and_comes_back_equal(config):
     plain = config.to_dict()
@@ -246,3 +231,13 @@ def test_a_wrong_plain_form_is_refused_naming_the_field_or_class(plain, message)
 def test_a_width_below_one_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         MoEConfig(4).build(*arguments)
+
+
+def test_a_layers_backend_is_that_of_all_its_parts_and_is_changed_in_one_place():
+    layer = MoEConfig(4, num_shared_experts=1, backend="grouped").build(8)
+    parts = (layer, layer.router, layer.experts, layer.shared_experts, layer.dispatcher)
+    assert [part.backend for part in parts] == ["grouped"] * 5
+    layer.backend = "eager"
+    assert [part.backend for part in parts] == ["eager"] * 5
+    with pytest.raises(ValueError, match="backend='gpu' is not one of auto, eager"):
+        layer.backend = "gpu"

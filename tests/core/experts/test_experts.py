@@ -51,7 +51,8 @@ def rows_of(x: Tensor, counts: list[int], gates: Tensor | None = None) -> Rows:
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 @pytest.mark.parametrize("backend", ["eager", "cpu", "grouped"])
 def test_each_expert_equals_a_network_of_linear_layers(config, backend):
-    experts = config.build(3, 8, 10, backend)
+    experts = config.build(3, 8, 10)
+    experts.backend = backend
     x, gates = torch.randn(7, 8), torch.rand(7)
     out = experts(rows_of(x, [2, 0, 5], gates))
     assert out.combined
@@ -64,12 +65,13 @@ def test_dense_is_the_sum_of_all_experts(config):
     experts = config.build(3, 8, 10)
     x = torch.randn(2, 5, 8)
     expected = sum(linear_network(experts, e, x) for e in range(3))
-    torch.testing.assert_close(experts.dense(x), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(experts(x, "dense"), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("backend", ["eager", "cpu", "grouped"])
 def test_gathered_rows_are_weighted_and_left_for_the_dispatcher_to_sum(backend):
-    experts = FFN(6).build(2, 4, backend=backend)
+    experts = FFN(6).build(2, 4)
+    experts.backend = backend
     x, gates = torch.randn(5, 4), torch.rand(5)
     index = torch.tensor([3, 1, 1, 0, 4])
     rows = Rows(x[index], index, torch.tensor([2, 5], dtype=torch.int32), gates, 5, gathered=True)
@@ -82,7 +84,11 @@ def test_gathered_rows_are_weighted_and_left_for_the_dispatcher_to_sum(backend):
 class Halves(Experts):
     """A user's own experts: expert ``e`` divides by ``e + 2``. Knows nothing of gates."""
 
-    def forward(self, rows: Rows) -> Rows:
+    def __init__(self, num_experts: int) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+
+    def compute_rows(self, rows: Rows) -> Rows:
         x_RD = rows.materialize()
         y_RD, start = torch.full_like(x_RD, torch.nan), 0
         for e, end in enumerate(rows.offsets_E.tolist()):
@@ -95,36 +101,26 @@ def test_experts_of_a_users_own_are_weighted_and_summed_by_the_dispatcher():
     router = TokenChoice(top_k=2).build(2, 2)
     with torch.no_grad():
         router.gate.weight.copy_(torch.eye(2))
-    layer = MoE(router, Halves(), num_experts=2, pairs_per_token=2)
+    layer = MoE(router, Halves(2), pairs_per_token=2)
     x = torch.tensor([[[math.log(3), 0.0]]])
     # Gates 3/4 and 1/4: the token times 0.75 / 2 + 0.25 / 3 = 0.458333.
     assert layer(x)[0, 0, 0].item() == pytest.approx(math.log(3) * 0.4583333, rel=1e-6)
-
-
-class CountedHalves(Halves):
-    """The same, which say how many they are."""
-
-    def __init__(self, num_experts: int) -> None:
-        super().__init__()
-        self.num_experts = num_experts
 
 
 def test_experts_of_a_users_own_are_shared_experts_too():
     router = TokenChoice(top_k=2).build(2, 2)
     with torch.no_grad():
         router.gate.weight.copy_(torch.eye(2))
-    layer = MoE(router, CountedHalves(2), shared_experts=CountedHalves(3), num_experts=2, pairs_per_token=2)
+    layer = MoE(router, Halves(2), shared_experts=Halves(3), pairs_per_token=2)
     x = torch.tensor([[[math.log(3), 0.0]]])
     # As above, and 1 / 2 + 1 / 3 + 1 / 4 = 1.083333 of the token from the shared ones.
     assert layer(x)[0, 0, 0].item() == pytest.approx(math.log(3) * (0.4583333 + 1.0833333), rel=1e-6)
 
 
-@pytest.mark.parametrize(
-    "router, experts, which", [(8, 4, "experts has 4"), (8, 16, "experts has 16"), (4, 8, "router has 4")]
-)
-def test_parts_for_different_numbers_of_experts_are_refused(router, experts, which):
-    with pytest.raises(ValueError, match=f"the layer's num_experts=8, and its {which}$"):
-        MoE(TokenChoice(2).build(6, router), FFN(4).build(experts, 6), num_experts=8, pairs_per_token=2)
+@pytest.mark.parametrize("router, experts", [(8, 4), (8, 16), (4, 8)])
+def test_parts_for_different_numbers_of_experts_are_refused(router, experts):
+    with pytest.raises(ValueError, match=f"^the router chooses among {router} experts, and there are {experts}$"):
+        MoE(TokenChoice(2).build(6, router), FFN(4).build(experts, 6), pairs_per_token=2)
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,8 @@ def network(experts: MLPExperts, e: int) -> nn.Sequential:
 
 def build(config: MLP, backend: str = "auto", num_experts: int = E) -> MLPExperts:
     """Experts with norms away from where they start."""
-    experts = config.build(num_experts, D, backend=backend)
+    experts = config.build(num_experts, D)
+    experts.backend = backend
     with torch.no_grad():
         for name, tensor in [*experts.named_parameters(), *experts.named_buffers()]:
             if "norm" in name or "running" in name:
@@ -88,7 +89,7 @@ def test_each_equals_networks_of_torch_modules(config, training, backend):
     networks = [network(experts, e) for e in range(E)]
     for _ in range(3):  # running statistics move in training
         x = torch.randn(9, D)
-        found = experts.each(x)
+        found = experts(x, "each")
         expected = torch.stack([net(x) for net in networks], 1)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     if config.norm == "batch":
@@ -147,7 +148,7 @@ def test_each_equals_the_loop_in_output_gradients_and_statistics(config, counts,
     x = torch.randn(*(() if counts is None else (len(counts),)), size, D, dtype=torch.float64)
 
     def run(experts: MLPExperts, x: Tensor) -> Tensor:
-        return experts.each(x, counts)
+        return experts(x, "each", counts)
 
     assert_same(gradients(fast, x, run), gradients(oracle, x, run), rtol=1e-10, atol=1e-10)
 
@@ -155,7 +156,7 @@ def test_each_equals_the_loop_in_output_gradients_and_statistics(config, counts,
 def test_each_gives_every_expert_its_groups_input():
     experts = build(MLP((12, 10)))
     x = torch.randn(3, 5, D)
-    found = experts.each(x, (2, 0, 1))
+    found = experts(x, "each", (2, 0, 1))
     inputs = (x[0], x[0], x[2])
     expected = torch.stack([network(experts, e)(x_e) for e, x_e in enumerate(inputs)], 1)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
@@ -168,8 +169,8 @@ def test_padding_is_not_in_the_statistics(training, backend):
     other = copy.deepcopy(experts)
     real = torch.tensor([True, False, True, True, False, True])
     x = torch.randn(6, D)
-    found = experts.each(x.masked_fill(~real[:, None], 0.0), real_T=real)
-    torch.testing.assert_close(found[real], other.each(x[real]), rtol=1e-4, atol=1e-5)
+    found = experts(x.masked_fill(~real[:, None], 0.0), "each", None, real)
+    torch.testing.assert_close(found[real], other(x[real], "each"), rtol=1e-4, atol=1e-5)
     assert_same(dict(experts.named_buffers()), dict(other.named_buffers()))
 
 
@@ -178,7 +179,7 @@ def test_batch_norm_by_hand():
     experts = MLP((1,), "relu", norm="batch").build(1, 1)
     with torch.no_grad():
         experts.w_0.fill_(1.0)
-    y = experts.each(torch.tensor([[1.0], [3.0], [8.0]]))
+    y = experts(torch.tensor([[1.0], [3.0], [8.0]]), "each")
     # (8 - 4) / sqrt(26 / 3 + 1e-5) = 1.3587; below the mean relu gives 0.
     torch.testing.assert_close(y.flatten(), torch.tensor([0.0, 0.0, 4 / (26 / 3 + 1e-5) ** 0.5]))
     # Momentum 0.1: 0.9 * 0 + 0.1 * 4 and 0.9 * 1 + 0.1 * 13.
@@ -202,8 +203,8 @@ def test_an_expert_with_one_row_uses_the_running_statistics_which_stay(backend):
 def test_a_batch_of_one_uses_the_running_statistics_which_stay():
     experts = build(MLP((12,), norm="batch"))
     x, before = torch.randn(1, D), experts.running_var_0.clone()
-    expected = copy.deepcopy(experts).eval().each(x)
-    assert torch.equal(experts.each(x), expected)
+    expected = copy.deepcopy(experts).eval()(x, "each")
+    assert torch.equal(experts(x, "each"), expected)
     assert torch.equal(experts.running_var_0, before)
 
 
@@ -235,7 +236,7 @@ def test_gradcheck(config):
                 self.experts = experts
 
             def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-                return self.experts.each(x), self.experts(rows_of(x, [2, 3], tail=0)).x
+                return self.experts(x, "each"), self.experts(rows_of(x, [2, 3], tail=0)).x
 
         named = {f"experts.{n}": v for n, v in (parameters | {n: b.clone() for n, b in state.items()}).items()}
         return torch.func.functional_call(Both(), named, (x,))
@@ -249,7 +250,7 @@ def test_dense_is_the_sum_of_all_experts(backend):
     experts = build(MLP((12, 10)), backend)
     x = torch.randn(2, 5, D)
     expected = sum(network(experts, e)(x) for e in range(E))
-    torch.testing.assert_close(experts.dense(x), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(experts(x, "dense"), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("config", [MLP((12, 10)), MLP((12,), norm="layer")], ids=str)
@@ -257,21 +258,21 @@ def test_merged_with_one_weight_of_one_is_that_expert(config):
     experts = build(config)
     x = torch.randn(2, 5, D)
     weights = torch.eye(E)[[2, 0]]
-    found = experts.merged(x, weights)
+    found = experts(x, "merged", weights)
     expected = torch.stack((network(experts, 2)(x[0]), network(experts, 0)(x[1])))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_merged_is_refused_with_batch_norm():
     with pytest.raises(NotImplementedError, match="batch"):
-        build(MLP(norm="batch")).merged(torch.randn(1, 2, D), torch.ones(1, E))
+        build(MLP(norm="batch"))(torch.randn(1, 2, D), "merged", torch.ones(1, E))
 
 
 def test_dropout_acts_in_training_alone_and_keeps_the_mean():
     experts = MLP((200,), dropout=0.25).build(1, D)
     x = torch.randn(50, D)
-    kept = experts.eval().each(x)
-    found = experts.train().each(x)
+    kept = experts.eval()(x, "each")
+    found = experts.train()(x, "each")
     where = kept > 0
     ratio = found[where] / kept[where]
     # Kept features are divided by 1 - 0.25; of about 5000 a quarter is 0, give or take 5 deviations of 0.6 %.
@@ -288,10 +289,10 @@ def test_under_autocast_products_run_in_bfloat16_and_statistics_stay_float32(bac
     exact = copy.deepcopy(experts)
     x = torch.randn(40, D)
     with torch.autocast("cpu", torch.bfloat16):
-        each, rows = experts.each(x), experts(rows_of(x, [20, 20, 0, 0])).x
+        each, rows = experts(x, "each"), experts(rows_of(x, [20, 20, 0, 0])).x
     assert each.dtype == rows.dtype == torch.bfloat16
     # Two layers of products rounded to 8 bits: 2^-8 each, of values up to about 5.
-    torch.testing.assert_close(each.float(), exact.each(x), rtol=0, atol=0.1)
+    torch.testing.assert_close(each.float(), exact(x, "each"), rtol=0, atol=0.1)
     torch.testing.assert_close(rows.float(), exact(rows_of(x, [20, 20, 0, 0])).x, rtol=0, atol=0.1)
     assert all(b.dtype == torch.float32 for b in experts.buffers())
 
@@ -299,9 +300,10 @@ def test_under_autocast_products_run_in_bfloat16_and_statistics_stay_float32(bac
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_parameters_and_flops_equal_the_formulas(config, backend):
-    experts = config.build(E, D, backend=backend)
+    experts = config.build(E, D)
+    experts.backend = backend
     assert sum(p.numel() for p in experts.parameters()) == E * config.num_params(D)
-    assert count_flops(experts.each, torch.randn(6, D)) == 6 * E * config.flops_per_row(D)
+    assert count_flops(experts, torch.randn(6, D), "each") == 6 * E * config.flops_per_row(D)
     assert count_flops(experts, rows_of(torch.randn(6, D), [1, 3, 0, 1], tail=1)) == 5 * config.flops_per_row(D)
 
 
@@ -336,7 +338,7 @@ def test_a_routed_layer_of_them_equals_a_loop_over_tokens(backend, norm):
 def test_a_width_that_is_not_the_last_layers_is_refused():
     with pytest.raises(ValueError, match="out_dim=5 is not 10, the last of hidden_dims"):
         MLP((12, 10)).build(E, D, 5)
-    assert MLP((12, 10)).build(E, D, 10).each(torch.randn(1, D)).shape == (1, E, 10)
+    assert MLP((12, 10)).build(E, D, 10)(torch.randn(1, D), "each").shape == (1, E, 10)
 
 
 @pytest.mark.parametrize(
@@ -364,11 +366,11 @@ def test_a_list_of_widths_is_a_tuple_afterwards():
 
 def test_state_goes_to_a_new_module_with_the_statistics():
     experts = build(MLP((12,), norm="batch"))
-    experts.each(torch.randn(9, D))
+    experts(torch.randn(9, D), "each")
     other = MLP((12,), norm="batch").build(E, D)
     other.load_state_dict(experts.state_dict())
     x = torch.randn(3, D)
-    assert torch.equal(other.eval().each(x), experts.eval().each(x))
+    assert torch.equal(other.eval()(x, "each"), experts.eval()(x, "each"))
 
 
 def test_experts_of_ones_own_have_each_without_writing_it():
@@ -377,12 +379,12 @@ def test_experts_of_ones_own_have_each_without_writing_it():
 
         num_experts = 3
 
-        def forward(self, rows: Rows) -> Rows:
+        def compute_rows(self, rows: Rows) -> Rows:
             x, starts = rows.materialize(), [0, *rows.offsets_E.tolist()]
             parts = [x[start:end] * e for e, (start, end) in enumerate(pairwise(starts))]
             return rows.with_output(torch.cat(parts))
 
     x = torch.randn(4, D)
-    torch.testing.assert_close(Scale().each(x), torch.stack((0 * x, x, 2 * x), 1))
+    torch.testing.assert_close(Scale()(x, "each"), torch.stack((0 * x, x, 2 * x), 1))
     two = torch.randn(2, 4, D)
-    torch.testing.assert_close(Scale().each(two, (1, 1)), torch.stack((0 * two[0], two[1]), 1))
+    torch.testing.assert_close(Scale()(two, "each", (1, 1)), torch.stack((0 * two[0], two[1]), 1))

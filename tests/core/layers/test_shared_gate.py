@@ -81,7 +81,7 @@ def parts(layer: MoE, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     gate = torch.sigmoid(x @ layer.shared_gate.weight[0])
     alone = copy.copy(layer)
     alone._modules = {**layer._modules, "shared_experts": None, "shared_gate": None}
-    return gate, alone(x), layer.shared_experts.dense(x)
+    return gate, alone(x), layer.shared_experts(x, "dense")
 
 
 # --- the gate ---
@@ -280,7 +280,7 @@ def test_each_pair_of_a_token_is_masked_by_itself_without_renormalisation(backen
     layer = MoEConfig(4, TokenChoice(2), FFN(6, bias=True), backend=backend, expert_output_masking=0.5).build(8)
     x = torch.randn(1, 64, 8)
     routing = layer.router(x)
-    f_ETD = torch.stack([layer.experts.each(x[0])[:, e] for e in range(4)])
+    f_ETD = torch.stack([layer.experts(x[0], "each")[:, e] for e in range(4)])
     pairs_TKD = routing.gates_N.view(64, 2, 1) * f_ETD[routing.expert_ids_N.view(64, 2), torch.arange(64)[:, None]]
     # None, the first, the second, both; divided by 1 - 1/2.
     choices_4TD = 2 * torch.stack((0 * pairs_TKD[:, 0], pairs_TKD[:, 0], pairs_TKD[:, 1], pairs_TKD.sum(1)))

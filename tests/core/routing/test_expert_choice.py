@@ -362,7 +362,7 @@ def test_one_expert_of_all_tokens_is_the_expert_itself_and_trains_no_router():
     layer = MoEConfig(1, ExpertChoice(1.0)).build(8)
     x = torch.randn(2, 5, 8)
     y = layer(x)
-    torch.testing.assert_close(y, layer.experts.dense(x))
+    torch.testing.assert_close(y, layer.experts(x, "dense"))
     y.square().sum().backward()
     assert layer.router.gate.weight.grad.eq(0).all()
     assert layer.experts.w_in.grad.ne(0).any()

@@ -213,13 +213,13 @@ def test_merged_experts_equal_a_loop_over_groups_and_experts(config):
     x, weights = torch.randn(3, 6, 8), torch.rand(3, 4)
     for g in range(3):
         parts = {name: torch.einsum("e,e...->...", weights[g], p) for name, p in experts.named_parameters()}
-        torch.testing.assert_close(experts.merged(x, weights)[g], one_expert(experts, x[g], parts))
+        torch.testing.assert_close(experts(x, "merged", weights)[g], one_expert(experts, x[g], parts))
 
 
 def test_one_hot_weights_are_that_expert():
     experts = FFN(12, bias=True).build(4, 8)
     x = torch.randn(2, 5, 8)
-    y = experts.merged(x, torch.eye(4)[[2, 0]])
+    y = experts(x, "merged", torch.eye(4)[[2, 0]])
     for g, e in enumerate((2, 0)):
         torch.testing.assert_close(y[g], one_expert(experts, x[g], expert(experts, e)))
 
@@ -237,9 +237,11 @@ def test_one_expert_is_the_plain_ffn_of_its_input(router):
 
 
 class Doubling(Experts):
-    """A user's own experts: rows times ``e + 1``; no method ``merged``."""
+    """A user's own experts: rows times ``e + 1``; no method ``compute_merged``."""
 
-    def forward(self, rows):
+    num_experts = 4
+
+    def compute_rows(self, rows):
         row_R = torch.arange(len(rows.row_index_R))
         factor_R = torch.bucketize(row_R, rows.offsets_E, right=True) + 1
         return rows.with_output(rows.materialize() * factor_R[:, None])

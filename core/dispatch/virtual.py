@@ -1,0 +1,49 @@
+"""Routings of *virtual tokens*: what a pair's output is summed to is another number than the token that it reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..contract import Routing
+
+
+def join_tasks(routings: Sequence[Routing]) -> Routing:
+    """Return the routings of t tasks for the same T tokens as one of t * T virtual tokens.
+
+    Virtual token ``k * T + i`` is token i as task k sees it. What losses and statistics read stays with the tasks' own.
+    """
+    T, first = routings[0].num_tokens, routings[0]
+    same = all(r.top_k == first.top_k for r in routings)
+    return Routing(
+        token_index_N=torch.cat([r.token_index_N + k * T for k, r in enumerate(routings)]),
+        expert_ids_N=torch.cat([r.expert_ids_N for r in routings]),
+        gates_N=torch.cat([r.gates_N for r in routings]),
+        tokens_per_expert_E=sum((r.tokens_per_expert_E for r in routings[1:]), first.tokens_per_expert_E),
+        chosen_per_expert_E=sum((r.chosen_per_expert_E for r in routings[1:]), first.chosen_per_expert_E),
+        num_tokens=len(routings) * T,
+        top_k=first.top_k if same else None,
+        input_index_N=torch.cat([r.token_index_N for r in routings]),
+    )
+
+
+def split_pairs(token_index_N: Tensor, expert_ids_N: Tensor, tokens_per_expert_E: Tensor) -> Routing:
+    """Return a routing whose every pair is a virtual token of weight 1, so that ``combine`` gives (N, D_out).
+
+    Args:
+        token_index_N, expert_ids_N, tokens_per_expert_E: as in ``Routing``. The output of a pair that is not computed
+            is zero.
+    """
+    N, device = expert_ids_N.shape[0], expert_ids_N.device
+    return Routing(
+        token_index_N=torch.arange(N, device=device),
+        expert_ids_N=expert_ids_N,
+        gates_N=torch.ones(N, dtype=torch.float32, device=device),
+        tokens_per_expert_E=tokens_per_expert_E,
+        chosen_per_expert_E=tokens_per_expert_E,
+        num_tokens=N,
+        top_k=1,
+        input_index_N=token_index_N,
+    )
