@@ -1,0 +1,183 @@
+"""Experts split over two gloo ranks, and experts sharded by FSDP2, against one process with both ranks' tokens.
+
+One spawn runs every scenario; each test reads the outcome of its own.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from all_to_all import split_experts
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from core import (
+    FFN,
+    MLP,
+    PLE,
+    Experts,
+    Merge,
+    MMoE,
+    MoEConfig,
+    RoutingContext,
+    SoftSlots,
+    SwiGLU,
+    TokenChoice,
+    active_params,
+)
+
+WORLD, D = 2, 6
+Outcome = dict[str, Tensor]
+
+ROUTED = {
+    "ffn": MoEConfig(4, TokenChoice(2), FFN(5, bias=True)),
+    "gates on the input": MoEConfig(4, TokenChoice(2, gates_on="input"), FFN(5, bias=True)),
+    "shared experts": MoEConfig(4, TokenChoice(2), SwiGLU(5), num_shared_experts=1),
+    "mlp": MoEConfig(4, TokenChoice(2), MLP((5, D), norm="layer")),
+    "dropped pairs": MoEConfig(4, TokenChoice(2), FFN(5), capacity_factor=0.5, group="sequence"),
+    "tasks": MMoE(4, FFN(5), TokenChoice(2)),
+    "tasks, gates on the input": MMoE(4, MLP((5,)), TokenChoice(2, gates_on="input")),
+    "one selection": MMoE(4, MLP((5,)), TokenChoice(2), "shared"),
+}
+DENSE = {
+    "merged": MoEConfig(4, Merge(), FFN(5, bias=True)),
+    "merged mlp": MoEConfig(4, Merge(), MLP((5, D))),
+    "dense gates": MMoE(4, MLP((5, 3)), self_gate=1, feature_gate=2),
+    "experts of domains": MMoE(4, FFN(5), num_domain_experts=1),
+    "levels": PLE(2, MLP((5,)), num_levels=2),
+}
+CASES = [("split", name) for name in ROUTED] + [("fsdp", name) for name in (*ROUTED, *DENSE)]
+
+
+def build(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    config = {**ROUTED, **DENSE}[name]
+    if isinstance(config, MoEConfig):
+        return config.build(D)
+    return config.build(D, 2, 2 if config.num_domain_experts else 0)
+
+
+def wrapped(kind: str, name: str, mesh: DeviceMesh) -> nn.Module:
+    layer = build(name)
+    if kind == "split":
+        split_experts(layer, mesh)
+        return layer
+    for part in layer.modules():
+        if isinstance(part, Experts):
+            fully_shard(part, mesh=mesh)
+    return fully_shard(layer, mesh=mesh)
+
+
+def step(layer: nn.Module, rank: int, factor: float = 1.0) -> Outcome:
+    """The output and its tokens' gradient for this rank's sequences, all of them for -1; the parameters' gradients."""
+    torch.manual_seed(1)
+    x, dy = torch.randn(4, 3, D), torch.randn(4, 3, D)
+    domains = torch.tensor([0, 1, 1, 0])
+    if rank >= 0:
+        x, dy, domains = (t.chunk(WORLD)[rank] for t in (x, dy, domains))
+    x = x.clone().requires_grad_()
+    y = layer(x, RoutingContext(domain_ids_B=domains))
+    tasks = y.shape[0] if y.ndim == 4 else 1
+    weights = torch.arange(1.0, tasks + 1)[:, None, None, None] * dy[None, ..., : y.shape[-1]]
+    (y.view(tasks, *y.shape[-3:]) * weights).sum().mul(factor).backward()
+    gradients = {n: p.grad for n, p in layer.named_parameters() if p.grad is not None}
+    return {"y": y.detach(), "x.grad": x.grad / factor, **gradients}
+
+
+def on_a_rank(kind: str, name: str, rank: int, mesh: DeviceMesh) -> Outcome:
+    # FSDP averages the ranks' gradients, where the loss is their sum.
+    outcome = step(wrapped(kind, name, mesh), rank, WORLD if kind == "fsdp" else 1)
+    for key, grad in outcome.items():
+        if hasattr(grad, "full_tensor"):
+            outcome[key] = grad.full_tensor()
+        elif key not in ("y", "x.grad"):  # of a parameter that each rank has: the sum over their tokens
+            dist.all_reduce(grad)
+    return outcome
+
+
+def facts(rank: int, mesh: DeviceMesh) -> dict[str, object]:
+    """What a layer and its experts say of a split, and what it refuses."""
+    layer, merged, soft = build("ffn"), build("merged"), MoEConfig(4, SoftSlots(2), FFN(5)).build(D)
+    whole = layer.experts.w_in[2 * rank].detach().clone()
+    for other in (layer, merged, soft):
+        split_experts(other, mesh)
+    shapes = {name: tuple(tensor.shape) for name, tensor in layer.state_dict().items()}
+    first = layer.experts.weights_of(0)["w_in"]
+    kept = torch.equal(first, whole)
+    layer.experts.init_each(nn.init.ones_)
+    x, refused = torch.randn(1, 2, D), {}
+    soft.dispatcher = soft.default_dispatcher()
+    for name, other in (("merged", merged), ("soft slots", soft)):
+        try:
+            other(x)
+        except ValueError as error:
+            refused[name] = str(error)
+    copies = [copy.deepcopy(layer.dispatcher), pickle.loads(pickle.dumps(layer.dispatcher))]
+    return {
+        "experts": (layer.num_experts, layer.experts.num_experts, layer.experts.num_local_experts),
+        "parameters": (layer.all_expert_params(), active_params(layer), active_params(build("ffn"))),
+        "shapes": shapes == {name: tuple(tensor.shape) for name, tensor in build("ffn").state_dict().items()},
+        "first is kept": kept,
+        "started": bool(layer.experts.w_in.to_local().eq(1).all() and not layer.experts.b_in.to_local().any()),
+        "refused": refused,
+        "copies": all(c.group is None and c.backend == layer.dispatcher.backend for c in copies),
+    }
+
+
+def worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", WORLD), rank=rank, world_size=WORLD)
+    try:
+        mesh = init_device_mesh("cpu", (WORLD,))
+        outcomes = {case: on_a_rank(*case, rank, mesh) for case in CASES}
+        torch.save({"outcomes": outcomes, "facts": facts(rank, mesh)}, f"{folder}/rank{rank}.pt")
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict]]:
+    folder: Path = tmp_path_factory.mktemp("ranks")
+    mp.spawn(worker, args=(str(folder),), nprocs=WORLD)
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(WORLD)]
+
+
+@pytest.mark.parametrize("kind, name", CASES)
+def test_two_ranks_equal_one_process_in_output_and_gradients(ranks, kind, name):
+    expected = step(build(name), -1)
+    found = [r["outcomes"][kind, name] for r in ranks]
+    sequences = -3 if expected["y"].ndim == 4 else 0  # (t, B, S, H) of a layer of tasks, else (B, S, D)
+    for key, tensor in expected.items():
+        if key in ("y", "x.grad"):
+            parts = [torch.cat([f[key] for f in found], sequences if key == "y" else 0)]
+        else:
+            parts = [f[key] for f in found]
+        for part in parts:
+            torch.testing.assert_close(part, tensor, rtol=1e-5, atol=1e-6, msg=lambda m, k=key: f"{k}: {m}")
+
+
+def test_a_split_layer_counts_the_experts_of_both_ranks(ranks):
+    # An expert of D = 6, F = 5 with biases has 2 * 30 + 5 + 6 = 71 parameters, the gate 4 * 6; a token takes 2 of 4.
+    for found in (r["facts"] for r in ranks):
+        assert found["experts"] == (4, 4, 2)
+        assert found["parameters"] == (4 * 71, 2 * 71 + 24, 2 * 71 + 24)
+        assert found["shapes"]
+        assert found["first is kept"]
+        assert found["started"]
+        assert found["copies"]
+
+
+def test_what_needs_all_experts_here_is_refused_where_they_are_split(ranks):
+    for found in (r["facts"] for r in ranks):
+        assert found["refused"] == {
+            "merged": "2 of 4 experts are here: they compute rows alone, not 'merged'",
+            "soft slots": "rows are sorted by 4 experts, and 2 are here",
+        }
