@@ -18,8 +18,16 @@ from ..routing.router import LAYER_OPTIONS, RouterConfig, TokenChoice
 from ..routing.selection import Capacity, check_group
 from .plain import make, to_plain
 
-LAYERS: dict[str, type[MoE]] = {"pairs": MoE, "slots": SoftMoE, "merged": MergedMoE}
-"""The layer of each ``RouterConfig.layer_kind``."""
+LAYERS: dict[tuple[str, str], type[MoE]] = {
+    ("pairs", "rows"): MoE,
+    ("slots", "rows"): SoftMoE,
+    ("merged", "rows"): MergedMoE,
+}
+"""The layer of each kind of decision (``RouterConfig.layer_kind``) and of experts (``ExpertConfig.layer_kind``).
+
+Experts that compute each row by itself are of the kind "rows". Others, such as attention, name a kind of their own and
+add its layers here.
+"""
 
 
 @register_config
@@ -82,6 +90,7 @@ class MoEConfig:
         check_part("expert", self.expert, ExpertConfig, "FFN()")
         check_part("balance", self.balance, Balance, "Balance()")
         check_backend(self.backend)
+        self.layer_class()
         self.router.check(self.num_experts)
         self._check_options()
         self._check_shared_gate()
@@ -143,7 +152,7 @@ class MoEConfig:
         if out_dim is not None:
             at_least_one("out_dim", out_dim)
         shared, has_gate = self.num_shared_experts, self.shared_gate != "none"
-        layer = LAYERS[self.router.layer_kind()](
+        layer = self.layer_class()(
             self.router.build(dim, self.num_experts, self.capacity()),
             self.expert.build(self.num_experts, dim, out_dim),
             self.balance,
@@ -159,7 +168,19 @@ class MoEConfig:
 
     def make_dispatcher(self) -> Dispatcher:
         """Return the dispatcher of the layer that ``build`` makes: all experts are here."""
-        return LAYERS[self.router.layer_kind()].default_dispatcher()
+        return self.layer_class().default_dispatcher()
+
+    def layer_class(self) -> type[MoE]:
+        """Return the layer of this router and these experts.
+
+        Raises:
+            ValueError: no layer brings the two together.
+        """
+        layer = LAYERS.get((self.router.layer_kind(), self.expert.layer_kind))
+        if layer is None:
+            router = f"the {self.router.layer_kind()} of {self.router.source()}"
+            raise ValueError(f"{type(self.expert).__name__} computes {self.expert.layer_kind}: not with {router}")
+        return layer
 
     def num_params(self, dim: int, out_dim: int | None = None) -> int:
         """Parameters of the layer, equal to the sum of ``numel`` of the built one."""

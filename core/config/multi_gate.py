@@ -63,6 +63,10 @@ class MultiGateConfig:
         check_kinds(self)
         check_part("expert", self.expert, ExpertConfig, "MLP()")
         check_part("balance", self.balance, Balance, "Balance()")
+        if self.expert.layer_kind != "rows":
+            raise ValueError(
+                f"{type(self.expert).__name__} computes {self.expert.layer_kind}: not in multi-gate layers"
+            )
         at_least_one("num_experts", self.num_experts)
         for name in ("feature_gate", "self_gate", "num_domain_experts"):
             if getattr(self, name) < 0:

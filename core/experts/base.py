@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -157,7 +157,14 @@ class Experts(nn.Module):
 
 @dataclass(frozen=True)
 class ExpertConfig:
-    """Base of the expert configs: a subclass is a frozen dataclass with ``build`` and the costs of one expert."""
+    """Base of the expert configs: a subclass is a frozen dataclass with ``build`` and the costs of one expert.
+
+    Attributes:
+        layer_kind: "rows": experts compute each row by itself, whatever the layer. Experts that need more than a row,
+            such as attention, name a kind of their own, whose layers stand in ``core.config.LAYERS``.
+    """
+
+    layer_kind: ClassVar[str] = "rows"
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from core import FFN, GEGLU, Balance, MoEConfig, RouterConfig, SwiGLU, TokenChoice, active_params
+from core import FFN, GEGLU, Balance, MMoE, MoE, MoEConfig, RouterConfig, SoftSlots, SwiGLU, TokenChoice, active_params
+from core.config import LAYERS
 from core.routing.router import Router
 from core.routing.selection import Capacity
 
@@ -241,3 +242,18 @@ def test_a_layers_backend_is_that_of_all_its_parts_and_is_changed_in_one_place()
     assert [part.backend for part in parts] == ["eager"] * 5
     with pytest.raises(ValueError, match="backend='gpu' is not one of auto, eager"):
         layer.backend = "gpu"
+
+
+def test_experts_of_a_kind_of_their_own_name_their_layer(monkeypatch):
+    class Attending(MoE):
+        """The layer of experts that attend."""
+
+    monkeypatch.setattr(FFN, "layer_kind", "attention")
+    with pytest.raises(ValueError, match=r"^FFN computes attention: not with the pairs of TokenChoice"):
+        MoEConfig(4)
+    with pytest.raises(ValueError, match=r"^FFN computes attention: not in multi-gate layers$"):
+        MMoE(4, FFN())
+    monkeypatch.setitem(LAYERS, ("pairs", "attention"), Attending)
+    assert type(MoEConfig(4).build(8)) is Attending
+    with pytest.raises(ValueError, match=r"^FFN computes attention: not with the slots of SoftSlots"):
+        MoEConfig(4, SoftSlots())
