@@ -218,7 +218,7 @@ def draw(names: list[str], folder: Path) -> None:
             "evaluation": gates(config, shape, False).cpu().numpy(),
         }
         path = folder / f"{Path(name).stem}.png"
-        plots.save_figure(plots.gates_heatmap(shown, shape.S, f"{Path(name).stem}, untrained"), path)
+        plots.save_picture(plots.gates_heatmap(shown, shape.S, f"{Path(name).stem}, untrained"), path)
         print(path)
 
 

@@ -1,4 +1,4 @@
-"""Figures of binary predictions, as functions of arrays: AUC, PR-AUC, log loss, calibration, AUC by user.
+"""Metrics of binary predictions, as functions of arrays: AUC, PR-AUC, log loss, calibration, AUC by user.
 
 Choices:
 
@@ -206,7 +206,7 @@ def _labelled(values_N: np.ndarray, labels_N: np.ndarray) -> tuple[np.ndarray, n
 
 
 @dataclass(frozen=True)
-class TaskFigures:
+class TaskMetrics:
     """What a split says of one task.
 
     Attributes:
@@ -214,7 +214,7 @@ class TaskFigures:
         base_rate: share of the positive ones.
         mean_prediction: mean probability.
         constant: all predictions are equal.
-        invalid: predictions that are NaN; the figures are NaN if there are any.
+        invalid: predictions that are NaN; the metrics are NaN if there are any.
         auc, pr_auc, log_loss, ece: see the functions of this module.
         calibration: the bins of ``ece``.
         gauc: by user; None where no users are known.
@@ -238,15 +238,15 @@ class TaskFigures:
         return found if self.gauc is None else {**found, "gauc": self.gauc.value}
 
 
-def task_figures(
+def task_metrics(
     scores_N: np.ndarray,
     labels_N: np.ndarray,
     groups_N: np.ndarray | None = None,
     outputs: Literal["logits", "probabilities"] = "logits",
     ece_bins: int = 15,
     ece_binning: Binning = "mass",
-) -> TaskFigures:
-    """All figures of one task; see ``MultiTaskMetrics``."""
+) -> TaskMetrics:
+    """Return all metrics of one task; see ``MultiTaskMetrics``."""
     if groups_N is not None:
         groups_N = groups_N[~np.isnan(labels_N)]
     scores_N, labels_N = _labelled(scores_N, labels_N)
@@ -268,19 +268,19 @@ def task_figures(
         named_N = groups_N != NO_GROUP
         by_user = grouped_auc(scores_N[named_N], labels_N[named_N], groups_N[named_N])
     constant = len(by_score.counts_G) == 1
-    return figures_of(by_score, float(losses_N.mean()), constant, ece_bins, ece_binning, by_user)
+    return metrics_of(by_score, float(losses_N.mean()), constant, ece_bins, ece_binning, by_user)
 
 
-def figures_of(
+def metrics_of(
     by_score: ScoreGroups,
     loss: float,
     constant: bool,
     ece_bins: int,
     ece_binning: Binning,
     gauc: GroupedAUC | None = None,
-) -> TaskFigures:
+) -> TaskMetrics:
     n, bins = int(by_score.counts_G.sum()), by_score.calibration(ece_bins, ece_binning)
-    return TaskFigures(
+    return TaskMetrics(
         num_examples=n,
         base_rate=float(by_score.positives_G.sum() / n),
         mean_prediction=float(by_score.prediction_sum_G.sum() / n),
@@ -295,7 +295,7 @@ def figures_of(
     )
 
 
-def unknown(n: int, base_rate: float, invalid: int) -> TaskFigures:
+def unknown(n: int, base_rate: float, invalid: int) -> TaskMetrics:
     none = np.zeros(0)
     bins = Calibration(none, none, none.astype(np.int64))
-    return TaskFigures(n, base_rate, math.nan, False, invalid, math.nan, math.nan, math.nan, math.nan, bins)
+    return TaskMetrics(n, base_rate, math.nan, False, invalid, math.nan, math.nan, math.nan, math.nan, bins)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import Metric
 
-from apps.recsys.binary_metrics import NO_GROUP, Binning, ScoreGroups, TaskFigures, figures_of, task_figures, unknown
+from apps.recsys.binary_metrics import NO_GROUP, Binning, ScoreGroups, TaskMetrics, metrics_of, task_metrics, unknown
 
 # Logits beyond it share the outermost bins of the streaming form: their probability is within 1.2e-7 of 0 or 1.
 _LIMIT = 16.0
@@ -83,7 +83,7 @@ class MultiTaskMetrics(_Synced):
         score_bins: bins of equal width of the logit in -16..16; None: exact.
 
     Attributes:
-        figures: by task, after ``compute``.
+        by_task: the metrics of each task, after ``compute``.
 
     Raises:
         ValueError: a value out of its range, or ``score_bins`` with ``grouped``.
@@ -113,10 +113,10 @@ class MultiTaskMetrics(_Synced):
         if score_bins is not None and score_bins < 2:
             raise ValueError(f"score_bins={score_bins} must be at least 2")
         if score_bins is not None and grouped:
-            raise ValueError(f"score_bins={score_bins}: figures by user need the exact form (score_bins=None)")
+            raise ValueError(f"score_bins={score_bins}: metrics by user need the exact form (score_bins=None)")
         self.task_names, self.grouped, self.outputs = names, grouped, outputs
         self.ece_bins, self.ece_binning, self.score_bins = ece_bins, ece_binning, score_bins
-        self.figures: dict[str, TaskFigures] = {}
+        self.by_task: dict[str, TaskMetrics] = {}
         if score_bins is None:
             self.add_state("scores", [], "cat")
             self.add_state("labels", [], "cat")
@@ -179,41 +179,41 @@ class MultiTaskMetrics(_Synced):
     def compute(self) -> dict[str, Tensor]:
         """The metrics of all examples so far, float64 scalars."""
         of_tasks = self._exact() if self.score_bins is None else self._binned()
-        self.figures = dict(zip(self.task_names, of_tasks, strict=True))
+        self.by_task = dict(zip(self.task_names, of_tasks, strict=True))
         found: dict[str, float] = {}
         by_metric: dict[str, list[float]] = {}
-        for task, figures in self.figures.items():
-            for name, value in figures.values().items():
+        for task, of_task in self.by_task.items():
+            for name, value in of_task.values().items():
                 found[f"{name}_{task}"] = value
                 by_metric.setdefault(name, []).append(value)
         means = {name: _mean(by_metric[name]) for name in ("auc", "gauc") if name in by_metric}
         return {k: torch.tensor(v, dtype=torch.float64) for k, v in (means | found).items()}
 
-    def _exact(self) -> list[TaskFigures]:
+    def _exact(self) -> list[TaskMetrics]:
         states = {name: _joined(getattr(self, name), empty).numpy() for name, empty in self._empty().items()}
         groups_N = states.get("groups")
         if groups_N is not None and not (groups_N != NO_GROUP).any():
             groups_N = None
         return [
-            task_figures(z_N, y_N, groups_N, self.outputs, self.ece_bins, self.ece_binning)
+            task_metrics(z_N, y_N, groups_N, self.outputs, self.ece_bins, self.ece_binning)
             for z_N, y_N in zip(states["scores"].T, states["labels"].T, strict=True)
         ]
 
-    def _binned(self) -> list[TaskFigures]:
+    def _binned(self) -> list[TaskMetrics]:
         found = []
         for task in range(len(self.task_names)):
             counts_MC = self.counts[task].cpu().numpy()
             used = counts_MC.sum(1) > 0
             prediction_sums = self.prediction_sums[task].cpu().double().numpy()
             by_score = ScoreGroups(counts_MC[used, 1], counts_MC[used].sum(1), prediction_sums[used])
-            found.append(self._figures_of_bins(by_score, float(self.loss_sums[task]), int(self.invalid[task])))
+            found.append(self._metrics_of_bins(by_score, float(self.loss_sums[task]), int(self.invalid[task])))
         return found
 
-    def _figures_of_bins(self, by_score: ScoreGroups, loss_sum: float, invalid: int) -> TaskFigures:
+    def _metrics_of_bins(self, by_score: ScoreGroups, loss_sum: float, invalid: int) -> TaskMetrics:
         n = int(by_score.counts_G.sum())
         if invalid or not n:
             return unknown(n + invalid, math.nan, invalid)
-        return figures_of(by_score, loss_sum / n, len(by_score.counts_G) == 1, self.ece_bins, self.ece_binning)
+        return metrics_of(by_score, loss_sum / n, len(by_score.counts_G) == 1, self.ece_bins, self.ece_binning)
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -234,9 +234,9 @@ def _check_labels(labels: Tensor) -> None:
 
 
 class _OneTask(MultiTaskMetrics):
-    """One figure of one task: ``update(outputs_B, targets_B)``."""
+    """One metric of one task: ``update(outputs_B, targets_B)``."""
 
-    figure: ClassVar[str]
+    metric: ClassVar[str]
 
     def __init__(self, **options: Any) -> None:
         super().__init__(("task",), **options)
@@ -245,39 +245,39 @@ class _OneTask(MultiTaskMetrics):
         super().update(outputs.reshape(-1, 1), targets.reshape(-1, 1), groups)
 
     def compute(self) -> Tensor:  # type: ignore[override]
-        return super().compute()[f"{self.figure}_task"]
+        return super().compute()[f"{self.metric}_task"]
 
 
 class AUC(_OneTask):
     """Area under the ROC curve of one task; options as of ``MultiTaskMetrics``."""
 
-    figure = "auc"
+    metric = "auc"
 
 
 class PRAUC(_OneTask):
     """Average precision of one task; options as of ``MultiTaskMetrics``."""
 
-    figure = "pr_auc"
+    metric = "pr_auc"
 
 
 class LogLoss(_OneTask):
     """Mean negative log likelihood of one task, in nats; options as of ``MultiTaskMetrics``."""
 
-    figure = "log_loss"
+    metric = "log_loss"
     higher_is_better = False
 
 
 class CalibrationError(_OneTask):
     """Expected calibration error of one task; options as of ``MultiTaskMetrics``."""
 
-    figure = "ece"
+    metric = "ece"
     higher_is_better = False
 
 
 class UserAUC(_OneTask):
-    """AUC within users, ``update(outputs_B, targets_B, users_B)``; ``figures["task"].gauc`` counts who is left out."""
+    """AUC within users, ``update(outputs_B, targets_B, users_B)``; ``by_task["task"].gauc`` counts who is left out."""
 
-    figure = "gauc"
+    metric = "gauc"
 
     def __init__(self, **options: Any) -> None:
         super().__init__(grouped=True, **options)

@@ -14,7 +14,7 @@ SplitKind = Literal["given", "random", "user", "time", "leave_last_out"]
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """One binary label. A row without a value has no label for the task: it counts in no loss and no figure of it.
+    """One binary label. A row without a value has no label for the task: it counts in no loss and no metric of it.
 
     Attributes:
         column: of the table.
@@ -85,7 +85,7 @@ class TableConfig:
         continuous: columns of numbers.
         tasks: the labels by the name of the task.
         domain: column of the scenario; None: there is one.
-        user: column whose rows belong together, for a split by user and figures by user.
+        user: column whose rows belong together, for a split by user and metrics by user.
         time: column by which rows are ordered.
         hash_rows: rows of the table of a column whose ids are hashed, by column.
         num_rows: rows of the table of a column that holds row numbers already, 0 to num_rows - 1, by column; they are

@@ -1,7 +1,7 @@
 """Pictures of routing and of quality against cost, for any app.
 
 Each function turns plain arrays into a matplotlib ``Figure`` and touches no global state: no pyplot, no display.
-``save_figure`` writes it. Colours are Okabe and Ito's, which people with colour-blindness can tell apart; where an
+``save_picture`` writes it. Colours are Okabe and Ito's, which people with colour-blindness can tell apart; where an
 expert is a colour its number is written as well.
 """
 
@@ -77,7 +77,7 @@ def routing_over_images(
         experts: layer name to (N, grid height, grid width) expert numbers; ``num_experts`` or -1: none computed it.
         num_experts: E.
         titles: a caption an image, for instance its class.
-        title: of the figure.
+        title: of the picture.
 
     Raises:
         ValueError: no layer, or arrays that do not fit each other.
@@ -92,7 +92,7 @@ def routing_over_images(
             raise ValueError(f"experts of {name!r} have shape {ids.shape}, not ({n}, grid height, grid width)")
     side = 1.45
     columns = 1 + len(experts)
-    fig = new_figure(max(5.0, side * columns + 1.0), side * n + 1.1)
+    fig = new_picture(max(5.0, side * columns + 1.0), side * n + 1.1)
     axes = fig.subplots(n, columns, squeeze=False)
     colors = expert_colors(num_experts)
     for row, image in enumerate(images):
@@ -122,7 +122,7 @@ def expert_class_heatmap(
     Args:
         share: layer name to (num_classes, E); rows sum to 1, or are 0 for a class without tokens.
         class_names: one a row.
-        title: of the figure.
+        title: of the picture.
         max_classes: beyond it only the classes whose largest share, over layers, is highest are drawn.
 
     Raises:
@@ -141,7 +141,7 @@ def expert_class_heatmap(
         title = f"{title} (the {max_classes} most specialised of {len(names)} classes)"
     num_experts = max(v.shape[1] for v in share.values())
     width = max(2.2, 0.36 * num_experts)
-    fig = new_figure(width * len(share) + 2.6, max(2.6, 0.27 * len(rows) + 1.4))
+    fig = new_picture(width * len(share) + 2.6, max(2.6, 0.27 * len(rows) + 1.4))
     axes = fig.subplots(1, len(share), squeeze=False, sharey=True)[0]
     top = max(float(v[rows].max()) for v in share.values()) or 1.0
     image: Any = None
@@ -167,9 +167,9 @@ def gates_heatmap(gates: Mapping[str, np.ndarray], sequence_length: int, title: 
     Args:
         gates: name, such as "training", to (T, E) weights.
         sequence_length: tokens of a sequence; a line parts the sequences.
-        title: of the figure.
+        title: of the picture.
     """
-    fig = new_figure(4.1 * len(gates) + 0.9, 2.3)
+    fig = new_picture(4.1 * len(gates) + 0.9, 2.3)
     axes = fig.subplots(1, len(gates), squeeze=False, sharey=True)[0]
     top = max(float(np.nanmax(values)) for values in gates.values()) or 1.0
     image: Any = None
@@ -199,7 +199,7 @@ def load_bars(
     Args:
         tokens_per_expert: layer name to (E,) counts.
         drop_rate: layer name to the share of pairs no expert computed; written above the bars.
-        title: of the figure.
+        title: of the picture.
         share_of: what the counts are, for the vertical axis.
 
     Raises:
@@ -208,7 +208,7 @@ def load_bars(
     if not tokens_per_expert:
         raise ValueError("load_bars needs at least one layer")
     num_experts = max(len(v) for v in tokens_per_expert.values())
-    fig = new_figure(max(2.6, 0.24 * num_experts + 1.0) * len(tokens_per_expert) + 0.9, 2.9)
+    fig = new_picture(max(2.6, 0.24 * num_experts + 1.0) * len(tokens_per_expert) + 0.9, 2.9)
     axes = fig.subplots(1, len(tokens_per_expert), squeeze=False, sharey=True)[0]
     for axis, (name, counts) in zip(axes, tokens_per_expert.items(), strict=True):
         counts = np.asarray(counts, dtype=np.float64)
@@ -242,7 +242,7 @@ def quality_against_flops(
     Args:
         series: the models.
         quality: name of the vertical axis.
-        title: of the figure.
+        title: of the picture.
         percent: qualities are shares in 0..1 and drawn in %.
         unit: what the FLOPs are of, such as "an image".
 
@@ -254,7 +254,7 @@ def quality_against_flops(
         raise ValueError("quality_against_flops needs at least one point")
     scale, prefix = _flop_unit(max(flops))
     factor = 100.0 if percent else 1.0
-    fig = new_figure(6.0, 3.9)
+    fig = new_picture(6.0, 3.9)
     axis = fig.subplots()
     for index, s in enumerate(series):
         drawn = axis.errorbar(
@@ -302,11 +302,11 @@ def _set_beside(fig: Figure, artists: Sequence[Artist], place: float) -> None:
             artist.set_transform(artist.get_transform() + ScaledTranslation(7 * place / 72, 0, fig.dpi_scale_trans))
 
 
-def save_figure(fig: Figure, path: str | Path, flat: bool = False) -> Path:
+def save_picture(fig: Figure, path: str | Path, flat: bool = False) -> Path:
     """Write ``fig`` as PNG, whole or not at all, and make its folder.
 
     Args:
-        fig: the figure.
+        fig: the picture.
         path: of the file.
         flat: keep 256 colours, which is enough for maps and text; the file is a third as large.
 
@@ -329,8 +329,8 @@ def save_figure(fig: Figure, path: str | Path, flat: bool = False) -> Path:
     return path
 
 
-def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of this size in inches, whose parts keep clear of each other."""
+def new_picture(width: float, height: float) -> Figure:
+    """Return an empty picture of this size in inches, whose parts keep clear of each other."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

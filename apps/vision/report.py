@@ -214,7 +214,7 @@ def capacity_sweep(
 _PRIORITY_LABELS = {"position": "by position", "score": "batch-prioritised", "random": "at random"}
 
 
-def sweep_figure(points: Sequence[CapacityPoint], baselines: Sequence[plots.Series] = ()) -> Any:
+def sweep_picture(points: Sequence[CapacityPoint], baselines: Sequence[plots.Series] = ()) -> Any:
     """Accuracy over FLOPs, a line a priority, and ``baselines`` beside them."""
     series = []
     for priority in dict.fromkeys(p.priority for p in points):
@@ -370,7 +370,7 @@ class VisionReport(Callback):
         records = [{f.name: getattr(p, f.name) for f in fields(p)} for p in points]
         return [
             write_csv(folder / "capacity_sweep.csv", records),
-            plots.save_figure(sweep_figure(points), folder / "capacity_sweep.png"),
+            plots.save_picture(sweep_picture(points), folder / "capacity_sweep.png"),
         ]
 
     def _pictures(self, trainer: Trainer, pl_module: LightningModule, folder: Path) -> list[Path]:
@@ -412,19 +412,19 @@ class VisionReport(Callback):
         # A class without a test image has no shares, and would be drawn as one whose tokens no expert takes.
         with_images = sum(c.sum(1) for c in counts.values()).nonzero().squeeze(1).tolist()  # type: ignore[union-attr]
         return [
-            plots.save_figure(
+            plots.save_picture(
                 plots.routing_over_images(
                     pictured, {n: e[order] for n, e in experts.items()}, num_experts, [names[labels[i]] for i in order]
                 ),
                 folder / "routing.png",
             ),
-            plots.save_figure(
+            plots.save_picture(
                 plots.expert_class_heatmap(
                     {n: class_share(c[with_images]) for n, c in counts.items()}, [names[label] for label in with_images]
                 ),
                 folder / "expert_class.png",
             ),
-            plots.save_figure(plots.load_bars(loads, drops), folder / "load.png"),
+            plots.save_picture(plots.load_bars(loads, drops), folder / "load.png"),
         ]
 
 

@@ -24,7 +24,7 @@ from apps.nlp.language.data import TextBatch, TextSize, prompt_batches
 from apps.nlp.output import LinePredictor
 from apps.nlp.predict import Candidate, Line, check_one, checked_texts, decoding, in_order
 from apps.nlp.pretrained import PretrainedModule, check_replaced, published_network
-from apps.nlp.translation.metrics import gathered, perplexity, token_figures
+from apps.nlp.translation.metrics import gathered, perplexity, token_metrics
 from apps.train.module import OptimizerConfig, Stage, TaskOutput
 
 _LAYERS = "all"
@@ -96,7 +96,7 @@ class LanguageMetrics(Metric):
     def compute(self) -> dict[str, Tensor]:
         """The metrics of all blocks so far, float64 scalars; NaN without any."""
         blocks = gathered(self._own)
-        found = token_figures(blocks)
+        found = token_metrics(blocks)
         if self.size is not None and blocks:
             nll = math.fsum(b.nll for b in blocks) / sum(b.tokens for b in blocks)
             found["word_perplexity"] = perplexity(nll * self.size.tokens / max(self.size.words, 1))

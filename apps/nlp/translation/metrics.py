@@ -196,11 +196,11 @@ class TranslationMetrics(Metric):
     def compute(self) -> dict[str, Tensor]:
         """The metrics of all sentences so far, float64 scalars; NaN without any."""
         self.sentences = gathered(self._own)
-        values = figures(self.sentences, self.tokenizers)
+        values = corpus_metrics(self.sentences, self.tokenizers)
         return {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
 
 
-def figures(sentences: Sequence[Sentence], tokenizers: Mapping[str, str]) -> dict[str, float]:
+def corpus_metrics(sentences: Sequence[Sentence], tokenizers: Mapping[str, str]) -> dict[str, float]:
     """What ``TranslationMetrics.compute`` returns, as plain numbers.
 
     Args:
@@ -218,10 +218,10 @@ def figures(sentences: Sequence[Sentence], tokenizers: Mapping[str, str]) -> dic
         found[score] = sum(of_pairs.values()) / len(of_pairs) if of_pairs else math.nan
         if len(tokenizers) > 1:
             found |= {f"{score}_{name}": value for name, value in of_pairs.items()}
-    return {**found, **token_figures(sentences)}
+    return {**found, **token_metrics(sentences)}
 
 
-def token_figures(pieces: Sequence[Scored]) -> dict[str, float]:
+def token_metrics(pieces: Sequence[Scored]) -> dict[str, float]:
     """Token accuracy and perplexity; NaN without tokens."""
     tokens = sum(s.tokens for s in pieces)
     if not tokens:

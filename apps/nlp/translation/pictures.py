@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from apps.report.plots import PALETTE, clean_axis, expert_colors, new_figure
+from apps.report.plots import PALETTE, clean_axis, expert_colors, new_picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _WRITTEN = 16  # experts up to which each cell has its number
-_WIDTH = 12.5  # inches that a figure has for maps side by side
+_WIDTH = 12.5  # inches that a picture has for maps side by side
 # Families of Chinese, Japanese and Korean, Indic and other letters, as Linux, macOS and Windows have them.
 _FURTHER = (
     "Noto Sans CJK",
@@ -72,7 +72,7 @@ def expert_maps(bands: Sequence[Sequence[ExpertMap]], title: str, of: str, top: 
     Args:
         bands: such as those of the encoder and those of the decoder; a band's maps have the same rows, and stand side
             by side as far as there is room.
-        title: of the figure.
+        title: of the picture.
         of: what the colour says.
         top: share at which the colours end; None: at the largest.
 
@@ -91,7 +91,7 @@ def expert_maps(bands: Sequence[Sequence[ExpertMap]], title: str, of: str, top: 
     lines = [band[i : i + columns] for band in bands for i in range(0, len(band), columns)]
     heights = [max(0.7, 0.24 * len(line[0].rows)) for line in lines]
     names = 0.075 * max(len(row) for line in lines for row in line[0].rows)
-    fig = new_figure(max(5.0, columns * (width + 0.15) + names + 1.3), sum(h + 0.62 for h in heights) + 0.45)
+    fig = new_picture(max(5.0, columns * (width + 0.15) + names + 1.3), sum(h + 0.62 for h in heights) + 0.45)
     axes = fig.subplots(len(lines), columns, squeeze=False, gridspec_kw={"height_ratios": heights})
     largest = max(
         (float(np.nanmax(m.values)) for line in lines for m in line if np.isfinite(m.values).any()), default=1
@@ -151,7 +151,7 @@ def sentence_routes(sides: Sequence[Routes], num_experts: int, title: str) -> Fi
     Args:
         sides: source and target; a side without MoE layers is left out.
         num_experts: E; a cell of a subword that no expert computed is white, with a cross.
-        title: of the figure.
+        title: of the picture.
 
     Raises:
         ValueError: no layer.
@@ -166,7 +166,7 @@ def sentence_routes(sides: Sequence[Routes], num_experts: int, title: str) -> Fi
     rows = max(len(side.pieces) for side in sides)
     widths = [max(0.9, cell * len(side.experts)) for side in sides]
     labels = [0.095 * max(len(p) for p in side.pieces) + 0.25 for side in sides]
-    fig = new_figure(max(_title_width(title), sum(widths) + sum(labels) + 0.7), 0.235 * rows + 1.2)
+    fig = new_picture(max(_title_width(title), sum(widths) + sum(labels) + 0.7), 0.235 * rows + 1.2)
     axes = fig.subplots(1, len(sides), squeeze=False, gridspec_kw={"width_ratios": widths})[0]
     for axis, side in zip(axes, sides, strict=True):
         _route_panel(axis, side, colors)
@@ -210,7 +210,7 @@ def attention_map(weights: np.ndarray, source: Sequence[str], target: Sequence[s
         weights: (L, S), rows sum to 1.
         source: S subwords, columns.
         target: L subwords, rows; a row's is the one that is said, not the one read before it.
-        title: of the figure.
+        title: of the picture.
 
     Raises:
         ValueError: weights that do not fit the subwords.
@@ -220,7 +220,7 @@ def attention_map(weights: np.ndarray, source: Sequence[str], target: Sequence[s
     names = [[drawn(p) for p in side] for side in (source, target)]
     wide = 0.09 * max(map(len, names[1]))
     high = 0.09 * max(map(len, names[0]))
-    fig = new_figure(
+    fig = new_picture(
         max(_title_width(title), 0.24 * len(source) + wide + 1.4), max(2.6, 0.24 * len(target) + high + 0.8)
     )
     axis = fig.subplots()
@@ -235,7 +235,7 @@ def attention_map(weights: np.ndarray, source: Sequence[str], target: Sequence[s
 
 
 def _title_width(title: str) -> float:
-    """Inches that a figure has at least, for its title of 10 points to stand on one line."""
+    """Return the inches that a picture has at least, for its title of 10 points to stand on one line."""
     return max(4.2, 0.09 * len(title) + 0.2)
 
 
@@ -298,7 +298,7 @@ def learning_curves(panels: Mapping[str, Sequence[Curve]], title: str, best: str
 
     Args:
         panels: name of the vertical axis to its curves; one without curves is left out.
-        title: of the figure.
+        title: of the picture.
         best: label of the curves whose highest value is marked, and told in the legend.
 
     Raises:
@@ -307,7 +307,7 @@ def learning_curves(panels: Mapping[str, Sequence[Curve]], title: str, best: str
     panels = {name: curves for name, curves in panels.items() if curves}
     if not panels:
         raise ValueError("learning_curves needs at least one curve")
-    fig = new_figure(3.5 * len(panels) + 0.3, 3.1)
+    fig = new_picture(3.5 * len(panels) + 0.3, 3.1)
     for axis, (name, curves) in zip(fig.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         for number, curve in enumerate(curves):
             label = curve.label

@@ -16,7 +16,7 @@ import core
 from apps.base.files import replacing
 from apps.data.lines import num_words
 from apps.data.loader import batches_of_test
-from apps.nlp.translation.metrics import Sentence, TranslationMetrics, figures, scorer, signature, signatures
+from apps.nlp.translation.metrics import Sentence, TranslationMetrics, corpus_metrics, scorer, signature, signatures
 from apps.nlp.translation.routes import report_curves, report_routes
 from apps.report.tables import print_table, write_csv
 
@@ -141,7 +141,7 @@ def breakdown(groups: Mapping[str, Sequence[Sentence]], tokenizers: Mapping[str,
 
 
 def _row(name: str, own: Sequence[Sentence], tokenizers: Mapping[str, str]) -> dict[str, Any]:
-    values = figures(own, tokenizers)
+    values = corpus_metrics(own, tokenizers)
     words = sum(num_words(s.reference) for s in own)
     ratio = sum(num_words(s.hypothesis) for s in own) / words if words else math.nan
     return {"group": name, "sentences": len(own), "length_ratio": ratio, **{k: values[k] for k in _COLUMNS}}

@@ -104,8 +104,8 @@ def report_use(use: ExpertUse, folder: Path, draw: bool = True) -> list[Path]:
     if not draw:
         return written
     if len(use.pairs) > 1:
-        written.append(_save(language_figure(use), folder / "expert_language.png"))
-    return [*written, _save(class_figure(use), folder / "expert_class.png")]
+        written.append(_save(language_picture(use), folder / "expert_language.png"))
+    return [*written, _save(class_picture(use), folder / "expert_class.png")]
 
 
 def _print(found: Sequence[Specialisation]) -> None:
@@ -121,7 +121,7 @@ def _print(found: Sequence[Specialisation]) -> None:
     )
 
 
-def language_figure(use: ExpertUse) -> Any:
+def language_picture(use: ExpertUse) -> Any:
     """Maps of language pairs by experts; of many pairs, of the language whose tokens a layer sees."""
     bands = []
     for side, layers in _sides(use.layers).items():
@@ -137,7 +137,7 @@ def language_figure(use: ExpertUse) -> Any:
     )
 
 
-def class_figure(use: ExpertUse) -> Any:
+def class_picture(use: ExpertUse) -> Any:
     """Maps of ``CLASSES`` by experts. Few shares of the text itself are so large that they go beyond the colours."""
     bands, usual = [], [np.zeros(1)]
     for side, layers in _sides(use.layers).items():
@@ -154,8 +154,8 @@ def class_figure(use: ExpertUse) -> Any:
     )
 
 
-def _save(figure: Any, path: Path) -> Path:
-    return plots.save_figure(figure, path, flat=True)
+def _save(picture: Any, path: Path) -> Path:
+    return plots.save_picture(picture, path, flat=True)
 
 
 def _sides(layers: Sequence[LayerUse]) -> dict[Side, list[LayerUse]]:
@@ -220,13 +220,13 @@ def report_sentence(module: Any, sentence: TranslationBatch, number: int, folder
     read_pieces, said_pieces = (tuple(subwords.pieces(x, "target")) for x in (read_1L[0].tolist(), said))
     heading = f"{pair}, sentence {int(sentence.index_B) + 1}"
     layer, heads = max(len(weights) - 2, 0), weights.shape[1]
-    figure = pictures.attention_map(
+    picture = pictures.attention_map(
         weights[layer].mean(0).cpu().numpy(),
         source_pieces,
         said_pieces,
         f"{heading}: attention of decoder layer {layer}, mean of {heads} heads",
     )
-    written = [_save(figure, folder / f"sentence_{number}_attention.png")]
+    written = [_save(picture, folder / f"sentence_{number}_attention.png")]
     experts: dict[Side, dict[str, np.ndarray]] = {"source": {}, "target": {}}
     for entry in tape.entries:
         chosen = experts_of_token(entry.routing, _MOST_EXPERTS).cpu().numpy()
@@ -239,8 +239,8 @@ def report_sentence(module: Any, sentence: TranslationBatch, number: int, folder
         num_experts = max(len(entry.routing.tokens_per_expert_E) for entry in tape.entries)
         several = any((ids[:, 1:] < num_experts).any() for side in sides for ids in side.experts.values())
         what = "experts of each subword, by falling gate" if several else "expert of each subword"
-        figure = pictures.sentence_routes(sides, num_experts, f"{heading}: {what}")
-        written.append(_save(figure, folder / f"sentence_{number}_experts.png"))
+        picture = pictures.sentence_routes(sides, num_experts, f"{heading}: {what}")
+        written.append(_save(picture, folder / f"sentence_{number}_experts.png"))
     return written
 
 
@@ -264,8 +264,8 @@ def report_curves(metrics: Path, folder: Path, label_smoothing: float = 0.0) -> 
     panels = {name: curves for name, curves in read_curves(metrics, label_smoothing).items() if curves}
     if not panels:
         return []
-    figure = pictures.learning_curves(panels, "Learning curves", best="BLEU")
-    return [_save(figure, folder / "learning_curves.png")]
+    picture = pictures.learning_curves(panels, "Learning curves", best="BLEU")
+    return [_save(picture, folder / "learning_curves.png")]
 
 
 def read_curves(metrics: Path, label_smoothing: float = 0.0) -> Mapping[str, list[Curve]]:

@@ -1,4 +1,4 @@
-"""Whether experts take to languages and to kinds of subwords: counts over an evaluation, and figures of them.
+"""Whether experts take to languages and to kinds of subwords: counts over an evaluation, and what they say.
 
 A routed pair is one token and one of the experts that compute it; pairs that no expert had room for do not count. In
 the encoder tokens are the source's. In the decoder they are those it reads, from the sentence's begin on, so that a
@@ -219,7 +219,7 @@ def side_of(layer: str) -> Side:
     return "target" if "decoder" in layer else "source"
 
 
-# ---- figures
+# ---- metrics
 
 
 def entropy(counts: np.ndarray) -> float:

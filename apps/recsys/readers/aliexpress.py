@@ -20,7 +20,7 @@ def read_aliexpress(root: Path) -> RawTables:
     """Items on result pages: click, and conversion over all items shown (CTCVR).
 
     16 categorical and 63 continuous inputs. The split by time of the files; validation is 10 % of train, at random with
-    seed 0, stratified by click. Rows of one ``search_id`` are one result page: figures by user are by page. Several
+    seed 0, stratified by click. Rows of one ``search_id`` are one result page: metrics by user are by page. Several
     countries make a table with the country as the scenario; whether an id means the same in two countries is not known.
 
     Args:

@@ -1,4 +1,4 @@
-"""A whole split of a table as numpy arrays, for models that are no networks and for figures of a whole split."""
+"""A whole split of a table as numpy arrays, for models that are no networks and for metrics of a whole split."""
 
 from __future__ import annotations
 

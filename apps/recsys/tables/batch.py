@@ -20,7 +20,7 @@ class TableBatch:
         label_Bt: float32 (B, t), 0 or 1 for each task; NaN where an example has no label for it.
         index_B: int64 (B,), the row's number in the table.
         domain_B: int64 (B,), the scenario; None where there is one.
-        group_B: int64 (B,), the user, for figures by user; None where none is named.
+        group_B: int64 (B,), the user, for metrics by user; None where none is named.
     """
 
     dense_BC: Tensor

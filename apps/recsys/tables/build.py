@@ -23,7 +23,7 @@ from apps.recsys.readers import RawTables
 from apps.recsys.schema import TableConfig, nearest
 from apps.recsys.tables.arrays import MultiValued
 from apps.recsys.tables.checks import shared_users
-from apps.recsys.tables.findings import SPLITS, TableReport
+from apps.recsys.tables.findings import SPLITS, TableFindings
 from apps.recsys.tables.splits import Splits, split_rows
 
 _ID_SHARE, _FEWEST_FOR_ID = 0.95, 100
@@ -120,7 +120,7 @@ class _Build:
     given: Encoding | None
     tables: dict[str, pa.Table] = field(init=False)
     masks: dict[str, NDArray[np.bool_]] = field(init=False)
-    report: TableReport = field(init=False)
+    findings: TableFindings = field(init=False)
     warnings: list[str] = field(init=False, default_factory=list)
     vocabularies: dict[str, int] = field(init=False, default_factory=dict)
     num_texts: int = field(init=False, default=0)
@@ -143,7 +143,7 @@ class _Build:
             mask[getattr(splits, name)] = True
             self.masks[name] = mask
             self.writer.save(name, getattr(splits, name))
-        self.report = TableReport(rows={name: int(mask.sum()) for name, mask in self.masks.items()})
+        self.findings = TableFindings(rows={name: int(mask.sum()) for name, mask in self.masks.items()})
         positives = self._write_labels(labels, num_rows)
         if user is not None:
             self.writer.save("group", user)
@@ -160,11 +160,11 @@ class _Build:
         )
         if self.given is not None:
             features = self.given.features
-        self.report.warnings.extend(self.warnings)
+        self.findings.warnings.extend(self.warnings)
         self.writer.finish(
             {
                 "features": asdict(features),
-                "report": asdict(self.report),
+                "findings": asdict(self.findings),
                 "vocabularies": self.vocabularies,
                 "domain": {"column": config.domain, "texts": self.domain_texts},
                 "separator": config.separator,
@@ -241,19 +241,19 @@ class _Build:
         positives = []
         for t, (name, label) in enumerate(labels.items()):
             matrix[:, t] = label
-            self.report.labelled[name], self.report.positives[name] = {}, {}
+            self.findings.labelled[name], self.findings.positives[name] = {}, {}
             for split, mask in self.masks.items():
                 mine = label[mask]
                 mine = mine[~np.isnan(mine)]
                 share = float(mine.mean(dtype=np.float64)) if len(mine) else 0.0
-                self.report.labelled[name][split], self.report.positives[name][split] = len(mine), share
+                self.findings.labelled[name][split], self.findings.positives[name][split] = len(mine), share
                 if mask.any() and share in (0.0, 1.0):
                     which = "no label" if not len(mine) else "positive labels alone" if share else "no positive label"
                     message = f"task {name!r} has {which} in the {split} split"
                     if split == "train":
                         raise ValueError(f"{message}: there is nothing to learn")
                     self.warnings.append(f"{message}: its AUC is not defined there")
-            positives.append(self.report.positives[name]["train"])
+            positives.append(self.findings.positives[name]["train"])
         return tuple(positives)
 
     def _write_domain(self, column: str, num_rows: int) -> int:
@@ -346,14 +346,14 @@ class _Build:
 
         ``is_id``: a warning has said that its values do not come again.
         """
-        share_missing = self.report.missing[column] = {s: _share(missing[mask]) for s, mask in self.masks.items()}
+        share_missing = self.findings.missing[column] = {s: _share(missing[mask]) for s, mask in self.masks.items()}
         if share_missing["train"] == 1:
             self.warnings.append(
                 f"column {column!r} has no value in any training row: leave it out (exclude: [{column}])"
             )
         if unseen is not None:
             masks = self.masks if lengths is None else {s: np.repeat(m, lengths) for s, m in self.masks.items()}
-            share = self.report.unseen[column] = {s: _share(unseen[mask]) for s, mask in masks.items()}
+            share = self.findings.unseen[column] = {s: _share(unseen[mask]) for s, mask in masks.items()}
             new_by_design = is_id or (self.config.split.kind == "user" and column == self.config.user)
             for split in () if new_by_design else ("val", "test"):
                 if share[split] > 0.5 > 2 * share["train"]:

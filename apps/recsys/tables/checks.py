@@ -1,6 +1,6 @@
-"""Guards: what makes a good figure worthless, found in the data and in the figures themselves.
+"""Guards: what makes a good metric worthless, found in the data and in the metrics themselves.
 
-Each function returns what it found as ``Check``s, one line each; ``report`` prints them.
+Each function returns what it found as ``Check``s, one line each; ``print_checks`` prints them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from apps.recsys import binary_metrics
-from apps.recsys.binary_metrics import TaskFigures
+from apps.recsys.binary_metrics import TaskMetrics
 from apps.recsys.tables.arrays import TableArrays
 
 SUSPICIOUS_AUC = 0.9999
@@ -117,8 +117,8 @@ def shared_users(users: Mapping[str, np.ndarray]) -> list[Check]:
     return found
 
 
-def suspicious_figures(by_task: Mapping[str, TaskFigures], split: str) -> list[Check]:
-    """What the figures of a split say against themselves.
+def suspicious_metrics(by_task: Mapping[str, TaskMetrics], split: str) -> list[Check]:
+    """What the metrics of a split say against themselves.
 
     Two tasks of equal AUC to 6 digits, an AUC below 0.5 or above 0.9999, a split with one class, constant or invalid
     predictions, and a mean prediction off the base rate by a quarter of it (or of the negatives' share, where that is
@@ -134,7 +134,7 @@ def suspicious_figures(by_task: Mapping[str, TaskFigures], split: str) -> list[C
             add("equal_auc", f"tasks {a!r} and {b!r} have the same AUC, {x.auc:.6f}: are they the same label?")
     for task, f in by_task.items():
         if not f.num_examples:
-            add("one_class", f"task {task!r} has no labels: it has no figures")
+            add("one_class", f"task {task!r} has no labels: it has no metrics")
         elif f.invalid:
             add("invalid_predictions", f"{f.invalid} of {f.num_examples} predictions of task {task!r} are NaN")
         elif f.base_rate in (0.0, 1.0):
@@ -163,7 +163,7 @@ def far_from(mean_prediction: float, base_rate: float, n: int) -> bool:
     return off > 0.25 * rarer and off > 5 * error
 
 
-def report(found: Sequence[Check], title: str = "checks", quiet_when_clean: bool = False) -> None:
+def print_checks(found: Sequence[Check], title: str = "checks", quiet_when_clean: bool = False) -> None:
     """Print a block with a line for each check.
 
     Args:

@@ -28,7 +28,7 @@ from apps.recsys.datasets import RECSYS_DATASETS
 from apps.recsys.encoding.features import Features
 from apps.recsys.encoding.learnt import Encoding
 from apps.recsys.schema import SplitConfig, TableConfig
-from apps.recsys.tables.findings import SPLITS, TableReport
+from apps.recsys.tables.findings import SPLITS, TableFindings
 from apps.recsys.tables.store import identity, open_rows, open_table
 from apps.recsys.tables.synthetic import SyntheticConfig, generate
 from apps.train.plain import as_config
@@ -155,9 +155,9 @@ class TableData(LightningDataModule):
             self._adopted, self._files, self._rows_to_predict = given, None, None
 
     @property
-    def report(self) -> TableReport:
-        """What was found in the table: rows, missing and unseen values, positive shares, warnings."""
-        return TableReport(**self._open().info["report"])
+    def findings(self) -> TableFindings:
+        """What encoding found in the table: rows, missing and unseen values, positive shares, warnings."""
+        return TableFindings(**self._open().info["findings"])
 
     def vocabulary(self, column: str) -> tuple[str | None, ...]:
         """The value of each row of a column's table; None for row 0, which is for unseen and missing ones.
@@ -220,13 +220,13 @@ class TableData(LightningDataModule):
         if stage == "predict" and self.predict_file is not None:
             self._open_rows()
             return
-        report = self.report
+        findings = self.findings
         if self._told or rank_zero_only.rank != 0 or stage == "predict":
             return
         self._told = True
-        log.info("%s: %s", self.dataset, dataclasses.replace(report, warnings=[]))
+        log.info("%s: %s", self.dataset, dataclasses.replace(findings, warnings=[]))
         if not self._report_follows():
-            for warning in report.warnings:
+            for warning in findings.warnings:
                 log.warning("%s", warning)
 
     def _report_follows(self) -> bool:

@@ -1,4 +1,4 @@
-"""What was found in a table when it was encoded: plain values, kept beside the column files."""
+"""What encoding found in a table: plain values, kept beside the column files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _BySplit = dict[str, float]
 
 
 @dataclass
-class TableReport:
+class TableFindings:
     """Counts and shares of a table by split ("train", "val", "test").
 
     Attributes:
@@ -37,8 +37,8 @@ class TableReport:
             labelled = self.labelled[task]
             found = (f"{s} {share[s]:.2%} of {labelled[s]:,}" for s in SPLITS if self.rows[s])
             lines.append(f"task {task}: positive in " + ", ".join(found))
-        for what, figures in (("missing", self.missing), ("unseen", self.unseen)):
-            for column, share in figures.items():
+        for what, shares in (("missing", self.missing), ("unseen", self.unseen)):
+            for column, share in shares.items():
                 if any(share.values()):
                     found = (f"{share[s]:.2%} {s}" for s in SPLITS if self.rows[s])
                     lines.append(f"column {column}: {what} in " + ", ".join(found))

@@ -169,8 +169,8 @@ class MultiTaskRecommender(SparseModule, Comparable):
             gradnorm = self.weighting_config.kind == "gradnorm"
             shared, num_shared = last_weight(self.members[0].shared) if gradnorm else (None, None)
             labelled_t = (label_Bt == label_Bt).any(0)
-            loss, figures = self.weighting(loss_t, shared, labelled_t, num_shared)
-            for what, value_t in figures.items():
+            loss, learnt = self.weighting(loss_t, shared, labelled_t, num_shared)
+            for what, value_t in learnt.items():
                 terms |= {f"{what}_{name}": value for name, value in zip(tasks, value_t.unbind(), strict=True)}
         else:
             loss = self.weighting.evaluate(loss_t)

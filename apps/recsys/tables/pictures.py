@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from apps.recsys.binary_metrics import Calibration
-from apps.report.plots import PALETTE, clean_axis, new_figure
+from apps.report.plots import PALETTE, clean_axis, new_picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -48,7 +48,7 @@ def heatmaps(maps: Sequence[Heatmap], title: str, of: str = "mean gate weight, %
 
     Args:
         maps: at least one.
-        title: of the figure.
+        title: of the picture.
         of: what the colour says.
         below: one below another; else side by side, for maps of the same rows.
 
@@ -65,10 +65,10 @@ def heatmaps(maps: Sequence[Heatmap], title: str, of: str = "mean gate weight, %
     name_height = 0.075 * max(len(c) for m in maps for c in m.columns)
     margin = 0.45 + name_height
     if below:
-        fig = new_figure(max(4.6, max(widths) + label_width + 1.5), sum(h + margin for h in heights) + 0.6)
+        fig = new_picture(max(4.6, max(widths) + label_width + 1.5), sum(h + margin for h in heights) + 0.6)
         axes = fig.subplots(len(maps), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
     else:
-        fig = new_figure(max(4.6, sum(widths) + 0.25 * len(maps) + label_width + 1.3), max(heights) + margin + 0.6)
+        fig = new_picture(max(4.6, sum(widths) + 0.25 * len(maps) + label_width + 1.3), max(heights) + margin + 0.6)
         axes = fig.subplots(1, len(maps), squeeze=False, sharey=True, gridspec_kw={"width_ratios": widths})[0]
     image: Any = None
     for axis, m in zip(axes, maps, strict=True):
@@ -128,7 +128,7 @@ def polarisation(blocks: Sequence[BlockUse], collapsed: float, title: str = "Exp
     Args:
         blocks: at least one.
         collapsed: share of zeros from which an expert has collapsed; a line.
-        title: of the figure.
+        title: of the picture.
 
     Raises:
         ValueError: no block.
@@ -138,7 +138,7 @@ def polarisation(blocks: Sequence[BlockUse], collapsed: float, title: str = "Exp
     most = max(len(b.experts) for b in blocks)
     wide = min(4.6, max(2.6, 0.33 * most + 0.8))
     named = max(len(n) for b in blocks for n in b.experts) if most <= _WRITTEN else 3
-    fig = new_figure(2 * wide + 3.2, (2.3 + 0.06 * named) * len(blocks) + 0.9)
+    fig = new_picture(2 * wide + 3.2, (2.3 + 0.06 * named) * len(blocks) + 0.9)
     axes = fig.subplots(len(blocks), 3, squeeze=False, gridspec_kw={"width_ratios": [wide, wide, 2.6]})
     gates = list(dict.fromkeys(name for b in blocks for name in b.weights))
     colors = {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(gates)}
@@ -210,7 +210,7 @@ def calibration_curves(curves: Mapping[str, Calibration], title: str = "Calibrat
         raise ValueError("calibration_curves needs at least one task")
     columns = min(3, len(curves))
     rows = -(-len(curves) // columns)
-    fig = new_figure(2.9 * columns + 0.5, 3.25 * rows + 0.45)
+    fig = new_picture(2.9 * columns + 0.5, 3.25 * rows + 0.45)
     axes = fig.subplots(rows, columns, squeeze=False).ravel()
     for axis in axes[len(curves) :]:
         axis.set_visible(False)

@@ -15,7 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 import core
 from apps.data.loader import batches_of_test
-from apps.recsys.binary_metrics import TaskFigures
+from apps.recsys.binary_metrics import TaskMetrics
 from apps.recsys.metrics import MultiTaskMetrics
 from apps.recsys.tables import checks, gating, pictures
 from apps.recsys.tables.arrays import TableArrays, join
@@ -58,7 +58,7 @@ class ReportConfig:
 class RecommenderReport(Callback):
     """The checks of a training, and the report of a test.
 
-    ``fit`` prints what the checks find in the validation split, in its columns at the start and in its figures at the
+    ``fit`` prints what the checks find in the validation split, in its columns at the start and in its metrics at the
     end, if it came to a validation. ``test`` prints the tasks' metrics, the gates, the experts and the checks, and
     writes into ``<run folder>/report``: ``tasks.csv``, ``gates.csv``, ``experts.csv``, ``dependence.csv``,
     ``calibration.png``, ``gates_by_task.png``, ``gates_by_value.png``, ``utilisation.png``, ``polarisation.png``.
@@ -84,17 +84,17 @@ class RecommenderReport(Callback):
         rows = data.rows("val")
         if len(rows):
             found = checks.label_among_features(join([rows[: max(self.config.gate_rows, 1)]], data.features, "val"))
-            checks.report(found, "checks of the columns", quiet_when_clean=True)
+            checks.print_checks(found, "checks of the columns", quiet_when_clean=True)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # The figures of the check before the first step are of an untrained network.
+        # The metrics of the check before the first step are of an untrained network.
         self._validated |= not trainer.sanity_checking
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         metrics: Any = pl_module.stage_metrics("val")
         if trainer.is_global_zero and self._validated and isinstance(metrics, MultiTaskMetrics):
-            found = checks.suspicious_figures(metrics.figures, "val")
-            checks.report(found, "checks of the last validation", quiet_when_clean=True)
+            found = checks.suspicious_metrics(metrics.by_task, "val")
+            checks.print_checks(found, "checks of the last validation", quiet_when_clean=True)
 
     # ---- test
 
@@ -112,8 +112,8 @@ class RecommenderReport(Callback):
         if not trainer.is_global_zero:
             return
         folder = Path(trainer.default_root_dir) / "report"
-        written = task_report(metrics.figures, folder, self.config.pictures)
-        found = checks.suspicious_figures(metrics.figures, "test")
+        written = task_report(metrics.by_task, folder, self.config.pictures)
+        found = checks.suspicious_metrics(metrics.by_task, "test")
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         if read is not None:
             reader, arrays = read
@@ -121,8 +121,8 @@ class RecommenderReport(Callback):
             if reader.weights:
                 written += gate_report(reader, arrays, data, self.config, folder)
         # What was found in the table when it was encoded, users in both splits among it.
-        found += [Check("table", warning) for warning in getattr(getattr(data, "report", None), "warnings", ())]
-        checks.report(checks.distinct(found))
+        found += [Check("table", warning) for warning in getattr(getattr(data, "findings", None), "warnings", ())]
+        checks.print_checks(checks.distinct(found))
         _logger.info(f"{folder}: {', '.join(p.name for p in written)}")
 
     def _read(self, trainer: Trainer, pl_module: LightningModule) -> tuple[GateReader, TableArrays] | None:
@@ -152,10 +152,10 @@ def _limited(batches: Iterable[Any], rows: int) -> Iterator[Any]:
 # ---- tasks
 
 
-def task_report(figures: Mapping[str, TaskFigures], folder: Path, with_pictures: bool = True) -> list[Path]:
+def task_report(by_task: Mapping[str, TaskMetrics], folder: Path, with_pictures: bool = True) -> list[Path]:
     """Print the metrics, a line a task, and write ``tasks.csv`` and ``calibration.png``."""
     lines, users, rows = [], [], []
-    for task, f in figures.items():
+    for task, f in by_task.items():
         means = [f"{100 * f.base_rate:.2f}", f"{100 * f.mean_prediction:.2f}"]
         scores = [f"{f.auc:.4f}", f"{f.pr_auc:.4f}", f"{f.log_loss:.4f}", f"{100 * f.ece:.2f}"]
         lines.append([task, f"{f.num_examples:,}", *means, *scores])
@@ -171,9 +171,9 @@ def task_report(figures: Mapping[str, TaskFigures], folder: Path, with_pictures:
         title = "AUC within users, weighted by their rows; users of one class are left out"
         print_table(title, ("task", "user AUC", "users", "left out"), users)
     written = [write_csv(folder / "tasks.csv", rows)]
-    curves = {task: f.calibration for task, f in figures.items() if len(f.calibration.counts)}
+    curves = {task: f.calibration for task, f in by_task.items() if len(f.calibration.counts)}
     if with_pictures and curves:
-        written.append(plots.save_figure(pictures.calibration_curves(curves), folder / "calibration.png"))
+        written.append(plots.save_picture(pictures.calibration_curves(curves), folder / "calibration.png"))
     return written
 
 
@@ -198,20 +198,20 @@ def gate_report(reader: GateReader, arrays: TableArrays, data: Any, config: Repo
         "utilisation": _utilisation(gates, tasks),
         "polarisation": pictures.polarisation([_block_use(b, use, gates, tasks) for b in blocks], gating.COLLAPSED),
     }
-    figures = ((name, figure) for name, figure in drawn.items() if figure is not None)
-    return [*written, *(plots.save_figure(figure, folder / f"{name}.png") for name, figure in figures)]
+    some = ((name, picture) for name, picture in drawn.items() if picture is not None)
+    return [*written, *(plots.save_picture(picture, folder / f"{name}.png") for name, picture in some)]
 
 
 def _utilisation(gates: Sequence[Gate], tasks: Sequence[str]) -> Any:
     """Bars a gate: the examples that each expert computes where some are left out, else its weight."""
     sparse = any((g.weights_NE == 0).any() for g in gates)
     loads = {_gate_name(g, gates, tasks): ((g.weights_NE > 0) if sparse else g.weights_NE).sum(0) for g in gates}
-    figure = plots.load_bars(loads, title="Expert utilisation", share_of="computed pairs" if sparse else "gate weight")
-    for axis, gate in zip(figure.axes, gates, strict=True):
+    picture = plots.load_bars(loads, title="Expert utilisation", share_of="computed pairs" if sparse else "gate weight")
+    for axis, gate in zip(picture.axes, gates, strict=True):
         if not gate.experts[0].isdigit():
             pictures.name_columns(axis, [gating.expert_label(name, tasks) for name in gate.experts])
             axis.set_xlabel("")
-    return figure
+    return picture
 
 
 def _gate_name(gate: Gate, gates: Sequence[Gate], tasks: Sequence[str]) -> str:

@@ -26,7 +26,7 @@ class HeadConfig:
     - "aitm": steps too (arXiv 2105.08489): what a task knows goes on to the next one, which attends to it and to its
       own. A hinge keeps a step's probability below that of the step before.
 
-    With "esmm" and "aitm" a step that has no label is 0 where an earlier step is 0, in losses and in figures: nothing
+    With "esmm" and "aitm" a step that has no label is 0 where an earlier step is 0, in losses and in metrics: nothing
     was bought where nothing was clicked, whether a table writes it or leaves it out.
 
     Attributes:
@@ -124,7 +124,7 @@ class Head(nn.Module):
         return {}
 
     def labels(self, label_Bt: Tensor) -> Tensor:
-        """The labels (B, t) as the losses and figures take them; NaN for none."""
+        """The labels (B, t) as the losses and metrics take them; NaN for none."""
         return step_labels(label_Bt) if self.config.has_steps else label_Bt
 
     def check_labels(self, label_Bt: Tensor, names: Sequence[str]) -> None:

@@ -50,13 +50,13 @@ def sigmoid(z: np.ndarray) -> np.ndarray:
 def test_equal_to_scikit_learn(n, ties):
     z, y, _ = draw(n, ties=ties)
     y[:2] = (0, 1)
-    found = binary_metrics.task_figures(z, y)
+    found = binary_metrics.task_metrics(z, y)
     assert found.auc == pytest.approx(sk.roc_auc_score(y, z), abs=1e-12)
     assert found.pr_auc == pytest.approx(sk.average_precision_score(y, z), abs=1e-12)
     assert found.log_loss == pytest.approx(sk.log_loss(y, sigmoid(z)), abs=1e-12)
     assert found.mean_prediction == pytest.approx(sigmoid(z).mean(), abs=1e-12)
     assert found.base_rate == pytest.approx(y.mean())
-    probable = binary_metrics.task_figures(sigmoid(z).astype(np.float32), y, outputs="probabilities")
+    probable = binary_metrics.task_metrics(sigmoid(z).astype(np.float32), y, outputs="probabilities")
     assert probable.log_loss == pytest.approx(sk.log_loss(y, sigmoid(z).astype(np.float32)), rel=1e-6)
     assert probable.auc == pytest.approx(found.auc, abs=1e-12)
 
@@ -133,9 +133,9 @@ def test_large_logits_are_not_ties():
     # In float32 both sigmoids are 1.
     z, y = np.array([20.0, 30.0], dtype=np.float32), np.array([0, 1])
     assert sk.roc_auc_score(y, torch.tensor(z).sigmoid().numpy()) == 0.5
-    assert binary_metrics.task_figures(z, y).auc == 1.0
-    assert binary_metrics.task_figures(np.array([np.inf, -np.inf]), y).log_loss == math.inf
-    assert binary_metrics.task_figures(np.array([-np.inf, np.inf]), y).log_loss == 0.0
+    assert binary_metrics.task_metrics(z, y).auc == 1.0
+    assert binary_metrics.task_metrics(np.array([np.inf, -np.inf]), y).log_loss == math.inf
+    assert binary_metrics.task_metrics(np.array([-np.inf, np.inf]), y).log_loss == 0.0
 
 
 # ---- what a split cannot tell
@@ -144,26 +144,26 @@ def test_large_logits_are_not_ties():
 def test_missing_labels_are_left_out_and_one_class_is_nan():
     z, y, users = draw(50)
     y[:10] = np.nan
-    whole, part = binary_metrics.task_figures(z, y, users), binary_metrics.task_figures(z[10:], y[10:], users[10:])
+    whole, part = binary_metrics.task_metrics(z, y, users), binary_metrics.task_metrics(z[10:], y[10:], users[10:])
     assert whole.values() == part.values()
     assert whole.num_examples == 40
-    one = binary_metrics.task_figures(z, np.zeros(50))
+    one = binary_metrics.task_metrics(z, np.zeros(50))
     assert math.isnan(one.auc)
     assert math.isnan(one.pr_auc)
     assert one.log_loss == pytest.approx(-np.log(1 - sigmoid(z)).mean())
     assert one.ece == pytest.approx(sigmoid(z).mean())
-    none = binary_metrics.task_figures(z, np.full(50, np.nan), users)
+    none = binary_metrics.task_metrics(z, np.full(50, np.nan), users)
     assert none.num_examples == 0
     assert all(math.isnan(v) for v in none.values().values())
     z[3] = np.nan
-    broken = binary_metrics.task_figures(z, np.ones(50))
+    broken = binary_metrics.task_metrics(z, np.ones(50))
     assert broken.invalid == 1
     assert math.isnan(broken.log_loss)
 
 
 def test_labels_must_be_zero_or_one():
     with pytest.raises(ValueError, match=r"label 0\.5 is neither 0 nor 1"):
-        binary_metrics.task_figures(np.zeros(3), np.array([0, 0.5, 1]))
+        binary_metrics.task_metrics(np.zeros(3), np.array([0, 0.5, 1]))
     binned = MultiTaskMetrics(["a"], score_bins=4)
     with pytest.raises(ValueError, match="label 2 is neither 0 nor 1"):
         binned.update(torch.zeros(1, 1), torch.tensor([[2.0]]))
@@ -190,7 +190,7 @@ def test_tasks_are_judged_apart_and_averaged():
     assert found["auc_buy"] == pytest.approx(sk.roc_auc_score(y[:, 1], z[:, 1]), abs=1e-12)
     assert found["auc"] == pytest.approx((found["auc_click"] + found["auc_buy"]) / 2)
     assert found["gauc_buy"] == binary_metrics.grouped_auc(z[:, 1], y[:, 1], users).value
-    assert metric.figures["buy"].gauc.left_out == binary_metrics.grouped_auc(z[:, 1], y[:, 1], users).left_out
+    assert metric.by_task["buy"].gauc.left_out == binary_metrics.grouped_auc(z[:, 1], y[:, 1], users).left_out
     metric.reset()
     metric.update(torch.zeros(2, 2), torch.tensor([[0.0, 1.0], [1.0, 1.0]]))
     found = metric.compute()
@@ -223,7 +223,7 @@ def test_streaming_counts_are_exact_where_each_score_has_its_bin():
     assert want.keys() == found.keys()
     for name in want:
         assert float(found[name]) == pytest.approx(float(want[name]), abs=1e-12)
-    assert binned.figures["b"].num_examples == 575
+    assert binned.by_task["b"].num_examples == 575
 
 
 def test_coarse_bins_stay_near():
@@ -242,7 +242,7 @@ def test_streaming_counts_invalid_predictions():
     metric = MultiTaskMetrics(["a"], score_bins=16, outputs="probabilities")
     metric.update(torch.tensor([[0.2], [torch.nan], [0.9]]), torch.tensor([[0.0], [1.0], [1.0]]))
     assert torch.isnan(metric.compute()["auc_a"])
-    assert metric.figures["a"].invalid == 1
+    assert metric.by_task["a"].invalid == 1
 
 
 def test_bad_arguments_are_one_line():
@@ -253,7 +253,7 @@ def test_bad_arguments_are_one_line():
         ({"task_names": ["a"], "ece_bins": 0}, "ece_bins=0 must be at least 1"),
         ({"task_names": ["a"], "ece_binning": "x"}, "ece_binning='x' is not one of"),
         ({"task_names": ["a"], "score_bins": 1}, "score_bins=1 must be at least 2"),
-        ({"task_names": ["a"], "score_bins": 8, "grouped": True}, "score_bins=8: figures by user need the exact form"),
+        ({"task_names": ["a"], "score_bins": 8, "grouped": True}, "score_bins=8: metrics by user need the exact form"),
     ):
         with pytest.raises(ValueError, match=message):
             MultiTaskMetrics(**options)

@@ -95,9 +95,9 @@ def test_arrays_that_do_not_fit_are_refused(draw, message):
         draw()
 
 
-def test_a_figure_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_a_picture_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     fig = plots.load_bars({"block 1": np.array([1, 2])})
-    path = plots.save_figure(fig, tmp_path / "new" / "load.png")
+    path = plots.save_picture(fig, tmp_path / "new" / "load.png")
     assert imread(path).ndim == 3
     assert [p.name for p in path.parent.iterdir()] == ["load.png"]
     before = path.read_bytes()
@@ -108,7 +108,7 @@ def test_a_figure_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
     monkeypatch.setattr(fig, "savefig", full)
     with pytest.raises(OSError, match="no space"):
-        plots.save_figure(fig, path)
+        plots.save_picture(fig, path)
     assert [p.name for p in path.parent.iterdir()] == ["load.png"]
     assert path.read_bytes() == before
 
@@ -116,7 +116,7 @@ def test_a_figure_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 def test_a_flat_file_is_smaller_and_keeps_the_ends_of_the_colours(tmp_path):
     share = {"block 1": np.linspace(0, 1, 160).reshape(10, 16)}
     fig = plots.expert_class_heatmap(share, [f"class {i}" for i in range(10)])
-    whole, flat = (plots.save_figure(fig, tmp_path / f"{flat}.png", flat=flat) for flat in (False, True))
+    whole, flat = (plots.save_picture(fig, tmp_path / f"{flat}.png", flat=flat) for flat in (False, True))
     assert flat.stat().st_size < 0.6 * whole.stat().st_size
     a, b = (imread(path)[..., :3] for path in (whole, flat))
     assert np.abs(a - b).max() < 0.05

@@ -32,7 +32,7 @@ from apps.vision.report import (
     extract_features,
     few_shot,
     linear_accuracy,
-    sweep_figure,
+    sweep_picture,
 )
 
 # ---- few-shot
@@ -179,9 +179,9 @@ def test_sweep_needs_experts_and_images():
 def test_sweep_figure_has_a_line_a_priority_from_cheap_to_dear():
     points = [CapacityPoint("position", 1.0, 0.9, 4e6, 0.0, 2000), CapacityPoint("position", 0.5, 0.7, 2e6, 0.5, 2000)]
     points += [CapacityPoint("score", 1.0, 0.9, 4e6, 0.0, 2000), CapacityPoint("score", 0.5, 0.8, 2e6, 0.5, 2000)]
-    figure = sweep_figure(points)
-    assert figure.get_suptitle() == "Accuracy as the evaluation capacity falls, 2,000 images"
-    lines = {c.get_label(): c.lines[0] for c in figure.axes[0].containers}
+    picture = sweep_picture(points)
+    assert picture.get_suptitle() == "Accuracy as the evaluation capacity falls, 2,000 images"
+    lines = {c.get_label(): c.lines[0] for c in picture.axes[0].containers}
     assert lines["by position"].get_xdata().tolist() == [2.0, 4.0]
     assert lines["batch-prioritised"].get_ydata().tolist() == [80.0, 90.0]
 

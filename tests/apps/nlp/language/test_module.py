@@ -1,4 +1,4 @@
-"""LanguageModeler: its loss, its figures by hand, its baselines; and a model that learns which word follows which."""
+"""LanguageModeler: its loss, its metrics by hand, its baselines; and a model that learns which word follows which."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_the_loss_is_the_mean_over_the_tokens_after_the_first(data):
     assert [block.nll for block in out.outputs] == pytest.approx(nll_BL.sum(1).tolist(), rel=1e-5)
 
 
-def test_figures_by_hand():
+def test_metrics_by_hand():
     metrics = LanguageMetrics()
     metrics.update([Block(1, 3.0, 1, 4), Block(0, 5.0, 3, 4), Block(1, 3.0, 1, 4)])  # the last fills up a round
     found = {name: float(value) for name, value in metrics.compute().items()}

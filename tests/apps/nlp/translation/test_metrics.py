@@ -103,13 +103,13 @@ def test_several_pairs_are_averaged_and_shown_each():
     assert found["chrf"] == pytest.approx((found["chrf_en-de"] + found["chrf_en-fr"]) / 2)
 
 
-def test_one_pair_has_no_figures_of_its_own():
+def test_one_pair_has_no_metrics_of_its_own():
     metrics = TranslationMetrics(("en-de",))
     metrics.update([sentence(0, "a", "b")])
     assert set(metrics.compute()) == {"bleu", "chrf", "token_accuracy", "perplexity"}
 
 
-def test_token_figures_are_of_all_tokens():
+def test_token_metrics_are_of_all_tokens():
     metrics = TranslationMetrics(("en-de",))
     metrics.update(
         [sentence(0, "a", "a", nll=1.0, right=3, tokens=4), sentence(1, "a", "a", nll=5.0, right=1, tokens=2)]
@@ -144,7 +144,7 @@ def _of_rank(rank: int, init: str, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def test_every_rank_has_the_figures_of_all(tmp_path):
+def test_every_rank_has_the_metrics_of_all(tmp_path):
     mp.spawn(_of_rank, (f"file://{tmp_path}/init", str(tmp_path)), nprocs=2)
     alone = TranslationMetrics(("en-de",))
     alone.update([sentence(i, f"a b c d {i}", "a b c d 0", nll=float(i)) for i in range(5)])

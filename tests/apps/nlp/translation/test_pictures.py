@@ -17,7 +17,7 @@ from apps.nlp.translation.pictures import (
     learning_curves,
     sentence_routes,
 )
-from apps.report.plots import PALETTE, save_figure
+from apps.report.plots import PALETTE, save_picture
 
 NAN = float("nan")
 
@@ -153,7 +153,7 @@ def test_letters_of_another_installed_font_are_drawn_in_it(further, tmp_path):
     fig = attention_map(np.ones((1, 1)), [hooked], ["a"], hooked)
     (label,) = shown(fig)[0].get_xticklabels()
     assert label.get_fontfamily() == ["DejaVu Sans", "STIXGeneral"]
-    save_figure(fig, tmp_path / "a.png", flat=True)
+    save_picture(fig, tmp_path / "a.png", flat=True)
 
 
 @pytest.mark.filterwarnings("error")
@@ -166,7 +166,7 @@ def test_dollars_and_unknown_letters_are_no_trouble_in_a_file(tmp_path):
             sentence_routes([Routes("encoder layer", tuple(pieces), {"encoder 0": ids})], 2, "$ and $"),
         )
     ):
-        assert save_figure(fig, tmp_path / f"{number}.png", flat=True).stat().st_size < 300_000
+        assert save_picture(fig, tmp_path / f"{number}.png", flat=True).stat().st_size < 300_000
 
 
 # ---- curves

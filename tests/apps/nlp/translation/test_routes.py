@@ -18,9 +18,9 @@ from apps.nlp.decode import DecodeConfig
 from apps.nlp.text.batch import TranslationBatch
 from apps.nlp.translation.report import ReportConfig
 from apps.nlp.translation.routes import (
-    class_figure,
+    class_picture,
     expert_use,
-    language_figure,
+    language_picture,
     read_curves,
     report_curves,
     report_routes,
@@ -106,7 +106,7 @@ def test_the_report_has_a_row_a_layer_and_label_and_one_an_expert(module, batche
 
 
 def test_language_maps_are_by_pair_with_its_share_and_the_load(module, batches):
-    encoder, decoder, _ = (a for a in language_figure(expert_use(module, batches)).axes if a.get_visible())
+    encoder, decoder, _ = (a for a in language_picture(expert_use(module, batches)).axes if a.get_visible())
     # Sources differ in the tag alone, so the pairs have as many tokens.
     assert [t.get_text() for t in encoder.get_yticklabels()] == ["en-de (50 %)", "en-fr (50 %)", "all"]
     assert encoder.images[0].get_array().tolist() == [[0, 100, 0, 0], [0, 0, 0, 100], [0, 50, 0, 50]]
@@ -114,7 +114,7 @@ def test_language_maps_are_by_pair_with_its_share_and_the_load(module, batches):
 
 
 def test_class_maps_leave_out_classes_without_a_token(module, batches):
-    encoder, decoder, _ = (a for a in class_figure(expert_use(module, batches)).axes if a.get_visible())
+    encoder, decoder, _ = (a for a in class_picture(expert_use(module, batches)).axes if a.get_visible())
     of_encoder, of_decoder = ([t.get_text().split(" (")[0] for t in a.get_yticklabels()] for a in (encoder, decoder))
     assert of_encoder[:2] == ["end of sentence", "language tag"]
     assert of_decoder[0] == "begin of sentence"
@@ -124,7 +124,7 @@ def test_class_maps_leave_out_classes_without_a_token(module, batches):
 
 def test_of_many_pairs_a_side_is_mapped_by_its_own_language(module, batches, monkeypatch):
     monkeypatch.setattr("apps.nlp.translation.routes._MOST_PAIRS", 1)
-    encoder, decoder, _ = (a for a in language_figure(expert_use(module, batches)).axes if a.get_visible())
+    encoder, decoder, _ = (a for a in language_picture(expert_use(module, batches)).axes if a.get_visible())
     # There is one source language, which says nothing: the encoder's tokens are put by the target's.
     for axis in (encoder, decoder):
         assert [t.get_text().split()[0] for t in axis.get_yticklabels()] == ["de", "fr", "all"]
@@ -153,7 +153,7 @@ def test_usual_sentences_are_of_each_pair_in_turn_those_nearest_to_14_subwords()
 def test_a_sentence_is_drawn_as_the_model_says_it(module, batches, tmp_path, monkeypatch):
     drawn = {}
     monkeypatch.setattr(
-        "apps.nlp.translation.routes.plots.save_figure", lambda fig, path, flat: drawn.setdefault(path.name, fig)
+        "apps.nlp.translation.routes.plots.save_picture", lambda fig, path, flat: drawn.setdefault(path.name, fig)
     )
     sentence = usual_sentences([b for b in batches if (b.pair_B == 1).any()], 2)[1]
     report_sentence(module, sentence, 1, tmp_path)
@@ -177,7 +177,7 @@ def test_padding_of_a_batch_is_not_drawn(module, batches, tmp_path, monkeypatch)
     padded = sentence._replace(source_BS=torch.nn.functional.pad(sentence.source_BS, (0, 3), value=PAD_ID))
     heights = []
     monkeypatch.setattr(
-        "apps.nlp.translation.routes.plots.save_figure",
+        "apps.nlp.translation.routes.plots.save_picture",
         lambda fig, path, flat: heights.append(len(fig.axes[0].get_xticklabels())),
     )
     for one in (sentence, padded):
@@ -243,7 +243,7 @@ def files_of(two, folder: Path, **options) -> set[str]:
     return {p.name for p in (folder / "report").iterdir()} - OF_SCORES
 
 
-def test_a_test_leaves_pictures_and_figures_in_the_runs_folder(two, tmp_path):
+def test_a_test_leaves_pictures_and_tables_in_the_runs_folder(two, tmp_path):
     (tmp_path / "metrics.csv").write_text(METRICS)
     assert files_of(two, tmp_path, moe=MOE, report=ReportConfig(pictures=1)) == {
         "specialisation.csv",

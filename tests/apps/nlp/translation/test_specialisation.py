@@ -1,4 +1,4 @@
-"""Classes of subwords, counts from tapes that are written down, and the figures of them."""
+"""Classes of subwords, counts from tapes that are written down, and what they say."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ def test_labels_are_numbered_by_their_first_mention():
     }
 
 
-# ---- figures
+# ---- metrics
 
 
 def test_entropy_is_in_bits():

@@ -63,7 +63,7 @@ def test_a_table_is_encoded_by_what_another_one_taught(own, tmp_path):
     assert [r["city"] for r in rows] == [[3], [3], [2], [1], [0], [3]]
     assert [r["domain"] for r in rows] == [1, 0, 1, 1, 0, 1]
     assert same([r["dense"] for r in rows], [[1.0], [2.0], [NAN], [3.0], [NAN], [4.0]])
-    assert data.report.unseen["city"] == {"train": 0, "val": 0, "test": 1 / 2}
+    assert data.findings.unseen["city"] == {"train": 0, "val": 0, "test": 1 / 2}
 
 
 def test_what_was_encoded_is_used_again_where_it_is_the_same(own, tmp_path):

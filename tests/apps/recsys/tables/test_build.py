@@ -25,14 +25,14 @@ def test_a_split_by_user_keeps_users_together_and_reports_those_of_given_files(o
     users = [set(alone.rows(s)[:].group_B.tolist()) for s in ("train", "val", "test")]
     assert [len(u) for u in users] == [1, 1, 1]
     assert len(set.union(*users)) == 3
-    assert not any("the split is by user" in w for w in alone.report.warnings)
+    assert not any("the split is by user" in w for w in alone.findings.warnings)
     # That training lacks the users of the test is what the split is for.
     other = own(config_of(categorical=("city", "user"), user="user", split=config.split), test_file=None)
-    assert other.report.unseen["user"]["test"] == 1
-    assert not any("are they written alike" in w for w in other.report.warnings)
+    assert other.findings.unseen["user"]["test"] == 1
+    assert not any("are they written alike" in w for w in other.findings.warnings)
     # Both users 1 and 4 test; if user 1 also trains, that is one of two.
     given = own(config_of(user="user", split=SplitConfig("user", val=0)))
-    assert "1 of 2 users of test are in train too, although the split is by user" in given.report.warnings
+    assert "1 of 2 users of test are in train too, although the split is by user" in given.findings.warnings
     given.setup()
     assert "1 of 2 users of test" in caplog.text
 
@@ -53,20 +53,20 @@ def test_an_id_of_the_rows_is_one_warning_of_the_training(own, tmp_path, caplog)
         "column 'order' looks like an id of the rows: 100 % of its 180 training values are distinct. It says nothing "
         "of new rows: leave it out (exclude: [order])"
     )
-    assert data.report.warnings == [said]  # nor that the orders of the test are not in training
+    assert data.findings.warnings == [said]  # nor that the orders of the test are not in training
     data.setup("predict")
     assert said not in caplog.text
     data.setup("fit")
     data.setup("validate")
     assert caplog.text.count(said) == 1
-    assert own(config, test_file=None, exclude=["order"]).report.warnings == []
+    assert own(config, test_file=None, exclude=["order"]).findings.warnings == []
     pa.csv.write_csv(pa.table(rows).slice(0, 100), tmp_path / "train.csv")  # 90 rows that train
-    assert not any("looks like an id" in w for w in own(config, test_file=None).report.warnings)
+    assert not any("looks like an id" in w for w in own(config, test_file=None).findings.warnings)
 
 
 def test_a_feature_without_a_value_is_reported(own, tmp_path):
     pa.csv.write_csv(pa.table(changed(age=[""] * 6)), tmp_path / "train.csv")
-    assert "column 'age' has no value in any training row: leave it out (exclude: [age])" in own().report.warnings
+    assert "column 'age' has no value in any training row: leave it out (exclude: [age])" in own().findings.warnings
 
 
 def test_a_folder_and_the_bytes_of_another_format_are_named_in_a_line_of_text(own, tmp_path):
@@ -83,7 +83,7 @@ def test_a_folder_and_the_bytes_of_another_format_are_named_in_a_line_of_text(ow
 def test_a_feature_that_is_the_label_is_reported(own, tmp_path):
     tags = ["x|won", "lost|y", "won|x", "y|lost", "y|lost", "x|won"]
     write(tmp_path, train=changed(city=["y", "n", "y", "n", "n", "y"], age=["1", "0", "1", "0", "0", "1"], tags=tags))
-    warnings = own(config_of(continuous=("age",), multi_valued=("tags",))).report.warnings
+    warnings = own(config_of(continuous=("age",), multi_valued=("tags",))).findings.warnings
     assert [w.partition(" in every")[0] for w in warnings if "determines" in w] == [
         "column 'city' determines the label of task 'click'",
         "column 'tags' determines the label of task 'click'",

@@ -7,11 +7,11 @@ import itertools
 import numpy as np
 import pytest
 
-from apps.recsys.binary_metrics import task_figures
+from apps.recsys.binary_metrics import task_metrics
 from apps.recsys.encoding.features import CategoricalFeature, ContinuousFeature, Features
 from apps.recsys.tables import checks
 from apps.recsys.tables.arrays import MultiValued, TableArrays
-from apps.recsys.tables.checks import Check, label_among_features, shared_users, suspicious_figures
+from apps.recsys.tables.checks import Check, label_among_features, shared_users, suspicious_metrics
 
 N = 400
 
@@ -90,7 +90,7 @@ def test_users_of_several_splits_are_counted():
 
 
 def names(z: np.ndarray, y: np.ndarray) -> list[str]:
-    return [c.name for c in suspicious_figures({"a": task_figures(z, y)}, "test")]
+    return [c.name for c in suspicious_metrics({"a": task_metrics(z, y)}, "test")]
 
 
 def calibrated(n: int = 4000) -> tuple[np.ndarray, np.ndarray]:
@@ -99,11 +99,11 @@ def calibrated(n: int = 4000) -> tuple[np.ndarray, np.ndarray]:
     return z, (rng.random(n) < 1 / (1 + np.exp(-z))).astype(float)
 
 
-def test_good_figures_have_no_finding():
+def test_good_metrics_have_no_finding():
     assert names(*calibrated()) == []
 
 
-def test_suspicious_figures_are_found():
+def test_suspicious_metrics_are_found():
     z, y = calibrated()
     assert "extreme_auc" in names(-z, y)
     assert "extreme_auc" in names(np.where(y > 0, 9.0, -9.0), y)
@@ -127,20 +127,20 @@ def test_a_mean_prediction_is_far_when_it_is_off_by_more_than_chance_and_by_a_qu
 
 def test_tasks_of_equal_auc_are_found():
     z, y = calibrated()
-    same, other = task_figures(z, y), task_figures(z[::-1] + z, y)
-    found = suspicious_figures({"a": same, "b": same, "c": other}, "val")
+    same, other = task_metrics(z, y), task_metrics(z[::-1] + z, y)
+    found = suspicious_metrics({"a": same, "b": same, "c": other}, "val")
     assert [c.name for c in found if c.name == "equal_auc"] == ["equal_auc"]
     assert found[0].message == f"val: tasks 'a' and 'b' have the same AUC, {same.auc:.6f}: are they the same label?"
 
 
 def test_report_prints_each_check_once(capsys, caplog):
-    checks.report([Check("one_class", "test: task 'a' has [negative] labels alone")])
+    checks.print_checks([Check("one_class", "test: task 'a' has [negative] labels alone")])
     out = capsys.readouterr().out
     assert out.splitlines() == ["checks", "  ! test: task 'a' has [negative] labels alone"]
     assert not caplog.messages  # the command line prints what is logged: it would be there twice
-    checks.report([])
+    checks.print_checks([])
     assert "nothing found (a label among the features;" in capsys.readouterr().out
-    checks.report([], quiet_when_clean=True)
+    checks.print_checks([], quiet_when_clean=True)
     assert capsys.readouterr().out == ""
 
 

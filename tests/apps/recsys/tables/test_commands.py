@@ -85,7 +85,7 @@ def test_constructors_take_what_their_own_configuration_holds(tmp_path, monkeypa
     split = SplitConfig("random", val=0.2)
     expected = TableConfig(("city",), (), ("age",), {"click": TaskConfig("clicked", (1,))}, split=split)
     assert data.table == expected
-    assert data.report.rows == {"train": 72, "val": 18, "test": 10}  # a tenth of 100, then a fifth of 90
+    assert data.findings.rows == {"train": 72, "val": 18, "test": 10}  # a tenth of 100, then a fifth of 90
     model = MultiTaskRecommender(features=data.features, **config["model"]["init_args"])
     assert model.shared_config == core.MMoE(2, core.MLP((16,)))
     assert model.head == HeadConfig(hidden_dims=(4,))

@@ -65,16 +65,16 @@ def test_a_table_of_every_kind_of_column_by_hand(own, tmp_path, kind):
     assert 1 <= test.sparse["user"].values()[1] < 100  # user 9 is new, but hashed
     assert same([r["dense"] for r in by_row(test)], [[30.0], [NAN]])
 
-    report = data.report
-    assert report.rows == {"train": 6, "val": 0, "test": 2}
-    assert report.missing["city"] == {"train": 1 / 6, "val": 0, "test": 0}
-    assert report.missing["age"] == {"train": 2 / 6, "val": 0, "test": 1 / 2}
-    assert report.missing["tags"] == {"train": 1 / 6, "val": 0, "test": 0}
-    assert report.unseen["city"] == {"train": 0, "val": 0, "test": 1 / 2}
-    assert report.unseen["user"] == {"train": 0, "val": 0, "test": 1 / 2}
-    assert report.unseen["tags"] == {"train": 0, "val": 0, "test": 1 / 3}
-    assert report.labelled["like"] == {"train": 5, "val": 0, "test": 2}
-    assert "column city: unseen in 0.00% train, 50.00% test" in str(report)
+    findings = data.findings
+    assert findings.rows == {"train": 6, "val": 0, "test": 2}
+    assert findings.missing["city"] == {"train": 1 / 6, "val": 0, "test": 0}
+    assert findings.missing["age"] == {"train": 2 / 6, "val": 0, "test": 1 / 2}
+    assert findings.missing["tags"] == {"train": 1 / 6, "val": 0, "test": 0}
+    assert findings.unseen["city"] == {"train": 0, "val": 0, "test": 1 / 2}
+    assert findings.unseen["user"] == {"train": 0, "val": 0, "test": 1 / 2}
+    assert findings.unseen["tags"] == {"train": 0, "val": 0, "test": 1 / 3}
+    assert findings.labelled["like"] == {"train": 5, "val": 0, "test": 2}
+    assert "column city: unseen in 0.00% train, 50.00% test" in str(findings)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -133,9 +133,9 @@ def test_a_column_is_a_category_and_the_time(own, tmp_path):
 
 def test_values_that_are_written_otherwise_in_another_file_are_reported(own, tmp_path):
     told = "column 'city': 100% of the test values are not in training: are they written alike there?"
-    assert told not in own().report.warnings
+    assert told not in own().findings.warnings
     write(tmp_path, test={**TEST, "city": ["rome", "oslo"]})
-    assert told in own().report.warnings
+    assert told in own().findings.warnings
 
 
 def test_synthetic_tables_are_a_dataset(tmp_path):
@@ -143,7 +143,7 @@ def test_synthetic_tables_are_a_dataset(tmp_path):
     data = TableData("synthetic", cache_dir=str(tmp_path), synthetic=config)
     assert [f.name for f in data.features.continuous] == ["x0", "x1", "x2"]
     assert data.features.tasks == ("task_1", "task_2")
-    assert data.report.rows == {"train": 144, "val": 16, "test": 40}
+    assert data.findings.rows == {"train": 144, "val": 16, "test": 40}
     other = TableData("synthetic", cache_dir=str(tmp_path), synthetic=SyntheticConfig(0.1, 200, 3))
     assert other.features != data.features
 

@@ -234,8 +234,8 @@ def test_calibration_curves_show_every_bin(rate):
 
 def test_polarisation_without_outputs_says_so():
     block = pictures.BlockUse("", ("0", "1"), np.full(2, np.nan), {"a": np.array([0.2, 0.8])}, {"a": (0.7, 0.9)})
-    figure = pictures.polarisation([block], 0.9)
-    assert "not seen" in figure.axes[0].texts[0].get_text()
+    picture = pictures.polarisation([block], 0.9)
+    assert "not seen" in picture.axes[0].texts[0].get_text()
 
 
 # ---- the whole
@@ -314,9 +314,9 @@ def test_options_of_the_report(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("steps, reports", [(3, 0), (4, 1)])
-def test_the_figures_of_an_untrained_network_are_not_reported(steps, reports, tmp_path, monkeypatch):
+def test_the_metrics_of_an_untrained_network_are_not_reported(steps, reports, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(checks, "suspicious_figures", lambda figures, split: seen.append(split) or [])
+    monkeypatch.setattr(checks, "suspicious_metrics", lambda by_task, split: seen.append(split) or [])
     trainer = Trainer(
         accelerator="cpu", max_steps=steps, num_sanity_val_steps=1, default_root_dir=str(tmp_path), logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,

@@ -17,9 +17,9 @@ def losses(*values):
 
 def test_fixed_weights_are_a_sum():
     # 1 * 2 + 0.5 * 4.
-    loss, figures = WeightingConfig(weights={"buy": 0.5}).build(TASKS)(losses(2.0, 4.0))
+    loss, learnt = WeightingConfig(weights={"buy": 0.5}).build(TASKS)(losses(2.0, 4.0))
     assert float(loss) == 4.0
-    assert figures == {}
+    assert learnt == {}
 
 
 def test_uncertainty_weighs_by_the_variance():
@@ -27,9 +27,9 @@ def test_uncertainty_weighs_by_the_variance():
     weighting = WeightingConfig("uncertainty").build(TASKS)
     with torch.no_grad():
         weighting.log_variance[0] = math.log(2)
-    loss, figures = weighting(losses(2.0, 4.0))
+    loss, learnt = weighting(losses(2.0, 4.0))
     assert float(loss) == pytest.approx(5 + math.log(2) / 2)
-    assert figures["weight"].tolist() == pytest.approx([0.5, 1.0])
+    assert learnt["weight"].tolist() == pytest.approx([0.5, 1.0])
     loss.backward()
     # d/ds (e^-s L + s / 2) = -e^-s L + 1/2: at rest where the variance is twice the loss.
     assert weighting.log_variance.grad.tolist() == pytest.approx([-0.5, -3.5])
@@ -37,8 +37,8 @@ def test_uncertainty_weighs_by_the_variance():
 
 
 def test_uncertainty_starts_at_the_given_weights():
-    _, figures = WeightingConfig("uncertainty", {"buy": 0.25}).build(TASKS)(losses(1.0, 1.0))
-    assert figures["weight"].tolist() == pytest.approx([1.0, 0.25])
+    _, learnt = WeightingConfig("uncertainty", {"buy": 0.25}).build(TASKS)(losses(1.0, 1.0))
+    assert learnt["weight"].tolist() == pytest.approx([1.0, 0.25])
 
 
 def test_gradnorm_pulls_the_gradients_to_one_norm():
@@ -47,9 +47,9 @@ def test_gradnorm_pulls_the_gradients_to_one_norm():
     # dw2/du1 = -1/2. d balance/du1 = 3 * 1/2 * (+1) + 1 * (-1/2) * (-1) = 2: descent lowers the first weight.
     weighting = WeightingConfig("gradnorm", alpha=0.0).build(TASKS)
     w = torch.tensor([1.0, 2.0], requires_grad=True)
-    loss, figures = weighting(torch.stack((3 * w[0], w[1] + 4)), w)
+    loss, learnt = weighting(torch.stack((3 * w[0], w[1] + 4)), w)
     assert float(loss) == pytest.approx(3 + 6)  # the balance adds nothing to the value
-    assert figures["gradient_norm"].tolist() == pytest.approx([3.0, 1.0])
+    assert learnt["gradient_norm"].tolist() == pytest.approx([3.0, 1.0])
     loss.backward()
     assert weighting.logits.grad.tolist() == pytest.approx([2.0, -2.0])
     assert w.grad.tolist() == [3.0, 1.0]  # the weighted losses alone move the rest
@@ -88,9 +88,9 @@ def test_gradnorm_weights_are_positive_and_sum_to_the_number_of_tasks():
     with torch.no_grad():
         weighting.logits.copy_(torch.tensor([5.0, 0.0, -5.0]))
     w = torch.ones(3, requires_grad=True)
-    _, figures = weighting(w * 1.0, w)
-    assert (figures["weight"] > 0).all()
-    assert_close(figures["weight"].sum(), torch.tensor(3.0))
+    _, learnt = weighting(w * 1.0, w)
+    assert (learnt["weight"] > 0).all()
+    assert_close(learnt["weight"].sum(), torch.tensor(3.0))
 
 
 @pytest.mark.parametrize("kind", ["uncertainty", "gradnorm"])
@@ -98,9 +98,9 @@ def test_learned_weights_do_not_enter_an_evaluation(kind):
     weighting = WeightingConfig(kind, weights={"click": 2.0}).build(TASKS).eval()
     with torch.no_grad():
         next(iter(weighting.parameters())).fill_(1.0)
-    loss, figures = weighting(losses(1.0, 1.0), None)
+    loss, learnt = weighting(losses(1.0, 1.0), None)
     assert float(loss) == 3.0
-    assert figures == {}
+    assert learnt == {}
 
 
 @pytest.mark.parametrize(
