@@ -182,13 +182,13 @@ def _pictures(arguments: Sequence[str], checkpoint: Path, folder: Path) -> list[
         from apps.compare.training import interruptible
         from apps.nlp.translation.module import Translator
         from apps.vision.module import VisionClassifier
-        from apps.vision.report import ReportConfig
+        from apps.vision.report import VisionReportConfig
 
         with quiet(own_notes=False):
             module, data = Experiment(arguments).build("sparse")
             limit: float | int = 1.0
             if isinstance(module, VisionClassifier):
-                module.report = ReportConfig(few_shot=(), capacity_factors=(), pictures=6)
+                module.report = VisionReportConfig(few_shot=(), capacity_factors=())
                 limit = 4  # a thousand images tell which expert takes what
             elif isinstance(module, Translator) and module.report is not None:
                 module.report = dataclasses.replace(module.report, samples=0)  # the comparison showed them

@@ -28,6 +28,7 @@ from torch import Tensor
 import core
 from apps.base.machine import machine_line
 from apps.equal_cost import routers
+from apps.report.routed import gate_weights
 from core.memory import kept_bytes
 
 NONE = "–"
@@ -198,17 +199,13 @@ def gates(config: core.MoEConfig, shape: Shape, training: bool) -> Tensor:
     layer = config.build(shape.D).to(DEVICE).train(training)
     with core.record(layer) as tape:
         layer(x, context(config.router, ids_BS))
-    routing = tape.entries[0].routing
-    if not isinstance(routing, core.Routing):
-        return routing.scores_TE  # soft slots and merged experts: every expert has a share in every token
-    found = torch.zeros(routing.num_tokens, shape.E + 1, device=DEVICE)
-    found.index_put_((routing.token_index_N, routing.expert_ids_N), routing.gates_N, accumulate=True)
-    return found[:, : shape.E]
+    return gate_weights(tape.entries[0].routing)
 
 
 def draw(names: list[str], folder: Path) -> None:
     """One picture a router: who computes whom, of two sequences of 16 tokens in up to 16 clusters."""
-    from apps.report import plots
+    from apps.report.heatmaps import Heatmap, heatmaps, numbers
+    from apps.report.plots import save_picture
 
     shape = Shape(B=2, S=16, D=32, E=8, F=8)
     for name in names:
@@ -217,9 +214,12 @@ def draw(names: list[str], folder: Path) -> None:
             "training": gates(config, shape, True).cpu().numpy(),
             "evaluation": gates(config, shape, False).cpu().numpy(),
         }
-        path = folder / f"{Path(name).stem}.png"
-        plots.save_picture(plots.gates_heatmap(shown, shape.S, f"{Path(name).stem}, untrained"), path)
-        print(path)
+        experts = tuple(f"expert {e}" for e in range(shape.E))
+        maps = [Heatmap(mode, experts, numbers(len(weights)), weights.T) for mode, weights in shown.items()]
+        picture = heatmaps([maps], f"{Path(name).stem}, untrained", "weight, %", across="token")
+        for axis in picture.axes[: len(maps)]:
+            axis.axvline(shape.S - 0.5, color="white", linewidth=1.5)  # parts the two sequences
+        print(save_picture(picture, folder / f"{Path(name).stem}.png"))
 
 
 HEAD = (

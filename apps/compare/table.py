@@ -263,5 +263,5 @@ def picture(title: str, summary: Summary, path: Path) -> Path | None:
     if not series:
         return None
     metric = f"test {summary.metric.partition('/')[2]}"
-    picture = plots.quality_against_flops(series, metric, title, percent=summary.percent, unit=flops_unit(summary))
-    return plots.save_picture(picture, path)
+    drawn = plots.quality_against_flops(series, metric, title, percent=summary.percent, unit=flops_unit(summary))
+    return plots.save_picture(drawn, path)

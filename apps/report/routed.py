@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -11,10 +12,10 @@ import core
 
 
 def experts_of_token(routing: Any, most: int) -> Tensor:
-    """The experts that compute each token, by falling gate, int64 (T, most); E where there are fewer.
+    """Return the experts that compute each token, by falling gate, int64 (T, most); E where there are fewer.
 
-    Of equal gates the lower expert goes first. Of soft slots and merged experts: those of the largest shares; E for
-    padding.
+    Among equal gates the lower expert goes first. With soft slots and merged experts these are the experts of the
+    largest shares, and E for padding.
     """
     E, T = len(routing.tokens_per_expert_E), routing.num_tokens
     if not isinstance(routing, core.Routing):
@@ -36,14 +37,19 @@ def experts_of_token(routing: Any, most: int) -> Tensor:
 
 
 def expert_of_token(routing: Any) -> Tensor:
-    """The first of ``experts_of_token``, int64 (T,)."""
+    """Return the first of ``experts_of_token``, int64 (T,)."""
     return experts_of_token(routing, 1).squeeze(1)
 
 
-def expert_label_counts(routing: Any, label_T: Tensor, num_labels: int) -> Tensor:
-    """Computed pairs by label of their token and by expert, int64 (num_labels, E).
+def expert_label_counts(routing: Any, label: Tensor, num_labels: int) -> Tensor:
+    """Count the computed pairs by label and by expert, int64 (num_labels, E).
 
-    Of soft slots and merged experts: tokens by the expert with the largest share.
+    With soft slots and merged experts each token counts for the expert of its largest share.
+
+    Args:
+        routing: of T tokens.
+        label: int64 (T,), or (B,) with one label for each sequence of T / B tokens.
+        num_labels: labels are below it.
     """
     E = len(routing.tokens_per_expert_E)
     if isinstance(routing, core.Routing):
@@ -51,6 +57,23 @@ def expert_label_counts(routing: Any, label_T: Tensor, num_labels: int) -> Tenso
     else:
         expert_ids_N = expert_of_token(routing)
         token_index_N = torch.arange(routing.num_tokens, device=expert_ids_N.device)
+    label_T = label.repeat_interleave(routing.num_tokens // len(label))
     label_N = label_T.to(token_index_N.device)[token_index_N]
     cell_N = (label_N * E + expert_ids_N)[expert_ids_N < E]
     return torch.bincount(cell_N, minlength=num_labels * E).unflatten(0, (num_labels, E))
+
+
+def gate_weights(routing: Any) -> Tensor:
+    """Return the weight of each expert in each token's output, float32 (T, E)."""
+    if not isinstance(routing, core.Routing):
+        return routing.scores_TE.detach().float()
+    E = len(routing.tokens_per_expert_E)
+    weights_TE = torch.zeros(routing.num_tokens, E + 1, device=routing.gates_N.device)
+    place = (routing.token_index_N, routing.expert_ids_N)
+    return weights_TE.index_put(place, routing.gates_N.detach().float(), accumulate=True)[:, :E]
+
+
+def layer_label(layer: str) -> str:
+    """Return "block 3" for ``blocks.3.mlp`` and "decoder 3" for ``decoder.layers.3.ffn``; other names as they are."""
+    match = re.search(r"(?:^|\.)(?:blocks|(encoder|decoder)\.layers)\.(\d+)\.", layer)
+    return f"{match[1] or 'block'} {match[2]}" if match else layer

@@ -23,11 +23,12 @@ from apps.equal_cost.twins import DenseTwin, dense_baselines
 from apps.equal_cost.widths import SolvedWidth, ffn_widths
 from apps.train.module import OptimizerConfig, SparseModule, TaskOutput
 from apps.vision.encoding import ImageEncoding, normalize
+from apps.vision.few_shot import hard_labels
 from apps.vision.model import ViTConfig, VMoE, load_pretrained_weights
 from apps.vision.readers import to_pixels
-from apps.vision.report import ReportConfig, VisionReport, hard_labels
+from apps.vision.report import VisionReport, VisionReportConfig
 
-_REPORT = ReportConfig()
+_REPORT = VisionReportConfig()
 
 _PREDICTED_AT_ONCE = 64
 
@@ -119,7 +120,7 @@ class VisionClassifier(SparseModule, Comparable):
         grad_checkpointing: bool = False,
         optimizer: OptimizerConfig | None = None,
         ema_decay: float | None = None,
-        report: ReportConfig | None = _REPORT,
+        report: VisionReportConfig | None = _REPORT,
     ) -> None:
         super().__init__(optimizer=optimizer, ema_decay=ema_decay)
         if not 0.0 <= label_smoothing < 1.0:

@@ -26,11 +26,11 @@ from apps.nlp.predict import Candidate, Line, check_one, checked_texts, decoding
 from apps.nlp.pretrained import PretrainedModule, check_replaced, published_network
 from apps.nlp.text.batch import TranslationBatch
 from apps.nlp.translation.metrics import Sentence, TranslationMetrics, bleu_tokenizers, signatures
-from apps.nlp.translation.report import ReportConfig, TranslationReport, side_by_side
+from apps.nlp.translation.report import TranslationReport, TranslationReportConfig, side_by_side
 from apps.train.module import OptimizerConfig, Stage, TaskOutput
 
 _DECODE = DecodeConfig()
-_REPORT = ReportConfig()
+_REPORT = TranslationReportConfig()
 _LAYERS = "every2"
 _AT_ONCE = 2048
 """Texts that are batched with their neighbours in length: as many as ``TranslationData.predict_lines`` by default."""
@@ -116,7 +116,7 @@ class Translator(LinePredictor, PretrainedModule):
         ema_decay: float | None = None,
         average_last: int | None = None,
         pretrained: str | None = None,
-        report: ReportConfig | None = _REPORT,
+        report: TranslationReportConfig | None = _REPORT,
     ) -> None:
         check_replaced(pretrained, replaced_hidden_dim)
         if pretrained is not None and transformer is None:

@@ -1,4 +1,4 @@
-"""Pictures of a translation model: who takes which language and which subwords, what it attends to, how it learned.
+"""Pictures of one translated sentence: which experts computed its subwords, and what the decoder attended to.
 
 Each function turns plain arrays into a matplotlib ``Figure``, as in ``apps.report.plots``. The font is DejaVu Sans,
 which matplotlib brings along: it has Latin, Greek, Cyrillic, Arabic and Hebrew letters. Other letters use those
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from apps.report.plots import PALETTE, clean_axis, expert_colors, new_picture
+from apps.report.plots import expert_colors, new_picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_WRITTEN = 16  # experts up to which each cell has its number
-_WIDTH = 12.5  # inches that a picture has for maps side by side
 # Families of Chinese, Japanese and Korean, Indic and other letters, as Linux, macOS and Windows have them.
 _FURTHER = (
     "Noto Sans CJK",
@@ -45,84 +43,6 @@ _FURTHER = (
     "Leelawadee UI",
     "Unifont",
 )
-
-
-@dataclass(frozen=True)
-class ExpertMap:
-    """One layer's map.
-
-    Attributes:
-        layer: its name.
-        rows: names.
-        values: (rows, E) shares in 0..1; NaN where there is nothing to show.
-    """
-
-    layer: str
-    rows: tuple[str, ...]
-    values: np.ndarray
-
-    def __post_init__(self) -> None:
-        if self.values.ndim != 2 or len(self.values) != len(self.rows):
-            raise ValueError(f"map of {self.layer!r}: values {self.values.shape} for {len(self.rows)} rows")
-
-
-def expert_maps(bands: Sequence[Sequence[ExpertMap]], title: str, of: str, top: float | None = None) -> Figure:
-    """Maps of layers, rows by experts, on one scale of colour.
-
-    Args:
-        bands: such as those of the encoder and those of the decoder; a band's maps have the same rows, and stand side
-            by side as far as there is room.
-        title: of the picture.
-        of: what the colour says.
-        top: share at which the colours end; None: at the largest.
-
-    Raises:
-        ValueError: no map, or maps of a band with other rows.
-    """
-    bands = [band for band in bands if band]
-    if not bands:
-        raise ValueError("expert_maps needs at least one map")
-    for band in bands:
-        if any(m.rows != band[0].rows for m in band):
-            raise ValueError(f"maps of {band[0].layer!r} and its neighbours have different rows")
-    experts = max(m.values.shape[1] for band in bands for m in band)
-    width = max(1.7, (0.38 if experts <= _WRITTEN else 0.18 if experts <= 32 else 0.095) * experts)
-    columns = min(max(1, int(_WIDTH / width)), max(len(band) for band in bands))
-    lines = [band[i : i + columns] for band in bands for i in range(0, len(band), columns)]
-    heights = [max(0.7, 0.24 * len(line[0].rows)) for line in lines]
-    names = 0.075 * max(len(row) for line in lines for row in line[0].rows)
-    fig = new_picture(max(5.0, columns * (width + 0.15) + names + 1.3), sum(h + 0.62 for h in heights) + 0.45)
-    axes = fig.subplots(len(lines), columns, squeeze=False, gridspec_kw={"height_ratios": heights})
-    largest = max(
-        (float(np.nanmax(m.values)) for line in lines for m in line if np.isfinite(m.values).any()), default=1
-    )
-    top = min(top or largest, largest) or 1.0
-    image: Any = None
-    for line, row in zip(lines, axes, strict=True):
-        for axis in row[len(line) :]:
-            axis.set_visible(False)
-        for place, (axis, m) in enumerate(zip(row, line, strict=False)):
-            image = axis.imshow(100 * m.values, aspect="auto", cmap="cividis", vmin=0.0, vmax=100 * top)
-            axis.set_facecolor("#e8e8e8")
-            axis.set_title(m.layer, fontsize=9)
-            axis.set_xticks(range(0, m.values.shape[1], max(1, m.values.shape[1] // 16)))
-            axis.tick_params(labelsize=7.5)
-            axis.set_yticks(range(len(m.rows)), m.rows if place == 0 else [""] * len(m.rows), fontsize=8)
-            if m.values.shape[1] <= _WRITTEN:
-                for (r, c), value in np.ndenumerate(m.values):
-                    if np.isfinite(value):
-                        color = "black" if value > 0.6 * top else "white"
-                        axis.text(c, r, f"{100 * value:.0f}", ha="center", va="center", fontsize=6.5, color=color)
-    for axis in axes[-1][: len(lines[-1])]:
-        axis.set_xlabel("expert", fontsize=8)
-    extend = "max" if largest > top else "neither"
-    shrink = min(0.95, 4.0 / fig.get_figheight())
-    fig.colorbar(image, ax=axes, label=of, pad=0.02, shrink=shrink, aspect=25 * shrink + 3, extend=extend)
-    fig.suptitle(title, fontsize=11)
-    return fig
-
-
-# ---- one sentence
 
 
 @dataclass(frozen=True)
@@ -271,66 +191,3 @@ def _characters() -> frozenset[int]:
 @cache
 def _tell_of_boxes() -> None:
     log.warning("pictures have boxes for characters that no font here has: install one, such as Noto Sans CJK")
-
-
-# ---- learning
-
-
-@dataclass(frozen=True)
-class Curve:
-    """Values over the steps of a training.
-
-    Attributes:
-        label: in the legend.
-        steps: where it was logged, ascending.
-        values: same length.
-    """
-
-    label: str
-    steps: np.ndarray
-    values: np.ndarray
-
-
-def learning_curves(panels: Mapping[str, Sequence[Curve]], title: str, best: str | None = None) -> Figure:
-    """A panel a quantity, curves over optimizer steps.
-
-    A curve of over 200 values is drawn pale, with the mean of each 100th part of it over that.
-
-    Args:
-        panels: name of the vertical axis to its curves; one without curves is left out.
-        title: of the picture.
-        best: label of the curves whose highest value is marked, and told in the legend.
-
-    Raises:
-        ValueError: no curve.
-    """
-    panels = {name: curves for name, curves in panels.items() if curves}
-    if not panels:
-        raise ValueError("learning_curves needs at least one curve")
-    fig = new_picture(3.5 * len(panels) + 0.3, 3.1)
-    for axis, (name, curves) in zip(fig.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
-        for number, curve in enumerate(curves):
-            label = curve.label
-            if label == best and np.isfinite(curve.values).any():
-                at = int(np.nanargmax(curve.values))
-                label = f"{label}, best {curve.values[at]:.1f}"
-                axis.plot(curve.steps[at], curve.values[at], "o", color="black", markersize=4, zorder=3)
-            _curve(axis, curve, PALETTE[number % len(PALETTE)], label)
-        axis.set_xlabel("step", fontsize=9)
-        axis.set_title(name, fontsize=10)
-        axis.tick_params(labelsize=8)
-        axis.grid(alpha=0.25)
-        axis.legend(fontsize=8, frameon=False, loc="best")
-        clean_axis(axis)
-    fig.suptitle(title, fontsize=11)
-    return fig
-
-
-def _curve(axis: Axes, curve: Curve, color: str, label: str) -> None:
-    lone = "o" if len(curve.values) == 1 else None
-    if len(curve.values) <= 200:
-        axis.plot(curve.steps, curve.values, color=color, linewidth=1.5, marker=lone, label=label)
-        return
-    axis.plot(curve.steps, curve.values, color=color, linewidth=0.6, alpha=0.3)
-    steps, values = ([part.mean() for part in np.array_split(x, 100)] for x in (curve.steps, curve.values))
-    axis.plot(steps, values, color=color, linewidth=1.5, label=label)

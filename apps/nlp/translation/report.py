@@ -1,119 +1,142 @@
-"""What ``moesaic test`` says of a translation model beside its scores: by language, by length, sentence by sentence."""
+"""The test report of a translation model: scores by language and by length, sentences, and the use of its experts."""
 
 from __future__ import annotations
 
 import json
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
 import core
 from apps.base.files import replacing
 from apps.data.lines import num_words
 from apps.data.loader import batches_of_test
+from apps.nlp.text.batch import TranslationBatch
 from apps.nlp.translation.metrics import Sentence, TranslationMetrics, corpus_metrics, scorer, signature, signatures
-from apps.nlp.translation.routes import report_curves, report_routes
+from apps.nlp.translation.routes import expert_use, spread_batches, usual_sentences, write_sentence, write_use
+from apps.report.base import Report, ReportConfig, computed_metrics, report_folder
+from apps.report.curves import learning_curves, read_curves
+from apps.report.plots import save_picture
 from apps.report.tables import print_table, write_csv
-
-_logger = logging.getLogger(__name__)
 
 _COLUMNS = {"bleu": "BLEU", "chrf": "chrF++", "token_accuracy": "token acc., %", "perplexity": "perplexity"}
 
 
 @core.register_config
 @dataclass(frozen=True)
-class ReportConfig:
+class TranslationReportConfig(ReportConfig):
     """What ``moesaic test`` adds to the scores of a translation model.
 
     Attributes:
         lengths: words of a reference up to which its sentences are one group, ascending; longer ones are the last.
             Of scripts without spaces between words each character counts.
         samples: translations printed, at equal steps through the test set.
-        routing_sentences: test sentences from which the experts' use is read, about; 0 reads none.
-        pictures: sentences whose attention and experts are drawn; 0 leaves out all pictures.
+        sentences: sentences whose attention and experts are drawn; 0 draws none.
 
     Raises:
         ValueError: a number out of its range.
     """
 
+    routing_examples: int = 2000
     lengths: tuple[int, ...] = (5, 10, 15, 20, 30, 50)
     samples: int = 5
-    routing_sentences: int = 2000
-    pictures: int = 2
+    sentences: int = 2
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         object.__setattr__(self, "lengths", tuple(self.lengths))  # a list in YAML and in a checkpoint
         if any(a >= b for a, b in zip((0, *self.lengths), self.lengths, strict=False)):
             raise ValueError(f"report.lengths={self.lengths} must be ascending numbers of at least 1")
-        for name in ("samples", "routing_sentences", "pictures"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"report.{name}={getattr(self, name)} must not be negative")
+        self._check_least(samples=0, sentences=0)
 
 
-class TranslationReport(Callback):
+@dataclass(frozen=True)
+class _Collected:
+    """The metrics of a test, and what its sentences were translated by and from; ``sources`` None: not known."""
+
+    metrics: TranslationMetrics
+    module: Any
+    batches: Sequence[TranslationBatch]
+    sources: Sequence[str] | None
+    run: Path
+
+
+class TranslationReport(Report):
     """After a test: prints the scores by language pair and by length with sacrebleu's signatures, translations, and of
     a sparse model how far its experts are specialised.
 
-    Writes into ``<run folder>/report``: ``pairs.csv``, ``lengths.csv``, ``sentences.jsonl`` (source, reference,
-    hypothesis, sentence chrF++ and search score of each sentence), ``signatures.txt``; ``specialisation.csv``,
-    ``expert_subwords.csv``, ``expert_language.png``, ``expert_class.png``; ``sentence_1_attention.png``,
-    ``sentence_1_experts.png``, ...; and, after a training too, ``learning_curves.png`` of the run's ``metrics.csv``.
+    It writes ``pairs.csv``, ``lengths.csv``, ``sentences.jsonl`` (source, reference, hypothesis, sentence chrF++ and
+    search score of each sentence), ``signatures.txt``; ``specialisation.csv``, ``expert_subwords.csv``,
+    ``expert_language.png``, ``expert_class.png``; ``sentence_1_attention.png``, ``sentence_1_experts.png``, ...; and,
+    after a training too, ``learning_curves.png`` of the run's ``metrics.csv``.
 
     Args:
         config: what to do.
     """
 
-    only_reports: ClassVar[bool] = True
-
-    def __init__(self, config: ReportConfig) -> None:
+    def __init__(self, config: TranslationReportConfig) -> None:
         self.config = config
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.is_global_zero:
-            self._curves(trainer, pl_module)
+        if trainer.is_global_zero and self.config.pictures:
+            with report_folder(trainer) as folder:
+                write_curves(pl_module, Path(trainer.default_root_dir), folder)
 
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        metrics: Any = pl_module.stage_metrics("test")
-        if not isinstance(metrics, TranslationMetrics):
-            return
-        metrics.compute()  # on every rank: it gathers. The module's own call finds the result
-        if not trainer.is_global_zero or not metrics.sentences:
-            return
+    def collect(self, trainer: Trainer, pl_module: LightningModule) -> _Collected | None:
+        metrics = computed_metrics(pl_module, TranslationMetrics)
+        if metrics is None or not metrics.sentences:
+            return None
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         sources = data.sources("test") if hasattr(data, "sources") else None
-        folder = Path(trainer.default_root_dir) / "report"
-        written = report(metrics.sentences, metrics.tokenizers, sources, folder, self.config)
-        batches = list(batches_of_test(trainer))
-        written += report_routes(pl_module, batches, folder, self.config.routing_sentences, self.config.pictures)
-        written += self._curves(trainer, pl_module)
-        _logger.info(f"{folder}: {', '.join(p.name for p in written)}")
+        batches = list(batches_of_test(trainer)) if trainer.is_global_zero else []
+        return _Collected(metrics, pl_module, batches, sources, Path(trainer.default_root_dir))
 
-    def _curves(self, trainer: Trainer, pl_module: LightningModule) -> list[Path]:
-        if not self.config.pictures:
-            return []
-        run, smoothing = Path(trainer.default_root_dir), float(getattr(pl_module, "label_smoothing", 0.0))
-        return report_curves(run / "metrics.csv", run / "report", smoothing)
+    def write(self, collected: _Collected, folder: Path) -> None:
+        module, pictures = collected.module, self.config.pictures
+        write_scores(collected.metrics.sentences, collected.metrics.tokenizers, collected.sources, folder, self.config)
+        if core.moe_layers(module.model) and (some := spread_batches(collected.batches, self.config.routing_examples)):
+            write_use(expert_use(module, some), folder, draw=pictures)
+        if pictures:
+            for number, sentence in enumerate(usual_sentences(collected.batches, self.config.sentences), 1):
+                write_sentence(module, sentence, number, folder)
+            write_curves(module, collected.run, folder)
 
 
-def report(
+def write_curves(module: Any, run: Path, folder: Path) -> None:
+    """Draw the curves that the run's ``metrics.csv`` has as ``learning_curves.png``; nothing where it has none."""
+    smoothing = float(getattr(module, "label_smoothing", 0.0))
+    smoothed = f" (label smoothing {smoothing:g})" if smoothing else ""
+    panels = {
+        "loss": {f"train{smoothed}": "train/loss", "validation": "val/loss"},
+        "validation translations": {"BLEU": "val/bleu", "chrF++": "val/chrf"},
+        "most loaded expert over the mean": {
+            "train": "routing/load_imbalance",
+            "validation": "val/routing/load_imbalance",
+        },
+    }
+    curves = read_curves(run / "metrics.csv", panels)
+    if curves:
+        save_picture(learning_curves(curves, "Learning curves", best="BLEU"), folder / "learning_curves.png")
+
+
+def write_scores(
     sentences: Sequence[Sentence],
     tokenizers: Mapping[str, str],
     sources: Sequence[str] | None,
     folder: Path,
-    config: ReportConfig,
-) -> list[Path]:
+    config: TranslationReportConfig,
+) -> None:
     """Print the tables and samples, and write the files.
 
     Args:
-        sentences: of the test, by ``index``.
-        tokenizers: BLEU's, of each language pair, in the order of their numbers.
+        sentences: the sentences of the test, by ``index``.
+        tokenizers: BLEU's tokenizer for each language pair, in the order of their numbers.
         sources: source texts, by ``index``; None: they are not known.
-        folder: of the files.
+        folder: where the files go.
         config: what to do.
     """
     pairs, signed = list(tokenizers), signatures(tokenizers)
@@ -125,18 +148,15 @@ def report(
     _print("\n".join(f"{titles[name]} {text}" for name, text in signed.items()), "pair", by_pair)
     _print("By words of the reference", "words", by_length)
     _print_samples(sentences, sources, pairs, config.samples)
-    return [
-        write_csv(
-            folder / "pairs.csv", [{"pair": r["group"], **_without(r), **_signed(r, tokenizers)} for r in by_pair]
-        ),
-        write_csv(folder / "lengths.csv", [{"words": r["group"], **_without(r)} for r in by_length]),
-        write_sentences(folder / "sentences.jsonl", sentences, pairs, sources),
-        write_signatures(folder / "signatures.txt", signed),
-    ]
+    write_csv(folder / "pairs.csv", [{"pair": r["group"], **_without(r), **_signed(r, tokenizers)} for r in by_pair])
+    write_csv(folder / "lengths.csv", [{"words": r["group"], **_without(r)} for r in by_length])
+    write_sentences(folder / "sentences.jsonl", sentences, pairs, sources)
+    with replacing(folder / "signatures.txt") as file:
+        file.writelines(f"{name} {text}\n" for name, text in signed.items())
 
 
 def breakdown(groups: Mapping[str, Sequence[Sentence]], tokenizers: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Scores of each group that has a sentence: a row each, with its name as "group"."""
+    """Return the scores of each group that has a sentence: a row each, with its name as "group"."""
     return [_row(name, own, tokenizers) for name, own in groups.items() if own]
 
 
@@ -152,20 +172,20 @@ def _without(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _signed(row: Mapping[str, Any], tokenizers: Mapping[str, str]) -> dict[str, str]:
-    """BLEU's signature, of the mean of several pairs those of all."""
+    """Return BLEU's signature; for the mean of several pairs, the signatures of all."""
     own = [tokenizers[row["group"]]] if row["group"] in tokenizers else dict.fromkeys(tokenizers.values())
     return {"bleu_signature": "; ".join(signature("bleu", name) for name in own)}
 
 
 def length_groups(sentences: Sequence[Sentence], lengths: Sequence[int]) -> dict[str, list[Sentence]]:
-    """Sentences by the words of their reference: "1-5", "6-10", ..., "over 50"."""
+    """Group sentences by the words of their reference: "1-5", "6-10", ..., "over 50"."""
     names = [f"{low + 1}-{high}" for low, high in zip((0, *lengths), lengths, strict=False)]
     names.append(f"over {lengths[-1]}" if lengths else "all")
-    found: dict[str, list[Sentence]] = {name: [] for name in names}
+    groups: dict[str, list[Sentence]] = {name: [] for name in names}
     for sentence in sentences:
         words = num_words(sentence.reference)
-        found[names[sum(words > high for high in lengths)]].append(sentence)
-    return found
+        groups[names[sum(words > high for high in lengths)]].append(sentence)
+    return groups
 
 
 def _print(title: str, what: str, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -187,7 +207,7 @@ def _print(title: str, what: str, rows: Sequence[Mapping[str, Any]]) -> None:
 def _print_samples(
     sentences: Sequence[Sentence], sources: Sequence[str] | None, pairs: Sequence[str], count: int
 ) -> None:
-    """Some sentences, line by line, that a reader may judge."""
+    """Print some sentences, line by line, for a reader to judge."""
     count = min(count, len(sentences))
     for number in range(count):
         s = sentences[number * len(sentences) // count]
@@ -198,11 +218,11 @@ def _print_samples(
 
 
 def side_by_side(systems: Mapping[str, Sequence[Mapping[str, Any]]], count: int) -> str:
-    """``count`` test sentences, at equal steps through those that all systems have: source, reference, translations.
+    """Return ``count`` test sentences, at equal steps through those that all systems have, with their translations.
 
     Args:
-        systems: of each system's heading, what ``Translator.examples_of_test`` gives.
-        count: sentences.
+        systems: what ``Translator.examples_of_test`` gives, by each system's heading.
+        count: how many sentences.
     """
     translations = {name: {s["index"]: s for s in own} for name, own in systems.items()}
     first = next(iter(translations.values()), {})
@@ -221,8 +241,8 @@ def side_by_side(systems: Mapping[str, Sequence[Mapping[str, Any]]], count: int)
 
 def write_sentences(
     path: Path, sentences: Sequence[Sentence], pairs: Sequence[str], sources: Sequence[str] | None
-) -> Path:
-    """A JSON object a line and sentence."""
+) -> None:
+    """Write one JSON object a line for each sentence."""
     chrf = scorer("chrf")
     with replacing(path) as file:
         for s in sentences:
@@ -236,11 +256,3 @@ def write_sentences(
                 "search_score": s.log_prob,
             }
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    return path
-
-
-def write_signatures(path: Path, signed: Mapping[str, str]) -> Path:
-    """A line a score, as "bleu nrefs:1|case:mixed|..."."""
-    with replacing(path) as file:
-        file.writelines(f"{name} {signature}\n" for name, signature in signed.items())
-    return path

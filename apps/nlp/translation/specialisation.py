@@ -26,7 +26,7 @@ from torch import Tensor
 
 import core
 from apps.data.subwords import Side, Subwords
-from apps.report.routed import expert_label_counts
+from apps.report.routed import expert_label_counts, layer_label
 
 _QUARTERS = ("frequent", "2nd quarter", "3rd quarter", "rare")
 CLASSES = (
@@ -148,18 +148,17 @@ class ExpertUse:
     def add(self, tape: core.Tape, pair_B: Tensor) -> None:
         """The passes of one batch, whose sentences have the language pairs ``pair_B``."""
         B = len(pair_B)
-        found: dict[str, np.ndarray] = {}
+        of_batch: dict[str, np.ndarray] = {}
         for entry in tape.entries:
-            name, side = layer_name(entry.name), side_of(entry.name)
+            name, side = layer_label(entry.name), side_of(entry.name)
             if entry.context is None or entry.context.token_ids_BS is None:
                 raise ValueError(f"layer {entry.name!r} was not told the ids of its tokens")
             ids_T = entry.context.token_ids_BS.flatten()
-            row_T = torch.arange(B, device=ids_T.device).repeat_interleave(len(ids_T) // B)
-            by_sentence = expert_label_counts(entry.routing, row_T, B).cpu().numpy()
+            by_sentence = expert_label_counts(entry.routing, torch.arange(B), B).cpu().numpy()
             by_piece = expert_label_counts(entry.routing, ids_T, self.subwords.size(side)).cpu().numpy()
-            found[name] = found.get(name, 0) + by_sentence  # a layer used twice counts twice
+            of_batch[name] = of_batch.get(name, 0) + by_sentence  # a layer used twice counts twice
             self._by_piece[name] = self._by_piece.get(name, 0) + by_piece
-        for name, counts in found.items():
+        for name, counts in of_batch.items():
             self._by_sentence.setdefault(name, []).append(counts)
         self.pair_B = np.concatenate([self.pair_B, pair_B.cpu().numpy()])
 
@@ -203,15 +202,6 @@ def by_class(layer: LayerUse, class_V: np.ndarray) -> np.ndarray:
     found = np.zeros((len(CLASSES), layer.num_experts), np.int64)
     np.add.at(found, class_V, layer.by_piece)
     return found
-
-
-def layer_name(layer: str) -> str:
-    """The layer ``decoder.layers.3.ffn`` as "decoder 3"; other names as they are."""
-    parts = layer.split(".")
-    for stack in ("encoder", "decoder"):
-        if stack in parts[:-2] and parts[parts.index(stack) + 1] == "layers":
-            return f"{stack} {parts[parts.index(stack) + 2]}"
-    return layer
 
 
 def side_of(layer: str) -> Side:
@@ -292,12 +282,6 @@ def _specialisation(layer: LayerUse, about: Label, counts_CE: np.ndarray, by_cha
         bits / most if most > 0 else 0.0,
         by_chance,
     )
-
-
-def shares(counts: np.ndarray) -> np.ndarray:
-    """Counts as shares of their row; NaN in a row without any."""
-    sums = counts.sum(1, keepdims=True)
-    return np.where(sums > 0, counts / np.maximum(sums, 1), np.nan)
 
 
 def typical_pieces(layer: LayerUse, pieces: Sequence[str], most: int = 10) -> list[list[str]]:

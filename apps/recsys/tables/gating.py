@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import core
 from apps.recsys.encoding.features import Features
 from apps.recsys.tables.arrays import TableArrays
+from apps.report.routed import gate_weights
 
 COLLAPSED = 0.9
 """Share of zero outputs from which an expert has collapsed (HoME, section 1)."""
@@ -82,16 +83,6 @@ def _entropy(weights_NE: np.ndarray) -> np.ndarray:
         return np.zeros(len(weights_NE))
     p_NE = weights_NE / np.maximum(weights_NE.sum(1, keepdims=True, dtype=np.float64), 1e-20)
     return -np.sum(np.where(p_NE > 0, p_NE * np.log(np.maximum(p_NE, 1e-30)), 0.0), axis=1) / math.log(E)
-
-
-def gate_weights(routing: Any) -> Tensor:
-    """float32 (T, E): the weight of each expert in each example's output, of any routing on a tape."""
-    if not isinstance(routing, core.Routing):
-        return routing.scores_TE.detach().float()
-    E = len(routing.tokens_per_expert_E)
-    weights_TE = torch.zeros(routing.num_tokens, E + 1, device=routing.gates_N.device)
-    place = (routing.token_index_N, routing.expert_ids_N)
-    return weights_TE.index_put(place, routing.gates_N.detach().float(), accumulate=True)[:, :E]
 
 
 # ---- reading

@@ -23,13 +23,13 @@ from apps.recsys.tables.bottoms import SharedBottom, SingleTask
 from apps.recsys.tables.dense import DenseConfig
 from apps.recsys.tables.embedding import EmbeddingConfig
 from apps.recsys.tables.model import Ensemble, InteractionConfig, MultiTaskModel, mean_logit
-from apps.recsys.tables.report import RecommenderReport, ReportConfig
+from apps.recsys.tables.report import RecommenderReport, RecommenderReportConfig, TrainingChecks
 from apps.recsys.tables.tasks import HeadConfig
 from apps.recsys.tables.weighting import WeightingConfig
 from apps.train.module import OptimizerConfig, SparseModule, TaskOutput
 from apps.train.plain import as_config
 
-_REPORT = ReportConfig()
+_REPORT = RecommenderReportConfig()
 
 
 class MultiTaskRecommender(SparseModule, Comparable):
@@ -86,7 +86,7 @@ class MultiTaskRecommender(SparseModule, Comparable):
         dropout: float = 0.0,
         num_members: int = 1,
         score_bins: int | None = None,
-        report: ReportConfig | None = _REPORT,
+        report: RecommenderReportConfig | None = _REPORT,
         optimizer: OptimizerConfig | None = None,
         ema_decay: float | None = None,
     ) -> None:
@@ -97,7 +97,7 @@ class MultiTaskRecommender(SparseModule, Comparable):
         interaction = as_config(InteractionConfig, interaction, "interaction")
         head = as_config(HeadConfig, head, "head")
         weighting = as_config(WeightingConfig, weighting, "weighting")
-        report = as_config(ReportConfig, report, "report")
+        report = as_config(RecommenderReportConfig, report, "report")
         optimizer = as_config(OptimizerConfig, optimizer, "optimizer")
         super().__init__(optimizer=optimizer, ema_decay=ema_decay)
         if features is None:
@@ -289,7 +289,9 @@ class MultiTaskRecommender(SparseModule, Comparable):
             raise ValueError(f"model.features does not fit the data: {_difference(self.features, found)}")
 
     def report_callbacks(self) -> list[Callback]:
-        return [] if self.report is None else [RecommenderReport(self.report)]
+        if self.report is None:
+            return []
+        return [TrainingChecks(self.report.routing_examples), RecommenderReport(self.report)]
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)

@@ -1,11 +1,10 @@
-"""What ``moesaic test`` says of a multi-task recommender beside its metrics: tables, checks, gates, pictures."""
+"""The test report of a multi-task recommender, and the checks of its training."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,60 +20,47 @@ from apps.recsys.tables import checks, gating, pictures
 from apps.recsys.tables.arrays import TableArrays, join
 from apps.recsys.tables.checks import Check
 from apps.recsys.tables.gating import ExpertUse, Gate, GateReader
-from apps.report import plots
+from apps.report.base import Report, ReportConfig, computed_metrics, first_batches
+from apps.report.heatmaps import Heatmap, heatmaps, row_names
+from apps.report.plots import load_bars, save_picture
 from apps.report.tables import print_table, write_csv
-
-_logger = logging.getLogger(__name__)
 
 _SHOWN = 20  # lines of a printed table; the CSV file has all
 
 
 @core.register_config
 @dataclass(frozen=True)
-class ReportConfig:
+class RecommenderReportConfig(ReportConfig):
     """What ``moesaic test`` adds to the metrics of a recommender.
 
     Attributes:
-        gate_rows: test rows whose gates are read, at least one batch; 0 reads none.
         gate_feature: column whose values the gates are drawn by; None: the one on which they depend most.
         gate_values: values drawn at most, the most frequent.
-        pictures: write pictures.
 
     Raises:
         ValueError: a number out of its range.
     """
 
-    gate_rows: int = 20_000
     gate_feature: str | None = None
     gate_values: int = 16
-    pictures: bool = True
 
     def __post_init__(self) -> None:
-        for name, least in (("gate_rows", 0), ("gate_values", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"report.{name}={getattr(self, name)} must be at least {least}")
+        super().__post_init__()
+        self._check_least(gate_values=1)
 
 
-class RecommenderReport(Callback):
-    """The checks of a training, and the report of a test.
-
-    ``fit`` prints what the checks find in the validation split, in its columns at the start and in its metrics at the
-    end, if it came to a validation. ``test`` prints the tasks' metrics, the gates, the experts and the checks, and
-    writes into ``<run folder>/report``: ``tasks.csv``, ``gates.csv``, ``experts.csv``, ``dependence.csv``,
-    ``calibration.png``, ``gates_by_task.png``, ``gates_by_value.png``, ``utilisation.png``, ``polarisation.png``.
+class TrainingChecks(Callback):
+    """Prints what the checks find in the validation split: in its columns before a training, in its metrics after it.
 
     Args:
-        config: what to do.
+        rows: rows whose columns are looked at.
     """
 
     only_reports: ClassVar[bool] = True
-    """A comparison leaves it out."""
 
-    def __init__(self, config: ReportConfig) -> None:
-        self.config = config
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
         self._validated = False
-
-    # ---- fit
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._validated = False
@@ -83,76 +69,78 @@ class RecommenderReport(Callback):
             return
         rows = data.rows("val")
         if len(rows):
-            found = checks.label_among_features(join([rows[: max(self.config.gate_rows, 1)]], data.features, "val"))
-            checks.print_checks(found, "checks of the columns", quiet_when_clean=True)
+            arrays = join([rows[: max(self.rows, 1)]], data.features, "val")
+            checks.print_checks(checks.label_among_features(arrays), "checks of the columns", quiet_when_clean=True)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # The metrics of the check before the first step are of an untrained network.
+        # The validation before the first step is of an untrained network.
         self._validated |= not trainer.sanity_checking
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         metrics: Any = pl_module.stage_metrics("val")
         if trainer.is_global_zero and self._validated and isinstance(metrics, MultiTaskMetrics):
-            found = checks.suspicious_metrics(metrics.by_task, "val")
-            checks.print_checks(found, "checks of the last validation", quiet_when_clean=True)
+            suspicious = checks.suspicious_metrics(metrics.by_task, "val")
+            checks.print_checks(suspicious, "checks of the last validation", quiet_when_clean=True)
 
-    # ---- test
+
+@dataclass(frozen=True)
+class _Collected:
+    """The metrics of a test, and of its first rows the rows and their gates; None: these were not read."""
+
+    metrics: Mapping[str, TaskMetrics]
+    reader: GateReader
+    arrays: TableArrays | None
+    data: Any
+
+
+class RecommenderReport(Report):
+    """After a test: prints the tasks' metrics, the gates, the experts and the checks.
+
+    It writes ``tasks.csv``, ``gates.csv``, ``experts.csv``, ``dependence.csv``, ``calibration.png``,
+    ``gates_by_task.png``, ``gates_by_value.png``, ``utilisation.png``, ``polarisation.png``.
+
+    Args:
+        config: what to do.
+    """
+
+    def __init__(self, config: RecommenderReportConfig) -> None:
+        self.config = config
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         features: Any = getattr(pl_module, "features", None)
         if self.config.gate_feature is not None and features is not None:
             gating.check_column(features, self.config.gate_feature)
 
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        metrics: Any = pl_module.stage_metrics("test")
-        if not isinstance(metrics, MultiTaskMetrics):
-            return
-        metrics.compute()  # on every rank: it gathers. The module's own call finds the result
-        read = self._read(trainer, pl_module)  # on every rank: a sharded model needs them all
-        if not trainer.is_global_zero:
-            return
-        folder = Path(trainer.default_root_dir) / "report"
-        written = task_report(metrics.by_task, folder, self.config.pictures)
-        found = checks.suspicious_metrics(metrics.by_task, "test")
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        if read is not None:
-            reader, arrays = read
-            found += checks.label_among_features(arrays)
-            if reader.weights:
-                written += gate_report(reader, arrays, data, self.config, folder)
-        # What was found in the table when it was encoded, users in both splits among it.
-        found += [Check("table", warning) for warning in getattr(getattr(data, "findings", None), "warnings", ())]
-        checks.print_checks(checks.distinct(found))
-        _logger.info(f"{folder}: {', '.join(p.name for p in written)}")
-
-    def _read(self, trainer: Trainer, pl_module: LightningModule) -> tuple[GateReader, TableArrays] | None:
-        """The gates on the first test rows, and those rows."""
-        if not self.config.gate_rows:
+    def collect(self, trainer: Trainer, pl_module: LightningModule) -> _Collected | None:
+        metrics = computed_metrics(pl_module, MultiTaskMetrics)
+        if metrics is None:
             return None
         model: Any = pl_module
-        reader, kept = GateReader(model), []
-        for batch in _limited(batches_of_test(trainer), self.config.gate_rows):
+        reader, batches = GateReader(model), []
+        for batch in first_batches(batches_of_test(trainer), self.config.routing_examples):
             on_device = trainer.strategy.batch_to_device(batch, model.device)
             with trainer.precision_plugin.forward_context(), reader.reading():
                 model(*model.example_inputs(on_device))
-            kept.append(batch)
-        return (reader, join(kept, model.features, "test")) if kept else None
+            batches.append(batch)
+        arrays = join(batches, model.features, "test") if batches else None
+        return _Collected(metrics.by_task, reader, arrays, trainer.datamodule)  # type: ignore[attr-defined]
 
-
-def _limited(batches: Iterable[Any], rows: int) -> Iterator[Any]:
-    """Whole batches until ``rows`` were seen."""
-    seen = 0
-    for batch in batches:
-        if seen >= rows:
-            return
-        yield batch
-        seen += len(batch)
+    def write(self, collected: _Collected, folder: Path) -> None:
+        write_tasks(collected.metrics, folder, self.config.pictures)
+        findings = checks.suspicious_metrics(collected.metrics, "test")
+        if collected.arrays is not None:
+            findings += checks.label_among_features(collected.arrays)
+            if collected.reader.weights:
+                write_gates(collected.reader, collected.arrays, collected.data, self.config, folder)
+        # Users in both splits are among what encoding found.
+        warnings = getattr(getattr(collected.data, "findings", None), "warnings", ())
+        checks.print_checks(checks.distinct([*findings, *(Check("table", warning) for warning in warnings)]))
 
 
 # ---- tasks
 
 
-def task_report(by_task: Mapping[str, TaskMetrics], folder: Path, with_pictures: bool = True) -> list[Path]:
+def write_tasks(by_task: Mapping[str, TaskMetrics], folder: Path, with_pictures: bool = True) -> None:
     """Print the metrics, a line a task, and write ``tasks.csv`` and ``calibration.png``."""
     lines, users, rows = [], [], []
     for task, f in by_task.items():
@@ -170,57 +158,60 @@ def task_report(by_task: Mapping[str, TaskMetrics], folder: Path, with_pictures:
     if users:
         title = "AUC within users, weighted by their rows; users of one class are left out"
         print_table(title, ("task", "user AUC", "users", "left out"), users)
-    written = [write_csv(folder / "tasks.csv", rows)]
+    write_csv(folder / "tasks.csv", rows)
     curves = {task: f.calibration for task, f in by_task.items() if len(f.calibration.counts)}
     if with_pictures and curves:
-        written.append(plots.save_picture(pictures.calibration_curves(curves), folder / "calibration.png"))
-    return written
+        save_picture(pictures.calibration_curves(curves), folder / "calibration.png")
 
 
 # ---- gates and experts
 
+_WEIGHT = "mean gate weight, %"
 
-def gate_report(reader: GateReader, arrays: TableArrays, data: Any, config: ReportConfig, folder: Path) -> list[Path]:
+
+def write_gates(
+    reader: GateReader, arrays: TableArrays, data: Any, config: RecommenderReportConfig, folder: Path
+) -> None:
     """Print the gates, what they depend on, and the experts; write the CSV files and the pictures."""
     tasks, gates = arrays.features.tasks, reader.gates()
     use = gating.expert_use(gates, reader.zero_share(), tasks)
     depends = gating.dependence(gates, arrays)
-    written = [*_gate_tables(gates, tasks, folder), *_expert_tables(use, tasks, folder)]
+    _gate_tables(gates, tasks, folder)
+    _expert_tables(use, tasks, folder)
     if depends:
-        written += _dependence_table(depends, gating.left_out(arrays), gates, tasks, folder)
+        _dependence_table(depends, gating.left_out(arrays), gates, tasks, folder)
     if not config.pictures:
-        return written
+        return
     blocks = list(dict.fromkeys(g.block for g in gates))
-    maps = [_by_task(block, gates, tasks) for block in blocks]
-    drawn = {
-        "gates_by_task": pictures.heatmaps(maps, "Mean gate weights by task and expert"),
-        "gates_by_value": _by_value(gates, arrays, data, config, depends),
-        "utilisation": _utilisation(gates, tasks),
-        "polarisation": pictures.polarisation([_block_use(b, use, gates, tasks) for b in blocks], gating.COLLAPSED),
-    }
-    some = ((name, picture) for name, picture in drawn.items() if picture is not None)
-    return [*written, *(plots.save_picture(picture, folder / f"{name}.png") for name, picture in some)]
+    by_task = [[_by_task(block, gates, tasks)] for block in blocks]
+    save_picture(heatmaps(by_task, "Mean gate weights by task and expert", _WEIGHT), folder / "gates_by_task.png")
+    if config.gate_feature is not None or depends:
+        column = config.gate_feature or max(depends, key=lambda c: sum(depends[c].values()))
+        maps = _by_value(column, gates, arrays, data, config.gate_values)
+        block = f", {gates[-1].block}" if gates[-1].block else ""
+        title = f"Mean gate weights by {column}{block} (share of the rows)"
+        save_picture(heatmaps([maps], title, _WEIGHT), folder / "gates_by_value.png")
+    save_picture(_utilisation(gates, tasks), folder / "utilisation.png")
+    uses = [_block_use(block, use, gates, tasks) for block in blocks]
+    save_picture(pictures.polarisation(uses, gating.COLLAPSED), folder / "polarisation.png")
 
 
 def _utilisation(gates: Sequence[Gate], tasks: Sequence[str]) -> Any:
-    """Bars a gate: the examples that each expert computes where some are left out, else its weight."""
+    """Draw for each gate the examples that each expert computes where some are left out, else its weight."""
     sparse = any((g.weights_NE == 0).any() for g in gates)
     loads = {_gate_name(g, gates, tasks): ((g.weights_NE > 0) if sparse else g.weights_NE).sum(0) for g in gates}
-    picture = plots.load_bars(loads, title="Expert utilisation", share_of="computed pairs" if sparse else "gate weight")
-    for axis, gate in zip(picture.axes, gates, strict=True):
-        if not gate.experts[0].isdigit():
-            pictures.name_columns(axis, [gating.expert_label(name, tasks) for name in gate.experts])
-            axis.set_xlabel("")
-    return picture
+    names = {_gate_name(g, gates, tasks): [gating.expert_label(n, tasks) for n in g.experts] for g in gates}
+    share_of = "computed pairs" if sparse else "gate weight"
+    return load_bars(loads, title="Expert utilisation", share_of=share_of, names=names)
 
 
 def _gate_name(gate: Gate, gates: Sequence[Gate], tasks: Sequence[str]) -> str:
-    """Of a gate among all: with its block where there are several."""
+    """Return the name of a gate among all, with its block where there are several."""
     name = gating.label(gate, tasks)
     return f"{gate.block}: {name}" if gate.block and len({g.block for g in gates}) > 1 else name
 
 
-def _gate_tables(gates: Sequence[Gate], tasks: Sequence[str], folder: Path) -> list[Path]:
+def _gate_tables(gates: Sequence[Gate], tasks: Sequence[str], folder: Path) -> None:
     lines, rows = [], []
     for gate in gates:
         first = int(np.argmax(gate.mean_E))
@@ -238,11 +229,11 @@ def _gate_tables(gates: Sequence[Gate], tasks: Sequence[str], folder: Path) -> l
         columns,
         lines,
     )
-    return [write_csv(folder / "gates.csv", rows)]
+    write_csv(folder / "gates.csv", rows)
 
 
-def _expert_tables(use: Sequence[ExpertUse], tasks: Sequence[str], folder: Path) -> list[Path]:
-    """A table a block."""
+def _expert_tables(use: Sequence[ExpertUse], tasks: Sequence[str], folder: Path) -> None:
+    """Print a table for each block."""
     for block in dict.fromkeys(u.block for u in use):
         own = [u for u in use if u.block == block]
         gates = list(own[0].weights)
@@ -270,7 +261,7 @@ def _expert_tables(use: Sequence[ExpertUse], tasks: Sequence[str], folder: Path)
         | {"remark": u.problem}
         for u in use
     ]
-    return [write_csv(folder / "experts.csv", rows)]
+    write_csv(folder / "experts.csv", rows)
 
 
 def _dependence_table(
@@ -279,8 +270,8 @@ def _dependence_table(
     gates: Sequence[Gate],
     tasks: Sequence[str],
     folder: Path,
-) -> list[Path]:
-    """The columns on which the gates depend most, those of the last block on the screen."""
+) -> None:
+    """Print the columns on which the gates of the last block depend most; write those of all."""
     known = [g for g in gates if any(g.key in values for values in depends.values())]
     order = sorted(depends, key=lambda c: -sum(depends[c].values()))
     last = [g for g in known if g.block == known[-1].block]
@@ -294,66 +285,46 @@ def _dependence_table(
     rows = [
         {"column": c, **{_gate_name(g, gates, tasks): depends[c].get(g.key, math.nan) for g in known}} for c in order
     ]
-    return [write_csv(folder / "dependence.csv", rows)]
+    write_csv(folder / "dependence.csv", rows)
 
 
 def _percent(value: float, digits: int = 0) -> str:
     return "–" if math.isnan(value) else f"{100 * value:.{digits}f}"
 
 
-def _by_task(block: str, gates: Sequence[Gate], tasks: Sequence[str]) -> pictures.Heatmap:
-    """The mean weights of a block: gates by experts, nothing where a gate does not reach."""
+def _by_task(block: str, gates: Sequence[Gate], tasks: Sequence[str]) -> Heatmap:
+    """Return the mean weights of a block, gates by experts, with nothing where a gate does not reach."""
     own = [g for g in gates if g.block == block]
     experts = list(dict.fromkeys(name for g in own for name in g.experts))
     values = np.full((len(own), len(experts)), np.nan)
     for row, gate in enumerate(own):
         values[row, [experts.index(name) for name in gate.experts]] = gate.mean_E
     labels = tuple(gating.expert_label(name, tasks) for name in experts)
-    return pictures.Heatmap(block, tuple(gating.label(g, tasks) for g in own), labels, values)
+    return Heatmap(block, tuple(gating.label(g, tasks) for g in own), labels, values)
 
 
-def _by_value(
-    gates: Sequence[Gate],
-    arrays: TableArrays,
-    data: Any,
-    config: ReportConfig,
-    depends: Mapping[str, Mapping[str, float]],
-) -> Any:
-    """Weights by the values of a column, a map a gate of the last block; None where no column can be taken."""
-    columns = {name: (codes_N, words) for name, codes_N, words in gating.coded_columns(arrays)}
-    wanted = config.gate_feature
-    if wanted is None:
-        if not depends:
-            return None
-        wanted = max(depends, key=lambda column: sum(depends[column].values()))
-    codes_N, words = columns[wanted]
-    if wanted == gating.domain_column(arrays.features):
+def _by_value(column: str, gates: Sequence[Gate], arrays: TableArrays, data: Any, most: int) -> list[Heatmap]:
+    """Return the weights by the ``most`` frequent values of a column and over all rows, for the last block's gates."""
+    codes_N, words = {name: (codes, words) for name, codes, words in gating.coded_columns(arrays)}[column]
+    if column == gating.domain_column(arrays.features):
         words = getattr(data, "domain_values", None) or None
     counts_V = np.bincount(codes_N)
-    most = np.sort(np.argsort(-counts_V, kind="stable")[: config.gate_values])
-    values = [int(v) for v in most if counts_V[v]]
+    values = [int(v) for v in np.sort(np.argsort(-counts_V, kind="stable")[:most]) if counts_V[v]]
+    rows = row_names([_word(v, column, words, data) for v in values], counts_V[values] / len(codes_N))
     last = [g for g in gates if g.block == gates[-1].block and g.end != "selection"]
-    rows = tuple(f"{_word(v, wanted, words, data)} ({_small_percent(counts_V[v] / len(codes_N))})" for v in values)
-    maps = [
-        pictures.Heatmap(
+    return [
+        Heatmap(
             gating.label(gate, arrays.features.tasks),
             rows,
             tuple(gating.expert_label(name, arrays.features.tasks) for name in gate.experts),
-            gating.weights_by_value(gate, codes_N, values),
+            np.concatenate([gating.weights_by_value(gate, codes_N, values), gate.mean_E[None]]),
         )
         for gate in last[:4]
     ]
-    level = f", {last[0].block}" if last and last[0].block else ""
-    below = len(maps[0].columns) > 16
-    return pictures.heatmaps(maps, f"Mean gate weights by {wanted}{level} (share of the rows)", below=below)
-
-
-def _small_percent(share: float) -> str:
-    return "<1 %" if share < 0.01 else f"{100 * share:.0f} %"
 
 
 def _word(value: int, column: str, words: Sequence[str] | None, data: Any) -> str:
-    """A value of a column as it stands in the table."""
+    """Return a value of a column as it stands in the table."""
     vocabulary = getattr(data, "vocabulary", None)
     known: Sequence[str | None] = words or ()
     if words is None and vocabulary is not None:
@@ -365,13 +336,13 @@ def _word(value: int, column: str, words: Sequence[str] | None, data: Any) -> st
 
 
 def _block_use(block: str, use: Sequence[ExpertUse], gates: Sequence[Gate], tasks: Sequence[str]) -> pictures.BlockUse:
-    mine = [u for u in use if u.block == block]
+    experts = [u for u in use if u.block == block]
     own = [g for g in gates if g.block == block]
     names = [gating.label(g, tasks) for g in own]
     return pictures.BlockUse(
         block,
-        tuple(gating.expert_label(u.name, tasks) for u in mine),
-        np.array([u.zero_share for u in mine]),
-        {n: np.array([u.weights.get(n, math.nan) for u in mine]) for n in names},
+        tuple(gating.expert_label(u.name, tasks) for u in experts),
+        np.array([u.zero_share for u in experts]),
+        {n: np.array([u.weights.get(n, math.nan) for u in experts]) for n in names},
         {n: (g.entropy, g.mean_entropy) for n, g in zip(names, own, strict=True)},
     )

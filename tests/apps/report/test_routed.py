@@ -3,7 +3,7 @@
 import torch
 
 import core
-from apps.report.routed import expert_label_counts, expert_of_token, experts_of_token
+from apps.report.routed import expert_label_counts, expert_of_token, experts_of_token, gate_weights, layer_label
 
 
 def routing(token, expert, gate, num_tokens, num_experts):
@@ -48,3 +48,30 @@ def test_without_pairs_the_experts_of_a_token_are_those_of_the_largest_shares():
 def test_counts_by_label_leave_dropped_pairs_out():
     # Token 0 has label 1 and experts 2 and 0, token 1 label 0 and expert 1, token 3 label 1 and experts 2 and 1.
     assert expert_label_counts(PAIRS, torch.tensor([1, 0, 0, 1, 1]), 2).tolist() == [[0, 1, 0], [1, 1, 2]]
+
+
+def test_a_label_may_be_of_a_whole_sequence():
+    # Two sequences of two tokens, labels 1 and 0. Expert 2 is none. Tokens 0 and 1 are the first sequence's.
+    r = routing([0, 0, 1, 1, 2, 2, 3, 3], [0, 1, 0, 2, 1, 2, 1, 0], [0.5] * 8, 4, 2)
+    assert expert_label_counts(r, torch.tensor([1, 0]), 3).tolist() == [[1, 2], [2, 1], [0, 0]]
+
+
+def test_gate_weights_of_routed_pairs():
+    # Token 0 takes expert 1 with 0.7 and expert 0 with 0.3; token 1 expert 1 with 0.6, its second pair is not computed.
+    routing = core.Routing(
+        token_index_N=torch.tensor([0, 0, 1, 1]),
+        expert_ids_N=torch.tensor([1, 0, 1, 2]),
+        gates_N=torch.tensor([0.7, 0.3, 0.6, 0.4]),
+        tokens_per_expert_E=torch.tensor([1, 2]),
+        chosen_per_expert_E=torch.tensor([2, 2]),
+        num_tokens=2,
+    )
+    torch.testing.assert_close(gate_weights(routing), torch.tensor([[0.3, 0.7], [0.0, 0.6]]))
+
+
+def test_layers_are_named_by_their_place():
+    assert layer_label("blocks.3.mlp") == "block 3"
+    assert layer_label("model.blocks.11.mlp") == "block 11"
+    assert layer_label("model.decoder.layers.3.ffn") == "decoder 3"
+    assert layer_label("encoder.layers.0.ffn") == "encoder 0"
+    assert layer_label("encoder.ffn") == "encoder.ffn"

@@ -31,7 +31,7 @@ from apps.nlp.foreseen import read_ids
 from apps.nlp.text.batch import TranslationBatch
 from apps.nlp.translation.metrics import corpus_score
 from apps.nlp.translation.module import Translator, check_tasks, task_numbers
-from apps.nlp.translation.report import ReportConfig
+from apps.nlp.translation.report import TranslationReportConfig
 from apps.train.checkpoints import AtomicCheckpointIO, BestAndLast
 from apps.train.finite import NonFiniteError
 from apps.train.module import OptimizerConfig
@@ -491,7 +491,7 @@ def test_a_checkpoint_brings_its_subwords_along(data, tmp_path):
     trainer(tmp_path, limit_train_batches=1, limit_val_batches=0).fit(module, data)
     again = Translator.load_from_checkpoint(tmp_path / "last.ckpt")
     assert again.subwords == data.subwords
-    assert (again.pairs, again.decode.beam_size, again.report) == (("en-de",), 3, ReportConfig())
+    assert (again.pairs, again.decode.beam_size, again.report) == (("en-de",), 3, TranslationReportConfig())
     assert torch.equal(again.model.source_embed.weight, module.model.source_embed.weight)
 
 

@@ -7,19 +7,8 @@ import pytest
 from matplotlib.colors import to_rgb
 
 from apps.nlp.translation import pictures
-from apps.nlp.translation.pictures import (
-    Curve,
-    ExpertMap,
-    Routes,
-    attention_map,
-    drawn,
-    expert_maps,
-    learning_curves,
-    sentence_routes,
-)
+from apps.nlp.translation.pictures import Routes, attention_map, drawn, sentence_routes
 from apps.report.plots import PALETTE, save_picture
-
-NAN = float("nan")
 
 
 def texts(axis):
@@ -28,52 +17,6 @@ def texts(axis):
 
 def shown(fig):
     return [axis for axis in fig.axes if axis.get_visible()]
-
-
-# ---- maps
-
-
-def test_a_map_has_a_row_a_name_and_a_column_an_expert():
-    fig = expert_maps(
-        [[ExpertMap("encoder 1", ("de", "fr"), np.array([[0.75, 0.25], [NAN, NAN]]))]], "title", "share, %"
-    )
-    axis, bar = shown(fig)
-    assert axis.images[0].get_array().tolist()[0] == [75, 25]
-    assert [t.get_text() for t in axis.get_yticklabels()] == ["de", "fr"]
-    assert texts(axis) == ["75", "25"]  # nothing of the French there is none of
-    assert (axis.get_title(), axis.get_xlabel(), bar.get_ylabel()) == ("encoder 1", "expert", "share, %")
-    assert axis.images[0].get_clim() == (0, 75)
-
-
-def test_a_band_has_its_own_rows_and_all_have_one_scale():
-    values = np.array([[0.5, 0.5], [0.2, 0.8]])
-    encoder = [ExpertMap(f"encoder {i}", ("de", "fr"), values) for i in (1, 3)]
-    decoder = [ExpertMap("decoder 1", ("en",), np.array([[0.4, 0.6]]))]
-    *axes, _ = shown(expert_maps([encoder, [], decoder], "title", "share"))
-    assert [a.get_title() for a in axes] == ["encoder 1", "encoder 3", "decoder 1"]
-    assert [[t.get_text() for t in a.get_yticklabels()] for a in axes] == [["de", "fr"], ["", ""], ["en"]]
-    assert {a.images[0].get_clim() for a in axes} == {(0, 80)}
-
-
-def test_maps_without_room_beside_each_other_go_below():
-    maps = [ExpertMap(f"encoder {i}", ("de",), np.full((1, 16), 1 / 16)) for i in range(3)]  # 6 inches each
-    *axes, _ = shown(expert_maps([maps], "title", "share"))
-    places = [a.get_subplotspec().get_topmost_subplotspec() for a in axes]
-    assert [(p.rowspan.start, p.colspan.start) for p in places] == [(0, 0), (0, 1), (1, 0)]
-    assert [a.get_yticklabels()[0].get_text() for a in axes] == ["de", "", "de"]
-
-
-def test_colours_may_end_below_the_largest_share():
-    one = [ExpertMap("encoder 1", ("tag", "word"), np.array([[1.0, 0.0], [0.4, 0.6]]))]
-    axis, bar = shown(expert_maps([one], "title", "share", top=0.6))
-    assert axis.images[0].get_clim() == (0, 60)
-    assert texts(axis) == ["100", "0", "40", "60"]
-
-
-def test_numbers_are_left_out_where_there_is_no_room():
-    axis, _ = shown(expert_maps([[ExpertMap("encoder 1", ("de",), np.full((1, 64), 1 / 64))]], "title", "share"))
-    assert texts(axis) == []
-    assert [int(x) for x in axis.get_xticks()] == list(range(0, 64, 4))
 
 
 @pytest.mark.parametrize(
@@ -85,9 +28,6 @@ def test_a_title_stands_within_the_picture(title):
         fig.draw_without_rendering()
         box = fig._suptitle.get_window_extent()
         assert 0 < box.x0 < box.x1 < fig.bbox.width
-
-
-# ---- one sentence
 
 
 def test_a_subword_has_the_colour_of_its_first_expert_and_the_numbers_of_all():
@@ -153,7 +93,7 @@ def test_letters_of_another_installed_font_are_drawn_in_it(further, tmp_path):
     fig = attention_map(np.ones((1, 1)), [hooked], ["a"], hooked)
     (label,) = shown(fig)[0].get_xticklabels()
     assert label.get_fontfamily() == ["DejaVu Sans", "STIXGeneral"]
-    save_picture(fig, tmp_path / "a.png", flat=True)
+    save_picture(fig, tmp_path / "a.png")
 
 
 @pytest.mark.filterwarnings("error")
@@ -166,32 +106,7 @@ def test_dollars_and_unknown_letters_are_no_trouble_in_a_file(tmp_path):
             sentence_routes([Routes("encoder layer", tuple(pieces), {"encoder 0": ids})], 2, "$ and $"),
         )
     ):
-        assert save_picture(fig, tmp_path / f"{number}.png", flat=True).stat().st_size < 300_000
-
-
-# ---- curves
-
-
-def test_curves_are_drawn_by_panel_and_the_best_score_is_marked():
-    steps = np.array([10, 20, 30])
-    bleu, loss = Curve("BLEU", steps, np.array([5.0, 9.25, 8.0])), Curve("train", steps, np.array([3.0, 2.0, 1.0]))
-    left, right = learning_curves({"loss": [loss], "none": [], "score": [bleu]}, "title", best="BLEU").axes
-    assert [left.get_title(), right.get_title()] == ["loss", "score"]
-    assert left.lines[0].get_ydata().tolist() == [3.0, 2.0, 1.0]
-    assert (right.lines[0].get_xdata(), right.lines[0].get_ydata()) == ([20], [9.25])
-    legends = [[t.get_text() for t in axis.get_legend().get_texts()] for axis in (left, right)]
-    assert legends == [["train"], ["BLEU, best 9.2"]]
-
-
-def test_a_long_curve_has_its_means_drawn_over_it():
-    # 400 steps: 100 parts of 4, whose means are 2.5, 6.5, ...
-    steps = np.arange(1, 401)
-    (axis,) = learning_curves({"loss": [Curve("train", steps, steps.astype(float))]}, "title").axes
-    pale, mean = axis.lines
-    assert len(pale.get_ydata()) == 400
-    assert list(mean.get_ydata())[:2] == [2.5, 6.5]
-    assert len(mean.get_ydata()) == 100
-    assert [t.get_text() for t in axis.get_legend().get_texts()] == ["train"]
+        assert save_picture(fig, tmp_path / f"{number}.png").stat().st_size < 300_000
 
 
 # ---- refused
@@ -200,12 +115,6 @@ def test_a_long_curve_has_its_means_drawn_over_it():
 @pytest.mark.parametrize(
     ("draw", "message"),
     [
-        (lambda: ExpertMap("encoder 1", ("de",), np.zeros((2, 3))), r"map of 'encoder 1': values \(2, 3\) for 1 rows"),
-        (lambda: expert_maps([[]], "", ""), "needs at least one map"),
-        (
-            lambda: expert_maps([[ExpertMap(f"encoder {n}", (n,), np.zeros((1, 2))) for n in "ab"]], "", ""),
-            "maps of 'encoder a' and its neighbours have different rows",
-        ),
         (
             lambda: Routes("encoder layer", ("a",), {"encoder 1": np.zeros((2, 1), int)}),
             r"experts of 'encoder 1' have shape \(2, 1\), not \(1 subwords, K\)",
@@ -215,7 +124,6 @@ def test_a_long_curve_has_its_means_drawn_over_it():
             lambda: attention_map(np.zeros((1, 2)), ["a"], ["b"], ""),
             r"weights have shape \(1, 2\), not \(1 target, 1 source\)",
         ),
-        (lambda: learning_curves({"loss": []}, ""), "needs at least one curve"),
     ],
 )
 def test_arrays_that_do_not_fit_are_refused(draw, message):

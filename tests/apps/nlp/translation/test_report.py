@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from apps.nlp.translation.metrics import Sentence, corpus_score, scorer
-from apps.nlp.translation.report import ReportConfig, breakdown, length_groups, report, side_by_side
+from apps.nlp.translation.report import TranslationReportConfig, breakdown, length_groups, side_by_side, write_scores
 
 PAIRS = {"en-de": "13a", "en-fr": "13a"}
 SOURCES = ["A dog runs.", "She reads a long book.", "Go!", "[/b] {x}"]
@@ -50,8 +50,8 @@ def test_a_group_s_scores_are_those_of_its_sentences_alone():
 
 
 def test_the_report_is_printed_and_written(tmp_path, capsys):
-    written = report(SENTENCES, PAIRS, SOURCES, tmp_path, ReportConfig(lengths=(3,), samples=2))
-    assert [p.name for p in written] == ["pairs.csv", "lengths.csv", "sentences.jsonl", "signatures.txt"]
+    write_scores(SENTENCES, PAIRS, SOURCES, tmp_path, TranslationReportConfig(lengths=(3,), samples=2))
+    assert {p.name for p in tmp_path.iterdir()} == {"pairs.csv", "lengths.csv", "sentences.jsonl", "signatures.txt"}
     by_pair = rows(tmp_path / "pairs.csv")
     assert [row["pair"] for row in by_pair] == ["en-de", "en-fr", "mean of the pairs"]
     mean = (float(by_pair[0]["bleu"]) + float(by_pair[1]["bleu"])) / 2
@@ -83,7 +83,7 @@ def test_the_report_is_printed_and_written(tmp_path, capsys):
 
 
 def test_one_pair_has_no_mean_and_sources_may_be_unknown(tmp_path, capsys):
-    report(SENTENCES[:2], {"en-de": "13a"}, None, tmp_path, ReportConfig(samples=9))
+    write_scores(SENTENCES[:2], {"en-de": "13a"}, None, tmp_path, TranslationReportConfig(samples=9))
     assert [row["pair"] for row in rows(tmp_path / "pairs.csv")] == ["en-de"]
     assert "source" not in json.loads((tmp_path / "sentences.jsonl").read_text().splitlines()[0])
     out = capsys.readouterr().out
@@ -94,7 +94,8 @@ def test_one_pair_has_no_mean_and_sources_may_be_unknown(tmp_path, capsys):
 def test_each_pair_is_scored_by_its_tokenizer_and_says_so(tmp_path, capsys):
     # As one word of 13a nothing is right; of seven characters six are, in their order.
     other = Sentence(4, 1, "他今天在家里。", "她今天在家里。", -0.2, nll=1.0, right=2, tokens=3)
-    report([*SENTENCES[:2], other], {"en-de": "13a", "en-zh": "zh"}, None, tmp_path, ReportConfig(lengths=(6,)))
+    pairs, config = {"en-de": "13a", "en-zh": "zh"}, TranslationReportConfig(lengths=(6,))
+    write_scores([*SENTENCES[:2], other], pairs, None, tmp_path, config)
     first, second, mean = rows(tmp_path / "pairs.csv")
     assert ("tok:13a" in first["bleu_signature"], "tok:zh" in second["bleu_signature"]) == (True, True)
     assert mean["bleu_signature"] == f"{first['bleu_signature']}; {second['bleu_signature']}"
@@ -115,12 +116,12 @@ def test_each_pair_is_scored_by_its_tokenizer_and_says_so(tmp_path, capsys):
     [
         ({"lengths": (5, 5)}, r"report\.lengths=\(5, 5\) must be ascending"),
         ({"lengths": [0, 5]}, r"report\.lengths=\(0, 5\) must be ascending numbers of at least 1"),
-        ({"samples": -1}, r"report\.samples=-1 must not be negative"),
+        ({"samples": -1}, r"report\.samples=-1 must be at least 0"),
     ],
 )
 def test_wrong_options(options, message):
     with pytest.raises(ValueError, match=message):
-        ReportConfig(**options)
+        TranslationReportConfig(**options)
 
 
 def test_translations_stand_side_by_side_line_by_line():

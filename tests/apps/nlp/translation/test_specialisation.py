@@ -16,9 +16,7 @@ from apps.nlp.translation.specialisation import (
     by_class,
     by_label,
     entropy,
-    layer_name,
     mutual_information,
-    shares,
     side_of,
     specialisation,
     token_classes,
@@ -151,9 +149,6 @@ def test_layers_that_were_not_told_their_tokens_are_refused():
 
 
 def test_layers_are_named_by_stack_and_number():
-    assert layer_name("decoder.layers.3.ffn") == "decoder 3"
-    assert layer_name("model.encoder.layers.11.ffn") == "encoder 11"
-    assert layer_name("tower.ffn") == "tower.ffn"
     assert (side_of("decoder 3"), side_of("model.encoder.layers.0.ffn")) == ("target", "source")
 
 
@@ -236,10 +231,6 @@ def test_the_chance_of_token_classes_is_the_bias_of_so_many_pairs():
     assert found.bits == pytest.approx(entropy(np.array([3, 5])))
     assert found.share == pytest.approx(1.0)
     assert found.by_chance == pytest.approx(1 / (16 * np.log(2)))
-
-
-def test_shares_are_of_a_row_and_unknown_without_tokens():
-    np.testing.assert_array_equal(shares(np.array([[1, 3], [0, 0]])), [[0.25, 0.75], [np.nan, np.nan]])
 
 
 def test_typical_subwords_are_those_that_tell_most_of_their_expert():

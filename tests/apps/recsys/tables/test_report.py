@@ -18,9 +18,9 @@ from apps.recsys.binary_metrics import calibration
 from apps.recsys.encoding.features import CategoricalFeature
 from apps.recsys.tables import checks, gating, pictures
 from apps.recsys.tables.arrays import join
-from apps.recsys.tables.gating import Gate, GateReader, dependence, expert_use, gate_weights
+from apps.recsys.tables.gating import Gate, GateReader, dependence, expert_use
 from apps.recsys.tables.module import MultiTaskRecommender
-from apps.recsys.tables.report import RecommenderReport, ReportConfig
+from apps.recsys.tables.report import RecommenderReport, RecommenderReportConfig
 
 MLP = core.MLP((4,))
 
@@ -39,19 +39,6 @@ def read(module: MultiTaskRecommender, *batches) -> GateReader:
 
 
 # ---- reading
-
-
-def test_gate_weights_of_routed_pairs():
-    # Token 0 takes expert 1 with 0.7 and expert 0 with 0.3; token 1 expert 1 with 0.6, its second pair is not computed.
-    routing = core.Routing(
-        token_index_N=torch.tensor([0, 0, 1, 1]),
-        expert_ids_N=torch.tensor([1, 0, 1, 2]),
-        gates_N=torch.tensor([0.7, 0.3, 0.6, 0.4]),
-        tokens_per_expert_E=torch.tensor([1, 2]),
-        chosen_per_expert_E=torch.tensor([2, 2]),
-        num_tokens=2,
-    )
-    torch.testing.assert_close(gate_weights(routing), torch.tensor([[0.3, 0.7], [0.0, 0.6]]))
 
 
 def test_the_gates_of_mmoe_are_read_over_batches():
@@ -206,16 +193,6 @@ def test_the_scenario_has_a_name_that_no_column_has():
 # ---- pictures
 
 
-def test_heatmaps_say_the_values_and_leave_out_what_is_not_there():
-    maps = [pictures.Heatmap("", ("a", "b"), ("x", "y"), np.array([[0.25, 0.75], [1.0, np.nan]]))]
-    axis = pictures.heatmaps(maps, "t").axes[0]
-    assert [t.get_text() for t in axis.texts] == ["25", "75", "100"]
-    with pytest.raises(ValueError, match="at least one map"):
-        pictures.heatmaps([], "t")
-    with pytest.raises(ValueError, match=r"values \(1, 1\) for 2 x 1"):
-        pictures.Heatmap("m", ("a", "b"), ("x",), np.zeros((1, 1)))
-
-
 @pytest.mark.parametrize("rate", [0.001, 0.4])
 def test_calibration_curves_show_every_bin(rate):
     rng = np.random.default_rng(0)
@@ -300,17 +277,17 @@ def test_a_model_without_gates_has_a_report_too(tmp_path, capsys):
 
 
 def test_options_of_the_report(tmp_path, capsys):
-    module = recommender(core.MMoE(3, MLP), report=ReportConfig(gate_rows=0, pictures=False))
+    module = recommender(core.MMoE(3, MLP), report=RecommenderReportConfig(routing_examples=0, pictures=False))
     run(module, tmp_path)
     assert {p.name for p in (tmp_path / "report").iterdir()} == {"tasks.csv"}
-    run(recommender(core.MMoE(3, MLP), report=ReportConfig(gate_feature="age")), tmp_path)
+    run(recommender(core.MMoE(3, MLP), report=RecommenderReportConfig(gate_feature="age")), tmp_path)
     for name, why in (("town", "$"), ("film.tags", ": it has several values a row"), ("flat", ": it has one value")):
         folder = tmp_path / name
         with pytest.raises(ValueError, match=rf"report.gate_feature='{name}' is not one of city, age{why}"):
-            run(recommender(core.MMoE(3, MLP), report=ReportConfig(gate_feature=name)), folder)
+            run(recommender(core.MMoE(3, MLP), report=RecommenderReportConfig(gate_feature=name)), folder)
         assert not (folder / "report").exists(), "known before the test is run"
     with pytest.raises(ValueError, match=r"report.gate_values=0 must be at least 1"):
-        ReportConfig(gate_values=0)
+        RecommenderReportConfig(gate_values=0)
 
 
 @pytest.mark.parametrize("steps, reports", [(3, 0), (4, 1)])

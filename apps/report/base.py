@@ -1,0 +1,119 @@
+"""The base of the test reports: what all of them may be asked for, when they are made, and where their files go."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from apps.base.files import temporary_path
+
+_logger = logging.getLogger(__name__)
+
+Kind = TypeVar("Kind")
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """What ``moesaic test`` adds to the metrics of a model; each app adds fields of its own.
+
+    Attributes:
+        routing_examples: test examples from which the routing is read, about, and at least one batch; 0 reads none.
+        pictures: write pictures beside the tables.
+
+    Raises:
+        ValueError: a number out of its range.
+    """
+
+    routing_examples: int = 20_000
+    pictures: bool = True
+
+    def __post_init__(self) -> None:
+        self._check_least(routing_examples=0)
+
+    def _check_least(self, **least: int) -> None:
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                raise ValueError(f"report.{name}={getattr(self, name)} must be at least {bound}")
+
+
+class Report(Callback):
+    """The report of a test: collected by all processes, written by the first one into ``<run folder>/report``.
+
+    A subclass brings ``collect`` and ``write``. The files appear together when all are written, so an error leaves the
+    report of an earlier test as it was.
+    """
+
+    only_reports: ClassVar[bool] = True
+    """A comparison leaves it out."""
+
+    def collect(self, trainer: Trainer, pl_module: LightningModule) -> Any:
+        """Return what ``write`` needs; None writes nothing. Every process calls it, since a sharded model needs all."""
+        raise NotImplementedError(f"{type(self).__name__} must define collect(trainer, pl_module)")
+
+    def write(self, collected: Any, folder: Path) -> None:
+        """Print the tables and write the files into ``folder``."""
+        raise NotImplementedError(f"{type(self).__name__} must define write(collected, folder)")
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        collected = self.collect(trainer, pl_module)
+        if collected is not None and trainer.is_global_zero:
+            with report_folder(trainer) as folder:
+                self.write(collected, folder)
+
+
+@contextlib.contextmanager
+def report_folder(trainer: Trainer) -> Iterator[Path]:
+    """Give an empty folder, and move its files into ``<run folder>/report`` when the block has ended without an error.
+
+    The log then names them.
+    """
+    folder = Path(trainer.default_root_dir) / "report"
+    new = temporary_path(folder)
+    shutil.rmtree(new, ignore_errors=True)  # a kill may have left it
+    new.mkdir(parents=True)
+    try:
+        yield new
+        names = sorted(path.name for path in new.iterdir())
+        if names:
+            folder.mkdir(exist_ok=True)
+            for name in names:
+                os.replace(new / name, folder / name)
+            _logger.info(f"{folder}: {', '.join(names)}")
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def computed_metrics(pl_module: Any, kind: type[Kind]) -> Kind | None:
+    """Return the test's metrics, computed; None where they are of another kind.
+
+    Every process must call it, for computing gathers. The module's own call then finds the result.
+    """
+    metrics = pl_module.stage_metrics("test")
+    if not isinstance(metrics, kind):
+        return None
+    metrics.compute()  # type: ignore[attr-defined]
+    return metrics
+
+
+def first_batches(batches: Iterable[Any], examples: int, size: Callable[[Any], int] = len) -> Iterator[Any]:
+    """Yield whole batches until at least so many ``examples`` came.
+
+    Args:
+        batches: the batches.
+        examples: examples wanted.
+        size: gives the examples of a batch.
+    """
+    seen = 0
+    for batch in batches:
+        if seen >= examples:
+            return
+        yield batch
+        seen += size(batch)

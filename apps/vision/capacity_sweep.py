@@ -1,0 +1,106 @@
+"""Accuracy of a sparse image classifier as its evaluation capacity falls."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import core
+from apps.report import plots
+from apps.vision.few_shot import hard_labels
+
+
+@dataclass(frozen=True)
+class CapacityPoint:
+    """A model, evaluated at one capacity.
+
+    Attributes:
+        priority: who was served first, "position" or "score".
+        capacity_factor: None is dropless.
+        accuracy: top-1.
+        flops_per_image: forward, products alone, of the rows really computed.
+        drop_rate: share of the routed pairs no expert computed, over all layers.
+        images: how many it was evaluated on.
+    """
+
+    priority: str
+    capacity_factor: float | None
+    accuracy: float
+    flops_per_image: float
+    drop_rate: float
+    images: int
+
+
+@torch.no_grad()
+def capacity_sweep(
+    model: nn.Module,
+    batches: Callable[[], Iterable[Any]],
+    factors: Sequence[float | None] = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, None),
+    priorities: Sequence[str] = ("position", "score"),
+    device: torch.device | str = "cpu",
+) -> tuple[CapacityPoint, ...]:
+    """Return accuracy against FLOPs as the evaluation capacity falls (V-MoE, 2106.05974, section 4.1 and figure 8).
+
+    Below a factor of 1 some pairs must be dropped: by position whatever they show, by score those the router cares for
+    least. Where the layer's group is the batch its images compete for capacity, so a point depends on the batches: they
+    are the same for all points.
+
+    Args:
+        model: with MoE layers; in evaluation mode.
+        batches: makes the batches anew for each point.
+        factors: capacity factors; None is dropless, where priorities coincide and are run once.
+        priorities: "position" is without batch-prioritised routing, "score" with it.
+        device: where the model is.
+
+    Raises:
+        ValueError: the model has no MoE layer, or there is no batch.
+    """
+    if not core.moe_layers(model):
+        raise ValueError("capacity_sweep needs a model with MoE layers")
+    points: list[CapacityPoint] = []
+    for priority, factor in itertools.product(priorities, factors):
+        same = next((p for p in points if factor is None and p.capacity_factor is None), None)
+        if same is not None:
+            points.append(replace(same, priority=priority))
+            continue
+        right = images = flops = computed = chosen = 0
+        with core.set_capacity_factor(model, factor, priority=priority):
+            for batch in batches():
+                with core.record(model) as tape:
+                    logits: list[Tensor] = []
+                    flops += core.count_flops(lambda x, out=logits: out.append(model(x)), batch.image.to(device))
+                stats = core.RoutingStats.from_tape(tape).layers.values()
+                computed += sum(int(s.tokens_per_expert.sum()) for s in stats)
+                chosen += sum(int(s.chosen_per_expert.sum()) for s in stats)
+                right += int((logits[0].argmax(-1).cpu() == hard_labels(batch.label).cpu()).sum())
+                images += len(batch.image)
+        if not images:
+            raise ValueError("capacity_sweep got no batch")
+        drop_rate = 1 - computed / max(chosen, 1)
+        points.append(CapacityPoint(priority, factor, right / images, flops / images, drop_rate, images))
+    return tuple(points)
+
+
+_PRIORITY_LABELS = {"position": "by position", "score": "batch-prioritised", "random": "at random"}
+
+
+def sweep_picture(points: Sequence[CapacityPoint]) -> Any:
+    """Draw accuracy over FLOPs, a line for each priority."""
+    series = []
+    for priority in dict.fromkeys(p.priority for p in points):
+        line = sorted((p for p in points if p.priority == priority), key=lambda p: p.flops_per_image)
+        series.append(
+            plots.Series(
+                _PRIORITY_LABELS.get(priority, priority),
+                [p.flops_per_image for p in line],
+                [p.accuracy for p in line],
+                connected=True,
+            )
+        )
+    title = f"Accuracy as the evaluation capacity falls, {points[0].images:,} images"
+    return plots.quality_against_flops(series, title=title, unit="an image")

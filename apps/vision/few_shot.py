@@ -1,0 +1,120 @@
+"""Few-shot linear evaluation of an image classifier's frozen features."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from apps.report.intervals import mean_interval
+
+
+@dataclass(frozen=True)
+class FewShotResult:
+    """The accuracies of one number of shots.
+
+    Attributes:
+        shots: labelled images a class.
+        accuracies: one a seed, each with other labelled images.
+        mean: of the accuracies.
+        interval: half width of the 95 % interval of the mean (Student's t); None for one seed.
+    """
+
+    shots: int
+    accuracies: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean(self.accuracies))
+
+    @property
+    def interval(self) -> float | None:
+        return mean_interval(self.accuracies).half_width
+
+
+def draw_shots(labels: np.ndarray, shots: int, seed: int) -> np.ndarray:
+    """Return the indices of ``shots`` examples of each class, drawn without replacement, class by class.
+
+    Raises:
+        ValueError: a class has fewer.
+    """
+    rng = np.random.default_rng(seed)
+    drawn = []
+    for label in np.unique(labels):
+        of_class = np.flatnonzero(labels == label)
+        if len(of_class) < shots:
+            raise ValueError(f"{shots}-shot evaluation needs {shots} images a class: class {label} has {len(of_class)}")
+        drawn.append(rng.choice(of_class, shots, replace=False))
+    return np.concatenate(drawn)
+
+
+def linear_accuracy(
+    features: np.ndarray, labels: np.ndarray, test_features: np.ndarray, test_labels: np.ndarray
+) -> float:
+    """Return the accuracy of a regularised least-squares classifier from features to {-1, 1} a class.
+
+    It is the one of V-MoE (2106.05974, section 3.2). Features are standardised by the labelled images; the strength of
+    the regularisation is chosen by the leave-one-out error on them, so that no test image takes part.
+    """
+    from sklearn.linear_model import RidgeClassifierCV
+    from sklearn.preprocessing import StandardScaler
+
+    scaler = StandardScaler().fit(features)
+    classifier = RidgeClassifierCV(alphas=2.0 ** np.arange(-10, 11, 2) * len(features))
+    classifier.fit(scaler.transform(features), labels)
+    return float(classifier.score(scaler.transform(test_features), test_labels))
+
+
+def few_shot(
+    features: np.ndarray,
+    labels: np.ndarray,
+    test_features: np.ndarray,
+    test_labels: np.ndarray,
+    shots: Sequence[int] = (5, 10),
+    num_seeds: int = 5,
+) -> tuple[FewShotResult, ...]:
+    """Return the k-shot linear evaluation of frozen features.
+
+    Args:
+        features: (N, D) of the images that the labelled ones are drawn from.
+        labels: (N,).
+        test_features: (M, D).
+        test_labels: (M,).
+        shots: each k.
+        num_seeds: draws of labelled images, seeds 0, 1, ...
+
+    Raises:
+        ValueError: a class has fewer than k images.
+    """
+    return tuple(
+        FewShotResult(
+            k,
+            tuple(
+                linear_accuracy(features[chosen], labels[chosen], test_features, test_labels)
+                for chosen in (draw_shots(labels, k, seed) for seed in range(num_seeds))
+            ),
+        )
+        for k in shots
+    )
+
+
+@torch.no_grad()
+def extract_features(
+    model: Any, batches: Iterable[Any], device: torch.device | str = "cpu"
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return what the head of ``model`` reads, (N, D) float32, and the labels, (N,), over all ``batches``."""
+    features, labels = [], []
+    for batch in batches:
+        tokens = model.forward_features(batch.image.to(device))
+        features.append(model.forward_head(tokens, pre_logits=True).float().cpu().numpy())
+        labels.append(hard_labels(batch.label).cpu().numpy())
+    return np.concatenate(features), np.concatenate(labels)
+
+
+def hard_labels(label: Tensor) -> Tensor:
+    """Return the (B,) class numbers of (B,) class numbers or (B, num_classes) shares."""
+    return label.argmax(-1) if label.ndim == 2 else label
