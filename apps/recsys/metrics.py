@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import Metric
 
-from apps.recsys.binary_metrics import NO_GROUP, Binning, ScoreGroups, TaskMetrics, metrics_of, task_metrics, unknown
+from apps.recsys.binary_metrics import NO_GROUP, Binning, TaskMetrics, histogram_metrics, task_metrics
 
 # Logits beyond it share the outermost bins of the streaming form: their probability is within 1.2e-7 of 0 or 1.
 _LIMIT = 16.0
@@ -26,7 +26,7 @@ _LIMIT = 16.0
 
 
 def _gather(tensor: Tensor, group: Any = None) -> list[Tensor]:
-    """The tensor of each rank, on this one's device; their first sizes may differ.
+    """Return the tensor of each rank, on this one's device; their first sizes may differ.
 
     torchmetrics' own indexes by a list of slices where they do, which torch has announced to read otherwise.
     """
@@ -40,8 +40,8 @@ def _gather(tensor: Tensor, group: Any = None) -> list[Tensor]:
     padded = torch.cat([rows, rows.new_zeros(longest - len(rows), *rows.shape[1:])])
     parts = [torch.empty_like(padded) for _ in sizes]
     dist.all_gather(parts, padded, group=group)
-    found = (part[: int(size)].to(home) for part, size in zip(parts, sizes, strict=True))
-    return [part.reshape(tensor.shape) if tensor.ndim == 0 else part for part in found]
+    own_sizes = (part[: int(size)].to(home) for part, size in zip(parts, sizes, strict=True))
+    return [part.reshape(tensor.shape) if tensor.ndim == 0 else part for part in own_sizes]
 
 
 class _Synced(Metric):
@@ -54,7 +54,7 @@ class _Synced(Metric):
         super().__init__(dist_sync_fn=_gather)
 
     def _empty(self) -> Mapping[str, Tensor]:
-        """What stands for a list state without elements, by its name: all ranks must take part in a gather."""
+        """Return what stands for a list state without elements, by its name: all ranks must take part in a gather."""
         return {}
 
     def _sync_dist(self, dist_sync_fn: Any = _gather, process_group: Any = None) -> None:
@@ -77,7 +77,6 @@ class MultiTaskMetrics(_Synced):
     Args:
         task_names: in the order of the columns.
         grouped: keep the users that ``update`` is given.
-        outputs: "logits", or "probabilities".
         ece_bins: of the calibration error.
         ece_binning: "mass", about equal numbers of examples; "width", equal intervals.
         score_bins: bins of equal width of the logit in -16..16; None: exact.
@@ -95,7 +94,6 @@ class MultiTaskMetrics(_Synced):
         self,
         task_names: Sequence[str],
         grouped: bool = False,
-        outputs: Literal["logits", "probabilities"] = "logits",
         ece_bins: int = 15,
         ece_binning: Binning = "mass",
         score_bins: int | None = None,
@@ -104,8 +102,6 @@ class MultiTaskMetrics(_Synced):
         names = tuple(task_names)
         if not names or len(set(names)) != len(names):
             raise ValueError(f"task_names={names} must be different names, at least one")
-        if outputs not in ("logits", "probabilities"):
-            raise ValueError(f"outputs={outputs!r} is not one of 'logits', 'probabilities'")
         if ece_bins < 1:
             raise ValueError(f"ece_bins={ece_bins} must be at least 1")
         if ece_binning not in ("mass", "width"):
@@ -114,7 +110,7 @@ class MultiTaskMetrics(_Synced):
             raise ValueError(f"score_bins={score_bins} must be at least 2")
         if score_bins is not None and grouped:
             raise ValueError(f"score_bins={score_bins}: metrics by user need the exact form (score_bins=None)")
-        self.task_names, self.grouped, self.outputs = names, grouped, outputs
+        self.task_names, self.grouped = names, grouped
         self.ece_bins, self.ece_binning, self.score_bins = ece_bins, ece_binning, score_bins
         self.by_task: dict[str, TaskMetrics] = {}
         if score_bins is None:
@@ -138,7 +134,7 @@ class MultiTaskMetrics(_Synced):
         """Add a batch.
 
         Args:
-            outputs: (B, t) logits or probabilities.
+            outputs: (B, t) logits.
             targets: (B, t), 0, 1, or NaN where an example has no label.
             groups: int64 (B,), the user of each example; None: not known.
 
@@ -161,8 +157,6 @@ class MultiTaskMetrics(_Synced):
             self.groups.append(of_none if groups is None else groups.detach().to("cpu", torch.int64))
 
     def _count(self, z_Bt: Tensor, y_Bt: Tensor) -> None:
-        if self.outputs == "probabilities":
-            z_Bt = torch.logit(z_Bt, eps=torch.finfo(torch.float32).eps)
         M, t = self.score_bins or 0, len(self.task_names)
         has_label_Bt = ~y_Bt.isnan()
         _check_labels(y_Bt[has_label_Bt])
@@ -177,17 +171,17 @@ class MultiTaskMetrics(_Synced):
         self.loss_sums += torch.bincount(cell // M, weights=loss, minlength=t)
 
     def compute(self) -> dict[str, Tensor]:
-        """The metrics of all examples so far, float64 scalars."""
+        """Return the metrics of all examples so far, float64 scalars."""
         of_tasks = self._exact() if self.score_bins is None else self._binned()
         self.by_task = dict(zip(self.task_names, of_tasks, strict=True))
-        found: dict[str, float] = {}
+        values: dict[str, float] = {}
         by_metric: dict[str, list[float]] = {}
         for task, of_task in self.by_task.items():
             for name, value in of_task.values().items():
-                found[f"{name}_{task}"] = value
+                values[f"{name}_{task}"] = value
                 by_metric.setdefault(name, []).append(value)
         means = {name: _mean(by_metric[name]) for name in ("auc", "gauc") if name in by_metric}
-        return {k: torch.tensor(v, dtype=torch.float64) for k, v in (means | found).items()}
+        return {k: torch.tensor(v, dtype=torch.float64) for k, v in (means | values).items()}
 
     def _exact(self) -> list[TaskMetrics]:
         states = {name: _joined(getattr(self, name), empty).numpy() for name, empty in self._empty().items()}
@@ -195,25 +189,20 @@ class MultiTaskMetrics(_Synced):
         if groups_N is not None and not (groups_N != NO_GROUP).any():
             groups_N = None
         return [
-            task_metrics(z_N, y_N, groups_N, self.outputs, self.ece_bins, self.ece_binning)
+            task_metrics(z_N, y_N, groups_N, self.ece_bins, self.ece_binning)
             for z_N, y_N in zip(states["scores"].T, states["labels"].T, strict=True)
         ]
 
     def _binned(self) -> list[TaskMetrics]:
-        found = []
-        for task in range(len(self.task_names)):
-            counts_MC = self.counts[task].cpu().numpy()
-            used = counts_MC.sum(1) > 0
-            prediction_sums = self.prediction_sums[task].cpu().double().numpy()
-            by_score = ScoreGroups(counts_MC[used, 1], counts_MC[used].sum(1), prediction_sums[used])
-            found.append(self._metrics_of_bins(by_score, float(self.loss_sums[task]), int(self.invalid[task])))
-        return found
-
-    def _metrics_of_bins(self, by_score: ScoreGroups, loss_sum: float, invalid: int) -> TaskMetrics:
-        n = int(by_score.counts_G.sum())
-        if invalid or not n:
-            return unknown(n + invalid, math.nan, invalid)
-        return metrics_of(by_score, loss_sum / n, len(by_score.counts_G) == 1, self.ece_bins, self.ece_binning)
+        options = self.ece_bins, self.ece_binning
+        return [
+            TaskMetrics(int(counts_MC.sum() + invalid), math.nan, invalid=int(invalid))
+            if invalid
+            else histogram_metrics(counts_MC.cpu().numpy(), sums_M.cpu().double().numpy(), float(loss), *options)
+            for counts_MC, sums_M, loss, invalid in zip(
+                self.counts, self.prediction_sums, self.loss_sums, self.invalid, strict=True
+            )
+        ]
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -233,61 +222,11 @@ def _check_labels(labels: Tensor) -> None:
         raise ValueError(f"label {float(labels[wrong][0]):g} is neither 0 nor 1 (NaN: none)")
 
 
-class _OneTask(MultiTaskMetrics):
-    """One metric of one task: ``update(outputs_B, targets_B)``."""
-
-    metric: ClassVar[str]
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(("task",), **options)
-
-    def update(self, outputs: Tensor, targets: Tensor, groups: Tensor | None = None) -> None:
-        super().update(outputs.reshape(-1, 1), targets.reshape(-1, 1), groups)
-
-    def compute(self) -> Tensor:  # type: ignore[override]
-        return super().compute()[f"{self.metric}_task"]
-
-
-class AUC(_OneTask):
-    """Area under the ROC curve of one task; options as of ``MultiTaskMetrics``."""
-
-    metric = "auc"
-
-
-class PRAUC(_OneTask):
-    """Average precision of one task; options as of ``MultiTaskMetrics``."""
-
-    metric = "pr_auc"
-
-
-class LogLoss(_OneTask):
-    """Mean negative log likelihood of one task, in nats; options as of ``MultiTaskMetrics``."""
-
-    metric = "log_loss"
-    higher_is_better = False
-
-
-class CalibrationError(_OneTask):
-    """Expected calibration error of one task; options as of ``MultiTaskMetrics``."""
-
-    metric = "ece"
-    higher_is_better = False
-
-
-class UserAUC(_OneTask):
-    """AUC within users, ``update(outputs_B, targets_B, users_B)``; ``by_task["task"].gauc`` counts who is left out."""
-
-    metric = "gauc"
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(grouped=True, **options)
-
-
 # ---- rankings
 
 
 def target_ranks(scores_BI: Tensor, target_B: Tensor, chunk: int = 2**24) -> Tensor:
-    """The rank of each row's target among all items, int64 (B,), 1 the best; pessimistic on ties and NaN.
+    """Return the rank of each row's target among all items, int64 (B,), 1 the best; pessimistic on ties and NaN.
 
     Args:
         scores_BI: (B, I), a score for every item; -inf where an item is no candidate (padding, seen before).
@@ -312,7 +251,7 @@ def target_ranks(scores_BI: Tensor, target_B: Tensor, chunk: int = 2**24) -> Ten
 
 
 def target_ranks_of_chunks(chunks: Iterable[Tensor], own_B: Tensor) -> Tensor:
-    """As ``target_ranks``, for scores that come item block by item block.
+    """Return ``target_ranks`` for scores that come in blocks of items.
 
     Args:
         chunks: (B, c) scores each; together one for every item, the target's own included.
@@ -326,6 +265,8 @@ def target_ranks_of_chunks(chunks: Iterable[Tensor], own_B: Tensor) -> Tensor:
 
 class RankingMetrics(_Synced):
     """Hit rate and NDCG at k, and the mean reciprocal rank, of one target a row among *all* items.
+
+    torchmetrics' retrieval metrics keep every score of every item until the end, and favour the target in a tie.
 
     With one relevant item the ideal DCG is 1, so NDCG@k is ``1 / log2(1 + rank)`` within the first k, else 0. Sampled
     candidates are not offered: they change the order of models (Krichene and Rendle, KDD 2020).
@@ -370,6 +311,6 @@ class RankingMetrics(_Synced):
 
     def compute(self) -> dict[str, Tensor]:
         n = self.count.double()
-        found = {f"hr@{k}": self.hits[i] / n for i, k in enumerate(self.ks)}
-        found |= {f"ndcg@{k}": self.gains[i] / n for i, k in enumerate(self.ks)}
-        return {**found, "mrr": self.reciprocal_sum / n}
+        rates = {f"hr@{k}": self.hits[i] / n for i, k in enumerate(self.ks)}
+        gains = {f"ndcg@{k}": self.gains[i] / n for i, k in enumerate(self.ks)}
+        return {**rates, **gains, "mrr": self.reciprocal_sum / n}
