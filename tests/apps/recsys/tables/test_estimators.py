@@ -6,19 +6,15 @@ import pickle
 
 import numpy as np
 import pytest
-from every_column import FEATURES, EveryColumn
+from every_column import EveryColumn
 from sklearn.metrics import log_loss, roc_auc_score
 
 from apps.equal_cost.comparable import Estimator
 from apps.equal_cost.twins import Search
 from apps.recsys.tables.arrays import gather
-from apps.recsys.tables.estimators import (
-    HistGradientBoosting,
-    HistGradientBoostingUntuned,
-    LogisticRegression,
-    _Encoder,
-    design_matrix,
-)
+from apps.recsys.tables.estimators import HistGradientBoosting, HistGradientBoostingUntuned, LogisticRegression
+from apps.recsys.tables.estimators.boosting import Columns
+from apps.recsys.tables.estimators.linear import design_matrix
 
 FAST = {"max_iter": 15, "search_rows": 300}
 
@@ -61,17 +57,15 @@ def test_design_matrix_by_hand():
 def test_columns_for_boosting():
     data = EveryColumn()
     train, c = gather(data, "train"), data.columns("train")
-    model = HistGradientBoosting()
-    model._prepare(train)
-    frequent = model._frequent["tags"]
+    columns = Columns(train)
+    frequent = columns.frequent["tags"]
     assert len(frequent) == 64
     assert 7 in frequent
     kept = np.arange(1500) != 3
-    encoder = _Encoder(FEATURES, model._frequent)
-    x, mask = encoder.fit_transform(train, kept, c["click"][kept].astype(int), 0)
+    x = columns.fit_transform(train, kept, c["click"][kept].astype(int), 0)
     # 2 numbers; kind and the scenario as categories; the item's rate and frequency; number of tags and 64 of them.
     assert x.shape == (1499, 2 + 2 + 2 + 1 + 64)
-    assert np.flatnonzero(mask).tolist() == [2, 3]
+    assert np.flatnonzero(columns.mask(71)).tolist() == [2, 3]
     np.testing.assert_array_equal(x[:, 2], c["kind"][kept])
     counts = np.bincount(c["item"][kept], minlength=401)
     np.testing.assert_allclose(x[:, 5], np.log1p(counts[c["item"][kept]]), rtol=1e-6)
@@ -81,7 +75,7 @@ def test_columns_for_boosting():
     # rates of the folds differ by less than 0.05.
     single = counts[c["item"][kept]] == 1
     assert np.ptp(x[single, 4]) < 0.05 < np.ptp(x[:, 4])
-    later, v = encoder.transform(gather(data, "val")), data.columns("val")
+    later, v = columns.transform(gather(data, "val")), data.columns("val")
     assert later.shape == (500, 71)
     item = v["item"][0]
     clicks, mean = c["click"][kept][c["item"][kept] == item], c["click"][kept].mean()

@@ -1,0 +1,233 @@
+"""What the baselines share: a model and its settings for each task, tuned on the validation split.
+
+They are estimators of ``apps.compare.systems``: ``tune`` finds the settings on the validation split, ``fit`` trains
+with them, and the metrics have the names that the network logs. The test split is read by ``evaluate`` alone.
+
+Threads: boosting and the sparse products run in as many as torch uses here (``n_threads=None``), so that several runs
+at a time share the cores as networks do. Results depend on the seed, not on the number of threads, but for the order in
+which boosting sums floats.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from apps.equal_cost.twins import Search
+from apps.recsys import binary_metrics
+from apps.recsys.metrics import MultiTaskMetrics
+from apps.recsys.tables.arrays import MultiValued, TableArrays, gather
+from apps.recsys.tables.tasks import step_labels
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Task:
+    """The training and validation rows of one task; a label is NaN where a row has none.
+
+    Attributes:
+        name: of the task.
+        train, val: the columns.
+        y_N, yv_N: the labels of these rows.
+        seed: of what the training draws.
+    """
+
+    name: str
+    train: TableArrays
+    y_N: np.ndarray
+    val: TableArrays
+    yv_N: np.ndarray
+    seed: int
+
+
+@dataclass(frozen=True)
+class Constant:
+    """Stands for the model of a task whose training labels are of one class."""
+
+    rate: float
+
+    @property
+    def logit(self) -> float:
+        p = min(max(self.rate, 1e-6), 1 - 1e-6)
+        return math.log(p / (1 - p))
+
+
+class PerTask:
+    """One model a task.
+
+    A subclass brings ``num_settings``, ``tune_task``, ``fit_task`` and ``decision``.
+
+    Args:
+        n_threads: of OpenMP and BLAS while training; None: as many as torch uses here.
+
+    Attributes:
+        steps: the tasks are steps, whose labels are filled in as `tasks.step_labels` does.
+    """
+
+    steps: bool = False
+    tunes: bool = True
+    """Whether there are settings to be searched, by ``tune``."""
+
+    def __init__(self, n_threads: int | None = None) -> None:
+        if n_threads is not None and n_threads < 1:
+            raise ValueError(f"n_threads={n_threads} must be at least 1")
+        self.n_threads = n_threads
+        self.models: dict[str, Any] = {}
+        self.chosen: dict[str, dict[str, Any]] = {}
+        """The settings of each task's model."""
+
+    def tune(self, data: Any, seed: int, search: Search | None = None) -> dict[str, dict[str, Any]]:
+        """Find the settings of each task's model: trained on the training split, judged on the validation split.
+
+        Args:
+            data: set up already.
+            seed: of what the search draws.
+            search: how long it may take, and what it has tried before; None: as long as it takes. Each task has an
+                equal part of the time, and what one leaves goes to the next. The first setting is tried in any case.
+
+        Returns:
+            By task, plain values for ``fit``; empty for a task whose training labels are of one class.
+
+        Raises:
+            ValueError: a split without rows.
+        """
+        search = search or Search()
+        settings: dict[str, dict[str, Any]] = {}
+        with self._threads():
+            tasks = self._tasks(data, seed)
+            search.total = sum(self.num_settings(task) for task in tasks.values() if isinstance(task, Task))
+            for t, (name, task) in enumerate(tasks.items()):
+                part = (t / len(tasks), (t + 1) / len(tasks))
+                settings[name] = self.tune_task(task, search, part) if isinstance(task, Task) else {}
+        return settings
+
+    def fit(self, data: Any, seed: int, settings: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+        """Train on the training split of ``data``, which is set up; how long, the validation split says.
+
+        Args:
+            data: set up already.
+            seed: of what the training draws.
+            settings: what ``tune`` has found; None: tune now.
+
+        Raises:
+            ValueError: a split without rows.
+        """
+        settings = self.tune(data, seed) if settings is None else settings
+        with self._threads():
+            for name, task in self._tasks(data, seed).items():
+                if isinstance(task, Constant):
+                    self.models[name], self.chosen[name] = task, {"constant": task.rate}
+                else:
+                    self.models[name], self.chosen[name] = self.fit_task(task, settings[name])
+                _logger.info("%s, %s: %s", type(self).__name__, name, _words(self.chosen[name]))
+
+    def evaluate(self, data: Any, split: Literal["val", "test"]) -> Mapping[str, float]:
+        """Return the metrics of ``MultiTaskMetrics``, as the module logs them, without the split."""
+        with self._threads():
+            arrays = gather(data, split)
+            z_Nt = self.logits(arrays)
+        metrics = MultiTaskMetrics(arrays.features.tasks, grouped=arrays.group_N is not None)
+        groups = None if arrays.group_N is None else torch.from_numpy(arrays.group_N)
+        metrics.update(torch.from_numpy(z_Nt), self._labels(arrays), groups)
+        return {name: float(value) for name, value in metrics.compute().items()}
+
+    def logits(self, arrays: TableArrays) -> np.ndarray:
+        """Return the tasks' logits, float64 (N, t)."""
+        models = [self.models[name] for name in arrays.features.tasks]
+        z_tN = [np.full(len(arrays), m.logit) if isinstance(m, Constant) else self.decision(m, arrays) for m in models]
+        return np.stack(z_tN, axis=1)
+
+    def _tasks(self, data: Any, seed: int) -> dict[str, Task | Constant]:
+        """Return the rows of each task, or the rate of one whose training labels are of one class."""
+        train, val = gather(data, "train"), gather(data, "val")
+        label_Nt, label_val_Nt = self._labels(train).numpy(), self._labels(val).numpy()
+        tasks: dict[str, Task | Constant] = {}
+        for name, y_N, yv_N in zip(train.features.tasks, label_Nt.T, label_val_Nt.T, strict=True):
+            classes = np.unique(y_N[~np.isnan(y_N)])
+            if len(classes) < 2:
+                tasks[name] = Constant(float(classes[0]) if len(classes) else 0.5)
+            else:
+                tasks[name] = Task(name, train, y_N, val, yv_N, seed)
+        return tasks
+
+    def _labels(self, arrays: TableArrays) -> torch.Tensor:
+        label_Nt = torch.from_numpy(arrays.label_Nt)
+        return step_labels(label_Nt) if self.steps else label_Nt
+
+    def _threads(self) -> Any:
+        from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
+        return threadpool_limits(self.n_threads or torch.get_num_threads())
+
+    def num_settings(self, task: Task) -> int:
+        """Return how many settings the whole search of a task has."""
+        raise NotImplementedError
+
+    def tune_task(self, task: Task, search: Search, part: tuple[float, float]) -> dict[str, Any]:
+        """Return the best settings found; ``part``: from what share of the search's time to what share it may go on."""
+        raise NotImplementedError
+
+    def fit_task(self, task: Task, settings: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Return the task's model, and its settings with what the training chose."""
+        raise NotImplementedError
+
+    def decision(self, model: Any, arrays: TableArrays) -> np.ndarray:
+        """Return the logits of a model of ``fit_task``, float64 (N,)."""
+        raise NotImplementedError
+
+
+def best_of(
+    candidates: Iterable[dict[str, Any]],
+    quality_of: Callable[[dict[str, Any]], float],
+    search: Search,
+    title: str,
+    until: float,
+    one_at_least: bool = False,
+) -> tuple[dict[str, Any], float]:
+    """Return the best of the settings that there was time to try, and its quality; {} and -inf where there was none.
+
+    Args:
+        candidates: the settings.
+        quality_of: trains with one.
+        search: keeps what was tried, under ``title`` and the settings.
+        title: what is trained.
+        until: share of the search's time that may have passed before a setting is begun.
+        one_at_least: try the first one in any case.
+    """
+    best: dict[str, Any] = {}
+    at = -math.inf
+    for options in candidates:
+        limit = math.inf if one_at_least and not best else until
+        quality = search.quality(f"{title}: {_words(options)}", lambda options=options: quality_of(options), limit)  # type: ignore[misc]
+        if quality is not None and quality > at:
+            best, at = options, quality
+    return best, at
+
+
+def quality_of_logits(z_N: np.ndarray, y_N: np.ndarray) -> float:
+    """Return what is tuned for: the AUC, or the log likelihood where the validation rows have one class."""
+    auc = binary_metrics.auc(z_N, y_N)
+    if not math.isnan(auc):
+        return auc
+    loss = binary_metrics.log_loss(z_N, y_N)
+    return 0.0 if math.isnan(loss) else -loss
+
+
+def _words(options: Mapping[str, Any]) -> str:
+    return ", ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in options.items())
+
+
+def sparse_values(column: MultiValued, num_rows: int, weights: np.ndarray | None = None) -> Any:
+    """Return a multi-valued column as a scipy CSR matrix (N, ``num_rows``), with ``weights`` of its values or 1."""
+    from scipy import sparse
+
+    weights = np.ones(len(column.values), dtype=np.float32) if weights is None else weights
+    pointers = np.r_[0, np.cumsum(column.lengths_N)]
+    return sparse.csr_matrix((weights, column.values, pointers), shape=(len(column.lengths_N), num_rows))

@@ -1,0 +1,259 @@
+"""Boosted trees, and the columns that they see."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from apps.equal_cost.twins import Search
+from apps.recsys.encoding.features import CategoricalFeature
+from apps.recsys.tables.arrays import TableArrays
+from apps.recsys.tables.estimators.base import PerTask, Task, best_of, quality_of_logits, sparse_values
+
+MAX_CATEGORIES = 255
+"""Of a column that scikit-learn's boosting splits by category."""
+
+FOLDS = 5
+"""Of the cross-fitted mean label of a value."""
+
+SMOOTHING = 10.0
+"""Examples of the overall mean that are added to those of a value."""
+
+MULTI_HOT = 64
+"""The most frequent values of a multi-valued column that get a column each."""
+
+TREES = tuple({"max_leaf_nodes": a, "max_features": b} for a, b in itertools.product((31, 15, 63), (1.0, 0.5)))
+PENALTIES = tuple({"l2_regularization": a} for a in (1.0, 20.0))
+"""Settings tried on some rows, the second ones with the best of the first, which have no penalty."""
+
+WHOLE = tuple({"learning_rate": a, "by_category": b} for a, b in ((0.05, True), (0.05, False), (0.1, True)))
+"""Settings tried on all rows."""
+
+SOME_ROWS = 0.6
+"""Share of a task's time that is for the settings on some rows."""
+
+
+class HistGradientBoosting(PerTask):
+    """scikit-learn's ``HistGradientBoostingClassifier``, one a task.
+
+    Continuous columns enter as they are, NaN too. Categorical columns of at most 255 rows are split by category; larger
+    ones become the cross-fitted mean label of their value and its frequency. Multi-valued columns become the number of
+    values and a column for each of the 64 most frequent ones.
+
+    Tuned, on the validation split's AUC: leaves and the share of columns a split looks at, then the L2 penalty, on at
+    most ``search_rows`` training rows; then the learning rate, and whether categories are split as such or as numbers,
+    on all of them, each with as many of ``max_iter`` trees as are best. A search whose time is up keeps the best so
+    far; the last two fifths of the time are for the settings on all rows. The seed draws the search rows, the folds and
+    the columns of a split.
+
+    Args:
+        tuned: search; False: scikit-learn's defaults and ``UNTUNED_ITERATIONS`` trees.
+        max_iter: trees at most, tuned.
+        search_rows: training rows of the first two searches.
+        n_threads: see ``PerTask``.
+    """
+
+    UNTUNED_ITERATIONS: ClassVar[int] = 150
+    SEARCH_ITERATIONS: ClassVar[int] = 200
+    """Trees at most in the first two searches."""
+    STEP: ClassVar[int] = 50
+    """Trees between two looks at the validation split."""
+    PATIENCE: ClassVar[int] = 4
+    """Looks without a better one before training ends."""
+
+    def __init__(
+        self, tuned: bool = True, max_iter: int = 600, search_rows: int = 50_000, n_threads: int | None = None
+    ) -> None:
+        super().__init__(n_threads)
+        if max_iter < 1:
+            raise ValueError(f"max_iter={max_iter} must be at least 1")
+        self.tunes, self.max_iter, self.search_rows = tuned, max_iter, search_rows
+
+    def num_settings(self, task: Task) -> int:
+        if not self.tunes:
+            return 0
+        return len(TREES) + len(PENALTIES) + len(_whole_settings(Columns(task.train).num_categories > 0))
+
+    def tune_task(self, task: Task, search: Search, part: tuple[float, float]) -> dict[str, Any]:
+        if not self.tunes:
+            return {}
+        rows = self._rows(task)
+        few = np.sort(np.random.default_rng(task.seed).permutation(len(rows.y_N))[: self.search_rows])
+        if len(np.unique(rows.y_N[few])) < 2:
+            few = np.arange(len(rows.y_N))
+        limit = min(self.SEARCH_ITERATIONS, self.max_iter)
+
+        def some_rows(options: dict[str, Any]) -> float:
+            own = {**options, "learning_rate": 0.1}
+            return self._boost(rows, rows.mask_D, few, task.seed, own, limit)[1]
+
+        begins, ends = part
+        until = begins + SOME_ROWS * (ends - begins)
+        best, at = best_of(TREES, some_rows, search, f"{task.name}, some rows", until)
+        penalised, quality = best_of(
+            [{**best, **penalty} for penalty in PENALTIES], some_rows, search, f"{task.name}, some rows", until
+        )
+        best = penalised if quality > at else best
+        candidates = [{**best, **further} for further in _whole_settings(bool(rows.mask_D.any()))]
+        title = f"{task.name}, all rows"
+        return best_of(
+            candidates, lambda o: self._whole(rows, task.seed, o).quality, search, title, ends, one_at_least=True
+        )[0]
+
+    def fit_task(self, task: Task, settings: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+        rows = self._rows(task)
+        if not self.tunes:
+            model = _booster(rows.mask_D, task.seed, {}, self.UNTUNED_ITERATIONS).fit(rows.x_ND, rows.y_N)
+            return (rows.columns, _Boosted(model, 0)), {"iterations": self.UNTUNED_ITERATIONS}
+        fitted = self._whole(rows, task.seed, settings)
+        return (rows.columns, fitted), {**settings, "iterations": fitted.iterations, "val_quality": fitted.quality}
+
+    def decision(self, model: Any, arrays: TableArrays) -> np.ndarray:
+        columns, fitted = model
+        return fitted.decision(columns.transform(arrays))
+
+    def _rows(self, task: Task) -> _Rows:
+        columns = Columns(task.train)
+        kept_N, kept_V = ~np.isnan(task.y_N), ~np.isnan(task.yv_N)
+        y_N, yv_N = task.y_N[kept_N].astype(np.int64), task.yv_N[kept_V].astype(np.int64)
+        x_ND = columns.fit_transform(task.train, kept_N, y_N, task.seed)
+        xv_ND = columns.transform(task.val)[kept_V] if self.tunes else np.zeros((0, 0))
+        return _Rows(columns, x_ND, y_N, xv_ND, yv_N, columns.mask(x_ND.shape[1]))
+
+    def _whole(self, rows: _Rows, seed: int, settings: Mapping[str, Any]) -> _Boosted:
+        """Return trees on all rows, as many of them as are best on the validation split."""
+        options = {name: value for name, value in settings.items() if name != "by_category"}
+        mask_D = rows.mask_D if settings["by_category"] else np.zeros_like(rows.mask_D)
+        model, _ = self._boost(rows, mask_D, slice(None), seed, options, self.max_iter)
+        by_number = [quality_of_logits(z_N, rows.yv_N) for z_N in model.staged_decision_function(rows.xv_ND)]
+        return _Boosted(model, int(np.argmax(by_number)) + 1, max(by_number))
+
+    def _boost(
+        self, rows: _Rows, mask_D: np.ndarray, some: Any, seed: int, options: Mapping[str, Any], max_iter: int
+    ) -> tuple[Any, float]:
+        """Add trees until the validation split has seen no better number of them for a while; return its best too."""
+        model = _booster(mask_D, seed, options, 0)
+        best, waited = -math.inf, 0
+        for trees in (*range(self.STEP, max_iter, self.STEP), max_iter):
+            model.set_params(max_iter=trees).fit(rows.x_ND[some], rows.y_N[some])
+            quality = quality_of_logits(model.decision_function(rows.xv_ND), rows.yv_N)
+            best, waited = (quality, 0) if quality > best else (best, waited + 1)
+            if waited == self.PATIENCE:
+                break
+        return model, best
+
+
+class HistGradientBoostingUntuned(HistGradientBoosting):
+    """``HistGradientBoosting`` with scikit-learn's defaults and 150 trees."""
+
+    def __init__(self, n_threads: int | None = None) -> None:
+        super().__init__(tuned=False, n_threads=n_threads)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The columns and labels of one task's labelled rows, for training and validation; ``mask_D``: the categories."""
+
+    columns: Columns
+    x_ND: np.ndarray
+    y_N: np.ndarray
+    xv_ND: np.ndarray
+    yv_N: np.ndarray
+    mask_D: np.ndarray
+
+
+def _whole_settings(has_categories: bool) -> list[dict[str, Any]]:
+    return [options for options in WHOLE if options["by_category"] or has_categories]
+
+
+def _booster(mask_D: np.ndarray, seed: int, options: Mapping[str, Any], trees: int) -> Any:
+    from sklearn.ensemble import HistGradientBoostingClassifier
+
+    return HistGradientBoostingClassifier(
+        max_iter=max(trees, 1),
+        warm_start=not trees,  # more trees are added to those there are
+        early_stopping=False,  # its own split would be taken from the training rows
+        categorical_features=mask_D if mask_D.any() else None,
+        random_state=seed,
+        **options,
+    )
+
+
+@dataclass(frozen=True)
+class _Boosted:
+    """Trained trees, and how many of them are used; 0: all."""
+
+    model: Any
+    iterations: int
+    quality: float = math.nan
+
+    def decision(self, x_ND: np.ndarray) -> np.ndarray:
+        if not self.iterations:
+            return self.model.decision_function(x_ND)
+        return next(itertools.islice(self.model.staged_decision_function(x_ND), self.iterations - 1, None))
+
+
+class Columns:
+    """The columns of one task's boosting, float32 (N, D): see ``HistGradientBoosting``.
+
+    Args:
+        train: the rows of training, labelled or not.
+    """
+
+    def __init__(self, train: TableArrays) -> None:
+        from sklearn.preprocessing import TargetEncoder
+
+        features = train.features
+        single = [f.num_rows for f in features.categorical if not f.multi_valued]
+        self.small = [i for i, size in enumerate(single) if size <= MAX_CATEGORIES]
+        self.large = [i for i, size in enumerate(single) if size > MAX_CATEGORIES]
+        self.sizes = [single[i] for i in self.large]
+        self.num_continuous = len(features.continuous)
+        has_domain = train.domain_N is not None and features.num_domains <= MAX_CATEGORIES
+        self.num_categories = len(self.small) + has_domain
+        self.several = [f for f in features.categorical if f.multi_valued]
+        self.frequent = {f.name: _most_frequent(train, f) for f in self.several}
+        self.encoder = TargetEncoder(target_type="binary", smooth=SMOOTHING)
+        self.counts: list[np.ndarray] = []
+
+    def fit_transform(self, train: TableArrays, kept_N: np.ndarray, y_N: np.ndarray, seed: int) -> np.ndarray:
+        """Return the columns of the labelled rows; a value's mean label is cross-fitted, or rare ones would leak it."""
+        from sklearn.model_selection import StratifiedKFold
+
+        ids_NF = train.ids_NF[kept_N][:, self.large]
+        self.counts = [np.bincount(ids_N, minlength=size) for ids_N, size in zip(ids_NF.T, self.sizes, strict=True)]
+        self.encoder.set_params(cv=StratifiedKFold(FOLDS, shuffle=True, random_state=seed))
+        return self._columns(train, kept_N, self.encoder.fit_transform(ids_NF, y_N) if self.large else None)
+
+    def transform(self, arrays: TableArrays) -> np.ndarray:
+        """Return the columns of all rows."""
+        rates_NF = self.encoder.transform(arrays.ids_NF[:, self.large]) if self.large else None
+        return self._columns(arrays, np.ones(len(arrays), dtype=bool), rates_NF)
+
+    def mask(self, num_columns: int) -> np.ndarray:
+        """Return which of the columns hold categories, bool (D,)."""
+        place_D = np.arange(num_columns)
+        return (place_D >= self.num_continuous) & (place_D < self.num_continuous + self.num_categories)
+
+    def _columns(self, arrays: TableArrays, kept_N: np.ndarray, rates_NF: np.ndarray | None) -> np.ndarray:
+        parts = [arrays.dense_NC[kept_N], arrays.ids_NF[kept_N][:, self.small]]
+        if arrays.domain_N is not None:
+            parts.append(arrays.domain_N[kept_N, None])
+        if rates_NF is not None:
+            ids_NF = arrays.ids_NF[kept_N][:, self.large]
+            parts += [rates_NF, np.stack([np.log1p(c[i]) for c, i in zip(self.counts, ids_NF.T, strict=True)], 1)]
+        for feature in self.several:
+            column = arrays.multi[feature.name]
+            has = sparse_values(column, feature.num_rows)[kept_N][:, self.frequent[feature.name]] > 0
+            parts += [column.lengths_N[kept_N, None], has.toarray()]
+        return np.concatenate([p.astype(np.float32) for p in parts], axis=1)
+
+
+def _most_frequent(train: TableArrays, feature: CategoricalFeature) -> np.ndarray:
+    counts = np.bincount(train.multi[feature.name].values, minlength=feature.num_rows)
+    return np.sort(np.argsort(-counts, kind="stable")[:MULTI_HOT])

@@ -1,0 +1,103 @@
+"""Logistic regression on a sparse matrix of all columns."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from apps.equal_cost.twins import Search
+from apps.recsys.tables.arrays import TableArrays
+from apps.recsys.tables.estimators.base import PerTask, Task, best_of, quality_of_logits, sparse_values
+
+
+class LogisticRegression(PerTask):
+    """scikit-learn's ``LogisticRegression`` on a sparse matrix, one a task.
+
+    Categorical columns are one-hot, multi-valued ones divided by their number of values; continuous columns are one-hot
+    by the quantile bins of the training split, with a bin for missing values, and stand beside that standardised. The
+    strength of the L2 penalty is tuned on the validation split's AUC. Nothing is drawn: seeds give the same model.
+
+    Args:
+        strengths: values of scikit-learn's C, the inverse penalty, to try.
+        max_iter: of L-BFGS.
+        n_threads: see ``PerTask``.
+    """
+
+    def __init__(
+        self, strengths: tuple[float, ...] = (0.01, 0.1, 1.0), max_iter: int = 200, n_threads: int | None = None
+    ) -> None:
+        super().__init__(n_threads)
+        if not strengths or any(not c > 0 for c in strengths):
+            raise ValueError(f"strengths={strengths} must be positive numbers")
+        self.strengths, self.max_iter = strengths, max_iter
+
+    def num_settings(self, task: Task) -> int:
+        return len(self.strengths)
+
+    def tune_task(self, task: Task, search: Search, part: tuple[float, float]) -> dict[str, Any]:
+        candidates = [{"C": strength} for strength in sorted(self.strengths)]
+
+        def quality(options: dict[str, Any]) -> float:
+            return self.fit_task(task, options)[1]["val_quality"]
+
+        return best_of(candidates, quality, search, task.name, part[1], one_at_least=True)[0]
+
+    def fit_task(self, task: Task, settings: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+        from sklearn.exceptions import ConvergenceWarning
+        from sklearn.linear_model import LogisticRegression as Linear
+
+        kept_N, kept_V = ~np.isnan(task.y_N), ~np.isnan(task.yv_N)
+        x, xv = design_matrix(task.train)[kept_N], design_matrix(task.val)[kept_V]
+        model = Linear(C=settings["C"], max_iter=self.max_iter)
+        with warnings.catch_warnings():
+            # The best strength is chosen by validation; an optimiser cut short is one more regulariser.
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            model.fit(x, task.y_N[kept_N].astype(np.int64))
+        quality = quality_of_logits(model.decision_function(xv), task.yv_N[kept_V])
+        return (model.coef_[0].copy(), float(model.intercept_[0])), {"C": settings["C"], "val_quality": quality}
+
+    def decision(self, model: Any, arrays: TableArrays) -> np.ndarray:
+        weights, bias = model
+        return np.asarray(design_matrix(arrays) @ weights + bias, dtype=np.float64)
+
+
+def design_matrix(arrays: TableArrays) -> Any:
+    """Return the columns of ``LogisticRegression`` as a scipy CSR matrix of float32 (N, D); the features tell D."""
+    from scipy import sparse
+
+    N, features = len(arrays), arrays.features
+    places, sizes = [], []
+    single = [f for f in features.categorical if not f.multi_valued]
+    for feature, ids_N in zip(single, arrays.ids_NF.T, strict=True):
+        places.append(ids_N)
+        sizes.append(feature.num_rows)
+    if arrays.domain_N is not None:
+        places.append(arrays.domain_N)
+        sizes.append(features.num_domains)
+    for column, values_N in zip(features.continuous, arrays.dense_NC.T, strict=True):
+        bins = len(column.quantiles) + 1
+        missing_N = np.isnan(values_N)
+        places.append(np.where(missing_N, bins, np.searchsorted(np.asarray(column.quantiles), values_N)))
+        sizes.append(bins + 1)
+    parts = []
+    if places:
+        # Not OneHotEncoder: it sorts and checks each column, where the places are known to be in range.
+        offsets = np.cumsum([0, *sizes[:-1]])
+        index_NK = np.stack(places, 1).astype(np.int64) + offsets
+        K = index_NK.shape[1]
+        ones = np.ones(N * K, dtype=np.float32)
+        parts.append(sparse.csr_matrix((ones, index_NK.ravel(), np.arange(N + 1) * K), shape=(N, sum(sizes))))
+    if features.continuous:
+        mean_C = np.array([c.mean for c in features.continuous])
+        std_C = np.array([c.std for c in features.continuous])
+        scaled_NC = np.clip((arrays.dense_NC - mean_C) / std_C, -5, 5)  # a far value must not make the solver crawl
+        parts.append(sparse.csr_matrix(np.nan_to_num(scaled_NC).astype(np.float32)))
+    for feature in features.categorical:
+        if feature.multi_valued:
+            several = arrays.multi[feature.name]
+            shares = np.repeat(1.0 / np.maximum(several.lengths_N, 1), several.lengths_N).astype(np.float32)
+            parts.append(sparse_values(several, feature.num_rows, shares))
+    return sparse.hstack(parts, format="csr")
