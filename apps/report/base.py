@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
@@ -50,9 +50,6 @@ class Report(Callback):
     A subclass brings ``collect`` and ``write``. The files appear together when all are written, so an error leaves the
     report of an earlier test as it was.
     """
-
-    only_reports: ClassVar[bool] = True
-    """A comparison leaves it out."""
 
     def collect(self, trainer: Trainer, pl_module: LightningModule) -> Any:
         """Return what ``write`` needs; None writes nothing. Every process calls it, since a sharded model needs all."""

@@ -31,6 +31,7 @@ from apps.recsys.schema import SplitConfig, TableConfig
 from apps.recsys.tables.findings import SPLITS, TableFindings
 from apps.recsys.tables.store import identity, open_rows, open_table
 from apps.recsys.tables.synthetic import SyntheticConfig, generate
+from apps.report.base import Report
 from apps.train.plain import as_config
 
 if TYPE_CHECKING:
@@ -235,7 +236,7 @@ class TableData(LightningDataModule):
         return (
             trainer is not None
             and trainer.state.fn == TrainerFn.TESTING
-            and any(getattr(callback, "only_reports", False) for callback in trainer.callbacks)
+            and any(isinstance(callback, Report) for callback in trainer.callbacks)
         )
 
     def train_dataloader(self) -> ResumableLoader:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -55,8 +55,6 @@ class TrainingChecks(Callback):
     Args:
         rows: rows whose columns are looked at.
     """
-
-    only_reports: ClassVar[bool] = True
 
     def __init__(self, rows: int) -> None:
         self.rows = rows

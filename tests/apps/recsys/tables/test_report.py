@@ -13,7 +13,6 @@ from made_table import MadeTable, batch, features
 from torch.utils.data import DataLoader
 
 import core
-from apps.compare.training import _without_reports
 from apps.recsys.binary_metrics import calibration
 from apps.recsys.encoding.features import CategoricalFeature
 from apps.recsys.tables import checks, gating, pictures
@@ -314,5 +313,5 @@ def test_a_leak_is_reported_in_the_test_and_a_comparison_has_no_report(tmp_path,
     run(module, tmp_path, Leaky())
     assert "! column 'flat' alone predicts task 'click' with AUC 1.00000" in capsys.readouterr().out
     assert any(isinstance(c, RecommenderReport) for c in module.configure_callbacks())
-    _without_reports(module)
+    module.reports = False
     assert not any(isinstance(c, RecommenderReport) for c in module.configure_callbacks())
