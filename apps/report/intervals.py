@@ -30,17 +30,17 @@ class Interval:
         return self.mean + (self.half_width or 0.0)
 
     def negated(self) -> Interval:
-        """Of the values with the other sign."""
+        """Return the interval of the values with the other sign."""
         return Interval(-self.mean, self.half_width, self.count)
 
     @property
     def excludes_zero(self) -> bool:
-        """An interval of width 0 excludes nothing: equal values do not tell how far others would spread."""
+        """Tell whether 0 lies outside; width 0 excludes nothing, since equal values do not show a spread."""
         return bool(self.half_width) and not self.low <= 0 <= self.high
 
 
 def mean_interval(values: Sequence[float], level: float = 0.95) -> Interval:
-    """Mean and t-interval of ``values``: half width ``t_{(1 + level) / 2, n - 1} * s / sqrt(n)``.
+    """Return the mean and t-interval of ``values``: half width ``t_{(1 + level) / 2, n - 1} * s / sqrt(n)``.
 
     Raises:
         ValueError: no value.

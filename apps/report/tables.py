@@ -21,7 +21,7 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A rich table on standard output."""
+    """Print a rich table on standard output."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table

@@ -49,7 +49,7 @@ class Sentence(NamedTuple):
 
 
 def scorer(score: Score, tokenize: str = "13a") -> Any:
-    """sacrebleu's metric of a name: BLEU cased, or chrF++ (chrF with word bigrams).
+    """Return sacrebleu's metric of a name: BLEU cased, or chrF++ (chrF with word bigrams).
 
     Args:
         score: "bleu" or "chrf".
@@ -70,7 +70,7 @@ def scorer(score: Score, tokenize: str = "13a") -> Any:
         raise ValueError(f"bleu_tokenize={tokenize!r}: {one_line(str(error))}") from error
 
 
-# By the code of a language, without script and country: what sacrebleu takes where it is told the language.
+# sacrebleu's tokenizer for a language, by its code without script and country.
 _OF_LANGUAGE = {
     **dict.fromkeys(("zh", "zho", "yue", "cmn"), "zh"),
     **dict.fromkeys(("ja", "jpn"), "ja-mecab"),
@@ -81,7 +81,7 @@ _OF_LANGUAGE = {
 
 
 def bleu_tokenizers(pairs: Sequence[str], tokenize: str | Mapping[str, str] | None = None) -> dict[str, str]:
-    """BLEU's tokenizer for each language pair, a name of sacrebleu's.
+    """Return BLEU's tokenizer for each language pair, a name of sacrebleu's.
 
     Args:
         pairs: such as "en-de".
@@ -114,21 +114,21 @@ def _of_target(pair: str) -> str:
 
 
 def corpus_score(score: Score, hypotheses: Sequence[str], references: Sequence[str], tokenize: str = "13a") -> float:
-    """BLEU or chrF++ of a corpus, in 0..100; NaN without sentences."""
+    """Return BLEU or chrF++ of a corpus, in 0..100; NaN without sentences."""
     if not hypotheses:
         return math.nan
     return float(scorer(score, tokenize).corpus_score(list(hypotheses), [list(references)]).score)
 
 
 def signature(score: Score, tokenize: str = "13a") -> str:
-    """How a score is made, as sacrebleu writes it."""
+    """Return how a score is made, as sacrebleu writes it."""
     metric = scorer(score, tokenize)
     metric.corpus_score(["a"], [["a"]])  # before, it does not know how many references there are
     return str(metric.get_signature())
 
 
 def signatures(tokenizers: Mapping[str, str]) -> dict[str, str]:
-    """The signature of each score by its name, "bleu", "chrf"; of pairs that differ "bleu_en-de", "bleu_en-zh".
+    """Return the signature of each score by its name, "bleu", "chrf"; of pairs that differ "bleu_en-de", "bleu_en-zh".
 
     Args:
         tokenizers: BLEU's, of each pair.
@@ -141,7 +141,7 @@ def signatures(tokenizers: Mapping[str, str]) -> dict[str, str]:
 
 
 class Scored(Protocol):
-    """What tells how well a piece of text was foreseen: fields of ``Sentence``."""
+    """A piece of text, and how well it was foreseen: fields of ``Sentence``."""
 
     @property
     def index(self) -> Any: ...
@@ -194,14 +194,14 @@ class TranslationMetrics(Metric):
         self._own, self.sentences = [], []
 
     def compute(self) -> dict[str, Tensor]:
-        """The metrics of all sentences so far, float64 scalars; NaN without any."""
+        """Return the metrics of all sentences so far, float64 scalars; NaN without any."""
         self.sentences = gathered(self._own)
         values = corpus_metrics(self.sentences, self.tokenizers)
         return {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
 
 
 def corpus_metrics(sentences: Sequence[Sentence], tokenizers: Mapping[str, str]) -> dict[str, float]:
-    """What ``TranslationMetrics.compute`` returns, as plain numbers.
+    """Return what ``TranslationMetrics.compute`` does, as plain numbers.
 
     Args:
         sentences: of all pairs.
@@ -209,20 +209,20 @@ def corpus_metrics(sentences: Sequence[Sentence], tokenizers: Mapping[str, str])
     """
     by_pair = {name: [s for s in sentences if s.pair == number] for number, name in enumerate(tokenizers)}
     by_pair = {name: own for name, own in by_pair.items() if own}
-    found: dict[str, float] = {}
+    values: dict[str, float] = {}
     for score in SCORES:
         of_pairs = {
             name: corpus_score(score, [s.hypothesis for s in own], [s.reference for s in own], tokenizers[name])
             for name, own in by_pair.items()
         }
-        found[score] = sum(of_pairs.values()) / len(of_pairs) if of_pairs else math.nan
+        values[score] = sum(of_pairs.values()) / len(of_pairs) if of_pairs else math.nan
         if len(tokenizers) > 1:
-            found |= {f"{score}_{name}": value for name, value in of_pairs.items()}
-    return {**found, **token_metrics(sentences)}
+            values |= {f"{score}_{name}": value for name, value in of_pairs.items()}
+    return {**values, **token_metrics(sentences)}
 
 
 def token_metrics(pieces: Sequence[Scored]) -> dict[str, float]:
-    """Token accuracy and perplexity; NaN without tokens."""
+    """Return token accuracy and perplexity; NaN without tokens."""
     tokens = sum(s.tokens for s in pieces)
     if not tokens:
         return {"token_accuracy": math.nan, "perplexity": math.nan}
@@ -231,15 +231,15 @@ def token_metrics(pieces: Sequence[Scored]) -> dict[str, float]:
 
 
 def perplexity(nll: float) -> float:
-    """``exp`` of a mean in nats; infinite where that is beyond a float."""
+    """Return ``exp`` of a mean in nats; infinite where that is beyond a float."""
     return math.exp(nll) if nll < 700 else math.inf
 
 
 def gathered(own: Sequence[Piece]) -> list[Piece]:
-    """The pieces of all ranks by number, each once."""
+    """Return the pieces of all ranks by number, each once."""
     parts: list[Any] = [list(own)]
     if dist.is_available() and dist.is_initialized():
         parts = [None] * dist.get_world_size()
         dist.all_gather_object(parts, list(own))
-    found = {piece.index: piece for part in parts for piece in part}
-    return [found[index] for index in sorted(found)]
+    by_index = {piece.index: piece for part in parts for piece in part}
+    return [by_index[index] for index in sorted(by_index)]

@@ -66,7 +66,7 @@ class Routes:
 
 
 def sentence_routes(sides: Sequence[Routes], num_experts: int, title: str) -> Figure:
-    """A panel a side: rows subwords, columns layers, in each cell its experts; the colour is the first one's.
+    """Draw a panel a side: rows are subwords, columns layers; a cell has its experts and the colour of the first.
 
     Args:
         sides: source and target; a side without MoE layers is left out.
@@ -124,12 +124,12 @@ def _route_panel(axis: Axes, side: Routes, colors: Sequence[str]) -> None:
 
 
 def attention_map(weights: np.ndarray, source: Sequence[str], target: Sequence[str], title: str) -> Figure:
-    """How much each token that is said attends to each source token.
+    """Draw how much each token of the translation attends to each source token.
 
     Args:
         weights: (L, S), rows sum to 1.
         source: S subwords, columns.
-        target: L subwords, rows; a row's is the one that is said, not the one read before it.
+        target: L subwords, rows; a row's token is the one that is written, not the one read before it.
         title: of the picture.
 
     Raises:
@@ -160,7 +160,7 @@ def _title_width(title: str) -> float:
 
 
 def drawn(piece: str) -> str:
-    """A subword with a box for each character that the fonts lack."""
+    """Return a subword with a box for each character that the fonts lack."""
     known = _characters()
     if any(ord(c) not in known for c in piece):
         _tell_of_boxes()
@@ -168,7 +168,7 @@ def drawn(piece: str) -> str:
 
 
 def _text() -> dict[str, Any]:
-    """Of text from a corpus: a dollar sign is one, and each glyph comes from the first font that has it."""
+    """Return the style of text from a corpus: a dollar sign is one, and each glyph is of the first font that has it."""
     return {"parse_math": False, "fontfamily": list(_families())}
 
 

@@ -2,6 +2,9 @@
 
 Paired bootstrap resampling: test sets of the same size are drawn with replacement from the sentences, and both systems
 are scored on each. BLEU and chrF++ are functions of sums over sentences, so draws are a product of counts and sums.
+
+sacrebleu's own paired test has no interval of the difference, no mean over language pairs with a tokenizer each, and
+takes its seed from the environment; the scores and the sentences' statistics are sacrebleu's.
 """
 
 from __future__ import annotations
@@ -54,17 +57,17 @@ def paired_bootstrap(
     seed: int = 0,
     strata: Sequence[Any] | None = None,
 ) -> PairedBootstrap:
-    """The difference of two systems in BLEU or chrF++, and what other test sets would make of it.
+    """Return the difference of two systems in BLEU or chrF++, and how it varies over other test sets.
 
     Args:
-        hypotheses_a, hypotheses_b: of the two systems, a sentence each.
-        references: of the same sentences.
+        hypotheses_a, hypotheses_b: the two systems' translations, one a sentence.
+        references: the same sentences' references.
         score: "bleu" or "chrf".
-        tokenize: of BLEU, a name of sacrebleu's, or that of each stratum.
+        tokenize: BLEU's tokenizer, a name of sacrebleu's, or the tokenizer of each stratum.
         resamples: test sets drawn.
         seed: of the draws.
-        strata: what each sentence belongs to, such as its language pair: the score is then the mean of theirs, and each
-            is drawn from by itself. None: one.
+        strata: what each sentence belongs to, such as its language pair: the score is then the mean over the strata,
+            and each is drawn from by itself. None: there is one.
 
     Raises:
         ValueError: numbers of sentences that differ, none, or fewer than one draw.
@@ -76,7 +79,9 @@ def paired_bootstrap(
     if resamples < 1:
         raise ValueError(f"resamples={resamples} must be at least 1")
     rng = np.random.default_rng(seed)
-    groups = _groups(strata, n)
+    groups: dict[Any, list[int]] = {}
+    for i, stratum in enumerate(strata or [None] * n):
+        groups.setdefault(stratum, []).append(i)
     whole, drawn = np.zeros(2), np.zeros((2, resamples))
     for stratum, group in groups.items():
         metric = scorer(score, tokenize if isinstance(tokenize, str) else tokenize[stratum])
@@ -101,17 +106,8 @@ def paired_bootstrap(
     return PairedBootstrap(a, b, a - b, float(low), float(high), p)
 
 
-def _groups(strata: Sequence[Any] | None, n: int) -> dict[Any, list[int]]:
-    if strata is None:
-        return {None: list(range(n))}
-    found: dict[Any, list[int]] = {}
-    for i, stratum in enumerate(strata):
-        found.setdefault(stratum, []).append(i)
-    return found
-
-
 def sentence_statistics(metric: Any, hypotheses: Sequence[str], references: Sequence[str]) -> Array:
-    """(N, K), the counts of each sentence whose sums are what a corpus's score is made of.
+    """Return (N, K), the counts of each sentence whose sums make a corpus's score.
 
     sacrebleu has no public name for them; its own significance tests take them from here.
     """
@@ -123,42 +119,42 @@ def _score(metric: Any, sums_K: Array) -> float:
 
 
 def compare_sentences(
-    mine: Sequence[Mapping[str, Any]],
-    other: Sequence[Mapping[str, Any]],
+    first: Sequence[Mapping[str, Any]],
+    second: Sequence[Mapping[str, Any]],
     tokenizers: Mapping[str, str],
 ) -> list[ExampleDifference]:
-    """Paired bootstrap of two tests as ``Translator.examples_of_test`` saves them: BLEU, then chrF++.
+    """Return the paired bootstrap of two tests as ``Translator.examples_of_test`` saves them: BLEU, then chrF++.
 
     With several pairs the mean over the pairs comes first, then each pair.
 
     Args:
-        mine, other: the examples of each test.
-        tokenizers: BLEU's, of each pair.
+        first, second: the examples of each test.
+        tokenizers: BLEU's tokenizer for each language pair.
 
     Raises:
         ValueError: they are not of the same sentences.
     """
-    if [(e["index"], e["reference"]) for e in mine] != [(e["index"], e["reference"]) for e in other]:
+    if [(e["index"], e["reference"]) for e in first] != [(e["index"], e["reference"]) for e in second]:
         raise ValueError("the two tests are not of the same sentences")
-    names = [pair for pair in tokenizers if any(e["pair"] == pair for e in mine)]
-    found = []
+    names = [pair for pair in tokenizers if any(e["pair"] == pair for e in first)]
+    differences = []
     for score in SCORES:
         for name in (None, *(names if len(names) > 1 else ())):
-            own = [i for i, e in enumerate(mine) if name in (None, e["pair"])]
+            own = [i for i, e in enumerate(first) if name in (None, e["pair"])]
             result = paired_bootstrap(
-                [mine[i]["hypothesis"] for i in own],
-                [other[i]["hypothesis"] for i in own],
-                [mine[i]["reference"] for i in own],
+                [first[i]["hypothesis"] for i in own],
+                [second[i]["hypothesis"] for i in own],
+                [first[i]["reference"] for i in own],
                 score,
                 tokenizers,
-                strata=[mine[i]["pair"] for i in own],
+                strata=[first[i]["pair"] for i in own],
             )
             of = "" if len(names) < 2 else ", mean of the pairs" if name is None else f" {name}"
             label = f"{LABELS[score]}{of}"
             method = f"paired bootstrap, {RESAMPLES:,} draws"
-            found.append(
+            differences.append(
                 ExampleDifference(
                     label, result.difference, result.low, result.high, result.p, method, bool(name), "test sentences"
                 )
             )
-    return found
+    return differences

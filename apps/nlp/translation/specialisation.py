@@ -51,7 +51,7 @@ Label = Literal["source language", "target language", "pair", "token class"]
 
 
 def token_classes(pieces: Sequence[str], counts_V: np.ndarray) -> np.ndarray:
-    """The class of each subword, told from its characters and how often it came. No tagger is asked.
+    """Return the class of each subword, by its characters and how often it came; no tagger takes part.
 
     - begin, end and language tag (``<2de>``) of a sentence; bytes (``<0xE4>``), with what has no subword at all.
     - digits: a number without a letter. punctuation: neither letter nor number.
@@ -84,7 +84,7 @@ def token_classes(pieces: Sequence[str], counts_V: np.ndarray) -> np.ndarray:
 
 
 def _class_by_text(piece: str) -> int:
-    """The class, or -1 for a piece of letters."""
+    """Return the class, or -1 for a piece of letters."""
     if piece in _MARKED:
         return _MARKED[piece]
     if re.fullmatch(r"<2[^<>]+>", piece):
@@ -146,13 +146,13 @@ class ExpertUse:
         self._by_piece: dict[str, np.ndarray] = {}
 
     def add(self, tape: core.Tape, pair_B: Tensor) -> None:
-        """The passes of one batch, whose sentences have the language pairs ``pair_B``."""
+        """Add the passes of one batch, whose sentences have the language pairs ``pair_B``."""
         B = len(pair_B)
         of_batch: dict[str, np.ndarray] = {}
         for entry in tape.entries:
             name, side = layer_label(entry.name), side_of(entry.name)
             if entry.context is None or entry.context.token_ids_BS is None:
-                raise ValueError(f"layer {entry.name!r} was not told the ids of its tokens")
+                raise ValueError(f"layer {entry.name!r} was not given the ids of its tokens")
             ids_T = entry.context.token_ids_BS.flatten()
             by_sentence = expert_label_counts(entry.routing, torch.arange(B), B).cpu().numpy()
             by_piece = expert_label_counts(entry.routing, ids_T, self.subwords.size(side)).cpu().numpy()
@@ -164,48 +164,48 @@ class ExpertUse:
 
     @property
     def layers(self) -> list[LayerUse]:
-        """In the order of the passes."""
+        """The use of each layer, in the order of the passes."""
         return [
             LayerUse(name, side_of(name), np.concatenate(parts), self._by_piece[name])
             for name, parts in self._by_sentence.items()
         ]
 
     def labels(self) -> dict[Label, tuple[np.ndarray, tuple[str, ...]]]:
-        """Of the sentences, by what they are about: the label of each, and the labels' names.
+        """Return the label of each sentence and the labels' names, by what the labels are about.
 
         What all sentences share is left out, and the pair where one of its languages tells it.
         """
-        found: dict[Label, tuple[np.ndarray, tuple[str, ...]]] = {}
+        labels: dict[Label, tuple[np.ndarray, tuple[str, ...]]] = {}
         for about, end in (("source language", 0), ("target language", 1)):
             of_P = [pair.split("-")[end] for pair in self.pairs]
             names = tuple(dict.fromkeys(of_P))
             if len(names) > 1:
-                found[about] = np.array([names.index(n) for n in of_P])[self.pair_B], names  # type: ignore[index]
-        if all(len(names) < len(self.pairs) for _, names in found.values()) and len(self.pairs) > 1:
-            found["pair"] = self.pair_B, self.pairs
-        return found
+                labels[about] = np.array([names.index(n) for n in of_P])[self.pair_B], names  # type: ignore[index]
+        if all(len(names) < len(self.pairs) for _, names in labels.values()) and len(self.pairs) > 1:
+            labels["pair"] = self.pair_B, self.pairs
+        return labels
 
     def classes_of(self, side: Side) -> np.ndarray:
-        """int64 (V,), ``token_classes`` by the tokens that the first layer of a side saw."""
+        """Return ``token_classes`` by the tokens that the first layer of a side saw, int64 (V,)."""
         pieces = self.subwords.pieces(range(self.subwords.size(side)), side)
         counts = next((use.sum(1) for name, use in self._by_piece.items() if side_of(name) == side), None)
         return token_classes(pieces, np.zeros(len(pieces), np.int64) if counts is None else counts)
 
 
 def by_label(layer: LayerUse, label_B: np.ndarray, num_labels: int) -> np.ndarray:
-    """A layer's routed pairs by label of their sentence, int64 (num_labels, E)."""
+    """Return a layer's routed pairs by label of their sentence, int64 (num_labels, E)."""
     return np.eye(num_labels, dtype=np.int64)[label_B].T @ layer.by_sentence
 
 
 def by_class(layer: LayerUse, class_V: np.ndarray) -> np.ndarray:
-    """A layer's routed pairs by class of their token, int64 (len(CLASSES), E)."""
-    found = np.zeros((len(CLASSES), layer.num_experts), np.int64)
-    np.add.at(found, class_V, layer.by_piece)
-    return found
+    """Return a layer's routed pairs by class of their token, int64 (len(CLASSES), E)."""
+    counts_CE = np.zeros((len(CLASSES), layer.num_experts), np.int64)
+    np.add.at(counts_CE, class_V, layer.by_piece)
+    return counts_CE
 
 
 def side_of(layer: str) -> Side:
-    """Whose tokens a layer of this name sees."""
+    """Return the side whose tokens a layer of this name sees."""
     return "target" if "decoder" in layer else "source"
 
 
@@ -213,13 +213,13 @@ def side_of(layer: str) -> Side:
 
 
 def entropy(counts: np.ndarray) -> float:
-    """In bits, of the shares of ``counts``; 0 without any."""
+    """Return the entropy of the shares of ``counts``, in bits; 0 without any."""
     p = counts[counts > 0] / max(counts.sum(), 1)
     return float(-(p * np.log2(p)).sum()) if len(p) else 0.0
 
 
 def mutual_information(counts_CE: np.ndarray) -> float:
-    """I(E; C) in bits, from counts; 0 without any."""
+    """Return I(E; C) in bits, from counts; 0 without any."""
     bits = entropy(counts_CE.sum(0)) + entropy(counts_CE.sum(1)) - entropy(counts_CE.ravel())
     return max(bits, 0.0)
 
@@ -252,21 +252,21 @@ class Specialisation:
 
 
 def specialisation(use: ExpertUse, shuffles: int = 20) -> list[Specialisation]:
-    """Of each layer, first for the languages, where there are several, then for the token classes."""
+    """Return how specialised each layer is: in the languages, where there are several, then in the token classes."""
     draw = np.random.RandomState(0)
     classes = {side: use.classes_of(side) for side in {layer.side for layer in use.layers}}
-    found = []
+    rows = []
     for layer in use.layers:
         for about, (label_B, names) in use.labels().items():
             shuffled = (by_label(layer, draw.permutation(label_B), len(names)) for _ in range(shuffles))
             chance = np.mean([mutual_information(counts) for counts in shuffled])
             counts = by_label(layer, label_B, len(names))
-            found.append(_specialisation(layer, about, counts, float(chance)))
+            rows.append(_specialisation(layer, about, counts, float(chance)))
         counts = by_class(layer, classes[layer.side])
         free = max(int(np.count_nonzero(counts.sum(1))) - 1, 0) * max(int(np.count_nonzero(counts.sum(0))) - 1, 0)
         chance = free / (2 * max(layer.num_pairs, 1) * np.log(2))
-        found.append(_specialisation(layer, "token class", counts, float(chance)))
-    return found
+        rows.append(_specialisation(layer, "token class", counts, float(chance)))
+    return rows
 
 
 def _specialisation(layer: LayerUse, about: Label, counts_CE: np.ndarray, by_chance: float) -> Specialisation:
@@ -285,7 +285,7 @@ def _specialisation(layer: LayerUse, about: Label, counts_CE: np.ndarray, by_cha
 
 
 def typical_pieces(layer: LayerUse, pieces: Sequence[str], most: int = 10) -> list[list[str]]:
-    """For each expert the subwords that it takes far more of than it would by chance, the clearest first.
+    """Return for each expert the subwords that it takes far more of than by chance, the clearest first.
 
     In the order of ``p(e, v) log(p(e, v) / (p(e) p(v)))``, what each adds to the mutual information; those that the
     expert takes less of than by chance are left out.
@@ -293,8 +293,8 @@ def typical_pieces(layer: LayerUse, pieces: Sequence[str], most: int = 10) -> li
     joint = layer.by_piece / max(layer.num_pairs, 1)
     expected = joint.sum(1, keepdims=True) * joint.sum(0, keepdims=True)
     gain = joint * np.log(np.divide(joint, expected, out=np.ones_like(joint), where=joint > 0))
-    found = []
+    typical = []
     for e in range(layer.num_experts):
         order = np.argsort(-gain[:, e], kind="stable")[:most]
-        found.append([pieces[v] for v in order if gain[v, e] > 0])
-    return found
+        typical.append([pieces[v] for v in order if gain[v, e] > 0])
+    return typical

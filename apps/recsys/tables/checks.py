@@ -1,6 +1,6 @@
-"""Guards: what makes a good metric worthless, found in the data and in the metrics themselves.
+"""Guards: they look in the data and in the metrics themselves for what makes a good metric worthless.
 
-Each function returns what it found as ``Check``s, one line each; ``print_checks`` prints them.
+Each function returns ``Check``s, one line each; ``print_checks`` prints them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ EVERY_CHECK = (
 
 @dataclass(frozen=True)
 class Check:
-    """Something that was found.
+    """One finding of a guard.
 
     Attributes:
         name: of the guard, such as "label_among_features".
@@ -44,7 +44,7 @@ class Check:
 
 
 def label_among_features(arrays: TableArrays) -> list[Check]:
-    """Columns that alone rank the examples of a task almost without error, or that have a task's name.
+    """Find columns that alone rank the examples of a task almost without error, or that have a task's name.
 
     A column of numbers is judged by its own AUC, in either direction; a categorical one by the AUC, in every second
     row, of its values' mean label in the others, so that a column of ids is not taken for a label. All values of a row
@@ -53,7 +53,7 @@ def label_among_features(arrays: TableArrays) -> list[Check]:
     features = arrays.features
     names = [*(f.name for f in features.categorical), *(f.name for f in features.continuous)]
     named = [name for name in names if name in features.tasks]
-    found = [
+    findings = [
         Check("label_among_features", f"column {name!r} has the name of a task: is the label among the features?")
         for name in named
     ]
@@ -69,7 +69,7 @@ def label_among_features(arrays: TableArrays) -> list[Check]:
             tried.append((feature.name, category_auc(ids_N[kept_N], y_N)))
         for name, sets_N in several.items():
             tried.append((name, category_auc(sets_N[kept_N], y_N)))
-        found += [
+        findings += [
             Check(
                 "label_among_features",
                 f"column {name!r} alone predicts task {task!r} with AUC {auc:.5f}: is it known before the label is?",
@@ -77,57 +77,57 @@ def label_among_features(arrays: TableArrays) -> list[Check]:
             for name, auc in tried
             if auc > SUSPICIOUS_AUC and name not in named
         ]
-    return found
+    return findings
 
 
 def column_auc(values_N: np.ndarray, labels_N: np.ndarray) -> float:
-    """AUC of numbers as a score, or of their negative where that is more; missing ones are the lowest."""
+    """Return the AUC of numbers as a score, or of their negative where that is more; missing ones are the lowest."""
     auc = binary_metrics.auc(np.where(np.isnan(values_N), -np.inf, values_N), labels_N)
     return max(auc, 1 - auc)
 
 
 def category_auc(ids_N: np.ndarray, labels_N: np.ndarray) -> float:
-    """AUC, in every second row, of the mean label that a value has in the other rows."""
+    """Return the AUC, in every second row, of the mean label that a value has in the other rows."""
     # Numbered anew: a few thousand rows may hold ids of a table of a billion.
-    found, code_N = np.unique(ids_N, return_inverse=True)
+    ids, code_N = np.unique(ids_N, return_inverse=True)
     code, y = code_N[::2], labels_N[::2]
-    counts = np.bincount(code, minlength=len(found))
+    counts = np.bincount(code, minlength=len(ids))
     rate = y.mean() if len(y) else 0.0
-    means = (np.bincount(code, weights=y, minlength=len(found)) + rate) / (counts + 1)
+    means = (np.bincount(code, weights=y, minlength=len(ids)) + rate) / (counts + 1)
     return binary_metrics.auc(means[code_N[1::2]], labels_N[1::2])
 
 
 def shared_users(users: Mapping[str, np.ndarray]) -> list[Check]:
-    """Users that are in several splits, where the split is by user.
+    """Find users that are in several splits, where the split is by user.
 
     Args:
         users: the ids of each split's rows, by the name of the split.
     """
-    found = []
+    findings = []
     sets = {split: np.unique(ids) for split, ids in users.items()}
     for (first, a), (second, b) in itertools.combinations(sets.items(), 2):
         both = np.intersect1d(a, b, assume_unique=True)
         if len(both):
-            found.append(
+            findings.append(
                 Check(
                     "shared_users",
                     f"{len(both)} of {len(b)} users of {second} are in {first} too, although the split is by user",
                 )
             )
-    return found
+    return findings
 
 
 def suspicious_metrics(by_task: Mapping[str, TaskMetrics], split: str) -> list[Check]:
-    """What the metrics of a split say against themselves.
+    """Find what the metrics of a split say against themselves.
 
     Two tasks of equal AUC to 6 digits, an AUC below 0.5 or above 0.9999, a split with one class, constant or invalid
     predictions, and a mean prediction off the base rate by a quarter of it (or of the negatives' share, where that is
     smaller) and by more than 5 standard errors.
     """
-    found: list[Check] = []
+    findings: list[Check] = []
 
     def add(name: str, message: str) -> None:
-        found.append(Check(name, f"{split}: {message}"))
+        findings.append(Check(name, f"{split}: {message}"))
 
     for (a, x), (b, y) in itertools.combinations(by_task.items(), 2):
         if round(x.auc, 6) == round(y.auc, 6) and not (x.constant or y.constant):
@@ -152,38 +152,38 @@ def suspicious_metrics(by_task: Mapping[str, TaskMetrics], split: str) -> list[C
                 "base_rate",
                 f"the mean prediction of task {task!r} is {f.mean_prediction:.2%}, and {f.base_rate:.2%} are positive",
             )
-    return found
+    return findings
 
 
 def far_from(mean_prediction: float, base_rate: float, n: int) -> bool:
-    """Whether a mean of ``n`` predictions is off the base rate by more than chance and by more than matters."""
+    """Tell whether a mean of ``n`` predictions is off the base rate by more than chance and by more than matters."""
     off = abs(mean_prediction - base_rate)
     rarer = min(base_rate, 1 - base_rate)
     error = math.sqrt(max(base_rate * (1 - base_rate), 1 / n) / n)
     return off > 0.25 * rarer and off > 5 * error
 
 
-def print_checks(found: Sequence[Check], title: str = "checks", quiet_when_clean: bool = False) -> None:
+def print_checks(findings: Sequence[Check], title: str = "checks", quiet_when_clean: bool = False) -> None:
     """Print a block with a line for each check.
 
     Args:
-        found: what was found.
+        findings: what the guards returned.
         title: of the block.
-        quiet_when_clean: print nothing where nothing was found.
+        quiet_when_clean: print nothing where there is no finding.
     """
     from rich.console import Console
     from rich.markup import escape
 
-    if not found and quiet_when_clean:
+    if not findings and quiet_when_clean:
         return
     console = Console()
     console.print(f"[bold]{escape(title)}[/bold]", highlight=False)
-    if not found:
+    if not findings:
         console.print(f"  nothing found ({'; '.join(EVERY_CHECK)})", highlight=False, soft_wrap=True)
-    for check in found:
+    for check in findings:
         console.print(f"  [bold red]![/bold red] {escape(check.message)}", highlight=False, soft_wrap=True)
 
 
-def distinct(found: Iterable[Check]) -> list[Check]:
-    """Each message once."""
-    return list({check.message: check for check in found}.values())
+def distinct(findings: Iterable[Check]) -> list[Check]:
+    """Return each message once."""
+    return list({check.message: check for check in findings}.values())

@@ -35,11 +35,11 @@ class TableFindings:
         lines = ["rows: " + ", ".join(f"{n:,} {split}" for split, n in self.rows.items())]
         for task, share in self.positives.items():
             labelled = self.labelled[task]
-            found = (f"{s} {share[s]:.2%} of {labelled[s]:,}" for s in SPLITS if self.rows[s])
-            lines.append(f"task {task}: positive in " + ", ".join(found))
+            by_split = (f"{s} {share[s]:.2%} of {labelled[s]:,}" for s in SPLITS if self.rows[s])
+            lines.append(f"task {task}: positive in " + ", ".join(by_split))
         for what, shares in (("missing", self.missing), ("unseen", self.unseen)):
             for column, share in shares.items():
                 if any(share.values()):
-                    found = (f"{share[s]:.2%} {s}" for s in SPLITS if self.rows[s])
-                    lines.append(f"column {column}: {what} in " + ", ".join(found))
+                    by_split = (f"{share[s]:.2%} {s}" for s in SPLITS if self.rows[s])
+                    lines.append(f"column {column}: {what} in " + ", ".join(by_split))
         return "\n".join([*lines, *(f"warning: {w}" for w in self.warnings)])

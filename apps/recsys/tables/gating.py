@@ -58,22 +58,22 @@ class Gate:
 
     @property
     def key(self) -> str:
-        """Its name among the gates of a model."""
+        """The gate's name among those of a model."""
         return f"{self.block} {self.end}".strip()
 
     @property
     def entropy(self) -> float:
-        """Mean entropy of an example's weights over log E: 0, one expert; 1, all alike."""
+        """The mean entropy of an example's weights over log E: 0, one expert; 1, all alike."""
         return float(_entropy(self.weights_NE).mean()) if len(self.weights_NE) else math.nan
 
     @property
     def mean_entropy(self) -> float:
-        """Entropy of the mean weights over log E. What it exceeds ``entropy`` by, the gate owes to the example."""
+        """The entropy of the mean weights over log E. What it exceeds ``entropy`` by, the gate owes to the example."""
         return float(_entropy(self.mean_E[None])[0])
 
     @property
     def mean_E(self) -> np.ndarray:
-        """(E,) mean weights."""
+        """The mean weights, (E,)."""
         return self.weights_NE.mean(0, dtype=np.float64) if len(self.weights_NE) else np.zeros(len(self.experts))
 
 
@@ -154,51 +154,51 @@ class GateReader:
         sums[1, : len(every)] += every
 
     def _names(self, entry: str, num_experts: int) -> tuple[str, ...]:
-        """Of the experts of a router that does not name them."""
+        """Return the names of the experts of a router that does not name them."""
         groups = getattr(core.moe_layers(self.model)[self._layer(entry)], "groups", None)
         return tuple(map(str, range(num_experts))) if groups is None else tuple(groups.names())
 
     def _layer(self, entry: str) -> str:
-        """The layer of an entry: the longest name that starts the entry's."""
+        """Return the layer of an entry: the longest name that starts the entry's."""
         layers = sorted(core.moe_layers(self.model), key=len, reverse=True)
         return next(n for n in layers if entry == n or entry.startswith(f"{n}.") or not n)
 
     def _blocks(self) -> dict[str, str]:
-        """The short names of the blocks, in the order of the passes."""
+        """Return the short names of the blocks, in the order of the passes."""
         full = dict.fromkeys(self._split(name)[0] for name in self.weights)
         return dict(zip(full, _short(list(full)), strict=True))
 
     def _split(self, entry: str) -> tuple[str, str]:
-        """An entry's block, a layer or a level of one, and its end."""
+        """Return an entry's block, a layer or a level of one, and its end."""
         layer = self._layer(entry)
         level, _, end = entry[len(layer) :].lstrip(".").rpartition(".")
         return ".".join(p for p in (layer, level) if p), end
 
     def gates(self) -> list[Gate]:
-        """The gates in the order of the passes."""
-        short, found = self._blocks(), []
+        """Return the gates in the order of the passes."""
+        short, gates = self._blocks(), []
         for name, parts in self.weights.items():
             block, end = self._split(name)
             task = int(end[4:]) if end.startswith("task") and end[4:].isdigit() else None
-            found.append(Gate(short[block], end, task, self.experts[name], np.concatenate(parts)))
-        return found
+            gates.append(Gate(short[block], end, task, self.experts[name], np.concatenate(parts)))
+        return gates
 
     def zero_share(self) -> dict[str, dict[str, float]]:
-        """By block and expert, the share of its outputs that is zero; NaN for one that computed nothing.
+        """Return the share of each expert's outputs that is zero, by block; NaN for one that computed nothing.
 
         A block whose outputs are summed in a kernel is not there.
         """
-        short, layers, found = self._blocks(), core.moe_layers(self.model), {}
+        short, layers, shares_by_block = self._blocks(), core.moe_layers(self.model), {}
         for block, (zeros_E, all_E) in self.zeros.items():
             groups = getattr(layers[self._layer(block)], "groups", None)
             names = map(str, range(len(all_E))) if groups is None else _all_names(groups)
             shares = np.where(all_E > 0, zeros_E / np.maximum(all_E, 1), np.nan)
-            found[short.get(block, block)] = dict(zip(names, shares.tolist(), strict=True))
-        return found
+            shares_by_block[short.get(block, block)] = dict(zip(names, shares.tolist(), strict=True))
+        return shares_by_block
 
 
 def _all_names(groups: Any) -> Iterator[str]:
-    """Of all experts of a level in their order, those of the self-gates and of every domain too."""
+    """Yield the names of all experts of a level in their order, those of the self-gates and of every domain too."""
     yield from (f"shared{i}" for i in range(groups.num_shared))
     for k in range(groups.num_tasks):
         yield from (f"task{k}.{i}" for i in range(groups.num_task))
@@ -207,7 +207,7 @@ def _all_names(groups: Any) -> Iterator[str]:
 
 
 def _short(blocks: Sequence[str]) -> list[str]:
-    """Names of blocks in words, without what all have in common; "" for a lone one."""
+    """Return names of blocks in words, without what all have in common; "" for a lone one."""
     if len(blocks) < 2:
         return [""] * len(blocks)
     parts = [block.split(".") for block in blocks]
@@ -243,14 +243,14 @@ class ExpertUse:
 
 
 def label(gate: Gate, tasks: Sequence[str]) -> str:
-    """A gate in words: the name of its task, or what it is for."""
+    """Return a gate in words: the name of its task, or what it is for."""
     if gate.task is not None:
         return tasks[gate.task] if gate.task < len(tasks) else gate.end
     return {"shared": "shared representation", "selection": "selection"}.get(gate.end, "all tasks")
 
 
 def expert_label(name: str, tasks: Sequence[str]) -> str:
-    """An expert in words: "task0.1" is "income 1" with the first task income."""
+    """Return an expert in words: "task0.1" is "income 1" with the first task income."""
     kind, _, number = name.partition(".")
     if kind.startswith("task") and kind[4:].isdigit() and int(kind[4:]) < len(tasks):
         return f"{tasks[int(kind[4:])]} {number}"
@@ -264,8 +264,8 @@ def expert_label(name: str, tasks: Sequence[str]) -> str:
 def expert_use(
     gates: Sequence[Gate], zero_share: Mapping[str, Mapping[str, float]], tasks: Sequence[str]
 ) -> list[ExpertUse]:
-    """Every expert, with the gates that reach it and with what is wrong with it."""
-    found = []
+    """Return every expert, with the gates that reach it and with what is wrong with it."""
+    uses = []
     for block in dict.fromkeys(g.block for g in gates):
         own, zeros = [g for g in gates if g.block == block], zero_share.get(block, {})
         names = dict.fromkeys([*(name for g in own for name in g.experts), *zeros])
@@ -276,8 +276,8 @@ def expert_use(
             }
             zero = zeros.get(name, math.nan)
             problem = ", ".join(_problems(name, zero, judges, tasks))
-            found.append(ExpertUse(block, name, zero, weights, problem))
-    return found
+            uses.append(ExpertUse(block, name, zero, weights, problem))
+    return uses
 
 
 def _problems(name: str, zero: float, gates: Sequence[Gate], tasks: Sequence[str]) -> Iterator[str]:
@@ -290,9 +290,9 @@ def _problems(name: str, zero: float, gates: Sequence[Gate], tasks: Sequence[str
     elif name.startswith("shared") and len(weights) > 1 and max(weights.values()) >= TAKEN * sum(weights.values()):
         yield f"taken by {max(weights, key=weights.__getitem__)}"
     for gate in reach:
-        mine = f"task{gate.task}."
-        own = [i for i, n in enumerate(gate.experts) if n.startswith(mine)]
-        if name.startswith(mine) and len(own) < len(gate.experts) and gate.mean_E[own].sum() <= PASSED_BY:
+        prefix = f"task{gate.task}."
+        own = [i for i, n in enumerate(gate.experts) if n.startswith(prefix)]
+        if name.startswith(prefix) and len(own) < len(gate.experts) and gate.mean_E[own].sum() <= PASSED_BY:
             yield "passed by"
 
 
@@ -300,7 +300,7 @@ def _problems(name: str, zero: float, gates: Sequence[Gate], tasks: Sequence[str
 
 
 def dependence(gates: Sequence[Gate], arrays: TableArrays, max_rows: int = 255) -> dict[str, dict[str, float]]:
-    """By column and gate, the share of the variance of the gate's weights that the column explains.
+    """Return the share of the variance of a gate's weights that a column explains, by column and gate.
 
     It is the correlation ratio, sum over the values v of ``n_v (mean_v - mean)^2`` over ``sum (x - mean)^2``, both
     summed over the experts. Numbers are cut at their quantiles. Columns of more than ``max_rows`` values, which would
@@ -309,7 +309,7 @@ def dependence(gates: Sequence[Gate], arrays: TableArrays, max_rows: int = 255) 
     Returns:
         ``{column: {gate.key: share}}``.
     """
-    found: dict[str, dict[str, float]] = {}
+    explained: dict[str, dict[str, float]] = {}
     for column, values_N, _ in coded_columns(arrays, max_rows):
         counts_V = np.bincount(values_N)
         used = counts_V > 0
@@ -321,8 +321,8 @@ def dependence(gates: Sequence[Gate], arrays: TableArrays, max_rows: int = 255) 
                 continue
             sums_VE = np.stack([np.bincount(values_N, weights=x_N) for x_N in x_NE.T], 1)
             between = float(np.sum(sums_VE[used] ** 2 / counts_V[used, None]))
-            found.setdefault(column, {})[gate.key] = between / total
-    return found
+            explained.setdefault(column, {})[gate.key] = between / total
+    return explained
 
 
 MAX_CODES = 255
@@ -330,13 +330,13 @@ MAX_CODES = 255
 
 
 def domain_column(features: Features) -> str:
-    """What `coded_columns` calls the scenario: a name that no column has."""
+    """Return the name of the scenario in `coded_columns`, which no column has."""
     names = [*(f.name for f in features.categorical), *(c.name for c in features.continuous)]
     return "scenario" if "scenario" not in names else "(scenario)"
 
 
 def check_column(features: Features, name: str) -> None:
-    """Whether `coded_columns` has the column.
+    """Check that `coded_columns` has the column.
 
     Raises:
         ValueError: it does not, and why.
@@ -356,7 +356,7 @@ def check_column(features: Features, name: str) -> None:
 
 
 def coded_columns(arrays: TableArrays, max_rows: int = MAX_CODES) -> Iterator[tuple[str, np.ndarray, list[str] | None]]:
-    """Columns as codes: (name, int64 (N,), words of the codes or None where the data module has them)."""
+    """Yield columns as codes: (name, int64 (N,), words of the codes or None where the data module has them)."""
     features = arrays.features
     single = [f for f in features.categorical if not f.multi_valued]
     for feature, ids_N in zip(single, arrays.ids_NF.T, strict=True):
@@ -375,13 +375,13 @@ def coded_columns(arrays: TableArrays, max_rows: int = MAX_CODES) -> Iterator[tu
 
 
 def left_out(arrays: TableArrays) -> list[str]:
-    """The columns that `coded_columns` does not have: of more than 255 values, multi-valued, or constant."""
+    """Return the columns that `coded_columns` lacks: of more than 255 values, multi-valued, or constant."""
     features, coded = arrays.features, {name for name, _, _ in coded_columns(arrays)}
     names = [*(f.name for f in features.categorical), *(f.name for f in features.continuous)]
     return [name for name in names if name not in coded]
 
 
 def weights_by_value(gate: Gate, codes_N: np.ndarray, values: Sequence[int]) -> np.ndarray:
-    """(V, E), the gate's mean weights over the examples of each value."""
+    """Return the gate's mean weights over the examples of each value, (V, E)."""
     rows = [gate.weights_NE[codes_N == v].mean(0, dtype=np.float64) for v in values]
     return np.stack(rows) if rows else np.zeros((0, len(gate.experts)))

@@ -65,16 +65,16 @@ class HeadConfig:
                 raise ValueError(f"head.{error}") from None
 
     def tower(self) -> core.MLP:
-        """A tower without its logit."""
+        """Return the config of a tower without its logit."""
         return core.MLP(self.hidden_dims, self.activation, self.norm, self.dropout)
 
     @property
     def has_steps(self) -> bool:
-        """Whether each task implies those before it."""
+        """Tell whether each task implies those before it."""
         return self.steps or self.kind != "plain"
 
     def build(self, dim: int, num_tasks: int, positives: Sequence[float] = ()) -> Head:
-        """The head for (t, B, ``dim``).
+        """Return the head for (t, B, ``dim``).
 
         Args:
             dim: width of the shared layer's output.
@@ -114,17 +114,17 @@ class Head(nn.Module):
         return list(positives)
 
     def forward(self, x_tBD: Tensor) -> Tensor:
-        """(t, B, D) to logits (B, t)."""
+        """Return logits (B, t) of (t, B, D)."""
         if self.towers is not None:
             x_tBD = self.towers(x_tBD, "each", (1,) * self.num_tasks).transpose(0, 1)
         return torch.baddbmm(self.bias, x_tBD, self.weight).squeeze(-1).t()
 
     def losses(self, logits_Bt: Tensor) -> Mapping[str, Tensor]:
-        """The head's own weighted losses by name, () each."""
+        """Return the head's own weighted losses by name, () each."""
         return {}
 
     def labels(self, label_Bt: Tensor) -> Tensor:
-        """The labels (B, t) as the losses and metrics take them; NaN for none."""
+        """Return the labels (B, t) as the losses and metrics take them; NaN for none."""
         return step_labels(label_Bt) if self.config.has_steps else label_Bt
 
     def check_labels(self, label_Bt: Tensor, names: Sequence[str]) -> None:
@@ -149,13 +149,13 @@ class _Steps(Head):
 
 
 def step_labels(label_Bt: Tensor) -> Tensor:
-    """Labels (B, t) of steps, 0 in place of a NaN where an earlier step is 0."""
+    """Return labels (B, t) of steps in which a NaN is 0 where an earlier step is 0."""
     ended_Bt = (label_Bt == 0).cumsum(1) > 0
     return label_Bt.masked_fill(ended_Bt & label_Bt.isnan(), 0.0)
 
 
 def over_all(positives: Sequence[float]) -> list[float]:
-    """Shares of positives over all examples, (t,).
+    """Return the shares of positives over all examples, (t,).
 
     A step cannot have more positives than the one before: a share that says so is of the examples that came so far.
     """
@@ -170,7 +170,7 @@ class ESMM(_Steps):
     """Entire-space multi-task model (arXiv 1804.07931): see ``HeadConfig``."""
 
     def _prior(self, positives: Sequence[float]) -> list[float]:
-        """Of each step given the one before."""
+        """Return the share of each step given the one before."""
         before = [1.0, *positives[:-1]]
         return [p / b if b > 0 else p for p, b in zip(positives, before, strict=True)]
 
@@ -183,7 +183,7 @@ class ESMM(_Steps):
 
 
 def and_logit(a: Tensor, b: Tensor) -> Tensor:
-    """The logit of ``sigmoid(a) sigmoid(b)``, exact where a product of float32 probabilities is 0 or 1.
+    """Return the logit of ``sigmoid(a) sigmoid(b)``, exact where a product of float32 probabilities is 0 or 1.
 
     ``1 / (p q) = (1 + e^-a)(1 + e^-b)``, so ``pq / (1 - pq) = 1 / (e^-a + e^-b + e^-(a+b))``.
     """
@@ -205,15 +205,15 @@ class AITM(_Steps):
 
     def forward(self, x_tBD: Tensor) -> Tensor:
         z_BD = x_tBD[0]
-        found = [z_BD]
+        z_tBD = [z_BD]
         for t in range(1, self.num_tasks):
             p_BD = F.relu(torch.addmm(self.transfer_bias[t - 1], z_BD, self.transfer_weight[t - 1]))
             u_B2D = torch.stack((p_BD, x_tBD[t]), dim=1)
             v, k, s = (u_B2D @ self.attention_weight[t - 1]).chunk(3, dim=-1)
             w_B2 = ((k * s).sum(-1) / math.sqrt(v.shape[-1])).softmax(-1)
             z_BD = (w_B2.unsqueeze(-1) * v).sum(1)
-            found.append(z_BD)
-        return super().forward(torch.stack(found))
+            z_tBD.append(z_BD)
+        return super().forward(torch.stack(z_tBD))
 
     def losses(self, logits_Bt: Tensor) -> Mapping[str, Tensor]:
         if not self.config.calibrator_weight:
@@ -224,7 +224,7 @@ class AITM(_Steps):
 
 
 def linear_init(num: int, fan_in: int, fan_out: int) -> tuple[nn.Parameter, nn.Parameter]:
-    """Weight (num, in, out) and bias (num, 1, out), each as ``nn.Linear`` starts."""
+    """Return a weight (num, in, out) and a bias (num, 1, out) that start as ``nn.Linear`` does."""
     bound = 1 / math.sqrt(fan_in)
     weight, bias = torch.empty(num, fan_in, fan_out), torch.empty(num, 1, fan_out)
     return nn.Parameter(weight.uniform_(-bound, bound)), nn.Parameter(bias.uniform_(-bound, bound))

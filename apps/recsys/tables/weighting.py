@@ -30,7 +30,7 @@ class WeightingConfig:
 
     Attributes:
         kind: "fixed", "uncertainty" or "gradnorm".
-        weights: of single tasks, by name; 1 where none is named. "uncertainty" and "gradnorm" start from them.
+        weights: of single tasks, by name; a task that is not named has 1. "uncertainty" and "gradnorm" start from them.
         alpha: GradNorm's strength, how much slower tasks are helped; 0: equal norms.
 
     Raises:
@@ -52,7 +52,7 @@ class WeightingConfig:
             raise ValueError(f"weighting.alpha={self.alpha} is negative")
 
     def build(self, tasks: Sequence[str], positives: Sequence[float] = ()) -> Weighting:
-        """The weighting of ``tasks``; ``positives`` are their shares of positive labels, empty where not known.
+        """Return the weighting of ``tasks``; ``positives`` are their shares of positive labels, empty where not known.
 
         Raises:
             ValueError: a weight of a task that is not there, or no task with a weight above 0.
@@ -90,7 +90,7 @@ class Weighting(nn.Module):
         labelled_t: Tensor | None = None,
         num_shared: int | None = None,
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """The loss () of the tasks' losses (t,), and the weights to log, (t,) each, by name.
+        """Return the loss () of the tasks' losses (t,), and the weights to log, (t,) each, by name.
 
         Args:
             loss_t: of a batch.
@@ -102,7 +102,7 @@ class Weighting(nn.Module):
         return self.evaluate(loss_t), {}
 
     def evaluate(self, loss_t: Tensor) -> Tensor:
-        """The fixed weights' sum, ()."""
+        """Return the fixed weights' sum, ()."""
         return loss_t @ self._given_t
 
 
@@ -173,6 +173,6 @@ class GradNorm(Weighting):
 
 
 def _entropy(p: float) -> float:
-    """Log loss of the constant prediction p, in nats."""
+    """Return the log loss of the constant prediction p, in nats."""
     p = min(max(p, 1e-4), 1 - 1e-4)
     return -p * math.log(p) - (1 - p) * math.log(1 - p)

@@ -144,7 +144,7 @@ def test_a_layer_used_twice_counts_twice():
 
 def test_layers_that_were_not_told_their_tokens_are_refused():
     blind = core.contract.Entry("encoder.layers.0.ffn", entry("x", [[4]], [[0]]).routing, None, None)
-    with pytest.raises(ValueError, match=r"layer 'encoder.layers.0.ffn' was not told the ids of its tokens"):
+    with pytest.raises(ValueError, match=r"layer 'encoder.layers.0.ffn' was not given the ids of its tokens"):
         use_of(["en-de"], ([blind], [0]))
 
 
