@@ -4,9 +4,9 @@ scikit-learn computes the areas; what it lacks is here. Choices:
 
 - Ties count half in an AUC. Scores are compared as logits: the sigmoid of a float32 is 1 from 17 on and would make ties
   of scores that differ.
-- The bins of the calibration error hold about equal numbers of examples (``binning="mass"``). Where 6 % are positive,
-  bins of equal width leave nearly all examples in the first one or two. Equal scores fall into one bin, so the order of
-  the rows does not matter and a constant prediction has the error |prediction - share of positives|.
+- The 15 bins of the calibration error hold about equal numbers of examples. Where 6 % are positive, bins of equal width
+  leave nearly all examples in the first one or two. Equal scores fall into one bin, so the order of the rows does not
+  matter and a constant prediction has the error |prediction - share of positives|.
 - What a split cannot tell is NaN: the AUC and PR-AUC of a task with one class, everything of a task without labels.
 
 ``weights_N`` are numbers of examples: a histogram of scores is judged as its examples are.
@@ -17,11 +17,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
-Binning = Literal["mass", "width"]
 NO_GROUP = int(np.iinfo(np.int64).min)
 """Stands for the group of an example that has none."""
 
@@ -82,11 +80,7 @@ class Calibration:
 
 
 def calibration(
-    probabilities_N: np.ndarray,
-    labels_N: np.ndarray,
-    num_bins: int = 15,
-    binning: Binning = "mass",
-    weights_N: np.ndarray | None = None,
+    probabilities_N: np.ndarray, labels_N: np.ndarray, weights_N: np.ndarray | None = None, num_bins: int = 15
 ) -> Calibration:
     """Return bins of a prediction; ``.error`` is the ECE (arXiv 1706.04599, equation 3). NaN labels are left out.
 
@@ -96,20 +90,14 @@ def calibration(
     Args:
         probabilities_N: predictions in 0..1.
         labels_N: 0, 1 or NaN.
-        num_bins: bins at most.
-        binning: "mass", about equal numbers of examples; "width", equal intervals of the prediction.
         weights_N: examples of each prediction; None: one.
+        num_bins: bins at most, of about equal numbers of examples.
     """
     p_N, y_N, weights_N = _labelled(probabilities_N, labels_N, weights_N)
-    p_N = p_N.astype(np.float64)
-    weights_N = np.ones(len(p_N)) if weights_N is None else weights_N
     value_G, group_N = np.unique(p_N, return_inverse=True)
     count_G = np.bincount(group_N, weights_N, len(value_G))
-    if binning == "mass":
-        middle_G = np.cumsum(count_G) - count_G / 2
-        bin_G = np.minimum((num_bins * middle_G / max(count_G.sum(), 1)).astype(np.int64), num_bins - 1)
-    else:  # ((b - 1) / num_bins, b / num_bins], as in arXiv 1706.04599
-        bin_G = np.searchsorted(np.linspace(0.0, 1.0, num_bins + 1)[1:-1], value_G, side="left")
+    middle_G = np.cumsum(count_G) - count_G / 2
+    bin_G = np.minimum((num_bins * middle_G / max(count_G.sum(), 1)).astype(np.int64), num_bins - 1)
     counts, positives, predicted = (
         np.bincount(bin_G[group_N], weights_N * factor, num_bins) for factor in (1.0, y_N, p_N)
     )
@@ -169,8 +157,8 @@ def grouped_auc(scores_N: np.ndarray, labels_N: np.ndarray, groups_N: np.ndarray
 
 def _labelled(
     values_N: np.ndarray, labels_N: np.ndarray, weights_N: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Return the examples that have a label.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the values, labels and weights of the examples that have a label.
 
     Raises:
         ValueError: a label that is neither 0 nor 1.
@@ -181,7 +169,8 @@ def _labelled(
     wrong_N = (labels_N != 0) & (labels_N != 1)
     if wrong_N.any():
         raise ValueError(f"label {labels_N[wrong_N][0]:g} is neither 0 nor 1 (NaN: none)")
-    return np.asarray(values_N)[kept_N], labels_N, None if weights_N is None else weights_N[kept_N]
+    weights_N = np.ones(len(labels_N)) if weights_N is None else weights_N[kept_N]
+    return np.asarray(values_N)[kept_N], labels_N, weights_N
 
 
 @dataclass(frozen=True)
@@ -220,64 +209,53 @@ class TaskMetrics:
         return values if self.gauc is None else {**values, "gauc": self.gauc.value}
 
 
-def task_metrics(
-    logits_N: np.ndarray,
-    labels_N: np.ndarray,
-    groups_N: np.ndarray | None = None,
-    ece_bins: int = 15,
-    ece_binning: Binning = "mass",
-) -> TaskMetrics:
+def task_metrics(logits_N: np.ndarray, labels_N: np.ndarray, groups_N: np.ndarray | None = None) -> TaskMetrics:
     """Return all metrics of one task; see ``MultiTaskMetrics``."""
     if groups_N is not None:
         groups_N = groups_N[~np.isnan(labels_N)]
-    z_N, y_N, _ = _labelled(logits_N, labels_N)
+    z_N, y_N, weights_N = _labelled(logits_N, labels_N)
     n, invalid = len(z_N), int(np.isnan(z_N).sum())
     if not n or invalid:
         return TaskMetrics(n, float(y_N.mean()) if n else math.nan, invalid=invalid)
-    p_N = np.exp(-np.logaddexp(0.0, -z_N.astype(np.float64)))
     by_user = None
     if groups_N is not None:
         named_N = groups_N != NO_GROUP
         by_user = grouped_auc(z_N[named_N], y_N[named_N], groups_N[named_N])
-    return TaskMetrics(
-        num_examples=n,
-        base_rate=float(y_N.mean()),
-        mean_prediction=float(p_N.mean()),
-        constant=bool((z_N == z_N[0]).all()),
-        auc=auc(z_N, y_N),
-        pr_auc=pr_auc(z_N, y_N),
-        log_loss=log_loss(z_N, y_N),
-        calibration=calibration(p_N, y_N, ece_bins, ece_binning),
-        gauc=by_user,
-    )
+    p_N = np.exp(-np.logaddexp(0.0, -z_N.astype(np.float64)))
+    return _all_metrics(z_N, p_N, y_N, weights_N, log_loss(z_N, y_N), by_user)
 
 
-def histogram_metrics(
-    counts_MC: np.ndarray, prediction_sum_M: np.ndarray, loss_sum: float, ece_bins: int, ece_binning: Binning
-) -> TaskMetrics:
+def histogram_metrics(counts_MC: np.ndarray, prediction_sum_M: np.ndarray, loss_sum: float) -> TaskMetrics:
     """Return the metrics of one task from counts by score; scores of one bin are ties.
 
     Args:
         counts_MC: (M, 2), negative and positive examples of each bin, by ascending score.
         prediction_sum_M: sum of the probabilities in each bin.
         loss_sum: negative log likelihood of all examples.
-        ece_bins, ece_binning: see ``calibration``.
     """
-    used_M = counts_MC.sum(1) > 0
-    counts_GC, n = counts_MC[used_M], int(counts_MC.sum())
-    if not n:
+    bin_N, label_N = np.nonzero(counts_MC)
+    if not len(bin_N):
         return TaskMetrics(0, math.nan)
-    bins, labels, weights = np.arange(len(counts_GC)), np.repeat([0, 1], len(counts_GC)), counts_GC.T.ravel()
-    prediction_G = prediction_sum_M[used_M] / counts_GC.sum(1)
-    some = weights > 0
-    area = (np.tile(bins, 2)[some], labels[some], weights[some])
+    p_N = prediction_sum_M[bin_N] / counts_MC.sum(1)[bin_N]
+    return _all_metrics(bin_N, p_N, label_N, counts_MC[bin_N, label_N], loss_sum / counts_MC.sum())
+
+
+def _all_metrics(
+    scores_N: np.ndarray,
+    p_N: np.ndarray,
+    y_N: np.ndarray,
+    weights_N: np.ndarray,
+    loss: float,
+    by_user: GroupedAUC | None = None,
+) -> TaskMetrics:
     return TaskMetrics(
-        num_examples=n,
-        base_rate=float(counts_GC[:, 1].sum() / n),
-        mean_prediction=float(prediction_sum_M.sum() / n),
-        constant=len(bins) == 1,
-        auc=auc(*area),
-        pr_auc=pr_auc(*area),
-        log_loss=loss_sum / n,
-        calibration=calibration(np.tile(prediction_G, 2), labels, ece_bins, ece_binning, weights),
+        num_examples=int(weights_N.sum()),
+        base_rate=float(np.average(y_N, weights=weights_N)),
+        mean_prediction=float(np.average(p_N, weights=weights_N)),
+        constant=bool((scores_N == scores_N[0]).all()),
+        auc=auc(scores_N, y_N, weights_N),
+        pr_auc=pr_auc(scores_N, y_N, weights_N),
+        log_loss=float(loss),
+        calibration=calibration(p_N, y_N, weights_N),
+        gauc=by_user,
     )

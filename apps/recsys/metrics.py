@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import Metric
 
-from apps.recsys.binary_metrics import NO_GROUP, Binning, TaskMetrics, histogram_metrics, task_metrics
+from apps.recsys.binary_metrics import NO_GROUP, TaskMetrics, histogram_metrics, task_metrics
 
 # Logits beyond it share the outermost bins of the streaming form: their probability is within 1.2e-7 of 0 or 1.
 _LIMIT = 16.0
@@ -77,8 +77,6 @@ class MultiTaskMetrics(_Synced):
     Args:
         task_names: in the order of the columns.
         grouped: keep the users that ``update`` is given.
-        ece_bins: of the calibration error.
-        ece_binning: "mass", about equal numbers of examples; "width", equal intervals.
         score_bins: bins of equal width of the logit in -16..16; None: exact.
 
     Attributes:
@@ -94,24 +92,17 @@ class MultiTaskMetrics(_Synced):
         self,
         task_names: Sequence[str],
         grouped: bool = False,
-        ece_bins: int = 15,
-        ece_binning: Binning = "mass",
         score_bins: int | None = None,
     ) -> None:
         super().__init__()
         names = tuple(task_names)
         if not names or len(set(names)) != len(names):
             raise ValueError(f"task_names={names} must be different names, at least one")
-        if ece_bins < 1:
-            raise ValueError(f"ece_bins={ece_bins} must be at least 1")
-        if ece_binning not in ("mass", "width"):
-            raise ValueError(f"ece_binning={ece_binning!r} is not one of 'mass', 'width'")
         if score_bins is not None and score_bins < 2:
             raise ValueError(f"score_bins={score_bins} must be at least 2")
         if score_bins is not None and grouped:
             raise ValueError(f"score_bins={score_bins}: metrics by user need the exact form (score_bins=None)")
-        self.task_names, self.grouped = names, grouped
-        self.ece_bins, self.ece_binning, self.score_bins = ece_bins, ece_binning, score_bins
+        self.task_names, self.grouped, self.score_bins = names, grouped, score_bins
         self.by_task: dict[str, TaskMetrics] = {}
         if score_bins is None:
             self.add_state("scores", [], "cat")
@@ -189,20 +180,19 @@ class MultiTaskMetrics(_Synced):
         if groups_N is not None and not (groups_N != NO_GROUP).any():
             groups_N = None
         return [
-            task_metrics(z_N, y_N, groups_N, self.ece_bins, self.ece_binning)
-            for z_N, y_N in zip(states["scores"].T, states["labels"].T, strict=True)
+            task_metrics(z_N, y_N, groups_N) for z_N, y_N in zip(states["scores"].T, states["labels"].T, strict=True)
         ]
 
     def _binned(self) -> list[TaskMetrics]:
-        options = self.ece_bins, self.ece_binning
-        return [
-            TaskMetrics(int(counts_MC.sum() + invalid), math.nan, invalid=int(invalid))
-            if invalid
-            else histogram_metrics(counts_MC.cpu().numpy(), sums_M.cpu().double().numpy(), float(loss), *options)
-            for counts_MC, sums_M, loss, invalid in zip(
-                self.counts, self.prediction_sums, self.loss_sums, self.invalid, strict=True
-            )
-        ]
+        of_tasks = []
+        for counts_MC, sums_M, loss, invalid in zip(
+            self.counts, self.prediction_sums, self.loss_sums, self.invalid.tolist(), strict=True
+        ):
+            if invalid:
+                of_tasks.append(TaskMetrics(int(counts_MC.sum()) + invalid, math.nan, invalid=invalid))
+            else:
+                of_tasks.append(histogram_metrics(counts_MC.cpu().numpy(), sums_M.cpu().double().numpy(), float(loss)))
+        return of_tasks
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -225,13 +215,12 @@ def _check_labels(labels: Tensor) -> None:
 # ---- rankings
 
 
-def target_ranks(scores_BI: Tensor, target_B: Tensor, chunk: int = 2**24) -> Tensor:
+def target_ranks(scores_BI: Tensor, target_B: Tensor) -> Tensor:
     """Return the rank of each row's target among all items, int64 (B,), 1 the best; pessimistic on ties and NaN.
 
     Args:
         scores_BI: (B, I), a score for every item; -inf where an item is no candidate (padding, seen before).
         target_B: int64 (B,), the item that should come first.
-        chunk: scores compared at a time.
 
     Raises:
         ValueError: a target that is no item, or shapes that do not fit.
@@ -242,12 +231,7 @@ def target_ranks(scores_BI: Tensor, target_B: Tensor, chunk: int = 2**24) -> Ten
     outside_B = (target_B < 0) | (target_B >= num_items)
     if bool(outside_B.any()):
         raise ValueError(f"target {int(target_B[outside_B][0])} is not one of {num_items} items, 0 to {num_items - 1}")
-    rows = max(1, chunk // max(num_items, 1))
-    parts = []
-    for scores, target in zip(scores_BI.split(rows), target_B.split(rows), strict=True):
-        own = scores.gather(1, target[:, None])
-        parts.append(num_items - (scores < own).sum(1))
-    return torch.cat(parts)
+    return target_ranks_of_chunks([scores_BI], scores_BI.gather(1, target_B[:, None]).squeeze(1))
 
 
 def target_ranks_of_chunks(chunks: Iterable[Tensor], own_B: Tensor) -> Tensor:
@@ -275,7 +259,6 @@ class RankingMetrics(_Synced):
 
     Args:
         ks: the cut-offs.
-        chunk: scores compared at a time.
 
     Raises:
         ValueError: a cut-off below 1, or none.
@@ -283,9 +266,9 @@ class RankingMetrics(_Synced):
 
     higher_is_better = True
 
-    def __init__(self, ks: Sequence[int] = (10, 20), chunk: int = 2**24) -> None:
+    def __init__(self, ks: Sequence[int] = (10, 20)) -> None:
         super().__init__()
-        self.ks, self.chunk = tuple(ks), chunk
+        self.ks = tuple(ks)
         if not self.ks or any(k < 1 for k in self.ks):
             raise ValueError(f"ks={self.ks} must be numbers of at least 1")
         self.add_state("hits", torch.zeros(len(self.ks), dtype=torch.int64), "sum")
@@ -295,7 +278,7 @@ class RankingMetrics(_Synced):
 
     def update(self, outputs: Tensor, targets: Tensor) -> None:
         """Add a batch: (B, I) scores of all items and int64 (B,) targets; see ``target_ranks``."""
-        self.update_ranks(target_ranks(outputs.detach(), targets, self.chunk))
+        self.update_ranks(target_ranks(outputs.detach(), targets))
 
     def update_ranks(self, rank_B: Tensor) -> None:
         """Add ranks that are known already, 1 the best."""
