@@ -3,37 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from apps.report.intervals import mean_interval
-
-
-@dataclass(frozen=True)
-class FewShotResult:
-    """The accuracies of one number of shots.
-
-    Attributes:
-        shots: labelled images a class.
-        accuracies: one a seed, each with other labelled images.
-        mean: of the accuracies.
-        interval: half width of the 95 % interval of the mean (Student's t); None for one seed.
-    """
-
-    shots: int
-    accuracies: tuple[float, ...]
-
-    @property
-    def mean(self) -> float:
-        return float(np.mean(self.accuracies))
-
-    @property
-    def interval(self) -> float | None:
-        return mean_interval(self.accuracies).half_width
+from apps.report.intervals import Interval, mean_interval
 
 
 def draw_shots(labels: np.ndarray, shots: int, seed: int) -> np.ndarray:
@@ -76,8 +52,8 @@ def few_shot(
     test_labels: np.ndarray,
     shots: Sequence[int] = (5, 10),
     num_seeds: int = 5,
-) -> tuple[FewShotResult, ...]:
-    """Return the k-shot linear evaluation of frozen features.
+) -> dict[int, Interval]:
+    """Return the accuracy of the k-shot linear evaluation of frozen features, over the draws, by k.
 
     Args:
         features: (N, D) of the images that the labelled ones are drawn from.
@@ -90,16 +66,11 @@ def few_shot(
     Raises:
         ValueError: a class has fewer than k images.
     """
-    return tuple(
-        FewShotResult(
-            k,
-            tuple(
-                linear_accuracy(features[chosen], labels[chosen], test_features, test_labels)
-                for chosen in (draw_shots(labels, k, seed) for seed in range(num_seeds))
-            ),
-        )
-        for k in shots
-    )
+    results = {}
+    for k in shots:
+        drawn = (draw_shots(labels, k, seed) for seed in range(num_seeds))
+        results[k] = mean_interval([linear_accuracy(features[i], labels[i], test_features, test_labels) for i in drawn])
+    return results
 
 
 @torch.no_grad()

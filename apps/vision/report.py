@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,11 @@ from apps.data.loader import batches_of_test
 from apps.report import plots
 from apps.report.base import Report, ReportConfig, first_batches
 from apps.report.heatmaps import heatmaps, maps_by_label
+from apps.report.intervals import Interval
 from apps.report.routed import expert_label_counts, expert_of_token, layer_label
 from apps.report.tables import print_table, write_csv
 from apps.vision.capacity_sweep import CapacityPoint, capacity_sweep, sweep_picture
-from apps.vision.few_shot import FewShotResult, extract_features, few_shot, hard_labels
+from apps.vision.few_shot import extract_features, few_shot, hard_labels
 from apps.vision.pictures import routing_over_images
 
 _logger = logging.getLogger(__name__)
@@ -151,8 +152,8 @@ class VisionReport(Report):
             return None
         model: Any = pl_module.model
         results = self._few_shot(trainer, pl_module)
-        for result in results:
-            pl_module.log(f"test/few_shot_{result.shots}", result.mean, batch_size=1, rank_zero_only=True)
+        for shots, accuracy in results.items():
+            pl_module.log(f"test/few_shot_{shots}", accuracy.mean, batch_size=1, rank_zero_only=True)
         routing = PatchRouting()
         points: tuple[CapacityPoint, ...] = ()
         if core.moe_layers(model):
@@ -183,13 +184,13 @@ class VisionReport(Report):
     def _first(self, trainer: Trainer, images: int) -> Iterable[Any]:
         return first_batches(batches_of_test(trainer), images, lambda batch: len(batch.image))
 
-    def _few_shot(self, trainer: Trainer, pl_module: LightningModule) -> tuple[FewShotResult, ...]:
+    def _few_shot(self, trainer: Trainer, pl_module: LightningModule) -> dict[int, Interval]:
         if not self.config.few_shot:
-            return ()
+            return {}
         support = support_batches(trainer)
         if support is None:
             _logger.info("few-shot evaluation left out: no images to draw labelled ones from")
-            return ()
+            return {}
         features, labels = extract_features(pl_module.model, support, pl_module.device)
         test_features, test_labels = extract_features(pl_module.model, batches_of_test(trainer), pl_module.device)
         counts = np.bincount(labels)
@@ -201,17 +202,17 @@ class VisionReport(Report):
         return few_shot(features, labels, test_features, test_labels, shots, self.config.few_shot_seeds)
 
 
-def _write_few_shot(results: Sequence[FewShotResult], folder: Path) -> None:
-    seeds = len(results[0].accuracies)
+def _write_few_shot(results: Mapping[int, Interval], folder: Path) -> None:
+    seeds = next(iter(results.values())).count
     print_table(
         f"Few-shot linear evaluation, {'one draw' if seeds == 1 else f'mean of {seeds} draws'}",
         ("shots a class", "test accuracy, %", "95 % interval"),
         [
-            (str(r.shots), f"{100 * r.mean:.2f}", "–" if r.interval is None else f"± {100 * r.interval:.2f}")
-            for r in results
+            (str(k), f"{100 * a.mean:.2f}", "–" if a.half_width is None else f"± {100 * a.half_width:.2f}")
+            for k, a in results.items()
         ],
     )
-    rows = [{"shots": r.shots, "accuracy": r.mean, "interval": r.interval, "seeds": seeds} for r in results]
+    rows = [{"shots": k, "accuracy": a.mean, "interval": a.half_width, "seeds": seeds} for k, a in results.items()]
     write_csv(folder / "few_shot.csv", rows)
 
 
