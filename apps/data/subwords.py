@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import core
 from apps.base.files import replacing
-from apps.data.lines import clean
+from apps.data.text_files import clean
 
 log = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from apps.data import sources
-from apps.data.lines import clean
 from apps.data.subwords import BOS_ID, EOS_ID, PAD_ID, Subwords
+from apps.data.text_files import clean
 from apps.nlp.decode import DecodeConfig
 from apps.nlp.text.batch import TranslationBatch
 from apps.nlp.text.batches import cut_by_tokens

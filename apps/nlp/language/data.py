@@ -21,14 +21,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from apps.data import sources
-from apps.data.columns import ColumnFiles, ColumnWriter
-from apps.data.lines import Rows, expand, num_words, read_lines
+from apps.data.array_files import ArrayFiles, ArrayWriter
 from apps.data.loader import ResumableLoader, as_it_is, in_order, overfits
 from apps.data.subwords import EOS_ID, PAD_ID, SubwordConfig, Subwords, train_subwords
+from apps.data.text_files import Rows, expand, num_words, read_lines
 from apps.nlp.predict import BadLines, check_bad_lines, given_lines
 from apps.nlp.text.corpora import SPLITS, Sizes, check_size, share_out
 from apps.nlp.text.datasets import NLP_DATASETS, find_language
-from apps.nlp.text.encoded import encode, identity, open_encoded
+from apps.nlp.text.encoded_pairs import encode, identity, open_encoded
 from apps.porting import subwords_of
 
 log = logging.getLogger(__name__)
@@ -169,7 +169,7 @@ class TextData(LightningDataModule):
         self.text, self.predict_file, self.bad_lines = text, predict_file, bad_lines
         self.num_workers, self.seed = num_workers, seed
         self._given = subwords
-        self._files: ColumnFiles | None = None
+        self._files: ArrayFiles | None = None
         self._told = False
         self._check_options()
         if subwords is None and tokenizer.path is not None:
@@ -253,7 +253,7 @@ class TextData(LightningDataModule):
 
     # ---- the encoded text
 
-    def _open(self) -> ColumnFiles:
+    def _open(self) -> ArrayFiles:
         if self._files is None:
             cache = sources.cache_root(self.cache_dir)
             if self.dataset == "text":
@@ -332,7 +332,7 @@ class TextData(LightningDataModule):
         log.info("%s in %s: left out: %s of validation or test (train)", self.dataset, language, left_out)
         return {split: [[line] for line in (train if split == "train" else lines)] for split, lines in splits.items()}
 
-    def _write(self, writer: ColumnWriter, splits: dict[str, list[list[str]]], cache: Path) -> None:
+    def _write(self, writer: ArrayWriter, splits: dict[str, list[list[str]]], cache: Path) -> None:
         if not splits["train"]:
             raise ValueError(f"there is no text to train on in {self.train_files or self.dataset}")
         train = (line for document in splits["train"] for line in document)

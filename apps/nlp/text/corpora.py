@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from apps.data.lines import Rows, num_words
+from apps.data.text_files import Rows, num_words
 
 log = logging.getLogger(__name__)
 

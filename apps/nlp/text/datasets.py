@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Literal
 
 from apps.data import sources
-from apps.data.lines import Rows
 from apps.data.sources import Dataset, DebianPackage, File, PythonPackage, Source, UrlSource
+from apps.data.text_files import Rows
 from apps.nlp.text.corpora import check_size
 from apps.nlp.text.readers import bible, catalogs, moses, tsv
 

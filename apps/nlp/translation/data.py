@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from apps.data import sources
-from apps.data.columns import ColumnFiles, ColumnWriter
+from apps.data.array_files import ArrayFiles, ArrayWriter
 from apps.data.loader import ResumableLoader, as_it_is, in_order, overfits
 from apps.data.subwords import SubwordConfig, Subwords, train_subwords
 from apps.nlp.predict import BadLines, check_bad_lines, given_lines, source_batches
@@ -29,7 +29,7 @@ from apps.nlp.text.batch import TranslationBatch
 from apps.nlp.text.batches import TokenBatches, by_length, cut_by_tokens, evenly
 from apps.nlp.text.corpora import SPLITS, Filters, Sizes, collect, parse_pairs
 from apps.nlp.text.datasets import NLP_DATASETS, OWN, Corpus, Mnemonic, check_corpus, find_corpus
-from apps.nlp.text.encoded import EncodedPairs, identity, open_encoded, read_text, write_pairs
+from apps.nlp.text.encoded_pairs import EncodedPairs, identity, open_encoded, read_text, write_pairs
 from apps.porting import subwords_of
 
 log = logging.getLogger(__name__)
@@ -154,7 +154,7 @@ class TranslationData(LightningDataModule):
         self.text, self.predict_file, self.predict_pair = text, predict_file, predict_pair
         self.predict_lines, self.bad_lines, self.num_workers = predict_lines, bad_lines, num_workers
         self._given = subwords
-        self._files: ColumnFiles | None = None
+        self._files: ArrayFiles | None = None
         self._told = False
         self._check_options()
         if subwords is None and tokenizer.path is not None:
@@ -345,7 +345,7 @@ class TranslationData(LightningDataModule):
                 "%s: %s %s; drop_identical (--data.drop_identical true) leaves them out", self.dataset, share, told
             )
 
-    def _open(self) -> ColumnFiles:
+    def _open(self) -> ArrayFiles:
         if self._files is None:
             cache = sources.cache_root(self.cache_dir)
             found = [find_corpus(corpus, self.pairs, self.cache_dir) for corpus in self.corpora]
@@ -354,7 +354,7 @@ class TranslationData(LightningDataModule):
                 [asdict(self.filters), self.split_seed, self.subset],
             ]
 
-            def write(writer: ColumnWriter) -> None:
+            def write(writer: ArrayWriter) -> None:
                 self._write(writer, [read() for _, read in found], cache)
 
             self._files = open_encoded(
@@ -362,7 +362,7 @@ class TranslationData(LightningDataModule):
             )
         return self._files
 
-    def _write(self, writer: ColumnWriter, rows: list[Any], cache: Path) -> None:
+    def _write(self, writer: ArrayWriter, rows: list[Any], cache: Path) -> None:
         corpora = {}
         for number, (corpus, parts) in enumerate(zip(self.corpora, rows, strict=True), 1):
             name = f"{corpus.dataset} ({number})" if len(rows) > 1 else corpus.dataset

@@ -13,8 +13,8 @@ from lightning.pytorch import LightningModule, Trainer
 
 import core
 from apps.base.files import replacing
-from apps.data.lines import num_words
 from apps.data.loader import batches_of_test
+from apps.data.text_files import num_words
 from apps.nlp.text.batch import TranslationBatch
 from apps.nlp.translation.metrics import Sentence, TranslationMetrics, corpus_metrics, scorer, signature, signatures
 from apps.nlp.translation.routes import expert_use, spread_batches, usual_sentences, write_sentence, write_use

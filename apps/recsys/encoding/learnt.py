@@ -20,7 +20,7 @@ from apps.recsys.encoding.features import Features
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from apps.data.columns import ColumnFiles
+    from apps.data.array_files import ArrayFiles
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +90,7 @@ class Encoding:
     separator: str = "|"
 
     @classmethod
-    def of(cls, files: ColumnFiles) -> Encoding:
+    def of(cls, files: ArrayFiles) -> Encoding:
         """That of an encoded table."""
         info = files.info
 

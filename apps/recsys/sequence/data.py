@@ -18,9 +18,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from apps.data import sources
 from apps.data.loader import ResumableLoader, as_it_is, in_order, overfits
-from apps.recsys.datasets import RECSYS_DATASETS
 from apps.recsys.encoding.learnt import Vocabulary
-from apps.recsys.readers import own_files
+from apps.recsys.readers import user_tables
+from apps.recsys.datasets import RECSYS_DATASETS
 from apps.recsys.sequence import histories
 from apps.recsys.sequence.histories import Histories, Items
 
@@ -327,7 +327,7 @@ class HistoryData(LightningDataModule):
         if self.dataset == "table":
             assert self.file is not None
             return histories.from_table(
-                own_files.find_files(None, self.file, "file"),
+                user_tables.find_files(None, self.file, "file"),
                 self.user_column,
                 self.item_column,
                 self.time_column,

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from apps.recsys.encoding import encode
-from apps.recsys.readers import own_files
+from apps.recsys.readers import user_tables
 
 if TYPE_CHECKING:
     from apps.recsys.readers.movielens import Ratings
@@ -174,7 +174,7 @@ def from_table(
     numbered in the order of whole numbers where they all are such, else in that of text.
 
     Args:
-        found: as `own_files.find_files` finds them.
+        found: as `user_tables.find_files` finds them.
         user, item: columns of numbers or text.
         time: column by which a user's interactions are ordered; None: they are in order.
         rating: column of numbers for ``min_rating``.
@@ -195,7 +195,7 @@ def from_table(
             raise ValueError(f"{role}={column!r} is {roles[column]} too")
         if column is not None:
             roles.setdefault(column, role)
-    tables = [own_files.read_columns(path, roles, () if rating is None else (rating,), time) for path in found]
+    tables = [user_tables.read_columns(path, roles, () if rating is None else (rating,), time) for path in found]
 
     def parts(column: str) -> list[encode.Part]:
         return [(str(path), table[column]) for path, table in zip(found, tables, strict=True)]

@@ -1,4 +1,4 @@
-"""From arrow tables to column files: split the rows, learn from the training rows, encode column by column.
+"""From arrow tables to array files: split the rows, learn from the training rows, encode column by column.
 
 Beside the arrow tables, one column at a time is in memory; what is encoded goes to mapped files.
 """
@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from apps.data.columns import ColumnArrays, ColumnWriter
+from apps.data.array_files import ArraysInMemory, ArrayWriter
 from apps.recsys.encoding import encode
 from apps.recsys.encoding.encode import Part
 from apps.recsys.encoding.features import CategoricalFeature, ContinuousFeature, Features
@@ -32,13 +32,13 @@ _ID_SHARE, _FEWEST_FOR_ID = 0.95, 100
 _WHERE = {"train": "the training table", "val": "the validation table", "test": "the test table"}
 
 
-def build(raw: RawTables, config: TableConfig, writer: ColumnWriter, given: Encoding | None = None) -> None:
+def build(raw: RawTables, config: TableConfig, writer: ArrayWriter, given: Encoding | None = None) -> None:
     """Encode ``raw`` by ``config``, which is its own or the user's, and finish ``writer``.
 
     Args:
         raw: the rows.
         config: which column is what, and the split.
-        writer: of the column files.
+        writer: of the array files.
         given: what the values become; None: what the training rows of ``raw`` teach.
 
     Raises:
@@ -49,7 +49,7 @@ def build(raw: RawTables, config: TableConfig, writer: ColumnWriter, given: Enco
     _Build(raw, config, writer, given).run()
 
 
-def build_rows(table: pa.Table, given: Encoding, writer: ColumnWriter | ColumnArrays, first_row: int = 0) -> None:
+def build_rows(table: pa.Table, given: Encoding, writer: ArrayWriter | ArraysInMemory, first_row: int = 0) -> None:
     """Encode rows that have no label, and are in no split, by ``given``, and finish ``writer``.
 
     Args:
@@ -116,7 +116,7 @@ def _scenarios(codes: encode.Codes, rows: NDArray[np.int32], column: str, first_
 class _Build:
     raw: RawTables
     config: TableConfig
-    writer: ColumnWriter
+    writer: ArrayWriter
     given: Encoding | None
     tables: dict[str, pa.Table] = field(init=False)
     masks: dict[str, NDArray[np.bool_]] = field(init=False)

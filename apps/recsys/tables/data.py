@@ -1,6 +1,6 @@
 """Tables for Lightning: the standard ones, your own CSV or Parquet file, and made tasks of a chosen correlation.
 
-A table is read and encoded once, into memory-mapped column files in the cache; a batch is an indexed read of them, so
+A table is read and encoded once, into memory-mapped array files in the cache; a batch is an indexed read of them, so
 no worker process is needed. The order of an epoch depends on (seed, epoch) alone: `apps.data.loader.ResumableLoader`
 restores it in mid-epoch. pyarrow and torchrec are imported where they are used.
 """
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from apps.data import sources
-from apps.data.columns import ColumnFiles
+from apps.data.array_files import ArrayFiles
 from apps.data.loader import ResumableLoader, as_it_is, in_order, overfits
 from apps.recsys.datasets import RECSYS_DATASETS
 from apps.recsys.encoding.features import Features
@@ -123,8 +123,8 @@ class TableData(LightningDataModule):
         self.synthetic = as_config(SyntheticConfig, synthetic, "synthetic")
         self.batch_size, self.eval_batch_size, self.drop_last = batch_size, eval_batch_size, drop_last
         self.num_workers, self.subset, self.seed = num_workers, subset, seed
-        self._files: ColumnFiles | None = None
-        self._rows_to_predict: ColumnFiles | None = None
+        self._files: ArrayFiles | None = None
+        self._rows_to_predict: ArrayFiles | None = None
         self._adopted: Encoding | None = None
         self._told = False
         self._check_options()
@@ -184,7 +184,7 @@ class TableData(LightningDataModule):
     @cached_property
     def predicted(self) -> dict[str, list[Any]]:
         """The ``predict_columns`` by name, each in the order of the rows; plain values, the others as text."""
-        from apps.recsys.readers.own_files import find_files, read_files
+        from apps.recsys.readers.user_tables import find_files, read_files
 
         if self.predict_file is None or not self.predict_columns:
             return {}
@@ -280,7 +280,7 @@ class TableData(LightningDataModule):
 
     # ---- the encoded table
 
-    def _open(self) -> ColumnFiles:
+    def _open(self) -> ArrayFiles:
         if self._files is None:
             source, read = self._source()
             options = {
@@ -297,9 +297,9 @@ class TableData(LightningDataModule):
             self._files = open_table(self.dataset, source, options, described, cache, self._adopted)
         return self._files
 
-    def _open_rows(self) -> ColumnFiles:
+    def _open_rows(self) -> ArrayFiles:
         if self._rows_to_predict is None:
-            from apps.recsys.readers.own_files import find_files, read_files
+            from apps.recsys.readers.user_tables import find_files, read_files
 
             assert self.predict_file is not None
             files, encoding = find_files(self._folder, self.predict_file, "predict_file"), self._encoding
@@ -328,7 +328,7 @@ class TableData(LightningDataModule):
 
     def _own_files(self) -> tuple[Any, Callable[[], RawTables]]:
         from apps.recsys.readers import RawTables
-        from apps.recsys.readers.own_files import find_files, read_files
+        from apps.recsys.readers.user_tables import find_files, read_files
 
         assert self.table is not None
         config = self._config(self.table)

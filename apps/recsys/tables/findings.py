@@ -1,4 +1,4 @@
-"""What encoding found in a table: plain values, kept beside the column files."""
+"""What encoding found in a table: plain values, kept beside the array files."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from apps.data.columns import ColumnArrays, ColumnFiles
+from apps.data.array_files import ArrayFiles, ArraysInMemory
 from apps.recsys.encoding.features import Features
 from apps.recsys.tables.batch import TableBatch
 
@@ -39,7 +39,7 @@ class TableRows(Dataset[TableBatch]):
         index: int64 (n,), the table's row of each position.
     """
 
-    def __init__(self, columns: ColumnFiles | ColumnArrays, features: Features, index: Tensor) -> None:
+    def __init__(self, columns: ArrayFiles | ArraysInMemory, features: Features, index: Tensor) -> None:
         self.columns, self.features, self.index = columns, features, index
         self._single = [f.name for f in features.categorical if not f.multi_valued]
         self._multi = [f.name for f in features.categorical if f.multi_valued]

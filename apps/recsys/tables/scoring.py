@@ -29,7 +29,7 @@ _BATCHES = 8
 
 def predict(model: MultiTaskRecommender, rows: Any, batch_size: int) -> Any:
     """See ``MultiTaskRecommender.predict``."""
-    from apps.data.columns import ColumnArrays
+    from apps.data.array_files import ArraysInMemory
     from apps.recsys.tables.build import build_rows
     from apps.recsys.tables.rows import TableRows
 
@@ -39,7 +39,7 @@ def predict(model: MultiTaskRecommender, rows: Any, batch_size: int) -> Any:
     found: list[NDArray[np.float32]] = [np.empty((0, len(encoding.features.tasks)), np.float32)]
     first = 0
     for table in pieces(rows, encoding.roles, encoding.numbers, _BATCHES * batch_size):
-        columns = ColumnArrays()
+        columns = ArraysInMemory()
         build_rows(table, encoding, columns, first)
         first += len(table)
         encoded = TableRows(columns, encoding.features, torch.arange(len(table)))
@@ -151,10 +151,10 @@ def _column(name: str, values: Any) -> pa.Array | pa.ChunkedArray:
 
 
 def _of_files(name: str, roles: Mapping[str, str], numbers: tuple[str, ...], size: int) -> Iterator[pa.Table]:
-    from apps.recsys.readers import own_files
+    from apps.recsys.readers import user_tables
 
-    for file in own_files.find_files(None, name, "rows"):
-        yield from own_files.iter_columns(file, roles, numbers, size)
+    for file in user_tables.find_files(None, name, "rows"):
+        yield from user_tables.iter_columns(file, roles, numbers, size)
 
 
 def _joined(tables: Iterable[pa.Table], size: int) -> Iterator[pa.Table]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from apps.data.columns import ColumnFiles, ColumnWriter, open_or_write, open_whole
+from apps.data.array_files import ArrayFiles, ArrayWriter, open_or_write, open_whole
 from apps.recsys.encoding.learnt import Encoding
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def open_table(
     read: Callable[[], tuple[RawTables, TableConfig]],
     cache: Path,
     given: Encoding | None = None,
-) -> ColumnFiles:
+) -> ArrayFiles:
     """The encoded table in ``cache/tables``, made if it is not there or is damaged.
 
     Args:
@@ -63,7 +63,7 @@ def open_table(
             return own
         folder = cache / "tables" / f"{name}-{_key([*made_of, given.digest])}"
 
-    def write(writer: ColumnWriter) -> None:
+    def write(writer: ArrayWriter) -> None:
         import pyarrow as pa
 
         from apps.recsys.tables.build import build
@@ -76,7 +76,7 @@ def open_table(
     return open_or_write(folder, cache, write)
 
 
-def open_rows(source: Any, read: Callable[[], pa.Table], cache: Path, given: Encoding) -> ColumnFiles:
+def open_rows(source: Any, read: Callable[[], pa.Table], cache: Path, given: Encoding) -> ArrayFiles:
     """Rows to predict, encoded by ``given``, in ``cache/tables``; the arguments are those of `open_table`.
 
     Raises:
@@ -85,7 +85,7 @@ def open_rows(source: Any, read: Callable[[], pa.Table], cache: Path, given: Enc
     """
     folder = cache / "tables" / f"predict-{_key([FORMAT, source, _code(), given.digest])}"
 
-    def write(writer: ColumnWriter) -> None:
+    def write(writer: ArrayWriter) -> None:
         from apps.recsys.tables.build import build_rows
 
         table = read()

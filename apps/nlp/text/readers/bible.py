@@ -7,7 +7,7 @@ import sqlite3
 from collections.abc import Sequence
 from pathlib import Path
 
-from apps.data.lines import Rows, clean
+from apps.data.text_files import Rows, clean
 
 CODES = {"en": "4", "de": "e", "fr": "l", "es": "v", "it": "d", "ru": "r", "en_KJV": "k"}
 """The texts in the public domain: World English, Elberfelder 1932, Segond 1910, Reina-Valera 1909, Diodati, Synodal,

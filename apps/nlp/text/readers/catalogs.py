@@ -14,7 +14,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from apps.data.lines import Rows, clean, expand, text_lines
+from apps.data.text_files import Rows, clean, expand, text_lines
 
 SOURCE = "en"
 """The language of the messages."""

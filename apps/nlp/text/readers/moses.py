@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from apps.data.lines import Rows, expand, read_lines
+from apps.data.text_files import Rows, expand, read_lines
 
 
 def find(root: Path, name: str, pairs: Sequence[str]) -> list[dict[str, Path]]:

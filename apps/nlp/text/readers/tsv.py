@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from apps.data.lines import Rows, clean, expand, text_lines, zipped_lines
+from apps.data.text_files import Rows, clean, expand, text_lines, zipped_lines
 
 log = logging.getLogger(__name__)
 

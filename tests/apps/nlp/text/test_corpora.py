@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from apps.data.lines import Rows, num_words
+from apps.data.text_files import Rows, num_words
 from apps.nlp.text.corpora import Filters, Sizes, collect, draw_splits, parse_pairs
 
 

@@ -14,8 +14,8 @@ import zipfile
 import pytest
 
 from apps.base.inflate import Inflated
-from apps.data import lines
-from apps.data.lines import Rows, clean, expand, read_lines, text_lines
+from apps.data import text_files
+from apps.data.text_files import Rows, clean, expand, read_lines, text_lines
 from apps.nlp.text.readers import bible, catalogs, moses, tsv
 
 
@@ -73,7 +73,7 @@ def test_compressed_text_is_read_as_a_stream_and_not_past_what_text_shrinks(tmp_
     with pytest.raises(ValueError, match=rf"a\.en\{ending} is corrupt"):
         read_lines(path)
     # 3 MiB in a few kilobytes: more than the 1 MiB that is free here, and over 200 times.
-    monkeypatch.setattr(lines, "Inflated", functools.partial(Inflated, free=1 << 20))
+    monkeypatch.setattr(text_files, "Inflated", functools.partial(Inflated, free=1 << 20))
     path.write_bytes(pack(b"\n" * (3 << 20)))
     kept: list[str] = []
     with pytest.raises(ValueError, match=rf"a\.en\{ending} is compressed over \d+ times"):
@@ -82,7 +82,7 @@ def test_compressed_text_is_read_as_a_stream_and_not_past_what_text_shrinks(tmp_
 
 
 def test_a_zip_of_far_more_than_it_explains_is_refused_before_a_line_is_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(lines, "Inflated", functools.partial(Inflated, free=1 << 20))
+    monkeypatch.setattr(text_files, "Inflated", functools.partial(Inflated, free=1 << 20))
     path = tmp_path / "corpus.zip"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("corpus.txt", "w") as member:
         for _ in range(40):

@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 from own_table import TRAIN, changed, config_of, write
 
-from apps.recsys.readers import own_files
+from apps.recsys.readers import user_tables
 from apps.recsys.schema import SplitConfig, TaskConfig
 from apps.recsys.tables.data import TableData
 from apps.recsys.tables.synthetic import SyntheticConfig
@@ -187,24 +187,26 @@ def test_text_that_unpacks_to_far_more_than_its_file_is_refused(tmp_path, monkey
         return path
 
     roles = {"age": "continuous", "city": "categorical"}
-    assert len(own_files.read_columns(written(1000), roles, ("age",))) == 1000  # 8 KB of rows: below 1 MiB all is read
+    assert (
+        len(user_tables.read_columns(written(1000), roles, ("age",))) == 1000
+    )  # 8 KB: all is read
     with pytest.raises(ValueError, match=rf"^t\.csv\.{ending} is compressed over \d+ times") as error:
-        own_files.read_columns(written(1_000_000), roles, ("age",))  # 8 MB
+        user_tables.read_columns(written(1_000_000), roles, ("age",))  # 8 MB
     assert "\n" not in str(error.value)
 
 
 def test_parquet_that_holds_far_more_than_its_file_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(own_files, "FREE", 1 << 20)
+    monkeypatch.setattr(user_tables, "FREE", 1 << 20)
     pa.parquet.write_table(pa.table({"age": pa.array([7] * 1_000_000, pa.int32())}), tmp_path / "t.parquet")
     # 1,000,000 rows of 4 bytes, in a run that takes some hundred
     with pytest.raises(ValueError, match=r"^t\.parquet holds 1,000,000 rows in [\d,]+ bytes: no data shrinks so much"):
-        own_files.read_columns(tmp_path / "t.parquet", {"age": "continuous"})
+        user_tables.read_columns(tmp_path / "t.parquet", {"age": "continuous"})
 
 
 def test_a_text_that_parquet_repeats_is_in_memory_once(tmp_path):
     texts = pa.table({"city": pa.array(["Rome" * 25_000, "Oslo"]).take(pa.array([0] * 999 + [1]))})
     pa.parquet.write_table(texts, tmp_path / "t.parquet")
-    table = own_files.read_columns(tmp_path / "t.parquet", {"city": "categorical"})
+    table = user_tables.read_columns(tmp_path / "t.parquet", {"city": "categorical"})
     assert table.nbytes < 200_000  # 100,000 bytes once, and not 999 times
     assert table["city"].to_pylist()[998:] == ["Rome" * 25_000, "Oslo"]
 
@@ -215,16 +217,16 @@ def test_text_of_another_encoding_is_named_with_its_row(tmp_path, numbers):
     with pytest.raises(
         ValueError, match=r"t\.csv' cannot be read: column 'city' holds b'Z\\xfcrich' in row 1, which is no"
     ):
-        own_files.read_columns(tmp_path / "t.csv", dict.fromkeys(("user", "age", "city"), "categorical"), numbers)
+        user_tables.read_columns(tmp_path / "t.csv", dict.fromkeys(("user", "age", "city"), "categorical"), numbers)
     (tmp_path / "t.csv").write_bytes("straße,user\n1,2\n".encode("latin1"))
     with pytest.raises(ValueError, match=r"t\.csv' cannot be read: 'utf-8' codec can't decode byte 0xdf"):
-        own_files.read_columns(tmp_path / "t.csv", {"user": "categorical"})
+        user_tables.read_columns(tmp_path / "t.csv", {"user": "categorical"})
 
 
 def test_a_file_cut_within_its_last_field_is_read_with_a_warning(tmp_path, caplog):
     def ages(name: str, content: bytes) -> list[float]:
         (tmp_path / name).write_bytes(content)
-        return own_files.read_columns(tmp_path / name, {"age": "continuous"}, ("age",))["age"].to_pylist()
+        return user_tables.read_columns(tmp_path / name, {"age": "continuous"}, ("age",))["age"].to_pylist()
 
     whole = b"user,age\r\n1,20\r\n2,345\r\n"
     assert ages("whole.csv", whole) == [20, 345]

@@ -34,16 +34,16 @@ class Damaged(Exception):
     """A folder that is not what its manifest says; the message is the reason."""
 
 
-class ColumnFiles:
+class ArrayFiles:
     """The arrays of one folder, mapped into memory and read only.
 
     It can be sent to another process, which maps the files anew.
 
     Args:
-        folder: as `ColumnWriter` left it.
+        folder: as `ArrayWriter` left it.
 
     Attributes:
-        info: what was given to ``ColumnWriter.finish``: plain values.
+        info: what was given to ``ArrayWriter.finish``: plain values.
 
     Raises:
         Damaged: a file is missing, or has not the size that it was written with.
@@ -70,7 +70,7 @@ class ColumnFiles:
         return self._arrays[name]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ColumnFiles, (self.folder,)
+        return ArrayFiles, (self.folder,)
 
 
 def _map(path: Path, shape: list[int], dtype: str) -> Tensor:
@@ -83,10 +83,10 @@ def _map(path: Path, shape: list[int], dtype: str) -> Tensor:
     return torch.from_numpy(np.asarray(np.memmap(path, dtype=dtype, mode="c", shape=tuple(shape))))
 
 
-class ColumnWriter:
+class ArrayWriter:
     """Arrays in a folder beside ``target``, which is moved there when it is complete.
 
-    Use it as ``with ColumnWriter.open(target) as writer``; the block ends with ``writer.finish(info)``, or the folder
+    Use it as ``with ArrayWriter.open(target) as writer``; the block ends with ``writer.finish(info)``, or the folder
     is removed.
     """
 
@@ -98,7 +98,7 @@ class ColumnWriter:
 
     @classmethod
     @contextlib.contextmanager
-    def open(cls, target: Path) -> Iterator[ColumnWriter]:
+    def open(cls, target: Path) -> Iterator[ArrayWriter]:
         """A writer for ``target``; the caller holds its lock.
 
         Raises:
@@ -173,8 +173,8 @@ class ColumnWriter:
         os.replace(self.folder, target)
 
 
-class ColumnArrays:
-    """Arrays in memory, to be filled like those of a ``ColumnWriter`` and read like those of ``ColumnFiles``.
+class ArraysInMemory:
+    """Arrays in memory, to be filled like those of a ``ArrayWriter`` and read like those of ``ArrayFiles``.
 
     Attributes:
         info: what was given to ``finish``.
@@ -204,7 +204,7 @@ class ColumnArrays:
         return torch.from_numpy(self._arrays[name])
 
 
-def open_or_write(folder: Path, cache: Path, write: Callable[[ColumnWriter], None]) -> ColumnFiles:
+def open_or_write(folder: Path, cache: Path, write: Callable[[ArrayWriter], None]) -> ArrayFiles:
     """The arrays of ``folder``, written once, whatever asks at the same time; anew if they are damaged.
 
     Args:
@@ -233,19 +233,19 @@ def open_or_write(folder: Path, cache: Path, write: Callable[[ColumnWriter], Non
         if (files := open_whole(folder)) is not None:  # another process has made it meanwhile
             return files
         log.info("encoding into %s", folder)
-        with ColumnWriter.open(folder) as writer:
+        with ArrayWriter.open(folder) as writer:
             write(writer)
-        return ColumnFiles(folder)
+        return ArrayFiles(folder)
     finally:
         waiting.release()
 
 
-def open_whole(folder: Path) -> ColumnFiles | None:
+def open_whole(folder: Path) -> ArrayFiles | None:
     """The arrays of ``folder``; None where there are none, or they are damaged."""
     if not folder.is_dir():
         return None
     try:
-        return ColumnFiles(folder)
+        return ArrayFiles(folder)
     except Damaged as damage:
         log.warning("%s is damaged (%s): it is encoded anew", folder, damage)
         return None

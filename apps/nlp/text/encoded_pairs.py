@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from apps.data.columns import ColumnFiles, ColumnWriter, open_or_write, open_whole
+from apps.data.array_files import ArrayFiles, ArrayWriter, open_or_write, open_whole
 from apps.data.subwords import BOS_ID, EOS_ID, PAD_ID, Side, SubwordConfig, Subwords
 from apps.nlp.text.batch import TranslationBatch
 from apps.nlp.text.corpora import SentencePairs
@@ -43,11 +43,11 @@ def open_encoded(
     name: str,
     made_from: Any,
     cache: Path,
-    write: Callable[[ColumnWriter], None],
+    write: Callable[[ArrayWriter], None],
     *,
     tokenizer: SubwordConfig,
     given: Subwords | None,
-) -> ColumnFiles:
+) -> ArrayFiles:
     """The files in ``cache/text`` that were made from this, by this code; written if they are not there.
 
     Args:
@@ -95,7 +95,7 @@ def encode(lines: Sequence[str], subwords: Subwords, side: Side) -> tuple[NDArra
     return np.concatenate(ids), np.concatenate(ends)
 
 
-def write_pairs(writer: ColumnWriter, split: str, pairs: SentencePairs, subwords: Subwords, *, keep_text: bool) -> None:
+def write_pairs(writer: ArrayWriter, split: str, pairs: SentencePairs, subwords: Subwords, *, keep_text: bool) -> None:
     """Write a split's ids, and its text where it is to be kept."""
     writer.save(f"{split}_pair", np.array(pairs.pair, np.int64))
     writer.save(f"{split}_corpus", np.array(pairs.corpus, np.int64))
@@ -109,7 +109,7 @@ def write_pairs(writer: ColumnWriter, split: str, pairs: SentencePairs, subwords
             writer.save(f"{split}_{side}_text_bounds", np.cumsum([0, *map(len, data)], dtype=np.int64))
 
 
-def read_text(files: ColumnFiles, split: str, side: Side) -> list[str]:
+def read_text(files: ArrayFiles, split: str, side: Side) -> list[str]:
     """The sentences of one side of a split that was written with its text."""
     data = files[f"{split}_{side}_text"].numpy().tobytes()
     bounds = files[f"{split}_{side}_text_bounds"].tolist()
@@ -130,7 +130,7 @@ class EncodedPairs(Dataset[Any]):
 
     def __init__(
         self,
-        files: ColumnFiles,
+        files: ArrayFiles,
         split: str,
         tags: Sequence[int] | None,
         max_length: int,
