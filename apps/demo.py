@@ -137,7 +137,8 @@ def _run(output: Path, extra: Sequence[str]) -> int:
     began = time.monotonic()
     print("moesaic demo: sparse and dense models of equal cost, on real data.", flush=True)
     from apps.compare.command import command_line, run_command
-    from apps.data import sources
+    from apps.data import datasets
+    from apps.data.cache import DataError
 
     drawn: list[Path] = []
     for part in PARTS:
@@ -145,8 +146,8 @@ def _run(output: Path, extra: Sequence[str]) -> int:
             print(f"\n{part.name} is left out, to stay short on this machine.")
             continue
         try:
-            sources.prepare(part.dataset)
-        except sources.DataError as error:
+            datasets.prepare(part.dataset)
+        except DataError as error:
             print(f"\n{part.name} is left out: {' '.join(str(error).split())}")
             continue
         jobs = str(min(2, os.cpu_count() or 1))

@@ -16,7 +16,7 @@ from apps.cli.train import build, quiet
 from apps.compare.experiment import Experiment, arguments
 from apps.compare.options import command_line as command_line_of_compare
 from apps.compare.systems import SPARSE, candidates
-from apps.data import sources
+from apps.data import datasets
 from apps.data.subwords import SubwordConfig, train_subwords
 from apps.equal_cost import routers
 from apps.nlp.language.data import TextData
@@ -70,7 +70,7 @@ def test_a_configuration_builds(path, monkeypatch, tmp_path):
     no_data(monkeypatch)
     flags = ["--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.precision", "32-true"]
     dataset = yaml.safe_load(path.read_text())["data"]["init_args"].get("dataset")
-    if dataset is not None and sources.find(dataset).app == "vision" and not sources.find(dataset).sources:
+    if dataset is not None and datasets.find(dataset).app == "vision" and not datasets.find(dataset).sources:
         flags += ["--data.root", str(image_folder(tmp_path / "data"))]
     with quiet():
         cli = build("fit", ["--config", str(path), *flags])

@@ -12,6 +12,25 @@ MOST = 200
 """Times that a larger one may unpack to its own size. Text and tables shrink 3 to 30 times, repeated lines 1,000."""
 
 
+def check_unpacked(name: str, packed: int, unpacked: int, what: str = "bytes") -> None:
+    """Refuse a file that says that it unpacks to far more than its own size explains.
+
+    Args:
+        name: of the file, for the message.
+        packed: its bytes.
+        unpacked: bytes that it says it holds, or those so far.
+        what: they are, for the message.
+
+    Raises:
+        ValueError: more than ``FREE`` bytes, and more than ``MOST`` times ``packed``.
+    """
+    if unpacked > max(FREE, MOST * packed):
+        raise ValueError(
+            f"{name} holds over {unpacked:,} {what} in {packed:,} bytes: no data shrinks so much, and at most {MOST} "
+            "times is read"
+        )
+
+
 class Inflated(io.RawIOBase):
     """A stream of unpacked bytes that ends in an error where they are far more than their file explains.
 

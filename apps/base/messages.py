@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import logging
 import re
+from collections.abc import Sequence
 
 # torch puts the traceback of a DataLoader's worker or thread into the message of the error that it raises again.
 _CAUGHT = re.compile(
@@ -17,6 +19,13 @@ def message(error: BaseException) -> str:
     text = str(error)
     caught = _CAUGHT.match(text)
     return caught[2] if caught else text
+
+
+def unknown_name(option: str, value: str, valid: Sequence[str]) -> str:
+    """Return the message for a name that is none of ``valid``, with the nearest one."""
+    near = difflib.get_close_matches(value.lower().replace("-", "_"), valid, n=1, cutoff=0.5)
+    suggestion = f"; did you mean {near[0]!r}?" if near else ""
+    return f"{option}={value!r} is not one of {', '.join(valid)}{suggestion}"
 
 
 def one_line(text: str) -> str:

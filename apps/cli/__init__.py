@@ -22,7 +22,7 @@ _TRAINING = {
 _OTHERS = {
     "compare": ("apps.compare", "train sparse and dense models of equal cost, and compare them"),
     "bench": ("apps.bench", "measure the speed of a layer on this machine"),
-    "data": ("apps.data.sources", "list the datasets, or fetch one"),
+    "data": ("apps.cli.data", "list the datasets, or fetch one"),
 }
 _PLANNED = {"convert": "upcycle, densify, quantize and merge checkpoints"}
 

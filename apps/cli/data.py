@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from apps.cli.parser import Parser
-from apps.data import sources
+from apps.data import datasets
 
 
 def run(argv: list[str]) -> int:
@@ -18,7 +18,7 @@ def run(argv: list[str]) -> int:
         sub.add_argument("--cache_dir", help="where downloads are kept (default: ~/.cache/moesaic)")
     args = parser.parse_args(argv)
     if args.command == "prepare":
-        print(sources.prepare(args.name, root=args.root, cache_dir=args.cache_dir))
+        print(datasets.prepare(args.name, root=args.root, cache_dir=args.cache_dir))
         return 0
     _list(args.cache_dir)
     return 0
@@ -29,7 +29,7 @@ def _list(cache_dir: str | None) -> None:
     from rich.table import Table
 
     table = Table("name", "app", "here", "what", "licence", title="datasets")
-    for row in sources.list_datasets(cache_dir):
+    for row in datasets.list_datasets(cache_dir):
         here = "yes" if row.ready else "" if row.sources else "bring it"
         table.add_row(row.name, row.app, here, row.title, row.licence)
     Console().print(table)

@@ -1,4 +1,4 @@
-"""Encoded data on disk: memory-mapped arrays in a folder that is complete or not there.
+"""Memory-mapped arrays in a folder, as encoded data lie on the disk.
 
 One row of a table is one row of a matrix, so a batch is one indexed read a matrix. ``manifest.json`` lists the files
 with their sizes: a file that was cut is noticed before it is mapped.
@@ -6,14 +6,10 @@ with their sizes: a file that was cut is noticed before it is mapped.
 
 from __future__ import annotations
 
-import contextlib
-import errno
+import itertools
 import json
-import logging
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +18,9 @@ import torch
 from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
-from apps.data.sources import DataError
-
-log = logging.getLogger(__name__)
+from apps.base.files import replacing
 
 _MANIFEST = "manifest.json"
-_NO_SPACE = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 
 class Damaged(Exception):
@@ -84,49 +77,13 @@ def _map(path: Path, shape: list[int], dtype: str) -> Tensor:
 
 
 class ArrayWriter:
-    """Arrays in a folder beside ``target``, which is moved there when it is complete.
-
-    Use it as ``with ArrayWriter.open(target) as writer``; the block ends with ``writer.finish(info)``, or the folder
-    is removed.
-    """
+    """Write arrays into an empty folder; ``close`` writes the manifest, without which the folder counts as damaged."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._arrays: dict[str, tuple[list[int], str]] = {}
         self._open: list[np.memmap[Any, Any]] = []
         self._info: Any = None
-
-    @classmethod
-    @contextlib.contextmanager
-    def open(cls, target: Path) -> Iterator[ArrayWriter]:
-        """A writer for ``target``; the caller holds its lock.
-
-        Raises:
-            DataError: the folder cannot be written, or the disk is full.
-        """
-        partial = None
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            for stale in target.parent.glob(f".{target.name}.*"):  # of a process that was killed
-                shutil.rmtree(stale, ignore_errors=True)
-            partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-            writer = cls(partial)
-            yield writer
-            writer._commit(target)
-        except OSError as error:
-            where = f"{str(target.parent)!r}"
-            if error.errno in _NO_SPACE:
-                raise DataError(
-                    f"no disk space for the encoded data in {where} ({os.strerror(error.errno)}): nothing was kept; "
-                    "free some, or set cache_dir (--data.cache_dir) to a folder with more"
-                ) from error
-            raise DataError(
-                f"{where} cannot be written ({error.strerror or error}): set cache_dir (--data.cache_dir) to a folder "
-                "that can"
-            ) from error
-        finally:
-            if partial is not None:
-                shutil.rmtree(partial, ignore_errors=True)
 
     def create(self, name: str, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
         """An array to be filled."""
@@ -154,23 +111,15 @@ class ArrayWriter:
         """The folder is complete; ``info`` are plain values to keep beside the arrays."""
         self._info = info
 
-    def _commit(self, target: Path) -> None:
-        assert self._info is not None, "the block must end with finish()"
+    def close(self) -> None:
+        """Write the arrays and the manifest to the disk."""
+        assert self._info is not None, "finish() comes first"
         for array in self._open:
             array.flush()
         self._open.clear()
         sizes = {path.name: path.stat().st_size for path in sorted(self.folder.iterdir())}
-        manifest = {"arrays": self._arrays, "sizes": sizes, "info": self._info}
-        with open(self.folder / _MANIFEST, "w", encoding="utf-8") as file:
-            json.dump(manifest, file)
-            file.flush()
-            os.fsync(file.fileno())
-        self.folder.chmod(0o755)  # mkdtemp makes folders that only their owner can read
-        if target.exists():  # a damaged one
-            old = target.with_name(f".{target.name}.old")
-            os.replace(target, old)
-            shutil.rmtree(old, ignore_errors=True)
-        os.replace(self.folder, target)
+        with replacing(self.folder / _MANIFEST) as file:
+            json.dump({"arrays": self._arrays, "sizes": sizes, "info": self._info}, file)
 
 
 class ArraysInMemory:
@@ -204,48 +153,14 @@ class ArraysInMemory:
         return torch.from_numpy(self._arrays[name])
 
 
-def open_or_write(folder: Path, cache: Path, write: Callable[[ArrayWriter], None]) -> ArrayFiles:
-    """The arrays of ``folder``, written once, whatever asks at the same time; anew if they are damaged.
-
-    Args:
-        folder: below ``cache``; its name changes when what it is made from does.
-        cache: the cache's folder, which also holds the locks.
-        write: fills the writer and ends with ``writer.finish``.
-
-    Raises:
-        DataError: the cache cannot be written, or the disk is full.
-    """
-    if (files := open_whole(folder)) is not None:
-        return files
-    from filelock import FileLock
-
-    lock = cache / ".locks" / f"{folder.name}.lock"
-    try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        waiting = FileLock(lock)  # the system drops it when its holder dies
-        waiting.acquire()
-    except OSError as error:
-        raise DataError(
-            f"cache_dir={str(cache)!r} cannot be written ({error.strerror or error}): "
-            "set cache_dir (--data.cache_dir) to a folder that can"
-        ) from error
-    try:
-        if (files := open_whole(folder)) is not None:  # another process has made it meanwhile
-            return files
-        log.info("encoding into %s", folder)
-        with ArrayWriter.open(folder) as writer:
-            write(writer)
-        return ArrayFiles(folder)
-    finally:
-        waiting.release()
+def save_texts(writer: ArrayWriter | ArraysInMemory, name: str, texts: Iterable[str]) -> None:
+    """Write texts as two arrays: their UTF-8 bytes, and the N + 1 bounds of each in them."""
+    data = [text.encode() for text in texts]
+    writer.save(f"{name}_bytes", np.frombuffer(b"".join(data), np.uint8))
+    writer.save(f"{name}_bounds", np.cumsum([0, *map(len, data)], dtype=np.int64))
 
 
-def open_whole(folder: Path) -> ArrayFiles | None:
-    """The arrays of ``folder``; None where there are none, or they are damaged."""
-    if not folder.is_dir():
-        return None
-    try:
-        return ArrayFiles(folder)
-    except Damaged as damage:
-        log.warning("%s is damaged (%s): it is encoded anew", folder, damage)
-        return None
+def read_texts(arrays: ArrayFiles | ArraysInMemory, name: str) -> list[str]:
+    """Return the texts that ``save_texts`` wrote."""
+    data = arrays[f"{name}_bytes"].numpy().tobytes()
+    return [data[a:b].decode() for a, b in itertools.pairwise(arrays[f"{name}_bounds"].tolist())]

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, get_args
 import numpy as np
 import torch
 
-from apps.data import sources
+from apps.base.messages import unknown_name
 from apps.data.subwords import BOS_ID, EOS_ID, PAD_ID, Subwords
 from apps.data.text_files import clean
 from apps.nlp.decode import DecodeConfig
@@ -137,7 +137,7 @@ def check_bad_lines(bad_lines: str) -> None:
         ValueError: naming it.
     """
     if bad_lines not in get_args(BadLines):
-        raise ValueError(sources.unknown_name("bad_lines", bad_lines, list(get_args(BadLines))))
+        raise ValueError(unknown_name("bad_lines", bad_lines, list(get_args(BadLines))))
 
 
 def checked_texts(texts: Sequence[str]) -> list[str]:
@@ -173,7 +173,7 @@ def decoding(config: DecodeConfig, options: Mapping[str, Any]) -> DecodeConfig:
     known = [field.name for field in dataclasses.fields(DecodeConfig)]
     for name in options:
         if name not in known:
-            raise ValueError(sources.unknown_name("option", name, known))
+            raise ValueError(unknown_name("option", name, known))
     return dataclasses.replace(config, **options)
 
 

@@ -12,11 +12,11 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from apps.data import sources
-from apps.data.sources import Dataset, File, PythonPackage, SourceFailed, UrlSource
+from apps.data.datasets import Dataset, register
+from apps.data.sources import File, PythonPackage, SourceFailed, UrlSource
 
 if TYPE_CHECKING:
-    from apps.recsys.readers import RawTables
+    from apps.recsys.readers.raw import RawTables
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,13 @@ class RecsysDataset:
     read: Callable[[Path], RawTables]
 
 
-def _read(function: str, root: Path) -> RawTables:
-    """``apps.recsys.readers.FUNCTION(root)``."""
-    return getattr(importlib.import_module("apps.recsys.readers"), function)(root)
+def _read(module: str, function: str, root: Path) -> RawTables:
+    return getattr(importlib.import_module(f"apps.recsys.readers.{module}"), function)(root)
 
 
-def reader(name: str) -> Callable[[Path], RawTables]:
-    """``apps.recsys.readers.read_NAME``, imported when it is called. It can be pickled."""
-    return partial(_read, f"read_{name}")
+def reader(module: str, name: str) -> Callable[[Path], RawTables]:
+    """Return ``read_NAME`` of a module of this room, which is imported when it is called. It can be pickled."""
+    return partial(_read, module, f"read_{name}")
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ def _movielens(
             licence=_GROUPLENS_LICENCE,
             note="Leave-last-out by default; a split by time has fewer users, some of them new.",
         ),
-        reader(name),
+        reader("movielens", name),
     )
 
 
@@ -131,7 +130,7 @@ RECSYS_DATASETS: dict[str, RecsysDataset] = {
                 licence="CC BY 4.0",
                 note="The original split; validation is 10 % of train, stratified by income, the same with every seed.",
             ),
-            reader("census_income"),
+            reader("census", "census_income"),
         ),
         RecsysDataset(
             Dataset(
@@ -160,7 +159,7 @@ RECSYS_DATASETS: dict[str, RecsysDataset] = {
                 ),
                 licence="CC BY 4.0",
             ),
-            reader("adult"),
+            reader("adult", "adult"),
         ),
         _movielens(
             "movielens_1m",
@@ -200,7 +199,7 @@ RECSYS_DATASETS: dict[str, RecsysDataset] = {
                 licence="none stated; see tianchi.aliyun.com/dataset/74690",
                 note="The processed copies (MTReclib's README links to them): train.csv and test.csv of each country.",
             ),
-            reader("aliexpress"),
+            reader("aliexpress", "aliexpress"),
         ),
         RecsysDataset(
             Dataset(
@@ -215,7 +214,7 @@ RECSYS_DATASETS: dict[str, RecsysDataset] = {
                 licence="none stated; see tianchi.aliyun.com/dataset/408",
                 note="By hand from tianchi.aliyun.com/dataset/408, after logging in.",
             ),
-            reader("ali_ccp"),
+            reader("ali_ccp", "ali_ccp"),
         ),
         RecsysDataset(
             Dataset(
@@ -242,7 +241,7 @@ RECSYS_DATASETS: dict[str, RecsysDataset] = {
                 licence="CC BY-SA 4.0",
                 note="The small release; for KuaiRand-1K set root. Split by time; only the standard logs are read.",
             ),
-            reader("kuairand"),
+            reader("kuairand", "kuairand"),
         ),
     )
 }
@@ -268,4 +267,4 @@ _OWN = (
 )
 
 for _source in (*(d.source for d in RECSYS_DATASETS.values()), *_OWN):
-    sources.register(_source)
+    register(_source)

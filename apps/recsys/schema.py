@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
-from apps.data import sources
+from apps.base.messages import unknown_name
 
 SplitKind = Literal["given", "random", "user", "time", "leave_last_out"]
 
@@ -65,7 +65,7 @@ class SplitConfig:
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(SplitKind):
-            raise ValueError(sources.unknown_name("split.kind", self.kind, list(get_args(SplitKind))))
+            raise ValueError(unknown_name("split.kind", self.kind, list(get_args(SplitKind))))
         for name in ("val", "test"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"split.{name}={getattr(self, name)} must be a share, at least 0 and below 1")
@@ -193,7 +193,7 @@ class TableConfig:
         if kind == "time" and self.time is None:
             raise ValueError("split.kind='time' needs table.time, the column by which rows are ordered")
         if self.split.stratify is not None and self.split.stratify not in self.tasks:
-            raise ValueError(sources.unknown_name("split.stratify", self.split.stratify, list(self.tasks)))
+            raise ValueError(unknown_name("split.stratify", self.split.stratify, list(self.tasks)))
 
 
 _FEATURE_ROLES = ("categorical", "multi_valued", "continuous")

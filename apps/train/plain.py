@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import core
-from apps.data.sources import unknown_name
+from apps.base.messages import unknown_name
 
 T = TypeVar("T")
 

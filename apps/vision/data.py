@@ -22,7 +22,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-from apps.data import sources
+from apps.base.messages import unknown_name
+from apps.data.cache import cache_root
+from apps.data.datasets import prepare
 from apps.data.loader import ResumableLoader, in_order, overfits
 from apps.vision.augment import (
     RANDAUGMENT_BINS,
@@ -203,7 +205,7 @@ class VisionData(LightningDataModule):
     ) -> None:
         super().__init__()
         if dataset not in VISION_DATASETS:
-            raise ValueError(sources.unknown_name("dataset", dataset, sorted(VISION_DATASETS)))
+            raise ValueError(unknown_name("dataset", dataset, sorted(VISION_DATASETS)))
         spec = VISION_DATASETS[dataset]
         self.dataset, self.root, self.cache_dir = dataset, root, cache_dir
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
@@ -244,7 +246,7 @@ class VisionData(LightningDataModule):
     def class_names(self) -> tuple[str, ...]:
         """By label: those of the checkpoint, else of the dataset; for a folder of images its folders' names, sorted."""
         if self._class_names is None:
-            self._class_names = class_folders(sources.prepare(self.dataset, self.root, self.cache_dir) / "train")
+            self._class_names = class_folders(prepare(self.dataset, self.root, self.cache_dir) / "train")
         return self._class_names
 
     @property
@@ -289,7 +291,7 @@ class VisionData(LightningDataModule):
     def prepare_data(self) -> None:
         if self._adopted is not None and (self.predict_folder is not None or self._spec.read is None):
             return  # images to predict need no dataset, and a folder of files is not fetched: setup asks for the rest
-        sources.prepare(self.dataset, self.root, self.cache_dir)
+        prepare(self.dataset, self.root, self.cache_dir)
 
     def setup(self, stage: str | None = None) -> None:
         if stage == "predict" and self.predict_folder is not None:
@@ -304,7 +306,7 @@ class VisionData(LightningDataModule):
         try:
             splits = self._read(folder)
         except ValueError as error:
-            if folder != sources.cache_root(self.cache_dir) / self.dataset:  # the user's own, or a package's
+            if folder != cache_root(self.cache_dir) / self.dataset:  # the user's own, or a package's
                 raise
             raise ValueError(f"{error}; delete it to have it fetched again") from error
         splits = self._numbered(splits)
@@ -329,13 +331,13 @@ class VisionData(LightningDataModule):
             folder = Path(self.root).expanduser()
             if not (folder / "train").is_dir() and any((folder / split).is_dir() for split in ("test", "val")):
                 return folder
-        return sources.prepare(self.dataset, self.root, self.cache_dir)
+        return prepare(self.dataset, self.root, self.cache_dir)
 
     def _check_training(self) -> None:
         """Refuse to go on with a training without images of a class that the checkpoint knows."""
         assert self._sets is not None
         if self._sets.train is None:
-            sources.prepare(self.dataset, self.root, self.cache_dir)  # which says what is missing
+            prepare(self.dataset, self.root, self.cache_dir)  # which says what is missing
             self._sets = None  # it has come since
             return self.setup("fit")
         if self._adopted is not None and self._lacking:

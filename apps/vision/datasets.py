@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from apps.data import sources
-from apps.data.sources import Dataset, DebianPackage, File, PythonPackage, UrlSource
+from apps.data.datasets import Dataset, register
+from apps.data.sources import DebianPackage, File, PythonPackage, UrlSource
 from apps.vision.readers import Splits, read_cifar, read_csv_digits, read_mnist
 
 
@@ -252,4 +252,4 @@ VISION_DATASETS: dict[str, VisionDataset] = {
     )
 }
 for _dataset in VISION_DATASETS.values():
-    sources.register(_dataset.source)
+    register(_dataset.source)

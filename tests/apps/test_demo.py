@@ -7,7 +7,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from apps import demo
 from apps.compare import training
-from apps.data import sources
+from apps.data import datasets
+from apps.data.cache import DataError
 
 FEW = ["--jobs", "1", "--seeds", "2", "--rounds", "0", "--learning_rates", "0.004", "--trainer.max_epochs", "1",
        "--trainer.limit_train_batches", "2", "--trainer.limit_test_batches", "1"]  # fmt: skip
@@ -38,9 +39,9 @@ def test_demo_ends_with_the_table_and_the_pictures_and_is_quick_again(tmp_path, 
 
 def test_a_dataset_that_cannot_be_had_is_left_out(tmp_path, monkeypatch, capsys):
     def unreachable(name: str):
-        raise sources.DataError(f"{name}: no source could be reached")
+        raise DataError(f"{name}: no source could be reached")
 
-    monkeypatch.setattr(sources, "prepare", unreachable)
+    monkeypatch.setattr(datasets, "prepare", unreachable)
     assert demo.main(["--output", str(tmp_path)]) == 1
     captured = capsys.readouterr()
     assert "fashion_mnist is left out: fashion_mnist: no source could be reached" in captured.out

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from apps.recsys.readers import (
-    RawTables,
-)
 from apps.recsys.readers.census import COLUMNS as CENSUS_COLUMNS
+from apps.recsys.readers.raw import RawTables
 
 
 def write(path: Path, *lines: str, encoding: str = "utf8") -> Path:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -20,15 +20,17 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from apps.data import sources
+from apps.base.messages import unknown_name
 from apps.data.array_files import ArrayFiles, ArrayWriter
+from apps.data.cache import cache_root
 from apps.data.loader import ResumableLoader, as_it_is, in_order, overfits
+from apps.data.store import identity
 from apps.data.subwords import EOS_ID, PAD_ID, SubwordConfig, Subwords, train_subwords
 from apps.data.text_files import Rows, expand, num_words, read_lines
 from apps.nlp.predict import BadLines, check_bad_lines, given_lines
 from apps.nlp.text.corpora import SPLITS, Sizes, check_size, share_out
 from apps.nlp.text.datasets import NLP_DATASETS, find_language
-from apps.nlp.text.encoded_pairs import encode, identity, open_encoded
+from apps.nlp.text.encoded_pairs import STORE, encode
 from apps.porting import subwords_of
 
 log = logging.getLogger(__name__)
@@ -187,7 +189,7 @@ class TextData(LightningDataModule):
     def size(self, split: str) -> TextSize:
         """Of the text of "train", "val" or "test"."""
         if split not in SPLITS:
-            raise ValueError(sources.unknown_name("split", split, list(SPLITS)))
+            raise ValueError(unknown_name("split", split, list(SPLITS)))
         return TextSize(*self._open().info["sizes"][split])
 
     # ---- Lightning
@@ -255,7 +257,7 @@ class TextData(LightningDataModule):
 
     def _open(self) -> ArrayFiles:
         if self._files is None:
-            cache = sources.cache_root(self.cache_dir)
+            cache = cache_root(self.cache_dir)
             if self.dataset == "text":
                 files: Any = [[split, identity(paths)] for split, paths in self._own_files().items()]
                 read = self._read_own
@@ -266,13 +268,14 @@ class TextData(LightningDataModule):
                 def read() -> dict[str, list[list[str]]]:
                     return self._read_corpus(rows())
 
-            self._files = open_encoded(
+            self._files = STORE.open(
+                cache,
                 self.dataset,
                 [files, self._language, self.document, self.val_size, self.test_size, self.split_seed],
-                cache,
                 lambda writer: self._write(writer, read(), cache),
-                tokenizer=self.tokenizer,
-                given=self._given,
+                learning=asdict(self.tokenizer),
+                given=None if self._given is None else self._given.digest,
+                digest_of=lambda files: files.info["digest"],
             )
         return self._files
 
@@ -352,7 +355,7 @@ class TextData(LightningDataModule):
     def _check_options(self) -> None:
         names = ["text", *NLP_DATASETS]
         if self.dataset not in names:
-            raise ValueError(sources.unknown_name("dataset", self.dataset, sorted(names)))
+            raise ValueError(unknown_name("dataset", self.dataset, sorted(names)))
         if self.dataset == "text":
             if self.train_files is None:
                 raise ValueError("dataset='text' needs train_files (--data.train_files)")
@@ -367,11 +370,11 @@ class TextData(LightningDataModule):
                 if getattr(self, name) is not None:
                     raise ValueError(f"{name}={getattr(self, name)!r} is for dataset='text', not {self.dataset!r}")
             if self._language not in (known := NLP_DATASETS[self.dataset].languages):
-                raise ValueError(sources.unknown_name("language", self._language, list(known)))
+                raise ValueError(unknown_name("language", self._language, list(known)))
             if self.document != "line":
                 raise ValueError(f"document={self.document!r} is for dataset='text', not {self.dataset!r}")
         if self.document not in ("line", "paragraph", "file"):
-            raise ValueError(sources.unknown_name("document", self.document, ["line", "paragraph", "file"]))
+            raise ValueError(unknown_name("document", self.document, ["line", "paragraph", "file"]))
         for name in ("block_size", "batch_size", "eval_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")

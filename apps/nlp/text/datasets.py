@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from apps.data import sources
-from apps.data.sources import Dataset, DebianPackage, File, PythonPackage, Source, UrlSource
+from apps.base.messages import unknown_name
+from apps.data.datasets import Dataset, prepare, register
+from apps.data.sources import DebianPackage, File, PythonPackage, Source, UrlSource
 from apps.data.text_files import Rows
 from apps.nlp.text.corpora import check_size
 from apps.nlp.text.readers import bible, catalogs, moses, tsv
@@ -266,7 +267,7 @@ NLP_DATASETS: dict[str, NlpDataset] = {
 }
 
 for _dataset in NLP_DATASETS.values():
-    sources.register(_dataset.source)
+    register(_dataset.source)
 
 # What reads files of yours, by ``dataset``.
 OWN: dict[str, Callable[[Path, Sequence[str], Corpus], tuple[list[Path], Read]]] = {
@@ -284,7 +285,7 @@ def check_corpus(corpus: Corpus) -> None:
     """
     names = sorted([*NLP_DATASETS, *OWN])
     if corpus.dataset not in names:
-        raise ValueError(sources.unknown_name("dataset", corpus.dataset, names))
+        raise ValueError(unknown_name("dataset", corpus.dataset, names))
     if corpus.dataset in OWN and corpus.train_files is None:
         raise ValueError(f"dataset={corpus.dataset!r} needs train_files (--data.train_files)")
     known = NLP_DATASETS.get(corpus.dataset)
@@ -298,7 +299,7 @@ def check_corpus(corpus: Corpus) -> None:
         if corpus.dataset != "gettext":
             raise ValueError(f"mnemonic={corpus.mnemonic!r} is for dataset='gettext', not {corpus.dataset!r}")
         if corpus.mnemonic not in catalogs.MNEMONICS:
-            raise ValueError(sources.unknown_name("mnemonic", corpus.mnemonic, list(catalogs.MNEMONICS)))
+            raise ValueError(unknown_name("mnemonic", corpus.mnemonic, list(catalogs.MNEMONICS)))
     for name in ("val_size", "test_size"):
         check_size(name, getattr(corpus, name))
 
@@ -313,7 +314,7 @@ def find_corpus(corpus: Corpus, pairs: Sequence[str], cache_dir: str | None) -> 
     if corpus.dataset in OWN:
         return OWN[corpus.dataset](Path(corpus.root or ".").expanduser(), pairs, corpus)
     known = NLP_DATASETS[corpus.dataset]
-    return known.find(sources.prepare(corpus.dataset, corpus.root, cache_dir), pairs, corpus)
+    return known.find(prepare(corpus.dataset, corpus.root, cache_dir), pairs, corpus)
 
 
 def find_language(dataset: str, root: str | None, language: str, cache_dir: str | None) -> tuple[list[Path], Read]:

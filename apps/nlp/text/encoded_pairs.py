@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import itertools
-import json
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,73 +11,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from apps.data.array_files import ArrayFiles, ArrayWriter, open_or_write, open_whole
-from apps.data.subwords import BOS_ID, EOS_ID, PAD_ID, Side, SubwordConfig, Subwords
+from apps.data.array_files import ArrayFiles, ArrayWriter, save_texts
+from apps.data.store import EncodedStore
+from apps.data.subwords import BOS_ID, EOS_ID, PAD_ID, Side, Subwords
 from apps.nlp.text.batch import TranslationBatch
 from apps.nlp.text.corpora import SentencePairs
 
-FORMAT = 1
-"""Of the encoded files; a new number makes every corpus be encoded anew."""
-
-# What reads and encodes a corpus: a change there makes the files of the old code stale.
-_CODE = (
-    "corpora.py",
-    "data.py",
-    "datasets.py",
-    "encoded.py",
-    "subwords.py",
-    "text.py",
-    "readers/*.py",
-    "../columns.py",
+STORE = EncodedStore(
+    "text", ("nlp/text/*.py", "nlp/text/readers/*.py", "nlp/*/data.py", "data/text_files.py", "data/subwords.py")
 )
+"""Texts and corpora in subword ids."""
+
 _CHUNK = 10_000  # sentences encoded at a time
 _SIDES: tuple[Side, Side] = ("source", "target")
-
-
-def open_encoded(
-    name: str,
-    made_from: Any,
-    cache: Path,
-    write: Callable[[ArrayWriter], None],
-    *,
-    tokenizer: SubwordConfig,
-    given: Subwords | None,
-) -> ArrayFiles:
-    """The files in ``cache/text`` that were made from this, by this code; written if they are not there.
-
-    Args:
-        name: of the corpus, for people who look into the folder.
-        made_from: plain values that change when what is encoded does.
-        cache: the cache's folder.
-        write: fills the writer, and ends with the digest of the subwords in the files' ``info``.
-        tokenizer: how the subwords are learned.
-        given: those that are used in their place. Files serve whose subwords were learned and are the same: those of a
-            checkpoint, where it was trained.
-
-    Raises:
-        DataError: the cache cannot be written, or the disk is full.
-    """
-    here = Path(__file__).parent
-    code = hashlib.sha256()
-    for path in sorted(p for pattern in _CODE for p in here.glob(pattern)):
-        code.update(path.read_bytes())
-
-    def folder(subwords: Any) -> Path:
-        key = json.dumps([FORMAT, code.hexdigest(), name, made_from, subwords], sort_keys=True)
-        return cache / "text" / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-
-    learned = folder(asdict(tokenizer))
-    if given is None:
-        return open_or_write(learned, cache, write)
-    files = open_whole(learned)
-    same = files is not None and files.info.get("digest") == given.digest
-    return files if files is not None and same else open_or_write(folder(given.digest), cache, write)
-
-
-def identity(files: Iterable[Path]) -> list[list[Any]]:
-    """Path, size and time of the last change of each file, by which an exchanged one is noticed."""
-    stats = [(path.resolve(), path.stat()) for path in files]
-    return [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
 
 
 def encode(lines: Sequence[str], subwords: Subwords, side: Side) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
@@ -104,16 +45,7 @@ def write_pairs(writer: ArrayWriter, split: str, pairs: SentencePairs, subwords:
         writer.save(f"{split}_{side}_ids", ids)
         writer.save(f"{split}_{side}_bounds", bounds)
         if keep_text:
-            data = [line.encode() for line in lines]
-            writer.save(f"{split}_{side}_text", np.frombuffer(b"".join(data), np.uint8))
-            writer.save(f"{split}_{side}_text_bounds", np.cumsum([0, *map(len, data)], dtype=np.int64))
-
-
-def read_text(files: ArrayFiles, split: str, side: Side) -> list[str]:
-    """The sentences of one side of a split that was written with its text."""
-    data = files[f"{split}_{side}_text"].numpy().tobytes()
-    bounds = files[f"{split}_{side}_text_bounds"].tolist()
-    return [data[a:b].decode() for a, b in itertools.pairwise(bounds)]
+            save_texts(writer, f"{split}_{side}_text", lines)
 
 
 class EncodedPairs(Dataset[Any]):

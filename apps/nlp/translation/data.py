@@ -20,16 +20,18 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from apps.data import sources
-from apps.data.array_files import ArrayFiles, ArrayWriter
+from apps.base.messages import unknown_name
+from apps.data.array_files import ArrayFiles, ArrayWriter, read_texts
+from apps.data.cache import cache_root
 from apps.data.loader import ResumableLoader, as_it_is, in_order, overfits
+from apps.data.store import identity
 from apps.data.subwords import SubwordConfig, Subwords, train_subwords
 from apps.nlp.predict import BadLines, check_bad_lines, given_lines, source_batches
 from apps.nlp.text.batch import TranslationBatch
 from apps.nlp.text.batches import TokenBatches, by_length, cut_by_tokens, evenly
 from apps.nlp.text.corpora import SPLITS, Filters, Sizes, collect, parse_pairs
 from apps.nlp.text.datasets import NLP_DATASETS, OWN, Corpus, Mnemonic, check_corpus, find_corpus
-from apps.nlp.text.encoded_pairs import EncodedPairs, identity, open_encoded, read_text, write_pairs
+from apps.nlp.text.encoded_pairs import STORE, EncodedPairs, write_pairs
 from apps.porting import subwords_of
 
 log = logging.getLogger(__name__)
@@ -181,11 +183,11 @@ class TranslationData(LightningDataModule):
 
     def sources(self, split: str) -> list[str]:
         """The source sentences of "val" or "test", by ``index_B`` of a batch."""
-        return read_text(self._open(), self._held_out(split), "source")
+        return read_texts(self._open(), f"{self._held_out(split)}_source_text")
 
     def references(self, split: str) -> list[str]:
         """The target sentences of "val" or "test", by ``index_B`` of a batch."""
-        return read_text(self._open(), self._held_out(split), "target")
+        return read_texts(self._open(), f"{self._held_out(split)}_target_text")
 
     def pair_of(self, split: str) -> list[int]:
         """The language pair of each sentence pair of "val" or "test", as its place in ``pairs``."""
@@ -347,7 +349,7 @@ class TranslationData(LightningDataModule):
 
     def _open(self) -> ArrayFiles:
         if self._files is None:
-            cache = sources.cache_root(self.cache_dir)
+            cache = cache_root(self.cache_dir)
             found = [find_corpus(corpus, self.pairs, self.cache_dir) for corpus in self.corpora]
             made_from = [
                 [[identity(files) for files, _ in found], [asdict(corpus) for corpus in self.corpora], self.pairs],
@@ -357,8 +359,14 @@ class TranslationData(LightningDataModule):
             def write(writer: ArrayWriter) -> None:
                 self._write(writer, [read() for _, read in found], cache)
 
-            self._files = open_encoded(
-                self.dataset, made_from, cache, write, tokenizer=self.tokenizer, given=self._given
+            self._files = STORE.open(
+                cache,
+                self.dataset,
+                made_from,
+                write,
+                learning=asdict(self.tokenizer),
+                given=None if self._given is None else self._given.digest,
+                digest_of=lambda files: files.info["digest"],
             )
         return self._files
 
@@ -390,7 +398,7 @@ class TranslationData(LightningDataModule):
 
     def _held_out(self, split: str) -> str:
         if split not in ("val", "test"):
-            raise ValueError(sources.unknown_name("split", split, ["val", "test"]))
+            raise ValueError(unknown_name("split", split, ["val", "test"]))
         return split
 
     def _check_options(self) -> None:
@@ -401,7 +409,7 @@ class TranslationData(LightningDataModule):
             known = dict.fromkeys(lang for corpus in self.corpora for lang in NLP_DATASETS[corpus.dataset].languages)
             for language in self.languages:
                 if language not in known:
-                    raise ValueError(sources.unknown_name("language", language, list(known)))
+                    raise ValueError(unknown_name("language", language, list(known)))
         for name in ("max_length", "tokens_per_batch", "eval_tokens_per_batch", "predict_lines", "subset"):
             value = getattr(self, name)
             if value is not None and value < (4 if name == "max_length" else 1):
@@ -414,7 +422,7 @@ class TranslationData(LightningDataModule):
         if self.text is not None and self.predict_file is not None:
             raise ValueError("text and predict_file are both given: translate one of them")
         if self.predict_pair is not None and self.predict_pair not in self.pairs:
-            raise ValueError(sources.unknown_name("predict_pair", self.predict_pair, list(self.pairs)))
+            raise ValueError(unknown_name("predict_pair", self.predict_pair, list(self.pairs)))
 
 
 class _Whole(Dataset[Any]):

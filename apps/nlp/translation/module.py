@@ -11,7 +11,7 @@ from lightning.pytorch import Callback
 from torch import Tensor
 
 import core
-from apps.data.sources import unknown_name
+from apps.base.messages import unknown_name
 from apps.data.subwords import PAD_ID, Subwords
 from apps.equal_cost.comparable import Baseline, ExampleDifference, RoutedLayers
 from apps.nets.config import TransformerConfig

@@ -17,8 +17,8 @@ import pyarrow.csv
 import pyarrow.parquet
 from lightning.pytorch.utilities import rank_zero_only
 
-from apps.base.inflate import FREE, MOST, Inflated
-from apps.recsys.encoding import encode
+from apps.base.inflate import Inflated, check_unpacked
+from apps.recsys.encoding.numbers import first_failing
 from apps.recsys.schema import nearest
 
 log = logging.getLogger(__name__)
@@ -194,7 +194,7 @@ def _no_text(file: Path, parse: pa.csv.ParseOptions, types: Mapping[str, Any]) -
     """The first value of the first column of text that is no UTF-8."""
     raw = _convert(file, parse, dict.fromkeys(types, pa.binary()), list(types))
     for column in raw.column_names:
-        row = encode.first_failing(raw[column], pa.string())
+        row = first_failing(raw[column], pa.string())
         if row < len(raw):
             break
     return f"column {column!r} holds {raw[column][row].as_py()!r} in row {row}, which is no UTF-8 text"
@@ -245,15 +245,9 @@ def _check_size(metadata: pa.parquet.FileMetaData, file: Path) -> None:
     """Refuse a Parquet file that says that its pages or rows take far more memory than its size explains."""
     size = file.stat().st_size
     pages = sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
-    for what, count, found in (
-        ("bytes of pages", pages, pages),
-        ("rows", metadata.num_rows, 4 * metadata.num_rows * metadata.num_columns),  # a number of 32 bits at least
-    ):
-        if found > max(FREE, MOST * size):
-            raise ValueError(
-                f"{file.name} holds {count:,} {what} in {size:,} bytes: no data shrinks so much, and at most {MOST} "
-                "times is read"
-            )
+    check_unpacked(file.name, size, pages, "bytes of pages")
+    # a number has 32 bits at least
+    check_unpacked(file.name, size, 4 * metadata.num_rows * metadata.num_columns, "bytes of rows")
 
 
 def _is_text(kind: pa.DataType) -> bool:

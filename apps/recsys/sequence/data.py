@@ -16,11 +16,12 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from apps.data import sources
+from apps.base.messages import unknown_name
+from apps.data.datasets import prepare
 from apps.data.loader import ResumableLoader, as_it_is, in_order, overfits
-from apps.recsys.encoding.learnt import Vocabulary
-from apps.recsys.readers import user_tables
 from apps.recsys.datasets import RECSYS_DATASETS
+from apps.recsys.encoding.vocabulary import Vocabulary
+from apps.recsys.readers import user_tables
 from apps.recsys.sequence import histories
 from apps.recsys.sequence.histories import Histories, Items
 
@@ -256,7 +257,7 @@ class HistoryData(LightningDataModule):
 
     def prepare_data(self) -> None:
         if self.dataset != "table":
-            sources.prepare(self.dataset, self.root, self.cache_dir)
+            prepare(self.dataset, self.root, self.cache_dir)
 
     def setup(self, stage: str | None = None) -> None:
         if stage != "predict" and not (self.histories.length_U >= MIN_LENGTH).any():
@@ -340,19 +341,19 @@ class HistoryData(LightningDataModule):
         from apps.recsys.readers import movielens  # imports pyarrow
 
         read = {"movielens_1m": movielens.read_ratings_1m, "movielens_100k": movielens.read_ratings_100k}[self.dataset]
-        ratings = read(sources.prepare(self.dataset, self.root, self.cache_dir))
+        ratings = read(prepare(self.dataset, self.root, self.cache_dir))
         return histories.from_ratings(ratings, self.min_rating, self.min_item_count, self._known)
 
     def _check_options(self) -> None:
         if self.dataset not in DATASETS:
-            raise ValueError(sources.unknown_name("dataset", self.dataset, sorted(DATASETS)))
+            raise ValueError(unknown_name("dataset", self.dataset, sorted(DATASETS)))
         for name in ("max_length", "batch_size", "eval_batch_size", "min_item_count"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.num_workers < 0:
             raise ValueError(f"num_workers={self.num_workers} must not be negative")
         if self.train_windows not in ("last", "all"):
-            raise ValueError(sources.unknown_name("train_windows", self.train_windows, ["last", "all"]))
+            raise ValueError(unknown_name("train_windows", self.train_windows, ["last", "all"]))
         if self.dataset == "table":
             if self.file is None:
                 raise ValueError("dataset='table' needs file, a CSV, TSV or Parquet file of interactions")

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from apps.recsys.encoding import encode
+from apps.recsys.encoding.categories import MISSING, Codes, factorize
+from apps.recsys.encoding.numbers import Part, to_numbers, to_order
 from apps.recsys.readers import user_tables
 
 if TYPE_CHECKING:
@@ -170,7 +171,7 @@ def from_table(
 ) -> Histories:
     """CSV (with a header) or Parquet files with one interaction a row, one file after the other.
 
-    Users and items are what `encode.factorize` takes them for: 7 and "7.0" are the same, "007" is another. They are
+    Users and items are what `factorize` takes them for: 7 and "7.0" are the same, "007" is another. They are
     numbered in the order of whole numbers where they all are such, else in that of text.
 
     Args:
@@ -197,16 +198,16 @@ def from_table(
             roles.setdefault(column, role)
     tables = [user_tables.read_columns(path, roles, () if rating is None else (rating,), time) for path in found]
 
-    def parts(column: str) -> list[encode.Part]:
+    def parts(column: str) -> list[Part]:
         return [(str(path), table[column]) for path, table in zip(found, tables, strict=True)]
 
-    user_N, users = _numbered(encode.factorize(parts(user), user), user)
-    item_N, items = _numbered(encode.factorize(parts(item), item), item)
+    user_N, users = _numbered(factorize(parts(user), user), user)
+    item_N, items = _numbered(factorize(parts(item), item), item)
     keep = np.ones(len(user_N), bool)
     if min_rating is not None:
         assert rating is not None
-        keep = encode.to_numbers(parts(rating), rating) >= min_rating  # false for NaN
-    order = None if time is None else encode.to_order(parts(time), time)
+        keep = to_numbers(parts(rating), rating) >= min_rating  # false for NaN
+    order = None if time is None else to_order(parts(time), time)
     id_N, unknown = _known_ids(known, items, item_N, keep)
     try:
         item_of_N, offsets, used_users, used_items = build(
@@ -219,20 +220,20 @@ def from_table(
         return Histories(item_of_N, offsets, user_names, known.values, known.names, num_unknown=unknown)
     names = values = [items[i] for i in used_items.tolist()]
     if name is not None and name != item:
-        coded = encode.factorize(parts(name), name)
+        coded = factorize(parts(name), name)
         texts = [*coded.values.to_pylist(), ""]  # the last one is where MISSING points
         _, first = np.unique(item_N, return_index=True)
         names = [texts[code] for code in coded.codes[first[used_items]].tolist()]
     return Histories(item_of_N, offsets, user_names, ("", *values), ("", *names))
 
 
-def _numbered(codes: encode.Codes, column: str) -> tuple[NDArray[np.int64], list[str]]:
+def _numbered(codes: Codes, column: str) -> tuple[NDArray[np.int64], list[str]]:
     """The number of each row's value, ascending from 0, and the values by number.
 
     Raises:
         ValueError: a row has no value.
     """
-    missing = codes.codes == encode.MISSING
+    missing = codes.codes == MISSING
     if missing.any():
         raise ValueError(f"column {column!r} has no value in row {int(np.argmax(missing))}")
     values = codes.values.to_pylist()

@@ -12,7 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from apps.recsys.encoding.learnt import Vocabulary
+from apps.recsys.encoding.categories import MISSING, factorize
+from apps.recsys.encoding.numbers import Part, to_numbers, to_order
+from apps.recsys.encoding.vocabulary import Vocabulary
 from apps.recsys.sequence.data import Examples
 from apps.recsys.tables.scoring import encoding_of, is_frame, pieces
 
@@ -116,8 +118,6 @@ def _flat(histories: Sequence[Any]) -> tuple[list[str], NDArray[np.int64]]:
     """All items as text, and how many each history has."""
     import pyarrow as pa
 
-    from apps.recsys.encoding import encode
-
     for place, history in enumerate(histories):
         if not _are_lists(history):
             raise ValueError(f"histories[{place}]={history!r} is not a list of items: give a list of histories")
@@ -129,9 +129,9 @@ def _flat(histories: Sequence[Any]) -> tuple[list[str], NDArray[np.int64]]:
     lengths = np.array([len(history) for history in histories], np.int64)
     if not flat:
         return [], lengths
-    codes = encode.factorize([("the histories", pa.chunked_array([array]))], "items")
-    if (codes.codes == encode.MISSING).any():
-        at = int(np.argmax(codes.codes == encode.MISSING))
+    codes = factorize([("the histories", pa.chunked_array([array]))], "items")
+    if (codes.codes == MISSING).any():
+        at = int(np.argmax(codes.codes == MISSING))
         place = int(np.searchsorted(np.cumsum(lengths), at, side="right"))
         raise ValueError(f"histories[{place}] has no value at place {at - int(lengths[:place].sum())}")
     texts = codes.values.to_pylist()
@@ -163,27 +163,26 @@ def _ordered(
 
     Users are numbered in the order in which they first occur.
     """
-    from apps.recsys.encoding import encode
 
-    def parts(column: str) -> list[encode.Part]:
+    def parts(column: str) -> list[Part]:
         return [("the rows to predict", table[column])]
 
     coded = {}
     for role in ("user", "item"):
         column = columns[role]
         assert column is not None
-        coded[column] = encode.factorize(parts(column), column)
-        if (coded[column].codes == encode.MISSING).any():
+        coded[column] = factorize(parts(column), column)
+        if (coded[column].codes == MISSING).any():
             raise ValueError(f"column {column!r} has no value in row {int(np.argmax(coded[column].codes == -1))}")
     user, item = coded.values()
     _, first_U = np.unique(user.codes, return_index=True)
     id_V = np.array([ids.get(text, 0) for text in item.values.to_pylist()], np.int32)
     keep = np.ones(len(table), bool)
     if columns["rating"] is not None and min_rating is not None:
-        keep = encode.to_numbers(parts(columns["rating"]), columns["rating"]) >= min_rating  # false for NaN
+        keep = to_numbers(parts(columns["rating"]), columns["rating"]) >= min_rating  # false for NaN
     by: list[NDArray[Any]] = [user.codes]
     if columns["time"] is not None:
-        by.insert(0, encode.to_order(parts(columns["time"]), columns["time"]))  # lexsort sorts by its last key first
+        by.insert(0, to_order(parts(columns["time"]), columns["time"]))  # lexsort sorts by its last key first
     order = np.lexsort(by)
     order = order[keep[order]]
     return user.codes[order], id_V[item.codes[order]], first_U

@@ -15,11 +15,23 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from apps.data.array_files import ArraysInMemory, ArrayWriter
-from apps.recsys.encoding import encode
-from apps.recsys.encoding.encode import Part
+from apps.recsys.encoding.categories import (
+    MISSING,
+    Codes,
+    Rows,
+    factorize,
+    split_values,
+    to_given,
+    to_hashed,
+    to_known,
+    to_vocabulary,
+)
 from apps.recsys.encoding.features import CategoricalFeature, ContinuousFeature, Features
-from apps.recsys.encoding.learnt import Encoding, Vocabulary
-from apps.recsys.readers import RawTables
+from apps.recsys.encoding.labels import determines, to_labels
+from apps.recsys.encoding.numbers import Part, statistics, to_float32, to_numbers, to_order
+from apps.recsys.encoding.table_encoding import Encoding
+from apps.recsys.encoding.vocabulary import Vocabulary
+from apps.recsys.readers.raw import RawTables
 from apps.recsys.schema import TableConfig, nearest
 from apps.recsys.tables.arrays import MultiValued
 from apps.recsys.tables.checks import shared_users
@@ -66,38 +78,38 @@ def build_rows(table: pa.Table, given: Encoding, writer: ArrayWriter | ArraysInM
     def parts(column: str) -> list[Part]:
         return [(where, table.column(column))]
 
-    def rows_of(feature: CategoricalFeature, codes: encode.Codes, row: NDArray[np.int64]) -> NDArray[np.int32]:
+    def rows_of(feature: CategoricalFeature, codes: Codes, row: NDArray[np.int64]) -> NDArray[np.int32]:
         if feature.name in given.vocabularies:
-            return encode.to_known(codes, given.vocabularies[feature.name]).rows
+            return to_known(codes, given.vocabularies[feature.name]).rows
         train = np.zeros(len(codes.codes), dtype=bool)
         if feature.hashed:
-            return encode.to_hashed(codes, train, feature.num_rows).rows
-        return encode.to_given(codes, train, feature.num_rows, feature.name, row).rows
+            return to_hashed(codes, train, feature.num_rows).rows
+        return to_given(codes, train, feature.num_rows, feature.name, row).rows
 
     features = given.features
     single = [f for f in features.categorical if not f.multi_valued]
     matrix = writer.create("categorical", (num_rows, len(single)), np.int32)
     for f, feature in enumerate(single):
-        codes = encode.factorize(parts(feature.name), feature.name)
+        codes = factorize(parts(feature.name), feature.name)
         matrix[:, f] = rows_of(feature, codes, first_row + np.arange(num_rows))
     for i, feature in enumerate(f for f in features.categorical if f.multi_valued):
-        offsets, codes = encode.split_values(parts(feature.name), feature.name, given.separator)
+        offsets, codes = split_values(parts(feature.name), feature.name, given.separator)
         writer.save(f"multi{i}_offsets", offsets)
         row = first_row + np.repeat(np.arange(num_rows), np.diff(offsets))
         writer.save(f"multi{i}_values", rows_of(feature, codes, row))
     dense = writer.create("dense", (num_rows, len(features.continuous)), np.float32)
     for c, column in enumerate(features.continuous):
-        numbers = encode.to_numbers(parts(column.name), column.name, first_row=first_row)
-        dense[:, c] = encode.to_float32(numbers)
+        numbers = to_numbers(parts(column.name), column.name, first_row=first_row)
+        dense[:, c] = to_float32(numbers)
     writer.save("label", np.full((num_rows, len(features.tasks)), np.nan, np.float32))
     if given.domain is not None and given.domains is not None:
-        codes = encode.factorize(parts(given.domain), given.domain)
-        known = encode.to_known(codes, given.domains)
+        codes = factorize(parts(given.domain), given.domain)
+        known = to_known(codes, given.domains)
         writer.save("domain", _scenarios(codes, known.rows, given.domain, first_row))
     writer.finish({"num_rows": num_rows})
 
 
-def _scenarios(codes: encode.Codes, rows: NDArray[np.int32], column: str, first_row: int = 0) -> NDArray[np.int32]:
+def _scenarios(codes: Codes, rows: NDArray[np.int32], column: str, first_row: int = 0) -> NDArray[np.int32]:
     """From 0 on; of ``rows``, in which 0 is none that training has.
 
     Raises:
@@ -107,7 +119,7 @@ def _scenarios(codes: encode.Codes, rows: NDArray[np.int32], column: str, first_
     if bad.any():
         row = int(np.argmax(bad))
         code = int(codes.codes[row])
-        what = "no value" if code == encode.MISSING else f"{codes.values[code].as_py()!r}, which training lacks,"
+        what = "no value" if code == MISSING else f"{codes.values[code].as_py()!r}, which training lacks,"
         raise ValueError(f"column {column!r} names the scenario, but holds {what} in row {first_row + row}")
     return rows - 1
 
@@ -208,12 +220,12 @@ class _Build:
         return [(_WHERE[name], table.column(column)) for name, table in self.tables.items()]
 
     def _labels(self) -> dict[str, NDArray[np.float32]]:
-        return {n: encode.to_labels(self._parts(t.column), n, t) for n, t in self.config.tasks.items()}
+        return {n: to_labels(self._parts(t.column), n, t) for n, t in self.config.tasks.items()}
 
     def _user(self, column: str) -> NDArray[np.int64]:
-        codes = encode.factorize(self._parts(column), column).codes
-        if (codes == encode.MISSING).any():
-            row = int(np.argmax(codes == encode.MISSING))
+        codes = factorize(self._parts(column), column).codes
+        if (codes == MISSING).any():
+            row = int(np.argmax(codes == MISSING))
             raise ValueError(f"column {column!r} names the users, but has no value in row {row}")
         return codes
 
@@ -221,7 +233,7 @@ class _Build:
         config = self.config.split
         time = None
         if config.kind in ("time", "leave_last_out") and self.config.time is not None:
-            time = encode.to_order(self._parts(self.config.time)[:1], self.config.time)
+            time = to_order(self._parts(self.config.time)[:1], self.config.time)
         num = {name: len(table) for name, table in self.tables.items()}
         first = slice(0, num["train"])
         return split_rows(
@@ -257,9 +269,9 @@ class _Build:
         return tuple(positives)
 
     def _write_domain(self, column: str, num_rows: int) -> int:
-        codes = encode.factorize(self._parts(column), column)
+        codes = factorize(self._parts(column), column)
         known = None if self.given is None else self.given.domains
-        encoded = encode.to_vocabulary(codes, self.masks["train"]) if known is None else encode.to_known(codes, known)
+        encoded = to_vocabulary(codes, self.masks["train"]) if known is None else to_known(codes, known)
         self.writer.save("domain", _scenarios(codes, encoded.rows, column))
         self.domain_texts = self._write_texts(Vocabulary.of(encoded.values) if known is None else known)
         return encoded.num_rows - 1
@@ -271,11 +283,11 @@ class _Build:
         matrix = self.writer.create("categorical", (num_rows, len(columns)), np.int32)
         features = []
         for f, column in enumerate(columns):
-            codes = encode.factorize(self._parts(column), column)
+            codes = factorize(self._parts(column), column)
             encoded = self._encode(codes, column, self.masks["train"], np.arange(num_rows))
             matrix[:, f] = encoded.rows
             is_id = self._is_id(column, codes.codes)
-            self._describe(column, codes.codes == encode.MISSING, encoded.unseen, is_id=is_id)
+            self._describe(column, codes.codes == MISSING, encoded.unseen, is_id=is_id)
             self._check_leak(column, codes.codes, labels)
             features.append(CategoricalFeature(column, encoded.num_rows, hashed=column in self.config.hash_rows))
         return tuple(features)
@@ -283,7 +295,7 @@ class _Build:
     def _write_multi_valued(self, labels: Mapping[str, NDArray[np.float32]]) -> tuple[CategoricalFeature, ...]:
         features = []
         for i, column in enumerate(self.config.multi_valued):
-            offsets, codes = encode.split_values(self._parts(column), column, self.config.separator)
+            offsets, codes = split_values(self._parts(column), column, self.config.separator)
             lengths = np.diff(offsets)
             row = np.repeat(np.arange(len(lengths)), lengths)
             encoded = self._encode(codes, column, np.repeat(self.masks["train"], lengths), row)
@@ -295,20 +307,18 @@ class _Build:
             features.append(CategoricalFeature(column, encoded.num_rows, multi_valued=True, hashed=hashed))
         return tuple(features)
 
-    def _encode(
-        self, codes: encode.Codes, column: str, train: NDArray[np.bool_], row: NDArray[np.int64]
-    ) -> encode.Rows:
+    def _encode(self, codes: Codes, column: str, train: NDArray[np.bool_], row: NDArray[np.int64]) -> Rows:
         config = self.config
         if column in config.num_rows:
-            return encode.to_given(codes, train, config.num_rows[column], column, row)
+            return to_given(codes, train, config.num_rows[column], column, row)
         if column in config.hash_rows:
-            return encode.to_hashed(codes, train, config.hash_rows[column])
+            return to_hashed(codes, train, config.hash_rows[column])
         known = None if self.given is None else self.given.vocabularies[column]
         if known is None:
-            encoded = encode.to_vocabulary(codes, train, config.min_count)
+            encoded = to_vocabulary(codes, train, config.min_count)
             known = Vocabulary.of(encoded.values)
         else:
-            encoded = encode.to_known(codes, known)
+            encoded = to_known(codes, known)
         self.vocabularies[column] = self._write_texts(known)
         return encoded
 
@@ -326,9 +336,9 @@ class _Build:
         matrix = self.writer.create("dense", (num_rows, len(columns)), np.float32)
         features = []
         for c, column in enumerate(columns):
-            values = encode.to_float32(encode.to_numbers(self._parts(column), column))
+            values = to_float32(to_numbers(self._parts(column), column))
             matrix[:, c] = values
-            s = encode.statistics(values[self.masks["train"]])
+            s = statistics(values[self.masks["train"]])
             self._describe(column, np.isnan(values), None)
             self._check_leak(column, np.unique(values, return_inverse=True)[1], labels)
             features.append(ContinuousFeature(column, s.mean, s.std, s.quantiles, s.missing))
@@ -365,7 +375,7 @@ class _Build:
     def _is_id(self, column: str, codes: NDArray[np.int64]) -> bool:
         """Whether nearly every training row has a value of its own, with a warning if so."""
         mine = codes[self.masks["train"]]
-        mine = mine[mine != encode.MISSING]
+        mine = mine[mine != MISSING]
         if len(mine) < _FEWEST_FOR_ID:
             return False
         share = len(np.unique(mine)) / len(mine)
@@ -381,7 +391,7 @@ class _Build:
         train = self.masks["train"]
         mine = codes[train]
         for name, label in labels.items():
-            if encode.determines(mine, label[train]):
+            if determines(mine, label[train]):
                 self.warnings.append(
                     f"column {column!r} determines the label of task {name!r} in every training row: "
                     "is it known before the label is? Else leave it out (exclude)"

@@ -21,25 +21,35 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from apps.data import sources
-from apps.data.array_files import ArrayFiles
+from apps.base.messages import unknown_name
+from apps.data.array_files import ArrayFiles, ArrayWriter
+from apps.data.cache import cache_root
+from apps.data.datasets import prepare
 from apps.data.loader import ResumableLoader, as_it_is, in_order, overfits
+from apps.data.store import EncodedStore, identity
 from apps.recsys.datasets import RECSYS_DATASETS
 from apps.recsys.encoding.features import Features
-from apps.recsys.encoding.learnt import Encoding
+from apps.recsys.encoding.table_encoding import Encoding
 from apps.recsys.schema import SplitConfig, TableConfig
 from apps.recsys.tables.findings import SPLITS, TableFindings
-from apps.recsys.tables.store import identity, open_rows, open_table
 from apps.recsys.tables.synthetic import SyntheticConfig, generate
 from apps.report.base import Report
 from apps.train.plain import as_config
 
 if TYPE_CHECKING:
-    from apps.recsys.readers import RawTables
+    from apps.recsys.readers.raw import RawTables
     from apps.recsys.tables.rows import TableRows
 
 log = logging.getLogger(__name__)
 
+_STORE = EncodedStore(
+    "tables",
+    (
+        "recsys/encoding/*.py",
+        "recsys/readers/*.py",
+        *(f"recsys/tables/{n}.py" for n in ("build", "splits", "synthetic")),
+    ),
+)
 _FILE_OPTIONS = ("train_file", "val_file", "test_file")
 
 
@@ -113,7 +123,7 @@ class TableData(LightningDataModule):
         super().__init__()
         known = [*RECSYS_DATASETS, "table", "synthetic"]
         if dataset not in known:
-            raise ValueError(sources.unknown_name("dataset", dataset, sorted(known)))
+            raise ValueError(unknown_name("dataset", dataset, sorted(known)))
         self.dataset, self.root, self.cache_dir = dataset, root, cache_dir
         self.train_file, self.val_file, self.test_file = train_file, val_file, test_file
         self.predict_file, self.predict_columns = predict_file, tuple(predict_columns)
@@ -173,7 +183,7 @@ class TableData(LightningDataModule):
             return (None, *found[column].texts())
         if column == self._encoding.domain and all(f.name != column for f in self.features.categorical):
             return self.domain_values
-        raise ValueError(sources.unknown_name("vocabulary of column", column, list(found)))
+        raise ValueError(unknown_name("vocabulary of column", column, list(found)))
 
     @property
     def domain_values(self) -> tuple[str, ...]:
@@ -197,7 +207,7 @@ class TableData(LightningDataModule):
         from apps.recsys.tables.rows import TableRows
 
         if split not in SPLITS:
-            raise ValueError(sources.unknown_name("split", split, list(SPLITS)))
+            raise ValueError(unknown_name("split", split, list(SPLITS)))
         index = self._open()[split]
         if split == "train" and self.subset is not None:
             index = self._subset(index, self.subset)
@@ -289,12 +299,24 @@ class TableData(LightningDataModule):
                 "exclude": self.exclude,
             }
 
-            def described() -> tuple[RawTables, TableConfig]:
-                raw = read()
-                return raw, self._config(raw.config)
+            def write(writer: ArrayWriter) -> None:
+                import pyarrow as pa
 
-            cache = sources.cache_root(self.cache_dir)
-            self._files = open_table(self.dataset, source, options, described, cache, self._adopted)
+                from apps.recsys.tables.build import build
+
+                raw = read()
+                build(raw, self._config(raw.config), writer, self._adopted)
+                del raw
+                pa.default_memory_pool().release_unused()  # arrow would keep as much as the table took
+
+            self._files = _STORE.open(
+                cache_root(self.cache_dir),
+                self.dataset,
+                [source, options],
+                write,
+                given=None if self._adopted is None else self._adopted.digest,
+                digest_of=lambda files: Encoding.of(files).digest,
+            )
         return self._files
 
     def _open_rows(self) -> ArrayFiles:
@@ -303,9 +325,17 @@ class TableData(LightningDataModule):
 
             assert self.predict_file is not None
             files, encoding = find_files(self._folder, self.predict_file, "predict_file"), self._encoding
-            cache = sources.cache_root(self.cache_dir)
-            self._rows_to_predict = open_rows(
-                identity(files), lambda: read_files(files, encoding.roles, encoding.numbers), cache, encoding
+
+            def write(writer: ArrayWriter) -> None:
+                from apps.recsys.tables.build import build_rows
+
+                table = read_files(files, encoding.roles, encoding.numbers)
+                if not len(table):
+                    raise ValueError("the rows to predict: there are none")
+                build_rows(table, encoding, writer)
+
+            self._rows_to_predict = _STORE.open(
+                cache_root(self.cache_dir), "predict", identity(files), write, given=encoding.digest
             )
         return self._rows_to_predict
 
@@ -322,12 +352,12 @@ class TableData(LightningDataModule):
         if self.dataset == "table":
             return self._own_files()
         known = RECSYS_DATASETS[self.dataset]
-        root = sources.prepare(self.dataset, self.root, self.cache_dir)
+        root = prepare(self.dataset, self.root, self.cache_dir)
         names = {name for layout in known.source.layouts for name in layout}
         return identity(sorted({p for name in names for p in root.glob(name)})), lambda: known.read(root)
 
     def _own_files(self) -> tuple[Any, Callable[[], RawTables]]:
-        from apps.recsys.readers import RawTables
+        from apps.recsys.readers.raw import RawTables
         from apps.recsys.readers.user_tables import find_files, read_files
 
         assert self.table is not None

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from apps.recsys.encoding.learnt import Encoding
+from apps.recsys.encoding.table_encoding import Encoding
 from apps.recsys.schema import nearest
 
 if TYPE_CHECKING:

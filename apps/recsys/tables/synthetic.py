@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from apps.recsys.schema import SplitConfig, TableConfig, TaskConfig
 
 if TYPE_CHECKING:
-    from apps.recsys.readers import RawTables
+    from apps.recsys.readers.raw import RawTables
 
 Array = NDArray[np.float64]
 
@@ -120,7 +120,7 @@ class Synthetic:
         """Columns x0, x1, ..., label_1, label_2, ... and maybe id, split at random."""
         import pyarrow as pa
 
-        from apps.recsys.readers import RawTables
+        from apps.recsys.readers.raw import RawTables
 
         columns = {f"x{i}": pa.array(self.x[:, i]) for i in range(self.x.shape[1])}
         labels = {f"label_{k + 1}": pa.array(self.label[:, k]) for k in range(self.label.shape[1])}

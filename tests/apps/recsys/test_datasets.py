@@ -18,7 +18,9 @@ from made_sources import (
     write_recbole_1m,
 )
 
-from apps.data import sources
+from apps.data import datasets
+from apps.data.cache import DataError
+from apps.data.sources import PythonPackage
 from apps.recsys.datasets import RECSYS_DATASETS
 
 
@@ -28,20 +30,21 @@ def test_every_dataset_has_its_reader(name: str) -> None:
     assert dataset.source.name == name
     assert dataset.source.app == "recsys"
     assert dataset.source.licence
-    assert sources.find(name) is dataset.source
-    assert callable(getattr(importlib.import_module("apps.recsys.readers"), f"read_{name}"))
+    assert datasets.find(name) is dataset.source
+    module, function = dataset.read.args
+    assert callable(getattr(importlib.import_module(f"apps.recsys.readers.{module}"), function))
     assert pickle.loads(pickle.dumps(dataset)).source == dataset.source
 
 
 @pytest.mark.parametrize("name", [n for n, d in RECSYS_DATASETS.items() if not d.source.sources])
 def test_a_dataset_without_source_says_how_to_get_it(name: str, tmp_path: Path) -> None:
-    with pytest.raises(sources.DataError, match=f"{name} cannot be fetched: set root"):
-        sources.prepare(name, cache_dir=tmp_path)
+    with pytest.raises(DataError, match=f"{name} cannot be fetched: set root"):
+        datasets.prepare(name, cache_dir=tmp_path)
 
 
 @pytest.mark.parametrize("name", ["census_income", "adult", "movielens_1m", "movielens_100k"])
 def test_packages_are_pinned_and_their_files_known_by_hash(name: str) -> None:
-    packages = [s for s in RECSYS_DATASETS[name].source.sources if isinstance(s, sources.PythonPackage)]
+    packages = [s for s in RECSYS_DATASETS[name].source.sources if isinstance(s, PythonPackage)]
     assert packages
     for package in packages:
         assert "==" in package.requirement
@@ -67,4 +70,4 @@ def test_a_folder_in_each_layout_is_taken_as_it_is(tmp_path: Path) -> None:
         ("aliexpress", "ae"),
         ("kuairand", "kuairand"),
     ):
-        assert sources.prepare(name, root=tmp_path / folder) == tmp_path / folder
+        assert datasets.prepare(name, root=tmp_path / folder) == tmp_path / folder

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from apps.data import sources
+from apps.data import datasets
 from apps.data.sources import PythonPackage
 from apps.data.subwords import SubwordConfig
 from apps.nlp.text.datasets import NLP_DATASETS, OWN, Corpus, find_corpus
@@ -33,7 +33,7 @@ def write(path: Path, *lines: str) -> None:
 
 
 def test_every_dataset_is_listed(tmp_path):
-    rows = {row.name: row for row in sources.list_datasets(tmp_path) if row.app == "nlp"}
+    rows = {row.name: row for row in datasets.list_datasets(tmp_path) if row.app == "nlp"}
     assert set(rows) == set(NLP_DATASETS)
     assert not set(OWN) & set(NLP_DATASETS)
     for name, dataset in NLP_DATASETS.items():
@@ -139,7 +139,7 @@ def test_files_of_a_wheel_that_go_below_the_prefix_are_found_there(tmp_path, mon
     assert isinstance(package, PythonPackage)
     monkeypatch.setattr(sys, "prefix", str(tmp_path))
     assert package.installed() == tmp_path / "share/locale"
-    assert not sources.available("gramps", tmp_path / "cache")
+    assert not datasets.available("gramps", tmp_path / "cache")
     (tmp_path / "share/locale/de/LC_MESSAGES").mkdir(parents=True)
     shutil.copy(__file__, tmp_path / "share/locale/de/LC_MESSAGES/gramps.mo")
-    assert sources.prepare("gramps", cache_dir=tmp_path / "cache") == tmp_path / "share/locale"
+    assert datasets.prepare("gramps", cache_dir=tmp_path / "cache") == tmp_path / "share/locale"

@@ -13,10 +13,8 @@ from made_sources import (
     write_adult,
 )
 
-from apps.recsys.readers import (
-    read_adult,
-)
 from apps.recsys.readers.adult import COLUMNS as ADULT_COLUMNS
+from apps.recsys.readers.adult import read_adult
 
 
 def test_adult_of_the_archive_and_of_the_parquet_file_are_the_same(tmp_path: Path) -> None:

@@ -12,9 +12,7 @@ from made_sources import (
     write_ali_ccp,
 )
 
-from apps.recsys.readers import (
-    read_ali_ccp,
-)
+from apps.recsys.readers.ali_ccp import read_ali_ccp
 
 
 def test_ali_ccp_wide(tmp_path: Path) -> None:

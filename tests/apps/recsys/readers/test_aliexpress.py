@@ -10,9 +10,7 @@ from made_sources import (
     write_aliexpress,
 )
 
-from apps.recsys.readers import (
-    read_aliexpress,
-)
+from apps.recsys.readers.aliexpress import read_aliexpress
 
 
 def test_aliexpress_of_one_country(tmp_path: Path) -> None:

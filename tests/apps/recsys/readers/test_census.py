@@ -14,10 +14,8 @@ from made_sources import (
     write_census,
 )
 
-from apps.recsys.readers import (
-    read_census_income,
-)
 from apps.recsys.readers.census import COLUMNS as CENSUS_COLUMNS
+from apps.recsys.readers.census import read_census_income
 
 
 @pytest.mark.parametrize("names", [CENSUS, ("census-income.data", "census-income.test")])

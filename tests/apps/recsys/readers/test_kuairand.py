@@ -10,9 +10,7 @@ from made_sources import (
     write_kuairand,
 )
 
-from apps.recsys.readers import (
-    read_kuairand,
-)
+from apps.recsys.readers.kuairand import read_kuairand
 
 
 @pytest.mark.parametrize(("folder", "size"), [(".", "1k"), ("data", "pure"), ("KuaiRand-Pure/data", "pure")])

@@ -15,11 +15,7 @@ from made_sources import (
     write_recbole_1m,
 )
 
-from apps.recsys.readers import (
-    read_movielens_1m,
-    read_movielens_100k,
-)
-from apps.recsys.readers.movielens import read_ratings_1m, watched_next
+from apps.recsys.readers.movielens import read_movielens_1m, read_movielens_100k, read_ratings_1m, watched_next
 
 
 @pytest.mark.parametrize("layout", ["grouplens", "grouplens in its folder", "recbole"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pickle
 import subprocess
 import sys
 
@@ -15,9 +17,10 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from own_table import CONFIG, NAN, TEST, TRAIN, by_row, config_of, same, write
 
-from apps.data import sources
+from apps.data import datasets
 from apps.recsys.encoding.features import CategoricalFeature
 from apps.recsys.schema import SplitConfig
+from apps.recsys.tables import build as build_module
 from apps.recsys.tables.data import TableData
 from apps.recsys.tables.synthetic import SyntheticConfig
 
@@ -234,4 +237,32 @@ def test_importing_the_datasets_is_light():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-    assert {"table", "synthetic"} <= {row.name for row in sources.list_datasets() if row.app == "recsys"}
+    assert {"table", "synthetic"} <= {row.name for row in datasets.list_datasets() if row.app == "recsys"}
+
+
+def count_builds(monkeypatch):
+    calls = []
+    original = build_module.build
+    monkeypatch.setattr(build_module, "build", lambda *a: calls.append(a) or original(*a))
+    return calls
+
+
+def test_a_table_is_encoded_once_and_anew_when_anything_changes(own, tmp_path, monkeypatch):
+    calls = count_builds(monkeypatch)
+    before = own().features
+    assert own().features == before
+    assert len(calls) == 1
+    for change in ({"split": SplitConfig("given", val=0, seed=1)}, {"exclude": ["age"]}, {"table": config_of()}):
+        _ = own(**{"config": change.pop("table", CONFIG), **change}).features
+    assert len(calls) == 4
+    os.utime(tmp_path / "train.csv", ns=(0, 0))  # as if it had been written anew
+    assert own().features == before
+    assert len(calls) == 5
+    assert not list((tmp_path / "cache" / "tables").glob(".*"))
+
+
+def test_a_data_module_goes_to_another_process(own):
+    data = own()
+    expected = by_row(data.rows("train")[:])
+    assert same(by_row(pickle.loads(pickle.dumps(data)).rows("train")[:]), expected)
+    assert same(by_row(pickle.loads(pickle.dumps(data.rows("train")))[:]), expected)

@@ -3,71 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
-
+from apps.data.array_files import ArrayFiles
 from apps.recsys.encoding.features import Features
-
-if TYPE_CHECKING:
-    import pyarrow as pa
-
-    from apps.data.array_files import ArrayFiles
-
-
-@dataclass(frozen=True, eq=False)
-class Vocabulary:
-    """Distinct texts by number, as UTF-8 bytes: millions of them are two tensors, mapped or in a checkpoint.
-
-    Attributes:
-        offsets: int64 (n + 1,), where each text begins and ends.
-        content: uint8, the bytes.
-    """
-
-    offsets: Tensor
-    content: Tensor
-
-    @classmethod
-    def of(cls, values: pa.StringArray) -> Vocabulary:
-        from apps.recsys.encoding import encode
-
-        offsets, content = encode.utf8(values)
-        kept = content[offsets[0] : offsets[-1]]
-        return cls(torch.from_numpy(offsets - offsets[0]), torch.from_numpy(kept.copy()))
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def texts(self) -> tuple[str, ...]:
-        content = self.content.numpy().tobytes()
-        return tuple(content[a:b].decode() for a, b in itertools.pairwise(self.offsets.tolist()))
-
-    def find(self, values: pa.StringArray) -> NDArray[np.int64]:
-        """The number of each text, int64 (N,); -1 where it is not among them."""
-        import pyarrow as pa
-        import pyarrow.compute as pc
-
-        buffers = [None, pa.py_buffer(self.offsets.numpy()), pa.py_buffer(self.content.numpy())]
-        known = pa.Array.from_buffers(pa.large_string(), len(self), buffers)
-        return np.asarray(pc.index_in(values.cast(pa.large_string()), known).fill_null(-1), dtype=np.int64)
-
-    @cached_property
-    def digest(self) -> str:
-        """Other texts, or another order, have another one."""
-        digest = hashlib.sha256(self.offsets.numpy().data)
-        digest.update(self.content.numpy().data)
-        return digest.hexdigest()
-
-    def state(self) -> dict[str, Tensor]:
-        return {"offsets": self.offsets, "content": self.content}
+from apps.recsys.encoding.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,7 +17,8 @@ from places import ROOT
 
 import core
 from apps.cli import main
-from apps.recsys.encoding.learnt import Encoding, Vocabulary
+from apps.recsys.encoding.table_encoding import Encoding
+from apps.recsys.encoding.vocabulary import Vocabulary
 from apps.recsys.tables.module import MultiTaskRecommender
 
 DOCS = ROOT / "docs" / "recommenders.md"

@@ -1,0 +1,104 @@
+"""Unpack archives of strangers: tar and zip, within limits, plain files alone, and never out of their folder.
+
+pooch's ``Untar`` and ``Unzip`` do none of that: they write whatever an archive says, to any size.
+"""
+
+from __future__ import annotations
+
+import bz2
+import contextlib
+import fnmatch
+import gzip
+import io
+import lzma
+import shutil
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from apps.base.inflate import Inflated, check_unpacked
+from apps.base.messages import one_line
+
+_COMPRESSED_TARS: tuple[tuple[bytes, Callable[..., Any]], ...] = (
+    (b"\x1f\x8b", gzip.open),
+    (b"BZh", bz2.open),
+    (b"\xfd7zXZ\x00", lzma.open),
+)
+
+
+class BadArchive(Exception):
+    """An archive that cannot be unpacked; the message is one line that names it and the reason."""
+
+
+def unpack(archive: Path, target: Path, pattern: str = "*", below: str = "") -> list[Path]:
+    """Write plain files of a tar or zip archive into ``target``. Links and devices are left out.
+
+    Args:
+        archive: the file; its content says of which kind it is.
+        target: a folder. What was written until an error stays there.
+        pattern: the members to write, with ``*`` for any characters.
+        below: folder in the archive that the members lie in, and from which their paths below ``target`` start. It may
+            lie in one more folder, as in a source archive.
+
+    Returns:
+        The files that were written.
+
+    Raises:
+        BadArchive: it is neither, is damaged, has a wanted member that leads out of ``target``, or unpacks to more than
+            ``apps.base.inflate`` allows.
+    """
+    written: list[Path] = []
+    total, size, prefix = 0, archive.stat().st_size, f"{below}/" if below else ""
+    with _errors_of(archive), contextlib.ExitStack() as stack:
+        for name, member_size, open_member in _members(archive, stack):
+            check_unpacked(archive.name, size, total := total + member_size)
+            if open_member is None or not any(
+                fnmatch.fnmatchcase(name, wanted) for wanted in (prefix + pattern, f"*/{prefix}{pattern}")
+            ):
+                continue
+            relative = PurePosixPath(name[name.index(prefix) + len(prefix) :])
+            if relative.is_absolute() or ".." in relative.parts:
+                raise BadArchive(f"{archive.name} holds {name}, which leads out of its folder")
+            path = target / relative
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open_member() as content, open(path, "wb") as out:
+                shutil.copyfileobj(content, out)
+            written.append(path)
+    return written
+
+
+def _members(archive: Path, stack: contextlib.ExitStack) -> Iterator[tuple[str, int, Callable[[], Any] | None]]:
+    """Yield name, unpacked size and opener of each member, one after the other; the opener of a link is None."""
+    with open(archive, "rb") as file:
+        start = file.read(8)
+    opener = next((opener for magic, opener in _COMPRESSED_TARS if start.startswith(magic)), open)
+    # The limit lies under tarfile, which reads a member's attributes whole, however long they say they are.
+    limited = Inflated(opener(archive, "rb"), archive.stat().st_size, archive.name)
+    stream = stack.enter_context(io.BufferedReader(limited))
+    try:
+        tar = stack.enter_context(tarfile.open(fileobj=stream, mode="r|"))  # noqa: SIM115
+    except tarfile.TarError:
+        if not zipfile.is_zipfile(archive):
+            raise BadArchive(f"{archive.name} is neither a tar nor a zip archive") from None
+        zipped = stack.enter_context(zipfile.ZipFile(archive))
+        for info in zipped.infolist():
+            yield info.filename, info.file_size, None if info.is_dir() else partial(zipped.open, info)
+        return
+    for member in tar:
+        yield member.name, member.size, None if not member.isfile() else partial(tar.extractfile, member)
+
+
+@contextlib.contextmanager
+def _errors_of(archive: Path) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:  # past the limit
+        raise BadArchive(str(error)) from error
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of the disk, not of gzip or bz2
+            raise
+        raise BadArchive(f"{archive.name} cannot be unpacked: {one_line(str(error))}") from error

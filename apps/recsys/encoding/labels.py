@@ -1,0 +1,68 @@
+"""Columns as the labels of a task, and whether a feature gives a label away."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from apps.recsys.encoding.categories import factorize, to_text
+from apps.recsys.encoding.numbers import Part, to_numbers
+from apps.recsys.schema import TaskConfig
+
+
+def to_labels(parts: Sequence[Part], name: str, task: TaskConfig) -> NDArray[np.float32]:
+    """0 and 1 of a task over all tables, NaN where the column has no value.
+
+    Raises:
+        ValueError: a column that does not hold 0 and 1, a ``positive`` value that it never holds, or ``at_least`` for a
+            column that holds no numbers.
+    """
+    column = task.column
+    if task.at_least is not None:
+        numbers = to_numbers(parts, column)
+        return np.where(np.isnan(numbers), np.nan, numbers >= task.at_least).astype(np.float32)
+    codes = factorize(parts, column)
+    values = codes.values.to_pylist() if len(codes.values) <= 1000 else None
+    if task.positive is not None:
+        wanted = [to_text(pa.array([value]))[0] for value in task.positive]
+        positive = np.asarray(pc.is_in(codes.values, pa.array(wanted, pa.string())), dtype=bool)
+        for value, text in zip(task.positive, wanted, strict=True):
+            if not pc.any(pc.equal(codes.values, text)).as_py():
+                some = ", ".join(map(repr, (values or codes.values[:5].to_pylist())[:5]))
+                raise ValueError(f"task {name!r}: column {column!r} never holds positive={value!r}; it holds {some}")
+        label = positive.astype(np.float32)
+    else:
+        known = {"0": 0.0, "1": 1.0, "false": 0.0, "true": 1.0}
+        found = [] if values is None else [known.get(v.lower(), np.nan) for v in values]
+        if values is None or any(np.isnan(found)):
+            fits = pc.is_in(pc.utf8_lower(codes.values), pa.array(list(known), pa.string()))
+            code = int(np.argmin(np.asarray(fits, dtype=bool)))
+            odd, row = codes.values[code].as_py(), int(np.argmax(codes.codes == code))
+            raise ValueError(
+                f"task {name!r}: column {column!r} must hold 0 and 1, but row {row} holds {odd!r}; "
+                "set positive (the values that count) or at_least"
+            )
+        label = np.array(found, dtype=np.float32)
+    return np.append(label, np.float32(np.nan))[codes.codes]
+
+
+def determines(codes: NDArray[np.int64], label: NDArray[np.float32]) -> bool:
+    """Whether knowing the column is knowing the label, in every row.
+
+    Only values that occur more than once tell: a value of its own in each row says nothing. They must cover half of the
+    labelled rows and both classes, or it is no finding. Missing is a value too.
+    """
+    known = ~np.isnan(label)
+    mine, positive = codes[known] + 1, label[known] == 1
+    total = np.bincount(mine)
+    hits = np.bincount(mine[positive], minlength=len(total))
+    repeated = total > 1
+    if 2 * int(total[repeated].sum()) < len(mine) or not len(mine):
+        return False
+    total, hits = total[repeated], hits[repeated]
+    pure = (hits == 0) | (hits == total)
+    return bool(pure.all() and 0 < hits.sum() < total.sum())

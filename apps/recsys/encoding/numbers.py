@@ -1,0 +1,162 @@
+"""Columns of numbers and of times, and what a model is told of the numbers in the training rows."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+Part = tuple[str, pa.ChunkedArray]
+"""One column in one of the tables, and what to call that table in a message."""
+
+MAX_QUANTILES = 255
+
+
+def to_numbers(
+    parts: Sequence[Part], column: str, missing: str = "leave missing numbers empty", first_row: int = 0
+) -> NDArray[np.float64]:
+    """A column of numbers over all tables, NaN where missing.
+
+    Args:
+        parts: the tables.
+        column: names it in messages.
+        missing: what a message says of missing values.
+        first_row: number of each table's first row in messages, where the tables are pieces of longer ones.
+
+    Raises:
+        ValueError: something that is no number; the message names the first one and its row.
+    """
+    out = []
+    for where, data in parts:
+        out.append(_numbers(data, column, where, missing, first_row))
+    return np.concatenate(out)
+
+
+def _numbers(data: pa.ChunkedArray, column: str, where: str, missing: str, first_row: int) -> NDArray[np.float64]:
+    kind = data.type.value_type if pa.types.is_dictionary(data.type) else data.type
+    if pa.types.is_dictionary(data.type):
+        data = data.cast(kind)
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        data = pc.utf8_trim_whitespace(data)
+        data = pc.if_else(pc.equal(data, ""), pa.scalar(None, kind), data)
+    elif pa.types.is_boolean(kind):
+        data = data.cast(pa.int8())
+    elif not (
+        pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind) or pa.types.is_null(kind)
+    ):
+        raise ValueError(f"column {column!r} of {where} holds values of type {kind}, not numbers")
+    try:
+        numbers = data.cast(pa.float64(), safe=False)
+    except pa.ArrowInvalid:
+        row = first_failing(data, pa.float64())
+        odd = data[row].as_py()
+        raise ValueError(
+            f"column {column!r} of {where} must hold numbers: row {first_row + row} holds {odd!r}; {missing}"
+        ) from None
+    return np.asarray(numbers.fill_null(np.nan), dtype=np.float64)
+
+
+def first_failing(data: pa.Array | pa.ChunkedArray, kind: pa.DataType) -> int:
+    """The first row of texts or bytes that do not read as ``kind``, by halving; ``len(data)`` where all do."""
+    low, high = 0, len(data)  # the rows before low do, and the one at high does not
+    while low < high:
+        middle = (low + high) // 2
+        try:
+            data.slice(low, middle + 1 - low).cast(kind)
+            low = middle + 1
+        except pa.ArrowInvalid:
+            high = middle
+    return low
+
+
+def to_float32(numbers: NDArray[np.float64]) -> NDArray[np.float32]:
+    """In float32, where NaN stands for every value that is not finite, infinities and what float32 cannot hold too."""
+    with np.errstate(over="ignore"):
+        out = numbers.astype(np.float32)
+    out[~np.isfinite(out)] = np.nan
+    return out
+
+
+def to_order(parts: Sequence[Part], column: str) -> NDArray[np.int64] | NDArray[np.float64]:
+    """A column of numbers, dates or times as numbers that sort alike; text that reads as one of them too.
+
+    Raises:
+        ValueError: a missing value, or something that has no order.
+    """
+    parts = [(where, _dates(data)) for where, data in parts]
+    kinds = {str(data.type) for _, data in parts}
+    if all(pa.types.is_temporal(data.type) for _, data in parts):
+        unit = pa.timestamp("us")
+        out = [
+            np.asarray(d.cast(unit, safe=False).cast(pa.int64()).fill_null(np.iinfo(np.int64).min)) for _, d in parts
+        ]
+        order: Any = np.concatenate(out)
+        absent = order == np.iinfo(np.int64).min
+    elif any(pa.types.is_temporal(data.type) for _, data in parts):
+        raise ValueError(f"column {column!r} orders the rows, but its types differ between files: {', '.join(kinds)}")
+    else:
+        order = to_numbers(parts, column, "times are numbers, or dates such as 2024-05-31 12:00:00")
+        absent = np.isnan(order)
+    if absent.any():
+        raise ValueError(f"column {column!r} orders the rows, but has no value in row {int(np.argmax(absent))}")
+    return order
+
+
+def _dates(data: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Text that reads as dates or times as such, as a CSV file's is read; other columns as they are."""
+    kind = data.type.value_type if pa.types.is_dictionary(data.type) else data.type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        return data
+    for zone in (None, "UTC"):
+        with contextlib.suppress(pa.ArrowInvalid):
+            return data.cast(kind).cast(pa.timestamp("us", zone))
+    return data
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Of a continuous column in the training rows: see ``features.ContinuousFeature``."""
+
+    mean: float
+    std: float
+    quantiles: tuple[float, ...]
+    missing: float
+
+
+def statistics(values: NDArray[np.float32]) -> Statistics:
+    """Mean, deviation, bin boundaries and missing share of (N,) numbers with NaN where missing."""
+    present = np.sort(values[~np.isnan(values)])
+    missing = 1.0 - len(present) / max(len(values), 1)
+    if not len(present):
+        return Statistics(0.0, 1.0, (), missing)
+    mean = float(present.mean(dtype=np.float64))
+    if present[0] == present[-1]:
+        return Statistics(mean, 1.0, (), missing)
+    std = float(present.std(dtype=np.float64))
+    return Statistics(mean, std, tuple(map(float, boundaries(present))), missing)
+
+
+def boundaries(ascending: NDArray[np.float32], num_bins: int = MAX_QUANTILES + 1) -> NDArray[np.float32]:
+    """Values b between bins b[i - 1] < x <= b[i] of the sorted values: at most num_bins - 1, the largest value is none.
+
+    A value that would fill a bin has one of its own: the next smaller value is a boundary too. So 96 % zeros are one
+    bin, and 40 hours a week are not mixed with 39. The bins left hold about equally many of the other values, so that
+    the 4 % beside the zeros are told apart; but no bin is to hold fewer than 1 in 8,192 of all, which would be learned
+    from too few.
+    """
+    size = len(ascending)
+    values, first, times = np.unique(ascending, return_index=True, return_counts=True)
+    full = times * num_bins >= size
+    heavy = np.union1d(values[full], ascending[first[full] - 1][first[full] > 0])
+    rest = ascending[~np.repeat(full, times)]
+    bins = min(num_bins - len(heavy), len(rest) // max(size // 8192, 1))
+    between = rest[np.arange(1, bins) * len(rest) // bins] if bins > 1 else rest[:0]
+    found = np.union1d(heavy, between)
+    found = found[found < ascending[-1]] if size else found
+    return found[np.arange(num_bins - 1) * len(found) // (num_bins - 1)] if len(found) >= num_bins else found

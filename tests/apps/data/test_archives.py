@@ -1,0 +1,81 @@
+"""Archives of strangers are unpacked within limits, and nowhere else."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from pathlib import Path
+
+import pytest
+from toy_dataset import CONTENT, archive_of
+
+from apps.data.archives import BadArchive, unpack
+
+
+@pytest.mark.parametrize("kind", ["", "gz", "bz2", "xz", "zip"])
+def test_every_kind_of_archive_is_unpacked(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "toy").write_bytes(archive_of(kind, {"a/b.bin": b"abc", "c.bin": CONTENT}))
+    unpack(tmp_path / "toy", tmp_path / "to")
+    assert (tmp_path / "to/a/b.bin").read_bytes() == b"abc"
+    assert (tmp_path / "to/c.bin").read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("kind", ["gz", "bz2", "xz", "zip"])
+def test_an_archive_that_unpacks_to_far_more_than_itself_is_refused(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Some KiB that hold 2 + 2 MiB, where 3 MiB may always be unpacked: the first member is written, the second not.
+    monkeypatch.setattr("apps.base.inflate.FREE", 3 << 20)
+    (tmp_path / "toy").write_bytes(archive_of(kind, {"a.bin": bytes(2 << 20), "b.bin": bytes(2 << 20)}))
+    with pytest.raises(BadArchive, match=r"^toy holds over 4,194,304 bytes in [\d,]+ bytes: no data") as caught:
+        unpack(tmp_path / "toy", tmp_path / "to")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "to/b.bin").exists()
+
+
+def test_attributes_of_a_tar_member_cannot_fill_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("apps.base.inflate.Inflated.__init__.__defaults__", (1 << 20, 50))
+    with tarfile.open(tmp_path / "toy", "w:gz", format=tarfile.PAX_FORMAT) as tar:
+        member = tarfile.TarInfo("a.bin")
+        member.pax_headers = {"comment": "a" * (4 << 20)}
+        tar.addfile(member)
+    with pytest.raises(BadArchive, match=r"^toy is compressed over \d+ times"):
+        unpack(tmp_path / "toy", tmp_path / "to")
+
+
+def test_a_damaged_archive_is_a_failed_source(tmp_path: Path) -> None:
+    for kind in ("gz", "bz2", "xz"):
+        whole = archive_of(kind, {"a.bin": os.urandom(1 << 16)})
+        for damaged in (whole[:-1000], whole[:-5000] + bytes(5000)):
+            (tmp_path / "toy").write_bytes(damaged)
+            with pytest.raises(BadArchive, match=r"^toy cannot be unpacked: "):
+                unpack(tmp_path / "toy", tmp_path / "to")
+    (tmp_path / "toy").write_bytes(b"neither")
+    with pytest.raises(BadArchive, match=r"^toy is neither a tar nor a zip archive$"):
+        unpack(tmp_path / "toy", tmp_path / "to")
+
+
+@pytest.mark.parametrize("kind", ["gz", "zip"])
+@pytest.mark.parametrize("name", ["../out.bin", "/out.bin"])
+def test_a_member_stays_in_its_folder(name: str, kind: str, tmp_path: Path) -> None:
+    (tmp_path / "toy").write_bytes(archive_of(kind, {name: b"abc"}))
+    with pytest.raises(BadArchive, match=f"^toy holds {name}, which leads out of its folder$"):
+        unpack(tmp_path / "toy", tmp_path / "to")
+    assert not (tmp_path / "out.bin").exists()
+    assert not Path("/out.bin").exists()
+
+
+def test_a_link_is_left_out(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "toy", "w") as tar:
+        link = tarfile.TarInfo("a.bin")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+    assert unpack(tmp_path / "toy", tmp_path / "to") == []
+    assert not (tmp_path / "to/a.bin").is_symlink()
+
+
+def test_members_below_a_folder_by_a_pattern(tmp_path: Path) -> None:
+    members = {"toy-1.0/toy/text/de/a.mo": b"de", "toy-1.0/toy/text/de/b.mo": b"b", "toy-1.0/toy/other/a.mo": b"other"}
+    (tmp_path / "toy").write_bytes(archive_of("gz", members))
+    assert unpack(tmp_path / "toy", tmp_path / "to", "*/a.mo", "toy/text") == [tmp_path / "to/de/a.mo"]
+    assert (tmp_path / "to/de/a.mo").read_bytes() == b"de"

@@ -1,0 +1,133 @@
+"""Encoded data are made once, and anew when anything they were made from changes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from places import ROOT, environment
+
+from apps.data.cache import DataError
+from apps.data.store import EncodedStore, identity
+
+STORE = EncodedStore("toys", ("data/loader.py",))
+
+
+class Maker:
+    """Writes one number, and counts how often."""
+
+    def __init__(self, number: int = 1, seconds: float = 0.0) -> None:
+        self.number, self.seconds, self.calls = number, seconds, 0
+
+    def __call__(self, writer) -> None:
+        self.calls += 1
+        time.sleep(self.seconds)
+        writer.save("number", np.array([self.number]))
+        writer.finish({"digest": f"of {self.number}"})
+
+
+def test_an_entry_is_made_once_and_anew_when_what_it_is_made_from_changes(tmp_path):
+    make = Maker()
+    for made_from in (["a"], ["a"], ["b"]):
+        assert STORE.open(tmp_path, "toy", made_from, make)["number"].tolist() == [1]
+    assert make.calls == 2
+    other_code = EncodedStore("toys", ("data/cache.py",))
+    other_code.open(tmp_path, "toy", ["a"], make)
+    assert make.calls == 3
+    assert len(list((tmp_path / "toys").iterdir())) == 3
+
+
+def test_code_that_is_not_there_is_our_own_bug(tmp_path):
+    # A moved file would otherwise leave the key, and entries of old code would be read.
+    with pytest.raises(AssertionError, match=r"apps/data/gone\.py names no file"):
+        EncodedStore("toys", ("data/gone.py",)).open(tmp_path, "toy", [], Maker())
+
+
+def test_a_file_that_was_exchanged_is_another_source(tmp_path):
+    (tmp_path / "a").write_text("one")
+    before = identity([tmp_path / "a"])
+    assert identity([tmp_path / "a"]) == before
+    os.utime(tmp_path / "a", ns=(0, 0))  # as if it had been written anew
+    assert identity([tmp_path / "a"]) != before
+
+
+def test_a_given_encoding_has_an_entry_of_its_own_unless_the_data_taught_the_same(tmp_path):
+    make = Maker()
+
+    def opened(**options):
+        return STORE.open(tmp_path, "toy", [], make, digest_of=lambda files: files.info["digest"], **options).folder
+
+    learned = opened(learning="from all")
+    assert opened(learning="from all", given="of 1") == learned
+    other = opened(learning="from all", given="of 2")
+    assert other != learned
+    assert opened(learning="from a half", given="of 2") == other  # how it would be learned does not count
+    assert make.calls == 2
+
+
+def test_a_damaged_entry_is_made_anew(tmp_path, caplog):
+    make = Maker()
+    folder = STORE.open(tmp_path, "toy", [], make).folder
+    for calls, cut in enumerate(("number.bin", "manifest.json"), 2):
+        os.truncate(folder / cut, 2)
+        assert STORE.open(tmp_path, "toy", [], make)["number"].tolist() == [1]
+        assert make.calls == calls
+        assert f"is damaged ({cut}" in caplog.text
+
+
+def test_of_two_that_ask_at_once_one_makes_it_and_the_other_waits(tmp_path):
+    make = Maker(seconds=0.3)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda _: STORE.open(tmp_path, "toy", [], make)["number"].tolist(), range(2)))
+    assert found == [[1], [1]]
+    assert make.calls == 1
+
+
+def test_an_entry_that_fails_leaves_nothing(tmp_path):
+    def fail(writer):
+        writer.save("number", np.zeros(3))
+        raise ValueError("the table has no rows")
+
+    with pytest.raises(ValueError, match="the table has no rows"):
+        STORE.open(tmp_path, "toy", [], fail)
+    assert list((tmp_path / "toys").iterdir()) == []
+
+
+def test_a_cache_that_cannot_be_written_is_one_clear_error(tmp_path):
+    (tmp_path / "cache").touch()
+    with pytest.raises(DataError, match=r"cannot be written .*set cache_dir"):
+        STORE.open(tmp_path / "cache", "toy", [], Maker())
+
+
+CHILD = textwrap.dedent(
+    """
+    import sys, time
+    from pathlib import Path
+    import numpy as np
+    from apps.data.store import EncodedStore
+
+    def write(writer):
+        writer.save("number", np.array([2]))
+        time.sleep(60)
+
+    EncodedStore("toys", ("data/loader.py",)).open(Path(sys.argv[1]), "toy", [], write)
+    """
+)
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", CHILD, str(tmp_path)], cwd=ROOT, env=environment())
+    while process.poll() is None and not list(tmp_path.glob("toys/.toy-*/number.bin")):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert list(tmp_path.glob("toys/.toy-*"))
+    assert STORE.open(tmp_path, "toy", [], Maker())["number"].tolist() == [1]
+    assert not list(tmp_path.glob("toys/.*"))
