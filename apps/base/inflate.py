@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import gzip
 import io
+import lzma
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
 from typing import BinaryIO
 
 FREE = 256 << 20
@@ -10,6 +17,30 @@ FREE = 256 << 20
 
 MOST = 200
 """Times that a larger one may unpack to its own size. Text and tables shrink 3 to 30 times, repeated lines 1,000."""
+
+
+@contextlib.contextmanager
+def naming_errors(path: Path, hint: str = "") -> Iterator[None]:
+    """Name a plain or compressed file in the errors of reading it; ``hint`` ends the line on one that is corrupt.
+
+    Raises:
+        ValueError: the file is missing, may not be read, is truncated, or is not what its ending says.
+    """
+    kind = "gzip" if path.suffix == ".gz" else path.suffix.removeprefix(".")
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} is missing") from error
+    except (IsADirectoryError, PermissionError) as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    except (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path} is corrupt: it is truncated or no {kind} file ({error}){hint}") from error
+    except RuntimeError as error:  # a password, or a method that Python lacks
+        raise ValueError(f"{path} cannot be unpacked: {error}") from error
+    except OSError as error:
+        if error.errno is None:  # bz2 says so of other bytes
+            raise ValueError(f"{path} is corrupt: it is truncated or no {kind} file ({error}){hint}") from error
+        raise
 
 
 def check_unpacked(name: str, packed: int, unpacked: int, what: str = "bytes") -> None:

@@ -28,6 +28,12 @@ def unknown_name(option: str, value: str, valid: Sequence[str]) -> str:
     return f"{option}={value!r} is not one of {', '.join(valid)}{suggestion}"
 
 
+def some(names: Sequence[str], most: int = 5) -> str:
+    """Return the first ``most`` of the names, and how many others there are."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
 def one_line(text: str) -> str:
     """``text`` with each run of blanks and line ends as one blank."""
     return " ".join(text.split())

@@ -55,10 +55,14 @@ class Dataset:
     note: str = ""
 
     def missing(self, folder: Path) -> str | None:
-        """The first file ``folder`` lacks of the layout it comes closest to, or None if one layout is complete."""
+        """Return the first file ``folder`` lacks of the layout it comes closest to; None if one layout is complete."""
         lacking = [[name for name in layout if next(folder.glob(name), None) is None] for layout in self.layouts]
         fewest = min(range(len(lacking)), key=lambda i: len(lacking[i]) / len(self.layouts[i]))
         return lacking[fewest][0] if lacking[fewest] else None
+
+    def files(self, folder: Path) -> list[Path]:
+        """Return the files of any layout that ``folder`` holds, sorted."""
+        return sorted({path for layout in self.layouts for name in layout for path in folder.glob(name)})
 
 
 class DatasetRow(NamedTuple):

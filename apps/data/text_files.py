@@ -6,19 +6,17 @@ Bytes that are no text are one ValueError that names the file and the line.
 from __future__ import annotations
 
 import bz2
-import contextlib
 import functools
 import gzip
 import lzma
 import re
 import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from apps.base.inflate import Inflated
+from apps.base.inflate import Inflated, naming_errors
 
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
 
@@ -94,7 +92,7 @@ def text_lines(path: Path) -> Iterator[str]:
         ValueError: the file is missing, empty, truncated, unpacks to too much, or is not UTF-8.
     """
     unpack = _UNPACK.get(path.suffix)
-    with _errors_of(path):
+    with naming_errors(path):
         if unpack is None:
             with open(path, "rb") as file:
                 yield from decoded(file, str(path))
@@ -108,7 +106,7 @@ def zipped_lines(path: Path) -> Iterator[tuple[str, Iterator[str]]]:
     Raises:
         ValueError: the archive is missing, truncated or locked, holds no such file, or one that ``text_lines`` refuses.
     """
-    with _errors_of(path), zipfile.ZipFile(path) as archive:
+    with naming_errors(path), zipfile.ZipFile(path) as archive:
         members = [m for m in archive.infolist() if re.search(r"(^|/)[^_/][^/]*\.(txt|tsv)$", m.filename)]
         if not members:
             raise ValueError(f"{path} holds no .txt or .tsv file")
@@ -118,7 +116,7 @@ def zipped_lines(path: Path) -> Iterator[tuple[str, Iterator[str]]]:
 
 
 def _member_lines(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path, name: str) -> Iterator[str]:
-    with _errors_of(path):
+    with naming_errors(path):
         yield from _unpacked(lambda: archive.open(member), member.compress_size, name)
 
 
@@ -129,26 +127,6 @@ def _unpacked(unpack: Callable[[], Any], compressed_size: int, name: str) -> Ite
             pass
     with unpack() as stream:
         yield from decoded(stream, name)
-
-
-@contextlib.contextmanager
-def _errors_of(path: Path) -> Iterator[None]:
-    """Tell of a file that cannot be read by its name."""
-    kind = "gzip" if path.suffix == ".gz" else path.suffix.removeprefix(".")
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise ValueError(f"{path} is missing") from error
-    except (IsADirectoryError, PermissionError) as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
-    except (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path} is corrupt: it is truncated or no {kind} file ({error})") from error
-    except RuntimeError as error:  # a password, or a method that Python lacks
-        raise ValueError(f"{path} cannot be unpacked: {error}") from error
-    except OSError as error:
-        if error.errno is None:  # bz2 says so of other bytes
-            raise ValueError(f"{path} is corrupt: it is truncated or no {kind} file ({error})") from error
-        raise
 
 
 def decoded(lines: Iterable[bytes], name: str) -> Iterator[str]:

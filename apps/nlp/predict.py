@@ -8,7 +8,7 @@ import logging
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -128,16 +128,6 @@ def given_lines(
             raise ValueError(f"predict_file={predict_file!r} cannot be read: {error.strerror}") from error
         with file:
             yield from _decoded(file, predict_file, bad_lines)
-
-
-def check_bad_lines(bad_lines: str) -> None:
-    """Refuse a word that says nothing of bad lines.
-
-    Raises:
-        ValueError: naming it.
-    """
-    if bad_lines not in get_args(BadLines):
-        raise ValueError(unknown_name("bad_lines", bad_lines, list(get_args(BadLines))))
 
 
 def checked_texts(texts: Sequence[str]) -> list[str]:

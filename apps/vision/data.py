@@ -2,119 +2,48 @@
 
 Small datasets are one uint8 tensor in memory and batches are cut out of it by index: a batch costs a few milliseconds
 and no worker process is needed. Folders of larger images are decoded by worker processes, one image at a time. Either
-way the random transforms then work on the whole batch (`augment`). The order of an epoch and all draws depend on (seed,
-epoch, batch) alone: `apps.data.loader.ResumableLoader` restores them in mid-epoch.
+way the random transforms then work on the whole batch (`batch.Collate`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from lightning.pytorch import LightningDataModule
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-from apps.base.messages import unknown_name
-from apps.data.cache import cache_root
+from apps.base.checks import check_at_least, check_name
+from apps.base.messages import some
 from apps.data.datasets import prepare
-from apps.data.loader import ResumableLoader, in_order, overfits
-from apps.vision.augment import (
-    RANDAUGMENT_BINS,
-    BatchRandAugment,
-    crop_and_flip,
-    mix,
-    random_erase,
-    random_resized_crop,
-)
+from apps.data.loader import in_order
+from apps.data.splits import SPLITS, Split, check_size, count_of
+from apps.data.suite_data import SuiteData
+from apps.vision.batch import Augment, Collate
 from apps.vision.datasets import VISION_DATASETS
-from apps.vision.encoding import ImageEncoding, evaluation_transform, file_transform, middle_of_strip, normalize
-from apps.vision.readers import (
-    FromFiles,
-    ImageSet,
-    Splits,
-    check_classes,
-    class_folders,
-    read_image_folder,
-    read_unlabelled,
-    some,
-    stratified_split,
-    without_bad_images,
-)
+from apps.vision.encoding import ImageEncoding, evaluation_transform, file_transform, middle_of_strip
+from apps.vision.image_files import FromFiles, without_bad_images
+from apps.vision.image_folders import check_classes, class_folders, read_image_folder, read_unlabelled
+from apps.vision.image_set import ImageSet, Splits, stratified_split
 
 log = logging.getLogger(__name__)
 
 _MOST_VAL_IMAGES = 10_000
 
 
-class ImageBatch(NamedTuple):
-    """What a vision model is given.
-
-    Attributes:
-        image: float32 (B, C, H, W), normalised to mean 0 and deviation 1 by the dataset's constants.
-        label: int64 (B,), -1 where there is none; or float32 (B, num_classes) with rows that sum to 1 where images are
-            mixed.
-        index: int64 (B,), the position of each image in its file or folder listing.
-    """
-
-    image: Tensor
-    label: Tensor
-    index: Tensor  # type: ignore[assignment]  # hides tuple.index
-
-
-# --- batches --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Collate:
-    """Raw images to an `ImageBatch`: scale, transform at random, normalise, mix. The defaults do nothing at random.
-
-    Attributes as the options of `VisionData` with the same names; it is its own class so that workers can be sent it.
-    """
-
-    image_size: int
-    num_classes: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    crop_padding: int = 0
-    horizontal_flip: bool = False
-    random_resized_crop: float | None = None
-    randaugment_ops: int = 0
-    randaugment_magnitude: int = 9
-    random_erasing: float = 0.0
-    mixup_alpha: float = 0.0
-    cutmix_alpha: float = 0.0
-
-    def __call__(self, raw: tuple[Tensor, Tensor, Tensor]) -> ImageBatch:
-        images, labels, index = raw
-        if images.shape[-2:] != (self.image_size, self.image_size):
-            images = v2.functional.resize(images, [self.image_size, self.image_size], antialias=True)
-        if self.random_resized_crop is not None:
-            images = random_resized_crop(images, self.random_resized_crop)
-        images = crop_and_flip(images, self.crop_padding, self.horizontal_flip)
-        if self.randaugment_ops:
-            images = BatchRandAugment(self.randaugment_ops, self.randaugment_magnitude, RANDAUGMENT_BINS)(images)
-        images = normalize(images, self.mean, self.std)
-        if self.random_erasing:
-            images = random_erase(images, self.random_erasing)
-        if self.mixup_alpha or self.cutmix_alpha:
-            images, labels = mix(images, labels, self.num_classes, self.mixup_alpha, self.cutmix_alpha)
-        return ImageBatch(images, labels, index)
-
-
 class _Sets(NamedTuple):
-    """The images of each split; None: there are none."""
+    """The images of each split; None: there are none. ``lacking``: classes without a training image."""
 
     train: ImageSet | None
     val: ImageSet | None
     test: ImageSet
+    lacking: list[str]
 
 
 def _note(text: str) -> None:
@@ -122,7 +51,7 @@ def _note(text: str) -> None:
         log.warning("%s", text)
 
 
-class VisionData(LightningDataModule):
+class VisionData(SuiteData):
     """Images with labels, in train, validation and test batches of `ImageBatch`.
 
     Args:
@@ -175,6 +104,9 @@ class VisionData(LightningDataModule):
         image, label, index = next(iter(data.train_dataloader()))   # (128, 1, 28, 28), (128,), (128,)
     """
 
+    unit = "images"
+    hold_out = "val_size (--data.val_size) holds some out, or a folder {split} has some"
+
     def __init__(
         self,
         dataset: str = "digits",
@@ -203,14 +135,19 @@ class VisionData(LightningDataModule):
         predict_folder: str | None = None,
         on_bad_image: Literal["error", "skip"] = "error",
     ) -> None:
-        super().__init__()
-        if dataset not in VISION_DATASETS:
-            raise ValueError(unknown_name("dataset", dataset, sorted(VISION_DATASETS)))
+        check_name("dataset", dataset, sorted(VISION_DATASETS))
+        super().__init__(
+            dataset,
+            root,
+            cache_dir,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            drop_last=drop_last,
+            num_workers=num_workers,
+            seed=seed,
+        )
         spec = VISION_DATASETS[dataset]
-        self.dataset, self.root, self.cache_dir = dataset, root, cache_dir
-        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
-        self.val_size, self.subset, self.drop_last = val_size, subset, drop_last
-        self.num_workers, self.seed, self.split_seed = num_workers, seed, split_seed
+        self.val_size, self.subset, self.split_seed = val_size, subset, split_seed
         self.predict_folder, self.on_bad_image = predict_folder, on_bad_image
         self._written = {
             "image_size": image_size,
@@ -223,28 +160,25 @@ class VisionData(LightningDataModule):
         self.mean = spec.mean if mean is None else tuple(mean)
         self.std = spec.std if std is None else tuple(std)
         self.eval_crop = 1.0 if eval_crop is None else eval_crop
-        self.random_resized_crop = random_resized_crop
-        self._random = {
-            "crop_padding": crop_padding,
-            "horizontal_flip": horizontal_flip,
-            "randaugment_ops": randaugment_ops,
-            "randaugment_magnitude": randaugment_magnitude,
-            "random_erasing": random_erasing,
-            "mixup_alpha": mixup_alpha,
-            "cutmix_alpha": cutmix_alpha,
-        }
+        self._augment = Augment(
+            crop_padding,
+            horizontal_flip,
+            random_resized_crop,
+            randaugment_ops,
+            randaugment_magnitude,
+            random_erasing,
+            mixup_alpha,
+            cutmix_alpha,
+        )
         self._spec = spec
-        self._sets: _Sets | None = None
-        self._lacking: list[str] = []
-        self._told: set[str] = set()
+        self._looked_at: set[str] = set()
         self._predicted: ImageSet | None = None
         self._class_names = spec.class_names
-        self._adopted: ImageEncoding | None = None
         self._check_options()
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """By label: those of the checkpoint, else of the dataset; for a folder of images its folders' names, sorted."""
+        """The classes by label: the checkpoint's, else the dataset's; of a folder of images its folders, sorted."""
         if self._class_names is None:
             self._class_names = class_folders(prepare(self.dataset, self.root, self.cache_dir) / "train")
         return self._class_names
@@ -253,6 +187,8 @@ class VisionData(LightningDataModule):
     def num_classes(self) -> int:
         return len(self.class_names)
 
+    # ---- the encoding
+
     @property
     def encoding(self) -> ImageEncoding:
         """The classes, and what becomes of pixels in evaluation."""
@@ -260,10 +196,9 @@ class VisionData(LightningDataModule):
             self.class_names, self.image_size, self.in_chans, tuple(self.mean), tuple(self.std), self.eval_crop
         )
 
-    @property
-    def encoding_state(self) -> dict[str, Any]:
-        """The ``encoding`` as plain values, for a checkpoint."""
-        return self.encoding.state()
+    @staticmethod
+    def encoding_of(state: Mapping[str, Any]) -> ImageEncoding:
+        return ImageEncoding.from_state(state)
 
     def adopt(self, encoding_state: Mapping[str, Any]) -> None:
         """Number classes and scale images as a checkpoint says that keeps this ``encoding_state``.
@@ -271,7 +206,7 @@ class VisionData(LightningDataModule):
         Raises:
             ValueError: an option that was given says otherwise.
         """
-        given = ImageEncoding.from_state(encoding_state)
+        given = self.encoding_of(encoding_state)
         for name, value in self._written.items():
             if value is not None and value != getattr(given, name):
                 raise ValueError(
@@ -280,39 +215,39 @@ class VisionData(LightningDataModule):
                 )
         if given == self._adopted:
             return
-        if self._sets is not None and given != self.encoding:
-            self._sets = None  # they were read by other classes or sizes
-            self._told.clear()
+        super().adopt(encoding_state)
         self._predicted = None
-        self._adopted, self._class_names = given, given.class_names
+        self._class_names = given.class_names
         self.image_size, self.in_chans, self.eval_crop = given.image_size, given.in_chans, given.eval_crop
         self.mean, self.std = given.mean, given.std
 
-    def prepare_data(self) -> None:
-        if self._adopted is not None and (self.predict_folder is not None or self._spec.read is None):
-            return  # images to predict need no dataset, and a folder of files is not fetched: setup asks for the rest
-        prepare(self.dataset, self.root, self.cache_dir)
+    def forget(self) -> None:
+        super().forget()
+        self._looked_at.clear()
+
+    # ---- the files
+
+    @property
+    def needs_no_dataset(self) -> bool:
+        # Images to predict need no dataset, and a folder of files is not fetched: reading it says what is missing.
+        return self._adopted is not None and (self.predict_folder is not None or self._spec.read is None)
 
     def setup(self, stage: str | None = None) -> None:
-        if stage == "predict" and self.predict_folder is not None:
-            return
-        if self._sets is None:
-            self._sets = self._read_sets(training=stage == "fit")
-        if stage == "fit":
-            self._check_training()
+        if stage != "predict" or self.predict_folder is None:
+            super().setup(stage)
 
-    def _read_sets(self, training: bool) -> _Sets:
-        folder = self._folder(training)
+    def read(self) -> _Sets:
+        folder = self._folder()
         try:
             splits = self._read(folder)
         except ValueError as error:
-            if folder != cache_root(self.cache_dir) / self.dataset:  # the user's own, or a package's
+            if folder != self.cache / self.dataset:  # the user's own, or a package's
                 raise
             raise ValueError(f"{error}; delete it to have it fetched again") from error
         splits = self._numbered(splits)
         train, val = splits.train, splits.val
         # Of all training images: a small subset may well lack a class.
-        self._lacking = [] if train is None else self._without_images(train)
+        lacking = [] if train is None else self._without_images(train)
         if train is not None and (self.val_size is not None or val is None):
             num_val = self._count_val(len(train))
             held_out, rest = stratified_split(train.labels[train.index], num_val, self.split_seed)
@@ -323,44 +258,88 @@ class VisionData(LightningDataModule):
             if self.subset > len(train):
                 raise ValueError(f"subset={self.subset} exceeds the {len(train)} training images")
             train = train.subset(stratified_split(train.labels[train.index], self.subset, self.split_seed)[0])
-        return _Sets(train, val, splits.test)
+        return _Sets(train, val, splits.test, lacking)
 
-    def _folder(self, training: bool) -> Path:
-        """Where the dataset lies. To evaluate a checkpoint, a folder of images needs no training images."""
-        if self._adopted is not None and not training and self._spec.read is None and self.root is not None:
+    def _folder(self) -> Path:
+        """Return where the dataset lies. To evaluate a checkpoint, a folder of images needs no training images."""
+        if self._adopted is not None and self._spec.read is None and self.root is not None:
             folder = Path(self.root).expanduser()
             if not (folder / "train").is_dir() and any((folder / split).is_dir() for split in ("test", "val")):
                 return folder
         return prepare(self.dataset, self.root, self.cache_dir)
 
-    def _check_training(self) -> None:
-        """Refuse to go on with a training without images of a class that the checkpoint knows."""
-        assert self._sets is not None
-        if self._sets.train is None:
+    def check(self, stage: str | None) -> None:
+        """Refuse to train without images, or without images of a class that the checkpoint knows."""
+        if stage != "fit":
+            return
+        if self.opened.train is None:
             prepare(self.dataset, self.root, self.cache_dir)  # which says what is missing
-            self._sets = None  # it has come since
-            return self.setup("fit")
-        if self._adopted is not None and self._lacking:
+            self.forget()  # it has come since
+        if self._adopted is not None and self.opened.lacking:
             raise ValueError(
-                f"the training images have none of {some(self._lacking)}, which the checkpoint was trained on"
+                f"the training images have none of {some(self.opened.lacking)}, which the checkpoint was trained on"
             )
 
+    def _read(self, root: Path) -> Splits:
+        if self._spec.read is None:
+            return read_image_folder(
+                root,
+                self.class_names,
+                self._file_transform(train=True),
+                self._file_transform(train=False),
+                of_checkpoint=self._adopted is not None,
+            )
+        return self._spec.read(root)
+
+    def _numbered(self, splits: Splits) -> Splits:
+        """Number the images of a dataset with classes of its own as the checkpoint does."""
+        own = self._spec.class_names
+        if self._adopted is None or own is None:
+            return splits
+        if self.in_chans != self._spec.in_chans or self.eval_crop != 1:
+            raise ValueError(
+                f"the checkpoint's images have {self.in_chans} channels and eval_crop={self.eval_crop}, and "
+                f"{self.dataset} has {self._spec.in_chans} and is never cropped"
+            )
+        check_classes(self.dataset, own, self.class_names)
+        number = torch.tensor([self.class_names.index(name) for name in own])
+        train, test, val = (s and ImageSet(s.read, number[s.labels], s.index) for s in splits)
+        assert test is not None
+        return Splits(train, test, val)
+
+    def _count_val(self, num_train: int) -> int:
+        if self.val_size is None:
+            return min(round(0.1 * num_train), _MOST_VAL_IMAGES)
+        count = count_of(self.val_size, num_train)
+        if count >= num_train:
+            raise ValueError(
+                f"val_size={self.val_size} leaves none of the {num_train} training images to train on: leave it out "
+                "for a tenth, or give a share such as 0.1"
+            )
+        return count
+
     def _without_images(self, images: ImageSet) -> list[str]:
-        """The classes that a split has no image of."""
+        """Return the classes that a split has no image of."""
         counts = torch.bincount(images.labels[images.index], minlength=self.num_classes)
         return [self.class_names[label] for label in (counts == 0).nonzero().squeeze(1).tolist()]
 
-    def _split(self, split: Literal["train", "val", "test"]) -> ImageSet | None:
-        """The images of a split: on_bad_image=skip has taken bad ones out, and a note names classes without any."""
-        self.setup()
-        assert self._sets is not None
-        images = getattr(self._sets, split)
-        if images is None or split in self._told:
+    # ---- examples and batches
+
+    def sizes(self) -> dict[Split, int]:
+        return {split: len(getattr(self.opened, split) or ()) for split in SPLITS}
+
+    def describe(self) -> str:
+        return f"{super().describe()}, {self.num_classes} classes"
+
+    def examples(self, split: Split) -> ImageSet | None:
+        """Return a split's images; on_bad_image=skip has taken bad ones out, and a note names classes without any."""
+        images = getattr(self.opened, split)
+        if images is None or split in self._looked_at:
             return images
         if self.on_bad_image == "skip":
             images = self._readable(images, f"{split} images")
-            self._sets = self._sets._replace(**{split: images})
-        self._told.add(split)
+            self._opened = self.opened._replace(**{split: images})
+        self._looked_at.add(split)
         if split == "test" and self._adopted is not None and (lacking := self._without_images(images)):
             _note(f"the test images have none of {some(lacking)}: the figures are of the other classes")
         return images
@@ -376,92 +355,45 @@ class VisionData(LightningDataModule):
             )
         return kept
 
-    def train_dataloader(self) -> ResumableLoader:
-        self.setup("fit")
-        return ResumableLoader(
-            self._split("train"),  # type: ignore[arg-type]  # there is one, or setup would have raised
-            self.batch_size,
-            seed=self.seed,
-            shuffle=not overfits(self.trainer),
-            drop_last=self.drop_last,
-            collate_fn=self._collate(train=True),  # type: ignore[arg-type]  # __getitems__ stacks
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-        )
+    def batching(self, examples: ImageSet) -> dict[str, Any]:
+        collate = self._collate(train=True)  # __getitems__ stacks
+        return {"batch_size": self.batch_size, "drop_last": self.drop_last, "collate_fn": collate}
 
-    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
-        images = self._split("val")
-        if images is None and self.trainer is not None and self.trainer.state.fn == TrainerFn.VALIDATING:
-            raise ValueError("there are no validation images: val_size=0, or a folder without train and val")
-        return [] if images is None else self._eval_loader(images)
-
-    def test_dataloader(self) -> DataLoader[Any]:
-        return self._eval_loader(self._test_set())
+    def eval_loader(self, examples: ImageSet) -> DataLoader[Any]:
+        # Files are often sorted by class. Where images compete for experts, each batch must look like the whole.
+        assert self.eval_batch_size is not None
+        return in_order(examples.mixed(), self.eval_batch_size, self.num_workers, self._collate(train=False))
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        return self._eval_loader(self._predict_set())
+        return self.eval_loader(self._predict_set())
+
+    def train_eval_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """Return the training images without random transforms; [] without any."""
+        train = self.examples("train")
+        if train is None:
+            return []
+        return self.eval_loader(ImageSet(self._eval_reader(train.read), train.labels, train.index))
 
     def predicted_paths(self, index: Tensor) -> list[str] | None:
-        """The files of the images to predict, by their ``index`` (B,); None where they are not files of their own."""
+        """Return the files of images to predict, by ``index`` (B,); None where they are not files of their own."""
         read = self._predict_set().read
         return [read.paths[i] for i in index.tolist()] if isinstance(read, FromFiles) else None
 
     def _predict_set(self) -> ImageSet:
         if self.predict_folder is None:
-            return self._test_set()
+            images = self.examples("test")
+            assert images is not None
+            return images
         if self._predicted is None:
             images = read_unlabelled(Path(self.predict_folder), self._file_transform(train=False))
             self._predicted = self._readable(images, "images") if self.on_bad_image == "skip" else images
         return self._predicted
 
-    def _test_set(self) -> ImageSet:
-        images = self._split("test")
-        assert images is not None
-        return images
-
-    def train_eval_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """The training images without random transforms, for few-shot evaluation and embeddings; [] without any."""
-        train = self._split("train")
-        if train is None:
-            return []
-        return self._eval_loader(ImageSet(self._eval_reader(train.read), train.labels, train.index))
-
-    def _eval_loader(self, images: ImageSet) -> DataLoader[Any]:
-        # Files are often sorted by class. Where images compete for experts, each batch must look like the whole.
-        return in_order(images.mixed(), self.eval_batch_size, self.num_workers, self._collate(train=False))
-
     def _collate(self, train: bool) -> Collate:
-        random: dict[str, Any] = dict(self._random) if train else {}
-        if train and self._spec.read is not None:  # a folder's images are cut as they are decoded
-            random["random_resized_crop"] = self.random_resized_crop
-        return Collate(self.image_size, self.num_classes, self.mean, self.std, **random)
-
-    def _read(self, root: Path) -> Splits:
-        if self._spec.read is None:
-            return read_image_folder(
-                root,
-                self.class_names,
-                self._file_transform(train=True),
-                self._file_transform(train=False),
-                of_checkpoint=self._adopted is not None,
-            )
-        return self._spec.read(root)
-
-    def _numbered(self, splits: Splits) -> Splits:
-        """The images of a dataset with classes of its own, by the checkpoint's numbers of these."""
-        own = self._spec.class_names
-        if self._adopted is None or own is None:
-            return splits
-        if self.in_chans != self._spec.in_chans or self.eval_crop != 1:
-            raise ValueError(
-                f"the checkpoint's images have {self.in_chans} channels and eval_crop={self.eval_crop}, and "
-                f"{self.dataset} has {self._spec.in_chans} and is never cropped"
-            )
-        check_classes(self.dataset, own, self.class_names)
-        number = torch.tensor([self.class_names.index(name) for name in own])
-        train, test, val = (s and ImageSet(s.read, number[s.labels], s.index) for s in splits)
-        assert test is not None
-        return Splits(train, test, val)
+        augment = self._augment if train else Augment()
+        if self._spec.read is None:  # a folder's images are cut as they are decoded
+            augment = dataclasses.replace(augment, random_resized_crop=None)
+        return Collate(self.image_size, self.num_classes, self.mean, self.std, augment)
 
     def _eval_reader(self, read: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         return FromFiles(read.paths, self._file_transform(train=False)) if isinstance(read, FromFiles) else read
@@ -470,55 +402,29 @@ class VisionData(LightningDataModule):
         size = self.image_size
         if not train:
             return evaluation_transform(size, self.in_chans, self.eval_crop)
-        if self.random_resized_crop is not None:
-            return file_transform([v2.RandomResizedCrop(size, scale=(self.random_resized_crop, 1.0))], self.in_chans)
+        if self._augment.random_resized_crop is not None:
+            return file_transform(
+                [v2.RandomResizedCrop(size, scale=(self._augment.random_resized_crop, 1.0))], self.in_chans
+            )
         return file_transform([v2.Lambda(middle_of_strip), v2.Resize(size), v2.CenterCrop(size)], self.in_chans)
 
-    def _count_val(self, num_train: int) -> int:
-        if self.val_size is None:
-            return min(round(0.1 * num_train), _MOST_VAL_IMAGES)
-        count = round(self.val_size * num_train) if isinstance(self.val_size, float) else self.val_size
-        if count >= num_train:
-            raise ValueError(
-                f"val_size={self.val_size} leaves none of the {num_train} training images to train on: leave it out "
-                "for a tenth, or give a share such as 0.1"
-            )
-        return count
-
     def _check_options(self) -> None:
-        positive = ("batch_size", "eval_batch_size", "image_size")
-        values = {**vars(self), **self._random}
-        for name in (*positive, "subset"):
-            if values[name] is not None and values[name] < 1:
-                raise ValueError(f"{name}={values[name]} must be at least 1")
-        for name in ("crop_padding", "randaugment_ops", "mixup_alpha", "cutmix_alpha", "num_workers"):
-            if values[name] < 0:
-                raise ValueError(f"{name}={values[name]} must not be negative")
-        if isinstance(self.val_size, float) and not 0 <= self.val_size < 1:
-            raise ValueError(
-                f"val_size={self.val_size} as a share must be at least 0 and below 1; a count is an integer"
-            )
-        if isinstance(self.val_size, int) and self.val_size < 0:
-            raise ValueError(f"val_size={self.val_size} must not be negative")
-        if not 0 <= values["randaugment_magnitude"] < RANDAUGMENT_BINS:
-            magnitude = values["randaugment_magnitude"]
-            raise ValueError(f"randaugment_magnitude={magnitude} must be 0 to {RANDAUGMENT_BINS - 1}")
-        if not 0 <= values["random_erasing"] <= 1:
-            raise ValueError(f"random_erasing={values['random_erasing']} must be a probability, 0 to 1")
-        if self.random_resized_crop is not None and not 0 < self.random_resized_crop <= 1:
-            raise ValueError(f"random_resized_crop={self.random_resized_crop} must be above 0 and at most 1")
+        check_at_least(1, image_size=self.image_size, subset=self.subset)
+        check_size("val_size", self.val_size)
+        check_name("on_bad_image", self.on_bad_image, ["error", "skip"])
         if not 0 < self.eval_crop <= 1:
             raise ValueError(f"eval_crop={self.eval_crop} must be above 0 and at most 1")
-        if self.eval_crop != 1 and self._spec.read is not None:
-            raise ValueError(f"eval_crop={self.eval_crop} is for folders of images; {self.dataset} is never cropped")
-        if self.on_bad_image not in ("error", "skip"):
-            raise ValueError(f"on_bad_image={self.on_bad_image!r} is not one of error, skip")
-        if self.on_bad_image != "error" and self._spec.read is not None and self.predict_folder is None:
-            raise ValueError(
-                f"on_bad_image={self.on_bad_image!r} is for folders of images; {self.dataset} is read as a whole"
-            )
-        for name in ("mean", "std"):
-            if len(values[name]) != self.in_chans:
-                raise ValueError(f"{name}={values[name]} has {len(values[name])} values for {self.in_chans} channels")
+        if self._spec.read is not None:
+            if self.eval_crop != 1:
+                raise ValueError(
+                    f"eval_crop={self.eval_crop} is for folders of images; {self.dataset} is never cropped"
+                )
+            if self.on_bad_image != "error" and self.predict_folder is None:
+                raise ValueError(
+                    f"on_bad_image={self.on_bad_image!r} is for folders of images; {self.dataset} is read as a whole"
+                )
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) != self.in_chans:
+                raise ValueError(f"{name}={values} has {len(values)} values for {self.in_chans} channels")
         if min(self.std) <= 0:
             raise ValueError(f"std={self.std} must be positive")

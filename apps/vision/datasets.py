@@ -9,7 +9,8 @@ from pathlib import Path
 
 from apps.data.datasets import Dataset, register
 from apps.data.sources import DebianPackage, File, PythonPackage, UrlSource
-from apps.vision.readers import Splits, read_cifar, read_csv_digits, read_mnist
+from apps.vision.image_set import Splits
+from apps.vision.readers import read_cifar, read_csv_digits, read_mnist
 
 
 @dataclass(frozen=True)

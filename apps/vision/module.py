@@ -25,7 +25,7 @@ from apps.train.module import OptimizerConfig, SparseModule, TaskOutput
 from apps.vision.encoding import ImageEncoding, normalize
 from apps.vision.few_shot import hard_labels
 from apps.vision.model import ViTConfig, VMoE, load_pretrained_weights
-from apps.vision.readers import to_pixels
+from apps.vision.image_files import to_pixels
 from apps.vision.report import VisionReport, VisionReportConfig
 
 _REPORT = VisionReportConfig()

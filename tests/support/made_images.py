@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from apps.vision.data import ImageBatch, VisionData
+from apps.vision.batch import ImageBatch
+from apps.vision.data import VisionData
 
 EVERY_TRANSFORM = {
     "crop_padding": 2,

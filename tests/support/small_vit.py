@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 import core
-from apps.vision.data import ImageBatch
+from apps.vision.batch import ImageBatch
 from apps.vision.model import ViTConfig, VMoE
 
 # 8x8 images, patches of 4: 4 tokens without a class token.

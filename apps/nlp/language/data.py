@@ -12,23 +12,22 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from apps.base.messages import unknown_name
+from apps.base.checks import check_at_least, check_name
 from apps.data.array_files import ArrayFiles, ArrayWriter
-from apps.data.cache import cache_root
-from apps.data.loader import ResumableLoader, as_it_is, in_order, overfits
+from apps.data.splits import SPLITS, Split, check_size, count_of
 from apps.data.store import identity
 from apps.data.subwords import EOS_ID, PAD_ID, SubwordConfig, Subwords, train_subwords
+from apps.data.suite_data import SuiteData
 from apps.data.text_files import Rows, expand, num_words, read_lines
-from apps.nlp.predict import BadLines, check_bad_lines, given_lines
-from apps.nlp.text.corpora import SPLITS, Sizes, check_size, share_out
+from apps.nlp.predict import BadLines, given_lines
+from apps.nlp.text.corpora import Sizes, share_out
 from apps.nlp.text.datasets import NLP_DATASETS, find_language
 from apps.nlp.text.encoded_pairs import STORE, encode
 from apps.porting import subwords_of
@@ -89,7 +88,7 @@ class _Blocks(Dataset[Any]):
 _TWENTIETH = 0.05
 
 
-class TextData(LightningDataModule):
+class TextData(SuiteData):
     """Text in train, validation and test batches of `TextBatch`.
 
     A stream is ``EOS_ID``, and then each document with ``EOS_ID`` after it.
@@ -132,10 +131,10 @@ class TextData(LightningDataModule):
         batch.tokens_BL     # (32, 257)
     """
 
-    from_checkpoint: ClassVar[tuple[str, ...]] = ("subwords",)
-    """Arguments that the command line takes from a checkpoint where they are not given."""
-    superseded: ClassVar[Mapping[str, str]] = MappingProxyType({"tokenizer": "subwords"})
-    """Arguments without effect where another one is given."""
+    unit = "tokens"
+    hold_out = "give {split}_files, or a {split}_size that holds some out"
+    from_checkpoint = ("subwords",)
+    superseded = MappingProxyType({"tokenizer": "subwords"})
 
     def __init__(
         self,
@@ -161,18 +160,23 @@ class TextData(LightningDataModule):
         num_workers: int = 0,
         seed: int | None = None,
     ) -> None:
-        super().__init__()
-        self.dataset, self.root, self.cache_dir, self.language = dataset, root, cache_dir, language
+        super().__init__(
+            dataset,
+            root,
+            cache_dir,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            num_workers=num_workers,
+            seed=seed,
+        )
+        self.language = language
         self.train_files, self.val_files, self.test_files = train_files, val_files, test_files
         self.document, self.val_size, self.test_size, self.split_seed = document, val_size, test_size, split_seed
         self._language = language or "en"
         self.tokenizer = replace(tokenizer, joint=True)  # text has one side
-        self.block_size, self.batch_size, self.eval_batch_size = block_size, batch_size, eval_batch_size
+        self.block_size = block_size
         self.text, self.predict_file, self.bad_lines = text, predict_file, bad_lines
-        self.num_workers, self.seed = num_workers, seed
         self._given = subwords
-        self._files: ArrayFiles | None = None
-        self._told = False
         self._check_options()
         if subwords is None and tokenizer.path is not None:
             self._given = subwords_of(tokenizer.path)
@@ -184,46 +188,24 @@ class TextData(LightningDataModule):
         """Given, or learned from the training documents. The first use reads the text, or finds it in the cache."""
         if self._given is not None:
             return self._given
-        return Subwords(tuple(self._open().info["subwords"]))
+        return Subwords(tuple(self.opened.info["subwords"]))
 
     def size(self, split: str) -> TextSize:
         """Of the text of "train", "val" or "test"."""
-        if split not in SPLITS:
-            raise ValueError(unknown_name("split", split, list(SPLITS)))
-        return TextSize(*self._open().info["sizes"][split])
+        check_name("split", split, SPLITS)
+        return TextSize(*self.opened.info["sizes"][split])
 
     # ---- Lightning
 
-    def prepare_data(self) -> None:
-        if self._given is None or (self.text is None and self.predict_file is None):
-            self._open()  # what is to be continued needs no corpus
+    @property
+    def needs_no_dataset(self) -> bool:
+        return self._given is not None and (self.text is not None or self.predict_file is not None)
 
-    def setup(self, stage: str | None = None) -> None:
-        if stage != "predict" and not self._told:
-            self._told = True
-            sizes = ", ".join(f"{name} {self.size(name).tokens:,}" for name in SPLITS)
-            log.info("%s: tokens of %s", self.dataset, sizes)
+    def sizes(self) -> dict[Split, int]:
+        return {split: self.size(split).tokens for split in SPLITS}
 
-    def train_dataloader(self) -> ResumableLoader:
-        return ResumableLoader(
-            self._blocks("train"),
-            self.batch_size,
-            seed=self.seed,
-            shuffle=not overfits(self.trainer),
-            collate_fn=as_it_is,
-            draws=False,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-        )
-
-    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
-        return self._eval_loader("val")
-
-    def test_dataloader(self) -> DataLoader[Any] | list[Any]:
-        loader = self._eval_loader("test")
-        if not loader:
-            raise ValueError(f"{self.dataset} has no test text: give test_files, or a test_size that holds some out")
-        return loader
+    def examples(self, split: Split) -> _Blocks:
+        return _Blocks(self.opened[f"{split}_ids"], self.block_size)
 
     def predict_dataloader(self) -> DataLoader[Any] | list[Any]:
         """One prompt a batch, read as it comes: a decoder that continues text has no place for padding."""
@@ -244,43 +226,32 @@ class TextData(LightningDataModule):
         """
         return prompt_batches(given_lines(self.text, self.predict_file, self.bad_lines), self.subwords, start)
 
-    def _blocks(self, split: str) -> _Blocks:
-        return _Blocks(self._open()[f"{split}_ids"], self.block_size)
-
-    def _eval_loader(self, split: str) -> DataLoader[Any] | list[Any]:
-        blocks = self._blocks(split)
-        if not len(blocks):
-            return []
-        return in_order(blocks, self.eval_batch_size, self.num_workers)
-
     # ---- the encoded text
 
-    def _open(self) -> ArrayFiles:
-        if self._files is None:
-            cache = cache_root(self.cache_dir)
-            if self.dataset == "text":
-                files: Any = [[split, identity(paths)] for split, paths in self._own_files().items()]
-                read = self._read_own
-            else:
-                paths, rows = find_language(self.dataset, self.root, self._language, self.cache_dir)
-                files = identity(paths)
+    def read(self) -> ArrayFiles:
+        files: Any
+        if self.dataset == "text":
+            files = [[split, identity(paths)] for split, paths in self._own_files().items()]
+            read = self._read_own
+        else:
+            paths, rows = find_language(self.dataset, self.root, self._language, self.cache_dir)
+            files = identity(paths)
 
-                def read() -> dict[str, list[list[str]]]:
-                    return self._read_corpus(rows())
+            def read() -> dict[str, list[list[str]]]:
+                return self._read_corpus(rows())
 
-            self._files = STORE.open(
-                cache,
-                self.dataset,
-                [files, self._language, self.document, self.val_size, self.test_size, self.split_seed],
-                lambda writer: self._write(writer, read(), cache),
-                learning=asdict(self.tokenizer),
-                given=None if self._given is None else self._given.digest,
-                digest_of=lambda files: files.info["digest"],
-            )
-        return self._files
+        return STORE.open(
+            self.cache,
+            self.dataset,
+            [files, self._language, self.document, self.val_size, self.test_size, self.split_seed],
+            lambda writer: self._write(writer, read()),
+            learning=asdict(self.tokenizer),
+            given=None if self._given is None else self._given.digest,
+            digest_of=lambda files: files.info["digest"],
+        )
 
     def _own_files(self) -> dict[str, list[Path]]:
-        found = {}
+        found: dict[str, list[Path]] = {}
         root = Path(self.root or ".").expanduser()
         for split in SPLITS:
             named = getattr(self, f"{split}_files")
@@ -299,7 +270,7 @@ class TextData(LightningDataModule):
         lacking = [split for split in ("val", "test") if getattr(self, f"{split}_files") is None]
         documents = splits["train"]
         sizes = {split: _TWENTIETH if (n := getattr(self, f"{split}_size")) is None else n for split in lacking}
-        counts = {s: round(size * len(documents)) if size < 1 else int(size) for s, size in sizes.items()}
+        counts = {s: count_of(size, len(documents)) for s, size in sizes.items()}
         if sum(counts.values()) >= max(1, len(documents)):
             told = ", ".join(f"{split}_size={size}" for split, size in sizes.items())
             raise ValueError(f"{told}: of {len(documents)} documents none is left to train on")
@@ -335,11 +306,11 @@ class TextData(LightningDataModule):
         log.info("%s in %s: left out: %s of validation or test (train)", self.dataset, language, left_out)
         return {split: [[line] for line in (train if split == "train" else lines)] for split, lines in splits.items()}
 
-    def _write(self, writer: ArrayWriter, splits: dict[str, list[list[str]]], cache: Path) -> None:
+    def _write(self, writer: ArrayWriter, splits: dict[str, list[list[str]]]) -> None:
         if not splits["train"]:
             raise ValueError(f"there is no text to train on in {self.train_files or self.dataset}")
         train = (line for document in splits["train"] for line in document)
-        subwords = self._given or train_subwords((), train, self.tokenizer, (), cache)
+        subwords = self._given or train_subwords((), train, self.tokenizer, (), self.cache)
         sizes = {}
         for split, documents in splits.items():
             text = [" ".join(document) for document in documents]
@@ -353,9 +324,7 @@ class TextData(LightningDataModule):
         writer.finish({"subwords": subwords.models, "digest": subwords.digest, "sizes": sizes})
 
     def _check_options(self) -> None:
-        names = ["text", *NLP_DATASETS]
-        if self.dataset not in names:
-            raise ValueError(unknown_name("dataset", self.dataset, sorted(names)))
+        check_name("dataset", self.dataset, sorted(["text", *NLP_DATASETS]))
         if self.dataset == "text":
             if self.train_files is None:
                 raise ValueError("dataset='text' needs train_files (--data.train_files)")
@@ -369,22 +338,16 @@ class TextData(LightningDataModule):
             for name in ("train_files", "val_files", "test_files"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"{name}={getattr(self, name)!r} is for dataset='text', not {self.dataset!r}")
-            if self._language not in (known := NLP_DATASETS[self.dataset].languages):
-                raise ValueError(unknown_name("language", self._language, list(known)))
+            check_name("language", self._language, NLP_DATASETS[self.dataset].languages)
             if self.document != "line":
                 raise ValueError(f"document={self.document!r} is for dataset='text', not {self.dataset!r}")
-        if self.document not in ("line", "paragraph", "file"):
-            raise ValueError(unknown_name("document", self.document, ["line", "paragraph", "file"]))
-        for name in ("block_size", "batch_size", "eval_batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        check_name("document", self.document, ["line", "paragraph", "file"])
+        check_at_least(1, block_size=self.block_size)
         for name in ("val_size", "test_size"):
             check_size(name, getattr(self, name))
         if self.text is not None and self.predict_file is not None:
             raise ValueError("text and predict_file are both given: continue one of them")
-        check_bad_lines(self.bad_lines)
-        if self.num_workers < 0:
-            raise ValueError(f"num_workers={self.num_workers} must not be negative")
+        check_name("bad_lines", self.bad_lines, get_args(BadLines))
 
 
 class _Prompts(IterableDataset[Any]):

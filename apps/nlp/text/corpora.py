@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from apps.base.checks import check_at_least
+from apps.data.splits import SPLITS, count_of
 from apps.data.text_files import Rows, num_words
 
 log = logging.getLogger(__name__)
 
-SPLITS = ("train", "val", "test")
 _LANGUAGE = r"[A-Za-z]{2,8}(?:[_@][A-Za-z0-9]+)*"
 
 
@@ -80,10 +81,7 @@ class Filters:
             re.compile(self.without or "")
         except re.error as error:
             raise ValueError(f"without={self.without!r} is no regular expression: {error}") from None
-        for name in ("min_words", "max_words", "max_ratio"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
+        check_at_least(1, min_words=self.min_words, max_words=self.max_words, max_ratio=self.max_ratio)
         if self.min_words is not None and self.max_words is not None and self.min_words > self.max_words:
             raise ValueError(f"min_words={self.min_words} exceeds max_words={self.max_words}")
 
@@ -155,18 +153,6 @@ class Sizes:
     seed: int = 0
 
 
-def check_size(name: str, size: int | float | None) -> None:
-    """Refuse what is neither a number of rows nor a share of them.
-
-    Raises:
-        ValueError: a negative size, or a fraction above 1.
-    """
-    if size is not None and size < 0:
-        raise ValueError(f"{name}={size} must not be negative")
-    if size is not None and size >= 1 and size != int(size):
-        raise ValueError(f"{name}={size} is neither a whole number nor a share below 1")
-
-
 def collect(
     corpora: Mapping[str, tuple[Mapping[str, Sequence[Rows]], Sizes]], pairs: Sequence[str], filters: Filters
 ) -> Collected:
@@ -185,7 +171,7 @@ def collect(
         ValueError: a pair without training sentences, or sizes that leave none.
     """
     parsed = parse_pairs(pairs)
-    splits = {name: SentencePairs() for name in SPLITS}
+    splits: dict[str, SentencePairs] = {name: SentencePairs() for name in SPLITS}
     left_out: Counter[str] = Counter()
     for parts, _ in corpora.values():
         for split, files in parts.items():
@@ -266,7 +252,7 @@ def share_out(
             others = [rows for g, (_, rows, _) in enumerate(training) if g != f] + held
             for name, size in wanted.items():
                 asked = getattr(corpora[number][1], name)
-                _check_drawn(own, others, name, asked, _count(size, len(own)), len(drawn[f][name]))
+                _check_drawn(own, others, name, asked, count_of(size, len(own)), len(drawn[f][name]))
     else:
         drawn = [{"train": rows} for _, rows, _ in training]
     for (number, _, wanted), found in zip(training, drawn, strict=True):
@@ -314,12 +300,8 @@ def _filtered(rows: Rows, pairs: Sequence[tuple[str, str]], filters: Filters, le
 
 
 def _sample(rows: Rows, size: int | float, seed: int) -> Rows:
-    count = min(len(rows), _count(size, len(rows)))
+    count = min(len(rows), count_of(size, len(rows)))
     return _take(rows, np.sort(np.random.RandomState(seed).permutation(len(rows))[:count]))
-
-
-def _count(size: int | float, total: int) -> int:
-    return round(size * total) if size < 1 else int(size)
 
 
 def draw_splits(
@@ -345,7 +327,7 @@ def draw_splits(
     """
     left_2F = np.zeros((2, len(rows)), np.int64)
     for f, (own, (val_size, test_size)) in enumerate(zip(rows, sizes, strict=True)):
-        left_2F[:, f] = _count(val_size, len(own)), _count(test_size, len(own))
+        left_2F[:, f] = count_of(val_size, len(own)), count_of(test_size, len(own))
         if min(val_size, test_size) < 0 or left_2F[:, f].sum() >= max(1, len(own)):
             raise ValueError(
                 f"val_size={val_size} and test_size={test_size} leave none of {own.name}'s {len(own):,} rows to "

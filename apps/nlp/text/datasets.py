@@ -13,8 +13,8 @@ from typing import Literal
 from apps.base.messages import unknown_name
 from apps.data.datasets import Dataset, prepare, register
 from apps.data.sources import DebianPackage, File, PythonPackage, Source, UrlSource
+from apps.data.splits import check_size
 from apps.data.text_files import Rows
-from apps.nlp.text.corpora import check_size
 from apps.nlp.text.readers import bible, catalogs, moses, tsv
 
 Read = Callable[[], Mapping[str, Sequence[Rows]]]

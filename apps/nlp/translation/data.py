@@ -8,28 +8,27 @@ it is needed.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, get_args
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from apps.base.messages import unknown_name
+from apps.base.checks import check_at_least, check_name
 from apps.data.array_files import ArrayFiles, ArrayWriter, read_texts
-from apps.data.cache import cache_root
-from apps.data.loader import ResumableLoader, as_it_is, in_order, overfits
+from apps.data.loader import as_it_is, in_order
+from apps.data.splits import Split
 from apps.data.store import identity
 from apps.data.subwords import SubwordConfig, Subwords, train_subwords
-from apps.nlp.predict import BadLines, check_bad_lines, given_lines, source_batches
+from apps.data.suite_data import SuiteData
+from apps.nlp.predict import BadLines, given_lines, source_batches
 from apps.nlp.text.batch import TranslationBatch
 from apps.nlp.text.batches import TokenBatches, by_length, cut_by_tokens, evenly
-from apps.nlp.text.corpora import SPLITS, Filters, Sizes, collect, parse_pairs
+from apps.nlp.text.corpora import Filters, Sizes, collect, parse_pairs
 from apps.nlp.text.datasets import NLP_DATASETS, OWN, Corpus, Mnemonic, check_corpus, find_corpus
 from apps.nlp.text.encoded_pairs import STORE, EncodedPairs, write_pairs
 from apps.porting import subwords_of
@@ -41,7 +40,7 @@ _MANY_IDENTICAL = 0.01
 """Share of copied sources in training that harms a translator (Khayrallah and Koehn 2018; Ott et al. 2018)."""
 
 
-class TranslationData(LightningDataModule):
+class TranslationData(SuiteData):
     """Sentence pairs in train, validation and test batches of `TranslationBatch`.
 
     Args:
@@ -100,10 +99,10 @@ class TranslationData(LightningDataModule):
         batch.source_BS, batch.target_BL
     """
 
-    from_checkpoint: ClassVar[tuple[str, ...]] = ("subwords", "pairs")
-    """Arguments that the command line takes from a checkpoint where they are not given."""
-    superseded: ClassVar[Mapping[str, str]] = MappingProxyType({"tokenizer": "subwords"})
-    """Arguments without effect where another one is given."""
+    unit = "pairs"
+    hold_out = "give {split}_files, or a {split}_size that holds some out"
+    from_checkpoint = ("subwords", "pairs")
+    superseded = MappingProxyType({"tokenizer": "subwords"})
 
     def __init__(
         self,
@@ -140,24 +139,22 @@ class TranslationData(LightningDataModule):
         num_workers: int = 0,
         seed: int | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(dataset, root, cache_dir, num_workers=num_workers, seed=seed)
         own = Corpus(dataset, root, train_files, val_files, test_files, columns, val_size, test_size, mnemonic)
-        self.dataset, self.corpora, self.cache_dir = dataset, (own, *corpora), cache_dir
+        self.corpora = (own, *corpora)
         known = NLP_DATASETS.get(dataset)
         if pairs is None and known is not None:
             pairs = known.pairs
         if pairs is None and dataset in OWN:
             raise ValueError(f"dataset={dataset!r} needs pairs (--data.pairs), such as [en-de]")
         self.pairs: tuple[str, ...] = tuple(pairs or ())
-        self.split_seed, self.tokenizer, self.subset, self.seed = split_seed, tokenizer, subset, seed
+        self.split_seed, self.tokenizer, self.subset = split_seed, tokenizer, subset
         self.filters = Filters(min_words, max_words, max_ratio, without, drop_identical)
         self.max_length, self.temperature = max_length, temperature
         self.tokens_per_batch, self.eval_tokens_per_batch = tokens_per_batch, eval_tokens_per_batch
         self.text, self.predict_file, self.predict_pair = text, predict_file, predict_pair
-        self.predict_lines, self.bad_lines, self.num_workers = predict_lines, bad_lines, num_workers
+        self.predict_lines, self.bad_lines = predict_lines, bad_lines
         self._given = subwords
-        self._files: ArrayFiles | None = None
-        self._told = False
         self._check_options()
         if subwords is None and tokenizer.path is not None:
             self._given = subwords_of(tokenizer.path, self._targets)
@@ -169,7 +166,7 @@ class TranslationData(LightningDataModule):
         """Given, or learned from the training sentences. The first use reads the corpus, or finds it in the cache."""
         if self._given is not None:
             return self._given
-        info = self._open().info["subwords"]
+        info = self.opened.info["subwords"]
         return Subwords(tuple(info["models"]), tuple(info["languages"]))
 
     @property
@@ -183,49 +180,45 @@ class TranslationData(LightningDataModule):
 
     def sources(self, split: str) -> list[str]:
         """The source sentences of "val" or "test", by ``index_B`` of a batch."""
-        return read_texts(self._open(), f"{self._held_out(split)}_source_text")
+        return read_texts(self.opened, f"{self._held_out(split)}_source_text")
 
     def references(self, split: str) -> list[str]:
         """The target sentences of "val" or "test", by ``index_B`` of a batch."""
-        return read_texts(self._open(), f"{self._held_out(split)}_target_text")
+        return read_texts(self.opened, f"{self._held_out(split)}_target_text")
 
     def pair_of(self, split: str) -> list[int]:
         """The language pair of each sentence pair of "val" or "test", as its place in ``pairs``."""
-        return self._open()[f"{self._held_out(split)}_pair"].tolist()
+        return self.opened[f"{self._held_out(split)}_pair"].tolist()
 
     # ---- Lightning
 
-    def prepare_data(self) -> None:
-        if self._given is None or (self.text is None and self.predict_file is None):
-            self._open()  # what is to be translated needs no corpus
+    @property
+    def needs_no_dataset(self) -> bool:
+        return self._given is not None and (self.text is not None or self.predict_file is not None)
 
-    def setup(self, stage: str | None = None) -> None:
-        if stage != "predict" and not self._told:
-            self._told = True
-            log.info("%s", self.describe())
-            self._warn_of_identical()
+    def examples(self, split: Split) -> EncodedPairs:
+        """Return a split's pairs; training has none of more than ``max_length`` tokens."""
+        pairs = self._pairs(split)
+        if split != "train":
+            return pairs
+        source_N, target_N = pairs.lengths()
+        fits = (source_N <= self.max_length) & (target_N - 1 <= self.max_length)
+        if bool(fits.all()):
+            return pairs
+        if not bool(fits.any()):
+            raise ValueError(f"max_length={self.max_length} leaves none of the {len(pairs):,} training pairs")
+        return self._pairs("train", torch.nonzero(fits).squeeze(1))
 
-    def train_dataloader(self) -> ResumableLoader:
-        pairs = self._train_pairs()
-        return ResumableLoader(
-            pairs,
-            plan=self._plan(pairs),
-            seed=self.seed,
-            shuffle=not overfits(self.trainer),
-            collate_fn=as_it_is,
-            draws=False,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-        )
+    def batching(self, examples: EncodedPairs) -> dict[str, Any]:
+        return {"plan": self._plan(examples), "collate_fn": as_it_is, "draws": False}
 
-    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
-        return self._eval_loader("val")
-
-    def test_dataloader(self) -> DataLoader[Any] | list[Any]:
-        loader = self._eval_loader("test")
-        if not loader:
-            raise ValueError(f"{self.dataset} has no test pairs: give test_files, or a test_size that holds some out")
-        return loader
+    def eval_loader(self, examples: EncodedPairs) -> DataLoader[Any]:
+        source_N, target_N = (side.clamp(max=self.max_length + 1).numpy() for side in examples.lengths())
+        order = by_length(source_N, target_N, np.arange(len(examples)))
+        bounds = cut_by_tokens(np.maximum(source_N, target_N)[order], self.eval_tokens_per_batch)
+        # The first few are of all lengths: to look at a part of a split is to look at sentences like the others.
+        batches = [torch.from_numpy(order[bounds[i] : bounds[i + 1]]) for i in evenly(len(bounds) - 1)]
+        return in_order(_Whole(examples, batches), 1, self.num_workers)
 
     def predict_dataloader(self) -> DataLoader[Any] | list[Any]:
         """What is to be translated, read as it comes by one process; ``target_BL`` is ``BOS_ID`` alone.
@@ -280,32 +273,11 @@ class TranslationData(LightningDataModule):
                 "one: leave subwords out, so that they are learned with tags, or take pairs of one target"
             )
         tags = [subwords.tag_id(target) for target in targets] if subwords.languages else None
-        return EncodedPairs(self._open(), split, tags, self.max_length, positions)
-
-    def _train_pairs(self) -> EncodedPairs:
-        pairs = self._pairs("train")
-        source_N, target_N = pairs.lengths()
-        fits = (source_N <= self.max_length) & (target_N - 1 <= self.max_length)
-        if bool(fits.all()):
-            return pairs
-        if not bool(fits.any()):
-            raise ValueError(f"max_length={self.max_length} leaves none of the {len(pairs):,} training pairs")
-        return self._pairs("train", torch.nonzero(fits).squeeze(1))
+        return EncodedPairs(self.opened, split, tags, self.max_length, positions)
 
     def _plan(self, pairs: EncodedPairs) -> TokenBatches:
         source_N, target_N = (side.numpy() for side in pairs.lengths())
         return TokenBatches(source_N, target_N, self.tokens_per_batch, pairs.groups().numpy(), self.temperature)
-
-    def _eval_loader(self, split: str) -> DataLoader[Any] | list[Any]:
-        pairs = self._pairs(split)
-        if not len(pairs):
-            return []
-        source_N, target_N = (side.clamp(max=self.max_length + 1).numpy() for side in pairs.lengths())
-        order = by_length(source_N, target_N, np.arange(len(pairs)))
-        bounds = cut_by_tokens(np.maximum(source_N, target_N)[order], self.eval_tokens_per_batch)
-        # The first few are of all lengths: to look at a part of a split is to look at sentences like the others.
-        batches = [torch.from_numpy(order[bounds[i] : bounds[i + 1]]) for i in evenly(len(bounds) - 1)]
-        return in_order(_Whole(pairs, batches), 1, self.num_workers)
 
     def _predict_pair(self) -> int:
         if self.predict_pair is None:
@@ -316,61 +288,57 @@ class TranslationData(LightningDataModule):
 
     # ---- the encoded corpus
 
+    @property
+    def title(self) -> str:
+        return f"{self.dataset} {' '.join(self.pairs)}"
+
     def describe(self) -> str:
-        """One line: how many pairs each split has, what was left out, and how much of an epoch is padding."""
-        info = self._open().info
-        train = self._train_pairs()
-        sizes = {split: len(train if split == "train" else self._pairs(split)) for split in SPLITS}
-        counts = ", ".join(f"{size:,} {split}" for split, size in sizes.items())
-        out = [f"{count:,} {reason}" for reason, count in info["left_out"].items()]
-        if long := len(self._pairs("train")) - sizes["train"]:
+        """Return one line: the pairs of each split, what was left out, and how much of an epoch is padding."""
+        train, left_out = self.examples("train"), self.opened.info["left_out"]
+        out = [f"{count:,} {reason}" for reason, count in left_out.items()]
+        if long := len(self._pairs("train")) - len(train):
             out.append(f"{long:,} of more than {self.max_length} tokens (train)")
-        told = f"{self.dataset} {' '.join(self.pairs)}: {counts} pairs; left out: {', '.join(out) or 'none'}"
         padding = self._plan(train).padding()
-        told += f"; padding of an epoch: {100 * padding:.1f} %"
+        parts = [super().describe(), f"left out: {', '.join(out) or 'none'}"]
+        parts.append(f"padding of an epoch: {100 * padding:.1f} %")
         if padding > _MUCH_PADDING:
-            told += f", less with tokens_per_batch (--data.tokens_per_batch) below {self.tokens_per_batch}"
+            parts[-1] += f", less with tokens_per_batch (--data.tokens_per_batch) below {self.tokens_per_batch}"
         for split in ("val", "test"):
             found = set(self.pair_of(split))
             if found and (lacking := [pair for p, pair in enumerate(self.pairs) if p not in found]):
-                told += f"; no {split} pairs of {', '.join(lacking)}"
+                parts.append(f"no {split} pairs of {', '.join(lacking)}")
             if cut := int((torch.maximum(*self._pairs(split).lengths()) > self.max_length).sum()):
-                told += f"; {cut:,} of more than {self.max_length} tokens are cut ({split})"
-        return told
+                parts.append(f"{cut:,} of more than {self.max_length} tokens are cut ({split})")
+        return "; ".join(parts)
 
-    def _warn_of_identical(self) -> None:
-        identical, total = (self._open().info[name] for name in ("identical", "train_pairs"))
+    def announce(self) -> None:
+        """Log the description, and warn of a corpus that teaches to copy."""
+        super().announce()
+        identical, total = (self.opened.info[name] for name in ("identical", "train_pairs"))
         if identical and identical >= _MANY_IDENTICAL * total:
-            share = f"{identical:,} of {total:,} training pairs ({100 * identical / total:.0f} %)"
-            told = "have the same text on both sides: a model learns to copy from them"
             log.warning(
-                "%s: %s %s; drop_identical (--data.drop_identical true) leaves them out", self.dataset, share, told
-            )
+                "%s: %s of %s training pairs (%.0f %%) have the same text on both sides: a model learns to copy from "
+                "them; drop_identical (--data.drop_identical true) leaves them out",
+                self.dataset, f"{identical:,}", f"{total:,}", 100 * identical / total,
+            )  # fmt: skip
 
-    def _open(self) -> ArrayFiles:
-        if self._files is None:
-            cache = cache_root(self.cache_dir)
-            found = [find_corpus(corpus, self.pairs, self.cache_dir) for corpus in self.corpora]
-            made_from = [
-                [[identity(files) for files, _ in found], [asdict(corpus) for corpus in self.corpora], self.pairs],
-                [asdict(self.filters), self.split_seed, self.subset],
-            ]
+    def read(self) -> ArrayFiles:
+        found = [find_corpus(corpus, self.pairs, self.cache_dir) for corpus in self.corpora]
+        made_from = [
+            [[identity(files) for files, _ in found], [asdict(corpus) for corpus in self.corpora], self.pairs],
+            [asdict(self.filters), self.split_seed, self.subset],
+        ]
+        return STORE.open(
+            self.cache,
+            self.dataset,
+            made_from,
+            lambda writer: self._write(writer, [read() for _, read in found]),
+            learning=asdict(self.tokenizer),
+            given=None if self._given is None else self._given.digest,
+            digest_of=lambda files: files.info["digest"],
+        )
 
-            def write(writer: ArrayWriter) -> None:
-                self._write(writer, [read() for _, read in found], cache)
-
-            self._files = STORE.open(
-                cache,
-                self.dataset,
-                made_from,
-                write,
-                learning=asdict(self.tokenizer),
-                given=None if self._given is None else self._given.digest,
-                digest_of=lambda files: files.info["digest"],
-            )
-        return self._files
-
-    def _write(self, writer: ArrayWriter, rows: list[Any], cache: Path) -> None:
+    def _write(self, writer: ArrayWriter, rows: list[Any]) -> None:
         corpora = {}
         for number, (corpus, parts) in enumerate(zip(self.corpora, rows, strict=True), 1):
             name = f"{corpus.dataset} ({number})" if len(rows) > 1 else corpus.dataset
@@ -383,7 +351,7 @@ class TranslationData(LightningDataModule):
             chosen = np.random.RandomState(self.split_seed).permutation(len(train))[: self.subset]
             collected.splits["train"] = train = train.take(np.sort(chosen))
         tags = self._targets if len(self._targets) > 1 else ()
-        subwords = self._given or train_subwords(train.source, train.target, self.tokenizer, tags, cache)
+        subwords = self._given or train_subwords(train.source, train.target, self.tokenizer, tags, self.cache)
         for split, pairs in collected.splits.items():
             write_pairs(writer, split, pairs, subwords, keep_text=split != "train")
         writer.finish(
@@ -397,8 +365,7 @@ class TranslationData(LightningDataModule):
         )
 
     def _held_out(self, split: str) -> str:
-        if split not in ("val", "test"):
-            raise ValueError(unknown_name("split", split, ["val", "test"]))
+        check_name("split", split, ["val", "test"])
         return split
 
     def _check_options(self) -> None:
@@ -408,21 +375,21 @@ class TranslationData(LightningDataModule):
         if all(corpus.dataset in NLP_DATASETS for corpus in self.corpora):
             known = dict.fromkeys(lang for corpus in self.corpora for lang in NLP_DATASETS[corpus.dataset].languages)
             for language in self.languages:
-                if language not in known:
-                    raise ValueError(unknown_name("language", language, list(known)))
-        for name in ("max_length", "tokens_per_batch", "eval_tokens_per_batch", "predict_lines", "subset"):
-            value = getattr(self, name)
-            if value is not None and value < (4 if name == "max_length" else 1):
-                raise ValueError(f"{name}={value} must be at least {4 if name == 'max_length' else 1}")
-        if self.temperature < 1:
-            raise ValueError(f"temperature={self.temperature} must be at least 1")
-        check_bad_lines(self.bad_lines)
-        if self.num_workers < 0:
-            raise ValueError(f"num_workers={self.num_workers} must not be negative")
+                check_name("language", language, list(known))
+        check_at_least(
+            1,
+            tokens_per_batch=self.tokens_per_batch,
+            eval_tokens_per_batch=self.eval_tokens_per_batch,
+            predict_lines=self.predict_lines,
+            subset=self.subset,
+            temperature=self.temperature,
+        )
+        check_at_least(4, max_length=self.max_length)
+        check_name("bad_lines", self.bad_lines, get_args(BadLines))
         if self.text is not None and self.predict_file is not None:
             raise ValueError("text and predict_file are both given: translate one of them")
-        if self.predict_pair is not None and self.predict_pair not in self.pairs:
-            raise ValueError(unknown_name("predict_pair", self.predict_pair, list(self.pairs)))
+        if self.predict_pair is not None:
+            check_name("predict_pair", self.predict_pair, self.pairs)
 
 
 class _Whole(Dataset[Any]):

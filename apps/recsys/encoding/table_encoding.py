@@ -82,6 +82,12 @@ class Encoding:
         """The columns of numbers."""
         return tuple(f.name for f in self.features.continuous)
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Encoding) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
     @cached_property
     def digest(self) -> str:
         """Encodings of the same digest make the same of every row."""

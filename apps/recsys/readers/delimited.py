@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import gzip
 import io
-import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 
-from apps.base.inflate import Inflated
+from apps.base.inflate import Inflated, naming_errors
 from apps.base.messages import one_line
 
 # The encodings in which a line can be cut at its separators without being decoded.
@@ -73,7 +72,7 @@ def read_delimited(
         if lacking := [name for name in types if name not in columns]:
             raise ValueError(f"{path} has no column {lacking[0]!r}; its header is {first[:80]!r}")
     try:
-        with _reading(path), _source(path, separator) as source:
+        with naming_errors(path, _HINT), _source(path, separator) as source:
             table = pa.csv.read_csv(
                 source,
                 read_options=pa.csv.ReadOptions(
@@ -141,7 +140,7 @@ def _one(separator: str) -> tuple[bytes, bytes]:
 
 
 def _first_line(path: Path, encoding: str) -> str:
-    with _reading(path), _open(path) as file:
+    with naming_errors(path, _HINT), _open(path) as file:
         line = file.readline()
     if not line:
         raise ValueError(f"{path} is empty")
@@ -169,13 +168,3 @@ def _source(path: Path, separator: str) -> Iterator[Any]:
             yield file
     else:
         yield pa.memory_map(str(path))
-
-
-@contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise ValueError(f"{path} is missing") from error
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path} is corrupt: it is truncated or no gzip file ({error}){_HINT}") from error

@@ -11,16 +11,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
-from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from apps.base.messages import unknown_name
+from apps.base.checks import check_at_least, check_name
 from apps.data.datasets import prepare
-from apps.data.loader import ResumableLoader, as_it_is, in_order, overfits
+from apps.data.splits import Split
+from apps.data.store import EncodedStore, identity
+from apps.data.suite_data import SuiteData
 from apps.recsys.datasets import RECSYS_DATASETS
-from apps.recsys.encoding.vocabulary import Vocabulary
 from apps.recsys.readers import user_tables
 from apps.recsys.sequence import histories
 from apps.recsys.sequence.histories import Histories, Items
@@ -28,6 +28,9 @@ from apps.recsys.sequence.histories import Histories, Items
 log = logging.getLogger(__name__)
 
 DATASETS = (*(name for name in RECSYS_DATASETS if name.startswith("movielens")), "table")
+_STORE = EncodedStore(
+    "histories", ("recsys/encoding/*.py", "recsys/readers/*.py", "recsys/schema.py", "recsys/sequence/histories.py")
+)
 MIN_LENGTH = 3
 """Interactions of a user for one to test, one to validate and one to predict them from."""
 
@@ -104,7 +107,7 @@ class Examples(Dataset[Any]):
         return self.item_N[at_BS].long() * inside_BS
 
 
-class HistoryData(LightningDataModule):
+class HistoryData(SuiteData):
     """Users' histories of items, ordered by time, each split by leave-last-out.
 
     Of each user with three interactions or more the last item tests, the one before validates, the others train; the
@@ -143,6 +146,9 @@ class HistoryData(LightningDataModule):
         HistoryData("movielens_1m", max_length=200)
     """
 
+    unit = "users"
+    hold_out = "leave-last-out gives it some"
+
     def __init__(
         self,
         dataset: str = "movielens_1m",
@@ -164,16 +170,21 @@ class HistoryData(LightningDataModule):
         num_workers: int = 0,
         seed: int | None = None,
     ) -> None:
-        super().__init__()
-        self.dataset, self.root, self.cache_dir, self.file = dataset, root, cache_dir, file
+        super().__init__(
+            dataset,
+            root,
+            cache_dir,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            drop_last=drop_last,
+            num_workers=num_workers,
+            seed=seed,
+        )
+        self.file, self.name_column = file, name_column
         self.user_column, self.item_column, self.time_column = user_column, item_column, time_column
-        self.rating_column, self.name_column = rating_column, name_column
+        self.rating_column = rating_column
         self.min_rating, self.min_item_count = min_rating, min_item_count
         self.max_length, self.train_windows = max_length, train_windows
-        self.batch_size, self.eval_batch_size, self.drop_last = batch_size, eval_batch_size, drop_last
-        self.num_workers, self.seed = num_workers, seed
-        self._histories: Histories | None = None
-        self._known: Items | None = None
         self._check_options()
 
     # ---- what the data hold
@@ -181,67 +192,42 @@ class HistoryData(LightningDataModule):
     @property
     def histories(self) -> Histories:
         """All interactions; read when they are first asked for."""
-        if self._histories is None:
-            self._histories = self._read()
-            if self._histories.num_unknown:
-                found = (
-                    f"interactions left out, for they are of items that the model does not know: "
-                    f"{self._histories.num_unknown:,}"
-                )
-                empty = (self._histories.length_U == 0).nonzero()[0]
-                if len(empty):
-                    first = self._histories.user_names[empty[0]]
-                    found += (
-                        f"; users who have no others, and for whom all items score 0: {len(empty):,}, first {first!r}"
-                    )
-                if rank_zero_only.rank == 0:
-                    log.warning("%s", found)
-        return self._histories
+        return self.opened
 
     @property
     def num_items(self) -> int:
         """Items, numbered from 1; 0 is padding."""
-        return len(self._items.values) - 1
+        return len(self.encoding.values) - 1
 
     @property
-    def _items(self) -> Items:
-        return self._known or Items(self.histories.item_values, self.histories.item_names)
+    def encoding(self) -> Items:
+        """The items by id: the checkpoint's, else those of the data."""
+        return self._adopted or Items(self.histories.item_values, self.histories.item_names)
 
     @property
     def encoding_state(self) -> dict[str, Any]:
         """What a checkpoint keeps: the items' values and names by id, as tensors, and what their file's columns are."""
-        import pyarrow as pa
-
-        found = self._items
-        values, names = (Vocabulary.of(pa.array(texts[1:], pa.string())) for texts in (found.values, found.names))
         columns = {
             "user": self.user_column,
             "item": self.item_column,
             "time": self.time_column,
-            "rating": self.rating_column if self.min_rating is not None else None,
+            "rating": self._rating_column,
         }
-        return {"items": values.state(), "names": names.state(), "columns": columns, "min_rating": self.min_rating}
+        return {**self.encoding.state(), "columns": columns, "min_rating": self.min_rating}
 
-    def adopt(self, encoding_state: Mapping[str, Any]) -> None:
-        """Number items as in the data whose ``encoding_state`` a checkpoint keeps; others are left out, and counted.
-
-        A user who has no others is kept, with a history without items.
-        """
-        values, names = (("", *Vocabulary(**encoding_state[part]).texts()) for part in ("items", "names"))
-        known = Items(values, names)
-        untouched = self._known is None and self._histories is None
-        if untouched or self._items != known:
-            self._known, self._histories = known, None
+    @staticmethod
+    def encoding_of(state: Mapping[str, Any]) -> Items:
+        return Items.from_state(state)
 
     @property
     def item_values(self) -> tuple[str, ...]:
         """The items as they stand in the file, by id; entry 0 is ""."""
-        return self._items.values
+        return self.encoding.values
 
     @property
     def item_names(self) -> tuple[str, ...]:
         """By id, entry 0 is ""; the values where the data has no other names."""
-        return self._items.names
+        return self.encoding.names
 
     @property
     def item_genres(self) -> tuple[tuple[str, ...], ...]:
@@ -255,36 +241,21 @@ class HistoryData(LightningDataModule):
 
     # ---- Lightning
 
-    def prepare_data(self) -> None:
-        if self.dataset != "table":
-            prepare(self.dataset, self.root, self.cache_dir)
-
-    def setup(self, stage: str | None = None) -> None:
+    def check(self, stage: str | None) -> None:
+        """Refuse histories that are all too short to be split."""
         if stage != "predict" and not (self.histories.length_U >= MIN_LENGTH).any():
             raise ValueError(f"no user has the {MIN_LENGTH} interactions that a split by leave-last-out needs")
 
-    def train_dataloader(self) -> ResumableLoader:
-        self.setup()
-        return ResumableLoader(
-            self._train_examples(),
-            self.batch_size,
-            seed=self.seed,
-            shuffle=not overfits(self.trainer),
-            drop_last=self.drop_last,
-            collate_fn=as_it_is,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-        )
+    def describe(self) -> str:
+        return f"{super().describe()}, {self.num_items:,} items"
 
-    def val_dataloader(self) -> DataLoader[Any]:
-        return self._eval_loader(self._eval_examples(2))
-
-    def test_dataloader(self) -> DataLoader[Any]:
-        return self._eval_loader(self._eval_examples(1))
+    def examples(self, split: Split) -> Examples:
+        self.check(split)
+        return self._train_examples() if split == "train" else self._eval_examples(2 if split == "val" else 1)
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """The whole history of every user, one without items too: what comes next is not in the data."""
-        return self._eval_loader(self._eval_examples(0))
+        """Return the whole history of every user, one without items too: what comes next is not in the data."""
+        return self.eval_loader(self._eval_examples(0))
 
     # ---- examples
 
@@ -308,7 +279,6 @@ class HistoryData(LightningDataModule):
 
     def _eval_examples(self, held_out: int) -> Examples:
         """All users' histories without their last ``held_out`` items, the first of which is the target."""
-        self.setup(None if held_out else "predict")
         data = self.histories
         length_U = torch.from_numpy(data.length_U)
         begin_U = torch.from_numpy(data.offsets[:-1])
@@ -319,41 +289,47 @@ class HistoryData(LightningDataModule):
         item_N = torch.from_numpy(data.item_N)
         return Examples(item_N, user_X, begin_X, end_X, first_X, "last" if held_out else "none")
 
-    def _eval_loader(self, examples: Examples) -> DataLoader[Any]:
-        return in_order(examples, self.eval_batch_size, self.num_workers)
-
     # ---- reading
 
-    def _read(self) -> Histories:
+    @property
+    def _rating_column(self) -> str | None:
+        return self.rating_column if self.min_rating is not None else None
+
+    def read(self) -> Histories:
+        known, options = self._adopted, (self.min_rating, self.min_item_count)
+        columns = (self.user_column, self.item_column, self.time_column, self._rating_column, self.name_column)
         if self.dataset == "table":
             assert self.file is not None
-            return histories.from_table(
-                user_tables.find_files(None, self.file, "file"),
-                self.user_column,
-                self.item_column,
-                self.time_column,
-                self.rating_column if self.min_rating is not None else None,
-                self.name_column,
-                self.min_rating,
-                self.min_item_count,
-                self._known,
-            )
-        from apps.recsys.readers import movielens  # imports pyarrow
+            files = user_tables.find_files(None, self.file, "file")
+        else:
+            root = prepare(self.dataset, self.root, self.cache_dir)
+            files = RECSYS_DATASETS[self.dataset].source.files(root)
 
-        read = {"movielens_1m": movielens.read_ratings_1m, "movielens_100k": movielens.read_ratings_100k}[self.dataset]
-        ratings = read(prepare(self.dataset, self.root, self.cache_dir))
-        return histories.from_ratings(ratings, self.min_rating, self.min_item_count, self._known)
+        def made() -> Histories:
+            if self.dataset == "table":
+                return histories.from_table(files, *columns, *options, known)
+            from apps.recsys.readers import movielens  # imports pyarrow
+
+            ratings = {"movielens_1m": movielens.read_ratings_1m, "movielens_100k": movielens.read_ratings_100k}
+            return histories.from_ratings(ratings[self.dataset](root), *options, known)
+
+        found = histories.read(
+            _STORE.open(
+                self.cache,
+                self.dataset,
+                [identity(files), columns, options],
+                lambda writer: histories.write(made(), writer),
+                given=None if known is None else known.digest,
+            )
+        )
+        if found.num_unknown and rank_zero_only.rank == 0:
+            _warn_of_unknown(found)
+        return found
 
     def _check_options(self) -> None:
-        if self.dataset not in DATASETS:
-            raise ValueError(unknown_name("dataset", self.dataset, sorted(DATASETS)))
-        for name in ("max_length", "batch_size", "eval_batch_size", "min_item_count"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.num_workers < 0:
-            raise ValueError(f"num_workers={self.num_workers} must not be negative")
-        if self.train_windows not in ("last", "all"):
-            raise ValueError(unknown_name("train_windows", self.train_windows, ["last", "all"]))
+        check_name("dataset", self.dataset, sorted(DATASETS))
+        check_at_least(1, max_length=self.max_length, min_item_count=self.min_item_count)
+        check_name("train_windows", self.train_windows, ["last", "all"])
         if self.dataset == "table":
             if self.file is None:
                 raise ValueError("dataset='table' needs file, a CSV, TSV or Parquet file of interactions")
@@ -363,3 +339,12 @@ class HistoryData(LightningDataModule):
                 raise ValueError(f"min_rating={self.min_rating} needs rating_column")
         elif self.file is not None:
             raise ValueError(f"file={self.file!r} is for dataset='table', not {self.dataset!r}")
+
+
+def _warn_of_unknown(found: Histories) -> None:
+    told = f"interactions left out, for they are of items that the model does not know: {found.num_unknown:,}"
+    empty = (found.length_U == 0).nonzero()[0]
+    if len(empty):
+        first = found.user_names[empty[0]]
+        told += f"; users who have no others, and for whom all items score 0: {len(empty):,}, first {first!r}"
+    log.warning("%s", told)

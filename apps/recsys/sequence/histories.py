@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from apps.data.array_files import ArrayFiles, ArrayWriter, read_texts, save_texts
 from apps.recsys.encoding.categories import MISSING, Codes, factorize
 from apps.recsys.encoding.numbers import Part, to_numbers, to_order
+from apps.recsys.encoding.vocabulary import Vocabulary
 from apps.recsys.readers import user_tables
 
 if TYPE_CHECKING:
@@ -29,6 +33,22 @@ class Items:
 
     values: tuple[str, ...]
     names: tuple[str, ...]
+
+    def state(self) -> dict[str, Any]:
+        """Return values and names as tensors, for a checkpoint."""
+        import pyarrow as pa
+
+        parts = {"items": self.values, "names": self.names}
+        return {part: Vocabulary.of(pa.array(texts[1:], pa.string())).state() for part, texts in parts.items()}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Items:
+        return cls(*(("", *Vocabulary(**state[part]).texts()) for part in ("items", "names")))
+
+    @property
+    def digest(self) -> str:
+        """Other items, or another order, have another one."""
+        return hashlib.sha256(json.dumps([self.values, self.names]).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -66,6 +86,27 @@ class Histories:
     def length_U(self) -> NDArray[np.int64]:
         """Items of each user."""
         return np.diff(self.offsets)
+
+
+_TEXTS = ("user_names", "item_values", "item_names")
+
+
+def write(histories: Histories, writer: ArrayWriter) -> None:
+    """Write histories to be read by ``read``."""
+    writer.save("item_N", histories.item_N)
+    writer.save("offsets", histories.offsets)
+    for name in _TEXTS:
+        save_texts(writer, name, getattr(histories, name))
+    save_texts(writer, "item_genres", map("|".join, histories.item_genres))
+    writer.finish({"num_unknown": histories.num_unknown})
+
+
+def read(files: ArrayFiles) -> Histories:
+    """Return the histories that ``write`` wrote; the items are mapped into memory."""
+    texts = {name: tuple(read_texts(files, name)) for name in _TEXTS}
+    genres = tuple(tuple(text.split("|")) if text else () for text in read_texts(files, "item_genres"))
+    item_N, offsets = files["item_N"].numpy(), files["offsets"].numpy()
+    return Histories(item_N, offsets, **texts, item_genres=genres, num_unknown=files.info["num_unknown"])
 
 
 def build(

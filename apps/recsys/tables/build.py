@@ -15,6 +15,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from apps.data.array_files import ArraysInMemory, ArrayWriter
+from apps.data.splits import SPLITS
 from apps.recsys.encoding.categories import (
     MISSING,
     Codes,
@@ -35,7 +36,7 @@ from apps.recsys.readers.raw import RawTables
 from apps.recsys.schema import TableConfig, nearest
 from apps.recsys.tables.arrays import MultiValued
 from apps.recsys.tables.checks import shared_users
-from apps.recsys.tables.findings import SPLITS, TableFindings
+from apps.recsys.tables.findings import TableFindings
 from apps.recsys.tables.splits import Splits, split_rows
 
 _ID_SHARE, _FEWEST_FOR_ID = 0.95, 100

@@ -15,23 +15,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from apps.base.checks import check_at_least, check_name
 from apps.base.messages import unknown_name
 from apps.data.array_files import ArrayFiles, ArrayWriter
-from apps.data.cache import cache_root
 from apps.data.datasets import prepare
-from apps.data.loader import ResumableLoader, as_it_is, in_order, overfits
+from apps.data.splits import SPLITS, Split
 from apps.data.store import EncodedStore, identity
+from apps.data.suite_data import SuiteData
 from apps.recsys.datasets import RECSYS_DATASETS
 from apps.recsys.encoding.features import Features
 from apps.recsys.encoding.table_encoding import Encoding
 from apps.recsys.schema import SplitConfig, TableConfig
-from apps.recsys.tables.findings import SPLITS, TableFindings
+from apps.recsys.tables.findings import TableFindings
 from apps.recsys.tables.synthetic import SyntheticConfig, generate
 from apps.report.base import Report
 from apps.train.plain import as_config
@@ -47,13 +46,14 @@ _STORE = EncodedStore(
     (
         "recsys/encoding/*.py",
         "recsys/readers/*.py",
+        "recsys/schema.py",
         *(f"recsys/tables/{n}.py" for n in ("build", "splits", "synthetic")),
     ),
 )
 _FILE_OPTIONS = ("train_file", "val_file", "test_file")
 
 
-class TableData(LightningDataModule):
+class TableData(SuiteData):
     """A table in train, validation and test batches of `TableBatch`.
 
     ``table``, ``split`` and ``synthetic`` may also be given as the mappings that stand for them in YAML.
@@ -94,6 +94,9 @@ class TableData(LightningDataModule):
         batch.dense_BC, batch.sparse, batch.label_Bt        # (1024, 7), KeyedJaggedTensor, (1024, 2)
     """
 
+    unit = "rows"
+    hold_out = "{split}_file (--data.{split}_file) or a share split.{split} (--data.split.{split}) gives it some"
+
     @classmethod
     def defaults_of_none(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """Return the configs that stand in for arguments that are None, as ``SparseModule.defaults_of_none`` does."""
@@ -120,23 +123,25 @@ class TableData(LightningDataModule):
         subset: int | None = None,
         seed: int | None = None,
     ) -> None:
-        super().__init__()
-        known = [*RECSYS_DATASETS, "table", "synthetic"]
-        if dataset not in known:
-            raise ValueError(unknown_name("dataset", dataset, sorted(known)))
-        self.dataset, self.root, self.cache_dir = dataset, root, cache_dir
+        check_name("dataset", dataset, sorted([*RECSYS_DATASETS, "table", "synthetic"]))
+        super().__init__(
+            dataset,
+            root,
+            cache_dir,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            drop_last=drop_last,
+            num_workers=num_workers,
+            seed=seed,
+        )
         self.train_file, self.val_file, self.test_file = train_file, val_file, test_file
         self.predict_file, self.predict_columns = predict_file, tuple(predict_columns)
         self.table = as_config(TableConfig, table, "table")
         self.split = as_config(SplitConfig, split, "split")
         self.exclude = tuple(exclude)
         self.synthetic = as_config(SyntheticConfig, synthetic, "synthetic")
-        self.batch_size, self.eval_batch_size, self.drop_last = batch_size, eval_batch_size, drop_last
-        self.num_workers, self.subset, self.seed = num_workers, subset, seed
-        self._files: ArrayFiles | None = None
+        self.subset = subset
         self._rows_to_predict: ArrayFiles | None = None
-        self._adopted: Encoding | None = None
-        self._told = False
         self._check_options()
 
     # ---- what a model and a reader of results ask
@@ -144,31 +149,29 @@ class TableData(LightningDataModule):
     @property
     def features(self) -> Features:
         """The columns as a model needs them. The first use reads the table, or finds it encoded in the cache."""
-        return self._encoding.features
+        return self.encoding.features
 
     @property
-    def _encoding(self) -> Encoding:
-        return self._own_encoding if self._adopted is None else self._adopted
+    def encoding(self) -> Encoding:
+        """What the training rows have taught, or those of the checkpoint."""
+        return self._learned if self._adopted is None else self._adopted
 
     @cached_property
-    def _own_encoding(self) -> Encoding:
-        return Encoding.of(self._open())
+    def _learned(self) -> Encoding:
+        return Encoding.of(self.opened)
 
-    @property
-    def encoding_state(self) -> dict[str, Any]:
-        """What the training rows have taught, for a checkpoint: plain values, and the vocabularies as tensors."""
-        return self._encoding.state()
+    @staticmethod
+    def encoding_of(state: Mapping[str, Any]) -> Encoding:
+        return Encoding.from_state(state)
 
-    def adopt(self, encoding_state: Mapping[str, Any]) -> None:
-        """Encode all rows as those were whose ``encoding_state`` a checkpoint keeps, not by the own training rows."""
-        given = Encoding.from_state(encoding_state)
-        if (self._adopted is None and self._files is None) or self._encoding.digest != given.digest:
-            self._adopted, self._files, self._rows_to_predict = given, None, None
+    def forget(self) -> None:
+        super().forget()
+        self._rows_to_predict = None
 
     @property
     def findings(self) -> TableFindings:
         """What encoding found in the table: rows, missing and unseen values, positive shares, warnings."""
-        return TableFindings(**self._open().info["findings"])
+        return TableFindings(**self.opened.info["findings"])
 
     def vocabulary(self, column: str) -> tuple[str | None, ...]:
         """The value of each row of a column's table; None for row 0, which is for unseen and missing ones.
@@ -178,17 +181,17 @@ class TableData(LightningDataModule):
         Raises:
             ValueError: a column without a vocabulary: hashed, given as row numbers, or not categorical.
         """
-        found = self._encoding.vocabularies
+        found = self.encoding.vocabularies
         if column in found:
             return (None, *found[column].texts())
-        if column == self._encoding.domain and all(f.name != column for f in self.features.categorical):
+        if column == self.encoding.domain and all(f.name != column for f in self.features.categorical):
             return self.domain_values
         raise ValueError(unknown_name("vocabulary of column", column, list(found)))
 
     @property
     def domain_values(self) -> tuple[str, ...]:
         """The value of each scenario, from 0 on; none where the table has one scenario."""
-        domains = self._encoding.domains
+        domains = self.encoding.domains
         return () if domains is None else domains.texts()
 
     @cached_property
@@ -206,38 +209,37 @@ class TableData(LightningDataModule):
         """The rows of "train", "val" or "test" in the table's order; ``rows(split)[:]`` is one batch of them all."""
         from apps.recsys.tables.rows import TableRows
 
-        if split not in SPLITS:
-            raise ValueError(unknown_name("split", split, list(SPLITS)))
-        index = self._open()[split]
+        check_name("split", split, SPLITS)
+        index = self.opened[split]
         if split == "train" and self.subset is not None:
             index = self._subset(index, self.subset)
-        return TableRows(self._open(), self.features, index)
+        return TableRows(self.opened, self.features, index)
 
     # ---- Lightning
 
-    def prepare_data(self) -> None:
-        self._adopt_of_model()
-        if self._adopted is None or self.predict_file is None:
-            self._open()
+    @property
+    def needs_no_dataset(self) -> bool:
+        return self._adopted is not None and self.predict_file is not None
 
-    def _adopt_of_model(self) -> None:
-        """Encode by what the model's checkpoint says, which Lightning's own setup of the model would tell too late."""
-        module = None if self.trainer is None else self.trainer.lightning_module
-        if (state := getattr(module, "_encoding", None)) is not None:
-            self.adopt(state)
-
-    def setup(self, stage: str | None = None) -> None:
-        self._adopt_of_model()
+    def check(self, stage: str | None) -> None:
+        """Refuse rows to predict that cannot be encoded."""
         if stage == "predict" and self.predict_file is not None:
             self._open_rows()
-            return
-        findings = self.findings
-        if self._told or rank_zero_only.rank != 0 or stage == "predict":
-            return
-        self._told = True
-        log.info("%s: %s", self.dataset, dataclasses.replace(findings, warnings=[]))
+
+    def examples(self, split: Split) -> TableRows:
+        return self.rows(split)
+
+    def sizes(self) -> dict[Split, int]:
+        sizes = {split: len(self.opened[split]) for split in SPLITS}
+        return sizes if self.subset is None else {**sizes, "train": self.subset}
+
+    def announce(self) -> None:
+        """Log what was found in the table."""
+        super().announce()
+        for line in str(dataclasses.replace(self.findings, warnings=[])).splitlines()[1:]:  # the first one has the rows
+            log.info("%s", line)
         if not self._report_follows():
-            for warning in findings.warnings:
+            for warning in self.findings.warnings:
                 log.warning("%s", warning)
 
     def _report_follows(self) -> bool:
@@ -249,82 +251,54 @@ class TableData(LightningDataModule):
             and any(isinstance(callback, Report) for callback in trainer.callbacks)
         )
 
-    def train_dataloader(self) -> ResumableLoader:
-        return ResumableLoader(
-            self.rows("train"),
-            self.batch_size,
-            seed=self.seed,
-            shuffle=not overfits(self.trainer),
-            drop_last=self.drop_last,
-            collate_fn=as_it_is,
-            draws=False,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-        )
-
-    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
-        rows = self.rows("val")
-        return self._eval_loader(rows) if len(rows) else []
-
-    def test_dataloader(self) -> DataLoader[Any]:
-        rows = self.rows("test")
-        if not len(rows):
-            raise ValueError("there are no test rows: split.test=0")
-        return self._eval_loader(rows)
-
-    def predict_dataloader(self) -> DataLoader[Any]:
+    def predict_dataloader(self) -> DataLoader[Any] | list[Any]:
         """The rows of ``predict_file``, else the test rows."""
         if self.predict_file is None:
             return self.test_dataloader()
         from apps.recsys.tables.rows import TableRows
 
         files = self._open_rows()
-        return self._eval_loader(TableRows(files, self.features, torch.arange(files.info["num_rows"])))
+        return self.eval_loader(TableRows(files, self.features, torch.arange(files.info["num_rows"])))
 
     def train_eval_dataloader(self) -> DataLoader[Any]:
         """The training rows in the table's order."""
-        return self._eval_loader(self.rows("train"))
-
-    def _eval_loader(self, rows: TableRows) -> DataLoader[Any]:
-        return in_order(rows, self.eval_batch_size, self.num_workers)
+        return self.eval_loader(self.rows("train"))
 
     # ---- the encoded table
 
-    def _open(self) -> ArrayFiles:
-        if self._files is None:
-            source, read = self._source()
-            options = {
-                "table": None if self.table is None else dataclasses.asdict(self.table),
-                "split": None if self.split is None else dataclasses.asdict(self.split),
-                "exclude": self.exclude,
-            }
+    def read(self) -> ArrayFiles:
+        source, read = self._source()
+        options = {
+            "table": None if self.table is None else dataclasses.asdict(self.table),
+            "split": None if self.split is None else dataclasses.asdict(self.split),
+            "exclude": self.exclude,
+        }
 
-            def write(writer: ArrayWriter) -> None:
-                import pyarrow as pa
+        def write(writer: ArrayWriter) -> None:
+            import pyarrow as pa
 
-                from apps.recsys.tables.build import build
+            from apps.recsys.tables.build import build
 
-                raw = read()
-                build(raw, self._config(raw.config), writer, self._adopted)
-                del raw
-                pa.default_memory_pool().release_unused()  # arrow would keep as much as the table took
+            raw = read()
+            build(raw, self._config(raw.config), writer, self._adopted)
+            del raw
+            pa.default_memory_pool().release_unused()  # arrow would keep as much as the table took
 
-            self._files = _STORE.open(
-                cache_root(self.cache_dir),
-                self.dataset,
-                [source, options],
-                write,
-                given=None if self._adopted is None else self._adopted.digest,
-                digest_of=lambda files: Encoding.of(files).digest,
-            )
-        return self._files
+        return _STORE.open(
+            self.cache,
+            self.dataset,
+            [source, options],
+            write,
+            given=None if self._adopted is None else self._adopted.digest,
+            digest_of=lambda files: Encoding.of(files).digest,
+        )
 
     def _open_rows(self) -> ArrayFiles:
         if self._rows_to_predict is None:
             from apps.recsys.readers.user_tables import find_files, read_files
 
             assert self.predict_file is not None
-            files, encoding = find_files(self._folder, self.predict_file, "predict_file"), self._encoding
+            files, encoding = find_files(self._folder, self.predict_file, "predict_file"), self.encoding
 
             def write(writer: ArrayWriter) -> None:
                 from apps.recsys.tables.build import build_rows
@@ -334,9 +308,7 @@ class TableData(LightningDataModule):
                     raise ValueError("the rows to predict: there are none")
                 build_rows(table, encoding, writer)
 
-            self._rows_to_predict = _STORE.open(
-                cache_root(self.cache_dir), "predict", identity(files), write, given=encoding.digest
-            )
+            self._rows_to_predict = _STORE.open(self.cache, "predict", identity(files), write, given=encoding.digest)
         return self._rows_to_predict
 
     @property
@@ -353,8 +325,7 @@ class TableData(LightningDataModule):
             return self._own_files()
         known = RECSYS_DATASETS[self.dataset]
         root = prepare(self.dataset, self.root, self.cache_dir)
-        names = {name for layout in known.source.layouts for name in layout}
-        return identity(sorted({p for name in names for p in root.glob(name)})), lambda: known.read(root)
+        return identity(known.source.files(root)), lambda: known.read(root)
 
     def _own_files(self) -> tuple[Any, Callable[[], RawTables]]:
         from apps.recsys.readers.raw import RawTables
@@ -385,22 +356,17 @@ class TableData(LightningDataModule):
     def _subset(self, index: Tensor, size: int) -> Tensor:
         if size > len(index):
             raise ValueError(f"subset={size} exceeds the {len(index)} training rows")
-        seed = self._open().info["split_seed"]
+        seed = self.opened.info["split_seed"]
         chosen = np.sort(np.random.RandomState(seed).permutation(len(index))[:size])
         index = index[torch.from_numpy(chosen)]
-        label = self._open()["label"].index_select(0, index)
+        label = self.opened["label"].index_select(0, index)
         for task, mine in zip(self.features.tasks, label.T, strict=True):
             if not bool((mine == 0).any() and (mine == 1).any()):
                 raise ValueError(f"subset={size} leaves task {task!r} one class in the training split")
         return index
 
     def _check_options(self) -> None:
-        for name in ("batch_size", "eval_batch_size", "subset"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
-        if self.num_workers < 0:
-            raise ValueError(f"num_workers={self.num_workers} must not be negative")
+        check_at_least(1, subset=self.subset)
         if self.dataset == "table":
             for name in ("train_file", "table"):
                 if getattr(self, name) is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-SPLITS = ("train", "val", "test")
+from apps.data.splits import SPLITS
 
 _BySplit = dict[str, float]
 

@@ -15,7 +15,8 @@ from made_images import EVERY_TRANSFORM, indices, pixels, ready, write_images, w
 from PIL import Image
 from torch import Tensor
 
-from apps.vision.data import ImageBatch, VisionData
+from apps.vision.batch import ImageBatch
+from apps.vision.data import VisionData
 
 # --- order and resuming ---
 
@@ -146,7 +147,7 @@ def test_images_without_labels_are_found_in_all_folders_below(tmp_path: Path) ->
     (tmp_path / "notes.txt").touch()
     data = VisionData("digits", predict_folder=str(tmp_path))
     data.setup("predict")
-    assert data._sets is None  # the digits are not read
+    assert data._opened is None  # the digits are not read
     (batch,) = data.predict_dataloader()
     assert batch.image.shape == (3, 1, 8, 8)
     found = dict(zip(data.predicted_paths(batch.index), pixels(batch, data)[:, 0, 0, 0].tolist(), strict=True))
@@ -193,7 +194,7 @@ def test_drop_last(tmp_path: Path) -> None:
         ({"mixup_alpha": -0.1}, "mixup_alpha=-0.1 must not be negative"),
         ({"cutmix_alpha": -1.0}, "cutmix_alpha=-1.0 must not be negative"),
         ({"crop_padding": -1}, "crop_padding=-1 must not be negative"),
-        ({"val_size": 1.0}, "val_size=1.0 as a share must be at least 0 and below 1"),
+        ({"val_size": 1.0}, r"val_size=1\.0 is neither a whole number nor a share below 1"),
         ({"val_size": -5}, "val_size=-5 must not be negative"),
         ({"randaugment_magnitude": 31}, "randaugment_magnitude=31 must be 0 to 30"),
         ({"random_erasing": 1.5}, "random_erasing=1.5 must be a probability, 0 to 1"),

@@ -12,8 +12,8 @@ import torch
 from made_images import indices, pixels, ready, write_images, write_mnist
 from PIL import Image
 
-from apps.vision.data import VISION_DATASETS
-from apps.vision.readers import stratified_split
+from apps.vision.datasets import VISION_DATASETS
+from apps.vision.image_set import stratified_split
 
 
 def test_digits() -> None:
@@ -115,11 +115,11 @@ def test_validation_of_an_image_folder(tmp_path: Path) -> None:
     write_images(tmp_path, "val", 3)
     # as ImageNet: val is what is tested on, and a tenth of train is held out
     data = ready("image_folder", tmp_path, image_size=8)
-    assert [len(s) for s in data._sets] == [18, 2, 6]
+    assert list(data.sizes().values()) == [18, 2, 6]
     # with both, val is for validation, unless val_size asks for some of train
     write_images(tmp_path, "test", 2)
-    assert [len(s) for s in ready("image_folder", tmp_path, image_size=8)._sets] == [20, 6, 4]
-    assert [len(s) for s in ready("image_folder", tmp_path, image_size=8, val_size=4)._sets] == [16, 4, 4]
+    assert list(ready("image_folder", tmp_path, image_size=8).sizes().values()) == [20, 6, 4]
+    assert list(ready("image_folder", tmp_path, image_size=8, val_size=4).sizes().values()) == [16, 4, 4]
     (tmp_path / "test/b").rename(tmp_path / "test/c")
     with pytest.raises(ValueError, match=r"test: its classes are not those of train; they differ in b, c"):
         ready("image_folder", tmp_path)

@@ -122,7 +122,7 @@ def test_testing_needs_no_training_images(run: list[str], tmp_path: Path, capsys
     assert main(["predict", *run, "--data.root", str(root), "--overwrite"]) == 0
     capsys.readouterr()
     assert main(["validate", *run, "--data.root", str(root)]) == 1
-    assert "error: there are no validation images" in capsys.readouterr().err
+    assert "error: image_folder has no val images: val_size" in capsys.readouterr().err
     assert main(["fit", *run, "--data.root", str(root), "--trainer.max_epochs", "2"]) == 1
     assert f"root='{root}' holds no train/*/*" in capsys.readouterr().err
 
@@ -173,10 +173,10 @@ def test_a_dataset_of_other_classes_is_refused(tmp_path: Path) -> None:
     data = VisionData("digits")
     state = data.encoding.state()
     plain = ready("digits")
-    labels = plain._sets.test.labels  # type: ignore[union-attr]
+    labels = plain.opened.test.labels
     data.adopt({**state, "class_names": [*state["class_names"][1:], "0"]})  # digit d is number d - 1, 0 is number 9
     data.setup("test")
-    assert torch.equal(data._sets.test.labels, (labels - 1) % 10)  # type: ignore[union-attr]
+    assert torch.equal(data.opened.test.labels, (labels - 1) % 10)
     write_mnist(tmp_path / "mnist")  # a dataset in the cache, which is not to be fetched again for that
     other = VisionData("mnist", cache_dir=str(tmp_path))
     other.adopt({**state, "class_names": ["zero", *state["class_names"][1:]]})

@@ -14,7 +14,8 @@ from torch.testing import assert_close
 import core
 from apps.cli import main
 from apps.train.module import OptimizerConfig, parameter_groups
-from apps.vision.data import ImageBatch, VisionData
+from apps.vision.batch import ImageBatch
+from apps.vision.data import VisionData
 from apps.vision.model import ViTConfig
 from apps.vision.module import VisionClassifier, baseline_widths
 from core.routing.expert_choice import ExpertChoice

@@ -18,7 +18,8 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from apps.vision.data import VisionData
-from apps.vision.readers import read_idx, read_image
+from apps.vision.image_files import read_image
+from apps.vision.readers import read_idx
 
 
 def test_idx_by_hand(tmp_path: Path) -> None:
@@ -115,7 +116,7 @@ def test_an_image_too_large_for_pillow_is_named(tmp_path: Path, monkeypatch: pyt
 def test_a_small_file_of_too_many_pixels_is_named_before_it_is_decoded(tmp_path: Path, name: str, monkeypatch) -> None:
     Image.new("L", (10, 10)).save(tmp_path / name)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)
-    monkeypatch.setattr("apps.vision.readers.decode_image", None)
+    monkeypatch.setattr("apps.vision.image_files.decode_image", None)
     with pytest.raises(ValueError, match=rf"^{tmp_path / name} is too large: .*pixels") as caught:
         read_image(str(tmp_path / name))
     assert "\n" not in str(caught.value)

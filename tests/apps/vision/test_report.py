@@ -66,8 +66,8 @@ def test_a_class_without_test_images_is_in_no_picture(tmp_path, monkeypatch):
     module = VisionClassifier(vit=vit, moe=moe, moe_blocks=[0], image_size=8, report=report)
     data = VisionData("digits")
     data.setup("test")
-    test = data._sets.test
-    data._sets = data._sets._replace(test=test.subset((test.labels[test.index] != 3).nonzero().squeeze(1)))
+    test = data._opened.test
+    data._opened = data._opened._replace(test=test.subset((test.labels[test.index] != 3).nonzero().squeeze(1)))
     drawn = []
     keep = lambda bands, *texts: drawn.append(bands) or heatmaps(bands, *texts)  # noqa: E731
     monkeypatch.setattr("apps.vision.report.heatmaps", keep)

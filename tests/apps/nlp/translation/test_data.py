@@ -201,7 +201,7 @@ def test_a_corpus_is_encoded_once_and_anew_when_a_file_or_an_option_changes(root
 
 def test_examples_are_sent_to_other_processes_without_the_corpus(root):
     data = make(root)
-    pairs = data._train_pairs()
+    pairs = data.examples("train")
     sent = pickle.loads(pickle.dumps(pairs))
     assert len(pickle.dumps(pairs)) < 2000
     assert all(torch.equal(a, b) for a, b in zip(sent[7], pairs[7], strict=True))

@@ -282,7 +282,7 @@ def test_movielens(tmp_path: Path) -> None:
     from apps.recsys.sequence.histories import Items, from_ratings
 
     data = HistoryData("movielens_1m", root=str(tmp_path), seed=0)
-    data._histories = from_ratings(read_ratings_1m(tmp_path, num_ratings=4))
+    data._opened = from_ratings(read_ratings_1m(tmp_path, num_ratings=4))
     assert data.item_names == ("", "Heat (1995)", "Jumanji (1995)")
     assert data.item_genres == ((), ("Action", "Crime"), ("Adventure",))
     assert by_user(data.predict_dataloader()) == {0: ([1, 2, 2], [0] * 3, [1, 2, 2]), 1: ([1], [0], [1])}

@@ -87,7 +87,7 @@ def test_one_process_tells_what_was_found(own, monkeypatch, caplog):
         caplog.clear()
         with caplog.at_level("INFO", logger="apps.recsys.tables.data"):
             own().setup()
-        assert caplog.text.count("rows: 6 train") == told
+        assert caplog.text.count("table: 6 train, 0 val, 2 test rows") == told
 
 
 def test_types_may_differ_between_files(own, tmp_path):

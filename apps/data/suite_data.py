@@ -1,0 +1,235 @@
+"""The base of the apps' data modules: options, loaders, the encoding and its checkpoint, one line of description."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_only
+from torch.utils.data import DataLoader
+
+from apps.base.checks import check_at_least
+from apps.data.cache import cache_root
+from apps.data.loader import ResumableLoader, as_it_is, in_order, overfits
+from apps.data.splits import SPLITS, Split
+
+
+class SuiteData(LightningDataModule):
+    """Data from their files to the batches of every stage.
+
+    A subclass brings ``read`` and ``examples``; ``batching`` and ``eval_loader`` where a batch is not so many examples
+    in their order; ``encoding``, ``encoding_of`` and ``forget`` where it learns what its values mean to a model.
+
+    Lightning asks a data module for its loaders. The suite asks for more, all of which your own may leave out:
+
+    - attributes that a model names in ``data_arguments``, such as ``num_classes``: they become arguments of the model;
+    - ``encoding_state`` and ``adopt``: a checkpoint keeps the one and hands it to the other before the model is made,
+      so that other files are read as those of the training were;
+    - ``from_checkpoint`` and ``superseded``: see there;
+    - ``defaults_of_none(arguments)``: the configs that stand in for arguments that are None;
+    - ``train_eval_dataloader``: the training examples in their order, without random transforms, for reports and for
+      models that are no networks.
+
+    Args:
+        dataset: a name of ``moesaic data list``, or one that stands for files of the user's.
+        root: folder with the user's own copy of the files; nothing is downloaded then.
+        cache_dir: folder for downloads and encoded data; None: ~/.cache/moesaic.
+        batch_size: training examples a step and process; None where ``batching`` says otherwise.
+        eval_batch_size: examples a step and process elsewhere.
+        drop_last: leave out the last training batch of an epoch if it is not full.
+        num_workers: processes that make batches.
+        seed: of the order of training and of random transforms; None: the run's.
+
+    Raises:
+        ValueError: a value out of its range.
+    """
+
+    unit: ClassVar[str] = "examples"
+    """What the examples are called."""
+    hold_out: ClassVar[str]
+    """What gives a split examples, for the message when it has none; ``{split}`` stands for its name."""
+    from_checkpoint: ClassVar[tuple[str, ...]] = ()
+    """Arguments that the command line takes from a checkpoint where they are not given."""
+    superseded: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """Arguments without effect where another one is given."""
+
+    def __init__(
+        self,
+        dataset: str,
+        root: str | None,
+        cache_dir: str | None,
+        *,
+        batch_size: int | None = None,
+        eval_batch_size: int | None = None,
+        drop_last: bool = False,
+        num_workers: int = 0,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        check_at_least(1, batch_size=batch_size, eval_batch_size=eval_batch_size)
+        check_at_least(0, num_workers=num_workers)
+        self.dataset, self.root, self.cache_dir = dataset, root, cache_dir
+        self.batch_size, self.eval_batch_size, self.drop_last = batch_size, eval_batch_size, drop_last
+        self.num_workers, self.seed = num_workers, seed
+        self._adopted: Any = None
+        self._opened: Any = None
+        self._described = False
+
+    # ---- what a subclass brings
+
+    def read(self) -> Any:
+        """Fetch, encode and open the files; ``opened`` keeps what this returns.
+
+        Raises:
+            ValueError: a file is missing or not what it should be.
+        """
+        raise NotImplementedError
+
+    def examples(self, split: Split) -> Any:
+        """Return the examples of a split, a map-style dataset; it is empty or None where there are none."""
+        raise NotImplementedError
+
+    def check(self, stage: str | None) -> None:
+        """Refuse data that do not serve one of Lightning's stages, with a ``ValueError``."""
+
+    def sizes(self) -> dict[Split, int]:
+        """Return how much each split has, in ``unit``."""
+        return {split: len(self.examples(split)) for split in SPLITS}
+
+    def batching(self, examples: Any) -> dict[str, Any]:
+        """Return the arguments of ``ResumableLoader`` that make training batches of examples.
+
+        By default the examples make their batches themselves, and draw no random numbers.
+        """
+        return {"batch_size": self.batch_size, "drop_last": self.drop_last, "collate_fn": as_it_is, "draws": False}
+
+    def eval_loader(self, examples: Any) -> DataLoader[Any]:
+        """Return the loader that evaluates examples."""
+        assert self.eval_batch_size is not None
+        return in_order(examples, self.eval_batch_size, self.num_workers)
+
+    @property
+    def needs_no_dataset(self) -> bool:
+        """Whether the user gives what is to be predicted, and its encoding is known: nothing is fetched then."""
+        return False
+
+    # ---- the files and their encoding
+
+    @property
+    def cache(self) -> Path:
+        """The folder of downloads and encoded data."""
+        return cache_root(self.cache_dir)
+
+    @property
+    def opened(self) -> Any:
+        """What ``read`` returns; it is read when it is first asked for."""
+        if self._opened is None:
+            self._opened = self.read()
+        return self._opened
+
+    def forget(self) -> None:
+        """Drop what was read, to read it by another encoding."""
+        self._opened = None
+
+    @property
+    def encoding(self) -> Any:
+        """What the data's values are to a model, such as which row of a table is which word; None: they are plain."""
+        return None
+
+    @staticmethod
+    def encoding_of(state: Mapping[str, Any]) -> Any:
+        """Return the encoding whose ``encoding_state`` this is."""
+        raise NotImplementedError
+
+    @property
+    def encoding_state(self) -> dict[str, Any] | None:
+        """The ``encoding`` as plain values and tensors, for a checkpoint; None where there is none."""
+        return None if self.encoding is None else self.encoding.state()
+
+    def adopt(self, encoding_state: Mapping[str, Any]) -> None:
+        """Encode as the data did whose ``encoding_state`` a checkpoint keeps, whatever the own rows would teach.
+
+        Raises:
+            ValueError: it is no encoding of such data, or an option that was given says otherwise.
+        """
+        encoding = self.encoding_of(encoding_state)
+        if encoding == self._adopted:
+            return
+        if self._opened is not None and encoding != self.encoding:
+            self.forget()
+        self._adopted = encoding
+
+    def _adopt_of_model(self) -> None:
+        """Adopt what the model's checkpoint says, which Lightning's own setup of the model would tell too late."""
+        module = None if self.trainer is None else self.trainer.lightning_module
+        if (state := getattr(module, "_encoding", None)) is not None:
+            self.adopt(state)
+
+    # ---- the description
+
+    @property
+    def title(self) -> str:
+        """What the description calls the data."""
+        return self.dataset
+
+    def describe(self) -> str:
+        """Return one line that says what the data are and how much of them each split has."""
+        counts = ", ".join(f"{size:,} {split}" for split, size in self.sizes().items())
+        return f"{self.title}: {counts} {self.unit}"
+
+    def announce(self) -> None:
+        """Log what a user should know before a run."""
+        logging.getLogger(type(self).__module__).info("%s", self.describe())
+
+    # ---- Lightning
+
+    def prepare_data(self) -> None:
+        self._adopt_of_model()
+        if not self.needs_no_dataset:
+            _ = self.opened
+
+    def setup(self, stage: str | None = None) -> None:
+        self._adopt_of_model()
+        if stage != "predict" or not self.needs_no_dataset:
+            _ = self.opened
+        self.check(stage)
+        if stage != "predict" and not self._described and rank_zero_only.rank == 0:
+            self._described = True
+            self.announce()
+
+    def train_dataloader(self) -> ResumableLoader:
+        self.check("fit")
+        examples = self.examples("train")
+        return ResumableLoader(
+            examples,
+            seed=self.seed,
+            shuffle=not overfits(self.trainer),
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            **self.batching(examples),
+        )
+
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """Return the validation batches; an empty list where training has none to look at."""
+        validates = self.trainer is not None and self.trainer.state.fn == TrainerFn.VALIDATING
+        return self._loader_of("val", needed=validates)
+
+    def test_dataloader(self) -> DataLoader[Any] | list[Any]:
+        return self._loader_of("test", needed=True)
+
+    def predict_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """Return the batches to predict, by default those of the test."""
+        return self.test_dataloader()
+
+    def _loader_of(self, split: Split, needed: bool) -> DataLoader[Any] | list[Any]:
+        examples = self.examples(split)
+        if examples is not None and len(examples):
+            return self.eval_loader(examples)
+        if needed:
+            raise ValueError(f"{self.dataset} has no {split} {self.unit}: {self.hold_out.format(split=split)}")
+        return []

@@ -1,0 +1,146 @@
+"""What data modules do alike, on a list of numbers."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, dataclass
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
+from torch.utils.data import Dataset
+
+from apps.data.suite_data import SuiteData
+
+
+@dataclass(frozen=True)
+class Unit:
+    """How long a unit is."""
+
+    length: int
+
+    def state(self):
+        return asdict(self)
+
+
+class Numbers(Dataset):
+    def __init__(self, numbers) -> None:
+        self.numbers = torch.tensor(numbers)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitems__(self, positions):
+        return self.numbers[torch.as_tensor(positions)]
+
+
+class Lengths(SuiteData):
+    """Ten training lengths and two of the test, in units of the smallest one unless a checkpoint says otherwise."""
+
+    unit = "lengths"
+    hold_out = "give {split}_size"
+
+    def __init__(self, smallest=2, given=False, **options) -> None:
+        super().__init__("toy", None, None, **{"batch_size": 4, "eval_batch_size": 2, "seed": 0, **options})
+        self.smallest, self.given, self.reads = smallest, given, 0
+
+    @property
+    def needs_no_dataset(self) -> bool:
+        return self.given and self._adopted is not None
+
+    def read(self):
+        self.reads += 1
+        length = self.smallest if self._adopted is None else self._adopted.length
+        return {"train": Numbers(range(length, 10 + length)), "val": Numbers([]), "test": Numbers([length, length])}
+
+    @property
+    def encoding(self) -> Unit:
+        return self._adopted or Unit(int(self.opened["train"].numbers[0]))
+
+    @staticmethod
+    def encoding_of(state) -> Unit:
+        return Unit(**state)
+
+    def examples(self, split):
+        return self.opened[split]
+
+
+def test_training_batches_hold_all_examples_and_resume_in_mid_epoch():
+    loader = Lengths().train_dataloader()
+    epoch = [batch.tolist() for batch in loader]
+    assert sorted(number for batch in epoch for number in batch) == list(range(2, 12))
+    assert [len(batch) for batch in epoch] == [4, 4, 2]
+    assert [len(batch) for batch in Lengths(drop_last=True).train_dataloader()] == [4, 4]
+    resumed = Lengths().train_dataloader()
+    resumed.load_state_dict({"epoch": 0, "served": 1, "seed": 0})
+    assert [batch.tolist() for batch in resumed] == epoch[1:]
+
+
+def test_evaluation_keeps_the_order_and_a_split_without_examples_is_told():
+    data = Lengths()
+    assert [batch.tolist() for batch in data.test_dataloader()] == [[2, 2]]
+    assert [batch.tolist() for batch in data.predict_dataloader()] == [[2, 2]]
+    assert data.val_dataloader() == []  # a training does without
+    trainer = Trainer(logger=False, accelerator="cpu", enable_progress_bar=False, enable_model_summary=False)
+    model = LightningModule()
+    model.validation_step = lambda batch, batch_idx: None
+    with pytest.raises(ValueError, match=r"^toy has no val lengths: give val_size$"):
+        trainer.validate(model, data, verbose=False)
+
+
+def test_the_files_are_read_when_they_are_first_needed_and_described_once(caplog, monkeypatch):
+    data = Lengths()
+    assert data.reads == 0
+    with caplog.at_level(logging.INFO):
+        data.prepare_data()
+        data.setup("fit")
+        data.setup("test")
+        monkeypatch.setattr(rank_zero_only, "rank", 1)
+        Lengths().setup("fit")  # another process keeps quiet
+    assert data.reads == 1
+    assert [r.message for r in caplog.records] == ["toy: 10 train, 0 val, 2 test lengths"]
+
+
+def test_an_adopted_encoding_is_kept_and_read_by():
+    data = Lengths()
+    assert data.encoding_state == {"length": 2}
+    data.adopt({"length": 2})  # as it would read by itself: nothing is read again
+    data.setup("fit")
+    assert data.reads == 1
+    data.adopt({"length": 3})
+    assert data.examples("test").numbers.tolist() == [3, 3]
+    assert data.encoding_state == {"length": 3}
+    assert data.reads == 2
+
+
+def test_the_encoding_of_the_model_comes_before_the_files_are_read():
+    data, model = Lengths(), LightningModule()
+    model._encoding = {"length": 5}
+    data.trainer = Trainer(logger=False, accelerator="cpu", enable_model_summary=False)
+    data.trainer.strategy.connect(model)
+    data.prepare_data()
+    assert (data.encoding, data.reads) == (Unit(5), 1)
+
+
+def test_what_is_given_to_predict_needs_no_dataset():
+    data = Lengths(given=True)
+    data.adopt({"length": 2})
+    data.prepare_data()
+    data.setup("predict")
+    assert data.reads == 0
+    data.setup("test")
+    assert data.reads == 1
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"batch_size": 0}, "batch_size=0 must be at least 1"),
+        ({"eval_batch_size": -1}, "eval_batch_size=-1 must be at least 1"),
+        ({"num_workers": -1}, "num_workers=-1 must not be negative"),
+    ],
+)
+def test_impossible_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        Lengths(**options)
