@@ -141,10 +141,14 @@ class SuiteData(LightningDataModule):
         """What the data's values are to a model, such as which row of a table is which word; None: they are plain."""
         return None
 
-    @staticmethod
-    def encoding_of(state: Mapping[str, Any]) -> Any:
-        """Return the encoding whose ``encoding_state`` this is."""
-        raise NotImplementedError
+    @classmethod
+    def encoding_of(cls, state: Mapping[str, Any]) -> Any:
+        """Return the encoding whose ``encoding_state`` this is.
+
+        Raises:
+            ValueError: it is none of such data.
+        """
+        raise ValueError(f"the checkpoint keeps an encoding ({', '.join(state)}), and {cls.__name__} has none")
 
     @property
     def encoding_state(self) -> dict[str, Any] | None:

@@ -196,8 +196,8 @@ class VisionData(SuiteData):
             self.class_names, self.image_size, self.in_chans, tuple(self.mean), tuple(self.std), self.eval_crop
         )
 
-    @staticmethod
-    def encoding_of(state: Mapping[str, Any]) -> ImageEncoding:
+    @classmethod
+    def encoding_of(cls, state: Mapping[str, Any]) -> ImageEncoding:
         return ImageEncoding.from_state(state)
 
     def adopt(self, encoding_state: Mapping[str, Any]) -> None:

@@ -215,8 +215,8 @@ class HistoryData(SuiteData):
         }
         return {**self.encoding.state(), "columns": columns, "min_rating": self.min_rating}
 
-    @staticmethod
-    def encoding_of(state: Mapping[str, Any]) -> Items:
+    @classmethod
+    def encoding_of(cls, state: Mapping[str, Any]) -> Items:
         return Items.from_state(state)
 
     @property

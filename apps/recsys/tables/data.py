@@ -160,8 +160,8 @@ class TableData(SuiteData):
     def _learned(self) -> Encoding:
         return Encoding.of(self.opened)
 
-    @staticmethod
-    def encoding_of(state: Mapping[str, Any]) -> Encoding:
+    @classmethod
+    def encoding_of(cls, state: Mapping[str, Any]) -> Encoding:
         return Encoding.from_state(state)
 
     def forget(self) -> None:

@@ -133,6 +133,11 @@ def test_what_is_given_to_predict_needs_no_dataset():
     assert data.reads == 1
 
 
+def test_data_without_an_encoding_take_over_none():
+    with pytest.raises(ValueError, match=r"^the checkpoint keeps an encoding \(length\), and SuiteData has none$"):
+        SuiteData("toy", None, None).adopt({"length": 2})
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

@@ -178,9 +178,7 @@ def test_a_file_that_is_named_twice_is_read_once(root):
 def test_an_empty_test_split_is_no_test(root):
     data = make(root, test_files=None, test_size=0)
     assert len(data.val_dataloader())
-    with pytest.raises(
-        ValueError, match="text has no test tokens: give test_files, or a test_size that"
-    ):
+    with pytest.raises(ValueError, match="text has no test tokens: give test_files, or a test_size that"):
         data.test_dataloader()
 
 
