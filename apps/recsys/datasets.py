@@ -220,7 +220,7 @@ RECSYS_DATASETS: dict[str, RecsysDataset] = {
             Dataset(
                 name="kuairand",
                 app="recsys",
-                title="KuaiRand-Pure or -1K, short videos, 15 scenarios, tasks click, long_view and like",
+                title="KuaiRand-Pure or -1K, short videos, 15 domains, tasks click, long_view and like",
                 layouts=tuple(
                     tuple(f"{folder}{file}_{size}.csv" for file in _KUAIRAND_FILES)
                     for folder, size in (

@@ -84,7 +84,7 @@ class TableConfig:
         multi_valued: columns of any number of values a row: lists, or text that ``separator`` cuts.
         continuous: columns of numbers.
         tasks: the labels by the name of the task.
-        domain: column of the scenario; None: there is one.
+        domain: column of the domain; None: there is one.
         user: column whose rows belong together, for a split by user and metrics by user.
         time: column by which rows are ordered.
         hash_rows: rows of the table of a column whose ids are hashed, by column.

@@ -60,7 +60,7 @@ class Features:
         categorical, continuous: in the order of the batches' columns.
         tasks: names of the labels, in the order of the batches' columns.
         positives: share of positive labels of each task in the training split.
-        num_domains: scenarios, for tables that have several; 0: none.
+        num_domains: domains, for tables that have several; 0: none.
     """
 
     categorical: tuple[CategoricalFeature, ...] = ()

@@ -16,14 +16,14 @@ from apps.recsys.encoding.vocabulary import Vocabulary
 
 @dataclass(frozen=True, eq=False)
 class Encoding:
-    """Which row, bin or scenario a value of a table is to a model.
+    """Which row, bin or domain a value of a table is to a model.
 
     Attributes:
         features: the columns, with the statistics of the training rows.
         vocabularies: the values of the rows from 1 on of each categorical column, but for those that are hashed or hold
             row numbers.
-        domain: column of the scenario; None: there is one.
-        domains: the scenarios' values, from 0 on.
+        domain: column of the domain; None: there is one.
+        domains: the domains' values, from 0 on.
         separator: of the values in a text of a multi-valued column.
     """
 

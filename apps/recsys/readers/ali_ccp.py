@@ -25,7 +25,7 @@ _SPLIT = SplitConfig("given", val=0.1, stratify="click", seed=0)
 
 
 def read_ali_ccp(root: Path) -> RawTables:
-    """Items shown to users: click, and purchase over all items shown (CTCVR). The scenario is field 301.
+    """Items shown to users: click, and purchase over all items shown (CTCVR). The domain is field 301.
 
     Args:
         root: folder with either layout:

@@ -21,7 +21,7 @@ def read_aliexpress(root: Path) -> RawTables:
 
     16 categorical and 63 continuous inputs. The split by time of the files; validation is 10 % of train, at random with
     seed 0, stratified by click. Rows of one ``search_id`` are one result page: metrics by user are by page. Several
-    countries make a table with the country as the scenario; whether an id means the same in two countries is not known.
+    countries make a table with the country as the domain; whether an id means the same in two countries is not known.
 
     Args:
         root: folder with ``train.csv`` and ``test.csv`` of one country, or with folders ``AliExpress_{NL,ES,FR,US}`` of

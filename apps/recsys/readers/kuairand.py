@@ -1,4 +1,4 @@
-"""KuaiRand, logs of short videos with fifteen scenarios (Gao et al., CIKM 2022, arXiv 2208.08696)."""
+"""KuaiRand, logs of short videos with fifteen domains (Gao et al., CIKM 2022, arXiv 2208.08696)."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ CONFIG = TableConfig(
 
 
 def read_kuairand(root: Path) -> RawTables:
-    """Videos shown to users: click, long view, like. The scenario is ``tab``, the page of the app, 0 to 14.
+    """Videos shown to users: click, long view, like. The domain is ``tab``, the page of the app, 0 to 14.
 
     The two standard logs, split by time: the last 10 % test, the 10 % before validate. The log of randomly shown videos
     is left out, since it is of another distribution, and so are the videos' statistics, which are sums over the whole

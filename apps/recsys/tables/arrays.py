@@ -44,7 +44,7 @@ class TableArrays:
         ids_NF: int64 (N, F), row numbers of the categorical columns of one value, in the order of the features.
         multi: the other categorical columns, by name.
         label_Nt: float32 (N, t); NaN for no label.
-        domain_N: int64 (N,), the scenario; None where there is one.
+        domain_N: int64 (N,), the domain; None where there is one.
         group_N: int64 (N,), the user; None where none is named.
     """
 

@@ -69,7 +69,7 @@ def solve(shared: core.MultiGateConfig, dim: int, features: Features, tolerance:
     Args:
         shared: the multi-gate layer.
         dim: D.
-        features: for the number of tasks and of scenarios.
+        features: for the number of tasks and of domains.
         tolerance: relative difference beyond which a width does not count as equal.
 
     Returns:

@@ -19,7 +19,7 @@ class TableBatch:
         sparse: row numbers of the categorical columns' tables, by column; None where there are none.
         label_Bt: float32 (B, t), 0 or 1 for each task; NaN where an example has no label for it.
         index_B: int64 (B,), the row's number in the table.
-        domain_B: int64 (B,), the scenario; None where there is one.
+        domain_B: int64 (B,), the domain; None where there is one.
         group_B: int64 (B,), the user, for metrics by user; None where none is named.
     """
 

@@ -42,7 +42,7 @@ class SharedBottom(core.MultiGateConfig):
         return 1
 
     def build(self, dim: int, num_tasks: int, num_domains: int = 0) -> BottomLayer:  # type: ignore[override]
-        """The layer for examples (B, ``dim``). It asks for no scenario."""
+        """The layer for examples (B, ``dim``). It asks for no domain."""
         experts = self.expert.build(self._networks(num_tasks), dim)
         experts.backend = self.backend
         return BottomLayer(experts, self._networks(num_tasks), num_tasks)

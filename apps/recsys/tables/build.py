@@ -56,7 +56,7 @@ def build(raw: RawTables, config: TableConfig, writer: ArrayWriter, given: Encod
 
     Raises:
         ValueError: a missing column, a value of a wrong type, an empty split, a task with one class in training, a
-            scenario that training lacks, a missing user or time where rows are split by them, or columns that are not
+            domain that training lacks, a missing user or time where rows are split by them, or columns that are not
             those of ``given``.
     """
     _Build(raw, config, writer, given).run()
@@ -72,7 +72,7 @@ def build_rows(table: pa.Table, given: Encoding, writer: ArrayWriter | ArraysInM
         first_row: number of the first row in messages, where the table is a piece of a longer one.
 
     Raises:
-        ValueError: a value of a wrong type, or a scenario that ``given`` lacks.
+        ValueError: a value of a wrong type, or a domain that ``given`` lacks.
     """
     num_rows, where = len(table), "the rows to predict"
 
@@ -106,11 +106,11 @@ def build_rows(table: pa.Table, given: Encoding, writer: ArrayWriter | ArraysInM
     if given.domain is not None and given.domains is not None:
         codes = factorize(parts(given.domain), given.domain)
         known = to_known(codes, given.domains)
-        writer.save("domain", _scenarios(codes, known.rows, given.domain, first_row))
+        writer.save("domain", _domains(codes, known.rows, given.domain, first_row))
     writer.finish({"num_rows": num_rows})
 
 
-def _scenarios(codes: Codes, rows: NDArray[np.int32], column: str, first_row: int = 0) -> NDArray[np.int32]:
+def _domains(codes: Codes, rows: NDArray[np.int32], column: str, first_row: int = 0) -> NDArray[np.int32]:
     """From 0 on; of ``rows``, in which 0 is none that training has.
 
     Raises:
@@ -121,7 +121,7 @@ def _scenarios(codes: Codes, rows: NDArray[np.int32], column: str, first_row: in
         row = int(np.argmax(bad))
         code = int(codes.codes[row])
         what = "no value" if code == MISSING else f"{codes.values[code].as_py()!r}, which training lacks,"
-        raise ValueError(f"column {column!r} names the scenario, but holds {what} in row {first_row + row}")
+        raise ValueError(f"column {column!r} names the domain, but holds {what} in row {first_row + row}")
     return rows - 1
 
 
@@ -273,7 +273,7 @@ class _Build:
         codes = factorize(self._parts(column), column)
         known = None if self.given is None else self.given.domains
         encoded = to_vocabulary(codes, self.masks["train"]) if known is None else to_known(codes, known)
-        self.writer.save("domain", _scenarios(codes, encoded.rows, column))
+        self.writer.save("domain", _domains(codes, encoded.rows, column))
         self.domain_texts = self._write_texts(Vocabulary.of(encoded.values) if known is None else known)
         return encoded.num_rows - 1
 

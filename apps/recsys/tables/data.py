@@ -176,7 +176,7 @@ class TableData(SuiteData):
     def vocabulary(self, column: str) -> tuple[str | None, ...]:
         """The value of each row of a column's table; None for row 0, which is for unseen and missing ones.
 
-        Of the scenario's column, where it is no feature: as ``domain_values``.
+        Of the domain's column, where it is no feature: as ``domain_values``.
 
         Raises:
             ValueError: a column without a vocabulary: hashed, given as row numbers, or not categorical.
@@ -190,7 +190,7 @@ class TableData(SuiteData):
 
     @property
     def domain_values(self) -> tuple[str, ...]:
-        """The value of each scenario, from 0 on; none where the table has one scenario."""
+        """The value of each domain, from 0 on; none where the table has one domain."""
         domains = self.encoding.domains
         return () if domains is None else domains.texts()
 

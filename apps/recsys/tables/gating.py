@@ -330,9 +330,9 @@ MAX_CODES = 255
 
 
 def domain_column(features: Features) -> str:
-    """Return the name of the scenario in `coded_columns`, which no column has."""
+    """Return the name of the domain in `coded_columns`, which no column has."""
     names = [*(f.name for f in features.categorical), *(c.name for c in features.continuous)]
-    return "scenario" if "scenario" not in names else "(scenario)"
+    return "domain" if "domain" not in names else "(domain)"
 
 
 def check_column(features: Features, name: str) -> None:

@@ -151,7 +151,7 @@ class MultiTaskModel(nn.Module):
         """Logits (B, t).
 
         Raises:
-            ValueError: other columns than the model's, a row beyond a table, or no scenario where the model has some.
+            ValueError: other columns than the model's, a row beyond a table, or no domain where the model has some.
         """
         dense_BC = batch.dense_BC
         if dense_BC.shape[1] != self.num_continuous:
@@ -159,7 +159,7 @@ class MultiTaskModel(nn.Module):
         context = None
         if self.num_domains:
             if batch.domain_B is None:
-                raise ValueError(f"the model knows {self.num_domains} scenarios, and the batch has no domain_B")
+                raise ValueError(f"the model knows {self.num_domains} domains, and the batch has no domain_B")
             context = core.RoutingContext(domain_ids_B=batch.domain_B)
         dense = self.dense(dense_BC)
         sparse = self.sparse(batch.sparse, self.dense.bins(dense_BC)) if self.sparse.dims else None

@@ -240,7 +240,7 @@ class MultiTaskRecommender(SparseModule, Comparable):
             ``pyarrow.Table`` for a table, and a dict of numpy arrays (N,) for a dict and for files.
 
         Raises:
-            ValueError: a column is missing or doubled, a value is of a wrong type, a scenario that training lacked, a
+            ValueError: a column is missing or doubled, a value is of a wrong type, a domain that training lacked, a
                 file that cannot be read, or a model that has neither a checkpoint's encoding nor its data.
 
         Example::

@@ -326,7 +326,7 @@ def _word(value: int, column: str, words: Sequence[str] | None, data: Any) -> st
     vocabulary = getattr(data, "vocabulary", None)
     known: Sequence[str | None] = words or ()
     if words is None and vocabulary is not None:
-        with contextlib.suppress(ValueError):  # hashed, or the scenario of other data
+        with contextlib.suppress(ValueError):  # hashed, or the domain of other data
             known = vocabulary(column)
     text = known[value] if value < len(known) else str(value)
     text = "(unseen)" if text is None else text

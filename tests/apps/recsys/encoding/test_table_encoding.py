@@ -95,12 +95,12 @@ def test_columns_that_the_checkpoint_is_not_of_are_refused(own, config, message)
         other.setup("test")
 
 
-def test_a_scenario_that_training_lacks_is_named(own, tmp_path):
+def test_a_domain_that_training_lacks_is_named(own, tmp_path):
     state = own().encoding_state
     write(tmp_path, test={**TEST, "shop": ["fr", "it"]})
     data = own()
     data.adopt(state)
-    with pytest.raises(ValueError, match="column 'shop' names the scenario, but holds 'it', which training lacks, in"):
+    with pytest.raises(ValueError, match="column 'shop' names the domain, but holds 'it', which training lacks, in"):
         data.setup("test")
 
 
@@ -204,7 +204,7 @@ def test_rows_to_predict_need_neither_labels_nor_the_training_file(own, tmp_path
         ({"age": ["1", "old", "2"]}, "column 'age' of the rows to predict must hold numbers: row 1 holds 'old'"),
         (
             {"shop": ["de", "it", "fr"]},
-            "column 'shop' names the scenario, but holds 'it', which training lacks, in row 1",
+            "column 'shop' names the domain, but holds 'it', which training lacks, in row 1",
         ),
         ({c: [] for c in NEW}, "the rows to predict: there are none"),
     ],

@@ -117,7 +117,7 @@ def test_a_feature_that_is_the_label_is_reported(own, tmp_path):
         (
             changed(shop=["de"] * 6),
             config_of(domain="shop"),
-            "names the scenario, but holds 'fr', which training lacks,",
+            "names the domain, but holds 'fr', which training lacks,",
         ),
         (changed(shop=["de", "fr", "", "fr", "de", "de"]), config_of(domain="shop"), "holds no value in row 2"),
         (
@@ -255,7 +255,7 @@ def test_impossible_options_are_refused(options, message):
         TableData(**options)
 
 
-def test_a_scenario_that_is_a_feature_too_has_its_own_words(own, tmp_path):
+def test_a_domain_that_is_a_feature_too_has_its_own_words(own, tmp_path):
     ids = {"shop": ["3", "1", "3", "3", "1", "3"]}
     write(tmp_path, train=changed(**ids), test={"click": [1], "shop": ["1"]})
     columns = {"categorical": ("shop",), "domain": "shop"}

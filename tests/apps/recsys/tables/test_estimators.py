@@ -37,7 +37,7 @@ def test_a_split_is_gathered_in_the_tables_order():
 def test_design_matrix_by_hand():
     data = EveryColumn()
     c, x = data.columns("val"), design_matrix(gather(data, "val"))
-    # kind 6, item 401, scenario 2, age 4 bins and missing, the constant 1 bin and missing, 2 standardised, tags 90.
+    # kind 6, item 401, domain 2, age 4 bins and missing, the constant 1 bin and missing, 2 standardised, tags 90.
     assert x.shape == (500, 6 + 401 + 2 + 5 + 2 + 2 + 90)
     row = int(np.flatnonzero((c["lengths"] == 2) & ~np.isnan(c["age"]))[0])
     dense = x[[row]].toarray()[0]
@@ -63,7 +63,7 @@ def test_columns_for_boosting():
     assert 7 in frequent
     kept = np.arange(1500) != 3
     x = columns.fit_transform(train, kept, c["click"][kept].astype(int), 0)
-    # 2 numbers; kind and the scenario as categories; the item's rate and frequency; number of tags and 64 of them.
+    # 2 numbers; kind and the domain as categories; the item's rate and frequency; number of tags and 64 of them.
     assert x.shape == (1499, 2 + 2 + 2 + 1 + 64)
     assert np.flatnonzero(columns.mask(71)).tolist() == [2, 3]
     np.testing.assert_array_equal(x[:, 2], c["kind"][kept])

@@ -162,13 +162,13 @@ def test_single_task_models_equal_models_alone():
     assert_close(alone(batch())[:, 0], both(batch())[:, 1])
 
 
-def test_scenarios_reach_the_gates():
+def test_domains_reach_the_gates():
     shared = core.MMoE(2, core.MLP((4,)), num_domain_experts=1)
     model = build(shared, of=features(num_domains=3)).eval()
     rows = batch(num_domains=3)
     moved = TableBatch(rows.dense_BC, rows.sparse, rows.label_Bt, rows.index_B, (rows.domain_B + 1) % 3)
     assert (model(rows) != model(moved)).all(dim=1).all()
-    with pytest.raises(ValueError, match="the model knows 3 scenarios, and the batch has no domain_B"):
+    with pytest.raises(ValueError, match="the model knows 3 domains, and the batch has no domain_B"):
         model(batch())
 
 

@@ -182,11 +182,11 @@ def test_numbers_are_cut_at_quantiles():
     ]
 
 
-def test_the_scenario_has_a_name_that_no_column_has():
-    assert gating.domain_column(features(num_domains=2)) == "scenario"
-    named = dataclasses.replace(features(num_domains=2), categorical=(CategoricalFeature("scenario", 5),))
-    assert gating.domain_column(named) == "(scenario)"
-    gating.check_column(named, "(scenario)")
+def test_the_domain_has_a_name_that_no_column_has():
+    assert gating.domain_column(features(num_domains=2)) == "domain"
+    named = dataclasses.replace(features(num_domains=2), categorical=(CategoricalFeature("domain", 5),))
+    assert gating.domain_column(named) == "(domain)"
+    gating.check_column(named, "(domain)")
 
 
 # ---- pictures

@@ -84,7 +84,7 @@ def test_every_router_trains_or_says_why_not(name):
     (loss + core.aux_loss(tape)).backward()
     assert list(core.RoutingStats.from_tape(tape).layers) == ["model.shared.task0", "model.shared.task1"]
     unused = [n for n, p in twin.model.shared.named_parameters() if p.grad is None]
-    # What a scenario adds to the router's input means nothing to a table of scenarios, or to chance.
+    # What a domain adds to the router's input means nothing to a table of domains, or to chance.
     assert unused == (["router.domain.weight"] if name in ("domain", "random") else [])
     twin.eval()
     assert torch.equal(twin(rows), twin(rows))

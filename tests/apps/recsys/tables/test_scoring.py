@@ -104,7 +104,7 @@ def test_a_frame_keeps_its_index(loaded):
         ({"age": None, "Age": [1] * 5}, r"^column 'age' \(continuous\) is not in .*; did you mean 'Age'\?$"),
         ({"age": [1, 2, 3, "old", 5]}, "^column 'age' of the rows to predict is no column of one type: "),
         ({"age": ["1", "2", "3", "old", "5"]}, "^column 'age' of the rows to predict must hold numbers: row 3 holds"),
-        ({"shop": ["de"] * 4 + ["it"]}, "^column 'shop' names the scenario, but holds 'it', which .* in row 4$"),
+        ({"shop": ["de"] * 4 + ["it"]}, "^column 'shop' names the domain, but holds 'it', which .* in row 4$"),
         ({"shop": ["de"]}, "^column 'shop' has 1 values, and column 'city' 5$|^column 'city' has 5 .* 'shop' 1$"),
         ({"city": "Rome"}, "^column 'city' is 'Rome', not a list of values$"),
     ],
@@ -124,7 +124,7 @@ def test_a_row_of_a_later_piece_is_named_by_its_place_in_the_file(loaded, tmp_pa
     for rows in (text, tmp_path / "new.csv"):
         with pytest.raises(ValueError, match="must hold numbers: row 3 holds 'old'"):
             loaded.predict(rows, batch_size=2)
-    with pytest.raises(ValueError, match=r"^column 'shop' names the scenario, but holds no value in row 4$"):
+    with pytest.raises(ValueError, match=r"^column 'shop' names the domain, but holds no value in row 4$"):
         loaded.predict({**NEW, "shop": ["de"] * 4 + [None]}, batch_size=2)
 
 
