@@ -166,7 +166,7 @@ class TranslationModel(_Decoding):
         source_vocab: V of the source, or of both.
         target_vocab: V of the target; None: one joint vocabulary.
         moe: the MoE layer in place of the FFN of the chosen layers; None: a dense model.
-        encoder_moe_layers, decoder_moe_layers: which layers: "everyN", "lastN", "all", "none" or indices, as
+        encoder_moe_blocks, decoder_moe_blocks: which layers: "everyN", "lastN", "all", "none" or indices, as
             ``apps.nets.blocks.resolve_blocks`` has them; "every2" is layers 1, 3, 5, ... In a dense model: which layers
             ``replaced_hidden_dim`` is for; without it they are not asked.
         replaced_hidden_dim: FFN hidden dim of those layers in a dense model; None: that of the others.
@@ -187,8 +187,8 @@ class TranslationModel(_Decoding):
         source_vocab: int,
         target_vocab: int | None = None,
         moe: core.MoEConfig | None = None,
-        encoder_moe_layers: Layers = "every2",
-        decoder_moe_layers: Layers = "every2",
+        encoder_moe_blocks: Layers = "every2",
+        decoder_moe_blocks: Layers = "every2",
         replaced_hidden_dim: int | None = None,
     ) -> None:
         super().__init__()
@@ -203,19 +203,19 @@ class TranslationModel(_Decoding):
         self.source_vocab = source_vocab
         self.target_vocab = source_vocab if target_vocab is None else target_vocab
         plain = moe is None and replaced_hidden_dim is None
-        self.encoder_moe_layers, self.decoder_moe_layers = (
-            () if plain else resolve_blocks(layers, depth, option=f"{stack}_moe_layers", optional=True)
+        self.encoder_moe_blocks, self.decoder_moe_blocks = (
+            () if plain else resolve_blocks(layers, depth, option=f"{stack}_moe_blocks", optional=True)
             for stack, layers, depth in (
-                ("encoder", encoder_moe_layers, shape.encoder_layers),
-                ("decoder", decoder_moe_layers, shape.decoder_layers),
+                ("encoder", encoder_moe_blocks, shape.encoder_layers),
+                ("decoder", decoder_moe_blocks, shape.decoder_layers),
             )
         )
-        if moe is not None and not self.encoder_moe_layers and not self.decoder_moe_layers:
-            raise ValueError("encoder_moe_layers and decoder_moe_layers name no layer: leave moe out for a dense model")
-        if moe is not None and self.decoder_moe_layers and not moe.router.is_causal():
+        if moe is not None and not self.encoder_moe_blocks and not self.decoder_moe_blocks:
+            raise ValueError("encoder_moe_blocks and decoder_moe_blocks name no layer: leave moe out for a dense model")
+        if moe is not None and self.decoder_moe_blocks and not moe.router.is_causal():
             raise ValueError(
                 f"router {moe.router.source()} lets later tokens change earlier ones: not for a causal decoder, set "
-                "decoder_moe_layers='none' or another router"
+                "decoder_moe_blocks='none' or another router"
             )
         self.source_embed = nn.Embedding(source_vocab, shape.dim, padding_idx=PAD_ID)
         self.target_embed = (
@@ -223,13 +223,13 @@ class TranslationModel(_Decoding):
         )
         self.encoder = Stack(
             config,
-            _ffns(config, shape.encoder_layers, self.encoder_moe_layers, moe, replaced_hidden_dim, causal=False),
+            _ffns(config, shape.encoder_layers, self.encoder_moe_blocks, moe, replaced_hidden_dim, causal=False),
             causal=False,
             cross=False,
         )
         self.decoder = Stack(
             config,
-            _ffns(config, shape.decoder_layers, self.decoder_moe_layers, moe, replaced_hidden_dim, causal=True),
+            _ffns(config, shape.decoder_layers, self.decoder_moe_blocks, moe, replaced_hidden_dim, causal=True),
             causal=True,
             cross=True,
         )
@@ -316,8 +316,8 @@ class LanguageModel(_Decoding):
     Args:
         config: the transformer; ``decoder_layers`` deep. ``tie``: all but "none" tie the output to the embedding.
         vocab: V.
-        moe: the MoE layer in place of the FFN of ``moe_layers``; its router must be causal. None: a dense model.
-        moe_layers: which layers, as in ``TranslationModel``. In a dense model: which layers ``replaced_hidden_dim`` is
+        moe: the MoE layer in place of the FFN of ``moe_blocks``; its router must be causal. None: a dense model.
+        moe_blocks: which layers, as in ``TranslationModel``. In a dense model: which layers ``replaced_hidden_dim`` is
             for.
         replaced_hidden_dim: FFN hidden dim of those layers in a dense model; None: that of the others.
 
@@ -331,7 +331,7 @@ class LanguageModel(_Decoding):
         *,
         vocab: int,
         moe: core.MoEConfig | None = None,
-        moe_layers: Layers = "all",
+        moe_blocks: Layers = "all",
         replaced_hidden_dim: int | None = None,
     ) -> None:
         super().__init__()
@@ -339,15 +339,15 @@ class LanguageModel(_Decoding):
         self.config, self.moe, self.vocab = config, moe, vocab
         shape = config.shape
         plain = moe is None and replaced_hidden_dim is None
-        self.moe_layers = (
-            () if plain else resolve_blocks(moe_layers, shape.decoder_layers, option="moe_layers", optional=True)
+        self.moe_blocks = (
+            () if plain else resolve_blocks(moe_blocks, shape.decoder_layers, option="moe_blocks", optional=True)
         )
-        if moe is not None and not self.moe_layers:
-            raise ValueError(f"moe_layers={moe_layers!r} names no layer: leave moe out for a dense model")
+        if moe is not None and not self.moe_blocks:
+            raise ValueError(f"moe_blocks={moe_blocks!r} names no layer: leave moe out for a dense model")
         self.embed = nn.Embedding(vocab, shape.dim, padding_idx=PAD_ID)
         self.decoder = Stack(
             config,
-            _ffns(config, shape.decoder_layers, self.moe_layers, moe, replaced_hidden_dim, causal=True),
+            _ffns(config, shape.decoder_layers, self.moe_blocks, moe, replaced_hidden_dim, causal=True),
             causal=True,
             cross=False,
         )

@@ -27,7 +27,7 @@ class Architecture:
         transformer: the configuration of our model.
         vocabulary: their ids and ours.
         moe: of the sparse layers; None: there are none.
-        encoder_moe_layers, decoder_moe_layers: the sparse layers.
+        encoder_moe_blocks, decoder_moe_blocks: the sparse layers.
         is_language_model: it has a decoder alone.
     """
 
@@ -35,8 +35,8 @@ class Architecture:
     transformer: TransformerConfig
     vocabulary: Vocabulary
     moe: core.MoEConfig | None = None
-    encoder_moe_layers: tuple[int, ...] = ()
-    decoder_moe_layers: tuple[int, ...] = ()
+    encoder_moe_blocks: tuple[int, ...] = ()
+    decoder_moe_blocks: tuple[int, ...] = ()
     is_language_model: bool = False
 
     @classmethod
@@ -44,9 +44,9 @@ class Architecture:
         """That of a model of ours."""
         layers: tuple[tuple[int, ...], tuple[int, ...]]
         if isinstance(model, LanguageModel):
-            layers = (), model.moe_layers
+            layers = (), model.moe_blocks
         else:
-            layers = model.encoder_moe_layers, model.decoder_moe_layers
+            layers = model.encoder_moe_blocks, model.decoder_moe_blocks
         encoder, decoder = layers if model.moe else ((), ())
         is_language_model = isinstance(model, LanguageModel)
         return cls(model_type, model.config, vocabulary, model.moe, encoder, decoder, is_language_model)
@@ -58,14 +58,14 @@ class Architecture:
                 self.transformer,
                 vocab=self.vocabulary.our_size,
                 moe=self.moe,
-                moe_layers=self.decoder_moe_layers or "none",
+                moe_blocks=self.decoder_moe_blocks or "none",
             )
         return TranslationModel(
             self.transformer,
             source_vocab=self.vocabulary.our_size,
             moe=self.moe,
-            encoder_moe_layers=self.encoder_moe_layers or "none",
-            decoder_moe_layers=self.decoder_moe_layers or "none",
+            encoder_moe_blocks=self.encoder_moe_blocks or "none",
+            decoder_moe_blocks=self.decoder_moe_blocks or "none",
         )
 
     def shapes(self) -> dict[str, torch.Size]:
@@ -79,9 +79,9 @@ class Architecture:
             "transformer": asdict(self.transformer),
             "moe": None if self.moe is None else self.moe.to_dict(),
         }
-        layers = {"decoder_moe_layers": self.decoder_moe_layers, "encoder_moe_layers": self.encoder_moe_layers}
+        layers = {"decoder_moe_blocks": self.decoder_moe_blocks, "encoder_moe_blocks": self.encoder_moe_blocks}
         if self.is_language_model:
-            layers = {"moe_layers": self.decoder_moe_layers}
+            layers = {"moe_blocks": self.decoder_moe_blocks}
         return {**options, **{name: list(indices) or "none" for name, indices in layers.items()}}
 
     def essence(self) -> dict[str, Any]:
@@ -103,8 +103,8 @@ class Architecture:
         if self.is_language_model:
             values["encoder_layers"] = 0
             values["tie"] = "none" if config.tie == "none" else "all"
-        values["encoder_moe_layers"], values["decoder_moe_layers"] = self.encoder_moe_layers, self.decoder_moe_layers
-        num_sparse = len(self.encoder_moe_layers) + len(self.decoder_moe_layers)
+        values["encoder_moe_blocks"], values["decoder_moe_blocks"] = self.encoder_moe_blocks, self.decoder_moe_blocks
+        num_sparse = len(self.encoder_moe_blocks) + len(self.decoder_moe_blocks)
         if num_sparse < values["encoder_layers"] + shape.decoder_layers:
             values.update(activation=config.activation, gated=config.gated)
         else:
@@ -178,7 +178,7 @@ def one_width(
     moe, shape = architecture.moe, architecture.transformer.shape
     if moe is None or type(moe.expert) is not core.FFN:
         return architecture, weights
-    num_sparse = len(architecture.encoder_moe_layers) + len(architecture.decoder_moe_layers)
+    num_sparse = len(architecture.encoder_moe_blocks) + len(architecture.decoder_moe_blocks)
     own = moe.expert.hidden(shape.dim)
     width = own if num_sparse == shape.encoder_layers + shape.decoder_layers else max(own, shape.hidden_dim)
     out = {}

@@ -207,7 +207,7 @@ def write(architecture: Architecture) -> dict[str, Any]:
             "num_local_experts": moe.num_experts,
             "router_jitter_noise": router.jitter_eps,
         }
-    dense = [i for i in range(shape.decoder_layers) if i not in architecture.decoder_moe_layers]
+    dense = [i for i in range(shape.decoder_layers) if i not in architecture.decoder_moe_blocks]
     if model_type == "glm4_moe":
         del written["router_aux_loss_coef"]
         return {
@@ -254,7 +254,7 @@ def parts(architecture: Architecture) -> Parts:
         found += joined_linear(f"{ours}.self_attn.qkv", [f"{attention}.{x}_proj" for x in "qkv"], rows, bias=qkv_bias)
         found += linear(f"{ours}.self_attn.out", f"{attention}.o_proj", bias=False)
         found += linear(f"{ours}.ffn_norm", f"{theirs}.post_attention_layernorm", bias=False)
-        if i in architecture.decoder_moe_layers:
+        if i in architecture.decoder_moe_blocks:
             found += _experts(architecture, f"{ours}.ffn", theirs)
         else:
             for our, name in (("w_gate", "gate_proj"), ("w_in", "up_proj"), ("w_out", "down_proj")):

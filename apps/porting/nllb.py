@@ -127,8 +127,8 @@ def write(architecture: Architecture) -> dict[str, Any]:
             router_z_loss_coef=moe.balance.router_z,
         )
     sides = (
-        ("encoder", architecture.encoder_moe_layers, shape.encoder_layers),
-        ("decoder", architecture.decoder_moe_layers, shape.decoder_layers),
+        ("encoder", architecture.encoder_moe_blocks, shape.encoder_layers),
+        ("decoder", architecture.decoder_moe_blocks, shape.decoder_layers),
     )
     for side, indices, depth in sides:
         written[f"{side}_layers"] = depth
@@ -143,8 +143,8 @@ def parts(architecture: Architecture) -> Parts:
     """Ours and theirs, tensor by tensor."""
     config = architecture.transformer
     embeddings, aliases = embedding_parts(config.tie, "model.", architecture.vocabulary)
-    encoder = _stack(architecture, "encoder", config.shape.encoder_layers, architecture.encoder_moe_layers)
-    decoder = _stack(architecture, "decoder", config.shape.decoder_layers, architecture.decoder_moe_layers)
+    encoder = _stack(architecture, "encoder", config.shape.encoder_layers, architecture.encoder_moe_blocks)
+    decoder = _stack(architecture, "decoder", config.shape.decoder_layers, architecture.decoder_moe_blocks)
     return Parts((*embeddings, *encoder, *decoder), aliases)
 
 

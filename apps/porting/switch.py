@@ -135,8 +135,8 @@ def write(architecture: Architecture) -> dict[str, Any]:
     assert moe is not None
     router, expert = token_choice(moe, SPARSE), plain_ffn(moe, SPARSE)
     sides = (
-        ("encoder", architecture.encoder_moe_layers, shape.encoder_layers),
-        ("decoder", architecture.decoder_moe_layers, shape.decoder_layers),
+        ("encoder", architecture.encoder_moe_blocks, shape.encoder_layers),
+        ("decoder", architecture.decoder_moe_blocks, shape.decoder_layers),
     )
     for side, indices, depth in sides:
         written[f"num_sparse_{side}_layers"] = len(indices)
@@ -158,8 +158,8 @@ def parts(architecture: Architecture) -> Parts:
     """Ours and theirs, tensor by tensor."""
     config, vocabulary = architecture.transformer, architecture.vocabulary
     embeddings, aliases = embedding_parts(config.tie, "", vocabulary)
-    encoder = _stack(architecture, "encoder", config.shape.encoder_layers, architecture.encoder_moe_layers)
-    decoder = _stack(architecture, "decoder", config.shape.decoder_layers, architecture.decoder_moe_layers)
+    encoder = _stack(architecture, "encoder", config.shape.encoder_layers, architecture.encoder_moe_blocks)
+    decoder = _stack(architecture, "decoder", config.shape.decoder_layers, architecture.decoder_moe_blocks)
     return Parts((*embeddings, *encoder, *decoder), aliases)
 
 

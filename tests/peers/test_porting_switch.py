@@ -141,7 +141,7 @@ def test_a_model_of_our_own_is_read_by_transformers(tmp_path):
         config,
         source_vocab=VOCAB + 1,
         moe=core.MoEConfig(4, core.TokenChoice(top_k=1), core.FFN(128, "relu")),
-        decoder_moe_layers="none",
+        decoder_moe_blocks="none",
     )
     pair = check_own(model, transformers.SwitchTransformersForConditionalGeneration, tmp_path)
     assert pair.theirs.config.vocab_size == VOCAB

@@ -57,8 +57,8 @@ def translator(data: TranslationData, moe: core.MoEConfig | None = MOE, **option
     """An untrained model for ``data``."""
     given: dict[str, Any] = {
         "transformer": TRANSFORMER,
-        "encoder_moe_layers": "none",
-        "decoder_moe_layers": [1],
+        "encoder_moe_blocks": "none",
+        "decoder_moe_blocks": [1],
         "label_smoothing": 0.0,
         "optimizer": OptimizerConfig(lr=6e-3, weight_decay=0.0, warmup=10),
     }

@@ -111,7 +111,7 @@ class LanguageModeler(LinePredictor, PretrainedModule):
         subwords: of the text; the command line takes them from the data.
         transformer: the network around the MoE layers; of its layers the decoder's count.
         moe: the MoE layer that replaces the FFN of some layers; None: a dense model. Its router must be causal.
-        moe_layers: which layers: "everyN" (every N-th), "lastN", "all", "none" or indices.
+        moe_blocks: which layers: "everyN" (every N-th), "lastN", "all", "none" or indices.
         replaced_hidden_dim: FFN hidden dim of those layers in a dense model, as in the baselines; None: the others'.
         label_smoothing: share of the target spread evenly over the vocabulary, in training.
         decode: how a prompt is continued in a prediction.
@@ -138,7 +138,7 @@ class LanguageModeler(LinePredictor, PretrainedModule):
         subwords: Subwords | None = None,
         transformer: TransformerConfig | None = None,
         moe: core.MoEConfig | None = None,
-        moe_layers: str | list[int] = _LAYERS,
+        moe_blocks: str | list[int] = _LAYERS,
         replaced_hidden_dim: int | None = None,
         label_smoothing: float = 0.0,
         decode: DecodeConfig = _DECODE,
@@ -152,8 +152,8 @@ class LanguageModeler(LinePredictor, PretrainedModule):
             # Before these are kept for the checkpoint, which is read without the folder.
             published = published_network(pretrained, is_language_model=True)
             transformer, moe = published.transformer, moe or published.moe
-            if moe_layers == _LAYERS:
-                moe_layers = list(published.decoder_moe_layers) or "none"
+            if moe_blocks == _LAYERS:
+                moe_blocks = list(published.decoder_moe_blocks) or "none"
         super().__init__(optimizer=optimizer, ema_decay=ema_decay, average_last=average_last)
         if not 0.0 <= label_smoothing < 1.0:
             raise ValueError(f"label_smoothing={label_smoothing} is not in [0, 1)")
@@ -161,13 +161,13 @@ class LanguageModeler(LinePredictor, PretrainedModule):
             raise ValueError("subwords=None: they come from the data, such as TextData(...).subwords")
         self.subwords, self.transformer = subwords, transformer or TransformerConfig()
         self.pretrained = pretrained
-        self.moe, self.moe_layers = moe, moe_layers
+        self.moe, self.moe_blocks = moe, moe_blocks
         self.label_smoothing, self.decode = label_smoothing, decode
         self.model = LanguageModel(
             self.transformer,
             vocab=subwords.size("target"),
             moe=moe,
-            moe_layers=moe_layers,
+            moe_blocks=moe_blocks,
             replaced_hidden_dim=replaced_hidden_dim,
         )
         check_context(self, moe)

@@ -71,8 +71,8 @@ def dense_of_task(model: TranslationModel, task: int) -> TranslationModel:
         _dense_config(model, moe.expert),
         source_vocab=model.source_vocab,
         target_vocab=None if model.target_vocab == model.source_vocab else model.target_vocab,
-        encoder_moe_layers=model.encoder_moe_layers,
-        decoder_moe_layers=model.decoder_moe_layers,
+        encoder_moe_blocks=model.encoder_moe_blocks,
+        decoder_moe_blocks=model.decoder_moe_blocks,
         replaced_hidden_dim=_width(moe, model.config.shape.dim),
     )
     weights = dict(model.state_dict())

@@ -69,7 +69,7 @@ class Translator(LinePredictor, PretrainedModule):
         pairs: language pairs, such as "en-de"; the command line takes them from the data.
         transformer: the network around the MoE layers.
         moe: the MoE layer that replaces the FFN of some layers; None: a dense model.
-        encoder_moe_layers, decoder_moe_layers: which layers: "everyN" (every N-th), "lastN", "all", "none" or indices.
+        encoder_moe_blocks, decoder_moe_blocks: which layers: "everyN" (every N-th), "lastN", "all", "none" or indices.
         replaced_hidden_dim: FFN hidden dim of those layers in a dense model, as in the baselines; None: the others'.
         tasks: what a task is to routers that ask for one: the language "pair", or the "source" or the "target"
             language. The target language is the domain.
@@ -104,8 +104,8 @@ class Translator(LinePredictor, PretrainedModule):
         pairs: Sequence[str] = (),
         transformer: TransformerConfig | None = None,
         moe: core.MoEConfig | None = None,
-        encoder_moe_layers: str | list[int] = _LAYERS,
-        decoder_moe_layers: str | list[int] = _LAYERS,
+        encoder_moe_blocks: str | list[int] = _LAYERS,
+        decoder_moe_blocks: str | list[int] = _LAYERS,
         replaced_hidden_dim: int | None = None,
         tasks: Tasks = "pair",
         label_smoothing: float = 0.1,
@@ -123,10 +123,10 @@ class Translator(LinePredictor, PretrainedModule):
             # Before these are kept for the checkpoint, which is read without the folder.
             published = published_network(pretrained, is_language_model=False)
             transformer, moe = published.transformer, moe or published.moe
-            if encoder_moe_layers == _LAYERS:
-                encoder_moe_layers = list(published.encoder_moe_layers) or "none"
-            if decoder_moe_layers == _LAYERS:
-                decoder_moe_layers = list(published.decoder_moe_layers) or "none"
+            if encoder_moe_blocks == _LAYERS:
+                encoder_moe_blocks = list(published.encoder_moe_blocks) or "none"
+            if decoder_moe_blocks == _LAYERS:
+                decoder_moe_blocks = list(published.decoder_moe_blocks) or "none"
         super().__init__(optimizer=optimizer, ema_decay=ema_decay, average_last=average_last)
         if not 0.0 <= label_smoothing < 1.0:
             raise ValueError(f"label_smoothing={label_smoothing} is not in [0, 1)")
@@ -137,7 +137,7 @@ class Translator(LinePredictor, PretrainedModule):
             raise ValueError("subwords=None: they come from the data, such as TranslationData(...).subwords")
         self.subwords, self.pairs, self.pretrained = subwords, tuple(pairs), pretrained
         self.transformer = transformer or TransformerConfig()
-        self.moe, self.encoder_moe_layers, self.decoder_moe_layers = moe, encoder_moe_layers, decoder_moe_layers
+        self.moe, self.encoder_moe_blocks, self.decoder_moe_blocks = moe, encoder_moe_blocks, decoder_moe_blocks
         self.tasks, self.label_smoothing = tasks, label_smoothing
         self.decode, self.val_decode, self.bleu_tokenize, self.report = decode, val_decode, bleu_tokenize, report
         task_P, domain_P = task_numbers(self.pairs, tasks)
@@ -149,8 +149,8 @@ class Translator(LinePredictor, PretrainedModule):
             source_vocab=subwords.size("source"),
             target_vocab=None if subwords.is_joint else subwords.size("target"),
             moe=moe,
-            encoder_moe_layers=encoder_moe_layers,
-            decoder_moe_layers=decoder_moe_layers,
+            encoder_moe_blocks=encoder_moe_blocks,
+            decoder_moe_blocks=decoder_moe_blocks,
             replaced_hidden_dim=replaced_hidden_dim,
         )
         self.model.check_steps()  # validation translates
@@ -436,7 +436,7 @@ class Translator(LinePredictor, PretrainedModule):
     def routed_layers(self) -> RoutedLayers | None:
         if self.moe is None:
             return None
-        causal = bool(self.model.decoder_moe_layers)  # only a decoder's layers must not look ahead
+        causal = bool(self.model.decoder_moe_blocks)  # only a decoder's layers must not look ahead
         return RoutedLayers(self.moe, self.transformer.shape.dim, {}, self.context_fields, causal)
 
     def examples_of_test(self) -> list[dict[str, Any]]:

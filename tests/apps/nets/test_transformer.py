@@ -36,8 +36,8 @@ def build(moe=None, layers=("every2", "every2"), target_vocab=None, replaced_hid
             source_vocab=VOCAB,
             target_vocab=target_vocab,
             moe=moe,
-            encoder_moe_layers=layers[0],
-            decoder_moe_layers=layers[1],
+            encoder_moe_blocks=layers[0],
+            decoder_moe_blocks=layers[1],
             replaced_hidden_dim=replaced_hidden_dim,
         )
         .double()
@@ -47,7 +47,7 @@ def build(moe=None, layers=("every2", "every2"), target_vocab=None, replaced_hid
 
 def language_model(moe=None, layers="all", **options):
     torch.manual_seed(0)
-    return LanguageModel(config(**options), vocab=VOCAB, moe=moe, moe_layers=layers).double().eval()
+    return LanguageModel(config(**options), vocab=VOCAB, moe=moe, moe_blocks=layers).double().eval()
 
 
 # ---- decoding
@@ -229,7 +229,7 @@ def test_moe_layers_take_the_place_of_the_chosen_ffns():
         (([2], "none"), (2,), ()),
     ):
         model = build(MOE, layers, **options)
-        assert (model.encoder_moe_layers, model.decoder_moe_layers) == (encoder, decoder)
+        assert (model.encoder_moe_blocks, model.decoder_moe_blocks) == (encoder, decoder)
         names = [f"encoder.layers.{i}.ffn" for i in encoder] + [f"decoder.layers.{i}.ffn" for i in decoder]
         assert list(core.moe_layers(model)) == names
 
@@ -240,7 +240,7 @@ def test_a_dense_model_is_the_same_class_with_ffns_of_any_width():
     assert widths == [24, 24, 40, 24]
     assert not core.moe_layers(model)
     # One of one width does not ask which: "every2" of one layer is none.
-    assert build(encoder_layers=1, decoder_layers=1).encoder_moe_layers == ()
+    assert build(encoder_layers=1, decoder_layers=1).encoder_moe_blocks == ()
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -534,19 +534,19 @@ def test_a_forward_is_one_graph():
             {"moe": MOE, "replaced_hidden_dim": 8},
             "replaced_hidden_dim=8 is for a dense model: with moe, set moe.expert.hidden_dim",
         ),
-        ({"moe": MOE, "encoder_moe_layers": [2]}, "encoder_moe_layers index 2 is out of range for depth=2"),
+        ({"moe": MOE, "encoder_moe_blocks": [2]}, "encoder_moe_blocks index 2 is out of range for depth=2"),
         (
-            {"replaced_hidden_dim": 8, "decoder_moe_layers": "last3"},
-            "decoder_moe_layers='last3' does not fit depth=2: N is at most 1",
+            {"replaced_hidden_dim": 8, "decoder_moe_blocks": "last3"},
+            "decoder_moe_blocks='last3' does not fit depth=2: N is at most 1",
         ),
         (
-            {"moe": MOE, "encoder_moe_layers": "none", "decoder_moe_layers": []},
-            "encoder_moe_layers and decoder_moe_layers name no layer: leave moe out for a dense model",
+            {"moe": MOE, "encoder_moe_blocks": "none", "decoder_moe_blocks": []},
+            "encoder_moe_blocks and decoder_moe_blocks name no layer: leave moe out for a dense model",
         ),
         (
             {"moe": core.MoEConfig(4, core.ExpertChoice())},
             "router ExpertChoice (arXiv 2202.09368) lets later tokens change earlier ones: not for a causal decoder, "
-            "set decoder_moe_layers='none' or another router",
+            "set decoder_moe_blocks='none' or another router",
         ),
     ],
 )
@@ -560,8 +560,8 @@ def test_what_cannot_be_built_is_refused_in_one_line(options, message):
     ("options", "message"),
     [
         ({"vocab": 0}, "vocab=0 must be at least 2: id 0 is padding"),
-        ({"moe": MOE, "moe_layers": "none"}, "moe_layers='none' names no layer: leave moe out for a dense model"),
-        ({"moe": MOE, "moe_layers": "every3"}, "moe_layers='every3' does not fit depth=2: N is at most 2"),
+        ({"moe": MOE, "moe_blocks": "none"}, "moe_blocks='none' names no layer: leave moe out for a dense model"),
+        ({"moe": MOE, "moe_blocks": "every3"}, "moe_blocks='every3' does not fit depth=2: N is at most 2"),
         ({"moe": MOE, "replaced_hidden_dim": 8}, "replaced_hidden_dim=8 is for a dense model: .*"),
     ],
 )

@@ -33,8 +33,8 @@ model:
   init_args:
     transformer: {size: nano, dim: 32, hidden_dim: 32, encoder_layers: 1, decoder_layers: 1}
     moe: {num_experts: 4, expert: {class_path: core.FFN, init_args: {hidden_dim: 16}}}
-    encoder_moe_layers: none
-    decoder_moe_layers: all
+    encoder_moe_blocks: none
+    decoder_moe_blocks: all
     report: null
 data:
   class_path: apps.nlp.translation.data.TranslationData

@@ -192,8 +192,8 @@ def test_a_given_network_must_be_the_published_one(corpus, tmp_path):
         return message(lambda: make(data, folder, **options).setup("fit"), folder)
 
     assert told(transformer=replace(T5, norm="layer"), moe=EXPERTS) == "norm='layer' of the model is, in F, 'rms'"
-    assert told(transformer=T5) == "encoder_moe_layers=() of the model is, in F, (1,)"
-    assert told(decoder_moe_layers=[0]) == "decoder_moe_layers=(0,) of the model is, in F, (1,)"
+    assert told(transformer=T5) == "encoder_moe_blocks=() of the model is, in F, (1,)"
+    assert told(decoder_moe_blocks=[0]) == "decoder_moe_blocks=(0,) of the model is, in F, (1,)"
     assert told(moe=replace(EXPERTS, num_experts=8)) == "moe.num_experts=8 of the model is, in F, 4"
     assert told(replaced_hidden_dim=8) == "replaced_hidden_dim=8 is no width of pretrained='F'"
     # Dropout, capacity and losses are a training's own.

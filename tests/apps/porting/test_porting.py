@@ -200,7 +200,7 @@ MODELS: dict[str, Callable[[], Any]] = {
             core.SwiGLU(24),
             num_shared_experts=2,
         ),
-        moe_layers="last1",
+        moe_blocks="last1",
     ),
 }
 
@@ -253,7 +253,7 @@ def test_narrow_experts_are_padded_with_zeros_and_biases_of_zero():
     """Experts of 2 hidden units beside dense FFNs of 3 get a third one of zeros, and the dense layer stays."""
     config = replace(NLLB, dim=4, num_heads=2, hidden_dim=3, encoder_layers=2, decoder_layers=1)
     moe = core.MoEConfig(2, core.TokenChoice(top_k=2), core.FFN(2, "relu"))
-    model = TranslationModel(config, source_vocab=VOCAB, moe=moe, encoder_moe_layers=[1], decoder_moe_layers="none")
+    model = TranslationModel(config, source_vocab=VOCAB, moe=moe, encoder_moe_blocks=[1], decoder_moe_blocks="none")
     written, tensors = to_published(model)
     assert written["encoder_ffn_dim"] == written["decoder_ffn_dim"] == 3
     w_in, w_out = (getattr(model.encoder.layers[1].ffn.experts, name)[1].mT for name in ("w_in", "w_out"))
@@ -266,7 +266,7 @@ def test_narrow_experts_are_padded_with_zeros_and_biases_of_zero():
     assert torch.equal(tensors["model.encoder.layers.0.ffn.fc1.weight"], dense.w_in.weight)
     # And the other way about: dense FFNs of 3 beside experts of 5.
     wide = core.MoEConfig(2, core.TokenChoice(top_k=2), core.FFN(5, "relu", bias=True))
-    model = TranslationModel(config, source_vocab=VOCAB, moe=wide, encoder_moe_layers=[1], decoder_moe_layers="none")
+    model = TranslationModel(config, source_vocab=VOCAB, moe=wide, encoder_moe_blocks=[1], decoder_moe_blocks="none")
     written, tensors = to_published(model)
     dense = model.decoder.layers[0].ffn
     assert written["decoder_ffn_dim"] == 5
@@ -294,16 +294,16 @@ def test_a_model_takes_the_dtype_that_is_asked_for(tmp_path):
 
 
 def test_options_build_the_model_again(tmp_path):
-    save_pretrained(switch_model(encoder_moe_layers="none"), tmp_path)
+    save_pretrained(switch_model(encoder_moe_blocks="none"), tmp_path)
     options = config_of(tmp_path).options()
-    assert options["encoder_moe_layers"] == "none"
-    assert options["decoder_moe_layers"] == [1]
+    assert options["encoder_moe_blocks"] == "none"
+    assert options["decoder_moe_blocks"] == [1]
     model = TranslationModel(
         TransformerConfig(**options["transformer"]),
         source_vocab=VOCAB,
         moe=core.MoEConfig.from_dict(options["moe"]),
-        encoder_moe_layers=options["encoder_moe_layers"],
-        decoder_moe_layers=options["decoder_moe_layers"],
+        encoder_moe_blocks=options["encoder_moe_blocks"],
+        decoder_moe_blocks=options["decoder_moe_blocks"],
     )
     load_pretrained_weights(model, tmp_path)
     assert same_weights(model, load_pretrained(tmp_path))
@@ -497,7 +497,7 @@ def test_weights_go_into_a_model_that_is_built_as_theirs(tmp_path):
     [
         (lambda: switch_model(replace(T5, size="tiny")), "encoder_layers=4 of the model is, in F, 2"),
         (lambda: switch_model(replace(T5, norm="layer")), "norm='layer' of the model is, in F, 'rms'"),
-        (lambda: switch_model(moe=None), "encoder_moe_layers=() of the model is, in F, (1,)"),
+        (lambda: switch_model(moe=None), "encoder_moe_blocks=() of the model is, in F, (1,)"),
         (lambda: switch_model(moe=replace(EXPERTS, num_experts=8)), "moe.num_experts=8 of the model is, in F, 4"),
         (
             lambda: switch_model(moe=replace(EXPERTS, expert=core.FFN(128, "gelu"))),
@@ -551,7 +551,7 @@ def test_another_vocabulary_is_refused(tmp_path):
             "vocab_size=(30, 40) cannot be said in m2m_100, which has 40",
         ),
         (
-            lambda: switch_model(replace(T5, encoder_layers=6), encoder_moe_layers=[0, 1]),
+            lambda: switch_model(replace(T5, encoder_layers=6), encoder_moe_blocks=[0, 1]),
             "moe layers [0, 1] of 6 are not every n-th layer, as published models have them",
         ),
         (

@@ -393,7 +393,7 @@ def transformer(kind: str, vocab: int = 40, **options: Any) -> TranslationModel:
     }[kind]
     torch.manual_seed(0)
     config = TransformerConfig("nano", tie="none", **options)
-    model = TranslationModel(config, source_vocab=vocab, moe=moe, decoder_moe_layers="all").double().eval()
+    model = TranslationModel(config, source_vocab=vocab, moe=moe, decoder_moe_blocks="all").double().eval()
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(1.7)

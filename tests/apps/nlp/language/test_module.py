@@ -61,7 +61,7 @@ def text_data(folder: Path, **options) -> TextData:
 def modeler(data: TextData, moe: core.MoEConfig | None = MOE, **options) -> LanguageModeler:
     torch.manual_seed(0)
     optimizer = OptimizerConfig(lr=6e-3, weight_decay=0.0, warmup=5)
-    given = {"transformer": TRANSFORMER, "moe_layers": [1], "optimizer": optimizer}
+    given = {"transformer": TRANSFORMER, "moe_blocks": [1], "optimizer": optimizer}
     return LanguageModeler(data.subwords, moe=moe, **(given | options))
 
 
@@ -153,7 +153,7 @@ def test_a_router_that_cannot_decode_trains_and_scores(data, tmp_path):
 
 
 def test_baselines_cost_what_they_say(data):
-    module = modeler(data, moe_layers="all")
+    module = modeler(data, moe_blocks="all")
     tokens = F.pad(torch.randint(4, 290, (3, 17)), (0, 5))
     found = {s.name: s for s in find_systems(module, TextBatch(tokens, torch.arange(3)))}
     assert found["dense_equal_flops"].replaced_ratio == pytest.approx(1, abs=0.05)

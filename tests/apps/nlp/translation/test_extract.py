@@ -32,7 +32,7 @@ def build(moe=None, layers=("every2", "all"), options=None):
     torch.manual_seed(0)
     config = TransformerConfig("nano", dim=16, hidden_dim=24, **(options or {}))
     model = TranslationModel(
-        config, source_vocab=20, moe=moe, encoder_moe_layers=layers[0], decoder_moe_layers=layers[1]
+        config, source_vocab=20, moe=moe, encoder_moe_blocks=layers[0], decoder_moe_blocks=layers[1]
     )
     with torch.no_grad():
         for layer in core.moe_layers(model).values():
@@ -105,7 +105,7 @@ def test_the_translator_of_one_pair_as_the_document_takes_it_out(tmp_path, monke
     data = copy_data(tmp_path, ("de", "fr"))
     torch.manual_seed(0)
     moe = core.MoEConfig(4, core.Task(num_tasks=2, top_k=2), core.FFN(hidden_dim=16, activation="relu"))
-    sparse = translator(data, moe, encoder_moe_layers="all", bleu_tokenize={"en-fr": "intl"})
+    sparse = translator(data, moe, encoder_moe_blocks="all", bleu_tokenize={"en-fr": "intl"})
     with torch.no_grad():
         for layer in core.moe_layers(sparse).values():
             layer.router.gate.weight.normal_()

@@ -228,7 +228,7 @@ def test_a_router_that_cannot_decode_is_refused_before_validation_would(data):
     lory = core.MoEConfig(4, router=core.Merge("lory", segment_length=4))
     with pytest.raises(ValueError, match=r"Merge\(kind='lory'\) .* cannot decode step by step"):
         translator(data, lory)
-    assert translator(data, lory, encoder_moe_layers="all", decoder_moe_layers="none").moe is lory
+    assert translator(data, lory, encoder_moe_blocks="all", decoder_moe_blocks="none").moe is lory
 
 
 # ---- training
@@ -260,7 +260,7 @@ def test_widths_of_equal_cost(gated, bias):
 
 
 def test_baselines_cost_what_they_say_whatever_is_padding(data):
-    module = translator(data, encoder_moe_layers="all", decoder_moe_layers="all")
+    module = translator(data, encoder_moe_blocks="all", decoder_moe_blocks="all")
     found = {s.name: s for s in find_systems(module, padded(a_batch(data), 4, 6))}
     assert list(found) == ["sparse", "dense_equal_flops", "dense_equal_params"]
     assert found["dense_equal_flops"].replaced_ratio == pytest.approx(1, abs=0.05)
@@ -291,7 +291,7 @@ def test_only_a_decoder_must_be_causal(data):
     with pytest.raises(ValueError, match="causal"):
         translator(data, ahead)
     assert translator(data).routed_layers().causal
-    assert not translator(data, ahead, encoder_moe_layers="all", decoder_moe_layers="none").routed_layers().causal
+    assert not translator(data, ahead, encoder_moe_blocks="all", decoder_moe_blocks="none").routed_layers().causal
 
 
 # ---- a step
@@ -308,7 +308,7 @@ def test_only_a_decoder_must_be_causal(data):
     ids=["dense", "sparse", "task", "switch"],
 )
 def test_a_training_step_and_a_validation(two, tmp_path, moe):
-    module = translator(two, moe, encoder_moe_layers="all")
+    module = translator(two, moe, encoder_moe_blocks="all")
     before = module.model.source_embed.weight.detach().clone()
     made = trainer(tmp_path, limit_train_batches=1, limit_val_batches=1)
     made.fit(module, two)
@@ -360,8 +360,8 @@ model:
       num_experts: 4
       router: {{class_path: core.TokenChoice, init_args: {{top_k: 2, noise: fixed}}}}
       expert: {{class_path: core.FFN, init_args: {{hidden_dim: 16}}}}
-    encoder_moe_layers: all
-    decoder_moe_layers: last1
+    encoder_moe_blocks: all
+    decoder_moe_blocks: last1
     optimizer: {{lr: 6.0e-3}}
 data:
   class_path: apps.nlp.translation.data.TranslationData

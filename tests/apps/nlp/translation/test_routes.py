@@ -45,7 +45,7 @@ def batches(two) -> list[TranslationBatch]:
 def module(two):
     """Encoder and decoder layer 0: German goes to expert 1, French to expert 3."""
     torch.manual_seed(0)
-    options = {"encoder_moe_layers": [0], "decoder_moe_layers": [0], "decode": DecodeConfig("greedy")}
+    options = {"encoder_moe_blocks": [0], "decoder_moe_blocks": [0], "decode": DecodeConfig("greedy")}
     module = translator(two, TASK, **options).eval()
     for layer in core.moe_layers(module).values():
         layer.router.gate.weight.data = torch.tensor([[0.0, 9.0, 0.0, 0.0], [0.0, 0.0, 0.0, 9.0]])
@@ -223,7 +223,7 @@ def test_a_test_leaves_pictures_and_tables_in_the_runs_folder(two, tmp_path):
 
 
 def test_a_dense_model_has_its_attention_drawn(two, tmp_path):
-    found = files_of(two, tmp_path, moe=None, decoder_moe_layers="none")
+    found = files_of(two, tmp_path, moe=None, decoder_moe_blocks="none")
     assert found == {"sentence_1_attention.png", "sentence_2_attention.png"}
 
 
