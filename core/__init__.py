@@ -1,6 +1,6 @@
 """moesaic's engine: mixture-of-experts layers on PyTorch."""
 
-from .config import CGC, PLE, MMoE, MoEConfig, MultiGateConfig, OMoE
+from .config import CGC, PLE, DenseFFN, MMoE, MoEConfig, MultiGateConfig, OMoE
 from .contract import DenseRouting, Entry, MergeRouting, Routing, RoutingContext, Rows, SlotRouting, Tape, record
 from .experts import FFN, GEGLU, MLP, ExpertConfig, Experts, MLPExperts, SwiGLU
 from .flops import count_flops
@@ -43,6 +43,7 @@ __all__ = [
     "CGC",
     "Capacity",
     "Dense",
+    "DenseFFN",
     "DenseRouting",
     "DenseToSparse",
     "DSelectK",

@@ -22,7 +22,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from apps.base.quiet import quiet
 from apps.compare.experiment import Experiment
 from apps.compare.files import read_json, write_json
-from apps.equal_cost.twins import Search
+from apps.equal_cost.search import Search
 from apps.train.averaging import AVERAGE, FOLDER
 from apps.train.checkpoints import AtomicCheckpointIO, BestAndLast
 from apps.train.finite import NonFiniteError

@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 from lightning.pytorch import LightningDataModule
 
 import core
+from apps.nets.place import Place
 
 
 @dataclass(frozen=True)
@@ -76,17 +77,15 @@ class RoutedLayers:
     Attributes:
         config: of the layers.
         dim: width D of the tokens that reach them.
+        place: what routers are given there, and what they must not do.
         flops_arguments: further arguments of ``config.flops_per_token`` at these layers, such as the length of a
             sequence.
-        context_fields: fields of ``core.RoutingContext`` that the model gives them, beside ``valid_BS``.
-        causal: a later token must not change an earlier one.
     """
 
     config: core.MoEConfig | core.MultiGateConfig
     dim: int
+    place: Place
     flops_arguments: Mapping[str, int] = field(default_factory=dict)
-    context_fields: tuple[str, ...] = ()
-    causal: bool = False
 
     def flops_per_token(self) -> float:
         return self.config.flops_per_token(self.dim, **self.flops_arguments)

@@ -154,6 +154,7 @@ def variants(module: Comparable, names: Iterable[str]) -> Mapping[str, Baseline]
         ValueError: two overlays share a name, or the module has no layer whose router could be another.
     """
     from apps.equal_cost.comparable import Baseline
+    from apps.nets.place import misfit
 
     found: dict[str, Baseline] = {}
     names, layers = list(names), module.routed_layers()
@@ -172,12 +173,9 @@ def variants(module: Comparable, names: Iterable[str]) -> Mapping[str, Baseline]
             found[system] = Baseline(None, str(error))
             continue
         router: Any = config.router  # type: ignore[union-attr]
-        lacking = [field for field in router.needs() if field not in layers.context_fields]
-        if lacking:
-            problem = f"needs context.{lacking[0]}, which {type(module).__name__} does not give"
+        problem = misfit(layers.place, router, config.balance)
+        if problem is not None:
             found[system] = Baseline(None, problem)
-        elif layers.causal and not router.is_causal():
-            found[system] = Baseline(None, f"{router.source()} lets later tokens change earlier ones")
         else:
             found[system] = Baseline(variant, f"{type(router).__name__}, {_width(config.expert)}")
     return found

@@ -16,49 +16,47 @@ class SolvedWidth(NamedTuple):
     problem: str = ""
 
 
-def ffn_widths(
-    prefix: str,
-    dim: int,
-    flops: float,
-    params: float,
-    tolerance: float,
-    each: str = "",
-    *,
-    gated: bool = False,
-    bias: bool = True,
+TOLERANCE = 0.05
+"""Relative difference of two costs beyond which they do not count as equal."""
+
+
+def equal_widths(
+    prefix: str, dense: core.DenseFFN, dim: int, flops: float, params: float, each: str = ""
 ) -> dict[str, SolvedWidth]:
-    """Hidden dims F of FFNs, which take ``2 M D F`` FLOPs a token and have ``M D F`` parameters in M = 2 matrices, 3
-    where gated, and ``(M - 1) F + D`` in biases.
+    """Return the hidden dims with which ``dense`` costs so much.
 
     Args:
         prefix: of the names.
+        dense: its kind; the hidden dim is not asked.
         dim: D.
-        flops, params: to come to.
-        tolerance: relative difference beyond which a width does not count as equal.
+        flops, params: to come to, of a token.
         each: what they are of, for the message, as " a block".
-        gated: the FFN is ``(act(x w_gate) * (x w_in)) w_out``.
-        bias: it has biases.
 
     Returns:
         "<prefix>_equal_flops" and "<prefix>_equal_params".
     """
-    matrices = 3 if gated else 2
-    wide, fixed = (matrices - 1, dim) if bias else (0, 0)  # biases of each hidden unit, and of the output
-    solved = {}
-    for what, target, cost, width in (
-        ("flops", flops, lambda f: 2 * matrices * dim * f, flops / (2 * matrices * dim)),
-        (
-            "params",
-            params,
-            lambda f: (matrices * dim + wide) * f + fixed,
-            (params - fixed) / (matrices * dim + wide),
-        ),
-    ):
-        hidden = max(1, round(width))
-        off = abs(cost(hidden) - target) / target
-        problem = f"no whole FFN hidden dim comes within {tolerance:.0%} of {target:.0f} {what}{each}"
-        solved[f"{prefix}_equal_{what}"] = SolvedWidth(hidden, problem if off > tolerance else "")
-    return solved
+
+    def at(width: int) -> core.DenseFFN:
+        return dataclasses.replace(dense, hidden_dim=width)
+
+    return {
+        f"{prefix}_equal_flops": solve_width(lambda width: at(width).flops_per_token(dim), flops, f"flops{each}"),
+        f"{prefix}_equal_params": solve_width(lambda width: at(width).num_params(dim), params, f"params{each}"),
+    }
+
+
+def solve_width(cost: Callable[[int], float], target: float, what: str) -> SolvedWidth:
+    """Return the width whose cost comes nearest to ``target``; too far from it is a problem.
+
+    Args:
+        cost: of a width, with which it grows.
+        target: to come to.
+        what: it is, for the message, such as "flops".
+    """
+    width = nearest_width(cost, target)
+    if abs(cost(width) - target) <= TOLERANCE * target:
+        return SolvedWidth(width)
+    return SolvedWidth(width, f"no whole width comes within {TOLERANCE:.0%} of {target:,.0f} {what}")
 
 
 def same_width(a: int, b: int) -> bool:

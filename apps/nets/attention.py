@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from apps.nets.config import TransformerConfig
 from apps.nets.decode_cache import Cache
-from apps.nets.dropout import dropout as drop
+from apps.nets.packing import Packing
 from apps.nets.positions import rotate
 from core.kernels import cpu
 
@@ -89,11 +89,16 @@ def attention_weights(q: Tensor, k: Tensor, mask: Mask, scale: float) -> Tensor:
     return scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(scores.dtype)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dropout: float = 0.0) -> Tensor:
-    """``softmax(scale q k^T + bias) v`` of (B, H, L, d) queries, (B, H, S, d) keys and values."""
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dropout: float = 0.0, *, fused: bool = True
+) -> Tensor:
+    """Return ``softmax(scale q k^T + bias) v`` of (B, H, L, d) queries, (B, H, S, d) keys and values.
+
+    With ``fused=False`` a CPU takes explicit products.
+    """
     B, H, L, d = q.shape
     with torch.autocast(q.device.type, enabled=False):
-        if _is_fused(q, k, mask, dropout):
+        if q.is_cuda or (fused and _is_fused(q, k, mask, dropout)):
             bias = mask.bias
             if bias is not None:
                 bias = bias.unsqueeze(0) if len(bias) == 1 else bias.unflatten(0, (B, H))
@@ -102,9 +107,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dropout: f
                 q, k, v, attn_mask=bias, dropout_p=dropout, is_causal=mask.causal, scale=scale
             )
         q, k, v = (x.reshape(B * H, x.shape[2], d) for x in (q, k, v))
-        weights = attention_weights(q, k, mask, scale)
-        if dropout:
-            weights = drop(weights, dropout)
+        weights = F.dropout(attention_weights(q, k, mask, scale), dropout)
         return torch.bmm(weights, v).view(B, H, L, d)
 
 
@@ -114,15 +117,13 @@ _FEW_SCORES = 2**17
 
 
 def _is_fused(q: Tensor, k: Tensor, mask: Mask, dropout: float) -> bool:
-    """Whether torch's fused attention is the faster one.
+    """Whether torch's fused attention is the faster one on a CPU.
 
-    On a CPU in bfloat16 it is not: forward and backward at B=64, H=4, d=32 and 16, 24, 40 positions took 10.4, 12.4,
+    In bfloat16 it is not: forward and backward at B=64, H=4, d=32 and 16, 24, 40 positions took 10.4, 12.4,
     24.2 ms of one core, and explicit products 1.0, 1.6, 3.3 ms. In float32 it was 3.1, 5.4, 12.2 ms against 3.0, 6.8,
     9.7 ms, and it keeps no weights, which long texts feel. Without gradients it is slower up to ``_FEW_SCORES``. Where
     it would fall back on explicit products of its own, so do we.
     """
-    if q.is_cuda:
-        return True
     learned = mask.bias is not None and mask.bias.requires_grad
     # A compiled graph must not depend on how many there are.
     if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -135,13 +136,14 @@ def _is_fused(q: Tensor, k: Tensor, mask: Mask, dropout: float) -> bool:
 class _Attention(nn.Module):
     """What self- and cross-attention share: sizes and the way to heads and back."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, *, project: bool = True, fused: bool = True) -> None:
         super().__init__()
-        shape = config.shape
+        shape, self.fused = config.shape, fused
         self.num_heads, self.num_kv_heads, self.head_dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
         self.group, self.scale, self.dropout = shape.group, config.score_scale, config.attn_dropout
         self.qkv_bias = config.bias if config.qkv_bias is None else config.qkv_bias
-        self.out = cpu.Linear(shape.num_heads * shape.head_dim, shape.dim, bias=config.bias)
+        out = cpu.Linear(shape.num_heads * shape.head_dim, shape.dim, bias=config.bias) if project else nn.Identity()
+        self.out: nn.Module = out
 
     def reset_heads(self) -> None:
         """Xavier-uniform for each of queries, keys and values, at ``1 / sqrt(2)`` of the usual scale."""
@@ -158,8 +160,9 @@ class _Attention(nn.Module):
         return x_BHSd if self.group == 1 else x_BHSd.repeat_interleave(self.group, 1)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
-        y_BHLd = attend(q, k, v, mask, self.scale, self.dropout if self.training else 0.0)
-        return self.out(y_BHLd.transpose(1, 2).flatten(2))
+        """Return the values that the queries attend to, (B, L, H * d)."""
+        dropout = self.dropout if self.training else 0.0
+        return attend(q, k, v, mask, self.scale, dropout, fused=self.fused).transpose(1, 2).flatten(2)
 
     def _step(self, q_RC: Tensor, keys: Tensor, values: Tensor, copies: int, bias: Tensor | None) -> Tensor:
         """One query of each row on the keys of its group of rows.
@@ -182,10 +185,16 @@ class _Attention(nn.Module):
 
 
 class SelfAttention(_Attention):
-    """Multi-head attention of a sequence to itself; ``num_kv_heads`` may be fewer than the queries'."""
+    """Multi-head attention of a sequence to itself; ``num_kv_heads`` may be fewer than the queries'.
 
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__(config)
+    Args:
+        config: the transformer.
+        project: an output projection follows; False: the output is what the heads attend to.
+        fused: a CPU may take torch's fused attention; see ``attend``.
+    """
+
+    def __init__(self, config: TransformerConfig, *, project: bool = True, fused: bool = True) -> None:
+        super().__init__(config, project=project, fused=fused)
         width = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
         self.qkv = cpu.Linear(config.shape.dim, width, bias=self.qkv_bias)
 
@@ -193,10 +202,13 @@ class SelfAttention(_Attention):
         H, Hkv, d = self.num_heads, self.num_kv_heads, self.head_dim
         return list(self.qkv.weight.split((H * d, Hkv * d, Hkv * d)))
 
-    def _heads(self, x: Tensor, rotations: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _heads(
+        self, x: Tensor, rotations: Tensor | None, packing: Packing | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """(B, L, D) to queries, keys and values, (B, L, heads, d)."""
         H, Hkv = self.num_heads, self.num_kv_heads
-        heads = self.qkv(x).unflatten(-1, (H + 2 * Hkv, self.head_dim))
+        qkv = self.qkv(x) if packing is None else packing.pad(self.qkv(x))
+        heads = qkv.unflatten(-1, (H + 2 * Hkv, self.head_dim))
         if rotations is None:
             q, k, v = heads.split((H, Hkv, Hkv), dim=-2)
             return q, k, v
@@ -204,10 +216,18 @@ class SelfAttention(_Attention):
         q, k = rotate(qk, rotations.to(qk.dtype)).split((H, Hkv), dim=-2)
         return q, k, v
 
-    def forward(self, x_BLD: Tensor, mask: Mask, rotations: Tensor | None = None) -> Tensor:
-        """(B, L, D) to (B, L, D). ``rotations`` are those of ``positions.rotations``."""
-        q, k, v = self._heads(x_BLD, rotations)
-        return self._attend(q.transpose(1, 2), self._for_queries(k), self._for_queries(v), mask)
+    def forward(self, x: Tensor, mask: Mask, rotations: Tensor | None = None, packing: Packing | None = None) -> Tensor:
+        """(B, L, D) to (B, L, D), or with ``packing`` (T, D) to (T, D).
+
+        Args:
+            x: the tokens.
+            mask: of the (B, L) layout.
+            rotations: those of ``positions.rotations``.
+            packing: where the T tokens lie.
+        """
+        q, k, v = self._heads(x, rotations, packing)
+        y_BLC = self._attend(q.transpose(1, 2), self._for_queries(k), self._for_queries(v), mask)
+        return self.out(y_BLC if packing is None else packing.pack(y_BLC))
 
     def step(
         self, x_RD: Tensor, cache: Cache, layer: int, bias: Tensor | None, rotations: Tensor | None = None
@@ -249,7 +269,7 @@ class CrossAttention(_Attention):
     def forward(self, x_BLD: Tensor, memory_BSD: Tensor, mask: Mask) -> Tensor:
         """(B, L, D) and (B, S, D) to (B, L, D)."""
         q, k, v_BSHd = self._heads(x_BLD, memory_BSD)
-        return self._attend(q, k, self._for_queries(v_BSHd), mask)
+        return self.out(self._attend(q, k, self._for_queries(v_BSHd), mask))
 
     def weights(self, x_BLD: Tensor, memory_BSD: Tensor, mask: Mask) -> Tensor:
         """(B, H, L, S), how each head spreads each query over the memory."""

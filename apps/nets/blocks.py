@@ -1,8 +1,47 @@
-"""Which blocks of a network have MoE layers, where a configuration names them by word or by number."""
+"""The FFN of each block of a network: which blocks are sparse, what each FFN is, and how it is called."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+import core
+from apps.nets.packing import Packing
+
+FFNConfig = core.MoEConfig | core.DenseFFN
+"""What the FFN of a block may be: both have ``build(dim, causal=...)`` and the same costs."""
+
+
+def one_ffn(moe: core.MoEConfig | None, dense_ffn: core.DenseFFN | None) -> FFNConfig | None:
+    """Return what the FFN of a module's ``moe_blocks`` is; None: that of the other blocks.
+
+    Raises:
+        ValueError: both are given.
+    """
+    if moe is not None and dense_ffn is not None:
+        raise ValueError(f"dense_ffn={dense_ffn} is for a dense model: with moe, set moe.expert")
+    return moe or dense_ffn
+
+
+def ffn_configs(dense: core.DenseFFN, depth: int, ffn: FFNConfig | None, moe_blocks: Sequence[int]) -> list[FFNConfig]:
+    """Return what the FFN of each of ``depth`` blocks is: ``ffn`` in ``moe_blocks``, ``dense`` in the others."""
+    return [dense if ffn is None or i not in moe_blocks else ffn for i in range(depth)]
+
+
+def feed(ffn: nn.Module, x: Tensor, context: core.RoutingContext, packing: Packing | None = None) -> Tensor:
+    """Return the output of a block's FFN; an MoE layer reads the routing context besides.
+
+    Args:
+        ffn: an MoE layer or a dense FFN.
+        x: (B, L, D), or (T, D) with ``packing``.
+        context: of the (B, L) layout.
+        packing: where the T tokens lie. An MoE layer gets them padded, as its router knows them by sequence; it does
+            not compute padding.
+    """
+    if not isinstance(ffn, core.MoELayer):
+        return ffn(x)
+    return ffn(x, context) if packing is None else packing.pack(ffn(packing.pad(x), context))
 
 
 def resolve_blocks(

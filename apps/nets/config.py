@@ -200,6 +200,11 @@ class TransformerConfig:
         )
 
     @property
+    def dense_ffn(self) -> core.DenseFFN:
+        """The FFN of a dense block."""
+        return core.DenseFFN(self.shape.hidden_dim, self.activation, self.gated, self.bias, self.ffn_dropout)
+
+    @property
     def score_scale(self) -> float:
         """Factor of the attention scores, the default filled in."""
         return self.shape.head_dim**-0.5 if self.attention_scale is None else self.attention_scale

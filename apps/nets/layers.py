@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import core
 from apps.nets.attention import CrossAttention, Mask, SelfAttention, padding_mask, product_dtype, self_mask
+from apps.nets.blocks import feed
 from apps.nets.config import TransformerConfig
 from apps.nets.decode_cache import Cache, has_numbers
-from apps.nets.dropout import Dropout
+from apps.nets.packing import Packing
 from apps.nets.positions import RelativeBias, added_positions, rotations
-from core.kernels import cpu
-
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
-    "silu": F.silu,
-}
 
 
 def build_norm(config: TransformerConfig) -> nn.Module:
@@ -69,81 +61,83 @@ class RMSNorm(nn.RMSNorm):
         return {**self.__dict__, "_scaled": None}
 
 
-class FeedForward(nn.Module):
-    """``act(x w_in) w_out``, or ``(act(x w_gate) * (x w_in)) w_out`` where gated."""
+@dataclass(frozen=True)
+class Pass:
+    """What all layers of a stack read in one pass, beside their input.
 
-    def __init__(self, config: TransformerConfig, hidden_dim: int) -> None:
-        super().__init__()
-        dim = config.shape.dim
-        self.activation = config.activation
-        self.w_in = cpu.Linear(dim, hidden_dim, bias=config.bias)
-        self.w_gate = cpu.Linear(dim, hidden_dim, bias=config.bias) if config.gated else None
-        self.w_out = cpu.Linear(hidden_dim, dim, bias=config.bias)
-        self.dropout = Dropout(config.ffn_dropout)
+    Attributes:
+        mask: of the self-attention.
+        context: what the MoE layers may know of the tokens, in the (B, L) layout.
+        rotations: of queries and keys, where positions are rotary.
+        packing: where the tokens lie in the (B, L) layout, if the input is (T, D) and has no padding.
+        memory_BSD: what the cross-attention reads, where there is one.
+        memory_mask: of the cross-attention.
+    """
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., D) to (..., D)."""
-        act = _ACTIVATIONS[self.activation]
-        h = act(self.w_in(x)) if self.w_gate is None else act(self.w_gate(x)) * self.w_in(x)
-        return self.w_out(self.dropout(h))
+    mask: Mask
+    context: core.RoutingContext
+    rotations: Tensor | None = None
+    packing: Packing | None = None
+    memory_BSD: Tensor | None = None
+    memory_mask: Mask | None = None
 
 
 class Layer(nn.Module):
-    """Self-attention, cross-attention where there is a memory, and an FFN or MoE layer."""
+    """A mixing of the positions, cross-attention where there is a memory, and an FFN or MoE layer.
 
-    def __init__(self, config: TransformerConfig, ffn: nn.Module, cross: bool) -> None:
+    Args:
+        config: the transformer.
+        ffn: FFN or MoE layer.
+        cross: there is a memory.
+        mixing: stands in place of self-attention, under its interface; None: self-attention.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, ffn: nn.Module, *, cross: bool = False, mixing: nn.Module | None = None
+    ) -> None:
         super().__init__()
-        self.self_norm, self.self_attn = build_norm(config), SelfAttention(config)
+        self.mixing_norm = build_norm(config)
+        self.mixing: Any = SelfAttention(config) if mixing is None else mixing
         self.cross_norm = build_norm(config) if cross else None
         self.cross_attn = CrossAttention(config) if cross else None
         self.ffn_norm, self.ffn = build_norm(config), ffn
-        self.dropout = Dropout(config.dropout)
+        self.dropout = nn.Dropout(config.dropout)
 
-    def forward(
-        self,
-        x_BLD: Tensor,
-        mask: Mask,
-        rotations: Tensor | None,
-        context: core.RoutingContext,
-        memory_BSD: Tensor | None = None,
-        memory_mask: Mask | None = None,
-    ) -> Tensor:
-        """(B, L, D) to (B, L, D)."""
-        x_BLD = self.attend(x_BLD, mask, rotations)
-        if memory_BSD is not None:
-            assert memory_mask is not None
-            x_BLD = self.look(x_BLD, memory_BSD, memory_mask)
-        return self.feed(x_BLD, context)
+    def forward(self, x: Tensor, given: Pass) -> Tensor:
+        """(B, L, D) to (B, L, D), or (T, D) to (T, D) where the pass has a packing."""
+        x = self.mix(x, given)
+        if given.memory_BSD is not None:
+            x = self.look(x, given)
+        return self.feed(x, given)
 
-    def attend(self, x_BLD: Tensor, mask: Mask, rotations: Tensor | None) -> Tensor:
-        """The self-attention and what it is added to."""
-        return self.dropout.add(x_BLD, self.self_attn(self.self_norm(x_BLD), mask, rotations))
+    def mix(self, x: Tensor, given: Pass) -> Tensor:
+        """Return x with the mixing of the positions added."""
+        return x + self.dropout(self.mixing(self.mixing_norm(x), given.mask, given.rotations, given.packing))
 
-    def look(self, x_BLD: Tensor, memory_BSD: Tensor, memory_mask: Mask) -> Tensor:
-        """The cross-attention and what it is added to."""
+    def look(self, x_BLD: Tensor, given: Pass) -> Tensor:
+        """Return x with the cross-attention added."""
         norm, attention = self._cross()
-        return self.dropout.add(x_BLD, attention(norm(x_BLD), memory_BSD, memory_mask))
+        return x_BLD + self.dropout(attention(norm(x_BLD), given.memory_BSD, given.memory_mask))
 
-    def cross_weights(self, x_BLD: Tensor, memory_BSD: Tensor, memory_mask: Mask) -> Tensor:
-        """(B, H, L, S) of the cross-attention, given what ``look`` is given."""
+    def feed(self, x: Tensor, given: Pass) -> Tensor:
+        """Return x with the FFN or MoE layer added."""
+        return x + self.dropout(feed(self.ffn, self.ffn_norm(x), given.context, given.packing))
+
+    def cross_weights(self, x_BLD: Tensor, given: Pass) -> Tensor:
+        """Return (B, H, L, S), how ``look`` spreads each query over the memory."""
+        assert given.memory_BSD is not None
+        assert given.memory_mask is not None
         norm, attention = self._cross()
-        return attention.weights(norm(x_BLD), memory_BSD, memory_mask)
+        return attention.weights(norm(x_BLD), given.memory_BSD, given.memory_mask)
 
     def keys_and_values(self, memory_BSD: Tensor) -> Tensor:
-        """(2, B, Hkv, S, d), what the cross-attention reads in ``step``."""
+        """Return (2, B, Hkv, S, d), what the cross-attention reads in ``step``."""
         return self._cross()[1].keys_and_values(memory_BSD)
-
-    def feed(self, x_BLD: Tensor, context: core.RoutingContext) -> Tensor:
-        """The FFN or MoE layer and what it is added to."""
-        return self.dropout.add(x_BLD, self._feed(self.ffn_norm(x_BLD), context))
 
     def _cross(self) -> tuple[nn.Module, CrossAttention]:
         assert self.cross_norm is not None
         assert self.cross_attn is not None
         return self.cross_norm, self.cross_attn
-
-    def _feed(self, h_BLD: Tensor, context: core.RoutingContext) -> Tensor:
-        return self.ffn(h_BLD, context) if isinstance(self.ffn, core.MoELayer) else self.ffn(h_BLD)
 
     def step(
         self,
@@ -155,11 +149,11 @@ class Layer(nn.Module):
         context: core.RoutingContext,
     ) -> Tensor:
         """One position, (R, D) to (R, D), without dropout. ``index`` is the layer's place in the cache."""
-        x_RD = x_RD + self.self_attn.step(self.self_norm(x_RD), cache, index, bias, rotations)
+        x_RD = x_RD + self.mixing.step(self.mixing_norm(x_RD), cache, index, bias, rotations)
         if cache.memory is not None:
             norm, attention = self._cross()
             x_RD = x_RD + attention.step(norm(x_RD), cache.memory[index], cache.copies, cache.memory_bias)
-        return x_RD + self._feed(self.ffn_norm(x_RD).unsqueeze(1), context).squeeze(1)
+        return x_RD + feed(self.ffn, self.ffn_norm(x_RD).unsqueeze(1), context).squeeze(1)
 
 
 class Stack(nn.Module):
@@ -179,8 +173,8 @@ class Stack(nn.Module):
         self.embed_scale = config.shape.dim**0.5 if config.scale_embeddings else 1.0
         self.positions = added_positions(config)
         self.relative = RelativeBias(config, causal) if config.positions == "relative" else None
-        self.embed_dropout = Dropout(config.dropout if config.embed_dropout is None else config.embed_dropout)
-        self.layers: Sequence[Layer] = nn.ModuleList([Layer(config, ffn, cross) for ffn in ffns])  # type: ignore[assignment]
+        self.embed_dropout = nn.Dropout(config.dropout if config.embed_dropout is None else config.embed_dropout)
+        self.layers: Sequence[Layer] = nn.ModuleList([Layer(config, ffn, cross=cross) for ffn in ffns])  # type: ignore[assignment]
         self.norm = build_norm(config)
 
     def forward(
@@ -191,34 +185,34 @@ class Stack(nn.Module):
         memory_valid_BS: Tensor | None = None,
     ) -> Tensor:
         """(B, L, D) embeddings to the (B, L, D) normed output. ``context.valid_BS`` marks the real tokens."""
-        x_BLD, mask, turns = self._prepare(x_BLD, context)
-        memory_mask = None if memory_BSD is None else self._memory_mask(memory_valid_BS, x_BLD)
+        x_BLD, given = self._prepare(x_BLD, context, memory_BSD, memory_valid_BS)
         for layer in self.layers:
-            x_BLD = layer(x_BLD, mask, turns, context, memory_BSD, memory_mask)
+            x_BLD = layer(x_BLD, given)
         return self.norm(x_BLD)
 
     def cross_attention(
         self, x_BLD: Tensor, context: core.RoutingContext, memory_BSD: Tensor, memory_valid_BS: Tensor
     ) -> Tensor:
         """(layers, B, H, L, S), the weights that each layer's cross-attention gives to the memory."""
-        x_BLD, mask, turns = self._prepare(x_BLD, context)
-        memory_mask = self._memory_mask(memory_valid_BS, x_BLD)
+        x_BLD, given = self._prepare(x_BLD, context, memory_BSD, memory_valid_BS)
         weights = []
         for layer in self.layers:
-            x_BLD = layer.attend(x_BLD, mask, turns)
-            weights.append(layer.cross_weights(x_BLD, memory_BSD, memory_mask))
-            x_BLD = layer.feed(layer.look(x_BLD, memory_BSD, memory_mask), context)
+            x_BLD = layer.mix(x_BLD, given)
+            weights.append(layer.cross_weights(x_BLD, given))
+            x_BLD = layer.feed(layer.look(x_BLD, given), given)
         return torch.stack(weights)
 
     def memory_keys(self, memory_BSD: Tensor) -> Tensor:
         """(layers, 2, B, Hkv, S, d), keys and values that the layers' cross-attention reads from step to step."""
         return torch.stack([layer.keys_and_values(memory_BSD) for layer in self.layers])
 
-    def _memory_mask(self, valid_BS: Tensor | None, like: Tensor) -> Mask:
-        assert valid_BS is not None
-        return padding_mask(valid_BS, self.num_heads, like)
-
-    def _prepare(self, x_BLD: Tensor, context: core.RoutingContext) -> tuple[Tensor, Mask, Tensor | None]:
+    def _prepare(
+        self,
+        x_BLD: Tensor,
+        context: core.RoutingContext,
+        memory_BSD: Tensor | None,
+        memory_valid_BS: Tensor | None,
+    ) -> tuple[Tensor, Pass]:
         L = x_BLD.shape[1]
         x_BLD = self.embed_dropout(self._placed(x_BLD, 0, L))
         # Padding comes after the real tokens, so a causal mask hides it from them already.
@@ -229,7 +223,9 @@ class Stack(nn.Module):
             causal=self.causal,
             relative_HLL=None if self.relative is None else self.relative(L),
         )
-        return x_BLD, mask, self._rotations(0, L, x_BLD)
+        memory_mask = None if memory_valid_BS is None else padding_mask(memory_valid_BS, self.num_heads, x_BLD)
+        rotations = self._rotations(0, L, x_BLD)
+        return x_BLD, Pass(mask, context, rotations, memory_BSD=memory_BSD, memory_mask=memory_mask)
 
     def _placed(self, x: Tensor, start: int, length: int) -> Tensor:
         """Embeddings (..., L, D), scaled and with positions added."""

@@ -1,8 +1,8 @@
 """Sparse translation and language models on one kind of transformer.
 
 An encoder-decoder (Vaswani et al., arXiv 1706.03762) with the norm before each part, in which the FFN of chosen layers
-is a mixture of experts (GShard, arXiv 2006.16668), and the decoder alone as a causal language model. Dense is the same
-class with ``moe=None``, so a comparison changes the FFN of the chosen layers and nothing else.
+is a mixture of experts (GShard, arXiv 2006.16668), and the decoder alone as a causal language model. A comparison gives
+the chosen blocks another FFN, and changes nothing else.
 """
 
 from __future__ import annotations
@@ -15,18 +15,17 @@ from torch import Tensor, nn
 import core
 from apps.data.subwords import BOS_ID, EOS_ID, PAD_ID
 from apps.nets.attention import CrossAttention, SelfAttention, key_bias, product_dtype
-from apps.nets.blocks import resolve_blocks
+from apps.nets.blocks import FFNConfig, ffn_configs, resolve_blocks
 from apps.nets.config import TransformerConfig
 from apps.nets.decode_cache import Cache, Memory
-from apps.nets.layers import FeedForward, Stack
+from apps.nets.layers import Stack
+from apps.nets.place import Place, check_fits
 from apps.nets.positions import Learned, RelativeBias
 from core.kernels import cpu
 
 __all__ = ["Cache", "LanguageModel", "Memory", "TranslationModel"]
 
-Layers = str | Sequence[int]
-_OF_STEPS = ("the order of the tokens does not matter", "the order of the sequences does not matter")
-"""Properties of ``core.testing`` without which a row of one token is routed otherwise than within its sequence."""
+Blocks = str | Sequence[int]
 
 
 class _Decoding(nn.Module):
@@ -69,18 +68,8 @@ class _Decoding(nn.Module):
         Raises:
             ValueError: it goes by more than the token itself and its sentence's task and domain.
         """
-        if self.moe is None or not core.moe_layers(self.decoder):
-            return
-        router = self.moe.router
-        given_up = router.exceptions()
-        reasons = [given_up[name] for name in _OF_STEPS if name in given_up]
-        if router.depends_on() != "token":
-            reasons.append("other tokens decide too")
-        if reasons:
-            raise ValueError(
-                f"router {router.source()} trains and scores, but cannot decode step by step: {reasons[0]}; take "
-                "another router for the decoder"
-            )
+        if self.moe is not None and core.moe_layers(self.decoder):
+            check_fits(Place(type(self).__name__, decodes_stepwise=True), self.moe.router)
 
     def _new_cache(
         self,
@@ -127,9 +116,8 @@ class _Decoding(nn.Module):
         Queries, keys and values start as one matrix of all three would, at ``1 / sqrt(2)`` of their own scale, which
         deep stacks train better with (fairseq).
         """
-        sparse = core.moe_layers(self)
         # What an MoE layer has beside its experts starts as its router says.
-        inside = {id(module) for layer in sparse.values() for module in layer.modules()}
+        inside = {id(module) for layer in core.moe_layers(self).values() for module in layer.modules()}
         for module in self.modules():
             if id(module) in inside:
                 continue
@@ -146,14 +134,9 @@ class _Decoding(nn.Module):
         for module in self.modules():
             if isinstance(module, (SelfAttention, CrossAttention)):
                 module.reset_heads()
-        for layer in sparse.values():
-            for experts in (layer.experts, getattr(layer, "shared_experts", None)):
-                for name, weight in () if experts is None else experts.named_parameters():
-                    if name in ("w_in", "w_gate", "w_out"):
-                        for expert in weight.unbind(0):
-                            nn.init.xavier_uniform_(expert)
-                    elif name in ("b_in", "b_out"):
-                        nn.init.zeros_(weight)
+        for module in self.modules():
+            if isinstance(module, core.Experts):
+                module.init_each(nn.init.xavier_uniform_)
         if self.output is not None:
             nn.init.normal_(self.output.weight, std=self.config.shape.dim**-0.5)
 
@@ -165,18 +148,17 @@ class TranslationModel(_Decoding):
         config: the transformer.
         source_vocab: V of the source, or of both.
         target_vocab: V of the target; None: one joint vocabulary.
-        moe: the MoE layer in place of the FFN of the chosen layers; None: a dense model.
-        encoder_moe_blocks, decoder_moe_blocks: which layers: "everyN", "lastN", "all", "none" or indices, as
-            ``apps.nets.blocks.resolve_blocks`` has them; "every2" is layers 1, 3, 5, ... In a dense model: which layers
-            ``replaced_hidden_dim`` is for; without it they are not asked.
-        replaced_hidden_dim: FFN hidden dim of those layers in a dense model; None: that of the others.
+        ffn: what the chosen blocks have: an MoE layer, or another dense FFN; None: that of the other blocks.
+        encoder_moe_blocks, decoder_moe_blocks: which blocks: "everyN", "lastN", "all", "none" or indices, as
+            ``apps.nets.blocks.resolve_blocks`` has them; "every2" is blocks 1, 3, 5, ... Without ``ffn`` they are not
+            asked.
 
     Raises:
         ValueError: a value out of its range, or a combination that cannot be built.
 
     Example::
 
-        model = TranslationModel(TransformerConfig("tiny"), source_vocab=8000, moe=core.MoEConfig(num_experts=8))
+        model = TranslationModel(TransformerConfig("tiny"), source_vocab=8000, ffn=core.MoEConfig(num_experts=8))
         logits = model(source_BS, target_BL[:, :-1])         # (B, L - 1, 8000)
     """
 
@@ -186,53 +168,36 @@ class TranslationModel(_Decoding):
         *,
         source_vocab: int,
         target_vocab: int | None = None,
-        moe: core.MoEConfig | None = None,
-        encoder_moe_blocks: Layers = "every2",
-        decoder_moe_blocks: Layers = "every2",
-        replaced_hidden_dim: int | None = None,
+        ffn: FFNConfig | None = None,
+        encoder_moe_blocks: Blocks = "every2",
+        decoder_moe_blocks: Blocks = "every2",
     ) -> None:
         super().__init__()
-        _check(moe, replaced_hidden_dim, source_vocab=source_vocab, target_vocab=target_vocab)
+        _check(source_vocab=source_vocab, target_vocab=target_vocab)
         if target_vocab is not None and config.tie in ("all", "inputs"):
             raise ValueError(
                 f"tie={config.tie!r} (model.transformer.tie) needs a joint vocabulary: with two, which "
                 "data.tokenizer.joint=false makes, tie is 'decoder' or 'none'"
             )
-        self.config, self.moe = config, moe
+        self.config, self.moe = config, ffn if isinstance(ffn, core.MoEConfig) else None
         shape = config.shape
         self.source_vocab = source_vocab
         self.target_vocab = source_vocab if target_vocab is None else target_vocab
-        plain = moe is None and replaced_hidden_dim is None
         self.encoder_moe_blocks, self.decoder_moe_blocks = (
-            () if plain else resolve_blocks(layers, depth, option=f"{stack}_moe_blocks", optional=True)
-            for stack, layers, depth in (
+            () if ffn is None else resolve_blocks(blocks, depth, option=f"{stack}_moe_blocks", optional=True)
+            for stack, blocks, depth in (
                 ("encoder", encoder_moe_blocks, shape.encoder_layers),
                 ("decoder", decoder_moe_blocks, shape.decoder_layers),
             )
         )
-        if moe is not None and not self.encoder_moe_blocks and not self.decoder_moe_blocks:
-            raise ValueError("encoder_moe_blocks and decoder_moe_blocks name no layer: leave moe out for a dense model")
-        if moe is not None and self.decoder_moe_blocks and not moe.router.is_causal():
-            raise ValueError(
-                f"router {moe.router.source()} lets later tokens change earlier ones: not for a causal decoder, set "
-                "decoder_moe_blocks='none' or another router"
-            )
+        if ffn is not None and not self.encoder_moe_blocks and not self.decoder_moe_blocks:
+            raise ValueError("encoder_moe_blocks and decoder_moe_blocks name no block: leave moe out for a dense model")
         self.source_embed = nn.Embedding(source_vocab, shape.dim, padding_idx=PAD_ID)
         self.target_embed = (
             None if config.tie in ("all", "inputs") else nn.Embedding(self.target_vocab, shape.dim, padding_idx=PAD_ID)
         )
-        self.encoder = Stack(
-            config,
-            _ffns(config, shape.encoder_layers, self.encoder_moe_blocks, moe, replaced_hidden_dim, causal=False),
-            causal=False,
-            cross=False,
-        )
-        self.decoder = Stack(
-            config,
-            _ffns(config, shape.decoder_layers, self.decoder_moe_blocks, moe, replaced_hidden_dim, causal=True),
-            causal=True,
-            cross=True,
-        )
+        self.encoder = _stack(config, shape.encoder_layers, ffn, self.encoder_moe_blocks, causal=False, cross=False)
+        self.decoder = _stack(config, shape.decoder_layers, ffn, self.decoder_moe_blocks, causal=True, cross=True)
         own_output = config.tie in ("inputs", "none")
         self.output = cpu.Linear(shape.dim, self.target_vocab, bias=False) if own_output else None
         self.reset_parameters()
@@ -316,10 +281,9 @@ class LanguageModel(_Decoding):
     Args:
         config: the transformer; ``decoder_layers`` deep. ``tie``: all but "none" tie the output to the embedding.
         vocab: V.
-        moe: the MoE layer in place of the FFN of ``moe_blocks``; its router must be causal. None: a dense model.
-        moe_blocks: which layers, as in ``TranslationModel``. In a dense model: which layers ``replaced_hidden_dim`` is
-            for.
-        replaced_hidden_dim: FFN hidden dim of those layers in a dense model; None: that of the others.
+        ffn: what ``moe_blocks`` have: an MoE layer, whose router must be causal, or another dense FFN; None: that of
+            the other blocks.
+        moe_blocks: which blocks, as in ``TranslationModel``.
 
     Raises:
         ValueError: a value out of its range, or a combination that cannot be built.
@@ -330,28 +294,19 @@ class LanguageModel(_Decoding):
         config: TransformerConfig,
         *,
         vocab: int,
-        moe: core.MoEConfig | None = None,
-        moe_blocks: Layers = "all",
-        replaced_hidden_dim: int | None = None,
+        ffn: FFNConfig | None = None,
+        moe_blocks: Blocks = "all",
     ) -> None:
         super().__init__()
-        _check(moe, replaced_hidden_dim, vocab=vocab)
-        self.config, self.moe, self.vocab = config, moe, vocab
-        shape = config.shape
-        plain = moe is None and replaced_hidden_dim is None
-        self.moe_blocks = (
-            () if plain else resolve_blocks(moe_blocks, shape.decoder_layers, option="moe_blocks", optional=True)
-        )
-        if moe is not None and not self.moe_blocks:
-            raise ValueError(f"moe_blocks={moe_blocks!r} names no layer: leave moe out for a dense model")
-        self.embed = nn.Embedding(vocab, shape.dim, padding_idx=PAD_ID)
-        self.decoder = Stack(
-            config,
-            _ffns(config, shape.decoder_layers, self.moe_blocks, moe, replaced_hidden_dim, causal=True),
-            causal=True,
-            cross=False,
-        )
-        self.output = cpu.Linear(shape.dim, vocab, bias=False) if config.tie == "none" else None
+        _check(vocab=vocab)
+        self.config, self.moe, self.vocab = config, ffn if isinstance(ffn, core.MoEConfig) else None, vocab
+        depth = config.shape.decoder_layers
+        self.moe_blocks = () if ffn is None else resolve_blocks(moe_blocks, depth, optional=True)
+        if ffn is not None and not self.moe_blocks:
+            raise ValueError(f"moe_blocks={moe_blocks!r} names no block: leave moe out for a dense model")
+        self.embed = nn.Embedding(vocab, config.shape.dim, padding_idx=PAD_ID)
+        self.decoder = _stack(config, depth, ffn, self.moe_blocks, causal=True, cross=False)
+        self.output = cpu.Linear(config.shape.dim, vocab, bias=False) if config.tie == "none" else None
         self.reset_parameters()
 
     @property
@@ -387,33 +342,20 @@ class LanguageModel(_Decoding):
         return self._new_cache(num_rows, copies, capacity, self.embed.weight, task_ids_B, domain_ids_B)
 
 
-def _check(moe: core.MoEConfig | None, replaced_hidden_dim: int | None, **vocabularies: int | None) -> None:
+def _stack(
+    config: TransformerConfig,
+    depth: int,
+    ffn: FFNConfig | None,
+    moe_blocks: tuple[int, ...],
+    *,
+    causal: bool,
+    cross: bool,
+) -> Stack:
+    configs = ffn_configs(config.dense_ffn, depth, ffn, moe_blocks)
+    return Stack(config, [c.build(config.shape.dim, causal=causal) for c in configs], causal=causal, cross=cross)
+
+
+def _check(**vocabularies: int | None) -> None:
     for name, value in vocabularies.items():
         if value is not None and value <= PAD_ID + 1:
             raise ValueError(f"{name}={value} must be at least 2: id {PAD_ID} is padding")
-    if replaced_hidden_dim is not None and replaced_hidden_dim < 1:
-        raise ValueError(f"replaced_hidden_dim={replaced_hidden_dim} must be at least 1")
-    if moe is not None and replaced_hidden_dim is not None:
-        raise ValueError(
-            f"replaced_hidden_dim={replaced_hidden_dim} is for a dense model: with moe, set moe.expert.hidden_dim"
-        )
-
-
-def _ffns(
-    config: TransformerConfig,
-    num_layers: int,
-    replaced: tuple[int, ...],
-    moe: core.MoEConfig | None,
-    replaced_hidden_dim: int | None,
-    *,
-    causal: bool,
-) -> list[nn.Module]:
-    """The FFN or MoE layer of each layer."""
-    ffns: list[nn.Module] = []
-    for i in range(num_layers):
-        if i in replaced and moe is not None:
-            ffns.append(moe.build(config.shape.dim, causal=causal))
-        else:
-            width = replaced_hidden_dim if i in replaced and replaced_hidden_dim else config.shape.hidden_dim
-            ffns.append(FeedForward(config, width))
-    return ffns

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from apps.data.subwords import PAD_ID, UNK_ID
@@ -46,3 +49,43 @@ def of_mean_length(ids_BS: Tensor) -> Tensor:
     """(B, M), the first M tokens, with unknown tokens in place of padding; M is the mean length, rounded."""
     length = round(int((ids_BS != PAD_ID).sum()) / max(len(ids_BS), 1))
     return ids_BS[:, : max(length, 1)].masked_fill(ids_BS[:, : max(length, 1)] == PAD_ID, UNK_ID)
+
+
+class Scored(Protocol):
+    """A piece of text, and how well it was foreseen: a translated sentence, or a block."""
+
+    @property
+    def index(self) -> Any: ...
+    @property
+    def nll(self) -> float: ...
+    @property
+    def right(self) -> int: ...
+    @property
+    def tokens(self) -> int: ...
+
+
+Piece = TypeVar("Piece", bound=Scored)
+
+
+def token_metrics(pieces: Sequence[Scored]) -> dict[str, float]:
+    """Return token accuracy and perplexity; NaN without tokens."""
+    tokens = sum(s.tokens for s in pieces)
+    if not tokens:
+        return {"token_accuracy": math.nan, "perplexity": math.nan}
+    nll = math.fsum(s.nll for s in pieces)
+    return {"token_accuracy": sum(s.right for s in pieces) / tokens, "perplexity": perplexity(nll / tokens)}
+
+
+def perplexity(nll: float) -> float:
+    """Return ``exp`` of a mean in nats; infinite where that is beyond a float."""
+    return math.exp(nll) if nll < 700 else math.inf
+
+
+def gathered(own: Sequence[Piece]) -> list[Piece]:
+    """Return the pieces of all ranks by number, each once."""
+    parts: list[Any] = [list(own)]
+    if dist.is_available() and dist.is_initialized():
+        parts = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, list(own))
+    by_index = {piece.index: piece for part in parts for piece in part}
+    return [by_index[index] for index in sorted(by_index)]

@@ -9,7 +9,8 @@ from typing import Any, Self
 
 import core
 from apps.data.subwords import Subwords
-from apps.equal_cost.comparable import Comparable
+from apps.equal_cost.comparable import Baseline, Comparable
+from apps.equal_cost.twins import dense_twins
 from apps.nets.config import TransformerConfig
 from apps.porting import Architecture, config_of, load_pretrained_weights, subwords_of
 from apps.train.module import SparseModule
@@ -18,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 class PretrainedModule(SparseModule, Comparable):
-    """A module with ``model``, ``subwords`` and an argument ``pretrained``, which its constructor sets.
+    """A module whose constructor sets ``model``, ``transformer``, ``subwords`` and its argument ``pretrained``.
 
     Attributes:
         pretrained: folder of a published checkpoint, with which the first training or test begins that no checkpoint
@@ -26,6 +27,7 @@ class PretrainedModule(SparseModule, Comparable):
     """
 
     model: Any
+    transformer: TransformerConfig
     subwords: Subwords
     pretrained: str | None = None
 
@@ -41,7 +43,15 @@ class PretrainedModule(SparseModule, Comparable):
 
     def with_moe(self, moe: core.MoEConfig) -> Self:
         check_free(self.pretrained)
-        return self.twin(moe=moe, replaced_hidden_dim=None)
+        return self.twin(moe=moe, dense_ffn=None)
+
+    def baselines(self) -> Mapping[str, Baseline]:
+        """Dense models of equal active FLOPs and of equal parameters; only the FFNs in place of experts are wider."""
+        twins = dense_twins(self, self.transformer.dense_ffn)
+        if self.pretrained is None:
+            return twins
+        note = f"the weights of pretrained={self.pretrained} are of the sparse model alone"
+        return {name: Baseline(None, note) for name in twins}
 
     def _load_pretrained(self) -> None:
         """Give the model the published weights, unless it has others already.
@@ -88,14 +98,14 @@ def published_network(pretrained: str, *, is_language_model: bool) -> Architectu
     return found
 
 
-def check_replaced(pretrained: str | None, replaced_hidden_dim: int | None) -> None:
-    """Refuse a width of some layers beside published weights, of which all have one.
+def check_dense_ffn(pretrained: str | None, dense_ffn: core.DenseFFN | None) -> None:
+    """Refuse another FFN in some blocks beside published weights, whose blocks are all alike.
 
     Raises:
         ValueError: naming both.
     """
-    if pretrained is not None and replaced_hidden_dim is not None:
-        raise ValueError(f"replaced_hidden_dim={replaced_hidden_dim} is no width of pretrained={pretrained!r}")
+    if pretrained is not None and dense_ffn is not None:
+        raise ValueError(f"dense_ffn={dense_ffn} is no FFN of pretrained={pretrained!r}")
 
 
 def check_free(pretrained: str | None) -> None:

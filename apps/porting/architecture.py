@@ -57,13 +57,13 @@ class Architecture:
             return LanguageModel(
                 self.transformer,
                 vocab=self.vocabulary.our_size,
-                moe=self.moe,
+                ffn=self.moe,
                 moe_blocks=self.decoder_moe_blocks or "none",
             )
         return TranslationModel(
             self.transformer,
             source_vocab=self.vocabulary.our_size,
-            moe=self.moe,
+            ffn=self.moe,
             encoder_moe_blocks=self.encoder_moe_blocks or "none",
             decoder_moe_blocks=self.decoder_moe_blocks or "none",
         )

@@ -250,9 +250,9 @@ def parts(architecture: Architecture) -> Parts:
     for i in range(shape.decoder_layers):
         ours, theirs = f"decoder.layers.{i}", f"model.layers.{i}"
         attention = f"{theirs}.self_attn"
-        found += linear(f"{ours}.self_norm", f"{theirs}.input_layernorm", bias=False)
-        found += joined_linear(f"{ours}.self_attn.qkv", [f"{attention}.{x}_proj" for x in "qkv"], rows, bias=qkv_bias)
-        found += linear(f"{ours}.self_attn.out", f"{attention}.o_proj", bias=False)
+        found += linear(f"{ours}.mixing_norm", f"{theirs}.input_layernorm", bias=False)
+        found += joined_linear(f"{ours}.mixing.qkv", [f"{attention}.{x}_proj" for x in "qkv"], rows, bias=qkv_bias)
+        found += linear(f"{ours}.mixing.out", f"{attention}.o_proj", bias=False)
         found += linear(f"{ours}.ffn_norm", f"{theirs}.post_attention_layernorm", bias=False)
         if i in architecture.decoder_moe_blocks:
             found += _experts(architecture, f"{ours}.ffn", theirs)

@@ -156,9 +156,9 @@ def _stack(architecture: Architecture, side: str, depth: int, sparse: tuple[int,
     for i in range(depth):
         ours, theirs = f"{side}.layers.{i}", f"model.{side}.layers.{i}"
         q, k, v = (f"{theirs}.self_attn.{x}_proj" for x in "qkv")
-        found += linear(f"{ours}.self_norm", f"{theirs}.self_attn_layer_norm", bias=True)
-        found += joined_linear(f"{ours}.self_attn.qkv", [q, k, v], rows, bias=True)
-        found += linear(f"{ours}.self_attn.out", f"{theirs}.self_attn.out_proj", bias=True)
+        found += linear(f"{ours}.mixing_norm", f"{theirs}.self_attn_layer_norm", bias=True)
+        found += joined_linear(f"{ours}.mixing.qkv", [q, k, v], rows, bias=True)
+        found += linear(f"{ours}.mixing.out", f"{theirs}.self_attn.out_proj", bias=True)
         if side == "decoder":
             q, k, v = (f"{theirs}.{cross}.{x}_proj" for x in "qkv")
             found += linear(f"{ours}.cross_norm", f"{theirs}.{cross}_layer_norm", bias=True)

@@ -173,9 +173,9 @@ def _stack(architecture: Architecture, side: str, depth: int, sparse: tuple[int,
     for i in range(depth):
         ours, theirs = f"{side}.layers.{i}", f"{side}.block.{i}.layer"
         attention = f"{theirs}.0.SelfAttention"
-        found += linear(f"{ours}.self_norm", f"{theirs}.0.layer_norm", bias=False)
-        found += joined_linear(f"{ours}.self_attn.qkv", [f"{attention}.{x}" for x in "qkv"], rows, bias=False)
-        found += linear(f"{ours}.self_attn.out", f"{attention}.o", bias=False)
+        found += linear(f"{ours}.mixing_norm", f"{theirs}.0.layer_norm", bias=False)
+        found += joined_linear(f"{ours}.mixing.qkv", [f"{attention}.{x}" for x in "qkv"], rows, bias=False)
+        found += linear(f"{ours}.mixing.out", f"{attention}.o", bias=False)
         if side == "decoder":
             attention = f"{theirs}.1.EncDecAttention"
             found += linear(f"{ours}.cross_norm", f"{theirs}.1.layer_norm", bias=False)

@@ -2,7 +2,7 @@
 
 Riquelme et al., "Scaling Vision with Sparse Mixture of Experts" (2106.05974), section 2. timm does the patches, the
 attention, the position embeddings and the pretrained weights; ``core`` does the routing and the experts. Dense is the
-same class with ``moe=None``, so a comparison changes the FFN of the chosen blocks and nothing else.
+same class, whose chosen blocks have another FFN: a comparison changes nothing else.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from timm.layers import Mlp
+from timm.layers import Mlp, get_act_layer
 from timm.layers.patch_dropout import patch_dropout_forward
 from timm.models import adapt_input_conv, checkpoint
 from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import core
 from apps.base.messages import first_line
-from apps.nets.blocks import resolve_blocks
+from apps.nets.blocks import FFNConfig, feed, ffn_configs, resolve_blocks
 from core.kernels import cpu
 
 _logger = logging.getLogger(__name__)
@@ -133,6 +133,11 @@ class ViTConfig:
         return 4 * self.dim if self.hidden_dim is None else self.hidden_dim
 
     @property
+    def dense_ffn(self) -> core.DenseFFN:
+        """The FFN of a dense block."""
+        return core.DenseFFN(self.dense_hidden_dim, dropout=self.proj_drop)
+
+    @property
     def has_class_token(self) -> bool:
         return self.pool == "token" if self.class_token is None else self.class_token
 
@@ -155,15 +160,26 @@ class MoEBlock(Block):
         """(B, S, D) to (B, S, D). Without a context, token ids are the positions in ``x``."""
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)))
         h = self.norm2(x)
-        if isinstance(self.mlp, core.MoELayer):
-            h = self.mlp(h, _positions(h) if context is None else context)
-        else:
-            h = self.mlp(h)
+        h = feed(self.mlp, h, _positions(h) if context is None else context)
         return x + self.drop_path2(self.ls2(h))
 
 
 def _positions(x: Tensor) -> core.RoutingContext:
     return core.RoutingContext(token_ids_BS=torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1))
+
+
+def build_ffn(ffn: FFNConfig, dim: int) -> nn.Module:
+    """Return an MoE layer, or timm's FFN, under whose names published weights are; its dropout follows both products.
+
+    Raises:
+        ValueError: a gated dense FFN, which timm's blocks do not have.
+    """
+    if isinstance(ffn, core.MoEConfig):
+        return ffn.build(dim)
+    if ffn.gated:
+        raise ValueError("dense_ffn.gated=True does not fit a vision transformer, whose dense FFNs have no gate")
+    act = get_act_layer(ffn.activation)
+    return Mlp(dim, ffn.hidden(dim), act_layer=act, bias=ffn.bias, drop=ffn.dropout)
 
 
 class VMoE(VisionTransformer):
@@ -174,11 +190,8 @@ class VMoE(VisionTransformer):
         image_size: height and width of the images in pixels.
         in_chans: channels of an image.
         num_classes: classes; 0 leaves the head out.
-        moe: the MoE layer; None: a dense model.
-        moe_blocks: which blocks; see ``apps.nets.blocks.resolve_blocks``. "last2" is V-MoE's Last-2. In a dense model:
-            which blocks ``replaced_hidden_dim`` widens.
-        replaced_hidden_dim: FFN hidden dim of those blocks in a dense model; None: that of the other blocks. With
-            ``moe`` it is refused: the experts' own hidden dim says it.
+        ffn: what ``moe_blocks`` have: an MoE layer, or another dense FFN; None: that of the other blocks.
+        moe_blocks: which blocks; see ``apps.nets.blocks.resolve_blocks``. "last2" is V-MoE's Last-2.
 
     Token ids in the context are positions in the full sequence: prefix tokens first, then the patches row by row.
 
@@ -188,7 +201,7 @@ class VMoE(VisionTransformer):
     Example::
 
         model = VMoE(ViTConfig(variant="small", patch_size=32), image_size=224, in_chans=3, num_classes=1000,
-                     moe=core.MoEConfig(num_experts=8), moe_blocks="last2")
+                     ffn=core.MoEConfig(num_experts=8), moe_blocks="last2")
         logits = model(torch.randn(2, 3, 224, 224))          # (2, 1000)
     """
 
@@ -199,38 +212,27 @@ class VMoE(VisionTransformer):
         image_size: int,
         in_chans: int,
         num_classes: int,
-        moe: core.MoEConfig | None = None,
+        ffn: FFNConfig | None = None,
         moe_blocks: str | Sequence[int] = "last2",
-        replaced_hidden_dim: int | None = None,
     ) -> None:
         for name, value, least in (
             ("image_size", image_size, 1),
             ("in_chans", in_chans, 1),
             ("num_classes", num_classes, 0),
-            ("replaced_hidden_dim", replaced_hidden_dim, 1),
         ):
-            if value is not None and value < least:
+            if value < least:
                 raise ValueError(f"{name}={value} must be at least {least}")
         if image_size % vit.patch_size:
             raise ValueError(f"image_size={image_size} is not divisible by patch_size={vit.patch_size}")
-        plain = moe is None and replaced_hidden_dim is None
-        replaced = () if plain else resolve_blocks(moe_blocks, vit.num_blocks)
-        if moe is not None and replaced_hidden_dim is not None:
-            raise ValueError(
-                f"replaced_hidden_dim={replaced_hidden_dim} is for a dense model: with moe, set moe.expert.hidden_dim"
-            )
-        widths = [vit.dense_hidden_dim] * vit.num_blocks
-        for index in replaced:
-            widths[index] = replaced_hidden_dim or vit.dense_hidden_dim
+        sparse = () if ffn is None else resolve_blocks(moe_blocks, vit.num_blocks)
+        configs = ffn_configs(vit.dense_ffn, vit.num_blocks, ffn, sparse)
 
         def block_fn(*, mlp_layer: Any, depth: int, **kwargs: Any) -> MoEBlock:
-            # timm hands every block one mlp_ratio; the width is bound here instead, exact and per block.
-            def ffn(in_features: int, hidden_features: int, **mlp: Any) -> nn.Module:
-                if moe is not None and depth in replaced:
-                    return moe.build(in_features)
-                return mlp_layer(in_features, hidden_features=widths[depth], **mlp)
+            # timm hands every block the same FFN and mlp_ratio; each block's own is bound here instead.
+            def build(in_features: int, **timms: Any) -> nn.Module:
+                return build_ffn(configs[depth], in_features)
 
-            return MoEBlock(mlp_layer=ffn, depth=depth, **kwargs)
+            return MoEBlock(mlp_layer=build, depth=depth, **kwargs)
 
         super().__init__(
             img_size=image_size,
@@ -255,15 +257,14 @@ class VMoE(VisionTransformer):
             drop_path_rate=vit.drop_path,
             weight_init=vit.weight_init,
             block_fn=block_fn,
-            mlp_layer=Mlp,
         )
         if vit.fused_attn is not None:
             for block in self.blocks:
                 block.attn.fused_attn = vit.fused_attn
         cpu.convert_linear(self)
         self.vit = vit
-        self.moe = moe
-        self.moe_blocks = replaced
+        self.moe = ffn if isinstance(ffn, core.MoEConfig) else None
+        self.moe_blocks = sparse
         self._scale_pos_embed()
 
     def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
@@ -277,17 +278,10 @@ class VMoE(VisionTransformer):
         mode = mode or self.weight_init_mode
         if mode == "reset":
             return
-        for layer in core.moe_layers(self).values():
-            for name, weight in layer.named_parameters():
-                leaf = name.rpartition(".")[2]
-                if leaf in ("w_in", "w_gate", "w_out"):
-                    for expert in weight.unbind(0):
-                        if mode:
-                            nn.init.xavier_uniform_(expert)
-                        else:
-                            nn.init.trunc_normal_(expert, std=0.02)
-                elif leaf in ("b_in", "b_out"):
-                    nn.init.zeros_(weight)
+        fill = nn.init.xavier_uniform_ if mode else partial(nn.init.trunc_normal_, std=0.02)
+        for module in self.modules():
+            if isinstance(module, core.Experts):
+                module.init_each(fill)
 
     @torch.no_grad()
     def _scale_pos_embed(self) -> None:
@@ -405,7 +399,7 @@ def load_pretrained_weights(model: VMoE, source: str | Path) -> LoadReport:
             raise ValueError(f"pretrained={source}: {weights[conv].shape[1]} channels do not adapt to {model.in_chans}")
         weights[conv] = adapt_input_conv(model.in_chans, weights[conv])
     own = model.state_dict()
-    replaced_prefixes = tuple(f"blocks.{i}.mlp." for i in model.moe_blocks) if model.moe is not None else ()
+    sparse_prefixes = tuple(f"blocks.{i}.mlp." for i in model.moe_blocks) if model.moe is not None else ()
     fits = {name: w for name, w in weights.items() if name in own and own[name].shape == w.shape}
     if not fits:
         raise ValueError(f"pretrained={source}: none of its {len(weights)} tensors fits this model")
@@ -420,7 +414,7 @@ def load_pretrained_weights(model: VMoE, source: str | Path) -> LoadReport:
     model.load_state_dict(fits, strict=False)
 
     def is_replaced(name: str) -> bool:
-        return bool(replaced_prefixes) and name.startswith(replaced_prefixes)
+        return bool(sparse_prefixes) and name.startswith(sparse_prefixes)
 
     report = LoadReport(
         loaded=tuple(fits),

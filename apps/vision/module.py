@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -19,8 +18,9 @@ from torchmetrics.classification import MulticlassAccuracy
 
 import core
 from apps.equal_cost.comparable import Baseline, Comparable, RoutedLayers
-from apps.equal_cost.twins import DenseTwin, dense_baselines
-from apps.equal_cost.widths import SolvedWidth, ffn_widths
+from apps.equal_cost.twins import dense_twins
+from apps.nets.blocks import one_ffn
+from apps.nets.place import Place
 from apps.train.module import OptimizerConfig, SparseModule, TaskOutput
 from apps.vision.encoding import ImageEncoding, normalize
 from apps.vision.few_shot import hard_labels
@@ -80,7 +80,7 @@ class VisionClassifier(SparseModule, Comparable):
         moe: the MoE layer that replaces the FFN of some blocks; None: a dense model.
         moe_blocks: which blocks: "lastN" (V-MoE's Last-N: the last N of every second block), "everyN", "all", or
             indices.
-        replaced_hidden_dim: FFN hidden dim of those blocks in a dense model, as in the baselines; None: the others'.
+        dense_ffn: the FFN of those blocks in a dense model, as in the baselines; None: that of the others.
         image_size: height and width of the images in pixels; the command line takes it from the data.
         in_chans: channels of an image; the command line takes it from the data.
         num_classes: the command line takes it from the data.
@@ -111,7 +111,7 @@ class VisionClassifier(SparseModule, Comparable):
         vit: ViTConfig | None = None,
         moe: core.MoEConfig | None = None,
         moe_blocks: str | list[int] = "last2",
-        replaced_hidden_dim: int | None = None,
+        dense_ffn: core.DenseFFN | None = None,
         image_size: int = 28,
         in_chans: int = 1,
         num_classes: int = 10,
@@ -136,9 +136,8 @@ class VisionClassifier(SparseModule, Comparable):
             image_size=image_size,
             in_chans=in_chans,
             num_classes=num_classes,
-            moe=moe,
+            ffn=one_ffn(moe, dense_ffn),
             moe_blocks=moe_blocks,
-            replaced_hidden_dim=replaced_hidden_dim,
         )
         self.model.set_grad_checkpointing(grad_checkpointing)
 
@@ -259,35 +258,12 @@ class VisionClassifier(SparseModule, Comparable):
 
     def baselines(self) -> Mapping[str, Baseline]:
         """Dense models of equal active FLOPs and of equal parameters; only the FFNs in place of experts are wider."""
-        if self.moe is None:
-            return {}
-        widths = baseline_widths(self.moe, self.vit.dim, tokens_per_sequence=self.tokens_per_image)
-        says = "FFN hidden dim {width} in the replaced blocks"
-        return dense_baselines(widths, partial(DenseTwin, self), says, self.vit.dense_hidden_dim)
+        return dense_twins(self, self.vit.dense_ffn)
 
     def routed_layers(self) -> RoutedLayers | None:
         arguments = {"tokens_per_sequence": self.tokens_per_image}
-        return None if self.moe is None else RoutedLayers(self.moe, self.vit.dim, arguments, ("token_ids_BS",))
+        place = Place(type(self).__name__, ("token_ids_BS",))
+        return None if self.moe is None else RoutedLayers(self.moe, self.vit.dim, place, arguments)
 
     def with_moe(self, moe: core.MoEConfig) -> VisionClassifier:
-        return self.twin(moe=moe, replaced_hidden_dim=None)
-
-
-def baseline_widths(
-    moe: core.MoEConfig, dim: int, tolerance: float = 0.05, tokens_per_sequence: int | None = None
-) -> dict[str, SolvedWidth]:
-    """FFN hidden dims F of dense layers that cost what ``moe`` does at width ``dim``, router included.
-
-    timm's FFN takes ``4 D F`` FLOPs a token and has ``2 D F + F + D`` parameters, biases included.
-
-    Args:
-        moe: the sparse layer.
-        dim: D.
-        tolerance: relative difference beyond which a width does not count as equal.
-        tokens_per_sequence: tokens of an image, class token included; soft slots and merged experts need it.
-
-    Returns:
-        "dense_equal_flops" and "dense_equal_params".
-    """
-    flops, params = moe.flops_per_token(dim, tokens_per_sequence=tokens_per_sequence), moe.num_params(dim)
-    return ffn_widths("dense", dim, flops, params, tolerance)
+        return self.twin(moe=moe, dense_ffn=None)

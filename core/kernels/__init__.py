@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from . import cpu, eager, grouped, triton_ops
-from .cpu.products import linear
+from .cpu.products import Linear, linear
 from .eager import (
     ACTIVATIONS,
     Sorted,
@@ -153,6 +153,7 @@ def combine(
 __all__ = [
     "ACTIVATIONS",
     "BACKENDS",
+    "Linear",
     "accumulate_dtype",
     "check_backend",
     "check_devices",

@@ -124,7 +124,7 @@ def test_a_model_of_our_own_is_read_by_transformers(name, tmp_path):
     options: dict[str, Any] = {"num_shared_experts": 2, "shared_gate": "scale"} if name == "qwen2_moe" else {}
     moe = core.MoEConfig(4, core.TokenChoice(top_k=2), core.SwiGLU(24), **options)
     extra = {"mixtral": 1, "qwen2_moe": 2}[name]  # ids that theirs has not: padding, Qwen's unknown
-    model = LanguageModel(config, vocab=VOCAB + extra, moe=moe)
+    model = LanguageModel(config, vocab=VOCAB + extra, ffn=moe)
     their_class = {"mixtral": "MixtralForCausalLM", "qwen2_moe": "Qwen2MoeForCausalLM"}[name]
     pair = check_own(model, getattr(transformers, their_class), tmp_path)
     torch.testing.assert_close(*pair.logits(), rtol=1e-5, atol=2e-4)

@@ -122,7 +122,7 @@ def test_a_long_source_has_the_positions_of_theirs():
 def test_a_model_of_our_own_is_read_by_transformers(start, tmp_path):
     config = TransformerConfig("nano", position_offset=2, start=start, dropout=0.0)
     moe = core.MoEConfig(4, core.TokenChoice(top_k=2), core.FFN(128, "relu", bias=True))
-    model = TranslationModel(config, source_vocab=VOCAB, moe=moe)
+    model = TranslationModel(config, source_vocab=VOCAB, ffn=moe)
     pair = check_own(model, transformers.NllbMoeForConditionalGeneration, tmp_path)
     assert pair.theirs.config.decoder_start_token_id == {"bos": 0, "eos": 2}[start]
     torch.testing.assert_close(*pair.logits(), rtol=1e-5, atol=2e-4)
@@ -135,7 +135,7 @@ def test_narrow_experts_without_biases_are_read_by_transformers(tmp_path):
     # As in configs/nlp: dense FFNs of 128, experts of 64; zeros fill them up.
     config = TransformerConfig("nano", position_offset=2, dropout=0.0)
     moe = core.MoEConfig(4, core.TokenChoice(top_k=2), core.FFN(64, "relu"))
-    model = TranslationModel(config, source_vocab=VOCAB, moe=moe)
+    model = TranslationModel(config, source_vocab=VOCAB, ffn=moe)
     pair = check_own(model, transformers.NllbMoeForConditionalGeneration, tmp_path)
     torch.testing.assert_close(*pair.logits(), rtol=1e-5, atol=2e-4)
     ids = torch.randint(2, VOCAB, (3, 8))

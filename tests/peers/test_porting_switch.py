@@ -140,7 +140,7 @@ def test_a_model_of_our_own_is_read_by_transformers(tmp_path):
     model = TranslationModel(
         config,
         source_vocab=VOCAB + 1,
-        moe=core.MoEConfig(4, core.TokenChoice(top_k=1), core.FFN(128, "relu")),
+        ffn=core.MoEConfig(4, core.TokenChoice(top_k=1), core.FFN(128, "relu")),
         decoder_moe_blocks="none",
     )
     pair = check_own(model, transformers.SwitchTransformersForConditionalGeneration, tmp_path)

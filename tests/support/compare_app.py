@@ -17,7 +17,8 @@ from torchmetrics.classification import MulticlassAccuracy
 import core
 from apps.data.loader import ResumableLoader
 from apps.equal_cost.comparable import Baseline, Comparable, ExampleDifference, RoutedLayers
-from apps.equal_cost.twins import Search
+from apps.equal_cost.search import Search
+from apps.nets.place import Place
 from apps.train.module import OptimizerConfig, SparseModule, TaskOutput
 
 D, TOKENS, CLASSES = 8, 4, 3
@@ -107,7 +108,7 @@ class TinyModel(SparseModule, Comparable):
         return self.further
 
     def routed_layers(self) -> RoutedLayers | None:
-        return None if self.moe is None else RoutedLayers(self.moe, D)
+        return None if self.moe is None else RoutedLayers(self.moe, D, Place(type(self).__name__, ()))
 
     def with_moe(self, moe: core.MoEConfig) -> TinyModel:
         return TinyModel(moe=moe, optimizer=self.optimizer_config, ema_decay=self.ema_decay)

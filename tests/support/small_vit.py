@@ -15,7 +15,7 @@ MOE = core.MoEConfig(num_experts=2, router=core.TokenChoice(top_k=1), expert=cor
 
 def sparse(moe=MOE):
     torch.manual_seed(0)
-    return VMoE(VIT, image_size=8, in_chans=1, num_classes=3, moe=moe, moe_blocks=[1]).eval()
+    return VMoE(VIT, image_size=8, in_chans=1, num_classes=3, ffn=moe, moe_blocks=[1]).eval()
 
 
 def batches(n=2, size=8):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -12,19 +12,19 @@ from torchmetrics import Metric
 
 import core
 from apps.data.subwords import PAD_ID, Subwords
-from apps.equal_cost.comparable import Baseline, RoutedLayers
+from apps.equal_cost.comparable import RoutedLayers
+from apps.nets.blocks import one_ffn
 from apps.nets.config import TransformerConfig
 from apps.nets.loss import linear_cross_entropy, target_scores
+from apps.nets.place import Place, check_fits, check_layers
 from apps.nets.transformer import LanguageModel
-from apps.nlp.baselines import dense_twins
-from apps.nlp.checks import check_context, check_length, check_subwords
+from apps.nlp.checks import check_length, check_subwords
 from apps.nlp.decode import DecodeConfig, Hypotheses, generate_ids, in_dtype
-from apps.nlp.foreseen import of_mean_length, per_sentence, read_ids
+from apps.nlp.foreseen import gathered, of_mean_length, per_sentence, perplexity, read_ids, token_metrics
 from apps.nlp.language.data import TextBatch, TextSize, prompt_batches
 from apps.nlp.output import LinePredictor
 from apps.nlp.predict import Candidate, Line, check_one, checked_texts, decoding, in_order
-from apps.nlp.pretrained import PretrainedModule, check_replaced, published_network
-from apps.nlp.translation.metrics import gathered, perplexity, token_metrics
+from apps.nlp.pretrained import PretrainedModule, check_dense_ffn, published_network
 from apps.train.module import OptimizerConfig, Stage, TaskOutput
 
 _LAYERS = "all"
@@ -112,7 +112,7 @@ class LanguageModeler(LinePredictor, PretrainedModule):
         transformer: the network around the MoE layers; of its layers the decoder's count.
         moe: the MoE layer that replaces the FFN of some layers; None: a dense model. Its router must be causal.
         moe_blocks: which layers: "everyN" (every N-th), "lastN", "all", "none" or indices.
-        replaced_hidden_dim: FFN hidden dim of those layers in a dense model, as in the baselines; None: the others'.
+        dense_ffn: the FFN of those blocks in a dense model, as in the baselines; None: that of the others.
         label_smoothing: share of the target spread evenly over the vocabulary, in training.
         decode: how a prompt is continued in a prediction.
         optimizer: learning rate, weight decay and schedule.
@@ -126,7 +126,6 @@ class LanguageModeler(LinePredictor, PretrainedModule):
         ValueError: a value out of its range, or a combination that cannot be built.
     """
 
-    context_fields: ClassVar[tuple[str, ...]] = ("token_ids_BS",)
     data_arguments: ClassVar[tuple[str, ...]] = ("subwords",)
     readout: ClassVar[tuple[str, ...]] = ("model.output",)
     monitor: ClassVar[str] = "val/perplexity"
@@ -139,7 +138,7 @@ class LanguageModeler(LinePredictor, PretrainedModule):
         transformer: TransformerConfig | None = None,
         moe: core.MoEConfig | None = None,
         moe_blocks: str | list[int] = _LAYERS,
-        replaced_hidden_dim: int | None = None,
+        dense_ffn: core.DenseFFN | None = None,
         label_smoothing: float = 0.0,
         decode: DecodeConfig = _DECODE,
         optimizer: OptimizerConfig | None = None,
@@ -147,7 +146,7 @@ class LanguageModeler(LinePredictor, PretrainedModule):
         average_last: int | None = None,
         pretrained: str | None = None,
     ) -> None:
-        check_replaced(pretrained, replaced_hidden_dim)
+        check_dense_ffn(pretrained, dense_ffn)
         if pretrained is not None and transformer is None:
             # Before these are kept for the checkpoint, which is read without the folder.
             published = published_network(pretrained, is_language_model=True)
@@ -166,11 +165,13 @@ class LanguageModeler(LinePredictor, PretrainedModule):
         self.model = LanguageModel(
             self.transformer,
             vocab=subwords.size("target"),
-            moe=moe,
+            ffn=one_ffn(moe, dense_ffn),
             moe_blocks=moe_blocks,
-            replaced_hidden_dim=replaced_hidden_dim,
         )
-        check_context(self, moe)
+        self.place = Place(type(self).__name__, ("token_ids_BS",), is_causal=True)
+        if moe is not None:
+            check_fits(self.place, moe.router, moe.balance)
+            check_layers(self.place, self.model)
 
     def forward(self, tokens_BL: Tensor) -> Tensor:
         """(B, L) ids to (B, L, V) logits of the token after each."""
@@ -307,11 +308,5 @@ class LanguageModeler(LinePredictor, PretrainedModule):
         check_subwords(self.subwords, getattr(data, "subwords", None))
         check_length(self.transformer, "data.block_size", getattr(data, "block_size", None))
 
-    def baselines(self) -> Mapping[str, Baseline]:
-        """Dense models of equal active FLOPs and of equal parameters; only the FFNs in place of experts are wider."""
-        return dense_twins(self)
-
     def routed_layers(self) -> RoutedLayers | None:
-        if self.moe is None:
-            return None
-        return RoutedLayers(self.moe, self.transformer.shape.dim, {}, self.context_fields, causal=True)
+        return None if self.moe is None else RoutedLayers(self.moe, self.transformer.shape.dim, self.place)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
 import core
 from apps.nets.config import TransformerConfig
-from apps.nets.layers import FeedForward
 from apps.nets.transformer import TranslationModel
 from apps.nlp.translation.module import Translator
 
@@ -28,12 +25,11 @@ def dense_of_pair(sparse: Translator, pair: str) -> Translator:
         raise ValueError(f"pair {pair!r} is not one of {', '.join(sparse.pairs)}")
     model = dense_of_task(sparse.model, int(sparse.task_P[sparse.pairs.index(pair)]))  # type: ignore[index]
     assert sparse.moe is not None
-    width = _width(sparse.moe, sparse.transformer.shape.dim)
     dense = sparse.twin(
         pairs=(pair,),
         moe=None,
-        transformer=model.config,
-        replaced_hidden_dim=width,
+        transformer=sparse.transformer,
+        dense_ffn=_dense_ffn(sparse.moe, sparse.transformer),
         pretrained=None,
         bleu_tokenize=sparse.bleu_tokenizers[pair],
     )
@@ -68,45 +64,32 @@ def dense_of_task(model: TranslationModel, task: int) -> TranslationModel:
     if any(layer.router.capacity.ratio(training=False) is not None for layer in layers.values()):
         raise ValueError("with a capacity what an expert computes depends on the batch: set it to None before")
     dense = TranslationModel(
-        _dense_config(model, moe.expert),
+        model.config,
         source_vocab=model.source_vocab,
         target_vocab=None if model.target_vocab == model.source_vocab else model.target_vocab,
         encoder_moe_blocks=model.encoder_moe_blocks,
         decoder_moe_blocks=model.decoder_moe_blocks,
-        replaced_hidden_dim=_width(moe, model.config.shape.dim),
+        ffn=_dense_ffn(moe, model.config),
     )
     weights = dict(model.state_dict())
     for name, layer in layers.items():
         weights = {key: value for key, value in weights.items() if not key.startswith(f"{name}.")}
-        found = _dense_ffn(layer, task, dense.get_submodule(name))
+        found = _dense_weights(layer, task, dense.get_submodule(name))
         weights.update({f"{name}.{key}": value for key, value in found.items()})
     dense.to(next(model.parameters())).load_state_dict(weights)
     return dense.train(model.training)
 
 
-def _width(moe: core.MoEConfig, dim: int) -> int:
-    """Hidden dim of all experts that a token takes."""
+def _dense_ffn(moe: core.MoEConfig, transformer: TransformerConfig) -> core.DenseFFN:
+    """Return the FFN of all experts that a token takes, side by side."""
     assert isinstance(moe.router, core.Task)
-    assert isinstance(moe.expert, core.FFN)
-    return (moe.router.top_k + moe.num_shared_experts) * moe.expert.hidden(dim)
+    expert = moe.expert
+    assert isinstance(expert, core.FFN)
+    hidden_dim = (moe.router.top_k + moe.num_shared_experts) * expert.hidden(transformer.shape.dim)
+    return core.DenseFFN(hidden_dim, expert.activation, gated=expert.matrices() == 2, bias=expert.bias)
 
 
-def _dense_config(model: TranslationModel, expert: core.FFN) -> TransformerConfig:
-    """The transformer whose FFNs are of the experts' kind."""
-    config, gated = model.config, expert.matrices() == 2
-    if expert.bias and not config.bias:
-        raise ValueError("expert.bias=True does not fit transformer.bias=False: the dense FFN would have no bias")
-    if (expert.activation, gated) == (config.activation, config.gated):
-        return config
-    if any(isinstance(module, FeedForward) for module in model.modules()):
-        raise ValueError(
-            f"experts of activation={expert.activation!r}, gated={gated} are not the dense FFN of the other layers, of "
-            f"transformer.activation={config.activation!r}, gated={config.gated}"
-        )
-    return replace(config, activation=expert.activation, gated=gated)  # type: ignore[arg-type]
-
-
-def _dense_ffn(layer: core.MoELayer, task: int, ffn: torch.nn.Module) -> dict[str, Tensor]:
+def _dense_weights(layer: core.MoELayer, task: int, ffn: torch.nn.Module) -> dict[str, Tensor]:
     """The parameters of ``ffn`` that is the layer's experts of this task, each by its gate, and the shared ones."""
     chosen = layer.router.experts_of(task)  # type: ignore[operator]
     shared = layer.shared_experts
@@ -123,7 +106,6 @@ def _dense_ffn(layer: core.MoELayer, task: int, ffn: torch.nn.Module) -> dict[st
     assert w_out is not None
     gates_n = chosen.gates_K.new_ones(len(w_out))
     gates_n[: len(chosen.gates_K)] = chosen.gates_K
-    # Zero where the experts have no bias and the dense FFN has.
     found = {name: torch.zeros_like(value) for name, value in ffn.state_dict().items()}
     found["w_in.weight"] = w_in.mT.flatten(0, 1)
     found["w_out.weight"] = (w_out * gates_n[:, None, None]).flatten(0, 1).T

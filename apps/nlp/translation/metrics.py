@@ -9,14 +9,14 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import Metric
 
 from apps.base.messages import one_line, warn_once
+from apps.nlp.foreseen import gathered, token_metrics
 
 log = logging.getLogger(__name__)
 
@@ -140,22 +140,6 @@ def signatures(tokenizers: Mapping[str, str]) -> dict[str, str]:
     return {**bleu, "chrf": signature("chrf")}
 
 
-class Scored(Protocol):
-    """A piece of text, and how well it was foreseen: fields of ``Sentence``."""
-
-    @property
-    def index(self) -> Any: ...
-    @property
-    def nll(self) -> float: ...
-    @property
-    def right(self) -> int: ...
-    @property
-    def tokens(self) -> int: ...
-
-
-Piece = TypeVar("Piece", bound=Scored)
-
-
 class TranslationMetrics(Metric):
     """BLEU, chrF++, token accuracy and perplexity of a corpus.
 
@@ -219,27 +203,3 @@ def corpus_metrics(sentences: Sequence[Sentence], tokenizers: Mapping[str, str])
         if len(tokenizers) > 1:
             values |= {f"{score}_{name}": value for name, value in of_pairs.items()}
     return {**values, **token_metrics(sentences)}
-
-
-def token_metrics(pieces: Sequence[Scored]) -> dict[str, float]:
-    """Return token accuracy and perplexity; NaN without tokens."""
-    tokens = sum(s.tokens for s in pieces)
-    if not tokens:
-        return {"token_accuracy": math.nan, "perplexity": math.nan}
-    nll = math.fsum(s.nll for s in pieces)
-    return {"token_accuracy": sum(s.right for s in pieces) / tokens, "perplexity": perplexity(nll / tokens)}
-
-
-def perplexity(nll: float) -> float:
-    """Return ``exp`` of a mean in nats; infinite where that is beyond a float."""
-    return math.exp(nll) if nll < 700 else math.inf
-
-
-def gathered(own: Sequence[Piece]) -> list[Piece]:
-    """Return the pieces of all ranks by number, each once."""
-    parts: list[Any] = [list(own)]
-    if dist.is_available() and dist.is_initialized():
-        parts = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, list(own))
-    by_index = {piece.index: piece for part in parts for piece in part}
-    return [by_index[index] for index in sorted(by_index)]

@@ -13,17 +13,18 @@ from torch import Tensor
 import core
 from apps.base.messages import unknown_name
 from apps.data.subwords import PAD_ID, Subwords
-from apps.equal_cost.comparable import Baseline, ExampleDifference, RoutedLayers
+from apps.equal_cost.comparable import ExampleDifference, RoutedLayers
+from apps.nets.blocks import one_ffn
 from apps.nets.config import TransformerConfig
 from apps.nets.loss import linear_cross_entropy, target_scores
+from apps.nets.place import Place, check_fits, check_layers
 from apps.nets.transformer import TranslationModel
-from apps.nlp.baselines import dense_twins
-from apps.nlp.checks import check_context, check_length, check_subwords
+from apps.nlp.checks import check_length, check_subwords
 from apps.nlp.decode import DecodeConfig, Hypotheses, in_dtype, translate_ids
 from apps.nlp.foreseen import Foreseen, of_mean_length, per_sentence, read_ids
 from apps.nlp.output import LinePredictor
 from apps.nlp.predict import Candidate, Line, check_one, checked_texts, decoding, in_order, source_batches
-from apps.nlp.pretrained import PretrainedModule, check_replaced, published_network
+from apps.nlp.pretrained import PretrainedModule, check_dense_ffn, published_network
 from apps.nlp.text.batch import TranslationBatch
 from apps.nlp.translation.metrics import Sentence, TranslationMetrics, bleu_tokenizers, signatures
 from apps.nlp.translation.report import TranslationReport, TranslationReportConfig, side_by_side
@@ -70,7 +71,7 @@ class Translator(LinePredictor, PretrainedModule):
         transformer: the network around the MoE layers.
         moe: the MoE layer that replaces the FFN of some layers; None: a dense model.
         encoder_moe_blocks, decoder_moe_blocks: which layers: "everyN" (every N-th), "lastN", "all", "none" or indices.
-        replaced_hidden_dim: FFN hidden dim of those layers in a dense model, as in the baselines; None: the others'.
+        dense_ffn: the FFN of those blocks in a dense model, as in the baselines; None: that of the others.
         tasks: what a task is to routers that ask for one: the language "pair", or the "source" or the "target"
             language. The target language is the domain.
         label_smoothing: share of the target spread evenly over the vocabulary, in training.
@@ -90,7 +91,6 @@ class Translator(LinePredictor, PretrainedModule):
         ValueError: a value out of its range, or a combination that cannot be built.
     """
 
-    context_fields: ClassVar[tuple[str, ...]] = ("token_ids_BS", "task_ids_B", "domain_ids_B")
     data_arguments: ClassVar[tuple[str, ...]] = ("subwords", "pairs")
     readout: ClassVar[tuple[str, ...]] = ("model.output",)
     monitor: ClassVar[str] = "val/bleu"
@@ -106,7 +106,7 @@ class Translator(LinePredictor, PretrainedModule):
         moe: core.MoEConfig | None = None,
         encoder_moe_blocks: str | list[int] = _LAYERS,
         decoder_moe_blocks: str | list[int] = _LAYERS,
-        replaced_hidden_dim: int | None = None,
+        dense_ffn: core.DenseFFN | None = None,
         tasks: Tasks = "pair",
         label_smoothing: float = 0.1,
         decode: DecodeConfig = _DECODE,
@@ -118,7 +118,7 @@ class Translator(LinePredictor, PretrainedModule):
         pretrained: str | None = None,
         report: TranslationReportConfig | None = _REPORT,
     ) -> None:
-        check_replaced(pretrained, replaced_hidden_dim)
+        check_dense_ffn(pretrained, dense_ffn)
         if pretrained is not None and transformer is None:
             # Before these are kept for the checkpoint, which is read without the folder.
             published = published_network(pretrained, is_language_model=False)
@@ -141,20 +141,28 @@ class Translator(LinePredictor, PretrainedModule):
         self.tasks, self.label_smoothing = tasks, label_smoothing
         self.decode, self.val_decode, self.bleu_tokenize, self.report = decode, val_decode, bleu_tokenize, report
         task_P, domain_P = task_numbers(self.pairs, tasks)
-        check_tasks(moe, self.pairs, tasks, len(set(task_P)), len(set(domain_P)))
         self.register_buffer("task_P", torch.tensor(task_P), persistent=False)
         self.register_buffer("domain_P", torch.tensor(domain_P), persistent=False)
         self.model = TranslationModel(
             self.transformer,
             source_vocab=subwords.size("source"),
             target_vocab=None if subwords.is_joint else subwords.size("target"),
-            moe=moe,
+            ffn=one_ffn(moe, dense_ffn),
             encoder_moe_blocks=encoder_moe_blocks,
             decoder_moe_blocks=decoder_moe_blocks,
-            replaced_hidden_dim=replaced_hidden_dim,
         )
-        self.model.check_steps()  # validation translates
-        check_context(self, moe)
+        self.place = Place(
+            type(self).__name__,
+            ("token_ids_BS", "task_ids_B", "domain_ids_B"),
+            is_causal=bool(self.model.decoder_moe_blocks),
+            decodes_stepwise=bool(self.model.decoder_moe_blocks),  # validation translates
+            num_tasks=len(set(task_P)),
+            num_domains=len(set(domain_P)),
+            data=f"the pairs {', '.join(self.pairs)} by tasks={tasks!r}",
+        )
+        if moe is not None:
+            check_fits(self.place, moe.router, moe.balance)
+            check_layers(self.place, self.model)
         self._references: list[str] | None = None
         # The model in another dtype, for the length of one pass: a list, so that it is no part of the module.
         self._copies: list[TranslationModel] | None = None
@@ -429,15 +437,8 @@ class Translator(LinePredictor, PretrainedModule):
 
     # ---- comparisons
 
-    def baselines(self) -> Mapping[str, Baseline]:
-        """Dense models of equal active FLOPs and of equal parameters; only the FFNs in place of experts are wider."""
-        return dense_twins(self)
-
     def routed_layers(self) -> RoutedLayers | None:
-        if self.moe is None:
-            return None
-        causal = bool(self.model.decoder_moe_blocks)  # only a decoder's layers must not look ahead
-        return RoutedLayers(self.moe, self.transformer.shape.dim, {}, self.context_fields, causal)
+        return None if self.moe is None else RoutedLayers(self.moe, self.transformer.shape.dim, self.place)
 
     def examples_of_test(self) -> list[dict[str, Any]]:
         """Each sentence of the last test."""
@@ -485,27 +486,3 @@ def task_numbers(pairs: Sequence[str], tasks: Tasks) -> tuple[list[int], list[in
         return [known.index(name) for name in names]
 
     return numbers(of[tasks]), numbers(targets)
-
-
-def check_tasks(moe: core.MoEConfig | None, pairs: Sequence[str], tasks: Tasks, num_tasks: int, targets: int) -> None:
-    """Refuse routers and losses of another number of tasks, or of too few domains.
-
-    Raises:
-        ValueError: naming both numbers.
-    """
-    if moe is None:
-        return
-    shown = ", ".join(pairs)
-    for name, owner in (("router", moe.router), ("balance", moe.balance)):
-        found = getattr(owner, "num_tasks", None)
-        if found and found != num_tasks:
-            raise ValueError(
-                f"moe.{name}.num_tasks={found} does not fit tasks={tasks!r}, of which the data's pairs {shown} make "
-                f"{num_tasks}"
-            )
-    domains = getattr(moe.router, "num_domains", None)
-    if domains is not None and domains < targets:
-        raise ValueError(
-            f"moe.router.num_domains={domains} does not fit the data's pairs {shown}, which have {targets} target "
-            "languages"
-        )

@@ -2,7 +2,8 @@
 
 SASRec (arXiv 1808.09781) is a causal transformer over the items a user took, whose output is compared with the item
 embeddings. AdaMCT (arXiv 2205.08776) mixes positions by two experts, a local convolution and global attention, weighted
-by a gate in each layer. Both are ``HistoryModel``; a block's FFN may be a mixture of experts besides.
+by a gate in each layer. Both are ``HistoryModel``, made of the layers of ``apps.nets``; a block's FFN may be a mixture
+of experts besides. Histories are packed: only attention and the MoE layers' routers see them padded.
 
 What differs from AdaMCT: it predicts the item after the last one alone, and its gate and squeeze-excitation read the
 whole sequence. Here every position predicts its successor, so all is causal: the convolution looks back, the gate is of
@@ -21,7 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import core
-from apps.nets.blocks import resolve_blocks
+from apps.nets.attention import Mask, SelfAttention, self_mask
+from apps.nets.blocks import FFNConfig, ffn_configs, resolve_blocks
+from apps.nets.config import TransformerConfig
+from apps.nets.layers import Layer, Pass, build_norm
+from apps.nets.packing import Packing
+from apps.nets.place import Place, check_fits
 from core.kernels import cpu
 
 EXPERTS = ("convolution", "attention")
@@ -64,35 +70,38 @@ class HistoryModelConfig:
     attn_dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("dim", "depth", "num_heads", "kernel_size", "dense_hidden_dim"):
-            if getattr(self, name) < 1:
-                shown = "hidden_dim" if name == "dense_hidden_dim" else name
-                raise ValueError(f"{shown}={getattr(self, name)} must be at least 1")
-        if self.dim % self.num_heads:
-            raise ValueError(f"dim={self.dim} is not divisible by num_heads={self.num_heads}")
+        for name in ("dim", "depth", "num_heads", "kernel_size", "hidden_dim"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
         if self.mixing not in ("mixture", "attention"):
             raise ValueError(f"mixing={self.mixing!r} is not one of mixture, attention")
-        for name in ("embed_dropout", "dropout", "attn_dropout"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"{name}={getattr(self, name)} is not in [0, 1)")
+        _ = self.transformer  # checks what the transformers have in common
         if self.mixing == "mixture":
             self._check_router()
 
     def _check_router(self) -> None:
         router = self.mixing_router
         router.check(len(EXPERTS))
-        if router.layer_kind() != "pairs" or not router.is_causal():
-            raise ValueError(f"mixing_router={router.source()} lets later items change earlier ones, or has no gates")
-        if router.needs():
-            raise ValueError(
-                f"mixing_router={router.source()} needs context.{router.needs()[0]}, which it is not given"
-            )
+        if router.layer_kind() != "pairs":
+            raise ValueError(f"mixing_router={router.source()} has no gates")
+        check_fits(Place("the mixing of positions", (), is_causal=True), router)
         self.mixing_balance.check(router.balance_terms(), router.source())
 
     @property
-    def dense_hidden_dim(self) -> int:
-        """FFN hidden dim F of the dense blocks, 4 * D unless set."""
-        return 4 * self.dim if self.hidden_dim is None else self.hidden_dim
+    def transformer(self) -> TransformerConfig:
+        """The layers, as ``apps.nets`` makes them. Positions are the model's own."""
+        return TransformerConfig(
+            dim=self.dim,
+            hidden_dim=4 * self.dim if self.hidden_dim is None else self.hidden_dim,
+            num_heads=self.num_heads,
+            decoder_layers=self.depth,
+            positions="none",
+            activation="gelu",
+            dropout=self.dropout,
+            attn_dropout=self.attn_dropout,
+            embed_dropout=self.embed_dropout,
+        )
 
     def mixture_flops_per_token(self) -> int:
         """Forward FLOPs a token that "mixture" costs beside attention, two a multiply-add, in one block."""
@@ -104,89 +113,10 @@ class HistoryModelConfig:
         return conv + 4 * self.dim + self.mixing_router.num_params(self.dim, len(EXPERTS))
 
 
-@dataclass(frozen=True)
-class Packing:
-    """Where the real items of a batch lie. Padding takes no part in any product but the attention's.
-
-    Attributes:
-        slot_T: int64 (T,), ``row * length + position`` of each real item, ascending: row by row.
-        position_T: int64 (T,), real items before it in its row.
-        last_B: int64 (B,), the place in T of each row's last item; -1 where it has none.
-        num_rows: B.
-        length: L, real items of the longest row; 1 where there is none at all.
-    """
-
-    slot_T: Tensor
-    position_T: Tensor
-    last_B: Tensor
-    num_rows: int
-    length: int
-
-    @classmethod
-    def of(cls, valid_BS: Tensor) -> tuple[Packing, Tensor]:
-        """The packing, and int64 (T,) indices of the real items in the flattened ``valid_BS``."""
-        B, S = valid_BS.shape
-        index_T = valid_BS.flatten().nonzero().squeeze(1)
-        count_B = valid_BS.sum(1)
-        length = max(int(count_B.max()), 1) if B else 1
-        position_T = (valid_BS.cumsum(1) - 1).flatten()[index_T]
-        row_T = index_T // max(S, 1)
-        last_B = torch.where(count_B > 0, count_B.cumsum(0) - 1, -1)
-        return cls(row_T * length + position_T, position_T, last_B, B, length), index_T
-
-    @property
-    def is_full(self) -> bool:
-        """No row is shorter than L."""
-        return len(self.slot_T) == self.num_rows * self.length
-
-    def pad(self, x_TC: Tensor) -> Tensor:
-        """(T, C) to (B, L, C), each row's items first and zeros after them."""
-        if not self.is_full:
-            flat = x_TC.new_zeros(self.num_rows * self.length, x_TC.shape[-1])
-            x_TC = flat.index_copy(0, self.slot_T, x_TC)
-        return x_TC.view(self.num_rows, self.length, x_TC.shape[-1])
-
-    def pack(self, x_BLC: Tensor) -> Tensor:
-        """(B, L, C) to (T, C)."""
-        flat = x_BLC.flatten(0, 1)
-        return flat if self.is_full else flat.index_select(0, self.slot_T)
-
-    def valid_BL(self) -> Tensor | None:
-        """bool (B, L), True for real items; None where all are."""
-        if self.is_full:
-            return None
-        flat = torch.zeros(self.num_rows * self.length, dtype=torch.bool, device=self.slot_T.device)
-        return flat.index_fill(0, self.slot_T, True).view(self.num_rows, self.length)
-
-
-class CausalAttention(nn.Module):
-    """Causal multi-head self-attention without its output projection: (T, D) to the heads' values, (T, D)."""
-
-    def __init__(self, dim: int, num_heads: int, dropout: float) -> None:
-        super().__init__()
-        self.num_heads, self.dropout = num_heads, dropout
-        self.qkv = cpu.Linear(dim, 3 * dim)
-
-    def forward(self, x_TD: Tensor, packing: Packing) -> Tensor:
-        # Rows are filled from the left, so the causal mask keeps padding from every real query.
-        qkv_BLC = packing.pad(self.qkv(x_TD))
-        B, L, C = qkv_BLC.shape
-        q, k, v = qkv_BLC.view(B, L, 3, self.num_heads, C // (3 * self.num_heads)).permute(2, 0, 3, 1, 4)
-        with torch.autocast(x_TD.device.type, enabled=False):
-            y_BHLd = causal_attention(q, k, v, self.dropout if self.training else 0.0)
-        return packing.pack(y_BHLd.transpose(1, 2).flatten(2))
-
-
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
-    """``softmax(q k^T / sqrt(d)) v`` of (B, H, L, d) tensors, where a query sees the keys up to its own position."""
-    if q.is_cuda:
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
-    # Explicit products: on a CPU the fused ones gain nothing at some hundred positions, and lose at some ten.
-    B, H, L, d = q.shape
-    q, k, v = (x.reshape(B * H, L, d) for x in (q, k, v))
-    later_LL = q.new_full((L, L), -math.inf).triu(1)
-    weights = torch.baddbmm(later_LL, q, k.transpose(1, 2), alpha=1 / math.sqrt(d)).softmax(-1)
-    return (F.dropout(weights, dropout) @ v).view(B, H, L, d)
+def self_attention(config: HistoryModelConfig, *, project: bool = True) -> SelfAttention:
+    """Return the attention of a layer. Explicit products: on a CPU the fused ones gain nothing at some hundred
+    positions, and lose at some ten."""
+    return SelfAttention(config.transformer, project=project, fused=False)
 
 
 class CausalConvolution(nn.Module):
@@ -197,26 +127,17 @@ class CausalConvolution(nn.Module):
         self.kernel_size = kernel_size
         self.proj = cpu.Linear(kernel_size * dim, dim)
 
-    def forward(self, x_TD: Tensor, packing: Packing) -> Tensor:
+    def forward(
+        self, x_TD: Tensor, mask: Mask | None = None, rotations: None = None, packing: Packing | None = None
+    ) -> Tensor:
+        """(T, D) to (T, D), under the interface of ``SelfAttention``."""
+        assert packing is not None
         shifted = [x_TD]
         for k in range(1, self.kernel_size):
             # The row before in T is the item before, unless this one is among the first k of its history.
             first_T1 = (packing.position_T < k)[:, None]
             shifted.append(x_TD.roll(k, 0).masked_fill(first_T1, 0.0))
         return F.gelu(self.proj(torch.cat(shifted, -1)))
-
-
-class SelfAttention(nn.Module):
-    """SASRec's mixing of positions: attention and an output projection."""
-
-    def __init__(self, config: HistoryModelConfig) -> None:
-        super().__init__()
-        self.attention = CausalAttention(config.dim, config.num_heads, config.attn_dropout)
-        self.out = cpu.Linear(config.dim, config.dim)
-
-    def forward(self, x_TD: Tensor, packing: Packing) -> Tensor:
-        """(T, D) to (T, D)."""
-        return self.out(self.attention(x_TD, packing))
 
 
 class TokenMixing(core.MoELayer):
@@ -237,21 +158,23 @@ class TokenMixing(core.MoELayer):
         self.experts = nn.ModuleDict(  # type: ignore[assignment]
             {
                 "convolution": CausalConvolution(config.dim, config.kernel_size),
-                "attention": CausalAttention(config.dim, config.num_heads, config.attn_dropout),
+                "attention": self_attention(config, project=False),
             }
         )
         # Averages of many values are smaller than a convolution's output: the gate would weigh unlike things.
         self.norms = nn.ModuleDict({name: nn.LayerNorm(config.dim) for name in EXPERTS})
         self.out = cpu.Linear(config.dim, config.dim)
 
-    def forward(self, x_TD: Tensor, packing: Packing) -> Tensor:  # type: ignore[override]
-        """(T, D) to (T, D)."""
+    def forward(  # type: ignore[override]
+        self, x_TD: Tensor, mask: Mask, rotations: None = None, packing: Packing | None = None
+    ) -> Tensor:
+        """(T, D) to (T, D), under the interface of ``SelfAttention``."""
         routing = self.router(x_TD[None])
         gates_TE = dense_gates(routing, len(EXPERTS))
         self._record(self._dense(routing, gates_TE) if self._is_dense else routing, None)
         mixed_TD = torch.zeros((), device=x_TD.device)
         for e, name in enumerate(EXPERTS):
-            y_TD = self.norms[name](self.experts[name](x_TD, packing))  # type: ignore[index]
+            y_TD = self.norms[name](self.experts[name](x_TD, mask, rotations, packing))  # type: ignore[index]
             mixed_TD = mixed_TD + gates_TE[:, e : e + 1].to(y_TD.dtype) * y_TD
         return self.out(mixed_TD)
 
@@ -279,28 +202,6 @@ def dense_gates(routing: core.Routing, num_experts: int) -> Tensor:
     return flat.view(T, E + 1)[:, :E]
 
 
-class HistoryBlock(nn.Module):
-    """Pre-norm block: mixing of positions, then the FFN, which may be an MoE layer."""
-
-    def __init__(self, config: HistoryModelConfig, ffn: nn.Module) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(config.dim), nn.LayerNorm(config.dim)
-        self.mixing = TokenMixing(config) if config.mixing == "mixture" else SelfAttention(config)
-        self.ffn = ffn
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(self, x_TD: Tensor, packing: Packing, context: core.RoutingContext) -> Tensor:
-        """(T, D) to (T, D); ``context`` is of the padded (B, L) layout."""
-        x_TD = x_TD + self.dropout(self.mixing(self.norm1(x_TD), packing))
-        h_TD = self.norm2(x_TD)
-        if isinstance(self.ffn, core.MoELayer):
-            # Padded again, as what routers know is by sequence; padding is not computed.
-            h_TD = packing.pack(self.ffn(packing.pad(h_TD), context))
-        else:
-            h_TD = self.ffn(h_TD)
-        return x_TD + self.dropout(h_TD)
-
-
 class HistoryModel(nn.Module):
     """Histories of items to scores of the next item.
 
@@ -308,10 +209,9 @@ class HistoryModel(nn.Module):
         config: the transformer.
         num_items: items, numbered from 1; 0 is padding.
         max_length: items of the longest history.
-        moe: the MoE layer in place of the FFN of ``moe_blocks``; its router must be causal. None: a dense model.
-        moe_blocks: which blocks; see ``apps.nets.blocks.resolve_blocks``. In a dense model: which blocks
-            ``replaced_hidden_dim`` is for.
-        replaced_hidden_dim: FFN hidden dim of those blocks in a dense model; None: that of the others.
+        ffn: what ``moe_blocks`` have: an MoE layer, whose router must be causal, or another dense FFN; None: that of
+            the other blocks.
+        moe_blocks: which blocks; see ``apps.nets.blocks.resolve_blocks``.
 
     Raises:
         ValueError: a value out of its range, or a combination that cannot be built.
@@ -323,37 +223,24 @@ class HistoryModel(nn.Module):
         *,
         num_items: int,
         max_length: int,
-        moe: core.MoEConfig | None = None,
+        ffn: FFNConfig | None = None,
         moe_blocks: str | Sequence[int] = "all",
-        replaced_hidden_dim: int | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (
-            ("num_items", num_items),
-            ("max_length", max_length),
-            ("replaced_hidden_dim", replaced_hidden_dim),
-        ):
-            if value is not None and value < 1:
+        for name, value in (("num_items", num_items), ("max_length", max_length)):
+            if value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
-        if moe is not None and replaced_hidden_dim is not None:
-            raise ValueError(
-                f"replaced_hidden_dim={replaced_hidden_dim} is for a dense model: with moe, set moe.expert.hidden_dim"
-            )
         self.config, self.num_items, self.max_length = config, num_items, max_length
         self.moe_blocks = resolve_blocks(moe_blocks, config.depth)
         self.item_embed = nn.Embedding(num_items + 1, config.dim, padding_idx=0)
         self.pos_embed = nn.Embedding(max_length, config.dim)
         self.embed_dropout = nn.Dropout(config.embed_dropout)
+        transformer, mix = config.transformer, TokenMixing if config.mixing == "mixture" else self_attention
         self.blocks = nn.ModuleList()
-        for i in range(config.depth):
-            replaced = i in self.moe_blocks
-            if replaced and moe is not None:
-                ffn: nn.Module = moe.build(config.dim, causal=True)
-            else:
-                width = replaced_hidden_dim if replaced and replaced_hidden_dim else config.dense_hidden_dim
-                ffn = nn.Sequential(cpu.Linear(config.dim, width), nn.GELU(), cpu.Linear(width, config.dim))
-            self.blocks.append(HistoryBlock(config, ffn))
-        self.norm = nn.LayerNorm(config.dim)
+        for chosen in ffn_configs(transformer.dense_ffn, config.depth, ffn, self.moe_blocks):
+            block_ffn = chosen.build(config.dim, causal=True)
+            self.blocks.append(Layer(transformer, block_ffn, mixing=mix(config)))
+        self.norm = build_norm(transformer)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -362,11 +249,9 @@ class HistoryModel(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        for layer in core.moe_layers(self).values():
-            for name, weight in layer.experts.named_parameters():
-                if name in ("w_in", "w_gate", "w_out"):
-                    for expert in weight.unbind(0):
-                        nn.init.xavier_uniform_(expert)
+        for module in self.modules():
+            if isinstance(module, core.Experts):
+                module.init_each(nn.init.xavier_uniform_)
         nn.init.normal_(self.item_embed.weight, std=0.02)
         nn.init.normal_(self.pos_embed.weight, std=0.02)
         with torch.no_grad():
@@ -394,8 +279,12 @@ class HistoryModel(nn.Module):
         )
         x_TD = self.item_embed(items_T) * math.sqrt(self.config.dim) + self.pos_embed(packing.position_T)
         x_TD = self.embed_dropout(x_TD)
+        # Rows are filled from the left, so the causal mask keeps padding from every real query.
+        like_BL0 = x_TD.new_empty(packing.num_rows, packing.length, 0)
+        mask = self_mask(like_BL0, self.config.num_heads, valid_BL=None, causal=True, relative_HLL=None)
+        given = Pass(mask, context, packing=packing)
         for block in self.blocks:
-            x_TD = block(x_TD, packing, context)
+            x_TD = block(x_TD, given)
         return self.norm(x_TD), packing, index_T
 
     def _check(self, items_BS: Tensor) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -14,9 +12,11 @@ from torch import Tensor
 
 import core
 from apps.equal_cost.comparable import Baseline, Comparable, RoutedLayers
-from apps.equal_cost.twins import dense_baselines
-from apps.equal_cost.widths import SolvedWidth, ffn_widths
+from apps.equal_cost.twins import DenseTwin, baselines_of
+from apps.equal_cost.widths import SolvedWidth, equal_widths
+from apps.nets.blocks import FFNConfig, one_ffn
 from apps.nets.loss import linear_cross_entropy
+from apps.nets.place import Place, check_fits, check_layers
 from apps.recsys.metrics import RankingMetrics
 from apps.recsys.sequence import scoring
 from apps.recsys.sequence.model import HistoryModel, HistoryModelConfig, last_of
@@ -72,7 +72,7 @@ class NextItemRecommender(SparseModule, Comparable):
         sequence: the transformer.
         moe: the MoE layer that replaces the FFN of some blocks; None: dense FFNs. Its router must be causal.
         moe_blocks: which blocks: "all", "everyN", "lastN" (the last N of every second block), or indices.
-        replaced_hidden_dim: FFN hidden dim of those blocks in a dense model, as in the baselines; None: the others'.
+        dense_ffn: the FFN of those blocks in a dense model, as in the baselines; None: that of the others.
         exclude_seen: validation, test and prediction leave out the items that the user had before, all of them where
             the batch names them (``seen_BH``), else those in the history. For data whose users take an item once; a
             target that the user had before then ranks last. False: all items are ranked.
@@ -100,14 +100,14 @@ class NextItemRecommender(SparseModule, Comparable):
         sequence: HistoryModelConfig | None = None,
         moe: core.MoEConfig | None = None,
         moe_blocks: str | list[int] = "all",
-        replaced_hidden_dim: int | None = None,
+        dense_ffn: core.DenseFFN | None = None,
         exclude_seen: bool = False,
         top_k: int = 10,
         optimizer: OptimizerConfig | None = None,
         ema_decay: float | None = None,
     ) -> None:
         sequence = as_config(HistoryModelConfig, sequence, "sequence")
-        moe = as_config(core.MoEConfig, moe, "moe")
+        moe, dense_ffn = as_config(core.MoEConfig, moe, "moe"), as_config(core.DenseFFN, dense_ffn, "dense_ffn")
         optimizer = as_config(OptimizerConfig, optimizer, "optimizer")
         super().__init__(optimizer=optimizer, ema_decay=ema_decay)
         if top_k < 1:
@@ -115,14 +115,17 @@ class NextItemRecommender(SparseModule, Comparable):
         self.sequence, self.moe, self.moe_blocks = sequence or HistoryModelConfig(), moe, moe_blocks
         self.num_items, self.max_length = num_items, max_length
         self.exclude_seen, self.top_k = exclude_seen, top_k
+        self.place = Place(type(self).__name__, ("token_ids_BS",), is_causal=True)
+        if moe is not None:
+            check_fits(self.place, moe.router, moe.balance)
         self.model = HistoryModel(
             self.sequence,
             num_items=num_items,
             max_length=max_length,
-            moe=moe,
+            ffn=one_ffn(moe, dense_ffn),
             moe_blocks=moe_blocks,
-            replaced_hidden_dim=replaced_hidden_dim,
         )
+        check_layers(self.place, self.model)
 
     def forward(self, items: Tensor) -> Tensor:
         """(B, S) item ids, 0 for padding, to (B, num_items + 1) scores of the next item; see ``HistoryModel``."""
@@ -247,60 +250,45 @@ class NextItemRecommender(SparseModule, Comparable):
         as wide as makes up for the experts and, where there is one, for the convolution with its gate."""
         if not self.replaced_blocks:
             return {}
-        widths = baseline_widths(
-            self.sequence, self.moe, len(self.model.moe_blocks), tokens_per_sequence=self.max_length
-        )
-        says = "attention and dense FFNs, hidden dim {width} in the replaced blocks"
-        return dense_baselines(widths, partial(_Dense, self), says, self.sequence.dense_hidden_dim)
+        dense, attention = self.sequence.transformer.dense_ffn, dataclasses.replace(self.sequence, mixing="attention")
+
+        def build(width: int) -> DenseTwin:
+            return DenseTwin(self, dataclasses.replace(dense, hidden_dim=width), {"sequence": attention})
+
+        widths = baseline_widths(self.sequence, self.moe, len(self.model.moe_blocks), self.max_length)
+        says = f"attention and dense FFNs, hidden dim {{width}} in moe_blocks, {dense.hidden_dim} elsewhere"
+        return baselines_of(widths, build, says)
 
     def routed_layers(self) -> RoutedLayers | None:
         if self.moe is None:
             return None
-        arguments = {"tokens_per_sequence": self.max_length}
-        return RoutedLayers(self.moe, self.sequence.dim, arguments, ("token_ids_BS",), causal=True)
+        return RoutedLayers(self.moe, self.sequence.dim, self.place, {"tokens_per_sequence": self.max_length})
 
     def with_moe(self, moe: core.MoEConfig) -> NextItemRecommender:
-        return self.twin(moe=moe, replaced_hidden_dim=None)
+        return self.twin(moe=moe, dense_ffn=None)
 
 
 def baseline_widths(
-    config: HistoryModelConfig,
-    moe: core.MoEConfig | None,
-    num_replaced: int,
-    tolerance: float = 0.05,
-    tokens_per_sequence: int | None = None,
+    config: HistoryModelConfig, moe: core.MoEConfig | None, num_moe_blocks: int, tokens_per_sequence: int | None = None
 ) -> dict[str, SolvedWidth]:
-    """FFN hidden dims F with which SASRec costs what ``config`` with ``moe`` does.
+    """Return the FFN hidden dims with which SASRec costs what ``config`` with ``moe`` does.
 
-    A dense FFN takes ``4 D F`` FLOPs a token and has ``2 D F + F + D`` parameters. The FFNs of the replaced blocks also
-    make up for what "mixture" costs beside attention, in all blocks.
+    The FFNs of ``moe_blocks`` also make up for what "mixture" costs beside attention, in all blocks.
 
     Args:
         config: the model.
-        moe: the FFN of its replaced blocks; None: they are dense.
-        num_replaced: replaced blocks.
-        tolerance: relative difference beyond which a width does not count as equal.
+        moe: the FFN of its ``moe_blocks``; None: they are dense.
+        num_moe_blocks: how many there are.
         tokens_per_sequence: for routers whose cost depends on it.
 
     Returns:
         "sasrec_equal_flops" and "sasrec_equal_params".
     """
-    D, F = config.dim, config.dense_hidden_dim
-    flops: float = 4 * D * F if moe is None else moe.flops_per_token(D, tokens_per_sequence=tokens_per_sequence)
-    params: float = 2 * D * F + F + D if moe is None else moe.num_params(D)
+    dim, dense = config.dim, config.transformer.dense_ffn
+    ffn: FFNConfig = moe or dense
+    flops: float = ffn.flops_per_token(dim, tokens_per_sequence=tokens_per_sequence)
+    params: float = ffn.num_params(dim)
     if config.mixing == "mixture":
-        flops += config.depth * config.mixture_flops_per_token() / num_replaced
-        params += config.depth * config.mixture_params() / num_replaced
-    return ffn_widths("sasrec", D, flops, params, tolerance, each=" a block")
-
-
-@dataclass(frozen=True)
-class _Dense:
-    """Makes SASRec beside ``sparse``. A class and not a closure: it pickles into another process."""
-
-    sparse: NextItemRecommender
-    width: int
-
-    def __call__(self) -> NextItemRecommender:
-        attention = dataclasses.replace(self.sparse.sequence, mixing="attention")
-        return self.sparse.twin(sequence=attention, moe=None, replaced_hidden_dim=self.width)
+        flops += config.depth * config.mixture_flops_per_token() / num_moe_blocks
+        params += config.depth * config.mixture_params() / num_moe_blocks
+    return equal_widths("sasrec", dense, dim, flops, params, each=" a block")

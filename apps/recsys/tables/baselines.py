@@ -3,136 +3,121 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
 import core
 from apps.equal_cost.comparable import Baseline
-from apps.equal_cost.widths import nearest_width, same_width, widened
+from apps.equal_cost.twins import baselines_of
+from apps.equal_cost.widths import SolvedWidth, solve_width, widened
 from apps.recsys.encoding.features import Features
 from apps.recsys.tables.bottoms import SharedBottom, SingleTask
+from apps.recsys.tables.estimators import HistGradientBoosting, HistGradientBoostingUntuned, LogisticRegression
 from apps.recsys.tables.weighting import WeightingConfig
 
-if TYPE_CHECKING:
-    from apps.recsys.tables.module import MultiTaskRecommender
+BOTTOMS = {
+    "shared_bottom": (SharedBottom, "one network of width {width} for all tasks"),
+    "single_task": (SingleTask, "a model for each task, width {width}, nothing shared"),
+}
+"""Bottoms by the beginning of the baselines' names, and what is said of them."""
 
 ESTIMATORS = {
-    "hist_gradient_boosting": ("HistGradientBoosting", "settings chosen on validation"),
-    "hist_gradient_boosting_untuned": ("HistGradientBoostingUntuned", "150 trees, scikit-learn's defaults"),
-    "logistic_regression": ("LogisticRegression", "strength chosen on validation"),
+    "hist_gradient_boosting": (HistGradientBoosting, "settings chosen on validation"),
+    "hist_gradient_boosting_untuned": (HistGradientBoostingUntuned, "150 trees, scikit-learn's defaults"),
+    "logistic_regression": (LogisticRegression, "strength chosen on validation"),
 }
-"""Classes of ``apps.recsys.tables.estimators`` by the name of the baseline, and what is said of them."""
+"""Classes by the name of the baseline, and what is said of them."""
 
 
-@dataclass(frozen=True)
-class Solved:
-    """A bottom that costs what the multi-gate layer does, and its first width; ``problem`` says why there is none."""
-
-    config: SharedBottom | None
-    width: int
-    problem: str = ""
-
-
-def baselines(module: MultiTaskRecommender) -> Mapping[str, Baseline]:
-    """A shared bottom and single-task models of equal FLOPs and of equal parameters, boosted trees, a linear model.
+def baselines(recommender: Any) -> Mapping[str, Baseline]:
+    """Return a shared bottom and single-task models of equal FLOPs and of equal parameters, boosted trees, a linear
+    model.
 
     Only the layer between the columns and the towers differs. Single-task models have tables, interaction and towers of
     their own for each task, and a plain head: in the others a task learns from another's label.
+
+    Args:
+        recommender: a ``MultiTaskRecommender``.
     """
-    if isinstance(module.shared_config, SharedBottom):
+    shared: core.MultiGateConfig = recommender.shared_config
+    if isinstance(shared, SharedBottom):
         return {}
     found: dict[str, Baseline] = {}
-    for name, solved in solve(module.shared_config, module.input_dim, module.features).items():
-        twin = next((n for n, b in found.items() if b.build and _same(b.build, solved)), None)
-        if solved.config is None:
-            found[name] = Baseline(None, solved.problem)
-        elif twin is not None:
-            found[name] = Baseline(None, f"coincides with {twin}: width {solved.width}")
-        elif isinstance(solved.config, SingleTask):
-            note = f"a model for each task, width {solved.width}, nothing shared"
-            found[name] = Baseline(_Twin(module, solved.config, solved.width), note)
-        else:
-            note = f"one network of width {solved.width} for all tasks"
-            found[name] = Baseline(_Twin(module, solved.config, solved.width), note)
-    for name, (kind, note) in ESTIMATORS.items():
-        found[name] = Baseline(_Estimator(kind, module.head.has_steps), f"scikit-learn's, one for each task; {note}")
+    for prefix, (kind, says) in BOTTOMS.items():
+        widths = bottom_widths(prefix, shared, recommender.input_dim, recommender.features)
+        found |= baselines_of(widths, partial(_BottomTwin, recommender, kind), says)
+    for name, (estimator, note) in ESTIMATORS.items():
+        build = _Estimator(estimator, recommender.head.has_steps)
+        found[name] = Baseline(build, f"scikit-learn's, one for each task; {note}")
     return found
 
 
-def solve(shared: core.MultiGateConfig, dim: int, features: Features, tolerance: float = 0.05) -> dict[str, Solved]:
-    """Bottoms that cost what ``shared`` does at width ``dim``: its expert, all layers wider by one factor.
+def bottom(kind: type[SharedBottom], shared: core.MultiGateConfig, width: int) -> SharedBottom:
+    """Return a bottom with the expert of ``shared`` at another first width, all layers wider by one factor; as many
+    times the layers as ``shared`` has levels."""
+    levels = getattr(shared, "num_levels", 1)
+    return kind(expert=widened(shared.expert, width, levels), backend=shared.backend)
 
-    A multi-gate layer of several levels has a bottom of as many times the layers.
+
+def bottom_widths(prefix: str, shared: core.MultiGateConfig, dim: int, features: Features) -> dict[str, SolvedWidth]:
+    """Return the widths of the bottoms that cost what ``shared`` does.
 
     Args:
+        prefix: a key of ``BOTTOMS``.
         shared: the multi-gate layer.
         dim: D.
         features: for the number of tasks and of domains.
-        tolerance: relative difference beyond which a width does not count as equal.
 
     Returns:
-        "shared_bottom_equal_flops", "shared_bottom_equal_params" and the same of "single_task".
+        "<prefix>_equal_flops" and "<prefix>_equal_params".
     """
-    t, domains = len(features.tasks), features.num_domains
-    targets = {"flops": shared.flops_per_token(dim, t, domains), "params": shared.num_params(dim, t, domains)}
-    levels, found = getattr(shared, "num_levels", 1), {}
-    for kind, prefix in ((SharedBottom, "shared_bottom"), (SingleTask, "single_task")):
+    kind, t, domains = BOTTOMS[prefix][0], len(features.tasks), features.num_domains
 
-        def at(width: int, kind: type[SharedBottom] = kind) -> SharedBottom:
-            return kind(expert=widened(shared.expert, width, levels), backend=shared.backend)
+    def flops(width: int) -> int:
+        return bottom(kind, shared, width).flops_per_token(dim, t)
 
-        for what, target in targets.items():
-            try:
-                found[f"{prefix}_equal_{what}"] = _solve(at, what, target, dim, t, tolerance)
-            except ValueError as error:
-                found[f"{prefix}_equal_{what}"] = Solved(None, 0, str(error))
+    def params(width: int) -> int:
+        return bottom(kind, shared, width).num_params(dim, t)
+
+    found = {}
+    for what, cost, target in (
+        ("flops", flops, shared.flops_per_token(dim, t, domains)),
+        ("params", params, shared.num_params(dim, t, domains)),
+    ):
+        try:
+            found[f"{prefix}_equal_{what}"] = solve_width(cost, target, what)
+        except ValueError as error:  # experts that cannot be wider
+            found[f"{prefix}_equal_{what}"] = SolvedWidth(0, str(error))
     return found
 
 
-def _solve(
-    at: Callable[[int], SharedBottom], what: str, target: int, dim: int, num_tasks: int, tolerance: float
-) -> Solved:
-    def cost(width: int) -> int:
-        config = at(width)
-        return config.flops_per_token(dim, num_tasks) if what == "flops" else config.num_params(dim, num_tasks)
-
-    width = nearest_width(cost, target)
-    if abs(cost(width) - target) > tolerance * target:
-        return Solved(None, width, f"no whole width comes within {tolerance:.0%} of {target:,} {what}")
-    return Solved(at(width), width)
-
-
-def _same(build: Any, solved: Solved) -> bool:
-    return same_width(build.width, solved.width) and type(build.shared) is type(solved.config)
-
-
 @dataclass(frozen=True)
-class _Twin:
-    """Makes ``module`` anew with a bottom. A class and not a closure: it pickles into another process."""
+class _BottomTwin:
+    """Makes ``recommender`` anew with a bottom. A class and not a closure: it pickles into another process."""
 
-    module: MultiTaskRecommender
-    shared: SharedBottom
+    recommender: Any
+    kind: type[SharedBottom]
     width: int
 
-    def __call__(self) -> MultiTaskRecommender:
-        if not isinstance(self.shared, SingleTask):
-            return self.module.twin(shared=self.shared)
+    def __call__(self) -> Any:
+        model, shared = self.recommender, bottom(self.kind, self.recommender.shared_config, self.width)
+        if not isinstance(shared, SingleTask):
+            return model.twin(shared=shared)
         # Nothing that joins tasks: no head that chains them, no weights learned from each other's losses.
-        head = dataclasses.replace(self.module.head, kind="plain", steps=self.module.head.has_steps)
-        weighting = WeightingConfig(weights=self.module.weighting_config.weights)
-        return self.module.twin(shared=self.shared, head=head, weighting=weighting)
+        head = dataclasses.replace(model.head, kind="plain", steps=model.head.has_steps)
+        return model.twin(shared=shared, head=head, weighting=WeightingConfig(weights=model.weighting_config.weights))
 
 
 @dataclass(frozen=True)
 class _Estimator:
-    """Makes a scikit-learn baseline, which is imported only then."""
+    """Makes a scikit-learn baseline."""
 
-    kind: str
+    kind: type
     steps: bool
 
     def __call__(self) -> Any:
-        made = getattr(importlib.import_module("apps.recsys.tables.estimators"), self.kind)()
+        made = self.kind()
         made.steps = self.steps
         return made

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import core
 from apps.equal_cost.comparable import Baseline, Comparable, RoutedLayers
+from apps.nets.place import Place
 from apps.recsys.encoding.features import Features
 from apps.recsys.metrics import MultiTaskMetrics
 from apps.recsys.tables import scoring
@@ -340,7 +341,8 @@ class MultiTaskRecommender(SparseModule, Comparable):
         if isinstance(self.shared_config, SharedBottom):
             return None
         arguments = {"num_tasks": len(self.features.tasks), "num_domains": self.features.num_domains}
-        return RoutedLayers(self.shared_config, self.input_dim, arguments, ("domain_ids_B",))
+        place = Place(type(self).__name__, ("domain_ids_B",))
+        return RoutedLayers(self.shared_config, self.input_dim, place, arguments)
 
     def with_moe(self, moe: core.MultiGateConfig) -> MultiTaskRecommender:
         return self.twin(shared=moe)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from apps.equal_cost.widths import ffn_widths, same_width
+import core
+from apps.equal_cost.widths import equal_widths, same_width
 
 
 # D = 4. Plain: 2 * 2 * 4 F FLOPs, 2 * 4 F parameters, with biases F + 4 more. Gated: 3 in place of 2 matrices, 2 F + 4.
@@ -13,15 +14,15 @@ from apps.equal_cost.widths import ffn_widths, same_width
     [(False, True, 160, 94), (False, False, 160, 80), (True, True, 240, 144), (True, False, 240, 120)],
 )
 def test_a_hidden_dim_of_10_costs_so_much(gated, bias, flops, params):
-    found = ffn_widths("dense", 4, flops, params, 0.05, gated=gated, bias=bias)
+    found = equal_widths("dense", core.DenseFFN(gated=gated, bias=bias), 4, flops, params)
     assert found == {"dense_equal_flops": (10, ""), "dense_equal_params": (10, "")}
 
 
 def test_a_cost_between_two_widths_is_refused_where_neither_is_near():
     # One hidden unit costs 16 FLOPs, two 32: 24 is a third off both, and 163 is 10.2 units.
-    found = ffn_widths("dense", 4, 24, 94, 0.05, each=" a block")
-    assert found["dense_equal_flops"].problem == "no whole FFN hidden dim comes within 5% of 24 flops a block"
-    assert ffn_widths("dense", 4, 163, 94, 0.05)["dense_equal_flops"] == (10, "")
+    found = equal_widths("dense", core.DenseFFN(), 4, 24, 94, each=" a block")
+    assert found["dense_equal_flops"].problem == "no whole width comes within 5% of 24 flops a block"
+    assert equal_widths("dense", core.DenseFFN(), 4, 163, 94)["dense_equal_flops"] == (10, "")
 
 
 def test_widths_within_a_percent_are_the_same_model():

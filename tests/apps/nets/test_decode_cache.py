@@ -28,7 +28,7 @@ def build(kind="sinusoidal"):
     torch.manual_seed(0)
     config = TransformerConfig("nano", dim=16, hidden_dim=16, **KINDS[kind])
     moe = core.MoEConfig(4, core.Task(num_tasks=2, top_k=2))
-    return TranslationModel(config, source_vocab=VOCAB, moe=moe).double().eval()
+    return TranslationModel(config, source_vocab=VOCAB, ffn=moe).double().eval()
 
 
 class Search:

@@ -13,7 +13,6 @@ import core
 from apps.data.subwords import PAD_ID
 from apps.equal_cost import routers
 from apps.nets.config import TransformerConfig
-from apps.nets.layers import FeedForward
 from apps.nets.transformer import LanguageModel, TranslationModel
 
 VOCAB = 20
@@ -28,17 +27,16 @@ def config(**options):
     return TransformerConfig("nano", **{**small, **options})
 
 
-def build(moe=None, layers=("every2", "every2"), target_vocab=None, replaced_hidden_dim=None, **options):
+def build(moe=None, layers=("every2", "every2"), target_vocab=None, ffn=None, **options):
     torch.manual_seed(0)
     return (
         TranslationModel(
             config(**options),
             source_vocab=VOCAB,
             target_vocab=target_vocab,
-            moe=moe,
+            ffn=ffn or moe,
             encoder_moe_blocks=layers[0],
             decoder_moe_blocks=layers[1],
-            replaced_hidden_dim=replaced_hidden_dim,
         )
         .double()
         .eval()
@@ -47,7 +45,7 @@ def build(moe=None, layers=("every2", "every2"), target_vocab=None, replaced_hid
 
 def language_model(moe=None, layers="all", **options):
     torch.manual_seed(0)
-    return LanguageModel(config(**options), vocab=VOCAB, moe=moe, moe_blocks=layers).double().eval()
+    return LanguageModel(config(**options), vocab=VOCAB, ffn=moe, moe_blocks=layers).double().eval()
 
 
 # ---- decoding
@@ -220,7 +218,7 @@ def test_learned_positions_refuse_a_longer_sequence():
 # ---- which parts there are
 
 
-def test_moe_layers_take_the_place_of_the_chosen_ffns():
+def test_moe_blocks_have_moe_layers():
     options = {"encoder_layers": 4, "decoder_layers": 3}
     for layers, encoder, decoder in (
         (("every2", "every2"), (1, 3), (1,)),
@@ -235,8 +233,8 @@ def test_moe_layers_take_the_place_of_the_chosen_ffns():
 
 
 def test_a_dense_model_is_the_same_class_with_ffns_of_any_width():
-    model = build(replaced_hidden_dim=40, layers=("none", [0]))
-    widths = [m.w_in.out_features for m in model.modules() if isinstance(m, FeedForward)]
+    model = build(ffn=core.DenseFFN(40, "relu"), layers=("none", [0]))
+    widths = [m.w_in.out_features for m in model.modules() if isinstance(m, core.layers.FeedForward)]
     assert widths == [24, 24, 40, 24]
     assert not core.moe_layers(model)
     # One of one width does not ask which: "every2" of one layer is none.
@@ -267,7 +265,7 @@ def test_one_expert_is_the_dense_ffn(gated):
 
 def test_a_dense_gated_ffn_by_hand():
     # x = (1, 1, 1, 1): x w_in = 4 * 0.5, x w_gate = 4 * 0.25, and w_out = 3: silu(1) * 2 * 3.
-    ffn = FeedForward(config(dim=4, num_heads=1, hidden_dim=1, gated=True, activation="silu", bias=False), 1)
+    ffn = config(dim=4, num_heads=1, hidden_dim=1, gated=True, activation="silu", bias=False).dense_ffn.build(4)
     with torch.no_grad():
         ffn.w_in.weight.fill_(0.5)
         ffn.w_gate.weight.fill_(0.25)
@@ -331,7 +329,7 @@ def test_language_models_of_known_kinds():
         tie="none",
         scale_embeddings=False,
     )
-    assert mixtral.decoder.layers[0].self_attn.qkv.weight.shape == ((2 + 1 + 1) * 8, 16)
+    assert mixtral.decoder.layers[0].mixing.qkv.weight.shape == ((2 + 1 + 1) * 8, 16)
     assert mixtral.decoder.layers[0].cross_attn is None
     assert not [name for name, _ in mixtral.named_parameters() if "bias" in name]
     router = core.TokenChoice(top_k=2, score_func="sigmoid", expert_bias=True)
@@ -346,7 +344,7 @@ def test_language_models_of_known_kinds():
         bias=False,
     )
     assert list(core.moe_layers(deepseek)) == ["decoder.layers.1.ffn", "decoder.layers.2.ffn"]
-    assert isinstance(deepseek.decoder.layers[0].ffn, FeedForward)
+    assert isinstance(deepseek.decoder.layers[0].ffn, core.layers.FeedForward)
     for model in (mixtral, deepseek):
         logits_BLV, cache = model(TARGET), model.start(3)
         for t in range(4):
@@ -403,7 +401,7 @@ def test_initial_weights():
     # Xavier: within sqrt(6 / (fan in + fan out)), and close to it. An expert starts as the dense FFN it stands for.
     moe = core.MoEConfig(4, core.TokenChoice(top_k=1), core.FFN(hidden_dim=256, bias=True), num_shared_experts=1)
     torch.manual_seed(0)
-    model = TranslationModel(TransformerConfig("nano", hidden_dim=256), source_vocab=1000, moe=moe)
+    model = TranslationModel(TransformerConfig("nano", hidden_dim=256), source_vocab=1000, ffn=moe)
     D, bound = 64, math.sqrt(6 / (64 + 256))
     dense, sparse = model.encoder.layers[0].ffn, model.encoder.layers[1].ffn
     for weight in (dense.w_in.weight, sparse.experts.w_in[3], sparse.experts.w_out[0], sparse.shared_experts.w_in[0]):
@@ -415,7 +413,7 @@ def test_initial_weights():
     for weight in (
         attention.q.weight,
         *attention.kv.weight.chunk(2),
-        *model.encoder.layers[0].self_attn.qkv.weight.chunk(3),
+        *model.encoder.layers[0].mixing.qkv.weight.chunk(3),
     ):
         assert 0.99 * bound < weight.abs().max() <= bound
     assert not model.source_embed.weight[PAD_ID].any()
@@ -429,7 +427,7 @@ def test_initial_weights():
 
 def test_a_model_learns_to_copy():
     torch.manual_seed(0)
-    model = TranslationModel(config(dropout=0.0), source_vocab=VOCAB, moe=MOE)
+    model = TranslationModel(config(dropout=0.0), source_vocab=VOCAB, ffn=MOE)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     losses = []
     for _ in range(150):
@@ -529,24 +527,18 @@ def test_a_forward_is_one_graph():
             "tie='all' (model.transformer.tie) needs a joint vocabulary: with two, which data.tokenizer.joint=false "
             "makes, tie is 'decoder' or 'none'",
         ),
-        ({"replaced_hidden_dim": 0}, "replaced_hidden_dim=0 must be at least 1"),
+        ({"ffn": MOE, "encoder_moe_blocks": [2]}, "encoder_moe_blocks index 2 is out of range for depth=2"),
         (
-            {"moe": MOE, "replaced_hidden_dim": 8},
-            "replaced_hidden_dim=8 is for a dense model: with moe, set moe.expert.hidden_dim",
-        ),
-        ({"moe": MOE, "encoder_moe_blocks": [2]}, "encoder_moe_blocks index 2 is out of range for depth=2"),
-        (
-            {"replaced_hidden_dim": 8, "decoder_moe_blocks": "last3"},
+            {"ffn": core.DenseFFN(8), "decoder_moe_blocks": "last3"},
             "decoder_moe_blocks='last3' does not fit depth=2: N is at most 1",
         ),
         (
-            {"moe": MOE, "encoder_moe_blocks": "none", "decoder_moe_blocks": []},
-            "encoder_moe_blocks and decoder_moe_blocks name no layer: leave moe out for a dense model",
+            {"ffn": MOE, "encoder_moe_blocks": "none", "decoder_moe_blocks": []},
+            "encoder_moe_blocks and decoder_moe_blocks name no block: leave moe out for a dense model",
         ),
         (
-            {"moe": core.MoEConfig(4, core.ExpertChoice())},
-            "router ExpertChoice (arXiv 2202.09368) lets later tokens change earlier ones: not for a causal decoder, "
-            "set decoder_moe_blocks='none' or another router",
+            {"ffn": core.MoEConfig(4, core.ExpertChoice())},
+            "router ExpertChoice (arXiv 2202.09368) lets later tokens change earlier ones: not for a causal decoder",
         ),
     ],
 )
@@ -560,9 +552,8 @@ def test_what_cannot_be_built_is_refused_in_one_line(options, message):
     ("options", "message"),
     [
         ({"vocab": 0}, "vocab=0 must be at least 2: id 0 is padding"),
-        ({"moe": MOE, "moe_blocks": "none"}, "moe_blocks='none' names no layer: leave moe out for a dense model"),
-        ({"moe": MOE, "moe_blocks": "every3"}, "moe_blocks='every3' does not fit depth=2: N is at most 2"),
-        ({"moe": MOE, "replaced_hidden_dim": 8}, "replaced_hidden_dim=8 is for a dense model: .*"),
+        ({"ffn": MOE, "moe_blocks": "none"}, "moe_blocks='none' names no block: leave moe out for a dense model"),
+        ({"ffn": MOE, "moe_blocks": "every3"}, "moe_blocks='every3' does not fit depth=2: N is at most 2"),
     ],
 )
 def test_language_models_that_cannot_be_built_are_refused(options, message):

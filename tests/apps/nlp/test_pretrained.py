@@ -63,7 +63,7 @@ def published(folder: Path, moe: core.MoEConfig | None = EXPERTS, config: Transf
     folder.mkdir()
     size = sentencepiece_file(folder / "spiece.model", **T5_IDS)
     torch.manual_seed(1)
-    save_pretrained(TranslationModel(config, source_vocab=size + SPARE + 1, moe=moe), folder)
+    save_pretrained(TranslationModel(config, source_vocab=size + SPARE + 1, ffn=moe), folder)
     return folder
 
 
@@ -195,7 +195,7 @@ def test_a_given_network_must_be_the_published_one(corpus, tmp_path):
     assert told(transformer=T5) == "encoder_moe_blocks=() of the model is, in F, (1,)"
     assert told(decoder_moe_blocks=[0]) == "decoder_moe_blocks=(0,) of the model is, in F, (1,)"
     assert told(moe=replace(EXPERTS, num_experts=8)) == "moe.num_experts=8 of the model is, in F, 4"
-    assert told(replaced_hidden_dim=8) == "replaced_hidden_dim=8 is no width of pretrained='F'"
+    assert told(dense_ffn=core.DenseFFN(8)).endswith(" is no FFN of pretrained='F'")
     # Dropout, capacity and losses are a training's own.
     module = make(data, folder, transformer=replace(T5, dropout=0.3), moe=replace(EXPERTS, capacity_factor=1.5))
     module.setup("fit")

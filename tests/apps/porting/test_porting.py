@@ -55,7 +55,7 @@ def _seed() -> None:
 
 def switch_model(config: TransformerConfig = T5, **options: Any) -> TranslationModel:
     tied = replace(config, tie="all", logits_scale=config.shape.dim**-0.5)
-    return TranslationModel(tied, source_vocab=VOCAB, **{"moe": EXPERTS, **options}).eval()
+    return TranslationModel(tied, source_vocab=VOCAB, **{"ffn": EXPERTS, **options}).eval()
 
 
 def same_weights(a: torch.nn.Module, b: torch.nn.Module) -> bool:
@@ -167,7 +167,7 @@ def test_experts_held_in_two_tensors_are_taken_apart():
 def test_masked_expert_outputs_of_nllb_are_made_up_for():
     # Theirs computes 0.8 of the sum in evaluation. Ours divides what is kept in training by 0.8: with gates of 0.8 that
     # is the plain sum of what is kept, as in their training.
-    config, _ = to_published(TranslationModel(NLLB, source_vocab=VOCAB, moe=two_of_four()))
+    config, _ = to_published(TranslationModel(NLLB, source_vocab=VOCAB, ffn=two_of_four()))
     assert config["moe_token_dropout"] == 0.0
     read = nllb.read({**config, "moe_token_dropout": 0.2}, {}).moe
     assert read is not None
@@ -186,15 +186,15 @@ MODELS: dict[str, Callable[[], Any]] = {
     "t5": lambda: TranslationModel(T5, source_vocab=VOCAB),
     "switch_transformers": switch_model,
     "m2m_100": lambda: TranslationModel(NLLB, source_vocab=VOCAB),
-    "nllb-moe": lambda: TranslationModel(NLLB, source_vocab=VOCAB, moe=two_of_four()),
+    "nllb-moe": lambda: TranslationModel(NLLB, source_vocab=VOCAB, ffn=two_of_four()),
     "mistral": lambda: LanguageModel(MIXTRAL, vocab=VOCAB),
     "mixtral": lambda: LanguageModel(
-        MIXTRAL, vocab=VOCAB, moe=core.MoEConfig(4, core.TokenChoice(top_k=2), core.SwiGLU(24))
+        MIXTRAL, vocab=VOCAB, ffn=core.MoEConfig(4, core.TokenChoice(top_k=2), core.SwiGLU(24))
     ),
     "glm4_moe": lambda: LanguageModel(
         MIXTRAL,
         vocab=VOCAB,
-        moe=core.MoEConfig(
+        ffn=core.MoEConfig(
             4,
             core.TokenChoice(top_k=2, score_func="sigmoid", normalize=True, expert_bias=True, scale=2.5),
             core.SwiGLU(24),
@@ -253,7 +253,7 @@ def test_narrow_experts_are_padded_with_zeros_and_biases_of_zero():
     """Experts of 2 hidden units beside dense FFNs of 3 get a third one of zeros, and the dense layer stays."""
     config = replace(NLLB, dim=4, num_heads=2, hidden_dim=3, encoder_layers=2, decoder_layers=1)
     moe = core.MoEConfig(2, core.TokenChoice(top_k=2), core.FFN(2, "relu"))
-    model = TranslationModel(config, source_vocab=VOCAB, moe=moe, encoder_moe_blocks=[1], decoder_moe_blocks="none")
+    model = TranslationModel(config, source_vocab=VOCAB, ffn=moe, encoder_moe_blocks=[1], decoder_moe_blocks="none")
     written, tensors = to_published(model)
     assert written["encoder_ffn_dim"] == written["decoder_ffn_dim"] == 3
     w_in, w_out = (getattr(model.encoder.layers[1].ffn.experts, name)[1].mT for name in ("w_in", "w_out"))
@@ -266,7 +266,7 @@ def test_narrow_experts_are_padded_with_zeros_and_biases_of_zero():
     assert torch.equal(tensors["model.encoder.layers.0.ffn.fc1.weight"], dense.w_in.weight)
     # And the other way about: dense FFNs of 3 beside experts of 5.
     wide = core.MoEConfig(2, core.TokenChoice(top_k=2), core.FFN(5, "relu", bias=True))
-    model = TranslationModel(config, source_vocab=VOCAB, moe=wide, encoder_moe_blocks=[1], decoder_moe_blocks="none")
+    model = TranslationModel(config, source_vocab=VOCAB, ffn=wide, encoder_moe_blocks=[1], decoder_moe_blocks="none")
     written, tensors = to_published(model)
     dense = model.decoder.layers[0].ffn
     assert written["decoder_ffn_dim"] == 5
@@ -301,7 +301,7 @@ def test_options_build_the_model_again(tmp_path):
     model = TranslationModel(
         TransformerConfig(**options["transformer"]),
         source_vocab=VOCAB,
-        moe=core.MoEConfig.from_dict(options["moe"]),
+        ffn=core.MoEConfig.from_dict(options["moe"]),
         encoder_moe_blocks=options["encoder_moe_blocks"],
         decoder_moe_blocks=options["decoder_moe_blocks"],
     )
@@ -487,7 +487,7 @@ def test_weights_go_into_a_model_that_is_built_as_theirs(tmp_path):
         capacity_factor=1.25,
         balance=core.Balance(load_balancing=0.5),
     )
-    model = switch_model(replace(T5, dropout=0.3, ffn_dropout=0.2), moe=moe)
+    model = switch_model(replace(T5, dropout=0.3, ffn_dropout=0.2), ffn=moe)
     load_pretrained_weights(model, tmp_path)
     assert same_weights(model, load_pretrained(tmp_path))
 
@@ -497,20 +497,20 @@ def test_weights_go_into_a_model_that_is_built_as_theirs(tmp_path):
     [
         (lambda: switch_model(replace(T5, size="tiny")), "encoder_layers=4 of the model is, in F, 2"),
         (lambda: switch_model(replace(T5, norm="layer")), "norm='layer' of the model is, in F, 'rms'"),
-        (lambda: switch_model(moe=None), "encoder_moe_blocks=() of the model is, in F, (1,)"),
-        (lambda: switch_model(moe=replace(EXPERTS, num_experts=8)), "moe.num_experts=8 of the model is, in F, 4"),
+        (lambda: switch_model(ffn=None), "encoder_moe_blocks=() of the model is, in F, (1,)"),
+        (lambda: switch_model(ffn=replace(EXPERTS, num_experts=8)), "moe.num_experts=8 of the model is, in F, 4"),
         (
-            lambda: switch_model(moe=replace(EXPERTS, expert=core.FFN(128, "gelu"))),
+            lambda: switch_model(ffn=replace(EXPERTS, expert=core.FFN(128, "gelu"))),
             "moe.expert=FFN(hidden_dim=128, activation='gelu', bias=False) of the model is, in F, "
             "FFN(hidden_dim=128, activation='relu', bias=False)",
         ),
         (lambda: LanguageModel(MIXTRAL, vocab=VOCAB), "a LanguageModel is not what F holds: switch_transformers"),
         (
-            lambda: TranslationModel(T5, source_vocab=VOCAB + 1, moe=EXPERTS),
+            lambda: TranslationModel(T5, source_vocab=VOCAB + 1, ffn=EXPERTS),
             "tie='inputs' of the model is, in F, 'all'",
         ),
         (
-            lambda: TranslationModel(replace(T5, tie="none"), source_vocab=VOCAB, target_vocab=31, moe=EXPERTS),
+            lambda: TranslationModel(replace(T5, tie="none"), source_vocab=VOCAB, target_vocab=31, ffn=EXPERTS),
             "tie='none' of the model is, in F, 'all'",
         ),
     ],
@@ -525,7 +525,7 @@ def test_a_model_built_otherwise_is_refused_with_both_values(tmp_path, build, me
 def test_another_vocabulary_is_refused(tmp_path):
     checkpoint(tmp_path)
     model = TranslationModel(
-        replace(T5, tie="all", logits_scale=0.125), source_vocab=VOCAB + 1, moe=EXPERTS
+        replace(T5, tie="all", logits_scale=0.125), source_vocab=VOCAB + 1, ffn=EXPERTS
     )  # fmt: skip
     with pytest.raises(ValueError, match=r"^vocab_size=31 of the model is, in .*, 30$"):
         load_pretrained_weights(model, tmp_path)
@@ -555,15 +555,15 @@ def test_another_vocabulary_is_refused(tmp_path):
             "moe layers [0, 1] of 6 are not every n-th layer, as published models have them",
         ),
         (
-            lambda: switch_model(moe=replace(EXPERTS, num_shared_experts=1)),
+            lambda: switch_model(ffn=replace(EXPERTS, num_shared_experts=1)),
             "moe.num_shared_experts=1 cannot be said in switch_transformers, which has 0",
         ),
         (
-            lambda: switch_model(moe=replace(EXPERTS, router=core.Hash(VOCAB))),
+            lambda: switch_model(ffn=replace(EXPERTS, router=core.Hash(VOCAB))),
             "router Hash cannot be said in switch_transformers, which has TokenChoice",
         ),
         (
-            lambda: TranslationModel(T5, source_vocab=VOCAB, replaced_hidden_dim=64),
+            lambda: TranslationModel(T5, source_vocab=VOCAB, ffn=core.DenseFFN(64)),
             "encoder.layers.1.ffn.w_in.weight of shape (64, 64) is (128, 64) in t5",
         ),
         (

@@ -25,9 +25,8 @@ def build(vit=TINY, moe=None, blocks="last2", hidden=None, *, image_size=8, in_c
         image_size=image_size,
         in_chans=in_chans,
         num_classes=num_classes,
-        moe=moe,
+        ffn=core.DenseFFN(hidden) if hidden else moe,
         moe_blocks=blocks,
-        replaced_hidden_dim=hidden,
     )
 
 
@@ -148,7 +147,7 @@ def test_flops_are_the_dense_ones_less_the_ffns_plus_the_experts():
     assert sparse - dense == 2 * 17 * 2 * (3200 - 4096)
 
 
-def test_only_the_replaced_blocks_are_widened():
+def test_only_moe_blocks_are_widened():
     vit = ViTConfig(patch_size=2, embed_dim=16, depth=4, num_heads=2, hidden_dim=40)
     model = build(vit, hidden=100)
     assert [b.mlp.fc1.out_features for b in model.blocks] == [40, 100, 40, 100]
@@ -251,8 +250,10 @@ def test_copies_and_state_dicts_give_the_same_output():
         (lambda: ViTConfig(pool="max"), "pool='max' is not one of token, avg"),
         (lambda: build(ViTConfig(patch_size=3)), "image_size=8 is not divisible by patch_size=3"),
         (lambda: build(in_chans=0), "in_chans=0 must be at least 1"),
-        (lambda: build(hidden=0), "replaced_hidden_dim=0 must be at least 1"),
-        (lambda: build(moe=MOE, hidden=64), "replaced_hidden_dim=64 is for a dense model"),
+        (
+            lambda: VMoE(TINY, image_size=8, in_chans=1, num_classes=2, ffn=core.DenseFFN(gated=True)),
+            "dense_ffn.gated=True does not fit a vision transformer",
+        ),
     ],
 )
 def test_refused_combinations_are_one_line(make, message):

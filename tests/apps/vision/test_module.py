@@ -17,7 +17,7 @@ from apps.train.module import OptimizerConfig, parameter_groups
 from apps.vision.batch import ImageBatch
 from apps.vision.data import VisionData
 from apps.vision.model import ViTConfig
-from apps.vision.module import VisionClassifier, baseline_widths
+from apps.vision.module import VisionClassifier
 from core.routing.expert_choice import ExpertChoice
 from core.routing.soft import Merge, SoftSlots
 
@@ -159,21 +159,14 @@ def test_prediction_lists_the_likeliest_classes():
 # ---- baselines
 
 
-def test_baseline_widths_by_hand():
+def test_baselines_cost_what_they_say_in_moe_blocks_and_elsewhere_the_same():
     # D = 8, E = 4, K = 2, F = 16. FLOPs a token: router 2*8*4 = 64, experts 2 * 4*8*16 = 1024; 1088 / (4*8) = 34.
     # Parameters: router 32, experts 4 * 2*8*16 = 1024; 2*8*F + F + 8 = 1056 gives F = 61.6.
-    widths = baseline_widths(MOE, 8)
-    assert {n: (w.width, w.problem) for n, w in widths.items()} == {
-        "dense_equal_flops": (34, ""),
-        "dense_equal_params": (62, ""),
-    }
-
-
-def test_baselines_cost_what_they_say_in_the_replaced_blocks_and_elsewhere_the_same():
     sparse = build()
     baselines = sparse.baselines()
     assert list(baselines) == ["dense_equal_flops", "dense_equal_params"]
     flops, params = (baselines[n].build() for n in baselines)
+    assert [m.model.blocks[1].mlp.fc1.out_features for m in (flops, params)] == [34, 62]
     x = torch.randn(2, 16, 8)
     layer = sparse.model.blocks[1].mlp
     with torch.no_grad():
@@ -186,7 +179,7 @@ def test_baselines_cost_what_they_say_in_the_replaced_blocks_and_elsewhere_the_s
         assert dense.baselines() == {}
         assert dense.model.blocks[0].mlp.fc1.out_features == 32
         assert dense.optimizer_config == sparse.optimizer_config
-    assert "FFN hidden dim 34 in the replaced blocks, 32 elsewhere" in baselines["dense_equal_flops"].note
+    assert "FFN hidden dim 34 in place of experts, 32 elsewhere" in baselines["dense_equal_flops"].note
 
 
 @pytest.mark.parametrize("router", [SoftSlots(2), Merge("smear"), ExpertChoice(1.5)], ids=str)
@@ -213,7 +206,7 @@ def test_a_baseline_that_cannot_exist_says_why():
     # 2*8*3 + 4*8*1 = 80 FLOPs = 4*8 * 2.5, and neither 2 nor 3 is within 5 % of it.
     found = build(tiny).baselines()["dense_equal_flops"]
     assert found.build is None
-    assert found.note == "no whole FFN hidden dim comes within 5% of 80 flops"
+    assert found.note == "no whole width comes within 5% of 80 flops"
 
 
 def test_baselines_travel_to_another_process():

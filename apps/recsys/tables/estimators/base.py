@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from apps.equal_cost.twins import Search
+from apps.equal_cost.search import Search
 from apps.recsys import binary_metrics
 from apps.recsys.metrics import MultiTaskMetrics
 from apps.recsys.tables.arrays import MultiValued, TableArrays, gather

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from apps.equal_cost.twins import Search
+from apps.equal_cost.search import Search
 from apps.recsys.tables.arrays import TableArrays
 from apps.recsys.tables.estimators.base import PerTask, Task, best_of, quality_of_logits, sparse_values
 

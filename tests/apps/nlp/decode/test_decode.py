@@ -393,7 +393,7 @@ def transformer(kind: str, vocab: int = 40, **options: Any) -> TranslationModel:
     }[kind]
     torch.manual_seed(0)
     config = TransformerConfig("nano", tie="none", **options)
-    model = TranslationModel(config, source_vocab=vocab, moe=moe, decoder_moe_blocks="all").double().eval()
+    model = TranslationModel(config, source_vocab=vocab, ffn=moe, decoder_moe_blocks="all").double().eval()
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(1.7)
@@ -425,7 +425,7 @@ def test_transformers_with_a_cache_say_what_the_plain_loops_say(kind, positions)
 def test_a_sparse_language_model_continues_prompts(capacity_factor):
     torch.manual_seed(0)
     moe = core.MoEConfig(num_experts=4, router=core.TokenChoice(top_k=2), capacity_factor=capacity_factor)
-    model = LanguageModel(TransformerConfig("nano", positions="rotary", tie="none"), vocab=40, moe=moe).double().eval()
+    model = LanguageModel(TransformerConfig("nano", positions="rotary", tie="none"), vocab=40, ffn=moe).double().eval()
     prompts = torch.tensor([[BOS_ID, 7, 9, 11], [BOS_ID, PAD_ID, PAD_ID, PAD_ID], [BOS_ID, 8, PAD_ID, PAD_ID]])
     for method in ("greedy", "beam", "sample"):
         config = DecodeConfig(method=method, beam_size=3, max_length_extra=5)

@@ -19,12 +19,12 @@ from torch.testing import assert_close
 import core
 from apps.compare.systems import find_systems
 from apps.data.subwords import EOS_ID, PAD_ID, SubwordConfig
-from apps.nets.layers import FeedForward
 from apps.nlp.decode import DecodeConfig
 from apps.nlp.language.data import TextBatch, TextData, TextSize
 from apps.nlp.language.module import Block, LanguageMetrics, LanguageModeler
 from apps.train.checkpoints import AtomicCheckpointIO, BestAndLast
 from apps.train.module import OptimizerConfig
+from core.layers import FeedForward
 
 DOCUMENTS = ["red blue green black", "one two three four", "north east south west", "spring summer autumn winter"]
 

@@ -23,19 +23,17 @@ from apps.cli import main as moesaic
 from apps.cli.train import build, quiet
 from apps.compare.systems import find_systems
 from apps.data.subwords import BOS_ID, EOS_ID, PAD_ID, UNK_ID
-from apps.nets.config import POSITIONS, TransformerConfig
-from apps.nets.layers import FeedForward
-from apps.nlp.baselines import baseline_widths
+from apps.nets.config import POSITIONS
 from apps.nlp.decode import DecodeConfig
-from apps.nlp.foreseen import read_ids
 from apps.nlp.text.batch import TranslationBatch
 from apps.nlp.translation.metrics import corpus_score
-from apps.nlp.translation.module import Translator, check_tasks, task_numbers
+from apps.nlp.translation.module import Translator, task_numbers
 from apps.nlp.translation.report import TranslationReportConfig
 from apps.train.checkpoints import AtomicCheckpointIO, BestAndLast
 from apps.train.finite import NonFiniteError
 from apps.train.module import OptimizerConfig
 from apps.train.resume import GeneratorState
+from core.layers import FeedForward
 
 DROPPING = dataclasses.replace(TRANSFORMER, dropout=0.1)
 
@@ -87,12 +85,6 @@ def padded(batch: TranslationBatch, source: int, target: int) -> TranslationBatc
 
 
 # ---- the loss
-
-
-def test_the_decoder_reads_all_but_the_end():
-    target = torch.tensor([[BOS_ID, 7, 8, EOS_ID], [BOS_ID, 9, EOS_ID, PAD_ID]])
-    # To be said: 7 8 EOS, 9 EOS. After an EOS there is nothing to say, so it is not read.
-    assert read_ids(target).tolist() == [[BOS_ID, 7, 8], [BOS_ID, 9, PAD_ID]]
 
 
 def test_costs_are_of_a_pair_of_mean_length(data):
@@ -175,21 +167,21 @@ def test_routers_are_told_the_task_and_the_domain(two):
     [
         (
             core.MoEConfig(4, router=core.Task(num_tasks=4)),
-            "moe.router.num_tasks=4 does not fit tasks='pair', of which the data's pairs en-de, de-en make 2",
+            r"router Task .* has num_tasks=4, which does not fit the pairs en-de, en-fr by tasks='pair': they have 2",
         ),
         (
             core.MoEConfig(4, balance=core.Balance(mutual_information=0.01, num_tasks=3)),
-            "moe.balance.num_tasks=3 does not fit tasks='pair', of which the data's pairs en-de, de-en make 2",
+            "moe.balance has num_tasks=3, which does not fit the pairs en-de, en-fr by tasks='pair': they have 2",
         ),
         (
             core.MoEConfig(4, router=core.DomainRandom(num_domains=1, vocab_size=300)),
-            "moe.router.num_domains=1 does not fit the data's pairs en-de, de-en, which have 2 target languages",
+            r"router DomainRandom .* has num_domains=1, which does not fit the pairs .* they have 2",
         ),
     ],
 )
-def test_routers_of_other_numbers_of_tasks_are_refused(moe, message):
+def test_routers_of_other_numbers_of_tasks_are_refused(two, moe, message):
     with pytest.raises(ValueError, match=message):
-        check_tasks(moe, ("en-de", "de-en"), "pair", 2, 2)
+        translator(two, moe)
 
 
 def test_data_of_other_subwords_or_pairs_are_refused(data, two, tmp_path):
@@ -247,18 +239,6 @@ def test_every_kind_of_positions_trains(data, tmp_path, positions):
 # ---- baselines
 
 
-@pytest.mark.parametrize("gated, bias", [(False, True), (False, False), (True, True), (True, False)])
-def test_widths_of_equal_cost(gated, bias):
-    transformer = TransformerConfig("tiny", gated=gated, bias=bias)
-    found = baseline_widths(MOE, transformer)
-    for name, target, cost in (
-        ("dense_equal_params", MOE.num_params(128), lambda m: sum(p.numel() for p in m.parameters())),
-        ("dense_equal_flops", MOE.flops_per_token(128), lambda m: core.count_flops(m, torch.zeros(1, 128))),
-    ):
-        assert not found[name].problem
-        assert cost(FeedForward(transformer, found[name].width)) == pytest.approx(target, rel=0.05)
-
-
 def test_baselines_cost_what_they_say_whatever_is_padding(data):
     module = translator(data, encoder_moe_blocks="all", decoder_moe_blocks="all")
     found = {s.name: s for s in find_systems(module, padded(a_batch(data), 4, 6))}
@@ -290,8 +270,8 @@ def test_only_a_decoder_must_be_causal(data):
     ahead = core.MoEConfig(4, router=core.ExpertChoice(), expert=core.FFN(hidden_dim=16))
     with pytest.raises(ValueError, match="causal"):
         translator(data, ahead)
-    assert translator(data).routed_layers().causal
-    assert not translator(data, ahead, encoder_moe_blocks="all", decoder_moe_blocks="none").routed_layers().causal
+    assert translator(data).place.is_causal
+    assert not translator(data, ahead, encoder_moe_blocks="all", decoder_moe_blocks="none").place.is_causal
 
 
 # ---- a step

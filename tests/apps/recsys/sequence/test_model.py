@@ -4,20 +4,12 @@ import math
 
 import pytest
 import torch
-from torch import nn
 from torch.testing import assert_close
 
 import core
-from apps.recsys.sequence.model import (
-    CausalAttention,
-    CausalConvolution,
-    HistoryModel,
-    HistoryModelConfig,
-    Packing,
-    TokenMixing,
-    causal_attention,
-    dense_gates,
-)
+from apps.nets.attention import self_mask
+from apps.nets.packing import Packing
+from apps.recsys.sequence.model import CausalConvolution, HistoryModel, HistoryModelConfig, TokenMixing, dense_gates
 
 MOE = core.MoEConfig(num_experts=4, router=core.TokenChoice(top_k=2), expert=core.FFN(hidden_dim=12))
 SMALL = {"dim": 8, "depth": 2, "num_heads": 2, "hidden_dim": 16}
@@ -27,7 +19,7 @@ ITEMS = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 0, 0], [7, 0, 0, 0, 0]])
 def build(mixing="mixture", moe=MOE, dtype=torch.float64, seed=0, num_items=9, max_length=8, **config):
     torch.manual_seed(seed)
     config = HistoryModelConfig(**{**SMALL, "mixing": mixing, **config})
-    model = HistoryModel(config, num_items=num_items, max_length=max_length, moe=moe)
+    model = HistoryModel(config, num_items=num_items, max_length=max_length, ffn=moe)
     with torch.no_grad():  # as it starts, positions are faint
         model.pos_embed.weight.normal_(std=0.5)
         model.item_embed.weight[1:].normal_(std=0.5)
@@ -108,16 +100,10 @@ def test_sasrec_is_the_slow_transformer():
         for row in ([3, 1, 4, 1, 5], [9, 2, 6], [7]):
             x = model.item_embed.weight[row] * math.sqrt(8) + model.pos_embed.weight[: len(row)]
             for block in model.blocks:
-                x = x + block.mixing.out(slow_attention(block.norm1(x), block.mixing.attention))
-                x = x + block.ffn(block.norm2(x))
+                x = x + block.mixing.out(slow_attention(block.mixing_norm(x), block.mixing))
+                x = x + block.ffn(block.ffn_norm(x))
             expected.append(model.norm(x))
     assert_close(h_TD, torch.cat(expected), rtol=0, atol=1e-12)
-
-
-def test_explicit_attention_is_torchs():
-    q, k, v = torch.randn(3, 2, 3, 7, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    expected = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-    assert_close(causal_attention(q, k, v), expected, rtol=0, atol=1e-12)
 
 
 def test_convolution_by_hand():
@@ -128,23 +114,10 @@ def test_convolution_by_hand():
         conv.proj.weight.copy_(torch.tensor([[1.0, 10.0, 100.0]]))
         conv.proj.bias.fill_(0.5)
         packing, _ = Packing.of(torch.tensor([[True, True, True], [True, True, False]]))
-        found = conv(torch.tensor([[1.0], [2.0], [3.0], [4.0], [5.0]], dtype=torch.float64), packing)
+        found = conv(torch.tensor([[1.0], [2.0], [3.0], [4.0], [5.0]], dtype=torch.float64), packing=packing)
     # 1; 2 + 10; 3 + 20 + 100; 4; 5 + 40; plus the bias. GELU(z) is z * Phi(z).
     z = torch.tensor([1.5, 12.5, 123.5, 4.5, 45.5], dtype=torch.float64)
     assert_close(found.squeeze(1), z * torch.special.ndtr(z), rtol=0, atol=1e-12)
-
-
-def test_packing_by_hand():
-    packing, index_T = Packing.of(torch.tensor([[0, 1, 0, 1], [0, 0, 0, 0], [1, 1, 1, 0]]).bool())
-    assert index_T.tolist() == [1, 3, 8, 9, 10]
-    assert packing.length == 3
-    assert packing.position_T.tolist() == [0, 1, 0, 1, 2]
-    assert packing.slot_T.tolist() == [0, 1, 6, 7, 8]
-    assert packing.last_B.tolist() == [1, -1, 4]
-    padded = packing.pad(torch.arange(1, 6)[:, None])
-    assert padded.squeeze(-1).tolist() == [[1, 2, 0], [0, 0, 0], [3, 4, 5]]
-    assert packing.pack(padded).flatten().tolist() == [1, 2, 3, 4, 5]
-    assert packing.valid_BL().tolist() == [[True, True, False], [False] * 3, [True] * 3]
 
 
 # ---- the mixture
@@ -158,9 +131,10 @@ def test_the_mixture_is_the_gated_sum_of_its_experts():
     with torch.no_grad():
         # A softmax over two is a sigmoid of the difference: AdaMCT's gate.
         g_T1 = torch.sigmoid(x_TD @ (layer.router.gate.weight[0] - layer.router.gate.weight[1]))[:, None]
-        local = layer.norms["convolution"](layer.experts["convolution"](x_TD, packing))
-        far = layer.norms["attention"](layer.experts["attention"](x_TD, packing))
-        assert_close(layer(x_TD, packing), layer.out(g_T1 * local + (1 - g_T1) * far), rtol=0, atol=1e-12)
+        mask = self_mask(x_TD.new_empty(3, 5, 0), 2, valid_BL=None, causal=True, relative_HLL=None)
+        local = layer.norms["convolution"](layer.experts["convolution"](x_TD, packing=packing))
+        far = layer.norms["attention"](layer.experts["attention"](x_TD, mask, packing=packing))
+        assert_close(layer(x_TD, mask, packing=packing), layer.out(g_T1 * local + (1 - g_T1) * far), rtol=0, atol=1e-12)
 
 
 def test_gates_sum_to_one_and_their_sums_are_the_load():
@@ -324,9 +298,12 @@ def test_int32_items_are_taken():
         ({"kernel_size": 0}, r"kernel_size=0 must be at least 1"),
         ({"mixing": "both"}, r"mixing='both' is not one of mixture, attention"),
         ({"dropout": 1.0}, r"dropout=1.0 is not in \[0, 1\)"),
-        ({"mixing_router": core.ExpertChoice()}, r"mixing_router=ExpertChoice.* lets later items change earlier ones"),
+        ({"mixing_router": core.ExpertChoice()}, r"router ExpertChoice.* lets later tokens change earlier ones"),
         ({"mixing_router": core.TokenChoice(top_k=3)}, r"top_k=3 exceeds num_experts=2"),
-        ({"mixing_router": core.Hash(vocab_size=8)}, r"mixing_router=Hash.* needs context.token_ids_BS"),
+        (
+            {"mixing_router": core.Hash(vocab_size=8)},
+            r"router Hash.* needs context.token_ids_BS, which the mixing",
+        ),
         ({"mixing_balance": core.Balance(load=0.1)}, r"balance.load=0.1 does not apply to Dense"),
     ],
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
@@ -342,18 +319,14 @@ def test_models_are_checked():
         HistoryModel(config, num_items=0, max_length=4)
     with pytest.raises(ValueError, match=r"max_length=0 must be at least 1"):
         HistoryModel(config, num_items=3, max_length=0)
-    with pytest.raises(ValueError, match=r"replaced_hidden_dim=8 is for a dense model"):
-        HistoryModel(config, num_items=3, max_length=4, moe=MOE, replaced_hidden_dim=8)
     acausal = core.MoEConfig(num_experts=4, router=core.ExpertChoice())
     with pytest.raises(ValueError, match=r"ExpertChoice.* lets later tokens change earlier ones"):
-        HistoryModel(config, num_items=3, max_length=4, moe=acausal)
+        HistoryModel(config, num_items=3, max_length=4, ffn=acausal)
 
 
 def test_attention_dropout_is_of_training_alone():
-    torch.manual_seed(0)
-    layer = CausalAttention(8, 2, dropout=0.5)
-    packing, _ = Packing.of(ITEMS > 0)
-    x = torch.randn(9, 8)
+    model = build("attention", None, attn_dropout=0.5, dropout=0.0, embed_dropout=0.0)
     with torch.no_grad():
-        assert torch.equal(layer.eval()(x, packing), layer(x, packing))
-        assert not torch.equal(layer.train()(x, packing), layer(x, packing))
+        assert torch.equal(model(ITEMS), model(ITEMS))
+        model.train()
+        assert not torch.equal(model(ITEMS), model(ITEMS))

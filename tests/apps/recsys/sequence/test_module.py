@@ -193,12 +193,12 @@ def test_baselines_are_sasrec_and_else_the_same():
     sparse = build(moe_blocks=[1], optimizer=OptimizerConfig(lr=0.02), top_k=5, exclude_seen=True)
     for name, width in (("sasrec_equal_flops", 92), ("sasrec_equal_params", 151)):
         baseline = sparse.baselines()[name]
-        assert f"hidden dim {width} in the replaced blocks, 16 elsewhere" in baseline.note
+        assert f"hidden dim {width} in moe_blocks, 16 elsewhere" in baseline.note
         dense = pickle.loads(pickle.dumps(baseline.build))()  # into another process
         assert not core.moe_layers(dense)
         assert dense.baselines() == {}
         assert dense.sequence.mixing == "attention"
-        assert [b.ffn[0].out_features for b in dense.model.blocks] == [16, width]
+        assert [b.ffn.w_in.out_features for b in dense.model.blocks] == [16, width]
         assert (dense.optimizer_config, dense.top_k, dense.exclude_seen) == (OptimizerConfig(lr=0.02), 5, True)
 
 

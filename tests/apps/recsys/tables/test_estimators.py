@@ -10,7 +10,7 @@ from every_column import EveryColumn
 from sklearn.metrics import log_loss, roc_auc_score
 
 from apps.equal_cost.comparable import Estimator
-from apps.equal_cost.twins import Search
+from apps.equal_cost.search import Search
 from apps.recsys.tables.arrays import gather
 from apps.recsys.tables.estimators import HistGradientBoosting, HistGradientBoostingUntuned, LogisticRegression
 from apps.recsys.tables.estimators.boosting import Columns

@@ -14,7 +14,7 @@ import core
 from apps.compare.systems import check_equal, measure_cost
 from apps.recsys.encoding.features import Features
 from apps.recsys.tables import estimators
-from apps.recsys.tables.baselines import ESTIMATORS, solve
+from apps.recsys.tables.baselines import BOTTOMS, ESTIMATORS, bottom, bottom_widths
 from apps.recsys.tables.batch import TableBatch
 from apps.recsys.tables.bottoms import SharedBottom, SingleTask
 from apps.recsys.tables.dense import DenseConfig
@@ -275,22 +275,22 @@ def test_the_width_of_a_bottom_by_hand():
     # D = 10, 8 experts of 16, 2 tasks. Parameters: gates 2 * 8 * 10 = 160, experts 8 * (10 + 1) * 16 = 1,408: 1,568.
     # A bottom of width h has 11 h: 142.5, so 143. Two models of 71.3 each: 71.
     # FLOPs: 8 * 2 * 10 * 16 = 2,560 of experts, 2 * 16 * (10 + 16) = 832 of gates: 3,392 = 20 h: 169.6; two of 85.
-    solved = solve(core.MMoE(8, core.MLP((16,))), 10, features())
-    assert {name: s.width for name, s in solved.items()} == {
+    shared = core.MMoE(8, core.MLP((16,)))
+    widths = {n: w.width for p in BOTTOMS for n, w in bottom_widths(p, shared, 10, features()).items()}
+    assert widths == {
         "shared_bottom_equal_flops": 170,
         "shared_bottom_equal_params": 143,
         "single_task_equal_flops": 85,
         "single_task_equal_params": 71,
     }
-    assert solved["single_task_equal_flops"].config == SingleTask(expert=core.MLP((85,)))
+    assert bottom(SingleTask, shared, 85) == SingleTask(expert=core.MLP((85,)))
 
 
 def test_a_layer_too_small_to_match_has_no_twin():
     # D = 1, one expert of 1, 2 tasks: 2 parameters of gates and 2 of the expert; two models of width h have 4 h: equal.
     # FLOPs: 2 of the expert, 2 * 2 * (1 + 1) = 8 of the gates, 10 in all, against 4 h: 8 or 12.
-    solved = solve(core.MMoE(1, core.MLP((1,))), 1, features())
+    solved = bottom_widths("single_task", core.MMoE(1, core.MLP((1,))), 1, features())
     assert solved["single_task_equal_params"].width == 1
-    assert solved["single_task_equal_flops"].config is None
     assert solved["single_task_equal_flops"].problem == "no whole width comes within 5% of 10 flops"
 
 

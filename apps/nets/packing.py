@@ -1,0 +1,63 @@
+"""Sequences without their padding: products are computed on real tokens alone, attention on padded ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where the real tokens of a batch lie. Padding takes no part in any product but the attention's.
+
+    Attributes:
+        slot_T: int64 (T,), ``row * length + position`` of each real token, ascending: row by row.
+        position_T: int64 (T,), real tokens before it in its row.
+        last_B: int64 (B,), the place in T of each row's last token; -1 where it has none.
+        num_rows: B.
+        length: L, real tokens of the longest row; 1 where there is none at all.
+    """
+
+    slot_T: Tensor
+    position_T: Tensor
+    last_B: Tensor
+    num_rows: int
+    length: int
+
+    @classmethod
+    def of(cls, valid_BS: Tensor) -> tuple[Packing, Tensor]:
+        """The packing, and int64 (T,) indices of the real tokens in the flattened ``valid_BS``."""
+        B, S = valid_BS.shape
+        index_T = valid_BS.flatten().nonzero().squeeze(1)
+        count_B = valid_BS.sum(1)
+        length = max(int(count_B.max()), 1) if B else 1
+        position_T = (valid_BS.cumsum(1) - 1).flatten()[index_T]
+        row_T = index_T // max(S, 1)
+        last_B = torch.where(count_B > 0, count_B.cumsum(0) - 1, -1)
+        return cls(row_T * length + position_T, position_T, last_B, B, length), index_T
+
+    @property
+    def is_full(self) -> bool:
+        """No row is shorter than L."""
+        return len(self.slot_T) == self.num_rows * self.length
+
+    def pad(self, x_TC: Tensor) -> Tensor:
+        """(T, C) to (B, L, C), each row's tokens first and zeros after them."""
+        if not self.is_full:
+            flat = x_TC.new_zeros(self.num_rows * self.length, x_TC.shape[-1])
+            x_TC = flat.index_copy(0, self.slot_T, x_TC)
+        return x_TC.view(self.num_rows, self.length, x_TC.shape[-1])
+
+    def pack(self, x_BLC: Tensor) -> Tensor:
+        """(B, L, C) to (T, C)."""
+        flat = x_BLC.flatten(0, 1)
+        return flat if self.is_full else flat.index_select(0, self.slot_T)
+
+    def valid_BL(self) -> Tensor | None:
+        """bool (B, L), True for real tokens; None where all are."""
+        if self.is_full:
+            return None
+        flat = torch.zeros(self.num_rows * self.length, dtype=torch.bool, device=self.slot_T.device)
+        return flat.index_fill(0, self.slot_T, True).view(self.num_rows, self.length)

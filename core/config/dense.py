@@ -1,0 +1,76 @@
+"""``DenseFFN``: the feed-forward layer of a block without experts, under ``MoEConfig``'s interface."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..contract import check_kinds
+from ..layers import DENSE_ACTIVATIONS, FeedForward
+from ..registry import register_config
+from ..routing.checks import at_least_one, one_of
+
+
+@register_config
+@dataclass(frozen=True)
+class DenseFFN:
+    """A dense feed-forward layer, to be built at any width. A block takes this or a ``MoEConfig``.
+
+    Attributes:
+        hidden_dim: F; None: 4 * dim.
+        activation: "relu", "gelu", "gelu_tanh" (its approximation) or "silu".
+        gated: the layer is ``(act(x w_gate) * (x w_in)) w_out``, in place of ``act(x w_in) w_out``: GEGLU, SwiGLU
+            (arXiv 2002.05202).
+        bias: each product has a bias.
+        dropout: of the hidden layer.
+
+    Raises:
+        ValueError: a value out of its range.
+
+    Example::
+
+        layer = DenseFFN(hidden_dim=256).build(dim=64)
+    """
+
+    hidden_dim: int | None = None
+    activation: str = "gelu"
+    gated: bool = False
+    bias: bool = True
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_kinds(self)
+        if self.hidden_dim is not None:
+            at_least_one("hidden_dim", self.hidden_dim)
+        one_of("activation", self.activation, tuple(DENSE_ACTIVATIONS))
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout={self.dropout} is not in [0, 1)")
+
+    def hidden(self, dim: int) -> int:
+        """Return F for this model dim, the default filled in."""
+        return 4 * dim if self.hidden_dim is None else self.hidden_dim
+
+    def build(self, dim: int, out_dim: int | None = None, *, causal: bool = False) -> FeedForward:
+        """Return the layer for tokens of width ``dim``; ``causal`` is ``MoEConfig``'s, and any dense layer is."""
+        return FeedForward(
+            dim,
+            self.hidden(dim),
+            dim if out_dim is None else out_dim,
+            activation=self.activation,
+            gated=self.gated,
+            bias=self.bias,
+            dropout=self.dropout,
+        )
+
+    def num_params(self, dim: int, out_dim: int | None = None) -> int:
+        """Return the parameters of the layer, equal to the sum of ``numel`` of the built one."""
+        hidden, out, inward = self.hidden(dim), dim if out_dim is None else out_dim, 2 if self.gated else 1
+        return hidden * (dim * inward + out) + (inward * hidden + out if self.bias else 0)
+
+    def active_params(self, dim: int, out_dim: int | None = None) -> int:
+        """Return the parameters that one token touches: all."""
+        return self.num_params(dim, out_dim)
+
+    def flops_per_token(self, dim: int, out_dim: int | None = None, *, tokens_per_sequence: int | None = None) -> int:
+        """Return the forward FLOPs of a token, two a multiply-add; activations are not counted."""
+        out, inward = dim if out_dim is None else out_dim, 2 if self.gated else 1
+        return 2 * self.hidden(dim) * (dim * inward + out)
