@@ -75,7 +75,7 @@ class Experiment:
         self.rate = made["model"].optimizer_config.lr
         self.shown_metrics = tuple(made["model"].shown_metrics)
         self.average_last: int | None = made["model"].average_last
-        self.replaced = tuple(made["model"].replaced_blocks)
+        self.replaced = tuple(made["model"].moe_block_names)
         self.modules = (type(made["model"]).__module__, type(made["data"]).__module__)
 
     def _make(self) -> Any:

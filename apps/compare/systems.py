@@ -128,7 +128,7 @@ def find_systems(
     Raises:
         ValueError: the module has no MoE layer, or none is left to compare with; also as ``candidates``.
     """
-    replaced = list(sparse.replaced_blocks)
+    replaced = list(sparse.moe_block_names)
     if not replaced:
         raise ValueError(f"{type(sparse).__name__} has no MoE layer: compare starts from a sparse config")
     baselines = candidates(sparse, router_names, wanted)

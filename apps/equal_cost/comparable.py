@@ -105,7 +105,7 @@ class Comparable:
         return {}
 
     @property
-    def replaced_blocks(self) -> tuple[str, ...]:
+    def moe_block_names(self) -> tuple[str, ...]:
         """Dotted names of the blocks that a baseline of equal cost replaces: the MoE layers, or what holds them."""
         return tuple(core.moe_layers(self))  # type: ignore[arg-type]
 

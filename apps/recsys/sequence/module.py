@@ -238,7 +238,7 @@ class NextItemRecommender(SparseModule, Comparable):
     # ---- comparisons
 
     @property
-    def replaced_blocks(self) -> tuple[str, ...]:
+    def moe_block_names(self) -> tuple[str, ...]:
         """What SASRec has otherwise: the mixing of positions in all blocks, and the FFNs of ``moe_blocks``."""
         mixture = self.sequence.mixing == "mixture"
         mixings = [f"model.blocks.{i}.mixing" for i in range(self.sequence.depth)] if mixture else []
@@ -248,7 +248,7 @@ class NextItemRecommender(SparseModule, Comparable):
     def baselines(self) -> Mapping[str, Baseline]:
         """SASRec of equal active FLOPs and of equal parameters: attention alone and dense FFNs, those of ``moe_blocks``
         as wide as makes up for the experts and, where there is one, for the convolution with its gate."""
-        if not self.replaced_blocks:
+        if not self.moe_block_names:
             return {}
         dense, attention = self.sequence.transformer.dense_ffn, dataclasses.replace(self.sequence, mixing="attention")
 

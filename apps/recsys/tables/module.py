@@ -328,7 +328,7 @@ class MultiTaskRecommender(SparseModule, Comparable):
         return f"{type(self.shared_config).__name__} with dense gates: every expert computes every example"
 
     @property
-    def replaced_blocks(self) -> tuple[str, ...]:
+    def moe_block_names(self) -> tuple[str, ...]:
         """The shared layer of each network; none where it is a bottom itself."""
         if isinstance(self.shared_config, SharedBottom):
             return ()

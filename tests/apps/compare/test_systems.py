@@ -110,7 +110,7 @@ def test_a_batch_may_be_an_object_and_a_block_may_hold_the_layers(config, monkey
     moved = move_data_to_device(Points(x, y), torch.device("cpu"))
     assert isinstance(moved, Points)
     # The MoE layer inside a block that the baseline has under the same name, and not under the layer's.
-    monkeypatch.setattr(kind, "replaced_blocks", ("block",))
+    monkeypatch.setattr(kind, "moe_block_names", ("block",))
     model.block = torch.nn.Sequential(model.block)
     assert list(core.moe_layers(model)) == ["block.0"]
     found = find_systems(model, Points(x, y))

@@ -256,7 +256,7 @@ def test_a_baseline_pickles_and_has_the_rest_of_the_sparse_model(data):
     assert dense.label_smoothing == sparse.label_smoothing
     assert dense.baselines() == {}
     assert isinstance(dense.get_submodule("model.decoder.layers.1.ffn"), FeedForward)
-    assert sparse.replaced_blocks == ("model.decoder.layers.1.ffn",)
+    assert sparse.moe_block_names == ("model.decoder.layers.1.ffn",)
 
 
 def test_a_router_in_place_of_the_config_s(two):

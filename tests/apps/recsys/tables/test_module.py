@@ -187,7 +187,7 @@ def test_an_ensemble_is_its_members():
     out = module.task_loss(batch())
     assert_close(out.loss, masked_bce(z_MBt, batch().label_Bt).sum())
     assert_close(out.outputs, module(batch()))
-    assert module.replaced_blocks == tuple(f"model.members.{i}.shared" for i in range(3))
+    assert module.moe_block_names == tuple(f"model.members.{i}.shared" for i in range(3))
 
 
 # ---- bad input
@@ -255,7 +255,7 @@ def test_a_row_beyond_the_table_is_named():
 )
 def test_baselines_cost_what_the_shared_layer_does(shared):
     module = build(shared)
-    mine = measure_cost(module, batch(64), module.replaced_blocks)
+    mine = measure_cost(module, batch(64), module.moe_block_names)
     found = module.baselines()
     assert list(found)[:4] == [
         f"{kind}_equal_{what}" for kind in ("shared_bottom", "single_task") for what in ("flops", "params")
@@ -265,7 +265,7 @@ def test_baselines_cost_what_the_shared_layer_does(shared):
             assert "coincides" in found[name].note
             continue
         twin = found[name].build()
-        its = measure_cost(twin, batch(64), module.replaced_blocks)
+        its = measure_cost(twin, batch(64), module.moe_block_names)
         assert check_equal(name, mine, its) == ""
         assert type(twin.shared_config) is (SingleTask if name.startswith("single") else SharedBottom)
         pickle.loads(pickle.dumps(found[name]))
@@ -305,7 +305,7 @@ def test_single_task_baselines_have_nothing_that_joins_tasks():
 
 def test_a_bottom_has_no_baselines():
     assert build(SharedBottom()).baselines() == {}
-    assert build(SharedBottom()).replaced_blocks == ()
+    assert build(SharedBottom()).moe_block_names == ()
 
 
 def test_a_comparison_says_that_dense_gates_are_not_sparse():
