@@ -6,6 +6,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -205,16 +206,15 @@ def test_an_estimators_settings_are_searched_once_and_for_a_time(finished, monke
     best = json.loads((output / "units/tuned_centroids/search-1min-seed1000/result.json").read_text())["settings"]
     assert {share for _, share in fits[4:]} == {best["share"]}
     assert not list(output.rglob("tried.json"))
-    assert "means drawn together; tuned for 0.0 s, 3 of 3 settings." in (output / "table.md").read_text()
-    assert "| settings tried | – | 3 of 3 |" in (output / "table.md").read_text()
+    page = (output / "table.md").read_text()
+    assert re.search(r"means drawn together; tuned for [\d.]+ s, 3 of 3 settings\.", page)
+    assert "| settings tried | – | 3 of 3 |" in page
     # Another budget is another search; more minutes go on from fewer ones.
     del fits[:]
     assert moesaic([*argv, "--baseline_minutes", "1e-9"]) == 0
     assert [seed for seed, _ in fits] == [1000, 0, 1]
-    assert (
-        "tuned for 0.0 s, 1 of 3 settings (--baseline_minutes 1e-09 ended the search; the best of these is taken)"
-        in (output / "table.md").read_text()
-    )
+    ended = r"s, 1 of 3 settings \(--baseline_minutes 1e-09 ended the search; the best of these is taken\)"
+    assert re.search(rf"tuned for [\d.]+ {ended}", (output / "table.md").read_text())
     del fits[:]
     assert moesaic([*argv, "--baseline_minutes", "5"]) == 0
     assert [seed for seed, _ in fits] == [0, 1]
