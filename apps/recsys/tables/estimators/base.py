@@ -1,7 +1,8 @@
 """What the baselines share: a model and its settings for each task, tuned on the validation split.
 
-They are estimators of ``apps.compare.systems``: ``tune`` finds the settings on the validation split, ``fit`` trains
-with them, and the metrics have the names that the network logs. The test split is read by ``evaluate`` alone.
+They are an ``Estimator`` of ``apps.equal_cost.comparable``: ``tune`` finds the settings on the validation split,
+``fit`` trains with them, and the metrics have the names that the network logs. The test split is read by ``evaluate``
+alone.
 
 Threads: boosting and the sparse products run in as many as torch uses here (``n_threads=None``), so that several runs
 at a time share the cores as networks do. Results depend on the seed, not on the number of threads, but for the order in
