@@ -24,8 +24,8 @@ from apps.nets.place import Place
 from apps.train.module import OptimizerConfig, SparseModule, TaskOutput
 from apps.vision.encoding import ImageEncoding, normalize
 from apps.vision.few_shot import hard_labels
-from apps.vision.model import ViTConfig, VMoE, load_pretrained_weights
 from apps.vision.image_files import to_pixels
+from apps.vision.model import ViTConfig, VMoE, load_pretrained_weights
 from apps.vision.report import VisionReport, VisionReportConfig
 
 _REPORT = VisionReportConfig()
