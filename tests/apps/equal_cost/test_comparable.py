@@ -8,6 +8,7 @@ from trainings import MOE
 
 from apps.equal_cost import routers
 from apps.equal_cost.comparable import Comparable, RoutedLayers
+from apps.nets.place import Place
 
 
 class Silent(TinyModule, Comparable):
@@ -16,7 +17,7 @@ class Silent(TinyModule, Comparable):
 
 def test_every_question_has_an_answer():
     module = Silent(3, moe=MOE)
-    assert module.replaced_blocks == ("net.3",)
+    assert module.moe_block_names == ("net.3",)
     assert (module.note, module.baselines(), module.routed_layers()) == ("", {}, None)
     assert module.examples_of_test() == module.compare_examples([], []) == []
     assert module.side_by_side({}) == ""
@@ -29,4 +30,4 @@ def test_every_question_has_an_answer():
 
 def test_flops_of_routed_layers_are_those_of_their_config():
     # A router of 2 * 8 * 4 FLOPs a token, two of four experts with 2 * 2 * 8 * 8 each.
-    assert RoutedLayers(MOE, 8).flops_per_token() == 2 * 8 * 4 + 2 * 2 * 2 * 8 * 8
+    assert RoutedLayers(MOE, 8, Place("Tiny")).flops_per_token() == 2 * 8 * 4 + 2 * 2 * 2 * 8 * 8
