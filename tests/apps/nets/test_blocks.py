@@ -1,8 +1,11 @@
-"""Which blocks a word or a list of numbers names."""
+"""Which blocks a word or a list of numbers names, and what the FFN of each block is."""
 
 import pytest
+import torch
 
-from apps.nets.blocks import resolve_blocks
+import core
+from apps.nets.blocks import feed, ffn_configs, one_ffn, resolve_blocks
+from apps.nets.packing import Packing
 
 
 @pytest.mark.parametrize(
@@ -50,3 +53,33 @@ def test_refused_blocks_name_the_value_and_the_rule(blocks, message):
     with pytest.raises(ValueError, match=message) as error:
         resolve_blocks(blocks, 4, option="layers")
     assert "\n" not in str(error.value)
+
+
+def test_a_block_has_the_dense_ffn_unless_it_is_named():
+    dense, moe = core.DenseFFN(8), core.MoEConfig(4)
+    assert ffn_configs(dense, 3, moe, (1,)) == [dense, moe, dense]
+    assert ffn_configs(dense, 2, core.DenseFFN(16), (0, 1)) == [core.DenseFFN(16)] * 2
+    assert ffn_configs(dense, 2, None, (0, 1)) == [dense] * 2
+
+
+def test_a_module_s_blocks_have_experts_or_another_dense_ffn():
+    assert one_ffn(None, None) is None
+    assert one_ffn(None, core.DenseFFN(8)) == core.DenseFFN(8)
+    with pytest.raises(
+        ValueError, match=r"dense_ffn=DenseFFN\(hidden_dim=8, .* is for a dense model: with moe, set moe"
+    ):
+        one_ffn(core.MoEConfig(4), core.DenseFFN(8))
+
+
+def test_an_moe_layer_gets_packed_tokens_by_sequence():
+    # Items 5 and 6 of the first row, 5 of the second: hash routing goes by the ids of the padded layout.
+    torch.manual_seed(0)
+    layer = core.MoEConfig(4, core.Hash(8), core.FFN(8)).build(4)
+    ids_BL = torch.tensor([[5, 6], [5, 0]])
+    packing, index_T = Packing.of(ids_BL > 0)
+    x_TD, context = torch.randn(3, 4), core.RoutingContext(ids_BL > 0, ids_BL)
+    with torch.no_grad():
+        padded = layer(packing.pad(x_TD), context)
+        assert torch.equal(feed(layer, x_TD, context, packing), padded.flatten(0, 1)[index_T])
+        dense = core.DenseFFN(8).build(4)
+        assert torch.equal(feed(dense, x_TD, context, packing), dense(x_TD))

@@ -1,5 +1,6 @@
 """The history transformer: what each position may see, what padding may not change, and what all of it costs."""
 
+import dataclasses
 import math
 
 import pytest
@@ -238,7 +239,8 @@ def test_flops_of_the_experts_are_of_real_items():
 def test_experts_start_like_dense_ffns():
     # Xavier-uniform of (D, F) = (8, 12): bound sqrt(6 / 20) = 0.548, also of each expert by itself.
     model = build(dtype=torch.float32)
-    for weight in (model.blocks[0].ffn.experts.w_in, model.blocks[0].ffn.experts.w_out):
+    shared = build(moe=dataclasses.replace(MOE, num_shared_experts=1), dtype=torch.float32).blocks[0].ffn.shared_experts
+    for weight in (*model.blocks[0].ffn.experts.parameters(), *shared.parameters()):
         assert 0.5 < float(weight.detach().abs().max()) <= math.sqrt(6 / 20)
 
 
