@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from typing import TypeVar
+from typing import Any, TypeVar
 
 _REGISTERED: dict[str, type] = {}
 
@@ -13,7 +13,7 @@ T = TypeVar("T", bound=type)
 def register_config(kind: T) -> T:
     """Let checkpoints and adopted configurations make a config class. Use it as a decorator, above ``@dataclass``.
 
-    Router, expert and multi-gate configs register themselves when they are defined. A dataclass of yours that is an
+    Router, expert and multi-gate configs register themselves (``OpenConfig``). A dataclass of yours that is an
     argument of your own module needs this, or the module's checkpoint cannot be loaded.
 
     Example::
@@ -25,6 +25,18 @@ def register_config(kind: T) -> T:
     """
     _REGISTERED[f"{kind.__module__}.{kind.__qualname__}"] = kind
     return kind
+
+
+class OpenConfig:
+    """Base of the configs that may be of several classes, a user's own among them.
+
+    A subclass registers itself when it is defined, and its plain form names its class.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if OpenConfig not in cls.__bases__:  # RouterConfig and its like are bases themselves
+            register_config(cls)
 
 
 def is_registered(kind: type) -> bool:

@@ -11,12 +11,11 @@ from typing import Any
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-import core
 from apps.cli import usage
 from apps.cli.classes import short
 from apps.train import sharded
-from apps.train.loading import CONFIG_BASES, check_arguments, module_class
-from apps.train.plain import to_plain
+from apps.train.loading import module_class
+from core.config.plain import arguments_from_plain
 
 
 def find_checkpoint(command: str, which: str | None, run_dir: Path) -> Path | None:
@@ -70,8 +69,8 @@ def remembered(
         model, named = module_class(checkpoint, path), kind
     if model is None:  # the parser reports a class that does not exist
         return {}
-    check_arguments(model, hparams, f"{path}: model")
-    return {"model": {"class_path": named, "init_args": without_fixed_classes(hparams)}}
+    arguments_from_plain(model, hparams, f"{path}: model")
+    return {"model": {"class_path": named, "init_args": dict(hparams)}}
 
 
 def import_named(checkpoint: Mapping[str, Any], texts: Collection[str]) -> None:
@@ -96,24 +95,6 @@ def _class_paths(value: Any) -> Iterator[Any]:
     elif isinstance(value, (list, tuple)):
         for inner in value:
             yield from _class_paths(inner)
-
-
-def without_fixed_classes(value: Any) -> Any:
-    """Return plain mappings for ``{"class_path", "init_args"}``, but for the parts that may be of several classes.
-
-    Raises:
-        ValueError: a class that is not registered.
-    """
-    if isinstance(value, Mapping) and set(value) == {"class_path", "init_args"}:
-        args = {k: without_fixed_classes(v) for k, v in value["init_args"].items()}
-        if issubclass(core.registered_config(value["class_path"]), CONFIG_BASES):
-            return {"class_path": value["class_path"], "init_args": args}
-        return args
-    if isinstance(value, Mapping):
-        return {k: without_fixed_classes(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [without_fixed_classes(v) for v in value]
-    return value
 
 
 def first_difference(a: Any, b: Any, path: str) -> tuple[str, Any, Any] | None:
@@ -143,7 +124,7 @@ def check_fits(checkpoint: Mapping[str, Any], model: LightningModule, path: Path
     if not wrong:
         return
     there, here = checkpoint.get("hyper_parameters", {}), getattr(model, "hparams", {})
-    differing = _differences(_flat(there), _flat({k: to_plain(v) for k, v in here.items()}))
+    differing = _differences(_flat(there), _flat(dict(here)))
     tensor = wrong[0]
     detail = f"{tensor} is {saved.get(tensor, 'missing')} there and {own.get(tensor, 'missing')} here"
     if differing:

@@ -21,7 +21,7 @@ from apps.cli.classes import app_classes, long_name
 from apps.cli.errors import subclasses, unknown_option
 from apps.cli.request import Request
 from apps.cli.usage import class_path, given
-from apps.train.loading import CONFIG_BASES
+from core.registry import OpenConfig
 
 SECTIONS = ("run", "trainer", "model", "data")
 _LONGEST = 48
@@ -120,7 +120,7 @@ def _load(path: str) -> type[Any]:
 
 def _config_class(name: str) -> str:
     """Return the class path of a config that may be of several classes, such as a router's, by its short name."""
-    known = {k.__name__: f"{k.__module__}.{k.__qualname__}" for base in CONFIG_BASES for k in subclasses(base)}
+    known = {k.__name__: f"{k.__module__}.{k.__qualname__}" for k in subclasses(OpenConfig)}
     return known.get(name, name)
 
 
@@ -144,7 +144,7 @@ def options_of(kind: type[Any], prefix: str, defaults: Mapping[str, Any] | None 
         if nested is None:
             continue
         own = default if dataclasses.is_dataclass(default) and not isinstance(default, type) else None
-        if own is not None or not issubclass(nested, CONFIG_BASES):
+        if own is not None or not issubclass(nested, OpenConfig):
             values = {f.name: getattr(own, f.name) for f in dataclasses.fields(own) if f.init} if own else None
             yield from options_of(nested if own is None else type(own), f"{prefix}.{name}", values)
 

@@ -14,6 +14,7 @@ import json
 import re
 import sys
 import tempfile
+import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -400,8 +401,7 @@ def with_remembered_data(config: Mapping[str, Any], flags: list[str], checkpoint
 
     They come from the checkpoint's model, which has arguments of the same names, unless they are written by hand.
     """
-    from apps.cli.checkpoint import without_fixed_classes
-    from apps.train.loading import check_arguments
+    from core.config.plain import arguments_from_plain
 
     kind = _find_class("data", flags, config)
     names = getattr(kind, "from_checkpoint", ())
@@ -414,10 +414,10 @@ def with_remembered_data(config: Mapping[str, Any], flags: list[str], checkpoint
         option = re.compile(rf"--data\.(init_args\.)?{name}([.=+].*)?", re.DOTALL)
         by_hand = any(option.fullmatch(flag) for flag in flags)
         if not by_hand and arguments.get(name) is None and hparams.get(name) is not None:
-            filled[name] = without_fixed_classes(hparams[name])
+            filled[name] = hparams[name]
     if not filled or kind is None:
         return dict(config)
-    check_arguments(kind, filled, "the checkpoint: data")
+    arguments_from_plain(kind, filled, "the checkpoint: data")
     path = _class_path("data", flags, config)
     arguments = {k: v for k, v in arguments.items() if k != "class_path"}
     return {**config, "data": {"class_path": path, "init_args": {**arguments, **filled}}}
@@ -435,14 +435,13 @@ def with_defaults(part: str, flags: list[str], config: Mapping[str, Any]) -> dic
     if stand_ins is None or written.get("class_path", path) != path:
         return dict(config)
 
-    from apps.cli.checkpoint import without_fixed_classes
-    from apps.train.plain import to_plain
+    from core.config.plain import to_plain
 
     arguments = written.get("init_args") or {} if {"class_path", "init_args"} & written.keys() else written
     options = ((name.removeprefix(f"{part}."), value) for name, value in usage.given(flags))
     by_flag = {name: None if value in _NULLS else value for name, value in options}
     filled = {
-        name: without_fixed_classes(to_plain(value))
+        name: to_plain(value, type(value))
         for name, value in stand_ins({**arguments, **by_flag}).items()
         # A flag that names a class, or the whole, begins from nothing: it would keep the stand-in's arguments.
         if arguments.get(name) is None and not {name, f"{name}.class_path"} & by_flag.keys()
@@ -482,15 +481,14 @@ def _with_own_defaults(value: Any) -> Any:
     if kind is None:
         return inner
 
-    from apps.cli.checkpoint import without_fixed_classes
-    from apps.train.plain import to_plain
+    from core.config.plain import to_plain
 
-    own = {}
+    own, hints = {}, typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
         if field.init and field.default is not dataclasses.MISSING:
-            own[field.name] = without_fixed_classes(to_plain(field.default))
+            own[field.name] = to_plain(field.default, hints[field.name])
         elif field.init and field.default_factory is not dataclasses.MISSING:
-            own[field.name] = without_fixed_classes(to_plain(field.default_factory()))
+            own[field.name] = to_plain(field.default_factory(), hints[field.name])
     given = inner.get("init_args")
     return {**inner, "init_args": {**own, **(given if isinstance(given, Mapping) else {})}}
 

@@ -24,20 +24,21 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from apps.base.files import naming, replacing
 from apps.base.quiet import quiet
 from apps.cli import UsageError
-from apps.cli.checkpoint import check_fits, first_difference, short, without_fixed_classes
+from apps.cli.checkpoint import check_fits, first_difference, short
 from apps.cli.errors import reduce_message
 from apps.cli.predictions import PredictionFile
 from apps.cli.request import Request, take
 from apps.cli.usage import check_new
 from apps.train import sharded
 from apps.train.checkpoints import AtomicCheckpointIO, BestAndLast
-from apps.train.loading import CONFIG_BASES, load_checkpoint
+from apps.train.loading import load_checkpoint
 from apps.train.logs import EventLog, MetricsCSV
-from apps.train.plain import to_plain
 from apps.train.progress import progress
 from apps.train.resume import GeneratorState
 from apps.train.run_folder import RunFolder, check_free, check_own, mark
 from apps.train.stopping import StopsSoon
+from core.config.plain import to_plain
+from core.registry import OpenConfig
 
 TRAINER_DEFAULTS = {
     "log_every_n_steps": 10,
@@ -69,7 +70,7 @@ def build(command: str, argv: list[str]) -> SparseCLI:
 
 def _build(request: Request) -> SparseCLI:
     # A dataclass field is a fixed group to jsonargparse unless its class is listed here.
-    set_parsing_settings(subclasses_enabled=list(CONFIG_BASES))
+    set_parsing_settings(subclasses_enabled=[OpenConfig])
     return SparseCLI(request)
 
 
@@ -151,8 +152,9 @@ class SparseCLI(LightningCLI):
             flags = take(list(self.request.flags), (option, f"model.init_args.{name}"))[1]
             value = yaml.safe_load((flags[option] + flags[f"model.init_args.{name}"] or ["null"])[-1])
             value = given.get(name) if value is None else value
-            found = without_fixed_classes(to_plain(getattr(self.datamodule, name, None)))
-            differing = None if value is None else first_difference(without_fixed_classes(value), found, option)
+            found = getattr(self.datamodule, name, None)
+            found = to_plain(found, type(found))
+            differing = None if value is None else first_difference(value, found, option)
             if differing is not None:
                 where, written_value, own = differing
                 what = where.removeprefix("model.")

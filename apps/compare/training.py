@@ -26,10 +26,10 @@ from apps.equal_cost.search import Search
 from apps.train.averaging import AVERAGE, FOLDER
 from apps.train.checkpoints import AtomicCheckpointIO, BestAndLast
 from apps.train.finite import NonFiniteError
-from apps.train.module import SparseModule
-from apps.train.plain import to_plain
+from apps.train.module import OptimizerConfig, SparseModule
 from apps.train.resume import GeneratorState
 from apps.train.stopping import on_sigterm
+from core.config.plain import to_plain
 
 CHECKPOINT = "last.ckpt"
 TRIED = "tried.json"
@@ -158,7 +158,7 @@ def set_rate(module: SparseModule, rate: float) -> None:
     """Give ``module`` another peak learning rate."""
     module.optimizer_config = dataclasses.replace(module.optimizer_config, lr=rate)
     if "optimizer" in module.hparams:
-        module.hparams["optimizer"] = to_plain(module.optimizer_config)
+        module.hparams["optimizer"] = to_plain(module.optimizer_config, OptimizerConfig)
 
 
 def shortened(options: dict[str, Any], share: float) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import logging
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from apps.base.files import naming, replacing
 from apps.nlp.decode import DecodeConfig
 from apps.nlp.predict import Line
-from apps.train.plain import to_plain
+from core.config.plain import to_plain
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +110,7 @@ class LinePredictor:
         made = {
             "weights": fingerprint(self),  # type: ignore[arg-type]  # a module, in the end
             "input": identity_of(data),
-            "decode": to_plain(dataclasses.asdict(self.decode)),
+            "decode": to_plain(self.decode, DecodeConfig),
             "bad_lines": data.bad_lines,
             **to_plain(self.made_from(data)),
         }

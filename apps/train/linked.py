@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import LightningModule
 
 from apps.train import sharded
-from apps.train.plain import from_plain, to_plain
+from core.config.plain import arguments_from_plain, arguments_to_plain
 
 
 class LinkedModule(LightningModule):
@@ -37,7 +37,7 @@ class LinkedModule(LightningModule):
         every = any(p.kind is p.VAR_KEYWORD for p in taken.values())
         # Without those of a base class's constructor alone, which the subclass could not be made anew with.
         self._arguments = {k: v for k, v in self.hparams.items() if every or k in taken}
-        plain = {k: to_plain(v) for k, v in self._arguments.items()}
+        plain = arguments_to_plain(type(self), self._arguments)
         self.hparams.clear()
         self._set_hparams(plain)
         self._hparams_initial = dict(plain)
@@ -104,9 +104,10 @@ class LinkedModule(LightningModule):
         """
         shards = sharded.read(checkpoint_path) if sharded.is_sharded(checkpoint_path) else None
         checkpoint = shards or torch.load(checkpoint_path, map_location="cpu", weights_only=True)
-        remembered = {k: from_plain(v) for k, v in checkpoint.get("hyper_parameters", {}).items()}
-        if "_instantiator" in remembered:  # Lightning would import what it names
+        hparams = checkpoint.get("hyper_parameters", {})
+        if "_instantiator" in hparams:  # Lightning would import what it names
             raise ValueError(f"{checkpoint_path} names a function to be made with, which no checkpoint of ours does")
+        remembered = arguments_from_plain(cls, hparams, f"{checkpoint_path}: model")
         if shards is not None:
             module = cls(*args, **{**remembered, **kwargs})
             module.load_state_dict(shards["state_dict"])

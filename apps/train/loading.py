@@ -6,8 +6,6 @@ apps and those that the program has imported: nothing is imported because a file
 
 from __future__ import annotations
 
-import dataclasses
-import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,13 +13,10 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningDataModule
 
-import core
 from apps import registry
 from apps.train import sharded
 from apps.train.module import SparseModule
-
-CONFIG_BASES = (core.RouterConfig, core.ExpertConfig, core.MultiGateConfig)
-"""Bases of the configs that may be of several classes: their YAML has a ``class_path``."""
+from core.config.plain import arguments_from_plain
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> Any:
@@ -50,7 +45,6 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Any:
     file = checkpoint_file(Path(path))
     checkpoint = load_checkpoint(file)
     kind = module_class(checkpoint, file)
-    check_arguments(kind, checkpoint.get("hyper_parameters") or {}, f"{file}: model")
     return kind.load_from_checkpoint(file, map_location="cpu").to(device).eval()
 
 
@@ -124,80 +118,7 @@ def _imported(kind: type[SparseModule]) -> Iterator[type[SparseModule]]:
         yield from _imported(sub)
 
 
-# ---- plain values that come from a file and are handed to the parser
-
-
-def check_arguments(kind: type, arguments: Any, where: str) -> None:
-    """Refuse plain arguments of a class that name anything but registered config classes.
-
-    The parser would import what a ``class_path`` names, and would read a text in a config's place as a class or as the
-    path of another file. This is for arguments from a checkpoint or from the configuration beside one.
-
-    Args:
-        kind: the class: a module, a data module, or a registered config.
-        arguments: by name.
-        where: file and dotted key, for messages.
-
-    Raises:
-        ValueError: naming the key and what it names.
-    """
-    if not isinstance(arguments, Mapping):
-        raise ValueError(f"{where} is {_short(arguments)}, not the arguments of {kind.__name__}")
-    # Of a module or data module the constructor's hints, base classes' included: they hand **kwargs on.
-    hints: dict[str, Any] = {}
-    for owner in reversed(kind.__mro__):
-        if dataclasses.is_dataclass(kind):
-            hints = typing.get_type_hints(kind)
-            break
-        if "__init__" in vars(owner) and owner is not object:
-            hints |= typing.get_type_hints(vars(owner)["__init__"])
-    for name, value in arguments.items():
-        _check(value, hints.get(name, Any), f"{where}.{name}")
-
-
-def _check(value: Any, hint: Any, where: str) -> None:
-    kinds = list(_flat(hint))
-    configs = [k for k in kinds if isinstance(k, type) and dataclasses.is_dataclass(k)]
-    configs += [k for k in kinds if k in CONFIG_BASES and k not in configs]
-    if isinstance(value, str):
-        if configs and not any(k in (str, Any) or typing.get_origin(k) is typing.Literal for k in kinds):
-            raise ValueError(f"{where}={_short(value)} is a text in place of a {configs[0].__name__}")
-    elif isinstance(value, Mapping) and "class_path" in value:
-        kind = _registered(value["class_path"], where)
-        if extra := set(value) - {"class_path", "init_args"}:
-            raise ValueError(f"{where} has {sorted(map(str, extra))[0]!r} beside class_path and init_args")
-        check_arguments(kind, value.get("init_args") or {}, where)
-    elif isinstance(value, Mapping):
-        several = [k for k in configs if k in CONFIG_BASES]
-        if several:
-            raise ValueError(f"{where} has no class_path, which says what {several[0].__name__} it is")
-        for kind in configs:
-            check_arguments(kind, value, where)
-        if not configs:
-            for name, inner in value.items():
-                _check(inner, hint if hint is Any else typing.Union[tuple(kinds)], f"{where}.{name}")  # noqa: UP007
-    elif isinstance(value, (list, tuple)):
-        for i, inner in enumerate(value):
-            _check(inner, hint, f"{where}.{i}")
-
-
-def _registered(class_path: Any, where: str) -> type:
-    try:
-        return core.registered_config(class_path)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
-
-
-def _flat(hint: Any) -> Iterator[Any]:
-    yield hint
-    if typing.get_origin(hint) is not typing.Literal:
-        for part in typing.get_args(hint):
-            yield from _flat(part)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+# ---- the configuration beside a checkpoint
 
 
 def check_beside(config: Mapping[str, Any], path: Path) -> None:
@@ -229,7 +150,7 @@ def _check_beside(config: Mapping[str, Any]) -> None:
             if isinstance(value, Mapping):
                 if extra := set(value) - {"class_path", "init_args"}:
                     raise ValueError(f"{key} has {sorted(map(str, extra))[0]!r} beside class_path and init_args")
-                check_arguments(kind, value.get("init_args") or {}, key)
+                arguments_from_plain(kind, value.get("init_args") or {}, key)
         elif key == "trainer":
             _check_trainer(value, "trainer")
         elif value is not None and key not in ("seed_everything", "run_dir", "ckpt_path"):
@@ -257,3 +178,8 @@ def _check_trainer(value: Any, where: str) -> None:
             _check_trainer(inner, f"{where}.{i}")
     elif isinstance(value, str) and ("." in value or Path(value).exists()):  # a class, or the path of another file
         raise ValueError(f"{where}={_short(value)}")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

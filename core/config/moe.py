@@ -230,7 +230,7 @@ class MoEConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and numbers, as in YAML: parts that may be of several classes name theirs."""
-        return {f.name: to_plain(getattr(self, f.name)) for f in fields(self)}
+        return to_plain(self, type(self))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> MoEConfig:

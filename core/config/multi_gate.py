@@ -10,7 +10,7 @@ from ..experts import MLP, ExpertConfig
 from ..kernels import check_backend
 from ..layers import MultiGateLayer, MultiGateMoE, PLELayer, SelectedMultiGateMoE, SparseMultiGateMoE
 from ..layers.multi_gate import FeatureGate
-from ..registry import register_config
+from ..registry import OpenConfig
 from ..routing.balance import Balance
 from ..routing.checks import at_least_one, one_of, positive, whole
 from ..routing.multi_gate import DenseGates, DomainEmbedding, ExpertGroups
@@ -23,7 +23,7 @@ DENSE_GATE_TERMS = DENSE_TERMS | {"router_z"}
 
 
 @dataclass(frozen=True)
-class MultiGateConfig:
+class MultiGateConfig(OpenConfig):
     """Base of the multi-task layers' configs. ``build`` makes ``layer(x, context)``: (..., D) to (t, ..., D_out).
 
     Attributes:
@@ -44,10 +44,6 @@ class MultiGateConfig:
     Raises:
         ValueError: a value is out of its range, or two of them do not go together.
     """
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        register_config(cls)
 
     num_experts: int = 8
     expert: ExpertConfig = MLP()
@@ -177,8 +173,7 @@ class MultiGateConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and numbers, as in YAML, with the class: ``{"class_path": ..., "init_args": {...}}``."""
-        plain: dict[str, Any] = to_plain(self)
-        return plain
+        return to_plain(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> MultiGateConfig:
@@ -187,8 +182,7 @@ class MultiGateConfig:
         Raises:
             ValueError: an unknown field or class, or a class that is not this one's, naming it.
         """
-        config: MultiGateConfig = from_plain(values, cls) if "class_path" in values else make(cls, values)
-        return config
+        return from_plain(values, cls) if "class_path" in values else make(cls, values)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..contract import Rows
 from ..kernels import check_devices, linear
-from ..registry import register_config
+from ..registry import OpenConfig
 
 Way = Literal["rows", "dense", "each", "merged"]
 
@@ -156,7 +156,7 @@ class Experts(nn.Module):
 
 
 @dataclass(frozen=True)
-class ExpertConfig:
+class ExpertConfig(OpenConfig):
     """Base of the expert configs: a subclass is a frozen dataclass with ``build`` and the costs of one expert.
 
     Attributes:
@@ -165,10 +165,6 @@ class ExpertConfig:
     """
 
     layer_kind: ClassVar[str] = "rows"
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        register_config(cls)
 
     def build(self, num_experts: int, dim: int, out_dim: int | None = None) -> Experts:
         raise NotImplementedError

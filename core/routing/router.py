@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..contract import Routing, RoutingContext, check_kinds
 from ..kernels import topk_gate
 from ..kernels.eager import outside_autocast
-from ..registry import register_config
+from ..registry import OpenConfig
 from .balance import SCORE_TERMS, Balance, expert_bias_step
 from .checks import at_least_one, at_most_experts
 from .gates import LinearGate, NoisyGate, widened
@@ -297,7 +297,7 @@ def _with_paper(method: Callable[..., None]) -> Callable[..., None]:
 
 
 @dataclass(frozen=True)
-class RouterConfig:
+class RouterConfig(OpenConfig):
     """Base of the router configs. A subclass is one frozen dataclass with ``build`` and the costs of its router."""
 
     paper: ClassVar[str] = ""
@@ -305,7 +305,6 @@ class RouterConfig:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        register_config(cls)
         for name in ("__post_init__", "check", "check_group"):
             if name in vars(cls):
                 setattr(cls, name, _with_paper(vars(cls)[name]))

@@ -21,7 +21,7 @@ from apps.recsys.metrics import RankingMetrics
 from apps.recsys.sequence import scoring
 from apps.recsys.sequence.model import HistoryModel, HistoryModelConfig, last_of
 from apps.train.module import OptimizerConfig, SparseModule, TaskOutput
-from apps.train.plain import as_config
+from core.config.plain import from_plain
 
 CUTOFF = 10
 """Of the hit rate and the NDCG."""
@@ -106,9 +106,9 @@ class NextItemRecommender(SparseModule, Comparable):
         optimizer: OptimizerConfig | None = None,
         ema_decay: float | None = None,
     ) -> None:
-        sequence = as_config(HistoryModelConfig, sequence, "sequence")
-        moe, dense_ffn = as_config(core.MoEConfig, moe, "moe"), as_config(core.DenseFFN, dense_ffn, "dense_ffn")
-        optimizer = as_config(OptimizerConfig, optimizer, "optimizer")
+        sequence = from_plain(sequence, HistoryModelConfig, "sequence")
+        moe, dense_ffn = from_plain(moe, core.MoEConfig, "moe"), from_plain(dense_ffn, core.DenseFFN, "dense_ffn")
+        optimizer = from_plain(optimizer, OptimizerConfig, "optimizer")
         super().__init__(optimizer=optimizer, ema_decay=ema_decay)
         if top_k < 1:
             raise ValueError(f"top_k={top_k} must be at least 1")

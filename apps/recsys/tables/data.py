@@ -33,7 +33,7 @@ from apps.recsys.schema import SplitConfig, TableConfig
 from apps.recsys.tables.findings import TableFindings
 from apps.recsys.tables.synthetic import SyntheticConfig, generate
 from apps.report.base import Report
-from apps.train.plain import as_config
+from core.config.plain import from_plain
 
 if TYPE_CHECKING:
     from apps.recsys.readers.raw import RawTables
@@ -136,10 +136,10 @@ class TableData(SuiteData):
         )
         self.train_file, self.val_file, self.test_file = train_file, val_file, test_file
         self.predict_file, self.predict_columns = predict_file, tuple(predict_columns)
-        self.table = as_config(TableConfig, table, "table")
-        self.split = as_config(SplitConfig, split, "split")
+        self.table = from_plain(table, TableConfig, "table")
+        self.split = from_plain(split, SplitConfig, "split")
         self.exclude = tuple(exclude)
-        self.synthetic = as_config(SyntheticConfig, synthetic, "synthetic")
+        self.synthetic = from_plain(synthetic, SyntheticConfig, "synthetic")
         self.subset = subset
         self._rows_to_predict: ArrayFiles | None = None
         self._check_options()

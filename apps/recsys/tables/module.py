@@ -28,7 +28,7 @@ from apps.recsys.tables.report import RecommenderReport, RecommenderReportConfig
 from apps.recsys.tables.tasks import HeadConfig
 from apps.recsys.tables.weighting import WeightingConfig
 from apps.train.module import OptimizerConfig, SparseModule, TaskOutput
-from apps.train.plain import as_config
+from core.config.plain import from_plain
 
 _REPORT = RecommenderReportConfig()
 
@@ -91,15 +91,15 @@ class MultiTaskRecommender(SparseModule, Comparable):
         optimizer: OptimizerConfig | None = None,
         ema_decay: float | None = None,
     ) -> None:
-        features = as_config(Features, features, "features")
-        shared = as_config(core.MultiGateConfig, shared, "shared")
-        embedding = as_config(EmbeddingConfig, embedding, "embedding")
-        dense = as_config(DenseConfig, dense, "dense")
-        interaction = as_config(InteractionConfig, interaction, "interaction")
-        head = as_config(HeadConfig, head, "head")
-        weighting = as_config(WeightingConfig, weighting, "weighting")
-        report = as_config(RecommenderReportConfig, report, "report")
-        optimizer = as_config(OptimizerConfig, optimizer, "optimizer")
+        features = from_plain(features, Features, "features")
+        shared = from_plain(shared, core.MultiGateConfig, "shared")
+        embedding = from_plain(embedding, EmbeddingConfig, "embedding")
+        dense = from_plain(dense, DenseConfig, "dense")
+        interaction = from_plain(interaction, InteractionConfig, "interaction")
+        head = from_plain(head, HeadConfig, "head")
+        weighting = from_plain(weighting, WeightingConfig, "weighting")
+        report = from_plain(report, RecommenderReportConfig, "report")
+        optimizer = from_plain(optimizer, OptimizerConfig, "optimizer")
         super().__init__(optimizer=optimizer, ema_decay=ema_decay)
         if features is None:
             raise ValueError("features=None: the columns and tasks come from the data, such as TableData(...).features")

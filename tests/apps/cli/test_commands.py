@@ -534,7 +534,7 @@ def test_null_reaches_any_depth():
 
 def test_a_nested_null_is_taken(config):
     flags = ["--model.moe.capacity_factor", "1.5", "--model.moe.eval_capacity_factor", "null"]
-    moe = build("fit", ["--config", config, *flags]).model.hparams["moe"]["init_args"]
+    moe = build("fit", ["--config", config, *flags]).model.hparams["moe"]
     assert (moe["capacity_factor"], moe["eval_capacity_factor"]) == (1.5, None)
 
 
@@ -574,7 +574,7 @@ def test_a_class_that_is_named_has_its_own_defaults_and_not_those_of_the_one_bef
         flags = ["--config", "over.yaml"]
     elif by == "flag and option":
         flags += ["--model.moe.expert.hidden_dim", "16"]
-    made = build("fit", ["--config", config, *flags]).model.hparams["moe"]["init_args"]["expert"]
+    made = build("fit", ["--config", config, *flags]).model.hparams["moe"]["expert"]
     assert made["class_path"].endswith("SwiGLU")
     assert core.registered_config(made["class_path"])(**made["init_args"]) == core.SwiGLU(
         **({"hidden_dim": 16} if by == "flag and option" else {})

@@ -113,7 +113,7 @@ def test_a_translator_begins_with_the_published_network_and_weights(moe, corpus,
     module = make(data, folder)
     module.setup("fit")
     weights_equal(module.model, load_pretrained(folder))
-    assert module.hparams["transformer"]["init_args"]["positions"] == "relative"
+    assert module.hparams["transformer"]["positions"] == "relative"
     # From what a checkpoint keeps, the same is built without the folder.
     shutil.rmtree(folder)
     again = module.twin()

@@ -13,7 +13,7 @@ def test_a_checkpoint_is_plain_and_makes_the_module_again(tmp_path):
     module = TinyModule(3, width=10, moe=MOE, optimizer=OptimizerConfig(lr=0.02))
     fit(module, tmp_path)
     path = tmp_path / "last.ckpt"
-    assert load(path)["hyper_parameters"]["moe"]["init_args"]["num_experts"] == 4
+    assert load(path)["hyper_parameters"]["moe"]["num_experts"] == 4
     again = TinyModule.load_from_checkpoint(path)
     assert again.optimizer_config == OptimizerConfig(lr=0.02)
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in module.state_dict().items())

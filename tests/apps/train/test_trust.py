@@ -19,10 +19,11 @@ from apps import registry
 from apps.cli import main
 from apps.nlp.translation.module import Translator
 from apps.train import sharded
-from apps.train.loading import check_arguments, check_beside
+from apps.train.loading import check_beside
 from apps.train.module import SparseModule
 from apps.vision.data import VisionData
 from apps.vision.module import VisionClassifier
+from core.config.plain import arguments_from_plain
 
 
 @pytest.fixture(scope="module")
@@ -59,11 +60,11 @@ def tampered(trained, folder, change):
 
 
 def name_router(checkpoint):
-    checkpoint["hyper_parameters"]["moe"]["init_args"]["router"] = {"class_path": "planted.Router", "init_args": {}}
+    checkpoint["hyper_parameters"]["moe"]["router"] = {"class_path": "planted.Router", "init_args": {}}
 
 
 def name_router_by_text(checkpoint):
-    checkpoint["hyper_parameters"]["moe"]["init_args"]["router"] = "planted.Router"
+    checkpoint["hyper_parameters"]["moe"]["router"] = "planted.Router"
 
 
 def name_router_by_a_file(checkpoint):
@@ -159,14 +160,14 @@ def test_an_adopted_configuration_is_said(trained, capsys):
 def test_every_run_of_the_apps_may_be_adopted():
     # A text in a config's place would be a class or a file to the parser; elsewhere it is a text.
     check_beside({"model": {"class_path": "apps.vision.module.VisionClassifier", "init_args": {}}}, Path("x"))
-    check_arguments(VisionData, {"dataset": "digits", "root": "some.folder", "mean": [0.5]}, "data")
-    check_arguments(VisionClassifier, {"moe_blocks": "last2", "vit": {"depth": 4}, "pretrained": "a.b"}, "model")
+    arguments_from_plain(VisionData, {"dataset": "digits", "root": "some.folder", "mean": [0.5]}, "data")
+    arguments_from_plain(VisionClassifier, {"moe_blocks": "last2", "vit": {"depth": 4}, "pretrained": "a.b"}, "model")
     with pytest.raises(ValueError, match=r"model\.vit='planted\.yaml' is a text in place of a ViTConfig"):
-        check_arguments(VisionClassifier, {"vit": "planted.yaml"}, "model")
+        arguments_from_plain(VisionClassifier, {"vit": "planted.yaml"}, "model")
     with pytest.raises(ValueError, match=r"model\.moe\.router has no class_path"):
-        check_arguments(VisionClassifier, {"moe": {"num_experts": 4, "router": {"top_k": 2}}}, "model")
+        arguments_from_plain(VisionClassifier, {"moe": {"num_experts": 4, "router": {"top_k": 2}}}, "model")
     with pytest.raises(ValueError, match=r"model\.decode='x\.yaml' is a text"):
-        check_arguments(Translator, {"decode": "x.yaml"}, "model")
+        arguments_from_plain(Translator, {"decode": "x.yaml"}, "model")
 
 
 @pytest.mark.parametrize("name", [*registry.MODULES, *registry.DATA])

@@ -263,7 +263,7 @@ def test_it_learns_and_its_checkpoint_loads_with_plain_values(tmp_path):
         assert f"val/routing/model.blocks.1.mlp/{measure}" in fit.callback_metrics
     fit.save_checkpoint(tmp_path / "m.ckpt")
     saved = torch.load(tmp_path / "m.ckpt", weights_only=True)
-    assert saved["hyper_parameters"]["moe"]["init_args"]["num_experts"] == 4
+    assert saved["hyper_parameters"]["moe"]["num_experts"] == 4
     again = VisionClassifier.load_from_checkpoint(tmp_path / "m.ckpt", weights_only=True)
     assert (again.moe, again.vit, again.optimizer_config.lr) == (MOE, TINY, 1e-2)
     x = batch().image

@@ -39,9 +39,9 @@ def test_a_config_is_plain_dicts_and_back(name):
 
 
 def test_a_dict_of_another_class_is_refused():
-    with pytest.raises(ValueError, match=r"core\.TokenChoice' is not a multi-gate config"):
+    with pytest.raises(ValueError, match=r"core\.TokenChoice' is no MultiGateConfig"):
         MultiGateConfig.from_dict({"class_path": "core.TokenChoice", "init_args": {}})
-    with pytest.raises(ValueError, match="not a multi-gate config"):
+    with pytest.raises(ValueError, match=r"core\.MMoE' is no PLE"):
         PLE.from_dict(MMoE().to_dict())
     with pytest.raises(ValueError, match="CGC has no field 'router'"):
         CGC.from_dict({"router": None})

@@ -100,12 +100,15 @@ def test_constructors_take_what_their_own_configuration_holds(tmp_path, monkeypa
     [
         (
             {"table": {"catgorical": ["city"]}},
-            "option of table='catgorical' is not one of .*did you mean 'categorical'",
+            "table: TableConfig has no field 'catgorical'; did you mean 'categorical'",
         ),
-        ({"table": {"tasks": {"a": {"colum": "x"}}}}, "option of table.tasks.a='colum' is not one of at_least, column"),
+        (
+            {"table": {"tasks": {"a": {"colum": "x"}}}},
+            "table.tasks.a: TaskConfig has no field 'colum'; did you mean 'column'",
+        ),
         ({"table": {"tasks": {"a": {}}}}, "table.tasks.a: .* missing 1 required positional argument: 'column'"),
-        ({"table": "city"}, "table='city' is neither a TableConfig nor a mapping of its options"),
-        ({"split": {"class_path": "core.MMoE"}}, "split.class_path='core.MMoE' is no SplitConfig"),
+        ({"table": "city"}, "table='city' is a text in place of a TableConfig"),
+        ({"split": {"class_path": "core.MMoE"}}, r"split: class_path='core\.MMoE' is no SplitConfig"),
         ({"split": {"class_path": "os.system"}}, "class_path='os.system' is not a registered config class"),
     ],
 )
