@@ -27,31 +27,35 @@ DATA = {
 DATASETS = ("apps.vision.datasets", "apps.recsys.datasets", "apps.nlp.text.datasets")
 """Modules that register the apps' datasets when they are imported."""
 
-TRAINER_PARTS = frozenset(
+TRAINER = {
+    "BestAndLast": "apps.train.checkpoints",
+    "TorchRecStrategy": "apps.recsys.tables.strategy",
+}
+"""Parts of the trainer: where each callback and strategy is."""
+
+LIGHTNING = frozenset(
     {
-        "apps.train.checkpoints.BestAndLast",
-        "apps.recsys.tables.strategy.TorchRecStrategy",
         "lightning.pytorch.callbacks.EarlyStopping",
         "lightning.pytorch.callbacks.LearningRateMonitor",
         "lightning.pytorch.callbacks.early_stopping.EarlyStopping",
         "lightning.pytorch.callbacks.lr_monitor.LearningRateMonitor",
     }
 )
-"""Class paths of the trainer's parts that a configuration beside a checkpoint may name."""
+"""Class paths of Lightning that a configuration beside a checkpoint may name."""
 
 
 def full_path(name: str) -> str | None:
-    """Return the class path of an app's class, given by that or by its short name; None where no app has it."""
+    """Return the class path of a public class, given by that or by its short name; None where there is none."""
     module, _, short = name.rpartition(".")
-    home = MODULES.get(short) or DATA.get(short)
+    home = {**MODULES, **DATA, **TRAINER}.get(short)
     return f"{home}.{short}" if home is not None and module in ("", home) else None
 
 
 def resolve(name: str) -> Any:
-    """Import and return the class of an app that ``full_path`` finds.
+    """Import and return the class that ``full_path`` finds.
 
     Raises:
-        KeyError: no app has it.
+        KeyError: there is none.
     """
     path = full_path(name)
     if path is None:

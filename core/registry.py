@@ -47,7 +47,8 @@ def is_registered(kind: type) -> bool:
 def registered_config(class_path: object) -> type:
     """Return the registered class of a path such as ``core.TokenChoice`` or ``my_module.MyRouter``.
 
-    A class of ``core`` is also found by its plain name and by ``core.NAME``. Nothing is imported.
+    A class of ``core`` is also found by ``core.NAME``, and any class by its plain name where it is the only one of that
+    name, or the one of ``core``. Nothing is imported.
 
     Raises:
         ValueError: no class of that path has been registered.
@@ -57,9 +58,10 @@ def registered_config(class_path: object) -> type:
             return _REGISTERED[class_path]
         package, _, name = class_path.rpartition(".")
         if package in ("", "core"):
-            for path, kind in _REGISTERED.items():
-                if path.startswith("core.") and kind.__qualname__ == name:
-                    return kind
+            named = {path: kind for path, kind in _REGISTERED.items() if kind.__qualname__ == name}
+            own = [kind for path, kind in named.items() if path.startswith("core.")]
+            if own or (len(named) == 1 and not package):
+                return (own or list(named.values()))[0]
     names = {path.rpartition(".")[2] for path in _REGISTERED}
     near = difflib.get_close_matches(str(class_path).rpartition(".")[2], names, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else "; import the module of a class of yours first"

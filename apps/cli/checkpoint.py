@@ -1,9 +1,7 @@
-"""A checkpoint on the command line: which file, what it remembers, whether it fits the model."""
+"""A checkpoint on the command line: what it remembers, and whether it fits the model."""
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,35 +9,9 @@ from typing import Any
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from apps.cli import usage
-from apps.cli.classes import short
-from apps.train import sharded
+from apps.cli.classes import class_path, load_class, short
 from apps.train.loading import module_class
 from core.config.plain import arguments_from_plain
-
-
-def find_checkpoint(command: str, which: str | None, run_dir: Path) -> Path | None:
-    folder = run_dir / "checkpoints"
-    if which in ("null", "none"):
-        return None
-    if which is None:
-        if command == "fit":
-            return None
-        for name in ("best", "last"):
-            if (folder / f"{name}.ckpt").is_file() or sharded.is_sharded(folder / f"{name}.ckpt"):
-                return folder / f"{name}.ckpt"
-        raise FileNotFoundError(
-            f"no checkpoint in {folder}: train one with moesaic fit, or give --ckpt_path (none: an untrained model)"
-        )
-    if which in usage.NAMES:
-        path = folder / f"{which}.ckpt"
-        if path.is_file() or sharded.is_sharded(path):
-            return path
-        if command == "fit":
-            print(f"no {path} yet: starting from the beginning")
-            return None
-        raise FileNotFoundError(f"no checkpoint {path}")
-    return Path(which)
 
 
 def remembered(
@@ -63,11 +35,9 @@ def remembered(
         raise ValueError(f"{path} is damaged: its module_class or hyper_parameters are of the wrong type")
     written = config.get("model")
     named = written if isinstance(written, str) else written.get("class_path") if isinstance(written, Mapping) else None
-    if named is not None and short(named) != short(kind):
-        return {}
     if named is None:
         model, named = module_class(checkpoint, path), kind
-    if model is None:  # the parser reports a class that does not exist
+    if model is None or class_path(model) != kind:  # one that does not exist, or another: reported later
         return {}
     arguments_from_plain(model, hparams, f"{path}: model")
     return {"model": {"class_path": named, "init_args": dict(hparams)}}
@@ -81,9 +51,8 @@ def import_named(checkpoint: Mapping[str, Any], texts: Collection[str]) -> None:
         texts: what the user wrote: the values of flags and of the configurations that ``--config`` named.
     """
     for path in {*_class_paths(checkpoint.get("hyper_parameters")), checkpoint.get("module_class")}:
-        if isinstance(path, str) and path in texts and "." in path:
-            with contextlib.suppress(ModuleNotFoundError):  # reported where the class is looked up
-                importlib.import_module(path.rpartition(".")[0])
+        if isinstance(path, str) and path in texts:
+            load_class(path)  # one that is not there is reported where it is looked up
 
 
 def _class_paths(value: Any) -> Iterator[Any]:
@@ -114,9 +83,9 @@ def check_fits(checkpoint: Mapping[str, Any], model: LightningModule, path: Path
     Raises:
         ValueError: naming the options that differ, with both values.
     """
-    kind = f"{type(model).__module__}.{type(model).__qualname__}"
+    kind = class_path(type(model))
     other = checkpoint.get("module_class", kind)
-    if short(other) != short(kind):
+    if other != kind:
         raise ValueError(f"{path} is of a {other}, and this run's model is a {kind}")
     saved = {k: tuple(v.shape) for k, v in checkpoint["state_dict"].items() if isinstance(v, Tensor)}
     own = {k: tuple(v.shape) for k, v in model.state_dict().items() if isinstance(v, Tensor)}

@@ -1,11 +1,19 @@
-"""Classes by name, read from their source: a usage error is known before torch, which takes seconds, is imported."""
+"""Classes by name: the public ones by their short names, any one from its source, and imported.
+
+A usage error is known from the source, before torch, which takes seconds, is imported.
+"""
 
 from __future__ import annotations
 
 import ast
 import functools
+import importlib
 import importlib.util
+import json
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from apps import registry
 
@@ -13,6 +21,11 @@ from apps import registry
 def short(class_path: str | None) -> str | None:
     """Return the name of the class, as a configuration may write it."""
     return class_path and class_path.rpartition(".")[2]
+
+
+def class_path(kind: type) -> str:
+    """Return the module of a class and its name in it."""
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def app_classes(part: str) -> dict[str, str]:
@@ -28,6 +41,82 @@ def app_classes(part: str) -> dict[str, str]:
 def long_name(part: str, name: str) -> str:
     """Return the class path of the app's model or data module with this short name; any other name as it is."""
     return app_classes(part).get(name, name)
+
+
+def with_long_names(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration with the class paths of public classes in place of their short names."""
+    out = dict(config)
+    for part in ("model", "data"):
+        written = config.get(part)
+        if isinstance(written, str):
+            out[part] = long_name(part, written)
+        elif isinstance(written, Mapping) and isinstance(written.get("class_path"), str):
+            out[part] = {**written, "class_path": long_name(part, written["class_path"])}
+    if isinstance(config.get("trainer"), Mapping):
+        out["trainer"] = _with_long_parts(config["trainer"])
+    return out
+
+
+def _with_long_parts(value: Any) -> Any:
+    """Return options of the trainer where each public class is named by its class path."""
+    if isinstance(value, str) and value in registry.TRAINER:
+        return {"class_path": registry.full_path(value)}
+    if isinstance(value, list):
+        return [_with_long_parts(item) for item in value]
+    if not isinstance(value, Mapping):
+        return value
+    path = value.get("class_path")
+    long = {"class_path": registry.full_path(path)} if isinstance(path, str) and path in registry.TRAINER else {}
+    return {**{key: _with_long_parts(item) for key, item in value.items() if key != "class_path" or not long}, **long}
+
+
+_NAMES_CLASS = re.compile(r"--(model|data|trainer)(\.class_path|\.help|\.\w+\+?|\.\w+\.class_path)?")
+
+
+def with_long_flags(flags: Sequence[str]) -> list[str]:
+    """Return the words of a command line with the class paths of public classes in place of their short names."""
+    out: list[str] = []
+    for flag in flags:
+        key, equals, value = flag.partition("=")
+        if equals and (match := _NAMES_CLASS.fullmatch(key)):
+            flag = f"{key}={_long_value(match, value)}"
+        elif out and (match := _NAMES_CLASS.fullmatch(out[-1])):
+            flag = _long_value(match, flag)
+        out.append(flag)
+    return out
+
+
+def _long_value(match: re.Match[str], value: str) -> str:
+    part, rest = match[1], match[2]
+    if part != "trainer":
+        return long_name(part, value) if rest in (None, ".class_path", ".help") else value
+    if value not in registry.TRAINER:
+        return value
+    path = str(registry.full_path(value))
+    # A strategy may be a text as well: only a mapping is taken for a class.
+    return path if (rest or "").endswith(".class_path") else json.dumps({"class_path": path})
+
+
+def load_class(path: str | None) -> Any:
+    """Import and return the class of a class path; None where there is no such module or no such name in it.
+
+    Raises:
+        ImportError: the module is there, and what it imports is not.
+    """
+    module, _, name = (path or "").rpartition(".")
+    if not module:
+        return None
+    try:
+        return getattr(importlib.import_module(module), name, None)
+    except ModuleNotFoundError as error:
+        if error.name and module.startswith(error.name):
+            return None
+        raise
+
+
+def subclasses(kind: type[Any]) -> list[type[Any]]:
+    """Return ``kind`` and the classes below it that have been imported."""
+    return [kind, *(sub for direct in kind.__subclasses__() for sub in subclasses(direct))]
 
 
 @functools.cache
@@ -74,9 +163,9 @@ def defined(module: str) -> list[str] | None:
     return None if "*" in names or "__getattr__" in names else names
 
 
-def parameters(class_path: str) -> list[str] | None:
+def parameters(path: str) -> list[str] | None:
     """Return the names of a class's options; None where its source does not tell, as with ``**kwargs``."""
-    module, _, name = class_path.rpartition(".")
+    module, _, name = path.rpartition(".")
     tree = source(module) if module else None
     kinds = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name] if tree else []
     methods = [node for kind in kinds for node in kind.body if isinstance(node, ast.FunctionDef)]

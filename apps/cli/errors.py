@@ -11,11 +11,11 @@ import re
 import types
 import typing
 from collections.abc import Iterable
-from typing import Any
 
+from apps import registry
 from apps.base.messages import message, one_line
 from apps.cli import UsageError
-from apps.cli.classes import app_classes
+from apps.cli.classes import app_classes, load_class, subclasses
 
 _NOISE = re.compile(
     r"^(Does not validate against any|Subtypes: |Errors:|Given value|Expected a <class 'NoneType'>|"
@@ -126,10 +126,22 @@ def reduce_message(text: str, options: Iterable[str] = ()) -> str:
     wanted = re.match(r"^Expected an? (<class '[\w.]+'>|(?:typing\.)?Literal\[[^\]]*\])", complaint)
     value = re.search(r"(?:Got value|Given value): (.*)", text[text.index(complaint) :])
     if wanted and value:
+        if (written := _class_path_in(value[1])) and load_class(written) is None:
+            known = [*_class_names(owner, name, kinds), *registry.TRAINER]
+            return unknown_option(f"{key}={written}", known, written.rpartition(".")[2], listed=False)
         return f"{key}={value[1].strip()} is not {_one_of(kinds or wanted[1])}"
     if key == "config":
         return one_line(complaint)
     return one_line(f"{key}: {complaint}" if key else complaint)
+
+
+def _class_path_in(value: str) -> str | None:
+    """Return the class path of a mapping that a message shows; None where it shows another value."""
+    try:
+        shown = ast.literal_eval(value.strip())
+    except (SyntaxError, ValueError):
+        return None
+    return shown.get("class_path") if isinstance(shown, dict) else None
 
 
 def _one_of(kinds: str) -> str:
@@ -164,16 +176,8 @@ def unknown_option(
     return f"{shown} does not exist" + (f"; there is {', '.join(valid)}" if listed and 0 < len(valid) <= 12 else "")
 
 
-def _import(class_path: str | None) -> Any:
-    module, _, name = (class_path or "").rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError):
-        return None
-
-
 def _parameters(class_path: str | None) -> list[str]:
-    kind = _import(class_path)
+    kind = load_class(class_path)
     if kind is None:
         return []
     return [p for p in inspect.signature(kind).parameters if p not in ("self", "args", "kwargs")]
@@ -189,9 +193,9 @@ def _class_names(owner: str | None, parameter: str, kinds: str = "") -> list[str
     """
     if owner is None and parameter in ("model", "data"):
         return list(app_classes(parameter))
-    bases = [_import(one or other) for one, other in _BASE.findall(kinds)]
+    bases = [load_class(one or other) for one, other in _BASE.findall(kinds)]
     if owner is not None and not bases:
-        kind = _import(owner)
+        kind = load_class(owner)
         try:
             hint = typing.get_type_hints(kind if dataclasses.is_dataclass(kind) else kind.__init__).get(parameter)
         except (NameError, TypeError, AttributeError):
@@ -205,11 +209,3 @@ def _classes_of(module: str) -> list[str]:
     """Return the class paths of the public classes of an imported module."""
     found = vars(importlib.import_module(module)).items()
     return [f"{module}.{name}" for name, value in found if isinstance(value, type) and not name.startswith("_")]
-
-
-def subclasses(kind: type[Any]) -> list[type[Any]]:
-    """``kind`` and the classes below it that have been imported."""
-    found = [kind]
-    for sub in kind.__subclasses__():
-        found += subclasses(sub)
-    return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import inspect
 import json
 import re
@@ -17,10 +16,11 @@ from typing import Any, NamedTuple
 import docstring_parser
 
 from apps.cli import RUN_OPTIONS, UsageError
-from apps.cli.classes import app_classes, long_name
-from apps.cli.errors import subclasses, unknown_option
+from apps.cli.classes import app_classes, load_class, long_name, short, subclasses
+from apps.cli.errors import unknown_option
+from apps.cli.flags import given
 from apps.cli.request import Request
-from apps.cli.usage import class_path, given
+from apps.cli.usage import class_path
 from core.registry import OpenConfig
 
 SECTIONS = ("run", "trainer", "model", "data")
@@ -107,12 +107,9 @@ def _of_class(path: str, prefix: str) -> Iterator[Option]:
 
 
 def _load(path: str) -> type[Any]:
-    module, _, name = path.rpartition(".")
-    try:
-        kind = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError):
-        names = [*app_classes("model"), *app_classes("data")]
-        raise UsageError(unknown_option(path, names, name)) from None
+    kind = load_class(path)
+    if kind is None:
+        raise UsageError(unknown_option(path, [*app_classes("model"), *app_classes("data")], short(path)))
     if not isinstance(kind, type):
         raise UsageError(f"{path} is not a class")
     return kind

@@ -7,31 +7,23 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
-import importlib
 import itertools
-import json
 import re
 import sys
 import tempfile
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from apps.base.files import CONFIGS, naming
+from apps.base.files import naming
 from apps.cli import UsageError, usage
-from apps.cli.classes import long_name, short
-from apps.cli.errors import subclasses
-
-_QUOTED_LIST = re.compile(
-    r"""\[\s*(?:(?:"(?:[^"\\]|\\.)*"|'(?:[^']|'')*')\s*(?:,\s*|(?=\])))*\]""",
-    re.DOTALL,
-)
-_NULLS = ("null", "Null", "NULL", "~")
-_ESCAPED_IN_YAML = re.compile("[\x7f-\x9f\ufeff\u2028\u2029]")
+from apps.cli.classes import load_class, subclasses, with_long_flags, with_long_names
+from apps.cli.configs import at, merge, read_config, shipped, texts
+from apps.cli.flags import NULLS, asks, asks_for_help, given, switch, take, verbatim, with_flags, with_nulls
+from apps.train.checkpoint_paths import NAMES, find_checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +36,7 @@ class Request:
         config: the configurations merged, later ones over earlier ones, with what the checkpoint remembers beneath.
         run_dir: where the run's files are.
         checkpoint: the file to load, or None.
+        loaded: its contents, where there is one; of sharded tensors the shapes alone.
         model_class: the model's class, where it is named.
         output: the file of the predictions; None: the run's own.
         overwrite: replace an earlier file of predictions.
@@ -54,6 +47,7 @@ class Request:
     config: Mapping[str, Any]
     run_dir: Path
     checkpoint: Path | None
+    loaded: Mapping[str, Any] | None
     model_class: type | None
     output: Path | None = None
     overwrite: bool = False
@@ -75,69 +69,65 @@ class Request:
         argv, overwrite = switch(argv, "overwrite")
         flags, options = take(argv, ("config", "c", "run_dir", "ckpt_path", "output"))
         output = Path(options["output"][-1]) if options["output"] else None
-        flags = verbatim(flags, ("data.text", "data.init_args.text"))
+        flags = with_long_flags(verbatim(flags, ("data.text", "data.init_args.text")))
         paths = [shipped(Path(p)) for p in options["config"] + options["c"]]
-        found_in: Path | None = None
         which = options["ckpt_path"][-1] if options["ckpt_path"] else None
-        if not paths and which not in (None, *usage.NAMES, "null", "none"):
-            # A checkpoint lies in its run's folder, beside the configuration of the run.
-            beside = Path(which).parent.parent / "config.yaml"
-            if beside.is_file():
-                paths, found_in = [beside], beside.parent
+        beside = None if paths else _config_beside(which)
         config: dict[str, Any] = {}
         for path in paths:
-            layer = _read_yaml(path)
-            if found_in is None:  # else ``check_beside`` looks at all of it
-                usage.check_sections(layer, path)
-            config = merge(config, _with_long_names(layer))
-        flags = _long_named(flags)
-        beside_checkpoint = config if found_in is not None else None
-        config = dict(config)
+            layer = read_config(path)
+            usage.check_sections(layer, path)
+            config = merge(config, with_long_names(layer))
+        if beside is not None:  # ``check_beside`` looks at all of it, below
+            paths, config = [beside], with_long_names(read_config(beside))
+        as_it_lay = dict(config)
         written = config.pop("run_dir", None)  # of a run that was put aside, where it was
-        run_dir = options["run_dir"][-1] if options["run_dir"] else found_in or written
+        run_dir = options["run_dir"][-1] if options["run_dir"] else beside.parent if beside is not None else written
         config, flags = with_nulls(config, flags)
-        if which is None:
-            which = config.pop("ckpt_path", None)
+        which = which or config.get("ckpt_path")
         config.pop("ckpt_path", None)
         run_dir = Path(run_dir) if run_dir else Path("runs") / ("-".join(p.stem for p in paths) or "unnamed")
-        usage.check_options(command, flags, config if found_in is None else {})
+        usage.check_options(command, flags, {} if beside is not None else config)
         usage.check_complete(command, which, flags, config)
         usage.check_run_dir(run_dir)
-        if not usage.asks(flags):
+        if not asks(flags):
             usage.check_output(command, output, overwrite)
-            usage.check_checkpoint(command, which, run_dir)
-            usage.check_data_files(command, flags, config)
-            if announce is not None:
-                read = " + ".join(map(str, paths)) or (which if which not in (None, *usage.NAMES) else "")
-                written_to = output if command == "predict" else run_dir
-                announce(" ".join(filter(None, (command, read, f"-> {written_to}" if written_to else ""))))
-
-        from apps.cli.checkpoint import find_checkpoint, import_named, remembered
-        from apps.train.loading import check_beside, load_checkpoint
-
-        if beside_checkpoint is not None:
-            check_beside(beside_checkpoint, paths[0])
-            print(f"configuration: {paths[0]}, which lies beside the checkpoint", file=sys.stderr)
         try:
-            checkpoint = None if usage.asks_for_help(flags) else find_checkpoint(command, which, run_dir)
+            checkpoint = None if asks_for_help(flags) else usage.find_checkpoint(command, which, run_dir)
         except FileNotFoundError:
-            if which is not None or not usage.asks(flags):
+            if which is not None or not asks(flags):
                 raise
             checkpoint = None  # a configuration can be printed without one
+        if not asks(flags):
+            usage.check_data_files(command, flags, config)
+            if announce is not None:
+                read = " + ".join(map(str, paths)) or (which if which not in (None, *NAMES) else "")
+                written_to = output if command == "predict" else run_dir
+                announce(" ".join(filter(None, (command, read, f"-> {written_to}" if written_to else ""))))
+            if which in NAMES and checkpoint is None:
+                print(f"no {run_dir / 'checkpoints' / which}.ckpt yet: starting from the beginning")
+
+        from apps.cli.checkpoint import import_named, remembered
+        from apps.train.contents import read_checkpoint
+        from apps.train.loading import check_beside
+
+        if beside is not None:
+            check_beside(as_it_lay, beside)
+            print(f"configuration: {beside}, which lies beside the checkpoint", file=sys.stderr)
+        loaded = None
         if checkpoint is not None:
-            loaded = load_checkpoint(checkpoint)
-            if found_in is None:
-                import_named(loaded, {*_texts(config), *(part for flag in flags for part in flag.split("=", 1))})
-            model_class = _find_class("model", flags, config)
-            config = merge(remembered(loaded, config, model_class, checkpoint), config)
-            config = with_remembered_data(config, flags, loaded)
-            check_superseded(config, flags, checkpoint)
+            loaded = read_checkpoint(checkpoint, shapes_only=True)
+            if beside is None:
+                import_named(loaded, {*texts(config), *(part for flag in flags for part in flag.split("=", 1))})
+            config = merge(remembered(loaded, config, _find_class("model", flags, config), checkpoint), config)
+            config = _with_remembered_data(config, flags, loaded)
+            _check_superseded(config, flags, checkpoint)
         for part in ("model", "data"):
-            config = with_defaults(part, flags, config)
-        config, rest = with_own_defaults(config, flags)
-        flags = rest if not usage.asks_for_help(flags) else flags
+            config = _with_stand_ins(part, flags, config)
+        config, rest = _with_own_defaults(config, flags)
+        flags = rest if not asks_for_help(flags) else flags
         model_class = _find_class("model", flags, config)
-        return cls(command, tuple(flags), config, run_dir, checkpoint, model_class, output, overwrite)
+        return cls(command, tuple(flags), config, run_dir, checkpoint, loaded, model_class, output, overwrite)
 
     @contextlib.contextmanager
     def config_file(self) -> Iterator[str | None]:
@@ -152,251 +142,18 @@ class Request:
             yield str(path)
 
 
-def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """``over`` laid over ``base``, mapping by mapping. Where it names another class, the old one's arguments go.
-
-    Example::
-
-        merge({"router": {"class_path": "TokenChoice", "init_args": {"top_k": 1}}}, {"router": "ExpertChoice"})
-        # {"router": {"class_path": "ExpertChoice"}}
-    """
-    merged = dict(base)
-    for key, value in over.items():
-        old = merged.get(key)
-        if isinstance(old, Mapping) and "class_path" in old and isinstance(value, str):
-            value = {"class_path": value}
-        if not (isinstance(old, Mapping) and isinstance(value, Mapping)):
-            merged[key] = value
-        elif "class_path" in old and "class_path" not in value and "init_args" not in value:
-            merged[key] = {**old, "init_args": merge(old.get("init_args") or {}, value)}
-        elif "class_path" in value and "init_args" in value and "class_path" not in old:
-            merged[key] = {**value, "init_args": merge(old, value["init_args"])}
-        elif short(old.get("class_path")) != short(value.get("class_path", old.get("class_path"))):
-            merged[key] = dict(value)
-        else:
-            merged[key] = merge(old, value)
-    return merged
-
-
-def shipped(path: Path) -> Path:
-    """``path``; where it names a configuration of ours and the working folder has none, the one that came along."""
-    own = CONFIGS.parent / path
-    return path if path.exists() or path.parts[:1] != (CONFIGS.name,) or not own.is_file() else own
-
-
-def _with_long_names(config: dict[str, Any]) -> dict[str, Any]:
-    """Return ``config`` with the class paths of the apps' model and data in place of short names."""
-    out = dict(config)
-    for part in ("model", "data"):
-        written = config.get(part)
-        if isinstance(written, str):
-            out[part] = long_name(part, written)
-        elif isinstance(written, Mapping) and isinstance(written.get("class_path"), str):
-            out[part] = {**written, "class_path": long_name(part, written["class_path"])}
-    return out
-
-
-def _long_named(flags: list[str]) -> list[str]:
-    """Return ``flags`` with the class paths of the apps' model and data in place of short names."""
-    out: list[str] = []
-    for i, flag in enumerate(flags):
-        key, equals, value = flag.partition("=")
-        option = re.compile(r"--(model|data)(\.class_path|\.help)?")
-        if (match := option.fullmatch(key)) and equals:
-            flag = f"{key}={long_name(match[1], value)}"
-        elif i and (match := option.fullmatch(flags[i - 1])):
-            flag = long_name(match[1], flag)
-        out.append(flag)
-    return out
-
-
-_MOST_BYTES, _MOST_VALUES = 16 << 20, 1_000_000
-"""Limits of a configuration: its size, and its values with aliases written out."""
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _config_beside(which: str | None) -> Path | None:
+    """Return the configuration in the folder of the run that a checkpoint lies in; None: there is none."""
+    if which in (None, *NAMES, "null", "none"):
+        return None
     try:
-        if path.stat().st_size > _MOST_BYTES:
-            raise UsageError(f"{path} is not a configuration: it has {path.stat().st_size:,} bytes of {_MOST_BYTES:,}")
-        loader = yaml.SafeLoader(path.read_text())
-        node = loader.get_single_node()
-        if node is not None and _num_values(node, {}, path) > _MOST_VALUES:
-            raise UsageError(f"{path}: its aliases stand for over {_MOST_VALUES:,} values")
-        config = None if node is None else loader.construct_document(node)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        raise UsageError(f"{path}{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not a text file") from error
-    except RecursionError as error:
-        raise UsageError(f"{path} is nested too deeply") from error
-    except IsADirectoryError as error:
-        raise UsageError(f"{path} is a folder, not a configuration") from error
-    except FileNotFoundError as error:
-        raise UsageError(f"no configuration {path}{nearest(path)}") from error
-    if config is None:
-        return {}
-    if not isinstance(config, dict):
-        raise UsageError(f"{path} is not a configuration: it holds a {type(config).__name__}, not keys with values")
-    return config
+        path = find_checkpoint(str(which)).parent.parent / "config.yaml"
+    except FileNotFoundError:  # reported below, after the checks of the options
+        return None
+    return path if path.is_file() else None
 
 
-def _num_values(node: yaml.Node, known: dict[int, int], path: Path) -> int:
-    """Return how many values a node stands for with each alias written out. A file of 1 KB can stand for 10^9."""
-    if not isinstance(node, yaml.CollectionNode):
-        return 1
-    if id(node) not in known:
-        known[id(node)] = -1  # open
-        inner = [part for item in node.value for part in (item if isinstance(item, tuple) else (item,))]
-        known[id(node)] = 1 + sum(_num_values(part, known, path) for part in inner)
-    if known[id(node)] < 0:
-        raise UsageError(f"{path}: an alias stands for a value that holds the alias")
-    return known[id(node)]
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """Yield every text of nested plain values."""
-    if isinstance(value, str):
-        yield value
-    for inner in value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ():
-        yield from _texts(inner)
-
-
-def nearest(path: Path) -> str:
-    """Return what to say after the path of a configuration that is not there: the nearest one."""
-    folder = path.parent
-    if not folder.is_dir() and path.parts[:1] == (CONFIGS.name,):
-        folder = CONFIGS.parent / folder
-    if not folder.is_dir():
-        return f": there is no folder {path.parent}"
-    near = difflib.get_close_matches(path.stem, [p.stem for p in folder.glob("*.yaml")], n=1)
-    return f"; did you mean {path.parent / near[0]}.yaml?" if near else ""
-
-
-def switch(argv: list[str], name: str) -> tuple[list[str], bool]:
-    """Return ``argv`` without the switch called ``name``, and whether it is on; a value may follow, true or false."""
-    rest: list[str] = []
-    on = False
-    items = iter(enumerate(argv))
-    for i, item in items:
-        key, equals, value = item.partition("=")
-        if key != f"--{name}":
-            rest.append(item)
-            continue
-        if not equals:
-            value = "true"
-            if argv[i + 1 : i + 2] in (["true"], ["false"]):
-                value = next(items)[1]
-        if value not in ("true", "false"):
-            raise UsageError(f"{name}={value} is not one of true, false")
-        on = value == "true"
-    return rest, on
-
-
-def take(argv: list[str], names: tuple[str, ...]) -> tuple[list[str], dict[str, list[str]]]:
-    """``argv`` without the options called ``names``, and their values."""
-    rest: list[str] = []
-    found: dict[str, list[str]] = {name: [] for name in names}
-    items = iter(argv)
-    for item in items:
-        key, equals, value = item.partition("=")
-        name = key.lstrip("-")
-        if not (key.startswith("-") and name in names and (len(name) == 1) == (not key.startswith("--"))):
-            rest.append(item)
-            continue
-        if not equals:
-            value = next(items, "")
-        if not value or (not equals and value.startswith("--")):
-            raise UsageError(f"{key} needs a value")
-        found[name].append(value)
-    return rest, found
-
-
-def verbatim(flags: list[str], names: tuple[str, ...]) -> list[str]:
-    """``flags`` with the values of the options called ``names`` as lists of one text: what a user wrote is not YAML.
-
-    A list of texts in quotes stays as it is.
-
-    Example::
-
-        verbatim(["--data.text", "- Yes: no"], ("data.text",))     # ['--data.text=["- Yes: no"]']
-    """
-    out: list[str] = []
-    items = iter(flags)
-    for item in items:
-        key, equals, value = item.partition("=")
-        if not (key.startswith("--") and key[2:] in names):
-            out.append(item)
-            continue
-        if not equals:
-            value = next(items, "")
-            if not value:
-                raise UsageError(f"{key} needs a value")
-        if any("\ud800" <= c <= "\udfff" for c in value):
-            raise UsageError(f"the text of {key} is not valid UTF-8")
-        if _QUOTED_LIST.fullmatch(value):
-            out.append(f"{key}={value}")
-            continue
-        text = json.dumps([value], ensure_ascii=False)
-        out.append(f"{key}=" + _ESCAPED_IN_YAML.sub(lambda c: f"\\u{ord(c[0]):04x}", text))
-    return out
-
-
-def with_nulls(config: Mapping[str, Any], flags: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """``config`` with what the flags set to null two levels and more below "model" or "data", and the other flags.
-
-    (jsonargparse passes such a null on as the text "None".)
-
-    One that is set by another flag too has that one's value.
-
-    Example::
-
-        with_nulls({"model": {"moe": {"top": 1}}}, ["--model.moe.top", "null"])
-        # {"model": {"moe": {"top": None}}}, []
-    """
-
-    def null(merged: Mapping[str, Any], names: list[str], value: str) -> bool:
-        return len(names) > 2 and value in _NULLS and isinstance(_at(merged, names[:-1]), Mapping)
-
-    return _with_flags(config, flags, null, lambda value: None)
-
-
-def _with_flags(
-    config: Mapping[str, Any],
-    flags: list[str],
-    takes: Callable[[Mapping[str, Any], list[str], str], bool],
-    plain: Callable[[str], Any],
-) -> tuple[dict[str, Any], list[str]]:
-    """Lay some flags over ``config``.
-
-    Args:
-        config: nested mappings.
-        flags: ``--KEY.SUBKEY VALUE`` and ``--KEY.SUBKEY=VALUE``.
-        takes: whether to take a flag, by the mappings so far, the names of its key and its value.
-        plain: makes of its text what stands there.
-
-    Returns:
-        The mappings, and the other flags.
-    """
-    merged, out = dict(config), list[str]()
-    items = iter(flags)
-    for item in items:
-        key, equals, value = item.partition("=")
-        given = [item, *([] if equals else itertools.islice(items, 1))] if key.startswith("--") else [item]
-        value = value if equals else given[-1]
-        names = [name for name in key.removeprefix("--").split(".") if name not in ("init_args", "class_path")]
-        if not takes(merged, names, value):
-            out += given
-            continue
-        over = plain(value)
-        for name in reversed(names):
-            over = {name: over}
-        merged = merge(merged, over)
-    return merged, out
-
-
-def with_remembered_data(config: Mapping[str, Any], flags: list[str], checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+def _with_remembered_data(config: Mapping[str, Any], flags: list[str], checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """``config`` with the arguments of the data that the data's class names in ``from_checkpoint``.
 
     They come from the checkpoint's model, which has arguments of the same names, unless they are written by hand.
@@ -423,7 +180,7 @@ def with_remembered_data(config: Mapping[str, Any], flags: list[str], checkpoint
     return {**config, "data": {"class_path": path, "init_args": {**arguments, **filled}}}
 
 
-def with_defaults(part: str, flags: list[str], config: Mapping[str, Any]) -> dict[str, Any]:
+def _with_stand_ins(part: str, flags: list[str], config: Mapping[str, Any]) -> dict[str, Any]:
     """Return ``config`` with what is in force where an argument of the model or data is null or not given.
 
     See ``SparseModule.defaults_of_none``. A null that stands for nothing, such as "no MoE layer", stays.
@@ -438,8 +195,8 @@ def with_defaults(part: str, flags: list[str], config: Mapping[str, Any]) -> dic
     from core.config.plain import to_plain
 
     arguments = written.get("init_args") or {} if {"class_path", "init_args"} & written.keys() else written
-    options = ((name.removeprefix(f"{part}."), value) for name, value in usage.given(flags))
-    by_flag = {name: None if value in _NULLS else value for name, value in options}
+    options = ((name.removeprefix(f"{part}."), value) for name, value in given(flags))
+    by_flag = {name: None if value in NULLS else value for name, value in options}
     filled = {
         name: to_plain(value, type(value))
         for name, value in stand_ins({**arguments, **by_flag}).items()
@@ -450,7 +207,7 @@ def with_defaults(part: str, flags: list[str], config: Mapping[str, Any]) -> dic
     return {**config, part: {"class_path": path, "init_args": {**arguments, **filled}, **others}}
 
 
-def with_own_defaults(config: Mapping[str, Any], flags: list[str]) -> tuple[dict[str, Any], list[str]]:
+def _with_own_defaults(config: Mapping[str, Any], flags: list[str]) -> tuple[dict[str, Any], list[str]]:
     """Return ``config`` with every option of the config classes that it or the flags name, and the other flags.
 
     (Where another class than a default's is named, jsonargparse keeps the default's values of options with the same
@@ -467,16 +224,16 @@ def with_own_defaults(config: Mapping[str, Any], flags: list[str]) -> tuple[dict
         inside = names[0] == "model" and len(names) > 1 and isinstance(model, Mapping) and "class_path" in model
         return inside and _config_class(value) is not None
 
-    merged, rest = _with_flags(config, flags, names_class, lambda value: {"class_path": value})
-    return {k: _with_own_defaults(v) if k == "model" else v for k, v in merged.items()}, rest
+    merged, rest = with_flags(config, flags, names_class, lambda value: {"class_path": value})
+    return {k: _filled(v) if k == "model" else v for k, v in merged.items()}, rest
 
 
-def _with_own_defaults(value: Any) -> Any:
+def _filled(value: Any) -> Any:
     if isinstance(value, list):
-        return [_with_own_defaults(v) for v in value]
+        return [_filled(v) for v in value]
     if not isinstance(value, Mapping):
         return value
-    inner = {k: _with_own_defaults(v) for k, v in value.items()}
+    inner = {k: _filled(v) for k, v in value.items()}
     kind = _config_class(value["class_path"]) if "class_path" in value else None
     if kind is None:
         return inner
@@ -499,17 +256,16 @@ def _config_class(name: Any) -> Any:
 
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_][\w.]*", name):
         return None
-    module = name.rpartition(".")[0]
-    if module and module.partition(".")[0] not in ("core", "apps"):
-        with contextlib.suppress(ImportError):  # the parser reports a class that does not exist
-            importlib.import_module(module)
+    if name.partition(".")[0] not in ("core", "apps"):
+        with contextlib.suppress(ImportError):  # the parser reports it
+            load_class(name)
     try:
         return core.registered_config(name)
     except ValueError:
         return None
 
 
-def check_superseded(config: Mapping[str, Any], flags: list[str], checkpoint: Path) -> None:
+def _check_superseded(config: Mapping[str, Any], flags: list[str], checkpoint: Path) -> None:
     """Refuse flags that have no effect beside what the checkpoint remembers: ``superseded`` of the data's class.
 
     Those that its run was given too may stay.
@@ -519,33 +275,24 @@ def check_superseded(config: Mapping[str, Any], flags: list[str], checkpoint: Pa
     """
     kind = _find_class("data", flags, config)
     for name, by in getattr(kind, "superseded", {}).items():
-        if _at(config, ("data", "init_args", by)) is None:
+        if at(config, ("data", "init_args", by)) is None:
             continue
         beside = checkpoint.parent.parent / "config.yaml"
-        of_run = _at(_read_yaml(beside), ("data", "init_args")) if beside.is_file() else None
+        of_run = at(read_config(beside), ("data", "init_args")) if beside.is_file() else None
         option = re.compile(rf"--data\.(?:init_args\.)?({name}(?:\.\w+)*)(?:=(.*))?", re.DOTALL)
         for flag, following in itertools.pairwise([*flags, ""]):
             if not (match := option.fullmatch(flag)):
                 continue
-            value, known = yaml.safe_load(match[2] or following), _at(of_run, match[1].split("."))
+            value, known = yaml.safe_load(match[2] or following), at(of_run, match[1].split("."))
             both = isinstance(value, Mapping) and isinstance(known, Mapping)
             if known != (merge(known, value) if both else value):
                 told = f"data.{match[1]}={value} has no effect: {checkpoint} brings its {by} along"
                 raise UsageError(f"{told}; leave it out")
 
 
-def _at(values: Any, keys: Iterable[str]) -> Any:
-    """What stands there in nested mappings, of a class among its arguments; None: nothing."""
-    for key in keys:
-        if isinstance(values, Mapping) and "class_path" in values and key != "init_args":
-            values = values.get("init_args")
-        values = values.get(key) if isinstance(values, Mapping) else None
-    return values
-
-
 def _class_path(part: str, flags: list[str], config: Mapping[str, Any]) -> str | None:
     """What the flags, else the configuration, name as the class of "model" or "data"."""
-    return usage.class_path(part, usage.given(flags), config)
+    return usage.class_path(part, given(flags), config)
 
 
 def _find_class(part: str, flags: list[str], config: Mapping[str, Any]) -> type | None:
@@ -553,15 +300,10 @@ def _find_class(part: str, flags: list[str], config: Mapping[str, Any]) -> type 
     path = _class_path(part, flags, config)
     if not path:
         return None
-    module, _, name = path.rpartition(".")
-    if not module:
-        from lightning.pytorch import LightningDataModule, LightningModule
+    if "." in path:
+        return load_class(path)
 
-        base = LightningDataModule if part == "data" else LightningModule
-        return next((k for k in subclasses(base) if k.__name__ == path), None)
-    try:
-        return getattr(importlib.import_module(module), name, None)
-    except ModuleNotFoundError as error:
-        if error.name and module.startswith(error.name):
-            return None  # the parser reports a class that does not exist
-        raise
+    from lightning.pytorch import LightningDataModule, LightningModule
+
+    base = LightningDataModule if part == "data" else LightningModule
+    return next((k for k in subclasses(base) if k.__name__ == path), None)

@@ -24,18 +24,19 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from apps.base.files import naming, replacing
 from apps.base.quiet import quiet
 from apps.cli import UsageError
-from apps.cli.checkpoint import check_fits, first_difference, short
+from apps.cli.checkpoint import check_fits, first_difference
+from apps.cli.classes import class_path
 from apps.cli.errors import reduce_message
+from apps.cli.flags import take
 from apps.cli.predictions import PredictionFile
-from apps.cli.request import Request, take
+from apps.cli.request import Request
 from apps.cli.usage import check_new
-from apps.train import sharded
 from apps.train.checkpoints import AtomicCheckpointIO, BestAndLast
-from apps.train.loading import load_checkpoint
+from apps.train.contents import read_checkpoint
 from apps.train.logs import EventLog, MetricsCSV
 from apps.train.progress import progress
 from apps.train.resume import GeneratorState
-from apps.train.run_folder import RunFolder, check_free, check_own, mark
+from apps.train.run_folder import RunFolder, check_free, check_own, is_unused, mark
 from apps.train.stopping import StopsSoon
 from core.config.plain import to_plain
 from core.registry import OpenConfig
@@ -129,18 +130,18 @@ class SparseCLI(LightningCLI):
         self.datamodule, self.model = (self._get(self.config_init, part) for part in ("data", "model"))
         self.trainer = self.instantiate_trainer()
         self._check_links()
-        if self.ckpt_path is not None:
-            check_fits(load_checkpoint(self.ckpt_path), self.model, self.ckpt_path)
+        if self.ckpt_path is not None and self.request.loaded is not None:
+            check_fits(self.request.loaded, self.model, self.ckpt_path)
             self.model.starts_afresh = False  # told here, for Lightning loads it after the model's setup
 
     def _create_data(self, kind: type[LightningDataModule], *args: Any, **kwargs: Any) -> LightningDataModule:
         """The data, told what the checkpoint says of their encoding before the model is made of what they say."""
         data = kind(*args, **kwargs)
-        adopt = getattr(data, "adopt", None)
-        if adopt is not None and self.ckpt_path is not None:
-            checkpoint, own = load_checkpoint(self.ckpt_path), getattr(self.request.model_class, "__name__", None)
-            if "encoding" in checkpoint and short(checkpoint.get("module_class")) == own:
-                adopt(checkpoint["encoding"])
+        adopt, checkpoint = getattr(data, "adopt", None), self.request.loaded or {}
+        model = self.request.model_class
+        own = None if model is None else class_path(model)
+        if adopt is not None and "encoding" in checkpoint and checkpoint.get("module_class") == own:
+            adopt(checkpoint["encoding"])
         return data
 
     def _check_links(self) -> None:
@@ -259,12 +260,14 @@ class SparseCLI(LightningCLI):
 
     def _evaluate(self, command: str, arguments: dict[str, Any]) -> None:
         check_own(self.run_dir / f"{command}.json")
+        is_new = is_unused(self.run_dir)  # before a test's report is in it
         results = getattr(self.trainer, command)(**arguments)
         if not self.trainer.is_global_zero:
             return
         metrics = {k: float(v) for result in results for k, v in result.items()}
         path = self.run_dir / f"{command}.json"
-        mark(self.run_dir)
+        if is_new:
+            mark(self.run_dir)
         signatures = self._signatures()
         signed = {"signatures": signatures} if signatures else {}
         with replacing(path) as file:
@@ -293,8 +296,7 @@ class SparseCLI(LightningCLI):
         if stream is None:
             return False
         if self.ckpt_path is not None:
-            checkpoint = sharded.read(self.ckpt_path) if sharded.is_sharded(self.ckpt_path) else None
-            self.model.load_state_dict((checkpoint or load_checkpoint(self.ckpt_path))["state_dict"])
+            self.model.load_state_dict(read_checkpoint(self.ckpt_path)["state_dict"])
         self.model.to(self.trainer.strategy.root_device).eval()
         output, into = self.request.output, getattr(self.model, "predict_into", None)
         with torch.no_grad(), self.trainer.precision_plugin.forward_context():
@@ -338,7 +340,7 @@ class SparseCLI(LightningCLI):
                 f"output={path} is for lines of text, and this model predicts rows: give .jsonl, .csv or .parquet"
             )
         check_new(path, self.request.overwrite)
-        if self.request.output is None:
+        if self.request.output is None and is_unused(self.run_dir):
             mark(self.run_dir)
         with PredictionFile(path).open() as file:
             self.trainer.callbacks.append(file)

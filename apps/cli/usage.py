@@ -4,71 +4,23 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from apps.cli import UsageError
-from apps.cli.classes import app_classes, defined, parameters
+from apps.cli.classes import app_classes, defined, parameters, source
 from apps.cli.errors import unknown_option
+from apps.cli.flags import ASKING, SECTIONS, asks, given
+from apps.train.checkpoint_paths import NAMES, named_checkpoint
+from apps.train.checkpoint_paths import find_checkpoint as find_in_run
 
 _TRAINER = "lightning.pytorch.trainer.trainer.Trainer"
-_SECTIONS = ("seed_everything", "trainer", "model", "data", "ckpt_path", "weights_only")
 _OF_COMMAND = {"validate": ("verbose",), "test": ("verbose",), "predict": ("return_predictions",)}
-_ASKING = ("print_config", "help", "h", "help_all")
-NAMES = ("last", "best", "average")
-"""Names that ``--ckpt_path`` takes for the checkpoints in a run's folder."""
 ENDINGS = (".jsonl", ".csv", ".parquet", ".txt")
 """Endings of a file of predictions; each stands for a format."""
 _READ = {"fit": ("root", "file", "train_file", "val_file"), "predict": ("predict_file", "predict_folder")}
 """Options of the apps' data that name what a command cannot do without. (``train_files`` of texts may be a prefix.)"""
-
-
-def given(flags: Sequence[str]) -> list[tuple[str, str | None]]:
-    """Return each flag's dotted name, without ``init_args``, and its value.
-
-    Raises:
-        UsageError: a word that belongs to no flag, or a flag without its value.
-    """
-    found: list[tuple[str, str | None]] = []
-    i = 0
-    while i < len(flags):
-        flag = flags[i]
-        i += 1
-        if not flag.startswith("--"):
-            if flag.startswith("-") and flag != "-h":
-                raise UsageError(unknown_option(flag.lstrip("-").split("=")[0], _SECTIONS))
-            if flag != "-h":
-                raise UsageError(_stray(flag))
-            found.append(("h", None))
-            continue
-        key, equals, value = flag[2:].partition("=")
-        name = ".".join(part for part in key.rstrip("+").split(".") if part != "init_args")
-        asks = name in _ASKING or name.endswith(".help")
-        if not equals and i < len(flags) and not flags[i].startswith("--") and name not in _ASKING[:3]:
-            value, equals = flags[i], "="
-            i += 1
-        if not equals and not asks and name.partition(".")[0] in _SECTIONS:
-            raise UsageError(f"--{key} needs a value")
-        found.append((name, value if equals else None))
-    return found
-
-
-def _stray(word: str) -> str:
-    if word.endswith((".yaml", ".yml")) or Path(word).is_file():
-        return f"unexpected argument {word!r}: a configuration is given as --config {word}"
-    return f"unexpected argument {word!r}: options are written --key value"
-
-
-def asks(flags: Iterable[str], names: Sequence[str] = _ASKING) -> bool:
-    """Return whether the flags ask for the configuration or for help, and not for a run."""
-    found = [flag.lstrip("-").partition("=")[0] for flag in flags if flag.startswith("-")]
-    return any(name in names or name.endswith(".help") for name in found)
-
-
-def asks_for_help(flags: Iterable[str]) -> bool:
-    """Return whether the flags ask for help, for which no checkpoint is needed."""
-    return asks(flags, ("help", "h", "help_all"))
 
 
 def check_sections(config: Mapping[str, Any], path: Path) -> None:
@@ -77,11 +29,11 @@ def check_sections(config: Mapping[str, Any], path: Path) -> None:
     Raises:
         UsageError: naming the file, the key and the nearest valid one.
     """
-    known = (*_SECTIONS, "run_dir", *(name for names in _OF_COMMAND.values() for name in names))
+    known = (*SECTIONS, "run_dir", *(name for names in _OF_COMMAND.values() for name in names))
     for key in config:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
-            rest = f"did you mean {near[0]!r}?" if near else f"there is {', '.join((*_SECTIONS, 'run_dir'))}"
+            rest = f"did you mean {near[0]!r}?" if near else f"there is {', '.join((*SECTIONS, 'run_dir'))}"
             raise UsageError(f"{path}: {key} does not exist; {rest}")
 
 
@@ -95,11 +47,11 @@ def check_options(command: str, flags: Sequence[str], config: Mapping[str, Any])
     """
     options = given(flags)
     trainer = [f"trainer.{name}" for name in parameters(_TRAINER) or ()]
-    known = (*_SECTIONS, *_OF_COMMAND.get(command, ()), *_ASKING)
+    known = (*SECTIONS, *_OF_COMMAND.get(command, ()), *ASKING)
     for name, _ in options:
         section, _, rest = name.partition(".")
         if section not in known:
-            raise UsageError(unknown_option(name, [*known[: -len(_ASKING)], *trainer, "config", "run_dir"]))
+            raise UsageError(unknown_option(name, [*known[: -len(ASKING)], *trainer, "config", "run_dir"]))
         if section == "trainer" and rest:
             _check_trainer(rest, trainer)
     written = config.get("trainer")
@@ -150,6 +102,8 @@ def _check_class(part: str, path: str, foreign: bool) -> None:
         if not foreign and name.isidentifier() and name not in classes:  # else it may be one that is imported later
             raise UsageError(unknown_option(f"{part}={name}", classes, name))
         return
+    if module.startswith("apps.") and source(module) is None:
+        raise UsageError(unknown_option(f"{part}={path}", app_classes(part), name, listed=False))
     names = defined(module)
     if names is not None and name not in names:
         raise UsageError(unknown_option(f"{part}={path}", names, name, listed=False))
@@ -220,24 +174,33 @@ def check_new(path: Path, overwrite: bool) -> None:
         raise UsageError(f"{path} exists: --overwrite replaces it, --output FILE writes another")
 
 
-def check_checkpoint(command: str, which: str | None, run_dir: Path) -> None:
-    """Refuse a checkpoint that is not there; whether it can be read shows when it is read.
+def find_checkpoint(command: str, which: str | None, run_dir: Path) -> Path | None:
+    """Return the checkpoint that a command is of; whether it can be read shows when it is read.
+
+    Args:
+        command: fit, validate, test or predict.
+        which: what ``--ckpt_path`` says; None: it is not given.
+        run_dir: the run's folder.
+
+    Returns:
+        Its path; None: an untrained model, or a training that begins anew.
 
     Raises:
-        FileNotFoundError: no such checkpoint.
+        FileNotFoundError: there is none.
     """
-    if which in ("null", "none"):
-        return
-    folder = run_dir / "checkpoints"
-    if which is None:
-        if command != "fit" and not any((folder / f"{name}.ckpt").exists() for name in ("best", "last")):
+    if which in ("null", "none") or (which is None and command == "fit"):
+        return None
+    try:
+        return find_in_run(run_dir) if which is None else named_checkpoint(which, run_dir)
+    except FileNotFoundError:
+        if which is None:
             raise FileNotFoundError(
-                f"no checkpoint in {folder}: train one with moesaic fit, or give --ckpt_path (none: an untrained model)"
-            )
-        return
-    path = folder / f"{which}.ckpt" if which in NAMES else Path(which)
-    if not path.exists() and not (which in NAMES and command == "fit"):
-        raise FileNotFoundError(f"no checkpoint {path}")
+                f"no checkpoint in {run_dir / 'checkpoints'}: train one with moesaic fit, or give --ckpt_path (none: "
+                "an untrained model)"
+            ) from None
+        if which in NAMES and command == "fit":
+            return None
+        raise
 
 
 def check_data_files(command: str, flags: Sequence[str], config: Mapping[str, Any]) -> None:

@@ -19,7 +19,7 @@ from apps.base.files import holding
 from apps.base.machine import cpu_name
 from apps.base.quiet import quiet
 from apps.cli import is_termination
-from apps.cli.request import shipped
+from apps.cli.configs import shipped
 from apps.compare import table
 from apps.compare.display import Display
 from apps.compare.experiment import Experiment, arguments

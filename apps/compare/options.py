@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from apps.cli import UsageError
+from apps.cli.configs import nearest, shipped
 from apps.cli.parser import Parser
-from apps.cli.request import nearest, shipped
 from apps.equal_cost import routers
 
 SEARCH_FACTORS = (1 / 3, 1.0, 3.0)

@@ -6,10 +6,9 @@ import inspect
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
-import torch
 from lightning.pytorch import LightningModule
 
-from apps.train import sharded
+from apps.train.contents import read_checkpoint
 from core.config.plain import arguments_from_plain, arguments_to_plain
 
 
@@ -96,21 +95,32 @@ class LinkedModule(LightningModule):
             self._link()
 
     @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Return the module of a checkpoint, with the weights that a test uses; ``kwargs`` beat what it remembers.
+    def load_from_checkpoint(cls, checkpoint_path: Any, map_location: Any = "cpu", **changed: Any) -> Self:  # type: ignore[override]
+        """Return the module of a checkpoint, with the weights that a test uses.
+
+        Args:
+            checkpoint_path: a file, or the folder of a sharded checkpoint.
+            map_location: the device for the weights.
+            changed: arguments of the constructor that beat what the checkpoint remembers.
 
         Raises:
-            ValueError: the checkpoint names a class that is not registered.
+            FileNotFoundError: no such file.
+            ValueError: the file is damaged, or names a class that is not registered.
         """
-        shards = sharded.read(checkpoint_path) if sharded.is_sharded(checkpoint_path) else None
-        checkpoint = shards or torch.load(checkpoint_path, map_location="cpu", weights_only=True)
-        hparams = checkpoint.get("hyper_parameters", {})
-        if "_instantiator" in hparams:  # Lightning would import what it names
-            raise ValueError(f"{checkpoint_path} names a function to be made with, which no checkpoint of ours does")
-        remembered = arguments_from_plain(cls, hparams, f"{checkpoint_path}: model")
-        if shards is not None:
-            module = cls(*args, **{**remembered, **kwargs})
-            module.load_state_dict(shards["state_dict"])
-            module._encoding = shards.get("encoding")  # Lightning's hooks are not called here
-            return module
-        return super().load_from_checkpoint(checkpoint_path, *args, **{"weights_only": True, **remembered, **kwargs})
+        checkpoint = read_checkpoint(checkpoint_path)
+        return cls.restored(checkpoint, str(checkpoint_path), **changed).to(map_location)
+
+    @classmethod
+    def restored(cls, checkpoint: dict[str, Any], path: str, **changed: Any) -> Self:
+        """Return the module of a checkpoint's contents; see ``load_from_checkpoint``.
+
+        Args:
+            checkpoint: the contents.
+            path: the file, for messages.
+            changed: arguments of the constructor that beat what the checkpoint remembers.
+        """
+        arguments = arguments_from_plain(cls, checkpoint.get("hyper_parameters") or {}, f"{path}: model")
+        module = cls(**{**arguments, **changed})
+        module.on_load_checkpoint(checkpoint)
+        module.load_state_dict(checkpoint["state_dict"])
+        return module

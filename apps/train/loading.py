@@ -1,4 +1,4 @@
-"""Checkpoints from outside a training: which file a path means, what it holds, and the model in it.
+"""Checkpoints from outside a training: the model of one, and what the configuration beside it may name.
 
 A checkpoint is data. It names its model and the model's configs, and those names are looked up among the classes of the
 apps and those that the program has imported: nothing is imported because a file says so. See docs/security.md.
@@ -14,7 +14,8 @@ import torch
 from lightning.pytorch import LightningDataModule
 
 from apps import registry
-from apps.train import sharded
+from apps.train.checkpoint_paths import find_checkpoint
+from apps.train.contents import read_checkpoint
 from apps.train.module import SparseModule
 from core.config.plain import arguments_from_plain
 
@@ -42,50 +43,9 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Any:
         model = apps.load("runs/digits")
         model.predict(["three.png"])
     """
-    file = checkpoint_file(Path(path))
-    checkpoint = load_checkpoint(file)
-    kind = module_class(checkpoint, file)
-    return kind.load_from_checkpoint(file, map_location="cpu").to(device).eval()
-
-
-def checkpoint_file(path: Path) -> Path:
-    """Return the checkpoint that a path means: of a run's folder the best, else the last.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
-    if path.is_file() or sharded.is_sharded(path):
-        return path
-    for folder in (path / "checkpoints", path):
-        for name in ("best", "last"):
-            file = folder / f"{name}.ckpt"
-            if file.is_file() or sharded.is_sharded(file):
-                return file
-    if not path.exists():
-        raise FileNotFoundError(f"no checkpoint {path}")
-    raise FileNotFoundError(f"{path} holds no checkpoint: a run has checkpoints/best.ckpt or checkpoints/last.ckpt")
-
-
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Return a checkpoint's contents on the CPU. Tensors are mapped from the file, not read; shards give shapes alone.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: the file is damaged, or is no checkpoint.
-    """
-    if sharded.is_sharded(path):
-        return sharded.read(path, device="meta")
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint {path}")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except PermissionError:
-        raise
-    except Exception as error:
-        raise ValueError(f"{path} is not a readable checkpoint: damaged, cut short, or of another program") from error
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise ValueError(f"{path} is not a checkpoint of a training run: it has no state_dict")
-    return checkpoint
+    file = find_checkpoint(path)
+    checkpoint = read_checkpoint(file)
+    return module_class(checkpoint, file).restored(checkpoint, str(file)).to(device).eval()
 
 
 def module_class(checkpoint: Mapping[str, Any], path: Path) -> type[SparseModule]:
@@ -101,18 +61,18 @@ def module_class(checkpoint: Mapping[str, Any], path: Path) -> type[SparseModule
     name = checkpoint.get("module_class")
     if not isinstance(name, str):
         raise ValueError(f"{path} does not say which model it is of: load it by load_from_checkpoint of its class")
-    if registry.full_path(name) == name:
-        return registry.resolve(name)
-    for kind in _imported(SparseModule):
-        if f"{kind.__module__}.{kind.__qualname__}" == name:
-            return kind
+    kind = _public_class(name, SparseModule)
+    if kind is not None:
+        return kind
+    short = name.rpartition(".")[2]
+    moved = f"; the apps have a {registry.full_path(short)}" if short in registry.MODULES else ""
     raise ValueError(
         f"{path} is of a {name}, which no app has and nothing has imported: a checkpoint imports nothing. If you trust "
-        "the class, import its module first, or name it in --config"
+        f"the class, import its module first, or name it in --config{moved}"
     )
 
 
-def _imported(kind: type[SparseModule]) -> Iterator[type[SparseModule]]:
+def _imported(kind: type[Any]) -> Iterator[type[Any]]:
     for sub in kind.__subclasses__():
         yield sub
         yield from _imported(sub)
@@ -144,7 +104,7 @@ def _check_beside(config: Mapping[str, Any]) -> None:
     for key, value in config.items():
         if key in ("model", "data"):
             name = value if isinstance(value, str) else value.get("class_path") if isinstance(value, Mapping) else None
-            kind = _app_class(name, LightningDataModule if key == "data" else SparseModule)
+            kind = _public_class(name, LightningDataModule if key == "data" else SparseModule)
             if kind is None:
                 raise ValueError(f"{key}={_short(name)} is neither a class of the apps nor one that is imported")
             if isinstance(value, Mapping):
@@ -157,18 +117,20 @@ def _check_beside(config: Mapping[str, Any]) -> None:
             raise ValueError(f"{key} is no part of a run's configuration")
 
 
-def _app_class(name: Any, base: type) -> type | None:
+def _public_class(name: Any, base: type) -> Any:
+    """Return the class below ``base`` that the apps have, or that the program has imported; None: there is none."""
     if not isinstance(name, str):
         return None
     if registry.full_path(name) is not None:
-        return registry.resolve(name)
-    return next((k for k in _imported(base) if name == f"{k.__module__}.{k.__qualname__}"), None)  # type: ignore[arg-type]
+        kind = registry.resolve(name)
+        return kind if issubclass(kind, base) else None
+    return next((k for k in _imported(base) if name == f"{k.__module__}.{k.__qualname__}"), None)
 
 
 def _check_trainer(value: Any, where: str) -> None:
     if isinstance(value, Mapping):
         path = value.get("class_path")
-        if "class_path" in value and path not in registry.TRAINER_PARTS:
+        if "class_path" in value and not _is_trainer_part(path):
             raise ValueError(f"{where} names {_short(path)}")
         for name, inner in value.items():
             if name not in ("class_path", "default_root_dir"):
@@ -178,6 +140,12 @@ def _check_trainer(value: Any, where: str) -> None:
             _check_trainer(inner, f"{where}.{i}")
     elif isinstance(value, str) and ("." in value or Path(value).exists()):  # a class, or the path of another file
         raise ValueError(f"{where}={_short(value)}")
+
+
+def _is_trainer_part(path: Any) -> bool:
+    if not isinstance(path, str) or path in registry.LIGHTNING:
+        return isinstance(path, str)
+    return path.rpartition(".")[2] in registry.TRAINER and registry.full_path(path) is not None
 
 
 def _short(value: Any) -> str:

@@ -19,11 +19,15 @@ _CURVES = ("events.out.tfevents.*", "hparams.yaml")
 """The files that TensorBoard's writer leaves."""
 
 
+def is_unused(folder: Path) -> bool:
+    """Return whether a folder is new or empty."""
+    return not folder.is_dir() or not any(folder.iterdir())
+
+
 def mark(folder: Path) -> None:
-    """Say that a folder is a run's, where it is new or empty; a folder with files stays as it is."""
-    if not folder.is_dir() or not any(folder.iterdir()):
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / MARKER).touch()
+    """Say that a folder is a run's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARKER).touch()
 
 
 def check_free(folder: Path) -> None:

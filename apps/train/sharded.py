@@ -23,11 +23,12 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorProperties, TensorStorageMetadata
 
 from apps.base.files import replacing
+from apps.train.checkpoint_paths import SHARDED_PART, is_sharded
 
 WEIGHT, STATE = "weight/", "state/"
 """Prefixes of the tensors' names: entries of the state dict, and the state of the optimizer that steps them."""
 
-_REST, _KEY = "checkpoint.pt", "sharded"
+_REST, _KEY = SHARDED_PART, "sharded"
 _SAFE = {
     "torch": {
         "Size", "device", "float32", "float16", "bfloat16", "float64", "int64", "int32", "uint8", "int8", "bool",
@@ -42,11 +43,6 @@ _SAFE = {
     "collections": {"OrderedDict"},
     "pathlib": {"PosixPath", "Path", "PurePosixPath"},
 }  # fmt: skip
-
-
-def is_sharded(path: Path | str) -> bool:
-    """Whether ``path`` is the folder of a sharded checkpoint."""
-    return Path(path, _REST).is_file()
 
 
 def write(path: Path, checkpoint: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:

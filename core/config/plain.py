@@ -8,6 +8,7 @@ among the registered classes, so a loaded file makes those alone and imports not
 from __future__ import annotations
 
 import difflib
+import inspect
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -89,18 +90,13 @@ def make(kind: type, arguments: Any, where: str = "") -> Any:
         ValueError: as ``from_plain``.
     """
     _check_mapping(kind, arguments, where)
-    hints, known = typing.get_type_hints(kind), sorted(f.name for f in fields(kind) if f.init)
-    place = f"{where}: " if where else ""
-    for name in arguments:
-        if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-            rest = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(known)}"
-            raise ValueError(f"{place}{kind.__name__} has no field {name!r}{rest}")
+    _check_names(kind, arguments, [f.name for f in fields(kind) if f.init], where)
+    hints = typing.get_type_hints(kind)
     made = {name: from_plain(value, hints[name], _dotted(where, name)) for name, value in arguments.items()}
     try:
         return kind(**made)
     except TypeError as error:
-        raise ValueError(f"{place}{error}") from error
+        raise ValueError(f"{where}: {error}" if where else str(error)) from error
 
 
 def arguments_from_plain(kind: type, arguments: Any, where: str) -> dict[str, Any]:
@@ -115,6 +111,9 @@ def arguments_from_plain(kind: type, arguments: Any, where: str) -> dict[str, An
         ValueError: as ``from_plain``.
     """
     _check_mapping(kind, arguments, where)
+    parameters = inspect.signature(kind).parameters
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        _check_names(kind, arguments, list(parameters), where)
     hints = _constructor_hints(kind)
     return {name: from_plain(value, hints.get(name, Any), _dotted(where, name)) for name, value in arguments.items()}
 
@@ -158,6 +157,14 @@ def _of_class(value: Mapping[str, Any], configs: tuple[type, ...], where: str) -
 def _check_mapping(kind: type, arguments: Any, where: str) -> None:
     if not isinstance(arguments, Mapping):
         raise ValueError(f"{where or kind.__name__}={_short(arguments)} is not a mapping of {kind.__name__}'s options")
+
+
+def _check_names(kind: type, arguments: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    for name in arguments:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+            rest = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(sorted(known))}"
+            raise ValueError(f"{f'{where}: ' if where else ''}{kind.__name__} has no field {name!r}; {rest}")
 
 
 def _kinds(hint: Any) -> Iterator[Any]:

@@ -311,8 +311,8 @@ class MultiTaskRecommender(SparseModule, Comparable):
         fitting = self._trainer is not None and self.trainer.state.fn == "fit"
         if "sharded" in checkpoint and fitting and not getattr(self.trainer.strategy, "shards_tables", False):
             raise ValueError(
-                "the checkpoint is sharded: training goes on from it with trainer.strategy="
-                "apps.recsys.tables.strategy.TorchRecStrategy; validate, test and predict take it as it is"
+                "the checkpoint is sharded: training goes on from it with trainer.strategy=TorchRecStrategy; validate, "
+                "test and predict take it as it is"
             )
         if fitting or self.embedding.kind == "fused":  # a test takes the weights alone, whatever the kind
             for member, state in zip(self.members, checkpoint.get("fused_embeddings", []), strict=False):

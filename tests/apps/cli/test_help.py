@@ -16,7 +16,6 @@ import core
 from apps.cli import main
 from apps.cli.classes import app_classes, long_name, parameters
 from apps.cli.help import options_of
-from apps.cli.request import Request
 from apps.train.optimizers import OptimizerConfig
 
 CONFIG = """
@@ -44,17 +43,6 @@ def said(*argv: str) -> list[str]:
 # ---- short names
 
 
-def test_every_class_of_the_apps_has_a_short_name_that_needs_no_import():
-    assert set(app_classes("model")) == {
-        "LanguageModeler", "MultiTaskRecommender", "NextItemRecommender", "Translator", "VisionClassifier",
-    }  # fmt: skip
-    assert set(app_classes("data")) == {"HistoryData", "TableData", "TextData", "TranslationData", "VisionData"}
-    assert long_name("data", "TextData") == "apps.nlp.language.data.TextData"
-    assert long_name("data", "mine.TextData") == "mine.TextData"
-    assert parameters("tiny_app.TinyData") == ["num_classes", "n", "batch_size", "num_workers"]
-    assert parameters("tiny_app.NamingModule") is None  # it passes **kwargs on
-
-
 @pytest.mark.parametrize(
     ("option", "name"),
     [("--model.help", name) for name in app_classes("model")] + [("--data.help", name) for name in app_classes("data")],
@@ -65,17 +53,6 @@ def test_a_short_name_is_taken_by_help(option, name):
     assert title.startswith(f"{part} {long_name(part, name)}: ")
     assert len(lines) > 5
     assert all(line.startswith(f"  --{part}.") for line in lines if line)
-
-
-def test_a_short_name_is_taken_by_flags_and_in_yaml():
-    Path("short.yaml").write_text("model: {class_path: LanguageModeler, init_args: {moe: null}}\ndata: TextData")
-    request = Request.read("fit", ["--config", "short.yaml"])
-    assert request.config["model"]["class_path"] == "apps.nlp.language.module.LanguageModeler"
-    assert request.config["data"] == "apps.nlp.language.data.TextData"
-    request = Request.read("fit", ["--model", "NextItemRecommender", "--data=HistoryData"])
-    assert request.flags == (
-        "--model", "apps.recsys.sequence.module.NextItemRecommender", "--data=apps.recsys.sequence.data.HistoryData",
-    )  # fmt: skip
 
 
 # ---- help

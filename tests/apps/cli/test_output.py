@@ -12,9 +12,9 @@ import torch
 from pyarrow import parquet
 from tiny_app import TinyModule
 
-from apps.cli import UsageError, main
+from apps.cli import main
 from apps.cli.predictions import PredictionFile, rows_of
-from apps.cli.request import Request, switch
+from apps.cli.request import Request
 from apps.cli.train import build
 
 
@@ -110,14 +110,6 @@ def test_a_full_disk_is_named_and_leaves_the_earlier_file(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert (tmp_path / "p.jsonl").read_text() == "earlier"
-
-
-def test_a_switch_may_have_a_value():
-    assert switch(["--overwrite", "--x", "1"], "overwrite") == (["--x", "1"], True)
-    assert switch(["--overwrite", "false"], "overwrite") == ([], False)
-    assert switch(["--x", "--overwrite=true"], "overwrite") == (["--x"], True)
-    with pytest.raises(UsageError, match="overwrite=yes is not one of true, false"):
-        switch(["--overwrite=yes"], "overwrite")
 
 
 CONFIG = """

@@ -32,5 +32,5 @@ def test_what_a_module_does_not_take_is_not_in_its_checkpoint(tmp_path):
     run.fit(module, TinyData())
     run.save_checkpoint(tmp_path / "few.ckpt")
     assert dict(module.hparams) == {"num_classes": 3}
-    again = FewOptions.load_from_checkpoint(tmp_path / "few.ckpt", weights_only=True)
+    again = FewOptions.load_from_checkpoint(tmp_path / "few.ckpt")
     assert torch.equal(again.net[0].weight, module.net[0].weight)

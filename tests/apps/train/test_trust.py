@@ -15,12 +15,10 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 import apps
 import core
-from apps import registry
 from apps.cli import main
 from apps.nlp.translation.module import Translator
 from apps.train import sharded
 from apps.train.loading import check_beside
-from apps.train.module import SparseModule
 from apps.vision.data import VisionData
 from apps.vision.module import VisionClassifier
 from core.config.plain import arguments_from_plain
@@ -152,6 +150,16 @@ def test_a_configuration_beside_a_checkpoint_names_registered_classes_alone(trai
     assert "planted" not in sys.modules
 
 
+@pytest.mark.parametrize("name", ["BestAndLast", "apps.train.checkpoints.BestAndLast", "EarlyStopping", "BestAndLst"])
+def test_parts_of_the_trainer_that_a_configuration_beside_a_checkpoint_may_name(name):
+    config = {"trainer": {"callbacks": [{"class_path": name, "init_args": {}}]}}
+    if name.endswith("BestAndLast"):
+        check_beside(config, Path("config.yaml"))
+    else:  # Lightning's own are named in full
+        with pytest.raises(ValueError, match=rf"trainer\.callbacks\.0 names '{name}'"):
+            check_beside(config, Path("config.yaml"))
+
+
 def test_an_adopted_configuration_is_said(trained, capsys):
     assert main(["test", "--ckpt_path", str(trained / "run" / "checkpoints" / "best.ckpt")]) == 0
     assert f"configuration: {trained / 'run' / 'config.yaml'}" in capsys.readouterr().err
@@ -168,26 +176,6 @@ def test_every_run_of_the_apps_may_be_adopted():
         arguments_from_plain(VisionClassifier, {"moe": {"num_experts": 4, "router": {"top_k": 2}}}, "model")
     with pytest.raises(ValueError, match=r"model\.decode='x\.yaml' is a text"):
         arguments_from_plain(Translator, {"decode": "x.yaml"}, "model")
-
-
-@pytest.mark.parametrize("name", [*registry.MODULES, *registry.DATA])
-def test_the_registry_knows_the_apps_classes(name):
-    kind = registry.resolve(name)
-    assert (
-        f"{kind.__module__}.{kind.__qualname__}"
-        == registry.full_path(name)
-        == registry.full_path(kind.__module__ + "." + name)
-    )
-
-
-def test_every_module_of_the_apps_is_in_the_registry():
-    for name in registry.MODULES:
-        registry.resolve(name)
-    found, todo = set(), [SparseModule]
-    while todo:
-        todo += (subs := todo.pop().__subclasses__())
-        found |= {k.__name__ for k in subs if k.__module__.startswith("apps.") and not k.__name__.startswith("_")}
-    assert found - {"PretrainedModule"} == set(registry.MODULES)  # a base
 
 
 def test_a_config_of_a_module_must_be_registered(tmp_path):

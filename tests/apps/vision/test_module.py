@@ -105,10 +105,10 @@ def test_a_trained_model_needs_its_pretrained_weights_no_more(tmp_path, capsys):
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
     assert main(["test", *argv, "1", "--ckpt_path", "last", "--trainer.limit_test_batches", "1"]) == 0
     assert main(["fit", *argv, "2", "--ckpt_path", "last"]) == 0
-    kept = torch.load(last, weights_only=True)
+    kept = torch.load(last)
     assert kept["epoch"] == 1
     assert kept["hyper_parameters"]["pretrained"] == str(source)
-    again = VisionClassifier.load_from_checkpoint(last, weights_only=True)
+    again = VisionClassifier.load_from_checkpoint(last)
     again.setup("test")
     assert_close(again.state_dict(), kept["state_dict"])
     capsys.readouterr()
@@ -264,7 +264,7 @@ def test_it_learns_and_its_checkpoint_loads_with_plain_values(tmp_path):
     fit.save_checkpoint(tmp_path / "m.ckpt")
     saved = torch.load(tmp_path / "m.ckpt", weights_only=True)
     assert saved["hyper_parameters"]["moe"]["num_experts"] == 4
-    again = VisionClassifier.load_from_checkpoint(tmp_path / "m.ckpt", weights_only=True)
+    again = VisionClassifier.load_from_checkpoint(tmp_path / "m.ckpt")
     assert (again.moe, again.vit, again.optimizer_config.lr) == (MOE, TINY, 1e-2)
     x = batch().image
     assert_close(again.eval()(x), module.eval()(x))

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import pytest
 
-from core import FFN, Balance, MMoE, MoEConfig, SwiGLU, TokenChoice, register_config
+from core import FFN, Balance, MMoE, MoEConfig, SwiGLU, TokenChoice, register_config, registered_config
 from core.config.plain import arguments_from_plain, arguments_to_plain, from_plain, to_plain
 
 
@@ -122,6 +122,13 @@ def test_what_is_wrong_is_named_with_its_place(value, hint, message):
 @pytest.mark.parametrize("hint", [str | None, str | Part, Any, Literal["a"], Path | None, list[str], int, float | None])
 def test_a_text_stands_where_no_class_belongs(hint):
     assert from_plain("a", hint) == "a"
+
+
+def test_a_plain_name_means_core_s_class_or_the_only_one():
+    assert registered_config("Wide") is registered_config(f"{__name__}.Wide") is Wide
+    assert registered_config("FFN") is registered_config("core.FFN") is FFN
+    with pytest.raises(ValueError, match=r"'core\.Wide' is not a registered config class"):
+        registered_config("core.Wide")
 
 
 def test_a_class_that_is_not_registered_is_not_written():

@@ -1,0 +1,123 @@
+"""Configuration files: where one is, what it holds, and one laid over another."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from apps.base.files import CONFIGS
+from apps.cli import UsageError
+from apps.cli.classes import short
+
+_MOST_BYTES, _MOST_VALUES = 16 << 20, 1_000_000
+"""Limits of a configuration: its size, and its values with aliases written out."""
+
+
+def shipped(path: Path) -> Path:
+    """Return ``path``; where it names a configuration of ours that the working folder lacks, the one of the package."""
+    own = CONFIGS.parent / path
+    return path if path.exists() or path.parts[:1] != (CONFIGS.name,) or not own.is_file() else own
+
+
+def nearest(path: Path) -> str:
+    """Return what to say after the path of a configuration that is not there: the nearest one."""
+    folder = path.parent
+    if not folder.is_dir() and path.parts[:1] == (CONFIGS.name,):
+        folder = CONFIGS.parent / folder
+    if not folder.is_dir():
+        return f": there is no folder {path.parent}"
+    near = difflib.get_close_matches(path.stem, [p.stem for p in folder.glob("*.yaml")], n=1)
+    return f"; did you mean {path.parent / near[0]}.yaml?" if near else ""
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Return the contents of a configuration.
+
+    Raises:
+        UsageError: there is no such file, or it is no configuration.
+    """
+    try:
+        if path.stat().st_size > _MOST_BYTES:
+            raise UsageError(f"{path} is not a configuration: it has {path.stat().st_size:,} bytes of {_MOST_BYTES:,}")
+        loader = yaml.SafeLoader(path.read_text())
+        node = loader.get_single_node()
+        if node is not None and _num_values(node, {}, path) > _MOST_VALUES:
+            raise UsageError(f"{path}: its aliases stand for over {_MOST_VALUES:,} values")
+        config = None if node is None else loader.construct_document(node)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise UsageError(f"{path}{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not a text file") from error
+    except RecursionError as error:
+        raise UsageError(f"{path} is nested too deeply") from error
+    except IsADirectoryError as error:
+        raise UsageError(f"{path} is a folder, not a configuration") from error
+    except FileNotFoundError as error:
+        raise UsageError(f"no configuration {path}{nearest(path)}") from error
+    if config is None:
+        return {}
+    if not isinstance(config, dict):
+        raise UsageError(f"{path} is not a configuration: it holds a {type(config).__name__}, not keys with values")
+    return config
+
+
+def _num_values(node: yaml.Node, known: dict[int, int], path: Path) -> int:
+    """Return how many values a node stands for with each alias written out. A file of 1 KB can stand for 10^9."""
+    if not isinstance(node, yaml.CollectionNode):
+        return 1
+    if id(node) not in known:
+        known[id(node)] = -1  # open
+        inner = [part for item in node.value for part in (item if isinstance(item, tuple) else (item,))]
+        known[id(node)] = 1 + sum(_num_values(part, known, path) for part in inner)
+    if known[id(node)] < 0:
+        raise UsageError(f"{path}: an alias stands for a value that holds the alias")
+    return known[id(node)]
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``over`` laid over ``base``, mapping by mapping. Where it names another class, the old arguments go.
+
+    Example::
+
+        merge({"router": {"class_path": "TokenChoice", "init_args": {"top_k": 1}}}, {"router": "ExpertChoice"})
+        # {"router": {"class_path": "ExpertChoice"}}
+    """
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        if isinstance(old, Mapping) and "class_path" in old and isinstance(value, str):
+            value = {"class_path": value}
+        if not (isinstance(old, Mapping) and isinstance(value, Mapping)):
+            merged[key] = value
+        elif "class_path" in old and "class_path" not in value and "init_args" not in value:
+            merged[key] = {**old, "init_args": merge(old.get("init_args") or {}, value)}
+        elif "class_path" in value and "init_args" in value and "class_path" not in old:
+            merged[key] = {**value, "init_args": merge(old, value["init_args"])}
+        elif short(old.get("class_path")) != short(value.get("class_path", old.get("class_path"))):
+            merged[key] = dict(value)
+        else:
+            merged[key] = merge(old, value)
+    return merged
+
+
+def at(values: Any, keys: Iterable[str]) -> Any:
+    """Return what stands below ``keys`` in nested mappings, of a class among its arguments; None: nothing."""
+    for key in keys:
+        if isinstance(values, Mapping) and "class_path" in values and key != "init_args":
+            values = values.get("init_args")
+        values = values.get(key) if isinstance(values, Mapping) else None
+    return values
+
+
+def texts(value: Any) -> Iterator[str]:
+    """Yield every text of nested plain values."""
+    if isinstance(value, str):
+        yield value
+    for inner in value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ():
+        yield from texts(inner)

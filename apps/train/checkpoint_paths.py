@@ -1,0 +1,43 @@
+"""Which checkpoint a word or a path means. Nothing heavy is imported: a missing one is known before torch is there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+NAMES = ("last", "best", "average")
+"""Words for the checkpoints in a run's folder."""
+SHARDED_PART = "checkpoint.pt"
+"""The file that makes a folder a sharded checkpoint; see ``apps/train/sharded.py``."""
+
+
+def is_sharded(path: Path | str) -> bool:
+    """Return whether ``path`` is the folder of a sharded checkpoint."""
+    return Path(path, SHARDED_PART).is_file()
+
+
+def find_checkpoint(path: Path | str) -> Path:
+    """Return the checkpoint that a path means: itself, or the best one of a run's folder, else its last.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    path = Path(path)
+    if path.is_file() or is_sharded(path):
+        return path
+    for folder in (path / "checkpoints", path):
+        for name in ("best", "last"):
+            file = folder / f"{name}.ckpt"
+            if file.is_file() or is_sharded(file):
+                return file
+    if not path.exists():
+        raise FileNotFoundError(f"no checkpoint {path}")
+    raise FileNotFoundError(f"{path} holds no checkpoint: a run has checkpoints/best.ckpt or checkpoints/last.ckpt")
+
+
+def named_checkpoint(which: str, run_dir: Path) -> Path:
+    """Return the checkpoint that ``--ckpt_path WHICH`` means: one of ``NAMES`` in the run's folder, or any path.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    return find_checkpoint(run_dir / "checkpoints" / f"{which}.ckpt" if which in NAMES else which)

@@ -1,0 +1,68 @@
+"""Classes by name: short names of public classes in configurations and flags, and what their source tells."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from apps import registry
+from apps.cli.classes import app_classes, load_class, long_name, parameters, with_long_flags, with_long_names
+from apps.cli.request import Request
+
+
+def test_the_apps_classes_need_no_import():
+    assert set(app_classes("model")) == {
+        "LanguageModeler", "MultiTaskRecommender", "NextItemRecommender", "Translator", "VisionClassifier",
+    }  # fmt: skip
+    assert set(app_classes("data")) == {"HistoryData", "TableData", "TextData", "TranslationData", "VisionData"}
+    assert long_name("data", "TextData") == "apps.nlp.language.data.TextData"
+    assert long_name("data", "mine.TextData") == "mine.TextData"
+    assert parameters("tiny_app.TinyData") == ["num_classes", "n", "batch_size", "num_workers"]
+    assert parameters("tiny_app.NamingModule") is None  # it passes **kwargs on
+
+
+@pytest.mark.parametrize(
+    "part, name", [*(("model", n) for n in registry.MODULES), *(("data", n) for n in registry.DATA)]
+)
+def test_every_model_and_data_is_named_shortly_in_yaml_and_by_flags(part, name):
+    path = registry.full_path(name)
+    assert with_long_names({part: name, "n": 1}) == {part: path, "n": 1}
+    assert with_long_names({part: {"class_path": name}}) == {part: {"class_path": path}}
+    for flags in ([f"--{part}", name], [f"--{part}.class_path", name], [f"--{part}.help", name]):
+        assert with_long_flags(flags) == [flags[0], path]
+        assert with_long_flags(["=".join(flags)]) == [f"{flags[0]}={path}"]
+    assert with_long_flags([f"--{part}.init_args.text", name]) == [f"--{part}.init_args.text", name]
+
+
+@pytest.mark.parametrize("name", registry.TRAINER)
+def test_every_part_of_the_trainer_is_named_shortly_in_yaml_and_by_flags(name):
+    path = registry.full_path(name)
+    named = {"class_path": path, "init_args": {"a": 1}}
+    for part in ("strategy", "plugins"):
+        assert with_long_names({"trainer": {part: name}}) == {"trainer": {part: {"class_path": path}}}
+        written = {"trainer": {part: {"class_path": name, "init_args": {"a": 1}}}}
+        assert with_long_names(written) == {"trainer": {part: named}}
+    assert with_long_names({"trainer": {"callbacks": [name, "x"]}}) == {
+        "trainer": {"callbacks": [{"class_path": path}, "x"]}
+    }
+    assert with_long_flags(["--trainer.strategy", name]) == ["--trainer.strategy", json.dumps({"class_path": path})]
+    assert with_long_flags([f"--trainer.strategy.class_path={name}"]) == [f"--trainer.strategy.class_path={path}"]
+    assert with_long_flags(["--trainer.callbacks+", name])[1] == json.dumps({"class_path": path})
+
+
+def test_a_request_has_class_paths(tmp_path):
+    (tmp_path / "short.yaml").write_text(
+        "model: {class_path: LanguageModeler, init_args: {moe: null}}\ndata: TextData\n"
+        "trainer: {strategy: {class_path: TorchRecStrategy}}"
+    )
+    config = Request.read("fit", ["--config", str(tmp_path / "short.yaml")]).config
+    assert config["model"]["class_path"] == "apps.nlp.language.module.LanguageModeler"
+    assert config["data"] == "apps.nlp.language.data.TextData"
+    assert config["trainer"]["strategy"]["class_path"] == "apps.recsys.tables.strategy.TorchRecStrategy"
+
+
+def test_a_class_is_loaded_or_is_none():
+    assert load_class("apps.vision.data.VisionData").__name__ == "VisionData"
+    for path in ("nowhere.Model", "apps.vision.data.Nothing", "apps.vision.gone.VisionData", "Model", "", None):
+        assert load_class(path) is None

@@ -1,0 +1,212 @@
+"""What is wrong ends in one line that names it, and leaves what was there."""
+
+from __future__ import annotations
+
+import re
+import resource
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from commands import fails
+from PIL import Image
+from tiny_app import TinyModule
+
+from apps.cli import main
+from apps.cli.errors import reduce_message
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model.moe.num_expert", "8"], "model.moe.num_expert does not exist; did you mean 'num_experts'?"),
+        (["--model.moe.num_experts", "many"], "model.moe.num_experts=many is not of type int"),
+        (["--model.moe.router", "TokenChoic"], "router=TokenChoic does not exist; did you mean 'TokenChoice'?"),
+        (["--model.moe.router", "core.TokenChoic"], "core.TokenChoic does not exist; did you mean 'core.TokenChoice'?"),
+        (["--model.moe.expert", "core.FNN"], "model.moe.expert=core.FNN does not exist; did you mean 'core.FFN'?"),
+        (["--model.moe.router", "coer.Hash"], "router=coer.Hash does not exist: No module named 'coer'; did you mean"),
+        (["--trainer.logger", "CSVLoger"], "trainer.logger=CSVLoger does not exist; did you mean 'CSVLogger'?"),
+        (["--trainer.callbacks", "ModelChekpoint"], "callbacks=ModelChekpoint does not exist; did you mean 'ModelC"),
+        (["--model.moe.router.topk", "1"], "model.moe.router.topk does not exist; did you mean 'top_k'?"),
+        (["--model.moe.router", "core.Hash"], "model.moe.router needs vocab_size, which has no default"),
+        (["--model.wdth", "8"], "model.wdth does not exist; did you mean 'width'?"),
+        (
+            ["--model", "apps.nlp.module.Translator"],
+            "apps.nlp.module.Translator does not exist; did you mean 'Tra",
+        ),
+        (
+            ["--trainer.strategy", "{class_path: apps.gone.TorchRecStrategy}"],
+            "trainer.strategy=apps.gone.TorchRecStrategy does not exist; did you mean 'TorchRecStrategy'?",
+        ),
+        (["--trainer.max_epoch", "8"], "trainer.max_epoch does not exist; did you mean 'trainer.max_epochs'?"),
+        (["--trainer.max_epochs", "x"], "trainer.max_epochs=x is not of type int"),
+        (["--trainer.gradient_clip_val", "x"], "trainer.gradient_clip_val=x is not one of int, float"),
+        (["--seed_everything", "abc"], "seed_everything=abc is not one of bool, int"),
+        (["--trainer.precision", "half"], "trainer.precision=half is not one of 64, 32, 16, transformer-engine, "),
+        (["--model.optimizer.name", "sgd"], "model.optimizer.name=sgd is not one of adamw, muon"),
+        (["--trainer.max_epochs"], "trainer.max_epochs"),
+        (["--nonsense", "1"], "nonsense does not exist"),
+        (["stray"], "unexpected argument 'stray': options are written --key value"),
+        (["--config", "tny.yaml"], "no configuration tny.yaml; did you mean tiny.yaml?"),
+        (["--config"], "--config needs a value"),
+        (["--model", "Tinny"], "model=Tinny does not exist"),
+        (["--trainer.default_root_dir", "r1"], "trainer.default_root_dir=r1 would split the run: give --run_dir"),
+        (["--model.num_classes", "7"], "model.num_classes=7 does not fit the data, whose num_classes is 3"),
+    ],
+)
+def test_wrong_usage_is_one_line_that_names_the_option(config, capsys, flags, message):
+    assert message in fails(capsys, 2, "fit", "--config", config, *flags)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: {init_args: {wdth: 3}}", "model.wdth does not exist; did you mean 'width'?"),
+        ("model: {class_path: tiny_app.TinyModul}", "TinyModul"),
+        ("model: {class_path: nowhere.Model}", "No module named 'nowhere'"),
+        ("modl: {class_path: tiny_app.TinyModule}", "modl"),
+        ("trainer: {max_stps: 3}", "trainer.max_stps does not exist; did you mean 'trainer.max_steps'?"),
+        ("trainer: {max_epochs: 3", "wrong.yaml, line 1: not valid YAML"),
+        ("just words", "wrong.yaml is not a configuration"),
+    ],
+)
+def test_a_wrong_configuration_is_one_line(config, capsys, text, message):
+    Path("wrong.yaml").write_text(text)
+    assert message in fails(capsys, 2, "fit", "--config", config, "--config", "wrong.yaml")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model.moe.router.top_k", "9"], "top_k=9 exceeds num_experts=4"),
+        (["--model.moe.capacity_factor", "-1"], "capacity_factor=-1"),
+        (["--model.width", "7"], "width=7 is not even"),
+        (["--model.optimizer.lr", "-1"], "optimizer.lr=-1"),
+        (["--data.batch_size", "0"], "batch_size=0 must be at least 1"),
+        (["--model.explode_at", "1"], "the training loss is nan at step 2"),
+        (["--trainer.max_epochs", "-5"], "max_epochs"),
+        (["--trainer.accelerator", "tpuu"], "tpuu"),
+        (["--ckpt_path", "nope.ckpt"], "no checkpoint nope.ckpt"),
+        (["--ckpt_path", "tiny.yaml"], "tiny.yaml is not a readable checkpoint"),
+    ],
+)
+def test_what_cannot_run_is_one_line_that_names_the_value(config, capsys, flags, message):
+    assert message in fails(capsys, 1, "fit", "--config", config, *flags)
+
+
+def test_other_wrong_commands(config, capsys, tmp_path):
+    assert "did you mean 'fit'?" in fails(capsys, 2, "fitt")
+    assert "not available in this version" in fails(capsys, 2, "convert", "upcycle")
+    assert "give a configuration" in fails(capsys, 2, "fit")
+    assert "no checkpoint in runs/tiny/checkpoints" in fails(capsys, 1, "test", "--config", config)
+    assert "'fashion_mnist'" in fails(capsys, 1, "data", "prepare", "fashion_mnits")
+    assert "list|prepare" in fails(capsys, 2, "data")
+
+
+def test_a_damaged_checkpoint_is_one_line(trained, capsys, tmp_path):
+    whole = (trained / "checkpoints" / "last.ckpt").read_bytes()
+    for name, content in (("cut", whole[: len(whole) // 2]), ("empty", b""), ("text", b"hello")):
+        path = tmp_path / f"{name}.ckpt"
+        path.write_bytes(content)
+        line = fails(capsys, 1, "test", "--config", str(trained / "config.yaml"), "--ckpt_path", str(path))
+        assert f"{path} is not a readable checkpoint" in line
+    torch.save({"weights": 1}, tmp_path / "other.ckpt")
+    argv = ["test", "--config", str(trained / "config.yaml"), "--ckpt_path", str(tmp_path / "other.ckpt")]
+    assert "is not a checkpoint of a training run" in fails(capsys, 1, *argv)
+
+
+def test_a_bug_is_one_line_too_and_the_traceback_can_be_had(config, capsys, monkeypatch):
+    def broken(self, batch):
+        raise KeyError("gone")
+
+    monkeypatch.setattr(TinyModule, "task_loss", broken)
+    assert "KeyError: 'gone' (--traceback shows where)" in fails(capsys, 1, "fit", "--config", config)
+    assert main(["fit", "--config", config, "--traceback"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_no_disk_space_is_one_line_and_the_old_checkpoint_stays(config, capsys):
+    """A limit on the size of a file stands for a full disk: the checkpoint is the largest file of the run."""
+    assert main(["fit", "--config", config]) == 0
+    folder = Path("runs/tiny/checkpoints")
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    limit = before["last.ckpt"].__len__() // 2
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        line = fails(capsys, 1, "fit", "--config", config, "--ckpt_path", "last", "--trainer.max_epochs", "2")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "cannot write the checkpoint" in line
+    assert "File too large; the earlier one is intact" in line
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("limit", "what"), [(64, r".*/config\.yaml"), (8192, "runs/tiny/tensorboard")], ids=["first_file", "mid_epoch"]
+)
+def test_a_full_disk_is_one_line_that_names_what_could_not_be_written(config, capsys, monkeypatch, limit, what):
+    """TensorBoard's file grows the fastest. It is written in a thread, whose traceback would be told as well."""
+    uncaught: list[threading.ExceptHookArgs] = []
+    monkeypatch.setattr(threading, "excepthook", uncaught.append)
+    Path("runs").mkdir()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        line = fails(capsys, 1, "fit", "--config", config, "--data.n", "2400")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert re.fullmatch(f"{what}: File too large", line)
+    assert not uncaught
+    assert not list(Path("runs").rglob("*.tmp"))
+
+
+def test_an_error_in_a_worker_is_told_without_its_traceback(config, capsys):
+    """torch puts the worker's traceback into the message."""
+    images = "data: {class_path: VisionData, init_args: {dataset: image_folder, root: images, image_size: 8}}\n"
+    Path("images.yaml").write_text(images)
+    for name in ("train/a/0.png", "train/b/0.png", "test/a/0.png", "test/b/0.png"):
+        Path("images", name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(Path("images", name))
+    cut = Path("images/train/b/0.png")
+    cut.write_bytes(cut.read_bytes()[:20])
+    more = ("--config", "images.yaml", "--data.val_size", "0", "--data.num_workers", "1")
+    line = fails(capsys, 1, "fit", "--config", config, *more)
+    assert line.startswith("images/train/b/0.png is corrupt: ")
+    assert "Traceback" not in line
+
+
+def test_an_interrupt_is_one_line(config, capsys, monkeypatch):
+    def interrupted(self, batch):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(TinyModule, "task_loss", interrupted)
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        assert main(["fit", "--config", config]) == 130
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert capsys.readouterr().err.strip().startswith("interrupted")
+
+
+def test_jsonargparse_s_fifteen_lines_become_one():
+    text = """Parser key "model":
+  Does not validate against any of the Union subtypes
+  Subtypes: [<class 'lightning.pytorch.core.module.LightningModule'>, <class 'NoneType'>]
+  Errors:
+    - Problem with given class_path 'tiny_app.TinyModule':
+        Parser key "moe":
+          Does not validate against any of the Union subtypes
+          Subtypes: [<class 'core.MoEConfig'>, <class 'NoneType'>]
+          Errors:
+            - Problem with given class_path 'core.MoEConfig':
+                Option 'num_expert' is not accepted
+            - Expected a <class 'NoneType'>
+          Given value type: <class 'dict'>
+          Given value: {'num_expert': 8}
+    - Expected a <class 'NoneType'>
+  Given value type: <class 'dict'>
+  Given value: {'class_path': 'tiny_app.TinyModule'}"""
+    assert reduce_message(text) == "model.moe.num_expert does not exist; did you mean 'num_experts'?"

@@ -1,0 +1,112 @@
+"""A training: what it leaves behind, and what its configurations and flags make."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import yaml
+from commands import fails
+from tiny_app import TinyData
+
+from apps.cli import main
+from apps.cli.train import build
+
+
+def test_fit_leaves_logs_checkpoints_and_its_configuration(trained):
+    files = {str(p.relative_to(trained)) for p in trained.rglob("*") if p.is_file()}
+    assert {"config.yaml", "metrics.csv", "checkpoints/best.ckpt", "checkpoints/last.ckpt"} <= files
+    assert any(f.startswith("tensorboard/events") for f in files)
+    assert not any(f.endswith(".tmp") for f in files)
+    saved = yaml.safe_load((trained / "config.yaml").read_text())
+    assert saved["run_dir"] == str(trained)
+    assert saved["model"]["init_args"]["moe"]["router"]["init_args"]["top_k"] == 2
+    assert saved["seed_everything"] == 0
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """The files of a run's folder, without those of an earlier run."""
+    paths = (p for p in folder.rglob("*") if p.is_file())
+    files = {str(p.relative_to(folder)): p.read_bytes() for p in paths}
+    return {name: data for name, data in files.items() if not name.startswith("earlier/")}
+
+
+def test_the_run_is_named_after_its_configurations_and_a_new_one_puts_all_of_it_aside(config, capsys):
+    Path("small.yaml").write_text("trainer: {limit_train_batches: 1}")
+    argv, run = ["--config", config, "--config", "small.yaml"], Path("runs/tiny-small")
+    assert main(["fit", *argv]) == 0
+    assert main(["test", *argv]) == 0
+    (run / "report").mkdir()
+    (run / "report" / "load.png").write_bytes(b"a picture")
+    before = content(run)
+    assert {"test.json", "checkpoints/last.ckpt", "config.yaml", "metrics.csv"} < set(before)
+    assert main(["fit", *argv, "--data.num_classes", "5"]) == 0
+    assert "runs/tiny-small held an earlier run: it is in runs/tiny-small/earlier now" in capsys.readouterr().out
+    assert content(run / "earlier") == before
+    names = {name for name in content(run) if "events" not in name}
+    assert names == {name for name in before if "events" not in name} - {"test.json", "report/load.png"}
+    assert len(list((run / "tensorboard").glob("events*"))) == 1
+    with open(run / "metrics.csv") as file:
+        assert {row["step"] for row in csv.DictReader(file)} == {"0"}
+    # A resumed run moves nothing, and the earlier run can be tested and gone on with where it is.
+    now = content(run)
+    assert main(["fit", *argv, "--ckpt_path", "last", "--data.num_classes", "5", "--trainer.max_epochs", "2"]) == 0
+    assert content(run / "earlier") == before
+    assert content(run).keys() > now.keys()
+    assert main(["test", "--ckpt_path", str(run / "earlier" / "checkpoints" / "best.ckpt")]) == 0
+    assert json.loads((run / "earlier" / "test.json").read_text())["checkpoint"].startswith("runs/tiny-small/earlier/")
+    assert "test.json" not in content(run)
+
+
+def test_a_fit_that_fails_before_its_first_step_leaves_the_earlier_run_whole(config, capsys, monkeypatch):
+    def broken(self):
+        raise ValueError("no data today")
+
+    run = Path("runs/tiny")
+    assert main(["fit", "--config", config]) == 0
+    before = content(run)
+    with monkeypatch.context() as patch:
+        patch.setattr(TinyData, "train_dataloader", broken)
+        assert "no data today" in fails(capsys, 1, "fit", "--config", config, "--data.batch_size", "4")
+        assert "no data today" in fails(capsys, 1, "fit", "--config", config, "--run_dir", "runs/new")
+    assert content(run) == before
+    assert not Path("runs/new").exists()
+    # One that fails after it is put aside with nothing, for it left no checkpoint: the run before stays.
+    assert "loss is nan" in fails(capsys, 1, "fit", "--config", config, "--model.explode_at", "0")
+    assert "loss is nan" in fails(capsys, 1, "fit", "--config", config, "--model.explode_at", "0")
+    kept = content(run / "earlier")
+    assert {name: kept[name] for name in before} == before
+    assert len(list((run / "tensorboard").glob("events*"))) == 1
+
+
+def test_a_short_name_a_long_name_and_a_user_s_own_class_are_routers(config, tmp_path):
+    def router(*flags: str) -> str:
+        return type(build("fit", ["--config", config, *flags]).model.net[3].router.config).__name__
+
+    Path("mine.py").write_text(
+        "from dataclasses import dataclass\nimport core\n\n\n@dataclass(frozen=True)\n"
+        'class Mine(core.TokenChoice):\n    """One of my own."""\n\n    mood: str = "fine"\n'
+    )
+    sys.path.insert(0, str(tmp_path))
+    try:
+        assert router() == "TokenChoice"
+        assert router("--model.moe.router", "core.TokenChoice") == "TokenChoice"
+        assert router("--model.moe.router", "mine.Mine", "--model.moe.router.mood", "good") == "Mine"
+    finally:
+        sys.path.remove(str(tmp_path))
+
+
+def test_what_the_data_decides_reaches_the_model(config):
+    cli = build("fit", ["--config", config, "--data.num_classes", "5"])
+    assert cli.model.num_classes == 5
+
+
+def test_later_files_override_earlier_ones_and_flags_both(config):
+    Path("over.yaml").write_text("model: {init_args: {moe: {num_experts: 6}, width: 12}}\ntrainer: {max_epochs: 7}")
+    cli = build("fit", ["--config", config, "--config=over.yaml", "--model.width", "16"])
+    layer = cli.model.net[3]
+    assert layer.router.gate.weight.shape == (6, 16)
+    assert layer.experts.w_in.shape == (6, 16, 8)  # hidden_dim is still the first file's
+    assert cli.trainer.max_epochs == 7

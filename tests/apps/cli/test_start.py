@@ -1,0 +1,123 @@
+"""How a command begins: what it says, and what it does not import before a usage error is known."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import pytest
+from places import ROOT, environment
+
+from apps.cli import main
+
+
+def test_help_is_quick_and_lists_what_there_is():
+    script = "import sys; from apps.cli import main; main(sys.argv[1:]); exit('torch' in sys.modules)"
+    for argv in (["--help"], ["fit", "--help"], []):
+        start = time.monotonic()
+        done = subprocess.run([sys.executable, "-c", script, *argv], env=environment(), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert time.monotonic() - start < 5  # 0.1 s on an idle machine
+    for command in ("fit", "validate", "test", "predict", "data"):
+        assert f"  {command} " in done.stdout
+    assert "convert" not in done.stdout
+
+
+def test_another_package_core_is_named(tmp_path):
+    (tmp_path / "core").mkdir()
+    (tmp_path / "core" / "__init__.py").touch()
+    env = environment(tmp_path)
+    done = subprocess.run([sys.executable, "-m", "apps.cli", "fit"], env=env, cwd="/", capture_output=True, text=True)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    other = tmp_path / "core" / "__init__.py"
+    assert (
+        line
+        == f"error: the package core must be {ROOT / 'core'}, and Python finds {other}: take that one off PYTHONPATH"
+    )
+
+
+DIGITS = ("--config", "configs/vision/digits.yaml")
+WRONG = [
+    (("fitt",), 2, "did you mean 'fit'?"),
+    (("fit",), 2, "model, data missing: give a configuration"),
+    (("fit", "--config", "nope.yaml"), 2, "no configuration nope.yaml"),
+    (("fit", "--config", "broken.yaml"), 2, "broken.yaml, line 1: not valid YAML"),
+    (("fit", "--config", "modl.yaml"), 2, "modl.yaml: modl does not exist; did you mean 'model'?"),
+    (("fit", "configs/x.yaml"), 2, "'configs/x.yaml': a configuration is given as --config configs/x.yaml"),
+    (("fit", *DIGITS, "--model.ema_decy", "0.9"), 2, "model.ema_decy does not exist; did you mean 'ema_decay'?"),
+    (("fit", *DIGITS, "--trainer.max_epoch", "1"), 2, "did you mean 'trainer.max_epochs'?"),
+    (("fit", *DIGITS, "--modle.moe", "null"), 2, "modle.moe does not exist; did you mean 'model'?"),
+    (("fit", *DIGITS, "--data", "VisionDat"), 2, "data=VisionDat does not exist; did you mean 'VisionData'?"),
+    (("fit", *DIGITS, "--model", "apps.vision.module.Visin"), 2, "apps.vision.module.Visin does not exist"),
+    (("fit", *DIGITS, "--data.root", "nowhere"), 1, "root='nowhere' cannot be read: No such file or directory"),
+    (("fit", *DIGITS, "--run_dir", "broken.yaml"), 2, "run_dir=broken.yaml must be a folder, not a file"),
+    (("fit", *DIGITS, "--run_dir", "broken.yaml/a"), 2, "not below a file, and broken.yaml is one"),
+    (("test", *DIGITS), 1, "no checkpoint in runs/digits/checkpoints"),
+    (("test", *DIGITS, "--ckpt_path", "nope.ckpt"), 1, "no checkpoint nope.ckpt"),
+    (("predict", *DIGITS, "--output", "x.xls"), 2, "output=x.xls must end in one of .jsonl, .csv, .parquet"),
+    (("predict", *DIGITS, "--output", "here.csv"), 2, "here.csv exists: --overwrite replaces it"),
+    (("fit", *DIGITS, "--output", "here.csv"), 2, "output is an option of predict, not of fit"),
+]
+
+# Runs each command line of its argument, and says which of the heavy libraries have been imported after it.
+WATCHED = """
+import contextlib, io, json, sys
+from apps.cli import main
+for argv in json.loads(sys.argv[1]):
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        code = main(argv)
+    heavy = [name for name in ("torch", "lightning", "jsonargparse", "core") if name in sys.modules]
+    print(json.dumps([code, said.getvalue(), heavy]))
+"""
+
+
+def test_an_error_of_usage_needs_no_heavy_import(tmp_path):
+    (tmp_path / "broken.yaml").write_text("trainer: [")
+    (tmp_path / "modl.yaml").write_text("modl: {}")
+    (tmp_path / "here.csv").write_text("earlier predictions")
+    command = [sys.executable, "-c", WATCHED, json.dumps([argv for argv, *_ in WRONG])]
+    done = subprocess.run(command, env=environment(), cwd=tmp_path, capture_output=True, text=True, check=True)
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    for (argv, code, message), (status, err, heavy) in zip(WRONG, results, strict=True):
+        assert (status, heavy) == (code, []), argv
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1
+        assert message in err
+    assert (tmp_path / "here.csv").read_text() == "earlier predictions"
+
+
+def test_the_first_line_says_what_starts_before_the_heavy_imports(config, capsys, monkeypatch):
+    def stops(*_):
+        raise RuntimeError("the imports begin")
+
+    monkeypatch.setattr("apps.cli.request._with_stand_ins", stops)
+    Path("small.yaml").write_text("trainer: {max_epochs: 1}")
+    assert main(["fit", "--config", config, "--config", "small.yaml"]) == 1
+    assert capsys.readouterr().out == "fit tiny.yaml + small.yaml -> runs/tiny-small\n"
+    # A configuration that came along is named where it lies; a second process of a run says nothing.
+    assert main(["fit", *DIGITS, "--run_dir", "r"]) == 1
+    assert capsys.readouterr().out == f"fit {ROOT / DIGITS[1]} -> r\n"
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert main(["fit", "--config", config]) == 1
+    assert not capsys.readouterr().out
+
+
+def test_configurations_are_packages_of_a_wheel():
+    discovery = pytest.importorskip("setuptools.discovery")
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    packages = discovery.PEP420PackageFinder.find(str(ROOT), include=settings["packages"]["find"]["include"])
+    folders = {str(p.parent.relative_to(ROOT)) for p in (ROOT / "configs").rglob("*.yaml")}
+    assert {"configs", "configs/routing", "configs/vision"} <= folders
+    assert {folder.replace("/", ".") for folder in folders} <= set(packages)
+    assert "*.yaml" in settings["package-data"]["*"]
+
+
+def test_python_dash_m_works():
+    done = subprocess.run([sys.executable, "-m", "apps.cli"], env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stdout.startswith("usage: moesaic")

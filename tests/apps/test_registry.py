@@ -1,0 +1,34 @@
+"""The public classes by their short names."""
+
+from __future__ import annotations
+
+import pytest
+
+from apps import registry
+from apps.train.module import SparseModule
+
+NAMES = [*registry.MODULES, *registry.DATA, *registry.TRAINER]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_short_name_and_the_class_path_mean_one_class(name):
+    kind = registry.resolve(name)
+    path = f"{kind.__module__}.{kind.__qualname__}"
+    assert path == registry.full_path(name) == registry.full_path(path)
+    assert registry.full_path(f"apps.gone.{name}") is None
+
+
+def test_a_name_stands_for_one_class():
+    assert len(NAMES) == len(set(NAMES))
+    with pytest.raises(KeyError, match="Nobody"):
+        registry.resolve("Nobody")
+
+
+def test_every_module_of_the_apps_is_in_the_registry():
+    for name in registry.MODULES:
+        registry.resolve(name)
+    public, todo = set(), [SparseModule]
+    while todo:
+        todo += (subs := todo.pop().__subclasses__())
+        public |= {k.__name__ for k in subs if k.__module__.startswith("apps.") and not k.__name__.startswith("_")}
+    assert public - {"PretrainedModule"} == set(registry.MODULES)  # a base

@@ -1,0 +1,42 @@
+"""Which checkpoint a word or a path means."""
+
+from __future__ import annotations
+
+import pytest
+
+from apps.train.checkpoint_paths import find_checkpoint, is_sharded, named_checkpoint
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run's folder with a best and a last checkpoint, the last one of shards."""
+    (tmp_path / "checkpoints" / "last.ckpt").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "last.ckpt" / "checkpoint.pt").touch()
+    (tmp_path / "checkpoints" / "best.ckpt").touch()
+    return tmp_path
+
+
+def test_a_run_s_folder_means_its_best_checkpoint_else_its_last(run):
+    best, last = run / "checkpoints" / "best.ckpt", run / "checkpoints" / "last.ckpt"
+    assert find_checkpoint(run) == find_checkpoint(run / "checkpoints") == find_checkpoint(best) == best
+    best.unlink()
+    assert is_sharded(last)
+    assert find_checkpoint(run) == find_checkpoint(str(last)) == last
+
+
+def test_a_word_means_one_of_a_run_and_anything_else_is_a_path(run, tmp_path):
+    other = tmp_path / "other"
+    assert named_checkpoint("last", run) == run / "checkpoints" / "last.ckpt"
+    assert named_checkpoint(str(run), other) == run / "checkpoints" / "best.ckpt"
+    with pytest.raises(FileNotFoundError, match=r"^no checkpoint .*other/checkpoints/best\.ckpt$"):
+        named_checkpoint("best", other)
+
+
+def test_what_is_not_there_is_named(run):
+    with pytest.raises(FileNotFoundError, match=r"^no checkpoint nope\.ckpt$"):
+        find_checkpoint("nope.ckpt")
+    with pytest.raises(FileNotFoundError, match=r"^no checkpoint .*average\.ckpt$"):
+        named_checkpoint("average", run)
+    (run / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"empty holds no checkpoint: a run has checkpoints/best\.ckpt or"):
+        find_checkpoint(run / "empty")
