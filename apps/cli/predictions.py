@@ -1,45 +1,55 @@
-"""A file of predictions, written as they come: JSON lines, CSV or Parquet by its ending, whole or not at all."""
+"""Predictions as they come: printed, or into a file whose ending says its format, whole or not at all."""
 
 from __future__ import annotations
 
 import contextlib
 import csv
 import dataclasses
+import hashlib
 import itertools
 import json
-import os
+import sys
+import time
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, TextIO
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 
 from apps.base.files import naming, replacing
+from apps.cli.partial import Partial
+from apps.train.predicting import Prediction, PredictionStream
 
 _CHUNK = 8192
 """Rows of a Parquet row group."""
+_TERMINAL, _LOG = 1.0, 60.0
+"""Seconds between two notes of progress, on a terminal and elsewhere."""
 
 
 class PredictionFile(Callback):
-    """Writes the predictions of a trainer's pass to a file, in the order of their ``index`` where all have one.
+    """Writes predictions to a file, in the order of their ``index`` where all rows have one.
 
-    The rows go to a hidden file beside it first, a JSON line each; ``finish`` makes the file of it. So memory holds one
-    batch, and where batches come in another order than their indices, 16 bytes a row.
+    The rows go to a file beside it first, a JSON line each, or lines of text; the file is made of it in the end. So
+    memory holds one batch, and where batches come in another order than their indices, 16 bytes a row.
 
     Args:
-        path: the file, which ends in .jsonl, .csv or .parquet.
+        path: the file, which ends in .jsonl, .csv, .parquet or .txt.
         preview: so many rows are kept to be shown.
+        partial: options of ``Partial``, where a stopped run can be gone on with.
+
+    Attributes:
+        first: the first rows in the file's order, as JSON.
+        num_rows: predictions in the file.
+        start: those of them that an earlier run has left.
     """
 
-    def __init__(self, path: Path, preview: int = 3) -> None:
-        self.path, self.preview = path, preview
-        self.num_rows = 0
+    def __init__(self, path: Path, preview: int = 3, **partial: Any) -> None:
+        self.path, self.preview, self._options = path, preview, partial
+        self.num_rows = self.start = 0
         self.first: list[str] = []
-        """The first rows in the file's order, as JSON."""
-        self._rows_path = path.with_name(f".{path.name}.rows.tmp")
-        self._file: BinaryIO | None = None
         self._indexed = self._in_order = True
         self._last: Any = None
         self._widths: dict[str, int | None] = {}  # of a column of lists the longest, by name
@@ -51,18 +61,22 @@ class PredictionFile(Callback):
 
         Raises:
             OSError: it cannot be written.
-            ValueError: values that Parquet has no type for.
+            ValueError: values that Parquet has no type for; see ``Partial``.
         """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self._rows_path, "w+b")  # noqa: SIM115 - closed below, where a full disk raises once more
-        try:
+        with naming(self.path):
+            self._partial = Partial(self.path, **self._options)
+        with self._partial:
+            self.start = self.num_rows = self._partial.start
+            if self.start and not self._is_text:
+                for chunk in _chunks(map(json.loads, self._lines())):
+                    self._look_at(chunk)
             yield self
             with naming(self.path):
                 self._finish()
-        finally:
-            with contextlib.suppress(OSError):
-                self._file.close()
-            self._rows_path.unlink(missing_ok=True)
+
+    @property
+    def _is_text(self) -> bool:
+        return self.path.suffix == ".txt"
 
     def on_predict_batch_end(
         self,
@@ -77,8 +91,30 @@ class PredictionFile(Callback):
 
     def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write further rows of plain values."""
-        assert self._file is not None
         rows = list(rows)
+        self._look_at(rows)
+        for row in rows:
+            self._write(json.dumps(row, ensure_ascii=False))
+        self.num_rows += len(rows)
+
+    def write(self, stream: PredictionStream) -> None:
+        """Write the predictions of a stream, from the first that is not there yet; notes of progress go to stderr."""
+        for prediction in watched(stream.predict(self.start), stream.count(), True, self.start):
+            if self._is_text:
+                self._write("\n".join(prediction.texts))
+                self.num_rows += 1
+            else:
+                self.add([prediction.row])
+            if (prediction.index + 1) % stream.chunk == 0:
+                with naming(self.path):
+                    self._partial.save(prediction.index + 1)
+
+    def _write(self, line: str) -> None:
+        with naming(self.path):
+            self._partial.file.write(line.encode() + b"\n")
+
+    def _look_at(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Take note of the order of rows, and of their columns."""
         for row in rows:
             index = row.get("index")
             self._indexed &= isinstance(index, int)
@@ -87,9 +123,6 @@ class PredictionFile(Callback):
             for name, value in row.items():
                 width = len(value) if isinstance(value, list) else None
                 self._widths[name] = max(filter(None, (self._widths.get(name), width)), default=None)
-            with naming(self.path):
-                self._file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-        self.num_rows += len(rows)
         if self.path.suffix == ".parquet" and rows:
             self._add_schema(rows)
 
@@ -106,12 +139,11 @@ class PredictionFile(Callback):
             ) from error
 
     def _finish(self) -> None:
-        assert self._file is not None
-        self._file.flush()
-        if self.path.suffix == ".jsonl" and (self._in_order or not self._indexed):  # the rows are the file
-            os.fsync(self._file.fileno())
-            self.first = [line.decode().rstrip("\n") for line in itertools.islice(self._lines(), self.preview)]
-            os.replace(self._rows_path, self.path)
+        is_whole = self._is_text or (self.path.suffix == ".jsonl" and (self._in_order or not self._indexed))
+        if is_whole:
+            if not self._is_text:
+                self.first = [line.decode().rstrip("\n") for line in itertools.islice(self._lines(), self.preview)]
+            self._partial.become(self.path)
         elif self.path.suffix == ".jsonl":
             with replacing(self.path, "wb") as file:
                 file.writelines(self._shown())
@@ -123,13 +155,12 @@ class PredictionFile(Callback):
                 self._write_parquet(file)
 
     def _lines(self) -> Iterator[bytes]:
-        """The rows in the order in which they were added."""
-        assert self._file is not None
-        self._file.seek(0)
-        yield from self._file
+        """Yield the rows in the order in which they were added."""
+        self._partial.file.seek(0)
+        yield from iter(self._partial.file.readline, b"")  # delegating to the file would close it with the generator
 
     def _shown(self) -> Iterator[bytes]:
-        """The rows in the order of the file; the first are kept."""
+        """Yield the rows in the order of the file, and keep the first."""
         for number, line in enumerate(self._by_index() if self._indexed and not self._in_order else self._lines()):
             if number < self.preview:
                 self.first.append(line.decode().rstrip("\n"))
@@ -138,21 +169,20 @@ class PredictionFile(Callback):
     def _by_index(self) -> Iterator[bytes]:
         import numpy as np
 
-        assert self._file is not None
         index, offset, position = array("q"), array("q"), 0
         for line in self._lines():
             index.append(json.loads(line)["index"])
             offset.append(position)
             position += len(line)
         for number in np.argsort(np.asarray(index), kind="stable"):
-            self._file.seek(offset[number])
-            yield self._file.readline()
+            self._partial.file.seek(offset[number])
+            yield self._partial.file.readline()
 
     def _rows(self) -> Iterator[dict[str, Any]]:
         return (json.loads(line) for line in self._shown())
 
     def _write_csv(self, file: Any) -> None:
-        """A column of lists becomes one a place: ``label_1, probability_1, label_2, probability_2``."""
+        """Write a column of lists as one a place: ``label_1, probability_1, label_2, probability_2``."""
         header: list[str] = []
         for width, group in itertools.groupby(self._widths, key=self._widths.__getitem__):
             names = list(group)
@@ -176,9 +206,13 @@ class PredictionFile(Callback):
 
         schema = self._schema or pa.schema([])
         with parquet.ParquetWriter(file, schema) as writer:
-            rows = self._rows()
-            while chunk := list(itertools.islice(rows, _CHUNK)):
+            for chunk in _chunks(self._rows()):
                 writer.write_table(pa.Table.from_pylist(chunk, schema))
+
+
+def _chunks(rows: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    while chunk := list(itertools.islice(rows, _CHUNK)):
+        yield chunk
 
 
 def _cell(value: Any) -> Any:
@@ -202,3 +236,67 @@ def rows_of(batch: Any) -> Iterator[dict[str, Any]]:
     plain = {k: v.tolist() if isinstance(v, Tensor) else list(v) for k, v in columns.items() if v is not None}
     for values in zip(*plain.values(), strict=True):
         yield dict(zip(plain, values, strict=True))
+
+
+# ---- streams
+
+
+def print_stream(stream: PredictionStream) -> int:
+    """Print the texts of a stream as they come, and nothing else to stdout; returns how many inputs they are of."""
+    hidden, count = not sys.stdout.isatty(), 0
+    for prediction in watched(stream.predict(0), stream.count() if hidden else None, hidden):
+        for text in prediction.texts:
+            print(text, flush=True)
+        count += 1
+    return count
+
+
+def write_stream(model: nn.Module, stream: PredictionStream, path: Path, overwrite: bool = False) -> PredictionFile:
+    """Write a stream to a file, and go on where a run of the same model, inputs and options was stopped.
+
+    Raises:
+        OSError: the file cannot be written.
+        ValueError: lines of another run, or a run that writes them now.
+    """
+    made_of = {"weights": fingerprint(model), **stream.made_of}
+    with PredictionFile(path, made_of=made_of, overwrite=overwrite, harmless=stream.harmless).open() as file:
+        file.write(stream)
+    return file
+
+
+def fingerprint(module: nn.Module) -> str:
+    """Return a digest of the weights, by a thousand numbers of each: trained on, they all change."""
+    digest = hashlib.sha256()
+    for name, value in module.state_dict().items():
+        if isinstance(value, Tensor):
+            flat = value.detach().flatten()
+            some = flat[:: max(1, len(flat) // 1024)].to("cpu", torch.float64)
+            digest.update(f"{name} {tuple(value.shape)}".encode() + some.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def watched(
+    predictions: Iterator[Prediction], total: int | None, shown: bool, start: int = 0, stream: TextIO | None = None
+) -> Iterator[Prediction]:
+    """Yield predictions, with a note now and then of how many are done: each second on a terminal, else each minute.
+
+    Args:
+        predictions: as they come.
+        total: how many there are; None: it is not known.
+        shown: whether anything is said.
+        start: predictions that were done before.
+        stream: where it is said; None: stderr.
+    """
+    stream = sys.stderr if stream is None else stream
+    terminal = shown and stream.isatty()
+    every, begun = _TERMINAL if terminal else _LOG, time.monotonic()
+    noted, of = begun, "" if total is None else f" of {total:,}"
+    for count, prediction in enumerate(predictions, 1):
+        yield prediction
+        now = time.monotonic()
+        if shown and now - noted >= every:
+            noted = now
+            note = f"{start + count:,}{of} predictions, {count / (now - begun):.3g} a second"
+            print(f"\r\x1b[K{note}" if terminal else note, end="" if terminal else "\n", file=stream, flush=True)
+    if terminal and noted > begun:
+        print("\r\x1b[K", end="", file=stream, flush=True)

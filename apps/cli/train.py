@@ -10,7 +10,7 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,19 +21,20 @@ from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import CheckpointIO
 
-from apps.base.files import naming, replacing
+from apps.base.files import replacing
 from apps.base.quiet import quiet
 from apps.cli import UsageError
 from apps.cli.checkpoint import check_fits, first_difference
 from apps.cli.classes import class_path
 from apps.cli.errors import reduce_message
 from apps.cli.flags import take
-from apps.cli.predictions import PredictionFile
+from apps.cli.predictions import PredictionFile, print_stream, write_stream
 from apps.cli.request import Request
 from apps.cli.usage import check_new
 from apps.train.checkpoints import AtomicCheckpointIO, BestAndLast
 from apps.train.contents import read_checkpoint
 from apps.train.logs import EventLog, MetricsCSV
+from apps.train.predicting import PredictionStream
 from apps.train.progress import progress
 from apps.train.resume import GeneratorState
 from apps.train.run_folder import RunFolder, check_free, check_own, is_unused, mark
@@ -218,10 +219,7 @@ class SparseCLI(LightningCLI):
                     f"predict runs in one process, not in {self.trainer.world_size}, each of which would write its own "
                     "part: give --trainer.devices 1 --trainer.num_nodes 1"
                 )
-            if self._predict_lines():
-                return
-            arguments["return_predictions"] = False
-            self._predict(arguments)
+            self._predict({**arguments, "return_predictions": False})
         else:
             arguments["verbose"] = False
             self._evaluate(command, arguments)
@@ -285,69 +283,48 @@ class SparseCLI(LightningCLI):
         for name, signature in self._signatures().items():
             print(f"{name}: {signature}")
 
-    def _predict_lines(self) -> bool:
-        """Print or write what the model has to say line by line, if it can; returns whether it did.
-
-        ``predict_into(datamodule, path, overwrite)`` of the model writes a file and returns a line on it;
-        ``predict_stream(datamodule)`` returns the lines; None of either: there are none. The weights are loaded before;
-        the trainer's loop, which knows only whole batches, is not run.
-        """
-        stream = getattr(self.model, "predict_stream", None)
-        if stream is None:
-            return False
-        if self.ckpt_path is not None:
-            self.model.load_state_dict(read_checkpoint(self.ckpt_path)["state_dict"])
-        self.model.to(self.trainer.strategy.root_device).eval()
-        output, into = self.request.output, getattr(self.model, "predict_into", None)
-        with torch.no_grad(), self.trainer.precision_plugin.forward_context():
-            if output is not None and into is not None:
-                done = into(self.datamodule, output, self.request.overwrite)
-                if done is not None:
-                    print(done)
-                return done is not None
-            lines = stream(self.datamodule)
-            if lines is not None:
-                self._print(lines)
-            return lines is not None
-
-    def _print(self, lines: Iterator[str]) -> None:
-        """Print them as they come, and nothing else to stdout; or write them to the file that was asked for."""
-        start, count = time.monotonic(), 0
-        with self._line_writer() as write:
-            for line in lines:
-                write(line)
-                count += 1
-        where = f" to {self.request.output}" if self.request.output else ""
-        print(f"{count} lines{where} in {time.monotonic() - start:.1f} s", file=sys.stderr)
-
-    @contextlib.contextmanager
-    def _line_writer(self) -> Iterator[Callable[[str], None]]:
-        """Where lines go: stdout, a text file, or the ``output`` of rows in any other file."""
-        path = self.request.output
-        if path is None:
-            yield lambda line: print(line, flush=True)
-        elif path.suffix == ".txt":
-            with naming(path), replacing(path) as file:
-                yield lambda line: file.write(line + "\n")
-        else:
-            with PredictionFile(path).open() as rows:
-                yield lambda line: rows.add([{"index": rows.num_rows, "output": line}])
-
     def _predict(self, arguments: dict[str, Any]) -> None:
-        path = self.request.output or self.run_dir / "predictions.jsonl"
+        """Write what the model predicts: by itself where it has ``predict_stream``, else in the trainer's loop."""
+        path, overwrite = self.request.output, self.request.overwrite
+        with torch.no_grad(), self.trainer.precision_plugin.forward_context():
+            stream = self._stream()
+            if stream is not None and path is None:
+                start, count = time.monotonic(), print_stream(stream)
+                print(f"{count:,} predictions in {time.monotonic() - start:.1f} s", file=sys.stderr)
+                return
+            if stream is not None and path is not None:
+                check_new(path, overwrite)
+                self._print_written(write_stream(self.model, stream, path, overwrite))
+                return
+        path = path or self.run_dir / "predictions.jsonl"
         if path.suffix == ".txt":
             raise UsageError(
                 f"output={path} is for lines of text, and this model predicts rows: give .jsonl, .csv or .parquet"
             )
-        check_new(path, self.request.overwrite)
+        check_new(path, overwrite)
         if self.request.output is None and is_unused(self.run_dir):
             mark(self.run_dir)
         with PredictionFile(path).open() as file:
             self.trainer.callbacks.append(file)
             self.trainer.predict(**arguments)
+        self._print_written(file)
+
+    def _stream(self) -> PredictionStream | None:
+        """The predictions of a model that predicts by itself, with its weights loaded; None of any other."""
+        predict_stream = getattr(self.model, "predict_stream", None)
+        stream = None if predict_stream is None else predict_stream(self.datamodule)
+        if stream is not None:
+            if self.ckpt_path is not None:
+                self.model.load_state_dict(read_checkpoint(self.ckpt_path)["state_dict"])
+            self.model.to(self.trainer.strategy.root_device).eval()
+        return stream
+
+    @staticmethod
+    def _print_written(file: PredictionFile) -> None:
         for line in file.first:
             print(line)
-        print(f"{file.num_rows} predictions in {path}")
+        earlier = f", {file.start:,} of them by an earlier run" if file.start else ""
+        print(f"{file.num_rows:,} prediction{'s' * (file.num_rows != 1)} in {file.path}{earlier}")
 
 
 def print_metrics(metrics: Mapping[str, float], stage: str, title: str) -> None:

@@ -18,6 +18,7 @@ from torchmetrics.classification import MulticlassAccuracy
 import core
 from apps.data.loader import ResumableLoader
 from apps.train.module import OptimizerConfig, SparseModule, TaskOutput
+from apps.train.predicting import Prediction, PredictionStream
 
 CONFIG = """
 model:
@@ -186,9 +187,14 @@ class NamingModule(TinyModule):
         assert names is not None
         self.names = names
 
-    def predict_stream(self, data: NamedData) -> Iterator[str] | None:
+    def predict_stream(self, data: NamedData) -> PredictionStream | None:
         if data.text is None:
             return None
         lines = [data.text] if isinstance(data.text, str) else data.text
-        points = ([float(x) for x in line.split()] for line in lines)
-        return (self.names.words[int(self(torch.tensor([p])).argmax())] for p in points)
+
+        def predict(start: int) -> Iterator[Prediction]:
+            for index, line in enumerate(lines[start:], start):
+                name = self.names.words[int(self(torch.tensor([[float(x) for x in line.split()]])).argmax())]
+                yield Prediction(index, {"index": index, "name": name}, [name])
+
+        return PredictionStream(predict, lambda: len(lines), {"input": lines})

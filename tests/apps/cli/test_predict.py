@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny_app import Names, NamingModule
+from pyarrow import parquet
+from tiny_app import Names
 
 from apps.cli import main
 from apps.cli.train import build
@@ -47,32 +48,40 @@ def test_lines_are_all_that_goes_to_stdout_in_their_order(run, capsys):
     assert main(["predict", run, "--data.text", POINTS]) == 0
     shown = capsys.readouterr()
     assert shown.out == "north\neast\nsouth\neast\n"
-    assert "4 lines in" in shown.err
+    assert "4 predictions in" in shown.err
     assert not Path("runs/named/predictions.jsonl").exists()
 
 
-def test_lines_go_to_a_file_where_one_is_given(run, capsys, tmp_path):
+def test_predictions_go_to_a_file_of_any_format(run, capsys, tmp_path):
     argv = ["predict", run, "--data.text", POINTS, "--output"]
     assert main([*argv, str(tmp_path / "names.txt")]) == 0
-    shown = capsys.readouterr()
-    assert shown.out == ""
-    assert f"4 lines to {tmp_path / 'names.txt'} in" in shown.err
+    assert capsys.readouterr().out == f"4 predictions in {tmp_path / 'names.txt'}\n"
     assert (tmp_path / "names.txt").read_text() == "north\neast\nsouth\neast\n"
     assert main([*argv, str(tmp_path / "names.txt")]) == 2
+    assert f"{tmp_path / 'names.txt'} exists: --overwrite replaces it" in capsys.readouterr().err
     assert main([*argv, str(tmp_path / "names.csv")]) == 0
-    assert (tmp_path / "names.csv").read_text() == "index,output\n0,north\n1,east\n2,south\n3,east\n"
+    first = '{"index": 0, "name": "north"}\n{"index": 1, "name": "east"}\n{"index": 2, "name": "south"}\n'
+    assert capsys.readouterr().out == first + f"4 predictions in {tmp_path / 'names.csv'}\n"
+    assert (tmp_path / "names.csv").read_text() == "index,name\n0,north\n1,east\n2,south\n3,east\n"
+    assert main([*argv, str(tmp_path / "names.jsonl")]) == 0
+    assert (tmp_path / "names.jsonl").read_text().startswith(first)
+    assert main([*argv, str(tmp_path / "names.parquet")]) == 0
+    assert parquet.read_table(tmp_path / "names.parquet").column("name").to_pylist()[2:] == ["south", "east"]
+    assert len(list(tmp_path.iterdir())) == 4
 
 
-def test_a_model_may_write_its_lines_itself(run, capsys, tmp_path, monkeypatch):
-    def predict_into(self, data, path, overwrite):
-        return None if data.text is None else f"{data.text} into {path}, {overwrite}"
-
-    monkeypatch.setattr(NamingModule, "predict_into", predict_into, raising=False)
-    path = tmp_path / "names.jsonl"
-    assert main(["predict", run, "--data.text", "1 0", "--output", str(path), "--overwrite"]) == 0
-    assert capsys.readouterr().out == f"['1 0'] into {path}, True\n"
-    assert main(["predict", run, "--output", str(path)]) == 0  # without text the rows of the data
-    assert len(path.read_text().splitlines()) == 24
+def test_a_file_goes_on_after_the_predictions_of_a_stopped_run(run, capsys, tmp_path):
+    path = tmp_path / "names.csv"
+    argv = ["predict", run, "--output", str(path), "--data.text"]
+    assert main([*argv, '["1 0", "-0.5 0.9", "far away"]']) == 1
+    assert not path.exists()
+    assert path.with_name("names.csv.partial").read_text().count("\n") == 2
+    # Other inputs are another run's.
+    assert main([*argv, POINTS]) == 1
+    assert "names.csv.partial is of another run, whose input is not this one's: take it away" in capsys.readouterr().err
+    assert main([*argv, POINTS, "--overwrite"]) == 0
+    assert capsys.readouterr().out.endswith(f"4 predictions in {path}\n")
+    assert [p.name for p in tmp_path.iterdir()] == ["names.csv"]
 
 
 def test_lines_before_an_error_are_printed(run, capsys):

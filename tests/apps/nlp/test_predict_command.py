@@ -18,12 +18,14 @@ import torch
 import yaml
 from copying import copy_data, write_copies
 from places import environment
+from predicted import written
 
 from apps.cli import UsageError, main
+from apps.cli import partial as partial_file
+from apps.cli.partial import Partial
 from apps.cli.request import Request
 from apps.cli.train import build
 from apps.data.subwords import SubwordConfig
-from apps.nlp import output
 from apps.nlp.translation.data import TranslationData
 from apps.nlp.translation.module import Translations, Translator
 
@@ -189,9 +191,9 @@ def test_a_file_goes_on_where_a_killed_run_stopped_to_the_same_lines(name, tmp_p
     model = load()
     Path("in.txt").write_text("\n".join(LINES) + "\n")
     options = {"predict_file": "in.txt", "predict_lines": 2}
-    monkeypatch.setattr(output, "_SAVED", -1.0)  # noted after each chunk
+    monkeypatch.setattr(partial_file, "_SAVED", -1.0)  # noted after each chunk
     whole, path = tmp_path / f"whole-{name}", tmp_path / name
-    assert model.predict_into(data_of(model, **options), whole) == f"7 lines in {whole}"
+    assert written(model, data_of(model, **options), whole) == (7, 0)
     translated: list[int] = []
     translate = model.translate
 
@@ -202,11 +204,11 @@ def test_a_file_goes_on_where_a_killed_run_stopped_to_the_same_lines(name, tmp_p
 
     monkeypatch.setattr(model, "translate", stopped)
     with pytest.raises(KeyboardInterrupt):
-        model.predict_into(data_of(model, **options), path)
+        written(model, data_of(model, **options), path)
     assert not path.exists()
     partial = tmp_path / f"{name}.partial"
     assert partial.read_bytes() == b"".join(whole.read_bytes().splitlines(keepends=True)[:4])
-    assert caplog.messages[-1] == f"4 lines are in {partial}: a run like this one goes on after them"
+    assert caplog.messages[-1] == f"4 predictions are in {partial}: a run like this one goes on after them"
     with open(partial, "a") as file:
         file.write("half a li")  # what a kill leaves behind the last note
 
@@ -215,8 +217,7 @@ def test_a_file_goes_on_where_a_killed_run_stopped_to_the_same_lines(name, tmp_p
         return translate(batch, *rest)
 
     monkeypatch.setattr(model, "translate", counted)
-    done = model.predict_into(data_of(model, **options), path)
-    assert done == f"7 lines in {path}, 4 of them by an earlier run"
+    assert written(model, data_of(model, **options), path) == (7, 4)
     assert sorted(translated) == [4, 5, 6]
     assert path.read_bytes() == whole.read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([name, f"whole-{name}"])
@@ -233,47 +234,35 @@ def test_a_file_of_another_run_is_never_replaced_or_gone_on_with_in_silence(tmp_
     model, path = load(), tmp_path / "out.txt"
     Path("in.txt").write_text("red\nblue\n")
     Path("bad.txt").write_bytes(b"red\nblue\n\xff\ngreen\n")
-    path.write_text("mine\n")
-    with pytest.raises(ValueError, match=r"output=.*out\.txt exists already: give another name"):
-        model.predict_into(data_of(model, predict_file="in.txt"), path)
-    assert path.read_text() == "mine\n"
-    assert model.predict_into(data_of(model, predict_file="in.txt"), path, overwrite=True) == f"2 lines in {path}"
-    assert path.read_text().splitlines() == model.predict(["red", "blue"], "en-de")
-    with pytest.raises(
-        ValueError, match=r"output=.*out\.csv: what is said of lines of text goes to a file in \.txt or"
-    ):
-        model.predict_into(data_of(model, predict_file="in.txt"), tmp_path / "out.csv")
-    assert model.predict_into(data_of(model), tmp_path / "none.csv") is None  # of rows of the test split
-
     path = tmp_path / "other.txt"
     with pytest.raises(ValueError, match="line 3: byte 0xff"):  # in the first chunk: nothing is left behind
-        model.predict_into(data_of(model, predict_file="bad.txt"), path)
+        written(model, data_of(model, predict_file="bad.txt"), path)
     assert not list(tmp_path.glob("other*"))
     with pytest.raises(ValueError, match="line 3: byte 0xff"):
-        model.predict_into(data_of(model, predict_file="bad.txt", predict_lines=1), path)
+        written(model, data_of(model, predict_file="bad.txt", predict_lines=1), path)
     for options, told in (
         ({"predict_file": "in.txt"}, "input is not this one's"),
         ({"predict_file": "bad.txt", "predict_pair": "en-fr"}, "predict_pair is en-de, not en-fr"),
     ):
         with pytest.raises(ValueError, match=rf"other\.txt\.partial is of another run, whose {told}: take it away"):
-            model.predict_into(data_of(model, predict_lines=1, **options), path)
+            written(model, data_of(model, predict_lines=1, **options), path)
     model.decode = replace(model.decode, beam_size=2)
     with pytest.raises(ValueError, match=r"whose decode\.beam_size is 5, not 2"):
-        model.predict_into(data_of(model, predict_file="bad.txt", predict_lines=1), path)
+        written(model, data_of(model, predict_file="bad.txt", predict_lines=1), path)
     model.decode = replace(model.decode, beam_size=5)
     skipping = {"predict_file": "bad.txt", "predict_lines": 1, "bad_lines": "skip"}
-    done = model.predict_into(data_of(model, **skipping), path)  # what came before the error is the same
-    assert done == f"4 lines in {path}, 2 of them by an earlier run"
+    assert written(model, data_of(model, **skipping), path) == (4, 2)  # what came before the error is the same
     assert path.read_text().splitlines() == model.predict(["red", "blue", "", "green"], "en-de")
 
 
 def test_two_runs_do_not_write_one_file(tmp_path):
     pytest.importorskip("fcntl")
-    made = {"input": ["a"]}
-    with output.Partial(tmp_path / "out.txt", made, overwrite=False) as first:
+    made_of = {"input": ["a"]}
+    with Partial(tmp_path / "out.txt", made_of) as first:
         with pytest.raises(ValueError, match=r"another run is writing .*out\.txt\.partial"):
-            output.Partial(tmp_path / "out.txt", made, overwrite=True)
-        first.write("whole\n")
+            Partial(tmp_path / "out.txt", made_of, overwrite=True)
+        first.file.write(b"whole\n")
+        first.become(tmp_path / "out.txt")
     assert (tmp_path / "out.txt").read_text() == "whole\n"
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from copying import MOE, TRANSFORMER
 from lightning.pytorch import Trainer
+from predicted import printed, written
 from torch.testing import assert_close
 
 import core
@@ -149,7 +150,7 @@ def test_a_router_that_cannot_decode_trains_and_scores(data, tmp_path):
     made.fit(module, data)
     assert math.isfinite(made.callback_metrics["val/perplexity"])
     with pytest.raises(ValueError, match="trains and scores, but cannot decode step by step"):
-        list(module.predict_stream(text_data(Path(data.root), text="one")))
+        printed(module, text_data(Path(data.root), text="one"))
 
 
 def test_baselines_cost_what_they_say(data):
@@ -172,7 +173,7 @@ def test_alternatives_come_with_a_prediction_and_as_lines_of_their_own(data):
     ((other,),) = found.alternatives
     assert found.text[0] != other
     assert all(text.startswith("one two") for text in (*found.text, other))
-    lines = list(module.predict_stream(prompt))
+    lines = printed(module, prompt)
     assert [line.split("\t")[0::2] for line in lines] == [["1", found.text[0]], ["1", other]]
     assert module.predict_stream(data) is None
 
@@ -196,7 +197,7 @@ def test_it_learns_which_word_follows_which(data, tmp_path, moe):
     expected = math.log2(found["test/perplexity"]) * tokens / size
     assert found["test/bits_per_byte"] == pytest.approx(expected, rel=1e-4)
     prompts = ["one two", "spring", "north east south"]
-    lines = list(module.predict_stream(text_data(Path(data.root), text=prompts)))
+    lines = printed(module, text_data(Path(data.root), text=prompts))
     assert lines == ["one two three four", "spring summer autumn winter", "north east south west"]
     assert module.predict_stream(data) is None
     again = LanguageModeler.load_from_checkpoint(tmp_path / "last.ckpt")
@@ -207,19 +208,18 @@ def test_a_list_of_prompts_is_continued_as_the_command_continues_it(data, tmp_pa
     module = modeler(data).eval()
     prompts = ["one two", "", "three", "one two"]
     given = text_data(Path(data.root), text=prompts)
-    printed = list(module.predict_stream(given))
-    assert module.predict(prompts) == printed
+    lines = printed(module, given)
+    assert module.predict(prompts) == lines
     assert module.predict([]) == []
-    assert module.predict(prompts, seed=7) != printed  # it draws, and each prompt by its number
+    assert module.predict(prompts, seed=7) != lines  # it draws, and each prompt by its number
     options = {"method": "beam", "beam_size": 3, "max_length_extra": 4}
     found = module.candidates(prompts[:1], num_best=2, **options)
     assert [best.text for best, _ in found] == module.predict(prompts[:1], **options)
     with pytest.raises(ValueError, match=r"texts='one' is one text, and not a list of texts"):
         module.predict("one")
-    done = module.predict_into(given, tmp_path / "out.jsonl")
-    assert done == f"4 lines in {tmp_path / 'out.jsonl'}"
+    assert written(module, given, tmp_path / "out.jsonl") == (4, 0)
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert [(row["source"], row["text"]) for row in rows] == list(zip(prompts, printed, strict=True))
+    assert [(row["source"], row["text"]) for row in rows] == list(zip(prompts, lines, strict=True))
 
 
 def test_prompts_after_the_first_few_are_continued_alike(data):

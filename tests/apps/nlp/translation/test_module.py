@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from copying import MOE, TRANSFORMER, copy_data, translator
 from lightning.pytorch import Trainer
+from predicted import printed
 from resuming import Stop, differences
 from torch.testing import assert_close
 
@@ -200,7 +201,7 @@ def test_sentences_longer_than_learned_positions_are_refused(data, tmp_path):
     with pytest.raises(ValueError, match=told):
         trainer(tmp_path).validate(module, data, verbose=False)
     with pytest.raises(ValueError, match=told):
-        module.predict_stream(copy_data(Path(data.corpora[0].root), text="red"))
+        printed(module, copy_data(Path(data.corpora[0].root), text="red"))
 
 
 @pytest.mark.parametrize(
@@ -461,7 +462,7 @@ def test_a_prediction_keeps_empty_lines_and_names_alternatives(data):
 
 def test_alternatives_are_lines_of_their_own_with_number_and_score(data):
     module = translator(data, decode=DecodeConfig(beam_size=2, num_best=2)).eval()
-    lines = list(module.predict_stream(copy_data(Path(data.corpora[0].root), text=["red", ""])))
+    lines = printed(module, copy_data(Path(data.corpora[0].root), text=["red", ""]))
     assert [line.split("\t")[0] for line in lines] == ["1", "1", "2"]
     assert module.predict_stream(data) is None
 
@@ -490,7 +491,7 @@ def test_it_learns_to_copy(data, tmp_path, capsys):
     assert corpus_score("bleu", hypotheses, references) == pytest.approx(found["test/bleu"])
     asked = [*data.sources("test")[:3], ""]
     random.Random(1).shuffle(asked)
-    assert list(module.predict_stream(copy_data(Path(data.corpora[0].root), text=asked))) == asked
+    assert printed(module, copy_data(Path(data.corpora[0].root), text=asked)) == asked
     assert module.predict_stream(data) is None
     assert "sacreBLEU nrefs:1|case:mixed|eff:no|tok:13a" in " ".join(capsys.readouterr().out.split())
 

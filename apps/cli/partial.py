@@ -1,0 +1,161 @@
+"""The part so far of a file that is being made, which a run like the stopped one goes on with."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from apps.base.files import replacing
+
+log = logging.getLogger(__name__)
+
+_SAVED = 1.0
+"""Seconds, at least, between two notes of how far a file is."""
+
+
+class Partial:
+    """The lines so far of a file, and how far they are known to be whole.
+
+    They are in ``PATH.partial``, and ``PATH.partial.json`` says what they are of.
+
+    Args:
+        path: of the whole file.
+        made_of: plain values that the lines depend on; None: no run can go on with them, and an error leaves nothing.
+        overwrite: begin anew where the lines are of other values.
+        harmless: values of the earlier lines that any other may follow, by name.
+
+    Attributes:
+        file: the open file, at its end.
+        start: inputs that the file already has when it is opened.
+
+    Raises:
+        ValueError: lines of another run, or a run that writes them now.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        made_of: Mapping[str, Any] | None = None,
+        overwrite: bool = False,
+        harmless: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.made_of, self.harmless, self.start = made_of, harmless or {}, 0
+        # Nobody is to go on with a file of which nothing is known: it is hidden.
+        self.path = path.with_name(f".{path.name}.rows.tmp" if made_of is None else f"{path.name}.partial")
+        self.state = path.with_name(f"{path.name}.partial.json")
+        self._whole = {"inputs": 0, "bytes": 0}
+        self._saved = time.monotonic()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        is_new = made_of is None or not self.path.exists()
+        self.file = open(self.path, "w+b" if made_of is None else "a+b")  # noqa: SIM115  # closed by __exit__
+        if made_of is None:
+            return
+        try:
+            _lock(self.file, self.path)
+            self._go_on(self._known(), is_new, overwrite)
+        except BaseException:
+            self.file.close()
+            raise
+        if self.start:
+            log.info("going on after %s predictions of %s", f"{self.start:,}", self.path)
+
+    def _known(self) -> dict[str, Any] | None:
+        """Return what the state says of the file; None where there is no state that fits it."""
+        try:
+            known = json.loads(self.state.read_text("utf-8"))
+            fits = known["bytes"] <= self.path.stat().st_size and isinstance(known["made_of"], dict)
+            return known if fits and isinstance(known["inputs"], int) else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def _go_on(self, known: dict[str, Any] | None, is_new: bool, overwrite: bool) -> None:
+        assert self.made_of is not None
+        difference = None if known is None else _difference(known["made_of"], self.made_of, self.harmless)
+        if not is_new and not overwrite:
+            if known is None and self.path.stat().st_size:
+                raise ValueError(f"{self.path} is there, and {self.state.name} is not: take it away")
+            if difference is not None:
+                raise ValueError(
+                    f"{self.path} is of another run, whose {difference}: take it away, overwrite it, or give another "
+                    "output"
+                )
+            if known is not None and known["inputs"] and self.made_of.get("input") == ["-"]:
+                raise ValueError(f"{self.path} is of standard input, which cannot be read twice: take it away")
+        if known is not None and difference is None and known["inputs"]:
+            self.start = known["inputs"]
+            self.file.truncate(known["bytes"])
+        else:
+            self.file.truncate(0)
+        self._keep(self.start)
+        self._note()
+
+    def save(self, inputs: int) -> None:
+        """Keep what there is, as that of so many inputs; it is noted now and then."""
+        self._keep(inputs)
+        if time.monotonic() - self._saved > _SAVED:
+            self._note()
+
+    def _keep(self, inputs: int) -> None:
+        self.file.flush()
+        self._whole = {"inputs": inputs, "bytes": os.fstat(self.file.fileno()).st_size}
+
+    def _note(self) -> None:
+        os.fsync(self.file.fileno())
+        with replacing(self.state) as file:
+            file.write(json.dumps({**self._whole, "made_of": self.made_of}) + "\n")
+        self._saved = time.monotonic()
+
+    def become(self, path: Path) -> None:
+        """Move the lines to ``path``, as the whole file."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        os.replace(self.path, path)
+
+    def __enter__(self) -> Partial:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        try:
+            if kind is not None and self._whole["inputs"]:
+                self.file.flush()
+                self._note()
+                done = f"{self._whole['inputs']:,} predictions"
+                log.info("%s are in %s: a run like this one goes on after them", done, self.path)
+                return
+        finally:
+            with contextlib.suppress(OSError):  # a full disk raises once more
+                self.file.close()
+        self.path.unlink(missing_ok=True)
+        if self.made_of is not None:
+            self.state.unlink(missing_ok=True)
+
+
+def _lock(file: Any, path: Path) -> None:
+    try:
+        import fcntl
+    except ImportError:  # not a POSIX system: no lock
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"another run is writing {path}") from None
+
+
+def _difference(known: Mapping[str, Any], made_of: Mapping[str, Any], harmless: Mapping[str, Any]) -> str | None:
+    """Return the first value that differs, with both; None where there is none."""
+    for name in dict.fromkeys((*known, *made_of)):
+        a, b = known.get(name), made_of.get(name)
+        if name in harmless and a == harmless[name]:
+            continue
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            if (where := _difference(a, b, {})) is not None:
+                return f"{name}.{where}"
+        elif a != b:
+            return f"{name} is not this one's" if name in ("weights", "input") else f"{name} is {a}, not {b}"
+    return None

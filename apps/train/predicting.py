@@ -1,0 +1,43 @@
+"""What a model hands over that predicts by itself, one input after the other, in place of Lightning's whole batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+
+class Prediction(NamedTuple):
+    """What a model predicts of one input.
+
+    Attributes:
+        index: number of the input, from 0.
+        row: plain values by column, for a file of rows.
+        texts: lines of text, for a terminal or a text file.
+    """
+
+    index: int  # type: ignore[assignment]  # a prediction has no use for tuple.index
+    row: dict[str, Any]
+    texts: list[str]
+
+
+@dataclass(frozen=True)
+class PredictionStream:
+    """Predictions in the order of their inputs, each computed when it is asked for.
+
+    ``predict_stream(data)`` of a model returns one, or None where the data have nothing for it.
+
+    Attributes:
+        predict: ``predict(start)`` yields the predictions from input number ``start`` on, a multiple of ``chunk``.
+        count: returns the number of inputs; None where it cannot be known beforehand.
+        made_of: plain values that the predictions depend on beside the weights, by name: a stopped run goes on where
+            they are the same. "input" identifies the inputs; ``["-"]`` is standard input, which cannot be read twice.
+        chunk: inputs that are computed together, so that a run may go on after so many with the same result.
+        harmless: values of an earlier run that any other may follow, by name.
+    """
+
+    predict: Callable[[int], Iterator[Prediction]]
+    count: Callable[[], int | None]
+    made_of: Mapping[str, Any]
+    chunk: int = 1
+    harmless: Mapping[str, Any] = field(default_factory=dict)
