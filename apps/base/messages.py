@@ -39,6 +39,12 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
+def excerpt(value: object, longest: int = 60) -> str:
+    """Return a value as it is written, on one line and cut."""
+    text = one_line(repr(value))
+    return text if len(text) <= longest else text[: longest - 3] + "..."
+
+
 def first_line(error: BaseException) -> str:
     """The first line of what ``error`` says, or its class where it says nothing."""
     return (message(error).strip().splitlines() or [type(error).__name__])[0]

@@ -9,7 +9,9 @@ from typing import Any
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from apps.cli.classes import class_path, load_class, short
+from apps.base.messages import excerpt
+from apps.cli.classes import class_path, load_class
+from apps.cli.configs import differences
 from apps.train.loading import module_class
 from core.config.plain import arguments_from_plain
 
@@ -66,17 +68,6 @@ def _class_paths(value: Any) -> Iterator[Any]:
             yield from _class_paths(inner)
 
 
-def first_difference(a: Any, b: Any, path: str) -> tuple[str, Any, Any] | None:
-    """Where two plain values first differ, as a dotted path below ``path``, and both values there; None: nowhere."""
-    if isinstance(a, Mapping) and isinstance(b, Mapping) and a.keys() == b.keys():
-        parts = [(f"{path}.{key}", a[key], b[key]) for key in a]
-    elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
-        parts = [(f"{path}.{i}", x, y) for i, (x, y) in enumerate(zip(a, b, strict=True))]
-    else:
-        return None if a == b else (path, a, b)
-    return next((found for part in parts if (found := first_difference(part[1], part[2], part[0]))), None)
-
-
 def check_fits(checkpoint: Mapping[str, Any], model: LightningModule, path: Path) -> None:
     """Refuse a checkpoint whose tensors are not the model's.
 
@@ -93,25 +84,11 @@ def check_fits(checkpoint: Mapping[str, Any], model: LightningModule, path: Path
     if not wrong:
         return
     there, here = checkpoint.get("hyper_parameters", {}), getattr(model, "hparams", {})
-    differing = _differences(_flat(there), _flat(dict(here)))
+    shapeless = ("model.optimizer", "model.ema_decay", "model.average_last", "model.report")
+    differing = [row for row in differences(there, here, "model") if not row[0].startswith(shapeless)]
     tensor = wrong[0]
     detail = f"{tensor} is {saved.get(tensor, 'missing')} there and {own.get(tensor, 'missing')} here"
     if differing:
-        clash = "; ".join(f"{k}={a} in the checkpoint, {b} here" for k, a, b in differing[:3])
+        clash = "; ".join(f"{k}={excerpt(a)} in the checkpoint, {excerpt(b)} here" for k, a, b in differing[:3])
         raise ValueError(f"{path} does not fit this model: {clash} ({detail})")
     raise ValueError(f"{path} does not fit this model: {detail}")
-
-
-def _flat(value: Any, prefix: str = "model") -> dict[str, Any]:
-    if isinstance(value, Mapping) and value:
-        if set(value) == {"class_path", "init_args"}:
-            return {prefix: short(value["class_path"]), **_flat(value["init_args"], prefix)}
-        return {k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}.{key}").items()}
-    return {prefix: value}
-
-
-def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    keys = dict.fromkeys((*here, *there))
-    rows = [(k, there.get(k), here.get(k)) for k in keys if there.get(k) != here.get(k)]
-    shapeless = ("model.optimizer", "model.ema_decay", "model.average_last", "model.report")
-    return [row for row in rows if not row[0].startswith(shapeless)]

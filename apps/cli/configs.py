@@ -121,3 +121,19 @@ def texts(value: Any) -> Iterator[str]:
         yield value
     for inner in value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ():
         yield from texts(inner)
+
+
+def differences(a: Any, b: Any, where: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yield where two plain values differ, as a dotted path below ``where``, with both values there."""
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        if short(a.get("class_path")) != short(b.get("class_path")):
+            yield where, short(a.get("class_path")), short(b.get("class_path"))
+        for key in dict.fromkeys((*b, *a)):
+            if key != "class_path":
+                inside = where if key == "init_args" else f"{where}.{key}" if where else str(key)
+                yield from differences(a.get(key), b.get(key), inside)
+    elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            yield from differences(x, y, f"{where}.{i}")
+    elif a != b:
+        yield where, a, b

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from apps.base.files import replacing
+from apps.cli.configs import differences
 
 log = logging.getLogger(__name__)
 
@@ -149,13 +150,8 @@ def _lock(file: Any, path: Path) -> None:
 
 def _difference(known: Mapping[str, Any], made_of: Mapping[str, Any], harmless: Mapping[str, Any]) -> str | None:
     """Return the first value that differs, with both; None where there is none."""
-    for name in dict.fromkeys((*known, *made_of)):
-        a, b = known.get(name), made_of.get(name)
-        if name in harmless and a == harmless[name]:
-            continue
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            if (where := _difference(a, b, {})) is not None:
-                return f"{name}.{where}"
-        elif a != b:
-            return f"{name} is not this one's" if name in ("weights", "input") else f"{name} is {a}, not {b}"
+    for name, a, b in differences(known, made_of):
+        if name not in harmless or a != harmless[name]:
+            part = name.partition(".")[0]
+            return f"{part} is not this one's" if part in ("weights", "input") else f"{name} is {a}, not {b}"
     return None

@@ -24,8 +24,9 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from apps.base.files import replacing
 from apps.base.quiet import quiet
 from apps.cli import UsageError
-from apps.cli.checkpoint import check_fits, first_difference
+from apps.cli.checkpoint import check_fits
 from apps.cli.classes import class_path
+from apps.cli.configs import differences
 from apps.cli.errors import reduce_message
 from apps.cli.flags import take
 from apps.cli.predictions import PredictionFile, print_stream, write_stream
@@ -156,7 +157,7 @@ class SparseCLI(LightningCLI):
             value = given.get(name) if value is None else value
             found = getattr(self.datamodule, name, None)
             found = to_plain(found, type(found))
-            differing = None if value is None else first_difference(value, found, option)
+            differing = None if value is None else next(differences(value, found, option), None)
             if differing is not None:
                 where, written_value, own = differing
                 what = where.removeprefix("model.")

@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 
 from apps import registry
+from apps.base.messages import excerpt
 from apps.train.checkpoint_paths import find_checkpoint
 from apps.train.contents import read_checkpoint
 from apps.train.module import SparseModule
@@ -106,7 +107,7 @@ def _check_beside(config: Mapping[str, Any]) -> None:
             name = value if isinstance(value, str) else value.get("class_path") if isinstance(value, Mapping) else None
             kind = _public_class(name, LightningDataModule if key == "data" else SparseModule)
             if kind is None:
-                raise ValueError(f"{key}={_short(name)} is neither a class of the apps nor one that is imported")
+                raise ValueError(f"{key}={excerpt(name)} is neither a class of the apps nor one that is imported")
             if isinstance(value, Mapping):
                 if extra := set(value) - {"class_path", "init_args"}:
                     raise ValueError(f"{key} has {sorted(map(str, extra))[0]!r} beside class_path and init_args")
@@ -131,7 +132,7 @@ def _check_trainer(value: Any, where: str) -> None:
     if isinstance(value, Mapping):
         path = value.get("class_path")
         if "class_path" in value and not _is_trainer_part(path):
-            raise ValueError(f"{where} names {_short(path)}")
+            raise ValueError(f"{where} names {excerpt(path)}")
         for name, inner in value.items():
             if name not in ("class_path", "default_root_dir"):
                 _check_trainer(inner, f"{where}.{name}")
@@ -139,15 +140,10 @@ def _check_trainer(value: Any, where: str) -> None:
         for i, inner in enumerate(value):
             _check_trainer(inner, f"{where}.{i}")
     elif isinstance(value, str) and ("." in value or Path(value).exists()):  # a class, or the path of another file
-        raise ValueError(f"{where}={_short(value)}")
+        raise ValueError(f"{where}={excerpt(value)}")
 
 
 def _is_trainer_part(path: Any) -> bool:
     if not isinstance(path, str) or path in registry.LIGHTNING:
         return isinstance(path, str)
     return path.rpartition(".")[2] in registry.TRAINER and registry.full_path(path) is not None
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from apps.base.messages import excerpt
 from apps.recsys.encoding.table_encoding import Encoding
 from apps.recsys.schema import nearest
 
@@ -103,8 +104,8 @@ def pieces(rows: Any, roles: Mapping[str, str], numbers: Iterable[str], size: in
         yield from _cut(table.select(list(roles)), size)
     else:
         raise ValueError(
-            f"rows={_short(rows)} are none that can be scored: give a DataFrame, an arrow table, a dict of columns, or "
-            "a path of CSV or Parquet files"
+            f"rows={excerpt(rows)} are none that can be scored: give a DataFrame, an arrow table, a dict of columns, "
+            "or a path of CSV or Parquet files"
         )
 
 
@@ -140,7 +141,7 @@ def _column(name: str, values: Any) -> pa.Array | pa.ChunkedArray:
     if isinstance(values, (pa.Array, pa.ChunkedArray)):
         return values
     if isinstance(values, (str, bytes)) or not hasattr(values, "__len__"):
-        raise ValueError(f"column {name!r} is {_short(values)}, not a list of values")
+        raise ValueError(f"column {name!r} is {excerpt(values)}, not a list of values")
     if isinstance(values, torch.Tensor):
         values = values.numpy(force=True)
     try:
@@ -185,8 +186,3 @@ def _concatenated(tables: list[pa.Table]) -> pa.Table:
 def _cut(table: pa.Table, size: int) -> Iterator[pa.Table]:
     for begin in range(0, len(table), size):
         yield table.slice(begin, size)
-
-
-def _short(value: Any) -> str:
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -8,7 +8,7 @@ import pytest
 
 import core
 from apps.cli import UsageError, main
-from apps.cli.configs import merge
+from apps.cli.configs import differences, merge
 from apps.cli.request import Request
 from apps.cli.train import build
 
@@ -42,6 +42,16 @@ def test_merging_goes_mapping_by_mapping_and_drops_another_class_s_arguments():
     assert merge(base, {"n": None})["n"] is None
     assert merge({"moe": None}, {"moe": {"num_experts": 4}}) == {"moe": {"num_experts": 4}}
     assert base["n"] == 1
+
+
+def test_differences_are_named_with_both_values():
+    a = {"moe": {"class_path": "core.MoEConfig", "init_args": {"top": 1, "sizes": [1, 2]}}, "n": None}
+    b = {"moe": {"class_path": "MoEConfig", "init_args": {"top": 2, "sizes": [1, 3]}}}
+    assert list(differences(a, b, "model")) == [("model.moe.top", 1, 2), ("model.moe.sizes.1", 2, 3)]
+    assert list(differences({"router": {"class_path": "core.Hash"}}, {"router": {"class_path": "Base"}})) == [
+        ("router", "Hash", "Base")
+    ]
+    assert list(differences([1], [1, 2], "x")) == [("x", [1], [1, 2])]
 
 
 def test_a_configuration_that_came_along_is_suggested_from_anywhere(tmp_path, monkeypatch, capsys):

@@ -36,10 +36,6 @@ from apps.cli.errors import reduce_message
             ["--model", "apps.nlp.module.Translator"],
             "apps.nlp.module.Translator does not exist; did you mean 'Tra",
         ),
-        (
-            ["--trainer.strategy", "{class_path: apps.gone.TorchRecStrategy}"],
-            "trainer.strategy=apps.gone.TorchRecStrategy does not exist; did you mean 'TorchRecStrategy'?",
-        ),
         (["--trainer.max_epoch", "8"], "trainer.max_epoch does not exist; did you mean 'trainer.max_epochs'?"),
         (["--trainer.max_epochs", "x"], "trainer.max_epochs=x is not of type int"),
         (["--trainer.gradient_clip_val", "x"], "trainer.gradient_clip_val=x is not one of int, float"),
@@ -67,6 +63,7 @@ def test_wrong_usage_is_one_line_that_names_the_option(config, capsys, flags, me
         ("model: {class_path: tiny_app.TinyModul}", "TinyModul"),
         ("model: {class_path: nowhere.Model}", "No module named 'nowhere'"),
         ("modl: {class_path: tiny_app.TinyModule}", "modl"),
+        ("trainer: {strategy: {class_path: apps.gone.TorchRecStrategy}}", "did you mean 'TorchRecStrategy'?"),
         ("trainer: {max_stps: 3}", "trainer.max_stps does not exist; did you mean 'trainer.max_steps'?"),
         ("trainer: {max_epochs: 3", "wrong.yaml, line 1: not valid YAML"),
         ("just words", "wrong.yaml is not a configuration"),
