@@ -291,7 +291,7 @@ class SparseCLI(LightningCLI):
             stream = self._stream()
             if stream is not None and path is None:
                 start, count = time.monotonic(), print_stream(stream)
-                print(f"{count:,} predictions in {time.monotonic() - start:.1f} s", file=sys.stderr)
+                print(f"{count:,} prediction{'s' * (count != 1)} in {time.monotonic() - start:.1f} s", file=sys.stderr)
                 return
             if stream is not None and path is not None:
                 check_new(path, overwrite)
