@@ -1,7 +1,18 @@
 """moesaic's engine: mixture-of-experts layers on PyTorch."""
 
 from .config import CGC, PLE, DenseFFN, MMoE, MoEConfig, MultiGateConfig, OMoE
-from .contract import DenseRouting, Entry, MergeRouting, Routing, RoutingContext, Rows, SlotRouting, Tape, record
+from .contract import (
+    DenseRouting,
+    Entry,
+    Evidence,
+    MergeRouting,
+    Routing,
+    RoutingContext,
+    Rows,
+    SlotRouting,
+    Tape,
+    record,
+)
 from .experts import FFN, GEGLU, MLP, ExpertConfig, Experts, MLPExperts, SwiGLU
 from .flops import count_flops
 from .kernels import resolve_backend
@@ -58,6 +69,7 @@ __all__ = [
     "DynamicThreshold",
     "Ensemble",
     "Entry",
+    "Evidence",
     "ExpertChoice",
     "ExpertConfig",
     "Experts",

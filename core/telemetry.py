@@ -203,8 +203,9 @@ def _layer_stats(entry: Entry) -> LayerStats:
     device = routing.chosen_per_expert_E.device
     num_tokens = torch.full((), routing.num_tokens, device=device) if valid_T is None else valid_T.sum()
     entropy_sum = torch.zeros((), device=device)
-    if routing.scores_TE is not None:
-        scores_TE = routing.scores_TE / routing.scores_TE.sum(-1, keepdim=True).clamp_min(1e-20)
+    scores_TE = routing.evidence.scores_TE
+    if scores_TE is not None:
+        scores_TE = scores_TE / scores_TE.sum(-1, keepdim=True).clamp_min(1e-20)
         entropy_T = torch.special.entr(scores_TE).sum(-1)
         entropy_sum = (entropy_T if valid_T is None else entropy_T * valid_T).sum()
     gate_T = entry.shared_gate_T
@@ -223,7 +224,7 @@ def _gates_per_expert(routing: Any) -> Tensor | None:
         total_E = routing.gates_N.new_zeros(routing.tokens_per_expert_E.shape[0] + 1)
         # Pairs that are not computed have the id E.
         return total_E.index_add(0, routing.expert_ids_N, routing.gates_N)[:-1]
-    if routing.scores_TE is None:
+    scores_TE = routing.evidence.scores_TE
+    if scores_TE is None:
         return None
-    scores_TE = routing.scores_TE
     return (scores_TE if routing.valid_T is None else scores_TE * routing.valid_T[:, None]).sum(0)

@@ -19,7 +19,7 @@ def experts_of_token(routing: Any, most: int) -> Tensor:
     """
     E, T = len(routing.tokens_per_expert_E), routing.num_tokens
     if not isinstance(routing, core.Routing):
-        ids_TK = routing.scores_TE.argsort(dim=-1, descending=True, stable=True)[:, :most]
+        ids_TK = routing.evidence.scores_TE.argsort(dim=-1, descending=True, stable=True)[:, :most]
         ids_TK = torch.nn.functional.pad(ids_TK, (0, most - ids_TK.shape[1]), value=E)
         return ids_TK if routing.valid_T is None else ids_TK.masked_fill(~routing.valid_T[:, None], E)
     computed_N = routing.expert_ids_N < E

@@ -12,13 +12,16 @@ its second expert was left out) keeps its row with the expert id ``E``: it sorts
 """
 
 from .checks import check_kinds, check_part
-from .routing import DenseRouting, Loads, MergeRouting, Routing, RoutingContext, SlotRouting
+from .evidence import Evidence
+from .routing import Decision, DenseRouting, Loads, MergeRouting, Routing, RoutingContext, SlotRouting
 from .rows import RowPlan, Rows, SlotPlan
 from .tape import Entry, Tape, record, several_ranks, unwrapped_modules
 
 __all__ = [
+    "Decision",
     "DenseRouting",
     "Entry",
+    "Evidence",
     "Loads",
     "MergeRouting",
     "RowPlan",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from .evidence import Evidence
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,34 @@ torch.export.register_dataclass(RoutingContext, serialized_type_name="core.Routi
 torch.serialization.add_safe_globals([RoutingContext])
 
 
+class Decision(Protocol):
+    """What every kind of routing tells the losses and the statistics."""
+
+    @property
+    def tokens_per_expert_E(self) -> Tensor:
+        """(E,), pairs each expert computes."""
+
+    @property
+    def chosen_per_expert_E(self) -> Tensor:
+        """(E,), pairs of real tokens that chose each expert, before capacity."""
+
+    @property
+    def num_tokens(self) -> int:
+        """T, padding included."""
+
+    @property
+    def valid_T(self) -> Tensor | None:
+        """bool (T,), False for padding; None where every token is real."""
+
+    @property
+    def num_sequences(self) -> int | None:
+        """B, T being B times their length; None where it is not known."""
+
+    @property
+    def evidence(self) -> Evidence:
+        """What the gate saw."""
+
+
 @dataclass(frozen=True)
 class Routing:
     """Flat routed pairs: token choice, expert choice, hashing and assignment share this form.
@@ -43,26 +73,11 @@ class Routing:
         token_index_N: int64 (N,), the token of each pair, in ``range(T)``: where its output is summed.
         expert_ids_N: int64 (N,), its expert, or E where the pair is not computed.
         gates_N: float32 (N,), the combine weight of the expert's output, or of its input where the router says so.
-        tokens_per_expert_E: int64 (E,), pairs each expert computes.
-        chosen_per_expert_E: int64 (E,), pairs of real tokens that chose it, before capacity.
-        num_tokens: T, padding included.
+        tokens_per_expert_E, chosen_per_expert_E: int64 (E,), as in ``Decision``.
+        num_tokens, valid_T, num_sequences, evidence: as in ``Decision``.
         top_k: K where the pairs are token-major, so that pair ``n`` belongs to token ``n // K``; else None.
         input_index_N: int64 (N,), the token that each pair reads, where that is another number than ``token_index_N``:
             several tasks route the same tokens (``core.dispatch.join_tasks``). None: the same.
-        logits_TE: float32 (T, E), without noise; (T, M) with null experts; -inf where a token cannot reach an expert;
-            None where E is too large to hold them.
-        scores_TE: float32 (T, E), the score function of ``logits_TE``; each row sums to 1 in the balance losses.
-        valid_T: bool (T,), False for padding; None where every token is real.
-        noise_std: standard deviation of the noise added to the logits, a float or (T, E); None without noise.
-        threshold_TE: float32, broadcastable to (T, E): what a noisy logit had to reach to be chosen; or None.
-        num_sequences: B, for the losses of each sequence; T is B times their length. None where it is not known.
-        extra: the gate's own losses by name, float32 (T,) each; padding may hold any finite value. Their means over
-            the real tokens join the balance losses with the weights of ``RouterConfig.extra_weights``. None: none.
-        balance_scores, balance_chosen: float32 (T, M) and (M,), what the ``load_balancing`` and ``importance`` losses
-            read in place of ``scores_TE`` and ``chosen_per_expert_E``, where they judge more than the E experts (null
-            experts), or another choice than the computed one. None: the same.
-        sums: what the balance losses sum over the real tokens, where the gate summed it on the way: see
-            ``kernels.eager.TopK``. None: they sum it themselves.
     """
 
     token_index_N: Tensor
@@ -73,124 +88,91 @@ class Routing:
     num_tokens: int
     top_k: int | None = None
     input_index_N: Tensor | None = None
-    logits_TE: Tensor | None = None
-    scores_TE: Tensor | None = None
     valid_T: Tensor | None = None
-    noise_std: float | Tensor | None = None
-    threshold_TE: Tensor | None = None
     num_sequences: int | None = None
-    extra: dict[str, Tensor] | None = None
-    balance_scores: Tensor | None = None
-    balance_chosen: Tensor | None = None
-    sums: dict[str, Tensor] | None = None
-
-    def detach(self) -> Routing:
-        """The same decision without its graph."""
-        return replace(self, **detached(self))
-
-
-def detached(routing: Any) -> dict[str, Any]:
-    detached: dict[str, Any] = {k: v.detach() for k, v in vars(routing).items() if isinstance(v, Tensor)}
-    for name in ("extra", "sums"):
-        values = getattr(routing, name, None)
-        if values is not None:
-            detached[name] = {key: value.detach() for key, value in values.items()}
-    return detached
-
-
-class _WithoutPairs:
-    """What the balance losses ask of a routing, and one without pairs does not have."""
-
-    top_k: ClassVar[None] = None
-    noise_std: ClassVar[None] = None
-    threshold_TE: ClassVar[None] = None
-    extra: ClassVar[None] = None
-    balance_scores: ClassVar[None] = None
-    balance_chosen: ClassVar[None] = None
-    sums: ClassVar[None] = None
+    evidence: Evidence = field(default_factory=Evidence)
 
 
 @dataclass(frozen=True)
-class SlotRouting(_WithoutPairs):
+class SlotRouting:
     """Soft slots: each of an expert's P slots is a weighted mean of the tokens of a group (arXiv 2308.00951).
 
-    A group is a sequence, so ``G = B`` and ``T = G * S``.
+    A group is a sequence, so ``G = B`` and ``T = G * S``. No slot is ever left out, so both counts are of all of them.
 
     Attributes:
         dispatch_GSEP: float32 (G, S, E, P), the share of each token in each slot: sums to 1 over the real tokens S.
         combine_GSEP: float32 (G, S, E, P), the share of each slot in each token: sums to 1 over E and P.
             Padding has 0 in both.
         tokens_per_expert_E: int64 (E,), slots each expert computes for the groups that have a real token.
-        chosen_per_expert_E: the same: no slot is ever left out.
-        num_tokens: T, padding included.
-        valid_T: bool (T,), False for padding; None where every token is real.
+        num_tokens, valid_T: as in ``Decision``.
     """
 
     dispatch_GSEP: Tensor
     combine_GSEP: Tensor
     tokens_per_expert_E: Tensor
-    chosen_per_expert_E: Tensor
     num_tokens: int
     valid_T: Tensor | None = None
-    logits_TE: ClassVar[None] = None
-    num_sequences: ClassVar[None] = None
 
     @property
-    def scores_TE(self) -> Tensor:
-        """float32 (T, E), how a token's output is shared out among the experts."""
-        return self.combine_GSEP.sum(-1).flatten(0, 1)
+    def chosen_per_expert_E(self) -> Tensor:
+        return self.tokens_per_expert_E
 
-    def detach(self) -> SlotRouting:
-        """The same decision without its graph."""
-        return replace(self, **detached(self))
+    @property
+    def num_sequences(self) -> int:
+        return self.combine_GSEP.shape[0]
+
+    @property
+    def evidence(self) -> Evidence:
+        """The scores are how a token's output is shared out among the experts."""
+        return Evidence(self.combine_GSEP.sum(-1).flatten(0, 1))
 
 
 @dataclass(frozen=True)
-class MergeRouting(_WithoutPairs):
+class MergeRouting:
     """Merged experts: all tokens of a group take one expert, the weighted sum of the experts' parameters.
 
-    A group is a sequence or a segment of one, ``G = B * groups_per_sequence``, sequence by sequence.
+    A group is a sequence or a segment of one, ``G = B * groups_per_sequence``, sequence by sequence. Nothing is ever
+    left out, so both counts are equal.
 
     Attributes:
         weights_GE: float32 (G, E), the share of each expert's parameters.
         tokens_per_group: tokens of a group; the last of a sequence may have fewer.
         groups_per_sequence: groups of a sequence.
         tokens_per_expert_E: int64 (E,), real tokens whose merged expert has a part of this one.
-        chosen_per_expert_E: the same: nothing is ever left out.
-        num_tokens: T, padding included.
+        num_tokens, valid_T: as in ``Decision``.
         in_segments: a sequence may have several groups.
         logits_GE: float32 (G, E), what the weights were made of.
-        valid_T: bool (T,), False for padding; None where every token is real.
     """
 
     weights_GE: Tensor
     tokens_per_group: int
     groups_per_sequence: int
     tokens_per_expert_E: Tensor
-    chosen_per_expert_E: Tensor
     num_tokens: int
     in_segments: bool = False
     logits_GE: Tensor | None = None
     valid_T: Tensor | None = None
-    logits_TE: ClassVar[None] = None
-    num_sequences: ClassVar[None] = None
 
     @property
-    def scores_TE(self) -> Tensor:
-        """float32 (T, E), the weights of each token's group."""
-        B = self.weights_GE.shape[0] // self.groups_per_sequence
+    def chosen_per_expert_E(self) -> Tensor:
+        return self.tokens_per_expert_E
+
+    @property
+    def num_sequences(self) -> int:
+        return self.weights_GE.shape[0] // self.groups_per_sequence
+
+    @property
+    def evidence(self) -> Evidence:
+        """The scores are the weights of each token's group."""
+        B = self.num_sequences
         weights_BSE = self.weights_GE.unflatten(0, (B, self.groups_per_sequence)).repeat_interleave(
             self.tokens_per_group, dim=1
         )
-        return weights_BSE[:, : self.num_tokens // max(B, 1)].flatten(0, 1)
-
-    def detach(self) -> MergeRouting:
-        """The same decision without its graph."""
-        return replace(self, **detached(self))
+        return Evidence(weights_BSE[:, : self.num_tokens // max(B, 1)].flatten(0, 1))
 
 
 @dataclass(frozen=True)
-class DenseRouting(_WithoutPairs):
+class DenseRouting:
     """Softmax gates over all experts they reach, one gate a task (MMoE, KDD 2018): all experts compute every example.
 
     A layer records one for each of its gates; they share ``gates_BtE`` and differ in ``gate``.
@@ -216,41 +198,29 @@ class DenseRouting(_WithoutPairs):
     num_sequences: int | None = None
 
     @property
-    def scores_TE(self) -> Tensor:
-        """float32 (B, E), this gate's weights."""
-        return self.gates_BtE[:, self.gate]
-
-    @property
-    def logits_TE(self) -> Tensor | None:
-        """float32 (B, E), this gate's logits."""
-        return None if self.logits_BtE is None else self.logits_BtE[:, self.gate]
-
-    @property
     def chosen_per_expert_E(self) -> Tensor:
         """float32 (E,), the load of an expert that all examples take: the sum of its gates over real examples."""
-        return self.scores_TE.detach().sum(0)
+        return self.gates_BtE[:, self.gate].detach().sum(0)
 
     @property
     def tokens_per_expert_E(self) -> Tensor:
-        """The same: nothing is ever left out."""
+        """The load too: nothing is ever left out."""
         return self.chosen_per_expert_E
 
-    def detach(self) -> DenseRouting:
-        """The same decision without its graph."""
-        return replace(self, **detached(self))
+    @property
+    def evidence(self) -> Evidence:
+        """The scores and the logits are this gate's."""
+        logits_BE = None if self.logits_BtE is None else self.logits_BtE[:, self.gate]
+        return Evidence(self.gates_BtE[:, self.gate], logits_BE)
 
 
 @dataclass(frozen=True)
 class Loads:
-    """What ``update_expert_bias`` reads of a routing of any kind, in its place on the tape of ``Tape.loads``.
+    """What ``update_expert_bias`` reads of a decision of any kind, in its place on the tape of ``Tape.loads``.
 
     Attributes:
-        tokens_per_expert_E, chosen_per_expert_E: as in ``Routing``.
+        tokens_per_expert_E, chosen_per_expert_E: as in ``Decision``.
     """
 
     tokens_per_expert_E: Tensor
     chosen_per_expert_E: Tensor
-
-    def detach(self) -> Loads:
-        """Itself: counts have no graph."""
-        return self

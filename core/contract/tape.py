@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .routing import Loads, RoutingContext, detached
+from .evidence import detached
+from .routing import Loads, RoutingContext
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,9 @@ class Entry:
     shared_gate_T: Tensor | None = None
 
     def detach(self) -> Entry:
-        gate_T = None if self.shared_gate_T is None else self.shared_gate_T.detach()
-        context = None if self.context is None else replace(self.context, **detached(self.context))
-        return replace(self, routing=self.routing.detach(), context=context, needs_grad=False, shared_gate_T=gate_T)
+        """Return the pass without its graph."""
+        kept = {name: detached(getattr(self, name)) for name in ("routing", "context", "shared_gate_T")}
+        return replace(self, needs_grad=False, **kept)
 
     def loads(self) -> Entry:
         """The pass with its loads alone."""

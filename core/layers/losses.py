@@ -72,15 +72,15 @@ def aux_losses(tape: Tape) -> AuxLosses:
         factors: dict[str, float | Tensor] = {**entry.balance.weights(), **entry.extra_weights}
         if entry.load_balancing_weight is not None:
             factors["load_balancing"] = entry.load_balancing_weight.clone()  # it moves in place
-        for name, value in balance_terms(entry_sums, entry.balance).items():
-            if name in wanted:  # a term of weight 0 is not in the graph: it could be NaN
-                seen.setdefault(name, []).append(value.detach())
-                part = factors[name] * value
-                if world > 1 and entry.balance.scope == "global":
-                    # Each rank holds only its own tokens' part of the gradient, and DDP averages: the mean of
-                    # world * parts is it.
-                    part = part.detach() + world * (part - part.detach())
-                total = part if total is None else total + part
+        # A term of weight 0 is not wanted: it could be NaN.
+        for name, value in balance_terms(entry_sums, wanted, entry.balance).items():
+            seen.setdefault(name, []).append(value.detach())
+            part = factors[name] * value
+            if world > 1 and entry.balance.scope == "global":
+                # Each rank holds only its own tokens' part of the gradient, and DDP averages: the mean of
+                # world * parts is it.
+                part = part.detach() + world * (part - part.detach())
+            total = part if total is None else total + part
     if total is None:  # nothing to balance, or a load term alone, in evaluation
         return AuxLosses(torch.zeros(()), {})
     return AuxLosses(total, {name: torch.stack(values).mean() for name, values in seen.items()})

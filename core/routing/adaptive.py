@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..contract import Routing, RoutingContext
+from ..contract import Evidence, Routing, RoutingContext
 from ..kernels import topk_gate
 from ..kernels.eager import capacity_ranks, check_devices, count_experts, outside_autocast, top_k_ids
 from .balance import SCORE_TERMS
@@ -41,9 +41,8 @@ class ThresholdRouter(PairRouter):
             kept_T = g2_T > config.threshold * torch.rand_like(g2_T) if policy == "random" else g2_T >= config.threshold
             second_T = torch.where(kept_T, expert_ids_TK[:, 1], self.num_experts)
             expert_ids_TK, chosen_E = torch.stack((expert_ids_TK[:, 0], second_T), -1), None
-        return Choice(
-            expert_ids_TK, best.gates_TK, best.scores_TE, logits_TE, sums=best.sums, chosen_per_expert_E=chosen_E
-        )
+        evidence = Evidence(best.scores_TE, logits_TE, sums=best.sums)
+        return Choice(expert_ids_TK, best.gates_TK, evidence, chosen_per_expert_E=chosen_E)
 
 
 @dataclass(frozen=True)
@@ -117,10 +116,12 @@ class NullExpertsRouter(PairRouter):
         return Choice(
             ids_TK.masked_fill(~real_TK, E),
             gates_TK,
-            logits_TM[:, :E].softmax(-1),
-            logits_TM,
-            balance_scores=torch.cat((scores_TM[:, :E], _spread(scores_TM[:, E:])), -1),
-            balance_chosen=torch.cat((load_M[:E], _spread(load_M[E:]))),
+            Evidence(
+                logits_TM[:, :E].softmax(-1),
+                logits_TM,
+                balance_scores=torch.cat((scores_TM[:, :E], _spread(scores_TM[:, E:])), -1),
+                balance_chosen=torch.cat((load_M[:E], _spread(load_M[E:]))),
+            ),
         )
 
 
@@ -253,13 +254,9 @@ class DynamicThresholdRouter(PairRouter):
         gates_TK = (1 + (over_TK - over_TK.detach())) / taken_TK.sum(-1, keepdim=True)
         # The same value for each token, so that their mean is it. Of no use, and not free, in evaluation.
         own = {"diversity": gate.diversity, "simplicity": gate.simplicity} if self.training else {}
-        return Choice(
-            torch.where(taken_TK, ids_TK, self.num_experts),
-            gates_TK,
-            scores_TE,
-            logits_TE,
-            extra={name: loss().expand(len(logits_TE)) for name, loss in own.items() if name in self.extra_weights},
-        )
+        extra = {name: loss().expand(len(logits_TE)) for name, loss in own.items() if name in self.extra_weights}
+        ids_TK = torch.where(taken_TK, ids_TK, self.num_experts)
+        return Choice(ids_TK, gates_TK, Evidence(scores_TE, logits_TE, extra=extra))
 
 
 @dataclass(frozen=True)
@@ -400,7 +397,7 @@ class TokenRoundingRouter(TopKRouter):
     def _round(self, tokens: Tokens) -> Routing:
         E, real_T = self.num_experts, tokens.real_T
         choice = self.choose(tokens)
-        scores_TE = choice.scores_TE
+        scores_TE = choice.evidence.scores_TE
         assert scores_TE is not None
         ids_TK = choice.expert_ids_TK.masked_fill(~real_T[:, None], E)
         rounded = round_to_tiles(scores_TE, ids_TK, real_T, self.config.tile)
@@ -417,12 +414,9 @@ class TokenRoundingRouter(TopKRouter):
             # With the added ones, so that a drop rate is the share of the dropped ones.
             chosen_per_expert_E=rounded.chosen_per_expert_E + rounded.added_per_expert_E,
             num_tokens=len(scores_TE),
-            logits_TE=choice.logits_TE,
-            scores_TE=scores_TE,
             valid_T=tokens.valid_T,
             num_sequences=tokens.num_sequences,
-            balance_chosen=rounded.chosen_per_expert_E,
-            sums=choice.sums,
+            evidence=replace(choice.evidence, balance_chosen=rounded.chosen_per_expert_E),
         )
 
 

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from ..contract import Evidence
 from ..kernels.assign import balanced_assignment
 from ..kernels.eager import top_k_ids
 from .checks import at_least_one, at_most_experts, one_of, positive
@@ -34,7 +35,7 @@ class BaseRouter(PairRouter):
         scores_TE = logits_TE.sigmoid()
         # Padding has the id E, and its gate is not read.
         gates_T1 = scores_TE.gather(-1, ids_T.clamp_max(self.num_experts - 1)[:, None])
-        return Choice(ids_T[:, None], gates_T1, scores_TE, logits_TE)
+        return Choice(ids_T[:, None], gates_T1, Evidence(scores_TE, logits_TE))
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ class SinkhornRouter(PairRouter):
         if self.training:
             choice_TE = sinkhorn(choice_TE, tokens.valid_T, config.iterations, config.temperature)
         ids_TK = top_k_ids(choice_TE, config.top_k)
-        return Choice(ids_TK, scores_TE.gather(-1, ids_TK), scores_TE, logits_TE)
+        return Choice(ids_TK, scores_TE.gather(-1, ids_TK), Evidence(scores_TE, logits_TE))
 
 
 @dataclass(frozen=True)

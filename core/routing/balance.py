@@ -1,5 +1,8 @@
 """Balance losses: pure functions of sums over tokens, and the step of the selection bias.
 
+To add a balance loss, write its function, its entry in ``TERMS`` and the field of ``Balance`` that is its weight: all
+of it here. A term with ``of_scores`` applies to every gate that has learned scores of all experts.
+
 Every term is a function of sums over the tokens of *all* ranks and micro-steps it is given, with its denominator in the
 signature, so that a loss is the same however the tokens are split over ranks.
 """
@@ -7,34 +10,327 @@ signature, so that a loss is the same however the tokens are split over ranks.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from ..contract import Routing, RoutingContext, check_kinds
+from ..contract import Decision, Routing, RoutingContext, check_kinds
 from ..kernels.eager import top_k_ids
 from ..registry import register_config
 from .checks import clean_ids
 
-TERMS = (
-    "load_balancing",
-    "router_z",
-    "importance",
-    "load",
-    "mutual_information",
-    "local_entropy",
-    "global_entropy",
-    "sequence_balance",
-    "gate_budget",
-)
-# Functions of each token's scores alone: they apply wherever a gate has learned scores of all experts.
-SCORE_TERMS = frozenset({"load_balancing", "importance", "mutual_information", "local_entropy", "global_entropy"})
-# Of these, functions of the scores' sum alone, which a fused gate has taken on the way.
-SUMMED_TERMS = frozenset({"load_balancing", "importance"})
 SCOPES = ("global", "rank")
-# Before the names of the sums of ``Routing.extra``.
+# Before the names of the sums of ``Evidence.extra``.
 EXTRA = "extra."
+
+# The losses, of sums over tokens.
+
+
+def mean_over(total: Tensor, count: Tensor | float) -> Tensor:
+    """Return a mean from its sum: of ``logsumexp(logits)^2`` (``router_z``), ``|g - budget|`` (``gate_budget``), or
+    ``sequence_losses`` over the sequences that have real tokens; 0 where there is nothing to count."""
+    return total / (count.clamp_min(1) if isinstance(count, Tensor) else max(count, 1))
+
+
+def load_balancing_loss(score_sum_E: Tensor, chosen_per_expert_E: Tensor, num_tokens: Tensor | float) -> Tensor:
+    """``E * sum_e f_e P_e``: 1 at balance, E when one expert takes all.
+
+    Args:
+        score_sum_E: (E,), sum over tokens of the scores, which sum to 1 in a token; ``P_e`` is it over ``num_tokens``.
+        chosen_per_expert_E: (E,), pairs that chose each expert before capacity; ``f_e`` is its share of all pairs.
+        num_tokens: real tokens summed over.
+    """
+    share_E = chosen_per_expert_E / chosen_per_expert_E.sum().clamp_min(1)
+    return mean_over(len(score_sum_E) * (share_E * score_sum_E).sum(), num_tokens)
+
+
+def squared_cv(total_E: Tensor) -> Tensor:
+    """Return the variance over the squared mean of (E,) sums, the variance over E and not E - 1; 0 at balance.
+
+    Of the summed scores it is ``importance`` (arXiv 2106.05974, eq. 6), of the ``smooth_load`` it is ``load``.
+    """
+    mean = total_E.mean()
+    return (total_E - mean).square().mean() / mean.square().clamp_min(1e-20)
+
+
+def entropy(p: Tensor) -> Tensor:
+    """``-sum p log p`` over the last axis, in nats; the gradient is finite at 0."""
+    return -(p * p.clamp_min(1e-20).log()).sum(-1)
+
+
+def mutual_information_loss(score_sum_E: Tensor, entropy_sum: Tensor, num_tokens: Tensor | float) -> Tensor:
+    """``-I = H(expert | what is known) - H(expert)``: 0 where what is known tells nothing, ``-log(E)`` at best.
+
+    Known is the token (arXiv 2306.04640) or its task (arXiv 2212.08066, tasks weighted by their tokens).
+
+    Args:
+        score_sum_E: (E,), sum over tokens of the scores, which sum to 1 in a token.
+        entropy_sum: sum over tokens of the entropy of the token's scores, or of its task's mean scores.
+        num_tokens: real tokens summed over.
+    """
+    return mean_over(entropy_sum, num_tokens) - entropy(mean_over(score_sum_E, num_tokens))
+
+
+def entropy_of_means(score_sum_GE: Tensor, tokens_G: Tensor) -> Tensor:
+    """Entropy of each group's mean scores, (G,), from (G, E) sums and their numbers of tokens; 0 without tokens."""
+    return entropy(score_sum_GE / tokens_G.clamp_min(1)[:, None])
+
+
+def local_entropy_loss(entropy_sum_G: Tensor, tokens_G: Tensor) -> Tensor:
+    """Sum over modalities of the mean entropy of their tokens' scores (LIMoE): low where tokens are decided.
+
+    Args:
+        entropy_sum_G: (G,), sum of the entropies of each modality's tokens.
+        tokens_G: (G,), its real tokens.
+    """
+    return (entropy_sum_G / tokens_G.clamp_min(1)).sum()
+
+
+def global_entropy_loss(score_sum_GE: Tensor, tokens_G: Tensor, threshold: float) -> Tensor:
+    """Sum over modalities that have tokens of ``max(0, threshold - H(mean scores))`` (LIMoE): 0 where each modality
+    uses about ``exp(threshold)`` experts or more.
+
+    Args:
+        score_sum_GE: (G, E), sums of the scores of each modality's tokens.
+        tokens_G: (G,), its real tokens.
+        threshold: in nats.
+    """
+    return ((threshold - entropy_of_means(score_sum_GE, tokens_G)).relu() * (tokens_G > 0)).sum()
+
+
+def sequence_losses(score_sum_BE: Tensor, chosen_BE: Tensor, tokens_B: Tensor) -> Tensor:
+    """``E * sum_e f_e P_e`` of each sequence, (B,); 0 without tokens (arXiv 2412.19437, eq. 17-20).
+
+    Args:
+        score_sum_BE: (B, E), sums of the scores of its tokens; ``P_e`` is it over ``tokens_B``.
+        chosen_BE: (B, E), pairs that chose each expert; ``f_e`` is its share of the sequence's pairs.
+        tokens_B: (B,), its real tokens.
+    """
+    share_BE = chosen_BE / chosen_BE.sum(-1, keepdim=True).clamp_min(1)
+    return score_sum_BE.shape[-1] * (share_BE * score_sum_BE).sum(-1) / tokens_B.clamp_min(1)
+
+
+def smooth_load(logits_TE: Tensor, threshold_TE: Tensor, noise_std: float | Tensor) -> Tensor:
+    """Probability that fresh noise lifts each logit over what it had to reach, (T, E)."""
+    return torch.special.ndtr((logits_TE - threshold_TE) / noise_std)
+
+
+# The terms: which sums a loss is a function of, and how they are taken of a pass.
+
+
+class Pass:
+    """One pass of a layer, as the terms read it. What several terms need is computed once, when it is first read.
+
+    Args:
+        routing: what was decided; its evidence says what the gate saw.
+        balance: how many tasks and modalities there are.
+        context: where they are read. Ids out of range belong to none where they are not refused (GPU, compiled code).
+        shared_gate_T: as in ``Entry``.
+    """
+
+    def __init__(
+        self, routing: Decision, balance: Balance, context: RoutingContext | None, shared_gate_T: Tensor | None
+    ) -> None:
+        self.routing, self.evidence, self.valid_T = routing, routing.evidence, routing.valid_T
+        self.balance, self.context, self.shared_gate_T = balance, context, shared_gate_T
+        self.known: Mapping[str, Tensor] = self.evidence.sums or {}
+
+    def total(self, per_token: Tensor) -> Tensor:
+        """Return the sum over the real tokens."""
+        return per_token.sum(0) if self.valid_T is None else (per_token * _like(self.valid_T, per_token)).sum(0)
+
+    @cached_property
+    def share_TE(self) -> Tensor:
+        """The scores brought to sum 1: a loss of sigmoid scores would shrink by lowering them all."""
+        scores_TE = self.evidence.scores_TE
+        assert scores_TE is not None
+        return scores_TE / scores_TE.sum(-1, keepdim=True).clamp_min(1e-20)
+
+    @cached_property
+    def score_E(self) -> Tensor:
+        """(E,), the sum of the shares."""
+        return self.known["score"] if "score" in self.known else self.total(self.share_TE)
+
+    @cached_property
+    def modality_TG(self) -> Tensor:
+        """float (T, G), 1 where a real token is of modality g."""
+        return _members(self, self.balance.num_modalities, "modality_BS")
+
+
+@dataclass(frozen=True)
+class Term:
+    """One balance loss.
+
+    Attributes:
+        key: the name of a sum without which there is no loss: the evidence did not allow it.
+        take: returns its sums over the real tokens of a pass, float32, by name. Terms may share a sum; "num_tokens"
+            (1,) and "chosen" (E,) are always there.
+        loss: returns the loss of the sums, which ranks have added up.
+        of_scores: it reads each token's scores alone, so it applies wherever a gate has learned scores of all experts.
+        needs: returns the fields of ``RoutingContext`` that it reads.
+    """
+
+    key: str
+    take: Callable[[Pass], dict[str, Tensor]]
+    loss: Callable[[dict[str, Tensor], Balance], Tensor]
+    of_scores: bool = False
+    needs: Callable[[Balance], tuple[str, ...]] = lambda balance: ()
+
+
+def _scores(one: Pass) -> dict[str, Tensor]:
+    judged = one.evidence.balance_scores
+    return {"score": one.score_E} | ({} if judged is None else {"balance_score": one.total(judged)})
+
+
+def _judged(sums: dict[str, Tensor]) -> Tensor:
+    return sums.get("balance_score", sums["score"])
+
+
+def _informed(one: Pass) -> dict[str, Tensor]:
+    if not one.balance.num_tasks:
+        return _scores(one) | {"entropy": one.total(entropy(one.share_TE)).reshape(1)}
+    task_TG = _members(one, one.balance.num_tasks, "task_ids_B")
+    return _scores(one) | {"task_score": task_TG.T @ one.share_TE, "task_tokens": task_TG.sum(0)}
+
+
+def _information(sums: dict[str, Tensor], balance: Balance) -> Tensor:
+    if not balance.num_tasks:
+        return mutual_information_loss(sums["score"], sums["entropy"][0], sums["num_tokens"][0])
+    score_GE, tokens_G = sums["task_score"], sums["task_tokens"]
+    entropy_sum = (tokens_G * entropy_of_means(score_GE, tokens_G)).sum()
+    # Over the tokens that have a task: others tell nothing of it.
+    return mutual_information_loss(score_GE.sum(0), entropy_sum, tokens_G.sum())
+
+
+def _modality_entropies(one: Pass) -> dict[str, Tensor]:
+    tokens_G = one.modality_TG.sum(0)
+    return {"modality_tokens": tokens_G, "modality_entropy": entropy(one.share_TE) @ one.modality_TG}
+
+
+def _local_entropy(sums: dict[str, Tensor], balance: Balance) -> Tensor:
+    only = balance.local_entropy_modality
+    kept = slice(None) if only is None else slice(only, only + 1)
+    return local_entropy_loss(sums["modality_entropy"][kept], sums["modality_tokens"][kept])
+
+
+def _modality_scores(one: Pass) -> dict[str, Tensor]:
+    return {"modality_tokens": one.modality_TG.sum(0), "modality_score": one.modality_TG.T @ one.share_TE}
+
+
+def _global_entropy(sums: dict[str, Tensor], balance: Balance) -> Tensor:
+    score_GE, threshold = sums["modality_score"], balance.entropy_threshold
+    threshold = math.log(score_GE.shape[-1]) if threshold is None else threshold
+    return global_entropy_loss(score_GE, sums["modality_tokens"], threshold)
+
+
+def _modality_needs(balance: Balance) -> tuple[str, ...]:
+    return ("modality_BS",) if balance.num_modalities > 1 else ()
+
+
+def _sequences(one: Pass) -> dict[str, Tensor]:
+    routing, evidence = one.routing, one.evidence
+    if evidence.scores_TE is None or not isinstance(routing, Routing):
+        return {}
+    B, K = routing.num_sequences, routing.top_k
+    if B is None or K is None:
+        return {}
+    share_TE, T = one.share_TE, one.share_TE.shape[0]
+    real_T1 = share_TE.new_ones(T, 1) if one.valid_T is None else _like(one.valid_T, share_TE)
+    # By the logits, whose order the scores have: those of large logits are equal in float32.
+    best_TK = top_k_ids((share_TE if evidence.logits_TE is None else evidence.logits_TE).detach(), K)
+    chosen_TE = torch.zeros_like(share_TE).scatter_(-1, best_TK, 1.0) * real_T1
+    of_sequence = (B, T // max(B, 1))
+    score_BE = (share_TE * real_T1).unflatten(0, of_sequence).sum(1)
+    tokens_B = real_T1.unflatten(0, of_sequence).sum((1, 2))
+    losses_B = sequence_losses(score_BE, chosen_TE.unflatten(0, of_sequence).sum(1), tokens_B)
+    count = (tokens_B > 0).sum().to(losses_B.dtype)
+    return {"sequence_loss": losses_B.sum().reshape(1), "num_sequences": count.reshape(1)}
+
+
+def _squares(one: Pass) -> dict[str, Tensor]:
+    logits_TE = one.evidence.logits_TE
+    if logits_TE is None:
+        return {}
+    known = one.known.get("square")
+    return {"square": one.total(logits_TE.logsumexp(-1).square()).reshape(1) if known is None else known}
+
+
+def _smooth_loads(one: Pass) -> dict[str, Tensor]:
+    logits_TE, threshold_TE, noise = one.evidence.logits_TE, one.evidence.threshold_TE, one.evidence.noise_std
+    if logits_TE is None or threshold_TE is None or noise is None:
+        return {}
+    return {"load": one.total(smooth_load(logits_TE, threshold_TE, noise))}
+
+
+def _gate_distance(one: Pass) -> dict[str, Tensor]:
+    if one.shared_gate_T is None:
+        return {}
+    return {"gate_distance": one.total((one.shared_gate_T - one.balance.budget).abs()).reshape(1)}
+
+
+def _members(one: Pass, count: int, name: str) -> Tensor:
+    """float (T, G), 1 where a real token is of task or modality g."""
+    scores_TE, valid_T, context = one.share_TE, one.valid_T, one.context
+    T = scores_TE.shape[0]
+    if name == "modality_BS" and count == 1:
+        member_TG = scores_TE.new_ones(T, 1)
+    else:
+        ids = None if context is None else getattr(context, name)
+        if ids is None:
+            raise ValueError(f"the balance losses need context.{name}, which is None")
+        if T == 0:
+            return scores_TE.new_zeros(0, count)
+        B = one.routing.num_sequences
+        if B is None:  # as the ids say it, where that can be
+            B = ids.shape[0] if ids.ndim and ids.shape[0] and T % ids.shape[0] == 0 else T
+        real_BS = None if valid_T is None else valid_T.unflatten(0, (B, T // B))
+        if name == "task_ids_B":  # a task is one number a sequence, a modality one a token
+            ids_B = clean_ids(ids, (B,), None if real_BS is None else real_BS.any(1), name, count)
+            ids_T = ids_B.repeat_interleave(T // B)
+        else:
+            ids_T = clean_ids(ids, (B, T // B), real_BS, name, count).flatten()
+        member_TG = (ids_T[:, None] == torch.arange(count, device=ids.device)).to(scores_TE.dtype)
+    return member_TG if valid_T is None else member_TG * valid_T[:, None]
+
+
+TERMS: dict[str, Term] = {
+    "load_balancing": Term(
+        "score",
+        _scores,
+        lambda sums, _: load_balancing_loss(_judged(sums), sums["chosen"], sums["num_tokens"][0]),
+        of_scores=True,
+    ),
+    "importance": Term("score", _scores, lambda sums, _: squared_cv(_judged(sums)), of_scores=True),
+    "mutual_information": Term(
+        "score",
+        _informed,
+        _information,
+        of_scores=True,
+        needs=lambda balance: ("task_ids_B",) if balance.num_tasks else (),
+    ),
+    "local_entropy": Term(
+        "modality_entropy", _modality_entropies, _local_entropy, of_scores=True, needs=_modality_needs
+    ),
+    "global_entropy": Term("modality_score", _modality_scores, _global_entropy, of_scores=True, needs=_modality_needs),
+    "sequence_balance": Term(
+        "sequence_loss",
+        _sequences,
+        lambda sums, _: mean_over(sums["sequence_loss"][0], sums["num_sequences"][0]),
+    ),
+    "router_z": Term("square", _squares, lambda sums, _: mean_over(sums["square"][0], sums["num_tokens"][0])),
+    "load": Term("load", _smooth_loads, lambda sums, _: squared_cv(sums["load"])),
+    "gate_budget": Term(
+        "gate_distance",
+        _gate_distance,
+        lambda sums, _: mean_over(sums["gate_distance"][0], sums["num_tokens"][0]),
+    ),
+}
+"""The balance losses by name, in the order they are added. Each is a field of ``Balance``, its weight."""
+SCORE_TERMS = frozenset(name for name, term in TERMS.items() if term.of_scores)
+"""Terms that apply wherever a gate has learned scores of all experts."""
 
 
 @register_config
@@ -128,10 +424,9 @@ class Balance:
         return {name: getattr(self, name) for name in TERMS}
 
     def needs(self) -> tuple[str, ...]:
-        """Fields of ``RoutingContext`` that the terms of positive weight read."""
-        task = ("task_ids_B",) if self.mutual_information and self.num_tasks else ()
-        entropies = self.local_entropy or self.global_entropy
-        return task + (("modality_BS",) if entropies and self.num_modalities > 1 else ())
+        """Return the fields of ``RoutingContext`` that the terms of positive weight read."""
+        weights = self.weights()
+        return tuple(dict.fromkeys(n for name, term in TERMS.items() if weights[name] for n in term.needs(self)))
 
     def check(self, terms: frozenset[str], router: str) -> None:
         """Refuse a term that was set by hand and does not apply to the router.
@@ -148,105 +443,45 @@ class Balance:
             raise ValueError(f"balance.adaptive=True moves load_balancing, which does not apply to {router}")
 
 
-def load_balancing_loss(score_sum_E: Tensor, chosen_per_expert_E: Tensor, num_tokens: Tensor | float) -> Tensor:
-    """``E * sum_e f_e P_e``: 1 at balance, E when one expert takes all.
+def balance_sums(
+    routing: Decision,
+    wanted: frozenset[str],
+    balance: Balance = Balance(),
+    context: RoutingContext | None = None,
+    shared_gate_T: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Return the sums over tokens that the ``wanted`` terms are functions of; float32, on the routing's device.
+
+    Sums of different ranks add up, and each term is computed from the added sums alone.
 
     Args:
-        score_sum_E: (E,), sum over tokens of the scores, which sum to 1 in a token; ``P_e`` is it over ``num_tokens``.
-        chosen_per_expert_E: (E,), pairs that chose each expert before capacity; ``f_e`` is its share of all pairs.
-        num_tokens: real tokens summed over.
+        routing, balance, context, shared_gate_T: as in ``Pass``.
+        wanted: names of terms.
+
+    Raises:
+        ValueError: the context lacks what a wanted term reads, or it has another shape, no integers, or (on CPU) an id
+            of a real token that is out of range.
     """
-    share_E = chosen_per_expert_E / chosen_per_expert_E.sum().clamp_min(1)
-    return len(score_sum_E) * (share_E * score_sum_E).sum() / _at_least_one(num_tokens)
+    one = Pass(routing, balance, context, shared_gate_T)
+    chosen = one.evidence.balance_chosen
+    chosen_E = (routing.chosen_per_expert_E if chosen is None else chosen).to(torch.float32)
+    valid_T = routing.valid_T
+    tokens = chosen_E.new_full((), routing.num_tokens) if valid_T is None else valid_T.sum().to(torch.float32)
+    sums = {"num_tokens": tokens.reshape(1), "chosen": chosen_E}
+    for name, term in TERMS.items():
+        if name in wanted and (one.evidence.scores_TE is not None or not term.of_scores):
+            sums |= term.take(one)
+    for name, value_T in (one.evidence.extra or {}).items():
+        if name in wanted:
+            sums[EXTRA + name] = one.total(value_T).reshape(1)
+    return sums
 
 
-def squared_cv(total_E: Tensor) -> Tensor:
-    """Variance over squared mean of (E,) sums, the variance over E and not E - 1; 0 at balance."""
-    mean = total_E.mean()
-    return (total_E - mean).square().mean() / mean.square().clamp_min(1e-20)
-
-
-def importance_loss(score_sum_E: Tensor) -> Tensor:
-    """``CV(sum over tokens of the scores)^2``, scores of all experts before the choice (arXiv 2106.05974, eq. 6)."""
-    return squared_cv(score_sum_E)
-
-
-def load_loss(load_E: Tensor) -> Tensor:
-    """``CV(sum over tokens of P(the expert is chosen under fresh noise))^2``; see ``smooth_load``."""
-    return squared_cv(load_E)
-
-
-def router_z_loss(square_sum: Tensor, num_tokens: Tensor | float) -> Tensor:
-    """Mean over tokens of ``logsumexp(logits)^2``, from its sum."""
-    return square_sum / _at_least_one(num_tokens)
-
-
-def entropy(p: Tensor) -> Tensor:
-    """``-sum p log p`` over the last axis, in nats; the gradient is finite at 0."""
-    return -(p * p.clamp_min(1e-20).log()).sum(-1)
-
-
-def mutual_information_loss(score_sum_E: Tensor, entropy_sum: Tensor, num_tokens: Tensor | float) -> Tensor:
-    """``-I = H(expert | what is known) - H(expert)``: 0 where what is known tells nothing, ``-log(E)`` at best.
-
-    Known is the token (arXiv 2306.04640) or its task (arXiv 2212.08066, tasks weighted by their tokens).
-
-    Args:
-        score_sum_E: (E,), sum over tokens of the scores, which sum to 1 in a token.
-        entropy_sum: sum over tokens of the entropy of the token's scores, or of its task's mean scores.
-        num_tokens: real tokens summed over.
-    """
-    num_tokens = _at_least_one(num_tokens)
-    return entropy_sum / num_tokens - entropy(score_sum_E / num_tokens)
-
-
-def entropy_of_means(score_sum_GE: Tensor, tokens_G: Tensor) -> Tensor:
-    """Entropy of each group's mean scores, (G,), from (G, E) sums and their numbers of tokens; 0 without tokens."""
-    return entropy(score_sum_GE / tokens_G.clamp_min(1)[:, None])
-
-
-def local_entropy_loss(entropy_sum_G: Tensor, tokens_G: Tensor) -> Tensor:
-    """Sum over modalities of the mean entropy of their tokens' scores (LIMoE): low where tokens are decided.
-
-    Args:
-        entropy_sum_G: (G,), sum of the entropies of each modality's tokens.
-        tokens_G: (G,), its real tokens.
-    """
-    return (entropy_sum_G / tokens_G.clamp_min(1)).sum()
-
-
-def global_entropy_loss(score_sum_GE: Tensor, tokens_G: Tensor, threshold: float) -> Tensor:
-    """Sum over modalities that have tokens of ``max(0, threshold - H(mean scores))`` (LIMoE): 0 where each modality
-    uses about ``exp(threshold)`` experts or more.
-
-    Args:
-        score_sum_GE: (G, E), sums of the scores of each modality's tokens.
-        tokens_G: (G,), its real tokens.
-        threshold: in nats.
-    """
-    return ((threshold - entropy_of_means(score_sum_GE, tokens_G)).relu() * (tokens_G > 0)).sum()
-
-
-def sequence_losses(score_sum_BE: Tensor, chosen_BE: Tensor, tokens_B: Tensor) -> Tensor:
-    """``E * sum_e f_e P_e`` of each sequence, (B,); 0 without tokens (arXiv 2412.19437, eq. 17-20).
-
-    Args:
-        score_sum_BE: (B, E), sums of the scores of its tokens; ``P_e`` is it over ``tokens_B``.
-        chosen_BE: (B, E), pairs that chose each expert; ``f_e`` is its share of the sequence's pairs.
-        tokens_B: (B,), its real tokens.
-    """
-    share_BE = chosen_BE / chosen_BE.sum(-1, keepdim=True).clamp_min(1)
-    return score_sum_BE.shape[-1] * (share_BE * score_sum_BE).sum(-1) / tokens_B.clamp_min(1)
-
-
-def sequence_balance_loss(loss_sum: Tensor, num_sequences: Tensor | float) -> Tensor:
-    """Mean of ``sequence_losses`` over the sequences that have real tokens, from their sum."""
-    return loss_sum / _at_least_one(num_sequences)
-
-
-def gate_budget_loss(distance_sum: Tensor, num_tokens: Tensor | float) -> Tensor:
-    """Mean over tokens of ``|g - budget|`` (arXiv 2207.04672), from its sum."""
-    return distance_sum / _at_least_one(num_tokens)
+def balance_terms(sums: dict[str, Tensor], wanted: frozenset[str], balance: Balance = Balance()) -> dict[str, Tensor]:
+    """Return the ``wanted`` terms that ``sums`` allow, unweighted; ``balance`` holds their options."""
+    terms = {name: t.loss(sums, balance) for name, t in TERMS.items() if name in wanted and t.key in sums}
+    extra = {name.removeprefix(EXTRA): total for name, total in sums.items() if name.startswith(EXTRA)}
+    return terms | {name: mean_over(total[0], sums["num_tokens"][0]) for name, total in extra.items()}
 
 
 def adaptive_weight(weight: Tensor, drop_rate: Tensor, balance: Balance) -> Tensor:
@@ -254,164 +489,6 @@ def adaptive_weight(weight: Tensor, drop_rate: Tensor, balance: Balance) -> Tens
     (Skywork-MoE, arXiv 2406.06563, section 4.2; there scale 1/5, max 0.01, momentum 0.99)."""
     target = (balance.adaptive_scale * drop_rate).clamp_max(balance.adaptive_max)
     return balance.adaptive_momentum * weight + (1 - balance.adaptive_momentum) * target
-
-
-def smooth_load(logits_TE: Tensor, threshold_TE: Tensor, noise_std: float | Tensor) -> Tensor:
-    """Probability that fresh noise lifts each logit over what it had to reach, (T, E)."""
-    return torch.special.ndtr((logits_TE - threshold_TE) / noise_std)
-
-
-def _at_least_one(n: Tensor | float) -> Tensor | float:
-    return n.clamp_min(1) if isinstance(n, Tensor) else max(n, 1)
-
-
-def balance_sums(
-    routing: Routing,
-    wanted: frozenset[str],
-    balance: Balance = Balance(),
-    context: RoutingContext | None = None,
-    shared_gate_T: Tensor | None = None,
-) -> dict[str, Tensor]:
-    """The sums over tokens that the ``wanted`` terms are functions of; float32, on the routing's device.
-
-    Sums of different ranks add up, and each term is computed from the added sums alone.
-
-    Args:
-        routing: one pass of a layer.
-        wanted: names of terms.
-        balance: how many tasks and modalities there are.
-        context: where they are read. Ids out of range belong to none where they are not refused (GPU, compiled code).
-        shared_gate_T: as in ``Entry``.
-
-    Raises:
-        ValueError: the context lacks what a wanted term reads, or it has another shape, no integers, or (on CPU) an id
-            of a real token that is out of range.
-    """
-    valid_T, scores_TE, known = routing.valid_T, routing.scores_TE, routing.sums or {}
-
-    def total(per_token: Tensor) -> Tensor:
-        return per_token.sum(0) if valid_T is None else (per_token * _like(valid_T, per_token)).sum(0)
-
-    chosen = routing.chosen_per_expert_E if routing.balance_chosen is None else routing.balance_chosen
-    chosen_E = chosen.to(torch.float32)
-    tokens = chosen_E.new_full((), routing.num_tokens) if valid_T is None else valid_T.sum().to(torch.float32)
-    sums = {"num_tokens": tokens.reshape(1), "chosen": chosen_E}
-    if scores_TE is not None and wanted & (SCORE_TERMS | {"sequence_balance"}):
-        share_TE = scores_TE
-        if "score" not in known or wanted & (SCORE_TERMS - SUMMED_TERMS | {"sequence_balance"}):
-            # Sigmoid scores are brought to sum 1, or the loss would shrink by lowering them all.
-            share_TE = scores_TE / scores_TE.sum(-1, keepdim=True).clamp_min(1e-20)
-        if wanted & (SUMMED_TERMS | {"mutual_information"}):
-            sums["score"] = known["score"] if "score" in known else total(share_TE)
-            if routing.balance_scores is not None:
-                sums["balance_score"] = total(routing.balance_scores)
-        if "mutual_information" in wanted and balance.num_tasks:
-            task_TG = _members(routing, balance.num_tasks, context, "task_ids_B")
-            sums["task_score"], sums["task_tokens"] = task_TG.T @ share_TE, task_TG.sum(0)
-        elif "mutual_information" in wanted:
-            sums["entropy"] = total(entropy(share_TE)).reshape(1)
-        if wanted & {"local_entropy", "global_entropy"}:
-            modality_TG = _members(routing, balance.num_modalities, context, "modality_BS")
-            sums["modality_tokens"] = modality_TG.sum(0)
-            if "local_entropy" in wanted:
-                sums["modality_entropy"] = entropy(share_TE) @ modality_TG
-            if "global_entropy" in wanted:
-                sums["modality_score"] = modality_TG.T @ share_TE
-        if "sequence_balance" in wanted and routing.num_sequences is not None and routing.top_k is not None:
-            sums["sequence_loss"], sums["num_sequences"] = _sequence_sums(routing, share_TE)
-    if routing.logits_TE is not None and "router_z" in wanted:
-        square = known.get("square")
-        sums["square"] = total(routing.logits_TE.logsumexp(-1).square()).reshape(1) if square is None else square
-    noise, logits_TE = routing.noise_std, routing.logits_TE
-    if routing.threshold_TE is not None and noise is not None and logits_TE is not None and "load" in wanted:
-        sums["load"] = total(smooth_load(logits_TE, routing.threshold_TE, noise))
-    if shared_gate_T is not None and "gate_budget" in wanted:
-        sums["gate_distance"] = total((shared_gate_T - balance.budget).abs()).reshape(1)
-    for name, value_T in (routing.extra or {}).items():
-        if name in wanted:
-            sums[EXTRA + name] = total(value_T).reshape(1)
-    return sums
-
-
-def _members(routing: Routing, count: int, context: RoutingContext | None, name: str) -> Tensor:
-    """float (T, G), 1 where a real token is of task or modality g."""
-    assert routing.scores_TE is not None
-    scores_TE, valid_T = routing.scores_TE, routing.valid_T
-    T = scores_TE.shape[0]
-    if name == "modality_BS" and count == 1:
-        member_TG = scores_TE.new_ones(T, 1)
-    else:
-        ids = None if context is None else getattr(context, name)
-        if ids is None:
-            raise ValueError(f"the balance losses need context.{name}, which is None")
-        if T == 0:
-            return scores_TE.new_zeros(0, count)
-        B = routing.num_sequences
-        if B is None:  # as the ids say it, where that can be
-            B = ids.shape[0] if ids.ndim and ids.shape[0] and T % ids.shape[0] == 0 else T
-        real_BS = None if valid_T is None else valid_T.unflatten(0, (B, T // B))
-        if name == "task_ids_B":  # a task is one number a sequence, a modality one a token
-            ids_B = clean_ids(ids, (B,), None if real_BS is None else real_BS.any(1), name, count)
-            ids_T = ids_B.repeat_interleave(T // B)
-        else:
-            ids_T = clean_ids(ids, (B, T // B), real_BS, name, count).flatten()
-        member_TG = (ids_T[:, None] == torch.arange(count, device=ids.device)).to(scores_TE.dtype)
-    return member_TG if valid_T is None else member_TG * valid_T[:, None]
-
-
-def _sequence_sums(routing: Routing, share_TE: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of the sequences' losses, (1,), and the number of those that have real tokens, (1,)."""
-    B, K = routing.num_sequences, routing.top_k
-    assert B is not None
-    assert K is not None
-    T = share_TE.shape[0]
-    real_T1 = share_TE.new_ones(T, 1) if routing.valid_T is None else _like(routing.valid_T, share_TE)
-    # By the logits, whose order the scores have: those of large logits are equal in float32.
-    best_TK = top_k_ids((share_TE if routing.logits_TE is None else routing.logits_TE).detach(), K)
-    chosen_TE = torch.zeros_like(share_TE).scatter_(-1, best_TK, 1.0) * real_T1
-    of_sequence = (B, T // max(B, 1))
-    score_BE = (share_TE * real_T1).unflatten(0, of_sequence).sum(1)
-    tokens_B = real_T1.unflatten(0, of_sequence).sum((1, 2))
-    losses_B = sequence_losses(score_BE, chosen_TE.unflatten(0, of_sequence).sum(1), tokens_B)
-    return losses_B.sum().reshape(1), (tokens_B > 0).sum().to(losses_B.dtype).reshape(1)
-
-
-def balance_terms(sums: dict[str, Tensor], balance: Balance = Balance()) -> dict[str, Tensor]:
-    """The unweighted terms that ``sums`` allow; ``balance`` holds their options."""
-    terms = {}
-    if "score" in sums:
-        tokens = sums["num_tokens"][0]
-        judged = sums.get("balance_score", sums["score"])
-        terms["load_balancing"] = load_balancing_loss(judged, sums["chosen"], tokens)
-        terms["importance"] = importance_loss(judged)
-        if "entropy" in sums:
-            terms["mutual_information"] = mutual_information_loss(sums["score"], sums["entropy"][0], tokens)
-        if "task_score" in sums:
-            score_GE, tokens_G = sums["task_score"], sums["task_tokens"]
-            entropy_sum = (tokens_G * entropy_of_means(score_GE, tokens_G)).sum()
-            # Over the tokens that have a task: others tell nothing of it.
-            terms["mutual_information"] = mutual_information_loss(score_GE.sum(0), entropy_sum, tokens_G.sum())
-    if "modality_entropy" in sums:
-        entropy_G, tokens_G = sums["modality_entropy"], sums["modality_tokens"]
-        only = balance.local_entropy_modality
-        kept = slice(None) if only is None else slice(only, only + 1)
-        terms["local_entropy"] = local_entropy_loss(entropy_G[kept], tokens_G[kept])
-    if "modality_score" in sums:
-        threshold = balance.entropy_threshold
-        threshold = math.log(sums["modality_score"].shape[-1]) if threshold is None else threshold
-        terms["global_entropy"] = global_entropy_loss(sums["modality_score"], sums["modality_tokens"], threshold)
-    if "sequence_loss" in sums:
-        terms["sequence_balance"] = sequence_balance_loss(sums["sequence_loss"][0], sums["num_sequences"][0])
-    if "square" in sums:
-        terms["router_z"] = router_z_loss(sums["square"][0], sums["num_tokens"][0])
-    if "load" in sums:
-        terms["load"] = load_loss(sums["load"])
-    if "gate_distance" in sums:
-        terms["gate_budget"] = gate_budget_loss(sums["gate_distance"][0], sums["num_tokens"][0])
-    for name in sums:
-        if name.startswith(EXTRA):
-            terms[name.removeprefix(EXTRA)] = sums[name][0] / _at_least_one(sums["num_tokens"][0])
-    return terms
 
 
 def expert_bias_step(chosen_per_expert_E: Tensor, rate: float) -> Tensor:

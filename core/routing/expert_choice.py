@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..contract import Routing, RoutingContext
+from ..contract import Evidence, Routing, RoutingContext
 from ..kernels.eager import capacity as capacity_of
 from ..kernels.eager import count_experts, outside_autocast, whole_ratio
 from .checks import positive
@@ -112,10 +112,9 @@ def choose_tokens(
         tokens_per_expert_E=tokens_E,
         chosen_per_expert_E=tokens_E,
         num_tokens=T,
-        logits_TE=logits_TE,
-        scores_TE=scores_TE,
         valid_T=valid_T,
         num_sequences=num_sequences,
+        evidence=Evidence(scores_TE, logits_TE),
     )
 
 

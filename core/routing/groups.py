@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import torch
 
+from ..contract import Evidence
 from ..kernels import topk_gate
 from .balance import SCORE_TERMS
 from .checks import at_least_one, divides, positive
@@ -37,8 +38,7 @@ class PrototypesRouter(PairRouter):
         return Choice(
             best_TG + first_G,
             scores_TGe.gather(-1, best_TG.unsqueeze(-1)).squeeze(-1),
-            scores_TGe.flatten(-2) / self.config.num_prototypes,
-            logits_TE,
+            Evidence(scores_TGe.flatten(-2) / self.config.num_prototypes, logits_TE),
         )
 
 
@@ -115,7 +115,7 @@ class HierarchicalRouter(PairRouter):
         return Choice(
             expert_ids_TK.gather(-1, best_first),
             gates_TK.gather(-1, best_first),
-            (groups.scores_TE.unsqueeze(-1) * logits_TGe.softmax(-1)).flatten(1),
+            Evidence((groups.scores_TE.unsqueeze(-1) * logits_TGe.softmax(-1)).flatten(1)),
         )
 
 
@@ -203,11 +203,13 @@ class EnsembleRouter(PairRouter):
         return Choice(
             member_T1 * own.shape[-1] + best.expert_ids_TK,
             best.gates_TK,
-            torch.zeros_like(logits_TGe).scatter(1, own, best.scores_TE.unsqueeze(1)).flatten(1),
-            # -inf: experts of another member are out of reach, for the z-loss too.
-            torch.full_like(logits_TGe, -torch.inf).scatter(1, own, logits_T1e).flatten(1),
-            # The scores' sum is by place in the member, and of no use here.
-            sums=None if best.sums is None else {"square": best.sums["square"]},
+            Evidence(
+                torch.zeros_like(logits_TGe).scatter(1, own, best.scores_TE.unsqueeze(1)).flatten(1),
+                # -inf: experts of another member are out of reach, for the z-loss too.
+                torch.full_like(logits_TGe, -torch.inf).scatter(1, own, logits_T1e).flatten(1),
+                # The scores' sum is by place in the member, and of no use here.
+                sums=None if best.sums is None else {"square": best.sums["square"]},
+            ),
         )
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..contract import Evidence
 from .balance import SCORE_TERMS
 from .checks import at_least_one, positive
 from .gates import AttentionGate, CosineGate, LinearGate, TokenIdGate
@@ -141,7 +142,8 @@ class StableRouter(PairRouter):
                 light_TE = self.light(ids_T, logits_TE.dtype)
                 extra = {"distillation": F.cross_entropy(light_TE, expert_T, reduction="none")}
         scores_TE = logits_TE.sigmoid()
-        return Choice(expert_T[:, None], scores_TE.gather(-1, expert_T[:, None]), scores_TE, logits_TE, extra=extra)
+        gates_T1 = scores_TE.gather(-1, expert_T[:, None])
+        return Choice(expert_T[:, None], gates_T1, Evidence(scores_TE, logits_TE, extra=extra))
 
     def freeze_light_router(self) -> None:
         """Begin stage 2: the light router decides and no longer learns, and no balance loss applies, as it could change

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..contract import Routing, RoutingContext, check_kinds
+from ..contract import Evidence, Routing, RoutingContext, check_kinds
 from ..kernels import topk_gate
 from ..kernels.eager import outside_autocast
 from ..registry import OpenConfig
@@ -87,7 +87,7 @@ class Router(nn.Module):
         terms: the balance terms that apply.
         needs: fields of ``RoutingContext`` without which it cannot decide.
         gates_on: what the gates scale: the experts' "output", or their "input".
-        extra_weights: weights of ``Routing.extra`` by name; the names are among ``terms`` too.
+        extra_weights: weights of ``Evidence.extra`` by name; the names are among ``terms`` too.
         backend: whose kernels choose and count.
         expert_bias: float32 (E,) buffer added to the scores for the choice alone, or None.
     """
@@ -228,12 +228,8 @@ class TokenChoiceRouter(PairRouter):
         return Choice(
             expert_ids_TK,
             best.gates_TK,
-            scores_TE,
-            logits_TE,
+            Evidence(scores_TE, logits_TE, noise_std, threshold_TE, sums=sums),
             priority_T=None if noise_std is None else best.scores_TE.amax(-1),  # the losses' scores else
-            noise_std=noise_std,
-            threshold_TE=threshold_TE,
-            sums=sums,
             chosen_per_expert_E=chosen_E,
         )
 
@@ -327,7 +323,7 @@ class RouterConfig(OpenConfig):
         return frozenset()
 
     def extra_weights(self) -> dict[str, float]:
-        """Weights of the losses that the gate itself leaves in ``Routing.extra``, by name."""
+        """Weights of the losses that the gate itself leaves in ``Evidence.extra``, by name."""
         return {}
 
     def pairs_per_token(self, num_experts: int) -> float:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..contract import Routing, check_kinds
+from ..contract import Evidence, Routing, check_kinds
 from ..kernels import queue_ranks
 from ..kernels.eager import capacity, count_experts, whole_ratio
 
@@ -95,24 +95,15 @@ class Choice:
     Attributes:
         expert_ids_TK: int64 (T, K), the best expert first; E where a token leaves a place empty.
         gates_TK: float32 (T, K), combine weights; those of empty places are not read.
-        scores_TE: float32 (T, E), what the balance losses and the statistics see; None where there are none.
-        logits_TE: float32 (T, E), without noise; None where there are none.
+        evidence: what the losses and the statistics read.
         priority_T: float32 (T,), the higher is served first under priority "score"; None: the largest score.
-        noise_std, threshold_TE, extra, balance_scores, balance_chosen, sums: as in ``Routing``.
         chosen_per_expert_E: int64 (E,), real tokens that chose each expert, where the gate counted them on the way.
     """
 
     expert_ids_TK: Tensor
     gates_TK: Tensor
-    scores_TE: Tensor | None = None
-    logits_TE: Tensor | None = None
+    evidence: Evidence = field(default_factory=Evidence)
     priority_T: Tensor | None = None
-    noise_std: float | Tensor | None = None
-    threshold_TE: Tensor | None = None
-    extra: dict[str, Tensor] | None = None
-    balance_scores: Tensor | None = None
-    balance_chosen: Tensor | None = None
-    sums: dict[str, Tensor] | None = None
     chosen_per_expert_E: Tensor | None = None
 
 
@@ -172,16 +163,9 @@ def select_pairs(
         chosen_per_expert_E=chosen_E,
         num_tokens=T,
         top_k=K,
-        logits_TE=choice.logits_TE,
-        scores_TE=choice.scores_TE,
         valid_T=valid_T,
-        noise_std=choice.noise_std,
-        threshold_TE=choice.threshold_TE,
-        extra=choice.extra,
         num_sequences=num_sequences,
-        balance_scores=choice.balance_scores,
-        balance_chosen=choice.balance_chosen,
-        sums=choice.sums,
+        evidence=choice.evidence,
     )
 
 
@@ -204,4 +188,5 @@ def _count(expert_ids_N: Tensor, num_experts: int) -> Tensor:
 def _priority(choice: Choice) -> Tensor:
     if choice.priority_T is not None:
         return choice.priority_T.detach()
-    return (choice.gates_TK if choice.scores_TE is None else choice.scores_TE).detach().amax(-1)
+    scores_TE = choice.evidence.scores_TE
+    return (choice.gates_TK if scores_TE is None else scores_TE).detach().amax(-1)

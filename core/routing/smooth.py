@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..contract import Evidence
 from ..kernels.eager import check_devices, top_k_ids
 from .balance import SCORE_TERMS, entropy
 from .checks import at_least_one, at_most_experts, positive
@@ -39,7 +40,7 @@ class DenseRouter(PairRouter):
         scores_TE = logits_TE.softmax(-1)
         places = self.num_experts if self.training else self.config.eval_top_k or self.num_experts
         ids_TK = top_k_ids(logits_TE.detach(), places)
-        return Choice(ids_TK, scores_TE.gather(-1, ids_TK), scores_TE, logits_TE)
+        return Choice(ids_TK, scores_TE.gather(-1, ids_TK), Evidence(scores_TE, logits_TE))
 
 
 @dataclass(frozen=True)
@@ -188,7 +189,7 @@ class DSelectKRouter(PairRouter):
                 extra["reachability"] = reachability(r_TKE)
         # Weight 0 has gradient 0 (the smooth step is flat there): leaving such pairs out is exact.
         ids_TK = torch.where(gates_TK > 0, best_TK, E)
-        return Choice(ids_TK, gates_TK, scores_TE, extra=extra)
+        return Choice(ids_TK, gates_TK, Evidence(scores_TE, extra=extra))
 
 
 @dataclass(frozen=True)
@@ -314,7 +315,8 @@ class DenseToSparseRouter(PairRouter):
         gates_TK = gates_TE.gather(-1, best_TK)
         above_TK = gates_TK > config.threshold
         above_TK = torch.cat((torch.ones_like(above_TK[:, :1]), above_TK[:, 1:]), -1)
-        return Choice(torch.where(above_TK, best_TK, self.num_experts), gates_TK, scores_TE, logits_TE)
+        ids_TK = torch.where(above_TK, best_TK, self.num_experts)
+        return Choice(ids_TK, gates_TK, Evidence(scores_TE, logits_TE))
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,6 @@ class SlotRouter(Router):
                 dispatch_GSEP=dispatch_BSN.unflatten(-1, (E, P)),
                 combine_GSEP=combine_BSN.unflatten(-1, (E, P)),
                 tokens_per_expert_E=computed_E,
-                chosen_per_expert_E=computed_E,
                 num_tokens=B * S,
                 valid_T=None if valid_BS is None else valid_BS.flatten(),
             )
@@ -211,7 +210,6 @@ class MergeRouter(Router):
                 tokens_per_group=L,
                 groups_per_sequence=J,
                 tokens_per_expert_E=chosen_E,
-                chosen_per_expert_E=chosen_E,
                 num_tokens=B * S,
                 in_segments=config.kind == "lory",
                 logits_GE=logits_GE,

@@ -6,6 +6,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from ..contract import Evidence
 from ..kernels import topk_gate
 from .balance import SCORE_TERMS
 from .checks import at_least_one, at_most_experts
@@ -53,14 +54,8 @@ class TopKRouter(PairRouter):
         """The choice of each row of logits; ``valid_T`` marks the real ones."""
         config = cast(TopKConfig, self.config)
         best = topk_gate(logits_TE, config.top_k, normalize=config.normalizes, valid_T=valid_T, backend=self.backend)
-        return Choice(
-            best.expert_ids_TK,
-            best.gates_TK,
-            best.scores_TE,
-            logits_TE,
-            sums=best.sums,
-            chosen_per_expert_E=best.chosen_per_expert_E,
-        )
+        evidence = Evidence(best.scores_TE, logits_TE, sums=best.sums)
+        return Choice(best.expert_ids_TK, best.gates_TK, evidence, chosen_per_expert_E=best.chosen_per_expert_E)
 
 
 class SequenceTopKRouter(TopKRouter):
@@ -72,12 +67,12 @@ class SequenceTopKRouter(TopKRouter):
 
     def choose(self, tokens: Tokens) -> Choice:
         # K experts of B rows are chosen, not of T.
-        of_sequence = self.choose_from(self.sequence_logits(tokens))
-        assert of_sequence.scores_TE is not None
-        assert of_sequence.logits_TE is not None
+        logits_BE = self.sequence_logits(tokens)
+        of_sequence = self.choose_from(logits_BE)
+        scores_BE = of_sequence.evidence.scores_TE
+        assert scores_BE is not None
         return Choice(
             tokens.to_tokens(of_sequence.expert_ids_TK),
             tokens.to_tokens(of_sequence.gates_TK),
-            tokens.to_tokens(of_sequence.scores_TE),
-            tokens.to_tokens(of_sequence.logits_TE),
+            Evidence(tokens.to_tokens(scores_BE), tokens.to_tokens(logits_BE)),
         )

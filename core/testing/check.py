@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..contract import RoutingContext, record
+from ..contract import Decision, RoutingContext, record
 from ..layers import MoE, aux_loss
 from .case import Case, seeded
 
@@ -71,6 +71,11 @@ def step(layer: MoE, x: Tensor, context: RoutingContext | None, run: Any = None,
     found = {"output": y.detach(), "auxiliary loss": loss.detach(), "load": entry.routing.tokens_per_expert_E}
     grads = {"tokens": x, **dict(layer.named_parameters())}
     return found | {f"gradient of {n}": p.grad.clone() for n, p in grads.items() if p.grad is not None}
+
+
+def tensors(routing: Decision) -> dict[str, Tensor]:
+    """Return what a routing and its evidence hold, by name."""
+    return {k: v for part in (routing, routing.evidence) for k, v in vars(part).items() if isinstance(v, Tensor)}
 
 
 def same_step(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

@@ -49,11 +49,12 @@ def _(case: Case) -> None:
         pair_N = token_N[computed_N] * E + ids_N[computed_N]
         hold(len(pair_N.unique()) == len(pair_N), "a token takes an expert twice")
         for name in ("logits_TE", "scores_TE"):
-            tensor = getattr(routing, name)
+            tensor = getattr(routing.evidence, name)
             if tensor is not None:
                 hold(tensor.shape[0] == T, f"{name} has {tensor.shape[0]} rows, not T={T}")
-        if routing.scores_TE is not None:
-            hold(routing.scores_TE.shape[1] == E, f"scores_TE has {routing.scores_TE.shape[1]} columns, not E={E}")
+        scores_TE = routing.evidence.scores_TE
+        if scores_TE is not None:
+            hold(scores_TE.shape[1] == E, f"scores_TE has {scores_TE.shape[1]} columns, not E={E}")
 
 
 @CHECKS.keeps(

@@ -13,7 +13,7 @@ from ..contract import record
 from ..experts import FFNExperts
 from ..layers import aux_loss
 from .case import Case, seeded
-from .check import Checks, close, hold, same_step, step
+from .check import Checks, close, hold, same_step, step, tensors
 
 CHECKS = Checks()
 
@@ -112,15 +112,15 @@ def _(case: Case) -> None:
         found = layer.router(x, context)
         y = layer(x, context)
     hold(y.isfinite().all(), "the output under autocast is not finite")
-    for name, value in vars(expected).items():
-        if isinstance(value, Tensor):
-            other = getattr(found, name)
-            hold(other.dtype == value.dtype, f"{name} is {other.dtype} under autocast")
-            hold(torch.equal(other, value), f"{name} is another one under autocast")
+    under_autocast = tensors(found)
+    for name, value in tensors(expected).items():
+        other = under_autocast[name]
+        hold(other.dtype == value.dtype, f"{name} is {other.dtype} under autocast")
+        hold(torch.equal(other, value), f"{name} is another one under autocast")
     layer = layer.bfloat16()
     y = layer(x.bfloat16(), context)
     hold(y.dtype == torch.bfloat16, f"a bfloat16 layer puts out {y.dtype}")
     hold(y.isfinite().all(), "the output in bfloat16 is not finite")
-    for name, value in vars(layer.router(x.bfloat16(), context)).items():
-        if isinstance(value, Tensor) and value.is_floating_point():
+    for name, value in tensors(layer.router(x.bfloat16(), context)).items():
+        if value.is_floating_point():
             hold(value.dtype == torch.float32, f"{name} is {value.dtype} in a bfloat16 layer")

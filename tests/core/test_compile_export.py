@@ -147,7 +147,7 @@ def test_a_compiled_model_with_autocast_keeps_its_router_in_float32():
             y = compiled(x)
             expected = layer(x)
     plain, cast, _ = (entry.routing for entry in tape.entries)
-    assert torch.equal(cast.logits_TE, plain.logits_TE)
+    assert torch.equal(cast.evidence.logits_TE, plain.evidence.logits_TE)
     assert y.dtype == torch.bfloat16
     assert torch.equal(y, expected)
 

@@ -142,8 +142,8 @@ def first_choice_loss(routing: Routing, counted_T: Tensor) -> Tensor:
         routing: of the sequence.
         counted_T: bool (T,), the tokens whose first choice counts; ``f`` is a share of all T tokens all the same.
     """
-    first_E = torch.bincount(routing.logits_TE.argmax(-1)[counted_T], minlength=E)
-    return E * (first_E / routing.num_tokens * routing.scores_TE.mean(0)).sum()
+    first_E = torch.bincount(routing.evidence.logits_TE.argmax(-1)[counted_T], minlength=E)
+    return E * (first_E / routing.num_tokens * routing.evidence.scores_TE.mean(0)).sum()
 
 
 def test_balance_loss_is_of_first_choices_and_of_all_choices_in_ours():
@@ -153,13 +153,13 @@ def test_balance_loss_is_of_first_choices_and_of_all_choices_in_ours():
     torch.testing.assert_close(theirs, first_choice_loss(routing, torch.ones(S, dtype=torch.bool)))
     # The same function as ours, on other counts.
     first_E = torch.bincount(routing.expert_ids_N[::2], minlength=E)
-    torch.testing.assert_close(theirs, load_balancing_loss(routing.scores_TE.sum(0), first_E, S))
+    torch.testing.assert_close(theirs, load_balancing_loss(routing.evidence.scores_TE.sum(0), first_E, S))
     layer = MoEConfig(E, TokenChoice(top_k=2), FFN(1), balance=Balance(load_balancing=1.0)).build(D)
     layer.router.gate.weight.data.copy_(peer.to_gates.weight)
     with record(layer) as tape:
         layer(x)
     all_E = torch.bincount(routing.expert_ids_N, minlength=E)
-    wanted = E * (all_E / (2 * S) * routing.scores_TE.mean(0)).sum()
+    wanted = E * (all_E / (2 * S) * routing.evidence.scores_TE.mean(0)).sum()
     torch.testing.assert_close(aux_losses(tape).terms["load_balancing"], wanted)
 
 

@@ -18,7 +18,7 @@ def loss_terms(
     nn.init.normal_(layer.router.gate.weight)
     with record(layer) as tape:
         layer(x, None if valid is None else RoutingContext(valid_BS=valid))
-    return aux_losses(tape).terms, tape.entries[0].routing.logits_TE
+    return aux_losses(tape).terms, tape.entries[0].routing.evidence.logits_TE
 
 
 @pytest.mark.parametrize("padded", [False, True])

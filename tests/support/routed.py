@@ -43,4 +43,5 @@ def gates(routing: Routing) -> list[list[float]]:
 
 def terms_of(routing: Routing, *names: str) -> dict[str, float]:
     """The balance terms ``names`` of one pass, unweighted."""
-    return {k: v.item() for k, v in balance_terms(balance_sums(routing, frozenset(names))).items() if k in names}
+    wanted = frozenset(names)
+    return {name: value.item() for name, value in balance_terms(balance_sums(routing, wanted), wanted).items()}

@@ -181,11 +181,12 @@ class TokenMixing(core.MoELayer):
     @staticmethod
     def _dense(routing: core.Routing, gates_TE: Tensor) -> core.DenseRouting:
         """Where all take both experts, the load is the sum of the gates and not a count."""
+        logits_TE = routing.evidence.logits_TE
         return core.DenseRouting(
             gates_BtE=gates_TE[:, None],
             gate=0,
             num_tokens=routing.num_tokens,
-            logits_BtE=None if routing.logits_TE is None else routing.logits_TE[:, None],
+            logits_BtE=None if logits_TE is None else logits_TE[:, None],
             expert_names=EXPERTS,
         )
 

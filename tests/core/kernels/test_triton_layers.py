@@ -84,7 +84,7 @@ def test_gates_that_choose_the_best_of_some_logits_are_the_fused_one(monkeypatch
         (routing.gates_N.square().sum() + sum(t.sum() for t in losses.values())).backward()
         grads = {name: p.grad for name, p in router.named_parameters()}
         out[backend] = {"ids": routing.expert_ids_N, "gates": routing.gates_N, **losses, **grads}
-        assert set(routing.sums or {}) == (summed if backend == "triton" else set())
+        assert set(routing.evidence.sums or {}) == (summed if backend == "triton" else set())
     assert len(calls) == gates
     for name, expected in out["eager"].items():
         torch.testing.assert_close(out["triton"][name], expected, rtol=1e-5, atol=1e-5)
@@ -112,9 +112,9 @@ def test_the_balance_losses_take_the_sums_of_the_fused_gate():
     with core.record(moe) as tape:
         moe(torch.randn(1, 12, 20))
     (entry,) = tape.entries
-    assert set(entry.routing.sums) == {"score", "square"}
-    assert entry.routing.sums["score"].sum().item() == pytest.approx(12, rel=1e-5)  # one for each token
-    assert all(not t.requires_grad for t in tape.detach().entries[0].routing.sums.values())
+    assert set(entry.routing.evidence.sums) == {"score", "square"}
+    assert entry.routing.evidence.sums["score"].sum().item() == pytest.approx(12, rel=1e-5)  # one for each token
+    assert all(not t.requires_grad for t in tape.detach().entries[0].routing.evidence.sums.values())
 
 
 def test_only_tokens_and_pre_activations_are_kept_for_the_backward():

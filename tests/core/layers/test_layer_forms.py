@@ -28,9 +28,9 @@ def test_under_autocast_the_router_stays_exactly_as_it_is_and_experts_run_in_bfl
         with torch.autocast("cpu", torch.bfloat16):
             y = layer(x)
     plain, cast = (entry.routing for entry in tape.entries)
-    assert torch.equal(cast.logits_TE, plain.logits_TE)
+    assert torch.equal(cast.evidence.logits_TE, plain.evidence.logits_TE)
     assert torch.equal(cast.gates_N, plain.gates_N)
-    assert cast.logits_TE.dtype == torch.float32
+    assert cast.evidence.logits_TE.dtype == torch.float32
     assert y.dtype == torch.bfloat16
     # A bfloat16 number is good to 2^-8; three products and a sum of numbers of this size.
     assert (y - expected).abs().max() < 4 * 2**-8 * expected.abs().max()
@@ -147,7 +147,7 @@ def test_a_gate_keeps_half_precision_tokens_as_they_are_and_computes_in_float32(
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), record(layer) as tape:
         y = layer(x, context)
     assert set(kept) == {dtype}
-    logits_TE = tape.entries[0].routing.logits_TE
+    logits_TE = tape.entries[0].routing.evidence.logits_TE
     # The same from float32 copies: the logits bit by bit, the gradients but for the rounding of each.
     wide = [t.detach().float().requires_grad_() for t in (x, layer.router.gate.weight, layer.router.gate.bias)]
     tokens = wide[0].flatten(0, 1)

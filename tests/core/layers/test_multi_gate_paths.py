@@ -117,9 +117,9 @@ def test_under_autocast_gates_stay_in_float32(name):
     assert y.dtype == torch.bfloat16
     half = len(tape) // 2
     for before, cast in zip(tape.entries[:half], tape.entries[half:], strict=True):
-        assert cast.routing.scores_TE.dtype == torch.float32
+        assert cast.routing.evidence.scores_TE.dtype == torch.float32
         if "level1" not in cast.name and "level2" not in cast.name:  # those see inputs in bfloat16
-            assert torch.equal(cast.routing.scores_TE, before.routing.scores_TE)
+            assert torch.equal(cast.routing.evidence.scores_TE, before.routing.evidence.scores_TE)
     # A few products rounded to 8 bits, 2^-8 each, of the largest output.
     assert (y.float() - exact).abs().max() < 0.05 * exact.abs().max()
 

@@ -70,11 +70,11 @@ def test_dense_entries_hold_the_gates_and_the_experts_names():
         layer(x)
     first, second, _ = tape.entries
     gates = (x @ layer.router.weight[1].T).softmax(-1)
-    torch.testing.assert_close(second.routing.scores_TE, gates)
+    torch.testing.assert_close(second.routing.evidence.scores_TE, gates)
     assert first.routing.gates_BtE.shape == (5, TASKS, 5)
     assert first.routing.expert_names == ("shared0", "shared1", "shared2", "task0.0", "task0.1")
     assert second.routing.expert_names == ("shared0", "shared1", "shared2", "task1.0", "task1.1")
-    assert second.routing.scores_TE.requires_grad
+    assert second.routing.evidence.scores_TE.requires_grad
     assert not second.detach().routing.gates_BtE.requires_grad
 
 
@@ -85,7 +85,7 @@ def test_names_of_a_shared_gates_experts():
     shared = names["level0.shared"]
     # Self-gates are in nobody's softmax.
     assert shared.expert_names == ("shared0", "shared1", "task0.0", "task1.0", "task2.0", "domain.0")
-    assert shared.scores_TE.shape == (5, 6)
+    assert shared.evidence.scores_TE.shape == (5, 6)
     assert names["level1.task2"].expert_names == ("shared0", "shared1", "task2.0", "domain.0")
 
 

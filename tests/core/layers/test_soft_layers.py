@@ -56,7 +56,7 @@ def test_losses_bias_updates_and_statistics_pass_over_soft_layers_beside_others(
     detached = tape.detach()
     for entry in detached.entries:
         assert not any(t.requires_grad for t in vars(entry.routing).values() if isinstance(t, Tensor))
-        assert not entry.routing.scores_TE.requires_grad
+        assert not entry.routing.evidence.scores_TE.requires_grad
     stats = RoutingStats.from_tape(tape.merge(detached)).layers
     assert list(stats) == list(moe_layers(model)) == ["0", "1", "2", "3"]
     # Slots: 2 of each expert for both sequences, twice. Merged: 14 tokens twice, of two experts of four, or of all.
@@ -78,7 +78,7 @@ def test_scores_are_the_weights_of_each_tokens_group():
     routing = tape.entries[0].routing
     weights = routing.weights_GE.unflatten(0, (2, 3))
     expected = torch.stack([weights[b, s // 3] for b in range(2) for s in range(7)])
-    assert torch.equal(routing.scores_TE, expected)
+    assert torch.equal(routing.evidence.scores_TE, expected)
 
 
 @pytest.mark.parametrize("router", [SoftSlots(), Merge()], ids=str)
@@ -160,8 +160,8 @@ def test_under_autocast_the_router_stays_in_float32_and_experts_run_in_bfloat16(
         with torch.autocast("cpu", torch.bfloat16):
             y = layer(x)
     plain, cast = (entry.routing for entry in tape.entries)
-    assert cast.scores_TE.dtype == torch.float32
-    assert torch.equal(cast.scores_TE, plain.scores_TE)
+    assert cast.evidence.scores_TE.dtype == torch.float32
+    assert torch.equal(cast.evidence.scores_TE, plain.evidence.scores_TE)
     assert y.dtype == torch.bfloat16
     # A bfloat16 number is good to 2^-8; up to five products and sums of numbers of this size.
     assert (y - expected).abs().max() < 6 * 2**-8 * expected.abs().max()
@@ -197,7 +197,7 @@ def test_compiles_without_a_graph_break(router, dynamic):
             with record(layer) as tape:
                 y = run(x, given)
             y.square().sum().backward()
-            found.append([y, tape.entries[0].routing.scores_TE] + [p.grad.clone() for p in layer.parameters()])
+            found.append([y, tape.entries[0].routing.evidence.scores_TE] + [p.grad.clone() for p in layer.parameters()])
         for a, b in zip(*found, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     torch._dynamo.reset()

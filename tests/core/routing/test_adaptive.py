@@ -75,13 +75,13 @@ def test_null_experts_are_empty_places_and_gates_are_shared_by_the_real_ones():
     # 0.4 / 0.4 alone; 0.4 / 0.75 and 0.35 / 0.75; none.
     assert gates(routing) == [[1.0, 0.0], pytest.approx([0.533333, 0.466667], abs=1e-6), [0.0, 0.0]]
     assert routing.tokens_per_expert_E.tolist() == [2, 1]
-    assert routing.scores_TE[0].tolist() == pytest.approx([0.8, 0.2])
+    assert routing.evidence.scores_TE[0].tolist() == pytest.approx([0.8, 0.2])
 
 
 def test_the_balance_loss_sees_the_mean_load_of_the_null_experts():
     routing = built(NullExperts(top_k=2, num_null_experts=2), 2, columns=4)(logits_of(*NULLS))
     # Chosen: 2 and 1 of the real ones, 1 + 2 null ones, 1.5 each; shares 2/6, 1/6, 1/4, 1/4.
-    assert routing.balance_chosen.tolist() == [2, 1, 1.5, 1.5]
+    assert routing.evidence.balance_chosen.tolist() == [2, 1, 1.5, 1.5]
     # Scores summed: 0.9, 0.65, and 0.5 + 0.25 + 0.7 = 1.45 for both null ones.
     # 4 * (2/6 * 0.9 + 1/6 * 0.65 + 1/4 * 1.45) / 3 = 4/3 * 0.7708333 = 1.0277778.
     # Importance of 0.9, 0.65, 0.725, 0.725: mean 0.75, variance (0.0225 + 0.01 + 2 * 0.000625) / 4 = 0.0084375,
@@ -118,7 +118,7 @@ def test_padding_is_not_in_the_load_of_the_null_experts():
     router = built(NullExperts(top_k=2, num_null_experts=2), 2, columns=4)
     x = torch.cat((logits_of(*NULLS), torch.full((1, 2, 4), torch.nan)), 1)
     padded = router(x, RoutingContext(valid_BS=torch.tensor([[True, True, True, False, False]])))
-    assert padded.balance_chosen.tolist() == [2, 1, 1.5, 1.5]
+    assert padded.evidence.balance_chosen.tolist() == [2, 1, 1.5, 1.5]
     names = ("load_balancing", "importance", "router_z")
     assert terms_of(padded, *names) == pytest.approx(terms_of(router(logits_of(*NULLS)), *names), abs=1e-12)
 
@@ -164,14 +164,14 @@ def test_every_expert_above_its_threshold_is_taken_with_equal_gates(training):
     routing = dynamic((0.5, 0.9, -1.0), training)(X)
     assert ids(routing) == [[2, 0, 3]]
     assert gates(routing) == [[0.5, 0.5, 0.0]]
-    assert routing.scores_TE[0].tolist() == pytest.approx([0.645656, 0.689974, 0.5], abs=1e-6)
+    assert routing.evidence.scores_TE[0].tolist() == pytest.approx([0.645656, 0.689974, 0.5], abs=1e-6)
 
 
 def test_the_temperature_divides_cosines_and_thresholds():
     routing = dynamic((0.5, 0.9, -1.0), temperature=0.5)(X)
     assert ids(routing) == [[2, 0, 3]]
     # sigmoid(0.6 / 0.5) = sigmoid(1.2) = 0.768525.
-    assert routing.scores_TE[0, 0].item() == pytest.approx(0.768525, abs=1e-6)
+    assert routing.evidence.scores_TE[0, 0].item() == pytest.approx(0.768525, abs=1e-6)
 
 
 def test_at_most_max_k_are_taken_those_furthest_above():
@@ -223,7 +223,7 @@ def test_diversity_and_simplicity_join_the_losses_with_their_weights():
 def test_a_loss_of_weight_zero_is_left_out():
     assert DynamicThreshold(diversity=0.0).extra_weights() == {"simplicity": 0.01}
     routing = dynamic((0.5, 0.9, -1.0), training=True, diversity=0.0)(X)
-    assert list(routing.extra) == ["simplicity"]
+    assert list(routing.evidence.extra) == ["simplicity"]
 
 
 def test_experts_start_orthogonal_with_thresholds_of_zero():
@@ -270,7 +270,7 @@ def test_loads_are_rounded_up_with_the_best_scored_others():
     assert routing.expert_ids_N.shape == (6 * 1 + 2 * 2,)
     assert routing.top_k is None
     # The losses see the choice; the drop rate counts the added ones as chosen.
-    assert routing.balance_chosen.tolist() == [3, 3]
+    assert routing.evidence.balance_chosen.tolist() == [3, 3]
     assert routing.chosen_per_expert_E.tolist() == [4, 4]
 
 
@@ -390,7 +390,7 @@ def test_normalized_logits_have_mean_zero_and_the_given_deviation():
     # Logits 1, 2, 3: mean 2, deviation sqrt(2/3) = 0.816497; times 2: -2.449490, 0, 2.449490.
     # exp: 0.086338, 1, 11.582435; sum 12.668773; the largest is 0.914251 of it.
     routing = built(TokenChoice(1, logit_norm=2.0), 3)(torch.tensor([[[1.0, 2.0, 3.0]]]))
-    assert routing.logits_TE[0].tolist() == pytest.approx([-2.449490, 0.0, 2.449490], abs=1e-5)
+    assert routing.evidence.logits_TE[0].tolist() == pytest.approx([-2.449490, 0.0, 2.449490], abs=1e-5)
     assert gates(routing) == [pytest.approx([0.914251], abs=1e-5)]
     assert ids(routing) == [[2]]
 
@@ -406,7 +406,7 @@ def test_normalized_logits_forget_scale_and_shift_and_sharpen_with_the_factor():
 def test_equal_logits_stay_equal_with_a_finite_gradient():
     x = torch.ones(1, 2, 4, requires_grad=True)
     routing = built(TokenChoice(1, logit_norm=1.0), 4, training=True)(x)
-    assert routing.scores_TE.tolist() == [[0.25] * 4] * 2
+    assert routing.evidence.scores_TE.tolist() == [[0.25] * 4] * 2
     routing.gates_N.sum().backward()
     assert x.grad.isfinite().all()
 

@@ -166,7 +166,7 @@ def test_base_gives_each_expert_the_tokens_that_gain_most():
     chosen = torch.tensor([4.0, 2.0, 5.0, 1.5])
     assert routing.gates_N.tolist() == pytest.approx(chosen.sigmoid().tolist())  # sigmoid(2) = 0.880797
     assert routing.gates_N[1].item() == pytest.approx(0.880797)
-    assert torch.equal(routing.logits_TE, x[0])
+    assert torch.equal(routing.evidence.logits_TE, x[0])
     assert routing.tokens_per_expert_E.tolist() == [2, 2]
 
 

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from routed import terms_of
 from torch import Tensor
 
-from core import Balance, Entry, MoEConfig, Routing, Tape, TokenChoice, aux_loss, aux_losses
+from core import Balance, Entry, Evidence, MoEConfig, Routing, Tape, TokenChoice, aux_loss, aux_losses
 from core.routing.balance import (
     TERMS,
     balance_sums,
     balance_terms,
     expert_bias_step,
-    importance_loss,
     load_balancing_loss,
-    load_loss,
-    router_z_loss,
+    mean_over,
     smooth_load,
+    squared_cv,
 )
 
 ALL = frozenset(TERMS)
@@ -43,11 +44,8 @@ def routing(
         tokens_per_expert_E=torch.tensor(chosen),
         chosen_per_expert_E=torch.tensor(chosen),
         num_tokens=len(scores_TE),
-        logits_TE=scores_TE.log(),
-        scores_TE=scores_TE,
         valid_T=None if valid is None else torch.tensor(valid),
-        noise_std=noise_std,
-        threshold_TE=threshold,
+        evidence=Evidence(scores_TE, scores_TE.log(), noise_std, threshold),
     )
 
 
@@ -75,19 +73,19 @@ def test_importance_is_of_the_scores_of_all_experts_as_in_v_moe():
     with torch.no_grad():
         router.gate.weight.copy_(torch.eye(3))
     routing = router(torch.tensor([[[0.5, 0.3, 0.2], [0.2, 0.3, 0.5]]]).log())
-    terms = balance_terms(balance_sums(routing, frozenset({"importance"})))
-    assert terms["importance"].item() == pytest.approx(0.005)
+    terms = terms_of(routing, "importance")
+    assert terms["importance"] == pytest.approx(0.005)
 
 
 def test_importance_loss_by_hand():
     # Mean 1.0; variance (0.3^2 + 0.1^2 + 0.4^2) / 3 = 0.26 / 3.
-    assert importance_loss(torch.tensor([1.3, 1.1, 0.6])).item() == pytest.approx(0.086667, abs=1e-6)
+    assert squared_cv(torch.tensor([1.3, 1.1, 0.6])).item() == pytest.approx(0.086667, abs=1e-6)
 
 
 def test_router_z_loss_by_hand():
     # Logits (0, 0) and (log 3, 0): logsumexp log 2 and log 4; (0.480453 + 1.921812) / 2.
     squares = torch.tensor([[0.0, 0.0], [math.log(3), 0.0]]).logsumexp(-1).square().sum()
-    assert router_z_loss(squares, 2).item() == pytest.approx(1.201133, abs=1e-6)
+    assert mean_over(squares, 2).item() == pytest.approx(1.201133, abs=1e-6)
 
 
 def test_load_loss_by_hand():
@@ -95,25 +93,25 @@ def test_load_loss_by_hand():
     # Mean 0.3551105, both 0.3003112 away: (0.3003112 / 0.3551105)^2 = 0.715181.
     load = smooth_load(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.8]]), 0.5)
     assert load[0].tolist() == pytest.approx([0.655422, 0.054799], abs=1e-6)
-    assert load_loss(load.sum(0)).item() == pytest.approx(0.715181, abs=1e-6)
+    assert squared_cv(load.sum(0)).item() == pytest.approx(0.715181, abs=1e-6)
 
 
 def test_losses_at_balance_are_one_and_zero():
     even = torch.full((4,), 2.5)
     assert load_balancing_loss(even, torch.tensor([5, 5, 5, 5]), 10).item() == pytest.approx(1.0, abs=1e-6)
-    assert importance_loss(even).item() == 0.0
-    assert load_loss(even).item() == 0.0
+    assert squared_cv(even).item() == 0.0
+    assert squared_cv(even).item() == 0.0
 
 
 def test_losses_when_one_of_four_experts_takes_all_are_e_and_e_minus_one():
     one = torch.tensor([10.0, 0.0, 0.0, 0.0])
     assert load_balancing_loss(one, torch.tensor([10, 0, 0, 0]), 10).item() == pytest.approx(4.0, abs=1e-6)
     # Mean 2.5; variance (7.5^2 + 3 * 2.5^2) / 4 = 18.75; over 6.25 is 3.
-    assert importance_loss(one).item() == pytest.approx(3.0, abs=1e-6)
+    assert squared_cv(one).item() == pytest.approx(3.0, abs=1e-6)
 
 
 def test_terms_of_a_routing_by_hand():
-    terms = balance_terms(balance_sums(routing(SCORES, [2, 1, 0]), ALL))
+    terms = balance_terms(balance_sums(routing(SCORES, [2, 1, 0]), ALL), ALL)
     assert terms["load_balancing"].item() == pytest.approx(1.233333, abs=1e-6)
     assert terms["importance"].item() == pytest.approx(0.086667, abs=1e-6)
     assert terms["router_z"].item() == pytest.approx(0.0, abs=1e-6)  # logsumexp(log p) = log 1
@@ -122,8 +120,8 @@ def test_terms_of_a_routing_by_hand():
 
 def test_padding_is_in_no_term():
     padded = routing([*SCORES, [0.98, 0.01, 0.01]], [2, 1, 0], valid=[True, True, True, False])
-    padded_terms = balance_terms(balance_sums(padded, ALL))
-    terms = balance_terms(balance_sums(routing(SCORES, [2, 1, 0]), ALL))
+    padded_terms = balance_terms(balance_sums(padded, ALL), ALL)
+    terms = balance_terms(balance_sums(routing(SCORES, [2, 1, 0]), ALL), ALL)
     assert padded_terms.keys() == terms.keys()
     for name, value in terms.items():
         assert padded_terms[name].item() == pytest.approx(value.item(), abs=1e-6)
@@ -152,7 +150,7 @@ def test_sigmoid_scores_count_by_their_share():
     # importance: mean 1, both 1/12 away: 1/144. Lowering every score changes nothing.
     for factor in (1.0, 0.01):
         scores = factor * torch.tensor([[0.8, 0.4], [0.1, 0.3]])
-        terms = balance_terms(balance_sums(routing(scores, [1, 1]), ALL))
+        terms = balance_terms(balance_sums(routing(scores, [1, 1]), ALL), ALL)
         assert terms["importance"].item() == pytest.approx(1 / 144, abs=1e-6)
         assert terms["load_balancing"].item() == pytest.approx(1.0, abs=1e-6)
 
@@ -179,16 +177,16 @@ def test_smooth_load_is_the_probability_of_a_choice_under_fresh_noise(noise, top
     torch.manual_seed(11)
     decided = router(x)
     torch.manual_seed(11)
-    std = decided.noise_std if noise == "learned" else torch.full((T, E), 0.5)  # 2.0 / 4
-    noisy = (decided.logits_TE + torch.randn(T, E) * std).detach()
+    std = decided.evidence.noise_std if noise == "learned" else torch.full((T, E), 0.5)  # 2.0 / 4
+    noisy = (decided.evidence.logits_TE + torch.randn(T, E) * std).detach()
     if noise == "fixed":  # V-MoE: what the chosen had to reach, the k-th largest of all
         threshold = noisy.topk(top_k, dim=-1).values[:, -1:].expand(T, E)
     else:  # Shazeer: the k-th largest of the others
         threshold = kth_of_the_others(noisy, top_k)
     # Monte Carlo: 100000 draws of fresh noise; 5 sigma is 5 * 0.5 / sqrt(1e5) = 0.0079.
-    fresh = decided.logits_TE + torch.randn(100_000, T, E) * std
+    fresh = decided.evidence.logits_TE + torch.randn(100_000, T, E) * std
     sampled = (fresh > threshold).double().mean(0)
-    load = smooth_load(decided.logits_TE, decided.threshold_TE, decided.noise_std)
+    load = smooth_load(decided.evidence.logits_TE, decided.evidence.threshold_TE, decided.evidence.noise_std)
     assert (load - sampled).abs().max() < 0.0079
     assert sampled.std() > 0.1
 
@@ -257,9 +255,7 @@ def test_a_term_of_weight_zero_cannot_bring_nan_in(weights):
     logits = torch.tensor([[0.2, -0.4], [0.1, 0.3]], requires_grad=True)
     decided = routing(SCORES, [1, 1])
     # logsumexp of a row with inf is inf, and its square's gradient NaN: router_z must not be in the graph.
-    decided = Routing(
-        **{**vars(decided), "scores_TE": logits.softmax(-1), "logits_TE": logits * torch.tensor([torch.inf, 1.0])}
-    )
+    decided = replace(decided, evidence=Evidence(logits.softmax(-1), logits * torch.tensor([torch.inf, 1.0])))
     balance = Balance(**{"load_balancing": 0.0, "router_z": 0.0, **weights})
     losses = aux_losses(tape_of(decided, balance=balance))
     losses.total.backward()

@@ -42,14 +42,14 @@ def test_a_sentence_takes_the_experts_of_its_mean():
     routing = sentence()(x)
     assert ids(routing) == [[1, 0], [1, 0], [0, 1], [0, 1]]
     assert routing.gates_N.tolist() == pytest.approx([0.75, 0.25] * 2 + [0.731059, 0.268941] * 2, abs=1e-6)
-    assert routing.logits_TE.tolist() == [pytest.approx([0.0, math.log(3)])] * 2 + [[1.0, 0.0]] * 2
+    assert routing.evidence.logits_TE.tolist() == [pytest.approx([0.0, math.log(3)])] * 2 + [[1.0, 0.0]] * 2
     assert routing.chosen_per_expert_E.tolist() == [4, 4]
 
 
 def test_padding_is_not_in_a_sentences_mean():
     x = torch.tensor([[[1.0, 0.0], [3.0, 0.0], [0.0, 90.0]]])
     routing = sentence(top_k=1)(x, RoutingContext(valid_BS=torch.tensor([[True, True, False]])))
-    assert routing.logits_TE.tolist() == [[2.0, 0.0]] * 3
+    assert routing.evidence.logits_TE.tolist() == [[2.0, 0.0]] * 3
     assert ids(routing) == [[0], [0], [2]]
     assert routing.tokens_per_expert_E.tolist() == [2, 0]
 
@@ -74,7 +74,7 @@ def test_a_task_takes_the_experts_of_its_row():
     # Chosen odds 3 : 1, and 6 : 2.
     assert routing.gates_N.tolist() == pytest.approx([0.75, 0.25] * 6)
     # Over all experts 6 / 9, 1 / 9 and 2 / 9.
-    assert routing.scores_TE[2].tolist() == pytest.approx([6 / 9, 1 / 9, 2 / 9])
+    assert routing.evidence.scores_TE[2].tolist() == pytest.approx([6 / 9, 1 / 9, 2 / 9])
 
 
 def test_a_sequence_with_padding_keeps_its_task():
@@ -186,7 +186,7 @@ def test_gates_and_logits_have_the_gradient_of_their_equation(config):
 
     def run(x: Tensor, *values: Tensor) -> tuple[Tensor, Tensor]:
         routing = torch.func.functional_call(built, dict(zip(names, values, strict=True)), (x, given))
-        return routing.gates_N, routing.logits_TE + 0 * x.sum()
+        return routing.gates_N, routing.evidence.logits_TE + 0 * x.sum()
 
     x = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(run, (x, *(w.detach().clone().requires_grad_() for w in weights)))

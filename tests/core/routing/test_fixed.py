@@ -46,7 +46,7 @@ def test_a_hash_is_its_table_at_gate_1():
     assert ids(routing) == [[1], [2], [2], [0], [0]]
     assert routing.gates_N.tolist() == [1.0] * 5
     assert routing.tokens_per_expert_E.tolist() == [2, 1, 2]
-    assert routing.scores_TE is None
+    assert routing.evidence.scores_TE is None
 
 
 def test_a_token_keeps_its_expert_whatever_is_around_it():

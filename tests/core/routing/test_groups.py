@@ -19,7 +19,7 @@ def test_each_prototype_gives_its_best_expert_with_its_own_softmax():
     routing = built(Prototypes(2), 4)(logits_of((0.6, 0.2, 0.05, 0.15)))
     assert ids(routing) == [[0, 3]]
     assert gates(routing) == [pytest.approx([0.75, 0.75])]
-    assert routing.scores_TE[0].tolist() == pytest.approx([0.375, 0.125, 0.125, 0.375])
+    assert routing.evidence.scores_TE[0].tolist() == pytest.approx([0.375, 0.125, 0.125, 0.375])
     # Shares of the pairs 1/2, 0, 0, 1/2: 4 * (0.375 / 2 + 0.375 / 2) = 1.5.
     assert terms_of(routing, "load_balancing")["load_balancing"] == pytest.approx(1.5)
 
@@ -73,7 +73,7 @@ def test_gates_are_the_groups_times_the_experts(top_groups, top_k, expected_ids,
     routing = hierarchical(top_groups=top_groups, top_k=top_k)(TWO_LEVELS)
     assert ids(routing) == [expected_ids]
     assert gates(routing) == [pytest.approx(expected_gates)]
-    assert routing.scores_TE[0].tolist() == pytest.approx([0.525, 0.175, 0.06, 0.24])
+    assert routing.evidence.scores_TE[0].tolist() == pytest.approx([0.525, 0.175, 0.06, 0.24])
 
 
 def test_several_choices_of_a_level_share_its_gate():
@@ -102,7 +102,7 @@ def test_one_group_is_token_choice():
     one, plain = built(Hierarchical(1, top_groups=1, top_k=2), 6)(x), built(TokenChoice(2), 6)(x)
     assert torch.equal(one.expert_ids_N, plain.expert_ids_N)
     torch.testing.assert_close(one.gates_N, plain.gates_N)
-    torch.testing.assert_close(one.scores_TE, plain.scores_TE)
+    torch.testing.assert_close(one.evidence.scores_TE, plain.evidence.scores_TE)
 
 
 # Ensemble: E3
@@ -114,8 +114,8 @@ def test_a_sequence_sees_the_experts_of_its_member_alone():
     # Sequences 0 and 2: 0.4 / 0.6 of expert 0; sequence 1: 0.3 / 0.4 of expert 2.
     assert ids(routing) == [[0], [0], [2], [2], [0], [0]]
     assert routing.gates_N[::2].tolist() == pytest.approx([0.666667, 0.75, 0.666667], abs=1e-6)
-    assert routing.scores_TE[0].tolist() == pytest.approx([0.666667, 0.333333, 0, 0], abs=1e-6)
-    assert routing.scores_TE[2].tolist() == pytest.approx([0, 0, 0.75, 0.25])
+    assert routing.evidence.scores_TE[0].tolist() == pytest.approx([0.666667, 0.333333, 0, 0], abs=1e-6)
+    assert routing.evidence.scores_TE[2].tolist() == pytest.approx([0, 0, 0.75, 0.25])
 
 
 def test_the_z_loss_is_over_the_members_own_logits():

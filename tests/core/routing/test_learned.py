@@ -36,18 +36,18 @@ def test_cosine_logits_are_cosines_over_the_temperature():
     # Token (5, 0) against (3, 4) of length 5: 15 / 25 = 0.6; against (0, 2): 0; over 0.5: 1.2 and 0.
     built = cosine(torch.eye(2), torch.tensor([[0.0, 2.0], [3.0, 4.0]]))
     routing = built(torch.tensor([[[5.0, 0.0]]]))
-    assert routing.logits_TE.tolist() == [[pytest.approx(0.0), pytest.approx(1.2)]]
+    assert routing.evidence.logits_TE.tolist() == [[pytest.approx(0.0), pytest.approx(1.2)]]
     assert ids(routing) == [[1, 0]]
     # 1 / (1 + e^-1.2) = 1 / 1.301194 = 0.768525.
     assert routing.gates_N.tolist() == pytest.approx([0.768525, 0.231475], abs=1e-6)
-    assert routing.scores_TE[0].tolist() == pytest.approx([0.231475, 0.768525], abs=1e-6)
+    assert routing.evidence.scores_TE[0].tolist() == pytest.approx([0.231475, 0.768525], abs=1e-6)
 
 
 def test_cosine_projects_before_it_compares():
     # (1, 2, 2) -> (2 + 2, 1 + 2) = (4, 3); against (1, 0): 0.8, against (0, 1): 0.6; over 0.2: 4 and 3.
     projection = torch.tensor([[0.0, 1.0, 1.0], [1.0, 0.0, 1.0]])
     built = cosine(projection, torch.eye(2), temperature=0.2)
-    assert built(torch.tensor([[[1.0, 2.0, 2.0]]])).logits_TE[0].tolist() == pytest.approx([4.0, 3.0])
+    assert built(torch.tensor([[[1.0, 2.0, 2.0]]])).evidence.logits_TE[0].tolist() == pytest.approx([4.0, 3.0])
 
 
 def test_the_length_of_tokens_and_embeddings_does_not_count():
@@ -55,16 +55,16 @@ def test_the_length_of_tokens_and_embeddings_does_not_count():
     projection = torch.randn(3, 6)
     plain = cosine(projection, experts)(x)
     scaled = cosine(projection, experts * torch.tensor([[1.0], [0.1], [10.0], [3.0]]))(x * 7)
-    torch.testing.assert_close(scaled.logits_TE, plain.logits_TE)
+    torch.testing.assert_close(scaled.evidence.logits_TE, plain.evidence.logits_TE)
 
 
 def test_the_temperature_is_learned_and_stays_above_a_hundredth():
     built = cosine(torch.eye(2), torch.eye(2))
-    built(torch.tensor([[[1.0, 0.0]]])).logits_TE[0, 0].backward()
+    built(torch.tensor([[[1.0, 0.0]]])).evidence.logits_TE[0, 0].backward()
     assert built.gate.log_scale.grad.item() == pytest.approx(2.0)  # d exp(s) / ds = exp(s) = 1 / 0.5
     with torch.no_grad():
         built.gate.log_scale.fill_(9.0)
-    assert built(torch.tensor([[[1.0, 0.0]]])).logits_TE[0, 0].item() == pytest.approx(100.0)
+    assert built(torch.tensor([[[1.0, 0.0]]])).evidence.logits_TE[0, 0].item() == pytest.approx(100.0)
 
 
 def test_cosine_space_is_half_the_experts_and_never_a_line():
@@ -76,7 +76,7 @@ def test_a_zero_token_has_zero_cosines_and_finite_gradients():
     built = Cosine(proj_dim=2).build(3, 4)
     x = torch.zeros(1, 2, 3, requires_grad=True)
     routing = built(x)
-    assert routing.logits_TE.abs().max() == 0
+    assert routing.evidence.logits_TE.abs().max() == 0
     routing.gates_N.square().sum().backward()
     assert all(p.grad.isfinite().all() for p in built.parameters())
 
@@ -97,7 +97,7 @@ def test_attention_logits_by_hand():
         built.gate.weight.copy_(torch.tensor([[[1.0, 0, 0], [0, 0, 0]], [[0, 1, 0], [0] * 3], [[0, 0, 1], [0, 0, 4]]]))
     routing = built(torch.tensor([[[1.0, math.log(2), 1.0]]]))
     # Expert 0: weights exp(1 log 2), exp(0) -> 2/3, 1/3: 2/3 + 4/3 = 2. Expert 1: 1/2, 1/2: 2.5.
-    assert routing.logits_TE[0].tolist() == pytest.approx([2.0, 2.5])
+    assert routing.evidence.logits_TE[0].tolist() == pytest.approx([2.0, 2.5])
     assert ids(routing) == [[1, 0]]
     # Softmax of the chosen logits: 1 / (1 + e^-0.5) = 0.622459.
     assert routing.gates_N.tolist() == pytest.approx([0.622459, 0.377541], abs=1e-6)
@@ -108,7 +108,7 @@ def test_attention_equals_its_equation():
     x = torch.randn(1, 6, 4)
     query, key, value = (F.linear(x[0], w).tolist() for w in built.gate.weight)
     expected = [attention_logits(*row) for row in zip(query, key, value, strict=True)]
-    torch.testing.assert_close(built(x).logits_TE, torch.tensor(expected))
+    torch.testing.assert_close(built(x).evidence.logits_TE, torch.tensor(expected))
 
 
 def stable(training: bool = True, **options):
@@ -126,14 +126,14 @@ def test_stage_1_takes_the_best_expert_of_the_hidden_state_at_its_sigmoid():
     routing = stable(False)(x, RoutingContext(token_ids_BS=torch.tensor([[0, 2]])))
     assert ids(routing) == [[0], [1]]  # the light router would say 1 and 0
     assert routing.gates_N.tolist() == pytest.approx([0.75, 0.5])  # 3 / (3 + 1) and 1 / 2
-    assert routing.extra is None  # nothing is distilled in evaluation
+    assert routing.evidence.extra is None  # nothing is distilled in evaluation
 
 
 def test_the_distillation_loss_is_the_light_routers_cross_entropy():
     x = torch.tensor([[[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]])
     routing = stable()(x, RoutingContext(token_ids_BS=torch.tensor([[0, 1, 2]])))
     # Targets 0, 0, 1; light logits (0, 1), (1, 1), (2, 1): log(1 + e), log 2, log(1 + e).
-    assert routing.extra["distillation"].tolist() == pytest.approx([1.313262, 0.693147, 1.313262], abs=1e-6)
+    assert routing.evidence.extra["distillation"].tolist() == pytest.approx([1.313262, 0.693147, 1.313262], abs=1e-6)
 
 
 def test_the_gate_learns_nothing_from_distillation_and_the_light_router_nothing_else():
@@ -144,7 +144,11 @@ def test_the_gate_learns_nothing_from_distillation_and_the_light_router_nothing_
     assert built.light.embedding.grad.abs().max() > 0
     built.zero_grad()
     routing = built(x, given)
-    (routing.gates_N.sum() + routing.logits_TE.logsumexp(-1).sum() + routing.scores_TE.square().sum()).backward()
+    (
+        routing.gates_N.sum()
+        + routing.evidence.logits_TE.logsumexp(-1).sum()
+        + routing.evidence.scores_TE.square().sum()
+    ).backward()
     assert built.light.embedding.grad is None
     assert built.gate.weight.grad.abs().max() > 0
 
@@ -218,7 +222,7 @@ def test_distillation_joins_the_auxiliary_loss_as_the_mean_over_real_tokens():
     losses.total.backward()
     assert all(p.grad.isfinite().all() for p in layer.router.light.parameters())
     detached = tape.detach().entries[0].routing
-    assert not detached.extra["distillation"].requires_grad
+    assert not detached.evidence.extra["distillation"].requires_grad
 
 
 def test_the_light_router_learns_what_the_gate_does():
@@ -246,7 +250,7 @@ def test_the_stage_is_saved_and_loaded_both_ways():
     assert other.terms == frozenset()
     assert not any(p.requires_grad for p in other.light.parameters())
     other.load_state_dict(start)
-    assert torch.equal(other(x, given).expert_ids_N, other(x, given).logits_TE.argmax(-1))
+    assert torch.equal(other(x, given).expert_ids_N, other(x, given).evidence.logits_TE.argmax(-1))
     assert "distillation" in other.terms
     assert all(p.requires_grad for p in other.light.parameters())
 
@@ -286,7 +290,7 @@ def test_gates_and_logits_have_the_gradient_of_their_equation(config):
 
     def run(x: Tensor, *values: Tensor) -> tuple[Tensor, Tensor]:
         routing = torch.func.functional_call(built, dict(zip(names, values, strict=True)), (x,))
-        return routing.gates_N, routing.logits_TE
+        return routing.gates_N, routing.evidence.logits_TE
 
     x = torch.randn(1, 3, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(run, (x, *(w.detach().clone().requires_grad_() for w in weights)))
@@ -298,7 +302,7 @@ def test_stable_has_the_gradient_of_its_equation():
 
     def run(x: Tensor, *values: Tensor) -> tuple[Tensor, Tensor]:
         routing = torch.func.functional_call(built, dict(zip(names, values, strict=True)), (x, given))
-        return routing.gates_N, routing.extra["distillation"]
+        return routing.gates_N, routing.evidence.extra["distillation"]
 
     x = torch.randn(1, 4, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(run, (x, *(w.detach().clone().requires_grad_() for w in weights)))
@@ -318,7 +322,7 @@ def test_padding_is_never_routed_or_in_a_gradient_even_if_it_holds_nan(name):
     torch.testing.assert_close(routing.gates_N[real_N], clean.gates_N)
     assert (routing.expert_ids_N[~real_N] == 4).all()
     assert torch.equal(routing.chosen_per_expert_E, clean.chosen_per_expert_E)
-    (routing.gates_N.square().sum() + routing.logits_TE.logsumexp(-1).sum()).backward()
+    (routing.gates_N.square().sum() + routing.evidence.logits_TE.logsumexp(-1).sum()).backward()
     assert dirty.grad[~valid].abs().max() == 0
     assert all(p.grad.isfinite().all() for p in built.parameters() if p.grad is not None)
 

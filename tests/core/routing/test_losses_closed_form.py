@@ -14,6 +14,7 @@ from core import (
     FFN,
     Balance,
     Entry,
+    Evidence,
     MoEConfig,
     Routing,
     RoutingContext,
@@ -33,8 +34,8 @@ from core.routing.balance import (
     entropy,
     global_entropy_loss,
     local_entropy_loss,
+    mean_over,
     mutual_information_loss,
-    sequence_balance_loss,
     sequence_losses,
 )
 
@@ -59,10 +60,9 @@ def routing(
         chosen_per_expert_E=counts,
         num_tokens=T,
         top_k=top_k,
-        logits_TE=scores_TE.log(),
-        scores_TE=scores_TE,
         valid_T=None if valid is None else torch.tensor(valid),
         num_sequences=sequences,
+        evidence=Evidence(scores_TE, scores_TE.log()),
     )
 
 
@@ -164,7 +164,7 @@ def test_sequence_balance_by_hand():
         torch.tensor([[1.5, 0.5], [1.1, 0.9]]), torch.tensor([[2.0, 0.0], [1.0, 1.0]]), torch.tensor([2.0, 2.0])
     )
     assert losses.tolist() == pytest.approx([1.5, 1.0], abs=1e-6)
-    assert sequence_balance_loss(losses.sum(), 2).item() == pytest.approx(1.25, abs=1e-6)
+    assert mean_over(losses.sum(), 2).item() == pytest.approx(1.25, abs=1e-6)
     assert term("sequence_balance", routing(scores, sequences=2)).item() == pytest.approx(1.25, abs=1e-6)
     # As one sequence: f = (3/4, 1/4), P = (0.65, 0.35): 2 * (0.4875 + 0.0875) = 1.15.
     assert term("sequence_balance", routing(scores)).item() == pytest.approx(1.15, abs=1e-6)
@@ -227,24 +227,24 @@ def test_sums_of_two_ranks_add_up_to_the_whole(name, grouped):
         context = RoutingContext(task_ids_B=tasks[sequences], modality_BS=modality[sequences])
         return balance_sums(decided, frozenset({name}), balance, context)
 
+    def loss(sums: dict[str, Tensor]) -> float:
+        return balance_terms(sums, frozenset({name}), balance)[name].item()
+
     first, second, whole = sums(slice(0, 1)), sums(slice(1, 4)), sums(slice(0, 4))
     added = {key: first[key] + second[key] for key in whole}
     for key, value in whole.items():
         if key != "chosen":  # counted by ``routing`` with the padding
             torch.testing.assert_close(added[key], value, rtol=1e-6, atol=1e-6)
-    assert balance_terms(added, balance)[name].item() == pytest.approx(
-        balance_terms(whole, balance)[name].item(), abs=1e-6
-    )
+    assert loss(added) == pytest.approx(loss(whole), abs=1e-6)
     # The mean of the ranks' own terms is another number.
-    own = [balance_terms(s, balance)[name].item() for s in (first, second)]
-    assert abs(sum(own) / 2 - balance_terms(whole, balance)[name].item()) > 1e-5
+    assert abs((loss(first) + loss(second)) / 2 - loss(whole)) > 1e-5
 
 
 PURE: dict[str, Callable[[Tensor], Tensor]] = {
     "mutual_information": lambda p: mutual_information_loss(p.sum(0), entropy(p).sum(), p.shape[0]),
     "local_entropy": lambda p: local_entropy_loss(entropy(p).unflatten(0, (2, 3)).sum(1), p.new_tensor([3.0, 3.0])),
     "global_entropy": lambda p: global_entropy_loss(p.unflatten(0, (2, 3)).sum(1), p.new_tensor([3.0, 3.0]), 1.38),
-    "sequence_balance": lambda p: sequence_balance_loss(
+    "sequence_balance": lambda p: mean_over(
         sequence_losses(
             p.unflatten(0, (2, 3)).sum(1), p.new_tensor([[2.0, 1, 0, 0], [0, 1, 1, 1]]), p.new_tensor([3.0, 3.0])
         ).sum(),
@@ -439,8 +439,9 @@ def test_the_scope_says_whether_ranks_share_their_sums():
         entry = Entry("", decided, None, Balance(router_z=0, scope=scope), frozenset(TERMS))
         with mock.patch("core.layers.losses._all_reduce", added_up):
             found[scope] = aux_losses(Tape((entry,))).terms["load_balancing"].item()
-    alone = balance_sums(decided, frozenset({"load_balancing"}))
-    assert found["rank"] == balance_terms(alone)["load_balancing"].item()
+    wanted = frozenset({"load_balancing"})
+    alone = balance_sums(decided, wanted)
+    assert found["rank"] == balance_terms(alone, wanted)["load_balancing"].item()
     both = {name: value + other[name] for name, value in alone.items()}
-    assert found["global"] == balance_terms(both)["load_balancing"].item()
+    assert found["global"] == balance_terms(both, wanted)["load_balancing"].item()
     assert found["global"] != pytest.approx(found["rank"], abs=1e-2)

@@ -36,7 +36,7 @@ def test_normalized_gates_are_the_softmax_of_the_chosen_logits():
     routing = router(3, top_k=2)(logits_of((0.3, 0.5, 0.2)))
     assert ids(routing) == [[1, 0]]
     assert gates(routing) == pytest.approx([5 / 8, 3 / 8])  # 0.5 / 0.8 and 0.3 / 0.8
-    assert routing.scores_TE[0].tolist() == pytest.approx([0.3, 0.5, 0.2])
+    assert routing.evidence.scores_TE[0].tolist() == pytest.approx([0.3, 0.5, 0.2])
 
 
 def test_unnormalized_gates_are_the_scores_over_all_experts():
@@ -73,7 +73,7 @@ def test_expert_bias_changes_the_choice_and_never_the_gates():
     biased = built(x)
     assert ids(biased) == [[2, 0]]
     assert gates(biased) == pytest.approx([2 / 7, 5 / 7])  # 0.2 / 0.7 and 0.5 / 0.7
-    assert biased.scores_TE[0].tolist() == pytest.approx([0.5, 0.3, 0.2])
+    assert biased.evidence.scores_TE[0].tolist() == pytest.approx([0.5, 0.3, 0.2])
 
 
 def test_a_bias_of_zero_is_no_bias():
@@ -129,7 +129,9 @@ def test_gate_bias_is_added_to_the_logits_and_learned(noise):
     routing = built(logits_of((0.3, 0.5, 0.2)))
     assert ids(routing) == [[2, 1]]  # 0.3, 0.5 and 6 * 0.2 = 1.2
     assert gates(routing) == pytest.approx([1.2 / 1.7, 0.5 / 1.7])
-    assert routing.scores_TE[0].tolist() == pytest.approx([0.15, 0.25, 0.6])  # over 2: unlike expert_bias, it shows
+    assert routing.evidence.scores_TE[0].tolist() == pytest.approx(
+        [0.15, 0.25, 0.6]
+    )  # over 2: unlike expert_bias, it shows
     routing.gates_N[0].backward()
     slope = 1.2 / 1.7 * 0.5 / 1.7  # of a softmax of two
     assert built.gate.bias.grad.tolist() == pytest.approx([0.0, -slope, slope])
@@ -190,11 +192,12 @@ def test_gates_on_the_input_are_those_of_the_formula_in_every_gradient(backend):
 def test_jitter_scales_the_input_within_its_bounds_in_training_alone():
     x = torch.eye(4).repeat(64, 1)[None]  # one-hot tokens: each logit sees the jitter of one entry
     built = router(4, top_k=1, jitter_eps=0.1, training=True)
-    on = torch.cat([built(x).logits_TE[t, t % 4][None] for t in range(3)] + [built(x).logits_TE.max(-1).values])
+    drawn = [built(x).evidence.logits_TE for _ in range(4)]
+    on = torch.cat([drawn[t][t, t % 4][None] for t in range(3)] + [drawn[3].max(-1).values])
     assert 0.9 <= on.min() < 0.95
     assert 1.05 < on.max() <= 1.1
     built.eval()
-    assert torch.equal(built(x).logits_TE, x[0])
+    assert torch.equal(built(x).evidence.logits_TE, x[0])
 
 
 def test_fixed_noise_has_standard_deviation_noise_std_over_e():
@@ -203,10 +206,10 @@ def test_fixed_noise_has_standard_deviation_noise_std_over_e():
     x = torch.tensor([0.5, 0.0]).expand(1, 20_000, 2)
     routing = router(2, top_k=1, noise="fixed", noise_std=1.0, training=True)(x)
     assert (routing.expert_ids_N == 1).double().mean().item() == pytest.approx(0.239750, abs=0.0121)
-    assert routing.noise_std == 0.5
+    assert routing.evidence.noise_std == 0.5
     # The losses see the logits without noise.
-    assert torch.equal(routing.logits_TE, x[0])
-    assert torch.equal(routing.scores_TE, x[0].softmax(-1))
+    assert torch.equal(routing.evidence.logits_TE, x[0])
+    assert torch.equal(routing.evidence.scores_TE, x[0].softmax(-1))
 
 
 def test_learned_noise_has_standard_deviation_softplus():
@@ -214,7 +217,7 @@ def test_learned_noise_has_standard_deviation_softplus():
     x = torch.tensor([0.5, 0.0]).expand(1, 20_000, 2)
     # At the start softplus(0) = 0.693147 for each: Phi(-0.5 / (0.693147 * sqrt(2))) = Phi(-0.510074) = 0.305000.
     routing = built(x)
-    assert routing.noise_std[0].tolist() == pytest.approx([math.log(2)] * 2)
+    assert routing.evidence.noise_std[0].tolist() == pytest.approx([math.log(2)] * 2)
     assert (routing.expert_ids_N == 1).double().mean().item() == pytest.approx(0.3050, abs=0.0131)
     # Typed weights: softplus(0.5 * 2) = log(1 + e) = 1.313262 for expert 0, softplus(0.5 * -4) = 0.126928 for 1.
     with torch.no_grad():
@@ -278,7 +281,7 @@ def test_padding_is_never_routed_counted_or_in_a_gradient_even_if_it_holds_nan()
     assert routing.gates_N[~real_N].tolist() == [0.0] * 6
     assert routing.chosen_per_expert_E.tolist() == clean.chosen_per_expert_E.tolist()
     assert routing.tokens_per_expert_E.tolist() == clean.tokens_per_expert_E.tolist()
-    (routing.gates_N.square().sum() + routing.logits_TE.logsumexp(-1).sum()).backward()
+    (routing.gates_N.square().sum() + routing.evidence.logits_TE.logsumexp(-1).sum()).backward()
     assert dirty.grad[~valid].abs().max() == 0
     assert built.gate.weight.grad.isfinite().all()
 
@@ -287,8 +290,8 @@ def test_half_precision_tokens_are_routed_in_float32():
     built = router(4)
     x = torch.randn(1, 10, 4).bfloat16()
     routing = built.bfloat16()(x)
-    assert routing.logits_TE.dtype == routing.gates_N.dtype == torch.float32
-    assert torch.equal(routing.logits_TE, x[0].float())
+    assert routing.evidence.logits_TE.dtype == routing.gates_N.dtype == torch.float32
+    assert torch.equal(routing.evidence.logits_TE, x[0].float())
 
 
 def test_counts_add_up_to_every_pair():
@@ -302,7 +305,7 @@ def test_counts_add_up_to_every_pair():
 def test_choices_of_a_token_are_distinct_and_best_first():
     routing = router(6, top_k=3)(torch.randn(1, 50, 6))
     chosen = torch.tensor(ids(routing))
-    expected = routing.logits_TE.argsort(-1, descending=True)[:, :3]
+    expected = routing.evidence.logits_TE.argsort(-1, descending=True)[:, :3]
     assert torch.equal(chosen, expected)
 
 

@@ -141,7 +141,8 @@ def test_gates_scores_and_logits_pass_gradcheck(name, training):
 
     def run(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
         routing = functional_call(router, dict(zip(names, weights, strict=True)), (x,))
-        outputs = (routing.gates_N, routing.scores_TE, routing.balance_scores, routing.logits_TE)
+        evidence = routing.evidence
+        outputs = (routing.gates_N, evidence.scores_TE, evidence.balance_scores, evidence.logits_TE)
         # Infinite where a token cannot reach an expert.
         return tuple(out.nan_to_num(neginf=0.0) for out in outputs if out is not None)
 
@@ -155,11 +156,11 @@ def test_gates_scores_and_logits_pass_gradcheck(name, training):
 @every_config
 def test_scores_of_a_token_sum_to_one_or_are_brought_to_it(config):
     routing = config.build(D, E)(torch.randn(2, 7, D))
-    assert routing.scores_TE.shape == (14, E)
+    assert routing.evidence.scores_TE.shape == (14, E)
     if not isinstance(config, DynamicThreshold):  # sigmoid scores; the losses divide by their sum
-        torch.testing.assert_close(routing.scores_TE.sum(-1), torch.ones(14))
-    if routing.balance_scores is not None:
-        torch.testing.assert_close(routing.balance_scores.sum(-1), torch.ones(14))
+        torch.testing.assert_close(routing.evidence.scores_TE.sum(-1), torch.ones(14))
+    if routing.evidence.balance_scores is not None:
+        torch.testing.assert_close(routing.evidence.balance_scores.sum(-1), torch.ones(14))
 
 
 @every_config
@@ -176,7 +177,7 @@ def test_experts_of_a_token_are_distinct_and_counted(config):
 def test_half_precision_tokens_are_routed_in_float32(config):
     layer = layer_of(config).bfloat16()
     routing = layer.router(torch.randn(2, 9, D).bfloat16())
-    assert routing.gates_N.dtype == routing.scores_TE.dtype == torch.float32
+    assert routing.gates_N.dtype == routing.evidence.scores_TE.dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
         assert layer.router(torch.randn(2, 9, D)).gates_N.dtype == torch.float32
 

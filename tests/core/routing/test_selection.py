@@ -7,7 +7,7 @@ import torch
 from routed import ids
 from torch import Tensor
 
-from core.contract import Routing
+from core.contract import Evidence, Routing
 from core.routing.selection import Capacity, Choice, group_tokens, select_pairs
 
 
@@ -27,7 +27,7 @@ def select(
     if keep_second is not None:
         ids[~torch.tensor(keep_second), 1] = scores_TE.shape[-1]
     return select_pairs(
-        Choice(ids, gates, scores_TE),
+        Choice(ids, gates, Evidence(scores_TE)),
         num_experts=scores_TE.shape[-1],
         num_sequences=sequences,
         valid_T=None if valid is None else torch.tensor(valid),

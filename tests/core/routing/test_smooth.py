@@ -97,7 +97,7 @@ def test_weights_of_soft_codes_and_all_experts_computed():
     router = coded([[0.25, -0.25], [-1.0, 1.0]], [0.75, 0.25], 4)
     routing = router(torch.randn(1, 2, 3))
     q = [0.75 * 0.131836, 0.75 * 0.711914, 0.75 * 0.024414 + 0.25, 0.75 * 0.131836]  # 0.0989, 0.5339, 0.2683, 0.0989
-    assert routing.scores_TE[0].tolist() == pytest.approx(q, abs=1e-6)
+    assert routing.evidence.scores_TE[0].tolist() == pytest.approx(q, abs=1e-6)
     assert [row[:2] for row in ids(routing)] == [[1, 2]] * 2
     assert routing.tokens_per_expert_E.tolist() == [2, 2, 2, 2]
 
@@ -162,8 +162,8 @@ def test_reachability_drives_weight_back_to_experts():
     # Three experts, z = 0.45 for both bits: S = 0.99275 and 1 - S^2 = 0.01445 is left for them.
     router = coded([[0.45, 0.45]], [1.0], 3, training=True)
     routing = router(torch.randn(1, 1, 3))
-    assert routing.scores_TE.sum().item() == pytest.approx(0.01445, abs=1e-5)
-    routing.extra["reachability"].sum().backward()
+    assert routing.evidence.scores_TE.sum().item() == pytest.approx(0.01445, abs=1e-5)
+    routing.evidence.extra["reachability"].sum().backward()
     # d(1 / r) / dz = S S' / r^2, with S' = 1.5 - 6 * 0.45^2 = 0.285: 0.99275 * 0.285 / 0.01445^2 = 1355.
     assert router.gate.code_weight.grad.flatten().tolist() == pytest.approx([1355.0, 1355.0], rel=2e-3)
 
@@ -239,7 +239,7 @@ def test_gumbel_noise_draws_the_best_expert_by_its_probability(tau):
     assert (first == 0).double().mean().item() == pytest.approx(0.7, abs=0.013)
     # The losses see the clean logits.
     clean = (torch.tensor([0.7, 0.3]).log() / tau).softmax(0)
-    torch.testing.assert_close(routing.scores_TE[0], clean)
+    torch.testing.assert_close(routing.evidence.scores_TE[0], clean)
 
 
 def test_one_call_per_optimizer_step_counts_it_in_training_and_is_saved():
@@ -286,7 +286,7 @@ def test_gates_have_the_gradient_of_their_formula_in_training(config, num_expert
     def gates(x: Tensor, *weights: Tensor) -> Tensor:
         torch.manual_seed(0)
         routing = torch.func.functional_call(router, dict(zip(names, weights, strict=True)), (x, context))
-        return torch.cat((routing.gates_N, *(routing.extra or {}).values()))
+        return torch.cat((routing.gates_N, *(routing.evidence.extra or {}).values()))
 
     weights = [p.detach().clone().requires_grad_() for p in router.parameters()]
     assert torch.autograd.gradcheck(gates, (x, *weights))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from core import RouterConfig, RoutingContext, TokenChoice
+from core import Evidence, RouterConfig, RoutingContext, TokenChoice
 from core.kernels import cpu
 from core.routing.gates import LinearGate
 from core.routing.router import PairRouter, Tokens
@@ -167,7 +167,7 @@ class FaultyRouter(PairRouter):
             gates_TK = 2 * gates_TK - gates_TK.detach()
         elif fault == "takes an expert twice":
             ids_TK = ids_TK[:, :1].expand(-1, 2)
-        return Choice(ids_TK, gates_TK, scores_TE, logits_TE)
+        return Choice(ids_TK, gates_TK, Evidence(scores_TE, logits_TE))
 
     def forward(self, x: Tensor, context: RoutingContext | None = None) -> object:
         fault = self.config.fault

@@ -144,12 +144,12 @@ def test_gates_sum_to_one_and_their_sums_are_the_load():
         model(ITEMS)
     assert [e.name for e in tape.entries] == ["blocks.0.mixing", "blocks.0.ffn", "blocks.1.mixing", "blocks.1.ffn"]
     for entry in tape.entries[::2]:
-        gates_TE = entry.routing.scores_TE
+        gates_TE = entry.routing.evidence.scores_TE
         assert gates_TE.shape == (9, 2)
         assert_close(gates_TE.sum(-1), torch.ones(9, dtype=gates_TE.dtype))
         assert entry.routing.expert_names == ("convolution", "attention")
     stats = core.RoutingStats.from_tape(tape).layers
-    load_E = tape.entries[0].routing.scores_TE.sum(0)
+    load_E = tape.entries[0].routing.evidence.scores_TE.sum(0)
     assert stats["blocks.0.mixing"].load_imbalance == pytest.approx(float(load_E.max() / 4.5))
     assert int(stats["blocks.0.ffn"].num_tokens) == 9
     assert int(stats["blocks.0.ffn"].tokens_per_expert.sum()) == 18  # two experts for each real item, none for padding
@@ -163,7 +163,7 @@ def test_a_router_of_one_expert_takes_convolution_or_attention():
     routing = tape.entries[0].routing
     gates_TE = dense_gates(routing, 2)
     assert (gates_TE > 0).sum(-1).tolist() == [1] * 9
-    assert_close(gates_TE.amax(-1), routing.scores_TE.amax(-1))
+    assert_close(gates_TE.amax(-1), routing.evidence.scores_TE.amax(-1))
     assert int(routing.chosen_per_expert_E.sum()) == 9
     assert float(core.aux_losses(tape).terms["load_balancing"]) > 0
 
