@@ -39,15 +39,16 @@ from .routing.adaptive import DynamicThreshold, NullExperts, Threshold, TokenRou
 from .routing.assignment import Base, Sinkhorn
 from .routing.balance import Balance
 from .routing.consistency import consistency_loss
-from .routing.context_gates import Domain, Sentence, Task, domain_posterior
 from .routing.expert_choice import ExpertChoice
 from .routing.fixed import DomainRandom, Hash, Random
 from .routing.groups import Ensemble, Hierarchical, Prototypes
 from .routing.learned import Attention, Cosine, Stable
-from .routing.router import PairRouter, Router, RouterConfig, TokenChoice, Tokens
+from .routing.per_sequence import Domain, Sentence, Task, domain_posterior
+from .routing.router import PairRouter, Router, RouterConfig, Tokens
 from .routing.selection import Capacity, Choice
 from .routing.smooth import Dense, DenseToSparse, DSelectK
 from .routing.soft import Merge, SoftSlots
+from .routing.token_choice import TokenChoice
 from .telemetry import LayerStats, RoutingStats
 
 __all__ = [

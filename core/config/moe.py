@@ -14,8 +14,9 @@ from ..layers.shared import KINDS
 from ..registry import register_config
 from ..routing.balance import Balance
 from ..routing.checks import at_least_one, one_of, whole
-from ..routing.router import LAYER_OPTIONS, RouterConfig, TokenChoice
+from ..routing.router import LAYER_OPTIONS, RouterConfig
 from ..routing.selection import Capacity, check_group
+from ..routing.token_choice import TokenChoice
 from .plain import make, to_plain
 
 LAYERS: dict[tuple[str, str], type[MoE]] = {

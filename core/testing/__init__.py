@@ -22,10 +22,17 @@ from dataclasses import dataclass
 from functools import partial
 
 from ..routing.router import RouterConfig
-from . import company, compilers, decisions, figures, outputs
-from .case import Case, seeded
+from . import batch_mates, compiling, decisions, losses_and_costs, outputs, saving
+from .router_case import RouterCase, seeded
 
-CHECKS = [*decisions.CHECKS, *outputs.CHECKS, *company.CHECKS, *figures.CHECKS, *compilers.CHECKS]
+CHECKS = [
+    *decisions.CHECKS,
+    *outputs.CHECKS,
+    *batch_mates.CHECKS,
+    *losses_and_costs.CHECKS,
+    *saving.CHECKS,
+    *compiling.CHECKS,
+]
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,7 @@ def properties(router: RouterConfig, *, num_experts: int = 8, dim: int = 16, see
     Raises:
         ValueError: the router does not fit ``num_experts``, or makes an exception of an unknown property.
     """
-    case = Case(router, num_experts, dim, seed)
+    case = RouterCase(router, num_experts, dim, seed)
     case.config()
     exceptions = router.exceptions()
     known = {check.name for check in CHECKS}
@@ -88,7 +95,7 @@ def check_router(router: RouterConfig, *, num_experts: int = 8, dim: int = 16, s
         raise AssertionError(f"{len(failures)} of {len(found)} properties of {router} do not hold:\n  {lines}")
 
 
-def _run(case: Case, run: Callable[[Case], None]) -> None:
+def _run(case: RouterCase, run: Callable[[RouterCase], None]) -> None:
     with seeded(case.seed):
         run(case)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..contract import Decision, RoutingContext, record
 from ..layers import MoE, aux_loss
-from .case import Case, seeded
+from .router_case import RouterCase, seeded
 
 FLOAT32 = 2e-6
 """Bound of an error in float32, over the largest element: sums of a few hundred products, each off by at most 6e-8."""
@@ -22,19 +22,19 @@ class Check:
     """What every router keeps that ``applies``: ``run`` raises an ``AssertionError`` where it does not hold."""
 
     name: str
-    applies: Callable[[Case], bool]
-    run: Callable[[Case], None]
+    applies: Callable[[RouterCase], bool]
+    run: Callable[[RouterCase], None]
 
 
 class Checks(list[Check]):
     """Checks in the order they are written in."""
 
     def keeps(
-        self, name: str, applies: Callable[[Case], bool] = lambda case: True
-    ) -> Callable[[Callable[[Case], None]], Callable[[Case], None]]:
+        self, name: str, applies: Callable[[RouterCase], bool] = lambda case: True
+    ) -> Callable[[Callable[[RouterCase], None]], Callable[[RouterCase], None]]:
         """The function below is the check of this name."""
 
-        def add(run: Callable[[Case], None]) -> Callable[[Case], None]:
+        def add(run: Callable[[RouterCase], None]) -> Callable[[RouterCase], None]:
             self.append(Check(name, applies, run))
             return run
 

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from ..contract import record
 from ..routing.selection import PRIORITIES, Capacity, group_tokens
-from .case import Case, seeded
 from .check import Checks, hold, step
+from .router_case import RouterCase, seeded
 
 CHECKS = Checks()
 
 
 @CHECKS.keeps("the pairs are counted, within range, and padding is in none", lambda c: c.is_pairs)
-def _(case: Case) -> None:
+def _(case: RouterCase) -> None:
     E = case.num_experts
     for training, padded in itertools.product((False, True), (False, True)):
         x, context = case.padded() if padded else (case.tokens(), case.context())
@@ -60,7 +60,7 @@ def _(case: Case) -> None:
 @CHECKS.keeps(
     "without a capacity limit every chosen pair is computed", lambda c: c.is_pairs and c.has("capacity_factor")
 )
-def _(case: Case) -> None:
+def _(case: RouterCase) -> None:
     for training in (False, True):
         routing = case.layer(training=training).router(*case.padded())
         chosen, computed = routing.chosen_per_expert_E, routing.tokens_per_expert_E
@@ -68,7 +68,7 @@ def _(case: Case) -> None:
 
 
 @CHECKS.keeps("an expert computes as many pairs as chose it, up to its capacity", lambda c: c.has("capacity_factor"))
-def _(case: Case) -> None:
+def _(case: RouterCase) -> None:
     B, S, E = 4, 8, case.num_experts
     valid_BS = torch.arange(S) < torch.tensor([8, 5, 8, 0])[:, None]
     x, context = case.tokens(B, S), case.context(B, S, valid_BS=valid_BS)
@@ -108,7 +108,7 @@ def _loads(routing: Any, groups_T: Tensor, num_groups: int, num_experts: int) ->
 
 
 @CHECKS.keeps("nothing is random in evaluation")
-def _(case: Case) -> None:
+def _(case: RouterCase) -> None:
     layer = case.layer()
     x, context = case.padded()
     before = torch.random.get_rng_state()
@@ -119,7 +119,7 @@ def _(case: Case) -> None:
 
 
 @CHECKS.keeps("the same seed gives the same training step")
-def _(case: Case) -> None:
+def _(case: RouterCase) -> None:
     layer = case.layer(training=True, balance=case.balance())
     first, second = (step(layer, *case.padded()) for _ in range(2))
     for name, value in first.items():
@@ -127,7 +127,7 @@ def _(case: Case) -> None:
 
 
 @CHECKS.keeps("a forward changes no state")
-def _(case: Case) -> None:
+def _(case: RouterCase) -> None:
     for training in (False, True):
         layer = case.layer(training=training)
         before = {
@@ -143,7 +143,7 @@ def _(case: Case) -> None:
 
 
 @CHECKS.keeps("what the gate needs of the context is asked for by name", lambda c: bool(c.router.needs()))
-def _(case: Case) -> None:
+def _(case: RouterCase) -> None:
     layer = case.layer()
     x, context = case.padded()
     for name in case.router.needs():

@@ -12,14 +12,14 @@ from torch import Tensor
 from ..contract import record
 from ..experts import FFNExperts
 from ..layers import aux_loss
-from .case import Case, seeded
 from .check import Checks, close, hold, same_step, step, tensors
+from .router_case import RouterCase, seeded
 
 CHECKS = Checks()
 
 
 @CHECKS.keeps("the output is the sum of its pairs", lambda c: c.is_pairs)
-def _(case: Case) -> None:
+def _(case: RouterCase) -> None:
     for training in (False, True):
         layer = case.layer(training=training)
         x, context = case.padded()
@@ -47,7 +47,7 @@ def _(case: Case) -> None:
 
 
 @CHECKS.keeps("every backend gives the oracle's output and gradients", lambda c: c.has("backend"))
-def _(case: Case) -> None:
+def _(case: RouterCase) -> None:
     for training, backend in itertools.product((False, True), ("cpu", "grouped")):
         options: dict[str, Any] = {"training": training, "balance": case.balance()}
         expected = step(case.layer(backend="eager", **options), *case.padded())
@@ -58,7 +58,7 @@ def _(case: Case) -> None:
 
 
 @CHECKS.keeps("the gradient is that of the output, in float64")
-def _(case: Case) -> None:
+def _(case: RouterCase) -> None:
     layer = case.layer().double()
     for parameter in layer.experts.parameters():
         parameter.requires_grad_(False)
@@ -76,7 +76,7 @@ def _(case: Case) -> None:
 @CHECKS.keeps(
     "every weight of the router learns in training", lambda c: any(True for _ in c.layer().router.parameters())
 )
-def _(case: Case) -> None:
+def _(case: RouterCase) -> None:
     layer = case.layer(training=True, balance=case.balance())
     step(layer, case.tokens(8, 8), case.context(8, 8))
     idle = [
@@ -88,7 +88,7 @@ def _(case: Case) -> None:
 
 
 @CHECKS.keeps("without tokens there is an output, a loss and a gradient")
-def _(case: Case) -> None:
+def _(case: RouterCase) -> None:
     for training, (B, S) in itertools.product((False, True), ((0, 4), (2, 0))):
         layer = case.layer(training=training, balance=case.balance())
         x = torch.zeros(B, S, case.dim, requires_grad=True)
@@ -103,7 +103,7 @@ def _(case: Case) -> None:
 
 
 @CHECKS.keeps("half precision and autocast leave the decision in float32")
-def _(case: Case) -> None:
+def _(case: RouterCase) -> None:
     x, context = case.padded()
     x = x.bfloat16().float()
     layer = case.layer()

@@ -31,7 +31,7 @@ ROUTERS: dict[str, tuple[str, dict[str, object]]] = {
     "smooth": ("DSelectK", {}),
     "learned": ("Cosine", {}),
     "assignment": ("Sinkhorn", {}),
-    "context_gates": ("Task", {"num_tasks": 3}),
+    "per_sequence": ("Task", {"num_tasks": 3}),
     "fixed": ("Hash", {"vocab_size": 7}),
     "expert_choice": ("ExpertChoice", {}),
     "soft": ("SoftSlots", {"slots_per_expert": 2}),

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from core import FFN, Choice, MoEConfig, PairRouter, RouterConfig, Routing, RoutingContext, TokenChoice, Tokens
 from core.routing.gates import LinearGate, NoisyGate
-from core.routing.router import TokenChoiceRouter
 from core.routing.selection import Capacity
+from core.routing.token_choice import TokenChoiceRouter
 
 
 def router(num_experts: int, limit: Capacity = Capacity(), training: bool = False, **options) -> TokenChoiceRouter:

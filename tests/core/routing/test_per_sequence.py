@@ -10,7 +10,7 @@ from routed import ids
 from torch import Tensor, nn
 
 from core import FFN, Balance, MoEConfig, RoutingContext, aux_loss, record
-from core.routing.context_gates import Domain, Sentence, Task, domain_posterior
+from core.routing.per_sequence import Domain, Sentence, Task, domain_posterior
 from core.routing.router import RouterConfig
 from core.routing.selection import Capacity
 

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from ..contract import RoutingContext
-from .case import FIELDS, SIZES, Case
 from .check import Checks, close, same_step, step
+from .router_case import FIELDS, SIZES, RouterCase
 
 CHECKS = Checks()
 
 
 @CHECKS.keeps("torch.compile goes through without a graph break, to the same step")
-def _(case: Case) -> None:
+def _(case: RouterCase) -> None:
     for training in (True, False):
         torch._dynamo.reset()
         layer = case.layer(training=training, balance=case.balance())
@@ -26,7 +26,7 @@ def _(case: Case) -> None:
 
 
 @CHECKS.keeps("torch.export goes through, for any number of tokens")
-def _(case: Case) -> None:
+def _(case: RouterCase) -> None:
     names = ["valid_BS", *(n for n in FIELDS if n in case.router.needs() or hasattr(case.router, SIZES[n]))]
     layer = case.layer()
 

@@ -30,7 +30,7 @@ SIZES = {
 
 
 @dataclass(frozen=True)
-class Case:
+class RouterCase:
     """A router to be checked, and what its layers and tokens are made of."""
 
     router: RouterConfig

@@ -8,14 +8,14 @@ import torch
 
 from ..contract import RoutingContext
 from ..routing.selection import PRIORITIES
-from .case import FIELDS, Case, take, with_padding_holding
 from .check import Checks, close, hold, step
+from .router_case import FIELDS, RouterCase, take, with_padding_holding
 
 CHECKS = Checks()
 
 
 @CHECKS.keeps("padding comes out as zero and may hold anything")
-def _(case: Case) -> None:
+def _(case: RouterCase) -> None:
     for training in (False, True):
         layer = case.layer(training=training, balance=case.balance())
         x, context = case.padded()
@@ -30,7 +30,7 @@ def _(case: Case) -> None:
 
 
 @CHECKS.keeps("padding is the same as no token")
-def _(case: Case) -> None:
+def _(case: RouterCase) -> None:
     layer = case.layer(training=False, balance=case.balance())
     x, context = case.padded()
     n = 4  # real tokens of sequence 1
@@ -46,7 +46,7 @@ def _(case: Case) -> None:
 
 
 @CHECKS.keeps("other sequences do not change a sequence's output", lambda c: c.router.depends_on() != "batch")
-def _(case: Case) -> None:
+def _(case: RouterCase) -> None:
     layer = case.layer()
     x, context = case.tokens(), case.context()
     expected = layer(x, context)
@@ -62,7 +62,7 @@ def _(case: Case) -> None:
 
 
 @CHECKS.keeps("other tokens do not change a token's output", lambda c: c.router.depends_on() == "token")
-def _(case: Case) -> None:
+def _(case: RouterCase) -> None:
     layer = case.layer()
     x, context = case.tokens(), case.context()
     expected = layer(x, context)
@@ -82,7 +82,7 @@ def _(case: Case) -> None:
     "with capacity by sequence, other sequences do not change a sequence's output",
     lambda c: c.router.depends_on() != "batch" and c.has("capacity_factor"),
 )
-def _(case: Case) -> None:
+def _(case: RouterCase) -> None:
     x, context = case.tokens(), case.context()
     for priority in PRIORITIES:
         layer = case.layer(capacity_factor=0.5, group="sequence", priority=priority)
@@ -93,7 +93,7 @@ def _(case: Case) -> None:
 
 
 @CHECKS.keeps("the order of the tokens does not matter")
-def _(case: Case) -> None:
+def _(case: RouterCase) -> None:
     layer = case.layer()
     x, context = case.tokens(), case.context()
     places = torch.tensor([5, 2, 0, 4, 1, 3])
@@ -102,7 +102,7 @@ def _(case: Case) -> None:
 
 
 @CHECKS.keeps("the order of the sequences does not matter")
-def _(case: Case) -> None:
+def _(case: RouterCase) -> None:
     layer = case.layer()
     x, context = case.tokens(), case.context()
     sequences = torch.tensor([2, 0, 1])
@@ -111,7 +111,7 @@ def _(case: Case) -> None:
 
 
 @CHECKS.keeps("later tokens do not change earlier outputs", lambda c: c.router.is_causal())
-def _(case: Case) -> None:
+def _(case: RouterCase) -> None:
     layer = case.config().build(case.dim, causal=True)
     layer = case.layer()
     x, context = case.tokens(), case.context()
@@ -131,7 +131,7 @@ def _(case: Case) -> None:
 
 
 @CHECKS.keeps("a causal decoder is refused", lambda c: not c.router.is_causal())
-def _(case: Case) -> None:
+def _(case: RouterCase) -> None:
     try:
         case.config().build(case.dim, causal=True)
     except ValueError:

@@ -1,0 +1,242 @@
+"""``TokenChoice``: each token takes its best experts, in the variants that most published models are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..contract import Evidence
+from ..kernels import topk_gate
+from .balance import SCORE_TERMS, expert_bias_step
+from .checks import at_least_one, at_most_experts
+from .gates import LinearGate, NoisyGate
+from .router import PairRouter, RouterConfig, Tokens
+from .selection import Capacity, Choice
+
+
+class TokenChoiceRouter(PairRouter):
+    """Each token takes its ``top_k`` best experts. Built by ``TokenChoice``."""
+
+    config: TokenChoice
+
+    def __init__(self, dim: int, num_experts: int, config: TokenChoice, capacity: Capacity) -> None:
+        super().__init__(num_experts, config, capacity)
+        gate = NoisyGate if config.noise == "learned" else LinearGate
+        self.gate = gate(dim, num_experts, config.init_scale, config.gate_bias)
+        self.gates_on = config.gates_on
+        if config.expert_bias:
+            self.expert_bias = torch.zeros(num_experts, dtype=torch.float32)
+
+    def choose(self, tokens: Tokens) -> Choice:
+        config, x_TD = self.config, tokens.x_TD
+        if self.training and config.jitter_eps:
+            x_TD = x_TD * torch.empty_like(x_TD).uniform_(1 - config.jitter_eps, 1 + config.jitter_eps)
+        logits_TE = tokens.logits(self.gate) if x_TD is tokens.x_TD else self.gate(x_TD)
+        if config.logit_norm is not None:
+            logits_TE = normalize_logits(logits_TE, config.logit_norm)
+        noise_std, noisy_TE = None, logits_TE
+        if self.training and config.noise is not None:
+            learned = self.gate.noise_std(x_TD)
+            noise_std = config.noise_std / self.num_experts if learned is None else learned
+            noisy_TE = logits_TE + torch.randn_like(logits_TE) * noise_std
+        best = topk_gate(
+            noisy_TE,
+            config.top_k,
+            score_func=config.score_func,
+            normalize=config.normalizes,
+            bias_E=self.expert_bias,
+            num_groups=config.num_groups,
+            limited_groups=config.limited_groups,
+            group_score=config.group_score,
+            scale=config.scale,
+            valid_T=tokens.valid_T,
+            backend=self.backend,
+        )
+        expert_ids_TK, chosen_E, sums = best.expert_ids_TK, best.chosen_per_expert_E, best.sums
+        if self.training and config.second == "random":
+            # GShard, algorithm 1: with probability 2 * g2, so a second expert of gate 1/2 always stays.
+            g2_T = best.gates_TK[:, 1].detach() / config.scale
+            second_T = torch.where(2 * g2_T > torch.rand_like(g2_T), expert_ids_TK[:, 1], self.num_experts)
+            expert_ids_TK, chosen_E = torch.stack((expert_ids_TK[:, 0], second_T), -1), None
+        scores_TE, threshold_TE = best.scores_TE, None
+        if noise_std is not None:
+            # The losses see the clean logits, as V-MoE's importance and load losses do; noise only explores.
+            sums = None
+            scores_TE = logits_TE.softmax(-1) if config.score_func == "softmax" else logits_TE.sigmoid()
+            threshold_TE = _noise_threshold(noisy_TE, config)
+        return Choice(
+            expert_ids_TK,
+            best.gates_TK,
+            Evidence(scores_TE, logits_TE, noise_std, threshold_TE, sums=sums),
+            priority_T=None if noise_std is None else best.scores_TE.amax(-1),  # the losses' scores else
+            chosen_per_expert_E=chosen_E,
+        )
+
+    @torch.no_grad()
+    def update_expert_bias(self, chosen_per_expert_E: Tensor) -> None:
+        """One step of aux-loss-free balancing, from the pairs that chose each expert since the last one."""
+        if self.expert_bias is not None:
+            self.expert_bias += expert_bias_step(chosen_per_expert_E, self.config.bias_update_rate)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> TokenChoiceRouter:
+        before = self.expert_bias
+        super()._apply(fn, recurse)
+        if before is not None and self.expert_bias is not None and self.expert_bias.dtype != before.dtype:
+            # In bfloat16 a bias above 0.25 would swallow steps of 1e-3: keep its dtype, and its value unrounded.
+            self.expert_bias = before.to(self.expert_bias.device)
+        return self
+
+
+def normalize_logits(logits_TE: Tensor, factor: float) -> Tensor:
+    """``factor * (l - mean) / std`` over the experts of each token (Skywork-MoE, arXiv 2406.06563)."""
+    centred_TE = logits_TE - logits_TE.mean(-1, keepdim=True)
+    # A floor of 1e-4 for the deviation: equal logits stay equal, with a finite gradient.
+    return factor * centred_TE * (centred_TE.square().mean(-1, keepdim=True) + 1e-8).rsqrt()
+
+
+def _noise_threshold(noisy_TE: Tensor, config: TokenChoice) -> Tensor:
+    """What a noisy logit had to reach to be among the ``top_k``.
+
+    Fixed noise: the k-th largest (V-MoE, arXiv 2106.05974, section A.2). Learned noise: the k-th largest of the
+    *others* (arXiv 1701.06538, eq. 9), which is the (k+1)-th for the chosen ones.
+    """
+    K, E = config.top_k, noisy_TE.shape[-1]
+    top = noisy_TE.topk(min(K + 1, E), dim=-1).values
+    kth = top[:, K - 1 : K]
+    if config.noise == "fixed":
+        return kth
+    # With K = E every expert is chosen. Far below and not -inf, which would make the gradient of the noise 0 * inf.
+    beyond = top[:, K:] if K < E else torch.full_like(kth, -1e9)
+    return torch.where(noisy_TE >= kth, beyond, kth)
+
+
+@dataclass(frozen=True)
+class TokenChoice(RouterConfig):
+    """Each token takes its ``top_k`` best experts.
+
+    ========================  ==========================================================================================
+    Switch                    ``TokenChoice(top_k=1, jitter_eps=0.01)``
+    GShard                    ``TokenChoice(top_k=2, second="random")``
+    Shazeer                   ``TokenChoice(top_k=4, noise="learned")``
+    V-MoE                     ``TokenChoice(top_k=2, normalize=False, noise="fixed")``
+    Mixtral                   ``TokenChoice(top_k=2)``
+    GPT-OSS                   ``TokenChoice(top_k=4, gate_bias=True)``
+    Llama 4                   ``TokenChoice(top_k=1, score_func="sigmoid", gates_on="input")``
+    DeepSeek-V2               ``TokenChoice(top_k=6, normalize=False, num_groups=8, limited_groups=3,
+                              group_score="max", scale=16.0)``
+    DeepSeek-V3               ``TokenChoice(top_k=8, score_func="sigmoid", expert_bias=True, num_groups=8,
+                              limited_groups=4, scale=2.5)``
+    Skywork-MoE               ``TokenChoice(top_k=2, logit_norm=1.0)``
+    ========================  ==========================================================================================
+
+    Attributes:
+        top_k: experts per token, K.
+        score_func: "softmax" or "sigmoid" of the logits.
+        normalize: True: the gates of a token sum to 1 (softmax after the selection). False: its scores over all E
+            experts (softmax before). None: True for K > 1, False for K = 1, where it would cut the router's gradient.
+        noise: normal noise on the logits in training: None, "fixed" (V-MoE) or "learned" (Shazeer).
+        noise_std: of the fixed noise, times E: its standard deviation is ``noise_std / E``.
+        jitter_eps: in training, the router's input times U(1 - eps, 1 + eps).
+        second: "always", or "random": in training the second of two experts is kept with probability 2 * gate, the gate
+            before ``scale``.
+        expert_bias: a bias on the scores steers the choice, never the gate, and is moved by ``update_expert_bias``.
+        bias_update_rate: its step.
+        num_groups, limited_groups: the choice is limited to the best ``limited_groups`` of ``num_groups`` equal groups.
+        group_score: a group is judged by the sum of its two best scores, "top2", or by its best one, "max".
+        scale: factor on the gates.
+        gates_on: the gates scale the experts' "output", or their "input": ``f(g x)`` in place of ``g f(x)`` (Llama 4),
+            which copies the rows of the tokens.
+        gate_bias: the gate's logits are ``x W^T + b``, with a ``b`` that is learned as ``W`` is.
+        init_scale: variance of the gate's initial weights times D.
+        logit_norm: lambda of Skywork-MoE (arXiv 2406.06563): a token's logits are brought to mean 0 and this standard
+            deviation before noise and softmax; the larger, the sharper the gates. None: left as they are.
+
+    Raises:
+        ValueError: a value is out of its range, or two of them do not go together.
+    """
+
+    top_k: int = 2
+    score_func: str = "softmax"
+    normalize: bool | None = None
+    noise: str | None = None
+    noise_std: float = 1.0
+    jitter_eps: float = 0.0
+    second: str = "always"
+    expert_bias: bool = False
+    bias_update_rate: float = 1e-3
+    num_groups: int = 1
+    limited_groups: int = 1
+    group_score: str = "top2"
+    scale: float = 1.0
+    gates_on: str = "output"
+    gate_bias: bool = False
+    init_scale: float = 0.1
+    logit_norm: float | None = None
+
+    def __post_init__(self) -> None:
+        at_least_one("top_k", self.top_k)
+        for name, allowed in (
+            ("score_func", ("softmax", "sigmoid")),
+            ("noise", (None, "fixed", "learned")),
+            ("second", ("always", "random")),
+            ("group_score", ("top2", "max")),
+            ("gates_on", ("output", "input")),
+        ):
+            if getattr(self, name) not in allowed:
+                choices = ", ".join(str(a) for a in allowed)
+                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {choices}")
+        if self.top_k == 1 and self.normalize:
+            raise ValueError("normalize=True with top_k=1 makes every gate 1: the router would get no gradient")
+        if self.second == "random" and self.top_k != 2:
+            raise ValueError(f"second='random' needs top_k=2, not top_k={self.top_k}")
+        if not 0 <= self.jitter_eps < 1:
+            raise ValueError(f"jitter_eps={self.jitter_eps} is not in [0, 1)")
+        for name in ("noise_std", "init_scale", "scale", "bias_update_rate"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}={getattr(self, name)} is not a positive number")
+        if self.logit_norm is not None and not 0 < self.logit_norm < float("inf"):
+            raise ValueError(f"logit_norm={self.logit_norm} is not a positive number")
+        if self.logit_norm is not None and self.score_func != "softmax":
+            raise ValueError(f"logit_norm={self.logit_norm} needs score_func='softmax', not {self.score_func!r}")
+        if not 1 <= self.limited_groups <= self.num_groups:
+            raise ValueError(f"limited_groups={self.limited_groups} is not between 1 and num_groups={self.num_groups}")
+
+    @property
+    def normalizes(self) -> bool:
+        """``normalize`` with its default filled in."""
+        return self.top_k > 1 if self.normalize is None else self.normalize
+
+    def build(self, dim: int, num_experts: int, capacity: Capacity = Capacity()) -> TokenChoiceRouter:
+        self.check(num_experts)
+        return TokenChoiceRouter(dim, num_experts, self, capacity)
+
+    def check(self, num_experts: int) -> None:
+        at_most_experts("top_k", self.top_k, num_experts)
+        if num_experts % self.num_groups:
+            raise ValueError(f"num_groups={self.num_groups} does not divide num_experts={num_experts}")
+        reachable = num_experts // self.num_groups * self.limited_groups
+        if self.top_k > reachable:
+            raise ValueError(
+                f"top_k={self.top_k} exceeds the {reachable} experts of limited_groups={self.limited_groups}"
+            )
+
+    def balance_terms(self) -> frozenset[str]:
+        # Normalized logits have no size for the z-loss to hold down.
+        terms = SCORE_TERMS | ({"sequence_balance"} if self.logit_norm else {"sequence_balance", "router_z"})
+        # The smooth load asks what noise on the logits would choose; a bias or group limit chooses by more than them.
+        plain = not self.expert_bias and self.limited_groups == self.num_groups
+        return terms | {"load"} if self.noise and plain else terms
+
+    def pairs_per_token(self, num_experts: int) -> float:
+        return float(self.top_k)
+
+    def num_params(self, dim: int, num_experts: int) -> int:
+        weights = dim * num_experts * (2 if self.noise == "learned" else 1)
+        return weights + (num_experts if self.gate_bias else 0)
+
+    def flops_per_token(self, dim: int, num_experts: int) -> int:
+        # The noise gate runs in training only.
+        return 2 * dim * num_experts

@@ -1,0 +1,66 @@
+"""A config and a layer's state, written and read again."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import pickle
+from dataclasses import replace
+
+import torch
+
+from ..config import MoEConfig
+from .check import Checks, hold
+from .router_case import RouterCase
+
+CHECKS = Checks()
+
+
+@CHECKS.keeps("the plain form of the config comes back equal")
+def _(case: RouterCase) -> None:
+    config = case.config(balance=case.balance())
+    plain = json.loads(json.dumps(config.to_dict()))
+    hold(MoEConfig.from_dict(plain) == config, f"{MoEConfig.from_dict(plain)} is not {config}")
+
+
+@CHECKS.keeps("saved, loaded, copied and pickled, a layer gives the same output")
+def _(case: RouterCase) -> None:
+    layer = case.layer()
+    x, context = case.padded()
+    expected = layer(x, context)
+    file = io.BytesIO()
+    torch.save(layer.state_dict(), file)
+    file.seek(0)
+    loaded = replace(case, seed=case.seed + 1).layer()
+    loaded.load_state_dict(torch.load(file, weights_only=True))
+    copies = {"loaded": loaded, "copied": copy.deepcopy(layer), "pickled": pickle.loads(pickle.dumps(layer))}
+    for how, other in copies.items():
+        hold(torch.equal(other(x, context), expected), f"a {how} layer gives another output")
+
+
+@CHECKS.keeps("built on the meta device, emptied and reset, a layer starts as any other")
+def _(case: RouterCase) -> None:
+    config = case.config(num_shared_experts=1)
+    fresh = config.build(case.dim)
+    with torch.device("meta"):
+        layer = config.build(case.dim)
+    layer.to_empty(device="cpu")
+    expected = {**dict(fresh.named_parameters()), **dict(fresh.named_buffers())}
+    found = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
+    hold(found.keys() == expected.keys(), f"there are {sorted(found)}, expected {sorted(expected)}")
+    with torch.no_grad():
+        for value in found.values():
+            value.fill_(77)  # what memory may hold
+        for module in layer.modules():
+            reset = getattr(module, "reset_parameters", None)
+            if reset is not None:
+                reset()
+    parameters = dict(fresh.named_parameters())
+    for name, value in found.items():
+        start = expected[name].detach()
+        if name in parameters and bool((start != start.flatten()[:1]).any()):  # drawn: of the same size
+            largest, before = float(value.detach().abs().max()), float(start.abs().max())
+            hold(largest <= 10 * before, f"{name} has {largest:.2g} where a new layer has {before:.2g} at most")
+        else:
+            hold(torch.equal(value, start), f"{name} is not as in a new layer")
