@@ -139,7 +139,7 @@ def test_the_distillation_loss_is_the_light_routers_cross_entropy():
 def test_the_gate_learns_nothing_from_distillation_and_the_light_router_nothing_else():
     x, given = torch.randn(1, 8, 2), context(1, 8, 3)
     built = stable()
-    built(x, given).extra["distillation"].sum().backward()
+    built(x, given).evidence.extra["distillation"].sum().backward()
     assert built.gate.weight.grad is None
     assert built.light.embedding.grad.abs().max() > 0
     built.zero_grad()
@@ -231,7 +231,7 @@ def test_the_light_router_learns_what_the_gate_does():
     tokens = torch.arange(20)[None]
     given = RoutingContext(token_ids_BS=tokens)  # the hidden state is a function of the token
     for _ in range(100):
-        built(vocab[tokens], given).extra["distillation"].mean().backward()
+        built(vocab[tokens], given).evidence.extra["distillation"].mean().backward()
         optimizer.step()
         optimizer.zero_grad()
     learned = built(vocab[tokens], given).expert_ids_N

@@ -155,7 +155,7 @@ def test_the_gates_own_losses_are_in_the_balance_losses_in_training():
     with record(layer) as tape:
         layer(torch.randn(2, 3, 4))
     assert aux_losses(tape).terms.keys() == {"selector_entropy"}
-    assert not layer.eval().router(torch.randn(1, 3, 4)).extra
+    assert not layer.eval().router(torch.randn(1, 3, 4)).evidence.extra
 
 
 def test_reachability_drives_weight_back_to_experts():
@@ -173,7 +173,7 @@ def test_entropy_training_makes_the_codes_binary():
     optimizer = torch.optim.SGD(router.parameters(), lr=0.05)
     for _ in range(200):
         optimizer.zero_grad()
-        router(torch.randn(1, 1, 3)).extra["selector_entropy"].sum().backward()
+        router(torch.randn(1, 1, 3)).evidence.extra["selector_entropy"].sum().backward()
         optimizer.step()
     assert router(torch.randn(1, 5, 3)).tokens_per_expert_E.gt(0).sum() <= 2
 

@@ -222,7 +222,7 @@ def test_learned_noise_has_standard_deviation_softplus():
     # Typed weights: softplus(0.5 * 2) = log(1 + e) = 1.313262 for expert 0, softplus(0.5 * -4) = 0.126928 for 1.
     with torch.no_grad():
         built.gate.noise_weight.copy_(torch.tensor([[2.0, 0.0], [-4.0, 0.0]]))
-    assert built(x).noise_std[0].tolist() == pytest.approx([1.313262, 0.126928], abs=1e-6)
+    assert built(x).evidence.noise_std[0].tolist() == pytest.approx([1.313262, 0.126928], abs=1e-6)
 
 
 @pytest.mark.parametrize("noise", ["fixed", "learned"])
@@ -230,8 +230,8 @@ def test_noise_is_off_in_evaluation(noise):
     x = torch.zeros(1, 50, 4)
     noisy, plain = router(4, noise=noise), router(4)
     assert torch.equal(noisy(x).gates_N, plain(x).gates_N)
-    assert noisy(x).noise_std is None
-    assert noisy(x).threshold_TE is None
+    assert noisy(x).evidence.noise_std is None
+    assert noisy(x).evidence.threshold_TE is None
     assert torch.equal(noisy(x).expert_ids_N, noisy(x).expert_ids_N)
     noisy.train()
     assert not torch.equal(noisy(x).expert_ids_N, noisy(x).expert_ids_N)
