@@ -10,9 +10,6 @@ from torch import nn
 
 import core
 
-_STEPWISE = ("the order of the tokens does not matter", "the order of the sequences does not matter")
-"""Properties of ``core.testing`` without which a row of one token is routed otherwise than within its sequence."""
-
 
 @dataclass(frozen=True)
 class Place:
@@ -66,20 +63,17 @@ def check_layers(place: Place, model: nn.Module) -> None:
 
 def _misfits(place: Place, router: core.RouterConfig, balance: core.Balance | None) -> Iterator[str]:
     name = f"router {router.source()}"
-    if place.is_causal and not router.is_causal():
+    if place.is_causal and not router.is_causal:
         yield f"{name} lets later tokens change earlier ones: not for a causal decoder"
-    if place.decodes_stepwise:
-        reasons = [reason for rule, reason in router.exceptions().items() if rule in _STEPWISE]
-        if router.depends_on() != "token":
-            reasons.append("other tokens decide too")
-        for reason in reasons:
-            cannot = "trains and scores, but cannot decode step by step"
-            yield f"{name} {cannot}: {reason}; take another router for the decoder"
+    if place.decodes_stepwise and not router.decodes_stepwise:
+        why = "its place" if router.depends_on == "token" else "other tokens"
+        cannot = f"trains and scores, but cannot decode step by step: a token's experts depend on {why}"
+        yield f"{name} {cannot}; take another router for the decoder"
     owners: list[tuple[str, core.RouterConfig | core.Balance]] = [(name, router)]
     if balance is not None:
         owners.append(("moe.balance", balance))
     for owner, part in owners:
-        for field in part.needs():
+        for field in part.needs:
             if place.context_fields is not None and field not in place.context_fields:
                 yield f"{owner} needs context.{field}, which {place.owner} does not give"
         tasks = getattr(part, "num_tasks", None)

@@ -66,7 +66,7 @@ def expert_label_counts(routing: Any, label: Tensor, num_labels: int) -> Tensor:
 def gate_weights(routing: Any) -> Tensor:
     """Return the weight of each expert in each token's output, float32 (T, E)."""
     if not isinstance(routing, core.Routing):
-        return routing.scores_TE.detach().float()
+        return routing.evidence.scores_TE.detach().float()
     E = len(routing.tokens_per_expert_E)
     weights_TE = torch.zeros(routing.num_tokens, E + 1, device=routing.gates_N.device)
     place = (routing.token_index_N, routing.expert_ids_N)

@@ -161,7 +161,7 @@ class VisionReport(Report):
                 for batch in self._first(trainer, self.config.routing_examples):
                     routing.add(model, batch, pl_module.device, self.config.images)
             # Expert choice has a capacity of its own, soft slots and merged experts have none.
-            if self.config.capacity_factors and "capacity_factor" in model.moe.router.layer_options():
+            if self.config.capacity_factors and "capacity_factor" in model.moe.router.layer_options:
                 points = capacity_sweep(
                     model,
                     lambda: self._first(trainer, self.config.sweep_images),

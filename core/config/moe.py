@@ -95,7 +95,7 @@ class MoEConfig:
         self.router.check(self.num_experts)
         self._check_options()
         self._check_shared_gate()
-        terms = self.router.balance_terms() | ({"gate_budget"} if self.shared_gate == "mix" else set())
+        terms = self.router.terms | ({"gate_budget"} if self.shared_gate == "mix" else set())
         self.balance.check(terms, self.router.source())
         if self.balance.adaptive and self.capacity_factor is None:
             raise ValueError("balance.adaptive=True follows the drop rate, which is 0 without a capacity_factor")
@@ -103,7 +103,7 @@ class MoEConfig:
 
     def _check_options(self) -> None:
         """Refuse what was set by hand and has no meaning with the router."""
-        heeded, router = self.router.layer_options(), self.router.source()
+        heeded, router = self.router.layer_options, self.router.source()
         for f in fields(self):
             value = getattr(self, f.name)
             if f.name in LAYER_OPTIONS - heeded and value != f.default:
@@ -113,7 +113,7 @@ class MoEConfig:
             self.router.check_group(self.group)
         if not 0 <= self.expert_output_masking < 1:
             raise ValueError(f"expert_output_masking={self.expert_output_masking} is not in [0, 1)")
-        if self.expert_output_masking and self.router.layer_kind() != "pairs":
+        if self.expert_output_masking and self.router.layer_kind != "pairs":
             raise ValueError(f"expert_output_masking={self.expert_output_masking} does not apply to {router}")
 
     def _check_shared_gate(self) -> None:
@@ -131,7 +131,7 @@ class MoEConfig:
 
     def capacity(self) -> Capacity:
         """The capacity limits, with the router's default group filled in."""
-        group = self.router.default_group() if self.group is None else self.group
+        group = self.router.default_group if self.group is None else self.group
         return Capacity(self.capacity_factor, self.eval_capacity_factor, self.priority, group)
 
     def build(self, dim: int, out_dim: int | None = None, *, causal: bool = False) -> MoE:
@@ -145,7 +145,7 @@ class MoEConfig:
         Raises:
             ValueError: ``dim`` or ``out_dim`` is below 1, or the router is not causal and has to be.
         """
-        if causal and not self.router.is_causal():
+        if causal and not self.router.is_causal:
             raise ValueError(
                 f"router {self.router.source()} lets later tokens change earlier ones: not for a causal decoder"
             )
@@ -177,9 +177,9 @@ class MoEConfig:
         Raises:
             ValueError: no layer brings the two together.
         """
-        layer = LAYERS.get((self.router.layer_kind(), self.expert.layer_kind))
+        layer = LAYERS.get((self.router.layer_kind, self.expert.layer_kind))
         if layer is None:
-            router = f"the {self.router.layer_kind()} of {self.router.source()}"
+            router = f"the {self.router.layer_kind} of {self.router.source()}"
             raise ValueError(f"{type(self.expert).__name__} computes {self.expert.layer_kind}: not with {router}")
         return layer
 

@@ -73,9 +73,10 @@ class MultiGateConfig(OpenConfig):
         check_backend(self.backend)
         if self.balance.adaptive:
             raise ValueError("balance.adaptive=True follows the drop rate, which is 0: multi-gate layers are dropless")
-        self.balance.check(self.balance_terms(), type(self).__name__)
+        self.balance.check(self.terms, type(self).__name__)
 
-    def balance_terms(self) -> frozenset[str]:
+    @property
+    def terms(self) -> frozenset[str]:
         """Names of the balance terms that apply."""
         return DENSE_GATE_TERMS
 
@@ -221,7 +222,7 @@ class MMoE(MultiGateConfig):
         super().__post_init__()
 
     def _check_router(self, router: RouterConfig) -> None:
-        if router.layer_kind() != "pairs":
+        if router.layer_kind != "pairs":
             raise ValueError(f"router {router.source()} chooses no experts for an example, it mixes: not for MMoE")
         at_least_one("num_experts", self.num_experts)
         router.check(self.num_experts)
@@ -233,10 +234,11 @@ class MMoE(MultiGateConfig):
         if self.selection == "shared" and getattr(router, "gates_on", "output") == "input":
             raise ValueError("gates_on='input' does not apply with selection='shared': experts compute for all tasks")
 
-    def balance_terms(self) -> frozenset[str]:
+    @property
+    def terms(self) -> frozenset[str]:
         if self.router is None:
             return DENSE_GATE_TERMS
-        return self.router.balance_terms() | (DENSE_TERMS if self.selection == "shared" else frozenset())
+        return self.router.terms | (DENSE_TERMS if self.selection == "shared" else frozenset())
 
     def _layer(self, dim: int, num_tasks: int, groups: ExpertGroups) -> MultiGateLayer:
         if self.router is None:

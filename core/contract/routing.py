@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from .evidence import Evidence
+from .evidence import NO_EVIDENCE, Evidence
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Routing:
     input_index_N: Tensor | None = None
     valid_T: Tensor | None = None
     num_sequences: int | None = None
-    evidence: Evidence = field(default_factory=Evidence)
+    evidence: Evidence = NO_EVIDENCE
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..contract import Routing
+from ..contract import Evidence, Routing
 
 
 def join_tasks(routings: Sequence[Routing]) -> Routing:
@@ -26,6 +26,7 @@ def join_tasks(routings: Sequence[Routing]) -> Routing:
         num_tokens=len(routings) * T,
         top_k=first.top_k if same else None,
         input_index_N=torch.cat([r.token_index_N for r in routings]),
+        evidence=Evidence(),
     )
 
 
@@ -46,4 +47,5 @@ def split_pairs(token_index_N: Tensor, expert_ids_N: Tensor, tokens_per_expert_E
         num_tokens=N,
         top_k=1,
         input_index_N=token_index_N,
+        evidence=Evidence(),
     )

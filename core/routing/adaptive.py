@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +16,7 @@ from .balance import SCORE_TERMS
 from .checks import at_least_one, at_most_experts, one_of, positive
 from .gates import LinearGate
 from .router import LinearGateConfig, PairRouter, RouterConfig, Tokens
-from .selection import Capacity, Choice
+from .selection import Choice
 from .top_k import TopKConfig, TopKRouter
 
 
@@ -25,10 +24,6 @@ class ThresholdRouter(PairRouter):
     """Two experts, or one where the second gate is small. Built by ``Threshold``."""
 
     config: Threshold
-
-    def __init__(self, dim: int, num_experts: int, config: Threshold, capacity: Capacity) -> None:
-        super().__init__(num_experts, config, capacity)
-        self.gate = LinearGate(dim, num_experts, config.init_scale)
 
     def choose(self, tokens: Tokens) -> Choice:
         config = self.config
@@ -63,7 +58,9 @@ class Threshold(LinearGateConfig):
         ValueError: a value is out of its range.
     """
 
-    paper: ClassVar[str] = "2202.08906"
+    paper = "2202.08906"
+    router_class = ThresholdRouter
+    terms = SCORE_TERMS | {"router_z", "sequence_balance"}
 
     threshold: float = 0.2
     second: str = "random"
@@ -75,18 +72,11 @@ class Threshold(LinearGateConfig):
             raise ValueError(f"threshold={self.threshold} is not in (0, 1]")
         one_of("second", self.second, ("random", "threshold"))
         one_of("eval_second", self.eval_second, ("threshold", "always"))
-        positive("init_scale", self.init_scale)
-
-    def build(self, dim: int, num_experts: int, capacity: Capacity = Capacity()) -> ThresholdRouter:
-        self.check(num_experts)
-        return ThresholdRouter(dim, num_experts, self, capacity)
+        super().__post_init__()
 
     def check(self, num_experts: int) -> None:
         if num_experts < 2:
             raise ValueError(f"Threshold takes up to 2 experts, num_experts={num_experts} has no second one")
-
-    def balance_terms(self) -> frozenset[str]:
-        return SCORE_TERMS | {"router_z", "sequence_balance"}
 
     def pairs_per_token(self, num_experts: int) -> float:
         """The most: how many tokens keep their second expert is learned."""
@@ -97,10 +87,6 @@ class NullExpertsRouter(PairRouter):
     """Top-k over experts and null experts. Built by ``NullExperts``."""
 
     config: NullExperts
-
-    def __init__(self, dim: int, num_experts: int, config: NullExperts, capacity: Capacity) -> None:
-        super().__init__(num_experts, config, capacity)
-        self.gate = LinearGate(dim, num_experts + config.num_null_experts, config.init_scale)
 
     def choose(self, tokens: Tokens) -> Choice:
         E, M = self.num_experts, self.num_experts + self.config.num_null_experts
@@ -152,7 +138,9 @@ class NullExperts(RouterConfig):
         ValueError: a value is out of its range, or two of them do not go together.
     """
 
-    paper: ClassVar[str] = "2406.13233"
+    paper = "2406.13233"
+    router_class = NullExpertsRouter
+    terms = SCORE_TERMS | {"router_z"}
 
     top_k: int = 4
     num_null_experts: int = 8
@@ -164,18 +152,14 @@ class NullExperts(RouterConfig):
         if self.top_k < 2:
             raise ValueError(f"top_k={self.top_k} is not at least 2: every gate would be 1 and the router untrained")
 
-    def build(self, dim: int, num_experts: int, capacity: Capacity = Capacity()) -> NullExpertsRouter:
-        self.check(num_experts)
-        return NullExpertsRouter(dim, num_experts, self, capacity)
+    def make_gate(self, dim: int, num_experts: int) -> LinearGate:
+        return LinearGate(dim, num_experts + self.num_null_experts, self.init_scale)
 
     def check(self, num_experts: int) -> None:
         if self.top_k > num_experts + self.num_null_experts:
             raise ValueError(
                 f"top_k={self.top_k} exceeds num_experts={num_experts} plus num_null_experts={self.num_null_experts}"
             )
-
-    def balance_terms(self) -> frozenset[str]:
-        return SCORE_TERMS | {"router_z"}
 
     def pairs_per_token(self, num_experts: int) -> float:
         """The mean at balance."""
@@ -232,10 +216,7 @@ class DynamicThresholdRouter(PairRouter):
     """All experts above their thresholds. Built by ``DynamicThreshold``."""
 
     config: DynamicThreshold
-
-    def __init__(self, dim: int, num_experts: int, config: DynamicThreshold, capacity: Capacity) -> None:
-        super().__init__(num_experts, config, capacity)
-        self.gate = ThresholdGate(dim, num_experts, config.temperature)
+    gate: ThresholdGate
 
     def choose(self, tokens: Tokens) -> Choice:
         config, gate = self.config, self.gate
@@ -280,7 +261,10 @@ class DynamicThreshold(RouterConfig):
         ValueError: a value is out of its range, or two of them do not go together.
     """
 
-    paper: ClassVar[str] = "2405.14297"
+    paper = "2405.14297"
+    router_class = DynamicThresholdRouter
+    terms = SCORE_TERMS  # no z-loss: a cosine is bounded
+    has_exact_gradient = False  # gates are steps, and the gradient goes straight through
 
     max_k: int = 4
     temperature: float = 1.0
@@ -294,24 +278,15 @@ class DynamicThreshold(RouterConfig):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} is not a finite number >= 0")
 
-    def build(self, dim: int, num_experts: int, capacity: Capacity = Capacity()) -> DynamicThresholdRouter:
-        self.check(num_experts)
-        return DynamicThresholdRouter(dim, num_experts, self, capacity)
+    def make_gate(self, dim: int, num_experts: int) -> ThresholdGate:
+        return ThresholdGate(dim, num_experts, self.temperature)
 
     def check(self, num_experts: int) -> None:
         at_most_experts("max_k", self.max_k, num_experts)
 
-    def balance_terms(self) -> frozenset[str]:
-        # No z-loss: a cosine is bounded.
-        return SCORE_TERMS
-
+    @property
     def extra_weights(self) -> dict[str, float]:
         return {name: getattr(self, name) for name in ("diversity", "simplicity") if getattr(self, name)}
-
-    def exceptions(self) -> dict[str, str]:
-        return {
-            "the gradient is that of the output, in float64": "gates are steps, and the gradient goes straight through"
-        }
 
     def pairs_per_token(self, num_experts: int) -> float:
         """The most: how many experts are above their thresholds is learned."""
@@ -384,9 +359,6 @@ class TokenRoundingRouter(TopKRouter):
 
     config: TokenRounding
 
-    def __init__(self, dim: int, num_experts: int, config: TokenRounding, capacity: Capacity) -> None:
-        super().__init__(LinearGate(dim, num_experts, config.init_scale), num_experts, config, capacity)
-
     def forward(self, x: Tensor, context: RoutingContext | None = None) -> Routing:
         if not self.training:
             return super().forward(x, context)
@@ -397,7 +369,9 @@ class TokenRoundingRouter(TopKRouter):
     def _round(self, tokens: Tokens) -> Routing:
         E, real_T = self.num_experts, tokens.real_T
         choice = self.choose(tokens)
-        scores_TE = choice.evidence.scores_TE
+        evidence = choice.evidence
+        assert evidence is not None
+        scores_TE = evidence.scores_TE
         assert scores_TE is not None
         ids_TK = choice.expert_ids_TK.masked_fill(~real_T[:, None], E)
         rounded = round_to_tiles(scores_TE, ids_TK, real_T, self.config.tile)
@@ -416,7 +390,7 @@ class TokenRoundingRouter(TopKRouter):
             num_tokens=len(scores_TE),
             valid_T=tokens.valid_T,
             num_sequences=tokens.num_sequences,
-            evidence=replace(choice.evidence, balance_chosen=rounded.chosen_per_expert_E),
+            evidence=replace(evidence, balance_chosen=rounded.chosen_per_expert_E),
         )
 
 
@@ -440,7 +414,12 @@ class TokenRounding(TopKConfig, LinearGateConfig):
         ValueError: a value is out of its range, or two of them do not go together.
     """
 
-    paper: ClassVar[str] = "2512.14080"
+    paper = "2512.14080"
+    router_class = TokenRoundingRouter
+    terms = SCORE_TERMS | {"router_z"}
+    is_causal = False  # in training: in evaluation a token decides alone
+    depends_on = "token"
+    layer_options = frozenset({"backend"})
 
     top_k: int = 2
     tile: int = 128
@@ -450,24 +429,6 @@ class TokenRounding(TopKConfig, LinearGateConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least_one("tile", self.tile)
-        positive("init_scale", self.init_scale)
-
-    def build(self, dim: int, num_experts: int, capacity: Capacity = Capacity()) -> TokenRoundingRouter:
-        self.check(num_experts)
-        return TokenRoundingRouter(dim, num_experts, self, capacity)
-
-    def balance_terms(self) -> frozenset[str]:
-        return SCORE_TERMS | {"router_z"}
-
-    def is_causal(self) -> bool:
-        """False for training: in evaluation a token decides alone."""
-        return False
-
-    def depends_on(self) -> str:
-        return "token"
-
-    def layer_options(self) -> frozenset[str]:
-        return frozenset({"backend"})
 
     def check_group(self, group: str | int) -> None:
         if group != "batch":

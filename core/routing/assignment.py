@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -12,19 +11,14 @@ from ..contract import Evidence
 from ..kernels.assign import balanced_assignment
 from ..kernels.eager import top_k_ids
 from .checks import at_least_one, at_most_experts, one_of, positive
-from .gates import LinearGate
 from .router import LinearGateConfig, PairRouter, Tokens
-from .selection import Capacity, Choice
+from .selection import Choice
 
 
 class BaseRouter(PairRouter):
     """One expert a token, equally many tokens an expert in training. Built by ``Base``."""
 
     config: Base
-
-    def __init__(self, dim: int, num_experts: int, config: Base, capacity: Capacity) -> None:
-        super().__init__(num_experts, config, capacity)
-        self.gate = LinearGate(dim, num_experts, config.init_scale)
 
     def choose(self, tokens: Tokens) -> Choice:
         logits_TE = tokens.logits(self.gate)
@@ -55,26 +49,15 @@ class Base(LinearGateConfig):
         ValueError: a value is out of its range.
     """
 
-    paper: ClassVar[str] = "2103.16716"
+    paper = "2103.16716"
+    router_class = BaseRouter
+    is_causal = False  # in training: in evaluation a token decides alone
+    depends_on = "token"
 
     init_scale: float = 0.1
 
-    def __post_init__(self) -> None:
-        positive("init_scale", self.init_scale)
-
-    def build(self, dim: int, num_experts: int, capacity: Capacity = Capacity()) -> BaseRouter:
-        self.check(num_experts)
-        return BaseRouter(dim, num_experts, self, capacity)
-
     def pairs_per_token(self, num_experts: int) -> float:
         return 1.0
-
-    def is_causal(self) -> bool:
-        """False for training: in evaluation a token decides alone."""
-        return False
-
-    def depends_on(self) -> str:
-        return "token"
 
 
 def sinkhorn(logits_TE: Tensor, real_T: Tensor | None, iterations: int, temperature: float = 1.0) -> Tensor:
@@ -111,10 +94,6 @@ class SinkhornRouter(PairRouter):
 
     config: Sinkhorn
 
-    def __init__(self, dim: int, num_experts: int, config: Sinkhorn, capacity: Capacity) -> None:
-        super().__init__(num_experts, config, capacity)
-        self.gate = LinearGate(dim, num_experts, config.init_scale)
-
     def choose(self, tokens: Tokens) -> Choice:
         config = self.config
         logits_TE = tokens.logits(self.gate)
@@ -147,7 +126,11 @@ class Sinkhorn(LinearGateConfig):
         ValueError: a value is out of its range.
     """
 
-    paper: ClassVar[str] = "2202.01169"
+    paper = "2202.01169"
+    router_class = SinkhornRouter
+    terms = frozenset({"router_z"})  # the choice is balanced as it stands; large logits are held down as in Megatron-LM
+    is_causal = False  # in training: in evaluation a token decides alone
+    depends_on = "token"
 
     top_k: int = 1
     iterations: int = 16
@@ -160,30 +143,15 @@ class Sinkhorn(LinearGateConfig):
         at_least_one("iterations", self.iterations)
         positive("temperature", self.temperature)
         one_of("score_func", self.score_func, (None, "sigmoid", "softmax"))
-        positive("init_scale", self.init_scale)
+        super().__post_init__()
 
     @property
     def scores(self) -> str:
         """``score_func`` with its default filled in."""
         return self.score_func or ("sigmoid" if self.top_k == 1 else "softmax")
 
-    def build(self, dim: int, num_experts: int, capacity: Capacity = Capacity()) -> SinkhornRouter:
-        self.check(num_experts)
-        return SinkhornRouter(dim, num_experts, self, capacity)
-
     def check(self, num_experts: int) -> None:
         at_most_experts("top_k", self.top_k, num_experts)
 
-    def balance_terms(self) -> frozenset[str]:
-        # The choice is balanced as it stands; large logits are held down as in Megatron-LM.
-        return frozenset({"router_z"})
-
     def pairs_per_token(self, num_experts: int) -> float:
         return float(self.top_k)
-
-    def is_causal(self) -> bool:
-        """False for training: in evaluation a token decides alone."""
-        return False
-
-    def depends_on(self) -> str:
-        return "token"

@@ -423,6 +423,7 @@ class Balance:
         """The weight of each term."""
         return {name: getattr(self, name) for name in TERMS}
 
+    @property
     def needs(self) -> tuple[str, ...]:
         """Return the fields of ``RoutingContext`` that the terms of positive weight read."""
         weights = self.weights()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ class ExpertChoiceRouter(Router):
     def __init__(self, dim: int, num_experts: int, config: ExpertChoice, capacity: Capacity) -> None:
         super().__init__()
         self.num_experts, self.config, self.capacity = num_experts, config, capacity
-        self.terms = config.balance_terms()
+        self.terms = config.terms
         self.gate = LinearGate(dim, num_experts, config.init_scale)
         # Whole numbers, made here: under ``torch.compile(dynamic=True)`` a float cannot be read digit by digit.
         self.ratio = whole_ratio(config.capacity_factor)
@@ -139,14 +139,19 @@ class ExpertChoice(LinearGateConfig):
         ValueError: a value is not a positive number, or one expert is to choose among tokens.
     """
 
-    paper: ClassVar[str] = "2202.09368"
+    paper = "2202.09368"
+    router_class = ExpertChoiceRouter
+    terms = frozenset({"router_z"})
+    is_causal = False
+    default_group = "sequence"
+    layer_options = frozenset({"backend"})
 
     capacity_factor: float = 2.0
     init_scale: float = 0.1
 
     def __post_init__(self) -> None:
-        for name in ("capacity_factor", "init_scale"):
-            positive(name, getattr(self, name))
+        super().__post_init__()
+        positive("capacity_factor", self.capacity_factor)
 
     def check(self, num_experts: int) -> None:
         if num_experts == 1 and self.capacity_factor < 1:
@@ -154,23 +159,6 @@ class ExpertChoice(LinearGateConfig):
                 f"capacity_factor={self.capacity_factor} with num_experts=1 would take the earliest tokens: "
                 "the softmax over one expert is 1 for every token, and its router gets no gradient"
             )
-
-    def build(self, dim: int, num_experts: int, capacity: Capacity | None = None) -> ExpertChoiceRouter:
-        self.check(num_experts)
-        capacity = Capacity(group=self.default_group()) if capacity is None else capacity
-        return ExpertChoiceRouter(dim, num_experts, self, capacity)
-
-    def balance_terms(self) -> frozenset[str]:
-        return frozenset({"router_z"})
-
-    def layer_options(self) -> frozenset[str]:
-        return frozenset({"backend"})
-
-    def default_group(self) -> str | int:
-        return "sequence"
-
-    def is_causal(self) -> bool:
-        return False
 
     def pairs_per_token(self, num_experts: int) -> float:
         return min(self.capacity_factor, float(num_experts))

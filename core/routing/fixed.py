@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,8 +65,8 @@ class HashRouter(PairRouter):
     config: Hash
     table: Tensor
 
-    def __init__(self, num_experts: int, config: Hash, capacity: Capacity) -> None:
-        super().__init__(num_experts, config, capacity)
+    def __init__(self, dim: int, num_experts: int, config: Hash, capacity: Capacity) -> None:
+        super().__init__(dim, num_experts, config, capacity)
         self.register_buffer("table", torch.empty(config.vocab_size, config.top_k, dtype=torch.int64))
         self._made = config.kind != "clustered"
         self.reset_parameters()
@@ -161,7 +161,9 @@ class Hash(RouterConfig):
         ValueError: a value is out of its range, or two of them do not go together.
     """
 
-    paper: ClassVar[str] = "2106.04426"
+    paper = "2106.04426"
+    router_class = HashRouter
+    needs = ("token_ids_BS",)
 
     vocab_size: int
     kind: str = "random"
@@ -175,10 +177,6 @@ class Hash(RouterConfig):
         if self.kind == "clustered" and self.top_k != 1:
             raise ValueError(f"top_k={self.top_k} is not 1, and a token is in one cluster")
 
-    def build(self, dim: int, num_experts: int, capacity: Capacity = Capacity()) -> HashRouter:
-        self.check(num_experts)
-        return HashRouter(num_experts, self, capacity)
-
     def check(self, num_experts: int) -> None:
         at_most_experts("top_k", self.top_k, num_experts)
         if self.kind == "clustered" and num_experts > self.vocab_size:
@@ -186,9 +184,6 @@ class Hash(RouterConfig):
 
     def pairs_per_token(self, num_experts: int) -> float:
         return float(self.top_k)
-
-    def needs(self) -> tuple[str, ...]:
-        return ("token_ids_BS",)
 
 
 class RandomRouter(PairRouter):
@@ -237,7 +232,8 @@ class Random(RouterConfig):
         ValueError: a value is out of its range.
     """
 
-    paper: ClassVar[str] = "2110.04260"
+    paper = "2110.04260"
+    router_class = RandomRouter
 
     top_k: int = 1
     per: str = "token"
@@ -248,17 +244,12 @@ class Random(RouterConfig):
         one_of("per", self.per, SPANS)
         one_of("evaluation", self.evaluation, EVALUATIONS)
 
-    def build(self, dim: int, num_experts: int, capacity: Capacity = Capacity()) -> RandomRouter:
-        self.check(num_experts)
-        return RandomRouter(num_experts, self, capacity)
-
     def check(self, num_experts: int) -> None:
         at_most_experts("top_k", self.top_k, num_experts)
 
-    def exceptions(self) -> dict[str, str]:
-        if self.evaluation == "average":
-            return {}
-        return {"the order of the tokens does not matter": "in evaluation a token's position decides"}
+    @property
+    def reads_position(self) -> bool:
+        return self.evaluation == "fixed"
 
     def pairs_per_token(self, num_experts: int) -> float:
         """In training; ``evaluation="average"`` takes all E."""
@@ -275,8 +266,8 @@ class DomainRandomRouter(PairRouter):
     config: DomainRandom
     table: Tensor
 
-    def __init__(self, num_experts: int, config: DomainRandom, capacity: Capacity) -> None:
-        super().__init__(num_experts, config, capacity)
+    def __init__(self, dim: int, num_experts: int, config: DomainRandom, capacity: Capacity) -> None:
+        super().__init__(dim, num_experts, config, capacity)
         self.register_buffer("table", torch.empty(config.num_domains, config.vocab_size, dtype=torch.int64))
         self.reset_parameters()
 
@@ -313,7 +304,9 @@ class DomainRandom(RouterConfig):
         ValueError: a value is out of its range.
     """
 
-    paper: ClassVar[str] = "2303.10845"
+    paper = "2303.10845"
+    router_class = DomainRandomRouter
+    needs = ("token_ids_BS", "domain_ids_B")
 
     num_domains: int
     vocab_size: int
@@ -323,15 +316,8 @@ class DomainRandom(RouterConfig):
         at_least_one("num_domains", self.num_domains)
         at_least_one("vocab_size", self.vocab_size)
 
-    def build(self, dim: int, num_experts: int, capacity: Capacity = Capacity()) -> DomainRandomRouter:
-        self.check(num_experts)
-        return DomainRandomRouter(num_experts, self, capacity)
-
     def check(self, num_experts: int) -> None:
         divides("num_domains", self.num_domains, num_experts)
 
     def pairs_per_token(self, num_experts: int) -> float:
         return 1.0
-
-    def needs(self) -> tuple[str, ...]:
-        return ("token_ids_BS", "domain_ids_B")

@@ -6,7 +6,6 @@ Group ``g`` of G holds the experts ``g * E / G`` to ``(g + 1) * E / G - 1``.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
@@ -24,10 +23,6 @@ class PrototypesRouter(PairRouter):
     """The best expert of each group. Built by ``Prototypes``."""
 
     config: Prototypes
-
-    def __init__(self, dim: int, num_experts: int, config: Prototypes, capacity: Capacity) -> None:
-        super().__init__(num_experts, config, capacity)
-        self.gate = LinearGate(dim, num_experts, config.init_scale)
 
     def choose(self, tokens: Tokens) -> Choice:
         logits_TE = tokens.logits(self.gate)
@@ -58,18 +53,16 @@ class Prototypes(LinearGateConfig):
         ValueError: a value is out of its range.
     """
 
-    paper: ClassVar[str] = "2105.15082"
+    paper = "2105.15082"
+    router_class = PrototypesRouter
+    terms = SCORE_TERMS | {"router_z"}
 
     num_prototypes: int = 2
     init_scale: float = 0.1
 
     def __post_init__(self) -> None:
         at_least_one("num_prototypes", self.num_prototypes)
-        positive("init_scale", self.init_scale)
-
-    def build(self, dim: int, num_experts: int, capacity: Capacity = Capacity()) -> PrototypesRouter:
-        self.check(num_experts)
-        return PrototypesRouter(dim, num_experts, self, capacity)
+        super().__post_init__()
 
     def check(self, num_experts: int) -> None:
         divides("num_prototypes", self.num_prototypes, num_experts)
@@ -78,9 +71,6 @@ class Prototypes(LinearGateConfig):
                 f"num_prototypes={self.num_prototypes} leaves one of num_experts={num_experts} to each group: "
                 "every gate would be 1 and the router would get no gradient"
             )
-
-    def balance_terms(self) -> frozenset[str]:
-        return SCORE_TERMS | {"router_z"}
 
     def pairs_per_token(self, num_experts: int) -> float:
         return float(self.num_prototypes)
@@ -92,7 +82,7 @@ class HierarchicalRouter(PairRouter):
     config: Hierarchical
 
     def __init__(self, dim: int, num_experts: int, config: Hierarchical, capacity: Capacity) -> None:
-        super().__init__(num_experts, config, capacity)
+        super().__init__(dim, num_experts, config, capacity)
         self.group_gate = LinearGate(dim, config.num_groups, config.init_scale)
         self.gate = LinearGate(dim, num_experts, config.init_scale)
 
@@ -139,7 +129,9 @@ class Hierarchical(RouterConfig):
         ValueError: a value is out of its range, or two of them do not go together.
     """
 
-    paper: ClassVar[str] = "1701.06538"
+    paper = "1701.06538"
+    router_class = HierarchicalRouter
+    terms = SCORE_TERMS  # no z-loss: two gates have no logits of all experts in common
 
     num_groups: int = 4
     top_groups: int = 2
@@ -153,19 +145,11 @@ class Hierarchical(RouterConfig):
         if self.top_groups > self.num_groups:
             raise ValueError(f"top_groups={self.top_groups} exceeds num_groups={self.num_groups}")
 
-    def build(self, dim: int, num_experts: int, capacity: Capacity = Capacity()) -> HierarchicalRouter:
-        self.check(num_experts)
-        return HierarchicalRouter(dim, num_experts, self, capacity)
-
     def check(self, num_experts: int) -> None:
         divides("num_groups", self.num_groups, num_experts)
         size = num_experts // self.num_groups
         if self.top_k > size:
             raise ValueError(f"top_k={self.top_k} exceeds the {size} experts of a group")
-
-    def balance_terms(self) -> frozenset[str]:
-        # No z-loss: two gates have no logits of all experts in common.
-        return SCORE_TERMS
 
     def pairs_per_token(self, num_experts: int) -> float:
         return float(self.top_groups * self.top_k)
@@ -181,10 +165,6 @@ class EnsembleRouter(PairRouter):
     """Top-k among the experts of a sequence's member. Built by ``Ensemble``."""
 
     config: Ensemble
-
-    def __init__(self, dim: int, num_experts: int, config: Ensemble, capacity: Capacity) -> None:
-        super().__init__(num_experts, config, capacity)
-        self.gate = LinearGate(dim, num_experts, config.init_scale)
 
     def choose(self, tokens: Tokens) -> Choice:
         config = self.config
@@ -236,7 +216,10 @@ class Ensemble(TopKConfig, LinearGateConfig):
         ValueError: a value is out of its range, or two of them do not go together.
     """
 
-    paper: ClassVar[str] = "2110.03360"
+    paper = "2110.03360"
+    router_class = EnsembleRouter
+    terms = SCORE_TERMS | {"router_z"}
+    reads_batch_index = True  # the place of a sequence in the batch says its member
 
     num_members: int = 2
     top_k: int = 1
@@ -246,20 +229,9 @@ class Ensemble(TopKConfig, LinearGateConfig):
     def __post_init__(self) -> None:
         at_least_one("num_members", self.num_members)
         super().__post_init__()
-        positive("init_scale", self.init_scale)
-
-    def build(self, dim: int, num_experts: int, capacity: Capacity = Capacity()) -> EnsembleRouter:
-        self.check(num_experts)
-        return EnsembleRouter(dim, num_experts, self, capacity)
 
     def check(self, num_experts: int) -> None:
         divides("num_members", self.num_members, num_experts)
         size = num_experts // self.num_members
         if self.top_k > size:
             raise ValueError(f"top_k={self.top_k} exceeds the {size} experts of a member")
-
-    def balance_terms(self) -> frozenset[str]:
-        return SCORE_TERMS | {"router_z"}
-
-    def exceptions(self) -> dict[str, str]:
-        return {"the order of the sequences does not matter": "the place of a sequence in the batch says its member"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +35,8 @@ class Cosine(TopKConfig):
         ValueError: a value is out of its range, or two of them do not go together.
     """
 
-    paper: ClassVar[str] = "2204.09179"
+    paper = "2204.09179"
+    router_class = TopKRouter
 
     top_k: int = 2
     proj_dim: int | None = None
@@ -54,10 +55,8 @@ class Cosine(TopKConfig):
         """``proj_dim`` with its default filled in."""
         return max(num_experts // 2, 2) if self.proj_dim is None else self.proj_dim
 
-    def build(self, dim: int, num_experts: int, capacity: Capacity = Capacity()) -> TopKRouter:
-        self.check(num_experts)
-        gate = CosineGate(dim, num_experts, self.space(num_experts), self.temperature)
-        return TopKRouter(gate, num_experts, self, capacity)
+    def make_gate(self, dim: int, num_experts: int) -> CosineGate:
+        return CosineGate(dim, num_experts, self.space(num_experts), self.temperature)
 
     def num_params(self, dim: int, num_experts: int) -> int:
         return (dim + num_experts) * self.space(num_experts) + 1
@@ -81,7 +80,8 @@ class Attention(TopKConfig):
         ValueError: a value is out of its range, or two of them do not go together.
     """
 
-    paper: ClassVar[str] = "2405.17976"
+    paper = "2405.17976"
+    router_class = TopKRouter
 
     top_k: int = 2
     normalize: bool | None = None
@@ -91,9 +91,8 @@ class Attention(TopKConfig):
         super().__post_init__()
         positive("init_scale", self.init_scale)
 
-    def build(self, dim: int, num_experts: int, capacity: Capacity = Capacity()) -> TopKRouter:
-        self.check(num_experts)
-        return TopKRouter(AttentionGate(dim, num_experts, self.init_scale), num_experts, self, capacity)
+    def make_gate(self, dim: int, num_experts: int) -> AttentionGate:
+        return AttentionGate(dim, num_experts, self.init_scale)
 
     def num_params(self, dim: int, num_experts: int) -> int:
         return 3 * dim * num_experts
@@ -117,8 +116,7 @@ class StableRouter(PairRouter):
     stage: Tensor
 
     def __init__(self, dim: int, num_experts: int, config: Stable, capacity: Capacity) -> None:
-        super().__init__(num_experts, config, capacity)
-        self.gate = LinearGate(dim, num_experts, config.init_scale)
+        super().__init__(dim, num_experts, config, capacity)
         self.light = TokenIdGate(config.vocab_size, num_experts, config.embedding_dim)
         self.register_buffer("stage", torch.tensor(1))
         self._stage_terms = self.terms
@@ -181,7 +179,10 @@ class Stable(RouterConfig):
         ValueError: a value is out of its range.
     """
 
-    paper: ClassVar[str] = "2204.08396"
+    paper = "2204.08396"
+    router_class = StableRouter
+    terms = SCORE_TERMS | {"router_z", "sequence_balance"}
+    needs = ("token_ids_BS",)
 
     vocab_size: int
     embedding_dim: int = 50
@@ -194,20 +195,15 @@ class Stable(RouterConfig):
         positive("distillation", self.distillation)
         positive("init_scale", self.init_scale)
 
-    def build(self, dim: int, num_experts: int, capacity: Capacity = Capacity()) -> StableRouter:
-        return StableRouter(dim, num_experts, self, capacity)
-
-    def balance_terms(self) -> frozenset[str]:
-        return SCORE_TERMS | {"router_z", "sequence_balance"}
-
+    @property
     def extra_weights(self) -> dict[str, float]:
         return {"distillation": self.distillation}
 
     def pairs_per_token(self, num_experts: int) -> float:
         return 1.0
 
-    def needs(self) -> tuple[str, ...]:
-        return ("token_ids_BS",)
+    def make_gate(self, dim: int, num_experts: int) -> LinearGate:
+        return LinearGate(dim, num_experts, self.init_scale)
 
     def num_params(self, dim: int, num_experts: int) -> int:
         return dim * num_experts + (self.vocab_size + num_experts) * self.embedding_dim

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -13,11 +12,14 @@ from ..contract import RoutingContext
 from ..kernels.eager import top_k_ids
 from .balance import SCORE_TERMS
 from .checks import at_least_one, check_tensor, positive
-from .gates import LinearGate, TableGate
+from .gates import TableGate
 from .ids import sequence_ids
-from .router import PairRouter, RouterConfig, Tokens
+from .router import LinearGateConfig, PairRouter, RouterConfig, Tokens
 from .selection import Capacity, Choice
 from .top_k import SequenceTopKRouter, TopKConfig
+
+# No balance within a sequence, whose tokens all take the same experts.
+SEQUENCE_TERMS = SCORE_TERMS | {"router_z"}
 
 
 class SentenceRouter(SequenceTopKRouter):
@@ -28,7 +30,7 @@ class SentenceRouter(SequenceTopKRouter):
 
 
 @dataclass(frozen=True)
-class Sentence(TopKConfig):
+class Sentence(TopKConfig, LinearGateConfig):
     """All tokens of a sequence take the ``top_k`` best experts of its mean: ``logits = W mean(x)`` (sentence-level MoE,
     arXiv 2110.03742). Not causal.
 
@@ -41,32 +43,15 @@ class Sentence(TopKConfig):
         ValueError: a value is out of its range, or two of them do not go together.
     """
 
-    paper: ClassVar[str] = "2110.03742"
+    paper = "2110.03742"
+    router_class = SentenceRouter
+    terms = SEQUENCE_TERMS
+    is_causal = False
+    depends_on = "sequence"
 
     top_k: int = 2
     normalize: bool | None = None
     init_scale: float = 0.1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        positive("init_scale", self.init_scale)
-
-    def build(self, dim: int, num_experts: int, capacity: Capacity = Capacity()) -> SentenceRouter:
-        self.check(num_experts)
-        return SentenceRouter(LinearGate(dim, num_experts, self.init_scale), num_experts, self, capacity)
-
-    def balance_terms(self) -> frozenset[str]:
-        # No balance within a sequence, whose tokens all take the same experts.
-        return SCORE_TERMS | {"router_z"}
-
-    def is_causal(self) -> bool:
-        return False
-
-    def depends_on(self) -> str:
-        return "sequence"
-
-    def num_params(self, dim: int, num_experts: int) -> int:
-        return dim * num_experts
 
     def flops_per_token(self, dim: int, num_experts: int) -> int:
         # 2 D E once a sequence, and a sum; no product for each token.
@@ -128,7 +113,10 @@ class Task(TopKConfig):
         ValueError: a value is out of its range, or two of them do not go together.
     """
 
-    paper: ClassVar[str] = "2110.03742"
+    paper = "2110.03742"
+    router_class = TaskRouter
+    terms = SEQUENCE_TERMS
+    needs = ("task_ids_B",)
 
     num_tasks: int
     top_k: int = 2
@@ -140,16 +128,8 @@ class Task(TopKConfig):
         at_least_one("num_tasks", self.num_tasks)
         positive("init_scale", self.init_scale)
 
-    def build(self, dim: int, num_experts: int, capacity: Capacity = Capacity()) -> TaskRouter:
-        self.check(num_experts)
-        return TaskRouter(TableGate(self.num_tasks, num_experts, self.init_scale), num_experts, self, capacity)
-
-    def balance_terms(self) -> frozenset[str]:
-        # No balance within a sequence, whose tokens all take the same experts.
-        return SCORE_TERMS | {"router_z"}
-
-    def needs(self) -> tuple[str, ...]:
-        return ("task_ids_B",)
+    def make_gate(self, dim: int, num_experts: int) -> TableGate:
+        return TableGate(self.num_tasks, num_experts, self.init_scale)
 
     def num_params(self, dim: int, num_experts: int) -> int:
         return self.num_tasks * num_experts
@@ -177,8 +157,8 @@ class DomainRouter(PairRouter):
     config: Domain
     prior: Tensor
 
-    def __init__(self, num_experts: int, config: Domain, capacity: Capacity) -> None:
-        super().__init__(num_experts, config, capacity)
+    def __init__(self, dim: int, num_experts: int, config: Domain, capacity: Capacity) -> None:
+        super().__init__(dim, num_experts, config, capacity)
         self.register_buffer("prior", torch.empty(num_experts))
         self.reset_parameters()
 
@@ -284,7 +264,8 @@ class Domain(RouterConfig):
         ValueError: a value is out of its range.
     """
 
-    paper: ClassVar[str] = "2108.05036"
+    paper = "2108.05036"
+    router_class = DomainRouter
 
     num_domains: int
     top_k: int | None = None
@@ -297,10 +278,6 @@ class Domain(RouterConfig):
     def mixed(self, num_experts: int) -> int:
         """``top_k`` with its default filled in."""
         return num_experts if self.top_k is None else self.top_k
-
-    def build(self, dim: int, num_experts: int, capacity: Capacity = Capacity()) -> DomainRouter:
-        self.check(num_experts)
-        return DomainRouter(num_experts, self, capacity)
 
     def check(self, num_experts: int) -> None:
         if self.num_domains != num_experts:

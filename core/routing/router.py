@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..contract import Routing, RoutingContext, check_kinds
 from ..kernels.eager import outside_autocast
 from ..registry import OpenConfig
+from .checks import positive
 from .gates import LinearGate, widened
 from .selection import Capacity, Choice, select_pairs
 
@@ -136,13 +137,22 @@ class PairRouter(Router):
     """Base of the routers that choose experts for each token. A gate is one method, ``choose``.
 
     Padding, capacity, priority and counting are done here, and are the same for all.
+
+    Attributes:
+        num_experts, config, capacity: as the config's ``build`` got them.
+        gate: the module that makes logits of tokens, from ``RouterConfig.make_gate``, where there is one.
     """
 
-    def __init__(self, num_experts: int, config: RouterConfig, capacity: Capacity) -> None:
+    gate: nn.Module
+
+    def __init__(self, dim: int, num_experts: int, config: RouterConfig, capacity: Capacity) -> None:
         super().__init__()
         self.num_experts, self.config, self.capacity = num_experts, config, capacity
-        self.extra_weights, self.needs = config.extra_weights(), config.needs()
-        self.terms = config.balance_terms() | frozenset(self.extra_weights)
+        self.extra_weights, self.needs = config.extra_weights, config.needs
+        self.terms = config.terms | frozenset(self.extra_weights)
+        gate = config.make_gate(dim, num_experts)
+        if gate is not None:
+            self.gate = gate
 
     def choose(self, tokens: Tokens) -> Choice:
         """Experts and gates of each token; padding may be given any. Runs outside autocast."""
@@ -195,10 +205,12 @@ def _with_paper(method: Callable[..., None]) -> Callable[..., None]:
 
 @dataclass(frozen=True)
 class RouterConfig(OpenConfig):
-    """Base of the router configs. A subclass is one frozen dataclass with ``build`` and the costs of its router."""
+    """Base of the router configs. A subclass is a frozen dataclass of options, with its facts and its costs."""
 
     paper: ClassVar[str] = ""
     """arXiv number of the method's paper: what the config refuses, it refuses with it."""
+    router_class: ClassVar[type[Any]]
+    """What it builds, called with ``(dim, num_experts, config, capacity)``."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -213,56 +225,101 @@ class RouterConfig(OpenConfig):
         """Name and paper, for messages."""
         return f"{type(self).__name__}{f' (arXiv {self.paper})' if self.paper else ''}"
 
-    def build(self, dim: int, num_experts: int, capacity: Capacity = Capacity()) -> Router:
-        raise NotImplementedError
+    def build(self, dim: int, num_experts: int, capacity: Capacity | None = None) -> Router:
+        """Return the router for tokens of width ``dim``.
+
+        Args:
+            dim: D.
+            num_experts: E.
+            capacity: limits of the experts; None: none.
+
+        Raises:
+            ValueError: it cannot work with this many experts.
+        """
+        self.check(num_experts)
+        return self.router_class(dim, num_experts, self, capacity or Capacity(group=self.default_group))
+
+    def make_gate(self, dim: int, num_experts: int) -> nn.Module | None:
+        """Return the module ``gate`` of a ``PairRouter``; None: it has none."""
+        return None
 
     def check(self, num_experts: int) -> None:
         """Raise a ``ValueError`` where the router cannot work with this many experts."""
 
-    def balance_terms(self) -> frozenset[str]:
-        """Names of the balance terms that apply to this router."""
-        return frozenset()
+    def check_group(self, group: str | int) -> None:
+        """Raise a ``ValueError`` where the router cannot work within such groups."""
 
-    def extra_weights(self) -> dict[str, float]:
-        """Weights of the losses that the gate itself leaves in ``Evidence.extra``, by name."""
-        return {}
+    # Facts: what holds of the router, asked before one is built. A subclass states one as a class variable, or as a
+    # property where it depends on the options. ``core.testing`` checks a router by them.
 
-    def pairs_per_token(self, num_experts: int) -> float:
-        """Experts that compute a token, before capacity."""
-        raise NotImplementedError
+    @property
+    def is_causal(self) -> bool:
+        """Whether a later token never changes an earlier one's output, capacity aside: what a causal decoder needs.
+        False too where it is so in training alone."""
+        return True
 
-    def default_group(self) -> str | int:
-        """Whose tokens compete for capacity where the layer's config does not say."""
-        return "batch"
+    @property
+    def depends_on(self) -> str:
+        """What decides a token's experts in evaluation, capacity aside: "token": itself and what the context says of
+        it; "sequence": the tokens of its sequence; "batch": all tokens of the call."""
+        return "token" if self.is_causal else "sequence" if self.default_group == "sequence" else "batch"
 
+    @property
+    def reads_position(self) -> bool:
+        """Whether a token's place in its sequence decides its experts."""
+        return False
+
+    @property
+    def reads_batch_index(self) -> bool:
+        """Whether a sequence's place in the batch decides its experts."""
+        return False
+
+    @property
+    def decodes_stepwise(self) -> bool:
+        """Whether a token that comes alone, its prefix computed before, takes the experts it has in the sequence."""
+        return self.depends_on == "token" and not (self.reads_position or self.reads_batch_index)
+
+    @property
+    def has_exact_gradient(self) -> bool:
+        """Whether the gradient is that of the output: False where it is stopped, or goes straight through a step."""
+        return True
+
+    @property
     def needs(self) -> tuple[str, ...]:
         """Fields of ``RoutingContext`` without which the router cannot decide."""
         return ()
 
-    def is_causal(self) -> bool:
-        """Whether a later token never changes an earlier one's output, capacity aside: what a causal decoder needs."""
-        return True
+    @property
+    def terms(self) -> frozenset[str]:
+        """Names of the balance terms that apply to it."""
+        return frozenset()
 
-    def depends_on(self) -> str:
-        """What decides a token's experts in evaluation, capacity aside: "token": itself and what the context says of
-        it; "sequence": the tokens of its sequence; "batch": all tokens of the call."""
-        return "token" if self.is_causal() else "sequence" if self.default_group() == "sequence" else "batch"
-
-    def exceptions(self) -> dict[str, str]:
-        """Properties of ``core.testing`` that the method gives up, by name, each with the reason."""
+    @property
+    def extra_weights(self) -> dict[str, float]:
+        """Weights of the losses that the gate itself leaves in ``Evidence.extra``, by name."""
         return {}
 
+    @property
+    def default_group(self) -> str | int:
+        """Whose tokens compete for capacity where the layer's config does not say."""
+        return "batch"
+
+    @property
     def layer_kind(self) -> str:
         """The layer that carries out what is decided: "pairs" (``MoE``), "slots" (``SoftMoE``), "merged"
         (``MergedMoE``)."""
         return "pairs"
 
+    @property
     def layer_options(self) -> frozenset[str]:
         """Which of ``LAYER_OPTIONS`` mean anything with this router: ``MoEConfig`` refuses the others."""
         return LAYER_OPTIONS
 
-    def check_group(self, group: str | int) -> None:
-        """Raise a ``ValueError`` where the router cannot work within such groups."""
+    # Costs.
+
+    def pairs_per_token(self, num_experts: int) -> float:
+        """Experts that compute a token, before capacity."""
+        raise NotImplementedError
 
     def rows_per_token(self, num_experts: int, tokens_per_group: int | None) -> float:
         """Rows that the experts compute for a token, before capacity: what their FLOPs are.
@@ -293,9 +350,20 @@ class RouterConfig(OpenConfig):
         return 0
 
 
-@dataclass(frozen=True)
 class LinearGateConfig(RouterConfig):
-    """Base of the configs whose router has a linear gate and no other weights: ``logits = x W^T``, W (E, D)."""
+    """Base of the configs whose router has a linear gate and no other weights: ``logits = x W^T``, W (E, D).
+
+    They have a field ``init_scale``, the variance of the initial weights times D.
+    """
+
+    init_scale: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive("init_scale", self.init_scale)
+
+    def make_gate(self, dim: int, num_experts: int) -> nn.Module:
+        return LinearGate(dim, num_experts, self.init_scale)
 
     def num_params(self, dim: int, num_experts: int) -> int:
         return dim * num_experts

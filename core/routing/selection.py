@@ -95,14 +95,14 @@ class Choice:
     Attributes:
         expert_ids_TK: int64 (T, K), the best expert first; E where a token leaves a place empty.
         gates_TK: float32 (T, K), combine weights; those of empty places are not read.
-        evidence: what the losses and the statistics read.
+        evidence: what the losses and the statistics read; None: the gate tells nothing.
         priority_T: float32 (T,), the higher is served first under priority "score"; None: the largest score.
         chosen_per_expert_E: int64 (E,), real tokens that chose each expert, where the gate counted them on the way.
     """
 
     expert_ids_TK: Tensor
     gates_TK: Tensor
-    evidence: Evidence = field(default_factory=Evidence)
+    evidence: Evidence | None = None
     priority_T: Tensor | None = None
     chosen_per_expert_E: Tensor | None = None
 
@@ -165,7 +165,7 @@ def select_pairs(
         top_k=K,
         valid_T=valid_T,
         num_sequences=num_sequences,
-        evidence=choice.evidence,
+        evidence=Evidence() if choice.evidence is None else choice.evidence,
     )
 
 
@@ -188,5 +188,5 @@ def _count(expert_ids_N: Tensor, num_experts: int) -> Tensor:
 def _priority(choice: Choice) -> Tensor:
     if choice.priority_T is not None:
         return choice.priority_T.detach()
-    scores_TE = choice.evidence.scores_TE
+    scores_TE = None if choice.evidence is None else choice.evidence.scores_TE
     return (choice.gates_TK if scores_TE is None else scores_TE).detach().amax(-1)

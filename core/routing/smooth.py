@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +17,7 @@ from ..contract import Evidence
 from ..kernels.eager import check_devices, top_k_ids
 from .balance import SCORE_TERMS, entropy
 from .checks import at_least_one, at_most_experts, positive
-from .gates import LinearGate, init_gate_
+from .gates import init_gate_
 from .router import LinearGateConfig, PairRouter, RouterConfig, Tokens
 from .selection import Capacity, Choice
 
@@ -30,10 +29,6 @@ class DenseRouter(PairRouter):
     """Every expert for every token. Built by ``Dense``."""
 
     config: Dense
-
-    def __init__(self, dim: int, num_experts: int, config: Dense, capacity: Capacity) -> None:
-        super().__init__(num_experts, config, capacity)
-        self.gate = LinearGate(dim, num_experts, config.init_scale)
 
     def choose(self, tokens: Tokens) -> Choice:
         logits_TE = tokens.logits(self.gate)
@@ -59,7 +54,9 @@ class Dense(LinearGateConfig):
         ValueError: a value is out of its range.
     """
 
-    paper: ClassVar[str] = "2404.05567"
+    paper = "2404.05567"
+    router_class = DenseRouter
+    terms = DENSE_TERMS | {"router_z"}
 
     eval_top_k: int | None = None
     init_scale: float = 0.1
@@ -67,17 +64,10 @@ class Dense(LinearGateConfig):
     def __post_init__(self) -> None:
         if self.eval_top_k is not None:
             at_least_one("eval_top_k", self.eval_top_k)
-        positive("init_scale", self.init_scale)
-
-    def build(self, dim: int, num_experts: int, capacity: Capacity = Capacity()) -> DenseRouter:
-        self.check(num_experts)
-        return DenseRouter(dim, num_experts, self, capacity)
+        super().__post_init__()
 
     def check(self, num_experts: int) -> None:
         at_most_experts("eval_top_k", self.eval_top_k, num_experts)
-
-    def balance_terms(self) -> frozenset[str]:
-        return DENSE_TERMS | {"router_z"}
 
     def pairs_per_token(self, num_experts: int) -> float:
         """That of training."""
@@ -164,10 +154,6 @@ class DSelectKRouter(PairRouter):
 
     config: DSelectK
 
-    def __init__(self, dim: int, num_experts: int, config: DSelectK, capacity: Capacity) -> None:
-        super().__init__(num_experts, config, capacity)
-        self.gate = SelectorGate(dim, num_experts, config.top_k, config.gamma, config.per_token, config.init_scale)
-
     def choose(self, tokens: Tokens) -> Choice:
         config, E = self.config, self.num_experts
         codes, weights_TK = self.gate(tokens.x_TD)
@@ -220,7 +206,9 @@ class DSelectK(RouterConfig):
         ValueError: a value is out of its range, or two of them do not go together.
     """
 
-    paper: ClassVar[str] = "2106.03760"
+    paper = "2106.03760"
+    router_class = DSelectKRouter
+    terms = DENSE_TERMS
 
     top_k: int = 2
     gamma: float = 1.0
@@ -243,25 +231,22 @@ class DSelectK(RouterConfig):
                 raise ValueError(f"{name}={getattr(self, name)} is not a finite number >= 0")
         positive("init_scale", self.init_scale)
 
-    def build(self, dim: int, num_experts: int, capacity: Capacity = Capacity()) -> DSelectKRouter:
-        self.check(num_experts)
-        return DSelectKRouter(dim, num_experts, self, capacity)
-
     def check(self, num_experts: int) -> None:
         if num_experts < 2:
             raise ValueError(f"DSelectK has nothing to select among num_experts={num_experts}")
         for name in ("top_k", "max_k", "eval_max_k"):
             at_most_experts(name, getattr(self, name), num_experts)
 
-    def balance_terms(self) -> frozenset[str]:
-        return DENSE_TERMS
-
+    @property
     def extra_weights(self) -> dict[str, float]:
         return {name: getattr(self, name) for name in ("selector_entropy", "reachability") if getattr(self, name)}
 
     def pairs_per_token(self, num_experts: int) -> float:
         """The most, that of the start of training; ``top_k`` once the codes are binary."""
         return float(self.max_k or num_experts)
+
+    def make_gate(self, dim: int, num_experts: int) -> SelectorGate:
+        return SelectorGate(dim, num_experts, self.top_k, self.gamma, self.per_token, self.init_scale)
 
     def num_params(self, dim: int, num_experts: int) -> int:
         return (dim if self.per_token else 1) * self.top_k * ((num_experts - 1).bit_length() + 1)
@@ -281,8 +266,7 @@ class DenseToSparseRouter(PairRouter):
     num_steps: Tensor
 
     def __init__(self, dim: int, num_experts: int, config: DenseToSparse, capacity: Capacity) -> None:
-        super().__init__(num_experts, config, capacity)
-        self.gate = LinearGate(dim, num_experts, config.init_scale)
+        super().__init__(dim, num_experts, config, capacity)
         self.register_buffer("num_steps", torch.zeros((), dtype=torch.int64))
 
     @property
@@ -339,7 +323,9 @@ class DenseToSparse(LinearGateConfig):
         ValueError: a value is out of its range, or two of them do not go together.
     """
 
-    paper: ClassVar[str] = "2112.14397"
+    paper = "2112.14397"
+    router_class = DenseToSparseRouter
+    terms = SCORE_TERMS | {"router_z"}
 
     tau_start: float = 2.0
     tau_end: float = 0.3
@@ -349,7 +335,8 @@ class DenseToSparse(LinearGateConfig):
     init_scale: float = 0.1
 
     def __post_init__(self) -> None:
-        for name in ("tau_start", "tau_end", "init_scale"):
+        super().__post_init__()
+        for name in ("tau_start", "tau_end"):
             positive(name, getattr(self, name))
         if self.tau_end > self.tau_start:
             raise ValueError(f"tau_end={self.tau_end} is above tau_start={self.tau_start}: the temperature has to fall")
@@ -359,10 +346,6 @@ class DenseToSparse(LinearGateConfig):
         if self.max_k is not None:
             at_least_one("max_k", self.max_k)
 
-    def build(self, dim: int, num_experts: int, capacity: Capacity = Capacity()) -> DenseToSparseRouter:
-        self.check(num_experts)
-        return DenseToSparseRouter(dim, num_experts, self, capacity)
-
     def check(self, num_experts: int) -> None:
         at_most_experts("max_k", self.max_k, num_experts)
         if num_experts > 1 and self.threshold * num_experts >= 1:
@@ -370,9 +353,6 @@ class DenseToSparse(LinearGateConfig):
                 f"threshold={self.threshold} is not below 1 / {num_experts}, the gates of num_experts={num_experts} "
                 "taken alike: training would not start dense"
             )
-
-    def balance_terms(self) -> frozenset[str]:
-        return SCORE_TERMS | {"router_z"}
 
     def pairs_per_token(self, num_experts: int) -> float:
         """The most, that of the start of training."""

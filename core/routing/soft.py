@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -43,10 +42,9 @@ class SlotRouter(Router):
     Parameters: ``phi`` (E, P, D), a direction a slot; ``scale`` (), which sharpens both softmaxes.
     """
 
-    def __init__(self, dim: int, num_experts: int, config: SoftSlots) -> None:
+    def __init__(self, dim: int, num_experts: int, config: SoftSlots, capacity: Capacity) -> None:
         super().__init__()
         self.num_experts, self.config = num_experts, config
-        self.terms = config.balance_terms()
         self.phi = nn.Parameter(torch.empty(num_experts, config.slots_per_expert, dim))
         self.scale = nn.Parameter(torch.ones(()))
         self.reset_parameters()
@@ -106,30 +104,20 @@ class SoftSlots(RouterConfig):
         ValueError: ``slots_per_expert`` is below 1.
     """
 
-    paper: ClassVar[str] = "2308.00951"
+    paper = "2308.00951"
+    router_class = SlotRouter
+    layer_kind = "slots"
+    layer_options = frozenset({"backend"})
+    default_group = "sequence"
+    is_causal = False
 
     slots_per_expert: int = 1
 
     def __post_init__(self) -> None:
         at_least_one("slots_per_expert", self.slots_per_expert)
 
-    def build(self, dim: int, num_experts: int, capacity: Capacity = Capacity()) -> SlotRouter:
-        return SlotRouter(dim, num_experts, self)
-
-    def layer_kind(self) -> str:
-        return "slots"
-
-    def layer_options(self) -> frozenset[str]:
-        return frozenset({"backend"})
-
-    def default_group(self) -> str | int:
-        return "sequence"
-
     def check_group(self, group: str | int) -> None:
         check_sequence_group(group, "SoftSlots")
-
-    def is_causal(self) -> bool:
-        return False
 
     def pairs_per_token(self, num_experts: int) -> float:
         # A token is in every slot, and every slot in it.
@@ -167,10 +155,9 @@ def in_segments(x: Tensor, count: int, length: int) -> Tensor:
 class MergeRouter(Router):
     """The weights of each expert's parameters, a sequence or a segment. Built by ``Merge``."""
 
-    def __init__(self, dim: int, num_experts: int, config: Merge) -> None:
+    def __init__(self, dim: int, num_experts: int, config: Merge, capacity: Capacity) -> None:
         super().__init__()
         self.num_experts, self.config = num_experts, config
-        self.terms = config.balance_terms()
         self.gate = LinearGate(dim, num_experts, config.init_scale)
 
     def forward(self, x: Tensor, context: RoutingContext | None = None) -> MergeRouting:
@@ -261,7 +248,12 @@ class Merge(RouterConfig):
         ValueError: a value is out of its range, or is not an option of ``kind``.
     """
 
-    paper: ClassVar[str] = "2306.03745"
+    paper = "2306.03745"
+    router_class = MergeRouter
+    layer_kind = "merged"
+    layer_options = frozenset()
+    default_group = "sequence"
+    depends_on = "sequence"
 
     kind: str = "smear"
     top_k: int | None = None
@@ -317,39 +309,26 @@ class Merge(RouterConfig):
         papers = {"smear": self.paper, "lory": "2405.03133", "meo": "2310.09832"}
         return f"Merge(kind={self.kind!r}) (arXiv {papers.get(str(self.kind), self.paper)})"
 
-    def build(self, dim: int, num_experts: int, capacity: Capacity = Capacity()) -> MergeRouter:
-        self.check(num_experts)
-        return MergeRouter(dim, num_experts, self)
-
     def check(self, num_experts: int) -> None:
         if self.num_merged(num_experts) > num_experts:
             raise ValueError(f"top_k={self.num_merged(num_experts)} exceeds num_experts={num_experts}")
 
-    def layer_kind(self) -> str:
-        return "merged"
-
-    def layer_options(self) -> frozenset[str]:
-        return frozenset()
-
-    def default_group(self) -> str | int:
-        return "sequence"
-
     def check_group(self, group: str | int) -> None:
         check_sequence_group(group, "Merge")
 
+    @property
     def is_causal(self) -> bool:
         return self.kind == "lory" and self.first == "uniform"
 
-    def depends_on(self) -> str:
-        return "sequence"
+    @property
+    def reads_position(self) -> bool:
+        """A token's segment decides."""
+        return self.kind == "lory"
 
-    def exceptions(self) -> dict[str, str]:
-        given_up = {}
-        if self.kind == "lory":
-            given_up["the order of the tokens does not matter"] = "a token's segment decides"
-        if self.kind == "lory" and self.first == "own":
-            given_up["the gradient is that of the output, in float64"] = "the first segment's is stopped"
-        return given_up
+    @property
+    def has_exact_gradient(self) -> bool:
+        """The gradient of the first segment's own weights is stopped."""
+        return self.first != "own"
 
     def pairs_per_token(self, num_experts: int) -> float:
         # A token goes through one expert's worth of parameters: how Lory counts active ones.

@@ -11,21 +11,20 @@ from torch import Tensor
 from ..contract import Evidence
 from ..kernels import topk_gate
 from .balance import SCORE_TERMS, expert_bias_step
-from .checks import at_least_one, at_most_experts
 from .gates import LinearGate, NoisyGate
-from .router import PairRouter, RouterConfig, Tokens
+from .router import LinearGateConfig, PairRouter, Tokens
 from .selection import Capacity, Choice
+from .top_k import TopKConfig
 
 
 class TokenChoiceRouter(PairRouter):
     """Each token takes its ``top_k`` best experts. Built by ``TokenChoice``."""
 
     config: TokenChoice
+    gate: LinearGate
 
     def __init__(self, dim: int, num_experts: int, config: TokenChoice, capacity: Capacity) -> None:
-        super().__init__(num_experts, config, capacity)
-        gate = NoisyGate if config.noise == "learned" else LinearGate
-        self.gate = gate(dim, num_experts, config.init_scale, config.gate_bias)
+        super().__init__(dim, num_experts, config, capacity)
         self.gates_on = config.gates_on
         if config.expert_bias:
             self.expert_bias = torch.zeros(num_experts, dtype=torch.float32)
@@ -114,7 +113,7 @@ def _noise_threshold(noisy_TE: Tensor, config: TokenChoice) -> Tensor:
 
 
 @dataclass(frozen=True)
-class TokenChoice(RouterConfig):
+class TokenChoice(TopKConfig, LinearGateConfig):
     """Each token takes its ``top_k`` best experts.
 
     ========================  ==========================================================================================
@@ -158,6 +157,8 @@ class TokenChoice(RouterConfig):
         ValueError: a value is out of its range, or two of them do not go together.
     """
 
+    router_class = TokenChoiceRouter
+
     top_k: int = 2
     score_func: str = "softmax"
     normalize: bool | None = None
@@ -177,7 +178,7 @@ class TokenChoice(RouterConfig):
     logit_norm: float | None = None
 
     def __post_init__(self) -> None:
-        at_least_one("top_k", self.top_k)
+        super().__post_init__()
         for name, allowed in (
             ("score_func", ("softmax", "sigmoid")),
             ("noise", (None, "fixed", "learned")),
@@ -188,13 +189,11 @@ class TokenChoice(RouterConfig):
             if getattr(self, name) not in allowed:
                 choices = ", ".join(str(a) for a in allowed)
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {choices}")
-        if self.top_k == 1 and self.normalize:
-            raise ValueError("normalize=True with top_k=1 makes every gate 1: the router would get no gradient")
         if self.second == "random" and self.top_k != 2:
             raise ValueError(f"second='random' needs top_k=2, not top_k={self.top_k}")
         if not 0 <= self.jitter_eps < 1:
             raise ValueError(f"jitter_eps={self.jitter_eps} is not in [0, 1)")
-        for name in ("noise_std", "init_scale", "scale", "bias_update_rate"):
+        for name in ("noise_std", "scale", "bias_update_rate"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}={getattr(self, name)} is not a positive number")
         if self.logit_norm is not None and not 0 < self.logit_norm < float("inf"):
@@ -204,17 +203,12 @@ class TokenChoice(RouterConfig):
         if not 1 <= self.limited_groups <= self.num_groups:
             raise ValueError(f"limited_groups={self.limited_groups} is not between 1 and num_groups={self.num_groups}")
 
-    @property
-    def normalizes(self) -> bool:
-        """``normalize`` with its default filled in."""
-        return self.top_k > 1 if self.normalize is None else self.normalize
-
-    def build(self, dim: int, num_experts: int, capacity: Capacity = Capacity()) -> TokenChoiceRouter:
-        self.check(num_experts)
-        return TokenChoiceRouter(dim, num_experts, self, capacity)
+    def make_gate(self, dim: int, num_experts: int) -> LinearGate:
+        gate = NoisyGate if self.noise == "learned" else LinearGate
+        return gate(dim, num_experts, self.init_scale, self.gate_bias)
 
     def check(self, num_experts: int) -> None:
-        at_most_experts("top_k", self.top_k, num_experts)
+        super().check(num_experts)
         if num_experts % self.num_groups:
             raise ValueError(f"num_groups={self.num_groups} does not divide num_experts={num_experts}")
         reachable = num_experts // self.num_groups * self.limited_groups
@@ -223,20 +217,14 @@ class TokenChoice(RouterConfig):
                 f"top_k={self.top_k} exceeds the {reachable} experts of limited_groups={self.limited_groups}"
             )
 
-    def balance_terms(self) -> frozenset[str]:
+    @property
+    def terms(self) -> frozenset[str]:
         # Normalized logits have no size for the z-loss to hold down.
         terms = SCORE_TERMS | ({"sequence_balance"} if self.logit_norm else {"sequence_balance", "router_z"})
         # The smooth load asks what noise on the logits would choose; a bias or group limit chooses by more than them.
         plain = not self.expert_bias and self.limited_groups == self.num_groups
         return terms | {"load"} if self.noise and plain else terms
 
-    def pairs_per_token(self, num_experts: int) -> float:
-        return float(self.top_k)
-
     def num_params(self, dim: int, num_experts: int) -> int:
         weights = dim * num_experts * (2 if self.noise == "learned" else 1)
         return weights + (num_experts if self.gate_bias else 0)
-
-    def flops_per_token(self, dim: int, num_experts: int) -> int:
-        # The noise gate runs in training only.
-        return 2 * dim * num_experts

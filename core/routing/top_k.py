@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import cast
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..contract import Evidence
 from ..kernels import topk_gate
 from .balance import SCORE_TERMS
 from .checks import at_least_one, at_most_experts
 from .router import PairRouter, RouterConfig, Tokens
-from .selection import Capacity, Choice
+from .selection import Choice
 
 
 class TopKConfig(RouterConfig):
@@ -24,6 +24,7 @@ class TopKConfig(RouterConfig):
         at_least_one("top_k", self.top_k)
         if self.top_k == 1 and self.normalize:
             raise ValueError("normalize=True with top_k=1 makes every gate 1: the router would get no gradient")
+        super().__post_init__()
 
     @property
     def normalizes(self) -> bool:
@@ -33,7 +34,8 @@ class TopKConfig(RouterConfig):
     def check(self, num_experts: int) -> None:
         at_most_experts("top_k", self.top_k, num_experts)
 
-    def balance_terms(self) -> frozenset[str]:
+    @property
+    def terms(self) -> frozenset[str]:
         return SCORE_TERMS | {"router_z", "sequence_balance"}
 
     def pairs_per_token(self, num_experts: int) -> float:
@@ -42,10 +44,6 @@ class TopKConfig(RouterConfig):
 
 class TopKRouter(PairRouter):
     """Each token takes the ``top_k`` experts of its highest logits, which ``gate`` computes from it."""
-
-    def __init__(self, gate: nn.Module, num_experts: int, config: TopKConfig, capacity: Capacity) -> None:
-        super().__init__(num_experts, config, capacity)
-        self.gate = gate
 
     def choose(self, tokens: Tokens) -> Choice:
         return self.choose_from(tokens.logits(self.gate), tokens.valid_T)
@@ -69,6 +67,7 @@ class SequenceTopKRouter(TopKRouter):
         # K experts of B rows are chosen, not of T.
         logits_BE = self.sequence_logits(tokens)
         of_sequence = self.choose_from(logits_BE)
+        assert of_sequence.evidence is not None
         scores_BE = of_sequence.evidence.scores_TE
         assert scores_BE is not None
         return Choice(

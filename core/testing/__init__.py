@@ -10,9 +10,9 @@ or, a line of the report for each property::
     def test_my_gate(prop):
         prop.check()
 
-What a gate claims is asked of its config: ``is_causal()``, ``depends_on()``, ``needs()``, ``layer_kind()``,
-``layer_options()``, ``balance_terms()``, the costs, and ``exceptions()`` for what its method gives up. Everything runs
-on the CPU, on small sizes, and leaves the global random generator as it was.
+Which checks apply follows from the facts of its config: ``is_causal``, ``depends_on``, ``reads_position``,
+``reads_batch_index``, ``has_exact_gradient``, ``needs``, ``layer_kind``, ``layer_options``, ``terms``, and its costs.
+Everything runs on the CPU, on small sizes, and leaves the global random generator as it was.
 """
 
 from __future__ import annotations
@@ -61,20 +61,11 @@ def properties(router: RouterConfig, *, num_experts: int = 8, dim: int = 16, see
         seed: of weights and tokens.
 
     Raises:
-        ValueError: the router does not fit ``num_experts``, or makes an exception of an unknown property.
+        ValueError: the router does not fit ``num_experts``.
     """
     case = RouterCase(router, num_experts, dim, seed)
     case.config()
-    exceptions = router.exceptions()
-    known = {check.name for check in CHECKS}
-    for name in exceptions:
-        if name not in known:
-            raise ValueError(f"{type(router).__name__}.exceptions() names no property: {name!r}")
-    return [
-        Property(check.name, partial(_run, case, check.run))
-        for check in CHECKS
-        if check.applies(case) and check.name not in exceptions
-    ]
+    return [Property(check.name, partial(_run, case, check.run)) for check in CHECKS if check.applies(case)]
 
 
 def check_router(router: RouterConfig, *, num_experts: int = 8, dim: int = 16, seed: int = 0) -> None:

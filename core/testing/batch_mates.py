@@ -45,7 +45,7 @@ def _(case: RouterCase) -> None:
     close(both[:1, :n], alone["output"], "the output beside a sequence of padding")
 
 
-@CHECKS.keeps("other sequences do not change a sequence's output", lambda c: c.router.depends_on() != "batch")
+@CHECKS.keeps("other sequences do not change a sequence's output", lambda c: c.router.depends_on != "batch")
 def _(case: RouterCase) -> None:
     layer = case.layer()
     x, context = case.tokens(), case.context()
@@ -61,7 +61,7 @@ def _(case: RouterCase) -> None:
     close(layer(x[:1], take(context, slice(1)))[0], expected[0], "the output of sequence 0 alone")
 
 
-@CHECKS.keeps("other tokens do not change a token's output", lambda c: c.router.depends_on() == "token")
+@CHECKS.keeps("other tokens do not change a token's output", lambda c: c.router.depends_on == "token")
 def _(case: RouterCase) -> None:
     layer = case.layer()
     x, context = case.tokens(), case.context()
@@ -80,7 +80,7 @@ def _(case: RouterCase) -> None:
 
 @CHECKS.keeps(
     "with capacity by sequence, other sequences do not change a sequence's output",
-    lambda c: c.router.depends_on() != "batch" and c.has("capacity_factor"),
+    lambda c: c.router.depends_on != "batch" and c.has("capacity_factor"),
 )
 def _(case: RouterCase) -> None:
     x, context = case.tokens(), case.context()
@@ -92,7 +92,7 @@ def _(case: RouterCase) -> None:
         close(layer(mixed_x, context)[1], expected[1], f"the output at priority={priority!r}")
 
 
-@CHECKS.keeps("the order of the tokens does not matter")
+@CHECKS.keeps("the order of the tokens does not matter", lambda c: not c.router.reads_position)
 def _(case: RouterCase) -> None:
     layer = case.layer()
     x, context = case.tokens(), case.context()
@@ -101,7 +101,7 @@ def _(case: RouterCase) -> None:
     close(layer(x[:, places], take(context, slice(None), places)), expected, "the output of moved tokens")
 
 
-@CHECKS.keeps("the order of the sequences does not matter")
+@CHECKS.keeps("the order of the sequences does not matter", lambda c: not c.router.reads_batch_index)
 def _(case: RouterCase) -> None:
     layer = case.layer()
     x, context = case.tokens(), case.context()
@@ -110,7 +110,7 @@ def _(case: RouterCase) -> None:
     close(layer(x[sequences], take(context, sequences)), expected, "the output of moved sequences")
 
 
-@CHECKS.keeps("later tokens do not change earlier outputs", lambda c: c.router.is_causal())
+@CHECKS.keeps("later tokens do not change earlier outputs", lambda c: c.router.is_causal)
 def _(case: RouterCase) -> None:
     layer = case.config().build(case.dim, causal=True)
     layer = case.layer()
@@ -130,10 +130,10 @@ def _(case: RouterCase) -> None:
     close(layer(x[:, :4], take(context, slice(None), slice(4))), expected[:, :4], "the output of a prefix")
 
 
-@CHECKS.keeps("a causal decoder is refused", lambda c: not c.router.is_causal())
+@CHECKS.keeps("a causal decoder is refused", lambda c: not c.router.is_causal)
 def _(case: RouterCase) -> None:
     try:
         case.config().build(case.dim, causal=True)
     except ValueError:
         return
-    raise AssertionError("is_causal() is False, and build(causal=True) goes through")
+    raise AssertionError("is_causal is False, and build(causal=True) goes through")

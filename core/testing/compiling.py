@@ -27,7 +27,7 @@ def _(case: RouterCase) -> None:
 
 @CHECKS.keeps("torch.export goes through, for any number of tokens")
 def _(case: RouterCase) -> None:
-    names = ["valid_BS", *(n for n in FIELDS if n in case.router.needs() or hasattr(case.router, SIZES[n]))]
+    names = ["valid_BS", *(n for n in FIELDS if n in case.router.needs or hasattr(case.router, SIZES[n]))]
     layer = case.layer()
 
     def inputs(B: int, S: int) -> tuple[Tensor, RoutingContext]:

@@ -142,16 +142,16 @@ def _(case: RouterCase) -> None:
             hold(torch.equal(after[name], value), f"a forward in {'training' if training else 'evaluation'}: {name}")
 
 
-@CHECKS.keeps("what the gate needs of the context is asked for by name", lambda c: bool(c.router.needs()))
+@CHECKS.keeps("what the gate needs of the context is asked for by name", lambda c: bool(c.router.needs))
 def _(case: RouterCase) -> None:
     layer = case.layer()
     x, context = case.padded()
-    for name in case.router.needs():
+    for name in case.router.needs:
         for lacking in (None, replace(context, **{name: None})):
             try:
                 layer(x, lacking)
             except ValueError as error:
-                needed = case.router.needs()
+                needed = case.router.needs
                 hold(any(n in str(error) for n in (needed if lacking is None else [name])), f"it does not say: {error}")
             else:
                 raise AssertionError(f"without context.{name} there is no ValueError")

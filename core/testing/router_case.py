@@ -40,11 +40,11 @@ class RouterCase:
 
     @property
     def is_pairs(self) -> bool:
-        return self.router.layer_kind() == "pairs"
+        return self.router.layer_kind == "pairs"
 
     def has(self, option: str) -> bool:
         """Whether a field of ``MoEConfig`` has a meaning."""
-        return option in self.router.layer_options()
+        return option in self.router.layer_options
 
     def config(self, **options: Any) -> MoEConfig:
         return MoEConfig(self.num_experts, self.router, FFN(HIDDEN, bias=True), **options)
@@ -80,7 +80,7 @@ class RouterCase:
 
     def balance(self) -> Balance:
         """Every term that applies, heavy."""
-        weights: dict[str, Any] = {name: float(name in self.router.balance_terms()) for name in TERMS}
+        weights: dict[str, Any] = {name: float(name in self.router.terms) for name in TERMS}
         return Balance(**weights)
 
 

@@ -83,10 +83,10 @@ class HistoryModelConfig:
     def _check_router(self) -> None:
         router = self.mixing_router
         router.check(len(EXPERTS))
-        if router.layer_kind() != "pairs":
+        if router.layer_kind != "pairs":
             raise ValueError(f"mixing_router={router.source()} has no gates")
         check_fits(Place("the mixing of positions", (), is_causal=True), router)
-        self.mixing_balance.check(router.balance_terms(), router.source())
+        self.mixing_balance.check(router.terms, router.source())
 
     @property
     def transformer(self) -> TransformerConfig:

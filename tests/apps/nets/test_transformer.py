@@ -86,7 +86,7 @@ def test_steps_equal_the_whole_sequence_with_every_router_that_a_decoder_accepts
     moes = {name: routers.with_router(dataclasses.replace(MOE, num_experts=8), name) for name in routers.overlays()}
     moes["random_average"] = dataclasses.replace(MOE, router=core.Random(evaluation="average"))
     for name, moe in moes.items():
-        if not moe.router.is_causal():
+        if not moe.router.is_causal:
             continue
         model = language_model(moe, decoder_layers=1)
         logits_BLV = model(TARGET, ids_B, ids_B)
@@ -101,12 +101,12 @@ def test_steps_equal_the_whole_sequence_with_every_router_that_a_decoder_accepts
     assert set(refused) == {"ensemble", "lory", "random"}
     assert refused["lory"] == (
         "router Merge(kind='lory') (arXiv 2405.03133) trains and scores, but cannot decode step by step: a token's "
-        "segment decides; take another router for the decoder"
+        "experts depend on other tokens; take another router for the decoder"
     )
     # In the encoder they stand where they will.
     model = build(core.MoEConfig(4, core.Random()), ("all", "none"))
     assert len(model.start(model.encode(SOURCE))) == 3
-    with pytest.raises(ValueError, match=r"router Random .* in evaluation a token's position decides"):
+    with pytest.raises(ValueError, match=r"router Random .* a token's experts depend on its place"):
         build(core.MoEConfig(4, core.Random()), ("none", "all")).start(model.encode(SOURCE))
 
 

@@ -221,7 +221,7 @@ def test_diversity_and_simplicity_join_the_losses_with_their_weights():
 
 
 def test_a_loss_of_weight_zero_is_left_out():
-    assert DynamicThreshold(diversity=0.0).extra_weights() == {"simplicity": 0.01}
+    assert DynamicThreshold(diversity=0.0).extra_weights == {"simplicity": 0.01}
     routing = dynamic((0.5, 0.9, -1.0), training=True, diversity=0.0)(X)
     assert list(routing.evidence.extra) == ["simplicity"]
 
@@ -412,7 +412,7 @@ def test_equal_logits_stay_equal_with_a_finite_gradient():
 
 
 def test_the_z_loss_does_not_apply_to_normalized_logits():
-    assert "router_z" not in TokenChoice(logit_norm=1.0).balance_terms()
+    assert "router_z" not in TokenChoice(logit_norm=1.0).terms
     with pytest.raises(ValueError, match=r"balance.router_z=0.1 does not apply to TokenChoice"):
         MoEConfig(4, TokenChoice(logit_norm=1.0), balance=Balance(router_z=0.1))
 

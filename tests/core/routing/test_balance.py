@@ -298,8 +298,8 @@ def test_a_weight_that_is_no_finite_number_from_zero_up_is_refused(name, value):
 
 def test_a_term_set_by_hand_that_does_not_apply_is_refused_and_a_default_is_not():
     with pytest.raises(ValueError, match=r"balance.load=0.1 does not apply to TokenChoice without noise on its logits"):
-        Balance(load=0.1).check(TokenChoice().balance_terms(), "TokenChoice")
-    Balance(load=0.1).check(TokenChoice(noise="fixed").balance_terms(), "TokenChoice")
+        Balance(load=0.1).check(TokenChoice().terms, "TokenChoice")
+    Balance(load=0.1).check(TokenChoice(noise="fixed").terms, "TokenChoice")
     with pytest.raises(ValueError, match=r"balance.load_balancing=0.5 does not apply to Hash"):
         Balance(load_balancing=0.5).check(frozenset(), "Hash")
     Balance().check(frozenset(), "Hash")

@@ -340,7 +340,7 @@ def test_there_is_nothing_to_train_and_nothing_to_balance():
     for config in CONFIGS.values():
         assert list(config.build(6, 4).parameters()) == []
         assert config.num_params(6, 4) == config.flops_per_token(6, 4) == 0
-        assert config.balance_terms() == frozenset()
+        assert config.terms == frozenset()
 
 
 class OfIds(nn.Module):

@@ -282,7 +282,7 @@ def test_a_term_trains_the_router_and_stays_finite_where_scores_are_zero(name):
 )
 def test_a_term_without_its_context_is_refused_naming_the_field(options, missing):
     balance = Balance(**options)
-    assert balance.needs() == (missing,)
+    assert balance.needs == (missing,)
     layer = MoEConfig(4, balance=balance).build(6)
     with record(layer) as tape:
         layer(torch.randn(2, 3, 6))
@@ -316,13 +316,13 @@ def test_a_field_that_only_a_loss_reads_is_checked_as_a_gate_checks_it(fields, m
 
 
 def test_what_is_switched_off_needs_no_context():
-    assert Balance(num_tasks=3, num_modalities=2).needs() == ()
-    assert Balance(mutual_information=1.0, local_entropy=1.0).needs() == ()
+    assert Balance(num_tasks=3, num_modalities=2).needs == ()
+    assert Balance(mutual_information=1.0, local_entropy=1.0).needs == ()
 
 
 @pytest.mark.parametrize("name", sorted({*SCORE_TERMS, "sequence_balance"} - {"load_balancing", "importance"}))
 def test_a_term_of_the_scores_is_refused_where_the_router_has_none(name):
-    assert name in TokenChoice().balance_terms()
+    assert name in TokenChoice().terms
     with pytest.raises(ValueError, match=rf"balance.{name}=0.5 does not apply to Hash"):
         Balance(**{name: 0.5}).check(frozenset(), "Hash")
 

@@ -62,7 +62,7 @@ def test_a_sentences_experts_depend_on_its_later_tokens_and_not_on_its_batch_mat
     changed = x.clone()
     changed[:, -1, 3] += 100.0
     assert built(changed).expert_ids_N.tolist() == [3] * 15
-    assert not Sentence().is_causal()
+    assert not Sentence().is_causal
     with pytest.raises(ValueError, match=r"Sentence \(arXiv 2110\.03742\) lets later tokens change earlier ones"):
         MoEConfig(4, Sentence()).build(4, causal=True)
 

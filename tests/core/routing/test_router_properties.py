@@ -40,7 +40,7 @@ def _fresh_compiler() -> Iterator[None]:
 
 def layer_of(config, **options):
     """A layer with every score loss that applies, and its router's own."""
-    terms = config.balance_terms() & {"load_balancing", "router_z", "importance", "mutual_information"}
+    terms = config.terms & {"load_balancing", "router_z", "importance", "mutual_information"}
     balance = Balance(**{"load_balancing": 0.0, "router_z": 0.0, **dict.fromkeys(terms, 1.0)})
     return MoEConfig(E, config, FFN(12), balance=balance, **options).build(D)
 

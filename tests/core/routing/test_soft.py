@@ -281,7 +281,7 @@ def test_lory_is_causal_and_the_others_are_not():
         layer = build(router)
         moved = (layer(x)[:, :7] - layer(later)[:, :7]).abs().max() > 1e-5
         assert bool(moved) != causal
-        assert router.is_causal() == causal
+        assert router.is_causal == causal
         if causal:
             MoEConfig(4, router).build(8, causal=True)
         else:
@@ -312,7 +312,7 @@ def test_padding_changes_nothing_and_comes_out_zero_even_if_it_holds_nan(router,
     assert torch.equal(y[VALID], other[VALID])
     if not shared:
         assert y[~VALID].abs().max() == 0
-    if router.default_group() == "sequence" and getattr(router, "kind", "") != "lory":
+    if router.default_group == "sequence" and getattr(router, "kind", "") != "lory":
         # As if padding were not there; segments are counted with it.
         torch.testing.assert_close(y[1, VALID[1]], layer(x[1, VALID[1]]), rtol=1e-5, atol=1e-6)
     y[VALID].square().sum().backward()

@@ -376,4 +376,4 @@ def test_a_gate_that_chooses_an_expert_that_is_not_there_is_told(chosen):
     with pytest.raises(
         ValueError, match=rf"a gate chose expert {chosen}, which is not in range\(4\) or 4 for an empty"
     ):
-        Lost(4, Plain(), Capacity())(torch.randn(1, 3, 6))
+        Lost(6, 4, Plain(), Capacity())(torch.randn(1, 3, 6))
