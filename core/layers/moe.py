@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..contract import Entry, MergeRouting, RoutingContext, SlotRouting, Tape
+from ..contract import Decision, Entry, MergeRouting, RoutingContext, SlotRouting, Tape
 from ..dispatch import Dispatcher, LocalDispatcher, SlotDispatcher
 from ..experts import Experts
 from ..flops import register_formulas
@@ -30,6 +30,9 @@ def _nothing(module: nn.Module, args: Any) -> None:
 
 class MoELayer(nn.Module):
     """Base of the MoE layers: what ``record``, ``moe_layers`` and ``active_params`` look for.
+
+    A layer of your own has a ``router`` and ``experts``, and calls ``record_pass`` in its forward; where it has several
+    routers, ``routers`` names them.
 
     Args:
         balance: weights of the layer's balance losses.
@@ -107,24 +110,40 @@ class MoELayer(nn.Module):
         """The routers by the ends of their entries' names: what ``router`` decides is recorded as ``<layer>.<end>``."""
         return {"": self.router}
 
-    def _record(
+    @property
+    def is_recorded(self) -> bool:
+        """Whether a tape listens: what is made for it alone can be left out elsewhere."""
+        return bool(self._tapes)
+
+    def record_pass(
         self,
-        routing: Any,
-        context: RoutingContext | None,
+        routing: Decision,
+        context: RoutingContext | None = None,
+        *,
         end: str = "",
         router: Router | None = None,
-        terms: frozenset[str] | None = None,
         shared_gate: SharedGate | None = None,
         shared_gate_T: Tensor | None = None,
     ) -> None:
-        """One entry for each tape. ``end``, ``router``, ``terms``: for a layer with several routers."""
+        """Put one entry on each tape that listens. A layer calls it once in a forward for each decision of a router.
+
+        Then the balance losses, the selection biases and the statistics know the layer. Outside ``core.record``, and
+        where an activation checkpoint repeats the forward, nothing happens.
+
+        Args:
+            routing: what the router decided.
+            context: what the layer got, for the losses that read it.
+            end: end of the entry's name, ``<layer>.<end>``, in a layer with several routers: a key of ``routers()``.
+            router: which of them decided; None: ``self.router``.
+            shared_gate: the gate on the shared experts, where there is one.
+            shared_gate_T: float32 (T,), what it said.
+        """
         if not self._tapes:
             return
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             return  # an activation checkpoint repeats the forward inside the backward: counted already
         router = self.router if router is None else router
-        terms = router.terms if terms is None else terms
-        pulled = list(router.parameters())
+        terms, pulled = router.terms, list(router.parameters())
         if shared_gate is not None:
             terms = terms | shared_gate.terms
             if self.balance.gate_budget:
@@ -251,7 +270,7 @@ class MoE(MoELayer):
             x = x.masked_fill(~context.valid_BS.reshape(*x.shape[:-1], 1), 0.0)
         gate = None if self.shared_gate is None else self.shared_gate(x)
         gate_T = None if gate is None else gate.flatten()
-        self._record(routing, context, shared_gate=self.shared_gate, shared_gate_T=gate_T)
+        self.record_pass(routing, context, shared_gate=self.shared_gate, shared_gate_T=gate_T)
         y_BSD = self._compute(x_BSD, routing)
         y = y_BSD.reshape(*x.shape[:-1], y_BSD.shape[-1])
         if self.shared_experts is None:

@@ -293,7 +293,7 @@ class SparseMultiGateMoE(MultiGateLayer):
         routings = []
         for end, router in self.routers().items():
             routings.append(router(seen_BSD, examples.context))
-            self._record(routings[-1], examples.context, end, router)
+            self.record_pass(routings[-1], examples.context, end=end, router=router)
         rows = self.dispatcher.dispatch(examples.x_TD, join_tasks(routings))
         if self.router[0].gates_on == "input":
             rows = rows.weighted_input()
@@ -348,7 +348,7 @@ class SelectedMultiGateMoE(MultiGateLayer):
         selection, gates = self.router[0], cast(DenseGates, self.router[1])
         x_TD, (T, E) = examples.x_TD, (examples.x_TD.shape[0], self.groups.num_shared)
         routing = selection(_with_domain(examples, gates.domain), examples.context)
-        self._record(routing, examples.context, "selection", selection)
+        self.record_pass(routing, examples.context, end="selection", router=selection)
         # Each pair's output by itself, for every task weights it in its own way.
         example_N, expert_ids_N = routing.token_index_N, routing.expert_ids_N
         pairs = split_pairs(example_N, expert_ids_N, routing.tokens_per_expert_E)
@@ -361,7 +361,7 @@ class SelectedMultiGateMoE(MultiGateLayer):
         prior_N = routing.gates_N.masked_fill(is_left_out_N, 0.0).to(logits_Nt.dtype)
         dropout = self.expert_dropout if self.training else 0.0
         weights = selected_softmax(logits_Nt, prior_N, example_N, T, dropout)
-        if self._tapes:
+        if self.is_recorded:
             # The gates of all experts are for the tape alone.
             gates_TEt = weights.clean_Rt.new_zeros(T, E, self.num_tasks)
             gates_TEt = gates_TEt.index_put((example_N, index_N), weights.clean_Rt, accumulate=True)
@@ -370,7 +370,7 @@ class SelectedMultiGateMoE(MultiGateLayer):
                 dense = DenseRouting(
                     gates_TEt.transpose(1, 2), k, T, None, examples.real_T, names, examples.x_BSD.shape[0]
                 )
-                self._record(dense, examples.context, f"task{k}", gates)
+                self.record_pass(dense, examples.context, end=f"task{k}", router=gates)
 
         sum_dtype = kernels.accumulate_dtype(y_NH.dtype)
         weighted_NtH = weights.used_Rt.to(sum_dtype)[:, :, None] * y_NH.to(sum_dtype)[:, None, :]
@@ -428,7 +428,7 @@ def _mix(
             names = groups.names(None if name == SHARED else k)
             clean_real = _of_real(clean, examples.real_T)
             routing = DenseRouting(clean_real, k, T, logits, examples.real_T, names, examples.x_BSD.shape[0])
-            layer._record(routing, examples.context, f"{prefix}.{name}".lstrip("."), gates)
+            layer.record_pass(routing, examples.context, end=f"{prefix}.{name}".lstrip("."), router=gates)
         if not (layer.training and layer.expert_dropout):
             return clean
         return logits.masked_fill(dropped_experts(clean, layer.expert_dropout), -torch.inf).softmax(-1)

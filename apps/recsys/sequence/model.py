@@ -171,7 +171,7 @@ class TokenMixing(core.MoELayer):
         """(T, D) to (T, D), under the interface of ``SelfAttention``."""
         routing = self.router(x_TD[None])
         gates_TE = dense_gates(routing, len(EXPERTS))
-        self._record(self._dense(routing, gates_TE) if self._is_dense else routing, None)
+        self.record_pass(self._dense(routing, gates_TE) if self._is_dense else routing)
         mixed_TD = torch.zeros((), device=x_TD.device)
         for e, name in enumerate(EXPERTS):
             y_TD = self.norms[name](self.experts[name](x_TD, mask, rotations, packing))  # type: ignore[index]
