@@ -2,74 +2,90 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
-from core import Evidence, RouterConfig, RoutingContext, TokenChoice
+import core
+from core import (
+    DomainRandom,
+    Ensemble,
+    Evidence,
+    Hash,
+    Merge,
+    Random,
+    RouterConfig,
+    RoutingContext,
+    SoftSlots,
+    TokenChoice,
+    TokenRounding,
+)
 from core.kernels import cpu
 from core.routing.gates import LinearGate
 from core.routing.router import PairRouter, Tokens
 from core.routing.selection import Capacity, Choice
 from core.testing import CHECKS, Property, check_router, properties
 
-DEEPSEEK = {"score_func": "sigmoid", "expert_bias": True, "num_groups": 4, "limited_groups": 2, "scale": 2.5}
-# name: (module, config, options)
-GATES: dict[str, tuple[str, str, dict[str, object]]] = {
-    "mixtral": ("token_choice", "TokenChoice", {"top_k": 2}),
-    "switch": ("token_choice", "TokenChoice", {"top_k": 1, "jitter_eps": 0.1}),
-    "gshard": ("token_choice", "TokenChoice", {"top_k": 2, "second": "random"}),
-    "shazeer": ("token_choice", "TokenChoice", {"top_k": 4, "noise": "learned"}),
-    "v-moe": ("token_choice", "TokenChoice", {"top_k": 2, "normalize": False, "noise": "fixed"}),
-    "deepseek-v3": ("token_choice", "TokenChoice", {"top_k": 3, **DEEPSEEK}),
-    "llama-4": ("token_choice", "TokenChoice", {"top_k": 1, "score_func": "sigmoid", "gates_on": "input"}),
-    "gpt-oss": ("token_choice", "TokenChoice", {"top_k": 4, "gate_bias": True}),
-    "skywork": ("token_choice", "TokenChoice", {"top_k": 2, "logit_norm": 1.0}),
-    "prototypes": ("groups", "Prototypes", {}),
-    "hierarchical": ("groups", "Hierarchical", {}),
-    "ensemble": ("groups", "Ensemble", {"top_k": 2}),
-    "threshold": ("adaptive", "Threshold", {}),
-    "null experts": ("adaptive", "NullExperts", {}),
-    "dynamic threshold": ("adaptive", "DynamicThreshold", {}),
-    "token rounding": ("adaptive", "TokenRounding", {"tile": 4}),
-    "base": ("assignment", "Base", {}),
-    "sinkhorn": ("assignment", "Sinkhorn", {}),
-    "dselect-k": ("smooth", "DSelectK", {}),
-    "dense": ("smooth", "Dense", {}),
-    "dense to sparse": ("smooth", "DenseToSparse", {}),
-    "cosine": ("learned", "Cosine", {}),
-    "attention": ("learned", "Attention", {}),
-    "stable": ("learned", "Stable", {"vocab_size": 7}),
-    "sentence": ("per_sequence", "Sentence", {}),
-    "task": ("per_sequence", "Task", {"num_tasks": 3}),
-    "domain": ("per_sequence", "Domain", {"num_domains": 8}),
-    "hash": ("fixed", "Hash", {"vocab_size": 7}),
-    "hash, balanced": ("fixed", "Hash", {"vocab_size": 7, "kind": "balanced", "top_k": 2}),
-    "random": ("fixed", "Random", {"top_k": 2}),
-    "random, averaged": ("fixed", "Random", {"evaluation": "average", "per": "sequence"}),
-    "domain, random": ("fixed", "DomainRandom", {"num_domains": 4, "vocab_size": 7}),
-    "expert choice": ("expert_choice", "ExpertChoice", {}),
-    "soft slots": ("soft", "SoftSlots", {"slots_per_expert": 2}),
-    "smear": ("soft", "Merge", {"kind": "smear", "expert_dropout": 0.3}),
-    "meo": ("soft", "Merge", {"kind": "meo"}),
-    "lory": ("soft", "Merge", {"kind": "lory", "segment_length": 2}),
-    "lory, own first": ("soft", "Merge", {"kind": "lory", "segment_length": 2, "first": "own"}),
+NEEDED = {"vocab_size": 7, "num_tasks": 3, "num_domains": 8}
+"""Values of the options that have no default."""
+DEEPSEEK = TokenChoice(3, score_func="sigmoid", expert_bias=True, num_groups=4, limited_groups=2, scale=2.5)
+# In place of a config's defaults, where these do not show all that it can do.
+VARIANTS: dict[type[RouterConfig], dict[str, RouterConfig]] = {
+    TokenChoice: {
+        "mixtral": TokenChoice(2),
+        "switch": TokenChoice(1, jitter_eps=0.1),
+        "gshard": TokenChoice(2, second="random"),
+        "shazeer": TokenChoice(4, noise="learned"),
+        "v-moe": TokenChoice(2, normalize=False, noise="fixed"),
+        "deepseek-v3": DEEPSEEK,
+        "llama-4": TokenChoice(1, score_func="sigmoid", gates_on="input"),
+        "gpt-oss": TokenChoice(4, gate_bias=True),
+        "skywork": TokenChoice(2, logit_norm=1.0),
+    },
+    Ensemble: {"ensemble": Ensemble(top_k=2)},
+    TokenRounding: {"token rounding": TokenRounding(tile=4)},
+    Hash: {"hash": Hash(7), "hash, balanced": Hash(7, "balanced", top_k=2)},
+    Random: {"random": Random(2), "random, averaged": Random(evaluation="average", per="sequence")},
+    DomainRandom: {"domain, random": DomainRandom(num_domains=4, vocab_size=7)},
+    SoftSlots: {"soft slots": SoftSlots(2)},
+    Merge: {
+        "smear": Merge("smear", expert_dropout=0.3),
+        "meo": Merge("meo"),
+        "lory": Merge("lory", segment_length=2),
+        "lory, own first": Merge("lory", segment_length=2, first="own"),
+    },
 }
+
+
+def routers_of_core(base: type = RouterConfig) -> list[type[RouterConfig]]:
+    """Every router config of the tree: a new one is checked without a line here."""
+    below = [kind for sub in base.__subclasses__() for kind in (sub, *routers_of_core(sub))]
+    found = [kind for kind in below if kind.__module__.startswith("core.") and hasattr(kind, "router_class")]
+    return list(dict.fromkeys(found))
+
+
+def with_defaults(kind: type[RouterConfig]) -> dict[str, RouterConfig]:
+    needed = {f.name: NEEDED[f.name] for f in fields(kind) if f.default is MISSING}
+    return {kind.__name__: kind(**needed)}
 
 
 def cases() -> list[object]:
     params = []
-    for name, (module, kind, options) in GATES.items():
-        config = getattr(importlib.import_module(f"core.routing.{module}"), kind)(**options)
-        for prop in properties(config):
-            params.append(pytest.param(prop, id=f"{name}: {prop}"))
+    for kind in routers_of_core():
+        for name, config in (VARIANTS.get(kind) or with_defaults(kind)).items():
+            params += [pytest.param(prop, id=f"{name}: {prop}") for prop in properties(config)]
     return params
+
+
+def test_every_router_is_public():
+    kinds = routers_of_core()
+    assert len(kinds) == len({kind.__name__ for kind in kinds}) >= 25
+    assert [kind for kind in kinds if getattr(core, kind.__name__, None) is not kind] == []
 
 
 @pytest.mark.parametrize("prop", cases())
