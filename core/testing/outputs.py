@@ -87,14 +87,18 @@ def _(case: RouterCase) -> None:
     hold(not idle, f"no gradient reaches {', '.join(idle)}")
 
 
-@CHECKS.keeps("without tokens there is an output, a loss and a gradient")
+@CHECKS.keeps("without tokens, with one and with padding alone there is an output, a loss and a gradient")
 def _(case: RouterCase) -> None:
-    for training, (B, S) in itertools.product((False, True), ((0, 4), (2, 0))):
+    batches = ((0, 4, False), (2, 0, False), (1, 1, False), (2, 3, True))
+    for training, (B, S, padding) in itertools.product((False, True), batches):
         layer = case.layer(training=training, balance=case.balance())
-        x = torch.zeros(B, S, case.dim, requires_grad=True)
+        x = case.tokens(B, S).requires_grad_()
+        context = case.context(B, S, valid_BS=torch.zeros(B, S, dtype=torch.bool) if padding else None)
         with record(layer) as tape:
-            y = layer(x, case.context(B, S))
+            y = layer(x, context)
         hold(y.shape == x.shape, f"tokens {tuple(x.shape)} come out as {tuple(y.shape)}")
+        (entry,) = tape.entries
+        hold(not padding or not entry.routing.tokens_per_expert_E.any(), "padding alone is computed by an expert")
         loss = aux_loss(tape)
         hold(loss.isfinite(), f"the auxiliary loss of {B} sequences of {S} tokens is {loss}")
         (y.sum() + loss).backward()

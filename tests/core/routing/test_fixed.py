@@ -7,13 +7,12 @@ import math
 import pytest
 import torch
 from routed import ids
-from torch import Tensor, nn
+from torch import Tensor
 
 from core import FFN, MoEConfig, RoutingContext
 from core.routing.clusters import assign_equally, balanced_clusters
 from core.routing.consistency import consistency_loss
 from core.routing.fixed import DomainRandom, Hash, Random, balanced_table, random_table
-from core.routing.router import RouterConfig
 
 CONFIGS = {
     "hash": Hash(10),
@@ -341,35 +340,6 @@ def test_there_is_nothing_to_train_and_nothing_to_balance():
         assert list(config.build(6, 4).parameters()) == []
         assert config.num_params(6, 4) == config.flops_per_token(6, 4) == 0
         assert config.terms == frozenset()
-
-
-class OfIds(nn.Module):
-    """A layer as a function of tensors, as ``torch.export`` wants it."""
-
-    def __init__(self, config: RouterConfig) -> None:
-        super().__init__()
-        self.layer = MoEConfig(4, config, FFN(8), capacity_factor=1.5).build(6)
-
-    def forward(self, x: Tensor, tokens: Tensor, domains: Tensor) -> Tensor:
-        return self.layer(x, RoutingContext(token_ids_BS=tokens, domain_ids_B=domains))
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_compiled_and_exported_layers_equal_eager(name):
-    model = OfIds(CONFIGS[name])
-    x, tokens, domains = torch.randn(3, 5, 6), torch.randint(10, (3, 5)), torch.tensor([0, 1, 1])
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    y = compiled(x, tokens, domains)
-    y.square().sum().backward()
-    assert all(p.grad.isfinite().all() for p in model.parameters())
-    if not isinstance(CONFIGS[name], Random):
-        torch.testing.assert_close(y, model(x, tokens, domains), rtol=1e-5, atol=1e-6)
-    model.eval()
-    expected = model(x, tokens, domains)
-    torch.testing.assert_close(compiled(x, tokens, domains), expected, rtol=1e-5, atol=1e-6)
-    program = torch.export.export(model, (x, tokens, domains)).module()
-    torch.testing.assert_close(program(x, tokens, domains), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_an_id_out_of_range_is_refused():

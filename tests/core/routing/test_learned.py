@@ -356,12 +356,10 @@ class OfIds(nn.Module):
         return self.layer(x, RoutingContext(token_ids_BS=tokens))
 
 
-@pytest.mark.parametrize("name, stage", [*((name, 1) for name in CONFIGS), ("stable", 2)])
-def test_compiled_and_exported_layers_equal_eager(name, stage):
-    model = OfIds(CONFIGS[name])
+def test_stage_2_compiles_and_exports_as_stage_1_does_in_the_conformance_suite():
+    model = OfIds(Stable(10))
     x, tokens = torch.randn(2, 5, 6), torch.randint(10, (2, 5))
-    if stage == 2:
-        model.layer.router.freeze_light_router()
+    model.layer.router.freeze_light_router()
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
 
@@ -377,14 +375,6 @@ def test_compiled_and_exported_layers_equal_eager(name, stage):
     model.eval()
     program = torch.export.export(model, (x, tokens)).module()
     torch.testing.assert_close(program(x, tokens), model(x, tokens), rtol=1e-5, atol=1e-6)
-
-
-def test_weights_survive_a_state_dict():
-    for config in CONFIGS.values():
-        one, other = config.build(6, 4).eval(), config.build(6, 4).eval()
-        other.load_state_dict(one.state_dict())
-        x, given = torch.randn(2, 5, 6), context(2, 5)
-        assert torch.equal(one(x, given).gates_N, other(x, given).gates_N)
 
 
 def test_stable_needs_token_ids_in_range_and_of_the_tokens_shape():

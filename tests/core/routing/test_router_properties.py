@@ -1,4 +1,4 @@
-"""What every gate has to hold, over one config of each: padding, empty batches, gradients, costs, compile, export."""
+"""What gates hold beyond the conformance suite: derivatives of all that losses read, and graphs of dynamic sizes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 from torch.func import functional_call
 
-from core import FFN, Balance, MoEConfig, Routing, RoutingContext, TokenChoice, aux_losses, count_flops, record
+from core import FFN, Balance, MoEConfig, RoutingContext, TokenChoice, aux_losses, record
 from core.routing.adaptive import DynamicThreshold, NullExperts, Threshold, TokenRounding
 from core.routing.groups import Ensemble, Hierarchical, Prototypes
 
@@ -28,7 +28,6 @@ CONFIGS = {
     "ensemble": Ensemble(2, top_k=2),
 }
 every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-VALID = torch.tensor([[True] * 6, [True] * 4 + [False] * 2, [False] * 6])
 
 
 @pytest.fixture
@@ -65,73 +64,6 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@every_config
-@pytest.mark.parametrize("training", [True, False])
-def test_padding_is_never_routed_counted_or_in_a_gradient_whatever_it_holds(config, training):
-    layer = layer_of(config).train(training)
-    x = torch.randn(3, 6, D)
-    found = []
-    for fill in (torch.nan, 0.0):
-        found.append(step(layer, layer, x.masked_fill(~VALID[..., None], fill), RoutingContext(valid_BS=VALID)))
-    assert_same(*found)
-    dirty = found[0]
-    assert dirty["dx"][~VALID].abs().max() == 0
-    assert dirty["y"][~VALID].abs().max() == 0
-    routing: Routing = layer.router(x, RoutingContext(valid_BS=VALID))
-    of_padding = ~VALID.flatten()[routing.token_index_N]
-    assert (routing.expert_ids_N[of_padding] == E).all()
-    assert routing.tokens_per_expert_E.sum() == (routing.expert_ids_N < E).sum()
-
-
-@every_config
-def test_real_tokens_are_routed_in_evaluation_as_if_there_were_no_padding(config):
-    router = config.build(D, E).eval()
-    x = torch.randn(3, 6, D)
-    full, padded = router(x), router(x, RoutingContext(valid_BS=VALID))
-    real_N = VALID.flatten()[full.token_index_N]
-    assert torch.equal(padded.expert_ids_N[real_N], full.expert_ids_N[real_N])
-    assert torch.equal(padded.gates_N[real_N], full.gates_N[real_N])
-
-
-@every_config
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("shape", [(2, 0, D), (0, 3, D), (1, 1, D)])
-def test_few_and_no_tokens(config, training, shape):
-    layer = layer_of(config).train(training)
-    found = step(layer, layer, torch.randn(shape))
-    assert found["y"].shape == shape
-    assert all(value.isfinite().all() for value in found.values())
-
-
-@every_config
-def test_a_batch_of_padding_alone_is_routed_nowhere(config):
-    layer = layer_of(config)
-    found = step(layer, layer, torch.randn(2, 3, D), RoutingContext(valid_BS=torch.zeros(2, 3, dtype=torch.bool)))
-    assert found["load"].sum() == 0
-    assert all(value.isfinite().all() for value in found.values())
-
-
-@every_config
-def test_evaluation_is_deterministic_and_training_leaves_no_trace(config):
-    layer = layer_of(config).eval()
-    x = torch.randn(2, 12, D)
-    before = layer(x)
-    state = {k: v.clone() for k, v in layer.state_dict().items()}
-    layer.train()(torch.randn(2, 12, D))
-    assert torch.equal(layer.eval()(x), before)
-    assert all(torch.equal(v, state[k]) for k, v in layer.state_dict().items())
-
-
-@every_config
-def test_every_parameter_of_the_router_gets_a_gradient_from_the_output(config):
-    layer = layer_of(config)
-    layer(torch.randn(4, 12, D)).square().sum().backward()
-    for name, parameter in layer.router.named_parameters():
-        assert parameter.grad is not None, name
-        assert parameter.grad.isfinite().all()
-        assert parameter.grad.abs().max() > 0, name
-
-
 @pytest.mark.parametrize("name", [n for n in CONFIGS if n != "dynamic-threshold"])
 @pytest.mark.parametrize("training", [True, False])
 def test_gates_scores_and_logits_pass_gradcheck(name, training):
@@ -161,34 +93,6 @@ def test_scores_of_a_token_sum_to_one_or_are_brought_to_it(config):
         torch.testing.assert_close(routing.evidence.scores_TE.sum(-1), torch.ones(14))
     if routing.evidence.balance_scores is not None:
         torch.testing.assert_close(routing.evidence.balance_scores.sum(-1), torch.ones(14))
-
-
-@every_config
-def test_experts_of_a_token_are_distinct_and_counted(config):
-    routing = config.build(D, E)(torch.randn(4, 25, D))
-    live_N = routing.expert_ids_N < E
-    pair_N = (routing.token_index_N * E + routing.expert_ids_N)[live_N]
-    assert len(pair_N.unique()) == len(pair_N)
-    assert routing.tokens_per_expert_E.tolist() == routing.expert_ids_N[live_N].bincount(minlength=E).tolist()
-    assert routing.gates_N[~live_N].abs().sum() == 0
-
-
-@every_config
-def test_half_precision_tokens_are_routed_in_float32(config):
-    layer = layer_of(config).bfloat16()
-    routing = layer.router(torch.randn(2, 9, D).bfloat16())
-    assert routing.gates_N.dtype == routing.evidence.scores_TE.dtype == torch.float32
-    with torch.autocast("cpu", torch.bfloat16):
-        assert layer.router(torch.randn(2, 9, D)).gates_N.dtype == torch.float32
-
-
-@every_config
-def test_costs_by_formula_equal_the_built_layer(config):
-    moe = MoEConfig(E, config, FFN(12))
-    layer = moe.build(D).eval()
-    assert moe.num_params(D) == sum(p.numel() for p in layer.parameters())
-    router_flops = count_flops(layer.router, torch.randn(2, 5, D))
-    assert router_flops == 10 * config.flops_per_token(D, E)
 
 
 @pytest.mark.usefixtures("_fresh_compiler")

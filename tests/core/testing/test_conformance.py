@@ -218,7 +218,7 @@ FOUND_BY = {
     "keeps a state": "a forward changes no state",
     "does not reset": "built on the meta device, emptied and reset, a layer starts as any other",
     "is not saved": "saved, loaded, copied and pickled, a layer gives the same output",
-    "asks the first token": "without tokens there is an output, a loss and a gradient",
+    "asks the first token": "without tokens, with one and with padding alone there is an output, a loss and a gradient",
     "asks the host": "torch.compile goes through without a graph break, to the same step",
     "fixes the number of tokens": "torch.export goes through, for any number of tokens",
     "cuts the gradient": "every weight of the router learns in training",
