@@ -28,7 +28,7 @@ class Entry:
         needs_grad: the router trains and gradients were wanted when the tape was opened.
         has_grad: gradients were on during the pass.
         load_balancing_weight: the layer's adaptive weight of that term, (); None where ``balance`` says it.
-        extra_weights: the router's weights of ``routing.extra``.
+        extra_weights: the router's weights of ``Evidence.extra``.
         shared_gate_T: float32 (T,), the gate between the routed path and the shared experts, without dropout; padding
             may hold any finite value. None: there is none.
     """

@@ -37,9 +37,7 @@ def test_without_pairs_the_experts_of_a_token_are_those_of_the_largest_shares():
     # Two sequences of two tokens, the last token is padding.
     weights = torch.tensor([[0.2, 0.5, 0.3], [0.6, 0.3, 0.1]])
     tokens = torch.tensor([3, 3, 3])
-    merged = core.contract.MergeRouting(
-        weights, 2, 1, tokens, tokens, 4, valid_T=torch.tensor([True, True, True, False])
-    )
+    merged = core.contract.MergeRouting(weights, 2, 1, tokens, 4, valid_T=torch.tensor([True, True, True, False]))
     assert expert_of_token(merged).tolist() == [1, 1, 0, 3]
     assert experts_of_token(merged, 4).tolist() == [[1, 2, 0, 3], [1, 2, 0, 3], [0, 1, 2, 3], [3, 3, 3, 3]]
     assert expert_label_counts(merged, torch.tensor([0, 1, 1, 1]), 2).tolist() == [[0, 1, 0], [1, 1, 0]]

@@ -21,7 +21,7 @@ class Weighted(core.MoELayer):
         routing = self.router(x[None])
         self.record_pass(routing)
         gates_TE = torch.zeros(len(x), 2).index_put((routing.token_index_N, routing.expert_ids_N), routing.gates_N)
-        return (gates_TE[:, :, None] * self.experts.each(x)).sum(1)
+        return (gates_TE[:, :, None] * self.experts(x, "each")).sum(1)
 
 
 def test_a_layer_of_ones_own_is_on_the_tape_in_the_losses_and_in_the_statistics():
