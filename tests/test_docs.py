@@ -1,4 +1,4 @@
-"""docs/: its Python runs, its links lead somewhere, and every routing overlay has its entry and its picture."""
+"""docs/: its Python runs, its links and paths lead somewhere, and every routing overlay has its entry and its picture."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from apps.cli import main
 from apps.equal_cost import routers
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = sorted((ROOT / "docs").glob("*.md"))
-ROUTING = (ROOT / "docs" / "routing.md").read_text(encoding="utf-8")
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
+ALL_PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md", *PAGES]
+ROUTING = {page.name: page.read_text(encoding="utf-8") for page in (ROOT / "docs" / "routing").glob("*.md")}
 VISION = (ROOT / "docs" / "vision.md").read_text(encoding="utf-8")
 
 
@@ -27,19 +28,60 @@ def slug(heading: str) -> str:
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def anchors(page: Path) -> set[str]:
+    return {slug(h) for h in re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)}
+
+
+def page_id(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("page", ALL_PAGES, ids=page_id)
 def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if "://" in target:
+            continue
+        name, _, anchor = target.partition("#")
+        linked = page.parent / name if name else page
+        assert linked.exists(), target
+        assert not anchor or anchor in anchors(linked), target
+
+
+# A path or a dotted name that stands in a page for one of the reader's own.
+PLACEHOLDER = re.compile(r"NAME|YOUR|Your|[*{<]|\.\.\.")
+
+
+def exists(name: str) -> bool:
+    """Whether a dotted name is a module of the tree, or an attribute below one."""
+    parts = name.split(".")
+    module = next(
+        n
+        for n in range(len(parts), 0, -1)
+        if (ROOT / Path(*parts[:n])).is_dir() or (ROOT / Path(*parts[:n])).with_suffix(".py").is_file()
+    )
+    if module == len(parts):
+        return True
+    target: object = importlib.import_module(".".join(parts[:module]))
+    for part in parts[module:]:
+        fields = getattr(target, "__dataclass_fields__", {})
+        if not hasattr(target, part) and part not in fields:
+            return False
+        target = getattr(target, part, None)
+    return True
+
+
+@pytest.mark.parametrize("page", ALL_PAGES, ids=page_id)
+def test_paths_and_dotted_names_exist(page):
     text = page.read_text(encoding="utf-8")
-    anchors = {slug(h) for h in re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)}
-    for target in re.findall(r"\]\(([^)\s]+)\)", text):
-        if target.startswith("#"):
-            assert target[1:] in anchors, target
-        elif "://" not in target:
-            assert (page.parent / target.partition("#")[0]).exists(), target
+    paths = re.findall(r"(?<![\w/.])(?:apps|core|tests|configs|benchmarks|packaging)/[\w./*{}<>-]*", text)
+    missing = [p for p in paths if not PLACEHOLDER.search(p) and not (ROOT / p.rstrip(".")).exists()]
+    names = re.findall(r"(?<![\w/.-])(?:apps|core)(?:\.[A-Za-z_]\w*)+(?!/)", text)
+    missing += [n for n in names if not PLACEHOLDER.search(n) and not n.endswith(".py") and not exists(n)]
+    assert missing == []
 
 
 def test_the_gate_of_ones_own_passes_the_conformance_suite(tmp_path, monkeypatch):
-    sources = re.findall(r"^```python\n(.*?)^```$", ROUTING, flags=re.DOTALL | re.MULTILINE)
+    sources = re.findall(r"^```python\n(.*?)^```$", ROUTING["writing_a_gate.md"], flags=re.DOTALL | re.MULTILINE)
     assert len(sources) == 1
     (tmp_path / "my_gates.py").write_text(sources[0])
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -49,8 +91,12 @@ def test_the_gate_of_ones_own_passes_the_conformance_suite(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("name", routers.overlays())
-def test_an_overlay_has_an_entry_and_a_picture(name):
-    assert f"(img/routing/{name}.png)" in ROUTING
+def test_an_overlay_has_a_row_in_the_index_an_entry_and_a_picture(name):
+    assert f"(../../configs/routing/{name}.yaml)" in ROUTING["README.md"]
+    (page,) = (text for text in ROUTING.values() if f"(../img/routing/{name}.png)" in text)
+    (entry,) = (part for part in re.split(r"^#+ ", page, flags=re.MULTILINE) if f"(../img/routing/{name}.png)" in part)
+    assert f"(../../configs/routing/{name}.yaml)" in entry
+    assert all(word in entry for word in ("**When.**", "**Cost.**", "**Config.**"))
 
 
 def blocks(page: str, language: str) -> list[str]:
