@@ -80,6 +80,17 @@ def test_paths_and_dotted_names_exist(page):
     assert missing == []
 
 
+@pytest.mark.parametrize("top", ["core", "apps"])
+def test_the_tree_of_rooms_is_the_tree(top):
+    tree = blocks((ROOT / "docs" / "architecture.md").read_text(encoding="utf-8"), "")[0]
+    part = tree.partition(f"{top}/ ")[2]
+    listed = re.search(r"^(.*\n)((?:  .*\n)*)", part)[2]
+    rooms = {path.parent.name for path in (ROOT / top).glob("*/__init__.py")}
+    assert set(re.findall(r"^  (\w+)/", listed, flags=re.MULTILINE)) == rooms
+    files = {path.name for path in (ROOT / top).glob("*.py")} - {"__init__.py"}
+    assert set(re.findall(r"\b\w+\.py\b", listed)) == files
+
+
 def test_the_gate_of_ones_own_passes_the_conformance_suite(tmp_path, monkeypatch):
     sources = re.findall(r"^```python\n(.*?)^```$", ROUTING["writing_a_gate.md"], flags=re.DOTALL | re.MULTILINE)
     assert len(sources) == 1
