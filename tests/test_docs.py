@@ -1,4 +1,4 @@
-"""docs/: its Python runs, its links and paths lead somewhere, and every routing overlay has its entry and its picture."""
+"""docs/: its Python runs, its links and paths lead somewhere, and every routing overlay has an entry and a picture."""
 
 from __future__ import annotations
 
