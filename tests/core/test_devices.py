@@ -25,7 +25,7 @@ from core.routing.soft import Merge
 
 B, S, D, E = 2, 6, 8, 8
 ROUTERS: dict[str, tuple[str, dict[str, object]]] = {
-    "router": ("TokenChoice", {"noise": "learned", "expert_bias": True, "gate_bias": True}),
+    "token_choice": ("TokenChoice", {"noise": "learned", "expert_bias": True, "gate_bias": True}),
     "groups": ("Hierarchical", {}),
     "adaptive": ("DynamicThreshold", {}),
     "smooth": ("DSelectK", {}),

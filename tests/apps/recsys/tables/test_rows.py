@@ -96,7 +96,7 @@ def test_loaders(own):
     list(data.train_dataloader())
     assert torch.equal(state, torch.get_rng_state())
     assert own().val_dataloader() == []
-    with pytest.raises(ValueError, match=r"there are no test rows: split.test=0"):
+    with pytest.raises(ValueError, match=r"table has no test rows: test_file .* or a share split.test"):
         own(test_file=None, split=SplitConfig("random", val=0, test=0)).test_dataloader()
 
 
