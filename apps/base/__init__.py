@@ -1,1 +1,1 @@
-"""What every room uses and what knows nothing of models: files, messages, the machine, quiet libraries."""
+"""Every room uses this one, which knows nothing of models: files, messages, the machine, quiet libraries."""

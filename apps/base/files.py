@@ -1,19 +1,23 @@
-"""Files: where the configurations lie, and files written whole or not at all."""
+"""Where the configurations lie, and how a file is written whole or not at all."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-"""The configurations that come along: of the source tree, or beside the packages of an installed wheel."""
+"""The folder of the shipped configurations: in the source tree, or beside the packages of an installed wheel."""
 
 
 def temporary_path(path: Path) -> Path:
-    """Where a file is written before it is moved to ``path``: one name, so that what a kill leaves is found again."""
+    """Return the path at which a file is written before it is moved to ``path``.
+
+    The name is always the same, so the next run finds and removes what a kill has left.
+    """
     return path.with_name(f".{path.name}.tmp")
 
 
@@ -21,7 +25,7 @@ def temporary_path(path: Path) -> Path:
 def replacing(path: Path, mode: str = "w", **options: Any) -> Iterator[Any]:
     """Open a file beside ``path``, and move it there once the block has ended without an error.
 
-    A kill or a full disk leaves the old file as it was and no half-written one. Options are those of ``open``.
+    A kill or a full disk leaves the old file as it was. ``options`` are those of ``open``.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_path(path)
@@ -41,10 +45,9 @@ def replacing(path: Path, mode: str = "w", **options: Any) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def holding(path: Path, refusal: str) -> Iterator[None]:
-    """Hold the lock file ``path`` for this process inside. The system lets go of it when its holder dies.
+    """Hold the lock file ``path`` inside, or raise a ValueError with ``refusal`` where another process holds it.
 
-    Raises:
-        ValueError: another process holds it; the message is ``refusal``.
+    The system frees the lock when its holder dies.
     """
     from filelock import FileLock, Timeout
 
@@ -61,7 +64,7 @@ def holding(path: Path, refusal: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def naming(path: str | Path) -> Iterator[None]:
-    """Name ``path`` in the OSError of what cannot be written inside: that of a full disk names no file."""
+    """Name ``path`` in an OSError that is raised inside and names no file, as that of a full disk."""
     try:
         yield
     except Exception as error:
@@ -72,9 +75,17 @@ def naming(path: str | Path) -> Iterator[None]:
 
 
 def os_error(error: BaseException | None) -> OSError | None:
-    """Return the OSError among an error and its causes; None: there is none."""
+    """Return the first OSError among an error and its causes; None where there is none."""
     while error is not None:
         if isinstance(error, OSError):
             return error
         error = error.__cause__ or error.__context__
     return None
+
+
+def delete(path: Path) -> None:
+    """Delete a file, a link or a folder with all that it holds; nothing happens where there is none."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -13,18 +13,17 @@ from pathlib import Path
 from typing import BinaryIO
 
 FREE = 256 << 20
-"""Bytes that any compressed file may unpack to, however small it is."""
+"""Bytes that any compressed file may unpack to, however small the file is."""
 
 MOST = 200
-"""Times that a larger one may unpack to its own size. Text and tables shrink 3 to 30 times, repeated lines 1,000."""
+"""Largest ratio of unpacked to packed bytes above ``FREE``; text and tables shrink 3 to 30 times."""
 
 
 @contextlib.contextmanager
 def naming_errors(path: Path, hint: str = "") -> Iterator[None]:
-    """Name a plain or compressed file in the errors of reading it; ``hint`` ends the line on one that is corrupt.
+    """Turn the errors of reading a plain or compressed file inside into a ValueError that names it.
 
-    Raises:
-        ValueError: the file is missing, may not be read, is truncated, or is not what its ending says.
+    ``hint`` ends the line about a corrupt file.
     """
     kind = "gzip" if path.suffix == ".gz" else path.suffix.removeprefix(".")
     try:
@@ -38,22 +37,15 @@ def naming_errors(path: Path, hint: str = "") -> Iterator[None]:
     except RuntimeError as error:  # a password, or a method that Python lacks
         raise ValueError(f"{path} cannot be unpacked: {error}") from error
     except OSError as error:
-        if error.errno is None:  # bz2 says so of other bytes
+        if error.errno is None:  # bz2 reports other bytes so
             raise ValueError(f"{path} is corrupt: it is truncated or no {kind} file ({error}){hint}") from error
         raise
 
 
 def check_unpacked(name: str, packed: int, unpacked: int, what: str = "bytes") -> None:
-    """Refuse a file that says that it unpacks to far more than its own size explains.
+    """Raise a ValueError where a file of ``packed`` bytes claims to hold too many ``unpacked`` ones.
 
-    Args:
-        name: of the file, for the message.
-        packed: its bytes.
-        unpacked: bytes that it says it holds, or those so far.
-        what: they are, for the message.
-
-    Raises:
-        ValueError: more than ``FREE`` bytes, and more than ``MOST`` times ``packed``.
+    Too many are more than ``FREE`` and more than ``MOST`` times ``packed``; ``what`` names them in the message.
     """
     if unpacked > max(FREE, MOST * packed):
         raise ValueError(
@@ -63,19 +55,16 @@ def check_unpacked(name: str, packed: int, unpacked: int, what: str = "bytes") -
 
 
 class Inflated(io.RawIOBase):
-    """A stream of unpacked bytes that ends in an error where they are far more than their file explains.
+    """A stream of unpacked bytes that raises a ValueError past ``free`` bytes and a ratio of ``most``.
 
     ``io.BufferedReader(Inflated(...))`` and ``io.TextIOWrapper`` take it like any other stream, and pyarrow as a file.
 
     Args:
-        unpacked: yields the unpacked bytes, such as ``gzip.open(path)`` or a member of a ``zipfile.ZipFile``.
+        unpacked: stream of the unpacked bytes, such as ``gzip.open(path)`` or a member of a ``zipfile.ZipFile``.
         compressed_size: bytes of the compressed file or member.
-        name: names it in messages.
+        name: name of the file in messages.
         free: unpacked bytes that are always allowed.
-        most: allowed ratio of unpacked to compressed bytes beyond those.
-
-    Raises:
-        ValueError: while reading, past ``free`` bytes and a ratio of ``most``.
+        most: largest ratio of unpacked to compressed bytes beyond those.
     """
 
     def __init__(self, unpacked: BinaryIO, compressed_size: int, name: str, free: int = FREE, most: int = MOST) -> None:
@@ -104,10 +93,6 @@ class Inflated(io.RawIOBase):
 
 
 def read_limited(unpacked: BinaryIO, compressed_size: int, name: str) -> bytes:
-    """Return all bytes of a compressed stream, within the limits of ``Inflated``.
-
-    Raises:
-        ValueError: it unpacks to more.
-    """
+    """Return all bytes of a compressed stream, within the limits of ``Inflated``."""
     with io.BufferedReader(Inflated(unpacked, compressed_size, name), 1 << 20) as stream:
         return stream.read()

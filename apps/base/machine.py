@@ -1,4 +1,4 @@
-"""What figures were taken on, in words."""
+"""The machine that figures were measured on, in words."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ import torch
 from core.kernels.cpu.products import cpu_field
 
 
-def cpu_name() -> str:
-    """The processor's own name where the system tells it, else its kind."""
+def device_name() -> str:
+    """Return the name of the GPU, or of the processor where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
     return cpu_field("model name") or platform.processor() or platform.machine()
 
 
 def machine_line() -> str:
-    """Device, threads of torch, its version and the date, for the head of a benchmark's table."""
-    if torch.cuda.is_available():
-        where = torch.cuda.get_device_name()
-    else:
-        where = f"{cpu_name()}, {torch.get_num_threads()} threads"
-    return f"{where}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}"
+    """Return device, threads of torch, its version and the date, for the head of a benchmark's table."""
+    threads = "" if torch.cuda.is_available() else f", {torch.get_num_threads()} threads"
+    return f"{device_name()}{threads}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}"

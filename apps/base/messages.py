@@ -1,4 +1,4 @@
-"""What an error says, on one line."""
+"""Messages of errors, on one line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _CAUGHT = re.compile(
 
 
 def message(error: BaseException) -> str:
-    """What ``error`` says; of one from a DataLoader's worker, what that says without its traceback."""
+    """Return the message of ``error``, without the traceback that a DataLoader's worker puts into it."""
     text = str(error)
     caught = _CAUGHT.match(text)
     return caught[2] if caught else text
@@ -35,7 +35,7 @@ def some(names: Sequence[str], most: int = 5) -> str:
 
 
 def one_line(text: str) -> str:
-    """``text`` with each run of blanks and line ends as one blank."""
+    """Return ``text`` with each run of blanks and line ends as one blank."""
     return " ".join(text.split())
 
 
@@ -46,11 +46,11 @@ def excerpt(value: object, longest: int = 60) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what ``error`` says, or its class where it says nothing."""
+    """Return the first line of an error's message, or its class where the message is empty."""
     return (message(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @functools.cache
 def warn_once(logger: logging.Logger, text: str) -> None:
-    """The same warning once a process."""
+    """Log a warning the first time that this process is asked to."""
     logger.warning("%s", text)

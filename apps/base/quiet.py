@@ -1,7 +1,6 @@
-"""What Lightning and its libraries say, left out where it does not help.
+"""``quiet`` leaves out what Lightning and its libraries print where it does not help.
 
-The commands run inside ``quiet()``. A script with a Trainer of its own may do so as well: nothing is silenced by an
-import.
+The commands run inside it, and a script with a Trainer of its own may too: an import silences nothing.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ def quiet(own_notes: bool = True) -> Iterator[None]:
     """Leave out Lightning's notes, tips and advertisements, and the warnings that do not help here.
 
     Args:
-        own_notes: print our own notes; else they are left out, and with them every warning of Lightning's.
+        own_notes: print our own notes; False leaves them out, and every warning of Lightning's.
 
     Example::
 
@@ -45,7 +44,7 @@ def quiet(own_notes: bool = True) -> Iterator[None]:
     """
     names = ("lightning.pytorch", "lightning.fabric", "lightning")
     levels = {name: logging.getLogger(name).level for name in names}
-    # FBGEMM logs when it is imported, which would give the root logger a handler that repeats our notes.
+    # FBGEMM logs at its import, which would give the root logger a handler that repeats our notes.
     nothing = logging.NullHandler()
     logging.getLogger().addHandler(nothing)
     own, handler = logging.getLogger("apps"), _Notes()
@@ -73,9 +72,9 @@ def quiet(own_notes: bool = True) -> Iterator[None]:
 
 
 class _Notes(logging.Handler):
-    """Prints notes to stderr as it is at that time: while a progress bar runs, rich prints above it.
+    """Prints notes to the stderr of the moment: while a progress bar runs, rich prints them above it.
 
-    (Rich would print to the bar's own file, stdout, also where stderr is another one.)
+    (Rich itself would print to the bar's file, stdout, also where stderr is another one.)
     """
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -86,7 +85,7 @@ class _Notes(logging.Handler):
 
 @contextlib.contextmanager
 def _quiet_event_writer() -> Iterator[None]:
-    """Without the traceback of TensorBoard's writing thread: what it meets, the next call of its writer raises."""
+    """Hide the traceback of TensorBoard's writing thread, whose error the next call of its writer raises."""
     shown = threading.excepthook
 
     def hook(met: threading.ExceptHookArgs) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from apps.base.files import holding
-from apps.base.machine import cpu_name
+from apps.base.machine import device_name
 from apps.base.quiet import quiet
 from apps.cli import is_termination
 from apps.cli.configs import shipped
@@ -232,7 +232,7 @@ def machine() -> dict[str, Any]:
         with suppress(PackageNotFoundError):
             versions[package] = version(package)
     return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name(),
+        "device": device_name(),
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
         "python": platform.python_version(),

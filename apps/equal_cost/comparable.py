@@ -1,4 +1,4 @@
-"""What a module tells a comparison: its baselines, the blocks they replace, its routers' place, and its test examples.
+"""A module answers a comparison through ``Comparable``: its baselines, blocks that they replace, routers and examples.
 
 Training asks none of this. A module that is to be compared takes ``Comparable`` beside ``SparseModule``.
 """
@@ -20,9 +20,9 @@ class Baseline:
     """A model that ``moesaic compare`` trains beside the sparse one.
 
     Attributes:
-        build: makes it, untrained: a ``SparseModule``, or an ``Estimator``; None where it cannot exist or coincides
-            with another.
-        note: what it is, or why there is none.
+        build: makes the untrained model, a ``SparseModule`` or an ``Estimator``; None where it cannot exist or
+            coincides with another.
+        note: description of the model, or the reason why there is none.
     """
 
     build: Callable[[], Any] | None
@@ -33,14 +33,13 @@ class Baseline:
 class Estimator(Protocol):
     """A baseline that is no LightningModule, such as boosted trees: ``Baseline.build`` may return one.
 
-    It has no steps, learning rate or FLOPs. What it tunes, it tunes in ``fit``, on the validation split. Or it has an
-    attribute ``tunes``, True where there is anything to search, and ``tune(data, seed, search)``, which finds plain
-    settings in the time that ``search``, a ``Search``, allows; they are searched once, before the training with each
-    seed, and are the third argument of its ``fit``.
+    It has no steps, learning rate or FLOPs. It may tune itself in ``fit``, on the validation split. Or its attribute
+    ``tunes`` is True, and ``tune(data, seed, search)`` returns plain settings, found in the time that ``search``, a
+    ``Search``, allows. They are searched once for all seeds, and are then the third argument of ``fit``.
     """
 
     def fit(self, data: LightningDataModule, seed: int) -> None:
-        """Train on the training split of ``data``, which is set up already."""
+        """Train on the training split of ``data``, which has been set up."""
 
     def evaluate(self, data: LightningDataModule, split: Literal["val", "test"]) -> Mapping[str, float]:
         """Return the metrics that the sparse module logs, named without the split: ``{"top1": 0.93}``."""
@@ -51,13 +50,13 @@ class ExampleDifference:
     """How two systems differ on the same test examples.
 
     Attributes:
-        name: of the figure, such as "BLEU".
-        difference: the first system's minus the second's.
+        name: name of the figure, such as "BLEU".
+        difference: the first system's figure minus the second's.
         low, high: its 95 % interval over other examples of the same kind.
-        p: of no difference.
-        method: what was done, in a few words.
-        is_part: it is of a part of the examples; a comparison shows those of all on the screen.
-        over: what the interval is over, such as "test sentences".
+        p: probability of such a difference between equal systems.
+        method: the statistical method, in a few words.
+        is_part: True for a part of the examples, which a comparison leaves out on the screen.
+        over: kind of the examples, such as "test sentences".
     """
 
     name: str
@@ -75,11 +74,10 @@ class RoutedLayers:
     """The MoE layers of a model, as a comparison of routers needs to know them.
 
     Attributes:
-        config: of the layers.
+        config: configuration of the layers.
         dim: width D of the tokens that reach them.
-        place: what routers are given there, and what they must not do.
-        flops_arguments: further arguments of ``config.flops_per_token`` at these layers, such as the length of a
-            sequence.
+        place: inputs of a router there, and the rules it must keep.
+        flops_arguments: further arguments of ``config.flops_per_token``, such as the length of a sequence.
     """
 
     config: core.MoEConfig | core.MultiGateConfig
@@ -95,7 +93,7 @@ class Comparable:
     """A module that ``moesaic compare`` can ask. Every answer has a default, so a subclass gives those it has.
 
     Attributes:
-        note: what a comparison says of the model, which it calls "sparse", where that needs a word.
+        note: remark of a comparison on the model, which it calls "sparse"; mostly empty.
     """
 
     note: str = ""
@@ -106,7 +104,7 @@ class Comparable:
 
     @property
     def moe_block_names(self) -> tuple[str, ...]:
-        """Dotted names of the blocks that a baseline of equal cost replaces: the MoE layers, or what holds them."""
+        """Return dotted names of the blocks that a baseline replaces: the MoE layers, or the blocks around them."""
         return tuple(core.moe_layers(self))  # type: ignore[arg-type]
 
     def routed_layers(self) -> RoutedLayers | None:
@@ -114,11 +112,11 @@ class Comparable:
         return None
 
     def with_moe(self, moe: Any) -> Any:
-        """Return the model anew, untrained, with other MoE layers: a configuration of the class of its own ones."""
+        """Return the model anew, untrained, with MoE layers of another configuration of the same class."""
         raise NotImplementedError(f"{type(self).__name__} must define with_moe(moe) for a comparison of routers")
 
     def examples_of_test(self) -> list[dict[str, Any]]:
-        """Return plain values of each example of the last test, which a comparison keeps; empty: it keeps none."""
+        """Return plain values for each example of the last test, which a comparison keeps; empty for none."""
         return []
 
     def compare_examples(
@@ -128,5 +126,5 @@ class Comparable:
         return []
 
     def side_by_side(self, systems: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-        """Return lines that show some examples as each system has them, by its heading; empty: none are shown."""
+        """Return lines that show some examples as each system, named by its heading, answers them; may be empty."""
         return ""

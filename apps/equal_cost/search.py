@@ -10,17 +10,17 @@ from collections.abc import Callable, Mapping
 class Search:
     """The settings that a baseline tries, and the time for them.
 
-    A setting is begun while there is time left, and then finished. What was tried is kept by its name, so that a search
-    that was broken off goes on with the next one, and the seconds of all count.
+    A setting is begun while there is time left, and then finished. Results are kept by the setting's name, so that an
+    interrupted search goes on with the next setting, and the seconds of all count.
 
     Args:
-        minutes: for all settings of all tasks.
-        tried: what an earlier part of the search has found, by the setting's name; see ``tried`` below.
-        keep: told ``tried`` after each setting.
+        minutes: time for all settings of all tasks.
+        tried: results of an earlier part of the search.
+        keep: is called with ``tried`` after each setting.
 
     Attributes:
-        tried: by the setting's name, its ``quality`` on the validation split and the ``seconds`` that it took.
-        total: settings that the whole search has; who searches counts them up.
+        tried: ``quality`` on the validation split and ``seconds`` of each tried setting, by its name.
+        total: number of settings of the whole search, which the baseline counts up.
     """
 
     def __init__(
@@ -30,19 +30,19 @@ class Search:
         keep: Callable[[dict[str, dict[str, float]]], None] = lambda tried: None,
     ) -> None:
         self.minutes, self.keep, self.total = minutes, keep, 0
-        self.tried = {name: dict(found) for name, found in (tried or {}).items()}
+        self.tried = {name: dict(result) for name, result in (tried or {}).items()}
 
     @property
     def seconds(self) -> float:
-        return sum(found["seconds"] for found in self.tried.values())
+        return sum(result["seconds"] for result in self.tried.values())
 
     def quality(self, name: str, run: Callable[[], float], until: float = math.inf) -> float | None:
-        """Return what ``run()`` finds for the setting of this name, or has found before; None where time is up.
+        """Return the quality of a setting, which ``run()`` measures where it is not known; None where time is up.
 
         Args:
-            name: of the setting.
-            run: tries it.
-            until: share of the minutes that may have passed before it is begun.
+            name: name of the setting.
+            run: tries the setting and returns its quality.
+            until: share of the minutes within which the setting is begun.
         """
         if name not in self.tried:
             if self.seconds >= 60 * self.minutes * until:

@@ -1,4 +1,4 @@
-"""Dense twins: the model that has experts anew, with dense FFNs of equal cost in their place."""
+"""A dense twin is a sparse model made anew with dense FFNs of equal cost in place of its experts."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ from apps.equal_cost.widths import SolvedWidth, equal_widths, same_width
 
 @dataclass(frozen=True)
 class DenseTwin:
-    """Makes ``sparse`` anew with a dense FFN in place of its experts. A class and no closure: it pickles into another
-    process.
+    """Makes ``sparse`` anew with a dense FFN in place of its experts; unlike a closure, it pickles.
 
     Attributes:
-        sparse: a ``SparseModule`` with the arguments ``moe`` and ``dense_ffn``.
-        ffn: of the blocks that have experts.
+        sparse: ``SparseModule`` with the arguments ``moe`` and ``dense_ffn``.
+        ffn: FFN of the blocks that have experts.
         changed: further arguments of the module, by name.
     """
 
@@ -32,11 +31,9 @@ class DenseTwin:
 
 
 def dense_twins(sparse: Comparable, dense: core.DenseFFN) -> dict[str, Baseline]:
-    """Return dense models of equal active FLOPs and of equal parameters; only the FFNs in place of experts are wider.
+    """Return dense models of equal active FLOPs and of equal parameters.
 
-    Args:
-        sparse: the module.
-        dense: the FFN of its other blocks.
+    The other blocks of ``sparse`` have the FFN ``dense``; only the FFNs in place of experts are wider.
     """
     layers = sparse.routed_layers()
     if layers is None:
@@ -50,21 +47,21 @@ def dense_twins(sparse: Comparable, dense: core.DenseFFN) -> dict[str, Baseline]
 def baselines_of(
     widths: Mapping[str, SolvedWidth], build: Callable[[int], Callable[[], Any]], says: str
 ) -> dict[str, Baseline]:
-    """Return a baseline for each width, or a note where there is none or it is another one again.
+    """Return a baseline for each width, or a note where there is none or it coincides with another.
 
     Args:
-        widths: by the baselines' names.
-        build: makes of a width what makes the model, such as ``DenseTwin``; it pickles.
-        says: what the model is, with ``{width}`` in it.
+        widths: solved widths by the baselines' names.
+        build: returns what makes the model of a width, such as a ``DenseTwin``; its result pickles.
+        says: description of the model, with ``{width}`` in it.
     """
-    found: dict[str, Baseline] = {}
+    baselines: dict[str, Baseline] = {}
     for name, (width, problem) in widths.items():
-        twin = next((n for n, b in found.items() if b.build and same_width(width, widths[n].width)), None)
+        twin = next((n for n, b in baselines.items() if b.build and same_width(width, widths[n].width)), None)
         note = says.format(width=width)
         if problem:
-            found[name] = Baseline(None, problem)
+            baselines[name] = Baseline(None, problem)
         elif twin is not None:
-            found[name] = Baseline(None, f"coincides with {twin}: {note}, there {widths[twin].width}")
+            baselines[name] = Baseline(None, f"coincides with {twin}: {note}, there {widths[twin].width}")
         else:
-            found[name] = Baseline(build(width), note)
-    return found
+            baselines[name] = Baseline(build(width), note)
+    return baselines

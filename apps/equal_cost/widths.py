@@ -1,16 +1,17 @@
-"""Widths of experts and FFNs with which one model costs what another does."""
+"""Widths of experts and FFNs at which two models cost the same."""
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import core
 
 
 class SolvedWidth(NamedTuple):
-    """FFN hidden dim of a dense baseline; ``problem`` says why there is none."""
+    """The FFN hidden dim of a dense baseline; ``problem`` says why there is none."""
 
     width: int
     problem: str = ""
@@ -23,17 +24,10 @@ TOLERANCE = 0.05
 def equal_widths(
     prefix: str, dense: core.DenseFFN, dim: int, flops: float, params: float, each: str = ""
 ) -> dict[str, SolvedWidth]:
-    """Return the hidden dims with which ``dense`` costs so much.
+    """Return the hidden dims at which ``dense`` costs ``flops`` a token, and at which it has ``params`` parameters.
 
-    Args:
-        prefix: of the names.
-        dense: its kind; the hidden dim is not asked.
-        dim: D.
-        flops, params: to come to, of a token.
-        each: what they are of, for the message, as " a block".
-
-    Returns:
-        "<prefix>_equal_flops" and "<prefix>_equal_params".
+    Their names are "<prefix>_equal_flops" and "<prefix>_equal_params". ``each`` ends the unit in a message, as " a
+    block".
     """
 
     def at(width: int) -> core.DenseFFN:
@@ -46,12 +40,9 @@ def equal_widths(
 
 
 def solve_width(cost: Callable[[int], float], target: float, what: str) -> SolvedWidth:
-    """Return the width whose cost comes nearest to ``target``; too far from it is a problem.
+    """Return the width whose cost comes nearest to ``target``, with a problem where it is not near enough.
 
-    Args:
-        cost: of a width, with which it grows.
-        target: to come to.
-        what: it is, for the message, such as "flops".
+    ``cost`` grows with the width; ``what`` is its unit in the message, such as "flops".
     """
     width = nearest_width(cost, target)
     if abs(cost(width) - target) <= TOLERANCE * target:
@@ -60,37 +51,34 @@ def solve_width(cost: Callable[[int], float], target: float, what: str) -> Solve
 
 
 def same_width(a: int, b: int) -> bool:
-    """Within 1 %: another run of the same model."""
+    """Return whether two widths are within 1 %: training both would only repeat one model."""
     return abs(a - b) <= 0.01 * max(a, b)
 
 
 def widened(expert: core.ExpertConfig, width: int, times: int = 1) -> core.ExpertConfig:
-    """``expert`` with another hidden dim; an ``MLP`` with another first width, all its layers wider by one factor.
+    """Return ``expert`` with another hidden dim. All layers of an ``MLP`` grow by the factor of the first.
 
     Args:
-        expert: of a layer.
-        width: the new one.
-        times: of the layers of an ``MLP``, one after the other.
+        expert: configuration of the experts.
+        width: the new hidden dim.
+        times: how often the layers of an ``MLP`` are repeated, one after the other.
 
     Raises:
-        ValueError: it has neither ``hidden_dims`` nor ``hidden_dim``.
+        ValueError: ``expert`` has neither ``hidden_dims`` nor ``hidden_dim``.
     """
-    made: Any = expert
     if isinstance(expert, core.MLP):
         first = expert.hidden_dims[0]
         dims = tuple(max(1, round(width * w / first)) for w in expert.hidden_dims * times)
         return dataclasses.replace(expert, hidden_dims=dims)
     if not hasattr(expert, "hidden_dim"):
         raise ValueError(f"{type(expert).__name__} has neither hidden_dims nor hidden_dim to widen")
-    return dataclasses.replace(made, hidden_dim=width)  # type: ignore[no-any-return]
+    return dataclasses.replace(expert, hidden_dim=width)  # type: ignore[call-arg]
 
 
 def nearest_width(cost: Callable[[int], float], target: float) -> int:
-    """The whole number from 1 on whose cost, which grows with it, comes nearest to ``target``."""
-    low, high = 1, 2
-    while cost(high) < target:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if cost(middle) < target else (low, middle)
-    return min((low, high), key=lambda width: abs(cost(width) - target))
+    """Return the whole number from 1 on whose cost, which grows with it, comes nearest to ``target``."""
+    most = 2
+    while cost(most) < target:
+        most *= 2
+    reached = bisect.bisect_left(range(most + 1), target, lo=2, key=cost)
+    return min((reached - 1, reached), key=lambda width: abs(cost(width) - target))

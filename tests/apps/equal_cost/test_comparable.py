@@ -1,4 +1,4 @@
-"""What a module answers to a comparison where it says nothing itself."""
+"""A module answers a comparison by defaults where it says nothing itself."""
 
 from __future__ import annotations
 

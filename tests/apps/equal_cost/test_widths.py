@@ -14,14 +14,14 @@ from apps.equal_cost.widths import equal_widths, same_width
     [(False, True, 160, 94), (False, False, 160, 80), (True, True, 240, 144), (True, False, 240, 120)],
 )
 def test_a_hidden_dim_of_10_costs_so_much(gated, bias, flops, params):
-    found = equal_widths("dense", core.DenseFFN(gated=gated, bias=bias), 4, flops, params)
-    assert found == {"dense_equal_flops": (10, ""), "dense_equal_params": (10, "")}
+    widths = equal_widths("dense", core.DenseFFN(gated=gated, bias=bias), 4, flops, params)
+    assert widths == {"dense_equal_flops": (10, ""), "dense_equal_params": (10, "")}
 
 
 def test_a_cost_between_two_widths_is_refused_where_neither_is_near():
     # One hidden unit costs 16 FLOPs, two 32: 24 is a third off both, and 163 is 10.2 units.
-    found = equal_widths("dense", core.DenseFFN(), 4, 24, 94, each=" a block")
-    assert found["dense_equal_flops"].problem == "no whole width comes within 5% of 24 flops a block"
+    widths = equal_widths("dense", core.DenseFFN(), 4, 24, 94, each=" a block")
+    assert widths["dense_equal_flops"].problem == "no whole width comes within 5% of 24 flops a block"
     assert equal_widths("dense", core.DenseFFN(), 4, 163, 94)["dense_equal_flops"] == (10, "")
 
 
