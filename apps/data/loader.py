@@ -2,8 +2,7 @@
 
 Lightning saves no sampler position, so a run resumed in mid-epoch would see the first batches of the epoch twice and
 never the last ones. Here the order of an epoch is drawn from its number, the position is counted and saved, and the
-random transforms of a batch are seeded by the batch. Neither the number of workers nor what the model draws in between
-matters.
+random transforms of a batch are seeded by the batch, whatever the number of workers and the draws of the model.
 """
 
 from __future__ import annotations
@@ -28,26 +27,26 @@ class BatchPlan(Protocol):
     """Batches of other sizes than one fixed number of examples, such as those of a token budget."""
 
     def __len__(self) -> int:
-        """Batches of an epoch, the same number in every epoch."""
+        """Return the number of batches of an epoch, the same in every epoch."""
 
     def batches(self, seed: int, epoch: int) -> Sequence[torch.Tensor]:
-        """The positions in the dataset of each batch of an epoch, int64; a function of these two numbers alone."""
+        """Return each batch's positions in the dataset, int64; a function of these two numbers alone."""
 
 
 class ResumableLoader(DataLoader):
     """Batches of a map-style dataset, in an order and with random draws that a resumed run repeats.
 
     Args:
-        dataset: map-style; ``dataset[i]`` may draw from the global generators of torch, numpy and ``random``.
+        dataset: map-style dataset that may draw from the global generators of torch, numpy and ``random``.
         batch_size: examples a batch and process; None with ``plan``.
-        seed: of the order and of the transforms; None takes the one given to ``torch.manual_seed``.
-        shuffle: a new order each epoch; False keeps the dataset's.
+        seed: seed of the order and of the transforms; None takes the one given to ``torch.manual_seed``.
+        shuffle: draw a new order each epoch; False keeps the dataset's.
         drop_last: leave out a last batch that is not full.
         collate_fn: makes a batch of a list of examples; it may draw random numbers as well (mixup).
         draws: whether the dataset or collate_fn draw random numbers. False spares a batch its seeding, which takes as
             long as reading a batch of a table; ``dataset.__getitems__`` is then given an int64 tensor of positions.
-        plan: which examples are a batch, instead of ``batch_size`` and ``drop_last``. Processes take its batches in
-            turn; the first ones are repeated until each has as many. Without ``shuffle`` every epoch is its epoch 0.
+        plan: batches instead of ``batch_size`` and ``drop_last``. Processes take them in turn; the first ones are
+            repeated until each process has as many. Without ``shuffle`` every epoch is the plan's epoch 0.
         loader_kwargs: ``num_workers``, ``pin_memory``, ``persistent_workers`` ... of ``DataLoader``.
 
     Raises:
@@ -83,7 +82,7 @@ class ResumableLoader(DataLoader):
             raise ValueError(f"batch_size={batch_size} exceeds the {size} training examples; drop_last drops them all")
         seed = torch.initial_seed() % 2**31 if seed is None else seed
         distributed = dist.is_available() and dist.is_initialized()
-        # A DistributedSampler also on one process: Lightning leaves it as it is and tells it the epoch.
+        # Lightning leaves a DistributedSampler as it is, also on one process, and sets its epoch.
         sampler = _Sampler(
             dataset,
             num_replicas=dist.get_world_size() if distributed else 1,
@@ -92,43 +91,36 @@ class ResumableLoader(DataLoader):
             seed=seed * _SEED_STRIDE,
         )
         parts = _Blocks(sampler, batch_size or 1, drop_last) if plan is None else _Planned(sampler, plan)
-        batches = _Batches(sampler, parts, seed, draws)
-        collate = collate_fn or torch.utils.data.default_collate
+        self._batches = _Batches(sampler, parts, seed, draws)
         super().__init__(
-            _SeededDataset(dataset, collate),
-            batch_sampler=batches,  # type: ignore[arg-type]  # a batch may be a tensor
-            collate_fn=_identity,
-            # Its own generator: the base seed of an epoch's workers must not move the model's generator.
+            _SeededDataset(dataset, collate_fn or torch.utils.data.default_collate),
+            batch_sampler=self._batches,  # type: ignore[arg-type]  # a batch may be a tensor
+            collate_fn=as_it_is,
+            # The base seed of an epoch's workers must not move the model's generator.
             generator=torch.Generator().manual_seed(seed),
             **loader_kwargs,
         )
         if distributed:
-            # Lightning looks here alone for a distributed sampler, and would build the loader anew if it found none.
+            # Lightning looks only here for a distributed sampler, and builds the loader anew where there is none.
             object.__setattr__(self, "sampler", sampler)
         self.served = 0
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        # A generator starts at its first batch, after Lightning has told the sampler the epoch.
-        batches = self.batch_sampler
-        assert isinstance(batches, _Batches)
-        self.served = batches.start()
+        # A generator starts at its first batch, after Lightning has set the sampler's epoch.
+        self.served = self._batches.start()
         for batch in super().__iter__():
             self.served += 1
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """Where the loader stands: the epoch, the batches of it that were served, and the seed."""
-        batches = self.batch_sampler
-        assert isinstance(batches, _Batches)
-        return {"epoch": batches.sampler.epoch, "served": self.served, "seed": batches.seed}
+        """Return the epoch, the number of its batches that were served, and the seed."""
+        return {"epoch": self._batches.sampler.epoch, "served": self.served, "seed": self._batches.seed}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue there: the next pass over that epoch begins after the batches served."""
-        batches = self.batch_sampler
-        assert isinstance(batches, _Batches)
-        batches.seed = state["seed"]
-        batches.sampler.seed = state["seed"] * _SEED_STRIDE
-        batches.resume = (state["epoch"], state["served"])
+        """Begin the next pass over the saved epoch after the batches that were served."""
+        self._batches.seed = state["seed"]
+        self._batches.sampler.seed = state["seed"] * _SEED_STRIDE
+        self._batches.resume = (state["epoch"], state["served"])
         self.served = state["served"]
 
 
@@ -142,7 +134,7 @@ class _Sampler(DistributedSampler[Any]):
     """A DistributedSampler whose epoch is a tensor: as a list, ten million positions take 400 MB."""
 
     def order(self) -> torch.Tensor:
-        """What iterating gives, int64 (num_samples,)."""
+        """Return the positions of the epoch in this process's order, int64 (num_samples,)."""
         size = len(self.dataset)  # type: ignore[arg-type]
         if self.shuffle:
             order = torch.randperm(size, generator=torch.Generator().manual_seed(self.seed + self.epoch))
@@ -167,13 +159,13 @@ class _Blocks:
         return n // self.batch_size if self.drop_last else -(-n // self.batch_size)
 
     def epoch(self, seed: int, start: int) -> Iterator[torch.Tensor]:
-        """The batches from number ``start`` on. The seed is the sampler's, too."""
+        """Return the batches from number ``start`` on; the sampler has the seed already."""
         order = self.sampler.order()
         return (order[b * self.batch_size : (b + 1) * self.batch_size] for b in range(start, len(self)))
 
 
 class _Planned:
-    """The process's part of the epochs of a plan."""
+    """This process's part of the epochs of a plan."""
 
     def __init__(self, sampler: _Sampler, plan: BatchPlan) -> None:
         self.sampler, self.plan = sampler, plan
@@ -182,7 +174,7 @@ class _Planned:
         return -(-len(self.plan) // self.sampler.num_replicas)
 
     def epoch(self, seed: int, start: int) -> Iterator[torch.Tensor]:
-        """The batches from number ``start`` on."""
+        """Return the batches from number ``start`` on."""
         sampler = self.sampler
         batches = self.plan.batches(seed, sampler.epoch if sampler.shuffle else 0)
         places = range(sampler.rank, len(self) * sampler.num_replicas, sampler.num_replicas)
@@ -197,7 +189,7 @@ class _Batches:
         self.resume = (-1, 0)
 
     def start(self) -> int:
-        """The first batch to serve in the sampler's epoch."""
+        """Return the number of the first batch to serve in the sampler's epoch."""
         epoch, served = self.resume
         return served if epoch == self.sampler.epoch else 0
 
@@ -217,7 +209,7 @@ class _Batches:
 
 
 class _SeededDataset(Dataset):
-    """``source`` by whole batches, each drawn under its own seed, ``collate`` included."""
+    """Reads ``source`` by whole batches, and draws and collates each under its own seed."""
 
     def __init__(self, source: Dataset, collate: Callable[[list[Any]], Any]) -> None:
         self.source, self.collate = source, collate
@@ -236,13 +228,9 @@ class _SeededDataset(Dataset):
             return self.collate(fetch(list(draw)) if fetch else [self.source[i] for i in draw])
 
 
-def _identity(batch: Any) -> Any:
-    return batch
-
-
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """The CPU generators of torch, numpy and ``random`` start from ``seed`` inside, and are as before afterwards."""
+    """Start the CPU generators of torch, numpy and ``random`` from ``seed`` inside, and restore them afterwards."""
     torch_state, numpy_state, python_state = torch.get_rng_state(), np.random.get_state(), random.getstate()
     torch.default_generator.manual_seed(seed)
     np.random.seed(seed)
@@ -256,7 +244,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def batches_of_test(trainer: Any) -> Iterator[Any]:
-    """The batches of the test in progress, again, within the trainer's limit."""
+    """Return the batches of the test in progress once more, within the trainer's limit."""
     loader = trainer.test_dataloaders
     loader = loader[0] if isinstance(loader, (list, tuple)) else loader
     return itertools.islice(loader, int(min(trainer.num_test_batches[0], len(loader))))
@@ -265,15 +253,10 @@ def batches_of_test(trainer: Any) -> Iterator[Any]:
 def in_order(
     dataset: Any, batch_size: int, num_workers: int = 0, collate_fn: Callable[[Any], Any] | None = None
 ) -> DataLoader[Any]:
-    """What an evaluation reads: every example once, in the dataset's order.
+    """Return a loader for an evaluation, which reads every example once, in the dataset's order.
 
-    A plain DataLoader: Lightning gives it the sampler that a distributed or a predicting run needs.
-
-    Args:
-        dataset: map-style.
-        batch_size: examples a batch.
-        num_workers: processes that read.
-        collate_fn: makes a batch of a list of examples; None: the dataset's ``__getitems__`` has made it.
+    It is a plain DataLoader, to which Lightning gives the sampler of a distributed or a predicting run. Without
+    ``collate_fn`` the dataset's ``__getitems__`` makes the batches.
     """
     return DataLoader(
         dataset,
@@ -286,10 +269,10 @@ def in_order(
 
 
 def overfits(trainer: Any) -> bool:
-    """Whether Lightning's ``overfit_batches`` is on, which wants the same few batches each epoch; None: no trainer."""
+    """Return whether a trainer repeats the same few batches each epoch (Lightning's ``overfit_batches``)."""
     return trainer is not None and getattr(trainer, "overfit_batches", 0) > 0
 
 
 def as_it_is(batch: Any) -> Any:
-    """A batch that ``__getitems__`` has made. A function of the module, so that worker processes can be sent it."""
+    """Return a batch that the dataset has made already; unlike a lambda, it can be sent to worker processes."""
     return batch
