@@ -1,4 +1,4 @@
-"""The command ``moesaic compare``: what is asked, the work, and the report."""
+"""The command ``moesaic compare``: it reads the options, does the work and writes the report."""
 
 from __future__ import annotations
 
@@ -34,10 +34,7 @@ from apps.train.stopping import terminable
 
 
 def run(argv: Sequence[str]) -> int:
-    """Run ``moesaic compare ARGV``.
-
-    Returns:
-        0, 130 where the user stopped it, or 143 where the system did.
+    """Run ``moesaic compare ARGV``, and return 0, 130 where the user stopped it, or 143 where the system did.
 
     Raises:
         UsageError: a wrong option.
@@ -60,7 +57,7 @@ def _stopped(how: str, code: int, argv: Sequence[str]) -> int:
 
 
 def command_line(argv: Sequence[str]) -> str:
-    """Return what to type for ``argv``, with paths from here."""
+    """Return the shell command of ``argv``, with paths relative to the current folder."""
     here = f"{Path.cwd()}/"
     return shlex.join(["moesaic", "compare", *(a.removeprefix(here) for a in argv)])
 
@@ -70,11 +67,11 @@ class Outcome:
     """A finished comparison.
 
     Attributes:
-        summary: its numbers.
-        output: its folder.
-        arguments: of ``Experiment``.
-        files: what was written for people: the table, the JSON file, the picture.
-        checkpoints: by system, the trained weights of the first seed; without estimators.
+        summary: numbers of the comparison.
+        output: folder of the comparison.
+        arguments: arguments of its ``Experiment``.
+        files: files for people: the table, the JSON file, the picture.
+        checkpoints: trained weights of the first seed, by system, without estimators.
     """
 
     summary: Summary
@@ -91,9 +88,7 @@ class Outcome:
 def run_command(argv: Sequence[str], title: str | None = None) -> Outcome:
     """Do the comparison of ``moesaic compare ARGV``, or what is left of it, and show the table.
 
-    Args:
-        argv: arguments of the command.
-        title: of the table and the picture; None: the names of the configurations.
+    ``title`` stands over the table and the picture; without it they name the configurations.
 
     Raises:
         UsageError, ValueError: see ``run``.
@@ -101,7 +96,7 @@ def run_command(argv: Sequence[str], title: str | None = None) -> Outcome:
     """
     asked = Command.read(argv)
     options, output = asked.options, asked.output
-    config, *overlays = (str(shipped(path)) for path in asked.files)  # each process reads them
+    config, *overlays = (str(shipped(path)) for path in asked.files)
     with quiet(own_notes=False):
         experiment = Experiment(arguments(config, overlays, asked.rest, options.routers))
     plan = Plan.make(experiment.plain(), options, experiment.rate, experiment.seed)
@@ -117,7 +112,7 @@ def run_command(argv: Sequence[str], title: str | None = None) -> Outcome:
 
 
 def _systems(experiment: Experiment, options: Options, output: Path, display: Display) -> list[System]:
-    """Return the systems with their costs; counted each time, since it takes no more than a forward of each."""
+    """Return the systems with their costs, which take a forward of each and are counted every time."""
     with quiet(own_notes=False), display.step("counting FLOPs"):
         torch.manual_seed(experiment.seed)
         sparse, data = experiment.build(SPARSE)
@@ -169,10 +164,8 @@ def _report(
     path = output / "results.json"
     worked = path.exists() and any(f.stat().st_mtime_ns > path.stat().st_mtime_ns for f in result_files(output))
     # A comparison that is shown again keeps machine and day of its work, also where fewer systems are shown.
-    saved = (None if worked else read_json(path)) or {
-        "machine": {**machine(), "jobs": jobs},
-        "date": moment(time.time()),
-    }
+    now = {"date": moment(time.time()), "machine": {**machine(), "jobs": jobs}}
+    saved = (None if worked else read_json(path)) or now
     signatures = dict(module.metric_signatures)
     numbers = {
         "title": title,
@@ -194,13 +187,13 @@ def _report(
     table.show(title, summary)
     if examples:
         print(f"\n{examples}")
-    files = tuple(p for p in (page, path, picture) if p is not None)
+    files = tuple(filter(None, (page, path, picture)))
     print("\n".join(["", "written:", *(f"  {p}" for p in files)]))
     return Outcome(summary, output, experiment.arguments, files, results.checkpoints)
 
 
 def _example_pairs(module: Any, results: Results, seeds: Sequence[int]) -> list[ExamplePair]:
-    """Return the sparse model beside each other one, seed by seed, where both kept their test examples."""
+    """Return the comparisons of the sparse model with each other one, where both kept their test examples."""
     return [
         ExamplePair(name, seed, tuple(module.compare_examples(sparse, other)))
         for name, of_seeds in results.examples.items()
@@ -211,7 +204,7 @@ def _example_pairs(module: Any, results: Results, seeds: Sequence[int]) -> list[
 
 
 def _facts(plan: Plan, numbers: Mapping[str, Any]) -> list[str]:
-    """Return how the comparison was made, for its page."""
+    """Return lines for the page that say how the comparison was made."""
     rates, machine = ", ".join(f"{r:g}" for r in plan.rates), numbers["machine"]
     share = "" if plan.options.search_share == 1 else f" and {plan.options.search_share:g} of the training"
     searched = f"Learning rates tried for each system, with seed {plan.search_seed}{share}: {rates}."
@@ -226,7 +219,7 @@ def _facts(plan: Plan, numbers: Mapping[str, Any]) -> list[str]:
 
 
 def machine() -> dict[str, Any]:
-    """Return what the numbers are measured on."""
+    """Return the device and the versions that the numbers are measured with."""
     versions = {}
     for package in ("moesaic", "lightning", "timm", "torchvision", "scikit-learn"):
         with suppress(PackageNotFoundError):

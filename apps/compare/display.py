@@ -1,4 +1,4 @@
-"""What is shown while a comparison works."""
+"""The progress bars and lines of a comparison at work."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def describe(unit: Unit) -> str:
 
 
 class Display:
-    """One bar for the whole comparison and one for the unit at work; on a pipe, the finished units alone."""
+    """Shows a bar for the whole comparison and one for the unit at work; on a pipe, only a line a finished unit."""
 
     def __init__(self) -> None:
         from rich.console import Console
@@ -54,17 +54,15 @@ class Display:
         self.bars.advance(self.total, units)
 
     def unit(self, name: str, done: int, total: int) -> None:
-        """Show how far a unit is."""
-        task = self.tasks.get(name)
-        if task is None:
-            task = self.tasks[name] = self.bars.add_task(name, total=None)
-        self.bars.update(task, completed=done, total=total or None)
+        """Show the progress of a unit."""
+        if name not in self.tasks:
+            self.tasks[name] = self.bars.add_task(name, total=None)
+        self.bars.update(self.tasks[name], completed=done, total=total or None)
 
     def finished(self, name: str) -> None:
         """Count a unit as done."""
-        task = self.tasks.pop(name, None)
-        if task is not None:
-            self.bars.remove_task(task)
+        if name in self.tasks:
+            self.bars.remove_task(self.tasks.pop(name))
         self.bars.advance(self.total)
 
     def say(self, line: str) -> None:

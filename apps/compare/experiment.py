@@ -1,4 +1,4 @@
-"""What a configuration describes, made anew as often as a comparison needs it: models, data, trainer options."""
+"""An experiment makes models, data and trainer options of a configuration as often as a comparison needs them."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from apps.equal_cost.comparable import Comparable
 from apps.train.module import SparseModule
 from core.registry import OpenConfig
 
-# Of the trainer, what a comparison sets itself.
+# Trainer options that a comparison sets itself.
 _OWN = ("callbacks", "logger", "default_root_dir", "plugins", "enable_progress_bar", "enable_model_summary",
         "enable_checkpointing", "num_sanity_val_steps", "fast_dev_run", "devices", "num_nodes")  # fmt: skip
 _ROUTERS = "--routers="
 
 
 class _Parsed(SparseCLI):
-    """The command line of ``moesaic fit``, read and checked, with nothing made of it yet."""
+    """Reads and checks the command line of ``moesaic fit``, and makes nothing of it yet."""
 
     def instantiate_classes(self) -> None:
         pass
@@ -37,9 +37,9 @@ class Experiment:
     """A sparse model's configuration.
 
     Args:
-        arguments: as after ``moesaic fit``: ``--config FILE``, again for overlays, and ``--KEY.SUBKEY VALUE``. They are
-            plain strings, so that another process can read the same configuration. ``--routers=NAME``, again for each,
-            are the overlays whose routers are compared too.
+        arguments: arguments as after ``moesaic fit``: ``--config FILE``, again for overlays, and ``--KEY.SUBKEY
+            VALUE``. ``--routers=NAME``, again for each, are the overlays whose routers are compared too. They are plain
+            strings, so that another process can read the same configuration.
 
     Raises:
         UsageError: a wrong option or configuration.
@@ -63,36 +63,35 @@ class Experiment:
         seed = self._config.get("seed_everything")
         self.seed = seed if isinstance(seed, int) and not isinstance(seed, bool) else 0
         made = self._make()
+        model, data = made["model"], made["data"]
         self.trainer_options = {k: v for k, v in made["trainer"].items() if k not in _OWN} | {"devices": 1}
         if made["trainer"].get("fast_dev_run"):
             raise UsageError(
                 "trainer.fast_dev_run: a comparison needs whole runs; use few steps, as configs/debug.yaml"
             )
-        self._cli.datamodule = made["data"]
+        self._cli.datamodule = data
         self._cli._check_links()
-        self.monitor = made["model"].monitor
-        self.monitor_mode = made["model"].monitor_mode
-        self.rate = made["model"].optimizer_config.lr
-        self.shown_metrics = tuple(made["model"].shown_metrics)
-        self.average_last: int | None = made["model"].average_last
-        self.replaced = tuple(made["model"].moe_block_names)
-        self.modules = (type(made["model"]).__module__, type(made["data"]).__module__)
+        self.monitor, self.monitor_mode = model.monitor, model.monitor_mode
+        self.rate = model.optimizer_config.lr
+        self.shown_metrics = tuple(model.shown_metrics)
+        self.average_last: int | None = model.average_last
+        self.replaced = tuple(model.moe_block_names)
+        self.modules = (type(model).__module__, type(data).__module__)
 
     def _make(self) -> Any:
         return self._parser.instantiate(self._config)
 
     def plain(self) -> dict[str, Any]:
-        """Return model, data, trainer and seed as plain values, without what a comparison sets itself."""
+        """Return model, data, trainer and seed as plain values, without options that a comparison sets itself."""
         values = yaml.safe_load(self._parser.dump(self._config, skip_unset=False))
         trainer = {k: v for k, v in values["trainer"].items() if k not in _OWN or k == "callbacks"}
         return {"model": values["model"], "data": values["data"], "trainer": trainer, "seed": self.seed}
 
     def data(self) -> LightningDataModule:
-        """Return a new data module."""
         return self._make()["data"]
 
     def callbacks(self) -> list[Callback]:
-        """Return new callbacks of the configuration, without bars, checkpoints and what ends a training early."""
+        """Return new callbacks of the configuration, without bars, checkpoints and those that end a training early."""
         if not self._config["trainer"].get("callbacks"):
             return []
         given = self._make()["trainer"]["callbacks"]
@@ -104,10 +103,7 @@ class Experiment:
         return self.build(system)[0]
 
     def build(self, system: str) -> tuple[Any, LightningDataModule]:
-        """Return a new, untrained model of ``system`` and new data.
-
-        The weights follow from the generators' state alone.
-        """
+        """Return a new, untrained model of ``system``, whose weights depend only on the generators, and new data."""
         state = torch.get_rng_state()
         made = self._make()
         model, data = made["model"], made["data"]
@@ -124,6 +120,6 @@ class Experiment:
 def arguments(
     config: str | Path, overlays: Sequence[str], rest: Sequence[str], routers: Sequence[str] = ()
 ) -> tuple[str, ...]:
-    """Return arguments of ``Experiment``: a configuration, overlays over it, single values over both, and routers."""
+    """Return the arguments of an ``Experiment``: a configuration, overlays, single values over both, and routers."""
     files = [str(config), *overlays]
     return (*(part for file in files for part in ("--config", file)), *rest, *(_ROUTERS + r for r in routers))

@@ -1,4 +1,4 @@
-"""Files of a comparison: written whole or not at all, so that what exists is finished."""
+"""The files of a comparison are written whole or not at all, so that a file that exists is finished."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from apps.base.files import replacing
 
 
 def write_text(path: Path, text: str) -> Path:
-    """Write ``text`` beside ``path`` and move it there in one step."""
     with replacing(path) as file:
         file.write(text)
     return path

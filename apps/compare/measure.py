@@ -1,7 +1,7 @@
 """Speed and memory of each system, in a process of its own.
 
 A worker process holds one trained system and does rounds on command. The parent asks the workers in turn, so a machine
-that slows down slows all of them alike, and medians are taken over the rounds. Peak memory is the worker's own.
+that slows down slows all of them alike, and medians are taken over the rounds.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from apps.train.cost import measure_cost, num_examples
 from apps.train.module import SparseModule
 
 ROUND_SECONDS = 0.3
-"""A round is as many steps as take this long, at least one."""
+"""Least duration of a round, which is one step or more."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker holds.
+    """The task of a worker.
 
     Attributes:
-        arguments: of ``Experiment``.
-        system: name.
-        checkpoint: its trained weights.
-        replaced: names of the blocks that baselines replace, to count FLOPs of.
-        threads: of torch on the CPU.
+        arguments: arguments of the ``Experiment``.
+        system: name of the system.
+        checkpoint: path of its trained weights.
+        replaced: names of the blocks that baselines replace, whose FLOPs are counted.
+        threads: number of torch's threads on the CPU.
     """
 
     arguments: tuple[str, ...]
@@ -61,10 +61,10 @@ def measure(
     """Measure throughput and peak memory of each system, the systems taking turns.
 
     Args:
-        jobs: a worker each.
+        jobs: tasks by system, each for a worker of its own.
         rounds: timed rounds a system, of training and of inference; one more, untimed, comes first.
-        progress: told the rounds done and to do.
-        modules: what the workers need, to be imported once for all of them.
+        progress: is called with the rounds done and to do.
+        modules: modules to import once for all workers.
 
     Returns:
         By system: ``train_examples_per_second`` and ``inference_examples_per_second`` (medians), the rounds they are
@@ -152,7 +152,7 @@ class _Bench:
         self.train_batches = [self._to_device(b) for b in itertools.islice(data.train_dataloader(), 8)]
         self.eval_batch = self._to_device(next(iter(data.val_dataloader())))
         _release()
-        base = _current_memory(self.device)
+        base = _memory(self.device, peak=False)
         module = experiment.module(job.system)
         state = torch.load(job.checkpoint, map_location="cpu", weights_only=True)["state_dict"]
         module.load_state_dict({k: v for k, v in state.items() if k in module.state_dict()})
@@ -165,13 +165,12 @@ class _Bench:
         with self.precision.forward_context():
             self.facts["cost"] = measure_cost(module, self.eval_batch, replaced, as_evaluated=True).to_dict()
         counts = [num_examples(module.example_inputs(b)) for b in self.train_batches]
-        # Of batches of a budget of tokens, long examples are few: a round takes all of them.
+        # Batches of a token budget differ in their number of examples: a round takes all of them.
         self.cycle = 1 if len(set(counts)) == 1 else len(counts)
         self.batches = itertools.cycle(self.train_batches)
         accumulated = int(experiment.trainer_options.get("accumulate_grad_batches") or 1)
         self.facts["examples_per_step"] = accumulated * statistics.mean(counts)
-        # The peak begins here: not this system's are the sparse model that made a baseline, the weights as they were
-        # read, and the forward that was counted.
+        # The peak begins here, without the sparse model that made a baseline, the checkpoint and the counted forward.
         _release()
         _reset_peak(self.device)
 
@@ -208,7 +207,7 @@ class _Bench:
 
     def memory(self) -> int:
         """Return the peak bytes since the set-up."""
-        return _peak_memory(self.device)
+        return _memory(self.device, peak=True)
 
     def _round(self, step: Callable[[], int], times: int = 1) -> float:
         examples, began = 0, time.perf_counter()
@@ -223,7 +222,7 @@ class _Bench:
 
 
 def _optimizer(module: SparseModule) -> torch.optim.Optimizer:
-    """Return the module's own optimizer, without what its schedule needs of a trainer."""
+    """Return the module's optimizer without its schedule, which needs a trainer."""
     configured: Any = module.configure_optimizers()
     optimizer = configured["optimizer"] if isinstance(configured, dict) else configured
     if not isinstance(optimizer, torch.optim.Optimizer):
@@ -238,19 +237,15 @@ def _release() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
-def _status(field: str) -> int | None:
-    """Return a field of this process's status on Linux, in bytes. (``ru_maxrss`` starts at the parent's size.)"""
-    with suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith(f"{field}:"):
-                return 1024 * int(line.split()[1])
-    return None
-
-
-def _current_memory(device: torch.device) -> int:
+def _memory(device: torch.device, peak: bool) -> int:
+    """Return the bytes in use now, or at most since ``_reset_peak``."""
     if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
-    return _status("VmRSS") or _ru_maxrss()
+        return torch.cuda.max_memory_allocated(device) if peak else torch.cuda.memory_allocated(device)
+    with suppress(OSError):  # Linux has a status, and a ru_maxrss that starts at the parent's size
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:" if peak else "VmRSS:"):
+                return 1024 * int(line.split()[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _reset_peak(device: torch.device) -> None:
@@ -259,14 +254,3 @@ def _reset_peak(device: torch.device) -> None:
     else:
         with suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peak_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return _status("VmHWM") or _ru_maxrss()
-
-
-def _ru_maxrss() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak

@@ -1,4 +1,4 @@
-"""What ``moesaic compare`` is asked, read and checked before anything heavy is imported."""
+"""The command line of ``moesaic compare``, read and checked before anything heavy is imported."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from apps.cli.parser import Parser
 from apps.equal_cost import routers
 
 SEARCH_FACTORS = (1 / 3, 1.0, 3.0)
-"""The learning rates tried, over the configured one."""
+"""Default learning rates of the search, as multiples of the configured one."""
 
 _DESCRIPTION = """\
 Train the sparse model of a configuration and dense ones of equal cost on the same data and steps, each with the same
@@ -29,16 +29,16 @@ of the table and kept. With --rounds 0 a finished one is printed again, and noth
 
 @dataclass(frozen=True)
 class Options:
-    """What ``moesaic compare`` was asked.
+    """The options of a comparison.
 
     Attributes:
-        num_seeds: training runs a system at its chosen rate; seeds are the config's, one after another.
-        learning_rates: tried for each system; empty: the config's, a third and three times it; one: no search.
+        num_seeds: number of training runs a system at its chosen rate; seeds count up from the config's.
+        learning_rates: rates tried for each system; empty takes ``SEARCH_FACTORS``; a single one needs no search.
         search_share: part of the configured training that a run of the search has, in (0, 1].
-        baselines: names of those wanted; None: all.
-        rounds: timed rounds of training and of inference; 0: nothing is measured, and what was measured is shown.
+        baselines: names of the wanted baselines; None for all.
+        rounds: timed rounds of training and of inference; 0 measures nothing and shows earlier measurements.
         routers: overlays whose routers are compared too, by name or path.
-        baseline_minutes: for which a baseline without learning rate, such as boosted trees, searches its settings.
+        baseline_minutes: time in which a baseline without learning rate, such as boosted trees, searches its settings.
 
     Raises:
         ValueError: a value out of its range.
@@ -75,15 +75,15 @@ class Options:
 
 @dataclass(frozen=True)
 class Command:
-    """A command line of ``moesaic compare``, checked as far as the files and options tell.
+    """A command line of ``moesaic compare``, checked without making the model.
 
     Attributes:
-        files: the configuration, and the overlays over it.
+        files: configuration, and the overlays over it.
         rest: values of the configuration, ``--KEY.SUBKEY VALUE``.
-        options: of the comparison.
-        output: its folder.
-        name: of the comparison, from those of the files.
-        jobs: runs at a time.
+        options: options of the comparison.
+        output: folder of the comparison.
+        name: name of the comparison, made of the names of the files.
+        jobs: number of runs at a time.
     """
 
     files: tuple[Path, ...]
@@ -130,7 +130,7 @@ class Command:
 
 
 def _check_file(path: Path) -> None:
-    """Refuse a configuration that is neither here nor among those that come along."""
+    """Refuse a configuration that is neither a file nor a shipped one."""
     if path.is_dir():
         raise UsageError(f"{path} is a folder, not a configuration")
     if not shipped(path).is_file():

@@ -1,6 +1,6 @@
-"""Units trained in processes of their own, several at a time.
+"""Several units are trained at a time, each in a process of its own.
 
-Small models use a core each better than one of them all cores: a step of a millisecond is not worth sharing.
+Small models use the cores better so: a step of a millisecond is not worth sharing between cores.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from apps.compare.training import Unit, train
 
 
 def worker_context(modules: Sequence[str] = ()) -> BaseContext:
-    """Return how worker processes are started; ``modules`` are imported once for all of them.
+    """Return the way to start worker processes, with ``modules`` imported once for all of them.
 
-    Not by a plain fork: threads of this process are not in the child, and torch's would be waited for.
+    A plain fork would wait for torch's threads, which are not in the child.
     """
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
@@ -44,7 +44,7 @@ def start(context: BaseContext, target: Callable[..., None], *args: Any) -> tupl
 
 @contextmanager
 def answering(pipe: Connection) -> Iterator[None]:
-    """Send what goes wrong inside, in a worker, to the parent as ("error", exception)."""
+    """Send an exception that is raised inside, in a worker, to the parent as ("error", exception)."""
     try:
         with quiet(own_notes=False), suppress(KeyboardInterrupt, EOFError, BrokenPipeError):
             yield
@@ -68,17 +68,17 @@ def train_all(
     """Do ``units``, ``jobs`` at a time, each worker with its part of this process's threads.
 
     Args:
-        arguments: of ``Experiment``.
-        units: in the order in which they are begun.
-        output: the comparison's folder.
-        jobs: worker processes.
-        modules: what they need, to be imported once for all of them.
-        progress: told a unit's steps done and to do.
-        finished: told a unit's result, in the order of their ends.
+        arguments: arguments of the ``Experiment``.
+        units: units in the order in which they are begun.
+        output: folder of the comparison.
+        jobs: number of worker processes.
+        modules: modules to import once for all workers.
+        progress: is called with a unit and its steps done and to do.
+        finished: is called with a unit and its result as soon as it ends.
 
     Raises:
         RuntimeError: a worker died.
-        Exception: what went wrong in a worker, as ``train`` raises it; the others are stopped and can go on later.
+        Exception: a worker's error, as ``train`` raises it; the other workers are stopped and can go on later.
     """
     if not units:
         return

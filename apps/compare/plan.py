@@ -1,4 +1,4 @@
-"""The plan of a comparison: its options, what is saved of them, and the order of the work."""
+"""The plan of a comparison lists its units of work, and is saved so that only the same comparison goes on."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from apps.equal_cost import routers
 
 @dataclass(frozen=True)
 class Plan:
-    """What is done, once the config is read.
+    """The work of a comparison.
 
     Attributes:
-        config: the resolved configuration, plain values.
-        options: of the command.
-        overlays: by the system's name, what each overlay of ``options.routers`` says.
+        config: resolved configuration, in plain values.
+        options: options of the command.
+        overlays: contents of each overlay of ``options.routers``, by the system's name.
         rates: learning rates of the search.
-        configured_rate: the config's.
-        seeds: of the final runs.
-        search_seed: of the search: none of ``seeds``, whose data order it must not have chosen a rate for.
+        configured_rate: learning rate of the configuration.
+        seeds: seeds of the final runs.
+        search_seed: seed of the search; it differs from ``seeds``, so that no rate is chosen for their data order.
     """
 
     config: dict[str, Any]
@@ -38,24 +38,20 @@ class Plan:
 
     @classmethod
     def make(cls, config: dict[str, Any], options: Options, configured_rate: float, seed: int) -> Plan:
-        """Return the plan of a configuration.
-
-        Raises:
-            ValueError: as ``routers.read`` and ``routers.by_system``.
-        """
+        """Return the plan of a configuration, or raise the ValueError of a wrong overlay."""
         seeds = tuple(range(seed, seed + options.num_seeds))
         overlays = {system: routers.read(name) for system, name in routers.by_system(options.routers).items()}
         rates = options.rates(configured_rate)
         return cls(config, options, overlays, rates, configured_rate, seeds, seed + SEARCH_SEED)
 
     def search_units(self, system: str) -> list[Unit]:
-        """Return the runs of the learning-rate search; none where there is nothing to choose."""
+        """Return the runs of the learning-rate search; empty where there is nothing to choose."""
         if len(self.rates) < 2:
             return []
         return [Unit(system, rate, self.search_seed, self.options.search_share) for rate in self.rates]
 
     def tuning_units(self, system: str) -> list[Unit]:
-        """Return the search of an estimator's settings: one for all seeds, as that of the learning rate."""
+        """Return the search of an estimator's settings, one for all seeds."""
         return [Unit(system, None, self.search_seed, minutes=self.options.baseline_minutes)]
 
     def final_units(self, system: str, rate: float | None, tunes: bool = False) -> list[Unit]:
@@ -75,12 +71,11 @@ class Plan:
     def claim(self, output: Path) -> None:
         """Save the plan in ``output``.
 
-        The plan that is saved there may have other baselines, routers, rounds and minutes, and fewer seeds: no finished
-        unit of work depends on these but its own. What an overlay says is kept after its router is left out, so that a
-        router that comes back is the one that was trained.
+        The saved plan may have other baselines, routers, rounds and minutes, and fewer seeds, on which no finished unit
+        depends. Overlays of routers that are left out stay saved, so that a router comes back as it was trained.
 
         Raises:
-            ValueError: it is the plan of another comparison; the message names the differences.
+            ValueError: the saved plan is that of another comparison; the message names the differences.
         """
         path, wanted = output / "plan.json", self.to_dict()
         saved = read_json(path)
@@ -98,11 +93,11 @@ class Plan:
 
 
 _FREE = ("baselines", "rounds", "baseline_minutes")
-"""Options that say what is shown, measured or still to be done, and nothing of what is finished."""
+"""Options on which no finished unit depends."""
 
 
 def _adapted(saved: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
-    """Return ``saved`` with the values of ``wanted`` wherever these may be others."""
+    """Return ``saved`` with the values of ``wanted`` where these are free to differ."""
     had, has = saved["options"], wanted["options"]
     options, seeds = {**had, **{name: has[name] for name in _FREE}}, saved["seeds"]
     if set(seeds) <= set(wanted["seeds"]):
@@ -117,5 +112,5 @@ SEARCH_SEED = 1000
 
 
 def at_edge(rate: float, rates: Sequence[float]) -> bool:
-    """Whether a better rate may lie outside the tried ones."""
+    """Return whether a better rate may lie outside the tried ones."""
     return len(rates) > 1 and rate in (min(rates), max(rates))

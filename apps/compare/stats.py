@@ -1,4 +1,4 @@
-"""The statistics of a comparison: differences over seeds, and what they allow to be said."""
+"""The statistics of a comparison: differences over seeds, and verdicts on them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from apps.report.intervals import Interval, mean_interval
 
 
 def paired_difference(a: Sequence[float], b: Sequence[float], level: float = 0.95) -> Interval:
-    """Return the mean and the t-interval of ``a - b``, value by value: what both share (a seed's data order) cancels.
+    """Return the mean and the t-interval of ``a - b``, value by value: the effect of a seed's data order cancels.
 
-    The values are measured in float32: differences that its rounding may account for are equal, and have no width.
+    The values are measured in float32; differences that its rounding can explain count as equal and have no width.
 
     Raises:
         ValueError: the two differ in length, or are empty.
@@ -36,7 +36,7 @@ def verdict(difference: Interval, higher_is_better: bool = True) -> str:
 def quality_at(curve: Sequence[tuple[float, float]], seconds: float) -> float | None:
     """Return the last quality of a curve of (seconds, quality) within ``seconds``; None before the first.
 
-    The last and not the best one: a slow model is validated less often by then, and would have fewer draws.
+    The best one would favour a fast model, which is validated more often by then.
     """
     return next((quality for time, quality in reversed(curve) if time <= seconds), None)
 

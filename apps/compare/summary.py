@@ -1,9 +1,9 @@
-"""The numbers of a comparison from its finished units: pure, from plain values to plain values."""
+"""The numbers of a comparison, computed from the results of its finished units."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +15,7 @@ from apps.equal_cost.routers import PREFIX
 from apps.report.intervals import Interval, mean_interval
 
 _NOT_SHARES = ("loss", "ece", "error", "mse", "mae", "perplexity", "bits", "bleu", "chrf")
-"""Words in the names of metrics that are no share of 1, whatever their values: a poor BLEU lies in 0..1 as well."""
+"""Words in the names of metrics that are never shown in percent: a poor BLEU lies in 0..1 as well."""
 
 
 @dataclass(frozen=True)
@@ -23,18 +23,19 @@ class Row:
     """One system's results.
 
     Attributes:
-        system: which, with its cost before training.
-        rate: the chosen learning rate; None for an estimator.
-        rate_at_edge: a better one may lie outside the tried ones.
+        system: the system, with its cost before training.
+        rate: chosen learning rate; None for an estimator.
+        rate_at_edge: True where a better rate may lie outside the tried ones.
         test: test quality over the seeds.
         difference: sparse minus this system, paired by seed; None for the sparse one.
-        equal_time: validation quality at equal time over the seeds; None where one had not been validated by then.
-        train_seconds: mean of a final run.
-        speed: what was measured of speed and memory; empty where nothing was.
-        routing: how the experts were used in the test, by figure; means over layers and seeds, empty without experts.
-        tuning: what the search of an estimator's settings came to; empty where there was none.
-        further: by name, test metrics beside the quality and the differences, the sparse one minus this; None where a
-            system does not report it, and for the difference of the sparse one.
+        equal_time: validation quality at equal time over the seeds; None where a run had no validation by then.
+        equal_time_difference: sparse minus this system at equal time.
+        train_seconds: mean seconds of a final run.
+        speed: measured speed and memory; empty where nothing was measured.
+        routing: figures of the routing in the test, means over layers and seeds; empty without experts.
+        tuning: result of the search of an estimator's settings; empty where there was none.
+        further: other test metrics by name, each with its difference, sparse minus this system; None where one of the
+            two does not report it.
     """
 
     system: System
@@ -56,9 +57,9 @@ class ExamplePair:
     """The sparse model and another system, of one seed, on the same test examples.
 
     Attributes:
-        system: the other one's name.
-        seed: of both.
-        differences: as the module compares them.
+        system: name of the other system.
+        seed: seed of both.
+        differences: differences as the module computes them.
     """
 
     system: str
@@ -71,17 +72,17 @@ class Summary:
     """Everything the table shows.
 
     Attributes:
-        rows: the sparse system first, then the trained baselines.
+        rows: results of the sparse system, then of the trained baselines.
         left_out: baselines that were not trained; ``refused`` says why.
         metric: name of the test quality, such as "test/top1".
-        higher_is_better: of it.
-        percent: it is a share in 0..1, and shown in percent.
-        shares: names of the further metrics that are.
-        seeds: of the final runs.
-        equal_seconds: per seed, the training time at which systems are compared.
-        clock: what time is: "steps" times the measured seconds of one, or as "recorded" in each run.
-        weights: which the test was read with.
-        examples: tests of single seeds, example by example.
+        higher_is_better: True where a larger test quality is better.
+        percent: True where the quality is a share in 0..1, which is shown in percent.
+        seeds: seeds of the final runs.
+        equal_seconds: training time at which systems are compared, for each seed.
+        clock: "steps" where time is steps times their measured seconds, or "recorded" where it is that of each run.
+        shares: names of the further metrics that are shown in percent.
+        weights: description of the weights in the test.
+        examples: comparisons of single seeds, example by example.
     """
 
     rows: tuple[Row, ...]
@@ -100,28 +101,27 @@ class Summary:
         return asdict(self)
 
     def systems(self) -> list[Row]:
-        """Return the rows that are the sparse model or another kind of model."""
+        """Return the rows of the sparse model and of other kinds of models."""
         return [row for row in self.rows if not row.system.name.startswith(PREFIX)]
 
     def routers(self) -> list[Row]:
-        """Return the rows that are the sparse model with another router, the best first."""
+        """Return the rows of the sparse model with other routers, the best first."""
         rows = [row for row in self.rows if row.system.name.startswith(PREFIX)]
         return sorted(rows, key=lambda row: row.test.mean, reverse=self.higher_is_better)
 
     def sentences(self) -> list[str]:
-        """Return what the intervals allow to be said of the test at equal steps, then of validation at equal time."""
+        """Return what the intervals say of the test at equal steps and of validation at equal time."""
         lines = []
         for row in self.systems():
             if row.difference is not None:
                 lines.append(sentence(row, row.difference, self, "at this budget"))
             if row.equal_time_difference is not None:
-                lines.append(
-                    sentence(row, row.equal_time_difference, self, "at equal training time, on validation data")
-                )
+                where = "at equal training time, on validation data"
+                lines.append(sentence(row, row.equal_time_difference, self, where))
         return lines
 
     def two_intervals(self) -> str:
-        """Return a sentence that tells intervals over seeds from those over test examples; empty without the latter."""
+        """Return sentences that tell intervals over seeds from those over test examples; empty without the latter."""
         over = next((d.over for pair in self.examples for d in pair.differences), None)
         if over is None:
             return ""
@@ -132,7 +132,7 @@ class Summary:
         )
 
     def example_lines(self, parts: bool = True) -> list[str]:
-        """Return what each seed's test examples say by themselves; ``parts``: also of parts of them."""
+        """Return a line for each difference over one seed's test examples; ``parts`` includes parts of them."""
         return [
             example_line(pair, difference)
             for pair in self.examples
@@ -143,15 +143,15 @@ class Summary:
 
 @dataclass(frozen=True)
 class Results:
-    """What the units of a plan came to, by the systems' names.
+    """The results of the units of a plan, by the systems' names.
 
     Attributes:
         finals: results of the final units, in the order of the seeds.
-        rates: the chosen learning rate, None for an estimator, and whether it is at the edge of those tried.
+        rates: chosen learning rate, None for an estimator, and whether it is at the edge of those tried.
         searches: results of the search units.
-        speeds: what ``measure`` returned.
-        examples: what each final unit kept of its test examples.
-        checkpoints: the trained weights of the first seed; without estimators.
+        speeds: results of ``measure``.
+        examples: test examples that each final unit kept.
+        checkpoints: trained weights of the first seed, without estimators.
     """
 
     finals: Mapping[str, Sequence[Mapping[str, Any]]]
@@ -173,23 +173,23 @@ def summarize(
     average_last: int | None = None,
     examples: Sequence[ExamplePair] = (),
 ) -> Summary:
-    """Put the units together.
+    """Return the summary of a comparison.
 
-    Equal time is set seed by seed: the shortest training time among the systems with that seed, so that each has
-    reached it and the fastest is compared with all of its training. The others stop before the end of their schedule.
-    Estimators, which have no steps that could be cut short, take no part in it.
-    Runs follow one another, perhaps for hours, and the machine's load differs between them; so time is a run's steps
-    times the median seconds of a step, measured with the systems taking turns; not measured, it is as recorded.
+    Equal time is set seed by seed: it is the shortest training time of a system with that seed, so that the fastest is
+    compared with all of its training and the others stop before the end of their schedule. Estimators have no steps
+    that could be cut short and take no part. Runs may be hours apart, and the machine's load differs between them; so
+    time is a run's steps times the median seconds of a step, measured with the systems taking turns. Where that was not
+    measured, time is as recorded.
 
     Args:
-        systems: all of them, the sparse one first.
-        results: what their units came to.
-        seeds: of the final units.
+        systems: all systems, the sparse one first.
+        results: results of their units.
+        seeds: seeds of the final units.
         metric: name of the test quality.
-        higher_is_better: of it.
+        higher_is_better: True where a larger quality is better.
         further: names, without the split, of more test metrics to show.
-        average_last: epochs whose weights each run averaged; None: none.
-        examples: of each other system and seed, where the module compares examples.
+        average_last: number of epochs whose weights each run averaged; None for none.
+        examples: comparisons of each system and seed, where the module compares examples.
     """
     finals, rates, speeds = results.finals, results.rates, results.speeds
     trained = [s for s in systems if s.name in finals]
@@ -206,17 +206,16 @@ def summarize(
         return timed(s, finals[s.name][i]["steps"], finals[s.name][i]["train_seconds"])
 
     equal = [min(end(s, i) for s in in_steps) for i in range(len(seeds))]
-    at_time: dict[str, list[float] | None] = {s.name: None for s in trained}
+    at_time: dict[str, list[float]] = {}
     for s in in_steps:
         reached = [
             quality_at([(timed(s, step, seconds), q) for step, seconds, q in result["curve"]], equal[i])
             for i, result in enumerate(finals[s.name])
         ]
-        at_time[s.name] = None if any(q is None for q in reached) else [float(q) for q in reached if q is not None]
+        at_time[s.name] = [] if None in reached else [float(q) for q in reached if q is not None]
     rows = []
-    sparse_at_time = at_time[SPARSE]
     for s in trained:
-        own_at_time = at_time[s.name]
+        own_at_time = at_time.get(s.name)
         other = s.name != SPARSE
         rows.append(
             Row(
@@ -225,9 +224,9 @@ def summarize(
                 rate_at_edge=rates[s.name][1],
                 test=mean_interval(tests[s.name]),
                 difference=paired_difference(tests[SPARSE], tests[s.name]) if other else None,
-                equal_time=None if own_at_time is None else mean_interval(own_at_time),
-                equal_time_difference=paired_difference(sparse_at_time, own_at_time)
-                if other and sparse_at_time and own_at_time
+                equal_time=mean_interval(own_at_time) if own_at_time else None,
+                equal_time_difference=paired_difference(at_time[SPARSE], own_at_time)
+                if other and at_time[SPARSE] and own_at_time
                 else None,
                 train_seconds=sum(float(r["train_seconds"]) for r in finals[s.name]) / len(seeds),
                 speed=speeds.get(s.name, {}),
@@ -236,17 +235,16 @@ def summarize(
                 further={name: _further(name, finals[SPARSE], finals[s.name] if other else None) for name in further},
             )
         )
-    values = [v for name in tests for v in tests[name]]
     return Summary(
         rows=tuple(rows),
         left_out=tuple(s for s in systems if s.name not in finals),
         metric=metric,
         higher_is_better=higher_is_better,
-        percent=higher_is_better and _may_be_share(metric) and all(0 <= v <= 1 for v in values),
+        percent=higher_is_better and _is_share(metric, tests.values()),
         seeds=tuple(seeds),
         equal_seconds=tuple(equal),
         clock=clock,
-        shares=tuple(name for name in further if _is_share(name, finals)),
+        shares=tuple(name for name in further if _is_share(name, (_values(name, r) or () for r in finals.values()))),
         weights="of the last step" if average_last is None else f"averaged over the last {average_last} epochs' ends",
         examples=tuple(examples),
     )
@@ -270,16 +268,11 @@ def _values(name: str, results: Sequence[Mapping[str, Any]]) -> list[float] | No
     return None if any(v is None for v in values) else [float(v) for v in values if v is not None]
 
 
-def _is_share(name: str, finals: Mapping[str, Sequence[Mapping[str, Any]]]) -> bool:
-    """Whether a metric is shown in percent: a share in 0..1 that is no loss and no error."""
-    if not _may_be_share(name):
+def _is_share(name: str, values: Iterable[Iterable[float]]) -> bool:
+    """Return whether a metric is shown in percent: a share in 0..1 that is no loss and no error."""
+    if any(word in _NOT_SHARES for word in name.rpartition("/")[2].split("_")):
         return False
-    values = [v for results in finals.values() for v in _values(name, results) or ()]
-    return all(0 <= v <= 1 or math.isnan(v) for v in values)
-
-
-def _may_be_share(name: str) -> bool:
-    return not any(word in _NOT_SHARES for word in name.rpartition("/")[2].split("_"))
+    return all(0 <= v <= 1 or math.isnan(v) for of_system in values for v in of_system)
 
 
 def _means(figures: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -288,29 +281,25 @@ def _means(figures: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def sentence(row: Row, difference: Interval, summary: Summary, where: str) -> str:
-    """Return what a difference to one baseline allows to be said."""
+    """Return in words what a difference to one baseline shows."""
     against, unit = f"Against {label(row.system.name)}", " points" if summary.percent else ""
     other = "dense" if row.system.name.startswith("dense") else "it"
     shown = f"sparse minus {other} {number(difference.mean, summary.percent, True, difference.half_width)}{unit}"
-    n = difference.count
-    if difference.half_width is None:
-        return f"{against}: no difference shown {where} ({shown}; one seed gives no interval)."
-    if difference.half_width == 0:
-        every = f"{shown} with each of {n} seeds, which do not tell how far others would spread"
-        return f"{against}: no difference shown {where} ({every})."
-    low, high = (
-        number(difference.low, summary.percent, True, difference.half_width),
-        number(difference.high, summary.percent, True, difference.half_width),
-    )
-    interval = f"95 % interval over {n} seeds {low} to {high}{unit}"
+    n, half = difference.count, difference.half_width
+    if half is None:
+        why = f"{shown}; one seed gives no interval"
+    elif half == 0:
+        why = f"{shown} with each of {n} seeds, which do not tell how far others would spread"
+    else:
+        low, high = (number(end, summary.percent, True, half) for end in (difference.low, difference.high))
+        holds = "excludes" if difference.excludes_zero else "holds"
+        why = f"{shown}; 95 % interval over {n} seeds {low} to {high}{unit}, which {holds} 0"
     outcome = verdict(difference, summary.higher_is_better)
-    if outcome == "no difference shown":
-        return f"{against}: no difference shown {where} ({shown}; {interval}, which holds 0)."
-    return f"{against}: sparse {outcome} {where} ({shown}; {interval}, which excludes 0)."
+    return f"{against}: {'sparse ' if difference.excludes_zero else ''}{outcome} {where} ({why})."
 
 
 def example_line(pair: ExamplePair, difference: ExampleDifference) -> str:
-    """Return in words a difference on the examples of one seed, whose sign is the sparse model's minus the other's."""
+    """Return in words the sparse model's difference to another one on the test examples of one seed."""
     d = difference
     significance = "significant" if d.p < 0.05 else "not significant"
     return (
@@ -320,7 +309,7 @@ def example_line(pair: ExamplePair, difference: ExampleDifference) -> str:
 
 
 def notes(summary: Summary) -> list[str]:
-    """Return what a reader must know: left-out baselines, ratios, rates at the edge, limits of a measure."""
+    """Return notes on what each system is and costs, on those left out, and on rates at the edge."""
     lines = []
     for row in summary.systems():
         s = row.system
@@ -346,20 +335,17 @@ def notes(summary: Summary) -> list[str]:
 
 
 def tuned(search: Mapping[str, Any]) -> str:
-    """Say what a search of settings came to: "tuned for 2.0 min, 7 of 22 settings"."""
-    done, total = len(search["tried"]), search["num_settings"]
-    text = f"tuned for {_duration(search['seconds'])}, {done} of {total} settings"
+    """Return the result of a search of settings in words, such as "tuned for 2.0 min, 7 of 22 settings"."""
+    done, total, seconds = len(search["tried"]), search["num_settings"], search["seconds"]
+    duration = f"{seconds:.1f} s" if seconds < 60 else f"{seconds / 60:.1f} min"
+    text = f"tuned for {duration}, {done} of {total} settings"
     if done < total:
         text += f" (--baseline_minutes {search['minutes']:g} ended the search; the best of these is taken)"
     return text
 
 
-def _duration(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds < 60 else f"{seconds / 60:.1f} min"
-
-
 def _drops(summary: Summary) -> list[str]:
-    """Say where the trained model computes less or more than counted before."""
+    """Return a line for each trained model that computes other FLOPs than were counted before."""
     lines = []
     for row in summary.rows:
         before, after = row.system.cost, row.speed.get("cost")
@@ -375,23 +361,23 @@ def _drops(summary: Summary) -> list[str]:
 
 
 def flops(row: Row) -> float | None:
-    """Return the FLOPs an example, as counted before the training; ``moesaic fit`` says the same of the network."""
+    """Return the FLOPs an example as counted before the training, which ``moesaic fit`` shows too."""
     return row.system.cost.flops_per_example if row.system.cost else None
 
 
 def flops_trained(row: Row) -> float | None:
-    """Return the FLOPs an example that an evaluation computes with the trained weights; None: not measured."""
+    """Return the FLOPs an example of an evaluation with the trained weights; None where not measured."""
     cost = row.speed.get("cost")
     return float(cost["flops_per_example"]) if cost else None
 
 
 def flops_unit(summary: Summary) -> str:
-    """Return what the FLOPs are of, such as "an image"."""
+    """Return the unit that the FLOPs are counted for, such as "an image"."""
     return next((row.system.cost.unit for row in summary.rows if row.system.cost), "an example")
 
 
 def number(value: float, percent: bool, signed: bool = False, half_width: float | None = None) -> str:
-    """Return a quality as it is shown, without unit: in percent where it is a share, else to two digits of its ±."""
+    """Return a quality as text without unit, in percent or to two digits of its half width."""
     sign = "+" if signed else ""
     value = value + 0.0  # no -0.00
     if percent:

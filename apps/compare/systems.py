@@ -1,4 +1,4 @@
-"""What is compared: the sparse model, its baselines, what each costs, and whether a pair may be called equal."""
+"""The systems of a comparison: the sparse model and its baselines, with their costs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from apps.train.cost import Cost, cuda_devices, measure_cost
 from apps.train.module import SparseModule
 
 TOLERANCE = 0.05
-"""Relative difference of the replaced blocks beyond which a pair is not called equal."""
+"""Largest relative difference of the replaced blocks at which two systems are called equal."""
 
 SPARSE = "sparse"
 
@@ -26,14 +26,14 @@ class System:
     """One column of the table.
 
     Attributes:
-        name: "sparse", or the baseline's.
-        note: what it is.
-        cost: as measured before training; None for an estimator.
-        refused: why it is not trained; empty where it is.
-        tunes: it is an estimator whose settings are searched.
-        flops_ratio: whole-model FLOPs over the sparse model's.
+        name: "sparse", or the name of the baseline.
+        note: description of the system.
+        cost: cost measured before training; None for an estimator.
+        refused: reason why it is not trained; empty where it is.
+        flops_ratio: FLOPs of the whole model over the sparse model's.
         replaced_ratio: FLOPs of the replaced blocks over the sparse model's.
         params_ratio: parameters of the replaced blocks over the sparse model's.
+        tunes: True for an estimator whose settings are searched.
     """
 
     name: str
@@ -59,22 +59,14 @@ def label(name: str) -> str:
 
 
 def claim(name: str) -> Literal["flops", "params"] | None:
-    """Return what a baseline's name promises to be equal: names that end in ``equal_flops`` or ``equal_params`` do."""
-    for what in ("flops", "params"):
-        if name.endswith(f"equal_{what}"):
-            return what  # type: ignore[return-value]
-    return None
+    """Return the cost that a baseline's name claims to be equal by its end, ``equal_flops`` or ``equal_params``."""
+    if name.endswith("equal_flops"):
+        return "flops"
+    return "params" if name.endswith("equal_params") else None
 
 
-def check_equal(name: str, sparse: Cost, other: Cost, tolerance: float = TOLERANCE) -> str:
-    """Return why ``other`` may not be called what its name says, or "" where it may.
-
-    Args:
-        name: of the baseline; see ``claim``.
-        sparse: cost of the sparse model.
-        other: cost of the baseline.
-        tolerance: the largest relative difference of the replaced blocks.
-    """
+def check_equal(name: str, sparse: Cost, other: Cost) -> str:
+    """Return why the baseline ``name``, of cost ``other``, is not as equal as its name claims, or "" where it is."""
     what = claim(name)
     if what is None:
         return ""
@@ -84,49 +76,42 @@ def check_equal(name: str, sparse: Cost, other: Cost, tolerance: float = TOLERAN
     if not wanted or given is None:
         return f"not called equal: the sparse model has no replaced block to measure {unit} of"
     ratio = given / wanted
-    if abs(ratio - 1) <= tolerance:
+    if abs(ratio - 1) <= TOLERANCE:
         return ""
     return (
         f"not called equal: its replaced blocks take {given:,.0f} {unit}, the sparse model's {wanted:,.0f}: "
-        f"{ratio:.3f} of them, and the rule is within {tolerance:.0%}"
+        f"{ratio:.3f} of them, and the rule is within {TOLERANCE:.0%}"
     )
 
 
 def candidates(
-    sparse: Comparable, router_names: Iterable[str] = (), wanted: Iterable[str] | None = None
+    sparse: Comparable, router_names: Iterable[str] = (), wanted: Sequence[str] | None = None
 ) -> dict[str, Baseline]:
-    """Return what ``sparse`` can be compared with: its baselines, and itself with the routers of overlays.
-
-    Args:
-        sparse: the configured module.
-        router_names: the overlays.
-        wanted: names of the baselines to take; None: all.
+    """Return the baselines of ``sparse`` that are ``wanted``, or all, and itself with the routers of overlays.
 
     Raises:
         ValueError: a wanted baseline is unknown, or two overlays share a name.
     """
-    baselines = dict(sparse.baselines())
-    if wanted is not None:
-        wanted = list(wanted)
-        unknown = [name for name in wanted if name not in baselines]
-        if unknown:
-            raise ValueError(f"baseline {unknown[0]!r} is unknown: the module has {', '.join(baselines) or 'none'}")
-        baselines = {name: baselines[name] for name in wanted}
-    return {**baselines, **routers.variants(sparse, router_names)}
+    baselines = sparse.baselines()
+    for name in wanted or ():
+        if name not in baselines:
+            raise ValueError(f"baseline {name!r} is unknown: the module has {', '.join(baselines) or 'none'}")
+    chosen = {name: baselines[name] for name in (baselines if wanted is None else wanted)}
+    return {**chosen, **routers.variants(sparse, router_names)}
 
 
 def find_systems(
-    sparse: Any, batch: Any, wanted: Iterable[str] | None = None, router_names: Iterable[str] = ()
+    sparse: Any, batch: Any, wanted: Sequence[str] | None = None, router_names: Iterable[str] = ()
 ) -> list[System]:
     """Return the sparse model and its baselines with their measured costs; those that may not be trained say why.
 
     Args:
-        sparse: the configured module, untrained: a ``SparseModule`` that is ``Comparable``.
-        batch: of its data.
-        wanted, router_names: see ``candidates``.
+        sparse: untrained ``SparseModule`` that is ``Comparable``.
+        batch: batch of its data.
+        wanted, router_names: arguments of ``candidates``.
 
     Raises:
-        ValueError: the module has no MoE layer, or none is left to compare with; also as ``candidates``.
+        ValueError: the module has no MoE layer, no system is left to compare with, or ``candidates`` refuses a name.
     """
     replaced = list(sparse.moe_block_names)
     if not replaced:
@@ -136,7 +121,7 @@ def find_systems(
     systems = [System(SPARSE, sparse.note, cost, flops_ratio=1.0, replaced_ratio=1.0, params_ratio=1.0)]
     for name, baseline in baselines.items():
         systems.append(_measured(name, baseline, batch, cost, replaced, sparse.device))
-        gc.collect()  # of the model that was counted
+        gc.collect()  # frees the model that was counted
     if all(s.refused for s in systems[1:]):
         reasons = "; ".join(f"{s.name}: {s.refused}" for s in systems[1:]) or "the module has no baselines"
         raise ValueError(f"nothing to compare with: {reasons}")
@@ -178,8 +163,7 @@ def _measured(
 
 
 def _trial(model: SparseModule, batch: Any) -> str:
-    """Return why ``model`` cannot train on ``batch``, or "": some routers need in training what they can else do
-    without."""
+    """Return why ``model`` cannot train on ``batch``, or "": some routers need more in training."""
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=cuda_devices(model)):
             model.train().task_loss(batch)
@@ -189,7 +173,7 @@ def _trial(model: SparseModule, batch: Any) -> str:
 
 
 def _shared(model: nn.Module, names: Sequence[str]) -> Sequence[str]:
-    """Return all of ``names`` where the model has them; a baseline of another structure has no replaced blocks."""
+    """Return ``names`` where the model has them all; a baseline of another structure has no replaced blocks."""
     own = {name for name, _ in model.named_modules()}
     return names if own.issuperset(names) else ()
 

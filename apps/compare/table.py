@@ -14,6 +14,12 @@ from apps.train.cost import megaflops
 
 NONE = "–"
 
+Line = tuple[str, Callable[[Row], str]]
+"""A quantity's title, and how it is shown of one system."""
+
+Pair = tuple[Interval | None, Interval | None]
+"""A system's quality, and the sparse model's minus it."""
+
 _ON_SCREEN = (0, 1, 2, 4, 5, 8)
 """Columns of the routers' table that fit 80 characters; the page has them all."""
 
@@ -25,117 +31,95 @@ _CLOCKS = {
 
 def cells(summary: Summary) -> list[list[str]]:
     """Return the table: a heading line, then a line a quantity, systems in columns."""
-
-    def quality(value: Interval | None, signed: bool = False) -> str:
-        return NONE if value is None else _interval(value, summary.percent, signed)
-
-    def further(name: str) -> list[tuple[str, Callable[[Row], str]]]:
-        share = name in summary.shares
-
-        def show(row: Row, which: int) -> str:
-            value = row.further.get(name, (None, None))[which]
-            return NONE if value is None else _interval(value, share, signed=which == 1)
-
-        return [
-            (f"test {name}{', %' if share else ''}", lambda row: show(row, 0)),
-            (f"  sparse minus it{', points' if share else ''}", lambda row: show(row, 1)),
-        ]
-
-    def speed(name: str) -> Callable[[Row], str]:
-        return lambda row: f"{row.speed[name]:,.0f}" if name in row.speed else NONE
-
-    def memory(row: Row) -> str:
-        if "peak_memory_bytes" not in row.speed:
-            return NONE
-        return f"{(row.speed['peak_memory_bytes'] - row.speed['base_memory_bytes']) / 2**20:,.0f}"
-
-    def ratio(name: str) -> Callable[[Row], str]:
-        def show(row: Row) -> str:
-            value = getattr(row.system, name)
-            return NONE if value is None else f"{value:.3f}"
-
-        return show
-
-    name, rows = summary.metric.partition("/")[2], summary.systems()
-    percent, points = (", %", ", points") if summary.percent else ("", "")
-    lines: list[tuple[str, Callable[[Row], str]]] = [
-        (f"test {name}{percent}", lambda r: quality(r.test)),
-        (f"  sparse minus it{points}", lambda r: quality(r.difference, signed=True)),
-        *(line for metric in summary.rows[0].further for line in further(metric)),
-        (f"val. {name} at {_seconds(summary.equal_seconds)}{percent}", lambda r: quality(r.equal_time)),
-        (f"  sparse minus it{points}", lambda r: quality(r.equal_time_difference, signed=True)),
-        ("learning rate", lambda r: NONE if r.rate is None else f"{r.rate:g}{' (edge)' if r.rate_at_edge else ''}"),
+    rows, name, share = summary.systems(), _metric(summary), summary.percent
+    at_time = f"val. {name} at {_seconds(summary.equal_seconds)}"
+    lines: list[Line] = [
+        *_compared(f"test {name}", share, lambda r: (r.test, r.difference)),
+        *(line for metric in summary.rows[0].further for line in _further(metric, summary)),
+        *_compared(at_time, share, lambda r: (r.equal_time, r.equal_time_difference)),
+        ("learning rate", _rate),
         ("settings tried", lambda r: f"{len(r.tuning['tried'])} of {r.tuning['num_settings']}" if r.tuning else NONE),
         ("parameters", lambda r: f"{r.system.cost.num_params:,}" if r.system.cost else NONE),
-        ("active parameters", lambda r: f"{r.system.cost.active_params:,}" if r.system.cost else NONE),
+        ("active parameters", _active_params),
         (f"MFLOPs {flops_unit(summary)}", lambda r: _megaflops(flops(r))),
-        ("  x sparse, replaced", ratio("replaced_ratio")),
-        ("  x sparse, whole model", ratio("flops_ratio")),
+        ("  x sparse, replaced", lambda r: _ratio(r.system.replaced_ratio)),
+        ("  x sparse, whole model", lambda r: _ratio(r.system.flops_ratio)),
         *([("  computed once trained", lambda r: _megaflops(flops_trained(r)))] if _trained_differ(rows) else []),
-        ("training, examples/s", speed("train_examples_per_second")),
-        ("inference, examples/s", speed("inference_examples_per_second")),
-        ("peak memory, MiB", memory),
+        *_SPEEDS,
+        ("peak memory, MiB", _memory),
         ("training time, s", lambda r: f"{r.train_seconds:,.1f}"),
     ]
-    table = [["", *(label(row.system.name) for row in rows)]]
-    table += [[title, *(show(row) for row in rows)] for title, show in lines]
-    return [table[0], *(line for line in table[1:] if any(cell != NONE for cell in line[1:]))]
+    table = [[title, *(show(row) for row in rows)] for title, show in lines]
+    shown = [line for line in table if any(cell != NONE for cell in line[1:])]
+    return [["", *(label(row.system.name) for row in rows)], *shown]
 
 
 def router_cells(summary: Summary) -> list[list[str]]:
     """Return the table of routers: a heading, then a line a router, the sparse model's own first; empty without any."""
     if not summary.routers():
         return []
-    name = summary.metric.partition("/")[2]
-    percent, points = (", %", ", points") if summary.percent else ("", "")
     rows = [*summary.systems()[:1], *summary.routers()]
-    trained = _trained_differ(rows)
-    lines = [
-        [
-            "router",
-            f"test {name}{percent}",
-            f"minus the config's{points}",
-            "learning rate",
-            "load imbalance",
-            "dropped, %",
-            "active parameters",
-            f"MFLOPs {flops_unit(summary)}",
-            "training, examples/s",
-            "inference, examples/s",
-            *(
-                f"{what}, {of}" if metric in summary.shares else what
-                for metric in summary.rows[0].further
-                for what, of in ((f"test {metric}", "%"), ("minus the config's", "points"))
-            ),
-            *(["MFLOPs computed once trained"] if trained else []),
-        ]
+    lines: list[Line] = [
+        ("router", lambda r: "the config's" if r.difference is None else label(r.system.name)),
+        *_compared(f"test {_metric(summary)}", summary.percent, lambda r: (r.test, r.difference), of_routers=True),
+        ("learning rate", _rate),
+        ("load imbalance", lambda r: f"{r.routing['load_imbalance']:.2f}" if "load_imbalance" in r.routing else NONE),
+        ("dropped, %", lambda r: f"{100 * r.routing['drop_rate']:.1f}" if "drop_rate" in r.routing else NONE),
+        ("active parameters", _active_params),
+        (f"MFLOPs {flops_unit(summary)}", lambda r: _megaflops(flops(r))),
+        *_SPEEDS,
+        *(line for metric in summary.rows[0].further for line in _further(metric, summary, of_routers=True)),
+        *([("MFLOPs computed once trained", lambda r: _megaflops(flops_trained(r)))] if _trained_differ(rows) else []),
     ]
-    for row in rows:
-        own = row.difference is None
-        cost, used, speed = row.system.cost, row.routing, row.speed
-        lines.append(
-            [
-                "the config's" if own else label(row.system.name),
-                _interval(row.test, summary.percent),
-                NONE if row.difference is None else _interval(row.difference.negated(), summary.percent, signed=True),
-                NONE if row.rate is None else f"{row.rate:g}{' (edge)' if row.rate_at_edge else ''}",
-                f"{used['load_imbalance']:.2f}" if "load_imbalance" in used else NONE,
-                f"{100 * used['drop_rate']:.1f}" if "drop_rate" in used else NONE,
-                NONE if cost is None else f"{cost.active_params:,}",
-                _megaflops(flops(row)),
-                *(
-                    f"{speed[k]:,.0f}" if k in speed else NONE
-                    for k in ("train_examples_per_second", "inference_examples_per_second")
-                ),
-                *(
-                    NONE if value is None else _interval(value, metric in summary.shares, signed)
-                    for metric, (own_value, difference) in row.further.items()
-                    for value, signed in ((own_value, False), (difference and difference.negated(), True))
-                ),
-                *([_megaflops(flops_trained(row))] if trained else []),
-            ]
-        )
-    return lines
+    return [[title for title, _ in lines], *([show(row) for _, show in lines] for row in rows)]
+
+
+def _metric(summary: Summary) -> str:
+    return summary.metric.partition("/")[2]
+
+
+def _compared(title: str, share: bool, pair: Callable[[Row], Pair], of_routers: bool = False) -> list[Line]:
+    """Return a line for a quality and one for the difference: sparse minus a system, or a router minus the sparse."""
+
+    def difference(row: Row) -> str:
+        value = pair(row)[1]
+        return _interval(value.negated() if value and of_routers else value, share, signed=True)
+
+    percent, points = (", %", ", points") if share else ("", "")
+    minus = "minus the config's" if of_routers else "  sparse minus it"
+    return [(f"{title}{percent}", lambda row: _interval(pair(row)[0], share)), (f"{minus}{points}", difference)]
+
+
+def _further(metric: str, summary: Summary, of_routers: bool = False) -> list[Line]:
+    return _compared(f"test {metric}", metric in summary.shares, lambda row: row.further[metric], of_routers)
+
+
+def _speed(key: str) -> Callable[[Row], str]:
+    return lambda row: f"{row.speed[key]:,.0f}" if key in row.speed else NONE
+
+
+_SPEEDS: tuple[Line, ...] = (
+    ("training, examples/s", _speed("train_examples_per_second")),
+    ("inference, examples/s", _speed("inference_examples_per_second")),
+)
+
+
+def _rate(row: Row) -> str:
+    return NONE if row.rate is None else f"{row.rate:g}{' (edge)' if row.rate_at_edge else ''}"
+
+
+def _active_params(row: Row) -> str:
+    return f"{row.system.cost.active_params:,}" if row.system.cost else NONE
+
+
+def _memory(row: Row) -> str:
+    if "peak_memory_bytes" not in row.speed:
+        return NONE
+    return f"{(row.speed['peak_memory_bytes'] - row.speed['base_memory_bytes']) / 2**20:,.0f}"
+
+
+def _ratio(value: float | None) -> str:
+    return NONE if value is None else f"{value:.3f}"
 
 
 def _megaflops(value: float | None) -> str:
@@ -143,12 +127,14 @@ def _megaflops(value: float | None) -> str:
 
 
 def _trained_differ(rows: Sequence[Row]) -> bool:
-    """Whether a trained model computes other FLOPs than were counted before, by more than rounding shows."""
+    """Return whether a trained model computes other FLOPs than were counted before, by more than rounding shows."""
     pairs = [(flops(row), flops_trained(row)) for row in rows]
     return any(a is not None and b is not None and abs(b - a) > 0.005 * a for a, b in pairs)
 
 
-def _interval(value: Interval, percent: bool, signed: bool = False) -> str:
+def _interval(value: Interval | None, percent: bool, signed: bool = False) -> str:
+    if value is None:
+        return NONE
     shown = number(value.mean, percent, signed, value.half_width)
     if value.half_width is None:
         return shown
@@ -161,7 +147,7 @@ def _seconds(values: Sequence[float]) -> str:
 
 
 def legend(summary: Summary) -> list[str]:
-    """Return how each line was measured, in few words."""
+    """Return sentences that say how each line was measured."""
     n = len(summary.seeds)
     lines = [
         f"Means of {n} seed{'s' if n > 1 else ''}, ± half a 95 % interval (Student's t); differences are paired by "
@@ -190,13 +176,13 @@ def legend(summary: Summary) -> list[str]:
 
 
 def tables(summary: Summary) -> list[list[list[str]]]:
-    """Return what there is to show: systems in columns, routers in lines."""
+    """Return the tables of a comparison: systems in columns, routers in lines."""
     systems = [cells(summary)] if len(summary.systems()) > 1 else []
     return [*systems, router_cells(summary)] if summary.routers() else systems
 
 
 def markdown(title: str, summary: Summary, facts: Sequence[str], read: str = "") -> str:
-    """Return table, sentences, notes and legend as a Markdown page; ``read``: examples, as they are."""
+    """Return tables, sentences, notes and legend as a Markdown page, with the examples ``read`` at its end."""
     lines = [f"# {title}"]
     for table in tables(summary):
         lines += ["", "| " + " | ".join(table[0]) + " |", "|" + " --- |" + " ---: |" * (len(table[0]) - 1)]
@@ -232,7 +218,7 @@ def show(title: str, summary: Summary) -> None:
 
 
 def _parts(rows: Sequence[Sequence[str]], width: int) -> list[list[int]]:
-    """Return the columns of tables that fit ``width`` characters one below another, each with the first column."""
+    """Return the columns of each of several tables that fit ``width`` characters; all begin with the first column."""
 
     def needed(index: int) -> int:
         words = rows[0][index].replace(",", ", ").split()

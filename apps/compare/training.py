@@ -1,4 +1,4 @@
-"""One unit of work of a comparison: a model trained at one rate with one seed, validated, and tested where it is final.
+"""A unit of work trains a model at one rate with one seed, validates it, and tests it where it is final.
 
 A finished unit is one JSON file. An unfinished one goes on from its last checkpoint, as ``moesaic fit`` does.
 """
@@ -33,26 +33,26 @@ from core.config.plain import to_plain
 
 CHECKPOINT = "last.ckpt"
 TRIED = "tried.json"
-"""What a search has tried of an estimator's settings, until it is finished."""
+"""Keeps the settings that an unfinished search has tried."""
 
 EXAMPLES = "examples.json"
 
 Progress = Callable[[int, int], None]
-"""Told the optimizer steps done and to do."""
+"""A function of the optimizer steps done and to do."""
 
 
 @dataclass(frozen=True)
 class Unit:
-    """What is trained.
+    """One training.
 
     Attributes:
         system: name of the system.
-        rate: learning rate; None: an estimator, which has none.
-        seed: of the initial weights, the data order and everything else that is random.
+        rate: learning rate; None for an estimator.
+        seed: seed of the initial weights, the data order and everything else that is random.
         share: part of the configured training, in (0, 1].
-        final: also read the test split, once, with the weights of the last step or, where the module averages those
-            of its last epochs, with these, and keep them.
-        minutes: of the search of an estimator that tunes; a final unit has those of the search it takes settings from.
+        final: True for a training that also reads the test split, once, with the last or averaged weights, and keeps
+            these.
+        minutes: time of the search of an estimator's settings, also in a final unit that takes its settings from it.
         tuned_by: seed of that search.
     """
 
@@ -73,35 +73,31 @@ class Unit:
 
     @property
     def search(self) -> Unit | None:
-        """Return the search that a final unit of an estimator takes its settings from; None: there is none."""
+        """Return the search that a final unit of an estimator takes its settings from, if any."""
         return None if self.tuned_by is None else Unit(self.system, None, self.tuned_by, minutes=self.minutes)
 
     def folder(self, output: Path) -> Path:
         return output / "units" / self.name
 
     def read(self, output: Path) -> dict[str, Any] | None:
-        """Return its result; None where it is not finished.
-
-        Raises:
-            ValueError: the file is not whole JSON.
-        """
+        """Return the result; None where the unit is not finished."""
         return read_json(self.folder(output) / "result.json")
 
     def checkpoint(self, output: Path) -> Path:
-        """Return where a final unit keeps the weights it was tested with, and an unfinished one its state."""
+        """Return the file of the weights that a final unit was tested with, or of an unfinished unit's state."""
         average = self.folder(output) / AVERAGE
         return average if average.exists() else self.folder(output) / CHECKPOINT
 
     def examples(self, output: Path) -> list[dict[str, Any]]:
-        """Return what a final unit keeps of each test example; empty where its module keeps nothing."""
+        """Return the test examples that a final unit has kept; mostly empty."""
         return read_json(self.folder(output) / EXAMPLES) or []
 
 
 class Curve(Callback):
-    """Validation quality over seconds of training: reading data, forward, backward and step, without validation.
+    """Records validation quality over seconds of training, which are those of reading data and of steps.
 
-    It is saved in the checkpoint, so the time of a resumed run is that of its kept steps. ``progress`` is told the
-    steps.
+    It is saved in the checkpoint, so the time of a resumed run is that of its kept steps. ``progress`` is called with
+    the steps.
 
     Attributes:
         points: (step, seconds, quality) of each validation.
@@ -114,8 +110,7 @@ class Curve(Callback):
 
     @property
     def seconds(self) -> float:
-        running = 0.0 if self._since is None else time.perf_counter() - self._since
-        return self._seconds + running
+        return self._seconds + (0.0 if self._since is None else time.perf_counter() - self._since)
 
     def _pause(self) -> None:
         self._seconds, self._since = self.seconds, None
@@ -154,18 +149,8 @@ class Curve(Callback):
         self._seconds, self._since = float(state_dict["seconds"]), None
 
 
-def set_rate(module: SparseModule, rate: float) -> None:
-    """Give ``module`` another peak learning rate."""
-    module.optimizer_config = dataclasses.replace(module.optimizer_config, lr=rate)
-    if "optimizer" in module.hparams:
-        module.hparams["optimizer"] = to_plain(module.optimizer_config, OptimizerConfig)
-
-
 def shortened(options: dict[str, Any], share: float) -> dict[str, Any]:
-    """Trainer options for ``share`` of the training; the schedule of the learning rate shortens with it.
-
-    Whole epochs, or steps where the config counts steps; at least one.
-    """
+    """Return trainer options for ``share`` of the training: at least one epoch, or one step where steps are counted."""
     changed = dict(options)
     for name in ("max_epochs", "max_steps"):
         value = options.get(name)
@@ -177,24 +162,12 @@ def shortened(options: dict[str, Any], share: float) -> dict[str, Any]:
 def train(
     experiment: Experiment, unit: Unit, output: Path, progress: Progress = lambda done, total: None
 ) -> dict[str, Any]:
-    """Do ``unit``, or return its result where it is done already.
-
-    Args:
-        experiment: makes models and data.
-        unit: what to do.
-        output: the comparison's folder.
-        progress: told the steps.
-
-    Returns:
-        The unit's result: plain values, also in ``result.json`` of its folder.
+    """Do ``unit``, write its plain result into ``result.json`` of its folder, and return it.
 
     Raises:
         NonFiniteError: a final run diverged; a search run records it.
-        ValueError: the module does not log what it promises.
+        ValueError: the module does not log its monitored metric.
     """
-    done = unit.read(output)
-    if done is not None:
-        return done
     folder = unit.folder(output)
     result: dict[str, Any] = {"unit": {**dataclasses.asdict(unit), "name": unit.name}}
     started, cpu = time.time(), time.process_time()
@@ -203,7 +176,9 @@ def train(
         module, data = experiment.build(unit.system)
         if isinstance(module, SparseModule):
             assert unit.rate is not None
-            set_rate(module, unit.rate)
+            module.optimizer_config = dataclasses.replace(module.optimizer_config, lr=unit.rate)
+            if "optimizer" in module.hparams:
+                module.hparams["optimizer"] = to_plain(module.optimizer_config, OptimizerConfig)
             try:
                 result |= _fit(experiment, module, data, unit, folder, progress)
             except NonFiniteError as error:
@@ -233,7 +208,7 @@ def _fit(
     last = folder / CHECKPOINT
     module.starts_afresh = not last.exists()
     module.reports = False  # pictures and checks are not part of a comparison
-    # A monitor that nothing logs: the last weights are compared, and a best checkpoint would only take time.
+    # Nothing logs this monitor: the last weights are compared, and a best checkpoint would only take time.
     checkpoints = BestAndLast(dirpath=str(folder), monitor="-", every_n_minutes=2.0)
     trainer = Trainer(
         **shortened(experiment.trainer_options, unit.share),
@@ -251,10 +226,10 @@ def _fit(
     if not steps or not last.exists():
         raise ValueError(f"{unit.name}: the training has no step (trainer options {experiment.trainer_options})")
     averages = module.average_last is not None
-    # From the checkpoint: of a run resumed after its last step, only that holds the averaged weights.
+    # A run that is resumed after its last step has the averaged weights only in the checkpoint.
     tested = folder / AVERAGE if averages else last
     where: dict[str, Any] = {"datamodule": data, "ckpt_path": str(tested), "verbose": False, "weights_only": True}
-    # The curve is of the weights in training: at equal time no system has averaged its own.
+    # The curve is that of the weights in training: at equal time no system has averaged its own.
     points = list(curve.points)
     ended = bool(points) and points[-1][0] == steps
     if averages or not ended:
@@ -277,12 +252,9 @@ def _fit(
         examples = module.examples_of_test()
         if examples:
             write_json(folder / EXAMPLES, examples)
-        # Means over the layers; those of each layer have one more level.
-        result["routing"] = {
-            k.rpartition("/")[2]: float(v)
-            for k, v in logged[0].items()
-            if k.startswith("test/routing/") and k.count("/") == 2
-        }
+        # These are means over the layers; the names of a layer's figures have one more level.
+        of_routing = {k: v for k, v in logged[0].items() if k.startswith("test/routing/") and k.count("/") == 2}
+        result["routing"] = {k.rpartition("/")[2]: float(v) for k, v in of_routing.items()}
     return result
 
 

@@ -1,4 +1,4 @@
-"""The units of a plan, in order: the searches, the final runs, then speed and memory. What is finished stays so."""
+"""The work of a plan, in order: the searches, the final runs, then speed and memory. Finished units stay so."""
 
 from __future__ import annotations
 
@@ -27,13 +27,7 @@ from apps.compare.training import Unit, train
 class Work:
     """Does a plan for the systems that are not refused.
 
-    Args:
-        experiment: makes models and data.
-        plan: what to do.
-        systems: all of them.
-        output: the comparison's folder.
-        display: is told what is done.
-        jobs: runs at a time; above 1 each in a process of its own, with a part of the threads.
+    ``jobs`` runs are done at a time; above 1 each has a process of its own, with a part of the threads.
     """
 
     def __init__(
@@ -50,7 +44,7 @@ class Work:
         searches = {name: [results[u] for u in units] for name, units in search_units.items()}
         rates = {s.name: self._choose(s, searches[s.name]) for s in self.systems}
         units = {s.name: self.plan.final_units(s.name, rates[s.name][0], s.tunes) for s in self.systems}
-        # Seed by seed, so that a stopped comparison has whole pairs.
+        # The order is seed by seed, so that a stopped comparison has whole pairs.
         results = self._train([units[s.name][i] for i in range(len(self.plan.seeds)) for s in self.systems])
         checkpoints = {s.name: units[s.name][0].checkpoint(self.output) for s in self.systems if s.cost}
         return Results(
@@ -68,7 +62,7 @@ class Work:
         return self.plan.tuning_units(system.name) if system.tunes else []
 
     def _train(self, units: Sequence[Unit]) -> dict[Unit, Any]:
-        """Return the units' results; what is not done yet is done."""
+        """Do the unfinished units, and return the results of all."""
         results = {u: u.read(self.output) for u in units}
         left = [u for u, result in results.items() if result is None]
         self.display.advance(len(units) - len(left))
@@ -116,7 +110,7 @@ class Work:
         return rates[index], at_edge(rates[index], rates)
 
     def _speeds(self, checkpoints: Mapping[str, Path]) -> dict[str, Any]:
-        """Return what is measured of each system, all in one session: the machine's mood is in ratios of several."""
+        """Return speed and memory of each system, all measured in one session, so that their ratios are fair."""
         path, rounds = self.output / "speed.json", self.plan.options.rounds
         saved = read_json(path) or {}
         speeds = {name: saved[name] for name in checkpoints if name in saved}
@@ -125,13 +119,13 @@ class Work:
         whole = speeds.keys() == checkpoints.keys()
         if rounds and not (whole and all(len(speed["train_rounds"]) == rounds for speed in speeds.values())):
             speeds = self._measure(checkpoints)
-            write_json(path, {**saved, **speeds})  # what was measured of systems that are left out stays
+            write_json(path, {**saved, **speeds})  # systems that are left out keep theirs
         if rounds:
             self.display.finished("speed and memory")
         return speeds
 
     def _measure(self, checkpoints: Mapping[str, Path]) -> dict[str, Any]:
-        threads = max(1, torch.get_num_threads() // self.jobs)  # as in training
+        threads = max(1, torch.get_num_threads() // self.jobs)  # as many as in training
         jobs = {
             name: Job(self.experiment.arguments, name, str(file), self.experiment.replaced, threads)
             for name, file in checkpoints.items()
@@ -143,10 +137,10 @@ class Work:
 
 
 def moment(seconds: float) -> str:
-    """Return a moment of ``time.time`` as people and machines read it."""
+    """Return a moment of ``time.time`` in ISO format."""
     return datetime.datetime.fromtimestamp(seconds).astimezone().isoformat(timespec="seconds")
 
 
 def result_files(output: Path) -> list[Path]:
-    """Return the files that hold what was trained and measured in ``output``, whoever asked for it."""
+    """Return the files of all finished units and measurements in ``output``."""
     return [*(output / "units").glob("*/*/result.json"), *output.glob("speed.json")]
