@@ -1,4 +1,4 @@
-"""Averages of the weights: a moving one, and the mean of those at the ends of the last epochs."""
+"""Averages of the weights: a moving average, and the mean of the weights at the ends of the last epochs."""
 
 from __future__ import annotations
 
@@ -21,16 +21,13 @@ FOLDER = "epochs"
 
 
 class WeightEMA(Callback):
-    """An exponential moving average of the weights, used in validation and kept in the checkpoint.
+    """Keeps an exponential moving average of the weights, used in validation and saved in the checkpoint.
 
     After optimizer step t the average moves by ``1 - d`` towards the weights, with ``d = min(decay, (1 + t) / (10 +
-    t))``, so that a short run is not an average of its start. A checkpoint holds the average as ``state_dict``, what
-    test and predict load; the weights being trained are under ``trained_state_dict``. Buffers that are not floating
-    point follow the model. (Lightning's EMAWeightAveraging deep-copies the module with its metrics, averages with the
-    full decay from the first step, and warns whenever a checkpoint is tested.)
-
-    Args:
-        decay: in (0, 1), such as 0.999.
+    t))``, so that a short run is not an average of its start. A checkpoint holds the average as ``state_dict``, which
+    test and predict load, and the weights in training as ``trained_state_dict``. Buffers that are not floating point
+    follow the model. (Lightning's EMAWeightAveraging deep-copies the module with its metrics, averages with the full
+    decay from the first step, and warns whenever a checkpoint is tested.)
     """
 
     def __init__(self, decay: float) -> None:
@@ -40,7 +37,7 @@ class WeightEMA(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         state = _floating(pl_module)
-        if self.average:  # of the checkpoint
+        if self.average:  # the checkpoint has brought it
             self.average = {name: self.average[name].to(value.device) for name, value in state.items()}
         else:
             self.average = {name: value.detach().clone() for name, value in state.items()}
@@ -63,12 +60,12 @@ class WeightEMA(Callback):
         self._swap(pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # The trained module is left with the average, so that a test in the same program sees what a later one will.
+        # The module keeps the average, so that a test in the same program gives what a later one gives.
         self._swap(pl_module)
         self.average = {}
 
     def _swap(self, pl_module: LightningModule) -> None:
-        if not self.average:  # validation without training: the weights are the checkpoint's, the average already
+        if not self.average:  # without training, the checkpoint's weights are the average already
             return
         with torch.no_grad():
             for name, value in _floating(pl_module).items():
@@ -93,27 +90,19 @@ class WeightEMA(Callback):
 
 
 class WeightAverage(Callback):
-    """Writes ``average.ckpt`` beside ``last.ckpt``: a checkpoint with the mean of the weights of the last epochs' ends.
+    """Writes ``average.ckpt`` beside ``last.ckpt``: a checkpoint with the mean of the weights at the last epochs' ends.
 
-    Each epoch leaves its weights in ``epochs/<number>.pt`` there, of which the last ``num_epochs`` are kept, for a
-    longer run goes on from them; so memory holds one mean, whatever their number, and a training may end at any epoch.
-    Averaged are all tensors of floating point, also the experts' selection biases; the others are the last epoch's.
-    The trained module is left with the mean. To go on training from ``average.ckpt`` is to go on from the weights it
-    has as ``trained_state_dict``, those of the last epoch. Without checkpoints there is no average.
-
-    Args:
-        num_epochs: averaged, fewer where there are not so many.
+    Each epoch leaves its weights in ``epochs/<number>.pt`` there, and the last ``num_epochs`` files stay, for a longer
+    run needs them; so memory holds one mean, whatever their number, and a training may end at any epoch. All tensors of
+    floating point are averaged, also the experts' selection biases; the others are the last epoch's. The trained module
+    is left with the mean. A training goes on from the last epoch's weights, which ``average.ckpt`` has as
+    ``trained_state_dict``. Without checkpoints there is no average.
 
     Attributes:
         kept: numbers of the epochs in the average, from 0.
-
-    Raises:
-        ValueError: a number below 1.
     """
 
     def __init__(self, num_epochs: int) -> None:
-        if num_epochs < 1:
-            raise ValueError(f"average_last={num_epochs} must be at least 1")
         self.num_epochs = num_epochs
         self.kept: list[int] = []
         self._trained: dict[str, Any] | None = None
@@ -127,7 +116,7 @@ class WeightAverage(Callback):
         self.kept = trainer.strategy.broadcast(self.kept)
 
     def _find_kept(self, trainer: Trainer, folder: Path) -> None:
-        """Bring the weights of the kept epochs here, and forget those that there are not."""
+        """Copy the weights of the kept epochs from the run that goes on, and forget the missing ones."""
         came_from = None if trainer.ckpt_path is None else Path(str(trainer.ckpt_path)).parent / FOLDER
         for epoch in self.kept:
             here = _file(folder, epoch)
@@ -144,7 +133,7 @@ class WeightAverage(Callback):
             self.kept = [epoch for epoch in self.kept if epoch not in missing]
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Not at the epoch's end: the checkpoint that says what is kept is written after this callback's turn.
+        # At the epoch's end the checkpoint that names the kept epochs is not written yet.
         folder = self._folder(trainer)
         if folder is not None and trainer.is_global_zero:
             self._prune(folder)
@@ -160,14 +149,15 @@ class WeightAverage(Callback):
                 torch.save(weights, file)
         self.kept = [*(e for e in self.kept if e != epoch), epoch][-self.num_epochs :]
 
-    # Here and not at the training's end: a run that was killed after its last epoch has no such end any more.
+    # A run that is resumed after its last epoch has no ``on_train_end``.
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         folder = self._folder(trainer)
         if folder is None or not self.kept:
             return
         own = mean_weights([_file(folder, epoch) for epoch in self.kept]) if trainer.is_global_zero else None
         mean = trainer.strategy.broadcast(own)
-        self._trained = {name: _copy(value) for name, value in pl_module.state_dict().items()}
+        state = pl_module.state_dict()
+        self._trained = {n: v.detach().clone() if isinstance(v, Tensor) else v for n, v in state.items()}
         with torch.no_grad():
             for name, value in _floating(pl_module).items():
                 value.copy_(mean[name])
@@ -180,14 +170,14 @@ class WeightAverage(Callback):
             _logger.info("%s: the mean of the weights after epoch%s %s", path, "s" * (len(self.kept) > 1), epochs)
 
     def _prune(self, folder: Path) -> None:
-        """Remove what is not kept; at the start of a run, that of the run before."""
+        """Remove the files of epochs that are not kept, also those of an earlier run."""
         kept = {_file(folder, epoch) for epoch in self.kept}
         for path in folder.glob("*.pt*") if folder.is_dir() else ():
             if path not in kept:
                 path.unlink(missing_ok=True)
 
     def _folder(self, trainer: Trainer) -> Path | None:
-        """Return where the epochs' weights are; None where the run has no checkpoints."""
+        """Return the folder of the epochs' weights; None where the run has no checkpoints."""
         dirpath = getattr(trainer.checkpoint_callback, "dirpath", None)
         return None if trainer.fast_dev_run or not dirpath else Path(dirpath) / FOLDER
 
@@ -223,10 +213,6 @@ def _file(folder: Path, epoch: int) -> Path:
 
 
 def _floating(module: LightningModule) -> dict[str, Tensor]:
-    """Return the tensors of the state dict that have an average: those of floating point."""
+    """Return the tensors of floating point in the state dict, which are averaged."""
     values = module.state_dict(keep_vars=True).items()
     return {name: v for name, v in values if isinstance(v, Tensor) and v.is_floating_point()}
-
-
-def _copy(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else value

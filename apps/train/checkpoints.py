@@ -1,4 +1,4 @@
-"""The checkpoints of a run: which are kept, and how a file is written so that a kill leaves the old one whole."""
+"""The checkpoints of a run: the best and the last are kept, and a kill leaves an old file whole."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from apps.base.files import os_error, replacing, temporary_path
+from apps.base.files import delete, os_error, replacing, temporary_path
 from apps.train import sharded
 from apps.train.finite import check_weights
-from apps.train.logs import continue_logs
+from apps.train.logs import MetricsCSV
 from apps.train.run_folder import put_aside
 from apps.train.stopping import StopsSoon
 
@@ -25,15 +25,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint beside its place and moves it there: a kill or a full disk leaves the old file as it was."""
 
     def load_checkpoint(self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = True) -> Any:
-        """Return a checkpoint's contents; the shards of a folder put together."""
+        """Return a checkpoint's contents; the shards of a folder are put together."""
         if sharded.is_sharded(path):
             return sharded.read(path)
         return super().load_checkpoint(path, map_location, weights_only)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         path = Path(path)
-        if sharded.is_sharded(path):  # of an earlier run on several processes; a file cannot replace a folder
-            sharded.remove(path)
+        if sharded.is_sharded(path):  # a file cannot replace the folder of an earlier run on several processes
+            delete(path)
         try:
             with replacing(path, "wb") as file:
                 torch.save(checkpoint, file)
@@ -53,11 +53,11 @@ class BestAndLast(Checkpoint):
     is never written.
 
     Args:
-        dirpath: the folder; None: ``checkpoints`` in the trainer's ``default_root_dir``.
-        monitor: the logged value that decides the best; None: the module's own ``monitor``, else "val/loss".
-        mode: "min" or "max"; None: the module's own ``monitor_mode``, else "min".
-        every_n_minutes: minutes of training between two writings of ``last.ckpt`` within an epoch; None: none.
-        every_n_steps: steps between them; None: none.
+        dirpath: the folder; None takes ``checkpoints`` in the trainer's ``default_root_dir``.
+        monitor: the logged value that decides the best; None takes the module's ``monitor``, else "val/loss".
+        mode: "min" or "max"; None takes the module's ``monitor_mode``, else "min".
+        every_n_minutes: minutes of training between two writings of ``last.ckpt`` within an epoch; None for no limit.
+        every_n_steps: steps between them; None for no limit.
 
     Raises:
         ValueError: a mode that is neither, or an interval that is not positive.
@@ -90,30 +90,22 @@ class BestAndLast(Checkpoint):
         path = os.path.join(self.dirpath or "", "best.ckpt")
         return path if os.path.exists(path) else ""
 
-    @property
-    def last_model_path(self) -> str:
-        path = os.path.join(self.dirpath or "", "last.ckpt")
-        return path if os.path.exists(path) else ""
-
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.dirpath = self.dirpath or os.path.join(trainer.default_root_dir, "checkpoints")
         self.monitor = self.monitor or getattr(pl_module, "monitor", "val/loss")
         self.mode = self.mode or getattr(pl_module, "monitor_mode", "min")
         if stage == "fit" and trainer.is_global_zero:
-            for name in ("best.ckpt", "last.ckpt"):  # of a run that was killed while it wrote
+            for name in ("best.ckpt", "last.ckpt"):  # a run that was killed while it wrote has left them
                 temporary_path(Path(self.dirpath, name)).unlink(missing_ok=True)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
         if trainer.is_global_zero and not trainer.ckpt_path and not trainer.fast_dev_run:
-            self._put_aside()
-
-    def _put_aside(self) -> None:
-        """Move the checkpoints of an earlier run to ``earlier/``: "last" must not mean that run's."""
-        folder, names = Path(self.dirpath or ""), ("best.ckpt", "last.ckpt", "average.ckpt")
-        found = [path for path in (folder / name for name in names) if path.exists()]
-        if found:
-            put_aside(folder, found, names)
+            # "last" must not mean an earlier run's checkpoint.
+            folder, names = Path(self.dirpath or ""), ("best.ckpt", "last.ckpt", "average.ckpt")
+            earlier = [path for path in (folder / name for name in names) if path.exists()]
+            if earlier:
+                put_aside(folder, earlier, names)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -121,7 +113,7 @@ class BestAndLast(Checkpoint):
         if not self._due(trainer):
             return
         loop = trainer.fit_loop.epoch_loop
-        # Not within an accumulation: its gradients would be lost. Not before a validation or an epoch's end: Lightning
+        # A checkpoint within an accumulation would lose its gradients; before a validation or an epoch's end, Lightning
         # would resume after them.
         if loop._should_accumulate():
             return
@@ -161,14 +153,14 @@ class BestAndLast(Checkpoint):
             if math.isfinite(score) and (self.best_score is None or sign * score > sign * self.best_score):
                 self.best_score = score
                 self._save(trainer, pl_module, "best.ckpt")
-        # After the best: the last one remembers its score.
+        # The last one remembers the score of the best.
         self._save(trainer, pl_module, "last.ckpt")
 
     def _save(self, trainer: Trainer, pl_module: LightningModule, name: str) -> None:
         check_weights(pl_module, trainer.global_step)
         for logger in trainer.loggers:
             logger.save()
-        # weights_only=False is the default, which Lightning notes where it is not said.
+        # weights_only=False is the default, but Lightning prints a note where it is not given.
         trainer.save_checkpoint(os.path.join(self.dirpath or "", name), weights_only=False)
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
 
@@ -181,4 +173,6 @@ class BestAndLast(Checkpoint):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn == "fit":
-            continue_logs(trainer, checkpoint["global_step"])
+            for logger in trainer.loggers:
+                if isinstance(logger, MetricsCSV):
+                    logger.continue_from(checkpoint["global_step"])

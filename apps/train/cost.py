@@ -1,8 +1,8 @@
-"""What a model costs: its parameters, and the FLOPs of one forward, counted alike in every command.
+"""The cost of a model, counted alike in every command: its parameters, and the FLOPs of one forward.
 
-Padding is not counted, for a dense layer computes it and experts do not; and every pair that a router chooses is, under
-no capacity but that of the training. So the figure follows from the network and from the lengths in the batch, which is
-the first one of the validation.
+Padding is not counted, for a dense layer computes it and experts do not. Every pair that a router chooses is counted,
+under no capacity but that of the training. So the figure follows from the network and from the lengths in the batch,
+which is the first one of the validation.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ import core
 
 @dataclass(frozen=True)
 class Cost:
-    """What a torch system costs, as measured.
+    """The measured cost of a torch model.
 
     Attributes:
-        num_params: parameters.
-        active_params: parameters that one token touches.
+        num_params: number of parameters.
+        active_params: number of parameters that one token touches.
         flops_per_example: forward FLOPs of the whole model, products alone, two a multiply-add.
-        replaced_flops_per_example: of the blocks that a baseline of equal cost replaces; None where there are none.
-        replaced_params: parameters of those blocks; None where there are none.
-        unit: what the FLOPs are of, such as "an image" or "a pair of 12 + 14 tokens".
+        replaced_flops_per_example: FLOPs of the blocks that a baseline of equal cost replaces; None without any.
+        replaced_params: parameters of those blocks; None without any.
+        unit: unit that the FLOPs are counted for, such as "an image" or "a pair of 12 + 14 tokens".
     """
 
     num_params: int
@@ -46,13 +46,12 @@ def measure_cost(module: Any, batch: Any, replaced: Sequence[str] = (), as_evalu
     """Count parameters, and FLOPs of one forward of ``batch``, as in training or as in evaluation.
 
     Args:
-        module: a ``SparseModule``, for its ``cost_inputs`` and ``cost_unit``; it is left as it was, and the generators
-            too.
-        batch: of the data module, on the module's device.
-        replaced: dotted names of the blocks that a baseline replaces: the MoE layers, or what holds them.
-        as_evaluated: count what is computed under the module's evaluation capacity. Else as in training, by the rule of
-            ``MoEConfig.flops_per_token``: every chosen pair, times the training's capacity factor where that is below
-            1. What an untrained router drops, or leaves empty, says nothing of the model.
+        module: ``SparseModule`` with ``cost_inputs`` and ``cost_unit``; it and the generators are left as they were.
+        batch: batch of the data module, on the module's device.
+        replaced: dotted names of the blocks that a baseline replaces: the MoE layers, or the blocks around them.
+        as_evaluated: count the products under the module's evaluation capacity. Else count as in training, by the rule
+            of ``MoEConfig.flops_per_token``: every chosen pair, times the training's capacity factor where that is
+            below 1, whatever an untrained router drops or leaves empty.
 
     Raises:
         ValueError: a name in ``replaced`` is not a submodule.
@@ -78,7 +77,7 @@ def measure_cost(module: Any, batch: Any, replaced: Sequence[str] = (), as_evalu
     module.eval()
     try:
         limits = contextlib.nullcontext() if as_evaluated else core.set_capacity_factor(module, None)
-        # A table on other ranks leaves an empty weight; its empty rows need a gradient, which the counter looks for.
+        # A table on other ranks leaves an empty weight, whose empty rows need a gradient for the counter.
         empty = any(p.numel() == 0 for p in module.parameters())
         with torch.set_grad_enabled(empty), torch.random.fork_rng(devices=cuda_devices(module)), limits:
             total: float = core.count_flops(module, *inputs)
@@ -104,7 +103,7 @@ def measure_cost(module: Any, batch: Any, replaced: Sequence[str] = (), as_evalu
 
 
 def _shares_dropped(module: nn.Module) -> dict[str, float]:
-    """Return by layer the part of the routed pairs that its training's capacity drops even under equal loads."""
+    """Return the part of the routed pairs that the training's capacity drops even under equal loads, by layer."""
     shares = {}
     for name, layer in core.moe_layers(module).items():
         factors = [router.capacity.factor for router in layer.routers().values()]
@@ -115,16 +114,16 @@ def _shares_dropped(module: nn.Module) -> dict[str, float]:
 
 
 def megaflops(flops: float) -> str:
-    """Return FLOPs in millions, as they are shown: two decimals, or three digits of less than one."""
+    """Return FLOPs in millions as text, with two decimals, or three digits of less than one."""
     millions = flops / 1e6
     return f"{millions:,.2f}" if millions >= 1 or not millions else f"{millions:.3g}"
 
 
 def num_examples(inputs: tuple[Any, ...]) -> int:
-    """Return B of the arguments of a forward: the length of the first that has one, a tensor or an object of a batch.
+    """Return the batch size of a forward's arguments: the length of the first tensor or batch object among them.
 
     Raises:
-        ValueError: none has a length.
+        ValueError: no argument has a length.
     """
     for value in inputs:
         if isinstance(value, Tensor):

@@ -1,4 +1,4 @@
-"""Numbers that are not finite end a training before a checkpoint holds them."""
+"""A training ends before a checkpoint holds numbers that are not finite."""
 
 from __future__ import annotations
 
@@ -13,18 +13,10 @@ class NonFiniteError(RuntimeError):
 
 
 def check_loss(loss: Tensor, terms: Mapping[str, Tensor], step: int, lr: float) -> None:
-    """Refuse a training loss that is not finite.
+    """Raise a NonFiniteError where ``loss``, (), of optimizer step ``step`` is NaN or infinite.
 
-    It waits for the device each step: a few percent on a GPU, for an error at the step that caused it.
-
-    Args:
-        loss: (), of optimizer step ``step``.
-        terms: what it was made of, each (), for the message.
-        step: counted from 1.
-        lr: the peak learning rate.
-
-    Raises:
-        NonFiniteError: the loss is NaN or infinite.
+    The message has the ``terms`` of the loss, each (), and the peak learning rate. The check waits for the device each
+    step, which takes a few percent on a GPU, and gives an error at the step that caused it.
     """
     if bool(torch.isfinite(loss)):
         return
@@ -36,11 +28,7 @@ def check_loss(loss: Tensor, terms: Mapping[str, Tensor], step: int, lr: float) 
 
 
 def check_weights(module: nn.Module, step: int) -> None:
-    """Refuse weights that are not finite after optimizer step ``step``.
-
-    Raises:
-        NonFiniteError: a parameter holds a NaN or an infinity.
-    """
+    """Raise a NonFiniteError where a parameter is not finite after optimizer step ``step``."""
     broken = [name for name, p in module.named_parameters() if not bool(torch.isfinite(p).all())]
     if broken:
         raise NonFiniteError(

@@ -26,7 +26,7 @@ class LinkedModule(LightningModule):
     """The weights are still those it was made with. Who is to load a checkpoint says so by False."""
 
     _encoding: Mapping[str, Any] | None = None
-    """What the numbers of the data stand for, as the checkpoint says; None: no checkpoint says it."""
+    """Encoding of the data that the checkpoint keeps; None where it keeps none."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class LinkedModule(LightningModule):
 
     @property
     def encoding_state(self) -> Mapping[str, Any] | None:
-        """What the numbers of the data stand for: as the data say, else as the checkpoint does; None: neither does."""
+        """Return the encoding of the data, or else the one in the checkpoint; None where neither has any."""
         own: Mapping[str, Any] | None = getattr(self._data(), "encoding_state", None)
         return self._encoding if own is None else own
 

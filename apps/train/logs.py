@@ -1,4 +1,4 @@
-"""The logs of a run: ``metrics.csv`` and TensorBoard's curves, which a resumed run continues."""
+"""The logs of a run, which a resumed run continues: ``metrics.csv`` and TensorBoard's curves."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
@@ -16,33 +15,19 @@ from apps.base.files import naming, replacing
 
 
 class MetricsCSV(Logger):
-    """``metrics.csv`` in a folder, a row a step, written at once and continued where a resumed run goes on.
+    """Writes ``metrics.csv`` in a folder, a row a step, at once.
 
-    Rows of steps that the checkpoint had not reached are dropped on resuming, so that the file of a killed and resumed
-    run is that of an unbroken one. (Lightning's CSVLogger deletes the file on resuming.)
+    Resuming drops the rows of steps that the checkpoint had not reached, so that the file of a killed and resumed run
+    is that of an unbroken one. (Lightning's CSVLogger deletes the file on resuming.)
     """
+
+    name = version = ""  # type: ignore[assignment]
 
     def __init__(self, folder: str) -> None:
         super().__init__()
         self.folder = folder
         self._keys: list[str] = []
         self._before: int | None = None
-
-    @property
-    def name(self) -> str:
-        return ""
-
-    @property
-    def version(self) -> str:
-        return ""
-
-    @property
-    def save_dir(self) -> str:
-        return self.folder
-
-    @property
-    def log_dir(self) -> str:
-        return self.folder
 
     @property
     def path(self) -> Path:
@@ -54,7 +39,7 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """Write none: they are in the run's ``config.yaml``."""
+        """Write nothing: the run's ``config.yaml`` has the values."""
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -73,7 +58,7 @@ class MetricsCSV(Logger):
             writer.writerows([*rows, row])
 
     def _kept_rows(self) -> list[dict[str, Any]]:
-        """Return the rows for a file with more columns: this run's, at first those before the resumed step."""
+        """Return the rows for a file with more columns: at first those before the resumed step, then this run's."""
         first = not self._keys
         if not self.path.exists() or (first and self._before is None):
             return []
@@ -83,9 +68,9 @@ class MetricsCSV(Logger):
 
 
 class EventLog(TensorBoardLogger):
-    """TensorBoard's curves; what its writer cannot write is an error that names the folder.
+    """Writes TensorBoard's curves, and names the folder in an error of writing them.
 
-    (It writes in a thread of its own, whose error comes up at a later call, as one of a value that is not supported.)
+    (TensorBoard writes in a thread of its own, whose error comes up at a later call as one of an unsupported value.)
     """
 
     @property
@@ -110,12 +95,5 @@ class EventLog(TensorBoardLogger):
             with naming(self.log_dir):
                 super().finalize(status)
         except OSError:
-            if status == "success":  # else what ended the run is told, which may be this
+            if status == "success":  # else the error that ended the run is reported
                 raise
-
-
-def continue_logs(trainer: Trainer, step: int) -> None:
-    """Tell the loggers that the run goes on from optimizer step ``step``."""
-    for logger in trainer.loggers:
-        if isinstance(logger, MetricsCSV):
-            logger.continue_from(step)

@@ -1,4 +1,4 @@
-"""What a training logs of itself beside its losses: the size of the model, once, and its speed."""
+"""Callbacks that log the size of the model, once, and the speed of the training."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ _logger = logging.getLogger(__name__)
 class ModelSize(Callback):
     """Logs parameters, active parameters and forward FLOPs an example, once a run.
 
-    They are counted on the first batch of the validation, as in a comparison; without a validation, on the first of the
-    training.
+    They are counted on the first batch of the validation, as in a comparison, or else on the first of the training.
     """
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -44,7 +43,7 @@ class ModelSize(Callback):
 
 
 def _validation_batch(trainer: Trainer) -> Any:
-    """Return the first batch of the validation, on the device; None where there is none."""
+    """Return the first batch of the validation, on the device; None without a validation."""
     loader: Any = trainer.val_dataloaders
     while isinstance(loader, (list, tuple)):
         loader = next(iter(loader), None)
@@ -58,9 +57,9 @@ def _validation_batch(trainer: Trainer) -> Any:
 
 
 class Throughput(Callback):
-    """Logs ``train/examples_per_second`` of all processes together; validation and checkpoints take no time of it.
+    """Logs ``train/examples_per_second`` of all processes together, without the time of validations.
 
-    It reads ``num_trained`` of the module, a running number of training examples of this process.
+    It reads the module's ``num_trained``, the number of examples that this process has trained on.
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -70,7 +69,7 @@ class Throughput(Callback):
         self._restart(pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if not trainer.global_step and not batch_idx:  # what came before in this step is counting the model's size
+        if not trainer.global_step and not batch_idx:  # ``ModelSize`` has just counted
             self._restart(pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

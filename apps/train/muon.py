@@ -8,19 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Of X <- a X + b (X X^T) X + c (X X^T)^2 X: they drive singular values in (0, 1] between 0.7 and 1.2 in few steps.
+# X <- a X + b (X X^T) X + c (X X^T)^2 X drives singular values in (0, 1] between 0.7 and 1.2 in few steps.
 _A, _B, _C = 3.4445, -4.775, 2.0315
 
 
 def orthogonalized(matrices: Tensor, steps: int = 5) -> Tensor:
-    """The nearest semi-orthogonal matrices, about: U V^T of each U S V^T, by Newton-Schulz iterations.
+    """Return about the nearest semi-orthogonal matrices, U V^T of each U S V^T, by Newton-Schulz iterations.
 
     Args:
-        matrices: (..., m, n); each one by itself, so that stacked experts stay apart.
-        steps: iterations.
+        matrices: (..., m, n), such as the stacked matrices of experts.
+        steps: number of iterations.
 
     Returns:
-        As ``matrices``, in bfloat16 (float64 stays float64); a matrix of zeros stays zero.
+        (..., m, n) in bfloat16, or in float64 where ``matrices`` are; a matrix of zeros stays zero.
     """
     x = matrices.to(torch.float64 if matrices.dtype == torch.float64 else torch.bfloat16)
     wide = x.shape[-2] <= x.shape[-1]
@@ -34,7 +34,7 @@ def orthogonalized(matrices: Tensor, steps: int = 5) -> Tensor:
 
 
 class MuonAdamW(torch.optim.AdamW):
-    """AdamW, but groups with ``"muon": True`` step by the orthogonalised momentum of their matrices.
+    """AdamW whose groups with ``"muon": True`` step by the orthogonalised momentum of their matrices.
 
     A matrix W (m, n), or each of a stack (E, m, n), moves by ``-lr * 0.2 sqrt(max(m, n)) * orthogonalized(update)``,
     whose root mean square is about that of an AdamW step (arXiv 2502.16982, equation 4): both kinds of groups share
@@ -43,7 +43,7 @@ class MuonAdamW(torch.optim.AdamW):
     Args:
         params: groups, each with "muon" or without.
         momentum: decay of the gradients' running mean, with Nesterov's look-ahead.
-        options: of ``torch.optim.AdamW``.
+        options: options of ``torch.optim.AdamW``.
 
     Raises:
         ValueError: a parameter of a "muon" group has fewer than two dimensions.
@@ -60,7 +60,7 @@ class MuonAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of every group."""
+        """Do one step of every group."""
         loss = super().step(closure)  # AdamW's groups
         for group in self.param_groups:
             if group["muon"]:
@@ -68,7 +68,7 @@ class MuonAdamW(torch.optim.AdamW):
         return loss
 
     def _init_group(self, group: dict[str, Any], *lists: Any) -> Any:
-        # AdamW's step gathers a group's parameters here; of Muon's it finds none.
+        # AdamW's step gathers a group's parameters here; those of Muon's groups are hidden from it.
         return super()._init_group({**group, "params": []} if group["muon"] else group, *lists)
 
     def _muon_step(self, group: dict[str, Any]) -> None:
@@ -88,7 +88,7 @@ class MuonAdamW(torch.optim.AdamW):
                 gradient: Any = p.grad
                 momentum.lerp_(gradient, 1 - group["momentum"])
                 updates.append(gradient.lerp(momentum, group["momentum"]).reshape(-1, *shape))
-            # One product for all matrices of a shape: a step has dozens of them, and each is small.
+            # Matrices of a shape share one product: a step has dozens of them, and each is small.
             sizes = [len(u) for u in updates]
             ortho = orthogonalized(torch.cat(updates)).split(sizes)
             for p, u in zip(ps, ortho, strict=True):

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import core
+from apps.base.checks import check_at_least, check_name
 from apps.train.muon import MuonAdamW
 
 
@@ -20,8 +21,8 @@ class OptimizerConfig:
     """One learning rate for three kinds of parameters, a linear warm-up and a decay, both by step.
 
     Attributes:
-        name: "adamw"; or "muon" for the matrices inside the network, with AdamW for the rest: embeddings, the read-out,
-            routers, biases and norms. Its steps have the size of AdamW's, so that ``lr`` means the same.
+        name: "adamw"; or "muon" for the matrices inside the network, with AdamW for embeddings, the read-out, routers,
+            biases and norms. Muon's steps have the size of AdamW's, so that ``lr`` means the same.
         lr: peak learning rate.
         weight_decay: decoupled weight decay; biases, norms and other 1-d parameters have none.
         betas: decay rates of Adam's two moments.
@@ -33,10 +34,10 @@ class OptimizerConfig:
         expert_lr_scale: the experts' learning rate is ``lr`` times this.
         expert_weight_decay_scale: the experts' weight decay is ``weight_decay`` times this.
         warmup: steps of linear warm-up; a fraction of all steps where it is below 1.
-        schedule: what follows the warm-up: "cosine" to ``min_lr_ratio``; "inverse_sqrt": ``sqrt(warmup / n)`` at the
+        schedule: decay after the warm-up: "cosine" to ``min_lr_ratio``; "inverse_sqrt", ``sqrt(warmup / n)`` at the
             n-th step (arXiv 1706.03762, section 5.3), which does not depend on the length of the run where ``warmup``
             is in steps; or "constant".
-        min_lr_ratio: learning rate at the end, as a part of the peak; "inverse_sqrt" does not fall below it.
+        min_lr_ratio: least learning rate, as a part of the peak.
 
     Raises:
         ValueError: a value outside its range.
@@ -59,31 +60,21 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))  # a list in YAML and in a checkpoint
-        if self.name not in ("adamw", "muon"):
-            raise ValueError(f"optimizer.name={self.name!r} is not one of 'adamw', 'muon'")
+        check_name("optimizer.name", self.name, ("adamw", "muon"))
+        check_name("optimizer.schedule", self.schedule, ("cosine", "inverse_sqrt", "constant"))
         if self.name == "muon" and self.fused:
             raise ValueError("optimizer.fused=True is a kernel of AdamW's; optimizer.name='muon' has none")
         if not 0 <= self.muon_momentum < 1:
             raise ValueError(f"optimizer.muon_momentum={self.muon_momentum} must lie in [0, 1)")
         if not self.lr > 0:
             raise ValueError(f"optimizer.lr={self.lr} must be positive")
-        for name in (
-            "weight_decay",
-            "eps",
-            "router_lr_scale",
-            "router_weight_decay_scale",
-            "expert_lr_scale",
-            "expert_weight_decay_scale",
-            "warmup",
-        ):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"optimizer.{name}={getattr(self, name)} must not be negative")
+        scales = [f"{part}_{of}_scale" for part in ("router", "expert") for of in ("lr", "weight_decay")]
+        names = ("weight_decay", "eps", "warmup", *scales)
+        check_at_least(0, **{f"optimizer.{name}": getattr(self, name) for name in names})
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise ValueError(f"optimizer.betas={self.betas} must be two numbers in [0, 1)")
         if not 0 <= self.min_lr_ratio <= 1:
             raise ValueError(f"optimizer.min_lr_ratio={self.min_lr_ratio} must lie in [0, 1]")
-        if self.schedule not in ("cosine", "inverse_sqrt", "constant"):
-            raise ValueError(f"optimizer.schedule={self.schedule!r} is not one of 'cosine', 'inverse_sqrt', 'constant'")
         if self.warmup >= 1 and self.warmup != int(self.warmup):
             raise ValueError(f"optimizer.warmup={self.warmup} must be a whole number of steps, or a fraction below 1")
 
@@ -120,9 +111,9 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
     """Return the trainable parameters of ``model`` in groups: routers, experts, the rest, each with and without decay.
 
-    No decay for 1-d parameters, biases and norms (also the experts', which are (E, F)), and what a submodule names in
-    ``no_weight_decay()`` as timm's models do. Under Muon the matrices stand in groups of their own: the weights of
-    experts, shared ones too, and of ``nn.Linear``, but those of modules that ``model.readout`` names. A group has the
+    1-d parameters, biases and norms (also the experts', which are (E, F)) have no decay, nor have those that a
+    submodule names in ``no_weight_decay()`` as timm's models do. Muon's matrices have groups of their own: the weights
+    of experts, shared ones too, and of ``nn.Linear`` outside the modules that ``model.readout`` names. A group has the
     keys ``name``, ``params``, ``lr``, ``weight_decay`` and, under Muon, ``muon``; empty groups are left out.
     """
     kind: dict[int, str] = {}
@@ -140,7 +131,7 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad or hasattr(parameter, "_in_backward_optimizers"):
-            continue  # rows of a fused embedding are stepped in the backward already
+            continue  # the backward has stepped the rows of a fused embedding already
         which = kind.get(id(parameter), "rest")
         leaf = name.rpartition(".")[2]
         decays = parameter.ndim > 1 and not (name in exempt or "bias" in leaf or leaf.startswith(("b_", "norm_")))

@@ -1,4 +1,4 @@
-"""How far a training is: a bar for the running epoch on a terminal, and a line for each finished one."""
+"""The progress of a training: a bar for the running epoch on a terminal, and a line for each finished one."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ from lightning.pytorch.callbacks import RichProgressBar
 class EpochLines(Callback):
     """Prints a line an epoch with the values of the progress bar."""
 
-    def __init__(self) -> None:
-        self._started = time.monotonic()
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._started = time.monotonic()  # a resumed run may begin at an epoch's end
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_epoch_start(trainer, pl_module)
         self._started = time.monotonic()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_epoch_end(trainer, pl_module)
         if not trainer.is_global_zero:
             return
         shown = {k: v for k, v in trainer.progress_bar_metrics.items() if k != "v_num"}
@@ -33,28 +36,19 @@ class EpochLines(Callback):
 
 
 class ProgressBar(EpochLines, RichProgressBar):
-    """A rich bar for the epoch that runs, and a line for each one that is done.
+    """Shows a rich bar for the running epoch, and prints a line for each finished one.
 
-    The bar is erased where its pass ends, before others print what they found in it.
+    The bar is erased at the end of its pass, before results are printed.
     """
 
     def __init__(self) -> None:
-        RichProgressBar.__init__(self, leave=False)
-        EpochLines.__init__(self)
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        EpochLines.on_train_epoch_start(self, trainer, pl_module)
-        RichProgressBar.on_train_epoch_start(self, trainer, pl_module)
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        RichProgressBar.on_train_epoch_end(self, trainer, pl_module)
-        EpochLines.on_train_epoch_end(self, trainer, pl_module)
+        super().__init__(leave=False)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._stop_progress()
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        RichProgressBar.on_validation_epoch_end(self, trainer, pl_module)
+        super().on_validation_epoch_end(trainer, pl_module)
         if trainer.state.fn == "validate":
             self._stop_progress()
 
@@ -65,7 +59,7 @@ class ProgressBar(EpochLines, RichProgressBar):
         self._stop_progress()
 
     def _init_progress(self, trainer: Trainer) -> None:
-        RichProgressBar._init_progress(self, trainer)
+        super()._init_progress(trainer)
         if self.progress is not None:
             self.progress.live.transient = True
 
@@ -81,12 +75,12 @@ class ProgressBar(EpochLines, RichProgressBar):
         return f"epoch {current_epoch + 1}" + (f"/{total}" if total and total > 0 else "")
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """Return the running values alone: those of an epoch are in its line."""
-        metrics = RichProgressBar.get_metrics(self, trainer, pl_module)
+        """Return the running values; the line of an epoch has the others."""
+        metrics = super().get_metrics(trainer, pl_module)
         kept = {k: v for k, v in metrics.items() if k.startswith("train/")}
         return {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in kept.items()}
 
 
 def progress() -> Callback:
-    """Return a bar and a line an epoch on a terminal; elsewhere the lines alone."""
+    """Return a bar and a line an epoch on a terminal, or only the lines without one."""
     return ProgressBar() if sys.stdout.isatty() else EpochLines()

@@ -1,4 +1,4 @@
-"""Exact resume: the random generators of a run go on where its checkpoint left them."""
+"""A resumed run is exact: its random generators go on where the checkpoint left them."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ class GeneratorState(Callback):
         if trainer.state.fn != "fit":
             return
         # With max_steps, Lightning restarts *inside* an epoch that the checkpoint has finished: it would count the
-        # epoch twice and leave out a batch. Without the distinction it goes on with the next one, as with max_epochs.
+        # epoch twice and leave out a batch. So it goes on with the next one, as with max_epochs.
         trainer.fit_loop._iteration_based_training = lambda: False  # type: ignore[method-assign]
         states = checkpoint.get("generators", [])
         self._to_restore = states[trainer.global_rank] if len(states) == trainer.world_size else None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Last before the first step: set-up, the sanity check and the data loaders draw numbers too.
+        # This comes last before the first step: set-up, the sanity check and the data loaders draw numbers too.
         if self._to_restore is not None:
             restore_generators(self._to_restore)
             self._to_restore = None
 
 
 def generator_state() -> dict[str, Any]:
-    """Return the state of this process's random generators, of plain numbers and tensors."""
+    """Return the state of this process's random generators in plain numbers and tensors."""
     name, keys, pos, has_gauss, cached = np.random.get_state()
     version, internal, gauss_next = random.getstate()
     return {

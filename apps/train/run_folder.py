@@ -1,19 +1,18 @@
-"""The folder of a run: a run of ours has made it, one training at a time is in it, and an earlier run is put aside."""
+"""The folder of a run is one that a run has made; one training at a time uses it, and an earlier run is put aside."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from apps.base.files import holding, naming, replacing
+from apps.base.files import delete, holding, naming, replacing
 
 MARKER = ".moesaic-run"
-"""The file that says that a folder is a run's. A training holds a lock on it."""
+"""This file marks the folder of a run. A training holds a lock on it."""
 
 _CURVES = ("events.out.tfevents.*", "hparams.yaml")
 """The files that TensorBoard's writer leaves."""
@@ -25,45 +24,34 @@ def is_unused(folder: Path) -> bool:
 
 
 def mark(folder: Path) -> None:
-    """Say that a folder is a run's."""
+    """Mark a folder as a run's."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MARKER).touch()
 
 
 def check_free(folder: Path) -> None:
-    """Refuse a folder for a training that holds files and that no run has made.
-
-    Raises:
-        ValueError: naming the first file.
-    """
-    found = sorted(folder.iterdir()) if folder.is_dir() else []
-    if found and not (folder / MARKER).exists():
+    """Raise a ValueError where a folder for a training holds files and no run has made it."""
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    if files and not (folder / MARKER).exists():
         raise ValueError(
-            f"{folder} holds {found[0].name}, and no run has made the folder: it stays as it is; give another --run_dir"
+            f"{folder} holds {files[0].name}, and no run has made the folder: it stays as it is; give another --run_dir"
         )
 
 
 def check_own(path: Path) -> None:
-    """Refuse to replace a file that no run has written.
-
-    Raises:
-        ValueError: the file is there, and its folder is no run's.
-    """
+    """Raise a ValueError where a file that is to be replaced exists in a folder that is no run's."""
     if path.exists() and not (path.parent / MARKER).exists():
         raise ValueError(f"{path} is no run's: it stays as it is; give another --run_dir")
 
 
 def put_aside(folder: Path, paths: Iterable[Path], names: Iterable[str]) -> Path:
-    """Move ``paths`` from ``folder`` into its ``earlier``, in place of what a run had left there; return that folder.
+    """Move ``paths`` from ``folder`` into its subfolder ``earlier``, and return that.
 
-    Args:
-        folder: of the run.
-        paths: files and folders in it.
-        names: what a run leaves in ``folder``, relative to it: so much of ``earlier`` is deleted.
+    Before that, the files and folders ``names`` of ``earlier`` are deleted, which an earlier run has left there.
     """
     earlier = folder / "earlier"
     for name in names:
-        _delete(earlier / name)
+        delete(earlier / name)
     for path in paths:
         target = earlier / path.relative_to(folder)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -71,37 +59,30 @@ def put_aside(folder: Path, paths: Iterable[Path], names: Iterable[str]) -> Path
     return earlier
 
 
-def _delete(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
 class RunFolder(Callback):
-    """Makes a folder that of a new run at the start of its training; until then an earlier run there stays whole.
+    """Prepares the folder of a run at the start of its training; until then an earlier run there stays whole.
 
-    All that run left goes to ``earlier``, where one run is kept: nothing of it lies among what is of this one. A run
-    that left no checkpoint is not kept. A resumed run moves nothing. Files that no run writes are not touched.
+    All files of that run are moved to ``earlier``, where one run is kept, if it has left a checkpoint. A resumed run
+    moves nothing. Files that no run writes are not touched.
 
     Args:
-        folder: of the run.
+        folder: folder of the run.
         descriptions: texts to write there, by the name of the file.
 
     Raises:
         ValueError: the folder holds files, and no run has made it.
     """
 
-    # Beside the curves. The checkpoints come last, in one move: a kill half-way loses none.
+    # The checkpoints are moved last, at once: a kill half-way loses none. The curves have names of their own.
     names = ("metrics.csv", "config.yaml", "signatures.json", "test.json", "validate.json", "predictions.jsonl",
              "report", "checkpoints")  # fmt: skip
 
     def __init__(self, folder: Path, descriptions: Mapping[str, str]) -> None:
         self.folder, self.descriptions = folder, dict(descriptions)
         check_free(folder)
-        # Listed now: TensorBoard begins its file before the training starts.
+        # TensorBoard begins this run's file before the training starts.
         self._curves = self._list_curves()
-        self._found = [*self._curves, *(p for p in (folder / name for name in self.names) if p.exists())]
+        self._earlier = [*self._curves, *(p for p in (folder / name for name in self.names) if p.exists())]
         self._started = False
 
     def _list_curves(self) -> list[Path]:
@@ -109,11 +90,7 @@ class RunFolder(Callback):
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Hold the folder for the training inside: another one there is refused.
-
-        Raises:
-            ValueError: another training holds it.
-        """
+        """Hold the folder for the training inside, or raise a ValueError where another training holds it."""
         new = not self.folder.exists()
         refusal = f"another training is running in {self.folder}: wait for its end, or give another --run_dir"
         with contextlib.ExitStack() as stack:
@@ -127,12 +104,12 @@ class RunFolder(Callback):
     def _remove_unused(self) -> None:
         """Remove the folder where no training has started in it."""
         if not self._started:
-            with contextlib.suppress(OSError):  # it holds what someone else has put there
+            with contextlib.suppress(OSError):  # it holds other files
                 (self.folder / MARKER).unlink()
                 self.folder.rmdir()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """A run that ends before its training starts leaves nothing: TensorBoard has begun a file by then."""
+        """Remove the files that TensorBoard has begun where a run ends before its training starts."""
         if self._started or not trainer.is_global_zero:
             return
         for path in self._list_curves():
@@ -159,12 +136,12 @@ class RunFolder(Callback):
         if any((self.folder / "checkpoints").glob("*.ckpt")):
             curves = (f"tensorboard/{path.name}" for path in (self.folder / "earlier" / "tensorboard").glob("*"))
             own = [name for name in curves if any(Path(name).match(pattern) for pattern in _CURVES)]
-            earlier = put_aside(self.folder, self._found, [*own, *self.names])
+            earlier = put_aside(self.folder, self._earlier, [*own, *self.names])
             (earlier / MARKER).touch()
             print(
                 f"{self.folder} held an earlier run: it is in {earlier} now, where one earlier run is kept "
                 f"(--ckpt_path {earlier / 'checkpoints' / 'last.ckpt'} goes on from it)"
             )
             return
-        for path in self._curves:  # they would be drawn over this run's
+        for path in self._curves:  # TensorBoard would draw them over this run's
             path.unlink()

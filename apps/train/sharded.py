@@ -1,8 +1,8 @@
-"""Checkpoints whose largest tensors lie in shards, one file a process: a folder in place of a file.
+"""A sharded checkpoint is a folder with the parts of its largest tensors, one file a process.
 
 ``NAME.ckpt/checkpoint.pt`` holds everything but the sharded tensors, and names the folder beside it that holds those
 in the format of ``torch.distributed.checkpoint``. It is replaced last and in one move, so that a kill or a full disk
-leaves the old checkpoint. Neither part is read by a pickle that could run code.
+leaves the old checkpoint. No part is read by a pickle that could run code.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ def write(path: Path, checkpoint: Mapping[str, Any], tensors: Mapping[str, Any])
 
     Args:
         path: the folder.
-        checkpoint: what rank 0 has to say; the other ranks' is not written.
+        checkpoint: contents without the sharded tensors; those of rank 0 are written.
         tensors: ``ShardedTensor`` of each rank, or tensors that one rank alone has, by name.
 
     Raises:
-        OSError: it cannot be written; the earlier checkpoint is intact.
+        OSError: the checkpoint cannot be written; the earlier one is intact.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     name = [f"shards-{checkpoint.get('global_step', 0)}-{uuid.uuid4().hex[:8]}"]
@@ -62,7 +62,7 @@ def write(path: Path, checkpoint: Mapping[str, Any], tensors: Mapping[str, Any])
     folder = path / name[0]
     try:
         if rank == 0 and path.is_file():
-            path.unlink()  # of a run on one process
+            path.unlink()  # a run on one process has left a file
         with _quiet():
             dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(folder))
         if rank == 0:
@@ -79,21 +79,19 @@ def write(path: Path, checkpoint: Mapping[str, Any], tensors: Mapping[str, Any])
 
 
 def read(path: Path | str, device: str = "cpu") -> dict[str, Any]:
-    """The checkpoint as one process has it: the sharded weights put together in its ``state_dict``.
+    """Return the checkpoint as one process has it, with the sharded weights put together in its ``state_dict``.
 
-    Args:
-        path: the folder.
-        device: "meta" gives the sharded weights' shapes alone.
+    On the device "meta" the sharded weights have shapes alone.
 
     Raises:
-        ValueError: it is damaged, or of another program.
+        ValueError: the checkpoint is damaged, or another program's.
     """
     path = Path(path)
     checkpoint = read_rest(path)
     with _readable(path):
         saved = _Reader(path / checkpoint[_KEY]["folder"]).tensors()
-        found = {k: v for k, v in saved.items() if k.startswith(WEIGHT)}
-        tensors = {k: torch.empty(v.size, dtype=v.properties.dtype, device=device) for k, v in found.items()}
+        weights = {k: v for k, v in saved.items() if k.startswith(WEIGHT)}
+        tensors = {k: torch.empty(v.size, dtype=v.properties.dtype, device=device) for k, v in weights.items()}
         if device != "meta":
             load(path, checkpoint, tensors)
     checkpoint["state_dict"] |= {k.removeprefix(WEIGHT): v for k, v in tensors.items()}
@@ -101,10 +99,10 @@ def read(path: Path | str, device: str = "cpu") -> dict[str, Any]:
 
 
 def read_rest(path: Path) -> dict[str, Any]:
-    """The checkpoint but for the sharded tensors.
+    """Return the checkpoint without the sharded tensors.
 
     Raises:
-        ValueError: it is damaged, or of another program.
+        ValueError: the checkpoint is damaged, or another program's.
     """
     with _readable(path):
         checkpoint = torch.load(path / _REST, map_location="cpu", weights_only=True)
@@ -116,24 +114,16 @@ def read_rest(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def remove(path: Path) -> None:
-    """Delete a checkpoint, a folder or a file."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
 def load(path: Path, checkpoint: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
-    """Copy saved tensors into ``tensors``: any part of them, however they were sharded. No process waits for another.
+    """Copy saved tensors into ``tensors``, however either are sharded. No process waits for another.
 
     Args:
         path: the folder.
-        checkpoint: of ``read_rest``.
+        checkpoint: contents from ``read_rest``.
         tensors: ``ShardedTensor`` or tensors, by name.
 
     Raises:
-        ValueError: one is missing there or of another size; damaged files.
+        ValueError: a tensor is missing or has another size, or a file is damaged.
     """
     folder = path / checkpoint[_KEY]["folder"]
     with _readable(path):
@@ -166,16 +156,16 @@ class _Reader(dcp.FileSystemReader):
         return metadata
 
     def tensors(self) -> dict[str, TensorStorageMetadata]:
-        """The sizes and types of what is saved, by name."""
-        found = self.read_metadata().state_dict_metadata
-        return {k: v for k, v in found.items() if isinstance(v, TensorStorageMetadata)}
+        """Return the sizes and types of the saved tensors, by name."""
+        saved = self.read_metadata().state_dict_metadata
+        return {k: v for k, v in saved.items() if isinstance(v, TensorStorageMetadata)}
 
 
 class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
     """Makes objects of the classes in ``_SAFE``, and changes nothing that it has not made itself.
 
-    A pickle may set attributes on what it has named: here on new dataclasses alone, and their own fields alone. (The
-    unpickler in C has no place to say so.)
+    A pickle may set attributes on anything that it names; here it sets only the fields of new dataclasses. (The
+    unpickler in C has no hook for that.)
     """
 
     dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)  # type: ignore[attr-defined]
@@ -187,7 +177,7 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
 
     def load_build(self) -> None:
         state, made = self.stack[-1], self.stack[-2]  # type: ignore[attr-defined]
-        if not isinstance(made, TensorProperties):  # which reads its state, a tuple, by itself
+        if not isinstance(made, TensorProperties):  # its state is a tuple, which it reads itself
             if isinstance(made, type) or not dataclasses.is_dataclass(made) or not isinstance(state, dict):
                 raise pickle.UnpicklingError(f"it sets attributes of {made!r}")
             if foreign := state.keys() - {field.name for field in dataclasses.fields(made)}:
@@ -199,7 +189,7 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """Any failure inside as one line."""
+    """Turn any failure inside into a ValueError of one line."""
     try:
         yield
     except PermissionError:
@@ -210,7 +200,7 @@ def _readable(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the notes that ranks hold different tables, as they are meant to, and of deprecations inside torch."""
+    """Hide the warnings that ranks hold different tables, which is meant, and those of torch's own deprecations."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -1,4 +1,4 @@
-"""SIGTERM, as pre-emption and ``timeout`` send it, ends a training soon: after at most one step and a checkpoint."""
+"""SIGTERM, which pre-emption and ``timeout`` send, ends a training after at most one step and a checkpoint."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 @contextlib.contextmanager
 def on_sigterm(handler: Callable[..., Any]) -> Iterator[None]:
-    """Call ``handler`` at SIGTERM inside. Only the main thread of a process has handlers; elsewhere nothing changes."""
+    """Call ``handler`` at SIGTERM inside. In other threads than the main one, which have no handlers, do nothing."""
     try:
         before = signal.signal(signal.SIGTERM, handler)
     except ValueError:  # not the main thread
@@ -43,8 +43,8 @@ class StopsSoon(Callback):
     minute, and writes nothing. Several processes stop as Lightning has them, by a message from the first one.
 
     Attributes:
-        asked: SIGTERM has come, and the training goes on until a checkpoint can be written.
-        first_step: the optimizer step that the training began or went on from.
+        asked: True once SIGTERM has come, while the training goes on until a checkpoint can be written.
+        first_step: optimizer step at which the training began or was resumed.
     """
 
     def __init__(self) -> None:
@@ -58,7 +58,7 @@ class StopsSoon(Callback):
         return next((c for c in callbacks if isinstance(c, StopsSoon) and c.asked), None)
 
     def handling(self) -> contextlib.AbstractContextManager[None]:
-        """Handle SIGTERM inside. Lightning's own handler, which it sets later, calls this one."""
+        """Handle SIGTERM inside; Lightning's handler, which is set later, calls this one."""
         return on_sigterm(self._stop)
 
     def _stop(self, *_: Any) -> None:
@@ -71,7 +71,7 @@ class StopsSoon(Callback):
         self._let_lightning_stop(trainer, False)  # it would stop before a checkpoint is written
 
     def written(self, trainer: Trainer) -> None:
-        """Let the training end: its checkpoint is written. Lightning logs the step first."""
+        """Let Lightning log the step and end the training, whose checkpoint is written."""
         self._let_lightning_stop(trainer, True)
 
     def _let_lightning_stop(self, trainer: Trainer, now: bool) -> None:
@@ -81,7 +81,7 @@ class StopsSoon(Callback):
         self._trainer, self.first_step = trainer, trainer.global_step
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.asked:  # the checkpoint of the epoch's end is written after this
+        if self.asked:  # the checkpoint of the epoch's end comes next
             self._let_lightning_stop(trainer, True)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -93,5 +93,5 @@ class StopsSoon(Callback):
 
 
 def _writes(trainer: Trainer) -> bool:
-    """Whether a callback of the trainer writes a checkpoint when it is asked to stop."""
+    """Return whether a callback of the trainer writes a checkpoint when it is asked to stop."""
     return any(getattr(callback, "writes_when_stopped", False) for callback in trainer.checkpoint_callbacks)

@@ -27,6 +27,7 @@ from torch import nn
 from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, DistributedModelParallel
 from torchrec.distributed.types import ShardingPlan
 
+from apps.base.files import delete
 from apps.recsys.tables import sharding
 from apps.recsys.tables.embedding import EmbeddingConfig
 from apps.recsys.tables.sharding import ComputeKernel, Sharding, ShardingConfig
@@ -265,7 +266,7 @@ class TorchRecStrategy(DDPStrategy):
 
     def remove_checkpoint(self, filepath: Any) -> None:
         if self.is_global_zero:
-            sharded.remove(Path(filepath))
+            delete(Path(filepath))
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """What Lightning restores; the tables are read at once, each process its own rows."""
