@@ -1,7 +1,6 @@
 """The training that every app shares: the auxiliary loss, the optimizer, the metrics, and the log of the routing.
 
-An app subclasses ``SparseModule`` and brings a network, a task loss and metrics; everything here is the same for
-images, users and sentences.
+An app subclasses ``SparseModule`` and brings a network, a task loss and metrics.
 """
 
 from __future__ import annotations
@@ -29,16 +28,16 @@ Stage = Literal["train", "val", "test"]
 
 @dataclass(frozen=True)
 class TaskOutput:
-    """What an app's ``task_loss`` returns.
+    """The result of an app's ``task_loss``.
 
     Attributes:
-        loss: (), the mean over the examples, without any auxiliary loss.
-        outputs: what the metrics compare, such as logits (B, C).
-        targets: what they compare it with.
-        num_examples: B.
-        weight: of this batch in an epoch's mean, such as its tokens; None: ``num_examples``.
+        loss: mean loss over the examples, (), without any auxiliary loss.
+        outputs: first argument of the metrics' ``update``, such as logits (B, C).
+        targets: second argument of the metrics' ``update``.
+        num_examples: number of examples B.
         terms: parts of the loss to log, each (); empty where the loss is one term.
-        groups: int64 (B,), whose example it is, for metrics by user: a third argument of their ``update``; None: none.
+        groups: user of each example, int64 (B,): third argument of the metrics' ``update``; None for no such metrics.
+        weight: weight of this batch in an epoch's mean, such as its tokens; None for ``num_examples``.
     """
 
     loss: Tensor
@@ -54,10 +53,10 @@ class TrainingLoss(NamedTuple):
     """The loss of a training step and its parts.
 
     Attributes:
-        total: (), what the step minimises.
-        out: the task's part.
-        aux: the balance losses of the MoE layers.
-        tape: what the layers did.
+        total: loss that the step minimises, ().
+        out: result of the task.
+        aux: balance losses of the MoE layers.
+        tape: record of the layers' passes.
     """
 
     total: Tensor
@@ -76,9 +75,9 @@ class SparseModule(LinkedModule):
     Args:
         optimizer: learning rate, weight decay and schedule.
         ema_decay: decay of an exponential moving average of the weights; validation, test and the weights in a
-            checkpoint are then the average. None: no average.
-        average_last: also write ``average.ckpt``, the mean of the weights at the ends of so many last epochs; a
-            comparison tests that one. None: no such file.
+            checkpoint are then the average. None for no average.
+        average_last: number of last epochs at whose ends the weights are averaged into ``average.ckpt``, which a
+            comparison tests. None for no such file.
 
     Raises:
         ValueError: ema_decay outside (0, 1), average_last below 1, or both.
@@ -90,22 +89,19 @@ class SparseModule(LinkedModule):
     monitor_mode: ClassVar[Literal["min", "max"]] = "min"
 
     readout: ClassVar[tuple[str, ...]] = ()
-    """Dotted names of the modules that read the outputs off the last hidden state; Muon leaves them to AdamW."""
+    """Dotted names of the modules that make the outputs of the last hidden state; Muon leaves them to AdamW."""
 
     aux_weight: float = 1.0
     """Weight of the layers' balance losses relative to the task's loss."""
 
     reports: bool = True
-    """The size, the speed and the reports of ``report_callbacks`` are made; a comparison sets it to False."""
+    """Whether size, speed and the reports of ``report_callbacks`` are made; a comparison sets it to False."""
 
     @classmethod
     def defaults_of_none(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """Return the configs that stand in for constructor arguments that are None, by name.
 
-        The command line writes them out, so that a run's configuration says what was in force.
-
-        Args:
-            arguments: the plain values that were given, by name.
+        ``arguments`` are the given plain values. The command line writes the configs into a run's configuration.
         """
         return {"optimizer": OptimizerConfig()}
 
@@ -137,41 +133,39 @@ class SparseModule(LinkedModule):
         raise NotImplementedError(f"{type(self).__name__} must define task_loss(batch)")
 
     def judged(self, batch: Any, out: TaskOutput, stage: Stage) -> TaskOutput:
-        """Return ``out`` with what the metrics compare where ``task_loss`` does not give it, such as decoded texts.
+        """Return ``out`` with arguments of the metrics that ``task_loss`` does not give, such as decoded texts.
 
-        Called in validation and test alone; no pass in here counts as routing of the evaluation."""
+        Only validation and test call this; no pass in here counts as routing of the evaluation."""
         return out
 
     def example_inputs(self, batch: Any) -> tuple[Any, ...]:
-        """Return the arguments of ``forward`` in a batch: what FLOPs are counted and predictions made with."""
+        """Return the arguments of ``forward`` in a batch, for predictions and for counting FLOPs."""
         raise NotImplementedError(f"{type(self).__name__} must define example_inputs(batch)")
 
     def cost_inputs(self, batch: Any) -> tuple[Any, ...]:
-        """Return ``example_inputs`` without padding: FLOPs are counted on these, and dense layers compute padding
-        while experts do not."""
+        """Return ``example_inputs`` without padding, which dense layers compute and experts do not, to count FLOPs."""
         return self.example_inputs(batch)
 
     def cost_unit(self, batch: Any) -> str:
-        """Return what the FLOPs of an example of ``batch`` are of: "an image", or with a length where the data decide
-        it, "a block of 128 tokens"."""
+        """Return the unit of the FLOPs of ``batch``: "an image", or with a length, "a block of 128 tokens"."""
         return "an example"
 
     def build_metrics(self) -> nn.Module | None:
-        """Return a torchmetrics ``MetricCollection`` of (outputs, targets), without prefix, or one ``Metric`` that
-        returns a dict of values by name, computed once a pass; None: the loss alone."""
+        """Return a ``MetricCollection`` of (outputs, targets) without prefix, or a ``Metric`` that returns a dict of
+        values by name, computed once a pass; None for the loss alone."""
         return None
 
     @property
     def shown_metrics(self) -> tuple[str, ...]:
-        """Metrics beside the monitored one on the progress bar and in tables, by names without the split.
+        """Return the names, without the split, of metrics that progress bar and tables show beside the monitored one.
 
-        Such as ``("auc_click", "auc_buy")``. A loss, an ``ece`` and an error are shown as they are, a share in percent.
+        A loss, an ``ece`` and an error are shown as they are, a share in percent.
         """
         return ()
 
     @property
     def metric_signatures(self) -> Mapping[str, str]:
-        """Return how metrics are made, by name, where their name alone does not tell: stands beside their values."""
+        """Return, by name, how a metric is made where its name does not tell; it is shown beside the values."""
         return {}
 
     def report_callbacks(self) -> list[Callback]:
@@ -181,7 +175,7 @@ class SparseModule(LinkedModule):
     # ---- steps
 
     def training_loss(self, batch: Any) -> TrainingLoss:
-        """Return the loss that a step minimises: the task's, plus the weighted balance losses of all MoE layers."""
+        """Return the loss that a step minimises: the task's plus the weighted balance losses of all MoE layers."""
         with core.record(self) as tape:
             out = self.task_loss(batch)
         aux = core.aux_losses(tape)
@@ -192,11 +186,11 @@ class SparseModule(LinkedModule):
         loss, out, aux, tape = self.training_loss(batch)
         terms = {"task loss": out.loss, **out.terms, **aux.terms}
         check_loss(loss, terms, self.global_step + 1, self.optimizer_config.lr)
-        # The loads alone: logits and scores of every micro-batch would stay until the optimizer's step.
+        # Only loads are kept: logits and scores of every micro-batch would stay until the optimizer's step.
         self._tape = tape.loads() if self._tape is None else self._tape.merge(tape.loads())
-        # Logged by step, never as an epoch's mean: Lightning does not save the running mean of an unfinished epoch.
+        # Values are logged by step: Lightning does not save the running mean of an unfinished epoch.
         own = {"loss": out.loss.detach(), **{name: value.detach() for name, value in out.terms.items()}}
-        # Not at each step: a call of log() costs as much as a tenth of a recommender's step.
+        # Most steps log nothing: a call of log() costs as much as a tenth of a recommender's step.
         shown = self._logs_this_step() or self.trainer.is_last_batch
         if shown:
             own = self._mean_over_processes(own)
@@ -205,7 +199,7 @@ class SparseModule(LinkedModule):
             self.log("train/loss", task_loss, prog_bar=True, batch_size=out.num_examples)
         if self._logs_this_step():
             terms = {f"train/{name}": value for name, value in {**own, **aux.terms}.items()}
-            if core.moe_layers(self):  # not by the tape: all ranks take part in the sums
+            if core.moe_layers(self):  # a rank with an empty tape takes part in the sums too
                 terms["train/aux_loss"] = aux.total
                 terms |= routing_metrics(core.RoutingStats.from_tape(tape).all_reduce())
             self.log_dict({k: v.detach() for k, v in terms.items()}, batch_size=1)
@@ -233,15 +227,15 @@ class SparseModule(LinkedModule):
         if stage in self._stage_metrics:
             metrics: Any = self._stage_metrics[stage]
             metrics.update(out.outputs, out.targets, *(() if out.groups is None else (out.groups,)))
-            if hasattr(metrics, "items"):  # a collection of metrics of one value each
+            if hasattr(metrics, "items"):  # it is a collection of metrics of one value each
                 self.log_dict(metrics, on_epoch=True, **shown)
 
     def stage_metrics(self, stage: Stage) -> Any:
-        """Return the metrics of "val" or "test", as ``build_metrics`` made them; None where there are none."""
+        """Return the metrics of "val" or "test"; None where there are none."""
         return dict(self._stage_metrics.items()).get(stage)
 
     def _log_metrics(self, stage: Stage) -> None:
-        """Compute and log a metric of many values, once; Lightning logs metrics of one value by itself."""
+        """Compute and log a metric of many values; Lightning logs metrics of one value by itself."""
         metrics: Any = self.stage_metrics(stage)
         if metrics is None or hasattr(metrics, "items"):
             return
@@ -249,19 +243,18 @@ class SparseModule(LinkedModule):
         on_bar = {self.monitor, *(f"val/{name}" for name in self.shown_metrics)}
         # Every rank has the same values already; with sync_dist Lightning does not warn that they might differ.
         for shown in (True, False):
-            some = {k: v for k, v in values.items() if (k in on_bar) == shown}
-            self.log_dict(some, prog_bar=shown, sync_dist=True)
+            part = {k: v for k, v in values.items() if (k in on_bar) == shown}
+            self.log_dict(part, prog_bar=shown, sync_dist=True)
         metrics.reset()
 
     def _log_stats(self, stage: Stage) -> None:
-        """Log the figures of the whole pass: the imbalance of the sum over batches and ranks, no mean of imbalances."""
+        """Log the figures of the whole pass: the imbalance of the sum over batches and ranks, not a mean."""
         stats, self._stats = self._stats, None
         if stats is None and not core.moe_layers(self):
             return
         # A rank without a batch takes part in the sums.
         stats = (stats or core.RoutingStats({})).all_reduce()
         if stats.layers:
-            # Every rank has the same figures already; with sync_dist Lightning does not warn that they might differ.
             self.log_dict(routing_metrics(stats, prefix=f"{stage}/routing"), sync_dist=True)
 
     # ---- optimizer
@@ -269,29 +262,29 @@ class SparseModule(LinkedModule):
     def configure_optimizers(self) -> dict[str, Any]:
         config = self.optimizer_config
         optimizer = build_optimizer(self, config)
-        # A plain function: the state of a LambdaLR holds none, so a resumed run follows its own flags.
+        # The state of a LambdaLR holds no plain function, so a resumed run follows its own flags.
         scheduler = LambdaLR(optimizer, lambda step: config.factor(step, self._total_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        # Here and not in on_train_batch_end: Lightning calls the callbacks' hook, which may save, before the module's.
+        # In on_train_batch_end it would be too late: Lightning calls the callbacks' hook, which may save, first.
         super().optimizer_step(*args, **kwargs)
         tape, self._tape = self._tape, None
-        if tape is not None:  # also where it is empty: other ranks may have passes, and wait
+        if tape is not None:  # an empty one counts too: other ranks may have passes, and wait
             core.update_expert_bias(self, tape)
 
     def on_train_start(self) -> None:
-        # Not in configure_optimizers: asking for the number of steps there makes Lightning set up the data loader
-        # before it has read the checkpoint, and the loader's position is then never restored.
+        # In configure_optimizers, asking for the number of steps would make Lightning set up the data loader before it
+        # has read the checkpoint, and the loader's position would never be restored.
         self._total_steps = float(self.trainer.estimated_stepping_batches)
         self._restore_own_rates()
-        # Lightning saves that a callback ended the training, but reads it not: resumed, it would do another epoch.
+        # Lightning saves that a callback ended the training, but never reads it: a resumed run would do another epoch.
         for callback in self.trainer.early_stopping_callbacks:
             if callback is not None and callback.stopping_reason != EarlyStoppingReason.NOT_STOPPED:
                 self.trainer.should_stop = True
 
     def _restore_own_rates(self) -> None:
-        """Set the rates of the step ahead: resuming loads the old run's with the optimizer, but this run's count."""
+        """Set this run's rates for the next step, since resuming loads the old run's with the optimizer."""
         optimizer, scheduler = self.optimizers(use_pl_optimizer=False), self.lr_schedulers()
         if not isinstance(optimizer, torch.optim.Optimizer) or not isinstance(scheduler, LambdaLR):
             return
@@ -339,7 +332,7 @@ class SparseModule(LinkedModule):
 
     def _start_pass(self, stage: Stage) -> None:
         self._stats = None
-        if stage in self._stage_metrics:  # a pass that was broken off leaves its part behind
+        if stage in self._stage_metrics:  # an interrupted pass leaves its part behind
             self._stage_metrics[stage].reset()  # type: ignore[operator]
 
     def _end_pass(self, stage: Stage) -> None:
