@@ -1,4 +1,4 @@
-"""Where the configurations lie, and how a file is written whole or not at all."""
+"""The place of the shipped configurations, and files that are written whole or not at all."""
 
 from __future__ import annotations
 

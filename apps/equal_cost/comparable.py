@@ -34,7 +34,7 @@ class Estimator(Protocol):
     """A baseline that is no LightningModule, such as boosted trees: ``Baseline.build`` may return one.
 
     It has no steps, learning rate or FLOPs. It may tune itself in ``fit``, on the validation split. Or its attribute
-    ``tunes`` is True, and ``tune(data, seed, search)`` returns plain settings, found in the time that ``search``, a
+    ``tunes`` is True, and ``tune(data, seed, search)`` returns plain settings, searched in the time that ``search``, a
     ``Search``, allows. They are searched once for all seeds, and are then the third argument of ``fit``.
     """
 

@@ -1,4 +1,4 @@
-"""Which checkpoint a word or a path means. Nothing heavy is imported: a missing one is known before torch is there."""
+"""A word or a path stands for a checkpoint. A missing one is reported before anything heavy is imported."""
 
 from __future__ import annotations
 

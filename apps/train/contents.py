@@ -1,4 +1,4 @@
-"""What a checkpoint holds: tensors and plain values, read without a pickle that could run code."""
+"""The contents of a checkpoint are tensors and plain values, read without a pickle that could run code."""
 
 from __future__ import annotations
 

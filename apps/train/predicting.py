@@ -1,4 +1,4 @@
-"""What a model hands over that predicts by itself, one input after the other, in place of Lightning's whole batches."""
+"""A model may predict by itself, one input after the other, in place of Lightning's whole batches."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 
 class Prediction(NamedTuple):
-    """What a model predicts of one input.
+    """The prediction for one input.
 
     Attributes:
         index: number of the input, from 0.

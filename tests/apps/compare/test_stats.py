@@ -45,10 +45,10 @@ def test_equal_differences_are_no_evidence():
 def test_float32_rounding_of_equal_differences_is_no_evidence(ours, theirs):
     # Accuracies on 144 images, each with as many right ones more.
     a, b = (torch.tensor([n / 144 for n in counts]).tolist() for counts in (ours, theirs))
-    found = paired_difference(a, b)
-    assert found.half_width == 0
-    assert found.mean == pytest.approx((ours[0] - theirs[0]) / 144)
-    assert verdict(found) == "no difference shown"
+    difference = paired_difference(a, b)
+    assert difference.half_width == 0
+    assert difference.mean == pytest.approx((ours[0] - theirs[0]) / 144)
+    assert verdict(difference) == "no difference shown"
     # One image of a million is a difference that float32 tells.
     other = [b[0] + 1e-6, *b[1:]]
     assert paired_difference(a, other).half_width > 0

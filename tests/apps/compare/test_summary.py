@@ -27,7 +27,7 @@ def finished(test: float, curve: list[tuple[int, float, float]], **further: floa
 
 
 def summary(speeds: dict | None = None, others: dict | None = None, further: tuple[str, ...] = ()):
-    found = [System("sparse", ""), System("dense_equal_flops", "wide"), System("trees", "", refused="no library")]
+    systems = [System("sparse", ""), System("dense_equal_flops", "wide"), System("trees", "", refused="no library")]
     finals = {
         "sparse": [
             finished(0.9, [(5, 2.0, 0.6), (10, 4.0, 0.9)], auc_a=0.95, log_loss_a=0.4),
@@ -40,10 +40,10 @@ def summary(speeds: dict | None = None, others: dict | None = None, further: tup
     }
     rates = {"sparse": (0.1, True), "dense_equal_flops": (0.1, False), "forest": (None, False)}
     if others:
-        found.append(System("forest", "no steps"))
+        systems.append(System("forest", "no steps"))
         finals |= others
     results = Results(finals, rates, speeds=speeds or {})
-    return summarize(found, results, (0, 1), metric="test/top1", higher_is_better=True, further=further)
+    return summarize(systems, results, (0, 1), metric="test/top1", higher_is_better=True, further=further)
 
 
 def test_equal_time_ends_when_the_fastest_ends():
@@ -148,13 +148,13 @@ def test_intervals_over_seeds_and_over_examples_are_told_apart():
 
 def test_flops_are_those_before_training_and_once_trained_where_these_differ():
     cost = {"num_params": 1, "active_params": 1}
-    found = [System("sparse", "", Cost(**cost, flops_per_example=2e6, unit="an image"))]
+    systems = [System("sparse", "", Cost(**cost, flops_per_example=2e6, unit="an image"))]
     finals = {"sparse": [finished(0.4, [(5, 2.0, 0.4)])]}
 
     def rows(trained: float) -> dict:
         speeds = {"sparse": {"cost": {**cost, "flops_per_example": trained, "replaced_flops_per_example": 1.0}}}
         results = Results(finals, {"sparse": (0.1, False)}, speeds=speeds)
-        s = summarize(found, results, (0,), metric="test/top1", higher_is_better=True)
+        s = summarize(systems, results, (0,), metric="test/top1", higher_is_better=True)
         return {line[0].strip(): line[1:] for line in cells(s)}
 
     assert rows(2e6)["MFLOPs an image"] == ["2.00"]

@@ -1,4 +1,4 @@
-"""What systems cost, by hand, and which may be called equal."""
+"""The costs of systems, counted by hand, and which of them may be called equal."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def test_names_say_what_is_claimed():
 
 @pytest.mark.parametrize("ratio, refused", [(1.0, False), (1.049, False), (0.951, False), (1.06, True), (0.94, True)])
 def test_five_percent(ratio, refused):
-    mine, its = (Cost(10, 10, 9e9, replaced_flops_per_example=r * 1000, replaced_params=100) for r in (1.0, ratio))
-    reason = check_equal("dense_equal_flops", mine, its)
+    sparse, dense = (Cost(10, 10, 9e9, replaced_flops_per_example=r * 1000, replaced_params=100) for r in (1.0, ratio))
+    reason = check_equal("dense_equal_flops", sparse, dense)
     assert bool(reason) == refused
     if refused:
         assert f"take {ratio * 1000:,.0f} FLOPs an example, the sparse model's 1,000: {ratio:.3f}" in reason
-    assert check_equal("shared_bottom", mine, its) == ""
+    assert check_equal("shared_bottom", sparse, dense) == ""
 
 
 def test_cost_is_counted_by_hand(config):
@@ -71,17 +71,17 @@ def test_equal_is_the_cost_of_the_training_forward(config, train, evaluation, fl
 def test_a_false_claim_is_left_out_with_its_reason(config):
     names = ("dense_equal_flops", "dense_double_equal_flops", "dense_equal_params", "centroids", "none")
     model, data = experiment(config, *offers(*names)).build("sparse")
-    found = {s.name: s for s in find_systems(model, next(iter(data.val_dataloader())))}
-    assert list(found) == ["sparse", *names]
-    assert not found["dense_equal_flops"].refused
-    assert found["dense_equal_flops"].replaced_ratio == 1.0
-    assert found["dense_double_equal_flops"].refused == (
+    systems = {s.name: s for s in find_systems(model, next(iter(data.val_dataloader())))}
+    assert list(systems) == ["sparse", *names]
+    assert not systems["dense_equal_flops"].refused
+    assert systems["dense_equal_flops"].replaced_ratio == 1.0
+    assert systems["dense_double_equal_flops"].refused == (
         "not called equal: its replaced blocks take 4,608 FLOPs an example, the sparse model's 2,304: "
         "2.000 of them, and the rule is within 5%"
     )
-    assert found["dense_equal_params"].params_ratio == 1.0
-    assert found["centroids"].cost is None
-    assert found["none"].refused == "it coincides with another"
+    assert systems["dense_equal_params"].params_ratio == 1.0
+    assert systems["centroids"].cost is None
+    assert systems["none"].refused == "it coincides with another"
 
 
 @dataclass(frozen=True)
@@ -113,9 +113,9 @@ def test_a_batch_may_be_an_object_and_a_block_may_hold_the_layers(config, monkey
     monkeypatch.setattr(kind, "moe_block_names", ("block",))
     model.block = torch.nn.Sequential(model.block)
     assert list(core.moe_layers(model)) == ["block.0"]
-    found = find_systems(model, Points(x, y))
-    assert [s.refused for s in found] == ["", ""]
-    assert found[1].replaced_ratio == 1.0
+    systems = find_systems(model, Points(x, y))
+    assert [s.refused for s in systems] == ["", ""]
+    assert systems[1].replaced_ratio == 1.0
     monkeypatch.setattr(kind, "example_inputs", lambda self, batch: ())
     with pytest.raises(ValueError, match="example_inputs gives nothing, which has no length to count examples by"):
         measure_cost(model, Points(x, y), ())

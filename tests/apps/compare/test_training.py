@@ -57,8 +57,8 @@ def test_a_module_that_averages_its_last_epochs_is_chosen_and_tested_by_the_aver
     alone = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
     for name, quality in (("average.ckpt", result["quality"]), ("last.ckpt", result["curve"][-1][2])):
         where = {"datamodule": data, "ckpt_path": str(unit.folder(tmp_path) / name), "verbose": False}
-        (found,) = alone.validate(module, **where, weights_only=True)
-        assert found["val/top1"] == pytest.approx(quality)
+        (validated,) = alone.validate(module, **where, weights_only=True)
+        assert validated["val/top1"] == pytest.approx(quality)
         (tested,) = alone.test(module, **where, weights_only=True)
         assert (tested["test/loss"] == pytest.approx(result["test"]["test/loss"])) == (name == "average.ckpt")
     assert [step for step, _, _ in result["curve"]] == [6, 12, 18]

@@ -103,11 +103,11 @@ def test_without_draws_it_serves_the_same_order_and_resumes_too(points, workers)
 def test_the_sampler_s_order_is_that_of_distributed_sampler(size, processes, shuffle):
     for rank in range(processes):
         options = {"num_replicas": processes, "rank": rank, "shuffle": shuffle, "seed": 3}
-        expected, found = DistributedSampler(range(size), **options), _Sampler(range(size), **options)
+        expected, ours = DistributedSampler(range(size), **options), _Sampler(range(size), **options)
         for epoch in (0, 4):
             expected.set_epoch(epoch)
-            found.set_epoch(epoch)
-            assert found.order().tolist() == list(found) == list(expected)
+            ours.set_epoch(epoch)
+            assert ours.order().tolist() == list(ours) == list(expected)
 
 
 def test_without_shuffling_the_order_is_the_dataset_s(points):

@@ -53,9 +53,9 @@ def files(run_dir: Path) -> list[str]:
 def test_the_mean_of_files_by_hand(tmp_path):
     for i, value in enumerate((1.0, 2.0, 6.0)):
         torch.save({"w": torch.full((2,), value), "half": torch.tensor(value).half()}, tmp_path / f"{i}.pt")
-    found = mean_weights([tmp_path / f"{i}.pt" for i in range(3)])
-    assert found["w"].tolist() == [3.0, 3.0]
-    assert (found["w"].dtype, found["half"].dtype) == (torch.float32, torch.float16)
+    mean = mean_weights([tmp_path / f"{i}.pt" for i in range(3)])
+    assert mean["w"].tolist() == [3.0, 3.0]
+    assert (mean["w"].dtype, mean["half"].dtype) == (torch.float32, torch.float16)
 
 
 def test_the_average_is_that_of_the_last_epochs_ends(config, tmp_path):
@@ -198,6 +198,6 @@ def test_the_average_is_what_is_validated_saved_and_left(tmp_path):
     fresh.load_state_dict(average)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = trainings.trainer(tmp_path / "again", logger=False).validate(fresh, TinyData(), verbose=False)
+        mean = trainings.trainer(tmp_path / "again", logger=False).validate(fresh, TinyData(), verbose=False)
     last = [r for r in trainings.rows(tmp_path) if r["val/loss"]][-1]
-    assert found[0]["val/loss"] == pytest.approx(float(last["val/loss"]))
+    assert mean[0]["val/loss"] == pytest.approx(float(last["val/loss"]))

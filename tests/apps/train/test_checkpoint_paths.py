@@ -1,4 +1,4 @@
-"""Which checkpoint a word or a path means."""
+"""A word or a path stands for a checkpoint."""
 
 from __future__ import annotations
 

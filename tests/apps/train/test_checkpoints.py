@@ -1,4 +1,4 @@
-"""Which checkpoints a run keeps, and that a failed write leaves the old one whole."""
+"""The best and the last checkpoint of a run are kept, and a failed write leaves the old one whole."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model costs, and what the figure is of: the same in a training and in a comparison."""
+"""The cost of a model is the same figure in a training and in a comparison."""
 
 from __future__ import annotations
 
@@ -65,12 +65,12 @@ def fitted(folder, caplog, **options):
 
 # A point: 2 * (2*8 + 8*3) of the ends, 2 * 8*4 of the router, 2 * 2 * 2*8*8 of two experts: 80 + 64 + 512 = 656.
 def test_a_training_and_a_comparison_count_the_same_and_say_of_what(tmp_path, caplog):
-    said = fitted(tmp_path, caplog)
-    assert said.endswith("MFLOPs a row of 5 points (forward)")
+    printed = fitted(tmp_path, caplog)
+    assert printed.endswith("MFLOPs a row of 5 points (forward)")
     sparse = find_systems(Rows(3, moe=MOE), next(iter(RowData().val_dataloader())))[0]
     assert sparse.cost.flops_per_example == 5 * 656
     assert sparse.cost.unit == "a row of 5 points"
-    assert f"{megaflops(sparse.cost.flops_per_example)} MFLOPs" in said
+    assert f"{megaflops(sparse.cost.flops_per_example)} MFLOPs" in printed
     assert "3280.0" in (tmp_path / "metrics.csv").read_text()
 
 

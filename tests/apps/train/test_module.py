@@ -157,8 +157,8 @@ def test_a_metric_of_many_values_is_computed_once_a_pass(tmp_path, monkeypatch, 
     assert {"val/top1", "val/groups", "val/loss"} <= set(made.progress_bar_metrics)
     assert "val/seen" not in made.progress_bar_metrics
     assert float(rows(tmp_path)[-1]["val/seen"]) == 24
-    (found,) = made.test(module, TinyData(), verbose=False)
-    assert found["test/top1"] == float(logged["val/top1"])  # the same points
+    (tested,) = made.test(module, TinyData(), verbose=False)
+    assert tested["test/top1"] == float(logged["val/top1"])  # the same points
     assert Counts.asked == [24, 24, 24]
     assert module.stage_metrics("test").seen == 0
 

@@ -82,12 +82,12 @@ def test_a_killed_process_resumes_exactly(config, tmp_path):
 
 def test_a_terminated_process_is_no_success_and_says_how_to_go_on(config, tmp_path):
     fit(config, tmp_path / "unbroken")
-    code, told = fit_and_signal(config, tmp_path / "run", signal.SIGTERM, step=3)
+    code, printed = fit_and_signal(config, tmp_path / "run", signal.SIGTERM, step=3)
     assert code == 143
     assert checkpoint(tmp_path / "run")["global_step"] >= 4  # it is written after the step that runs
-    last = told.strip().splitlines()[-1]
+    last = printed.strip().splitlines()[-1]
     assert last == "terminated; --ckpt_path last goes on from the last checkpoint, if there is one"
-    assert "Traceback" not in told
+    assert "Traceback" not in printed
     last = str(tmp_path / "run" / "checkpoints" / "last.ckpt")
     fit(config, tmp_path / "run", "--ckpt_path", last, "--model.seconds", "0.0")
     assert_same(tmp_path / "unbroken", tmp_path / "run")

@@ -106,13 +106,13 @@ def test_resuming_says_where_it_goes_on(config, capsys):
     argv = ["fit", "--config", config, "--run_dir", "run", "--ckpt_path", "last", "--trainer.max_epochs", "2"]
     assert main(argv) == 0
     # 24 examples in batches of 8: three steps an epoch.
-    said = capsys.readouterr().out
-    assert "going on from run/checkpoints/last.ckpt: step 3, epoch 2" in said
-    assert "trained 2 epochs, 6 steps (3 of them now), in" in said
+    printed = capsys.readouterr().out
+    assert "going on from run/checkpoints/last.ckpt: step 3, epoch 2" in printed
+    assert "trained 2 epochs, 6 steps (3 of them now), in" in printed
 
 
 def terminated(config, *flags, when):
-    """Start a training, send SIGTERM as soon as ``when()`` holds, and return its exit code and what it said."""
+    """Start a training, send SIGTERM as soon as ``when()`` holds, and return its exit code and what it printed."""
     process = subprocess.Popen(
         [sys.executable, "-m", "apps.cli", "fit", "--config", config, "--run_dir", "run", *flags],
         env=environment(),
@@ -156,8 +156,8 @@ def test_a_termination_in_the_validation_does_not_wait_for_its_batch(config):
         "            for _ in range(6000):\n"
         "                time.sleep(0.01)\n"  # a minute, after which this test's patience would be over
     )
-    code, said = terminated(config, when=Path("validating").exists)
-    assert code == 143, said
-    assert "terminated" in said
-    assert "Traceback" not in said
-    assert json.dumps(said).count("terminated") == 1
+    code, printed = terminated(config, when=Path("validating").exists)
+    assert code == 143, printed
+    assert "terminated" in printed
+    assert "Traceback" not in printed
+    assert json.dumps(printed).count("terminated") == 1

@@ -1,4 +1,4 @@
-"""What a loaded file may do: a checkpoint and the configuration beside it are data, and import nothing."""
+"""A loaded file is data: a checkpoint and the configuration beside it import nothing."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def test_an_adopted_configuration_is_said(trained, capsys):
 
 
 def test_every_run_of_the_apps_may_be_adopted():
-    # A text in a config's place would be a class or a file to the parser; elsewhere it is a text.
+    # A text in a config's place would be a class or a file to the parser; in other places it is a text.
     check_beside({"model": {"class_path": "apps.vision.module.VisionClassifier", "init_args": {}}}, Path("x"))
     arguments_from_plain(VisionData, {"dataset": "digits", "root": "some.folder", "mean": [0.5]}, "data")
     arguments_from_plain(VisionClassifier, {"moe_blocks": "last2", "vit": {"depth": 4}, "pretrained": "a.b"}, "model")
