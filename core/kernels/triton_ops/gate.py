@@ -12,44 +12,15 @@ from .environment import MAX_EXPERTS
 from .launch import Launch, power_of_two
 
 NUMBERS = 1024
-"""Of the logits that a program holds at once."""
+"""Logits that a program holds at once."""
 TOKENS_OF_A_SUM = 16
-"""At least so many add to one row of counts and sums, or these would be as large as the logits."""
+"""Fewest tokens that share a row of counts and sums: with one token a row these would be as large as the logits."""
 BLOCKS_AT_A_TIME = 256
-"""Whose counts and sums are added up side by side, of the few experts of a program."""
+"""Rows of counts and sums that a program adds up side by side, for its few experts."""
 
 
 def _tokens_at_a_time(columns: int) -> int:
     return max(1, min(64, NUMBERS // columns))
-
-
-@torch.library.custom_op("moesaic::triton_gate", mutates_args=())
-def _gate(
-    logits_TE: Tensor,
-    bias_E: Tensor | None,
-    valid_T: Tensor | None,
-    top_k: int,
-    softmax: bool,
-    normalize: bool,
-    num_groups: int,
-    limited_groups: int,
-    best_two: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return choose(logits_TE, bias_E, valid_T, top_k, softmax, normalize, num_groups, limited_groups, best_two, scale)
-
-
-@_gate.register_fake
-def _(logits_TE, bias_E, valid_T, top_k, softmax, normalize, num_groups, limited_groups, best_two, scale):
-    T, E = logits_TE.shape
-    return (
-        logits_TE.new_empty(T, E),
-        logits_TE.new_empty(T, top_k, dtype=torch.int64),
-        logits_TE.new_empty(T, top_k),
-        logits_TE.new_empty(E, dtype=torch.int64),
-        logits_TE.new_empty(E),
-        logits_TE.new_empty(1),
-    )
 
 
 def choose(
@@ -64,11 +35,10 @@ def choose(
     best_two: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Scores, ids, gates, loads, score sums and square sum: the launches of the gate."""
+    """Return scores, ids, gates, loads, score sums and the square sum; see ``TopK``."""
     logits_TE = logits_TE.contiguous()
     (T, E), like = logits_TE.shape, logits_TE
     limited = limited_groups if limited_groups < num_groups else 0
-    # Without a limit groups are of no account.
     groups = num_groups if limited else 1
     groups_pow2, within_pow2 = power_of_two(groups), power_of_two(E // groups)
     high = _tokens_at_a_time(groups_pow2 * within_pow2)
@@ -122,29 +92,20 @@ def choose(
     return scores_TE, ids_TK, gates_TK, chosen_E, score_sum_E, square_sum
 
 
-@torch.library.custom_op("moesaic::triton_gate_backward", mutates_args=())
-def _gate_backward(
-    dscores_TE: Tensor | None,
-    dgates_TK: Tensor,
-    dscore_sum_E: Tensor,
-    dsquare_sum: Tensor,
-    logits_TE: Tensor,
-    scores_TE: Tensor,
-    ids_TK: Tensor,
-    valid_T: Tensor | None,
-    softmax: bool,
-    normalize: bool,
-    scale: float,
-) -> Tensor:
-    grads = (dscores_TE, dgates_TK, dscore_sum_E, dsquare_sum)
-    return choose_grad(*grads, logits_TE, scores_TE, ids_TK, valid_T, softmax, normalize, scale)
+_gate = torch.library.custom_op("moesaic::triton_gate", choose, mutates_args=())
 
 
-@_gate_backward.register_fake
-def _(
-    dscores_TE, dgates_TK, dscore_sum_E, dsquare_sum, logits_TE, scores_TE, ids_TK, valid_T, softmax, normalize, scale
-):
-    return torch.empty_like(logits_TE, memory_format=torch.contiguous_format)
+@_gate.register_fake
+def _(logits_TE, bias_E, valid_T, top_k, *rest):
+    T, E = logits_TE.shape
+    return (
+        logits_TE.new_empty(T, E),
+        logits_TE.new_empty(T, top_k, dtype=torch.int64),
+        logits_TE.new_empty(T, top_k),
+        logits_TE.new_empty(E, dtype=torch.int64),
+        logits_TE.new_empty(E),
+        logits_TE.new_empty(1),
+    )
 
 
 def choose_grad(
@@ -160,14 +121,13 @@ def choose_grad(
     normalize: bool,
     scale: float,
 ) -> Tensor:
-    """The gradient of the logits: the launch of the gate's backward."""
+    """Return the gradient of the logits."""
     logits_TE = logits_TE.contiguous()
     dlogits_TE = torch.empty_like(logits_TE)
     (T, E), K = logits_TE.shape, ids_TK.shape[1]
     if T == 0:
         return dlogits_TE
     high = _tokens_at_a_time(power_of_two(E))
-    blocks = -(-T // high)
     dscores = scores_TE if dscores_TE is None else dscores_TE.contiguous()
     grads = (dscores, *(t.contiguous() for t in (dgates_TK, dscore_sum_E, dsquare_sum)))
     valid = logits_TE if valid_T is None else valid_T.contiguous().view(torch.uint8)
@@ -183,9 +143,17 @@ def choose_grad(
             "BLOCK_T": high,
             "E_POW2": power_of_two(E),
         },
-        lambda _: blocks,
+        lambda _: -(-T // high),
     ).run()
     return dlogits_TE
+
+
+_gate_backward = torch.library.custom_op("moesaic::triton_gate_backward", choose_grad, mutates_args=())
+
+
+@_gate_backward.register_fake
+def _(dscores_TE, dgates_TK, dscore_sum_E, dsquare_sum, logits_TE, *rest):
+    return torch.empty_like(logits_TE, memory_format=torch.contiguous_format)
 
 
 def _setup(ctx, inputs, output):

@@ -183,8 +183,8 @@ def samples() -> dict[str, tuple[object, tuple[object, ...]]]:
     chosen = (logits, logits.softmax(-1), torch.tensor([[0, 1]] * T), valid, True, True, 1.0)
     wants = [False, True, False, False, False, False]
     return {
-        "places": (sort.places, (ids, E + 1)),
-        "places in queues": (sort._queue_ranks, (ids.view(T, K), torch.randperm(T), E + 1)),
+        "places": (sort._places, (ids, E + 1)),
+        "places in queues": (sort._ranks, (ids.view(T, K), torch.randperm(T), E + 1)),
         "experts": (experts._expert_ffn, (*ffn, None, None, None, placed.inverse_N, None, K, "gelu", True)),
         "gated experts": (experts._expert_ffn, (*ffn, *biases, leaf(w_in), *by_token, 0, "silu", True)),
         "backward": (
