@@ -1,4 +1,4 @@
-"""Compiles every kernel for cards that are not there, and says what they need of the card.
+"""Compile every kernel for cards that are not there, and say what each needs of the card.
 
     python -m core.kernels.triton_ops.ahead                      # every kernel and tile, for sm_80, sm_90 and sm_100
     python -m core.kernels.triton_ops.ahead --arch 90 --dtypes bfloat16 --kernels up linear
@@ -61,14 +61,17 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Compiled:
-    """What one kernel with one tile needs of one card.
+    """The needs of one kernel with one tile on one card.
 
     Attributes:
-        kernel, widths, arch, dtype, tile: which.
-        registers: of a thread. spill: bytes of them in memory. shared: bytes of shared memory of a program.
-        products, tensor_cores: the kernel multiplies matrices; its code has tensor-core instructions.
+        kernel, widths, arch, dtype, tile: what was compiled.
+        registers: registers of a thread.
+        spill: bytes of registers that a thread keeps in memory.
+        shared: bytes of shared memory of a program.
+        products: whether the kernel multiplies matrices.
+        tensor_cores: whether its code has tensor-core instructions.
         in_flight: loads that may still be on the way when the pipeline first waits; None without a pipeline.
-        widest: bytes that a thread loads at a time at most.
+        widest: most bytes that a thread loads at a time.
     """
 
     kernel: str
@@ -85,7 +88,7 @@ class Compiled:
     widest: int
 
     def wrong(self) -> str | None:
-        """What does not fit, None where all does."""
+        """Return what does not fit the card, or None."""
         if self.shared > SHARED_MEMORY[self.arch]:
             return f"needs {self.shared} bytes of shared memory, sm_{self.arch} has {SHARED_MEMORY[self.arch]}"
         if self.spill > MAX_SPILL:
@@ -100,7 +103,7 @@ class Compiled:
 def launches(
     dtype: torch.dtype, widths: tuple[int, int], *, tokens: int = 32768, num_experts: int = 64, top_k: int = 8
 ) -> list[Launch]:
-    """Every kernel with the flags that change its code, on tensors that are not there."""
+    """Return launches of every kernel with the flags that change its code, on tensors of the meta device."""
     E, K, device = num_experts, top_k, torch.device("meta")
     R, T, (D, F) = tokens * K, tokens, widths
 
@@ -111,7 +114,7 @@ def launches(
     gates_R = of(R, kind=torch.float32)
     x, x_R, hidden_R = of(T, D), of(R, D), of(R, F)
     w, w_out, b_in, b_out = of(E, D, F), of(E, F, D), of(E, F), of(E, D)
-    with written_down() as found:
+    with written_down() as starts:
         products.up(x, index_R, offsets_E, w, None, None, "gelu", R, True)
         products.up(x, index_R, offsets_E, w, w, None, "silu", R, True)
         products.up(x, index_R, offsets_E, w, w, b_in, "gelu", R, True)
@@ -137,7 +140,7 @@ def launches(
         sums.sum_rows(x_R, index_R, of(T + 1, kind=torch.int64), offsets_E, None, T, 0, dtype)
         sums.sum_rows_grad(of(T, D, kind=torch.float32), x_R, index_R, offsets_E, gates_R, dtype)
         sums.sum_rows_grad(of(T, D, kind=torch.float32), None, index_R, offsets_E, None, dtype)
-        if dtype == torch.float32:  # these see no other
+        if dtype == torch.float32:  # these kernels take no other dtype
             ids, logits_TE = of(R, kind=torch.int64), of(T, E)
             sort.find_places(ids, E + 1)
             sort.find_ranks(ids.view(T, K), of(T, kind=torch.int64), E + 1)
@@ -154,11 +157,11 @@ def launches(
                 ids_TK = of(T, K, kind=torch.int64)
                 for dscores_TE, valid_T in ((None, None), (logits_TE, None), (logits_TE, real_T)):
                     gate.choose_grad(dscores_TE, *grads, logits_TE, logits_TE, ids_TK, valid_T, softmax, normalize, 1.0)
-    return found
+    return starts
 
 
 def compile_launch(launch: Launch, tile: Tile | None, arch: int, dtype: str) -> Compiled:
-    """The kernel of this launch for ``sm_<arch>``; ``dtype`` is its name in ``PRODUCTS``."""
+    """Compile the kernel of this launch for ``sm_<arch>``; ``dtype`` is its name in ``PRODUCTS``."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -189,7 +192,7 @@ def compile_launch(launch: Launch, tile: Tile | None, arch: int, dtype: str) -> 
 def specialized(
     function: Any, args: Sequence[Any], options: dict[str, Any]
 ) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int, ...], list[list[Any]]]]:
-    """What the launcher compiles a kernel for: types, constants, and which arguments are multiples of 16."""
+    """Return what the launcher compiles a kernel for: types, constants, and which arguments are multiples of 16."""
     constants = {name: value for name, value in options.items() if name in function.arg_names}
     signature: dict[str, str] = {}
     aligned: dict[tuple[int, ...], list[list[Any]]] = {}
@@ -218,17 +221,17 @@ def _widest_load(ptx: str) -> int:
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers of a thread, and bytes of its stack, where spilled ones are."""
+    """Return the registers of a thread, and the bytes of its stack, which holds the spilled ones."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        said = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    registers, stack = (re.search(rf"\b{word}:(\d+)", said) for word in ("REG", "STACK"))
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack = (re.search(rf"\b{word}:(\d+)", usage) for word in ("REG", "STACK"))
     if registers is None or stack is None:
-        raise RuntimeError(f"cuobjdump says neither registers nor stack: {said.strip()[:200]}")
+        raise RuntimeError(f"cuobjdump says neither registers nor stack: {usage.strip()[:200]}")
     return int(registers[1]), int(stack[1])
 
 
@@ -240,7 +243,7 @@ def compile_all(
     *,
     all_flags: bool = True,
 ) -> Iterator[Compiled]:
-    """Each kernel with each tile that tuning may choose.
+    """Compile each kernel with each tile that tuning may choose.
 
     Args:
         archs: of ``ARCHS``.
@@ -259,8 +262,8 @@ def compile_all(
         for pair, tokens, num_experts, top_k in sizes:
             with _precision(dtype):
                 shape = {"tokens": tokens, "num_experts": num_experts, "top_k": top_k}
-                found = launches(PRODUCTS[dtype], WIDTHS[pair], **shape)
-            for launch in found:
+                starts = launches(PRODUCTS[dtype], WIDTHS[pair], **shape)
+            for launch in starts:
                 name = launch.kernel.split(".")[1]
                 if kernels is not None and name not in kernels:
                     continue
@@ -279,7 +282,7 @@ def compile_all(
 
 @contextlib.contextmanager
 def _precision(dtype: str) -> Iterator[None]:
-    """Inside, float32 products are of the precision that ``dtype`` names."""
+    """Give float32 products the precision that ``dtype`` names, inside the ``with`` block."""
     matmul = torch.backends.cuda.matmul
     before, matmul.fp32_precision = matmul.fp32_precision, "tf32" if dtype == "tf32" else "ieee"
     try:

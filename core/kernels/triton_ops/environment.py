@@ -1,4 +1,4 @@
-"""What can run here: which Triton, which card. Imports no Triton."""
+"""The Triton version and the card that are here. This file imports no Triton."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @cache
 def triton_version() -> tuple[int, ...] | None:
-    """Of the installed Triton, None without one."""
+    """Return the major and minor version of the installed Triton: None without one, () where it is unknown."""
     if importlib.util.find_spec("triton") is None:
         return None
     for name in ("triton", "pytorch-triton", "triton-windows"):
@@ -27,21 +27,24 @@ def triton_version() -> tuple[int, ...] | None:
         except importlib.metadata.PackageNotFoundError:
             continue
         return tuple(int(part) for part in version.split("+")[0].split(".")[:2] if part.isdigit())
-    return ()  # a build of one's own, of unknown version
+    return ()
 
 
 def interpreted() -> bool:
-    """``TRITON_INTERPRET=1``: the kernels run on the CPU, slowly, as the tests do."""
+    """Return whether ``TRITON_INTERPRET=1`` runs the kernels on the CPU, slowly, as in the tests."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def upcast(dtype: torch.dtype) -> bool:
-    """The interpreter multiplies bfloat16 as whole numbers and cuts off where it should round: kernels see to it."""
+    """Return whether kernels have to compute in float32, and round by themselves.
+
+    The interpreter multiplies bfloat16 as whole numbers and cuts off where it should round.
+    """
     return interpreted() and dtype == torch.bfloat16
 
 
 def card(device: torch.device) -> tuple[int, int]:
-    """Compute capability of a CUDA device; without an index that of the current one."""
+    """Return the compute capability of a CUDA device, of the current one if ``device`` has no index."""
     return _capability(torch.cuda.current_device() if device.index is None else device.index)
 
 
@@ -51,13 +54,13 @@ def _capability(index: int) -> tuple[int, int]:
 
 
 def missing(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the kernels cannot run on tensors of this device and dtype, in a few words; None where they can."""
+    """Return in a few words why the kernels cannot run on tensors of this device and dtype, or None."""
     version = triton_version()
     if version is None:
         return "triton is not installed (pip install 'moesaic[kernels]')"
     if version and version < OLDEST_TRITON:
-        found, oldest = (".".join(map(str, v)) for v in (version, OLDEST_TRITON))
-        return f"triton {found} is older than {oldest} (pip install -U 'moesaic[kernels]')"
+        installed, oldest = (".".join(map(str, v)) for v in (version, OLDEST_TRITON))
+        return f"triton {installed} is older than {oldest} (pip install -U 'moesaic[kernels]')"
     if dtype not in DTYPES:
         return f"the kernels have no {dtype}"
     if device.type == "cpu":
@@ -65,8 +68,8 @@ def missing(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cuda" or torch.version.hip is not None:
         return f"the kernels are for CUDA, not for {device.type}"
     if card(device) < OLDEST_CARD:
-        found, oldest = ("sm_{}{}".format(*v) for v in (card(device), OLDEST_CARD))
-        return f"a card of {found} is older than {oldest}"
+        this, oldest = ("sm_{}{}".format(*v) for v in (card(device), OLDEST_CARD))
+        return f"a card of {this} is older than {oldest}"
     return None
 
 

@@ -17,7 +17,7 @@ from .environment import card
 from .tuning import Tile, block_k, tiles, tuner
 
 FUSED = {"enable_fp_fusion": True}
-"""A product and a sum in one rounding: left unsaid, it hangs on Triton's version and environment, and 3.9 warns."""
+"""A product and a sum are rounded once. The default depends on Triton's version and environment, and 3.9 warns."""
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,11 @@ class Launch:
     Attributes:
         kernel: "file.function" below ``jit``.
         args: tensors and whole numbers, in the order of the kernel's parameters.
-        constants: what is compiled in, tile aside.
-        grid: programs to start, given the tile.
-        tile: what ``tuning`` calls the kernel, its shape (experts, width summed over or rows of the result, columns of
+        constants: values that are compiled in, tile aside.
+        grid: number of programs to start, given the tile.
+        tile: the kernel's name in ``tuning``, its shape (experts, width summed over or rows of the result, columns of
             the result), the dtype of the products and the mean rows of an expert; None where nothing is tuned.
-        warps: where nothing is tuned.
+        warps: warps of a program where nothing is tuned.
     """
 
     kernel: str
@@ -42,7 +42,7 @@ class Launch:
     warps: int = 4
 
     def options(self, tile: Tile | None) -> dict[str, Any]:
-        """Constants and compiler options with this tile."""
+        """Return the constants and compiler options with this tile."""
         options = {**self.constants, **FUSED}
         if tile is None or self.tile is None:
             return {**options, "num_warps": self.warps}
@@ -54,11 +54,11 @@ class Launch:
         return {**options, "GROUP": tile.group, "UNIT_K": math.gcd(shape[1], 16)}
 
     def tiles(self) -> tuple[Tile | None, ...]:
-        """All that tuning may choose from."""
+        """Return the tiles that tuning may choose from."""
         return (None,) if self.tile is None else tiles(self.tile[0], self.tile[1][1:], self.tile[2], self.tile[3])
 
     def flags(self) -> tuple[str, ...]:
-        """What tells launches of one shape apart: the constants that are on, and the words among them."""
+        """Return what tells launches of one shape apart: the constants that are on, and the words among them."""
         constants = self.constants.items()
         return tuple(name if on is True else on for name, on in constants if on is True or isinstance(on, str))
 
@@ -66,7 +66,7 @@ class Launch:
         jit_function(self.kernel)[(self.grid(tile),)](*self.args, **self.options(tile))
 
     def run(self) -> None:
-        """Start it with the best tile, on the card where its tensors are."""
+        """Start the kernel with the best tile, on the card where its tensors are."""
         if _WRITTEN_DOWN is not None:
             _WRITTEN_DOWN.append(self)
             return
@@ -87,7 +87,7 @@ _WRITTEN_DOWN: list[Launch] | None = None
 
 @contextlib.contextmanager
 def written_down() -> Iterator[list[Launch]]:
-    """Inside the block nothing runs: the launches are collected. Their tensors may be on the meta device."""
+    """Collect the launches inside the block, and run none. Their tensors may be on the meta device."""
     global _WRITTEN_DOWN
     before, _WRITTEN_DOWN = _WRITTEN_DOWN, []
     try:
@@ -97,7 +97,7 @@ def written_down() -> Iterator[list[Launch]]:
 
 
 def dense(*tensors: Tensor | None) -> list[Any]:
-    """Each of them contiguous, a copy where it must be: kernels know no strides."""
+    """Return each tensor contiguous, as a copy where it must be: kernels know no strides."""
     return [None if t is None else t.contiguous() for t in tensors]
 
 
@@ -117,8 +117,10 @@ def _multiprocessors(index: int) -> int:
 
 
 def programs(total: int, like: Tensor) -> int:
-    """How many programs walk ``total`` tiles: on Hopper and later, where that saves the starts, two for each
-    multiprocessor, whether or not the second one has room beside the first; one for each tile before."""
+    """Return how many programs walk ``total`` tiles.
+
+    On Hopper and later it is two for each multiprocessor, which saves starts; on older cards one for each tile.
+    """
     if like.device.type != "cuda" or card(like.device) < (9, 0):
         return total
     index = torch.cuda.current_device() if like.device.index is None else like.device.index
@@ -126,5 +128,5 @@ def programs(total: int, like: Tensor) -> int:
 
 
 def power_of_two(n: int) -> int:
-    """The least power of two that is not below ``n``."""
+    """Return the least power of two that is not below ``n``."""
     return 1 << max(n - 1, 0).bit_length()

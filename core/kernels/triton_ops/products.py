@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -15,13 +16,13 @@ ROWS_AT_A_TIME = 64
 
 
 def _flags(x: Tensor) -> dict[str, object]:
-    """How products of this dtype are taken: float32 exactly unless torch's own are allowed tf32."""
+    """Return the flags of products of this dtype: float32 is exact unless torch's own products may use tf32."""
     tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return {"PRECISION": "tf32" if tf32 else "ieee", "UPCAST": upcast(x.dtype)}
 
 
 def _tiles_m(rows: int, experts: int, height: int) -> int:
-    """The most row tiles that there can be: one unfinished tile for each expert that has rows."""
+    """Return the most row tiles that there can be: one unfinished tile for each expert that has rows."""
     return -(-rows // height) + min(experts, rows)
 
 
@@ -36,7 +37,7 @@ def up(
     rows: int,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``hidden`` (R, F), and with ``keep`` the pre-activations of ``w`` and ``w_gate``, else empty ones."""
+    """Return ``hidden`` (R, F), and the pre-activations of ``w`` and ``w_gate``, empty without ``keep``."""
     E, D, F = w.shape
     hidden = x.new_empty(rows, F)
     pre = x.new_empty(rows if keep else 0, F)
@@ -47,21 +48,10 @@ def up(
         "GATED": w_gate is not None,
         "BIAS": bias is not None,
         "KEEP": keep,
-        "EVEN_K": D % block_k(x.dtype) == 0,
-        "E_POW2": power_of_two(E),
-        **_flags(x),
     }
-    pointers = (x, _or(row_index_R, offsets_E), offsets_E, w, _or(w_gate, w), _or(bias, w))
-    _by_rows(
-        "products.up",
-        "up" if w_gate is None else "up_geglu" if activation == "gelu" else "up_swiglu",
-        (*pointers, pre, pre_gate, hidden, D, F, E, rows),
-        constants,
-        (E, D, F),
-        rows,
-        F,
-        x,
-    ).run()
+    pointers = (x, _or(row_index_R, offsets_E), offsets_E, w, _or(w_gate, w), _or(bias, w), pre, pre_gate, hidden)
+    tuned_as = "up" if w_gate is None else "up_geglu" if activation == "gelu" else "up_swiglu"
+    _by_rows("up", tuned_as, pointers, constants, (E, D, F), rows, x)
     return hidden, pre, pre_gate
 
 
@@ -78,12 +68,12 @@ def linear(
     row_index_R: Tensor | None = None,
     clear: bool = False,
 ) -> None:
-    """``out = g (x w + x2 w2 + b)``; rows go to ``row_index_R`` of ``out`` where it is given.
+    """Compute ``out = g (x w + x2 w2 + b)``; rows go to ``row_index_R`` of ``out`` where it is given.
 
     Args:
         x: (R, D); w: (E, D, N), or ``transposed`` (E, N, D).
         second: x2 and w2, of the same shapes.
-        clear: rows past the last offset are set to zero, and not left as they are; not with ``row_index_R``.
+        clear: set rows past the last offset to zero; not with ``row_index_R``.
     """
     E, D, N = w.shape if not transposed else (w.shape[0], w.shape[2], w.shape[1])
     x2, w2 = second or (x, w)
@@ -94,21 +84,9 @@ def linear(
         "WEIGHTED": gates_R is not None,
         "SCATTER": row_index_R is not None,
         "CLEAR": clear,
-        "EVEN_K": D % block_k(x.dtype) == 0,
-        "E_POW2": power_of_two(E),
-        **_flags(x),
     }
     pointers = (x, x2, w, w2, _or(bias, w), _or(gates_R, x), _or(row_index_R, offsets_E), offsets_E, out)
-    _by_rows(
-        "products.linear",
-        "linear",
-        (*pointers, D, N, E, x.shape[0]),
-        constants,
-        (E, D, N),
-        x.shape[0],
-        N,
-        x,
-    ).run()
+    _by_rows("linear", "linear", pointers, constants, (E, D, N), x.shape[0], x)
 
 
 def hidden_grad(
@@ -122,24 +100,17 @@ def hidden_grad(
     pre_gate: Tensor | None,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the pre-activations (times the gates), the hidden rows times the gates, and the gates' gradient."""
+    """Return the pre-activations' gradients and the hidden rows, both times the gates, and the gates' gradient."""
     (E, F, N), R = w_out.shape, gates_R.shape[0]
     dpre, weighted = torch.empty_like(pre), torch.empty_like(pre)
     dpre_gate = dy.new_empty(0, F) if pre_gate is None else torch.empty_like(pre_gate)
-    constants = {
-        "ACT": activation,
-        "GATHER": row_index_R is not None,
-        "GATED": pre_gate is not None,
-        "EVEN_K": N % block_k(dy.dtype) == 0,
-        "E_POW2": power_of_two(E),
-        **_flags(dy),
-    }
+    constants = {"ACT": activation, "GATHER": row_index_R is not None, "GATED": pre_gate is not None}
     index = _or(row_index_R, offsets_E)
     (tile,) = tiles("hidden_grad", (N, F), dy.dtype, R / E)
     parts = -(-F // tile.n)
     partial = dy.new_empty(R, parts, dtype=torch.float32)
     pointers = (dy, index, offsets_E, w_out, gates_R, pre, _or(pre_gate, pre), dpre, dpre_gate, weighted, partial)
-    _by_rows("products.hidden_grad", "hidden_grad", (*pointers, N, F, E, R), constants, (E, N, F), R, F, dy).run()
+    _by_rows("hidden_grad", "hidden_grad", pointers, constants, (E, N, F), R, dy)
     dgates_R = torch.zeros_like(gates_R)
     height = 16 if interpreted() else 32
     Launch(
@@ -167,7 +138,7 @@ def weight_grad(
     left_index_R: Tensor | None = None,
     right_index_R: Tensor | None = None,
 ) -> Tensor:
-    """``left^T right`` over the rows of each expert, (E, M, N); one of the two may be gathered by its index."""
+    """Return ``left^T right`` over the rows of each expert, (E, M, N); one of the two may be gathered by its index."""
     E, M, N = offsets_E.shape[0], left.shape[1], right.shape[1]
     R = next((i.shape[0] for i in (left_index_R, right_index_R) if i is not None), left.shape[0])
     dw = left.new_empty(E, M, N)
@@ -191,7 +162,7 @@ def weight_grad(
 def column_sums(
     x: Tensor, offsets_E: Tensor, gates_R: Tensor | None = None, row_index_R: Tensor | None = None
 ) -> Tensor:
-    """Sum of the (gated) rows of each expert, float32 (E, N)."""
+    """Return the sum of the (gated) rows of each expert, float32 (E, N)."""
     E, N = offsets_E.shape[0], x.shape[1]
     width = 32 if interpreted() else 64
     out = x.new_empty(E, N, dtype=torch.float32)
@@ -213,23 +184,24 @@ def column_sums(
 def _by_rows(
     kernel: str,
     tuned_as: str,
-    args: tuple[object, ...],
-    constants: dict[str, object],
+    pointers: tuple[Tensor, ...],
+    constants: Mapping[str, object],
     shape: tuple[int, int, int],
     rows: int,
-    width: int,
     like: Tensor,
-) -> Launch:
-    """A launch over tiles of ``rows`` rows by expert and ``width`` columns; ``shape`` starts with E."""
-    E = shape[0]
+) -> None:
+    """Launch a kernel over tiles of ``rows`` rows; ``shape`` is E, the width summed over and the output's width."""
+    E, summed, width = shape
 
     def grid(tile: Tile | None) -> int:
         assert tile is not None
         return programs(_tiles_m(rows, E, tile.m) * -(-width // tile.n), like)
 
-    return Launch(kernel, args, constants, grid, (tuned_as, shape, like.dtype, rows / max(E, 1)))
+    by_shape = {"EVEN_K": summed % block_k(like.dtype) == 0, "E_POW2": power_of_two(E), **_flags(like)}
+    tile = (tuned_as, shape, like.dtype, rows / max(E, 1))
+    Launch(f"products.{kernel}", (*pointers, summed, width, E, rows), {**constants, **by_shape}, grid, tile).run()
 
 
 def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
-    """A pointer for a parameter that the kernel does not read."""
+    """Return ``tensor``, or without one a pointer for a parameter that the kernel does not read."""
     return other if tensor is None else tensor

@@ -1,4 +1,4 @@
-"""Tiles: which sizes a kernel may run in, and which of them it runs in.
+"""The tiles that a kernel may run in, and the choice among them.
 
 Nothing here changes a bit of a result: tiles differ in rows, columns, warps and stages, and every sum runs over
 ``BLOCK_K`` numbers at a time from first to last. ``hidden_grad`` sums along a row inside its tile, so its tile is not
@@ -16,7 +16,6 @@ import contextlib
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -37,7 +36,8 @@ class Tile:
 
     Attributes:
         m, n: rows and columns of an output tile.
-        warps, stages: of a program, and of its pipeline of loads.
+        warps: warps of a program.
+        stages: stages of its pipeline of loads.
         group: row tiles that run side by side over the same columns.
     """
 
@@ -112,7 +112,8 @@ FULL_TILES = {
     "weight_grad": FULL_SQUARE,
 }
 RAGGED_TILES = {kernel: RAGGED_SQUARE if kernel == "weight_grad" else RAGGED for kernel in HALF_TILES}
-# The same of float32 rows that are no multiple of 4: with 4 warps ``linear`` spilled 288 bytes on sm_80, none with 8.
+# The same holds for float32 rows that are no multiple of 4: on sm_80 ``linear`` spilled 288 bytes with 4 warps, none
+# with 8.
 FULL_RAGGED_TILES = {
     **FULL_TILES,
     "linear": (Tile(64, 64, 8, 3), Tile(32, 64, 8, 3), Tile(16, 64, 4, 3)),
@@ -123,20 +124,20 @@ BY_ROWS = {"up", "up_geglu", "up_swiglu", "linear", "hidden_grad"}
 
 
 def block_k(dtype: torch.dtype) -> int:
-    """Numbers of a sum taken at a time: part of the result, and so never tuned."""
+    """Return how many numbers of a sum are taken at a time: it changes the result, and so is never tuned."""
     if interpreted():
         return 16
     return 64 if dtype.itemsize == 2 else 32
 
 
 def tiles(kernel: str, widths: Sequence[int], dtype: torch.dtype, rows_per_expert: float) -> tuple[Tile, ...]:
-    """What may be tried, the default first: tiles are not more than twice as high as an expert has rows.
+    """Return the tiles to try, the default first. None is more than twice as high as an expert has rows.
 
     Args:
         kernel: a key of ``HALF_TILES``.
-        widths: of the rows that it reads and writes.
-        dtype: of the products.
-        rows_per_expert: the mean.
+        widths: widths of the rows that it reads and writes.
+        dtype: dtype of the products.
+        rows_per_expert: mean rows of an expert.
     """
     if interpreted():
         return INTERPRETED
@@ -156,11 +157,7 @@ def tiles(kernel: str, widths: Sequence[int], dtype: torch.dtype, rows_per_exper
 
 
 class Tuner:
-    """Measures tiles on one kind of card, and remembers the best of each shape.
-
-    Args:
-        card: its name.
-    """
+    """Measures tiles on the kind of card that is named ``card``, and remembers the best of each shape."""
 
     def __init__(self, card: str) -> None:
         self.card = card
@@ -177,14 +174,12 @@ class Tuner:
         rows_per_expert: float,
         run: Callable[[Tile], Any],
     ) -> Tile:
-        """The tile for this launch.
+        """Return the tile for this launch.
 
         Args:
-            kernel: a key of ``HALF_TILES``.
+            kernel, dtype, rows_per_expert: as in ``tiles``.
             shape: experts and the two widths.
-            flags: what else tells launches apart.
-            dtype: of the products.
-            rows_per_expert: the mean.
+            flags: ``Launch.flags``.
             run: launches the kernel with a tile, into the buffers of the real launch.
         """
         candidates = tiles(kernel, shape[1:], dtype, rows_per_expert)
@@ -225,28 +220,26 @@ class Tuner:
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with _locked(self.file):
-                # Others have measured since it was read, and theirs stay.
+                # Other processes have measured since it was read, and their tiles stay.
                 self.best = {**_read(self.file), **self.best}
-                # Beside its place, then moved: another process may be reading.
-                with tempfile.NamedTemporaryFile("w", dir=self.file.parent, suffix=".tmp", delete=False) as new:
-                    try:
-                        json.dump({key: asdict(tile) for key, tile in self.best.items()}, new, indent=1)
-                        new.flush()
-                        os.replace(new.name, self.file)
-                    except OSError:
-                        Path(new.name).unlink(missing_ok=True)
-                        raise
+                # Another process may be reading: the file is written beside its place and then moved.
+                new = self.file.with_suffix(f".{os.getpid()}.tmp")
+                try:
+                    new.write_text(json.dumps({key: asdict(tile) for key, tile in self.best.items()}, indent=1))
+                    new.replace(self.file)
+                finally:
+                    new.unlink(missing_ok=True)
         except OSError as error:
             log.warning("measured tiles are not kept: %s cannot be written (%s)", self.file, error)
             self.file = None
 
 
 def _read(file: Path) -> dict[str, Tile]:
-    """The tiles of a file, those of an older list left out; none where there is no file, or where it cannot be read."""
+    """Return the tiles of a file, without those of an older list. Where it cannot be read there are none."""
     known = {tile for table in TABLES for listed in table.values() for tile in listed}
     try:
-        found = {key: Tile(**values) for key, values in json.loads(file.read_text()).items()}
-        return {key: tile for key, tile in found.items() if tile in known}
+        kept = {key: Tile(**values) for key, values in json.loads(file.read_text()).items()}
+        return {key: tile for key, tile in kept.items() if tile in known}
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError, AttributeError) as error:
@@ -256,7 +249,7 @@ def _read(file: Path) -> dict[str, Tile]:
 
 @contextlib.contextmanager
 def _locked(file: Path) -> Iterator[None]:
-    """One process at a time, by a file beside it. Where the system has no such locks (Windows) the last one wins."""
+    """Let one process in at a time, by a file beside ``file``. Without such locks (Windows) the last one wins."""
     try:
         import fcntl
     except ImportError:
@@ -268,7 +261,7 @@ def _locked(file: Path) -> Iterator[None]:
 
 
 def _fastest(candidates: Sequence[Tile], run: Callable[[Tile], Any]) -> Tile | None:
-    """None where there is no room to measure in: the timer wants memory of its own, in the middle of a step."""
+    """Return the fastest tile, or None where there is no room for the timer's own memory in the middle of a step."""
     from triton.runtime.errors import OutOfResources, PTXASError
     from triton.testing import do_bench
 
@@ -285,5 +278,5 @@ def _fastest(candidates: Sequence[Tile], run: Callable[[Tile], Any]) -> Tile | N
 
 @cache
 def tuner(card: str) -> Tuner:
-    """The one of this kind of card: tensors of a process may lie on several."""
+    """Return the tuner of this kind of card: tensors of a process may lie on several kinds."""
     return Tuner(card)

@@ -9,7 +9,7 @@ import triton.language as tl
 
 @triton.jit
 def _expert_of(column, E, num_groups, IN_GROUP_POW2: tl.constexpr):
-    """The expert of a column, -1 where it is padding: groups lie side by side, each padded to a power of two."""
+    """Return the expert of a column, -1 where it is padding: groups lie side by side, each padded to a power of two."""
     size = E // num_groups
     within = column % IN_GROUP_POW2
     group = column // IN_GROUP_POW2
@@ -18,7 +18,7 @@ def _expert_of(column, E, num_groups, IN_GROUP_POW2: tl.constexpr):
 
 @triton.jit
 def _comparable(choice, expert):
-    """What experts are chosen by, as finite numbers; -inf in the columns of padding.
+    """Return the numbers that experts are chosen by, all finite; -inf in the columns of padding.
 
     NaN and -inf are beneath all numbers: a maximum's place among NaN is none that can be relied on, a -inf would be
     taken again, and a token whose ids and counts differ would move the rows of the others."""
@@ -177,7 +177,7 @@ def totals(
     BLOCK_B: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """What ``choose`` leaves of each block of tokens, added up: Chosen int64 (E,), ScoreSum (E,), SquareSum (1,)."""
+    """Add up what ``choose`` wrote for each block of tokens: Chosen int64 (E,), ScoreSum (E,), SquareSum (1,)."""
     e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     counts = tl.zeros((BLOCK_B, BLOCK_E), tl.int32)
     scores = tl.zeros((BLOCK_B, BLOCK_E), tl.float32)
@@ -217,8 +217,8 @@ def choose_grad(
     BLOCK_T: tl.constexpr,
     E_POW2: tl.constexpr,
 ):
-    """The gradient of the logits from those of scores (T, E), zero without ``DSCORES``, gates (T, K), score sums (E,)
-    and square sum (1,)."""
+    """Compute the gradient of the logits from those of scores (T, E), zero without ``DSCORES``, gates (T, K), score
+    sums (E,) and square sum (1,)."""
     t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     e = tl.arange(0, E_POW2)
     here = (t[:, None] < T) & (e[None, :] < E)

@@ -8,7 +8,7 @@ import triton.language as tl
 
 @triton.jit
 def _pair(n, Served, T, K, ORDERED: tl.constexpr, IN_QUEUE: tl.constexpr, live):
-    """Which pair is the n-th: itself, or, ``IN_QUEUE``, the (n // T)-th choice of the (n % T)-th token served."""
+    """Return the n-th pair: n itself, or, ``IN_QUEUE``, the (n // T)-th choice of the (n % T)-th token served."""
     if IN_QUEUE:
         token = (n % T).to(tl.int64)
         if ORDERED:
@@ -32,16 +32,16 @@ def count(
     BLOCK: tl.constexpr,
     BINS_POW2: tl.constexpr,
 ):
-    """How often each id occurs in each block of pairs: Ids int64 (N,) in ``range(bins)``, Counts int32 (bins,
+    """Count how often each id occurs in each block of pairs: Ids int64 (N,) in ``range(bins)``, Counts int32 (bins,
     blocks)."""
     block = tl.program_id(0)
     n = block * BLOCK + tl.arange(0, BLOCK)
     live = n < N
     ids = tl.load(Ids + _pair(n, Served, T, K, ORDERED, IN_QUEUE, live), mask=live, other=0)
     # What is past the last pair goes to a bin that is not kept.
-    found = tl.histogram(tl.where(live, ids, bins).to(tl.int32), BINS_POW2)
+    in_block = tl.histogram(tl.where(live, ids, bins).to(tl.int32), BINS_POW2)
     b = tl.arange(0, BINS_POW2)
-    tl.store(Counts + b.to(tl.int64) * blocks + block, found, mask=b < bins)
+    tl.store(Counts + b.to(tl.int64) * blocks + block, in_block, mask=b < bins)
 
 
 @triton.jit(do_not_specialize=["N", "T", "blocks"])
@@ -59,7 +59,7 @@ def place(
     IN_QUEUE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Where each pair stands when they are sorted by id, earlier pairs first; ``IN_QUEUE`` among those of its id alone.
+    """Find where pairs stand when sorted by id, earlier ones first; ``IN_QUEUE`` among those of the same id alone.
 
     Ends int32 (bins, blocks): the pairs of lower ids, and of the same id up to the end of the block. Places int64 (N,);
     Order int64 (N,), which pair stands at each place, not ``IN_QUEUE``.

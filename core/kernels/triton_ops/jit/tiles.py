@@ -1,4 +1,4 @@
-"""What the kernels share: which expert a tile of rows belongs to, in which order tiles run, activations."""
+"""Functions that the kernels share: the expert of a tile of rows, the order of tiles, activations."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def in_units(width, UNIT: tl.constexpr):
 
 @triton.jit
 def load(at, mask, WHOLE: tl.constexpr):
-    """What stands at ``at``, zero outside the mask; ``WHOLE``: nothing is outside."""
+    """Load the numbers at ``at``, zero outside the mask; ``WHOLE``: nothing is outside."""
     if WHOLE:
         return tl.load(at)
     return tl.load(at, mask=mask, other=0.0)
@@ -73,7 +73,7 @@ def rounded(x, kind: tl.constexpr, UPCAST: tl.constexpr):
 
 @triton.jit
 def activation(x, ACT: tl.constexpr):
-    """Of float32 ``x``."""
+    """Return the activation of float32 ``x``."""
     if ACT == "relu":
         return tl.maximum(x, 0.0)
     elif ACT == "gelu":
@@ -84,7 +84,7 @@ def activation(x, ACT: tl.constexpr):
 
 @triton.jit
 def activation_grad(x, ACT: tl.constexpr):
-    """Derivative of ``activation``."""
+    """Return the derivative of ``activation`` at float32 ``x``."""
     if ACT == "relu":
         return tl.where(x > 0.0, 1.0, 0.0)
     elif ACT == "gelu":
