@@ -38,14 +38,7 @@ class LocalDispatcher(Dispatcher):
     def combine(self, rows: Rows) -> Tensor:
         if rows.combined:
             return rows.x
-        y_TD = kernels.combine(
-            rows.x,
-            rows.row_index_R,
-            rows.offsets_E,
-            None if rows.weighted else rows.gates_R,
-            rows.num_tokens,
-            inverse_N=getattr(rows.plan, "inverse_N", None),
-            top_k=getattr(rows.plan, "top_k", None),
-            backend=self.backend,
-        )
-        return y_TD.to(rows.x.dtype)
+        inverse_N, top_k = getattr(rows.plan, "inverse_N", None), getattr(rows.plan, "top_k", None)
+        index = kernels.RowIndex(rows.row_index_R, rows.offsets_E, inverse_N, top_k)
+        gates_R = None if rows.weighted else rows.gates_R
+        return kernels.combine(rows.x, index, gates_R, rows.num_tokens, backend=self.backend).to(rows.x.dtype)

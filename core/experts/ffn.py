@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..contract import Rows, check_kinds
-from ..kernels import ACTIVATIONS, expert_ffn, linear, outside_autocast
+from ..kernels import ACTIVATIONS, FFNWeights, RowIndex, expert_ffn, linear, outside_autocast
 from .base import ExpertConfig, Experts, autocast_together, first_linear, next_linear, weighted_sum
 
 
@@ -58,18 +58,9 @@ class FFNExperts(Experts):
 
     def compute_rows(self, rows: Rows) -> Rows:
         x, *weights = autocast_together(rows.x, *self._weights())
-        plan = rows.plan
-        y = expert_ffn(
-            x,
-            None if rows.gathered else rows.row_index_R,
-            rows.offsets_E,
-            rows.gates_R,
-            *weights,
-            activation=self.activation,
-            inverse_N=getattr(plan, "inverse_N", None),
-            top_k=getattr(plan, "top_k", None),
-            backend=self.backend,
-        )
+        inverse_N, top_k = getattr(rows.plan, "inverse_N", None), getattr(rows.plan, "top_k", None)
+        index = RowIndex(None if rows.gathered else rows.row_index_R, rows.offsets_E, inverse_N, top_k)
+        y = expert_ffn(x, index, rows.gates_R, FFNWeights(*weights), self.activation, backend=self.backend)
         return rows.with_output(y, weighted=True, combined=not rows.gathered)
 
     def compute_dense(self, x: Tensor) -> Tensor:

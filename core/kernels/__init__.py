@@ -3,7 +3,7 @@
     topk_gate(logits_TE, ...)            scores, chosen experts and gates
     sort_pairs(expert_ids_N, E)          a stable order of the pairs by expert, and the offsets of the experts
     queue_ranks(queue_TK, ...)           each pair's place in the queue of its expert
-    expert_ffn(x_TD, row_index_R, ...)   the two- or three-matrix expert over its rows, weighted by the gates
+    expert_ffn(x_TD, rows, ...)          the two- or three-matrix expert over its rows, weighted by the gates
     expert_linear(x_RD, w, ...)          one product of each row with its expert's matrix
     combine(y_RD, ...)                   sum over the rows of each token
 
@@ -25,6 +25,8 @@ from . import cpu, eager, grouped, triton_ops
 from .cpu.products import Linear, linear
 from .eager import (
     ACTIVATIONS,
+    FFNWeights,
+    RowIndex,
     Sorted,
     TopK,
     accumulate_dtype,
@@ -117,10 +119,12 @@ def queue_ranks(queue_TK: Tensor, served_T: Tensor | None, num_queues: int, *, b
     return rank_TK
 
 
-def expert_ffn(x: Tensor, *args: Any, backend: str = "auto", **options: Any) -> Tensor:
+def expert_ffn(
+    x: Tensor, rows: RowIndex, gates_R: Tensor, weights: FFNWeights, activation: str, *, backend: str = "auto"
+) -> Tensor:
     """``eager.expert_ffn`` by the backend."""
     kernels = BACKENDS[resolve_backend(backend, x.device, x.dtype)]
-    y: Tensor = kernels.expert_ffn(x, *args, **options)
+    y: Tensor = kernels.expert_ffn(x, rows, gates_R, weights, activation)
     return y
 
 
@@ -133,27 +137,19 @@ def expert_linear(
     return y_RF
 
 
-def combine(
-    y_RD: Tensor,
-    row_index_R: Tensor,
-    offsets_E: Tensor,
-    gates_R: Tensor | None,
-    num_tokens: int,
-    *,
-    inverse_N: Tensor | None = None,
-    top_k: int | None = None,
-    backend: str = "auto",
-) -> Tensor:
+def combine(y_RD: Tensor, rows: RowIndex, gates_R: Tensor | None, num_tokens: int, *, backend: str = "auto") -> Tensor:
     """``eager.combine`` by the backend."""
     kernels = BACKENDS[resolve_backend(backend, y_RD.device, y_RD.dtype)]
-    y_TD: Tensor = kernels.combine(y_RD, row_index_R, offsets_E, gates_R, num_tokens, inverse_N=inverse_N, top_k=top_k)
+    y_TD: Tensor = kernels.combine(y_RD, rows, gates_R, num_tokens)
     return y_TD
 
 
 __all__ = [
     "ACTIVATIONS",
     "BACKENDS",
+    "FFNWeights",
     "Linear",
+    "RowIndex",
     "accumulate_dtype",
     "check_backend",
     "check_devices",

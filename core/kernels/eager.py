@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -255,21 +256,40 @@ def capacity(ratio: tuple[int, int], top_k: int, num_tokens: int | Tensor, num_e
     return -((-num_tokens * (over * top_k)) // (under * num_experts))
 
 
-def expert_ffn(
-    x: Tensor,
-    row_index_R: Tensor | None,
-    offsets_E: Tensor,
-    gates_R: Tensor,
-    w_in: Tensor,
-    w_out: Tensor,
-    b_in: Tensor | None = None,
-    b_out: Tensor | None = None,
-    w_gate: Tensor | None = None,
-    *,
-    activation: str,
-    inverse_N: Tensor | None = None,
-    top_k: int | None = None,
-) -> Tensor:
+class RowIndex(NamedTuple):
+    """The token and the expert of each row; rows are sorted by expert.
+
+    Attributes:
+        row_index_R: int64 (R,), the token of each row; None where rows are the tokens themselves.
+        offsets_E: int32 (E,), inclusive counts of rows; rows past the last offset are not computed.
+        inverse_N: int64 (N,), the row of each pair, where pairs are token-major: a faster ``combine`` may use it.
+        top_k: K, the pairs of each token, where they are token-major.
+    """
+
+    row_index_R: Tensor | None
+    offsets_E: Tensor
+    inverse_N: Tensor | None = None
+    top_k: int | None = None
+
+
+class FFNWeights(NamedTuple):
+    """The weights of E feed-forward experts.
+
+    Attributes:
+        w_in, w_gate: (E, D, F).
+        w_out: (E, F, D_out).
+        b_in: (E, F).
+        b_out: (E, D_out).
+    """
+
+    w_in: Tensor
+    w_out: Tensor
+    b_in: Tensor | None = None
+    b_out: Tensor | None = None
+    w_gate: Tensor | None = None
+
+
+def expert_ffn(x: Tensor, rows: RowIndex, gates_R: Tensor, weights: FFNWeights, activation: str) -> Tensor:
     """``y_t = sum of g_r * f_e(x_t)`` over the rows ``r`` of token ``t``, with ``e`` the expert of row ``r``.
 
     ``f_e(x) = act(x w_in + b_in) w_out + b_out``, or with ``w_gate``
@@ -277,22 +297,20 @@ def expert_ffn(
 
     Args:
         x: (T, D) tokens.
-        row_index_R: int64 (R,), the token of each row; None where rows are the tokens themselves.
-        offsets_E: int32 (E,), inclusive counts; rows past the last offset are not computed.
-        gates_R: (R,) weights.
-        w_in, w_gate: (E, D, F); w_out: (E, F, D_out); b_in: (E, F); b_out: (E, D_out).
+        rows: the token and the expert of each row.
+        gates_R: (R,), the weight of each row.
+        weights: the experts, which compute ``f_e``.
         activation: a key of ``ACTIVATIONS``.
-        inverse_N, top_k: the row of each pair and K, where pairs are token-major; a faster combine may use them.
 
     Returns:
         (T, D_out), in the dtype of ``x``. Tokens without a row are zero.
     """
-    act = ACTIVATIONS[activation]
+    act, (w_in, w_out, b_in, b_out, w_gate) = ACTIVATIONS[activation], weights
     y = torch.zeros(x.shape[0], w_out.shape[-1], dtype=accumulate_dtype(x.dtype), device=x.device)
     start = 0
-    for e, end in enumerate(offsets_E.tolist()):
-        rows = torch.arange(start, end, device=x.device) if row_index_R is None else row_index_R[start:end]
-        x_e = x[rows]
+    for e, end in enumerate(rows.offsets_E.tolist()):
+        index = torch.arange(start, end, device=x.device) if rows.row_index_R is None else rows.row_index_R[start:end]
+        x_e = x[index]
         h = x_e @ w_in[e]
         if b_in is not None:
             h = h + b_in[e]
@@ -300,7 +318,7 @@ def expert_ffn(
         y_e = h @ w_out[e]
         if b_out is not None:
             y_e = y_e + b_out[e]
-        y = y.index_add(0, rows, y_e.to(y.dtype) * gates_R[start:end, None])
+        y = y.index_add(0, index, y_e.to(y.dtype) * gates_R[start:end, None])
         start = end
     return y.to(x.dtype)
 
@@ -325,23 +343,15 @@ def expert_linear(x_RD: Tensor, w: Tensor, offsets_E: Tensor, b: Tensor | None =
     return torch.cat((*parts, x_RD.new_zeros(x_RD.shape[0] - start, w.shape[-1])))
 
 
-def combine(
-    y_RD: Tensor,
-    row_index_R: Tensor,
-    offsets_E: Tensor,
-    gates_R: Tensor | None,
-    num_tokens: int,
-    *,
-    inverse_N: Tensor | None = None,
-    top_k: int | None = None,
-) -> Tensor:
-    """Sum of the (weighted) rows of each token, (T, D). Rows past the last offset may hold anything.
+def combine(y_RD: Tensor, rows: RowIndex, gates_R: Tensor | None, num_tokens: int) -> Tensor:
+    """Sum the rows of each token, weighted by ``gates_R`` (R,) if given: (R, D) to (T, D).
 
-    ``inverse_N``, ``top_k``: as in ``expert_ffn``.
+    Rows past the last offset may hold anything.
     """
-    live_R = torch.arange(row_index_R.shape[0], device=y_RD.device) < offsets_E[-1]
+    assert rows.row_index_R is not None
+    live_R = torch.arange(rows.row_index_R.shape[0], device=y_RD.device) < rows.offsets_E[-1]
     y_RD = torch.where(live_R[:, None], y_RD, 0).to(accumulate_dtype(y_RD.dtype))
     if gates_R is not None:
         y_RD = y_RD * torch.where(live_R, gates_R, 0)[:, None]
     y = torch.zeros(num_tokens, y_RD.shape[-1], dtype=y_RD.dtype, device=y_RD.device)
-    return y.index_add(0, row_index_R, y_RD)
+    return y.index_add(0, rows.row_index_R, y_RD)

@@ -10,7 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .eager import ACTIVATIONS, accumulate_dtype, check_width, combine, queue_ranks, sort_pairs, topk_gate
+from .eager import (
+    ACTIVATIONS,
+    FFNWeights,
+    RowIndex,
+    accumulate_dtype,
+    check_width,
+    combine,
+    queue_ranks,
+    sort_pairs,
+    topk_gate,
+)
 
 
 def supports(device: torch.device, dtype: torch.dtype) -> bool:
@@ -111,7 +121,7 @@ def expert_of_rows(rows: Tensor, offsets_E: Tensor) -> Tensor:
 
 
 def expert_linear(x_RD: Tensor, w: Tensor, offsets_E: Tensor, b: Tensor | None = None) -> Tensor:
-    """As ``eager.expert_linear``, in one grouped product."""
+    """Compute ``eager.expert_linear`` in one grouped product."""
     y_RF = grouped_mm(x_RD, w, offsets_E)
     if b is None:
         return y_RF
@@ -120,24 +130,11 @@ def expert_linear(x_RD: Tensor, w: Tensor, offsets_E: Tensor, b: Tensor | None =
     return y_RF.masked_fill((expert_R == w.shape[0])[:, None], 0)
 
 
-def expert_ffn(
-    x: Tensor,
-    row_index_R: Tensor | None,
-    offsets_E: Tensor,
-    gates_R: Tensor,
-    w_in: Tensor,
-    w_out: Tensor,
-    b_in: Tensor | None = None,
-    b_out: Tensor | None = None,
-    w_gate: Tensor | None = None,
-    *,
-    activation: str,
-    inverse_N: Tensor | None = None,
-    top_k: int | None = None,
-) -> Tensor:
-    """As ``eager.expert_ffn``, in grouped products over rows gathered once."""
-    act = ACTIVATIONS[activation]
-    x_R = x if row_index_R is None else x.index_select(0, row_index_R)
+def expert_ffn(x: Tensor, rows: RowIndex, gates_R: Tensor, weights: FFNWeights, activation: str) -> Tensor:
+    """Compute ``eager.expert_ffn`` in grouped products over rows gathered once."""
+    act, (w_in, w_out, b_in, b_out, w_gate) = ACTIVATIONS[activation], weights
+    index_R, offsets_E = rows.row_index_R, rows.offsets_E
+    x_R = x if index_R is None else x.index_select(0, index_R)
     live_R = torch.arange(x_R.shape[0], device=x.device) < offsets_E[-1]
     gates = torch.where(live_R, gates_R, 0).to(x.dtype)[:, None]
     expert_R = expert_of_rows(x_R, offsets_E).clamp_max(w_in.shape[0] - 1)
@@ -148,13 +145,13 @@ def expert_ffn(
     y_R = grouped_mm(h * gates, w_out, offsets_E)
     if b_out is not None:
         y_R = y_R + _bias_rows(b_out, expert_R) * gates
-    if row_index_R is None:
+    if index_R is None:
         return y_R
-    if inverse_N is not None and top_k is not None:
+    if rows.inverse_N is not None and rows.top_k is not None:
         # Token-major pairs: a gather and a sum, no atomics, the same bits every time.
-        y_TKD = y_R.index_select(0, inverse_N).unflatten(0, (x.shape[0], top_k))
+        y_TKD = y_R.index_select(0, rows.inverse_N).unflatten(0, (x.shape[0], rows.top_k))
         return y_TKD.sum(1, dtype=accumulate_dtype(x.dtype)).to(x.dtype)
-    return combine(y_R, row_index_R, offsets_E, None, x.shape[0]).to(x.dtype)
+    return combine(y_R, rows, None, x.shape[0]).to(x.dtype)
 
 
 __all__ = [

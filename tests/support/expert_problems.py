@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from core.kernels import BACKENDS, eager
+from core.kernels import BACKENDS, FFNWeights, RowIndex, eager
 
 # name: (activation, with w_gate, with biases)
 EXPERTS = {
@@ -46,13 +46,10 @@ class Problem:
         weights = {name: w.detach().to(dtype).requires_grad_() for name, w in self.weights.items()}
         y = BACKENDS[backend].expert_ffn(
             x,
-            placed.order_R // K,
-            placed.offsets_E,
+            RowIndex(placed.order_R // K, placed.offsets_E, *((placed.inverse_N, K) if token_major else ())),
             gates.flatten()[placed.order_R],
-            **weights,
-            activation=self.activation,
-            inverse_N=placed.inverse_N if token_major else None,
-            top_k=K if token_major else None,
+            FFNWeights(**weights),
+            self.activation,
         )
         y.backward(self.dy.to(dtype))
         grads = {"x": x, "gates": gates, **weights}

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import eager, grouped
-from ..eager import ACTIVATIONS, accumulate_dtype, combine, queue_ranks, sort_pairs, topk_gate
+from ..eager import ACTIVATIONS, FFNWeights, RowIndex, accumulate_dtype, combine, queue_ranks, sort_pairs, topk_gate
 from ..transforms import is_watched
 from .pages import new_empty
 from .products import addmm_, is_served_badly, mm
@@ -429,7 +429,8 @@ def _second_backward(ctx, *grads):
             t.detach().requires_grad_(t.is_floating_point()) if t is not None else None for t in ctx.saved_tensors
         ]
         dy, x, row_index_R, offsets_E, gates_R, *weights = leaves
-        y = eager.expert_ffn(x, row_index_R, offsets_E, gates_R, *weights, activation=ctx.activation)
+        rows = RowIndex(row_index_R, offsets_E)
+        y = eager.expert_ffn(x, rows, gates_R, FFNWeights(*weights), ctx.activation)
         outputs = zip((x, gates_R, *weights), grads, (True, True, *ctx.wants), strict=True)
         kept = [(t, g) for t, g, wanted in outputs if t is not None and g is not None and wanted]
         if not kept:  # a gradient that is None is zero
@@ -444,27 +445,13 @@ def _second_backward(ctx, *grads):
 _cpu_expert_ffn_backward.register_autograd(_second_backward, setup_context=_setup_second)
 
 
-def expert_ffn(
-    x: Tensor,
-    row_index_R: Tensor | None,
-    offsets_E: Tensor,
-    gates_R: Tensor,
-    w_in: Tensor,
-    w_out: Tensor,
-    b_in: Tensor | None = None,
-    b_out: Tensor | None = None,
-    w_gate: Tensor | None = None,
-    *,
-    activation: str,
-    inverse_N: Tensor | None = None,
-    top_k: int | None = None,
-) -> Tensor:
-    """As ``eager.expert_ffn``. Memory kept for the backward: ``x`` and (R, F) pre-activations."""
-    inputs = (x, gates_R, w_in, w_out, b_in, b_out, w_gate)
+def expert_ffn(x: Tensor, rows: RowIndex, gates_R: Tensor, weights: FFNWeights, activation: str) -> Tensor:
+    """Compute ``eager.expert_ffn``. The backward keeps ``x`` and (R, F) pre-activations."""
+    inputs = (x, gates_R, *weights)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     # Without a gradient and nobody to see the op, its start of 10 to 20 us is saved.
     run = _cpu_expert_ffn if keep or x.is_meta or is_watched(*inputs) else _expert_ffn
-    return run(x, row_index_R, offsets_E, gates_R, w_in, w_out, b_in, b_out, w_gate, activation, keep)[0]
+    return run(x, rows.row_index_R, rows.offsets_E, gates_R, *weights, activation, keep)[0]
 
 
 def expert_linear(x_RD: Tensor, w: Tensor, offsets_E: Tensor, b: Tensor | None = None) -> Tensor:

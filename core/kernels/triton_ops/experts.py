@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import grouped
-from ..eager import ACTIVATIONS, check_shapes, check_width
+from ..eager import ACTIVATIONS, FFNWeights, RowIndex, check_shapes, check_width
 from ..fallback import warn_once
 from . import products
 from .environment import MAX_EXPERTS
@@ -90,8 +90,10 @@ def _expert_ffn_backward(
     activation: str,
     wants: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, gates, w_in, w_out, b_in, b_out and w_gate; empty where ``wants``, of all but the gates, is
-    False."""
+    """Return the gradients of x, gates, w_in, w_out, b_in, b_out and w_gate.
+
+    ``wants`` has an entry for each but the gates; a gradient that is not wanted is empty.
+    """
     R = gates_R.shape[0]
     if R == 0:
         inputs = zip((x, w_in, w_out, b_in, b_out, w_gate), wants, strict=True)
@@ -135,25 +137,8 @@ def _expert_ffn_backward(
 
 
 @_expert_ffn_backward.register_fake
-def _(
-    dy,
-    x,
-    row_index_R,
-    offsets_E,
-    gates_R,
-    w_in,
-    w_out,
-    b_in,
-    b_out,
-    w_gate,
-    rows,
-    starts,
-    pre,
-    pre_gate,
-    top_k,
-    activation,
-    wants,
-):
+def _(dy, x, row_index_R, offsets_E, gates_R, w_in, w_out, b_in, b_out, w_gate, *rest):
+    *_, wants = rest
     inputs = zip((x, w_in, w_out, b_in, b_out, w_gate), wants, strict=True)
     dx, *dweights = (t.new_empty(t.shape) if wanted else x.new_empty(0) for t, wanted in inputs)
     return (dx, torch.empty_like(gates_R), *dweights)
@@ -180,27 +165,15 @@ def _backward(ctx, dy, _dpre, _dpre_gate):
 _expert_ffn.register_autograd(_backward, setup_context=_setup)
 
 
-def expert_ffn(
-    x: Tensor,
-    row_index_R: Tensor | None,
-    offsets_E: Tensor,
-    gates_R: Tensor,
-    w_in: Tensor,
-    w_out: Tensor,
-    b_in: Tensor | None = None,
-    b_out: Tensor | None = None,
-    w_gate: Tensor | None = None,
-    *,
-    activation: str,
-    inverse_N: Tensor | None = None,
-    top_k: int | None = None,
-) -> Tensor:
-    """As ``eager.expert_ffn``. Memory kept for the backward: ``x`` and (R, F) pre-activations.
+def expert_ffn(x: Tensor, rows: RowIndex, gates_R: Tensor, weights: FFNWeights, activation: str) -> Tensor:
+    """Compute ``eager.expert_ffn``. The backward keeps ``x`` and (R, F) pre-activations.
 
     Raises:
         ValueError: tokens and weights are not of one dtype, tokens not as wide as the weights take them, other shapes
             that do not go together, or an unknown activation.
     """
+    w_in, w_out, b_in, b_out, w_gate = weights
+    index_R, offsets_E, inverse_N, top_k = rows
     (E, D, F), N = w_in.shape, w_out.shape[-1]
     check_shapes(
         w_out=(w_out, (E, F, N)),
@@ -208,34 +181,19 @@ def expert_ffn(
         b_out=(b_out, (E, N)),
         w_gate=(w_gate, (E, D, F)),
         offsets_E=(offsets_E, (E,)),
-        gates_R=(gates_R, (x if row_index_R is None else row_index_R).shape[:1]),
+        gates_R=(gates_R, (x if index_R is None else index_R).shape[:1]),
     )
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation={activation!r} is not one of {', '.join(ACTIVATIONS)}")
-    if _beyond(w_in, w_out, w_gate, b_in, b_out, dtype=x.dtype):
-        return grouped.expert_ffn(
-            x,
-            row_index_R,
-            offsets_E,
-            gates_R,
-            w_in,
-            w_out,
-            b_in,
-            b_out,
-            w_gate,
-            activation=activation,
-            inverse_N=inverse_N,
-            top_k=top_k,
-        )
-    inputs = (x, gates_R, w_in, w_out, b_in, b_out, w_gate)
-    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-    rows, starts, k = inverse_N, None, top_k or 0
-    if row_index_R is not None and (inverse_N is None or top_k is None):
-        (rows, starts), k = rows_by_token(row_index_R, offsets_E, x.shape[0]), 0
-    if row_index_R is None or k == 1:
-        rows = starts = None
-    weights = (w_in, w_out, b_in, b_out, w_gate)
-    return _expert_ffn(x, row_index_R, offsets_E, gates_R, *weights, rows, starts, k, activation, keep)[0]
+    if _beyond(*weights, dtype=x.dtype):
+        return grouped.expert_ffn(x, rows, gates_R, weights, activation)
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, gates_R, *weights))
+    order, starts, k = inverse_N, None, top_k or 0
+    if index_R is not None and (inverse_N is None or top_k is None):
+        (order, starts), k = rows_by_token(index_R, offsets_E, x.shape[0]), 0
+    if index_R is None or k == 1:
+        order = starts = None
+    return _expert_ffn(x, index_R, offsets_E, gates_R, *weights, order, starts, k, activation, keep)[0]
 
 
 @torch.library.custom_op("moesaic::triton_linear", mutates_args=())
@@ -255,7 +213,7 @@ def _(x_RD, w, offsets_E, b, transposed):
 
 @torch.library.custom_op("moesaic::triton_linear_dw", mutates_args=())
 def _linear_dw(x_RD: Tensor, dy_RN: Tensor, offsets_E: Tensor, wants: list[bool]) -> tuple[Tensor, Tensor]:
-    """Gradients of w and b; empty where ``wants`` is False."""
+    """Return the gradients of w and b, empty where ``wants`` is False."""
     E, D, N = offsets_E.shape[0], x_RD.shape[1], dy_RN.shape[1]
     wanted_w, wanted_b = wants
     if x_RD.shape[0] == 0:
@@ -292,7 +250,7 @@ _linear.register_autograd(_linear_backward, setup_context=_linear_setup)
 
 
 def expert_linear(x_RD: Tensor, w: Tensor, offsets_E: Tensor, b: Tensor | None = None) -> Tensor:
-    """As ``eager.expert_linear``.
+    """Compute ``eager.expert_linear``.
 
     Raises:
         ValueError: rows and weights are not of one dtype, rows not as wide as the weights take them, a bias not of the
@@ -305,7 +263,7 @@ def expert_linear(x_RD: Tensor, w: Tensor, offsets_E: Tensor, b: Tensor | None =
 
 
 def _beyond(*weights: Tensor | None, dtype: torch.dtype) -> bool:
-    """Whether the kernels' limits are passed: the experts that a tile looks at, and 32-bit places in a matrix."""
+    """Return whether the weights pass the kernels' limits: experts that a tile looks at, 32-bit places in a matrix."""
     for w in weights:
         if w is None:
             continue

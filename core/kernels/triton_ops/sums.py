@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..eager import accumulate_dtype, check_shapes
+from ..eager import RowIndex, accumulate_dtype, check_shapes
 from .environment import interpreted, upcast
 from .launch import Launch, dense, power_of_two
 from .sort import MAX_BINS, find_places
@@ -15,7 +15,7 @@ from .sort import MAX_BINS, find_places
 
 @torch.library.custom_op("moesaic::triton_rows_by_token", mutates_args=())
 def rows_by_token(row_index_R: Tensor, offsets_E: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
-    """The rows of each token, where a token may have any number: int64 (R,) rows, int64 (T + 1,) starts.
+    """Return the rows of each token, where a token may have any number: int64 (R,) rows, int64 (T + 1,) starts.
 
     Rows past the last offset come last and belong to none. No host synchronisation. For tokens that have ``top_k`` rows
     each nothing has to be sorted: see ``sum_rows``.
@@ -47,8 +47,11 @@ def sum_rows(
     top_k: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """(T, D), the (gated) rows of each token added up. ``rows`` is the row of each pair where pairs are token-major and
-    ``starts`` is None."""
+    """Return the sum of the (gated) rows of each token, (T, D).
+
+    ``rows`` and ``starts`` are those of ``rows_by_token``. Where pairs are token-major, ``rows`` is the row of each
+    pair and ``starts`` is None.
+    """
     D = y_RD.shape[1]
     out = y_RD.new_empty(num_tokens, D, dtype=dtype)
     if out.numel() == 0:
@@ -98,8 +101,10 @@ def sum_rows_grad(
     gates_R: Tensor | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the rows in ``dtype``, (R, D), and of the gates, (R,): ``y_RD`` and ``gates_R`` are both None where
-    rows are not gated, and the second is empty then."""
+    """Return the gradients of the rows in ``dtype``, (R, D), and of the gates, (R,).
+
+    ``y_RD`` and ``gates_R`` are both None where rows are not gated, and the gates' gradient is empty then.
+    """
     R, D = row_index_R.shape[0], dout.shape[1]
     dy_RD = dout.new_empty(R, D, dtype=dtype)
     dgates_R = dout.new_empty(0) if gates_R is None else gates_R.new_empty(R)
@@ -145,25 +150,17 @@ def _backward(ctx, dout):
 _combine.register_autograd(_backward, setup_context=_setup)
 
 
-def combine(
-    y_RD: Tensor,
-    row_index_R: Tensor,
-    offsets_E: Tensor,
-    gates_R: Tensor | None,
-    num_tokens: int,
-    *,
-    inverse_N: Tensor | None = None,
-    top_k: int | None = None,
-) -> Tensor:
-    """As ``eager.combine``; nothing is sorted where ``inverse_N`` and ``top_k`` say where a token's rows are.
+def combine(y_RD: Tensor, rows: RowIndex, gates_R: Tensor | None, num_tokens: int) -> Tensor:
+    """Sum as ``eager.combine`` does, without a sort where ``rows`` has the places of token-major pairs.
 
     Raises:
         ValueError: an index or gates not of one number a row.
     """
+    index_R, offsets_E, inverse_N, top_k = rows
     R = y_RD.shape[:1]
-    check_shapes(row_index_R=(row_index_R, R), gates_R=(gates_R, R))
+    check_shapes(row_index_R=(index_R, R), gates_R=(gates_R, R))
+    assert index_R is not None
     if inverse_N is None or top_k is None:
-        (rows, starts), k = rows_by_token(row_index_R, offsets_E, num_tokens), 0
-    else:
-        rows, starts, k = inverse_N, None, top_k
-    return _combine(y_RD, row_index_R, offsets_E, gates_R, rows, starts, num_tokens, k)
+        order, starts = rows_by_token(index_R, offsets_E, num_tokens)
+        return _combine(y_RD, index_R, offsets_E, gates_R, order, starts, num_tokens, 0)
+    return _combine(y_RD, index_R, offsets_E, gates_R, inverse_N, None, num_tokens, top_k)

@@ -10,7 +10,7 @@ from expert_problems import EXPERTS, FLOAT32, Problem, assert_same, problem
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from core.kernels import BACKENDS, eager, fallback, grouped, resolve_backend
+from core.kernels import BACKENDS, FFNWeights, RowIndex, eager, fallback, grouped, resolve_backend
 from core.kernels.cpu import experts, products
 from core.kernels.triton_ops import environment
 
@@ -88,8 +88,7 @@ def test_cpu_equals_the_oracle_past_its_own_block_size(library):
 @pytest.mark.parametrize("expert", EXPERTS)
 @pytest.mark.parametrize("tokens", [0, 1, 7, 12, 600])
 def test_cpu_without_gradients_equals_the_oracle(library, monkeypatch, few, light, expert, tokens):
-    """Few rows are computed for all experts at once, more by blocks, and of those of light experts sums are made; with
-    some pairs dropped and two idle experts."""
+    """Few rows are computed for all experts at once, more by blocks; some pairs are dropped and two experts idle."""
     monkeypatch.setattr(experts, "FEW", few)
     monkeypatch.setattr(experts, "_light", lambda size: light)
     p = problem(tokens, expert=expert, load="empty")
@@ -98,12 +97,9 @@ def test_cpu_without_gradients_equals_the_oracle(library, monkeypatch, few, ligh
         placed = eager.sort_pairs(p.expert_ids_TK.flatten(), eager.count_experts(p.expert_ids_TK.flatten(), 4))
         weights = {k: w.to(dtype) for k, w in p.weights.items()}
         gates_R, index_R = p.gates_TK.flatten().to(dtype)[placed.order_R], placed.order_R // 2
-        by_index = BACKENDS[name].expert_ffn(
-            p.x.to(dtype), index_R, placed.offsets_E, gates_R, **weights, activation=p.activation
-        )
-        gathered = BACKENDS[name].expert_ffn(
-            p.x.to(dtype)[index_R], None, placed.offsets_E, gates_R, **weights, activation=p.activation
-        )
+        run, given = BACKENDS[name].expert_ffn, (gates_R, FFNWeights(**weights), p.activation)
+        by_index = run(p.x.to(dtype), RowIndex(index_R, placed.offsets_E), *given)
+        gathered = run(p.x.to(dtype)[index_R], RowIndex(None, placed.offsets_E), *given)
         y[name] = {"y": by_index.double(), "rows": gathered.double()}
     assert_same(y["cpu"], y["eager"], FLOAT32)
 
@@ -124,7 +120,7 @@ def test_gathered_rows_equal_the_oracle_and_rows_past_the_last_offset_are_zero(b
     for name, dtype in ((backend, torch.float32), ("eager", torch.float64)):
         x, gates = p.x.to(dtype).requires_grad_(), p.gates_TK.flatten().to(dtype).requires_grad_()
         weights = {k: w.to(dtype).requires_grad_() for k, w in p.weights.items()}
-        y = BACKENDS[name].expert_ffn(x, None, offsets, gates, **weights, activation=p.activation)
+        y = BACKENDS[name].expert_ffn(x, RowIndex(None, offsets), gates, FFNWeights(**weights), p.activation)
         y.backward(p.dy.to(dtype))
         assert y.shape == (10, 16)
         assert y[9].abs().max() == 0
@@ -191,8 +187,8 @@ def test_gradients_pass_gradcheck_in_float64(monkeypatch, backend, expert, H):
 
     def run(x: Tensor, gates_R: Tensor, *weights: Tensor) -> Tensor:
         named = dict(zip(names, weights, strict=True))
-        rows = placed.order_R // 2
-        return BACKENDS[backend].expert_ffn(x, rows, placed.offsets_E, gates_R, **named, activation=p.activation)
+        rows = RowIndex(placed.order_R // 2, placed.offsets_E)
+        return BACKENDS[backend].expert_ffn(x, rows, gates_R, FFNWeights(**named), p.activation)
 
     inputs = (p.x, p.gates_TK.flatten()[placed.order_R], *p.weights.values())
     assert torch.autograd.gradcheck(run, tuple(t.clone().requires_grad_() for t in inputs))
@@ -202,7 +198,7 @@ def test_gradients_of_the_oracles_combine_pass_gradcheck():
     rows, offsets = torch.tensor([0, 2, 0, 1]), torch.tensor([1, 3], dtype=torch.int32)
     y, gates = torch.randn(4, 3, dtype=torch.float64), torch.rand(4, dtype=torch.float64)
     inputs = (y.requires_grad_(), gates.requires_grad_())
-    assert torch.autograd.gradcheck(lambda y, g: eager.combine(y, rows, offsets, g, 3), inputs)
+    assert torch.autograd.gradcheck(lambda y, g: eager.combine(y, RowIndex(rows, offsets), g, 3), inputs)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -213,9 +209,8 @@ def test_a_second_backward_through_the_same_graph_gives_the_same_gradients(backe
     placed = eager.sort_pairs(ids_N, eager.count_experts(ids_N, 4))
     leaves = [t.float().requires_grad_() for t in (p.x, p.gates_TK.flatten()[placed.order_R], *p.weights.values())]
     named = dict(zip(p.weights, leaves[2:], strict=True))
-    y = BACKENDS[backend].expert_ffn(
-        leaves[0], placed.order_R // 2, placed.offsets_E, leaves[1], **named, activation=p.activation
-    )
+    rows = RowIndex(placed.order_R // 2, placed.offsets_E)
+    y = BACKENDS[backend].expert_ffn(leaves[0], rows, leaves[1], FFNWeights(**named), p.activation)
     first = torch.autograd.grad(y, leaves, p.dy.float(), retain_graph=True)
     second = torch.autograd.grad(y, leaves, p.dy.float())
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -260,7 +255,7 @@ def test_rows_of_another_width_than_the_weights_are_refused(backend, width, rows
     with pytest.raises(ValueError, match=f"rows have width {width}, the experts' matrices take 8"):
         kernels.expert_linear(x, w, offsets)
     with pytest.raises(ValueError, match=f"rows have width {width}, the experts' matrices take 8"):
-        kernels.expert_ffn(x, None, offsets, torch.ones(rows), w, w, activation="relu")
+        kernels.expert_ffn(x, RowIndex(None, offsets), torch.ones(rows), FFNWeights(w, w), "relu")
 
 
 def test_grouped_mm_zeroes_the_tail_of_its_output_and_of_its_input_gradient():
@@ -286,7 +281,7 @@ def test_combine_ignores_nan_past_the_last_offset_in_output_and_gradients():
     y = torch.tensor([[1.0], [2.0], [3.0], [torch.nan]], requires_grad=True)
     gates = torch.tensor([0.5, 1.0, 2.0, torch.nan], requires_grad=True)
     rows = torch.tensor([1, 0, 1, 0])
-    out = eager.combine(y, rows, torch.tensor([2, 3], dtype=torch.int32), gates, 3)
+    out = eager.combine(y, RowIndex(rows, torch.tensor([2, 3], dtype=torch.int32)), gates, 3)
     # Token 0: 1.0 * 2; token 1: 0.5 * 1 + 2 * 3; token 2 has no row; row 3 is past the last offset.
     assert out.tolist() == [[2.0], [6.5], [0.0]]
     out.sum().backward()

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from core import FFN, MLP, ExpertChoice, MoE, MoEConfig, SoftSlots, SwiGLU, TokenChoice
-from core.kernels import BACKENDS, cpu, resolve_backend
+from core.kernels import BACKENDS, FFNWeights, RowIndex, cpu, resolve_backend
 
 EXPERTS = {"swiglu": SwiGLU(6), "ffn": FFN(6, bias=True), "mlp": MLP((6, 4), activation="silu")}
 
@@ -136,6 +136,6 @@ def test_second_derivatives_of_the_cpu_op_are_those_of_differences_also_of_undef
 
     def run(x, gates, w_in, w_out, *rest):
         named = dict(zip(options, rest, strict=True))
-        return cpu.expert_ffn(x, row_index, offsets, gates, w_in, w_out, **named, activation=activation)
+        return cpu.expert_ffn(x, RowIndex(row_index, offsets), gates, FFNWeights(w_in, w_out, **named), activation)
 
     assert torch.autograd.gradgradcheck(run, (x, gates, w_in, w_out, *options.values()))

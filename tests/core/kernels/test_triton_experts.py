@@ -13,7 +13,7 @@ from expert_problems import FLOAT32, assert_same, problem
 from fused import Operations, Severed
 
 import core
-from core.kernels import eager, triton_ops
+from core.kernels import FFNWeights, RowIndex, eager, triton_ops
 from core.kernels.triton_ops import experts, gate, products, sort, tuning
 from core.kernels.triton_ops.tuning import Tile
 
@@ -97,16 +97,9 @@ def test_tokens_that_do_not_learn_have_no_gradient_computed(rows):
     placed = eager.sort_pairs(ids, eager.count_experts(ids, 4))
     gates = p.gates_TK.float().requires_grad_()
     weights = {name: w.float().requires_grad_() for name, w in p.weights.items()}
-    pairs = {"inverse_N": placed.inverse_N, "top_k": 2}
-    y = triton_ops.expert_ffn(
-        p.x.float(),
-        placed.order_R // 2,
-        placed.offsets_E,
-        gates.flatten()[placed.order_R],
-        **weights,
-        activation=p.activation,
-        **pairs,
-    )
+    rows = RowIndex(placed.order_R // 2, placed.offsets_E, placed.inverse_N, 2)
+    gates_R = gates.flatten()[placed.order_R]
+    y = triton_ops.expert_ffn(p.x.float(), rows, gates_R, FFNWeights(**weights), p.activation)
     flops = core.count_flops(lambda: y.backward(p.dy.float()))
     # A product of 24 x 16 for dh and one for each matrix, none for dx.
     assert flops == 2 * int(placed.offsets_E[-1]) * 24 * 16 * 4
@@ -190,7 +183,7 @@ def test_experts_read_tensors_that_are_not_contiguous_and_not_aligned():
     gates = torch.stack([p.gates_TK.flatten()[placed.order_R].float()] * 2, 1)[:, 0]
     assert not any(w.is_contiguous() for w in weights.values())
     assert not gates.is_contiguous()
-    y = triton_ops.expert_ffn(x, placed.order_R // 2, placed.offsets_E, gates, **weights, activation="silu")
+    y = triton_ops.expert_ffn(x, RowIndex(placed.order_R // 2, placed.offsets_E), gates, FFNWeights(**weights), "silu")
     assert_same({"y": y.double()}, {"y": p.run("eager", torch.float64)["y"]}, FLOAT32)
 
 
@@ -218,12 +211,9 @@ def test_each_argument_may_have_any_strides(strided, token_major):
         if backend is triton_ops and strided in own:
             own[strided] = apart(own[strided])
         leaves = {k: t.requires_grad_() for k, t in own.items() if t.is_floating_point()}
-        major = {"inverse_N": own["inverse"], "top_k": K} if token_major else {}
-        y = backend.expert_ffn(
-            *(own[k] for k in ("x", "row_index", "offsets", "gates", "w_in", "w_out", "b_in", "b_out")),
-            activation="gelu",
-            **major,
-        )
+        rows = RowIndex(own["row_index"], own["offsets"], *((own["inverse"], K) if token_major else ()))
+        weights = FFNWeights(*(own[k] for k in ("w_in", "w_out", "b_in", "b_out")))
+        y = backend.expert_ffn(own["x"], rows, own["gates"], weights, "gelu")
         y.backward(apart(dy) if backend is triton_ops and strided == "dy" else dy)
         found[backend] = {"y": y.detach().double()} | {k: t.grad.double() for k, t in leaves.items()}
     assert_same(found[triton_ops], found[eager], FLOAT32)
@@ -241,8 +231,8 @@ def test_sums_and_single_products_take_any_strides(strided):
     for backend in (triton_ops, eager):
         own = {k: apart(t) if k == strided and backend is triton_ops else t for k, t in given.items()}
         leaves = [t.clone().requires_grad_() for t in (y_RD, gates_R, w, b)]
-        major = {"inverse_N": own["inverse"], "top_k": K} if strided == "inverse" else {}
-        summed = backend.combine(leaves[0], own["row_index"], own["offsets"], leaves[1], T, **major)
+        rows = RowIndex(own["row_index"], own["offsets"], *((own["inverse"], K) if strided == "inverse" else ()))
+        summed = backend.combine(leaves[0], rows, leaves[1], T)
         multiplied = backend.expert_linear(leaves[0], leaves[2], own["offsets"], leaves[3])
         (summed.square().sum() + multiplied.square().sum()).backward()
         tensors = (summed.detach(), multiplied.detach(), *(t.grad for t in leaves))
@@ -255,7 +245,7 @@ def test_shapes_that_do_not_go_together_are_refused():
     offsets, ones = torch.tensor([2, 4], dtype=torch.int32), torch.ones(4)
 
     def run(offsets=offsets, gates=ones, w_out=w_out, activation="relu", **more):
-        triton_ops.expert_ffn(x, None, offsets, gates, w_in, w_out, activation=activation, **more)
+        triton_ops.expert_ffn(x, RowIndex(None, offsets), gates, FFNWeights(w_in, w_out, **more), activation)
 
     run()
     for wrong, words in (
@@ -273,7 +263,7 @@ def test_shapes_that_do_not_go_together_are_refused():
     with pytest.raises(ValueError, match=r"b has shape \(2, 8\), which must be \(2, 6\)"):
         triton_ops.expert_linear(x, w_in, offsets, torch.randn(2, 8))
     with pytest.raises(ValueError, match=r"row_index_R has shape \(3,\), which must be \(4,\)"):
-        triton_ops.combine(x, torch.arange(3), offsets, None, 4)
+        triton_ops.combine(x, RowIndex(torch.arange(3), offsets), None, 4)
     for wrong, words in (
         ({"top_k": 5}, "top_k=5 is not in 1 to 4"),
         ({"score_func": "relu"}, "score_func='relu' is not"),
@@ -288,7 +278,7 @@ def test_experts_of_another_dtype_than_the_tokens_are_refused():
     x, w = torch.randn(4, 8), torch.randn(2, 8, 8, dtype=torch.bfloat16)
     offsets, ones = torch.tensor([2, 4], dtype=torch.int32), torch.ones(4)
     with pytest.raises(ValueError, match=r"tokens are torch.float32 and expert weights torch.bfloat16: they must"):
-        triton_ops.expert_ffn(x, None, offsets, ones, w, w, activation="relu")
+        triton_ops.expert_ffn(x, RowIndex(None, offsets), ones, FFNWeights(w, w), "relu")
     with pytest.raises(ValueError, match=r"tokens are torch.float32 and expert weights torch.bfloat16: they must"):
         triton_ops.expert_linear(x, w, offsets)
 

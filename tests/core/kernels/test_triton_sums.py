@@ -7,7 +7,7 @@ import torch
 from fused import Operations
 
 import core
-from core.kernels import eager, triton_ops
+from core.kernels import RowIndex, eager, triton_ops
 from core.kernels.triton_ops import launch, sums
 
 pytest.importorskip("triton")
@@ -23,7 +23,7 @@ def test_combine_equals_the_oracle_where_tokens_have_any_number_of_rows(weighted
     for name in ("eager", "triton"):
         y = rows.clone().requires_grad_()
         gates = torch.rand(7, generator=torch.Generator().manual_seed(1)).requires_grad_()
-        total = core.kernels.BACKENDS[name].combine(y, index, offsets, gates if weighted else None, 5)
+        total = core.kernels.BACKENDS[name].combine(y, RowIndex(index, offsets), gates if weighted else None, 5)
         total.backward(torch.ones(5, 40).cumsum(1).to(total.dtype))
         out[name] = {"y": total.detach(), "dy": y.grad[:5]} | ({"dgates": gates.grad} if weighted else {})
         assert (y.grad[5:] == 0).all()
@@ -41,11 +41,11 @@ def test_combine_of_token_major_pairs_equals_the_oracle(weighted, top_k):
     index, live = placed.order_R // top_k, int(placed.offsets_E[-1])
     rows, gates = torch.randn(T * top_k, D), torch.rand(T * top_k)
     rows[live:], gates[live:] = torch.nan, torch.nan  # past the last offset
-    pairs = {"inverse_N": placed.inverse_N, "top_k": top_k}
+    pairs = RowIndex(index, placed.offsets_E, placed.inverse_N, top_k)
     out = {}
     for name in ("eager", "triton"):
         y, g = rows.clone().requires_grad_(), gates.clone().requires_grad_()
-        total = core.kernels.BACKENDS[name].combine(y, index, placed.offsets_E, g if weighted else None, T, **pairs)
+        total = core.kernels.BACKENDS[name].combine(y, pairs, g if weighted else None, T)
         total.backward(torch.ones(T, D).cumsum(1))
         out[name] = {"y": total.detach(), "dy": y.grad[:live]} | ({"dgates": g.grad[:live]} if weighted else {})
     for key, expected in out["eager"].items():
@@ -84,7 +84,7 @@ def test_combine_keeps_the_rows_only_where_gates_learn_from_them():
     for weights in (None, gates):
         kept = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.numel()) or t, lambda t: t):
-            triton_ops.combine(y, index, offsets, weights, 3)
+            triton_ops.combine(y, RowIndex(index, offsets), weights, 3)
         assert (max(kept) >= y.numel()) == (weights is not None)
 
 
