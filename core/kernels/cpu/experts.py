@@ -13,8 +13,8 @@ Decisions, each measured at T=4096, D=512 on 2 cores with ``benchmarks/layer.py`
 - The gate's gradient comes from the activation side, ``<dy w_out^T, h> + <dy, b_out>`` (arXiv 2512.14080, section 3),
   so only ``x`` and the pre-activations are kept.
 - With few rows, as in a step of decoding, kernel starts are what counts: gather, activation, gate and sum are done once
-  for all experts, and the products of all experts of very few rows (``_light``). Experts padded to equal counts in one
-  ``bmm`` were slower than that, E=64, and slower than a loop where one expert takes half of the rows.
+  for all experts (``_few_rows``), which takes 4 to 9 % off a decoding of 32 sentences. Experts padded to equal counts
+  in one ``bmm`` were slower, E=64, and slower than a loop where one expert takes half of the rows.
 - A token's rows are summed in float32, block by block from cache; in half precision the gate rides on the conversion.
   Writing all rows out and summing them with ``embedding_bag`` was slower: 33 MB of fresh pages cost 20 ms.
 """
@@ -25,7 +25,6 @@ import itertools
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import eager, grouped
@@ -37,24 +36,7 @@ from .products import addmm_, is_served_badly, mm
 BLOCK = 512
 TILE = 32
 FEW = 2**18
-"""Numbers that the hidden layer of all rows may have to be computed at once: 1 MB, which stays in cache."""
-
-
-def _light(size: int) -> int:
-    """Rows up to which an expert of matrices of ``size`` numbers is light.
-
-    Without a gradient its products are sums of its matrix's rows, weighted by a token's numbers, which
-    ``embedding_bag`` computes for all light experts in one call, on all cores. A product by torch's own library starts
-    for each expert, and few rows run on one core. Microseconds an expert, by a loop and in a bag of 12 experts, on two
-    cores of an AMD EPYC:
-
-        rows          1           4           8           12          16          24
-        128 x 256     4.6  1.8    10   3.2    10   5.0    13   7.0    13   8.7    15   12
-        512 x 2048    182  77     351  173    405  262    423  357    477  442    558  619
-    """
-    if is_served_badly():
-        return 24 if size <= 2**16 else 16
-    return 4 if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") else 0
+"""Most numbers in the hidden layer of all rows for ``_few_rows``: 1 MB, which stays in cache."""
 
 
 def supports(device: torch.device, dtype: torch.dtype) -> bool:
@@ -78,12 +60,12 @@ def _tile(dtype: torch.dtype) -> int:
 
 
 def _kept_rows(num_rows: Any) -> Any:
-    """Of the pre-activations. Not by ``_tile``: a graph that was compiled on one machine may run on another."""
+    """Return the rows of the pre-activations. Not by ``_tile``: a graph compiled on one machine may run on another."""
     return num_rows + TILE - 1
 
 
 class _Block(NamedTuple):
-    """Rows ``start`` to ``end`` of one expert; products run up to ``stop``, the end rounded up to the tile."""
+    """The rows ``start`` to ``end`` of one expert; products run up to ``stop``, the end rounded up to the tile."""
 
     expert: int
     start: int
@@ -93,12 +75,12 @@ class _Block(NamedTuple):
     last: bool
 
 
-def _blocks(offsets_E: Tensor, dtype: torch.dtype) -> list[_Block]:
-    """Each expert's rows in equal blocks, in the order of the rows."""
+def _blocks(ends: list[int], dtype: torch.dtype) -> list[_Block]:
+    """Cut each expert's rows into equal blocks, in the order of the rows."""
     # As many bytes in half precision as in full: a block is to stay in cache.
     block_rows, tile = 2 * BLOCK if _is_half(dtype) else BLOCK, _tile(dtype)
     blocks, begin = [], 0
-    for e, end in enumerate(offsets_E.tolist()):
+    for e, end in enumerate(ends):
         rows = end - begin
         count = max(1, round(rows / block_rows)) if rows else 0
         for i in range(count):
@@ -143,7 +125,7 @@ class _WeightGrad:
         self.sum = torch.empty_like(like[0], dtype=torch.float32) if like is not None and half else None
 
     def add(self, block: _Block, left: Tensor, right: Tensor) -> None:
-        if self.dw.ndim != 3:  # nobody wants it
+        if self.dw.ndim != 3:  # not wanted
             return
         dw = self.dw[block.expert]
         self.dw[self.begun : block.expert].zero_()
@@ -177,13 +159,16 @@ def _expert_ffn(
 ) -> tuple[Tensor, Tensor, Tensor]:
     R, width, D_out = gates_R.shape[0], w_in.shape[-1], w_out.shape[-1]
     act, tile = ACTIVATIONS[activation], _tile(x.dtype)
-    if not keep and not _is_half(x.dtype) and _has_few(offsets_E, max(width, x.shape[-1])):
-        y = _few_rows(x, row_index_R, offsets_E, gates_R, w_in, w_out, b_in, b_out, w_gate, activation)
+    ends = offsets_E.tolist()
+    # Padding is among the pairs, but is no row.
+    if not keep and not _is_half(x.dtype) and (not ends or ends[-1] * max(width, x.shape[-1]) <= FEW):
+        weights = FFNWeights(w_in, w_out, b_in, b_out, w_gate)
+        y = _few_rows(x, row_index_R, ends, gates_R, weights, activation)
         return y, x.new_empty(0, width), x.new_empty(0, width)
     index_R = None if row_index_R is None else _past_the_end(row_index_R, tile)
     x_full = _past_the_end(x, tile) if index_R is None else x
     gates = gates_R.unsqueeze(-1)
-    blocks = _blocks(offsets_E, x.dtype)
+    blocks = _blocks(ends, x.dtype)
     total = _RowSum(x, D_out, blocks)
     kept = _kept_rows(R) if keep else 0
     pre = new_empty(x, (kept, width))
@@ -208,78 +193,34 @@ def _expert_ffn(
 _cpu_expert_ffn = torch.library.custom_op("moesaic::cpu_expert_ffn", mutates_args=(), device_types="cpu")(_expert_ffn)
 
 
-def _has_few(offsets_E: Tensor, width: int) -> bool:
-    """Whether so few rows are computed that all of them may be at once. Padding is among the pairs, but no row."""
-    return not len(offsets_E) or int(offsets_E[-1]) * width <= FEW
-
-
-class _Split:
-    """The experts of few rows, light ones before the others, each expert's rows side by side.
-
-    Attributes:
-        light_n: int64 (n,), the expert of each row of a light one, which come first.
-        heavy: rows of each other expert that has any.
-        order_r: int64 (r,), which of the rows in the order of the experts each row is; None: as they stand.
-        taken: the same as an index into them.
-    """
-
-    def __init__(self, offsets_E: Tensor, light: int) -> None:
-        ends = offsets_E.tolist()
-        counts = [end - start for start, end in itertools.pairwise([0, *ends])]
-        self.num_rows = ends[-1] if ends else 0
-        few = [e for e, count in enumerate(counts) if 0 < count <= light]
-        if len(few) == 1:
-            few = []  # one product is as fast
-        self.heavy = {e: count for e, count in enumerate(counts) if count and (count > light or not few)}
-        self.light_n = torch.tensor([e for e in few for _ in range(counts[e])], dtype=torch.int64)
-        self.order_r = None
-        if few and self.heavy:
-            parts = [range(ends[e] - counts[e], ends[e]) for e in (*few, *self.heavy)]
-            self.order_r = torch.tensor([*itertools.chain.from_iterable(parts)])
-        self.taken = slice(self.num_rows) if self.order_r is None else self.order_r
-
-    def linear(self, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """``rows_e w_e + b_e``, (r, D) to (r, F)."""
-        n, D = len(self.light_n), weight.shape[1]
-        out = rows.new_empty(rows.shape[0], weight.shape[-1])
-        if n:
-            index_nD = self.light_n[:, None] * D + torch.arange(D)
-            bags = F.embedding_bag(index_nD, weight.flatten(0, 1), mode="sum", per_sample_weights=rows[:n])
-            if bias is not None:
-                bags.add_(bias.index_select(0, self.light_n))
-            out[:n] = bags
-        counts = list(self.heavy.values())
-        for e, rows_e, out_e in zip(self.heavy, rows[n:].split(counts), out[n:].split(counts), strict=True):
-            mm(rows_e, weight[e], bias=None if bias is None else bias[e], out=out_e)
-        return out
-
-
 def _few_rows(
     x: Tensor,
     row_index_R: Tensor | None,
-    offsets_E: Tensor,
+    ends: list[int],
     gates_R: Tensor,
-    w_in: Tensor,
-    w_out: Tensor,
-    b_in: Tensor | None,
-    b_out: Tensor | None,
-    w_gate: Tensor | None,
+    weights: FFNWeights,
     activation: str,
 ) -> Tensor:
-    """The same, layer by layer, and in a layer expert by expert."""
-    act = ACTIVATIONS[activation]
-    plain = x.dtype == torch.float32 and all(w is None or w.is_contiguous() for w in (w_in, w_out, w_gate))
-    split = _Split(offsets_E, _light(w_in[:1].numel()) if plain else 0)
-    index_r = split.order_r if row_index_R is None else row_index_R[split.taken]
-    rows = x[: split.num_rows] if index_r is None else x.index_select(0, index_r)
-    a = split.linear(rows, w_in, b_in)
-    h = act(a) if w_gate is None else act(split.linear(rows, w_gate, None)).mul_(a)
-    y_rD = split.linear(h, w_out, b_out).mul_(gates_R[split.taken, None])
+    """Compute ``_expert_ffn`` with one gather, one activation and one sum for the rows of all experts."""
+    w_in, w_out, b_in, b_out, w_gate = weights
+    act, r = ACTIVATIONS[activation], ends[-1] if ends else 0
+
+    def linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        out = rows.new_empty(r, weight.shape[-1])
+        for e, (start, end) in enumerate(itertools.pairwise((0, *ends))):
+            if start < end:
+                mm(rows[start:end], weight[e], bias=None if bias is None else bias[e], out=out[start:end])
+        return out
+
+    rows = x[:r] if row_index_R is None else x.index_select(0, row_index_R[:r])
+    a = linear(rows, w_in, b_in)
+    h = act(a) if w_gate is None else act(linear(rows, w_gate, None)).mul_(a)
+    y_rD = linear(h, w_out, b_out).mul_(gates_R[:r, None])
     y = y_rD.new_zeros(x.shape[0], y_rD.shape[-1])
-    if index_r is None:
-        y[: split.num_rows] = y_rD
+    if row_index_R is None:
+        y[:r] = y_rD
         return y
-    return y.index_add_(0, index_r, y_rD)
+    return y.index_add_(0, row_index_R[:r], y_rD)
 
 
 @_cpu_expert_ffn.register_fake
@@ -293,7 +234,7 @@ def _(x, row_index_R, offsets_E, gates_R, w_in, w_out, b_in, b_out, w_gate, acti
 
 
 def _past_the_end(rows: Tensor, tile: int) -> Tensor:
-    """A tile's worth of zeros appended, so that the last block can be read past its end."""
+    """Append a tile of zeros, so that the last block can be read past its end."""
     return rows if tile == 1 else torch.cat((rows, rows.new_zeros(tile - 1, *rows.shape[1:])))
 
 
@@ -314,14 +255,17 @@ def _cpu_expert_ffn_backward(
     activation: str,
     wants: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, gates, w_in, w_out, b_in, b_out and w_gate; empty where ``wants``, of the last five, is False."""
+    """Return the gradients of x, gates, w_in, w_out, b_in, b_out and w_gate.
+
+    ``wants`` has an entry for each of the last five; a gradient that is not wanted is empty.
+    """
     act, tile = ACTIVATIONS[activation], _tile(x.dtype)
     index_R = None if row_index_R is None else _past_the_end(row_index_R, tile)
     x_full, dy_full = (_past_the_end(t, tile) if index_R is None else t for t in (x, dy))
     gates = gates_R.unsqueeze(-1)
     # The weight gradients scale the narrower of their two factors.
     narrow = w_in.shape[-1] <= w_out.shape[-1]
-    blocks = _blocks(offsets_E, x.dtype)
+    blocks = _blocks(offsets_E.tolist(), x.dtype)
     total = _RowSum(x, x.shape[-1], blocks)
     dgates = torch.zeros_like(gates_R)
     wanted_in, wanted_out, wanted_b_in, wanted_b_out, wanted_gate = wants
@@ -423,7 +367,7 @@ def _setup_second(ctx, inputs, output):
 
 
 def _second_backward(ctx, *grads):
-    """Second derivatives, by the oracle: it computes the pre-activations anew, whose part is in its graph."""
+    """Compute second derivatives by the oracle, whose graph holds the pre-activations too."""
     with torch.enable_grad():
         leaves: list[Any] = [
             t.detach().requires_grad_(t.is_floating_point()) if t is not None else None for t in ctx.saved_tensors
@@ -437,8 +381,10 @@ def _second_backward(ctx, *grads):
             return (None,) * len(ctx.needs_input_grad)
         first = torch.autograd.grad(y, [t for t, _ in kept], dy, create_graph=True, materialize_grads=True)
         wanted = [i for i, t in enumerate(leaves) if t is not None and ctx.needs_input_grad[i]]
-        found = torch.autograd.grad(first, [leaves[i] for i in wanted], [g for _, g in kept], materialize_grads=True)
-    second = dict(zip(wanted, found, strict=True))
+        grads_of_first = torch.autograd.grad(
+            first, [leaves[i] for i in wanted], [g for _, g in kept], materialize_grads=True
+        )
+    second = dict(zip(wanted, grads_of_first, strict=True))
     return tuple(second.get(i) for i in range(len(ctx.needs_input_grad)))
 
 
@@ -455,11 +401,11 @@ def expert_ffn(x: Tensor, rows: RowIndex, gates_R: Tensor, weights: FFNWeights, 
 
 
 def expert_linear(x_RD: Tensor, w: Tensor, offsets_E: Tensor, b: Tensor | None = None) -> Tensor:
-    """As ``eager.expert_linear``.
+    """Compute ``eager.expert_linear``.
 
-    One grouped product, whose loop over experts is in C++: with hundreds of experts a few numbers wide a loop in Python
-    weighs as much as the products. Not rows padded to equal counts in one ``bmm``: that is E times the work where one
-    expert takes all.
+    One grouped product loops over the experts in C++: with hundreds of experts a few numbers wide a loop in Python
+    weighs as much as the products. Rows padded to equal counts in one ``bmm`` are E times the work where one expert
+    takes all.
     """
     can_group = x_RD.is_meta or grouped.supports(x_RD.device, x_RD.dtype)
     return (grouped if can_group else eager).expert_linear(x_RD, w, offsets_E, b)

@@ -82,15 +82,12 @@ def test_cpu_equals_the_oracle_past_its_own_block_size(library):
     assert_same(p.run("cpu", torch.float32), p.run("eager", torch.float64), FLOAT32)
 
 
-@pytest.mark.parametrize(
-    "few, light", [(0, 0), (experts.FEW, 0), (experts.FEW, 3), (experts.FEW, 16), (experts.FEW, 10**6)]
-)
+@pytest.mark.parametrize("few", [0, experts.FEW])
 @pytest.mark.parametrize("expert", EXPERTS)
 @pytest.mark.parametrize("tokens", [0, 1, 7, 12, 600])
-def test_cpu_without_gradients_equals_the_oracle(library, monkeypatch, few, light, expert, tokens):
+def test_cpu_without_gradients_equals_the_oracle(library, monkeypatch, few, expert, tokens):
     """Few rows are computed for all experts at once, more by blocks; some pairs are dropped and two experts idle."""
     monkeypatch.setattr(experts, "FEW", few)
-    monkeypatch.setattr(experts, "_light", lambda size: light)
     p = problem(tokens, expert=expert, load="empty")
     y = {}
     for name, dtype in (("cpu", torch.float32), ("eager", torch.float64)):
