@@ -8,6 +8,7 @@ the user's own knows them, and not at import: torch's module imports Triton, whi
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,7 @@ from .kernels import cpu, grouped, triton_ops  # noqa: F401  their custom ops ar
 
 
 def count_flops(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
-    """FLOPs of one call of ``fn``, products alone, two a multiply-add."""
+    """Return the FLOPs of one call of ``fn``: products alone, two a multiply-add."""
     register_formulas()
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -66,7 +67,7 @@ def _expert_ffn_backward(
 
 
 def _linear(x_shape, weight_shape, *args, out_shape=None, **kwargs):
-    return 2 * _product(x_shape) * weight_shape[0]
+    return 2 * math.prod(x_shape) * weight_shape[0]
 
 
 def _grouped(x_R, w, offsets_E, *args, out_val=None, **kwargs):
@@ -82,17 +83,10 @@ def _grouped_dw(x_R, dy_R, offsets_E, wants=(True, False), *, out_val=None, **kw
 def _attention(query_shape, key_shape, value_shape, *args, out_shape=None, **kwargs):
     # Two products, q k^T and scores v; a causal mask still computes both triangles here.
     *batch, length, width = query_shape
-    return 2 * _product(batch) * length * key_shape[-2] * (width + value_shape[-1])
+    return 2 * math.prod(batch) * length * key_shape[-2] * (width + value_shape[-1])
 
 
 def _attention_backward(grad_shape, query_shape, key_shape, value_shape, *args, out_shape=None, **kwargs):
     # Scores once more, then dv, dscores, dq and dk.
     *batch, length, width = query_shape
-    return 2 * _product(batch) * length * key_shape[-2] * (3 * width + 2 * value_shape[-1])
-
-
-def _product(sizes: list[int]) -> int:
-    total = 1
-    for size in sizes:
-        total *= size
-    return total
+    return 2 * math.prod(batch) * length * key_shape[-2] * (3 * width + 2 * value_shape[-1])

@@ -1,4 +1,4 @@
-"""What a layer costs in memory."""
+"""The memory that a layer costs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 def kept_bytes(layer: nn.Module, x: Tensor, *args: Any) -> int:
-    """Bytes that the forward ``layer(x, *args)`` keeps for its backward, parameters and ``x`` left out."""
+    """Return the bytes that the forward ``layer(x, *args)`` keeps for its backward, parameters and ``x`` left out."""
     own = {p.untyped_storage().data_ptr() for p in layer.parameters()} | {x.untyped_storage().data_ptr()}
     seen: dict[int, int] = {}
 

@@ -56,7 +56,7 @@ def check_backend(name: str) -> None:
 
 
 def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype) -> str:
-    """The backend that will run: ``name`` itself where it can, else the next best with one warning.
+    """Return the backend that will run: ``name`` itself where it can, else the next best with one warning.
 
     "auto" is ``cpu`` on a CPU; on CUDA ``triton``, else ``grouped`` for the same dtypes, else ``eager``. Under a
     transform of ``torch.func`` and in forward-mode differentiation it is ``eager``, whatever the name: custom ops know
@@ -64,8 +64,8 @@ def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype) -
 
     Args:
         name: "auto", or a key of ``BACKENDS``.
-        device: where the tokens are.
-        dtype: of the experts' products.
+        device: device of the tokens.
+        dtype: dtype of the experts' products.
 
     Returns:
         A key of ``BACKENDS``.
@@ -76,7 +76,7 @@ def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype) -
     device = torch.device(device)
     check_backend(name)
     if device.type == "meta":
-        return "cpu"  # its operations are told what shape they have, where the oracle would read counts
+        return "cpu"  # the oracle would read counts, which are not there
     if is_transformed():
         return "eager"
     if name == "auto":
@@ -99,21 +99,21 @@ def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype) -
 
 
 def topk_gate(logits_TE: Tensor, top_k: int, *, backend: str = "auto", **options: Any) -> TopK:
-    """``eager.topk_gate`` by the backend."""
+    """Run the backend's ``topk_gate``; see ``eager.topk_gate``."""
     kernels = BACKENDS[resolve_backend(backend, logits_TE.device, logits_TE.dtype)]
     best: TopK = kernels.topk_gate(logits_TE, top_k, **options)
     return best
 
 
 def sort_pairs(expert_ids_N: Tensor, tokens_per_expert_E: Tensor, *, backend: str = "auto") -> Sorted:
-    """``eager.sort_pairs`` by the backend."""
+    """Run the backend's ``sort_pairs``; see ``eager.sort_pairs``."""
     kernels = BACKENDS[resolve_backend(backend, expert_ids_N.device, torch.float32)]
     placed: Sorted = kernels.sort_pairs(expert_ids_N, tokens_per_expert_E)
     return placed
 
 
 def queue_ranks(queue_TK: Tensor, served_T: Tensor | None, num_queues: int, *, backend: str = "auto") -> Tensor:
-    """``eager.queue_ranks`` by the backend."""
+    """Run the backend's ``queue_ranks``; see ``eager.queue_ranks``."""
     kernels = BACKENDS[resolve_backend(backend, queue_TK.device, torch.float32)]
     rank_TK: Tensor = kernels.queue_ranks(queue_TK, served_T, num_queues)
     return rank_TK
@@ -122,7 +122,7 @@ def queue_ranks(queue_TK: Tensor, served_T: Tensor | None, num_queues: int, *, b
 def expert_ffn(
     x: Tensor, rows: RowIndex, gates_R: Tensor, weights: FFNWeights, activation: str, *, backend: str = "auto"
 ) -> Tensor:
-    """``eager.expert_ffn`` by the backend."""
+    """Run the backend's ``expert_ffn``; see ``eager.expert_ffn``."""
     kernels = BACKENDS[resolve_backend(backend, x.device, x.dtype)]
     y: Tensor = kernels.expert_ffn(x, rows, gates_R, weights, activation)
     return y
@@ -131,14 +131,14 @@ def expert_ffn(
 def expert_linear(
     x_RD: Tensor, w: Tensor, offsets_E: Tensor, b: Tensor | None = None, *, backend: str = "auto"
 ) -> Tensor:
-    """``eager.expert_linear`` by the backend."""
+    """Run the backend's ``expert_linear``; see ``eager.expert_linear``."""
     kernels = BACKENDS[resolve_backend(backend, x_RD.device, x_RD.dtype)]
     y_RF: Tensor = kernels.expert_linear(x_RD, w, offsets_E, b)
     return y_RF
 
 
 def combine(y_RD: Tensor, rows: RowIndex, gates_R: Tensor | None, num_tokens: int, *, backend: str = "auto") -> Tensor:
-    """``eager.combine`` by the backend."""
+    """Run the backend's ``combine``; see ``eager.combine``."""
     kernels = BACKENDS[resolve_backend(backend, y_RD.device, y_RD.dtype)]
     y_TD: Tensor = kernels.combine(y_RD, rows, gates_R, num_tokens)
     return y_TD

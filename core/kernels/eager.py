@@ -12,15 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .transforms import check_not_mapped, is_watched
+from .transforms import check_not_mapped
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
-# Matrix products accumulate in float32 below this width, sums over a token's rows too.
 _ACCUMULATE = {torch.bfloat16: torch.float32, torch.float16: torch.float32}
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which sums over rows are kept: float32 for half precisions, else ``dtype`` itself."""
+    """Return the dtype of sums over rows: float32 for half precisions, else ``dtype`` itself."""
     return _ACCUMULATE.get(dtype, dtype)
 
 
@@ -34,8 +33,10 @@ def check_width(x: Tensor, width: int) -> None:
 
 
 def check_shapes(**tensors: tuple[Tensor | None, tuple[int, ...]]) -> None:
-    """Raise a ``ValueError`` where a tensor, given by name with the shape that goes with the others, has another one:
-    for kernels that read without bounds."""
+    """Raise a ``ValueError`` where a tensor has another shape than the one given beside it.
+
+    For kernels that read without bounds.
+    """
     for name, (tensor, shape) in tensors.items():
         if tensor is not None and tensor.shape != shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, which must be {tuple(shape)} beside the others")
@@ -48,8 +49,8 @@ def check_devices(x: Tensor, owner: str, parameters: Mapping[str, Tensor | None]
 
     Args:
         x: the tokens.
-        owner: whose parameters they are, for the message.
-        parameters: by name, as in ``nn.Module._parameters``.
+        owner: name of the class that has the parameters, for the message.
+        parameters: the parameters by name, as in ``nn.Module._parameters``.
     """
     if torch.compiler.is_compiling():
         return
@@ -69,15 +70,15 @@ def supports(device: torch.device, dtype: torch.dtype) -> bool:
 
 @dataclass(frozen=True)
 class TopK:
-    """What ``topk_gate`` decides.
+    """Scores, chosen experts and gates of T tokens.
 
     Attributes:
-        scores_TE: float32 (T, E), of all experts.
-        expert_ids_TK: int64 (T, K), the chosen ones, the best first.
-        gates_TK: float32 (T, K).
-        chosen_per_expert_E: int64 (E,), real tokens that chose each expert; None where it was not counted on the way.
-        sums: what the balance losses sum over the real tokens, as ``balance_sums`` names it, where it was summed on the
-            way: "score" (E,), the scores over their sum; "square" (1,), the squared logsumexp of the logits.
+        scores_TE: float32 (T, E), scores of all experts.
+        expert_ids_TK: int64 (T, K), ids of the chosen experts, the best first.
+        gates_TK: float32 (T, K), their combine weights.
+        chosen_per_expert_E: int64 (E,), real tokens that chose each expert; None where the backend did not count them.
+        sums: sums over the real tokens under their names in ``balance_sums``, from a backend that makes them: "score"
+            (E,), the scores over their sum; "square" (1,), the squared logsumexp of the logits.
     """
 
     scores_TE: Tensor
@@ -85,10 +86,6 @@ class TopK:
     gates_TK: Tensor
     chosen_per_expert_E: Tensor | None = None
     sums: dict[str, Tensor] | None = None
-
-
-FEW_VALUES = 1024
-"""Numbers that a stable sort orders sooner than a look for ties starts: 13 us in place of 29 for 64 rows of 8."""
 
 
 def top_k_ids(values: Tensor, k: int) -> Tensor:
@@ -103,16 +100,7 @@ def top_k_ids(values: Tensor, k: int) -> Tensor:
     Returns:
         int64 (..., k).
     """
-    if k == 1:
-        return values.argmax(-1, keepdim=True)
-    if values.device.type != "cpu" or is_watched(values) or values.numel() <= FEW_VALUES:
-        return values.argsort(dim=-1, descending=True, stable=True)[..., :k]
-    # Rows with equal values are few, and a stable sort of all takes up to four times as long as this.
-    best = values.topk(min(k + 1, values.shape[-1]), dim=-1)
-    ids, tied = best.indices[..., :k], (best.values[..., 1:] == best.values[..., :-1]).any(-1)
-    if tied.any():
-        ids[tied] = values[tied].argsort(dim=-1, descending=True, stable=True)[..., :k]
-    return ids
+    return values.argsort(dim=-1, descending=True, stable=True)[..., :k].contiguous()
 
 
 def topk_gate(
@@ -128,7 +116,7 @@ def topk_gate(
     scale: float = 1.0,
     valid_T: Tensor | None = None,
 ) -> TopK:
-    """Scores, the ``top_k`` best experts of each token, and their gates.
+    """Compute the scores, choose the ``top_k`` best experts of each token, and weight them by their gates.
 
     The choice goes by the logits wherever scores have their order, that is without a bias: large logits have scores
     that float32 cannot tell apart (from 17 on a sigmoid is 1). The lowest of equal experts is taken, and the lowest of
@@ -171,7 +159,13 @@ def topk_gate(
 
 @dataclass(frozen=True)
 class Sorted:
-    """``order_R``: the pair of each row; ``inverse_N``: the row of each pair; ``offsets_E``: inclusive row counts."""
+    """The order of the pairs by expert.
+
+    Attributes:
+        order_R: int64 (R,), the pair of each row.
+        inverse_N: int64 (N,), the row of each pair.
+        offsets_E: int32 (E,), inclusive counts of rows.
+    """
 
     order_R: Tensor
     inverse_N: Tensor
@@ -179,7 +173,7 @@ class Sorted:
 
 
 def count_experts(expert_ids_N: Tensor, num_experts: int) -> Tensor:
-    """Pairs of each expert, int64 (E,); the id E (not computed) is left out. No host synchronisation.
+    """Count the pairs of each expert, int64 (E,), without those of the id E. The host does not wait for the device.
 
     Raises:
         ValueError: ``torch.func.vmap`` maps over the pairs.
@@ -202,7 +196,7 @@ def sort_pairs(expert_ids_N: Tensor, tokens_per_expert_E: Tensor) -> Sorted:
 
 
 def capacity_ranks(expert_ids_N: Tensor, priority_N: Tensor, num_experts: int) -> Tensor:
-    """Each pair's place in its expert's queue, 0 first.
+    """Return each pair's place in its expert's queue, 0 first.
 
     Args:
         expert_ids_N: int64 (N,), a queue number: an expert, or an expert of a group.
@@ -219,7 +213,7 @@ def capacity_ranks(expert_ids_N: Tensor, priority_N: Tensor, num_experts: int) -
 
 
 def queue_ranks(queue_TK: Tensor, served_T: Tensor | None, num_queues: int) -> Tensor:
-    """Each pair's place in its queue, first choices of all tokens before second ones (as GShard and V-MoE do).
+    """Return each pair's place in its queue: first choices of all tokens come before second ones (GShard, V-MoE).
 
     Args:
         queue_TK: int64 (T, K), a queue number below ``num_queues``: an expert, or an expert of a group.
@@ -238,7 +232,7 @@ def queue_ranks(queue_TK: Tensor, served_T: Tensor | None, num_queues: int) -> T
 
 
 def whole_ratio(factor: float) -> tuple[int, int]:
-    """The factor as it is written, in whole numbers: 1.1 is 11 / 10, and 0.3333333333333333 is 1 / 3."""
+    """Return the factor as a ratio of whole numbers: 1.1 is 11 / 10, and 0.3333333333333333 is 1 / 3."""
     # A bounded denominator: 16 digits times the tokens would overflow int64.
     return Fraction(str(factor)).limit_denominator(10**9).as_integer_ratio()
 

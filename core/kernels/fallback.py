@@ -1,4 +1,4 @@
-"""What is said, once, when another backend runs than the one that was asked for."""
+"""The warning that another backend runs than the one that was asked for."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 def warn_once(message: str) -> None:
-    """The same message once a process; not while code is compiled, which traces and does not run."""
+    """Warn of each message once a process, but not while code is compiled: that traces and does not run."""
     if not torch.compiler.is_compiling():
         _warn(message)
 

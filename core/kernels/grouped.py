@@ -28,7 +28,7 @@ def supports(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _aligned(t: Tensor) -> Tensor:
-    """Contiguous, its last dimension padded to whole 16-byte units with zeros."""
+    """Return ``t`` contiguous, its last dimension padded to whole 16-byte units with zeros."""
     unit = 16 // t.element_size()
     missing = -t.shape[-1] % unit
     return F.pad(t, (0, missing)) if missing else t.contiguous()
@@ -111,12 +111,12 @@ grouped_mm_dw.register_autograd(_dw_backward, setup_context=_setup)
 
 
 def _bias_rows(bias: Tensor, expert_R: Tensor) -> Tensor:
-    """The bias of each row, (R, F). Its gradient is a sum over rows, kept in float32 like every other."""
+    """Return the bias of each row, (R, F). Its gradient is a sum over rows, which is kept in float32."""
     return bias.to(accumulate_dtype(bias.dtype)).index_select(0, expert_R).to(bias.dtype)
 
 
 def expert_of_rows(rows: Tensor, offsets_E: Tensor) -> Tensor:
-    """int64 (R,), the expert of each of the (R, ...) rows, E past the last offset."""
+    """Return the expert of each of the (R, ...) rows, int64 (R,); E past the last offset."""
     return torch.bucketize(torch.arange(rows.shape[0], device=rows.device), offsets_E, right=True)
 
 

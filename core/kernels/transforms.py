@@ -1,4 +1,4 @@
-"""Who computes under ``torch.func`` and forward-mode differentiation.
+"""Whether ``torch.func``, forward-mode differentiation or a tracer is at work.
 
 A custom op has a backward of its own and nothing else: ``torch.func.jvp`` of one is zero without a word, and
 ``torch.func.grad`` or ``torch.autograd.forward_ad`` end inside torch. The oracle is made of torch's own operations.
@@ -12,13 +12,13 @@ from torch.autograd import forward_ad
 
 
 def is_transformed() -> bool:
-    """Whether a transform of ``torch.func`` or forward-mode differentiation is under way."""
+    """Return whether a transform of ``torch.func`` or forward-mode differentiation is under way."""
     # Not peek_interpreter_stack(), which is never None to torch.compile.
     return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
 
 
 def is_traced(*tensors: Tensor | None) -> bool:
-    """Whether a transform, a tracer or tensors of a kind of their own need to see torch's operations."""
+    """Return whether a transform, a tracer or a subclass of ``Tensor`` needs to see torch's operations."""
     return (
         is_transformed()
         or torch.jit.is_tracing()
@@ -27,8 +27,7 @@ def is_traced(*tensors: Tensor | None) -> bool:
 
 
 def is_watched(*tensors: Tensor | None) -> bool:
-    """Whether anything sees which operations run: what ``is_traced`` asks for, a compiler, or a mode such as a FLOP
-    counter."""
+    """Return whether anything sees which operations run: a compiler, a mode such as a FLOP counter, a tracer."""
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or is_traced(*tensors)
 
 

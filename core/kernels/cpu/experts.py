@@ -13,7 +13,7 @@ Decisions, each measured at T=4096, D=512 on 2 cores with ``benchmarks/layer.py`
 - The gate's gradient comes from the activation side, ``<dy w_out^T, h> + <dy, b_out>`` (arXiv 2512.14080, section 3),
   so only ``x`` and the pre-activations are kept.
 - With few rows, as in a step of decoding, kernel starts are what counts: gather, activation, gate and sum are done once
-  for all experts (``_few_rows``), which takes 4 to 9 % off a decoding of 32 sentences. Experts padded to equal counts
+  for all experts (``_few_rows``), which takes 3 to 9 % off a decoding of 32 sentences. Experts padded to equal counts
   in one ``bmm`` were slower, E=64, and slower than a loop where one expert takes half of the rows.
 - A token's rows are summed in float32, block by block from cache; in half precision the gate rides on the conversion.
   Writing all rows out and summing them with ``embedding_bag`` was slower: 33 MB of fresh pages cost 20 ms.
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from .. import eager, grouped
-from ..eager import ACTIVATIONS, FFNWeights, RowIndex, accumulate_dtype, combine, queue_ranks, sort_pairs, topk_gate
+from ..eager import ACTIVATIONS, FFNWeights, RowIndex, accumulate_dtype
 from ..transforms import is_watched
 from .pages import new_empty
 from .products import addmm_, is_served_badly, mm
@@ -409,6 +409,3 @@ def expert_linear(x_RD: Tensor, w: Tensor, offsets_E: Tensor, b: Tensor | None =
     """
     can_group = x_RD.is_meta or grouped.supports(x_RD.device, x_RD.dtype)
     return (grouped if can_group else eager).expert_linear(x_RD, w, offsets_E, b)
-
-
-__all__ = ["combine", "expert_ffn", "expert_linear", "queue_ranks", "sort_pairs", "supports", "topk_gate"]

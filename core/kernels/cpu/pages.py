@@ -1,10 +1,11 @@
 """Large buffers whose memory is used again.
 
 The weight gradients of a layer are E times as large as a dense layer's share of the work, and each step asks the system
-for them anew. On Linux that is a page fault for every 4 kB, up to 2 us: a quarter of a training step at E=32. Pages of
-2 MB, where the system finds them, cost a seventh of that; memory that the process has already costs nothing. So freed
-buffers are kept for the next of their size, as torch keeps those of a GPU. The system may take their pages back at any
-time (MADV_FREE): what is kept is in nobody's way. Elsewhere than on Linux nothing is done.
+for them anew. On Linux that is a page fault for every 4 kB, up to 2 us: 16 % of a layer's training step (user and
+system time, one thread) at E=32, D=256, F=512, and 5 % in float32 at Fashion-MNIST's E=8, D=128, F=256. Pages of 2 MB,
+where the system has them, cost a seventh of that; memory that the process has already costs nothing. So freed buffers
+are kept for the next of their size, as torch keeps those of a GPU. The system may take their pages back at any time
+(MADV_FREE), so what is kept is in nobody's way. On other systems nothing is done.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def supported() -> bool:
 
 
 class Pool:
-    """Buffers that are free and those that are out. Together they are at most twice what was out at once."""
+    """The free buffers and those in use. Together they are at most twice what was in use at once."""
 
     def __init__(self) -> None:
         self.clear()
@@ -43,7 +44,7 @@ class Pool:
         self._lock = threading.Lock()
 
     def take(self, size: int) -> memoryview:
-        """At least ``size`` bytes of any content, taken back when the view and all that share it are gone."""
+        """Return at least ``size`` bytes of any content. They come back when the view and its shares are gone."""
         size = _rounded(size)
         with self._lock:
             self._collect()
@@ -77,7 +78,7 @@ class Pool:
 
 
 def _rounded(size: int) -> int:
-    """``size`` in whole pages, an eighth more at most: batches of nearly the same length share their buffers."""
+    """Round ``size`` up to whole pages, by an eighth at most: batches of nearly equal length share their buffers."""
     step = max(_PAGE, 1 << (size.bit_length() - 4))
     return -(-size // step) * step
 
@@ -89,7 +90,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def new_empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
-    """``like.new_empty(shape, dtype=dtype)``, of kept memory where it is a CPU tensor of 4 MB or more."""
+    """Return ``like.new_empty(shape, dtype=dtype)``, in kept memory if it is a CPU tensor of 4 MB or more."""
     dtype = dtype or like.dtype
     count = torch.Size(shape).numel()
     if not supported() or count * dtype.itemsize < SMALLEST or like.device.type != "cpu":

@@ -33,16 +33,16 @@ from ..transforms import is_traced
 LEAST = 2**20
 """Multiplications of the smallest product that oneDNN is faster at: at 0.66 million both take as long."""
 LEAST_PACKED = 2**18
-"""The same where the weight is packed."""
+"""Multiplications of the smallest product that oneDNN is faster at with a packed weight."""
 LEAST_WEIGHT = 2**18
 """Numbers of the smallest weight that is packed, which takes as long as it saves in ten products of few rows."""
 MOST_PACKED = 2**28
-"""Numbers that are packed at once: copies of 1 GB."""
+"""Most numbers that are packed at once: copies of 1 GB."""
 
 
 @dataclass
 class _Packed:
-    """A weight, which is kept alive so that no other gets its ``id``, and its copy."""
+    """A weight and its copy. The weight is kept alive, so that no other gets its ``id``."""
 
     weight: Tensor
     copy: Tensor
@@ -62,7 +62,7 @@ def is_served_badly() -> bool:
 
 
 def cpu_field(name: str) -> str:
-    """What Linux tells of the processor under this name, such as "model name"; "" where there is no such line."""
+    """Return what Linux says of the processor under this name, such as "model name", or ""."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -71,7 +71,7 @@ def cpu_field(name: str) -> str:
 
 
 def _is_for_onednn(x: Tensor, weight: Tensor, width: int) -> bool:
-    """Whether it is to multiply ``x`` by a weight that leads to ``width`` numbers."""
+    """Return whether oneDNN is to multiply ``x`` by a weight that leads to ``width`` numbers."""
     return (
         is_served_badly()
         and x.numel() * width >= (LEAST_PACKED if id(weight) in _packed else LEAST)
@@ -82,8 +82,8 @@ def _is_for_onednn(x: Tensor, weight: Tensor, width: int) -> bool:
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """(M, K) and (N, K) to (M, N), of any strides."""
-    # It reads a bias as if its numbers stood side by side.
+    """Multiply (M, K) by (N, K) to (M, N), of any strides."""
+    # oneDNN reads a bias as if its numbers stood side by side.
     bias = None if bias is None else bias.contiguous()
     entry = _packed.get(id(weight))
     weight = weight if entry is None else entry.copy
@@ -100,7 +100,7 @@ def mm(a: Tensor, b: Tensor, *, bias: Tensor | None = None, out: Tensor | None =
 
 
 def addmm_(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """``total += a @ b``, as ``mm``."""
+    """Compute ``total += a @ b``, without a gradient as in ``mm``."""
     return total.add_(_onednn(a, b.t())) if _is_for_onednn(a, b, b.shape[1]) else total.addmm_(a, b)
 
 
@@ -141,11 +141,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 @contextlib.contextmanager
 def packed(*weights: Tensor) -> Iterator[None]:
-    """Inside, ``linear`` keeps a copy of each of these (N, K) weights in oneDNN's layout, for many products of few
-    rows: of those that gain by it, up to 1 GB. They must not change meanwhile. Nothing happens where products are not
-    oneDNN's, or gradients are on. Several threads may be inside, with the same weights too."""
+    """Let ``linear`` multiply by copies of these (N, K) weights in oneDNN's layout, for many products of few rows.
+
+    Weights that gain by it are copied, up to 1 GB. They must not change inside the ``with`` block. Nothing happens
+    where products are not oneDNN's, or gradients are on. Several threads may be inside, with the same weights too.
+    """
     wanted = {} if torch.is_grad_enabled() or not is_served_badly() else {id(w): w for w in weights if _gains(w)}
-    mine = []
+    held = []
     with _lock:
         room = MOST_PACKED - sum(entry.weight.numel() for entry in _packed.values())
         for number, weight in wanted.items():
@@ -154,12 +156,12 @@ def packed(*weights: Tensor) -> Iterator[None]:
                 _packed[number] = _Packed(weight, torch.ops.mkldnn._reorder_linear_weight(weight.detach()))
             if number in _packed:
                 _packed[number].users += 1
-                mine.append(number)
+                held.append(number)
     try:
         yield
     finally:
         with _lock:
-            for number in mine:
+            for number in held:
                 _packed[number].users -= 1
                 if not _packed[number].users:
                     del _packed[number]

@@ -5,7 +5,7 @@ Nothing here changes a bit of a result: tiles differ in rows, columns, warps and
 tuned: shapes alone decide it.
 
 The best tile of a shape is measured when it is first met, and written to a file of the card and the versions
-(``MOESAIC_TUNING_CACHE``; ``~/.cache/moesaic/tuning``). Shapes are told apart by powers of two of the rows an expert
+(``MOESAIC_TUNING_CACHE``; ``~/.cache/moesaic/tuning``). Shapes differ by powers of two of the rows an expert
 has and by the widths; more than ``MAX_SHAPES`` of them take the default. ``MOESAIC_TUNE=0`` measures nothing, and
 nothing is measured while a CUDA graph is captured.
 """

@@ -50,7 +50,7 @@ def test_backend_equals_the_oracle_with_idle_experts(backend, expert, load, toke
 
 @pytest.fixture(params=["torch", "onednn"])
 def library(request, monkeypatch) -> str:
-    """Whose products ``cpu`` takes, of every size."""
+    """The library whose products ``cpu`` takes, at every size."""
     if request.param == "onednn" and not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         pytest.skip("torch is built without oneDNN")
     monkeypatch.setattr(products, "is_served_badly", lambda: request.param == "onednn")
