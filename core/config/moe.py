@@ -38,21 +38,21 @@ class MoEConfig:
 
     Attributes:
         num_experts: E.
-        router: who computes what: ``TokenChoice(...)`` or another router config. It decides which layer is built, and
-            which of the fields below have a meaning; one without is refused unless it is left at its default.
-        expert: what is computed: ``FFN(...)``, ``SwiGLU(...)``, ``GEGLU(...)``.
+        router: choice of the experts: ``TokenChoice(...)`` or another router config. It decides which layer is built,
+            and which of the fields below have a meaning; one without is refused unless it is left at its default.
+        expert: kind of the experts: ``FFN(...)``, ``SwiGLU(...)``, ``GEGLU(...)``.
         capacity_factor: in training an expert takes ``ceil(capacity_factor * K * tokens in group / E)`` tokens and the
             rest are dropped; None: dropless.
         eval_capacity_factor: the same in evaluation; None: as in training; infinity: dropless.
-        priority: who is served first where capacity is short: "position", "score" (batch-prioritised) or "random".
-        group: whose tokens compete: "batch", "sequence", a number of tokens, or None for the router's default.
+        priority: order of service where capacity is short: "position", "score" (batch-prioritised) or "random".
+        group: tokens that compete for capacity: "batch", "sequence", a number of tokens; None: the router's default.
         num_shared_experts: experts that every token takes besides.
         balance: weights of the balance losses.
-        backend: whose kernels compute: "auto", "eager", "cpu", "grouped" or "triton".
+        backend: kernels that compute: "auto", "eager", "cpu", "grouped" or "triton".
         shared_gate: how the shared experts' output s joins the routed one, r: "none": ``r + s``; "mix": ``(1 - g) s +
             g r`` with a gate ``g = sigmoid(x w)`` a token (NLLB's conditional routing, arXiv 2207.04672), whose share
             ``Balance(gate_budget=..., budget=...)`` holds; "scale": ``r + g s`` (Qwen-MoE).
-        shared_gate_dropout: of "mix": in training a token's g is 0 with this probability: the shared experts alone.
+        shared_gate_dropout: probability, with "mix" in training, that a token's g is 0: the shared experts alone.
         expert_output_masking: in training each computed pair is left out of its token's sum with this probability, and
             the others are divided by 1 minus it (NLLB, arXiv 2207.04672); losses, loads and capacity stay as they are.
 
@@ -130,16 +130,16 @@ class MoEConfig:
                 raise ValueError(f"{name}={value} needs shared_gate='mix', not {self.shared_gate!r}")
 
     def capacity(self) -> Capacity:
-        """The capacity limits, with the router's default group filled in."""
+        """Return the capacity limits, with the router's default group filled in."""
         group = self.router.default_group if self.group is None else self.group
         return Capacity(self.capacity_factor, self.eval_capacity_factor, self.priority, group)
 
     def build(self, dim: int, out_dim: int | None = None, *, causal: bool = False) -> MoE:
-        """The layer for tokens of width ``dim``: ``MoE``, or its subclass ``SoftMoE`` or ``MergedMoE``.
+        """Build the layer for tokens of width ``dim``: ``MoE``, or its subclass ``SoftMoE`` or ``MergedMoE``.
 
         Args:
             dim: D of the tokens.
-            out_dim: of the output; None: as ``dim``.
+            out_dim: width of the output; None: as ``dim``.
             causal: the layer stands in a causal decoder, where a later token must not change an earlier one.
 
         Raises:
@@ -184,23 +184,21 @@ class MoEConfig:
         return layer
 
     def num_params(self, dim: int, out_dim: int | None = None) -> int:
-        """Parameters of the layer, equal to the sum of ``numel`` of the built one."""
+        """Return the parameters of the layer, equal to the sum of ``numel`` of the built one."""
         experts = self.num_experts + self.num_shared_experts
-        gates = self.router.num_params(dim, self.num_experts) + self._shared_gate_params(dim)
-        return gates + experts * self.expert.num_params(dim, out_dim)
+        return self._gate_params(dim) + experts * self.expert.num_params(dim, out_dim)
 
     def active_params(self, dim: int, out_dim: int | None = None) -> int:
-        """Parameters that one token touches."""
-        experts = self._pairs_per_token() + self.num_shared_experts
-        gates = self.router.num_params(dim, self.num_experts) + self._shared_gate_params(dim)
-        return gates + round(experts * self.expert.num_params(dim, out_dim))
+        """Return the parameters that one token touches."""
+        experts = self.router.pairs_per_token(self.num_experts) + self.num_shared_experts
+        return self._gate_params(dim) + round(experts * self.expert.num_params(dim, out_dim))
 
     def flops_per_token(self, dim: int, out_dim: int | None = None, *, tokens_per_sequence: int | None = None) -> int:
-        """Forward FLOPs a token, two a multiply-add, router included. A capacity factor below 1 bounds the pairs.
+        """Return the forward FLOPs of a token and its router. A capacity factor below 1 bounds the experts' part.
 
         Args:
             dim: D.
-            out_dim: of the output; None: as ``dim``.
+            out_dim: width of the output; None: as ``dim``.
             tokens_per_sequence: S. Soft slots and merged experts cost so much a sequence, and need it; expert choice
                 rounds its capacity up by it; other routers do not ask.
 
@@ -220,22 +218,20 @@ class MoEConfig:
             tokens_per_group,
         )
         experts = (rows + self.num_shared_experts) * self.expert.flops_per_row(dim, out_dim)
-        gates = self.router.flops_per_token(dim, self.num_experts) + 2 * self._shared_gate_params(dim)
+        gates = self.router.flops_per_token(dim, self.num_experts) + (0 if self.shared_gate == "none" else 2 * dim)
         return gates + round(experts + layer)
 
-    def _shared_gate_params(self, dim: int) -> int:
-        return 0 if self.shared_gate == "none" else dim
-
-    def _pairs_per_token(self) -> float:
-        return self.router.pairs_per_token(self.num_experts)
+    def _gate_params(self, dim: int) -> int:
+        """Return the parameters of the router and of the shared gate."""
+        return self.router.num_params(dim, self.num_experts) + (0 if self.shared_gate == "none" else dim)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain dicts, lists and numbers, as in YAML: parts that may be of several classes name theirs."""
+        """Return plain dicts, lists and numbers, as in YAML: parts that may be of several classes name theirs."""
         return to_plain(self, type(self))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> MoEConfig:
-        """The config that ``to_dict`` wrote; parts may also be config objects already.
+        """Return the config that ``to_dict`` wrote; parts may also be config objects already.
 
         Raises:
             ValueError: an unknown field or class, naming it.

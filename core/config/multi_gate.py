@@ -28,7 +28,7 @@ class MultiGateConfig(OpenConfig):
 
     Attributes:
         num_experts: experts that all tasks share.
-        expert: what is computed: ``MLP(...)``, ``FFN(...)``, ``SwiGLU(...)``, ``GEGLU(...)``.
+        expert: kind of the experts: ``MLP(...)``, ``FFN(...)``, ``SwiGLU(...)``, ``GEGLU(...)``.
         expert_dropout: in training each gate leaves each expert out with this probability, example by example, and its
             other weights are brought to their sum; one expert always stays (Zhao et al., RecSys 2019: 0.1).
         feature_gate: rank of low-rank gates that give each expert its own input (HoME, arXiv 2408.05430); 0: none.
@@ -39,7 +39,7 @@ class MultiGateConfig(OpenConfig):
         init_scale: variance of the gates' initial weights times D.
         balance: weights of the balance losses of each gate; dense gates have ``importance``, ``mutual_information``,
             ``local_entropy``, ``global_entropy`` and ``router_z``, all 0 as they are published.
-        backend: whose kernels compute: "auto", "eager", "cpu", "grouped" or "triton".
+        backend: kernels that compute: "auto", "eager", "cpu", "grouped" or "triton".
 
     Raises:
         ValueError: a value is out of its range, or two of them do not go together.
@@ -77,16 +77,16 @@ class MultiGateConfig(OpenConfig):
 
     @property
     def terms(self) -> frozenset[str]:
-        """Names of the balance terms that apply."""
+        """Return the names of the balance terms that apply."""
         return DENSE_GATE_TERMS
 
     def build(self, dim: int, num_tasks: int, num_domains: int = 0) -> MultiGateLayer:
-        """The layer for examples of width ``dim``.
+        """Build the layer for examples of width ``dim``.
 
         Args:
             dim: D.
             num_tasks: t.
-            num_domains: scenarios; the gates then see a learned vector of the example's, and the layer needs
+            num_domains: number of scenarios; the gates then see a learned vector of the example's, and the layer needs
                 ``context.domain_ids_B``. 0: none.
 
         Raises:
@@ -111,7 +111,7 @@ class MultiGateConfig(OpenConfig):
         )
 
     def groups(self, num_tasks: int, num_domains: int = 0) -> ExpertGroups:
-        """Whose the experts of a level are.
+        """Return how the experts of a level are shared out among tasks and domains.
 
         Raises:
             ValueError: as ``build``.
@@ -134,21 +134,21 @@ class MultiGateConfig(OpenConfig):
         return FeatureGate(dim, groups.num_dense, self.feature_gate) if self.feature_gate else None
 
     def out_dim(self, dim: int) -> int:
-        """D_out, the width of each task's output."""
-        return self.expert.out_dim(dim)
+        """Return D_out, the width of each task's output."""
+        return self.expert.out_dim(self._levels(dim)[-1][0])
 
     def num_params(self, dim: int, num_tasks: int, num_domains: int = 0) -> int:
-        """Parameters of the layer, equal to the sum of ``numel`` of the built one."""
+        """Return the parameters of the layer, equal to the sum of ``numel`` of the built one."""
         groups = self.groups(num_tasks, num_domains)
-        return self._level_params(dim, groups, groups.num_experts)
+        return self._params(dim, groups, groups.num_experts)
 
     def active_params(self, dim: int, num_tasks: int, num_domains: int = 0) -> int:
-        """Parameters that one example touches: all but other domains' experts."""
+        """Return the parameters that one example touches: all but other domains' experts."""
         groups = self.groups(num_tasks, num_domains)
-        return self._level_params(dim, groups, groups.num_dense + groups.num_domain)
+        return self._params(dim, groups, groups.num_dense + groups.num_domain)
 
     def flops_per_token(self, dim: int, num_tasks: int, num_domains: int = 0, *, batch_size: int | None = None) -> int:
-        """Forward FLOPs an example, for all tasks: products alone, two a multiply-add; gates and their sums included.
+        """Return the forward FLOPs of an example, for all tasks: two a multiply-add; gates and their sums included.
 
         Args:
             dim: D.
@@ -156,34 +156,45 @@ class MultiGateConfig(OpenConfig):
             num_domains: as in ``build``.
             batch_size: examples of a call. Expert choice rounds its capacity up by it; nothing else asks.
         """
-        return self._level_flops(dim, self.groups(num_tasks, num_domains))
+        groups, total = self.groups(num_tasks, num_domains), 0
+        for width, shared_gate in self._levels(dim):
+            experts = (groups.num_dense + groups.num_domain) * self.expert.flops_per_row(width)
+            feature = 4 * width * groups.num_dense * self.feature_gate
+            # Each weight is a row of the gates' product, and then weights one output.
+            weights = _weights_per_example(groups, shared_gate)
+            total += 2 * weights * (width + self.expert.out_dim(width)) + experts + feature
+        return total
 
-    def _level_params(self, dim: int, groups: ExpertGroups, experts: int, shared_gate: bool = False) -> int:
-        rows = groups.num_tasks * (groups.per_gate + groups.num_self) + groups.num_domains
-        rows += groups.per_shared_gate if shared_gate else 0
-        feature = 2 * groups.num_dense * self.feature_gate
-        return dim * (rows + feature) + experts * self.expert.num_params(dim)
+    def _params(self, dim: int, groups: ExpertGroups, experts: int) -> int:
+        """Return the parameters of all levels with this number of experts in each."""
+        total = 0
+        for width, shared_gate in self._levels(dim):
+            rows = _weights_per_example(groups, shared_gate) + groups.num_domains
+            feature = 2 * groups.num_dense * self.feature_gate
+            total += width * (rows + feature) + experts * self.expert.num_params(width)
+        return total
 
-    def _level_flops(self, dim: int, groups: ExpertGroups, shared_gate: bool = False) -> int:
-        weights = groups.num_tasks * (groups.per_gate + groups.num_self)
-        weights += groups.per_shared_gate if shared_gate else 0
-        experts = (groups.num_dense + groups.num_domain) * self.expert.flops_per_row(dim)
-        feature = 4 * dim * groups.num_dense * self.feature_gate
-        # Each weight is a row of the gates' product, and then weights one output.
-        return 2 * weights * (dim + self.expert.out_dim(dim)) + experts + feature
+    def _levels(self, dim: int) -> list[tuple[int, bool]]:
+        """Return the width of each level's input, and whether its shared representation goes on."""
+        return [(dim, False)]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain dicts, lists and numbers, as in YAML, with the class: ``{"class_path": ..., "init_args": {...}}``."""
+        """Return plain dicts, lists and numbers, as in YAML: ``{"class_path": ..., "init_args": {...}}``."""
         return to_plain(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> MultiGateConfig:
-        """The config that ``to_dict`` wrote; without a class its fields are those of this one.
+        """Return the config that ``to_dict`` wrote; without a class its fields are those of this one.
 
         Raises:
             ValueError: an unknown field or class, or a class that is not this one's, naming it.
         """
         return from_plain(values, cls) if "class_path" in values else make(cls, values)
+
+
+def _weights_per_example(groups: ExpertGroups, shared_gate: bool) -> int:
+    tasks = groups.num_tasks * (groups.per_gate + groups.num_self)
+    return tasks + (groups.per_shared_gate if shared_gate else 0)
 
 
 @dataclass(frozen=True)
@@ -275,7 +286,7 @@ class MMoE(MultiGateConfig):
         return self._router_params(dim, num_tasks, num_domains) + self.num_experts * self.expert.num_params(dim)
 
     def active_params(self, dim: int, num_tasks: int, num_domains: int = 0) -> int:
-        """Parameters that one example touches; with a router, where each task takes experts of its own."""
+        """Return the parameters that one example touches; with a router, where each task takes experts of its own."""
         if self.router is None:
             return super().active_params(dim, num_tasks, num_domains)
         pairs = self._choices(num_tasks) * self.router.pairs_per_token(self.num_experts)
@@ -293,7 +304,7 @@ class MMoE(MultiGateConfig):
         return choices * self.router.flops_per_token(dim, E) + gates + round(rows * self.expert.flops_per_row(dim))
 
     def _choices(self, num_tasks: int) -> int:
-        """How often an example is routed."""
+        """Return how often an example is routed."""
         return 1 if self.selection == "shared" else num_tasks
 
     def _router_params(self, dim: int, num_tasks: int, num_domains: int) -> int:
@@ -360,7 +371,6 @@ class PLE(CGC):
         super().__post_init__()
 
     def _levels(self, dim: int) -> list[tuple[int, bool]]:
-        """Width of each level's input, and whether its shared representation goes on."""
         dims = [dim]
         for _ in range(self.num_levels - 1):
             dims.append(self.expert.out_dim(dims[-1]))
@@ -379,22 +389,3 @@ class PLE(CGC):
             feature_gates=feature_gates if self.feature_gate else None,
             dim=dim,
         )
-
-    def out_dim(self, dim: int) -> int:
-        return self.expert.out_dim(self._levels(dim)[-1][0])
-
-    def num_params(self, dim: int, num_tasks: int, num_domains: int = 0) -> int:
-        groups = self.groups(num_tasks, num_domains)
-        return sum(self._level_params(width, groups, groups.num_experts, gate) for width, gate in self._levels(dim))
-
-    def active_params(self, dim: int, num_tasks: int, num_domains: int = 0) -> int:
-        groups = self.groups(num_tasks, num_domains)
-        taken = groups.num_dense + groups.num_domain
-        return sum(self._level_params(width, groups, taken, gate) for width, gate in self._levels(dim))
-
-    def flops_per_token(self, dim: int, num_tasks: int, num_domains: int = 0, *, batch_size: int | None = None) -> int:
-        groups = self.groups(num_tasks, num_domains)
-        return sum(self._level_flops(width, groups, gate) for width, gate in self._levels(dim))
-
-
-__all__ = ["CGC", "MMoE", "MultiGateConfig", "OMoE", "PLE"]

@@ -16,7 +16,7 @@ class Dispatcher:
     ``__getstate__``.
 
     Attributes:
-        backend: whose kernels sort and sum; a layer sets it (``MoELayer.backend``).
+        backend: kernels that sort and sum; a layer sets it (``MoELayer.backend``).
     """
 
     backend: str = "auto"

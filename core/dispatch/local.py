@@ -14,8 +14,8 @@ class LocalDispatcher(Dispatcher):
     """All experts are here: rows are an index into the tokens, and nothing is copied.
 
     Where the routing says that its pairs read other rows than they are summed to (``Routing.input_index_N``), the rows
-    are copies. Those that no expert computes are left out then on a CPU; elsewhere, and in compiled code, the number of
-    rows is static.
+    are copies. On a CPU those that no expert computes are then left out. On other devices, and in compiled code, the
+    number of rows is static.
     """
 
     def dispatch(self, x: Tensor, routing: Routing) -> Rows:

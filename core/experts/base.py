@@ -34,7 +34,7 @@ class Experts(nn.Module):
 
     Attributes:
         num_experts: E, of all ranks.
-        backend: whose kernels compute; a layer sets it (``MoELayer.backend``).
+        backend: kernels that compute; a layer sets it (``MoELayer.backend``).
     """
 
     num_experts: int
@@ -170,15 +170,15 @@ class ExpertConfig(OpenConfig):
         raise NotImplementedError
 
     def out_dim(self, dim: int) -> int:
-        """Width of the output where the layer does not ask for another one."""
+        """Return the width of the output where the layer does not ask for another one."""
         return dim
 
     def num_params(self, dim: int, out_dim: int | None = None) -> int:
-        """Of one expert."""
+        """Return the parameters of one expert."""
         raise NotImplementedError
 
     def flops_per_row(self, dim: int, out_dim: int | None = None) -> int:
-        """Forward FLOPs of one expert on one row, two a multiply-add; activations are not counted."""
+        """Return the forward FLOPs of one expert on one row, two a multiply-add; activations are not counted."""
         raise NotImplementedError
 
 
@@ -234,7 +234,7 @@ def weighted_sum(weights_GE: Tensor, w: Tensor | None) -> Tensor | None:
 
 
 def autocast_together(x: Tensor, *weights: Tensor | None) -> tuple[Any, ...]:
-    """Tokens and this process's part of the weights in the dtype of the products: autocast knows no custom ops."""
+    """Return tokens and this process's part of the weights in the products' dtype: autocast knows no custom ops."""
     weights = tuple(None if w is None else local_tensor(w) for w in weights)
     kind = x.device.type
     is_on = kind != "meta" and torch.is_autocast_enabled(kind)

@@ -42,7 +42,7 @@ class FFNExperts(Experts):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Each expert as ``nn.Linear`` would start: U(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
+        """Start each expert as ``nn.Linear`` does: U(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
         for weight, bias in ((self.w_in, self.b_in), (self.w_gate, None), (self.w_out, self.b_out)):
             if weight is not None:
                 bound = 1 / math.sqrt(weight.shape[1])
@@ -128,11 +128,11 @@ class FFN(ExpertConfig):
             raise ValueError(f"hidden_dim={self.hidden_dim} is not at least 1")
 
     def hidden(self, dim: int) -> int:
-        """F for this model dim, the default filled in."""
+        """Return F for this model dim, the default filled in."""
         return 4 * dim if self.hidden_dim is None else self.hidden_dim
 
     def matrices(self) -> int:
-        """Products that widen to F."""
+        """Return the number of products that widen to F."""
         return 1
 
     def build(self, num_experts: int, dim: int, out_dim: int | None = None) -> FFNExperts:

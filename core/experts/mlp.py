@@ -63,7 +63,7 @@ class MLPExperts(Experts):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Each layer as ``nn.Linear`` would start, U(-1/sqrt(fan_in), 1/sqrt(fan_in)); norms as their own modules."""
+        """Start each layer as ``nn.Linear`` does, U(-1/sqrt(fan_in), 1/sqrt(fan_in)), and norms as torch's do."""
         for i in range(len(self.hidden_dims)):
             bound = 1 / math.sqrt(getattr(self, f"w_{i}").shape[1])
             for name in ("w", "b"):
@@ -133,7 +133,7 @@ class MLPExperts(Experts):
         return h
 
     def _norm_each(self, h_TnF: Tensor, i: int, real_T: Tensor | None) -> Tensor:
-        """The norm of layer ``i`` on the first n experts' outputs for the same T tokens."""
+        """Apply the norm of layer ``i`` to the first n experts' outputs for the same T tokens."""
         if self.norm is None:
             return h_TnF
         T, n, width = h_TnF.shape
@@ -161,7 +161,7 @@ class MLPExperts(Experts):
         return y_TC.view(T, n, width)
 
     def _norm_rows(self, h_RF: Tensor, i: int, expert_R: Tensor) -> Tensor:
-        """The norm of layer ``i`` on rows, each by its expert; what rows past the last offset hold does not matter."""
+        """Apply the norm of layer ``i`` to rows, each by its expert. Rows past the last offset may hold anything."""
         if self.norm is None:
             return h_RF
         weight, bias = self._get("norm_weight", i), self._get("norm_bias", i)
@@ -186,7 +186,7 @@ class MLPExperts(Experts):
     def _statistics(
         self, running: tuple[Tensor, Tensor], count: Tensor, mean: Tensor, squares: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Mean and variance that hold in training, where there are two tokens; and the running ones move."""
+        """Return the mean and variance of a training batch of two tokens or more, and move the running ones."""
         enough = count >= 2
         with torch.no_grad():
             # The running variance is the unbiased one, as in ``nn.BatchNorm1d``.
@@ -205,7 +205,7 @@ class MLPExperts(Experts):
 
 
 def _wide(h: Tensor) -> Tensor:
-    """At least float32: sums over a batch."""
+    """Return ``h`` in float32 at least, for sums over a batch."""
     return h if h.dtype == torch.float64 else h.float()
 
 
@@ -214,7 +214,7 @@ def _scaled(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor) 
 
 
 def _layer_norm(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Over the features, with weights that differ by expert or row."""
+    """Normalise over the features, with weights that differ by expert or row."""
     return (F.layer_norm(_wide(h), h.shape[-1:], eps=EPS) * weight + bias).to(h.dtype)
 
 
@@ -242,15 +242,11 @@ class MLP(ExpertConfig):
 
     def __post_init__(self) -> None:
         check_kinds(self)
-        try:
-            widths = tuple(self.hidden_dims)
-        except TypeError:
-            widths = ()
-        if not all(isinstance(width, int) and not isinstance(width, bool) for width in widths) or not widths:
-            raise ValueError(f"hidden_dims={self.hidden_dims!r} is not one or more widths of at least 1")
-        object.__setattr__(self, "hidden_dims", tuple(self.hidden_dims))  # a list in YAML and in a checkpoint
-        if not self.hidden_dims or min(self.hidden_dims) < 1:
-            raise ValueError(f"hidden_dims={self.hidden_dims} is not one or more widths of at least 1")
+        widths = self.hidden_dims
+        is_whole = isinstance(widths, (tuple, list)) and all(type(width) is int for width in widths)
+        if not (is_whole and widths and min(widths) >= 1):
+            raise ValueError(f"hidden_dims={widths!r} is not one or more widths of at least 1")
+        object.__setattr__(self, "hidden_dims", tuple(widths))  # a list in YAML and in a checkpoint
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation={self.activation!r} is not one of {', '.join(ACTIVATIONS)}")
         if self.norm not in NORMS:

@@ -20,20 +20,24 @@ from .moe import MoELayer, entry_name
 
 @dataclass(frozen=True)
 class AuxLosses:
-    """``total``: the weighted sum over layers and terms. ``terms``: each term unweighted, the mean over the passes it
-    applies to, for the log; detached."""
+    """The balance losses of a tape.
+
+    Attributes:
+        total: float32 (), the weighted sum over layers and terms.
+        terms: each term unweighted, the mean over the passes it applies to, detached: for the log.
+    """
 
     total: Tensor
     terms: dict[str, Tensor]
 
 
 def aux_loss(tape: Tape) -> Tensor:
-    """The weighted balance losses of all recorded passes, to be added to the task's loss. See ``aux_losses``."""
+    """Return the weighted balance losses of all recorded passes, to be added to the task's loss. See ``aux_losses``."""
     return aux_losses(tape).total
 
 
 def aux_losses(tape: Tape) -> AuxLosses:
-    """Weighted sum and unweighted terms of the balance losses of all recorded passes, each by its layer's ``Balance``.
+    """Return the weighted sum and the unweighted terms of the balance losses of all recorded passes.
 
     Statistics are those of the tokens of all ranks, in one collective for all layers, unless a layer's ``scope`` is
     "rank"; the gradient is exact once DDP or FSDP has averaged it over the ranks. All ranks call it for the same passes
@@ -101,9 +105,9 @@ def _all_reduce(
     flat = [t for s in sums for t in s.values()]
     differ = _difference_of_ranks(names, sums, flat[0].device if device is None else device)
     if differ is not None:
-        found = ", ".join(f"{name!r} ({counts} passes)" for name, counts in differ.items()) or "sums of other sizes"
+        passes = ", ".join(f"{name!r} ({counts} passes)" for name, counts in differ.items()) or "sums of other sizes"
         raise RuntimeError(
-            f"the ranks recorded different passes, so their balance losses cannot be added up: {found}; "
+            f"the ranks recorded different passes, so their balance losses cannot be added up: {passes}; "
             "run these layers alike on all ranks, or give them Balance(scope='rank')"
         )
     if not sums:
@@ -168,9 +172,9 @@ def update_expert_bias(model: nn.Module, tape: Tape) -> None:
         ValueError: the tape has a pass of a layer that the model does not name so.
         RuntimeError: the ranks have biases or adaptive weights of different layers, which all of them raise.
     """
-    found = {name: m for name, m in unwrapped_modules(model) if isinstance(m, MoELayer)}
-    _check_names(found, tape)
-    layers = {name: m for name, m in found.items() if m.training}
+    every = {name: m for name, m in unwrapped_modules(model) if isinstance(m, MoELayer)}
+    _check_names(every, tape)
+    layers = {name: m for name, m in every.items() if m.training}
     routers = {entry_name(name, end): r for name, m in layers.items() for end, r in m.routers().items()}
     each: dict[int, Router] = {id(r): r for r in routers.values()}
     loads = {key: torch.zeros_like(r.expert_bias) for key, r in each.items() if r.expert_bias is not None}
@@ -219,10 +223,10 @@ def _check_layers_agree(names: list[str], sums: list[dict[str, Tensor]]) -> None
         device = torch.device("cuda" if "nccl" in dist.get_backend() else "cpu")
     differ = _difference_of_ranks(names, sums, device)
     if differ is not None:
-        found = ", ".join(f"{name!r} ({counts} layers)" for name, counts in differ.items())
-        found = found or "in another order, or of other numbers of experts"
+        names_differ = ", ".join(f"{name!r} ({counts} layers)" for name, counts in differ.items())
+        why = names_differ or "in another order, or of other numbers of experts"
         raise RuntimeError(
-            f"the ranks train different layers, so the loads of their experts cannot be added up: {found}; "
+            f"the ranks train different layers, so the loads of their experts cannot be added up: {why}; "
             "every rank needs the same layers with expert_bias or Balance(adaptive=True)"
         )
 
@@ -236,7 +240,7 @@ def _check_names(layers: Mapping[str, MoELayer], tape: Tape) -> None:
 
 
 def _is_of(entry: str, name: str, layer: MoELayer) -> bool:
-    """Whether an entry of this name is a pass of the layer of that name."""
+    """Return whether an entry of this name is a pass of the layer of that name."""
     if name and entry != name and not entry.startswith(f"{name}."):
         return False
     return layer.names_entry(entry[len(name) :].removeprefix("."))

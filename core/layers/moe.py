@@ -41,8 +41,6 @@ class MoELayer(nn.Module):
 
     Attributes:
         router, experts, dispatcher: the parts.
-        balance: weights of the layer's balance losses.
-        dim: width of the tokens; None: as wide as the parts take them.
         load_balancing_weight: float32 () buffer where ``balance.adaptive``, else None.
     """
 
@@ -69,7 +67,7 @@ class MoELayer(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """What the layer itself holds, as it starts; router and experts have methods of their own."""
+        """Set what the layer itself holds to its start. Router and experts have methods of their own."""
         if self.load_balancing_weight is not None:
             self.load_balancing_weight.fill_(self.balance.load_balancing)
 
@@ -95,7 +93,7 @@ class MoELayer(nn.Module):
 
     @property
     def backend(self) -> str:
-        """Whose kernels route, move and compute. Setting it sets it for all parts of the layer."""
+        """The backend whose kernels route, move and compute. Setting it sets it for all parts of the layer."""
         return self.dispatcher.backend
 
     @backend.setter
@@ -107,12 +105,12 @@ class MoELayer(nn.Module):
                 part.backend = name
 
     def routers(self) -> dict[str, Router]:
-        """The routers by the ends of their entries' names: what ``router`` decides is recorded as ``<layer>.<end>``."""
+        """Return the routers by the ends of their entries' names: a decision is recorded as ``<layer>.<end>``."""
         return {"": self.router}
 
     @property
     def is_recorded(self) -> bool:
-        """Whether a tape listens: what is made for it alone can be left out elsewhere."""
+        """Whether a tape listens. Without one, what is made for it alone can be left out."""
         return bool(self._tapes)
 
     def record_pass(
@@ -136,7 +134,7 @@ class MoELayer(nn.Module):
             end: end of the entry's name, ``<layer>.<end>``, in a layer with several routers: a key of ``routers()``.
             router: which of them decided; None: ``self.router``.
             shared_gate: the gate on the shared experts, where there is one.
-            shared_gate_T: float32 (T,), what it said.
+            shared_gate_T: float32 (T,), the gate of each token.
         """
         if not self._tapes:
             return
@@ -165,7 +163,7 @@ class MoELayer(nn.Module):
             tape.append(entry)
 
     def shares_sums(self) -> torch.device | None:
-        """Where its balance losses are functions of the tokens of all ranks: its device. None: they are not."""
+        """Return the layer's device if its balance losses depend on the tokens of all ranks, else None."""
         if self.balance.scope != "global":
             return None
         parts = [m for m in self.modules() if isinstance(m, (Router, SharedGate))]
@@ -176,20 +174,29 @@ class MoELayer(nn.Module):
         return tensors[0].device if tensors else torch.device("cpu")
 
     def names_entry(self, end: str) -> bool:
-        """Whether an entry of this layer may have a name with this end."""
+        """Return whether an entry of this layer may have a name with this end."""
         return end in self.routers()
 
     def active_expert_params(self) -> int:
-        """Parameters of the routed experts that one token touches, of all ranks."""
+        """Return the parameters of the routed experts that one token touches, of all ranks."""
         raise NotImplementedError
 
     def all_expert_params(self) -> int:
-        """Parameters of the routed experts, of all ranks: a ``DTensor`` counts as whole."""
+        """Return the parameters of the routed experts, of all ranks: a ``DTensor`` counts as whole."""
         return sum(p.numel() for p in self.experts.parameters())
 
 
+def check_valid(valid: Tensor, shapes: tuple[torch.Size, ...], noun: str) -> None:
+    """Raise a ``ValueError`` where ``context.valid_BS`` is not bool, or of none of the shapes that it may have."""
+    check_tensor("context.valid_BS", valid)
+    if valid.shape not in shapes:
+        raise ValueError(f"context.valid_BS has shape {tuple(valid.shape)}, the {noun} {tuple(shapes[0])}")
+    if valid.dtype != torch.bool:
+        raise ValueError(f"context.valid_BS is {valid.dtype}: it must be bool, True for real {noun}")
+
+
 def entry_name(layer: str, end: str) -> str:
-    """The name of an entry of a layer of this name, one of whose routers has this end."""
+    """Return the name of the entry of one router, given the layer's name and the router's end."""
     return ".".join(part for part in (layer, end) if part)
 
 
@@ -201,16 +208,13 @@ class MoE(MoELayer):
     ``shared_gate`` the two are weighted against each other.
 
     Args:
-        router: decides.
-        experts: E experts.
-        balance: loss weights.
-        dispatcher: ``LocalDispatcher`` by default.
+        router, experts: the parts, for the same E.
+        balance, dispatcher, dim: as in ``MoELayer``.
         shared_experts: experts that every token takes.
-        shared_gate: weights them and the routed output; None: their sum.
+        shared_gate: gate between them and the routed output; None: their sum.
         expert_output_masking: probability in training that a pair's output is left out; the others are divided by
             1 minus it.
         pairs_per_token: experts a token takes, for ``active_params``.
-        dim: width of the tokens; None: as wide as the parts take them.
 
     Raises:
         ValueError: the router chooses among another number of experts than there are, those of other ranks included.
@@ -256,18 +260,13 @@ class MoE(MoELayer):
             raise ValueError(f"x has shape {tuple(x.shape)}: an MoE layer needs at least (tokens, dim)")
         self._check_width(x)
         x_BSD = x.unsqueeze(0) if x.ndim == 2 else x.flatten(0, -3)
-        if context is not None and context.valid_BS is not None:
-            check_tensor("context.valid_BS", context.valid_BS)
-        if context is not None and context.valid_BS is not None and context.valid_BS.shape != x_BSD.shape[:2]:
-            raise ValueError(
-                f"context.valid_BS has shape {tuple(context.valid_BS.shape)}, the tokens {tuple(x_BSD.shape[:2])}"
-            )
-        if context is not None and context.valid_BS is not None and context.valid_BS.dtype != torch.bool:
-            raise ValueError(f"context.valid_BS is {context.valid_BS.dtype}: it must be bool, True for real tokens")
+        valid_BS = None if context is None else context.valid_BS
+        if valid_BS is not None:
+            check_valid(valid_BS, (x_BSD.shape[:2],), "tokens")
         routing = self.router(x_BSD, context)
-        if self.shared_experts is not None and context is not None and context.valid_BS is not None:
+        if self.shared_experts is not None and valid_BS is not None:
             # Padding may hold NaN, which would reach the weight gradients.
-            x = x.masked_fill(~context.valid_BS.reshape(*x.shape[:-1], 1), 0.0)
+            x = x.masked_fill(~valid_BS.reshape(*x.shape[:-1], 1), 0.0)
         gate = None if self.shared_gate is None else self.shared_gate(x)
         gate_T = None if gate is None else gate.flatten()
         self.record_pass(routing, context, shared_gate=self.shared_gate, shared_gate_T=gate_T)
@@ -281,7 +280,7 @@ class MoE(MoELayer):
         return self.shared_gate.combine(gate, y, shared)
 
     def _compute(self, x_BSD: Tensor, routing: Any) -> Tensor:
-        """(B, S, D) tokens through the routed experts, (B, S, D_out)."""
+        """Return (B, S, D) tokens after the routed experts, (B, S, D_out)."""
         rows = self.dispatcher.dispatch(x_BSD.flatten(0, 1), routing)
         if self.router.gates_on == "input":
             rows = rows.weighted_input()
@@ -331,12 +330,12 @@ class MergedMoE(MoE):
 
 
 def moe_layers(model: nn.Module) -> dict[str, MoELayer]:
-    """The MoE layers of a model by dotted name, in the order of its modules."""
+    """Return the MoE layers of a model by dotted name, in the order of its modules."""
     return {name: m for name, m in model.named_modules() if isinstance(m, MoELayer)}
 
 
 def active_params(model: nn.Module) -> int:
-    """Parameters that one token touches, at most: all but the routed experts it does not take.
+    """Return the parameters that one token touches at most: all but the routed experts it does not take.
 
     Sharded parameters (``DTensor``) count as whole: the figure is that of the whole model, on every rank.
     """

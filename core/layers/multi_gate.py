@@ -15,7 +15,6 @@ from ..dispatch import join_tasks, split_pairs
 from ..experts import Experts
 from ..experts.base import autocast_together, first_linear, next_linear
 from ..routing.balance import Balance
-from ..routing.checks import check_tensor
 from ..routing.ids import sequence_ids
 from ..routing.multi_gate import (
     DenseGates,
@@ -26,17 +25,17 @@ from ..routing.multi_gate import (
     selected_softmax,
 )
 from ..routing.router import Router, Tokens
-from .moe import MoELayer
+from .moe import MoELayer, check_valid
 
 SHARED = "shared"
-"""End of the name of the entries of a shared representation's gate."""
+"""End of the entries' name for a shared representation's gate."""
 ENDS = re.compile(rf"(level\d+\.)?(task\d+|tasks|selection|{SHARED})")
 """Ends of the names of a layer's entries."""
 
 
 @dataclass(frozen=True)
 class Examples:
-    """What a layer got, brought to one form.
+    """The input of a layer, brought to one form.
 
     Attributes:
         x_TD: (T, D), in its own dtype; padding is zero.
@@ -98,7 +97,7 @@ class MultiGateLayer(MoELayer):
         return ENDS.fullmatch(end) is not None
 
     def _compute(self, examples: Examples) -> Tensor:
-        """The tasks' outputs, (t, T, D_out); those of padding may be anything finite."""
+        """Return the tasks' outputs, (t, T, D_out); those of padding may be anything finite."""
         raise NotImplementedError
 
     def _examples(self, x: Tensor, context: RoutingContext | None) -> Examples:
@@ -109,11 +108,7 @@ class MultiGateLayer(MoELayer):
         real_T = domain_T = None
         if context is not None and context.valid_BS is not None:
             valid = context.valid_BS
-            check_tensor("context.valid_BS", valid)
-            if valid.shape not in (x.shape[:-1], x_BSD.shape[:2]):
-                raise ValueError(f"context.valid_BS has shape {tuple(valid.shape)}, the examples {tuple(x.shape[:-1])}")
-            if valid.dtype != torch.bool:
-                raise ValueError(f"context.valid_BS is {valid.dtype}: it must be bool, True for real examples")
+            check_valid(valid, (x.shape[:-1], x_BSD.shape[:2]), "examples")
             context = replace(context, valid_BS=valid.reshape(x_BSD.shape[:2]))
             real_T = valid.flatten()
             # Padding may hold NaN, which would reach the weight gradients.
@@ -128,7 +123,7 @@ class MultiGateLayer(MoELayer):
 
 @dataclass(frozen=True)
 class Mixed:
-    """What a level gives: ``task_tTH`` (t, T, H), and ``shared_TH`` (T, H) where it has a gate for it."""
+    """The outputs of a level: ``task_tTH`` (t, T, H), and ``shared_TH`` (T, H) where it has a gate for it."""
 
     task_tTH: Tensor
     shared_TH: Tensor | None
@@ -153,7 +148,7 @@ class FeatureGate(nn.Module):
         nn.init.zeros_(self.up)
 
     def forward(self, x_GTD: Tensor, counts: tuple[int, ...]) -> Tensor:
-        """(G, T, D) inputs of ``counts`` experts each to (n, T, D), an input an expert."""
+        """Return each expert's input, (n, T, D), from (G, T, D) inputs of ``counts`` experts each."""
         kernels.check_devices(x_GTD, type(self).__name__, self._parameters)
         x_GTD, down, up = autocast_together(x_GTD, self.down, self.up)
         gate_nTD = next_linear(first_linear(x_GTD, down, None, counts), up, None).transpose(0, 1)
@@ -168,9 +163,9 @@ class MultiGateMoE(MultiGateLayer):
     A domain's own experts compute its examples alone, and stand in the gates of all tasks.
 
     Args:
-        gates: of the level.
-        experts: of the level, in the order of ``groups``.
-        groups: whose they are.
+        gates: the gates of the level.
+        experts: its experts, in the order of ``groups``.
+        groups: how the experts are shared out among tasks and domains.
         num_tasks: t; ``groups.num_tasks`` is 1 where one gate serves all.
         balance: loss weights, for each gate.
         expert_dropout: probability that a gate leaves an expert out in training, example by example.
@@ -266,7 +261,7 @@ class SparseMultiGateMoE(MultiGateLayer):
         routers: one a task.
         experts: E experts.
         balance: loss weights, for each router.
-        domain: what the routers see of the example's domain.
+        domain: adds the example's domain to the routers' input.
         num_domains, dim: as in ``MultiGateLayer``.
         pairs_per_token: experts an example takes for a task, for ``active_params``.
     """
@@ -303,7 +298,7 @@ class SparseMultiGateMoE(MultiGateLayer):
         return {f"task{k}": self.router[k] for k in range(self.num_tasks)}
 
     def active_expert_params(self) -> int:
-        """With experts of the tasks' own for each: the most that they can be."""
+        """Return the most that one example touches, where no two tasks choose the same expert."""
         taken = self.num_tasks * self.pairs_per_token / self.experts.num_experts
         return round(self.all_expert_params() * min(taken, 1.0))
 
@@ -316,8 +311,8 @@ class SelectedMultiGateMoE(MultiGateLayer):
     Entries of the tape: ``<layer>.selection`` of the router, ``<layer>.task0`` and so on of the gates.
 
     Args:
-        router: selects.
-        gates: of the tasks.
+        router: chooses the experts of an example.
+        gates: the tasks' gates.
         experts: E experts.
         groups: E shared ones.
         balance: loss weights, for the router and each gate.
@@ -385,14 +380,14 @@ class SelectedMultiGateMoE(MultiGateLayer):
 
 
 def _with_domain(examples: Examples, domain: DomainEmbedding | None) -> Tensor:
-    """What a router sees, (B, S, D): the examples, with their domains where it knows them."""
+    """Return a router's input (B, S, D): the examples, with their domains where it knows them."""
     if domain is None or examples.domain_T is None:
         return examples.x_BSD
     return domain(examples.x_TD, examples.domain_T).unflatten(0, examples.x_BSD.shape[:2])
 
 
 def _active_params(experts: Experts, groups: ExpertGroups) -> int:
-    """Of a level's experts an example takes all but those of other domains."""
+    """Return a level's expert parameters that an example touches: all but those of other domains."""
     total = sum(p.numel() for p in experts.parameters())
     return total * (groups.num_dense + groups.num_domain) // groups.num_experts
 
@@ -407,12 +402,12 @@ def _mix(
     examples: Examples,
     prefix: str = "",
 ) -> Mixed:
-    """One level: all experts compute, all gates weight.
+    """Compute one level: all experts compute, all gates weight.
 
     Args:
-        layer: whose tape and dropout it is.
+        layer: the layer, for its tape and its dropout.
         x_GTD: (1, T, D), one input for all, or (1 + t, T, D): the shared representation, then the tasks'.
-        prefix: of the entries' ends.
+        prefix: start of the entries' ends.
     """
     T, (t, s) = x_GTD.shape[1], (groups.num_tasks, groups.num_shared)
     logits = gates(x_GTD, examples.domain_T)
@@ -422,7 +417,7 @@ def _mix(
     h_TnH = h_TnH.to(torch.promote_types(dtype, torch.float32))
 
     def weights(logits: Tensor, gate_names: list[str]) -> Tensor:
-        """Softmax over the last axis of (T, gates, E), recorded."""
+        """Return the softmax over the last axis of (T, gates, E), and record it."""
         clean = logits.softmax(-1)
         for k, name in enumerate(gate_names):
             names = groups.names(None if name == SHARED else k)
@@ -472,7 +467,7 @@ def _expert_outputs(
     x_GTD: Tensor,
     examples: Examples,
 ) -> tuple[Tensor, Tensor | None]:
-    """(T, n, H) of the experts that compute every example, and (T, d, H) of those of each example's domain."""
+    """Return (T, n, H) of the experts that compute every example, and (T, d, H) of those of its domain."""
     # With one input for all the experts are one group.
     counts = groups.counts if x_GTD.shape[0] > 1 else (groups.num_dense,)
     if feature_gate is None:
@@ -491,6 +486,3 @@ def _expert_outputs(
     pairs = split_pairs(token_index_N, expert_ids_N, kernels.count_experts(expert_ids_N, E))
     rows = experts(layer.dispatcher.dispatch(x_GTD[0], pairs))
     return h_TnH, layer.dispatcher.combine(rows).unflatten(0, (T, d))
-
-
-__all__ = ["FeatureGate", "MultiGateLayer", "MultiGateMoE", "PLELayer", "SelectedMultiGateMoE", "SparseMultiGateMoE"]

@@ -19,8 +19,7 @@ class SharedGate(LinearGate):
     Args:
         dim: D.
         kind: "mix" or "scale".
-        dropout: of "mix": in training a token's g is 0 with this probability. What is left is not rescaled: g stays a
-            share.
+        dropout: probability, with "mix" in training, that a token's g is 0. The others are not rescaled: g is a share.
 
     Attributes:
         terms: the balance terms that apply to it.
@@ -32,13 +31,13 @@ class SharedGate(LinearGate):
         self.terms = frozenset({"gate_budget"} if kind == "mix" else ())
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        """(..., D) tokens to their gates before dropout: float32 (...), whatever the model is in (float64 stays)."""
+        """Return the gates of (..., D) tokens before dropout: float32 (...), or float64 for a float64 model."""
         with outside_autocast(x.device):
             logits_T1 = super().forward(*widened(x.reshape(-1, x.shape[-1])))
             return logits_T1.view(x.shape[:-1]).sigmoid()
 
     def combine(self, gate: Tensor, routed: Tensor, shared: Tensor) -> Tensor:
-        """The layer's output, in the dtype of ``routed``.
+        """Return the layer's output, in the dtype of ``routed``.
 
         Args:
             gate: (...), from ``forward``.
@@ -53,6 +52,3 @@ class SharedGate(LinearGate):
 
     def extra_repr(self) -> str:
         return f"kind={self.kind}, dropout={self.dropout}"
-
-
-__all__ = ["KINDS", "SharedGate"]
