@@ -5,7 +5,6 @@
     launch.py       one way to start a kernel
     tuning.py       tiles, and the choice among them
     gate.py sort.py products.py experts.py sums.py     custom ops and their launches
-    ahead.py        compiles all of it for cards that are not there
 
 Nothing synchronises with the host: counts stay on the device, and a launch covers the most tiles there can be. Sums
 have one order and no atomics, so results are equal bit by bit from run to run.

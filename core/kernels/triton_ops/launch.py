@@ -1,4 +1,4 @@
-"""One way to start a kernel: on the card, in the interpreter, or, for the compiler ahead of time, only written down."""
+"""One way to start a kernel: on the card, in the interpreter, or noted down for benchmarks/compile_kernels.py."""
 
 from __future__ import annotations
 

@@ -11,7 +11,8 @@ import sys
 import pytest
 from places import ROOT
 
-from core.kernels.triton_ops import ahead, tuning
+from benchmarks import compile_kernels
+from core.kernels.triton_ops import tuning
 
 pytest.importorskip("triton")
 KERNELS = {
@@ -23,7 +24,7 @@ KERNELS = {
 
 
 def python(*arguments: str) -> str:
-    """What Python prints, run where the interpreter is off."""
+    """Return what Python prints, run where the interpreter is off."""
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "TRITON_DEFAULT_FP_FUSION")}
     command = [sys.executable, *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -33,8 +34,8 @@ def python(*arguments: str) -> str:
 
 
 def compiled(*options: str) -> list[dict]:
-    """What ``ahead`` reports."""
-    return [json.loads(line) for line in python("-m", "core.kernels.triton_ops.ahead", "--json", *options).splitlines()]
+    """Return the rows that ``compile_kernels`` reports."""
+    return [json.loads(line) for line in python("-m", "benchmarks.compile_kernels", "--json", *options).splitlines()]
 
 
 def names(row: dict) -> str:
@@ -45,9 +46,9 @@ def check(rows: list[dict], dtype: str) -> None:
     wrong = {names(r): r["wrong"] for r in rows if r["wrong"]}
     assert not wrong
     for row in rows:
-        assert row["arch"] in ahead.ARCHS
-        assert row["spill"] <= ahead.MAX_SPILL
-        assert row["shared"] <= ahead.SHARED_MEMORY[row["arch"]]
+        assert row["arch"] in compile_kernels.ARCHS
+        assert row["spill"] <= compile_kernels.MAX_SPILL
+        assert row["shared"] <= compile_kernels.SHARED_MEMORY[row["arch"]]
         multiplies = row["kernel"] in {f"products.{k}" for k in ("up", "linear", "hidden_grad", "weight_grad")}
         assert row["products"] == multiplies
         if multiplies and row["in_flight"] is not None:
@@ -73,7 +74,7 @@ def check_tiles(rows: list[dict], tuned: dict[str, tuple[tuning.Tile, ...]], arc
 def test_every_kernel_and_tile_builds_for_three_cards_in_bfloat16():
     rows = compiled("--first", "--dtypes", "bfloat16", "--widths", "whole")
     check(rows, "bfloat16")
-    check_tiles(rows, tuning.HALF_TILES, ahead.ARCHS)
+    check_tiles(rows, tuning.HALF_TILES, compile_kernels.ARCHS)
 
 
 def test_every_kernel_and_tile_builds_in_float32():
@@ -98,7 +99,7 @@ def test_kernels_are_not_compiled_anew_for_another_number_of_tokens():
     # 32768, 32760 and 8 pairs of 4096 tokens, 4095 and one: multiples of 16 or not, and 1, which is compiled in.
     script = """
 import json, torch
-from core.kernels.triton_ops.ahead import launches, specialized
+from benchmarks.compile_kernels import launches, specialized
 from core.kernels.triton_ops.launch import jit_function
 
 for tokens in (4096, 4095, 1):
@@ -122,21 +123,21 @@ def test_what_sees_no_dtype_of_products_builds_for_three_cards():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ahead.PRODUCTS)
+@pytest.mark.parametrize("dtype", compile_kernels.PRODUCTS)
 def test_every_kernel_tile_and_flag_builds_for_three_cards(dtype):
     check(compiled("--dtypes", dtype), dtype)
 
 
 def test_every_flag_of_every_kernel_is_met_both_ways():
-    """By the constants in their source: what may be on or off is compiled on and off."""
+    """The constants of their source that may be on or off are compiled on and off."""
     script = """
 import json, torch
-from core.kernels.triton_ops import ahead
+from benchmarks import compile_kernels
 
-for dtype in ahead.PRODUCTS:
+for dtype in compile_kernels.PRODUCTS:
     for shape in ({}, {"num_experts": 1, "top_k": 1}):
-        with ahead._precision(dtype):
-            found = ahead.launches(ahead.PRODUCTS[dtype], (2048, 1408), **shape)
+        with compile_kernels._precision(dtype):
+            found = compile_kernels.launches(compile_kernels.PRODUCTS[dtype], (2048, 1408), **shape)
         for start in found:
             print(json.dumps([start.kernel, start.constants]))
 """
@@ -161,7 +162,7 @@ def test_what_does_not_fit_is_said():
         "registers": 255,
         "products": True,
         "arch": 80,
-        "spill": ahead.MAX_SPILL,
+        "spill": compile_kernels.MAX_SPILL,
         "shared": 163 * 1024,
         "tensor_cores": True,
         "in_flight": 2,
@@ -175,4 +176,4 @@ def test_what_does_not_fit_is_said():
         ({"tensor_cores": False}, "has no tensor-core instruction"),
         ({"in_flight": 0}, "waits for all that it loads before each product"),
     ):
-        assert ahead.Compiled(**fits | changed).wrong() == wrong
+        assert compile_kernels.Compiled(**fits | changed).wrong() == wrong

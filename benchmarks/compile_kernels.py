@@ -1,7 +1,7 @@
 """Compile every kernel for cards that are not there, and say what each needs of the card.
 
-    python -m core.kernels.triton_ops.ahead                      # every kernel and tile, for sm_80, sm_90 and sm_100
-    python -m core.kernels.triton_ops.ahead --arch 90 --dtypes bfloat16 --kernels up linear
+    python -m benchmarks.compile_kernels                      # every kernel and tile, for sm_80, sm_90 and sm_100
+    python -m benchmarks.compile_kernels --arch 90 --dtypes bfloat16 --kernels up linear
 
 One line a kernel, tile and card: registers, bytes of spilled registers, shared memory, how many loads are on the way
 when the pipeline first waits, bytes of the widest load, and whether the products run on tensor cores. Needs Triton
@@ -26,10 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import gate, products, sort, sums
-from .environment import MAX_EXPERTS, interpreted
-from .launch import Launch, jit_function, written_down
-from .tuning import Tile
+from core.kernels.triton_ops import gate, products, sort, sums
+from core.kernels.triton_ops.environment import MAX_EXPERTS, interpreted
+from core.kernels.triton_ops.launch import Launch, jit_function, written_down
+from core.kernels.triton_ops.tuning import Tile
 
 ARCHS = (80, 90, 100)
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -292,7 +292,7 @@ def _precision(dtype: str) -> Iterator[None]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="ahead", description=(__doc__ or "").split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="compile_kernels", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--arch", nargs="+", type=int, choices=ARCHS, default=list(ARCHS))
     names = list(PRODUCTS)
     parser.add_argument("--dtypes", nargs="+", choices=names, default=names, help="of the products")
