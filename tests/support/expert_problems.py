@@ -94,12 +94,12 @@ def problem(
     return Problem(randn(T, D), ids, gates, weights, activation, randn(T, D_out))
 
 
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], bound: float) -> None:
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], bound: float) -> None:
     """Each tensor to within ``bound`` of the largest element of what is expected."""
-    assert found.keys() == expected.keys()
+    assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
-        assert found[name].shape == tensor.shape, name
-        error = (found[name] - tensor).abs().max().item() if tensor.numel() else 0.0
+        assert actual[name].shape == tensor.shape, name
+        error = (actual[name] - tensor).abs().max().item() if tensor.numel() else 0.0
         largest = tensor.abs().max().item() if tensor.numel() else 0.0
         assert error <= bound * largest, f"{name}: off by {error:.2e}, largest element {largest:.2e}"
 

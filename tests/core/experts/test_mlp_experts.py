@@ -71,14 +71,14 @@ def gradients(experts: MLPExperts, x: Tensor, run) -> dict[str, Tensor]:
     y = run(experts, x)
     weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype)
     (y * weight).sum().backward()
-    found = {"y": y.detach(), "dx": x.grad} | {n: p.grad.clone() for n, p in experts.named_parameters()}
-    return found | {n: b.clone() for n, b in experts.named_buffers()}
+    actual = {"y": y.detach(), "dx": x.grad} | {n: p.grad.clone() for n, p in experts.named_parameters()}
+    return actual | {n: b.clone() for n, b in experts.named_buffers()}
 
 
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], rtol: float = 1e-4, atol: float = 2e-5) -> None:
-    assert found.keys() == expected.keys()
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], rtol: float = 1e-4, atol: float = 2e-5) -> None:
+    assert actual.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(actual[name], value, rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -89,9 +89,9 @@ def test_each_equals_networks_of_torch_modules(config, training, backend):
     networks = [network(experts, e) for e in range(E)]
     for _ in range(3):  # running statistics move in training
         x = torch.randn(9, D)
-        found = experts(x, "each")
+        actual = experts(x, "each")
         expected = torch.stack([net(x) for net in networks], 1)
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
     if config.norm == "batch":
         for e, net in enumerate(networks):
             for name in ("running_mean", "running_var"):
@@ -156,10 +156,10 @@ def test_each_equals_the_loop_in_output_gradients_and_statistics(config, counts,
 def test_each_gives_every_expert_its_groups_input():
     experts = build(MLP((12, 10)))
     x = torch.randn(3, 5, D)
-    found = experts(x, "each", (2, 0, 1))
+    actual = experts(x, "each", (2, 0, 1))
     inputs = (x[0], x[0], x[2])
     expected = torch.stack([network(experts, e)(x_e) for e, x_e in enumerate(inputs)], 1)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("backend", ["eager", "auto"])
@@ -169,8 +169,8 @@ def test_padding_is_not_in_the_statistics(training, backend):
     other = copy.deepcopy(experts)
     real = torch.tensor([True, False, True, True, False, True])
     x = torch.randn(6, D)
-    found = experts(x.masked_fill(~real[:, None], 0.0), "each", None, real)
-    torch.testing.assert_close(found[real], other(x[real], "each"), rtol=1e-4, atol=1e-5)
+    actual = experts(x.masked_fill(~real[:, None], 0.0), "each", None, real)
+    torch.testing.assert_close(actual[real], other(x[real], "each"), rtol=1e-4, atol=1e-5)
     assert_same(dict(experts.named_buffers()), dict(other.named_buffers()))
 
 
@@ -214,10 +214,10 @@ def test_rows_past_the_end_may_hold_nan(config, backend):
     experts = build(config, backend)
     x = torch.randn(9, D)
     x[7:] = torch.nan
-    found = gradients(experts, x, lambda e, x: e(rows_of(x, [2, 5, 0, 0], tail=2)).x)
-    assert all(value.isfinite().all() for value in found.values())
-    assert not found["y"][7:].any()
-    assert not found["dx"][7:].any()
+    actual = gradients(experts, x, lambda e, x: e(rows_of(x, [2, 5, 0, 0], tail=2)).x)
+    assert all(value.isfinite().all() for value in actual.values())
+    assert not actual["y"][7:].any()
+    assert not actual["dx"][7:].any()
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
@@ -258,9 +258,9 @@ def test_merged_with_one_weight_of_one_is_that_expert(config):
     experts = build(config)
     x = torch.randn(2, 5, D)
     weights = torch.eye(E)[[2, 0]]
-    found = experts(x, "merged", weights)
+    actual = experts(x, "merged", weights)
     expected = torch.stack((network(experts, 2)(x[0]), network(experts, 0)(x[1])))
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_merged_is_refused_with_batch_norm():
@@ -272,9 +272,9 @@ def test_dropout_acts_in_training_alone_and_keeps_the_mean():
     experts = MLP((200,), dropout=0.25).build(1, D)
     x = torch.randn(50, D)
     kept = experts.eval()(x, "each")
-    found = experts.train()(x, "each")
+    actual = experts.train()(x, "each")
     where = kept > 0
-    ratio = found[where] / kept[where]
+    ratio = actual[where] / kept[where]
     # Kept features are divided by 1 - 0.25; of about 5000 a quarter is 0, give or take 5 deviations of 0.6 %.
     torch.testing.assert_close(ratio.round(decimals=3).unique(), torch.tensor([0.0, 1.333]))
     assert abs((ratio == 0).double().mean().item() - 0.25) < 0.031
@@ -329,8 +329,8 @@ def test_a_routed_layer_of_them_equals_a_loop_over_tokens(backend, norm):
     for token, e, gate in pairs:
         if e < E:
             expected[token] += gate * network(layer.experts, int(e))(x.flatten(0, 1)[token])
-    found = layer(x, RoutingContext(valid_BS=valid))
-    torch.testing.assert_close(found.flatten(0, 1), expected, rtol=1e-5, atol=1e-5)
+    actual = layer(x, RoutingContext(valid_BS=valid))
+    torch.testing.assert_close(actual.flatten(0, 1), expected, rtol=1e-5, atol=1e-5)
     assert config.num_params(D) == sum(p.numel() for p in layer.parameters())
     assert count_flops(layer, x) == 10 * config.flops_per_token(D)
 

@@ -41,11 +41,11 @@ def test_backend_equals_the_oracle_for_every_expert_at_even_and_odd_widths(backe
 @pytest.mark.parametrize("load", ["one", "empty"])
 def test_backend_equals_the_oracle_with_idle_experts(backend, expert, load, tokens):
     p = problem(tokens, expert=expert, load=load)
-    found = p.run(backend, torch.float32)
-    assert_same(found, p.run("eager", torch.float64), FLOAT32)
+    actual = p.run(backend, torch.float32)
+    assert_same(actual, p.run("eager", torch.float64), FLOAT32)
     idle = [0, 1, 3] if load == "one" else [1, 3]
     for name in p.weights:
-        assert found[f"d{name}"][idle].abs().max() == 0, f"an idle expert's d{name} is not zero"
+        assert actual[f"d{name}"][idle].abs().max() == 0, f"an idle expert's d{name} is not zero"
 
 
 @pytest.fixture(params=["torch", "onednn"])
@@ -128,8 +128,8 @@ def test_gathered_rows_equal_the_oracle_and_rows_past_the_last_offset_are_zero(b
     assert_same(out[torch.float32], out[torch.float64], FLOAT32)
 
 
-def relative_errors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
-    return {name: ((found[name] - t).norm() / t.norm()).item() for name, t in expected.items()}
+def relative_errors(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+    return {name: ((actual[name] - t).norm() / t.norm()).item() for name, t in expected.items()}
 
 
 def dense_bfloat16_errors(expert: str) -> dict[str, float]:
@@ -232,10 +232,10 @@ def test_nan_in_rows_past_the_last_offset_reaches_neither_output_nor_gradients(b
     dirty.x[8:] = torch.nan
     dirty.gates_TK[8:] = torch.nan
     poison_freed_memory((24, 16), (24, 24), (12, 16), (4, 16, 24), (4, 24, 16))
-    found = dirty.run(backend, torch.float32, token_major)
-    assert_same(found, clean.run("eager", torch.float64), FLOAT32)
+    actual = dirty.run(backend, torch.float32, token_major)
+    assert_same(actual, clean.run("eager", torch.float64), FLOAT32)
     for name in ("y", "dx", "dgates"):
-        assert found[name][8:].abs().max() == 0, name
+        assert actual[name][8:].abs().max() == 0, name
 
 
 @pytest.mark.parametrize("expert", ["gelu+bias", "swiglu"])

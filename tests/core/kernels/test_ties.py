@@ -94,8 +94,8 @@ def test_every_backend_takes_the_same_experts_of_logits_with_many_ties(E, k):
     expected = lowest_first(logits.float(), k)
     for name, kernels in BACKENDS.items():
         for score_func in ("softmax", "sigmoid"):
-            found = kernels.topk_gate(logits.float(), k, score_func=score_func, normalize=k > 1)
-            assert found.expert_ids_TK.tolist() == expected, name
+            actual = kernels.topk_gate(logits.float(), k, score_func=score_func, normalize=k > 1)
+            assert actual.expert_ids_TK.tolist() == expected, name
     assert eager.topk_gate(logits, k, normalize=k > 1).expert_ids_TK.tolist() == expected
 
 

@@ -74,16 +74,16 @@ def test_every_backend_is_the_oracle_under_a_transform_alone():
 @pytest.mark.parametrize("expert", EXPERTS)
 def test_a_penalty_on_the_gradient_has_the_oracles_gradients(backend, expert):
     x = torch.randn(1, 5, 4)
-    found = {}
+    actual = {}
     for name in ("eager", backend):
         model = layer(name, expert)
         leaves = [x.clone().requires_grad_(), *model.parameters()]
         # Of the tokens' and the weights' gradients: each product's gradient is differentiated once more.
         grads = torch.autograd.grad(squares(model)(leaves[0]), leaves, create_graph=True)
         penalty = sum((g.square().sum() for g in grads), torch.zeros(()))
-        found[name] = [penalty, *torch.autograd.grad(penalty, leaves)]
-    for mine, oracle in zip(found[backend], found["eager"], strict=True):
-        torch.testing.assert_close(mine, oracle, rtol=1e-4, atol=1e-4 * oracle.abs().max().item())
+        actual[name] = [penalty, *torch.autograd.grad(penalty, leaves)]
+    for fast, oracle in zip(actual[backend], actual["eager"], strict=True):
+        torch.testing.assert_close(fast, oracle, rtol=1e-4, atol=1e-4 * oracle.abs().max().item())
 
 
 def test_a_weight_given_twice_has_the_gradient_of_both_places():

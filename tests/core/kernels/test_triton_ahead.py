@@ -63,11 +63,11 @@ def written(tile: tuning.Tile) -> str:
 
 def check_tiles(rows: list[dict], tuned: dict[str, tuple[tuning.Tile, ...]], archs: tuple[int, ...]) -> None:
     """Every tile of every kernel is there, for each card; and every kernel of the products and sums."""
-    found = {(r["kernel"], r["tile"], r["arch"]) for r in rows}
+    actual = {(r["kernel"], r["tile"], r["arch"]) for r in rows}
     for name, tiles in tuned.items():
         kernel = "products." + ("up" if name.startswith("up") else name)
         for tile, arch in itertools.product(tiles, archs):
-            assert (kernel, written(tile), arch) in found, (name, tile, arch)
+            assert (kernel, written(tile), arch) in actual, (name, tile, arch)
     assert {r["kernel"] for r in rows} >= {f"{f}.{k}" for f in ("products", "sums") for k in KERNELS[f]}
 
 
@@ -107,12 +107,12 @@ for tokens in (4096, 4095, 1):
         types, _, aligned = specialized(jit_function(start.kernel), start.args, start.options(start.tiles()[0]))
         print(json.dumps([tokens, start.kernel, types, str(aligned)]))
 """
-    found: dict[int, list[list]] = {4096: [], 4095: [], 1: []}
+    actual: dict[int, list[list]] = {4096: [], 4095: [], 1: []}
     for line in python("-c", script).splitlines():
         tokens, *compiled_for = json.loads(line)
-        found[tokens].append(compiled_for)
-    assert {kernel for kernel, *_ in found[4096]} == {f"{f}.{k}" for f, kernels in KERNELS.items() for k in kernels}
-    assert found[4096] == found[4095] == found[1]
+        actual[tokens].append(compiled_for)
+    assert {kernel for kernel, *_ in actual[4096]} == {f"{f}.{k}" for f, kernels in KERNELS.items() for k in kernels}
+    assert actual[4096] == actual[4095] == actual[1]
 
 
 def test_what_sees_no_dtype_of_products_builds_for_three_cards():
@@ -137,8 +137,8 @@ from benchmarks import compile_kernels
 for dtype in compile_kernels.PRODUCTS:
     for shape in ({}, {"num_experts": 1, "top_k": 1}):
         with compile_kernels._precision(dtype):
-            found = compile_kernels.launches(compile_kernels.PRODUCTS[dtype], (2048, 1408), **shape)
-        for start in found:
+            starts = compile_kernels.launches(compile_kernels.PRODUCTS[dtype], (2048, 1408), **shape)
+        for start in starts:
             print(json.dumps([start.kernel, start.constants]))
 """
     values: dict[tuple[str, str], set] = {}

@@ -84,10 +84,10 @@ def test_one_product_has_the_gradients_that_are_wanted_and_no_other(monkeypatch,
     assert launched == wanted
     if wanted:
         assert flops == 2 * 5 * 4 * 3 * (learns[0] + learns[1])
-    for expected, found in zip(*grads, strict=True):
-        assert (found is None) == (expected is None)
-        if found is not None:
-            torch.testing.assert_close(found, expected)
+    for expected, actual in zip(*grads, strict=True):
+        assert (actual is None) == (expected is None)
+        if actual is not None:
+            torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("rows", [0, 4])
@@ -104,8 +104,8 @@ def test_tokens_that_do_not_learn_have_no_gradient_computed(rows):
     # A product of 24 x 16 for dh and one for each matrix, none for dx.
     assert flops == 2 * int(placed.offsets_E[-1]) * 24 * 16 * 4
     expected = p.run("eager", torch.float64)
-    found = {"gates": gates, **weights}
-    assert_same({k: t.grad.double() for k, t in found.items()}, {k: expected[f"d{k}"] for k in found}, FLOAT32)
+    actual = {"gates": gates, **weights}
+    assert_same({k: t.grad.double() for k, t in actual.items()}, {k: expected[f"d{k}"] for k in actual}, FLOAT32)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
@@ -188,7 +188,7 @@ def test_experts_read_tensors_that_are_not_contiguous_and_not_aligned():
 
 
 def apart(t):
-    """The same numbers, each with another one after it."""
+    """Return the same numbers, each with another one after it in memory."""
     return torch.stack((t, torch.full_like(t, 99)), -1)[..., 0]
 
 
@@ -205,7 +205,7 @@ def test_each_argument_may_have_any_strides(strided, token_major):
     given |= {"b_in": torch.randn(E, F), "b_out": torch.randn(E, D), "gates": torch.rand(T * K)}
     given |= {"row_index": placed.order_R // K, "offsets": placed.offsets_E, "inverse": placed.inverse_N}
     dy = torch.randn(T, D)
-    found = {}
+    actual = {}
     for backend in (triton_ops, eager):
         own = {k: t.clone() for k, t in given.items()}
         if backend is triton_ops and strided in own:
@@ -215,8 +215,8 @@ def test_each_argument_may_have_any_strides(strided, token_major):
         weights = FFNWeights(*(own[k] for k in ("w_in", "w_out", "b_in", "b_out")))
         y = backend.expert_ffn(own["x"], rows, own["gates"], weights, "gelu")
         y.backward(apart(dy) if backend is triton_ops and strided == "dy" else dy)
-        found[backend] = {"y": y.detach().double()} | {k: t.grad.double() for k, t in leaves.items()}
-    assert_same(found[triton_ops], found[eager], FLOAT32)
+        actual[backend] = {"y": y.detach().double()} | {k: t.grad.double() for k, t in leaves.items()}
+    assert_same(actual[triton_ops], actual[eager], FLOAT32)
 
 
 @pytest.mark.parametrize("strided", ["row_index", "offsets", "inverse"])
@@ -227,7 +227,7 @@ def test_sums_and_single_products_take_any_strides(strided):
     placed = eager.sort_pairs(ids_N, eager.count_experts(ids_N, E))
     given = {"row_index": placed.order_R // K, "offsets": placed.offsets_E, "inverse": placed.inverse_N}
     y_RD, gates_R, w, b = torch.randn(T * K, D), torch.rand(T * K), torch.randn(E, D, 5), torch.randn(E, 5)
-    found = {}
+    actual = {}
     for backend in (triton_ops, eager):
         own = {k: apart(t) if k == strided and backend is triton_ops else t for k, t in given.items()}
         leaves = [t.clone().requires_grad_() for t in (y_RD, gates_R, w, b)]
@@ -236,8 +236,8 @@ def test_sums_and_single_products_take_any_strides(strided):
         multiplied = backend.expert_linear(leaves[0], leaves[2], own["offsets"], leaves[3])
         (summed.square().sum() + multiplied.square().sum()).backward()
         tensors = (summed.detach(), multiplied.detach(), *(t.grad for t in leaves))
-        found[backend] = {str(i): t.double() for i, t in enumerate(tensors)}
-    assert_same(found[triton_ops], found[eager], FLOAT32)
+        actual[backend] = {str(i): t.double() for i, t in enumerate(tensors)}
+    assert_same(actual[triton_ops], actual[eager], FLOAT32)
 
 
 def test_shapes_that_do_not_go_together_are_refused():
@@ -290,8 +290,8 @@ def test_more_experts_than_the_kernels_take_run_elsewhere_with_one_warning(monke
     core.kernels.fallback._warn.cache_clear()
     p = problem(20, E=4)
     with pytest.warns(UserWarning, match=r"backend='triton' takes at most 3 experts, not 4: using 'grouped'"):
-        found = p.run("triton", torch.float32)
-    assert_same(found, p.run("eager", torch.float64), FLOAT32)
+        actual = p.run("triton", torch.float32)
+    assert_same(actual, p.run("eager", torch.float64), FLOAT32)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         p.run("triton", torch.float32)

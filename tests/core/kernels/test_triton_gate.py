@@ -41,11 +41,11 @@ def test_gate_equals_the_oracle_in_choice_gates_sums_and_gradients(name, biased,
     assert torch.equal(b.chosen_per_expert_E, eager.count_experts(a.expert_ids_TK[valid].flatten(), E))
     share = a.scores_TE / a.scores_TE.sum(-1, keepdim=True)
     expected = [a.scores_TE, a.gates_TK, share[valid].sum(0), exact.logsumexp(-1)[valid].square().sum()[None]]
-    found = [b.scores_TE, b.gates_TK, b.sums["score"], b.sums["square"]]
-    grads = [torch.randn(t.shape) for t in found]
+    actual = [b.scores_TE, b.gates_TK, b.sums["score"], b.sums["square"]]
+    grads = [torch.randn(t.shape) for t in actual]
     sum((t * g).sum() for t, g in zip(expected, grads, strict=True)).backward()
-    sum((t * g).sum() for t, g in zip(found, grads, strict=True)).backward()
-    for t, u in zip((*expected, exact.grad), (*found, fused.grad), strict=True):
+    sum((t * g).sum() for t, g in zip(actual, grads, strict=True)).backward()
+    for t, u in zip((*expected, exact.grad), (*actual, fused.grad), strict=True):
         torch.testing.assert_close(u, t.float(), rtol=1e-5, atol=1e-5)
 
 
@@ -117,10 +117,10 @@ def test_gate_has_the_gradient_of_what_is_used_alone(score_func, used):
     b = triton_ops.topk_gate(fused, 2, score_func=score_func)
     share_E = (a.scores_TE / a.scores_TE.sum(-1, keepdim=True)).sum(0)
     expected = {**vars(a), "score": share_E, "square": exact.logsumexp(-1).square().sum()[None]}[used]
-    found = {**vars(b), **b.sums}[used]
-    grad = torch.randn(found.shape)
+    actual = {**vars(b), **b.sums}[used]
+    grad = torch.randn(actual.shape)
     expected.backward(grad)
-    found.backward(grad)
+    actual.backward(grad)
     torch.testing.assert_close(fused.grad, exact.grad)
 
 
@@ -133,21 +133,21 @@ def test_gate_of_which_nothing_has_a_gradient_has_none():
 
 def test_gate_and_sort_are_as_many_launches_as_the_docs_say():
     logits, ids, served = torch.randn(40, 6), torch.randint(0, 4, (300,)), torch.randperm(100)
-    with launch.written_down() as found, Operations() as seen:
+    with launch.written_down() as starts, Operations() as seen:
         gate.choose(logits, None, None, 2, True, True, 1, 1, True, 1.0)
-    assert [start.kernel for start in found] == ["gate.choose", "gate.totals"]
+    assert [start.kernel for start in starts] == ["gate.choose", "gate.totals"]
     assert seen.names == []
-    with launch.written_down() as found, Operations() as seen:
+    with launch.written_down() as starts, Operations() as seen:
         sort.find_places(ids, 4)
-    assert [start.kernel for start in found] == ["sort.count", "sort.place"]
+    assert [start.kernel for start in starts] == ["sort.count", "sort.place"]
     assert seen.names == ["cumsum", "clone"]  # the second of as many numbers as there are experts
     counts = eager.count_experts(ids, 3)
     with Operations() as seen:
         triton_ops.sort_pairs(ids, counts)
     assert seen.names == ["triton_places"], "and nothing around it"
-    with launch.written_down() as found, Operations() as seen:
+    with launch.written_down() as starts, Operations() as seen:
         sort.find_ranks(ids.view(100, 3), served, 4)
-    assert [start.kernel for start in found] == ["sort.count", "sort.place"]
+    assert [start.kernel for start in starts] == ["sort.count", "sort.place"]
     assert seen.names == ["cumsum"]
 
 

@@ -52,14 +52,14 @@ def layers(
 @pytest.mark.parametrize("shape", SHAPES)
 def test_layer_equals_the_oracle(shape, expert, dtype):
     fused, oracle, tokens = layers(shape, dtype, expert)
-    found, expected = {}, {}
-    for moe, out, kind in ((fused, found, dtype), (oracle, expected, torch.float64)):
+    actual, expected = {}, {}
+    for moe, out, kind in ((fused, actual, dtype), (oracle, expected, torch.float64)):
         x = tokens.to(kind).requires_grad_()
         y = moe(x)
         y.square().mean().backward()
         out |= {"y": y.detach(), "dx": x.grad} | {n: p.grad for n, p in moe.named_parameters()}
     for name, t in expected.items():
-        error = (found[name].double() - t).norm() / t.norm()
+        error = (actual[name].double() - t).norm() / t.norm()
         assert error <= BOUNDS[dtype], f"{name}: off by {error:.2e}"
 
 
@@ -130,8 +130,8 @@ def test_step_is_captured_in_a_cuda_graph_and_follows_new_tokens(shape, bias):
     with torch.no_grad():
         x.copy_(torch.randn_like(x))
     graph.replay()
-    for found, expected in zip(captured, step(), strict=True):
-        assert torch.equal(found, expected)
+    for actual, expected in zip(captured, step(), strict=True):
+        assert torch.equal(actual, expected)
 
 
 def test_compiled_by_inductor():

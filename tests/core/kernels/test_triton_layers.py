@@ -135,10 +135,10 @@ def test_compiled_layer_has_no_graph_break(grad):
         torch.testing.assert_close(compiled(x), moe(x))
     if grad:
         compiled(x).sum().backward()
-        found = x.grad.clone()
+        actual = x.grad.clone()
         x.grad = None
         moe(x).sum().backward()
-        torch.testing.assert_close(found, x.grad)
+        torch.testing.assert_close(actual, x.grad)
 
 
 def test_exported_layer_takes_another_number_of_tokens():

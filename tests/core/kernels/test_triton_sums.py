@@ -72,9 +72,9 @@ def test_the_rows_of_a_token_are_found_without_a_sort(monkeypatch, tasks):
 def test_the_gradients_of_a_sum_are_one_launch(weighted):
     rows, index, dout = torch.randn(7, 40), torch.tensor([3, 0, 3, 1, 3, 0, 2]), torch.randn(5, 40)
     gated = (rows, torch.rand(7)) if weighted else (None, None)
-    with launch.written_down() as found, Operations() as seen:
+    with launch.written_down() as starts, Operations() as seen:
         sums.sum_rows_grad(dout, gated[0], index, torch.tensor([2, 5]), gated[1], torch.float32)
-    assert [start.kernel for start in found] == ["sums.sum_grad"]
+    assert [start.kernel for start in starts] == ["sums.sum_grad"]
     assert seen.names == []
 
 

@@ -1,4 +1,4 @@
-"""Where the Triton kernels run, and in which tiles: environment, launches, tuning."""
+"""The Triton kernels run on the right card in the right tiles: environment, launches, tuning."""
 
 from __future__ import annotations
 
@@ -74,22 +74,22 @@ def test_the_card_that_counts_is_that_of_the_tensors(monkeypatch):
 
 def test_a_tile_is_measured_for_each_way_a_product_is_taken(monkeypatch):
     x, w, offsets, gates = torch.randn(4, 8), torch.randn(2, 8, 8), torch.tensor([2, 4]), torch.rand(4)
-    with launch.written_down() as found:
+    with launch.written_down() as starts:
         for options in ({}, {"bias": w[:, 0]}, {"gates_R": gates}, {"second": (x, w)}, {"transposed": True}):
             products.linear(x, w, offsets, x, **options)
         monkeypatch.setattr(products, "_flags", lambda _: {"PRECISION": "tf32"})
         products.linear(x, w, offsets, x)
-    assert found[0].flags() == ("ieee",)
-    assert found[1].flags() == ("BIAS", "ieee")
-    assert len({start.flags() for start in found}) == len(found)
+    assert starts[0].flags() == ("ieee",)
+    assert starts[1].flags() == ("BIAS", "ieee")
+    assert len({start.flags() for start in starts}) == len(starts)
 
 
 def test_products_and_sums_are_fused_whatever_triton_s_default_is():
     x, w, offsets = torch.randn(4, 8), torch.randn(2, 8, 8), torch.tensor([2, 4])
-    with launch.written_down() as found:
+    with launch.written_down() as starts:
         products.linear(x, w, offsets, x)
         products.column_sums(x, offsets)
-    assert all(start.options(tile)["enable_fp_fusion"] is True for start in found for tile in start.tiles())
+    assert all(start.options(tile)["enable_fp_fusion"] is True for start in starts for tile in start.tiles())
 
 
 def test_programs_walk_the_tiles_two_by_two_on_hopper_and_one_has_one_before(monkeypatch):

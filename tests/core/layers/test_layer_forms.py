@@ -157,8 +157,8 @@ def test_a_gate_keeps_half_precision_tokens_as_they_are_and_computes_in_float32(
     assert logits_TE.dtype == torch.float32
     assert torch.equal(logits_TE, expected)
     weights = torch.randn_like(expected)
-    found = torch.autograd.grad((logits_TE * weights).sum(), (x, *layer.router.gate.parameters()), retain_graph=True)
-    for gradient, exact in zip(found, torch.autograd.grad((expected * weights).sum(), wide), strict=True):
+    actual = torch.autograd.grad((logits_TE * weights).sum(), (x, *layer.router.gate.parameters()), retain_graph=True)
+    for gradient, exact in zip(actual, torch.autograd.grad((expected * weights).sum(), wide), strict=True):
         assert gradient.dtype == dtype
         assert_close(gradient.float(), exact, atol=1e-6, rtol=torch.finfo(dtype).eps)
     y.float().sum().backward()

@@ -1,4 +1,4 @@
-"""What goes with a step of a layer: capacity in evaluation, the bias, accumulated losses, checkpointing."""
+"""A layer's step: capacity in evaluation, the bias, accumulated losses, checkpointing."""
 
 from __future__ import annotations
 
@@ -235,7 +235,7 @@ def test_checkpointing_counts_nothing_twice_and_changes_no_gradient(backend, bac
     plain, checkpointed = Net("none", backend, **router), Net("non-reentrant", backend, **router)
     checkpointed.load_state_dict(plain.state_dict())
     x = torch.randn(2, 6, 8)
-    found = []
+    actual = []
     for net in (plain, checkpointed):
         torch.manual_seed(5)
         with contextlib.ExitStack() as stack:
@@ -248,11 +248,11 @@ def test_checkpointing_counts_nothing_twice_and_changes_no_gradient(backend, bac
             if backward_inside:
                 stack.close()
         assert [entry.name for entry in tape.entries] == ["blocks.0", "blocks.1"]
-        found.append({"y": y, "aux": losses.total, **losses.terms, **gradients(net)})
-    assert found[0].keys() == found[1].keys()
-    assert len(found[0]) == 5 + len(list(plain.parameters()))
-    for name, tensor in found[0].items():
-        assert torch.equal(found[1][name], tensor), name
+        actual.append({"y": y, "aux": losses.total, **losses.terms, **gradients(net)})
+    assert actual[0].keys() == actual[1].keys()
+    assert len(actual[0]) == 5 + len(list(plain.parameters()))
+    for name, tensor in actual[0].items():
+        assert torch.equal(actual[1][name], tensor), name
 
 
 def test_reentrant_checkpointing_is_refused_in_one_line():

@@ -68,10 +68,10 @@ def test_layer_equals_its_definition_token_by_token(backend, top_k, expert):
     # Every gradient, through the gates to the router too.
     inputs = list(layer.parameters())
     dy = torch.randn_like(y)
-    for found, wanted in zip(
+    for actual, wanted in zip(
         torch.autograd.grad(y, inputs, dy), torch.autograd.grad(expected, inputs, dy), strict=True
     ):
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "grouped"])
@@ -91,14 +91,14 @@ def test_backends_give_the_same_layer_output_loss_and_gradients(backend, config)
     layer.load_state_dict(oracle.state_dict())
     x, dy = torch.randn(3, 11, 30), torch.randn(3, 11, 30)
     valid = RoutingContext(valid_BS=torch.rand(3, 11) < 0.8)
-    found = []
+    actual = []
     for each in (oracle, layer):
         token = x.clone().requires_grad_()
         with record(each) as tape:
             y = each(token, valid)
         ((y * dy).sum() + aux_loss(tape)).backward()
-        found.append((y, token.grad, *(p.grad for p in each.parameters())))
-    for expected, tensor in zip(*found, strict=True):
+        actual.append((y, token.grad, *(p.grad for p in each.parameters())))
+    for expected, tensor in zip(*actual, strict=True):
         torch.testing.assert_close(tensor, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -181,7 +181,7 @@ def test_padding_changes_nothing_for_real_tokens_even_if_it_holds_nan(backend):
     x[:, at] = real
     valid = torch.zeros(1, 9, dtype=torch.bool)
     valid[:, at] = True
-    found = {}
+    actual = {}
     for name, tokens, context in (("alone", real, None), ("padded", x, RoutingContext(valid_BS=valid))):
         token = tokens.clone().requires_grad_()
         layer.zero_grad()
@@ -189,8 +189,8 @@ def test_padding_changes_nothing_for_real_tokens_even_if_it_holds_nan(backend):
             y = layer(token, context)
         loss = aux_loss(tape)
         (y.square().sum() + loss).backward()
-        found[name] = (y, loss, token.grad, [p.grad.clone() for p in layer.parameters()])
-    (y0, loss0, dx0, grads0), (y, loss, dx, grads) = found["alone"], found["padded"]
+        actual[name] = (y, loss, token.grad, [p.grad.clone() for p in layer.parameters()])
+    (y0, loss0, dx0, grads0), (y, loss, dx, grads) = actual["alone"], actual["padded"]
     close = {"rtol": 1e-5, "atol": 1e-6}
     torch.testing.assert_close(y[:, at], y0, **close)
     torch.testing.assert_close(loss, loss0, **close)

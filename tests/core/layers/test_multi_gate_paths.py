@@ -94,15 +94,15 @@ def test_padding_may_hold_nan_and_is_zero_and_nowhere(name, training):
     domains = None if known.domain_ids_B is None else known.domain_ids_B[valid]
     if known.domain_ids_B is not None:
         known = RoutingContext(valid, domain_ids_B=known.domain_ids_B.masked_fill(~valid, 99))
-    found = step(layer, x.masked_fill(~valid[:, None], torch.nan), known)
+    actual = step(layer, x.masked_fill(~valid[:, None], torch.nan), known)
     kept = step(other, x[valid], None if domains is None else RoutingContext(domain_ids_B=domains))
-    assert not found["y"][:, ~valid].any()
-    assert not found["dx"][~valid].any()
-    torch.testing.assert_close(found["aux"], kept["aux"], rtol=1e-5, atol=1e-7)
-    torch.testing.assert_close(found["y"][:, valid].isfinite(), torch.ones_like(kept["y"], dtype=torch.bool))
+    assert not actual["y"][:, ~valid].any()
+    assert not actual["dx"][~valid].any()
+    torch.testing.assert_close(actual["aux"], kept["aux"], rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(actual["y"][:, valid].isfinite(), torch.ones_like(kept["y"], dtype=torch.bool))
     if "null" not in name:
-        torch.testing.assert_close(found["y"][:, valid], kept["y"], rtol=1e-4, atol=1e-5)
-    assert all(value.isfinite().all() for value in found.values())
+        torch.testing.assert_close(actual["y"][:, valid], kept["y"], rtol=1e-4, atol=1e-5)
+    assert all(value.isfinite().all() for value in actual.values())
     assert_same(dict(layer.named_buffers()), dict(other.named_buffers()))
 
 

@@ -1,4 +1,4 @@
-"""What multi-task layers leave on the tape: entries, figures and losses of each gate; expert dropout."""
+"""Multi-task layers leave on the tape: entries, figures and losses of each gate; expert dropout."""
 
 from __future__ import annotations
 
@@ -152,12 +152,12 @@ def test_the_losses_of_dense_gates_by_hand():
         layer.router.weight.copy_(torch.tensor([[[0.0], [0.0]], [[3.0], [1.0]]]).clamp_min(1.0).log())
     with record(layer) as tape:
         layer(torch.ones(2, 1))
-    found = aux_losses(tape)
+    actual = aux_losses(tape)
     # Importance: 0, and masses 1.5, 0.5: variance 0.25 over mean^2 1. z: log(2)^2 and log(4)^2.
     z = (0.693147**2 + 1.386294**2) / 2
-    torch.testing.assert_close(found.terms["importance"], torch.tensor(0.125))
-    torch.testing.assert_close(found.terms["router_z"], torch.tensor(z))
-    torch.testing.assert_close(found.total, torch.tensor(0.25 + 2 * z))
+    torch.testing.assert_close(actual.terms["importance"], torch.tensor(0.125))
+    torch.testing.assert_close(actual.terms["router_z"], torch.tensor(z))
+    torch.testing.assert_close(actual.total, torch.tensor(0.25 + 2 * z))
 
 
 def test_each_tasks_bias_moves_by_its_own_load():

@@ -104,10 +104,10 @@ def test_the_layer_equals_its_written_out_sum_in_output_and_gradients(kind, back
     assert y.shape == (*shape[:-1], 5)
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-6)
     inputs, dy = [x, *layer.parameters()], torch.randn_like(y)
-    for found, wanted in zip(
+    for actual, wanted in zip(
         torch.autograd.grad(y, inputs, dy), torch.autograd.grad(expected, inputs, dy), strict=True
     ):
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["mix", "scale"])
@@ -308,15 +308,15 @@ def test_masking_leaves_routing_losses_and_figures_as_they_are():
     layers = [replace(config, expert_output_masking=p).build(8) for p in (0.0, 0.9)]
     layers[1].load_state_dict(layers[0].state_dict())
     x = torch.randn(2, 9, 8)
-    outputs, found = [], []
+    outputs, actual = [], []
     for layer in layers:
         with record(layer) as tape:
             outputs.append(layer(x))
         routing = tape.entries[0].routing
-        found.append((aux_loss(tape), routing.gates_N, routing.expert_ids_N, routing.tokens_per_expert_E))
-        found[-1] += (torch.tensor(list(RoutingStats.from_tape(tape).layers[""].figures().values())),)
+        actual.append((aux_loss(tape), routing.gates_N, routing.expert_ids_N, routing.tokens_per_expert_E))
+        actual[-1] += (torch.tensor(list(RoutingStats.from_tape(tape).layers[""].figures().values())),)
     assert not torch.equal(*outputs)
-    for plain, masked in zip(*found, strict=True):
+    for plain, masked in zip(*actual, strict=True):
         assert torch.equal(masked, plain)
 
 
@@ -352,14 +352,14 @@ def step(layer: MoE, run: object, x: Tensor, context: RoutingContext | None = No
         y = run(x, context)  # type: ignore[operator]
     loss = aux_loss(tape)
     (y.square().sum() + loss).backward()
-    found = {"y": y.detach(), "aux": loss.detach(), "dx": x.grad}
-    return found | {name: p.grad.clone() for name, p in layer.named_parameters()}
+    actual = {"y": y.detach(), "aux": loss.detach(), "dx": x.grad}
+    return actual | {name: p.grad.clone() for name, p in layer.named_parameters()}
 
 
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(actual[name], tensor, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def everything(**options: object) -> MoE:

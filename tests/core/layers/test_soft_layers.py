@@ -191,14 +191,16 @@ def test_compiles_without_a_graph_break(router, dynamic):
     calls = [((3, 9, 8), None), ((2, 12, 8), None)] if dynamic else [((2, 7, 8), padded)]
     for shape, given in calls:
         x = torch.randn(shape)
-        found = []
+        actual = []
         for run in (compiled, layer):
             layer.zero_grad()
             with record(layer) as tape:
                 y = run(x, given)
             y.square().sum().backward()
-            found.append([y, tape.entries[0].routing.evidence.scores_TE] + [p.grad.clone() for p in layer.parameters()])
-        for a, b in zip(*found, strict=True):
+            actual.append(
+                [y, tape.entries[0].routing.evidence.scores_TE] + [p.grad.clone() for p in layer.parameters()]
+            )
+        for a, b in zip(*actual, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     torch._dynamo.reset()
 

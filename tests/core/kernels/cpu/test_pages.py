@@ -49,11 +49,11 @@ def test_large_pages_are_asked_for(pool) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_buffer_is_what_torch_would_give(pool, dtype) -> None:
     like = torch.empty(2, 3, dtype=dtype)
-    for found in (pages.new_empty(like, (3, 1 << 20)), pages.new_empty(like, (3, 1 << 20), torch.float32)):
-        assert found.shape == (3, 1 << 20)
-        assert found.is_contiguous()
-        assert (found.fill_(7) == 7).all()
-    assert found.dtype == torch.float32
+    for actual in (pages.new_empty(like, (3, 1 << 20)), pages.new_empty(like, (3, 1 << 20), torch.float32)):
+        assert actual.shape == (3, 1 << 20)
+        assert actual.is_contiguous()
+        assert (actual.fill_(7) == 7).all()
+    assert actual.dtype == torch.float32
     assert pages.new_empty(like, (0, 5)).shape == (0, 5)
 
 
@@ -103,9 +103,9 @@ def test_sizes_are_an_eighth_larger_at_most() -> None:
 
 
 def test_a_forked_process_does_not_write_into_its_parent_s_buffers() -> None:
-    mine = buffer(8).fill_(1)
-    place = mine.data_ptr()
-    del mine
+    of_parent = buffer(8).fill_(1)
+    place = of_parent.data_ptr()
+    del of_parent
     child = os.fork()
     if child == 0:
         fresh = pages._POOL.free == []

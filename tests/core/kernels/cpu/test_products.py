@@ -25,10 +25,10 @@ class Names(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[str] = []
+        self.ops: list[str] = []
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        self.found.append(op.name().removesuffix(".default"))
+        self.ops.append(op.name().removesuffix(".default"))
         return op(*args, **(kwargs or {}))
 
 
@@ -45,7 +45,7 @@ def of_every_size(badly_served, monkeypatch) -> None:
 def count(fn) -> int:
     with Names() as names:
         fn()
-    return names.found.count(BY_ONEDNN)
+    return names.ops.count(BY_ONEDNN)
 
 
 def derivatives(linear, x: Tensor, weight: Tensor, bias: Tensor | None) -> list[Tensor]:
@@ -63,9 +63,9 @@ def derivatives(linear, x: Tensor, weight: Tensor, bias: Tensor | None) -> list[
 def test_linear_has_torchs_output_and_derivatives(of_every_size, shape, has_bias):
     x, weight = torch.randn(shape), torch.randn(9, shape[-1])
     bias = torch.randn(9) if has_bias else None
-    found = derivatives(cpu.linear, x, weight, bias)
+    actual = derivatives(cpu.linear, x, weight, bias)
     exact = derivatives(F.linear, *(None if t is None else t.double() for t in (x, weight, bias)))
-    for value, expected in zip(found, exact, strict=True):
+    for value, expected in zip(actual, exact, strict=True):
         # Sums of 64 x 9 products of sums, each off by 6e-8, to the largest element.
         scale = expected.abs().max().item() if expected.numel() else 0.0
         torch.testing.assert_close(value.double(), expected, rtol=0.0, atol=1e-5 * scale)
@@ -89,12 +89,12 @@ def test_views_of_any_strides_are_multiplied_as_they_are(of_every_size, left, ri
     expected = a.double() @ b.double()
     out = torch.empty(8, 6).t()
     assert products.mm(a, b, out=out) is out
-    for found in (products.mm(a, b), out, products.addmm_(total.clone(), a, b) - total):
-        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    for actual in (products.mm(a, b), out, products.addmm_(total.clone(), a, b) - total):
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5)
     for bias in (torch.randn(8), torch.randn(16)[::2], torch.randn(1).expand(8), torch.randn(9)[1:]):
-        found = products.mm(a, b, bias=bias)
-        torch.testing.assert_close(found.double(), expected + bias.double(), rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(cpu.linear(a, b.t(), bias), found, rtol=1e-5, atol=1e-5)
+        actual = products.mm(a, b, bias=bias)
+        torch.testing.assert_close(actual.double(), expected + bias.double(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(cpu.linear(a, b.t(), bias), actual, rtol=1e-5, atol=1e-5)
 
 
 @needs_onednn
@@ -149,8 +149,8 @@ def test_autocast_decides_the_dtype(of_every_size):
 def test_transforms_and_tangents_see_torchs_product(of_every_size):
     x, weight = torch.randn(4, 5), torch.randn(3, 5)
     tangent = torch.randn(4, 5)
-    _, found = torch.func.jvp(lambda t: cpu.linear(t, weight), (x,), (tangent,))
-    torch.testing.assert_close(found, tangent @ weight.t())
+    _, actual = torch.func.jvp(lambda t: cpu.linear(t, weight), (x,), (tangent,))
+    torch.testing.assert_close(actual, tangent @ weight.t())
     mapped = torch.func.vmap(cpu.linear, in_dims=(None, 0))(x, torch.stack((weight, 2 * weight)))
     torch.testing.assert_close(mapped[1], 2 * mapped[0])
 
