@@ -14,8 +14,8 @@ when k hypotheses are finished, whatever its batch mates do. It is done earlier 
 its best ``num_best``: a sum of log p never rises, so divided by the largest length possible it bounds all that may come
 of it. That saves steps and changes no output.
 
-Among equal sums the better hypothesis's goes first, then the lower id. ``apps.nlp.decode.naive`` does the same in
-plain loops.
+Among equal sums the better hypothesis's goes first, then the lower id. ``tests/support/naive_search.py`` does all of it
+in plain loops.
 
 A finished sentence leaves the batch (batch pruning, arXiv 2211.10017), unless ``prune=False``. What a sentence becomes
 does not depend on it, nor on its batch mates, as far as the model's logits do not.

@@ -7,6 +7,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import naive_search as naive
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from apps.base.messages import warn_once
 from apps.data.subwords import BOS_ID, EOS_ID, PAD_ID, UNK_ID
 from apps.nets.config import TransformerConfig
 from apps.nets.transformer import LanguageModel, TranslationModel
-from apps.nlp.decode import DecodeConfig, generate_ids, in_dtype, naive, translate_ids
+from apps.nlp.decode import DecodeConfig, generate_ids, in_dtype, translate_ids
 from apps.nlp.decode.sampling import generator, sampling_probs
 from apps.nlp.decode.top import top_sums
 

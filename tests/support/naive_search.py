@@ -1,6 +1,6 @@
 """The searches of ``apps.nlp.decode`` as plain loops over sentences and hypotheses: the oracle of its tests.
 
-Each sentence is alone, without padding, and each step decodes each whole prefix anew. Any dtype.
+Each sentence is alone, without padding, and each step decodes each whole prefix anew, in any dtype.
 """
 
 from __future__ import annotations
@@ -20,85 +20,84 @@ from apps.nlp.decode.sampling import generator
 from apps.nlp.decode.search import max_positions
 
 NextLogProbs = Callable[[list[int]], list[float]]
-"""From the ids so far, the prompt's first, to log p of each next id."""
+"""Gives log p of each next id after the ids so far, the prompt's first."""
 
 
 @torch.no_grad()
-def translate_ids(
-    model: Any,
-    source_BS: Tensor,
-    config: DecodeConfig,
-    task_ids_B: Tensor | None = None,
-    domain_ids_B: Tensor | None = None,
-    index_B: Tensor | None = None,
-) -> Hypotheses:
-    """As ``decode.translate_ids``; the model is to be in evaluation mode, in the dtype that is wanted."""
-    found = []
-    with dropless(model):
-        for b, source_S in enumerate(source_BS):
-            source_1S = source_S[source_S != PAD_ID][None]
-            task_1, domain_1 = (None if x is None else x[b : b + 1] for x in (task_ids_B, domain_ids_B))
-            memory = model.encode(source_1S, task_1, domain_1)
+def translate_ids(model: Any, source_BS: Tensor, config: DecodeConfig, **context_B: Tensor | None) -> Hypotheses:
+    """Do what ``decode.translate_ids`` does; the model must be in evaluation mode, and in the wanted dtype."""
 
-            def next_log_probs(ids: list[int], memory: Any = memory) -> list[float]:
-                h_1LD = model.decode(torch.tensor([ids], device=source_BS.device), memory)
-                return _log_probs(model.logits(h_1LD[0, -1]))
+    def begin(source: list[int], context: dict[str, Tensor | None]) -> tuple[NextLogProbs, list[int]]:
+        memory = model.encode(torch.tensor([source], device=source_BS.device), **context)
 
-            number = b if index_B is None else int(index_B[b])
-            found.append(_find(next_log_probs, [BOS_ID], source_1S.shape[1], config, model, number))
-    return Hypotheses([[ids for ids, _ in best] for best in found], [[score for _, score in best] for best in found])
+        def next_log_probs(ids: list[int]) -> list[float]:
+            h_1LD = model.decode(torch.tensor([ids], device=source_BS.device), memory)
+            return _log_probs(model.logits(h_1LD[0, -1]))
+
+        return next_log_probs, [BOS_ID]
+
+    return _search(model, source_BS, config, begin, **context_B)
 
 
 @torch.no_grad()
-def generate_ids(
+def generate_ids(model: Any, prompt_BL: Tensor, config: DecodeConfig, **context_B: Tensor | None) -> Hypotheses:
+    """Do what ``decode.generate_ids`` does; the model must be in evaluation mode, and in the wanted dtype."""
+
+    def begin(prompt: list[int], context: dict[str, Tensor | None]) -> tuple[NextLogProbs, list[int]]:
+        def next_log_probs(ids: list[int]) -> list[float]:
+            return _log_probs(model(torch.tensor([ids], device=prompt_BL.device), **context)[0, -1])
+
+        return next_log_probs, prompt
+
+    return _search(model, prompt_BL, config, begin, **context_B)
+
+
+def _search(
     model: Any,
-    prompt_BL: Tensor,
+    ids_BS: Tensor,
     config: DecodeConfig,
-    task_ids_B: Tensor | None = None,
-    domain_ids_B: Tensor | None = None,
+    begin: Callable[[list[int], dict[str, Tensor | None]], tuple[NextLogProbs, list[int]]],
     index_B: Tensor | None = None,
+    **context_B: Tensor | None,
 ) -> Hypotheses:
-    """As ``decode.generate_ids``; the model is to be in evaluation mode, in the dtype that is wanted."""
-    found = []
+    """Search for each row of ``ids_BS`` alone; ``begin`` returns its next log-probabilities and its prompt."""
+    best = []
     with dropless(model):
-        for b, prompt_L in enumerate(prompt_BL):
-            prompt = prompt_L[prompt_L != PAD_ID].tolist()
-            context = tuple(None if x is None else x[b : b + 1] for x in (task_ids_B, domain_ids_B))
-
-            def next_log_probs(ids: list[int], context: Any = context) -> list[float]:
-                return _log_probs(model(torch.tensor([ids], device=prompt_BL.device), *context)[0, -1])
-
+        for b, ids_S in enumerate(ids_BS):
+            ids = ids_S[ids_S != PAD_ID].tolist()
+            context = {name: None if x is None else x[b : b + 1] for name, x in context_B.items()}
+            next_log_probs, prompt = begin(ids, context)
             number = b if index_B is None else int(index_B[b])
-            found.append(_find(next_log_probs, prompt, len(prompt), config, model, number))
-    return Hypotheses([[ids for ids, _ in best] for best in found], [[score for _, score in best] for best in found])
+            best.append(_best(next_log_probs, prompt, len(ids), config, model, number))
+    return Hypotheses([[ids for ids, _ in own] for own in best], [[score for _, score in own] for own in best])
 
 
 def _log_probs(logits_V: Tensor) -> list[float]:
     return (logits_V if logits_V.dtype == torch.float64 else logits_V.float()).log_softmax(-1).tolist()
 
 
-def _find(
+def _best(
     next_log_probs: NextLogProbs, prompt: list[int], length: int, config: DecodeConfig, model: Any, number: int
 ) -> list[tuple[list[int], float]]:
-    """The best ids and scores of a sentence."""
+    """Return the best ids and scores of a sentence."""
     most = max_positions(model)
     limit = config.max_length(length, None if most is None else most - len(prompt))
     if config.method == "sample":
         draws = torch.rand(
             limit + 1, config.num_best, generator=generator(config.seed, number), dtype=torch.float64
         ).tolist()
-        found = [
+        hypotheses = [
             draw_one(next_log_probs, prompt, limit, config, [row[i] for row in draws]) for i in range(config.num_best)
         ]
     elif config.method == "greedy":
-        found = [greedy(next_log_probs, prompt, limit, config)]
+        hypotheses = [greedy(next_log_probs, prompt, limit, config)]
     else:
-        found = beam(next_log_probs, prompt, limit, config)
-    return sorted(found, key=lambda pair: -pair[1])[: config.num_best]
+        hypotheses = beam(next_log_probs, prompt, limit, config)
+    return sorted(hypotheses, key=lambda pair: -pair[1])[: config.num_best]
 
 
 def allowed(num_ids: int, vocab: int, limit: int, config: DecodeConfig) -> list[int]:
-    """The ids that may follow ``num_ids`` ids."""
+    """Return the ids that may follow ``num_ids`` ids."""
     if num_ids == limit:
         return [EOS_ID]
     return [i for i in range(vocab) if i not in (PAD_ID, BOS_ID) and (i != EOS_ID or num_ids >= config.min_length)]
@@ -163,7 +162,7 @@ def draw_one(
 
 
 def sampling_probs(log_p: list[float], ids: list[int], config: DecodeConfig) -> dict[int, float]:
-    """What each id is drawn with, of those that may follow and that ``top_k`` and ``top_p`` leave."""
+    """Return the probability of each id that may follow and that ``top_k`` and ``top_p`` leave."""
     ordered = sorted(ids, key=lambda i: (-log_p[i], i))[: config.top_k or None]
     weights = [math.exp((log_p[i] - log_p[ordered[0]]) / config.temperature) for i in ordered]
     kept: dict[int, float] = {}
