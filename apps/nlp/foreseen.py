@@ -1,14 +1,15 @@
-"""What a decoder reads, and how well it foresaw the sentences it was given."""
+"""How well a decoder foresaw the sentences that it was given, and the metrics of that."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol, TypeVar
+from collections.abc import Iterable, Sequence
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torchmetrics import Metric
 
 from apps.data.subwords import PAD_ID, UNK_ID
 from apps.nets.loss import TargetScores
@@ -29,7 +30,7 @@ class Foreseen(NamedTuple):
 
 
 def per_sentence(scores: TargetScores, real_BL: Tensor) -> Foreseen:
-    """The scores of T targets, the real ones of (B, L), row by row."""
+    """Add up the scores of T targets, the real ones of (B, L), row by row."""
     tokens_B = real_BL.sum(1)
     row_T = torch.repeat_interleave(tokens_B)
     nll_B = torch.zeros(len(tokens_B), dtype=torch.float64, device=row_T.device)
@@ -41,12 +42,12 @@ def per_sentence(scores: TargetScores, real_BL: Tensor) -> Foreseen:
 
 
 def read_ids(target_BL: Tensor) -> Tensor:
-    """(B, L - 1), what the decoder reads: all but the end, after which there is nothing to say."""
+    """Return what the decoder reads, (B, L - 1): all but the end, after which there is nothing to say."""
     return target_BL[:, :-1].masked_fill(target_BL[:, 1:] == PAD_ID, PAD_ID)
 
 
 def of_mean_length(ids_BS: Tensor) -> Tensor:
-    """(B, M), the first M tokens, with unknown tokens in place of padding; M is the mean length, rounded."""
+    """Return the first M tokens, (B, M), with unknown tokens for padding; M is the mean length, rounded."""
     length = round(int((ids_BS != PAD_ID).sum()) / max(len(ids_BS), 1))
     return ids_BS[:, : max(length, 1)].masked_fill(ids_BS[:, : max(length, 1)] == PAD_ID, UNK_ID)
 
@@ -89,3 +90,35 @@ def gathered(own: Sequence[Piece]) -> list[Piece]:
         dist.all_gather_object(parts, list(own))
     by_index = {piece.index: piece for part in parts for piece in part}
     return [by_index[index] for index in sorted(by_index)]
+
+
+class PieceMetrics(Metric, Generic[Piece]):
+    """Metrics of pieces of text, which every rank keeps and gathers: the same on one process or many.
+
+    A piece that came twice, as the sampler of a distributed run fills up its last round, counts once.
+    """
+
+    full_state_update = False
+    is_differentiable = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._own: list[Piece] = []
+
+    def update(self, outputs: Iterable[Piece], targets: Any = None) -> None:
+        """Add the pieces of a batch; ``targets`` are in them already."""
+        self._own.extend(outputs)
+
+    def reset(self) -> None:
+        """Forget all pieces."""
+        super().reset()
+        self._own = []
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return the metrics of all pieces so far, float64 scalars; NaN without any."""
+        values = self.values_of(gathered(self._own))
+        return {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
+
+    def values_of(self, pieces: Sequence[Piece]) -> dict[str, float]:
+        """Return the metrics by name."""
+        raise NotImplementedError

@@ -1,9 +1,11 @@
-"""What a model says of lines of text, in the order in which they came: as values, as lines, or into a file."""
+"""Lines of text that are given to a model, and its candidates for each, in the order of the lines."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
+import json
 import logging
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,7 +25,7 @@ from apps.nlp.text.batches import cut_by_tokens
 log = logging.getLogger(__name__)
 
 BadLines = Literal["error", "replace", "skip"]
-"""What a line that is not UTF-8 is; see ``TranslationData``."""
+"""How a line that is not UTF-8 is taken; see ``TranslationData``."""
 
 
 class Candidate(NamedTuple):
@@ -107,7 +109,7 @@ def source_batches(
 def given_lines(
     text: Sequence[str] | str | None, predict_file: str | None, bad_lines: BadLines = "error"
 ) -> Iterator[str]:
-    """The lines of a prediction as they come, each as `as_line` makes it.
+    """Yield the lines of a prediction as they come, each as `as_line` makes it.
 
     Args:
         text: a line, or several; None: those of the file.
@@ -131,7 +133,7 @@ def given_lines(
 
 
 def checked_texts(texts: Sequence[str]) -> list[str]:
-    """Texts that a caller gives, each as `as_line` makes it.
+    """Return the texts that a caller gives, each as `as_line` makes it.
 
     Raises:
         ValueError: one text in place of a list of them, or an item that is no text.
@@ -155,7 +157,7 @@ def check_one(options: Mapping[str, Any]) -> None:
 
 
 def decoding(config: DecodeConfig, options: Mapping[str, Any]) -> DecodeConfig:
-    """``config`` with some of its fields set otherwise.
+    """Return ``config`` with some of its fields changed.
 
     Raises:
         ValueError: no such field, or a value out of its range.
@@ -168,7 +170,7 @@ def decoding(config: DecodeConfig, options: Mapping[str, Any]) -> DecodeConfig:
 
 
 def as_line(text: str, index: int) -> str:
-    """A line of text, from 0, cleaned.
+    """Return a line of text, cleaned; ``index`` is its number, from 0.
 
     Raises:
         ValueError: it is no text.
@@ -181,7 +183,7 @@ def as_line(text: str, index: int) -> str:
 
 
 def chunks(lines: Iterable[str], size: int, start: int = 0) -> Iterator[list[str]]:
-    """The lines cleaned, ``size`` at a time; those before one that is no text come before its error.
+    """Yield the lines cleaned, ``size`` at a time; those before one that is no text come before its error.
 
     Args:
         lines: text.
@@ -233,7 +235,7 @@ T = TypeVar("T")
 
 
 def in_order(numbered: Iterable[tuple[Sequence[int], Sequence[T]]], start: int = 0) -> Iterator[T]:
-    """Items by their numbers from ``start``: as soon as one and all before it are there.
+    """Yield items by their numbers from ``start``, as soon as one and all before it are there.
 
     Raises:
         ValueError: a number comes twice, or is missing.
@@ -250,3 +252,38 @@ def in_order(numbered: Iterable[tuple[Sequence[int], Sequence[T]]], start: int =
             following += 1
     if waiting:
         raise ValueError(f"line {following + 1} is missing")
+
+
+def as_text(line: Line, num_best: int) -> list[str]:
+    """Return a line's best candidate; of several, each after the line's number from 1 and its score, and tabs."""
+    if num_best == 1:
+        return [line.candidates[0].text]
+    return [f"{line.index + 1}\t{score:.4f}\t{text}" for text, score in line.candidates]
+
+
+def identity_of(data: Any) -> list[Any]:
+    """Return which text is to be predicted: the file with its size and time, or a digest of the text."""
+    if data.text is not None:
+        return [hashlib.sha256(json.dumps(data.text).encode()).hexdigest()]
+    path = Path(data.predict_file).expanduser()
+    try:
+        if data.predict_file == "-" or path.is_fifo():
+            return ["-"]
+        stat = path.stat()
+    except OSError as error:
+        raise ValueError(f"predict_file={data.predict_file!r} cannot be read: {error.strerror}") from error
+    return [str(path.resolve()), stat.st_size, stat.st_mtime_ns]
+
+
+def num_lines(data: Any) -> int | None:
+    """Return the lines of ``data.text`` or of the file ``data.predict_file``; None where they cannot be counted."""
+    if data.text is not None:
+        return 1 if isinstance(data.text, str) else len(data.text)
+    path = Path(data.predict_file).expanduser()
+    if data.predict_file == "-" or not path.is_file():
+        return None
+    count, last = 0, b"\n"
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            count, last = count + piece.count(b"\n"), piece
+    return count + (not last.endswith(b"\n"))

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 import core
 from apps.data.subwords import PAD_ID, Subwords
-from apps.equal_cost.comparable import RoutedLayers
 from apps.nets.blocks import one_ffn
 from apps.nets.config import TransformerConfig
-from apps.nets.loss import linear_cross_entropy, target_scores
-from apps.nets.place import Place, check_fits, check_layers
+from apps.nets.place import Place
 from apps.nets.transformer import LanguageModel
-from apps.nlp.checks import check_length, check_subwords
-from apps.nlp.decode import DecodeConfig, Hypotheses, generate_ids, in_dtype
-from apps.nlp.foreseen import gathered, of_mean_length, per_sentence, perplexity, read_ids, token_metrics
+from apps.nlp.decode import DecodeConfig, generate_ids
+from apps.nlp.foreseen import PieceMetrics, perplexity, read_ids, token_metrics
 from apps.nlp.language.data import TextBatch, TextSize, prompt_batches
-from apps.nlp.output import LinePredictor
-from apps.nlp.predict import Candidate, Line, check_one, checked_texts, decoding, in_order
-from apps.nlp.pretrained import PretrainedModule, check_dense_ffn, published_network
+from apps.nlp.module import TextModule, published_network
+from apps.nlp.predict import Candidate, check_one, checked_texts, decoding
 from apps.train.module import OptimizerConfig, Stage, TaskOutput
 
 _LAYERS = "all"
@@ -35,10 +31,10 @@ class Block(NamedTuple):
     """How well a block of text was foreseen.
 
     Attributes:
-        index: its place in the split.
+        index: the block's place in the split.
         nll: negative log likelihood of its tokens, in nats, summed.
-        right: tokens that came first.
-        tokens: of it.
+        right: number of tokens that the model put first.
+        tokens: number of its tokens.
     """
 
     index: int  # type: ignore[assignment]  # a block has no use for tuple.index
@@ -48,7 +44,7 @@ class Block(NamedTuple):
 
 
 class Continuations(NamedTuple):
-    """What a batch of prompts was continued with.
+    """The continuations of a batch of prompts.
 
     Attributes:
         index: int64 (B,), the prompt's number, from 0.
@@ -63,48 +59,34 @@ class Continuations(NamedTuple):
     alternatives: list[list[str]]
 
 
-class LanguageMetrics(Metric):
+class LanguageMetrics(PieceMetrics[Block]):
     """Perplexity and token accuracy of a text, the same on one process or many.
 
     ``compute`` returns ``perplexity``, ``exp`` of the mean negative log likelihood of a subword, and
-    ``token_accuracy``; where ``size`` tells what the text has, ``word_perplexity``, of a word, and ``bits_per_byte``,
+    ``token_accuracy``; where ``size`` is known, also ``word_perplexity``, that of a word, and ``bits_per_byte``,
     which compare models of different subwords. These count the document ends with the text, and in a pass over a part
     of the text they take it for an average part.
 
     Attributes:
-        size: of the text; None: it is not known.
+        size: how much text there is; None: it is not known.
     """
 
-    full_state_update = False
-    is_differentiable = False
     higher_is_better = False
 
     def __init__(self) -> None:
         super().__init__()
         self.size: TextSize | None = None
-        self._own: list[Block] = []
 
-    def update(self, outputs: Iterable[Block], targets: Any = None) -> None:
-        """Add the blocks of a batch."""
-        self._own.extend(outputs)
-
-    def reset(self) -> None:
-        """Forget all blocks."""
-        super().reset()
-        self._own = []
-
-    def compute(self) -> dict[str, Tensor]:
-        """The metrics of all blocks so far, float64 scalars; NaN without any."""
-        blocks = gathered(self._own)
-        found = token_metrics(blocks)
-        if self.size is not None and blocks:
-            nll = math.fsum(b.nll for b in blocks) / sum(b.tokens for b in blocks)
-            found["word_perplexity"] = perplexity(nll * self.size.tokens / max(self.size.words, 1))
-            found["bits_per_byte"] = nll / math.log(2) * self.size.tokens / max(self.size.bytes, 1)
-        return {name: torch.tensor(value, dtype=torch.float64) for name, value in found.items()}
+    def values_of(self, pieces: Sequence[Block]) -> dict[str, float]:
+        values = token_metrics(pieces)
+        if self.size is not None and pieces:
+            nll = math.fsum(b.nll for b in pieces) / sum(b.tokens for b in pieces)
+            values["word_perplexity"] = perplexity(nll * self.size.tokens / max(self.size.words, 1))
+            values["bits_per_byte"] = nll / math.log(2) * self.size.tokens / max(self.size.bytes, 1)
+        return values
 
 
-class LanguageModeler(LinePredictor, PretrainedModule):
+class LanguageModeler(TextModule):
     """A decoder alone, sparse or dense, that foresees the next subword of a text.
 
     Args:
@@ -127,7 +109,6 @@ class LanguageModeler(LinePredictor, PretrainedModule):
     """
 
     data_arguments: ClassVar[tuple[str, ...]] = ("subwords",)
-    readout: ClassVar[tuple[str, ...]] = ("model.output",)
     monitor: ClassVar[str] = "val/perplexity"
     monitor_mode: ClassVar[Literal["min", "max"]] = "min"
     shown_metrics = ("word_perplexity", "bits_per_byte", "token_accuracy")
@@ -146,64 +127,48 @@ class LanguageModeler(LinePredictor, PretrainedModule):
         average_last: int | None = None,
         pretrained: str | None = None,
     ) -> None:
-        check_dense_ffn(pretrained, dense_ffn)
-        if pretrained is not None and transformer is None:
-            # Before these are kept for the checkpoint, which is read without the folder.
-            published = published_network(pretrained, is_language_model=True)
+        published = published_network(pretrained, transformer, dense_ffn, is_language_model=True)
+        if published is not None:  # kept for the checkpoint, which is read without the folder
             transformer, moe = published.transformer, moe or published.moe
             if moe_blocks == _LAYERS:
                 moe_blocks = list(published.decoder_moe_blocks) or "none"
-        super().__init__(optimizer=optimizer, ema_decay=ema_decay, average_last=average_last)
-        if not 0.0 <= label_smoothing < 1.0:
-            raise ValueError(f"label_smoothing={label_smoothing} is not in [0, 1)")
-        if subwords is None:
-            raise ValueError("subwords=None: they come from the data, such as TextData(...).subwords")
-        self.subwords, self.transformer = subwords, transformer or TransformerConfig()
-        self.pretrained = pretrained
-        self.moe, self.moe_blocks = moe, moe_blocks
-        self.label_smoothing, self.decode = label_smoothing, decode
+        super().__init__(
+            subwords,
+            transformer,
+            moe,
+            label_smoothing=label_smoothing,
+            decode=decode,
+            optimizer=optimizer,
+            ema_decay=ema_decay,
+            average_last=average_last,
+            pretrained=pretrained,
+        )
+        self.moe_blocks = moe_blocks
         self.model = LanguageModel(
             self.transformer,
-            vocab=subwords.size("target"),
+            vocab=self.subwords.size("target"),
             ffn=one_ffn(moe, dense_ffn),
             moe_blocks=moe_blocks,
         )
-        self.place = Place(type(self).__name__, ("token_ids_BS",), is_causal=True)
-        if moe is not None:
-            check_fits(self.place, moe.router, moe.balance)
-            check_layers(self.place, self.model)
+        self._put_in_place(Place(type(self).__name__, ("token_ids_BS",), is_causal=True))
 
     def forward(self, tokens_BL: Tensor) -> Tensor:
-        """(B, L) ids to (B, L, V) logits of the token after each."""
+        """Return the logits of the token after each of (B, L) ids, (B, L, V)."""
         return self.model(tokens_BL)
 
     # ---- the loss
 
     def task_loss(self, batch: TextBatch) -> TaskOutput:
-        """Mean cross-entropy of each block's tokens after its first, padding left out.
-
-        In evaluation without label smoothing; ``outputs`` are ``Block``s.
-        """
-        said_BL = batch.tokens_BL[:, 1:]
-        real_BL = said_BL != PAD_ID
-        h_TD = self.model.hidden(read_ids(batch.tokens_BL))[real_BL] * self.transformer.logits_scale
-        target_T, weight_VD, B = said_BL[real_BL], self.model.output_weight, len(said_BL)
-        if self.training:
-            return TaskOutput(linear_cross_entropy(h_TD, weight_VD, target_T, self.label_smoothing), None, None, B)
-        scores = target_scores(h_TD, weight_VD, target_T)
-        columns = per_sentence(scores, real_BL)
-        blocks = [Block(*row) for row in zip(batch.index_B.tolist(), *(c.tolist() for c in columns), strict=True)]
-        loss = scores.nll_T.sum() / max(len(target_T), 1)
-        return TaskOutput(loss, blocks, None, B, weight=len(target_T))
+        """Return the loss of each block's tokens after its first; in evaluation ``outputs`` are ``Block``s."""
+        out = self.token_loss(self.model.hidden(read_ids(batch.tokens_BL)), batch.tokens_BL)
+        if out.outputs is None:
+            return out
+        columns = (batch.index_B, *out.outputs)
+        blocks = [Block(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
+        return dataclasses.replace(out, outputs=blocks)
 
     def example_inputs(self, batch: TextBatch) -> tuple[Tensor]:
         return (read_ids(batch.tokens_BL),)
-
-    def cost_inputs(self, batch: TextBatch) -> tuple[Tensor]:
-        """Return ``example_inputs`` with each block cut or filled up with unknown tokens to the batch's mean length:
-        experts do not compute padding, dense layers do."""
-        (read_BL,) = self.example_inputs(batch)
-        return (of_mean_length(read_BL),)
 
     def cost_unit(self, batch: TextBatch) -> str:
         (read_BL,) = self.cost_inputs(batch)
@@ -212,7 +177,6 @@ class LanguageModeler(LinePredictor, PretrainedModule):
     # ---- evaluation
 
     def build_metrics(self) -> LanguageMetrics:
-        """Perplexity by subword and, where the data tells its size, by word, bits per byte, and token accuracy."""
         return LanguageMetrics()
 
     def _start_pass(self, stage: Stage) -> None:
@@ -223,29 +187,23 @@ class LanguageModeler(LinePredictor, PretrainedModule):
     # ---- prediction
 
     def predict_step(self, batch: TextBatch, batch_idx: int) -> Continuations:
-        """Each prompt and what follows it."""
-        found = self.generate(batch)
-        texts = self._texts_of(batch, found)
+        """Return each prompt with what follows it."""
+        rows = self.candidates_of(batch, self.decode)
         return Continuations(
             batch.index_B,
-            [best for best, *_ in texts],
-            torch.tensor([s[0] for s in found.scores], dtype=torch.float64),
-            [further for _, *further in texts],
+            [best.text for best, *_ in rows],
+            torch.tensor([best.score for best, *_ in rows], dtype=torch.float64),
+            [[c.text for c in further] for _, *further in rows],
         )
 
-    def generate(
-        self, batch: TextBatch, model: LanguageModel | None = None, config: DecodeConfig | None = None
-    ) -> Hypotheses:
-        """What follows each prompt, in ids; by ``model``, a copy in another dtype, where it is given."""
+    def candidates_of(self, batch: TextBatch, config: DecodeConfig, model: Any = None) -> list[list[Candidate]]:
+        """Return each prompt with its continuations, best first."""
         with torch.autocast(self.device.type, enabled=False):
-            return generate_ids(model or self.model, batch.tokens_BL, config or self.decode, index_B=batch.index_B)
-
-    def _texts_of(self, batch: TextBatch, found: Hypotheses) -> list[list[str]]:
-        """Each prompt with each of its hypotheses, best first."""
+            hypotheses = generate_ids(model or self.model, batch.tokens_BL, config, index_B=batch.index_B)
         prompts = ([i for i in row if i != PAD_ID] for row in batch.tokens_BL.tolist())
         return [
-            self.subwords.decode([[*prompt, *ids] for ids in own], "target")
-            for prompt, own in zip(prompts, found.ids, strict=True)
+            [*map(Candidate, self.subwords.decode([[*prompt, *ids] for ids in own], "target"), scores)]
+            for prompt, own, scores in zip(prompts, hypotheses.ids, hypotheses.scores, strict=True)
         ]
 
     def predict(self, prompts: Sequence[str], **decode: Any) -> list[str]:
@@ -273,40 +231,11 @@ class LanguageModeler(LinePredictor, PretrainedModule):
         Arguments and errors are those of ``predict``. A search may find fewer than it was asked for.
         """
         lines, config = checked_texts(prompts), decoding(self.decode, decode)
-        return [line.candidates for line in self._lines(prompt_batches(lines, self.subwords), config)]
+        return [line.candidates for line in self.lines_of(prompt_batches(lines, self.subwords), config)]
 
-    def predict_lines(self, data: Any, start: int = 0) -> Iterator[Line] | None:
-        """Yield each prompt of ``data.text`` or ``data.predict_file`` with what follows it; see ``LinePredictor``.
-
-        Raises:
-            ValueError: data of other subwords.
-        """
-        if data.text is None and data.predict_file is None:
-            return None
-        check_subwords(self.subwords, data.subwords)
-        self._load_pretrained()
-        return self._lines(data.given_batches(start), self.decode, start)
-
-    def _lines(
-        self, batches: Iterable[tuple[TextBatch, list[str]]], config: DecodeConfig, start: int = 0
-    ) -> Iterator[Line]:
-        model: Any = in_dtype(self.model, config.dtype)
-
-        def continued() -> Iterator[tuple[list[int], list[Line]]]:
-            for batch, prompts in batches:
-                batch = TextBatch(*(side.to(self.device) for side in batch))
-                found, index = self.generate(batch, model, config), batch.index_B.tolist()
-                rows = zip(index, prompts, self._texts_of(batch, found), found.scores, strict=True)
-                yield index, [Line(i, prompt, [*map(Candidate, own, scores)]) for i, prompt, own, scores in rows]
-
-        return in_order(continued(), start)
-
-    # ---- set-up and comparisons
+    # ---- set-up
 
     def _check_data(self) -> None:
         data = self._data()
-        check_subwords(self.subwords, getattr(data, "subwords", None))
-        check_length(self.transformer, "data.block_size", getattr(data, "block_size", None))
-
-    def routed_layers(self) -> RoutedLayers | None:
-        return None if self.moe is None else RoutedLayers(self.moe, self.transformer.shape.dim, self.place)
+        self._check_given(data)
+        self.check_length("data.block_size", getattr(data, "block_size", None))

@@ -8,15 +8,11 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-import torch
-from torch import Tensor
-from torchmetrics import Metric
-
 from apps.base.messages import one_line, warn_once
-from apps.nlp.foreseen import gathered, token_metrics
+from apps.nlp.foreseen import PieceMetrics, token_metrics
 
 log = logging.getLogger(__name__)
 
@@ -140,15 +136,12 @@ def signatures(tokenizers: Mapping[str, str]) -> dict[str, str]:
     return {**bleu, "chrf": signature("chrf")}
 
 
-class TranslationMetrics(Metric):
+class TranslationMetrics(PieceMetrics[Sentence]):
     """BLEU, chrF++, token accuracy and perplexity of a corpus.
 
     ``compute`` returns ``bleu`` and ``chrf``, with several language pairs their means over the pairs beside
     ``bleu_<pair>`` and ``chrf_<pair>``; ``token_accuracy``, the share of the references' tokens that the model puts
     first after those before them; and ``perplexity``, ``exp`` of the mean negative log likelihood of a token.
-
-    Sentences are kept as text and gathered by every rank; one that came twice, as the sampler of a distributed run
-    fills up its last round, counts once.
 
     Args:
         pairs: language pairs, in the order of their numbers.
@@ -158,30 +151,20 @@ class TranslationMetrics(Metric):
         sentences: of all ranks, by ``index``; after ``compute``.
     """
 
-    full_state_update = False
-    is_differentiable = False
     higher_is_better = True
 
     def __init__(self, pairs: Sequence[str], tokenize: str | Mapping[str, str] | None = None) -> None:
         super().__init__()
         self.pairs, self.tokenizers = tuple(pairs), bleu_tokenizers(pairs, tokenize)
-        self._own: list[Sentence] = []
         self.sentences: list[Sentence] = []
 
-    def update(self, outputs: Iterable[Sentence], targets: Any = None) -> None:
-        """Add the sentences of a batch; ``targets`` are in them already."""
-        self._own.extend(outputs)
-
     def reset(self) -> None:
-        """Forget all sentences."""
         super().reset()
-        self._own, self.sentences = [], []
+        self.sentences = []
 
-    def compute(self) -> dict[str, Tensor]:
-        """Return the metrics of all sentences so far, float64 scalars; NaN without any."""
-        self.sentences = gathered(self._own)
-        values = corpus_metrics(self.sentences, self.tokenizers)
-        return {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
+    def values_of(self, pieces: Sequence[Sentence]) -> dict[str, float]:
+        self.sentences = list(pieces)
+        return corpus_metrics(self.sentences, self.tokenizers)
 
 
 def corpus_metrics(sentences: Sequence[Sentence], tokenizers: Mapping[str, str]) -> dict[str, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -12,19 +12,16 @@ from torch import Tensor
 
 import core
 from apps.base.messages import unknown_name
-from apps.data.subwords import PAD_ID, Subwords
-from apps.equal_cost.comparable import ExampleDifference, RoutedLayers
+from apps.data.subwords import Subwords
+from apps.equal_cost.comparable import ExampleDifference
 from apps.nets.blocks import one_ffn
 from apps.nets.config import TransformerConfig
-from apps.nets.loss import linear_cross_entropy, target_scores
-from apps.nets.place import Place, check_fits, check_layers
+from apps.nets.place import Place
 from apps.nets.transformer import TranslationModel
-from apps.nlp.checks import check_length, check_subwords
 from apps.nlp.decode import DecodeConfig, Hypotheses, in_dtype, translate_ids
-from apps.nlp.foreseen import Foreseen, of_mean_length, per_sentence, read_ids
-from apps.nlp.output import LinePredictor
-from apps.nlp.predict import Candidate, Line, check_one, checked_texts, decoding, in_order, source_batches
-from apps.nlp.pretrained import PretrainedModule, check_dense_ffn, published_network
+from apps.nlp.foreseen import Foreseen, read_ids
+from apps.nlp.module import TextModule, published_network
+from apps.nlp.predict import Candidate, check_one, checked_texts, decoding, source_batches
 from apps.nlp.text.batch import TranslationBatch
 from apps.nlp.translation.metrics import Sentence, TranslationMetrics, bleu_tokenizers, signatures
 from apps.nlp.translation.report import TranslationReport, TranslationReportConfig, side_by_side
@@ -58,7 +55,7 @@ class Translations(NamedTuple):
     alternatives: list[list[str]]
 
 
-class Translator(LinePredictor, PretrainedModule):
+class Translator(TextModule):
     """A transformer from one language to another, or from many to many, sparse or dense.
 
     It is trained by the cross-entropy of each target token after those before it, with label smoothing, and judged by
@@ -92,7 +89,6 @@ class Translator(LinePredictor, PretrainedModule):
     """
 
     data_arguments: ClassVar[tuple[str, ...]] = ("subwords", "pairs")
-    readout: ClassVar[tuple[str, ...]] = ("model.output",)
     monitor: ClassVar[str] = "val/bleu"
     monitor_mode: ClassVar[Literal["min", "max"]] = "max"
     shown_metrics = ("chrf", "token_accuracy", "perplexity")
@@ -118,51 +114,52 @@ class Translator(LinePredictor, PretrainedModule):
         pretrained: str | None = None,
         report: TranslationReportConfig | None = _REPORT,
     ) -> None:
-        check_dense_ffn(pretrained, dense_ffn)
-        if pretrained is not None and transformer is None:
-            # Before these are kept for the checkpoint, which is read without the folder.
-            published = published_network(pretrained, is_language_model=False)
+        published = published_network(pretrained, transformer, dense_ffn, is_language_model=False)
+        if published is not None:  # kept for the checkpoint, which is read without the folder
             transformer, moe = published.transformer, moe or published.moe
             if encoder_moe_blocks == _LAYERS:
                 encoder_moe_blocks = list(published.encoder_moe_blocks) or "none"
             if decoder_moe_blocks == _LAYERS:
                 decoder_moe_blocks = list(published.decoder_moe_blocks) or "none"
-        super().__init__(optimizer=optimizer, ema_decay=ema_decay, average_last=average_last)
-        if not 0.0 <= label_smoothing < 1.0:
-            raise ValueError(f"label_smoothing={label_smoothing} is not in [0, 1)")
+        super().__init__(
+            subwords,
+            transformer,
+            moe,
+            label_smoothing=label_smoothing,
+            decode=decode,
+            optimizer=optimizer,
+            ema_decay=ema_decay,
+            average_last=average_last,
+            pretrained=pretrained,
+        )
         if val_decode not in ("greedy", "as_test"):
             raise ValueError(f"val_decode={val_decode!r} is not one of 'greedy', 'as_test'")
         self.bleu_tokenizers = bleu_tokenizers(pairs, bleu_tokenize)
-        if subwords is None:
-            raise ValueError("subwords=None: they come from the data, such as TranslationData(...).subwords")
-        self.subwords, self.pairs, self.pretrained = subwords, tuple(pairs), pretrained
-        self.transformer = transformer or TransformerConfig()
-        self.moe, self.encoder_moe_blocks, self.decoder_moe_blocks = moe, encoder_moe_blocks, decoder_moe_blocks
-        self.tasks, self.label_smoothing = tasks, label_smoothing
-        self.decode, self.val_decode, self.bleu_tokenize, self.report = decode, val_decode, bleu_tokenize, report
+        self.pairs, self.tasks = tuple(pairs), tasks
+        self.encoder_moe_blocks, self.decoder_moe_blocks = encoder_moe_blocks, decoder_moe_blocks
+        self.val_decode, self.bleu_tokenize, self.report = val_decode, bleu_tokenize, report
         task_P, domain_P = task_numbers(self.pairs, tasks)
         self.register_buffer("task_P", torch.tensor(task_P), persistent=False)
         self.register_buffer("domain_P", torch.tensor(domain_P), persistent=False)
         self.model = TranslationModel(
             self.transformer,
-            source_vocab=subwords.size("source"),
-            target_vocab=None if subwords.is_joint else subwords.size("target"),
+            source_vocab=self.subwords.size("source"),
+            target_vocab=None if self.subwords.is_joint else self.subwords.size("target"),
             ffn=one_ffn(moe, dense_ffn),
             encoder_moe_blocks=encoder_moe_blocks,
             decoder_moe_blocks=decoder_moe_blocks,
         )
-        self.place = Place(
-            type(self).__name__,
-            ("token_ids_BS", "task_ids_B", "domain_ids_B"),
-            is_causal=bool(self.model.decoder_moe_blocks),
-            decodes_stepwise=bool(self.model.decoder_moe_blocks),  # validation translates
-            num_tasks=len(set(task_P)),
-            num_domains=len(set(domain_P)),
-            data=f"the pairs {', '.join(self.pairs)} by tasks={tasks!r}",
+        self._put_in_place(
+            Place(
+                type(self).__name__,
+                ("token_ids_BS", "task_ids_B", "domain_ids_B"),
+                is_causal=bool(self.model.decoder_moe_blocks),
+                decodes_stepwise=bool(self.model.decoder_moe_blocks),  # validation translates
+                num_tasks=len(set(task_P)),
+                num_domains=len(set(domain_P)),
+                data=f"the pairs {', '.join(self.pairs)} by tasks={tasks!r}",
+            )
         )
-        if moe is not None:
-            check_fits(self.place, moe.router, moe.balance)
-            check_layers(self.place, self.model)
         self._references: list[str] | None = None
         # The model in another dtype, for the length of one pass: a list, so that it is no part of the module.
         self._copies: list[TranslationModel] | None = None
@@ -175,41 +172,28 @@ class Translator(LinePredictor, PretrainedModule):
         task_ids_B: Tensor | None = None,
         domain_ids_B: Tensor | None = None,
     ) -> Tensor:
-        """(B, S) source and (B, L) target ids to (B, L, V) logits of the token after each."""
+        """Return the logits of the token after each, (B, L, V), for (B, S) source and (B, L) target ids."""
         return self.model(source_BS, target_BL, task_ids_B, domain_ids_B)
 
     # ---- the loss
 
     def task_loss(self, batch: TranslationBatch) -> TaskOutput:
-        """Mean cross-entropy of the target tokens, padding left out; in evaluation without label smoothing.
-
-        In evaluation ``outputs`` says how well each sentence was foreseen; see ``judged`` for its translation.
-        """
-        said_BL = batch.target_BL[:, 1:]
-        real_BL = said_BL != PAD_ID
+        """Return the loss of the references; ``judged`` adds the translations."""
         memory = self.model.encode(batch.source_BS, *self._ids(batch))
-        h_TD = self.model.decode(read_ids(batch.target_BL), memory)[real_BL]
-        h_TD = h_TD * self.transformer.logits_scale
-        target_T, weight_VD, B = said_BL[real_BL], self.model.output_weight, len(said_BL)
-        if self.training:
-            loss = linear_cross_entropy(h_TD, weight_VD, target_T, self.label_smoothing)
-            return TaskOutput(loss, None, None, B)
-        scores = target_scores(h_TD, weight_VD, target_T)
-        loss = scores.nll_T.sum() / max(len(target_T), 1)  # without a token 0, as in training
-        return TaskOutput(loss, per_sentence(scores, real_BL), None, B, weight=len(target_T))
+        return self.token_loss(self.model.decode(read_ids(batch.target_BL), memory), batch.target_BL)
 
     def judged(self, batch: TranslationBatch, out: TaskOutput, stage: Stage) -> TaskOutput:
-        """``out`` with the batch's ``Sentence``s, translated, as its outputs."""
+        """Return ``out`` with the batch's ``Sentence``s, translated, as its outputs."""
         greedy = stage == "val" and self.val_decode == "greedy"
         config = dataclasses.replace(self.decode, method="greedy", num_best=1) if greedy else self.decode
-        found = self.translate(batch, config)
+        hypotheses = self.translate(batch, config)
         foreseen: Foreseen = out.outputs
         sentences = zip(
             batch.index_B.tolist(),
             batch.pair_B.tolist(),
-            self._texts_of(found.best),
+            self.subwords.decode(hypotheses.best, "target"),
             self._references_of(batch),
-            [scores[0] for scores in found.scores],
+            [scores[0] for scores in hypotheses.scores],
             foreseen.nll_B.tolist(),
             foreseen.right_B.tolist(),
             foreseen.tokens_B.tolist(),
@@ -220,41 +204,32 @@ class Translator(LinePredictor, PretrainedModule):
     def translate(
         self, batch: TranslationBatch, config: DecodeConfig, model: TranslationModel | None = None
     ) -> Hypotheses:
-        """Translations of the batch's sources, in ids; by ``model``, a copy in another dtype, where it is given."""
+        """Return translations of the batch's sources, in ids; ``model`` may be a copy in another dtype."""
         # Out of autocast: in bfloat16 a sentence's logits would depend on its batch mates.
         with torch.autocast(self.device.type, enabled=False):
             ids, model = self._ids(batch), model or self._model_in(config.dtype)
             return translate_ids(model, batch.source_BS, config, *ids, index_B=batch.index_B)
 
     def _model_in(self, dtype: str | None) -> TranslationModel:
-        """The model in this dtype; within a pass over the data it is copied once."""
+        """Return the model in this dtype; within a pass over the data it is copied once."""
         if dtype is None or self._copies is None:
             return self.model
         if not self._copies:
             self._copies.append(in_dtype(self.model, dtype))  # type: ignore[arg-type]
         return self._copies[0]
 
-    def _texts_of(self, ids: Sequence[Sequence[int]]) -> list[str]:
-        return self.subwords.decode(ids, "target")
-
     def _ids(self, batch: TranslationBatch) -> tuple[Tensor, Tensor]:
-        """int64 (B,) twice, the tasks and the domains."""
+        """Return the tasks and the domains, int64 (B,) each."""
         return self.task_P[batch.pair_B], self.domain_P[batch.pair_B]  # type: ignore[index]
 
     def _references_of(self, batch: TranslationBatch) -> list[str]:
-        """The references as they stand in the corpus; where the data does not tell, as their subwords read."""
+        """Return the references as the corpus has them; where the data do not give them, decode their subwords."""
         if self._references is not None:
             return [self._references[i] for i in batch.index_B.tolist()]
         return self.subwords.decode(batch.target_BL.tolist(), "target")
 
     def example_inputs(self, batch: TranslationBatch) -> tuple[Tensor, ...]:
         return (batch.source_BS, read_ids(batch.target_BL), *self._ids(batch))
-
-    def cost_inputs(self, batch: TranslationBatch) -> tuple[Tensor, ...]:
-        """Return ``example_inputs`` with each side cut or filled up with unknown tokens to the batch's mean length:
-        experts do not compute padding, dense layers do."""
-        source_BS, read_BL, *ids = self.example_inputs(batch)
-        return of_mean_length(source_BS), of_mean_length(read_BL), *ids
 
     def cost_unit(self, batch: TranslationBatch) -> str:
         source_BS, read_BL, *_ = self.cost_inputs(batch)
@@ -263,7 +238,6 @@ class Translator(LinePredictor, PretrainedModule):
     # ---- evaluation
 
     def build_metrics(self) -> TranslationMetrics:
-        """BLEU, chrF++, token accuracy and perplexity."""
         return TranslationMetrics(self.pairs, self.bleu_tokenizers)
 
     @property
@@ -295,18 +269,25 @@ class Translator(LinePredictor, PretrainedModule):
     # ---- prediction
 
     def predict_step(self, batch: TranslationBatch, batch_idx: int) -> Translations:
-        """The translation of each source; an empty line stays one."""
-        found = self.translate(batch, self.decode)
-        empty_B = batch.empty_B.tolist()
-        texts = [self._texts_of(ids) for ids in found.ids]
+        """Return the translation of each source; an empty line stays one."""
+        rows = self.candidates_of(batch, self.decode)
         return Translations(
             batch.index_B,
             [self.pairs[p] for p in batch.pair_B.tolist()],
             self.subwords.decode(batch.source_BS.tolist(), "source"),
-            ["" if empty else best for empty, (best, *_) in zip(empty_B, texts, strict=True)],
-            torch.tensor([0.0 if e else s[0] for e, s in zip(empty_B, found.scores, strict=True)], dtype=torch.float64),
-            [[] if empty else further for empty, (_, *further) in zip(empty_B, texts, strict=True)],
+            [best.text for best, *_ in rows],
+            torch.tensor([best.score for best, *_ in rows], dtype=torch.float64),
+            [[c.text for c in further] for _, *further in rows],
         )
+
+    def candidates_of(self, batch: TranslationBatch, config: DecodeConfig, model: Any = None) -> list[list[Candidate]]:
+        """Return the translations of each source, best first; an empty line has an empty text alone."""
+        hypotheses = self.translate(batch, config, model)
+        rows = zip(batch.empty_B.tolist(), hypotheses.ids, hypotheses.scores, strict=True)
+        return [
+            [Candidate("", 0.0)] if empty else [*map(Candidate, self.subwords.decode(ids, "target"), scores)]
+            for empty, ids, scores in rows
+        ]
 
     def predict(
         self,
@@ -365,52 +346,12 @@ class Translator(LinePredictor, PretrainedModule):
         number = 0 if pair is None else self.pairs.index(pair)
         learned = self.transformer.max_length if self.transformer.positions == "learned" else 256
         most = min(256, learned) if max_length is None else max_length
-        check_length(self.transformer, "max_length", most)
+        self.check_length("max_length", most)
         for name, value, least in (("max_length", most, 4), ("tokens_per_batch", tokens_per_batch, 1)):
             if value < least:
                 raise ValueError(f"{name}={value} must be at least {least}")
         batches = source_batches(lines, self.subwords, self.pairs, number, most, tokens_per_batch, _AT_ONCE)
-        return [line.candidates for line in self._lines(batches, config)]
-
-    def predict_lines(self, data: Any, start: int = 0) -> Iterator[Line] | None:
-        """Yield the translations of each line of ``data.text`` or ``data.predict_file``; see ``LinePredictor``.
-
-        Raises:
-            ValueError: data of other subwords or pairs, or of lines that are longer than the model can read.
-        """
-        if data.text is None and data.predict_file is None:
-            return None
-        check_length(self.transformer, "data.max_length", data.max_length)
-        check_subwords(self.subwords, data.subwords)
-        if tuple(data.pairs) != self.pairs:
-            raise ValueError(f"the model's pairs are {', '.join(self.pairs)}, and the data's {', '.join(data.pairs)}")
-        self._load_pretrained()
-        return self._lines(data.given_batches(start=start), self.decode, start)
-
-    def _lines(
-        self, batches: Iterable[tuple[TranslationBatch, list[str]]], config: DecodeConfig, start: int = 0
-    ) -> Iterator[Line]:
-        model: Any = in_dtype(self.model, config.dtype)
-
-        def translated() -> Iterator[tuple[list[int], list[Line]]]:
-            for batch, sources in batches:
-                batch = TranslationBatch(*(side.to(self.device) for side in batch))
-                found, empty_B, index = (
-                    self.translate(batch, config, model),
-                    batch.empty_B.tolist(),
-                    batch.index_B.tolist(),
-                )
-                texts = [self._texts_of(ids) for ids in found.ids]
-                rows = zip(index, sources, empty_B, texts, found.scores, strict=True)
-                yield (
-                    index,
-                    [
-                        Line(i, source, [Candidate("", 0.0)] if empty else [*map(Candidate, own, scores)])
-                        for i, source, empty, own, scores in rows
-                    ],
-                )
-
-        return in_order(translated(), start)
+        return [line.candidates for line in self.lines_of(batches, config)]
 
     def chunk_of(self, data: Any) -> int:
         return data.predict_lines
@@ -422,9 +363,11 @@ class Translator(LinePredictor, PretrainedModule):
     # ---- set-up
 
     def _check_data(self) -> None:
-        data = self._data()
-        check_subwords(self.subwords, getattr(data, "subwords", None))
-        check_length(self.transformer, "data.max_length", getattr(data, "max_length", None))
+        self._check_given(self._data())
+
+    def _check_given(self, data: Any) -> None:
+        super()._check_given(data)
+        self.check_length("data.max_length", getattr(data, "max_length", None))
         pairs = getattr(data, "pairs", None)
         if pairs is not None and tuple(pairs) != self.pairs:
             raise ValueError(
@@ -437,11 +380,8 @@ class Translator(LinePredictor, PretrainedModule):
 
     # ---- comparisons
 
-    def routed_layers(self) -> RoutedLayers | None:
-        return None if self.moe is None else RoutedLayers(self.moe, self.transformer.shape.dim, self.place)
-
     def examples_of_test(self) -> list[dict[str, Any]]:
-        """Each sentence of the last test."""
+        """Return each sentence of the last test."""
         data = self._data()
         sources = data.sources("test") if hasattr(data, "sources") else None
         return [
@@ -458,18 +398,18 @@ class Translator(LinePredictor, PretrainedModule):
     def compare_examples(
         self, first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]]
     ) -> list[ExampleDifference]:
-        """BLEU and chrF++ differences by paired bootstrap resampling."""
+        """Return BLEU and chrF++ differences by paired bootstrap resampling."""
         from apps.nlp.translation.significance import compare_sentences
 
         return compare_sentences(first, second, self.bleu_tokenizers)
 
     def side_by_side(self, systems: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-        """Sentences at equal steps through the test set, with each system's translation."""
+        """Return sentences at equal steps through the test set, with each system's translation."""
         return side_by_side(systems, 0 if self.report is None else self.report.samples)
 
 
 def task_numbers(pairs: Sequence[str], tasks: Tasks) -> tuple[list[int], list[int]]:
-    """The task and the domain of each pair, numbered in the order of their first mention.
+    """Return the task and the domain of each pair, numbered in the order of their first mention.
 
     Raises:
         ValueError: no pair, or ``tasks`` is none of its words.

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import io
-import itertools
 from types import SimpleNamespace
 
 import pytest
 
-from apps.nlp import output
 from apps.nlp.decode import DecodeConfig
 from apps.nlp.language.data import TextData
-from apps.nlp.predict import Candidate, Line, checked_texts, decoding, given_lines, in_order
+from apps.nlp.predict import Candidate, Line, as_text, checked_texts, decoding, given_lines, in_order, num_lines
 from apps.nlp.translation.data import TranslationData
 
 
@@ -71,35 +68,10 @@ def test_texts_and_options_of_a_caller_are_checked():
         decoding(DecodeConfig(), {"beam": 2})
 
 
-def test_progress_is_said_each_minute_or_each_second_on_a_terminal(monkeypatch):
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
-    lines = [Line(i, "", [Candidate("", 0.0)]) for i in range(5)]
-    now = itertools.count(0.0, 25.0)  # a line each 25 seconds
-    monkeypatch.setattr(output.time, "monotonic", lambda: next(now))
-    log = io.StringIO()
-    assert list(output.watched(iter(lines), 9, True, 4, log)) == lines
-    assert log.getvalue() == "7 of 9 lines, 0.04 a second\n"  # 4 and 3 after 75 s
-    now = itertools.count(0.0, 0.5)
-    shown = Terminal()
-    assert list(output.watched(iter(lines), None, True, 0, shown)) == lines
-    # after 1.0 s and 2.0 s; the note is taken away at the end
-    assert shown.getvalue() == "\r\x1b[K2 lines, 2 a second\r\x1b[K4 lines, 2 a second\r\x1b[K"
-    quiet = Terminal()
-    assert list(output.watched(iter(lines), None, False, 0, quiet)) == lines
-    assert quiet.getvalue() == ""
-
-
-def test_candidates_are_lines_of_number_score_and_text_or_an_object():
+def test_candidates_are_lines_of_number_score_and_text():
     line = Line(4, "größer", [Candidate("greater", -0.25), Candidate("bigger", -1.5)])
-    assert output.as_text(line, 1) == ["greater"]
-    assert output.as_text(line, 2) == ["5\t-0.2500\tgreater", "5\t-1.5000\tbigger"]
-    assert output.as_json(line, "translation") == (
-        '{"index": 4, "source": "größer", "translation": "greater", "candidates": ["greater", "bigger"], '
-        '"scores": [-0.25, -1.5]}'
-    )
+    assert as_text(line, 1) == ["greater"]
+    assert as_text(line, 2) == ["5\t-0.2500\tgreater", "5\t-1.5000\tbigger"]
 
 
 def test_lines_of_a_text_or_a_file_are_counted(tmp_path):
@@ -108,6 +80,6 @@ def test_lines_of_a_text_or_a_file_are_counted(tmp_path):
 
     (tmp_path / "a.txt").write_bytes(b"a\n\nb")  # no line end after the last
     (tmp_path / "b.txt").write_bytes(b"")
-    assert [output.num_lines(data(text, None)) for text in ("a", ["a", "b"])] == [1, 2]
-    assert [output.num_lines(data(None, str(tmp_path / name))) for name in ("a.txt", "b.txt", "c")] == [3, 0, None]
-    assert output.num_lines(data(None, "-")) is None
+    assert [num_lines(data(text, None)) for text in ("a", ["a", "b"])] == [1, 2]
+    assert [num_lines(data(None, str(tmp_path / name))) for name in ("a.txt", "b.txt", "c")] == [3, 0, None]
+    assert num_lines(data(None, "-")) is None

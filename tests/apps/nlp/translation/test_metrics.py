@@ -14,12 +14,12 @@ import torch.multiprocessing as mp
 from places import ROOT
 from sacrebleu.tokenizers import tokenizer_ja_mecab, tokenizer_ko_mecab
 
+from apps.nlp.foreseen import perplexity
 from apps.nlp.translation.metrics import (
     Sentence,
     TranslationMetrics,
     bleu_tokenizers,
     corpus_score,
-    perplexity,
     scorer,
     signatures,
 )

@@ -1,0 +1,312 @@
+"""``TextModule``: the base of the modules that write text, and the published checkpoints that they may begin with."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from torch import Tensor
+
+import core
+from apps.data.subwords import PAD_ID, Subwords
+from apps.equal_cost.comparable import Baseline, Comparable, RoutedLayers
+from apps.equal_cost.twins import dense_twins
+from apps.nets.config import TransformerConfig
+from apps.nets.loss import linear_cross_entropy, target_scores
+from apps.nets.place import Place, check_fits, check_layers
+from apps.nlp.decode import DecodeConfig, in_dtype
+from apps.nlp.foreseen import of_mean_length, per_sentence
+from apps.nlp.predict import Candidate, Line, as_text, identity_of, in_order, num_lines
+from apps.porting import Architecture, config_of, load_pretrained_weights, subwords_of
+from apps.train.module import OptimizerConfig, SparseModule, TaskOutput
+from apps.train.predicting import Prediction, PredictionStream
+from core.config.plain import to_plain
+
+log = logging.getLogger(__name__)
+
+
+class TextModule(SparseModule, Comparable):
+    """A transformer with its subwords, which may begin with published weights, and predicts line by line.
+
+    A subclass's constructor builds ``model`` and calls ``_put_in_place``; it brings ``candidates_of``.
+
+    Args:
+        subwords: the text's; the command line takes them from the data.
+        transformer: the network around the MoE layers; None: the default one.
+        moe: the MoE layer that replaces the FFN of some layers; None: a dense model.
+        label_smoothing: share of the target spread evenly over the vocabulary, in training.
+        decode: how a line's candidates are searched for.
+        optimizer: learning rate, weight decay and schedule.
+        ema_decay: decay of the moving average of the weights; None: there is none.
+        average_last: epochs whose weights at their end are averaged at last; None: none.
+        pretrained: folder of a published checkpoint, with which the first training or test begins that no checkpoint
+            gives its weights; None: none.
+
+    Attributes:
+        predicts: the name of a line's best candidate in a file.
+
+    Raises:
+        ValueError: a value out of its range.
+    """
+
+    model: Any
+    predicts: ClassVar[str] = "text"
+    readout: ClassVar[tuple[str, ...]] = ("model.output",)
+
+    def __init__(
+        self,
+        subwords: Subwords | None,
+        transformer: TransformerConfig | None,
+        moe: core.MoEConfig | None,
+        *,
+        label_smoothing: float,
+        decode: DecodeConfig,
+        optimizer: OptimizerConfig | None,
+        ema_decay: float | None,
+        average_last: int | None,
+        pretrained: str | None,
+    ) -> None:
+        super().__init__(optimizer=optimizer, ema_decay=ema_decay, average_last=average_last)
+        if not 0.0 <= label_smoothing < 1.0:
+            raise ValueError(f"label_smoothing={label_smoothing} is not in [0, 1)")
+        if subwords is None:
+            raise ValueError("subwords=None: they come from the data, such as TranslationData(...).subwords")
+        self.subwords, self.transformer, self.moe = subwords, transformer or TransformerConfig(), moe
+        self.label_smoothing, self.decode, self.pretrained = label_smoothing, decode, pretrained
+
+    def _put_in_place(self, place: Place) -> None:
+        """Say where the routers work, and refuse one that cannot work there.
+
+        Raises:
+            ValueError: as ``check_fits`` and ``check_layers``.
+        """
+        self.place = place
+        if self.moe is not None:
+            check_fits(place, self.moe.router, self.moe.balance)
+            check_layers(place, self.model)
+
+    # ---- the loss
+
+    def token_loss(self, h_BLD: Tensor, ids_BL: Tensor) -> TaskOutput:
+        """Return the mean cross-entropy of the tokens after the first, padding left out.
+
+        In evaluation it has no label smoothing, and ``outputs`` is the ``Foreseen`` of each row.
+
+        Args:
+            h_BLD: (B, L - 1, D), the decoder's output after each token but the last.
+            ids_BL: int64 (B, L), what was read and is to be said.
+        """
+        target_BL = ids_BL[:, 1:]
+        real_BL = target_BL != PAD_ID
+        h_TD = h_BLD[real_BL] * self.transformer.logits_scale
+        target_T, weight_VD, B = target_BL[real_BL], self.model.output_weight, len(ids_BL)
+        if self.training:
+            return TaskOutput(linear_cross_entropy(h_TD, weight_VD, target_T, self.label_smoothing), None, None, B)
+        scores = target_scores(h_TD, weight_VD, target_T)
+        loss = scores.nll_T.sum() / max(len(target_T), 1)  # without a token 0, as in training
+        return TaskOutput(loss, per_sentence(scores, real_BL), None, B, weight=len(target_T))
+
+    def cost_inputs(self, batch: Any) -> tuple[Tensor, ...]:
+        """Return ``example_inputs`` with each (B, L) of ids cut or filled up with unknown tokens to its mean length:
+        experts do not compute padding, dense layers do."""
+        return tuple(of_mean_length(x) if x.ndim == 2 else x for x in self.example_inputs(batch))
+
+    # ---- predictions of lines
+
+    def candidates_of(self, batch: Any, config: DecodeConfig, model: Any = None) -> list[list[Candidate]]:
+        """Return the candidates of each line of a batch, best first.
+
+        Args:
+            batch: a batch of lines on the module's device.
+            config: how to search.
+            model: a copy of ``model`` in another dtype; None: ``model`` itself.
+        """
+        raise NotImplementedError
+
+    def predict_lines(self, data: Any, start: int = 0) -> Iterator[Line] | None:
+        """Yield the candidates of each line of ``data.text`` or ``data.predict_file``, in their order.
+
+        Nothing is computed before the first line is asked for, and no more than is needed for the next one.
+
+        Args:
+            data: the app's data module.
+            start: lines before this one are passed over; a multiple of ``chunk_of(data)``.
+
+        Returns:
+            The lines; None where the data have neither text nor file.
+
+        Raises:
+            ValueError: data that do not fit the model.
+        """
+        if data.text is None and data.predict_file is None:
+            return None
+        self._check_given(data)
+        self._load_pretrained()
+        return self.lines_of(data.given_batches(start=start), self.decode, start)
+
+    def lines_of(
+        self, batches: Iterable[tuple[Any, list[str]]], config: DecodeConfig, start: int = 0
+    ) -> Iterator[Line]:
+        """Yield the candidates of the lines of ``batches``, each given with its lines; the first line is ``start``."""
+        model = in_dtype(self.model, config.dtype)
+
+        def predicted() -> Iterator[tuple[list[int], list[Line]]]:
+            for batch, sources in batches:
+                batch = type(batch)(*(side.to(self.device) for side in batch))
+                numbers = batch.index_B.tolist()
+                rows = zip(numbers, sources, self.candidates_of(batch, config, model), strict=True)
+                yield numbers, [Line(*row) for row in rows]
+
+        return in_order(predicted(), start)
+
+    def chunk_of(self, data: Any) -> int:
+        """Return how many lines are computed together."""
+        return 1
+
+    def made_from(self, data: Any) -> dict[str, Any]:
+        """Return plain values that a line's candidates depend on, beside the weights and ``decode``."""
+        return {}
+
+    def predict_stream(self, data: Any) -> PredictionStream | None:
+        """Return the predictions of ``data.text`` or ``data.predict_file``; None where the data have neither."""
+        if data.text is None and data.predict_file is None:
+            return None
+
+        def predictions(start: int) -> Iterator[Prediction]:
+            return map(self._prediction, self.predict_lines(data, start) or ())
+
+        made_of = {
+            "input": identity_of(data),
+            "decode": to_plain(self.decode, DecodeConfig),
+            "bad_lines": data.bad_lines,
+            **to_plain(self.made_from(data)),
+        }
+        # A run that takes bad lines for errors has met none so far.
+        return PredictionStream(
+            predictions, lambda: num_lines(data), made_of, self.chunk_of(data), harmless={"bad_lines": "error"}
+        )
+
+    def _prediction(self, line: Line) -> Prediction:
+        texts, scores = [c.text for c in line.candidates], [c.score for c in line.candidates]
+        row = {"index": line.index, "source": line.source, self.predicts: texts[0], "candidates": texts}
+        return Prediction(line.index, {**row, "scores": scores}, as_text(line, self.decode.num_best))
+
+    # ---- the data
+
+    def _check_given(self, data: Any) -> None:
+        """Refuse data whose lines the model cannot read.
+
+        Raises:
+            ValueError: naming the digests of both subwords.
+        """
+        subwords = getattr(data, "subwords", None)
+        if subwords is not None and subwords.digest != self.subwords.digest:
+            raise ValueError(
+                f"the model's subwords have digest {self.subwords.digest}, the data's {subwords.digest}: it would "
+                "read other words. Give the data the model's (data.subwords), or train anew"
+            )
+
+    def check_length(self, option: str, length: int | None) -> None:
+        """Refuse sequences that may be longer than a table of learned positions.
+
+        Raises:
+            ValueError: naming both lengths.
+        """
+        config = self.transformer
+        if length is not None and config.positions == "learned" and length > config.max_length:
+            raise ValueError(
+                f"{option}={length} exceeds model.transformer.max_length={config.max_length}, the positions that "
+                "positions='learned' knows"
+            )
+
+    # ---- published weights
+
+    @classmethod
+    def defaults_of_none(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        published = arguments.get("pretrained") is not None  # its folder says what the transformer is
+        own = {} if published else {"transformer": TransformerConfig()}
+        return {**super().defaults_of_none(arguments), **own}
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        self._load_pretrained()
+
+    def _load_pretrained(self) -> None:
+        """Give the model the published weights, unless it has others already.
+
+        Raises:
+            ValueError: the network or the subwords are not those of the checkpoint, or as ``load_pretrained``.
+        """
+        # Not in the constructor: a trained model does not need the folder any more.
+        if self.pretrained is not None and self.starts_afresh:
+            folder, own = published_folder(self.pretrained), self.subwords
+            if subwords_of(folder, own.languages).digest != own.digest:
+                raise ValueError(
+                    f"the data's subwords are not those of pretrained={self.pretrained}, whose words the model would "
+                    f"not know: --data.tokenizer.path {self.pretrained} takes them"
+                )
+            load_pretrained_weights(self.model, folder)
+            log.info("the weights are those of %s", self.pretrained)
+        self.starts_afresh = False
+
+    # ---- comparisons
+
+    def routed_layers(self) -> RoutedLayers | None:
+        return None if self.moe is None else RoutedLayers(self.moe, self.transformer.shape.dim, self.place)
+
+    def with_moe(self, moe: core.MoEConfig) -> Self:
+        if self.pretrained is not None:
+            raise ValueError(
+                f"pretrained={self.pretrained!r} has the weights of its own experts alone: no others are compared"
+            )
+        return self.twin(moe=moe, dense_ffn=None)
+
+    def baselines(self) -> Mapping[str, Baseline]:
+        """Dense models of equal active FLOPs and of equal parameters; only the FFNs in place of experts are wider."""
+        twins = dense_twins(self, self.transformer.dense_ffn)
+        if self.pretrained is None:
+            return twins
+        note = f"the weights of pretrained={self.pretrained} are of the sparse model alone"
+        return {name: Baseline(None, note) for name in twins}
+
+
+def published_folder(pretrained: str) -> Path:
+    """Return the folder itself.
+
+    Raises:
+        ValueError: there is none.
+    """
+    folder = Path(pretrained).expanduser()
+    if not folder.is_dir():
+        raise ValueError(f"pretrained={pretrained!r} is no folder here, and nothing is fetched from elsewhere")
+    return folder
+
+
+def published_network(
+    pretrained: str | None,
+    transformer: TransformerConfig | None,
+    dense_ffn: core.DenseFFN | None,
+    *,
+    is_language_model: bool,
+) -> Architecture | None:
+    """Return the network of a published checkpoint; None where there is none, or a transformer is given beside it.
+
+    Raises:
+        ValueError: it is of another kind, ``dense_ffn`` would give some of its blocks another FFN, or as ``config_of``.
+    """
+    if pretrained is None:
+        return None
+    if dense_ffn is not None:
+        raise ValueError(f"dense_ffn={dense_ffn} is no FFN of pretrained={pretrained!r}")
+    if transformer is not None:
+        return None
+    published = config_of(published_folder(pretrained))
+    if published.is_language_model != is_language_model:
+        kinds = ("Translator", "LanguageModeler")
+        has, needs = kinds[published.is_language_model], kinds[is_language_model]
+        raise ValueError(
+            f"pretrained={pretrained!r} holds a {published.model_type}, which {has} trains, and not {needs}"
+        )
+    return published
