@@ -39,7 +39,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def config_of(folder: str | Path) -> Architecture:
-    """What the checkpoint in ``folder`` is in our terms; its ``options()`` are what a YAML file says.
+    """Return the architecture of the checkpoint in ``folder``; its ``options()`` are those of a YAML file.
 
     Raises:
         ValueError: a file that is missing or cannot be read, a model that is not known here or has what ours lack.
@@ -48,7 +48,7 @@ def config_of(folder: str | Path) -> Architecture:
 
 
 def subwords_of(path: str | Path, targets: Sequence[str] = ()) -> Subwords:
-    """The subwords of a checkpoint, or of a sentencepiece model of yours, in the order of our ids.
+    """Return the subwords of a checkpoint, or of a sentencepiece model of yours, in the order of our ids.
 
     Args:
         path: the checkpoint's folder, or the model's file.
@@ -67,7 +67,7 @@ def subwords_of(path: str | Path, targets: Sequence[str] = ()) -> Subwords:
 
 
 def load_pretrained(folder: str | Path, dtype: torch.dtype | None = None) -> Model:
-    """The model in ``folder``, its weights in our layout and its vocabulary in our order.
+    """Return the model in ``folder``, its weights in our layout and its vocabulary in our order.
 
     Args:
         folder: ``config.json``, and ``model.safetensors`` or ``pytorch_model.bin``, whole or in shards.
@@ -129,7 +129,7 @@ def save_pretrained(
 
 
 def from_published(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[Architecture, dict[str, Tensor]]:
-    """A configuration and a state dict of theirs to ours.
+    """Turn a configuration and a state dict of theirs into ours.
 
     Raises:
         ValueError: as ``load_pretrained``.
@@ -141,7 +141,7 @@ def from_published(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> 
 def to_published(
     model: Model, like: Mapping[str, Any] | None = None, model_type: str | None = None
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A model of ours to a configuration and a state dict of theirs; see ``save_pretrained``.
+    """Turn a model of ours into a configuration and a state dict of theirs; see ``save_pretrained``.
 
     Raises:
         ValueError: as ``save_pretrained``.
@@ -179,7 +179,7 @@ def _publish(
 
 
 def _start(model: Model, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """The id that a decoder of theirs starts with, where no published configuration gives it."""
+    """Return the id that a decoder of theirs starts with, where no published configuration gives it."""
     eos, begin = defaults["eos_token_id"], defaults.get("bos_token_id", defaults.get("pad_token_id"))
     start = eos if model.config.start == "eos" else begin
     return {"bos_token_id": start} if isinstance(model, LanguageModel) else {"decoder_start_token_id": start}
@@ -203,8 +203,9 @@ def _read(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Architect
     try:
         return _family(model_type).read(config, tensors)
     except (TypeError, LookupError, AttributeError, ArithmeticError) as error:
-        told = f"config.json of a {model_type} holds a value of another kind than it should"
-        raise ValueError(f"{told}: {error}") from error
+        raise ValueError(
+            f"config.json of a {model_type} holds a value of another kind than it should: {error}"
+        ) from error
 
 
 def _weights(architecture: Architecture, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -217,7 +218,7 @@ def _weights(architecture: Architecture, tensors: Mapping[str, Tensor]) -> dict[
 
 
 def _essence(own: Architecture, model: Model) -> dict[str, Any]:
-    """Of our model, with the sizes of its vocabularies."""
+    """Return our model's essence, with the sizes of its vocabularies."""
     sizes = sorted(set(_vocab_sizes(model)))
     return {**own.essence(), "vocab_size": sizes[0] if len(sizes) == 1 else tuple(sizes)}
 
@@ -227,7 +228,7 @@ def _vocab_sizes(model: Model) -> tuple[int, ...]:
 
 
 def _model_type(model: Model) -> str:
-    """Of the published architectures, the one that has what the model has."""
+    """Return the published architecture that has all that the model has."""
     config, sparse = model.config, model.moe is not None
     if isinstance(model, LanguageModel):
         is_qwen = config.bias if config.qkv_bias is None else config.qkv_bias

@@ -1,4 +1,4 @@
-"""What a published configuration says, in our terms."""
+"""The architecture of a published configuration, in our terms."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Architecture:
 
     @classmethod
     def of(cls, model: Model, model_type: str, vocabulary: Vocabulary) -> Architecture:
-        """That of a model of ours."""
+        """Return the architecture of a model of ours."""
         layers: tuple[tuple[int, ...], tuple[int, ...]]
         if isinstance(model, LanguageModel):
             layers = (), model.moe_blocks
@@ -52,7 +52,7 @@ class Architecture:
         return cls(model_type, model.config, vocabulary, model.moe, encoder, decoder, is_language_model)
 
     def build(self) -> Model:
-        """Our model, with weights of its own."""
+        """Return our model, with new weights."""
         if self.is_language_model:
             return LanguageModel(
                 self.transformer,
@@ -69,12 +69,12 @@ class Architecture:
         )
 
     def shapes(self) -> dict[str, torch.Size]:
-        """Our parameters' shapes by name."""
+        """Return our parameters' shapes by name."""
         with torch.device("meta"):
             return {name: weight.shape for name, weight in self.build().state_dict().items()}
 
     def options(self) -> dict[str, Any]:
-        """The model's options as plain values, as a YAML file has them."""
+        """Return the model's options as plain values, as a YAML file has them."""
         options: dict[str, Any] = {
             "transformer": asdict(self.transformer),
             "moe": None if self.moe is None else self.moe.to_dict(),
@@ -85,7 +85,7 @@ class Architecture:
         return {**options, **{name: list(indices) or "none" for name, indices in layers.items()}}
 
     def essence(self) -> dict[str, Any]:
-        """What the logits depend on beside the weights, by name. Dropout, capacity and balance losses are not in it."""
+        """Return all that the logits depend on beside the weights, by name: no dropout, capacity or balance loss."""
         config, shape = self.transformer, self.transformer.shape
         values = shape._asdict()
         for name in ("positions", "norm", "norm_eps", "bias", "tie", "start", "scale_embeddings", "logits_scale"):
@@ -168,7 +168,7 @@ class Family:
 def one_width(
     architecture: Architecture, weights: dict[str, Tensor], *, bias: bool
 ) -> tuple[Architecture, dict[str, Tensor]]:
-    """Plain experts and dense FFNs as wide as the wider ones, by hidden units that are zero: the logits stay.
+    """Make plain experts and dense FFNs as wide as the wider ones by hidden units that are zero: the logits stay.
 
     Args:
         architecture: of a model of ours.
@@ -206,7 +206,7 @@ def one_width(
 
 
 def needed(config: Mapping[str, Any], name: str) -> Any:
-    """A size without which there is no model.
+    """Return a size without which there is no model.
 
     Raises:
         ValueError: it is not there, or no whole number.
@@ -232,7 +232,7 @@ THEIR_ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "gelu_tanh": "gelu_new", "s
 
 
 def activation(theirs: str) -> Any:
-    """Our name of an activation.
+    """Return our name of an activation.
 
     Raises:
         ValueError: there is none like it here.
@@ -243,7 +243,7 @@ def activation(theirs: str) -> Any:
 
 
 def token_choice(moe: core.MoEConfig, model_type: str) -> core.TokenChoice:
-    """The router.
+    """Return the router.
 
     Raises:
         ValueError: it is another.
@@ -254,7 +254,7 @@ def token_choice(moe: core.MoEConfig, model_type: str) -> core.TokenChoice:
 
 
 def plain_ffn(moe: core.MoEConfig, model_type: str) -> core.FFN:
-    """The experts; gated ones are of a subclass.
+    """Return the experts; gated ones are of a subclass.
 
     Raises:
         ValueError: they are others.
@@ -265,7 +265,7 @@ def plain_ffn(moe: core.MoEConfig, model_type: str) -> core.FFN:
 
 
 def sparse_step(indices: tuple[int, ...], sparse: Callable[[int, int], tuple[int, ...]], depth: int) -> int:
-    """The step whose layers are ``indices``: 0 where there are none.
+    """Return the step whose layers are ``indices``: 0 where there are none.
 
     Raises:
         ValueError: no step has them.

@@ -1,14 +1,16 @@
-"""What the families of encoder-decoders share: embeddings that may be one, and where the decoder starts."""
+"""The parts that all families of encoder-decoders have: embeddings, two stacks, experts and special ids."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from apps.porting.parts import Part, embedding
+import core
+from apps.porting.architecture import Architecture
+from apps.porting.parts import Part, Parts, embedding, linear, stacked
 from apps.porting.vocabulary import Vocabulary, special_id
 
 HEAD = "lm_head.weight"
@@ -16,7 +18,7 @@ Tie = Literal["all", "inputs", "decoder", "none"]
 
 
 def read_tie(tensors: Mapping[str, Tensor], prefix: str, *, own_head: bool) -> Tie:
-    """Which embeddings are one tensor. The tensors say it: configurations of several releases contradict them.
+    """Return which embeddings are one tensor. The tensors say it: configurations of several releases contradict them.
 
     Args:
         tensors: theirs.
@@ -34,7 +36,7 @@ def read_tie(tensors: Mapping[str, Tensor], prefix: str, *, own_head: bool) -> T
 
 
 def write_tie(tie: str) -> bool:
-    """``tie_word_embeddings``.
+    """Return ``tie_word_embeddings``.
 
     Raises:
         ValueError: the output is tied to one input of two.
@@ -48,8 +50,38 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     return a is b or torch.equal(a, b)
 
 
-def embedding_parts(tie: str, prefix: str, vocabulary: Vocabulary) -> tuple[list[Part], dict[str, str]]:
-    """Parts and aliases of the embeddings."""
+Side = tuple[str, int, tuple[int, ...]]
+"""A stack: "encoder" or "decoder", its number of layers, and its layers with experts."""
+
+
+def sides(architecture: Architecture) -> tuple[Side, Side]:
+    """Return the encoder and the decoder of an architecture."""
+    shape = architecture.transformer.shape
+    return (
+        ("encoder", shape.encoder_layers, architecture.encoder_moe_blocks),
+        ("decoder", shape.decoder_layers, architecture.decoder_moe_blocks),
+    )
+
+
+def model_parts(architecture: Architecture, prefix: str, stack: Callable[..., list[Part]]) -> Parts:
+    """Return the table of a model: its embeddings, and what ``stack(architecture, *side)`` returns for each side."""
+    embeddings, aliases = _embedding_parts(architecture.transformer.tie, prefix, architecture.vocabulary)
+    stacks = [part for side in sides(architecture) for part in stack(architecture, *side)]
+    return Parts((*embeddings, *stacks), aliases)
+
+
+def expert_parts(moe: core.MoEConfig | None, ours: str, theirs: str, names: Mapping[str, str]) -> list[Part]:
+    """Return the parts of an MoE layer; ``names`` gives an expert's tensors of theirs by ours."""
+    assert moe is not None
+    experts = [f"{theirs}.experts.expert_{e}" for e in range(moe.num_experts)]
+    gate_bias = moe.router.gate_bias  # type: ignore[attr-defined]  # a TokenChoice, as token_choice has checked
+    return [
+        *linear(f"{ours}.router.gate", f"{theirs}.router.classifier", bias=gate_bias),
+        *(stacked(f"{ours}.experts.{our}", [f"{expert}.{name}" for expert in experts]) for our, name in names.items()),
+    ]
+
+
+def _embedding_parts(tie: str, prefix: str, vocabulary: Vocabulary) -> tuple[list[Part], dict[str, str]]:
     shared, source, target = (
         f"{prefix}{name}.weight" for name in ("shared", "encoder.embed_tokens", "decoder.embed_tokens")
     )
@@ -70,7 +102,7 @@ def embedding_parts(tie: str, prefix: str, vocabulary: Vocabulary) -> tuple[list
 
 
 def read_specials(config: Mapping[str, Any], unk: int) -> tuple[Vocabulary, Any]:
-    """The vocabulary, and our ``TransformerConfig.start``.
+    """Return the vocabulary, and our ``TransformerConfig.start``.
 
     Their decoder starts with ``decoder_start_token_id``. Where that is the end of a sentence, our ``BOS_ID`` is their
     begin, which nothing says, and is read as the end; where it is padding, it is a copy of it.
@@ -85,6 +117,6 @@ def read_specials(config: Mapping[str, Any], unk: int) -> tuple[Vocabulary, Any]
 
 
 def write_specials(vocabulary: Vocabulary, start: str) -> dict[str, Any]:
-    """The values that ``read_specials`` reads."""
+    """Return the values that ``read_specials`` reads."""
     begins = vocabulary.pad if vocabulary.bos is None else vocabulary.bos
     return {**vocabulary.token_ids(), "decoder_start_token_id": vocabulary.eos if start == "eos" else begins}

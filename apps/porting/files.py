@@ -21,17 +21,17 @@ INDEX = ".index.json"
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """``config.json``.
+    """Return ``config.json``.
 
     Raises:
         ValueError: it is missing, or not a JSON object with a ``model_type`` and a ``vocab_size``.
     """
     config = _read_json(folder / CONFIG)
-    for name, kind, told in (("model_type", str, "name"), ("vocab_size", int, "whole number")):
+    for name, kind, kind_name in (("model_type", str, "name"), ("vocab_size", int, "whole number")):
         if config.get(name) is None:
             raise ValueError(f"{folder / CONFIG} says no {name}")
         if type(config[name]) is not kind:
-            raise ValueError(f"{folder / CONFIG} says {name}={config[name]!r}, which is no {told}")
+            raise ValueError(f"{folder / CONFIG} says {name}={config[name]!r}, which is no {kind_name}")
     return config
 
 
@@ -137,7 +137,7 @@ def _read_torch(path: Path) -> Mapping[str, Tensor]:
 
 
 def write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """``model.safetensors``, then ``config.json``, each whole or not at all."""
+    """Write ``model.safetensors``, then ``config.json``, each whole or not at all."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)

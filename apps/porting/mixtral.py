@@ -19,7 +19,7 @@ from apps.porting.architecture import (
     plain_ffn,
     token_choice,
 )
-from apps.porting.parts import Part, Parts, cut, embedding, joined_linear, linear, same, stacked
+from apps.porting.parts import Part, Parts, cut, embedding, linear, same, self_attention, stacked
 from apps.porting.vocabulary import Vocabulary, special_id
 
 NAMES = {
@@ -31,11 +31,11 @@ NAMES = {
 }
 _PROJ = ("gate_proj", "up_proj", "down_proj")
 EXPERTS = {"mixtral": ("w1", "w3", "w2"), "qwen2_moe": _PROJ, "glm4_moe": _PROJ}
-"""Theirs for ``w_gate``, ``w_in``, ``w_out``."""
+"""Their names of ``w_gate``, ``w_in``, ``w_out``."""
 
 
 def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Architecture:
-    """Such a decoder's configuration in our terms."""
+    """Return the architecture of such a decoder's configuration."""
     model_type = config["model_type"]
     _check_attention(config)
     vocabulary, start = _read_specials(config)
@@ -93,7 +93,10 @@ def _check_attention(config: Mapping[str, Any]) -> None:
 
 
 def _read_specials(config: Mapping[str, Any]) -> tuple[Vocabulary, Any]:
-    """Mistral's unknown is id 0, which byte fallback leaves unused; Qwen has none, and unused ids at the end."""
+    """Return the vocabulary, and our ``TransformerConfig.start``.
+
+    Mistral's unknown is id 0, which byte fallback leaves unused; Qwen has none, and unused ids at the end.
+    """
     size = config["vocab_size"]
     unk, spare = (None, size - 1) if config["model_type"].startswith("qwen2") else (0, 0)
     eos, bos, pad = (special_id(config, f"{name}_token_id") for name in ("eos", "bos", "pad"))
@@ -165,7 +168,7 @@ def _every(step: int, depth: int) -> tuple[int, ...]:
 
 
 def write(architecture: Architecture) -> dict[str, Any]:
-    """The values of our architecture in such a configuration."""
+    """Return the values of our architecture in such a configuration."""
     config, shape, moe = architecture.transformer, architecture.transformer.shape, architecture.moe
     vocabulary, model_type = architecture.vocabulary, architecture.model_type
     written: dict[str, Any] = {
@@ -234,32 +237,30 @@ def write(architecture: Architecture) -> dict[str, Any]:
 
 
 def parts(architecture: Architecture) -> Parts:
-    """Ours and theirs, tensor by tensor."""
+    """Return the table of our parameters and their tensors."""
     config, shape = architecture.transformer, architecture.transformer.shape
     head, embed = "lm_head.weight", "model.embed_tokens.weight"
-    found = [
+    table = [
         embedding("embed.weight", embed, architecture.vocabulary),
         same("decoder.norm.weight", "model.norm.weight"),
     ]
     aliases = {head: embed} if config.tie != "none" else {}
     if not aliases:
-        found.append(embedding("output.weight", head, architecture.vocabulary))
+        table.append(embedding("output.weight", head, architecture.vocabulary))
     d = shape.head_dim
     rows = [shape.num_heads * d, shape.num_kv_heads * d, shape.num_kv_heads * d]
     qkv_bias = config.bias if config.qkv_bias is None else config.qkv_bias
     for i in range(shape.decoder_layers):
         ours, theirs = f"decoder.layers.{i}", f"model.layers.{i}"
-        attention = f"{theirs}.self_attn"
-        found += linear(f"{ours}.mixing_norm", f"{theirs}.input_layernorm", bias=False)
-        found += joined_linear(f"{ours}.mixing.qkv", [f"{attention}.{x}_proj" for x in "qkv"], rows, bias=qkv_bias)
-        found += linear(f"{ours}.mixing.out", f"{attention}.o_proj", bias=False)
-        found += linear(f"{ours}.ffn_norm", f"{theirs}.post_attention_layernorm", bias=False)
+        norm, products = f"{theirs}.input_layernorm", f"{theirs}.self_attn.{{}}_proj"
+        table += self_attention(ours, norm, products, "o", rows, bias=False, qkv_bias=qkv_bias)
+        table += linear(f"{ours}.ffn_norm", f"{theirs}.post_attention_layernorm", bias=False)
         if i in architecture.decoder_moe_blocks:
-            found += _experts(architecture, f"{ours}.ffn", theirs)
+            table += _experts(architecture, f"{ours}.ffn", theirs)
         else:
             for our, name in (("w_gate", "gate_proj"), ("w_in", "up_proj"), ("w_out", "down_proj")):
-                found += linear(f"{ours}.ffn.{our}", f"{theirs}.mlp.{name}", bias=False)
-    return Parts(tuple(found), aliases)
+                table += linear(f"{ours}.ffn.{our}", f"{theirs}.mlp.{name}", bias=False)
+    return Parts(tuple(table), aliases)
 
 
 def _block(model_type: str) -> str:
@@ -270,44 +271,44 @@ def _experts(architecture: Architecture, ours: str, layer: str) -> list[Part]:
     moe, model_type = architecture.moe, architecture.model_type
     assert moe is not None
     theirs = f"{layer}.{_block(model_type)}"
-    found = linear(f"{ours}.router.gate", f"{theirs}.gate", bias=False)
+    table = linear(f"{ours}.router.gate", f"{theirs}.gate", bias=False)
     for our, name in zip(("w_gate", "w_in", "w_out"), EXPERTS[model_type], strict=True):
         experts = [f"{theirs}.experts.{e}.{name}.weight" for e in range(moe.num_experts)]
-        found.append(stacked(f"{ours}.experts.{our}", experts))
-    if moe.router.expert_bias:  # type: ignore[attr-defined]  # a TokenChoice, as token_choice found
-        found.append(same(f"{ours}.router.expert_bias", f"{theirs}.gate.e_score_correction_bias"))
+        table.append(stacked(f"{ours}.experts.{our}", experts))
+    if moe.router.expert_bias:  # type: ignore[attr-defined]  # a TokenChoice, as token_choice has checked
+        table.append(same(f"{ours}.router.expert_bias", f"{theirs}.gate.e_score_correction_bias"))
     if moe.num_shared_experts:
         shared = f"{theirs}.shared_expert{'s' if model_type == 'glm4_moe' else ''}"
         for our, name, dim in (("w_gate", "gate_proj", 0), ("w_in", "up_proj", 0), ("w_out", "down_proj", 1)):
-            found.append(
+            table.append(
                 cut(f"{ours}.shared_experts.{our}", f"{shared}.{name}.weight", moe.num_shared_experts, dim=dim)
             )
         if model_type == "qwen2_moe":
-            found += linear(f"{ours}.shared_gate", f"{theirs}.shared_expert_gate", bias=False)
-    return found
+            table += linear(f"{ours}.shared_gate", f"{theirs}.shared_expert_gate", bias=False)
+    return table
 
 
 def published(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Tensors by their published names; transformers 5 holds a layer's experts in two tensors."""
+    """Return tensors by their published names; transformers 5 holds a layer's experts in two tensors."""
     fused = "mlp.experts.gate_up_proj"
     layers = [name.removesuffix(fused) for name in tensors if name.endswith(fused)]
     if not layers:
         return tensors
-    found = dict(tensors)
+    renamed = dict(tensors)
     for layer in layers:
         shared = {"mlp.shared_expert_gate.weight": "qwen2_moe", "mlp.shared_experts.up_proj.weight": "glm4_moe"}
-        model_type = next((kind for name, kind in shared.items() if f"{layer}{name}" in found), "mixtral")
+        model_type = next((kind for name, kind in shared.items() if f"{layer}{name}" in renamed), "mixtral")
         gate_name, in_name, out_name = EXPERTS[model_type]
         block = f"{layer}{_block(model_type)}"
-        gates = found.pop(f"{layer}{fused}")
-        outs = found.pop(f"{layer}mlp.experts.down_proj")
+        gates = renamed.pop(f"{layer}{fused}")
+        outs = renamed.pop(f"{layer}mlp.experts.down_proj")
         for e, (w, out) in enumerate(zip(gates, outs, strict=True)):
             gate, up = w.chunk(2)
-            found[f"{block}.experts.{e}.{gate_name}.weight"] = gate
-            found[f"{block}.experts.{e}.{in_name}.weight"] = up
-            found[f"{block}.experts.{e}.{out_name}.weight"] = out
-        found[f"{block}.gate.weight"] = found.pop(f"{layer}mlp.gate.weight")
-    return found
+            renamed[f"{block}.experts.{e}.{gate_name}.weight"] = gate
+            renamed[f"{block}.experts.{e}.{in_name}.weight"] = up
+            renamed[f"{block}.experts.{e}.{out_name}.weight"] = out
+        renamed[f"{block}.gate.weight"] = renamed.pop(f"{layer}mlp.gate.weight")
+    return renamed
 
 
 FAMILY = Family(

@@ -21,8 +21,16 @@ from apps.porting.architecture import (
     sparse_step,
     token_choice,
 )
-from apps.porting.encoder_decoder import embedding_parts, read_specials, read_tie, write_specials, write_tie
-from apps.porting.parts import Part, Parts, joined_linear, linear, stacked
+from apps.porting.encoder_decoder import (
+    expert_parts,
+    model_parts,
+    read_specials,
+    read_tie,
+    sides,
+    write_specials,
+    write_tie,
+)
+from apps.porting.parts import Part, Parts, cross_attention, linear, self_attention
 
 SPARSE = "nllb-moe"
 UNK = 3
@@ -30,12 +38,12 @@ SECOND = {"all": "always", "random": "random"}
 
 
 def sparse_layers(step: int, depth: int) -> tuple[int, ...]:
-    """The layers that have experts: the last of each ``step``."""
+    """Return the layers that have experts: the last of each ``step``."""
     return tuple(range(step - 1, depth, step)) if step > 0 else ()
 
 
 def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Architecture:
-    """An M2M-100 or NLLB-MoE configuration in our terms.
+    """Return the architecture of an M2M-100 or NLLB-MoE configuration.
 
     ``moe_token_dropout`` p leaves expert outputs out in training without making up for it, and evaluation multiplies by
     1 - p. Ours makes up for it, so gates of ``scale = 1 - p`` give both. Capacity is not carried over: theirs has none
@@ -96,7 +104,7 @@ def _moe(config: Mapping[str, Any], act: str) -> core.MoEConfig:
 
 
 def write(architecture: Architecture) -> dict[str, Any]:
-    """The values of our architecture in an M2M-100 or NLLB-MoE configuration."""
+    """Return the values of our architecture in an M2M-100 or NLLB-MoE configuration."""
     config, shape, moe = architecture.transformer, architecture.transformer.shape, architecture.moe
     written: dict[str, Any] = {
         "architectures": ["M2M100ForConditionalGeneration"],
@@ -126,11 +134,7 @@ def write(architecture: Architecture) -> dict[str, Any]:
             router_aux_loss_coef=moe.balance.load_balancing / 2,
             router_z_loss_coef=moe.balance.router_z,
         )
-    sides = (
-        ("encoder", architecture.encoder_moe_blocks, shape.encoder_layers),
-        ("decoder", architecture.decoder_moe_blocks, shape.decoder_layers),
-    )
-    for side, indices, depth in sides:
+    for side, depth, indices in sides(architecture):
         written[f"{side}_layers"] = depth
         written[f"{side}_ffn_dim"] = hidden_dim
         written[f"{side}_attention_heads"] = shape.num_heads
@@ -140,49 +144,32 @@ def write(architecture: Architecture) -> dict[str, Any]:
 
 
 def parts(architecture: Architecture) -> Parts:
-    """Ours and theirs, tensor by tensor."""
-    config = architecture.transformer
-    embeddings, aliases = embedding_parts(config.tie, "model.", architecture.vocabulary)
-    encoder = _stack(architecture, "encoder", config.shape.encoder_layers, architecture.encoder_moe_blocks)
-    decoder = _stack(architecture, "decoder", config.shape.decoder_layers, architecture.decoder_moe_blocks)
-    return Parts((*embeddings, *encoder, *decoder), aliases)
+    """Return the table of our parameters and their tensors."""
+    return model_parts(architecture, "model.", _stack)
 
 
 def _stack(architecture: Architecture, side: str, depth: int, sparse: tuple[int, ...]) -> list[Part]:
     rows = [architecture.transformer.shape.dim] * 3
     is_moe = architecture.model_type == SPARSE
     cross, ffn_norm = ("cross_attention", "ff_layer_norm") if is_moe else ("encoder_attn", "final_layer_norm")
-    found = linear(f"{side}.norm", f"model.{side}.layer_norm", bias=True)
+    stack = linear(f"{side}.norm", f"model.{side}.layer_norm", bias=True)
     for i in range(depth):
         ours, theirs = f"{side}.layers.{i}", f"model.{side}.layers.{i}"
-        q, k, v = (f"{theirs}.self_attn.{x}_proj" for x in "qkv")
-        found += linear(f"{ours}.mixing_norm", f"{theirs}.self_attn_layer_norm", bias=True)
-        found += joined_linear(f"{ours}.mixing.qkv", [q, k, v], rows, bias=True)
-        found += linear(f"{ours}.mixing.out", f"{theirs}.self_attn.out_proj", bias=True)
+        attention = f"{theirs}.self_attn"
+        stack += self_attention(ours, f"{attention}_layer_norm", f"{attention}.{{}}_proj", "out", rows, bias=True)
         if side == "decoder":
-            q, k, v = (f"{theirs}.{cross}.{x}_proj" for x in "qkv")
-            found += linear(f"{ours}.cross_norm", f"{theirs}.{cross}_layer_norm", bias=True)
-            found += linear(f"{ours}.cross_attn.q", q, bias=True)
-            found += joined_linear(f"{ours}.cross_attn.kv", [k, v], rows[:2], bias=True)
-            found += linear(f"{ours}.cross_attn.out", f"{theirs}.{cross}.out_proj", bias=True)
-        found += linear(f"{ours}.ffn_norm", f"{theirs}.{ffn_norm}", bias=True)
+            attention = f"{theirs}.{cross}"
+            products = f"{attention}.{{}}_proj"
+            stack += cross_attention(ours, f"{attention}_layer_norm", products, "out", rows[:2], bias=True)
+        stack += linear(f"{ours}.ffn_norm", f"{theirs}.{ffn_norm}", bias=True)
         if i in sparse:
-            found += _experts(architecture.moe, f"{ours}.ffn", f"{theirs}.ffn")
+            names = {"w_in": "fc1.weight", "b_in": "fc1.bias", "w_out": "fc2.weight", "b_out": "fc2.bias"}
+            stack += expert_parts(architecture.moe, f"{ours}.ffn", f"{theirs}.ffn", names)
         else:
             theirs = f"{theirs}.ffn" if is_moe else theirs
-            found += linear(f"{ours}.ffn.w_in", f"{theirs}.fc1", bias=True)
-            found += linear(f"{ours}.ffn.w_out", f"{theirs}.fc2", bias=True)
-    return found
-
-
-def _experts(moe: core.MoEConfig | None, ours: str, theirs: str) -> list[Part]:
-    assert moe is not None
-    experts = [f"{theirs}.experts.expert_{e}" for e in range(moe.num_experts)]
-    names = {"w_in": "fc1.weight", "b_in": "fc1.bias", "w_out": "fc2.weight", "b_out": "fc2.bias"}
-    return [
-        *linear(f"{ours}.router.gate", f"{theirs}.router.classifier", bias=token_choice(moe, SPARSE).gate_bias),
-        *(stacked(f"{ours}.experts.{our}", [f"{expert}.{name}" for expert in experts]) for our, name in names.items()),
-    ]
+            stack += linear(f"{ours}.ffn.w_in", f"{theirs}.fc1", bias=True)
+            stack += linear(f"{ours}.ffn.w_out", f"{theirs}.fc2", bias=True)
+    return stack
 
 
 _IDS = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}

@@ -30,7 +30,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Parts:
-    """All of a model's.
+    """All parts of a model.
 
     Attributes:
         parts: each parameter of ours once.
@@ -42,23 +42,23 @@ class Parts:
 
 
 def same(ours: str, theirs: str) -> Part:
-    """The same tensor."""
+    """Return the part of a parameter that is one tensor of theirs, unchanged."""
     return Part(ours, (theirs,), lambda t: t[0], lambda t: [t])
 
 
 def joined(ours: str, theirs: Iterable[str], rows: Sequence[int]) -> Part:
-    """Products that we compute as one: their ``rows`` one after the other."""
+    """Return the part of products that we compute as one: their ``rows`` one after the other."""
     return Part(ours, tuple(theirs), lambda t: torch.cat(list(t)), lambda t: t.split(list(rows)))
 
 
 def embedding(ours: str, theirs: str, vocabulary: Vocabulary) -> Part:
-    """(V, D), the rows in our order."""
+    """Return the part of an embedding, (V, D), whose rows are in our order."""
     to_ours, to_theirs = vocabulary.theirs, vocabulary.ours
     return Part(ours, (theirs,), lambda t: t[0][to_ours.to(t[0].device)], lambda t: [t[to_theirs.to(t.device)]])
 
 
 def stacked(ours: str, theirs: Iterable[str]) -> Part:
-    """(E, out, in) of an ``nn.Linear`` an expert, as (E, in, out); (E, out) of its bias."""
+    """Return the part of one ``nn.Linear`` an expert: (E, in, out) of its weights, or (E, out) of its biases."""
 
     def turned(t: Tensor) -> Tensor:
         return t.mT if t.ndim == 2 else t
@@ -69,7 +69,7 @@ def stacked(ours: str, theirs: Iterable[str]) -> Part:
 
 
 def cut(ours: str, theirs: str, num: int, *, dim: int) -> Part:
-    """One wide ``nn.Linear`` as ``num`` experts: its hidden units, on ``dim``, in as many runs."""
+    """Return the part of a wide ``nn.Linear`` as ``num`` experts: its hidden units, on ``dim``, in as many runs."""
 
     def join(t: Sequence[Tensor]) -> Tensor:
         return t[0].unflatten(dim, (num, -1)).movedim(dim, 0).mT
@@ -78,18 +78,54 @@ def cut(ours: str, theirs: str, num: int, *, dim: int) -> Part:
 
 
 def linear(ours: str, theirs: str, *, bias: bool) -> list[Part]:
-    """An ``nn.Linear`` or a norm."""
+    """Return the parts of an ``nn.Linear`` or a norm."""
     return [same(f"{ours}.{name}", f"{theirs}.{name}") for name in (("weight", "bias") if bias else ("weight",))]
 
 
 def joined_linear(ours: str, theirs: Sequence[str], rows: Sequence[int], *, bias: bool) -> list[Part]:
-    """Several ``nn.Linear`` of ``rows`` outputs each, as one."""
+    """Return the parts of several ``nn.Linear`` of ``rows`` outputs each, as one."""
     names = ("weight", "bias") if bias else ("weight",)
     return [joined(f"{ours}.{name}", [f"{t}.{name}" for t in theirs], rows) for name in names]
 
 
+def self_attention(
+    layer: str, norm: str, theirs: str, out: str, rows: Sequence[int], *, bias: bool, qkv_bias: bool | None = None
+) -> list[Part]:
+    """Return the parts of a layer's self-attention and of the norm before it.
+
+    Args:
+        layer: our layer.
+        norm: their norm.
+        theirs: their products, such as "layers.0.self_attn.{}_proj", with a place for "q", "k", "v" and ``out``.
+        out: their word for the output product.
+        rows: outputs of queries, keys and values.
+        bias: whether norm and output have biases.
+        qkv_bias: whether queries, keys and values have; None: as ``bias``.
+    """
+    return [
+        *linear(f"{layer}.mixing_norm", norm, bias=bias),
+        *joined_linear(
+            f"{layer}.mixing.qkv",
+            [theirs.format(x) for x in "qkv"],
+            rows,
+            bias=bias if qkv_bias is None else qkv_bias,
+        ),
+        *linear(f"{layer}.mixing.out", theirs.format(out), bias=bias),
+    ]
+
+
+def cross_attention(layer: str, norm: str, theirs: str, out: str, rows: Sequence[int], *, bias: bool) -> list[Part]:
+    """Return the parts of a layer's cross-attention; ``rows`` are outputs of keys and values."""
+    return [
+        *linear(f"{layer}.cross_norm", norm, bias=bias),
+        *linear(f"{layer}.cross_attn.q", theirs.format("q"), bias=bias),
+        *joined_linear(f"{layer}.cross_attn.kv", [theirs.format(x) for x in "kv"], rows, bias=bias),
+        *linear(f"{layer}.cross_attn.out", theirs.format(out), bias=bias),
+    ]
+
+
 def to_ours(table: Parts, theirs: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-    """Our state dict.
+    """Return our state dict.
 
     Args:
         table: the parts.
@@ -125,7 +161,7 @@ def _take(theirs: Mapping[str, Tensor], name: str, aliases: Mapping[str, str]) -
 
 
 def to_theirs(table: Parts, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Their state dict, aliases included."""
+    """Return their state dict, aliases included."""
     theirs: dict[str, Tensor] = {}
     for part in table.parts:
         theirs.update(zip(part.theirs, part.split(ours[part.ours]), strict=True))

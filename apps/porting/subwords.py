@@ -14,7 +14,7 @@ from apps.data.subwords import BOS_ID, EOS_ID, PAD_ID, UNK_ID, Subwords
 from apps.porting.vocabulary import Vocabulary
 
 FILES = ("spiece.model", "tokenizer.model")
-"""Those of T5's and Mistral's families, in which a piece's place is its id."""
+"""The files of T5's and Mistral's families, in which a piece's place is its id."""
 FILE_OF = {"t5": FILES[0], "mt5": FILES[0], "switch_transformers": FILES[0], "mistral": FILES[1], "mixtral": FILES[1]}
 SPECIALS = {PAD_ID: "<pad>", UNK_ID: "<unk>", BOS_ID: "<s>", EOS_ID: "</s>"}
 _TAG = re.compile(r"<2([^<>\s]+)>")
@@ -22,7 +22,9 @@ _UNUSED = "<unused {}>"
 
 
 def read_subwords(folder: Path, vocabulary: Vocabulary, targets: Sequence[str] = ()) -> Subwords:
-    """The subwords in ``folder``. Ids past its pieces, such as T5's sentinels, are never said; tags take the last ones.
+    """Return the subwords in ``folder``.
+
+    Ids past its pieces, such as T5's sentinels, are never said; tags take the last ones.
 
     Raises:
         ValueError: there is no such file, or it cannot be read; fewer ids than tags are left.
@@ -34,15 +36,17 @@ def read_subwords(folder: Path, vocabulary: Vocabulary, targets: Sequence[str] =
     languages, lacking = _tags(proto, targets)
     free = [piece for piece in proto.pieces if _is_free(piece)]
     if len(free) < len(lacking):
-        told = f"{path} has no tag for {', '.join(lacking)}, and {len(free)} ids that are not used"
-        raise ValueError(f"{told}: take pairs of one target language")
+        raise ValueError(
+            f"{path} has no tag for {', '.join(lacking)}, and {len(free)} ids that are not used: take pairs of one "
+            "target language"
+        )
     for language in lacking:
         _make_tag(free.pop(), language)
     return _subwords(proto, (*languages, *lacking))
 
 
 def read_file(path: Path, targets: Sequence[str] = ()) -> Subwords:
-    """The subwords of a sentencepiece model, whatever its special ids. Tags that it lacks are added at its end.
+    """Return the subwords of a sentencepiece model, whatever its special ids. Tags that it lacks are added at its end.
 
     Raises:
         ValueError: it cannot be read.
@@ -73,8 +77,10 @@ def write_subwords(subwords: Subwords, folder: Path, model_type: str, vocabulary
         raise ValueError(f"subwords cannot be said in {model_type}, whose tokenizer is no sentencepiece model alone")
     if not subwords.is_joint or subwords.size("source") != vocabulary.our_size:
         kind = "joint" if subwords.is_joint else "separate"
-        told = f"{kind} subwords of {subwords.size('source')} ids"
-        raise ValueError(f"{told} are not those of a model with a joint vocabulary of {vocabulary.our_size}")
+        raise ValueError(
+            f"{kind} subwords of {subwords.size('source')} ids are not those of a model with a joint vocabulary of "
+            f"{vocabulary.our_size}"
+        )
     ours = _parsed(base64.b64decode(subwords.models[0]))
     copies = [i for i, their_id in enumerate(vocabulary.specials) if their_id is None]
     place = {their_id: i for i, their_id in enumerate(vocabulary.theirs.tolist()) if i not in copies}
@@ -126,7 +132,7 @@ def _in_our_order(theirs: Any, vocabulary: Vocabulary) -> Any:
 
 
 def _describe(proto: Any, ids: Sequence[int]) -> None:
-    """Tell where padding, unknown, begin and end are, and how many pieces there are."""
+    """Write where padding, unknown, begin and end are, and how many pieces there are."""
     spec = proto.trainer_spec
     spec.pad_id, spec.unk_id, spec.bos_id, spec.eos_id = ids
     spec.pad_piece, spec.unk_piece, spec.bos_piece, spec.eos_piece = (SPECIALS[i] for i in sorted(SPECIALS))
@@ -134,15 +140,15 @@ def _describe(proto: Any, ids: Sequence[int]) -> None:
 
 
 def _tags(proto: Any, targets: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The languages of which there is a tag, and those of which one must be made; of text without a target none."""
+    """Return the languages that have a tag, and those that need a new one; text without a target needs none."""
     kinds = proto.SentencePiece
-    found = []
+    tagged = []
     for piece in proto.pieces if targets else ():
         if piece.type in (kinds.CONTROL, kinds.USER_DEFINED) and (tag := _TAG.fullmatch(piece.piece)):
             piece.type = kinds.CONTROL  # a "<2de>" in a text stays text
-            found.append(tag[1])
-    needed = len(targets) > 1 or found
-    return found, [language for language in targets if language not in found] if needed else []
+            tagged.append(tag[1])
+    needed = len(targets) > 1 or tagged
+    return tagged, [language for language in targets if language not in tagged] if needed else []
 
 
 def _make_tag(piece: Any, language: str) -> None:
@@ -155,5 +161,5 @@ def _is_free(piece: Any) -> bool:
 
 def _subwords(proto: Any, languages: Sequence[str]) -> Subwords:
     subwords = Subwords((base64.b64encode(proto.SerializeToString()).decode(),), tuple(languages))
-    subwords.size("source")  # a file that is no model is found here
+    subwords.size("source")  # raises for a file that is no model
     return subwords

@@ -21,22 +21,33 @@ from apps.porting.architecture import (
     sparse_step,
     token_choice,
 )
-from apps.porting.encoder_decoder import embedding_parts, read_specials, read_tie, write_specials, write_tie
-from apps.porting.parts import Part, Parts, joined_linear, linear, same, stacked
+from apps.porting.encoder_decoder import (
+    expert_parts,
+    model_parts,
+    read_specials,
+    read_tie,
+    sides,
+    write_specials,
+    write_tie,
+)
+from apps.porting.parts import Part, Parts, cross_attention, linear, same, self_attention
 
 SPARSE = "switch_transformers"
 UNK = 2
 DROPLESS = 1 << 30
-"""What we write for ``expert_capacity``, in tokens of a sequence: no token is dropped."""
+"""The value that we write for ``expert_capacity``, in tokens of a sequence: no token is dropped."""
 
 
 def sparse_layers(step: int, depth: int) -> tuple[int, ...]:
-    """The layers that have experts: for a step of n those whose index is 1 modulo n."""
+    """Return the layers that have experts: for a step of n those whose index is 1 modulo n."""
     return tuple(i for i in range(depth) if step == 1 or (step > 1 and i % step == 1))
 
 
 def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Architecture:
-    """A T5 or Switch configuration in our terms. Capacity is not carried over: our experts take all their tokens."""
+    """Return the architecture of a T5 or Switch configuration.
+
+    Capacity is not carried over: our experts take all their tokens.
+    """
     model_type = config["model_type"]
     encoder_layers = needed(config, "num_layers")
     decoder_layers = config.get("num_decoder_layers") or encoder_layers
@@ -105,7 +116,7 @@ def _step(config: Mapping[str, Any], side: str, depth: int) -> int:
 
 
 def write(architecture: Architecture) -> dict[str, Any]:
-    """The values of our architecture in a T5 or Switch configuration."""
+    """Return the values of our architecture in a T5 or Switch configuration."""
     config, shape, moe = architecture.transformer, architecture.transformer.shape, architecture.moe
     written = {
         "d_model": shape.dim,
@@ -134,11 +145,7 @@ def write(architecture: Architecture) -> dict[str, Any]:
         }
     assert moe is not None
     router, expert = token_choice(moe, SPARSE), plain_ffn(moe, SPARSE)
-    sides = (
-        ("encoder", architecture.encoder_moe_blocks, shape.encoder_layers),
-        ("decoder", architecture.decoder_moe_blocks, shape.decoder_layers),
-    )
-    for side, indices, depth in sides:
+    for side, depth, indices in sides(architecture):
         written[f"num_sparse_{side}_layers"] = len(indices)
         written[f"{side}_sparse_step"] = sparse_step(indices, sparse_layers, depth)
     return {
@@ -155,52 +162,35 @@ def write(architecture: Architecture) -> dict[str, Any]:
 
 
 def parts(architecture: Architecture) -> Parts:
-    """Ours and theirs, tensor by tensor."""
-    config, vocabulary = architecture.transformer, architecture.vocabulary
-    embeddings, aliases = embedding_parts(config.tie, "", vocabulary)
-    encoder = _stack(architecture, "encoder", config.shape.encoder_layers, architecture.encoder_moe_blocks)
-    decoder = _stack(architecture, "decoder", config.shape.decoder_layers, architecture.decoder_moe_blocks)
-    return Parts((*embeddings, *encoder, *decoder), aliases)
+    """Return the table of our parameters and their tensors."""
+    return model_parts(architecture, "", _stack)
 
 
 def _stack(architecture: Architecture, side: str, depth: int, sparse: tuple[int, ...]) -> list[Part]:
     shape = architecture.transformer.shape
     rows = [shape.num_heads * shape.head_dim] * 3
-    found = [
+    dense = "mlp" if architecture.model_type == SPARSE else "DenseReluDense"
+    names = {"w_in": "wi_1", "w_gate": "wi_0"} if architecture.transformer.gated else {"w_in": "wi"}
+    stack = [
         same(f"{side}.norm.weight", f"{side}.final_layer_norm.weight"),
         same(f"{side}.relative.weight", f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"),
     ]
     for i in range(depth):
         ours, theirs = f"{side}.layers.{i}", f"{side}.block.{i}.layer"
-        attention = f"{theirs}.0.SelfAttention"
-        found += linear(f"{ours}.mixing_norm", f"{theirs}.0.layer_norm", bias=False)
-        found += joined_linear(f"{ours}.mixing.qkv", [f"{attention}.{x}" for x in "qkv"], rows, bias=False)
-        found += linear(f"{ours}.mixing.out", f"{attention}.o", bias=False)
+        products = f"{theirs}.0.SelfAttention.{{}}"
+        stack += self_attention(ours, f"{theirs}.0.layer_norm", products, "o", rows, bias=False)
         if side == "decoder":
-            attention = f"{theirs}.1.EncDecAttention"
-            found += linear(f"{ours}.cross_norm", f"{theirs}.1.layer_norm", bias=False)
-            found += linear(f"{ours}.cross_attn.q", f"{attention}.q", bias=False)
-            found += joined_linear(f"{ours}.cross_attn.kv", [f"{attention}.{x}" for x in "kv"], rows[:2], bias=False)
-            found += linear(f"{ours}.cross_attn.out", f"{attention}.o", bias=False)
+            products = f"{theirs}.1.EncDecAttention.{{}}"
+            stack += cross_attention(ours, f"{theirs}.1.layer_norm", products, "o", rows[:2], bias=False)
         theirs = f"{theirs}.{1 if side == 'encoder' else 2}"
-        found += linear(f"{ours}.ffn_norm", f"{theirs}.layer_norm", bias=False)
-        found += _ffn(architecture, f"{ours}.ffn", theirs, i in sparse)
-    return found
-
-
-def _ffn(architecture: Architecture, ours: str, theirs: str, is_sparse: bool) -> list[Part]:
-    moe = architecture.moe
-    if is_sparse:
-        assert moe is not None
-        experts = [f"{theirs}.mlp.experts.expert_{e}" for e in range(moe.num_experts)]
-        return [
-            *linear(f"{ours}.router.gate", f"{theirs}.mlp.router.classifier", bias=token_choice(moe, SPARSE).gate_bias),
-            stacked(f"{ours}.experts.w_in", [f"{expert}.wi.weight" for expert in experts]),
-            stacked(f"{ours}.experts.w_out", [f"{expert}.wo.weight" for expert in experts]),
-        ]
-    theirs = f"{theirs}.{'mlp' if architecture.model_type == SPARSE else 'DenseReluDense'}"
-    names = {"w_in": "wi_1", "w_gate": "wi_0"} if architecture.transformer.gated else {"w_in": "wi"}
-    return [same(f"{ours}.{our}.weight", f"{theirs}.{name}.weight") for our, name in {**names, "w_out": "wo"}.items()]
+        stack += linear(f"{ours}.ffn_norm", f"{theirs}.layer_norm", bias=False)
+        if i in sparse:
+            experts = {"w_in": "wi.weight", "w_out": "wo.weight"}
+            stack += expert_parts(architecture.moe, f"{ours}.ffn", f"{theirs}.mlp", experts)
+        else:
+            for our, name in {**names, "w_out": "wo"}.items():
+                stack.append(same(f"{ours}.ffn.{our}.weight", f"{theirs}.{dense}.{name}.weight"))
+    return stack
 
 
 _IDS = {"pad_token_id": 0, "eos_token_id": 1}
@@ -212,6 +202,6 @@ FAMILY = Family(
     write=write,
     parts=parts,
     fit=functools.partial(one_width, bias=False),
-    # Of releases that gave the cross-attention a table it does not use.
+    # Some releases give the cross-attention a table that it does not use.
     computed=("EncDecAttention.relative_attention_bias.weight",),
 )

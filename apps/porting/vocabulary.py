@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Which id of theirs each id of ours is: the specials as in ``apps.data.subwords``, then the others in their order.
+    """Maps our ids to theirs: the specials as in ``apps.data.subwords``, then the others in their order.
 
     A special that they lack gets a row of its own, a copy of that of ``spare``, which their models do not say. So its
     logit is that of ``spare`` too, which a softmax then counts twice.
@@ -68,19 +68,19 @@ class Vocabulary:
         return self.size + self.specials.count(None)
 
     def token_ids(self) -> dict[str, int]:
-        """The size and the special ids as ``config.json`` names them, but for those that they lack."""
+        """Return the size and the special ids as ``config.json`` names them, but for those that they lack."""
         named = {"vocab_size": self.size, "pad_token_id": self.pad, "bos_token_id": self.bos, "eos_token_id": self.eos}
         return {name: value for name, value in named.items() if value is not None}
 
     def resized(self, our_size: int) -> Vocabulary:
-        """The same specials in a vocabulary that has ``our_size`` ids here; a ``spare`` at its end stays there."""
+        """Return a vocabulary of ``our_size`` ids with these specials; a ``spare`` at its end stays at the end."""
         size = our_size - self.specials.count(None)
         spare = size - 1 if self.spare == self.size - 1 else self.spare
         return replace(self, size=size, spare=spare)
 
 
 def special_id(config: Mapping[str, Any], name: str, default: int | None = None) -> int | None:
-    """``config``'s id of that name; the first one where it has several.
+    """Return ``config``'s id of that name; the first one where it has several.
 
     Raises:
         ValueError: it is no id.
