@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,7 @@ from apps.nlp.translation.module import Translator
 
 
 def dense_of_pair(sparse: Translator, pair: str) -> Translator:
-    """The translator of one language pair alone, which says what ``sparse`` says of it.
+    """Return the translator of one language pair alone, which translates it as ``sparse`` does.
 
     Args:
         sparse: whose router is ``core.Task``.
@@ -39,7 +41,7 @@ def dense_of_pair(sparse: Translator, pair: str) -> Translator:
 
 @torch.no_grad()
 def dense_of_task(model: TranslationModel, task: int) -> TranslationModel:
-    """A dense model with the logits that ``model`` has for sequences of ``task``.
+    """Return a dense model with the logits that ``model`` has for sequences of ``task``.
 
     The K experts of a task are one FFN that is K times as wide, their gates in the weights of its output. Shared
     experts join it.
@@ -74,8 +76,8 @@ def dense_of_task(model: TranslationModel, task: int) -> TranslationModel:
     weights = dict(model.state_dict())
     for name, layer in layers.items():
         weights = {key: value for key, value in weights.items() if not key.startswith(f"{name}.")}
-        found = _dense_weights(layer, task, dense.get_submodule(name))
-        weights.update({f"{name}.{key}": value for key, value in found.items()})
+        own = _dense_weights(layer, task, dense.get_submodule(name))
+        weights.update({f"{name}.{key}": value for key, value in own.items()})
     dense.to(next(model.parameters())).load_state_dict(weights)
     return dense.train(model.training)
 
@@ -90,28 +92,23 @@ def _dense_ffn(moe: core.MoEConfig, transformer: TransformerConfig) -> core.Dens
 
 
 def _dense_weights(layer: core.MoELayer, task: int, ffn: torch.nn.Module) -> dict[str, Tensor]:
-    """The parameters of ``ffn`` that is the layer's experts of this task, each by its gate, and the shared ones."""
+    """Return the parameters of ``ffn`` as one FFN of the task's experts, each by its gate, and of the shared ones."""
     chosen = layer.router.experts_of(task)  # type: ignore[operator]
-    shared = layer.shared_experts
-
-    def taken(name: str) -> Tensor | None:
-        """(n, ...), a parameter of the n experts side by side."""
-        own = getattr(layer.experts, name)
-        if own is None:
-            return None
-        return torch.cat([own[chosen.expert_ids_K], *([] if shared is None else [getattr(shared, name)])])
-
-    w_in, w_gate, w_out, b_in, b_out = (taken(name) for name in ("w_in", "w_gate", "w_out", "b_in", "b_out"))
-    assert w_in is not None
-    assert w_out is not None
-    gates_n = chosen.gates_K.new_ones(len(w_out))
-    gates_n[: len(chosen.gates_K)] = chosen.gates_K
-    found = {name: torch.zeros_like(value) for name, value in ffn.state_dict().items()}
-    found["w_in.weight"] = w_in.mT.flatten(0, 1)
-    found["w_out.weight"] = (w_out * gates_n[:, None, None]).flatten(0, 1).T
-    if w_gate is not None:
-        found["w_gate.weight"] = w_gate.mT.flatten(0, 1)
-    if b_in is not None and b_out is not None:
-        found["w_in.bias"] = b_in.flatten()
-        found["w_out.bias"] = (b_out * gates_n[:, None]).sum(0)
-    return found
+    routed: Any = layer.experts
+    experts = [routed.weights_of(e) for e in chosen.expert_ids_K.tolist()]
+    gates = [*chosen.gates_K.unbind()]
+    shared: Any = layer.shared_experts
+    if shared is not None:
+        experts += [shared.weights_of(e) for e in range(shared.num_local_experts)]
+        gates += [chosen.gates_K.new_ones(())] * shared.num_local_experts
+    weights = {name: torch.zeros_like(value) for name, value in ffn.state_dict().items()}
+    for name in experts[0]:
+        kind, _, product = name.partition("_")  # "w" or "b", then "in", "gate" or "out"
+        tensors = [own[name] for own in experts]
+        if product == "out":
+            tensors = [tensor * gate for tensor, gate in zip(tensors, gates, strict=True)]
+        if kind == "w":
+            weights[f"w_{product}.weight"] = torch.cat(tensors, 0 if product == "out" else 1).T
+        else:
+            weights[f"w_{product}.bias"] = torch.stack(tensors).sum(0) if product == "out" else torch.cat(tensors)
+    return weights
