@@ -17,7 +17,7 @@ from core.kernels import cpu
 
 @dataclass(frozen=True)
 class Mask:
-    """What is added to the attention scores, made once for all layers of a stack.
+    """A bias that is added to the attention scores, made once for all layers of a stack.
 
     Attributes:
         bias: (N, L, S), N = batch x heads, in the dtype of the products; each of N and L may be 1. None: nothing.
@@ -29,18 +29,18 @@ class Mask:
 
 
 def hidden_score(dtype: torch.dtype) -> float:
-    """What hides a key. Not -inf: a sentence of padding alone would become NaN."""
+    """Return the score that hides a key: not -inf, or a sentence of padding alone would become NaN."""
     return torch.finfo(dtype).min
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which matrix products of ``x`` come out, autocast heeded."""
+    """Return the dtype of matrix products of ``x``, autocast heeded."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and x.dtype != torch.float64 else x.dtype
 
 
 def padding_mask(valid_BS: Tensor, num_heads: int, like: Tensor) -> Mask:
-    """Hides the padding of the keys from all queries."""
+    """Return the mask that hides the padding of the keys from all queries."""
     dtype = product_dtype(like)
     bias_BS = torch.zeros(valid_BS.shape, dtype=dtype, device=like.device)
     bias_BS = bias_BS.masked_fill(~valid_BS, hidden_score(dtype))
@@ -50,7 +50,7 @@ def padding_mask(valid_BS: Tensor, num_heads: int, like: Tensor) -> Mask:
 def self_mask(
     like_BLD: Tensor, num_heads: int, *, valid_BL: Tensor | None, causal: bool, relative_HLL: Tensor | None
 ) -> Mask:
-    """The mask of a stack's self-attention.
+    """Return the mask of a stack's self-attention.
 
     Args:
         like_BLD: the stack's input.
@@ -77,7 +77,7 @@ def self_mask(
 
 
 def attention_weights(q: Tensor, k: Tensor, mask: Mask, scale: float) -> Tensor:
-    """``softmax(scale q k^T + bias)`` of (N, L, d) queries and (N, S, d) keys: (N, L, S)."""
+    """Return ``softmax(scale q k^T + bias)`` of (N, L, d) queries and (N, S, d) keys: (N, L, S)."""
     bias = mask.bias
     if mask.causal:
         bias = q.new_full((q.shape[1], q.shape[1]), hidden_score(q.dtype)).triu(1)
@@ -112,12 +112,12 @@ def attend(
 
 
 _FEW_SCORES = 2**17
-"""Without gradients so many take a CPU longer by the fused attention: B=32, H=4, d=32, two threads, 16 and 33 positions
-76 and 226 us in place of 218 and 376, but 2.4 ms in place of 1.3 at 40 positions of twice as many."""
+"""Up to so many scores explicit products are faster on a CPU without gradients. At B=32, H=4, d=32 on two threads, 16
+and 33 positions take 76 and 226 us, by fused attention 218 and 376; 40 positions of twice as many 2.4 ms, fused 1.3."""
 
 
 def _is_fused(q: Tensor, k: Tensor, mask: Mask, dropout: float) -> bool:
-    """Whether torch's fused attention is the faster one on a CPU.
+    """Return whether torch's fused attention is the faster one on a CPU.
 
     In bfloat16 it is not: forward and backward at B=64, H=4, d=32 and 16, 24, 40 positions took 10.4, 12.4,
     24.2 ms of one core, and explicit products 1.0, 1.6, 3.3 ms. In float32 it was 3.1, 5.4, 12.2 ms against 3.0, 6.8,
@@ -134,7 +134,7 @@ def _is_fused(q: Tensor, k: Tensor, mask: Mask, dropout: float) -> bool:
 
 
 class _Attention(nn.Module):
-    """What self- and cross-attention share: sizes and the way to heads and back."""
+    """The base of self- and cross-attention: sizes, and the way to heads and back."""
 
     def __init__(self, config: TransformerConfig, *, project: bool = True, fused: bool = True) -> None:
         super().__init__()
@@ -146,16 +146,16 @@ class _Attention(nn.Module):
         self.out: nn.Module = out
 
     def reset_heads(self) -> None:
-        """Xavier-uniform for each of queries, keys and values, at ``1 / sqrt(2)`` of the usual scale."""
+        """Start queries, keys and values Xavier-uniform, each at ``1 / sqrt(2)`` of the usual scale."""
         for weight in self._projections():
             nn.init.xavier_uniform_(weight, gain=2**-0.5)
 
     def _projections(self) -> list[Tensor]:
-        """The (H * d, D) parts of the weights for queries, keys, values."""
+        """Return the (H * d, D) parts of the weights for queries, keys, values."""
         raise NotImplementedError
 
     def _for_queries(self, x_BSHd: Tensor) -> Tensor:
-        """Keys or values by head, (B, H, S, d), each repeated for the queries that share it."""
+        """Return keys or values by head, (B, H, S, d), each repeated for the queries that share it."""
         x_BHSd = x_BSHd.transpose(1, 2)
         return x_BHSd if self.group == 1 else x_BHSd.repeat_interleave(self.group, 1)
 
@@ -165,7 +165,7 @@ class _Attention(nn.Module):
         return attend(q, k, v, mask, self.scale, dropout, fused=self.fused).transpose(1, 2).flatten(2)
 
     def _step(self, q_RC: Tensor, keys: Tensor, values: Tensor, copies: int, bias: Tensor | None) -> Tensor:
-        """One query of each row on the keys of its group of rows.
+        """Attend from one query of each row to the keys of its group of rows.
 
         Args:
             q_RC: (R, H * d) queries.
@@ -205,7 +205,7 @@ class SelfAttention(_Attention):
     def _heads(
         self, x: Tensor, rotations: Tensor | None, packing: Packing | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, L, D) to queries, keys and values, (B, L, heads, d)."""
+        """Return queries, keys and values of (B, L, D) tokens, each (B, L, heads, d)."""
         H, Hkv = self.num_heads, self.num_kv_heads
         qkv = self.qkv(x) if packing is None else packing.pad(self.qkv(x))
         heads = qkv.unflatten(-1, (H + 2 * Hkv, self.head_dim))
@@ -217,7 +217,7 @@ class SelfAttention(_Attention):
         return q, k, v
 
     def forward(self, x: Tensor, mask: Mask, rotations: Tensor | None = None, packing: Packing | None = None) -> Tensor:
-        """(B, L, D) to (B, L, D), or with ``packing`` (T, D) to (T, D).
+        """Map (B, L, D) to (B, L, D), or with ``packing`` (T, D) to (T, D).
 
         Args:
             x: the tokens.
@@ -232,11 +232,11 @@ class SelfAttention(_Attention):
     def step(
         self, x_RD: Tensor, cache: Cache, layer: int, bias: Tensor | None, rotations: Tensor | None = None
     ) -> Tensor:
-        """The next position of each row.
+        """Compute the next position of each row.
 
         Args:
             x_RD: (R, D).
-            cache: keeps keys and values of this position too, in slots that it has found.
+            cache: keeps keys and values of this position too, in the slots that ``append`` chose.
             layer: of the stack: this one.
             bias: ``cache.self_bias``.
             rotations: of this position.
@@ -267,23 +267,23 @@ class CrossAttention(_Attention):
         return q_BLHd.transpose(1, 2), self._for_queries(k_BSHd), v_BSHd
 
     def forward(self, x_BLD: Tensor, memory_BSD: Tensor, mask: Mask) -> Tensor:
-        """(B, L, D) and (B, S, D) to (B, L, D)."""
+        """Map (B, L, D) tokens and a (B, S, D) memory to (B, L, D)."""
         q, k, v_BSHd = self._heads(x_BLD, memory_BSD)
         return self.out(self._attend(q, k, self._for_queries(v_BSHd), mask))
 
     def weights(self, x_BLD: Tensor, memory_BSD: Tensor, mask: Mask) -> Tensor:
-        """(B, H, L, S), how each head spreads each query over the memory."""
+        """Return how each head spreads each query over the memory, (B, H, L, S)."""
         q, k, _ = self._heads(x_BLD, memory_BSD)
         weights = attention_weights(q.flatten(0, 1), k.flatten(0, 1), mask, self.scale)
         return weights.unflatten(0, q.shape[:2])
 
     def keys_and_values(self, memory_BSD: Tensor) -> Tensor:
-        """(2, B, Hkv, S, d), what ``step`` reads."""
+        """Return the keys and values that ``step`` reads, (2, B, Hkv, S, d)."""
         heads = self.kv(memory_BSD).unflatten(-1, (2, self.num_kv_heads, self.head_dim))
         return heads.permute(2, 0, 3, 1, 4)
 
     def step(self, x_RD: Tensor, store: Tensor, copies: int, bias: Tensor | None) -> Tensor:
-        """One position of each row: (R, D) to (R, D).
+        """Map one position of each row, (R, D), to (R, D).
 
         Args:
             x_RD: (R, D).
@@ -295,9 +295,6 @@ class CrossAttention(_Attention):
         return self._step(self.q(x_RD), keys, values, copies, bias)
 
 
-def key_bias(valid_NS: Tensor, num_kv_heads: int, dtype: torch.dtype) -> Tensor | None:
-    """(N * Hkv, 1, S), which hides padding in ``CrossAttention.step``; None where there is none."""
-    if bool(valid_NS.all()):
-        return None
-    bias_NS = torch.zeros(valid_NS.shape, dtype=dtype, device=valid_NS.device)
-    return bias_NS.masked_fill(~valid_NS, hidden_score(dtype)).repeat_interleave(num_kv_heads, 0).unsqueeze(1)
+def key_bias(valid_NS: Tensor, num_kv_heads: int, like: Tensor) -> Tensor | None:
+    """Return the bias that hides padding in ``CrossAttention.step``, (N * Hkv, 1, S); None where there is none."""
+    return None if bool(valid_NS.all()) else padding_mask(valid_NS, num_kv_heads, like).bias

@@ -47,7 +47,7 @@ def feed(ffn: nn.Module, x: Tensor, context: core.RoutingContext, packing: Packi
 def resolve_blocks(
     moe_blocks: str | Sequence[int], depth: int, *, option: str = "moe_blocks", optional: bool = False
 ) -> tuple[int, ...]:
-    """Indices of the blocks whose FFN is replaced, ascending.
+    """Return the indices of the blocks whose FFN is replaced, ascending.
 
     Args:
         moe_blocks: "all"; "everyN": every N-th block, V-MoE's Every-N; "lastN": the last N of "every2", its Last-N;
@@ -88,7 +88,7 @@ def resolve_blocks(
 
 
 def block_indices(moe_blocks: Sequence[int], depth: int, option: str = "moe_blocks") -> tuple[int, ...]:
-    """The named blocks, ascending; negative numbers count from the end.
+    """Return the named blocks, ascending; negative numbers count from the end.
 
     Raises:
         ValueError: no number, one out of range or twice.

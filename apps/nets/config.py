@@ -1,4 +1,4 @@
-"""What a transformer is made of: sizes by name, and the choices that tell published models apart."""
+"""The configuration of a transformer: sizes by name, and the choices that tell published models apart."""
 
 from __future__ import annotations
 
@@ -187,7 +187,7 @@ class TransformerConfig:
 
     @property
     def shape(self) -> Shape:
-        """The numbers, those of the size filled in."""
+        """The configuration's numbers, with the size's filled in."""
         heads = self._sized("num_heads")
         return Shape(
             self._sized("encoder_layers"),

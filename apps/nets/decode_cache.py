@@ -1,4 +1,4 @@
-"""What a decoder keeps from step to step, and of which sentence."""
+"""The cache of a decoder: keys and values of the positions that it has read, by sentence."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Memory:
-    """What the decoder knows of B source sentences.
+    """B source sentences as the decoder reads them.
 
     Attributes:
         x_BSD: (B, S, D), the encoder's output.
         valid_BS: bool (B, S), True for real tokens.
-        task_ids_B, domain_ids_B: int64 (B,), what the routers were told; or None.
+        task_ids_B, domain_ids_B: int64 (B,), the ids that the routers were given; or None.
     """
 
     x_BSD: Tensor
@@ -90,7 +90,7 @@ class Cache:
         self.store[:, :, :, self.length :] = 0.0
 
     def append(self) -> None:
-        """Find a slot for one more position of each row, which ``write`` writes layer by layer."""
+        """Give a slot to one more position of each row, which ``write`` writes layer by layer."""
         N, Hkv, K, device = self.num_sentences, self.num_kv_heads, self.copies, self.store.device
         if self.length == self._slot_NKT.shape[2]:
             self._slot_NKT = F.pad(self._slot_NKT, (0, max(self.length, 1)))
@@ -114,7 +114,7 @@ class Cache:
         self._place = (torch.arange(2, device=device)[:, None], head_NK1H.flatten(0, 1), slot_NK.reshape(-1, 1, 1))
 
     def _free_slots(self) -> Tensor:
-        """(N, K), the first slots of each sentence that none of its copies goes on from."""
+        """Return the first slots of each sentence, (N, K), that none of its copies goes on from."""
         N, K = self.num_sentences, self.copies
         used_NS = torch.zeros(N, self.extent + K, dtype=torch.bool, device=self.store.device)
         used_NS.scatter_(1, self._slot_NKT[:, :, : self.length].flatten(1), True)
@@ -133,8 +133,8 @@ class Cache:
         return keys, values
 
     def self_bias(self, dtype: torch.dtype) -> Tensor | None:
-        """What is added to the scores of the newest position, which ``append`` has made: (N * Hkv, G * K, S), in the
-        dtype of the products."""
+        """Return the bias of the scores of the newest position, which ``append`` has made: (N * Hkv, G * K, S),
+        in the dtype of the products."""
         K, T, S = self.copies, self.length + 1, self.extent
         Hkv, G, N = self.num_kv_heads, self.group, self.num_sentences
         relative_HT = None if self.relative_HT is None else self.relative_HT[:, -T:].to(dtype)
@@ -152,25 +152,21 @@ class Cache:
     def select(self, index: Tensor) -> Cache:
         """Keep these rows, in this order: row r goes on from row ``index[r]``. Changes the cache, and returns it.
 
-        Cheapest where rows come in groups of K, each from one sentence, as a beam search reorders them; cheaper yet
-        where no sentence leaves. Other choices are allowed, and undo the sharing: then K is 1.
+        It is cheaper where no sentence leaves: no key moves.
 
         Args:
-            index: int64 (R',).
+            index: int64 (N' * K,), in groups of K rows of one sentence each, as a beam search reorders them.
         """
-        K = self.copies
-        if index.numel() % K == 0:
-            rows_NK = index.view(len(index) // K, K)
-            sentence_NK = rows_NK // K
-            sentence_N = sentence_NK[:, 0]
-            if K == 1 or bool((sentence_NK == sentence_N[:, None]).all()):
-                self._select_groups(sentence_N, rows_NK - sentence_NK * K)
-                return self
-        self._select_rows(index)
+        row_NK = index.view(-1, self.copies)
+        sentence_N = row_NK[:, 0] // self.copies
+        self._slot_NKT = self._slot_NKT[sentence_N[:, None], row_NK % self.copies]
+        kept = sentence_N.tolist()
+        if kept != list(range(self.num_sentences)):
+            self._select_sentences(sentence_N, kept)
         return self
 
     def expand(self, copies: int) -> Cache:
-        """Each row ``copies`` times, side by side: what was read once for all of them. Changes the cache, returns it.
+        """Repeat each row ``copies`` times, side by side, with one past. Changes the cache, and returns it.
 
         Args:
             copies: from here on; there is one a sentence so far.
@@ -187,12 +183,6 @@ class Cache:
         if self.domain_ids_R is not None:
             self.domain_ids_R = self.domain_ids_R.repeat_interleave(copies)
         return self
-
-    def _select_groups(self, sentence_N: Tensor, copy_NK: Tensor) -> None:
-        self._slot_NKT = self._slot_NKT[sentence_N[:, None], copy_NK]
-        kept = sentence_N.tolist()
-        if kept != list(range(self.num_sentences)):
-            self._select_sentences(sentence_N, kept)
 
     def _select_sentences(self, sentence_N: Tensor, kept: list[int]) -> None:
         N, Hkv = self.num_sentences, self.num_kv_heads
@@ -218,25 +208,9 @@ class Cache:
         self.task_ids_R = _select(self.task_ids_R, row_NK.flatten())
         self.domain_ids_R = _select(self.domain_ids_R, row_NK.flatten())
 
-    def _select_rows(self, index: Tensor) -> None:
-        """Each row by itself from now on: a sentence of one copy."""
-        T, K, N, Hkv = self.length, self.copies, self.num_sentences, self.num_kv_heads
-        sentence_R, copy_R = index // K, index % K
-        slot_RT = self._slot_NKT[sentence_R, copy_R, :T]
-        rows = self.store.unflatten(2, (N, Hkv)).index_select(2, sentence_R)
-        own = slot_RT.view(1, 1, len(index), 1, T, 1).expand(*rows.shape[:4], T, rows.shape[5])
-        self.store = rows.gather(4, own).flatten(2, 3)
-        if self.memory is not None:
-            self.memory = self.memory.index_select(2, sentence_R)
-        if self.memory_bias is not None:
-            self.memory_bias = self.memory_bias.unflatten(0, (N, Hkv)).index_select(0, sentence_R).flatten(0, 1)
-        self.task_ids_R, self.domain_ids_R = _select(self.task_ids_R, index), _select(self.domain_ids_R, index)
-        self.copies, self.extent, self._most = 1, T, T
-        self._slot_NKT = torch.arange(T, device=index.device).expand(len(index), 1, T).clone()
-
 
 def has_numbers(tensor: Tensor) -> bool:
-    """Whether they can be read here: a fake tensor has none, and a graph that is compiled must not depend on them."""
+    """Return whether values can be read here: a fake tensor has none, and a compiled graph must not depend on them."""
     return type(tensor) is Tensor and not torch.compiler.is_compiling()
 
 

@@ -20,7 +20,7 @@ from apps.nets.positions import RelativeBias, added_positions, rotations
 
 
 def build_norm(config: TransformerConfig) -> nn.Module:
-    """LayerNorm or RMSNorm over D."""
+    """Return a LayerNorm or RMSNorm over D."""
     dim = config.shape.dim
     if config.norm == "rms":
         return RMSNorm(dim, config.norm_eps)
@@ -36,7 +36,6 @@ class RMSNorm(nn.RMSNorm):
         self._scaled: tuple[Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., D) to (..., D)."""
         if self._scaled is None or x.dtype != self._scaled[0].dtype:
             return super().forward(x)
         # x / sqrt(mean of squares + eps) * weight, with sqrt(D) taken out of the root.
@@ -63,7 +62,7 @@ class RMSNorm(nn.RMSNorm):
 
 @dataclass(frozen=True)
 class Pass:
-    """What all layers of a stack read in one pass, beside their input.
+    """The inputs that all layers of a stack share in one pass.
 
     Attributes:
         mask: of the self-attention.
@@ -104,7 +103,7 @@ class Layer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, given: Pass) -> Tensor:
-        """(B, L, D) to (B, L, D), or (T, D) to (T, D) where the pass has a packing."""
+        """Map (B, L, D) to (B, L, D), or (T, D) to (T, D) where the pass has a packing."""
         x = self.mix(x, given)
         if given.memory_BSD is not None:
             x = self.look(x, given)
@@ -124,14 +123,14 @@ class Layer(nn.Module):
         return x + self.dropout(feed(self.ffn, self.ffn_norm(x), given.context, given.packing))
 
     def cross_weights(self, x_BLD: Tensor, given: Pass) -> Tensor:
-        """Return (B, H, L, S), how ``look`` spreads each query over the memory."""
+        """Return how ``look`` spreads each query over the memory, (B, H, L, S)."""
         assert given.memory_BSD is not None
         assert given.memory_mask is not None
         norm, attention = self._cross()
         return attention.weights(norm(x_BLD), given.memory_BSD, given.memory_mask)
 
     def keys_and_values(self, memory_BSD: Tensor) -> Tensor:
-        """Return (2, B, Hkv, S, d), what the cross-attention reads in ``step``."""
+        """Return the keys and values that the cross-attention reads in ``step``, (2, B, Hkv, S, d)."""
         return self._cross()[1].keys_and_values(memory_BSD)
 
     def _cross(self) -> tuple[nn.Module, CrossAttention]:
@@ -148,7 +147,7 @@ class Layer(nn.Module):
         rotations: Tensor | None,
         context: core.RoutingContext,
     ) -> Tensor:
-        """One position, (R, D) to (R, D), without dropout. ``index`` is the layer's place in the cache."""
+        """Map one position, (R, D), to (R, D), without dropout. ``index`` is the layer's place in the cache."""
         x_RD = x_RD + self.mixing.step(self.mixing_norm(x_RD), cache, index, bias, rotations)
         if cache.memory is not None:
             norm, attention = self._cross()
@@ -184,7 +183,7 @@ class Stack(nn.Module):
         memory_BSD: Tensor | None = None,
         memory_valid_BS: Tensor | None = None,
     ) -> Tensor:
-        """(B, L, D) embeddings to the (B, L, D) normed output. ``context.valid_BS`` marks the real tokens."""
+        """Map (B, L, D) embeddings to the (B, L, D) normed output. ``context.valid_BS`` marks the real tokens."""
         x_BLD, given = self._prepare(x_BLD, context, memory_BSD, memory_valid_BS)
         for layer in self.layers:
             x_BLD = layer(x_BLD, given)
@@ -193,7 +192,7 @@ class Stack(nn.Module):
     def cross_attention(
         self, x_BLD: Tensor, context: core.RoutingContext, memory_BSD: Tensor, memory_valid_BS: Tensor
     ) -> Tensor:
-        """(layers, B, H, L, S), the weights that each layer's cross-attention gives to the memory."""
+        """Return the weights that each layer's cross-attention gives to the memory, (layers, B, H, L, S)."""
         x_BLD, given = self._prepare(x_BLD, context, memory_BSD, memory_valid_BS)
         weights = []
         for layer in self.layers:
@@ -203,7 +202,7 @@ class Stack(nn.Module):
         return torch.stack(weights)
 
     def memory_keys(self, memory_BSD: Tensor) -> Tensor:
-        """(layers, 2, B, Hkv, S, d), keys and values that the layers' cross-attention reads from step to step."""
+        """Return the keys and values that the layers' cross-attention reads in steps, (layers, 2, B, Hkv, S, d)."""
         return torch.stack([layer.keys_and_values(memory_BSD) for layer in self.layers])
 
     def _prepare(
@@ -228,7 +227,7 @@ class Stack(nn.Module):
         return x_BLD, Pass(mask, context, rotations, memory_BSD=memory_BSD, memory_mask=memory_mask)
 
     def _placed(self, x: Tensor, start: int, length: int) -> Tensor:
-        """Embeddings (..., L, D), scaled and with positions added."""
+        """Return embeddings (..., L, D), scaled and with positions added."""
         if self.positions is None:
             return x if self.embed_scale == 1.0 else x * self.embed_scale
         # One pass over the embeddings for both.
@@ -240,7 +239,7 @@ class Stack(nn.Module):
         return rotations(start, length, self.config.shape.head_dim, self.config.rotary_base, like)
 
     def step(self, x_RD: Tensor, token_R: Tensor, valid_R: Tensor, cache: Cache) -> Tensor:
-        """The next position of each row, (R, D) embeddings to the (R, D) normed output; the cache grows by it."""
+        """Map the next position's (R, D) embeddings to the (R, D) normed output; the cache grows by it."""
         t = cache.length
         cache.append()
         x_RD = self._placed(x_RD, t, 1)

@@ -71,14 +71,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _log_sum(logits_tV: Tensor, p_tV: Tensor) -> Tensor:
-    """``logsumexp``, (t, 1), as ``max - log p[max]``: the sum of the softmax is not made again."""
+    """Return ``logsumexp``, (t, 1), as ``max - log p[max]``: the sum of the softmax is not made again."""
     exact = torch.promote_types(logits_tV.dtype, torch.float32)
     top_t1, p_top_t1 = (x.amax(1, keepdim=True).to(exact) for x in (logits_tV, p_tV))
     return top_t1 - p_top_t1.log()
 
 
 def linear_cross_entropy(h: Tensor, weight: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Mean over the rows of ``-sum_v q_v log softmax(h W^T)_v``, in chunks of rows; 0 without rows.
+    """Return the mean over the rows of ``-sum_v q_v log softmax(h W^T)_v``, in chunks of rows; 0 without rows.
 
     q is ``1 - label_smoothing`` at the target, and ``label_smoothing / V`` more everywhere. Under autocast the products
     are in its dtype and the softmax in float32. One backward, not differentiable twice.
@@ -113,9 +113,9 @@ class TargetScores(NamedTuple):
 
 @torch.no_grad()
 def target_scores(h: Tensor, weight: Tensor, target: Tensor) -> TargetScores:
-    """The negative log likelihood of each row's target, and whether it comes first, in chunks of rows.
+    """Return the negative log likelihood of each row's target, and whether it comes first, in chunks of rows.
 
-    In float32 also under autocast: in bfloat16 the highest logits tie. Arguments as of ``linear_cross_entropy``.
+    It computes in float32 also under autocast: in bfloat16 the highest logits tie. See ``linear_cross_entropy``.
     """
     dtype = torch.promote_types(torch.promote_types(h.dtype, weight.dtype), torch.float32)
     nll_T = torch.empty(len(h), dtype=dtype, device=h.device)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Packing:
-    """Where the real tokens of a batch lie. Padding takes no part in any product but the attention's.
+    """The places of the real tokens in a batch. Padding takes no part in any product but the attention's.
 
     Attributes:
         slot_T: int64 (T,), ``row * length + position`` of each real token, ascending: row by row.
@@ -28,7 +28,7 @@ class Packing:
 
     @classmethod
     def of(cls, valid_BS: Tensor) -> tuple[Packing, Tensor]:
-        """The packing, and int64 (T,) indices of the real tokens in the flattened ``valid_BS``."""
+        """Return the packing, and int64 (T,) indices of the real tokens in the flattened ``valid_BS``."""
         B, S = valid_BS.shape
         index_T = valid_BS.flatten().nonzero().squeeze(1)
         count_B = valid_BS.sum(1)
@@ -40,23 +40,23 @@ class Packing:
 
     @property
     def is_full(self) -> bool:
-        """No row is shorter than L."""
+        """Whether no row is shorter than L."""
         return len(self.slot_T) == self.num_rows * self.length
 
     def pad(self, x_TC: Tensor) -> Tensor:
-        """(T, C) to (B, L, C), each row's tokens first and zeros after them."""
+        """Map (T, C) to (B, L, C), each row's tokens first and zeros after them."""
         if not self.is_full:
             flat = x_TC.new_zeros(self.num_rows * self.length, x_TC.shape[-1])
             x_TC = flat.index_copy(0, self.slot_T, x_TC)
         return x_TC.view(self.num_rows, self.length, x_TC.shape[-1])
 
     def pack(self, x_BLC: Tensor) -> Tensor:
-        """(B, L, C) to (T, C)."""
+        """Map (B, L, C) to (T, C)."""
         flat = x_BLC.flatten(0, 1)
         return flat if self.is_full else flat.index_select(0, self.slot_T)
 
     def valid_BL(self) -> Tensor | None:
-        """bool (B, L), True for real tokens; None where all are."""
+        """Return bool (B, L), True for real tokens; None where all are."""
         if self.is_full:
             return None
         flat = torch.zeros(self.num_rows * self.length, dtype=torch.bool, device=self.slot_T.device)

@@ -1,4 +1,4 @@
-"""Whether a router can work where it is put: every rule is here, one after the other."""
+"""The rules of whether a router can work where it is put, one after the other."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import core
 
 @dataclass(frozen=True)
 class Place:
-    """Where routers are to work: what a model's MoE layers are given, and what they must not do.
+    """The place of a model's routers: what its MoE layers are given, and what they must not do.
 
     Attributes:
         owner: names the model in messages.

@@ -1,4 +1,4 @@
-"""Where a token stands: tables added to embeddings, rotations of queries and keys, biases by distance."""
+"""Positions of tokens: tables added to embeddings, rotations of queries and keys, biases by distance."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from apps.nets.config import TransformerConfig
 
 
 def sinusoids(num_positions: int, dim: int, device: torch.device | None = None) -> Tensor:
-    """float32 (P, D): sines of D/2 frequencies, then their cosines, as in tensor2tensor and fairseq.
+    """Return float32 (P, D): sines of D/2 frequencies, then their cosines, as in tensor2tensor and fairseq.
 
     Frequency i is ``10000 ** (-i / (D/2 - 1))``; arXiv 1706.03762, section 3.5, interleaves both instead.
     """
@@ -23,7 +23,7 @@ def sinusoids(num_positions: int, dim: int, device: torch.device | None = None) 
 
 
 class Sinusoidal(nn.Module):
-    """``sinusoids``, of any length."""
+    """Adds ``sinusoids``, of any length."""
 
     table: Tensor
 
@@ -33,7 +33,7 @@ class Sinusoidal(nn.Module):
         self.register_buffer("table", sinusoids(config.max_length + self.offset, config.shape.dim), persistent=False)
 
     def forward(self, start: int, length: int) -> Tensor:
-        """(L, D) of the positions from ``start`` on."""
+        """Return the (L, D) rows of the positions from ``start`` on."""
         begin, end = start + self.offset, start + self.offset + length
         if end > len(self.table):
             return sinusoids(end, self.table.shape[1], self.table.device)[begin:].to(self.table.dtype)
@@ -49,7 +49,7 @@ class Learned(nn.Module):
         self.weight = nn.Parameter(torch.empty(self.max_length + self.offset, config.shape.dim))
 
     def forward(self, start: int, length: int) -> Tensor:
-        """(L, D) of the positions from ``start`` on.
+        """Return the (L, D) rows of the positions from ``start`` on.
 
         Raises:
             ValueError: beyond ``max_length``.
@@ -62,14 +62,14 @@ class Learned(nn.Module):
 
 
 def added_positions(config: TransformerConfig) -> Sinusoidal | Learned | None:
-    """The table that is added to the embeddings, where there is one."""
+    """Return the table that is added to the embeddings, where there is one."""
     if config.positions == "sinusoidal":
         return Sinusoidal(config)
     return Learned(config) if config.positions == "learned" else None
 
 
 def rotations(start: int, length: int, dim: int, base: float, like: Tensor) -> Tensor:
-    """(2, L, 1, d/2), cosines and sines of the angles ``position * base ** (-2i / d)``, in the dtype of ``like``."""
+    """Return cosines and sines of the angles ``position * base ** (-2i / d)``, (2, L, 1, d/2), in ``like``'s dtype."""
     # Angles in float32 at least: in bfloat16 position 257 would be 256.
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     rate_H = base ** -(torch.arange(0, dim, 2, device=like.device, dtype=dtype) / dim)
@@ -78,14 +78,14 @@ def rotations(start: int, length: int, dim: int, base: float, like: Tensor) -> T
 
 
 def rotate(x_BLHd: Tensor, rotations_2L1h: Tensor) -> Tensor:
-    """Queries or keys, (..., L, H, d), rotated: element i of a head's first half is paired with i of its second."""
+    """Rotate queries or keys, (..., L, H, d): element i of a head's first half is paired with i of its second."""
     cos, sin = rotations_2L1h
     first, second = x_BLHd.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 def relative_buckets(distance: Tensor, num_buckets: int, max_distance: int, causal: bool) -> Tensor:
-    """The row of each distance in T5's table (arXiv 1910.10683, section 2.1).
+    """Return the row of each distance in T5's table (arXiv 1910.10683, section 2.1).
 
     A direction's near half of the rows is for one distance each; the far half grows logarithmically up to
     ``max_distance``, and all beyond share the last one.
@@ -117,12 +117,12 @@ class RelativeBias(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.relative_buckets, config.shape.num_heads))
 
     def forward(self, length: int) -> Tensor:
-        """(H, L, L), of L queries and the same keys."""
+        """Return the biases of L queries and the same keys, (H, L, L)."""
         position_L = torch.arange(length, device=self.weight.device)
         return self._of(position_L - position_L[:, None]).permute(2, 0, 1)
 
     def last(self, length: int) -> Tensor:
-        """(H, L), of the last query alone."""
+        """Return the biases of the last query alone, (H, L)."""
         return self._of(torch.arange(1 - length, 1, device=self.weight.device)).t()
 
     def _of(self, distance: Tensor) -> Tensor:

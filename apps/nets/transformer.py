@@ -29,7 +29,7 @@ Blocks = str | Sequence[int]
 
 
 class _Decoding(nn.Module):
-    """What a model with a decoder has: the read-out, and decoding step by step."""
+    """The base of models with a decoder: the read-out, and decoding step by step."""
 
     config: TransformerConfig
     moe: core.MoEConfig | None
@@ -41,23 +41,23 @@ class _Decoding(nn.Module):
         raise NotImplementedError
 
     def embed_target(self, ids: Tensor) -> Tensor:
-        """Target ids to their embeddings, (..., D); ``config.start`` says which is that of ``BOS_ID``."""
+        """Return the embeddings of target ids, (..., D); ``config.start`` says which is that of ``BOS_ID``."""
         if self.config.start == "eos":
             ids = ids.masked_fill(ids == BOS_ID, EOS_ID)
         return self.target_embedding(ids)
 
     @property
     def output_weight(self) -> Tensor:
-        """(V, D): the logits are ``logits_scale * h @ output_weight.T``."""
+        """The (V, D) weights of the logits ``logits_scale * h @ output_weight.T``."""
         return self.target_embedding.weight if self.output is None else self.output.weight
 
     def logits(self, h: Tensor) -> Tensor:
-        """(..., D) hidden states to (..., V)."""
+        """Return the logits of (..., D) hidden states, (..., V)."""
         scale = self.config.logits_scale
         return cpu.linear(h if scale == 1.0 else h * scale, self.output_weight)
 
     def step_weights(self) -> list[Tensor]:
-        """The (N, K) weights by which every step multiplies its rows, experts' and gates' aside."""
+        """Return the (N, K) weights by which every step multiplies its rows, experts' and gates' aside."""
         once = [layer.cross_attn.kv for layer in self.decoder.layers if layer.cross_attn is not None]
         linear = [m for m in self.decoder.modules() if isinstance(m, cpu.Linear) and not any(m is kv for kv in once)]
         return [*(module.weight for module in linear), self.output_weight]
@@ -111,7 +111,7 @@ class _Decoding(nn.Module):
         return logits_RV if logits_RV.dtype == torch.float64 else logits_RV.float()
 
     def reset_parameters(self) -> None:
-        """Xavier-uniform products, each expert as the dense FFN it stands for; embeddings ``N(0, 1 / D)``.
+        """Start products Xavier-uniform, each expert as the dense FFN it stands for; embeddings ``N(0, 1 / D)``.
 
         Queries, keys and values start as one matrix of all three would, at ``1 / sqrt(2)`` of their own scale, which
         deep stacks train better with (fairseq).
@@ -142,7 +142,7 @@ class _Decoding(nn.Module):
 
 
 class TranslationModel(_Decoding):
-    """Source ids to the logits of the target's.
+    """An encoder-decoder that maps source ids to the logits of the target's.
 
     Args:
         config: the transformer.
@@ -204,11 +204,11 @@ class TranslationModel(_Decoding):
 
     @property
     def target_embedding(self) -> nn.Embedding:
-        """Embeds the target; the source's, where they are one."""
+        """The embedding of the target; the source's, where they are one."""
         return self.source_embed if self.target_embed is None else self.target_embed
 
     def encode(self, source_BS: Tensor, task_ids_B: Tensor | None = None, domain_ids_B: Tensor | None = None) -> Memory:
-        """The encoder's output.
+        """Return the encoder's output.
 
         Args:
             source_BS: int64 (B, S) ids, ``PAD_ID`` after a sentence's end.
@@ -220,7 +220,7 @@ class TranslationModel(_Decoding):
         return Memory(x_BSD, valid_BS, task_ids_B, domain_ids_B)
 
     def decode(self, target_BL: Tensor, memory: Memory) -> Tensor:
-        """(B, L) ids, ``PAD_ID`` after a sentence's end, to the (B, L, D) normed output, causal."""
+        """Map (B, L) ids, ``PAD_ID`` after a sentence's end, to the (B, L, D) normed output, causally."""
         context = core.RoutingContext(target_BL != PAD_ID, target_BL, memory.task_ids_B, memory.domain_ids_B)
         return self.decoder(self.embed_target(target_BL), context, memory.x_BSD, memory.valid_BS)
 
@@ -231,12 +231,12 @@ class TranslationModel(_Decoding):
         task_ids_B: Tensor | None = None,
         domain_ids_B: Tensor | None = None,
     ) -> Tensor:
-        """(B, S) source and (B, L) target ids to (B, L, V) logits of the token after each; see ``encode``."""
+        """Map (B, S) source and (B, L) target ids to (B, L, V) logits of the token after each; see ``encode``."""
         return self.logits(self.decode(target_BL, self.encode(source_BS, task_ids_B, domain_ids_B)))
 
     @torch.no_grad()
     def start(self, memory: Memory, copies: int = 1, capacity: int = 48) -> Cache:
-        """An empty cache for decoding.
+        """Return an empty cache for decoding.
 
         Args:
             memory: of B sentences.
@@ -249,7 +249,6 @@ class TranslationModel(_Decoding):
         self.check_steps()
         if copies < 1:
             raise ValueError(f"copies={copies} must be at least 1")
-        heads = self.config.shape.num_kv_heads
         keys = self.decoder.memory_keys(memory.x_BSD)
         return self._new_cache(
             len(memory),
@@ -259,7 +258,7 @@ class TranslationModel(_Decoding):
             memory.task_ids_B,
             memory.domain_ids_B,
             keys,
-            key_bias(memory.valid_BS, heads, product_dtype(memory.x_BSD)),
+            key_bias(memory.valid_BS, self.config.shape.num_kv_heads, memory.x_BSD),
         )
 
     def cross_attention(
@@ -269,14 +268,14 @@ class TranslationModel(_Decoding):
         task_ids_B: Tensor | None = None,
         domain_ids_B: Tensor | None = None,
     ) -> Tensor:
-        """(layers, B, H, L, S): how much each decoder layer's head attends to each source token. For pictures."""
+        """Return how much each decoder layer's head attends to each source token, (layers, B, H, L, S)."""
         memory = self.encode(source_BS, task_ids_B, domain_ids_B)
         context = core.RoutingContext(target_BL != PAD_ID, target_BL, task_ids_B, domain_ids_B)
         return self.decoder.cross_attention(self.embed_target(target_BL), context, memory.x_BSD, memory.valid_BS)
 
 
 class LanguageModel(_Decoding):
-    """The decoder alone: ids to the logits of the next.
+    """The decoder alone, which maps ids to the logits of the next.
 
     Args:
         config: the transformer; ``decoder_layers`` deep. ``tie``: all but "none" tie the output to the embedding.
@@ -311,18 +310,17 @@ class LanguageModel(_Decoding):
 
     @property
     def target_embedding(self) -> nn.Embedding:
-        """The embedding."""
         return self.embed
 
     def hidden(self, tokens_BL: Tensor, task_ids_B: Tensor | None = None, domain_ids_B: Tensor | None = None) -> Tensor:
-        """(B, L) ids, ``PAD_ID`` after a text's end, to the (B, L, D) normed output, causal."""
+        """Map (B, L) ids, ``PAD_ID`` after a text's end, to the (B, L, D) normed output, causally."""
         context = core.RoutingContext(tokens_BL != PAD_ID, tokens_BL, task_ids_B, domain_ids_B)
         return self.decoder(self.embed_target(tokens_BL), context)
 
     def forward(
         self, tokens_BL: Tensor, task_ids_B: Tensor | None = None, domain_ids_B: Tensor | None = None
     ) -> Tensor:
-        """(B, L) ids to (B, L, V) logits of the token after each."""
+        """Map (B, L) ids to (B, L, V) logits of the token after each."""
         return self.logits(self.hidden(tokens_BL, task_ids_B, domain_ids_B))
 
     @torch.no_grad()
@@ -335,7 +333,7 @@ class LanguageModel(_Decoding):
         copies: int = 1,
         capacity: int = 48,
     ) -> Cache:
-        """An empty cache for decoding ``num_rows`` texts, ``copies`` rows each; see ``TranslationModel.start``."""
+        """Return an empty cache for decoding ``num_rows`` texts; see ``TranslationModel.start``."""
         self.check_steps()
         if copies < 1:
             raise ValueError(f"copies={copies} must be at least 1")

@@ -1,4 +1,4 @@
-"""Which blocks a word or a list of numbers names, and what the FFN of each block is."""
+"""A word or a list of numbers names blocks, and each block has its FFN."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What a transformer's configuration says, fills in and refuses."""
+"""A transformer's configuration fills in its size's numbers, and refuses what cannot be built."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Which past each row of a cache goes on from."""
+"""Each row of a cache goes on from the past that it was given."""
 
 import pytest
 import torch
@@ -108,28 +108,6 @@ def test_sentences_may_change_places_and_come_twice(kind):
     for sentences in ([3, 1, 0, 2], [1, 1, 0], [2, 0]):
         search.check()
         search.go_on(search.reordered(sentences))
-    search.check()
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_any_rows_may_stay(kind):
-    # Rows 0, 4, 1, 8, 5 are of sentences 0, 1, 0, 2, 1: no groups of 3. From then on each row is by itself.
-    search = Search(build(kind), copies=3)
-    search.check()
-    search.go_on(search.reordered([0, 1, 2, 3]))
-    search.check()
-    search.go_on(torch.tensor([0, 4, 1, 8, 5]))
-    assert search.cache.copies == 1
-    search.check()
-    search.go_on(torch.tensor([4, 0, 0]))
-    search.check()
-
-
-def test_rows_of_two_sentences_are_no_group():
-    search = Search(build(), copies=2)
-    search.check()
-    search.go_on(torch.tensor([0, 2]))  # two rows, as a group has, but of sentences 0 and 1
-    assert search.cache.copies == 1
     search.check()
 
 

@@ -1,4 +1,4 @@
-"""Where real tokens lie when padding is taken out."""
+"""Real tokens have their places when padding is taken out."""
 
 import torch
 
