@@ -13,7 +13,7 @@ from apps.nlp.decode.top import top_sums
 
 
 def ranked(log_prob_bkV: Tensor, score_bk: Tensor, width: int, exact: bool) -> Choice:
-    """A step of beam search, to ``width`` rows; of greedy search with one."""
+    """Choose by a step of beam search, to ``width`` rows; with one it is greedy search."""
     _, k, V = log_prob_bkV.shape
     # At most one of each row ends, so ``width`` go on.
     sum_bC, place_bC, tied_b = top_sums(log_prob_bkV, score_bk, min(2 * width, k * V), exact)

@@ -1,4 +1,4 @@
-"""What a step of a search decides, on the device and off it."""
+"""The decisions of a step of a search, on the device and off it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Report:
 
 @dataclass
 class Choice:
-    """What becomes of b sentences' k rows after a step.
+    """The k rows of b sentences after a step.
 
     Attributes:
         token_bk: int64, the id that each new row ends in.
@@ -53,7 +53,7 @@ class Choice:
     tied_b: Tensor | None = None
 
     def report(self) -> Report:
-        """The same off the device: one wait for it."""
+        """Return the choice off the device, with one wait for it."""
         parts = [self.token_bk, self.parent_bk, self.score_bk, self.closed_score_bk, self.closed_parent_bk]
         if self.tied_b is not None:
             parts.append(self.tied_b[:, None].expand_as(self.token_bk))

@@ -72,10 +72,10 @@ class DecodeConfig:
         return {"greedy": 1, "beam": self.beam_size, "sample": self.num_best}[self.method]
 
     def max_length(self, source_length: int, most: int | None = None) -> int:
-        """Ids before the end that a hypothesis may have; ``most``: what the model can hold."""
+        """Return how many ids a hypothesis may have before its end; ``most``: what the model can hold."""
         length = max(int(self.max_length_ratio * source_length + self.max_length_extra), self.min_length)
         return length if most is None else min(length, most)
 
     def score(self, log_prob: float, num_ids: int) -> float:
-        """The score of a hypothesis of ``num_ids`` ids before its end."""
+        """Return the score of a hypothesis of ``num_ids`` ids before its end."""
         return log_prob / (num_ids + 1) ** self.length_penalty

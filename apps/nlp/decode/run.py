@@ -33,7 +33,7 @@ def translate_ids(
     domain_ids_B: Tensor | None = None,
     index_B: Tensor | None = None,
 ) -> Hypotheses:
-    """The translations of a batch.
+    """Return the translations of a batch.
 
     Args:
         model: a ``TranslationModel``, or what has its ``encode``, ``start`` and ``step``; evaluated without dropout,
@@ -68,7 +68,7 @@ def generate_ids(
     domain_ids_B: Tensor | None = None,
     index_B: Tensor | None = None,
 ) -> Hypotheses:
-    """What a language model writes after each prompt: the ids that follow it, without the prompt's own.
+    """Return what a language model writes after each prompt: the ids that follow it, without the prompt's own.
 
     Prompts are read a position at a time, in the steps of the search itself: shorter ones begin to write earlier.
 
@@ -97,7 +97,7 @@ def generate_ids(
 
 
 def in_dtype(model: nn.Module, dtype: str | None) -> nn.Module:
-    """A copy of the model with its weights in ``dtype``; the model itself where they are, or ``dtype`` is None.
+    """Return a copy of the model with its weights in ``dtype``; the model itself where they are, or it is None.
 
     The functions here do it by themselves; with many batches, do it once before them.
     """
@@ -109,8 +109,8 @@ def in_dtype(model: nn.Module, dtype: str | None) -> nn.Module:
 
 @contextlib.contextmanager
 def dropless(model: nn.Module) -> Iterator[None]:
-    """Without the capacity that layers only have of training; where ``eval_capacity_factor`` was set it holds, which is
-    said once.
+    """Inside, no layer has the capacity that it has in training alone; one with ``eval_capacity_factor`` keeps that,
+    and a warning says so once.
 
     A step of a search is one token of each row of the batch: with a capacity these compete for the experts, so that a
     sentence's translation depends on which others are there, and still open.
@@ -133,7 +133,7 @@ def dropless(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _evaluation(model: nn.Module, dtype: str | None = None) -> Iterator[Any]:
-    """The model without dropout, capacity of training and gradients; afterwards each part is as it was."""
+    """Yield the model without dropout, capacity of training and gradients; afterwards each part is as it was."""
     model = in_dtype(model, dtype)
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -147,7 +147,7 @@ def _evaluation(model: nn.Module, dtype: str | None = None) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def _steady(model: nn.Module, rows: int, steps: int) -> Iterator[None]:
-    """What is made of the weights once for all steps of a search."""
+    """Inside, weights do not change: large ones are packed, and norms scaled, once for all steps of a search."""
     with contextlib.ExitStack() as stack:
         if rows > 1 and steps >= _PACKING:
             stack.enter_context(cpu.packed(*getattr(model, "step_weights", list)()))

@@ -1,4 +1,4 @@
-"""A step of sampling, and what the draws come from."""
+"""A step of sampling, and the generators of its draws."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from apps.nlp.decode.config import DecodeConfig
 
 
 def drawn(log_prob_bkV: Tensor, score_bk: Tensor, draw_bk: Tensor, config: DecodeConfig) -> Choice:
-    """A step of sampling: each row by itself, or each of k from the only one."""
+    """Choose by a step of sampling: each row by itself, or each of k from the only one."""
     k = draw_bk.shape[1]
     log_prob_bkV, score_bk = log_prob_bkV.expand(-1, k, -1), score_bk.expand(-1, k)
     cumulative_bkV = sampling_probs(log_prob_bkV.double(), config).cumsum(-1)
@@ -31,7 +31,9 @@ def drawn(log_prob_bkV: Tensor, score_bk: Tensor, draw_bk: Tensor, config: Decod
 
 
 def sampling_probs(logits: Tensor, config: DecodeConfig) -> Tensor:
-    """(..., V), what an id is drawn with: 0 outside ``top_k`` and ``top_p``, where equals go to the lower ids.
+    """Return the probabilities that ids are drawn with, (..., V): 0 outside ``top_k`` and ``top_p``.
+
+    Among equal ids these keep the lower ones.
 
     Args:
         logits: (..., V), logits or log-probabilities; -inf for what is not allowed.
@@ -50,8 +52,8 @@ def sampling_probs(logits: Tensor, config: DecodeConfig) -> Tensor:
 
 
 def draws(config: DecodeConfig, spans: Sequence[tuple[int, int]], numbers: Sequence[int]) -> Tensor:
-    """float64 (B, k, steps), uniform in [0, 1): of each sentence by a generator of its own, so that neither batch mates
-    nor pruning change what it draws.
+    """Return float64 (B, k, steps), uniform in [0, 1). Each sentence has a generator of its own, so that neither batch
+    mates nor pruning change what it draws.
 
     Args:
         config: its seed, and k.
@@ -67,6 +69,6 @@ def draws(config: DecodeConfig, spans: Sequence[tuple[int, int]], numbers: Seque
 
 
 def generator(seed: int, number: int) -> torch.Generator:
-    """What the draws of a sentence come from; the sentence's number is its line's, or its place in the batch."""
+    """Return the generator of a sentence's draws; its number is its line's, or its place in the batch."""
     # A generator on the CPU heeds 32 bits of its seed: both numbers must be mixed into them.
     return torch.Generator().manual_seed(zlib.crc32(f"{seed} {number}".encode()))

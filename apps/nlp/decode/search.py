@@ -38,7 +38,7 @@ class Hypotheses:
 
 @dataclass
 class Sentence:
-    """What is known of a sentence outside the device.
+    """A sentence in a search, outside the device.
 
     Attributes:
         prompt: ids that its hypotheses begin with.
@@ -60,12 +60,12 @@ class Sentence:
         return len(self.prompt) - 1
 
     def ids(self, row: int) -> list[int]:
-        """The ids that lead to a row, without the prompt."""
-        found = []
+        """Return the ids that lead to a row, without the prompt."""
+        backwards = []
         for report, place in reversed(self.steps):
-            found.append(int(report.token[place, row]))
+            backwards.append(int(report.token[place, row]))
             row = int(report.parent[place, row])
-        return found[::-1]
+        return backwards[::-1]
 
     def advance(self, report: Report, place: int, config: DecodeConfig) -> None:
         """Take in what a step chose; ``place`` is the sentence's in it."""
@@ -83,14 +83,14 @@ class Sentence:
             self.done = config.score(best_open, self.limit) <= worst
 
     def best(self, num_best: int) -> list[tuple[float, list[int]]]:
-        """The best finished hypotheses; of equal scores the one that was finished first."""
+        """Return the best finished hypotheses; of equal scores the one that was finished first."""
         return sorted(self.finished, key=lambda hypothesis: -hypothesis[0])[:num_best]
 
 
 def search(
     model: Any, cache: Any, prompt_BL: Tensor, lengths: Sequence[int], config: DecodeConfig, index_B: Tensor | None
 ) -> Hypotheses:
-    """The loop that all methods share. ``lengths`` are what a sentence's limit is of.
+    """Search by the loop that all methods share; a sentence's limit depends on its entry in ``lengths``.
 
     A sentence has one row in the batch until its first choice is made, and then k rows side by side.
     """
@@ -151,21 +151,21 @@ def search(
         if leaves or (config.method == "beam" and k > 1 and step > first):  # else each row goes on from itself
             cache = cache.select(row_bk.flatten())
     best = [s.best(config.num_best) for s in sentences]
-    for i, found in enumerate(best):
-        if not found:
+    for i, own in enumerate(best):
+        if not own:
             raise ValueError(f"sentence {i} of the batch has no end with a finite log-probability")
-    return Hypotheses([[ids for _, ids in found] for found in best], [[score for score, _ in found] for found in best])
+    return Hypotheses([[ids for _, ids in own] for own in best], [[score for score, _ in own] for own in best])
 
 
 def _closed_up(stays: Sequence[bool]) -> list[int]:
-    """The places of those that stay, in their new order: the last ones fill the gaps, so that few move."""
+    """Return the places of those that stay, in their new order: the last ones fill the gaps, so that few move."""
     count = sum(stays)
     last = (place for place in reversed(range(count, len(stays))) if stays[place])
     return [place if stays[place] else next(last) for place in range(count)]
 
 
 def _column(prompts: Sequence[Sequence[int]], t: int, device: torch.device) -> Tensor:
-    """int64 (B,), the prompts' ids at position t."""
+    """Return the prompts' ids at position t, int64 (B,)."""
     return torch.tensor([prompt[t] for prompt in prompts], device=device)
 
 
@@ -188,7 +188,7 @@ def _restrict(log_prob_bkV: Tensor, sentences: Sequence[Sentence], step: int, co
 
 
 def _read_prompts(choice: Choice, sentences: Sequence[Sentence], step: int, method: str) -> None:
-    """In place of what was chosen, the next id of the prompts that are not read yet."""
+    """While a prompt is still being read, replace the chosen id with the prompt's next one."""
     reading = [place for place, sentence in enumerate(sentences) if step < sentence.start]
     if not reading:
         return
@@ -201,6 +201,6 @@ def _read_prompts(choice: Choice, sentences: Sequence[Sentence], step: int, meth
 
 
 def max_positions(model: Any) -> int | None:
-    """Ids that the model's decoder can read; None: any number."""
+    """Return how many ids the model's decoder can read; None: any number."""
     config = getattr(model, "config", None)
     return config.max_length if config is not None and config.positions == "learned" else None

@@ -191,7 +191,7 @@ class TextData(SuiteData):
         return Subwords(tuple(self.opened.info["subwords"]))
 
     def size(self, split: str) -> TextSize:
-        """Of the text of "train", "val" or "test"."""
+        """Return how much text "train", "val" or "test" has."""
         check_name("split", split, SPLITS)
         return TextSize(*self.opened.info["sizes"][split])
 
@@ -208,7 +208,7 @@ class TextData(SuiteData):
         return _Blocks(self.opened[f"{split}_ids"], self.block_size)
 
     def predict_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """One prompt a batch, read as it comes: a decoder that continues text has no place for padding."""
+        """Return one prompt a batch, read as it comes: a decoder that continues text has no place for padding."""
         if self.text is None and self.predict_file is None:
             raise ValueError(
                 "there is nothing to continue: give text (--data.text) or predict_file (--data.predict_file)"
@@ -262,7 +262,7 @@ class TextData(SuiteData):
         return found
 
     def _read_own(self) -> dict[str, list[list[str]]]:
-        """The lines of each document of each split."""
+        """Return the lines of each document of each split."""
         splits = {
             split: [document for path in paths for document in _documents(read_lines(path), self.document)]
             for split, paths in self._own_files().items()
@@ -288,7 +288,7 @@ class TextData(SuiteData):
         return splits
 
     def _read_corpus(self, parts: Mapping[str, Sequence[Rows]]) -> dict[str, list[list[str]]]:
-        """The sentences of each split, each in one split and there once."""
+        """Return the sentences of each split, each in one split and there once."""
         language, sizes = self._language, Sizes(self.val_size, self.test_size, self.split_seed)
         distinct = {
             split: [Rows({language: [*dict.fromkeys(filter(None, rows.text[language]))]}, rows.name) for rows in found]
@@ -371,12 +371,12 @@ def prompt_batches(lines: Iterable[str], subwords: Subwords, start: int = 0) -> 
 
 
 def _key(document: list[str]) -> str:
-    """Of documents that are the same text."""
+    """Return the text of a document, by which equal ones are known."""
     return "\n".join(document)
 
 
 def _draw(documents: list[list[str]], counts: Sequence[int], seed: int) -> list[list[int]]:
-    """So many documents for each held-out split, by chance, in their order; the same text is in one split alone."""
+    """Draw so many documents for each held-out split, in their order; the same text is in one split alone."""
     copies: dict[str, list[int]] = {}
     for i, document in enumerate(documents):
         copies.setdefault(_key(document), []).append(i)
@@ -390,7 +390,7 @@ def _draw(documents: list[list[str]], counts: Sequence[int], seed: int) -> list[
 
 
 def _documents(lines: list[str], document: str) -> Iterator[list[str]]:
-    """The lines of a file that are no empty ones, as documents."""
+    """Yield the lines of a file that are not empty, as documents."""
     if document == "line":
         yield from ([line] for line in lines if line)
         return

@@ -65,7 +65,7 @@ class TokenBatches:
         return self._num_batches
 
     def batches(self, seed: int, epoch: int) -> list[Tensor]:
-        """The positions of each batch, int64, batches in random order."""
+        """Return the positions of each batch, int64, batches in random order."""
         generator = _generator(seed, 0, epoch)
         parts = self._cut(self._draw(seed, epoch, generator), self.tokens, generator)
         tokens = self.tokens
@@ -80,14 +80,14 @@ class TokenBatches:
         return [torch.from_numpy(parts[i]) for i in generator.permutation(len(parts))]
 
     def padding(self) -> float:
-        """Tokens of padding over all tokens of both sides, in the first epoch of seed 0; epochs differ little."""
+        """Return the share of padding in the tokens of the first epoch of seed 0; epochs differ little."""
         sides = (self.source_N, self.target_N)
         parts = [part.numpy() for part in self.batches(0, 0)]
         tokens = sum(int(side[part].sum()) for part in parts for side in sides)
         return 1 - tokens / sum(len(part) * int(side[part].max()) for part in parts for side in sides)
 
     def _count(self) -> int:
-        """How many batches every epoch has: what one takes, and a few for what differs between epochs."""
+        """Return how many batches every epoch has: what one takes, and a few for what differs between epochs."""
         generator = _generator(0, 0, 0)
         order = self._draw(0, 0, generator)
         count = len(self._cut(order, self.tokens, None))
@@ -100,7 +100,7 @@ class TokenBatches:
         return min(count + spare, len(order))
 
     def _draw(self, seed: int, epoch: int, generator: np.random.Generator) -> Lengths:
-        """The positions of an epoch in random order."""
+        """Return the positions of an epoch in random order."""
         if not self._groups:
             return generator.permutation(len(self.source_N))
         drawn = [
@@ -110,7 +110,7 @@ class TokenBatches:
         return generator.permutation(np.concatenate(drawn))
 
     def _cut(self, order: Lengths, tokens: int, generator: np.random.Generator | None) -> list[Lengths]:
-        """Batches of ``order``; with a generator the first one of each pool is a random part of a batch."""
+        """Return batches of ``order``; with a generator the first one of each pool is a random part of a batch."""
         pools = -(-len(order) // _POOL)
         parts = []
         for pool in np.array_split(order, pools):
@@ -123,7 +123,7 @@ class TokenBatches:
 
 
 def by_length(source_N: Lengths, target_N: Lengths, order: Lengths) -> Lengths:
-    """``order`` by each pair's longer side, then by the difference of both; what is equal keeps its place.
+    """Sort ``order`` by each pair's longer side, then by the difference of both; what is equal keeps its place.
 
     The differences go back and forth, so that neighbours are alike also where the longer side goes up by one.
     """
@@ -132,7 +132,7 @@ def by_length(source_N: Lengths, target_N: Lengths, order: Lengths) -> Lengths:
 
 
 def evenly(num: int) -> list[int]:
-    """0 to ``num - 1`` in an order of which every beginning is spread over all of them, from the middle on."""
+    """Return 0 to ``num - 1`` in an order of which every beginning is spread over all of them, from the middle on."""
     bits = max(num - 1, 0).bit_length()
     # The binary digits of 0, 1, 2, ... read backwards halve the widest gap each time (van der Corput).
     reversed_bits = (int(f"{i:0{bits}b}"[::-1], 2) if bits else 0 for i in range(1 << bits))
@@ -141,7 +141,7 @@ def evenly(num: int) -> list[int]:
 
 
 def cut_by_tokens(longer: Lengths, tokens: int, first: int | None = None) -> list[int]:
-    """Bounds of the batches of pairs in this order: each as large as its budget allows, and of one pair at least.
+    """Return the bounds of the batches, in this order: each as large as its budget allows, and of one pair at least.
 
     Args:
         longer: tokens of each pair's longer side.
@@ -162,7 +162,7 @@ def cut_by_tokens(longer: Lengths, tokens: int, first: int | None = None) -> lis
 
 
 def quotas(sizes: Sequence[int], temperature: float) -> list[int]:
-    """Pairs an epoch of each group of ``sizes`` at a temperature: ``sum(sizes)`` in all, at least one each."""
+    """Return each group's pairs an epoch at a temperature: ``sum(sizes)`` in all, at least one each."""
     shares = np.array(sizes, float) ** (1 / temperature)
     exact = shares / shares.sum() * sum(sizes)
     floor = np.maximum(1, np.floor(exact)).astype(int)
@@ -173,7 +173,7 @@ def quotas(sizes: Sequence[int], temperature: float) -> list[int]:
 
 
 def _endless(size: int, start: int, count: int, seed: tuple[int, ...]) -> Lengths:
-    """Numbers ``start`` to ``start + count`` of random orders of ``range(size)``, one after the other."""
+    """Return numbers ``start`` to ``start + count`` of random orders of ``range(size)``, one after the other."""
     first, last = start // size, (start + count - 1) // size
     orders = [_generator(*seed, turn).permutation(size) for turn in range(first, last + 1)]
     return np.concatenate(orders)[start - first * size :][:count]

@@ -42,11 +42,11 @@ class SentencePairs:
         return len(self.source)
 
     def num_identical(self) -> int:
-        """How many pairs have the same text on both sides."""
+        """Return how many pairs have the same text on both sides."""
         return sum(source == target for source, target in zip(self.source, self.target, strict=True))
 
     def take(self, positions: Iterable[int]) -> SentencePairs:
-        """Those at ``positions``."""
+        """Return the pairs at ``positions``."""
         at = list(positions)
         return SentencePairs(
             [self.source[i] for i in at],
@@ -58,7 +58,7 @@ class SentencePairs:
 
 @dataclass(frozen=True)
 class Filters:
-    """Which pairs are left out. Files of validation and test pairs are taken as they are.
+    """Rules for leaving out training pairs. Files of validation and test pairs are taken as they are.
 
     Attributes:
         min_words, max_words: words of a side, as `num_words` counts them; None: any number.
@@ -86,7 +86,7 @@ class Filters:
             raise ValueError(f"min_words={self.min_words} exceeds max_words={self.max_words}")
 
     def reason(self, source: str, target: str) -> str | None:
-        """Why a pair is left out; None: it is not."""
+        """Return why a pair is left out; None: it is not."""
         if not source or not target:
             return "with an empty side"
         if self.drop_identical and source == target:
@@ -106,7 +106,7 @@ class Filters:
 
 
 def parse_pairs(pairs: Sequence[str]) -> tuple[tuple[str, str], ...]:
-    """Source and target language of each pair.
+    """Return source and target language of each pair.
 
     Raises:
         ValueError: no pair, one that is not written as ``en-de``, of a language with itself, or given twice.
@@ -156,7 +156,7 @@ class Sizes:
 def collect(
     corpora: Mapping[str, tuple[Mapping[str, Sequence[Rows]], Sizes]], pairs: Sequence[str], filters: Filters
 ) -> Collected:
-    """The sentence pairs of the wanted language pairs.
+    """Return the sentence pairs of the wanted language pairs.
 
     A pair with an empty side is left out of every split. Out of training are left those that a filter names, and those
     that are in validation or test in the same words, in either direction. Where rows are held out by chance, the
@@ -199,9 +199,9 @@ def collect(
                         kept.target.append(target)
                         kept.pair.append(p)
                         kept.corpus.append(number)
-    found = set(splits["train"].pair)
+    trained = set(splits["train"].pair)
     for p, pair in enumerate(pairs):
-        if p not in found:
+        if p not in trained:
             known = {lang for parts in shared for rows in parts.get("train", ()) for lang in rows.text}
             lacking = [lang for lang in parsed[p] if lang not in known]
             why = f"nothing is in {lacking[0]!r}, only in {', '.join(sorted(known))}" if lacking else "none is left"
@@ -210,7 +210,7 @@ def collect(
 
 
 def _both(rows: Rows, a: str, b: str) -> Iterable[tuple[str, str]]:
-    """Both sides of the rows that have at least one."""
+    """Return both sides of the rows that have at least one."""
     if a not in rows.text or b not in rows.text:
         return ()
     return ((source, target) for source, target in zip(rows.text[a], rows.text[b], strict=True) if source or target)
@@ -219,7 +219,7 @@ def _both(rows: Rows, a: str, b: str) -> Iterable[tuple[str, str]]:
 def share_out(
     corpora: Sequence[tuple[Mapping[str, Sequence[Rows]], Sizes]], kept: Callable[[Rows], Rows] = lambda rows: rows
 ) -> list[dict[str, list[Rows]]]:
-    """The rows of each corpus' splits: those of its own files, as many as are wanted, or some of the training rows.
+    """Return the rows of each corpus' splits: of its own files as many as are wanted, or some training rows.
 
     Args:
         corpora: of each one the rows of its splits, and how many are to be held out.
@@ -255,17 +255,17 @@ def share_out(
                 _check_drawn(own, others, name, asked, count_of(size, len(own)), len(drawn[f][name]))
     else:
         drawn = [{"train": rows} for _, rows, _ in training]
-    for (number, _, wanted), found in zip(training, drawn, strict=True):
+    for (number, _, wanted), own_splits in zip(training, drawn, strict=True):
         for name in ("train", *wanted):
-            shared[number].setdefault(name, []).append(found[name])
+            shared[number].setdefault(name, []).append(own_splits[name])
     return shared
 
 
 def _check_drawn(
-    own: Rows, others: Sequence[Rows], split: str, asked: int | float | None, wanted: int, found: int
+    own: Rows, others: Sequence[Rows], split: str, asked: int | float | None, wanted: int, drawn: int
 ) -> None:
-    """Tell of a file of which fewer rows were held out than wanted; refuse that none were where they were asked for."""
-    if found == wanted:
+    """Warn of a file of which fewer rows were held out than wanted; refuse that none were where they were asked for."""
+    if drawn == wanted:
         return
     known = {(language, _key(line)) for language, lines in own.text.items() for line in lines if line}
     counts = [
@@ -273,19 +273,19 @@ def _check_drawn(
         for rows in others
     ]
     size = f"{split}_size={wanted if asked is None else asked}"
-    told = (
-        f"{size}: {found:,} of {own.name}'s {len(own):,} rows can be held out: those that share sentences stay together"
+    message = (
+        f"{size}: {drawn:,} of {own.name}'s {len(own):,} rows can be held out: those that share sentences stay together"
     )
     if any(counts):
         most = int(np.argmax(counts))
-        told += f", {counts[most]:,} of {others[most].name} too"
-    if asked and not found:
-        raise ValueError(f"{told}; {split}_size=0 holds none out")
-    log.warning("%s", told)
+        message += f", {counts[most]:,} of {others[most].name} too"
+    if asked and not drawn:
+        raise ValueError(f"{message}; {split}_size=0 holds none out")
+    log.warning("%s", message)
 
 
 def _filtered(rows: Rows, pairs: Sequence[tuple[str, str]], filters: Filters, left_out: Counter[str]) -> Rows:
-    """The rows of which at least one pair is to be kept."""
+    """Return the rows of which at least one pair is to be kept."""
     keep = np.zeros(len(rows), bool)
     reasons: list[str | None] = [None] * len(rows)
     for a, b in pairs:
@@ -310,7 +310,7 @@ def draw_splits(
     seeds: Sequence[int],
     held: Sequence[Rows] = (),
 ) -> list[dict[str, Rows]]:
-    """Rows of one or several files shared out by chance so that no sentence, of any language, is in two splits.
+    """Share out the rows of one or several files by chance, so that no sentence, of any language, is in two splits.
 
     Rows that share a sentence, directly or over others, stay together, whichever files they are in; letter case and
     spaces do not count. Their groups are drawn until a split is full; one that is larger than what is left, in any
@@ -356,7 +356,7 @@ def draw_splits(
 
 
 def _connected(files: Sequence[Rows]) -> NDArray[np.int64]:
-    """Of each row of each file, the number of the group of rows that share sentences."""
+    """Return the number of each row's group, the rows that share sentences, over all files."""
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
 

@@ -80,14 +80,14 @@ def _named(corpus: Corpus) -> dict[str, str]:
 
 
 def find_moses(root: Path, pairs: Sequence[str], corpus: Corpus) -> tuple[list[Path], Read]:
-    """The files of text in Moses form, and what reads them by split."""
-    found = {split: moses.find(root, name, pairs) for split, name in _named(corpus).items()}
-    files = [path for texts in found.values() for text in texts for path in text.values()]
-    return files, lambda: {split: [moses.read(text) for text in texts] for split, texts in found.items()}
+    """Return the files of text in Moses form, and what reads them by split."""
+    texts = {split: moses.find(root, name, pairs) for split, name in _named(corpus).items()}
+    files = [path for own in texts.values() for text in own for path in text.values()]
+    return files, lambda: {split: [moses.read(text) for text in own] for split, own in texts.items()}
 
 
 def find_tsv(root: Path, pairs: Sequence[str], corpus: Corpus) -> tuple[list[Path], Read]:
-    """The files of text in columns, and what reads them by split.
+    """Return the files of text in columns, and what reads them by split.
 
     Raises:
         ValueError: a missing file, or several pairs and no columns.
@@ -97,17 +97,17 @@ def find_tsv(root: Path, pairs: Sequence[str], corpus: Corpus) -> tuple[list[Pat
             "dataset='tsv' needs columns (--data.columns), the language of each, where there are several pairs"
         )
     columns = pairs[0].split("-") if corpus.columns is None else list(corpus.columns)
-    found = {split: tsv.find(root, name) for split, name in _named(corpus).items()}
-    files = [path for paths in found.values() for path in paths]
+    paths = {split: tsv.find(root, name) for split, name in _named(corpus).items()}
+    files = [path for own in paths.values() for path in own]
     named = corpus.columns is not None
-    return files, lambda: {split: [tsv.read(paths, columns, named)] for split, paths in found.items()}
+    return files, lambda: {split: [tsv.read(own, columns, named)] for split, own in paths.items()}
 
 
 def find_gettext(root: Path, pairs: Sequence[str], corpus: Corpus) -> tuple[list[Path], Read]:
-    """The catalogs of the pairs' languages, and what reads them by split."""
-    found = {split: catalogs.find(root, name, pairs) for split, name in _named(corpus).items()}
-    files = [path for those in found.values() for _, path in those]
-    return files, lambda: {split: [catalogs.read(those, str(root), corpus.mnemonic)] for split, those in found.items()}
+    """Return the catalogs of the pairs' languages, and what reads them by split."""
+    named = {split: catalogs.find(root, name, pairs) for split, name in _named(corpus).items()}
+    files = [path for own in named.values() for _, path in own]
+    return files, lambda: {split: [catalogs.read(own, str(root), corpus.mnemonic)] for split, own in named.items()}
 
 
 _MULTI30K = "https://raw.githubusercontent.com/multi30k/dataset/a3d2e0d26b56f3846f66a952536ffed4e401d05a/"
@@ -134,7 +134,7 @@ def _find_bible(root: Path, pairs: Sequence[str], corpus: Corpus) -> tuple[list[
 def _catalogs(
     name: str, title: str, pattern: str, languages: str, source: Source, licence: str, mnemonic: Mnemonic
 ) -> NlpDataset:
-    """The catalogs of a program, which a package ships."""
+    """Return the catalogs of a program, which a package ships."""
 
     def find(root: Path, pairs: Sequence[str], corpus: Corpus) -> tuple[list[Path], Read]:
         return find_gettext(root, pairs, Corpus("gettext", None, pattern, mnemonic=mnemonic))
@@ -305,7 +305,7 @@ def check_corpus(corpus: Corpus) -> None:
 
 
 def find_corpus(corpus: Corpus, pairs: Sequence[str], cache_dir: str | None) -> tuple[list[Path], Read]:
-    """The files of a corpus, fetched if need be, and what reads them by split.
+    """Return the files of a corpus, fetched if need be, and what reads them by split.
 
     Raises:
         ValueError: a missing file.
@@ -318,7 +318,7 @@ def find_corpus(corpus: Corpus, pairs: Sequence[str], cache_dir: str | None) -> 
 
 
 def find_language(dataset: str, root: str | None, language: str, cache_dir: str | None) -> tuple[list[Path], Read]:
-    """The files of a corpus that is known by name, and what reads by split all rows that are there in a language.
+    """Return the files of a corpus that is known by name, and what reads by split all rows of a language.
 
     Raises:
         ValueError: a missing file.

@@ -27,7 +27,7 @@ _SIDES: tuple[Side, Side] = ("source", "target")
 
 
 def encode(lines: Sequence[str], subwords: Subwords, side: Side) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-    """Ids of all lines, one after the other, and the N + 1 bounds of each."""
+    """Return the ids of all lines, one after the other, and the N + 1 bounds of each."""
     ids, ends = [np.empty(0, np.int32)], [np.zeros(1, np.int64)]
     for start in range(0, len(lines), _CHUNK):
         rows = subwords.encode(lines[start : start + _CHUNK], side)
@@ -88,13 +88,13 @@ class EncodedPairs(Dataset[Any]):
         return TranslationBatch(source_BS, target_BL, pair_B, index_B)
 
     def lengths(self) -> tuple[Tensor, Tensor]:
-        """int64 (N,) twice: tokens of each pair's source and target, specials included and uncut."""
+        """Return, int64 (N,) each, the tokens of each pair's source and target, specials included and uncut."""
         source_N = self._array("source_bounds").diff() + 1 + (self.tags is not None)
         target_N = self._array("target_bounds").diff() + 2
         return (source_N, target_N) if self.positions is None else (source_N[self.positions], target_N[self.positions])
 
     def groups(self) -> Tensor:
-        """int64 (N,): a number for each corpus and language pair."""
+        """Return a number for each pair's corpus and language pair, int64 (N,)."""
         pair_N, corpus_N = self._array("pair"), self._array("corpus")
         group_N = corpus_N * (int(pair_N.max()) + 1 if len(pair_N) else 1) + pair_N
         return group_N if self.positions is None else group_N[self.positions]
@@ -108,7 +108,7 @@ class EncodedPairs(Dataset[Any]):
 
 
 def pad(ids_M: Tensor, begin_B: Tensor, end_B: Tensor, most: int, first_B: Tensor | None) -> Tensor:
-    """Sentences side by side, each with ``EOS_ID`` and padding after it.
+    """Put sentences side by side, each with ``EOS_ID`` and padding after it.
 
     Args:
         ids_M: ids of all sentences, one after the other.

@@ -171,7 +171,7 @@ class TranslationData(SuiteData):
 
     @property
     def languages(self) -> tuple[str, ...]:
-        """Of all pairs, in the order of their first mention."""
+        """The languages of all pairs, in the order of their first mention."""
         return tuple(dict.fromkeys(language for pair in parse_pairs(self.pairs) for language in pair))
 
     @property
@@ -179,15 +179,15 @@ class TranslationData(SuiteData):
         return tuple(dict.fromkeys(target for _, target in parse_pairs(self.pairs)))
 
     def sources(self, split: str) -> list[str]:
-        """The source sentences of "val" or "test", by ``index_B`` of a batch."""
+        """Return the source sentences of "val" or "test", by ``index_B`` of a batch."""
         return read_texts(self.opened, f"{self._held_out(split)}_source_text")
 
     def references(self, split: str) -> list[str]:
-        """The target sentences of "val" or "test", by ``index_B`` of a batch."""
+        """Return the target sentences of "val" or "test", by ``index_B`` of a batch."""
         return read_texts(self.opened, f"{self._held_out(split)}_target_text")
 
     def pair_of(self, split: str) -> list[int]:
-        """The language pair of each sentence pair of "val" or "test", as its place in ``pairs``."""
+        """Return the language pair of each sentence pair of "val" or "test", as its place in ``pairs``."""
         return self.opened[f"{self._held_out(split)}_pair"].tolist()
 
     # ---- Lightning
@@ -221,7 +221,7 @@ class TranslationData(SuiteData):
         return in_order(_Whole(examples, batches), 1, self.num_workers)
 
     def predict_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """What is to be translated, read as it comes by one process; ``target_BL`` is ``BOS_ID`` alone.
+        """Return the batches to translate, read as they come by one process; ``target_BL`` is ``BOS_ID`` alone.
 
         Without text and file, the test split.
         """
@@ -304,8 +304,8 @@ class TranslationData(SuiteData):
         if padding > _MUCH_PADDING:
             parts[-1] += f", less with tokens_per_batch (--data.tokens_per_batch) below {self.tokens_per_batch}"
         for split in ("val", "test"):
-            found = set(self.pair_of(split))
-            if found and (lacking := [pair for p, pair in enumerate(self.pairs) if p not in found]):
+            present = set(self.pair_of(split))
+            if present and (lacking := [pair for p, pair in enumerate(self.pairs) if p not in present]):
                 parts.append(f"no {split} pairs of {', '.join(lacking)}")
             if cut := int((torch.maximum(*self._pairs(split).lengths()) > self.max_length).sum()):
                 parts.append(f"{cut:,} of more than {self.max_length} tokens are cut ({split})")
@@ -323,16 +323,16 @@ class TranslationData(SuiteData):
             )  # fmt: skip
 
     def read(self) -> ArrayFiles:
-        found = [find_corpus(corpus, self.pairs, self.cache_dir) for corpus in self.corpora]
+        files = [find_corpus(corpus, self.pairs, self.cache_dir) for corpus in self.corpora]
         made_from = [
-            [[identity(files) for files, _ in found], [asdict(corpus) for corpus in self.corpora], self.pairs],
+            [[identity(paths) for paths, _ in files], [asdict(corpus) for corpus in self.corpora], self.pairs],
             [asdict(self.filters), self.split_seed, self.subset],
         ]
         return STORE.open(
             self.cache,
             self.dataset,
             made_from,
-            lambda writer: self._write(writer, [read() for _, read in found]),
+            lambda writer: self._write(writer, [read() for _, read in files]),
             learning=asdict(self.tokenizer),
             given=None if self._given is None else self._given.digest,
             digest_of=lambda files: files.info["digest"],

@@ -29,7 +29,7 @@ _COLUMNS = {"bleu": "BLEU", "chrf": "chrF++", "token_accuracy": "token acc., %",
 @core.register_config
 @dataclass(frozen=True)
 class TranslationReportConfig(ReportConfig):
-    """What ``moesaic test`` adds to the scores of a translation model.
+    """Options of what ``moesaic test`` adds to the scores of a translation model.
 
     Attributes:
         lengths: words of a reference up to which its sentences are one group, ascending; longer ones are the last.

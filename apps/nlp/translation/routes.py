@@ -1,4 +1,4 @@
-"""What a translation model's experts are used for, read from test sentences: tables, files and pictures."""
+"""The use of a translation model's experts in test sentences: tables, files and pictures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a decoder reads, checked by hand."""
+"""The ids that a decoder reads, by hand."""
 
 import torch
 

@@ -25,7 +25,7 @@ _MARKS = re.compile(r"\(\d+:\d+[a-z]?\)|\(\*\)|\*( \*)*|[\[\]\xad]|\(ADDED FROM.
 
 
 def read(path: Path, languages: Sequence[str]) -> dict[str, list[Rows]]:
-    """The verses of each split, in the order of the books.
+    """Return the verses of each split, in the order of the books.
 
     Args:
         path: of the table.

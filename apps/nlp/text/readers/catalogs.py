@@ -20,7 +20,7 @@ SOURCE = "en"
 """The language of the messages."""
 
 MARKS = ("_", "&", "~")
-"""What stands before the letter that opens a menu entry: in GTK, Qt, LibreOffice."""
+"""The marks before the letter that opens a menu entry: in GTK, Qt, LibreOffice."""
 MNEMONICS = (*MARKS, "none")
 
 _FORMAT = re.compile(
@@ -32,13 +32,16 @@ _LETTER = re.compile(r"[^\W\d_]")
 
 @functools.cache
 def _mark(marker: str, inside: bool) -> re.Pattern[str]:
-    """A format code, or as group 1 the mark of a key; ``inside``: in a word too, but never as in "R&D"."""
+    """Return the pattern of a format code, or as group 1 the mark of a key.
+
+    With ``inside`` the mark may stand in a word too, but never as in "R&D".
+    """
     where = "" if inside else r"(?<!\S)"
     return re.compile(rf"{_FORMAT.pattern}|({where}{marker}(?=[^\W\d_])(?!(?<=[A-Z]&)[A-Z]))")
 
 
 def plain(message: str, translation: str, mnemonic: str | None = None) -> tuple[str, str]:
-    """A message and its translation as sentences: without context and mark of a key, each on one line.
+    """Return a message and its translation as sentences: without context and mark of a key, each on one line.
 
     A message with one mark outside its format codes has a key: that mark is taken out, and of its translation the one
     mark, or the key behind it, ``(_F)``. More marks than one are none.
@@ -60,18 +63,18 @@ def plain(message: str, translation: str, mnemonic: str | None = None) -> tuple[
 
 
 def _without(mark: re.Pattern[str], text: str) -> str:
-    """``text`` without the mark, if it has exactly one."""
-    found = [match.start() for match in mark.finditer(text) if match[1]]
-    return text[: found[0]] + text[found[0] + 1 :] if len(found) == 1 else text
+    """Return ``text`` without the mark, if it has exactly one."""
+    marks = [match.start() for match in mark.finditer(text) if match[1]]
+    return text[: marks[0]] + text[marks[0] + 1 :] if len(marks) == 1 else text
 
 
 def has_words(message: str) -> bool:
-    """Whether anything but format codes, tags, numbers and signs is in a message."""
+    """Return whether anything but format codes, tags, numbers and signs is in a message."""
     return _LETTER.search(_FORMAT.sub("", message)) is not None
 
 
 def find(root: Path, names: str, pairs: Sequence[str]) -> list[tuple[str, Path]]:
-    """The catalogs of the languages of ``pairs``, with their languages.
+    """Return the catalogs of the languages of ``pairs``, with their languages.
 
     Args:
         root: folder that the names start from.
@@ -85,12 +88,12 @@ def find(root: Path, names: str, pairs: Sequence[str]) -> list[tuple[str, Path]]
     paths = expand(root, names)
     if not paths:
         raise ValueError(f"{root / names} matches no file")
-    found = [(_language(path), path) for path in paths]
-    return [(language, path) for language, path in found if language in wanted]
+    named = [(_language(path), path) for path in paths]
+    return [(language, path) for language, path in named if language in wanted]
 
 
 def _language(path: Path) -> str:
-    """By the folder that holds ``LC_MESSAGES``, or by the file's name: ``de.po``, ``app-de.po``."""
+    """Return the language of a catalog: its folder above ``LC_MESSAGES``, or by its name, ``de.po``, ``app-de.po``."""
     if path.parent.name == "LC_MESSAGES":
         return path.parent.parent.name
     if match := re.search(r"(?:^|[-.])([a-z]{2,3}(?:[_@][A-Za-z]+)?)$", path.stem):
@@ -99,7 +102,7 @@ def _language(path: Path) -> str:
 
 
 def read(catalogs: Sequence[tuple[str, Path]], name: str, mnemonic: str | None = None) -> Rows:
-    """The messages of all catalogs and their translations, a row for each.
+    """Return the messages of all catalogs and their translations, a row for each.
 
     Left out are messages without words, translations that repeat the message, and rows that come again.
 
@@ -127,7 +130,7 @@ def read(catalogs: Sequence[tuple[str, Path]], name: str, mnemonic: str | None =
 
 
 def read_catalog(path: Path) -> Iterator[tuple[str, str]]:
-    """Message, with its context and ``\\x04`` before it, and translation of each entry that has one.
+    """Yield message, with its context and ``\\x04`` before it, and translation of each entry that has one.
 
     Raises:
         ValueError: a file that is no catalog, or not UTF-8.
@@ -156,7 +159,7 @@ _ESCAPED = {"n": "\n", "t": "\t", "r": "\r", "a": "\a", "b": "\b", "f": "\f", "v
 
 
 def _read_po(path: Path) -> Iterator[tuple[str, str]]:
-    """Fuzzy entries, whose translation nobody has checked, and obsolete ones are left out."""
+    """Yield message and translation of each entry but fuzzy ones, which nobody has checked, and obsolete ones."""
     singular = 0
     for entry in _entries(path):
         message, translation = entry.get("msgid"), entry.get("msgstr") or entry.get(f"msgstr[{singular}]")
@@ -170,7 +173,7 @@ def _read_po(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _entries(path: Path) -> Iterator[dict[str, str]]:
-    """The strings of each entry by keyword; fuzzy ones have none."""
+    """Yield the strings of each entry by keyword; fuzzy ones have none."""
     entry: dict[str, str] = {}
     fuzzy, last = False, ""
     for number, raw in enumerate(itertools.chain(text_lines(path), [""]), 1):

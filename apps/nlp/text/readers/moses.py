@@ -12,7 +12,7 @@ from apps.data.text_files import Rows, expand, read_lines
 
 
 def find(root: Path, name: str, pairs: Sequence[str]) -> list[dict[str, Path]]:
-    """The files of each text, by language.
+    """Return the files of each text, by language.
 
     Args:
         root: folder that the names start from.
@@ -32,15 +32,15 @@ def find(root: Path, name: str, pairs: Sequence[str]) -> list[dict[str, Path]]:
     else:
         languages = dict.fromkeys(language for pair in pairs for language in pair.split("-"))
         texts = [_files(root, pattern, list(languages))]
-    found = [files for i, files in enumerate(texts) if len(files) > 1 and files not in texts[:i]]
-    if not found:
+    complete = [files for i, files in enumerate(texts) if len(files) > 1 and files not in texts[:i]]
+    if not complete:
         source, target = pairs[0].split("-")
         first = pattern.replace("{pair}", pairs[0])
         lacking = next(
             (n for n in (first.replace("{lang}", lang) for lang in (source, target)) if not expand(root, n)), first
         )
         raise ValueError(f"{root / lacking} is missing (and {lacking}.gz too)")
-    return found
+    return complete
 
 
 def _files(root: Path, pattern: str, languages: Sequence[str]) -> dict[str, Path]:
@@ -49,7 +49,7 @@ def _files(root: Path, pattern: str, languages: Sequence[str]) -> dict[str, Path
 
 
 def read(files: dict[str, Path]) -> Rows:
-    """The lines of the files of one text.
+    """Return the lines of the files of one text.
 
     Raises:
         ValueError: a file that cannot be read, or two with different numbers of lines.

@@ -16,7 +16,7 @@ SKIP = "-"
 
 
 def find(root: Path, names: str) -> list[Path]:
-    """The files of a name or pattern.
+    """Return the files of a name or pattern.
 
     Raises:
         ValueError: there is none.
@@ -28,7 +28,7 @@ def find(root: Path, names: str) -> list[Path]:
 
 
 def read(paths: Sequence[Path], columns: Sequence[str], named: bool = True) -> Rows:
-    """The rows of all files, ``.tsv`` or ``.txt``, plain, compressed or in a ``.zip``, one after the other.
+    """Return the rows of all files, ``.tsv`` or ``.txt``, plain, compressed or in a ``.zip``, one after the other.
 
     An empty line is a row without text. A first line in which every language stands as a column of its own is a header
     and no row. A quote is a character like another.
@@ -71,9 +71,9 @@ def read(paths: Sequence[Path], columns: Sequence[str], named: bool = True) -> R
             for i, language in enumerate(layout):
                 if language != SKIP:
                     text[language].append(clean(fields[i]))
-        _tell_wider(name, wider, rows, layout)
-        for count, found in wider.items():
-            left_out[f"of {count} columns where {len(layout)} are expected"] += found
+        _check_wider(name, wider, rows, layout)
+        for count, num_rows in wider.items():
+            left_out[f"of {count} columns where {len(layout)} are expected"] += num_rows
         if empty:
             log.info("%s: %s of %s lines are empty", name, f"{empty:,}", f"{rows:,}")
     return Rows(text, str(paths[0]), left_out)
@@ -82,7 +82,7 @@ def read(paths: Sequence[Path], columns: Sequence[str], named: bool = True) -> R
 def _header(
     fields: Sequence[str], columns: Sequence[str], languages: Sequence[str], name: str, named: bool
 ) -> list[str]:
-    """The layout of a file whose first line names the languages.
+    """Return the layout of a file whose first line names the languages.
 
     Raises:
         ValueError: the user named another order, or it names a language twice.
@@ -98,7 +98,7 @@ def _header(
     return layout
 
 
-def _tell_wider(name: str, wider: Counter[int], rows: int, columns: Sequence[str]) -> None:
+def _check_wider(name: str, wider: Counter[int], rows: int, columns: Sequence[str]) -> None:
     """Warn of rows with more columns than the layout.
 
     Raises:
@@ -114,8 +114,8 @@ def _tell_wider(name: str, wider: Counter[int], rows: int, columns: Sequence[str
             f'({", ".join(columns)}): say which languages they are with columns (--data.columns), "-" for one '
             f"that is none, such as [{example}]"
         )
-    for count, found in sorted(wider.items()):
-        share, layout = f"{found:,} of {rows:,} rows", f"{len(columns)} are expected ({', '.join(columns)})"
+    for count, num_rows in sorted(wider.items()):
+        share, layout = f"{num_rows:,} of {rows:,} rows", f"{len(columns)} are expected ({', '.join(columns)})"
         log.warning("%s: %s have %d columns where %s: skipped", name, share, count, layout)
 
 

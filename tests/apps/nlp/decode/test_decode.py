@@ -383,7 +383,7 @@ def test_prompts_of_unequal_length_are_continued_as_each_by_itself():
 
 
 def transformer(kind: str, vocab: int = 40, **options: Any) -> TranslationModel:
-    """Of random weights, large enough that what it says is varied and ends at different lengths."""
+    """Return a model of random weights, large enough that its sentences vary and end at different lengths."""
     moe = {
         "dense": None,
         "top1": core.MoEConfig(num_experts=4, router=core.TokenChoice(top_k=1)),
@@ -451,7 +451,7 @@ def capacities(model: nn.Module) -> list[core.Capacity]:
 
 
 def test_training_s_capacity_is_none_of_decoding_s():
-    """Of 4 rows at a step an expert would take ceil(0.25 * 4 / 4) = 1, and of one row alone that row."""
+    """A capacity counts rows: of 4 at a step an expert would take ceil(0.25 * 4 / 4) = 1, and of one row that row."""
     model = transformer("capacity", vocab=200)
     before, batch = capacities(model), sources([5, 9, 4, 7], 200)
     target = torch.full((4, 3), BOS_ID)

@@ -1,4 +1,4 @@
-"""Which sentence pairs train, validate and test, and what is left out."""
+"""Sentence pairs train, validate, test or are left out."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ RELU = core.FFN(hidden_dim=12, activation="relu")
 
 
 def build(moe=None, layers=("every2", "all"), options=None):
-    """Of gates and biases away from their initial values."""
+    """Return a model with gates and biases away from their initial values."""
     torch.manual_seed(0)
     config = TransformerConfig("nano", dim=16, hidden_dim=24, **(options or {}))
     model = TranslationModel(

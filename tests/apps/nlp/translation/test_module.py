@@ -56,7 +56,7 @@ def data(folder):
 
 @pytest.fixture
 def two(two_folder):
-    """To German, which copies, and to French, which turns a sentence round."""
+    """Make data to German, which copies, and to French, which turns a sentence round."""
     return copy_data(two_folder, ("de", "fr"))
 
 

@@ -1,4 +1,4 @@
-"""What is drawn from which array."""
+"""Each picture draws its arrays."""
 
 from __future__ import annotations
 
