@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,7 +12,7 @@ from ..contract import Evidence, Routing, RoutingContext
 from ..kernels import topk_gate
 from ..kernels.eager import capacity_ranks, check_devices, count_experts, outside_autocast, top_k_ids
 from .balance import SCORE_TERMS
-from .checks import at_least_one, at_most_experts, one_of, positive
+from .checks import at_least_one, at_most_experts, not_negative, one_of, positive
 from .gates import LinearGate
 from .router import LinearGateConfig, PairRouter, RouterConfig, Tokens
 from .selection import Choice
@@ -21,7 +20,7 @@ from .top_k import TopKConfig, TopKRouter
 
 
 class ThresholdRouter(PairRouter):
-    """Two experts, or one where the second gate is small. Built by ``Threshold``."""
+    """The router of ``Threshold``: two experts, or one where the second gate is small."""
 
     config: Threshold
 
@@ -32,7 +31,7 @@ class ThresholdRouter(PairRouter):
         expert_ids_TK, chosen_E, g2_T = best.expert_ids_TK, best.chosen_per_expert_E, best.gates_TK[:, 1].detach()
         policy = config.second if self.training else config.eval_second
         if policy != "always":
-            # Both keep a second gate of the threshold or more for certain.
+            # Both policies are sure to keep a second gate of the threshold or more.
             kept_T = g2_T > config.threshold * torch.rand_like(g2_T) if policy == "random" else g2_T >= config.threshold
             second_T = torch.where(kept_T, expert_ids_TK[:, 1], self.num_experts)
             expert_ids_TK, chosen_E = torch.stack((expert_ids_TK[:, 0], second_T), -1), None
@@ -49,13 +48,10 @@ class Threshold(LinearGateConfig):
     The paper's code draws in evaluation too; here evaluation is deterministic.
 
     Attributes:
-        threshold: of the second gate, which is at most 1/2.
-        second: in training: "random", or "threshold": kept where ``g_2 >= threshold``.
-        eval_second: in evaluation: "threshold", or "always".
+        threshold: value that the second gate, at most 1/2, is compared with.
+        second: rule in training, "random", or "threshold": the second is kept where ``g_2 >= threshold``.
+        eval_second: rule in evaluation, "threshold" or "always".
         init_scale: variance of the gate's initial weights times D.
-
-    Raises:
-        ValueError: a value is out of its range.
     """
 
     paper = "2202.08906"
@@ -79,12 +75,12 @@ class Threshold(LinearGateConfig):
             raise ValueError(f"Threshold takes up to 2 experts, num_experts={num_experts} has no second one")
 
     def pairs_per_token(self, num_experts: int) -> float:
-        """The most: how many tokens keep their second expert is learned."""
+        """Return the most; how many tokens keep their second expert is learned."""
         return 2.0
 
 
 class NullExpertsRouter(PairRouter):
-    """Top-k over experts and null experts. Built by ``NullExperts``."""
+    """The router of ``NullExperts``: top-k over experts and null experts."""
 
     config: NullExperts
 
@@ -94,7 +90,7 @@ class NullExpertsRouter(PairRouter):
         scores_TM = logits_TM.softmax(-1)
         ids_TK = top_k_ids(logits_TM.detach(), self.config.top_k)
         real_TK = ids_TK < E
-        # Softmax of the chosen experts alone; a row without any would be NaN.
+        # The softmax is over the chosen experts alone; a row without any would be NaN.
         some_T1 = real_TK.any(-1, keepdim=True)
         chosen_TK = logits_TM.gather(-1, ids_TK).masked_fill(~real_TK & some_T1, -torch.inf)
         gates_TK = chosen_TK.softmax(-1).masked_fill(~real_TK, 0.0)
@@ -112,7 +108,7 @@ class NullExpertsRouter(PairRouter):
 
 
 def _spread(values: Tensor) -> Tensor:
-    """Every entry of the last axis becomes their mean."""
+    """Replace every entry of the last axis by their mean."""
     return values.mean(-1, keepdim=True).expand_as(values)
 
 
@@ -131,11 +127,8 @@ class NullExperts(RouterConfig):
 
     Attributes:
         top_k: experts a token takes, null ones included; at least 2.
-        num_null_experts: how many compute nothing.
+        num_null_experts: number of experts that compute nothing.
         init_scale: variance of the gate's initial weights times D.
-
-    Raises:
-        ValueError: a value is out of its range, or two of them do not go together.
     """
 
     paper = "2406.13233"
@@ -162,7 +155,7 @@ class NullExperts(RouterConfig):
             )
 
     def pairs_per_token(self, num_experts: int) -> float:
-        """The mean at balance."""
+        """Return the mean at balance."""
         return self.top_k * num_experts / (num_experts + self.num_null_experts)
 
     def num_params(self, dim: int, num_experts: int) -> int:
@@ -173,7 +166,7 @@ class NullExperts(RouterConfig):
 
 
 class ThresholdGate(nn.Module):
-    """Cosine similarity of a token to each expert, and what it has to exceed.
+    """The cosine similarity of a token to each expert, and the threshold that each expert sets for it.
 
     Parameters: ``weight`` (E, D), its rows orthogonal at the start where E <= D; ``threshold`` (E,), 0 at the start.
     """
@@ -190,30 +183,30 @@ class ThresholdGate(nn.Module):
         nn.init.zeros_(self.threshold)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        """float32 (T, D) to logits (T, E)."""
+        """Return the logits (T, E) of float32 (T, D) tokens."""
         check_devices(x_TD, type(self).__name__, self._parameters)
         # A zero token has similarity 0 to all; the floor bounds its gradient.
         direction_TD = F.normalize(x_TD, dim=-1, eps=1e-4)
         return F.linear(direction_TD, self.directions().to(x_TD.dtype)) / self.temperature
 
     def directions(self) -> Tensor:
-        """float32 (E, D), the rows of ``weight`` at length 1."""
+        """Return the rows of ``weight`` at length 1, float32 (E, D)."""
         return F.normalize(self.weight if self.weight.dtype == torch.float64 else self.weight.float(), dim=-1)
 
     def diversity(self) -> Tensor:
-        """``|W^ W^T - I|`` (Frobenius) of the directions: 0 where the experts are orthogonal."""
+        """Return ``|W^ W^T - I|`` (Frobenius) of the directions: 0 where the experts are orthogonal."""
         directions_ED = self.directions()
         identity = torch.eye(len(directions_ED), dtype=directions_ED.dtype, device=directions_ED.device)
         return torch.linalg.matrix_norm(directions_ED @ directions_ED.T - identity)
 
     def simplicity(self) -> Tensor:
-        """Mean length of the rows of ``weight``."""
+        """Return the mean length of the rows of ``weight``."""
         weight = self.weight if self.weight.dtype == torch.float64 else self.weight.float()
         return weight.norm(dim=-1).mean()
 
 
 class DynamicThresholdRouter(PairRouter):
-    """All experts above their thresholds. Built by ``DynamicThreshold``."""
+    """The router of ``DynamicThreshold``: all experts above their thresholds."""
 
     config: DynamicThreshold
     gate: ThresholdGate
@@ -223,7 +216,7 @@ class DynamicThresholdRouter(PairRouter):
         logits_TE = gate(tokens.x_TD)
         scores_TE = logits_TE.sigmoid()
         over_TE = scores_TE - (gate.threshold.to(logits_TE.dtype) / config.temperature).sigmoid()
-        # By the distance to the threshold, so that those above theirs come first.
+        # Sorted by the distance to the threshold, so that experts above theirs come first.
         best_TK = top_k_ids(over_TE.detach(), config.max_k)
         above_TK = over_TE.detach().gather(-1, best_TK) > 0
         none_T = ~above_TK[:, 0]
@@ -233,7 +226,7 @@ class DynamicThresholdRouter(PairRouter):
         over_TK = over_TE.gather(-1, ids_TK)
         # 1 / k, and on the way back the gradient of the distance, as if the step were its identity.
         gates_TK = (1 + (over_TK - over_TK.detach())) / taken_TK.sum(-1, keepdim=True)
-        # The same value for each token, so that their mean is it. Of no use, and not free, in evaluation.
+        # A loss is repeated for each token, so that their mean is the loss. Evaluation has no use for it.
         own = {"diversity": gate.diversity, "simplicity": gate.simplicity} if self.training else {}
         extra = {name: loss().expand(len(logits_TE)) for name, loss in own.items() if name in self.extra_weights}
         ids_TK = torch.where(taken_TK, ids_TK, self.num_experts)
@@ -252,13 +245,10 @@ class DynamicThreshold(RouterConfig):
     ``max_k`` are taken, those furthest above their thresholds; the paper has no limit, which is ``max_k = E``.
 
     Attributes:
-        max_k: places of a token, K; it decides the memory, and the experts taken at most.
-        temperature: divides cosines and thresholds before the sigmoid; 1 in the paper.
+        max_k: places of a token, K: the most experts that it takes, which decides the memory.
+        temperature: divisor of cosines and thresholds before the sigmoid; 1 in the paper.
         diversity: weight of the paper's ``|W^ W^T - I|``, with ``W^`` the rows of the gate's weight at length 1.
         simplicity: weight of the paper's mean length of these rows.
-
-    Raises:
-        ValueError: a value is out of its range, or two of them do not go together.
     """
 
     paper = "2405.14297"
@@ -274,9 +264,8 @@ class DynamicThreshold(RouterConfig):
     def __post_init__(self) -> None:
         at_least_one("max_k", self.max_k)
         positive("temperature", self.temperature)
-        for name in ("diversity", "simplicity"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)} is not a finite number >= 0")
+        not_negative("diversity", self.diversity)
+        not_negative("simplicity", self.simplicity)
 
     def make_gate(self, dim: int, num_experts: int) -> ThresholdGate:
         return ThresholdGate(dim, num_experts, self.temperature)
@@ -289,7 +278,7 @@ class DynamicThreshold(RouterConfig):
         return {name: getattr(self, name) for name in ("diversity", "simplicity") if getattr(self, name)}
 
     def pairs_per_token(self, num_experts: int) -> float:
-        """The most: how many experts are above their thresholds is learned."""
+        """Return the most; how many experts are above their thresholds is learned."""
         return float(self.max_k)
 
     def num_params(self, dim: int, num_experts: int) -> int:
@@ -301,7 +290,7 @@ class DynamicThreshold(RouterConfig):
 
 @dataclass(frozen=True)
 class Rounded:
-    """What ``round_to_tiles`` decides: the pairs, and how many each expert has. Names as in ``Routing``."""
+    """The result of ``round_to_tiles``: the pairs, and how many each expert has. Names are those of ``Routing``."""
 
     token_index_N: Tensor
     expert_ids_N: Tensor
@@ -313,8 +302,8 @@ class Rounded:
 def round_to_tiles(scores_TE: Tensor, expert_ids_TK: Tensor, real_T: Tensor, tile: int) -> Rounded:
     """Round each expert's number of tokens to the nearest multiple of ``tile``, a half up (arXiv 2512.14080).
 
-    Down by leaving out its lowest-scored pairs, up by adding the highest-scored real tokens that did not choose it;
-    where there are too few real tokens to round up, down. But for that case a load changes by ``tile / 2`` at most.
+    Rounding down leaves out the expert's lowest-scored pairs; rounding up adds the highest-scored real tokens that did
+    not choose it. Where there are too few such tokens it rounds down; else a load changes by ``tile / 2`` at most.
 
     Args:
         scores_TE: float (T, E).
@@ -355,7 +344,7 @@ def round_to_tiles(scores_TE: Tensor, expert_ids_TK: Tensor, real_T: Tensor, til
 
 
 class TokenRoundingRouter(TopKRouter):
-    """Top-k in evaluation, top-k rounded to tiles in training. Built by ``TokenRounding``."""
+    """The router of ``TokenRounding``: top-k in evaluation, top-k rounded to tiles in training."""
 
     config: TokenRounding
 
@@ -385,7 +374,7 @@ class TokenRoundingRouter(TopKRouter):
             expert_ids_N=ids_N,
             gates_N=gates_N,
             tokens_per_expert_E=rounded.tokens_per_expert_E,
-            # With the added ones, so that a drop rate is the share of the dropped ones.
+            # The added pairs count as chosen, so that a drop rate is the share of the dropped ones.
             chosen_per_expert_E=rounded.chosen_per_expert_E + rounded.added_per_expert_E,
             num_tokens=len(scores_TE),
             valid_T=tokens.valid_T,
@@ -409,9 +398,6 @@ class TokenRounding(TopKConfig, LinearGateConfig):
         tile: rows of a kernel's tile.
         normalize: as in ``TokenChoice``; the sum runs over the experts that compute the token.
         init_scale: variance of the gate's initial weights times D.
-
-    Raises:
-        ValueError: a value is out of its range, or two of them do not go together.
     """
 
     paper = "2512.14080"

@@ -44,9 +44,6 @@ class Base(LinearGateConfig):
 
     Attributes:
         init_scale: variance of the gate's initial weights times D.
-
-    Raises:
-        ValueError: a value is out of its range.
     """
 
     paper = "2103.16716"
@@ -121,9 +118,6 @@ class Sinkhorn(LinearGateConfig):
         temperature: divides the logits before; lower is closer to an exact assignment and takes more iterations.
         score_func: "sigmoid", "softmax" over all E, or None: sigmoid for K = 1 and softmax for K > 1 (Megatron-LM).
         init_scale: variance of the gate's initial weights times D.
-
-    Raises:
-        ValueError: a value is out of its range.
     """
 
     paper = "2202.01169"

@@ -20,28 +20,26 @@ from torch import Tensor
 from ..contract import Decision, Routing, RoutingContext, check_kinds
 from ..kernels.eager import top_k_ids
 from ..registry import register_config
-from .checks import clean_ids
+from .checks import below_one, clean_ids, not_negative, one_of, positive
 
-SCOPES = ("global", "rank")
-# Before the names of the sums of ``Evidence.extra``.
 EXTRA = "extra."
+"""Prefix of the names of the sums of ``Evidence.extra``."""
 
-# The losses, of sums over tokens.
+# The losses are functions of sums over tokens.
 
 
 def mean_over(total: Tensor, count: Tensor | float) -> Tensor:
-    """Return a mean from its sum: of ``logsumexp(logits)^2`` (``router_z``), ``|g - budget|`` (``gate_budget``), or
-    ``sequence_losses`` over the sequences that have real tokens; 0 where there is nothing to count."""
+    """Return the mean of ``count`` values from their sum; 0 where there are none."""
     return total / (count.clamp_min(1) if isinstance(count, Tensor) else max(count, 1))
 
 
 def load_balancing_loss(score_sum_E: Tensor, chosen_per_expert_E: Tensor, num_tokens: Tensor | float) -> Tensor:
-    """``E * sum_e f_e P_e``: 1 at balance, E when one expert takes all.
+    """Return ``E * sum_e f_e P_e``: 1 at balance, E when one expert takes all.
 
     Args:
         score_sum_E: (E,), sum over tokens of the scores, which sum to 1 in a token; ``P_e`` is it over ``num_tokens``.
         chosen_per_expert_E: (E,), pairs that chose each expert before capacity; ``f_e`` is its share of all pairs.
-        num_tokens: real tokens summed over.
+        num_tokens: number of real tokens.
     """
     share_E = chosen_per_expert_E / chosen_per_expert_E.sum().clamp_min(1)
     return mean_over(len(score_sum_E) * (share_E * score_sum_E).sum(), num_tokens)
@@ -50,85 +48,85 @@ def load_balancing_loss(score_sum_E: Tensor, chosen_per_expert_E: Tensor, num_to
 def squared_cv(total_E: Tensor) -> Tensor:
     """Return the variance over the squared mean of (E,) sums, the variance over E and not E - 1; 0 at balance.
 
-    Of the summed scores it is ``importance`` (arXiv 2106.05974, eq. 6), of the ``smooth_load`` it is ``load``.
+    For the summed scores it is ``importance`` (arXiv 2106.05974, eq. 6), for the ``smooth_load`` it is ``load``.
     """
     mean = total_E.mean()
     return (total_E - mean).square().mean() / mean.square().clamp_min(1e-20)
 
 
 def entropy(p: Tensor) -> Tensor:
-    """``-sum p log p`` over the last axis, in nats; the gradient is finite at 0."""
+    """Return ``-sum p log p`` over the last axis, in nats; the gradient is finite at 0."""
     return -(p * p.clamp_min(1e-20).log()).sum(-1)
 
 
 def mutual_information_loss(score_sum_E: Tensor, entropy_sum: Tensor, num_tokens: Tensor | float) -> Tensor:
-    """``-I = H(expert | what is known) - H(expert)``: 0 where what is known tells nothing, ``-log(E)`` at best.
+    """Return ``-I = H(expert | condition) - H(expert)``: 0 where the two are independent, ``-log(E)`` at best.
 
-    Known is the token (arXiv 2306.04640) or its task (arXiv 2212.08066, tasks weighted by their tokens).
+    The condition is the token (arXiv 2306.04640) or its task (arXiv 2212.08066, tasks weighted by their tokens).
 
     Args:
         score_sum_E: (E,), sum over tokens of the scores, which sum to 1 in a token.
         entropy_sum: sum over tokens of the entropy of the token's scores, or of its task's mean scores.
-        num_tokens: real tokens summed over.
+        num_tokens: number of real tokens.
     """
     return mean_over(entropy_sum, num_tokens) - entropy(mean_over(score_sum_E, num_tokens))
 
 
 def entropy_of_means(score_sum_GE: Tensor, tokens_G: Tensor) -> Tensor:
-    """Entropy of each group's mean scores, (G,), from (G, E) sums and their numbers of tokens; 0 without tokens."""
+    """Return the entropy of each group's mean scores, (G,), from (G, E) sums and token counts; 0 without tokens."""
     return entropy(score_sum_GE / tokens_G.clamp_min(1)[:, None])
 
 
 def local_entropy_loss(entropy_sum_G: Tensor, tokens_G: Tensor) -> Tensor:
-    """Sum over modalities of the mean entropy of their tokens' scores (LIMoE): low where tokens are decided.
+    """Return the sum over modalities of the mean entropy of their tokens' scores (LIMoE): low where gates are sharp.
 
     Args:
         entropy_sum_G: (G,), sum of the entropies of each modality's tokens.
-        tokens_G: (G,), its real tokens.
+        tokens_G: (G,), number of its real tokens.
     """
     return (entropy_sum_G / tokens_G.clamp_min(1)).sum()
 
 
 def global_entropy_loss(score_sum_GE: Tensor, tokens_G: Tensor, threshold: float) -> Tensor:
-    """Sum over modalities that have tokens of ``max(0, threshold - H(mean scores))`` (LIMoE): 0 where each modality
-    uses about ``exp(threshold)`` experts or more.
+    """Return the sum over modalities that have tokens of ``max(0, threshold - H(mean scores))`` (LIMoE): 0 where each
+    modality uses about ``exp(threshold)`` experts or more.
 
     Args:
         score_sum_GE: (G, E), sums of the scores of each modality's tokens.
-        tokens_G: (G,), its real tokens.
-        threshold: in nats.
+        tokens_G: (G,), number of its real tokens.
+        threshold: entropy in nats.
     """
     return ((threshold - entropy_of_means(score_sum_GE, tokens_G)).relu() * (tokens_G > 0)).sum()
 
 
 def sequence_losses(score_sum_BE: Tensor, chosen_BE: Tensor, tokens_B: Tensor) -> Tensor:
-    """``E * sum_e f_e P_e`` of each sequence, (B,); 0 without tokens (arXiv 2412.19437, eq. 17-20).
+    """Return ``E * sum_e f_e P_e`` of each sequence, (B,); 0 without tokens (arXiv 2412.19437, eq. 17-20).
 
     Args:
         score_sum_BE: (B, E), sums of the scores of its tokens; ``P_e`` is it over ``tokens_B``.
         chosen_BE: (B, E), pairs that chose each expert; ``f_e`` is its share of the sequence's pairs.
-        tokens_B: (B,), its real tokens.
+        tokens_B: (B,), number of its real tokens.
     """
     share_BE = chosen_BE / chosen_BE.sum(-1, keepdim=True).clamp_min(1)
     return score_sum_BE.shape[-1] * (share_BE * score_sum_BE).sum(-1) / tokens_B.clamp_min(1)
 
 
 def smooth_load(logits_TE: Tensor, threshold_TE: Tensor, noise_std: float | Tensor) -> Tensor:
-    """Probability that fresh noise lifts each logit over what it had to reach, (T, E)."""
+    """Return the probability that fresh noise lifts each logit over its threshold, (T, E)."""
     return torch.special.ndtr((logits_TE - threshold_TE) / noise_std)
 
 
-# The terms: which sums a loss is a function of, and how they are taken of a pass.
+# The terms say which sums a loss is a function of, and how a pass gives them.
 
 
 class Pass:
-    """One pass of a layer, as the terms read it. What several terms need is computed once, when it is first read.
+    """One pass of a layer, as the terms read it. A value that several terms need is computed once, at its first use.
 
     Args:
-        routing: what was decided; its evidence says what the gate saw.
-        balance: how many tasks and modalities there are.
-        context: where they are read. Ids out of range belong to none where they are not refused (GPU, compiled code).
-        shared_gate_T: as in ``Entry``.
+        routing: the decision, with the evidence for it.
+        balance: options of the terms, such as the numbers of tasks and modalities.
+        context: the ids of tasks and modalities. On a GPU and in compiled code an id out of range belongs to none.
+        shared_gate_T: gate of the shared experts, as in ``Entry``.
     """
 
     def __init__(
@@ -144,19 +142,19 @@ class Pass:
 
     @cached_property
     def share_TE(self) -> Tensor:
-        """The scores brought to sum 1: a loss of sigmoid scores would shrink by lowering them all."""
+        """The scores divided by their sum: a loss of plain sigmoid scores would shrink by lowering them all."""
         scores_TE = self.evidence.scores_TE
         assert scores_TE is not None
         return scores_TE / scores_TE.sum(-1, keepdim=True).clamp_min(1e-20)
 
     @cached_property
     def score_E(self) -> Tensor:
-        """(E,), the sum of the shares."""
+        """The sum of the shares, (E,)."""
         return self.known["score"] if "score" in self.known else self.total(self.share_TE)
 
     @cached_property
     def modality_TG(self) -> Tensor:
-        """float (T, G), 1 where a real token is of modality g."""
+        """Membership, float (T, G): 1 where a real token is of modality g."""
         return _members(self, self.balance.num_modalities, "modality_BS")
 
 
@@ -165,12 +163,13 @@ class Term:
     """One balance loss.
 
     Attributes:
-        key: the name of a sum without which there is no loss: the evidence did not allow it.
-        take: returns its sums over the real tokens of a pass, float32, by name. Terms may share a sum; "num_tokens"
-            (1,) and "chosen" (E,) are always there.
-        loss: returns the loss of the sums, which ranks have added up.
-        of_scores: it reads each token's scores alone, so it applies wherever a gate has learned scores of all experts.
-        needs: returns the fields of ``RoutingContext`` that it reads.
+        key: name of a sum without which there is no loss, since the evidence did not allow the sum.
+        take: function of a pass that returns sums over its real tokens, float32, by name. Terms may share a sum;
+            "num_tokens" (1,) and "chosen" (E,) are always there.
+        loss: function of the sums, added up over ranks, that returns the loss.
+        of_scores: whether the term reads scores alone, so that it applies wherever a gate has learned scores of all
+            experts.
+        needs: function that returns the fields of ``RoutingContext`` that the term reads.
     """
 
     key: str
@@ -201,7 +200,7 @@ def _information(sums: dict[str, Tensor], balance: Balance) -> Tensor:
         return mutual_information_loss(sums["score"], sums["entropy"][0], sums["num_tokens"][0])
     score_GE, tokens_G = sums["task_score"], sums["task_tokens"]
     entropy_sum = (tokens_G * entropy_of_means(score_GE, tokens_G)).sum()
-    # Over the tokens that have a task: others tell nothing of it.
+    # Tokens without a task say nothing of it, so they do not count.
     return mutual_information_loss(score_GE.sum(0), entropy_sum, tokens_G.sum())
 
 
@@ -239,7 +238,7 @@ def _sequences(one: Pass) -> dict[str, Tensor]:
         return {}
     share_TE, T = one.share_TE, one.share_TE.shape[0]
     real_T1 = share_TE.new_ones(T, 1) if one.valid_T is None else _like(one.valid_T, share_TE)
-    # By the logits, whose order the scores have: those of large logits are equal in float32.
+    # Logits have the order of the scores, which are equal in float32 where logits are large.
     best_TK = top_k_ids((share_TE if evidence.logits_TE is None else evidence.logits_TE).detach(), K)
     chosen_TE = torch.zeros_like(share_TE).scatter_(-1, best_TK, 1.0) * real_T1
     of_sequence = (B, T // max(B, 1))
@@ -272,7 +271,7 @@ def _gate_distance(one: Pass) -> dict[str, Tensor]:
 
 
 def _members(one: Pass, count: int, name: str) -> Tensor:
-    """float (T, G), 1 where a real token is of task or modality g."""
+    """Return membership, float (T, G): 1 where a real token is of task or modality g."""
     scores_TE, valid_T, context = one.share_TE, one.valid_T, one.context
     T = scores_TE.shape[0]
     if name == "modality_BS" and count == 1:
@@ -284,7 +283,7 @@ def _members(one: Pass, count: int, name: str) -> Tensor:
         if T == 0:
             return scores_TE.new_zeros(0, count)
         B = one.routing.num_sequences
-        if B is None:  # as the ids say it, where that can be
+        if B is None:  # then the ids tell the number of sequences, where it divides the tokens
             B = ids.shape[0] if ids.ndim and ids.shape[0] and T % ids.shape[0] == 0 else T
         real_BS = None if valid_T is None else valid_T.unflatten(0, (B, T // B))
         if name == "task_ids_B":  # a task is one number a sequence, a modality one a token
@@ -330,7 +329,7 @@ TERMS: dict[str, Term] = {
 }
 """The balance losses by name, in the order they are added. Each is a field of ``Balance``, its weight."""
 SCORE_TERMS = frozenset(name for name, term in TERMS.items() if term.of_scores)
-"""Terms that apply wherever a gate has learned scores of all experts."""
+"""The terms that apply wherever a gate has learned scores of all experts."""
 
 
 @register_config
@@ -345,26 +344,27 @@ class Balance:
         importance: squared coefficient of variation of the experts' summed scores, which are those of all experts and
             not the gates of the chosen ones (V-MoE, arXiv 2106.05974, section A.1, and its code; arXiv 1701.06538, eq.
             7, sums the sparse gates).
-        load: the same of the experts' smooth load; needs noise on the logits (arXiv 1701.06538, eq. 11).
+        load: squared coefficient of variation of the experts' smooth load, which needs noise on the logits
+            (arXiv 1701.06538, eq. 11).
         mutual_information: minus the mutual information of token and expert (ModuleFormer, arXiv 2306.04640), or, with
             ``num_tasks``, of task and expert (Mod-Squad, arXiv 2212.08066); in nats.
         local_entropy: mean entropy of a token's scores, summed over modalities (LIMoE, arXiv 2206.02770); in nats.
-        global_entropy: ``max(0, entropy_threshold - entropy of the mean scores)``, summed over modalities (the same).
+        global_entropy: ``max(0, entropy_threshold - entropy of the mean scores)``, summed over modalities (LIMoE).
         sequence_balance: ``load_balancing`` within each sequence, the mean over sequences; the choice is the top-k of
             the scores without bias or noise (DeepSeek-V3, arXiv 2412.19437, eq. 17-20, where the weight is 1e-4).
         gate_budget: mean of ``|g - budget|``, g being the share of the routed path that ``MoEConfig.shared_gate="mix"``
             gives a token (NLLB, arXiv 2207.04672).
-        num_tasks: tasks of ``mutual_information``, read from ``context.task_ids_B``; 0: it is of tokens.
-        num_modalities: modalities of the entropies, read from ``context.modality_BS``; 1: all tokens are of one.
+        num_tasks: number of tasks in ``context.task_ids_B`` for ``mutual_information``; 0: it is of tokens.
+        num_modalities: number of modalities in ``context.modality_BS`` for the entropies; 1: all tokens are of one.
         local_entropy_modality: the only modality whose local entropy counts (LIMoE: text); None: all.
-        entropy_threshold: in nats, ``log(n)`` asks for about n experts a modality; None: ``log(E)``.
+        entropy_threshold: entropy in nats; ``log(n)`` asks for about n experts a modality; None: ``log(E)``.
         budget: share of the routed path that ``gate_budget`` asks for, in [0, 1].
         scope: "global": a term is a function of the tokens of all ranks; "rank": of each rank's own, with the mean of
             the ranks as its gradient (as Switch and most others do; cheaper, and stricter where a rank has few tokens).
-        adaptive: the layer's weight of ``load_balancing`` starts at it and follows the drop rate, moved once per
-            optimizer step by ``update_expert_bias`` (Skywork-MoE, arXiv 2406.06563): see ``adaptive_weight``. Needs a
-            capacity factor.
-        adaptive_scale, adaptive_max, adaptive_momentum: its weight per drop rate, largest weight and momentum.
+        adaptive: whether the layer's weight of ``load_balancing``, which starts at that field, follows the drop rate:
+            ``update_expert_bias`` moves it once per optimizer step by ``adaptive_weight`` (Skywork-MoE, arXiv
+            2406.06563). This needs a capacity factor.
+        adaptive_scale, adaptive_max, adaptive_momentum: weight per drop rate, largest weight, and momentum.
 
     V-MoE's loss is ``Balance(load_balancing=0, router_z=0, importance=0.005, load=0.005)``; LIMoE adds
     ``local_entropy`` and ``global_entropy`` with ``num_modalities=2`` to it. ``Balance(adaptive=True)`` is Skywork's.
@@ -396,8 +396,7 @@ class Balance:
     def __post_init__(self) -> None:
         check_kinds(self, "balance.")
         for name, weight in self.weights().items():
-            if not 0 <= weight < float("inf"):
-                raise ValueError(f"balance.{name}={weight} is not a finite number >= 0")
+            not_negative(f"balance.{name}", weight)
         for name, least in (("num_tasks", 0), ("num_modalities", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"balance.{name}={getattr(self, name)} is not at least {least}")
@@ -407,20 +406,17 @@ class Balance:
                 f"balance.local_entropy_modality={only} is not below num_modalities={self.num_modalities}, or negative"
             )
         for name in ("adaptive_scale", "adaptive_max", "entropy_threshold"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                raise ValueError(f"balance.{name}={value} is not a positive number")
-        if not 0 <= self.adaptive_momentum < 1:
-            raise ValueError(f"balance.adaptive_momentum={self.adaptive_momentum} is not in [0, 1)")
+            if getattr(self, name) is not None:
+                positive(f"balance.{name}", getattr(self, name))
+        below_one("balance.adaptive_momentum", self.adaptive_momentum)
         if not 0 <= self.budget <= 1:
             raise ValueError(f"balance.budget={self.budget} is not in [0, 1]")
-        if self.scope not in SCOPES:
-            raise ValueError(f"balance.scope={self.scope!r} is not one of {', '.join(SCOPES)}")
+        one_of("balance.scope", self.scope, ("global", "rank"))
         if self.adaptive and self.load_balancing == 0:
             raise ValueError("balance.adaptive=True moves load_balancing, which is 0: its term would be left out")
 
     def weights(self) -> dict[str, float]:
-        """The weight of each term."""
+        """Return the weight of each term."""
         return {name: getattr(self, name) for name in TERMS}
 
     @property
@@ -430,11 +426,7 @@ class Balance:
         return tuple(dict.fromkeys(n for name, term in TERMS.items() if weights[name] for n in term.needs(self)))
 
     def check(self, terms: frozenset[str], router: str) -> None:
-        """Refuse a term that was set by hand and does not apply to the router.
-
-        Raises:
-            ValueError: naming the term and the router.
-        """
+        """Raise a ``ValueError`` for a term that was set by hand and does not apply to the router."""
         for f in fields(self):
             weight = getattr(self, f.name)
             if f.name in TERMS and weight and weight != f.default and f.name not in terms:
@@ -456,12 +448,12 @@ def balance_sums(
     Sums of different ranks add up, and each term is computed from the added sums alone.
 
     Args:
-        routing, balance, context, shared_gate_T: as in ``Pass``.
+        routing, balance, context, shared_gate_T: arguments of ``Pass``.
         wanted: names of terms.
 
     Raises:
-        ValueError: the context lacks what a wanted term reads, or it has another shape, no integers, or (on CPU) an id
-            of a real token that is out of range.
+        ValueError: the context lacks a field that a wanted term reads, or the field has another shape, holds no
+            integers, or (on CPU) an id of a real token that is out of range.
     """
     one = Pass(routing, balance, context, shared_gate_T)
     chosen = one.evidence.balance_chosen
@@ -486,14 +478,14 @@ def balance_terms(sums: dict[str, Tensor], wanted: frozenset[str], balance: Bala
 
 
 def adaptive_weight(weight: Tensor, drop_rate: Tensor, balance: Balance) -> Tensor:
-    """The next weight of ``load_balancing``: ``m * weight + (1 - m) * min(scale * drop_rate, max)`` with momentum m
+    """Return the next weight of ``load_balancing``: ``m * weight + (1 - m) * min(scale * drop_rate, max)`` with momentum m
     (Skywork-MoE, arXiv 2406.06563, section 4.2; there scale 1/5, max 0.01, momentum 0.99)."""
     target = (balance.adaptive_scale * drop_rate).clamp_max(balance.adaptive_max)
     return balance.adaptive_momentum * weight + (1 - balance.adaptive_momentum) * target
 
 
 def expert_bias_step(chosen_per_expert_E: Tensor, rate: float) -> Tensor:
-    """``rate * sign(mean load - load)``: an expert with too few tokens rises (arXiv 2408.15664, algorithm 1)."""
+    """Return ``rate * sign(mean load - load)``: an expert with too few tokens rises (arXiv 2408.15664, algorithm 1)."""
     load_E = chosen_per_expert_E.to(torch.float32)
     return rate * torch.sign(load_E.mean() - load_E)
 

@@ -22,6 +22,16 @@ def positive(name: str, value: float) -> None:
         raise ValueError(f"{name}={value} is not a positive number")
 
 
+def not_negative(name: str, value: float) -> None:
+    if not 0 <= value < float("inf"):
+        raise ValueError(f"{name}={value} is not a finite number >= 0")
+
+
+def below_one(name: str, value: float) -> None:
+    if not 0 <= value < 1:
+        raise ValueError(f"{name}={value} is not in [0, 1)")
+
+
 def one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name}={value!r} is not one of {', '.join(str(a) for a in allowed)}")
@@ -33,7 +43,7 @@ def divides(name: str, value: int, num_experts: int) -> None:
 
 
 def at_most_experts(name: str, value: int | None, num_experts: int) -> None:
-    """None is no number, and fits."""
+    """Refuse a value that exceeds the number of experts; None fits."""
     if value is not None and value > num_experts:
         raise ValueError(f"{name}={value} exceeds num_experts={num_experts}")
 
@@ -44,17 +54,17 @@ def check_tensor(name: str, value: object) -> None:
 
 
 def clean_ids(ids: Tensor, shape: tuple[int, ...], real: Tensor | None, name: str, size: int) -> Tensor:
-    """int64 ids of the context's field ``name``, with 0 where they are not real.
+    """Return the ids of the context's field ``name`` as int64, with 0 in place of padding.
 
     Args:
         ids: the field.
-        shape: what it has to be.
-        real: bool of this shape; None: all are.
-        name: of the field.
-        size: ids are in ``range(size)``, which is looked at on CPU alone, and not in compiled code.
+        shape: the shape that the field must have.
+        real: bool of this shape, False for padding; None: no padding.
+        name: name of the field.
+        size: number of ids. ``range(size)`` is checked on CPU alone, and not in compiled code.
 
     Raises:
-        ValueError: no tensor, another shape, no integers, or an id out of range.
+        ValueError: the field is no tensor, has another shape, holds no integers, or an id is out of range.
     """
     check_tensor(f"context.{name}", ids)
     if ids.shape != shape:

@@ -30,15 +30,7 @@ class ExpertChoiceRouter(Router):
         self.ratio = whole_ratio(config.capacity_factor)
 
     def forward(self, x: Tensor, context: RoutingContext | None = None) -> Routing:
-        """Decide.
-
-        Args:
-            x: (B, S, D) tokens.
-            context: ``valid_BS`` marks the real ones.
-
-        Returns:
-            ``groups * E * C`` pairs, group by group and expert by expert, the best token first.
-        """
+        """Return ``groups * E * C`` pairs, group by group and expert by expert, the best token first."""
         with outside_autocast(x.device):
             tokens = Tokens.of(x, context)
             logits_TE = tokens.logits(self.gate)
@@ -61,9 +53,9 @@ def choose_tokens(
     length: int,
     valid_T: Tensor | None,
 ) -> Routing:
-    """In each group every expert takes the ``ceil(factor * real tokens / E)`` tokens that score highest with it.
+    """Let every expert take the ``ceil(factor * real tokens / E)`` tokens of each group that score highest with it.
 
-    Of equal scores the earlier token is taken. Scores are the softmax over the experts, and the gates too.
+    Of equal scores the earlier token is taken. The scores are the softmax over the experts, and are the gates too.
 
     Args:
         logits_TE: float32 (T, E), T = ``num_sequences * length``.
@@ -84,7 +76,7 @@ def choose_tokens(
     else:
         size = int(group)
         G = -(-T // size)
-    # A last, shorter group is filled up with padding.
+    # Padding fills up a last, shorter group.
     missing = G * size - T
     real_GS = F.pad(real_T, (0, missing)).reshape(G, size)
     scores_GSE = F.pad(scores_TE, (0, 0, 0, missing)).reshape(G, size, E)
@@ -134,9 +126,6 @@ class ExpertChoice(LinearGateConfig):
     Attributes:
         capacity_factor: experts that compute a token, on average. It takes the place of ``MoEConfig.capacity_factor``.
         init_scale: variance of the gate's initial weights times D.
-
-    Raises:
-        ValueError: a value is not a positive number, or one expert is to choose among tokens.
     """
 
     paper = "2202.09368"
@@ -168,6 +157,3 @@ class ExpertChoice(LinearGateConfig):
             return self.pairs_per_token(num_experts)
         places = capacity_of(whole_ratio(self.capacity_factor), 1, tokens_per_group, num_experts)
         return num_experts * int(places) / tokens_per_group
-
-
-__all__ = ["ExpertChoice", "ExpertChoiceRouter", "choose_tokens"]

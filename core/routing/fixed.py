@@ -156,9 +156,6 @@ class Hash(RouterConfig):
             as many tokens; "clustered": after ``router.fit_clusters(embeddings)``, like tokens together.
         top_k: different experts per token, each at gate 1 / K. The kind "clustered" has 1.
         seed: of the table.
-
-    Raises:
-        ValueError: a value is out of its range, or two of them do not go together.
     """
 
     paper = "2106.04426"
@@ -227,9 +224,6 @@ class Random(RouterConfig):
         top_k: experts per token, K.
         per: one draw a "token", a "sequence" or a "batch".
         evaluation: "fixed" or "average".
-
-    Raises:
-        ValueError: a value is out of its range.
     """
 
     paper = "2110.04260"
@@ -299,9 +293,6 @@ class DomainRandom(RouterConfig):
             ``d E / num_domains`` and following.
         vocab_size: token ids are in ``range(vocab_size)``.
         seed: of the table.
-
-    Raises:
-        ValueError: a value is out of its range.
     """
 
     paper = "2303.10845"

@@ -48,9 +48,6 @@ class Prototypes(LinearGateConfig):
     Attributes:
         num_prototypes: groups, and experts a token.
         init_scale: variance of the gate's initial weights times D.
-
-    Raises:
-        ValueError: a value is out of its range.
     """
 
     paper = "2105.15082"
@@ -124,9 +121,6 @@ class Hierarchical(RouterConfig):
         top_groups: groups a token takes.
         top_k: experts a token takes in each of them; it takes ``top_groups * top_k`` in all.
         init_scale: variance of the gates' initial weights times D.
-
-    Raises:
-        ValueError: a value is out of its range, or two of them do not go together.
     """
 
     paper = "1701.06538"
@@ -211,9 +205,6 @@ class Ensemble(TopKConfig, LinearGateConfig):
         top_k: experts a token takes, K.
         normalize: as in ``TokenChoice``, over the experts of the member.
         init_scale: variance of the gate's initial weights times D.
-
-    Raises:
-        ValueError: a value is out of its range, or two of them do not go together.
     """
 
     paper = "2110.03360"

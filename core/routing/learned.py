@@ -30,9 +30,6 @@ class Cosine(TopKConfig):
         proj_dim: dimensions in which directions are compared; None: E / 2 as in the paper, but at least 2.
         temperature: at the start; learned, at least 0.01.
         normalize: as in ``TokenChoice``.
-
-    Raises:
-        ValueError: a value is out of its range, or two of them do not go together.
     """
 
     paper = "2204.09179"
@@ -75,9 +72,6 @@ class Attention(TopKConfig):
         normalize: as in ``TokenChoice``.
         init_scale: variance of the initial weights times D. Larger than a linear gate's: with small q and k every
             expert attends alike, and all logits are the same mean of v.
-
-    Raises:
-        ValueError: a value is out of its range, or two of them do not go together.
     """
 
     paper = "2405.17976"
@@ -174,9 +168,6 @@ class Stable(RouterConfig):
         embedding_dim: of the light router's embedding (50 in the paper).
         distillation: weight of the light router's mean cross-entropy in the auxiliary loss.
         init_scale: variance of the gate's initial weights times D.
-
-    Raises:
-        ValueError: a value is out of its range.
     """
 
     paper = "2204.08396"

@@ -1,4 +1,4 @@
-"""Gates of multi-task layers: a softmax a task over all experts that the task may use."""
+"""Gates of multi-task layers: for each task a softmax over all experts that the task may use."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from .smooth import DENSE_TERMS
 
 @dataclass(frozen=True)
 class ExpertGroups:
-    """Whose the experts of a level are. Their order: shared ones, task by task its own and then its self-gate's, and
-    domain by domain its own.
+    """How the experts of a level belong to tasks and domains. They are in this order: the shared ones, then each
+    task's own and those of its self-gate, then each domain's own.
 
     Attributes:
-        num_tasks: t, gates; 1 where all tasks share one.
-        num_shared: experts that every gate may use.
-        num_task: experts of each task alone.
-        num_self: experts of each task outside its softmax (HoME's self-gate).
-        num_domain: experts of each domain alone.
-        num_domains: 0: the gates know no domain.
+        num_tasks: number of gates, t; 1 where all tasks share one.
+        num_shared: number of experts that every gate may use.
+        num_task: number of experts of each task alone.
+        num_self: number of experts of each task outside its softmax (HoME's self-gate).
+        num_domain: number of experts of each domain alone.
+        num_domains: number of domains; 0: the gates know no domain.
     """
 
     num_tasks: int
@@ -37,31 +37,32 @@ class ExpertGroups:
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """Experts that compute every example, by input: the shared ones, and those of each task."""
+        """The numbers of experts that compute every example, by input: the shared ones, and those of each task."""
         return (self.num_shared, *(self.num_task + self.num_self,) * self.num_tasks)
 
     @property
     def num_dense(self) -> int:
-        """Experts that compute every example."""
+        """The number of experts that compute every example."""
         return sum(self.counts)
 
     @property
     def num_experts(self) -> int:
-        """All experts of the level."""
+        """The number of all experts of the level."""
         return self.num_dense + self.num_domains * self.num_domain
 
     @property
     def per_gate(self) -> int:
-        """E of a task's gate."""
+        """The number of experts of a task's gate."""
         return self.num_shared + self.num_task + self.num_domain
 
     @property
     def per_shared_gate(self) -> int:
-        """E of the gate of the shared representation (PLE): all but the self-gates' experts."""
+        """The number of experts of the shared representation's gate (PLE): all but the self-gates'."""
         return self.num_shared + self.num_tasks * self.num_task + self.num_domain
 
     def names(self, task: int | None = None) -> tuple[str, ...]:
-        """Of the experts of a task's gate, in its order; None: of the shared representation's."""
+        """Return the names of the experts that one task's gate mixes, in the gate's order; with ``task=None`` those of
+        the shared representation's gate."""
         tasks = range(self.num_tasks) if task is None else (task,)
         return (
             *(f"shared{i}" for i in range(self.num_shared)),
@@ -72,12 +73,12 @@ class ExpertGroups:
 
 @dataclass(frozen=True)
 class GateLogits:
-    """What the gates of a level say of T examples, in float32.
+    """The logits of a level's gates for T examples, in float32.
 
     Attributes:
-        task_TtE: (T, t, E), of the tasks' gates.
-        self_TtL: (T, t, L), of the self-gates; None without.
-        shared_TE: (T, E of all), of the shared representation's gate; None without.
+        task_TtE: (T, t, E), logits of the tasks' gates.
+        self_TtL: (T, t, L), logits of the self-gates; None without them.
+        shared_TE: (T, E of all), logits of the shared representation's gate; None without it.
     """
 
     task_TtE: Tensor
@@ -94,7 +95,7 @@ class SelectedGates:
 
 
 class DomainEmbedding(nn.Module):
-    """A learned vector for each domain, added to what the gates see. Zero at the start, when gates know no domains."""
+    """A learned vector for each domain, added to the gates' input. It starts at zero, where domains do not matter."""
 
     def __init__(self, num_domains: int, dim: int) -> None:
         super().__init__()
@@ -105,7 +106,7 @@ class DomainEmbedding(nn.Module):
         nn.init.zeros_(self.weight)
 
     def forward(self, x: Tensor, domain_T: Tensor) -> Tensor:
-        """(..., T, D) plus the vectors of int64 (T,) domains."""
+        """Return ``x`` (..., T, D) plus the vectors of the domains, int64 (T,)."""
         check_devices(x, type(self).__name__, self._parameters)
         return x + F.embedding(domain_T, self.weight).to(x.dtype)
 
@@ -118,10 +119,10 @@ class DenseGates(Router):
 
     Args:
         dim: D.
-        groups: whose the experts are.
-        shared_gate: with the gate of the shared representation.
+        groups: numbers of shared, tasks' and domains' experts.
+        shared_gate: whether the shared representation has a gate.
         init_scale: variance of the initial weights times D.
-        terms: the balance terms that apply.
+        terms: names of the balance terms that apply.
     """
 
     def __init__(
@@ -149,11 +150,11 @@ class DenseGates(Router):
         super().reset_parameters()
 
     def forward(self, x_GTD: Tensor, domain_T: Tensor | None = None) -> GateLogits:  # type: ignore[override]
-        """Logits, outside autocast and at least in float32.
+        """Return the logits, computed outside autocast and at least in float32.
 
         Args:
             x_GTD: (1, T, D), one input for all; or (1 + t, T, D), that of the shared representation and each task's.
-            domain_T: int64 (T,), the domains.
+            domain_T: int64 (T,), the domain of each example.
         """
         with outside_autocast(x_GTD.device):
             check_devices(x_GTD, type(self).__name__, self._parameters)
@@ -164,7 +165,6 @@ class DenseGates(Router):
             w_tED = self.weight if self.self_weight is None else torch.cat((self.weight, self.self_weight), 1)
             (t, E, _), per_gate, shared_TE = w_tED.shape, self.weight.shape[1], None
             if x_GTD.shape[0] == 1:
-                # One product for all gates.
                 w = w_tED.flatten(0, 1)
                 w = w if self.shared_weight is None else torch.cat((w, self.shared_weight))
                 logits = F.linear(x_GTD[0], w.to(x_GTD.dtype))
@@ -179,7 +179,7 @@ class DenseGates(Router):
 
 
 class GateRouters(Router):
-    """The routers of a layer that has several: the gates of each level, or a router for each task."""
+    """The routers of a layer that has several: one for each level's gates, or one for each task."""
 
     def __init__(self, routers: list[Router], domain: DomainEmbedding | None = None) -> None:
         super().__init__()
@@ -195,12 +195,12 @@ class GateRouters(Router):
 
 
 def dropped_experts(weights: Tensor, rate: float) -> Tensor:
-    """Which experts each gate leaves out in training: bool, as the (..., E) ``weights``; at least one with a weight
-    above 0 stays in every row (Zhao et al., RecSys 2019).
+    """Return which experts each gate leaves out in training, bool (..., E); at least one with a weight above 0 stays in
+    every row (Zhao et al., RecSys 2019).
 
     Args:
-        weights: the gates' weights; those of 0 do not count.
-        rate: probability of each expert, in each row by itself.
+        weights: (..., E), weights of the gates; an expert of weight 0 is out already.
+        rate: probability that a row leaves out an expert.
     """
     draw = torch.rand_like(weights).masked_fill(weights <= 0, -1.0)
     return (draw < rate) & (draw < draw.amax(-1, keepdim=True))
@@ -209,9 +209,9 @@ def dropped_experts(weights: Tensor, rate: float) -> Tensor:
 def selected_softmax(
     logits_Rt: Tensor, prior_R: Tensor, example_R: Tensor, num_examples: int, dropout: float = 0.0
 ) -> SelectedGates:
-    """``P p_e exp(l_e) / sum_j p_j exp(l_j)`` with ``P = sum_j p_j``, the sums over the rows of an example: a softmax
-    over the experts that another gate selected, which starts from that gate's weights and keeps their sum, so that both
-    learn.
+    """Return ``P p_e exp(l_e) / sum_j p_j exp(l_j)`` with ``P = sum_j p_j``, the sums over the rows of an example: a
+    softmax over the experts that another gate selected, which starts from that gate's weights and keeps their sum, so
+    that both learn.
 
     Args:
         logits_Rt: float32 (R, t); -inf where nothing is computed.
@@ -243,18 +243,6 @@ def selected_softmax(
 
 
 def largest_of_example(value_Rt: Tensor, example_R: Tensor, num_examples: int) -> Tensor:
-    """(T, t), the largest value among the rows of each example; -inf without rows."""
+    """Return the largest value among the rows of each example, (T, t); -inf without rows."""
     start_Tt = value_Rt.new_full((num_examples, value_Rt.shape[1]), -torch.inf)
     return start_Tt.scatter_reduce(0, example_R[:, None].expand_as(value_Rt), value_Rt, "amax")
-
-
-__all__ = [
-    "DenseGates",
-    "DomainEmbedding",
-    "ExpertGroups",
-    "GateLogits",
-    "GateRouters",
-    "SelectedGates",
-    "dropped_experts",
-    "selected_softmax",
-]

@@ -38,9 +38,6 @@ class Sentence(TopKConfig, LinearGateConfig):
         top_k: experts per sequence, K.
         normalize: as in ``TokenChoice``.
         init_scale: variance of the gate's initial weights times D.
-
-    Raises:
-        ValueError: a value is out of its range, or two of them do not go together.
     """
 
     paper = "2110.03742"
@@ -108,9 +105,6 @@ class Task(TopKConfig):
         top_k: experts per task, K.
         normalize: as in ``TokenChoice``.
         init_scale: variance of the initial logits.
-
-    Raises:
-        ValueError: a value is out of its range, or two of them do not go together.
     """
 
     paper = "2110.03742"
@@ -259,9 +253,6 @@ class Domain(RouterConfig):
     Attributes:
         num_domains: equal to ``num_experts``.
         top_k: of the domains of a mixture, those of the largest weights; None: all. A known domain takes 1.
-
-    Raises:
-        ValueError: a value is out of its range.
     """
 
     paper = "2108.05036"

@@ -21,15 +21,15 @@ from .selection import Capacity, Choice, select_pairs
 
 @dataclass(frozen=True)
 class Tokens:
-    """What a gate sees: all tokens of a call in float32, with what is known beside them.
+    """The tokens of a call in float32, and what is known beside them: all that a gate sees.
 
     Attributes:
         x_TD: float32 (T, D), T = B * S; padding is zero.
         num_sequences: B.
         length: S.
         valid_T: bool (T,), False for padding; None where every token is real.
-        context: as the layer got it, or an empty one.
-        kept_TD: (T, D), the tokens in half precision where a backward follows and they are in it; else None.
+        context: the context that the layer got, or an empty one.
+        kept_TD: (T, D), the tokens in half precision where they came in it and a backward follows; else None.
     """
 
     x_TD: Tensor
@@ -41,7 +41,7 @@ class Tokens:
 
     @classmethod
     def of(cls, x: Tensor, context: RoutingContext | None) -> Tokens:
-        """``x`` is (B, S, D)."""
+        """Return the flattened tokens of ``x`` (B, S, D), with padding cleared."""
         context = RoutingContext() if context is None else context
         x_TD = x.flatten(0, 1)
         valid_T = None if context.valid_BS is None else context.valid_BS.flatten()
@@ -52,10 +52,9 @@ class Tokens:
         return cls(x_TD, x.shape[0], x.shape[1], valid_T, context, kept_TD)
 
     def logits(self, gate: nn.Module) -> Tensor:
-        """What a gate says of the tokens."""
-        if self.kept_TD is not None and isinstance(gate, LinearGate):
-            return gate(self.x_TD, self.kept_TD)  # type: ignore[no-any-return]
-        return gate(self.x_TD)  # type: ignore[no-any-return]
+        """Return the logits that a gate computes from the tokens, (T, E)."""
+        kept = (self.kept_TD,) if self.kept_TD is not None and isinstance(gate, LinearGate) else ()
+        return gate(self.x_TD, *kept)  # type: ignore[no-any-return]
 
     @property
     def real_T(self) -> Tensor:
@@ -65,11 +64,11 @@ class Tokens:
         return torch.ones(self.x_TD.shape[0], dtype=torch.bool, device=self.x_TD.device)
 
     def to_tokens(self, value_B: Tensor) -> Tensor:
-        """(B, ...) values of the sequences, repeated for their tokens: (T, ...)."""
+        """Repeat (B, ...) values of the sequences for each of their tokens: (T, ...)."""
         return value_B.unsqueeze(1).expand(-1, self.length, *value_B.shape[1:]).flatten(0, 1)
 
     def mean_of_sequences(self) -> Tensor:
-        """(B, D), the mean of the real tokens of each sequence; zero where it has none."""
+        """Return the mean of the real tokens of each sequence, (B, D); zero where it has none."""
         x_BSD = self.x_TD.unflatten(0, (self.num_sequences, self.length))
         if self.valid_T is None:
             return x_BSD.sum(1) / max(self.length, 1)
@@ -81,12 +80,12 @@ class Router(nn.Module):
     """Base of all routers: ``router(x_BSD, context)`` decides which expert computes which token.
 
     Attributes:
-        capacity: ``Capacity`` limits, replaced by ``set_capacity_factor``.
-        terms: the balance terms that apply.
-        needs: fields of ``RoutingContext`` without which it cannot decide.
-        gates_on: what the gates scale: the experts' "output", or their "input".
+        capacity: limits of the experts' loads, replaced by ``set_capacity_factor``.
+        terms: names of the balance terms that apply.
+        needs: fields of ``RoutingContext`` without which the router cannot decide.
+        gates_on: side of the experts that the gates scale, "output" or "input".
         extra_weights: weights of ``Evidence.extra`` by name; the names are among ``terms`` too.
-        backend: whose kernels choose and count.
+        backend: name of the kernels that choose and count.
         expert_bias: float32 (E,) buffer added to the scores for the choice alone, or None.
     """
 
@@ -104,20 +103,28 @@ class Router(nn.Module):
         self._read: tuple[int, int] | None = None
 
     def reset_parameters(self) -> None:
-        """Parameters and buffers of its own as they start, wherever they are: after ``to_empty``, as those of its gate
-        by the gate's method."""
+        """Set the router's own parameters and buffers to their initial values, in place; the gate resets its own."""
         if self.expert_bias is not None:
             self.expert_bias.zero_()
 
     def _is_unread(self, buffer: Tensor) -> bool:
-        """Whether a buffer is another one, or was written to, since it was last asked: what is read off it on the host
-        is read again then alone. Compiled code keeps what was read before."""
+        """Return whether a buffer was replaced or written to since the last call, so that its value on the host is out
+        of date. Compiled code keeps the value that was read before."""
         if torch.compiler.is_compiling() or buffer.is_meta or buffer.is_inference():
             return False
         before, self._read = self._read, (id(buffer), buffer._version)
         return before != self._read
 
     def forward(self, x: Tensor, context: RoutingContext | None = None) -> Any:
+        """Decide which expert computes which token.
+
+        Args:
+            x: (B, S, D) tokens.
+            context: what is known of them; ``valid_BS`` marks the real ones.
+
+        Raises:
+            ValueError: the context lacks a field that the gate needs.
+        """
         raise NotImplementedError
 
     def check_context(self, context: RoutingContext | None) -> None:
@@ -127,20 +134,20 @@ class Router(nn.Module):
                 raise ValueError(f"{type(self).__name__} needs context.{name}, which is None")
 
     def update_expert_bias(self, chosen_per_expert_E: Tensor) -> None:
-        """Nothing to do without a selection bias."""
+        """Move the selection bias by one step; a router without one does nothing."""
 
     def after_step(self) -> None:
-        """Called by ``core.update_expert_bias`` once per optimizer step, in training: for what anneals."""
+        """Move what anneals; ``core.update_expert_bias`` calls it once per optimizer step, in training."""
 
 
 class PairRouter(Router):
     """Base of the routers that choose experts for each token. A gate is one method, ``choose``.
 
-    Padding, capacity, priority and counting are done here, and are the same for all.
+    This class does padding, capacity, priority and counting in one way for all of them.
 
     Attributes:
-        num_experts, config, capacity: as the config's ``build`` got them.
-        gate: the module that makes logits of tokens, from ``RouterConfig.make_gate``, where there is one.
+        num_experts, config, capacity: the arguments of the config's ``build``.
+        gate: the module that computes logits from tokens, made by ``RouterConfig.make_gate``, where there is one.
     """
 
     gate: nn.Module
@@ -155,19 +162,10 @@ class PairRouter(Router):
             self.gate = gate
 
     def choose(self, tokens: Tokens) -> Choice:
-        """Experts and gates of each token; padding may be given any. Runs outside autocast."""
+        """Return the experts and gates of each token; padding may be given any. It runs outside autocast."""
         raise NotImplementedError
 
     def forward(self, x: Tensor, context: RoutingContext | None = None) -> Routing:
-        """Decide.
-
-        Args:
-            x: (B, S, D) tokens.
-            context: ``valid_BS`` marks the real ones.
-
-        Raises:
-            ValueError: the context lacks what the gate needs.
-        """
         self.check_context(context)
         with outside_autocast(x.device):
             tokens = Tokens.of(x, context)
@@ -187,7 +185,7 @@ LAYER_OPTIONS = frozenset({"capacity_factor", "eval_capacity_factor", "priority"
 
 
 def _with_paper(method: Callable[..., None]) -> Callable[..., None]:
-    """``method`` of a config, whose ``ValueError`` also says what method it is about."""
+    """Return a check of a config whose ``ValueError`` also names the config and its paper."""
 
     @functools.wraps(method)
     def checked(self: RouterConfig, *args: Any) -> None:
@@ -205,12 +203,15 @@ def _with_paper(method: Callable[..., None]) -> Callable[..., None]:
 
 @dataclass(frozen=True)
 class RouterConfig(OpenConfig):
-    """Base of the router configs. A subclass is a frozen dataclass of options, with its facts and its costs."""
+    """Base of the router configs. A subclass is a frozen dataclass of options, with its facts and its costs.
+
+    It raises a ``ValueError`` for an option that is out of its range, and for options that do not go together.
+    """
 
     paper: ClassVar[str] = ""
-    """arXiv number of the method's paper: what the config refuses, it refuses with it."""
+    """arXiv number of the method's paper; the config's error messages end with it."""
     router_class: ClassVar[type[Any]]
-    """What it builds, called with ``(dim, num_experts, config, capacity)``."""
+    """The router, which is called with ``(dim, num_experts, config, capacity)``."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -222,7 +223,7 @@ class RouterConfig(OpenConfig):
         check_kinds(self)
 
     def source(self) -> str:
-        """Name and paper, for messages."""
+        """Return name and paper, for messages."""
         return f"{type(self).__name__}{f' (arXiv {self.paper})' if self.paper else ''}"
 
     def build(self, dim: int, num_experts: int, capacity: Capacity | None = None) -> Router:
@@ -231,16 +232,16 @@ class RouterConfig(OpenConfig):
         Args:
             dim: D.
             num_experts: E.
-            capacity: limits of the experts; None: none.
+            capacity: limits of the experts' loads; None: no limits.
 
         Raises:
-            ValueError: it cannot work with this many experts.
+            ValueError: the router cannot work with this many experts.
         """
         self.check(num_experts)
         return self.router_class(dim, num_experts, self, capacity or Capacity(group=self.default_group))
 
     def make_gate(self, dim: int, num_experts: int) -> nn.Module | None:
-        """Return the module ``gate`` of a ``PairRouter``; None: it has none."""
+        """Return the module ``gate`` of a ``PairRouter``, or None where it has no gate."""
         return None
 
     def check(self, num_experts: int) -> None:
@@ -249,19 +250,19 @@ class RouterConfig(OpenConfig):
     def check_group(self, group: str | int) -> None:
         """Raise a ``ValueError`` where the router cannot work within such groups."""
 
-    # Facts: what holds of the router, asked before one is built. A subclass states one as a class variable, or as a
-    # property where it depends on the options. ``core.testing`` checks a router by them.
+    # Facts of the router, which are asked before one is built. A subclass states a fact as a class variable, or as a
+    # property where it depends on the options. ``core.testing`` derives its checks from them.
 
     @property
     def is_causal(self) -> bool:
-        """Whether a later token never changes an earlier one's output, capacity aside: what a causal decoder needs.
-        False too where it is so in training alone."""
+        """Whether a later token never changes an earlier one's output, capacity aside, as a causal decoder needs.
+        It is False where this fails in training alone, too."""
         return True
 
     @property
     def depends_on(self) -> str:
-        """What decides a token's experts in evaluation, capacity aside: "token": itself and what the context says of
-        it; "sequence": the tokens of its sequence; "batch": all tokens of the call."""
+        """The tokens that decide a token's experts in evaluation, capacity aside: "token", itself alone with its
+        context; "sequence", those of its sequence; "batch", all tokens of the call."""
         return "token" if self.is_causal else "sequence" if self.default_group == "sequence" else "batch"
 
     @property
@@ -281,62 +282,59 @@ class RouterConfig(OpenConfig):
 
     @property
     def has_exact_gradient(self) -> bool:
-        """Whether the gradient is that of the output: False where it is stopped, or goes straight through a step."""
+        """Whether the gradient is the derivative of the output. It is not where a gradient is stopped, or passes
+        straight through a step."""
         return True
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """Fields of ``RoutingContext`` without which the router cannot decide."""
+        """The fields of ``RoutingContext`` without which the router cannot decide."""
         return ()
 
     @property
     def terms(self) -> frozenset[str]:
-        """Names of the balance terms that apply to it."""
+        """The names of the balance terms that apply."""
         return frozenset()
 
     @property
     def extra_weights(self) -> dict[str, float]:
-        """Weights of the losses that the gate itself leaves in ``Evidence.extra``, by name."""
+        """The weights of the losses that the gate itself leaves in ``Evidence.extra``, by name."""
         return {}
 
     @property
     def default_group(self) -> str | int:
-        """Whose tokens compete for capacity where the layer's config does not say."""
+        """The group in which tokens compete for capacity where the layer's config does not name one."""
         return "batch"
 
     @property
     def layer_kind(self) -> str:
-        """The layer that carries out what is decided: "pairs" (``MoE``), "slots" (``SoftMoE``), "merged"
+        """The kind of layer that carries the decision out: "pairs" (``MoE``), "slots" (``SoftMoE``) or "merged"
         (``MergedMoE``)."""
         return "pairs"
 
     @property
     def layer_options(self) -> frozenset[str]:
-        """Which of ``LAYER_OPTIONS`` mean anything with this router: ``MoEConfig`` refuses the others."""
+        """The ``LAYER_OPTIONS`` that have a meaning with this router; ``MoEConfig`` refuses the others."""
         return LAYER_OPTIONS
 
     # Costs.
 
     def pairs_per_token(self, num_experts: int) -> float:
-        """Experts that compute a token, before capacity."""
+        """Return how many experts compute a token, before capacity."""
         raise NotImplementedError
 
     def rows_per_token(self, num_experts: int, tokens_per_group: int | None) -> float:
-        """Rows that the experts compute for a token, before capacity: what their FLOPs are.
-
-        Args:
-            num_experts: E.
-            tokens_per_group: where it is known.
+        """Return how many rows the experts compute for a token, before capacity; their FLOPs are in proportion.
 
         Raises:
-            ValueError: it depends on ``tokens_per_group``, which is None.
+            ValueError: the number depends on ``tokens_per_group``, which is None.
         """
         return self.pairs_per_token(num_experts)
 
     def layer_flops_per_token(
         self, dim: int, out_dim: int, num_experts: int, params_per_expert: int, tokens_per_group: int | None
     ) -> float:
-        """FLOPs beside ``flops_per_token`` and the experts' rows: sums over slots, merging of parameters.
+        """Return the FLOPs of sums over slots or of merging parameters, which neither router nor experts count.
 
         Raises:
             ValueError: they depend on ``tokens_per_group``, which is None.
@@ -347,13 +345,15 @@ class RouterConfig(OpenConfig):
         return 0
 
     def flops_per_token(self, dim: int, num_experts: int) -> int:
+        """Return the FLOPs of the router in an evaluation forward."""
         return 0
 
 
 class LinearGateConfig(RouterConfig):
     """Base of the configs whose router has a linear gate and no other weights: ``logits = x W^T``, W (E, D).
 
-    They have a field ``init_scale``, the variance of the initial weights times D.
+    Attributes:
+        init_scale: variance of the gate's initial weights times D.
     """
 
     init_scale: float
@@ -369,5 +369,4 @@ class LinearGateConfig(RouterConfig):
         return dim * num_experts
 
     def flops_per_token(self, dim: int, num_experts: int) -> int:
-        """Of an evaluation forward."""
         return 2 * dim * num_experts

@@ -1,4 +1,4 @@
-"""Logits to a ``Routing``: pure functions. Which pairs are chosen, and which of them fit the experts."""
+"""Pure functions that turn a gate's choice into a ``Routing``: its pairs, and which of them fit the experts."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class Capacity:
 
     Attributes:
         factor: each expert of a group takes ``ceil(factor * K * tokens in group / E)`` pairs in training; None: all.
-        eval_factor: the same in evaluation; None: as in training; infinity: all.
+        eval_factor: factor in evaluation; None: that of training; infinity: each expert takes all pairs.
         priority: "position": first choices before second ones, then the earlier token (GShard, arXiv 2006.16668);
             "score": first choices before second ones, then the token with the highest score (batch-prioritised routing,
             arXiv 2106.05974, algorithm 2); "random": a random order of the tokens, in training only.
-        group: whose tokens compete: "batch", "sequence", or a number of neighbouring tokens.
+        group: tokens that compete: "batch", "sequence", or a number of neighbouring tokens.
 
     Raises:
         ValueError: a factor is not positive, the priority is unknown, or the group is neither.
@@ -34,7 +34,7 @@ class Capacity:
     eval_factor: float | None = None
     priority: str = "position"
     group: str | int = "batch"
-    # Whole numbers, made here: under ``torch.compile(dynamic=True)`` a float cannot be read digit by digit.
+    # The factors in whole numbers: under ``torch.compile(dynamic=True)`` a float cannot be read digit by digit.
     _ratio: tuple[int, int] | None = field(init=False, repr=False, compare=False, default=None)
     _eval_ratio: tuple[int, int] | None = field(init=False, repr=False, compare=False, default=None)
 
@@ -52,7 +52,7 @@ class Capacity:
         object.__setattr__(self, "_eval_ratio", None if eval_factor is None else whole_ratio(eval_factor))
 
     def ratio(self, training: bool) -> tuple[int, int] | None:
-        """The factor that holds, in whole numbers."""
+        """Return the factor of training or evaluation as a ratio of whole numbers."""
         return self._ratio if training else self._eval_ratio
 
 
@@ -69,7 +69,7 @@ def check_group(group: str | int) -> None:
 
 
 def group_tokens(group: str | int, num_sequences: int, length: int, device: torch.device) -> tuple[Tensor, int]:
-    """The group of each token, int64 (T,), and how many groups there are. A last, shorter group is a group too."""
+    """Return the group of each token, int64 (T,), and how many groups there are; the last may be shorter."""
     T = num_sequences * length
     if group == "batch":
         return torch.zeros(T, dtype=torch.int64, device=device), 1
@@ -79,7 +79,7 @@ def group_tokens(group: str | int, num_sequences: int, length: int, device: torc
 
 
 def served_tokens(priority: str, score_T: Tensor, training: bool) -> Tensor | None:
-    """The tokens in the order in which they are served, int64 (T,); None: as they come."""
+    """Return the tokens in the order in which they are served, int64 (T,); None where they are served as they come."""
     if priority == "score":
         return score_T.argsort(descending=True, stable=True)
     if priority == "random" and training:
@@ -90,14 +90,14 @@ def served_tokens(priority: str, score_T: Tensor, training: bool) -> Tensor | No
 
 @dataclass(frozen=True)
 class Choice:
-    """What a gate decided for each token, before padding and capacity.
+    """A gate's decision for each token, before padding and capacity.
 
     Attributes:
         expert_ids_TK: int64 (T, K), the best expert first; E where a token leaves a place empty.
         gates_TK: float32 (T, K), combine weights; those of empty places are not read.
-        evidence: what the losses and the statistics read; None: the gate tells nothing.
+        evidence: logits, scores and the like for the losses and the statistics; None: the gate has none.
         priority_T: float32 (T,), the higher is served first under priority "score"; None: the largest score.
-        chosen_per_expert_E: int64 (E,), real tokens that chose each expert, where the gate counted them on the way.
+        chosen_per_expert_E: int64 (E,), real tokens that chose each expert, where a kernel counted them on the way.
     """
 
     expert_ids_TK: Tensor
@@ -125,15 +125,14 @@ def select_pairs(
         num_sequences: B, for groups by sequence.
         valid_T: bool (T,), False for padding.
         limit: capacity, priority and groups.
-        training: which of the two capacity factors holds, and whether random priority is random.
-        backend: whose kernels count the places in the experts' queues.
+        training: whether the capacity factor of training applies, and random priority is random.
+        backend: name of the kernels that count the places in the experts' queues.
 
     Raises:
         ValueError: on CPU, a choice is neither an expert nor E.
     """
-    (T, K), E = choice.expert_ids_TK.shape, num_experts
-    device = choice.expert_ids_TK.device
     expert_ids_TK = choice.expert_ids_TK
+    (T, K), E, device = expert_ids_TK.shape, num_experts, expert_ids_TK.device
     if valid_T is not None:
         expert_ids_TK = expert_ids_TK.masked_fill(~valid_T[:, None], E)
     expert_ids_N = expert_ids_TK.flatten()
@@ -142,7 +141,7 @@ def select_pairs(
         chosen_E = _count(expert_ids_N, E)
     tokens_E = chosen_E
     ratio = limit.ratio(training)
-    # K * factor >= E: an expert could take every token, so nothing can be dropped.
+    # Where K * factor >= E an expert could take every token, so nothing can be dropped.
     if ratio is not None and K * ratio[0] < E * ratio[1]:
         group_T, num_groups = group_tokens(limit.group, num_sequences, T // max(num_sequences, 1), device)
         real_T = torch.ones_like(group_T) if valid_T is None else valid_T.to(torch.int64)
@@ -170,7 +169,7 @@ def select_pairs(
 
 
 def _count(expert_ids_N: Tensor, num_experts: int) -> Tensor:
-    """``count_experts``, which fails where a gate has chosen an expert that is not there: said so."""
+    """Return ``count_experts``, and where it fails name the expert that a gate chose and that is not there."""
     if torch.compiler.is_compiling():
         return count_experts(expert_ids_N, num_experts)
     try:

@@ -16,17 +16,17 @@ from torch import Tensor, nn
 from ..contract import Evidence
 from ..kernels.eager import check_devices, top_k_ids
 from .balance import SCORE_TERMS, entropy
-from .checks import at_least_one, at_most_experts, positive
+from .checks import at_least_one, at_most_experts, below_one, not_negative, positive
 from .gates import init_gate_
 from .router import LinearGateConfig, PairRouter, RouterConfig, Tokens
 from .selection import Capacity, Choice
 
-# With (nearly) every expert taken by every token the shares of pairs are equal, and the term is constant.
+# Where (nearly) every token takes every expert the shares of pairs are equal, and the term is constant.
 DENSE_TERMS = SCORE_TERMS - {"load_balancing"}
 
 
 class DenseRouter(PairRouter):
-    """Every expert for every token. Built by ``Dense``."""
+    """The router of ``Dense``: every expert for every token."""
 
     config: Dense
 
@@ -49,9 +49,6 @@ class Dense(LinearGateConfig):
     Attributes:
         eval_top_k: experts per token in evaluation; None: all.
         init_scale: variance of the gate's initial weights times D.
-
-    Raises:
-        ValueError: a value is out of its range.
     """
 
     paper = "2404.05567"
@@ -70,19 +67,18 @@ class Dense(LinearGateConfig):
         at_most_experts("eval_top_k", self.eval_top_k, num_experts)
 
     def pairs_per_token(self, num_experts: int) -> float:
-        """That of training."""
         return float(num_experts)
 
 
 def smooth_step(z: Tensor, gamma: float) -> Tensor:
-    """``-2 / gamma^3 z^3 + 3 / (2 gamma) z + 1 / 2``, exactly 0 from ``-gamma / 2`` down and exactly 1 from
+    """Return ``-2 / gamma^3 z^3 + 3 / (2 gamma) z + 1 / 2``, exactly 0 from ``-gamma / 2`` down and exactly 1 from
     ``gamma / 2`` up (arXiv 2106.03760); its derivative is 0 at both ends."""
     t = (z / gamma).clamp(-0.5, 0.5)
     return t * (1.5 - 2 * t * t) + 0.5
 
 
 def selectors(codes: Tensor, num_experts: int, gamma: float) -> Tensor:
-    """Single-expert selectors: ``r_e = prod over bits j of S(z_j)`` where bit j of e is set, else ``1 - S(z_j)``
+    """Return single-expert selectors: ``r_e = prod over bits j of S(z_j)`` where bit j of e is set, else ``1 - S(z_j)``
     (arXiv 2106.03760).
 
     Args:
@@ -91,7 +87,7 @@ def selectors(codes: Tensor, num_experts: int, gamma: float) -> Tensor:
         gamma: width of the smooth step.
 
     Returns:
-        (..., E). Sums to 1 over all ``2^m`` codes: to less over E where the unused ones have weight.
+        (..., E), which sums to 1 over all ``2^m`` codes: to less over E where the unused ones have weight.
     """
     step = smooth_step(codes, gamma)
     r = codes.new_ones(*codes.shape[:-1], 1)
@@ -101,18 +97,18 @@ def selectors(codes: Tensor, num_experts: int, gamma: float) -> Tensor:
 
 
 def selector_entropy(r_TKE: Tensor) -> Tensor:
-    """Sum of a token's selectors' entropies, (T,), in nats: 0 once the codes are binary (arXiv 2106.03760)."""
+    """Return the sum of the entropies of a token's selectors, (T,), in nats: 0 once the codes are binary."""
     return entropy(r_TKE).sum(-1)
 
 
 def reachability(r_TKE: Tensor) -> Tensor:
-    """Sum over a token's selectors of ``1 / sum_e r_e``, (T,): K where no weight is on codes without an expert, as
-    always for E a power of 2 (arXiv 2106.03760 and its code). Sums below 0.01 count as 0.01."""
+    """Return the sum over a token's selectors of ``1 / sum_e r_e``, (T,): K where no weight is on codes without an
+    expert, as always for E a power of 2 (arXiv 2106.03760 and its code). Sums below 0.01 count as 0.01."""
     return r_TKE.sum(-1).clamp_min(0.01).reciprocal().sum(-1)
 
 
 class SelectorGate(nn.Module):
-    """Codes and weights of K selectors: linear in the token, or the same for all.
+    """The codes and weights of K selectors: linear in the token, or equal for all tokens.
 
     Args:
         dim: D.
@@ -138,11 +134,11 @@ class SelectorGate(nn.Module):
         init_gate_(self.weight, self.init_scale)
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """float32 (T, D) to codes z (T, K, m) and the selectors' weights (T, K), which sum to 1."""
+        """Return the codes z (T, K, m) of float32 (T, D) tokens, and the selectors' weights (T, K), which sum to 1."""
         check_devices(x_TD, type(self).__name__, self._parameters)
         if not self.per_token:
             x_TD = x_TD.new_ones(x_TD.shape[0], 1)
-        # With one input of 1 a product would do, and FLOPs are counted for matrix products.
+        # A matrix product with one input of 1 would count FLOPs.
         linear = F.linear if self.per_token else lambda x, weight: x * weight.T
         codes = linear(x_TD, self.code_weight.to(x_TD.dtype))
         logits = linear(x_TD, self.weight.to(x_TD.dtype))
@@ -150,7 +146,7 @@ class SelectorGate(nn.Module):
 
 
 class DSelectKRouter(PairRouter):
-    """Weighted single-expert selectors. Built by ``DSelectK``."""
+    """The router of ``DSelectK``: weighted single-expert selectors."""
 
     config: DSelectK
 
@@ -165,10 +161,10 @@ class DSelectKRouter(PairRouter):
         best_TK = top_k_ids(scores_TE.detach(), places)
         gates_TK = scores_TE.gather(-1, best_TK)
         if places < E:
-            # What is cut off is shared out, so that the sum of a token's gates stays.
+            # The weight that is cut off is shared out, so that the sum of a token's gates stays.
             gates_TK = gates_TK * (scores_TE.sum(-1, keepdim=True) / gates_TK.sum(-1, keepdim=True).clamp_min(1e-20))
         extra = {}
-        if self.training:  # of no use in evaluation
+        if self.training:  # evaluation has no use for them
             if "selector_entropy" in self.extra_weights:
                 extra["selector_entropy"] = selector_entropy(r_TKE)
             if "reachability" in self.extra_weights and E & (E - 1):
@@ -201,9 +197,6 @@ class DSelectK(RouterConfig):
         reachability: weight of the mean of ``1 / (weight on codes with an expert)``, where E is not a power of 2.
         init_scale: variance times D of the initial weights, the codes' in units of ``gamma``: small, for codes beyond
             ``gamma / 2`` have no gradient.
-
-    Raises:
-        ValueError: a value is out of its range, or two of them do not go together.
     """
 
     paper = "2106.03760"
@@ -226,9 +219,8 @@ class DSelectK(RouterConfig):
             value = getattr(self, name)
             if value is not None and value < self.top_k:
                 raise ValueError(f"{name}={value} is less than top_k={self.top_k}, the experts of binary codes")
-        for name in ("selector_entropy", "reachability"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)} is not a finite number >= 0")
+        not_negative("selector_entropy", self.selector_entropy)
+        not_negative("reachability", self.reachability)
         positive("init_scale", self.init_scale)
 
     def check(self, num_experts: int) -> None:
@@ -242,7 +234,7 @@ class DSelectK(RouterConfig):
         return {name: getattr(self, name) for name in ("selector_entropy", "reachability") if getattr(self, name)}
 
     def pairs_per_token(self, num_experts: int) -> float:
-        """The most, that of the start of training; ``top_k`` once the codes are binary."""
+        """Return the most, that of the start of training; ``top_k`` once the codes are binary."""
         return float(self.max_k or num_experts)
 
     def make_gate(self, dim: int, num_experts: int) -> SelectorGate:
@@ -256,7 +248,7 @@ class DSelectK(RouterConfig):
 
 
 class DenseToSparseRouter(PairRouter):
-    """All experts above a threshold, at a falling temperature. Built by ``DenseToSparse``.
+    """The router of ``DenseToSparse``: all experts above a threshold, at a falling temperature.
 
     Attributes:
         num_steps: int64 () buffer, the optimizer steps so far.
@@ -271,7 +263,7 @@ class DenseToSparseRouter(PairRouter):
 
     @property
     def temperature(self) -> Tensor:
-        """float32 (), ``tau_start (tau_end / tau_start)^(steps / anneal_steps)``, then ``tau_end``."""
+        """The temperature, float32 (): ``tau_start (tau_end / tau_start)^(steps / anneal_steps)``, then ``tau_end``."""
         config = self.config
         share = (self.num_steps.to(torch.float32) / config.anneal_steps).clamp_max(1.0)
         return config.tau_start * (share * math.log(config.tau_end / config.tau_start)).exp()
@@ -315,12 +307,9 @@ class DenseToSparse(LinearGateConfig):
     Attributes:
         tau_start, tau_end: temperatures.
         anneal_steps: optimizer steps between them.
-        threshold: a gate has to be above it.
+        threshold: bound that a gate has to exceed.
         max_k: places of a token; None: E. Experts beyond it are left out.
         init_scale: variance of the gate's initial weights times D.
-
-    Raises:
-        ValueError: a value is out of its range, or two of them do not go together.
     """
 
     paper = "2112.14397"
@@ -341,8 +330,7 @@ class DenseToSparse(LinearGateConfig):
         if self.tau_end > self.tau_start:
             raise ValueError(f"tau_end={self.tau_end} is above tau_start={self.tau_start}: the temperature has to fall")
         at_least_one("anneal_steps", self.anneal_steps)
-        if not 0 <= self.threshold < 1:
-            raise ValueError(f"threshold={self.threshold} is not in [0, 1)")
+        below_one("threshold", self.threshold)
         if self.max_k is not None:
             at_least_one("max_k", self.max_k)
 
@@ -355,5 +343,5 @@ class DenseToSparse(LinearGateConfig):
             )
 
     def pairs_per_token(self, num_experts: int) -> float:
-        """The most, that of the start of training."""
+        """Return the most, that of the start of training."""
         return float(self.max_k or num_experts)

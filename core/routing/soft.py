@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..contract import MergeRouting, RoutingContext, SlotRouting
 from ..kernels import topk_gate
 from ..kernels.eager import check_devices, outside_autocast
-from .checks import at_least_one, positive
+from .checks import at_least_one, below_one, one_of, positive
 from .gates import LinearGate
 from .router import Router, RouterConfig
 from .selection import Capacity
@@ -27,9 +27,9 @@ def check_sequence_group(group: str | int, router: str) -> None:
 
 
 def _by_sequence(x: Tensor, context: RoutingContext | None) -> tuple[Tensor, Tensor | None]:
-    """(B, S, D) tokens in float32, padding cleared, and ``valid_BS``.
+    """Return the (B, S, D) tokens in float32 with padding cleared, and ``valid_BS``.
 
-    ``Tokens`` flattens: the way back from a flattened view is one that ``torch.export`` cannot follow at any length.
+    ``Tokens`` would flatten them, and ``torch.export`` cannot unflatten a view at any length.
     """
     x_BSD = x if x.dtype == torch.float64 else x.float()
     valid_BS = None if context is None else context.valid_BS
@@ -37,7 +37,7 @@ def _by_sequence(x: Tensor, context: RoutingContext | None) -> tuple[Tensor, Ten
 
 
 class SlotRouter(Router):
-    """Shares of the tokens in the slots, and of the slots in the tokens. Built by ``SoftSlots``.
+    """The router of ``SoftSlots``: the shares of the tokens in the slots, and of the slots in the tokens.
 
     Parameters: ``phi`` (E, P, D), a direction a slot; ``scale`` (), which sharpens both softmaxes.
     """
@@ -56,12 +56,6 @@ class SlotRouter(Router):
         super().reset_parameters()
 
     def forward(self, x: Tensor, context: RoutingContext | None = None) -> SlotRouting:
-        """Decide.
-
-        Args:
-            x: (B, S, D) tokens.
-            context: ``valid_BS`` marks the real ones.
-        """
         with outside_autocast(x.device):
             check_devices(x, type(self).__name__, self._parameters)
             x_BSD, valid_BS = _by_sequence(x, context)
@@ -98,10 +92,7 @@ class SoftSlots(RouterConfig):
     sequence, however long it is, so FLOPs a token depend on ``tokens_per_sequence``. Not for causal decoders.
 
     Attributes:
-        slots_per_expert: P. The cost of a dense FFN where ``E * P`` is the length of the sequences.
-
-    Raises:
-        ValueError: ``slots_per_expert`` is below 1.
+        slots_per_expert: P. A layer costs as much as a dense FFN where ``E * P`` is the length of the sequences.
     """
 
     paper = "2308.00951"
@@ -146,14 +137,14 @@ def _known(tokens_per_group: int | None, router: str) -> int:
 
 
 def in_segments(x: Tensor, count: int, length: int) -> Tensor:
-    """(B, S, ...) to (B, count, length, ...): the last token fills up the last segment."""
+    """Cut (B, S, ...) into segments, (B, count, length, ...); copies of the last token fill up the last one."""
     # By an index and not by padding, which ``torch.export`` would fix to one length.
     index = torch.arange(count * length, device=x.device).clamp_max(x.shape[1] - 1)
     return x.index_select(1, index).unflatten(1, (count, length))
 
 
 class MergeRouter(Router):
-    """The weights of each expert's parameters, a sequence or a segment. Built by ``Merge``."""
+    """The router of ``Merge``: the weights of the experts' parameters for each sequence or segment."""
 
     def __init__(self, dim: int, num_experts: int, config: Merge, capacity: Capacity) -> None:
         super().__init__()
@@ -161,12 +152,6 @@ class MergeRouter(Router):
         self.gate = LinearGate(dim, num_experts, config.init_scale)
 
     def forward(self, x: Tensor, context: RoutingContext | None = None) -> MergeRouting:
-        """Decide.
-
-        Args:
-            x: (B, S, D) tokens.
-            context: ``valid_BS`` marks the real ones.
-        """
         config = self.config
         with outside_autocast(x.device):
             x_BSD, valid_BS = _by_sequence(x, context)
@@ -243,9 +228,6 @@ class Merge(RouterConfig):
         expert_dropout: of "smear": in training each sequence loses each expert with this probability, and the weights
             of the others are divided by their sum.
         init_scale: variance of the gate's initial weights times D.
-
-    Raises:
-        ValueError: a value is out of its range, or is not an option of ``kind``.
     """
 
     paper = "2306.03745"
@@ -264,9 +246,8 @@ class Merge(RouterConfig):
     init_scale: float = 0.1
 
     def __post_init__(self) -> None:
-        for name, allowed in (("kind", KINDS), ("first", ("uniform", "own"))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
+        one_of("kind", self.kind, KINDS)
+        one_of("first", self.first, ("uniform", "own"))
         for name, default, kind in (
             ("top_k", None, "meo"),
             ("normalize", None, "meo"),
@@ -277,26 +258,24 @@ class Merge(RouterConfig):
             if getattr(self, name) != default and self.kind != kind:
                 raise ValueError(f"{name}={getattr(self, name)!r} is an option of kind={kind!r}, not of {self.kind!r}")
         for name in ("top_k", "segment_length"):
-            value = getattr(self, name)
-            if value is not None:
-                at_least_one(name, value)
+            if getattr(self, name) is not None:
+                at_least_one(name, getattr(self, name))
         if self.top_k == 1 and self.normalize:
             raise ValueError("normalize=True with top_k=1 makes every weight 1: the router would get no gradient")
-        if not 0 <= self.expert_dropout < 1:
-            raise ValueError(f"expert_dropout={self.expert_dropout} is not in [0, 1)")
+        below_one("expert_dropout", self.expert_dropout)
         positive("init_scale", self.init_scale)
 
     @property
     def normalizes(self) -> bool:
-        """``normalize`` with its default filled in."""
+        """The value of ``normalize`` with its default filled in."""
         return self.num_merged(2) > 1 if self.normalize is None else self.normalize
 
     def num_merged(self, num_experts: int) -> int:
-        """Experts that have a part in a merged one."""
+        """Return how many experts have a part in a merged one."""
         return num_experts if self.kind != "meo" else 2 if self.top_k is None else self.top_k
 
     def segments(self, length: int) -> tuple[int, int]:
-        """How many groups a sequence of ``length`` tokens has, and the tokens of each."""
+        """Return how many groups a sequence of ``length`` tokens has, and the tokens of each."""
         if self.kind != "lory":
             return 1, length
         L = 256 if self.segment_length is None else self.segment_length
@@ -348,6 +327,3 @@ class Merge(RouterConfig):
 
     def num_params(self, dim: int, num_experts: int) -> int:
         return dim * num_experts
-
-
-__all__ = ["Merge", "MergeRouter", "SlotRouter", "SoftSlots"]

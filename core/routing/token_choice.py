@@ -11,6 +11,7 @@ from torch import Tensor
 from ..contract import Evidence
 from ..kernels import topk_gate
 from .balance import SCORE_TERMS, expert_bias_step
+from .checks import below_one, divides, one_of, positive
 from .gates import LinearGate, NoisyGate
 from .router import LinearGateConfig, PairRouter, Tokens
 from .selection import Capacity, Choice
@@ -18,7 +19,7 @@ from .top_k import TopKConfig
 
 
 class TokenChoiceRouter(PairRouter):
-    """Each token takes its ``top_k`` best experts. Built by ``TokenChoice``."""
+    """The router of ``TokenChoice``: each token takes its ``top_k`` best experts."""
 
     config: TokenChoice
     gate: LinearGate
@@ -70,13 +71,14 @@ class TokenChoiceRouter(PairRouter):
             expert_ids_TK,
             best.gates_TK,
             Evidence(scores_TE, logits_TE, noise_std, threshold_TE, sums=sums),
-            priority_T=None if noise_std is None else best.scores_TE.amax(-1),  # the losses' scores else
+            # Under noise the scores of the losses are clean ones, and the choice's come first.
+            priority_T=None if noise_std is None else best.scores_TE.amax(-1),
             chosen_per_expert_E=chosen_E,
         )
 
     @torch.no_grad()
     def update_expert_bias(self, chosen_per_expert_E: Tensor) -> None:
-        """One step of aux-loss-free balancing, from the pairs that chose each expert since the last one."""
+        """Make one step of aux-loss-free balancing, from the pairs that chose each expert since the last step."""
         if self.expert_bias is not None:
             self.expert_bias += expert_bias_step(chosen_per_expert_E, self.config.bias_update_rate)
 
@@ -90,24 +92,24 @@ class TokenChoiceRouter(PairRouter):
 
 
 def normalize_logits(logits_TE: Tensor, factor: float) -> Tensor:
-    """``factor * (l - mean) / std`` over the experts of each token (Skywork-MoE, arXiv 2406.06563)."""
+    """Return ``factor * (l - mean) / std`` over the experts of each token (Skywork-MoE, arXiv 2406.06563)."""
     centred_TE = logits_TE - logits_TE.mean(-1, keepdim=True)
     # A floor of 1e-4 for the deviation: equal logits stay equal, with a finite gradient.
     return factor * centred_TE * (centred_TE.square().mean(-1, keepdim=True) + 1e-8).rsqrt()
 
 
 def _noise_threshold(noisy_TE: Tensor, config: TokenChoice) -> Tensor:
-    """What a noisy logit had to reach to be among the ``top_k``.
+    """Return the value that a noisy logit had to reach to be among the ``top_k``.
 
-    Fixed noise: the k-th largest (V-MoE, arXiv 2106.05974, section A.2). Learned noise: the k-th largest of the
-    *others* (arXiv 1701.06538, eq. 9), which is the (k+1)-th for the chosen ones.
+    With fixed noise it is the k-th largest logit (V-MoE, arXiv 2106.05974, section A.2). With learned noise it is the
+    k-th largest of the *others* (arXiv 1701.06538, eq. 9), which is the (k+1)-th for the chosen ones.
     """
     K, E = config.top_k, noisy_TE.shape[-1]
     top = noisy_TE.topk(min(K + 1, E), dim=-1).values
     kth = top[:, K - 1 : K]
     if config.noise == "fixed":
         return kth
-    # With K = E every expert is chosen. Far below and not -inf, which would make the gradient of the noise 0 * inf.
+    # For K = E every expert is chosen. A threshold of -inf would make the gradient of the noise 0 * inf.
     beyond = top[:, K:] if K < E else torch.full_like(kth, -1e9)
     return torch.where(noisy_TE >= kth, beyond, kth)
 
@@ -137,24 +139,21 @@ class TokenChoice(TopKConfig, LinearGateConfig):
         normalize: True: the gates of a token sum to 1 (softmax after the selection). False: its scores over all E
             experts (softmax before). None: True for K > 1, False for K = 1, where it would cut the router's gradient.
         noise: normal noise on the logits in training: None, "fixed" (V-MoE) or "learned" (Shazeer).
-        noise_std: of the fixed noise, times E: its standard deviation is ``noise_std / E``.
-        jitter_eps: in training, the router's input times U(1 - eps, 1 + eps).
-        second: "always", or "random": in training the second of two experts is kept with probability 2 * gate, the gate
-            before ``scale``.
-        expert_bias: a bias on the scores steers the choice, never the gate, and is moved by ``update_expert_bias``.
-        bias_update_rate: its step.
+        noise_std: standard deviation of the fixed noise, times E: the noise has ``noise_std / E``.
+        jitter_eps: half-width of the factor U(1 - eps, 1 + eps) on the router's input in training.
+        second: rule for the second of two experts, "always", or "random": in training it is kept with probability
+            2 * gate, the gate before ``scale``.
+        expert_bias: whether a bias on the scores, moved by ``update_expert_bias``, steers the choice, never the gate.
+        bias_update_rate: step of the bias.
         num_groups, limited_groups: the choice is limited to the best ``limited_groups`` of ``num_groups`` equal groups.
-        group_score: a group is judged by the sum of its two best scores, "top2", or by its best one, "max".
+        group_score: score of a group, the sum of its two best scores, "top2", or its best one, "max".
         scale: factor on the gates.
-        gates_on: the gates scale the experts' "output", or their "input": ``f(g x)`` in place of ``g f(x)`` (Llama 4),
-            which copies the rows of the tokens.
-        gate_bias: the gate's logits are ``x W^T + b``, with a ``b`` that is learned as ``W`` is.
+        gates_on: side that the gates scale, the experts' "output", or their "input": ``f(g x)`` in place of ``g f(x)``
+            (Llama 4), which copies the rows of the tokens.
+        gate_bias: whether the gate's logits are ``x W^T + b``, with a learned ``b``.
         init_scale: variance of the gate's initial weights times D.
         logit_norm: lambda of Skywork-MoE (arXiv 2406.06563): a token's logits are brought to mean 0 and this standard
             deviation before noise and softmax; the larger, the sharper the gates. None: left as they are.
-
-    Raises:
-        ValueError: a value is out of its range, or two of them do not go together.
     """
 
     router_class = TokenChoiceRouter
@@ -179,27 +178,20 @@ class TokenChoice(TopKConfig, LinearGateConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, allowed in (
-            ("score_func", ("softmax", "sigmoid")),
-            ("noise", (None, "fixed", "learned")),
-            ("second", ("always", "random")),
-            ("group_score", ("top2", "max")),
-            ("gates_on", ("output", "input")),
-        ):
-            if getattr(self, name) not in allowed:
-                choices = ", ".join(str(a) for a in allowed)
-                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {choices}")
+        one_of("score_func", self.score_func, ("softmax", "sigmoid"))
+        one_of("noise", self.noise, (None, "fixed", "learned"))
+        one_of("second", self.second, ("always", "random"))
+        one_of("group_score", self.group_score, ("top2", "max"))
+        one_of("gates_on", self.gates_on, ("output", "input"))
         if self.second == "random" and self.top_k != 2:
             raise ValueError(f"second='random' needs top_k=2, not top_k={self.top_k}")
-        if not 0 <= self.jitter_eps < 1:
-            raise ValueError(f"jitter_eps={self.jitter_eps} is not in [0, 1)")
+        below_one("jitter_eps", self.jitter_eps)
         for name in ("noise_std", "scale", "bias_update_rate"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name}={getattr(self, name)} is not a positive number")
-        if self.logit_norm is not None and not 0 < self.logit_norm < float("inf"):
-            raise ValueError(f"logit_norm={self.logit_norm} is not a positive number")
-        if self.logit_norm is not None and self.score_func != "softmax":
-            raise ValueError(f"logit_norm={self.logit_norm} needs score_func='softmax', not {self.score_func!r}")
+            positive(name, getattr(self, name))
+        if self.logit_norm is not None:
+            positive("logit_norm", self.logit_norm)
+            if self.score_func != "softmax":
+                raise ValueError(f"logit_norm={self.logit_norm} needs score_func='softmax', not {self.score_func!r}")
         if not 1 <= self.limited_groups <= self.num_groups:
             raise ValueError(f"limited_groups={self.limited_groups} is not between 1 and num_groups={self.num_groups}")
 
@@ -209,8 +201,7 @@ class TokenChoice(TopKConfig, LinearGateConfig):
 
     def check(self, num_experts: int) -> None:
         super().check(num_experts)
-        if num_experts % self.num_groups:
-            raise ValueError(f"num_groups={self.num_groups} does not divide num_experts={num_experts}")
+        divides("num_groups", self.num_groups, num_experts)
         reachable = num_experts // self.num_groups * self.limited_groups
         if self.top_k > reachable:
             raise ValueError(
