@@ -10,13 +10,13 @@ from torch import Tensor
 from ..contract import Evidence
 from ..kernels.assign import balanced_assignment
 from ..kernels.eager import top_k_ids
-from .checks import at_least_one, at_most_experts, one_of, positive
-from .router import LinearGateConfig, PairRouter, Tokens
+from .checks import at_least_one, one_of, positive
+from .router import FixedKConfig, LinearGateConfig, PairRouter, Tokens
 from .selection import Choice
 
 
 class BaseRouter(PairRouter):
-    """One expert a token, equally many tokens an expert in training. Built by ``Base``."""
+    """The router of ``Base``: one expert a token, equally many tokens an expert in training."""
 
     config: Base
 
@@ -58,7 +58,7 @@ class Base(LinearGateConfig):
 
 
 def sinkhorn(logits_TE: Tensor, real_T: Tensor | None, iterations: int, temperature: float = 1.0) -> Tensor:
-    """Logarithm of the Sinkhorn-normalized ``exp(logits / temperature)``, in log space throughout.
+    """Return the logarithm of the Sinkhorn-normalized ``exp(logits / temperature)``, in log space throughout.
 
     Iterations bring the columns to equal sums over the real tokens, then each row to sum 1: the plan of the assignment
     relaxed by an entropy (arXiv 2202.01169).
@@ -66,28 +66,28 @@ def sinkhorn(logits_TE: Tensor, real_T: Tensor | None, iterations: int, temperat
     Args:
         logits_TE: float (T, E).
         real_T: bool (T,), False for padding, which has no mass; None: every token is real.
-        iterations: of both normalizations.
-        temperature: the smaller, the closer to a hard assignment, and the more iterations it takes.
+        iterations: number of times that both are normalized.
+        temperature: divisor of the logits; the smaller, the closer to a hard assignment, and the more iterations.
 
     Returns:
         (T, E), rows of log probabilities; the columns of the real tokens sum to about n / E each.
     """
-    # Experts first: sums over many tokens then run along the memory.
+    # With experts first, sums over many tokens run along the memory.
     z_ET = (logits_TE / temperature).T.contiguous()
     mask_T = z_ET.new_ones(z_ET.shape[1]) if real_T is None else real_T.to(z_ET.dtype)
     log_mask_T, num_tokens = mask_T.log(), mask_T.sum().clamp_min(1.0)
-    # Any scaling of the columns leads to the same plan; from their means a skew of all tokens is gone at once.
+    # Any scaling of the columns leads to the same plan; dividing by their means removes a skew of all tokens at once.
     log_p_ET = (z_ET - (z_ET @ mask_T / num_tokens)[:, None]).log_softmax(0)
     target = num_tokens.log() - math.log(logits_TE.shape[1])
     for _ in range(iterations):
-        # The floor: without real tokens the sums are -inf, and with large logits a column may be empty.
+        # Without real tokens the sums are -inf, and with large logits a column may be empty: hence the floor.
         load_E1 = (log_p_ET + log_mask_T).logsumexp(1, keepdim=True).clamp_min(-1e30)
         log_p_ET = (log_p_ET - (load_E1 - target)).log_softmax(0)
     return log_p_ET.T
 
 
 class SinkhornRouter(PairRouter):
-    """Top-k of Sinkhorn-normalized logits in training, of the logits in evaluation. Built by ``Sinkhorn``."""
+    """The router of ``Sinkhorn``: top-k of Sinkhorn-normalized logits in training, of the logits in evaluation."""
 
     config: Sinkhorn
 
@@ -103,7 +103,7 @@ class SinkhornRouter(PairRouter):
 
 
 @dataclass(frozen=True)
-class Sinkhorn(LinearGateConfig):
+class Sinkhorn(FixedKConfig, LinearGateConfig):
     """S-BASE (arXiv 2202.01169): in training a token takes the ``top_k`` largest entries of its row of the
     Sinkhorn-normalized logits, whose columns have equal sums; in evaluation the ``top_k`` largest logits. The gates are
     the scores of the logits themselves, not of the normalized ones, and are not brought to sum 1 (as in Megatron-LM).
@@ -115,7 +115,7 @@ class Sinkhorn(LinearGateConfig):
     Attributes:
         top_k: experts per token, K.
         iterations: normalizations of columns and rows.
-        temperature: divides the logits before; lower is closer to an exact assignment and takes more iterations.
+        temperature: divisor of the logits; a lower one is closer to an exact assignment and takes more iterations.
         score_func: "sigmoid", "softmax" over all E, or None: sigmoid for K = 1 and softmax for K > 1 (Megatron-LM).
         init_scale: variance of the gate's initial weights times D.
     """
@@ -133,19 +133,12 @@ class Sinkhorn(LinearGateConfig):
     init_scale: float = 0.1
 
     def __post_init__(self) -> None:
-        at_least_one("top_k", self.top_k)
+        super().__post_init__()
         at_least_one("iterations", self.iterations)
         positive("temperature", self.temperature)
         one_of("score_func", self.score_func, (None, "sigmoid", "softmax"))
-        super().__post_init__()
 
     @property
     def scores(self) -> str:
-        """``score_func`` with its default filled in."""
+        """The value of ``score_func`` with its default filled in."""
         return self.score_func or ("sigmoid" if self.top_k == 1 else "softmax")
-
-    def check(self, num_experts: int) -> None:
-        at_most_experts("top_k", self.top_k, num_experts)
-
-    def pairs_per_token(self, num_experts: int) -> float:
-        return float(self.top_k)

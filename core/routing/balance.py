@@ -478,8 +478,8 @@ def balance_terms(sums: dict[str, Tensor], wanted: frozenset[str], balance: Bala
 
 
 def adaptive_weight(weight: Tensor, drop_rate: Tensor, balance: Balance) -> Tensor:
-    """Return the next weight of ``load_balancing``: ``m * weight + (1 - m) * min(scale * drop_rate, max)`` with momentum m
-    (Skywork-MoE, arXiv 2406.06563, section 4.2; there scale 1/5, max 0.01, momentum 0.99)."""
+    """Return the next weight of ``load_balancing``, ``m * weight + (1 - m) * min(scale * drop_rate, max)``, with m the
+    momentum (Skywork-MoE, arXiv 2406.06563, section 4.2; there scale 1/5, max 0.01, momentum 0.99)."""
     target = (balance.adaptive_scale * drop_rate).clamp_max(balance.adaptive_max)
     return balance.adaptive_momentum * weight + (1 - balance.adaptive_momentum) * target
 

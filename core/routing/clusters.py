@@ -10,15 +10,13 @@ from ..kernels.eager import capacity_ranks
 
 @torch.no_grad()
 def balanced_clusters(points_ND: Tensor, num_clusters: int, *, seed: int = 0, num_iterations: int = 20) -> Tensor:
-    """int64 (N,), the cluster of each point; sizes differ by at most 1.
-
-    Lloyd's iterations with ``assign_equally``.
+    """Return the cluster of each point, int64 (N,), by Lloyd's iterations; sizes differ by at most 1.
 
     Args:
         points_ND: (N, D), finite.
-        num_clusters: at most N.
-        seed: of the first centres, drawn among the points.
-        num_iterations: at most.
+        num_clusters: number of clusters, at most N.
+        seed: seed of the first centres, drawn among the points.
+        num_iterations: most iterations.
 
     Raises:
         ValueError: more clusters than points, or a coordinate that is not finite.
@@ -42,12 +40,12 @@ def balanced_clusters(points_ND: Tensor, num_clusters: int, *, seed: int = 0, nu
 
 
 def assign_equally(points_ND: Tensor, centres_ED: Tensor) -> Tensor:
-    """int64 (N,), a near centre for each of (N, D) points: each of (E, D) centres has N // E of them or one more, the
-    nearest of those that want it; the others go on to their next nearest with room."""
+    """Assign each of (N, D) points to a near one of (E, D) centres, int64 (N,): each centre takes N // E points or one
+    more, the nearest of those that want it, and the others go on to their next nearest centre with room."""
     N, E = len(points_ND), len(centres_ED)
     distance_NE = torch.cdist(points_ND, centres_ED)
     cluster_N = torch.full((N,), E, device=points_ND.device)
-    # First N // E points for each cluster, then one more for some.
+    # Each cluster takes N // E points first; then some take one more.
     for size in (N // E, 1):
         room_E = torch.full((E,), size, device=points_ND.device)
         while bool((free_N := cluster_N == E).any()) and bool(room_E.any()):

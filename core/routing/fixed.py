@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import at_least_one, at_most_experts, divides, one_of
+from .checks import at_least_one, divides, one_of
 from .clusters import balanced_clusters
 from .ids import sequence_ids, token_ids
-from .router import PairRouter, RouterConfig, Tokens
+from .router import FixedKConfig, PairRouter, RouterConfig, Tokens
 from .selection import Capacity, Choice
 
 HASHES = ("random", "balanced", "clustered")
@@ -22,12 +22,12 @@ EVALUATIONS = ("fixed", "average")
 
 
 def random_table(vocab_size: int, num_experts: int, top_k: int, seed: int) -> Tensor:
-    """int64 (V, K): for each token id K different experts, uniform and independent of the other ids."""
+    """Draw K different experts for each token id, int64 (V, K), uniformly and independently of the other ids."""
     generator = torch.Generator().manual_seed(seed)
     columns: list[Tensor] = []
     for k in range(top_k):
         drawn_V = torch.randint(num_experts - k, (vocab_size,), generator=generator, device="cpu")
-        # The drawn_V-th of the experts that the earlier columns left: step over those, the lowest first.
+        # A draw counts the experts that the earlier columns left, so it steps over theirs, the lowest first.
         for taken_V in torch.stack(columns, -1).sort(-1).values.unbind(-1) if columns else ():
             drawn_V = drawn_V + (drawn_V >= taken_V)
         columns.append(drawn_V)
@@ -35,13 +35,13 @@ def random_table(vocab_size: int, num_experts: int, top_k: int, seed: int) -> Te
 
 
 def balanced_table(counts: Sequence[float], num_experts: int, top_k: int, seed: int) -> Tensor:
-    """int64 (V, K): ids from the most frequent to the rarest each take the K experts with the fewest tokens so far,
-    and of those the ones with the fewest ids.
+    """Return a table, int64 (V, K), in which ids from the most frequent to the rarest each take the K experts with the
+    fewest tokens so far, and of those the ones with the fewest ids.
 
     Args:
-        counts: how often each id occurs; equal ones are put in a random order.
+        counts: number of occurrences of each id; ids of equal counts are put in a random order.
         num_experts, top_k: E and K.
-        seed: of that order.
+        seed: seed of that order.
     """
     generator = torch.Generator().manual_seed(seed)
     shuffled = torch.randperm(len(counts), generator=generator, device="cpu").tolist()
@@ -56,7 +56,7 @@ def balanced_table(counts: Sequence[float], num_experts: int, top_k: int, seed: 
 
 
 class HashRouter(PairRouter):
-    """Experts by token id, from a table. Built by ``Hash``.
+    """The router of ``Hash``: experts by token id, from a table.
 
     Attributes:
         table: int64 (V, K) buffer; -1 in a clustered table that is not made yet.
@@ -72,14 +72,14 @@ class HashRouter(PairRouter):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """The table as it starts: what ``fit`` or ``fit_clusters`` made is gone."""
+        """Set the table as at the start; one that ``fit`` or ``fit_clusters`` made is gone."""
         super().reset_parameters()
         V, K, E, config = self.config.vocab_size, self.config.top_k, self.num_experts, self.config
         if self.table.is_meta:
             return
         if config.kind == "clustered":
             self.table.fill_(-1)
-        # Drawn on CPU, so that a seed means the same table everywhere.
+        # Both draw on CPU, so that a seed gives one table on every device.
         elif config.kind == "random":
             self.table.copy_(random_table(V, E, K, config.seed))
         else:
@@ -94,10 +94,10 @@ class HashRouter(PairRouter):
         return Choice(expert_TK, tokens.x_TD.new_full(expert_TK.shape, 1.0 / self.config.top_k))
 
     def fit(self, counts: Sequence[float] | Tensor) -> None:
-        """Make a balanced table for the frequencies of the training text. Before training: it moves tokens.
+        """Make a balanced table for the frequencies of the training text. Call it before training: it moves tokens.
 
         Args:
-            counts: (V,), how often each token id occurs; not negative.
+            counts: (V,), number of occurrences of each token id; not negative.
 
         Raises:
             ValueError: the hash is not of this kind, or the counts are of another length or negative.
@@ -112,11 +112,11 @@ class HashRouter(PairRouter):
 
     def fit_clusters(self, embeddings_VD: Tensor, num_iterations: int = 20) -> None:
         """Make a clustered table: like token ids, by k-means of their embeddings, take the same expert, and each expert
-        as many ids as the others. Before training.
+        as many ids as the others. Call it before training.
 
         Args:
-            embeddings_VD: (V, D), as of a trained dense model.
-            num_iterations: of k-means, at most.
+            embeddings_VD: (V, D), such as those of a trained dense model.
+            num_iterations: most iterations of k-means.
 
         Raises:
             ValueError: the hash is not of this kind, or there is not one finite embedding for each id.
@@ -147,7 +147,7 @@ class HashRouter(PairRouter):
 
 
 @dataclass(frozen=True)
-class Hash(RouterConfig):
+class Hash(FixedKConfig):
     """A token's expert is a fixed function of its id (Hash layers, arXiv 2106.04426), at gate 1.
 
     Attributes:
@@ -155,7 +155,7 @@ class Hash(RouterConfig):
         kind: "random"; "balanced": each expert gets as many ids as the others, or, after ``router.fit(counts)``, about
             as many tokens; "clustered": after ``router.fit_clusters(embeddings)``, like tokens together.
         top_k: different experts per token, each at gate 1 / K. The kind "clustered" has 1.
-        seed: of the table.
+        seed: seed of the table.
     """
 
     paper = "2106.04426"
@@ -169,22 +169,19 @@ class Hash(RouterConfig):
 
     def __post_init__(self) -> None:
         at_least_one("vocab_size", self.vocab_size)
-        at_least_one("top_k", self.top_k)
+        super().__post_init__()
         one_of("kind", self.kind, HASHES)
         if self.kind == "clustered" and self.top_k != 1:
             raise ValueError(f"top_k={self.top_k} is not 1, and a token is in one cluster")
 
     def check(self, num_experts: int) -> None:
-        at_most_experts("top_k", self.top_k, num_experts)
+        super().check(num_experts)
         if self.kind == "clustered" and num_experts > self.vocab_size:
             raise ValueError(f"num_experts={num_experts} clusters exceed vocab_size={self.vocab_size}")
 
-    def pairs_per_token(self, num_experts: int) -> float:
-        return float(self.top_k)
-
 
 class RandomRouter(PairRouter):
-    """Random experts in training, a fixed choice in evaluation. Built by ``Random``."""
+    """The router of ``Random``: random experts in training, a fixed choice in evaluation."""
 
     config: Random
 
@@ -195,13 +192,13 @@ class RandomRouter(PairRouter):
         experts = torch.arange(self.num_experts, device=x_TD.device)
         if config.evaluation == "average":
             return self._choice(experts.expand(x_TD.shape[0], -1), x_TD)
-        # Positions take the experts in turn, K at a time: balanced in every sequence, and the same in every batch.
+        # Positions take the experts in turn, K at a time, which is balanced in every sequence.
         place_SK = torch.arange(tokens.length * config.top_k, device=x_TD.device).unflatten(0, (-1, config.top_k))
         return self._choice((place_SK % self.num_experts).repeat(tokens.num_sequences, 1), x_TD)
 
     def _draw(self, tokens: Tokens) -> Tensor:
         rows = {"token": tokens.x_TD.shape[0], "sequence": tokens.num_sequences, "batch": 1}[self.config.per]
-        # The largest of uniform numbers: every set of K experts is equally likely.
+        # The largest of uniform numbers make every set of K experts equally likely.
         drawn = torch.rand(rows, self.num_experts, device=tokens.x_TD.device).topk(self.config.top_k, dim=-1).indices
         if self.config.per == "sequence":
             return tokens.to_tokens(drawn)
@@ -213,7 +210,7 @@ class RandomRouter(PairRouter):
 
 
 @dataclass(frozen=True)
-class Random(RouterConfig):
+class Random(FixedKConfig):
     """Experts are drawn at random in training (THOR, arXiv 2110.04260), at gate 1 / K. THOR runs each batch twice with
     ``top_k=1`` and adds ``consistency_loss`` of the two outputs, so that any expert will do.
 
@@ -222,7 +219,7 @@ class Random(RouterConfig):
 
     Attributes:
         top_k: experts per token, K.
-        per: one draw a "token", a "sequence" or a "batch".
+        per: unit of one draw, "token", "sequence" or "batch".
         evaluation: "fixed" or "average".
     """
 
@@ -234,24 +231,17 @@ class Random(RouterConfig):
     evaluation: str = "fixed"
 
     def __post_init__(self) -> None:
-        at_least_one("top_k", self.top_k)
+        super().__post_init__()
         one_of("per", self.per, SPANS)
         one_of("evaluation", self.evaluation, EVALUATIONS)
-
-    def check(self, num_experts: int) -> None:
-        at_most_experts("top_k", self.top_k, num_experts)
 
     @property
     def reads_position(self) -> bool:
         return self.evaluation == "fixed"
 
-    def pairs_per_token(self, num_experts: int) -> float:
-        """In training; ``evaluation="average"`` takes all E."""
-        return float(self.top_k)
-
 
 class DomainRandomRouter(PairRouter):
-    """A group of experts by domain, one of it by token id. Built by ``DomainRandom``.
+    """The router of ``DomainRandom``: a group of experts by domain, and one expert of it by token id.
 
     Attributes:
         table: int64 (number of domains, V) buffer of experts.
@@ -270,14 +260,14 @@ class DomainRandomRouter(PairRouter):
         config, size = self.config, self.num_experts // self.config.num_domains
         generator = torch.Generator().manual_seed(config.seed)
         for domain in range(config.num_domains):
-            # Dealt out in turn in a random order: an expert gets as many ids as the others of its group, or one more.
+            # Ids in a random order take the experts in turn, so that their numbers of ids differ by at most one.
             place_V = torch.randperm(config.vocab_size, generator=generator, device="cpu")
             self.table[domain].copy_(domain * size + place_V % size)
 
     def choose(self, tokens: Tokens) -> Choice:
         ids_T = token_ids(tokens, "token_ids_BS", self.config.vocab_size)
         domain_B = sequence_ids(tokens, "domain_ids_B", self.config.num_domains)
-        # Every domain's expert of the token, then that of its domain: both steps refuse an id out of range.
+        # Two lookups, by token and then by domain, each refuse an id out of range.
         expert_1T = self.table.index_select(1, ids_T).gather(0, tokens.to_tokens(domain_B)[None])
         return Choice(expert_1T.T, tokens.x_TD.new_ones(expert_1T.T.shape))
 
@@ -292,7 +282,7 @@ class DomainRandom(RouterConfig):
         num_domains: groups; ``context.domain_ids_B`` is in ``range(num_domains)``. Group d has the experts
             ``d E / num_domains`` and following.
         vocab_size: token ids are in ``range(vocab_size)``.
-        seed: of the table.
+        seed: seed of the table.
     """
 
     paper = "2303.10845"

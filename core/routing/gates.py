@@ -1,4 +1,4 @@
-"""Tokens to logits, in float32 whatever the model is in (float64 stays): one small module a kind of gate."""
+"""Small modules that turn tokens or ids into logits, one for each kind of gate, in float32 or float64."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from ..kernels.transforms import is_transformed
 
 
 def init_gate_(weight: Tensor, init_scale: float) -> None:
-    """Truncated normal of variance ``init_scale / fan_in`` (Switch Transformer, arXiv 2101.03961, section 2.4)."""
+    """Draw a weight from a truncated normal of variance ``init_scale / fan_in`` (arXiv 2101.03961, section 2.4)."""
     std = math.sqrt(init_scale / weight.shape[-1])
     nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
 
 
 def widened(x_TD: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The tokens in float32 (float64 stays), and what a linear gate keeps of them for its backward where they were in
-    half precision."""
+    """Return the tokens in float32 (float64 stays), and those in half precision that a linear gate keeps for its
+    backward, or None."""
     if x_TD.dtype in (torch.float32, torch.float64):
         return x_TD, None
     return x_TD.float(), x_TD if torch.is_grad_enabled() and not is_transformed() else None
@@ -56,7 +56,7 @@ class LinearGate(nn.Module):
         dim: D.
         num_experts: E.
         init_scale: variance of the initial weights times D.
-        bias: with ``b``.
+        bias: whether there is a ``b``.
     """
 
     def __init__(self, dim: int, num_experts: int, init_scale: float = 0.1, bias: bool = False) -> None:
@@ -72,15 +72,15 @@ class LinearGate(nn.Module):
             nn.init.zeros_(self.bias)
 
     def forward(self, x_TD: Tensor, kept_TD: Tensor | None = None) -> Tensor:
-        """float32 (T, D) to logits (T, E). ``kept_TD``: the same tokens in half precision, which the backward keeps in
-        place of them, and which get the gradient."""
+        """Return the logits (T, E) of float32 (T, D) tokens. ``kept_TD`` are the same tokens in half precision, which
+        the backward keeps in place of them, and which get the gradient."""
         check_devices(x_TD, type(self).__name__, self._parameters)
         if kept_TD is not None:
             return _KeepHalf.apply(kept_TD, x_TD.detach(), self.weight, self.bias)  # type: ignore[no-any-return]
         return F.linear(x_TD, self.weight.to(x_TD.dtype), None if self.bias is None else self.bias.to(x_TD.dtype))
 
     def noise_std(self, x_TD: Tensor) -> Tensor | None:
-        """Learned standard deviation of the logits' noise, (T, E), or None."""
+        """Return the learned standard deviation of the logits' noise, (T, E), or None."""
         return None
 
 
@@ -89,7 +89,7 @@ class NoisyGate(LinearGate):
 
     def __init__(self, dim: int, num_experts: int, init_scale: float = 0.1, bias: bool = False) -> None:
         super().__init__(dim, num_experts, init_scale, bias)
-        # Zero weights: every expert starts with the same noise, softplus(0) = 0.69 (appendix A of the paper).
+        # With zero weights every expert starts with noise of softplus(0) = 0.69 (appendix A of the paper).
         self.noise_weight = nn.Parameter(torch.zeros(num_experts, dim))
 
     def reset_parameters(self) -> None:
@@ -108,11 +108,11 @@ class CosineGate(nn.Module):
     Args:
         dim: D.
         num_experts: E.
-        proj_dim: of the space.
-        temperature: at the start; it is learned, and stays at least 0.01.
+        proj_dim: number of dimensions of the space.
+        temperature: initial divisor of the cosines; it is learned, and stays at least 0.01.
     """
 
-    # As in tutel: exp(log 100), a temperature of 0.01.
+    # The largest scale is tutel's, exp(log 100), a temperature of 0.01.
     max_log_scale = math.log(100.0)
 
     def __init__(self, dim: int, num_experts: int, proj_dim: int, temperature: float = 0.5) -> None:
@@ -130,7 +130,7 @@ class CosineGate(nn.Module):
         nn.init.constant_(self.log_scale, -math.log(self.temperature))
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        """float32 (T, D) to logits (T, E), within +-1 / temperature."""
+        """Return the logits (T, E) of float32 (T, D) tokens, within +-1 / temperature."""
         check_devices(x_TD, type(self).__name__, self._parameters)
         dtype = x_TD.dtype
         x_TP = F.normalize(F.linear(x_TD, self.projection.to(dtype)), dim=-1)
@@ -158,7 +158,7 @@ class AttentionGate(nn.Module):
         init_gate_(self.weight, self.init_scale)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        """float32 (T, D) to logits (T, E), through (T, E, E) attention."""
+        """Return the logits (T, E) of float32 (T, D) tokens, through (T, E, E) attention."""
         check_devices(x_TD, type(self).__name__, self._parameters)
         E = self.weight.shape[1]
         query_TE, key_TE, value_TE = F.linear(x_TD, self.weight.to(x_TD.dtype).flatten(0, 1)).split(E, dim=-1)
@@ -167,7 +167,7 @@ class AttentionGate(nn.Module):
 
 
 class TableGate(nn.Module):
-    """A row of logits for each id: of a task, a language pair, a token.
+    """A table with a row of logits for each id, such as a task's or a language pair's.
 
     Args:
         num_rows: ids are in ``range(num_rows)``.
@@ -185,7 +185,7 @@ class TableGate(nn.Module):
         nn.init.normal_(self.weight, std=math.sqrt(self.init_scale))
 
     def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        """int64 (N,) to logits (N, E) in ``dtype``."""
+        """Return the logits (N, E) of int64 (N,) ids, in ``dtype``."""
         check_devices(ids, type(self).__name__, self._parameters)
         return F.embedding(ids, self.weight).to(dtype)
 
@@ -196,7 +196,7 @@ class TokenIdGate(nn.Module):
     Args:
         vocab_size: ids are in ``range(vocab_size)``.
         num_experts: E.
-        embedding_dim: of the embedding.
+        embedding_dim: width of the embedding.
         init_scale: variance of the initial logits.
     """
 
@@ -212,6 +212,6 @@ class TokenIdGate(nn.Module):
         init_gate_(self.weight, self.init_scale)
 
     def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        """int64 (T,) to logits (T, E) in ``dtype``."""
+        """Return the logits (T, E) of int64 (T,) ids, in ``dtype``."""
         check_devices(ids, type(self).__name__, self._parameters)
         return F.linear(F.embedding(ids, self.embedding).to(dtype), self.weight.to(dtype))

@@ -20,7 +20,7 @@ from .top_k import TopKConfig
 
 
 class PrototypesRouter(PairRouter):
-    """The best expert of each group. Built by ``Prototypes``."""
+    """The router of ``Prototypes``: the best expert of each group."""
 
     config: Prototypes
 
@@ -29,7 +29,7 @@ class PrototypesRouter(PairRouter):
         scores_TGe = logits_TE.unflatten(-1, (self.config.num_prototypes, -1)).softmax(-1)
         best_TG = logits_TE.detach().unflatten(-1, (self.config.num_prototypes, -1)).argmax(-1)
         first_G = torch.arange(0, self.num_experts, scores_TGe.shape[-1], device=logits_TE.device)
-        # Not best first: groups have no expert in common, so none is served before another.
+        # They are not sorted: groups have no expert in common, so none is served before another.
         return Choice(
             best_TG + first_G,
             scores_TGe.gather(-1, best_TG.unsqueeze(-1)).squeeze(-1),
@@ -46,7 +46,7 @@ class Prototypes(LinearGateConfig):
     In the losses a token's scores are ``p / num_prototypes``, so that they sum to 1.
 
     Attributes:
-        num_prototypes: groups, and experts a token.
+        num_prototypes: number of groups, and of experts a token.
         init_scale: variance of the gate's initial weights times D.
     """
 
@@ -74,7 +74,7 @@ class Prototypes(LinearGateConfig):
 
 
 class HierarchicalRouter(PairRouter):
-    """Groups first, then experts of the chosen groups. Built by ``Hierarchical``."""
+    """The router of ``Hierarchical``: groups first, then experts of the chosen groups."""
 
     config: Hierarchical
 
@@ -117,7 +117,7 @@ class Hierarchical(RouterConfig):
     that needs it, are left out.
 
     Attributes:
-        num_groups: equal groups of experts.
+        num_groups: number of equal groups of experts.
         top_groups: groups a token takes.
         top_k: experts a token takes in each of them; it takes ``top_groups * top_k`` in all.
         init_scale: variance of the gates' initial weights times D.
@@ -156,7 +156,7 @@ class Hierarchical(RouterConfig):
 
 
 class EnsembleRouter(PairRouter):
-    """Top-k among the experts of a sequence's member. Built by ``Ensemble``."""
+    """The router of ``Ensemble``: top-k among the experts of a sequence's member."""
 
     config: Ensemble
 
@@ -179,9 +179,9 @@ class EnsembleRouter(PairRouter):
             best.gates_TK,
             Evidence(
                 torch.zeros_like(logits_TGe).scatter(1, own, best.scores_TE.unsqueeze(1)).flatten(1),
-                # -inf: experts of another member are out of reach, for the z-loss too.
+                # Experts of another member are out of reach, for the z-loss too.
                 torch.full_like(logits_TGe, -torch.inf).scatter(1, own, logits_T1e).flatten(1),
-                # The scores' sum is by place in the member, and of no use here.
+                # The kernel summed scores by place in the member, which no loss reads.
                 sums=None if best.sums is None else {"square": best.sums["square"]},
             ),
         )
@@ -201,9 +201,9 @@ class Ensemble(TopKConfig, LinearGateConfig):
     In training each member has its own loss, so the targets are repeated too.
 
     Attributes:
-        num_members: M, groups of experts.
+        num_members: number of groups of experts, M.
         top_k: experts a token takes, K.
-        normalize: as in ``TokenChoice``, over the experts of the member.
+        normalize: option as in ``TokenChoice``, over the experts of the member.
         init_scale: variance of the gate's initial weights times D.
     """
 

@@ -1,4 +1,4 @@
-"""Ids from the context, checked and with padding made harmless: what gates look up tables by."""
+"""Ids from the context, checked and with padding made harmless, for gates that look up tables."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from .router import Tokens
 
 
 def token_ids(tokens: Tokens, name: str, size: int) -> Tensor:
-    """int64 (T,), the context's field ``name`` of shape (B, S), with 0 for padding.
+    """Return the context's field ``name`` of shape (B, S) as int64 (T,), with 0 for padding.
 
     Args:
-        tokens: of the call.
-        name: a field of ``RoutingContext`` that the router needs.
-        size: ids are in ``range(size)``.
+        tokens: tokens of the call.
+        name: name of a field of ``RoutingContext`` that the router needs.
+        size: number of ids, which are in ``range(size)``.
 
     Raises:
         ValueError: the field has another shape or no integers, or, on CPU, an id of a real token is out of range.
@@ -26,7 +26,7 @@ def token_ids(tokens: Tokens, name: str, size: int) -> Tensor:
 
 
 def sequence_ids(tokens: Tokens, name: str, size: int) -> Tensor:
-    """int64 (B,), the same of a field of shape (B,), with 0 for sequences without a real token."""
+    """Return the context's field ``name`` of shape (B,) as int64, with 0 for sequences without a real token."""
     shape = (tokens.num_sequences,)
     real_B = None
     if tokens.valid_T is not None:

@@ -27,8 +27,8 @@ class Cosine(TopKConfig):
 
     Attributes:
         top_k: experts per token, K.
-        proj_dim: dimensions in which directions are compared; None: E / 2 as in the paper, but at least 2.
-        temperature: at the start; learned, at least 0.01.
+        proj_dim: number of dimensions in which directions are compared; None: E / 2 as in the paper, but at least 2.
+        temperature: initial divisor of the cosines; it is learned, and stays at least 0.01.
         normalize: as in ``TokenChoice``.
     """
 
@@ -49,7 +49,7 @@ class Cosine(TopKConfig):
             raise ValueError(f"temperature={self.temperature} is not at least 0.01, which learning may not pass")
 
     def space(self, num_experts: int) -> int:
-        """``proj_dim`` with its default filled in."""
+        """Return ``proj_dim`` with its default filled in."""
         return max(num_experts // 2, 2) if self.proj_dim is None else self.proj_dim
 
     def make_gate(self, dim: int, num_experts: int) -> CosineGate:
@@ -96,14 +96,13 @@ class Attention(TopKConfig):
 
 
 class StableRouter(PairRouter):
-    """One expert a token, chosen by its hidden state until ``freeze_light_router``, then by its id alone.
-    Built by ``Stable``.
+    """The router of ``Stable``: one expert a token, by its hidden state until ``freeze_light_router``, then by its id.
 
     Attributes:
-        gate: logits from hidden states; the sigmoid of the chosen one is the gate, in both stages.
-        light: logits from token ids, learned in stage 1 and frozen in stage 2.
-        stage: int64 () buffer, 1 or 2, followed however it is written to: by ``load_state_dict``, or as an average of
-            weights copies it.
+        gate: module of the logits from hidden states; the chosen one's sigmoid is the combine weight in both stages.
+        light: module of the logits from token ids, learned in stage 1 and frozen in stage 2.
+        stage: int64 () buffer, 1 or 2. The router follows it however it is written to, by ``load_state_dict`` or by an
+            average of weights.
     """
 
     config: Stable
@@ -139,7 +138,7 @@ class StableRouter(PairRouter):
 
     def freeze_light_router(self) -> None:
         """Begin stage 2: the light router decides and no longer learns, and no balance loss applies, as it could change
-        no choice. The optimizer skips it from now on; wrap in DDP again, which waits for its gradients otherwise."""
+        no choice. The optimizer skips it from now on; wrap in DDP again, or DDP waits for its gradients."""
         self.stage.fill_(2)
         self._follow_stage()
 
@@ -165,7 +164,7 @@ class Stable(RouterConfig):
 
     Attributes:
         vocab_size: token ids are in ``range(vocab_size)``.
-        embedding_dim: of the light router's embedding (50 in the paper).
+        embedding_dim: width of the light router's embedding (50 in the paper).
         distillation: weight of the light router's mean cross-entropy in the auxiliary loss.
         init_scale: variance of the gate's initial weights times D.
     """
@@ -200,5 +199,5 @@ class Stable(RouterConfig):
         return dim * num_experts + (self.vocab_size + num_experts) * self.embedding_dim
 
     def flops_per_token(self, dim: int, num_experts: int) -> int:
-        # Both run in training and in stage 2; in the evaluation of stage 1 the light router does not.
+        # Both gates run in training and in stage 2; in the evaluation of stage 1 the light one does not.
         return 2 * (dim + self.embedding_dim) * num_experts

@@ -18,12 +18,12 @@ from .router import LinearGateConfig, PairRouter, RouterConfig, Tokens
 from .selection import Capacity, Choice
 from .top_k import SequenceTopKRouter, TopKConfig
 
-# No balance within a sequence, whose tokens all take the same experts.
+# A balance within a sequence is left out, since its tokens all take the same experts.
 SEQUENCE_TERMS = SCORE_TERMS | {"router_z"}
 
 
 class SentenceRouter(SequenceTopKRouter):
-    """A linear gate on the mean of a sequence's real tokens. Built by ``Sentence``."""
+    """The router of ``Sentence``: a linear gate on the mean of a sequence's real tokens."""
 
     def sequence_logits(self, tokens: Tokens) -> Tensor:
         return self.gate(tokens.mean_of_sequences())
@@ -51,7 +51,7 @@ class Sentence(TopKConfig, LinearGateConfig):
     init_scale: float = 0.1
 
     def flops_per_token(self, dim: int, num_experts: int) -> int:
-        # 2 D E once a sequence, and a sum; no product for each token.
+        # The gate costs 2 D E and a sum once a sequence, and no product for each token.
         return 0
 
 
@@ -69,7 +69,7 @@ class TaskExperts:
 
 
 class TaskRouter(SequenceTopKRouter):
-    """A row of learned logits a task. Built by ``Task``."""
+    """The router of ``Task``: a row of learned logits a task."""
 
     config: Task
     gate: TableGate
@@ -79,7 +79,7 @@ class TaskRouter(SequenceTopKRouter):
 
     @torch.no_grad()
     def experts_of(self, task: int) -> TaskExperts:
-        """What tokens of ``task`` take, whatever they are: the dense subnetwork that can be served alone.
+        """Return the experts that every token of ``task`` takes: a dense network that can be served alone.
 
         Raises:
             ValueError: there is no such task.
@@ -130,7 +130,7 @@ class Task(TopKConfig):
 
 
 def domain_posterior(log_likelihood_BE: Tensor, prior_E: Tensor | None = None) -> Tensor:
-    """``p(domain | text)`` by Bayes' rule, (B, E): proportional to ``p(text | domain) p(domain)`` (DEMix,
+    """Return ``p(domain | text)`` by Bayes' rule, (B, E): proportional to ``p(text | domain) p(domain)`` (DEMix,
     arXiv 2108.05036).
 
     Args:
@@ -142,10 +142,10 @@ def domain_posterior(log_likelihood_BE: Tensor, prior_E: Tensor | None = None) -
 
 
 class DomainRouter(PairRouter):
-    """An expert a domain; a mixture of them where the domain is not known. Built by ``Domain``.
+    """The router of ``Domain``: an expert a domain, or a mixture of them where the domain is not known.
 
     Attributes:
-        prior: float32 (E,) buffer, the mixture of sequences whose context says nothing; uniform at the start.
+        prior: float32 (E,) buffer, mixture for sequences whose context has no domain; uniform at the start.
     """
 
     config: Domain
@@ -169,7 +169,7 @@ class DomainRouter(PairRouter):
         x_TD, context = tokens.x_TD, tokens.context
         if context.domain_ids_B is not None:
             ids_B = sequence_ids(tokens, "domain_ids_B", self.num_experts)
-            # Through a table, so that an id out of range stops the indexing kernel where it is not checked.
+            # The lookup in a table stops an id out of range where it is not checked.
             expert_B = torch.arange(self.num_experts, device=x_TD.device).index_select(0, ids_B)
             return Choice(tokens.to_tokens(expert_B)[:, None], x_TD.new_ones(x_TD.shape[0], 1))
         weights_BE = context.domain_weights_BE
@@ -218,8 +218,8 @@ class DomainRouter(PairRouter):
 
         Args:
             log_likelihood_BE: (B, E), as in ``domain_posterior``; 100 texts in the paper.
-            decay: None: the plain mean; else an exponential one, in which each text has this part of what it and those
-                before weigh (0.3 in the paper).
+            decay: share of each text in an exponential mean of it and those before (0.3 in the paper); None: the plain
+                mean.
 
         Returns:
             The prior, (E,).
@@ -251,8 +251,8 @@ class Domain(RouterConfig):
     what its experts put out; the paper mixes next-token probabilities, for which the model runs once a domain.
 
     Attributes:
-        num_domains: equal to ``num_experts``.
-        top_k: of the domains of a mixture, those of the largest weights; None: all. A known domain takes 1.
+        num_domains: number of domains, equal to ``num_experts``.
+        top_k: number of domains of a mixture, those of the largest weights; None: all. A known domain takes 1.
     """
 
     paper = "2108.05036"
@@ -267,7 +267,7 @@ class Domain(RouterConfig):
             raise ValueError(f"top_k={self.top_k} is not between 1 and num_domains={self.num_domains}")
 
     def mixed(self, num_experts: int) -> int:
-        """``top_k`` with its default filled in."""
+        """Return ``top_k`` with its default filled in."""
         return num_experts if self.top_k is None else self.top_k
 
     def check(self, num_experts: int) -> None:
@@ -277,5 +277,5 @@ class Domain(RouterConfig):
             )
 
     def pairs_per_token(self, num_experts: int) -> float:
-        """Of a known domain; a mixture takes ``top_k``."""
+        """Return the number for a known domain; a mixture takes ``top_k``."""
         return 1.0

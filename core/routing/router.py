@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..contract import Routing, RoutingContext, check_kinds
 from ..kernels.eager import outside_autocast
 from ..registry import OpenConfig
-from .checks import positive
+from .checks import at_least_one, at_most_experts, positive
 from .gates import LinearGate, widened
 from .selection import Capacity, Choice, select_pairs
 
@@ -347,6 +347,26 @@ class RouterConfig(OpenConfig):
     def flops_per_token(self, dim: int, num_experts: int) -> int:
         """Return the FLOPs of the router in an evaluation forward."""
         return 0
+
+
+class FixedKConfig(RouterConfig):
+    """Base of the configs whose tokens take ``top_k`` experts each, before capacity.
+
+    Attributes:
+        top_k: experts per token, K.
+    """
+
+    top_k: int
+
+    def __post_init__(self) -> None:
+        at_least_one("top_k", self.top_k)
+        super().__post_init__()
+
+    def check(self, num_experts: int) -> None:
+        at_most_experts("top_k", self.top_k, num_experts)
+
+    def pairs_per_token(self, num_experts: int) -> float:
+        return float(self.top_k)
 
 
 class LinearGateConfig(RouterConfig):

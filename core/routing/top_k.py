@@ -1,4 +1,4 @@
-"""What routers share that take the ``top_k`` best experts of softmax logits, whatever the logits come from."""
+"""Bases of the routers that take the ``top_k`` best experts by the softmax of logits."""
 
 from __future__ import annotations
 
@@ -9,37 +9,28 @@ from torch import Tensor
 from ..contract import Evidence
 from ..kernels import topk_gate
 from .balance import SCORE_TERMS
-from .checks import at_least_one, at_most_experts
-from .router import PairRouter, RouterConfig, Tokens
+from .router import FixedKConfig, PairRouter, Tokens
 from .selection import Choice
 
 
-class TopKConfig(RouterConfig):
+class TopKConfig(FixedKConfig):
     """Base of their configs, which have the fields ``top_k`` and ``normalize``, as in ``TokenChoice``."""
 
-    top_k: int
     normalize: bool | None
 
     def __post_init__(self) -> None:
-        at_least_one("top_k", self.top_k)
+        super().__post_init__()
         if self.top_k == 1 and self.normalize:
             raise ValueError("normalize=True with top_k=1 makes every gate 1: the router would get no gradient")
-        super().__post_init__()
 
     @property
     def normalizes(self) -> bool:
-        """``normalize`` with its default filled in: True for K > 1, False for K = 1."""
+        """The value of ``normalize`` with its default filled in: True for K > 1, False for K = 1."""
         return self.top_k > 1 if self.normalize is None else self.normalize
-
-    def check(self, num_experts: int) -> None:
-        at_most_experts("top_k", self.top_k, num_experts)
 
     @property
     def terms(self) -> frozenset[str]:
         return SCORE_TERMS | {"router_z", "sequence_balance"}
-
-    def pairs_per_token(self, num_experts: int) -> float:
-        return float(self.top_k)
 
 
 class TopKRouter(PairRouter):
@@ -49,7 +40,7 @@ class TopKRouter(PairRouter):
         return self.choose_from(tokens.logits(self.gate), tokens.valid_T)
 
     def choose_from(self, logits_TE: Tensor, valid_T: Tensor | None = None) -> Choice:
-        """The choice of each row of logits; ``valid_T`` marks the real ones."""
+        """Return the choice of each row of logits; ``valid_T`` marks the real ones."""
         config = cast(TopKConfig, self.config)
         best = topk_gate(logits_TE, config.top_k, normalize=config.normalizes, valid_T=valid_T, backend=self.backend)
         evidence = Evidence(best.scores_TE, logits_TE, sums=best.sums)
@@ -57,10 +48,10 @@ class TopKRouter(PairRouter):
 
 
 class SequenceTopKRouter(TopKRouter):
-    """One decision a sequence, which all its tokens follow."""
+    """A router that decides once for each sequence, for all its tokens."""
 
     def sequence_logits(self, tokens: Tokens) -> Tensor:
-        """(B, E) logits of the sequences."""
+        """Return the logits of the sequences, (B, E)."""
         raise NotImplementedError
 
     def choose(self, tokens: Tokens) -> Choice:
