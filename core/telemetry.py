@@ -1,4 +1,4 @@
-"""``RoutingStats``: what a tape says of the experts' use, as arrays. Plots are the apps'."""
+"""``RoutingStats``: the use of the experts that a tape recorded, as arrays. Plots belong to the apps."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 @dataclass(frozen=True)
 class LayerStats:
-    """Sums over the recorded tokens of one layer; the figures are properties. Real tokens only.
+    """Sums over the recorded real tokens of one layer; the figures are properties.
 
     Attributes:
-        tokens_per_expert: int64 (E,), pairs each expert computed.
-        chosen_per_expert: int64 (E,), pairs that chose it, before capacity.
+        tokens_per_expert: int64 (E,), pairs that each expert computed.
+        chosen_per_expert: int64 (E,), pairs that chose each expert, before capacity.
         entropy_sum: sum over tokens of the entropy of their scores, in nats.
-        num_tokens: real tokens.
+        num_tokens: number of real tokens.
         gates_per_expert: float (E,), sum of each expert's combine weights; None where they are not known.
         shared_gate_sum: sum over tokens of the gate between the routed path and the shared experts, without dropout;
-            None: there is none.
+            None: there is no such gate.
 
     A dense gate (``DenseRouting``) gives all examples to all experts: there the two counts are float sums of its gates.
     """
@@ -41,7 +41,7 @@ class LayerStats:
 
     @property
     def mean_gates(self) -> Tensor:
-        """float64 (E,), the mean combine weight of each expert over the real tokens: the mass of its gate.
+        """The mean combine weight of each expert over the real tokens, float64 (E,).
 
         Raises:
             ValueError: the gates are not known.
@@ -103,14 +103,14 @@ class LayerStats:
         return float(self.shared_gate_sum / self.num_tokens.clamp_min(1))
 
     def figures(self) -> dict[str, float]:
-        """The scalars by name, for a log; ``shared_gate`` where there is one."""
+        """Return the scalars by name, for a log; ``shared_gate`` where there is one."""
         names = ["load_imbalance", "entropy", "load_entropy", "drop_rate", "dead_experts"]
         if self.shared_gate_sum is not None:
             names.append("shared_gate")
         return {name: float(getattr(self, name)) for name in names}
 
     def layout(self) -> Layout:
-        """Shape and dtype of each sum that is known."""
+        """Return shape and dtype of each sum that is known."""
         return {key: (tuple(t.shape), t.dtype) for key, t in vars(self).items() if t is not None}
 
     def __add__(self, other: LayerStats) -> LayerStats:
@@ -125,13 +125,13 @@ class LayerStats:
         )
 
 
-def _sum_of_known(mine: Tensor | None, theirs: Tensor | None) -> Tensor | None:
-    return None if mine is None or theirs is None else mine + theirs
+def _sum_of_known(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return None if a is None or b is None else a + b
 
 
 @dataclass(frozen=True)
 class RoutingStats:
-    """Per layer, what the experts were used for. Adds up over batches; reads any tape, in training or evaluation.
+    """Statistics of the experts' use by layer. They add up over batches, and read any tape, in training or evaluation.
 
     Attributes:
         layers: ``LayerStats`` by layer name, in the order of the passes.
@@ -141,25 +141,20 @@ class RoutingStats:
 
     @classmethod
     def from_tape(cls, tape: Tape) -> RoutingStats:
-        """Of all passes on the tape; passes of one layer add up. No host synchronisation until a figure is read."""
-        layers: dict[str, LayerStats] = {}
-        for entry in tape.entries:
-            stats = _layer_stats(entry)
-            layers[entry.name] = layers[entry.name] + stats if entry.name in layers else stats
-        return cls(layers)
+        """Return the statistics of all passes on the tape; the host waits for a device when a figure is read."""
+        return sum((cls({entry.name: _layer_stats(entry)}) for entry in tape.entries), cls({}))
 
     def all_reduce(self) -> RoutingStats:
-        """The sums over all ranks, on every rank; itself where there is one rank. All of them call it, as after a pass
-        over their shares of the data. A layer that a rank has no passes of adds nothing there.
+        """Return the sums over all ranks, on every rank; itself where there is one rank. Every rank has to call it, as
+        after a pass over its share of the data. A layer that a rank has no passes of adds nothing there.
 
         Raises:
             ValueError: a layer has other sums on another rank.
         """
         if not several_ranks():
             return self
-        mine = {name: stats.layout() for name, stats in self.layers.items()}
         of_ranks: list[dict[str, Layout]] = [{} for _ in range(dist.get_world_size())]
-        dist.all_gather_object(of_ranks, mine)
+        dist.all_gather_object(of_ranks, {name: stats.layout() for name, stats in self.layers.items()})
         layouts = {name: layout for of_rank in of_ranks for name, layout in of_rank.items()}
         for of_rank in of_ranks:
             for name, layout in of_rank.items():
@@ -169,7 +164,7 @@ class RoutingStats:
             return self
         device = next((stats.tokens_per_expert.device for stats in self.layers.values()), None)
         device = device or torch.device("cuda" if "nccl" in dist.get_backend() else "cpu")
-        # In float64, which holds any count of pairs.
+        # Float64 holds any count of pairs.
         flat = [
             getattr(self.layers[name], key).reshape(-1).to(torch.float64)
             if name in self.layers

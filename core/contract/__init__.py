@@ -1,4 +1,4 @@
-"""What router, dispatcher and experts hand to each other, and the tape that remembers it.
+"""The objects that router, dispatcher and experts hand to each other, and the tape that remembers them.
 
 Shape legend, used as suffixes of local names and never of parameters:
 

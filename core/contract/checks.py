@@ -1,4 +1,4 @@
-"""Checks of configs: is each field of the kind that its annotation says."""
+"""Checks that each field of a config is of the kind that its annotation says."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def check_kinds(config: Any, prefix: str = "") -> None:
 
     Args:
         config: a dataclass. Fields of other kinds than numbers, text, booleans and None are left to the config.
-        prefix: before the names of the fields in the message.
+        prefix: text before the names of the fields in the message.
     """
     for f in fields(config):
         value, kind = getattr(config, f.name), f.type if isinstance(f.type, str) else getattr(f.type, "__name__", "")

@@ -1,4 +1,4 @@
-"""``Evidence``: what a gate saw when it chose, for the balance losses and the statistics."""
+"""``Evidence``: the logits, scores and thresholds of a gate's choice, for the balance losses and the statistics."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the balance losses and the statistics read of a decision, beside its counts.
+    """The part of a decision that the balance losses and the statistics read, beside its counts.
 
     A gate makes it where it chooses, and it goes on whole: ``Choice.evidence`` is ``Routing.evidence``. Dispatchers and
     experts never read it. A field that a gate leaves at None is unknown, and terms that need it are left out.
@@ -20,14 +20,13 @@ class Evidence:
         scores_TE: float32 (T, E), the score function of ``logits_TE``; each row sums to 1 in the balance losses.
         logits_TE: float32 (T, E), without noise; (T, M) with null experts; -inf where a token cannot reach an expert.
         noise_std: standard deviation of the noise added to the logits, a float or (T, E); None without noise.
-        threshold_TE: float32, broadcastable to (T, E): what a noisy logit had to reach to be chosen.
+        threshold_TE: float32, broadcastable to (T, E): value that a noisy logit had to reach to be chosen.
         extra: the gate's own losses by name, float32 (T,) each; padding may hold any finite value. Their means over
             the real tokens join the balance losses with the weights of ``RouterConfig.extra_weights``.
-        balance_scores, balance_chosen: float32 (T, M) and (M,), what the ``load_balancing`` and ``importance`` losses
-            read in place of ``scores_TE`` and ``Routing.chosen_per_expert_E``, where they judge more than the E experts
-            (null experts), or another choice than the computed one.
-        sums: what the balance losses sum over the real tokens, where a kernel summed it on the way: see
-            ``kernels.eager.TopK``.
+        balance_scores, balance_chosen: float32 (T, M) and (M,), scores and counts that the ``load_balancing`` and
+            ``importance`` losses read in place of ``scores_TE`` and ``Routing.chosen_per_expert_E``, where they judge
+            more than the E experts (null experts), or another choice than the computed one.
+        sums: sums over the real tokens for the balance losses, where a kernel made them: see ``kernels.eager.TopK``.
     """
 
     scores_TE: Tensor | None = None

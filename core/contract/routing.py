@@ -1,4 +1,4 @@
-"""What a router decides: routed pairs, slots, merged experts, or every expert for every token."""
+"""The decisions of routers: routed pairs, slots, merged experts, or every expert for every token."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from .evidence import NO_EVIDENCE, Evidence
 
 @dataclass(frozen=True)
 class RoutingContext:
-    """What a gate may know beside the hidden states. Every field is optional.
+    """Facts about tokens and sequences that a gate may use beside the hidden states. Every field is optional.
 
     Attributes:
         valid_BS: bool (B, S), True for real tokens. Padding is never routed, counted or in a loss.
         token_ids_BS: int64 (B, S), vocabulary ids; patch positions in vision.
         task_ids_B: int64 (B,), the task of each sequence; a language pair is a task.
         domain_ids_B: int64 (B,), the domain or scenario of each sequence.
-        domain_weights_BE: float32 (B, number of domains), a mixture of domains for each sequence, as its posterior.
+        domain_weights_BE: float32 (B, number of domains), a mixture of domains for each sequence, such as a posterior.
         modality_BS: int64 (B, S), the modality of each token.
     """
 
@@ -32,37 +32,37 @@ class RoutingContext:
     modality_BS: Tensor | None = None
 
 
-# So that ``torch.export`` takes a layer's own arguments, and a saved program is loaded.
+# ``torch.export`` then takes a layer's own arguments, and a saved program can be loaded.
 torch.export.register_dataclass(RoutingContext, serialized_type_name="core.RoutingContext")
 torch.serialization.add_safe_globals([RoutingContext])
 
 
 class Decision(Protocol):
-    """What every kind of routing tells the losses and the statistics."""
+    """The interface that every kind of routing has for the losses and the statistics."""
 
     @property
     def tokens_per_expert_E(self) -> Tensor:
-        """(E,), pairs each expert computes."""
+        """The number of pairs that each expert computes, (E,)."""
 
     @property
     def chosen_per_expert_E(self) -> Tensor:
-        """(E,), pairs of real tokens that chose each expert, before capacity."""
+        """The number of pairs of real tokens that chose each expert, before capacity, (E,)."""
 
     @property
     def num_tokens(self) -> int:
-        """T, padding included."""
+        """The number of tokens T, padding included."""
 
     @property
     def valid_T(self) -> Tensor | None:
-        """bool (T,), False for padding; None where every token is real."""
+        """Bool (T,), False for padding; None where every token is real."""
 
     @property
     def num_sequences(self) -> int | None:
-        """B, T being B times their length; None where it is not known."""
+        """The number of sequences B, of T / B tokens each; None where it is not known."""
 
     @property
     def evidence(self) -> Evidence:
-        """What the gate saw."""
+        """The evidence for the losses and the statistics."""
 
 
 @dataclass(frozen=True)
@@ -70,14 +70,14 @@ class Routing:
     """Flat routed pairs: token choice, expert choice, hashing and assignment share this form.
 
     Attributes:
-        token_index_N: int64 (N,), the token of each pair, in ``range(T)``: where its output is summed.
-        expert_ids_N: int64 (N,), its expert, or E where the pair is not computed.
+        token_index_N: int64 (N,), the token of each pair, in ``range(T)``, to which its output is added.
+        expert_ids_N: int64 (N,), the expert of each pair, or E where the pair is not computed.
         gates_N: float32 (N,), the combine weight of the expert's output, or of its input where the router says so.
         tokens_per_expert_E, chosen_per_expert_E: int64 (E,), as in ``Decision``.
         num_tokens, valid_T, num_sequences, evidence: as in ``Decision``.
         top_k: K where the pairs are token-major, so that pair ``n`` belongs to token ``n // K``; else None.
-        input_index_N: int64 (N,), the token that each pair reads, where that is another number than ``token_index_N``:
-            several tasks route the same tokens (``core.dispatch.join_tasks``). None: the same.
+        input_index_N: int64 (N,), the token that each pair reads, where several tasks route the same tokens
+            (``core.dispatch.join_tasks``); None: ``token_index_N``.
     """
 
     token_index_N: Tensor
@@ -136,12 +136,12 @@ class MergeRouting:
 
     Attributes:
         weights_GE: float32 (G, E), the share of each expert's parameters.
-        tokens_per_group: tokens of a group; the last of a sequence may have fewer.
-        groups_per_sequence: groups of a sequence.
+        tokens_per_group: number of tokens of a group; the last of a sequence may have fewer.
+        groups_per_sequence: number of groups of a sequence.
         tokens_per_expert_E: int64 (E,), real tokens whose merged expert has a part of this one.
         num_tokens, valid_T: as in ``Decision``.
-        in_segments: a sequence may have several groups.
-        logits_GE: float32 (G, E), what the weights were made of.
+        in_segments: whether a sequence may have several groups.
+        logits_GE: float32 (G, E), logits that the weights are the softmax of.
     """
 
     weights_GE: Tensor
@@ -180,13 +180,13 @@ class DenseRouting:
     Attributes:
         gates_BtE: float32 (B, t, E), the weight of each expert in each task's output, without expert dropout. Sums to 1
             over E, except that padding has 0, and experts left out by a selection.
-        gate: which of the t gates this is about.
+        gate: index of this gate among the t.
         num_tokens: B, padding included.
-        logits_BtE: float32 (B, t, E), what the softmax was taken of; None where it was of more than logits.
+        logits_BtE: float32 (B, t, E), logits of the softmax; None where it was of more than logits.
         valid_T: bool (B,), False for padding; None where every example is real.
-        expert_names: what the E experts of this gate are: "shared0", "task0.1" (expert 1 of task 0's own), "domain.0"
+        expert_names: names of the E experts of this gate: "shared0", "task0.1" (expert 1 of task 0's own), "domain.0"
             (expert 0 of the example's domain).
-        num_sequences: sequences that the examples come in; None: not known.
+        num_sequences: number of sequences that the examples come in; None: not known.
     """
 
     gates_BtE: Tensor
@@ -199,12 +199,12 @@ class DenseRouting:
 
     @property
     def chosen_per_expert_E(self) -> Tensor:
-        """float32 (E,), the load of an expert that all examples take: the sum of its gates over real examples."""
+        """The load of experts that all examples take, float32 (E,): the sum of their gates over real examples."""
         return self.gates_BtE[:, self.gate].detach().sum(0)
 
     @property
     def tokens_per_expert_E(self) -> Tensor:
-        """The load too: nothing is ever left out."""
+        """The load too, since nothing is ever left out."""
         return self.chosen_per_expert_E
 
     @property
@@ -216,11 +216,8 @@ class DenseRouting:
 
 @dataclass(frozen=True)
 class Loads:
-    """What ``update_expert_bias`` reads of a decision of any kind, in its place on the tape of ``Tape.loads``.
-
-    Attributes:
-        tokens_per_expert_E, chosen_per_expert_E: as in ``Decision``.
-    """
+    """The counts of a decision (see ``Decision``), which stand for it on the tape of ``Tape.loads``: all that
+    ``update_expert_bias`` reads."""
 
     tokens_per_expert_E: Tensor
     chosen_per_expert_E: Tensor

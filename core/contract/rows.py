@@ -1,4 +1,4 @@
-"""What goes between dispatcher and experts: an index into the tokens, sorted by expert."""
+"""``Rows``, which go between dispatcher and experts: an index into the tokens, sorted by expert."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RowPlan:
-    """How the local dispatcher finds its way back.
+    """The local dispatcher's way back from rows to pairs.
 
     Attributes:
         order_R: int64 (R,), the pair each row came from.
@@ -26,18 +26,14 @@ class RowPlan:
 
 @dataclass(frozen=True)
 class SlotPlan:
-    """How the slot dispatcher finds its way back.
-
-    Attributes:
-        combine_GSEP: as in ``SlotRouting``.
-    """
+    """The slot dispatcher's way back from slots to tokens: ``SlotRouting.combine_GSEP``."""
 
     combine_GSEP: Tensor
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Between dispatcher and experts: an index into the tokens, not necessarily a copy of them.
+    """The experts' input and output: an index into the tokens, not necessarily a copy of them.
 
     Attributes:
         x: (T, D) tokens; (R, D) rows once ``gathered``; (T, D_out) once ``combined``.
@@ -45,8 +41,8 @@ class Rows:
         offsets_E: int32 (E,), inclusive cumulative count of rows; rows past the last one are not computed.
         gates_R: float32 (R,), combine weight of each row.
         num_tokens: T.
-        plan: the dispatcher's own.
-        gathered, weighted, combined: what has been done already.
+        plan: notes of the dispatcher for itself.
+        gathered, weighted, combined: whether that step is done already.
     """
 
     x: Tensor
@@ -60,14 +56,14 @@ class Rows:
     combined: bool = False
 
     def materialize(self) -> Tensor:
-        """The rows themselves, (R, D), for simple experts and a user's own."""
+        """Return the rows themselves, (R, D), for simple experts and a user's own."""
         return self.x if self.gathered else self.x.index_select(0, self.row_index_R)
 
     def weighted_input(self) -> Rows:
-        """The rows times their gates, with gates of 1 from here on: ``f(g x)`` in place of ``g f(x)``."""
+        """Return the rows times their gates, with gates of 1 from here on: ``f(g x)`` in place of ``g f(x)``."""
         x_RD = (self.materialize() * self.gates_R[:, None]).to(self.x.dtype)
         return replace(self, x=x_RD, gates_R=torch.ones_like(self.gates_R), gathered=True)
 
     def with_output(self, y: Tensor, *, weighted: bool = False, combined: bool = False) -> Rows:
-        """These rows after the experts: ``y`` is (R, D_out), or (T, D_out) when ``combined``."""
+        """Return the rows after the experts: ``y`` is (R, D_out), or (T, D_out) when ``combined``."""
         return replace(self, x=y, gathered=True, weighted=weighted or combined, combined=combined)

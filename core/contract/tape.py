@@ -1,4 +1,4 @@
-"""The tape: what the MoE layers of a model decided, pass by pass, kept outside the model."""
+"""The tape, which keeps the decisions of a model's MoE layers, pass by pass, outside the model."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ class Entry:
 
     Attributes:
         name: the layer's dotted name in the recorded model.
-        routing: what its router decided.
-        context: what the layer was told.
+        routing: the router's decision.
+        context: the context that the layer got.
         balance: the layer's own loss weights.
         terms: the balance terms that apply to its router.
-        needs_grad: the router trains and gradients were wanted when the tape was opened.
-        has_grad: gradients were on during the pass.
-        load_balancing_weight: the layer's adaptive weight of that term, (); None where ``balance`` says it.
+        needs_grad: whether the router trains and gradients were wanted when the tape was opened.
+        has_grad: whether gradients were on during the pass.
+        load_balancing_weight: the layer's adaptive weight of that term, (); None where ``balance`` has it.
         extra_weights: the router's weights of ``Evidence.extra``.
         shared_gate_T: float32 (T,), the gate between the routed path and the shared experts, without dropout; padding
-            may hold any finite value. None: there is none.
+            may hold any finite value. None: there is no such gate.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Entry:
         return replace(self, needs_grad=False, **kept)
 
     def loads(self) -> Entry:
-        """The pass with its loads alone."""
+        """Return the pass with its loads alone."""
         loads = Loads(self.routing.tokens_per_expert_E, self.routing.chosen_per_expert_E)
         return replace(self, routing=loads, context=None, needs_grad=False, shared_gate_T=None)
 
@@ -60,7 +60,7 @@ WRAPPED = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_m
 
 
 def unwrapped_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules of a model by dotted name, without the levels that wrappers add.
+    """Yield the modules of a model by dotted name, without the levels that wrappers add.
 
     A level ``module`` is a wrapper's (DDP) where it stands at the root and is all that its parent has.
     """
@@ -77,8 +77,8 @@ class Tape:
     """The passes of a model's MoE layers, in their order. See ``record``.
 
     Attributes:
-        grad_wanted: gradients were on when it was opened.
-        shared_on: a device of the model, where ranks add up the sums of its layers; None: of no layer that can be told.
+        grad_wanted: whether gradients were on when it was opened.
+        shared_on: device of the model on which ranks add up the sums of its layers; None: no layer has sums to share.
         layers: names of the layers that are recorded, whether they run or not.
     """
 
@@ -114,22 +114,22 @@ class Tape:
         self._entries.append(entry)
 
     def detach(self) -> Tape:
-        """The same passes without their graphs; ``loads`` is what to keep across micro-batches."""
+        """Return the passes without their graphs. Across micro-batches keep ``loads``, which is smaller."""
         return Tape(tuple(e.detach() for e in self._entries), self.shared_on, self.layers)
 
     def loads(self) -> Tape:
-        """The same passes with the experts' loads alone: what to keep across the micro-batches of a step for
-        ``update_expert_bias``. Losses and statistics are taken of the tape itself."""
+        """Return the passes with the experts' loads alone, to be kept across the micro-batches of a step for
+        ``update_expert_bias``. Losses and statistics need the tape itself."""
         return Tape(tuple(e.loads() for e in self._entries), layers=self.layers)
 
     def merge(self, other: Tape) -> Tape:
-        """Both tapes' passes as one tape, this one's first."""
+        """Return both tapes' passes as one tape, this one's first."""
         layers = tuple(dict.fromkeys(self.layers + other.layers))
         return Tape(self.entries + other.entries, self.shared_on or other.shared_on, layers)
 
 
 def several_ranks() -> bool:
-    """Whether there is a process group of more than one rank."""
+    """Return whether there is a process group of more than one rank."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 

@@ -1,4 +1,4 @@
-"""Conformance of gates: what every router keeps, as named checks. For users' own gates as for those of ``core``.
+"""Named checks of the properties that every router keeps, for users' own gates and for those of ``core``.
 
     from core.testing import check_router, properties
 
@@ -40,8 +40,8 @@ class Property:
     """One named check of one router.
 
     Attributes:
-        name: what holds, in words.
-        check: raises an ``AssertionError`` where it does not.
+        name: the property in words.
+        check: function that raises an ``AssertionError`` where the property does not hold.
     """
 
     name: str
@@ -52,13 +52,13 @@ class Property:
 
 
 def properties(router: RouterConfig, *, num_experts: int = 8, dim: int = 16, seed: int = 0) -> list[Property]:
-    """The properties that this router claims, each to be checked by itself.
+    """Return the properties that this router claims, each to be checked by itself.
 
     Args:
         router: any router config that fits ``num_experts``.
         num_experts: E.
         dim: D of the tokens.
-        seed: of weights and tokens.
+        seed: seed of weights and tokens.
 
     Raises:
         ValueError: the router does not fit ``num_experts``.
@@ -72,18 +72,18 @@ def check_router(router: RouterConfig, *, num_experts: int = 8, dim: int = 16, s
     """Check every property that this router claims. See ``properties``.
 
     Raises:
-        AssertionError: naming each property that does not hold, with what was found.
+        AssertionError: properties do not hold; the message names each, with the values.
     """
-    found = properties(router, num_experts=num_experts, dim=dim, seed=seed)
+    claimed = properties(router, num_experts=num_experts, dim=dim, seed=seed)
     failures = []
-    for prop in found:
+    for prop in claimed:
         try:
             prop.check()
         except Exception as error:  # a property that cannot even be run does not hold
             failures.append(f"{prop.name}: {type(error).__name__}: {error}")
     if failures:
         lines = "\n  ".join(failures)
-        raise AssertionError(f"{len(failures)} of {len(found)} properties of {router} do not hold:\n  {lines}")
+        raise AssertionError(f"{len(failures)} of {len(claimed)} properties of {router} do not hold:\n  {lines}")
 
 
 def _run(case: RouterCase, run: Callable[[RouterCase], None]) -> None:

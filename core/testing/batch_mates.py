@@ -1,4 +1,4 @@
-"""What may change a token's output: padding, batch-mates, order."""
+"""Checks of what may change a token's output: padding, batch-mates, order."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def _(case: RouterCase) -> None:
         hold(not expected["output"][~context.valid_BS].any(), "padding comes out other than zero")
         hold(not expected["gradient of tokens"][~context.valid_BS].any(), "padding gets a gradient")
         for value, ids in ((torch.nan, -12345), (1e30, 10**9)):
-            found = step(layer, *with_padding_holding(x, context, value, ids))
+            result = step(layer, *with_padding_holding(x, context, value, ids))
             for name, tensor in expected.items():
-                hold(torch.equal(found[name], tensor), f"padding of {value} with ids {ids} changes the {name}")
+                hold(torch.equal(result[name], tensor), f"padding of {value} with ids {ids} changes the {name}")
 
 
 @CHECKS.keeps("padding is the same as no token")
@@ -112,7 +112,7 @@ def _(case: RouterCase) -> None:
 
 @CHECKS.keeps("later tokens do not change earlier outputs", lambda c: c.router.is_causal)
 def _(case: RouterCase) -> None:
-    layer = case.config().build(case.dim, causal=True)
+    case.config().build(case.dim, causal=True)  # is not refused
     layer = case.layer()
     x, context = case.tokens(), case.context()
     expected = layer(x, context)

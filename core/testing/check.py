@@ -1,4 +1,4 @@
-"""Checks by name, and what they say of tensors that are not as expected."""
+"""Named checks, and comparisons of tensors that they are made of."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FLOAT32 = 2e-6
 
 @dataclass(frozen=True)
 class Check:
-    """What every router keeps that ``applies``: ``run`` raises an ``AssertionError`` where it does not hold."""
+    """A property of every router that ``applies`` to: ``run`` raises an ``AssertionError`` where it does not hold."""
 
     name: str
     applies: Callable[[RouterCase], bool]
@@ -32,7 +32,7 @@ class Checks(list[Check]):
     def keeps(
         self, name: str, applies: Callable[[RouterCase], bool] = lambda case: True
     ) -> Callable[[Callable[[RouterCase], None]], Callable[[RouterCase], None]]:
-        """The function below is the check of this name."""
+        """Return a decorator that adds a function as the check of this name."""
 
         def add(run: Callable[[RouterCase], None]) -> Callable[[RouterCase], None]:
             self.append(Check(name, applies, run))
@@ -47,18 +47,18 @@ def hold(condition: Any, message: str) -> None:
         raise AssertionError(message)
 
 
-def close(found: Tensor, expected: Tensor, what: str, bound: float = FLOAT32) -> None:
-    """``found`` is within ``bound`` of the largest element of what is expected."""
-    hold(found.shape == expected.shape, f"{what} has shape {tuple(found.shape)}, expected {tuple(expected.shape)}")
+def close(actual: Tensor, expected: Tensor, what: str, bound: float = FLOAT32) -> None:
+    """Raise an ``AssertionError`` unless the error is within ``bound`` times the largest expected element."""
+    hold(actual.shape == expected.shape, f"{what} has shape {tuple(actual.shape)}, expected {tuple(expected.shape)}")
     if not expected.numel():
         return
-    error = (found.double() - expected.double()).abs().max().item()
+    error = (actual.double() - expected.double()).abs().max().item()
     largest = expected.double().abs().max().item()
     hold(error <= bound * largest, f"{what} is off by {error:.2e}, its largest element is {largest:.2e}")
 
 
 def step(layer: MoE, x: Tensor, context: RoutingContext | None, run: Any = None, seed: int = 7) -> dict[str, Tensor]:
-    """One step's output, auxiliary loss, loads and gradients, from the same random numbers each time."""
+    """Return one step's output, auxiliary loss, loads and gradients, from the same random numbers each time."""
     layer.zero_grad()
     x = x.detach().clone().requires_grad_()
     with seeded(seed):
@@ -68,17 +68,17 @@ def step(layer: MoE, x: Tensor, context: RoutingContext | None, run: Any = None,
     (entry,) = tape.entries
     loss = aux_loss(tape)
     ((y * weight).sum() + loss).backward()
-    found = {"output": y.detach(), "auxiliary loss": loss.detach(), "load": entry.routing.tokens_per_expert_E}
+    results = {"output": y.detach(), "auxiliary loss": loss.detach(), "load": entry.routing.tokens_per_expert_E}
     grads = {"tokens": x, **dict(layer.named_parameters())}
-    return found | {f"gradient of {n}": p.grad.clone() for n, p in grads.items() if p.grad is not None}
+    return results | {f"gradient of {n}": p.grad.clone() for n, p in grads.items() if p.grad is not None}
 
 
 def tensors(routing: Decision) -> dict[str, Tensor]:
-    """Return what a routing and its evidence hold, by name."""
+    """Return the tensors of a routing and its evidence, by name."""
     return {k: v for part in (routing, routing.evidence) for k, v in vars(part).items() if isinstance(v, Tensor)}
 
 
-def same_step(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    hold(found.keys() == expected.keys(), f"there are {sorted(found)}, expected {sorted(expected)}")
+def same_step(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    hold(actual.keys() == expected.keys(), f"there are {sorted(actual)}, expected {sorted(expected)}")
     for name, value in expected.items():
-        close(found[name], value, name)
+        close(actual[name], value, name)

@@ -1,4 +1,4 @@
-"""What is decided: pairs, capacity, randomness, state, and what a gate asks for."""
+"""Checks of the decision: pairs, capacity, randomness, state, and the context that a gate asks for."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def _(case: RouterCase) -> None:
     for training, group, priority in itertools.product((False, True), groups, PRIORITIES):
         router.train(training)
         groups_T, num_groups = group_tokens(group, B, S, x.device)
-        # 3 / 4 in training and 5 / 4 in evaluation, of K n / E each.
+        # The capacity is 3 / 4 of K n / E in training and 5 / 4 of it in evaluation.
         over = 3 if training else 5
         router.capacity = Capacity(0.75, 1.25, priority, group)
         with seeded(1):
@@ -101,7 +101,7 @@ def _(case: RouterCase) -> None:
 
 
 def _loads(routing: Any, groups_T: Tensor, num_groups: int, num_experts: int) -> Tensor:
-    """Computed pairs of each group and expert, (G, E)."""
+    """Return the number of computed pairs of each group and expert, (G, E)."""
     kept_N = routing.expert_ids_N < num_experts
     queue = groups_T[routing.token_index_N[kept_N]] * num_experts + routing.expert_ids_N[kept_N]
     return torch.bincount(queue, minlength=num_groups * num_experts).unflatten(0, (num_groups, num_experts))

@@ -1,4 +1,4 @@
-"""Balance losses, statistics of the experts' use, parameters and FLOPs."""
+"""Checks of balance losses, statistics of the experts' use, parameters and FLOPs."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from .check import Checks, hold
 from .router_case import RouterCase
 
 CHECKS = Checks()
-
-# Losses and statistics.
 
 
 @CHECKS.keeps("the balance losses are finite, and each that applies is there")
@@ -54,9 +52,6 @@ def _(case: RouterCase) -> None:
             hold(low - 1e-6 <= figures[name] <= high + 1e-6, f"{name} is {figures[name]}, not in [{low}, {high}]")
 
 
-# Costs.
-
-
 @CHECKS.keeps("num_params is the sum of numel")
 def _(case: RouterCase) -> None:
     config = case.config(num_shared_experts=1)
@@ -64,8 +59,8 @@ def _(case: RouterCase) -> None:
     counted = sum(p.numel() for p in layer.parameters())
     hold(config.num_params(case.dim) == counted, f"num_params is {config.num_params(case.dim)}, counted {counted}")
     of_router = sum(p.numel() for p in layer.router.parameters())
-    told = case.router.num_params(case.dim, case.num_experts)
-    hold(told == of_router, f"num_params of the router is {told}, counted {of_router}")
+    stated = case.router.num_params(case.dim, case.num_experts)
+    hold(stated == of_router, f"num_params of the router is {stated}, counted {of_router}")
     hold(0 < config.active_params(case.dim) <= counted, f"active_params is {config.active_params(case.dim)}")
 
 
@@ -76,8 +71,8 @@ def _(case: RouterCase) -> None:
     x, context = case.tokens(B, S), case.context(B, S)
     counted = count_flops(layer, x, context)
     if not case.is_pairs:
-        told = config.flops_per_token(case.dim, tokens_per_sequence=S)
-        hold(told * B * S == counted, f"flops_per_token is {told}, counted {counted / (B * S)}")
+        stated = config.flops_per_token(case.dim, tokens_per_sequence=S)
+        hold(stated * B * S == counted, f"flops_per_token is {stated}, counted {counted / (B * S)}")
         return
     rows = int(layer.router(x, context).tokens_per_expert_E.sum())
     expected = count_flops(layer.router, x, context) + rows * config.expert.flops_per_row(case.dim)
@@ -85,8 +80,8 @@ def _(case: RouterCase) -> None:
     counts = []
     for training in (False, True):
         router = case.layer(training=training).router
-        # Of a token more: what is decided once a sequence costs a token nothing.
+        # The difference is the cost of further tokens, without that of a decision made once a sequence.
         longer, shorter = (count_flops(router, case.tokens(B, n), case.context(B, n)) for n in (2 * S, S))
         counts.append((longer - shorter) / (B * S))
-    told = case.router.flops_per_token(case.dim, case.num_experts)
-    hold(told in counts, f"flops_per_token is {told}, counted {counts[0]} in evaluation and {counts[1]} in training")
+    stated = case.router.flops_per_token(case.dim, case.num_experts)
+    hold(stated in counts, f"flops_per_token is {stated}, counted {counts[0]} in evaluation, {counts[1]} in training")

@@ -1,4 +1,4 @@
-"""What is computed: the sum of the pairs, gradients, dtypes."""
+"""Checks of the output: the sum of the pairs, gradients, dtypes."""
 
 from __future__ import annotations
 
@@ -113,10 +113,9 @@ def _(case: RouterCase) -> None:
     layer = case.layer()
     expected = layer.router(x, context)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = layer.router(x, context)
+        under_autocast = tensors(layer.router(x, context))
         y = layer(x, context)
     hold(y.isfinite().all(), "the output under autocast is not finite")
-    under_autocast = tensors(found)
     for name, value in tensors(expected).items():
         other = under_autocast[name]
         hold(other.dtype == value.dtype, f"{name} is {other.dtype} under autocast")

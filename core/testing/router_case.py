@@ -1,4 +1,4 @@
-"""A router to be checked, and what its layers and tokens are made of."""
+"""``RouterCase``: the router, layers and tokens of the checks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..routing.router import RouterConfig
 
 HIDDEN = 12
 IDS = 5
-"""Numbers of token ids, tasks, domains and modalities where the config has no field that says."""
+"""Number of token ids, tasks, domains and modalities where the config has no field for it."""
 FIELDS = ("token_ids_BS", "task_ids_B", "domain_ids_B", "modality_BS")
 SIZES = {
     "token_ids_BS": "vocab_size",
@@ -31,7 +31,7 @@ SIZES = {
 
 @dataclass(frozen=True)
 class RouterCase:
-    """A router to be checked, and what its layers and tokens are made of."""
+    """A router to be checked, with the sizes and the seed of its layers and tokens."""
 
     router: RouterConfig
     num_experts: int
@@ -43,14 +43,14 @@ class RouterCase:
         return self.router.layer_kind == "pairs"
 
     def has(self, option: str) -> bool:
-        """Whether a field of ``MoEConfig`` has a meaning."""
+        """Return whether a field of ``MoEConfig`` has a meaning."""
         return option in self.router.layer_options
 
     def config(self, **options: Any) -> MoEConfig:
         return MoEConfig(self.num_experts, self.router, FFN(HIDDEN, bias=True), **options)
 
     def layer(self, *, training: bool = False, **options: Any) -> MoE:
-        """A layer whose every weight is away from its initial value, which may be 0 or the same for all experts."""
+        """Return a layer with each router weight moved from its initial value, which may be 0 or equal for all."""
         with seeded(self.seed):
             layer = self.config(**options).build(self.dim)
             with torch.no_grad():
@@ -61,11 +61,11 @@ class RouterCase:
         return layer.train(training)
 
     def tokens(self, B: int = 3, S: int = 6, offset: int = 0) -> Tensor:
-        """(B, S, D); another ``offset`` gives other tokens."""
+        """Return tokens, (B, S, D); another ``offset`` gives other tokens."""
         return torch.randn(B, S, self.dim, generator=torch.Generator().manual_seed(self.seed + 100 + offset))
 
     def context(self, B: int = 3, S: int = 6, offset: int = 0, valid_BS: Tensor | None = None) -> RoutingContext:
-        """All that a gate may know, in the ranges that the config's fields say."""
+        """Return a context with all fields, in the ranges that the config's fields give."""
         generator = torch.Generator().manual_seed(self.seed + 200 + offset)
         values: dict[str, Tensor] = {}
         for name in FIELDS:
@@ -74,26 +74,26 @@ class RouterCase:
         return RoutingContext(valid_BS=valid_BS, **values)
 
     def padded(self) -> tuple[Tensor, RoutingContext]:
-        """A batch of a full sequence, one with two places of padding, and one of padding alone."""
+        """Return a batch of a full sequence, one with two places of padding, and one of padding alone."""
         valid_BS = torch.tensor([[True] * 6, [True] * 4 + [False] * 2, [False] * 6])
         return self.tokens(), self.context(valid_BS=valid_BS)
 
     def balance(self) -> Balance:
-        """Every term that applies, heavy."""
+        """Return weights of 1 for every term that applies."""
         weights: dict[str, Any] = {name: float(name in self.router.terms) for name in TERMS}
         return Balance(**weights)
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """The global generator of the CPU starts from ``seed`` inside the block and is put back after it."""
+    """Start the CPU's global generator from ``seed`` inside the block, and put it back after it."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
 
 
 def with_padding_holding(x: Tensor, context: RoutingContext, value: float, ids: int) -> tuple[Tensor, RoutingContext]:
-    """The same real tokens, with padding that holds ``value`` and ``ids``."""
+    """Return the tokens and their context with padding that holds ``value`` and ``ids``."""
     assert context.valid_BS is not None
     empty_B = ~context.valid_BS.any(1)
     changed: dict[str, Any] = {}
@@ -104,7 +104,7 @@ def with_padding_holding(x: Tensor, context: RoutingContext, value: float, ids: 
 
 
 def take(context: RoutingContext, sequences: Any, places: Any = slice(None)) -> RoutingContext:
-    """The context of some sequences and places."""
+    """Return the context of some sequences and places."""
     values = {f.name: getattr(context, f.name) for f in fields(context)}
     return RoutingContext(
         **{

@@ -1,4 +1,4 @@
-"""A config and a layer's state, written and read again."""
+"""Checks of a config and a layer's state, written and read again."""
 
 from __future__ import annotations
 
@@ -47,17 +47,17 @@ def _(case: RouterCase) -> None:
         layer = config.build(case.dim)
     layer.to_empty(device="cpu")
     expected = {**dict(fresh.named_parameters()), **dict(fresh.named_buffers())}
-    found = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
-    hold(found.keys() == expected.keys(), f"there are {sorted(found)}, expected {sorted(expected)}")
+    state = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
+    hold(state.keys() == expected.keys(), f"there are {sorted(state)}, expected {sorted(expected)}")
     with torch.no_grad():
-        for value in found.values():
+        for value in state.values():
             value.fill_(77)  # what memory may hold
         for module in layer.modules():
             reset = getattr(module, "reset_parameters", None)
             if reset is not None:
                 reset()
     parameters = dict(fresh.named_parameters())
-    for name, value in found.items():
+    for name, value in state.items():
         start = expected[name].detach()
         if name in parameters and bool((start != start.flatten()[:1]).any()):  # drawn: of the same size
             largest, before = float(value.detach().abs().max()), float(start.abs().max())
