@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def load(name: str) -> Any:
-    """The module ``benchmarks/NAME.py``, which no package holds."""
+    """Import and return the module ``benchmarks/NAME.py``, which no package holds."""
     spec = importlib.util.spec_from_file_location(f"benchmarks.{name}", FOLDER / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None

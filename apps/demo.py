@@ -25,12 +25,12 @@ class Part:
     """One comparison of the demo.
 
     Attributes:
-        name: of its folder.
-        config: in ``configs/``.
-        dataset: it is done where this can be had.
-        says: what is about to happen.
-        title: of its table and pictures.
-        arguments: after ``moesaic compare CONFIG``; ``--output`` and ``--jobs`` are added.
+        name: name of its folder.
+        config: path below ``configs/``.
+        dataset: name of the dataset, without which the part is left out.
+        says: text that announces the part.
+        title: title of its table and pictures.
+        arguments: options after ``moesaic compare CONFIG``; ``--output`` and ``--jobs`` are added.
     """
 
     name: str
@@ -150,16 +150,8 @@ def _run(output: Path, extra: Sequence[str]) -> int:
         except DataError as error:
             print(f"\n{part.name} is left out: {' '.join(str(error).split())}")
             continue
-        jobs = str(min(2, os.cpu_count() or 1))
-        argv = [
-            str(_CONFIGS / part.config),
-            *part.arguments.split(),
-            "--jobs",
-            jobs,
-            "--output",
-            str(output / part.name),
-            *extra,
-        ]
+        own = ("--jobs", str(min(2, os.cpu_count() or 1)), "--output", str(output / part.name))
+        argv = [str(_CONFIGS / part.config), *part.arguments.split(), *own, *extra]
         print(f"\n{part.says}\n\n{command_line(argv)}\n", flush=True)
         outcome = run_command(argv, part.title)
         drawn += outcome.pictures()
@@ -173,7 +165,7 @@ def _run(output: Path, extra: Sequence[str]) -> int:
 
 
 def _pictures(arguments: Sequence[str], checkpoint: Path, folder: Path) -> list[Path]:
-    """What the test of the sparse model draws of its routing, without the rest of its report. Drawn once."""
+    """Draw the routing of the sparse model, once, as its test does without the rest of the report."""
     report = folder / "report"
     if not (report / "drawn").exists():
         from lightning.pytorch import Trainer

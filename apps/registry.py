@@ -13,7 +13,7 @@ MODULES = {
     "Translator": "apps.nlp.translation.module",
     "LanguageModeler": "apps.nlp.language.module",
 }
-"""The models: where each LightningModule is."""
+"""The module of each LightningModule."""
 
 DATA = {
     "VisionData": "apps.vision.data",
@@ -22,7 +22,7 @@ DATA = {
     "TranslationData": "apps.nlp.translation.data",
     "TextData": "apps.nlp.language.data",
 }
-"""The data: where each LightningDataModule is."""
+"""The module of each LightningDataModule."""
 
 DATASETS = ("apps.vision.datasets", "apps.recsys.datasets", "apps.nlp.text.datasets")
 """Modules that register the apps' datasets when they are imported."""
@@ -31,7 +31,7 @@ TRAINER = {
     "BestAndLast": "apps.train.checkpoints",
     "TorchRecStrategy": "apps.recsys.tables.strategy",
 }
-"""Parts of the trainer: where each callback and strategy is."""
+"""The module of each callback and strategy of the trainer."""
 
 LIGHTNING = frozenset(
     {

@@ -90,7 +90,7 @@ def _stopped(how: str, code: int, args: Sequence[str]) -> int:
 
 
 def is_termination(stop: SystemExit) -> bool:
-    """Whether SIGTERM, as pre-emption and ``timeout`` send it, is why Lightning's trainer exits: it gives no code."""
+    """Return whether Lightning's trainer exits because of SIGTERM, as pre-emption and ``timeout`` send it."""
     return type(stop).__name__ == "SIGTERMException"
 
 
@@ -99,16 +99,12 @@ class UsageError(ValueError):
 
 
 def _check_core() -> None:
-    """The engine is a top-level package with a plain name, which a folder on PYTHONPATH may have too.
-
-    Raises:
-        UsageError: another ``core`` comes first.
-    """
-    found = importlib.util.find_spec("core")
-    folders = [os.path.realpath(p) for p in (found and found.submodule_search_locations) or ()]
+    """Raise a ``UsageError`` where another package named ``core`` on PYTHONPATH comes before the engine."""
+    spec = importlib.util.find_spec("core")
+    folders = [os.path.realpath(p) for p in (spec and spec.submodule_search_locations) or ()]
     own = os.path.join(os.path.dirname(os.path.dirname(os.path.dirname(os.path.realpath(__file__)))), "core")
     if own not in folders:
-        other = (found and found.origin) or (folders or ["none at all"])[0]
+        other = (spec and spec.origin) or (folders or ["none at all"])[0]
         raise UsageError(f"the package core must be {own}, and Python finds {other}: take that one off PYTHONPATH")
 
 
@@ -129,7 +125,7 @@ def _dispatch(args: list[str]) -> int:
         from apps.base.quiet import quiet
         from apps.cli.request import Request
 
-        with quiet():  # of what libraries say when a model's class is imported
+        with quiet():  # libraries talk when a model's class is imported
             request = Request.read(command, rest, announce=lambda line: _announce(command, line))
         if "--help_all" in rest or any(".help" in flag for flag in rest):
             from apps.cli.help import show
@@ -170,7 +166,7 @@ def _announce(command: str, line: str) -> None:
 
 
 def _available() -> dict[str, str]:
-    """The commands beside the training ones that this installation has."""
+    """Return the commands beside the training ones that this installation has, with what they do."""
     return {name: text for name, (module, text) in _OTHERS.items() if importlib.util.find_spec(module)}
 
 

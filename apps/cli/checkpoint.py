@@ -1,4 +1,4 @@
-"""A checkpoint on the command line: what it remembers, and whether it fits the model."""
+"""A checkpoint on the command line: the arguments that it remembers, and whether it fits the model."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from apps.base.messages import excerpt
 from apps.cli.classes import class_path, load_class
 from apps.cli.configs import differences
+from apps.cli.usage import named_class_path
 from apps.train.loading import module_class
 from core.config.plain import arguments_from_plain
 
@@ -22,8 +23,8 @@ def remembered(
     """Return the model's arguments that the checkpoint remembers, if it is of the class the configuration names.
 
     Args:
-        checkpoint: its contents.
-        config: what the user gave; it decides the class where it names one.
+        checkpoint: contents of the checkpoint.
+        config: the user's configuration, which decides the class where it names one.
         model: the class that it names; None: it names none.
         path: the checkpoint's file, for messages.
 
@@ -35,11 +36,10 @@ def remembered(
         return {}
     if not isinstance(kind, str) or not isinstance(hparams, Mapping):
         raise ValueError(f"{path} is damaged: its module_class or hyper_parameters are of the wrong type")
-    written = config.get("model")
-    named = written if isinstance(written, str) else written.get("class_path") if isinstance(written, Mapping) else None
+    named = named_class_path("model", (), config)
     if named is None:
         model, named = module_class(checkpoint, path), kind
-    if model is None or class_path(model) != kind:  # one that does not exist, or another: reported later
+    if model is None or class_path(model) != kind:  # a missing class or another one is reported later
         return {}
     arguments_from_plain(model, hparams, f"{path}: model")
     return {"model": {"class_path": named, "init_args": dict(hparams)}}
@@ -49,12 +49,12 @@ def import_named(checkpoint: Mapping[str, Any], texts: Collection[str]) -> None:
     """Import the classes that a checkpoint names and the user's own command or configuration names as well.
 
     Args:
-        checkpoint: its contents.
-        texts: what the user wrote: the values of flags and of the configurations that ``--config`` named.
+        checkpoint: contents of the checkpoint.
+        texts: the user's own words: the values of flags and of the configurations that ``--config`` named.
     """
     for path in {*_class_paths(checkpoint.get("hyper_parameters")), checkpoint.get("module_class")}:
         if isinstance(path, str) and path in texts:
-            load_class(path)  # one that is not there is reported where it is looked up
+            load_class(path)  # a missing one is reported where it is looked up
 
 
 def _class_paths(value: Any) -> Iterator[Any]:
@@ -69,11 +69,7 @@ def _class_paths(value: Any) -> Iterator[Any]:
 
 
 def check_fits(checkpoint: Mapping[str, Any], model: LightningModule, path: Path) -> None:
-    """Refuse a checkpoint whose tensors are not the model's.
-
-    Raises:
-        ValueError: naming the options that differ, with both values.
-    """
+    """Raise a ``ValueError`` that names the options that differ where a checkpoint's tensors are not the model's."""
     kind = class_path(type(model))
     other = checkpoint.get("module_class", kind)
     if other != kind:

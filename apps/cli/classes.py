@@ -1,4 +1,4 @@
-"""Classes by name: the public ones by their short names, any one from its source, and imported.
+"""Classes by name: the short names of public ones, the options that a source tells, and the imported class.
 
 A usage error is known from the source, before torch, which takes seconds, is imported.
 """

@@ -1,4 +1,4 @@
-"""Configuration files: where one is, what it holds, and one laid over another."""
+"""Configuration files: finding and reading one, and laying one over another."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ _KIND = re.compile(
 
 
 def describe(error: BaseException) -> tuple[str, int]:
-    """One line for people, and the exit code: 2 for wrong usage, 1 for anything else."""
+    """Return one line for people, and the exit code: 2 for wrong usage, 1 for anything else."""
     if type(error).__name__ == "ArgumentError":
         return reduce_message(str(error)), 2
     if isinstance(error, UsageError):
@@ -51,7 +51,7 @@ def describe(error: BaseException) -> tuple[str, int]:
 
 
 def _root(error: BaseException) -> BaseException:
-    """What jsonargparse wrapped: the first cause of its "Does not validate against any of the Union subtypes"."""
+    """Return the error that jsonargparse wrapped in its "Does not validate against any of the Union subtypes"."""
     while error.__cause__ is not None and str(error).startswith(("Does not validate", "Problem with given")):
         error = error.__cause__
     return error
@@ -64,7 +64,7 @@ def _os_error(error: OSError) -> str:
 
 
 def reduce_message(text: str, options: Iterable[str] = ()) -> str:
-    """jsonargparse's report as one line: the innermost complaint, where it is, and the nearest valid name.
+    """Return jsonargparse's report as one line: the innermost complaint, its place, and the nearest valid name.
 
     Args:
         text: the report.
@@ -145,11 +145,11 @@ def _class_path_in(value: str) -> str | None:
 
 
 def _one_of(kinds: str) -> str:
-    """What jsonargparse lists as the types of an option, in words: "of type int", or "one of" types and choices."""
+    """Put jsonargparse's list of an option's types in words: "of type int", or "one of" types and choices."""
     names: list[str] = []
     for name, choices, other in _KIND.findall(kinds):
-        found = map(str, ast.literal_eval(choices)) if choices else [name or other.removeprefix("typing.")]
-        names += [n for n in found if n and n != "NoneType" and n not in names]
+        kind = map(str, ast.literal_eval(choices)) if choices else [name or other.removeprefix("typing.")]
+        names += [n for n in kind if n and n != "NoneType" and n not in names]
     if len(names) == 1 and "Literal" not in kinds:
         return f"of type {names[0]}"
     return f"one of {', '.join(names)}"
@@ -161,11 +161,11 @@ def unknown_option(
     """Return the line on an option or a class that does not exist.
 
     Args:
-        shown: what was written.
-        valid: what there is; the nearest of these is suggested.
-        name: what is compared with them; None: ``shown``.
+        shown: the option as the user wrote it.
+        valid: the names that exist; the nearest is suggested.
+        name: the name that is compared with them; None: ``shown``.
         owner: the class whose options they are.
-        listed: name all of them where none is near.
+        listed: whether all of them are named where none is near.
     """
     valid = sorted(set(valid))
     near = difflib.get_close_matches(name or shown, valid, n=1, cutoff=0.5)
@@ -189,7 +189,7 @@ def _class_names(owner: str | None, parameter: str, kinds: str = "") -> list[str
     Args:
         owner: a class path; None: the parameter is one of the command line's own, such as "model".
         parameter: its name.
-        kinds: its types as jsonargparse lists them, if it does.
+        kinds: jsonargparse's list of its types, if there is one.
     """
     if owner is None and parameter in ("model", "data"):
         return list(app_classes(parameter))
@@ -207,5 +207,5 @@ def _class_names(owner: str | None, parameter: str, kinds: str = "") -> list[str
 
 def _classes_of(module: str) -> list[str]:
     """Return the class paths of the public classes of an imported module."""
-    found = vars(importlib.import_module(module)).items()
-    return [f"{module}.{name}" for name, value in found if isinstance(value, type) and not name.startswith("_")]
+    values = vars(importlib.import_module(module)).items()
+    return [f"{module}.{name}" for name, value in values if isinstance(value, type) and not name.startswith("_")]

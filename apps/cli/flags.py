@@ -14,7 +14,7 @@ from apps.cli.configs import at, merge
 from apps.cli.errors import unknown_option
 
 SECTIONS = ("seed_everything", "trainer", "model", "data", "ckpt_path", "weights_only")
-"""The parts of a configuration, each a first word of an option."""
+"""The parts of a configuration, which are the first words of options."""
 ASKING = ("print_config", "help", "h", "help_all")
 """Options that ask for a text and run nothing."""
 NULLS = ("null", "Null", "NULL", "~")
@@ -171,8 +171,8 @@ def with_flags(
     Args:
         config: nested mappings.
         flags: ``--KEY.SUBKEY VALUE`` and ``--KEY.SUBKEY=VALUE``.
-        takes: whether to take a flag, by the mappings so far, the names of its key and its value.
-        plain: makes of its text what stands there.
+        takes: function of the mappings so far, the names of a flag's key, and its value: whether to take the flag.
+        plain: function that turns the flag's text into the value to lay.
 
     Returns:
         The mappings, and the other flags.

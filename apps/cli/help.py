@@ -1,4 +1,4 @@
-"""``--help_all`` and ``--model.help``: every option in a line, with its default and what it means."""
+"""``--help_all`` and ``--model.help``, which print every option in a line, with its default and its meaning."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from apps.cli.classes import app_classes, load_class, long_name, short, subclass
 from apps.cli.errors import unknown_option
 from apps.cli.flags import given
 from apps.cli.request import Request
-from apps.cli.usage import class_path
+from apps.cli.usage import named_class_path
 from core.registry import OpenConfig
 
 SECTIONS = ("run", "trainer", "model", "data")
 _LONGEST = 48
-"""Characters of a name, beyond which its line is not aligned with the others."""
+"""Length of a name in characters, beyond which its line is not aligned with the others."""
 
 
 class Option(NamedTuple):
     """An option of the command line.
 
     Attributes:
-        name: dotted.
-        default: as YAML has it, with the kind of a value where that does not tell.
-        meaning: the first sentence on it.
+        name: dotted name.
+        default: default in YAML, with the kind of value where the default does not show it.
+        meaning: first sentence about it.
     """
 
     name: str
@@ -47,10 +47,10 @@ def show(request: Request, trainer_defaults: Mapping[str, Any]) -> bool:
 
     Args:
         request: the command line.
-        trainer_defaults: what the command line sets otherwise than Lightning's Trainer.
+        trainer_defaults: defaults of the command line that differ from Lightning's Trainer.
 
     Raises:
-        UsageError: a section or a class that does not exist.
+        UsageError: a section or a class does not exist.
     """
     options = given(request.flags)
     for name, value in options:
@@ -58,12 +58,12 @@ def show(request: Request, trainer_defaults: Mapping[str, Any]) -> bool:
             if value not in (None, *SECTIONS):
                 raise UsageError(unknown_option(f"help_all={value}", SECTIONS, value))
             for section in SECTIONS if value is None else (value,):
-                path = class_path(section, options, request.config)
+                path = named_class_path(section, options, request.config)
                 _print(_title(section, path), _section(section, request, options, trainer_defaults))
             return True
         part = name.partition(".")[0]
         if name in ("model.help", "data.help"):
-            path = long_name(part, value) if value else class_path(part, options, request.config)
+            path = long_name(part, value) if value else named_class_path(part, options, request.config)
             _print(_title(part, path), _classes(part) if path is None else _of_class(path, part))
             return True
         if part in ("model", "data") and name.endswith(".help") and value:
@@ -82,14 +82,12 @@ def _section(
     section: str, request: Request, options: list[tuple[str, str | None]], trainer_defaults: Mapping[str, Any]
 ) -> Iterable[Option]:
     if section == "run":
-        return [
-            Option(*row) for row in RUN_OPTIONS if not row[0].startswith("trainer.")
-        ]  # these have their own section
+        return [Option(*row) for row in RUN_OPTIONS if not row[0].startswith("trainer.")]
     if section == "trainer":
         from lightning.pytorch import Trainer
 
         return options_of(Trainer, "trainer", trainer_defaults)
-    path = class_path(section, options, request.config)
+    path = named_class_path(section, options, request.config)
     return _classes(section) if path is None else _of_class(path, section)
 
 
@@ -126,7 +124,7 @@ def options_of(kind: type[Any], prefix: str, defaults: Mapping[str, Any] | None 
 
     Args:
         kind: the class.
-        prefix: what their names begin with.
+        prefix: first words of their names.
         defaults: values that stand in for the constructor's.
     """
     meanings, linked = _meanings(kind), getattr(kind, "data_arguments", ())
@@ -147,7 +145,7 @@ def options_of(kind: type[Any], prefix: str, defaults: Mapping[str, Any] | None 
 
 
 def _parameters(kind: type[Any]) -> Iterator[tuple[inspect.Parameter, Any]]:
-    """The constructor's parameters with their types; those of ``**kwargs`` are the next class's."""
+    """Yield the constructor's parameters with their types; ``**kwargs`` stands for those of the next class."""
     seen: set[str] = set()
     for owner in kind.__mro__:
         if "__init__" not in vars(owner):
@@ -164,16 +162,16 @@ def _parameters(kind: type[Any]) -> Iterator[tuple[inspect.Parameter, Any]]:
 
 
 def _meanings(kind: type[Any]) -> dict[str, str]:
-    found: dict[str, str] = {}
+    meanings: dict[str, str] = {}
     for owner in reversed(kind.__mro__[:-1]):
         for text in (vars(owner).get("__doc__"), getattr(vars(owner).get("__init__"), "__doc__", None)):
             for item in docstring_parser.parse(text or "").params:
                 for name in item.arg_name.split(","):
-                    found[name.strip()] = _first(item.description or "")
-        if dataclasses.is_dataclass(owner):  # whose fields may have docstrings of their own
+                    meanings[name.strip()] = _first(item.description or "")
+        if dataclasses.is_dataclass(owner):  # its fields may have docstrings of their own
             for item in docstring_parser.parse_from_object(owner).params:
-                found.setdefault(item.arg_name, _first(item.description or ""))
-    return found
+                meanings.setdefault(item.arg_name, _first(item.description or ""))
+    return meanings
 
 
 def _first(text: str) -> str:

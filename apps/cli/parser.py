@@ -1,4 +1,4 @@
-"""The parser of commands that take no configuration apart."""
+"""The argument parser of the commands that take no configuration."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from apps.cli import UsageError
 
 
 class Parser(argparse.ArgumentParser):
-    """A wrong option is a ``UsageError``, in place of the usage and an exit."""
+    """An argument parser that raises a ``UsageError`` for a wrong option, and does not exit."""
 
     def error(self, message: str) -> None:  # type: ignore[override]
         raise UsageError(message)

@@ -1,4 +1,4 @@
-"""The part so far of a file that is being made, which a run like the stopped one goes on with."""
+"""``Partial``: the finished part of a file, with which a run like the stopped one goes on."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from apps.cli.configs import differences
 log = logging.getLogger(__name__)
 
 _SAVED = 1.0
-"""Seconds, at least, between two notes of how far a file is."""
+"""Least time in seconds between two notes of how far a file is."""
 
 
 class Partial:
-    """The lines so far of a file, and how far they are known to be whole.
+    """The lines that a file has so far, and how far they are known to be whole.
 
-    They are in ``PATH.partial``, and ``PATH.partial.json`` says what they are of.
+    The lines are in ``PATH.partial``; ``PATH.partial.json`` has the model, inputs and options that they depend on.
 
     Args:
-        path: of the whole file.
+        path: path of the whole file.
         made_of: plain values that the lines depend on; None: no run can go on with them, and an error leaves nothing.
-        overwrite: begin anew where the lines are of other values.
+        overwrite: whether to begin anew where the lines depend on other values.
         harmless: values of the earlier lines that any other may follow, by name.
 
     Attributes:
         file: the open file, at its end.
-        start: inputs that the file already has when it is opened.
+        start: number of inputs that the file already has when it is opened.
 
     Raises:
-        ValueError: lines of another run, or a run that writes them now.
+        ValueError: the lines are of another run, or a run writes them now.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Partial:
         harmless: Mapping[str, Any] | None = None,
     ) -> None:
         self.made_of, self.harmless, self.start = made_of, harmless or {}, 0
-        # Nobody is to go on with a file of which nothing is known: it is hidden.
+        # A file that no run can go on with is hidden.
         self.path = path.with_name(f".{path.name}.rows.tmp" if made_of is None else f"{path.name}.partial")
         self.state = path.with_name(f"{path.name}.partial.json")
         self._whole = {"inputs": 0, "bytes": 0}
@@ -67,7 +67,7 @@ class Partial:
             log.info("going on after %s predictions of %s", f"{self.start:,}", self.path)
 
     def _known(self) -> dict[str, Any] | None:
-        """Return what the state says of the file; None where there is no state that fits it."""
+        """Return the state of the file; None where there is no state that fits it."""
         try:
             known = json.loads(self.state.read_text("utf-8"))
             fits = known["bytes"] <= self.path.stat().st_size and isinstance(known["made_of"], dict)
@@ -97,7 +97,7 @@ class Partial:
         self._note()
 
     def save(self, inputs: int) -> None:
-        """Keep what there is, as that of so many inputs; it is noted now and then."""
+        """Keep the lines so far as those of so many inputs; this is noted now and then."""
         self._keep(inputs)
         if time.monotonic() - self._saved > _SAVED:
             self._note()

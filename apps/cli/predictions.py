@@ -1,4 +1,4 @@
-"""Predictions as they come: printed, or into a file whose ending says its format, whole or not at all."""
+"""Writers of predictions: they print them, or make a file whose ending says its format, whole or not at all."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ _TERMINAL, _LOG = 1.0, 60.0
 
 
 class PredictionFile(Callback):
-    """Writes predictions to a file, in the order of their ``index`` where all rows have one.
+    """A callback that writes predictions to a file, in the order of their ``index`` where all rows have one.
 
     The rows go to a file beside it first, a JSON line each, or lines of text; the file is made of it in the end. So
     memory holds one batch, and where batches come in another order than their indices, 16 bytes a row.
 
     Args:
         path: the file, which ends in .jsonl, .csv, .parquet or .txt.
-        preview: so many rows are kept to be shown.
-        partial: options of ``Partial``, where a stopped run can be gone on with.
+        preview: number of rows that are kept to be shown.
+        partial: options of ``Partial``, where a run can go on after a stopped one.
 
     Attributes:
         first: the first rows in the file's order, as JSON.
-        num_rows: predictions in the file.
-        start: those of them that an earlier run has left.
+        num_rows: number of predictions in the file.
+        start: number of those that an earlier run has left.
     """
 
     def __init__(self, path: Path, preview: int = 3, **partial: Any) -> None:
@@ -52,7 +52,7 @@ class PredictionFile(Callback):
         self.first: list[str] = []
         self._indexed = self._in_order = True
         self._last: Any = None
-        self._widths: dict[str, int | None] = {}  # of a column of lists the longest, by name
+        self._widths: dict[str, int | None] = {}  # length of the longest list by column
         self._schema: Any = None
 
     @contextlib.contextmanager
@@ -182,7 +182,7 @@ class PredictionFile(Callback):
         return (json.loads(line) for line in self._shown())
 
     def _write_csv(self, file: Any) -> None:
-        """Write a column of lists as one a place: ``label_1, probability_1, label_2, probability_2``."""
+        """Write a column of lists as a column for each place: ``label_1, probability_1, label_2, probability_2``."""
         header: list[str] = []
         for width, group in itertools.groupby(self._widths, key=self._widths.__getitem__):
             names = list(group)
@@ -223,7 +223,7 @@ def rows_of(batch: Any) -> Iterator[dict[str, Any]]:
     """Return the predictions of a batch, an example each, as plain values.
 
     Args:
-        batch: what ``predict_step`` returns: a dataclass, mapping or named tuple of columns, or one tensor.
+        batch: return value of ``predict_step``: a dataclass, mapping or named tuple of columns, or one tensor.
     """
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
         columns = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
@@ -281,11 +281,11 @@ def watched(
     """Yield predictions, with a note now and then of how many are done: each second on a terminal, else each minute.
 
     Args:
-        predictions: as they come.
-        total: how many there are; None: it is not known.
-        shown: whether anything is said.
-        start: predictions that were done before.
-        stream: where it is said; None: stderr.
+        predictions: the predictions as they come.
+        total: their number; None: it is not known.
+        shown: whether notes are written.
+        start: number of predictions that were done before.
+        stream: file for the notes; None: stderr.
     """
     stream = sys.stderr if stream is None else stream
     terminal = shown and stream.isatty()

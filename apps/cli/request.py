@@ -1,6 +1,6 @@
-"""What the user asked for: the command line and its configurations, as far as the parser needs to know beforehand.
+"""``Request``: the command line and its configurations, as far as the parser needs to know beforehand.
 
-What takes torch is imported where it is used, after the checks that need none: an error of usage is shown at once.
+Modules that import torch are imported after the checks that need none, so that an error of usage is shown at once.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ class Request:
     Attributes:
         command: fit, validate, test or predict.
         flags: the arguments but for the configurations, --run_dir and --ckpt_path.
-        config: the configurations merged, later ones over earlier ones, with what the checkpoint remembers beneath.
-        run_dir: where the run's files are.
+        config: the configurations merged, later ones over earlier ones, over the checkpoint's arguments.
+        run_dir: folder of the run's files.
         checkpoint: the file to load, or None.
-        loaded: its contents, where there is one; of sharded tensors the shapes alone.
+        loaded: the checkpoint's contents, with the shapes alone of sharded tensors, or None.
         model_class: the model's class, where it is named.
         output: the file of the predictions; None: the run's own.
-        overwrite: replace an earlier file of predictions.
+        overwrite: whether an earlier file of predictions is replaced.
     """
 
     command: str
@@ -58,13 +58,13 @@ class Request:
 
         Args:
             command: fit, validate, test or predict.
-            argv: what follows it.
-            announce: called with a line that says what starts, once the command line has passed the quick checks.
+            argv: the words after it.
+            announce: function that takes a line on what starts, once the command line has passed the quick checks.
 
         Raises:
-            UsageError: a wrong option or configuration.
-            FileNotFoundError: no such checkpoint.
-            ValueError: a damaged checkpoint, or data that are not there.
+            UsageError: an option or a configuration is wrong.
+            FileNotFoundError: the checkpoint does not exist.
+            ValueError: the checkpoint is damaged, or the data are missing.
         """
         argv, overwrite = switch(argv, "overwrite")
         flags, options = take(argv, ("config", "c", "run_dir", "ckpt_path", "output"))
@@ -131,7 +131,7 @@ class Request:
 
     @contextlib.contextmanager
     def config_file(self) -> Iterator[str | None]:
-        """The merged configuration as a file, while the parser reads it."""
+        """Write the merged configuration to a file for the parser, and remove it in the end."""
         if not self.config:
             yield None
             return
@@ -154,7 +154,7 @@ def _config_beside(which: str | None) -> Path | None:
 
 
 def _with_remembered_data(config: Mapping[str, Any], flags: list[str], checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """``config`` with the arguments of the data that the data's class names in ``from_checkpoint``.
+    """Return ``config`` with the arguments of the data that the data's class names in ``from_checkpoint``.
 
     They come from the checkpoint's model, which has arguments of the same names, unless they are written by hand.
     """
@@ -175,17 +175,17 @@ def _with_remembered_data(config: Mapping[str, Any], flags: list[str], checkpoin
     if not filled or kind is None:
         return dict(config)
     arguments_from_plain(kind, filled, "the checkpoint: data")
-    path = _class_path("data", flags, config)
+    path = usage.named_class_path("data", given(flags), config)
     arguments = {k: v for k, v in arguments.items() if k != "class_path"}
     return {**config, "data": {"class_path": path, "init_args": {**arguments, **filled}}}
 
 
 def _with_stand_ins(part: str, flags: list[str], config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``config`` with what is in force where an argument of the model or data is null or not given.
+    """Return ``config`` with the values in force where an argument of the model or data is null or not given.
 
     See ``SparseModule.defaults_of_none``. A null that stands for nothing, such as "no MoE layer", stays.
     """
-    kind, path = _find_class(part, flags, config), _class_path(part, flags, config)
+    kind, path = _find_class(part, flags, config), usage.named_class_path(part, given(flags), config)
     stand_ins = getattr(kind, "defaults_of_none", None)
     written = config.get(part)
     written = {"class_path": written} if isinstance(written, str) else dict(written or {})
@@ -268,10 +268,10 @@ def _config_class(name: Any) -> Any:
 def _check_superseded(config: Mapping[str, Any], flags: list[str], checkpoint: Path) -> None:
     """Refuse flags that have no effect beside what the checkpoint remembers: ``superseded`` of the data's class.
 
-    Those that its run was given too may stay.
+    Flags that the checkpoint's run was given too may stay.
 
     Raises:
-        UsageError: naming the flag.
+        UsageError: a flag has no effect; the message names it.
     """
     kind = _find_class("data", flags, config)
     for name, by in getattr(kind, "superseded", {}).items():
@@ -286,18 +286,14 @@ def _check_superseded(config: Mapping[str, Any], flags: list[str], checkpoint: P
             value, known = yaml.safe_load(match[2] or following), at(of_run, match[1].split("."))
             both = isinstance(value, Mapping) and isinstance(known, Mapping)
             if known != (merge(known, value) if both else value):
-                told = f"data.{match[1]}={value} has no effect: {checkpoint} brings its {by} along"
-                raise UsageError(f"{told}; leave it out")
-
-
-def _class_path(part: str, flags: list[str], config: Mapping[str, Any]) -> str | None:
-    """What the flags, else the configuration, name as the class of "model" or "data"."""
-    return usage.class_path(part, given(flags), config)
+                raise UsageError(
+                    f"data.{match[1]}={value} has no effect: {checkpoint} brings its {by} along; leave it out"
+                )
 
 
 def _find_class(part: str, flags: list[str], config: Mapping[str, Any]) -> type | None:
-    """The class of "model" or "data"; None where none is named, or there is no such class."""
-    path = _class_path(part, flags, config)
+    """Return the class of "model" or "data"; None where none is named, or there is no such class."""
+    path = usage.named_class_path(part, given(flags), config)
     if not path:
         return None
     if "." in path:

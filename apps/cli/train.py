@@ -1,7 +1,7 @@
 """``moesaic fit|validate|test|predict``: LightningCLI, where model and data are classes that the configuration names.
 
-What the user writes wins, flags over files and later files over earlier ones; what is written nowhere comes from the
-checkpoint, then from the constructors. A checkpoint whose tensors do not fit is refused with the options that differ.
+The user's words win, flags over files and later files over earlier ones; other options come from the checkpoint, then
+from the constructors. A checkpoint whose tensors do not fit is refused with the options that differ.
 """
 
 from __future__ import annotations
@@ -48,25 +48,24 @@ TRAINER_DEFAULTS = {
     "num_sanity_val_steps": 1,
     "enable_model_summary": False,  # SparseModule logs the size, with the active parameters
 }
-"""Set otherwise than Lightning's Trainer does."""
+"""Defaults that differ from those of Lightning's Trainer."""
 
 
 def run(request: Request) -> int:
-    """Run what was asked for, print what it found."""
+    """Run the request and print its results."""
     with quiet():
         _build(request).execute()
     return 0
 
 
 def build(command: str, argv: list[str]) -> SparseCLI:
-    """Model, data and trainer as ``moesaic COMMAND ARGV`` has them, without running anything.
-
-    The attributes ``model``, ``datamodule``, ``trainer``, ``run_dir`` and ``ckpt_path`` are what a caller needs.
+    """Return ``model``, ``datamodule``, ``trainer``, ``run_dir`` and ``ckpt_path`` of ``moesaic COMMAND ARGV`` as
+    attributes of an object, and run nothing.
 
     Raises:
-        UsageError: a wrong option or configuration.
-        ValueError: a value that the model or the data refuses.
-        FileNotFoundError: no such checkpoint or configuration.
+        UsageError: an option or a configuration is wrong.
+        ValueError: the model or the data refuses a value.
+        FileNotFoundError: the checkpoint or a configuration does not exist.
     """
     return _build(Request.read(command, argv))
 
@@ -108,7 +107,7 @@ class SparseCLI(LightningCLI):
                 raise UsageError(reduce_message(str(error), self.options())) from error
 
     def options(self) -> list[str]:
-        """The dotted options of the command."""
+        """Return the dotted options of the command."""
         return [a.dest for a in self._subcommand_parsers[self.request.command]._actions]
 
     # ---- what LightningCLI calls
@@ -121,10 +120,10 @@ class SparseCLI(LightningCLI):
         self.config = parser.parse_args(args)
 
     def _parse_ckpt_path(self) -> None:
-        """Lightning would let the checkpoint win over the command line: ``Request`` has merged the two."""
+        """Do nothing: ``Request`` has merged the two, and Lightning would let the checkpoint win over the flags."""
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """``execute`` runs it."""
+        """Do nothing: ``execute`` runs the command."""
 
     def instantiate_classes(self) -> None:
         created = [(self._create_data, LightningDataModule, True)]
@@ -134,10 +133,10 @@ class SparseCLI(LightningCLI):
         self._check_links()
         if self.ckpt_path is not None and self.request.loaded is not None:
             check_fits(self.request.loaded, self.model, self.ckpt_path)
-            self.model.starts_afresh = False  # told here, for Lightning loads it after the model's setup
+            self.model.starts_afresh = False  # Lightning loads the checkpoint only after the model's setup
 
     def _create_data(self, kind: type[LightningDataModule], *args: Any, **kwargs: Any) -> LightningDataModule:
-        """The data, told what the checkpoint says of their encoding before the model is made of what they say."""
+        """Make the data, with the checkpoint's encoding before the model takes its arguments from them."""
         data = kind(*args, **kwargs)
         adopt, checkpoint = getattr(data, "adopt", None), self.request.loaded or {}
         model = self.request.model_class
@@ -147,7 +146,7 @@ class SparseCLI(LightningCLI):
         return data
 
     def _check_links(self) -> None:
-        """A value that the data decides, written in the configuration as well, must be the same."""
+        """Raise a ``UsageError`` where the configuration has another value for an argument that the data decides."""
         written = self.request.config.get("model")
         given = dict(written.get("init_args", {})) if isinstance(written, Mapping) else {}
         for name in getattr(self.request.model_class, "data_arguments", ()):
@@ -155,18 +154,19 @@ class SparseCLI(LightningCLI):
             flags = take(list(self.request.flags), (option, f"model.init_args.{name}"))[1]
             value = yaml.safe_load((flags[option] + flags[f"model.init_args.{name}"] or ["null"])[-1])
             value = given.get(name) if value is None else value
-            found = getattr(self.datamodule, name, None)
-            found = to_plain(found, type(found))
-            differing = None if value is None else next(differences(value, found, option), None)
+            attribute = getattr(self.datamodule, name, None)
+            plain = to_plain(attribute, type(attribute))
+            differing = None if value is None else next(differences(value, plain, option), None)
             if differing is not None:
                 where, written_value, own = differing
                 what = where.removeprefix("model.")
-                attribute = getattr(self.datamodule, name)
                 if hasattr(attribute, "digest") and isinstance(value, Mapping):  # too long to be shown
                     what, written_value, own = name, type(attribute)(**value).digest, attribute.digest
                 if self.ckpt_path is not None and name in getattr(self.datamodule, "from_checkpoint", ()):
-                    told = f"{self.ckpt_path} is of {what} {written_value}, and the data's are {own}"
-                    raise UsageError(f"{told}: leave data.{name} out")
+                    raise UsageError(
+                        f"{self.ckpt_path} is of {what} {written_value}, and the data's are {own}: "
+                        f"leave data.{name} out"
+                    )
                 raise UsageError(f"{where}={written_value} does not fit the data, whose {what} is {own}: leave it out")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -207,7 +207,7 @@ class SparseCLI(LightningCLI):
     # ---- the commands
 
     def execute(self) -> None:
-        """Run the command and print what it found."""
+        """Run the command and print its results."""
         command = self.request.command
         arguments = self._prepare_subcommand_kwargs(command)
         arguments["ckpt_path"] = None if self.ckpt_path is None else str(self.ckpt_path)
@@ -248,7 +248,7 @@ class SparseCLI(LightningCLI):
         self._print_signatures()
 
     def _descriptions(self) -> dict[str, str]:
-        """What lies beside the log of a training and tells what it is of, by name."""
+        """Return the files that describe a training beside its log, by name: its configuration and its signatures."""
         parser = self._parser("fit")
         config = yaml.safe_load(parser.dump(self.config["fit"], skip_unset=False))
         no_part = ("config", "ckpt_path", "weights_only")
@@ -277,7 +277,7 @@ class SparseCLI(LightningCLI):
         print(f"also in {path}")
 
     def _signatures(self) -> dict[str, str]:
-        """How the model's metrics are made; see ``SparseModule.metric_signatures``."""
+        """Return how the model's metrics are made; see ``SparseModule.metric_signatures``."""
         return dict(getattr(self.model, "metric_signatures", {}))
 
     def _print_signatures(self) -> None:
@@ -285,7 +285,7 @@ class SparseCLI(LightningCLI):
             print(f"{name}: {signature}")
 
     def _predict(self, arguments: dict[str, Any]) -> None:
-        """Write what the model predicts: by itself where it has ``predict_stream``, else in the trainer's loop."""
+        """Write the model's predictions, from its ``predict_stream`` where it has one, else from the trainer's loop."""
         path, overwrite = self.request.output, self.request.overwrite
         with torch.no_grad(), self.trainer.precision_plugin.forward_context():
             stream = self._stream()
@@ -311,7 +311,7 @@ class SparseCLI(LightningCLI):
         self._print_written(file)
 
     def _stream(self) -> PredictionStream | None:
-        """The predictions of a model that predicts by itself, with its weights loaded; None of any other."""
+        """Return the predictions of a model that predicts by itself, with weights loaded; None for other models."""
         predict_stream = getattr(self.model, "predict_stream", None)
         stream = None if predict_stream is None else predict_stream(self.datamodule)
         if stream is not None:
@@ -329,7 +329,7 @@ class SparseCLI(LightningCLI):
 
 
 def print_metrics(metrics: Mapping[str, float], stage: str, title: str) -> None:
-    """The metrics of ``stage`` as a table, and what they say of each layer's routing as another."""
+    """Print the metrics of ``stage`` as a table, and those of each layer's routing as another."""
     from rich.console import Console
     from rich.table import Table
 

@@ -20,15 +20,11 @@ _OF_COMMAND = {"validate": ("verbose",), "test": ("verbose",), "predict": ("retu
 ENDINGS = (".jsonl", ".csv", ".parquet", ".txt")
 """Endings of a file of predictions; each stands for a format."""
 _READ = {"fit": ("root", "file", "train_file", "val_file"), "predict": ("predict_file", "predict_folder")}
-"""Options of the apps' data that name what a command cannot do without. (``train_files`` of texts may be a prefix.)"""
+"""Options of the apps' data that name files a command needs. (``train_files`` of texts may be a prefix.)"""
 
 
 def check_sections(config: Mapping[str, Any], path: Path) -> None:
-    """Refuse a top-level key of a configuration that no command has.
-
-    Raises:
-        UsageError: naming the file, the key and the nearest valid one.
-    """
+    """Raise a ``UsageError`` for a top-level key of a configuration that no command has."""
     known = (*SECTIONS, "run_dir", *(name for names in _OF_COMMAND.values() for name in names))
     for key in config:
         if key not in known:
@@ -38,12 +34,9 @@ def check_sections(config: Mapping[str, Any], path: Path) -> None:
 
 
 def check_options(command: str, flags: Sequence[str], config: Mapping[str, Any]) -> None:
-    """Refuse sections, classes and first-level options that do not exist, and what is missing altogether.
+    """Raise a ``UsageError`` for sections, classes and first-level options that do not exist.
 
-    Deeper options are the parser's to check: it knows the types.
-
-    Raises:
-        UsageError: naming the option and the nearest valid one.
+    The parser checks deeper options, since it knows the types.
     """
     options = given(flags)
     trainer = [f"trainer.{name}" for name in parameters(_TRAINER) or ()]
@@ -57,7 +50,7 @@ def check_options(command: str, flags: Sequence[str], config: Mapping[str, Any])
     written = config.get("trainer")
     for key in written if isinstance(written, Mapping) else ():
         _check_trainer(str(key), trainer)
-    paths = {part: class_path(part, options, config) for part in ("model", "data")}
+    paths = {part: named_class_path(part, options, config) for part in ("model", "data")}
     foreign = any(path and "." in path and not path.startswith("apps.") for path in paths.values())
     for part, path in paths.items():
         if path is not None:
@@ -66,11 +59,7 @@ def check_options(command: str, flags: Sequence[str], config: Mapping[str, Any])
 
 
 def check_complete(command: str, which: str | None, flags: Sequence[str], config: Mapping[str, Any]) -> None:
-    """Refuse a command without a model or data, unless a checkpoint may tell which.
-
-    Raises:
-        UsageError: naming what is missing.
-    """
+    """Raise a ``UsageError`` for a command without a model or data, unless a checkpoint may name them."""
     if which not in (None, "null", "none", *NAMES) or asks(flags):
         return
     names = {name.partition(".")[0] for name, _ in given(flags)}
@@ -81,8 +70,8 @@ def check_complete(command: str, which: str | None, flags: Sequence[str], config
         )
 
 
-def class_path(part: str, options: Sequence[tuple[str, str | None]], config: Mapping[str, Any]) -> str | None:
-    """Return what the flags, else the configuration, name as the class of "model" or "data"."""
+def named_class_path(part: str, options: Sequence[tuple[str, str | None]], config: Mapping[str, Any]) -> str | None:
+    """Return the class path of "model" or "data" that the flags name, else the configuration; None: neither does."""
     written = config.get(part)
     path = written if isinstance(written, str) else written.get("class_path") if isinstance(written, Mapping) else None
     named = [value for name, value in options if name in (part, f"{part}.class_path") and value]
@@ -99,7 +88,7 @@ def _check_class(part: str, path: str, foreign: bool) -> None:
     module, _, name = path.rpartition(".")
     if not module:
         classes = app_classes(part)
-        if not foreign and name.isidentifier() and name not in classes:  # else it may be one that is imported later
+        if not foreign and name.isidentifier() and name not in classes:  # a foreign one may be imported later
             raise UsageError(unknown_option(f"{part}={name}", classes, name))
         return
     if module.startswith("apps.") and source(module) is None:
@@ -128,11 +117,7 @@ def _check_parameters(
 
 
 def check_run_dir(run_dir: Path) -> None:
-    """Refuse a run's folder that is a file, or lies below one.
-
-    Raises:
-        UsageError: naming it.
-    """
+    """Raise a ``UsageError`` for a run's folder that is a file, or lies below one."""
     for path in (run_dir, *run_dir.parents):
         if path.exists():
             if not path.is_dir():
@@ -144,11 +129,7 @@ def check_run_dir(run_dir: Path) -> None:
 
 
 def check_output(command: str, output: Path | None, overwrite: bool) -> None:
-    """Refuse a file of predictions that cannot be written, or that would replace an earlier one.
-
-    Raises:
-        UsageError: naming it.
-    """
+    """Raise a ``UsageError`` for a file of predictions that cannot be written, or would replace an earlier one."""
     if command != "predict":
         if output is not None or overwrite:
             raise UsageError(
@@ -165,11 +146,7 @@ def check_output(command: str, output: Path | None, overwrite: bool) -> None:
 
 
 def check_new(path: Path, overwrite: bool) -> None:
-    """Refuse to replace a file unless ``overwrite`` says so.
-
-    Raises:
-        UsageError: naming it.
-    """
+    """Raise a ``UsageError`` for a file that exists, unless ``overwrite`` is set."""
     if path.exists() and not overwrite:
         raise UsageError(f"{path} exists: --overwrite replaces it, --output FILE writes another")
 
@@ -179,11 +156,11 @@ def find_checkpoint(command: str, which: str | None, run_dir: Path) -> Path | No
 
     Args:
         command: fit, validate, test or predict.
-        which: what ``--ckpt_path`` says; None: it is not given.
+        which: value of ``--ckpt_path``; None: it is not given.
         run_dir: the run's folder.
 
     Returns:
-        Its path; None: an untrained model, or a training that begins anew.
+        The path; None for an untrained model, or a training that begins anew.
 
     Raises:
         FileNotFoundError: there is none.
@@ -204,13 +181,9 @@ def find_checkpoint(command: str, which: str | None, run_dir: Path) -> Path | No
 
 
 def check_data_files(command: str, flags: Sequence[str], config: Mapping[str, Any]) -> None:
-    """Refuse files and folders of an app's data that are not there. Patterns are left to the data module.
-
-    Raises:
-        ValueError: naming the option and its value.
-    """
+    """Raise a ``ValueError`` for a file or folder of an app's data that is not there; patterns are not looked at."""
     options = given(flags)
-    if command not in _READ or class_path("data", options, config) not in app_classes("data").values():
+    if command not in _READ or named_class_path("data", options, config) not in app_classes("data").values():
         return
     written = config.get("data")
     arguments = dict(written.get("init_args") or {}) if isinstance(written, Mapping) else {}

@@ -138,7 +138,7 @@ def _known(tokens_per_group: int | None, router: str) -> int:
 
 def in_segments(x: Tensor, count: int, length: int) -> Tensor:
     """Cut (B, S, ...) into segments, (B, count, length, ...); copies of the last token fill up the last one."""
-    # By an index and not by padding, which ``torch.export`` would fix to one length.
+    # An index serves any length; ``torch.export`` would fix padding to one.
     index = torch.arange(count * length, device=x.device).clamp_max(x.shape[1] - 1)
     return x.index_select(1, index).unflatten(1, (count, length))
 
@@ -160,7 +160,7 @@ class MergeRouter(Router):
             real_BS = x_BSD.new_ones(B, S) if valid_BS is None else valid_BS.to(x_BSD.dtype)
             if config.kind == "lory":
                 real_BJL, x_BJLD = in_segments(real_BS, J, L), in_segments(x_BSD, J, L)
-                # What fills up the last segment counts no more than padding.
+                # The copies that fill up the last segment count no more than padding.
                 real_BJL = real_BJL * (torch.arange(J * L, device=x.device) < S).reshape(J, L)
                 count_BJ = real_BJL.sum(2)
                 mean_BJD = (x_BJLD * real_BJL[..., None]).sum(2) / count_BJ.clamp_min(1)[..., None]
