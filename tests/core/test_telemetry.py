@@ -11,7 +11,7 @@ from core import MoEConfig, RoutingContext, RoutingStats, TokenChoice, record
 
 
 def stats(x: list[list[float]], valid: list[bool] | None = None, **options):
-    """Of one pass of a layer whose logits are its input, one sequence."""
+    """Return the statistics of one pass of a layer whose logits are its input, one sequence."""
     layer = MoEConfig(len(x[0]), **options).build(len(x[0]))
     with torch.no_grad():
         layer.router.gate.weight.copy_(torch.eye(len(x[0])))
@@ -24,47 +24,47 @@ def stats(x: list[list[float]], valid: list[bool] | None = None, **options):
 def test_load_imbalance_dead_experts_and_drop_rate_by_hand():
     # Choices 0, 0, 0, 1 of four experts with room for ceil(1 * 1 * 4 / 4) = 1: two of the three for expert 0 drop.
     x = [[9.0, 0, 0, 0], [9.0, 0, 0, 0], [9.0, 0, 0, 0], [0, 9.0, 0, 0]]
-    found = stats(x, router=TokenChoice(1), capacity_factor=1.0)
-    assert found.chosen_per_expert.tolist() == [3, 1, 0, 0]
-    assert found.tokens_per_expert.tolist() == [1, 1, 0, 0]
-    assert found.load_imbalance == 3.0  # 3 over the mean 1
-    assert found.dead_experts == 2
-    assert found.drop_rate == 0.5
+    layer_stats = stats(x, router=TokenChoice(1), capacity_factor=1.0)
+    assert layer_stats.chosen_per_expert.tolist() == [3, 1, 0, 0]
+    assert layer_stats.tokens_per_expert.tolist() == [1, 1, 0, 0]
+    assert layer_stats.load_imbalance == 3.0  # 3 over the mean 1
+    assert layer_stats.dead_experts == 2
+    assert layer_stats.drop_rate == 0.5
     # Shares 3/4, 1/4: (0.75 log(4/3) + 0.25 log 4) / log 4 = 0.405639.
-    assert found.load_entropy == pytest.approx(0.405639, abs=1e-6)
+    assert layer_stats.load_entropy == pytest.approx(0.405639, abs=1e-6)
 
 
 def test_entropy_is_that_of_the_scores_over_log_e():
     # Scores (1/2, 1/2) and (3/4, 1/4): entropies log 2 and 0.562335; their mean 0.627741 over log 2.
-    found = stats([[0.0, 0.0], [math.log(3), 0.0]], router=TokenChoice(1))
-    assert found.entropy == pytest.approx(0.905639, abs=1e-6)
+    layer_stats = stats([[0.0, 0.0], [math.log(3), 0.0]], router=TokenChoice(1))
+    assert layer_stats.entropy == pytest.approx(0.905639, abs=1e-6)
 
 
 def test_entropy_of_sigmoid_scores_is_that_of_their_shares():
     # Sigmoids 3/4 and 1/4 sum to 1: entropy 0.562335 / log 2 = 0.811278.
-    found = stats([[math.log(3), -math.log(3)]], router=TokenChoice(1, score_func="sigmoid"))
-    assert found.entropy == pytest.approx(0.811278, abs=1e-6)
+    layer_stats = stats([[math.log(3), -math.log(3)]], router=TokenChoice(1, score_func="sigmoid"))
+    assert layer_stats.entropy == pytest.approx(0.811278, abs=1e-6)
 
 
 def test_padding_is_in_no_figure():
     # Real tokens 0 and 2, both for expert 0, room for ceil(2 / 2) = 1: one of two is dropped. Padding would be
     # a drop rate of 3/4 or 1/4 if it counted, and would have woken expert 1.
     x = [[9.0, 0.0], [0.0, 9.0], [9.0, 0.0], [0.0, 9.0]]
-    found = stats(x, [True, False, True, False], router=TokenChoice(1), capacity_factor=1.0)
-    assert found.num_tokens == 2
-    assert found.chosen_per_expert.tolist() == [2, 0]
-    assert found.tokens_per_expert.tolist() == [1, 0]
-    assert found.drop_rate == 0.5
-    assert found.dead_experts == 1
-    assert found.load_imbalance == 2.0
+    layer_stats = stats(x, [True, False, True, False], router=TokenChoice(1), capacity_factor=1.0)
+    assert layer_stats.num_tokens == 2
+    assert layer_stats.chosen_per_expert.tolist() == [2, 0]
+    assert layer_stats.tokens_per_expert.tolist() == [1, 0]
+    assert layer_stats.drop_rate == 0.5
+    assert layer_stats.dead_experts == 1
+    assert layer_stats.load_imbalance == 2.0
     alone = stats([x[0], x[2]], router=TokenChoice(1), capacity_factor=1.0)
-    assert found.figures() == pytest.approx(alone.figures())
+    assert layer_stats.figures() == pytest.approx(alone.figures())
 
 
 def test_balanced_load_is_one_and_drops_nothing():
-    found = stats([[9.0, 0.0], [0.0, 9.0]], router=TokenChoice(1), capacity_factor=1.0)
-    assert (found.load_imbalance, found.drop_rate, found.dead_experts) == (1.0, 0.0, 0)
-    assert found.load_entropy == pytest.approx(1.0)
+    layer_stats = stats([[9.0, 0.0], [0.0, 9.0]], router=TokenChoice(1), capacity_factor=1.0)
+    assert (layer_stats.load_imbalance, layer_stats.drop_rate, layer_stats.dead_experts) == (1.0, 0.0, 0)
+    assert layer_stats.load_entropy == pytest.approx(1.0)
 
 
 def test_nothing_routed_has_figures_too():
@@ -82,8 +82,8 @@ def test_nothing_routed_has_figures_too():
 
 
 def test_one_expert_has_no_entropy():
-    found = stats([[1.0], [2.0]], router=TokenChoice(1))
-    assert (found.entropy, found.load_entropy, found.load_imbalance) == (0.0, 1.0, 1.0)
+    layer_stats = stats([[1.0], [2.0]], router=TokenChoice(1))
+    assert (layer_stats.entropy, layer_stats.load_entropy, layer_stats.load_imbalance) == (0.0, 1.0, 1.0)
 
 
 def test_passes_and_batches_of_a_layer_add_up():
@@ -122,6 +122,6 @@ def test_a_tape_reads_the_same_in_training_and_evaluation(training):
     layer = MoEConfig(4).build(8).train(training)
     with torch.set_grad_enabled(training), record(layer) as tape:
         layer(torch.randn(2, 6, 8))
-    found = RoutingStats.from_tape(tape).layers[""]
-    assert int(found.tokens_per_expert.sum()) == 24
-    assert not found.entropy_sum.requires_grad
+    layer_stats = RoutingStats.from_tape(tape).layers[""]
+    assert int(layer_stats.tokens_per_expert.sum()) == 24
+    assert not layer_stats.entropy_sum.requires_grad

@@ -1,4 +1,4 @@
-"""What is wrong ends in one line that names it, and leaves what was there."""
+"""An error ends in one line that names its cause, and leaves the files of before."""
 
 from __future__ import annotations
 

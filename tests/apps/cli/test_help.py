@@ -33,7 +33,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def said(*argv: str) -> list[str]:
+def lines_of(*argv: str) -> list[str]:
     """Return the lines of stdout of a command that must succeed."""
     with contextlib.redirect_stdout(io.StringIO()) as out:
         assert main(list(argv)) == 0
@@ -48,7 +48,7 @@ def said(*argv: str) -> list[str]:
     [("--model.help", name) for name in app_classes("model")] + [("--data.help", name) for name in app_classes("data")],
 )
 def test_a_short_name_is_taken_by_help(option, name):
-    title, *lines = said("fit", option, name)
+    title, *lines = lines_of("fit", option, name)
     part = option[2:].partition(".")[0]
     assert title.startswith(f"{part} {long_name(part, name)}: ")
     assert len(lines) > 5
@@ -60,7 +60,7 @@ def test_a_short_name_is_taken_by_help(option, name):
 
 def test_all_options_are_a_line_each_by_section(monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")  # narrower, a meaning is cut
-    lines = said("fit", "--help_all", "--config", "tiny.yaml")
+    lines = lines_of("fit", "--help_all", "--config", "tiny.yaml")
     titles = [line.partition(":")[0] for line in lines if line and not line.startswith("  --")]
     assert titles == ["run", "trainer", "model tiny_app.TinyModule", "data tiny_app.TinyData"]
     text = "\n".join(lines)
@@ -74,18 +74,18 @@ def test_all_options_are_a_line_each_by_section(monkeypatch):
     assert rows["--model.dropout"] == ["0.1", "probability"]
     assert rows["--trainer.enable_model_summary"][0] == "false"  # as our command line sets it
     assert "--model.num_classes" not in rows  # the data decide it
-    alone = said("fit", "--help_all", "data", "--config", "tiny.yaml")
+    alone = lines_of("fit", "--help_all", "data", "--config", "tiny.yaml")
     assert [line.split() for line in alone] == [line.split() for line in lines[-len(alone) :]]
 
 
 def test_without_a_configuration_the_classes_are_listed():
-    lines = said("test", "--help_all", "model")  # and no checkpoint is asked for
+    lines = lines_of("test", "--help_all", "model")  # and no checkpoint is asked for
     assert lines[0] == "model"
     assert [line.split()[1] for line in lines[1:-2]] == list(app_classes("model"))
 
 
 def test_a_router_has_help_by_its_short_name():
-    title, *lines = said("fit", "--model.moe.router.help", "Hash")
+    title, *lines = lines_of("fit", "--model.moe.router.help", "Hash")
     assert title.startswith("model.moe.router core.routing.fixed.Hash: ")
     assert lines[0].split()[:2] == ["--model.moe.router.vocab_size", "required"]
 
@@ -113,7 +113,7 @@ def test_options_of_a_config_are_listed_with_the_values_of_its_owner():
 
 
 def printed(*argv: str) -> dict[str, Any]:
-    return yaml.safe_load("\n".join(said("fit", *argv, "--print_config")))
+    return yaml.safe_load("\n".join(lines_of("fit", *argv, "--print_config")))
 
 
 def test_the_printed_configuration_has_the_defaults_in_force():
@@ -150,7 +150,7 @@ def test_no_null_of_an_app_stands_for_a_default(config, filled):
 
 def test_a_configuration_is_printed_before_there_is_a_checkpoint():
     assert (
-        yaml.safe_load("\n".join(said("test", "--config", "tiny.yaml", "--print_config")))["data"]["init_args"]["n"]
+        yaml.safe_load("\n".join(lines_of("test", "--config", "tiny.yaml", "--print_config")))["data"]["init_args"]["n"]
         == 24
     )
 
@@ -177,7 +177,7 @@ def losses(run: str) -> list[str]:
 
 
 def test_printed_and_written_configurations_give_the_same_run():
-    Path("printed.yaml").write_text("\n".join(said("fit", "--config", "tiny.yaml", "--print_config")))
+    Path("printed.yaml").write_text("\n".join(lines_of("fit", "--config", "tiny.yaml", "--print_config")))
     for config, run in (("tiny.yaml", "tiny"), ("printed.yaml", "printed"), ("runs/tiny/config.yaml", "again")):
         assert main(["fit", "--config", config, "--run_dir", f"runs/{run}"]) == 0
     assert len([x for x in losses("tiny") if x]) == 3  # 24 points in batches of 8

@@ -1,4 +1,4 @@
-"""What a terminal shows when a command has ended: the bars gone, each line once and at the start of a line."""
+"""Tests of a terminal's text after a command: the bars gone, each line once and at the start of a line."""
 
 from __future__ import annotations
 

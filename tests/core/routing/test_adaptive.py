@@ -86,11 +86,11 @@ def test_the_balance_loss_sees_the_mean_load_of_the_null_experts():
     # 4 * (2/6 * 0.9 + 1/6 * 0.65 + 1/4 * 1.45) / 3 = 4/3 * 0.7708333 = 1.0277778.
     # Importance of 0.9, 0.65, 0.725, 0.725: mean 0.75, variance (0.0225 + 0.01 + 2 * 0.000625) / 4 = 0.0084375,
     # over 0.5625: 0.015.
-    found = terms_of(routing, "load_balancing", "importance", "router_z")
-    assert found["load_balancing"] == pytest.approx(1.0277778, rel=1e-6)
-    assert found["importance"] == pytest.approx(0.015, rel=1e-5)
+    terms = terms_of(routing, "load_balancing", "importance", "router_z")
+    assert terms["load_balancing"] == pytest.approx(1.0277778, rel=1e-6)
+    assert terms["importance"] == pytest.approx(0.015, rel=1e-5)
     # The logits are logarithms of probabilities of all four: their logsumexp is 0.
-    assert found["router_z"] == pytest.approx(0.0, abs=1e-12)
+    assert terms["router_z"] == pytest.approx(0.0, abs=1e-12)
 
 
 def test_which_null_expert_is_taken_does_not_matter_to_the_loss():
@@ -249,16 +249,16 @@ HALVES = tuple((p, 1 - p) for p in (0.9, 0.8, 0.7, 0.4, 0.3, 0.2))
 def pairs(routing: Routing) -> dict[tuple[int, int], float]:
     """Gate of each computed (token, expert), each of which must be there once."""
     E = len(routing.tokens_per_expert_E)
-    found: dict[tuple[int, int], float] = {}
+    gates: dict[tuple[int, int], float] = {}
     for token, expert, gate in zip(
         routing.token_index_N.tolist(), routing.expert_ids_N.tolist(), routing.gates_N.tolist(), strict=True
     ):
         if expert < E:
-            assert (token, expert) not in found
-            found[token, expert] = gate
+            assert (token, expert) not in gates
+            gates[token, expert] = gate
         else:
             assert gate == 0.0
-    return found
+    return gates
 
 
 def test_loads_are_rounded_up_with_the_best_scored_others():
@@ -316,12 +316,12 @@ def rounded_by_loops(scores: list[list[float]], chosen: list[list[int]], real: l
     """(token, expert) pairs, expert by expert."""
     kept = set()
     for e in range(len(scores[0])):
-        mine = [t for t, row in enumerate(chosen) if real[t] and e in row]
-        others = [t for t in range(len(scores)) if real[t] and t not in mine]
-        goal = int(len(mine) / tile + 0.5) * tile
+        takers = [t for t, row in enumerate(chosen) if real[t] and e in row]
+        others = [t for t in range(len(scores)) if real[t] and t not in takers]
+        goal = int(len(takers) / tile + 0.5) * tile
         while goal > sum(real):
             goal -= tile
-        by_score = sorted(mine, key=lambda t: -scores[t][e]) + sorted(others, key=lambda t: -scores[t][e])
+        by_score = sorted(takers, key=lambda t: -scores[t][e]) + sorted(others, key=lambda t: -scores[t][e])
         kept |= {(t, e) for t in by_score[:goal]}
     return kept
 
@@ -334,24 +334,24 @@ def test_rounding_equals_the_loops(tile, T):
     chosen = scores.topk(2).indices.masked_fill(~real[:, None], 4)
     rounded = round_to_tiles(scores, chosen, real, tile)
     live = rounded.expert_ids_N < 4
-    found = list(zip(rounded.token_index_N[live].tolist(), rounded.expert_ids_N[live].tolist(), strict=True))
-    assert len(found) == len(set(found)) == int(rounded.tokens_per_expert_E.sum())
-    assert set(found) == rounded_by_loops(scores.tolist(), chosen.tolist(), real.tolist(), tile)
+    live_pairs = list(zip(rounded.token_index_N[live].tolist(), rounded.expert_ids_N[live].tolist(), strict=True))
+    assert len(live_pairs) == len(set(live_pairs)) == int(rounded.tokens_per_expert_E.sum())
+    assert set(live_pairs) == rounded_by_loops(scores.tolist(), chosen.tolist(), real.tolist(), tile)
     assert (rounded.tokens_per_expert_E % tile == 0).all()
 
 
 @pytest.mark.parametrize("backend", ["cpu", "grouped"])
 def test_pairs_that_are_not_token_major_give_the_same_layer_in_every_backend(backend):
     x = torch.randn(2, 20, 8)
-    found = []
+    results = []
     for name in ("eager", backend):
         torch.manual_seed(2)
         layer = MoEConfig(4, TokenRounding(2, 4), FFN(8), backend=name).build(8)
         tokens = x.clone().requires_grad_()
         y = layer(tokens)
         y.square().sum().backward()
-        found.append([y.detach(), tokens.grad, *(p.grad for p in layer.parameters())])
-    for one, other in zip(*found, strict=True):
+        results.append([y.detach(), tokens.grad, *(p.grad for p in layer.parameters())])
+    for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 

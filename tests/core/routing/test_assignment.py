@@ -62,19 +62,19 @@ def test_the_assignment_is_balanced_and_optimal(kind, T, E):
     for seed in range(3):
         torch.manual_seed(seed)
         scores = KINDS[kind](T, E)
-        found = balanced_assignment(scores)
-        assert_balanced(found, E)
+        assigned = balanced_assignment(scores)
+        assert_balanced(assigned, E)
         optimum = best_sum(scores)
         # Each token may lose a millionth of the scores' spread, and half an ulp of their size.
-        assert optimum - sum_of(scores, found) <= 2e-6 * T * scores.abs().mean().item() + 1e-9
+        assert optimum - sum_of(scores, assigned) <= 2e-6 * T * scores.abs().mean().item() + 1e-9
 
 
 @pytest.mark.parametrize(("T", "E"), [(2048, 16), (1003, 32)])
 def test_large_assignments_come_within_a_thousandth_of_the_optimum(T, E):
     scores = torch.randn(T, 24) @ torch.randn(24, E)
-    found = balanced_assignment(scores)
-    assert_balanced(found, E)
-    assert sum_of(scores, found) >= 0.999 * best_sum(scores)
+    assigned = balanced_assignment(scores)
+    assert_balanced(assigned, E)
+    assert sum_of(scores, assigned) >= 0.999 * best_sum(scores)
 
 
 @pytest.mark.parametrize("value", [0.0, 0.7, -1e4, math.nan])
@@ -100,9 +100,9 @@ def test_the_repair_is_exact_from_any_prices(kind, monkeypatch):
     monkeypatch.setattr(assign, "TEMPERATURES", ())  # no price but the experts' means
     monkeypatch.setattr(assign, "max_paths", lambda E: 10_000)
     scores = KINDS[kind](150, 6)
-    found = balanced_assignment(scores)
-    assert_balanced(found, 6)
-    assert sum_of(scores, found) == pytest.approx(best_sum(scores), rel=1e-6)
+    assigned = balanced_assignment(scores)
+    assert_balanced(assigned, 6)
+    assert sum_of(scores, assigned) == pytest.approx(best_sum(scores), rel=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -117,9 +117,9 @@ def test_cut_short_after_the_prices_little_is_lost(monkeypatch):
     monkeypatch.setattr(assign, "max_paths", lambda E: 0)
     for kind in ("normal", "skewed", "one direction"):
         scores = KINDS[kind](600, 8)
-        found = balanced_assignment(scores)
-        assert_balanced(found, 8)
-        assert sum_of(scores, found) >= 0.999 * best_sum(scores)
+        assigned = balanced_assignment(scores)
+        assert_balanced(assigned, 8)
+        assert sum_of(scores, assigned) >= 0.999 * best_sum(scores)
 
 
 def test_a_number_added_to_all_scores_of_a_token_changes_nothing():
@@ -137,9 +137,9 @@ def test_the_order_of_the_tokens_does_not_matter():
 
 def test_padding_has_the_id_e_and_no_place():
     scores, real = torch.randn(50, 4), torch.rand(50) < 0.6
-    found = balanced_assignment(scores.masked_fill(~real[:, None], torch.nan), real)
-    assert torch.equal(found[real], balanced_assignment(scores[real]))
-    assert found[~real].unique().tolist() == [4]
+    assigned = balanced_assignment(scores.masked_fill(~real[:, None], torch.nan), real)
+    assert torch.equal(assigned[real], balanced_assignment(scores[real]))
+    assert assigned[~real].unique().tolist() == [4]
     assert balanced_assignment(scores, torch.zeros(50, dtype=torch.bool)).unique().tolist() == [4]
 
 
@@ -288,13 +288,13 @@ def test_a_compiled_layer_trains_as_the_plain_one(config):
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
     for shape in ((2, 6, 8), (3, 5, 8)):
         x = torch.randn(shape)
-        found = []
+        results = []
         for run in (layer, compiled):
             layer.zero_grad()
             y = run(x)
             y.square().sum().backward()
-            found.append([y.detach(), *(p.grad.clone() for p in layer.parameters())])
-        for a, b in zip(*found, strict=True):
+            results.append([y.detach(), *(p.grad.clone() for p in layer.parameters())])
+        for a, b in zip(*results, strict=True):
             torch.testing.assert_close(a, b)
 
 

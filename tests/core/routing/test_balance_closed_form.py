@@ -115,8 +115,8 @@ def test_mutual_information_is_that_of_the_joint_distribution():
     tasks_T = tasks_B.repeat_interleave(3)
     joint = torch.stack([scores_TE[tasks_T == t].sum(0) for t in range(3)]).double() / 12
     information = (joint * (joint / (joint.sum(1, keepdim=True) * joint.sum(0))).log()).sum()
-    found = term("mutual_information", routing(scores_TE, sequences=4), RoutingContext(task_ids_B=tasks_B), num_tasks=3)
-    assert found.item() == pytest.approx(-information.item(), abs=1e-6)
+    loss = term("mutual_information", routing(scores_TE, sequences=4), RoutingContext(task_ids_B=tasks_B), num_tasks=3)
+    assert loss.item() == pytest.approx(-information.item(), abs=1e-6)
 
 
 def test_local_entropy_by_hand():
@@ -202,13 +202,13 @@ def test_padding_is_in_no_term_whatever_its_ids(name):
     valid[:2, :3] = True
     ids = torch.full((3, 5), -12345)
     ids[:2, :3] = modality
-    found = term(
+    loss = term(
         name,
         routing(padded.flatten(0, 1), sequences=3, valid=valid.flatten().tolist()),
         RoutingContext(task_ids_B=torch.tensor([0, 1, 99]), modality_BS=ids),
         **options,
     )
-    assert found.item() == pytest.approx(expected.item(), abs=1e-6)
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
 
 
 @pytest.mark.parametrize("name", NEW)
@@ -434,14 +434,14 @@ def test_the_scope_says_whether_ranks_share_their_sums():
     ) -> tuple[list[dict[str, Tensor]], int]:
         return [{name: value + other[name] for name, value in s.items()} for s in sums], 2
 
-    found = {}
+    loss_of = {}
     for scope in ("global", "rank"):
         entry = Entry("", decided, None, Balance(router_z=0, scope=scope), frozenset(TERMS))
         with mock.patch("core.layers.losses._all_reduce", added_up):
-            found[scope] = aux_losses(Tape((entry,))).terms["load_balancing"].item()
+            loss_of[scope] = aux_losses(Tape((entry,))).terms["load_balancing"].item()
     wanted = frozenset({"load_balancing"})
     alone = balance_sums(decided, wanted)
-    assert found["rank"] == balance_terms(alone, wanted)["load_balancing"].item()
+    assert loss_of["rank"] == balance_terms(alone, wanted)["load_balancing"].item()
     both = {name: value + other[name] for name, value in alone.items()}
-    assert found["global"] == balance_terms(both, wanted)["load_balancing"].item()
-    assert found["global"] != pytest.approx(found["rank"], abs=1e-2)
+    assert loss_of["global"] == balance_terms(both, wanted)["load_balancing"].item()
+    assert loss_of["global"] != pytest.approx(loss_of["rank"], abs=1e-2)

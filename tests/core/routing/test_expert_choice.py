@@ -268,14 +268,14 @@ def test_compiles_without_a_graph_break(group, dynamic):
     calls = [((3, 9, 8), None), ((2, 12, 8), None)] if dynamic else [((2, 7, 8), context)]
     for shape, given in calls:
         x = torch.randn(shape)
-        found = []
+        results = []
         for run in (compiled, layer):
             layer.zero_grad()
             with record(layer) as tape:
                 y = run(x, given)
             (y.square().sum() + aux_loss(tape)).backward()
-            found.append([y, tape.entries[0].routing.token_index_N] + [p.grad.clone() for p in layer.parameters()])
-        for a, b in zip(*found, strict=True):
+            results.append([y, tape.entries[0].routing.token_index_N] + [p.grad.clone() for p in layer.parameters()])
+        for a, b in zip(*results, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     torch._dynamo.reset()
 

@@ -121,8 +121,10 @@ def test_clusters_keep_like_points_together_and_have_equal_sizes():
     centres = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0]])
     points = centres.repeat_interleave(4, 0) + 0.1 * torch.randn(12, 2)
     order = torch.randperm(12)
-    found = min((balanced_clusters(points[order], 3, seed=s) for s in range(5)), key=lambda c: spread(points[order], c))
-    groups = [sorted((order[found == c] // 4).tolist()) for c in range(3)]
+    cluster_N = min(
+        (balanced_clusters(points[order], 3, seed=s) for s in range(5)), key=lambda c: spread(points[order], c)
+    )
+    groups = [sorted((order[cluster_N == c] // 4).tolist()) for c in range(3)]
     assert sorted(groups) == [[0] * 4, [1] * 4, [2] * 4]
 
 
@@ -133,8 +135,8 @@ def spread(points: Tensor, clusters: Tensor) -> float:
 @pytest.mark.parametrize("num_points, sizes", [(12, [4, 4, 4]), (13, [4, 4, 5]), (14, [4, 5, 5]), (3, [1, 1, 1])])
 def test_cluster_sizes_differ_by_at_most_one_even_where_all_points_are_alike(num_points, sizes):
     for points in (torch.randn(num_points, 2), torch.zeros(num_points, 2)):
-        found = balanced_clusters(points, 3)
-        assert sorted(torch.bincount(found, minlength=3).tolist()) == sizes
+        cluster_N = balanced_clusters(points, 3)
+        assert sorted(torch.bincount(cluster_N, minlength=3).tolist()) == sizes
 
 
 def test_a_full_cluster_keeps_the_nearest_points():
@@ -145,8 +147,8 @@ def test_a_full_cluster_keeps_the_nearest_points():
 
 def test_clusters_are_better_than_chance():
     points = torch.randn(200, 3)
-    found = balanced_clusters(points, 8)
-    assert spread(points, found) < 0.6 * spread(points, torch.arange(200) % 8)
+    cluster_N = balanced_clusters(points, 8)
+    assert spread(points, cluster_N) < 0.6 * spread(points, torch.arange(200) % 8)
 
 
 def test_a_clustered_hash_is_made_from_embeddings_and_not_used_before():

@@ -82,7 +82,7 @@ def test_a_zero_token_has_zero_cosines_and_finite_gradients():
 
 
 def attention_logits(query: list[float], key: list[float], value: list[float]) -> list[float]:
-    """Of one token, expert by expert."""
+    """Return the logits of one token, expert by expert."""
     logits = []
     for q in query:
         weights = [math.exp(q * k) for k in key]

@@ -94,10 +94,10 @@ def test_one_expert_a_task_has_its_score_as_gate():
 def test_a_tasks_subnetwork_computes_what_the_layer_does():
     layer = MoEConfig(6, Task(3, top_k=2), FFN(8, bias=True)).build(5).eval()
     x = torch.randn(4, 7, 5)
-    found = layer.router.experts_of(2)
+    subnetwork = layer.router.experts_of(2)
     experts = layer.experts
     expected = torch.zeros_like(x)
-    for expert, gate in zip(found.expert_ids_K.tolist(), found.gates_K, strict=True):
+    for expert, gate in zip(subnetwork.expert_ids_K.tolist(), subnetwork.gates_K, strict=True):
         h = torch.nn.functional.gelu(x @ experts.w_in[expert] + experts.b_in[expert])
         expected = expected + gate * (h @ experts.w_out[expert] + experts.b_out[expert])
     y = layer(x, RoutingContext(task_ids_B=torch.full((4,), 2)))
@@ -159,8 +159,8 @@ def test_the_posterior_is_bayes_rule():
     likelihood = torch.tensor([[0.1, 0.3], [0.5, 0.5]]).log()
     assert domain_posterior(likelihood)[0].tolist() == pytest.approx([0.25, 0.75])
     # 0.1 0.9 : 0.3 0.1 is 0.09 : 0.03.
-    found = domain_posterior(likelihood, torch.tensor([0.9, 0.1]))
-    assert found.tolist() == [pytest.approx([0.75, 0.25]), pytest.approx([0.9, 0.1])]
+    posterior = domain_posterior(likelihood, torch.tensor([0.9, 0.1]))
+    assert posterior.tolist() == [pytest.approx([0.75, 0.25]), pytest.approx([0.9, 0.1])]
 
 
 def test_the_prior_is_estimated_from_held_out_texts():

@@ -1,4 +1,4 @@
-"""What gates hold beyond the conformance suite: derivatives of all that losses read, and graphs of dynamic sizes."""
+"""Properties of gates beyond the conformance suite: derivatives of all that losses read, graphs of dynamic sizes."""
 
 from __future__ import annotations
 
@@ -53,15 +53,15 @@ def step(layer, run, x: Tensor, context: RoutingContext | None = None) -> dict[s
     loss = aux_losses(tape).total
     (y.square().sum() + loss).backward()
     routing = tape.entries[0].routing
-    found = {"y": y.detach(), "aux": loss.detach(), "dx": x.grad, "gates": routing.gates_N.detach()}
-    found |= {"ids": routing.expert_ids_N, "load": routing.tokens_per_expert_E}
-    return found | {name: p.grad.clone() for name, p in layer.named_parameters() if p.grad is not None}
+    results = {"y": y.detach(), "aux": loss.detach(), "dx": x.grad, "gates": routing.gates_N.detach()}
+    results |= {"ids": routing.expert_ids_N, "load": routing.tokens_per_expert_E}
+    return results | {name: p.grad.clone() for name, p in layer.named_parameters() if p.grad is not None}
 
 
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(actual[name], tensor, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("name", [n for n in CONFIGS if n != "dynamic-threshold"])
@@ -112,8 +112,8 @@ def test_a_random_second_compiles_without_a_graph_break():
     layer = layer_of(Threshold(1.0))
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     x = torch.randn(2, 40, D)
-    found = [step(layer, compiled, x) for _ in range(2)]
-    assert not torch.equal(found[0]["ids"], found[1]["ids"])
+    steps = [step(layer, compiled, x) for _ in range(2)]
+    assert not torch.equal(steps[0]["ids"], steps[1]["ids"])
 
 
 @every_config

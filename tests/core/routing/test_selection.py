@@ -1,4 +1,4 @@
-"""Which pairs are computed: capacity, priority and groups, on tables small enough to route by hand."""
+"""Tests of the choice of pairs: capacity, priority and groups, on tables small enough to route by hand."""
 
 from __future__ import annotations
 

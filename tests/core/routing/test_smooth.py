@@ -198,11 +198,11 @@ def test_a_new_gate_starts_with_every_code_in_reach():
 
 def test_the_temperature_falls_by_the_same_factor_each_step_and_stops():
     router = DenseToSparse(tau_start=2.0, tau_end=0.5, anneal_steps=2).build(3, 3)
-    found = []
+    temperatures = []
     for _ in range(4):
-        found.append(router.temperature.item())
+        temperatures.append(router.temperature.item())
         router.after_step()
-    assert found == pytest.approx([2.0, 1.0, 0.5, 0.5])
+    assert temperatures == pytest.approx([2.0, 1.0, 0.5, 0.5])
 
 
 def test_gates_sharpen_and_small_ones_are_left_out():

@@ -184,14 +184,14 @@ def test_merged_moe_equals_the_loop_over_segments(config, router, length):
 def test_gradients_equal_those_of_the_loop(router):
     layer = build(router, SwiGLU(6, bias=True)).double()
     x = torch.randn(2, 7, 8, dtype=torch.float64)
-    found = []
+    gradients = []
     for run in (layer, lambda x: naive(layer, x)):
         layer.zero_grad()
         given = x.clone().requires_grad_()
         run(given).square().sum().backward()
-        found.append([given.grad, *(p.grad.clone() for p in layer.parameters())])
-    for mine, expected in zip(*found, strict=True):
-        torch.testing.assert_close(mine, expected)
+        gradients.append([given.grad, *(p.grad.clone() for p in layer.parameters())])
+    for actual, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("router", [SoftSlots(2), *MERGES[:3]], ids=str)

@@ -65,8 +65,8 @@ VARIANTS: dict[type[RouterConfig], dict[str, RouterConfig]] = {
 def routers_of_core(base: type = RouterConfig) -> list[type[RouterConfig]]:
     """Every router config of the tree: a new one is checked without a line here."""
     below = [kind for sub in base.__subclasses__() for kind in (sub, *routers_of_core(sub))]
-    found = [kind for kind in below if kind.__module__.startswith("core.") and hasattr(kind, "router_class")]
-    return list(dict.fromkeys(found))
+    kinds = [kind for kind in below if kind.__module__.startswith("core.") and hasattr(kind, "router_class")]
+    return list(dict.fromkeys(kinds))
 
 
 def with_defaults(kind: type[RouterConfig]) -> dict[str, RouterConfig]:
@@ -256,9 +256,9 @@ def kernel_off_by(factor: float) -> Iterator[None]:
 
 def test_a_wrong_kernel_is_found():
     wanted = ("the output is the sum of its pairs", "every backend gives the oracle's output and gradients")
-    found = [p for p in properties(TokenChoice()) if p.name in wanted]
-    assert len(found) == 2
-    for prop in found:
+    chosen = [p for p in properties(TokenChoice()) if p.name in wanted]
+    assert len(chosen) == 2
+    for prop in chosen:
         with kernel_off_by(1.0):
             prop.check()
         with kernel_off_by(1.0001), pytest.raises(AssertionError, match="is off by"):
