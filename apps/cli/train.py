@@ -154,7 +154,7 @@ class SparseCLI(LightningCLI):
             flags = take(list(self.request.flags), (option, f"model.init_args.{name}"))[1]
             value = yaml.safe_load((flags[option] + flags[f"model.init_args.{name}"] or ["null"])[-1])
             value = given.get(name) if value is None else value
-            attribute = getattr(self.datamodule, name, None)
+            attribute: Any = getattr(self.datamodule, name, None)
             plain = to_plain(attribute, type(attribute))
             differing = None if value is None else next(differences(value, plain, option), None)
             if differing is not None:
