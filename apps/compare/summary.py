@@ -284,7 +284,8 @@ def sentence(row: Row, difference: Interval, summary: Summary, where: str) -> st
     """Return in words what a difference to one baseline shows."""
     against, unit = f"Against {label(row.system.name)}", " points" if summary.percent else ""
     other = "dense" if row.system.name.startswith("dense") else "it"
-    shown = f"sparse minus {other} {number(difference.mean, summary.percent, True, difference.half_width)}{unit}"
+    own = summary.rows[0].system.title
+    shown = f"{own} minus {other} {number(difference.mean, summary.percent, True, difference.half_width)}{unit}"
     n, half = difference.count, difference.half_width
     if half is None:
         why = f"{shown}; one seed gives no interval"
@@ -295,7 +296,7 @@ def sentence(row: Row, difference: Interval, summary: Summary, where: str) -> st
         holds = "excludes" if difference.excludes_zero else "holds"
         why = f"{shown}; 95 % interval over {n} seeds {low} to {high}{unit}, which {holds} 0"
     outcome = verdict(difference, summary.higher_is_better)
-    return f"{against}: {'sparse ' if difference.excludes_zero else ''}{outcome} {where} ({why})."
+    return f"{against}: {f'{own} ' if difference.excludes_zero else ''}{outcome} {where} ({why})."
 
 
 def example_line(pair: ExamplePair, difference: ExampleDifference) -> str:

@@ -34,6 +34,7 @@ class System:
         replaced_ratio: FLOPs of the replaced blocks over the sparse model's.
         params_ratio: parameters of the replaced blocks over the sparse model's.
         tunes: True for an estimator whose settings are searched.
+        heading: what tables call it; empty: the words of its name.
     """
 
     name: str
@@ -44,6 +45,12 @@ class System:
     replaced_ratio: float | None = None
     params_ratio: float | None = None
     tunes: bool = False
+    heading: str = ""
+
+    @property
+    def title(self) -> str:
+        """Heading of its column."""
+        return self.heading or label(self.name)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -118,7 +125,8 @@ def find_systems(
         raise ValueError(f"{type(sparse).__name__} has no MoE layer: compare starts from a sparse config")
     baselines = candidates(sparse, router_names, wanted)
     cost = measure_cost(sparse, batch, replaced)
-    systems = [System(SPARSE, sparse.note, cost, flops_ratio=1.0, replaced_ratio=1.0, params_ratio=1.0)]
+    own = {"flops_ratio": 1.0, "replaced_ratio": 1.0, "params_ratio": 1.0}
+    systems = [System(SPARSE, sparse.note, cost, **own, heading=sparse.heading)]  # type: ignore[arg-type]
     for name, baseline in baselines.items():
         systems.append(_measured(name, baseline, batch, cost, replaced, sparse.device))
         gc.collect()  # frees the model that was counted

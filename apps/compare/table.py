@@ -32,18 +32,19 @@ _CLOCKS = {
 def cells(summary: Summary) -> list[list[str]]:
     """Return the table: a heading line, then a line a quantity, systems in columns."""
     rows, name, share = summary.systems(), _metric(summary), summary.percent
+    own = rows[0].system.title
     at_time = f"val. {name} at {_seconds(summary.equal_seconds)}"
     lines: list[Line] = [
-        *_compared(f"test {name}", share, lambda r: (r.test, r.difference)),
-        *(line for metric in summary.rows[0].further for line in _further(metric, summary)),
-        *_compared(at_time, share, lambda r: (r.equal_time, r.equal_time_difference)),
+        *_compared(f"test {name}", share, lambda r: (r.test, r.difference), own),
+        *(line for metric in summary.rows[0].further for line in _further(metric, summary, own)),
+        *_compared(at_time, share, lambda r: (r.equal_time, r.equal_time_difference), own),
         ("learning rate", _rate),
         ("settings tried", lambda r: f"{len(r.tuning['tried'])} of {r.tuning['num_settings']}" if r.tuning else NONE),
         ("parameters", lambda r: f"{r.system.cost.num_params:,}" if r.system.cost else NONE),
         ("active parameters", _active_params),
         (f"MFLOPs {flops_unit(summary)}", lambda r: _megaflops(flops(r))),
-        ("  x sparse, replaced", lambda r: _ratio(r.system.replaced_ratio)),
-        ("  x sparse, whole model", lambda r: _ratio(r.system.flops_ratio)),
+        (f"  x {own}, replaced", lambda r: _ratio(r.system.replaced_ratio)),
+        (f"  x {own}, whole model", lambda r: _ratio(r.system.flops_ratio)),
         *([("  computed once trained", lambda r: _megaflops(flops_trained(r)))] if _trained_differ(rows) else []),
         *_SPEEDS,
         ("peak memory, MiB", _memory),
@@ -51,7 +52,7 @@ def cells(summary: Summary) -> list[list[str]]:
     ]
     table = [[title, *(show(row) for row in rows)] for title, show in lines]
     shown = [line for line in table if any(cell != NONE for cell in line[1:])]
-    return [["", *(label(row.system.name) for row in rows)], *shown]
+    return [["", *(row.system.title for row in rows)], *shown]
 
 
 def router_cells(summary: Summary) -> list[list[str]]:
@@ -61,14 +62,14 @@ def router_cells(summary: Summary) -> list[list[str]]:
     rows = [*summary.systems()[:1], *summary.routers()]
     lines: list[Line] = [
         ("router", lambda r: "the config's" if r.difference is None else label(r.system.name)),
-        *_compared(f"test {_metric(summary)}", summary.percent, lambda r: (r.test, r.difference), of_routers=True),
+        *_compared(f"test {_metric(summary)}", summary.percent, lambda r: (r.test, r.difference)),
         ("learning rate", _rate),
         ("load imbalance", lambda r: f"{r.routing['load_imbalance']:.2f}" if "load_imbalance" in r.routing else NONE),
         ("dropped, %", lambda r: f"{100 * r.routing['drop_rate']:.1f}" if "drop_rate" in r.routing else NONE),
         ("active parameters", _active_params),
         (f"MFLOPs {flops_unit(summary)}", lambda r: _megaflops(flops(r))),
         *_SPEEDS,
-        *(line for metric in summary.rows[0].further for line in _further(metric, summary, of_routers=True)),
+        *(line for metric in summary.rows[0].further for line in _further(metric, summary)),
         *([("MFLOPs computed once trained", lambda r: _megaflops(flops_trained(r)))] if _trained_differ(rows) else []),
     ]
     return [[title for title, _ in lines], *([show(row) for _, show in lines] for row in rows)]
@@ -78,20 +79,21 @@ def _metric(summary: Summary) -> str:
     return summary.metric.partition("/")[2]
 
 
-def _compared(title: str, share: bool, pair: Callable[[Row], Pair], of_routers: bool = False) -> list[Line]:
-    """Return a line for a quality and one for the difference: sparse minus a system, or a router minus the sparse."""
+def _compared(title: str, share: bool, pair: Callable[[Row], Pair], own: str = "") -> list[Line]:
+    """Return a line for a quality and one for a difference: the model called ``own`` minus a system; without ``own``,
+    a router minus the configured one."""
 
     def difference(row: Row) -> str:
         value = pair(row)[1]
-        return _interval(value.negated() if value and of_routers else value, share, signed=True)
+        return _interval(value.negated() if value and not own else value, share, signed=True)
 
     percent, points = (", %", ", points") if share else ("", "")
-    minus = "minus the config's" if of_routers else "  sparse minus it"
+    minus = f"  {own} minus it" if own else "minus the config's"
     return [(f"{title}{percent}", lambda row: _interval(pair(row)[0], share)), (f"{minus}{points}", difference)]
 
 
-def _further(metric: str, summary: Summary, of_routers: bool = False) -> list[Line]:
-    return _compared(f"test {metric}", metric in summary.shares, lambda row: row.further[metric], of_routers)
+def _further(metric: str, summary: Summary, own: str = "") -> list[Line]:
+    return _compared(f"test {metric}", metric in summary.shares, lambda row: row.further[metric], own)
 
 
 def _speed(key: str) -> Callable[[Row], str]:
@@ -154,7 +156,8 @@ def legend(summary: Summary) -> list[str]:
         f"seed. Test data was read once a seed, with the weights {summary.weights}.",
         f"FLOPs: of one forward of {flops_unit(summary)}, the same figure as moesaic fit gives: in the first batch of "
         "the validation, without padding, products alone, two a multiply-add, counted by torch.utils.flop_counter. 'x "
-        "sparse' is over the sparse model's: those of the blocks that differ, then those of the whole model.",
+        f"{summary.rows[0].system.title}' is over that model's: those of the blocks that differ, then those of the "
+        "whole model.",
     ]
     if len(summary.systems()) > 1:
         lines.append(
@@ -243,9 +246,7 @@ def picture(title: str, summary: Summary, path: Path) -> Path | None:
         cost = flops_trained(row) if _trained_differ([row]) else flops(row)
         if cost is not None:
             half = row.test.half_width
-            series.append(
-                plots.Series(label(row.system.name), [cost], [row.test.mean], None if half is None else [half])
-            )
+            series.append(plots.Series(row.system.title, [cost], [row.test.mean], None if half is None else [half]))
     if not series:
         return None
     metric = f"test {summary.metric.partition('/')[2]}"

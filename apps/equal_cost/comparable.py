@@ -93,10 +93,19 @@ class Comparable:
     """A module that ``moesaic compare`` can ask. Every answer has a default, so a subclass gives those it has.
 
     Attributes:
-        note: remark of a comparison on the model, which it calls "sparse"; mostly empty.
+        note: remark of a comparison on the model; mostly empty.
     """
 
     note: str = ""
+
+    @property
+    def heading(self) -> str:
+        """Return what tables call this model: a model that computes every expert is not called sparse."""
+        layers = self.routed_layers()
+        if layers is None or not isinstance(layers.config, core.MoEConfig):
+            return "sparse"
+        pairs = layers.config.router.pairs_per_token(layers.config.num_experts)
+        return "sparse" if pairs < layers.config.num_experts else "MoE, all experts"
 
     def baselines(self) -> Mapping[str, Baseline]:
         """Return the models to compare this one with, by name."""

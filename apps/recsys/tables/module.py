@@ -321,8 +321,12 @@ class MultiTaskRecommender(SparseModule, Comparable):
     # ---- comparisons
 
     @property
+    def heading(self) -> str:
+        return f"{type(self.shared_config).__name__}, dense gates" if self.note else super().heading
+
+    @property
     def note(self) -> str:  # type: ignore[override]
-        """Says where nothing is sparse but the word."""
+        """Say that the gates are dense, where they are."""
         if getattr(self.shared_config, "router", None) is not None:
             return ""
         return f"{type(self.shared_config).__name__} with dense gates: every expert computes every example"

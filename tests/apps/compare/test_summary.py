@@ -174,3 +174,13 @@ def test_table_shows_intervals_edges_and_what_was_left_out():
     assert "trees: left out: no library." in page
     assert "Best at the edge of the learning rates tried: sparse (0.1)" in page
     assert page.endswith("- a fact\n")
+
+
+def test_a_model_with_a_heading_of_its_own_is_called_by_it():
+    systems = [System("sparse", "", heading="MMoE, dense gates"), System("dense_equal_flops", "")]
+    finals = {"sparse": [finished(0.4, [(5, 2.0, 0.4)])], "dense_equal_flops": [finished(0.3, [(5, 2.0, 0.3)])]}
+    rates = {"sparse": (0.1, False), "dense_equal_flops": (0.1, False)}
+    summary = summarize(systems, Results(finals, rates), (0,), metric="test/top1", higher_is_better=True)
+    rows = {line[0]: line[1:] for line in cells(summary)}
+    assert rows[""] == ["MMoE, dense gates", "dense, equal FLOPs"]
+    assert rows["  MMoE, dense gates minus it, points"] == ["–", "+10.00"]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from tiny_app import TinyModule
 from trainings import MOE
 
+import core
 from apps.equal_cost import routers
 from apps.equal_cost.comparable import Comparable, RoutedLayers
 from apps.nets.place import Place
@@ -26,6 +29,22 @@ def test_every_question_has_an_answer():
         routers.variants(module, ["hash"])
     with pytest.raises(NotImplementedError, match=r"Silent must define with_moe\(moe\)"):
         module.with_moe(MOE)
+
+
+class Routed(Silent):
+    def routed_layers(self) -> RoutedLayers:
+        return RoutedLayers(self.moe_config, 8, Place("Routed"))
+
+
+@pytest.mark.parametrize(
+    ("router", "heading"),
+    [(core.TokenChoice(3), "sparse"), (core.Dense(), "MoE, all experts")],
+    ids=["sparse", "dense"],
+)
+def test_a_model_that_computes_every_expert_is_not_called_sparse(router, heading):
+    module = Routed(3, moe=MOE)
+    module.moe_config = dataclasses.replace(MOE, router=router)  # 4 experts
+    assert module.heading == heading
 
 
 def test_flops_of_routed_layers_are_those_of_their_config():
