@@ -72,7 +72,7 @@ class TextModule(SparseModule, Comparable):
         if not 0.0 <= label_smoothing < 1.0:
             raise ValueError(f"label_smoothing={label_smoothing} is not in [0, 1)")
         if subwords is None:
-            raise ValueError("subwords=None: they come from the data, such as TranslationData(...).subwords")
+            raise ValueError("subwords=None: they come from the data (data.subwords)")
         self.subwords, self.transformer, self.moe = subwords, transformer or TransformerConfig(), moe
         self.label_smoothing, self.decode, self.pretrained = label_smoothing, decode, pretrained
 

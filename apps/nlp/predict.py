@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
+from torch.utils.data import IterableDataset
 
 from apps.base.messages import unknown_name
 from apps.data.subwords import BOS_ID, EOS_ID, PAD_ID, Subwords
@@ -29,7 +30,7 @@ BadLines = Literal["error", "replace", "skip"]
 
 
 class Candidate(NamedTuple):
-    """A text that a model found.
+    """A text that a model writes.
 
     Attributes:
         text: a translation, or a prompt with what follows it.
@@ -41,12 +42,12 @@ class Candidate(NamedTuple):
 
 
 class Line(NamedTuple):
-    """A line of input and what a model says of it.
+    """A line of input and a model's candidates for it.
 
     Attributes:
         index: its number, from 0.
         source: the line.
-        candidates: what the model found, best first; of an empty line to be translated an empty text alone.
+        candidates: the model's candidates, best first; an empty line to be translated has an empty text alone.
     """
 
     index: int  # type: ignore[assignment]  # a line has no use for tuple.index
@@ -87,8 +88,8 @@ def source_batches(
         rows = subwords.encode(chunk, "source")
         for i, row in zip(index_N, rows, strict=True):
             if len(row) > most:
-                told = "line %d has %d tokens: it is cut after %d (max_length=%d)"
-                log.warning(told, i + 1, len(row), most, max_length)
+                message = "line %d has %d tokens: it is cut after %d (max_length=%d)"
+                log.warning(message, i + 1, len(row), most, max_length)
         ids = [[*([tag] if tag is not None and row else []), *row[:most], EOS_ID] for row in rows]
         length_N = np.array([len(row) for row in ids])
         order = np.argsort(length_N, kind="stable")
@@ -104,6 +105,16 @@ def source_batches(
                 torch.from_numpy(index_N[at]),
             )
             yield batch, [chunk[i] for i in at]
+
+
+class GivenBatches(IterableDataset[Any]):
+    """The batches of the lines that a data module is given to predict."""
+
+    def __init__(self, data: Any) -> None:
+        self.data = data
+
+    def __iter__(self) -> Iterator[Any]:
+        return (batch for batch, _ in self.data.given_batches())
 
 
 def given_lines(

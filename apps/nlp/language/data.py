@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset
 
 from apps.base.checks import check_at_least, check_name
 from apps.data.array_files import ArrayFiles, ArrayWriter
@@ -26,7 +26,7 @@ from apps.data.store import identity
 from apps.data.subwords import EOS_ID, PAD_ID, SubwordConfig, Subwords, train_subwords
 from apps.data.suite_data import SuiteData
 from apps.data.text_files import Rows, expand, num_words, read_lines
-from apps.nlp.predict import BadLines, given_lines
+from apps.nlp.predict import BadLines, GivenBatches, given_lines
 from apps.nlp.text.corpora import Sizes, share_out
 from apps.nlp.text.datasets import NLP_DATASETS, find_language
 from apps.nlp.text.encoded_pairs import STORE, encode
@@ -72,7 +72,7 @@ class _Blocks(Dataset[Any]):
         self.ids_M, self.block_size = ids_M, block_size
 
     def __len__(self) -> int:
-        return -(-(len(self.ids_M) - 1) // self.block_size)  # the first token is said by none
+        return -(-(len(self.ids_M) - 1) // self.block_size)  # no model predicts the first token
 
     def __getitem__(self, position: int) -> TextBatch:
         return self.__getitems__([position])
@@ -213,7 +213,7 @@ class TextData(SuiteData):
             raise ValueError(
                 "there is nothing to continue: give text (--data.text) or predict_file (--data.predict_file)"
             )
-        return DataLoader(_Prompts(self), batch_size=None, generator=torch.Generator())
+        return DataLoader(GivenBatches(self), batch_size=None, generator=torch.Generator())
 
     def given_batches(self, start: int = 0) -> Iterator[tuple[TextBatch, list[str]]]:
         """Yield the prompts of ``text`` or ``predict_file``, one a batch, each with its line.
@@ -251,15 +251,15 @@ class TextData(SuiteData):
         )
 
     def _own_files(self) -> dict[str, list[Path]]:
-        found: dict[str, list[Path]] = {}
+        files: dict[str, list[Path]] = {}
         root = Path(self.root or ".").expanduser()
         for split in SPLITS:
             named = getattr(self, f"{split}_files")
             names = [named] if isinstance(named, str) else named or []
-            found[split] = list(dict.fromkeys(path for name in names for path in expand(root, name)))
-            if names and not found[split]:
+            files[split] = list(dict.fromkeys(path for name in names for path in expand(root, name)))
+            if names and not files[split]:
                 raise ValueError(f"{root / names[0]} is missing")
-        return found
+        return files
 
     def _read_own(self) -> dict[str, list[list[str]]]:
         """Return the lines of each document of each split."""
@@ -272,8 +272,8 @@ class TextData(SuiteData):
         sizes = {split: _TWENTIETH if (n := getattr(self, f"{split}_size")) is None else n for split in lacking}
         counts = {s: count_of(size, len(documents)) for s, size in sizes.items()}
         if sum(counts.values()) >= max(1, len(documents)):
-            told = ", ".join(f"{split}_size={size}" for split, size in sizes.items())
-            raise ValueError(f"{told}: of {len(documents)} documents none is left to train on")
+            asked = ", ".join(f"{split}_size={size}" for split, size in sizes.items())
+            raise ValueError(f"{asked}: of {len(documents)} documents none is left to train on")
         drawn = _draw(documents, [counts[split] for split in reversed(lacking)], self.split_seed)
         for split, chosen in zip(reversed(lacking), drawn, strict=True):
             splits[split] = [documents[i] for i in chosen]
@@ -283,16 +283,16 @@ class TextData(SuiteData):
         for split in {"val", "test"} - set(lacking):
             known = sum(_key(document) in learned for document in splits[split])
             if known:
-                told = f"{known:,} of {len(splits[split]):,} documents of {split}_files are in train_files too"
-                log.warning("%s: what is measured on them is memory", told)
+                shared = f"{known:,} of {len(splits[split]):,} documents of {split}_files are in train_files too"
+                log.warning("%s: what is measured on them is memory", shared)
         return splits
 
     def _read_corpus(self, parts: Mapping[str, Sequence[Rows]]) -> dict[str, list[list[str]]]:
         """Return the sentences of each split, each in one split and there once."""
         language, sizes = self._language, Sizes(self.val_size, self.test_size, self.split_seed)
         distinct = {
-            split: [Rows({language: [*dict.fromkeys(filter(None, rows.text[language]))]}, rows.name) for rows in found]
-            for split, found in parts.items()
+            split: [Rows({language: [*dict.fromkeys(filter(None, rows.text[language]))]}, rows.name) for rows in own]
+            for split, own in parts.items()
         }
         (shared,) = share_out([(distinct, sizes)])
         splits = {
@@ -301,7 +301,7 @@ class TextData(SuiteData):
         }
         held = {*splits["val"], *splits["test"]}
         train = [line for line in splits["train"] if line not in held]
-        lines, kept = (sum(len(rows) for of in found.values() for rows in of) for found in (parts, distinct))
+        lines, kept = (sum(len(rows) for own in some.values() for rows in own) for some in (parts, distinct))
         left_out = f"{lines - kept:,} lines that are empty or come again, {len(splits['train']) - len(train):,}"
         log.info("%s in %s: left out: %s of validation or test (train)", self.dataset, language, left_out)
         return {split: [[line] for line in (train if split == "train" else lines)] for split, lines in splits.items()}
@@ -348,16 +348,6 @@ class TextData(SuiteData):
         if self.text is not None and self.predict_file is not None:
             raise ValueError("text and predict_file are both given: continue one of them")
         check_name("bad_lines", self.bad_lines, get_args(BadLines))
-
-
-class _Prompts(IterableDataset[Any]):
-    """The batches of what is to be continued."""
-
-    def __init__(self, data: TextData) -> None:
-        self.data = data
-
-    def __iter__(self) -> Iterator[TextBatch]:
-        return (batch for batch, _ in self.data.given_batches())
 
 
 def prompt_batches(lines: Iterable[str], subwords: Subwords, start: int = 0) -> Iterator[tuple[TextBatch, list[str]]]:

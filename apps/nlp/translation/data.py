@@ -16,7 +16,7 @@ from typing import Any, get_args
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset
 
 from apps.base.checks import check_at_least, check_name
 from apps.data.array_files import ArrayFiles, ArrayWriter, read_texts
@@ -25,7 +25,7 @@ from apps.data.splits import Split
 from apps.data.store import identity
 from apps.data.subwords import SubwordConfig, Subwords, train_subwords
 from apps.data.suite_data import SuiteData
-from apps.nlp.predict import BadLines, given_lines, source_batches
+from apps.nlp.predict import BadLines, GivenBatches, given_lines, source_batches
 from apps.nlp.text.batch import TranslationBatch
 from apps.nlp.text.batches import TokenBatches, by_length, cut_by_tokens, evenly
 from apps.nlp.text.corpora import Filters, Sizes, collect, parse_pairs
@@ -227,10 +227,12 @@ class TranslationData(SuiteData):
         """
         if self.text is None and self.predict_file is None:
             return self.test_dataloader()
-        return DataLoader(_Streamed(self), batch_size=None, generator=torch.Generator())
+        return DataLoader(GivenBatches(self), batch_size=None, generator=torch.Generator())
 
-    def predict_batches(self, lines: Iterable[str]) -> Iterator[TranslationBatch]:
-        """Batches of sentences to be translated, as the lines come.
+    def given_batches(
+        self, lines: Iterable[str] | None = None, start: int = 0
+    ) -> Iterator[tuple[TranslationBatch, list[str]]]:
+        """Yield batches of sentences to be translated, as the lines come, each batch with its lines.
 
         ``predict_lines`` lines are read at a time and batched with their neighbours in length; ``index_B`` is the
         number of each line, from 0. Each line is in one batch. An empty one has a source of ``EOS_ID`` alone
@@ -238,24 +240,11 @@ class TranslationData(SuiteData):
         that is no text come before its error.
 
         Args:
-            lines: text; line ends and spaces around it do not count.
-
-        Raises:
-            ValueError: several pairs and no ``predict_pair``; a line that is no text.
-        """
-        return (batch for batch, _ in self.given_batches(lines))
-
-    def given_batches(
-        self, lines: Iterable[str] | None = None, start: int = 0
-    ) -> Iterator[tuple[TranslationBatch, list[str]]]:
-        """Yield what ``predict_batches`` does, each batch with its lines.
-
-        Args:
-            lines: as there; None: those that ``text`` or ``predict_file`` has.
+            lines: text, whose line ends and outer spaces do not count; None: that of ``text`` or ``predict_file``.
             start: lines before this one are passed over.
 
         Raises:
-            ValueError: as ``predict_batches``.
+            ValueError: several pairs and no ``predict_pair``; a line that is no text.
         """
         lines = given_lines(self.text, self.predict_file, self.bad_lines) if lines is None else lines
         pair = self._predict_pair()
@@ -404,13 +393,3 @@ class _Whole(Dataset[Any]):
     def __getitems__(self, numbers: list[int]) -> TranslationBatch:
         (number,) = numbers
         return self.pairs.__getitems__(self.batches[number])
-
-
-class _Streamed(IterableDataset[Any]):
-    """The batches of what is to be translated."""
-
-    def __init__(self, data: TranslationData) -> None:
-        self.data = data
-
-    def __iter__(self) -> Iterator[TranslationBatch]:
-        return (batch for batch, _ in self.data.given_batches())

@@ -377,8 +377,8 @@ def test_missing_evaluation_pairs_are_told_and_one_without_any_split_gives_no_lo
 
 
 def predicted(data, texts):
-    """The source of each line as text, by its number, and the batches."""
-    batches = list(data.predict_batches(texts))
+    """Return the source of each line as text, by its number, and the batches."""
+    batches = [batch for batch, _ in data.given_batches(texts)]
     found = {}
     for batch in batches:
         assert batch.target_BL.tolist() == [[BOS_ID]] * len(batch.index_B)
@@ -413,7 +413,7 @@ def test_lines_are_read_as_they_are_asked_for(root):
             read.append(i)
             yield f"dog {i}"
 
-    batches = make(root, predict_lines=4).predict_batches(typed())
+    batches = make(root, predict_lines=4).given_batches(typed())
     next(batches)
     assert read == [0, 1, 2, 3]
 
@@ -453,7 +453,7 @@ def test_what_is_no_text_names_its_line(root, monkeypatch):
     with pytest.raises(ValueError, match="standard input, line 1: byte 0xff is not valid UTF-8"):
         list(make(root, predict_file="-").predict_dataloader())
     with pytest.raises(ValueError, match="line 2 is not valid UTF-8"):
-        list(make(root).predict_batches(["dog", "cat \udce4"]))
+        list(make(root).given_batches(["dog", "cat \udce4"]))
     with pytest.raises(ValueError, match=r"predict_file='nowhere\.txt' cannot be read: No such file"):
         list(make(root, predict_file="nowhere.txt").predict_dataloader())
 
@@ -462,19 +462,20 @@ def test_what_is_no_text_names_its_line(root, monkeypatch):
 def test_the_lines_before_one_that_is_no_text_come_before_its_error(root, size):
     write(root / "in.txt", b"dog\ncat sleeps\nbird\n\xff\ndog\n")
     data = make(root, predict_file=str(root / "in.txt"), predict_lines=size)
-    for lines_ in (data.predict_dataloader(), data.predict_batches(["dog", "cat sleeps", "bird", "\udce4", "dog"])):
-        found, batches = set(), iter(lines_)
+    given = data.given_batches(["dog", "cat sleeps", "bird", "\udce4", "dog"])
+    for batches in (iter(data.predict_dataloader()), (batch for batch, _ in given)):
+        numbers = set()
         with pytest.raises(ValueError, match=r"line 4.* is not valid UTF-8"):
             while True:
-                found |= set(next(batches).index_B.tolist())
-        assert found == {0, 1, 2}
+                numbers |= set(next(batches).index_B.tolist())
+        assert numbers == {0, 1, 2}
 
 
 def test_several_pairs_need_one_to_translate_in(root):
     data = make(root, pairs=["en-de", "en-fr"])
     with pytest.raises(ValueError, match=r"predict_pair \(--data.predict_pair\) must name one of en-de, en-fr"):
-        list(data.predict_batches(["dog"]))
-    (batch,) = make(root, pairs=["en-de", "en-fr"], predict_pair="en-fr").predict_batches(["dog"])
+        list(data.given_batches(["dog"]))
+    ((batch, _),) = make(root, pairs=["en-de", "en-fr"], predict_pair="en-fr").given_batches(["dog"])
     assert batch.pair_B.tolist() == [1]
     assert batch.source_BS[0, 0] == data.subwords.tag_id("fr")
 

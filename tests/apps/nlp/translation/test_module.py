@@ -449,7 +449,7 @@ def test_without_references_in_the_data_those_of_the_batch_are_taken(data, tmp_p
 
 def test_a_prediction_keeps_empty_lines_and_names_alternatives(data):
     module = translator(data, decode=DecodeConfig(beam_size=2, num_best=2)).eval()
-    (batch,) = data.predict_batches(["red blue green black", "", "blue"])
+    ((batch, _),) = data.given_batches(["red blue green black", "", "blue"])
     found = module.predict_step(batch, 0)
     columns = (found.translation, found.score.tolist(), found.alternatives)
     by_line = dict(zip(found.index.tolist(), zip(*columns, strict=True), strict=True))
