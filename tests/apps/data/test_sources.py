@@ -1,4 +1,4 @@
-"""Where data comes from. No test needs the network: servers, wheels and Debian packages are made on the spot."""
+"""Sources of data. No test needs the network: servers, wheels and Debian packages are made on the spot."""
 
 from __future__ import annotations
 

@@ -85,8 +85,8 @@ def test_a_damaged_entry_is_made_anew(tmp_path, caplog):
 def test_of_two_that_ask_at_once_one_makes_it_and_the_other_waits(tmp_path):
     make = Maker(seconds=0.3)
     with ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(lambda _: STORE.open(tmp_path, "toy", [], make)["number"].tolist(), range(2)))
-    assert found == [[1], [1]]
+        numbers = list(pool.map(lambda _: STORE.open(tmp_path, "toy", [], make)["number"].tolist(), range(2)))
+    assert numbers == [[1], [1]]
     assert make.calls == 1
 
 

@@ -1,4 +1,4 @@
-"""What data modules do alike, on a list of numbers."""
+"""Behaviour that all data modules share, on a list of numbers."""
 
 from __future__ import annotations
 

@@ -150,8 +150,8 @@ def test_images_without_labels_are_found_in_all_folders_below(tmp_path: Path) ->
     assert data._opened is None  # the digits are not read
     (batch,) = data.predict_dataloader()
     assert batch.image.shape == (3, 1, 8, 8)
-    found = dict(zip(data.predicted_paths(batch.index), pixels(batch, data)[:, 0, 0, 0].tolist(), strict=True))
-    assert found == {str(tmp_path / n): g for n, g in (("3.png", 30), ("a/deep/1.PNG", 10), ("b/2.png", 20))}
+    pixel_of_path = dict(zip(data.predicted_paths(batch.index), pixels(batch, data)[:, 0, 0, 0].tolist(), strict=True))
+    assert pixel_of_path == {str(tmp_path / n): g for n, g in (("3.png", 30), ("a/deep/1.PNG", 10), ("b/2.png", 20))}
     assert VisionData("digits").predicted_paths(batch.index) is None
     for folder, rule in ((tmp_path / "gone", "is no folder"), (tmp_path / "b" / "none", "holds no image")):
         if "none" in folder.name:

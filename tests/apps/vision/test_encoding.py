@@ -1,4 +1,4 @@
-"""What a checkpoint keeps of its images: class names and pixels are its own, whatever folder it is asked about."""
+"""A checkpoint keeps its class names and the scaling of its pixels, whatever folder it is asked about."""
 
 from __future__ import annotations
 
@@ -97,16 +97,16 @@ def test_a_folder_that_lacks_a_class_is_numbered_by_the_checkpoint(run: list[str
     root = photos(tmp_path, ("hat", "shoe"))  # alone they would be 0 and 1
     (root / "test" / "boot").mkdir()  # an empty folder is a class without images
     assert main(["predict", *run, "--data.root", str(root), "--overwrite"]) == 0
-    said = capsys.readouterr().err
-    assert "the test images have none of boot: the figures are of the other classes" in said
+    err = capsys.readouterr().err
+    assert "the test images have none of boot: the figures are of the other classes" in err
     rows = [json.loads(line) for line in (Path(run[3]) / "predictions.jsonl").read_text().splitlines()]
     assert [(r["true_label"], r["true_class_name"]) for r in rows] == [(1, "hat")] * 4 + [(2, "shoe")] * 4
     assert all(r["class_name"] == [CLASSES[c] for c in r["label"]] for r in rows)
     assert main(["test", *run, "--data.root", str(root)]) == 0
     capsys.readouterr()
     assert main(["fit", *run, "--data.root", str(root), "--trainer.max_epochs", "2"]) == 1
-    said = capsys.readouterr().err
-    assert said == "error: the training images have none of boot, which the checkpoint was trained on\n"
+    err = capsys.readouterr().err
+    assert err == "error: the training images have none of boot, which the checkpoint was trained on\n"
 
 
 def test_a_subset_without_a_class_may_go_on() -> None:

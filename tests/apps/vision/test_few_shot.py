@@ -42,10 +42,10 @@ def test_more_shots_help_and_features_may_be_of_any_scale():
     features, labels = clusters(100, 2.0)
     features = features * [1e4, 1e-4, 1.0, 1.0]
     test = clusters(300, 2.0, seed=1)
-    found = few_shot(features, labels, test[0] * [1e4, 1e-4, 1.0, 1.0], test[1], shots=(2, 50), num_seeds=6)
-    assert found[50].mean > found[2].mean
-    assert found[50].half_width < found[2].half_width
-    assert found[2].count == 6
+    accuracies = few_shot(features, labels, test[0] * [1e4, 1e-4, 1.0, 1.0], test[1], shots=(2, 50), num_seeds=6)
+    assert accuracies[50].mean > accuracies[2].mean
+    assert accuracies[50].half_width < accuracies[2].half_width
+    assert accuracies[2].count == 6
 
 
 def test_features_are_what_the_head_reads():

@@ -194,15 +194,15 @@ def test_an_image_does_not_depend_on_its_neighbours_without_a_capacity():
 
 def test_checkpointing_gives_the_same_gradients_and_counts_no_pass_twice():
     x = images(2)
-    found = []
+    runs = []
     for recompute in (False, True):
         model = build(moe=MOE).train()
         model.set_grad_checkpointing(recompute)
         with core.record(model) as tape:
             loss = model(x).square().mean()
         (loss + core.aux_loss(tape)).backward()
-        found.append(({n: p.grad for n, p in model.named_parameters()}, len(tape)))
-    (plain, passes), (again, passes_again) = found
+        runs.append(({n: p.grad for n, p in model.named_parameters()}, len(tape)))
+    (plain, passes), (again, passes_again) = runs
     assert passes == passes_again == 2
     for name, grad in plain.items():
         assert grad is not None, name
@@ -324,32 +324,32 @@ def loaded(weights, tmp_path, **vit):
 
 @pytest.mark.parametrize("class_token", [True, False])
 def test_averaged_features_are_timm_s(tmp_path, class_token):
-    theirs = timm_vit(global_pool="avg", class_token=class_token)
-    mine, report = loaded(theirs.state_dict(), tmp_path, pool="avg", class_token=class_token)
+    source_model = timm_vit(global_pool="avg", class_token=class_token)
+    model, report = loaded(source_model.state_dict(), tmp_path, pool="avg", class_token=class_token)
     assert (report.missing, report.unexpected, report.skipped) == ((),) * 3
-    assert_close(mine(images()), theirs(images()))
+    assert_close(model(images()), source_model(images()))
 
 
 def test_weights_with_a_class_token_load_into_a_model_that_averages(tmp_path):
     source = timm_vit().state_dict()
     # timm's model without a class token, its weights put there by hand: the first position is the class token's.
-    theirs = timm_vit(global_pool="avg", class_token=False)
+    source_model = timm_vit(global_pool="avg", class_token=False)
     moved = {n.replace("norm.", "fc_norm.") if n.startswith("norm.") else n: w for n, w in source.items()}
     del moved["cls_token"]
     moved["pos_embed"] = source["pos_embed"][:, 1:]
-    theirs.load_state_dict(moved)
-    mine, report = loaded(source, tmp_path, pool="avg")
+    source_model.load_state_dict(moved)
+    model, report = loaded(source, tmp_path, pool="avg")
     assert {"fc_norm.weight", "fc_norm.bias", "pos_embed"} <= set(report.loaded)
     assert (report.missing, report.unexpected, report.skipped) == ((),) * 3
-    assert_close(mine(images()), theirs(images()))
+    assert_close(model(images()), source_model(images()))
 
 
 @pytest.mark.parametrize("registers", [0, 5])
 @pytest.mark.parametrize("embedded", [True, False])
 def test_positions_of_prefix_tokens_move_into_the_tokens_and_back(tmp_path, registers, embedded):
-    theirs = timm_vit(reg_tokens=registers, no_embed_class=not embedded)
-    mine, _ = loaded(theirs.state_dict(), tmp_path, reg_tokens=registers, no_embed_class=embedded)
-    assert_close(mine(images()), theirs(images()))
+    source_model = timm_vit(reg_tokens=registers, no_embed_class=not embedded)
+    model, _ = loaded(source_model.state_dict(), tmp_path, reg_tokens=registers, no_embed_class=embedded)
+    assert_close(model(images()), source_model(images()))
 
 
 @pytest.mark.parametrize(

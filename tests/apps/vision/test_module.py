@@ -69,10 +69,10 @@ def test_mixed_labels_give_the_mix_of_the_losses_and_count_as_the_larger_part():
 def test_metrics_are_top1_and_top5():
     metrics = build().build_metrics()
     logits = torch.eye(10)[:4]  # guesses 0, 1, 2, 3; beyond the first, ties go to the lower classes
-    found = metrics(logits + torch.linspace(0.09, 0, 10), torch.tensor([0, 1, 9, 4]))
-    assert float(found["top1"]) == 0.5
+    values = metrics(logits + torch.linspace(0.09, 0, 10), torch.tensor([0, 1, 9, 4]))
+    assert float(values["top1"]) == 0.5
     # Of 9 and 4 the fourth image's 4 is among its five best: 3, 0, 1, 2, 4.
-    assert float(found["top5"]) == 0.75
+    assert float(values["top5"]) == 0.75
     assert "top5" not in build(num_classes=5).build_metrics()
 
 
@@ -150,10 +150,10 @@ def test_predictions_name_files_and_classes(tmp_path):
 
 def test_prediction_lists_the_likeliest_classes():
     module = constant(build(None, num_classes=3), [0.0, math.log(2.0), math.log(5.0)])
-    found = module.predict_step(batch(2), 0)
-    assert found.label.tolist() == [[2, 1, 0]] * 2
-    assert_close(found.probability[0], torch.tensor([5.0, 2.0, 1.0]) / 8)
-    assert found.index.tolist() == [0, 1]
+    prediction = module.predict_step(batch(2), 0)
+    assert prediction.label.tolist() == [[2, 1, 0]] * 2
+    assert_close(prediction.probability[0], torch.tensor([5.0, 2.0, 1.0]) / 8)
+    assert prediction.index.tolist() == [0, 1]
 
 
 # ---- baselines
@@ -188,8 +188,8 @@ def test_layers_that_cost_by_the_image_have_baselines_of_equal_flops(router):
     dense = sparse.baselines()["dense_equal_flops"].build()
     x = torch.randn(2, 16, 8)  # 8 / 2 patches a side, no class token
     with torch.no_grad():
-        mine, its = (core.count_flops(m.model.blocks[1].mlp, x) for m in (sparse, dense))
-    assert its == pytest.approx(mine, rel=0.03)  # half of 4 * 8 FLOPs over at least 600
+        sparse_flops, dense_flops = (core.count_flops(m.model.blocks[1].mlp, x) for m in (sparse, dense))
+    assert dense_flops == pytest.approx(sparse_flops, rel=0.03)  # half of 4 * 8 FLOPs over at least 600
 
 
 def test_a_baseline_that_is_another_is_not_built():
@@ -204,9 +204,9 @@ def test_a_baseline_that_is_another_is_not_built():
 def test_a_baseline_that_cannot_exist_says_why():
     tiny = core.MoEConfig(num_experts=3, router=core.TokenChoice(top_k=1), expert=core.FFN(hidden_dim=1))
     # 2*8*3 + 4*8*1 = 80 FLOPs = 4*8 * 2.5, and neither 2 nor 3 is within 5 % of it.
-    found = build(tiny).baselines()["dense_equal_flops"]
-    assert found.build is None
-    assert found.note == "no whole width comes within 5% of 80 flops"
+    baseline = build(tiny).baselines()["dense_equal_flops"]
+    assert baseline.build is None
+    assert baseline.note == "no whole width comes within 5% of 80 flops"
 
 
 def test_baselines_travel_to_another_process():

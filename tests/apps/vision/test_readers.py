@@ -1,4 +1,4 @@
-"""Files of images: what is read out of them, and what is said of those that cannot be read."""
+"""Files of images: their pixels, and the message about one that cannot be read."""
 
 from __future__ import annotations
 
@@ -137,11 +137,11 @@ def test_a_strip_is_cut_before_it_is_scaled(shape: tuple[int, int], monkeypatch:
     real = v2.functional.resize_image
     monkeypatch.setattr(v2.Resize, "transform", lambda self, x, _: scaled.append(x.shape) or real(x, self.size))
     image = torch.randint(256, (3, *shape), dtype=torch.uint8)
-    found = VisionData("image_folder", root=".", image_size=4)._file_transform(train=False)(image)
-    assert found.shape == (3, 4, 4)
+    cut = VisionData("image_folder", root=".", image_size=4)._file_transform(train=False)(image)
+    assert cut.shape == (3, 4, 4)
     assert max(scaled[0]) <= 8 * min(shape)
     # As scaled whole: (2, 12000) by 2 to (4, 24000).
-    assert torch.equal(found, v2.functional.center_crop(real(image, [4]), [4, 4]))
+    assert torch.equal(cut, v2.functional.center_crop(real(image, [4]), [4, 4]))
 
 
 def test_a_pickle_may_hold_arrays_only(tmp_path: Path) -> None:

@@ -35,9 +35,9 @@ def test_report_writes_tables_and_pictures(tmp_path, capsys):
     )
     options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = Trainer(default_root_dir=tmp_path, accelerator="cpu", enable_checkpointing=False, **options)
-    (found,) = trainer.test(module, datamodule=VisionData("digits", eval_batch_size=100), verbose=False)
-    assert 0.0 < found["test/few_shot_5"] <= 1.0
-    assert "test/few_shot_500" not in found  # a class has only about 14 validation images
+    (metrics,) = trainer.test(module, datamodule=VisionData("digits", eval_batch_size=100), verbose=False)
+    assert 0.0 < metrics["test/few_shot_5"] <= 1.0
+    assert "test/few_shot_500" not in metrics  # a class has only about 14 validation images
     folder = tmp_path / "report"
     assert {p.name for p in folder.iterdir()} == {
         "few_shot.csv",
@@ -96,9 +96,9 @@ def test_the_command_says_where_the_report_is_and_what_it_leaves_out(tmp_path, c
     )
     argv = ["--config", str(tmp_path / "c.yaml"), "--run_dir", str(tmp_path), "--trainer.limit_test_batches", "1"]
     assert main(["test", *argv, "--ckpt_path", "none"]) == 0
-    said = capsys.readouterr().err.splitlines()
-    assert f"{tmp_path / 'report'}: few_shot.csv" in said
-    assert "500-shot left out: a class has only 14 images to draw from" in said
+    log_lines = capsys.readouterr().err.splitlines()
+    assert f"{tmp_path / 'report'}: few_shot.csv" in log_lines
+    assert "500-shot left out: a class has only 14 images to draw from" in log_lines
 
 
 def test_no_capacity_is_swept_where_the_router_has_none(tmp_path):
