@@ -11,7 +11,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_only
@@ -37,18 +37,7 @@ log = logging.getLogger(__name__)
 _MOST_VAL_IMAGES = 10_000
 
 
-class _Sets(NamedTuple):
-    """The images of each split; None: there are none. ``lacking``: classes without a training image."""
-
-    train: ImageSet | None
-    val: ImageSet | None
-    test: ImageSet
-    lacking: list[str]
-
-
-def _note(text: str) -> None:
-    if rank_zero_only.rank == 0:
-        log.warning("%s", text)
+_note = rank_zero_only(log.warning)
 
 
 class VisionData(SuiteData):
@@ -59,7 +48,7 @@ class VisionData(SuiteData):
         root: folder with your own copy, in the dataset's own layout; nothing is downloaded then.
         cache_dir: folder for downloads; default ~/.cache/moesaic.
         batch_size: training images a step and process.
-        eval_batch_size: images a step and process in validation and test.
+        eval_batch_size: images a step and process in evaluation.
         val_size: training images held out for validation, as a count (5000) or a share (0.1), stratified by class. By
             default the data's own validation split if it has one beside a test split, else a tenth, and at most 10,000.
             0: no validation.
@@ -84,13 +73,13 @@ class VisionData(SuiteData):
         subset: use only so many training images, chosen after validation is held out, stratified by class.
         seed: of the order and the random transforms; default the seed of the whole run (seed_everything).
         split_seed: of what is held out and of the subset; its own, so that runs of other seeds have the same images.
-        predict_folder: what ``predict`` is of: all images in this folder and those below it, which need no labels.
-            Default: the test images.
-        on_bad_image: what becomes of a file in a folder that cannot be read: "error" ends the run with its name; "skip"
-            leaves it out, in training and in all figures, and says how many there were. For this every image is
-            decoded once before the first pass over it, by ``num_workers`` threads.
+        predict_folder: ``predict`` reads all images in this folder and those below it, which need no labels. Default:
+            the test images.
+        on_bad_image: a file in a folder that cannot be read ends the run with its name ("error"), or is left out of
+            training and of all figures ("skip"), with a note of how many there were. For "skip" every image is decoded
+            once before the first pass over it, by ``num_workers`` threads.
 
-    A checkpoint keeps the names of the classes and what becomes of pixels in evaluation. Data that ``adopt`` it number
+    A checkpoint keeps the names of the classes and how pixels are scaled in evaluation. Data that ``adopt`` it number
     the classes of a folder by these names.
 
     Raises:
@@ -172,13 +161,14 @@ class VisionData(SuiteData):
         )
         self._spec = spec
         self._looked_at: set[str] = set()
+        self._lacking: list[str] = []
         self._predicted: ImageSet | None = None
         self._class_names = spec.class_names
         self._check_options()
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """The classes by label: the checkpoint's, else the dataset's; of a folder of images its folders, sorted."""
+        """The names by label: the checkpoint's, else the dataset's, or the sorted folders of a folder of images."""
         if self._class_names is None:
             self._class_names = class_folders(prepare(self.dataset, self.root, self.cache_dir) / "train")
         return self._class_names
@@ -191,10 +181,7 @@ class VisionData(SuiteData):
 
     @property
     def encoding(self) -> ImageEncoding:
-        """The classes, and what becomes of pixels in evaluation."""
-        return ImageEncoding(
-            self.class_names, self.image_size, self.in_chans, tuple(self.mean), tuple(self.std), self.eval_crop
-        )
+        return ImageEncoding(self.class_names, self.image_size, self.in_chans, self.mean, self.std, self.eval_crop)
 
     @classmethod
     def encoding_of(cls, state: Mapping[str, Any]) -> ImageEncoding:
@@ -229,14 +216,14 @@ class VisionData(SuiteData):
 
     @property
     def needs_no_dataset(self) -> bool:
-        # Images to predict need no dataset, and a folder of files is not fetched: reading it says what is missing.
+        # A folder of files is not fetched, and reading it says what is missing.
         return self._adopted is not None and (self.predict_folder is not None or self._spec.read is None)
 
     def setup(self, stage: str | None = None) -> None:
         if stage != "predict" or self.predict_folder is None:
             super().setup(stage)
 
-    def read(self) -> _Sets:
+    def read(self) -> Splits:
         folder = self._folder()
         try:
             splits = self._read(folder)
@@ -244,21 +231,20 @@ class VisionData(SuiteData):
             if folder != self.cache / self.dataset:  # the user's own, or a package's
                 raise
             raise ValueError(f"{error}; delete it to have it fetched again") from error
-        splits = self._numbered(splits)
-        train, val = splits.train, splits.val
-        # Of all training images: a small subset may well lack a class.
-        lacking = [] if train is None else self._without_images(train)
+        train, test, val = self._numbered(splits)
+        # All training images count here: a small subset may well lack a class.
+        self._lacking = [] if train is None else self._without_images(train)
         if train is not None and (self.val_size is not None or val is None):
             num_val = self._count_val(len(train))
             held_out, rest = stratified_split(train.labels[train.index], num_val, self.split_seed)
-            # of a folder, validation images come without the random crop
+            # validation images of a folder come without the random crop
             val = ImageSet(self._eval_reader(train.read), train.labels, train.index[held_out]) if num_val else None
             train = train.subset(rest)
         if train is not None and self.subset is not None:
             if self.subset > len(train):
                 raise ValueError(f"subset={self.subset} exceeds the {len(train)} training images")
             train = train.subset(stratified_split(train.labels[train.index], self.subset, self.split_seed)[0])
-        return _Sets(train, val, splits.test, lacking)
+        return Splits(train, test, val)
 
     def _folder(self) -> Path:
         """Return where the dataset lies. To evaluate a checkpoint, a folder of images needs no training images."""
@@ -273,11 +259,11 @@ class VisionData(SuiteData):
         if stage != "fit":
             return
         if self.opened.train is None:
-            prepare(self.dataset, self.root, self.cache_dir)  # which says what is missing
-            self.forget()  # it has come since
-        if self._adopted is not None and self.opened.lacking:
+            prepare(self.dataset, self.root, self.cache_dir)  # this says what is missing
+            self.forget()  # the files have come since
+        if self._adopted is not None and self._lacking:
             raise ValueError(
-                f"the training images have none of {some(self.opened.lacking)}, which the checkpoint was trained on"
+                f"the training images have none of {some(self._lacking)}, which the checkpoint was trained on"
             )
 
     def _read(self, root: Path) -> Splits:
@@ -303,9 +289,7 @@ class VisionData(SuiteData):
             )
         check_classes(self.dataset, own, self.class_names)
         number = torch.tensor([self.class_names.index(name) for name in own])
-        train, test, val = (s and ImageSet(s.read, number[s.labels], s.index) for s in splits)
-        assert test is not None
-        return Splits(train, test, val)
+        return Splits(*(s and ImageSet(s.read, number[s.labels], s.index) for s in splits))  # type: ignore[arg-type]
 
     def _count_val(self, num_train: int) -> int:
         if self.val_size is None:
@@ -332,7 +316,7 @@ class VisionData(SuiteData):
         return f"{super().describe()}, {self.num_classes} classes"
 
     def examples(self, split: Split) -> ImageSet | None:
-        """Return a split's images; on_bad_image=skip has taken bad ones out, and a note names classes without any."""
+        """Return a split's images without those that on_bad_image=skip leaves out, and note classes without any."""
         images = getattr(self.opened, split)
         if images is None or split in self._looked_at:
             return images
@@ -356,8 +340,7 @@ class VisionData(SuiteData):
         return kept
 
     def batching(self, examples: ImageSet) -> dict[str, Any]:
-        collate = self._collate(train=True)  # __getitems__ stacks
-        return {"batch_size": self.batch_size, "drop_last": self.drop_last, "collate_fn": collate}
+        return {"batch_size": self.batch_size, "drop_last": self.drop_last, "collate_fn": self._collate(train=True)}
 
     def eval_loader(self, examples: ImageSet) -> DataLoader[Any]:
         # Files are often sorted by class. Where images compete for experts, each batch must look like the whole.
@@ -414,15 +397,12 @@ class VisionData(SuiteData):
         check_name("on_bad_image", self.on_bad_image, ["error", "skip"])
         if not 0 < self.eval_crop <= 1:
             raise ValueError(f"eval_crop={self.eval_crop} must be above 0 and at most 1")
-        if self._spec.read is not None:
-            if self.eval_crop != 1:
-                raise ValueError(
-                    f"eval_crop={self.eval_crop} is for folders of images; {self.dataset} is never cropped"
-                )
-            if self.on_bad_image != "error" and self.predict_folder is None:
-                raise ValueError(
-                    f"on_bad_image={self.on_bad_image!r} is for folders of images; {self.dataset} is read as a whole"
-                )
+        if self._spec.read is not None and self.eval_crop != 1:
+            raise ValueError(f"eval_crop={self.eval_crop} is for folders of images; {self.dataset} is never cropped")
+        if self._spec.read is not None and self.on_bad_image != "error" and self.predict_folder is None:
+            raise ValueError(
+                f"on_bad_image={self.on_bad_image!r} is for folders of images; {self.dataset} is read as a whole"
+            )
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) != self.in_chans:
                 raise ValueError(f"{name}={values} has {len(values)} values for {self.in_chans} channels")

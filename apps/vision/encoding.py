@@ -1,4 +1,4 @@
-"""What a checkpoint keeps of the images of its training: the classes' names, and how pixels become a model's input."""
+"""The encoding of images that a checkpoint keeps: the classes' names, and how pixels become a model's input."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ from torchvision.transforms import v2
 
 @dataclass(frozen=True)
 class ImageEncoding:
-    """The classes of a model by their number, and what decides the pixels that it sees in an evaluation.
+    """The names of a model's classes, and how an image becomes its input in evaluation.
 
     Attributes:
-        class_names: by label.
+        class_names: names by label.
         image_size: height and width in pixels.
         in_chans: 1 or 3.
-        mean: of each channel, pixels in [0, 1].
-        std: standard deviation of each channel, likewise.
+        mean, std: constants of each channel, pixels in [0, 1].
         eval_crop: share of the shorter side that is kept of an image file.
     """
 
@@ -50,7 +49,7 @@ class ImageEncoding:
 
     @property
     def transform(self) -> v2.Compose:
-        """What becomes of a decoded image: see ``evaluation_transform``."""
+        """The ``evaluation_transform`` of decoded images."""
         return evaluation_transform(self.image_size, self.in_chans, self.eval_crop)
 
 
@@ -61,7 +60,7 @@ def evaluation_transform(image_size: int, in_chans: int, eval_crop: float) -> v2
 
 
 def file_transform(cut: Sequence[Any], in_chans: int) -> v2.Compose:
-    """Return ``cut`` of a decoded image, which is made grey where the model has one channel."""
+    """Return the transforms ``cut``, followed by one to grey where the model has one channel."""
     return v2.Compose([*cut, v2.Lambda(_grey)] if in_chans == 1 else list(cut))
 
 
@@ -78,11 +77,9 @@ def middle_of_strip(image: Tensor) -> Tensor:
     """
     height, width = image.shape[-2:]
     most = 8 * min(height, width)
-    return (
-        image if max(height, width) <= most else v2.functional.center_crop(image, [min(height, most), min(width, most)])
-    )
+    return v2.functional.center_crop(image, [min(height, most), min(width, most)])
 
 
 def _grey(image: Tensor) -> Tensor:
-    """Uint8 (3, H, W) to (1, H, W). torchvision cuts the fraction off, and grey would come out a level darker."""
+    """Turn uint8 (3, H, W) into (1, H, W), rounded. On uint8, torchvision cuts the fraction off: a level darker."""
     return v2.functional.rgb_to_grayscale(image.float()).round().to(torch.uint8)

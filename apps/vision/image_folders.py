@@ -22,14 +22,14 @@ def read_image_folder(
     evaluate: Callable[..., Tensor],
     of_checkpoint: bool = False,
 ) -> Splits:
-    """``root/{train,val,test}/CLASS/``; without ``test``, ``val`` is the test split, as ImageNet is used.
+    """Read ``root/{train,val,test}/CLASS/``; without ``test``, ``val`` is the test split, as ImageNet is used.
 
     Args:
         root: the folder.
-        class_names: by label.
-        train, evaluate: what becomes of a decoded image, in training and in evaluation.
-        of_checkpoint: the classes are a model's that is trained: a split need not have images of all of them, and there
-            may be no ``train``. Else they are those of ``train``, and every split has the same.
+        class_names: names by label.
+        train, evaluate: transforms of a decoded image in training and in evaluation.
+        of_checkpoint: whether the classes are a checkpoint's. Then a split need not have images of all of them, and
+            there may be no ``train``. Else they are those of ``train``, and every split has the same.
 
     Raises:
         ValueError: a split has another class, or no image.
@@ -38,11 +38,10 @@ def read_image_folder(
     for name in ("train", "val", "test"):
         if not (root / name).is_dir():
             continue
-        found = class_folders(root / name)
+        folders = class_folders(root / name)
         if of_checkpoint:
-            check_classes(str(root / name), found, class_names)
-        elif set(found) != set(class_names):
-            odd = sorted(set(found) ^ set(class_names))
+            check_classes(str(root / name), folders, class_names)
+        elif odd := sorted(set(folders) ^ set(class_names)):
             raise ValueError(f"{root / name}: its classes are not those of train; they differ in {', '.join(odd[:5])}")
         samples[name] = _list_images(root / name, class_names, allow_empty=of_checkpoint)
 
@@ -56,10 +55,8 @@ def read_image_folder(
 
 
 def read_small_images(folder: Path, class_names: Sequence[str], side: int) -> ImageSet:
-    """All images below ``folder/CLASS`` in memory; each one must be ``side`` x ``side``."""
-    folders = class_folders(folder)
-    if sorted(folders) != sorted(class_names):
-        odd = sorted(set(folders) ^ set(class_names))
+    """Read all images below ``folder/CLASS`` into memory; each one must be ``side`` x ``side``."""
+    if odd := sorted(set(class_folders(folder)) ^ set(class_names)):
         rule = f"its folders are not the {len(class_names)} classes"
         raise ValueError(f"{folder}: {rule}; they differ in {', '.join(odd[:5])}")
 
@@ -74,7 +71,7 @@ def read_small_images(folder: Path, class_names: Sequence[str], side: int) -> Im
 
 
 def read_unlabelled(folder: Path, transform: Callable[[Tensor], Tensor]) -> ImageSet:
-    """All images in ``folder`` and below it, by path; their label is -1, which is none.
+    """Return all images in ``folder`` and below it, by path; their label is -1, which is none.
 
     Raises:
         ValueError: there is none.
@@ -86,13 +83,9 @@ def read_unlabelled(folder: Path, transform: Callable[[Tensor], Tensor]) -> Imag
     return ImageSet(FromFiles(tuple(paths), transform), torch.full((len(paths),), -1))
 
 
-def check_classes(where: str, found: Sequence[str], known: Sequence[str]) -> None:
-    """Refuse data with a class that a checkpoint does not know.
-
-    Raises:
-        ValueError: naming the classes that either has and the other has not.
-    """
-    unknown, lacking = sorted(set(found) - set(known)), sorted(set(known) - set(found))
+def check_classes(where: str, classes: Sequence[str], known: Sequence[str]) -> None:
+    """Refuse data with a class that is not ``known`` to a checkpoint, with a ``ValueError`` that names it."""
+    unknown, lacking = sorted(set(classes) - set(known)), sorted(set(known) - set(classes))
     if unknown:
         also = f", and lacks {some(lacking)}" if lacking else ""
         raise ValueError(
@@ -102,12 +95,12 @@ def check_classes(where: str, found: Sequence[str], known: Sequence[str]) -> Non
 
 
 def class_folders(folder: Path) -> tuple[str, ...]:
-    """The names of the folders in ``folder``, sorted."""
+    """Return the names of the folders in ``folder``, sorted."""
     return tuple(sorted(p.name for p in folder.iterdir() if p.is_dir()))
 
 
 def _list_images(folder: Path, class_names: Sequence[str], allow_empty: bool = False) -> list[tuple[str, int]]:
-    """The images below ``folder/CLASS`` with their labels, by class and path.
+    """Return the images below ``folder/CLASS`` with their labels, by class and path.
 
     Raises:
         ValueError: there is none; or, unless ``allow_empty``, none of one class.

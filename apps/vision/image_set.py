@@ -13,10 +13,15 @@ from torch import Tensor
 
 
 class ImageSet(torch.utils.data.Dataset[Any]):
-    """Images that are read by whole batches: ``set.__getitems__(positions)`` is (uint8 (B, C, H, W), label, index)."""
+    """Images that are read by whole batches: ``set.__getitems__(positions)`` is (uint8 (B, C, H, W), label, index).
+
+    Args:
+        read: a function from indices (B,) to their images.
+        labels: int64 (N,).
+        index: the indices that the set holds, in its order; None: all.
+    """
 
     def __init__(self, read: Callable[[Tensor], Tensor], labels: Tensor, index: Tensor | None = None) -> None:
-        """``read`` gives the images at the indices it is passed; ``index`` selects and orders, by default all."""
         self.read = read
         self.labels = labels
         self.index = torch.arange(len(labels)) if index is None else index
@@ -33,19 +38,16 @@ class ImageSet(torch.utils.data.Dataset[Any]):
         return self.read(index), self.labels[index], index
 
     def subset(self, positions: Tensor) -> ImageSet:
-        """The same images, fewer of them."""
+        """Return the images at ``positions``, in their order."""
         return ImageSet(self.read, self.labels, self.index[positions])
 
     def mixed(self) -> ImageSet:
-        """The same images in an order without meaning, always the same one."""
+        """Return all images in an order that is random but always the same one."""
         return self.subset(torch.randperm(len(self), generator=torch.Generator().manual_seed(0)))
 
 
 class Splits(NamedTuple):
-    """What a dataset brings along.
-
-    ``val`` is None where it has no validation split of its own, ``train`` where a folder holds images to test alone.
-    """
+    """The images of a dataset. ``val`` is None without a validation split, ``train`` where there are only tests."""
 
     train: ImageSet | None
     test: ImageSet
@@ -63,10 +65,10 @@ class FromTensor:
 
 
 def in_memory(images: np.ndarray, labels: np.ndarray, path: Path, num_classes: int) -> ImageSet:
-    """Uint8 (N, C, H, W) and labels in ``range(num_classes)``, which came from ``path``, as a set."""
+    """Return uint8 (N, C, H, W) with labels in ``range(num_classes)``, which came from ``path``, as a set."""
     if len(labels) and not 0 <= labels.min() <= labels.max() < num_classes:
-        found = f"{labels.min()} to {labels.max()}"
-        raise ValueError(f"{path} is corrupt: labels go from 0 to {num_classes - 1}, not {found}")
+        span = f"{labels.min()} to {labels.max()}"
+        raise ValueError(f"{path} is corrupt: labels go from 0 to {num_classes - 1}, not {span}")
     # arrays made of file bytes are read-only: torch would warn
     pixels = torch.from_numpy(np.require(images, requirements=["C", "W"]))
     return ImageSet(FromTensor(pixels), torch.from_numpy(labels.astype(np.int64)))
@@ -86,7 +88,7 @@ def stratified_split(labels: Tensor, num: int, seed: int) -> tuple[Tensor, Tenso
     order = torch.randperm(len(labels), generator=generator)
     place = torch.empty(len(labels), dtype=torch.float64)
     for label in labels.unique():
-        mine = order[labels[order] == label]
-        place[mine] = (torch.arange(len(mine), dtype=torch.float64) + 0.5) / len(mine)
+        of_class = order[labels[order] == label]
+        place[of_class] = (torch.arange(len(of_class), dtype=torch.float64) + 0.5) / len(of_class)
     ranked = order[place[order].argsort(stable=True)]  # ties between classes fall as they were shuffled
     return ranked[:num].sort().values, ranked[num:].sort().values

@@ -24,6 +24,7 @@ from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_
 from torch import Tensor, nn
 
 import core
+from apps.base.checks import check_at_least, check_name
 from apps.base.messages import first_line
 from apps.nets.blocks import FFNConfig, feed, ffn_configs, resolve_blocks
 from core.kernels import cpu
@@ -93,17 +94,13 @@ class ViTConfig:
     12 epochs on digits 0.02 came to 90.5 % test top-1, 0.2 to 97.8 and 0.5 to 98.1 (mean of seeds 0 and 1)."""
 
     def __post_init__(self) -> None:
-        if self.variant not in VARIANTS:
-            raise ValueError(f"variant={self.variant!r} is not one of {', '.join(VARIANTS)}")
-        for name in ("patch_size", "dim", "num_blocks", "heads", "dense_hidden_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{_FIELD.get(name, name)}={getattr(self, name)} must be at least 1")
-        if self.reg_tokens < 0:
-            raise ValueError(f"reg_tokens={self.reg_tokens} must be at least 0")
+        check_name("variant", self.variant, list(VARIANTS))
+        check_at_least(1, patch_size=self.patch_size, embed_dim=self.dim, depth=self.num_blocks, num_heads=self.heads)
+        check_at_least(1, hidden_dim=self.dense_hidden_dim)
+        check_at_least(0, reg_tokens=self.reg_tokens)
         if self.dim % self.heads:
             raise ValueError(f"embed_dim={self.dim} is not divisible by num_heads={self.heads}")
-        if self.pool not in ("token", "avg"):
-            raise ValueError(f"pool={self.pool!r} is not one of token, avg")
+        check_name("pool", self.pool, ["token", "avg"])
         if self.pool == "token" and self.class_token is False:
             raise ValueError("pool='token' needs class_token=True")
         if not 0.0 < self.pos_embed_std < float("inf"):
@@ -114,27 +111,26 @@ class ViTConfig:
 
     @property
     def dim(self) -> int:
-        """Model dim D, the variant's unless set."""
+        """Model dim D, the variant's unless ``embed_dim`` is set."""
         return VARIANTS[self.variant][0] if self.embed_dim is None else self.embed_dim
 
     @property
     def num_blocks(self) -> int:
-        """Number of blocks, the variant's unless set."""
+        """Number of blocks, the variant's unless ``depth`` is set."""
         return VARIANTS[self.variant][1] if self.depth is None else self.depth
 
     @property
     def heads(self) -> int:
-        """Attention heads, the variant's unless set."""
+        """Number of attention heads, the variant's unless ``num_heads`` is set."""
         return VARIANTS[self.variant][2] if self.num_heads is None else self.num_heads
 
     @property
     def dense_hidden_dim(self) -> int:
-        """FFN hidden dim F of the dense blocks, 4 * D unless set."""
+        """Hidden dim F of the dense FFNs, 4 * D unless ``hidden_dim`` is set."""
         return 4 * self.dim if self.hidden_dim is None else self.hidden_dim
 
     @property
     def dense_ffn(self) -> core.DenseFFN:
-        """The FFN of a dense block."""
         return core.DenseFFN(self.dense_hidden_dim, dropout=self.proj_drop)
 
     @property
@@ -142,34 +138,24 @@ class ViTConfig:
         return self.pool == "token" if self.class_token is None else self.class_token
 
 
-_TIMM_POS_EMBED_STD = 0.02
-
-_FIELD = {"dim": "embed_dim", "num_blocks": "depth", "heads": "num_heads", "dense_hidden_dim": "hidden_dim"}
-
-
 class MoEBlock(Block):
-    """timm's pre-norm block, whose ``mlp`` may be an MoE layer that is told the routing context."""
+    """timm's pre-norm block, whose ``mlp`` may be an MoE layer, which gets the routing context."""
 
-    def forward(
-        self,
-        x: Tensor,
-        context: core.RoutingContext | None = None,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
-    ) -> Tensor:
-        """(B, S, D) to (B, S, D). Without a context, token ids are the positions in ``x``."""
-        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)))
+    def forward(self, x: Tensor, context: core.RoutingContext | None = None) -> Tensor:
+        """Map (B, S, D) to (B, S, D). Without a context, token ids are the positions in ``x``."""
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
         h = self.norm2(x)
-        h = feed(self.mlp, h, _positions(h) if context is None else context)
+        h = feed(self.mlp, h, core.RoutingContext(token_ids_BS=_positions(h)) if context is None else context)
         return x + self.drop_path2(self.ls2(h))
 
 
-def _positions(x: Tensor) -> core.RoutingContext:
-    return core.RoutingContext(token_ids_BS=torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1))
+def _positions(x: Tensor) -> Tensor:
+    """Return the position of each token of ``x`` (B, S, D), int64 (B, S)."""
+    return torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
 
 
 def build_ffn(ffn: FFNConfig, dim: int) -> nn.Module:
-    """Return an MoE layer, or timm's FFN, under whose names published weights are; its dropout follows both products.
+    """Return an MoE layer, or timm's FFN, whose parameters have the names of published weights.
 
     Raises:
         ValueError: a gated dense FFN, which timm's blocks do not have.
@@ -215,13 +201,8 @@ class VMoE(VisionTransformer):
         ffn: FFNConfig | None = None,
         moe_blocks: str | Sequence[int] = "last2",
     ) -> None:
-        for name, value, least in (
-            ("image_size", image_size, 1),
-            ("in_chans", in_chans, 1),
-            ("num_classes", num_classes, 0),
-        ):
-            if value < least:
-                raise ValueError(f"{name}={value} must be at least {least}")
+        check_at_least(1, image_size=image_size, in_chans=in_chans)
+        check_at_least(0, num_classes=num_classes)
         if image_size % vit.patch_size:
             raise ValueError(f"image_size={image_size} is not divisible by patch_size={vit.patch_size}")
         sparse = () if ffn is None else resolve_blocks(moe_blocks, vit.num_blocks)
@@ -229,10 +210,9 @@ class VMoE(VisionTransformer):
 
         def block_fn(*, mlp_layer: Any, depth: int, **kwargs: Any) -> MoEBlock:
             # timm hands every block the same FFN and mlp_ratio; each block's own is bound here instead.
-            def build(in_features: int, **timms: Any) -> nn.Module:
-                return build_ffn(configs[depth], in_features)
-
-            return MoEBlock(mlp_layer=build, depth=depth, **kwargs)
+            return MoEBlock(
+                mlp_layer=lambda in_features, **_: build_ffn(configs[depth], in_features), depth=depth, **kwargs
+            )
 
         super().__init__(
             img_size=image_size,
@@ -268,7 +248,7 @@ class VMoE(VisionTransformer):
         self._scale_pos_embed()
 
     def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
-        """timm's scheme for the whole model, and the same distribution for each expert as for a dense FFN.
+        """Apply timm's scheme to the whole model, and give each expert the distribution of a dense FFN.
 
         With ``nn.Linear``'s default an expert would start at about twice the scale of the FFN it stands for (D = 192).
         """
@@ -286,62 +266,43 @@ class VMoE(VisionTransformer):
     @torch.no_grad()
     def _scale_pos_embed(self) -> None:
         if self.pos_embed is not None:
-            self.pos_embed.mul_(self.vit.pos_embed_std / _TIMM_POS_EMBED_STD)
+            self.pos_embed.mul_(self.vit.pos_embed_std / 0.02)  # timm's own deviation is 0.02
 
-    def forward(
-        self,
-        x: Tensor,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
-        context: core.RoutingContext | None = None,
-    ) -> Tensor:
-        """(B, C, H, W) images to (B, num_classes) logits; ``context`` as in ``forward_features``."""
-        return self.forward_head(self.forward_features(x, attn_mask, is_causal, context))
+    def forward(self, x: Tensor, context: core.RoutingContext | None = None) -> Tensor:
+        """Map (B, C, H, W) images to (B, num_classes) logits; ``context`` as in ``forward_features``."""
+        return self.forward_head(self.forward_features(x, context))
 
-    def forward_features(
-        self,
-        x: Tensor,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
-        context: core.RoutingContext | None = None,
-    ) -> Tensor:
-        """(B, C, H, W) images to (B, S, D) normalised tokens.
+    def forward_features(self, x: Tensor, context: core.RoutingContext | None = None) -> Tensor:
+        """Map (B, C, H, W) images to (B, S, D) normalised tokens.
 
         Args:
             x: images.
-            attn_mask, is_causal: of the attention, as timm has them.
             context: what is known of the images, such as ``task_ids_B`` and ``domain_ids_B``; positions are filled in.
         """
         x = self._pos_embed(self.patch_embed(x))
-        known = core.RoutingContext() if context is None else context
-        context = replace(known, token_ids_BS=_positions(x).token_ids_BS)
-        if isinstance(self.patch_drop, nn.Identity):
-            kept = None
-        else:
-            x, kept = patch_dropout_forward(
-                x, self.patch_drop.prob, self.num_prefix_tokens, self.patch_drop.ordered, self.training
-            )
-        ids_BS = context.token_ids_BS
-        if kept is not None and ids_BS is not None:
-            prefix, patches = ids_BS[:, : self.num_prefix_tokens], ids_BS[:, self.num_prefix_tokens :]
-            context = replace(known, token_ids_BS=torch.cat((prefix, patches.gather(1, kept)), dim=1))
+        ids_BS = _positions(x)
+        if self.training and not isinstance(self.patch_drop, nn.Identity):
+            num_prefix = self.num_prefix_tokens
+            x, kept = patch_dropout_forward(x, self.patch_drop.prob, num_prefix, self.patch_drop.ordered, True)
+            if kept is not None:
+                ids_BS = torch.cat((ids_BS[:, :num_prefix], ids_BS[:, num_prefix:].gather(1, kept)), dim=1)
+        context = replace(context or core.RoutingContext(), token_ids_BS=ids_BS)
         x = self.norm_pre(x)
         for block in self.blocks:
-            call = partial(block, attn_mask=attn_mask, is_causal=is_causal)
-            x = checkpoint(call, x, context) if self.grad_checkpointing and self.training else call(x, context)
+            x = checkpoint(block, x, context) if self.grad_checkpointing and self.training else block(x, context)
         return self.norm(x)
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What ``load_pretrained_weights`` did, by parameter name.
+    """The parameters that ``load_pretrained_weights`` loaded and left out, by name.
 
     Attributes:
-        loaded: taken from the source.
-        missing: of the model, not in the source: its head.
-        unexpected: in the source, not of the model: its head, blocks beyond the model's depth.
-        skipped: in both, but of another shape: a head of other classes, a widened FFN.
-        replaced: of the model's MoE layers; left at their initial values unless the source has them.
+        loaded: parameters that were taken from the source.
+        missing: parameters that only the model has, such as its head.
+        unexpected: tensors that only the source has: its head, blocks beyond the model's depth.
+        skipped: parameters that have another shape in the source: a head of other classes, a widened FFN.
+        replaced: parameters of the model's MoE layers that the source lacks; they keep their initial values.
     """
 
     loaded: tuple[str, ...]
@@ -391,44 +352,40 @@ def load_pretrained_weights(model: VMoE, source: str | Path) -> LoadReport:
         raise ValueError(f"pretrained={source} cannot be resampled for {tokens}: {first_line(error)}") from error
     if not model.has_class_token:
         weights.pop("cls_token", None)
-    mine, its = ("fc_norm", "norm") if isinstance(model.norm, nn.Identity) else ("norm", "fc_norm")
-    weights = {re.sub(rf"^{its}\.", f"{mine}.", name): w for name, w in weights.items()}
+    norm, other = ("fc_norm", "norm") if isinstance(model.norm, nn.Identity) else ("norm", "fc_norm")
+    weights = {re.sub(rf"^{other}\.", f"{norm}.", name): w for name, w in weights.items()}
     conv = "patch_embed.proj.weight"
     if conv in weights and weights[conv].shape[1] != model.in_chans:
         if weights[conv].shape[1] != 3:
             raise ValueError(f"pretrained={source}: {weights[conv].shape[1]} channels do not adapt to {model.in_chans}")
         weights[conv] = adapt_input_conv(model.in_chans, weights[conv])
     own = model.state_dict()
-    sparse_prefixes = tuple(f"blocks.{i}.mlp." for i in model.moe_blocks) if model.moe is not None else ()
     fits = {name: w for name, w in weights.items() if name in own and own[name].shape == w.shape}
     if not fits:
         raise ValueError(f"pretrained={source}: none of its {len(weights)} tensors fits this model")
-    odd = {
-        "missing": [n for n in own if n not in weights],
-        "unexpected": [n for n in weights if n not in own],
-        "of another shape": [n for n in weights if n in own and n not in fits],
-    }
-    found = [f"{names[0]} is {what}" for what, of in odd.items() if (names := [n for n in of if _in_trunk(n, model)])]
-    if found:
-        raise ValueError(f"pretrained={source} is of another architecture than model.vit: {', '.join(found)}")
+    missing = [n for n in own if n not in weights]
+    unexpected = [n for n in weights if n not in own]
+    skipped = [n for n in weights if n in own and n not in fits]
+    differences = []
+    for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", skipped)):
+        differences += [f"{n} is {what}" for n in names if _in_trunk(n, model)][:1]
+    if differences:
+        raise ValueError(f"pretrained={source} is of another architecture than model.vit: {', '.join(differences)}")
     model.load_state_dict(fits, strict=False)
-
-    def is_replaced(name: str) -> bool:
-        return bool(sparse_prefixes) and name.startswith(sparse_prefixes)
-
+    sparse = tuple(f"blocks.{i}.mlp." for i in model.moe_blocks) if model.moe is not None else ()
     report = LoadReport(
         loaded=tuple(fits),
-        missing=tuple(n for n in own if n not in weights and not is_replaced(n)),
-        unexpected=tuple(n for n in weights if n not in own and not is_replaced(n)),
-        skipped=tuple(n for n in weights if n in own and n not in fits),
-        replaced=tuple(n for n in own if n not in weights and is_replaced(n)),
+        missing=tuple(n for n in missing if not n.startswith(sparse)),
+        unexpected=tuple(n for n in unexpected if not n.startswith(sparse)),
+        skipped=tuple(skipped),
+        replaced=tuple(n for n in missing if n.startswith(sparse)),
     )
     _logger.info("pretrained %s: %s", source, report)
     return report
 
 
 def _in_trunk(name: str, model: VMoE) -> bool:
-    """Whether the model is another function without that tensor: no head, replaced FFN or block beyond the last."""
+    """Return whether the model needs that tensor: it is of no head, replaced FFN or block beyond the last."""
     block = re.match(r"blocks\.(\d+)\.(mlp\.)?", name)
     if block is None:
         return not name.startswith("head.")
@@ -436,9 +393,9 @@ def _in_trunk(name: str, model: VMoE) -> bool:
 
 
 def _with_prefix_of(model: VMoE, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """``weights`` with position embeddings of class and register tokens where ``model`` has them, and only there.
+    """Return ``weights`` with position embeddings of just those class and register tokens that have some in ``model``.
 
-    They are moved into the tokens that they are added to, which changes no output.
+    Embeddings without a place are added to their tokens, which changes no output.
     """
     pos = weights.get("pos_embed")
     if pos is None or "register_tokens" in weights:  # DINOv2's own names: timm does the same
@@ -482,5 +439,5 @@ def _read_weights(source: str) -> dict[str, Tensor]:
 
 
 def _sentence(error: BaseException) -> str:
-    """The first sentence of what ``error`` says: torch explains a cut file in four."""
+    """Return the first sentence of the message of ``error``: torch explains a cut file in four."""
     return re.split(r"\.\s", first_line(error), maxsplit=1)[0].rstrip(".")
