@@ -29,7 +29,7 @@ def _list(cache_dir: str | None) -> None:
     from rich.table import Table
 
     table = Table("name", "app", "here", "what", "licence", title="datasets")
-    for row in datasets.list_datasets(cache_dir):
-        here = "yes" if row.ready else "" if row.sources else "bring it"
-        table.add_row(row.name, row.app, here, row.title, row.licence)
+    for dataset in datasets.list_datasets():
+        here = "yes" if datasets.available(dataset.name, cache_dir) else "" if dataset.sources else "bring it"
+        table.add_row(dataset.name, dataset.app, here, dataset.title, dataset.licence)
     Console().print(table)

@@ -1,1 +1,1 @@
-"""Where data comes from and how it is served: sources, encoded columns on disk, and a loader that resumes exactly."""
+"""Data for all apps: sources, encoded columns on disk, and a loader that resumes exactly."""

@@ -1,6 +1,6 @@
-"""Unpack archives of strangers: tar and zip, within limits, plain files alone, and never out of their folder.
+"""Unpack tar and zip archives of strangers: within limits, plain files alone, and never out of their folder.
 
-pooch's ``Untar`` and ``Unzip`` do none of that: they write whatever an archive says, to any size.
+pooch's ``Untar`` and ``Unzip`` have no such limits: they write whatever an archive holds, of any size.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 
 from apps.base.inflate import Inflated, check_unpacked
 from apps.base.messages import one_line
+from apps.data.cache import SourceFailed
 
 _COMPRESSED_TARS: tuple[tuple[bytes, Callable[..., Any]], ...] = (
     (b"\x1f\x8b", gzip.open),
@@ -30,7 +31,7 @@ _COMPRESSED_TARS: tuple[tuple[bytes, Callable[..., Any]], ...] = (
 )
 
 
-class BadArchive(Exception):
+class BadArchive(SourceFailed):
     """An archive that cannot be unpacked; the message is one line that names it and the reason."""
 
 
@@ -38,8 +39,8 @@ def unpack(archive: Path, target: Path, pattern: str = "*", below: str = "") -> 
     """Write plain files of a tar or zip archive into ``target``. Links and devices are left out.
 
     Args:
-        archive: the file; its content says of which kind it is.
-        target: a folder. What was written until an error stays there.
+        archive: the file; its content, not its name, decides of which kind it is.
+        target: a folder. Files that were written before an error stay there.
         pattern: the members to write, with ``*`` for any characters.
         below: folder in the archive that the members lie in, and from which their paths below ``target`` start. It may
             lie in one more folder, as in a source archive.

@@ -1,7 +1,7 @@
-"""Memory-mapped arrays in a folder, as encoded data lie on the disk.
+"""Memory-mapped arrays in a folder: the form of encoded data on the disk.
 
-One row of a table is one row of a matrix, so a batch is one indexed read a matrix. ``manifest.json`` lists the files
-with their sizes: a file that was cut is noticed before it is mapped.
+One row of a table is one row of a matrix, so a batch is one indexed read a matrix. Each matrix is an ``.npy`` file.
+``manifest.json`` lists the files with their sizes: a file that was cut is noticed before it is mapped.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _MANIFEST = "manifest.json"
 
 
 class Damaged(Exception):
-    """A folder that is not what its manifest says; the message is the reason."""
+    """A folder that does not fit its manifest; the message is the reason."""
 
 
 class ArrayFiles:
@@ -33,10 +33,10 @@ class ArrayFiles:
     It can be sent to another process, which maps the files anew.
 
     Args:
-        folder: as `ArrayWriter` left it.
+        folder: the folder of an `ArrayWriter` that was closed.
 
     Attributes:
-        info: what was given to ``ArrayWriter.finish``: plain values.
+        info: the plain values that ``ArrayWriter.finish`` got.
 
     Raises:
         Damaged: a file is missing, or has not the size that it was written with.
@@ -46,15 +46,16 @@ class ArrayFiles:
         self.folder = folder
         try:
             manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-            arrays, sizes, self.info = manifest["arrays"], manifest["sizes"], manifest["info"]
+            sizes, self.info = manifest["sizes"], manifest["info"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise Damaged(f"{_MANIFEST} cannot be read") from error
         for name, size in sizes.items():
             path = folder / name
-            found = path.stat().st_size if path.is_file() else None
-            if found != size:
-                raise Damaged(f"{name} is missing" if found is None else f"{name} has {found} bytes, not {size}")
-        self._arrays = {name: _map(folder / f"{name}.bin", shape, dtype) for name, (shape, dtype) in arrays.items()}
+            if not path.is_file():
+                raise Damaged(f"{name} is missing")
+            if (actual := path.stat().st_size) != size:
+                raise Damaged(f"{name} has {actual} bytes, not {size}")
+        self._arrays = {Path(name).stem: _map(folder / name) for name in sizes}
 
     def __contains__(self, name: str) -> bool:
         return name in self._arrays
@@ -66,14 +67,12 @@ class ArrayFiles:
         return ArrayFiles, (self.folder,)
 
 
-def _map(path: Path, shape: list[int], dtype: str) -> Tensor:
-    if 0 in shape:
-        return torch.from_numpy(np.empty(shape, dtype))
+def _map(path: Path) -> Tensor:
     if hasattr(os, "posix_fadvise"):  # rows are read in any order: ask for the file before they are
         with open(path, "rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
     # Copy on write, since torch wants memory that could be written; nothing writes, so nothing is copied.
-    return torch.from_numpy(np.asarray(np.memmap(path, dtype=dtype, mode="c", shape=tuple(shape))))
+    return torch.from_numpy(np.asarray(np.load(path, mmap_mode="c")))
 
 
 class ArrayWriter:
@@ -81,25 +80,17 @@ class ArrayWriter:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._arrays: dict[str, tuple[list[int], str]] = {}
         self._open: list[np.memmap[Any, Any]] = []
         self._info: Any = None
 
     def create(self, name: str, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
-        """An array to be filled."""
-        kind = np.dtype(dtype)
-        self._arrays[name] = (list(shape), kind.str)
-        path = self.folder / f"{name}.bin"
-        size = int(np.prod(shape, dtype=np.int64)) * kind.itemsize
-        with open(path, "wb") as file:
-            if size == 0:
-                return np.empty(shape, kind)
-            # Without its blocks, a full disk would be a fatal signal at some later write.
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, size)
-            else:
-                file.truncate(size)
-        array = np.memmap(path, dtype=kind, mode="r+", shape=shape)
+        """Return an array to be filled."""
+        path = self.folder / f"{name}.npy"
+        array = np.lib.format.open_memmap(path, "w+", np.dtype(dtype), shape)
+        # Without its blocks, a full disk would be a fatal signal at some later write.
+        if hasattr(os, "posix_fallocate"):
+            with open(path, "r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
         self._open.append(array)
         return array
 
@@ -108,7 +99,7 @@ class ArrayWriter:
         self.create(name, array.shape, array.dtype)[...] = array
 
     def finish(self, info: Any) -> None:
-        """The folder is complete; ``info`` are plain values to keep beside the arrays."""
+        """Take plain values to keep beside the arrays, which are complete."""
         self._info = info
 
     def close(self) -> None:
@@ -119,14 +110,14 @@ class ArrayWriter:
         self._open.clear()
         sizes = {path.name: path.stat().st_size for path in sorted(self.folder.iterdir())}
         with replacing(self.folder / _MANIFEST) as file:
-            json.dump({"arrays": self._arrays, "sizes": sizes, "info": self._info}, file)
+            json.dump({"sizes": sizes, "info": self._info}, file)
 
 
 class ArraysInMemory:
     """Arrays in memory, to be filled like those of a ``ArrayWriter`` and read like those of ``ArrayFiles``.
 
     Attributes:
-        info: what was given to ``finish``.
+        info: the plain values that ``finish`` got.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""The cache on disk: where it lies, who may write an entry, and entries that are complete or not there."""
+"""The cache on disk: its folder, the locks of its entries, and entries that are complete or not there."""
 
 from __future__ import annotations
 
@@ -29,6 +29,10 @@ def cache_root(cache_dir: str | os.PathLike[str] | None) -> Path:
     return (Path(home) if os.path.isabs(home) else Path.home() / ".cache") / "moesaic"
 
 
+class SourceFailed(Exception):
+    """One source could not deliver. The message is the reason; ``datasets.prepare`` goes on to the next source."""
+
+
 @contextlib.contextmanager
 def locked(cache: Path, entry: str, doing: str) -> Iterator[None]:
     """Hold the lock of one entry of the cache while the block writes it, and name the cache in its disk errors.
@@ -37,8 +41,8 @@ def locked(cache: Path, entry: str, doing: str) -> Iterator[None]:
 
     Args:
         cache: the cache's folder, which is made if need be.
-        entry: names the lock.
-        doing: what the block does, for a process that has to wait, such as ``fetching digits``.
+        entry: name of the lock.
+        doing: description of the block for a process that has to wait, such as ``fetching digits``.
 
     Raises:
         DataError: the cache cannot be written, the disk is full, or another file cannot be read.
@@ -93,12 +97,10 @@ def whole_folder(target: Path) -> Iterator[Path]:
     try:
         yield partial
         partial.chmod(0o755)  # mkdtemp makes folders that only their owner can read
+        old = target.with_name(f".{target.name}.old")
         if target.exists():
-            old = target.with_name(f".{target.name}.old")
             os.replace(target, old)
-            os.replace(partial, target)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.replace(partial, target)
+        os.replace(partial, target)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -1,8 +1,7 @@
-"""The standard datasets by name, and the folder that each one's files lie in.
+"""The standard datasets by name, and the folder of each one's files.
 
-Every standard dataset is one `Dataset` record: the files of its own layout and an ordered list of sources. An app
-registers its records where ``apps/registry.py`` says; nothing here knows an app. `prepare` returns a folder in
-that layout, from the first of
+Every standard dataset is one `Dataset` record: the files of its own layout and an ordered list of sources. Apps
+register their records; nothing here knows an app. `prepare` returns a folder in that layout, from the first of
 
 1. ``root``, a folder of the user's: taken as it is, never written, never replaced by anything else;
 2. the cache, ``~/.cache/moesaic/NAME`` (``XDG_CACHE_HOME`` is honoured);
@@ -21,29 +20,28 @@ import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from apps import registry
-from apps.base.messages import unknown_name
-from apps.data.cache import DataError, cache_root, locked, whole_folder
-from apps.data.sources import Source, SourceFailed
+from apps.base.checks import check_name
+from apps.data.cache import DataError, SourceFailed, cache_root, locked, whole_folder
+from apps.data.sources import Source
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A standard dataset: what its folder holds and where that comes from.
+    """A standard dataset: the files of its folder and their sources.
 
     Attributes:
-        name: as in ``--data.dataset`` and in the cache.
-        app: which app registers it.
-        title: one line for people: what and how much.
+        name: its name in ``--data.dataset`` and in the cache.
+        app: the app that registers it.
+        title: one line for people: kind and amount of data.
         layouts: the accepted layouts; each one lists the files, or patterns of files, that a complete folder holds. The
             first one is what the sources deliver.
-        sources: in the order they are tried; empty for data that only the user can bring.
-        licence: of the data.
-        note: what a user should know beside the results, or how to get data that has no source.
+        sources: sources in the order they are tried; empty for data that only the user can bring.
+        licence: licence of the data.
+        note: a caveat for results, or how to get data that has no source.
     """
 
     name: str
@@ -65,22 +63,11 @@ class Dataset:
         return sorted({path for layout in self.layouts for name in layout for path in folder.glob(name)})
 
 
-class DatasetRow(NamedTuple):
-    """One line of ``moesaic data list``."""
-
-    name: str
-    app: str
-    title: str
-    ready: bool
-    sources: tuple[str, ...]
-    licence: str
-
-
 _REGISTRY: dict[str, Dataset] = {}
 
 
 def register(dataset: Dataset) -> Dataset:
-    """Add a record, for an app's ``data`` module to call when it is imported. Returns the record."""
+    """Add a record and return it. An app's module calls this when it is imported."""
     if (other := _REGISTRY.get(dataset.name)) is not None and other != dataset:
         raise ValueError(f"dataset={dataset.name!r} is registered already, by the {other.app} app")
     _REGISTRY[dataset.name] = dataset
@@ -88,37 +75,28 @@ def register(dataset: Dataset) -> Dataset:
 
 
 def find(name: str) -> Dataset:
-    """The record called ``name``.
-
-    Raises:
-        ValueError: no such dataset; the message suggests the nearest name.
-    """
+    """Return the record called ``name``; a ``ValueError`` for an unknown one suggests the nearest name."""
     if name not in _REGISTRY:
         registry.import_datasets()
-    if name not in _REGISTRY:
-        raise ValueError(unknown_name("dataset", name, sorted(_REGISTRY)))
+    check_name("dataset", name, sorted(_REGISTRY))
     return _REGISTRY[name]
 
 
-def list_datasets(cache_dir: str | os.PathLike[str] | None = None) -> list[DatasetRow]:
-    """One row for each registered dataset, by app and name."""
+def list_datasets() -> list[Dataset]:
+    """Return all registered datasets, by app and name."""
     registry.import_datasets()
-    cache = cache_root(cache_dir)
-    return [
-        DatasetRow(d.name, d.app, d.title, _local(d, cache) is not None, tuple(map(str, d.sources)), d.licence)
-        for d in sorted(_REGISTRY.values(), key=lambda d: (d.app, d.name))
-    ]
+    return sorted(_REGISTRY.values(), key=lambda d: (d.app, d.name))
 
 
 def available(name: str, cache_dir: str | os.PathLike[str] | None = None) -> bool:
-    """Whether `prepare` would return at once: the dataset is in the cache or in an installed package."""
+    """Return whether `prepare` would return at once: the dataset is in the cache or in an installed package."""
     return _local(find(name), cache_root(cache_dir)) is not None
 
 
 def prepare(
     name: str, root: str | os.PathLike[str] | None = None, cache_dir: str | os.PathLike[str] | None = None
 ) -> Path:
-    """A folder with the dataset in its own layout, fetched if need be.
+    """Return a folder with the dataset in its own layout; fetch it if need be.
 
     Args:
         name: a registered dataset.

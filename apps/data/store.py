@@ -1,4 +1,4 @@
-"""Encoded data in the cache: found by what they were made from, else made, once, whatever asks at the same time."""
+"""Encoded data in the cache, made once for each set of inputs, however many processes ask at the same time."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _OWN_CODE = ("data/array_files.py", "data/store.py", "base/inflate.py")
 class EncodedStore:
     """The encoded data of one kind, each in a folder ``CACHE/KIND/NAME-KEY`` that is complete or not there.
 
-    The key is a hash of what the data were made from: the files, the options, and the code that reads and encodes. So a
-    change of any of them is an entry of its own, and an old entry is never read by mistake.
+    The key is a hash of the files, the options, and the code that reads and encodes. So a change of any of them is an
+    entry of its own, and an old entry is never read by mistake.
 
     Attributes:
         kind: the folder's name in the cache.
@@ -50,12 +50,12 @@ class EncodedStore:
 
         Args:
             cache: the cache's folder.
-            name: of the data, for people who look into the folder.
-            made_from: plain values that change when what is encoded does.
+            name: name of the data, for people who look into the folder.
+            made_from: plain values that change when the encoded data do.
             write: fills the writer and ends with its ``finish``.
             learning: plain values that say how an encoding is learned from the data. They count where none is given.
             given: digest of the encoding that is used, such as a checkpoint's; None: it is learned from the data. An
-                entry whose own encoding was learned and is the same serves too.
+                entry that learned the same encoding serves too.
             digest_of: returns the digest of the encoding that an entry learned; goes with ``given``.
 
         Raises:

@@ -16,12 +16,13 @@ from typing import Any, Literal
 
 import core
 from apps.base.files import replacing
+from apps.base.messages import one_line
 from apps.data.text_files import clean
 
 log = logging.getLogger(__name__)
 
 PAD_ID, UNK_ID, BOS_ID, EOS_ID = 0, 1, 2, 3
-"""Ids of padding, of what has no subword, and of a sentence's begin and end, in every vocabulary here."""
+"""Ids of padding, of characters without a subword, and of a sentence's begin and end, in every vocabulary here."""
 
 Side = Literal["source", "target"]
 
@@ -29,12 +30,12 @@ Side = Literal["source", "target"]
 @core.register_config
 @dataclass(frozen=True)
 class Subwords:
-    """Sentencepiece models of both sides of a corpus. Saved in the checkpoint with the model that reads its ids.
+    """Sentencepiece models of both sides of a corpus. A checkpoint keeps them with the model that reads their ids.
 
     Attributes:
         models: base64 of the sentencepiece model files: one for both sides, or the source's and the target's.
-        languages: those with a tag; its id is that of the piece ``<2xx>``, xx being the language's code. Empty where
-            sentences have no tag.
+        languages: languages with a tag, whose id is that of the piece ``<2xx>``, xx being the language's code. Empty
+            where sentences have no tag.
 
     Raises:
         ValueError: not one model or two, or one that sentencepiece cannot read.
@@ -51,7 +52,7 @@ class Subwords:
 
     @property
     def is_joint(self) -> bool:
-        """Both sides have the same ids."""
+        """Whether both sides have the same ids."""
         return len(self.models) == 1
 
     @property
@@ -60,31 +61,31 @@ class Subwords:
         return hashlib.sha256("\n".join((*self.models, *self.languages)).encode()).hexdigest()[:12]
 
     def processor(self, side: Side) -> Any:
-        """The ``SentencePieceProcessor`` of a side."""
+        """Return the ``SentencePieceProcessor`` of a side."""
         return _processor(self.models[0 if side == "source" else -1])
 
     def size(self, side: Side) -> int:
-        """V, ids of a side's vocabulary, specials and tags included."""
+        """Return V, the number of ids of a side's vocabulary, specials and tags included."""
         return int(self.processor(side).vocab_size())
 
     def encode(self, sentences: Sequence[str], side: Side) -> list[list[int]]:
-        """Ids of each sentence, without tag, begin and end."""
+        """Return the ids of each sentence, without tag, begin and end."""
         return self.processor(side).encode(list(sentences), out_type=int)
 
     def decode(self, ids: Sequence[Sequence[int]], side: Side) -> list[str]:
-        """A line of text for each row of ids; specials and tags have none.
+        """Return a line of text for each row of ids; specials and tags add none.
 
-        A model that spells bytes may write line ends, or what a terminal obeys: see ``clean``.
+        A model that spells bytes may write line ends or control characters of a terminal: ``clean`` removes them.
         """
         return [clean(text) for text in self.processor(side).decode([[int(i) for i in row] for row in ids])]
 
     def pieces(self, ids: Sequence[int], side: Side) -> list[str]:
-        """The subwords themselves, as they are shown."""
+        """Return the subwords themselves, in sentencepiece's spelling."""
         processor = self.processor(side)
         return [processor.id_to_piece(int(i)) for i in ids]
 
     def tag_id(self, language: str) -> int:
-        """The id, on the source side, of the tag that asks for a translation into ``language``.
+        """Return the source side's id of the tag that asks for a translation into ``language``.
 
         Raises:
             ValueError: it has no tag.
@@ -121,14 +122,14 @@ class SubwordConfig:
 
     Attributes:
         kind: "bpe" (Sennrich et al. 2016) or "unigram" (Kudo 2018).
-        vocab_size: ids of a vocabulary; of both sides together where it is joint. The 4 specials, the tags, 256 bytes
+        vocab_size: ids of a vocabulary, which serves both sides where it is joint. The 4 specials, the tags, 256 bytes
             and the characters are among them. It is a limit: a small corpus may not have so many subwords.
         joint: one vocabulary for both sides; else each has its own.
         character_coverage: share of the text whose characters are subwords themselves; the rarest ones are spelled in
             bytes, as are those that the training text lacks.
-        max_sentences: of a side, that subwords are learned from; of a larger corpus so many are drawn.
-        path: they are not learned, but read: from the folder of a published checkpoint, or a sentencepiece model of
-            yours. The others have no effect then.
+        max_sentences: sentences of a side from which subwords are learned; from a larger corpus so many are drawn.
+        path: folder of a published checkpoint, or a sentencepiece model of yours, from which subwords are read instead.
+            The other options have no effect then.
 
     Raises:
         ValueError: a value out of its range.
@@ -154,13 +155,13 @@ def train_subwords(
     source: Iterable[str], target: Iterable[str], config: SubwordConfig, languages: Sequence[str] = (),
     cache: Path | None = None,
 ) -> Subwords:  # fmt: skip
-    """Subwords of a corpus, the same whenever its text and the options are.
+    """Learn the subwords of a corpus. Equal text and equal options always give equal subwords.
 
     Args:
-        source: the sentences of the source side, of training alone. A sentence that comes twice counts once.
-        target: of the target side.
-        config: how.
-        languages: those that need a tag.
+        source: the sentences of the source side, from the training split alone. One that comes twice counts once.
+        target: those of the target side.
+        config: options of the learning.
+        languages: languages that need a tag.
         cache: folder for the models, so that the same one is not trained again; None: none is kept.
 
     Raises:
@@ -198,7 +199,7 @@ def _model(lines: Iterable[str], config: SubwordConfig, languages: Sequence[str]
 
 
 def _parts(line: str) -> Iterator[str]:
-    """A line in parts that sentencepiece takes, cut at spaces, or else between characters: it skips longer ones."""
+    """Cut a line at spaces, or else between characters, into parts that sentencepiece does not skip as too long."""
     data, start = line.encode(), 0
     while len(data) - start > _LONGEST_BYTES:
         end = data.rfind(b" ", start + 1, start + _LONGEST_BYTES + 1)
@@ -240,9 +241,9 @@ def _train(sentences: list[str], config: SubwordConfig, languages: Sequence[str]
             minloglevel=2,
         )
     except RuntimeError as error:
-        if found := re.search(r"required_chars\. \d+ vs (\d+)", str(error)):
+        if needed := re.search(r"required_chars\. \d+ vs (\d+)", str(error)):
             raise ValueError(
-                f"vocab_size={config.vocab_size} is too small: specials, tags, bytes and characters are {found[1]}"
+                f"vocab_size={config.vocab_size} is too small: specials, tags, bytes and characters are {needed[1]}"
             ) from error
-        raise ValueError(f"subwords cannot be learned: {' '.join(str(error).split())}") from error
+        raise ValueError(f"subwords cannot be learned: {one_line(str(error))}") from error
     return model.getvalue()

@@ -22,15 +22,15 @@ from apps.data.splits import SPLITS, Split
 class SuiteData(LightningDataModule):
     """Data from their files to the batches of every stage.
 
-    A subclass brings ``read`` and ``examples``; ``batching`` and ``eval_loader`` where a batch is not so many examples
-    in their order; ``encoding``, ``encoding_of`` and ``forget`` where it learns what its values mean to a model.
+    A subclass brings ``read`` and ``examples``; ``batching`` and ``eval_loader`` where a batch is not a number of
+    examples in their order; ``encoding``, ``encoding_of`` and ``forget`` where it learns an encoding of its values.
 
     Lightning asks a data module for its loaders. The suite asks for more, all of which your own may leave out:
 
     - attributes that a model names in ``data_arguments``, such as ``num_classes``: they become arguments of the model;
     - ``encoding_state`` and ``adopt``: a checkpoint keeps the one and hands it to the other before the model is made,
-      so that other files are read as those of the training were;
-    - ``from_checkpoint`` and ``superseded``: see there;
+      so that other files are read in the way of the training files;
+    - ``from_checkpoint`` and ``superseded``, described below;
     - ``defaults_of_none(arguments)``: the configs that stand in for arguments that are None;
     - ``train_eval_dataloader``: the training examples in their order, without random transforms, for reports and for
       models that are no networks.
@@ -39,20 +39,20 @@ class SuiteData(LightningDataModule):
         dataset: a name of ``moesaic data list``, or one that stands for files of the user's.
         root: folder with the user's own copy of the files; nothing is downloaded then.
         cache_dir: folder for downloads and encoded data; None: ~/.cache/moesaic.
-        batch_size: training examples a step and process; None where ``batching`` says otherwise.
-        eval_batch_size: examples a step and process elsewhere.
+        batch_size: training examples a step and process; None where ``batching`` decides.
+        eval_batch_size: examples a step and process in evaluation.
         drop_last: leave out the last training batch of an epoch if it is not full.
         num_workers: processes that make batches.
-        seed: of the order of training and of random transforms; None: the run's.
+        seed: seed of the order of training and of random transforms; None: the run's.
 
     Raises:
         ValueError: a value out of its range.
     """
 
     unit: ClassVar[str] = "examples"
-    """What the examples are called."""
+    """Name of the examples in messages."""
     hold_out: ClassVar[str]
-    """What gives a split examples, for the message when it has none; ``{split}`` stands for its name."""
+    """Hint how a split gets examples, for the message when it has none; ``{split}`` stands for its name."""
     from_checkpoint: ClassVar[tuple[str, ...]] = ()
     """Arguments that the command line takes from a checkpoint where they are not given."""
     superseded: ClassVar[Mapping[str, str]] = MappingProxyType({})
@@ -80,7 +80,7 @@ class SuiteData(LightningDataModule):
         self._opened: Any = None
         self._described = False
 
-    # ---- what a subclass brings
+    # ---- the parts that a subclass brings
 
     def read(self) -> Any:
         """Fetch, encode and open the files; ``opened`` keeps what this returns.
@@ -91,14 +91,14 @@ class SuiteData(LightningDataModule):
         raise NotImplementedError
 
     def examples(self, split: Split) -> Any:
-        """Return the examples of a split, a map-style dataset; it is empty or None where there are none."""
+        """Return the examples of a split, a map-style dataset; it is empty, or None, without examples."""
         raise NotImplementedError
 
     def check(self, stage: str | None) -> None:
         """Refuse data that do not serve one of Lightning's stages, with a ``ValueError``."""
 
     def sizes(self) -> dict[Split, int]:
-        """Return how much each split has, in ``unit``."""
+        """Return the size of each split, in ``unit``."""
         return {split: len(self.examples(split)) for split in SPLITS}
 
     def batching(self, examples: Any) -> dict[str, Any]:
@@ -115,7 +115,7 @@ class SuiteData(LightningDataModule):
 
     @property
     def needs_no_dataset(self) -> bool:
-        """Whether the user gives what is to be predicted, and its encoding is known: nothing is fetched then."""
+        """Whether the user gives all that is predicted, and its encoding is known: nothing is fetched then."""
         return False
 
     # ---- the files and their encoding
@@ -127,18 +127,18 @@ class SuiteData(LightningDataModule):
 
     @property
     def opened(self) -> Any:
-        """What ``read`` returns; it is read when it is first asked for."""
+        """The result of ``read``, which runs when it is first asked for."""
         if self._opened is None:
             self._opened = self.read()
         return self._opened
 
     def forget(self) -> None:
-        """Drop what was read, to read it by another encoding."""
+        """Drop the result of ``read``, so that the files are read again, by another encoding."""
         self._opened = None
 
     @property
     def encoding(self) -> Any:
-        """What the data's values are to a model, such as which row of a table is which word; None: they are plain."""
+        """The meaning of the values to a model, such as the words of a table's rows; None: they are plain."""
         return None
 
     @classmethod
@@ -156,10 +156,10 @@ class SuiteData(LightningDataModule):
         return None if self.encoding is None else self.encoding.state()
 
     def adopt(self, encoding_state: Mapping[str, Any]) -> None:
-        """Encode as the data did whose ``encoding_state`` a checkpoint keeps, whatever the own rows would teach.
+        """Use the encoding that a checkpoint keeps, instead of one that would be learned from these data.
 
         Raises:
-            ValueError: it is no encoding of such data, or an option that was given says otherwise.
+            ValueError: it is no encoding of such data, or contradicts an option that was given.
         """
         encoding = self.encoding_of(encoding_state)
         if encoding == self._adopted:
@@ -169,7 +169,7 @@ class SuiteData(LightningDataModule):
         self._adopted = encoding
 
     def _adopt_of_model(self) -> None:
-        """Adopt what the model's checkpoint says, which Lightning's own setup of the model would tell too late."""
+        """Adopt the encoding of the model's checkpoint. Lightning would set the model up after the data."""
         module = None if self.trainer is None else self.trainer.lightning_module
         if (state := getattr(module, "_encoding", None)) is not None:
             self.adopt(state)
@@ -178,7 +178,7 @@ class SuiteData(LightningDataModule):
 
     @property
     def title(self) -> str:
-        """What the description calls the data."""
+        """Name of the data in the description."""
         return self.dataset
 
     def describe(self) -> str:
@@ -187,7 +187,7 @@ class SuiteData(LightningDataModule):
         return f"{self.title}: {counts} {self.unit}"
 
     def announce(self) -> None:
-        """Log what a user should know before a run."""
+        """Log the description before a run."""
         logging.getLogger(type(self).__module__).info("%s", self.describe())
 
     # ---- Lightning

@@ -1,7 +1,4 @@
-"""Lines of text files, plain or compressed, as a stream.
-
-Bytes that are no text are one ValueError that names the file and the line.
-"""
+"""Lines of text files, plain or compressed, as a stream. Bytes that are no text are an error with file and line."""
 
 from __future__ import annotations
 
@@ -23,12 +20,12 @@ _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
 
 @dataclass(frozen=True)
 class Rows:
-    """Aligned text: line i of every language says the same.
+    """Aligned text: line i of one language translates line i of every other one.
 
     Attributes:
-        text: the lines of each language, as many of each; "" where a language lacks one.
-        name: where they come from, for messages.
-        left_out: how many rows of the files are not among them, by reason.
+        text: the lines of each language, equally many; "" where a language lacks one.
+        name: origin of the lines, for messages.
+        left_out: number of rows of the files that are not among them, by reason.
 
     Raises:
         ValueError: languages with different numbers of lines.
@@ -41,15 +38,17 @@ class Rows:
     def __post_init__(self) -> None:
         counts = {language: len(lines) for language, lines in self.text.items()}
         if len(set(counts.values())) > 1:
-            told = ", ".join(f"{count:,} in {language}" for language, count in counts.items())
-            raise ValueError(f"{self.name}: line i of one language translates line i of another, but there are {told}")
+            numbers = ", ".join(f"{count:,} in {language}" for language, count in counts.items())
+            raise ValueError(
+                f"{self.name}: line i of one language translates line i of another, but there are {numbers}"
+            )
 
     def __len__(self) -> int:
         return len(next(iter(self.text.values()), []))
 
 
 def clean(line: str) -> str:
-    """A line without control characters (tabs, odd line ends) and without spaces around it."""
+    """Return a line without control characters (tabs, odd line ends) and without spaces around it."""
     return _CONTROL.sub(" ", line).strip()
 
 
@@ -61,18 +60,15 @@ _WORD = re.compile(f"[{_UNSPACED}]|[^\\s{_UNSPACED}]+")
 
 
 def num_words(line: str) -> int:
-    """Words cut at spaces; of scripts that put none between words each character counts as one."""
+    """Count the words between spaces; in scripts without spaces between words each character counts as one."""
     return len(_WORD.findall(line))
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a UTF-8 text file, cleaned; compressed ones by their ending, as ``text_lines`` says.
+    """Return all ``text_lines`` of a file, cleaned.
 
     A line ends at a line feed and nowhere else: corpora hold other characters that Unicode calls line ends, and one
     line too many would shift all that follow against their translations.
-
-    Raises:
-        ValueError: as ``text_lines``.
     """
     return [clean(line) for line in text_lines(path)]
 
@@ -121,7 +117,7 @@ def _member_lines(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path,
 
 
 def _unpacked(unpack: Callable[[], Any], compressed_size: int, name: str) -> Iterator[str]:
-    # Unpacked twice: kept lines take memory, so what is too much must be known before the first one is kept.
+    # Unpacked twice: kept lines take memory, so a file that is too large must be refused before the first one is kept.
     with Inflated(unpack(), compressed_size, name) as stream:
         while stream.read(1 << 20):
             pass
@@ -149,7 +145,7 @@ def decoded(lines: Iterable[bytes], name: str) -> Iterator[str]:
 
 
 def expand(root: Path, pattern: str) -> list[Path]:
-    """The files that match a name or a pattern, in alphabetical order; a name may lack the ending of `COMPRESSED`."""
+    """Return the files that match a name or a pattern, sorted by name; a name may lack an ending of `COMPRESSED`."""
     plain = root / pattern
     # first as a name: it may have brackets of its own
     for path in (plain, *(plain.with_name(plain.name + ending) for ending in COMPRESSED)):

@@ -12,8 +12,9 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
+from apps.data.cache import SourceFailed
 from apps.data.datasets import Dataset, register
-from apps.data.sources import File, PythonPackage, SourceFailed, UrlSource
+from apps.data.sources import File, PythonPackage, UrlSource
 
 if TYPE_CHECKING:
     from apps.recsys.readers.raw import RawTables

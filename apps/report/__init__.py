@@ -1,1 +1,1 @@
-"""What the test reports of all apps are made of: plots, tables and intervals."""
+"""Parts of the test reports of all apps: plots, tables and intervals."""

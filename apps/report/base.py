@@ -1,4 +1,4 @@
-"""The base of the test reports: what all of them may be asked for, when they are made, and where their files go."""
+"""The base of the test reports: their common options, when they are made, and the folder of their files."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ Kind = TypeVar("Kind")
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """What ``moesaic test`` adds to the metrics of a model; each app adds fields of its own.
+    """Options of the report that ``moesaic test`` adds to the metrics of a model; each app adds fields of its own.
 
     Attributes:
-        routing_examples: test examples from which the routing is read, about, and at least one batch; 0 reads none.
+        routing_examples: test examples from which the routing is read, to the end of a batch; 0 reads none.
         pictures: write pictures beside the tables.
 
     Raises:
@@ -52,7 +52,7 @@ class Report(Callback):
     """
 
     def collect(self, trainer: Trainer, pl_module: LightningModule) -> Any:
-        """Return what ``write`` needs; None writes nothing. Every process calls it, since a sharded model needs all."""
+        """Return the argument of ``write``; None writes nothing. All processes call it: a sharded model needs them."""
         raise NotImplementedError(f"{type(self).__name__} must define collect(trainer, pl_module)")
 
     def write(self, collected: Any, folder: Path) -> None:
@@ -91,7 +91,7 @@ def report_folder(trainer: Trainer) -> Iterator[Path]:
 def computed_metrics(pl_module: Any, kind: type[Kind]) -> Kind | None:
     """Return the test's metrics, computed; None where they are of another kind.
 
-    Every process must call it, for computing gathers. The module's own call then finds the result.
+    Every process must call it, for computing gathers. The module's own call then reads the cached result.
     """
     metrics = pl_module.stage_metrics("test")
     if not isinstance(metrics, kind):
@@ -101,13 +101,7 @@ def computed_metrics(pl_module: Any, kind: type[Kind]) -> Kind | None:
 
 
 def first_batches(batches: Iterable[Any], examples: int, size: Callable[[Any], int] = len) -> Iterator[Any]:
-    """Yield whole batches until at least so many ``examples`` came.
-
-    Args:
-        batches: the batches.
-        examples: examples wanted.
-        size: gives the examples of a batch.
-    """
+    """Yield whole batches until at least ``examples`` came; ``size`` counts those of a batch."""
     seen = 0
     for batch in batches:
         if seen >= examples:

@@ -22,9 +22,9 @@ class Curve:
     """One value over the steps of a training.
 
     Attributes:
-        label: in the legend.
-        steps: when it was logged, ascending.
-        values: same length.
+        label: its name in the legend.
+        steps: optimizer steps at which it was logged, ascending.
+        values: one value for each step.
     """
 
     label: str
@@ -60,14 +60,9 @@ def learning_curves(panels: Mapping[str, Sequence[Curve]], title: str, best: str
 
     Args:
         panels: title of a panel to its curves, at least one.
-        title: of the picture.
+        title: title of the picture.
         best: label of the curves whose highest value is marked and stands in the legend.
-
-    Raises:
-        ValueError: no panel.
     """
-    if not panels:
-        raise ValueError("learning_curves needs at least one curve")
     fig = new_picture(3.5 * len(panels) + 0.3, 3.1)
     for axis, (name, curves) in zip(fig.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         for number, curve in enumerate(curves):

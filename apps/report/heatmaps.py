@@ -22,8 +22,8 @@ class Heatmap:
     """One map.
 
     Attributes:
-        title: of the map; "" for none.
-        rows, columns: names.
+        title: title of the map; "" for none.
+        rows, columns: their names.
         values: (rows, columns) shares in 0..1; NaN where there is nothing to show.
 
     Raises:
@@ -51,17 +51,15 @@ def heatmaps(
     Args:
         bands: the maps of a band have the same rows and stand side by side as far as there is room; bands stand below
             each other. Empty ones are left out.
-        title: of the picture.
-        label: says what the colour is.
+        title: title of the picture.
+        label: meaning of the colour.
         top: share at which the colours end; None: the largest.
-        across: says what the columns are, where their names are numbers.
+        across: meaning of the columns, where their names are numbers.
 
     Raises:
-        ValueError: no map, or maps of a band with different rows.
+        ValueError: maps of a band have different rows.
     """
     bands = [band for band in bands if band]
-    if not bands:
-        raise ValueError("heatmaps needs at least one map")
     for band in bands:
         if any(m.rows != band[0].rows for m in band):
             raise ValueError(f"heat map {band[0].title!r} and its neighbours have different rows")
@@ -96,7 +94,7 @@ def heatmaps(
 
 
 def _width(num_columns: int) -> float:
-    """Return the inches of a map with so many columns."""
+    """Return the width of a map in inches."""
     return max(1.7, (0.4 if num_columns <= MOST_NUMBERED else 0.18 if num_columns <= 32 else 0.1) * num_columns)
 
 
@@ -124,7 +122,7 @@ def numbers(count: int) -> tuple[str, ...]:
 
 
 def row_names(names: Sequence[str], shares_of_all: Iterable[float]) -> tuple[str, ...]:
-    """Return each name with its share, and "all": the rows of a map whose last row is of all."""
+    """Return the names of a map's rows: each name with its share, and "all" for the last row."""
     percent = ("<1 %" if share < 0.005 else f"{100 * share:.0f} %" for share in shares_of_all)
     return (*(f"{name} ({text})" for name, text in zip(names, percent, strict=True)), "all")
 
@@ -132,24 +130,18 @@ def row_names(names: Sequence[str], shares_of_all: Iterable[float]) -> tuple[str
 def maps_by_label(
     counts: Mapping[str, np.ndarray], names: Sequence[str], most_rows: int = 40
 ) -> tuple[list[Heatmap], bool]:
-    """Return a map a layer: of the tokens of each label, and of all, the share that each expert takes.
+    """Return a map for each layer: the share of each label's tokens, and of all tokens, that each expert takes.
 
-    A label without a token has no row. The rows say each label's share of all tokens.
+    A label without a token has no row. The names of the rows show each label's share of all tokens.
 
     Args:
         counts: layer name to (labels, E) tokens.
-        names: of the labels.
-        most_rows: with more labels only those whose largest share is highest have a row.
+        names: names of the labels.
+        most_rows: with more labels only those with the highest peaks have a row.
 
     Returns:
         The maps, and whether labels were left out.
-
-    Raises:
-        ValueError: counts without a row for each name.
     """
-    for layer, counts_CE in counts.items():
-        if counts_CE.ndim != 2 or len(counts_CE) != len(names):
-            raise ValueError(f"counts of {layer!r} have shape {counts_CE.shape}, not ({len(names)} labels, experts)")
     size_C = np.sum([counts_CE.sum(1) for counts_CE in counts.values()], axis=0)
     kept = np.flatnonzero(size_C)
     too_many = len(kept) > most_rows

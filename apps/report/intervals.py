@@ -1,4 +1,4 @@
-"""Means over seeds or draws, and how far they may be off."""
+"""Means over seeds or draws, with their confidence intervals."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ class Interval:
     """A mean and its 95 % interval (Student's t).
 
     Attributes:
-        mean: of the values.
-        half_width: of the interval; None for fewer than two values.
+        mean: mean of the values.
+        half_width: half the width of the interval; None for fewer than two values.
         count: number of values.
     """
 

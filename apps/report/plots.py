@@ -1,4 +1,4 @@
-"""Pictures for any app: the load of experts, quality against cost, and what all pictures share.
+"""Pictures for any app: the load of experts, quality against cost, and parts that all pictures share.
 
 Each function turns plain arrays into a matplotlib ``Figure`` and touches no global state: no pyplot, no display.
 ``save_picture`` writes it. Colours are Okabe and Ito's, which people with colour-blindness can tell apart; where an
@@ -47,14 +47,9 @@ class Series:
     interval: Sequence[float] | None = None
     connected: bool = False
 
-    def __post_init__(self) -> None:
-        lengths = {len(self.flops), len(self.quality), len(self.flops if self.interval is None else self.interval)}
-        if len(lengths) != 1:
-            raise ValueError(f"series {self.label!r}: flops, quality and interval differ in length")
-
 
 def expert_colors(num_experts: int) -> list[str]:
-    """Return a hex colour for each expert: of the palette up to 8, beyond it of a colour map of rising lightness."""
+    """Return a hex colour for each expert: the palette's up to 8, beyond it those of a map of rising lightness."""
     if num_experts <= len(PALETTE):
         return list(PALETTE[:num_experts])
     from matplotlib import colormaps
@@ -77,15 +72,10 @@ def load_bars(
     Args:
         tokens_per_expert: layer name to (E,) counts.
         drop_rate: layer name to the share of pairs no expert computed; written above the bars.
-        title: of the picture.
-        share_of: what the counts are, for the vertical axis.
+        title: title of the picture.
+        share_of: meaning of the counts, for the vertical axis.
         names: layer name to the names of its experts; None: they are numbers.
-
-    Raises:
-        ValueError: no layer.
     """
-    if not tokens_per_expert:
-        raise ValueError("load_bars needs at least one layer")
     num_experts = max(len(v) for v in tokens_per_expert.values())
     fig = new_picture(max(2.6, 0.24 * num_experts + 1.0) * len(tokens_per_expert) + 0.9, 2.9)
     axes = fig.subplots(1, len(tokens_per_expert), squeeze=False, sharey=True)[0]
@@ -123,16 +113,11 @@ def quality_against_flops(
     Args:
         series: the models.
         quality: name of the vertical axis.
-        title: of the picture.
+        title: title of the picture.
         percent: qualities are shares in 0..1 and drawn in %.
-        unit: what the FLOPs are of, such as "an image".
-
-    Raises:
-        ValueError: no point to draw.
+        unit: the example that the FLOPs are counted for, such as "an image".
     """
     flops = [f for s in series for f in s.flops]
-    if not flops:
-        raise ValueError("quality_against_flops needs at least one point")
     scale, prefix = _flop_unit(max(flops))
     factor = 100.0 if percent else 1.0
     fig = new_picture(6.0, 3.9)
@@ -154,7 +139,7 @@ def quality_against_flops(
     if min(flops) > 0 and max(flops) / min(flops) > 20:
         axis.set_xscale("log")
     axis.margins(0.08)
-    if percent:  # an interval may reach beyond what there is
+    if percent:  # an interval may reach beyond 0 or 100
         low, high = axis.get_ylim()
         axis.set_ylim(max(low, -1.0), min(high, 101.0))
     axis.set_xlabel(f"{prefix}FLOPs {unit}, forward")
@@ -175,7 +160,7 @@ def _among_equals(series: Sequence[Series], own: Series) -> float:
 
 
 def _set_beside(fig: Figure, artists: Sequence[Artist], place: float) -> None:
-    """Move what is drawn sideways by ``place`` times 7 points, so that intervals of equal FLOPs can be told apart."""
+    """Move artists sideways by ``place`` times 7 points, so that intervals of equal FLOPs do not overlap."""
     from matplotlib.transforms import ScaledTranslation
 
     if place:

@@ -1,4 +1,4 @@
-"""Which expert computes which token, read from a recorded routing of any kind."""
+"""The experts of each token, read from a recorded routing of any kind."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import core
 
 
 def experts_of_token(routing: Any, most: int) -> Tensor:
-    """Return the experts that compute each token, by falling gate, int64 (T, most); E where there are fewer.
+    """Return the experts that compute each token, best first, int64 (T, most); E where there are fewer.
 
     Among equal gates the lower expert goes first. With soft slots and merged experts these are the experts of the
     largest shares, and E for padding.
@@ -47,9 +47,9 @@ def expert_label_counts(routing: Any, label: Tensor, num_labels: int) -> Tensor:
     With soft slots and merged experts each token counts for the expert of its largest share.
 
     Args:
-        routing: of T tokens.
+        routing: routing of T tokens.
         label: int64 (T,), or (B,) with one label for each sequence of T / B tokens.
-        num_labels: labels are below it.
+        num_labels: number of labels.
     """
     E = len(routing.tokens_per_expert_E)
     if isinstance(routing, core.Routing):

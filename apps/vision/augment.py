@@ -23,8 +23,8 @@ def crop_and_flip(images: Tensor, padding: int = 0, flip: bool = False) -> Tenso
 
     Args:
         images: (B, C, H, W) of any dtype.
-        padding: in pixels; 0 leaves the position.
-        flip: whether to mirror, with probability 1/2 for each image.
+        padding: width in pixels; 0 leaves the position.
+        flip: mirror each image with probability 1/2.
 
     Returns:
         (B, C, H, W).
@@ -71,7 +71,7 @@ class BatchRandAugment(v2.RandAugment):
     """
 
     def forward(self, images: Tensor) -> Tensor:
-        """Uint8 (B, C, H, W) to the same."""
+        """Transform uint8 (B, C, H, W)."""
         batch, _, height, width = images.shape
         for _ in range(self.num_ops):
             chosen = torch.randint(len(self._AUGMENTATION_SPACE), (batch,))
@@ -81,8 +81,8 @@ class BatchRandAugment(v2.RandAugment):
                 magnitudes = magnitudes_of(self.num_magnitude_bins, height, width)
                 magnitude = 0.0 if magnitudes is None else float(magnitudes[self.magnitude])
                 for sign in (1, -1) if signed else (1,):
-                    mine = chosen == i if not signed else (chosen == i) & (negative == (sign < 0))
-                    rows = mine.nonzero().squeeze(1)
+                    drew = chosen == i if not signed else (chosen == i) & (negative == (sign < 0))
+                    rows = drew.nonzero().squeeze(1)
                     if len(rows):
                         out[rows] = self._apply_image_or_video_transform(
                             images[rows], name, sign * magnitude, self.interpolation, self._fill
@@ -98,7 +98,7 @@ def random_erase(images: Tensor, probability: float) -> Tensor:
 
     Args:
         images: float32 (B, C, H, W), normalised.
-        probability: in [0, 1].
+        probability: chance of an image to be changed, in [0, 1].
     """
     batch, _, height, width = images.shape
     area = torch.empty(batch).uniform_(0.02, 1 / 3) * height * width
@@ -117,7 +117,7 @@ def random_erase(images: Tensor, probability: float) -> Tensor:
 def mix(
     images: Tensor, labels: Tensor, num_classes: int, mixup_alpha: float, cutmix_alpha: float
 ) -> tuple[Tensor, Tensor]:
-    """Mixup (Zhang et al. 2018) or CutMix (Yun et al. 2019) of each image with its neighbour in the batch.
+    """Mix each image with its neighbour in the batch by mixup (Zhang et al. 2018) or CutMix (Yun et al. 2019).
 
     One share lambda ~ Beta(alpha, alpha) for the batch; with both alphas positive each batch takes one of them, 1:1.
 
@@ -125,15 +125,11 @@ def mix(
         images: float32 (B, C, H, W).
         labels: int64 (B,).
         num_classes: width of the soft labels.
-        mixup_alpha, cutmix_alpha: 0 switches the method off; at least one is positive.
+        mixup_alpha, cutmix_alpha: parameters of each method, 0 switches it off; at least one is positive.
 
     Returns:
         images and soft labels, float32 (B, num_classes), whose rows sum to 1.
     """
-    methods = [
-        method(alpha=alpha, num_classes=num_classes)
-        for method, alpha in ((v2.MixUp, mixup_alpha), (v2.CutMix, cutmix_alpha))
-        if alpha > 0
-    ]
-    method = methods[int(torch.randint(len(methods), ()))]
-    return method(images, labels)
+    methods = [(m, alpha) for m, alpha in ((v2.MixUp, mixup_alpha), (v2.CutMix, cutmix_alpha)) if alpha > 0]
+    method, alpha = methods[int(torch.randint(len(methods), ()))]
+    return method(alpha=alpha, num_classes=num_classes)(images, labels)

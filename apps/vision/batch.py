@@ -1,4 +1,4 @@
-"""The batch of an image classifier, and what makes one of raw images."""
+"""The batch of an image classifier, and how it is made from raw images."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from apps.vision.encoding import normalize
 
 
 class ImageBatch(NamedTuple):
-    """What a vision model is given.
+    """The input and the labels of a vision model.
 
     Attributes:
         image: float32 (B, C, H, W), normalised to mean 0 and deviation 1 by the dataset's constants.
@@ -85,8 +85,7 @@ class Collate:
             images = random_resized_crop(images, augment.random_resized_crop)
         images = crop_and_flip(images, augment.crop_padding, augment.horizontal_flip)
         if augment.randaugment_ops:
-            randomly = BatchRandAugment(augment.randaugment_ops, augment.randaugment_magnitude, RANDAUGMENT_BINS)
-            images = randomly(images)
+            images = BatchRandAugment(augment.randaugment_ops, augment.randaugment_magnitude, RANDAUGMENT_BINS)(images)
         images = normalize(images, self.mean, self.std)
         if augment.random_erasing:
             images = random_erase(images, augment.random_erasing)

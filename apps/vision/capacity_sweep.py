@@ -14,18 +14,20 @@ import core
 from apps.report import plots
 from apps.vision.few_shot import hard_labels
 
+_PRIORITIES = {"position": "by position", "score": "batch-prioritised"}
+
 
 @dataclass(frozen=True)
 class CapacityPoint:
     """A model, evaluated at one capacity.
 
     Attributes:
-        priority: who was served first, "position" or "score".
-        capacity_factor: None is dropless.
+        priority: order in which tokens were served, "position" or "score".
+        capacity_factor: factor of the capacity; None is dropless.
         accuracy: top-1.
-        flops_per_image: forward, products alone, of the rows really computed.
-        drop_rate: share of the routed pairs no expert computed, over all layers.
-        images: how many it was evaluated on.
+        flops_per_image: FLOPs of the forward's matrix products, over the rows that were really computed.
+        drop_rate: share of the routed pairs that no expert computed, over all layers.
+        images: number of images.
     """
 
     priority: str
@@ -41,20 +43,17 @@ def capacity_sweep(
     model: nn.Module,
     batches: Callable[[], Iterable[Any]],
     factors: Sequence[float | None] = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, None),
-    priorities: Sequence[str] = ("position", "score"),
     device: torch.device | str = "cpu",
 ) -> tuple[CapacityPoint, ...]:
     """Return accuracy against FLOPs as the evaluation capacity falls (V-MoE, 2106.05974, section 4.1 and figure 8).
 
-    Below a factor of 1 some pairs must be dropped: by position whatever they show, by score those the router cares for
-    least. Where the layer's group is the batch its images compete for capacity, so a point depends on the batches: they
-    are the same for all points.
+    Below a factor of 1 some pairs must be dropped: the last ones by position, or those of the lowest score. Where the
+    layer's group is the batch its images compete for capacity, so all points see the same batches.
 
     Args:
-        model: with MoE layers; in evaluation mode.
+        model: a classifier with MoE layers, in evaluation mode.
         batches: makes the batches anew for each point.
-        factors: capacity factors; None is dropless, where priorities coincide and are run once.
-        priorities: "position" is without batch-prioritised routing, "score" with it.
+        factors: capacity factors, each with and without batch priority; None is dropless and is run once for both.
         device: where the model is.
 
     Raises:
@@ -63,7 +62,7 @@ def capacity_sweep(
     if not core.moe_layers(model):
         raise ValueError("capacity_sweep needs a model with MoE layers")
     points: list[CapacityPoint] = []
-    for priority, factor in itertools.product(priorities, factors):
+    for priority, factor in itertools.product(_PRIORITIES, factors):
         same = next((p for p in points if factor is None and p.capacity_factor is None), None)
         if same is not None:
             points.append(replace(same, priority=priority))
@@ -86,21 +85,12 @@ def capacity_sweep(
     return tuple(points)
 
 
-_PRIORITY_LABELS = {"position": "by position", "score": "batch-prioritised", "random": "at random"}
-
-
 def sweep_picture(points: Sequence[CapacityPoint]) -> Any:
     """Draw accuracy over FLOPs, a line for each priority."""
     series = []
-    for priority in dict.fromkeys(p.priority for p in points):
+    for priority, label in _PRIORITIES.items():
         line = sorted((p for p in points if p.priority == priority), key=lambda p: p.flops_per_image)
-        series.append(
-            plots.Series(
-                _PRIORITY_LABELS.get(priority, priority),
-                [p.flops_per_image for p in line],
-                [p.accuracy for p in line],
-                connected=True,
-            )
-        )
+        flops = [p.flops_per_image for p in line]
+        series.append(plots.Series(label, flops, [p.accuracy for p in line], connected=True))
     title = f"Accuracy as the evaluation capacity falls, {points[0].images:,} images"
     return plots.quality_against_flops(series, title=title, unit="an image")

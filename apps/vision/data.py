@@ -61,18 +61,18 @@ class VisionData(SuiteData):
         randaugment_ops: operations of RandAugment an image; 2 is usual. 0: off.
         randaugment_magnitude: their strength, 0 to 30.
         random_erasing: probability of blanking a random box.
-        mixup_alpha: of mixup's Beta distribution; labels become soft. 0: off.
-        cutmix_alpha: of CutMix's Beta distribution; with mixup as well, each batch takes one of the two. 0: off.
+        mixup_alpha: parameter of mixup's Beta distribution; labels become soft. 0: off.
+        cutmix_alpha: parameter of CutMix's Beta distribution; with mixup, each batch takes one of the two. 0: off.
         eval_crop: for folders of images: scale to image_size / eval_crop, keep the centre; ImageNet: 0.875. Default:
             the checkpoint's, else 1.
-        mean: of each channel, pixels in [0, 1], for normalising; default the checkpoint's, else the dataset's,
+        mean: mean of each channel, pixels in [0, 1], for normalising; default the checkpoint's, else the dataset's,
             ImageNet's for folders.
         std: standard deviation of each channel, likewise.
         drop_last: leave out the last training batch of an epoch if it is not full.
         num_workers: processes that read images. 0 is best for the small datasets, which are in memory.
         subset: use only so many training images, chosen after validation is held out, stratified by class.
-        seed: of the order and the random transforms; default the seed of the whole run (seed_everything).
-        split_seed: of what is held out and of the subset; its own, so that runs of other seeds have the same images.
+        seed: seed of the order and the random transforms; default that of the whole run (seed_everything).
+        split_seed: seed of the held-out images and of the subset, so that runs of other seeds have the same images.
         predict_folder: ``predict`` reads all images in this folder and those below it, which need no labels. Default:
             the test images.
         on_bad_image: a file in a folder that cannot be read ends the run with its name ("error"), or is left out of

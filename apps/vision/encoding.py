@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
+import core
+from core.config.plain import from_plain, to_plain
 
+
+@core.register_config
 @dataclass(frozen=True)
 class ImageEncoding:
     """The names of a model's classes, and how an image becomes its input in evaluation.
@@ -32,20 +36,12 @@ class ImageEncoding:
 
     def state(self) -> dict[str, Any]:
         """Return plain values, for a checkpoint."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        return to_plain(self, ImageEncoding)
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> ImageEncoding:
-        """Return the encoding of a checkpoint's ``state()``.
-
-        Raises:
-            ValueError: it has other fields.
-        """
-        plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in state.items()}
-        try:
-            return cls(**plain)
-        except TypeError as error:
-            raise ValueError(f"the checkpoint's encoding is not one of images: it has {', '.join(plain)}") from error
+        """Return the encoding of a checkpoint's ``state()``; a ``ValueError`` says if it has other fields."""
+        return from_plain(state, ImageEncoding, "the checkpoint's encoding")
 
     @property
     def transform(self) -> v2.Compose:

@@ -33,8 +33,8 @@ def linear_accuracy(
 ) -> float:
     """Return the accuracy of a regularised least-squares classifier from features to {-1, 1} a class.
 
-    It is the one of V-MoE (2106.05974, section 3.2). Features are standardised by the labelled images; the strength of
-    the regularisation is chosen by the leave-one-out error on them, so that no test image takes part.
+    V-MoE (2106.05974, section 3.2) evaluates so. Features are standardised by the labelled images; the strength of the
+    regularisation is chosen by the leave-one-out error on them, so that no test image takes part.
     """
     from sklearn.linear_model import RidgeClassifierCV
     from sklearn.preprocessing import StandardScaler
@@ -53,15 +53,13 @@ def few_shot(
     shots: Sequence[int] = (5, 10),
     num_seeds: int = 5,
 ) -> dict[int, Interval]:
-    """Return the accuracy of the k-shot linear evaluation of frozen features, over the draws, by k.
+    """Return, for each k in ``shots``, the accuracy of the k-shot linear evaluation over the draws.
 
     Args:
-        features: (N, D) of the images that the labelled ones are drawn from.
-        labels: (N,).
-        test_features: (M, D).
-        test_labels: (M,).
-        shots: each k.
-        num_seeds: draws of labelled images, seeds 0, 1, ...
+        features, labels: (N, D) and (N,), the images that the labelled ones are drawn from.
+        test_features, test_labels: (M, D) and (M,).
+        shots: labelled images a class.
+        num_seeds: number of draws of labelled images, with seeds 0, 1, ...
 
     Raises:
         ValueError: a class has fewer than k images.
@@ -77,7 +75,7 @@ def few_shot(
 def extract_features(
     model: Any, batches: Iterable[Any], device: torch.device | str = "cpu"
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return what the head of ``model`` reads, (N, D) float32, and the labels, (N,), over all ``batches``."""
+    """Return the inputs of the head of ``model``, (N, D) float32, and the labels, (N,), over all ``batches``."""
     features, labels = [], []
     for batch in batches:
         tokens = model.forward_features(batch.image.to(device))

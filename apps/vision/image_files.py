@@ -1,4 +1,4 @@
-"""Image files, Pillow images and arrays as uint8 tensors. What is no image is one ValueError that names it."""
+"""Image files, Pillow images and arrays as uint8 tensors. Anything else is one ValueError that names it."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class BadImage(ValueError):
 
 
 def read_image(path: str) -> Tensor:
-    """The image as RGB, uint8 (3, H, W); of 16 bits a channel the upper 8.
+    """Return the image as RGB, uint8 (3, H, W), with the upper 8 bits where a channel has 16.
 
     Raises:
         BadImage: the file is not an image, is cut or too large, or its pixels have 32 bits.
         ValueError: there is no such file, or it cannot be opened.
     """
-    # Pillow reads the header, for 0.03 to 0.08 ms: it refuses what a small file would unpack to.
+    # Pillow reads the header, for 0.03 to 0.08 ms: it refuses a small file that unpacks to too much.
     with _named(path), Image.open(path) as image:
         with contextlib.suppress(RuntimeError):
             pixels = decode_image(path, ImageReadMode.RGB)  # a third of Pillow's time, but a few formats only
@@ -40,11 +40,11 @@ def read_image(path: str) -> Tensor:
 
 
 def to_pixels(image: Any, name: str) -> Tensor:
-    """The image as RGB, uint8 (3, H, W).
+    """Return the image as RGB, uint8 (3, H, W).
 
     Args:
         image: a path, an image of Pillow's, or a uint8 array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4).
-        name: what an error calls one that has no path.
+        name: name in errors of an image without a path.
 
     Raises:
         ValueError: anything else, or an image that cannot be read.
@@ -65,7 +65,7 @@ def to_pixels(image: Any, name: str) -> Tensor:
 
 @contextlib.contextmanager
 def _named(name: str) -> Iterator[None]:
-    """Say which image an error is about."""
+    """Name the image in its errors."""
     try:
         yield
     except (BadImage, MemoryError):
@@ -73,7 +73,7 @@ def _named(name: str) -> Iterator[None]:
     except Image.DecompressionBombError as error:
         raise BadImage(f"{name} is too large: {error}") from error
     except Exception as error:  # a damaged file makes Pillow's readers raise nearly anything
-        if isinstance(error, OSError) and error.errno is not None:  # the system's, not of what the file holds
+        if isinstance(error, OSError) and error.errno is not None:  # the system's, not the content's
             raise ValueError(f"{name} cannot be read: {error.strerror}") from error
         reason = "it is no image" if isinstance(error, UnidentifiedImageError) else one_line(str(error))
         raise BadImage(f"{name} is corrupt: {reason}") from error
@@ -86,8 +86,8 @@ def _of_pillow(image: Image.Image, name: str) -> Tensor:
 
 
 def _upper_bits(image: Image.Image, path: str) -> Tensor:
-    """Grey pixels of 16 bits as uint8 (1, H, W). Pillow's ``convert`` would cut all above 255 off."""
-    # In PNG and PPM files, mode I is how some versions of Pillow give 16 bits; else it is of 32.
+    """Turn grey pixels of 16 bits into uint8 (1, H, W). Pillow's ``convert`` would cut all above 255 off."""
+    # For PNG and PPM files some versions of Pillow give 16 bits as mode I, which otherwise means 32 bits.
     if not (image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))):
         raise BadImage(f"{path} has pixels of 32 bits (mode {image.mode}) and no rule for their range: save it with 16")
     return torch.from_numpy((np.array(image) >> 8).astype(np.uint8))[None]
@@ -108,7 +108,7 @@ class FromFiles:
 
 
 def without_bad_images(images: ImageSet, num_threads: int) -> tuple[ImageSet, list[str]]:
-    """Decode all images once: those that can be read, in their order, and one complaint for each of the others."""
+    """Decode all images once; return those that can be read, in their order, and a complaint about each other one."""
     read = images.read
     if not isinstance(read, FromFiles):
         return images, []

@@ -81,7 +81,7 @@ def stratified_split(labels: Tensor, num: int, seed: int) -> tuple[Tensor, Tenso
 
     Args:
         labels: int64 (N,).
-        num: how many to choose, 0 to N.
+        num: number of positions to choose, 0 to N.
         seed: the only source of randomness.
     """
     generator = torch.Generator().manual_seed(seed)

@@ -176,7 +176,7 @@ class VMoE(VisionTransformer):
         image_size: height and width of the images in pixels.
         in_chans: channels of an image.
         num_classes: classes; 0 leaves the head out.
-        ffn: what ``moe_blocks`` have: an MoE layer, or another dense FFN; None: that of the other blocks.
+        ffn: FFN of ``moe_blocks``: an MoE layer, or another dense FFN; None: that of the other blocks.
         moe_blocks: which blocks; see ``apps.nets.blocks.resolve_blocks``. "last2" is V-MoE's Last-2.
 
     Token ids in the context are positions in the full sequence: prefix tokens first, then the patches row by row.
@@ -277,7 +277,7 @@ class VMoE(VisionTransformer):
 
         Args:
             x: images.
-            context: what is known of the images, such as ``task_ids_B`` and ``domain_ids_B``; positions are filled in.
+            context: facts about the images, such as ``task_ids_B`` and ``domain_ids_B``; positions are filled in.
         """
         x = self._pos_embed(self.patch_embed(x))
         ids_BS = _positions(x)

@@ -1,4 +1,4 @@
-"""``VisionClassifier``: what ``moesaic fit`` trains on images."""
+"""``VisionClassifier``, the module that ``moesaic fit`` trains on images."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ class ImagePrediction(NamedTuple):
     """Predictions of a batch.
 
     Attributes:
-        index: int64 (B,), the image's place in its dataset.
+        index: int64 (B,), place of each image in its dataset.
         label: int64 (B, k), the k likeliest classes, best first.
-        probability: float32 (B, k), theirs.
+        probability: float32 (B, k), the probabilities of these classes.
         class_name: B lists of k names of these classes; None where the data has none.
         path: B files; None where the images are not files of their own.
         true_label: int64 (B,), the images' own classes; None where they have none.
@@ -57,13 +57,13 @@ class ImagePrediction(NamedTuple):
 
 @dataclass(frozen=True)
 class ClassifiedImage:
-    """What ``VisionClassifier.predict`` says of an image. ``pandas.DataFrame`` makes a table of a list of them.
+    """The classes of one image; ``pandas.DataFrame`` makes a table of a list of them.
 
     Attributes:
-        path: of its file; None where the image was given itself.
-        class_name: of the likeliest class.
-        probability: its, to 6 places.
-        top: the probabilities of the likeliest classes by name, best first.
+        path: file of the image; None where the image was given itself.
+        class_name: name of the likeliest class.
+        probability: probability of that class, to 6 places.
+        top: probabilities of the likeliest classes by name, best first.
     """
 
     path: str | None
@@ -83,14 +83,14 @@ class VisionClassifier(SparseModule, Comparable):
         dense_ffn: the FFN of those blocks in a dense model, as in the baselines; None: that of the others.
         image_size: height and width of the images in pixels; the command line takes it from the data.
         in_chans: channels of an image; the command line takes it from the data.
-        num_classes: the command line takes it from the data.
+        num_classes: number of classes; the command line takes it from the data.
         label_smoothing: share of the target spread evenly over the classes, in training.
         pretrained: weights for the dense parts, with which the first training or test begins that no checkpoint gives
             its weights: a timm model name, or a safetensors or torch file.
         grad_checkpointing: recompute the blocks in the backward, to save memory.
         optimizer: learning rate, weight decay and schedule.
-        ema_decay: of the moving average of the weights; None: none.
-        report: what a test adds to the accuracy; None: nothing.
+        ema_decay: decay of the moving average of the weights; None: none.
+        report: the report that a test adds to the accuracy; None: nothing.
 
     Raises:
         ValueError: a value out of its range, a combination that cannot be built, or weights that do not load.
@@ -142,11 +142,11 @@ class VisionClassifier(SparseModule, Comparable):
         self.model.set_grad_checkpointing(grad_checkpointing)
 
     def forward(self, image: Tensor, context: core.RoutingContext | None = None) -> Tensor:
-        """(B, C, H, W) normalised images to (B, num_classes) logits; ``context``: what routers may know of them."""
+        """Map (B, C, H, W) normalised images to (B, num_classes) logits; routers read ``context``."""
         return self.model(image, context=context)
 
     def task_loss(self, batch: Any) -> TaskOutput:
-        """Cross-entropy against class numbers or, under mixup and cutmix, shares of classes."""
+        """Return the cross-entropy against class numbers or, under mixup and cutmix, shares of classes."""
         logits = self(batch.image).float()
         smoothing = self.label_smoothing if self.training else 0.0
         loss = F.cross_entropy(logits, batch.label, label_smoothing=smoothing)
@@ -159,14 +159,14 @@ class VisionClassifier(SparseModule, Comparable):
         return "an image"
 
     def build_metrics(self) -> MetricCollection:
-        """Top-1, and top-5 where there are more than 5 classes."""
+        """Return top-1 accuracy, and top-5 where there are more than 5 classes."""
         metrics = {"top1": MulticlassAccuracy(self.num_classes, top_k=1, average="micro")}
         if self.num_classes > 5:
             metrics["top5"] = MulticlassAccuracy(self.num_classes, top_k=5, average="micro")
         return MetricCollection(metrics)
 
     def predict_step(self, batch: Any, batch_idx: int) -> ImagePrediction:
-        """The 5 likeliest classes of each image, with what the data knows of it."""
+        """Return the 5 likeliest classes of each image, with its file, its own class and the classes' names."""
         best = self(batch.image).float().softmax(-1).topk(min(5, self.num_classes), dim=-1)
         data = self._data()
         known = getattr(data, "class_names", None)
@@ -180,13 +180,13 @@ class VisionClassifier(SparseModule, Comparable):
 
     @torch.no_grad()
     def predict(self, images: Sequence[str | Path | Image.Image | np.ndarray], top: int = 5) -> list[ClassifiedImage]:
-        """Classify images by what the checkpoint knows: no data module and no training folder is needed.
+        """Classify images by the encoding of the checkpoint: no data module and no training folder is needed.
 
         Images are decoded, scaled and cut as in the model's evaluation, and classified 64 at a time.
 
         Args:
             images: paths, images of Pillow's, or uint8 arrays (H, W) or (H, W, 3), mixed as you like.
-            top: how many classes to name for each.
+            top: number of classes to name for each.
 
         Raises:
             ValueError: an image that cannot be read, by its name or place; a single image outside a list; ``top`` below
@@ -203,28 +203,29 @@ class VisionClassifier(SparseModule, Comparable):
         encoding, training = self.encoding, self.training
         self.eval()
         try:
-            numbered = list(enumerate(images))
-            starts = range(0, len(numbered), _PREDICTED_AT_ONCE)
-            batches = (numbered[start : start + _PREDICTED_AT_ONCE] for start in starts)
-            return [answer for batch in batches for answer in self._classified(batch, encoding, top)]
+            classified: list[ClassifiedImage] = []
+            for start in range(0, len(images), _PREDICTED_AT_ONCE):
+                batch = images[start : start + _PREDICTED_AT_ONCE]
+                classified += self._classified(batch, start, encoding, top)
+            return classified
         finally:
             self.train(training)
 
     def _classified(
-        self, batch: Sequence[tuple[int, Any]], encoding: ImageEncoding, top: int
+        self, batch: Sequence[Any], start: int, encoding: ImageEncoding, top: int
     ) -> Iterator[ClassifiedImage]:
         transform = encoding.transform
-        pixels = torch.stack([transform(to_pixels(image, f"images[{i}]")) for i, image in batch])
+        pixels = torch.stack([transform(to_pixels(image, f"images[{i}]")) for i, image in enumerate(batch, start)])
         normalized = normalize(pixels, encoding.mean, encoding.std).to(self.device)
         best = self(normalized).float().softmax(-1).topk(min(top, self.num_classes), dim=-1)
-        for (_, image), labels, values in zip(batch, best.indices.tolist(), best.values.tolist(), strict=True):
+        for image, labels, values in zip(batch, best.indices.tolist(), best.values.tolist(), strict=True):
             shares = {encoding.class_names[c]: round(p, 6) for c, p in zip(labels, values, strict=True)}
             name, share = next(iter(shares.items()))
             yield ClassifiedImage(str(image) if isinstance(image, (str, Path)) else None, name, share, shares)
 
     @property
     def encoding(self) -> ImageEncoding:
-        """The classes' names and what becomes of pixels: the checkpoint's, else the data's it was trained on.
+        """The classes' names and the scaling of pixels: the checkpoint's, else those of the training data.
 
         Raises:
             ValueError: there is neither.
@@ -253,11 +254,11 @@ class VisionClassifier(SparseModule, Comparable):
 
     @property
     def tokens_per_image(self) -> int:
-        """Patches and class token."""
+        """Number of patches, class and register tokens."""
         return self.model.patch_embed.num_patches + self.model.num_prefix_tokens
 
     def baselines(self) -> Mapping[str, Baseline]:
-        """Dense models of equal active FLOPs and of equal parameters; only the FFNs in place of experts are wider."""
+        """Return dense models of equal active FLOPs and of equal parameters, whose FFNs replace the experts."""
         return dense_twins(self, self.vit.dense_ffn)
 
     def routed_layers(self) -> RoutedLayers | None:

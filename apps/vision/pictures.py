@@ -18,32 +18,19 @@ if TYPE_CHECKING:
 
 
 def routing_over_images(
-    images: np.ndarray,
-    experts: Mapping[str, np.ndarray],
-    num_experts: int,
-    titles: Sequence[str] | None = None,
-    title: str = "Expert of each patch",
+    images: np.ndarray, experts: Mapping[str, np.ndarray], num_experts: int, titles: Sequence[str]
 ) -> Figure:
     """Draw each image plain, and for each layer with its patches in the colour of their expert.
 
     Args:
         images: (N, H, W), (N, H, W, 1) or (N, H, W, 3), values in 0..1.
-        experts: layer name to (N, grid height, grid width) expert numbers; ``num_experts`` or -1: none computed it.
+        experts: layer name to (N, grid height, grid width) expert numbers; ``num_experts`` where no expert computed it.
         num_experts: E.
         titles: a caption an image, for instance its class.
-        title: of the picture.
-
-    Raises:
-        ValueError: no layer, or arrays that do not fit each other.
     """
     images = np.asarray(images, dtype=np.float64)
     images = images[..., 0] if images.ndim == 4 and images.shape[-1] == 1 else images
     n = len(images)
-    if not experts:
-        raise ValueError("routing_over_images needs at least one layer")
-    for name, ids in experts.items():
-        if ids.ndim != 3 or len(ids) != n:
-            raise ValueError(f"experts of {name!r} have shape {ids.shape}, not ({n}, grid height, grid width)")
     side = 1.45
     columns = 1 + len(experts)
     fig = new_picture(max(5.0, side * columns + 1.0), side * n + 1.1)
@@ -51,8 +38,7 @@ def routing_over_images(
     colors = expert_colors(num_experts)
     for row, image in enumerate(images):
         _show_image(axes[row][0], image)
-        if titles is not None:
-            axes[row][0].set_ylabel(titles[row], fontsize=9)
+        axes[row][0].set_ylabel(titles[row], fontsize=9)
         for column, ids in enumerate(experts.values(), start=1):
             # Half the contrast and brighter, or the tints of dark patches all look black.
             _show_image(axes[row][column], 0.45 + 0.55 * image)
@@ -61,7 +47,7 @@ def routing_over_images(
         axes[0][column].set_title(name, fontsize=9)
     dropped = any(((ids < 0) | (ids >= num_experts)).any() for ids in experts.values())
     _expert_legend(fig, colors, dropped)
-    fig.suptitle(title, fontsize=11)
+    fig.suptitle("Expert of each patch", fontsize=11)
     return fig
 
 
@@ -74,6 +60,7 @@ def _show_image(axis: Axes, image: np.ndarray) -> None:
 def _tint(axis: Axes, ids: np.ndarray, size: tuple[int, int], colors: Sequence[str]) -> None:
     """Lay the experts' colours over an image of ``size`` and write their numbers where a patch has room for them."""
     from matplotlib.colors import to_rgba
+    from matplotlib.patheffects import withStroke
 
     height, width = size[0] / ids.shape[0], size[1] / ids.shape[1]
     rgba = np.zeros((*ids.shape, 4))
@@ -89,15 +76,9 @@ def _tint(axis: Axes, ids: np.ndarray, size: tuple[int, int], colors: Sequence[s
                 va="center",
                 fontsize=5.5,
                 color="white",
-                path_effects=_outline(),
+                path_effects=[withStroke(linewidth=1.2, foreground="black")],
             )
     axis.imshow(rgba, extent=(-0.5, size[1] - 0.5, size[0] - 0.5, -0.5), interpolation="nearest")
-
-
-def _outline() -> list:
-    from matplotlib.patheffects import withStroke
-
-    return [withStroke(linewidth=1.2, foreground="black")]
 
 
 def _expert_legend(fig: Figure, colors: Sequence[str], dropped: bool) -> None:

@@ -16,7 +16,7 @@ from apps.vision.image_set import ImageSet, Splits, in_memory, stratified_split
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """An array in the IDX format of MNIST (yann.lecun.com/exdb/mnist), plain or gzipped, bytes only.
+    """Read an array in the IDX format of MNIST (yann.lecun.com/exdb/mnist), plain or gzipped, bytes only.
 
     Raises:
         ValueError: truncated, not gzip, a wrong magic number, or more or fewer bytes than its header says.
@@ -24,9 +24,9 @@ def read_idx(path: Path) -> np.ndarray:
     data = _read_bytes(path)
     # magic: two zero bytes, the type (8: unsigned byte), the number of dimensions; then each size, big-endian
     if len(data) < 4 or data[:3] != b"\0\0\x08" or not 1 <= data[3] <= 4 or len(data) < 4 + 4 * data[3]:
-        found = data[:4].hex(" ") or "nothing"
+        start = data[:4].hex(" ") or "nothing"
         raise ValueError(
-            f"{path} is corrupt: an IDX file of bytes starts with 00 00 08 and a rank of 1 to 4, not {found}"
+            f"{path} is corrupt: an IDX file of bytes starts with 00 00 08 and a rank of 1 to 4, not {start}"
         )
     shape = tuple(np.frombuffer(data, ">u4", count=data[3], offset=4).tolist())
     body = np.frombuffer(data, np.uint8, offset=4 + 4 * data[3])
@@ -36,7 +36,7 @@ def read_idx(path: Path) -> np.ndarray:
 
 
 def read_mnist(root: Path, folder: str) -> Splits:
-    """The four IDX files of MNIST's layout in ``root``, gzipped or not, or in torchvision's ``root/folder/raw``."""
+    """Read MNIST's four IDX files in ``root``, gzipped or not, or in torchvision's ``root/folder/raw``."""
     torchvision_raw = root / folder / "raw"
     home = torchvision_raw if torchvision_raw.is_dir() else root
 
@@ -54,9 +54,9 @@ def read_mnist(root: Path, folder: str) -> Splits:
 
 
 def read_csv_digits(root: Path, name: str, side: int, top: int) -> Splits:
-    """Rows of ``side * side`` pixels from 0 to ``top`` and a label. Every fifth image of a class is for testing.
+    """Read rows of ``side * side`` pixels from 0 to ``top`` and a label.
 
-    The file has no split of its own: 20 % are held out, stratified, the same ones always.
+    The file has no split of its own: 20 % are held out for testing, stratified, always the same ones.
     """
     path = root / name
     data = _read_bytes(path)
@@ -78,7 +78,7 @@ def read_csv_digits(root: Path, name: str, side: int, top: int) -> Splits:
 def read_cifar(
     root: Path, folder: str, train: Sequence[str], test: str, key: str, class_names: Sequence[str]
 ) -> Splits:
-    """CIFAR's Python batches in ``root/folder``, or an image folder ``root/{train,test}/CLASS/``."""
+    """Read CIFAR's Python batches in ``root/folder``, or an image folder ``root/{train,test}/CLASS/``."""
     if not (root / folder).is_dir():
         return Splits(*(read_small_images(root / split, class_names, side=32) for split in ("train", "test")))
 
@@ -91,7 +91,7 @@ def read_cifar(
 
 
 class _NumpyUnpickler(pickle.Unpickler):
-    """Arrays and nothing else: a pickle may run any code, and a user's folder is not checked by hash."""
+    """Load arrays and nothing else: a pickle may run any code, and a user's folder is not checked by hash."""
 
     def find_class(self, module: str, name: str) -> Any:
         array = module.split(".")[0] == "numpy" and name in ("_reconstruct", "ndarray", "dtype", "_frombuffer")

@@ -32,12 +32,12 @@ _logger = logging.getLogger(__name__)
 @core.register_config
 @dataclass(frozen=True)
 class VisionReportConfig(ReportConfig):
-    """What ``moesaic test`` adds to the accuracy of an image classifier.
+    """Options of the report that ``moesaic test`` adds to the accuracy of an image classifier.
 
     Attributes:
         routing_examples: test images whose routing is drawn, to the end of a batch; 0 draws none.
         few_shot: shots a class of the linear evaluation on frozen features; empty leaves it out.
-        few_shot_seeds: draws of labelled images.
+        few_shot_seeds: number of draws of labelled images.
         capacity_factors: factors of the capacity sweep, to which dropless is added; empty leaves it out.
         sweep_images: test images that each point of the sweep sees, the same for all, to the end of a batch.
         images: images drawn with the experts of their patches; 0 draws none.
@@ -61,14 +61,14 @@ class VisionReportConfig(ReportConfig):
 
 @dataclass
 class PatchRouting:
-    """Which experts computed the patches of a test's images.
+    """The experts that computed the patches of a test's images.
 
     Attributes:
-        counts: by layer, computed pairs (num_classes, E) by class of the image.
+        counts: computed pairs by class of the image, (num_classes, E) for each layer.
         stats: the layers' loads; None before the first batch.
-        images: (H, W, C) each, those to be drawn, as the model sees them.
-        labels: their classes.
-        experts: by layer, the expert of each patch (grid height, grid width) of these images.
+        images: the images to be drawn, (H, W, C) each, as the model sees them.
+        labels: classes of these images.
+        experts: the expert of each of their patches, (grid height, grid width) an image, for each layer.
     """
 
     counts: dict[str, Tensor] = field(default_factory=dict)
@@ -89,7 +89,7 @@ class PatchRouting:
         for entry in tape.entries:
             name = layer_label(entry.name)
             counts = expert_label_counts(entry.routing, label_B, model.num_classes)
-            self.counts[name] = self.counts[name] + counts if name in self.counts else counts
+            self.counts[name] = self.counts.get(name, 0) + counts
             ids_BP = expert_of_token(entry.routing).unflatten(0, (len(label_B), -1))[picks, model.num_prefix_tokens :]
             self.experts.setdefault(name, []).extend(ids_BP.unflatten(1, model.patch_embed.grid_size).cpu().numpy())
         self.images += list(batch.image[picks].permute(0, 2, 3, 1).float().cpu().numpy())
@@ -120,7 +120,7 @@ class PatchRouting:
 
 
 def _first_of_each_class(label_B: Tensor, taken: Sequence[int], wanted: int, num_classes: int) -> list[int]:
-    """Return the positions in a batch of images still to be shown: classes not shown yet first."""
+    """Return the positions in a batch of images to be shown, those of classes not shown yet first."""
     picks: list[int] = []
     seen = set(taken)
     for position, label in enumerate(label_B.tolist()):
@@ -133,13 +133,10 @@ def _first_of_each_class(label_B: Tensor, taken: Sequence[int], wanted: int, num
 
 
 class VisionReport(Report):
-    """After a test in one process: few-shot accuracy, the capacity sweep and the pictures of the routing.
+    """The report of a test in one process: few-shot accuracy, the capacity sweep and the pictures of the routing.
 
     It writes ``few_shot.csv``, ``capacity_sweep.csv`` and ``.png``, ``routing.png``, ``expert_class.png``,
     ``load.png``; prints the tables; and logs ``test/few_shot_<k>``.
-
-    Args:
-        config: what to do.
     """
 
     def __init__(self, config: VisionReportConfig) -> None:
@@ -160,7 +157,7 @@ class VisionReport(Report):
             if self.config.pictures:
                 for batch in self._first(trainer, self.config.routing_examples):
                     routing.add(model, batch, pl_module.device, self.config.images)
-            # Expert choice has a capacity of its own, soft slots and merged experts have none.
+            # Expert choice has a capacity of its own; soft slots and merged experts have none.
             if self.config.capacity_factors and "capacity_factor" in model.moe.router.layer_options:
                 points = capacity_sweep(
                     model,
@@ -217,23 +214,20 @@ def _write_few_shot(results: Mapping[int, Interval], folder: Path) -> None:
 
 
 def _write_sweep(points: Sequence[CapacityPoint], folder: Path) -> None:
-    by_factor = {(p.priority, p.capacity_factor): p for p in points}
-    rows = []
-    for factor in dict.fromkeys(p.capacity_factor for p in points):
-        plain, score = by_factor["position", factor], by_factor["score", factor]
-        rows.append(
+    half = len(points) // 2  # the same factors by position, then by score
+    print_table(
+        f"Capacity sweep at inference, {points[0].images:,} test images",
+        ("capacity", "dropped, %", "MFLOPs/image", "top-1, %", "with batch priority, %"),
+        [
             (
-                "dropless" if factor is None else f"{factor:g}",
+                "dropless" if plain.capacity_factor is None else f"{plain.capacity_factor:g}",
                 f"{100 * plain.drop_rate:.1f}",
                 f"{plain.flops_per_image / 1e6:.2f}",
                 f"{100 * plain.accuracy:.2f}",
                 f"{100 * score.accuracy:.2f}",
             )
-        )
-    print_table(
-        f"Capacity sweep at inference, {points[0].images:,} test images",
-        ("capacity", "dropped, %", "MFLOPs/image", "top-1, %", "with batch priority, %"),
-        rows,
+            for plain, score in zip(points[:half], points[half:], strict=True)
+        ],
     )
     write_csv(folder / "capacity_sweep.csv", [asdict(p) for p in points])
 
@@ -241,8 +235,8 @@ def _write_sweep(points: Sequence[CapacityPoint], folder: Path) -> None:
 def support_batches(trainer: Trainer) -> Iterable[Any] | None:
     """Return batches to draw labelled images from, untransformed, within the trainer's limit for validation.
 
-    They are the validation split, which the features were not trained on, else the training images. None: there is no
-    data module.
+    They come from the validation split, which the features were not trained on, else from the training images. Without
+    either, return None.
     """
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     if data is None:
@@ -261,7 +255,7 @@ def support_batches(trainer: Trainer) -> Iterable[Any] | None:
 
 
 def class_names(trainer: Trainer, num_classes: int) -> list[str]:
-    """Return the data's names of its classes, else their numbers."""
+    """Return the names that the data gives its classes, else their numbers."""
     names = getattr(trainer.datamodule, "class_names", None)  # type: ignore[attr-defined]
     return [str(n) for n in names] if names and len(names) == num_classes else [str(c) for c in range(num_classes)]
 

@@ -40,11 +40,11 @@ def test_arrays_come_back_as_tensors_and_survive_pickling(tmp_path):
 
 def test_a_cut_or_missing_file_is_noticed(tmp_path):
     write(tmp_path / "t")
-    os.truncate(tmp_path / "t" / "a.bin", 20)
-    with pytest.raises(Damaged, match=r"a\.bin has 20 bytes, not 24"):
+    os.truncate(tmp_path / "t" / "a.npy", 20)
+    with pytest.raises(Damaged, match=r"a\.npy has 20 bytes, not 152"):  # a header of 128 and 6 numbers of 4
         ArrayFiles(tmp_path / "t")
-    (tmp_path / "t" / "a.bin").unlink()
-    with pytest.raises(Damaged, match=r"a\.bin is missing"):
+    (tmp_path / "t" / "a.npy").unlink()
+    with pytest.raises(Damaged, match=r"a\.npy is missing"):
         ArrayFiles(tmp_path / "t")
     os.truncate(tmp_path / "t" / "manifest.json", 20)
     with pytest.raises(Damaged, match=r"manifest\.json cannot be read"):

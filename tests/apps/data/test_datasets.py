@@ -43,9 +43,9 @@ def test_a_name_is_registered_once() -> None:
 
 
 def test_the_list_is_plain_rows(tmp_path: Path) -> None:
-    rows = {row.name: row for row in datasets.list_datasets(tmp_path)}
-    assert rows["digits"].ready
-    assert rows["digits"].app == "vision"
-    assert not rows["imagenet"].ready
-    assert rows["imagenet"].sources == ()
-    assert rows["fashion_mnist"].sources[-1] == "Debian package dataset-fashion-mnist"
+    by_name = {dataset.name: dataset for dataset in datasets.list_datasets()}
+    assert datasets.available("digits", tmp_path)
+    assert by_name["digits"].app == "vision"
+    assert not datasets.available("imagenet", tmp_path)
+    assert by_name["imagenet"].sources == ()
+    assert str(by_name["fashion_mnist"].sources[-1]) == "Debian package dataset-fashion-mnist"

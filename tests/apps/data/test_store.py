@@ -75,7 +75,7 @@ def test_a_given_encoding_has_an_entry_of_its_own_unless_the_data_taught_the_sam
 def test_a_damaged_entry_is_made_anew(tmp_path, caplog):
     make = Maker()
     folder = STORE.open(tmp_path, "toy", [], make).folder
-    for calls, cut in enumerate(("number.bin", "manifest.json"), 2):
+    for calls, cut in enumerate(("number.npy", "manifest.json"), 2):
         os.truncate(folder / cut, 2)
         assert STORE.open(tmp_path, "toy", [], make)["number"].tolist() == [1]
         assert make.calls == calls
@@ -124,7 +124,7 @@ CHILD = textwrap.dedent(
 
 def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", CHILD, str(tmp_path)], cwd=ROOT, env=environment())
-    while process.poll() is None and not list(tmp_path.glob("toys/.toy-*/number.bin")):
+    while process.poll() is None and not list(tmp_path.glob("toys/.toy-*/number.npy")):
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()

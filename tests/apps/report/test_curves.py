@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 
 from apps.report.curves import Curve, learning_curves, read_curves
 
@@ -59,8 +58,3 @@ def test_a_long_curve_has_its_means_drawn_over_it():
     assert list(mean.get_ydata())[:2] == [2.5, 6.5]
     assert len(mean.get_ydata()) == 100
     assert [t.get_text() for t in axis.get_legend().get_texts()] == ["train"]
-
-
-def test_no_curve_is_refused():
-    with pytest.raises(ValueError, match="needs at least one curve"):
-        learning_curves({}, "")

@@ -109,12 +109,10 @@ def test_of_many_labels_the_most_specialised_are_kept():
     ("draw", "message"),
     [
         (lambda: Heatmap("m", ("a", "b"), ("x",), np.zeros((1, 1))), r"values \(1, 1\) for 2 rows and 1 columns"),
-        (lambda: heatmaps([[]], "", ""), "needs at least one map"),
         (
             lambda: heatmaps([[Heatmap(f"encoder {n}", (n,), ("0",), np.zeros((1, 1))) for n in "ab"]], "", ""),
             "heat map 'encoder a' and its neighbours have different rows",
         ),
-        (lambda: maps_by_label({"a": np.zeros((2, 3))}, ["one"]), r"'a' have shape \(2, 3\), not \(1 labels"),
     ],
 )
 def test_arrays_that_do_not_fit_are_refused(draw, message):

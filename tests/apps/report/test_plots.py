@@ -43,19 +43,6 @@ def test_expert_colours_differ():
         assert len(set(plots.expert_colors(num_experts))) == num_experts
 
 
-@pytest.mark.parametrize(
-    ("draw", "message"),
-    [
-        (lambda: plots.load_bars({}), "needs at least one layer"),
-        (lambda: plots.quality_against_flops([]), "needs at least one point"),
-        (lambda: plots.Series("a", [1.0], [0.5, 0.6]), "'a': flops, quality and interval differ in length"),
-    ],
-)
-def test_arrays_that_do_not_fit_are_refused(draw, message):
-    with pytest.raises(ValueError, match=message):
-        draw()
-
-
 def test_a_picture_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     fig = plots.load_bars({"block 1": np.array([1, 2])})
     path = plots.save_picture(fig, tmp_path / "new" / "load.png")

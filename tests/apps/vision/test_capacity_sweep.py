@@ -14,7 +14,7 @@ from apps.vision.model import VMoE
 def test_sweep_counts_flops_of_the_pairs_computed():
     model = sparse()
     data = batches()
-    points = capacity_sweep(model, lambda: data, (0.5, None), ("position", "score"))
+    points = capacity_sweep(model, lambda: data, (0.5, None))
     assert [(p.priority, p.capacity_factor) for p in points] == [
         ("position", 0.5),
         ("position", None),

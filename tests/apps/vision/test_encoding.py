@@ -74,7 +74,7 @@ def test_a_checkpoint_keeps_classes_and_scale(trained: Path) -> None:
 
 
 def test_an_encoding_of_something_else_is_refused() -> None:
-    with pytest.raises(ValueError, match="the checkpoint's encoding is not one of images: it has features, domain"):
+    with pytest.raises(ValueError, match="the checkpoint's encoding: ImageEncoding has no field 'features'"):
         ImageEncoding.from_state({"features": {}, "domain": None})
 
 

@@ -22,12 +22,3 @@ def test_patches_have_the_colour_and_number_of_their_expert():
     # The middle of the upper left patch of 2x2 pixels, whose pixels 0 and 1 span -0.5 .. 1.5.
     assert tinted.texts[0].get_position() == (0.5, 0.5)
     assert [t.get_text() for t in fig.legends[0].get_texts()][-1].endswith("none")
-
-
-@pytest.mark.parametrize(
-    ("experts", "message"),
-    [({}, "needs at least one layer"), ({"a": np.zeros((2, 2, 2), int)}, "of 'a' have shape")],
-)
-def test_arrays_that_do_not_fit_are_refused(experts, message):
-    with pytest.raises(ValueError, match=message):
-        routing_over_images(np.zeros((1, 4, 4)), experts, 3)

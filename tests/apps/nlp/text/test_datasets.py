@@ -33,7 +33,7 @@ def write(path: Path, *lines: str) -> None:
 
 
 def test_every_dataset_is_listed(tmp_path):
-    rows = {row.name: row for row in datasets.list_datasets(tmp_path) if row.app == "nlp"}
+    rows = {row.name: row for row in datasets.list_datasets() if row.app == "nlp"}
     assert set(rows) == set(NLP_DATASETS)
     assert not set(OWN) & set(NLP_DATASETS)
     for name, dataset in NLP_DATASETS.items():
