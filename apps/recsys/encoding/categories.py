@@ -30,7 +30,7 @@ class Codes:
 
     Attributes:
         codes: int64 (N,), positions in ``values``; ``MISSING`` where there is none.
-        values: the distinct values as text, in the order in which they first occur.
+        values: distinct values as text, in the order in which they first occur.
     """
 
     codes: NDArray[np.int64]
@@ -42,10 +42,10 @@ class Rows:
     """A column of categories as rows of an embedding table.
 
     Attributes:
-        rows: int32 (N,).
-        num_rows: of the table, row 0 included.
+        rows: row numbers, int32 (N,).
+        num_rows: rows of the table, row 0 included.
         values: the value of each row from 1 on; None where several values share a row.
-        unseen: bool (N,), values that the training rows lack or that are too rare there.
+        unseen: bool (N,), True for values that the training rows lack or that are too rare there.
     """
 
     rows: NDArray[np.int32]
@@ -55,7 +55,7 @@ class Rows:
 
 
 def factorize(parts: Sequence[Part], column: str) -> Codes:
-    """The distinct values of a column over all tables, as text, and which of them each row has.
+    """Return the distinct values of a column over all tables, as text, and which of them each row has.
 
     A value and its text are the same (5, 5.0 and "5"; true, "True" and "TRUE"; a time with and without zero fractions
     of a second), so that files of different types agree. Spaces around a text are not part of it; an empty text is a
@@ -91,7 +91,7 @@ def factorize(parts: Sequence[Part], column: str) -> Codes:
 
 
 def to_text(values: pa.Array) -> pa.StringArray:
-    """Distinct values as text; None where the value stands for a missing one. Different values may become equal."""
+    """Return distinct values as text, None for NaN and empty text. Different values may become equal."""
     kind = values.type
     if pa.types.is_null(kind):
         return pa.nulls(len(values), pa.string())
@@ -116,10 +116,10 @@ def to_text(values: pa.Array) -> pa.StringArray:
 
 
 def split_values(parts: Sequence[Part], column: str, separator: str) -> tuple[NDArray[np.int64], Codes]:
-    """A multi-valued column: offsets (N + 1,) and the codes of all rows' values, one row after the other.
+    """Return a multi-valued column: offsets (N + 1,) and the codes of all rows' values, one row after the other.
 
-    Of a text, the pieces between separators are the values, empty ones left out. A list without values, an empty text
-    and a missing one are no values at all; a missing element of a list is a missing value.
+    A text is cut at the separators, and empty pieces are left out. A list without values, an empty text and a missing
+    one have no values at all; a missing element of a list is a missing value.
 
     Raises:
         ValueError: a type that is neither a list nor text.
@@ -150,12 +150,12 @@ def _is_list(kind: pa.DataType) -> bool:
 
 
 def offsets_of(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """0 and the inclusive cumulative sum, (N + 1,)."""
+    """Return 0 and the inclusive cumulative sum, (N + 1,)."""
     return np.concatenate((np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)))
 
 
 def ragged(offsets: NDArray[np.int64], rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Positions of the values of ``rows``, one row after the other, and how many each row has."""
+    """Return the positions of the values of ``rows``, one row after the other, and how many each row has."""
     lengths = offsets[rows + 1] - offsets[rows]
     ends = np.cumsum(lengths)
     total = int(ends[-1]) if len(ends) else 0
@@ -163,13 +163,13 @@ def ragged(offsets: NDArray[np.int64], rows: NDArray[np.int64]) -> tuple[NDArray
 
 
 def count(codes: Codes, train: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """How often each value occurs in the training rows, (number of values,). ``train`` is a mask of the codes."""
-    mine = codes.codes[train]
-    return np.bincount(mine[mine != MISSING], minlength=len(codes.values))
+    """Return how often each value occurs in the training rows. ``train`` is a mask of the codes."""
+    in_train = codes.codes[train]
+    return np.bincount(in_train[in_train != MISSING], minlength=len(codes.values))
 
 
 def to_vocabulary(codes: Codes, train: NDArray[np.bool_], min_count: int = 1) -> Rows:
-    """A row for each value that the training rows have at least ``min_count`` times, the most frequent first."""
+    """Give a row to each value that the training rows have at least ``min_count`` times, the most frequent first."""
     counts = count(codes, train)
     order = np.asarray(
         pc.sort_indices(
@@ -187,14 +187,14 @@ def to_vocabulary(codes: Codes, train: NDArray[np.bool_], min_count: int = 1) ->
 
 
 def to_known(codes: Codes, values: Vocabulary) -> Rows:
-    """The rows of a vocabulary learned elsewhere; 0 for what it lacks."""
+    """Return each value's row in a vocabulary that was learned from other rows; 0 for values that it lacks."""
     row_of = np.append(values.find(codes.values) + 1, 0).astype(np.int32)  # the last one is where MISSING points
     rows = row_of[codes.codes]
     return Rows(rows, len(values) + 1, None, (rows == 0) & (codes.codes != MISSING))
 
 
 def to_hashed(codes: Codes, train: NDArray[np.bool_], num_rows: int) -> Rows:
-    """Rows 1 to num_rows - 1 by a hash of the value, seen in training or not; 0 where it is missing."""
+    """Give each value, seen in training or not, a row from 1 to num_rows - 1 by a hash; a missing one has row 0."""
     row_of = np.zeros(len(codes.values) + 1, dtype=np.int32)
     row_of[:-1] = 1 + (hash_text(codes.values) % np.uint64(num_rows - 1)).astype(np.int32)
     unseen_value = np.append(count(codes, train) == 0, False)
@@ -202,8 +202,7 @@ def to_hashed(codes: Codes, train: NDArray[np.bool_], num_rows: int) -> Rows:
 
 
 def to_given(codes: Codes, train: NDArray[np.bool_], num_rows: int, column: str, row: NDArray[np.int64]) -> Rows:
-    """The values themselves, which are row numbers already; 0 where one is missing. ``row`` is the table's row of each
-    code.
+    """Take the values as row numbers; a missing one has row 0. ``row`` is the table's row of each code, for messages.
 
     Raises:
         ValueError: a value that is no whole number from 0 to num_rows - 1, or a missing one where 0 is one of the
@@ -232,7 +231,7 @@ def to_given(codes: Codes, train: NDArray[np.bool_], num_rows: int, column: str,
 
 
 def hash_text(values: pa.StringArray) -> NDArray[np.uint64]:
-    """A hash of each text that is the same on every machine and in every run: FNV-1a over UTF-8, mixed at the end.
+    """Hash each text alike on every machine and in every run: FNV-1a over UTF-8, mixed at the end.
 
     FNV-1a alone has weak low bits, which the remainder by a table's size reads; the mix is splitmix64's.
     """
@@ -245,8 +244,8 @@ def hash_text(values: pa.StringArray) -> NDArray[np.uint64]:
     for position in range(int(sorted_lengths[0]) if len(order) else 0):
         alive = int(np.searchsorted(-sorted_lengths, -position, side="left"))
         byte = content[starts[:alive] + position].astype(np.uint64)
-        mine = order[:alive]
-        hashes[mine] = (hashes[mine] ^ byte) * _FNV_PRIME
+        longer = order[:alive]
+        hashes[longer] = (hashes[longer] ^ byte) * _FNV_PRIME
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         hashes = (hashes ^ (hashes >> np.uint64(shift))) * np.uint64(factor)
     return hashes ^ (hashes >> np.uint64(31))

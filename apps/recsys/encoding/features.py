@@ -1,4 +1,4 @@
-"""What a table's columns are to a model: the seam between the data and the network. Plain values, no tensors."""
+"""Descriptions of a table's columns as plain values: all that a network knows of its data."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class CategoricalFeature:
     """One embedded column.
 
     Attributes:
-        name: of the column.
+        name: name of the column.
         num_rows: rows of its table. Row 0 is for values not seen in training, and for missing ones.
-        multi_valued: an example has any number of values, none too; else exactly one.
-        hashed: ids are hashed into the rows 1 to num_rows - 1; else each seen value has a row of its own.
+        multi_valued: whether an example may have any number of values; else it has exactly one.
+        hashed: whether ids are hashed into the rows 1 to num_rows - 1; else each seen value has a row of its own.
     """
 
     name: str
@@ -33,8 +33,8 @@ class ContinuousFeature:
     """One column of numbers, as the training split has it. NaN and infinities are missing, and not in the figures.
 
     Attributes:
-        name: of the column.
-        mean, std: of the training split; std is 1 where the column is constant.
+        name: name of the column.
+        mean, std: mean and deviation of the training split; std is 1 where the column is constant.
         quantiles: at most 255 distinct, ascending boundaries between bins of about equal count, where a frequent value
             has a bin of its own: x is in bin i if ``quantiles[i - 1] < x <= quantiles[i]``, as in ``torch.bucketize``.
             Empty where the column is constant.
@@ -54,13 +54,13 @@ class ContinuousFeature:
 @core.register_config
 @dataclass(frozen=True)
 class Features:
-    """All columns of a table, as a model needs them. It is saved in the checkpoint.
+    """All columns of a table, as a model needs them. They are saved in the checkpoint.
 
     Attributes:
-        categorical, continuous: in the order of the batches' columns.
+        categorical, continuous: features in the order of the batches' columns.
         tasks: names of the labels, in the order of the batches' columns.
         positives: share of positive labels of each task in the training split.
-        num_domains: domains, for tables that have several; 0: none.
+        num_domains: number of domains; 0 where the table is not cut into domains.
     """
 
     categorical: tuple[CategoricalFeature, ...] = ()
@@ -75,7 +75,7 @@ class Features:
 
     @classmethod
     def of(cls, plain: Mapping[str, Any]) -> Features:
-        """What ``dataclasses.asdict`` made ``plain`` of."""
+        """Return the features that ``dataclasses.asdict`` turned into ``plain``."""
         return cls(
             categorical=tuple(CategoricalFeature(**f) for f in plain["categorical"]),
             continuous=tuple(ContinuousFeature(**f) for f in plain["continuous"]),

@@ -15,11 +15,11 @@ from apps.recsys.schema import TaskConfig
 
 
 def to_labels(parts: Sequence[Part], name: str, task: TaskConfig) -> NDArray[np.float32]:
-    """0 and 1 of a task over all tables, NaN where the column has no value.
+    """Return a task's labels over all tables: 0, 1, or NaN where the column has no value.
 
     Raises:
-        ValueError: a column that does not hold 0 and 1, a ``positive`` value that it never holds, or ``at_least`` for a
-            column that holds no numbers.
+        ValueError: the column does not hold 0 and 1, never holds a ``positive`` value, or holds no numbers for
+            ``at_least``.
     """
     column = task.column
     if task.at_least is not None:
@@ -37,8 +37,8 @@ def to_labels(parts: Sequence[Part], name: str, task: TaskConfig) -> NDArray[np.
         label = positive.astype(np.float32)
     else:
         known = {"0": 0.0, "1": 1.0, "false": 0.0, "true": 1.0}
-        found = [] if values is None else [known.get(v.lower(), np.nan) for v in values]
-        if values is None or any(np.isnan(found)):
+        labels = [] if values is None else [known.get(v.lower(), np.nan) for v in values]
+        if values is None or any(np.isnan(labels)):
             fits = pc.is_in(pc.utf8_lower(codes.values), pa.array(list(known), pa.string()))
             code = int(np.argmin(np.asarray(fits, dtype=bool)))
             odd, row = codes.values[code].as_py(), int(np.argmax(codes.codes == code))
@@ -46,22 +46,22 @@ def to_labels(parts: Sequence[Part], name: str, task: TaskConfig) -> NDArray[np.
                 f"task {name!r}: column {column!r} must hold 0 and 1, but row {row} holds {odd!r}; "
                 "set positive (the values that count) or at_least"
             )
-        label = np.array(found, dtype=np.float32)
+        label = np.array(labels, dtype=np.float32)
     return np.append(label, np.float32(np.nan))[codes.codes]
 
 
 def determines(codes: NDArray[np.int64], label: NDArray[np.float32]) -> bool:
-    """Whether knowing the column is knowing the label, in every row.
+    """Tell whether the column's value decides the label in every row.
 
-    Only values that occur more than once tell: a value of its own in each row says nothing. They must cover half of the
-    labelled rows and both classes, or it is no finding. Missing is a value too.
+    Values that occur once are left out, since they prove nothing. The others must cover half of the labelled rows and
+    both classes, or the answer is no. Missing is a value too.
     """
     known = ~np.isnan(label)
-    mine, positive = codes[known] + 1, label[known] == 1
-    total = np.bincount(mine)
-    hits = np.bincount(mine[positive], minlength=len(total))
+    value, positive = codes[known] + 1, label[known] == 1
+    total = np.bincount(value)
+    hits = np.bincount(value[positive], minlength=len(total))
     repeated = total > 1
-    if 2 * int(total[repeated].sum()) < len(mine) or not len(mine):
+    if 2 * int(total[repeated].sum()) < len(value) or not len(value):
         return False
     total, hits = total[repeated], hits[repeated]
     pure = (hits == 0) | (hits == total)

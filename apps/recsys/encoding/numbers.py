@@ -1,16 +1,17 @@
-"""Columns of numbers and of times, and what a model is told of the numbers in the training rows."""
+"""Columns of numbers and of times, and the statistics of numbers that a model needs."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
+
+from apps.recsys.encoding.features import ContinuousFeature
 
 Part = tuple[str, pa.ChunkedArray]
 """One column in one of the tables, and what to call that table in a message."""
@@ -21,21 +22,18 @@ MAX_QUANTILES = 255
 def to_numbers(
     parts: Sequence[Part], column: str, missing: str = "leave missing numbers empty", first_row: int = 0
 ) -> NDArray[np.float64]:
-    """A column of numbers over all tables, NaN where missing.
+    """Return a column of numbers over all tables, NaN where missing.
 
     Args:
-        parts: the tables.
-        column: names it in messages.
-        missing: what a message says of missing values.
+        parts: the column in each table.
+        column: name of the column in messages.
+        missing: advice on missing values, the end of a message.
         first_row: number of each table's first row in messages, where the tables are pieces of longer ones.
 
     Raises:
-        ValueError: something that is no number; the message names the first one and its row.
+        ValueError: a value is no number; the message names the first one and its row.
     """
-    out = []
-    for where, data in parts:
-        out.append(_numbers(data, column, where, missing, first_row))
-    return np.concatenate(out)
+    return np.concatenate([_numbers(data, column, where, missing, first_row) for where, data in parts])
 
 
 def _numbers(data: pa.ChunkedArray, column: str, where: str, missing: str, first_row: int) -> NDArray[np.float64]:
@@ -63,8 +61,8 @@ def _numbers(data: pa.ChunkedArray, column: str, where: str, missing: str, first
 
 
 def first_failing(data: pa.Array | pa.ChunkedArray, kind: pa.DataType) -> int:
-    """The first row of texts or bytes that do not read as ``kind``, by halving; ``len(data)`` where all do."""
-    low, high = 0, len(data)  # the rows before low do, and the one at high does not
+    """Return the first row of texts or bytes that do not read as ``kind``, by halving; ``len(data)`` where all do."""
+    low, high = 0, len(data)  # the rows before low can be read, and the one at high cannot
     while low < high:
         middle = (low + high) // 2
         try:
@@ -76,7 +74,7 @@ def first_failing(data: pa.Array | pa.ChunkedArray, kind: pa.DataType) -> int:
 
 
 def to_float32(numbers: NDArray[np.float64]) -> NDArray[np.float32]:
-    """In float32, where NaN stands for every value that is not finite, infinities and what float32 cannot hold too."""
+    """Return numbers as float32, with NaN for infinities and for numbers that float32 cannot hold."""
     with np.errstate(over="ignore"):
         out = numbers.astype(np.float32)
     out[~np.isfinite(out)] = np.nan
@@ -84,22 +82,21 @@ def to_float32(numbers: NDArray[np.float64]) -> NDArray[np.float32]:
 
 
 def to_order(parts: Sequence[Part], column: str) -> NDArray[np.int64] | NDArray[np.float64]:
-    """A column of numbers, dates or times as numbers that sort alike; text that reads as one of them too.
+    """Return a column of numbers, dates or times, or of text that reads as them, as numbers that sort alike.
 
     Raises:
-        ValueError: a missing value, or something that has no order.
+        ValueError: a value is missing or has no order.
     """
     parts = [(where, _dates(data)) for where, data in parts]
-    kinds = {str(data.type) for _, data in parts}
-    if all(pa.types.is_temporal(data.type) for _, data in parts):
-        unit = pa.timestamp("us")
-        out = [
-            np.asarray(d.cast(unit, safe=False).cast(pa.int64()).fill_null(np.iinfo(np.int64).min)) for _, d in parts
-        ]
-        order: Any = np.concatenate(out)
-        absent = order == np.iinfo(np.int64).min
-    elif any(pa.types.is_temporal(data.type) for _, data in parts):
-        raise ValueError(f"column {column!r} orders the rows, but its types differ between files: {', '.join(kinds)}")
+    temporal = [pa.types.is_temporal(data.type) for _, data in parts]
+    if all(temporal):
+        absent_time = np.iinfo(np.int64).min
+        times = (data.cast(pa.timestamp("us"), safe=False).cast(pa.int64()) for _, data in parts)
+        order: Any = np.concatenate([np.asarray(time.fill_null(absent_time)) for time in times])
+        absent = order == absent_time
+    elif any(temporal):
+        kinds = ", ".join({str(data.type) for _, data in parts})
+        raise ValueError(f"column {column!r} orders the rows, but its types differ between files: {kinds}")
     else:
         order = to_numbers(parts, column, "times are numbers, or dates such as 2024-05-31 12:00:00")
         absent = np.isnan(order)
@@ -109,7 +106,7 @@ def to_order(parts: Sequence[Part], column: str) -> NDArray[np.int64] | NDArray[
 
 
 def _dates(data: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Text that reads as dates or times as such, as a CSV file's is read; other columns as they are."""
+    """Return text that reads as dates or times as timestamps, and other columns as they are."""
     kind = data.type.value_type if pa.types.is_dictionary(data.type) else data.type
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
         return data
@@ -119,36 +116,26 @@ def _dates(data: pa.ChunkedArray) -> pa.ChunkedArray:
     return data
 
 
-@dataclass(frozen=True)
-class Statistics:
-    """Of a continuous column in the training rows: see ``features.ContinuousFeature``."""
-
-    mean: float
-    std: float
-    quantiles: tuple[float, ...]
-    missing: float
-
-
-def statistics(values: NDArray[np.float32]) -> Statistics:
-    """Mean, deviation, bin boundaries and missing share of (N,) numbers with NaN where missing."""
+def statistics(name: str, values: NDArray[np.float32]) -> ContinuousFeature:
+    """Return the feature of a column with these values (N,) in the training rows, NaN where missing."""
     present = np.sort(values[~np.isnan(values)])
     missing = 1.0 - len(present) / max(len(values), 1)
     if not len(present):
-        return Statistics(0.0, 1.0, (), missing)
+        return ContinuousFeature(name, missing=missing)
     mean = float(present.mean(dtype=np.float64))
     if present[0] == present[-1]:
-        return Statistics(mean, 1.0, (), missing)
+        return ContinuousFeature(name, mean, missing=missing)
     std = float(present.std(dtype=np.float64))
-    return Statistics(mean, std, tuple(map(float, boundaries(present))), missing)
+    return ContinuousFeature(name, mean, std, tuple(map(float, boundaries(present))), missing)
 
 
 def boundaries(ascending: NDArray[np.float32], num_bins: int = MAX_QUANTILES + 1) -> NDArray[np.float32]:
-    """Values b between bins b[i - 1] < x <= b[i] of the sorted values: at most num_bins - 1, the largest value is none.
+    """Return at most num_bins - 1 values b between bins ``b[i - 1] < x <= b[i]`` of sorted values.
 
-    A value that would fill a bin has one of its own: the next smaller value is a boundary too. So 96 % zeros are one
-    bin, and 40 hours a week are not mixed with 39. The bins left hold about equally many of the other values, so that
-    the 4 % beside the zeros are told apart; but no bin is to hold fewer than 1 in 8,192 of all, which would be learned
-    from too few.
+    The largest value is no boundary. A value that would fill a bin has one of its own: the next smaller value is a
+    boundary too. So 96 % zeros are one bin, and 40 hours a week are not mixed with 39. The other bins share the
+    remaining values about equally, and none of them holds fewer than 1 in 8,192 of all values, from which too little
+    could be learned.
     """
     size = len(ascending)
     values, first, times = np.unique(ascending, return_index=True, return_counts=True)
@@ -157,6 +144,6 @@ def boundaries(ascending: NDArray[np.float32], num_bins: int = MAX_QUANTILES + 1
     rest = ascending[~np.repeat(full, times)]
     bins = min(num_bins - len(heavy), len(rest) // max(size // 8192, 1))
     between = rest[np.arange(1, bins) * len(rest) // bins] if bins > 1 else rest[:0]
-    found = np.union1d(heavy, between)
-    found = found[found < ascending[-1]] if size else found
-    return found[np.arange(num_bins - 1) * len(found) // (num_bins - 1)] if len(found) >= num_bins else found
+    edges = np.union1d(heavy, between)
+    edges = edges[edges < ascending[-1]] if size else edges
+    return edges[np.arange(num_bins - 1) * len(edges) // (num_bins - 1)] if len(edges) >= num_bins else edges

@@ -1,4 +1,4 @@
-"""What training has taught of a table's values: the checkpoint keeps it, and other rows are encoded by it."""
+"""The encoding of a table, learned from its training rows: a checkpoint keeps it, and other rows are encoded by it."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from apps.recsys.encoding.vocabulary import Vocabulary
 
 @dataclass(frozen=True, eq=False)
 class Encoding:
-    """Which row, bin or domain a value of a table is to a model.
+    """The map from a table's values to the rows, bins and domains of a model.
 
     Attributes:
         features: the columns, with the statistics of the training rows.
-        vocabularies: the values of the rows from 1 on of each categorical column, but for those that are hashed or hold
-            row numbers.
-        domain: column of the domain; None: there is one.
+        vocabularies: the values of the rows from 1 on, by categorical column. Columns that are hashed or hold row
+            numbers have none.
+        domain: column of the domain; None where there is one domain.
         domains: the domains' values, from 0 on.
-        separator: of the values in a text of a multi-valued column.
+        separator: text between the values of a multi-valued column.
     """
 
     features: Features
@@ -35,7 +35,7 @@ class Encoding:
 
     @classmethod
     def of(cls, files: ArrayFiles) -> Encoding:
-        """That of an encoded table."""
+        """Return the encoding of an encoded table."""
         info = files.info
 
         def texts(number: int) -> Vocabulary:
@@ -50,10 +50,10 @@ class Encoding:
         )
 
     def state(self) -> dict[str, Any]:
-        """Plain values and tensors, for a checkpoint."""
+        """Return the encoding as plain values and tensors, for a checkpoint."""
         return {
             "features": asdict(self.features),
-            "vocabularies": {column: found.state() for column, found in self.vocabularies.items()},
+            "vocabularies": {column: vocabulary.state() for column, vocabulary in self.vocabularies.items()},
             "domain": self.domain,
             "domains": None if self.domains is None else self.domains.state(),
             "separator": self.separator,
@@ -64,7 +64,7 @@ class Encoding:
         domains = state["domains"]
         return cls(
             Features.of(state["features"]),
-            {column: Vocabulary(**found) for column, found in state["vocabularies"].items()},
+            {column: Vocabulary(**tensors) for column, tensors in state["vocabularies"].items()},
             state["domain"],
             None if domains is None else Vocabulary(**domains),
             state["separator"],
@@ -72,7 +72,7 @@ class Encoding:
 
     @property
     def roles(self) -> dict[str, str]:
-        """What each column is for that rows to predict must have, by column."""
+        """The role of each column that rows to predict must have, by column."""
         roles = {} if self.domain is None else {self.domain: "domain"}
         roles |= {f.name: "multi_valued" if f.multi_valued else "categorical" for f in self.features.categorical}
         return roles | dict.fromkeys(self.numbers, "continuous")
@@ -90,8 +90,8 @@ class Encoding:
 
     @cached_property
     def digest(self) -> str:
-        """Encodings of the same digest make the same of every row."""
-        found = {column: vocabulary.digest for column, vocabulary in self.vocabularies.items()}
+        """A hash of the encoding: two with the same digest encode every row alike."""
+        vocabularies = {column: vocabulary.digest for column, vocabulary in self.vocabularies.items()}
         domains = None if self.domains is None else self.domains.digest
-        plain = [asdict(self.features), found, self.domain, domains, self.separator]
+        plain = [asdict(self.features), vocabularies, self.domain, domains, self.separator]
         return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]

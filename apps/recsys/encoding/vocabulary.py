@@ -44,7 +44,7 @@ class Vocabulary:
         return tuple(content[a:b].decode() for a, b in itertools.pairwise(self.offsets.tolist()))
 
     def find(self, values: pa.StringArray) -> NDArray[np.int64]:
-        """The number of each text, int64 (N,); -1 where it is not among them."""
+        """Return the number of each text, int64 (N,); -1 where the vocabulary lacks it."""
         import pyarrow as pa
         import pyarrow.compute as pc
 
@@ -54,7 +54,7 @@ class Vocabulary:
 
     @cached_property
     def digest(self) -> str:
-        """Other texts, or another order, have another one."""
+        """A hash of the texts and their order."""
         digest = hashlib.sha256(self.offsets.numpy().data)
         digest.update(self.content.numpy().data)
         return digest.hexdigest()

@@ -339,10 +339,9 @@ class _Build:
         for c, column in enumerate(columns):
             values = to_float32(to_numbers(self._parts(column), column))
             matrix[:, c] = values
-            s = statistics(values[self.masks["train"]])
+            features.append(statistics(column, values[self.masks["train"]]))
             self._describe(column, np.isnan(values), None)
             self._check_leak(column, np.unique(values, return_inverse=True)[1], labels)
-            features.append(ContinuousFeature(column, s.mean, s.std, s.quantiles, s.missing))
         return tuple(features)
 
     def _describe(

@@ -8,7 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from apps.recsys.encoding.numbers import Statistics, boundaries, statistics, to_float32, to_numbers, to_order
+from apps.recsys.encoding.features import ContinuousFeature
+from apps.recsys.encoding.numbers import boundaries, statistics, to_float32, to_numbers, to_order
 
 
 def part(values, kind=None, where="the training table"):
@@ -45,18 +46,18 @@ def test_the_first_value_that_is_no_number_is_named_with_its_row(position):
 
 def test_statistics_by_hand():
     # finite values 1, 2, 3, 6: mean 3, variance (4 + 1 + 0 + 9) / 4 = 3.5; one of five is missing
-    s = statistics(np.array([6, 1, np.nan, 2, 3], dtype=np.float32))
+    s = statistics("x", np.array([6, 1, np.nan, 2, 3], dtype=np.float32))
     assert s.mean == 3
     assert s.std == pytest.approx(3.5**0.5)
     assert s.quantiles == (1, 2, 3)  # each value a bin of its own: (.., 1], (1, 2], (2, 3], (3, ..)
     assert s.missing == pytest.approx(0.2)
-    assert statistics(np.array([5, 5], dtype=np.float32)) == Statistics(5, 1, (), 0)
-    assert statistics(np.array([np.nan], dtype=np.float32)) == Statistics(0, 1, (), 1)
+    assert statistics("x", np.array([5, 5], dtype=np.float32)) == ContinuousFeature("x", 5, 1, (), 0)
+    assert statistics("x", np.array([np.nan], dtype=np.float32)) == ContinuousFeature("x", 0, 1, (), 1)
 
 
 def test_bins_of_distinct_values_are_of_equal_count():
     values = np.random.RandomState(0).permutation(25_600).astype(np.float32)
-    edges = statistics(values).quantiles
+    edges = statistics("x", values).quantiles
     assert len(edges) == 255
     counts = np.bincount(np.searchsorted(edges, values, side="left"))  # as torch.bucketize does by default
     assert counts.min() >= 99
@@ -70,8 +71,7 @@ def test_a_frequent_value_has_a_bin_of_its_own_wherever_it_lies(share):
         values = np.array([heavy] * num + [*others] * (1000 - num), dtype=np.float32)
         edges = boundaries(np.sort(values))
         bins = {v: np.searchsorted(edges, np.float32(v)) for v in (0, 1, 2)}
-        mine = bins[heavy]
-        assert share < 1 / 256 or all(bins[v] != mine for v in others)
+        assert share < 1 / 256 or all(bins[v] != bins[heavy] for v in others)
         assert len(edges) > 0
 
 
@@ -92,7 +92,7 @@ def test_the_few_values_beside_a_frequent_one_are_told_apart():
     # 81,920 rows: zeros have one bin, 1 to 3,000 the 255 others; a bin has at least 81920 / 8192 = 10
     values = np.zeros(81_920, dtype=np.float32)
     values[:3000] = np.arange(1, 3001)
-    edges = statistics(values).quantiles
+    edges = statistics("x", values).quantiles
     counts = np.bincount(np.searchsorted(edges, values, side="left"))
     assert counts[0] == 81_920 - 3000
     assert len(counts) == 256
@@ -100,5 +100,5 @@ def test_the_few_values_beside_a_frequent_one_are_told_apart():
     assert counts[1:].max() <= 13
     # 100 others: bins of at least 10
     values[100:3000] = 0
-    edges = statistics(values).quantiles
+    edges = statistics("x", values).quantiles
     assert len(edges) == 10
