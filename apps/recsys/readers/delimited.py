@@ -1,4 +1,4 @@
-"""Delimited text to Arrow tables. A file that cannot be read is one ValueError that names it and the rule it breaks."""
+"""Readers of delimited text as Arrow tables. A file that cannot be read ends in one ValueError that names it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,9 @@ import pyarrow.csv
 from apps.base.inflate import Inflated, naming_errors
 from apps.base.messages import one_line
 
-# The encodings in which a line can be cut at its separators without being decoded.
-_ENCODINGS = ("utf8", "latin1")
-
 
 def first_file(root: Path, *names: str) -> Path:
-    """The first of ``names`` that ``root`` holds.
+    """Return the path of the first of ``names`` that ``root`` holds.
 
     Raises:
         ValueError: it holds none of them.
@@ -44,25 +41,24 @@ def read_delimited(
     null: str | None = None,
     quoted: bool = False,
 ) -> pa.Table:
-    """The columns ``types`` of a text file with one row a line.
+    """Return some columns of a text file with one row a line.
 
     Args:
-        path: of the file, gzipped if its name ends in ``.gz``.
-        types: the columns to read, in the order of the result. Text is cut of the spaces around it.
+        path: path of the file, gzipped if its name ends in ``.gz``.
+        types: types of the columns to read, in the order of the result. Spaces around a text are cut off.
         columns: the names of all columns where the file has no header; else its first line names them, and may add a
             type to each, as in ``user_id:token``.
-        separator: between the values of a line; more than one character is allowed.
+        separator: text between the values of a line; more than one character is allowed.
         encoding: "utf8" or "latin1".
-        num_rows: the rows the file must have, where known.
-        skip: what a first line starts with that is no row.
-        null: the text that is a missing value; by default the empty one, in columns of numbers alone.
-        quoted: values may stand in double quotes; else a quote is a character like another.
+        num_rows: number of rows that the file must have, where known.
+        skip: beginning of a first line that is no row.
+        null: text of a missing value; by default the empty one, in columns of numbers alone.
+        quoted: whether values may stand in double quotes; else a quote is a character like another.
 
     Raises:
         ValueError: the file is missing, is truncated, not of that layout, or unpacks to far more than its size explains
             (see ``apps.base.inflate``).
     """
-    assert encoding in _ENCODINGS
     first = _first_line(path, encoding)
     skipped = int(skip is not None and first.startswith(skip))
     empty = f"{path} is empty"
@@ -101,11 +97,11 @@ def read_delimited(
     return table
 
 
-def check_rows(path: Path, found: int, expected: int | None) -> None:
-    """Raise ValueError if a file has not the ``expected`` number of rows (None: not known)."""
-    if expected is not None and found != expected:
-        state = "is truncated" if found < expected else "is not the original"
-        raise ValueError(f"{path} {state}: {found:,} rows, not {expected:,}{_HINT}")
+def check_rows(path: Path, num_rows: int, expected: int | None) -> None:
+    """Raise ValueError if a file does not have the ``expected`` number of rows (None: not known)."""
+    if expected is not None and num_rows != expected:
+        state = "is truncated" if num_rows < expected else "is not the original"
+        raise ValueError(f"{path} {state}: {num_rows:,} rows, not {expected:,}{_HINT}")
 
 
 def check_values(path: Path, column: pa.ChunkedArray, name: str, allowed: Collection[str]) -> None:
@@ -116,14 +112,13 @@ def check_values(path: Path, column: pa.ChunkedArray, name: str, allowed: Collec
 
 
 def look_up(table: pa.Table, key: str, wanted: pa.ChunkedArray) -> pa.Table:
-    """The rows of ``table`` whose ``key`` is each of ``wanted``; all null where there is none."""
+    """Return for each of ``wanted`` the row of ``table`` with that ``key``, or a row of nulls where there is none."""
     return table.take(pc.index_in(wanted, value_set=table[key].combine_chunks()))
 
 
 def side_by_side(*tables: pa.Table) -> pa.Table:
-    """One table of all their columns; they have the same number of rows."""
-    columns = {name: table[name] for table in tables for name in table.column_names}
-    return pa.table(columns)
+    """Join the columns of tables of the same number of rows."""
+    return pa.table({name: table[name] for table in tables for name in table.column_names})
 
 
 _HINT = "; if it was fetched for you, delete it to have it fetched again"
@@ -135,7 +130,7 @@ def _shortened(error: Exception) -> str:
 
 
 def _one(separator: str) -> tuple[bytes, bytes]:
-    """A separator, and the single character that stands for it."""
+    """Return a separator, and the single character that stands for it."""
     return separator.encode(), separator.encode() if len(separator) == 1 else b"\x1f"
 
 
@@ -148,7 +143,7 @@ def _first_line(path: Path, encoding: str) -> str:
 
 
 def _open(path: Path) -> BinaryIO:
-    """The bytes of a file; of a gzipped one unpacked, as a stream that has a limit."""
+    """Open a file's bytes; a gzipped file is unpacked as a stream that has a limit."""
     if path.suffix != ".gz":
         return open(path, "rb")
     return io.BufferedReader(Inflated(gzip.open(path, "rb"), path.stat().st_size, path.name), 1 << 20)  # type: ignore[arg-type]
@@ -156,7 +151,7 @@ def _open(path: Path) -> BinaryIO:
 
 @contextlib.contextmanager
 def _source(path: Path, separator: str) -> Iterator[Any]:
-    """A file as pyarrow takes it, which wants one character as separator.
+    """Open a file for pyarrow, which takes separators of one character alone.
 
     A plain file is mapped and a gzipped one streamed, so that neither is in memory beside the table.
     """

@@ -40,11 +40,12 @@ CONFIG = TableConfig(
 
 
 def read_kuairand(root: Path) -> RawTables:
-    """Videos shown to users: click, long view, like. The domain is ``tab``, the page of the app, 0 to 14.
+    """Read videos shown to users, with the tasks click, long view and like.
 
-    The two standard logs, split by time: the last 10 % test, the 10 % before validate. The log of randomly shown videos
-    is left out, since it is of another distribution, and so are the videos' statistics, which are sums over the whole
-    month and hold the labels. What follows the click in a row of the log (time played, comments, ...) is no input.
+    The domain is ``tab``, the page of the app, 0 to 14. The two standard logs are split by time: the last 10 % test,
+    the 10 % before validate. The log of randomly shown videos is left out, since it is of another distribution, and so
+    are the videos' statistics, which are sums over the whole month and hold the labels. What follows the click in a row
+    of the log (time played, comments, ...) is no input.
 
     Args:
         root: folder with ``log_standard_*``, ``user_features_*`` and ``video_features_basic_*`` of the 1K or the Pure
@@ -81,10 +82,10 @@ def read_kuairand(root: Path) -> RawTables:
 
 
 def _find(root: Path) -> tuple[Path, str]:
-    """The folder of the files and the end of their names, 1k or pure."""
-    found = [(root / f, s) for f in _FOLDERS for s in ("1k", "pure") if (root / f / f"{_LOGS[0]}_{s}.csv").is_file()]
-    if not found:
+    """Return the folder of the files and the end of their names, 1k or pure."""
+    homes = [(root / f, s) for f in _FOLDERS for s in ("1k", "pure") if (root / f / f"{_LOGS[0]}_{s}.csv").is_file()]
+    if not homes:
         raise ValueError(f"{root} holds no {_LOGS[0]}_1k.csv and no {_LOGS[0]}_pure.csv")
-    if len(found) > 1:
-        raise ValueError(f"{root} holds both {found[0][1]} and {found[1][1]}: name the folder of one release")
-    return found[0]
+    if len(homes) > 1:
+        raise ValueError(f"{root} holds both {homes[0][1]} and {homes[1][1]}: name the folder of one release")
+    return homes[0]

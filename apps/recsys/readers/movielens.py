@@ -1,4 +1,4 @@
-"""MovieLens-100k and MovieLens-1M (Harper and Konstan, TiiS 2015): ratings as a table of two tasks."""
+"""MovieLens-100k and MovieLens-1M (Harper and Konstan, TiiS 2015), whose ratings become a table of two tasks."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class Ratings:
         item_N: int64, the film's place in the file of films, from 1; the same whatever source the files came from.
         rating_N: float32, 1 to 5.
         time_N: int64, seconds since 1970, UTC.
-        users: user_id, gender, age, occupation; one row a user.
-        titles, genres, years: of each film, in the order of the file of films; the year is NaN where it is not known.
+        users: columns user_id, gender, age and occupation, one row a user.
+        titles, genres, years: facts of each film, in the order of the file of films; an unknown year is NaN.
     """
 
     user_N: np.ndarray
@@ -50,21 +50,22 @@ class Ratings:
 
 
 def read_movielens_1m(root: Path, num_ratings: int | None = 1_000_209) -> RawTables:
-    """MovieLens-1M, 6,040 users, 3,706 films that are rated: liked (57.5 %) and watched next (88.7 %).
+    """Read MovieLens-1M, 6,040 users and 3,706 rated films, with the tasks liked (57.5 %) and watched next (88.7 %).
 
-    Tasks: ``like``: the rating is 4 or 5. ``watched_next``: the film was rated within 60 seconds of the user's rating
-    before it, so it is the film the user turned to at once; missing for a user's first rating. Ratings of one second
-    keep the order of the file. Both labels look back from the row, never ahead: the last rating of a user has both, and
-    a split by time leaks neither. The rating and the seconds are inputs of neither.
+    ``like`` is 1 where the rating is 4 or 5. ``watched_next`` is 1 where the film was rated within 60 seconds of the
+    user's rating before it, so it is the film the user turned to at once; it is missing for a user's first rating.
+    Ratings of one second keep the order of the file. Both labels look back from the row, never ahead: the last rating
+    of a user has both, and a split by time leaks neither. The rating and the seconds are inputs of neither.
 
-    Inputs: user, film, gender, age (a code of seven ranges), occupation, hour of the day and day of the week (UTC, 0 is
-    Monday) as categories, genres as a multi-valued column, the film's year as a number. Leave-last-out by default.
-    A split by time, 10 % each, tests on 1,209 users, 186 of them unseen: 59 % of all users have rated on one day only.
+    The inputs are user, film, gender, age (a code of seven ranges), occupation, hour of the day and day of the week
+    (UTC, 0 is Monday) as categories, genres as a multi-valued column, and the film's year as a number. The split is
+    leave-last-out by default. A split by time, 10 % each, tests on 1,209 users, 186 of them unseen: 59 % of all users
+    have rated on one day only.
 
     Args:
         root: folder with ``ml-1m.{inter,user,item}`` (RecBole) or ``{ratings,users,movies}.dat`` (GroupLens), these
             also below ``ml-1m``.
-        num_ratings: rows the file of ratings must have; None: any.
+        num_ratings: rows that the file of ratings must have; None: any.
 
     Raises:
         ValueError: a file is missing, truncated or not of that layout.
@@ -73,21 +74,16 @@ def read_movielens_1m(root: Path, num_ratings: int | None = 1_000_209) -> RawTab
 
 
 def read_movielens_100k(root: Path, num_ratings: int | None = 100_000) -> RawTables:
-    """MovieLens-100k, 943 users, 1,682 films, with the tasks and inputs of `read_movielens_1m`; the age is a number.
+    """Read MovieLens-100k, 943 users and 1,682 films, as `read_movielens_1m` does; the age is a number.
 
-    Args:
-        root: folder with ``ml-100k.{inter,user,item}`` (RecBole) or ``u.{data,user,item}`` (GroupLens), these also
-            below ``ml-100k``.
-        num_ratings: rows the file of ratings must have; None: any.
-
-    Raises:
-        ValueError: a file is missing, truncated or not of that layout.
+    The folder has ``ml-100k.{inter,user,item}`` (RecBole) or ``u.{data,user,item}`` (GroupLens), these also below
+    ``ml-100k``.
     """
     return _table(read_ratings_100k(root, num_ratings), age_is_a_code=False)
 
 
 def read_ratings_1m(root: Path, num_ratings: int | None = 1_000_209) -> Ratings:
-    """The files of MovieLens-1M, see `read_movielens_1m`."""
+    """Read the files of MovieLens-1M; see `read_movielens_1m`."""
     if (root / "ml-1m.inter").is_file():
         return _read_recbole(root, "ml-1m", num_ratings)
     home = root / "ml-1m" if (root / "ml-1m").is_dir() else root
@@ -104,7 +100,7 @@ def read_ratings_1m(root: Path, num_ratings: int | None = 1_000_209) -> Ratings:
 
 
 def read_ratings_100k(root: Path, num_ratings: int | None = 100_000) -> Ratings:
-    """The files of MovieLens-100k, see `read_movielens_100k`."""
+    """Read the files of MovieLens-100k; see `read_movielens_100k`."""
     if (root / "ml-100k.inter").is_file():
         return _read_recbole(root, "ml-100k", num_ratings)
     home = root / "ml-100k" if (root / "ml-100k").is_dir() else root
@@ -122,13 +118,13 @@ def read_ratings_100k(root: Path, num_ratings: int | None = 100_000) -> Ratings:
 
 
 def _lines(path: Path, separator: str, num_ratings: int | None) -> pa.Table:
-    """A file of ratings: columns user, item, rating and time."""
+    """Read a file of ratings: columns user, item, rating and time."""
     types = {"user": pa.int64(), "item": pa.int64(), "rating": pa.float32(), "time": pa.int64()}
     return read_delimited(path, types, columns=tuple(types), separator=separator, num_rows=num_ratings)
 
 
 def _read_recbole(root: Path, name: str, num_ratings: int | None) -> Ratings:
-    """RecBole's atomic files: tabs, and a header of names with types. The films of its ml-1m are called by title."""
+    """Read RecBole's atomic files: tabs, and a header of names with types. The films of ml-1m are called by title."""
     path = root / f"{name}.inter"
     types = {"user_id": pa.string(), "item_id": pa.string(), "rating": pa.float32(), "timestamp": pa.int64()}
     lines = read_delimited(path, types, separator="\t", num_rows=num_ratings)
@@ -183,17 +179,9 @@ def _ratings(
 
 
 def _table(ratings: Ratings, age_is_a_code: bool) -> RawTables:
-    categorical = (
-        "user_id",
-        "item_id",
-        "gender",
-        *(("age",) if age_is_a_code else ()),
-        "occupation",
-        "hour",
-        "weekday",
-    )
+    age_code = ("age",) if age_is_a_code else ()
     config = TableConfig(
-        categorical=categorical,
+        categorical=("user_id", "item_id", "gender", *age_code, "occupation", "hour", "weekday"),
         multi_valued=("genres",),
         continuous=("year",) if age_is_a_code else ("year", "age"),
         tasks={"like": TaskConfig("rating", at_least=4), "watched_next": TaskConfig("watched_next")},
@@ -224,7 +212,7 @@ def _table(ratings: Ratings, age_is_a_code: bool) -> RawTables:
 
 
 def watched_next(user_N: np.ndarray, time_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Whether each rating came within `WATCHED_NEXT_SECONDS` of the user's rating before it, and whether there is one.
+    """Tell whether each rating came within `WATCHED_NEXT_SECONDS` of the user's one before, and whether there was one.
 
     Args:
         user_N, time_N: int64, rows in any order; rows of one user and second keep theirs.

@@ -1,4 +1,4 @@
-"""A user's own table from CSV or Parquet files, as an arrow table of the columns that have a role."""
+"""Readers of a user's own CSV or Parquet files: arrow tables of the columns that have a role."""
 
 from __future__ import annotations
 
@@ -31,35 +31,35 @@ _COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4"}
 
 
 def find_files(root: str | None, name: str, option: str) -> list[Path]:
-    """The file ``name``, or the files that it matches as a pattern, in the order of their names.
+    """Return the file ``name``, or the files that it matches as a pattern, in the order of their names.
 
     Raises:
         ValueError: there is none, or one of a kind that is not read.
     """
     path = Path(name).expanduser() if root is None else Path(root).expanduser() / name
-    found = [path] if path.is_file() else [Path(p) for p in sorted(glob.glob(str(path))) if Path(p).is_file()]
-    if not found and path.is_dir():
+    files = [path] if path.is_file() else [Path(p) for p in sorted(glob.glob(str(path))) if Path(p).is_file()]
+    if not files and path.is_dir():
         raise ValueError(
             f"{option}={name!r} is a folder: name a file in it, or several as {name.rstrip('/')}/*.parquet"
         )
-    if not found:
+    if not files:
         near = "" if not path.parent.is_dir() else nearest(path.name, [p.name for p in path.parent.iterdir()])
         raise ValueError(f"{option}={name!r}: no such file{'' if root is None else f' in {root!r}'}{near}")
-    for file in found:
+    for file in files:
         if _kind(file) not in (*_SEPARATORS, ".parquet"):
             raise ValueError(
                 f"{option}={file.name!r} is no .parquet, .csv or .tsv (the last two also {', '.join(_COMPRESSED)})"
             )
-    return found
+    return files
 
 
 def read_files(
     files: list[Path], roles: Mapping[str, str], numbers: Collection[str] = (), inferred: str | None = None
 ) -> pa.Table:
-    """The rows of all files, one after the other; the other arguments are those of `read_columns`.
+    """Return the rows of all files, one after the other; the other arguments are those of `read_columns`.
 
     Raises:
-        ValueError: as `read_columns`, or files that differ in their types.
+        ValueError: as for `read_columns`, or the files differ in their types.
     """
     tables = [read_columns(file, roles, numbers, inferred) for file in files]
     if len(tables) == 1:
@@ -73,20 +73,21 @@ def read_files(
 def read_columns(
     file: Path, roles: Mapping[str, str], numbers: Collection[str] = (), inferred: str | None = None
 ) -> pa.Table:
-    """Columns of one file.
+    """Return some columns of one file.
 
-    In a CSV file an empty field is a missing value and everything else stands for itself, "NA" as well. One that is not
-    compressed and does not end in a line end is read with a warning: its last field may be cut.
+    In a CSV file an empty field is a missing value and everything else stands for itself, "NA" as well. A file that is
+    not compressed and does not end in a line end is read with a warning: its last field may be cut.
 
     Args:
-        file: of a kind that `find_files` finds.
-        roles: the columns to read, and what each is for.
-        numbers: those of numbers; if a field is none the column is text, so that `encode` can say which.
-        inferred: one whose type a CSV file's fields tell, such as times. All others are text.
+        file: a file of a kind that `find_files` returns.
+        roles: role of each column to read; messages name it.
+        numbers: columns of numbers. One with a field that is no number is read as text, so that the encoder can say
+            which field it is.
+        inferred: column whose type follows from a CSV file's fields, such as times. All others are text.
 
     Raises:
-        ValueError: a missing or doubled column, text that is no UTF-8, a file that cannot be read, as one that was
-            cut, or one that unpacks to far more than its size explains (see ``apps.base.inflate``).
+        ValueError: a column is missing or doubled, text is no UTF-8, or the file cannot be read, was cut, or unpacks
+            to far more than its size explains (see ``apps.base.inflate``).
     """
     try:
         if _kind(file) == ".parquet":
@@ -103,11 +104,11 @@ def iter_columns(
     """Yield the columns of one file piece by piece, so that a long file is never in memory as a whole.
 
     Args:
-        file, roles, numbers: as in `read_columns`.
-        num_rows: rows of a piece of a Parquet file; those of text are of about a megabyte.
+        file, roles, numbers: see `read_columns`.
+        num_rows: rows of a piece of a Parquet file; pieces of text have about a megabyte.
 
     Raises:
-        ValueError: as `read_columns`.
+        ValueError: as for `read_columns`.
     """
     try:
         if _kind(file) == ".parquet":
@@ -123,12 +124,12 @@ def iter_columns(
 
 @contextlib.contextmanager
 def _parquet(file: Path, roles: Mapping[str, str]) -> Iterator[pa.parquet.ParquetFile]:
-    """Open a Parquet file that has the columns and holds no more than its size explains."""
+    """Open a Parquet file, and check that it has the columns and holds no more than its size explains."""
     with pa.parquet.ParquetFile(file) as parquet:
         _check(parquet.schema_arrow.names, roles, file)
         _check_size(parquet.metadata, file)
         texts = [f.name for f in parquet.schema_arrow if f.name in roles and _is_text(f.type)]
-    # Texts stay numbers of distinct ones: a page may repeat a long one a million times in a few bytes.
+    # Texts are read as a dictionary: a page may repeat a long one a million times in a few bytes.
     with pa.parquet.ParquetFile(file, read_dictionary=texts) as parquet:
         yield parquet
 
@@ -141,7 +142,7 @@ def _read_csv(file: Path, roles: Mapping[str, str], numbers: Collection[str], in
     except pa.ArrowInvalid as error:
         if "conversion error" not in str(error):
             raise
-        # Some field of a column of numbers is none: as text, the encoder can say which one, and in which row.
+        # A field of a column of numbers is no number: from text the encoder can say which one, and in which row.
         try:
             table = _convert(file, parse, types, list(roles))
         except pa.ArrowInvalid as error:
@@ -173,7 +174,7 @@ def _iter_csv(file: Path, roles: Mapping[str, str], numbers: Collection[str]) ->
 
 
 def _layout(file: Path, roles: Mapping[str, str]) -> pa.csv.ParseOptions:
-    """How a file of text is parsed, which has the columns."""
+    """Return how a file of text is parsed, after a check that it has the columns."""
     parse = pa.csv.ParseOptions(delimiter=_SEPARATORS[_kind(file)], newlines_in_values=True)
     with _opened(file) as source, pa.csv.open_csv(source, _SERIAL, parse_options=parse) as reader:
         _check(reader.schema.names, roles, file)
@@ -191,7 +192,7 @@ def _check_end(file: Path) -> None:
 
 
 def _no_text(file: Path, parse: pa.csv.ParseOptions, types: Mapping[str, Any]) -> str:
-    """The first value of the first column of text that is no UTF-8."""
+    """Say which value of which column is the first that is no UTF-8 text."""
     raw = _convert(file, parse, dict.fromkeys(types, pa.binary()), list(types))
     for column in raw.column_names:
         row = first_failing(raw[column], pa.string())
@@ -228,7 +229,7 @@ def _convert(file: Path, parse: pa.csv.ParseOptions, types: dict[str, Any], colu
 
 @contextlib.contextmanager
 def _opened(file: Path) -> Iterator[Any]:
-    """A file of text as pyarrow takes it: the path, or of a compressed one a stream of text that has a limit."""
+    """Yield a file of text as pyarrow takes it: its path, or for a compressed file a stream that has a limit."""
     codec = _COMPRESSED.get(file.suffix.lower())
     if codec is None:
         yield file
@@ -246,7 +247,7 @@ def _check_size(metadata: pa.parquet.FileMetaData, file: Path) -> None:
     size = file.stat().st_size
     pages = sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
     check_unpacked(file.name, size, pages, "bytes of pages")
-    # a number has 32 bits at least
+    # A number takes at least 4 bytes in memory.
     check_unpacked(file.name, size, 4 * metadata.num_rows * metadata.num_columns, "bytes of rows")
 
 
