@@ -175,17 +175,17 @@ def _labelled(
 
 @dataclass(frozen=True)
 class TaskMetrics:
-    """What a split says of one task.
+    """The metrics of one task over a split.
 
     Attributes:
-        num_examples: with a label.
+        num_examples: number of examples with a label.
         base_rate: share of the positive ones.
         mean_prediction: mean probability.
-        constant: all predictions are equal.
-        invalid: predictions that are NaN; the metrics are NaN if there are any.
-        auc, pr_auc, log_loss: see the functions of this module.
+        constant: whether all predictions are equal.
+        invalid: number of predictions that are NaN; the metrics are NaN if there are any.
+        auc, pr_auc, log_loss: results of the functions of this module.
         calibration: bins, whose error is ``ece``.
-        gauc: by user; None where no users are known.
+        gauc: AUC by user; None where no users are known.
     """
 
     num_examples: int

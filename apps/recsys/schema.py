@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
-from apps.base.messages import unknown_name
+from apps.base.checks import check_at_least, check_name
 
 SplitKind = Literal["given", "random", "user", "time", "leave_last_out"]
 
@@ -17,10 +17,10 @@ class TaskConfig:
     """One binary label. A row without a value has no label for the task: it counts in no loss and no metric of it.
 
     Attributes:
-        column: of the table.
+        column: column that holds the label.
         positive: the values that are positive, as text, numbers or booleans: 1, 1.0 and "1" are the same; None: the
             column holds 0 and 1 (or false and true).
-        at_least: positive from this value on, such as 4 for a rating; not together with ``positive``.
+        at_least: smallest value that is positive, such as 4 for a rating; not together with ``positive``.
 
     Raises:
         ValueError: both ``positive`` and ``at_least``, or a ``positive`` without a value.
@@ -39,9 +39,9 @@ class TaskConfig:
 
 @dataclass(frozen=True)
 class SplitConfig:
-    """Which rows train, validate and test.
+    """A rule for which rows train, validate and test.
 
-    What the files give is kept; ``kind`` says how the rest is drawn from the training file.
+    Splits that have files of their own are kept; ``kind`` says how the others are drawn from the training file.
 
     Attributes:
         kind: "given": as the files have it; "random": rows; "user": all rows of a user fall on one side; "time": the
@@ -51,7 +51,7 @@ class SplitConfig:
         test: share of all rows (of the users with "user") that tests, where the files give no test; "given" and
             "leave_last_out" take none.
         stratify: task whose positives are shared out evenly over validation and training, with "given" and "random".
-        seed: of what is drawn; its own, so that runs of other seeds have the same rows.
+        seed: seed of the draw. It is not the run's, so that runs of other seeds have the same rows.
 
     Raises:
         ValueError: an unknown kind, a share outside [0, 1), or ``stratify`` with a kind that draws no rows at random.
@@ -64,8 +64,7 @@ class SplitConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(SplitKind):
-            raise ValueError(unknown_name("split.kind", self.kind, list(get_args(SplitKind))))
+        check_name("split.kind", self.kind, get_args(SplitKind))
         for name in ("val", "test"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"split.{name}={getattr(self, name)} must be a share, at least 0 and below 1")
@@ -83,16 +82,16 @@ class TableConfig:
         categorical: columns of one value a row.
         multi_valued: columns of any number of values a row: lists, or text that ``separator`` cuts.
         continuous: columns of numbers.
-        tasks: the labels by the name of the task.
-        domain: column of the domain; None: there is one.
+        tasks: labels by the name of the task.
+        domain: column of the domain; None where there is one domain.
         user: column whose rows belong together, for a split by user and metrics by user.
         time: column by which rows are ordered.
-        hash_rows: rows of the table of a column whose ids are hashed, by column.
-        num_rows: rows of the table of a column that holds row numbers already, 0 to num_rows - 1, by column; they are
-            taken as they are. 0 is the row of what is missing: a column that holds 0 may lack no value.
-        min_count: values seen less often in training share the row of the unseen ones.
-        separator: of the values in a text of a multi-valued column.
-        split: how the rows are shared out.
+        hash_rows: number of embedding rows by column, for columns whose ids are hashed.
+        num_rows: number of embedding rows by column, for columns that hold row numbers already, 0 to num_rows - 1.
+            Row 0 is for missing values, so a column that holds 0 may lack no value.
+        min_count: number of times a value must occur in training to have a row of its own; rarer ones share row 0.
+        separator: text between the values of a multi-valued column.
+        split: rule for which rows train, validate and test.
 
     Raises:
         ValueError: no task, no feature, a label among the features, a column with two of the roles of a feature, an
@@ -124,7 +123,7 @@ class TableConfig:
 
     @property
     def roles(self) -> dict[str, str]:
-        """What each column that is read is for, by column; a feature's role where there are several."""
+        """The role of each column that is read, by column; the feature's role where a column has several."""
         named = {"domain": self.domain, "user": self.user, "time": self.time}
         roles = {column: role for role, column in named.items() if column is not None}
         roles |= {task.column: f"task {name}" for name, task in self.tasks.items()}
@@ -133,7 +132,7 @@ class TableConfig:
         return roles
 
     def without(self, columns: Iterable[str]) -> TableConfig:
-        """The same table without these features.
+        """Return this description without some features.
 
         Raises:
             ValueError: a column that is no feature, or none would be left.
@@ -181,8 +180,7 @@ class TableConfig:
         for column in self.hash_rows:
             if column in self.num_rows:
                 raise ValueError(f"column {column!r} has both hash_rows and num_rows")
-        if self.min_count < 1:
-            raise ValueError(f"min_count={self.min_count} must be at least 1")
+        check_at_least(1, min_count=self.min_count)
         if not self.separator:
             raise ValueError("separator='' must not be empty")
 
@@ -192,8 +190,8 @@ class TableConfig:
             raise ValueError(f"split.kind={kind!r} needs table.user, the column whose rows belong together")
         if kind == "time" and self.time is None:
             raise ValueError("split.kind='time' needs table.time, the column by which rows are ordered")
-        if self.split.stratify is not None and self.split.stratify not in self.tasks:
-            raise ValueError(unknown_name("split.stratify", self.split.stratify, list(self.tasks)))
+        if self.split.stratify is not None:
+            check_name("split.stratify", self.split.stratify, list(self.tasks))
 
 
 _FEATURE_ROLES = ("categorical", "multi_valued", "continuous")
@@ -201,7 +199,7 @@ _SIZES = ("hash_rows", "num_rows")
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """``; did you mean 'age'?``, or nothing where no name of ``valid`` is near."""
+    """Return ``; did you mean 'age'?``, or nothing where no name of ``valid`` is near."""
     folded = {v.lower(): v for v in valid}
     near = difflib.get_close_matches(name.lower(), list(folded), n=1, cutoff=0.7)
     return f"; did you mean {folded[near[0]]!r}?" if near else ""
