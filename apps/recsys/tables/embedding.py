@@ -16,6 +16,7 @@ from torchrec.optim import RowWiseAdagrad
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import core
+from apps.base.checks import check_name
 from apps.recsys.encoding.features import CategoricalFeature
 
 _FUSED_OPTIMIZERS = {"sgd": torch.optim.SGD, "adagrad": torch.optim.Adagrad, "rowwise_adagrad": RowWiseAdagrad}
@@ -26,7 +27,7 @@ _FUSED_OPTIMIZERS = {"sgd": torch.optim.SGD, "adagrad": torch.optim.Adagrad, "ro
 class EmbeddingConfig:
     """How columns are embedded.
 
-    The three kinds compute the same and start the same; they differ in how the tables are held and stepped:
+    The three kinds compute the same numbers and start alike; they differ in how the tables are held and stepped:
 
     - "joined": one weight holds the rows of all tables, and the model's optimizer steps it. The fastest where tables
       are small; Adam touches every row in every step, so not for tables of millions of rows.
@@ -39,17 +40,18 @@ class EmbeddingConfig:
     Attributes:
         kind: "joined", "fused" or "collection".
         dim: width of the embeddings.
-        dims: of single columns, by name, in place of ``dim``. "joined" has one width for all.
-        by_cardinality: a column that ``dims`` does not name is ``6 * rows^(1/4)`` wide, up to the next multiple of 4,
-            and at most ``dim``, which must be above 8, the narrowest of them.
+        dims: widths of single columns, by name, in place of ``dim``. "joined" has one width for all.
+        by_cardinality: whether a column that ``dims`` does not name is ``6 * rows^(1/4)`` wide, up to the next multiple
+            of 4, and at most ``dim``, which must be above 8, the narrowest of them.
         pooling: how the values of a multi-valued column are put together: "mean" or "sum". No value gives 0.
         init_std: standard deviation of the initial rows. Row 0, of unseen and missing values, starts at 0.
-        weight_decay: the tables decay as other weights do; rows that are stepped in the backward ("fused", and sharded
-            ones but "data_parallel") never do.
-        fused_optimizer: of "fused" and of sharded tables: "rowwise_adagrad", "adagrad" or "sgd".
+        weight_decay: whether the tables decay as other weights do; rows that are stepped in the backward ("fused", and
+            sharded ones but "data_parallel") never do.
+        fused_optimizer: optimizer of "fused" and of sharded tables: "rowwise_adagrad", "adagrad" or "sgd".
         fused_lr: its peak learning rate; the model's schedule applies to it.
-        deferred: of "collection": no process holds a whole table; each draws its own rows once ``TorchRecStrategy`` has
-            sharded them. For tables beyond the memory of one process; the rows drawn hang on the sharding.
+        deferred: whether no process holds a whole table, with "collection": each draws its own rows once
+            ``TorchRecStrategy`` has sharded them. For tables beyond the memory of one process. The initial rows depend
+            on the sharding.
 
     Raises:
         ValueError: a value out of its range, or widths that the kind does not have.
@@ -67,13 +69,9 @@ class EmbeddingConfig:
     deferred: bool = False
 
     def __post_init__(self) -> None:
-        for name, known in (
-            ("kind", ("joined", "fused", "collection")),
-            ("pooling", ("mean", "sum")),
-            ("fused_optimizer", tuple(_FUSED_OPTIMIZERS)),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(f"embedding.{name}={getattr(self, name)!r} is not one of {', '.join(known)}")
+        check_name("embedding.kind", self.kind, ("joined", "fused", "collection"))
+        check_name("embedding.pooling", self.pooling, ("mean", "sum"))
+        check_name("embedding.fused_optimizer", self.fused_optimizer, tuple(_FUSED_OPTIMIZERS))
         for name, dim in (("dim", self.dim), *((f"dims[{k!r}]", v) for k, v in self.dims.items())):
             if dim < 1:
                 raise ValueError(f"embedding.{name}={dim} is not at least 1")
@@ -99,17 +97,39 @@ class EmbeddingConfig:
         return self.dim
 
 
+def check_rows_are_stepped(trainer: Any, stepper: str, advice: str = "") -> None:
+    """Refuse a trainer that acts on gradients after the backward, in which ``stepper`` steps the tables' rows.
+
+    Raises:
+        ValueError: gradients are accumulated, clipped or scaled; ``advice`` ends the message on the first two.
+    """
+    for name, value, neutral in (
+        ("accumulate_grad_batches", trainer.accumulate_grad_batches, 1),
+        ("gradient_clip_val", trainer.gradient_clip_val or None, None),
+    ):
+        if value != neutral:
+            raise ValueError(
+                f"{stepper} steps the rows in the backward, where trainer.{name}={value} does not reach: set it to "
+                f"{neutral or 'null'}{advice}"
+            )
+    if getattr(trainer.precision_plugin, "scaler", None) is not None:
+        raise ValueError(
+            f"{stepper} steps the rows in the backward, by gradients that trainer.precision={trainer.precision!r} has "
+            "scaled up: take 'bf16-mixed'"
+        )
+
+
 class SparseArch(nn.Module):
     """The embeddings of F columns, side by side.
 
     Args:
-        features: the columns, in the order of the batches'; the bins of continuous columns follow the categorical ones.
+        features: the columns in the order of the batches; the bins of continuous columns follow the categorical ones.
         config: widths, kind and start.
-        copies: separate embeddings of each column, for models that share nothing; a row holds them all.
+        copies: number of separate embeddings of each column, for models that share nothing; a row holds them all.
 
     Attributes:
-        dims: width of each column, of one copy.
-        out_dim: their sum H.
+        dims: width of each column in one copy.
+        out_dim: H, the sum of ``dims``.
 
     Raises:
         ValueError: ``config.dims`` names a column that is not there, or two columns have one name.
@@ -157,7 +177,7 @@ class SparseArch(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """N(0, ``init_std``), table after table, so that all kinds start alike; row 0 of each at 0."""
+        """Draw rows from N(0, ``init_std``), table after table, so that all kinds start alike; row 0 starts at 0."""
         with torch.no_grad():
             for weight in self.tables().values():
                 weight.normal_(0.0, self.config.init_std)
@@ -171,11 +191,11 @@ class SparseArch(nn.Module):
                 rows[0].zero_()
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters that do not decay; see ``apps.train.module.parameter_groups``."""
+        """Return the parameters that do not decay; see ``apps.train.module.parameter_groups``."""
         return set() if self.config.weight_decay else {n for n, _ in self.named_parameters()}
 
     def tables(self) -> dict[str, Tensor]:
-        """The rows of each column, (num_rows, copies * width), by name; views, whatever the kind."""
+        """Return the rows of each column, (num_rows, copies * width), by name; they are views, whatever the kind."""
         if self.collection is not None:
             bags: Any = self.collection.embedding_bags
             return {
@@ -190,15 +210,15 @@ class SparseArch(nn.Module):
         """Look up all columns of a batch at once.
 
         Args:
-            sparse: of the categorical columns, in the order of ``features``.
-            bins_CB: int64 (C, B), the bins of the continuous columns that come after them; None: none.
+            sparse: rows of the categorical columns, in the order of ``features``.
+            bins_CB: int64 (C, B), the bins of the continuous columns that come after them; None: there are none.
 
         Returns:
             (B, H); (copies, B, H) where there are several copies.
 
         Raises:
-            ValueError: other columns than the model's, or a row that a column's table does not have. On another device
-                than the CPU such a row is a failed assertion of the device, for an error here would wait for it.
+            ValueError: the columns are not the model's, or a column's table lacks a row. Away from the CPU such a row
+                is a failed assertion of the device, since an error here would wait for it.
         """
         values, lengths = self._values(sparse, bins_CB)
         F = len(self._names)
@@ -260,7 +280,7 @@ class SparseArch(nn.Module):
         return y.view(B, -1)
 
     def _values(self, sparse: KeyedJaggedTensor | None, bins_CB: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Rows of all columns, column after column, and how many an example has; None: one each."""
+        """Return the rows of all columns, column after column, and how many each example has; None: one each."""
         C = 0 if bins_CB is None else len(bins_CB)
         names = self._names[: len(self._names) - C]
         given = [] if sparse is None else sparse.keys()
@@ -288,34 +308,25 @@ class SparseArch(nn.Module):
             return
         if lengths is None:
             value_FB = values.view(-1, B)
-            low_F1, high_F1 = value_FB.aminmax(dim=1, keepdim=True)
-            bad = (low_F1 < 0) | (high_F1 >= self._rows_F1)
+            bad_N = ((value_FB < 0) | (value_FB >= self._rows_F1)).flatten()
         else:
             count_F = lengths.view(-1, B).sum(1)
             rows_N = self._rows_F1[:, 0].repeat_interleave(count_F, output_size=values.numel())
-            bad = (values < 0) | (values >= rows_N)
+            bad_N = (values < 0) | (values >= rows_N)
         if values.device.type != "cpu":
-            torch._assert_async(~bad.any(), "a row is not in its column's embedding table")
-            return
-        if not bool(bad.any()):
-            return
-        if lengths is None:
-            bad = (value_FB < 0) | (value_FB >= self._rows_F1)
-            f, n = (int(i) for i in bad.nonzero()[0])
-            row = int(value_FB[f, n])
-        else:
-            n = int(bad.nonzero()[0])
-            f, row = int((count_F.cumsum(0) <= n).sum()), int(values[n])
-        feature = self.features[f]
-        raise ValueError(
-            f"column {feature.name!r} has the row {row}, and its table {feature.num_rows} rows, "
-            f"0 to {feature.num_rows - 1}"
-        )
+            torch._assert_async(~bad_N.any(), "a row is not in its column's embedding table")
+        elif bool(bad_N.any()):
+            n = int(bad_N.nonzero()[0])
+            feature = self.features[n // B if lengths is None else int((count_F.cumsum(0) <= n).sum())]
+            raise ValueError(
+                f"column {feature.name!r} has the row {int(values[n])}, and its table {feature.num_rows} rows, "
+                f"0 to {feature.num_rows - 1}"
+            )
 
     # ---- the optimizer of "fused"
 
     def set_fused_lr(self, factor: float) -> None:
-        """The fused optimizer's learning rate as a part of its peak; nothing for other kinds."""
+        """Set the fused optimizer's learning rate as a part of its peak; other kinds have none."""
         if isinstance(self.collection, FusedEmbeddingBagCollection):
             optimizer = self.collection.fused_optimizer()
             for group in optimizer.param_groups:
@@ -323,7 +334,7 @@ class SparseArch(nn.Module):
             optimizer.step()  # hands the rate to the kernel, and no more: the rows are stepped in the backward
 
     def fused_state(self) -> dict[str, dict[str, Tensor]]:
-        """The fused optimizer's state by table: tensors of its own, empty for other kinds."""
+        """Return copies of the fused optimizer's state by table; empty for other kinds."""
         if not isinstance(self.collection, FusedEmbeddingBagCollection):
             return {}
         state = self.collection.fused_optimizer().state_dict()["state"]
@@ -422,7 +433,7 @@ def _collection(
 
 
 def table_names(features: Sequence[CategoricalFeature]) -> list[str]:
-    """The name of each column's table in TorchRec: a module's name, so without dots, and unique."""
+    """Return the name of each column's table in TorchRec, which is a module's: without dots, and unique."""
     names: list[str] = []
     for f in features:
         name = "table_" + f.name.replace(".", "_")  # a bare "type" or "values" would be an attribute of the container
@@ -435,22 +446,22 @@ def table_names(features: Sequence[CategoricalFeature]) -> list[str]:
 def joined_to_collection(
     state: Mapping[str, Tensor], features: Sequence[CategoricalFeature], prefix: str = ""
 ) -> dict[str, Tensor]:
-    """A state dict with a joined table as one with a table for each column ("collection" and "fused").
+    """Return a state dict with a table for each column ("collection" and "fused") made of one with a joined table.
 
     Args:
-        state: of a module that holds a ``SparseArch`` under ``prefix``, such as "model.sparse.".
-        features: its columns.
-        prefix: the dotted path, with the dot.
+        state: state of a module that holds a ``SparseArch`` under ``prefix``, such as "model.sparse.".
+        features: columns of the ``SparseArch``.
+        prefix: dotted path, with the last dot.
 
     Raises:
-        ValueError: no joined weight there, or one of another number of rows.
+        ValueError: there is no joined weight, or one of another number of rows.
     """
     changed = dict(state)
     weight = changed.pop(f"{prefix}weight", None)
     rows = [f.num_rows for f in features]
     if weight is None or len(weight) != sum(rows):
-        found = "none" if weight is None else f"one of {len(weight)} rows"
-        raise ValueError(f"expected a joined weight of {sum(rows)} rows at {prefix}weight, found {found}")
+        given = "none" if weight is None else f"one of {len(weight)} rows"
+        raise ValueError(f"expected a joined weight of {sum(rows)} rows at {prefix}weight, found {given}")
     for name, part in zip(table_names(features), weight.split(rows), strict=True):
         changed[f"{prefix}collection.embedding_bags.{name}.weight"] = part.clone()
     return changed
@@ -459,10 +470,10 @@ def joined_to_collection(
 def collection_to_joined(
     state: Mapping[str, Tensor], features: Sequence[CategoricalFeature], prefix: str = ""
 ) -> dict[str, Tensor]:
-    """The inverse of ``joined_to_collection``.
+    """Undo ``joined_to_collection``.
 
     Raises:
-        ValueError: a table is missing, or is of another width or number of rows.
+        ValueError: a table is missing, or has another width or number of rows.
     """
     changed = dict(state)
     parts: list[Tensor] = []
@@ -470,8 +481,8 @@ def collection_to_joined(
         key = f"{prefix}collection.embedding_bags.{name}.weight"
         part = changed.pop(key, None)
         if part is None or len(part) != feature.num_rows:
-            found = "nothing" if part is None else f"{len(part)} rows"
-            raise ValueError(f"expected the {feature.num_rows} rows of column {feature.name!r} at {key}, found {found}")
+            given = "nothing" if part is None else f"{len(part)} rows"
+            raise ValueError(f"expected the {feature.num_rows} rows of column {feature.name!r} at {key}, found {given}")
         if parts and part.shape[1] != parts[0].shape[1]:
             raise ValueError(
                 f"column {feature.name!r} is {part.shape[1]} wide and those before it {parts[0].shape[1]}: "

@@ -22,7 +22,7 @@ from apps.recsys.tables.baselines import baselines
 from apps.recsys.tables.batch import TableBatch
 from apps.recsys.tables.bottoms import SharedBottom, SingleTask
 from apps.recsys.tables.dense import DenseConfig
-from apps.recsys.tables.embedding import EmbeddingConfig
+from apps.recsys.tables.embedding import EmbeddingConfig, check_rows_are_stepped
 from apps.recsys.tables.model import Ensemble, InteractionConfig, MultiTaskModel, mean_logit
 from apps.recsys.tables.report import RecommenderReport, RecommenderReportConfig, TrainingChecks
 from apps.recsys.tables.tasks import HeadConfig
@@ -42,18 +42,18 @@ class MultiTaskRecommender(SparseModule, Comparable):
         features: the columns and tasks; the command line takes them from the data.
         shared: the layer between the columns and the towers: ``core.MMoE``, ``OMoE``, ``CGC``, ``PLE``, or
             ``SharedBottom`` or ``SingleTask`` of ``apps.recsys.tables.bottoms``.
-        embedding: of the categorical columns.
-        dense: what becomes of the continuous columns.
+        embedding: embeddings of the categorical columns.
+        dense: encoding of the continuous columns.
         interaction: how the columns meet.
-        head: the tasks' towers.
+        head: towers of the tasks.
         weighting: how the tasks' losses become one.
-        dropout: of what enters the shared layer, in training.
+        dropout: dropout of the shared layer's input, in training.
         num_members: networks trained side by side; the prediction is the mean of their probabilities.
-        score_bins: the metrics keep counts by so many bins of the scores in place of every prediction, and have no AUC
-            by user; None: exact ones.
+        score_bins: number of bins of the scores whose counts the metrics keep in place of every prediction; there is no
+            AUC by user then. None: exact metrics.
         report: what a test adds to the metrics; None: nothing.
         optimizer: learning rate, weight decay and schedule.
-        ema_decay: of the moving average of the weights; None: none.
+        ema_decay: decay of the moving average of the weights; None: there is no average.
 
     Raises:
         ValueError: no features, no task, a value out of its range, or parts that do not go together.
@@ -152,12 +152,12 @@ class MultiTaskRecommender(SparseModule, Comparable):
         return self.members[0].input_dim
 
     def forward(self, batch: TableBatch) -> Tensor:
-        """Logits (B, t) of the tasks; of an ensemble, those of the mean probability."""
+        """Return the tasks' logits (B, t); an ensemble's are those of the members' mean probability."""
         logits = self.model(batch)
         return logits if logits.ndim == 2 else mean_logit(logits)
 
     def task_loss(self, batch: TableBatch) -> TaskOutput:
-        """Binary cross-entropy of each task over its labelled examples, then the weighting.
+        """Return the weighted sum of each task's binary cross-entropy over its labelled examples.
 
         A task without a label in the batch has the loss 0 there.
         """
@@ -167,10 +167,8 @@ class MultiTaskRecommender(SparseModule, Comparable):
         tasks = self.features.tasks
         terms = {f"loss_{name}": value for name, value in zip(tasks, loss_t.detach().unbind(), strict=True)}
         if self.training:
-            gradnorm = self.weighting_config.kind == "gradnorm"
-            shared, num_shared = last_weight(self.members[0].shared) if gradnorm else (None, None)
-            labelled_t = (label_Bt == label_Bt).any(0)
-            loss, learnt = self.weighting(loss_t, shared, labelled_t, num_shared)
+            shared = last_weight(self.members[0].shared) if self.weighting_config.kind == "gradnorm" else None
+            loss, learnt = self.weighting(loss_t, (label_Bt == label_Bt).any(0), shared)
             for what, value_t in learnt.items():
                 terms |= {f"{what}_{name}": value for name, value in zip(tasks, value_t.unbind(), strict=True)}
         else:
@@ -185,8 +183,8 @@ class MultiTaskRecommender(SparseModule, Comparable):
     def _head_losses(self, logits: Tensor) -> Mapping[str, Tensor]:
         if logits.ndim == 2:
             return self.members[0].head.losses(logits)
-        found = [m.head.losses(z_Bt) for m, z_Bt in zip(self.members, logits, strict=True)]
-        return {name: torch.stack([f[name] for f in found]).mean() for name in found[0]}
+        by_member = [m.head.losses(z_Bt) for m, z_Bt in zip(self.members, logits, strict=True)]
+        return {name: torch.stack([losses[name] for losses in by_member]).mean() for name in by_member[0]}
 
     def example_inputs(self, batch: TableBatch) -> tuple[TableBatch]:
         return (batch,)
@@ -195,16 +193,14 @@ class MultiTaskRecommender(SparseModule, Comparable):
         return "a row"
 
     def build_metrics(self) -> MultiTaskMetrics:
-        """AUC, PR-AUC, log loss and calibration error of each task, and AUC by user where the batches name users."""
-        exact = self.score_bins is None
-        return MultiTaskMetrics(self.features.tasks, grouped=exact, score_bins=self.score_bins)
+        return MultiTaskMetrics(self.features.tasks, grouped=self.score_bins is None, score_bins=self.score_bins)
 
     @property
     def shown_metrics(self) -> tuple[str, ...]:
         return tuple(f"auc_{name}" for name in self.features.tasks)
 
     def predict_step(self, batch: TableBatch, batch_idx: int) -> dict[str, Any]:
-        """The rows' numbers in the table, the data's ``predict_columns``, each task's ``probability_<task>``.
+        """Return the rows' numbers in the table, the data's ``predict_columns`` and each ``probability_<task>``.
 
         Rows of a split have each task's ``label_<task>`` too, 0, 1, or None for no label; those of a ``predict_file``
         have none.
@@ -266,28 +262,17 @@ class MultiTaskRecommender(SparseModule, Comparable):
                 "without it set deferred to false"
             )
         if stage == "fit" and self.embedding.kind == "fused":
-            trainer = self.trainer
-            # The rows are stepped inside the backward: what acts on gradients later would silently pass them by.
-            for name, value, neutral in (
-                ("accumulate_grad_batches", trainer.accumulate_grad_batches, 1),
-                ("gradient_clip_val", trainer.gradient_clip_val or 0, 0),
-                ("number of processes", trainer.world_size, 1),
-            ):
-                if value != neutral:
-                    raise ValueError(
-                        f"embedding.kind='fused' steps its rows in the backward, where trainer's {name}={value} does "
-                        "not reach: take 'joined' or 'collection'"
-                    )
-            if getattr(trainer.precision_plugin, "scaler", None) is not None:
+            check_rows_are_stepped(self.trainer, "embedding.kind='fused'", "; kinds 'joined' and 'collection' allow it")
+            if self.trainer.world_size > 1:
                 raise ValueError(
-                    "embedding.kind='fused' steps its rows in the backward, by gradients that trainer.precision="
-                    f"{trainer.precision!r} has scaled up: take 'bf16-mixed'"
+                    f"embedding.kind='fused' trains on one process, not on {self.trainer.world_size}: take 'joined' or "
+                    "'collection'"
                 )
 
     def _check_data(self) -> None:
-        found = getattr(self._data(), "features", None)
-        if found is not None and found != self.features:
-            raise ValueError(f"model.features does not fit the data: {_difference(self.features, found)}")
+        in_data = getattr(self._data(), "features", None)
+        if in_data is not None and in_data != self.features:
+            raise ValueError(f"model.features does not fit the data: {_difference(self.features, in_data)}")
 
     def report_callbacks(self) -> list[Callback]:
         if self.report is None:
@@ -353,10 +338,10 @@ class MultiTaskRecommender(SparseModule, Comparable):
 
 
 def masked_bce(logits: Tensor, label_Bt: Tensor) -> Tensor:
-    """Mean binary cross-entropy of each task over the examples that have a label, (t,); 0 where none has.
+    """Return the mean binary cross-entropy of each task over the examples that have a label, (t,); 0 without any.
 
     Args:
-        logits: (B, t), or (M, B, t) of an ensemble: the mean of the members' losses.
+        logits: (B, t), or (M, B, t) of an ensemble, whose members' losses are averaged.
         label_Bt: 0, 1, or NaN for no label.
     """
     has_Bt = label_Bt == label_Bt
@@ -369,7 +354,7 @@ def masked_bce(logits: Tensor, label_Bt: Tensor) -> Tensor:
 
 
 def last_weight(shared: torch.nn.Module) -> tuple[Tensor, int]:
-    """The stacked weight of the experts' last layer, and how many experts, its first, all tasks share, for GradNorm.
+    """Return the stacked weight of the experts' last layer, and how many experts, its first, all tasks share.
 
     Raises:
         ValueError: there is no such weight, or no shared expert.
@@ -377,12 +362,11 @@ def last_weight(shared: torch.nn.Module) -> tuple[Tensor, int]:
     experts: Any = getattr(shared, "experts", None)
     if isinstance(experts, torch.nn.ModuleList):
         experts = experts[-1]
-    weight = getattr(experts, "w_out", None)
-    if weight is None:
-        stacked = [] if experts is None else [p for p in experts.parameters() if p.ndim == 3]
-        if not stacked:
-            raise ValueError(f"weighting.kind='gradnorm' finds no stacked weight in {type(experts).__name__}")
-        weight = stacked[-1]
+    stacked = {} if experts is None else {n: p for n, p in experts.named_parameters() if p.ndim == 3}
+    if not stacked:
+        raise ValueError(f"weighting.kind='gradnorm' finds no stacked weight in {type(experts).__name__}")
+    # GradNorm needs the parameter itself, and not ``Experts.weights_of``; a gated FFN's gate follows its ``w_out``.
+    weight = stacked.get("w_out", list(stacked.values())[-1])
     groups = getattr(shared, "groups", None)
     num_shared = len(weight) if groups is None else groups.num_shared
     if not num_shared:
@@ -390,12 +374,10 @@ def last_weight(shared: torch.nn.Module) -> tuple[Tensor, int]:
     return weight, num_shared
 
 
-def _difference(mine: Features, found: Features) -> str:
-    for field in dataclasses.fields(Features):
-        a, b = getattr(mine, field.name), getattr(found, field.name)
-        if a == b:
-            continue
-        if isinstance(a, tuple) and len(a) == len(b):
-            a, b = next((x, y) for x, y in zip(a, b, strict=True) if x != y)
-        return f"{field.name} is {str(a)[:80]} in the model and {str(b)[:80]} in the data"
-    raise AssertionError
+def _difference(in_model: Features, in_data: Features) -> str:
+    """Say where two descriptions differ first."""
+    pairs = ((f.name, getattr(in_model, f.name), getattr(in_data, f.name)) for f in dataclasses.fields(Features))
+    name, a, b = next(pair for pair in pairs if pair[1] != pair[2])
+    if isinstance(a, tuple) and len(a) == len(b):
+        a, b = next((x, y) for x, y in zip(a, b, strict=True) if x != y)
+    return f"{name} is {str(a)[:80]} in the model and {str(b)[:80]} in the data"

@@ -1,4 +1,4 @@
-"""Where the rows of each embedding table live: TorchRec's planner, and the tables before and after they are sharded."""
+"""The plan of which process holds which rows of the embedding tables, and access to tables that are sharded."""
 
 from __future__ import annotations
 
@@ -27,12 +27,14 @@ from torchrec.distributed.planner.types import (
 from torchrec.distributed.types import ShardingPlan
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
+from apps.base.checks import check_name
+
 Sharding = Literal["auto", "table_wise", "row_wise", "column_wise", "table_row_wise", "data_parallel"]
 ComputeKernel = Literal["fused", "fused_uvm", "fused_uvm_caching"]
 
 # What the planner may choose by itself does not change the result, but for the order of sums.
 _AUTO = ("table_wise", "row_wise", "table_row_wise")
-_OPTIMIZERS = {
+OPTIMIZERS = {
     "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
     "adagrad": EmbOptimType.EXACT_ADAGRAD,
     "sgd": EmbOptimType.EXACT_SGD,
@@ -43,20 +45,10 @@ _GIB = 2**30
 
 @dataclass(frozen=True)
 class ShardingConfig:
-    """How tables are shared out over processes.
-
-    Attributes:
-        sharding: of all tables: "table_wise", a table on one process; "row_wise", its rows over all; "column_wise",
-            its columns over all; "table_row_wise", its rows over the processes of one node; "data_parallel", a whole
-            table on each process; "auto": the planner chooses among table_wise, row_wise and table_row_wise.
-        table_sharding: of single columns' tables, by the column's name, in place of ``sharding``.
-        compute_kernel: "fused": in the device's memory. "fused_uvm": in the host's, read over the bus, and
-            "fused_uvm_caching": with a cache on the device; both need a GPU.
-        memory_gib: of each process, for its tables and their optimizer state; None: 80% of the device's, or of the
-            host's shared among its processes.
+    """How tables are spread over processes. The options are those of ``TorchRecStrategy``.
 
     Raises:
-        ValueError: a value that is not known, or not positive.
+        ValueError: a value is not known, or not positive.
     """
 
     sharding: Sharding = "auto"
@@ -67,41 +59,31 @@ class ShardingConfig:
     def __post_init__(self) -> None:
         named = {f"table_sharding[{k!r}]": v for k, v in self.table_sharding.items()}
         for name, value in {"sharding": self.sharding, **named}.items():
-            if value not in get_args(Sharding):
-                raise ValueError(f"{name}={value!r} is not one of {', '.join(get_args(Sharding))}")
-        if self.compute_kernel not in get_args(ComputeKernel):
-            raise ValueError(
-                f"compute_kernel={self.compute_kernel!r} is not one of {', '.join(get_args(ComputeKernel))}"
-            )
+            check_name(name, value, get_args(Sharding))
+        check_name("compute_kernel", self.compute_kernel, get_args(ComputeKernel))
         if self.memory_gib is not None and not self.memory_gib > 0:
             raise ValueError(f"memory_gib={self.memory_gib} must be positive")
 
 
 class Sharder(EmbeddingBagCollectionSharder):
-    """TorchRec's, which leaves out row-wise tables on a CPU though they run there."""
+    """TorchRec's sharder with row-wise tables on a CPU, which it leaves out though they run there."""
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
         return [s for s in get_args(Sharding) if s != "auto"]
 
 
 def sharder(optimizer: str, lr: float) -> Sharder:
-    """Shards a collection whose rows ``optimizer`` steps inside the backward.
-
-    Raises:
-        ValueError: an optimizer that is not known.
-    """
-    if optimizer not in _OPTIMIZERS:
-        raise ValueError(f"embedding_optimizer={optimizer!r} is not one of {', '.join(_OPTIMIZERS)}")
-    return Sharder(fused_params={"optimizer": _OPTIMIZERS[optimizer], "learning_rate": lr})
+    """Return what shards a collection whose rows ``optimizer``, a key of ``OPTIMIZERS``, steps inside the backward."""
+    return Sharder(fused_params={"optimizer": OPTIMIZERS[optimizer], "learning_rate": lr})
 
 
 def collections(module: nn.Module) -> dict[str, EmbeddingBagCollection]:
-    """The collections that can be sharded, by their path."""
+    """Return the collections that can be sharded, by their path."""
     return {name: m for name, m in module.named_modules() if type(m) is EmbeddingBagCollection}
 
 
 def sharded_collections(module: nn.Module) -> dict[str, ShardedEmbeddingBagCollection]:
-    """The sharded collections, by their path."""
+    """Return the sharded collections, by their path."""
     return {name: m for name, m in module.named_modules() if isinstance(m, ShardedEmbeddingBagCollection)}
 
 
@@ -113,11 +95,11 @@ def plan(
     local_world_size: int,
     batch_size: int,
 ) -> ShardingPlan:
-    """The plan of rank 0, the same on all ranks; so is its error.
+    """Return rank 0's plan on all ranks, or raise its error on all of them.
 
     Raises:
-        ValueError: ``table_sharding`` names no column; the tables do not fit into the processes' memory, or cannot be
-            sharded as asked.
+        ValueError: ``table_sharding`` names no column, or the tables do not fit into the processes' memory or cannot
+            be sharded as asked.
     """
     answer: list[Any] = [None]
     if dist.get_rank() == 0:
@@ -134,7 +116,7 @@ def plan(
 
 @dataclass(frozen=True)
 class Processes:
-    """Those of a run: how many, how many of them on a machine, and the device of this one."""
+    """The processes of a run: how many there are in all and on each machine, and the device of this one."""
 
     world_size: int
     local_world_size: int
@@ -144,10 +126,10 @@ class Processes:
 def local_plan(
     module: nn.Module, config: ShardingConfig, shard: Sharder, processes: Processes, batch_size: int
 ) -> ShardingPlan:
-    """The plan for ``processes``, which need not be there; tables may be on the meta device.
+    """Return the plan for ``processes``, which need not run; tables may be on the meta device.
 
     Raises:
-        ValueError: as ``plan``.
+        ValueError: as for ``plan``.
     """
     device, local_world_size = processes.device, processes.local_world_size
     tables = {t.name: t for c in collections(module).values() for t in c.embedding_bag_configs()}
@@ -194,7 +176,7 @@ def local_plan(
 
 
 def _columns(dim: int, processes: Processes) -> int:
-    """Columns of a shard, a multiple of 4 that divides ``dim``: a shard a process, or as many as there can be."""
+    """Return the columns of a shard, a multiple of 4 that divides ``dim``: a shard a process, or as many as can be."""
     return next(n for n in range(4, dim + 1, 4) if dim % n == 0 and n * processes.world_size >= dim)
 
 
@@ -226,13 +208,12 @@ def _host_memory() -> int:
 
 
 def tables(module: nn.Module) -> dict[str, Any]:
-    """The weights of sharded collections by their names in the state dict: ``ShardedTensor``, or plain where each
-    process has all of them (data_parallel). They share memory with the module."""
-    found: dict[str, Any] = {}
-    for path, collection in sharded_collections(module).items():
-        for name, value in collection.state_dict().items():
-            found[f"{path}.{name}"] = value
-    return found
+    """Return the weights of sharded collections by their names in the state dict; they share memory with the module.
+
+    They are ``ShardedTensor``, or plain where each process has all of them (data_parallel).
+    """
+    collections_by_path = sharded_collections(module).items()
+    return {f"{path}.{name}": value for path, c in collections_by_path for name, value in c.state_dict().items()}
 
 
 @torch.no_grad()
@@ -251,7 +232,7 @@ def draw_rows(target: Any, name: str, owner: nn.Module) -> None:
 
     Args:
         target: one of ``tables``.
-        name: of the table; with the run's seed and the shard's place it decides the rows.
+        name: name of the table; with the run's seed and the shard's place it decides the rows.
         owner: the module around the collection, whose ``draw_rows(rows, first, generator)`` draws them.
 
     Raises:
@@ -264,12 +245,12 @@ def draw_rows(target: Any, name: str, owner: nn.Module) -> None:
     if is_split(target):
         parts = [(tuple(p.metadata.shard_offsets), p.tensor) for p in target.local_shards()]
     for (row, column), rows in parts:
-        # One seed a run: the ranks of a run agree on it.
+        # The seed is the run's, on which all ranks agree.
         entropy = [torch.initial_seed(), zlib.crc32(name.encode()), row, column]
         seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)
         draw(rows, row, torch.Generator(rows.device).manual_seed(seed))
 
 
 def is_split(value: Any) -> bool:
-    """Whether a value of a state dict is spread over the processes."""
+    """Tell whether a value of a state dict is spread over the processes."""
     return hasattr(value, "local_shards")

@@ -27,10 +27,11 @@ from torch import nn
 from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, DistributedModelParallel
 from torchrec.distributed.types import ShardingPlan
 
+from apps.base.checks import check_name
 from apps.base.files import delete
 from apps.recsys.tables import sharding
-from apps.recsys.tables.embedding import EmbeddingConfig
-from apps.recsys.tables.sharding import ComputeKernel, Sharding, ShardingConfig
+from apps.recsys.tables.embedding import EmbeddingConfig, check_rows_are_stepped
+from apps.recsys.tables.sharding import OPTIMIZERS, ComputeKernel, Sharding, ShardingConfig
 from apps.train import sharded
 from apps.train.averaging import WeightEMA
 
@@ -43,26 +44,26 @@ class TorchRecStrategy(DDPStrategy):
     another number of processes too, except for column-wise tables under rowwise_adagrad.
 
     Args:
-        sharding: of all tables: "table_wise", a table on one process; "row_wise", its rows over all; "column_wise", its
-            columns over all; "table_row_wise", its rows over the processes of one node; "data_parallel", a whole table
-            on each process, stepped by the module's optimizer; "auto": TorchRec's planner chooses among table_wise,
-            row_wise and table_row_wise, which all train alike.
-        table_sharding: of single columns' tables, by the column's name, in place of ``sharding``.
-        compute_kernel: "fused": tables in the device's memory; "fused_uvm": in the host's; "fused_uvm_caching": there,
-            with a cache on the device. The last two need GPUs.
-        memory_gib: of each process, for its tables and their optimizer state; None: 80% of the device's, or of the
-            host's shared among its processes.
+        sharding: how each table is spread: "table_wise", a table on one process; "row_wise", its rows over all;
+            "column_wise", its columns over all; "table_row_wise", its rows over the processes of one node;
+            "data_parallel", a whole table on each process, stepped by the module's optimizer; "auto": TorchRec's
+            planner chooses among table_wise, row_wise and table_row_wise, which all train alike.
+        table_sharding: sharding of single columns' tables, by the column's name, in place of ``sharding``.
+        compute_kernel: place of the tables: "fused": the device's memory; "fused_uvm": the host's, read over the bus;
+            "fused_uvm_caching": the host's, with a cache on the device. The last two need GPUs.
+        memory_gib: memory of each process for its tables and their optimizer state; None: 80% of the device's, or of
+            the host's shared among its processes.
         embedding_optimizer: "rowwise_adagrad", "adagrad" or "sgd", and "adam" on GPUs; None: the model's
             ``embedding.fused_optimizer``, so that kind="fused" on one process trains alike.
         embedding_lr: its peak learning rate; the schedule of the module's optimizer applies to it. None: the model's
             ``embedding.fused_lr``.
-        process_group_backend: None: gloo on CPUs, nccl on GPUs.
-        timeout: of a collective.
+        process_group_backend: "gloo" or "nccl"; None: gloo on CPUs, nccl on GPUs.
+        timeout: longest time of a collective.
 
     Raises:
-        ValueError: a value that is not known. At the start of a run: a model without a collection to shard, tables that
-            do not fit or cannot be sharded as asked, gradient clipping or accumulation (rows are stepped inside the
-            backward), a moving average of the weights, a module's optimizer that would step the sharded rows as well.
+        ValueError: a value is not known. At the start of a run: the model has no collection to shard, tables do not fit
+            or cannot be sharded as asked, gradients are clipped or accumulated (rows are stepped inside the backward),
+            there is a moving average of the weights, or a module's optimizer would step the sharded rows as well.
 
     Example::
 
@@ -89,14 +90,10 @@ class TorchRecStrategy(DDPStrategy):
             raise ValueError(f"embedding_lr={embedding_lr} must be positive")
         self.embedding_optimizer, self.embedding_lr = embedding_optimizer, embedding_lr
         if embedding_optimizer is not None:
-            self._sharder(embedding_optimizer, 1.0)
+            check_name("embedding_optimizer", embedding_optimizer, list(OPTIMIZERS))
         self.plan: ShardingPlan | None = None
         self.num_params_elsewhere = 0
         self._peak_lr = 0.0
-
-    @staticmethod
-    def _sharder(optimizer: str, lr: float) -> sharding.Sharder:
-        return sharding.sharder(optimizer, lr)
 
     # ---- set-up
 
@@ -111,7 +108,7 @@ class TorchRecStrategy(DDPStrategy):
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
-        """A shard is read into the sharded table."""
+        """True: a shard is read into the sharded table."""
         return True
 
     def setup(self, trainer: Trainer) -> None:
@@ -147,20 +144,7 @@ class TorchRecStrategy(DDPStrategy):
             raise ValueError("embedding_optimizer='adam' needs a GPU; take 'rowwise_adagrad', 'adagrad' or 'sgd'")
         if not fitting:
             return
-        for name, value, neutral in (
-            ("accumulate_grad_batches", trainer.accumulate_grad_batches, 1),
-            ("gradient_clip_val", trainer.gradient_clip_val or 0, 0),
-        ):
-            if value != neutral:
-                raise ValueError(
-                    f"TorchRecStrategy steps the rows in the backward, where trainer.{name}={value} does not reach: "
-                    f"set it to {'null' if neutral == 0 else neutral}"
-                )
-        if getattr(trainer.precision_plugin, "scaler", None) is not None:
-            raise ValueError(
-                "TorchRecStrategy steps the rows in the backward, by gradients that trainer.precision="
-                f"{trainer.precision!r} has scaled up: take 'bf16-mixed'"
-            )
+        check_rows_are_stepped(trainer, "TorchRecStrategy")
         if any(isinstance(c, WeightEMA) for c in trainer.callbacks):
             raise ValueError("TorchRecStrategy keeps no moving average of sharded tables: set model.ema_decay=null")
 
@@ -170,7 +154,7 @@ class TorchRecStrategy(DDPStrategy):
 
     def _shard(self, module: LightningModule, batch_size: int, fitting: bool) -> nn.Module:
         optimizer, self._peak_lr = self._fused_options(module)
-        shard = self._sharder(optimizer, self._peak_lr)
+        shard = sharding.sharder(optimizer, self._peak_lr)
         whole = {path: c.state_dict() for path, c in sharding.collections(module).items()}
         plan = ShardingPlan({})  # the module of an earlier fit is sharded already
         if whole:
@@ -184,7 +168,7 @@ class TorchRecStrategy(DDPStrategy):
             init_data_parallel=False,
             data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=False),
         )
-        # TorchRec draws rows anew; these are the model's, as one process would have them.
+        # TorchRec has drawn rows anew: put back the model's, as one process would have them.
         rows = sharding.tables(module)
         for path, state in whole.items():
             for name, full in state.items():
@@ -224,7 +208,7 @@ class TorchRecStrategy(DDPStrategy):
         return super().training_step(*args, **kwargs)
 
     def _set_embedding_lr(self) -> None:
-        """The rate of this step, by the schedule of the module's optimizer."""
+        """Set the rate of this step by the schedule of the module's optimizer."""
         groups = [g for o in self.optimizers for g in o.param_groups]
         factor = groups[0]["lr"] / groups[0]["initial_lr"] if groups and "initial_lr" in groups[0] else 1.0
         optimizer = self.fused_optimizer
@@ -243,20 +227,20 @@ class TorchRecStrategy(DDPStrategy):
     # ---- checkpoints
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The state dict but for the sharded tables, which ``save_checkpoint`` writes beside it."""
+        """Return the state dict without the sharded tables, which ``save_checkpoint`` writes beside it."""
         assert self.lightning_module is not None
         state = self.lightning_module.state_dict()
         return {k: _plain(v) for k, v in state.items() if not sharding.is_split(v)}
 
     def _split(self, with_state: bool) -> dict[str, Any]:
-        """The sharded tensors by their names in ``apps.train.sharded``."""
+        """Return the sharded tensors by their names in ``apps.train.sharded``."""
         assert self.lightning_module is not None
         tables = sharding.tables(self.lightning_module)
-        found = {f"{sharded.WEIGHT}{name}": value for name, value in tables.items() if sharding.is_split(value)}
+        tensors = {f"{sharded.WEIGHT}{name}": value for name, value in tables.items() if sharding.is_split(value)}
         if with_state:
             for parameter, values in self.fused_optimizer.state_dict()["state"].items():
-                found |= {f"{sharded.STATE}{parameter}/{name}": value for name, value in values.items()}
-        return found
+                tensors |= {f"{sharded.STATE}{parameter}/{name}": value for name, value in values.items()}
+        return tensors
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Write the folder of a sharded checkpoint; all processes take part."""
@@ -269,7 +253,7 @@ class TorchRecStrategy(DDPStrategy):
             delete(Path(filepath))
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """What Lightning restores; the tables are read at once, each process its own rows."""
+        """Return what Lightning restores. The tables are read here, each process its own rows."""
         path = Path(checkpoint_path)
         fitting = self.lightning_module is not None and self.lightning_module.trainer.state.fn == TrainerFn.FITTING
         if sharded.is_sharded(path):
@@ -300,7 +284,7 @@ class TorchRecStrategy(DDPStrategy):
 
 
 def _plain(value: Any) -> Any:
-    """A copy without TorchRec's parameter classes, which a checkpoint that is read without code cannot hold."""
+    """Copy a value without TorchRec's parameter classes, which a checkpoint that is read without code cannot hold."""
     if isinstance(value, torch.Tensor) and type(value) is not torch.Tensor:
         return value.detach().as_subclass(torch.Tensor).clone()
     return value

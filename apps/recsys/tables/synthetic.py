@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from apps.base.checks import check_at_least
 from apps.recsys.schema import SplitConfig, TableConfig, TaskConfig
 
 if TYPE_CHECKING:
@@ -32,21 +33,21 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class SyntheticConfig:
-    """What the tables are like.
+    """The sizes and distributions of a made table.
 
     Attributes:
-        correlation: p, the cosine between the weights of two tasks, from -1/(num_tasks - 1) to 1. What the labels then
-            have is ``label_correlation``.
-        num_rows: of all splits.
+        correlation: p, the cosine between the weights of two tasks, from -1/(num_tasks - 1) to 1. The labels' own
+            correlation is ``label_correlation``.
+        num_rows: rows of all splits.
         num_features: inputs of each row, at least num_tasks.
         num_tasks: labels of each row.
         scale: c, the deviation of w . x.
-        alphas, betas: of the sines, as many of one as of the other; none: the tasks are linear.
+        alphas, betas: numbers in the sines, as many of one as of the other; the tasks are linear where there are none.
         noise_std: deviation of the noise in y.
         positives: share of positive labels, in (0, 1).
         num_ids: N, distinct values of the column ``id``; 0: there is no such column.
         id_std: deviation of what an id adds to y.
-        seed: of what is drawn.
+        seed: seed of all draws.
 
     Raises:
         ValueError: a value outside its range.
@@ -66,12 +67,11 @@ class SyntheticConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.num_tasks < 1:
-            raise ValueError(f"num_tasks={self.num_tasks} must be at least 1")
+        check_at_least(1, num_tasks=self.num_tasks)
+        check_at_least(10, num_rows=self.num_rows)
+        check_at_least(0, noise_std=self.noise_std, num_ids=self.num_ids, id_std=self.id_std)
         if self.num_features < self.num_tasks:
             raise ValueError(f"num_features={self.num_features} must be at least num_tasks={self.num_tasks}")
-        if self.num_rows < 10:
-            raise ValueError(f"num_rows={self.num_rows} must be at least 10")
         lowest = -1 / (self.num_tasks - 1) if self.num_tasks > 1 else -1.0
         if not lowest <= self.correlation <= 1:
             raise ValueError(f"correlation={self.correlation} of {self.num_tasks} tasks must lie in [{lowest:.4g}, 1]")
@@ -81,32 +81,26 @@ class SyntheticConfig:
             raise ValueError(f"positives={self.positives} must lie between 0 and 1")
         if self.scale <= 0:
             raise ValueError(f"scale={self.scale} must be above 0")
-        if self.noise_std < 0:
-            raise ValueError(f"noise_std={self.noise_std} must not be negative")
-        if self.num_ids < 0:
-            raise ValueError(f"num_ids={self.num_ids} must not be negative")
-        if self.id_std < 0:
-            raise ValueError(f"id_std={self.id_std} must not be negative")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed={self.seed} must be 0 to {2**32 - 1}")
 
     @property
     def unexplained_std(self) -> float:
-        """Deviation of what is in y beside the numbers: the noise and what the ids add."""
+        """The deviation of the part of y that the numbers do not explain: the noise and what the ids add."""
         return math.hypot(self.noise_std, self.id_std if self.num_ids else 0.0)
 
 
 @dataclass(frozen=True)
 class Synthetic:
-    """Made data, and what is known of it.
+    """Made data, with the weights that made them.
 
     Attributes:
         x: float64 (num_rows, num_features).
         y: float64 (num_rows, num_tasks), before the threshold.
         label: bool (num_rows, num_tasks).
         weights: float64 (num_tasks, num_features), rows of length ``scale``.
-        label_correlation: of the labels of two tasks, as it is in an endless table of endless ids.
-        ids: int64 (num_rows,), from 0; None where there are none.
+        label_correlation: correlation of the labels of two tasks in an endless table of endless ids.
+        ids: int64 (num_rows,), from 0; None where there is no column of ids.
     """
 
     x: Array
@@ -117,14 +111,14 @@ class Synthetic:
     ids: NDArray[np.int64] | None = None
 
     def tables(self) -> RawTables:
-        """Columns x0, x1, ..., label_1, label_2, ... and maybe id, split at random."""
+        """Return the columns x0, x1, ..., label_1, label_2, ... and maybe id, split at random."""
         import pyarrow as pa
 
         from apps.recsys.readers.raw import RawTables
 
-        columns = {f"x{i}": pa.array(self.x[:, i]) for i in range(self.x.shape[1])}
-        labels = {f"label_{k + 1}": pa.array(self.label[:, k]) for k in range(self.label.shape[1])}
-        tasks = {f"task_{k + 1}": TaskConfig(f"label_{k + 1}") for k in range(self.label.shape[1])}
+        columns = {f"x{i}": pa.array(x_N) for i, x_N in enumerate(self.x.T)}
+        labels = {f"label_{k}": pa.array(label_N) for k, label_N in enumerate(self.label.T, 1)}
+        tasks = {name.replace("label", "task"): TaskConfig(name) for name in labels}
         ids = {} if self.ids is None else {"id": pa.array(self.ids)}
         config = TableConfig(
             categorical=tuple(ids),
@@ -136,7 +130,7 @@ class Synthetic:
 
 
 def generate(config: SyntheticConfig) -> Synthetic:
-    """Draw a table. The same configuration gives the same table everywhere."""
+    """Draw a table. A configuration gives the same table on every machine."""
     random = np.random.RandomState(config.seed)  # numpy keeps its stream, which it does not for newer generators
     basis = np.linalg.qr(random.standard_normal((config.num_features, config.num_tasks)))[0].T
     weights = config.scale * _mixing(config.num_tasks, config.correlation) @ basis
@@ -154,7 +148,7 @@ def generate(config: SyntheticConfig) -> Synthetic:
 
 
 def _mixing(num_tasks: int, p: float) -> Array:
-    """L (t, t), lower triangular, with L L^T = (1 - p) I + p; also where that has an eigenvalue 0."""
+    """Return L (t, t), lower triangular, with L L^T = (1 - p) I + p; also where that has an eigenvalue 0."""
     gram = (1 - p) * np.eye(num_tasks) + p
     values, vectors = np.linalg.eigh(gram)
     root = vectors * np.sqrt(np.maximum(values, 0))
@@ -163,16 +157,16 @@ def _mixing(num_tasks: int, p: float) -> Array:
 
 
 def _curve(config: SyntheticConfig, s: Array) -> Array:
-    """s + sum_i sin(alpha_i s + beta_i)."""
+    """Return s + sum_i sin(alpha_i s + beta_i)."""
     return s + sum((np.sin(a * s + b) for a, b in zip(config.alphas, config.betas, strict=True)), np.zeros_like(s))
 
 
 def label_correlation(config: SyntheticConfig, num: int = 1201) -> tuple[float, float]:
-    """The threshold on y that makes the chosen share positive, and Pearson's correlation of two tasks' labels.
+    """Return the threshold on y that makes the chosen share positive, and the correlation of two tasks' labels.
 
     w_1 . x / c and w_2 . x / c are standard normals z_1, z_2 of correlation p, and given z a label is positive with
-    probability g(z) = P(f(c z) + noise > threshold). The correlation is (E[g(z_1) g(z_2)] - q^2) / (q (1 - q)), whose
-    expectation is an integral over z_1 and z_2 | z_1, taken on a grid of ``num`` values each.
+    probability g(z) = P(f(c z) + noise > threshold). Pearson's correlation is (E[g(z_1) g(z_2)] - q^2) / (q (1 - q)),
+    whose expectation is an integral over z_1 and z_2 | z_1, taken on a grid of ``num`` values each.
     """
     z = np.linspace(-8, 8, num)
     density = np.exp(-(z**2) / 2)

@@ -1,4 +1,4 @@
-"""How the losses of the tasks become one: fixed weights, uncertainty, GradNorm."""
+"""Weightings that add the tasks' losses up to one: fixed weights, uncertainty, GradNorm."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import core
+from apps.base.checks import check_name
 
 
 @core.register_config
@@ -30,8 +31,9 @@ class WeightingConfig:
 
     Attributes:
         kind: "fixed", "uncertainty" or "gradnorm".
-        weights: of single tasks, by name; a task that is not named has 1. "uncertainty" and "gradnorm" start from them.
-        alpha: GradNorm's strength, how much slower tasks are helped; 0: equal norms.
+        weights: weights of single tasks, by name; a task that is not named has 1. "uncertainty" and "gradnorm" start
+            from them.
+        alpha: GradNorm's strength: the larger, the more it helps slow tasks; 0: equal norms.
 
     Raises:
         ValueError: an unknown kind, a negative weight or alpha, or a weight of 0 that a learned weighting starts from.
@@ -42,8 +44,7 @@ class WeightingConfig:
     alpha: float = 1.5
 
     def __post_init__(self) -> None:
-        if self.kind not in ("fixed", "uncertainty", "gradnorm"):
-            raise ValueError(f"weighting.kind={self.kind!r} is not one of fixed, uncertainty, gradnorm")
+        check_name("weighting.kind", self.kind, ("fixed", "uncertainty", "gradnorm"))
         for task, weight in self.weights.items():
             if not (weight > 0 or (weight == 0 and self.kind == "fixed")) or not math.isfinite(weight):
                 least = "at least 0" if self.kind == "fixed" else "positive"
@@ -71,9 +72,9 @@ class Weighting(nn.Module):
     """Fixed weights.
 
     Args:
-        weights: of the tasks.
+        weights: weight of each task.
         positives: shares of positive labels; empty where not known.
-        alpha: of GradNorm.
+        alpha: strength of GradNorm.
     """
 
     _given_t: Tensor
@@ -84,20 +85,16 @@ class Weighting(nn.Module):
         self.register_buffer("_given_t", torch.tensor(weights), persistent=False)
 
     def forward(
-        self,
-        loss_t: Tensor,
-        shared: Tensor | None = None,
-        labelled_t: Tensor | None = None,
-        num_shared: int | None = None,
+        self, loss_t: Tensor, labelled_t: Tensor | None = None, shared: tuple[Tensor, int] | None = None
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
         """Return the loss () of the tasks' losses (t,), and the weights to log, (t,) each, by name.
 
         Args:
-            loss_t: of a batch.
-            shared: weight of the last shared layer, in whose graph the losses are; GradNorm reads it in training.
+            loss_t: losses of a batch.
             labelled_t: bool (t,), the tasks that have a label in the batch; the others' losses are 0, and no weight
                 learns from them. None: all.
-            num_shared: so many entries of ``shared``, its first, are what the tasks share; None: all.
+            shared: weight of the last layer, on which the losses depend, and how many of its entries, the first ones,
+                all tasks share. GradNorm reads it in training.
         """
         return self.evaluate(loss_t), {}
 
@@ -114,11 +111,7 @@ class Uncertainty(Weighting):
         self.log_variance = nn.Parameter(-torch.tensor(weights).log())
 
     def forward(
-        self,
-        loss_t: Tensor,
-        shared: Tensor | None = None,
-        labelled_t: Tensor | None = None,
-        num_shared: int | None = None,
+        self, loss_t: Tensor, labelled_t: Tensor | None = None, shared: tuple[Tensor, int] | None = None
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
         if not self.training:
             return self.evaluate(loss_t), {}
@@ -146,28 +139,25 @@ class GradNorm(Weighting):
         self.register_buffer("_initial_t", torch.tensor(entropy), persistent=False)
 
     def forward(
-        self,
-        loss_t: Tensor,
-        shared: Tensor | None = None,
-        labelled_t: Tensor | None = None,
-        num_shared: int | None = None,
+        self, loss_t: Tensor, labelled_t: Tensor | None = None, shared: tuple[Tensor, int] | None = None
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
         if not self.training or not torch.is_grad_enabled():
             return self.evaluate(loss_t), {}
         assert shared is not None
+        weight, num_shared = shared
         if labelled_t is None:
             labelled_t = torch.ones_like(loss_t, dtype=torch.bool)
-        norms = [torch.autograd.grad(loss, shared, retain_graph=True)[0][:num_shared].norm() for loss in loss_t]
-        norm_t = torch.stack(norms)
+        gradients = (torch.autograd.grad(loss, weight, retain_graph=True)[0] for loss in loss_t)
+        norm_t = torch.stack([gradient[:num_shared].norm() for gradient in gradients])
         weight_t = len(loss_t) * F.softmax(self.logits, dim=0)
         with torch.no_grad():
             ratio_t = loss_t / self._initial_t
-            # Means over the tasks that have labels; none of them has any: all is 0.
+            # The means are over the tasks that have labels; where no task has any, all is 0.
             labels = labelled_t.sum().clamp_min(1)
             rate_t = ratio_t / (ratio_t.sum() / labels).clamp_min(torch.finfo(ratio_t.dtype).tiny)
             target_t = (weight_t * norm_t).sum() / labels * rate_t**self.alpha
         balance = ((weight_t * norm_t - target_t).abs() * labelled_t).sum()
-        # The value logged is the weighted loss; the balance gives its gradient alone.
+        # The balance adds a gradient and no value, so that the weighted loss is what is logged.
         loss = (weight_t.detach() * loss_t).sum() + balance - balance.detach()
         return loss, {"weight": weight_t.detach(), "gradient_norm": norm_t}
 

@@ -144,9 +144,9 @@ def test_gradnorm_reads_the_last_layer_of_the_experts():
         (core.CGC(2, core.MLP((4,)), num_task_experts=3), "w_0", 2),
     ):
         shared = build(config).model.shared
-        weight, found = last_weight(shared)
+        weight, num = last_weight(shared)
         assert weight is getattr(shared.experts, name)
-        assert found == num_shared
+        assert num == num_shared
     ple = build(core.PLE(2, core.MLP((4,)), num_levels=3)).model.shared
     assert last_weight(ple)[0] is ple.experts[2].w_0
 
@@ -408,8 +408,8 @@ def test_other_data_than_the_models_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"accumulate_grad_batches": 2}, "trainer's accumulate_grad_batches=2 does not reach"),
-        ({"gradient_clip_val": 1.0}, "trainer's gradient_clip_val=1.0 does not reach"),
+        ({"accumulate_grad_batches": 2}, "trainer.accumulate_grad_batches=2 does not reach"),
+        ({"gradient_clip_val": 1.0}, "trainer.gradient_clip_val=1.0 does not reach"),
         ({"plugins": MixedPrecision("16-mixed", "cpu")}, "trainer.precision='16-mixed' has scaled up: take 'bf16-mi"),
     ],
 )

@@ -47,7 +47,7 @@ def test_gradnorm_pulls_the_gradients_to_one_norm():
     # dw2/du1 = -1/2. d balance/du1 = 3 * 1/2 * (+1) + 1 * (-1/2) * (-1) = 2: descent lowers the first weight.
     weighting = WeightingConfig("gradnorm", alpha=0.0).build(TASKS)
     w = torch.tensor([1.0, 2.0], requires_grad=True)
-    loss, learnt = weighting(torch.stack((3 * w[0], w[1] + 4)), w)
+    loss, learnt = weighting(torch.stack((3 * w[0], w[1] + 4)), shared=(w, 2))
     assert float(loss) == pytest.approx(3 + 6)  # the balance adds nothing to the value
     assert learnt["gradient_norm"].tolist() == pytest.approx([3.0, 1.0])
     loss.backward()
@@ -59,7 +59,7 @@ def test_gradnorm_pulls_the_gradients_to_one_norm():
 def test_a_batch_without_labels_teaches_the_weights_nothing(kind):
     weighting = WeightingConfig(kind).build(TASKS)
     w = torch.tensor([1.0, 2.0], requires_grad=True)
-    loss, _ = weighting(0 * w, w, torch.tensor([False, False]))
+    loss, _ = weighting(0 * w, torch.tensor([False, False]), (w, 2))
     loss.backward()
     assert float(loss) == 0
     assert all(p.grad.tolist() == [0, 0] for p in weighting.parameters())
@@ -69,7 +69,7 @@ def test_gradnorm_leaves_a_task_without_labels_out_of_the_means():
     # The task alone is at the mean rate, and its norm is the mean norm: nothing pulls at the weights.
     weighting = WeightingConfig("gradnorm", alpha=1.0).build(TASKS)
     w = torch.tensor([1.0, 2.0], requires_grad=True)
-    weighting(torch.stack((3 * w[0], 0 * w[1])), w, torch.tensor([True, False]))[0].backward()
+    weighting(torch.stack((3 * w[0], 0 * w[1])), torch.tensor([True, False]), (w, 2))[0].backward()
     assert weighting.logits.grad.tolist() == [0, 0]
 
 
@@ -78,7 +78,7 @@ def test_gradnorm_helps_the_slower_task():
     # alpha 1: targets 1.5 and 0.5: the first weight rises, the second falls.
     weighting = WeightingConfig("gradnorm", alpha=1.0).build(TASKS, positives=(0.5, 0.5))
     w = torch.tensor([math.log(2), math.log(2) / 3], requires_grad=True)
-    loss, _ = weighting(w * 1.0, w)
+    loss, _ = weighting(w * 1.0, shared=(w, 2))
     loss.backward()
     assert weighting.logits.grad[0] < 0 < weighting.logits.grad[1]
 
@@ -88,7 +88,7 @@ def test_gradnorm_weights_are_positive_and_sum_to_the_number_of_tasks():
     with torch.no_grad():
         weighting.logits.copy_(torch.tensor([5.0, 0.0, -5.0]))
     w = torch.ones(3, requires_grad=True)
-    _, learnt = weighting(w * 1.0, w)
+    _, learnt = weighting(w * 1.0, shared=(w, 3))
     assert (learnt["weight"] > 0).all()
     assert_close(learnt["weight"].sum(), torch.tensor(3.0))
 
@@ -98,7 +98,7 @@ def test_learned_weights_do_not_enter_an_evaluation(kind):
     weighting = WeightingConfig(kind, weights={"click": 2.0}).build(TASKS).eval()
     with torch.no_grad():
         next(iter(weighting.parameters())).fill_(1.0)
-    loss, learnt = weighting(losses(1.0, 1.0), None)
+    loss, learnt = weighting(losses(1.0, 1.0))
     assert float(loss) == 3.0
     assert learnt == {}
 
