@@ -1,4 +1,4 @@
-"""A whole split of a table as numpy arrays, for models that are no networks and for metrics of a whole split."""
+"""A whole split of a table as numpy arrays, for models that are no networks and for checks of a whole split."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class MultiValued:
     lengths_N: np.ndarray
 
     def sets_N(self) -> np.ndarray:
-        """int64 (N,): rows of the same values have the same number, whatever the values' order."""
-        found, code = np.unique(self.values, return_inverse=True)
-        # Sums of 64 random bits a value: two different rows have the same one with a chance of 2^-64.
-        bits = np.random.default_rng(0).integers(2**64, size=len(found), dtype=np.uint64)
+        """Return a number for each row, int64 (N,), equal for rows of the same values in any order."""
+        distinct, code = np.unique(self.values, return_inverse=True)
+        # Sums of 64 random bits a value: two different rows have equal sums with a chance of 2^-64.
+        bits = np.random.default_rng(0).integers(2**64, size=len(distinct), dtype=np.uint64)
         total = np.concatenate((np.zeros(1, np.uint64), np.cumsum(bits[code], dtype=np.uint64)))
         ends_N = np.cumsum(self.lengths_N)
         return np.unique(total[ends_N] - total[ends_N - self.lengths_N], return_inverse=True)[1]
@@ -39,7 +39,7 @@ class TableArrays:
     """The rows of a split.
 
     Attributes:
-        features: what the columns are.
+        features: description of the columns.
         dense_NC: float32 (N, C), the continuous columns; NaN where missing or infinite.
         ids_NF: int64 (N, F), row numbers of the categorical columns of one value, in the order of the features.
         multi: the other categorical columns, by name.
@@ -61,24 +61,22 @@ class TableArrays:
 
 
 def gather(data: Any, split: Literal["train", "val", "test"]) -> TableArrays:
-    """All rows of a split of a data module that serves ``TableBatch``, in the table's order.
+    """Return all rows of a split, in the table's order.
 
     Args:
-        data: set up; has ``features`` and the loaders of a data module. Training rows come from its
-            ``train_eval_dataloader``, or from ``train_dataloader`` where there is none.
-        split: which.
+        data: data module of ``TableBatch`` that is set up. Training rows come from its ``train_eval_dataloader``, or
+            from ``train_dataloader`` where there is none.
+        split: the split.
 
     Raises:
         ValueError: the split has no rows.
     """
-    name = f"{split}_dataloader"
-    if split == "train" and hasattr(data, "train_eval_dataloader"):
-        name = "train_eval_dataloader"
-    return join(getattr(data, name)(), data.features, split)
+    name = "train_eval" if split == "train" and hasattr(data, "train_eval_dataloader") else split
+    return join(getattr(data, f"{name}_dataloader")(), data.features, split)
 
 
 def join(batches: Iterable[TableBatch], features: Features, split: str = "given") -> TableArrays:
-    """All rows of ``batches``, ordered by their number in the table.
+    """Return all rows of ``batches``, ordered by their number in the table.
 
     Raises:
         ValueError: there are none.

@@ -1,4 +1,4 @@
-"""What a multi-task recommender is compared with: bottoms of equal cost, and scikit-learn's models."""
+"""Baselines of a multi-task recommender: bottoms of equal cost, and scikit-learn's models."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ BOTTOMS = {
     "shared_bottom": (SharedBottom, "one network of width {width} for all tasks"),
     "single_task": (SingleTask, "a model for each task, width {width}, nothing shared"),
 }
-"""Bottoms by the beginning of the baselines' names, and what is said of them."""
+"""Bottoms, each with its description, by the beginning of the baselines' names."""
 
 ESTIMATORS = {
     "hist_gradient_boosting": (HistGradientBoosting, "settings chosen on validation"),
     "hist_gradient_boosting_untuned": (HistGradientBoostingUntuned, "150 trees, scikit-learn's defaults"),
     "logistic_regression": (LogisticRegression, "strength chosen on validation"),
 }
-"""Classes by the name of the baseline, and what is said of them."""
+"""Classes, each with its description, by the name of the baseline."""
 
 
 def baselines(recommender: Any) -> Mapping[str, Baseline]:
@@ -44,19 +44,21 @@ def baselines(recommender: Any) -> Mapping[str, Baseline]:
     shared: core.MultiGateConfig = recommender.shared_config
     if isinstance(shared, SharedBottom):
         return {}
-    found: dict[str, Baseline] = {}
+    by_name: dict[str, Baseline] = {}
     for prefix, (kind, says) in BOTTOMS.items():
         widths = bottom_widths(prefix, shared, recommender.input_dim, recommender.features)
-        found |= baselines_of(widths, partial(_BottomTwin, recommender, kind), says)
+        by_name |= baselines_of(widths, partial(_BottomTwin, recommender, kind), says)
     for name, (estimator, note) in ESTIMATORS.items():
-        build = _Estimator(estimator, recommender.head.has_steps)
-        found[name] = Baseline(build, f"scikit-learn's, one for each task; {note}")
-    return found
+        build = partial(estimator, steps=recommender.head.has_steps)
+        by_name[name] = Baseline(build, f"scikit-learn's, one for each task; {note}")
+    return by_name
 
 
 def bottom(kind: type[SharedBottom], shared: core.MultiGateConfig, width: int) -> SharedBottom:
-    """Return a bottom with the expert of ``shared`` at another first width, all layers wider by one factor; as many
-    times the layers as ``shared`` has levels."""
+    """Return a bottom with the expert of ``shared`` at another first width, all layers wider by one factor.
+
+    It has as many times the expert's layers as ``shared`` has levels.
+    """
     levels = getattr(shared, "num_levels", 1)
     return kind(expert=widened(shared.expert, width, levels), backend=shared.backend)
 
@@ -67,8 +69,8 @@ def bottom_widths(prefix: str, shared: core.MultiGateConfig, dim: int, features:
     Args:
         prefix: a key of ``BOTTOMS``.
         shared: the multi-gate layer.
-        dim: D.
-        features: for the number of tasks and of domains.
+        dim: width D of its input.
+        features: columns and tasks, of which the numbers of tasks and domains are read.
 
     Returns:
         "<prefix>_equal_flops" and "<prefix>_equal_params".
@@ -81,21 +83,21 @@ def bottom_widths(prefix: str, shared: core.MultiGateConfig, dim: int, features:
     def params(width: int) -> int:
         return bottom(kind, shared, width).num_params(dim, t)
 
-    found = {}
+    widths = {}
     for what, cost, target in (
         ("flops", flops, shared.flops_per_token(dim, t, domains)),
         ("params", params, shared.num_params(dim, t, domains)),
     ):
         try:
-            found[f"{prefix}_equal_{what}"] = solve_width(cost, target, what)
+            widths[f"{prefix}_equal_{what}"] = solve_width(cost, target, what)
         except ValueError as error:  # experts that cannot be wider
-            found[f"{prefix}_equal_{what}"] = SolvedWidth(0, str(error))
-    return found
+            widths[f"{prefix}_equal_{what}"] = SolvedWidth(0, str(error))
+    return widths
 
 
 @dataclass(frozen=True)
 class _BottomTwin:
-    """Makes ``recommender`` anew with a bottom. A class and not a closure: it pickles into another process."""
+    """Makes ``recommender`` anew with a bottom. Unlike a closure it can be pickled into another process."""
 
     recommender: Any
     kind: type[SharedBottom]
@@ -108,16 +110,3 @@ class _BottomTwin:
         # Nothing that joins tasks: no head that chains them, no weights learned from each other's losses.
         head = dataclasses.replace(model.head, kind="plain", steps=model.head.has_steps)
         return model.twin(shared=shared, head=head, weighting=WeightingConfig(weights=model.weighting_config.weights))
-
-
-@dataclass(frozen=True)
-class _Estimator:
-    """Makes a scikit-learn baseline."""
-
-    kind: type
-    steps: bool
-
-    def __call__(self) -> Any:
-        made = self.kind()
-        made.steps = self.steps
-        return made

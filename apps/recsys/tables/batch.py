@@ -34,7 +34,7 @@ class TableBatch:
         return len(self.label_Bt)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> TableBatch:
-        """The same batch on ``device``; this one where it is there already."""
+        """Return the batch on ``device``, itself where it is there already."""
         if self.dense_BC.device == torch.device(device):
             return self  # a jagged tensor would be built anew
         return self._each("to", device, non_blocking=non_blocking)

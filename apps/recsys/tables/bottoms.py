@@ -1,4 +1,4 @@
-"""What a multi-gate layer is compared with, under its interface: a shared bottom, and models that share nothing."""
+"""Bottoms to compare multi-gate layers with, under their interface: one that all tasks share, and one for each task."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class SharedBottom(core.MultiGateConfig):
         return 1
 
     def build(self, dim: int, num_tasks: int, num_domains: int = 0) -> BottomLayer:  # type: ignore[override]
-        """The layer for examples (B, ``dim``). It asks for no domain."""
+        """Return the layer for examples (B, ``dim``). It asks for no domain."""
         experts = self.expert.build(self._networks(num_tasks), dim)
         experts.backend = self.backend
         return BottomLayer(experts, self._networks(num_tasks), num_tasks)
@@ -70,7 +70,7 @@ class BottomLayer(nn.Module):
 
     Args:
         experts: the networks.
-        num_networks: 1, or one a task.
+        num_networks: 1, or the number of tasks.
         num_tasks: t.
     """
 
@@ -79,6 +79,6 @@ class BottomLayer(nn.Module):
         self.experts, self.num_networks, self.num_tasks = experts, num_networks, num_tasks
 
     def forward(self, x: Tensor, context: core.RoutingContext | None = None) -> Tensor:
-        """(B, D), or (t, B, D) where each task has an input of its own, to (t, B, D_out)."""
+        """Map (B, D), or (t, B, D) where each task has an input of its own, to (t, B, D_out)."""
         counts = (self.num_networks,) if x.ndim == 2 else (1,) * self.num_networks
         return self.experts(x, "each", counts).transpose(0, 1).expand(self.num_tasks, -1, -1)

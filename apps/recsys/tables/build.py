@@ -1,6 +1,6 @@
-"""From arrow tables to array files: split the rows, learn from the training rows, encode column by column.
+"""The encoding of arrow tables as array files: split the rows, learn from the training rows, encode each column.
 
-Beside the arrow tables, one column at a time is in memory; what is encoded goes to mapped files.
+Beside the arrow tables, one column at a time is in memory; encoded columns go to mapped files.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from apps.recsys.tables.findings import TableFindings
 from apps.recsys.tables.splits import Splits, split_rows
 
 _ID_SHARE, _FEWEST_FOR_ID = 0.95, 100
-"""A column of so many different values a row, in at least so many rows, is taken for an id of the rows."""
+"""A column is taken for an id of the rows from this share of distinct values on, in at least this many rows."""
 
 _WHERE = {"train": "the training table", "val": "the validation table", "test": "the test table"}
 
@@ -50,14 +50,14 @@ def build(raw: RawTables, config: TableConfig, writer: ArrayWriter, given: Encod
 
     Args:
         raw: the rows.
-        config: which column is what, and the split.
-        writer: of the array files.
-        given: what the values become; None: what the training rows of ``raw`` teach.
+        config: roles of the columns, and the split.
+        writer: writer of the array files.
+        given: encoding of the values; None: it is learned from the training rows of ``raw``.
 
     Raises:
-        ValueError: a missing column, a value of a wrong type, an empty split, a task with one class in training, a
-            domain that training lacks, a missing user or time where rows are split by them, or columns that are not
-            those of ``given``.
+        ValueError: a column is missing or holds a value of a wrong type, a split is empty, a task has one class in
+            training, training lacks a domain, a user or time is missing where rows are split by them, or the columns
+            are not those of ``given``.
     """
     _Build(raw, config, writer, given).run()
 
@@ -66,13 +66,13 @@ def build_rows(table: pa.Table, given: Encoding, writer: ArrayWriter | ArraysInM
     """Encode rows that have no label, and are in no split, by ``given``, and finish ``writer``.
 
     Args:
-        table: the rows; has the columns of ``given.roles``.
-        given: what the values become.
-        writer: takes the arrays.
+        table: the rows, with the columns of ``given.roles``.
+        given: encoding of the values.
+        writer: receiver of the arrays.
         first_row: number of the first row in messages, where the table is a piece of a longer one.
 
     Raises:
-        ValueError: a value of a wrong type, or a domain that ``given`` lacks.
+        ValueError: a value has a wrong type, or ``given`` lacks a domain.
     """
     num_rows, where = len(table), "the rows to predict"
 
@@ -111,10 +111,10 @@ def build_rows(table: pa.Table, given: Encoding, writer: ArrayWriter | ArraysInM
 
 
 def _domains(codes: Codes, rows: NDArray[np.int32], column: str, first_row: int = 0) -> NDArray[np.int32]:
-    """From 0 on; of ``rows``, in which 0 is none that training has.
+    """Return domains counted from 0, made of ``rows``, in which 0 stands for a value that training lacks.
 
     Raises:
-        ValueError: naming the first such value and its row.
+        ValueError: there is such a value; the message names the first one and its row.
     """
     bad = rows == 0
     if bad.any():
@@ -198,24 +198,27 @@ class _Build:
                 raise ValueError(f"{_WHERE[split]} has no rows")
 
     def _check_given(self, given: Encoding) -> None:
-        """Refuse a description whose columns are not those that ``given`` is of."""
+        """Refuse a description whose columns are not those of ``given``."""
         config, features = self.config, given.features
         sizes = {**config.hash_rows, **config.num_rows}
-        single = {c: (sizes.get(c), False, c in config.hash_rows) for c in config.categorical}
-        own: dict[str, Any] = single | {c: (sizes.get(c), True, c in config.hash_rows) for c in config.multi_valued}
-        theirs: dict[str, Any] = {
+        here = {
+            column: (sizes.get(column), column in config.multi_valued, column in config.hash_rows)
+            for column in (*config.categorical, *config.multi_valued)
+        }
+        there = {
             f.name: (None if f.name in given.vocabularies else f.num_rows, f.multi_valued, f.hashed)
             for f in features.categorical
         }
-        for what, mine, found in (
-            ("categorical columns", list(theirs), list(own)),
-            *((f"rows of column {c!r}", theirs[c], own[c]) for c in own if c in theirs),
-            ("continuous columns", [f.name for f in features.continuous], list(config.continuous)),
+        differing: tuple[tuple[str, Any, Any], ...] = (
+            ("categorical columns", list(there), list(here)),
+            *((f"rows of column {c!r}", there[c], here[c]) for c in here if c in there),
+            ("continuous columns", list(given.numbers), list(config.continuous)),
             ("tasks", list(features.tasks), list(config.tasks)),
             ("domain", given.domain, config.domain),
-        ):
-            if mine != found:
-                raise ValueError(f"the table does not fit the checkpoint: {what}: {mine} there, {found} here")
+        )
+        for what, a, b in differing:
+            if a != b:
+                raise ValueError(f"the table does not fit the checkpoint: {what}: {a} there, {b} here")
 
     def _parts(self, column: str) -> list[Part]:
         return [(_WHERE[name], table.column(column)) for name, table in self.tables.items()]
@@ -256,12 +259,12 @@ class _Build:
             matrix[:, t] = label
             self.findings.labelled[name], self.findings.positives[name] = {}, {}
             for split, mask in self.masks.items():
-                mine = label[mask]
-                mine = mine[~np.isnan(mine)]
-                share = float(mine.mean(dtype=np.float64)) if len(mine) else 0.0
-                self.findings.labelled[name][split], self.findings.positives[name][split] = len(mine), share
+                in_split = label[mask]
+                in_split = in_split[~np.isnan(in_split)]
+                num, share = len(in_split), float(in_split.mean(dtype=np.float64)) if len(in_split) else 0.0
+                self.findings.labelled[name][split], self.findings.positives[name][split] = num, share
                 if mask.any() and share in (0.0, 1.0):
-                    which = "no label" if not len(mine) else "positive labels alone" if share else "no positive label"
+                    which = "no label" if not num else "positive labels alone" if share else "no positive label"
                     message = f"task {name!r} has {which} in the {split} split"
                     if split == "train":
                         raise ValueError(f"{message}: there is nothing to learn")
@@ -324,7 +327,7 @@ class _Build:
         return encoded
 
     def _write_texts(self, values: Vocabulary) -> int:
-        """The text of each row from 1 on: readable without arrow. Returns the number of its files."""
+        """Write the text of each row from 1 on, which is read without arrow, and return the number of its files."""
         number, self.num_texts = self.num_texts, self.num_texts + 1
         self.writer.save(f"vocabulary{number}_offsets", values.offsets.numpy())
         self.writer.save(f"vocabulary{number}_bytes", values.content.numpy())
@@ -352,9 +355,9 @@ class _Build:
         lengths: NDArray[np.int64] | None = None,
         is_id: bool = False,
     ) -> None:
-        """Shares of a column in each split: of its rows that are missing, of its values that training lacks.
+        """Note a column's share of missing rows and of values that training lacks, in each split.
 
-        ``is_id``: a warning has said that its values do not come again.
+        ``is_id`` leaves out a warning of new values, where one of ids has been given.
         """
         share_missing = self.findings.missing[column] = {s: _share(missing[mask]) for s, mask in self.masks.items()}
         if share_missing["train"] == 1:
@@ -373,25 +376,22 @@ class _Build:
                     )
 
     def _is_id(self, column: str, codes: NDArray[np.int64]) -> bool:
-        """Whether nearly every training row has a value of its own, with a warning if so."""
-        mine = codes[self.masks["train"]]
-        mine = mine[mine != MISSING]
-        if len(mine) < _FEWEST_FOR_ID:
-            return False
-        share = len(np.unique(mine)) / len(mine)
-        if share < _ID_SHARE:
+        """Tell whether nearly every training row has a value of its own, with a warning if so."""
+        in_train = codes[self.masks["train"]]
+        in_train = in_train[in_train != MISSING]
+        share = len(np.unique(in_train)) / max(len(in_train), 1)
+        if len(in_train) < _FEWEST_FOR_ID or share < _ID_SHARE:
             return False
         self.warnings.append(
-            f"column {column!r} looks like an id of the rows: {math.floor(100 * share)} % of its {len(mine):,} "
+            f"column {column!r} looks like an id of the rows: {math.floor(100 * share)} % of its {len(in_train):,} "
             f"training values are distinct. It says nothing of new rows: leave it out (exclude: [{column}])"
         )
         return True
 
     def _check_leak(self, column: str, codes: NDArray[Any], labels: Mapping[str, NDArray[np.float32]]) -> None:
         train = self.masks["train"]
-        mine = codes[train]
         for name, label in labels.items():
-            if determines(mine, label[train]):
+            if determines(codes[train], label[train]):
                 self.warnings.append(
                     f"column {column!r} determines the label of task {name!r} in every training row: "
                     "is it known before the label is? Else leave it out (exclude)"

@@ -1,4 +1,4 @@
-"""Guards: they look in the data and in the metrics themselves for what makes a good metric worthless.
+"""Checks of data and metrics for signs that a good metric is worthless, such as a leaked label.
 
 Each function returns ``Check``s, one line each; ``print_checks`` prints them.
 """
@@ -32,11 +32,11 @@ EVERY_CHECK = (
 
 @dataclass(frozen=True)
 class Check:
-    """One finding of a guard.
+    """One finding of a check.
 
     Attributes:
-        name: of the guard, such as "label_among_features".
-        message: one line.
+        name: name of the check, such as "label_among_features".
+        message: the finding in one line.
     """
 
     name: str
@@ -51,33 +51,27 @@ def label_among_features(arrays: TableArrays) -> list[Check]:
     together are one value of a multi-valued column.
     """
     features = arrays.features
-    names = [*(f.name for f in features.categorical), *(f.name for f in features.continuous)]
-    named = [name for name in names if name in features.tasks]
-    findings = [
-        Check("label_among_features", f"column {name!r} has the name of a task: is the label among the features?")
-        for name in named
+    numbers = {f.name: values_N for f, values_N in zip(features.continuous, arrays.dense_NC.T, strict=True)}
+    single = [f.name for f in features.categorical if not f.multi_valued]
+    categories = dict(zip(single, arrays.ids_NF.T, strict=True))
+    categories |= {name: column.sets_N() for name, column in arrays.multi.items()}
+    names = [*(f.name for f in features.categorical), *numbers]
+    messages = [
+        f"column {name!r} has the name of a task: is the label among the features?"
+        for name in names
+        if name in features.tasks
     ]
-    single = [f for f in features.categorical if not f.multi_valued]
-    several = {name: column.sets_N() for name, column in arrays.multi.items()}
     for task, label_N in zip(features.tasks, arrays.label_Nt.T, strict=True):
         kept_N = ~np.isnan(label_N)
         y_N = label_N[kept_N]
-        tried: list[tuple[str, float]] = []
-        for column, values_N in zip(features.continuous, arrays.dense_NC.T, strict=True):
-            tried.append((column.name, column_auc(values_N[kept_N], y_N)))
-        for feature, ids_N in zip(single, arrays.ids_NF.T, strict=True):
-            tried.append((feature.name, category_auc(ids_N[kept_N], y_N)))
-        for name, sets_N in several.items():
-            tried.append((name, category_auc(sets_N[kept_N], y_N)))
-        findings += [
-            Check(
-                "label_among_features",
-                f"column {name!r} alone predicts task {task!r} with AUC {auc:.5f}: is it known before the label is?",
-            )
-            for name, auc in tried
-            if auc > SUSPICIOUS_AUC and name not in named
+        aucs = {name: column_auc(values_N[kept_N], y_N) for name, values_N in numbers.items()}
+        aucs |= {name: category_auc(ids_N[kept_N], y_N) for name, ids_N in categories.items()}
+        messages += [
+            f"column {name!r} alone predicts task {task!r} with AUC {auc:.5f}: is it known before the label is?"
+            for name, auc in aucs.items()
+            if auc > SUSPICIOUS_AUC and name not in features.tasks
         ]
-    return findings
+    return [Check("label_among_features", message) for message in messages]
 
 
 def column_auc(values_N: np.ndarray, labels_N: np.ndarray) -> float:
@@ -106,23 +100,18 @@ def shared_users(users: Mapping[str, np.ndarray]) -> list[Check]:
     findings = []
     sets = {split: np.unique(ids) for split, ids in users.items()}
     for (first, a), (second, b) in itertools.combinations(sets.items(), 2):
-        both = np.intersect1d(a, b, assume_unique=True)
-        if len(both):
-            findings.append(
-                Check(
-                    "shared_users",
-                    f"{len(both)} of {len(b)} users of {second} are in {first} too, although the split is by user",
-                )
-            )
+        if both := len(np.intersect1d(a, b, assume_unique=True)):
+            message = f"{both} of {len(b)} users of {second} are in {first} too, although the split is by user"
+            findings.append(Check("shared_users", message))
     return findings
 
 
 def suspicious_metrics(by_task: Mapping[str, TaskMetrics], split: str) -> list[Check]:
-    """Find what the metrics of a split say against themselves.
+    """Find metrics of a split that are not credible.
 
-    Two tasks of equal AUC to 6 digits, an AUC below 0.5 or above 0.9999, a split with one class, constant or invalid
-    predictions, and a mean prediction off the base rate by a quarter of it (or of the negatives' share, where that is
-    smaller) and by more than 5 standard errors.
+    They are two tasks of equal AUC to 6 digits, an AUC below 0.5 or above 0.9999, a split with one class, constant or
+    invalid predictions, and a mean prediction off the base rate by a quarter of it (or of the negatives' share, where
+    that is smaller) and by more than 5 standard errors.
     """
     findings: list[Check] = []
 
@@ -167,9 +156,9 @@ def print_checks(findings: Sequence[Check], title: str = "checks", quiet_when_cl
     """Print a block with a line for each check.
 
     Args:
-        findings: what the guards returned.
-        title: of the block.
-        quiet_when_clean: print nothing where there is no finding.
+        findings: results of the checks.
+        title: title of the block.
+        quiet_when_clean: whether to print nothing where there is no finding.
     """
     from rich.console import Console
     from rich.markup import escape

@@ -1,4 +1,4 @@
-"""Tables for Lightning: the standard ones, your own CSV or Parquet file, and made tasks of a chosen correlation.
+"""``TableData``: the standard tables, your own CSV or Parquet file, and made tasks of a chosen correlation.
 
 A table is read and encoded once, into memory-mapped array files in the cache; a batch is an indexed read of them, so
 no worker process is needed. The order of an epoch depends on (seed, epoch) alone: `apps.data.loader.ResumableLoader`
@@ -60,31 +60,31 @@ class TableData(SuiteData):
 
     Args:
         dataset: census_income, movielens_1m, ... (`moesaic data list`); table: your own file; synthetic: made tasks.
-        root: folder with your own copy of the dataset's files; nothing is downloaded then. Of a table: the folder that
-            the file names start from, by default the one you are in.
+        root: folder with your own copy of the dataset's files; nothing is downloaded then. With "table": the folder
+            from which the file names start, by default the one you are in.
         cache_dir: folder for downloads and encoded tables; default ~/.cache/moesaic.
-        train_file: of your table: .parquet, .csv or .tsv; a pattern such as "part-*.parquet" takes all that match.
-        val_file: validation rows, if they are in a file of their own.
-        test_file: test rows, likewise.
-        predict_file: rows to predict in place of the test rows, likewise, with the columns of the features alone. They
-            are encoded by what the checkpoint says, and no other file is read.
-        predict_columns: columns of ``predict_file`` that stand in each prediction as they are, such as a row's key.
-        table: the columns, tasks and split of your table; of a standard dataset: instead of its own description.
-        split: how the rows are shared out, instead of what the description says.
+        train_file: file of your table: .parquet, .csv or .tsv; a pattern such as "part-*.parquet" takes all that match.
+        val_file: file of validation rows, where they have one of their own.
+        test_file: file of test rows, likewise.
+        predict_file: file of rows to predict in place of the test rows, with the columns of the features alone. They
+            are encoded as the checkpoint says, and no other file is read.
+        predict_columns: columns of ``predict_file`` that each prediction repeats, such as a row's key.
+        table: columns, tasks and split of your table, or of a standard dataset in place of its own description.
+        split: rule for which rows train, validate and test, in place of the description's.
         exclude: features to leave out.
-        synthetic: of the made tasks.
+        synthetic: sizes and distributions of the made tasks.
         batch_size: training rows a step and process.
         eval_batch_size: rows a step and process in validation and test.
-        drop_last: leave out the last training batch of an epoch if it is not full.
+        drop_last: whether to leave out the last training batch of an epoch if it is not full.
         num_workers: processes that build batches. 0 is best: a batch takes a fraction of a millisecond.
-        subset: use only so many training rows, drawn by split.seed. What is learned from the training rows (values with
-            a row, means) is still learned from all of them.
-        seed: of the order of the rows; default the seed of the whole run (seed_everything).
+        subset: number of training rows to use, drawn by split.seed. Values with a row, means and the like are still
+            learned from all of them.
+        seed: seed of the order of the rows; default the seed of the whole run (seed_everything).
 
     Raises:
-        ValueError: an unknown dataset (with the nearest name), an option out of its range or for another dataset. Of
-            the table, when it is first needed: a missing column, a value of a wrong type, an empty split, a task with
-            one class, a file that cannot be read.
+        ValueError: the dataset is unknown (the message has the nearest name), or an option is out of its range or for
+            another dataset. When the table is first needed: a column is missing or holds a value of a wrong type, a
+            split is empty, a task has one class, or a file cannot be read.
 
     Example::
 
@@ -148,12 +148,12 @@ class TableData(SuiteData):
 
     @property
     def features(self) -> Features:
-        """The columns as a model needs them. The first use reads the table, or finds it encoded in the cache."""
+        """The columns as a model needs them. The first use reads the table, or its encoding in the cache."""
         return self.encoding.features
 
     @property
     def encoding(self) -> Encoding:
-        """What the training rows have taught, or those of the checkpoint."""
+        """The encoding: the checkpoint's, else the one learned from the training rows."""
         return self._learned if self._adopted is None else self._adopted
 
     @cached_property
@@ -170,23 +170,23 @@ class TableData(SuiteData):
 
     @property
     def findings(self) -> TableFindings:
-        """What encoding found in the table: rows, missing and unseen values, positive shares, warnings."""
+        """Counts of the table: rows, missing and unseen values, positive shares, warnings."""
         return TableFindings(**self.opened.info["findings"])
 
     def vocabulary(self, column: str) -> tuple[str | None, ...]:
-        """The value of each row of a column's table; None for row 0, which is for unseen and missing ones.
+        """Return the value of each row of a column's table; None for row 0, which is for unseen and missing values.
 
-        Of the domain's column, where it is no feature: as ``domain_values``.
+        For the domain's column, where it is no feature, return ``domain_values``.
 
         Raises:
-            ValueError: a column without a vocabulary: hashed, given as row numbers, or not categorical.
+            ValueError: the column has no vocabulary: it is hashed, given as row numbers, or not categorical.
         """
-        found = self.encoding.vocabularies
-        if column in found:
-            return (None, *found[column].texts())
+        vocabularies = self.encoding.vocabularies
+        if column in vocabularies:
+            return (None, *vocabularies[column].texts())
         if column == self.encoding.domain and all(f.name != column for f in self.features.categorical):
             return self.domain_values
-        raise ValueError(unknown_name("vocabulary of column", column, list(found)))
+        raise ValueError(unknown_name("vocabulary of column", column, list(vocabularies)))
 
     @property
     def domain_values(self) -> tuple[str, ...]:
@@ -196,7 +196,7 @@ class TableData(SuiteData):
 
     @cached_property
     def predicted(self) -> dict[str, list[Any]]:
-        """The ``predict_columns`` by name, each in the order of the rows; plain values, the others as text."""
+        """The ``predict_columns`` by name, each in the order of the rows, as values that JSON has."""
         from apps.recsys.readers.user_tables import find_files, read_files
 
         if self.predict_file is None or not self.predict_columns:
@@ -206,7 +206,7 @@ class TableData(SuiteData):
         return {column: [_plain(value) for value in table[column].to_pylist()] for column in self.predict_columns}
 
     def rows(self, split: str) -> TableRows:
-        """The rows of "train", "val" or "test" in the table's order; ``rows(split)[:]`` is one batch of them all."""
+        """Return the rows of a split in the table's order; ``rows(split)[:]`` is one batch of them all."""
         from apps.recsys.tables.rows import TableRows
 
         check_name("split", split, SPLITS)
@@ -234,7 +234,6 @@ class TableData(SuiteData):
         return sizes if self.subset is None else {**sizes, "train": self.subset}
 
     def announce(self) -> None:
-        """Log what was found in the table."""
         super().announce()
         for line in str(dataclasses.replace(self.findings, warnings=[])).splitlines()[1:]:  # the first one has the rows
             log.info("%s", line)
@@ -243,7 +242,7 @@ class TableData(SuiteData):
                 log.warning("%s", warning)
 
     def _report_follows(self) -> bool:
-        """Whether a test is to print a report, whose checks repeat the warnings."""
+        """Tell whether a test is to print a report, whose checks repeat the warnings."""
         trainer = self.trainer
         return (
             trainer is not None
@@ -252,7 +251,7 @@ class TableData(SuiteData):
         )
 
     def predict_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """The rows of ``predict_file``, else the test rows."""
+        """Return the batches of ``predict_file``, else those of the test."""
         if self.predict_file is None:
             return self.test_dataloader()
         from apps.recsys.tables.rows import TableRows
@@ -261,7 +260,7 @@ class TableData(SuiteData):
         return self.eval_loader(TableRows(files, self.features, torch.arange(files.info["num_rows"])))
 
     def train_eval_dataloader(self) -> DataLoader[Any]:
-        """The training rows in the table's order."""
+        """Return the training batches in the table's order."""
         return self.eval_loader(self.rows("train"))
 
     # ---- the encoded table
@@ -313,11 +312,11 @@ class TableData(SuiteData):
 
     @property
     def _folder(self) -> str | None:
-        """Where the names of the user's own files start from."""
+        """The folder from which the names of the user's own files start."""
         return self.root if self.dataset == "table" else None
 
     def _source(self) -> tuple[Any, Callable[[], RawTables]]:
-        """What tells this table from others, as plain values, and how to read it."""
+        """Return plain values that distinguish this table from others, and a function that reads it."""
         if self.dataset == "synthetic":
             config = self.synthetic or SyntheticConfig()
             return dataclasses.asdict(config), lambda: generate(config).tables()
@@ -334,20 +333,20 @@ class TableData(SuiteData):
         assert self.table is not None
         config = self._config(self.table)
         named = {option: getattr(self, option) for option in _FILE_OPTIONS}
-        found = {o: find_files(self.root, name, o) for o, name in named.items() if name is not None}
+        files = {o: find_files(self.root, name, o) for o, name in named.items() if name is not None}
 
         def read() -> RawTables:
             train, val, test = (
-                read_files(found[o], config.roles, config.continuous, config.time) if o in found else None
+                read_files(files[o], config.roles, config.continuous, config.time) if o in files else None
                 for o in _FILE_OPTIONS
             )
             assert train is not None
             return RawTables(train, val, test, config)
 
-        return {option: identity(files) for option, files in found.items()}, read
+        return {option: identity(paths) for option, paths in files.items()}, read
 
     def _config(self, own: TableConfig) -> TableConfig:
-        """The description that counts: the user's over the dataset's own, then the split, then what is left out."""
+        """Return the user's description, else the dataset's own, with the user's split and without ``exclude``."""
         config = self.table or own
         if self.split is not None:
             config = dataclasses.replace(config, split=self.split)
@@ -360,8 +359,8 @@ class TableData(SuiteData):
         chosen = np.sort(np.random.RandomState(seed).permutation(len(index))[:size])
         index = index[torch.from_numpy(chosen)]
         label = self.opened["label"].index_select(0, index)
-        for task, mine in zip(self.features.tasks, label.T, strict=True):
-            if not bool((mine == 0).any() and (mine == 1).any()):
+        for task, of_task in zip(self.features.tasks, label.T, strict=True):
+            if not bool((of_task == 0).any() and (of_task == 1).any()):
                 raise ValueError(f"subset={size} leaves task {task!r} one class in the training split")
         return index
 
@@ -389,7 +388,7 @@ class TableData(SuiteData):
 
 
 def _plain(value: Any) -> Any:
-    """As JSON has it: times, decimals and the like as text, and no number for NaN and infinities."""
+    """Return a value that JSON has: times, decimals and the like become text, NaN and infinities None."""
     if isinstance(value, float):
         return value if np.isfinite(value) else None
     if isinstance(value, list):

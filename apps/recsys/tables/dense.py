@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import core
+from apps.base.checks import check_name
 from apps.recsys.encoding.features import CategoricalFeature, ContinuousFeature
 
 _CLIP = 100.0
@@ -22,7 +23,7 @@ _CLIP = 100.0
 @core.register_config
 @dataclass(frozen=True)
 class DenseConfig:
-    """What becomes of the continuous columns.
+    """How the continuous columns are encoded.
 
     - "normalize": ``(x - mean) / std``, of the training split; with ``log1p`` then ``sign(z) log(1 + |z|)``. A missing
       value is 0, the mean, and 1 in an indicator of its own where the column has missing values in training.
@@ -34,9 +35,9 @@ class DenseConfig:
 
     Attributes:
         kind: "normalize", "quantile" or "piecewise_linear".
-        log1p: with "normalize" only.
-        num_bins: at most so many bins a column, evenly taken from its quantiles; None: all of them.
-        dim: with "piecewise_linear": a linear map and ReLU of each column's encoding to ``dim`` numbers; None: the
+        log1p: whether "normalize" takes the logarithm.
+        num_bins: largest number of bins of a column, taken evenly from its quantiles; None: all of them.
+        dim: width to which a linear map and ReLU take each column's encoding, with "piecewise_linear"; None: the
             encoding itself.
 
     Raises:
@@ -49,8 +50,7 @@ class DenseConfig:
     dim: int | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in ("normalize", "quantile", "piecewise_linear"):
-            raise ValueError(f"dense.kind={self.kind!r} is not one of normalize, quantile, piecewise_linear")
+        check_name("dense.kind", self.kind, ("normalize", "quantile", "piecewise_linear"))
         if self.log1p and self.kind != "normalize":
             raise ValueError(f"dense.log1p=True has no meaning with dense.kind={self.kind!r}")
         if self.num_bins is not None and (self.kind == "normalize" or self.num_bins < 2):
@@ -63,13 +63,13 @@ class DenseArch(nn.Module):
     """The continuous columns of a batch.
 
     Args:
-        features: C columns.
-        config: what becomes of them.
-        copies: separate weights, for models that share nothing.
+        features: the C columns.
+        config: how they are encoded.
+        copies: number of separate weights, for models that share nothing.
 
     Attributes:
         out_dim: width of the output; 0 where there is none.
-        bin_features: the columns that ``bins`` gives to the embeddings, with "quantile".
+        bin_features: columns that ``bins`` gives to the embeddings, with "quantile".
     """
 
     _edges_CM: Tensor
@@ -102,7 +102,7 @@ class DenseArch(nn.Module):
             self.out_dim = len(features) * config.dim
 
     def bins(self, dense_BC: Tensor) -> Tensor | None:
-        """Rows int64 (C, B) of the columns' tables: 0 where missing, else 1 + the bin; None with other kinds."""
+        """Return the rows int64 (C, B) of the columns' tables, 0 where missing, else 1 + the bin; None without bins."""
         if not self.bin_features:
             return None
         x_CB = dense_BC.t().contiguous()
@@ -110,7 +110,7 @@ class DenseArch(nn.Module):
         return torch.where(x_CB.isfinite(), bin_CB + 1, 0)
 
     def forward(self, dense_BC: Tensor) -> Tensor | None:
-        """(B, C) to (B, ``out_dim``), or (copies, B, ``out_dim``); None where the columns give no numbers."""
+        """Map (B, C) to (B, ``out_dim``), or (copies, B, ``out_dim``); None where the columns give no numbers."""
         if self.encode is None:
             return None
         x = self.encode(dense_BC)
@@ -151,7 +151,7 @@ class Normalize(nn.Module):
 
 
 class _Bins(nn.Module):
-    """What the two piecewise-linear forms share: boundaries, and how far a value lies beyond the outermost ones."""
+    """Base of the piecewise-linear forms: boundaries, and how far a value lies beyond the outermost ones."""
 
     _edges_CM: Tensor
     _first_C: Tensor
@@ -169,15 +169,15 @@ class _Bins(nn.Module):
         self.register_buffer("_scale_C", torch.tensor([1 / f.std for f in features]), persistent=False)
 
     def tails(self, dense_BC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """How far below the first and above the last boundary, and 1 where missing: (B, C) each."""
-        # Of a constant column the boundaries are NaN, and both are 0.
+        """Return how far values lie below the first and above the last boundary, and 1 where missing: (B, C) each."""
+        # The boundaries of a constant column are NaN, and both distances 0.
         below = ((self._first_C - dense_BC) * self._scale_C).nan_to_num(0.0, 0.0, 0.0).clamp(0, _CLIP).log1p()
         above = ((dense_BC - self._last_C) * self._scale_C).nan_to_num(0.0, 0.0, 0.0).clamp(0, _CLIP).log1p()
         return below, above, (~dense_BC.isfinite()).to(dense_BC.dtype)
 
 
 class PiecewiseLinear(_Bins):
-    """The encoding itself: of each column its bins, the two tails, and an indicator where values are missing."""
+    """The encoding itself: each column's bins, its two tails, and an indicator where values are missing."""
 
     _left_R: Tensor
     _slope_R: Tensor
@@ -220,8 +220,8 @@ class PiecewiseLinear(_Bins):
 class PiecewiseLinearEmbedding(_Bins):
     """The encoding, a linear map for each column, and ReLU: "PLE-LR" of the paper; (B, C) to (B, C, d).
 
-    A linear map of the encoding is linear interpolation between prefix sums of its weights: two rows are looked up a
-    value, whatever the number of bins, and the encoding is never there.
+    A linear map of the encoding is linear interpolation between prefix sums of its weights: for each value two rows are
+    looked up, whatever the number of bins, and the encoding is never made.
 
     Parameters: ``weight`` (bins of all columns, d), ``tails_weight`` (3, C, d) for below, above and missing, ``bias``
     (C, d).
@@ -238,7 +238,7 @@ class PiecewiseLinearEmbedding(_Bins):
         C = len(features)
         sizes = [max(len(e) - 1, 0) for e in edges]
         longest = max(sizes)
-        # Row 0 is zero: where a sum begins, and what stands for the bins that a column lacks.
+        # Row 0 is zero: a sum begins there, and the bins that a column lacks point to it.
         index_CM = torch.zeros(C, longest + 1, dtype=torch.int64)
         start = 1
         for c, size in enumerate(sizes):
@@ -281,9 +281,10 @@ class PiecewiseLinearEmbedding(_Bins):
 
 
 def thin(quantiles: Sequence[float], num_bins: int | None) -> tuple[float, ...]:
-    """At most ``num_bins - 1`` of the boundaries, evenly taken, distinct in float32.
+    """Return at most ``num_bins - 1`` of the boundaries, evenly taken, distinct in float32.
 
-    The outermost two stay: the first parts a value that fills a bin of its own, as 96 % zeros do, from the rest.
+    The outermost two stay: the first one separates a value that fills a bin of its own, as 96 % zeros do, from the
+    rest.
     """
     kept = tuple(quantiles)
     if num_bins is not None and len(kept) > num_bins - 1:
@@ -293,7 +294,7 @@ def thin(quantiles: Sequence[float], num_bins: int | None) -> tuple[float, ...]:
 
 
 def _padded(edges: Sequence[tuple[float, ...]]) -> Tensor:
-    """(C, M) boundaries; shorter rows end in infinities, which no value exceeds."""
+    """Return the boundaries as a tensor (C, M); shorter rows end in infinities, which no value exceeds."""
     padded = torch.full((len(edges), max((len(e) for e in edges), default=0)), math.inf)
     for c, e in enumerate(edges):
         padded[c, : len(e)] = torch.tensor(e)

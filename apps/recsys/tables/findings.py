@@ -1,4 +1,4 @@
-"""What encoding found in a table: plain values, kept beside the array files."""
+"""Counts and shares of a table that its encoding collects: plain values, kept beside the array files."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ class TableFindings:
     """Counts and shares of a table by split ("train", "val", "test").
 
     Attributes:
-        rows: of each split.
+        rows: number of rows.
         missing: share of rows without a value, by column. NaN and infinite numbers are missing; so is an empty list.
         unseen: share of values that the training split lacks, or has less often than ``min_count``, by categorical
             column. They are in row 0, unless the column is hashed. In the training split these are the rare ones.
-        labelled: rows with a label, by task.
+        labelled: number of rows with a label, by task.
         positives: share of positive labels among them, by task.
-        warnings: one line each: a column that determines a label, a column of ids, users in both splits, a task with
+        warnings: lines, each on a column that determines a label, a column of ids, users in both splits, or a task with
             one class.
     """
 

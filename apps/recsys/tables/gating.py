@@ -1,9 +1,9 @@
-"""What a multi-task model's gates and experts do with the examples of a split, read from the tape.
+"""The use of a multi-task model's gates and experts by the examples of a split, read from the tape.
 
 ``GateReader`` collects, batch by batch, the weight that each gate gives each expert and the share of each expert's
-outputs that is zero. From that: who uses whom, on which column the gates depend, and whether the experts show what HoME
-(arXiv 2408.05430) calls polarisation: *collapse*, outputs that are nearly all zero; *degradation*, a shared expert that
-one task has taken for itself; *underfitting*, a task's own experts that its gate passes by.
+outputs that is zero. They show which gate uses which expert, on which column the gates depend, and whether there is
+what HoME (arXiv 2408.05430) calls polarisation: *collapse*, outputs that are nearly all zero; *degradation*, a shared
+expert that one task has taken for itself; *underfitting*, a task's own experts that its gate passes by.
 """
 
 from __future__ import annotations
@@ -43,8 +43,9 @@ class Gate:
     """One gate over the examples of a split.
 
     Attributes:
-        block: which layer or level it belongs to; "" where there is one.
-        end: of its entry on the tape: "task0", "shared" (of a shared representation), "selection", "tasks", "".
+        block: layer or level to which it belongs; "" where there is one.
+        end: last part of its entry's name on the tape: "task0", "shared" (for a shared representation), "selection",
+            "tasks" or "".
         task: number of its task; None where it serves all.
         experts: names of its E experts: "shared0", "task0.1", "domain.0", or their numbers.
         weights_NE: float32 (N, E), the weight of each expert's output; 0 where it is not computed.
@@ -63,12 +64,12 @@ class Gate:
 
     @property
     def entropy(self) -> float:
-        """The mean entropy of an example's weights over log E: 0, one expert; 1, all alike."""
+        """The mean entropy of an example's weights over log E: 0 for one expert, 1 for all alike."""
         return float(_entropy(self.weights_NE).mean()) if len(self.weights_NE) else math.nan
 
     @property
     def mean_entropy(self) -> float:
-        """The entropy of the mean weights over log E. What it exceeds ``entropy`` by, the gate owes to the example."""
+        """The entropy of the mean weights over log E. It exceeds ``entropy`` where the gate depends on the example."""
         return float(_entropy(self.mean_E[None])[0])
 
     @property
@@ -98,10 +99,10 @@ class GateReader:
                 module(batch)
 
     Attributes:
-        model: with MoE layers, in evaluation mode.
-        weights: by entry of the tape, its batches.
-        experts: by entry, the names of its experts.
-        zeros: by block, sums over outputs of each expert: zeros and all, (2, E).
+        model: a model with MoE layers, in evaluation mode.
+        weights: the gates' weights, a list of batches by entry of the tape.
+        experts: names of the experts, by entry.
+        zeros: counts of each expert's outputs by block, (2, E): those that are zero, and all.
     """
 
     model: nn.Module
@@ -230,8 +231,8 @@ class ExpertUse:
     Attributes:
         block: see ``Gate``.
         name: see ``Gate.experts``.
-        zero_share: of its outputs; NaN where they are not seen: summed in a kernel, or not computed.
-        weights: by gate, its mean weight; NaN for gates that cannot reach it.
+        zero_share: share of its outputs that is zero; NaN where they are summed in a kernel, or not computed.
+        weights: its mean weight by gate; NaN for gates that cannot reach it.
         problem: "collapsed", "taken by <task>", "passed by", "unused", several with commas; "" where there is none.
     """
 
@@ -251,20 +252,16 @@ def label(gate: Gate, tasks: Sequence[str]) -> str:
 
 def expert_label(name: str, tasks: Sequence[str]) -> str:
     """Return an expert in words: "task0.1" is "income 1" with the first task income."""
-    kind, _, number = name.partition(".")
-    if kind.startswith("task") and kind[4:].isdigit() and int(kind[4:]) < len(tasks):
-        return f"{tasks[int(kind[4:])]} {number}"
-    if kind.startswith("self") and kind[4:].isdigit() and int(kind[4:]) < len(tasks):
-        return f"{tasks[int(kind[4:])]} self {number}"
-    if name.startswith("shared") and name[6:].isdigit():
-        return f"shared {name[6:]}"
-    return name.replace(".", " ")
+    own = re.fullmatch(r"(task|self)(\d+)\.(.*)", name)
+    if own and int(own[2]) < len(tasks):
+        return f"{tasks[int(own[2])]} {'self ' if own[1] == 'self' else ''}{own[3]}"
+    return re.sub(r"^shared(\d+)$", r"shared \1", name).replace(".", " ")
 
 
 def expert_use(
     gates: Sequence[Gate], zero_share: Mapping[str, Mapping[str, float]], tasks: Sequence[str]
 ) -> list[ExpertUse]:
-    """Return every expert, with the gates that reach it and with what is wrong with it."""
+    """Return every expert, with the gates that reach it and its problems."""
     uses = []
     for block in dict.fromkeys(g.block for g in gates):
         own, zeros = [g for g in gates if g.block == block], zero_share.get(block, {})

@@ -12,6 +12,7 @@ from torchrec.models.dlrm import InteractionArch as DotProducts
 from torchrec.modules.crossnet import CrossNet, LowRankCrossNet
 
 import core
+from apps.base.checks import check_name
 from apps.recsys.encoding.features import Features
 from apps.recsys.tables.batch import TableBatch
 from apps.recsys.tables.bottoms import SingleTask
@@ -24,7 +25,7 @@ from core.kernels import cpu
 @core.register_config
 @dataclass(frozen=True)
 class InteractionConfig:
-    """How the columns meet before the shared layer.
+    """How the columns are joined before the shared layer.
 
     - "concat": side by side.
     - "dot": the products of all pairs of embeddings, beside the numbers (DLRM, arXiv 1906.00091). The embeddings need
@@ -33,8 +34,8 @@ class InteractionConfig:
 
     Attributes:
         kind: "concat", "dot" or "cross".
-        num_layers: of "cross".
-        low_rank: of "cross": W = U V of this rank; None: a full W.
+        num_layers: number of layers of "cross".
+        low_rank: rank of W = U V of "cross"; None: a full W.
 
     Raises:
         ValueError: a value out of its range, or one without a meaning for the kind.
@@ -45,8 +46,7 @@ class InteractionConfig:
     low_rank: int | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in ("concat", "dot", "cross"):
-            raise ValueError(f"interaction.kind={self.kind!r} is not one of concat, dot, cross")
+        check_name("interaction.kind", self.kind, ("concat", "dot", "cross"))
         if self.num_layers < 1:
             raise ValueError(f"interaction.num_layers={self.num_layers} is not at least 1")
         if self.low_rank is not None and (self.kind != "cross" or self.low_rank < 1):
@@ -54,15 +54,15 @@ class InteractionConfig:
 
 
 class InteractionArch(nn.Module):
-    """Numbers and embeddings of an example to one vector.
+    """Joins the numbers and embeddings of an example to one vector.
 
     Args:
-        config: how.
+        config: how they are joined.
         dense_dim: width of the numbers; 0: there are none.
         sparse_dims: widths of the embeddings.
 
     Attributes:
-        out_dim: D of the output.
+        out_dim: width D of the output.
 
     Raises:
         ValueError: embeddings of several widths, or none, with "dot".
@@ -93,7 +93,7 @@ class InteractionArch(nn.Module):
             self.interact = LowRankCrossNet(self.out_dim, config.num_layers, config.low_rank)
 
     def forward(self, dense_BD: Tensor | None, sparse_BH: Tensor | None) -> Tensor:
-        """(B, dense_dim) and (B, sum of sparse_dims), either may be None, to (B, out_dim)."""
+        """Map (B, dense_dim) and (B, sum of sparse_dims), of which one may be None, to (B, out_dim)."""
         if self.config.kind == "dot":
             assert sparse_BH is not None
             assert self.interact is not None
@@ -110,19 +110,19 @@ _EMBEDDING, _DENSE, _INTERACTION, _HEAD = EmbeddingConfig(), DenseConfig(), Inte
 
 
 class MultiTaskModel(nn.Module):
-    """One network: a batch of table rows to the logits of all tasks.
+    """A network from a batch of table rows to the logits of all tasks.
 
     ``sparse`` (SparseArch) and ``dense`` (DenseArch) read the columns, ``interaction`` (InteractionArch) makes one
     vector of them, and the OverArch is ``shared``, the layer that the tasks share in whole or in part, and ``head``.
 
     Args:
-        features: of the data.
-        shared: a multi-gate layer's config, or that of a bottom.
-        embedding, dense, interaction, head: of the parts.
-        dropout: of what enters the shared layer.
+        features: columns and tasks of the data.
+        shared: config of a multi-gate layer or of a bottom.
+        embedding, dense, interaction, head: configs of the parts.
+        dropout: dropout of the shared layer's input.
 
     Attributes:
-        input_dim: width D of what enters the shared layer.
+        input_dim: width D of the shared layer's input.
     """
 
     def __init__(
@@ -148,10 +148,11 @@ class MultiTaskModel(nn.Module):
         self.head = head.build(shared.out_dim(dim), num_tasks, features.positives)
 
     def forward(self, batch: TableBatch) -> Tensor:
-        """Logits (B, t).
+        """Return the logits (B, t).
 
         Raises:
-            ValueError: other columns than the model's, a row beyond a table, or no domain where the model has some.
+            ValueError: the columns are not the model's, a row is beyond its table, or the batch names no domain where
+                the model has some.
         """
         dense_BC = batch.dense_BC
         if dense_BC.shape[1] != self.num_continuous:
@@ -192,10 +193,10 @@ class Ensemble(nn.Module):
         self.members = nn.ModuleList(members)
 
     def forward(self, batch: TableBatch) -> Tensor:
-        """Logits (M, B, t) of the members."""
+        """Return the members' logits (M, B, t)."""
         return torch.stack([member(batch) for member in self.members])
 
 
 def mean_logit(logits_MBt: Tensor) -> Tensor:
-    """The logit (B, t) of the mean over M of the probabilities."""
+    """Return the logit (B, t) of the mean over M of the probabilities."""
     return F.logsigmoid(logits_MBt).logsumexp(0) - F.logsigmoid(-logits_MBt).logsumexp(0)

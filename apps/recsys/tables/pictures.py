@@ -24,11 +24,11 @@ class BlockUse:
     """The experts of one block, for ``polarisation``.
 
     Attributes:
-        title: of the block; "" for none.
-        experts: names.
-        zero_share: of each one's outputs; NaN where not seen.
-        weights: by gate, its mean weight of each expert; NaN where it does not reach it.
-        entropy: by gate, (mean entropy of an example's weights, entropy of the mean weights), over log E.
+        title: title of the block; "" for none.
+        experts: names of the experts.
+        zero_share: share of each expert's outputs that is zero; NaN where they are not seen.
+        weights: mean weight of each expert, by gate; NaN for experts that the gate does not reach.
+        entropy: (mean entropy of an example's weights, entropy of the mean weights) over log E, by gate.
     """
 
     title: str
@@ -151,7 +151,7 @@ def _calibration_panel(axis: Axes, bins: Calibration) -> None:
         axis.set_xscale("log")
         axis.set_yscale("log")
         high *= 1.6
-        # What no positive example fell into stands on the lower edge.
+        # Bins without a positive example stand on the lower edge.
         x, y = np.maximum(x, low), np.maximum(y, low)
     else:
         low, high = -0.03 * high, 1.03 * high

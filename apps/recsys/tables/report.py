@@ -31,14 +31,14 @@ _SHOWN = 20  # lines of a printed table; the CSV file has all
 @core.register_config
 @dataclass(frozen=True)
 class RecommenderReportConfig(ReportConfig):
-    """What ``moesaic test`` adds to the metrics of a recommender.
+    """The tables and pictures that ``moesaic test`` adds to the metrics of a recommender.
 
     Attributes:
-        gate_feature: column whose values the gates are drawn by; None: the one on which they depend most.
-        gate_values: values drawn at most, the most frequent.
+        gate_feature: column by whose values the gates are drawn; None: the one on which they depend most.
+        gate_values: largest number of values that are drawn, the most frequent.
 
     Raises:
-        ValueError: a number out of its range.
+        ValueError: a number is out of its range.
     """
 
     gate_feature: str | None = None
@@ -50,10 +50,10 @@ class RecommenderReportConfig(ReportConfig):
 
 
 class TrainingChecks(Callback):
-    """Prints what the checks find in the validation split: in its columns before a training, in its metrics after it.
+    """Prints the checks of the validation split: of its columns before a training, of its metrics after it.
 
     Args:
-        rows: rows whose columns are looked at.
+        rows: number of rows whose columns are checked.
     """
 
     def __init__(self, rows: int) -> None:
@@ -83,7 +83,7 @@ class TrainingChecks(Callback):
 
 @dataclass(frozen=True)
 class _Collected:
-    """The metrics of a test, and of its first rows the rows and their gates; None: these were not read."""
+    """The metrics of a test, and its first rows with their gates; ``arrays`` is None where no row was read."""
 
     metrics: Mapping[str, TaskMetrics]
     reader: GateReader
@@ -98,7 +98,7 @@ class RecommenderReport(Report):
     ``gates_by_task.png``, ``gates_by_value.png``, ``utilisation.png``, ``polarisation.png``.
 
     Args:
-        config: what to do.
+        config: the options.
     """
 
     def __init__(self, config: RecommenderReportConfig) -> None:
@@ -130,7 +130,7 @@ class RecommenderReport(Report):
             findings += checks.label_among_features(collected.arrays)
             if collected.reader.weights:
                 write_gates(collected.reader, collected.arrays, collected.data, self.config, folder)
-        # Users in both splits are among what encoding found.
+        # Users in both splits are among the table's own warnings.
         warnings = getattr(getattr(collected.data, "findings", None), "warnings", ())
         checks.print_checks(checks.distinct([*findings, *(Check("table", warning) for warning in warnings)]))
 
@@ -235,7 +235,7 @@ def _expert_tables(use: Sequence[ExpertUse], tasks: Sequence[str], folder: Path)
     for block in dict.fromkeys(u.block for u in use):
         own = [u for u in use if u.block == block]
         gates = list(own[0].weights)
-        # Of many, what is wrong first, then the heaviest.
+        # A cut table shows the experts with problems first, then the heaviest.
         order = sorted(own, key=lambda u: (not u.problem, -np.nansum(list(u.weights.values()))))
         shown = order[:_SHOWN] if len(own) > _SHOWN else own
         left = f"; {len(own) - len(shown)} more in experts.csv" if len(own) > len(shown) else ""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,17 +13,6 @@ from apps.data.array_files import ArrayFiles, ArraysInMemory
 from apps.recsys.encoding.features import Features
 from apps.recsys.tables.batch import TableBatch
 
-_KEPT_SIZES = 4  # batch sizes at a time: training, evaluation and their last batches
-
-
-class _Ones(NamedTuple):
-    """The parts of a KeyedJaggedTensor of B rows in which every column has one value: they hang on B alone."""
-
-    lengths: Tensor
-    offsets: Tensor
-    length_per_key: list[int]
-    offset_per_key: list[int]
-
 
 class TableRows(Dataset[TableBatch]):
     """Some rows of an encoded table.
@@ -34,8 +21,8 @@ class TableRows(Dataset[TableBatch]):
     A batch costs one indexed read for each kind of column, not one for each row. Nothing is drawn at random.
 
     Args:
-        columns: the table.
-        features: what its columns are.
+        columns: arrays of the table.
+        features: description of its columns.
         index: int64 (n,), the table's row of each position.
     """
 
@@ -44,8 +31,6 @@ class TableRows(Dataset[TableBatch]):
         self._single = [f.name for f in features.categorical if not f.multi_valued]
         self._multi = [f.name for f in features.categorical if f.multi_valued]
         self._keys = [*self._single, *self._multi]
-        self._index_per_key = {key: i for i, key in enumerate(self._keys)}
-        self._ones: OrderedDict[int, _Ones] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self.index)
@@ -75,19 +60,7 @@ class TableRows(Dataset[TableBatch]):
         single = torch.empty(F, B, dtype=torch.int64)
         if F:
             single.copy_(self.columns["categorical"].index_select(0, index_B).t())
-        ones = self._ones_of(B)
-        if not self._multi:
-            return KeyedJaggedTensor(
-                self._keys,
-                single.view(-1),
-                lengths=ones.lengths,
-                offsets=ones.offsets,
-                stride=B,
-                length_per_key=ones.length_per_key,
-                offset_per_key=ones.offset_per_key,
-                index_per_key=self._index_per_key,
-            )
-        values, lengths = [single.view(-1)], [ones.lengths]
+        values, lengths, length_per_key = [single.view(-1)], [torch.ones(F * B, dtype=torch.int64)], [B] * F
         for i in range(len(self._multi)):
             offsets = self.columns[f"multi{i}_offsets"]
             starts = offsets.index_select(0, index_B)
@@ -97,26 +70,7 @@ class TableRows(Dataset[TableBatch]):
             position = shift.add_(torch.arange(len(shift)))
             values.append(self.columns[f"multi{i}_values"].index_select(0, position).long())
             lengths.append(length_B)
-        length_per_key = [*ones.length_per_key, *(len(v) for v in values[1:])]
+            length_per_key.append(len(position))
         return KeyedJaggedTensor(
-            self._keys,
-            torch.cat(values),
-            lengths=torch.cat(lengths),
-            stride=B,
-            length_per_key=length_per_key,
-            index_per_key=self._index_per_key,
+            self._keys, torch.cat(values), lengths=torch.cat(lengths), stride=B, length_per_key=length_per_key
         )
-
-    def _ones_of(self, B: int) -> _Ones:
-        ones = self._ones.get(B)
-        if ones is None:
-            F = len(self._single)
-            offset_per_key = [f * B for f in range(F + 1)]
-            lengths = torch.ones(F * B, dtype=torch.int64)
-            ones = self._ones[B] = _Ones(lengths, torch.arange(F * B + 1), [B] * F, offset_per_key)
-            if len(self._ones) > _KEPT_SIZES:
-                self._ones.popitem(last=False)
-        return ones
-
-    def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_ones": OrderedDict()}

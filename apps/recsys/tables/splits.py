@@ -1,4 +1,4 @@
-"""Which rows of a table train, validate and test.
+"""The choice of the rows of a table that train, validate and test.
 
 Draws come from numpy's ``RandomState``, whose stream numpy guarantees to keep: a split is the same on every machine and
 with every version.
@@ -43,15 +43,15 @@ def split_rows(
 
     Args:
         config: the rules.
-        num_train: rows of the first file, from which is drawn what the others do not give.
+        num_train: rows of the first file, from which the splits without a file are drawn.
         num_val: rows of the validation file; None: there is none.
         num_test: rows of the test file; None: there is none.
         user: (num_train,) users as numbers, for the kinds "user" and "leave_last_out".
-        time: (num_train,) for the kind "time", and for "leave_last_out" where there is one, else the order of the rows.
-        label: (num_train,) of the task to stratify by, NaN where missing.
+        time: (num_train,) times for the kinds "time" and "leave_last_out"; None: the order of the rows.
+        label: (num_train,) labels of the task to stratify by, NaN where missing.
 
     Raises:
-        ValueError: a split that must hold rows would be empty, or files that the kind has no use for.
+        ValueError: a split that must hold rows would be empty, or the kind has no use for a file.
     """
     rows = np.arange(num_train)
     given_val = None if num_val is None else num_train + np.arange(num_val)
@@ -106,19 +106,19 @@ def _at_random(
 
 
 def _even_places(label: NDArray[np.float32]) -> NDArray[np.float64]:
-    """A place on [0, 1] for each row, such that each class (and the rows without a label) lies there evenly.
+    """Return a place on [0, 1] for each row, such that each class (and the rows without a label) lies there evenly.
 
     The first n rows by place then hold each class in its share, to one row.
     """
     place = np.empty(len(label))
-    for mine in (label == 0, label == 1, np.isnan(label)):
-        count = int(mine.sum())
-        place[mine] = (np.arange(count) + 0.5) / max(count, 1)
+    for of_class in (label == 0, label == 1, np.isnan(label)):
+        count = int(of_class.sum())
+        place[of_class] = (np.arange(count) + 0.5) / max(count, 1)
     return place
 
 
 def _cut(config: SplitConfig, order: Rows, draw_val: bool, draw_test: bool) -> tuple[Rows, Rows, Rows]:
-    """The last of ``order`` test, those before validate."""
+    """Return the rows that train, validate and test: the last of ``order`` test, those before validate."""
     num_test = round(config.test * len(order)) if draw_test else 0
     rest = len(order) - num_test
     num_val = round(config.val * rest) if draw_val else 0
@@ -144,7 +144,7 @@ def _leave_last_out(
     by_time = np.arange(num) if time is None else np.argsort(time, kind="stable")
     order = by_time[np.argsort(user[by_time], kind="stable")]  # by user, then time, then row
     _, starts, counts = np.unique(user[order], return_index=True, return_counts=True)
-    # A user with fewer rows than there are splits would leave nothing to learn from: its rows all train.
+    # All rows of a user with fewer rows than splits train: else there would be nothing to learn from.
     num_out = 2 if config.val > 0 else 1
     enough = counts > num_out
     last = (starts + counts - 1)[enough]

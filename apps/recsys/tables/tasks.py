@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import core
+from apps.base.checks import check_name
 
 
 @core.register_config
 @dataclass(frozen=True)
 class HeadConfig:
-    """The towers of the tasks, and what one task tells another.
+    """The towers of the tasks, and how one task depends on another.
 
     - "plain": a tower and a logit a task.
     - "esmm": each task is a step that implies the steps before it, as a click, then a conversion (arXiv 1804.07931).
@@ -31,13 +32,13 @@ class HeadConfig:
 
     Attributes:
         kind: "plain", "esmm" or "aitm".
-        steps: with "plain", that the tasks are steps too, whose labels are filled in likewise.
         hidden_dims: widths of a tower's layers; empty: a logit straight from the shared layer.
         activation: "relu", "gelu" or "silu".
-        norm: of the towers: "batch", "layer" or None. Under "batch" a batch of one takes the running statistics.
-        dropout: in the towers.
-        prior_bias: the logits start at the share of positives in training.
-        calibrator_weight: of AITM's hinge, ``mean of max(p_next - p_before, 0)``; "aitm" alone reads it.
+        norm: norm in the towers: "batch", "layer" or None. Under "batch" a batch of one takes the running statistics.
+        dropout: dropout in the towers.
+        prior_bias: whether the logits start at the share of positives in training.
+        calibrator_weight: weight of AITM's hinge, ``mean of max(p_next - p_before, 0)``; "aitm" alone reads it.
+        steps: whether the tasks of "plain" are steps too, whose labels are filled in likewise.
 
     Raises:
         ValueError: a value out of its range.
@@ -54,8 +55,7 @@ class HeadConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "hidden_dims", tuple(self.hidden_dims))  # a list in YAML and in a checkpoint
-        if self.kind not in ("plain", "esmm", "aitm"):
-            raise ValueError(f"head.kind={self.kind!r} is not one of plain, esmm, aitm")
+        check_name("head.kind", self.kind, ("plain", "esmm", "aitm"))
         if not self.calibrator_weight >= 0:
             raise ValueError(f"head.calibrator_weight={self.calibrator_weight} is negative")
         if self.hidden_dims:
@@ -78,8 +78,8 @@ class HeadConfig:
 
         Args:
             dim: width of the shared layer's output.
-            num_tasks: t.
-            positives: share of positive labels of each task; empty: not known.
+            num_tasks: number t of tasks.
+            positives: share of positive labels of each task; empty where it is not known.
 
         Raises:
             ValueError: one task alone with "esmm" or "aitm".
@@ -94,10 +94,8 @@ class Head(nn.Module):
     """The plain head: t towers as one batched product, then a logit each.
 
     Args:
-        config: of the towers.
-        dim: width of the input.
-        num_tasks: t.
-        positives: as in ``HeadConfig.build``.
+        config: config of the towers.
+        dim, num_tasks, positives: arguments of ``HeadConfig.build``.
     """
 
     def __init__(self, config: HeadConfig, dim: int, num_tasks: int, positives: Sequence[float] = ()) -> None:

@@ -1,4 +1,4 @@
-"""What the baselines share: a model and its settings for each task, tuned on the validation split.
+"""The base of the baselines: a model and its settings for each task, tuned on the validation split.
 
 They are an ``Estimator`` of ``apps.equal_cost.comparable``: ``tune`` finds the settings on the validation split,
 ``fit`` trains with them, and the metrics have the names that the network logs. The test split is read by ``evaluate``
@@ -20,6 +20,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from apps.base.checks import check_at_least
 from apps.equal_cost.search import Search
 from apps.recsys import binary_metrics
 from apps.recsys.metrics import MultiTaskMetrics
@@ -34,10 +35,10 @@ class Task:
     """The training and validation rows of one task; a label is NaN where a row has none.
 
     Attributes:
-        name: of the task.
+        name: name of the task.
         train, val: the columns.
         y_N, yv_N: the labels of these rows.
-        seed: of what the training draws.
+        seed: seed of the training's draws.
     """
 
     name: str
@@ -66,20 +67,16 @@ class PerTask:
     A subclass brings ``num_settings``, ``tune_task``, ``fit_task`` and ``decision``.
 
     Args:
-        n_threads: of OpenMP and BLAS while training; None: as many as torch uses here.
-
-    Attributes:
-        steps: the tasks are steps, whose labels are filled in as `tasks.step_labels` does.
+        n_threads: threads of OpenMP and BLAS while training; None: as many as torch uses here.
+        steps: whether the tasks are steps, whose labels are filled in as `tasks.step_labels` does.
     """
 
-    steps: bool = False
     tunes: bool = True
     """Whether there are settings to be searched, by ``tune``."""
 
-    def __init__(self, n_threads: int | None = None) -> None:
-        if n_threads is not None and n_threads < 1:
-            raise ValueError(f"n_threads={n_threads} must be at least 1")
-        self.n_threads = n_threads
+    def __init__(self, n_threads: int | None = None, steps: bool = False) -> None:
+        check_at_least(1, n_threads=n_threads)
+        self.n_threads, self.steps = n_threads, steps
         self.models: dict[str, Any] = {}
         self.chosen: dict[str, dict[str, Any]] = {}
         """The settings of each task's model."""
@@ -88,8 +85,8 @@ class PerTask:
         """Find the settings of each task's model: trained on the training split, judged on the validation split.
 
         Args:
-            data: set up already.
-            seed: of what the search draws.
+            data: data module that is set up.
+            seed: seed of the search's draws.
             search: how long it may take, and what it has tried before; None: as long as it takes. Each task has an
                 equal part of the time, and what one leaves goes to the next. The first setting is tried in any case.
 
@@ -110,12 +107,12 @@ class PerTask:
         return settings
 
     def fit(self, data: Any, seed: int, settings: Mapping[str, Mapping[str, Any]] | None = None) -> None:
-        """Train on the training split of ``data``, which is set up; how long, the validation split says.
+        """Train on the training split; the validation split decides for how long.
 
         Args:
-            data: set up already.
-            seed: of what the training draws.
-            settings: what ``tune`` has found; None: tune now.
+            data: data module that is set up.
+            seed: seed of the training's draws.
+            settings: result of ``tune``; None: tune now.
 
         Raises:
             ValueError: a split without rows.
@@ -172,7 +169,7 @@ class PerTask:
         raise NotImplementedError
 
     def tune_task(self, task: Task, search: Search, part: tuple[float, float]) -> dict[str, Any]:
-        """Return the best settings found; ``part``: from what share of the search's time to what share it may go on."""
+        """Return the best settings; ``part`` are the shares of the search's time at which it may begin and must end."""
         raise NotImplementedError
 
     def fit_task(self, task: Task, settings: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Boosted trees, and the columns that they see."""
+"""Boosted trees, and the columns that they are given."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from apps.base.checks import check_at_least
 from apps.equal_cost.search import Search
 from apps.recsys.encoding.features import CategoricalFeature
 from apps.recsys.tables.arrays import TableArrays
 from apps.recsys.tables.estimators.base import PerTask, Task, best_of, quality_of_logits, sparse_values
 
 MAX_CATEGORIES = 255
-"""Of a column that scikit-learn's boosting splits by category."""
+"""Largest number of categories by which scikit-learn's boosting splits a column."""
 
 FOLDS = 5
-"""Of the cross-fitted mean label of a value."""
+"""Folds of the cross-fitted mean label of a value."""
 
 SMOOTHING = 10.0
 """Examples of the overall mean that are added to those of a value."""
 
 MULTI_HOT = 64
-"""The most frequent values of a multi-valued column that get a column each."""
+"""Number of a multi-valued column's most frequent values that get a column each."""
 
 TREES = tuple({"max_leaf_nodes": a, "max_features": b} for a, b in itertools.product((31, 15, 63), (1.0, 0.5)))
 PENALTIES = tuple({"l2_regularization": a} for a in (1.0, 20.0))
@@ -35,7 +36,7 @@ WHOLE = tuple({"learning_rate": a, "by_category": b} for a, b in ((0.05, True), 
 """Settings tried on all rows."""
 
 SOME_ROWS = 0.6
-"""Share of a task's time that is for the settings on some rows."""
+"""Share of a task's time for the settings on some rows."""
 
 
 class HistGradientBoosting(PerTask):
@@ -52,10 +53,10 @@ class HistGradientBoosting(PerTask):
     the columns of a split.
 
     Args:
-        tuned: search; False: scikit-learn's defaults and ``UNTUNED_ITERATIONS`` trees.
-        max_iter: trees at most, tuned.
+        tuned: whether to search; False: scikit-learn's defaults and ``UNTUNED_ITERATIONS`` trees.
+        max_iter: largest number of trees, tuned.
         search_rows: training rows of the first two searches.
-        n_threads: see ``PerTask``.
+        n_threads, steps: see ``PerTask``.
     """
 
     UNTUNED_ITERATIONS: ClassVar[int] = 150
@@ -67,11 +68,15 @@ class HistGradientBoosting(PerTask):
     """Looks without a better one before training ends."""
 
     def __init__(
-        self, tuned: bool = True, max_iter: int = 600, search_rows: int = 50_000, n_threads: int | None = None
+        self,
+        tuned: bool = True,
+        max_iter: int = 600,
+        search_rows: int = 50_000,
+        n_threads: int | None = None,
+        steps: bool = False,
     ) -> None:
-        super().__init__(n_threads)
-        if max_iter < 1:
-            raise ValueError(f"max_iter={max_iter} must be at least 1")
+        super().__init__(n_threads, steps)
+        check_at_least(1, max_iter=max_iter)
         self.tunes, self.max_iter, self.search_rows = tuned, max_iter, search_rows
 
     def num_settings(self, task: Task) -> int:
@@ -151,8 +156,8 @@ class HistGradientBoosting(PerTask):
 class HistGradientBoostingUntuned(HistGradientBoosting):
     """``HistGradientBoosting`` with scikit-learn's defaults and 150 trees."""
 
-    def __init__(self, n_threads: int | None = None) -> None:
-        super().__init__(tuned=False, n_threads=n_threads)
+    def __init__(self, n_threads: int | None = None, steps: bool = False) -> None:
+        super().__init__(tuned=False, n_threads=n_threads, steps=steps)
 
 
 @dataclass(frozen=True)

@@ -22,14 +22,18 @@ class LogisticRegression(PerTask):
 
     Args:
         strengths: values of scikit-learn's C, the inverse penalty, to try.
-        max_iter: of L-BFGS.
-        n_threads: see ``PerTask``.
+        max_iter: largest number of iterations of L-BFGS.
+        n_threads, steps: see ``PerTask``.
     """
 
     def __init__(
-        self, strengths: tuple[float, ...] = (0.01, 0.1, 1.0), max_iter: int = 200, n_threads: int | None = None
+        self,
+        strengths: tuple[float, ...] = (0.01, 0.1, 1.0),
+        max_iter: int = 200,
+        n_threads: int | None = None,
+        steps: bool = False,
     ) -> None:
-        super().__init__(n_threads)
+        super().__init__(n_threads, steps)
         if not strengths or any(not c > 0 for c in strengths):
             raise ValueError(f"strengths={strengths} must be positive numbers")
         self.strengths, self.max_iter = strengths, max_iter

@@ -49,16 +49,16 @@ def test_an_id_of_the_rows_is_one_warning_of_the_training(own, tmp_path, caplog)
     config = config_of(**roles, split=SplitConfig("time", val=0, test=0.1))
     pa.csv.write_csv(pa.table(rows), tmp_path / "train.csv")
     data = own(config, test_file=None)
-    said = (
+    warning = (
         "column 'order' looks like an id of the rows: 100 % of its 180 training values are distinct. It says nothing "
         "of new rows: leave it out (exclude: [order])"
     )
-    assert data.findings.warnings == [said]  # nor that the orders of the test are not in training
+    assert data.findings.warnings == [warning]  # nor that the orders of the test are not in training
     data.setup("predict")
-    assert said not in caplog.text
+    assert warning not in caplog.text
     data.setup("fit")
     data.setup("validate")
-    assert caplog.text.count(said) == 1
+    assert caplog.text.count(warning) == 1
     assert own(config, test_file=None, exclude=["order"]).findings.warnings == []
     pa.csv.write_csv(pa.table(rows).slice(0, 100), tmp_path / "train.csv")  # 90 rows that train
     assert not any("looks like an id" in w for w in own(config, test_file=None).findings.warnings)

@@ -41,17 +41,17 @@ def test_a_number_that_orders_the_label_is_found_in_either_direction():
     for sign in (1, -1):
         dense_NC = (sign * (plain.label_Nt[:, 1:] * 2 + 0.1 * plain.dense_NC)).astype(np.float32)
         dense_NC[plain.label_Nt[:, 1] == (sign < 0)] = np.nan  # missing is a value like others
-        (found,) = label_among_features(arrays(dense_NC=dense_NC))
-        assert found.name == "label_among_features"
-        assert found.message.startswith("column 'age' alone predicts task 'buy' with AUC 1.00000")
+        (check,) = label_among_features(arrays(dense_NC=dense_NC))
+        assert check.name == "label_among_features"
+        assert check.message.startswith("column 'age' alone predicts task 'buy' with AUC 1.00000")
 
 
 def test_a_category_that_holds_the_label_is_found():
     plain = arrays()
     ids_NF = plain.ids_NF.copy()
     ids_NF[:, 0] = 2 + 3 * plain.label_Nt[:, 0]
-    (found,) = label_among_features(arrays(ids_NF=ids_NF))
-    assert found.message.startswith("column 'kind' alone predicts task 'click' with AUC 1.00000")
+    (check,) = label_among_features(arrays(ids_NF=ids_NF))
+    assert check.message.startswith("column 'kind' alone predicts task 'click' with AUC 1.00000")
 
 
 def test_values_that_hold_the_label_together_are_found():
@@ -59,8 +59,8 @@ def test_values_that_hold_the_label_together_are_found():
     values_N2 = np.where(label_N[:, None] == 1, [[5, 2]], [[2, 4]])
     values_N2[::2] = values_N2[::2, ::-1]  # in either order
     held = MultiValued(values_N2.ravel(), np.full(N, 2))
-    (found,) = label_among_features(arrays(multi={"tags": held}))
-    assert found.message.startswith("column 'tags' alone predicts task 'click' with AUC 1.00000")
+    (check,) = label_among_features(arrays(multi={"tags": held}))
+    assert check.message.startswith("column 'tags' alone predicts task 'click' with AUC 1.00000")
     assert MultiValued(np.array([7, 8, 8, 7, 7]), np.array([2, 0, 2, 1, 0])).sets_N().tolist() in (
         [a, b, a, c, b] for a, b, c in itertools.permutations(range(3))
     )
@@ -78,14 +78,14 @@ def test_rows_without_a_label_do_not_hide_it():
 def test_a_column_with_the_name_of_a_task_is_found():
     named = Features((CategoricalFeature("click", 8), CategoricalFeature("row", N + 1)), (ContinuousFeature("age"),),
                      ("click", "buy"))  # fmt: skip
-    (found,) = label_among_features(arrays(features=named))
-    assert found.message == "column 'click' has the name of a task: is the label among the features?"
+    (check,) = label_among_features(arrays(features=named))
+    assert check.message == "column 'click' has the name of a task: is the label among the features?"
 
 
 def test_users_of_several_splits_are_counted():
     users = {"train": np.array([1, 1, 2, 3]), "val": np.array([4, 5]), "test": np.array([3, 2, 2, 9])}
-    (found,) = shared_users(users)
-    assert found == Check("shared_users", "2 of 3 users of test are in train too, although the split is by user")
+    (check,) = shared_users(users)
+    assert check == Check("shared_users", "2 of 3 users of test are in train too, although the split is by user")
     assert shared_users({"train": np.array([1, 2]), "val": np.array([3])}) == []
 
 
@@ -128,9 +128,9 @@ def test_a_mean_prediction_is_far_when_it_is_off_by_more_than_chance_and_by_a_qu
 def test_tasks_of_equal_auc_are_found():
     z, y = calibrated()
     same, other = task_metrics(z, y), task_metrics(z[::-1] + z, y)
-    found = suspicious_metrics({"a": same, "b": same, "c": other}, "val")
-    assert [c.name for c in found if c.name == "equal_auc"] == ["equal_auc"]
-    assert found[0].message == f"val: tasks 'a' and 'b' have the same AUC, {same.auc:.6f}: are they the same label?"
+    findings = suspicious_metrics({"a": same, "b": same, "c": other}, "val")
+    assert [c.name for c in findings if c.name == "equal_auc"] == ["equal_auc"]
+    assert findings[0].message == f"val: tasks 'a' and 'b' have the same AUC, {same.auc:.6f}: are they the same label?"
 
 
 def test_report_prints_each_check_once(capsys, caplog):

@@ -52,8 +52,8 @@ def trained(tmp_path_factory):
 def test_a_run_is_tested_predicted_and_resumed(trained):
     where = ["--config", str(trained.parent / "table.yaml"), "--run_dir", str(trained)]
     assert main(["test", *where]) == 0
-    found = json.loads((trained / "test.json").read_text())
-    assert {"test/auc", "test/auc_click", "test/gauc_buy", "test/loss"} <= found.keys()
+    metrics = json.loads((trained / "test.json").read_text())
+    assert {"test/auc", "test/auc_click", "test/gauc_buy", "test/loss"} <= metrics.keys()
     assert main(["predict", *where]) == 0
     first = json.loads((trained / "predictions.jsonl").read_text().splitlines()[0])
     assert first.keys() == {"index", "probability_click", "probability_buy", "label_click", "label_buy"}

@@ -82,12 +82,12 @@ def test_a_table_of_every_kind_of_column_by_hand(own, tmp_path, kind):
 
 @pytest.mark.filterwarnings("ignore")
 def test_one_process_tells_what_was_found(own, monkeypatch, caplog):
-    for rank, told in ((1, 0), (0, 1)):
+    for rank, times in ((1, 0), (0, 1)):
         monkeypatch.setattr(rank_zero_only, "rank", rank)
         caplog.clear()
         with caplog.at_level("INFO", logger="apps.recsys.tables.data"):
             own().setup()
-        assert caplog.text.count("table: 6 train, 0 val, 2 test rows") == told
+        assert caplog.text.count("table: 6 train, 0 val, 2 test rows") == times
 
 
 def test_types_may_differ_between_files(own, tmp_path):
@@ -103,9 +103,9 @@ def test_a_pattern_takes_several_files_and_compressed_text_is_read(own, tmp_path
     for number, rows in enumerate((table.slice(0, 4), table.slice(4))):
         with pa.CompressedOutputStream(str(tmp_path / f"part-{number}.tsv.gz"), "gzip") as file:
             pa.csv.write_csv(rows, file, pa.csv.WriteOptions(delimiter="\t"))
-    found = own(train_file="part-*.tsv.gz")
-    assert same(by_row(found.rows("train")[:]), by_row(own().rows("train")[:]))
-    assert found.features == own().features
+    compressed = own(train_file="part-*.tsv.gz")
+    assert same(by_row(compressed.rows("train")[:]), by_row(own().rows("train")[:]))
+    assert compressed.features == own().features
 
 
 def test_validation_rows_from_a_file_are_numbered_after_training_rows(own, tmp_path):
@@ -135,10 +135,10 @@ def test_a_column_is_a_category_and_the_time(own, tmp_path):
 
 
 def test_values_that_are_written_otherwise_in_another_file_are_reported(own, tmp_path):
-    told = "column 'city': 100% of the test values are not in training: are they written alike there?"
-    assert told not in own().findings.warnings
+    warning = "column 'city': 100% of the test values are not in training: are they written alike there?"
+    assert warning not in own().findings.warnings
     write(tmp_path, test={**TEST, "city": ["rome", "oslo"]})
-    assert told in own().findings.warnings
+    assert warning in own().findings.warnings
 
 
 def test_synthetic_tables_are_a_dataset(tmp_path):

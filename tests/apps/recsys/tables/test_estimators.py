@@ -22,14 +22,14 @@ FAST = {"max_iter": 15, "search_rows": 300}
 def test_a_split_is_gathered_in_the_tables_order():
     data = EveryColumn()
     c = data.columns("train")
-    found = gather(data, "train")  # the training loader shuffles
-    np.testing.assert_array_equal(found.ids_NF, np.stack([c["kind"], c["item"]], 1))
-    np.testing.assert_array_equal(found.dense_NC[:, 0], c["age"].astype(np.float32))
-    np.testing.assert_array_equal(found.label_Nt[:, 1], c["buy"])
-    np.testing.assert_array_equal(found.multi["tags"].values, c["tags"])
-    np.testing.assert_array_equal(found.multi["tags"].lengths_N, c["lengths"])
-    np.testing.assert_array_equal(found.group_N, c["group"])
-    np.testing.assert_array_equal(found.domain_N, c["domain"])
+    train = gather(data, "train")  # the training loader shuffles
+    np.testing.assert_array_equal(train.ids_NF, np.stack([c["kind"], c["item"]], 1))
+    np.testing.assert_array_equal(train.dense_NC[:, 0], c["age"].astype(np.float32))
+    np.testing.assert_array_equal(train.label_Nt[:, 1], c["buy"])
+    np.testing.assert_array_equal(train.multi["tags"].values, c["tags"])
+    np.testing.assert_array_equal(train.multi["tags"].lengths_N, c["lengths"])
+    np.testing.assert_array_equal(train.group_N, c["group"])
+    np.testing.assert_array_equal(train.domain_N, c["domain"])
     with pytest.raises(ValueError, match="the val split has no rows"):
         gather(EveryColumn((5, 0, 5)), "val")
 
@@ -93,22 +93,22 @@ def test_estimators_learn_and_report_as_the_module_does(kind):
         setattr(data, f"{split}_dataloader", lambda s=split, own=loader: (reads.append(s), own())[1])
     model.fit(data, 0)
     assert "test" not in reads
-    found = model.evaluate(data, "test")
-    assert set(found) == {"auc", "gauc"} | {
+    metrics = model.evaluate(data, "test")
+    assert set(metrics) == {"auc", "gauc"} | {
         f"{m}_{t}" for m in ("auc", "pr_auc", "log_loss", "ece", "gauc") for t in ("click", "buy")
     }
     arrays = gather(data, "test")
     z, y = model.logits(arrays), arrays.label_Nt
     known = ~np.isnan(y[:, 1])
-    assert found["auc_buy"] == pytest.approx(roc_auc_score(y[known, 1], z[known, 1]), abs=1e-6)  # kept in float32
-    assert found["log_loss_click"] == pytest.approx(log_loss(y[:, 0], 1 / (1 + np.exp(-z[:, 0]))), abs=1e-6)
+    assert metrics["auc_buy"] == pytest.approx(roc_auc_score(y[known, 1], z[known, 1]), abs=1e-6)  # kept in float32
+    assert metrics["log_loss_click"] == pytest.approx(log_loss(y[:, 0], 1 / (1 + np.exp(-z[:, 0]))), abs=1e-6)
     # The labels' own probabilities have AUC of about 0.85 and 0.88.
-    assert found["auc_click"] > 0.68
-    assert found["auc_buy"] > 0.75
+    assert metrics["auc_click"] > 0.68
+    assert metrics["auc_buy"] > 0.75
     again = kind(**FAST) if kind is HistGradientBoosting else kind()
     again.fit(data, 0)
-    assert again.evaluate(data, "test") == found
-    assert pickle.loads(pickle.dumps(model)).evaluate(data, "test") == found
+    assert again.evaluate(data, "test") == metrics
+    assert pickle.loads(pickle.dumps(model)).evaluate(data, "test") == metrics
 
 
 def test_what_is_tuned_is_the_best_on_validation():
@@ -157,8 +157,8 @@ def test_a_search_that_was_broken_off_ends_as_a_whole_one():
     resumed, whole = Search(tried=kept), Search()
     assert model.tune(data, 3, resumed) == model.tune(data, 3, whole)
     assert len(whole.tried) == whole.total == 22
-    assert {name: found["quality"] for name, found in resumed.tried.items()} == {
-        name: found["quality"] for name, found in whole.tried.items()
+    assert {name: setting["quality"] for name, setting in resumed.tried.items()} == {
+        name: setting["quality"] for name, setting in whole.tried.items()
     }
 
 
@@ -167,9 +167,9 @@ def test_a_task_with_one_class_in_training_is_its_rate():
     for model in (LogisticRegression(), HistGradientBoostingUntuned()):
         model.fit(data, 0)
         assert model.chosen["buy"] == {"constant": 0.0}
-        found = model.evaluate(data, "test")
-        assert found["auc_buy"] == 0.5
-        assert found["auc_click"] > 0.68
+        metrics = model.evaluate(data, "test")
+        assert metrics["auc_buy"] == 0.5
+        assert metrics["auc_click"] > 0.68
 
 
 def test_bad_arguments():

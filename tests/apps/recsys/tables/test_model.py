@@ -139,11 +139,11 @@ def test_single_task_models_share_nothing(interaction, dense, kind):
     )
     rows = batch()
     model(rows)[:, 0].sum().backward()
-    mine = {n: p.grad for n, p in model.named_parameters()}
+    gradients = {n: p.grad for n, p in model.named_parameters()}
     model.zero_grad()
     model(rows)[:, 1].sum().backward()
     for name, p in model.named_parameters():
-        assert mine[name] is None or p.grad is None or not (mine[name] * p.grad).any(), name
+        assert gradients[name] is None or p.grad is None or not (gradients[name] * p.grad).any(), name
     for part in ("sparse.", "shared.", "head."):
         assert any(p.grad is not None and p.grad.any() for n, p in model.named_parameters() if n.startswith(part))
 

@@ -45,15 +45,15 @@ def test_metrics_of_counts_are_an_option():
     with pytest.raises(ValueError, match="score_bins=1 must be at least 2"):
         build(score_bins=1)
     of = batch(64)
-    found = []
+    computed = []
     for each in (module, exact):
         metrics = each.build_metrics()
         out = each.eval().task_loss(of)
         metrics.update(out.outputs, out.targets, out.groups)
-        found.append(metrics.compute())
+        computed.append(metrics.compute())
     assert not hasattr(module.build_metrics(), "scores")  # no prediction is kept
-    assert_close(found[0]["log_loss_click"], found[1]["log_loss_click"])
-    assert set(found[1]) - set(found[0]) == {"gauc", "gauc_click", "gauc_buy"}
+    assert_close(computed[0]["log_loss_click"], computed[1]["log_loss_click"])
+    assert set(computed[1]) - set(computed[0]) == {"gauc", "gauc_click", "gauc_buy"}
 
 
 # ---- the loss
@@ -254,20 +254,20 @@ def test_a_row_beyond_the_table_is_named():
 )
 def test_baselines_cost_what_the_shared_layer_does(shared):
     module = build(shared)
-    mine = measure_cost(module, batch(64), module.moe_block_names)
-    found = module.baselines()
-    assert list(found)[:4] == [
+    own_cost = measure_cost(module, batch(64), module.moe_block_names)
+    by_name = module.baselines()
+    assert list(by_name)[:4] == [
         f"{kind}_equal_{what}" for kind in ("shared_bottom", "single_task") for what in ("flops", "params")
     ]
-    for name in list(found)[:4]:
-        if found[name].build is None:
-            assert "coincides" in found[name].note
+    for name in list(by_name)[:4]:
+        if by_name[name].build is None:
+            assert "coincides" in by_name[name].note
             continue
-        twin = found[name].build()
+        twin = by_name[name].build()
         its = measure_cost(twin, batch(64), module.moe_block_names)
-        assert check_equal(name, mine, its) == ""
+        assert check_equal(name, own_cost, its) == ""
         assert type(twin.shared_config) is (SingleTask if name.startswith("single") else SharedBottom)
-        pickle.loads(pickle.dumps(found[name]))
+        pickle.loads(pickle.dumps(by_name[name]))
 
 
 def test_the_width_of_a_bottom_by_hand():
@@ -313,9 +313,9 @@ def test_a_comparison_says_that_dense_gates_are_not_sparse():
 
 
 def test_the_estimators_are_there():
-    found = build().baselines()
+    by_name = build().baselines()
     for name, (kind, _) in ESTIMATORS.items():
-        assert type(found[name].build()) is kind
+        assert type(by_name[name].build()) is kind
 
 
 # ---- Lightning

@@ -140,14 +140,14 @@ def test_polarisation_by_hand():
     click = gate(0, ("shared0", "shared1", "shared2", "task0.0"), (0.495, 0.27, 0.005, 0.23))
     buy = gate(1, ("shared0", "shared1", "shared2", "task1.0"), (0.02, 0.94, 0.0, 0.04))
     zeros = {"": {"shared0": 0.2, "shared1": 0.95, "shared2": 0.1, "task0.0": 0.3, "task1.0": 0.3}}
-    found = {u.name: u for u in expert_use([click, buy], zeros, ("click", "buy"))}
+    by_name = {u.name: u for u in expert_use([click, buy], zeros, ("click", "buy"))}
     # 0.495 of 0.515 is 96 %: taken. 0.94 of 1.21 is 78 %. 0.005 and 0, of an even share of 1/4: at most 1 % and 2 %.
-    assert found["shared0"].problem == "taken by click"
-    assert found["shared1"].problem == "collapsed"
-    assert found["shared2"].problem == "taken by click"
-    assert found["task0.0"].problem == ""
-    assert found["task1.0"].problem == "passed by"
-    assert found["task1.0"].weights["click"] != found["task1.0"].weights["click"]  # NaN: it is not reached
+    assert by_name["shared0"].problem == "taken by click"
+    assert by_name["shared1"].problem == "collapsed"
+    assert by_name["shared2"].problem == "taken by click"
+    assert by_name["task0.0"].problem == ""
+    assert by_name["task1.0"].problem == "passed by"
+    assert by_name["task1.0"].weights["click"] != by_name["task1.0"].weights["click"]  # NaN: it is not reached
     idle = gate(0, ("shared0", "shared1"), (0.996, 0.004))
     assert expert_use([idle], {}, ("click",))[1].problem == "unused"
     # Of many experts each task may have its own: that is what they are for.
@@ -162,9 +162,9 @@ def test_dependence_is_the_correlation_ratio():
     arrays = join([b], features(tags=False))
     arrays.ids_NF[:, 0] = city.numpy()
     weights = tuple((w, 1 - w) for _, w in rows)
-    found = dependence([gate(0, ("shared0", "shared1"), *weights)], arrays)
+    shares = dependence([gate(0, ("shared0", "shared1"), *weights)], arrays)
     # Mean 0.5; squares 0.16 + 0.04 + 0.09 + 0.01 + 0.04 = 0.34; between: 2 * 0.3^2 + 3 * 0.2^2 = 0.30.
-    assert found["city"]["task0"] == pytest.approx(0.30 / 0.34, abs=1e-6)
+    assert shares["city"]["task0"] == pytest.approx(0.30 / 0.34, abs=1e-6)
     alike = dependence([gate(0, ("shared0", "shared1"), *[(0.5, 0.5)] * 5)], arrays)
     assert alike == {}
 

@@ -73,12 +73,12 @@ def test_the_rest_of_the_layer_and_of_the_model_stay():
 @pytest.mark.parametrize("name", routers.overlays())
 def test_every_router_trains_or_says_why_not(name):
     module, rows = build(core.MMoE(8, core.MLP((8,)))), batch(24, num_domains=DOMAINS)
-    found = routers.variants(module, [name])[f"router_{name}"]
+    variant = routers.variants(module, [name])[f"router_{name}"]
     if name in OTHER_IDS:
-        assert found.build is None
-        assert found.note.endswith(OTHER_IDS[name])
+        assert variant.build is None
+        assert variant.note.endswith(OTHER_IDS[name])
         return
-    twin = found.build()
+    twin = variant.build()
     with core.record(twin) as tape:
         loss = twin.task_loss(rows).loss
     (loss + core.aux_loss(tape)).backward()

@@ -54,10 +54,10 @@ def loaded(own, tmp_path):
 def test_the_test_rows_have_the_scores_of_their_evaluation(loaded, tmp_path):
     write(tmp_path)
     table = pa.csv.read_csv(tmp_path / "test.csv")  # with numbers as numbers, and with labels
-    found = loaded.predict(table)
-    assert isinstance(found, pa.Table)
-    assert found.column_names == NAMES
-    p_Nt = np.stack([found[name].to_numpy() for name in NAMES], 1)
+    scores = loaded.predict(table)
+    assert isinstance(scores, pa.Table)
+    assert scores.column_names == NAMES
+    p_Nt = np.stack([scores[name].to_numpy() for name in NAMES], 1)
     assert np.array_equal(p_Nt, loaded.expected.detach().numpy())
 
 
@@ -79,9 +79,9 @@ def test_every_form_of_the_rows_has_the_same_scores(loaded, tmp_path):
     files = ["new.csv", "new.csv.gz", "new.parquet", "part-*.csv"]
     arrays = {c: pa.array(v) for c, v in NEW.items()} | {"user": np.array(NEW["user"]), "shop": NEW["shop"]}
     for rows in (arrays, {**NEW, "tags": [["z", "y"], [], ["w"], ["x"], ["x", "y"]]}, *(tmp_path / f for f in files)):
-        found = loaded.predict(rows, batch_size=2)
+        scores = loaded.predict(rows, batch_size=2)
         for name in NAMES:
-            np.testing.assert_allclose(found[name], expected[name], rtol=1e-5)
+            np.testing.assert_allclose(scores[name], expected[name], rtol=1e-5)
     assert loaded.predict({c: [] for c in NEW})["probability_click"].shape == (0,)
 
 
@@ -91,9 +91,9 @@ def test_a_frame_keeps_its_index(loaded):
     frame = pandas.DataFrame(NEW, index=["v", "w", "x", "y", "z"]).sample(frac=1, random_state=0)
     frame["city"] = frame["city"].astype("category")
     expected = loaded.predict(NEW)
-    found = loaded.predict(frame, batch_size=2)
-    assert found.index.tolist() == frame.index.tolist()
-    np.testing.assert_allclose(found.loc[["v", "w", "x", "y", "z"], NAMES[0]], expected[NAMES[0]], rtol=1e-5)
+    scores = loaded.predict(frame, batch_size=2)
+    assert scores.index.tolist() == frame.index.tolist()
+    np.testing.assert_allclose(scores.loc[["v", "w", "x", "y", "z"], NAMES[0]], expected[NAMES[0]], rtol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -169,5 +169,5 @@ def test_it_is_what_the_command_line_writes(tmp_path, monkeypatch, capsys):
     pa.csv.write_csv(pa.table({"city": ["Oslo", "Rom", ""], "age": [30, None, -5]}), "new.csv")
     assert main(["predict", "--config", "shop.yaml", "--data.predict_file", "new.csv"]) == 0
     written = [json.loads(line) for line in (tmp_path / "runs/shop/predictions.jsonl").read_text().splitlines()]
-    found = MultiTaskRecommender.load_from_checkpoint("runs/shop/checkpoints/best.ckpt").predict("new.csv")
-    assert [row["probability_click"] for row in written] == found["probability_click"].tolist()
+    scores = MultiTaskRecommender.load_from_checkpoint("runs/shop/checkpoints/best.ckpt").predict("new.csv")
+    assert [row["probability_click"] for row in written] == scores["probability_click"].tolist()

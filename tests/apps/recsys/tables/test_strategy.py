@@ -61,10 +61,10 @@ def ranks(folder: Path) -> list[dict]:
 
 
 def assert_same_training(one: Path, two: Path, tolerance: float = TOLERANCE) -> None:
-    expected, found = losses(one), losses(two)
-    assert found.keys() == expected.keys()
+    expected, actual = losses(one), losses(two)
+    assert actual.keys() == expected.keys()
     for name, curve in expected.items():
-        assert found[name] == pytest.approx(curve, abs=tolerance), name
+        assert actual[name] == pytest.approx(curve, abs=tolerance), name
     there, here = weights(one), weights(two)
     assert here.keys() == there.keys()
     for name, tensor in there.items():
@@ -165,8 +165,8 @@ def test_two_processes_test_any_checkpoint(folder, ranks, name):
 
 def test_a_module_is_built_from_a_sharded_checkpoint(folder):
     net = MultiTaskRecommender.load_from_checkpoint(folder / "two row_wise" / "last.ckpt")
-    found, expected = net.state_dict(), weights(folder / "two row_wise")
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    actual, expected = net.state_dict(), weights(folder / "two row_wise")
+    assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
 
 
 def test_one_process_does_not_train_on_from_shards(folder):
@@ -235,8 +235,8 @@ def test_shapes_are_read_without_the_shards(folder, tmp_path):
     path = shutil.copytree(folder / "two row_wise" / "last.ckpt", tmp_path / "last.ckpt")
     for file in path.glob("shards-*/*.distcp"):
         file.unlink()
-    found, expected = sharded.read(path, device="meta")["state_dict"], weights(folder / "two row_wise")
-    assert {k: v.shape for k, v in found.items()} == {k: v.shape for k, v in expected.items()}
+    actual, expected = sharded.read(path, device="meta")["state_dict"], weights(folder / "two row_wise")
+    assert {k: v.shape for k, v in actual.items()} == {k: v.shape for k, v in expected.items()}
 
 
 # ---- tables that no process holds whole
@@ -405,11 +405,11 @@ def test_torchrun_fits_as_one_process_and_one_process_tests_the_checkpoint(folde
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    expected, found = losses(one), losses(two)
+    expected, actual = losses(one), losses(two)
     assert len(expected["train/loss"]) == 14
-    assert found.keys() == expected.keys()
+    assert actual.keys() == expected.keys()
     for name, curve in expected.items():
-        assert found[name] == pytest.approx(curve, abs=TOLERANCE), name
+        assert actual[name] == pytest.approx(curve, abs=TOLERANCE), name
     alone = ["--trainer.strategy", "auto", "--trainer.devices", "1"]
     with quiet():
         build("test", ["--config", str(config), "--run_dir", str(one)]).execute()

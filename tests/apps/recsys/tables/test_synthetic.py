@@ -33,17 +33,17 @@ def test_linear_tasks_have_the_closed_form_of_two_signs(p):
     # Without sines, and noise too, y_1 and y_2 are normal with correlation r = p c^2 / (c^2 + noise^2), and the signs
     # of two such have correlation 2 / pi arcsin r (Sheppard).
     config = SyntheticConfig(p, alphas=(), betas=(), noise_std=0.5)
-    threshold, found = label_correlation(config)
+    threshold, correlation = label_correlation(config)
     assert threshold == pytest.approx(0, abs=1e-9)
-    assert found == pytest.approx(2 / math.pi * math.asin(p / 1.25), abs=1e-6)
+    assert correlation == pytest.approx(2 / math.pi * math.asin(p / 1.25), abs=1e-6)
 
 
 @pytest.mark.parametrize(("p", "positives"), [(0.0, 0.5), (0.6, 0.2), (-0.5, 0.5), (1.0, 0.5)])
 def test_the_labels_have_the_correlation_and_the_share_that_are_said(p, positives):
     made = generate(SyntheticConfig(p, num_rows=40_000, num_features=4, positives=positives))
-    found = np.corrcoef(made.label.T)[0, 1]
+    correlation = np.corrcoef(made.label.T)[0, 1]
     # standard errors: of a correlation at most 1 / sqrt(40000) = 0.005, of a share at most 0.0025
-    assert found == pytest.approx(made.label_correlation, abs=0.02)
+    assert correlation == pytest.approx(made.label_correlation, abs=0.02)
     assert made.label.mean(0) == pytest.approx([positives] * 2, abs=0.01)
     if p == 0:
         assert made.label_correlation == pytest.approx(0, abs=1e-9)
