@@ -32,7 +32,7 @@ _STORE = EncodedStore(
     "histories", ("recsys/encoding/*.py", "recsys/readers/*.py", "recsys/schema.py", "recsys/sequence/histories.py")
 )
 MIN_LENGTH = 3
-"""Interactions of a user for one to test, one to validate and one to predict them from."""
+"""Interactions that a user needs: one to test, one to validate and one from which these are predicted."""
 
 
 class HistoryBatch(NamedTuple):
@@ -45,7 +45,7 @@ class HistoryBatch(NamedTuple):
         index_B: int64 (B,), the example's place in its dataset.
         user_B: int64 (B,), the user's place in ``HistoryData.user_names``.
         seen_BH: int64 (B, H), all items of the user before the target, also those that ``items_BS`` is too short for,
-            padded with 0; None in training. Not every item in it is in it once.
+            padded with 0; None in training. An item may be in it several times.
     """
 
     items_BS: Tensor
@@ -60,8 +60,8 @@ class Examples(Dataset[Any]):
 
     Args:
         item_N: all items, one user after the other.
-        user_X, begin_X, end_X: of each example, its user and the bounds of its items in ``item_N``; the target of its
-            last item is at ``end``.
+        user_X, begin_X, end_X: each example's user and the bounds of its items in ``item_N``; the target of its last
+            item is at ``end``.
         first_X: where the user's history begins, for ``seen_BH``; None in training.
         targets: "all", "last" or "none".
     """
@@ -98,7 +98,7 @@ class Examples(Dataset[Any]):
         return HistoryBatch(items_BS, targets_BS, index_B, self.user_X[index_B], seen_BH)
 
     def _cut(self, begin_B: Tensor, end_B: Tensor) -> Tensor:
-        """int64 (B, longest), ``item_N[begin:end]`` of each and zeros after it."""
+        """Return int64 (B, longest), ``item_N[begin:end]`` of each example and zeros after it."""
         length_B = end_B - begin_B
         place_S = torch.arange(int(length_B.max()))
         inside_BS = place_S < length_B[:, None]
@@ -110,10 +110,10 @@ class Examples(Dataset[Any]):
 class HistoryData(SuiteData):
     """Users' histories of items, ordered by time, each split by leave-last-out.
 
-    Of each user with three interactions or more the last item tests, the one before validates, the others train; the
-    history that predicts the test item holds the validation item. Users with fewer only train, and with one interaction
-    have nothing to predict; all of them are among those to predict for. Interactions of one user and time keep the
-    order of the file: more than half of MovieLens-1M's have the time of the one before.
+    The last item of each user with three interactions or more tests, the one before validates, and the others train;
+    the history that predicts the test item holds the validation item. Users with fewer only train, and with one
+    interaction have nothing to predict; prediction covers all users. Interactions of one user and time keep the order
+    of the file: more than half of MovieLens-1M's have the time of the one before.
 
     Args:
         dataset: "movielens_1m", "movielens_100k", or "table" for a file of yours (``file``).
@@ -121,25 +121,25 @@ class HistoryData(SuiteData):
         cache_dir: where downloads are kept; default ``~/.cache/moesaic``.
         file: CSV, TSV or Parquet with one interaction a row, for "table", or a pattern of several. Users and items are
             read as text: "007" and "7" are two.
-        user_column, item_column: of it.
-        time_column: by which a user's interactions are ordered; None: they are in order.
-        rating_column: of it, for min_rating.
-        name_column: with the item's name, which predictions have beside the item; None: it has none.
-        min_rating: interactions with a lower rating are left out; None: every interaction counts, whatever its rating.
+        user_column, item_column: columns of ``file``.
+        time_column: column by which a user's interactions are ordered; None: they are in order.
+        rating_column: column of the rating, for min_rating.
+        name_column: column of the item's name, which predictions have beside the item; None: there is none.
+        min_rating: lowest rating of an interaction that counts; None: every interaction counts, whatever its rating.
         min_item_count: items with fewer interactions are left out. 5 gives MovieLens-1M the 3,416 items that many
             papers have (SASRec, BERT4Rec) instead of 3,706.
-        max_length: items of the longest history; of longer ones the last items are given.
-        train_windows: "last": of a longer training history the last max_length + 1 items train, as SASRec does; "all":
+        max_length: items of the longest history; a longer one is cut to its last items.
+        train_windows: "last": the last max_length + 1 items of a longer training history train, as SASRec does; "all":
             it is cut from its end into pieces, so that each of its items but the first is a target once an epoch.
         batch_size: histories a training batch and process.
-        eval_batch_size: in validation, testing and prediction.
-        drop_last: leave out a last training batch that is not full.
+        eval_batch_size: histories a batch and process in validation, testing and prediction.
+        drop_last: whether to leave out a last training batch that is not full.
         num_workers: processes that cut batches; 0 is enough.
-        seed: of the order of training; None takes the run's.
+        seed: seed of the order of training; None: the run's.
 
     Raises:
-        ValueError: an unknown dataset, a value out of its range, an option of "table" for another dataset, files that
-            are missing or not of their layout, no user with a test item.
+        ValueError: the dataset is unknown, a value is out of its range, an option of "table" is given for another
+            dataset, files are missing or not of their layout, or no user has a test item.
 
     Example::
 
@@ -191,12 +191,12 @@ class HistoryData(SuiteData):
 
     @property
     def histories(self) -> Histories:
-        """All interactions; read when they are first asked for."""
+        """All interactions; they are read at the first use."""
         return self.opened
 
     @property
     def num_items(self) -> int:
-        """Items, numbered from 1; 0 is padding."""
+        """The number of items, which are numbered from 1; 0 is padding."""
         return len(self.encoding.values) - 1
 
     @property
@@ -206,7 +206,7 @@ class HistoryData(SuiteData):
 
     @property
     def encoding_state(self) -> dict[str, Any]:
-        """What a checkpoint keeps: the items' values and names by id, as tensors, and what their file's columns are."""
+        """The checkpoint's part: the items' values and names by id, as tensors, and the names of the file's columns."""
         columns = {
             "user": self.user_column,
             "item": self.item_column,
@@ -226,17 +226,17 @@ class HistoryData(SuiteData):
 
     @property
     def item_names(self) -> tuple[str, ...]:
-        """By id, entry 0 is ""; the values where the data has no other names."""
+        """The items' names by id, entry 0 is ""; the values where the data has no other names."""
         return self.encoding.names
 
     @property
     def item_genres(self) -> tuple[tuple[str, ...], ...]:
-        """By id, entry 0 is (); empty for "table"."""
+        """The items' genres by id, entry 0 is (); empty for "table"."""
         return self.histories.item_genres
 
     @property
     def user_names(self) -> tuple[str, ...]:
-        """By position, as ``user_B`` of a batch counts them."""
+        """The users as the data calls them, in the order that ``user_B`` of a batch counts."""
         return self.histories.user_names
 
     # ---- Lightning
@@ -254,7 +254,7 @@ class HistoryData(SuiteData):
         return self._train_examples() if split == "train" else self._eval_examples(2 if split == "val" else 1)
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """Return the whole history of every user, one without items too: what comes next is not in the data."""
+        """Return the batches of every user's whole history, also of users without items."""
         return self.eval_loader(self._eval_examples(0))
 
     # ---- examples
@@ -278,7 +278,7 @@ class HistoryData(SuiteData):
         return Examples(torch.from_numpy(data.item_N), user_X, begin_X, end_X, None, "all")
 
     def _eval_examples(self, held_out: int) -> Examples:
-        """All users' histories without their last ``held_out`` items, the first of which is the target."""
+        """Return all users' histories without their last ``held_out`` items, the first of which is the target."""
         data = self.histories
         length_U = torch.from_numpy(data.length_U)
         begin_U = torch.from_numpy(data.offsets[:-1])
@@ -313,18 +313,17 @@ class HistoryData(SuiteData):
             ratings = {"movielens_1m": movielens.read_ratings_1m, "movielens_100k": movielens.read_ratings_100k}
             return histories.from_ratings(ratings[self.dataset](root), *options, known)
 
-        found = histories.read(
-            _STORE.open(
-                self.cache,
-                self.dataset,
-                [identity(files), columns, options],
-                lambda writer: histories.write(made(), writer),
-                given=None if known is None else known.digest,
-            )
+        arrays = _STORE.open(
+            self.cache,
+            self.dataset,
+            [identity(files), columns, options],
+            lambda writer: histories.write(made(), writer),
+            given=None if known is None else known.digest,
         )
-        if found.num_unknown and rank_zero_only.rank == 0:
-            _warn_of_unknown(found)
-        return found
+        opened = histories.read(arrays)
+        if opened.num_unknown and rank_zero_only.rank == 0:
+            _warn_of_unknown(opened)
+        return opened
 
     def _check_options(self) -> None:
         check_name("dataset", self.dataset, sorted(DATASETS))
@@ -341,10 +340,10 @@ class HistoryData(SuiteData):
             raise ValueError(f"file={self.file!r} is for dataset='table', not {self.dataset!r}")
 
 
-def _warn_of_unknown(found: Histories) -> None:
-    told = f"interactions left out, for they are of items that the model does not know: {found.num_unknown:,}"
-    empty = (found.length_U == 0).nonzero()[0]
+def _warn_of_unknown(data: Histories) -> None:
+    text = f"interactions left out, for they are of items that the model does not know: {data.num_unknown:,}"
+    empty = (data.length_U == 0).nonzero()[0]
     if len(empty):
-        first = found.user_names[empty[0]]
-        told += f"; users who have no others, and for whom all items score 0: {len(empty):,}, first {first!r}"
-    log.warning("%s", told)
+        first = data.user_names[empty[0]]
+        text += f"; users who have no others, and for whom all items score 0: {len(empty):,}, first {first!r}"
+    log.warning("%s", text)

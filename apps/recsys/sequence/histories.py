@@ -1,4 +1,4 @@
-"""Interactions in any order to one sequence of items a user: arrays, and no Python work a row."""
+"""Histories made of interactions in any order: one sequence of items a user, without Python work for each row."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Items:
     """The items that a model knows, by id; entry 0 of each is "".
 
     Attributes:
-        values: as the data of its training called them.
-        names: likewise; the values where the data had no other names.
+        values: the items as its training data called them.
+        names: the items' names; the values where the data had no other names.
     """
 
     values: tuple[str, ...]
@@ -47,7 +47,7 @@ class Items:
 
     @property
     def digest(self) -> str:
-        """Other items, or another order, have another one."""
+        """A hash of the items and their order."""
         return hashlib.sha256(json.dumps([self.values, self.names]).encode()).hexdigest()[:16]
 
 
@@ -60,10 +60,10 @@ class Histories:
         offsets: int64 (users + 1,).
         user_names: the users as the data calls them, by position.
         item_values: the items as the data calls them, by id; entry 0 is "".
-        item_names: by id, entry 0 is ""; the values where the data has no other names.
-        item_genres: by id, entry 0 is (); empty where the data knows no genres.
-        num_unknown: interactions that were left out, for the known items lack theirs. A user who has no other is kept,
-            without items.
+        item_names: the items' names by id, entry 0 is ""; the values where the data has no other names.
+        item_genres: the items' genres by id, entry 0 is (); empty where the data knows no genres.
+        num_unknown: number of interactions left out because the model does not know their items. A user who has no
+            other is kept, without items.
     """
 
     item_N: NDArray[np.int32]
@@ -75,16 +75,8 @@ class Histories:
     num_unknown: int = 0
 
     @property
-    def num_items(self) -> int:
-        return len(self.item_values) - 1
-
-    @property
-    def num_users(self) -> int:
-        return len(self.user_names)
-
-    @property
     def length_U(self) -> NDArray[np.int64]:
-        """Items of each user."""
+        """The number of items of each user."""
         return np.diff(self.offsets)
 
 
@@ -123,14 +115,14 @@ def build(
     from 0 likewise, so that the numbers depend on neither the order of the file nor its source.
 
     Args:
-        user_N, item_N: values that can be sorted.
-        time_N: likewise; None: the order of the rows.
-        keep_N: interactions that count, such as those with a good rating; the others are as if they were not there.
+        user_N, item_N: users and items, of any values that can be sorted.
+        time_N: times, likewise; None: the order of the rows.
+        keep_N: True for interactions that count, such as those with a good rating.
         min_count: items with fewer interactions are left out, with these; counted once, after ``keep_N``.
-        id_N: the items' ids where they have some already; 0: it has none and is left out, but its user stays.
+        id_N: ids that the items have already. An item of id 0 is left out, but its user stays.
 
     Returns:
-        Item ids (N',) and offsets (users + 1,) as in `Histories`, and the distinct users and items that are left.
+        Item ids (N',) and offsets (users + 1,) of `Histories`, and the distinct users and items that are left.
 
     Raises:
         ValueError: nothing is left.
@@ -155,12 +147,11 @@ def build(
 def from_ratings(
     ratings: Ratings, min_rating: float | None = None, min_count: int = 1, known: Items | None = None
 ) -> Histories:
-    """MovieLens as histories; items keep the order of the file of films.
+    """Return MovieLens as histories; items keep the order of the file of films.
 
     Args:
-        ratings: as `readers.movielens` reads them.
-        min_rating, min_count: as in `from_table`.
-        known: as in `from_table`.
+        ratings: ratings that `readers.movielens` has read.
+        min_rating, min_count, known: see `from_table`.
 
     Raises:
         ValueError: no rating is left.
@@ -172,15 +163,15 @@ def from_ratings(
         ratings.user_N, ratings.item_N, ratings.time_N, keep, min_count if known is None else 1, id_N
     )
     own = Items(("", *map(str, items.tolist())), ("", *(ratings.titles[i - 1] for i in items.tolist())))
-    found = known or own
+    used = known or own
     genres = dict(zip(films[1:], ratings.genres, strict=True))
     return Histories(
         item_N,
         offsets,
         user_names=tuple(str(u) for u in users.tolist()),
-        item_values=found.values,
-        item_names=found.names,
-        item_genres=((), *(genres.get(value, ()) for value in found.values[1:])),
+        item_values=used.values,
+        item_names=used.names,
+        item_genres=((), *(genres.get(value, ()) for value in used.values[1:])),
         num_unknown=unknown,
     )
 
@@ -188,9 +179,9 @@ def from_ratings(
 def _known_ids(
     known: Items | None, values: Sequence[str], item_N: NDArray[Any], keep_N: NDArray[np.bool_]
 ) -> tuple[NDArray[np.int32] | None, int]:
-    """The ids of the known items, 0 for others, and how many of ``keep_N`` have none; None where no items are known.
+    """Return the known items' ids, 0 for others, and how many of ``keep_N`` have none; None where no items are known.
 
-    ``values`` are those of the numbers in ``item_N``.
+    ``values`` are the texts of the numbers in ``item_N``.
     """
     if known is None:
         return None, 0
@@ -200,7 +191,7 @@ def _known_ids(
 
 
 def from_table(
-    found: Sequence[Path],
+    files: Sequence[Path],
     user: str,
     item: str,
     time: str | None = None,
@@ -210,24 +201,24 @@ def from_table(
     min_count: int = 1,
     known: Items | None = None,
 ) -> Histories:
-    """CSV (with a header) or Parquet files with one interaction a row, one file after the other.
+    """Return the histories of CSV (with a header) or Parquet files with one interaction a row.
 
-    Users and items are what `factorize` takes them for: 7 and "7.0" are the same, "007" is another. They are
-    numbered in the order of whole numbers where they all are such, else in that of text.
+    Users and items are compared as `factorize` does: 7 and "7.0" are the same, "007" is another. They are numbered by
+    value where all are whole numbers, else in the order of text.
 
     Args:
-        found: as `user_tables.find_files` finds them.
+        files: the files, one after the other.
         user, item: columns of numbers or text.
         time: column by which a user's interactions are ordered; None: they are in order.
         rating: column of numbers for ``min_rating``.
-        name: column with the item's name; of several names of an item the first one counts. None: the item itself.
-        min_rating: interactions with a lower rating, or none, are left out.
+        name: column with the item's name, of which an item's first one counts; None: the item itself.
+        min_rating: lowest rating of an interaction that counts; interactions without one are left out too.
         min_count: see `build`.
         known: the items that a model knows: they keep their ids and names, and others are left out, but not their
             users; min_count then leaves out nothing.
 
     Raises:
-        ValueError: a file cannot be read or has not the columns; one column has two roles; a user, an item or a time is
+        ValueError: a file cannot be read or lacks a column; one column has two roles; a user, an item or a time is
             missing, a time is neither a number nor a date, or a rating no number; or no interaction is left.
     """
     given = {"user_column": user, "item_column": item, "time_column": time, "rating_column": rating}
@@ -237,10 +228,10 @@ def from_table(
             raise ValueError(f"{role}={column!r} is {roles[column]} too")
         if column is not None:
             roles.setdefault(column, role)
-    tables = [user_tables.read_columns(path, roles, () if rating is None else (rating,), time) for path in found]
+    tables = [user_tables.read_columns(path, roles, () if rating is None else (rating,), time) for path in files]
 
     def parts(column: str) -> list[Part]:
-        return [(str(path), table[column]) for path, table in zip(found, tables, strict=True)]
+        return [(str(path), table[column]) for path, table in zip(files, tables, strict=True)]
 
     user_N, users = _numbered(factorize(parts(user), user), user)
     item_N, items = _numbered(factorize(parts(item), item), item)
@@ -255,7 +246,7 @@ def from_table(
             user_N, item_N, order, keep, min_count if known is None else 1, id_N
         )
     except ValueError as error:
-        raise ValueError(f"{found[0]}: {error}") from error
+        raise ValueError(f"{files[0]}: {error}") from error
     user_names = tuple(users[u] for u in used_users.tolist())
     if known is not None:
         return Histories(item_of_N, offsets, user_names, known.values, known.names, num_unknown=unknown)
@@ -269,7 +260,7 @@ def from_table(
 
 
 def _numbered(codes: Codes, column: str) -> tuple[NDArray[np.int64], list[str]]:
-    """The number of each row's value, ascending from 0, and the values by number.
+    """Return the number of each row's value, ascending from 0, and the values by number.
 
     Raises:
         ValueError: a row has no value.

@@ -5,9 +5,9 @@ embeddings. AdaMCT (arXiv 2205.08776) mixes positions by two experts, a local co
 by a gate in each layer. Both are ``HistoryModel``, made of the layers of ``apps.nets``; a block's FFN may be a mixture
 of experts besides. Histories are packed: only attention and the MoE layers' routers see them padded.
 
-What differs from AdaMCT: it predicts the item after the last one alone, and its gate and squeeze-excitation read the
-whole sequence. Here every position predicts its successor, so all is causal: the convolution looks back, the gate is of
-each position, and there is no squeeze-excitation.
+AdaMCT predicts the item after the last one alone, and its gate and squeeze-excitation read the whole sequence. Here
+every position predicts its successor, so all is causal: the convolution looks back, each position has its own gate, and
+there is no squeeze-excitation.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import core
+from apps.base.checks import check_at_least, check_name
 from apps.nets.attention import Mask, SelfAttention, self_mask
 from apps.nets.blocks import FFNConfig, ffn_configs, resolve_blocks
 from apps.nets.config import TransformerConfig
@@ -70,27 +71,21 @@ class HistoryModelConfig:
     attn_dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("dim", "depth", "num_heads", "kernel_size", "hidden_dim"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
-        if self.mixing not in ("mixture", "attention"):
-            raise ValueError(f"mixing={self.mixing!r} is not one of mixture, attention")
+        names = ("dim", "depth", "num_heads", "kernel_size", "hidden_dim")
+        check_at_least(1, **{name: getattr(self, name) for name in names})
+        check_name("mixing", self.mixing, ("mixture", "attention"))
         _ = self.transformer  # checks what the transformers have in common
         if self.mixing == "mixture":
-            self._check_router()
-
-    def _check_router(self) -> None:
-        router = self.mixing_router
-        router.check(len(EXPERTS))
-        if router.layer_kind != "pairs":
-            raise ValueError(f"mixing_router={router.source()} has no gates")
-        check_fits(Place("the mixing of positions", (), is_causal=True), router)
-        self.mixing_balance.check(router.terms, router.source())
+            router = self.mixing_router
+            router.check(len(EXPERTS))
+            if router.layer_kind != "pairs":
+                raise ValueError(f"mixing_router={router.source()} has no gates")
+            check_fits(Place("the mixing of positions", (), is_causal=True), router)
+            self.mixing_balance.check(router.terms, router.source())
 
     @property
     def transformer(self) -> TransformerConfig:
-        """The layers, as ``apps.nets`` makes them. Positions are the model's own."""
+        """The config of the layers of ``apps.nets``. The model adds positions itself."""
         return TransformerConfig(
             dim=self.dim,
             hidden_dim=4 * self.dim if self.hidden_dim is None else self.hidden_dim,
@@ -104,18 +99,20 @@ class HistoryModelConfig:
         )
 
     def mixture_flops_per_token(self) -> int:
-        """Forward FLOPs a token that "mixture" costs beside attention, two a multiply-add, in one block."""
+        """Return the forward FLOPs a token that "mixture" costs beside attention, two a multiply-add, in one block."""
         return 2 * self.kernel_size * self.dim**2 + self.mixing_router.flops_per_token(self.dim, len(EXPERTS))
 
     def mixture_params(self) -> int:
-        """Parameters that "mixture" has beside attention's, in one block: convolution, two norms, gate."""
+        """Return the parameters that "mixture" has beside attention's in one block: convolution, two norms, gate."""
         conv = self.kernel_size * self.dim**2 + self.dim
         return conv + 4 * self.dim + self.mixing_router.num_params(self.dim, len(EXPERTS))
 
 
 def self_attention(config: HistoryModelConfig, *, project: bool = True) -> SelfAttention:
-    """Return the attention of a layer. Explicit products: on a CPU the fused ones gain nothing at some hundred
-    positions, and lose at some ten."""
+    """Return the attention of a layer, by explicit products.
+
+    On a CPU fused attention gains nothing at some hundred positions, and loses at some ten.
+    """
     return SelfAttention(config.transformer, project=project, fused=False)
 
 
@@ -130,7 +127,7 @@ class CausalConvolution(nn.Module):
     def forward(
         self, x_TD: Tensor, mask: Mask | None = None, rotations: None = None, packing: Packing | None = None
     ) -> Tensor:
-        """(T, D) to (T, D), under the interface of ``SelfAttention``."""
+        """Map (T, D) to (T, D), under the interface of ``SelfAttention``."""
         assert packing is not None
         shifted = [x_TD]
         for k in range(1, self.kernel_size):
@@ -143,9 +140,9 @@ class CausalConvolution(nn.Module):
 class TokenMixing(core.MoELayer):
     """A local and a global expert, weighted by a gate of each position (AdaMCT, section 3.4).
 
-    ``y_t = W_out (sum over e of gate_e(x_t) * norm_e(f_e(x)_t))``, f the convolution and attention. Both experts
-    compute every position, whatever the gates: a later position may attend to any. The routing goes on the tape, as
-    that of other MoE layers does: with ``core.Dense`` as a ``DenseRouting``, whose load is the sum of the gates.
+    ``y_t = W_out (sum over e of gate_e(x_t) * norm_e(f_e(x)_t))``, where f_e are the convolution and attention. Both
+    experts compute every position, whatever the gates, since a later position may attend to any. The routing goes on
+    the tape as in other MoE layers; with ``core.Dense`` it is a ``DenseRouting``, whose load is the sum of the gates.
 
     Args:
         config: sizes, router and balance losses.
@@ -168,7 +165,7 @@ class TokenMixing(core.MoELayer):
     def forward(  # type: ignore[override]
         self, x_TD: Tensor, mask: Mask, rotations: None = None, packing: Packing | None = None
     ) -> Tensor:
-        """(T, D) to (T, D), under the interface of ``SelfAttention``."""
+        """Map (T, D) to (T, D), under the interface of ``SelfAttention``."""
         routing = self.router(x_TD[None])
         gates_TE = dense_gates(routing, len(EXPERTS))
         self.record_pass(self._dense(routing, gates_TE) if self._is_dense else routing)
@@ -180,7 +177,7 @@ class TokenMixing(core.MoELayer):
 
     @staticmethod
     def _dense(routing: core.Routing, gates_TE: Tensor) -> core.DenseRouting:
-        """Where all take both experts, the load is the sum of the gates and not a count."""
+        """Return the routing of positions that all take both experts: its load sums gates and counts nothing."""
         logits_TE = routing.evidence.logits_TE
         return core.DenseRouting(
             gates_BtE=gates_TE[:, None],
@@ -195,7 +192,7 @@ class TokenMixing(core.MoELayer):
 
 
 def dense_gates(routing: core.Routing, num_experts: int) -> Tensor:
-    """float32 (T, E), the gates of routed pairs as a matrix; 0 where a token does not take an expert."""
+    """Return the gates of routed pairs as a matrix, float32 (T, E); 0 where a token does not take an expert."""
     T, E = routing.num_tokens, num_experts
     # Column E takes the pairs that are not computed.
     place_N = routing.token_index_N * (E + 1) + routing.expert_ids_N
@@ -204,18 +201,18 @@ def dense_gates(routing: core.Routing, num_experts: int) -> Tensor:
 
 
 class HistoryModel(nn.Module):
-    """Histories of items to scores of the next item.
+    """A network from histories of items to scores of the next item.
 
     Args:
         config: the transformer.
-        num_items: items, numbered from 1; 0 is padding.
+        num_items: number of items, which count from 1; 0 is padding.
         max_length: items of the longest history.
-        ffn: what ``moe_blocks`` have: an MoE layer, whose router must be causal, or another dense FFN; None: that of
-            the other blocks.
+        ffn: FFN of ``moe_blocks``: an MoE layer, whose router must be causal, or another dense FFN; None: that of the
+            other blocks.
         moe_blocks: which blocks; see ``apps.nets.blocks.resolve_blocks``.
 
     Raises:
-        ValueError: a value out of its range, or a combination that cannot be built.
+        ValueError: a value is out of its range, or the parts do not fit together.
     """
 
     def __init__(
@@ -228,9 +225,7 @@ class HistoryModel(nn.Module):
         moe_blocks: str | Sequence[int] = "all",
     ) -> None:
         super().__init__()
-        for name, value in (("num_items", num_items), ("max_length", max_length)):
-            if value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
+        check_at_least(1, num_items=num_items, max_length=max_length)
         self.config, self.num_items, self.max_length = config, num_items, max_length
         self.moe_blocks = resolve_blocks(moe_blocks, config.depth)
         self.item_embed = nn.Embedding(num_items + 1, config.dim, padding_idx=0)
@@ -245,7 +240,7 @@ class HistoryModel(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Xavier-uniform products, the experts' each by itself as a dense FFN's; embeddings normal."""
+        """Draw matrices Xavier-uniform, each expert's by itself as a dense FFN's, and embeddings normal."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -259,16 +254,17 @@ class HistoryModel(nn.Module):
             self.item_embed.weight[0] = 0.0
 
     def encode(self, items_BS: Tensor) -> tuple[Tensor, Packing, Tensor]:
-        """The last layer's output at each real item.
+        """Return the last layer's output at each real item.
 
         Args:
             items_BS: int64 (B, S) item ids, 0 for padding, which may stand anywhere.
 
         Returns:
-            (T, D) normed output, where T real items lie, and their int64 (T,) indices in the flattened ``items_BS``.
+            (T, D) normed output, the packing of the T real items, and their int64 (T,) indices in the flattened
+            ``items_BS``.
 
         Raises:
-            ValueError: an id beyond ``num_items`` or negative, or a history longer than ``max_length``.
+            ValueError: an id is negative or beyond ``num_items``, or a history is longer than ``max_length``.
         """
         self._check(items_BS)
         packing, index_T = Packing.of(items_BS > 0)
@@ -300,11 +296,11 @@ class HistoryModel(nn.Module):
 
     @property
     def output_weight(self) -> Tensor:
-        """(num_items, D): row i scores item i + 1. Tied to the embedding."""
+        """The output weight (num_items, D), a view of the embedding: row i scores item i + 1."""
         return self.item_embed.weight[1:]
 
     def scores(self, h_BD: Tensor) -> Tensor:
-        """float32 (B, num_items + 1) scores of each item as the next one, by id; that of padding is -inf."""
+        """Return the score of each item as the next one, float32 (B, num_items + 1) by id; padding has -inf."""
         # In bfloat16 many items would tie.
         with torch.autocast(h_BD.device.type, enabled=False):
             h_BD = h_BD if h_BD.dtype == torch.float64 else h_BD.float()
@@ -312,7 +308,7 @@ class HistoryModel(nn.Module):
         return F.pad(logits_BV, (1, 0), value=-math.inf)
 
     def forward(self, items_BS: Tensor) -> Tensor:
-        """(B, S) histories to (B, num_items + 1) scores of the item after the last one; see ``encode`` and ``scores``.
+        """Map histories (B, S) to scores (B, num_items + 1) of the item after the last one; see ``encode``.
 
         A history without any item scores all items 0.
         """
@@ -321,7 +317,7 @@ class HistoryModel(nn.Module):
 
 
 def last_of(h_TD: Tensor, packing: Packing) -> Tensor:
-    """(B, D), the output at each row's last item; zeros where a row has none."""
+    """Return the output at each row's last item, (B, D); zeros where a row has none."""
     if len(h_TD) == 0:
         return h_TD.new_zeros(packing.num_rows, h_TD.shape[-1])
     last_BD = h_TD.index_select(0, packing.last_B.clamp_min(0))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import core
+from apps.base.checks import check_at_least
 from apps.equal_cost.comparable import Baseline, Comparable, RoutedLayers
 from apps.equal_cost.twins import DenseTwin, baselines_of
 from apps.equal_cost.widths import SolvedWidth, equal_widths
@@ -24,7 +25,7 @@ from apps.train.module import OptimizerConfig, SparseModule, TaskOutput
 from core.config.plain import from_plain
 
 CUTOFF = 10
-"""Of the hit rate and the NDCG."""
+"""Number of best items that the hit rate and the NDCG judge."""
 
 
 class NextItems(NamedTuple):
@@ -33,11 +34,11 @@ class NextItems(NamedTuple):
     Attributes:
         index: int64 (B,), the history's place in its dataset.
         user: int64 (B,), the user's place among the data's ``user_names``.
-        user_name: what the data calls the user; the place where it does not say.
-        item: the k best next items of each history as they stand in the file, best first; their ids where the data do
-            not say.
-        name: what the data calls them; None where it has no names beside the items.
-        score: float32 (B, k), their logits; -inf where no candidate is left.
+        user_name: the user's name in the data, or the place where the data have no names.
+        item: the k best next items of each history as they stand in the file, best first, or their ids where the data
+            have no values.
+        name: the items' names; None where the data have no names beside the items.
+        score: float32 (B, k), the items' logits; -inf where no candidate is left.
     """
 
     index: Tensor  # type: ignore[assignment]  # a batch has no use for tuple.index
@@ -67,21 +68,21 @@ class NextItemRecommender(SparseModule, Comparable):
     Configs may also be given as the mappings that stand for them in a run's ``config.yaml``.
 
     Args:
-        num_items: items, numbered from 1; the command line takes it from the data.
+        num_items: number of items, which count from 1; the command line takes it from the data.
         max_length: items of the longest history; the command line takes it from the data.
         sequence: the transformer.
         moe: the MoE layer that replaces the FFN of some blocks; None: dense FFNs. Its router must be causal.
         moe_blocks: which blocks: "all", "everyN", "lastN" (the last N of every second block), or indices.
         dense_ffn: the FFN of those blocks in a dense model, as in the baselines; None: that of the others.
-        exclude_seen: validation, test and prediction leave out the items that the user had before, all of them where
-            the batch names them (``seen_BH``), else those in the history. For data whose users take an item once; a
-            target that the user had before then ranks last. False: all items are ranked.
-        top_k: items that a prediction names.
+        exclude_seen: whether validation, test and prediction leave out the items that the user had before: all of them
+            where the batch names them (``seen_BH``), else those in the history. For data whose users take an item
+            once; a target that the user had before then ranks last.
+        top_k: number of items that a prediction names.
         optimizer: learning rate, weight decay and schedule.
-        ema_decay: of the moving average of the weights; None: none.
+        ema_decay: decay of the moving average of the weights; None: there is no average.
 
     Raises:
-        ValueError: a value out of its range, or a combination that cannot be built.
+        ValueError: a value is out of its range, or the parts do not fit together.
     """
 
     data_arguments: ClassVar[tuple[str, ...]] = ("num_items", "max_length")
@@ -110,8 +111,7 @@ class NextItemRecommender(SparseModule, Comparable):
         moe, dense_ffn = from_plain(moe, core.MoEConfig, "moe"), from_plain(dense_ffn, core.DenseFFN, "dense_ffn")
         optimizer = from_plain(optimizer, OptimizerConfig, "optimizer")
         super().__init__(optimizer=optimizer, ema_decay=ema_decay)
-        if top_k < 1:
-            raise ValueError(f"top_k={top_k} must be at least 1")
+        check_at_least(1, top_k=top_k)
         self.sequence, self.moe, self.moe_blocks = sequence or HistoryModelConfig(), moe, moe_blocks
         self.num_items, self.max_length = num_items, max_length
         self.exclude_seen, self.top_k = exclude_seen, top_k
@@ -128,14 +128,14 @@ class NextItemRecommender(SparseModule, Comparable):
         check_layers(self.place, self.model)
 
     def forward(self, items: Tensor) -> Tensor:
-        """(B, S) item ids, 0 for padding, to (B, num_items + 1) scores of the next item; see ``HistoryModel``."""
+        """Map item ids (B, S), 0 for padding, to scores (B, num_items + 1) of the next item; see ``HistoryModel``."""
         return self.model(items)
 
     def task_loss(self, batch: Any) -> TaskOutput:
-        """Mean cross-entropy of the targets, one at each position that has one; padding has none.
+        """Return the mean cross-entropy of the targets, over the positions that have one; padding has none.
 
-        In evaluation ``outputs`` are the scores after each history's last item and ``targets`` the item that came
-        then; histories without one are left out.
+        In evaluation ``outputs`` are the scores after each history's last item and ``targets`` the item that followed
+        it; histories without such an item are left out.
         """
         h_TD, packing, index_T = self.model.encode(batch.items_BS)
         target_T = batch.targets_BS.flatten()[index_T]
@@ -164,7 +164,7 @@ class NextItemRecommender(SparseModule, Comparable):
                 raise ValueError(f"target id {wrong} is not in 0 to num_items={self.num_items} (0 is none)")
 
     def _candidates(self, scores_BI: Tensor, batch: Any) -> Tensor:
-        """The scores, -inf for what may not be recommended."""
+        """Return the scores, with -inf for items that may not be recommended."""
         if not self.exclude_seen:
             return scores_BI
         seen_BH = getattr(batch, "seen_BH", None)
@@ -178,11 +178,10 @@ class NextItemRecommender(SparseModule, Comparable):
         return f"a history of {items:.4g} items on average"
 
     def build_metrics(self) -> NextItemMetrics:
-        """Hit rate and NDCG at 10, and the mean reciprocal rank, over all items."""
         return NextItemMetrics()
 
     def predict_step(self, batch: Any, batch_idx: int) -> NextItems:
-        """The ``top_k`` best next items of each history."""
+        """Return the ``top_k`` best next items of each history."""
         scores_BI = self._candidates(self(*self.example_inputs(batch)), batch)
         best = scores_BI.topk(min(self.top_k, self.num_items), dim=-1)
         items, names, users = (
@@ -239,15 +238,18 @@ class NextItemRecommender(SparseModule, Comparable):
 
     @property
     def moe_block_names(self) -> tuple[str, ...]:
-        """What SASRec has otherwise: the mixing of positions in all blocks, and the FFNs of ``moe_blocks``."""
+        """The blocks in which SASRec differs: the mixing of positions in all blocks, and the FFNs of ``moe_blocks``."""
         mixture = self.sequence.mixing == "mixture"
         mixings = [f"model.blocks.{i}.mixing" for i in range(self.sequence.depth)] if mixture else []
         ffns = [f"model.blocks.{i}.ffn" for i in self.model.moe_blocks] if mixture or self.moe else []
         return (*mixings, *ffns)
 
     def baselines(self) -> Mapping[str, Baseline]:
-        """SASRec of equal active FLOPs and of equal parameters: attention alone and dense FFNs, those of ``moe_blocks``
-        as wide as makes up for the experts and, where there is one, for the convolution with its gate."""
+        """Return SASRec of equal active FLOPs and of equal parameters, with attention alone and dense FFNs.
+
+        The FFNs of ``moe_blocks`` are so wide that they make up for the experts and, where there is one, for the
+        convolution with its gate.
+        """
         if not self.moe_block_names:
             return {}
         dense, attention = self.sequence.transformer.dense_ffn, dataclasses.replace(self.sequence, mixing="attention")
@@ -278,8 +280,8 @@ def baseline_widths(
     Args:
         config: the model.
         moe: the FFN of its ``moe_blocks``; None: they are dense.
-        num_moe_blocks: how many there are.
-        tokens_per_sequence: for routers whose cost depends on it.
+        num_moe_blocks: number of these blocks.
+        tokens_per_sequence: length of a sequence, on which some routers' cost depends.
 
     Returns:
         "sasrec_equal_flops" and "sasrec_equal_params".

@@ -1,10 +1,9 @@
-"""Histories that a script brings, and the best next items of each."""
+"""The best next items of a script's own histories."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,11 +11,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from apps.base.checks import check_at_least
 from apps.recsys.encoding.categories import MISSING, factorize
 from apps.recsys.encoding.numbers import Part, to_numbers, to_order
 from apps.recsys.encoding.vocabulary import Vocabulary
 from apps.recsys.sequence.data import Examples
-from apps.recsys.tables.scoring import encoding_of, is_frame, pieces
+from apps.recsys.tables.scoring import encoding_of, like, pieces
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -26,14 +26,12 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _COLUMNS = {"user": "user", "item": "item", "time": "time", "rating": None}
-"""Names of the columns of events where the checkpoint does not say them."""
+"""Names of the columns of events by default; a checkpoint may have others."""
 
 
 def predict(model: NextItemRecommender, histories: Any, top: int, include_seen: bool, batch_size: int) -> Any:
     """See ``NextItemRecommender.predict``."""
-    for name, value in (("top", top), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"{name}={value} must be at least 1")
+    check_at_least(1, top=top, batch_size=batch_size)
     encoding = encoding_of(model)
     values, names = (("", *Vocabulary(**encoding[part]).texts()) for part in ("items", "names"))
     ids = {value: i for i, value in enumerate(values) if i}
@@ -44,10 +42,10 @@ def predict(model: NextItemRecommender, histories: Any, top: int, include_seen: 
         history_X, item_X, score_X = best.of(id_N, np.repeat(np.arange(len(lengths)), lengths), len(lengths))
         whole = all(isinstance(v, (int, np.integer)) for history in histories for v in history)
         own = _numbers_or_texts([values[i] for i in item_X.tolist()], whole)
-        found: list[list[tuple[Any, float]]] = [[] for _ in lengths]
+        by_history: list[list[tuple[Any, float]]] = [[] for _ in lengths]
         for history, item, score in zip(history_X.tolist(), own, score_X.tolist(), strict=True):
-            found[history].append((item, score))
-        return found
+            by_history[history].append((item, score))
+        return by_history
     columns = {**_COLUMNS, **encoding.get("columns", {})}
     user, item = columns["user"], columns["item"]
     table = _events(histories, columns)
@@ -59,7 +57,7 @@ def predict(model: NextItemRecommender, histories: Any, top: int, include_seen: 
     }
     if names != values:
         result["name"] = [names[i] for i in item_X.tolist()]
-    return _as(histories, {**result, "score": score_X})
+    return like(histories, {**result, "score": score_X})
 
 
 class _Best:
@@ -115,7 +113,7 @@ def _are_lists(histories: Any) -> bool:
 
 
 def _flat(histories: Sequence[Any]) -> tuple[list[str], NDArray[np.int64]]:
-    """All items as text, and how many each history has."""
+    """Return all items as text, and how many each history has."""
     import pyarrow as pa
 
     for place, history in enumerate(histories):
@@ -139,7 +137,7 @@ def _flat(histories: Sequence[Any]) -> tuple[list[str], NDArray[np.int64]]:
 
 
 def _numbers_or_texts(texts: list[str], whole: bool) -> list[Any]:
-    """Items as whole numbers, where that is what was given and they all are some."""
+    """Return items as whole numbers where ``whole`` asks for it and all of them are, else as text."""
     return [int(t) for t in texts] if whole and all(t.lstrip("-").isdecimal() for t in texts) else list(texts)
 
 
@@ -147,7 +145,7 @@ def _numbers_or_texts(texts: list[str], whole: bool) -> list[Any]:
 
 
 def _events(rows: Any, columns: Mapping[str, str | None]) -> pa.Table:
-    """The columns of the events as one table."""
+    """Return the columns of the events as one table."""
     import pyarrow as pa
 
     roles = {column: role for role, column in columns.items() if column is not None}
@@ -159,7 +157,7 @@ def _events(rows: Any, columns: Mapping[str, str | None]) -> pa.Table:
 def _ordered(
     table: pa.Table, columns: Mapping[str, str | None], min_rating: float | None, ids: Mapping[str, int]
 ) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int64]]:
-    """User and item id of each event by user and time, as ``histories.build`` orders them, and each user's first row.
+    """Return user and item id of each event, ordered as ``histories.build`` does, and each user's first row.
 
     Users are numbered in the order in which they first occur.
     """
@@ -195,21 +193,9 @@ def _plain(values: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def _like_items(texts: list[str], kind: pa.DataType) -> pa.Array:
-    """Items as whole numbers, where that is what was given and they all are some."""
+    """Return items as whole numbers where the given column has them and all of them are, else as text."""
     import pyarrow as pa
 
     if pa.types.is_integer(kind):
         return pa.array(_numbers_or_texts(texts, True), kind if all(t.isdecimal() for t in texts) else None)
     return pa.array(texts, pa.string())
-
-
-def _as(rows: Any, columns: Mapping[str, Any]) -> Any:
-    """Columns as what ``rows`` are: a DataFrame, an arrow table, else a dict of arrays."""
-    import pyarrow as pa
-
-    table = pa.table(dict(columns))
-    if is_frame(rows):
-        return table.to_pandas()
-    if isinstance(rows, (str, Path, Mapping)):
-        return {name: table[name].to_numpy() for name in table.column_names}
-    return table

@@ -1,6 +1,6 @@
-"""Rows that a script brings, scored by a trained model: by columns of a DataFrame, an arrow table, a dict or a file.
+"""Scores of a script's own rows by a trained model, from a DataFrame, an arrow table, a dict or a file.
 
-Rows are encoded by what the checkpoint keeps, piece by piece, and nothing is written. pandas is used where the rows are
+Rows are encoded piece by piece by the checkpoint's encoding, and nothing is written. pandas is used where the rows are
 its own, and is no dependency; pyarrow is imported where it is used.
 """
 
@@ -37,7 +37,7 @@ def predict(model: MultiTaskRecommender, rows: Any, batch_size: int) -> Any:
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")
     encoding = Encoding.from_state(encoding_of(model))
-    found: list[NDArray[np.float32]] = [np.empty((0, len(encoding.features.tasks)), np.float32)]
+    parts: list[NDArray[np.float32]] = [np.empty((0, len(encoding.features.tasks)), np.float32)]
     first = 0
     for table in pieces(rows, encoding.roles, encoding.numbers, _BATCHES * batch_size):
         columns = ArraysInMemory()
@@ -46,24 +46,27 @@ def predict(model: MultiTaskRecommender, rows: Any, batch_size: int) -> Any:
         encoded = TableRows(columns, encoding.features, torch.arange(len(table)))
         for begin in range(0, len(table), batch_size):
             batch = encoded[begin : begin + batch_size].to(model.device)
-            found.append(model(batch).float().sigmoid().cpu().numpy())
-    p_Nt = np.concatenate(found)
-    return like(rows, {f"probability_{task}": p_Nt[:, i] for i, task in enumerate(encoding.features.tasks)})
+            parts.append(model(batch).float().sigmoid().cpu().numpy())
+    p_Nt = np.concatenate(parts)
+    scores = like(rows, {f"probability_{task}": p_Nt[:, i] for i, task in enumerate(encoding.features.tasks)})
+    if is_frame(rows):
+        scores.index = rows.index
+    return scores
 
 
 def encoding_of(model: Any) -> Mapping[str, Any]:
-    """Return what a model's checkpoint, or the data that it is trained on, say of the values of its data.
+    """Return the encoding state of a model's checkpoint, or of the data that it is trained on.
 
     Raises:
-        ValueError: neither says it.
+        ValueError: the model has neither.
     """
-    found = model.encoding_state
-    if found is None:
+    state = model.encoding_state
+    if state is None:
         raise ValueError(
             f"this {type(model).__name__} does not know what its numbers stand for: load a checkpoint of its training "
             "(apps.load), or train it first"
         )
-    return found
+    return state
 
 
 def pieces(rows: Any, roles: Mapping[str, str], numbers: Iterable[str], size: int) -> Iterator[pa.Table]:
@@ -72,13 +75,12 @@ def pieces(rows: Any, roles: Mapping[str, str], numbers: Iterable[str], size: in
     Args:
         rows: a pandas DataFrame, an arrow table or what becomes one, a mapping of columns, or a path (a pattern too) of
             CSV or Parquet files.
-        roles: the columns, and what each is for.
-        numbers: those of numbers.
+        roles: role of each column to read; messages name it.
+        numbers: columns of numbers.
         size: rows of a table.
 
     Raises:
-        ValueError: a column is missing, doubled, of another length, or of values that are no column, or a file cannot
-            be read.
+        ValueError: a column is missing, doubled, of another length, or no list of values, or a file cannot be read.
     """
     import pyarrow as pa
 
@@ -110,18 +112,19 @@ def pieces(rows: Any, roles: Mapping[str, str], numbers: Iterable[str], size: in
 
 
 def like(rows: Any, columns: Mapping[str, Any]) -> Any:
-    """Return columns as what ``rows`` are: a DataFrame with their index, an arrow table, else a dict of arrays."""
+    """Return columns in the kind of ``rows``: a DataFrame, an arrow table, else a dict of arrays."""
     import pyarrow as pa
 
+    table = pa.table(dict(columns))
     if is_frame(rows):
-        return sys.modules["pandas"].DataFrame(dict(columns), index=rows.index)
+        return table.to_pandas()
     if isinstance(rows, (str, Path, Mapping)):
-        return dict(columns)
-    return pa.table(dict(columns))
+        return {name: table[name].to_numpy() for name in table.column_names}
+    return table
 
 
 def is_frame(rows: Any) -> bool:
-    """Return whether ``rows`` are a pandas DataFrame, without importing pandas."""
+    """Tell whether ``rows`` are a pandas DataFrame, without importing pandas."""
     pandas = sys.modules.get("pandas")
     return pandas is not None and isinstance(rows, pandas.DataFrame)
 
@@ -159,7 +162,7 @@ def _of_files(name: str, roles: Mapping[str, str], numbers: tuple[str, ...], siz
 
 
 def _joined(tables: Iterable[pa.Table], size: int) -> Iterator[pa.Table]:
-    """Tables of ``size`` rows from tables of any."""
+    """Join and cut tables to ``size`` rows each."""
     kept: list[pa.Table] = []
     count = 0
     for table in tables:

@@ -52,22 +52,22 @@ def ready(file: str, **options: Any) -> HistoryData:
 
 
 def rows(padded: Tensor) -> list[list[int]]:
-    """Without the zeros at the end."""
+    """Cut off the zeros at the end of each row."""
     return [row[: int(row.nonzero().max()) + 1].tolist() if row.any() else [] for row in padded]
 
 
 def by_user(loader: Any) -> dict[int, HistoryBatch]:
-    """One example a user, as lists."""
-    found: dict[int, Any] = {}
+    """Return the one example of each user, as lists."""
+    examples: dict[int, Any] = {}
     for batch in loader:
         seen = [None] * len(batch.user_B) if batch.seen_BH is None else rows(batch.seen_BH)
         for user, items, targets, s in zip(
             batch.user_B.tolist(), rows(batch.items_BS), batch.targets_BS.tolist(), seen, strict=True
         ):
-            assert user not in found
-            found[user] = (items, targets[: len(items)], s)
+            assert user not in examples
+            examples[user] = (items, targets[: len(items)], s)
             assert not any(targets[len(items) :])
-    return found
+    return examples
 
 
 # --- the split ---
@@ -182,17 +182,17 @@ def test_every_split_is_what_a_loop_over_users_gives(tmp_path: Path, max_length:
 def test_all_windows_have_each_training_pair_once(tmp_path: Path, max_length: int) -> None:
     file, sequences = random_table(tmp_path)
     data = ready(file, max_length=max_length, train_windows="all", batch_size=7)
-    found = []
+    examples = []
     for batch in data.train_dataloader():
         assert batch.items_BS.shape[1] <= max_length
         mask = batch.targets_BS > 0
         user = batch.user_B[:, None].expand_as(mask)[mask].tolist()
-        found += list(zip(user, batch.items_BS[mask].tolist(), batch.targets_BS[mask].tolist(), strict=True))
+        examples += list(zip(user, batch.items_BS[mask].tolist(), batch.targets_BS[mask].tolist(), strict=True))
     expected = []
     for place, sequence in enumerate(sequences.values()):
         train = sequence[:-2] if len(sequence) >= 3 else sequence
         expected += [(place, a, b) for a, b in itertools.pairwise(train)]
-    assert sorted(found) == sorted(expected)
+    assert sorted(examples) == sorted(expected)
 
 
 def test_the_held_out_items_are_in_no_training_batch(tmp_path: Path) -> None:
@@ -387,9 +387,9 @@ def test_a_model_knows_its_items_in_another_file(tmp_path: Path, caplog: pytest.
     assert data.item_values == ("", "10", "20", "30", "40", "50")
     assert by_user(data.predict_dataloader())[2][0] == [1, 3, 4, 5]  # user 7's 10, 30, 40 and 50; 2 is 20 still
     names = dict(zip(["10", "20", "30", "40", "50"], "abcde", strict=True))
-    for items, found in zip(predicted[0].item, predicted[0].name, strict=True):
+    for items, names_of_items in zip(predicted[0].item, predicted[0].name, strict=True):
         assert sorted(items) == sorted(names)  # all five, by their own values
-        assert found == [names[item] for item in items]
+        assert names_of_items == [names[item] for item in items]
     # Lightning's own way to a checkpoint says it too, and it goes on into the next one.
     model, again = NextItemRecommender(5, 4), HistoryData("table", file=other, max_length=4)
     trainer.test(model, datamodule=again, ckpt_path=path, weights_only=True, verbose=False)

@@ -115,10 +115,10 @@ def test_convolution_by_hand():
         conv.proj.weight.copy_(torch.tensor([[1.0, 10.0, 100.0]]))
         conv.proj.bias.fill_(0.5)
         packing, _ = Packing.of(torch.tensor([[True, True, True], [True, True, False]]))
-        found = conv(torch.tensor([[1.0], [2.0], [3.0], [4.0], [5.0]], dtype=torch.float64), packing=packing)
+        output = conv(torch.tensor([[1.0], [2.0], [3.0], [4.0], [5.0]], dtype=torch.float64), packing=packing)
     # 1; 2 + 10; 3 + 20 + 100; 4; 5 + 40; plus the bias. GELU(z) is z * Phi(z).
     z = torch.tensor([1.5, 12.5, 123.5, 4.5, 45.5], dtype=torch.float64)
-    assert_close(found.squeeze(1), z * torch.special.ndtr(z), rtol=0, atol=1e-12)
+    assert_close(output.squeeze(1), z * torch.special.ndtr(z), rtol=0, atol=1e-12)
 
 
 # ---- the mixture

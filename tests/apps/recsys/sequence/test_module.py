@@ -122,8 +122,8 @@ def test_the_last_items_target_is_ranked_among_all_items():
     assert out.num_examples == 3
     metrics = module.build_metrics()
     metrics.update(out.outputs, out.targets)
-    found = {k: float(v) for k, v in metrics.compute().items()}
-    assert found == pytest.approx(
+    values = {k: float(v) for k, v in metrics.compute().items()}
+    assert values == pytest.approx(
         {"hr_10": 1.0, "ndcg_10": (1 / math.log2(10) + 1 / math.log2(6)) / 2, "mrr": (1 / 9 + 1 / 5) / 2}
     )
 
@@ -141,12 +141,12 @@ def test_seen_items_have_no_rank_where_they_are_excluded():
 
 def test_prediction_names_the_best_items():
     module = ranking(build(top_k=3), SCORES)
-    found = module.predict_step(EVAL, 0)
-    assert found.item == [["1", "2", "3"]] * 3
-    assert found.name is None
-    assert_close(found.score[0], torch.tensor([0.9, 0.8, 0.7]))
-    assert found.index.tolist() == [0, 1, 2]
-    assert found.user.tolist() == [100, 101, 102]
+    predicted = module.predict_step(EVAL, 0)
+    assert predicted.item == [["1", "2", "3"]] * 3
+    assert predicted.name is None
+    assert_close(predicted.score[0], torch.tensor([0.9, 0.8, 0.7]))
+    assert predicted.index.tolist() == [0, 1, 2]
+    assert predicted.user.tolist() == [100, 101, 102]
     unseen = ranking(build(top_k=3, exclude_seen=True), SCORES).predict_step(EVAL, 0)
     assert unseen.item == [["2", "6", "7"], ["1", "3", "4"], ["1", "2", "3"]]
     assert [len(items) for items in ranking(build(top_k=99), SCORES).predict_step(EVAL, 0).item] == [9, 9, 9]
@@ -256,10 +256,10 @@ def test_it_learns_what_can_be_learned_and_survives_a_checkpoint(tmp_path):
     module = build(optimizer=OptimizerConfig(lr=0.02, weight_decay=0.0), ema_decay=0.5)
     run = trainer(tmp_path, max_epochs=25, enable_checkpointing=False)
     run.fit(module, datamodule=Cycles())
-    (found,) = run.test(module, datamodule=Cycles(), verbose=False)
-    assert found["test/ndcg_10"] > 0.99
-    assert found["test/hr_10"] == 1.0
-    assert found["test/mrr"] > 0.99
+    (metrics,) = run.test(module, datamodule=Cycles(), verbose=False)
+    assert metrics["test/ndcg_10"] > 0.99
+    assert metrics["test/hr_10"] == 1.0
+    assert metrics["test/mrr"] > 0.99
     assert module.monitor == "val/ndcg_10"
     assert run.callback_metrics["test/routing/model.blocks.0.mixing/entropy"] > 0
     assert "test/routing/model.blocks.1.ffn/load_imbalance" in run.callback_metrics

@@ -40,28 +40,28 @@ def trained(folder: Path, events: dict[str, Any] = EVENTS, **options: Any) -> tu
     trainer.save_checkpoint(folder / "it.ckpt")
     predicted: Any = trainer.predict(model, datamodule=data)
     (folder / "clicks.csv").unlink()
-    found = {
+    by_user = {
         user: list(zip(items, scores.tolist(), strict=True))
         for batch in predicted
         for user, items, scores in zip(batch.user_name, batch.item, batch.score, strict=True)
     }
-    return NextItemRecommender.load_from_checkpoint(folder / "it.ckpt"), found
+    return NextItemRecommender.load_from_checkpoint(folder / "it.ckpt"), by_user
 
 
-def assert_same(found: list[tuple[Any, float]], expected: list[tuple[Any, float]]) -> None:
-    assert [str(item) for item, _ in found] == [str(item) for item, _ in expected]
-    np.testing.assert_allclose([score for _, score in found], [score for _, score in expected], rtol=1e-4)
+def assert_same(actual: list[tuple[Any, float]], expected: list[tuple[Any, float]]) -> None:
+    assert [str(item) for item, _ in actual] == [str(item) for item, _ in expected]
+    np.testing.assert_allclose([score for _, score in actual], [score for _, score in expected], rtol=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_lists_have_the_items_that_the_command_line_predicts(tmp_path: Path) -> None:
     model, written = trained(tmp_path)
-    for found, user in zip(model.predict(LISTS, include_seen=True, batch_size=3), USERS, strict=True):
-        assert_same(found, written[user])
-    for found, history, user in zip(model.predict(LISTS, top=2), LISTS, USERS, strict=True):
+    for best, user in zip(model.predict(LISTS, include_seen=True, batch_size=3), USERS, strict=True):
+        assert_same(best, written[user])
+    for best, history, user in zip(model.predict(LISTS, top=2), LISTS, USERS, strict=True):
         unseen = [(item, score) for item, score in written[user] if int(item) not in history]
-        assert_same(found, unseen[:2])  # ann has seen all five, the first too, which the model does not look at
-        assert all(isinstance(item, int) for item, _ in found)
+        assert_same(best, unseen[:2])  # ann has seen all five, the first too, which the model does not look at
+        assert all(isinstance(item, int) for item, _ in best)
     texts = [[str(item) for item in history] for history in LISTS]
     assert [item for item, _ in model.predict(texts)[2]] == [str(item) for item, _ in model.predict(LISTS)[2]]
 
@@ -70,18 +70,18 @@ def test_lists_have_the_items_that_the_command_line_predicts(tmp_path: Path) -> 
 def test_events_have_the_same_in_every_form(tmp_path: Path) -> None:
     model, _ = trained(tmp_path)
     users, items, scores = zip(
-        *((u, i, s) for u, found in zip(USERS, model.predict(LISTS, top=3), strict=True) for i, s in found),
+        *((u, i, s) for u, best in zip(USERS, model.predict(LISTS, top=3), strict=True) for i, s in best),
         strict=True,
     )
     pa.csv.write_csv(pa.table(EVENTS), tmp_path / "new.csv")
     for rows in (EVENTS, pa.table(EVENTS), tmp_path / "new.csv"):
-        found = model.predict(rows, top=3)
-        columns = found.column_names if isinstance(found, pa.Table) else list(found)
+        result = model.predict(rows, top=3)
+        columns = result.column_names if isinstance(result, pa.Table) else list(result)
         assert columns == ["who", "what", "score"]
-        assert np.asarray(found["who"]).tolist() == list(users)
+        assert np.asarray(result["who"]).tolist() == list(users)
         wanted = list(map(str, items)) if isinstance(rows, Path) else list(items)
-        assert np.asarray(found["what"]).tolist() == wanted
-        np.testing.assert_allclose(np.asarray(found["score"]), scores, rtol=1e-5)
+        assert np.asarray(result["what"]).tolist() == wanted
+        np.testing.assert_allclose(np.asarray(result["score"]), scores, rtol=1e-5)
     pandas = pytest.importorskip("pandas")
     frame = model.predict(pandas.DataFrame(EVENTS), top=3)
     assert frame["who"].tolist() == list(users)
@@ -95,12 +95,12 @@ def test_items_that_the_model_does_not_know_are_left_out_and_counted(
     model, _ = trained(tmp_path)
     expected = model.predict(LISTS)
     caplog.clear()
-    found = model.predict([[*LISTS[0], 60], LISTS[1], [60], [30, 61, 20], []])
+    best = model.predict([[*LISTS[0], 60], LISTS[1], [60], [30, 61, 20], []])
     for i in (0, 1, 3):
-        assert_same(found[i], expected[i])
-    assert (found[2], found[4]) == ([], [])
-    said = "items left out, for the model does not know them: 3; histories of no others, which get no items: 2"
-    assert caplog.messages == [said]
+        assert_same(best[i], expected[i])
+    assert (best[2], best[4]) == ([], [])
+    message = "items left out, for the model does not know them: 3; histories of no others, which get no items: 2"
+    assert caplog.messages == [message]
     assert model.predict([[60]]) == [[]]
     assert model.predict([]) == []
 
@@ -110,10 +110,10 @@ def test_low_ratings_are_left_out_as_in_training_and_names_stand_beside_the_item
     events = {**EVENTS, "stars": [5, 4, 4, 2, 4, 5, 4, 3, 5, 4, 4], "title": [f"film {i}" for i in EVENTS["what"]]}
     options = {"rating_column": "stars", "min_rating": 3, "name_column": "title"}
     model, written = trained(tmp_path, events, **options)
-    found = model.predict({k: v for k, v in events.items() if k != "title"}, top=5, include_seen=True)
-    mine = [(i, s) for u, i, s in zip(found["who"], found["what"], found["score"], strict=True) if u == "ann"]
-    assert_same(mine, written["ann"])  # of 10 30 40 50: 20 has 2 stars
-    assert found["name"].tolist() == [f"film {i}" for i in found["what"]]
+    result = model.predict({k: v for k, v in events.items() if k != "title"}, top=5, include_seen=True)
+    of_ann = [(i, s) for u, i, s in zip(result["who"], result["what"], result["score"], strict=True) if u == "ann"]
+    assert_same(of_ann, written["ann"])  # of 10 30 40 50: 20 has 2 stars
+    assert result["name"].tolist() == [f"film {i}" for i in result["what"]]
 
 
 @pytest.mark.filterwarnings("ignore")
