@@ -1,4 +1,4 @@
-"""The tables that are known by name: where their files come from, and what reads them.
+"""The tables that are known by name: sources of their files, and their readers.
 
 Importing this reads no file and imports neither pyarrow nor torchrec: a reader is imported when it is called.
 """
@@ -25,8 +25,8 @@ class RecsysDataset:
     """A table that is known by name.
 
     Attributes:
-        source: its files, and where they come from.
-        read: turns a folder with those files into ``RawTables``.
+        source: its files and their sources.
+        read: function from a folder with those files to ``RawTables``.
     """
 
     source: Dataset
@@ -72,7 +72,7 @@ def _movielens(
     name: str, title: str, archive: tuple[str, str], package: str, folder: str, hashes: tuple[str, str, str],
     original: tuple[str, ...],
 ) -> RecsysDataset:  # fmt: skip
-    """The two MovieLens sets: GroupLens' archive, or RecBole's atomic files .inter, .user and .item."""
+    """Return a MovieLens set, from GroupLens' archive or RecBole's atomic files .inter, .user and .item."""
     stem = PurePosixPath(folder).name
     names = tuple(f"{stem}.{kind}" for kind in ("inter", "user", "item"))
     return RecsysDataset(

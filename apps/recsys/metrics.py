@@ -1,8 +1,8 @@
-"""Metrics of click models and of rankings as torchmetrics metrics, the same on one process or many.
+"""torchmetrics metrics of click models and of rankings, with equal results on one process and on many.
 
-``MultiTaskMetrics`` and ``RankingMetrics`` are what a module returns from ``build_metrics``. What is computed, and how
-ties, bins and classes that are missing are treated, stands in ``apps.recsys.binary_metrics``. Ranks are pessimistic: an
-item with the score of the target stands before it, so a constant scorer ranks last.
+A module returns ``MultiTaskMetrics`` or ``RankingMetrics`` from ``build_metrics``. ``apps.recsys.binary_metrics``
+defines the metrics of a task, and how ties, bins and missing classes are treated. Ranks are pessimistic: an item with
+the score of the target stands before it, so a constant scorer ranks last.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from apps.recsys.binary_metrics import NO_GROUP, TaskMetrics, histogram_metrics,
 _LIMIT = 16.0
 
 
-# ---- of a stage
+# ---- tasks
 
 
 def _gather(tensor: Tensor, group: Any = None) -> list[Tensor]:
     """Return the tensor of each rank, on this one's device; their first sizes may differ.
 
-    torchmetrics' own indexes by a list of slices where they do, which torch has announced to read otherwise.
+    torchmetrics' own function then indexes by a list of slices, whose meaning torch is going to change.
     """
     home = tensor.device
     tensor = tensor.cuda() if dist.get_backend(group) == "nccl" else tensor
@@ -54,7 +54,7 @@ class _Synced(Metric):
         super().__init__(dist_sync_fn=_gather)
 
     def _empty(self) -> Mapping[str, Tensor]:
-        """Return what stands for a list state without elements, by its name: all ranks must take part in a gather."""
+        """Return an empty tensor for each list state, by name: all ranks must take part in a gather."""
         return {}
 
     def _sync_dist(self, dist_sync_fn: Any = _gather, process_group: Any = None) -> None:
@@ -75,9 +75,9 @@ class MultiTaskMetrics(_Synced):
     AUC by at most half the share of pairs that fall into one bin; log loss and means stay exact.
 
     Args:
-        task_names: in the order of the columns.
-        grouped: keep the users that ``update`` is given.
-        score_bins: bins of equal width of the logit in -16..16; None: exact.
+        task_names: names of the tasks, in the order of the columns.
+        grouped: whether to keep the users that ``update`` is given.
+        score_bins: number of bins of equal width of the logit in -16..16; None: exact metrics.
 
     Attributes:
         by_task: the metrics of each task, after ``compute``.
@@ -127,7 +127,7 @@ class MultiTaskMetrics(_Synced):
         Args:
             outputs: (B, t) logits.
             targets: (B, t), 0, 1, or NaN where an example has no label.
-            groups: int64 (B,), the user of each example; None: not known.
+            groups: int64 (B,), the user of each example; None where users are not known.
 
         Raises:
             ValueError: shapes that do not fit each other.

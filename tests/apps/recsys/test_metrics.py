@@ -45,12 +45,12 @@ def sigmoid(z: np.ndarray) -> np.ndarray:
 def test_equal_to_scikit_learn(n, ties):
     z, y, _ = draw(n, ties=ties)
     y[:2] = (0, 1)
-    found = binary_metrics.task_metrics(z, y)
-    assert found.auc == pytest.approx(sk.roc_auc_score(y, z), abs=1e-12)
-    assert found.pr_auc == pytest.approx(sk.average_precision_score(y, z), abs=1e-12)
-    assert found.log_loss == pytest.approx(sk.log_loss(y, sigmoid(z)), abs=1e-12)
-    assert found.mean_prediction == pytest.approx(sigmoid(z).mean(), abs=1e-12)
-    assert found.base_rate == pytest.approx(y.mean())
+    metrics = binary_metrics.task_metrics(z, y)
+    assert metrics.auc == pytest.approx(sk.roc_auc_score(y, z), abs=1e-12)
+    assert metrics.pr_auc == pytest.approx(sk.average_precision_score(y, z), abs=1e-12)
+    assert metrics.log_loss == pytest.approx(sk.log_loss(y, sigmoid(z)), abs=1e-12)
+    assert metrics.mean_prediction == pytest.approx(sigmoid(z).mean(), abs=1e-12)
+    assert metrics.base_rate == pytest.approx(y.mean())
 
 
 def test_calibration_bins_are_scikit_learns():
@@ -74,10 +74,10 @@ def test_auc_by_user_is_the_weighted_mean_of_scikit_learns():
         else:
             aucs.append(sk.roc_auc_score(y[own], z[own]))
             weights.append(own.sum())
-    found = binary_metrics.grouped_auc(z, y, users)
+    gauc = binary_metrics.grouped_auc(z, y, users)
     assert left_out > 0
-    assert (found.num_groups, found.left_out) == (len(aucs), left_out)
-    assert found.value == pytest.approx(np.average(aucs, weights=weights), abs=1e-12)
+    assert (gauc.num_groups, gauc.left_out) == (len(aucs), left_out)
+    assert gauc.value == pytest.approx(np.average(aucs, weights=weights), abs=1e-12)
 
 
 # ---- by hand
@@ -115,8 +115,8 @@ def test_auc_by_user_by_hand():
     users = np.array([7, 9, 7, 4, 9, 7])
     scores = np.array([0.5, 0.1, 0.9, 0.3, 0.2, 0.1])
     labels = np.array([1, 0, 0, 1, 1, 0])
-    found = binary_metrics.grouped_auc(scores, labels, users)
-    assert found == binary_metrics.GroupedAUC((3 * 0.5 + 2 * 1.0) / 5, 2, 1)
+    gauc = binary_metrics.grouped_auc(scores, labels, users)
+    assert gauc == binary_metrics.GroupedAUC((3 * 0.5 + 2 * 1.0) / 5, 2, 1)
 
 
 def test_large_logits_are_not_ties():
@@ -171,22 +171,22 @@ def test_tasks_are_judged_apart_and_averaged():
     metric = MultiTaskMetrics(["click", "buy"], grouped=True)
     for batch in batches():
         metric.update(*batch)
-    found = {k: float(v) for k, v in metric.compute().items()}
+    values = {k: float(v) for k, v in metric.compute().items()}
     (z, y, users) = (torch.cat(x).numpy() for x in zip(*batches(), strict=True))
-    assert set(found) == {"auc", "gauc"} | {
+    assert set(values) == {"auc", "gauc"} | {
         f"{m}_{t}" for m in ("auc", "pr_auc", "log_loss", "ece", "gauc") for t in ("click", "buy")
     }
-    assert found["auc_click"] == pytest.approx(sk.roc_auc_score(y[:, 0], z[:, 0]), abs=1e-12)
-    assert found["auc_buy"] == pytest.approx(sk.roc_auc_score(y[:, 1], z[:, 1]), abs=1e-12)
-    assert found["auc"] == pytest.approx((found["auc_click"] + found["auc_buy"]) / 2)
-    assert found["gauc_buy"] == binary_metrics.grouped_auc(z[:, 1], y[:, 1], users).value
+    assert values["auc_click"] == pytest.approx(sk.roc_auc_score(y[:, 0], z[:, 0]), abs=1e-12)
+    assert values["auc_buy"] == pytest.approx(sk.roc_auc_score(y[:, 1], z[:, 1]), abs=1e-12)
+    assert values["auc"] == pytest.approx((values["auc_click"] + values["auc_buy"]) / 2)
+    assert values["gauc_buy"] == binary_metrics.grouped_auc(z[:, 1], y[:, 1], users).value
     assert metric.by_task["buy"].gauc.left_out == binary_metrics.grouped_auc(z[:, 1], y[:, 1], users).left_out
     metric.reset()
     metric.update(torch.zeros(2, 2), torch.tensor([[0.0, 1.0], [1.0, 1.0]]))
-    found = metric.compute()
-    assert found["auc"] == 0.5  # of the one task that has both classes
-    assert torch.isnan(found["auc_buy"])
-    assert "gauc" not in found
+    values = metric.compute()
+    assert values["auc"] == 0.5  # of the one task that has both classes
+    assert torch.isnan(values["auc_buy"])
+    assert "gauc" not in values
 
 
 def test_streaming_counts_are_exact_where_each_score_has_its_bin():
@@ -196,10 +196,10 @@ def test_streaming_counts_are_exact_where_each_score_has_its_bin():
         y[:5, 1] = torch.nan
         for metric in (exact, binned):
             metric.update(z, y)
-    want, found = exact.compute(), binned.compute()
-    assert want.keys() == found.keys()
+    want, approximate = exact.compute(), binned.compute()
+    assert want.keys() == approximate.keys()
     for name in want:
-        assert float(found[name]) == pytest.approx(float(want[name]), abs=1e-12)
+        assert float(approximate[name]) == pytest.approx(float(want[name]), abs=1e-12)
     assert binned.by_task["b"].num_examples == 575
 
 
@@ -260,8 +260,8 @@ def test_ranking_by_hand():
     metric = RankingMetrics(ks=(1, 3))
     metric.update(scores[:2], target[:2])
     metric.update(scores[2:], target[2:])
-    found = {k: float(v) for k, v in metric.compute().items()}
-    assert found == pytest.approx(
+    values = {k: float(v) for k, v in metric.compute().items()}
+    assert values == pytest.approx(
         {
             "hr@1": 1 / 3,
             "hr@3": 2 / 3,
@@ -276,9 +276,9 @@ def test_a_scorer_that_knows_nothing_does_not_look_good():
     for scores in (torch.zeros(8, 100), torch.full((8, 100), torch.nan), torch.full((8, 100), -torch.inf)):
         metric = RankingMetrics()
         metric.update(scores, torch.arange(8))
-        found = metric.compute()
-        assert found["hr@10"] == found["ndcg@20"] == 0
-        assert float(found["mrr"]) == pytest.approx(1 / 100)
+        values = metric.compute()
+        assert values["hr@10"] == values["ndcg@20"] == 0
+        assert float(values["mrr"]) == pytest.approx(1 / 100)
     scores = torch.zeros(1, 100)
     scores[0, 5] = torch.nan  # a NaN stands before the target too
     assert target_ranks(scores, torch.tensor([5])).tolist() == [100]
@@ -321,7 +321,7 @@ def _rank(offset: int, rank: int, folder: str) -> None:
     rank += offset
     meet, patience = f"file://{folder}/meet", datetime.timedelta(seconds=120)
     torch.distributed.init_process_group("gloo", init_method=meet, rank=rank, world_size=2, timeout=patience)
-    found = {}
+    by_name = {}
     for name, metric in _metrics().items():
         parts = batches()
         # Rank 0 has three batches, rank 1 two; of the metric "alone" rank 1 has none.
@@ -330,8 +330,8 @@ def _rank(offset: int, rank: int, folder: str) -> None:
             metric.update(*((_scores(z), users % 2) if name == "ranking" else (z, y, users)))
         if not own:
             metric._update_count = 1  # without: a warning that nothing was updated
-        found[name] = {k: float(v) for k, v in metric.compute().items()}
-    torch.save(found, f"{folder}/{rank}.pt")
+        by_name[name] = {k: float(v) for k, v in metric.compute().items()}
+    torch.save(by_name, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 

@@ -27,8 +27,8 @@ def part(values, kind=None, where="the training table"):
     ],
 )
 def test_labels(values, task, expected):
-    found = to_labels([part(values)], "t", task)
-    assert np.array_equal(found, np.array(expected, dtype=np.float32), equal_nan=True)
+    labels = to_labels([part(values)], "t", task)
+    assert np.array_equal(labels, np.array(expected, dtype=np.float32), equal_nan=True)
 
 
 def test_labels_that_are_none_are_refused():

@@ -27,9 +27,9 @@ def part(values, kind=None, where="the training table"):
     ],
 )
 def test_numbers(values, expected):
-    found = to_float32(to_numbers([part(values)], "c"))
-    assert found.dtype == np.float32
-    assert np.array_equal(found, np.array(expected, dtype=np.float32), equal_nan=True)
+    numbers = to_float32(to_numbers([part(values)], "c"))
+    assert numbers.dtype == np.float32
+    assert np.array_equal(numbers, np.array(expected, dtype=np.float32), equal_nan=True)
 
 
 @pytest.mark.parametrize("position", [0, 1, 6])

@@ -1,4 +1,4 @@
-"""What a checkpoint says of its table's values: other rows of other files are encoded by it."""
+"""A checkpoint's encoding of its table: other rows of other files are encoded by it."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ NEW = {
 
 
 def test_a_vocabulary_finds_its_texts():
-    found = Vocabulary.of(pa.array(["skip", "b", "", "äö"]).slice(1))
-    assert (len(found), found.texts()) == (3, ("b", "", "äö"))
-    assert found.find(pa.array(["äö", "a", "b", None, ""])).tolist() == [2, -1, 0, -1, 1]
+    vocabulary = Vocabulary.of(pa.array(["skip", "b", "", "äö"]).slice(1))
+    assert (len(vocabulary), vocabulary.texts()) == (3, ("b", "", "äö"))
+    assert vocabulary.find(pa.array(["äö", "a", "b", None, ""])).tolist() == [2, -1, 0, -1, 1]
     assert Vocabulary.of(pa.array([], pa.string())).find(pa.array(["a"])).tolist() == [-1]
-    assert found.digest != Vocabulary.of(pa.array(["", "b", "äö"])).digest
+    assert vocabulary.digest != Vocabulary.of(pa.array(["", "b", "äö"])).digest
 
 
 def test_a_table_is_encoded_by_what_another_one_taught(own, tmp_path):
@@ -128,8 +128,8 @@ def test_a_loaded_module_scores_by_its_own_rows_whatever_the_data_would_learn(ow
     write(tmp_path, train=SWAPPED)
 
     loaded = MultiTaskRecommender.load_from_checkpoint(tmp_path / "it.ckpt")
-    (found,) = trainer(tmp_path).predict(loaded, datamodule=own())
-    assert torch.equal(torch.stack([found["probability_click"], found["probability_like"]], 1), expected)
+    (predicted,) = trainer(tmp_path).predict(loaded, datamodule=own())
+    assert torch.equal(torch.stack([predicted["probability_click"], predicted["probability_like"]], 1), expected)
 
     other = own()
     fresh = module_of(data)
@@ -150,18 +150,18 @@ def test_a_script_predicts_a_file_by_a_loaded_module_alone(own, tmp_path):
         (tmp_path / name).unlink()
     pa.csv.write_csv(pa.table(NEW), tmp_path / "new.csv")
     loaded = MultiTaskRecommender.load_from_checkpoint(tmp_path / "it.ckpt")
-    (found,) = trainer(tmp_path).predict(loaded, datamodule=own(predict_file="new.csv"))
-    assert list(found) == ["index", "probability_click", "probability_like"]
-    assert found["probability_click"].tolist() == expected["probability_click"].tolist()
+    (predicted,) = trainer(tmp_path).predict(loaded, datamodule=own(predict_file="new.csv"))
+    assert list(predicted) == ["index", "probability_click", "probability_like"]
+    assert predicted["probability_click"].tolist() == expected["probability_click"].tolist()
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_test_rows_have_their_labels_beside_their_predictions(own, tmp_path):
     write(tmp_path, test={**TEST, "stars": ["4", ""]})
     data = own()
-    (found,) = trainer(tmp_path).predict(module_of(data), datamodule=data)
+    (predicted,) = trainer(tmp_path).predict(module_of(data), datamodule=data)
     # clicks of TEST; 4 stars are liked, and no stars are no label
-    assert (found["label_click"], found["label_like"]) == ([1, 0], [1, None])
+    assert (predicted["label_click"], predicted["label_like"]) == ([1, 0], [1, None])
 
 
 # ---- rows to predict
@@ -258,10 +258,10 @@ def test_the_example_of_the_docs(tmp_path, monkeypatch, capsys):
 
     head, _, rest = predict.partition(" --data.predict_columns ")
     assert main([*head.split(), "--overwrite", "--data.predict_columns", rest]) == 0
-    found = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [list(row) for row in found] == [["index", "user", "item", "probability_click", "probability_buy"]] * 2
-    assert [(row["user"], row["item"]) for row in found] == [("ann", "tea"), ("zoe", "tea")]
-    assert found[0]["probability_buy"] == pytest.approx(every[0]["probability_buy"], rel=1e-5)  # the first event
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [list(row) for row in rows] == [["index", "user", "item", "probability_click", "probability_buy"]] * 2
+    assert [(row["user"], row["item"]) for row in rows] == [("ann", "tea"), ("zoe", "tea")]
+    assert rows[0]["probability_buy"] == pytest.approx(every[0]["probability_buy"], rel=1e-5)  # the first event
 
     # The test rows of another split, whose training rows would teach otherwise, have the same predictions.
     pa.csv.write_csv(pa.table(events), "events.csv")
