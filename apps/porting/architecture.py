@@ -242,26 +242,17 @@ def activation(theirs: str) -> Any:
     return ACTIVATIONS[theirs]
 
 
-def token_choice(moe: core.MoEConfig, model_type: str) -> core.TokenChoice:
-    """Return the router.
+def sparse_parts(moe: core.MoEConfig, model_type: str) -> tuple[core.TokenChoice, core.FFN]:
+    """Return the router and the experts; gated experts are of a subclass of FFN.
 
     Raises:
-        ValueError: it is another.
+        ValueError: the published architecture has others.
     """
     if not isinstance(moe.router, core.TokenChoice):
         raise ValueError(f"router {type(moe.router).__name__} cannot be said in {model_type}, which has TokenChoice")
-    return moe.router
-
-
-def plain_ffn(moe: core.MoEConfig, model_type: str) -> core.FFN:
-    """Return the experts; gated ones are of a subclass.
-
-    Raises:
-        ValueError: they are others.
-    """
     if not isinstance(moe.expert, core.FFN):
         raise ValueError(f"expert {type(moe.expert).__name__} cannot be said in {model_type}, which has FFN or SwiGLU")
-    return moe.expert
+    return moe.router, moe.expert
 
 
 def sparse_step(indices: tuple[int, ...], sparse: Callable[[int, int], tuple[int, ...]], depth: int) -> int:

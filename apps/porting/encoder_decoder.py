@@ -74,7 +74,7 @@ def expert_parts(moe: core.MoEConfig | None, ours: str, theirs: str, names: Mapp
     """Return the parts of an MoE layer; ``names`` gives an expert's tensors of theirs by ours."""
     assert moe is not None
     experts = [f"{theirs}.experts.expert_{e}" for e in range(moe.num_experts)]
-    gate_bias = moe.router.gate_bias  # type: ignore[attr-defined]  # a TokenChoice, as token_choice has checked
+    gate_bias = moe.router.gate_bias  # type: ignore[attr-defined]  # a TokenChoice, as sparse_parts has checked
     return [
         *linear(f"{ours}.router.gate", f"{theirs}.router.classifier", bias=gate_bias),
         *(stacked(f"{ours}.experts.{our}", [f"{expert}.{name}" for expert in experts]) for our, name in names.items()),

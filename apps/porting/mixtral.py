@@ -16,8 +16,7 @@ from apps.porting.architecture import (
     Family,
     activation,
     needed,
-    plain_ffn,
-    token_choice,
+    sparse_parts,
 )
 from apps.porting.parts import Part, Parts, cut, embedding, linear, same, self_attention, stacked
 from apps.porting.vocabulary import Vocabulary, special_id
@@ -198,7 +197,7 @@ def write(architecture: Architecture) -> dict[str, Any]:
         written["attention_bias"] = config.bias if config.qkv_bias is None else config.qkv_bias
     if moe is None:
         return written
-    router, expert = token_choice(moe, model_type), plain_ffn(moe, model_type)
+    router, expert = sparse_parts(moe, model_type)
     hidden_dim = expert.hidden(shape.dim)
     written["hidden_act"] = THEIR_ACTIVATIONS[expert.activation]
     written["num_experts_per_tok"] = router.top_k
@@ -275,7 +274,7 @@ def _experts(architecture: Architecture, ours: str, layer: str) -> list[Part]:
     for our, name in zip(("w_gate", "w_in", "w_out"), EXPERTS[model_type], strict=True):
         experts = [f"{theirs}.experts.{e}.{name}.weight" for e in range(moe.num_experts)]
         table.append(stacked(f"{ours}.experts.{our}", experts))
-    if moe.router.expert_bias:  # type: ignore[attr-defined]  # a TokenChoice, as token_choice has checked
+    if moe.router.expert_bias:  # type: ignore[attr-defined]  # a TokenChoice, as sparse_parts has checked
         table.append(same(f"{ours}.router.expert_bias", f"{theirs}.gate.e_score_correction_bias"))
     if moe.num_shared_experts:
         shared = f"{theirs}.shared_expert{'s' if model_type == 'glm4_moe' else ''}"

@@ -17,9 +17,8 @@ from apps.porting.architecture import (
     activation,
     needed,
     one_width,
-    plain_ffn,
+    sparse_parts,
     sparse_step,
-    token_choice,
 )
 from apps.porting.encoder_decoder import (
     expert_parts,
@@ -121,7 +120,7 @@ def write(architecture: Architecture) -> dict[str, Any]:
     }
     hidden_dim = shape.hidden_dim
     if moe is not None:
-        router, expert = token_choice(moe, SPARSE), plain_ffn(moe, SPARSE)
+        router, expert = sparse_parts(moe, SPARSE)
         hidden_dim, masking = expert.hidden(shape.dim), moe.expert_output_masking
         written.update(
             architectures=["NllbMoeForConditionalGeneration"],

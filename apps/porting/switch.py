@@ -17,9 +17,8 @@ from apps.porting.architecture import (
     activation,
     needed,
     one_width,
-    plain_ffn,
+    sparse_parts,
     sparse_step,
-    token_choice,
 )
 from apps.porting.encoder_decoder import (
     expert_parts,
@@ -144,7 +143,7 @@ def write(architecture: Architecture) -> dict[str, Any]:
             "scale_decoder_outputs": config.logits_scale != 1.0,
         }
     assert moe is not None
-    router, expert = token_choice(moe, SPARSE), plain_ffn(moe, SPARSE)
+    router, expert = sparse_parts(moe, SPARSE)
     for side, depth, indices in sides(architecture):
         written[f"num_sparse_{side}_layers"] = len(indices)
         written[f"{side}_sparse_step"] = sparse_step(indices, sparse_layers, depth)
