@@ -95,7 +95,7 @@ def _check_class(part: str, path: str, foreign: bool) -> None:
         raise UsageError(unknown_option(f"{part}={path}", app_classes(part), name, listed=False))
     names = defined(module)
     if names is not None and name not in names:
-        raise UsageError(unknown_option(f"{part}={path}", names, name, listed=False))
+        raise UsageError(unknown_option(f"{part}={path}", [*names, *app_classes(part)], name, listed=False))
 
 
 def _check_parameters(
