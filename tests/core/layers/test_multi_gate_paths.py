@@ -161,7 +161,7 @@ def fresh_compiler() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("name", ["mmoe", "cgc", "home ple", "domain mmoe", "top-k", "shared top-k"])
+@pytest.mark.parametrize("name", ["home ple", "domain mmoe", "shared top-k"])
 def test_the_compiled_layer_equals_eager(name):
     layer = build(name)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
@@ -172,7 +172,7 @@ def test_the_compiled_layer_equals_eager(name):
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("name", ["mmoe", "omoe", "home ple", "domain ple", "top-k", "shared top-k"])
+@pytest.mark.parametrize("name", ["omoe", "home ple", "domain ple", "shared top-k"])
 def test_the_exported_layer_serves_other_batches(name):
     layer = build(name).eval()
     known = context(name, 6)

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from softened import BACKENDS, EXPERTS, LORY, ROUTERS, VALID, build
+from softened import BACKENDS, EXPERTS, LORY, ROUTERS, build
 from torch import Tensor, nn
 
 import core
@@ -17,7 +17,6 @@ from core import (
     FFN,
     Balance,
     MoEConfig,
-    RoutingContext,
     RoutingStats,
     SwiGLU,
     TokenChoice,
@@ -181,31 +180,27 @@ def test_a_bfloat16_layer_runs_and_trains(router):
 # --- compile, export, copies ---
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("router", ROUTERS, ids=str)
-def test_compiles_without_a_graph_break(router, dynamic):
+# The conformance suite compiles and exports every router; here are a backward and a single segment of any size.
+@pytest.mark.parametrize("router", [SoftSlots(2), LORY], ids=str)
+def test_a_compiled_layer_trains_as_the_plain_one_at_other_numbers_of_tokens(router):
     torch._dynamo.reset()
     layer = build(router)
-    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=dynamic)
-    padded = RoutingContext(valid_BS=VALID)
-    calls = [((3, 9, 8), None), ((2, 12, 8), None)] if dynamic else [((2, 7, 8), padded)]
-    for shape, given in calls:
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
+    for shape in ((3, 9, 8), (2, 12, 8)):
         x = torch.randn(shape)
-        actual = []
+        steps = []
         for run in (compiled, layer):
             layer.zero_grad()
             with record(layer) as tape:
-                y = run(x, given)
+                y = run(x)
             y.square().sum().backward()
-            actual.append(
-                [y, tape.entries[0].routing.evidence.scores_TE] + [p.grad.clone() for p in layer.parameters()]
-            )
-        for a, b in zip(*actual, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+            steps.append([y, tape.entries[0].routing.evidence.scores_TE] + [p.grad.clone() for p in layer.parameters()])
+        for of_compiled, of_plain in zip(*steps, strict=True):
+            torch.testing.assert_close(of_compiled, of_plain, rtol=1e-4, atol=1e-5)
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("router", ROUTERS, ids=str)
+@pytest.mark.parametrize("router", [SoftSlots(2), LORY], ids=str)
 def test_exports_with_other_numbers_of_tokens(router):
     layer = build(router, num_shared_experts=1).eval()
     # A program of one segment alone differs from one of several: segments have 3 tokens.
