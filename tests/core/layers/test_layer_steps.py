@@ -229,8 +229,9 @@ def test_the_aux_loss_reaches_router_and_tokens_and_never_the_experts():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("backward_inside", [True, False])
-@pytest.mark.parametrize("router", [{}, {"noise": "learned", "second": "random"}], ids=["plain", "random"])
+@pytest.mark.parametrize(
+    "backward_inside, router", [(True, {}), (False, {"noise": "learned", "second": "random"})], ids=["plain", "random"]
+)
 def test_checkpointing_counts_nothing_twice_and_changes_no_gradient(backend, backward_inside, router):
     plain, checkpointed = Net("none", backend, **router), Net("non-reentrant", backend, **router)
     checkpointed.load_state_dict(plain.state_dict())

@@ -95,8 +95,7 @@ def test_mix_and_scale_by_hand():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("kind", ["mix", "scale"])
-@pytest.mark.parametrize("shape", [(7, 8), (2, 5, 8), (2, 3, 4, 8)])
+@pytest.mark.parametrize("kind, shape", [("mix", (7, 8)), ("scale", (2, 5, 8)), ("mix", (2, 3, 4, 8))])
 def test_the_layer_equals_its_written_out_sum_in_output_and_gradients(kind, backend, shape):
     layer = wide(gated(kind, backend=backend).build(8, out_dim=5))
     x = torch.randn(shape, requires_grad=True)
@@ -419,10 +418,9 @@ def test_in_half_precision_the_gate_stays_in_float32(kind):
     assert (y - expected).abs().max() < 4 * 2**-8 * expected.abs().max()
 
 
-@pytest.mark.parametrize("kind", ["mix", "scale"])
-def test_torch_compile_goes_through_without_a_graph_break_to_the_same_step(kind):
+def test_torch_compile_goes_through_without_a_graph_break_to_the_same_step():
     torch._dynamo.reset()
-    layer = wide(gated(kind, balance=Balance(gate_budget=1.0 if kind == "mix" else 0.0)).build(8))
+    layer = wide(gated("mix", balance=Balance(gate_budget=1.0)).build(8))
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     x, context = torch.randn(2, 6, 8), RoutingContext(valid_BS=torch.tensor([[True] * 6, [True] * 4 + [False] * 2]))
     try:
@@ -443,9 +441,8 @@ def test_what_is_random_compiles_and_is_drawn_at_each_call():
         torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("kind", ["mix", "scale"])
-def test_torch_export_goes_through_for_any_number_of_tokens(kind):
-    layer = wide(gated(kind, expert_output_masking=0.3).build(8)).eval()
+def test_torch_export_goes_through_for_any_number_of_tokens():
+    layer = wide(gated("scale", expert_output_masking=0.3).build(8)).eval()
     dynamic = {0: torch.export.Dim("batch", min=1, max=64), 1: torch.export.Dim("length", min=1, max=512)}
     program = torch.export.export(layer, (torch.randn(2, 6, 8),), dynamic_shapes={"x": dynamic}).module()
     for shape in ((2, 6, 8), (5, 40, 8)):
@@ -456,11 +453,17 @@ def test_torch_export_goes_through_for_any_number_of_tokens(kind):
 # --- costs and configuration ---
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("kind", ["mix", "scale"])
-@pytest.mark.parametrize("router", [TokenChoice(2), SoftSlots(), Merge("smear")], ids=["pairs", "slots", "merged"])
+@pytest.mark.parametrize(
+    "router, kind, backend",
+    [
+        *((TokenChoice(2), kind, backend) for backend, kind in zip(BACKENDS, ("mix", "scale") * 2, strict=True)),
+        *((SoftSlots(), kind, backend) for backend, kind in zip(BACKENDS, ("scale", "mix") * 2, strict=True)),
+        *((Merge("smear"), kind, None) for kind in ("mix", "scale")),
+    ],
+    ids=str,
+)
 def test_the_gate_costs_dim_parameters_and_a_product_a_token(router, kind, backend):
-    options = {} if isinstance(router, Merge) else {"backend": backend}
+    options = {} if backend is None else {"backend": backend}
     plain = MoEConfig(4, router, SwiGLU(6), num_shared_experts=1, **options)
     config = replace(plain, shared_gate=kind)
     layer = config.build(8)
