@@ -20,12 +20,25 @@ from core.kernels.triton_ops.tuning import Tile
 pytest.importorskip("triton")
 
 
-@pytest.mark.parametrize("dtype, bound", [(torch.float32, FLOAT32), (torch.float16, 4e-3), (torch.bfloat16, 3e-2)])
-@pytest.mark.parametrize("top_k", [1, 3, 8])
-@pytest.mark.parametrize("token_major", [False, True])
-def test_experts_equal_the_oracle_in_each_dtype_for_one_to_eight_experts_a_token(dtype, bound, top_k, token_major):
+BOUNDS = {torch.float32: FLOAT32, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+@pytest.mark.parametrize(
+    "dtype, top_k, token_major",
+    [
+        (torch.float32, 1, True),
+        (torch.float32, 3, False),
+        (torch.float32, 8, True),
+        (torch.float16, 1, False),
+        (torch.float16, 8, True),
+        (torch.bfloat16, 3, True),
+        (torch.bfloat16, 8, False),
+    ],
+)
+def test_experts_equal_the_oracle_in_each_dtype_for_one_to_eight_experts_a_token(dtype, top_k, token_major):
+    # Tiles have 32 columns in the interpreter: 34 hidden numbers are two tiles, of 8 or more experts.
     p = problem(20, E=8, K=top_k, D=20, H=34, D_out=18, expert="swiglu+bias")
-    assert_same(p.run("triton", dtype, token_major), p.run("eager", torch.float64), bound)
+    assert_same(p.run("triton", dtype, token_major), p.run("eager", torch.float64), BOUNDS[dtype])
 
 
 def test_experts_equal_the_oracle_where_a_token_takes_more_than_a_loop_unrolls():
