@@ -33,9 +33,50 @@ def python(*arguments: str) -> str:
     return done.stdout
 
 
-def compiled(*options: str) -> list[dict]:
-    """Return the rows that ``compile_kernels`` reports."""
-    return [json.loads(line) for line in python("-m", "benchmarks.compile_kernels", "--json", *options).splitlines()]
+FLOAT32_PRODUCTS = (*KERNELS["products"], *KERNELS["sums"])
+WITHOUT_PRODUCTS = (*KERNELS["sort"], *KERNELS["gate"])
+REPORTS = {
+    "bfloat16": ["--dtypes", "bfloat16", "--widths", "whole"],
+    "float32": ["--arch", "80", "--dtypes", "float32", "--widths", "whole", "--kernels", *FLOAT32_PRODUCTS],
+    "eights": ["--arch", "80", "--dtypes", "bfloat16", "--widths", "eights"],
+    "odd": ["--arch", "80", "--dtypes", "bfloat16", "--widths", "odd"],
+    "without products": ["--dtypes", "float32", "--widths", "whole", "--kernels", *WITHOUT_PRODUCTS],
+}
+"""Options of ``ahead``, by the name of its report."""
+SCRIPT = """
+import json, sys, torch
+from core.kernels.triton_ops import ahead
+from core.kernels.triton_ops.launch import jit_function
+
+for name, options in json.loads(sys.argv[1]).items():
+    print(json.dumps(["report", name]))
+    ahead.main(["--first", "--json", *options])
+print(json.dumps(["report", "specialized"]))
+for tokens in (4096, 4095, 1):
+    for start in ahead.launches(torch.float32, (2048, 1408), tokens=tokens):
+        types, _, aligned = ahead.specialized(jit_function(start.kernel), start.args, start.options(start.tiles()[0]))
+        print(json.dumps([tokens, start.kernel, types, str(aligned)]))
+print(json.dumps(["report", "constants"]))
+for dtype in ahead.PRODUCTS:
+    for shape in ({}, {"num_experts": 1, "top_k": 1}):
+        with ahead._precision(dtype):
+            starts = ahead.launches(ahead.PRODUCTS[dtype], (2048, 1408), **shape)
+        for start in starts:
+            print(json.dumps([start.kernel, start.constants]))
+"""
+
+
+@pytest.fixture(scope="module")
+def reports() -> dict[str, list]:
+    """Return the lines of each of ``REPORTS``, and what ``SCRIPT`` prints of the launches, all from one process."""
+    lines: dict[str, list] = {}
+    for line in map(json.loads, python("-c", SCRIPT, json.dumps(REPORTS)).splitlines()):
+        if isinstance(line, list) and line[0] == "report":
+            name = line[1]
+            lines[name] = []
+        else:
+            lines[name].append(line)
+    return lines
 
 
 def names(row: dict) -> str:
@@ -71,23 +112,22 @@ def check_tiles(rows: list[dict], tuned: dict[str, tuple[tuning.Tile, ...]], arc
     assert {r["kernel"] for r in rows} >= {f"{f}.{k}" for f in ("products", "sums") for k in KERNELS[f]}
 
 
-def test_every_kernel_and_tile_builds_for_three_cards_in_bfloat16():
-    rows = compiled("--first", "--dtypes", "bfloat16", "--widths", "whole")
+def test_every_kernel_and_tile_builds_for_three_cards_in_bfloat16(reports):
+    rows = reports["bfloat16"]
     check(rows, "bfloat16")
     check_tiles(rows, tuning.HALF_TILES, compile_kernels.ARCHS)
 
 
-def test_every_kernel_and_tile_builds_in_float32():
-    kernels = KERNELS["products"] | KERNELS["sums"]
-    rows = compiled("--first", "--arch", "80", "--dtypes", "float32", "--widths", "whole", "--kernels", *kernels)
+def test_every_kernel_and_tile_builds_in_float32(reports):
+    rows = reports["float32"]
     check(rows, "float32")
     check_tiles(rows, tuning.FULL_TILES, (80,))
 
 
-def test_no_tile_spills_where_rows_are_not_of_whole_tiles():
+def test_no_tile_spills_where_rows_are_not_of_whole_tiles(reports):
     # 2040 numbers are read 16 bytes at a time, as 2048 are; 2041 one by one.
     for widths, tuned in (("eights", tuning.UNEVEN_TILES), ("odd", tuning.RAGGED_TILES)):
-        rows = compiled("--first", "--arch", "80", "--dtypes", "bfloat16", "--widths", widths)
+        rows = reports[widths]
         check(rows, "bfloat16")
         check_tiles(rows, tuned, (80,))
         widest = {row["kernel"]: row["widest"] for row in rows}
@@ -95,29 +135,17 @@ def test_no_tile_spills_where_rows_are_not_of_whole_tiles():
             assert (widest[kernel] == 16) == (widths == "eights"), kernel
 
 
-def test_kernels_are_not_compiled_anew_for_another_number_of_tokens():
+def test_kernels_are_not_compiled_anew_for_another_number_of_tokens(reports):
     # 32768, 32760 and 8 pairs of 4096 tokens, 4095 and one: multiples of 16 or not, and 1, which is compiled in.
-    script = """
-import json, torch
-from benchmarks.compile_kernels import launches, specialized
-from core.kernels.triton_ops.launch import jit_function
-
-for tokens in (4096, 4095, 1):
-    for start in launches(torch.float32, (2048, 1408), tokens=tokens):
-        types, _, aligned = specialized(jit_function(start.kernel), start.args, start.options(start.tiles()[0]))
-        print(json.dumps([tokens, start.kernel, types, str(aligned)]))
-"""
-    actual: dict[int, list[list]] = {4096: [], 4095: [], 1: []}
-    for line in python("-c", script).splitlines():
-        tokens, *compiled_for = json.loads(line)
-        actual[tokens].append(compiled_for)
-    assert {kernel for kernel, *_ in actual[4096]} == {f"{f}.{k}" for f, kernels in KERNELS.items() for k in kernels}
-    assert actual[4096] == actual[4095] == actual[1]
+    by_tokens: dict[int, list[list]] = {4096: [], 4095: [], 1: []}
+    for tokens, *compiled_for in reports["specialized"]:
+        by_tokens[tokens].append(compiled_for)
+    assert {kernel for kernel, *_ in by_tokens[4096]} == {f"{f}.{k}" for f, kernels in KERNELS.items() for k in kernels}
+    assert by_tokens[4096] == by_tokens[4095] == by_tokens[1]
 
 
-def test_what_sees_no_dtype_of_products_builds_for_three_cards():
-    kernels = KERNELS["sort"] | KERNELS["gate"]
-    rows = compiled("--first", "--dtypes", "float32", "--widths", "whole", "--kernels", *kernels)
+def test_what_sees_no_dtype_of_products_builds_for_three_cards(reports):
+    rows = reports["without products"]
     check(rows, "float32")
     assert {r["kernel"] for r in rows} == {f"{f}.{k}" for f in ("sort", "gate") for k in KERNELS[f]}
 
@@ -125,25 +153,14 @@ def test_what_sees_no_dtype_of_products_builds_for_three_cards():
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", compile_kernels.PRODUCTS)
 def test_every_kernel_tile_and_flag_builds_for_three_cards(dtype):
-    check(compiled("--dtypes", dtype), dtype)
+    printed = python("-m", "core.kernels.triton_ops.ahead", "--json", "--dtypes", dtype)
+    check([json.loads(line) for line in printed.splitlines()], dtype)
 
 
-def test_every_flag_of_every_kernel_is_met_both_ways():
-    """The constants of their source that may be on or off are compiled on and off."""
-    script = """
-import json, torch
-from benchmarks import compile_kernels
-
-for dtype in compile_kernels.PRODUCTS:
-    for shape in ({}, {"num_experts": 1, "top_k": 1}):
-        with compile_kernels._precision(dtype):
-            starts = compile_kernels.launches(compile_kernels.PRODUCTS[dtype], (2048, 1408), **shape)
-        for start in starts:
-            print(json.dumps([start.kernel, start.constants]))
-"""
+def test_every_flag_of_every_kernel_is_met_both_ways(reports):
+    """By the constants in their source: what may be on or off is compiled on and off."""
     values: dict[tuple[str, str], set] = {}
-    for line in python("-c", script).splitlines():
-        kernel, constants = json.loads(line)
+    for kernel, constants in reports["constants"]:
         for name, value in constants.items():
             values.setdefault((kernel, name), set()).add(value)
     one_way = {f"{kernel} {name}" for (kernel, name), met in values.items() if met in ({True}, {False})}
