@@ -34,6 +34,21 @@ def config(tmp_path: Path) -> str:
     return str(path)
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a finished run of ``AVERAGED``, only to be read."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "config.yaml").write_text(AVERAGED)
+    fit(str(folder / "config.yaml"), folder / "run")
+    return folder / "run"
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    """Return a copy of ``finished`` to go on in."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
 @pytest.fixture
 def early_config(tmp_path: Path) -> str:
     # The loss falls: by "max" no epoch after the first is better, and the third ends the training.
@@ -74,51 +89,47 @@ def test_the_average_is_that_of_the_last_epochs_ends(config, tmp_path):
     assert files(tmp_path / "run") == ["average.ckpt", "best.ckpt", "epochs/1.pt", "epochs/2.pt", "last.ckpt"]
 
 
-def test_it_is_a_checkpoint_as_others(config, tmp_path):
-    fit(config, tmp_path / "run")
-    path = tmp_path / "run" / "checkpoints" / "average.ckpt"
+def test_it_is_a_checkpoint_as_others(config, run):
+    path = run / "checkpoints" / "average.ckpt"
     module = TinyModule.load_from_checkpoint(path)
-    assert torch.equal(module.net[0].weight, weights(tmp_path / "run", "average")["net.0.weight"])
+    assert torch.equal(module.net[0].weight, weights(run, "average")["net.0.weight"])
     for which in ("average", str(path)):
-        assert moesaic(["test", "--config", config, "--run_dir", str(tmp_path / "run"), "--ckpt_path", which]) == 0
-        assert json.loads((tmp_path / "run" / "test.json").read_text())["checkpoint"] == str(path)
+        assert moesaic(["test", "--config", config, "--run_dir", str(run), "--ckpt_path", which]) == 0
+        assert json.loads((run / "test.json").read_text())["checkpoint"] == str(path)
 
 
 # Batch 2 lies in mid-epoch, 4 is the first of an epoch, 11 the last of all.
 @pytest.mark.parametrize("stops", [(2, 4), (11,)], ids=["twice", "at_the_end"])
-def test_a_stopped_run_has_the_same_average(config, tmp_path, stops):
-    fit(config, tmp_path / "unbroken")
+def test_a_stopped_run_has_the_same_average(config, tmp_path, finished, stops):
     for stop in stops:
         with pytest.raises(Stop):
             fit(config, tmp_path / "broken", "--ckpt_path", "last", stop_at=stop)
     fit(config, tmp_path / "broken", "--ckpt_path", "last")
     for name in ("last", "average"):
-        assert differences(checkpoint(tmp_path / "unbroken", name), checkpoint(tmp_path / "broken", name)) == []
-    assert files(tmp_path / "unbroken") == files(tmp_path / "broken")
+        assert differences(checkpoint(finished, name), checkpoint(tmp_path / "broken", name)) == []
+    assert files(finished) == files(tmp_path / "broken")
 
 
-def test_a_run_killed_after_its_last_epoch_writes_it_when_it_is_resumed(config, tmp_path):
-    fit(config, tmp_path / "run")
-    path = tmp_path / "run" / "checkpoints" / "average.ckpt"
-    written = weights(tmp_path / "run", "average")
-    path.unlink()
-    fit(config, tmp_path / "run", "--ckpt_path", "last")
-    assert differences(written, weights(tmp_path / "run", "average")) == []
+def test_a_run_killed_after_its_last_epoch_writes_it_when_it_is_resumed(config, run):
+    written = weights(run, "average")
+    (run / "checkpoints" / "average.ckpt").unlink()
+    fit(config, run, "--ckpt_path", "last")
+    assert differences(written, weights(run, "average")) == []
 
 
-@pytest.mark.parametrize("which", ["last", "average"])
-def test_a_longer_run_goes_on_from_the_trained_weights(config, tmp_path, which):
+def test_a_longer_run_goes_on_from_the_trained_weights(config, tmp_path):
     # No schedule: it would depend on the length of the run.
     steady = ("--model.optimizer.schedule", "constant", "--model.optimizer.warmup", "0")
     fit(config, tmp_path / "long", *steady, "--trainer.max_epochs", "4")
-    for epochs, start in ((3, "none"), (4, which)):
-        fit(config, tmp_path / "run", *steady, "--trainer.max_epochs", str(epochs), "--ckpt_path", start)
-    for name in ("last", "average"):
-        assert differences(weights(tmp_path / "long", name), weights(tmp_path / "run", name)) == []
+    fit(config, tmp_path / "last", *steady)
+    shutil.copytree(tmp_path / "last", tmp_path / "average")
+    for start in ("last", "average"):
+        fit(config, tmp_path / start, *steady, "--trainer.max_epochs", "4", "--ckpt_path", start)
+        for name in ("last", "average"):
+            assert differences(weights(tmp_path / "long", name), weights(tmp_path / start, name)) == []
 
 
 def test_the_epochs_are_found_beside_the_checkpoint_that_is_resumed(config, tmp_path, caplog):
-    fit(config, tmp_path / "long")
     fit(config, tmp_path / "short", "--trainer.max_epochs", "2")
     last = tmp_path / "short" / "checkpoints" / "last.ckpt"
     fit(config, tmp_path / "other", "--trainer.max_epochs", "3", "--ckpt_path", str(last))
@@ -131,11 +142,10 @@ def test_the_epochs_are_found_beside_the_checkpoint_that_is_resumed(config, tmp_
     assert differences(of_one["state_dict"], of_one["trained_state_dict"]) == []
 
 
-def test_a_new_run_in_the_folder_does_not_average_the_old_one(config, tmp_path):
-    fit(config, tmp_path / "run")
-    fit(config, tmp_path / "run", "--trainer.max_epochs", "1")
-    assert checkpoint(tmp_path / "run", "average")["averaged_epochs"] == [0]
-    assert "epochs/2.pt" not in files(tmp_path / "run")
+def test_a_new_run_in_the_folder_does_not_average_the_old_one(config, run):
+    fit(config, run, "--trainer.max_epochs", "1")
+    assert checkpoint(run, "average")["averaged_epochs"] == [0]
+    assert "epochs/2.pt" not in files(run)
 
 
 @pytest.mark.parametrize(

@@ -25,19 +25,38 @@ def config(tmp_path: Path) -> str:
     return str(path)
 
 
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of an unbroken run of ``CONFIG``, only to be read."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    (folder / "config.yaml").write_text(CONFIG)
+    torch.manual_seed(0)
+    fit(str(folder / "config.yaml"), folder / "run")
+    return folder / "run"
+
+
 # Batch 5 lies in mid-epoch and off a saved step, 9 is the first of an epoch, 17 the last of one.
+
+
+def test_a_run_stopped_again_and_again_resumes_exactly(config, tmp_path, unbroken):
+    # Nothing is saved before batch 1: "last" begins again. From step 4 on, the fifth batch is batch 9.
+    for stop in (1, 5, 5):
+        with pytest.raises(Stop):
+            fit(config, tmp_path / "broken", "--ckpt_path", "last", stop_at=stop)
+    fit(config, tmp_path / "broken", "--ckpt_path", "last")
+    assert_same(unbroken, tmp_path / "broken")
+
+
 @pytest.mark.parametrize(
     ("stops", "flags"),
     [
-        ((5,), ()),
-        ((1, 9, 8), ()),  # nothing is saved before batch 1: "last" begins again
         ((17, 3), ("--trainer.accumulate_grad_batches", "2")),
         ((5, 16), ("--trainer.val_check_interval", "4")),
         ((7, 12), ("--trainer.max_epochs", "-1", "--trainer.max_steps", "24", "--trainer.log_every_n_steps", "1")),
         ((13, 4), ("--trainer.limit_train_batches", "6")),
         ((4, 7), ("--data.num_workers", "1", "--model.ema_decay", "null")),
     ],
-    ids=["mid_epoch", "again_and_again", "accumulation", "validation_within", "max_steps", "limited", "workers"],
+    ids=["accumulation", "validation_within", "max_steps", "limited", "workers"],
 )
 def test_a_stopped_run_resumes_exactly(config, tmp_path, stops, flags):
     fit(config, tmp_path / "unbroken", *flags)
@@ -69,27 +88,35 @@ def fit_and_signal(config: str, run_dir: Path, number: signal.Signals, step: int
         process.communicate()
 
 
-def test_a_killed_process_resumes_exactly(config, tmp_path):
-    fit(config, tmp_path / "unbroken")
+def test_a_killed_process_resumes_exactly(config, tmp_path, unbroken):
     broken = tmp_path / "broken"
     assert fit_and_signal(config, broken, signal.SIGKILL, step=13)[0] == -signal.SIGKILL
     assert 9 < checkpoint(broken)["global_step"] < 27
     # What no one writes comes from the checkpoint: without the flag, the resumed run would be as slow.
     fit(config, broken, "--ckpt_path", str(broken / "checkpoints" / "last.ckpt"), "--model.seconds", "0.0")
-    assert_same(tmp_path / "unbroken", broken)
+    assert_same(unbroken, broken)
     assert not list(broken.rglob("*.tmp"))
 
 
-def test_a_terminated_process_is_no_success_and_says_how_to_go_on(config, tmp_path):
-    fit(config, tmp_path / "unbroken")
-    code, printed = fit_and_signal(config, tmp_path / "run", signal.SIGTERM, step=3)
+def test_a_terminated_process_saves_its_last_step_is_no_success_and_says_how_to_go_on(tmp_path):
+    config = tmp_path / "config.yaml"  # without another checkpoint before the first epoch's end, at step 9
+    config.write_text(
+        CONFIG.replace("every_n_steps: 2}", "every_n_steps: 1000}").replace(
+            "log_every_n_steps: 2", "log_every_n_steps: 1"
+        )
+    )
+    fit(str(config), tmp_path / "unbroken")
+    code, stderr = fit_and_signal(str(config), tmp_path / "run", signal.SIGTERM, step=3)
     assert code == 143
-    assert checkpoint(tmp_path / "run")["global_step"] >= 4  # it is written after the step that runs
-    last = printed.strip().splitlines()[-1]
+    step = checkpoint(tmp_path / "run")["global_step"]
+    assert 4 <= step < 27
+    # The log holds the steps before it, and one row of the model's size at step 0.
+    assert {int(row["step"]) for row in log(tmp_path / "run")} == set(range(step))
+    last = stderr.strip().splitlines()[-1]
     assert last == "terminated; --ckpt_path last goes on from the last checkpoint, if there is one"
-    assert "Traceback" not in printed
+    assert "Traceback" not in stderr
     last = str(tmp_path / "run" / "checkpoints" / "last.ckpt")
-    fit(config, tmp_path / "run", "--ckpt_path", last, "--model.seconds", "0.0")
+    fit(str(config), tmp_path / "run", "--ckpt_path", last, "--model.seconds", "0.0")
     assert_same(tmp_path / "unbroken", tmp_path / "run")
 
 
