@@ -410,7 +410,7 @@ def test_transformers_with_a_cache_say_what_the_plain_loops_say(kind, positions)
     batch = sources([1, 9, 4, 2], 40)
     context = {"task_ids_B": torch.tensor([0, 1, 1, 0])}
     lengths = set()
-    for k, penalty in ((1, 0.0), (2, 0.6), (5, 1.0), (2, 2.0)):
+    for k, penalty in ((1, 0.0), (3, 1.0), (2, 2.0)):
         config = DecodeConfig(
             beam_size=k, num_best=min(k, 2), length_penalty=penalty, max_length_ratio=1.2, max_length_extra=3
         )
@@ -433,17 +433,17 @@ def test_a_sparse_language_model_continues_prompts(capacity_factor):
         close(generate_ids(model, prompts, config), naive.generate_ids(model, prompts, config))
 
 
-def test_a_sentence_alone_is_translated_as_in_a_batch_of_64():
+def test_a_sentence_alone_is_translated_as_in_a_batch_of_27():
     """Exactly in float64; in float32, where the rounding of a product depends on its size, 99.5 %: here all."""
     model = transformer("top2", vocab=200)
-    batch = sources([1 + i % 9 for i in range(64)], 200)
+    batch = sources([1 + i % 9 for i in range(27)], 200)
     config = DecodeConfig(beam_size=3, max_length_ratio=0.7, max_length_extra=2)
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-4)):
         model.to(dtype)
         together = translate_ids(model, batch, config)
         alone = [translate_ids(model, row[row != PAD_ID][None], config) for row in batch]
         close(SimpleNamespace(ids=[h.ids[0] for h in alone], scores=[h.scores[0] for h in alone]), together, tolerance)
-    assert len({tuple(ids) for ids in together.best}) > 40
+    assert len({tuple(ids) for ids in together.best}) > 15
 
 
 def capacities(model: nn.Module) -> list[core.Capacity]:
