@@ -37,11 +37,6 @@ def test_python_blocks_run_one_after_the_other():
     assert names["stats"].layers[""].tokens_per_expert.sum().item() == 128  # type: ignore[attr-defined]
 
 
-def test_engine_example_has_five_lines():
-    code = [line for line in blocks("python")[0].splitlines() if line and not line.startswith("import")]
-    assert len(code) == 4  # and the import
-
-
 def test_moesaic_commands_run_on_digits_with_the_debug_overlay(tmp_path, monkeypatch, capfd):
     found = commands("moesaic")
     assert {words[1] for words in found} == {"fit", "test", "predict", "compare", "data"}
