@@ -6,6 +6,10 @@ import os
 
 import pytest
 
+# One thread for each of xdist's workers and the processes that they start: more would wait for each other. Torch reads
+# it when it is imported, which the conftest.py of a folder below may do before pytest_configure.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 def pytest_configure(config: pytest.Config) -> None:
     # Triton's kernels run on the CPU, one program after the other, on a machine with a card too: whichever of the two
