@@ -42,25 +42,25 @@ REPORTS = {
     "odd": ["--arch", "80", "--dtypes", "bfloat16", "--widths", "odd"],
     "without products": ["--dtypes", "float32", "--widths", "whole", "--kernels", *WITHOUT_PRODUCTS],
 }
-"""Options of ``ahead``, by the name of its report."""
+"""Options of ``compile_kernels``, by the name of its report."""
 SCRIPT = """
 import json, sys, torch
-from core.kernels.triton_ops import ahead
+from benchmarks import compile_kernels
 from core.kernels.triton_ops.launch import jit_function
 
 for name, options in json.loads(sys.argv[1]).items():
     print(json.dumps(["report", name]))
-    ahead.main(["--first", "--json", *options])
+    compile_kernels.main(["--first", "--json", *options])
 print(json.dumps(["report", "specialized"]))
 for tokens in (4096, 4095, 1):
-    for start in ahead.launches(torch.float32, (2048, 1408), tokens=tokens):
-        types, _, aligned = ahead.specialized(jit_function(start.kernel), start.args, start.options(start.tiles()[0]))
+    for start in compile_kernels.launches(torch.float32, (2048, 1408), tokens=tokens):
+        types, _, aligned = compile_kernels.specialized(jit_function(start.kernel), start.args, start.options(start.tiles()[0]))
         print(json.dumps([tokens, start.kernel, types, str(aligned)]))
 print(json.dumps(["report", "constants"]))
-for dtype in ahead.PRODUCTS:
+for dtype in compile_kernels.PRODUCTS:
     for shape in ({}, {"num_experts": 1, "top_k": 1}):
-        with ahead._precision(dtype):
-            starts = ahead.launches(ahead.PRODUCTS[dtype], (2048, 1408), **shape)
+        with compile_kernels._precision(dtype):
+            starts = compile_kernels.launches(compile_kernels.PRODUCTS[dtype], (2048, 1408), **shape)
         for start in starts:
             print(json.dumps([start.kernel, start.constants]))
 """
@@ -153,7 +153,7 @@ def test_what_sees_no_dtype_of_products_builds_for_three_cards(reports):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", compile_kernels.PRODUCTS)
 def test_every_kernel_tile_and_flag_builds_for_three_cards(dtype):
-    printed = python("-m", "core.kernels.triton_ops.ahead", "--json", "--dtypes", dtype)
+    printed = python("-m", "benchmarks.compile_kernels", "--json", "--dtypes", dtype)
     check([json.loads(line) for line in printed.splitlines()], dtype)
 
 
