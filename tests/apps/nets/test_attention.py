@@ -116,8 +116,8 @@ def test_padding_alone_stays_finite():
     for dtype in (torch.float32, torch.bfloat16):
         q, k, v = torch.randn(3, 1, 2, 3, 4, dtype=dtype)
         assert attend(q, k, v, padding_mask(valid_BS, 2, q), 1.0).isfinite().all()
-    assert key_bias(~valid_BS, 2, torch.float32) is None
-    assert key_bias(valid_BS, 2, torch.float32).shape == (2, 1, 3)
+    assert key_bias(~valid_BS, 2, torch.zeros(())) is None
+    assert key_bias(valid_BS, 2, torch.zeros(())).shape == (2, 1, 3)
 
 
 def test_weights_are_shares_of_the_real_keys():
@@ -167,7 +167,7 @@ def test_a_step_reads_each_sentences_memory_once_for_all_its_copies(kv_heads):
     x_RD = torch.randn(6, 8, dtype=torch.float64)
     store = attention.keys_and_values(memory_BSD)
     assert store.shape == (2, 2, kv_heads, 4, 8 // 4)
-    y_RD = attention.step(x_RD, store.contiguous(), 3, key_bias(valid_BS, kv_heads, torch.float64))
+    y_RD = attention.step(x_RD, store.contiguous(), 3, key_bias(valid_BS, kv_heads, x_RD))
     mask = padding_mask(valid_BS, 4, x_RD)
     assert_close(y_RD.view(2, 3, 8), attention(x_RD.view(2, 3, 8), memory_BSD, mask))
 
