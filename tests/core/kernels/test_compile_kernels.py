@@ -54,7 +54,8 @@ for name, options in json.loads(sys.argv[1]).items():
 print(json.dumps(["report", "specialized"]))
 for tokens in (4096, 4095, 1):
     for start in compile_kernels.launches(torch.float32, (2048, 1408), tokens=tokens):
-        types, _, aligned = compile_kernels.specialized(jit_function(start.kernel), start.args, start.options(start.tiles()[0]))
+        options = start.options(start.tiles()[0])
+        types, _, aligned = compile_kernels.specialized(jit_function(start.kernel), start.args, options)
         print(json.dumps([tokens, start.kernel, types, str(aligned)]))
 print(json.dumps(["report", "constants"]))
 for dtype in compile_kernels.PRODUCTS:
