@@ -125,7 +125,7 @@ def _systems(experiment: Experiment, options: Options, output: Path, display: Di
     write_json(output / "systems.json", [s.to_dict() for s in systems])
     for system in systems:
         if system.refused:
-            display.say(f"{label(system.name)} is left out: {system.refused}")
+            display.say(f"{system.title} is left out: {system.refused}")
     return systems
 
 

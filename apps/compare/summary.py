@@ -282,7 +282,7 @@ def _means(figures: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 def sentence(row: Row, difference: Interval, summary: Summary, where: str) -> str:
     """Return in words what a difference to one baseline shows."""
-    against, unit = f"Against {label(row.system.name)}", " points" if summary.percent else ""
+    against, unit = f"Against {row.system.title}", " points" if summary.percent else ""
     other = "dense" if row.system.name.startswith("dense") else "it"
     own = summary.rows[0].system.title
     shown = f"{own} minus {other} {number(difference.mean, summary.percent, True, difference.half_width)}{unit}"
@@ -319,14 +319,14 @@ def notes(summary: Summary) -> list[str]:
             ratio = s.replaced_ratio if what == "flops" else s.params_ratio
             unit = "FLOPs" if what == "flops" else "parameters"
             lines.append(
-                f"{label(s.name)}: {s.note}; measured, its replaced blocks have {ratio:.3f} x the sparse model's "
+                f"{s.title}: {s.note}; measured, its replaced blocks have {ratio:.3f} x the sparse model's "
                 f"{unit} (the rule is within {TOLERANCE:.0%}), the whole model {s.flops_ratio:.3f} x its FLOPs."
             )
         elif s.note:
-            lines.append(f"{label(s.name)}: {s.note}{f'; {tuned(row.tuning)}' if row.tuning else ''}.")
-    lines += [f"{label(s.name)}: left out: {s.refused}." for s in summary.left_out]
+            lines.append(f"{s.title}: {s.note}{f'; {tuned(row.tuning)}' if row.tuning else ''}.")
+    lines += [f"{s.title}: left out: {s.refused}." for s in summary.left_out]
     lines += _drops(summary)
-    edge = [f"{label(row.system.name)} ({row.rate:g})" for row in summary.rows if row.rate_at_edge]
+    edge = [f"{row.system.title} ({row.rate:g})" for row in summary.rows if row.rate_at_edge]
     if edge:
         lines.append(
             f"Best at the edge of the learning rates tried: {'; '.join(edge)}. A better one may lie outside "
@@ -355,7 +355,7 @@ def _drops(summary: Summary) -> list[str]:
             if abs(ratio - 1) > TOLERANCE:
                 why = "a router that decides how many experts a token takes, or a capacity that drops tokens"
                 lines.append(
-                    f"{label(row.system.name)}: trained, its replaced blocks compute {ratio:.3f} x the FLOPs counted "
+                    f"{row.system.title}: trained, its replaced blocks compute {ratio:.3f} x the FLOPs counted "
                     f"before ({why})."
                 )
     return lines

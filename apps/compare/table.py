@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from apps.compare.summary import Row, Summary, flops, flops_trained, flops_unit, notes, number
-from apps.compare.systems import label
 from apps.report import plots
 from apps.report.intervals import Interval
 from apps.report.tables import print_table
@@ -61,7 +60,7 @@ def router_cells(summary: Summary) -> list[list[str]]:
         return []
     rows = [*summary.systems()[:1], *summary.routers()]
     lines: list[Line] = [
-        ("router", lambda r: "the config's" if r.difference is None else label(r.system.name)),
+        ("router", lambda r: "the config's" if r.difference is None else r.system.title),
         *_compared(f"test {_metric(summary)}", summary.percent, lambda r: (r.test, r.difference)),
         ("learning rate", _rate),
         ("load imbalance", lambda r: f"{r.routing['load_imbalance']:.2f}" if "load_imbalance" in r.routing else NONE),

@@ -20,7 +20,7 @@ from apps.compare.parallel import train_all
 from apps.compare.plan import Plan, at_edge
 from apps.compare.stats import choose
 from apps.compare.summary import Results, tuned
-from apps.compare.systems import System, label
+from apps.compare.systems import System
 from apps.compare.training import Unit, train
 
 
@@ -106,7 +106,7 @@ class Work:
         try:
             index = choose(rates, [r["quality"] for r in searched], self.plan.configured_rate, higher_is_better)
         except ValueError as error:
-            raise ValueError(f"{label(system.name)}: {error}; give lower --learning_rates") from None
+            raise ValueError(f"{system.title}: {error}; give lower --learning_rates") from None
         return rates[index], at_edge(rates[index], rates)
 
     def _speeds(self, checkpoints: Mapping[str, Path]) -> dict[str, Any]:
