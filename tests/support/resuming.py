@@ -40,7 +40,7 @@ trainer:
 
 
 class Stop(Exception):
-    """As sudden as a kill, but for the process."""
+    """This error stops a training as suddenly as a kill would, and leaves the process alive."""
 
 
 def fit(config: str, run_dir: Path, *flags: str, stop_at: int | None = None) -> None:
