@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import core
+from apps.base.evaluation import in_evaluation
 
 
 @dataclass(frozen=True)
@@ -73,13 +74,12 @@ def measure_cost(module: Any, batch: Any, replaced: Sequence[str] = (), as_evalu
         modules[name].experts.register_forward_pre_hook(lambda _, a, name=name: rows.append((name, a)))
         for name in dropped
     ]
-    training = module.training
-    module.eval()
     try:
         limits = contextlib.nullcontext() if as_evaluated else core.set_capacity_factor(module, None)
         # A table on other ranks leaves an empty weight, whose empty rows need a gradient for the counter.
         empty = any(p.numel() == 0 for p in module.parameters())
-        with torch.set_grad_enabled(empty), torch.random.fork_rng(devices=cuda_devices(module)), limits:
+        generators = torch.random.fork_rng(devices=cuda_devices(module))
+        with in_evaluation(module), torch.set_grad_enabled(empty), generators, limits:
             total: float = core.count_flops(module, *inputs)
             for hook in hooks:
                 hook.remove()
@@ -91,7 +91,6 @@ def measure_cost(module: Any, batch: Any, replaced: Sequence[str] = (), as_evalu
     finally:
         for hook in hooks:
             hook.remove()
-        module.train(training)
     return Cost(
         num_params=sum(p.numel() for p in module.parameters()),
         active_params=core.active_params(module),

@@ -17,6 +17,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 import core
+from apps.base.evaluation import in_evaluation
 from apps.equal_cost.comparable import Baseline, Comparable, RoutedLayers
 from apps.equal_cost.twins import dense_twins
 from apps.nets.blocks import one_ffn
@@ -200,16 +201,13 @@ class VisionClassifier(SparseModule, Comparable):
             raise ValueError("images must be a list: write predict([image]) for one image")
         if top < 1:
             raise ValueError(f"top={top} must be at least 1")
-        encoding, training = self.encoding, self.training
-        self.eval()
-        try:
-            classified: list[ClassifiedImage] = []
+        encoding = self.encoding
+        classified: list[ClassifiedImage] = []
+        with in_evaluation(self):
             for start in range(0, len(images), _PREDICTED_AT_ONCE):
                 batch = images[start : start + _PREDICTED_AT_ONCE]
                 classified += self._classified(batch, start, encoding, top)
-            return classified
-        finally:
-            self.train(training)
+        return classified
 
     def _classified(
         self, batch: Sequence[Any], start: int, encoding: ImageEncoding, top: int

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import core
+from apps.base.evaluation import in_evaluation
 from apps.base.messages import warn_once
 from apps.data.subwords import BOS_ID, PAD_ID
 from apps.nets.layers import RMSNorm
@@ -135,14 +136,8 @@ def dropless(model: nn.Module) -> Iterator[None]:
 def _evaluation(model: nn.Module, dtype: str | None = None) -> Iterator[Any]:
     """Yield the model without dropout, capacity of training and gradients; afterwards each part is as it was."""
     model = in_dtype(model, dtype)
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.inference_mode(), dropless(model):
-            yield model
-    finally:
-        for module in training:
-            module.training = True
+    with in_evaluation(model), torch.inference_mode(), dropless(model):
+        yield model
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import core
 from apps.base.checks import check_at_least
+from apps.base.evaluation import in_evaluation
 from apps.equal_cost.comparable import Baseline, Comparable, RoutedLayers
 from apps.equal_cost.twins import DenseTwin, baselines_of
 from apps.equal_cost.widths import SolvedWidth, equal_widths
@@ -227,12 +228,8 @@ class NextItemRecommender(SparseModule, Comparable):
             model = apps.load("runs/clicks")
             model.predict([["tea", "rye"], ["fig"]], top=2)     # [[("oat", 1.3), ("fig", 0.2)], [...]]
         """
-        training = self.training
-        self.eval()
-        try:
+        with in_evaluation(self):
             return scoring.predict(self, histories, top, include_seen, batch_size)
-        finally:
-            self.train(training)
 
     # ---- comparisons
 

@@ -13,6 +13,7 @@ from lightning.pytorch import Callback
 from torch import Tensor
 
 import core
+from apps.base.evaluation import in_evaluation
 from apps.equal_cost.comparable import Baseline, Comparable, RoutedLayers
 from apps.nets.place import Place
 from apps.recsys.encoding.features import Features
@@ -245,12 +246,8 @@ class MultiTaskRecommender(SparseModule, Comparable):
             model = apps.load("runs/census_income")
             scores = model.predict(df)        # df["age"], df["education"], ...: scores["probability_income"]
         """
-        training = self.training
-        self.eval()
-        try:
+        with in_evaluation(self):
             return scoring.predict(self, rows, batch_size)
-        finally:
-            self.train(training)
 
     # ---- set-up, and what the tables need of Lightning
 
