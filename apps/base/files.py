@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+log = logging.getLogger(__name__)
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 """The folder of the shipped configurations: in the source tree, or beside the packages of an installed wheel."""
@@ -44,10 +47,16 @@ def replacing(path: Path, mode: str = "w", **options: Any) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def holding(path: Path, refusal: str) -> Iterator[None]:
-    """Hold the lock file ``path`` inside, or raise a ValueError with ``refusal`` where another process holds it.
+def holding(path: Path, refusal: str = "", waiting: str = "") -> Iterator[None]:
+    """Hold the lock file ``path`` inside. The system frees it when its holder dies: a killed process blocks nobody.
 
-    The system frees the lock when its holder dies.
+    Args:
+        path: the lock file; its folder exists.
+        refusal: message where another process holds the lock.
+        waiting: warning before this process waits for the other one, in place of the refusal.
+
+    Raises:
+        ValueError: another process holds the lock, and ``waiting`` is empty.
     """
     from filelock import FileLock, Timeout
 
@@ -55,7 +64,10 @@ def holding(path: Path, refusal: str) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise ValueError(refusal) from None
+        if not waiting:
+            raise ValueError(refusal) from None
+        log.warning(waiting)
+        lock.acquire()
     try:
         yield
     finally:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import logging
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-log = logging.getLogger(__name__)
+from apps.base.files import holding
 
 _NO_SPACE = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
@@ -37,8 +36,6 @@ class SourceFailed(Exception):
 def locked(cache: Path, entry: str, doing: str) -> Iterator[None]:
     """Hold the lock of one entry of the cache while the block writes it, and name the cache in its disk errors.
 
-    The system drops the lock when its holder dies, so a killed process stops nobody.
-
     Args:
         cache: the cache's folder, which is made if need be.
         entry: name of the lock.
@@ -47,20 +44,11 @@ def locked(cache: Path, entry: str, doing: str) -> Iterator[None]:
     Raises:
         DataError: the cache cannot be written, the disk is full, or another file cannot be read.
     """
-    from filelock import FileLock, Timeout
-
     with _disk_errors(cache, doing):
-        (cache / ".locks").mkdir(parents=True, exist_ok=True)
-        lock = FileLock(cache / ".locks" / f"{entry}.lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            log.warning("waiting for another process that is %s", doing)
-            lock.acquire()
-        try:
+        locks = cache / ".locks"
+        locks.mkdir(parents=True, exist_ok=True)
+        with holding(locks / f"{entry}.lock", waiting=f"waiting for another process that is {doing}"):
             yield
-        finally:
-            lock.release()
 
 
 @contextlib.contextmanager
