@@ -1,0 +1,127 @@
+"""Files of a published checkpoint: shards, aliases, and those that cannot be read."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from published_models import checkpoint, same_weights, switch_model
+from safetensors.torch import save_file
+from torch import Tensor
+
+from apps.porting import (
+    load_pretrained,
+    to_published,
+)
+
+
+def test_shards_and_torch_files_are_read(tmp_path):
+    tensors = checkpoint(tmp_path)
+    whole = load_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    assert same_weights(load_pretrained(tmp_path), whole)
+    (tmp_path / "pytorch_model.bin").unlink()
+
+    names = sorted(tensors)
+    halves = {"1": names[:7], "2": names[7:]}
+    for kind, suffix, save in (("pytorch_model", "bin", torch.save), ("model", "safetensors", save_file)):
+        for number, half in halves.items():
+            save({name: tensors[name] for name in half}, tmp_path / f"{kind}-{number}.{suffix}")
+        index = {name: f"{kind}-{number}.{suffix}" for number, half in halves.items() for name in half}
+        (tmp_path / f"{kind}.{suffix}.index.json").write_text(json.dumps({"weight_map": index}))
+        assert same_weights(load_pretrained(tmp_path), whole)
+        (tmp_path / f"{kind}.{suffix}.index.json").unlink()
+
+
+def test_aliases_may_be_written_out(tmp_path):
+    tensors = checkpoint(tmp_path)
+    whole, shared = load_pretrained(tmp_path), tensors.pop("shared.weight")
+    for names in (("lm_head",), ("encoder.embed_tokens", "decoder.embed_tokens", "lm_head", "shared")):
+        save_file({**tensors, **{f"{n}.weight": shared.clone() for n in names}}, tmp_path / "model.safetensors")
+        assert same_weights(load_pretrained(tmp_path), whole)
+
+
+def test_tensors_that_do_not_fit_are_named(tmp_path):
+    tensors = checkpoint(tmp_path)
+
+    def message(changed: dict[str, Tensor]) -> str:
+        save_file(changed, tmp_path / "model.safetensors")
+        with pytest.raises(ValueError) as error:
+            load_pretrained(tmp_path)
+        return str(error.value)
+
+    expert = "encoder.block.1.layer.1.mlp.experts.expert_2.wi.weight"
+    left = {name: tensor for name, tensor in tensors.items() if name != expert}
+    assert message(left) == f"tensor {expert!r} is missing"
+    assert message({**left, expert: torch.zeros(127, 64)}) == (
+        f"tensor {expert!r} is of shape (127, 64), not (128, 64)"
+    )
+    assert message({**tensors, "lora.a": torch.zeros(1), "lora.b": torch.zeros(1)}) == (
+        "tensor 'lora.a' has no place in this model, nor have 1 others"
+    )
+    del tensors["shared.weight"]
+    assert message(tensors) == "tensor 'shared.weight' is missing"
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    def message(**config: Any) -> str:
+        if config:
+            (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError) as error:
+            load_pretrained(tmp_path)
+        assert "\n" not in str(error.value)
+        return str(error.value).replace(str(tmp_path), "F")
+
+    assert message() == "F/config.json is missing"
+    assert message(model_type="t5") == "F/config.json says no vocab_size"
+    assert message(model_type="bert", vocab_size=9).startswith("model_type='bert' is not one of t5, mt5, switch_")
+    assert message(model_type="t5", vocab_size=9).startswith("F holds no weights: neither model.safetensors nor")
+    assert message(model_type=["t5"]) == "F/config.json says model_type=['t5'], which is no name"
+    assert message(model_type="t5", vocab_size="abc") == "F/config.json says vocab_size='abc', which is no whole number"
+    (tmp_path / "config.json").write_text("{")
+    assert message().startswith("F/config.json cannot be read: Expecting property name")
+    (tmp_path / "config.json").write_text("[]")
+    assert message() == "F/config.json holds no JSON object"
+
+    known = {"model_type": "t5", "vocab_size": 9, "num_layers": 2, "d_model": 8, "d_ff": 8, "num_heads": 2}
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"shared.weight": "../secret.safetensors"}}))
+    assert (
+        message(**known)
+        == "F/model.safetensors.index.json names '../secret.safetensors', which is no file of its folder"
+    )
+    index.write_text(json.dumps({"weight_map": {"lm_head.weight": "1.safetensors", "shared.weight": "1.safetensors"}}))
+    assert message(**known).startswith("config.json of a t5 says no d_kv")
+    assert message(**known, d_kv=4).startswith("F/1.safetensors cannot be read: No such file")
+    save_file({"lm_head.weight": torch.zeros(9, 8)}, tmp_path / "1.safetensors")
+    assert message(**known, d_kv=4) == (
+        "F/1.safetensors does not hold tensor 'shared.weight', which the index says it does"
+    )
+    (tmp_path / "model.safetensors").write_bytes(b"not safetensors")
+    assert message(**known, d_kv=4).startswith("F/model.safetensors cannot be read: ")
+
+
+class Sly:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (print, ("this ran",))
+
+
+def test_a_pickle_runs_no_code(tmp_path, capsys):
+    config, _ = to_published(switch_model())
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    path = tmp_path / "pytorch_model.bin"
+    torch.save({"shared.weight": Sly()}, path)
+    with pytest.raises(ValueError, match=r"pytorch_model.bin holds more than tensors, and is not read$"):
+        load_pretrained(tmp_path)
+    path.write_bytes(pickle.dumps(Sly(), protocol=2))
+    with pytest.raises(ValueError, match=r"^[^\n]*pytorch_model.bin [^\n]*$"):
+        load_pretrained(tmp_path)
+    torch.save([torch.zeros(1)], path)
+    with pytest.raises(ValueError, match=r"pytorch_model.bin holds no tensors by name$"):
+        load_pretrained(tmp_path)
+    assert capsys.readouterr().out == ""

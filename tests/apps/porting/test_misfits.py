@@ -1,0 +1,143 @@
+"""Refusals name what a checkpoint and a model, or a published architecture, do not share."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+from published_models import EXPERTS, MODELS, NLLB, VOCAB, checkpoint, same_weights, switch_model
+from published_shapes import MIXTRAL, T5
+
+import core
+from apps.nets.transformer import LanguageModel, TranslationModel
+from apps.porting import (
+    from_published,
+    load_pretrained,
+    load_pretrained_weights,
+    to_published,
+)
+
+
+def test_weights_go_into_a_model_that_is_built_as_theirs(tmp_path):
+    checkpoint(tmp_path)
+    # Dropout, capacity, noise and losses of its own.
+    moe = replace(
+        EXPERTS,
+        router=core.TokenChoice(top_k=1, jitter_eps=0.1),
+        capacity_factor=1.25,
+        balance=core.Balance(load_balancing=0.5),
+    )
+    model = switch_model(replace(T5, dropout=0.3, ffn_dropout=0.2), ffn=moe)
+    load_pretrained_weights(model, tmp_path)
+    assert same_weights(model, load_pretrained(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "build, message",
+    [
+        (lambda: switch_model(replace(T5, size="tiny")), "encoder_layers=4 of the model is, in F, 2"),
+        (lambda: switch_model(replace(T5, norm="layer")), "norm='layer' of the model is, in F, 'rms'"),
+        (lambda: switch_model(ffn=None), "encoder_moe_blocks=() of the model is, in F, (1,)"),
+        (lambda: switch_model(ffn=replace(EXPERTS, num_experts=8)), "moe.num_experts=8 of the model is, in F, 4"),
+        (
+            lambda: switch_model(ffn=replace(EXPERTS, expert=core.FFN(128, "gelu"))),
+            "moe.expert=FFN(hidden_dim=128, activation='gelu', bias=False) of the model is, in F, "
+            "FFN(hidden_dim=128, activation='relu', bias=False)",
+        ),
+        (lambda: LanguageModel(MIXTRAL, vocab=VOCAB), "a LanguageModel is not what F holds: switch_transformers"),
+        (
+            lambda: TranslationModel(T5, source_vocab=VOCAB + 1, ffn=EXPERTS),
+            "tie='inputs' of the model is, in F, 'all'",
+        ),
+        (
+            lambda: TranslationModel(replace(T5, tie="none"), source_vocab=VOCAB, target_vocab=31, ffn=EXPERTS),
+            "tie='none' of the model is, in F, 'all'",
+        ),
+    ],
+)
+def test_a_model_built_otherwise_is_refused_with_both_values(tmp_path, build, message):
+    checkpoint(tmp_path)
+    with pytest.raises(ValueError) as error:
+        load_pretrained_weights(build(), tmp_path)
+    assert str(error.value).replace(str(tmp_path), "F") == message
+
+
+def test_another_vocabulary_is_refused(tmp_path):
+    checkpoint(tmp_path)
+    model = TranslationModel(
+        replace(T5, tie="all", logits_scale=0.125), source_vocab=VOCAB + 1, ffn=EXPERTS
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"^vocab_size=31 of the model is, in .*, 30$"):
+        load_pretrained_weights(model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "build, message",
+    [
+        (
+            lambda: TranslationModel(replace(T5, positions="rotary"), source_vocab=VOCAB),
+            "positions='rotary': no published encoder-decoder here has them",
+        ),
+        (
+            lambda: TranslationModel(replace(T5, norm="layer"), source_vocab=VOCAB),
+            "norm='layer' cannot be said in t5, which has 'rms'",
+        ),
+        (
+            lambda: TranslationModel(replace(T5, tie="decoder"), source_vocab=VOCAB),
+            "tie='decoder': published models tie all embeddings, or not the output",
+        ),
+        (
+            lambda: TranslationModel(replace(NLLB, tie="none"), source_vocab=VOCAB, target_vocab=40),
+            "vocab_size=(30, 40) cannot be said in m2m_100, which has 40",
+        ),
+        (
+            lambda: switch_model(replace(T5, encoder_layers=6), encoder_moe_blocks=[0, 1]),
+            "moe layers [0, 1] of 6 are not every n-th layer, as published models have them",
+        ),
+        (
+            lambda: switch_model(ffn=replace(EXPERTS, num_shared_experts=1)),
+            "moe.num_shared_experts=1 cannot be said in switch_transformers, which has 0",
+        ),
+        (
+            lambda: switch_model(ffn=replace(EXPERTS, router=core.Hash(VOCAB))),
+            "router Hash cannot be said in switch_transformers, which has TokenChoice",
+        ),
+        (
+            lambda: TranslationModel(T5, source_vocab=VOCAB, ffn=core.DenseFFN(64)),
+            "encoder.layers.1.ffn.w_in.weight of shape (64, 64) is (128, 64) in t5",
+        ),
+        (
+            lambda: LanguageModel(replace(MIXTRAL, norm="layer"), vocab=VOCAB),
+            "norm='layer' cannot be said in mistral, which has 'rms'",
+        ),
+    ],
+)
+def test_what_published_architectures_lack_is_named(build, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        to_published(build())
+
+
+@pytest.mark.parametrize(
+    "name, changes, message",
+    [
+        ("mistral", {"sliding_window": 4096}, "sliding_window=4096: attention to the last tokens alone"),
+        ("mistral", {"rope_parameters": {"rope_type": "yarn"}}, "rope_type='yarn': rotary positions are 'default'"),
+        ("mistral", {"hidden_act": "quick_gelu"}, "activation 'quick_gelu' is not one of relu, gelu"),
+        ("mistral", {"hidden_size": None}, "config.json of a mistral says no hidden_size"),
+        ("mixtral", {"num_experts_per_tok": 1}, "normalize=True with top_k=1 makes every gate 1"),
+        ("m2m_100", {"encoder_ffn_dim": 7}, "encoder_ffn_dim=7 is not decoder_ffn_dim=128: here they are one"),
+        ("nllb-moe", {"second_expert_policy": "sampling"}, "second_expert_policy='sampling' is not one of all, random"),
+        ("t5", {"d_model": "16"}, "config.json of a t5 says d_model='16', which is no whole number"),
+        ("m2m_100", {"encoder_layers": True}, "config.json of a m2m_100 says encoder_layers=True, which is no whole"),
+        ("t5", {"dropout_rate": None}, "config.json of a t5 holds a value of another kind than it should: float()"),
+        ("mixtral", {"rope_parameters": [1]}, "config.json of a mixtral holds a value of another kind than it"),
+        ("t5", {"eos_token_id": []}, "config.json says eos_token_id=[], which is no id"),
+        ("mistral", {"bos_token_id": ["1"]}, "config.json says bos_token_id=['1'], which is no id"),
+        ("t5", {"eos_token_id": 40}, "the id 40 of eos is not in a vocabulary of vocab_size=29"),
+    ],
+)
+def test_what_our_models_lack_is_named(name, changes, message):
+    config, tensors = to_published(MODELS[name]())
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        from_published({**config, **changes}, tensors)

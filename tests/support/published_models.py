@@ -1,0 +1,67 @@
+"""Small models of every published family, and a checkpoint of one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from published_shapes import MIXTRAL, T5
+from safetensors.torch import load_file
+from torch import Tensor
+
+import core
+from apps.nets.config import TransformerConfig
+from apps.nets.transformer import LanguageModel, TranslationModel
+from apps.porting import (
+    save_pretrained,
+)
+
+NLLB = TransformerConfig("nano", position_offset=2, dropout=0.0)
+EXPERTS = core.MoEConfig(4, core.TokenChoice(top_k=1), core.FFN(128, "relu"))
+VOCAB = 30
+
+
+def switch_model(config: TransformerConfig = T5, **options: Any) -> TranslationModel:
+    tied = replace(config, tie="all", logits_scale=config.shape.dim**-0.5)
+    return TranslationModel(tied, source_vocab=VOCAB, **{"ffn": EXPERTS, **options}).eval()
+
+
+def same_weights(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+    theirs = b.state_dict()
+    return a.state_dict().keys() == theirs.keys() and all(torch.equal(t, theirs[n]) for n, t in a.state_dict().items())
+
+
+def two_of_four(**options: Any) -> core.MoEConfig:
+    return core.MoEConfig(4, core.TokenChoice(top_k=2), core.FFN(128, "relu", bias=True), **options)
+
+
+MODELS: dict[str, Callable[[], Any]] = {
+    "t5": lambda: TranslationModel(T5, source_vocab=VOCAB),
+    "switch_transformers": switch_model,
+    "m2m_100": lambda: TranslationModel(NLLB, source_vocab=VOCAB),
+    "nllb-moe": lambda: TranslationModel(NLLB, source_vocab=VOCAB, ffn=two_of_four()),
+    "mistral": lambda: LanguageModel(MIXTRAL, vocab=VOCAB),
+    "mixtral": lambda: LanguageModel(
+        MIXTRAL, vocab=VOCAB, ffn=core.MoEConfig(4, core.TokenChoice(top_k=2), core.SwiGLU(24))
+    ),
+    "glm4_moe": lambda: LanguageModel(
+        MIXTRAL,
+        vocab=VOCAB,
+        ffn=core.MoEConfig(
+            4,
+            core.TokenChoice(top_k=2, score_func="sigmoid", normalize=True, expert_bias=True, scale=2.5),
+            core.SwiGLU(24),
+            num_shared_experts=2,
+        ),
+        moe_blocks="last1",
+    ),
+}
+
+
+def checkpoint(folder: Path) -> dict[str, Tensor]:
+    """A Switch checkpoint in ``folder``, and its tensors."""
+    save_pretrained(switch_model(), folder)
+    return load_file(folder / "model.safetensors")
