@@ -52,7 +52,7 @@ class Subwords:
 
     @property
     def is_joint(self) -> bool:
-        """Whether both sides have the same ids."""
+        """True where both sides have the same ids."""
         return len(self.models) == 1
 
     @property
@@ -118,7 +118,7 @@ _LONGEST_BYTES = 1 << 14
 
 @dataclass(frozen=True)
 class SubwordConfig:
-    """How subwords are learned from the training text, or where they are.
+    """The way in which subwords are learned from the training text, or the place where they are.
 
     Attributes:
         kind: "bpe" (Sennrich et al. 2016) or "unigram" (Kudo 2018).

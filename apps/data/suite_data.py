@@ -115,7 +115,7 @@ class SuiteData(LightningDataModule):
 
     @property
     def needs_no_dataset(self) -> bool:
-        """Whether the user gives all that is predicted, and its encoding is known: nothing is fetched then."""
+        """True where the user gives all that is predicted, and its encoding is known: nothing is fetched then."""
         return False
 
     # ---- the files and their encoding

@@ -1,4 +1,4 @@
-"""How a table is described: which column is what, what is predicted, and how it is split."""
+"""The description of a table: which column is what, what is predicted, and how it is split."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ class Encoding:
 
     @cached_property
     def digest(self) -> str:
-        """A hash of the encoding: two with the same digest encode every row alike."""
+        """A hash that is equal for encodings that encode every row alike."""
         vocabularies = {column: vocabulary.digest for column, vocabulary in self.vocabularies.items()}
         domains = None if self.domains is None else self.domains.digest
         plain = [asdict(self.features), vocabularies, self.domain, domains, self.separator]

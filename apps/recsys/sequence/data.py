@@ -206,7 +206,7 @@ class HistoryData(SuiteData):
 
     @property
     def encoding_state(self) -> dict[str, Any]:
-        """The checkpoint's part: the items' values and names by id, as tensors, and the names of the file's columns."""
+        """The items' values and names by id, as tensors, and the names of the file's columns, for a checkpoint."""
         columns = {
             "user": self.user_column,
             "item": self.item_column,

@@ -16,7 +16,7 @@ from apps.data.suite_data import SuiteData
 
 @dataclass(frozen=True)
 class Unit:
-    """How long a unit is."""
+    """The length of a unit."""
 
     length: int
 

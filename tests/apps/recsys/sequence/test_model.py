@@ -80,7 +80,7 @@ def test_padding_has_no_gradient(mixing, moe):
 
 
 def slow_attention(x_SD, layer):
-    """One head, one query, one key at a time."""
+    """Attend by one head, one query and one key at a time."""
     S, D = x_SD.shape
     d = D // layer.num_heads
     q, k, v = (x_SD @ w.t() + b for w, b in zip(layer.qkv.weight.split(D), layer.qkv.bias.split(D), strict=True))
