@@ -30,18 +30,9 @@ def _gather(tensor: Tensor, group: Any = None) -> list[Tensor]:
 
     torchmetrics' own function then indexes by a list of slices, whose meaning torch is going to change.
     """
-    home = tensor.device
-    tensor = tensor.cuda() if dist.get_backend(group) == "nccl" else tensor
-    rows = tensor.reshape(-1, *tensor.shape[1:]).contiguous()
-    own = torch.tensor([len(rows)], device=tensor.device)
-    sizes = [torch.zeros_like(own) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(sizes, own, group=group)
-    longest = int(max(sizes))
-    padded = torch.cat([rows, rows.new_zeros(longest - len(rows), *rows.shape[1:])])
-    parts = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(parts, padded, group=group)
-    own_sizes = (part[: int(size)].to(home) for part, size in zip(parts, sizes, strict=True))
-    return [part.reshape(tensor.shape) if tensor.ndim == 0 else part for part in own_sizes]
+    parts = [tensor] * dist.get_world_size(group)
+    dist.all_gather_object(parts, tensor.cpu(), group)
+    return [part.to(tensor.device) for part in parts]
 
 
 class _Synced(Metric):
