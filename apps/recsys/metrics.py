@@ -8,7 +8,7 @@ the score of the target stands before it, so a constant scorer ranks last.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -79,12 +79,7 @@ class MultiTaskMetrics(_Synced):
 
     higher_is_better = True
 
-    def __init__(
-        self,
-        task_names: Sequence[str],
-        grouped: bool = False,
-        score_bins: int | None = None,
-    ) -> None:
+    def __init__(self, task_names: Sequence[str], grouped: bool = False, score_bins: int | None = None) -> None:
         super().__init__()
         names = tuple(task_names)
         if not names or len(set(names)) != len(names):
@@ -222,20 +217,7 @@ def target_ranks(scores_BI: Tensor, target_B: Tensor) -> Tensor:
     outside_B = (target_B < 0) | (target_B >= num_items)
     if bool(outside_B.any()):
         raise ValueError(f"target {int(target_B[outside_B][0])} is not one of {num_items} items, 0 to {num_items - 1}")
-    return target_ranks_of_chunks([scores_BI], scores_BI.gather(1, target_B[:, None]).squeeze(1))
-
-
-def target_ranks_of_chunks(chunks: Iterable[Tensor], own_B: Tensor) -> Tensor:
-    """Return ``target_ranks`` for scores that come in blocks of items.
-
-    Args:
-        chunks: (B, c) scores each; together one for every item, the target's own included.
-        own_B: (B,), the score of the target.
-    """
-    rank_B = torch.zeros(len(own_B), dtype=torch.int64, device=own_B.device)
-    for scores in chunks:
-        rank_B += scores.shape[1] - (scores < own_B[:, None]).sum(1)
-    return rank_B
+    return num_items - (scores_BI < scores_BI.gather(1, target_B[:, None])).sum(1)
 
 
 class RankingMetrics(_Synced):
@@ -246,7 +228,7 @@ class RankingMetrics(_Synced):
     With one relevant item the ideal DCG is 1, so NDCG@k is ``1 / log2(1 + rank)`` within the first k, else 0. Sampled
     candidates are not offered: they change the order of models (Krichene and Rendle, KDD 2020).
 
-    ``compute`` returns ``hr@<k>``, ``ndcg@<k>`` and ``mrr``: means over the rows, kept as sums; NaN without rows.
+    ``compute`` returns ``hr_<k>``, ``ndcg_<k>`` and ``mrr``: means over the rows, kept as sums; NaN without rows.
 
     Args:
         ks: the cut-offs.
@@ -269,13 +251,7 @@ class RankingMetrics(_Synced):
 
     def update(self, outputs: Tensor, targets: Tensor) -> None:
         """Add a batch: (B, I) scores of all items and int64 (B,) targets; see ``target_ranks``."""
-        self.update_ranks(target_ranks(outputs.detach(), targets))
-
-    def update_ranks(self, rank_B: Tensor) -> None:
-        """Add ranks that are known already, 1 the best."""
-        self._computed = None
-        self._update_count += 1
-        rank_B = rank_B.to(self.count.device)
+        rank_B = target_ranks(outputs.detach(), targets).to(self.count.device)
         gain_B = 1.0 / torch.log2(1.0 + rank_B.double())
         within_Bk = rank_B[:, None] <= torch.tensor(self.ks, device=rank_B.device)
         self.hits += within_Bk.sum(0)
@@ -285,6 +261,6 @@ class RankingMetrics(_Synced):
 
     def compute(self) -> dict[str, Tensor]:
         n = self.count.double()
-        rates = {f"hr@{k}": self.hits[i] / n for i, k in enumerate(self.ks)}
-        gains = {f"ndcg@{k}": self.gains[i] / n for i, k in enumerate(self.ks)}
+        rates = {f"hr_{k}": self.hits[i] / n for i, k in enumerate(self.ks)}
+        gains = {f"ndcg_{k}": self.gains[i] / n for i, k in enumerate(self.ks)}
         return {**rates, **gains, "mrr": self.reciprocal_sum / n}

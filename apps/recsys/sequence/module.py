@@ -50,16 +50,6 @@ class NextItems(NamedTuple):
     score: Tensor
 
 
-class NextItemMetrics(RankingMetrics):
-    """``RankingMetrics`` at one cut-off under names that may stand in a file's: ``hr_10``, ``ndcg_10``, ``mrr``."""
-
-    def __init__(self) -> None:
-        super().__init__(ks=(CUTOFF,))
-
-    def compute(self) -> dict[str, Tensor]:
-        return {name.replace("@", "_"): value for name, value in super().compute().items()}
-
-
 class NextItemRecommender(SparseModule, Comparable):
     """A history transformer, sparse or dense, that ranks all items as the next one.
 
@@ -178,8 +168,8 @@ class NextItemRecommender(SparseModule, Comparable):
         items = int((batch.items_BS > 0).sum()) / len(batch.items_BS)
         return f"a history of {items:.4g} items on average"
 
-    def build_metrics(self) -> NextItemMetrics:
-        return NextItemMetrics()
+    def build_metrics(self) -> RankingMetrics:
+        return RankingMetrics(ks=(CUTOFF,))
 
     def predict_step(self, batch: Any, batch_idx: int) -> NextItems:
         """Return the ``top_k`` best next items of each history."""
