@@ -6,9 +6,7 @@ Importing this reads no file and imports neither pyarrow nor torchrec: a reader 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -26,20 +24,16 @@ class RecsysDataset:
 
     Attributes:
         source: its files and their sources.
-        read: function from a folder with those files to ``RawTables``.
+        module: the module of ``apps.recsys.readers`` that has its reader, ``read_NAME``.
     """
 
     source: Dataset
-    read: Callable[[Path], RawTables]
+    module: str
 
-
-def _read(module: str, function: str, root: Path) -> RawTables:
-    return getattr(importlib.import_module(f"apps.recsys.readers.{module}"), function)(root)
-
-
-def reader(module: str, name: str) -> Callable[[Path], RawTables]:
-    """Return ``read_NAME`` of a module of this room, which is imported when it is called. It can be pickled."""
-    return partial(_read, module, f"read_{name}")
+    def read(self, root: Path) -> RawTables:
+        """Return the tables of a folder with its files."""
+        module = importlib.import_module(f"apps.recsys.readers.{self.module}")
+        return getattr(module, f"read_{self.source.name}")(root)
 
 
 @dataclass(frozen=True)
@@ -88,7 +82,7 @@ def _movielens(
             licence=_GROUPLENS_LICENCE,
             note="Leave-last-out by default; a split by time has fewer users, some of them new.",
         ),
-        reader("movielens", name),
+        "movielens",
     )
 
 
@@ -131,7 +125,7 @@ RECSYS_DATASETS: dict[str, RecsysDataset] = {
                 licence="CC BY 4.0",
                 note="The original split; validation is 10 % of train, stratified by income, the same with every seed.",
             ),
-            reader("census", "census_income"),
+            "census",
         ),
         RecsysDataset(
             Dataset(
@@ -160,7 +154,7 @@ RECSYS_DATASETS: dict[str, RecsysDataset] = {
                 ),
                 licence="CC BY 4.0",
             ),
-            reader("adult", "adult"),
+            "adult",
         ),
         _movielens(
             "movielens_1m",
@@ -200,7 +194,7 @@ RECSYS_DATASETS: dict[str, RecsysDataset] = {
                 licence="none stated; see tianchi.aliyun.com/dataset/74690",
                 note="The processed copies (MTReclib's README links to them): train.csv and test.csv of each country.",
             ),
-            reader("aliexpress", "aliexpress"),
+            "aliexpress",
         ),
         RecsysDataset(
             Dataset(
@@ -215,7 +209,7 @@ RECSYS_DATASETS: dict[str, RecsysDataset] = {
                 licence="none stated; see tianchi.aliyun.com/dataset/408",
                 note="By hand from tianchi.aliyun.com/dataset/408, after logging in.",
             ),
-            reader("ali_ccp", "ali_ccp"),
+            "ali_ccp",
         ),
         RecsysDataset(
             Dataset(
@@ -242,7 +236,7 @@ RECSYS_DATASETS: dict[str, RecsysDataset] = {
                 licence="CC BY-SA 4.0",
                 note="The small release; for KuaiRand-1K set root. Split by time; only the standard logs are read.",
             ),
-            reader("kuairand", "kuairand"),
+            "kuairand",
         ),
     )
 }

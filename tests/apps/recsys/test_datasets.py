@@ -31,9 +31,8 @@ def test_every_dataset_has_its_reader(name: str) -> None:
     assert dataset.source.app == "recsys"
     assert dataset.source.licence
     assert datasets.find(name) is dataset.source
-    module, function = dataset.read.args
-    assert callable(getattr(importlib.import_module(f"apps.recsys.readers.{module}"), function))
-    assert pickle.loads(pickle.dumps(dataset)).source == dataset.source
+    assert callable(getattr(importlib.import_module(f"apps.recsys.readers.{dataset.module}"), f"read_{name}"))
+    assert pickle.loads(pickle.dumps(dataset)) == dataset
 
 
 @pytest.mark.parametrize("name", [n for n, d in RECSYS_DATASETS.items() if not d.source.sources])
