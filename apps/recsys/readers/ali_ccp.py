@@ -52,7 +52,9 @@ def read_ali_ccp(root: Path) -> RawTables:
     Raises:
         ValueError: a file is missing, truncated or not of that layout, or a row's common features are missing.
     """
-    return _read_wide(root) if (root / "ali_ccp_train.csv").is_file() else _read_released(root)
+    if (root / "ali_ccp_train.csv").is_file():
+        return _read_wide(root)
+    return RawTables(_read_split(root, "train"), None, _read_split(root, "test"), _CONFIG)
 
 
 def _read_wide(root: Path) -> RawTables:
@@ -71,10 +73,6 @@ def _read_wide(root: Path) -> RawTables:
         read_delimited(root / "ali_ccp_test.csv", types),
         config,
     )
-
-
-def _read_released(root: Path) -> RawTables:
-    return RawTables(_read_split(root, "train"), None, _read_split(root, "test"), _CONFIG)
 
 
 def _read_split(root: Path, name: str) -> pa.Table:

@@ -38,7 +38,6 @@ def read_delimited(
     encoding: str = "utf8",
     num_rows: int | None = None,
     skip: str | None = None,
-    null: str | None = None,
     quoted: bool = False,
 ) -> pa.Table:
     """Return some columns of a text file with one row a line.
@@ -52,8 +51,8 @@ def read_delimited(
         encoding: "utf8" or "latin1".
         num_rows: number of rows that the file must have, where known.
         skip: beginning of a first line that is no row.
-        null: text of a missing value; by default the empty one, in columns of numbers alone.
-        quoted: whether values may stand in double quotes; else a quote is a character like another.
+        quoted: whether values may stand in double quotes, and an empty text is missing as an empty number is; else a
+            quote is a character like another.
 
     Raises:
         ValueError: the file is missing, is truncated, not of that layout, or unpacks to far more than its size explains
@@ -80,8 +79,8 @@ def read_delimited(
                 convert_options=pa.csv.ConvertOptions(
                     column_types=dict(types),
                     include_columns=list(types),
-                    null_values=["" if null is None else null],
-                    strings_can_be_null=null is not None,
+                    null_values=[""],
+                    strings_can_be_null=quoted,
                 ),
             )
     except (pa.ArrowInvalid, pa.ArrowKeyError, UnicodeDecodeError) as error:
@@ -153,13 +152,7 @@ def _open(path: Path) -> BinaryIO:
 def _source(path: Path, separator: str) -> Iterator[Any]:
     """Open a file for pyarrow, which takes separators of one character alone.
 
-    A plain file is mapped and a gzipped one streamed, so that neither is in memory beside the table.
+    A file with such a separator is streamed, so that it is not in memory beside the table.
     """
-    if len(separator) > 1:
-        with _open(path) as file:
-            yield pa.BufferReader(file.read().replace(*_one(separator)))
-    elif path.suffix == ".gz":
-        with _open(path) as file:
-            yield file
-    else:
-        yield pa.memory_map(str(path))
+    with _open(path) as file:
+        yield pa.BufferReader(file.read().replace(*_one(separator))) if len(separator) > 1 else file

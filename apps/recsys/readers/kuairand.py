@@ -74,8 +74,8 @@ def read_kuairand(root: Path) -> RawTables:
         **dict.fromkeys(_USER_CONTINUOUS, pa.float32()),
     }
     video_types = {"video_id": pa.int64(), **dict.fromkeys((*_VIDEO_CATEGORICAL, "tag"), pa.string())}
-    users = read_delimited(home / f"user_features_{size}.csv", user_types, null="", quoted=True)
-    videos = read_delimited(home / f"video_features_basic_{size}.csv", video_types, null="", quoted=True)
+    users = read_delimited(home / f"user_features_{size}.csv", user_types, quoted=True)
+    videos = read_delimited(home / f"video_features_basic_{size}.csv", video_types, quoted=True)
     of_user = look_up(users, "user_id", log["user_id"]).drop_columns("user_id")
     of_video = look_up(videos, "video_id", log["video_id"]).drop_columns("video_id")
     return RawTables(side_by_side(log, of_user, of_video), None, None, CONFIG)

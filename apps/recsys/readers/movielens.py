@@ -94,9 +94,9 @@ def read_ratings_1m(root: Path, num_ratings: int | None = 1_000_209) -> Ratings:
         home / "movies.dat", _text(("id", "title", "genres")), columns=("id", "title", "genres"), separator="::",
         encoding="latin1",
     )  # fmt: skip
-    titles = films["title"].to_pylist()
     genres = [text.split("|") for text in films["genres"].to_pylist()]
-    return _ratings(home / "ratings.dat", lines, users, films["id"].cast(pa.int64()), titles, genres, _years(titles))
+    ids, titles = films["id"].cast(pa.int64()), films["title"].to_pylist()
+    return _ratings(home / "ratings.dat", lines, users, ids, titles, genres)
 
 
 def read_ratings_100k(root: Path, num_ratings: int | None = 100_000) -> Ratings:
@@ -111,10 +111,10 @@ def read_ratings_100k(root: Path, num_ratings: int | None = 100_000) -> Ratings:
     films = read_delimited(
         home / "u.item", _text(("id", "title", *_GENRES_100K)), columns=film_columns, separator="|", encoding="latin1"
     )
-    titles = films["title"].to_pylist()
     flags = zip(*(films[genre].to_pylist() for genre in _GENRES_100K), strict=True)
     genres = [[g for g, flag in zip(_GENRES_100K, row, strict=True) if flag == "1"] for row in flags]
-    return _ratings(home / "u.data", lines, users, films["id"].cast(pa.int64()), titles, genres, _years(titles))
+    ids, titles = films["id"].cast(pa.int64()), films["title"].to_pylist()
+    return _ratings(home / "u.data", lines, users, ids, titles, genres)
 
 
 def _lines(path: Path, separator: str, num_ratings: int | None) -> pa.Table:
@@ -132,26 +132,24 @@ def _read_recbole(root: Path, name: str, num_ratings: int | None) -> Ratings:
     users = read_delimited(root / f"{name}.user", _text(("user_id", "gender", "age", "occupation")), separator="\t")
     names = ("item_id", "movie_title", "release_year", "genre" if name == "ml-1m" else "class")
     films = read_delimited(root / f"{name}.item", _text(names), separator="\t")
-    ids, bare, years, genres = (films[n].to_pylist() for n in names)
+    bare, years, genres = (films[n].to_pylist() for n in names[1:])
     # its film 267 of 100k is "unkonwn" of the year "unkonwn"
     titles = [f"{title} ({year})" if year.isdigit() else title for title, year in zip(bare, years, strict=True)]
     # both files count users from 1, in ml-1m as "1m_1"
     lines = lines.set_column(0, "user", pc.replace_substring_regex(lines["user"], _PREFIX, "").cast(pa.int64()))
     users = users.set_column(0, "user_id", pc.replace_substring_regex(users["user_id"], _PREFIX, ""))
-    return _ratings(path, lines, users, pa.array(ids), titles, [text.split() for text in genres], _years(titles))
+    return _ratings(path, lines, users, films["item_id"], titles, [text.split() for text in genres])
 
 
 def _ratings(
     path: Path,
     lines: pa.Table,
     users: pa.Table,
-    ids: pa.Array | pa.ChunkedArray,
+    ids: pa.ChunkedArray,
     titles: list[str],
     genres: list[list[str]],
-    years: np.ndarray,
 ) -> Ratings:
-    value_set = ids.combine_chunks() if isinstance(ids, pa.ChunkedArray) else ids
-    place = pc.index_in(lines["item"], value_set=value_set)
+    place = pc.index_in(lines["item"], value_set=ids.combine_chunks())
     if place.null_count:
         odd = lines["item"].filter(place.is_null())[0].as_py()
         raise ValueError(f"{path} rates film {odd!r}, which the file of films lacks: one of the two is truncated")
@@ -166,6 +164,7 @@ def _ratings(
     rating_N = lines["rating"].to_numpy()
     if len(rating_N) and not 1 <= rating_N.min() <= rating_N.max() <= 5:
         raise ValueError(f"{path} is corrupt: ratings go from 1 to 5, not {rating_N.min():g} to {rating_N.max():g}")
+    matches = (_YEAR.search(title) for title in titles)
     return Ratings(
         user_N=lines["user"].to_numpy(),
         item_N=place.to_numpy().astype(np.int64) + 1,
@@ -174,7 +173,7 @@ def _ratings(
         users=users.select(["user_id", "gender", "age", "occupation"]),
         titles=tuple(titles),
         genres=tuple(map(tuple, genres)),
-        years=years,
+        years=np.array([float(m[1]) if m else np.nan for m in matches], np.float32),
     )
 
 
@@ -233,8 +232,3 @@ def watched_next(user_N: np.ndarray, time_N: np.ndarray) -> tuple[np.ndarray, np
 
 def _text(names: tuple[str, ...]) -> dict[str, pa.DataType]:
     return dict.fromkeys(names, pa.string())
-
-
-def _years(titles: list[str]) -> np.ndarray:
-    matches = (_YEAR.search(title) for title in titles)
-    return np.array([float(m[1]) if m else np.nan for m in matches], np.float32)
