@@ -143,12 +143,8 @@ def _read_csv(file: Path, roles: Mapping[str, str], numbers: Collection[str], in
         if "conversion error" not in str(error):
             raise
         # A field of a column of numbers is no number: from text the encoder can say which one, and in which row.
-        try:
+        with _naming_bytes(file, parse, types):
             table = _convert(file, parse, types, list(roles))
-        except pa.ArrowInvalid as error:
-            if "invalid UTF8" not in str(error):
-                raise
-            raise ValueError(f"{str(file)!r} cannot be read: {_no_text(file, parse, types)}") from error
     _check_end(file)
     return table
 
@@ -165,12 +161,8 @@ def _iter_csv(file: Path, roles: Mapping[str, str], numbers: Collection[str]) ->
     except pa.ArrowInvalid as error:
         if "conversion error" not in str(error):
             raise
-        try:  # as text from there on, as in _read_csv: the pieces are the same
+        with _naming_bytes(file, parse, text):  # as text from there on, as in _read_csv: the pieces are the same
             yield from itertools.islice(_stream(file, parse, text, list(roles)), count, None)
-        except pa.ArrowInvalid as error:
-            if "invalid UTF8" not in str(error):
-                raise
-            raise ValueError(f"{str(file)!r} cannot be read: {_no_text(file, parse, text)}") from error
 
 
 def _layout(file: Path, roles: Mapping[str, str]) -> pa.csv.ParseOptions:
@@ -191,14 +183,21 @@ def _check_end(file: Path) -> None:
             log.warning("%r does not end in a line end: its last row may be cut", str(file))
 
 
-def _no_text(file: Path, parse: pa.csv.ParseOptions, types: Mapping[str, Any]) -> str:
-    """Say which value of which column is the first that is no UTF-8 text."""
-    raw = _convert(file, parse, dict.fromkeys(types, pa.binary()), list(types))
-    for column in raw.column_names:
-        row = first_failing(raw[column], pa.string())
-        if row < len(raw):
-            break
-    return f"column {column!r} holds {raw[column][row].as_py()!r} in row {row}, which is no UTF-8 text"
+@contextlib.contextmanager
+def _naming_bytes(file: Path, parse: pa.csv.ParseOptions, types: Mapping[str, Any]) -> Iterator[None]:
+    """Name the first value that is no UTF-8 text, where reading the columns of ``types`` fails for one."""
+    try:
+        yield
+    except pa.ArrowInvalid as error:
+        if "invalid UTF8" not in str(error):
+            raise
+        raw = _convert(file, parse, dict.fromkeys(types, pa.binary()), list(types))
+        for column in raw.column_names:
+            row = first_failing(raw[column], pa.string())
+            if row < len(raw):
+                break
+        odd = f"column {column!r} holds {raw[column][row].as_py()!r} in row {row}, which is no UTF-8 text"
+        raise ValueError(f"{str(file)!r} cannot be read: {odd}") from error
 
 
 def _options(types: dict[str, Any], columns: list[str]) -> pa.csv.ConvertOptions:
