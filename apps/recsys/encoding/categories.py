@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from apps.recsys.encoding.numbers import Part, first_failing
+from apps.recsys.encoding.numbers import Part, first_failing, is_text
 from apps.recsys.encoding.vocabulary import Vocabulary, utf8
 
 MISSING = -1
@@ -105,7 +105,7 @@ def to_text(values: pa.Array) -> pa.StringArray:
     text = values.cast(pa.string())
     if pa.types.is_temporal(kind):  # written to the unit of its type: 12:00:00.000000
         text = pc.replace_substring_regex(text, r"(:\d\d)\.0+($|[^0-9])", r"\1\2")
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_binary(kind):
+    if is_text(kind) or pa.types.is_binary(kind):
         text = pc.utf8_trim_whitespace(text)
         # Whole numbers beside missing ones are often written as 5.0.
         text = pc.replace_substring_regex(text, r"^(-?(?:0|[1-9][0-9]*))\.0+$", r"\1")

@@ -37,10 +37,9 @@ def to_numbers(
 
 
 def _numbers(data: pa.ChunkedArray, column: str, where: str, missing: str, first_row: int) -> NDArray[np.float64]:
-    kind = data.type.value_type if pa.types.is_dictionary(data.type) else data.type
-    if pa.types.is_dictionary(data.type):
-        data = data.cast(kind)
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+    data = plain(data)
+    kind = data.type
+    if is_text(kind):
         data = pc.utf8_trim_whitespace(data)
         data = pc.if_else(pc.equal(data, ""), pa.scalar(None, kind), data)
     elif pa.types.is_boolean(kind):
@@ -58,6 +57,16 @@ def _numbers(data: pa.ChunkedArray, column: str, where: str, missing: str, first
             f"column {column!r} of {where} must hold numbers: row {first_row + row} holds {odd!r}; {missing}"
         ) from None
     return np.asarray(numbers.fill_null(np.nan), dtype=np.float64)
+
+
+def plain(data: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return a column by its values where it is stored as places in a dictionary."""
+    return data.cast(data.type.value_type) if pa.types.is_dictionary(data.type) else data
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Return whether a column of this type holds text."""
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
 def first_failing(data: pa.Array | pa.ChunkedArray, kind: pa.DataType) -> int:
@@ -107,12 +116,10 @@ def to_order(parts: Sequence[Part], column: str) -> NDArray[np.int64] | NDArray[
 
 def _dates(data: pa.ChunkedArray) -> pa.ChunkedArray:
     """Return text that reads as dates or times as timestamps, and other columns as they are."""
-    kind = data.type.value_type if pa.types.is_dictionary(data.type) else data.type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-        return data
-    for zone in (None, "UTC"):
+    data = plain(data)
+    for zone in (None, "UTC") if is_text(data.type) else ():
         with contextlib.suppress(pa.ArrowInvalid):
-            return data.cast(kind).cast(pa.timestamp("us", zone))
+            return data.cast(pa.timestamp("us", zone))
     return data
 
 

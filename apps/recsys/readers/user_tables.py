@@ -18,7 +18,7 @@ import pyarrow.parquet
 from lightning.pytorch.utilities import rank_zero_only
 
 from apps.base.inflate import Inflated, check_unpacked
-from apps.recsys.encoding.numbers import first_failing
+from apps.recsys.encoding.numbers import first_failing, is_text
 from apps.recsys.schema import nearest
 
 log = logging.getLogger(__name__)
@@ -128,7 +128,7 @@ def _parquet(file: Path, roles: Mapping[str, str]) -> Iterator[pa.parquet.Parque
     with pa.parquet.ParquetFile(file) as parquet:
         _check(parquet.schema_arrow.names, roles, file)
         _check_size(parquet.metadata, file)
-        texts = [f.name for f in parquet.schema_arrow if f.name in roles and _is_text(f.type)]
+        texts = [f.name for f in parquet.schema_arrow if f.name in roles and is_text(f.type)]
     # Texts are read as a dictionary: a page may repeat a long one a million times in a few bytes.
     with pa.parquet.ParquetFile(file, read_dictionary=texts) as parquet:
         yield parquet
@@ -248,10 +248,6 @@ def _check_size(metadata: pa.parquet.FileMetaData, file: Path) -> None:
     check_unpacked(file.name, size, pages, "bytes of pages")
     # A number takes at least 4 bytes in memory.
     check_unpacked(file.name, size, 4 * metadata.num_rows * metadata.num_columns, "bytes of rows")
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
 def _check(names: list[str], roles: Mapping[str, str], file: Path) -> None:
