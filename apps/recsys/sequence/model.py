@@ -266,7 +266,9 @@ class HistoryModel(nn.Module):
         Raises:
             ValueError: an id is negative or beyond ``num_items``, or a history is longer than ``max_length``.
         """
-        self._check(items_BS)
+        if items_BS.ndim != 2 or items_BS.is_floating_point():
+            raise ValueError(f"items are {items_BS.dtype} of shape {tuple(items_BS.shape)}, not integers (B, S)")
+        check_ids(items_BS, self.num_items, "item", "padding")
         packing, index_T = Packing.of(items_BS > 0)
         if packing.length > self.max_length:
             raise ValueError(f"a history of {packing.length} items is longer than max_length={self.max_length}")
@@ -283,16 +285,6 @@ class HistoryModel(nn.Module):
         for block in self.blocks:
             x_TD = block(x_TD, given)
         return self.norm(x_TD), packing, index_T
-
-    def _check(self, items_BS: Tensor) -> None:
-        if items_BS.ndim != 2 or items_BS.is_floating_point():
-            raise ValueError(f"items are {items_BS.dtype} of shape {tuple(items_BS.shape)}, not integers (B, S)")
-        if items_BS.numel() == 0:
-            return
-        low, high = items_BS.aminmax()
-        for value in (int(low), int(high)):
-            if not 0 <= value <= self.num_items:
-                raise ValueError(f"item id {value} is not in 0 to num_items={self.num_items} (0 is padding)")
 
     @property
     def output_weight(self) -> Tensor:
@@ -314,6 +306,13 @@ class HistoryModel(nn.Module):
         """
         h_TD, packing, _ = self.encode(items_BS)
         return self.scores(last_of(h_TD, packing))
+
+
+def check_ids(ids: Tensor, num_items: int, kind: str, zero: str) -> None:
+    """Raise a ValueError that names an id which is not in 0 to ``num_items``, its ``kind`` and the meaning of 0."""
+    for value in map(int, ids.aminmax()) if ids.numel() else ():
+        if not 0 <= value <= num_items:
+            raise ValueError(f"{kind} id {value} is not in 0 to num_items={num_items} (0 is {zero})")
 
 
 def last_of(h_TD: Tensor, packing: Packing) -> Tensor:

@@ -21,7 +21,7 @@ from apps.nets.loss import linear_cross_entropy
 from apps.nets.place import Place, check_fits, check_layers
 from apps.recsys.metrics import RankingMetrics
 from apps.recsys.sequence import scoring
-from apps.recsys.sequence.model import HistoryModel, HistoryModelConfig, last_of
+from apps.recsys.sequence.model import HistoryModel, HistoryModelConfig, check_ids, last_of
 from apps.train.module import OptimizerConfig, SparseModule, TaskOutput
 from core.config.plain import from_plain
 
@@ -130,7 +130,7 @@ class NextItemRecommender(SparseModule, Comparable):
         """
         h_TD, packing, index_T = self.model.encode(batch.items_BS)
         target_T = batch.targets_BS.flatten()[index_T]
-        self._check_targets(batch.targets_BS)
+        check_ids(batch.targets_BS, self.num_items, "target", "none")
         has_T = target_T > 0
         all_have = bool(has_T.all())
         loss = linear_cross_entropy(
@@ -146,13 +146,6 @@ class NextItemRecommender(SparseModule, Comparable):
         kept_B = last_target_B > 0
         scores_BI = self._candidates(self.model.scores(last_of(h_TD, packing)), batch)[kept_B]
         return TaskOutput(loss, scores_BI, last_target_B[kept_B], len(batch.items_BS))
-
-    def _check_targets(self, targets_BS: Tensor) -> None:
-        if targets_BS.numel():
-            low, high = (int(v) for v in targets_BS.aminmax())
-            if low < 0 or high > self.num_items:
-                wrong = low if low < 0 else high
-                raise ValueError(f"target id {wrong} is not in 0 to num_items={self.num_items} (0 is none)")
 
     def _candidates(self, scores_BI: Tensor, batch: Any) -> Tensor:
         """Return the scores, with -inf for items that may not be recommended."""
