@@ -202,7 +202,7 @@ class HistoryData(SuiteData):
     @property
     def encoding(self) -> Items:
         """The items by id: the checkpoint's, else those of the data."""
-        return self._adopted or Items(self.histories.item_values, self.histories.item_names)
+        return self._adopted or self.histories.items
 
     @property
     def encoding_state(self) -> dict[str, Any]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,11 @@ class Items:
     def from_state(cls, state: Mapping[str, Any]) -> Items:
         return cls(*(("", *Vocabulary(**state[part]).texts()) for part in ("items", "names")))
 
+    @cached_property
+    def ids(self) -> dict[str, int]:
+        """The items' ids by value."""
+        return {value: i for i, value in enumerate(self.values) if i}
+
     @property
     def digest(self) -> str:
         """A hash of the items and their order."""
@@ -59,8 +65,7 @@ class Histories:
         item_N: int32, item ids from 1; 0 is never an item.
         offsets: int64 (users + 1,).
         user_names: the users as the data calls them, by position.
-        item_values: the items as the data calls them, by id; entry 0 is "".
-        item_names: the items' names by id, entry 0 is ""; the values where the data has no other names.
+        items: the items by id.
         item_genres: the items' genres by id, entry 0 is (); empty where the data knows no genres.
         num_unknown: number of interactions left out because the model does not know their items. A user who has no
             other is kept, without items.
@@ -69,8 +74,7 @@ class Histories:
     item_N: NDArray[np.int32]
     offsets: NDArray[np.int64]
     user_names: tuple[str, ...]
-    item_values: tuple[str, ...]
-    item_names: tuple[str, ...]
+    items: Items
     item_genres: tuple[tuple[str, ...], ...] = ()
     num_unknown: int = 0
 
@@ -80,68 +84,77 @@ class Histories:
         return np.diff(self.offsets)
 
 
-_TEXTS = ("user_names", "item_values", "item_names")
-
-
 def write(histories: Histories, writer: ArrayWriter) -> None:
     """Write histories to be read by ``read``."""
     writer.save("item_N", histories.item_N)
     writer.save("offsets", histories.offsets)
-    for name in _TEXTS:
-        save_texts(writer, name, getattr(histories, name))
+    save_texts(writer, "user_names", histories.user_names)
+    save_texts(writer, "item_values", histories.items.values)
+    save_texts(writer, "item_names", histories.items.names)
     save_texts(writer, "item_genres", map("|".join, histories.item_genres))
     writer.finish({"num_unknown": histories.num_unknown})
 
 
 def read(files: ArrayFiles) -> Histories:
     """Return the histories that ``write`` wrote; the items are mapped into memory."""
-    texts = {name: tuple(read_texts(files, name)) for name in _TEXTS}
+    users, values, names = (tuple(read_texts(files, name)) for name in ("user_names", "item_values", "item_names"))
     genres = tuple(tuple(text.split("|")) if text else () for text in read_texts(files, "item_genres"))
     item_N, offsets = files["item_N"].numpy(), files["offsets"].numpy()
-    return Histories(item_N, offsets, **texts, item_genres=genres, num_unknown=files.info["num_unknown"])
+    return Histories(item_N, offsets, users, Items(values, names), genres, files.info["num_unknown"])
 
 
 def build(
-    user_N: NDArray[Any],
-    item_N: NDArray[Any],
+    user_N: NDArray[np.int64],
+    item_N: NDArray[np.int64],
     time_N: NDArray[Any] | None,
     keep_N: NDArray[np.bool_],
+    users: Sequence[str],
+    values: Sequence[str],
+    names: Sequence[str],
     min_count: int,
-    id_N: NDArray[np.int32] | None = None,
-) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[Any], NDArray[Any]]:
+    known: Items | None,
+) -> Histories:
     """Order interactions by user and time, and number what is left of users and items.
 
-    Interactions of one user and time keep their order in the file. Items are numbered from 1 by ascending value, users
-    from 0 likewise, so that the numbers depend on neither the order of the file nor its source.
+    Interactions of one user and time keep their order in the file. Items are numbered from 1 in the order of
+    ``values``, users from 0 in that of ``users``, so that the numbers depend on neither the order of the file nor its
+    source.
 
     Args:
-        user_N, item_N: users and items, of any values that can be sorted.
-        time_N: times, likewise; None: the order of the rows.
+        user_N, item_N: the place of each interaction's user in ``users``, and of its item in ``values``.
+        time_N: times, of any values that can be sorted; None: the order of the rows.
         keep_N: True for interactions that count, such as those with a good rating.
+        users, values, names: the users, the items and the items' names as the data calls them.
         min_count: items with fewer interactions are left out, with these; counted once, after ``keep_N``.
-        id_N: ids that the items have already. An item of id 0 is left out, but its user stays.
-
-    Returns:
-        Item ids (N',) and offsets (users + 1,) of `Histories`, and the distinct users and items that are left.
+        known: the items that a model knows: they keep their ids and names, and others are left out, but not their
+            users; min_count then leaves out nothing.
 
     Raises:
         ValueError: nothing is left.
     """
-    if min_count > 1:
-        _, code, count = np.unique(item_N[keep_N], return_inverse=True, return_counts=True)
-        keep_N = keep_N.copy()
-        keep_N[keep_N] = count[code] >= min_count
-    users, user_code = np.unique(user_N[keep_N], return_inverse=True)
-    if id_N is not None:
-        user_code, keep_N = user_code[id_N[keep_N] > 0], keep_N & (id_N > 0)
-    if not len(user_code):
+    if min_count > 1 and known is None:
+        keep_N = keep_N & (np.bincount(item_N[keep_N], minlength=len(values)) >= min_count)[item_N]
+    kept_users, user_n = np.unique(user_N[keep_N], return_inverse=True)
+    if known is None:
+        kept_items, id_n = np.unique(item_N[keep_N], return_inverse=True)
+        id_n = id_n + 1
+        known = Items(*(("", *(texts[i] for i in kept_items.tolist())) for texts in (values, names)))
+    else:
+        id_n = np.array([known.ids.get(value, 0) for value in values])[item_N[keep_N]]
+    known_n = id_n > 0
+    if not known_n.any():
         raise ValueError("no interaction is left to make histories of")
-    items, item_code = np.unique(item_N[keep_N], return_inverse=True)
+    user_n = user_n[known_n]
     # lexsort is stable and sorts by its last key first
-    order = np.lexsort((user_code,) if time_N is None else (time_N[keep_N], user_code))
-    offsets = np.concatenate(([0], np.cumsum(np.bincount(user_code, minlength=len(users)))))
-    ids = (item_code + 1).astype(np.int32) if id_N is None else id_N[keep_N]
-    return ids[order], offsets.astype(np.int64), users, items
+    order = np.lexsort((user_n,) if time_N is None else (time_N[keep_N][known_n], user_n))
+    offsets = np.concatenate(([0], np.cumsum(np.bincount(user_n, minlength=len(kept_users)))))
+    return Histories(
+        id_n[known_n][order].astype(np.int32),
+        offsets.astype(np.int64),
+        user_names=tuple(users[u] for u in kept_users.tolist()),
+        items=known,
+        num_unknown=int((~known_n).sum()),
+    )
 
 
 def from_ratings(
@@ -157,37 +170,13 @@ def from_ratings(
         ValueError: no rating is left.
     """
     keep = np.ones(len(ratings.user_N), bool) if min_rating is None else ratings.rating_N >= min_rating
+    users = [str(user) for user in range(int(ratings.user_N.max()) + 1)]
     films = ["", *map(str, range(1, len(ratings.titles) + 1))]
-    id_N, unknown = _known_ids(known, films, ratings.item_N, keep)
-    item_N, offsets, users, items = build(
-        ratings.user_N, ratings.item_N, ratings.time_N, keep, min_count if known is None else 1, id_N
+    histories = build(
+        ratings.user_N, ratings.item_N, ratings.time_N, keep, users, films, ["", *ratings.titles], min_count, known
     )
-    own = Items(("", *map(str, items.tolist())), ("", *(ratings.titles[i - 1] for i in items.tolist())))
-    used = known or own
     genres = dict(zip(films[1:], ratings.genres, strict=True))
-    return Histories(
-        item_N,
-        offsets,
-        user_names=tuple(str(u) for u in users.tolist()),
-        item_values=used.values,
-        item_names=used.names,
-        item_genres=((), *(genres.get(value, ()) for value in used.values[1:])),
-        num_unknown=unknown,
-    )
-
-
-def _known_ids(
-    known: Items | None, values: Sequence[str], item_N: NDArray[Any], keep_N: NDArray[np.bool_]
-) -> tuple[NDArray[np.int32] | None, int]:
-    """Return the known items' ids, 0 for others, and how many of ``keep_N`` have none; None where no items are known.
-
-    ``values`` are the texts of the numbers in ``item_N``.
-    """
-    if known is None:
-        return None, 0
-    ids = {value: i for i, value in enumerate(known.values) if i}
-    id_N = np.array([ids.get(value, 0) for value in values], np.int32)[item_N]
-    return id_N, int((id_N[keep_N] == 0).sum())
+    return replace(histories, item_genres=((), *(genres.get(value, ()) for value in histories.items.values[1:])))
 
 
 def from_table(
@@ -213,9 +202,7 @@ def from_table(
         rating: column of numbers for ``min_rating``.
         name: column with the item's name, of which an item's first one counts; None: the item itself.
         min_rating: lowest rating of an interaction that counts; interactions without one are left out too.
-        min_count: see `build`.
-        known: the items that a model knows: they keep their ids and names, and others are left out, but not their
-            users; min_count then leaves out nothing.
+        min_count, known: see `build`.
 
     Raises:
         ValueError: a file cannot be read or lacks a column; one column has two roles; a user, an item or a time is
@@ -240,23 +227,16 @@ def from_table(
         assert rating is not None
         keep = to_numbers(parts(rating), rating) >= min_rating  # false for NaN
     order = None if time is None else to_order(parts(time), time)
-    id_N, unknown = _known_ids(known, items, item_N, keep)
-    try:
-        item_of_N, offsets, used_users, used_items = build(
-            user_N, item_N, order, keep, min_count if known is None else 1, id_N
-        )
-    except ValueError as error:
-        raise ValueError(f"{files[0]}: {error}") from error
-    user_names = tuple(users[u] for u in used_users.tolist())
-    if known is not None:
-        return Histories(item_of_N, offsets, user_names, known.values, known.names, num_unknown=unknown)
-    names = values = [items[i] for i in used_items.tolist()]
-    if name is not None and name != item:
+    names = items
+    if known is None and name is not None and name != item:
         coded = factorize(parts(name), name)
         texts = [*coded.values.to_pylist(), ""]  # the last one is where MISSING points
         _, first = np.unique(item_N, return_index=True)
-        names = [texts[code] for code in coded.codes[first[used_items]].tolist()]
-    return Histories(item_of_N, offsets, user_names, ("", *values), ("", *names))
+        names = [texts[code] for code in coded.codes[first].tolist()]
+    try:
+        return build(user_N, item_N, order, keep, users, items, names, min_count, known)
+    except ValueError as error:
+        raise ValueError(f"{files[0]}: {error}") from error
 
 
 def _numbered(codes: Codes, column: str) -> tuple[NDArray[np.int64], list[str]]:
