@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from apps.base.checks import check_at_least
+from apps.data.loader import in_order
 from apps.recsys.encoding.categories import MISSING, factorize
-from apps.recsys.encoding.numbers import Part, to_numbers, to_order
-from apps.recsys.encoding.vocabulary import Vocabulary
+from apps.recsys.encoding.numbers import Part, plain, to_numbers, to_order
 from apps.recsys.sequence.data import Examples
+from apps.recsys.sequence.histories import Items
 from apps.recsys.tables.scoring import encoding_of, like, pieces
 
 if TYPE_CHECKING:
@@ -33,15 +33,14 @@ def predict(model: NextItemRecommender, histories: Any, top: int, include_seen: 
     """See ``NextItemRecommender.predict``."""
     check_at_least(1, top=top, batch_size=batch_size)
     encoding = encoding_of(model)
-    values, names = (("", *Vocabulary(**encoding[part]).texts()) for part in ("items", "names"))
-    ids = {value: i for i, value in enumerate(values) if i}
-    best = _Best(model, top, include_seen, batch_size)
+    items = Items.from_state(encoding)
     if _are_lists(histories):
         texts, lengths = _flat(histories)
-        id_N = np.array([ids.get(text, 0) for text in texts], np.int32)
-        history_X, item_X, score_X = best.of(id_N, np.repeat(np.arange(len(lengths)), lengths), len(lengths))
+        id_N = np.array([items.ids.get(text, 0) for text in texts], np.int32)
+        history_N = np.repeat(np.arange(len(lengths)), lengths)
+        history_X, item_X, score_X = _best(model, id_N, history_N, len(lengths), top, include_seen, batch_size)
         whole = all(isinstance(v, (int, np.integer)) for history in histories for v in history)
-        own = _numbers_or_texts([values[i] for i in item_X.tolist()], whole)
+        own = _numbers_or_texts([items.values[i] for i in item_X.tolist()], whole)
         by_history: list[list[tuple[Any, float]]] = [[] for _ in lengths]
         for history, item, score in zip(history_X.tolist(), own, score_X.tolist(), strict=True):
             by_history[history].append((item, score))
@@ -49,60 +48,57 @@ def predict(model: NextItemRecommender, histories: Any, top: int, include_seen: 
     columns = {**_COLUMNS, **encoding.get("columns", {})}
     user, item = columns["user"], columns["item"]
     table = _events(histories, columns)
-    code_N, id_N, first_U = _ordered(table, columns, encoding.get("min_rating"), ids)
-    user_X, item_X, score_X = best.of(id_N, code_N, len(first_U))
+    code_N, id_N, first_U = _ordered(table, columns, encoding.get("min_rating"), items.ids)
+    user_X, item_X, score_X = _best(model, id_N, code_N, len(first_U), top, include_seen, batch_size)
     result = {
-        user: _plain(table[user].take(first_U[user_X])),
-        item: _like_items([values[i] for i in item_X.tolist()], table[item].type),
+        user: plain(table[user].take(first_U[user_X])),
+        item: _like_items([items.values[i] for i in item_X.tolist()], table[item].type),
     }
-    if names != values:
-        result["name"] = [names[i] for i in item_X.tolist()]
+    if items.names != items.values:
+        result["name"] = [items.names[i] for i in item_X.tolist()]
     return like(histories, {**result, "score": score_X})
 
 
-class _Best:
-    """The best items of histories, in batches."""
+def _best(
+    model: NextItemRecommender,
+    id_N: NDArray[np.int32],
+    history_N: NDArray[np.int64],
+    num: int,
+    top: int,
+    include_seen: bool,
+    batch_size: int,
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
+    """Return history, item id and score of each recommendation, by history and the best first.
 
-    def __init__(self, model: NextItemRecommender, top: int, include_seen: bool, batch_size: int) -> None:
-        self.model, self.top, self.include_seen, self.batch_size = model, top, include_seen, batch_size
-
-    def of(
-        self, id_N: NDArray[np.int32], history_N: NDArray[np.int64], num: int
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
-        """Return history, item id and score of each recommendation, by history and the best first.
-
-        Args:
-            id_N: items in the order of their histories, 0 for one that the model does not know.
-            history_N: the history of each, ascending.
-            num: histories.
-        """
-        known_N = id_N > 0
-        length_U = np.bincount(history_N[known_N], minlength=num)
-        if unknown := int((~known_N).sum()):
-            empty = int((length_U == 0).sum())
-            more = f"; histories of no others, which get no items: {empty:,}" if empty else ""
-            log.warning("items left out, for the model does not know them: %s%s", f"{unknown:,}", more)
-        if not length_U.any():
-            return np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32)
-        user_X = torch.from_numpy(np.flatnonzero(length_U))
-        ends_X = torch.from_numpy(np.cumsum(length_U))[user_X]
-        first_X = ends_X - torch.from_numpy(length_U)[user_X]
-        begin_X = torch.maximum(first_X, ends_X - self.model.max_length)
-        examples = Examples(torch.from_numpy(id_N[known_N]), user_X, begin_X, ends_X, first_X, "none")
-        parts = [self._batch(examples, b) for b in torch.arange(len(user_X)).split(self.batch_size)]
-        history, item, score = (torch.cat(part).numpy() for part in zip(*parts, strict=True))
-        return history, item, score
-
-    def _batch(self, examples: Examples, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        batch = examples.__getitems__(positions)
-        scores_BI = self.model(batch.items_BS.to(self.model.device))
-        if not self.include_seen:
-            assert batch.seen_BH is not None
+    Args:
+        model: the model that scores the items.
+        id_N: items in the order of their histories, 0 for one that the model does not know.
+        history_N: the history of each, ascending.
+        num: number of histories.
+        top, include_seen, batch_size: see ``NextItemRecommender.predict``.
+    """
+    known_N = id_N > 0
+    length_U = np.bincount(history_N[known_N], minlength=num)
+    if unknown := int((~known_N).sum()):
+        empty = int((length_U == 0).sum())
+        more = f"; histories of no others, which get no items: {empty:,}" if empty else ""
+        log.warning("items left out, for the model does not know them: %s%s", f"{unknown:,}", more)
+    user_X = torch.from_numpy(np.flatnonzero(length_U))
+    ends_X = torch.from_numpy(np.cumsum(length_U))[user_X]
+    first_X = ends_X - torch.from_numpy(length_U)[user_X]
+    begin_X = torch.maximum(first_X, ends_X - model.max_length)
+    examples = Examples(torch.from_numpy(id_N[known_N]), user_X, begin_X, ends_X, first_X, "none")
+    parts = [(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64), torch.empty(0))]
+    for batch in in_order(examples, batch_size):
+        scores_BI = model(batch.items_BS.to(model.device))
+        if not include_seen:
             scores_BI = scores_BI.scatter(1, batch.seen_BH.to(scores_BI.device), -torch.inf)
-        best = scores_BI.topk(min(self.top, self.model.num_items), dim=-1)
+        best = scores_BI.topk(min(top, model.num_items), dim=-1)
         item_Bk, score_Bk = best.indices.cpu(), best.values.float().cpu()
         kept_Bk = score_Bk > -torch.inf
-        return batch.user_B[:, None].expand_as(item_Bk)[kept_Bk], item_Bk[kept_Bk], score_Bk[kept_Bk]
+        parts.append((batch.user_B[:, None].expand_as(item_Bk)[kept_Bk], item_Bk[kept_Bk], score_Bk[kept_Bk]))
+    history, item, score = (torch.cat(part).numpy() for part in zip(*parts, strict=True))
+    return history, item, score
 
 
 # ---- lists of items
@@ -184,12 +180,6 @@ def _ordered(
     order = np.lexsort(by)
     order = order[keep[order]]
     return user.codes[order], id_V[item.codes[order]], first_U
-
-
-def _plain(values: pa.ChunkedArray) -> pa.ChunkedArray:
-    import pyarrow as pa
-
-    return values.cast(values.type.value_type) if pa.types.is_dictionary(values.type) else values
 
 
 def _like_items(texts: list[str], kind: pa.DataType) -> pa.Array:
