@@ -31,10 +31,6 @@ _COMPRESSED_TARS: tuple[tuple[bytes, Callable[..., Any]], ...] = (
 )
 
 
-class BadArchive(SourceFailed):
-    """An archive that cannot be unpacked; the message is one line that names it and the reason."""
-
-
 def unpack(archive: Path, target: Path, pattern: str = "*", below: str = "") -> list[Path]:
     """Write plain files of a tar or zip archive into ``target``. Links and devices are left out.
 
@@ -49,8 +45,8 @@ def unpack(archive: Path, target: Path, pattern: str = "*", below: str = "") -> 
         The files that were written.
 
     Raises:
-        BadArchive: it is neither, is damaged, has a wanted member that leads out of ``target``, or unpacks to more than
-            ``apps.base.inflate`` allows.
+        SourceFailed: it is neither, is damaged, has a wanted member that leads out of ``target``, or unpacks to more
+            than ``apps.base.inflate`` allows. The message is one line that names the archive and the reason.
     """
     written: list[Path] = []
     total, size, prefix = 0, archive.stat().st_size, f"{below}/" if below else ""
@@ -63,7 +59,7 @@ def unpack(archive: Path, target: Path, pattern: str = "*", below: str = "") -> 
                 continue
             relative = PurePosixPath(name[name.index(prefix) + len(prefix) :])
             if relative.is_absolute() or ".." in relative.parts:
-                raise BadArchive(f"{archive.name} holds {name}, which leads out of its folder")
+                raise SourceFailed(f"{archive.name} holds {name}, which leads out of its folder")
             path = target / relative
             path.parent.mkdir(parents=True, exist_ok=True)
             with open_member() as content, open(path, "wb") as out:
@@ -84,7 +80,7 @@ def _members(archive: Path, stack: contextlib.ExitStack) -> Iterator[tuple[str, 
         tar = stack.enter_context(tarfile.open(fileobj=stream, mode="r|"))  # noqa: SIM115
     except tarfile.TarError:
         if not zipfile.is_zipfile(archive):
-            raise BadArchive(f"{archive.name} is neither a tar nor a zip archive") from None
+            raise SourceFailed(f"{archive.name} is neither a tar nor a zip archive") from None
         zipped = stack.enter_context(zipfile.ZipFile(archive))
         for info in zipped.infolist():
             yield info.filename, info.file_size, None if info.is_dir() else partial(zipped.open, info)
@@ -98,8 +94,8 @@ def _errors_of(archive: Path) -> Iterator[None]:
     try:
         yield
     except ValueError as error:  # past the limit
-        raise BadArchive(str(error)) from error
+        raise SourceFailed(str(error)) from error
     except (OSError, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile) as error:
         if isinstance(error, OSError) and error.errno is not None:  # of the disk, not of gzip or bz2
             raise
-        raise BadArchive(f"{archive.name} cannot be unpacked: {one_line(str(error))}") from error
+        raise SourceFailed(f"{archive.name} cannot be unpacked: {one_line(str(error))}") from error

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from toy_dataset import CONTENT, archive_of
 
-from apps.data.archives import BadArchive, unpack
+from apps.data.archives import unpack
+from apps.data.cache import SourceFailed
 
 
 @pytest.mark.parametrize("kind", ["", "gz", "bz2", "xz", "zip"])
@@ -27,7 +28,7 @@ def test_an_archive_that_unpacks_to_far_more_than_itself_is_refused(
     # Some KiB that hold 2 + 2 MiB, where 3 MiB may always be unpacked: the first member is written, the second not.
     monkeypatch.setattr("apps.base.inflate.FREE", 3 << 20)
     (tmp_path / "toy").write_bytes(archive_of(kind, {"a.bin": bytes(2 << 20), "b.bin": bytes(2 << 20)}))
-    with pytest.raises(BadArchive, match=r"^toy holds over 4,194,304 bytes in [\d,]+ bytes: no data") as caught:
+    with pytest.raises(SourceFailed, match=r"^toy holds over 4,194,304 bytes in [\d,]+ bytes: no data") as caught:
         unpack(tmp_path / "toy", tmp_path / "to")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "to/b.bin").exists()
@@ -39,7 +40,7 @@ def test_attributes_of_a_tar_member_cannot_fill_the_memory(tmp_path: Path, monke
         member = tarfile.TarInfo("a.bin")
         member.pax_headers = {"comment": "a" * (4 << 20)}
         tar.addfile(member)
-    with pytest.raises(BadArchive, match=r"^toy is compressed over \d+ times"):
+    with pytest.raises(SourceFailed, match=r"^toy is compressed over \d+ times"):
         unpack(tmp_path / "toy", tmp_path / "to")
 
 
@@ -48,19 +49,21 @@ def test_a_damaged_archive_is_a_failed_source(tmp_path: Path) -> None:
         whole = archive_of(kind, {"a.bin": os.urandom(1 << 16)})
         for damaged in (whole[:-1000], whole[:-5000] + bytes(5000)):
             (tmp_path / "toy").write_bytes(damaged)
-            with pytest.raises(BadArchive, match=r"^toy cannot be unpacked: "):
+            with pytest.raises(SourceFailed, match=r"^toy cannot be unpacked: "):
                 unpack(tmp_path / "toy", tmp_path / "to")
     (tmp_path / "toy").write_bytes(b"neither")
-    with pytest.raises(BadArchive, match=r"^toy is neither a tar nor a zip archive$"):
+    with pytest.raises(SourceFailed, match=r"^toy is neither a tar nor a zip archive$"):
         unpack(tmp_path / "toy", tmp_path / "to")
 
 
 @pytest.mark.parametrize("kind", ["gz", "zip"])
-@pytest.mark.parametrize("name", ["../out.bin", "/out.bin"])
-def test_a_member_stays_in_its_folder(name: str, kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("below", "name"), [("", "../out.bin"), ("", "/out.bin"), ("a", "a//out.bin"), ("a", "a/../../out.bin")]
+)
+def test_a_member_stays_in_its_folder(below: str, name: str, kind: str, tmp_path: Path) -> None:
     (tmp_path / "toy").write_bytes(archive_of(kind, {name: b"abc"}))
-    with pytest.raises(BadArchive, match=f"^toy holds {name}, which leads out of its folder$"):
-        unpack(tmp_path / "toy", tmp_path / "to")
+    with pytest.raises(SourceFailed, match=f"^toy holds {name}, which leads out of its folder$"):
+        unpack(tmp_path / "toy", tmp_path / "to", below=below)
     assert not (tmp_path / "out.bin").exists()
     assert not Path("/out.bin").exists()
 
