@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import core
+from apps.base.checks import check_at_least, check_name
 from apps.base.files import replacing
 from apps.base.messages import one_line
 from apps.data.text_files import clean
@@ -143,10 +144,8 @@ class SubwordConfig:
     path: str | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in ("bpe", "unigram"):
-            raise ValueError(f"kind={self.kind!r} is not bpe or unigram")
-        if self.vocab_size < 1 or self.max_sentences < 1:
-            raise ValueError(f"vocab_size={self.vocab_size} and max_sentences={self.max_sentences} must be at least 1")
+        check_name("kind", self.kind, ["bpe", "unigram"])
+        check_at_least(1, vocab_size=self.vocab_size, max_sentences=self.max_sentences)
         if not 0.9 <= self.character_coverage <= 1:
             raise ValueError(f"character_coverage={self.character_coverage} is not between 0.9 and 1")
 

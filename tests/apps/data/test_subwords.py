@@ -140,8 +140,8 @@ def test_of_a_large_corpus_so_many_sentences_are_drawn():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kind": "word"}, "kind='word' is not bpe or unigram"),
-        ({"vocab_size": 0}, "vocab_size=0"),
+        ({"kind": "word"}, "kind='word' is not one of bpe, unigram"),
+        ({"vocab_size": 0}, "vocab_size=0 must be at least 1"),
         ({"character_coverage": 2}, "character_coverage=2 is not between 0.9 and 1"),
     ],
 )
