@@ -268,11 +268,6 @@ def in_order(
     )
 
 
-def overfits(trainer: Any) -> bool:
-    """Return whether a trainer repeats the same few batches each epoch (Lightning's ``overfit_batches``)."""
-    return trainer is not None and getattr(trainer, "overfit_batches", 0) > 0
-
-
 def as_it_is(batch: Any) -> Any:
     """Return a batch that the dataset has made already; unlike a lambda, it can be sent to worker processes."""
     return batch

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from apps.base.checks import check_at_least
 from apps.data.cache import cache_root
-from apps.data.loader import ResumableLoader, as_it_is, in_order, overfits
+from apps.data.loader import ResumableLoader, as_it_is, in_order
 from apps.data.splits import SPLITS, Split
 
 
@@ -212,7 +212,8 @@ class SuiteData(LightningDataModule):
         return ResumableLoader(
             examples,
             seed=self.seed,
-            shuffle=not overfits(self.trainer),
+            # With overfit_batches Lightning repeats the same few batches each epoch.
+            shuffle=not getattr(self.trainer, "overfit_batches", 0),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             **self.batching(examples),
