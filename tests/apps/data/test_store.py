@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import sys
-import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from places import ROOT, environment
 
 from apps.data.cache import DataError
 from apps.data.store import EncodedStore, identity
@@ -90,44 +85,7 @@ def test_of_two_that_ask_at_once_one_makes_it_and_the_other_waits(tmp_path):
     assert make.calls == 1
 
 
-def test_an_entry_that_fails_leaves_nothing(tmp_path):
-    def fail(writer):
-        writer.save("number", np.zeros(3))
-        raise ValueError("the table has no rows")
-
-    with pytest.raises(ValueError, match="the table has no rows"):
-        STORE.open(tmp_path, "toy", [], fail)
-    assert list((tmp_path / "toys").iterdir()) == []
-
-
 def test_a_cache_that_cannot_be_written_is_one_clear_error(tmp_path):
     (tmp_path / "cache").touch()
     with pytest.raises(DataError, match=r"cannot be written .*set cache_dir"):
         STORE.open(tmp_path / "cache", "toy", [], Maker())
-
-
-CHILD = textwrap.dedent(
-    """
-    import sys, time
-    from pathlib import Path
-    import numpy as np
-    from apps.data.store import EncodedStore
-
-    def write(writer):
-        writer.save("number", np.array([2]))
-        time.sleep(60)
-
-    EncodedStore("toys", ("data/loader.py",)).open(Path(sys.argv[1]), "toy", [], write)
-    """
-)
-
-
-def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path):
-    process = subprocess.Popen([sys.executable, "-c", CHILD, str(tmp_path)], cwd=ROOT, env=environment())
-    while process.poll() is None and not list(tmp_path.glob("toys/.toy-*/number.npy")):
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert list(tmp_path.glob("toys/.toy-*"))
-    assert STORE.open(tmp_path, "toy", [], Maker())["number"].tolist() == [1]
-    assert not list(tmp_path.glob("toys/.*"))
