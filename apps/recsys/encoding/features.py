@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import core
 
@@ -72,14 +70,3 @@ class Features:
     def __post_init__(self) -> None:
         for name in ("categorical", "continuous", "tasks", "positives"):
             object.__setattr__(self, name, tuple(getattr(self, name)))  # a list in a checkpoint
-
-    @classmethod
-    def of(cls, plain: Mapping[str, Any]) -> Features:
-        """Return the features that ``dataclasses.asdict`` turned into ``plain``."""
-        return cls(
-            categorical=tuple(CategoricalFeature(**f) for f in plain["categorical"]),
-            continuous=tuple(ContinuousFeature(**f) for f in plain["continuous"]),
-            tasks=plain["tasks"],
-            positives=plain["positives"],
-            num_domains=plain["num_domains"],
-        )

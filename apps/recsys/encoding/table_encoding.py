@@ -12,6 +12,7 @@ from typing import Any
 from apps.data.array_files import ArrayFiles
 from apps.recsys.encoding.features import Features
 from apps.recsys.encoding.vocabulary import Vocabulary
+from core.config.plain import from_plain
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +43,7 @@ class Encoding:
             return Vocabulary(files[f"vocabulary{number}_offsets"], files[f"vocabulary{number}_bytes"])
 
         return cls(
-            Features.of(info["features"]),
+            from_plain(info["features"], Features, "features"),
             {column: texts(number) for column, number in info["vocabularies"].items()},
             info["domain"]["column"],
             None if info["domain"]["texts"] is None else texts(info["domain"]["texts"]),
@@ -63,7 +64,7 @@ class Encoding:
     def from_state(cls, state: Mapping[str, Any]) -> Encoding:
         domains = state["domains"]
         return cls(
-            Features.of(state["features"]),
+            from_plain(state["features"], Features, "features"),
             {column: Vocabulary(**tensors) for column, tensors in state["vocabularies"].items()},
             state["domain"],
             None if domains is None else Vocabulary(**domains),
