@@ -7,11 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from made_sources import (
-    ADULT,
-    check_config,
-    write_adult,
-)
+from made_sources import ADULT, check_config, write_adult
 
 from apps.recsys.readers.adult import COLUMNS as ADULT_COLUMNS
 from apps.recsys.readers.adult import read_adult

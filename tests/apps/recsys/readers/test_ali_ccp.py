@@ -5,12 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from made_sources import (
-    check_config,
-    features,
-    write,
-    write_ali_ccp,
-)
+from made_sources import check_config, features, write, write_ali_ccp
 
 from apps.recsys.readers.ali_ccp import read_ali_ccp
 

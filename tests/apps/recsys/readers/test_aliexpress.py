@@ -5,10 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from made_sources import (
-    check_config,
-    write_aliexpress,
-)
+from made_sources import check_config, write_aliexpress
 
 from apps.recsys.readers.aliexpress import read_aliexpress
 

@@ -6,13 +6,7 @@ import gzip
 from pathlib import Path
 
 import pytest
-from made_sources import (
-    CENSUS,
-    census_line,
-    check_config,
-    write,
-    write_census,
-)
+from made_sources import CENSUS, census_line, check_config, write, write_census
 
 from apps.recsys.readers.census import COLUMNS as CENSUS_COLUMNS
 from apps.recsys.readers.census import read_census_income

@@ -5,10 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from made_sources import (
-    check_config,
-    write_kuairand,
-)
+from made_sources import check_config, write_kuairand
 
 from apps.recsys.readers.kuairand import read_kuairand
 

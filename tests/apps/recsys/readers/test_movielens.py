@@ -6,14 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from made_sources import (
-    FILMS,
-    check_config,
-    write,
-    write_100k,
-    write_grouplens_1m,
-    write_recbole_1m,
-)
+from made_sources import FILMS, check_config, write, write_100k, write_grouplens_1m, write_recbole_1m
 
 from apps.recsys.readers.movielens import read_movielens_1m, read_movielens_100k, read_ratings_1m, watched_next
 
