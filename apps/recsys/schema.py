@@ -127,7 +127,7 @@ class TableConfig:
         named = {"domain": self.domain, "user": self.user, "time": self.time}
         roles = {column: role for role, column in named.items() if column is not None}
         roles |= {task.column: f"task {name}" for name, task in self.tasks.items()}
-        for role in ("categorical", "multi_valued", "continuous"):
+        for role in _FEATURE_ROLES:
             roles |= dict.fromkeys(getattr(self, role), role)
         return roles
 

@@ -303,7 +303,7 @@ class HistoryData(SuiteData):
             files = user_tables.find_files(None, self.file, "file")
         else:
             root = prepare(self.dataset, self.root, self.cache_dir)
-            files = RECSYS_DATASETS[self.dataset].source.files(root)
+            files = RECSYS_DATASETS[self.dataset].files(root)
 
         def made() -> Histories:
             if self.dataset == "table":

@@ -324,7 +324,7 @@ class TableData(SuiteData):
             return self._own_files()
         known = RECSYS_DATASETS[self.dataset]
         root = prepare(self.dataset, self.root, self.cache_dir)
-        return identity(known.source.files(root)), lambda: known.read(root)
+        return identity(known.files(root)), lambda: known.read(root)
 
     def _own_files(self) -> tuple[Any, Callable[[], RawTables]]:
         from apps.recsys.readers.raw import RawTables

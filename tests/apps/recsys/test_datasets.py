@@ -27,15 +27,15 @@ from apps.recsys.datasets import RECSYS_DATASETS
 @pytest.mark.parametrize("name", list(RECSYS_DATASETS))
 def test_every_dataset_has_its_reader(name: str) -> None:
     dataset = RECSYS_DATASETS[name]
-    assert dataset.source.name == name
-    assert dataset.source.app == "recsys"
-    assert dataset.source.licence
-    assert datasets.find(name) is dataset.source
+    assert dataset.name == name
+    assert dataset.app == "recsys"
+    assert dataset.licence
+    assert datasets.find(name) is dataset
     assert callable(getattr(importlib.import_module(f"apps.recsys.readers.{dataset.module}"), f"read_{name}"))
     assert pickle.loads(pickle.dumps(dataset)) == dataset
 
 
-@pytest.mark.parametrize("name", [n for n, d in RECSYS_DATASETS.items() if not d.source.sources])
+@pytest.mark.parametrize("name", [n for n, d in RECSYS_DATASETS.items() if not d.sources])
 def test_a_dataset_without_source_says_how_to_get_it(name: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=f"{name} cannot be fetched: set root"):
         datasets.prepare(name, cache_dir=tmp_path)
@@ -43,7 +43,7 @@ def test_a_dataset_without_source_says_how_to_get_it(name: str, tmp_path: Path) 
 
 @pytest.mark.parametrize("name", ["census_income", "adult", "movielens_1m", "movielens_100k"])
 def test_packages_are_pinned_and_their_files_known_by_hash(name: str) -> None:
-    packages = [s for s in RECSYS_DATASETS[name].source.sources if isinstance(s, PythonPackage)]
+    packages = [s for s in RECSYS_DATASETS[name].sources if isinstance(s, PythonPackage)]
     assert packages
     for package in packages:
         assert "==" in package.requirement
