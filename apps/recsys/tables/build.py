@@ -162,7 +162,7 @@ class _Build:
             self.writer.save("group", user)
             if config.split.kind == "user":
                 users = {name: user[mask] for name, mask in self.masks.items()}
-                self.warnings += [check.message for check in shared_users(users)]
+                self.warnings += shared_users(users)
         num_domains = 0 if config.domain is None else self._write_domain(config.domain, num_rows)
         features = Features(
             categorical=(*self._write_categorical(labels, num_rows), *self._write_multi_valued(labels)),

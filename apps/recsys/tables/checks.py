@@ -1,14 +1,13 @@
 """Checks of data and metrics for signs that a good metric is worthless, such as a leaked label.
 
-Each function returns ``Check``s, one line each; ``print_checks`` prints them.
+Each function returns its findings, a line of text each; ``print_checks`` prints them.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -30,20 +29,7 @@ EVERY_CHECK = (
 )
 
 
-@dataclass(frozen=True)
-class Check:
-    """One finding of a check.
-
-    Attributes:
-        name: name of the check, such as "label_among_features".
-        message: the finding in one line.
-    """
-
-    name: str
-    message: str
-
-
-def label_among_features(arrays: TableArrays) -> list[Check]:
+def label_among_features(arrays: TableArrays) -> list[str]:
     """Find columns that alone rank the examples of a task almost without error, or that have a task's name.
 
     A column of numbers is judged by its own AUC, in either direction; a categorical one by the AUC, in every second
@@ -56,7 +42,7 @@ def label_among_features(arrays: TableArrays) -> list[Check]:
     categories = dict(zip(single, arrays.ids_NF.T, strict=True))
     categories |= {name: column.sets_N() for name, column in arrays.multi.items()}
     names = [*(f.name for f in features.categorical), *numbers]
-    messages = [
+    findings = [
         f"column {name!r} has the name of a task: is the label among the features?"
         for name in names
         if name in features.tasks
@@ -66,12 +52,12 @@ def label_among_features(arrays: TableArrays) -> list[Check]:
         y_N = label_N[kept_N]
         aucs = {name: column_auc(values_N[kept_N], y_N) for name, values_N in numbers.items()}
         aucs |= {name: category_auc(ids_N[kept_N], y_N) for name, ids_N in categories.items()}
-        messages += [
+        findings += [
             f"column {name!r} alone predicts task {task!r} with AUC {auc:.5f}: is it known before the label is?"
             for name, auc in aucs.items()
             if auc > SUSPICIOUS_AUC and name not in features.tasks
         ]
-    return [Check("label_among_features", message) for message in messages]
+    return findings
 
 
 def column_auc(values_N: np.ndarray, labels_N: np.ndarray) -> float:
@@ -91,7 +77,7 @@ def category_auc(ids_N: np.ndarray, labels_N: np.ndarray) -> float:
     return binary_metrics.auc(means[code_N[1::2]], labels_N[1::2])
 
 
-def shared_users(users: Mapping[str, np.ndarray]) -> list[Check]:
+def shared_users(users: Mapping[str, np.ndarray]) -> list[str]:
     """Find users that are in several splits, where the split is by user.
 
     Args:
@@ -101,47 +87,41 @@ def shared_users(users: Mapping[str, np.ndarray]) -> list[Check]:
     sets = {split: np.unique(ids) for split, ids in users.items()}
     for (first, a), (second, b) in itertools.combinations(sets.items(), 2):
         if both := len(np.intersect1d(a, b, assume_unique=True)):
-            message = f"{both} of {len(b)} users of {second} are in {first} too, although the split is by user"
-            findings.append(Check("shared_users", message))
+            findings.append(f"{both} of {len(b)} users of {second} are in {first} too, although the split is by user")
     return findings
 
 
-def suspicious_metrics(by_task: Mapping[str, TaskMetrics], split: str) -> list[Check]:
+def suspicious_metrics(by_task: Mapping[str, TaskMetrics], split: str) -> list[str]:
     """Find metrics of a split that are not credible.
 
     They are two tasks of equal AUC to 6 digits, an AUC below 0.5 or above 0.9999, a split with one class, constant or
     invalid predictions, and a mean prediction off the base rate by a quarter of it (or of the negatives' share, where
     that is smaller) and by more than 5 standard errors.
     """
-    findings: list[Check] = []
-
-    def add(name: str, message: str) -> None:
-        findings.append(Check(name, f"{split}: {message}"))
-
+    findings: list[str] = []
     for (a, x), (b, y) in itertools.combinations(by_task.items(), 2):
         if round(x.auc, 6) == round(y.auc, 6) and not (x.constant or y.constant):
-            add("equal_auc", f"tasks {a!r} and {b!r} have the same AUC, {x.auc:.6f}: are they the same label?")
+            findings.append(f"tasks {a!r} and {b!r} have the same AUC, {x.auc:.6f}: are they the same label?")
     for task, f in by_task.items():
         if not f.num_examples:
-            add("one_class", f"task {task!r} has no labels: it has no metrics")
+            findings.append(f"task {task!r} has no labels: it has no metrics")
         elif f.invalid:
-            add("invalid_predictions", f"{f.invalid} of {f.num_examples} predictions of task {task!r} are NaN")
+            findings.append(f"{f.invalid} of {f.num_examples} predictions of task {task!r} are NaN")
         elif f.base_rate in (0.0, 1.0):
             which = "positive" if f.base_rate else "negative"
-            add("one_class", f"task {task!r} has {which} labels alone: its AUC does not exist")
+            findings.append(f"task {task!r} has {which} labels alone: its AUC does not exist")
         elif f.constant:
-            add("constant_prediction", f"all {f.num_examples} predictions of task {task!r} are {f.mean_prediction:.4g}")
+            findings.append(f"all {f.num_examples} predictions of task {task!r} are {f.mean_prediction:.4g}")
         elif f.auc < 0.5:
-            add("extreme_auc", f"AUC {f.auc:.4f} of task {task!r} is below 0.5: worse than chance")
+            findings.append(f"AUC {f.auc:.4f} of task {task!r} is below 0.5: worse than chance")
         elif f.auc > SUSPICIOUS_AUC:
-            add("extreme_auc", f"AUC {f.auc:.6f} of task {task!r} is above {SUSPICIOUS_AUC}: is a label leaked?")
+            findings.append(f"AUC {f.auc:.6f} of task {task!r} is above {SUSPICIOUS_AUC}: is a label leaked?")
         judged = not f.invalid and 0 < f.base_rate < 1
         if judged and far_from(f.mean_prediction, f.base_rate, f.num_examples):
-            add(
-                "base_rate",
-                f"the mean prediction of task {task!r} is {f.mean_prediction:.2%}, and {f.base_rate:.2%} are positive",
+            findings.append(
+                f"the mean prediction of task {task!r} is {f.mean_prediction:.2%}, and {f.base_rate:.2%} are positive"
             )
-    return findings
+    return [f"{split}: {finding}" for finding in findings]
 
 
 def far_from(mean_prediction: float, base_rate: float, n: int) -> bool:
@@ -152,27 +132,14 @@ def far_from(mean_prediction: float, base_rate: float, n: int) -> bool:
     return off > 0.25 * rarer and off > 5 * error
 
 
-def print_checks(findings: Sequence[Check], title: str = "checks", quiet_when_clean: bool = False) -> None:
-    """Print a block with a line for each check.
-
-    Args:
-        findings: results of the checks.
-        title: title of the block.
-        quiet_when_clean: whether to print nothing where there is no finding.
-    """
+def print_checks(findings: Sequence[str], title: str = "checks") -> None:
+    """Print a block with a line for each finding, or one that says what was checked where there is none."""
     from rich.console import Console
     from rich.markup import escape
 
-    if not findings and quiet_when_clean:
-        return
     console = Console()
     console.print(f"[bold]{escape(title)}[/bold]", highlight=False)
     if not findings:
         console.print(f"  nothing found ({'; '.join(EVERY_CHECK)})", highlight=False, soft_wrap=True)
-    for check in findings:
-        console.print(f"  [bold red]![/bold red] {escape(check.message)}", highlight=False, soft_wrap=True)
-
-
-def distinct(findings: Iterable[Check]) -> list[Check]:
-    """Return each message once."""
-    return list({check.message: check for check in findings}.values())
+    for finding in findings:
+        console.print(f"  [bold red]![/bold red] {escape(finding)}", highlight=False, soft_wrap=True)

@@ -18,7 +18,6 @@ from apps.recsys.binary_metrics import TaskMetrics
 from apps.recsys.metrics import MultiTaskMetrics
 from apps.recsys.tables import checks, gating, pictures
 from apps.recsys.tables.arrays import TableArrays, join
-from apps.recsys.tables.checks import Check
 from apps.recsys.tables.gating import ExpertUse, Gate, GateReader
 from apps.report.base import Report, ReportConfig, computed_metrics, first_batches
 from apps.report.heatmaps import Heatmap, heatmaps, row_names
@@ -68,7 +67,7 @@ class TrainingChecks(Callback):
         rows = data.rows("val")
         if len(rows):
             arrays = join([rows[: max(self.rows, 1)]], data.features, "val")
-            checks.print_checks(checks.label_among_features(arrays), "checks of the columns", quiet_when_clean=True)
+            self._print(checks.label_among_features(arrays), "checks of the columns")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # The validation before the first step is of an untrained network.
@@ -77,8 +76,11 @@ class TrainingChecks(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         metrics: Any = pl_module.stage_metrics("val")
         if trainer.is_global_zero and self._validated and isinstance(metrics, MultiTaskMetrics):
-            suspicious = checks.suspicious_metrics(metrics.by_task, "val")
-            checks.print_checks(suspicious, "checks of the last validation", quiet_when_clean=True)
+            self._print(checks.suspicious_metrics(metrics.by_task, "val"), "checks of the last validation")
+
+    def _print(self, findings: Sequence[str], title: str) -> None:
+        if findings:
+            checks.print_checks(findings, title)
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ class RecommenderReport(Report):
                 write_gates(collected.reader, collected.arrays, collected.data, self.config, folder)
         # Users in both splits are among the table's own warnings.
         warnings = getattr(getattr(collected.data, "findings", None), "warnings", ())
-        checks.print_checks(checks.distinct([*findings, *(Check("table", warning) for warning in warnings)]))
+        checks.print_checks(list(dict.fromkeys([*findings, *warnings])))
 
 
 # ---- tasks
