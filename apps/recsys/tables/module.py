@@ -124,21 +124,15 @@ class MultiTaskRecommender(SparseModule, Comparable):
         self.dropout, self.num_members, self.report = dropout, num_members, report
         self.score_bins = score_bins
         self.build_metrics()  # an impossible number is refused here
-        members = [self._network() for _ in range(num_members)]
+        members = [
+            MultiTaskModel(
+                features, self.shared_config, self.embedding, self.dense, self.interaction, self.head, dropout
+            )
+            for _ in range(num_members)
+        ]
         self.model = members[0] if num_members == 1 else Ensemble(members)
         self.weighting = self.weighting_config.build(features.tasks, features.positives)
         self.aux_weight = 1 / num_members  # the tasks' losses are means over the members
-
-    def _network(self) -> MultiTaskModel:
-        return MultiTaskModel(
-            self.features,
-            self.shared_config,
-            embedding=self.embedding,
-            dense=self.dense,
-            interaction=self.interaction,
-            head=self.head,
-            dropout=self.dropout,
-        )
 
     @property
     def members(self) -> list[MultiTaskModel]:
@@ -167,14 +161,13 @@ class MultiTaskRecommender(SparseModule, Comparable):
         loss_t = masked_bce(logits, label_Bt)
         tasks = self.features.tasks
         terms = {f"loss_{name}": value for name, value in zip(tasks, loss_t.detach().unbind(), strict=True)}
-        if self.training:
-            shared = last_weight(self.members[0].shared) if self.weighting_config.kind == "gradnorm" else None
-            loss, learnt = self.weighting(loss_t, (label_Bt == label_Bt).any(0), shared)
-            for what, value_t in learnt.items():
-                terms |= {f"{what}_{name}": value for name, value in zip(tasks, value_t.unbind(), strict=True)}
-        else:
-            loss = self.weighting.evaluate(loss_t)
+        if not self.training:
             self.members[0].head.check_labels(label_Bt, tasks)
+        by_gradients = self.training and self.weighting_config.kind == "gradnorm"
+        shared = last_weight(self.members[0].shared) if by_gradients else None
+        loss, learnt = self.weighting(loss_t, (label_Bt == label_Bt).any(0), shared)
+        for what, value_t in learnt.items():
+            terms |= {f"{what}_{name}": value for name, value in zip(tasks, value_t.unbind(), strict=True)}
         for name, value in self._head_losses(logits).items():
             loss = loss + value
             terms[name] = value.detach()

@@ -64,24 +64,18 @@ class WeightingConfig:
         weights = [float(self.weights.get(name, 1.0)) for name in tasks]
         if not any(weights):
             raise ValueError("weighting.weights leaves no task with a weight above 0")
-        kind = {"fixed": Weighting, "uncertainty": Uncertainty, "gradnorm": GradNorm}[self.kind]
-        return kind(weights, positives, self.alpha)
+        if self.kind == "gradnorm":
+            return GradNorm(weights, positives, self.alpha)
+        return Uncertainty(weights) if self.kind == "uncertainty" else Weighting(weights)
 
 
 class Weighting(nn.Module):
-    """Fixed weights.
-
-    Args:
-        weights: weight of each task.
-        positives: shares of positive labels; empty where not known.
-        alpha: strength of GradNorm.
-    """
+    """Fixed weights, one for each task."""
 
     _given_t: Tensor
 
-    def __init__(self, weights: Sequence[float], positives: Sequence[float] = (), alpha: float = 0.0) -> None:
+    def __init__(self, weights: Sequence[float]) -> None:
         super().__init__()
-        self.alpha = alpha
         self.register_buffer("_given_t", torch.tensor(weights), persistent=False)
 
     def forward(
@@ -96,25 +90,21 @@ class Weighting(nn.Module):
             shared: weight of the last layer, on which the losses depend, and how many of its entries, the first ones,
                 all tasks share. GradNorm reads it in training.
         """
-        return self.evaluate(loss_t), {}
-
-    def evaluate(self, loss_t: Tensor) -> Tensor:
-        """Return the fixed weights' sum, ()."""
-        return loss_t @ self._given_t
+        return loss_t @ self._given_t, {}
 
 
 class Uncertainty(Weighting):
     """Learned ``log_variance`` (t,); it starts where ``exp(-s)`` is the given weight."""
 
-    def __init__(self, weights: Sequence[float], positives: Sequence[float] = (), alpha: float = 0.0) -> None:
-        super().__init__(weights, positives, alpha)
+    def __init__(self, weights: Sequence[float]) -> None:
+        super().__init__(weights)
         self.log_variance = nn.Parameter(-torch.tensor(weights).log())
 
     def forward(
         self, loss_t: Tensor, labelled_t: Tensor | None = None, shared: tuple[Tensor, int] | None = None
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
         if not self.training:
-            return self.evaluate(loss_t), {}
+            return super().forward(loss_t)
         weight_t = (-self.log_variance).exp()
         half_t = self.log_variance / 2
         if labelled_t is not None:
@@ -128,21 +118,29 @@ class GradNorm(Weighting):
     With ``g_t`` the norm of the unweighted loss's gradient on the shared weight W, the weighted loss's is ``w_t g_t``,
     so the paper's ``sum of |w_t g_t - mean(w g) r_t^alpha|``, with the target held constant, needs no second
     derivative. It moves the weights alone, the weighted sum of the losses the rest alone.
+
+    Args:
+        weights: weight of each task to start from.
+        positives: shares of positive labels; empty where not known.
+        alpha: see ``WeightingConfig``.
     """
 
     _initial_t: Tensor
 
-    def __init__(self, weights: Sequence[float], positives: Sequence[float] = (), alpha: float = 0.0) -> None:
-        super().__init__(weights, positives, alpha)
+    def __init__(self, weights: Sequence[float], positives: Sequence[float], alpha: float) -> None:
+        super().__init__(weights)
+        self.alpha = alpha
         self.logits = nn.Parameter(torch.tensor(weights).log())
-        entropy = [_entropy(p) for p in positives] or [math.log(2.0)] * len(weights)
-        self.register_buffer("_initial_t", torch.tensor(entropy), persistent=False)
+        shares_t = torch.tensor(positives or [0.5] * len(weights), dtype=torch.float64).clamp(1e-4, 1 - 1e-4)
+        # The log loss of a constant prediction of these shares, in nats.
+        initial_t = torch.special.entr(shares_t) + torch.special.entr(1 - shares_t)
+        self.register_buffer("_initial_t", initial_t.float(), persistent=False)
 
     def forward(
         self, loss_t: Tensor, labelled_t: Tensor | None = None, shared: tuple[Tensor, int] | None = None
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
         if not self.training or not torch.is_grad_enabled():
-            return self.evaluate(loss_t), {}
+            return super().forward(loss_t)
         assert shared is not None
         weight, num_shared = shared
         if labelled_t is None:
@@ -160,9 +158,3 @@ class GradNorm(Weighting):
         # The balance adds a gradient and no value, so that the weighted loss is what is logged.
         loss = (weight_t.detach() * loss_t).sum() + balance - balance.detach()
         return loss, {"weight": weight_t.detach(), "gradient_norm": norm_t}
-
-
-def _entropy(p: float) -> float:
-    """Return the log loss of the constant prediction p, in nats."""
-    p = min(max(p, 1e-4), 1 - 1e-4)
-    return -p * math.log(p) - (1 - p) * math.log(1 - p)
