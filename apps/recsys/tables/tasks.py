@@ -106,7 +106,8 @@ class Head(nn.Module):
         if config.prior_bias and positives:
             with torch.no_grad():
                 start = over_all(positives) if config.has_steps else positives
-                self.bias.copy_(torch.tensor([_logit(p) for p in self._prior(start)]).view(-1, 1, 1))
+                prior_t = torch.tensor(self._prior(start), dtype=torch.float64)
+                self.bias.copy_(prior_t.logit(eps=1e-4).view(-1, 1, 1))
 
     def _prior(self, positives: Sequence[float]) -> list[float]:
         return list(positives)
@@ -126,17 +127,13 @@ class Head(nn.Module):
         return step_labels(label_Bt) if self.config.has_steps else label_Bt
 
     def check_labels(self, label_Bt: Tensor, names: Sequence[str]) -> None:
-        """Refuse labels, as ``labels`` gives them, that contradict the head. It waits for the device.
+        """Refuse labels, as ``labels`` gives them, that contradict "esmm" or "aitm". It waits for the device.
 
         Raises:
-            ValueError: naming the two tasks.
+            ValueError: an example has a step and not the one before; the message names the two tasks.
         """
-
-
-class _Steps(Head):
-    """Heads whose tasks are steps, each of which implies those before it."""
-
-    def check_labels(self, label_Bt: Tensor, names: Sequence[str]) -> None:
+        if self.config.kind == "plain":
+            return
         bad = (label_Bt[:, 1:] > label_Bt[:, :-1]).any(0).nonzero()  # NaN is not greater
         if len(bad):
             before, after = names[int(bad[0])], names[int(bad[0]) + 1]
@@ -164,7 +161,7 @@ def over_all(positives: Sequence[float]) -> list[float]:
     return shares
 
 
-class ESMM(_Steps):
+class ESMM(Head):
     """Entire-space multi-task model (arXiv 1804.07931): see ``HeadConfig``."""
 
     def _prior(self, positives: Sequence[float]) -> list[float]:
@@ -188,7 +185,7 @@ def and_logit(a: Tensor, b: Tensor) -> Tensor:
     return -torch.logsumexp(torch.stack((-a, -b, -a - b)), dim=0)
 
 
-class AITM(_Steps):
+class AITM(Head):
     """Adaptive information transfer multi-task (arXiv 2105.08489): see ``HeadConfig``.
 
     For task t with its own information ``q_t`` (the shared layer's output) and what task t - 1 passes on,
@@ -226,8 +223,3 @@ def linear_init(num: int, fan_in: int, fan_out: int) -> tuple[nn.Parameter, nn.P
     bound = 1 / math.sqrt(fan_in)
     weight, bias = torch.empty(num, fan_in, fan_out), torch.empty(num, 1, fan_out)
     return nn.Parameter(weight.uniform_(-bound, bound)), nn.Parameter(bias.uniform_(-bound, bound))
-
-
-def _logit(p: float) -> float:
-    p = min(max(p, 1e-4), 1 - 1e-4)
-    return math.log(p / (1 - p))
