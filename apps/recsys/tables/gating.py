@@ -9,6 +9,7 @@ expert that one task has taken for itself; *underfitting*, a task's own experts 
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
 import re
@@ -118,7 +119,7 @@ class GateReader:
                 levels = layer.experts if isinstance(layer.experts, nn.ModuleList) else [layer.experts]
                 for i, experts in enumerate(levels):
                     block = f"{name}.level{i}" if isinstance(layer.experts, nn.ModuleList) else name
-                    stack.enter_context(self._watching(block, experts))
+                    stack.enter_context(experts.register_forward_hook(functools.partial(self._count, block)))
             yield
         for entry in tape.entries:
             self.weights.setdefault(entry.name, []).append(gate_weights(entry.routing).cpu().numpy())
@@ -126,33 +127,21 @@ class GateReader:
             E = self.weights[entry.name][-1].shape[1]
             self.experts[entry.name] = tuple(names) or self._names(entry.name, E)
 
-    @contextlib.contextmanager
-    def _watching(self, block: str, experts: Any) -> Iterator[None]:
+    def _count(self, block: str, experts: Any, args: tuple[Any, ...], output: Any) -> None:
         """Count the zeros among the outputs of ``experts``, in whichever way they are asked for them."""
-
-        def count(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            E = experts.num_experts
-            if isinstance(output, Tensor):  # each expert on every example, (T, n, H)
-                zeros, every = (output == 0).sum((0, 2)), torch.full((output.shape[1],), output[:, 0].numel())
-            elif output.combined or not output.gathered:
-                return  # summed in the kernel: there are no outputs to look at
-            else:
-                y_RH = output.x
-                expert_R = torch.bucketize(torch.arange(len(y_RH), device=y_RH.device), output.offsets_E, right=True)
-                zeros = torch.bincount(expert_R, weights=(y_RH == 0).sum(1).double(), minlength=E + 1)[:E]
-                every = y_RH.shape[1] * torch.bincount(expert_R, minlength=E + 1)[:E]
-            self._count(block, zeros.cpu().numpy(), every.cpu().numpy(), E)
-
-        hook = experts.register_forward_hook(count)
-        try:
-            yield
-        finally:
-            hook.remove()
-
-    def _count(self, block: str, zeros: np.ndarray, every: np.ndarray, num_experts: int) -> None:
-        sums = self.zeros.setdefault(block, np.zeros((2, num_experts)))
-        sums[0, : len(zeros)] += zeros
-        sums[1, : len(every)] += every
+        E = experts.num_experts
+        if isinstance(output, Tensor):  # each expert on every example, (T, n, H)
+            zeros, every = (output == 0).sum((0, 2)), torch.full((output.shape[1],), output[:, 0].numel())
+        elif output.combined or not output.gathered:
+            return  # summed in the kernel: there are no outputs to look at
+        else:
+            y_RH = output.x
+            expert_R = torch.bucketize(torch.arange(len(y_RH), device=y_RH.device), output.offsets_E, right=True)
+            zeros = torch.bincount(expert_R, weights=(y_RH == 0).sum(1).double(), minlength=E + 1)[:E]
+            every = y_RH.shape[1] * torch.bincount(expert_R, minlength=E + 1)[:E]
+        sums = self.zeros.setdefault(block, np.zeros((2, E)))
+        sums[0, : len(zeros)] += zeros.cpu().numpy()
+        sums[1, : len(every)] += every.cpu().numpy()
 
     def _names(self, entry: str, num_experts: int) -> tuple[str, ...]:
         """Return the names of the experts of a router that does not name them."""
