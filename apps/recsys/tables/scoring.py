@@ -6,6 +6,7 @@ its own, and is no dependency; pyarrow is imported where it is used.
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -15,7 +16,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from apps.base.messages import excerpt
+from apps.base.checks import check_at_least
+from apps.base.messages import excerpt, first_line
 from apps.recsys.encoding.table_encoding import Encoding
 from apps.recsys.schema import nearest
 
@@ -34,8 +36,7 @@ def predict(model: MultiTaskRecommender, rows: Any, batch_size: int) -> Any:
     from apps.recsys.tables.build import build_rows
     from apps.recsys.tables.rows import TableRows
 
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} must be at least 1")
+    check_at_least(1, batch_size=batch_size)
     encoding = Encoding.from_state(encoding_of(model))
     parts: list[NDArray[np.float32]] = [np.empty((0, len(encoding.features.tasks)), np.float32)]
     first = 0
@@ -84,8 +85,12 @@ def pieces(rows: Any, roles: Mapping[str, str], numbers: Iterable[str], size: in
     """
     import pyarrow as pa
 
+    from apps.recsys.readers import user_tables
+
     if isinstance(rows, (str, Path)):
-        yield from _joined(_of_files(str(rows), roles, tuple(numbers), size), size)
+        files = user_tables.find_files(None, str(rows), "rows")
+        tables = (user_tables.iter_columns(file, roles, tuple(numbers), size) for file in files)
+        yield from _joined(itertools.chain.from_iterable(tables), size)
     elif is_frame(rows):
         _check_columns(list(rows.columns), roles)
         for begin in range(0, len(rows), size):
@@ -99,11 +104,11 @@ def pieces(rows: Any, roles: Mapping[str, str], numbers: Iterable[str], size: in
             if length != next(iter(lengths.values())):
                 first = next(iter(lengths))
                 raise ValueError(f"column {column!r} has {length} values, and column {first!r} {lengths[first]}")
-        yield from _cut(pa.table(columns), size)
+        yield from _joined([pa.table(columns)], size)
     elif isinstance(rows, pa.Table) or hasattr(rows, "__arrow_c_stream__") or hasattr(rows, "__arrow_c_array__"):
         table = rows if isinstance(rows, pa.Table) else pa.table(rows)
         _check_columns(table.column_names, roles)
-        yield from _cut(table.select(list(roles)), size)
+        yield from _joined([table.select(list(roles))], size)
     else:
         raise ValueError(
             f"rows={excerpt(rows)} are none that can be scored: give a DataFrame, an arrow table, a dict of columns, "
@@ -150,15 +155,9 @@ def _column(name: str, values: Any) -> pa.Array | pa.ChunkedArray:
     try:
         return pa.array(values, from_pandas=True)
     except (pa.ArrowException, TypeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"column {name!r} of the rows to predict is no column of one type: {reason}") from error
-
-
-def _of_files(name: str, roles: Mapping[str, str], numbers: tuple[str, ...], size: int) -> Iterator[pa.Table]:
-    from apps.recsys.readers import user_tables
-
-    for file in user_tables.find_files(None, name, "rows"):
-        yield from user_tables.iter_columns(file, roles, numbers, size)
+        raise ValueError(
+            f"column {name!r} of the rows to predict is no column of one type: {first_line(error)}"
+        ) from error
 
 
 def _joined(tables: Iterable[pa.Table], size: int) -> Iterator[pa.Table]:
@@ -183,9 +182,4 @@ def _concatenated(tables: list[pa.Table]) -> pa.Table:
     try:
         return pa.concat_tables(tables, promote_options="permissive")
     except pa.ArrowException as error:
-        raise ValueError(f"the files to predict differ in their types: {str(error).splitlines()[0]}") from error
-
-
-def _cut(table: pa.Table, size: int) -> Iterator[pa.Table]:
-    for begin in range(0, len(table), size):
-        yield table.slice(begin, size)
+        raise ValueError(f"the files to predict differ in their types: {first_line(error)}") from error
