@@ -50,6 +50,7 @@ class Gate:
         task: number of its task; None where it serves all.
         experts: names of its E experts: "shared0", "task0.1", "domain.0", or their numbers.
         weights_NE: float32 (N, E), the weight of each expert's output; 0 where it is not computed.
+        tasks: names of all tasks.
     """
 
     block: str
@@ -57,11 +58,24 @@ class Gate:
     task: int | None
     experts: tuple[str, ...]
     weights_NE: np.ndarray
+    tasks: tuple[str, ...]
 
     @property
-    def key(self) -> str:
-        """The gate's name among those of a model."""
-        return f"{self.block} {self.end}".strip()
+    def label(self) -> str:
+        """The gate in words: the name of its task, or what it is for."""
+        if self.task is not None:
+            return self.tasks[self.task]
+        return {"shared": "shared representation", "selection": "selection"}.get(self.end, "all tasks")
+
+    @property
+    def name(self) -> str:
+        """The gate's label among those of all blocks."""
+        return f"{self.block}: {self.label}" if self.block else self.label
+
+    @property
+    def expert_labels(self) -> tuple[str, ...]:
+        """The experts in words."""
+        return tuple(expert_label(name, self.tasks) for name in self.experts)
 
     @property
     def entropy(self) -> float:
@@ -100,13 +114,13 @@ class GateReader:
                 module(batch)
 
     Attributes:
-        model: a model with MoE layers, in evaluation mode.
+        model: a model with MoE layers and ``features``, in evaluation mode.
         weights: the gates' weights, a list of batches by entry of the tape.
         experts: names of the experts, by entry.
         zeros: counts of each expert's outputs by block, (2, E): those that are zero, and all.
     """
 
-    model: nn.Module
+    model: Any
     weights: dict[str, list[np.ndarray]] = field(default_factory=dict)
     experts: dict[str, tuple[str, ...]] = field(default_factory=dict)
     zeros: dict[str, np.ndarray] = field(default_factory=dict)
@@ -170,7 +184,8 @@ class GateReader:
         for name, parts in self.weights.items():
             block, end = self._split(name)
             task = int(end[4:]) if end.startswith("task") and end[4:].isdigit() else None
-            gates.append(Gate(short[block], end, task, self.experts[name], np.concatenate(parts)))
+            weights_NE = np.concatenate(parts)
+            gates.append(Gate(short[block], end, task, self.experts[name], weights_NE, self.model.features.tasks))
         return gates
 
     def zero_share(self) -> dict[str, dict[str, float]]:
@@ -220,36 +235,29 @@ class ExpertUse:
     Attributes:
         block: see ``Gate``.
         name: see ``Gate.experts``.
+        label: the name in words.
         zero_share: share of its outputs that is zero; NaN where they are summed in a kernel, or not computed.
-        weights: its mean weight by gate; NaN for gates that cannot reach it.
+        weights: its mean weight by the label of the gate; NaN for gates that cannot reach it.
         problem: "collapsed", "taken by <task>", "passed by", "unused", several with commas; "" where there is none.
     """
 
     block: str
     name: str
+    label: str
     zero_share: float
     weights: dict[str, float]
     problem: str = ""
 
 
-def label(gate: Gate, tasks: Sequence[str]) -> str:
-    """Return a gate in words: the name of its task, or what it is for."""
-    if gate.task is not None:
-        return tasks[gate.task] if gate.task < len(tasks) else gate.end
-    return {"shared": "shared representation", "selection": "selection"}.get(gate.end, "all tasks")
-
-
 def expert_label(name: str, tasks: Sequence[str]) -> str:
     """Return an expert in words: "task0.1" is "income 1" with the first task income."""
     own = re.fullmatch(r"(task|self)(\d+)\.(.*)", name)
-    if own and int(own[2]) < len(tasks):
+    if own:
         return f"{tasks[int(own[2])]} {'self ' if own[1] == 'self' else ''}{own[3]}"
     return re.sub(r"^shared(\d+)$", r"shared \1", name).replace(".", " ")
 
 
-def expert_use(
-    gates: Sequence[Gate], zero_share: Mapping[str, Mapping[str, float]], tasks: Sequence[str]
-) -> list[ExpertUse]:
+def expert_use(gates: Sequence[Gate], zero_share: Mapping[str, Mapping[str, float]]) -> list[ExpertUse]:
     """Return every expert, with the gates that reach it and its problems."""
     uses = []
     for block in dict.fromkeys(g.block for g in gates):
@@ -257,20 +265,18 @@ def expert_use(
         names = dict.fromkeys([*(name for g in own for name in g.experts), *zeros])
         judges = [g for g in own if g.task is not None] or own
         for name in names:
-            weights = {
-                label(g, tasks): float(g.mean_E[g.experts.index(name)]) if name in g.experts else math.nan for g in own
-            }
+            weights = {g.label: float(g.mean_E[g.experts.index(name)]) if name in g.experts else math.nan for g in own}
             zero = zeros.get(name, math.nan)
-            problem = ", ".join(_problems(name, zero, judges, tasks))
-            uses.append(ExpertUse(block, name, zero, weights, problem))
+            problem = ", ".join(_problems(name, zero, judges))
+            uses.append(ExpertUse(block, name, expert_label(name, own[0].tasks), zero, weights, problem))
     return uses
 
 
-def _problems(name: str, zero: float, gates: Sequence[Gate], tasks: Sequence[str]) -> Iterator[str]:
+def _problems(name: str, zero: float, gates: Sequence[Gate]) -> Iterator[str]:
     if zero > COLLAPSED:
         yield "collapsed"
     reach = [g for g in gates if name in g.experts]
-    weights = {label(g, tasks): float(g.mean_E[g.experts.index(name)]) for g in reach}
+    weights = {g.label: float(g.mean_E[g.experts.index(name)]) for g in reach}
     if reach and all(w * len(g.experts) <= UNUSED for w, g in zip(weights.values(), reach, strict=True)):
         yield "unused"
     elif name.startswith("shared") and len(weights) > 1 and max(weights.values()) >= TAKEN * sum(weights.values()):
@@ -285,18 +291,18 @@ def _problems(name: str, zero: float, gates: Sequence[Gate], tasks: Sequence[str
 # ---- on what the gates depend
 
 
-def dependence(gates: Sequence[Gate], arrays: TableArrays, max_rows: int = 255) -> dict[str, dict[str, float]]:
+def dependence(gates: Sequence[Gate], arrays: TableArrays) -> dict[str, dict[str, float]]:
     """Return the share of the variance of a gate's weights that a column explains, by column and gate.
 
     It is the correlation ratio, sum over the values v of ``n_v (mean_v - mean)^2`` over ``sum (x - mean)^2``, both
-    summed over the experts. Numbers are cut at their quantiles. Columns of more than ``max_rows`` values, which would
-    explain much by having many, and multi-valued ones are left out. A gate that weights all examples alike has none.
+    summed over the experts. Numbers are cut at their quantiles. Columns of more than 255 values, which would explain
+    much by having many, and multi-valued ones are left out. A gate that weights all examples alike has none.
 
     Returns:
-        ``{column: {gate.key: share}}``.
+        ``{column: {gate.name: share}}``.
     """
     explained: dict[str, dict[str, float]] = {}
-    for column, values_N, _ in coded_columns(arrays, max_rows):
+    for column, values_N, _ in coded_columns(arrays):
         counts_V = np.bincount(values_N)
         used = counts_V > 0
         for gate in gates:
@@ -307,7 +313,7 @@ def dependence(gates: Sequence[Gate], arrays: TableArrays, max_rows: int = 255) 
                 continue
             sums_VE = np.stack([np.bincount(values_N, weights=x_N) for x_N in x_NE.T], 1)
             between = float(np.sum(sums_VE[used] ** 2 / counts_V[used, None]))
-            explained.setdefault(column, {})[gate.key] = between / total
+            explained.setdefault(column, {})[gate.name] = between / total
     return explained
 
 
@@ -341,12 +347,12 @@ def check_column(features: Features, name: str) -> None:
     raise ValueError(f"report.gate_feature={name!r} is not one of {', '.join(fitting) or '(no column)'}{reason}")
 
 
-def coded_columns(arrays: TableArrays, max_rows: int = MAX_CODES) -> Iterator[tuple[str, np.ndarray, list[str] | None]]:
+def coded_columns(arrays: TableArrays) -> Iterator[tuple[str, np.ndarray, list[str] | None]]:
     """Yield columns as codes: (name, int64 (N,), words of the codes or None where the data module has them)."""
     features = arrays.features
     single = [f for f in features.categorical if not f.multi_valued]
     for feature, ids_N in zip(single, arrays.ids_NF.T, strict=True):
-        if feature.num_rows <= max_rows:
+        if feature.num_rows <= MAX_CODES:
             yield feature.name, ids_N, None
     if arrays.domain_N is not None:
         yield domain_column(features), arrays.domain_N, None
@@ -365,9 +371,3 @@ def left_out(arrays: TableArrays) -> list[str]:
     features, coded = arrays.features, {name for name, _, _ in coded_columns(arrays)}
     names = [*(f.name for f in features.categorical), *(f.name for f in features.continuous)]
     return [name for name in names if name not in coded]
-
-
-def weights_by_value(gate: Gate, codes_N: np.ndarray, values: Sequence[int]) -> np.ndarray:
-    """Return the gate's mean weights over the examples of each value, (V, E)."""
-    rows = [gate.weights_NE[codes_N == v].mean(0, dtype=np.float64) for v in values]
-    return np.stack(rows) if rows else np.zeros((0, len(gate.experts)))

@@ -1,17 +1,17 @@
 """Pictures of a multi-task model: how its experts are used by its gates, and how true its predictions are.
 
-Each function turns plain arrays into a matplotlib ``Figure``, as in ``apps.report.plots``.
+Each function returns a matplotlib ``Figure``, as in ``apps.report.plots``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from apps.recsys.binary_metrics import Calibration
+from apps.recsys.tables.gating import COLLAPSED, ExpertUse, Gate
 from apps.report.plots import MOST_NUMBERED, PALETTE, clean_axis, name_columns, new_picture
 
 if TYPE_CHECKING:
@@ -19,112 +19,83 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-@dataclass(frozen=True)
-class BlockUse:
-    """The experts of one block, for ``polarisation``.
-
-    Attributes:
-        title: title of the block; "" for none.
-        experts: names of the experts.
-        zero_share: share of each expert's outputs that is zero; NaN where they are not seen.
-        weights: mean weight of each expert, by gate; NaN for experts that the gate does not reach.
-        entropy: (mean entropy of an example's weights, entropy of the mean weights) over log E, by gate.
-    """
-
-    title: str
-    experts: tuple[str, ...]
-    zero_share: np.ndarray
-    weights: Mapping[str, np.ndarray]
-    entropy: Mapping[str, tuple[float, float]]
-
-
-def polarisation(blocks: Sequence[BlockUse], collapsed: float, title: str = "Expert polarisation") -> Figure:
+def polarisation(use: Sequence[ExpertUse], gates: Sequence[Gate]) -> Figure:
     """Draw a row for each block: zero outputs by expert, the gates' weights by expert, and how decided the gates are.
 
     Args:
-        blocks: at least one.
-        collapsed: share of zeros from which an expert has collapsed; a line.
-        title: of the picture.
-
-    Raises:
-        ValueError: no block.
+        use: the experts of all blocks.
+        gates: their gates, at least one.
     """
-    if not blocks:
-        raise ValueError("polarisation needs at least one block")
-    most = max(len(b.experts) for b in blocks)
+    from matplotlib.patches import Patch
+
+    blocks = list(dict.fromkeys(g.block for g in gates))
+    experts = {block: [u for u in use if u.block == block] for block in blocks}
+    most = max(map(len, experts.values()))
     wide = min(4.6, max(2.6, 0.33 * most + 0.8))
-    named = max(len(n) for b in blocks for n in b.experts) if most <= MOST_NUMBERED else 3
+    named = max(len(u.label) for u in use) if most <= MOST_NUMBERED else 3
     fig = new_picture(2 * wide + 3.2, (2.3 + 0.06 * named) * len(blocks) + 0.9)
     axes = fig.subplots(len(blocks), 3, squeeze=False, gridspec_kw={"width_ratios": [wide, wide, 2.6]})
-    gates = list(dict.fromkeys(name for b in blocks for name in b.weights))
-    colors = {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(gates)}
+    labels = dict.fromkeys(g.label for g in gates)
+    colors = {label: PALETTE[i % len(PALETTE)] for i, label in enumerate(labels)}
     for (zeros, shares, decided), block in zip(axes, blocks, strict=True):
-        heading = f"{block.title}: " if block.title else ""
-        _zero_bars(zeros, block, collapsed, heading)
-        _weight_bars(shares, block, colors, heading)
-        _entropy_bars(decided, block, colors, heading)
-    handles, names = [], []
-    for axis in axes[:, 1]:
-        for handle, name in zip(*axis.get_legend_handles_labels(), strict=True):
-            if name not in names:
-                handles.append(handle)
-                names.append(name)
-    fig.legend(handles, names, loc="outside lower center", ncols=min(4, len(names)), fontsize=8, frameon=False)
-    fig.suptitle(title, fontsize=11)
+        heading = f"{block}: " if block else ""
+        own = [g for g in gates if g.block == block]
+        _zero_bars(zeros, experts[block], heading)
+        _weight_bars(shares, experts[block], own, colors, heading)
+        _entropy_bars(decided, own, colors, heading)
+    handles = [Patch(color=color, label=label) for label, color in colors.items()]
+    fig.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)), fontsize=8, frameon=False)
+    fig.suptitle("Expert polarisation", fontsize=11)
     return fig
 
 
-def _zero_bars(axis: Axes, block: BlockUse, collapsed: float, heading: str) -> None:
-    places = np.arange(len(block.experts))
+def _zero_bars(axis: Axes, use: Sequence[ExpertUse], heading: str) -> None:
+    zero_share_E = np.array([u.zero_share for u in use])
     axis.set_title(f"{heading}outputs that are zero", fontsize=9)
-    if np.isfinite(block.zero_share).any():
-        axis.bar(places, 100 * np.nan_to_num(block.zero_share), color="#777777", width=0.75)
+    if np.isfinite(zero_share_E).any():
+        axis.bar(range(len(use)), 100 * np.nan_to_num(zero_share_E), color="#777777", width=0.75)
     else:
         axis.text(0.5, 0.5, "summed in the kernel,\nnot seen", transform=axis.transAxes, ha="center", va="center")
-    axis.axhline(100 * collapsed, color="black", linewidth=1, linestyle="--")
-    axis.text(1.0, 100 * collapsed - 2, "collapsed", transform=axis.get_yaxis_transform(), ha="right", va="top", size=7)
+    line = 100 * COLLAPSED
+    axis.axhline(line, color="black", linewidth=1, linestyle="--")
+    axis.text(1.0, line - 2, "collapsed", transform=axis.get_yaxis_transform(), ha="right", va="top", size=7)
     axis.set_ylim(0, 100)
     axis.set_ylabel("zero, %")
-    name_columns(axis, block.experts)
+    name_columns(axis, [u.label for u in use])
     clean_axis(axis)
 
 
-def _weight_bars(axis: Axes, block: BlockUse, colors: Mapping[str, str], heading: str) -> None:
+def _weight_bars(
+    axis: Axes, use: Sequence[ExpertUse], gates: Sequence[Gate], colors: Mapping[str, str], heading: str
+) -> None:
     """Draw how much of an expert's weight each gate makes up, stacked."""
-    bottom = np.zeros(len(block.experts))
-    for name, weight in block.weights.items():
-        height = 100 * np.nan_to_num(weight)
-        axis.bar(range(len(block.experts)), height, bottom=bottom, color=colors[name], width=0.75, label=name)
+    bottom = np.zeros(len(use))
+    for gate in gates:
+        height = 100 * np.nan_to_num([u.weights[gate.label] for u in use])
+        axis.bar(range(len(use)), height, bottom=bottom, color=colors[gate.label], width=0.75)
         bottom += height
     axis.set_title(f"{heading}mean weight of the gates, stacked", fontsize=9)
     axis.set_ylabel("weight, %")
-    name_columns(axis, block.experts)
+    name_columns(axis, [u.label for u in use])
     clean_axis(axis)
 
 
-def _entropy_bars(axis: Axes, block: BlockUse, colors: Mapping[str, str], heading: str) -> None:
-    names = list(block.entropy)
-    places = np.arange(len(names))
-    example, mean = (np.array([block.entropy[n][i] for n in names]) for i in (0, 1))
-    axis.bar(places, example, color=[colors[n] for n in names], width=0.7)
-    axis.scatter(places, mean, marker="_", s=160, color="black", zorder=3)
+def _entropy_bars(axis: Axes, gates: Sequence[Gate], colors: Mapping[str, str], heading: str) -> None:
+    places = range(len(gates))
+    axis.bar(places, [g.entropy for g in gates], color=[colors[g.label] for g in gates], width=0.7)
+    axis.scatter(places, [g.mean_entropy for g in gates], marker="_", s=160, color="black", zorder=3)
     axis.set_ylim(0, 1.05)
     axis.set_ylabel("entropy / log E")
     axis.set_title(f"{heading}gate entropy\n(line: of the mean weights)", fontsize=9)
-    name_columns(axis, names)
+    name_columns(axis, [g.label for g in gates])
     clean_axis(axis)
 
 
-def calibration_curves(curves: Mapping[str, Calibration], title: str = "Calibration") -> Figure:
+def calibration_curves(curves: Mapping[str, Calibration]) -> Figure:
     """Draw for each task the share of positives over the mean prediction, by bins; a dot is as large as its bin.
 
     Both axes are logarithmic where most predictions are below 5 %: what matters would else lie in one corner.
-
-    Raises:
-        ValueError: no task.
     """
-    if not curves:
-        raise ValueError("calibration_curves needs at least one task")
     columns = min(3, len(curves))
     rows = -(-len(curves) // columns)
     fig = new_picture(2.9 * columns + 0.5, 3.25 * rows + 0.45)
@@ -138,7 +109,7 @@ def calibration_curves(curves: Mapping[str, Calibration], title: str = "Calibrat
         axis.set_xlabel("mean prediction, %")
     for axis in axes[::columns]:
         axis.set_ylabel("positive, %")
-    fig.suptitle(title, fontsize=11)
+    fig.suptitle("Calibration", fontsize=11)
     return fig
 
 

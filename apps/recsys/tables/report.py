@@ -173,17 +173,17 @@ def write_gates(
     reader: GateReader, arrays: TableArrays, data: Any, config: RecommenderReportConfig, folder: Path
 ) -> None:
     """Print the gates, what they depend on, and the experts; write the CSV files and the pictures."""
-    tasks, gates = arrays.features.tasks, reader.gates()
-    use = gating.expert_use(gates, reader.zero_share(), tasks)
+    gates = reader.gates()
+    use = gating.expert_use(gates, reader.zero_share())
     depends = gating.dependence(gates, arrays)
-    _gate_tables(gates, tasks, folder)
-    _expert_tables(use, tasks, folder)
+    _gate_tables(gates, folder)
+    _expert_tables(use, folder)
     if depends:
-        _dependence_table(depends, gating.left_out(arrays), gates, tasks, folder)
+        _dependence_table(depends, gating.left_out(arrays), gates, folder)
     if not config.pictures:
         return
     blocks = list(dict.fromkeys(g.block for g in gates))
-    by_task = [[_by_task(block, gates, tasks)] for block in blocks]
+    by_task = [[_by_task(block, use, gates)] for block in blocks]
     save_picture(heatmaps(by_task, "Mean gate weights by task and expert", _WEIGHT), folder / "gates_by_task.png")
     if config.gate_feature is not None or depends:
         column = config.gate_feature or max(depends, key=lambda c: sum(depends[c].values()))
@@ -191,38 +191,31 @@ def write_gates(
         block = f", {gates[-1].block}" if gates[-1].block else ""
         title = f"Mean gate weights by {column}{block} (share of the rows)"
         save_picture(heatmaps([maps], title, _WEIGHT), folder / "gates_by_value.png")
-    save_picture(_utilisation(gates, tasks), folder / "utilisation.png")
-    uses = [_block_use(block, use, gates, tasks) for block in blocks]
-    save_picture(pictures.polarisation(uses, gating.COLLAPSED), folder / "polarisation.png")
+    save_picture(_utilisation(gates), folder / "utilisation.png")
+    save_picture(pictures.polarisation(use, gates), folder / "polarisation.png")
 
 
-def _utilisation(gates: Sequence[Gate], tasks: Sequence[str]) -> Any:
+def _utilisation(gates: Sequence[Gate]) -> Any:
     """Draw for each gate the examples that each expert computes where some are left out, else its weight."""
     sparse = any((g.weights_NE == 0).any() for g in gates)
-    loads = {_gate_name(g, gates, tasks): ((g.weights_NE > 0) if sparse else g.weights_NE).sum(0) for g in gates}
-    names = {_gate_name(g, gates, tasks): [gating.expert_label(n, tasks) for n in g.experts] for g in gates}
+    loads = {g.name: ((g.weights_NE > 0) if sparse else g.weights_NE).sum(0) for g in gates}
     share_of = "computed pairs" if sparse else "gate weight"
-    return load_bars(loads, title="Expert utilisation", share_of=share_of, names=names)
+    return load_bars(
+        loads, title="Expert utilisation", share_of=share_of, names={g.name: g.expert_labels for g in gates}
+    )
 
 
-def _gate_name(gate: Gate, gates: Sequence[Gate], tasks: Sequence[str]) -> str:
-    """Return the name of a gate among all, with its block where there are several."""
-    name = gating.label(gate, tasks)
-    return f"{gate.block}: {name}" if gate.block and len({g.block for g in gates}) > 1 else name
-
-
-def _gate_tables(gates: Sequence[Gate], tasks: Sequence[str], folder: Path) -> None:
+def _gate_tables(gates: Sequence[Gate], folder: Path) -> None:
     lines, rows = [], []
     for gate in gates:
         first = int(np.argmax(gate.mean_E))
-        expert = gating.expert_label(gate.experts[first], tasks)
+        expert, share = gate.expert_labels[first], float(gate.mean_E[first])
         own, mean = gate.entropy, gate.mean_entropy
-        name = _gate_name(gate, gates, tasks)
-        share = float(gate.mean_E[first])
-        lines.append(
-            (name, f"{own:.3f}", f"{mean:.3f}", f"{max(mean - own, 0):.3f}", f"{expert} ({100 * share:.0f} %)")
+        numbers = [f"{value:.3f}" for value in (own, mean, max(mean - own, 0))]
+        lines.append([gate.name, *numbers, f"{expert} ({100 * share:.0f} %)"])
+        rows.append(
+            {"gate": gate.name, "entropy": own, "mean_entropy": mean, "largest": expert, "largest_share": share}
         )
-        rows.append({"gate": name, "entropy": own, "mean_entropy": mean, "largest": expert, "largest_share": share})
     columns = ("gate", "an example's", "of the mean", "difference", "largest expert")
     print_table(
         "Gates: entropy of the weights over log E (0 one expert, 1 all alike); the difference is owed to the example",
@@ -232,7 +225,7 @@ def _gate_tables(gates: Sequence[Gate], tasks: Sequence[str], folder: Path) -> N
     write_csv(folder / "gates.csv", rows)
 
 
-def _expert_tables(use: Sequence[ExpertUse], tasks: Sequence[str], folder: Path) -> None:
+def _expert_tables(use: Sequence[ExpertUse], folder: Path) -> None:
     """Print a table for each block."""
     for block in dict.fromkeys(u.block for u in use):
         own = [u for u in use if u.block == block]
@@ -246,17 +239,12 @@ def _expert_tables(use: Sequence[ExpertUse], tasks: Sequence[str], folder: Path)
             f"HoME, arXiv 2408.05430{left}",
             ("expert", "zero", *gates, "remark"),
             [
-                (
-                    gating.expert_label(u.name, tasks),
-                    _percent(u.zero_share),
-                    *(_percent(u.weights[g]) for g in gates),
-                    u.problem or "–",
-                )
+                (u.label, _percent(u.zero_share), *(_percent(u.weights[g]) for g in gates), u.problem or "–")
                 for u in shown
             ],
         )
     rows = [
-        {"block": u.block, "expert": gating.expert_label(u.name, tasks), "zero_share": u.zero_share}
+        {"block": u.block, "expert": u.label, "zero_share": u.zero_share}
         | {f"weight_{g.replace(' ', '_')}": value for g, value in u.weights.items()}
         | {"remark": u.problem}
         for u in use
@@ -265,26 +253,20 @@ def _expert_tables(use: Sequence[ExpertUse], tasks: Sequence[str], folder: Path)
 
 
 def _dependence_table(
-    depends: Mapping[str, Mapping[str, float]],
-    left_out: Sequence[str],
-    gates: Sequence[Gate],
-    tasks: Sequence[str],
-    folder: Path,
+    depends: Mapping[str, Mapping[str, float]], left_out: Sequence[str], gates: Sequence[Gate], folder: Path
 ) -> None:
     """Print the columns on which the gates of the last block depend most; write those of all."""
-    known = [g for g in gates if any(g.key in values for values in depends.values())]
+    known = [g for g in gates if any(g.name in values for values in depends.values())]
     order = sorted(depends, key=lambda c: -sum(depends[c].values()))
     last = [g for g in known if g.block == known[-1].block]
     where = f" of {last[0].block}" if last[0].block else ""
     without = f"; not measured (many values, several in a row, or one): {', '.join(left_out)}" if left_out else ""
     print_table(
         f"What the gates{where} depend on: share of their variance that a column explains, %{without}",
-        ("column", *(gating.label(g, tasks) for g in last)),
-        [(c, *(_percent(depends[c].get(g.key, math.nan), 1) for g in last)) for c in order[:8]],
+        ("column", *(g.label for g in last)),
+        [(c, *(_percent(depends[c].get(g.name, math.nan), 1) for g in last)) for c in order[:8]],
     )
-    rows = [
-        {"column": c, **{_gate_name(g, gates, tasks): depends[c].get(g.key, math.nan) for g in known}} for c in order
-    ]
+    rows = [{"column": c, **{g.name: depends[c].get(g.name, math.nan) for g in known}} for c in order]
     write_csv(folder / "dependence.csv", rows)
 
 
@@ -292,15 +274,12 @@ def _percent(value: float, digits: int = 0) -> str:
     return "–" if math.isnan(value) else f"{100 * value:.{digits}f}"
 
 
-def _by_task(block: str, gates: Sequence[Gate], tasks: Sequence[str]) -> Heatmap:
+def _by_task(block: str, use: Sequence[ExpertUse], gates: Sequence[Gate]) -> Heatmap:
     """Return the mean weights of a block, gates by experts, with nothing where a gate does not reach."""
-    own = [g for g in gates if g.block == block]
-    experts = list(dict.fromkeys(name for g in own for name in g.experts))
-    values = np.full((len(own), len(experts)), np.nan)
-    for row, gate in enumerate(own):
-        values[row, [experts.index(name) for name in gate.experts]] = gate.mean_E
-    labels = tuple(gating.expert_label(name, tasks) for name in experts)
-    return Heatmap(block, tuple(gating.label(g, tasks) for g in own), labels, values)
+    labels = tuple(g.label for g in gates if g.block == block)
+    reached = [u for u in use if u.block == block and not all(map(math.isnan, u.weights.values()))]
+    values = np.array([[u.weights[label] for u in reached] for label in labels])
+    return Heatmap(block, labels, tuple(u.label for u in reached), values)
 
 
 def _by_value(column: str, gates: Sequence[Gate], arrays: TableArrays, data: Any, most: int) -> list[Heatmap]:
@@ -312,15 +291,11 @@ def _by_value(column: str, gates: Sequence[Gate], arrays: TableArrays, data: Any
     values = [int(v) for v in np.sort(np.argsort(-counts_V, kind="stable")[:most]) if counts_V[v]]
     rows = row_names([_word(v, column, words, data) for v in values], counts_V[values] / len(codes_N))
     last = [g for g in gates if g.block == gates[-1].block and g.end != "selection"]
-    return [
-        Heatmap(
-            gating.label(gate, arrays.features.tasks),
-            rows,
-            tuple(gating.expert_label(name, arrays.features.tasks) for name in gate.experts),
-            np.concatenate([gating.weights_by_value(gate, codes_N, values), gate.mean_E[None]]),
-        )
-        for gate in last[:4]
-    ]
+    maps = []
+    for gate in last[:4]:
+        by_value = [gate.weights_NE[codes_N == v].mean(0, dtype=np.float64) for v in values]
+        maps.append(Heatmap(gate.label, rows, gate.expert_labels, np.stack([*by_value, gate.mean_E])))
+    return maps
 
 
 def _word(value: int, column: str, words: Sequence[str] | None, data: Any) -> str:
@@ -333,16 +308,3 @@ def _word(value: int, column: str, words: Sequence[str] | None, data: Any) -> st
     text = known[value] if value < len(known) else str(value)
     text = "(unseen)" if text is None else text
     return text if len(text) <= 28 else f"{text[:26]}…"
-
-
-def _block_use(block: str, use: Sequence[ExpertUse], gates: Sequence[Gate], tasks: Sequence[str]) -> pictures.BlockUse:
-    experts = [u for u in use if u.block == block]
-    own = [g for g in gates if g.block == block]
-    names = [gating.label(g, tasks) for g in own]
-    return pictures.BlockUse(
-        block,
-        tuple(gating.expert_label(u.name, tasks) for u in experts),
-        np.array([u.zero_share for u in experts]),
-        {n: np.array([u.weights.get(n, math.nan) for u in experts]) for n in names},
-        {n: (g.entropy, g.mean_entropy) for n, g in zip(names, own, strict=True)},
-    )

@@ -83,7 +83,7 @@ def test_a_dead_expert_is_found_whichever_it_is(shared, names):
             layer.experts.w_0[dead] = 0.0
             layer.experts.b_0[dead] = -1.0  # relu(-1) = 0
         reader = read(module, batch())
-        use = {u.name: u for u in expert_use(reader.gates(), reader.zero_share(), features().tasks)}
+        use = {u.name: u for u in expert_use(reader.gates(), reader.zero_share())}
         assert set(use) == set(names)
         assert use[name].zero_share == 1.0
         assert "collapsed" in use[name].problem
@@ -105,7 +105,7 @@ def test_the_zero_share_is_that_of_the_outputs():
 
 def test_levels_and_members_have_names():
     gates = read(recommender(core.PLE(2, MLP, num_task_experts=1)), batch()).gates()
-    assert [(g.block, gating.label(g, ("click", "buy"))) for g in gates] == [
+    assert [(g.block, g.label) for g in gates] == [
         ("level 0", "click"),
         ("level 0", "buy"),
         ("level 0", "shared representation"),
@@ -113,8 +113,9 @@ def test_levels_and_members_have_names():
         ("level 1", "buy"),
     ]
     assert gates[2].experts == ("shared0", "shared1", "task0.0", "task1.0")
+    assert gates[2].expert_labels == ("shared 0", "shared 1", "click 0", "buy 0")
     gates = read(recommender(core.OMoE(2, MLP), num_members=2), batch()).gates()
-    assert [(g.block, gating.label(g, ())) for g in gates] == [("members 0", "all tasks"), ("members 1", "all tasks")]
+    assert [g.name for g in gates] == ["members 0: all tasks", "members 1: all tasks"]
     names = [gating.expert_label(n, ("click", "buy")) for n in ("shared3", "task1.0", "self0.1", "domain.0", "17")]
     assert names == ["shared 3", "buy 0", "click self 1", "domain 0", "17"]
 
@@ -123,7 +124,8 @@ def test_levels_and_members_have_names():
 
 
 def gate(task: int | None, experts: tuple[str, ...], *rows: tuple[float, ...]) -> Gate:
-    return Gate("", "tasks" if task is None else f"task{task}", task, experts, np.array(rows, dtype=np.float32))
+    end = "tasks" if task is None else f"task{task}"
+    return Gate("", end, task, experts, np.array(rows, dtype=np.float32), features().tasks)
 
 
 def test_entropies_by_hand():
@@ -140,7 +142,7 @@ def test_polarisation_by_hand():
     click = gate(0, ("shared0", "shared1", "shared2", "task0.0"), (0.495, 0.27, 0.005, 0.23))
     buy = gate(1, ("shared0", "shared1", "shared2", "task1.0"), (0.02, 0.94, 0.0, 0.04))
     zeros = {"": {"shared0": 0.2, "shared1": 0.95, "shared2": 0.1, "task0.0": 0.3, "task1.0": 0.3}}
-    by_name = {u.name: u for u in expert_use([click, buy], zeros, ("click", "buy"))}
+    by_name = {u.name: u for u in expert_use([click, buy], zeros)}
     # 0.495 of 0.515 is 96 %: taken. 0.94 of 1.21 is 78 %. 0.005 and 0, of an even share of 1/4: at most 1 % and 2 %.
     assert by_name["shared0"].problem == "taken by click"
     assert by_name["shared1"].problem == "collapsed"
@@ -149,10 +151,10 @@ def test_polarisation_by_hand():
     assert by_name["task1.0"].problem == "passed by"
     assert by_name["task1.0"].weights["click"] != by_name["task1.0"].weights["click"]  # NaN: it is not reached
     idle = gate(0, ("shared0", "shared1"), (0.996, 0.004))
-    assert expert_use([idle], {}, ("click",))[1].problem == "unused"
+    assert expert_use([idle], {})[1].problem == "unused"
     # Of many experts each task may have its own: that is what they are for.
     apart = [gate(0, ("0", "1"), (1.0, 0.0)), gate(1, ("0", "1"), (0.0, 1.0))]
-    assert [u.problem for u in expert_use(apart, {}, ("click", "buy"))] == ["", ""]
+    assert [u.problem for u in expert_use(apart, {})] == ["", ""]
 
 
 def test_dependence_is_the_correlation_ratio():
@@ -164,7 +166,7 @@ def test_dependence_is_the_correlation_ratio():
     weights = tuple((w, 1 - w) for _, w in rows)
     shares = dependence([gate(0, ("shared0", "shared1"), *weights)], arrays)
     # Mean 0.5; squares 0.16 + 0.04 + 0.09 + 0.01 + 0.04 = 0.34; between: 2 * 0.3^2 + 3 * 0.2^2 = 0.30.
-    assert shares["city"]["task0"] == pytest.approx(0.30 / 0.34, abs=1e-6)
+    assert shares["city"]["click"] == pytest.approx(0.30 / 0.34, abs=1e-6)
     alike = dependence([gate(0, ("shared0", "shared1"), *[(0.5, 0.5)] * 5)], arrays)
     assert alike == {}
 
@@ -209,8 +211,8 @@ def test_calibration_curves_show_every_bin(rate):
 
 
 def test_polarisation_without_outputs_says_so():
-    block = pictures.BlockUse("", ("0", "1"), np.full(2, np.nan), {"a": np.array([0.2, 0.8])}, {"a": (0.7, 0.9)})
-    picture = pictures.polarisation([block], 0.9)
+    gates = [gate(0, ("0", "1"), (0.2, 0.8))]
+    picture = pictures.polarisation(expert_use(gates, {}), gates)
     assert "not seen" in picture.axes[0].texts[0].get_text()
 
 
