@@ -6,8 +6,7 @@ Beside the arrow tables, one column at a time is in memory; encoded columns go t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -125,55 +124,48 @@ def _domains(codes: Codes, rows: NDArray[np.int32], column: str, first_row: int 
     return rows - 1
 
 
-@dataclass
 class _Build:
-    raw: RawTables
-    config: TableConfig
-    writer: ArrayWriter
-    given: Encoding | None
-    tables: dict[str, pa.Table] = field(init=False)
-    masks: dict[str, NDArray[np.bool_]] = field(init=False)
-    findings: TableFindings = field(init=False)
-    warnings: list[str] = field(init=False, default_factory=list)
-    vocabularies: dict[str, int] = field(init=False, default_factory=dict)
-    num_texts: int = field(init=False, default=0)
-    domain_texts: int | None = field(init=False, default=None)
+    """One run of ``build``: it splits the rows when it is made, and encodes them with ``run``."""
+
+    def __init__(self, raw: RawTables, config: TableConfig, writer: ArrayWriter, given: Encoding | None) -> None:
+        self.config, self.writer, self.given = config, writer, given
+        files = {"train": raw.train, "val": raw.val, "test": raw.test}
+        self.tables = {name: table for name, table in files.items() if table is not None}
+        self._check_columns()
+        if given is not None:
+            self._check_given(given)
+        self.num_rows = sum(len(table) for table in self.tables.values())
+        self.labels = {n: to_labels(self._parts(t.column), n, t) for n, t in config.tasks.items()}
+        self.user = None if config.user is None else self._user(config.user)
+        splits = self._split()
+        self.masks: dict[str, NDArray[np.bool_]] = {}
+        for name in SPLITS:
+            self.masks[name] = np.zeros(self.num_rows, dtype=bool)
+            self.masks[name][getattr(splits, name)] = True
+            writer.save(name, getattr(splits, name))
+        self.findings = TableFindings(rows={name: int(mask.sum()) for name, mask in self.masks.items()})
+        self.vocabularies: dict[str, int] = {}
+        self.num_texts = 0
+        self.domain_texts: int | None = None
 
     def run(self) -> None:
-        raw, config = self.raw, self.config
-        given = {"train": raw.train, "val": raw.val, "test": raw.test}
-        self.tables = {name: table for name, table in given.items() if table is not None}
-        self._check_columns()
-        if self.given is not None:
-            self._check_given(self.given)
-        labels = self._labels()
-        user = None if config.user is None else self._user(config.user)
-        splits = self._split(labels, user)
-        num_rows = sum(len(table) for table in self.tables.values())
-        self.masks = {}
-        for name in SPLITS:
-            mask = np.zeros(num_rows, dtype=bool)
-            mask[getattr(splits, name)] = True
-            self.masks[name] = mask
-            self.writer.save(name, getattr(splits, name))
-        self.findings = TableFindings(rows={name: int(mask.sum()) for name, mask in self.masks.items()})
-        positives = self._write_labels(labels, num_rows)
-        if user is not None:
-            self.writer.save("group", user)
+        config = self.config
+        positives = self._write_labels()
+        if self.user is not None:
+            self.writer.save("group", self.user)
             if config.split.kind == "user":
-                users = {name: user[mask] for name, mask in self.masks.items()}
-                self.warnings += shared_users(users)
-        num_domains = 0 if config.domain is None else self._write_domain(config.domain, num_rows)
+                users = {name: self.user[mask] for name, mask in self.masks.items()}
+                self.findings.warnings += shared_users(users)
+        num_domains = 0 if config.domain is None else self._write_domain(config.domain)
         features = Features(
-            categorical=(*self._write_categorical(labels, num_rows), *self._write_multi_valued(labels)),
-            continuous=self._write_continuous(labels, num_rows),
+            categorical=(*self._write_categorical(), *self._write_multi_valued()),
+            continuous=self._write_continuous(),
             tasks=tuple(config.tasks),
             positives=positives,
             num_domains=num_domains,
         )
         if self.given is not None:
             features = self.given.features
-        self.findings.warnings.extend(self.warnings)
         self.writer.finish(
             {
                 "features": asdict(features),
@@ -223,9 +215,6 @@ class _Build:
     def _parts(self, column: str) -> list[Part]:
         return [(_WHERE[name], table.column(column)) for name, table in self.tables.items()]
 
-    def _labels(self) -> dict[str, NDArray[np.float32]]:
-        return {n: to_labels(self._parts(t.column), n, t) for n, t in self.config.tasks.items()}
-
     def _user(self, column: str) -> NDArray[np.int64]:
         codes = factorize(self._parts(column), column).codes
         if (codes == MISSING).any():
@@ -233,7 +222,7 @@ class _Build:
             raise ValueError(f"column {column!r} names the users, but has no value in row {row}")
         return codes
 
-    def _split(self, labels: Mapping[str, NDArray[np.float32]], user: NDArray[np.int64] | None) -> Splits:
+    def _split(self) -> Splits:
         config = self.config.split
         time = None
         if config.kind in ("time", "leave_last_out") and self.config.time is not None:
@@ -245,17 +234,17 @@ class _Build:
             num["train"],
             num.get("val"),
             num.get("test"),
-            user=None if user is None else user[first],
+            user=None if self.user is None else self.user[first],
             time=time,
-            label=None if config.stratify is None else labels[config.stratify][first],
+            label=None if config.stratify is None else self.labels[config.stratify][first],
         )
 
     # ---- after it
 
-    def _write_labels(self, labels: Mapping[str, NDArray[np.float32]], num_rows: int) -> tuple[float, ...]:
-        matrix = self.writer.create("label", (num_rows, len(labels)), np.float32)
+    def _write_labels(self) -> tuple[float, ...]:
+        matrix = self.writer.create("label", (self.num_rows, len(self.labels)), np.float32)
         positives = []
-        for t, (name, label) in enumerate(labels.items()):
+        for t, (name, label) in enumerate(self.labels.items()):
             matrix[:, t] = label
             self.findings.labelled[name], self.findings.positives[name] = {}, {}
             for split, mask in self.masks.items():
@@ -268,11 +257,11 @@ class _Build:
                     message = f"task {name!r} has {which} in the {split} split"
                     if split == "train":
                         raise ValueError(f"{message}: there is nothing to learn")
-                    self.warnings.append(f"{message}: its AUC is not defined there")
+                    self.findings.warnings.append(f"{message}: its AUC is not defined there")
             positives.append(self.findings.positives[name]["train"])
         return tuple(positives)
 
-    def _write_domain(self, column: str, num_rows: int) -> int:
+    def _write_domain(self, column: str) -> int:
         codes = factorize(self._parts(column), column)
         known = None if self.given is None else self.given.domains
         encoded = to_vocabulary(codes, self.masks["train"]) if known is None else to_known(codes, known)
@@ -280,23 +269,21 @@ class _Build:
         self.domain_texts = self._write_texts(Vocabulary.of(encoded.values) if known is None else known)
         return encoded.num_rows - 1
 
-    def _write_categorical(
-        self, labels: Mapping[str, NDArray[np.float32]], num_rows: int
-    ) -> tuple[CategoricalFeature, ...]:
+    def _write_categorical(self) -> tuple[CategoricalFeature, ...]:
         columns = self.config.categorical
-        matrix = self.writer.create("categorical", (num_rows, len(columns)), np.int32)
+        matrix = self.writer.create("categorical", (self.num_rows, len(columns)), np.int32)
         features = []
         for f, column in enumerate(columns):
             codes = factorize(self._parts(column), column)
-            encoded = self._encode(codes, column, self.masks["train"], np.arange(num_rows))
+            encoded = self._encode(codes, column, self.masks["train"], np.arange(self.num_rows))
             matrix[:, f] = encoded.rows
             is_id = self._is_id(column, codes.codes)
             self._describe(column, codes.codes == MISSING, encoded.unseen, is_id=is_id)
-            self._check_leak(column, codes.codes, labels)
+            self._check_leak(column, codes.codes)
             features.append(CategoricalFeature(column, encoded.num_rows, hashed=column in self.config.hash_rows))
         return tuple(features)
 
-    def _write_multi_valued(self, labels: Mapping[str, NDArray[np.float32]]) -> tuple[CategoricalFeature, ...]:
+    def _write_multi_valued(self) -> tuple[CategoricalFeature, ...]:
         features = []
         for i, column in enumerate(self.config.multi_valued):
             offsets, codes = split_values(self._parts(column), column, self.config.separator)
@@ -306,7 +293,7 @@ class _Build:
             self.writer.save(f"multi{i}_offsets", offsets)
             self.writer.save(f"multi{i}_values", encoded.rows)
             self._describe(column, lengths == 0, encoded.unseen, lengths)
-            self._check_leak(column, MultiValued(codes.codes, lengths).sets_N(), labels)
+            self._check_leak(column, MultiValued(codes.codes, lengths).sets_N())
             hashed = column in self.config.hash_rows
             features.append(CategoricalFeature(column, encoded.num_rows, multi_valued=True, hashed=hashed))
         return tuple(features)
@@ -333,18 +320,16 @@ class _Build:
         self.writer.save(f"vocabulary{number}_bytes", values.content.numpy())
         return number
 
-    def _write_continuous(
-        self, labels: Mapping[str, NDArray[np.float32]], num_rows: int
-    ) -> tuple[ContinuousFeature, ...]:
+    def _write_continuous(self) -> tuple[ContinuousFeature, ...]:
         columns = self.config.continuous
-        matrix = self.writer.create("dense", (num_rows, len(columns)), np.float32)
+        matrix = self.writer.create("dense", (self.num_rows, len(columns)), np.float32)
         features = []
         for c, column in enumerate(columns):
             values = to_float32(to_numbers(self._parts(column), column))
             matrix[:, c] = values
             features.append(statistics(column, values[self.masks["train"]]))
             self._describe(column, np.isnan(values), None)
-            self._check_leak(column, np.unique(values, return_inverse=True)[1], labels)
+            self._check_leak(column, np.unique(values, return_inverse=True)[1])
         return tuple(features)
 
     def _describe(
@@ -361,7 +346,7 @@ class _Build:
         """
         share_missing = self.findings.missing[column] = {s: _share(missing[mask]) for s, mask in self.masks.items()}
         if share_missing["train"] == 1:
-            self.warnings.append(
+            self.findings.warnings.append(
                 f"column {column!r} has no value in any training row: leave it out (exclude: [{column}])"
             )
         if unseen is not None:
@@ -370,7 +355,7 @@ class _Build:
             new_by_design = is_id or (self.config.split.kind == "user" and column == self.config.user)
             for split in () if new_by_design else ("val", "test"):
                 if share[split] > 0.5 > 2 * share["train"]:
-                    self.warnings.append(
+                    self.findings.warnings.append(
                         f"column {column!r}: {share[split]:.0%} of the {split} values are not in training: are they "
                         "written alike there?"
                     )
@@ -382,17 +367,17 @@ class _Build:
         share = len(np.unique(in_train)) / max(len(in_train), 1)
         if len(in_train) < _FEWEST_FOR_ID or share < _ID_SHARE:
             return False
-        self.warnings.append(
+        self.findings.warnings.append(
             f"column {column!r} looks like an id of the rows: {math.floor(100 * share)} % of its {len(in_train):,} "
             f"training values are distinct. It says nothing of new rows: leave it out (exclude: [{column}])"
         )
         return True
 
-    def _check_leak(self, column: str, codes: NDArray[Any], labels: Mapping[str, NDArray[np.float32]]) -> None:
+    def _check_leak(self, column: str, codes: NDArray[Any]) -> None:
         train = self.masks["train"]
-        for name, label in labels.items():
+        for name, label in self.labels.items():
             if determines(codes[train], label[train]):
-                self.warnings.append(
+                self.findings.warnings.append(
                     f"column {column!r} determines the label of task {name!r} in every training row: "
                     "is it known before the label is? Else leave it out (exclude)"
                 )
