@@ -25,7 +25,7 @@ _FUSED_OPTIMIZERS = {"sgd": torch.optim.SGD, "adagrad": torch.optim.Adagrad, "ro
 @core.register_config
 @dataclass(frozen=True)
 class EmbeddingConfig:
-    """How columns are embedded.
+    """Options of the columns' embeddings.
 
     The three kinds compute the same numbers and start alike; they differ in how the tables are held and stepped:
 
@@ -89,7 +89,7 @@ class EmbeddingConfig:
             raise ValueError(f"embedding.fused_lr={self.fused_lr} must be positive")
 
     def width(self, feature: CategoricalFeature) -> int:
-        """The width of a column's embedding."""
+        """Return the width of a column's embedding."""
         if feature.name in self.dims:
             return self.dims[feature.name]
         if self.by_cardinality:
@@ -166,7 +166,7 @@ class SparseArch(nn.Module):
         else:
             self.register_parameter("weight", None)
             with torch.random.fork_rng(devices=[]):  # TorchRec draws a start of its own
-                self.collection = _collection(self.features, [copies * d for d in self.dims], config)
+                self.collection = self._make_collection()
         if copies > 1:
             # Column c of copy k stands at (its column's start) * copies + k * width.
             starts = [copies * sum(self.dims[:i]) for i in range(len(self.dims))]
@@ -175,6 +175,27 @@ class SparseArch(nn.Module):
             ]
             self.register_buffer("_order_H", torch.tensor(order, dtype=torch.int64), persistent=False)
         self.reset_parameters()
+
+    def _make_collection(self, device: torch.device | None = None) -> nn.Module:
+        config = self.config
+        tables = [
+            EmbeddingBagConfig(
+                name=name,
+                embedding_dim=self.copies * dim,
+                num_embeddings=f.num_rows,
+                feature_names=[f.name],
+                pooling=PoolingType.MEAN if config.pooling == "mean" else PoolingType.SUM,
+            )
+            for f, name, dim in zip(self.features, table_names(self.features), self.dims, strict=True)
+        ]
+        if config.kind == "fused":
+            return FusedEmbeddingBagCollection(
+                tables,
+                _FUSED_OPTIMIZERS[config.fused_optimizer],
+                {"lr": config.fused_lr},
+                device=device or torch.device("cpu"),
+            )
+        return EmbeddingBagCollection(tables=tables, device=torch.device("meta") if config.deferred else device)
 
     def reset_parameters(self) -> None:
         """Draw rows from N(0, ``init_std``), table after table, so that all kinds start alike; row 0 starts at 0."""
@@ -360,33 +381,31 @@ class SparseArch(nn.Module):
     # The fused collection's parameters are views of its kernel's one weight; a move, copy or pickle would part them.
 
     def _apply(self, fn: Any, recurse: bool = True) -> SparseArch:
-        if (
-            self.config.deferred
-            and self.collection is not None
-            and any(p.is_meta for p in self.collection.parameters())
-        ):
-            held, self.collection = self.collection, None  # there is nothing to move yet
-            super()._apply(fn, recurse)
-            self.collection = held
-            return self
-        if not isinstance(self.collection, FusedEmbeddingBagCollection):
+        held: Any = self.collection
+        fused = isinstance(held, FusedEmbeddingBagCollection)
+        # Deferred tables have nothing to move yet.
+        if held is None or not (fused or any(p.is_meta for p in held.parameters())):
             return super()._apply(fn, recurse)
-        fused = self.collection
         self.collection = None
         super()._apply(fn, recurse)
-        device = fn(torch.empty(0, device=fused.device)).device
-        if device == fused.device:
-            self.collection = fused
-            return self
-        rows, state = (
-            [bag.weight for bag in fused.embedding_bags.values()],
-            fused.fused_optimizer().state_dict()["state"],
-        )
-        self.collection = _collection(self.features, [self.copies * d for d in self.dims], self.config, device)
-        for weight, old in zip(self.tables().values(), rows, strict=True):
-            weight.copy_(old)
-        self.load_fused_state(state)
+        self.collection = held
+        if fused:
+            device = fn(torch.empty(0, device=held.device)).device
+            if device != held.device:
+                self._restore(self.tables(), held.fused_optimizer().state_dict()["state"], device)
         return self
+
+    def _restore(
+        self,
+        tables: Mapping[str, Tensor],
+        state: Mapping[str, Mapping[str, Tensor]],
+        device: torch.device | None = None,
+    ) -> None:
+        """Make the fused collection anew, with these rows and this state of its optimizer."""
+        self.collection = self._make_collection(device)
+        for name, weight in self.tables().items():
+            weight.copy_(tables[name])
+        self.load_fused_state(state)
 
     def __getstate__(self) -> dict[str, Any]:
         if not isinstance(self.collection, FusedEmbeddingBagCollection):
@@ -400,36 +419,7 @@ class SparseArch(nn.Module):
         fused = state.pop("_fused", None)
         super().__setstate__(state)
         if fused is not None:
-            self.collection = _collection(self.features, [self.copies * d for d in self.dims], self.config)
-            for name, weight in self.tables().items():
-                weight.copy_(fused[0][name])
-            self.load_fused_state(fused[1])
-
-
-def _collection(
-    features: Sequence[CategoricalFeature],
-    dims: Sequence[int],
-    config: EmbeddingConfig,
-    device: torch.device | None = None,
-) -> nn.Module:
-    tables = [
-        EmbeddingBagConfig(
-            name=key,
-            embedding_dim=dim,
-            num_embeddings=f.num_rows,
-            feature_names=[f.name],
-            pooling=PoolingType.MEAN if config.pooling == "mean" else PoolingType.SUM,
-        )
-        for f, key, dim in zip(features, table_names(features), dims, strict=True)
-    ]
-    if config.kind == "fused":
-        return FusedEmbeddingBagCollection(
-            tables,
-            _FUSED_OPTIMIZERS[config.fused_optimizer],
-            {"lr": config.fused_lr},
-            device=device or torch.device("cpu"),
-        )
-    return EmbeddingBagCollection(tables=tables, device=torch.device("meta") if config.deferred else device)
+            self._restore(*fused)
 
 
 def table_names(features: Sequence[CategoricalFeature]) -> list[str]:
