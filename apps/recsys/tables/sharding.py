@@ -45,7 +45,7 @@ _GIB = 2**30
 
 @dataclass(frozen=True)
 class ShardingConfig:
-    """How tables are spread over processes. The options are those of ``TorchRecStrategy``.
+    """Options of ``TorchRecStrategy`` that say how tables are spread over processes.
 
     Raises:
         ValueError: a value is not known, or not positive.
@@ -87,13 +87,17 @@ def sharded_collections(module: nn.Module) -> dict[str, ShardedEmbeddingBagColle
     return {name: m for name, m in module.named_modules() if isinstance(m, ShardedEmbeddingBagCollection)}
 
 
+@dataclass(frozen=True)
+class Processes:
+    """The processes of a run: how many there are in all and on each machine, and the device of this one."""
+
+    world_size: int
+    local_world_size: int
+    device: torch.device
+
+
 def plan(
-    module: nn.Module,
-    config: ShardingConfig,
-    shard: Sharder,
-    device: torch.device,
-    local_world_size: int,
-    batch_size: int,
+    module: nn.Module, config: ShardingConfig, shard: Sharder, processes: Processes, batch_size: int
 ) -> ShardingPlan:
     """Return rank 0's plan on all ranks, or raise its error on all of them.
 
@@ -104,7 +108,6 @@ def plan(
     answer: list[Any] = [None]
     if dist.get_rank() == 0:
         try:
-            processes = Processes(dist.get_world_size(), local_world_size, device)
             answer = [local_plan(module, config, shard, processes, batch_size)]
         except ValueError as error:  # a rank that waits for the plan would wait for ever
             answer = [str(error)]
@@ -112,15 +115,6 @@ def plan(
     if isinstance(answer[0], str):
         raise ValueError(answer[0])
     return answer[0]
-
-
-@dataclass(frozen=True)
-class Processes:
-    """The processes of a run: how many there are in all and on each machine, and the device of this one."""
-
-    world_size: int
-    local_world_size: int
-    device: torch.device
 
 
 def local_plan(
@@ -131,7 +125,7 @@ def local_plan(
     Raises:
         ValueError: as for ``plan``.
     """
-    device, local_world_size = processes.device, processes.local_world_size
+    on_gpu = processes.device.type == "cuda"
     tables = {t.name: t for c in collections(module).values() for t in c.embedding_bag_configs()}
     columns = {column: t.name for t in tables.values() for column in t.feature_names}
     for column in config.table_sharding:
@@ -149,16 +143,20 @@ def local_plan(
         )
         for name, sharding in wanted.items()
     }
-    memory = _memory(config, device, local_world_size)
-    host = int(_host_memory() * 0.8 / local_world_size) if device.type == "cuda" else memory
+    host = int(0.8 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / processes.local_world_size)
+    memory = host
+    if config.memory_gib is not None:
+        memory = int(config.memory_gib * _GIB)
+    elif on_gpu:
+        memory = int(0.8 * torch.cuda.get_device_properties(processes.device).total_memory)
     topology = TopologyFactory.create_topology(
         TrainerConfig(
             world_size=processes.world_size,
-            local_world_size=local_world_size,
-            hbm_cap_bytes=memory if device.type == "cuda" else None,
-            ddr_cap_bytes=host,
+            local_world_size=processes.local_world_size,
+            hbm_cap_bytes=memory if on_gpu else None,
+            ddr_cap_bytes=host if on_gpu else memory,
         ),
-        kernel_config=KernelConfig(compute_device=device.type),
+        kernel_config=KernelConfig(compute_device=processes.device.type),
     )
     planner = EmbeddingShardingPlanner(
         topology=topology,
@@ -193,18 +191,6 @@ def _failure(error: PlannerError, tables: Any, wanted: Mapping[str, str], memory
             "row_wise for the largest"
         )
     return f"no plan with sharding {kinds}: {' '.join(str(error).split())[:200]}"
-
-
-def _memory(config: ShardingConfig, device: torch.device, local_world_size: int) -> int:
-    if config.memory_gib is not None:
-        return int(config.memory_gib * _GIB)
-    if device.type == "cuda":
-        return int(0.8 * torch.cuda.get_device_properties(device).total_memory)
-    return int(0.8 * _host_memory() / local_world_size)
-
-
-def _host_memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def tables(module: nn.Module) -> dict[str, Any]:

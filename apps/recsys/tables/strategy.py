@@ -158,8 +158,8 @@ class TorchRecStrategy(DDPStrategy):
         whole = {path: c.state_dict() for path, c in sharding.collections(module).items()}
         plan = ShardingPlan({})  # the module of an earlier fit is sharded already
         if whole:
-            plan = sharding.plan(module, self.config, shard, self.root_device, self.num_processes, batch_size)
-            self.plan = plan
+            processes = sharding.Processes(self.world_size, self.num_processes, self.root_device)
+            plan = self.plan = sharding.plan(module, self.config, shard, processes, batch_size)
         model = DistributedModelParallel(
             module,
             device=self.root_device,
