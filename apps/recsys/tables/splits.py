@@ -53,7 +53,6 @@ def split_rows(
     Raises:
         ValueError: a split that must hold rows would be empty, or the kind has no use for a file.
     """
-    rows = np.arange(num_train)
     given_val = None if num_val is None else num_train + np.arange(num_val)
     given_test = None if num_test is None else num_train + (num_val or 0) + np.arange(num_test)
     kind = config.kind
@@ -64,7 +63,7 @@ def split_rows(
         drawn = _leave_last_out(config, user, time)
     elif kind == "user":
         assert user is not None
-        drawn = _by_user(config, rows, user, given_val is None, given_test is None)
+        drawn = _by_user(config, user, given_val is None, given_test is None)
     elif kind == "time":
         assert time is not None
         drawn = _cut(config, np.argsort(time, kind="stable"), given_val is None, given_test is None)
@@ -125,16 +124,11 @@ def _cut(config: SplitConfig, order: Rows, draw_val: bool, draw_test: bool) -> t
     return order[: rest - num_val], order[rest - num_val : rest], order[rest:]
 
 
-def _by_user(
-    config: SplitConfig, rows: Rows, user: NDArray[np.int64], draw_val: bool, draw_test: bool
-) -> tuple[Rows, Rows, Rows]:
-    users, user_of_row = np.unique(user, return_inverse=True)
+def _by_user(config: SplitConfig, user: NDArray[np.int64], draw_val: bool, draw_test: bool) -> tuple[Rows, Rows, Rows]:
+    users = np.unique(user)
     order = np.random.RandomState(config.seed).permutation(len(users))
-    side = np.zeros(len(users), dtype=np.int8)
-    _, val, test = _cut(config, order, draw_val, draw_test)
-    side[val], side[test] = 1, 2
-    of_row = side[user_of_row]
-    return rows[of_row == 0], rows[of_row == 1], rows[of_row == 2]
+    train, val, test = (np.flatnonzero(np.isin(user, users[part])) for part in _cut(config, order, draw_val, draw_test))
+    return train, val, test
 
 
 def _leave_last_out(
