@@ -73,11 +73,8 @@ def design_matrix(arrays: TableArrays) -> Any:
     from scipy import sparse
 
     N, features = len(arrays), arrays.features
-    places, sizes = [], []
-    single = [f for f in features.categorical if not f.multi_valued]
-    for feature, ids_N in zip(single, arrays.ids_NF.T, strict=True):
-        places.append(ids_N)
-        sizes.append(feature.num_rows)
+    places = list(arrays.ids_NF.T)
+    sizes = [f.num_rows for f in features.categorical if not f.multi_valued]
     if arrays.domain_N is not None:
         places.append(arrays.domain_N)
         sizes.append(features.num_domains)
