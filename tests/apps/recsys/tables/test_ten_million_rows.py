@@ -12,24 +12,16 @@ STEPS = 20
 
 
 def test_ten_million_rows_train_in_their_own_memory(tmp_path):
-    flags = [
-        "--trainer.max_epochs",
-        "1",
-        "--trainer.limit_train_batches",
-        str(STEPS),
-        "--trainer.limit_val_batches",
-        "1",
-    ]
-    flags += [
-        "--trainer.enable_checkpointing",
-        "false",
-        "--data.cache_dir",
-        str(tmp_path),
-        "--run_dir",
-        str(tmp_path / "run"),
-    ]
+    flags = {
+        "trainer.max_epochs": 1,
+        "trainer.limit_train_batches": STEPS,
+        "trainer.limit_val_batches": 1,
+        "trainer.enable_checkpointing": "false",
+        "data.cache_dir": tmp_path,
+        "run_dir": tmp_path / "run",
+    }
     with quiet():
-        cli = build("fit", ["--config", str(CONFIG), *flags])
+        cli = build("fit", ["--config", str(CONFIG), *(f"--{name}={value}" for name, value in flags.items())])
         sparse = cli.model.members[0].sparse
         (table,) = sparse.tables().values()
         # 10^7 rows of 16 floats are 640 MB.
