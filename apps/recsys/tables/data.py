@@ -153,7 +153,7 @@ class TableData(SuiteData):
 
     @property
     def encoding(self) -> Encoding:
-        """The encoding: the checkpoint's, else the one learned from the training rows."""
+        """The encoding of the checkpoint, or else the one learned from the training rows."""
         return self._learned if self._adopted is None else self._adopted
 
     @cached_property

@@ -23,7 +23,7 @@ _CLIP = 100.0
 @core.register_config
 @dataclass(frozen=True)
 class DenseConfig:
-    """How the continuous columns are encoded.
+    """The encoding of the continuous columns.
 
     - "normalize": ``(x - mean) / std``, of the training split; with ``log1p`` then ``sign(z) log(1 + |z|)``. A missing
       value is 0, the mean, and 1 in an indicator of its own where the column has missing values in training.
@@ -187,20 +187,16 @@ class PiecewiseLinear(_Bins):
 
     def __init__(self, features: Sequence[ContinuousFeature], edges: Sequence[tuple[float, ...]]) -> None:
         super().__init__(features, edges)
-        left, scale, column = [], [], []
-        for c, e in enumerate(edges):
-            for low, high in pairwise(e):
-                left.append(low)
-                scale.append(1 / (high - low))
-                column.append(c)
-        self.register_buffer("_left_R", torch.tensor(left), persistent=False)
-        self.register_buffer("_slope_R", torch.tensor(scale), persistent=False)
-        self.register_buffer("_column_R", torch.tensor(column, dtype=torch.int64), persistent=False)
+        bins = [(c, low, high) for c, e in enumerate(edges) for low, high in pairwise(e)]
+        self.register_buffer("_left_R", torch.tensor([low for _, low, _ in bins]), persistent=False)
+        self.register_buffer("_slope_R", torch.tensor([1 / (high - low) for _, low, high in bins]), persistent=False)
+        column_R = torch.tensor([c for c, _, _ in bins], dtype=torch.int64)
+        self.register_buffer("_column_R", column_R, persistent=False)
         tailed = torch.tensor([c for c, e in enumerate(edges) if e], dtype=torch.int64)
         missing = torch.tensor([c for c, f in enumerate(features) if f.missing > 0], dtype=torch.int64)
         self.register_buffer("_tailed", tailed, persistent=False)
         self.register_buffer("_missing", missing, persistent=False)
-        self.out_dim = len(left) + 2 * len(tailed) + len(missing)
+        self.out_dim = len(bins) + 2 * len(tailed) + len(missing)
 
     def forward(self, dense_BC: Tensor) -> Tensor:
         ramp_BR = (dense_BC.index_select(1, self._column_R) - self._left_R) * self._slope_R

@@ -25,7 +25,7 @@ from core.kernels import cpu
 @core.register_config
 @dataclass(frozen=True)
 class InteractionConfig:
-    """How the columns are joined before the shared layer.
+    """The interaction, which joins the columns before the shared layer.
 
     - "concat": side by side.
     - "dot": the products of all pairs of embeddings, beside the numbers (DLRM, arXiv 1906.00091). The embeddings need
