@@ -161,25 +161,17 @@ def _column(name: str, values: Any) -> pa.Array | pa.ChunkedArray:
 
 
 def _joined(tables: Iterable[pa.Table], size: int) -> Iterator[pa.Table]:
-    """Join and cut tables to ``size`` rows each."""
-    kept: list[pa.Table] = []
-    count = 0
-    for table in tables:
-        while len(table):
-            kept.append(table.slice(0, size - count))
-            count += len(kept[-1])
-            table = table.slice(len(kept[-1]))
-            if count == size:
-                yield _concatenated(kept)
-                kept, count = [], 0
-    if kept:
-        yield _concatenated(kept)
-
-
-def _concatenated(tables: list[pa.Table]) -> pa.Table:
+    """Join and cut tables to ``size`` rows each; the last one may have fewer."""
     import pyarrow as pa
 
-    try:
-        return pa.concat_tables(tables, promote_options="permissive")
-    except pa.ArrowException as error:
-        raise ValueError(f"the files to predict differ in their types: {first_line(error)}") from error
+    rest: list[pa.Table] = []
+    for table in tables:
+        try:
+            table = pa.concat_tables([*rest, table], promote_options="permissive")
+        except pa.ArrowException as error:
+            raise ValueError(f"the files to predict differ in their types: {first_line(error)}") from error
+        while len(table) >= size:
+            yield table.slice(0, size)
+            table = table.slice(size)
+        rest = [table] if len(table) else []
+    yield from rest
