@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 import core
 from apps.base.checks import check_name
@@ -233,22 +234,15 @@ class PiecewiseLinearEmbedding(_Bins):
         super().__init__(features, edges)
         C = len(features)
         sizes = [max(len(e) - 1, 0) for e in edges]
-        longest = max(sizes)
         # Row 0 is zero: a sum begins there, and the bins that a column lacks point to it.
-        index_CM = torch.zeros(C, longest + 1, dtype=torch.int64)
-        start = 1
-        for c, size in enumerate(sizes):
-            index_CM[c, 1 : size + 1] = torch.arange(start, start + size)
-            start += size
+        index_CM = F.pad(pad_sequence(torch.arange(1, sum(sizes) + 1).split(sizes), batch_first=True), (1, 0))
         self.register_buffer("_index_CM", index_CM, persistent=False)
         self.register_buffer("_last_bin_C1", torch.tensor([[max(s - 1, 0)] for s in sizes]), persistent=False)
-        self.register_buffer("_node_C1", torch.arange(C)[:, None] * (longest + 1), persistent=False)
-        left, slope = torch.zeros(C, longest + 1), torch.zeros(C, longest + 1)
-        for c, e in enumerate(edges):
-            for k, (low, high) in enumerate(pairwise(e)):
-                left[c, k], slope[c, k] = low, 1 / (high - low)
-        self.register_buffer("_left_CM", left, persistent=False)
-        self.register_buffer("_slope_CM", slope, persistent=False)
+        self.register_buffer("_node_C1", torch.arange(C)[:, None] * index_CM.shape[1], persistent=False)
+        left = [torch.tensor(e[:-1]) for e in edges]
+        slope = [torch.tensor([1 / (high - low) for low, high in pairwise(e)]) for e in edges]
+        self.register_buffer("_left_CM", F.pad(pad_sequence(left, batch_first=True), (0, 1)), persistent=False)
+        self.register_buffer("_slope_CM", F.pad(pad_sequence(slope, batch_first=True), (0, 1)), persistent=False)
         self.dim = dim
         bound_C = torch.tensor([1 / math.sqrt(s + 2) for s in sizes])
         by_row = torch.cat([b.expand(s) for b, s in zip(bound_C, sizes, strict=True)])
@@ -291,7 +285,4 @@ def thin(quantiles: Sequence[float], num_bins: int | None) -> tuple[float, ...]:
 
 def _padded(edges: Sequence[tuple[float, ...]]) -> Tensor:
     """Return the boundaries as a tensor (C, M); shorter rows end in infinities, which no value exceeds."""
-    padded = torch.full((len(edges), max((len(e) for e in edges), default=0)), math.inf)
-    for c, e in enumerate(edges):
-        padded[c, : len(e)] = torch.tensor(e)
-    return padded
+    return pad_sequence([torch.tensor(e) for e in edges], batch_first=True, padding_value=math.inf)
