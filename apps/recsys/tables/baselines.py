@@ -75,24 +75,15 @@ def bottom_widths(prefix: str, shared: core.MultiGateConfig, dim: int, features:
     Returns:
         "<prefix>_equal_flops" and "<prefix>_equal_params".
     """
-    kind, t, domains = BOTTOMS[prefix][0], len(features.tasks), features.num_domains
-
-    def flops(width: int) -> int:
-        return bottom(kind, shared, width).flops_per_token(dim, t)
-
-    def params(width: int) -> int:
-        return bottom(kind, shared, width).num_params(dim, t)
-
-    widths = {}
-    for what, cost, target in (
-        ("flops", flops, shared.flops_per_token(dim, t, domains)),
-        ("params", params, shared.num_params(dim, t, domains)),
-    ):
-        try:
-            widths[f"{prefix}_equal_{what}"] = solve_width(cost, target, what)
-        except ValueError as error:  # experts that cannot be wider
-            widths[f"{prefix}_equal_{what}"] = SolvedWidth(0, str(error))
-    return widths
+    kind, t = BOTTOMS[prefix][0], len(features.tasks)
+    flops = shared.flops_per_token(dim, t, features.num_domains)
+    params = shared.num_params(dim, t, features.num_domains)
+    try:
+        by_flops = solve_width(lambda width: bottom(kind, shared, width).flops_per_token(dim, t), flops, "flops")
+        by_params = solve_width(lambda width: bottom(kind, shared, width).num_params(dim, t), params, "params")
+    except ValueError as error:  # experts that cannot be wider
+        by_flops = by_params = SolvedWidth(0, str(error))
+    return {f"{prefix}_equal_flops": by_flops, f"{prefix}_equal_params": by_params}
 
 
 @dataclass(frozen=True)
