@@ -119,6 +119,13 @@ def check_rows_are_stepped(trainer: Any, stepper: str, advice: str = "") -> None
         )
 
 
+def set_lr(optimizer: Any, lr: float) -> None:
+    """Set the learning rate of an optimizer that is fused into the backward."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()  # hands the rate to the kernels, and no more: the rows are stepped in the backward
+
+
 class SparseArch(nn.Module):
     """The embeddings of F columns, side by side.
 
@@ -349,10 +356,7 @@ class SparseArch(nn.Module):
     def set_fused_lr(self, factor: float) -> None:
         """Set the fused optimizer's learning rate as a part of its peak; other kinds have none."""
         if isinstance(self.collection, FusedEmbeddingBagCollection):
-            optimizer = self.collection.fused_optimizer()
-            for group in optimizer.param_groups:
-                group["lr"] = self.config.fused_lr * factor
-            optimizer.step()  # hands the rate to the kernel, and no more: the rows are stepped in the backward
+            set_lr(self.collection.fused_optimizer(), self.config.fused_lr * factor)
 
     def fused_state(self) -> dict[str, dict[str, Tensor]]:
         """Return copies of the fused optimizer's state by table; empty for other kinds."""

@@ -30,7 +30,7 @@ from torchrec.distributed.types import ShardingPlan
 from apps.base.checks import check_name
 from apps.base.files import delete
 from apps.recsys.tables import sharding
-from apps.recsys.tables.embedding import EmbeddingConfig, check_rows_are_stepped
+from apps.recsys.tables.embedding import EmbeddingConfig, check_rows_are_stepped, set_lr
 from apps.recsys.tables.sharding import OPTIMIZERS, ComputeKernel, Sharding, ShardingConfig
 from apps.train import sharded
 from apps.train.averaging import WeightEMA
@@ -211,10 +211,7 @@ class TorchRecStrategy(DDPStrategy):
         """Set the rate of this step by the schedule of the module's optimizer."""
         groups = [g for o in self.optimizers for g in o.param_groups]
         factor = groups[0]["lr"] / groups[0]["initial_lr"] if groups and "initial_lr" in groups[0] else 1.0
-        optimizer = self.fused_optimizer
-        for group in optimizer.param_groups:
-            group["lr"] = self._peak_lr * factor
-        optimizer.step()  # hands the rate to the kernels, and no more: the rows are stepped in the backward
+        set_lr(self.fused_optimizer, self._peak_lr * factor)
 
     def teardown(self) -> None:
         # Lightning moves the module to the CPU, which a sharded table on a GPU cannot be.
