@@ -24,6 +24,7 @@ from torch import Tensor, nn
 import core
 from apps.recsys.encoding.features import Features
 from apps.recsys.tables.arrays import TableArrays
+from apps.report.heatmaps import numbers
 from apps.report.routed import gate_weights
 
 COLLAPSED = 0.9
@@ -137,9 +138,11 @@ class GateReader:
             yield
         for entry in tape.entries:
             self.weights.setdefault(entry.name, []).append(gate_weights(entry.routing).cpu().numpy())
-            names = getattr(entry.routing, "expert_names", ())
-            E = self.weights[entry.name][-1].shape[1]
-            self.experts[entry.name] = tuple(names) or self._names(entry.name, E)
+            names = tuple(getattr(entry.routing, "expert_names", ()))
+            if not names:
+                E, groups = self.weights[entry.name][-1].shape[1], self._groups(entry.name)
+                names = numbers(E) if groups is None else tuple(groups.names())
+            self.experts[entry.name] = names
 
     def _count(self, block: str, experts: Any, args: tuple[Any, ...], output: Any) -> None:
         """Count the zeros among the outputs of ``experts``, in whichever way they are asked for them."""
@@ -157,10 +160,9 @@ class GateReader:
         sums[0, : len(zeros)] += zeros.cpu().numpy()
         sums[1, : len(every)] += every.cpu().numpy()
 
-    def _names(self, entry: str, num_experts: int) -> tuple[str, ...]:
-        """Return the names of the experts of a router that does not name them."""
-        groups = getattr(core.moe_layers(self.model)[self._layer(entry)], "groups", None)
-        return tuple(map(str, range(num_experts))) if groups is None else tuple(groups.names())
+    def _groups(self, entry: str) -> Any:
+        """Return the groups of the experts that a layer tells apart; None where it tells none."""
+        return getattr(core.moe_layers(self.model)[self._layer(entry)], "groups", None)
 
     def _layer(self, entry: str) -> str:
         """Return the layer of an entry: the longest name that starts the entry's."""
@@ -193,10 +195,10 @@ class GateReader:
 
         A block whose outputs are summed in a kernel is not there.
         """
-        short, layers, shares_by_block = self._blocks(), core.moe_layers(self.model), {}
+        short, shares_by_block = self._blocks(), {}
         for block, (zeros_E, all_E) in self.zeros.items():
-            groups = getattr(layers[self._layer(block)], "groups", None)
-            names = map(str, range(len(all_E))) if groups is None else _all_names(groups)
+            groups = self._groups(block)
+            names = numbers(len(all_E)) if groups is None else _all_names(groups)
             shares = np.where(all_E > 0, zeros_E / np.maximum(all_E, 1), np.nan)
             shares_by_block[short.get(block, block)] = dict(zip(names, shares.tolist(), strict=True))
         return shares_by_block
@@ -327,15 +329,20 @@ def domain_column(features: Features) -> str:
     return "domain" if "domain" not in names else "(domain)"
 
 
+def coded_names(features: Features) -> list[str]:
+    """Return the names of the columns that `coded_columns` has: one value a row, 255 at most, and numbers that vary."""
+    names = [f.name for f in features.categorical if not f.multi_valued and f.num_rows <= MAX_CODES]
+    names += [domain_column(features)] * bool(features.num_domains)
+    return names + [c.name for c in features.continuous if c.quantiles]
+
+
 def check_column(features: Features, name: str) -> None:
     """Check that `coded_columns` has the column.
 
     Raises:
         ValueError: it does not, and why.
     """
-    fitting = [f.name for f in features.categorical if not f.multi_valued and f.num_rows <= MAX_CODES]
-    fitting += [domain_column(features)] * bool(features.num_domains)
-    fitting += [c.name for c in features.continuous if c.quantiles]
+    fitting = coded_names(features)
     if name in fitting:
         return
     reason = ""
@@ -350,10 +357,11 @@ def check_column(features: Features, name: str) -> None:
 def coded_columns(arrays: TableArrays) -> Iterator[tuple[str, np.ndarray, list[str] | None]]:
     """Yield columns as codes: (name, int64 (N,), words of the codes or None where the data module has them)."""
     features = arrays.features
-    single = [f for f in features.categorical if not f.multi_valued]
-    for feature, ids_N in zip(single, arrays.ids_NF.T, strict=True):
-        if feature.num_rows <= MAX_CODES:
-            yield feature.name, ids_N, None
+    names = coded_names(features)
+    single = [f.name for f in features.categorical if not f.multi_valued]
+    for name, ids_N in zip(single, arrays.ids_NF.T, strict=True):
+        if name in names:
+            yield name, ids_N, None
     if arrays.domain_N is not None:
         yield domain_column(features), arrays.domain_N, None
     for column, values_N in zip(features.continuous, arrays.dense_NC.T, strict=True):
@@ -364,10 +372,3 @@ def coded_columns(arrays: TableArrays) -> Iterator[tuple[str, np.ndarray, list[s
         if len(q):
             middle = [f"over {a:g} to {b:g}" for a, b in itertools.pairwise(q)]
             yield column.name, codes_N, [f"to {q[0]:g}", *middle, f"over {q[-1]:g}", "missing"]
-
-
-def left_out(arrays: TableArrays) -> list[str]:
-    """Return the columns that `coded_columns` lacks: of more than 255 values, multi-valued, or constant."""
-    features, coded = arrays.features, {name for name, _, _ in coded_columns(arrays)}
-    names = [*(f.name for f in features.categorical), *(f.name for f in features.continuous)]
-    return [name for name in names if name not in coded]

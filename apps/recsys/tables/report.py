@@ -15,6 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 import core
 from apps.data.loader import batches_of_test
 from apps.recsys.binary_metrics import TaskMetrics
+from apps.recsys.encoding.features import Features
 from apps.recsys.metrics import MultiTaskMetrics
 from apps.recsys.tables import checks, gating, pictures
 from apps.recsys.tables.arrays import TableArrays, join
@@ -179,7 +180,7 @@ def write_gates(
     _gate_tables(gates, folder)
     _expert_tables(use, folder)
     if depends:
-        _dependence_table(depends, gating.left_out(arrays), gates, folder)
+        _dependence_table(depends, arrays.features, gates, folder)
     if not config.pictures:
         return
     blocks = list(dict.fromkeys(g.block for g in gates))
@@ -253,13 +254,16 @@ def _expert_tables(use: Sequence[ExpertUse], folder: Path) -> None:
 
 
 def _dependence_table(
-    depends: Mapping[str, Mapping[str, float]], left_out: Sequence[str], gates: Sequence[Gate], folder: Path
+    depends: Mapping[str, Mapping[str, float]], features: Features, gates: Sequence[Gate], folder: Path
 ) -> None:
     """Print the columns on which the gates of the last block depend most; write those of all."""
     known = [g for g in gates if any(g.name in values for values in depends.values())]
     order = sorted(depends, key=lambda c: -sum(depends[c].values()))
     last = [g for g in known if g.block == known[-1].block]
     where = f" of {last[0].block}" if last[0].block else ""
+    coded = gating.coded_names(features)
+    names = [*(f.name for f in features.categorical), *(c.name for c in features.continuous)]
+    left_out = [name for name in names if name not in coded]
     without = f"; not measured (many values, several in a row, or one): {', '.join(left_out)}" if left_out else ""
     print_table(
         f"What the gates{where} depend on: share of their variance that a column explains, %{without}",
