@@ -7,7 +7,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.plugins import MixedPrecision
-from made_table import MadeTable, batch, features, jagged
+from made_table import MadeTable, batch, features
 from torch.testing import assert_close
 
 import core
@@ -226,16 +226,6 @@ def test_missing_and_infinite_values_train(dense):
     out.loss.backward()
     assert out.loss.isfinite()
     assert all(p.grad.isfinite().all() for p in module.parameters())
-
-
-def test_a_row_beyond_the_table_is_named():
-    module = build()
-    of = batch(2)
-    sparse = jagged({"city": [[1], [5]], "film.tags": [[], [1]]})
-    beyond = TableBatch(of.dense_BC, sparse, of.label_Bt, of.index_B)
-    with pytest.raises(ValueError, match="column 'city' has the row 5, and its table 5 rows, 0 to 4"):
-        module(beyond)
-    assert of.to("cpu") is of
 
 
 # ---- baselines

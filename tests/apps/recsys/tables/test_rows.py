@@ -36,8 +36,10 @@ def test_the_jagged_tensor_is_what_torchrec_would_compute_itself(own):
 
 def test_a_batch_of_one_and_of_none(own):
     rows = own().rows("train")
-    assert len(rows[3]) == 1
-    assert rows[3].sparse["city"].values().tolist() == [3]
+    one = rows[3]
+    assert len(one) == 1
+    assert one.to("cpu") is one
+    assert one.sparse["city"].values().tolist() == [3]
     empty = rows.__getitems__([])
     assert (len(empty), empty.sparse.values().numel(), empty.dense_BC.shape) == (0, 0, (0, 1))
 
