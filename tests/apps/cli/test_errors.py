@@ -33,8 +33,8 @@ from apps.cli.errors import reduce_message
         (["--model.moe.router", "core.Hash"], "model.moe.router needs vocab_size, which has no default"),
         (["--model.wdth", "8"], "model.wdth does not exist; did you mean 'width'?"),
         (
-            ["--model", "apps.nlp.module.Translator"],
-            "apps.nlp.module.Translator does not exist; did you mean 'Tra",
+            ["--model", "apps.nlp.gone.Translator"],
+            "apps.nlp.gone.Translator does not exist; did you mean 'Tra",
         ),
         (["--trainer.max_epoch", "8"], "trainer.max_epoch does not exist; did you mean 'trainer.max_epochs'?"),
         (["--trainer.max_epochs", "x"], "trainer.max_epochs=x is not of type int"),

@@ -74,7 +74,7 @@ def test_a_model_is_loaded_by_opening_its_checkpoint_once(trained, monkeypatch):
     assert not model.training
 
 
-@pytest.mark.parametrize("name", ["apps.nlp.module.Translator", "apps.vision.gone.VisionClassifier"])
+@pytest.mark.parametrize("name", ["apps.nlp.gone.Translator", "apps.vision.gone.VisionClassifier"])
 def test_a_checkpoint_of_a_class_that_is_gone_is_one_line_that_names_it(trained, capsys, tmp_path, name):
     checkpoint = torch.load(trained / "checkpoints" / "last.ckpt", weights_only=True)
     torch.save({**checkpoint, "module_class": name}, tmp_path / "old.ckpt")
