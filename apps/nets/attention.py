@@ -141,7 +141,6 @@ class _Attention(nn.Module):
         shape, self.fused = config.shape, fused
         self.num_heads, self.num_kv_heads, self.head_dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
         self.group, self.scale, self.dropout = shape.group, config.score_scale, config.attn_dropout
-        self.qkv_bias = config.bias if config.qkv_bias is None else config.qkv_bias
         out = cpu.Linear(shape.num_heads * shape.head_dim, shape.dim, bias=config.bias) if project else nn.Identity()
         self.out: nn.Module = out
 
@@ -196,7 +195,7 @@ class SelfAttention(_Attention):
     def __init__(self, config: TransformerConfig, *, project: bool = True, fused: bool = True) -> None:
         super().__init__(config, project=project, fused=fused)
         width = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
-        self.qkv = cpu.Linear(config.shape.dim, width, bias=self.qkv_bias)
+        self.qkv = cpu.Linear(config.shape.dim, width, bias=config.has_qkv_bias)
 
     def _projections(self) -> list[Tensor]:
         H, Hkv, d = self.num_heads, self.num_kv_heads, self.head_dim
@@ -255,8 +254,8 @@ class CrossAttention(_Attention):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__(config)
         dim = config.shape.dim
-        self.q = cpu.Linear(dim, self.num_heads * self.head_dim, bias=self.qkv_bias)
-        self.kv = cpu.Linear(dim, 2 * self.num_kv_heads * self.head_dim, bias=self.qkv_bias)
+        self.q = cpu.Linear(dim, self.num_heads * self.head_dim, bias=config.has_qkv_bias)
+        self.kv = cpu.Linear(dim, 2 * self.num_kv_heads * self.head_dim, bias=config.has_qkv_bias)
 
     def _projections(self) -> list[Tensor]:
         return [self.q.weight, *self.kv.weight.chunk(2)]

@@ -229,18 +229,17 @@ def _vocab_sizes(model: Model) -> tuple[int, ...]:
 
 def _model_type(model: Model) -> str:
     """Return the published architecture that has all that the model has."""
-    config, sparse = model.config, model.moe is not None
+    config, moe = model.config, model.moe
     if isinstance(model, LanguageModel):
-        is_qwen = config.bias if config.qkv_bias is None else config.qkv_bias
-        if model.moe is not None and getattr(model.moe.router, "score_func", None) == "sigmoid":
+        if moe is None:
+            return "qwen2" if config.has_qkv_bias else "mistral"
+        if getattr(moe.router, "score_func", None) == "sigmoid":
             return "glm4_moe"
-        if model.moe is not None:
-            return "qwen2_moe" if is_qwen or model.moe.num_shared_experts else "mixtral"
-        return "qwen2" if is_qwen else "mistral"
+        return "qwen2_moe" if config.has_qkv_bias or moe.num_shared_experts else "mixtral"
     if config.positions == "relative":
-        return "switch_transformers" if sparse else "t5"
+        return "t5" if moe is None else "switch_transformers"
     if config.positions == "sinusoidal":
-        return "nllb-moe" if sparse else "m2m_100"
+        return "m2m_100" if moe is None else "nllb-moe"
     raise ValueError(f"positions={config.positions!r}: no published encoder-decoder here has them")
 
 

@@ -90,7 +90,7 @@ class Architecture:
         values = shape._asdict()
         for name in ("positions", "norm", "norm_eps", "bias", "tie", "start", "scale_embeddings", "logits_scale"):
             values[name] = getattr(config, name)
-        values["qkv_bias"] = config.bias if config.qkv_bias is None else config.qkv_bias
+        values["qkv_bias"] = config.has_qkv_bias
         values["attention_scale"] = config.score_scale
         of_positions = {
             "sinusoidal": ("position_offset",),

@@ -159,11 +159,7 @@ def _balance(config: Mapping[str, Any], top_k: int) -> core.Balance:
 
 def _qwen_layers(config: Mapping[str, Any]) -> tuple[int, ...]:
     dense, step = config.get("mlp_only_layers") or (), config.get("decoder_sparse_step", 1)
-    return tuple(i for i in _every(step, config["num_hidden_layers"]) if i not in dense)
-
-
-def _every(step: int, depth: int) -> tuple[int, ...]:
-    return tuple(range(step - 1, depth, step))
+    return tuple(i for i in range(step - 1, config["num_hidden_layers"], step) if i not in dense)
 
 
 def write(architecture: Architecture) -> dict[str, Any]:
@@ -194,7 +190,7 @@ def write(architecture: Architecture) -> dict[str, Any]:
         del written["sliding_window"]
         written["rope_parameters"] |= {"partial_rotary_factor": 1.0}
         written |= {"partial_rotary_factor": 1.0, "use_qk_norm": False}
-        written["attention_bias"] = config.bias if config.qkv_bias is None else config.qkv_bias
+        written["attention_bias"] = config.has_qkv_bias
     if moe is None:
         return written
     router, expert = sparse_parts(moe, model_type)
@@ -229,7 +225,7 @@ def write(architecture: Architecture) -> dict[str, Any]:
         "moe_intermediate_size": hidden_dim,
         "shared_expert_intermediate_size": hidden_dim * moe.num_shared_experts,
         "norm_topk_prob": router.normalizes,
-        "qkv_bias": config.bias if config.qkv_bias is None else config.qkv_bias,
+        "qkv_bias": config.has_qkv_bias,
         "mlp_only_layers": dense,
         "decoder_sparse_step": 1,
     }
@@ -248,11 +244,10 @@ def parts(architecture: Architecture) -> Parts:
         table.append(embedding("output.weight", head, architecture.vocabulary))
     d = shape.head_dim
     rows = [shape.num_heads * d, shape.num_kv_heads * d, shape.num_kv_heads * d]
-    qkv_bias = config.bias if config.qkv_bias is None else config.qkv_bias
     for i in range(shape.decoder_layers):
         ours, theirs = f"decoder.layers.{i}", f"model.layers.{i}"
         norm, products = f"{theirs}.input_layernorm", f"{theirs}.self_attn.{{}}_proj"
-        table += self_attention(ours, norm, products, "o", rows, bias=False, qkv_bias=qkv_bias)
+        table += self_attention(ours, norm, products, "o", rows, bias=False, qkv_bias=config.has_qkv_bias)
         table += linear(f"{ours}.ffn_norm", f"{theirs}.post_attention_layernorm", bias=False)
         if i in architecture.decoder_moe_blocks:
             table += _experts(architecture, f"{ours}.ffn", theirs)
