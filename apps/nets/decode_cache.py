@@ -58,22 +58,19 @@ class Cache:
         num_kv_heads: int,
         group: int,
         *,
-        copies: int = 1,
         memory: Tensor | None = None,
         memory_bias: Tensor | None = None,
         task_ids_R: Tensor | None = None,
         domain_ids_R: Tensor | None = None,
     ) -> None:
         self.store, self.memory, self.memory_bias = store, memory, memory_bias
-        self.num_kv_heads, self.group, self.copies = num_kv_heads, group, copies
+        self.num_kv_heads, self.group, self.copies = num_kv_heads, group, 1
         self.task_ids_R, self.domain_ids_R = task_ids_R, domain_ids_R
         self.length = self.extent = self._most = 0
         self.relative_HT: Tensor | None = None
         # The slot of each position of a row's past. With one copy a sentence it is the position.
-        self._slot_NKT = torch.zeros(self.num_sentences, copies, store.shape[3], dtype=torch.int64, device=store.device)
+        self._slot_NKT = torch.zeros(self.num_sentences, 1, store.shape[3], dtype=torch.int64, device=store.device)
         self._place: tuple[Tensor, Tensor, Tensor] | None = None
-        if copies > 1:
-            self._clear()
 
     @property
     def num_sentences(self) -> int:
@@ -83,11 +80,6 @@ class Cache:
     def __len__(self) -> int:
         """R, the rows."""
         return self.num_sentences * self.copies
-
-    def _clear(self) -> None:
-        """Zero what is not written yet: some sentences have more slots in use than others, which read as many, as 0
-        times what they hold."""
-        self.store[:, :, :, self.length :] = 0.0
 
     def append(self) -> None:
         """Give a slot to one more position of each row, which ``write`` writes layer by layer."""
@@ -176,7 +168,8 @@ class Cache:
         if copies < 1:
             raise ValueError(f"copies={copies} must be at least 1")
         self.copies = copies
-        self._clear()
+        # Some sentences will have more slots in use than others, which read as many, as 0 times what they hold.
+        self.store[:, :, :, self.length :] = 0.0
         self._slot_NKT = self._slot_NKT.expand(-1, copies, -1).clone()
         if self.task_ids_R is not None:
             self.task_ids_R = self.task_ids_R.repeat_interleave(copies)

@@ -26,6 +26,8 @@ from core.kernels import cpu
 __all__ = ["Cache", "LanguageModel", "Memory", "TranslationModel"]
 
 Blocks = str | Sequence[int]
+SLOTS = 48
+"""Slots of a sentence that a new cache has room for; it makes more as they are needed."""
 
 
 class _Decoding(nn.Module):
@@ -71,29 +73,10 @@ class _Decoding(nn.Module):
         if self.moe is not None and core.moe_layers(self.decoder):
             check_fits(Place(type(self).__name__, decodes_stepwise=True), self.moe.router)
 
-    def _new_cache(
-        self,
-        num_sentences: int,
-        copies: int,
-        capacity: int,
-        like: Tensor,
-        task_ids_B: Tensor | None,
-        domain_ids_B: Tensor | None,
-        memory: Tensor | None = None,
-        memory_bias: Tensor | None = None,
-    ) -> Cache:
+    def _new_cache(self, num_sentences: int, like: Tensor, **kept: Tensor | None) -> Cache:
         shape = self.config.shape
-        size = (shape.decoder_layers, 2, num_sentences * shape.num_kv_heads, capacity, shape.head_dim)
-        return Cache(
-            like.new_empty(size, dtype=product_dtype(like)),
-            shape.num_kv_heads,
-            shape.group,
-            copies=copies,
-            memory=memory,
-            memory_bias=memory_bias,
-            task_ids_R=None if task_ids_B is None else task_ids_B.repeat_interleave(copies),
-            domain_ids_R=None if domain_ids_B is None else domain_ids_B.repeat_interleave(copies),
-        )
+        size = (shape.decoder_layers, 2, num_sentences * shape.num_kv_heads, SLOTS, shape.head_dim)
+        return Cache(like.new_empty(size, dtype=product_dtype(like)), shape.num_kv_heads, shape.group, **kept)
 
     @torch.no_grad()
     def step(self, token_R: Tensor, cache: Cache) -> Tensor:
@@ -235,30 +218,20 @@ class TranslationModel(_Decoding):
         return self.logits(self.decode(target_BL, self.encode(source_BS, task_ids_B, domain_ids_B)))
 
     @torch.no_grad()
-    def start(self, memory: Memory, copies: int = 1, capacity: int = 48) -> Cache:
-        """Return an empty cache for decoding.
-
-        Args:
-            memory: of B sentences.
-            copies: rows a sentence: row ``b * copies + k`` belongs to sentence b.
-            capacity: slots of a sentence to make room for, one a position and copy at most; more are made as they come.
+    def start(self, memory: Memory) -> Cache:
+        """Return an empty cache for decoding, with one row a sentence; ``Cache.expand`` makes several of each.
 
         Raises:
             ValueError: as ``check_steps``.
         """
         self.check_steps()
-        if copies < 1:
-            raise ValueError(f"copies={copies} must be at least 1")
-        keys = self.decoder.memory_keys(memory.x_BSD)
         return self._new_cache(
             len(memory),
-            copies,
-            capacity,
             memory.x_BSD,
-            memory.task_ids_B,
-            memory.domain_ids_B,
-            keys,
-            key_bias(memory.valid_BS, self.config.shape.num_kv_heads, memory.x_BSD),
+            memory=self.decoder.memory_keys(memory.x_BSD),
+            memory_bias=key_bias(memory.valid_BS, self.config.shape.num_kv_heads, memory.x_BSD),
+            task_ids_R=memory.task_ids_B,
+            domain_ids_R=memory.domain_ids_B,
         )
 
     def cross_attention(
@@ -324,20 +297,10 @@ class LanguageModel(_Decoding):
         return self.logits(self.hidden(tokens_BL, task_ids_B, domain_ids_B))
 
     @torch.no_grad()
-    def start(
-        self,
-        num_rows: int,
-        task_ids_B: Tensor | None = None,
-        domain_ids_B: Tensor | None = None,
-        *,
-        copies: int = 1,
-        capacity: int = 48,
-    ) -> Cache:
+    def start(self, num_rows: int, task_ids_B: Tensor | None = None, domain_ids_B: Tensor | None = None) -> Cache:
         """Return an empty cache for decoding ``num_rows`` texts; see ``TranslationModel.start``."""
         self.check_steps()
-        if copies < 1:
-            raise ValueError(f"copies={copies} must be at least 1")
-        return self._new_cache(num_rows, copies, capacity, self.embed.weight, task_ids_B, domain_ids_B)
+        return self._new_cache(num_rows, self.embed.weight, task_ids_R=task_ids_B, domain_ids_R=domain_ids_B)
 
 
 def _stack(

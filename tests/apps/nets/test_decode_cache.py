@@ -7,6 +7,7 @@ from torch.testing import assert_close
 
 import core
 from apps.data.subwords import BOS_ID
+from apps.nets import transformer
 from apps.nets.config import TransformerConfig
 from apps.nets.transformer import Cache, LanguageModel, TranslationModel
 
@@ -34,9 +35,9 @@ def build(kind="sinusoidal"):
 class Search:
     """Rows with random tokens, and what each of them has read: the oracle of where a row comes from."""
 
-    def __init__(self, model, copies, **options):
+    def __init__(self, model, copies):
         self.model = model
-        self.cache = model.start(model.encode(SOURCE, TASKS), copies, **options)
+        self.cache = model.start(model.encode(SOURCE, TASKS)).expand(copies)
         self.sentence_R = torch.arange(len(SOURCE)).repeat_interleave(copies)
         self.read_RT = torch.full((len(self.sentence_R), 1), BOS_ID)
         self.random = torch.Generator().manual_seed(1)
@@ -72,8 +73,9 @@ class Search:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_are_reordered_within_sentences(kind):
-    search = Search(build(kind), copies=3, capacity=2)  # and the cache grows twice
+def test_rows_are_reordered_within_sentences(kind, monkeypatch):
+    monkeypatch.setattr(transformer, "SLOTS", 2)  # the cache grows twice
+    search = Search(build(kind), copies=3)
     for _ in range(6):
         search.check()
         search.go_on(search.reordered([0, 1, 2, 3]))
@@ -137,7 +139,7 @@ def test_one_row_a_sentence_becomes_several(kind):
 
 def test_what_was_never_written_is_never_read():
     # Memory is not cleared where each sentence has as many slots, and is where it has not.
-    search = Search(build(), copies=1, capacity=9)
+    search = Search(build(), copies=1)
     search.cache.store.fill_(float("nan"))
     for _ in range(2):
         search.check()
@@ -148,14 +150,15 @@ def test_what_was_never_written_is_never_read():
         search.check()
         search.go_on(search.reordered([0, 1, 2, 3]))
     store = torch.full((1, 2, 4, 3, 1), float("nan"))
-    assert not Cache(store, num_kv_heads=1, group=1, copies=2).store.any()
+    assert not Cache(store, num_kv_heads=1, group=1).expand(2).store.any()
 
 
-def test_a_language_models_cache_has_no_memory():
+def test_a_language_models_cache_has_no_memory(monkeypatch):
+    monkeypatch.setattr(transformer, "SLOTS", 1)
     torch.manual_seed(0)
     config = TransformerConfig("nano", dim=16, hidden_dim=16, positions="rotary")
     model = LanguageModel(config, vocab=VOCAB).double().eval()
-    cache = model.start(2, copies=2, capacity=1)
+    cache = model.start(2).expand(2)
     assert cache.memory is None
     read_RT = torch.tensor([[2, 5], [2, 6], [2, 7], [2, 8]])
     for t in range(2):
@@ -166,7 +169,7 @@ def test_a_language_models_cache_has_no_memory():
 
 
 def test_a_slot_is_given_away_when_no_copy_goes_on_from_it():
-    cache = Cache(torch.zeros(1, 2, 2, 4, 1), num_kv_heads=1, group=1, copies=2)  # 2 sentences of 2 copies
+    cache = Cache(torch.zeros(1, 2, 2, 4, 1), num_kv_heads=1, group=1).expand(2)  # 2 sentences of 2 copies
     slots = []
     for step, parents in enumerate(([0, 1, 2, 3], [0, 0, 2, 3], [1, 0, 3, 2])):
         cache.append()
@@ -181,7 +184,7 @@ def test_a_slot_is_given_away_when_no_copy_goes_on_from_it():
 
 
 def test_what_a_sentence_leaves_behind_reaches_no_other():
-    cache = Cache(torch.zeros(1, 2, 3, 12, 1), num_kv_heads=1, group=1, copies=4)  # 3 sentences of 4 copies
+    cache = Cache(torch.zeros(1, 2, 3, 12, 1), num_kv_heads=1, group=1).expand(4)  # 3 sentences of 4 copies
     for _ in range(3):  # each copy goes on from itself
         cache.append()
         cache.length += 1
@@ -197,28 +200,20 @@ def test_what_a_sentence_leaves_behind_reaches_no_other():
 
 def test_a_step_heeds_the_caches_dtype_and_needs_no_numbers():
     model = build().float()
-    cache = model.start(model.encode(SOURCE, TASKS), 2)
+    cache = model.start(model.encode(SOURCE, TASKS)).expand(2)
     with torch.autocast("cpu", torch.bfloat16):
         model.step(torch.full((8,), BOS_ID), cache)
     assert cache.store.dtype == torch.float32
     with FakeTensorMode():
         torch.manual_seed(0)
         model = LanguageModel(TransformerConfig("nano", dim=16, hidden_dim=16), vocab=VOCAB).eval()
-        cache = model.start(3, copies=2)
+        cache = model.start(3).expand(2)
         for _ in range(2):
             assert model.step(torch.full((6,), BOS_ID), cache).shape == (6, VOCAB)
     assert cache.extent == 4
 
 
-def test_copies_are_at_least_one():
-    model = build()
-    with pytest.raises(ValueError, match="copies=0 must be at least 1"):
-        model.start(model.encode(SOURCE, TASKS), copies=0)
-    with pytest.raises(ValueError, match="copies=0 must be at least 1"):
-        LanguageModel(TransformerConfig("nano"), vocab=VOCAB).start(2, copies=0)
-
-
 def test_a_cache_is_as_long_as_its_rows():
     store = torch.empty(1, 2, 4 * 2, 3, 1)
-    cache = Cache(store, num_kv_heads=2, group=1, copies=5)
+    cache = Cache(store, num_kv_heads=2, group=1).expand(5)
     assert (len(cache), cache.num_sentences, cache.copies, cache.length) == (20, 4, 5, 0)

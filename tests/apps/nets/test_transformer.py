@@ -12,6 +12,7 @@ from torch.testing import assert_close
 import core
 from apps.data.subwords import PAD_ID
 from apps.equal_cost import routers
+from apps.nets import transformer
 from apps.nets.config import TransformerConfig
 from apps.nets.transformer import LanguageModel, TranslationModel
 
@@ -54,10 +55,11 @@ def language_model(moe=None, layers="all", **options):
 @pytest.mark.parametrize("moe", [None, MOE], ids=["dense", "sparse"])
 @pytest.mark.parametrize("norm", ["layer", "rms"])
 @pytest.mark.parametrize("positions", POSITIONS)
-def test_steps_equal_the_whole_sequence(positions, norm, moe):
+def test_steps_equal_the_whole_sequence(positions, norm, moe, monkeypatch):
+    monkeypatch.setattr(transformer, "SLOTS", 1)
     model = build(moe, positions=positions, norm=norm)
     logits_BLV = model(SOURCE, TARGET)
-    cache = model.start(model.encode(SOURCE), copies=2, capacity=1)
+    cache = model.start(model.encode(SOURCE)).expand(2)
     for t in range(TARGET.shape[1]):
         logits_RV = model.step(TARGET[:, t].repeat_interleave(2), cache)
         assert_close(logits_RV.view(3, 2, VOCAB), logits_BLV[:, t, None].expand(3, 2, VOCAB))
@@ -72,7 +74,7 @@ def test_steps_equal_the_whole_sequence_where_routers_ask_for_more():
     task_B = torch.tensor([0, 1, 0])
     for moe in (core.MoEConfig(4, core.Task(num_tasks=2, top_k=1)), core.MoEConfig(4, core.Hash(vocab_size=VOCAB))):
         model = build(moe, layers=("all", "all"))
-        logits_BLV, cache = model(SOURCE, TARGET, task_B), model.start(model.encode(SOURCE, task_B), copies=2)
+        logits_BLV, cache = model(SOURCE, TARGET, task_B), model.start(model.encode(SOURCE, task_B)).expand(2)
         for t in range(TARGET.shape[1]):
             logits_RV = model.step(TARGET[:, t].repeat_interleave(2), cache)
             assert_close(logits_RV.view(3, 2, VOCAB)[:, 1], logits_BLV[:, t])
@@ -125,7 +127,7 @@ def test_a_step_heeds_autocast():
     model = build(MOE).float()
     expected = model(SOURCE, TARGET)[:, 0]
     with torch.autocast("cpu", torch.bfloat16):
-        cache = model.start(model.encode(SOURCE), copies=2)
+        cache = model.start(model.encode(SOURCE)).expand(2)
         logits_RV = model.step(TARGET[:, 0].repeat_interleave(2), cache)
     assert cache.store.dtype == torch.bfloat16
     assert_close(logits_RV[::2], expected, atol=0.1, rtol=0.1)
@@ -377,7 +379,7 @@ def test_flops_of_a_step_by_hand():
     N, K, S, T, D, F_, V = 2, 5, 3, 3, 16, 24, 20
     model = build(encoder_layers=1, decoder_layers=1)
     source, token_R = torch.randint(4, V, (N, S)), torch.full((N * K,), 4)
-    cache = model.start(model.encode(source), K)
+    cache = model.start(model.encode(source)).expand(K)
     for _ in range(2):
         model.step(token_R, cache)
     by_hand = 2 * N * K * (6 * D**2 + 2 * T * K * D + 2 * S * D + 2 * D * F_ + D * V)
