@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 import core
+from apps.base.checks import check_at_least, check_name
 
 
 class Size(NamedTuple):
@@ -139,18 +140,11 @@ class TransformerConfig:
             ("tie", TIES),
             ("start", STARTS),
         ):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(known)}")
-        given = (
-            *("dim", "hidden_dim", "num_heads", "num_kv_heads", "head_dim", "encoder_layers", "decoder_layers"),
-            *("max_length", "relative_buckets", "relative_max_distance"),
-        )
-        for name in given:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
-        if self.position_offset < 0:
-            raise ValueError(f"position_offset={self.position_offset} is negative")
+            check_name(name, getattr(self, name), known)
+        sizes = ("dim", "hidden_dim", "num_heads", "num_kv_heads", "head_dim", "encoder_layers", "decoder_layers")
+        for name in (*sizes, "max_length", "relative_buckets", "relative_max_distance"):
+            check_at_least(1, **{name: getattr(self, name)})
+        check_at_least(0, position_offset=self.position_offset)
         for name in ("norm_eps", "rotary_base", "attention_scale", "logits_scale"):
             value = getattr(self, name)
             if value is not None and not 0.0 < value < float("inf"):

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset
 
-from apps.base.messages import unknown_name
+from apps.base.checks import check_name
 from apps.data.subwords import BOS_ID, EOS_ID, PAD_ID, Subwords
 from apps.data.text_files import clean
 from apps.nlp.decode import DecodeConfig
@@ -175,8 +175,7 @@ def decoding(config: DecodeConfig, options: Mapping[str, Any]) -> DecodeConfig:
     """
     known = [field.name for field in dataclasses.fields(DecodeConfig)]
     for name in options:
-        if name not in known:
-            raise ValueError(unknown_name("option", name, known))
+        check_name("option", name, known)
     return dataclasses.replace(config, **options)
 
 

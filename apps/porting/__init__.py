@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from apps.base.checks import check_name
 from apps.data.subwords import Subwords
 from apps.nets.transformer import LanguageModel
 from apps.porting import files, mixtral, nllb, switch
@@ -193,8 +194,7 @@ def _open(folder: Path) -> tuple[Architecture, Mapping[str, Tensor]]:
 
 
 def _family(model_type: str) -> Family:
-    if model_type not in FAMILIES:
-        raise ValueError(f"model_type={model_type!r} is not one of {', '.join(FAMILIES)}")
+    check_name("model_type", model_type, [*FAMILIES])
     return FAMILIES[model_type]
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import core
+from apps.base.checks import check_name
 from apps.nets.config import TransformerConfig
 from apps.nets.transformer import LanguageModel, TranslationModel
 from apps.porting.parts import Parts
@@ -237,8 +238,7 @@ def activation(theirs: str) -> Any:
     Raises:
         ValueError: there is none like it here.
     """
-    if theirs not in ACTIVATIONS:
-        raise ValueError(f"activation {theirs!r} is not one of {', '.join(ACTIVATIONS)}")
+    check_name("activation", theirs, [*ACTIVATIONS])
     return ACTIVATIONS[theirs]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 import core
+from apps.base.checks import check_name
 from apps.nets.config import TransformerConfig
 from apps.porting.architecture import (
     THEIR_ACTIVATIONS,
@@ -86,8 +87,7 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Architectu
 
 def _moe(config: Mapping[str, Any], act: str) -> core.MoEConfig:
     policy, masking = config.get("second_expert_policy", "all"), float(config.get("moe_token_dropout", 0.2))
-    if policy not in SECOND:
-        raise ValueError(f"second_expert_policy={policy!r} is not one of {', '.join(SECOND)}")
+    check_name("second_expert_policy", policy, [*SECOND])
     return core.MoEConfig(
         needed(config, "num_experts"),
         core.TokenChoice(top_k=2, second=SECOND[policy], scale=1 - masking, gate_bias=config.get("router_bias", False)),

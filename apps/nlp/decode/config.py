@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import core
+from apps.base.checks import check_at_least, check_name
 
 
 @core.register_config
@@ -49,11 +50,9 @@ class DecodeConfig:
     dtype: Literal["bfloat16"] | None = None
 
     def __post_init__(self) -> None:
-        if self.method not in ("greedy", "beam", "sample"):
-            raise ValueError(f"method={self.method!r} is not one of greedy, beam, sample")
-        for name, least in (("beam_size", 1), ("num_best", 1), ("min_length", 0), ("top_k", 0), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+        check_name("method", self.method, ["greedy", "beam", "sample"])
+        check_at_least(1, beam_size=self.beam_size, num_best=self.num_best)
+        check_at_least(0, min_length=self.min_length, top_k=self.top_k, seed=self.seed)
         for name in ("length_penalty", "max_length_ratio", "max_length_extra"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from apps.base.messages import unknown_name
+from apps.base.checks import check_name
 from apps.data.datasets import Dataset, prepare, register
 from apps.data.sources import DebianPackage, File, PythonPackage, Source, UrlSource
 from apps.data.splits import check_size
@@ -283,9 +283,7 @@ def check_corpus(corpus: Corpus) -> None:
     Raises:
         ValueError: an unknown dataset, files that are not named, or options of another dataset.
     """
-    names = sorted([*NLP_DATASETS, *OWN])
-    if corpus.dataset not in names:
-        raise ValueError(unknown_name("dataset", corpus.dataset, names))
+    check_name("dataset", corpus.dataset, sorted([*NLP_DATASETS, *OWN]))
     if corpus.dataset in OWN and corpus.train_files is None:
         raise ValueError(f"dataset={corpus.dataset!r} needs train_files (--data.train_files)")
     known = NLP_DATASETS.get(corpus.dataset)
@@ -298,8 +296,7 @@ def check_corpus(corpus: Corpus) -> None:
     if corpus.mnemonic is not None:
         if corpus.dataset != "gettext":
             raise ValueError(f"mnemonic={corpus.mnemonic!r} is for dataset='gettext', not {corpus.dataset!r}")
-        if corpus.mnemonic not in catalogs.MNEMONICS:
-            raise ValueError(unknown_name("mnemonic", corpus.mnemonic, list(catalogs.MNEMONICS)))
+        check_name("mnemonic", corpus.mnemonic, catalogs.MNEMONICS)
     for name in ("val_size", "test_size"):
         check_size(name, getattr(corpus, name))
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import core
+from apps.base.checks import check_name
 from apps.nets.config import TransformerConfig
 from apps.nets.transformer import TranslationModel
 from apps.nlp.translation.module import Translator
@@ -23,8 +24,7 @@ def dense_of_pair(sparse: Translator, pair: str) -> Translator:
     Raises:
         ValueError: another pair, or as ``dense_of_task``.
     """
-    if pair not in sparse.pairs:
-        raise ValueError(f"pair {pair!r} is not one of {', '.join(sparse.pairs)}")
+    check_name("pair", pair, sparse.pairs)
     model = dense_of_task(sparse.model, int(sparse.task_P[sparse.pairs.index(pair)]))  # type: ignore[index]
     assert sparse.moe is not None
     dense = sparse.twin(

@@ -11,7 +11,7 @@ from lightning.pytorch import Callback
 from torch import Tensor
 
 import core
-from apps.base.messages import unknown_name
+from apps.base.checks import check_at_least, check_name
 from apps.data.subwords import Subwords
 from apps.equal_cost.comparable import ExampleDifference
 from apps.nets.blocks import one_ffn
@@ -132,8 +132,7 @@ class Translator(TextModule):
             average_last=average_last,
             pretrained=pretrained,
         )
-        if val_decode not in ("greedy", "as_test"):
-            raise ValueError(f"val_decode={val_decode!r} is not one of 'greedy', 'as_test'")
+        check_name("val_decode", val_decode, ["greedy", "as_test"])
         self.bleu_tokenizers = bleu_tokenizers(pairs, bleu_tokenize)
         self.pairs, self.tasks = tuple(pairs), tasks
         self.encoder_moe_blocks, self.decoder_moe_blocks = encoder_moe_blocks, decoder_moe_blocks
@@ -341,15 +340,14 @@ class Translator(TextModule):
         lines, config = checked_texts(texts), decoding(self.decode, decode)
         if pair is None and len(self.pairs) > 1:
             raise ValueError(f"pair must name one of {', '.join(self.pairs)}")
-        if pair is not None and pair not in self.pairs:
-            raise ValueError(unknown_name("pair", pair, list(self.pairs)))
+        if pair is not None:
+            check_name("pair", pair, self.pairs)
         number = 0 if pair is None else self.pairs.index(pair)
         learned = self.transformer.max_length if self.transformer.positions == "learned" else 256
         most = min(256, learned) if max_length is None else max_length
         self.check_length("max_length", most)
-        for name, value, least in (("max_length", most, 4), ("tokens_per_batch", tokens_per_batch, 1)):
-            if value < least:
-                raise ValueError(f"{name}={value} must be at least {least}")
+        check_at_least(4, max_length=most)
+        check_at_least(1, tokens_per_batch=tokens_per_batch)
         batches = source_batches(lines, self.subwords, self.pairs, number, most, tokens_per_batch, _AT_ONCE)
         return [line.candidates for line in self.lines_of(batches, config)]
 
@@ -418,8 +416,7 @@ def task_numbers(pairs: Sequence[str], tasks: Tasks) -> tuple[list[int], list[in
         raise ValueError("pairs=[] names no language pair")
     sources, targets = zip(*(pair.split("-") for pair in pairs), strict=True)
     of = {"pair": tuple(pairs), "source": sources, "target": targets}
-    if tasks not in of:
-        raise ValueError(f"tasks={tasks!r} is not one of {', '.join(map(repr, of))}")
+    check_name("tasks", tasks, [*of])
 
     def numbers(names: Sequence[str]) -> list[int]:
         known = list(dict.fromkeys(names))

@@ -118,9 +118,9 @@ def test_the_translator_of_one_pair_as_the_document_takes_it_out(tmp_path, monke
     own = copy_data(tmp_path, ("fr",), subwords=sparse.subwords)
     (batch,) = own.test_dataloader()
     as_before = batch._replace(pair_B=torch.ones_like(batch.pair_B))  # en-fr is the second of two
-    found, expected = dense.predict_step(batch, 0), sparse.predict_step(as_before, 0)
-    assert found.translation == expected.translation
-    assert_close(found.score, expected.score)
-    assert found.translation != sparse.predict_step(batch, 0).translation
-    with pytest.raises(ValueError, match="pair 'fr-en' is not one of en-de, en-fr"):
+    actual, expected = dense.predict_step(batch, 0), sparse.predict_step(as_before, 0)
+    assert actual.translation == expected.translation
+    assert_close(actual.score, expected.score)
+    assert actual.translation != sparse.predict_step(batch, 0).translation
+    with pytest.raises(ValueError, match="pair='fr-en' is not one of en-de, en-fr"):
         dense_of_pair(sparse, "fr-en")

@@ -148,7 +148,7 @@ def test_tasks_are_numbered_in_the_order_of_the_pairs():
     assert task_numbers(pairs, "pair") == ([0, 1, 2, 3], [0, 1, 2, 2])
     assert task_numbers(pairs, "source") == ([0, 0, 1, 2], [0, 1, 2, 2])
     assert task_numbers(pairs, "target") == ([0, 1, 2, 2], [0, 1, 2, 2])
-    with pytest.raises(ValueError, match="tasks='language' is not one of 'pair', 'source', 'target'"):
+    with pytest.raises(ValueError, match="tasks='language' is not one of pair, source, target"):
         task_numbers(pairs, "language")
     with pytest.raises(ValueError, match="names no language pair"):
         task_numbers((), "pair")
@@ -208,7 +208,7 @@ def test_sentences_longer_than_learned_positions_are_refused(data, tmp_path):
     "options, message",
     [
         ({"label_smoothing": 1.0}, r"label_smoothing=1\.0 is not in \[0, 1\)"),
-        ({"val_decode": "beam"}, "val_decode='beam' is not one of 'greedy', 'as_test'"),
+        ({"val_decode": "beam"}, "val_decode='beam' is not one of greedy, as_test"),
         ({"bleu_tokenize": "moses"}, "bleu_tokenize='moses' is not one of"),
     ],
 )
