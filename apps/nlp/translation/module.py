@@ -24,7 +24,7 @@ from apps.nlp.module import TextModule, published_network
 from apps.nlp.predict import Candidate, check_one, checked_texts, decoding, source_batches
 from apps.nlp.text.batch import TranslationBatch
 from apps.nlp.translation.metrics import Sentence, TranslationMetrics, bleu_tokenizers, signatures
-from apps.nlp.translation.report import TranslationReport, TranslationReportConfig, side_by_side
+from apps.nlp.translation.report import TranslationReport, TranslationReportConfig, examples, side_by_side
 from apps.train.module import OptimizerConfig, Stage, TaskOutput
 
 _DECODE = DecodeConfig()
@@ -381,17 +381,7 @@ class Translator(TextModule):
     def examples_of_test(self) -> list[dict[str, Any]]:
         """Return each sentence of the last test."""
         data = self._data()
-        sources = data.sources("test") if hasattr(data, "sources") else None
-        return [
-            {
-                "index": s.index,
-                "pair": self.pairs[s.pair],
-                **({} if sources is None else {"source": sources[s.index]}),
-                "reference": s.reference,
-                "hypothesis": s.hypothesis,
-            }
-            for s in self._tested
-        ]
+        return examples(self._tested, self.pairs, data.sources("test") if hasattr(data, "sources") else None)
 
     def compare_examples(
         self, first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]]

@@ -140,40 +140,41 @@ def write_scores(
         config: what to do.
     """
     pairs, signed = list(tokenizers), signatures(tokenizers)
-    by_pair = breakdown({name: [s for s in sentences if s.pair == p] for p, name in enumerate(pairs)}, tokenizers)
+    of_pairs = {name: [s for s in sentences if s.pair == p] for p, name in enumerate(pairs)}
+    by_pair = breakdown("pair", of_pairs, tokenizers)
     if len(by_pair) > 1:
-        by_pair.append(_row("mean of the pairs", sentences, tokenizers))
-    by_length = breakdown(length_groups(sentences, config.lengths), tokenizers)
+        by_pair += breakdown("pair", {"mean of the pairs": sentences}, tokenizers)
+    by_length = breakdown("words", length_groups(sentences, config.lengths), tokenizers)
     titles = {name: name.replace("bleu", "sacreBLEU").replace("chrf", "chrF++").replace("_", " ", 1) for name in signed}
     _print("\n".join(f"{titles[name]} {text}" for name, text in signed.items()), "pair", by_pair)
     _print("By words of the reference", "words", by_length)
-    _print_samples(sentences, sources, pairs, config.samples)
-    write_csv(folder / "pairs.csv", [{"pair": r["group"], **_without(r), **_signed(r, tokenizers)} for r in by_pair])
-    write_csv(folder / "lengths.csv", [{"words": r["group"], **_without(r)} for r in by_length])
-    write_sentences(folder / "sentences.jsonl", sentences, pairs, sources)
+    shown = examples(sentences, pairs, sources)
+    if samples := side_by_side({"hypothesis": shown}, config.samples):
+        print(f"\n{samples}")
+    write_csv(folder / "pairs.csv", [{**row, **_signed(row, tokenizers)} for row in by_pair])
+    write_csv(folder / "lengths.csv", by_length)
+    write_sentences(folder / "sentences.jsonl", sentences, shown)
     with replacing(folder / "signatures.txt") as file:
         file.writelines(f"{name} {text}\n" for name, text in signed.items())
 
 
-def breakdown(groups: Mapping[str, Sequence[Sentence]], tokenizers: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Return the scores of each group that has a sentence: a row each, with its name as "group"."""
-    return [_row(name, own, tokenizers) for name, own in groups.items() if own]
-
-
-def _row(name: str, own: Sequence[Sentence], tokenizers: Mapping[str, str]) -> dict[str, Any]:
-    values = corpus_metrics(own, tokenizers)
-    words = sum(num_words(s.reference) for s in own)
-    ratio = sum(num_words(s.hypothesis) for s in own) / words if words else math.nan
-    return {"group": name, "sentences": len(own), "length_ratio": ratio, **{k: values[k] for k in _COLUMNS}}
-
-
-def _without(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in row.items() if key != "group"}
+def breakdown(
+    what: str, groups: Mapping[str, Sequence[Sentence]], tokenizers: Mapping[str, str]
+) -> list[dict[str, Any]]:
+    """Return the scores of each group that has a sentence: a row each, with its name as ``what``."""
+    rows = []
+    for name, own in groups.items():
+        if own:
+            values = corpus_metrics(own, tokenizers)
+            words = sum(num_words(s.reference) for s in own)
+            ratio = sum(num_words(s.hypothesis) for s in own) / words if words else math.nan
+            rows.append({what: name, "sentences": len(own), "length_ratio": ratio, **{k: values[k] for k in _COLUMNS}})
+    return rows
 
 
 def _signed(row: Mapping[str, Any], tokenizers: Mapping[str, str]) -> dict[str, str]:
     """Return BLEU's signature; for the mean of several pairs, the signatures of all."""
-    own = [tokenizers[row["group"]]] if row["group"] in tokenizers else dict.fromkeys(tokenizers.values())
+    own = [tokenizers[row["pair"]]] if row["pair"] in tokenizers else dict.fromkeys(tokenizers.values())
     return {"bleu_signature": "; ".join(signature("bleu", name) for name in own)}
 
 
@@ -191,7 +192,7 @@ def length_groups(sentences: Sequence[Sentence], lengths: Sequence[int]) -> dict
 def _print(title: str, what: str, rows: Sequence[Mapping[str, Any]]) -> None:
     lines = [
         [
-            row["group"],
+            row[what],
             f"{row['sentences']:,}",
             f"{row['bleu']:.2f}",
             f"{row['chrf']:.2f}",
@@ -204,24 +205,27 @@ def _print(title: str, what: str, rows: Sequence[Mapping[str, Any]]) -> None:
     print_table(title, (what, "sentences", *_COLUMNS.values(), "length ratio"), lines)
 
 
-def _print_samples(
-    sentences: Sequence[Sentence], sources: Sequence[str] | None, pairs: Sequence[str], count: int
-) -> None:
-    """Print some sentences, line by line, for a reader to judge."""
-    count = min(count, len(sentences))
-    for number in range(count):
-        s = sentences[number * len(sentences) // count]
-        print(f"\n{pairs[s.pair]}, sentence {s.index + 1}")
-        if sources is not None:
-            print(f"  source      {sources[s.index]}")
-        print(f"  reference   {s.reference}\n  hypothesis  {s.hypothesis}")
+def examples(
+    sentences: Sequence[Sentence], pairs: Sequence[str], sources: Sequence[str] | None
+) -> list[dict[str, Any]]:
+    """Return each sentence's index, pair, source where it is known, reference and hypothesis."""
+    return [
+        {
+            "index": s.index,
+            "pair": pairs[s.pair],
+            **({} if sources is None else {"source": sources[s.index]}),
+            "reference": s.reference,
+            "hypothesis": s.hypothesis,
+        }
+        for s in sentences
+    ]
 
 
 def side_by_side(systems: Mapping[str, Sequence[Mapping[str, Any]]], count: int) -> str:
     """Return ``count`` test sentences, at equal steps through those that all systems have, with their translations.
 
     Args:
-        systems: what ``Translator.examples_of_test`` gives, by each system's heading.
+        systems: the ``examples`` of each system, by its heading.
         count: how many sentences.
     """
     translations = {name: {s["index"]: s for s in own} for name, own in systems.items()}
@@ -239,20 +243,12 @@ def side_by_side(systems: Mapping[str, Sequence[Mapping[str, Any]]], count: int)
     return "\n".join(lines[1:])
 
 
-def write_sentences(
-    path: Path, sentences: Sequence[Sentence], pairs: Sequence[str], sources: Sequence[str] | None
-) -> None:
-    """Write one JSON object a line for each sentence."""
+def write_sentences(path: Path, sentences: Sequence[Sentence], shown: Sequence[Mapping[str, Any]]) -> None:
+    """Write one JSON object a line for each sentence, from its ``examples``, with its scores."""
     chrf = scorer("chrf")
     with replacing(path) as file:
-        for s in sentences:
-            row = {
-                "sentence": s.index + 1,
-                "pair": pairs[s.pair],
-                **({} if sources is None else {"source": sources[s.index]}),
-                "reference": s.reference,
-                "hypothesis": s.hypothesis,
-                "chrf": round(chrf.sentence_score(s.hypothesis, [s.reference]).score, 2),
-                "search_score": s.log_prob,
-            }
+        for s, example in zip(sentences, shown, strict=True):
+            score = round(chrf.sentence_score(s.hypothesis, [s.reference]).score, 2)
+            row = {"sentence": s.index + 1, **example, "chrf": score, "search_score": s.log_prob}
+            del row["index"]
             file.write(json.dumps(row, ensure_ascii=False) + "\n")

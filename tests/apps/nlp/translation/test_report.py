@@ -30,8 +30,8 @@ def test_sentences_are_grouped_by_the_words_of_their_references():
     def of(words: int) -> Sentence:
         return Sentence(words, 0, "", " ".join("w" * words), 0.0, 0.0, 0, 1)
 
-    found = length_groups([of(n) for n in (1, 2, 3, 5, 6)], (2, 5))
-    assert {name: [s.index for s in own] for name, own in found.items()} == {
+    groups = length_groups([of(n) for n in (1, 2, 3, 5, 6)], (2, 5))
+    assert {name: [s.index for s in own] for name, own in groups.items()} == {
         "1-2": [1, 2],
         "3-5": [3, 5],
         "over 5": [6],
@@ -40,13 +40,13 @@ def test_sentences_are_grouped_by_the_words_of_their_references():
 
 
 def test_a_group_s_scores_are_those_of_its_sentences_alone():
-    found = breakdown({"first": SENTENCES[:2], "none": [], "second": SENTENCES[2:]}, PAIRS)
-    assert [row["group"] for row in found] == ["first", "second"]
+    first, second = breakdown("pair", {"first": SENTENCES[:2], "none": [], "second": SENTENCES[2:]}, PAIRS)
+    assert (first["pair"], second["pair"]) == ("first", "second")
     texts = [s.hypothesis for s in SENTENCES[:2]], [s.reference for s in SENTENCES[:2]]
-    assert found[0]["bleu"] == pytest.approx(corpus_score("bleu", *texts))
-    assert found[0]["chrf"] == pytest.approx(corpus_score("chrf", *texts))
-    assert found[0]["token_accuracy"] == pytest.approx(8 / 10)
-    assert found[0]["length_ratio"] == pytest.approx(7 / 8)  # words of the hypotheses over those of the references
+    assert first["bleu"] == pytest.approx(corpus_score("bleu", *texts))
+    assert first["chrf"] == pytest.approx(corpus_score("chrf", *texts))
+    assert first["token_accuracy"] == pytest.approx(8 / 10)
+    assert first["length_ratio"] == pytest.approx(7 / 8)  # words of the hypotheses over those of the references
 
 
 def test_the_report_is_printed_and_written(tmp_path, capsys):
