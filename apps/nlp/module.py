@@ -30,19 +30,8 @@ log = logging.getLogger(__name__)
 class TextModule(SparseModule, Comparable):
     """A transformer with its subwords, which may begin with published weights, and predicts line by line.
 
-    A subclass's constructor builds ``model`` and calls ``_put_in_place``; it brings ``candidates_of``.
-
-    Args:
-        subwords: the text's; the command line takes them from the data.
-        transformer: the network around the MoE layers; None: the default one.
-        moe: the MoE layer that replaces the FFN of some layers; None: a dense model.
-        label_smoothing: share of the target spread evenly over the vocabulary, in training.
-        decode: how a line's candidates are searched for.
-        optimizer: learning rate, weight decay and schedule.
-        ema_decay: decay of the moving average of the weights; None: there is none.
-        average_last: epochs whose weights at their end are averaged at last; None: none.
-        pretrained: folder of a published checkpoint, with which the first training or test begins that no checkpoint
-            gives its weights; None: none.
+    A subclass's constructor builds ``model`` and calls ``_put_in_place``; it brings ``candidates_of``, and its
+    docstring says what the arguments are.
 
     Attributes:
         predicts: the name of a line's best candidate in a file.
@@ -125,27 +114,6 @@ class TextModule(SparseModule, Comparable):
         """
         raise NotImplementedError
 
-    def predict_lines(self, data: Any, start: int = 0) -> Iterator[Line] | None:
-        """Yield the candidates of each line of ``data.text`` or ``data.predict_file``, in their order.
-
-        Nothing is computed before the first line is asked for, and no more than is needed for the next one.
-
-        Args:
-            data: the app's data module.
-            start: lines before this one are passed over; a multiple of ``chunk_of(data)``.
-
-        Returns:
-            The lines; None where the data have neither text nor file.
-
-        Raises:
-            ValueError: data that do not fit the model.
-        """
-        if data.text is None and data.predict_file is None:
-            return None
-        self._check_given(data)
-        self._load_pretrained()
-        return self.lines_of(data.given_batches(start=start), self.decode, start)
-
     def lines_of(
         self, batches: Iterable[tuple[Any, list[str]]], config: DecodeConfig, start: int = 0
     ) -> Iterator[Line]:
@@ -170,12 +138,20 @@ class TextModule(SparseModule, Comparable):
         return {}
 
     def predict_stream(self, data: Any) -> PredictionStream | None:
-        """Return the predictions of ``data.text`` or ``data.predict_file``; None where the data have neither."""
+        """Return the predictions of ``data.text`` or ``data.predict_file``; None where the data have neither.
+
+        Nothing is computed before the first line is asked for, and no more than is needed for the next one.
+
+        Raises:
+            ValueError: when the first line is asked for, data that do not fit the model.
+        """
         if data.text is None and data.predict_file is None:
             return None
 
         def predictions(start: int) -> Iterator[Prediction]:
-            return map(self._prediction, self.predict_lines(data, start) or ())
+            self._check_given(data)
+            self._load_pretrained()
+            return map(self._prediction, self.lines_of(data.given_batches(start=start), self.decode, start))
 
         made_of = {
             "input": identity_of(data),
@@ -194,6 +170,9 @@ class TextModule(SparseModule, Comparable):
         return Prediction(line.index, {**row, "scores": scores}, as_text(line, self.decode.num_best))
 
     # ---- the data
+
+    def _check_data(self) -> None:
+        self._check_given(self._data())
 
     def _check_given(self, data: Any) -> None:
         """Refuse data whose lines the model cannot read.

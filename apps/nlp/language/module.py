@@ -236,6 +236,5 @@ class LanguageModeler(TextModule):
     # ---- set-up
 
     def _check_data(self) -> None:
-        data = self._data()
-        self._check_given(data)
-        self.check_length("data.block_size", getattr(data, "block_size", None))
+        super()._check_data()
+        self.check_length("data.block_size", getattr(self._data(), "block_size", None))

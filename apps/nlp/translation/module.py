@@ -360,9 +360,6 @@ class Translator(TextModule):
 
     # ---- set-up
 
-    def _check_data(self) -> None:
-        self._check_given(self._data())
-
     def _check_given(self, data: Any) -> None:
         super()._check_given(data)
         self.check_length("data.max_length", getattr(data, "max_length", None))

@@ -224,5 +224,5 @@ def test_a_list_of_prompts_is_continued_as_the_command_continues_it(data, tmp_pa
 
 def test_prompts_after_the_first_few_are_continued_alike(data):
     module = modeler(data).eval()
-    given = text_data(Path(data.root), text=["one two", "three", "two"])
-    assert list(module.predict_lines(given, start=1)) == list(module.predict_lines(given))[1:]
+    stream = module.predict_stream(text_data(Path(data.root), text=["one two", "three", "two"]))
+    assert list(stream.predict(1)) == list(stream.predict(0))[1:]
