@@ -209,14 +209,7 @@ class LanguageModeler(TextModule):
     def predict(self, prompts: Sequence[str], **decode: Any) -> list[str]:
         """Return each prompt with what follows it, as ``moesaic predict --data.text`` prints it.
 
-        Args:
-            prompts: texts that are to be continued; an empty one begins a text.
-            decode: fields of `DecodeConfig` that are to differ from the model's, such as ``method="greedy"``,
-                ``temperature=0.7``, ``seed=1`` or ``max_length_extra=200``.
-
-        Raises:
-            ValueError: one text in place of a list, an item that is no text, an unknown option, a value out of its
-                range, or ``num_best`` above 1, which ``candidates`` takes.
+        Arguments and errors are those of ``candidates``; a ``num_best`` above 1 is an error too.
 
         Example::
 
@@ -228,7 +221,16 @@ class LanguageModeler(TextModule):
     def candidates(self, prompts: Sequence[str], **decode: Any) -> list[list[Candidate]]:
         """Return each prompt with several continuations and their scores, best first: ``num_best`` of them.
 
-        Arguments and errors are those of ``predict``. A search may find fewer than it was asked for.
+        A search may find fewer than it was asked for.
+
+        Args:
+            prompts: texts that are to be continued; an empty one begins a text.
+            decode: fields of `DecodeConfig` that are to differ from the model's, such as ``method="greedy"``,
+                ``temperature=0.7``, ``seed=1`` or ``max_length_extra=200``.
+
+        Raises:
+            ValueError: one text in place of a list, an item that is no text, an unknown option, or a value out of its
+                range.
         """
         lines, config = checked_texts(prompts), decoding(self.decode, decode)
         return [line.candidates for line in self.lines_of(prompt_batches(lines, self.subwords), config)]

@@ -25,21 +25,7 @@ Mnemonic = Literal["_", "&", "~", "none"]
 class Corpus:
     """A corpus: one that is known by name, or files of yours.
 
-    Attributes:
-        dataset: a name of ``moesaic data list``, or what your files are: "moses", "tsv" or "gettext".
-        root: folder with the dataset's own files; of yours, the folder their names start from.
-        train_files: of yours. Moses: ``train`` for ``train.en`` and ``train.de``, plain or ``.gz``, ``.bz2`` or
-            ``.xz``; or with the place of the language and, if each pair has its own files, of the pair:
-            ``{pair}/train.{lang}``. TSV: a name or a pattern of ``.tsv`` or ``.txt`` files, also compressed or in a
-            ``.zip``. gettext: of ``.mo`` or ``.po`` files.
-        val_files, test_files: likewise; None: rows of train_files are held out. Of multi30k: other names than ``val``
-            and ``test_2016_flickr``.
-        columns: the languages of the columns of TSV files, ``-`` for one that is not read; None: as a header line says,
-            else source and target.
-        val_size, test_size: rows of a split, or a share of all below 1. Of a split that has files, so many of them by
-            chance; None: all. Where rows are held out None is 1000, and no more than a twentieth; 0: none are.
-        mnemonic: of gettext, what stands before the letter that opens a menu entry and is taken out: "_" (GTK), "&"
-            (Qt), "~" (LibreOffice) or "none"; None: whichever of these stands at the beginning of a word.
+    Each field is the argument of that name of `TranslationData`, whose docstring describes it.
     """
 
     dataset: str

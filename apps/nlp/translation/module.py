@@ -288,37 +288,17 @@ class Translator(TextModule):
             for empty, ids, scores in rows
         ]
 
-    def predict(
-        self,
-        texts: Sequence[str],
-        pair: str | None = None,
-        *,
-        max_length: int | None = None,
-        tokens_per_batch: int = 4096,
-        **decode: Any,
-    ) -> list[str]:
+    def predict(self, texts: Sequence[str], pair: str | None = None, **options: Any) -> list[str]:
         """Return the translation of each text, as ``moesaic predict --data.text`` prints it.
 
-        Args:
-            texts: what to translate, a sentence each; an empty one stays empty.
-            pair: such as "en-de"; None: the model's only one.
-            max_length: tokens of a source, specials included; a longer one is cut, with a warning. None: 256, or what
-                the model can read.
-            tokens_per_batch: sentences of a batch times the longest of them, at most.
-            decode: fields of `DecodeConfig` that are to differ from the model's, such as ``method="sample"``,
-                ``beam_size=8`` or ``temperature=0.7``.
-
-        Raises:
-            ValueError: one text in place of a list, an item that is no text, an unknown pair or option, a value out of
-                its range, or ``num_best`` above 1, which ``candidates`` takes.
+        Arguments and errors are those of ``candidates``; a ``num_best`` above 1 is an error too.
 
         Example::
 
             model.predict(["Delete the selected person"], beam_size=8)      # ["Die gewählte Person löschen"]
         """
-        check_one(decode)
-        options = {"max_length": max_length, "tokens_per_batch": tokens_per_batch, **decode, "num_best": 1}
-        return [best.text for best, *_ in self.candidates(texts, pair, **options)]
+        check_one(options)
+        return [best.text for best, *_ in self.candidates(texts, pair, **{**options, "num_best": 1})]
 
     def candidates(
         self,
@@ -331,7 +311,20 @@ class Translator(TextModule):
     ) -> list[list[Candidate]]:
         """Return the best translations of each text with their scores, best first: ``num_best`` of them.
 
-        Arguments and errors are those of ``predict``. A search may find fewer than it was asked for.
+        A search may find fewer than it was asked for.
+
+        Args:
+            texts: what to translate, a sentence each; an empty one stays empty.
+            pair: such as "en-de"; None: the model's only one.
+            max_length: tokens of a source, specials included; a longer one is cut, with a warning. None: 256, or what
+                the model can read.
+            tokens_per_batch: sentences of a batch times the longest of them, at most.
+            decode: fields of `DecodeConfig` that are to differ from the model's, such as ``method="sample"``,
+                ``beam_size=8`` or ``temperature=0.7``.
+
+        Raises:
+            ValueError: one text in place of a list, an item that is no text, an unknown pair or option, or a value out
+                of its range.
 
         Example::
 
