@@ -192,16 +192,16 @@ class TransformerConfig:
             heads if self.num_kv_heads is None else self.num_kv_heads,
             self._sized("dim") // heads if self.head_dim is None else self.head_dim,
         )
+
+    @property
+    def dense_ffn(self) -> core.DenseFFN:
+        """The FFN that each dense block has."""
+        return core.DenseFFN(self.shape.hidden_dim, self.activation, self.gated, self.bias, self.ffn_dropout)
+
     @property
     def has_qkv_bias(self) -> bool:
         """Queries, keys and values have biases."""
         return self.bias if self.qkv_bias is None else self.qkv_bias
-
-
-    @property
-    def dense_ffn(self) -> core.DenseFFN:
-        """The FFN of a dense block."""
-        return core.DenseFFN(self.shape.hidden_dim, self.activation, self.gated, self.bias, self.ffn_dropout)
 
     @property
     def score_scale(self) -> float:

@@ -100,7 +100,7 @@ def linear_cross_entropy(h: Tensor, weight: Tensor, target: Tensor, label_smooth
 
 
 class TargetScores(NamedTuple):
-    """How well each target was foreseen.
+    """The probability and the rank that a model gives each target.
 
     Attributes:
         nll_T: float32 (T,), ``-log softmax(h W^T)[target]``; float64 where ``h`` is.

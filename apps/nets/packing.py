@@ -40,7 +40,7 @@ class Packing:
 
     @property
     def is_full(self) -> bool:
-        """Whether no row is shorter than L."""
+        """No row is shorter than L."""
         return len(self.slot_T) == self.num_rows * self.length
 
     def pad(self, x_TC: Tensor) -> Tensor:

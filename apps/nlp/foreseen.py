@@ -1,4 +1,4 @@
-"""How well a decoder foresaw the sentences that it was given, and the metrics of that."""
+"""Scores of a decoder that is given the right text, and the metrics that they add up to."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from apps.nets.loss import TargetScores
 
 
 class Foreseen(NamedTuple):
-    """How well each sentence's reference was foreseen, its end included.
+    """The scores that a decoder gives each sentence's reference, its end included.
 
     Attributes:
         nll_B: float64 (B,), negative log likelihood in nats, summed over its tokens.
@@ -53,7 +53,7 @@ def of_mean_length(ids_BS: Tensor) -> Tensor:
 
 
 class Scored(Protocol):
-    """A piece of text, and how well it was foreseen: a translated sentence, or a block."""
+    """A piece of text and the scores that a decoder gives it: a translated sentence, or a block."""
 
     @property
     def index(self) -> Any: ...

@@ -22,7 +22,7 @@ T = B * S
 
 
 def modeling(name: str) -> Any:
-    """The peer's module, or a skip in a version without it."""
+    """Return the peer's module; skip the test in a version without it."""
     return pytest.importorskip(f"transformers.models.{name}.modeling_{name}")
 
 

@@ -21,7 +21,7 @@ LENGTHS = (9, 5, 7, 1)
 
 
 def modeling(name: str) -> Any:
-    """The peer's module, or a skip in a version without it."""
+    """Return the peer's module; skip the test in a version without it."""
     return pytest.importorskip(f"transformers.models.{name}.modeling_{name}")
 
 
@@ -84,7 +84,7 @@ class Pair:
 
     @torch.no_grad()
     def greedy(self, num: int = 12) -> tuple[list[list[int]], list[list[int]]]:
-        """What theirs and ours say, in their ids, without end; never padding or begin."""
+        """Return what theirs and ours write, in their ids, without end; never padding or begin."""
         config, vocabulary = self.theirs.config, self.architecture.vocabulary
         silent = [i for i in (vocabulary.pad, vocabulary.bos) if i is not None]
         options = {
@@ -100,15 +100,15 @@ class Pair:
             start_BL = torch.randint(4, VOCAB, (len(LENGTHS), 5))
             mask_BL = torch.ones_like(start_BL)
             theirs = self.theirs.generate(start_BL, attention_mask=mask_BL, **options)[:, start_BL.shape[1] :]
-            found = generate_ids(self.ours, self.our_ids(start_BL), decode)
+            hypotheses = generate_ids(self.ours, self.our_ids(start_BL), decode)
         else:
             source_BS = source_ids(config.pad_token_id)
             real_BS = source_BS != config.pad_token_id
             options["decoder_start_token_id"] = config.decoder_start_token_id
             theirs = self.theirs.generate(source_BS, attention_mask=real_BS.long(), **options)[:, 1:]
-            found = translate_ids(self.ours, self.our_ids(source_BS).masked_fill(~real_BS, PAD_ID), decode)
+            hypotheses = translate_ids(self.ours, self.our_ids(source_BS).masked_fill(~real_BS, PAD_ID), decode)
         cut = [row[: row.index(vocabulary.eos)] if vocabulary.eos in row else row for row in theirs.tolist()]
-        ours = [vocabulary.theirs[torch.tensor(ids, dtype=torch.int64)].tolist() for ids in found.best]
+        ours = [vocabulary.theirs[torch.tensor(ids, dtype=torch.int64)].tolist() for ids in hypotheses.best]
         return [row[:num] for row in cut], ours
 
     def check_logits(self) -> None:
@@ -146,7 +146,7 @@ class Pair:
         assert not differing
 
     def check_files(self, folder: Path) -> None:
-        """What either saves is read by the other, tensor by tensor."""
+        """Each reads what the other saves, tensor by tensor."""
         dtype = next(self.ours.parameters()).dtype
         self.theirs.save_pretrained(folder / "theirs")
         loaded = load_pretrained(folder / "theirs", dtype)

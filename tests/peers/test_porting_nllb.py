@@ -58,7 +58,7 @@ def peer(name: str) -> Any:
 
 
 def right_block(self: Any, x_BSD: torch.Tensor, padding_mask: Any = None) -> torch.Tensor:
-    """What an ``NllbMoeSparseMLP`` is to compute in evaluation."""
+    """Return what an ``NllbMoeSparseMLP`` is to compute in evaluation."""
     x_TD = x_BSD.flatten(0, 1)
     gates_TE = self.router(x_TD, padding_mask)[1]
     outputs_ETD = torch.stack([self.experts[f"expert_{e}"](x_TD) for e in range(self.num_experts)])

@@ -1,4 +1,4 @@
-"""Where transformers is wrong, and the same done right. A version that has mended it skips."""
+"""The errors of transformers, each beside the right value. A version that has mended one skips its test."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a translation is searched for: the options."""
+"""The options of a search for translations or continuations."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from apps.base.checks import check_at_least, check_name
 @core.register_config
 @dataclass(frozen=True)
 class DecodeConfig:
-    """How a translation or a continuation is found.
+    """The options of a search for translations or continuations.
 
     Attributes:
         method: "greedy": the best id each step; "beam"; "sample": each id is drawn.

@@ -50,7 +50,7 @@ class TextBatch(NamedTuple):
 
 
 class TextSize(NamedTuple):
-    """How much text a split has: what turns a loss a token into one a word or a byte.
+    """The amount of text in a split, which turns a loss per token into one per word or byte.
 
     Attributes:
         documents: of it.

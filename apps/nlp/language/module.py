@@ -28,7 +28,7 @@ _DECODE = DecodeConfig("sample", top_p=0.9, max_length_ratio=0.0, max_length_ext
 
 
 class Block(NamedTuple):
-    """How well a block of text was foreseen.
+    """The scores that a model gives a block of text.
 
     Attributes:
         index: the block's place in the split.

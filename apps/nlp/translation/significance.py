@@ -1,4 +1,4 @@
-"""Whether two systems' translations of the same sentences differ by more than the choice of sentences (Koehn 2004).
+"""A test of whether two systems' translations differ by more than the choice of sentences explains (Koehn 2004).
 
 Paired bootstrap resampling: test sets of the same size are drawn with replacement from the sentences, and both systems
 are scored on each. BLEU and chrF++ are functions of sums over sentences, so draws are a product of counts and sums.

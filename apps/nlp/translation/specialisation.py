@@ -1,4 +1,4 @@
-"""Whether experts take to languages and to kinds of subwords: counts over an evaluation, and what they say.
+"""The specialisation of experts in languages and in kinds of subwords, from counts over an evaluation.
 
 A routed pair is one token and one of the experts that compute it; pairs that no expert had room for do not count. In
 the encoder tokens are the source's. In the decoder they are those it reads, from the sentence's begin on, so that a
@@ -226,7 +226,7 @@ def mutual_information(counts_CE: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class Specialisation:
-    """How much the experts of a layer say of a label.
+    """The mutual information of a layer's experts and a label.
 
     Attributes:
         layer: its name.

@@ -21,15 +21,15 @@ def inputs(T=37, D=8, V=11, dtype=torch.float64):
 def test_by_hand():
     # Logits h * (log 1, log 2, log 3). h = 1: shares 1/6, 2/6, 3/6; h = 2: 1/14, 4/14, 9/14.
     weight = torch.tensor([[1.0], [2.0], [3.0]]).log()
-    found = linear_cross_entropy(torch.tensor([[1.0], [2.0]]), weight, torch.tensor([1, 2]))
-    assert float(found) == pytest.approx((math.log(3) + math.log(14 / 9)) / 2, rel=1e-6)
+    cost = linear_cross_entropy(torch.tensor([[1.0], [2.0]]), weight, torch.tensor([1, 2]))
+    assert float(cost) == pytest.approx((math.log(3) + math.log(14 / 9)) / 2, rel=1e-6)
 
 
 def test_smoothing_by_hand():
     # Shares 1/6, 2/6, 3/6. With 0.3 spread evenly the target's weight is 0.8, the others' 0.1.
     weight = torch.tensor([[1.0], [2.0], [3.0]]).log()
-    found = linear_cross_entropy(torch.tensor([[1.0]]), weight, torch.tensor([1]), label_smoothing=0.3)
-    assert float(found) == pytest.approx(0.1 * math.log(6) + 0.8 * math.log(3) + 0.1 * math.log(2), rel=1e-6)
+    cost = linear_cross_entropy(torch.tensor([[1.0]]), weight, torch.tensor([1]), label_smoothing=0.3)
+    assert float(cost) == pytest.approx(0.1 * math.log(6) + 0.8 * math.log(3) + 0.1 * math.log(2), rel=1e-6)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -37,14 +37,14 @@ def test_smoothing_by_hand():
 def test_value_and_gradients_are_those_of_the_plain_loss(elements, smoothing, monkeypatch):
     monkeypatch.setattr(loss, "_CHUNK_ELEMENTS", elements)
     h, weight, target = inputs()
-    found = linear_cross_entropy(h, weight, target, smoothing)
+    cost = linear_cross_entropy(h, weight, target, smoothing)
     plain = F.cross_entropy(h @ weight.t(), target, label_smoothing=smoothing)
-    assert_close(found, plain, rtol=0, atol=1e-12)
+    assert_close(cost, plain, rtol=0, atol=1e-12)
     # Times 3, as under the scaling of a loss.
-    for mine, its in zip(
-        torch.autograd.grad(3 * found, (h, weight)), torch.autograd.grad(3 * plain, (h, weight)), strict=True
+    for ours, theirs in zip(
+        torch.autograd.grad(3 * cost, (h, weight)), torch.autograd.grad(3 * plain, (h, weight)), strict=True
     ):
-        assert_close(mine, its, rtol=0, atol=1e-12)
+        assert_close(ours, theirs, rtol=0, atol=1e-12)
 
 
 def test_the_gradient_is_that_of_finite_differences():
@@ -58,23 +58,23 @@ def test_one_gradient_alone(smoothing):
     plain = F.cross_entropy(h @ weight.t(), target, label_smoothing=smoothing)
     for wanted, given in ((weight, (h.detach(), weight)), (h, (h, weight.detach()))):
         (of_plain,) = torch.autograd.grad(plain, wanted, retain_graph=True)
-        (found,) = torch.autograd.grad(linear_cross_entropy(*given, target, smoothing), wanted)
-        assert_close(found, of_plain, rtol=0, atol=1e-12)
+        (ours,) = torch.autograd.grad(linear_cross_entropy(*given, target, smoothing), wanted)
+        assert_close(ours, of_plain, rtol=0, atol=1e-12)
 
 
 def test_a_hopeless_target_costs_its_distance_and_not_infinity():
     # exp(-200) is 0 in float32: log p would be -inf.
-    found = linear_cross_entropy(torch.tensor([[1.0]]), torch.tensor([[0.0], [200.0]]), torch.tensor([0]))
-    assert float(found) == 200.0
+    cost = linear_cross_entropy(torch.tensor([[1.0]]), torch.tensor([[0.0], [200.0]]), torch.tensor([0]))
+    assert float(cost) == 200.0
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_no_rows_cost_nothing(smoothing):
     h = torch.zeros(0, 4, requires_grad=True)
     weight = torch.ones(3, 4, requires_grad=True)
-    found = linear_cross_entropy(h, weight, torch.zeros(0, dtype=torch.int64), smoothing)
-    found.backward()
-    assert float(found.detach()) == 0.0
+    cost = linear_cross_entropy(h, weight, torch.zeros(0, dtype=torch.int64), smoothing)
+    cost.backward()
+    assert float(cost.detach()) == 0.0
     assert not weight.grad.any()
 
 
@@ -83,13 +83,14 @@ def test_under_autocast_the_gradient_is_that_of_bfloat16_products(smoothing):
     h, weight, target = inputs(dtype=torch.float32)
     plain = F.cross_entropy(h @ weight.t(), target, label_smoothing=smoothing)
     with torch.autocast("cpu", torch.bfloat16):
-        found = linear_cross_entropy(h, weight, target, smoothing)
-    assert found.dtype == torch.float32
+        cost = linear_cross_entropy(h, weight, target, smoothing)
+    assert cost.dtype == torch.float32
     # bfloat16 rounds by up to 2^-9 of a number: logits of up to 12 here, a p of up to 1.
-    assert_close(found, plain, rtol=0, atol=12 * 2**-9)
-    for mine, its in zip(torch.autograd.grad(found, (h, weight)), torch.autograd.grad(plain, (h, weight)), strict=True):
-        assert mine.dtype == torch.float32
-        assert float((mine - its).norm() / its.norm()) < 0.02
+    assert_close(cost, plain, rtol=0, atol=12 * 2**-9)
+    gradients = (torch.autograd.grad(value, (h, weight)) for value in (cost, plain))
+    for ours, theirs in zip(*gradients, strict=True):
+        assert ours.dtype == torch.float32
+        assert float((ours - theirs).norm() / theirs.norm()) < 0.02
 
 
 @pytest.mark.parametrize("elements", [1, 50, 2**21], ids=["row_by_row", "chunks_of_4", "at_once"])
@@ -98,7 +99,7 @@ def test_scores_of_each_target(elements, monkeypatch):
     h, weight, target = inputs()
     logits = (h @ weight.t()).detach()
     with torch.autocast("cpu", torch.bfloat16):  # has no say
-        found = target_scores(h, weight, target)
-    assert_close(found.nll_T, F.cross_entropy(logits, target, reduction="none"), rtol=0, atol=1e-12)
-    assert torch.equal(found.is_first_T, logits.argmax(-1) == target)
-    assert 0 < int(found.is_first_T.sum()) < len(target)
+        scores = target_scores(h, weight, target)
+    assert_close(scores.nll_T, F.cross_entropy(logits, target, reduction="none"), rtol=0, atol=1e-12)
+    assert torch.equal(scores.is_first_T, logits.argmax(-1) == target)
+    assert 0 < int(scores.is_first_T.sum()) < len(target)

@@ -167,13 +167,13 @@ def test_a_list_of_texts_is_translated_as_the_command_translates_it(capsys):
 
 
 def test_the_best_candidates_of_a_line_come_with_their_scores(capsys):
-    found = load().candidates(LINES, "en-de", num_best=3)
-    assert [len(own) for own in found] == [1 if not line else 3 for line in LINES]
-    assert found[1] == [("", 0.0)]
+    candidates = load().candidates(LINES, "en-de", num_best=3)
+    assert [len(own) for own in candidates] == [1 if not line else 3 for line in LINES]
+    assert candidates[1] == [("", 0.0)]
     printed = predict(capsys, "--data.text", str(LINES), "--model.decode.num_best", "3")
-    assert printed == [f"{i}\t{c.score:.4f}\t{c.text}" for i, own in enumerate(found, 1) for c in own]
-    assert all(a.score >= b.score for own in found for a, b in itertools.pairwise(own))
-    assert [own[0].text for own in found] == predict(capsys, "--data.text", str(LINES))
+    assert printed == [f"{i}\t{c.score:.4f}\t{c.text}" for i, own in enumerate(candidates, 1) for c in own]
+    assert all(a.score >= b.score for own in candidates for a, b in itertools.pairwise(own))
+    assert [own[0].text for own in candidates] == predict(capsys, "--data.text", str(LINES))
 
 
 def test_a_script_that_translates_hears_nothing_of_lightning():
@@ -240,11 +240,11 @@ def test_a_file_of_another_run_is_never_replaced_or_gone_on_with_in_silence(tmp_
     assert not list(tmp_path.glob("other*"))
     with pytest.raises(ValueError, match="line 3: byte 0xff"):
         written(model, data_of(model, predict_file="bad.txt", predict_lines=1), path)
-    for options, told in (
+    for options, what in (
         ({"predict_file": "in.txt"}, "input is not this one's"),
         ({"predict_file": "bad.txt", "predict_pair": "en-fr"}, "predict_pair is en-de, not en-fr"),
     ):
-        with pytest.raises(ValueError, match=rf"other\.txt\.partial is of another run, whose {told}: take it away"):
+        with pytest.raises(ValueError, match=rf"other\.txt\.partial is of another run, whose {what}: take it away"):
             written(model, data_of(model, predict_lines=1, **options), path)
     model.decode = replace(model.decode, beam_size=2)
     with pytest.raises(ValueError, match=r"whose decode\.beam_size is 5, not 2"):
@@ -307,8 +307,8 @@ def test_subwords_and_pairs_that_are_not_the_checkpoint_s_are_refused(capsys, tm
     capsys.readouterr()
     assert main([*flags, "--config", "other.yaml", "--data.text", "red"]) == 2
     *_, line = capsys.readouterr().err.splitlines()
-    told = f"best.ckpt is of subwords {own.digest}, and the data's are {other.digest}: leave data.subwords out"
-    assert line.endswith(told)
+    message = f"best.ckpt is of subwords {own.digest}, and the data's are {other.digest}: leave data.subwords out"
+    assert line.endswith(message)
     assert main([*flags, "--data.pairs", "[en-de]", "--data.text", "red"]) == 2
     *_, line = capsys.readouterr().err.splitlines()
     assert line.endswith("and the data's are ['en-de']: leave data.pairs out")
@@ -317,12 +317,12 @@ def test_subwords_and_pairs_that_are_not_the_checkpoint_s_are_refused(capsys, tm
 def test_how_subwords_are_learned_is_not_asked_again_of_a_checkpoint(capsys):
     best = "runs/copies/checkpoints/best.ckpt"
     command = ["--config", "copies.yaml", "--data.text", "red", "--ckpt_path", best]
-    for given, told in (
+    for given, option in (
         (["--data.tokenizer.vocab_size", "280"], "data.tokenizer.vocab_size=280"),
         (["--data.init_args.tokenizer.joint=false"], "data.tokenizer.joint=False"),
         (["--data.tokenizer", "{kind: unigram}"], "data.tokenizer={'kind': 'unigram'}"),
     ):
-        with pytest.raises(UsageError, match=f"^{re.escape(told)} has no effect: {best} brings its subwords along; l"):
+        with pytest.raises(UsageError, match=f"^{re.escape(option)} has no effect: {best} brings its subwords along; "):
             Request.read("predict", [*command, *given])
     # As the run was started: a command line may be repeated.
     assert predict(capsys, "--data.text", "red", "--data.tokenizer.vocab_size", "300", "--data.tokenizer.kind=bpe")

@@ -189,14 +189,14 @@ def test_a_given_network_must_be_the_published_one(corpus, tmp_path):
     folder = published(tmp_path / "p")
     data = make_data(corpus, folder)
 
-    def told(**options: Any) -> str:
+    def refusal(**options: Any) -> str:
         return message(lambda: make(data, folder, **options).setup("fit"), folder)
 
-    assert told(transformer=replace(T5, norm="layer"), moe=EXPERTS) == "norm='layer' of the model is, in F, 'rms'"
-    assert told(transformer=T5) == "encoder_moe_blocks=() of the model is, in F, (1,)"
-    assert told(decoder_moe_blocks=[0]) == "decoder_moe_blocks=(0,) of the model is, in F, (1,)"
-    assert told(moe=replace(EXPERTS, num_experts=8)) == "moe.num_experts=8 of the model is, in F, 4"
-    assert told(dense_ffn=core.DenseFFN(8)).endswith(" is no FFN of pretrained='F'")
+    assert refusal(transformer=replace(T5, norm="layer"), moe=EXPERTS) == "norm='layer' of the model is, in F, 'rms'"
+    assert refusal(transformer=T5) == "encoder_moe_blocks=() of the model is, in F, (1,)"
+    assert refusal(decoder_moe_blocks=[0]) == "decoder_moe_blocks=(0,) of the model is, in F, (1,)"
+    assert refusal(moe=replace(EXPERTS, num_experts=8)) == "moe.num_experts=8 of the model is, in F, 4"
+    assert refusal(dense_ffn=core.DenseFFN(8)).endswith(" is no FFN of pretrained='F'")
     # Dropout, capacity and losses are a training's own.
     module = make(data, folder, transformer=replace(T5, dropout=0.3), moe=replace(EXPERTS, capacity_factor=1.5))
     module.setup("fit")
@@ -232,9 +232,9 @@ def test_what_cannot_begin_a_training_is_told_in_a_line(corpus, tmp_path):
 def test_published_weights_are_compared_with_no_other_network(corpus, tmp_path):
     folder = published(tmp_path / "p")
     module = make(make_data(corpus, folder), folder)
-    found = module.baselines()
-    assert list(found) == ["dense_equal_flops", "dense_equal_params"]
-    for baseline in found.values():
+    baselines = module.baselines()
+    assert list(baselines) == ["dense_equal_flops", "dense_equal_params"]
+    for baseline in baselines.values():
         assert baseline.build is None
         assert baseline.note == f"the weights of pretrained={folder} are of the sparse model alone"
     assert message(lambda: module.with_moe(EXPERTS), folder) == (

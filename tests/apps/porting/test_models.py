@@ -103,11 +103,11 @@ def test_narrow_experts_are_padded_with_zeros_and_biases_of_zero():
 
 def test_glm_s_partial_rotations_and_norms_of_queries_are_refused():
     config, _ = to_published(MODELS["glm4_moe"]())
-    for change, told in (
+    for change, message in (
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
         ({"use_qk_norm": True}, "use_qk_norm=True: our models have no norms of queries and keys"),
     ):
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             from_published({**config, **change}, {})
 
 

@@ -129,7 +129,7 @@ PROBS = {BOS_ID: {A: 0.5, B: 0.4, EOS_ID: 0.1}, A: {A: 0.4, B: 0.3, EOS_ID: 0.3}
 AT_MOST_2 = {"max_length_ratio": 0.0, "max_length_extra": 2}
 
 
-def found(model: Table, num_sentences: int = 1, **options: Any) -> tuple[list[list[int]], list[float]]:
+def decoded(model: Table, num_sentences: int = 1, **options: Any) -> tuple[list[list[int]], list[float]]:
     """Ids and scores of the first of some equal sentences; all must be the same."""
     config = DecodeConfig(**{**AT_MOST_2, **options})
     out = translate_ids(model, torch.full((num_sentences, 3), EOS_ID), config)
@@ -147,25 +147,25 @@ def close(fast: Any, slow: Any, tolerance: float = 1e-10) -> None:
 
 
 def test_greedy_takes_the_best_id_each_step_and_is_closed_by_an_end_at_its_maximal_length():
-    ids, scores = found(Table(PROBS), method="greedy", length_penalty=0.0)
+    ids, scores = decoded(Table(PROBS), method="greedy", length_penalty=0.0)
     assert ids == [[A, A]]
     assert scores == [pytest.approx(math.log(0.5 * 0.4 * 0.3))]
     # Of length 3, the end included.
-    assert found(Table(PROBS), method="greedy")[1] == [pytest.approx(math.log(0.06) / 3)]
+    assert decoded(Table(PROBS), method="greedy")[1] == [pytest.approx(math.log(0.06) / 3)]
 
 
 def test_beam_of_2_by_hand():
     """Open after one id: a .5, b .4. Then b-end .36 is finished; a-a .20 and a-b .15 stay open, for a-end .15 is third.
     At the maximum of 2 both are closed: a-a-end .06, a-b-end .135. The lengths are 2, 3 and 3."""
     options = {"beam_size": 2, "num_best": 2, "num_sentences": 3}
-    ids, scores = found(Table(PROBS), length_penalty=0.0, **options)
+    ids, scores = decoded(Table(PROBS), length_penalty=0.0, **options)
     assert ids == [[B], [A, B]]
     assert scores == pytest.approx([math.log(0.36), math.log(0.135)])
-    ids, scores = found(Table(PROBS), length_penalty=1.0, **options)
+    ids, scores = decoded(Table(PROBS), length_penalty=1.0, **options)
     assert ids == [[B], [A, B]]
     assert scores == pytest.approx([math.log(0.36) / 2, math.log(0.135) / 3])
     # -1.02 / 4 = -0.255 and -2.00 / 9 = -0.222: a strong penalty prefers the longer one.
-    ids, scores = found(Table(PROBS), length_penalty=2.0, **options)
+    ids, scores = decoded(Table(PROBS), length_penalty=2.0, **options)
     assert ids == [[A, B], [B]]
     assert scores == pytest.approx([math.log(0.135) / 9, math.log(0.36) / 4])
 
@@ -174,15 +174,15 @@ def test_a_sentence_is_done_when_no_open_hypothesis_can_win():
     """After two steps b-end has .36 and the best open one .20. Undivided it cannot rise; divided by 3 ** 2 it might."""
     for penalty, steps in ((0.0, 2), (2.0, 3)):
         model = Table(PROBS)
-        found(model, beam_size=2, length_penalty=penalty)
+        decoded(model, beam_size=2, length_penalty=penalty)
         assert model.steps == [1, 2, 2][:steps]  # one row until the first choice
 
 
 def test_an_end_before_the_minimal_length_is_not_allowed():
-    assert found(Table({BOS_ID: {A: 0.2, EOS_ID: 0.8}, A: {A: 0.1, EOS_ID: 0.9}}), method="greedy")[0] == [[A]]
-    ids = found(Table({BOS_ID: {A: 0.2, EOS_ID: 0.8}, A: {A: 0.1, EOS_ID: 0.9}}), method="greedy", min_length=0)[0]
+    assert decoded(Table({BOS_ID: {A: 0.2, EOS_ID: 0.8}, A: {A: 0.1, EOS_ID: 0.9}}), method="greedy")[0] == [[A]]
+    ids = decoded(Table({BOS_ID: {A: 0.2, EOS_ID: 0.8}, A: {A: 0.1, EOS_ID: 0.9}}), method="greedy", min_length=0)[0]
     assert ids == [[]]
-    ids, scores = found(Table({BOS_ID: {A: 0.2, EOS_ID: 0.8}, A: {A: 0.1, EOS_ID: 0.9}}), min_length=5, beam_size=3)
+    ids, scores = decoded(Table({BOS_ID: {A: 0.2, EOS_ID: 0.8}, A: {A: 0.1, EOS_ID: 0.9}}), min_length=5, beam_size=3)
     assert ids == [[A] * 5]  # beats the maximum of 2
     assert scores == pytest.approx([(math.log(0.2) + 4 * math.log(0.1) + math.log(0.9)) / 6])
 
@@ -190,7 +190,7 @@ def test_an_end_before_the_minimal_length_is_not_allowed():
 def test_padding_and_begin_are_never_produced():
     probs = {i: {PAD_ID: 0.5, BOS_ID: 0.3, UNK_ID: 0.12, EOS_ID: 0.08} for i in (BOS_ID, UNK_ID)}
     for method in ("greedy", "beam", "sample"):
-        ids, scores = found(Table(probs), method=method, min_length=2, length_penalty=0.0)
+        ids, scores = decoded(Table(probs), method=method, min_length=2, length_penalty=0.0)
         assert ids == [[UNK_ID, UNK_ID]]
         # Their share of the probability is not given to the others.
         assert scores == pytest.approx([math.log(0.12 * 0.12 * 0.08)])
@@ -198,8 +198,8 @@ def test_padding_and_begin_are_never_produced():
 
 def test_of_equals_the_lower_id_and_the_better_hypothesis_go_first():
     probs = {BOS_ID: {A: 0.5, B: 0.5}, A: {A: 0.25, B: 0.25, EOS_ID: 0.5}, B: {A: 0.25, B: 0.25, EOS_ID: 0.5}}
-    assert found(Table(probs), method="greedy", min_length=2)[0] == [[A, A]]
-    ids = found(Table(probs), beam_size=3, num_best=3, min_length=2)[0]
+    assert decoded(Table(probs), method="greedy", min_length=2)[0] == [[A, A]]
+    ids = decoded(Table(probs), beam_size=3, num_best=3, min_length=2)[0]
     assert ids == [[A, A], [A, B], [B, A]]
 
 
@@ -228,7 +228,7 @@ def test_no_sentences_and_no_finite_end():
     model.table.data.fill_(math.nan)
     for method in ("beam", "greedy", "sample"):
         with pytest.raises(ValueError, match="sentence 0 of the batch has no end with a finite log-probability"):
-            found(model, method=method)
+            decoded(model, method=method)
 
 
 @pytest.mark.parametrize(

@@ -94,14 +94,14 @@ def test_the_loss_is_the_mean_over_the_tokens_after_the_first(data):
 def test_metrics_by_hand():
     metrics = LanguageMetrics()
     metrics.update([Block(1, 3.0, 1, 4), Block(0, 5.0, 3, 4), Block(1, 3.0, 1, 4)])  # the last fills up a round
-    found = {name: float(value) for name, value in metrics.compute().items()}
-    assert found == pytest.approx({"perplexity": math.e, "token_accuracy": 0.5})  # 8 nats, 8 tokens, 4 right
+    values = {name: float(value) for name, value in metrics.compute().items()}
+    assert values == pytest.approx({"perplexity": math.e, "token_accuracy": 0.5})  # 8 nats, 8 tokens, 4 right
     metrics = LanguageMetrics()
     metrics.size = TextSize(documents=1, tokens=8, words=4, bytes=16)
     metrics.update([Block(0, 5.0, 3, 4), Block(1, 3.0, 1, 4)])
-    found = {name: float(value) for name, value in metrics.compute().items()}
-    assert found["word_perplexity"] == pytest.approx(math.exp(2))
-    assert found["bits_per_byte"] == pytest.approx(8 / math.log(2) / 16)
+    values = {name: float(value) for name, value in metrics.compute().items()}
+    assert values["word_perplexity"] == pytest.approx(math.exp(2))
+    assert values["bits_per_byte"] == pytest.approx(8 / math.log(2) / 16)
     # Of half the text: as if the other half were like it.
     metrics.reset()
     metrics.update([Block(0, 4.0, 3, 4)])
@@ -156,9 +156,9 @@ def test_a_router_that_cannot_decode_trains_and_scores(data, tmp_path):
 def test_baselines_cost_what_they_say(data):
     module = modeler(data, moe_blocks="all")
     tokens = F.pad(torch.randint(4, 290, (3, 17)), (0, 5))
-    found = {s.name: s for s in find_systems(module, TextBatch(tokens, torch.arange(3)))}
-    assert found["dense_equal_flops"].replaced_ratio == pytest.approx(1, abs=0.05)
-    assert found["dense_equal_params"].params_ratio == pytest.approx(1, abs=0.05)
+    systems = {s.name: s for s in find_systems(module, TextBatch(tokens, torch.arange(3)))}
+    assert systems["dense_equal_flops"].replaced_ratio == pytest.approx(1, abs=0.05)
+    assert systems["dense_equal_params"].params_ratio == pytest.approx(1, abs=0.05)
     dense = pickle.loads(pickle.dumps(module.baselines()["dense_equal_flops"].build))()
     assert isinstance(dense.get_submodule("model.decoder.layers.0.ffn"), FeedForward)
     assert dense.baselines() == {}
@@ -169,12 +169,12 @@ def test_alternatives_come_with_a_prediction_and_as_lines_of_their_own(data):
     module = modeler(data, decode=DecodeConfig(beam_size=3, num_best=2, max_length_extra=4)).eval()
     prompt = text_data(Path(data.root), text="one two")
     (batch,) = prompt.predict_dataloader()
-    found = module.predict_step(batch, 0)
-    ((other,),) = found.alternatives
-    assert found.text[0] != other
-    assert all(text.startswith("one two") for text in (*found.text, other))
+    continuations = module.predict_step(batch, 0)
+    ((other,),) = continuations.alternatives
+    assert continuations.text[0] != other
+    assert all(text.startswith("one two") for text in (*continuations.text, other))
     lines = printed(module, prompt)
-    assert [line.split("\t")[0::2] for line in lines] == [["1", found.text[0]], ["1", other]]
+    assert [line.split("\t")[0::2] for line in lines] == [["1", continuations.text[0]], ["1", other]]
     assert module.predict_stream(data) is None
 
 
@@ -189,13 +189,13 @@ def test_it_learns_which_word_follows_which(data, tmp_path, moe):
     module = modeler(data, moe, decode=DecodeConfig("greedy", max_length_ratio=0.0, max_length_extra=8))
     made = trainer(tmp_path, max_epochs=35, check_val_every_n_epoch=35)
     made.fit(module, data)
-    (found,) = made.test(module, data, ckpt_path=str(tmp_path / "last.ckpt"), verbose=False, weights_only=True)
+    (values,) = made.test(module, data, ckpt_path=str(tmp_path / "last.ckpt"), verbose=False, weights_only=True)
     # A word tells the next one; of a document's 5 tokens, 4 words and the end, only the first is a choice of 4.
-    assert found["test/perplexity"] == pytest.approx(math.exp(math.log(4) / 5), rel=0.05)
+    assert values["test/perplexity"] == pytest.approx(math.exp(math.log(4) / 5), rel=0.05)
     tokens, words, size = *(data.size("test")[i] for i in (1, 2)), data.size("test").bytes
-    assert found["test/word_perplexity"] == pytest.approx(found["test/perplexity"] ** (tokens / words), rel=1e-4)
-    expected = math.log2(found["test/perplexity"]) * tokens / size
-    assert found["test/bits_per_byte"] == pytest.approx(expected, rel=1e-4)
+    assert values["test/word_perplexity"] == pytest.approx(values["test/perplexity"] ** (tokens / words), rel=1e-4)
+    expected = math.log2(values["test/perplexity"]) * tokens / size
+    assert values["test/bits_per_byte"] == pytest.approx(expected, rel=1e-4)
     prompts = ["one two", "spring", "north east south"]
     lines = printed(module, text_data(Path(data.root), text=prompts))
     assert lines == ["one two three four", "spring summer autumn winter", "north east south west"]
@@ -213,8 +213,8 @@ def test_a_list_of_prompts_is_continued_as_the_command_continues_it(data, tmp_pa
     assert module.predict([]) == []
     assert module.predict(prompts, seed=7) != lines  # it draws, and each prompt by its number
     options = {"method": "beam", "beam_size": 3, "max_length_extra": 4}
-    found = module.candidates(prompts[:1], num_best=2, **options)
-    assert [best.text for best, _ in found] == module.predict(prompts[:1], **options)
+    candidates = module.candidates(prompts[:1], num_best=2, **options)
+    assert [best.text for best, _ in candidates] == module.predict(prompts[:1], **options)
     with pytest.raises(ValueError, match=r"texts='one' is one text, and not a list of texts"):
         module.predict("one")
     assert written(module, given, tmp_path / "out.jsonl") == (4, 0)

@@ -56,10 +56,10 @@ def test_padding_is_under_a_twentieth_and_no_batch_over_its_budget(budget):
     source, target = lengths(30_000)
     plan = TokenBatches(source, target, budget)
     for epoch in range(2):
-        found = plan.batches(0, epoch)
-        assert torch.equal(torch.cat(found).sort().values, torch.arange(30_000))
-        assert padding(source, target, found) < 0.05
-        assert max(len(b) * max(source[b].max(), target[b].max()) for b in found) <= budget
+        batches = plan.batches(0, epoch)
+        assert torch.equal(torch.cat(batches).sort().values, torch.arange(30_000))
+        assert padding(source, target, batches) < 0.05
+        assert max(len(b) * max(source[b].max(), target[b].max()) for b in batches) <= budget
     assert plan.padding() == pytest.approx(padding(source, target, plan.batches(0, 0)), abs=1e-12)
 
 
@@ -73,10 +73,10 @@ def test_every_epoch_has_as_many_batches(count, temperature, pool, monkeypatch):
     plan = TokenBatches(source, target, 300, group, temperature)
     for seed in range(3):
         for epoch in range(5):
-            found = plan.batches(seed, epoch)
-            assert len(found) == len(plan)
-            assert min(len(b) for b in found) > 0
-            assert sum(len(b) for b in found) == sum(len(b) for b in plan.batches(0, 0))
+            batches = plan.batches(seed, epoch)
+            assert len(batches) == len(plan)
+            assert min(len(b) for b in batches) > 0
+            assert sum(len(b) for b in batches) == sum(len(b) for b in plan.batches(0, 0))
 
 
 def test_an_epoch_of_longer_pairs_than_the_first_has_as_many_batches_too():
@@ -85,17 +85,17 @@ def test_an_epoch_of_longer_pairs_than_the_first_has_as_many_batches_too():
     plan = TokenBatches(source, source, 100)
     assert len(plan) == 7  # 5 of ten pairs and the long one, and one for where the first cut falls
     plan._num_batches = 3
-    found = plan.batches(0, 0)
-    assert len(found) == 3
-    assert torch.equal(torch.cat(found).sort().values, torch.arange(51))
+    batches = plan.batches(0, 0)
+    assert len(batches) == 3
+    assert torch.equal(torch.cat(batches).sort().values, torch.arange(51))
 
 
 def test_batches_are_a_function_of_seed_and_epoch():
     source, target = lengths(2000)
     plan, again = (TokenBatches(source, target, 500) for _ in range(2))
 
-    def as_sets(found):
-        return {frozenset(b.tolist()) for b in found}
+    def as_sets(batches):
+        return {frozenset(b.tolist()) for b in batches}
 
     plan.batches(0, 7)
     first = plan.batches(0, 1)

@@ -125,8 +125,8 @@ def test_sizes_that_leave_nothing_are_refused():
 def test_both_directions_and_several_corpora_side_by_side():
     first = {"train": [rows(("a", "A"), ("b", "B"))], "val": [rows(("v", "V"))], "test": []}
     second = {"train": [rows(("c", "C", "K"), languages="en de fr")], "val": [], "test": []}
-    found = collect({"x": (first, Sizes()), "y": (second, Sizes())}, ["en-de", "de-en", "fr-en"], Filters())
-    train = found.splits["train"]
+    collected = collect({"x": (first, Sizes()), "y": (second, Sizes())}, ["en-de", "de-en", "fr-en"], Filters())
+    train = collected.splits["train"]
     assert list(zip(train.source, train.target, train.pair, train.corpus, strict=True)) == [
         ("a", "A", 0, 0),
         ("b", "B", 0, 0),
@@ -136,9 +136,9 @@ def test_both_directions_and_several_corpora_side_by_side():
         ("C", "c", 1, 1),
         ("K", "c", 2, 1),
     ]
-    val = found.splits["val"]
+    val = collected.splits["val"]
     assert list(zip(val.source, val.target, val.pair, strict=True)) == [("v", "V", 0), ("V", "v", 1)]
-    assert not found.left_out
+    assert not collected.left_out
 
 
 def test_what_is_left_out_is_counted():
@@ -154,11 +154,12 @@ def test_what_is_left_out_is_counted():
         ("held out", "anders gesagt"),  # another translation is another pair
     )
     parts = {"train": [train], "val": [rows(("held out", "zurückgehalten"), ("x", ""))], "test": []}
-    found = collect({"made": (parts, Sizes())}, ["en-de"], Filters(2, 5, max_ratio=2, without="%|<"))
+    collected = collect({"made": (parts, Sizes())}, ["en-de"], Filters(2, 5, max_ratio=2, without="%|<"))
     # One word, not two, is "held out" against: zurückgehalten is caught before the filters.
-    assert found.splits["train"].source == ["kept as it is", "held out"]
-    assert found.splits["val"].source == ["held out"]  # of one and two words: evaluation files are taken as they are
-    assert found.left_out == {
+    assert collected.splits["train"].source == ["kept as it is", "held out"]
+    # Evaluation files are taken as they are: one and two words.
+    assert collected.splits["val"].source == ["held out"]
+    assert collected.left_out == {
         "with an empty side (train)": 1,
         "of fewer than 2 words (train)": 2,
         "of more than 5 words (train)": 1,
@@ -170,33 +171,33 @@ def test_what_is_left_out_is_counted():
 
 def test_a_pair_of_validation_or_test_does_not_train_in_either_direction():
     parts = {"train": [rows(("a", "A"), ("b", "B"), ("c", "C"))], "val": [rows(("a", "A"))], "test": [rows(("b", "B"))]}
-    found = collect({"made": (parts, Sizes())}, ["de-en"], Filters())
-    assert found.splits["train"].source == ["C"]
-    assert found.left_out == {"of validation or test (train)": 2}
+    collected = collect({"made": (parts, Sizes())}, ["de-en"], Filters())
+    assert collected.splits["train"].source == ["C"]
+    assert collected.left_out == {"of validation or test (train)": 2}
     # also where the held-out pair is another corpus'
     other = {"train": [rows(("A", "a"), ("d", "D"), languages="de en")], "val": [], "test": []}
-    found = collect({"made": (parts, Sizes()), "other": (other, Sizes())}, ["en-de"], Filters())
-    assert found.splits["train"].source == ["c", "D"]
+    collected = collect({"made": (parts, Sizes()), "other": (other, Sizes())}, ["en-de"], Filters())
+    assert collected.splits["train"].source == ["c", "D"]
 
 
 def test_held_out_rows_are_drawn_from_what_the_filters_keep():
     lines = [(f"e{i} " * (i % 4 + 1), f"d{i} " * (i % 4 + 1)) for i in range(40)]
-    found = collect({"made": ({"train": [rows(*lines)]}, Sizes(val=4, test=5))}, ["en-de"], Filters(min_words=3))
+    collected = collect({"made": ({"train": [rows(*lines)]}, Sizes(val=4, test=5))}, ["en-de"], Filters(min_words=3))
     # 10 of 40 have three words and 10 have four
-    assert [len(found.splits[name]) for name in ("train", "val", "test")] == [11, 4, 5]
-    assert all(len(line.split()) >= 3 for split in found.splits.values() for line in split.source)
-    assert found.left_out == {"of fewer than 3 words": 20}
+    assert [len(collected.splits[name]) for name in ("train", "val", "test")] == [11, 4, 5]
+    assert all(len(line.split()) >= 3 for split in collected.splits.values() for line in split.source)
+    assert collected.left_out == {"of fewer than 3 words": 20}
 
 
 def test_a_twentieth_is_held_out_and_files_that_are_there_are_kept():
     lines = [(f"e{i}", f"d{i}") for i in range(40)]
-    found = collect({"made": ({"train": [rows(*lines)]}, Sizes())}, ["en-de"], Filters())
-    assert [len(found.splits[name]) for name in ("train", "val", "test")] == [36, 2, 2]
+    collected = collect({"made": ({"train": [rows(*lines)]}, Sizes())}, ["en-de"], Filters())
+    assert [len(collected.splits[name]) for name in ("train", "val", "test")] == [36, 2, 2]
     parts = {"train": [rows(*lines)], "test": [rows(("t", "T"))]}
-    found = collect({"made": (parts, Sizes(val=0.25))}, ["en-de"], Filters())
-    assert [len(found.splits[name]) for name in ("train", "val", "test")] == [30, 10, 1]
-    found = collect({"made": (parts, Sizes(val=0))}, ["en-de"], Filters())
-    assert [len(found.splits[name]) for name in ("train", "val", "test")] == [40, 0, 1]
+    collected = collect({"made": (parts, Sizes(val=0.25))}, ["en-de"], Filters())
+    assert [len(collected.splits[name]) for name in ("train", "val", "test")] == [30, 10, 1]
+    collected = collect({"made": (parts, Sizes(val=0))}, ["en-de"], Filters())
+    assert [len(collected.splits[name]) for name in ("train", "val", "test")] == [40, 0, 1]
 
 
 def test_what_one_corpus_holds_out_does_not_train_in_another():
@@ -226,10 +227,10 @@ def test_rows_that_are_asked_for_and_cannot_be_held_out_are_an_error_that_names_
     assert sizes(1) == [1, 0]
     assert not caplog.text
     assert sizes(3) == [1, 0]
-    told = (
+    warning = (
         "val_size=3: 1 of german's 20 rows can be held out: those that share sentences stay together, 19 of french too"
     )
-    assert told in caplog.text
+    assert warning in caplog.text
     with pytest.raises(ValueError, match=r"^val_size=3: 0 of german's 20 .*, 19 of french too; val_size=0 holds none"):
         sizes(3, 1)
     with pytest.raises(ValueError, match=r"^test_size=3: 0 of made's 25 rows can be held out: those that share sente"):
@@ -266,9 +267,9 @@ def test_words_of_scripts_without_spaces_are_characters():
         "val": [],
         "test": [],
     }
-    found = collect({"made": (parts, Sizes())}, ["en-de"], Filters(min_words=3, max_ratio=1.5))
-    assert found.splits["train"].target == ["现在打开文件"]  # six characters are 1.5 times the four words
-    assert found.left_out == {"of fewer than 3 words (train)": 1}
+    collected = collect({"made": (parts, Sizes())}, ["en-de"], Filters(min_words=3, max_ratio=1.5))
+    assert collected.splits["train"].target == ["现在打开文件"]  # six characters are 1.5 times the four words
+    assert collected.left_out == {"of fewer than 3 words (train)": 1}
 
 
 def test_so_many_rows_of_a_split_with_files_are_drawn():

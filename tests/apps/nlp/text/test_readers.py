@@ -32,8 +32,8 @@ def write(path, content):
 def test_a_line_ends_at_a_line_feed_alone(tmp_path):
     # str.splitlines would see eight lines here
     text = "\ufeffone\u2028still one\r\n\ntwo\x0bstill\x85two\n three\tparts \x00\nfour"
-    found = read_lines(write(tmp_path / "a.en.gz", text))
-    assert found == ["one still one", "", "two still two", "three parts", "four"]
+    lines = read_lines(write(tmp_path / "a.en.gz", text))
+    assert lines == ["one still one", "", "two still two", "three parts", "four"]
     assert read_lines(write(tmp_path / "b", "one\n\n")) == ["one", ""]
     assert clean("a\u00a0b") == "a\u00a0b"  # a space that a language means
 
@@ -326,7 +326,7 @@ msgstr "%s!"
 
 
 def mo(entries):
-    """The binary form of a catalog: message (plural forms after \\0) to translation."""
+    """Return a catalog in its binary form, from a dict of message (plural forms after \\0) to translation."""
     items = sorted((k.encode(), v.encode()) for k, v in entries.items())
     keys, values = b"".join(k + b"\0" for k, _ in items), b"".join(v + b"\0" for _, v in items)
     start, tables = 28 + 16 * len(items), [b"", b""]
@@ -360,8 +360,8 @@ def test_po_and_mo_give_the_checked_translations(tmp_path):
     ]
     assert sorted(catalogs.read_catalog(tmp_path / "po/de.po")) == expected
     assert sorted(catalogs.read_catalog(tmp_path / "de/LC_MESSAGES/app.mo")) == expected
-    (found,) = catalogs.find(tmp_path, "po/*.po", ["en-de"])
-    rows = catalogs.read([found], "app")
+    (catalog,) = catalogs.find(tmp_path, "po/*.po", ["en-de"])
+    rows = catalogs.read([catalog], "app")
     # no header, no repetition of the message, no format code alone
     assert sorted(rows.text["en"]) == ["%d file", "Open", 'Say "two" words']
     assert rows.text["de"][rows.text["en"].index("Open")] == "Öffnen"
@@ -372,8 +372,8 @@ def test_catalogs_of_several_languages_are_aligned_by_message(tmp_path):
     write(tmp_path / "de/LC_MESSAGES/a.mo", mo({**header, "Open": "Öffnen", "ui\x04Open": "Öffnen", "Close": "Zu"}))
     write(tmp_path / "fr/LC_MESSAGES/a.mo", mo({**header, "Open": "Ouvrir", "ui\x04Open": "Ouvrir", "New": "Nouveau"}))
     write(tmp_path / "cs/LC_MESSAGES/a.mo", b"not read: no pair wants it")
-    found = catalogs.find(tmp_path, "*/LC_MESSAGES/*.mo", ["en-de", "fr-en"])
-    rows = catalogs.read(found, "app")
+    named = catalogs.find(tmp_path, "*/LC_MESSAGES/*.mo", ["en-de", "fr-en"])
+    rows = catalogs.read(named, "app")
     table = sorted(zip(*(rows.text[language] for language in ("en", "de", "fr")), strict=True))
     assert table == [("Close", "Zu", ""), ("New", "", "Nouveau"), ("Open", "Öffnen", "Ouvrir")]
 

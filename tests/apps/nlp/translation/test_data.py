@@ -61,7 +61,7 @@ def tokens(row: torch.Tensor) -> list[int]:
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_training_batch_is_source_and_target_with_their_ends(root, workers):
     data = make(root, num_workers=workers)
-    found = []
+    seen = []
     for batch in data.train_dataloader():
         assert batch.source_BS.dtype == batch.target_BL.dtype == batch.pair_B.dtype == torch.int64
         assert max(batch.source_BS.numel(), batch.target_BL.numel()) <= 80
@@ -73,8 +73,8 @@ def test_a_training_batch_is_source_and_target_with_their_ends(root, workers):
             assert [BOS_ID, EOS_ID] == [i for i in t if i < 4]
             text = data.subwords.decode([s], "source"), data.subwords.decode([t], "target")
             assert text == ([lines("en", 0, 60)[index]], [lines("de", 0, 60)[index]])
-            found.append(index)
-    assert sorted(found) == list(range(60))
+            seen.append(index)
+    assert sorted(seen) == list(range(60))
 
 
 def test_evaluation_batches_hold_every_line_and_say_which(root):
@@ -252,10 +252,10 @@ def test_lightning_makes_the_steps_it_foresaw_and_other_batches_each_epoch(root)
 
 def test_lightning_predicts_every_line(root):
     data = make(root, text=["dog", "", "cat runs"], predict_lines=2)
-    found = trainer().predict(Counting(), dataloaders=data.predict_dataloader())
-    assert sorted(itertools.chain(*found)) == [0, 1, 2]
-    found = trainer().predict(Counting(), dataloaders=make(root).predict_dataloader())  # the test split
-    assert sorted(itertools.chain(*found)) == list(range(10))
+    numbers = trainer().predict(Counting(), dataloaders=data.predict_dataloader())
+    assert sorted(itertools.chain(*numbers)) == [0, 1, 2]
+    numbers = trainer().predict(Counting(), dataloaders=make(root).predict_dataloader())  # the test split
+    assert sorted(itertools.chain(*numbers)) == list(range(10))
 
 
 # --- what is trained on ---
@@ -322,9 +322,9 @@ def test_pairs_of_the_same_text_on_both_sides_are_counted_and_can_be_left_out(ro
         data.setup("fit")
         data.setup("fit")  # told once
         make(root).setup("fit")  # and again by the next run, which reads nothing anew
-    told = "moses: 4 of 64 training pairs (6 %) have the same text on both sides: a model learns to copy from them; "
-    told += "drop_identical (--data.drop_identical true) leaves them out"
-    assert [r.message for r in caplog.records if r.levelname == "WARNING"] == [told, told]
+    warning = "moses: 4 of 64 training pairs (6 %) have the same text on both sides: a model learns to copy from them; "
+    warning += "drop_identical (--data.drop_identical true) leaves them out"
+    assert [r.message for r in caplog.records if r.levelname == "WARNING"] == [warning, warning]
     caplog.clear()
     without = make(root, drop_identical=True)
     without.setup("fit")
@@ -351,11 +351,11 @@ def test_the_padding_of_an_epoch_is_told_and_what_lessens_it(root):
     sides = (batch.source_BS, batch.target_BL)
     padding = sum(int((side == PAD_ID).sum()) for side in sides) / sum(side.numel() for side in sides)
     assert padding > 0.05
-    told = (
+    counts = (
         f"padding of an epoch: {100 * padding:.1f} %, less with tokens_per_batch (--data.tokens_per_batch) below 10000"
     )
-    assert told in data.describe()
-    assert data.describe().replace(told, "") == make(root, tokens_per_batch=1).describe().replace(
+    assert counts in data.describe()
+    assert data.describe().replace(counts, "") == make(root, tokens_per_batch=1).describe().replace(
         "padding of an epoch: 0.0 %", ""
     )
 
@@ -379,24 +379,24 @@ def test_missing_evaluation_pairs_are_told_and_one_without_any_split_gives_no_lo
 def predicted(data, texts):
     """Return the source of each line as text, by its number, and the batches."""
     batches = [batch for batch, _ in data.given_batches(texts)]
-    found = {}
+    text_of = {}
     for batch in batches:
         assert batch.target_BL.tolist() == [[BOS_ID]] * len(batch.index_B)
         for row, index, empty in zip(batch.source_BS, batch.index_B.tolist(), batch.empty_B.tolist(), strict=True):
             ids = tokens(row)
             assert ids[-1] == EOS_ID
             assert empty == (ids == [EOS_ID])
-            assert index not in found
-            found[index] = data.subwords.decode([ids], "source")[0]
-    return [found[i] for i in range(len(found))], batches
+            assert index not in text_of
+            text_of[index] = data.subwords.decode([ids], "source")[0]
+    return [text_of[i] for i in range(len(text_of))], batches
 
 
 @pytest.mark.parametrize("pairs", [["en-de"], ["en-de", "en-fr"]])
 def test_every_line_is_in_one_batch_with_its_number(root, pairs):
     data = make(root, pairs=pairs, predict_pair="en-de", predict_lines=7, eval_tokens_per_batch=60)
     texts = [*lines("en", 0, 20), "", "  \t", "a 漢 character", *lines("en", 5, 3), ""]
-    found, batches = predicted(data, (f"{text}\r\n" for text in texts))
-    assert found == [text.strip() for text in texts]
+    sources, batches = predicted(data, (f"{text}\r\n" for text in texts))
+    assert sources == [text.strip() for text in texts]
     # seven lines are read at a time
     assert [min(b.index_B.tolist()) // 7 for b in batches] == sorted(min(b.index_B.tolist()) // 7 for b in batches)
     assert all(b.source_BS.numel() <= 60 for b in batches)
@@ -420,10 +420,10 @@ def test_lines_are_read_as_they_are_asked_for(root):
 
 def test_a_line_of_ten_thousand_words_is_cut_with_a_warning_that_names_it(root, caplog):
     data = make(root, max_length=50)
-    found, _ = predicted(data, ["dog", "cat " * 10_000, "bird"])
-    assert found[0] == "dog"
-    assert found[1].startswith("cat cat cat ")
-    assert found[2] == "bird"
+    sources, _ = predicted(data, ["dog", "cat " * 10_000, "bird"])
+    assert sources[0] == "dog"
+    assert sources[1].startswith("cat cat cat ")
+    assert sources[2] == "bird"
     (warning,) = [r.message for r in caplog.records if r.levelno == logging.WARNING]
     count = len(data.subwords.encode(["cat " * 10_000], "source")[0])
     assert warning == f"line 2 has {count} tokens: it is cut after 49 (max_length=50)"

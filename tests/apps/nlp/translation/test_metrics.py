@@ -68,11 +68,11 @@ def test_the_target_language_decides_how_bleu_cuts_words(caplog, monkeypatch):
     for name in ("__init__", "signature"):  # as where it is
         monkeypatch.setattr(tokenizer_ko_mecab.TokenizerKoMecab, name, lambda self: None)
     pairs = ["zh-en", "en-zh_CN", "eng_Latn-zho_Hans", "en-ja", "en-ko", "en-th", "en-de"]
-    found = bleu_tokenizers(pairs)
-    assert list(found.values()) == ["13a", "zh", "zh", "char", "ko-mecab", "char", "13a"]
-    assert bleu_tokenizers(pairs) == found
-    told = "en-ja: BLEU is of characters, not of words: bleu_tokenize='ja-mecab': Japanese tokenization requires"
-    assert caplog.text.count(told) == 1
+    tokenizers = bleu_tokenizers(pairs)
+    assert list(tokenizers.values()) == ["13a", "zh", "zh", "char", "ko-mecab", "char", "13a"]
+    assert bleu_tokenizers(pairs) == tokenizers
+    warning = "en-ja: BLEU is of characters, not of words: bleu_tokenize='ja-mecab': Japanese tokenization requires"
+    assert caplog.text.count(warning) == 1
     assert caplog.text.rstrip().endswith("pip install sacrebleu[ja]")
     with pytest.raises(ValueError, match=r"^bleu_tokenize='ja-mecab': Japanese .* pip install sacrebleu\[ja\]$"):
         bleu_tokenizers(["en-ja"], "ja-mecab")
@@ -85,22 +85,22 @@ def test_the_target_language_decides_how_bleu_cuts_words(caplog, monkeypatch):
 def test_a_translation_into_chinese_is_scored_by_characters():
     metrics = TranslationMetrics(("en-de", "en-zh"))
     metrics.update([sentence(0, "a b c d", "a b c d"), sentence(1, "我们今天在家", "我们今天在家里", pair=1)])
-    found = {name: float(value) for name, value in metrics.compute().items()}
-    assert found["bleu_en-zh"] == pytest.approx(100 * math.exp(1 - 7 / 6))  # all is right, a character is missing
-    assert found["bleu"] == pytest.approx((100 + found["bleu_en-zh"]) / 2)
+    values = {name: float(value) for name, value in metrics.compute().items()}
+    assert values["bleu_en-zh"] == pytest.approx(100 * math.exp(1 - 7 / 6))  # all is right, a character is missing
+    assert values["bleu"] == pytest.approx((100 + values["bleu_en-zh"]) / 2)
 
 
 def test_several_pairs_are_averaged_and_shown_each():
     metrics = TranslationMetrics(("en-de", "en-fr", "en-cs"))
     metrics.update([sentence(0, "a b c d e", "a b c d e", pair=0)])
     metrics.update([sentence(1, "a b c d x", "a b c d e", pair=1), sentence(2, "v w x y z", "a b c d e", pair=1)])
-    found = {name: float(value) for name, value in metrics.compute().items()}
+    values = {name: float(value) for name, value in metrics.compute().items()}
     of_second = corpus_score("bleu", ["a b c d x", "v w x y z"], ["a b c d e"] * 2)
-    assert found["bleu_en-de"] == pytest.approx(100)
-    assert found["bleu_en-fr"] == pytest.approx(of_second)
-    assert found["bleu"] == pytest.approx((100 + of_second) / 2)
-    assert "bleu_en-cs" not in found  # no sentence of it
-    assert found["chrf"] == pytest.approx((found["chrf_en-de"] + found["chrf_en-fr"]) / 2)
+    assert values["bleu_en-de"] == pytest.approx(100)
+    assert values["bleu_en-fr"] == pytest.approx(of_second)
+    assert values["bleu"] == pytest.approx((100 + of_second) / 2)
+    assert "bleu_en-cs" not in values  # no sentence of it
+    assert values["chrf"] == pytest.approx((values["chrf_en-de"] + values["chrf_en-fr"]) / 2)
 
 
 def test_one_pair_has_no_metrics_of_its_own():
@@ -114,10 +114,10 @@ def test_token_metrics_are_of_all_tokens():
     metrics.update(
         [sentence(0, "a", "a", nll=1.0, right=3, tokens=4), sentence(1, "a", "a", nll=5.0, right=1, tokens=2)]
     )
-    found = metrics.compute()
+    values = metrics.compute()
     # 6 nats over 6 tokens, 4 of them right; a mean of the sentences' would be (3/4 + 1/2) / 2.
-    assert float(found["perplexity"]) == pytest.approx(math.e)
-    assert float(found["token_accuracy"]) == pytest.approx(4 / 6)
+    assert float(values["perplexity"]) == pytest.approx(math.e)
+    assert float(values["token_accuracy"]) == pytest.approx(4 / 6)
     assert perplexity(1e4) == math.inf
 
 
@@ -150,14 +150,14 @@ def test_every_rank_has_the_metrics_of_all(tmp_path):
     alone.update([sentence(i, f"a b c d {i}", "a b c d 0", nll=float(i)) for i in range(5)])
     expected = {k: float(v) for k, v in alone.compute().items()}
     for rank in range(2):
-        found, count = torch.load(tmp_path / str(rank))
+        values, count = torch.load(tmp_path / str(rank))
         assert count == 5
-        assert found == pytest.approx(expected)
+        assert values == pytest.approx(expected)
 
 
 def test_what_is_heavy_is_imported_where_it_is_used():
     modules = "apps.nlp.translation.module, apps.nlp.language.module, apps.nlp.translation.significance"
     heavy = "{'sacrebleu', 'pyarrow'}"  # torchmetrics imports what it finds of the rest
     code = f"import sys, {modules}; print(*{heavy} & set(sys.modules))"
-    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert found.stdout.split() == []
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert process.stdout.split() == []

@@ -197,10 +197,10 @@ def test_data_of_other_subwords_or_pairs_are_refused(data, two, tmp_path):
 
 def test_sentences_longer_than_learned_positions_are_refused(data, tmp_path):
     module = translator(data, transformer=dataclasses.replace(TRANSFORMER, positions="learned", max_length=255))
-    told = r"data\.max_length=256 exceeds model\.transformer\.max_length=255, the positions that positions='learned'"
-    with pytest.raises(ValueError, match=told):
+    message = r"data\.max_length=256 exceeds model\.transformer\.max_length=255, the positions that positions='learned'"
+    with pytest.raises(ValueError, match=message):
         trainer(tmp_path).validate(module, data, verbose=False)
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         printed(module, copy_data(Path(data.corpora[0].root), text="red"))
 
 
@@ -242,11 +242,11 @@ def test_every_kind_of_positions_trains(data, tmp_path, positions):
 
 def test_baselines_cost_what_they_say_whatever_is_padding(data):
     module = translator(data, encoder_moe_blocks="all", decoder_moe_blocks="all")
-    found = {s.name: s for s in find_systems(module, padded(a_batch(data), 4, 6))}
-    assert list(found) == ["sparse", "dense_equal_flops", "dense_equal_params"]
-    assert found["dense_equal_flops"].replaced_ratio == pytest.approx(1, abs=0.05)
-    assert found["dense_equal_params"].params_ratio == pytest.approx(1, abs=0.05)
-    assert not any(s.refused for s in found.values())
+    systems = {s.name: s for s in find_systems(module, padded(a_batch(data), 4, 6))}
+    assert list(systems) == ["sparse", "dense_equal_flops", "dense_equal_params"]
+    assert systems["dense_equal_flops"].replaced_ratio == pytest.approx(1, abs=0.05)
+    assert systems["dense_equal_params"].params_ratio == pytest.approx(1, abs=0.05)
+    assert not any(s.refused for s in systems.values())
 
 
 def test_a_baseline_pickles_and_has_the_rest_of_the_sparse_model(data):
@@ -450,14 +450,14 @@ def test_without_references_in_the_data_those_of_the_batch_are_taken(data, tmp_p
 def test_a_prediction_keeps_empty_lines_and_names_alternatives(data):
     module = translator(data, decode=DecodeConfig(beam_size=2, num_best=2)).eval()
     ((batch, _),) = data.given_batches(["red blue green black", "", "blue"])
-    found = module.predict_step(batch, 0)
-    columns = (found.translation, found.score.tolist(), found.alternatives)
-    by_line = dict(zip(found.index.tolist(), zip(*columns, strict=True), strict=True))
+    rows = module.predict_step(batch, 0)
+    columns = (rows.translation, rows.score.tolist(), rows.alternatives)
+    by_line = dict(zip(rows.index.tolist(), zip(*columns, strict=True), strict=True))
     assert by_line[1] == ("", 0.0, [])
     assert [len(by_line[i][2]) for i in (0, 2)] == [1, 1]
     assert by_line[0][1] < 0
-    assert found.pair == ["en-de"] * 3
-    assert dict(zip(found.index.tolist(), found.source, strict=True)) == {0: "red blue green black", 1: "", 2: "blue"}
+    assert rows.pair == ["en-de"] * 3
+    assert dict(zip(rows.index.tolist(), rows.source, strict=True)) == {0: "red blue green black", 1: "", 2: "blue"}
 
 
 def test_alternatives_are_lines_of_their_own_with_number_and_score(data):
@@ -477,18 +477,18 @@ def test_a_checkpoint_brings_its_subwords_along(data, tmp_path):
 
 
 def test_it_learns_to_copy(data, tmp_path, capsys):
-    """The whole path: files, subwords, training, validation, test, report, a prediction in order."""
+    # The whole path: files, subwords, training, validation, test, report, a prediction in order.
     module = translator(data, decode=DecodeConfig(beam_size=2), average_last=2)
     made = trainer(tmp_path, max_epochs=45, check_val_every_n_epoch=15)
     made.fit(module, data)
-    (found,) = made.test(module, data, ckpt_path=str(tmp_path / "average.ckpt"), verbose=False, weights_only=True)
-    assert found["test/bleu"] == pytest.approx(100)
-    assert found["test/token_accuracy"] == 1
+    (scores,) = made.test(module, data, ckpt_path=str(tmp_path / "average.ckpt"), verbose=False, weights_only=True)
+    assert scores["test/bleu"] == pytest.approx(100)
+    assert scores["test/token_accuracy"] == 1
     sentences = [json.loads(line) for line in (tmp_path / "report" / "sentences.jsonl").read_text().splitlines()]
     assert [s["source"] for s in sentences] == data.sources("test")
     hypotheses, references = ([s[k] for s in sentences] for k in ("hypothesis", "reference"))
     assert references == data.references("test")
-    assert corpus_score("bleu", hypotheses, references) == pytest.approx(found["test/bleu"])
+    assert corpus_score("bleu", hypotheses, references) == pytest.approx(scores["test/bleu"])
     asked = [*data.sources("test")[:3], ""]
     random.Random(1).shuffle(asked)
     assert printed(module, copy_data(Path(data.corpora[0].root), text=asked)) == asked
@@ -502,5 +502,5 @@ def test_it_learns_two_languages_by_their_tags(two, tmp_path):
     module = translator(two, task, report=None, decode=DecodeConfig("greedy"), optimizer=OptimizerConfig(lr=6e-3))
     made = trainer(tmp_path, max_epochs=30, limit_val_batches=0)
     made.fit(module, two)
-    (found,) = made.test(module, two, verbose=False)
-    assert min(found["test/bleu_en-de"], found["test/bleu_en-fr"]) > 60
+    (scores,) = made.test(module, two, verbose=False)
+    assert min(scores["test/bleu_en-de"], scores["test/bleu_en-fr"]) > 60

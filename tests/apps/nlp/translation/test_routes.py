@@ -70,11 +70,11 @@ def test_use_is_read_from_all_real_tokens_of_both_sides(module, batches):
 
 
 def test_a_gate_by_language_is_specialised_as_far_as_can_be(module, batches):
-    found = {(s.layer, s.about): s for s in specialisation(expert_use(module, batches))}
-    assert found["encoder 0", "target language"].share == pytest.approx(1)
-    assert found["decoder 0", "target language"].share == pytest.approx(1)
+    rows_of = {(s.layer, s.about): s for s in specialisation(expert_use(module, batches))}
+    assert rows_of["encoder 0", "target language"].share == pytest.approx(1)
+    assert rows_of["decoder 0", "target language"].share == pytest.approx(1)
     # Copies have the words of their sources, so a word does not tell which language it is in.
-    assert found["decoder 0", "token class"].bits < 0.05
+    assert rows_of["decoder 0", "token class"].bits < 0.05
 
 
 def test_the_report_has_a_row_a_layer_and_label_and_one_an_expert(module, batches, tmp_path, capsys):
@@ -85,8 +85,8 @@ def test_the_report_has_a_row_a_layer_and_label_and_one_an_expert(module, batche
         "expert_language.png",
         "expert_class.png",
     }
-    found = rows(tmp_path / "specialisation.csv")
-    assert [(r["layer"], r["about"]) for r in found] == [
+    table = rows(tmp_path / "specialisation.csv")
+    assert [(r["layer"], r["about"]) for r in table] == [
         (layer, about) for layer in ("encoder 0", "decoder 0") for about in ("target language", "token class")
     ]
     experts = rows(tmp_path / "expert_subwords.csv")
@@ -155,14 +155,14 @@ def test_a_sentence_is_drawn_as_the_model_says_it(module, batches, tmp_path, mon
     assert list(drawn) == ["sentence_1_attention.png", "sentence_1_experts.png"]
     ids = sentence.source_BS[0][sentence.source_BS[0] != PAD_ID].tolist()
     source = module.subwords.pieces(ids, "source")
-    said = module.subwords.pieces(module.translate(sentence, module.decode).best[0], "target")
+    pieces = module.subwords.pieces(module.translate(sentence, module.decode).best[0], "target")
     attention = drawn["sentence_1_attention.png"].axes[0]
     assert [t.get_text() for t in attention.get_xticklabels()] == source
-    assert [t.get_text() for t in attention.get_yticklabels()] == [*said, "</s>"]
+    assert [t.get_text() for t in attention.get_yticklabels()] == [*pieces, "</s>"]
     np.testing.assert_allclose(np.asarray(attention.images[0].get_array()).sum(1), 100, rtol=1e-5)
     encoder, decoder = drawn["sentence_1_experts.png"].axes
     assert [t.get_text() for t in encoder.get_yticklabels()] == source
-    assert [t.get_text() for t in decoder.get_yticklabels()] == ["<s>", *said]
+    assert [t.get_text() for t in decoder.get_yticklabels()] == ["<s>", *pieces]
     # One expert a token: that of French.
     assert {t.get_text() for axis in (encoder, decoder) for t in axis.texts} == {"3"}
 
@@ -223,14 +223,14 @@ def test_a_test_leaves_pictures_and_tables_in_the_runs_folder(two, tmp_path):
 
 
 def test_a_dense_model_has_its_attention_drawn(two, tmp_path):
-    found = files_of(two, tmp_path, moe=None, decoder_moe_blocks="none")
-    assert found == {"sentence_1_attention.png", "sentence_2_attention.png"}
+    names = files_of(two, tmp_path, moe=None, decoder_moe_blocks="none")
+    assert names == {"sentence_1_attention.png", "sentence_2_attention.png"}
 
 
 def test_pictures_can_be_left_out(two, tmp_path):
     (tmp_path / "metrics.csv").write_text(METRICS)
-    found = files_of(two, tmp_path, moe=MOE, report=TranslationReportConfig(pictures=False))
-    assert found == {"specialisation.csv", "expert_subwords.csv"}
+    names = files_of(two, tmp_path, moe=MOE, report=TranslationReportConfig(pictures=False))
+    assert names == {"specialisation.csv", "expert_subwords.csv"}
 
 
 def test_a_training_leaves_its_curves(two, tmp_path):

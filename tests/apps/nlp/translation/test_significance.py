@@ -24,13 +24,13 @@ WORSE = [" ".join(reversed(r.split())) for r in REFERENCES]
 def test_the_sums_of_the_statistics_are_the_score_of_the_corpus(score):
     metric = scorer(score)
     sums = sentence_statistics(metric, BETTER, REFERENCES).sum(0)
-    found = metric._compute_score_from_stats(sums.tolist()).score
-    assert found == pytest.approx(corpus_score(score, BETTER, REFERENCES), abs=1e-9)
+    from_sums = metric._compute_score_from_stats(sums.tolist()).score
+    assert from_sums == pytest.approx(corpus_score(score, BETTER, REFERENCES), abs=1e-9)
 
 
 @pytest.mark.parametrize("score", ["bleu", "chrf"])
 def test_each_draw_is_scored_as_its_sentences_would_be(score):
-    found = paired_bootstrap(BETTER, WORSE, REFERENCES, score, resamples=9, seed=3)
+    test = paired_bootstrap(BETTER, WORSE, REFERENCES, score, resamples=9, seed=3)
     # The same draws, a sentence as often as it was drawn.
     counts = np.random.default_rng(3).multinomial(6, np.full(6, 1 / 6), size=9)
     differences = []
@@ -41,33 +41,33 @@ def test_each_draw_is_scored_as_its_sentences_would_be(score):
             for hypotheses in (BETTER, WORSE)
         )
         differences.append(of_a - of_b)
-    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(differences, (0.025, 0.975))), abs=1e-9)
-    assert found.difference == pytest.approx(found.score_a - found.score_b)
-    assert found.score_a == pytest.approx(corpus_score(score, BETTER, REFERENCES))
+    assert (test.low, test.high) == pytest.approx(tuple(np.quantile(differences, (0.025, 0.975))), abs=1e-9)
+    assert test.difference == pytest.approx(test.score_a - test.score_b)
+    assert test.score_a == pytest.approx(corpus_score(score, BETTER, REFERENCES))
 
 
 def test_a_clear_difference_is_significant_and_its_sign_is_that_of_the_first():
-    found = paired_bootstrap(BETTER, WORSE, REFERENCES)
-    assert 0 < found.low < found.difference < found.high
+    test = paired_bootstrap(BETTER, WORSE, REFERENCES)
+    assert 0 < test.low < test.difference < test.high
     # No draw of 1000 says the opposite: twice 1 in 1001.
-    assert found.p == pytest.approx(2 / 1001)
+    assert test.p == pytest.approx(2 / 1001)
     turned = paired_bootstrap(WORSE, BETTER, REFERENCES)
-    assert (turned.low, turned.high) == pytest.approx((-found.high, -found.low))
-    assert turned.p == found.p
+    assert (turned.low, turned.high) == pytest.approx((-test.high, -test.low))
+    assert turned.p == test.p
 
 
 def test_a_system_does_not_differ_from_itself():
-    found = paired_bootstrap(BETTER, BETTER, REFERENCES)
-    assert (found.difference, found.low, found.high, found.p) == (0, 0, 0, 1)
+    test = paired_bootstrap(BETTER, BETTER, REFERENCES)
+    assert (test.difference, test.low, test.high, test.p) == (0, 0, 0, 1)
 
 
 def test_one_sentence_in_six_is_not_significant():
     # Systems that differ in one sentence agree on every draw without it: (5/6)^6 = 0.33 of them.
     other = [*REFERENCES[:5], WORSE[5]]
-    found = paired_bootstrap(REFERENCES, other, REFERENCES)
-    assert found.difference > 0
-    assert found.low == 0
-    assert found.p == pytest.approx(2 * (5 / 6) ** 6, abs=0.05)
+    test = paired_bootstrap(REFERENCES, other, REFERENCES)
+    assert test.difference > 0
+    assert test.low == 0
+    assert test.p == pytest.approx(2 * (5 / 6) ** 6, abs=0.05)
 
 
 def test_a_seed_gives_the_same_again():
@@ -78,7 +78,7 @@ def test_a_seed_gives_the_same_again():
 
 def test_pairs_are_drawn_from_apart_and_their_scores_averaged():
     strata = ["en-de"] * 4 + ["en-fr"] * 2
-    found = paired_bootstrap(BETTER, WORSE, REFERENCES, "chrf", strata=strata)
+    mean = paired_bootstrap(BETTER, WORSE, REFERENCES, "chrf", strata=strata)
     parts = [paired_bootstrap(BETTER[s], WORSE[s], REFERENCES[s], "chrf") for s in (slice(4), slice(4, 6))]
     each = {"en-de": "13a", "en-fr": "char"}
     by_stratum = paired_bootstrap(BETTER, WORSE, REFERENCES, "bleu", each, resamples=1, strata=strata)
@@ -87,8 +87,8 @@ def test_pairs_are_drawn_from_apart_and_their_scores_averaged():
         for s, name in zip((slice(4), slice(4, 6)), each.values(), strict=True)
     ]
     assert by_stratum.score_a == pytest.approx(sum(bleu) / 2)
-    assert found.difference == pytest.approx((parts[0].difference + parts[1].difference) / 2)
-    assert found.low < found.difference < found.high
+    assert mean.difference == pytest.approx((parts[0].difference + parts[1].difference) / 2)
+    assert mean.low < mean.difference < mean.high
 
 
 def examples(hypotheses, pairs=("en-de",) * 6):
@@ -97,20 +97,20 @@ def examples(hypotheses, pairs=("en-de",) * 6):
 
 
 def test_saved_tests_are_compared_in_bleu_and_chrf():
-    found = compare_sentences(examples(BETTER), examples(WORSE), {"en-de": "13a"})
-    assert [d.name for d in found] == ["BLEU", "chrF++"]
-    assert found[0].difference == pytest.approx(paired_bootstrap(BETTER, WORSE, REFERENCES).difference)
-    assert found[0].method == "paired bootstrap, 1,000 draws"
+    differences = compare_sentences(examples(BETTER), examples(WORSE), {"en-de": "13a"})
+    assert [d.name for d in differences] == ["BLEU", "chrF++"]
+    assert differences[0].difference == pytest.approx(paired_bootstrap(BETTER, WORSE, REFERENCES).difference)
+    assert differences[0].method == "paired bootstrap, 1,000 draws"
 
 
 def test_several_pairs_have_their_mean_first_and_then_each():
     pairs = ["en-de"] * 4 + ["en-fr"] * 2
-    found = compare_sentences(
+    differences = compare_sentences(
         examples(BETTER, pairs), examples(WORSE, pairs), dict.fromkeys(["en-de", "de-en", "en-fr"], "13a")
     )
-    assert [d.name for d in found[:3]] == ["BLEU, mean of the pairs", "BLEU en-de", "BLEU en-fr"]
-    assert [d.is_part for d in found] == [False, True, True] * 2
-    assert found[0].difference == pytest.approx((found[1].difference + found[2].difference) / 2)
+    assert [d.name for d in differences[:3]] == ["BLEU, mean of the pairs", "BLEU en-de", "BLEU en-fr"]
+    assert [d.is_part for d in differences] == [False, True, True] * 2
+    assert differences[0].difference == pytest.approx((differences[1].difference + differences[2].difference) / 2)
 
 
 def test_what_is_not_paired_is_refused():

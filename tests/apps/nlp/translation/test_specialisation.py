@@ -49,8 +49,8 @@ def test_what_is_no_word_is_told_by_its_characters():
 def test_letters_with_digits_or_signs_are_words_in_any_script():
     # "हि" is a letter and a vowel sign, "ि" that sign alone; a mark alone starts a word that is spelled after it.
     pieces = ["▁T-Shirt", "▁1st", "чер", "▁हि", "ि", "▁"]
-    found = classes(pieces, [1] * 6)
-    assert [c.split(",")[0] for c in found] == [
+    named = classes(pieces, [1] * 6)
+    assert [c.split(",")[0] for c in named] == [
         "function-like" if p == "▁1st" else "word start" if p.startswith("▁") else "continuation" for p in pieces
     ]
 
@@ -110,7 +110,7 @@ def entry(name, ids, experts, num_experts=2):
 
 
 def use_of(pairs, *batches):
-    """Each batch: entries and the pairs of its sentences."""
+    """Return the use of batches, each given as its entries and the pairs of its sentences."""
     use = ExpertUse(WORDS, pairs)  # type: ignore[arg-type]
     for entries, pair in batches:
         use.add(core.Tape(tuple(entries)), torch.tensor(pair))
@@ -172,8 +172,8 @@ def test_sentences_are_labelled_by_what_tells_them_apart(pairs, expected):
 def test_labels_are_numbered_by_their_first_mention():
     use = ExpertUse(WORDS, ["en-de", "en-fr", "de-en", "fr-en"])  # type: ignore[arg-type]
     use.pair_B = np.array([3, 0, 1, 2])
-    found = {about: (label_B.tolist(), names) for about, (label_B, names) in use.labels().items()}
-    assert found == {
+    labels = {about: (label_B.tolist(), names) for about, (label_B, names) in use.labels().items()}
+    assert labels == {
         "source language": ([2, 0, 0, 1], ("en", "de", "fr")),
         "target language": ([2, 0, 1, 2], ("de", "fr", "en")),
         "pair": ([3, 0, 1, 2], ("en-de", "en-fr", "de-en", "fr-en")),
@@ -211,26 +211,26 @@ def two_languages(experts):
 
 def test_an_expert_a_language_is_all_there_can_be():
     about = {s.about: s for s in specialisation(two_languages([0, 1]))}
-    found = about["target language"]
-    assert (found.bits, found.share, found.num_labels, found.num_pairs) == (1.0, 1.0, 2, 40)
+    languages = about["target language"]
+    assert (languages.bits, languages.share, languages.num_labels, languages.num_pairs) == (1.0, 1.0, 2, 40)
     # Shuffled, 40 sentences still say about 1 / (2 * 40 * ln 2) = 0.018 bits.
-    assert 0.005 < found.by_chance < 0.05
+    assert 0.005 < languages.by_chance < 0.05
     # All tokens are one subword.
     assert (about["token class"].bits, about["token class"].share, about["token class"].by_chance) == (0.0, 0.0, 0.0)
 
 
 def test_one_expert_for_both_languages_says_nothing():
-    found = specialisation(two_languages([1, 1]))[0]
-    assert (found.about, found.bits, found.share, found.by_chance) == ("target language", 0.0, 0.0, 0.0)
+    first = specialisation(two_languages([1, 1]))[0]
+    assert (first.about, first.bits, first.share, first.by_chance) == ("target language", 0.0, 0.0, 0.0)
 
 
 def test_the_chance_of_token_classes_is_the_bias_of_so_many_pairs():
     # 3 begins by expert 0, 5 dogs by expert 1: (2 - 1) (2 - 1) / (2 * 8 ln 2).
     use = use_of(["en-de"], ([entry("decoder.layers.0.ffn", [[2, 2, 2, 4, 4, 4, 4, 4]], [[0] * 3 + [1] * 5])], [0]))
-    (found,) = specialisation(use)
-    assert found.bits == pytest.approx(entropy(np.array([3, 5])))
-    assert found.share == pytest.approx(1.0)
-    assert found.by_chance == pytest.approx(1 / (16 * np.log(2)))
+    (row,) = specialisation(use)
+    assert row.bits == pytest.approx(entropy(np.array([3, 5])))
+    assert row.share == pytest.approx(1.0)
+    assert row.by_chance == pytest.approx(1 / (16 * np.log(2)))
 
 
 def test_typical_subwords_are_those_that_tell_most_of_their_expert():
