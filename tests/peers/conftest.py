@@ -13,12 +13,33 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # for helpers that stand here, as ``ported``
 pytest.register_assert_rewrite("ported")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run the tests of ``ported.Ported`` on each of the module's ``CASES``."""
+    if {"pair", "double_pair"} & set(metafunc.fixturenames):
+        metafunc.parametrize("name", metafunc.module.CASES)
+
+
+@pytest.fixture
+def pair(request: pytest.FixtureRequest, name: str) -> Any:
+    from ported import Pair
+
+    return Pair.of(request.module.peer(name))
+
+
+@pytest.fixture
+def double_pair(request: pytest.FixtureRequest, name: str) -> Any:
+    from ported import Pair, double
+
+    return Pair.of(double(request.module.peer(name)))
 
 
 @pytest.fixture(autouse=True)

@@ -111,31 +111,37 @@ class Pair:
         ours = [vocabulary.theirs[torch.tensor(ids, dtype=torch.int64)].tolist() for ids in hypotheses.best]
         return [row[:num] for row in cut], ours
 
-    def check_logits(self) -> None:
-        """The logits are equal but for what a dtype rounds."""
-        theirs, ours = self.logits()
-        if theirs.dtype == torch.float64:
-            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
-        else:
-            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=2e-4)
-
     def check_greedy(self) -> None:
-        """Both say the same, and not the same of everything."""
+        """Both write the same, and not the same of everything."""
         theirs, ours = self.greedy()
         assert ours == theirs
         assert len({tuple(ids) for ids in ours}) > 1
 
-    def check_way_back(self) -> None:
-        """Our model gives their state dict and their configuration."""
-        config = self.theirs.config.to_dict()
-        written, tensors = to_published(self.ours, like=config)
-        published = FAMILIES[config["model_type"]].published(self.theirs.state_dict())
+
+def double(model: Any) -> Any:
+    """In float64, with its routers, whose scores are float32 otherwise."""
+    for module in model.modules():
+        if hasattr(module, "classifier"):
+            module.dtype = torch.float64
+    return model.double()
+
+
+class Ported:
+    """The tests of a family: a module's subclass runs them on each model ``peer(name)`` of the module's ``CASES``."""
+
+    def test_logits_are_equal(self, pair: Pair) -> None:
+        theirs, ours = pair.logits()
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=2e-4)
+
+    def test_the_way_back_gives_every_tensor_and_the_configuration(self, pair: Pair) -> None:
+        config = pair.theirs.config.to_dict()
+        written, tensors = to_published(pair.ours, like=config)
+        published = FAMILIES[config["model_type"]].published(pair.theirs.state_dict())
         assert set(tensors) == set(published)
         for name, tensor in tensors.items():
             assert torch.equal(tensor, published[name]), name
-        read = from_published(written, tensors)[0]
-        assert read == self.architecture
-        again = type(self.theirs.config)(**written).to_dict()
+        assert from_published(written, tensors)[0] == pair.architecture
+        again = type(pair.theirs.config)(**written).to_dict()
         # What they derive from other values, and may be said in several ways.
         derived = {"dtype", "architectures", "transformers_version", "encoder_sparse_step", "decoder_sparse_step"}
         differing = {
@@ -145,30 +151,32 @@ class Pair:
         }
         assert not differing
 
-    def check_files(self, folder: Path) -> None:
-        """Each reads what the other saves, tensor by tensor."""
-        dtype = next(self.ours.parameters()).dtype
-        self.theirs.save_pretrained(folder / "theirs")
-        loaded = load_pretrained(folder / "theirs", dtype)
+    def test_either_reads_what_the_other_saves(self, pair: Pair, tmp_path: Path) -> None:
+        dtype = next(pair.ours.parameters()).dtype
+        pair.theirs.save_pretrained(tmp_path / "theirs")
+        loaded = load_pretrained(tmp_path / "theirs", dtype)
         for name, tensor in loaded.state_dict().items():
-            assert torch.equal(tensor, self.ours.state_dict()[name]), name
+            assert torch.equal(tensor, pair.ours.state_dict()[name]), name
 
-        save_pretrained(self.ours, folder / "ours", like=folder / "theirs")
-        theirs, info = type(self.theirs).from_pretrained(folder / "ours", dtype=dtype, output_loading_info=True)
+        save_pretrained(pair.ours, tmp_path / "ours", like=tmp_path / "theirs")
+        theirs, info = type(pair.theirs).from_pretrained(tmp_path / "ours", dtype=dtype, output_loading_info=True)
         assert not info["missing_keys"]
         assert not info["unexpected_keys"]
-        state = self.theirs.state_dict()
+        state = pair.theirs.state_dict()
         assert set(theirs.state_dict()) == set(state)
         for name, tensor in theirs.state_dict().items():
             assert torch.equal(tensor, state[name]), name
 
 
-def double(model: Any) -> Any:
-    """In float64, with its routers, whose scores are float32 otherwise."""
-    for module in model.modules():
-        if hasattr(module, "classifier"):
-            module.dtype = torch.float64
-    return model.double()
+class PortedInDouble(Ported):
+    """The tests of a family whose models can be float64 throughout."""
+
+    def test_logits_are_equal_in_double(self, double_pair: Pair) -> None:
+        theirs, ours = double_pair.logits()
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+    def test_greedy_translations_are_equal(self, double_pair: Pair) -> None:
+        double_pair.check_greedy()
 
 
 def check_own(model: Any, their_class: Any, folder: Path, **options: Any) -> Pair:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from ported import VOCAB, Pair, check_own, modeling, randomize
+from ported import VOCAB, Pair, Ported, check_own, modeling, randomize
 
 import core
 from apps.nets.config import TransformerConfig
@@ -75,24 +75,9 @@ def peer(name: str) -> Any:
     return model
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_logits_are_equal(name):
-    Pair.of(peer(name)).check_logits()
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_greedy_continuations_are_equal(name):
-    Pair.of(peer(name)).check_greedy()
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_the_way_back_gives_every_tensor_and_the_configuration(name):
-    Pair.of(peer(name)).check_way_back()
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_either_reads_what_the_other_saves(name, tmp_path):
-    Pair.of(peer(name)).check_files(tmp_path)
+class TestDecoders(Ported):
+    def test_greedy_continuations_are_equal(self, pair):
+        pair.check_greedy()
 
 
 def test_ids_that_theirs_lack_are_copies_of_one_it_does_not_say():

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from ported import VOCAB, Pair, check_own, double, modeling, randomize
+from ported import VOCAB, Pair, PortedInDouble, check_own, double, modeling, randomize
 
 import core
 from apps.nets.config import TransformerConfig
@@ -72,21 +72,8 @@ def all_experts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("all_experts")
-@pytest.mark.parametrize("name", CASES)
-def test_logits_are_equal(name):
-    Pair.of(peer(name)).check_logits()
-
-
-@pytest.mark.usefixtures("all_experts")
-@pytest.mark.parametrize("name", CASES)
-def test_logits_are_equal_in_double(name):
-    Pair.of(double(peer(name))).check_logits()
-
-
-@pytest.mark.usefixtures("all_experts")
-@pytest.mark.parametrize("name", CASES)
-def test_greedy_translations_are_equal(name):
-    Pair.of(double(peer(name))).check_greedy()
+class TestNllb(PortedInDouble):
+    pass
 
 
 def test_their_block_is_another_model():
@@ -94,16 +81,6 @@ def test_their_block_is_another_model():
     if torch.allclose(theirs, ours):
         pytest.skip("NLLB-MoE block: the installed version runs all experts")
     assert (ours - theirs).abs().max() > 0.1
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_the_way_back_gives_every_tensor_and_the_configuration(name):
-    Pair.of(peer(name)).check_way_back()
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_either_reads_what_the_other_saves(name, tmp_path):
-    Pair.of(peer(name)).check_files(tmp_path)
 
 
 @pytest.mark.usefixtures("all_experts")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from ported import VOCAB, Pair, check_own, double, modeling, randomize
+from ported import VOCAB, Pair, PortedInDouble, check_own, modeling, randomize
 from torch import nn
 
 import core
@@ -72,40 +72,18 @@ def peer(name: str) -> Any:
 
 
 @pytest.fixture
-def in_double(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their norms and routers in the dtype of the model."""
+def double_pair(double_pair: Pair, monkeypatch: pytest.MonkeyPatch) -> Pair:
+    """Return a pair whose norms, theirs too, are in the dtype of the model."""
     for module, prefix in (("t5", "T5"), ("mt5", "MT5"), ("switch_transformers", "SwitchTransformers")):
         norm = getattr(modeling(module), f"{prefix}LayerNorm")
         monkeypatch.setattr(
             norm, "forward", lambda self, x: F.rms_norm(x, x.shape[-1:], self.weight, self.variance_epsilon)
         )
+    return double_pair
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_logits_are_equal(name):
-    Pair.of(peer(name)).check_logits()
-
-
-@pytest.mark.usefixtures("in_double")
-@pytest.mark.parametrize("name", CASES)
-def test_logits_are_equal_in_double(name):
-    Pair.of(double(peer(name))).check_logits()
-
-
-@pytest.mark.usefixtures("in_double")
-@pytest.mark.parametrize("name", CASES)
-def test_greedy_translations_are_equal(name):
-    Pair.of(double(peer(name))).check_greedy()
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_the_way_back_gives_every_tensor_and_the_configuration(name):
-    Pair.of(peer(name)).check_way_back()
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_either_reads_what_the_other_saves(name, tmp_path):
-    Pair.of(peer(name)).check_files(tmp_path)
+class TestSwitch(PortedInDouble):
+    pass
 
 
 def test_experts_take_all_tokens_where_theirs_drop_by_capacity():
