@@ -67,6 +67,9 @@ def source_batches(
 ) -> Iterator[tuple[TranslationBatch, list[str]]]:
     """Yield batches of sentences to be translated, as the lines come, each with its lines.
 
+    Each line is in one batch, whose ``index_B`` is the line's number from 0. An empty one has a source of ``EOS_ID``
+    alone (``batch.empty_B``).
+
     Args:
         lines: text; line ends and spaces around it do not count.
         subwords, pairs: the model's.

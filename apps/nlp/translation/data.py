@@ -232,15 +232,10 @@ class TranslationData(SuiteData):
     def given_batches(
         self, lines: Iterable[str] | None = None, start: int = 0
     ) -> Iterator[tuple[TranslationBatch, list[str]]]:
-        """Yield batches of sentences to be translated, as the lines come, each batch with its lines.
-
-        ``predict_lines`` lines are read at a time and batched with their neighbours in length; ``index_B`` is the
-        number of each line, from 0. Each line is in one batch. An empty one has a source of ``EOS_ID`` alone
-        (``batch.empty_B``); one over ``max_length`` tokens is cut, with a warning that names it. The lines before one
-        that is no text come before its error.
+        """Yield batches of sentences to be translated, as `source_batches` makes them with the data's options.
 
         Args:
-            lines: text, whose line ends and outer spaces do not count; None: that of ``text`` or ``predict_file``.
+            lines: text; None: that of ``text`` or ``predict_file``.
             start: lines before this one are passed over.
 
         Raises:
