@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from torchvision.datasets import MNIST, FashionMNIST
+
 from apps.data.datasets import Dataset, register
 from apps.data.sources import DebianPackage, File, PythonPackage, UrlSource
 from apps.vision.image_set import Splits
@@ -36,7 +38,6 @@ class VisionDataset(Dataset):
         return len(self.mean)
 
 
-_IDX = tuple(f"{split}-{kind}-ubyte.gz" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))
 _DIGIT_NAMES = tuple("0123456789")
 _CIFAR10_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 # fmt: off
@@ -52,33 +53,19 @@ _CIFAR100_NAMES = (
     "streetcar", "sunflower", "sweet_pepper", "table", "tank", "telephone", "television", "tiger", "tractor",
     "train", "trout", "tulip", "turtle", "wardrobe", "whale", "willow_tree", "wolf", "woman", "worm",
 )
-_FASHION_NAMES = (
-    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
-)
 # fmt: on
 
 
-def _idx_files(*md5: str) -> tuple[File, ...]:
-    return tuple(File(name, f"md5:{digest}") for name, digest in zip(_IDX, md5, strict=True))
+def _idx_files(kind: type[MNIST]) -> tuple[File, ...]:
+    """Return the four gzipped files of MNIST or Fashion-MNIST with their MD5, which torchvision knows."""
+    return tuple(File(name, f"md5:{digest}") for name, digest in kind.resources)
 
 
-def _mnist_layouts(folder: str) -> tuple[tuple[str, ...], ...]:
-    plain = tuple(name.removesuffix(".gz") for name in _IDX)
-    return (_IDX, plain, tuple(f"{folder}/raw/{name}" for name in plain))
+def _idx_layouts(kind: type[MNIST]) -> tuple[tuple[str, ...], ...]:
+    zipped = tuple(file.name for file in _idx_files(kind))
+    plain = tuple(name.removesuffix(".gz") for name in zipped)
+    return (zipped, plain, tuple(f"{kind.__name__}/raw/{name}" for name in plain))
 
-
-_MNIST_FILES = _idx_files(
-    "f68b3c2dcbeaaa9fbdd348bbdeb94873",
-    "d53e105ee54ea40749a09fcbcd1e9432",
-    "9fb629c4189551a2d022fa330f9573f3",
-    "ec29112dd5afa0611ce80d1b7f02629c",
-)
-_FASHION_FILES = _idx_files(
-    "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
-    "25c81989df183df01b3e8a0aad5dffbe",
-    "bef4ecab320f06d8554ea6380940ec79",
-    "bb300cfdad3c16e7a12a480ee83cd310",
-)
 
 VISION_DATASETS: dict[str, VisionDataset] = {
     d.name: d
@@ -118,10 +105,10 @@ VISION_DATASETS: dict[str, VisionDataset] = {
         VisionDataset(
             name="mnist",
             title="MNIST, handwritten digits, 28x28 grey, 60,000 train, 10,000 test, 10 classes",
-            layouts=_mnist_layouts("MNIST"),
+            layouts=_idx_layouts(MNIST),
             sources=(
-                UrlSource("https://ossci-datasets.s3.amazonaws.com/mnist/", _MNIST_FILES),
-                UrlSource("http://yann.lecun.com/exdb/mnist/", _MNIST_FILES),
+                UrlSource("https://ossci-datasets.s3.amazonaws.com/mnist/", _idx_files(MNIST)),
+                UrlSource("http://yann.lecun.com/exdb/mnist/", _idx_files(MNIST)),
             ),
             licence="CC BY-SA 3.0",
             image_size=28,
@@ -133,16 +120,16 @@ VISION_DATASETS: dict[str, VisionDataset] = {
         VisionDataset(
             name="fashion_mnist",
             title="Fashion-MNIST, articles of clothing, 28x28 grey, 60,000 train, 10,000 test, 10 classes",
-            layouts=_mnist_layouts("FashionMNIST"),
+            layouts=_idx_layouts(FashionMNIST),
             sources=(
-                UrlSource("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/", _FASHION_FILES),
+                UrlSource("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/", _idx_files(FashionMNIST)),
                 DebianPackage("dataset-fashion-mnist", "/usr/share/datasets/fashion-mnist"),
             ),
             licence="MIT",
             image_size=28,
             mean=(0.2860,),
             std=(0.3530,),
-            class_names=_FASHION_NAMES,
+            class_names=tuple(FashionMNIST.classes),
             read=partial(read_mnist, folder="FashionMNIST"),
         ),
         VisionDataset(
