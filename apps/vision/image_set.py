@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,21 +46,11 @@ class ImageSet(torch.utils.data.Dataset[Any]):
 
 
 class Splits(NamedTuple):
-    """The images of a dataset. ``val`` is None without a validation split, ``train`` where there are only tests."""
+    """The images of a dataset. ``val`` is None without a validation split, ``train`` where there is only a test."""
 
     train: ImageSet | None
     test: ImageSet
     val: ImageSet | None = None
-
-
-@dataclass(frozen=True)
-class FromTensor:
-    """Images in memory: uint8 (N, C, H, W)."""
-
-    images: Tensor
-
-    def __call__(self, index: Tensor) -> Tensor:
-        return self.images[index]
 
 
 def in_memory(images: np.ndarray, labels: np.ndarray, path: Path, num_classes: int) -> ImageSet:
@@ -71,7 +60,7 @@ def in_memory(images: np.ndarray, labels: np.ndarray, path: Path, num_classes: i
         raise ValueError(f"{path} is corrupt: labels go from 0 to {num_classes - 1}, not {span}")
     # arrays made of file bytes are read-only: torch would warn
     pixels = torch.from_numpy(np.require(images, requirements=["C", "W"]))
-    return ImageSet(FromTensor(pixels), torch.from_numpy(labels.astype(np.int64)))
+    return ImageSet(pixels.__getitem__, torch.from_numpy(labels.astype(np.int64)))
 
 
 def stratified_split(labels: Tensor, num: int, seed: int) -> tuple[Tensor, Tensor]:
