@@ -134,7 +134,7 @@ def test_parameters_are_the_dense_ones_less_the_ffns_plus_the_experts():
     # FFN: 2 * 16 * 64 + 64 + 16 = 2128. MoE: gate 4 * 16 = 64, experts 4 * 2 * 16 * 24 = 3072.
     assert MOE.num_params(16) == 64 + 3072
     assert numel(build(moe=MOE)) == numel(build()) + 2 * (3136 - 2128)
-    # Of the experts a token takes two of four.
+    # A token takes two of the four experts.
     assert core.active_params(build(moe=MOE)) == numel(build()) + 2 * (64 + 3072 // 2 - 2128)
 
 
@@ -161,7 +161,7 @@ def test_widths_are_exact_where_a_ratio_would_be_rounded_down():
     assert build(vit, blocks="last1").blocks[0].mlp.fc1.out_features == 61
 
 
-def test_routers_are_told_patch_positions():
+def test_token_ids_are_patch_positions():
     model = build(moe=MOE)
     with core.record(model) as tape:
         model(images(2))
@@ -387,7 +387,7 @@ def test_an_own_sparse_checkpoint_loads_whole(tmp_path):
     assert_close(model(images()), trained(images()))
 
 
-def test_weights_that_cannot_be_had_are_one_line(tmp_path):
+def test_weights_that_cannot_be_read_are_one_line(tmp_path):
     (tmp_path / "w.safetensors").write_bytes(b"not weights")
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pt")
     (tmp_path / "cut.pt").write_bytes((tmp_path / "other.pt").read_bytes()[:-40])
@@ -404,7 +404,7 @@ def test_weights_that_cannot_be_had_are_one_line(tmp_path):
         assert "pretrained=" in str(caught.value)
 
 
-def test_the_position_embedding_starts_at_the_asked_scale():
+def test_the_position_embedding_starts_at_the_given_scale():
     options = {"image_size": 28, "in_chans": 1, "num_classes": 3}
     plain, loud = (ViTConfig(patch_size=4, depth=1, pos_embed_std=std) for std in (0.02, 0.5))
     torch.manual_seed(0)

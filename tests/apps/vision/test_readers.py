@@ -140,7 +140,7 @@ def test_a_strip_is_cut_before_it_is_scaled(shape: tuple[int, int], monkeypatch:
     cut = VisionData("image_folder", root=".", image_size=4)._file_transform(train=False)(image)
     assert cut.shape == (3, 4, 4)
     assert max(scaled[0]) <= 8 * min(shape)
-    # As scaled whole: (2, 12000) by 2 to (4, 24000).
+    # Scaling the whole image, such as (2, 12000) to (4, 24000), gives the same pixels.
     assert torch.equal(cut, v2.functional.center_crop(real(image, [4]), [4, 4]))
 
 

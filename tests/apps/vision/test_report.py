@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from quiet_trainer import quiet_trainer
 
 import core
 from apps.cli import main
@@ -33,9 +33,8 @@ def test_report_writes_tables_and_pictures(tmp_path, capsys):
             few_shot=(5, 500), few_shot_seeds=2, capacity_factors=(0.5, 1.0), sweep_images=100, images=3
         ),
     )
-    options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = Trainer(default_root_dir=tmp_path, accelerator="cpu", enable_checkpointing=False, **options)
-    (metrics,) = trainer.test(module, datamodule=VisionData("digits", eval_batch_size=100), verbose=False)
+    data = VisionData("digits", eval_batch_size=100)
+    (metrics,) = quiet_trainer(tmp_path).test(module, datamodule=data, verbose=False)
     assert 0.0 < metrics["test/few_shot_5"] <= 1.0
     assert "test/few_shot_500" not in metrics  # a class has only about 14 validation images
     folder = tmp_path / "report"
@@ -69,15 +68,10 @@ def test_a_class_without_test_images_is_in_no_picture(tmp_path, monkeypatch):
     test = data._opened.test
     data._opened = data._opened._replace(test=test.subset((test.labels[test.index] != 3).nonzero().squeeze(1)))
     drawn = []
-    keep = lambda bands, *texts: drawn.append(bands) or heatmaps(bands, *texts)  # noqa: E731
-    monkeypatch.setattr("apps.vision.report.heatmaps", keep)
-    quiet = {
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": False,
-    }
-    Trainer(default_root_dir=tmp_path, accelerator="cpu", **quiet).test(module, datamodule=data, verbose=False)
+    monkeypatch.setattr(
+        "apps.vision.report.heatmaps", lambda bands, *texts: drawn.append(bands) or heatmaps(bands, *texts)
+    )
+    quiet_trainer(tmp_path).test(module, datamodule=data, verbose=False)
     (((shares,),),) = drawn
     assert [row.split()[0] for row in shares.rows] == ["0", "1", "2", "4", "5", "6", "7", "8", "9", "all"]
     assert shares.values.sum(1) == pytest.approx(np.ones(10))
@@ -109,9 +103,7 @@ def test_no_capacity_is_swept_where_the_router_has_none(tmp_path):
         image_size=8,
         report=VisionReportConfig(few_shot=(), images=1),
     )
-    options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = Trainer(default_root_dir=tmp_path, accelerator="cpu", enable_checkpointing=False, **options)
-    trainer.test(module, datamodule=VisionData("digits", eval_batch_size=100), verbose=False)
+    quiet_trainer(tmp_path).test(module, datamodule=VisionData("digits", eval_batch_size=100), verbose=False)
     assert {p.name for p in (tmp_path / "report").iterdir()} == {"routing.png", "expert_class.png", "load.png"}
 
 
@@ -131,9 +123,7 @@ def test_report_of_a_dense_model_is_the_few_shot_part_without_an_interval_of_one
         image_size=8,
         report=VisionReportConfig(few_shot=(2,), few_shot_seeds=1),
     )
-    options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = Trainer(default_root_dir=tmp_path, accelerator="cpu", enable_checkpointing=False, **options)
-    trainer.test(module, datamodule=VisionData("digits"), verbose=False)
+    quiet_trainer(tmp_path).test(module, datamodule=VisionData("digits"), verbose=False)
     assert [p.name for p in (tmp_path / "report").iterdir()] == ["few_shot.csv"]
     assert "±" not in capsys.readouterr().out
     (row,) = csv.DictReader((tmp_path / "report" / "few_shot.csv").open())
