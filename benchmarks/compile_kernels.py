@@ -1,11 +1,11 @@
-"""Compile every kernel for cards that are not there, and say what each needs of the card.
+"""Compile every kernel for cards that are not there, and print what each needs.
 
     python -m benchmarks.compile_kernels                      # every kernel and tile, for sm_80, sm_90 and sm_100
     python -m benchmarks.compile_kernels --arch 90 --dtypes bfloat16 --kernels up linear
 
-One line a kernel, tile and card: registers, bytes of spilled registers, shared memory, how many loads are on the way
-when the pipeline first waits, bytes of the widest load, and whether the products run on tensor cores. Needs Triton
-alone: its wheel brings the assembler. Leaves with 1 where a kernel does not fit.
+Each kernel, tile and card has a line: registers, bytes of spilled registers, shared memory, how many loads are on the
+way when the pipeline first waits, bytes of the widest load, and whether the products run on tensor cores. It needs
+Triton alone, whose wheel brings the assembler. The exit code is 1 where a kernel does not fit.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from core.kernels.triton_ops.tuning import Tile
 
 ARCHS = (80, 90, 100)
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-"""Bytes a program may have, of the CUDA C++ programming guide's table of compute capabilities."""
+"""Bytes that a program may have, from the CUDA C++ programming guide's table of compute capabilities."""
 MAX_SPILL = 96
 """Bytes of registers that a thread may spill."""
 WIDTHS = {"whole": (2048, 1408), "eights": (2040, 1400), "twos": (2042, 1402), "odd": (2041, 1401)}
-"""D and F: of whole tiles; multiples of 8, as ``SwiGLU`` makes them; rows that start at 4 bytes, and at any number."""
+"""D and F in whole tiles; in multiples of 8, as ``SwiGLU`` makes them; of even and of odd rows."""
 FIRST_WAIT = re.compile(r"ttg\.async_wait\b.*?\bnum = (\d+)")
 LOAD = re.compile(r"\bld\.global[\w.:]*?(?:\.v(\d))?\.b(\d+)\b")
 ASYNC_LOAD = re.compile(r"\bcp\.async\.c[ag]\.shared\.global[^;]*?, (0x[0-9a-f]+|\d+)")
@@ -48,7 +48,7 @@ PRODUCTS = {
     "float32": torch.float32,
     "tf32": torch.float32,
 }
-"""What products are taken in: dtypes, and float32 with the tensor cores' own precision."""
+"""The dtypes of products; "tf32" is float32 with the tensor cores' own precision."""
 _TYPES = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
@@ -246,12 +246,12 @@ def compile_all(
     """Compile each kernel with each tile that tuning may choose.
 
     Args:
-        archs: of ``ARCHS``.
-        dtypes: of ``PRODUCTS``.
-        kernels: names, as "up"; None: all.
-        widths: of ``WIDTHS``; kernels that see no width of rows are compiled for the first alone.
-        all_flags: with every combination of flags in ``launches``, and of the fewest and most experts there can be with
-            the first tile; else the first of each kernel.
+        archs: some of ``ARCHS``.
+        dtypes: some of ``PRODUCTS``.
+        kernels: names, such as "up"; None: all.
+        widths: some of ``WIDTHS``; kernels that see no width of rows are compiled for the first alone.
+        all_flags: compile every combination of flags in ``launches``, and the first tile for the fewest and the most
+            experts that there can be; otherwise compile the first combination of each kernel.
     """
     for dtype in dtypes:
         seen: set[object] = set()
@@ -268,7 +268,7 @@ def compile_all(
                 if kernels is not None and name not in kernels:
                     continue
                 if dtype == "tf32" and "PRECISION" not in launch.constants:
-                    continue  # as in float32
+                    continue  # it is the float32 one
                 for tile in launch.tiles() if num_experts == 64 else launch.tiles()[:1]:
                     flags = repr(sorted(launch.constants.items())) if all_flags else ""
                     width = (launch.tile and (launch.tile[0], pair)) or launch.constants.get("UNIT")
@@ -295,9 +295,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="compile_kernels", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--arch", nargs="+", type=int, choices=ARCHS, default=list(ARCHS))
     names = list(PRODUCTS)
-    parser.add_argument("--dtypes", nargs="+", choices=names, default=names, help="of the products")
-    parser.add_argument("--widths", nargs="+", choices=list(WIDTHS), default=list(WIDTHS), help="of tokens and experts")
-    parser.add_argument("--kernels", nargs="+", metavar="NAME", help="as up, linear, weight_grad (default: all)")
+    parser.add_argument("--dtypes", nargs="+", choices=names, default=names, help="dtypes of the products")
+    parser.add_argument("--widths", nargs="+", choices=list(WIDTHS), default=list(WIDTHS), help="D and F")
+    parser.add_argument("--kernels", nargs="+", metavar="NAME", help="such as up, linear or weight_grad (default: all)")
     parser.add_argument("--first", action="store_true", help="each kernel with one set of flags")
     parser.add_argument("--json", action="store_true", help="one object a line")
     args = parser.parse_args(argv)

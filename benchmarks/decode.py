@@ -34,7 +34,7 @@ from apps.porting import from_published
 from apps.porting.vocabulary import Vocabulary
 
 LAYERS, DIM, HIDDEN, HEADS, VOCAB = 4, 128, 256, 4, 8000
-"""Of encoder and decoder each: the size "tiny", every second layer sparse, experts as wide as the dense FFNs."""
+"""The size "tiny", for encoder and decoder each. Every second layer is sparse, with experts as wide as the FFNs."""
 
 SENTENCES, BEAM, SOURCE, TARGET = 32, 5, 16, 20
 SPREAD = 0.37
@@ -45,7 +45,7 @@ NAMES = {"switch": "transformers SwitchTransformers", "nllb": "transformers NLLB
 
 @dataclass(frozen=True)
 class Pair:
-    """The same weights twice; ``vocabulary`` leads from our ids to theirs."""
+    """Two models of the same weights; ``vocabulary`` leads from our ids to theirs."""
 
     theirs: Any
     ours: TranslationModel
@@ -53,7 +53,7 @@ class Pair:
 
 
 def build(peer: str, num_experts: int) -> Pair:
-    """A model of transformers with random weights, and ours with the same."""
+    """Make a model of transformers with random weights, and ours with the same ones."""
     import transformers
 
     shared = {"vocab_size": VOCAB, "d_model": DIM, "num_experts": num_experts, "tie_word_embeddings": False}
@@ -79,7 +79,7 @@ def build(peer: str, num_experts: int) -> Pair:
         if "router" in name:  # tokens go to many experts, as balance losses make them
             nn.init.normal_(weight, std=3 * DIM**-0.5)
     with torch.no_grad():
-        # What is said varies from sentence to sentence, and the end is never among the best.
+        # The output varies from sentence to sentence, and the end is never among the best.
         head = theirs.lm_head.weight
         head.normal_(std=2 * DIM**-0.5)
         head[config.eos_token_id] = 0.0
@@ -91,7 +91,7 @@ def build(peer: str, num_experts: int) -> Pair:
 
 
 def sources(lengths: list[int]) -> Tensor:
-    """Random sentences that end in EOS_ID, in our ids."""
+    """Return random sentences that end in EOS_ID, in our ids."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.full((len(lengths), max(lengths)), PAD_ID)
     for row, n in zip(rows, lengths, strict=True):
@@ -117,7 +117,7 @@ def their_run(pair: Pair, source_BS: Tensor) -> Callable[[], Any]:
 
 
 def their_run_to(pair: Pair, source_BS: Tensor, lengths: list[int]) -> Callable[[], Any]:
-    """As ``their_run``, but each sentence ends after as many ids as it has, and the batch with its longest."""
+    """Return a run in which each sentence ends after as many ids as it has, and the batch with its longest."""
     ids, end = pair.vocabulary.theirs[source_BS], pair.theirs.config.eos_token_id
     limit_R1 = torch.tensor(lengths).repeat_interleave(BEAM)[:, None]
 
@@ -143,7 +143,7 @@ def their_run_to(pair: Pair, source_BS: Tensor, lengths: list[int]) -> Callable[
 
 
 def caption_lengths() -> list[int]:
-    """32 lengths at equal distances in probability, in an order by chance; about 15 at the median."""
+    """Return 32 lengths at equal distances in probability, in an order by chance; their median is about 15."""
     normal = statistics.NormalDist()
     quantiles = [normal.inv_cdf((i + 0.5) / SENTENCES) for i in range(SENTENCES)]
     order = torch.randperm(SENTENCES, generator=torch.Generator().manual_seed(0)).tolist()
@@ -151,7 +151,7 @@ def caption_lengths() -> list[int]:
 
 
 def timed(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each round; one round before them warms up."""
+    """Return the seconds of each round; one round before them warms up."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(rounds + 1):
         for name, run in runs.items():
@@ -167,7 +167,7 @@ def quartiles(values: list[float]) -> list[float]:
 
 
 def rows_of(seconds: dict[str, list[float]], base: str) -> list[dict[str, Any]]:
-    """Sentences a second of each system, and how many times those of ``base``, by quartiles."""
+    """Return the quartiles of each system's sentences a second, and of their ratio to those of ``base``."""
     rows = []
     for name, times in seconds.items():
         rate = quartiles([SENTENCES / s for s in times])
@@ -177,7 +177,7 @@ def rows_of(seconds: dict[str, list[float]], base: str) -> list[dict[str, Any]]:
 
 
 def arguments(program: str, doc: str | None, argv: list[str] | None) -> argparse.Namespace:
-    """The options of a benchmark beside transformers, whose threads are set."""
+    """Read the options of a benchmark beside transformers, and set the threads."""
     parser = argparse.ArgumentParser(prog=program, description=(doc or "").split("\n\n")[0])
     parser.add_argument("--experts", type=int, nargs="+", default=[8, 64], help="E of the sparse layers")
     parser.add_argument("--peers", nargs="+", choices=sorted(NAMES), default=["switch", "nllb"])
@@ -210,13 +210,13 @@ def main(argv: list[str] | None = None) -> int:
             pair, source_BS = build(peer, num_experts), sources([SOURCE] * SENTENCES)
             ours = f"moesaic, weights of {peer}"
             runs = {ours: our_run(pair, source_BS, equal), NAMES[peer]: their_run(pair, source_BS)}
-            found = rows_of(timed(runs, args.rounds), NAMES[peer])
-            low, mid, high = found[0]["ratio"]
-            for row in found:
+            measured = rows_of(timed(runs, args.rounds), NAMES[peer])
+            low, mid, high = measured[0]["ratio"]
+            for row in measured:
                 a, b, c = row["sentences_per_second"]
                 over = f"{mid:.2f}x ({low:.2f}-{high:.2f})" if row["system"] == NAMES[peer] else ""
                 print(f"| {num_experts} | {row['system']} | {b:.1f} ({a:.1f}-{c:.1f}) | {over} |", flush=True)
-            rows += [{"experts": num_experts, **row} for row in found]
+            rows += [{"experts": num_experts, **row} for row in measured]
     mean = sum(lengths) / len(lengths)
     print(f"\n{SENTENCES} sentences of {min(lengths)} to {max(lengths)} ids, {mean:.0f} on average, to as many")
     print("\n| E | system | sentences/s (quartiles) | batch pruning over it |\n|---|---|---|---|")

@@ -42,11 +42,10 @@ FEWER_ROWS = {"recsys/ten_million_rows.yaml": ("--data.synthetic.num_rows", "200
 def runs() -> dict[str, list[str]]:
     """Return the configurations of each run, by name."""
     files = [path for app in APPS for path in sorted((ROOT / "configs" / app).glob("*.yaml"))]
-    found = {str(path.relative_to(ROOT / "configs")): [str(path.relative_to(ROOT))] for path in files}
+    configs = {str(path.relative_to(ROOT / "configs")): [str(path.relative_to(ROOT))] for path in files}
     for path in sorted((ROOT / "configs" / "routing").glob("*.yaml")):
-        overlay = str(path.relative_to(ROOT))
-        found[f"digits + {path.stem}"] = ["configs/vision/digits.yaml", overlay]
-    return found
+        configs[f"digits + {path.stem}"] = ["configs/vision/digits.yaml", str(path.relative_to(ROOT))]
+    return configs
 
 
 def losses(name: str, configs: Sequence[str], roots: dict[str, str], tree: Path) -> list[str] | str:
@@ -81,22 +80,22 @@ def main() -> int:
     args = parser.parse_args()
     roots = dict(pair.split("=", 1) for pair in args.root)
     before = json.loads(args.against.read_text()) if args.against else {}
-    found: dict[str, Any] = {}
+    now: dict[str, list[str] | str] = {}
     moved = 0
     for name, configs in runs().items():
         if not name.startswith(tuple(args.only)) or not all((args.tree / path).is_file() for path in configs):
             continue
-        found[name] = losses(name, configs, roots, args.tree)
+        outcome = now[name] = losses(name, configs, roots, args.tree)
         known = before.get(name)
-        said = found[name] if isinstance(found[name], str) else f"{found[name][0]} ... {found[name][-1]}"
+        line = outcome if isinstance(outcome, str) else f"{outcome[0]} ... {outcome[-1]}"
         if isinstance(known, list):
-            same = known == found[name]
-            moved += not same
-            said += "  as before" if same else f"  MOVED from {known[0]} ... {known[-1]}"
-        print(f"{name}: {said}", flush=True)
+            is_same = known == outcome
+            moved += not is_same
+            line += "  as before" if is_same else f"  MOVED from {known[0]} ... {known[-1]}"
+        print(f"{name}: {line}", flush=True)
         if args.output:
-            args.output.write_text(json.dumps(found, indent=1) + "\n")
-    print(f"{len(found)} runs, {moved} moved")
+            args.output.write_text(json.dumps(now, indent=1) + "\n")
+    print(f"{len(now)} runs, {moved} moved")
     return int(bool(moved))
 
 

@@ -62,7 +62,7 @@ SHAPES = {
 }
 DEFAULTS = {"cpu": ["E8", "E32", "E64", "E64-rows"], "cuda": ["large-E8", "large-E64"]}
 GEMMS = ("up", "linear", "hidden_grad", "weight_grad")
-"""The Triton kernels that multiply: everything else of a step is routing."""
+"""The Triton kernels that multiply; everything else of a step is routing."""
 
 
 class DenseFFN(nn.Module):
@@ -105,8 +105,8 @@ class ScatterMoE(nn.Module):
 
 
 @contextlib.contextmanager
-def or_said(name: str) -> Iterator[None]:
-    """A peer that is not installed is passed over, one that cannot be built is named: the table goes on without it."""
+def or_named(name: str) -> Iterator[None]:
+    """Pass over a peer that is not installed, and name one that cannot be built; the table goes on without it."""
     try:
         yield
     except ImportError:
@@ -116,16 +116,16 @@ def or_said(name: str) -> Iterator[None]:
 
 
 def reason(error: Exception) -> str:
-    """The first line of what an error says, with its class."""
+    """Return the first line of an error's message, with its class."""
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def gpu_peers(shape: Shape, gated: bool, dtype: torch.dtype) -> dict[str, nn.Module]:
-    """scattermoe, megablocks and sonic-moe, where they are installed, at the same widths."""
+    """Return scattermoe, megablocks and sonic-moe, where they are installed, at the same widths."""
     peers: dict[str, nn.Module] = {}
-    with or_said("scattermoe"):
+    with or_named("scattermoe"):
         peers["scattermoe"] = ScatterMoE(shape, gated)
-    with or_said("megablocks dMoE"):
+    with or_named("megablocks dMoE"):
         from megablocks import Arguments, dMoE
 
         peers["megablocks dMoE"] = dMoE(
@@ -144,7 +144,7 @@ def gpu_peers(shape: Shape, gated: bool, dtype: torch.dtype) -> dict[str, nn.Mod
                 device=torch.device("cuda"),
             )
         )
-    with or_said("sonic-moe"):
+    with or_named("sonic-moe"):
         from sonicmoe import MoE as SonicMoE
         from sonicmoe.enums import ActivationType
 
@@ -161,14 +161,16 @@ def gpu_peers(shape: Shape, gated: bool, dtype: torch.dtype) -> dict[str, nn.Mod
 
 
 def peer_layers(shape: Shape, gated: bool, device: torch.device, dtype: torch.dtype) -> dict[str, nn.Module]:
-    """The layers of installed peers at the same FLOPs; those that are always gated get two thirds of the width beside
-    experts that are not."""
+    """Return the layers of installed peers at the same FLOPs.
+
+    Beside experts without a gate, peers that always have one get two thirds of the width.
+    """
     peers: dict[str, nn.Module] = {}
     for name, peer in (gpu_peers(shape, gated, dtype) if device.type == "cuda" else {}).items():
-        with or_said(name):
+        with or_named(name):
             peers[name] = peer.to(device, dtype)
     gated_width = shape.F if gated else shape.F * 2 // 3 // 16 * 16
-    with or_said("transformers Mixtral"):
+    with or_named("transformers Mixtral"):
         from transformers import MixtralConfig
         from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
@@ -184,7 +186,7 @@ def peer_layers(shape: Shape, gated: bool, device: torch.device, dtype: torch.dt
             for parameter in block.parameters():
                 nn.init.normal_(parameter, std=0.02)
             peers[f"transformers Mixtral, {implementation}"] = block.to(device, dtype)
-    with or_said("st-moe-pytorch"):
+    with or_named("st-moe-pytorch"):
         from st_moe_pytorch import MoE as StMoE
 
         if shape.K == 2:  # its gate is top-2 by default
@@ -218,7 +220,7 @@ def seconds_of(run: Callable[[], object], device: torch.device, repeats: int = 7
 
 
 def ceilings(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-    """What the machine does at most: FLOP/s of one large product, bytes/s read and written by a copy."""
+    """Measure the machine's limits: FLOP/s of one large product, and bytes/s read and written by a copy."""
     side, numbers = (8192, 1 << 28) if device.type == "cuda" else (2048, 1 << 24)
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     source = torch.empty(numbers, dtype=torch.float32, device=device).fill_(1.0)
@@ -228,8 +230,11 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
 
 
 def work(shape: Shape, dtype: torch.dtype, gated: bool) -> tuple[int, int]:
-    """FLOPs of a step, and the least bytes that a sparse one moves: weights read twice and their gradients written,
-    tokens and output with their gradients, pre-activations written and read."""
+    """Return the FLOPs of a step, and the least bytes that a sparse one moves.
+
+    Weights are read twice and their gradients written, tokens and output are moved with their gradients, and
+    pre-activations are written and read.
+    """
     matrices, rows = 3 if gated else 2, shape.T * shape.K
     weights = shape.E * shape.D * shape.F * matrices
     numbers = 3 * weights + 4 * shape.T * shape.D + 2 * rows * shape.F * (matrices - 1)
@@ -238,7 +243,7 @@ def work(shape: Shape, dtype: torch.dtype, gated: bool) -> tuple[int, int]:
 
 
 def routing_share(run: Callable[[], None]) -> float | None:
-    """Share of the GPU's time in a step that is not a product of Triton's; None on a CPU."""
+    """Return the share of the GPU's time in a step that is not a product of Triton's; None on a CPU."""
     if not torch.cuda.is_available():
         return None
     from torch.profiler import ProfilerActivity, profile

@@ -2,7 +2,7 @@
 
 Each router of ``configs/routing`` decides in an MoE layer, forward and backward, against a plain top-k layer that
 computes as many pairs; every round times each once, in turn, and the ratio is taken within the round. Balance and drop
-rate are those of untrained routers, on tokens that are all alike likely and on tokens of a few clusters of Zipf sizes.
+rate are those of untrained routers, on normal tokens and on tokens of a few clusters whose sizes fall as 1 / rank.
 
     moesaic bench routing                                # the table of benchmarks/README.md
     moesaic bench routing --routers hash base --rounds 20
@@ -50,7 +50,10 @@ class Shape:
 
 
 def tokens(shape: Shape, skewed: bool) -> tuple[Tensor, Tensor]:
-    """(B, S, D) tokens and their ids (B, S): normal and uniform, or of 16 clusters whose sizes fall as 1 / rank."""
+    """Draw (B, S, D) tokens and their ids (B, S).
+
+    They are normal and uniform, or come from 16 clusters whose sizes fall as 1 / rank.
+    """
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(shape.B, shape.S, shape.D, generator=generator)
     if not skewed:
@@ -62,7 +65,7 @@ def tokens(shape: Shape, skewed: bool) -> tuple[Tensor, Tensor]:
 
 
 def context(config: Any, ids_BS: Tensor) -> core.RoutingContext:
-    """What the router needs to know: sequences take tasks and domains in turn."""
+    """Return the facts that a router may need; sequences take tasks and domains in turn."""
     place_B = torch.arange(ids_BS.shape[0], device=ids_BS.device)
     return core.RoutingContext(
         token_ids_BS=ids_BS,
@@ -73,7 +76,7 @@ def context(config: Any, ids_BS: Tensor) -> core.RoutingContext:
 
 
 def configure(router: str | core.RouterConfig, shape: Shape) -> core.MoEConfig:
-    """The layer with a router by name, or with a plain one."""
+    """Return the layer with a router by name, or with a plain one."""
     plain = core.MoEConfig(shape.E, core.TokenChoice(top_k=2), core.FFN(hidden_dim=shape.F))
     if not isinstance(router, str):
         return dataclasses.replace(plain, router=router)
@@ -82,7 +85,7 @@ def configure(router: str | core.RouterConfig, shape: Shape) -> core.MoEConfig:
 
 
 def at_size(router: Any, shape: Shape) -> Any:
-    """The overlays are for 8 experts and short sequences: settings that follow from both, for as many pairs a token."""
+    """Change the settings of an overlay for 8 experts and short sequences to those of ``shape``, with equal pairs."""
     if isinstance(router, core.Domain):
         return dataclasses.replace(router, num_domains=shape.E)
     if isinstance(router, core.NullExperts):
@@ -112,7 +115,7 @@ def step(config: core.MoEConfig, shape: Shape, x: Tensor, ids_BS: Tensor) -> tup
 
 @torch.no_grad()
 def usage(config: core.MoEConfig, shape: Shape, skewed: bool) -> tuple[float, float | None]:
-    """Load imbalance in training, and the drop rate at a capacity factor of 1.25; None where there is no capacity."""
+    """Return the load imbalance in training and the drop rate at a capacity factor of 1.25, None without a capacity."""
     x, ids_BS = tokens(shape, skewed)
 
     def stats(changed: core.MoEConfig) -> core.LayerStats:
@@ -132,7 +135,7 @@ def usage(config: core.MoEConfig, shape: Shape, skewed: bool) -> tuple[float, fl
 
 
 def rows_per_token(config: core.MoEConfig, shape: Shape) -> float:
-    """Rows of the experts for each token."""
+    """Return the number of the experts' rows for each token."""
     by_sequence = config.capacity().group == "sequence"
     return config.router.rows_per_token(shape.E, shape.S if by_sequence else None)
 
@@ -193,7 +196,7 @@ def measure(names: list[str], shape: Shape, rounds: int) -> list[dict[str, Any]]
 
 @torch.no_grad()
 def gates(config: core.MoEConfig, shape: Shape, training: bool) -> Tensor:
-    """(T, E): the weight of each expert in each token, on the tokens of clusters."""
+    """Return the weight of each expert in each token, (T, E), on the tokens of clusters."""
     x, ids_BS = tokens(shape, True)
     torch.manual_seed(0)
     layer = config.build(shape.D).to(DEVICE).train(training)
@@ -203,7 +206,7 @@ def gates(config: core.MoEConfig, shape: Shape, training: bool) -> Tensor:
 
 
 def draw(names: list[str], folder: Path) -> None:
-    """One picture a router: who computes whom, of two sequences of 16 tokens in up to 16 clusters."""
+    """Draw for each router which expert computes which token, in two sequences of 16 tokens of up to 16 clusters."""
     from apps.report.heatmaps import Heatmap, heatmaps, numbers
     from apps.report.plots import save_picture
 

@@ -1,4 +1,4 @@
-"""Sharded tables on the processes of one machine: memory, what leaves a process in a step, time of a step.
+"""Sharded tables on the processes of one machine: their memory, the bytes sent in a step, and its time.
 
     torchrun --standalone --nproc-per-node 2 benchmarks/scale.py
     torchrun --standalone --nproc-per-node 2 benchmarks/scale.py --rows 10000000 --columns 1 --pooling 5
@@ -42,7 +42,7 @@ SHARDINGS = ("table_wise", "row_wise", "column_wise")
 
 
 class Made(LightningDataModule):
-    """Batches of uniform ids, ``pooling`` a column and row, another draw on each process."""
+    """Batches of uniform ids, ``pooling`` a column and row; each process draws its own."""
 
     def __init__(self, features: Features, batch_size: int, pooling: int, steps: int) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class Made(LightningDataModule):
 
 
 class Steps(Callback):
-    """Seconds of each step after the first, and what the collectives of one step send."""
+    """The callback measures the seconds of each step after the first, and the bytes that its collectives send."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -135,7 +135,7 @@ def counted(sent: Counter[str]) -> Iterator[None]:
 
 
 def expected(sharding: str, W: int, B: int, F: int, L: int, D: int) -> tuple[float, float]:
-    """Bytes of (ids and lengths, rows and gradients) that a process sends in a step, by the page's formulas."""
+    """Return the bytes of ids and lengths, and of rows and gradients, that a process sends, by the page's formulas."""
     away = (W - 1) / W
     if sharding == "row_wise":  # a length for each process; sums of each process for each example
         return (8 * B * F * L + 4 * B * F * W) * away, 2 * 4 * B * F * D * (W - 1)
@@ -148,7 +148,7 @@ def expected(sharding: str, W: int, B: int, F: int, L: int, D: int) -> tuple[flo
 
 
 def resident() -> float:
-    """GB of this process's memory."""
+    """Return the GB of this process's memory."""
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e9
 
@@ -187,7 +187,7 @@ def measure(sharding: str, args: argparse.Namespace) -> dict[str, float]:
             enable_model_summary=False,
         )
         trainer.fit(module, Made(features, args.batch_size, args.pooling, args.steps + 1))
-    found = {
+    measured = {
         "local": steps.local_bytes / 1e6,
         "resident": resident(),
         "ids": steps.sent["ids"] / args.steps,
@@ -196,15 +196,15 @@ def measure(sharding: str, args: argparse.Namespace) -> dict[str, float]:
     }
     del module, trainer
     gc.collect()
-    return found
+    return measured
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=2_500_000, help="of each table")
+    parser.add_argument("--rows", type=int, default=2_500_000, help="rows of each table")
     parser.add_argument("--columns", type=int, default=4)
     parser.add_argument("--dim", type=int, default=16)
-    parser.add_argument("--batch-size", type=int, default=1024, help="of each process")
+    parser.add_argument("--batch-size", type=int, default=1024, help="rows of a batch on each process")
     parser.add_argument("--pooling", type=int, default=1, help="ids of a column in a row")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--shardings", nargs="+", default=SHARDINGS)
@@ -217,11 +217,11 @@ def main() -> None:
     W = dist.get_world_size()
     lines = []
     for sharding in args.shardings:
-        found = measure(sharding, args)
+        measured = measure(sharding, args)
         ids, rows = expected(sharding, W, args.batch_size, args.columns, args.pooling, args.dim)
         lines.append(
-            f"| {sharding} | {found['local']:.0f} MB | {found['resident']:.2f} GB | {found['ids'] / 1e3:.1f} "
-            f"({ids / 1e3:.1f}) kB | {found['rows'] / 1e3:.1f} ({rows / 1e3:.1f}) kB | {found['ms']:.1f} ms |"
+            f"| {sharding} | {measured['local']:.0f} MB | {measured['resident']:.2f} GB | {measured['ids'] / 1e3:.1f} "
+            f"({ids / 1e3:.1f}) kB | {measured['rows'] / 1e3:.1f} ({rows / 1e3:.1f}) kB | {measured['ms']:.1f} ms |"
         )
     if dist.get_rank() == 0:
         print(

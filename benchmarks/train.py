@@ -42,7 +42,7 @@ PEER = "torch-rechub, bare loop"
 
 
 def build(data: TableData, norm: str | None, embedding: str) -> MultiTaskRecommender:
-    """Embeddings of 4, standardised numbers, 8 experts of 16, a gate a task, towers of 8."""
+    """Return a model with embeddings of 4, standardised numbers, 8 experts of 16, a gate a task and towers of 8."""
     return MultiTaskRecommender(
         features=data.features,
         shared=core.MMoE(num_experts=8, expert=core.MLP(hidden_dims=(16,), norm=norm)),
@@ -55,7 +55,7 @@ def build(data: TableData, norm: str | None, embedding: str) -> MultiTaskRecomme
 
 
 def bare_loop(model: MultiTaskRecommender, batches: list[TableBatch]) -> Callable[[], float]:
-    """Seconds of one pass over ``batches``."""
+    """Return a function that makes one pass over ``batches`` and gives its seconds."""
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
     model.train()
 
@@ -72,7 +72,7 @@ def bare_loop(model: MultiTaskRecommender, batches: list[TableBatch]) -> Callabl
 
 
 class _Window(Callback):
-    """Seconds from the end of step ``skip`` to the end of the last one."""
+    """The callback measures the seconds from the end of step ``skip`` to the end of the last one."""
 
     def __init__(self, skip: int) -> None:
         self.skip, self.seconds = skip, 0.0
@@ -84,7 +84,7 @@ class _Window(Callback):
 
 
 def lightning_loop(model: MultiTaskRecommender, data: TableData, steps: int) -> Callable[[], float]:
-    """Seconds of ``steps`` steps of the trainer as ``moesaic fit`` sets it up; validation is left out."""
+    """Return a function that gives the seconds of ``steps`` steps of ``moesaic fit``; validation is left out."""
 
     def run() -> float:
         window = _Window(skip=10)
@@ -108,7 +108,7 @@ def lightning_loop(model: MultiTaskRecommender, data: TableData, steps: int) -> 
 
 
 def rechub_loop(data: TableData, batches: list[TableBatch]) -> Callable[[], float]:
-    """The same pass over torch-rechub's MMoE, on batches in its form."""
+    """Return a function that gives the seconds of the same pass over torch-rechub's MMoE, on batches in its form."""
     from torch_rechub.basic.features import DenseFeature, SparseFeature
     from torch_rechub.models.multi_task import MMOE
 
@@ -148,7 +148,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=150, help="steps of each system in a round")
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds, after one warm-up")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads")
-    parser.add_argument("--norm", choices=["batch", "layer"], help="of the experts; torch-rechub's: batch")
+    parser.add_argument("--norm", choices=["batch", "layer"], help="the experts' norm; torch-rechub's: batch")
     parser.add_argument("--embedding", choices=["joined", "collection", "fused"], default="joined")
     parser.add_argument("--peers", action="store_true", help="also time torch-rechub, if it is installed")
     parser.add_argument("--root", help="a folder with Census-Income; default: the cache, or fetched")

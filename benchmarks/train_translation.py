@@ -26,7 +26,7 @@ from apps.nets.loss import linear_cross_entropy
 decode = load("decode")
 
 SENTENCES, LENGTH, STEPS = 64, 24, 4
-"""A batch's sentences, ids of each side, and the steps of a round."""
+"""The sentences of a batch, the ids of each side, and the steps of a round."""
 
 
 def our_run(pair: Any, source_BS: Tensor, target_BL: Tensor) -> Callable[[], Any]:
@@ -48,13 +48,13 @@ def our_run(pair: Any, source_BS: Tensor, target_BL: Tensor) -> Callable[[], Any
 def their_run(pair: Any, source_BS: Tensor, target_BL: Tensor) -> Callable[[], Any]:
     model, theirs = pair.theirs.train(), pair.vocabulary.theirs
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    ids, read, said = theirs[source_BS], theirs[target_BL[:, :-1]], theirs[target_BL[:, 1:]]
+    ids, inputs, targets = theirs[source_BS], theirs[target_BL[:, :-1]], theirs[target_BL[:, 1:]]
 
     def run() -> None:
         for _ in range(STEPS):
             # Their own loss shifts nothing: logits of the token after each that is read.
-            logits = model(input_ids=ids, decoder_input_ids=read).logits
-            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), said.flatten())
+            logits = model(input_ids=ids, decoder_input_ids=inputs).logits
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

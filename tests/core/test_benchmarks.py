@@ -22,7 +22,7 @@ def test_a_peer_that_fails_is_named_and_the_others_are_measured(monkeypatch, cap
     rows = layer.measure(shape, torch.float32, ["auto"], 1, True, False, cpu, (1.0, 1.0))
     assert [row["system"] for row in rows] == ["dense", *others, "moesaic auto"]
     for error in (ImportError("not installed"), ValueError("hidden_size=8 is too small")):
-        with layer.or_said("another"):
+        with layer.or_named("another"):
             raise error
     assert capsys.readouterr().out.splitlines() == [
         "peer does not run in torch.float32: TypeError: forward() takes no such thing",
