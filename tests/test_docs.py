@@ -24,7 +24,7 @@ VISION = (ROOT / "docs" / "vision.md").read_text(encoding="utf-8")
 
 
 def slug(heading: str) -> str:
-    """The anchor of a heading, as code hosts make it: letters, digits, hyphens and underscores stay."""
+    """Return the anchor of a heading, as code hosts make it: letters, digits, hyphens and underscores stay."""
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
@@ -52,7 +52,7 @@ PLACEHOLDER = re.compile(r"NAME|YOUR|Your|[*{<]|\.\.\.")
 
 
 def exists(name: str) -> bool:
-    """Whether a dotted name is a module of the tree, or an attribute below one."""
+    """Return whether a dotted name is a module of the tree, or an attribute below one."""
     parts = name.split(".")
     module = next(
         n
@@ -91,14 +91,14 @@ def test_the_tree_of_rooms_is_the_tree(top):
     assert set(re.findall(r"\b\w+\.py\b", listed)) == files
 
 
-def test_the_gate_of_ones_own_passes_the_conformance_suite(tmp_path, monkeypatch):
-    sources = re.findall(r"^```python\n(.*?)^```$", ROUTING["writing_a_gate.md"], flags=re.DOTALL | re.MULTILINE)
+def test_a_router_of_ones_own_passes_the_conformance_suite(tmp_path, monkeypatch):
+    sources = re.findall(r"^```python\n(.*?)^```$", ROUTING["writing_a_router.md"], flags=re.DOTALL | re.MULTILINE)
     assert len(sources) == 1
-    (tmp_path / "my_gates.py").write_text(sources[0])
+    (tmp_path / "my_routers.py").write_text(sources[0])
     monkeypatch.syspath_prepend(str(tmp_path))
-    gates = importlib.import_module("my_gates")  # its last line is the check
-    config = core.MoEConfig.from_dict({"num_experts": 4, "router": {"class_path": "my_gates.Loudest"}})
-    assert config.router == gates.Loudest()
+    routers_of_ones_own = importlib.import_module("my_routers")  # its last line is the check
+    config = core.MoEConfig.from_dict({"num_experts": 4, "router": {"class_path": "my_routers.Loudest"}})
+    assert config.router == routers_of_ones_own.Loudest()
 
 
 @pytest.mark.parametrize("name", routers.overlays())
@@ -147,9 +147,9 @@ def test_the_page_of_images_runs(tmp_path, monkeypatch, capsys):
         run_dir = "digits" if "digits" in command else "tune" if "tune" in command else "photos"
         overlay = ["--config", "configs/debug.yaml", "--run_dir", f"runs/{run_dir}", "--trainer.accelerator", "cpu"]
         assert main([*words, *overlay]) == 0, command
-    said = capsys.readouterr()
-    assert "142 loaded; 2 of another shape" in said.err
-    assert "6 of MoE layers in place of an FFN, left untrained (blocks.9.mlp." in said.err
+    log = capsys.readouterr().err
+    assert "142 loaded; 2 of another shape" in log
+    assert "6 of MoE layers in place of an FFN, left untrained (blocks.9.mlp." in log
 
     shutil.copy("inbox/0.png", "a.png")
     shutil.copy("inbox/1.png", "b.png")
