@@ -32,7 +32,7 @@ OTHERS = [p for p in FILES if p not in ROUTING]
 OVERLAYS = [p for p in OTHERS if "class_path" not in (yaml.safe_load(p.read_text()).get("model") or {})]
 WHOLE = [p for p in OTHERS if p not in OVERLAYS]
 BASE = ROOT / "configs" / "vision" / "digits.yaml"
-TABLE_BASE = ROOT / "configs" / "recsys" / "synthetic.yaml"  # of overlays with options of a recommender
+TABLE_BASE = ROOT / "configs" / "recsys" / "synthetic.yaml"  # for overlays with options of a recommender
 
 
 def name(path: Path) -> str:
@@ -40,7 +40,7 @@ def name(path: Path) -> str:
 
 
 def image_folder(root: Path) -> Path:
-    """Stands for data that only the user can bring."""
+    """Write images in place of data that only the user can bring."""
     for split in ("train", "val"):
         for label in ("cat", "dog"):
             (root / split / label).mkdir(parents=True)
@@ -50,7 +50,7 @@ def image_folder(root: Path) -> Path:
 
 
 def no_data(monkeypatch) -> None:
-    """Stands for tables and texts that a test may not fetch: what a model asks of them."""
+    """Give the data modules what a model asks of tables and texts, which a test may not fetch."""
     made = Features(
         categorical=(CategoricalFeature("city", 5), CategoricalFeature("tags", 7, multi_valued=True)),
         continuous=(ContinuousFeature("age", mean=40.0, std=10.0, quantiles=(20.0, 30.0, 50.0)),),
@@ -76,7 +76,7 @@ def test_a_configuration_builds(path, monkeypatch, tmp_path):
         cli = build("fit", ["--config", str(path), *flags])
     assert cli.run_dir == Path("runs") / path.stem
     assert sum(p.numel() for p in cli.model.parameters()) > 0
-    for part in ("router", "expert"):  # of a class that is named, what is not written has that class's default
+    for part in ("router", "expert"):  # an option that is not written has the default of the named class
         written = ((yaml.safe_load(path.read_text())["model"]["init_args"].get("moe") or {}).get(part)) or {}
         if "class_path" in written:
             expected = getattr(core, written["class_path"].removeprefix("core."))(**written.get("init_args", {}))
@@ -110,13 +110,13 @@ def test_a_routing_overlay_means_the_same_to_every_command(path, monkeypatch, tm
 
 
 def header(path: Path) -> list[str]:
-    """The lines of the comment that a configuration begins with, without their marks."""
+    """Return the lines of the comment that a configuration begins with, without their marks."""
     lines = itertools.takewhile(lambda line: line.startswith("#"), path.read_text().splitlines())
     return [line.removeprefix("#").strip() for line in lines]
 
 
 def commands(path: Path) -> list[list[str]]:
-    """What a header says to type, in words: whole commands, and options within its sentences after the first one."""
+    """Return the words of each command of a header; options within its sentences follow the first command."""
     text = "\n".join(header(path)).replace("\\\n", " ")
     lines = [line for line in text.split("\n") if line.startswith(("moesaic ", "torchrun "))]
     typed = [shlex.split(line, comments=True) for line in lines]
@@ -129,7 +129,7 @@ def commands(path: Path) -> list[list[str]]:
 
 
 def is_built_above(path: Path, words: list[str]) -> bool:
-    """Whether another test builds the same."""
+    """Return whether another test builds the same."""
     own = str(path.relative_to(ROOT))
     return words in (["fit", "--config", own], ["fit", "--config", str(BASE.relative_to(ROOT)), "--config", own])
 

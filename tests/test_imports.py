@@ -56,13 +56,13 @@ class Import:
 
 
 def module_name(path: str) -> str:
-    """``core/kernels/eager.py`` -> ``core.kernels.eager``; a package's ``__init__.py`` is the package."""
+    """Return ``core.kernels.eager`` for ``core/kernels/eager.py``; a package's ``__init__.py`` is the package."""
     parts = PurePosixPath(path).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def imports(path: str, source: str) -> Iterator[Import]:
-    """Every import of a file, also those inside functions and ``if TYPE_CHECKING``."""
+    """Yield every import of a file, also those inside functions and ``if TYPE_CHECKING``."""
     package = PurePosixPath(path).parts[:-1]
 
     def visit(node: ast.AST, lazy: bool) -> Iterator[Import]:
@@ -85,18 +85,18 @@ def imports(path: str, source: str) -> Iterator[Import]:
 
 
 def part_of(module: str) -> str:
-    """The part of core, or the app, that a module lies in; "" for the package itself."""
+    """Return the part of core, or the app, that a module lies in; "" for the package itself."""
     return module.split(".")[1] if "." in module else ""
 
 
 def part_imported(target: str) -> str:
-    """The part that an imported name lies in; "" where the name, as ``core.MoEConfig``, comes from ``__init__``."""
+    """Return the part that an imported name lies in; "" where it comes from ``__init__``, as ``core.MoEConfig``."""
     part = part_of(target)
     return part if part in ROW_OF or (ROOT / "core" / f"{part}.py").exists() else ""
 
 
 def core_rule(module: str, imported: Import) -> str | None:
-    """Why a module of core may not have this import, or None."""
+    """Return why a module of core may not have this import, or None."""
     target, top = imported.target, imported.target.split(".")[0]
     if top == "triton":
         if not module.startswith(TRITON_OPS):
@@ -123,7 +123,7 @@ def core_rule(module: str, imported: Import) -> str | None:
 
 
 def app_rule(module: str, imported: Import) -> str | None:
-    """Why a module of apps may not have this import, or None."""
+    """Return why a module of apps may not have this import, or None."""
     here, there = part_of(module), part_of(imported.target)
     if imported.target.split(".")[0] != "apps" or here in (there, ""):
         return None
@@ -144,7 +144,7 @@ def app_rule(module: str, imported: Import) -> str | None:
 
 
 def names_of_apps(path: str, source: str) -> list[str]:
-    """One line for each string of a shared room that begins with a dotted path into an app."""
+    """Return a line for each string of a shared room that begins with a dotted path into an app."""
     if part_of(module_name(path)) in (*APPS, "registry", "compare", "demo", "cli"):
         return []
     texts = (node for node in ast.walk(ast.parse(source, path)) if isinstance(node, ast.Constant))
@@ -156,7 +156,7 @@ def names_of_apps(path: str, source: str) -> list[str]:
 
 
 def violations(path: str, source: str) -> list[str]:
-    """One line for each import in a file that breaks a rule."""
+    """Return a line for each import in a file that breaks a rule."""
     module = module_name(path)
     rule = core_rule if module.split(".")[0] == "core" else app_rule
     broken = ((imported, rule(module, imported)) for imported in imports(path, source))

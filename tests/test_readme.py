@@ -1,4 +1,4 @@
-"""What README says works: its Python runs, its commands run on digits with the debug overlay, its targets exist."""
+"""README keeps its word: its Python runs, its commands run on digits with the debug overlay, its targets exist."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def blocks(language: str) -> list[str]:
 
 
 def commands(program: str) -> list[list[str]]:
-    """The words of every command line that begins with ``program``; an option's value keeps its place."""
+    """Return the words of every command line that begins with ``program``."""
     lines = [line for block in blocks("sh") for line in block.splitlines()]
     lines += re.findall(rf"`({program} [^`]*)`", README)
     return [shlex.split(line, comments=True) for line in lines if line.startswith(f"{program} ")]
@@ -38,13 +38,13 @@ def test_python_blocks_run_one_after_the_other():
 
 
 def test_moesaic_commands_run_on_digits_with_the_debug_overlay(tmp_path, monkeypatch, capfd):
-    found = commands("moesaic")
-    assert {words[1] for words in found} == {"fit", "test", "predict", "compare", "data"}
+    typed = commands("moesaic")
+    assert {words[1] for words in typed} == {"fit", "test", "predict", "compare", "data"}
     # A copy of the configurations, for run folders are made where a command is run.
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    for words in found:
+    for words in typed:
         arguments = words[1:]
         if words[1] in ("fit", "test", "predict") and "configs/debug.yaml" not in words:
             arguments += ["--config", "configs/debug.yaml"]
@@ -63,10 +63,3 @@ def test_make_targets_exist():
     for target in sorted(targets):
         done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-
-
-def test_linked_files_exist():
-    links = re.findall(r"\]\(([^)#:]+)\)", README)
-    assert links
-    missing = [link for link in links if not (ROOT / link).exists()]
-    assert missing == []

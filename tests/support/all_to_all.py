@@ -18,12 +18,12 @@ from core.dispatch import Dispatcher, LocalDispatcher
 
 @dataclass(frozen=True)
 class Journey:
-    """How rows find their way back.
+    """The way of rows to other ranks, by which they come back.
 
     Attributes:
-        rows: of this rank's own tokens, as a ``LocalDispatcher`` sorts them.
-        sent, received: rows for each rank, and from each.
-        by_expert_R: int64 (R,), which row that came in stands at each place.
+        rows: this rank's own tokens, as a ``LocalDispatcher`` sorts them.
+        sent, received: number of rows for each rank, and from each.
+        by_expert_R: int64 (R,), the received row that stands at each place.
     """
 
     rows: Rows
@@ -51,7 +51,7 @@ class AllToAllDispatcher(Dispatcher):
         sent_WE = routing.tokens_per_expert_E.view(world, -1)
         received_WE = torch.empty_like(sent_WE)
         dist.all_to_all_single(received_WE, sent_WE.contiguous(), group=self.group)
-        # In the order of ranks, then of experts; to be in the order of experts.
+        # Rows come in by rank and then by expert, and are sorted by expert.
         expert_R = torch.arange(sent_WE.shape[1]).repeat(world).repeat_interleave(received_WE.flatten())
         journey = Journey(rows, sent_WE.sum(1).tolist(), received_WE.sum(1).tolist(), expert_R.argsort(stable=True))
         x_RD = self._exchange(rows.materialize()[:live], journey.sent, journey.received)

@@ -8,7 +8,7 @@ from apps.cli import main
 
 
 def fails(capsys: pytest.CaptureFixture, code: int, *argv: str) -> str:
-    """Run it; it must end with ``code`` and one line on stderr, after notes of the data and the model. Returns it."""
+    """Run a command that must end with ``code`` and one line on stderr, after notes; return that line."""
     capsys.readouterr()
     assert main(list(argv)) == code
     lines = [x for x in capsys.readouterr().err.splitlines() if "parameters" not in x and " train, " not in x]

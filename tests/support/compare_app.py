@@ -33,11 +33,9 @@ class TinyModel(SparseModule, Comparable):
         offers: its baselines: "dense_equal_flops", "dense_double_equal_flops" (a false claim), "dense_equal_params",
             "centroids" (no torch model), "tuned_centroids" (one with settings), "none" (one that cannot exist).
         further: metrics for the table beside top1; the module logs "top2" too.
-        explodes_from: learning rates from here on give a NaN loss.
-        optimizer: rates.
-        ema_decay: of the average.
-        average_last: epochs in the mean.
-        keeps_examples: a comparison has the class found for each test point.
+        explodes_from: least learning rate that gives a NaN loss.
+        optimizer, ema_decay, average_last: as in ``SparseModule``.
+        keeps_examples: whether a comparison has the result of each test point.
     """
 
     monitor: ClassVar[str] = "val/top1"
@@ -163,8 +161,8 @@ class TunedCentroids(Centroids):
                 self.fit(data, seed, {"share": share})
                 return self.evaluate(data, "val")["top1"]
 
-            found = search.quality(f"share={share:g}", tried, math.inf if best[0] < 0 else 1.0)
-            best = max(best, (-1.0 if found is None else found, share))
+            quality = search.quality(f"share={share:g}", tried, math.inf if best[0] < 0 else 1.0)
+            best = max(best, (-1.0 if quality is None else quality, share))
         return {"share": best[1]}
 
     def fit(self, data: LightningDataModule, seed: int, settings: Mapping[str, float]) -> None:  # type: ignore[override]

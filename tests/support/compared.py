@@ -1,4 +1,4 @@
-"""What the tests of comparisons share: the configuration, and how it is read."""
+"""The configuration that the tests of comparisons share, and functions that read it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ trainer: {max_epochs: 2, accelerator: cpu}
 
 
 def asked(config: Path, output: Path, *more: str) -> list[str]:
-    """Arguments of ``moesaic`` for a comparison of one epoch a run with two seeds, one rate, and no measuring."""
+    """Return the words of a command that compares with two seeds of one epoch, at one rate, and measures no speed."""
     fixed = ["--seeds", "2", "--rounds", "0", "--learning_rates", "0.01", "--trainer.max_epochs", "1"]
     return ["compare", str(config), "--output", str(output), *fixed, *more]
 

@@ -21,7 +21,7 @@ MOE = core.MoEConfig(num_experts=4, router=core.TokenChoice(top_k=2), expert=cor
 
 
 def write_copies(folder: Path, targets: tuple[str, ...] = ("de",)) -> Path:
-    """Moses files of sentences of 4 words in English and their copies, another split each of all 256."""
+    """Write Moses files of sentences of 4 words in English and their copies; the splits are parts of all 256."""
     sentences = [" ".join(words) for words in itertools.product(WORDS, repeat=4)]
     random.Random(0).shuffle(sentences)
     start = 0
@@ -36,7 +36,7 @@ def write_copies(folder: Path, targets: tuple[str, ...] = ("de",)) -> Path:
 
 
 def copy_data(folder: Path, targets: tuple[str, ...] = ("de",), **options: Any) -> TranslationData:
-    """Their data module; the files are written where they are not yet."""
+    """Return the data module of these files, which are written where they are not there yet."""
     if not (folder / "train.en").exists():
         write_copies(folder, targets)
     given: dict[str, Any] = {
@@ -54,7 +54,7 @@ def copy_data(folder: Path, targets: tuple[str, ...] = ("de",), **options: Any) 
 
 
 def translator(data: TranslationData, moe: core.MoEConfig | None = MOE, **options: Any) -> Translator:
-    """An untrained model for ``data``."""
+    """Return an untrained model for ``data``."""
     given: dict[str, Any] = {
         "transformer": TRANSFORMER,
         "encoder_moe_blocks": "none",

@@ -64,16 +64,16 @@ class EveryColumn:
         c = self.columns(split)
         starts = np.cumsum(c["lengths"]) - c["lengths"]
         order = np.random.default_rng(0).permutation(c["n"]) if shuffled else np.arange(c["n"])
-        found: list[TableBatch] = []
+        batches: list[TableBatch] = []
         if not c["n"]:
-            return found
+            return batches
         for rows in np.split(order, range(size, c["n"], size)):
             tags = np.concatenate([c["tags"][starts[r] : starts[r] + c["lengths"][r]] for r in rows] or [np.zeros(0)])
             # The single-valued columns come first, as in the data module of the app.
             values = torch.tensor(np.concatenate([c["kind"][rows], c["item"][rows], tags]), dtype=torch.int64)
             ones = np.ones(len(rows), dtype=np.int64)
             lengths = torch.tensor(np.concatenate([ones, ones, c["lengths"][rows]]))
-            found.append(
+            batches.append(
                 TableBatch(
                     dense_BC=torch.tensor(np.stack([c["age"][rows], np.full(len(rows), 5.0)], 1), dtype=torch.float32),
                     sparse=KeyedJaggedTensor(["kind", "item", "tags"], values, lengths=lengths),
@@ -83,7 +83,7 @@ class EveryColumn:
                     group_B=torch.tensor(c["group"][rows]),
                 )
             )
-        return found
+        return batches
 
     def train_dataloader(self) -> list[TableBatch]:
         return self.batches("train", shuffled=True)

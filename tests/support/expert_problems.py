@@ -36,7 +36,7 @@ class Problem:
     dy: Tensor
 
     def run(self, backend: str, dtype: torch.dtype, token_major: bool = True) -> dict[str, Tensor]:
-        """The output and the gradient of each input, in float64."""
+        """Return the output and the gradient of each input, in float64."""
         T, K = self.expert_ids_TK.shape
         E = len(self.weights["w_in"])
         ids_N = self.expert_ids_TK.flatten()
@@ -67,8 +67,11 @@ def problem(
     expert: str = "gelu",
     load: str = "spread",
 ) -> Problem:
-    """A problem of ``T`` tokens. ``load``: "spread" with a few dropped pairs, "one" expert takes all, "empty": the
-    experts 1 and E - 1 take none, "full": every pair is computed."""
+    """Return a problem of ``T`` tokens.
+
+    ``load`` is "spread", with a few dropped pairs; "one", where one expert takes all; "empty", where the experts 1 and
+    E - 1 take none; or "full", where every pair is computed.
+    """
     activation, gated, bias = EXPERTS[expert]
     D_out = D if D_out is None else D_out
     g = torch.Generator().manual_seed(7)
@@ -95,7 +98,7 @@ def problem(
 
 
 def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], bound: float) -> None:
-    """Each tensor to within ``bound`` of the largest element of what is expected."""
+    """Check that no tensor is off by more than ``bound`` times the largest element of the expected one."""
     assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
         assert actual[name].shape == tensor.shape, name

@@ -1,4 +1,4 @@
-"""What the tests of the fused kernels watch: the operations that torch runs, and a gradient that does not come."""
+"""Tools for the tests of the fused kernels: a list of the operations that torch runs, and a gradient of None."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Operations(TorchDispatchMode):
-    """Names what runs inside the block, but for views and memory left as it is; ``zeros``: the shapes of what is made
-    of zeros. An operation of our own is one name, whatever it runs."""
+    """The names of the operations that run inside the block, without views and uninitialised memory.
+
+    ``zeros`` has the shapes of tensors of zeros. An operation of our own is one name, whatever it runs.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,7 +30,7 @@ class Operations(TorchDispatchMode):
 
 
 class Severed(torch.autograd.Function):
-    """The tensor itself, whose gradient is None."""
+    """A function that returns its input and has no gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ ALL = DENSE | DOMAIN | SPARSE
 
 
 def build(name: str, seed: int = 0, **options) -> core.MultiGateLayer:
-    """A layer whose gates and norms are away from where they start."""
+    """Return a layer whose gates and norms are moved away from their start."""
     config = ALL[name] if not options else type(ALL[name])(**{**vars(ALL[name]), **options})
     torch.manual_seed(seed)
     layer = config.build(D, TASKS, DOMAINS if name in DOMAIN else 0)
@@ -86,25 +86,25 @@ def examples(B: int, seed: int = 5) -> Tensor:
 
 
 def step(layer: nn.Module, x: Tensor, known: RoutingContext | None = None, run=None) -> dict[str, Tensor]:
-    """Output, auxiliary loss and all gradients of one pass."""
+    """Return output, auxiliary loss and all gradients of one pass."""
     layer.zero_grad()
     x = x.clone().requires_grad_()
     with record(layer) as tape:
         y = (layer if run is None else run)(x, known)
     weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype)
     ((y * weight).sum() + aux_loss(tape)).backward()
-    found = {"y": y.detach(), "aux": aux_loss(tape).detach(), "dx": x.grad}
-    return found | {n: p.grad.clone() for n, p in layer.named_parameters() if p.grad is not None}
+    results = {"y": y.detach(), "aux": aux_loss(tape).detach(), "dx": x.grad}
+    return results | {n: p.grad.clone() for n, p in layer.named_parameters() if p.grad is not None}
 
 
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], rtol: float = 1e-4, atol: float = 1e-5) -> None:
-    assert found.keys() == expected.keys()
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], rtol: float = 1e-4, atol: float = 1e-5) -> None:
+    assert actual.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(actual[name], value, rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def expert(layer_experts, e: int, x: Tensor) -> Tensor:
-    """Expert e of plain MLP experts, layer by layer."""
+    """Compute expert e of plain MLP experts, layer by layer."""
     for i in range(len(layer_experts.hidden_dims)):
         x = (x @ getattr(layer_experts, f"w_{i}")[e] + getattr(layer_experts, f"b_{i}")[e]).relu()
     return x

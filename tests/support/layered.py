@@ -15,14 +15,14 @@ EVERY_TERM = Balance(load_balancing=1.0, router_z=0.1, importance=1.0)
 
 
 def identity_gate(layer: MoE) -> MoE:
-    """Logits are the first E entries of a token."""
+    """Make the logits the first E entries of a token."""
     with torch.no_grad():
         layer.router.gate.weight.copy_(torch.eye(*layer.router.gate.weight.shape))
     return layer
 
 
 class Net(nn.Module):
-    """Two residual MoE blocks, maybe checkpointed; ``noise`` in their routers if asked for."""
+    """Two residual MoE blocks, checkpointed as ``mode`` says; ``router`` has options of their routers."""
 
     def __init__(self, mode: str = "none", backend: str = "auto", **router) -> None:
         super().__init__()

@@ -30,7 +30,7 @@ def idx(array: np.ndarray) -> bytes:
 
 
 def write_mnist(folder: Path, train: int = 40, test: int = 20, zipped: bool = True) -> Path:
-    """Image n is n everywhere, its label n % 10."""
+    """Write the four files of MNIST, in which image n is n everywhere and its label is n % 10."""
     folder.mkdir(parents=True, exist_ok=True)
     for prefix, count in (("train", train), ("t10k", test)):
         n = np.arange(count)
@@ -58,7 +58,7 @@ def ready(dataset: str, root: Path | None = None, **options: Any) -> VisionData:
 
 
 def pixels(batch: ImageBatch, data: VisionData) -> Tensor:
-    """The images before normalising, 0 to 255."""
+    """Return the images before they were normalised, 0 to 255."""
     mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (data.mean, data.std))
     return ((batch.image * std + mean) * 255).round()
 

@@ -15,7 +15,7 @@ def write(path: Path, *lines: str, encoding: str = "utf8") -> Path:
 
 
 def check_config(raw: RawTables) -> None:
-    """Every column that the description names is in the tables, and no label is among the features."""
+    """Check that the tables have every column of the description, and that no label is a feature."""
     for table in (raw.train, raw.val, raw.test):
         if table is not None:
             assert set(raw.config.roles) <= set(table.column_names)
@@ -63,7 +63,7 @@ def write_adult(root: Path) -> Path:
     return root
 
 
-# seconds, film by title, rating; the file's order is not that of time
+# user, film by title, rating, seconds; the file's order is not that of time
 RATINGS = (
     ("1", "Jumanji (1995)", "5", "100"),
     ("1", "Toy Story (1995)", "3", "0"),
@@ -136,7 +136,7 @@ def write_aliexpress(folder: Path, train: int = 2, test: int = 1) -> None:
 
 
 def features(*triples: tuple[str, str, str]) -> str:
-    """The number of features and their text."""
+    """Return the number of features and their text, as Ali-CCP writes them."""
     return f"{len(triples)}," + "\x01".join(f"{field}\x02{id}\x03{value}" for field, id, value in triples)
 
 

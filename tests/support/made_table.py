@@ -16,7 +16,7 @@ FLAT = ContinuousFeature("flat", mean=3.0, std=1.0, quantiles=(), missing=0.0)
 
 
 def features(tags: bool = True, num_domains: int = 0) -> Features:
-    """Two categorical columns, the second multi-valued with ``tags``; two continuous ones, the second constant."""
+    """Describe two categorical columns, the second multi-valued with ``tags``, and two continuous ones."""
     return Features(
         categorical=(CategoricalFeature("city", 5), CategoricalFeature("film.tags", 7, multi_valued=tags)),
         continuous=(AGE, FLAT),
@@ -27,7 +27,7 @@ def features(tags: bool = True, num_domains: int = 0) -> Features:
 
 
 def jagged(columns: dict[str, list[list[int]]]) -> KeyedJaggedTensor:
-    """Rows of each example by column."""
+    """Join the rows of each example, by column."""
     lists = [rows for column in columns.values() for rows in column]
     return KeyedJaggedTensor(
         keys=list(columns),
@@ -37,7 +37,7 @@ def jagged(columns: dict[str, list[list[int]]]) -> KeyedJaggedTensor:
 
 
 def batch(size: int = 6, tags: bool = True, seed: int = 0, num_domains: int = 0) -> TableBatch:
-    """Rows of ``features``; a purchase implies a click. Age 0 is missing in the first row, infinite in the second."""
+    """Draw rows of ``features``. A purchase implies a click; the first row's age is missing, the second's infinite."""
     g = torch.Generator().manual_seed(seed)
 
     def draw(high: int, n: int) -> list[int]:
@@ -67,7 +67,7 @@ class MadeTable(LightningDataModule):
     Args:
         steps: training batches an epoch.
         size: rows of a batch.
-        tags: with a multi-valued column.
+        tags: whether a column is multi-valued.
     """
 
     def __init__(self, steps: int = 4, size: int = 16, tags: bool = True) -> None:

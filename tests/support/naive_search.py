@@ -106,7 +106,7 @@ def allowed(num_ids: int, vocab: int, limit: int, config: DecodeConfig) -> list[
 def greedy(
     next_log_probs: NextLogProbs, prompt: list[int], limit: int, config: DecodeConfig
 ) -> tuple[list[int], float]:
-    """The best id each step, the lowest of equals."""
+    """Take the best id in each step, the lowest of equal ones."""
     ids: list[int] = []
     total = 0.0
     while True:
@@ -121,7 +121,7 @@ def greedy(
 def beam(
     next_log_probs: NextLogProbs, prompt: list[int], limit: int, config: DecodeConfig
 ) -> list[tuple[list[int], float]]:
-    """All hypotheses that are finished until there are k, or none is open."""
+    """Extend the k best hypotheses step by step; return the finished ones once there are k, or none is open."""
     k = config.beam_size
     hypotheses: list[tuple[list[int], float]] = [([], 0.0)]
     finished: list[tuple[list[int], float]] = []
@@ -143,7 +143,7 @@ def beam(
 def draw_one(
     next_log_probs: NextLogProbs, prompt: list[int], limit: int, config: DecodeConfig, draws: list[float]
 ) -> tuple[list[int], float]:
-    """Each id the first whose cumulative probability, by id, exceeds the draw."""
+    """Take in each step the first id whose cumulative probability, by id, exceeds the draw."""
     ids: list[int] = []
     total = 0.0
     while True:

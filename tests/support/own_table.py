@@ -67,7 +67,7 @@ def config_of(**options):
 
 
 def by_row(batch):
-    """A batch as plain values, an example each: what a reader would write down."""
+    """Return a batch as plain values, a dict for each example."""
     sparse = batch.sparse.to_dict()
     return [
         {

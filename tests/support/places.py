@@ -1,4 +1,4 @@
-"""Where the tree and the helpers of the tests lie, and the environment in which a process of a test finds both."""
+"""The folders of the tree and of the tests' helpers, and the environment in which a process imports from both."""
 
 from __future__ import annotations
 

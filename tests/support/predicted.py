@@ -1,4 +1,4 @@
-"""What a model predicts line by line, as the command line prints and writes it."""
+"""Predictions line by line, as the command line prints and writes them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,6 @@ def printed(module: Any, data: Any) -> list[str]:
 
 
 def written(module: Any, data: Any, path: Path, overwrite: bool = False) -> tuple[int, int]:
-    """Write the predictions to ``path``; returns how many there are, and how many an earlier run had left."""
+    """Write the predictions to ``path``; return how many there are, and how many an earlier run had left."""
     file = write_stream(module, module.predict_stream(data), path, overwrite)
     return file.num_rows, file.start

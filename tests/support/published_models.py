@@ -15,9 +15,7 @@ from torch import Tensor
 import core
 from apps.nets.config import TransformerConfig
 from apps.nets.transformer import LanguageModel, TranslationModel
-from apps.porting import (
-    save_pretrained,
-)
+from apps.porting import save_pretrained
 
 NLLB = TransformerConfig("nano", position_offset=2, dropout=0.0)
 EXPERTS = core.MoEConfig(4, core.TokenChoice(top_k=1), core.FFN(128, "relu"))
@@ -62,6 +60,6 @@ MODELS: dict[str, Callable[[], Any]] = {
 
 
 def checkpoint(folder: Path) -> dict[str, Tensor]:
-    """A Switch checkpoint in ``folder``, and its tensors."""
+    """Write a Switch checkpoint to ``folder``, and return its tensors."""
     save_pretrained(switch_model(), folder)
     return load_file(folder / "model.safetensors")

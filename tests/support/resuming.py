@@ -61,7 +61,7 @@ def fit(config: str, run_dir: Path, *flags: str, stop_at: int | None = None) -> 
 
 
 def differences(a: Any, b: Any, path: str = "") -> list[str]:
-    """Where two checkpoints differ."""
+    """Return the paths at which two checkpoints differ."""
     if isinstance(a, torch.Tensor):
         return [] if torch.equal(a, b) else [path]
     if isinstance(a, dict):

@@ -18,7 +18,7 @@ def built(
     columns: int | None = None,
     limit: Capacity = Capacity(),
 ) -> PairRouter:
-    """A router whose logits are its input; ``columns``: of its gate, where they are not the experts."""
+    """Return a router whose logits are its input; its gate has ``columns`` outputs, by default one an expert."""
     columns = columns or num_experts
     router = config.build(columns, num_experts, limit).train(training)
     with torch.no_grad():
@@ -27,21 +27,21 @@ def built(
 
 
 def logits_of(*rows: tuple[float, ...]) -> Tensor:
-    """(1, T, E) logits whose softmax is ``rows``."""
+    """Return (1, T, E) logits whose softmax is ``rows``."""
     return torch.tensor(rows).log()[None]
 
 
 def ids(routing: Routing) -> list[list[int]]:
-    """The experts of each token."""
+    """Return the experts of each token."""
     return routing.expert_ids_N.unflatten(0, (routing.num_tokens, -1)).tolist()
 
 
 def gates(routing: Routing) -> list[list[float]]:
-    """The gates of each token."""
+    """Return the gates of each token."""
     return routing.gates_N.unflatten(0, (routing.num_tokens, -1)).tolist()
 
 
 def terms_of(routing: Routing, *names: str) -> dict[str, float]:
-    """The balance terms ``names`` of one pass, unweighted."""
+    """Return the balance terms ``names`` of one pass, unweighted."""
     wanted = frozenset(names)
     return {name: value.item() for name, value in balance_terms(balance_sums(routing, wanted), wanted).items()}

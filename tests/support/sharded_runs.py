@@ -50,7 +50,7 @@ SMOOTH = core.MLP((8,), activation="silu")
 
 
 def write_table(path: Path, num: int = 160) -> None:
-    """160 rows: 102 of them train (6 batches and 6 rows), 26 validate, 32 test; all even."""
+    """Write 160 rows: 102 of them train (6 batches and 6 rows), 26 validate and 32 test; these numbers are even."""
     random = np.random.RandomState(0)
     city, shop, age = random.randint(0, 6, num), random.randint(0, 200, num), random.standard_normal(num)
     tags = ["|".join(map(str, random.randint(0, 5, random.randint(0, 4)))) for _ in range(num)]
@@ -77,7 +77,7 @@ def data(folder: Path, world: int = 1, subset: int | None = None) -> TableData:
 
 
 def module(folder: Path, kind: str = "collection", optimizer: str = "rowwise_adagrad", **options: Any) -> Any:
-    """With a balance loss; ``options`` are of the embedding, but for those of the module.
+    """Return a model with a balance loss; ``options`` go to the embedding, except the module's own.
 
     Nothing has a kink: at the one of a ReLU, rounding decides between two gradients.
     """
@@ -116,7 +116,7 @@ def trainer(folder: Path, strategy: Any = "auto", world: int = 1, **options: Any
 
 
 def losses(run: Path) -> dict[str, list[float]]:
-    """Each column of the run's log that is the same however many processes there are."""
+    """Return the columns of the run's log that do not depend on the number of processes."""
     with open(run / "metrics.csv") as file:
         rows = list(csv.DictReader(file))
     names = [n for n in rows[0] if n.startswith(("train/", "val/")) and "routing" not in n and "per_second" not in n]
@@ -124,7 +124,7 @@ def losses(run: Path) -> dict[str, list[float]]:
 
 
 def train(folder: Path, run: str, net: Any, strategy: Any = "auto", world: int = 1, **options: Any) -> Trainer:
-    """Fit; the log in ``folder/run``, the checkpoint in ``folder/run/last.ckpt``."""
+    """Fit, with the log in ``folder/run`` and the checkpoint in ``folder/run/last.ckpt``."""
     resumed, subset = options.pop("ckpt_path", None), options.pop("subset", None)
     to = folder / run
     to.mkdir(exist_ok=True)
@@ -137,7 +137,7 @@ def train(folder: Path, run: str, net: Any, strategy: Any = "auto", world: int =
 
 
 class Saves(Callback):
-    """Writes ``epoch.ckpt`` after the first epoch and ``middle.ckpt`` in the second, after step 10 of 14."""
+    """The callback writes ``epoch.ckpt`` after the first epoch and ``middle.ckpt`` after step 10 of 14."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -152,7 +152,7 @@ class Saves(Callback):
 
 
 class LastStep(Callback):
-    """Losses before the last step of the first epoch: ``mean``, of its batch; ``first``, of the epoch's first row."""
+    """The losses before the last step of the first epoch: ``mean`` of its batch, ``first`` of the epoch's first row."""
 
     def on_train_batch_start(self, trainer: Trainer, net: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx == 0:
@@ -166,7 +166,7 @@ class LastStep(Callback):
 
 
 def complaint(run: Callable[[], Any]) -> str:
-    """The message of the ``ValueError`` or ``OSError`` that ``run`` raises."""
+    """Return the message of the ``ValueError`` or ``OSError`` that ``run`` raises."""
     try:
         run()
     except (ValueError, OSError) as error:
@@ -174,7 +174,7 @@ def complaint(run: Callable[[], Any]) -> str:
     return "nothing raised"
 
 
-# ---- what two processes do
+# ---- the work of two processes
 
 SHARDINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "table_wise": ("rowwise_adagrad", {"sharding": "table_wise"}),
@@ -187,24 +187,26 @@ SHARDINGS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-# Several tables of a name: an ensemble; and single-task networks, whose tables lie side by side.
+# An ensemble and single-task networks have several tables of one name, which lie side by side.
 COPIES: dict[str, dict[str, Any]] = {"members": {"num_members": 2}, "copies": {"shared": SingleTask(expert=SMOOTH)}}
 
 
 def worker(rank: int, folder: str, port: int) -> None:
     torch.set_num_threads(1)
     logging.getLogger("lightning").setLevel(logging.ERROR)
-    # As Lightning's own launcher has it.
+    # Lightning's own launcher sets these.
     os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     root = Path(folder)
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for name, (optimizer, options) in SHARDINGS.items():
         net = module(root, optimizer=optimizer)
         train(root, f"two {name}", net, TorchRecStrategy(**options), WORLD, callbacks=[Saves(root / f"two {name}")])
-        found[f"elsewhere {name}"] = net.trainer.strategy.num_params_elsewhere
+        results[f"elsewhere {name}"] = net.trainer.strategy.num_params_elsewhere
     train(root, "two uneven", module(root), TorchRecStrategy(), WORLD, max_epochs=1, subset=UNEVEN)
-    found |= _resumed(root) | _tested(root) | _refused(root) | _deferred(root) | _copies(root)
-    torch.save(found, root / f"rank{rank}.pt")
+    results |= _resumed(root) | _tested(root) | _refused(root)
+    _fit_deferred(root)
+    _fit_copies(root)
+    torch.save(results, root / f"rank{rank}.pt")
     dist.barrier()
 
 
@@ -217,20 +219,18 @@ def _resumed(root: Path) -> dict[str, Any]:
     train(root, "resumed table_wise", module(root), TorchRecStrategy(sharding="table_wise"), WORLD, ckpt_path=path)
     one = root / "fused one" / "last.ckpt"  # of one process
     strategy = TorchRecStrategy(sharding="row_wise")
-    return {
-        "resume a file": complaint(lambda: train(root, "bad", module(root), strategy, WORLD, ckpt_path=one)),
-    }
+    return {"resume a file": complaint(lambda: train(root, "bad", module(root), strategy, WORLD, ckpt_path=one))}
 
 
 def _tested(root: Path) -> dict[str, Any]:
-    found = {}
+    metrics = {}
     for name, path in (("shards", root / "two row_wise" / "last.ckpt"), ("file", root / "fused one" / "last.ckpt")):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             tester = trainer(root, TorchRecStrategy(sharding="table_wise"), WORLD)
             tester.test(module(root), datamodule=data(root, WORLD), ckpt_path=path, weights_only=True, verbose=False)
-        found[f"test {name}"] = {k: float(v) for k, v in tester.callback_metrics.items() if "routing" not in k}
-    return found
+        metrics[f"test {name}"] = {k: float(v) for k, v in tester.callback_metrics.items() if "routing" not in k}
+    return metrics
 
 
 def _refused(root: Path) -> dict[str, Any]:
@@ -257,18 +257,16 @@ def _refused(root: Path) -> dict[str, Any]:
     }
 
 
-def _deferred(root: Path) -> dict[str, Any]:
-    """Two fits from tables that were never whole: the same start each time."""
+def _fit_deferred(root: Path) -> None:
+    """Fit twice from tables that were never whole: the start is the same each time."""
     for name in ("first", "second"):
         net = module(root, deferred=True)
         train(root, f"deferred {name}", net, TorchRecStrategy(sharding="row_wise"), WORLD, limit_train_batches=0)
-    return {}
 
 
-def _copies(root: Path) -> dict[str, Any]:
+def _fit_copies(root: Path) -> None:
     for name, options in COPIES.items():
         train(root, f"two {name}", module(root, **options), TorchRecStrategy(), WORLD)
-    return {}
 
 
 def free_port() -> int:
@@ -278,7 +276,7 @@ def free_port() -> int:
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    """The state dict of a checkpoint, a file or a folder."""
+    """Return the state dict of a checkpoint, which is a file or a folder."""
     path = run / "last.ckpt"
     checkpoint = sharded.read(path) if sharded.is_sharded(path) else torch.load(path, weights_only=True)
     return checkpoint["state_dict"]

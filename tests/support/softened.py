@@ -19,7 +19,7 @@ VALID = torch.tensor([[True] * 7, [True, True, False, True, False, True, False]]
 
 
 def build(router, expert_config=FFN(12, bias=True), dim: int = 8, **options) -> MoE:
-    """A layer of four experts; the gate is large enough for the weights to matter."""
+    """Return a layer of four experts whose gate is large enough for the weights to matter."""
     layer = MoEConfig(4, router, expert_config, **options).build(dim)
     with torch.no_grad():
         if isinstance(layer, SoftMoE):

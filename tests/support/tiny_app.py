@@ -38,15 +38,13 @@ class TinyModule(SparseModule):
     """Points in the plane to classes: linear, dropout, an MoE layer, linear.
 
     Args:
-        num_classes: of the data.
+        num_classes: classes of the data.
         width: model dim D.
         moe: the MoE layer; None: none.
         dropout: probability.
-        explode_at: make the loss NaN at this optimizer step, from 0.
-        seconds: sleep so long each step.
-        optimizer: rates.
-        ema_decay: of the average.
-        average_last: epochs in the mean.
+        explode_at: optimizer step, from 0, whose loss is NaN.
+        seconds: sleep in each step.
+        optimizer, ema_decay, average_last: as in ``SparseModule``.
     """
 
     data_arguments: ClassVar[tuple[str, ...]] = ("num_classes",)
@@ -111,10 +109,10 @@ class TinyData(LightningDataModule):
     """Noisy points.
 
     Args:
-        num_classes: of them.
+        num_classes: classes of the points.
         n: training examples.
         batch_size: examples a step.
-        num_workers: of the training loader.
+        num_workers: processes of the training loader.
     """
 
     def __init__(self, num_classes: int = 3, n: int = 66, batch_size: int = 8, num_workers: int = 0) -> None:
@@ -134,7 +132,7 @@ class TinyData(LightningDataModule):
 @core.register_config
 @dataclass(frozen=True)
 class Names:
-    """What the classes are called: learned from the data, saved with the model.
+    """The names of the classes, which are learned from the data and saved with the model.
 
     Attributes:
         words: a name a class.
@@ -151,8 +149,8 @@ class NamedData(TinyData):
     """Noisy points whose classes have names, and points of the user's.
 
     Args:
-        num_classes: of the training points.
-        names: of the classes; None: they are read with the training points.
+        num_classes: classes of the training points.
+        names: names of the classes; None: they are read with the training points.
         text: points to be named, such as "0.5 1".
     """
 
@@ -173,11 +171,11 @@ class NamedData(TinyData):
 
 
 class NamingModule(TinyModule):
-    """Says the names of points.
+    """A model that says the names of points.
 
     Args:
-        names: of the classes.
-        kwargs: of ``TinyModule``.
+        names: names of the classes.
+        kwargs: arguments of ``TinyModule``.
     """
 
     data_arguments: ClassVar[tuple[str, ...]] = ("num_classes", "names")

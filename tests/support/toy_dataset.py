@@ -19,7 +19,7 @@ def toy(*origins: object, **changes: object) -> Dataset:
 
 
 def left_behind(cache: Path) -> list[str]:
-    """Everything in the cache but the empty lock files."""
+    """Return the paths of everything in the cache but the empty lock files."""
     return sorted(str(p.relative_to(cache)) for p in cache.rglob("*") if ".locks" not in p.parts)
 
 
