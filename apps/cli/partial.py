@@ -7,11 +7,11 @@ import json
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from apps.base.files import replacing
+from apps.base.files import holding, replacing
 from apps.cli.configs import differences
 
 log = logging.getLogger(__name__)
@@ -53,16 +53,14 @@ class Partial:
         self._whole = {"inputs": 0, "bytes": 0}
         self._saved = time.monotonic()
         path.parent.mkdir(parents=True, exist_ok=True)
-        is_new = made_of is None or not self.path.exists()
-        self.file = open(self.path, "w+b" if made_of is None else "a+b")  # noqa: SIM115  # closed by __exit__
-        if made_of is None:
-            return
-        try:
-            _lock(self.file, self.path)
-            self._go_on(self._known(), is_new, overwrite)
-        except BaseException:
-            self.file.close()
-            raise
+        with contextlib.ExitStack() as held:
+            if made_of is not None:
+                held.enter_context(_held(self.path))
+            is_new = made_of is None or not self.path.exists()
+            self.file = held.enter_context(open(self.path, "w+b" if made_of is None else "a+b"))
+            if made_of is not None:
+                self._go_on(self._known(), is_new, overwrite)
+            self._stack = held.pop_all()
         if self.start:
             log.info("going on after %s predictions of %s", f"{self.start:,}", self.path)
 
@@ -122,30 +120,32 @@ class Partial:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        with self._stack:
+            try:
+                if kind is not None and self._whole["inputs"]:
+                    self.file.flush()
+                    self._note()
+                    done = f"{self._whole['inputs']:,} predictions"
+                    log.info("%s are in %s: a run like this one goes on after them", done, self.path)
+                    return
+            finally:
+                with contextlib.suppress(OSError):  # a full disk raises once more
+                    self.file.close()
+            self.path.unlink(missing_ok=True)
+            if self.made_of is not None:
+                self.state.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _held(path: Path) -> Iterator[None]:
+    """Hold the lock of ``path`` inside, by a hidden file beside it that is taken away in the end."""
+    lock = path.with_name(f".{path.name}.lock")
+    with holding(lock, f"another run is writing {path}"):
         try:
-            if kind is not None and self._whole["inputs"]:
-                self.file.flush()
-                self._note()
-                done = f"{self._whole['inputs']:,} predictions"
-                log.info("%s are in %s: a run like this one goes on after them", done, self.path)
-                return
+            yield
         finally:
-            with contextlib.suppress(OSError):  # a full disk raises once more
-                self.file.close()
-        self.path.unlink(missing_ok=True)
-        if self.made_of is not None:
-            self.state.unlink(missing_ok=True)
-
-
-def _lock(file: Any, path: Path) -> None:
-    try:
-        import fcntl
-    except ImportError:  # not a POSIX system: no lock
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"another run is writing {path}") from None
+            with contextlib.suppress(OSError):  # Windows removes it once it is free
+                lock.unlink()
 
 
 def _difference(known: Mapping[str, Any], made_of: Mapping[str, Any], harmless: Mapping[str, Any]) -> str | None:

@@ -256,7 +256,6 @@ def test_a_file_of_another_run_is_never_replaced_or_gone_on_with_in_silence(tmp_
 
 
 def test_two_runs_do_not_write_one_file(tmp_path):
-    pytest.importorskip("fcntl")
     made_of = {"input": ["a"]}
     with Partial(tmp_path / "out.txt", made_of) as first:
         with pytest.raises(ValueError, match=r"another run is writing .*out\.txt\.partial"):
@@ -264,6 +263,7 @@ def test_two_runs_do_not_write_one_file(tmp_path):
         first.file.write(b"whole\n")
         first.become(tmp_path / "out.txt")
     assert (tmp_path / "out.txt").read_text() == "whole\n"
+    assert [path.name for path in tmp_path.glob("*out*")] == ["out.txt"]
 
 
 def test_an_interrupted_prediction_gives_no_advice_on_training(capsys, monkeypatch):
