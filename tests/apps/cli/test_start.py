@@ -1,11 +1,10 @@
-"""How a command begins: what it says, and what it does not import before a usage error is known."""
+"""A command says what it starts, and imports nothing heavy before a usage error is known."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
-import time
 import tomllib
 from pathlib import Path
 
@@ -15,13 +14,11 @@ from places import ROOT, environment
 from apps.cli import main
 
 
-def test_help_is_quick_and_lists_what_there_is():
+def test_help_needs_no_torch_and_lists_what_there_is():
     script = "import sys; from apps.cli import main; main(sys.argv[1:]); exit('torch' in sys.modules)"
     for argv in (["--help"], ["fit", "--help"], []):
-        start = time.monotonic()
         done = subprocess.run([sys.executable, "-c", script, *argv], env=environment(), capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        assert time.monotonic() - start < 5  # 0.1 s on an idle machine
     for command in ("fit", "validate", "test", "predict", "data"):
         assert f"  {command} " in done.stdout
     assert "convert" not in done.stdout
