@@ -15,7 +15,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-OUTPUT = Path("runs/demo")
+from apps.base.files import CONFIGS
+from apps.cli import failed, stopped
+from apps.cli.flags import take
+
 ENOUGH_SECONDS = 300.0
 """A part is not begun this long after the start: a machine that is so slow gets the first ones."""
 
@@ -40,8 +43,6 @@ class Part:
     title: str
     arguments: str
 
-
-_CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 PARTS = (
     Part(
@@ -103,34 +104,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     show_traceback = "--traceback" in args
     args = [a for a in args if a != "--traceback"]
-    output = OUTPUT
-    if "--output" in args:
-        at = args.index("--output")
-        if at + 1 == len(args):
-            print("error: --output needs a folder", file=sys.stderr)
-            return 2
-        output = Path(args[at + 1])
-        del args[at : at + 2]
-    from apps.cli import is_termination
-
     try:
-        return _run(output, args)
-    except KeyboardInterrupt:
-        print("\nstopped; make demo goes on from here", file=sys.stderr)
-        return 130
-    except SystemExit as stop:
-        if not is_termination(stop):
-            raise
-        print("\nterminated; make demo goes on from here", file=sys.stderr)
-        return 143
+        rest, options = take(args, ("output",))
+        return _run(Path((options["output"] or ["runs/demo"])[-1]), rest)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        return stopped(stop, "; make demo goes on from here")
     except Exception as error:
-        if show_traceback:
-            raise
-        from apps.cli.errors import describe
-
-        line, code = describe(error)
-        print(f"error: {line}", file=sys.stderr)
-        return code
+        return failed(error, show_traceback)
 
 
 def _run(output: Path, extra: Sequence[str]) -> int:
@@ -151,7 +131,7 @@ def _run(output: Path, extra: Sequence[str]) -> int:
             print(f"\n{part.name} is left out: {' '.join(str(error).split())}")
             continue
         own = ("--jobs", str(min(2, os.cpu_count() or 1)), "--output", str(output / part.name))
-        argv = [str(_CONFIGS / part.config), *part.arguments.split(), *own, *extra]
+        argv = [str(CONFIGS / part.config), *part.arguments.split(), *own, *extra]
         print(f"\n{part.says}\n\n{command_line(argv)}\n", flush=True)
         outcome = run_command(argv, part.title)
         drawn += outcome.pictures()

@@ -62,36 +62,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _check_core()
         return _dispatch(args)
-    except KeyboardInterrupt:
-        return _stopped("interrupted", 130, args)
-    except SystemExit as stop:
-        if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning turns one into exit(1)
-            return _stopped("interrupted", 130, args)
-        if is_termination(stop):
-            return _stopped("terminated", 143, args)
-        return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+    except (KeyboardInterrupt, SystemExit) as stop:
+        advice = "; --ckpt_path last goes on from the last checkpoint, if there is one"
+        return stopped(stop, "" if args[:1] == ["predict"] else advice)
     except BrokenPipeError:  # such as `moesaic data list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
-        from apps.cli.errors import describe
-
-        if show_traceback:
-            traceback.print_exception(error)
-        line, code = describe(error)
-        print(f"error: {line}", file=sys.stderr)
-        return code
+        return failed(error, show_traceback)
 
 
-def _stopped(how: str, code: int, args: Sequence[str]) -> int:
-    advice = "; --ckpt_path last goes on from the last checkpoint, if there is one"
-    print(f"\n{how}{'' if args[:1] == ['predict'] else advice}", file=sys.stderr)
+def stopped(stop: BaseException, advice: str) -> int:
+    """Return the exit code of a command that a signal or an exit has ended; a signal is named, with ``advice``."""
+    if isinstance(stop, KeyboardInterrupt) or isinstance(stop.__context__, KeyboardInterrupt):
+        how, code = "interrupted", 130  # Lightning turns an interrupt into exit(1)
+    elif type(stop).__name__ == "SIGTERMException":  # Lightning's; pre-emption and ``timeout`` send SIGTERM
+        how, code = "terminated", 143
+    else:
+        code = getattr(stop, "code", 1)
+        return code if isinstance(code, int) else 0 if code is None else 1
+    print(f"\n{how}{advice}", file=sys.stderr)
     return code
 
 
-def is_termination(stop: SystemExit) -> bool:
-    """Return whether Lightning's trainer exits because of SIGTERM, as pre-emption and ``timeout`` send it."""
-    return type(stop).__name__ == "SIGTERMException"
+def failed(error: Exception, show_traceback: bool) -> int:
+    """Print what went wrong as one line, and return the exit code."""
+    from apps.cli.errors import describe
+
+    if show_traceback:
+        traceback.print_exception(error)
+    line, code = describe(error)
+    print(f"error: {line}", file=sys.stderr)
+    return code
 
 
 class UsageError(ValueError):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 import shlex
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -18,7 +17,7 @@ import torch
 from apps.base.files import holding
 from apps.base.machine import device_name
 from apps.base.quiet import quiet
-from apps.cli import is_termination
+from apps.cli import stopped
 from apps.cli.configs import shipped
 from apps.compare import table
 from apps.compare.display import Display
@@ -42,18 +41,9 @@ def run(argv: Sequence[str]) -> int:
     """
     try:
         run_command(argv)
-    except KeyboardInterrupt:
-        return _stopped("stopped", 130, argv)
-    except SystemExit as stop:
-        if not is_termination(stop):
-            raise
-        return _stopped("terminated", 143, argv)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        return stopped(stop, f"; what is finished is kept. To go on: {command_line(argv)}")
     return 0
-
-
-def _stopped(how: str, code: int, argv: Sequence[str]) -> int:
-    print(f"\n{how}; what is finished is kept. To go on: {command_line(argv)}", file=sys.stderr)
-    return code
 
 
 def command_line(argv: Sequence[str]) -> str:

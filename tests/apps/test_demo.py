@@ -57,7 +57,7 @@ def test_what_goes_wrong_is_one_line(tmp_path, capsys, digits):
 
 
 @pytest.mark.parametrize(
-    "stop, code, how", [(KeyboardInterrupt, 130, "stopped"), (SIGTERMException, 143, "terminated")]
+    "stop, code, how", [(KeyboardInterrupt, 130, "interrupted"), (SIGTERMException, 143, "terminated")]
 )
 def test_stopping_says_how_to_go_on(tmp_path, monkeypatch, capsys, digits, stop, code, how):
     def stopping(*args):
@@ -78,4 +78,4 @@ def test_every_part_is_a_comparison_that_parses(monkeypatch):
     for part in demo.PARTS:
         words = part.arguments.split()
         own = [w for i, word in enumerate(words) if word.startswith("--") and "." in word for w in words[i : i + 2]]
-        assert Experiment(arguments(demo._CONFIGS / part.config, [], own)).replaced
+        assert Experiment(arguments(demo.CONFIGS / part.config, [], own)).replaced
