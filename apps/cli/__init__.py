@@ -24,7 +24,7 @@ _OTHERS = {
     "bench": ("apps.bench", "measure the speed of a layer on this machine"),
     "data": ("apps.cli.data", "list the datasets, or fetch one"),
 }
-_PLANNED = {"convert": "upcycle, densify, quantize and merge checkpoints"}
+_PLANNED = ("convert",)
 
 RUN_OPTIONS = (
     ("config FILE", "", "a configuration; may be given again: a later file overrides an earlier one"),
@@ -138,15 +138,11 @@ def _dispatch(args: list[str]) -> int:
         from apps.cli.train import run
 
         return run(request)
-    if command == "data":
-        from apps.cli.data import run as run_data
-
-        return run_data(rest)
-    if command in _available():
-        return int(importlib.import_module(_OTHERS[command][0]).main(rest) or 0)
-    if command in (*_PLANNED, *_OTHERS):
+    if command in _OTHERS:
+        return int(importlib.import_module(_OTHERS[command][0]).main(rest))
+    if command in _PLANNED:
         raise UsageError(f"moesaic {command} is not available in this version")
-    names = [*_TRAINING, *_available()]
+    names = [*_TRAINING, *_OTHERS]
     near = difflib.get_close_matches(command, names, n=1)
     suggestion = f"; did you mean {near[0]!r}?" if near else ""
     raise UsageError(f"{command!r} is not one of {', '.join(names)}{suggestion}")
@@ -167,14 +163,10 @@ def _announce(command: str, line: str) -> None:
         print(line, file=sys.stderr if command == "predict" else None, flush=True)
 
 
-def _available() -> dict[str, str]:
-    """Return the commands beside the training ones that this installation has, with what they do."""
-    return {name: text for name, (module, text) in _OTHERS.items() if importlib.util.find_spec(module)}
-
-
 def _help() -> str:
     lines = ["usage: moesaic COMMAND [options]", "", "Mixture-of-experts models on PyTorch.", "", "commands:"]
-    lines += [f"  {name:<10}{text}" for name, text in {**_TRAINING, **_available()}.items()]
+    others = {name: text for name, (_, text) in _OTHERS.items()}
+    lines += [f"  {name:<10}{text}" for name, text in {**_TRAINING, **others}.items()]
     lines += ["", "`moesaic COMMAND --help` tells more. To begin:", ""]
     lines += ["  moesaic fit --config configs/vision/digits.yaml", "  moesaic test --config configs/vision/digits.yaml"]
     return "\n".join(lines)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from apps.cli.parser import Parser
 from apps.data import datasets
 
 
-def run(argv: list[str]) -> int:
+def main(argv: Sequence[str]) -> int:
     """Run ``moesaic data ARGV``."""
     parser = Parser(prog="moesaic data", description="List the datasets, or fetch one into the cache.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="list|prepare")
@@ -19,8 +21,8 @@ def run(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if args.command == "prepare":
         print(datasets.prepare(args.name, root=args.root, cache_dir=args.cache_dir))
-        return 0
-    _list(args.cache_dir)
+    else:
+        _list(args.cache_dir)
     return 0
 
 
