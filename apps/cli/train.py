@@ -54,7 +54,7 @@ TRAINER_DEFAULTS = {
 def run(request: Request) -> int:
     """Run the request and print its results."""
     with quiet():
-        _build(request).execute()
+        SparseCLI(request).execute()
     return 0
 
 
@@ -67,13 +67,7 @@ def build(command: str, argv: list[str]) -> SparseCLI:
         ValueError: the model or the data refuses a value.
         FileNotFoundError: the checkpoint or a configuration does not exist.
     """
-    return _build(Request.read(command, argv))
-
-
-def _build(request: Request) -> SparseCLI:
-    # A dataclass field is a fixed group to jsonargparse unless its class is listed here.
-    set_parsing_settings(subclasses_enabled=[OpenConfig])
-    return SparseCLI(request)
+    return SparseCLI(Request.read(command, argv))
 
 
 class SparseCLI(LightningCLI):
@@ -86,6 +80,8 @@ class SparseCLI(LightningCLI):
         if request.command == "fit":  # before anything slow
             check_free(self.run_dir)
         self.subcommands = lambda: {request.command: LightningCLI.subcommands()[request.command]}  # type: ignore[method-assign]
+        # A dataclass field is a fixed group to jsonargparse unless its class is listed here.
+        set_parsing_settings(subclasses_enabled=[OpenConfig])
         # An abbreviation would be taken silently: --trainer.max_epoch for max_epochs.
         parser = {"exit_on_error": False, "allow_abbrev": False}
         with request.config_file() as config:

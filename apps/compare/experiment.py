@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import yaml
-from jsonargparse import set_parsing_settings
 from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ProgressBar, Timer
 
@@ -18,7 +17,6 @@ from apps.cli.train import Request, SparseCLI
 from apps.compare.systems import SPARSE, candidates
 from apps.equal_cost.comparable import Comparable
 from apps.train.module import SparseModule
-from core.registry import OpenConfig
 
 # Trainer options that a comparison sets itself.
 _OWN = ("callbacks", "logger", "default_root_dir", "plugins", "enable_progress_bar", "enable_model_summary",
@@ -48,7 +46,6 @@ class Experiment:
 
     def __init__(self, arguments: Sequence[str]) -> None:
         self.arguments = tuple(arguments)
-        set_parsing_settings(subclasses_enabled=[OpenConfig])
         self.routers = tuple(a.removeprefix(_ROUTERS) for a in arguments if a.startswith(_ROUTERS))
         request = Request.read("fit", [a for a in arguments if not a.startswith(_ROUTERS)])
         if request.checkpoint is not None:
