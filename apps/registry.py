@@ -64,6 +64,16 @@ def resolve(name: str) -> Any:
     return getattr(importlib.import_module(module), short)
 
 
+def class_path(kind: type) -> str:
+    """Return the module of a class and its name in it."""
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def subclasses(kind: type[Any]) -> list[type[Any]]:
+    """Return ``kind`` and the classes below it that have been imported."""
+    return [kind, *(sub for direct in kind.__subclasses__() for sub in subclasses(direct))]
+
+
 def import_datasets() -> None:
     """Import the modules that register datasets. One that lacks an optional library is named in a warning."""
     for module in DATASETS:

@@ -10,9 +10,10 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from apps.base.messages import excerpt
-from apps.cli.classes import class_path, load_class
+from apps.cli.classes import load_class
 from apps.cli.configs import differences
 from apps.cli.usage import named_class_path
+from apps.registry import class_path
 from apps.train.loading import module_class
 from core.config.plain import arguments_from_plain
 

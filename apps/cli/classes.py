@@ -23,11 +23,6 @@ def short(class_path: str | None) -> str | None:
     return class_path and class_path.rpartition(".")[2]
 
 
-def class_path(kind: type) -> str:
-    """Return the module of a class and its name in it."""
-    return f"{kind.__module__}.{kind.__qualname__}"
-
-
 def app_classes(part: str) -> dict[str, str]:
     """Return the class paths of the apps' models or data modules, by short name.
 
@@ -114,11 +109,6 @@ def load_class(path: str | None) -> Any:
         raise
 
 
-def subclasses(kind: type[Any]) -> list[type[Any]]:
-    """Return ``kind`` and the classes below it that have been imported."""
-    return [kind, *(sub for direct in kind.__subclasses__() for sub in subclasses(direct))]
-
-
 @functools.cache
 def source(module: str) -> ast.Module | None:
     """Return the parsed source of a module that is not imported for it, or None where there is no such file."""
@@ -133,7 +123,7 @@ def source(module: str) -> ast.Module | None:
     if not inner:
         files = [Path(spec.origin)] if spec.origin else []
     else:
-        files = [Path(folder, *inner[:-1], name) for folder in folders for name in (f"{inner[-1]}.py",)]
+        files = [Path(folder, *inner[:-1], f"{inner[-1]}.py") for folder in folders]
         files += [Path(folder, *inner, "__init__.py") for folder in folders]
     for file in files:
         if file.suffix == ".py" and file.is_file():

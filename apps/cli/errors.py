@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from apps import registry
 from apps.base.messages import message, one_line
 from apps.cli import UsageError
-from apps.cli.classes import app_classes, load_class, subclasses
+from apps.cli.classes import app_classes, load_class
 
 _NOISE = re.compile(
     r"^(Does not validate against any|Subtypes: |Errors:|Given value|Expected a <class 'NoneType'>|"
@@ -201,7 +201,7 @@ def _class_names(owner: str | None, parameter: str, kinds: str = "") -> list[str
         except (NameError, TypeError, AttributeError):
             return []
         bases = list(typing.get_args(hint)) if isinstance(hint, types.UnionType) else [hint]
-    known = (k for base in bases if isinstance(base, type) for k in subclasses(base))
+    known = (k for base in bases if isinstance(base, type) for k in registry.subclasses(base))
     return [k.__name__ for k in known if not inspect.isabstract(k)]
 
 

@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 import docstring_parser
 
 from apps.cli import RUN_OPTIONS, UsageError
-from apps.cli.classes import app_classes, load_class, long_name, short, subclasses
+from apps.cli.classes import app_classes, load_class, long_name, short
 from apps.cli.errors import unknown_option
 from apps.cli.flags import given
 from apps.cli.request import Request
 from apps.cli.usage import named_class_path
+from apps.registry import class_path, subclasses
 from core.registry import OpenConfig
 
 SECTIONS = ("run", "trainer", "model", "data")
@@ -115,8 +116,7 @@ def _load(path: str) -> type[Any]:
 
 def _config_class(name: str) -> str:
     """Return the class path of a config that may be of several classes, such as a router's, by its short name."""
-    known = {k.__name__: f"{k.__module__}.{k.__qualname__}" for k in subclasses(OpenConfig)}
-    return known.get(name, name)
+    return {k.__name__: class_path(k) for k in subclasses(OpenConfig)}.get(name, name)
 
 
 def options_of(kind: type[Any], prefix: str, defaults: Mapping[str, Any] | None = None) -> Iterator[Option]:

@@ -20,9 +20,10 @@ import yaml
 
 from apps.base.files import naming
 from apps.cli import UsageError, usage
-from apps.cli.classes import load_class, subclasses, with_long_flags, with_long_names
+from apps.cli.classes import load_class, with_long_flags, with_long_names
 from apps.cli.configs import at, merge, read_config, shipped, texts
 from apps.cli.flags import NULLS, asks, asks_for_help, given, switch, take, verbatim, with_flags, with_nulls
+from apps.registry import subclasses
 from apps.train.checkpoint_paths import NAMES, find_checkpoint
 
 

@@ -25,13 +25,13 @@ from apps.base.files import replacing
 from apps.base.quiet import quiet
 from apps.cli import UsageError
 from apps.cli.checkpoint import check_fits
-from apps.cli.classes import class_path
 from apps.cli.configs import differences
 from apps.cli.errors import reduce_message
 from apps.cli.flags import take
 from apps.cli.predictions import PredictionFile, print_stream, write_stream
 from apps.cli.request import Request
 from apps.cli.usage import check_new
+from apps.registry import class_path
 from apps.train.checkpoints import AtomicCheckpointIO, BestAndLast
 from apps.train.contents import read_checkpoint
 from apps.train.logs import EventLog, MetricsCSV

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Self
 
 from lightning.pytorch import LightningModule
 
+from apps.registry import class_path
 from apps.train.contents import read_checkpoint
 from core.config.plain import arguments_from_plain, arguments_to_plain
 
@@ -85,7 +86,7 @@ class LinkedModule(LightningModule):
     # ---- the checkpoint
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["module_class"] = f"{type(self).__module__}.{type(self).__qualname__}"
+        checkpoint["module_class"] = class_path(type(self))
         if self.encoding_state is not None:
             checkpoint["encoding"] = self.encoding_state
 

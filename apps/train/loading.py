@@ -6,7 +6,7 @@ apps and those that the program has imported: nothing is imported because a file
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,12 +73,6 @@ def module_class(checkpoint: Mapping[str, Any], path: Path) -> type[SparseModule
     )
 
 
-def _imported(kind: type[Any]) -> Iterator[type[Any]]:
-    for sub in kind.__subclasses__():
-        yield sub
-        yield from _imported(sub)
-
-
 # ---- the configuration beside a checkpoint
 
 
@@ -125,7 +119,7 @@ def _public_class(name: Any, base: type) -> Any:
     if registry.full_path(name) is not None:
         kind = registry.resolve(name)
         return kind if issubclass(kind, base) else None
-    return next((k for k in _imported(base) if name == f"{k.__module__}.{k.__qualname__}"), None)
+    return next((k for k in registry.subclasses(base)[1:] if name == registry.class_path(k)), None)
 
 
 def _check_trainer(value: Any, where: str) -> None:
@@ -144,6 +138,7 @@ def _check_trainer(value: Any, where: str) -> None:
 
 
 def _is_trainer_part(path: Any) -> bool:
-    if not isinstance(path, str) or path in registry.LIGHTNING:
-        return isinstance(path, str)
-    return path.rpartition(".")[2] in registry.TRAINER and registry.full_path(path) is not None
+    if not isinstance(path, str):
+        return False
+    own = path.rpartition(".")[2] in registry.TRAINER and registry.full_path(path) is not None
+    return own or path in registry.LIGHTNING
