@@ -23,7 +23,7 @@ def shipped(path: Path) -> Path:
     return path if path.exists() or path.parts[:1] != (CONFIGS.name,) or not own.is_file() else own
 
 
-def nearest(path: Path) -> str:
+def _nearest(path: Path) -> str:
     """Return what to say after the path of a configuration that is not there: the nearest one."""
     folder = path.parent
     if not folder.is_dir() and path.parts[:1] == (CONFIGS.name,):
@@ -59,7 +59,7 @@ def read_config(path: Path) -> dict[str, Any]:
     except IsADirectoryError as error:
         raise UsageError(f"{path} is a folder, not a configuration") from error
     except FileNotFoundError as error:
-        raise UsageError(f"no configuration {path}{nearest(path)}") from error
+        raise UsageError(f"no configuration {path}{_nearest(path)}") from error
     if config is None:
         return {}
     if not isinstance(config, dict):

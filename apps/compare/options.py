@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from apps.base.checks import check_at_least
 from apps.cli import UsageError
-from apps.cli.configs import nearest, shipped
+from apps.cli.configs import read_config, shipped
 from apps.cli.parser import Parser
 from apps.equal_cost import routers
 
@@ -53,8 +54,8 @@ class Options:
     baseline_minutes: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.num_seeds < 1:
-            raise ValueError(f"seeds={self.num_seeds} must be at least 1")
+        check_at_least(1, seeds=self.num_seeds)
+        check_at_least(0, rounds=self.rounds)
         for rate in self.learning_rates:
             if not (rate > 0 and math.isfinite(rate)):
                 raise ValueError(f"learning_rates: {rate:g} must be a positive number")
@@ -62,8 +63,6 @@ class Options:
             raise ValueError(f"learning_rates names a rate twice: {', '.join(f'{r:g}' for r in self.learning_rates)}")
         if not 0 < self.search_share <= 1:
             raise ValueError(f"search_share={self.search_share:g} must be above 0 and at most 1")
-        if self.rounds < 0:
-            raise ValueError(f"rounds={self.rounds} must not be negative")
         if not (self.baseline_minutes > 0 and math.isfinite(self.baseline_minutes)):
             raise ValueError(f"baseline_minutes={self.baseline_minutes:g} must be a positive number")
 
@@ -110,7 +109,7 @@ class Command:
             raise UsageError(f"--jobs {args.jobs} must be at least 1")
         files = tuple(Path(p) for p in (args.config, *args.overlays))
         for path in files:
-            _check_file(path)
+            read_config(shipped(path))  # a missing or wrong one is refused here, before anything heavy
         names = routers.resolve(args.routers)
         baselines = args.baselines if args.baselines is not None or not names else []
         options = Options(
@@ -127,14 +126,6 @@ class Command:
         if output.exists() and not output.is_dir():
             raise UsageError(f"--output {output} is a file, not a folder")
         return cls(files, tuple(rest), options, output, name, args.jobs)
-
-
-def _check_file(path: Path) -> None:
-    """Refuse a configuration that is neither a file nor a shipped one."""
-    if path.is_dir():
-        raise UsageError(f"{path} is a folder, not a configuration")
-    if not shipped(path).is_file():
-        raise UsageError(f"no configuration {path}{nearest(path)}")
 
 
 def command_line() -> Parser:
