@@ -13,6 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from apps.base.checks import check_at_least
 from apps.base.files import delete, os_error, replacing, temporary_path
 from apps.train import sharded
 from apps.train.finite import check_weights
@@ -77,8 +78,7 @@ class BestAndLast(Checkpoint):
             raise ValueError(f"mode={mode!r} is not one of 'min', 'max'")
         if every_n_minutes is not None and every_n_minutes <= 0:
             raise ValueError(f"every_n_minutes={every_n_minutes} must be positive")
-        if every_n_steps is not None and every_n_steps < 1:
-            raise ValueError(f"every_n_steps={every_n_steps} must be at least 1")
+        check_at_least(1, every_n_steps=every_n_steps)
         self.dirpath, self.monitor, self.mode = dirpath, monitor, mode
         self.every_n_minutes, self.every_n_steps = every_n_minutes, every_n_steps
         self.best_score: float | None = None

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 import core
+from apps.base.checks import check_at_least
 from apps.train.averaging import WeightAverage, WeightEMA
 from apps.train.finite import check_loss
 from apps.train.linked import LinkedModule
@@ -114,8 +115,7 @@ class SparseModule(LinkedModule):
         super().__init__()
         if ema_decay is not None and not 0 < ema_decay < 1:
             raise ValueError(f"ema_decay={ema_decay} must lie between 0 and 1")
-        if average_last is not None and average_last < 1:
-            raise ValueError(f"average_last={average_last} must be at least 1")
+        check_at_least(1, average_last=average_last)
         if ema_decay is not None and average_last is not None:
             raise ValueError(f"average_last={average_last} with ema_decay={ema_decay}: the weights have one average")
         self.optimizer_config = optimizer or OptimizerConfig()
