@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import platform
 import shlex
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -112,7 +111,7 @@ def _systems(experiment: Experiment, options: Options, output: Path, display: Di
         if not len(loader):
             raise ValueError("the data has no validation split, which the learning rates are chosen by (data.val_size)")
         systems = find_systems(sparse, next(iter(loader)), options.baselines, options.routers)
-    write_json(output / "systems.json", [s.to_dict() for s in systems])
+    write_json(output / "systems.json", [asdict(s) for s in systems])
     for system in systems:
         if system.refused:
             display.say(f"{system.title} is left out: {system.refused}")
@@ -154,7 +153,7 @@ def _report(
     path = output / "results.json"
     worked = path.exists() and any(f.stat().st_mtime_ns > path.stat().st_mtime_ns for f in result_files(output))
     # A comparison that is shown again keeps machine and day of its work, also where fewer systems are shown.
-    now = {"date": moment(time.time()), "machine": {**machine(), "jobs": jobs}}
+    now = {"date": moment(), "machine": {**machine(), "jobs": jobs}}
     saved = (None if worked else read_json(path)) or now
     signatures = dict(module.metric_signatures)
     numbers = {
@@ -164,7 +163,7 @@ def _report(
         "machine": saved["machine"],
         **plan.to_dict(),
         **({"signatures": signatures} if signatures else {}),
-        "summary": summary.to_dict(),
+        "summary": asdict(summary),
         "searches": results.searches,
         "finals": results.finals,
         "speed": results.speeds,

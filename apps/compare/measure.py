@@ -15,13 +15,14 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.utilities import move_data_to_device
 
 from apps.base.messages import first_line
 from apps.compare.experiment import Experiment
@@ -149,8 +150,9 @@ class _Bench:
         data = experiment.data()
         data.prepare_data()
         data.setup("fit")
-        self.train_batches = [self._to_device(b) for b in itertools.islice(data.train_dataloader(), 8)]
-        self.eval_batch = self._to_device(next(iter(data.val_dataloader())))
+        batches = list(itertools.islice(data.train_dataloader(), 8))
+        self.train_batches = move_data_to_device(batches, self.device)
+        self.eval_batch: Any = move_data_to_device(next(iter(data.val_dataloader())), self.device)
         _release()
         base = _memory(self.device, peak=False)
         module = experiment.module(job.system)
@@ -163,7 +165,7 @@ class _Bench:
         own = {name for name, _ in module.named_modules()}
         replaced = job.replaced if own.issuperset(job.replaced) else ()
         with self.precision.forward_context():
-            self.facts["cost"] = measure_cost(module, self.eval_batch, replaced, as_evaluated=True).to_dict()
+            self.facts["cost"] = asdict(measure_cost(module, self.eval_batch, replaced, as_evaluated=True))
         counts = [num_examples(module.example_inputs(b)) for b in self.train_batches]
         # Batches of a token budget differ in their number of examples: a round takes all of them.
         self.cycle = 1 if len(set(counts)) == 1 else len(counts)
@@ -173,11 +175,6 @@ class _Bench:
         # The peak begins here, without the sparse model that made a baseline, the checkpoint and the counted forward.
         _release()
         _reset_peak(self.device)
-
-    def _to_device(self, batch: Any) -> Any:
-        from lightning.pytorch.utilities import move_data_to_device
-
-        return move_data_to_device(batch, self.device)
 
     def train(self) -> float:
         """Return the examples a second of forward, backward and optimizer step."""

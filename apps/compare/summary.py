@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -96,9 +96,6 @@ class Summary:
     shares: tuple[str, ...] = ()
     weights: str = "of the last step"
     examples: tuple[ExamplePair, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
     def systems(self) -> list[Row]:
         """Return the rows of the sparse model and of other kinds of models."""

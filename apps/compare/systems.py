@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -51,9 +51,6 @@ class System:
     def title(self) -> str:
         """Heading of its column."""
         return self.heading or label(self.name)
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def label(name: str) -> str:

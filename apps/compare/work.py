@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import functools
 import gc
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -132,13 +131,13 @@ class Work:
         }
         show = functools.partial(self.display.unit, "speed and memory")
         speeds = measure(jobs, self.plan.options.rounds, show, self.experiment.modules)
-        when = moment(time.time())
+        when = moment()
         return {name: {**speed, "measured": when} for name, speed in speeds.items()}
 
 
-def moment(seconds: float) -> str:
-    """Return a moment of ``time.time`` in ISO format."""
-    return datetime.datetime.fromtimestamp(seconds).astimezone().isoformat(timespec="seconds")
+def moment() -> str:
+    """Return the present moment in ISO format."""
+    return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
 
 
 def result_files(output: Path) -> list[Path]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,9 +38,6 @@ class Cost:
     replaced_flops_per_example: float | None = None
     replaced_params: int | None = None
     unit: str = "an example"
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def measure_cost(module: Any, batch: Any, replaced: Sequence[str] = (), as_evaluated: bool = False) -> Cost:
