@@ -42,8 +42,8 @@ def cells(summary: Summary) -> list[list[str]]:
         ("parameters", lambda r: f"{r.system.cost.num_params:,}" if r.system.cost else NONE),
         ("active parameters", _active_params),
         (f"MFLOPs {flops_unit(summary)}", lambda r: _megaflops(flops(r))),
-        (f"  x {own}, replaced", lambda r: _ratio(r.system.replaced_ratio)),
-        (f"  x {own}, whole model", lambda r: _ratio(r.system.flops_ratio)),
+        (f"  x {own}, replaced", lambda r: _shown(r.system.replaced_ratio, ".3f")),
+        (f"  x {own}, whole model", lambda r: _shown(r.system.flops_ratio, ".3f")),
         *([("  computed once trained", lambda r: _megaflops(flops_trained(r)))] if _trained_differ(rows) else []),
         *_SPEEDS,
         ("peak memory, MiB", _memory),
@@ -63,7 +63,7 @@ def router_cells(summary: Summary) -> list[list[str]]:
         ("router", lambda r: "the config's" if r.difference is None else r.system.title),
         *_compared(f"test {_metric(summary)}", summary.percent, lambda r: (r.test, r.difference)),
         ("learning rate", _rate),
-        ("load imbalance", lambda r: f"{r.routing['load_imbalance']:.2f}" if "load_imbalance" in r.routing else NONE),
+        ("load imbalance", lambda r: _shown(r.routing.get("load_imbalance"), ".2f")),
         ("dropped, %", lambda r: f"{100 * r.routing['drop_rate']:.1f}" if "drop_rate" in r.routing else NONE),
         ("active parameters", _active_params),
         (f"MFLOPs {flops_unit(summary)}", lambda r: _megaflops(flops(r))),
@@ -95,13 +95,13 @@ def _further(metric: str, summary: Summary, own: str = "") -> list[Line]:
     return _compared(f"test {metric}", metric in summary.shares, lambda row: row.further[metric], own)
 
 
-def _speed(key: str) -> Callable[[Row], str]:
-    return lambda row: f"{row.speed[key]:,.0f}" if key in row.speed else NONE
+def _shown(value: float | None, form: str) -> str:
+    return NONE if value is None else format(value, form)
 
 
 _SPEEDS: tuple[Line, ...] = (
-    ("training, examples/s", _speed("train_examples_per_second")),
-    ("inference, examples/s", _speed("inference_examples_per_second")),
+    ("training, examples/s", lambda row: _shown(row.speed.get("train_examples_per_second"), ",.0f")),
+    ("inference, examples/s", lambda row: _shown(row.speed.get("inference_examples_per_second"), ",.0f")),
 )
 
 
@@ -117,10 +117,6 @@ def _memory(row: Row) -> str:
     if "peak_memory_bytes" not in row.speed:
         return NONE
     return f"{(row.speed['peak_memory_bytes'] - row.speed['base_memory_bytes']) / 2**20:,.0f}"
-
-
-def _ratio(value: float | None) -> str:
-    return NONE if value is None else f"{value:.3f}"
 
 
 def _megaflops(value: float | None) -> str:
