@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from apps.train import sharded
-from apps.train.checkpoint_paths import is_sharded
 
 
 def read_checkpoint(path: Path | str, shapes_only: bool = False) -> dict[str, Any]:
@@ -22,16 +21,12 @@ def read_checkpoint(path: Path | str, shapes_only: bool = False) -> dict[str, An
         FileNotFoundError: no such file.
         ValueError: the file is damaged, or is no checkpoint.
     """
-    if is_sharded(path):
+    if sharded.is_sharded(path):
         return sharded.read(path, device="meta" if shapes_only else "cpu")
     if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint {path}")
-    try:
+    with sharded.readable(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except PermissionError:
-        raise
-    except Exception as error:
-        raise ValueError(f"{path} is not a readable checkpoint: damaged, cut short, or of another program") from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise ValueError(f"{path} is not a checkpoint of a training run: it has no state_dict")
     return checkpoint

@@ -23,6 +23,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorProperties, TensorStorageMetadata
 
 from apps.base.files import replacing
+from apps.base.messages import one_line
 from apps.train.checkpoint_paths import SHARDED_PART, is_sharded
 
 WEIGHT, STATE = "weight/", "state/"
@@ -88,7 +89,7 @@ def read(path: Path | str, device: str = "cpu") -> dict[str, Any]:
     """
     path = Path(path)
     checkpoint = read_rest(path)
-    with _readable(path):
+    with readable(path):
         saved = _Reader(path / checkpoint[_KEY]["folder"]).tensors()
         weights = {k: v for k, v in saved.items() if k.startswith(WEIGHT)}
         tensors = {k: torch.empty(v.size, dtype=v.properties.dtype, device=device) for k, v in weights.items()}
@@ -104,7 +105,7 @@ def read_rest(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: the checkpoint is damaged, or another program's.
     """
-    with _readable(path):
+    with readable(path):
         checkpoint = torch.load(path / _REST, map_location="cpu", weights_only=True)
         if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint or _KEY not in checkpoint:
             raise ValueError("it has no state_dict")
@@ -126,7 +127,7 @@ def load(path: Path, checkpoint: Mapping[str, Any], tensors: Mapping[str, Any]) 
         ValueError: a tensor is missing or has another size, or a file is damaged.
     """
     folder = path / checkpoint[_KEY]["folder"]
-    with _readable(path):
+    with readable(path):
         sizes = {k: tuple(v.size) for k, v in _Reader(folder).tensors().items()}
     world = checkpoint[_KEY]["world_size"]
     with _quiet():
@@ -136,7 +137,7 @@ def load(path: Path, checkpoint: Mapping[str, Any], tensors: Mapping[str, Any]) 
             f"{path}, written by {world} processes, does not fit this run's shards: {name} is "
             f"{sizes.get(name, 'missing')} there and {here} here"
         )
-    with _readable(path), _quiet():
+    with readable(path), _quiet():
         dcp.load(dict(tensors), storage_reader=_Reader(folder), no_dist=True)
 
 
@@ -188,7 +189,7 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
 
 
 @contextmanager
-def _readable(path: Path) -> Iterator[None]:
+def readable(path: Path | str) -> Iterator[None]:
     """Turn any failure inside into a ValueError of one line."""
     try:
         yield
@@ -210,4 +211,4 @@ def _reason(error: BaseException) -> str:
     inner: BaseException = error
     if isinstance(error, dcp.api.CheckpointException):
         inner = next(iter(error.failures.values()))[0]
-    return getattr(inner, "strerror", None) or " ".join(str(inner).split())[:200]
+    return getattr(inner, "strerror", None) or one_line(str(inner))[:200]
