@@ -68,9 +68,6 @@ class RunFolder(Callback):
     Args:
         folder: folder of the run.
         descriptions: texts to write there, by the name of the file.
-
-    Raises:
-        ValueError: the folder holds files, and no run has made it.
     """
 
     # The checkpoints are moved last, at once: a kill half-way loses none. The curves have names of their own.
@@ -79,7 +76,6 @@ class RunFolder(Callback):
 
     def __init__(self, folder: Path, descriptions: Mapping[str, str]) -> None:
         self.folder, self.descriptions = folder, dict(descriptions)
-        check_free(folder)
         # TensorBoard begins this run's file before the training starts.
         self._curves = self._list_curves()
         self._earlier = [*self._curves, *(p for p in (folder / name for name in self.names) if p.exists())]
