@@ -47,7 +47,7 @@ class Estimator(Protocol):
 
 @dataclass(frozen=True)
 class ExampleDifference:
-    """How two systems differ on the same test examples.
+    """A difference between two systems on the same test examples.
 
     Attributes:
         name: name of the figure, such as "BLEU".

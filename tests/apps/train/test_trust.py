@@ -204,7 +204,7 @@ def test_shards_are_read(tmp_path):
 
 
 def _pickled_build(target: bytes, state: bytes) -> bytes:
-    """A pickle by hand: push a global, push a dict of one entry, set it on the global, stop."""
+    """Return a pickle, by hand, that pushes a global and a dict of one entry, and sets the entry on the global."""
     return b"\x80\x02" + b"c" + target + b"}" + state + b"sb" + b"."
 
 
