@@ -36,7 +36,6 @@ from apps.cli.errors import reduce_message
             ["--model", "apps.nlp.gone.Translator"],
             "apps.nlp.gone.Translator does not exist; did you mean 'Tra",
         ),
-        (["--trainer.max_epoch", "8"], "trainer.max_epoch does not exist; did you mean 'trainer.max_epochs'?"),
         (["--trainer.max_epochs", "x"], "trainer.max_epochs=x is not of type int"),
         (["--trainer.gradient_clip_val", "x"], "trainer.gradient_clip_val=x is not one of int, float"),
         (["--seed_everything", "abc"], "seed_everything=abc is not one of bool, int"),
@@ -62,10 +61,8 @@ def test_wrong_usage_is_one_line_that_names_the_option(config, capsys, flags, me
         ("model: {init_args: {wdth: 3}}", "model.wdth does not exist; did you mean 'width'?"),
         ("model: {class_path: tiny_app.TinyModul}", "TinyModul"),
         ("model: {class_path: nowhere.Model}", "No module named 'nowhere'"),
-        ("modl: {class_path: tiny_app.TinyModule}", "modl"),
         ("trainer: {strategy: {class_path: apps.gone.TorchRecStrategy}}", "did you mean 'TorchRecStrategy'?"),
         ("trainer: {max_stps: 3}", "trainer.max_stps does not exist; did you mean 'trainer.max_steps'?"),
-        ("trainer: {max_epochs: 3", "wrong.yaml, line 1: not valid YAML"),
         ("just words", "wrong.yaml is not a configuration"),
     ],
 )
@@ -85,7 +82,6 @@ def test_a_wrong_configuration_is_one_line(config, capsys, text, message):
         (["--model.explode_at", "1"], "the training loss is nan at step 2"),
         (["--trainer.max_epochs", "-5"], "max_epochs"),
         (["--trainer.accelerator", "tpuu"], "tpuu"),
-        (["--ckpt_path", "nope.ckpt"], "no checkpoint nope.ckpt"),
         (["--ckpt_path", "tiny.yaml"], "tiny.yaml is not a readable checkpoint"),
     ],
 )
@@ -93,11 +89,8 @@ def test_what_cannot_run_is_one_line_that_names_the_value(config, capsys, flags,
     assert message in fails(capsys, 1, "fit", "--config", config, *flags)
 
 
-def test_other_wrong_commands(config, capsys, tmp_path):
-    assert "did you mean 'fit'?" in fails(capsys, 2, "fitt")
+def test_other_wrong_commands(capsys):
     assert "not available in this version" in fails(capsys, 2, "convert", "upcycle")
-    assert "give a configuration" in fails(capsys, 2, "fit")
-    assert "no checkpoint in runs/tiny/checkpoints" in fails(capsys, 1, "test", "--config", config)
     assert "'fashion_mnist'" in fails(capsys, 1, "data", "prepare", "fashion_mnits")
     assert "list|prepare" in fails(capsys, 2, "data")
 

@@ -18,19 +18,7 @@ from apps.cli.classes import app_classes, long_name, parameters
 from apps.cli.help import options_of
 from apps.train.optimizers import OptimizerConfig
 
-CONFIG = """
-model: {class_path: tiny_app.TinyModule, init_args: {moe: {num_experts: 4}}}
-data: {class_path: tiny_app.TinyData, init_args: {n: 24}}
-trainer: {accelerator: cpu, max_epochs: 1, log_every_n_steps: 1}
-"""
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working folder with ``tiny.yaml``."""
-    monkeypatch.chdir(tmp_path)
-    Path("tiny.yaml").write_text(CONFIG)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("config")
 
 
 def lines_of(*argv: str) -> list[str]:
@@ -131,7 +119,7 @@ def test_the_printed_configuration_has_the_defaults_in_force():
 
 
 @pytest.mark.parametrize(
-    ("config", "filled"),
+    ("name", "filled"),
     [
         ("vision/digits.yaml", ["optimizer"]),
         ("recsys/synthetic.yaml", ["embedding", "dense", "interaction", "weighting"]),
@@ -139,11 +127,11 @@ def test_the_printed_configuration_has_the_defaults_in_force():
         ("nlp/multi30k_en_de.yaml", ["transformer", "optimizer"]),
     ],
 )
-def test_no_null_of_an_app_stands_for_a_default(config, filled):
-    path, empty = f"configs/{config}", "\n".join(f"    {name}: null" for name in filled)
+def test_no_null_of_an_app_stands_for_a_default(name, filled):
+    path, empty = f"configs/{name}", "\n".join(f"    {option}: null" for option in filled)
     Path("null.yaml").write_text(f"model:\n  init_args:\n{empty}\n")
     values = printed("--config", path, "--config", "null.yaml")
-    assert all(isinstance(values["model"]["init_args"][name], dict) for name in filled)
+    assert all(isinstance(values["model"]["init_args"][option], dict) for option in filled)
     Path("again.yaml").write_text(yaml.safe_dump(values))
     assert printed("--config", "again.yaml") == values
 

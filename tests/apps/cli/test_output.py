@@ -112,19 +112,10 @@ def test_a_full_disk_is_named_and_leaves_the_earlier_file(tmp_path):
     assert (tmp_path / "p.jsonl").read_text() == "earlier"
 
 
-CONFIG = """
-model: {class_path: tiny_app.TinyModule}
-data: {class_path: tiny_app.TinyData, init_args: {n: 24}}
-trainer: {accelerator: cpu, max_epochs: 1}
-"""
-
-
 @pytest.fixture
-def untrained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A prediction of an untrained model, in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    Path("tiny.yaml").write_text(CONFIG)
-    return ["predict", "--config", "tiny.yaml", "--ckpt_path", "none"]
+def untrained(config: str) -> list[str]:
+    """Return a command that predicts by an untrained model, in an empty folder."""
+    return ["predict", "--config", config, "--ckpt_path", "none"]
 
 
 def test_a_file_of_predictions_is_never_replaced_unasked(untrained, capsys, monkeypatch):

@@ -10,20 +10,12 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 from places import environment
+from tiny_app import CONFIG
 
 from apps.cli import main
-
-CONFIG = """
-model:
-  class_path: tiny_app.TinyModule
-  init_args: {moe: {num_experts: 4}}
-data: {class_path: tiny_app.TinyData, init_args: {n: 24}}
-trainer: {accelerator: cpu, max_epochs: 2}
-"""
 
 
 def screen(data: bytes) -> list[str]:
@@ -51,12 +43,10 @@ def screen(data: bytes) -> list[str]:
 
 
 @pytest.fixture
-def terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+def terminal(config: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
     """Run a command with a terminal as stdout and stderr; returns what it shows."""
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "200")
-    Path("tiny.yaml").write_text(CONFIG)
 
     def run(*argv: str) -> list[str]:
         leader, follower = pty.openpty()
@@ -110,7 +100,7 @@ def test_a_line_over_a_line_is_seen_as_a_terminal_shows_it():
 
 
 def test_a_training_leaves_no_bar_and_no_line_glued_to_one(terminal):
-    shown = terminal("fit", "--config", "tiny.yaml")
+    shown = terminal("fit", "--config", "tiny.yaml", "--trainer.max_epochs", "2")
     expected = [
         "fit tiny.yaml -> runs/tiny",
         "TinyModule: [0-9,]+ parameters, [0-9,]+ active, [0-9.]+ MFLOPs an example .forward.",

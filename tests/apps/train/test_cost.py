@@ -81,8 +81,11 @@ def test_without_validation_the_training_batch_is_counted(tmp_path, caplog):
 def test_a_capacity_does_not_hide_cost_in_a_training(tmp_path, caplog):
     module = Rows(3, moe=core.MoEConfig(num_experts=4, capacity_factor=1.0, expert=core.FFN(hidden_dim=8, bias=True)))
     batch = next(iter(RowData().val_dataloader()))
-    assert measure_cost(module, batch).flops_per_example == 5 * 656
-    assert measure_cost(module, batch, as_evaluated=True).flops_per_example < 5 * 656
+    cost = measure_cost(module, batch, ["net.3"])
+    assert (cost.flops_per_example, cost.replaced_flops_per_example) == (5 * 656, 5 * 576)
+    evaluated = measure_cost(module, batch, ["net.3"], as_evaluated=True)
+    assert evaluated.flops_per_example < 5 * 656
+    assert evaluated.replaced_flops_per_example < 5 * 576
 
 
 def test_examples_are_counted_by_the_first_argument_with_a_length():

@@ -35,9 +35,6 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-# Batch 5 lies in mid-epoch and off a saved step, 9 is the first of an epoch, 17 the last of one.
-
-
 def test_a_run_stopped_again_and_again_resumes_exactly(config, tmp_path, unbroken):
     # Nothing is saved before batch 1: "last" begins again. From step 4 on, the fifth batch is batch 9.
     for stop in (1, 5, 5):
@@ -47,6 +44,7 @@ def test_a_run_stopped_again_and_again_resumes_exactly(config, tmp_path, unbroke
     assert_same(unbroken, tmp_path / "broken")
 
 
+# Batch 5 lies in mid-epoch and off a saved step, 9 is the first of an epoch, 17 the last of one.
 @pytest.mark.parametrize(
     ("stops", "flags"),
     [

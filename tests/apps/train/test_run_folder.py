@@ -11,15 +11,10 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 from places import environment
+from tiny_app import CONFIG
 
 from apps.cli import main
 from apps.train.run_folder import MARKER
-
-CONFIG = """
-model: {class_path: tiny_app.TinyModule, init_args: {dropout: 0.0}}
-data: {class_path: tiny_app.TinyData, init_args: {n: 24}}
-trainer: {accelerator: cpu, max_epochs: 1, log_every_n_steps: 1, enable_progress_bar: false}
-"""
 
 
 @pytest.fixture
