@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from apps.report.plots import PALETTE, clean_axis, new_picture
+from apps.train.logs import read_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,10 +39,7 @@ def read_curves(metrics: Path, panels: Mapping[str, Mapping[str, str]]) -> dict[
         metrics: the file; there may be none.
         panels: title of a panel to the columns of its curves by label.
     """
-    if not metrics.is_file():
-        return {}
-    with open(metrics, newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if (row.get("step") or "").isdigit()]  # a kill may cut the last row
+    rows = read_rows(metrics)
     curves: dict[str, list[Curve]] = {}
     for panel, columns in panels.items():
         for label, column in columns.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,14 @@ from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
 from apps.base.files import naming, replacing
+
+
+def read_rows(metrics: Path) -> list[dict[str, Any]]:
+    """Return the rows of a ``metrics.csv`` but for one that a kill has cut; empty where there is no such file."""
+    if not metrics.is_file():
+        return []
+    with open(metrics, newline="", encoding="utf-8") as file:
+        return [row for row in csv.DictReader(file) if (row.get("step") or "").isdigit()]
 
 
 class MetricsCSV(Logger):
@@ -44,14 +53,12 @@ class MetricsCSV(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         row = {"step": step or 0, **{k: float(v) for k, v in metrics.items()}}
-        new = [k for k in row if k not in self._keys]
-        if not new:
+        if all(k in self._keys for k in row):
             with naming(self.path), open(self.path, "a", newline="") as file:
                 csv.DictWriter(file, self._keys).writerow(row)
             return
         rows = self._kept_rows()
-        self._keys += [k for k in dict.fromkeys(k for r in rows for k in r) if k not in self._keys]
-        self._keys += [k for k in row if k not in self._keys]
+        self._keys = list(dict.fromkeys([*self._keys, *(k for r in (*rows, row) for k in r)]))
         with naming(self.path), replacing(self.path, newline="") as file:
             writer = csv.DictWriter(file, self._keys)
             writer.writeheader()
@@ -60,11 +67,8 @@ class MetricsCSV(Logger):
     def _kept_rows(self) -> list[dict[str, Any]]:
         """Return the rows for a file with more columns: at first those before the resumed step, then this run's."""
         first = not self._keys
-        if not self.path.exists() or (first and self._before is None):
-            return []
-        with open(self.path, newline="") as file:
-            rows = [r for r in csv.DictReader(file) if (r.get("step") or "").isdigit()]  # a kill may cut the last row
-        return [r for r in rows if not first or int(r["step"]) < self._before]  # type: ignore[operator]
+        before = self._before if first else math.inf
+        return [] if before is None else [row for row in read_rows(self.path) if int(row["step"]) < before]
 
 
 class EventLog(TensorBoardLogger):
