@@ -8,6 +8,7 @@ leaves the old checkpoint. No part is read by a pickle that could run code.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pickle
 import shutil
 import uuid
@@ -44,6 +45,10 @@ _SAFE = {
     "collections": {"OrderedDict"},
     "pathlib": {"PosixPath", "Path", "PurePosixPath"},
 }  # fmt: skip
+
+
+# torch warns that ranks hold different tables, which is meant, and of its own deprecations.
+_quiet = functools.partial(warnings.catch_warnings, action="ignore")
 
 
 def write(path: Path, checkpoint: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
@@ -197,14 +202,6 @@ def readable(path: Path | str) -> Iterator[None]:
         raise
     except (Exception, dcp.api.CheckpointException) as error:  # the latter is no Exception
         raise ValueError(f"{path} is not a readable checkpoint: damaged, cut short, or of another program") from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Hide the warnings that ranks hold different tables, which is meant, and those of torch's own deprecations."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def _reason(error: BaseException) -> str:
