@@ -26,9 +26,9 @@ from apps.compare.options import Command, Options
 from apps.compare.plan import Plan
 from apps.compare.summary import ExamplePair, Results, Summary, summarize
 from apps.compare.systems import SPARSE, System, find_systems, label
+from apps.compare.training import interruptible
 from apps.compare.work import Work, moment, result_files
 from apps.equal_cost import routers
-from apps.train.stopping import terminable
 
 
 def run(argv: Sequence[str]) -> int:
@@ -73,7 +73,7 @@ class Outcome:
         return [p for p in self.files if p.suffix == ".png"]
 
 
-@terminable()
+@interruptible()
 def run_command(argv: Sequence[str], title: str | None = None) -> Outcome:
     """Do the comparison of ``moesaic compare ARGV``, or what is left of it, and show the table.
 

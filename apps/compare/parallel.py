@@ -80,8 +80,6 @@ def train_all(
         RuntimeError: a worker died.
         Exception: a worker's error, as ``train`` raises it; the other workers are stopped and can go on later.
     """
-    if not units:
-        return
     context, waiting = worker_context(modules), list(units)
     threads = max(1, torch.get_num_threads() // jobs)
     workers: dict[Connection, Any] = {}

@@ -304,7 +304,7 @@ def _tune_estimator(model: Any, data: Any, unit: Unit, folder: Path, progress: P
 
 @contextlib.contextmanager
 def interruptible(trainer: Trainer | None = None) -> Iterator[None]:
-    """Make signals end ``trainer`` as they end everything else.
+    """Make signals end ``trainer``, or without one all that is done inside, by an exception.
 
     Ctrl-C is a KeyboardInterrupt here: Lightning's trainer makes an exit of it and leaves the signal ignored. SIGTERM
     is a SIGTERMException: in a loop Lightning raises it at the end of a batch, but not after the last one.

@@ -25,17 +25,6 @@ def on_sigterm(handler: Callable[..., Any]) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-@contextlib.contextmanager
-def terminable() -> Iterator[None]:
-    """Make SIGTERM an exit inside, as in Lightning's trainer: workers are stopped, and a line says how to go on."""
-
-    def stop(*_: Any) -> None:
-        raise SIGTERMException
-
-    with on_sigterm(stop):
-        yield
-
-
 class StopsSoon(Callback):
     """Ends a training of one process at SIGTERM: after the optimizer step with a checkpoint, in a validation at once.
 
@@ -68,21 +57,18 @@ class StopsSoon(Callback):
         if trainer is None or not trainer.training or self.asked:  # a second one does not wait
             raise SIGTERMException
         self.asked = True
-        self._let_lightning_stop(trainer, False)  # it would stop before a checkpoint is written
+        trainer._signal_connector.received_sigterm = False  # it would stop before a checkpoint is written
 
     def written(self, trainer: Trainer) -> None:
         """Let Lightning log the step and end the training, whose checkpoint is written."""
-        self._let_lightning_stop(trainer, True)
-
-    def _let_lightning_stop(self, trainer: Trainer, now: bool) -> None:
-        trainer._signal_connector.received_sigterm = now
+        trainer._signal_connector.received_sigterm = True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._trainer, self.first_step = trainer, trainer.global_step
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.asked:  # the checkpoint of the epoch's end comes next
-            self._let_lightning_stop(trainer, True)
+            self.written(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.asked:
