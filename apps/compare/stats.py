@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from apps.report.intervals import Interval, mean_interval
 
 
-def paired_difference(a: Sequence[float], b: Sequence[float], level: float = 0.95) -> Interval:
+def paired_difference(a: Sequence[float], b: Sequence[float]) -> Interval:
     """Return the mean and the t-interval of ``a - b``, value by value: the effect of a seed's data order cancels.
 
     The values are measured in float32; differences that its rounding can explain count as equal and have no width.
@@ -23,7 +23,7 @@ def paired_difference(a: Sequence[float], b: Sequence[float], level: float = 0.9
     rounding = 4 * 2**-24 * max((abs(v) for v in (*a, *b)), default=0.0)
     if differences and max(differences) - min(differences) <= rounding:
         differences = [sum(differences) / len(differences)] * len(differences)
-    return mean_interval(differences, level)
+    return mean_interval(differences)
 
 
 def verdict(difference: Interval, higher_is_better: bool = True) -> str:

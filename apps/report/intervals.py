@@ -39,8 +39,8 @@ class Interval:
         return bool(self.half_width) and not self.low <= 0 <= self.high
 
 
-def mean_interval(values: Sequence[float], level: float = 0.95) -> Interval:
-    """Return the mean and t-interval of ``values``: half width ``t_{(1 + level) / 2, n - 1} * s / sqrt(n)``.
+def mean_interval(values: Sequence[float]) -> Interval:
+    """Return the mean and t-interval of ``values``: half width ``t_{0.975, n - 1} * s / sqrt(n)``.
 
     Raises:
         ValueError: no value.
@@ -58,4 +58,4 @@ def mean_interval(values: Sequence[float], level: float = 0.95) -> Interval:
     from scipy.stats import t
 
     deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1))
-    return Interval(mean, float(t.ppf((1 + level) / 2, n - 1)) * deviation / math.sqrt(n), n)
+    return Interval(mean, float(t.ppf(0.975, n - 1)) * deviation / math.sqrt(n), n)
