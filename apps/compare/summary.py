@@ -229,7 +229,7 @@ def summarize(
                 speed=speeds.get(s.name, {}),
                 tuning=results.searches[s.name][0] if s.tunes and results.searches.get(s.name) else {},
                 routing=_means([r.get("routing", {}) for r in finals[s.name]]),
-                further={name: _further(name, finals[SPARSE], finals[s.name] if other else None) for name in further},
+                further={name: _further(name, s.name, finals) for name in further},
             )
         )
     return Summary(
@@ -248,15 +248,14 @@ def summarize(
 
 
 def _further(
-    name: str, sparse: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]] | None
+    name: str, system: str, finals: Mapping[str, Sequence[Mapping[str, Any]]]
 ) -> tuple[Interval | None, Interval | None]:
-    """Return a test metric of a system (None: of the sparse one), and how the sparse one differs."""
-    of_sparse, of_other = (None if r is None else _values(name, r) for r in (sparse, other))
-    if other is None:
-        return (None if of_sparse is None else mean_interval(of_sparse)), None
-    if of_other is None:
+    """Return a test metric of a system, and how the sparse one differs; None where one does not report it."""
+    own = _values(name, finals[system])
+    if own is None:
         return None, None
-    return mean_interval(of_other), None if of_sparse is None else paired_difference(of_sparse, of_other)
+    sparse = None if system == SPARSE else _values(name, finals[SPARSE])
+    return mean_interval(own), None if sparse is None else paired_difference(sparse, own)
 
 
 def _values(name: str, results: Sequence[Mapping[str, Any]]) -> list[float] | None:
