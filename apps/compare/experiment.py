@@ -56,7 +56,6 @@ class Experiment:
                 raise UsageError(f"{name} is no {needed.__name__}: compare asks a module for its baselines")
         self._cli = _Parsed(request)
         self._parser, self._config = self._cli._parser("fit"), self._cli.config["fit"]
-        self.name = request.run_dir.name
         seed = self._config.get("seed_everything")
         self.seed = seed if isinstance(seed, int) and not isinstance(seed, bool) else 0
         made = self._make()
