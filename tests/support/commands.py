@@ -1,6 +1,10 @@
-"""A command that has to fail."""
+"""A command that has to fail, and a full disk."""
 
 from __future__ import annotations
+
+import contextlib
+import resource
+from collections.abc import Iterator
 
 import pytest
 
@@ -15,3 +19,14 @@ def fails(capsys: pytest.CaptureFixture, code: int, *argv: str) -> str:
     assert len(lines) == 1, lines
     assert lines[0].startswith("error: ")
     return lines[0].removeprefix("error: ")
+
+
+@contextlib.contextmanager
+def full_disk(most: int) -> Iterator[None]:
+    """Let no file grow past ``most`` bytes inside, which stands for a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-import resource
 import signal
 import threading
 from pathlib import Path
 
 import pytest
 import torch
-from commands import fails
+from commands import fails, full_disk
 from PIL import Image
 from tiny_app import TinyModule
 
@@ -118,17 +117,12 @@ def test_a_bug_is_one_line_too_and_the_traceback_can_be_had(config, capsys, monk
 
 
 def test_no_disk_space_is_one_line_and_the_old_checkpoint_stays(config, capsys):
-    """A limit on the size of a file stands for a full disk: the checkpoint is the largest file of the run."""
+    """The checkpoint is the largest file of the run."""
     assert main(["fit", "--config", config]) == 0
     folder = Path("runs/tiny/checkpoints")
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
-    limit = before["last.ckpt"].__len__() // 2
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
+    with full_disk(len(before["last.ckpt"]) // 2):
         line = fails(capsys, 1, "fit", "--config", config, "--ckpt_path", "last", "--trainer.max_epochs", "2")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "cannot write the checkpoint" in line
     assert "File too large; the earlier one is intact" in line
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
@@ -138,16 +132,12 @@ def test_no_disk_space_is_one_line_and_the_old_checkpoint_stays(config, capsys):
     ("limit", "what"), [(64, r".*/config\.yaml"), (8192, "runs/tiny/tensorboard")], ids=["first_file", "mid_epoch"]
 )
 def test_a_full_disk_is_one_line_that_names_what_could_not_be_written(config, capsys, monkeypatch, limit, what):
-    """TensorBoard's file grows the fastest. It is written in a thread, whose traceback would be told as well."""
+    """TensorBoard's file grows the fastest. It is written in a thread, whose traceback would be printed as well."""
     uncaught: list[threading.ExceptHookArgs] = []
     monkeypatch.setattr(threading, "excepthook", uncaught.append)
     Path("runs").mkdir()
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
+    with full_disk(limit):
         line = fails(capsys, 1, "fit", "--config", config, "--data.n", "2400")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert re.fullmatch(f"{what}: File too large", line)
     assert not uncaught
     assert not list(Path("runs").rglob("*.tmp"))

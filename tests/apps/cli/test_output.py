@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import resource
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from commands import full_disk
 from pyarrow import parquet
 from tiny_app import TinyModule
 
@@ -99,16 +99,9 @@ def test_an_error_half_way_leaves_the_earlier_file(tmp_path, name):
 
 def test_a_full_disk_is_named_and_leaves_the_earlier_file(tmp_path):
     (tmp_path / "p.jsonl").write_text("earlier")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
-    try:
-        with (
-            pytest.raises(OSError, match=r"File too large.*p\.jsonl"),
-            PredictionFile(tmp_path / "p.jsonl").open() as f,
-        ):
-            f.add({"output": "x" * 100} for _ in range(1000))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    refused = pytest.raises(OSError, match=r"File too large.*p\.jsonl")
+    with full_disk(4096), refused, PredictionFile(tmp_path / "p.jsonl").open() as file:
+        file.add({"output": "x" * 100} for _ in range(1000))
     assert (tmp_path / "p.jsonl").read_text() == "earlier"
 
 
