@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..contract import check_kinds
+from ..contract.checks import at_least_one, below_one, one_of
 from ..layers import DENSE_ACTIVATIONS, FeedForward
 from ..registry import register_config
-from ..routing.checks import at_least_one, one_of
 
 
 @register_config
@@ -42,8 +42,7 @@ class DenseFFN:
         if self.hidden_dim is not None:
             at_least_one("hidden_dim", self.hidden_dim)
         one_of("activation", self.activation, tuple(DENSE_ACTIVATIONS))
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout={self.dropout} is not in [0, 1)")
+        below_one("dropout", self.dropout)
 
     def hidden(self, dim: int) -> int:
         """Return F for this model dim, the default filled in."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from ..contract import check_kinds, check_part
+from ..contract.checks import at_least_one, below_one, not_negative, one_of
 from ..dispatch import Dispatcher
 from ..experts import FFN, ExpertConfig
 from ..kernels import check_backend
@@ -13,7 +14,6 @@ from ..layers import MergedMoE, MoE, SharedGate, SoftMoE
 from ..layers.shared import KINDS
 from ..registry import register_config
 from ..routing.balance import Balance
-from ..routing.checks import at_least_one, one_of, whole
 from ..routing.router import LAYER_OPTIONS, RouterConfig
 from ..routing.selection import Capacity, check_group
 from ..routing.token_choice import TokenChoice
@@ -84,9 +84,7 @@ class MoEConfig:
             check_group(self.group)
         check_kinds(self)
         at_least_one("num_experts", self.num_experts)
-        whole("num_shared_experts", self.num_shared_experts)
-        if self.num_shared_experts < 0:
-            raise ValueError(f"num_shared_experts={self.num_shared_experts} is negative")
+        not_negative("num_shared_experts", self.num_shared_experts)
         check_part("router", self.router, RouterConfig, "TokenChoice(top_k=2)")
         check_part("expert", self.expert, ExpertConfig, "FFN()")
         check_part("balance", self.balance, Balance, "Balance()")
@@ -111,15 +109,13 @@ class MoEConfig:
                 raise ValueError(f"{f.name}={value!r} does not apply to {router}{own}")
         if self.group is not None:
             self.router.check_group(self.group)
-        if not 0 <= self.expert_output_masking < 1:
-            raise ValueError(f"expert_output_masking={self.expert_output_masking} is not in [0, 1)")
+        below_one("expert_output_masking", self.expert_output_masking)
         if self.expert_output_masking and self.router.layer_kind != "pairs":
             raise ValueError(f"expert_output_masking={self.expert_output_masking} does not apply to {router}")
 
     def _check_shared_gate(self) -> None:
         one_of("shared_gate", self.shared_gate, ("none", *KINDS))
-        if not 0 <= self.shared_gate_dropout < 1:
-            raise ValueError(f"shared_gate_dropout={self.shared_gate_dropout} is not in [0, 1)")
+        below_one("shared_gate_dropout", self.shared_gate_dropout)
         if self.shared_gate != "none" and not self.num_shared_experts:
             raise ValueError(f"shared_gate={self.shared_gate!r} needs num_shared_experts, which is 0")
         for name, value in (
@@ -205,8 +201,8 @@ class MoEConfig:
         Raises:
             ValueError: the router needs ``tokens_per_sequence``, or it is below 1.
         """
-        if tokens_per_sequence is not None and tokens_per_sequence < 1:
-            raise ValueError(f"tokens_per_sequence={tokens_per_sequence} is not at least 1")
+        if tokens_per_sequence is not None:
+            at_least_one("tokens_per_sequence", tokens_per_sequence)
         group = self.capacity().group
         tokens_per_group = group if isinstance(group, int) else tokens_per_sequence if group == "sequence" else None
         rows = self.router.rows_per_token(self.num_experts, tokens_per_group) * min(1.0, self.capacity_factor or 1.0)

@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..contract import check_kinds, check_part
+from ..contract.checks import at_least_one, below_one, not_negative, one_of, positive, whole
 from ..experts import MLP, ExpertConfig
 from ..kernels import check_backend
 from ..layers import MultiGateLayer, MultiGateMoE, PLELayer, SelectedMultiGateMoE, SparseMultiGateMoE
 from ..layers.multi_gate import FeatureGate
 from ..registry import OpenConfig
 from ..routing.balance import Balance
-from ..routing.checks import at_least_one, one_of, positive, whole
 from ..routing.multi_gate import DenseGates, DomainEmbedding, ExpertGroups
 from ..routing.router import RouterConfig
 from ..routing.selection import Capacity
@@ -65,10 +65,8 @@ class MultiGateConfig(OpenConfig):
             )
         at_least_one("num_experts", self.num_experts)
         for name in ("feature_gate", "self_gate", "num_domain_experts"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} is negative")
-        if not 0 <= self.expert_dropout < 1:
-            raise ValueError(f"expert_dropout={self.expert_dropout} is not in [0, 1)")
+            not_negative(name, getattr(self, name))
+        below_one("expert_dropout", self.expert_dropout)
         positive("init_scale", self.init_scale)
         check_backend(self.backend)
         if self.balance.adaptive:
@@ -118,8 +116,7 @@ class MultiGateConfig(OpenConfig):
         """
         at_least_one("num_tasks", num_tasks)
         whole("num_domains", num_domains)
-        if num_domains < 0:
-            raise ValueError(f"num_domains={num_domains} is negative")
+        not_negative("num_domains", num_domains)
         if self.num_domain_experts and not num_domains:
             raise ValueError(f"num_domain_experts={self.num_domain_experts} needs num_domains, which is 0")
         return self._groups(num_tasks, num_domains)
@@ -340,8 +337,7 @@ class CGC(MultiGateConfig):
 
     def __post_init__(self) -> None:
         check_kinds(self)
-        if self.num_task_experts < 0:
-            raise ValueError(f"num_task_experts={self.num_task_experts} is negative")
+        not_negative("num_task_experts", self.num_task_experts)
         super().__post_init__()
 
     def _groups(self, num_tasks: int, num_domains: int) -> ExpertGroups:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..contract import Rows, check_kinds
+from ..contract.checks import at_least_one, one_of
 from ..kernels import ACTIVATIONS, FFNWeights, RowIndex, expert_ffn, linear, outside_autocast
 from .base import ExpertConfig, Experts, autocast_together, first_linear, next_linear, weighted_sum
 
@@ -122,10 +123,9 @@ class FFN(ExpertConfig):
 
     def __post_init__(self) -> None:
         check_kinds(self)
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(f"activation={self.activation!r} is not one of {', '.join(ACTIVATIONS)}")
-        if self.hidden_dim is not None and self.hidden_dim < 1:
-            raise ValueError(f"hidden_dim={self.hidden_dim} is not at least 1")
+        one_of("activation", self.activation, tuple(ACTIVATIONS))
+        if self.hidden_dim is not None:
+            at_least_one("hidden_dim", self.hidden_dim)
 
     def hidden(self, dim: int) -> int:
         """Return F for this model dim, the default filled in."""

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..contract import Rows, check_kinds
+from ..contract.checks import below_one, one_of
 from ..kernels import ACTIVATIONS, expert_linear, expert_of_rows, outside_autocast
 from .base import (
     ExpertConfig,
@@ -25,7 +26,6 @@ from .base import (
 
 EPS = 1e-5
 MOMENTUM = 0.1
-NORMS = (None, "batch", "layer")
 
 
 class MLPExperts(Experts):
@@ -247,12 +247,9 @@ class MLP(ExpertConfig):
         if not (is_whole and widths and min(widths) >= 1):
             raise ValueError(f"hidden_dims={widths!r} is not one or more widths of at least 1")
         object.__setattr__(self, "hidden_dims", tuple(widths))  # a list in YAML and in a checkpoint
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(f"activation={self.activation!r} is not one of {', '.join(ACTIVATIONS)}")
-        if self.norm not in NORMS:
-            raise ValueError(f"norm={self.norm!r} is not one of {', '.join(str(n) for n in NORMS)}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout} is not in [0, 1)")
+        one_of("activation", self.activation, tuple(ACTIVATIONS))
+        one_of("norm", self.norm, (None, "batch", "layer"))
+        below_one("dropout", self.dropout)
 
     def build(self, num_experts: int, dim: int, out_dim: int | None = None) -> MLPExperts:
         self._check_width(out_dim)

@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..contract import Decision, Entry, MergeRouting, RoutingContext, SlotRouting, Tape
+from ..contract.checks import check_tensor
 from ..dispatch import Dispatcher, LocalDispatcher, SlotDispatcher
 from ..experts import Experts
 from ..flops import register_formulas
 from ..kernels import check_backend
 from ..routing.balance import Balance
-from ..routing.checks import check_tensor
 from ..routing.router import Router
 from ..routing.soft import in_segments
 from .shared import SharedGate

@@ -15,7 +15,6 @@ from ..dispatch import join_tasks, split_pairs
 from ..experts import Experts
 from ..experts.base import autocast_together, first_linear, next_linear
 from ..routing.balance import Balance
-from ..routing.ids import sequence_ids
 from ..routing.multi_gate import (
     DenseGates,
     DomainEmbedding,
@@ -117,7 +116,7 @@ class MultiGateLayer(MoELayer):
             if context is None or context.domain_ids_B is None:
                 raise ValueError(f"{type(self).__name__} knows domains and needs context.domain_ids_B, which is None")
             tokens = Tokens.of(x_BSD, context)
-            domain_T = tokens.to_tokens(sequence_ids(tokens, "domain_ids_B", self.num_domains))
+            domain_T = tokens.to_tokens(tokens.ids("domain_ids_B", self.num_domains))
         return Examples(x_BSD.flatten(0, 1), x_BSD, x.shape[:-1], real_T, domain_T, context)
 
 

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..contract import Evidence, Routing, RoutingContext
+from ..contract.checks import at_least_one, at_most_experts, not_negative, one_of, positive
 from ..kernels import topk_gate
 from ..kernels.eager import capacity_ranks, check_devices, count_experts, outside_autocast, top_k_ids
 from .balance import SCORE_TERMS
-from .checks import at_least_one, at_most_experts, not_negative, one_of, positive
 from .gates import LinearGate
 from .router import LinearGateConfig, PairRouter, RouterConfig, Tokens
 from .selection import Choice

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..contract import Evidence
+from ..contract.checks import at_least_one, one_of, positive
 from ..kernels.assign import balanced_assignment
 from ..kernels.eager import top_k_ids
-from .checks import at_least_one, one_of, positive
 from .router import FixedKConfig, LinearGateConfig, PairRouter, Tokens
 from .selection import Choice
 

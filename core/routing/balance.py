@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from ..contract import Decision, Routing, RoutingContext, check_kinds
+from ..contract.checks import at_least_one, below_one, clean_ids, not_negative, one_of, positive
 from ..kernels.eager import top_k_ids
 from ..registry import register_config
-from .checks import below_one, clean_ids, not_negative, one_of, positive
 
 EXTRA = "extra."
 """Prefix of the names of the sums of ``Evidence.extra``."""
@@ -285,12 +285,9 @@ def _members(one: Pass, count: int, name: str) -> Tensor:
         B = one.routing.num_sequences
         if B is None:  # then the ids tell the number of sequences, where it divides the tokens
             B = ids.shape[0] if ids.ndim and ids.shape[0] and T % ids.shape[0] == 0 else T
-        real_BS = None if valid_T is None else valid_T.unflatten(0, (B, T // B))
-        if name == "task_ids_B":  # a task is one number a sequence, a modality one a token
-            ids_B = clean_ids(ids, (B,), None if real_BS is None else real_BS.any(1), name, count)
-            ids_T = ids_B.repeat_interleave(T // B)
-        else:
-            ids_T = clean_ids(ids, (B, T // B), real_BS, name, count).flatten()
+        ids = clean_ids(ids, name, count, (B, T // B), valid_T)
+        # A task is one number a sequence, a modality one a token.
+        ids_T = ids.repeat_interleave(T // B) if ids.ndim == 1 else ids.flatten()
         member_TG = (ids_T[:, None] == torch.arange(count, device=ids.device)).to(scores_TE.dtype)
     return member_TG if valid_T is None else member_TG * valid_T[:, None]
 
@@ -397,9 +394,8 @@ class Balance:
         check_kinds(self, "balance.")
         for name, weight in self.weights().items():
             not_negative(f"balance.{name}", weight)
-        for name, least in (("num_tasks", 0), ("num_modalities", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"balance.{name}={getattr(self, name)} is not at least {least}")
+        not_negative("balance.num_tasks", self.num_tasks)
+        at_least_one("balance.num_modalities", self.num_modalities)
         only = self.local_entropy_modality
         if only is not None and not 0 <= only < self.num_modalities:
             raise ValueError(

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..contract import Evidence, Routing, RoutingContext
+from ..contract.checks import positive
 from ..kernels.eager import capacity as capacity_of
 from ..kernels.eager import count_experts, outside_autocast, whole_ratio
-from .checks import positive
 from .gates import LinearGate
 from .router import LinearGateConfig, Router, Tokens
 from .selection import Capacity

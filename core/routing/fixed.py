@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import at_least_one, divides, one_of
+from ..contract.checks import at_least_one, divides, one_of
 from .clusters import balanced_clusters
-from .ids import sequence_ids, token_ids
 from .router import FixedKConfig, PairRouter, RouterConfig, Tokens
 from .selection import Capacity, Choice
 
@@ -90,7 +89,7 @@ class HashRouter(PairRouter):
             self._made = bool((self.table >= 0).all())
         if not self._made:
             raise ValueError("Hash(kind='clustered') has no table yet: call router.fit_clusters(embeddings) first")
-        expert_TK = self.table.index_select(0, token_ids(tokens, "token_ids_BS", self.config.vocab_size))
+        expert_TK = self.table.index_select(0, tokens.ids("token_ids_BS", self.config.vocab_size).flatten())
         return Choice(expert_TK, tokens.x_TD.new_full(expert_TK.shape, 1.0 / self.config.top_k))
 
     def fit(self, counts: Sequence[float] | Tensor) -> None:
@@ -265,8 +264,8 @@ class DomainRandomRouter(PairRouter):
             self.table[domain].copy_(domain * size + place_V % size)
 
     def choose(self, tokens: Tokens) -> Choice:
-        ids_T = token_ids(tokens, "token_ids_BS", self.config.vocab_size)
-        domain_B = sequence_ids(tokens, "domain_ids_B", self.config.num_domains)
+        ids_T = tokens.ids("token_ids_BS", self.config.vocab_size).flatten()
+        domain_B = tokens.ids("domain_ids_B", self.config.num_domains)
         # Two lookups, by token and then by domain, each refuse an id out of range.
         expert_1T = self.table.index_select(1, ids_T).gather(0, tokens.to_tokens(domain_B)[None])
         return Choice(expert_1T.T, tokens.x_TD.new_ones(expert_1T.T.shape))

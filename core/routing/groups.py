@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 
 from ..contract import Evidence
+from ..contract.checks import at_least_one, divides, positive
 from ..kernels import topk_gate
 from .balance import SCORE_TERMS
-from .checks import at_least_one, divides, positive
 from .gates import LinearGate
 from .router import LinearGateConfig, PairRouter, RouterConfig, Tokens
 from .selection import Capacity, Choice

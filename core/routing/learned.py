@@ -10,10 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..contract import Evidence
+from ..contract.checks import at_least_one, positive
 from .balance import SCORE_TERMS
-from .checks import at_least_one, positive
 from .gates import AttentionGate, CosineGate, LinearGate, TokenIdGate
-from .ids import token_ids
 from .router import PairRouter, RouterConfig, Tokens
 from .selection import Capacity, Choice
 from .top_k import TopKConfig, TopKRouter
@@ -122,7 +121,7 @@ class StableRouter(PairRouter):
     def choose(self, tokens: Tokens) -> Choice:
         if self._is_unread(self.stage) and self._light_decides != (int(self.stage) == 2):
             self._follow_stage()
-        ids_T = token_ids(tokens, "token_ids_BS", self.config.vocab_size)
+        ids_T = tokens.ids("token_ids_BS", self.config.vocab_size).flatten()
         logits_TE = tokens.logits(self.gate)
         extra = None
         if self._light_decides:

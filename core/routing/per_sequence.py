@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from ..contract import RoutingContext
+from ..contract.checks import at_least_one, check_tensor, positive
 from ..kernels.eager import top_k_ids
 from .balance import SCORE_TERMS
-from .checks import at_least_one, check_tensor, positive
 from .gates import TableGate
-from .ids import sequence_ids
 from .router import LinearGateConfig, PairRouter, RouterConfig, Tokens
 from .selection import Capacity, Choice
 from .top_k import SequenceTopKRouter, TopKConfig
@@ -75,7 +74,7 @@ class TaskRouter(SequenceTopKRouter):
     gate: TableGate
 
     def sequence_logits(self, tokens: Tokens) -> Tensor:
-        return self.gate(sequence_ids(tokens, "task_ids_B", self.config.num_tasks), tokens.x_TD.dtype)
+        return self.gate(tokens.ids("task_ids_B", self.config.num_tasks), tokens.x_TD.dtype)
 
     @torch.no_grad()
     def experts_of(self, task: int) -> TaskExperts:
@@ -168,7 +167,7 @@ class DomainRouter(PairRouter):
     def choose(self, tokens: Tokens) -> Choice:
         x_TD, context = tokens.x_TD, tokens.context
         if context.domain_ids_B is not None:
-            ids_B = sequence_ids(tokens, "domain_ids_B", self.num_experts)
+            ids_B = tokens.ids("domain_ids_B", self.num_experts)
             # The lookup in a table stops an id out of range where it is not checked.
             expert_B = torch.arange(self.num_experts, device=x_TD.device).index_select(0, ids_B)
             return Choice(tokens.to_tokens(expert_B)[:, None], x_TD.new_ones(x_TD.shape[0], 1))

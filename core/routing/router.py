@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..contract import Routing, RoutingContext, check_kinds
+from ..contract.checks import at_least_one, at_most_experts, clean_ids, positive
 from ..kernels.eager import outside_autocast
 from ..registry import OpenConfig
-from .checks import at_least_one, at_most_experts, positive
 from .gates import LinearGate, widened
 from .selection import Capacity, Choice, select_pairs
 
@@ -62,6 +62,20 @@ class Tokens:
         if self.valid_T is not None:
             return self.valid_T
         return torch.ones(self.x_TD.shape[0], dtype=torch.bool, device=self.x_TD.device)
+
+    def ids(self, name: str, size: int) -> Tensor:
+        """Return a field of the context that the router needs, int64 (B, S) or (B,) as its name ends; 0 for padding.
+
+        Args:
+            name: name of the field.
+            size: number of ids, which are in ``range(size)``.
+
+        Raises:
+            ValueError: the field has another shape or no integers, or, on CPU, an id of a real token is out of range.
+                On a GPU and in compiled code nothing is read back: there the indexing kernel stops.
+        """
+        of_sequences = (self.num_sequences, self.length)
+        return clean_ids(getattr(self.context, name), name, size, of_sequences, self.valid_T)
 
     def to_tokens(self, value_B: Tensor) -> Tensor:
         """Repeat (B, ...) values of the sequences for each of their tokens: (T, ...)."""

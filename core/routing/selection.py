@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..contract import Evidence, Routing, check_kinds
+from ..contract.checks import one_of
 from ..kernels import queue_ranks
 from ..kernels.eager import capacity, count_experts, whole_ratio
 
@@ -44,8 +45,7 @@ class Capacity:
         check_factor("capacity_factor", self.factor, "None means dropless")
         if self.eval_factor != float("inf"):
             check_factor("eval_capacity_factor", self.eval_factor, "inf means dropless")
-        if self.priority not in PRIORITIES:
-            raise ValueError(f"priority={self.priority!r} is not one of {', '.join(PRIORITIES)}")
+        one_of("priority", self.priority, PRIORITIES)
         object.__setattr__(self, "_ratio", None if self.factor is None else whole_ratio(self.factor))
         eval_factor = self.factor if self.eval_factor is None else self.eval_factor
         eval_factor = None if eval_factor == float("inf") else eval_factor

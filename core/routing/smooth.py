@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..contract import Evidence
+from ..contract.checks import at_least_one, at_most_experts, below_one, not_negative, positive
 from ..kernels.eager import check_devices, top_k_ids
 from .balance import SCORE_TERMS, entropy
-from .checks import at_least_one, at_most_experts, below_one, not_negative, positive
 from .gates import init_gate_
 from .router import LinearGateConfig, PairRouter, RouterConfig, Tokens
 from .selection import Capacity, Choice

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..contract import MergeRouting, RoutingContext, SlotRouting
+from ..contract.checks import at_least_one, below_one, one_of, positive
 from ..kernels import topk_gate
 from ..kernels.eager import check_devices, outside_autocast
-from .checks import at_least_one, below_one, one_of, positive
 from .gates import LinearGate
 from .router import Router, RouterConfig
 from .selection import Capacity

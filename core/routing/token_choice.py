@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..contract import Evidence
+from ..contract.checks import below_one, divides, one_of, positive
 from ..kernels import topk_gate
 from .balance import SCORE_TERMS, expert_bias_step
-from .checks import below_one, divides, one_of, positive
 from .gates import LinearGate, NoisyGate
 from .router import LinearGateConfig, PairRouter, Tokens
 from .selection import Capacity, Choice

@@ -184,7 +184,7 @@ def test_configs_are_frozen():
         ({"priority": "best"}, r"priority='best' is not one of position, score, random"),
         ({"group": "token"}, r"group='token' is not 'batch', 'sequence' or a positive number of tokens"),
         ({"group": -2}, r"group=-2 is not 'batch', 'sequence' or a positive number of tokens"),
-        ({"num_shared_experts": -1}, r"num_shared_experts=-1 is negative"),
+        ({"num_shared_experts": -1}, r"num_shared_experts=-1 is not a finite number >= 0"),
         ({"backend": "cuda"}, r"backend='cuda' is not one of auto, eager, cpu, grouped"),
         ({"balance": Balance(load=0.1)}, r"balance.load=0.1 does not apply to TokenChoice without noise"),
     ],

@@ -330,7 +330,7 @@ def test_a_term_of_the_scores_is_refused_where_the_router_has_none(name):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"num_tasks": -1}, r"balance.num_tasks=-1 is not at least 0"),
+        ({"num_tasks": -1}, r"balance.num_tasks=-1 is not a finite number >= 0"),
         ({"num_modalities": 0}, r"balance.num_modalities=0 is not at least 1"),
         ({"local_entropy_modality": 2, "num_modalities": 2}, r"local_entropy_modality=2 is not below num_modalities=2"),
         ({"entropy_threshold": 0.0}, r"balance.entropy_threshold=0.0 is not a positive number"),
