@@ -12,8 +12,8 @@ from torch import Tensor
 from ..contract import Evidence
 from ..contract.checks import at_least_one, positive
 from .balance import SCORE_TERMS
-from .gates import AttentionGate, CosineGate, LinearGate, TokenIdGate
-from .router import PairRouter, RouterConfig, Tokens
+from .gates import AttentionGate, CosineGate, TokenIdGate
+from .router import LinearGateConfig, PairRouter, Tokens
 from .selection import Capacity, Choice
 from .top_k import TopKConfig, TopKRouter
 
@@ -156,7 +156,7 @@ class StableRouter(PairRouter):
 
 
 @dataclass(frozen=True)
-class Stable(RouterConfig):
+class Stable(LinearGateConfig):
     """StableMoE (arXiv 2204.08396): in stage 1 a sigmoid gate on the hidden state takes the best expert, and a light
     router from token ids learns to foretell it; in stage 2, after ``layer.router.freeze_light_router()``, the light
     router decides alone and is frozen, so that a token no longer wanders between experts.
@@ -179,10 +179,10 @@ class Stable(RouterConfig):
     init_scale: float = 0.1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least_one("vocab_size", self.vocab_size)
         at_least_one("embedding_dim", self.embedding_dim)
         positive("distillation", self.distillation)
-        positive("init_scale", self.init_scale)
 
     @property
     def extra_weights(self) -> dict[str, float]:
@@ -190,9 +190,6 @@ class Stable(RouterConfig):
 
     def pairs_per_token(self, num_experts: int) -> float:
         return 1.0
-
-    def make_gate(self, dim: int, num_experts: int) -> LinearGate:
-        return LinearGate(dim, num_experts, self.init_scale)
 
     def num_params(self, dim: int, num_experts: int) -> int:
         return dim * num_experts + (self.vocab_size + num_experts) * self.embedding_dim

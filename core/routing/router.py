@@ -384,7 +384,7 @@ class FixedKConfig(RouterConfig):
 
 
 class LinearGateConfig(RouterConfig):
-    """Base of the configs whose router has a linear gate and no other weights: ``logits = x W^T``, W (E, D).
+    """Base of the configs whose router has a linear gate, ``logits = x W^T`` with W (E, D): its costs are the gate's.
 
     Attributes:
         init_scale: variance of the gate's initial weights times D.
