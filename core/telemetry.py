@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .contract import Entry, Loads, Routing, Tape, several_ranks
+from .contract import Entry, Loads, Routing, Tape, device_of_ranks, several_ranks, sum_over_ranks
 
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
 """Shape and dtype of each sum of a layer."""
@@ -163,21 +162,19 @@ class RoutingStats:
         if not layouts:
             return self
         device = next((stats.tokens_per_expert.device for stats in self.layers.values()), None)
-        device = device or torch.device("cuda" if "nccl" in dist.get_backend() else "cpu")
+        device = device or device_of_ranks()
         # Float64 holds any count of pairs.
-        flat = [
-            getattr(self.layers[name], key).reshape(-1).to(torch.float64)
+        own = [
+            getattr(self.layers[name], key).to(torch.float64)
             if name in self.layers
-            else torch.zeros(math.prod(shape), dtype=torch.float64, device=device)
+            else torch.zeros(shape, dtype=torch.float64, device=device)
             for name, layout in layouts.items()
             for key, (shape, _) in layout.items()
         ]
-        total = torch.cat(flat)
-        dist.all_reduce(total)
-        parts = iter(total.split([len(t) for t in flat]))
+        added = iter(sum_over_ranks(own))
         return RoutingStats(
             {
-                name: LayerStats(**{k: next(parts).reshape(shape).to(dtype) for k, (shape, dtype) in layout.items()})
+                name: LayerStats(**{key: next(added).to(dtype) for key, (_, dtype) in layout.items()})
                 for name, layout in layouts.items()
             }
         )

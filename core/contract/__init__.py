@@ -15,7 +15,7 @@ from .checks import check_kinds, check_part
 from .evidence import Evidence
 from .routing import Decision, DenseRouting, Loads, MergeRouting, Routing, RoutingContext, SlotRouting
 from .rows import RowPlan, Rows, SlotPlan
-from .tape import Entry, Tape, record, several_ranks, unwrapped_modules
+from .tape import Entry, Tape, device_of_ranks, record, several_ranks, sum_over_ranks, unwrapped_modules
 
 __all__ = [
     "Decision",
@@ -33,7 +33,9 @@ __all__ = [
     "Tape",
     "check_kinds",
     "check_part",
+    "device_of_ranks",
     "record",
     "several_ranks",
+    "sum_over_ranks",
     "unwrapped_modules",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -131,6 +131,21 @@ class Tape:
 def several_ranks() -> bool:
     """Return whether there is a process group of more than one rank."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def device_of_ranks() -> torch.device:
+    """Return a device on which the ranks can add up."""
+    return torch.device("cuda" if "nccl" in dist.get_backend() else "cpu")
+
+
+def sum_over_ranks(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return the sums of tensors of one dtype over all ranks, in one collective; each keeps the gradient of this
+    rank's part."""
+    local = torch.cat([t.reshape(-1) for t in tensors])
+    total = local.detach().clone()
+    dist.all_reduce(total)
+    added = (local + (total - local.detach())).split([t.numel() for t in tensors])
+    return [part.reshape(t.shape) for part, t in zip(added, tensors, strict=True)]
 
 
 @contextlib.contextmanager

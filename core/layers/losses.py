@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..contract import Entry, Loads, Tape, several_ranks, unwrapped_modules
+from ..contract import Entry, Loads, Tape, device_of_ranks, several_ranks, sum_over_ranks, unwrapped_modules
 from ..routing.balance import adaptive_weight, balance_sums, balance_terms
 from ..routing.router import Router
 from .moe import MoELayer, entry_name
@@ -97,45 +97,39 @@ def _all_reduce(
 
     Args:
         names: the layer of each.
-        sums: of this rank.
-        device: where a rank without sums takes part; None: it does not.
+        sums: sums of this rank.
+        device: device on which a rank without sums takes part; None: it does not.
     """
     if not several_ranks() or (not sums and device is None):
         return sums, 1
-    flat = [t for s in sums for t in s.values()]
-    differ = _difference_of_ranks(names, sums, flat[0].device if device is None else device)
-    if differ is not None:
-        passes = ", ".join(f"{name!r} ({counts} passes)" for name, counts in differ.items()) or "sums of other sizes"
-        raise RuntimeError(
-            f"the ranks recorded different passes, so their balance losses cannot be added up: {passes}; "
-            "run these layers alike on all ranks, or give them Balance(scope='rank')"
-        )
+    _check_ranks_agree(
+        names,
+        sums,
+        "the ranks recorded different passes, so their balance losses cannot be added up: {}; "
+        "run these layers alike on all ranks, or give them Balance(scope='rank')",
+        device,
+    )
     if not sums:
         return sums, 1
-    local = torch.cat([t.reshape(-1) for t in flat])
-    total = local.detach().clone()
-    dist.all_reduce(total)
-    added = (local + (total - local.detach())).split([t.numel() for t in flat])
-    parts = iter(added)
-    return [{name: next(parts).reshape(t.shape) for name, t in s.items()} for s in sums], dist.get_world_size()
+    added = iter(sum_over_ranks([t for s in sums for t in s.values()]))
+    return [{name: next(added) for name in s} for s in sums], dist.get_world_size()
 
 
-def _difference_of_ranks(
-    names: list[str], sums: list[dict[str, Tensor]], device: torch.device
-) -> dict[str, str] | None:
-    """Return how the ranks' sums differ, the same on every rank: None where they are of the same layers and shapes.
+def _check_ranks_agree(
+    names: list[str], sums: list[dict[str, Tensor]], refusal: str, device: torch.device | None = None
+) -> None:
+    """Raise a ``RuntimeError`` on every rank where their sums are of different layers or shapes.
 
     Args:
         names: the layer of each.
-        sums: of this rank.
-        device: where the ranks compare.
-
-    Returns:
-        For each layer that has other numbers of sums on other ranks, these numbers, as "1 and 0"; none of them where
-        only shapes differ.
+        sums: sums of this rank, which may have none.
+        refusal: the error's message, with a place for the difference.
+        device: device on which the ranks compare; None: that of the sums.
     """
     if torch.compiler.is_compiling():
-        return None
+        return
+    if device is None:
+        device = next((t.device for s in sums for t in s.values()), None) or device_of_ranks()
     layout = [
         (name, *((key, tuple(t.shape)) for key, t in of_layer.items()))
         for name, of_layer in zip(names, sums, strict=True)
@@ -145,15 +139,16 @@ def _difference_of_ranks(
     dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
     largest, minus_smallest = extremes.tolist()
     if largest == -minus_smallest:
-        return None
+        return
     layouts: list[list[tuple[str, object]]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(layouts, layout)
-    passes = [Counter(name for name, *_ in of_rank) for of_rank in layouts]
-    return {
-        name: " and ".join(str(counts[name]) for counts in passes)
-        for name in sorted(set(chain.from_iterable(passes)))
-        if len({counts[name] for counts in passes}) > 1
-    }
+    times = [Counter(name for name, *_ in of_rank) for of_rank in layouts]
+    differ = [
+        f"{name!r} ({' and '.join(str(counts[name]) for counts in times)} times)"
+        for name in sorted(set(chain.from_iterable(times)))
+        if len({counts[name] for counts in times}) > 1
+    ]
+    raise RuntimeError(refusal.format(", ".join(differ) or "in another order, or of other sizes"))
 
 
 def update_expert_bias(model: nn.Module, tape: Tape) -> None:
@@ -183,7 +178,12 @@ def update_expert_bias(model: nn.Module, tape: Tape) -> None:
         first = {id(r): name for name, r in reversed(routers.items())}
         names = [*(first[key] for key in loads), *drops]
         sums = [*({"load": t} for t in loads.values()), *({"drops": t} for t in drops.values())]
-        _check_layers_agree(names, sums)
+        _check_ranks_agree(
+            names,
+            sums,
+            "the ranks train different layers, so the loads of their experts cannot be added up: {}; "
+            "every rank needs the same layers with expert_bias or Balance(adaptive=True)",
+        )
     for router in each.values():
         router.after_step()
     if not loads and not drops:
@@ -196,11 +196,8 @@ def update_expert_bias(model: nn.Module, tape: Tape) -> None:
             chosen_E, computed_E = entry.routing.chosen_per_expert_E, entry.routing.tokens_per_expert_E
             drops[entry.name] += torch.stack((chosen_E.sum() - computed_E.sum(), chosen_E.sum()))
     if several_ranks():
-        counts = [*loads.values(), *drops.values()]
-        flat = torch.cat(counts)
-        dist.all_reduce(flat)
-        parts = iter(flat.split([len(v) for v in counts]))
-        loads, drops = {key: next(parts) for key in loads}, {n: next(parts) for n in drops}
+        added = iter(sum_over_ranks([*loads.values(), *drops.values()]))
+        loads, drops = {key: next(added) for key in loads}, {n: next(added) for n in drops}
     for key, load in loads.items():
         each[key].update_expert_bias(load)
     for name, (dropped, chosen) in drops.items():
@@ -209,26 +206,6 @@ def update_expert_bias(model: nn.Module, tape: Tape) -> None:
         # In place: a compiled layer and a captured graph see the same buffer.
         moved = adaptive_weight(weight, dropped / chosen.clamp_min(1), layers[name].balance)
         weight.copy_(torch.where(chosen > 0, moved, weight))
-
-
-def _check_layers_agree(names: list[str], sums: list[dict[str, Tensor]]) -> None:
-    """Raise a ``RuntimeError`` on every rank where they have loads of different layers, which are added by position.
-
-    Args:
-        names: the layer of each.
-        sums: of this rank, which may have none.
-    """
-    device = next((t.device for s in sums for t in s.values()), None)
-    if device is None:
-        device = torch.device("cuda" if "nccl" in dist.get_backend() else "cpu")
-    differ = _difference_of_ranks(names, sums, device)
-    if differ is not None:
-        names_differ = ", ".join(f"{name!r} ({counts} layers)" for name, counts in differ.items())
-        why = names_differ or "in another order, or of other numbers of experts"
-        raise RuntimeError(
-            f"the ranks train different layers, so the loads of their experts cannot be added up: {why}; "
-            "every rank needs the same layers with expert_bias or Balance(adaptive=True)"
-        )
 
 
 def _check_names(layers: Mapping[str, MoELayer], tape: Tape) -> None:

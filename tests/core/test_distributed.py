@@ -193,9 +193,9 @@ class Towers(nn.Module):
 
 # Passes of rank 0 and rank 1, and what both say; None: the losses.
 PASSES = {
-    "one layer each": (("a", "b"), r"'towers.a' \(1 and 0 passes\), 'towers.b' \(0 and 1 passes\)"),
-    "twice and once": (("aab", "ab"), r"'towers.a' \(2 and 1 passes\); run these layers alike"),
-    "one and none": (("b", ""), r"'towers.b' \(1 and 0 passes\); run .* or give them Balance\(scope='rank'\)"),
+    "one layer each": (("a", "b"), r"'towers.a' \(1 and 0 times\), 'towers.b' \(0 and 1 times\)"),
+    "twice and once": (("aab", "ab"), r"'towers.a' \(2 and 1 times\); run these layers alike"),
+    "one and none": (("b", ""), r"'towers.b' \(1 and 0 times\); run .* or give them Balance\(scope='rank'\)"),
     "in another order": (("ab", "ba"), None),
     "none at all": (("", ""), None),
 }
@@ -219,10 +219,10 @@ def other_passes(rank: int, name: str, scope: str = "global") -> str | Tensor:
 
 # Layers of rank 0 and rank 1 with their numbers of experts, and what both say; None: nothing.
 LAYERS: dict[str, tuple[tuple[dict[str, int], ...], str | None]] = {
-    "one layer each": (({"a": 4}, {"b": 4}), r"'a' \(1 and 0 layers\), 'b' \(0 and 1 layers\)"),
-    "one and none": (({"a": 4}, {}), r"'a' \(1 and 0 layers\)"),
-    "other experts": (({"a": 4}, {"a": 8}), "in another order, or of other numbers of experts"),
-    "other order": (({"a": 4, "b": 4}, {"b": 4, "a": 4}), "in another order, or of other numbers of experts"),
+    "one layer each": (({"a": 4}, {"b": 4}), r"'a' \(1 and 0 times\), 'b' \(0 and 1 times\)"),
+    "one and none": (({"a": 4}, {}), r"'a' \(1 and 0 times\)"),
+    "other experts": (({"a": 4}, {"a": 8}), "in another order, or of other sizes"),
+    "other order": (({"a": 4, "b": 4}, {"b": 4, "a": 4}), "in another order, or of other sizes"),
     "the same": (({"a": 4, "b": 8}, {"a": 4, "b": 8}), None),
     "none at all": (({}, {}), None),
 }
