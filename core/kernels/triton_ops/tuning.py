@@ -60,13 +60,7 @@ PLAIN = (
     Tile(32, 128, 4, 4),
     Tile(16, 128, 4, 4),
 )
-ACTIVATED = (
-    Tile(128, 128, 8, 3),
-    Tile(64, 256, 8, 3),
-    Tile(64, 128, 4, 4),
-    Tile(32, 128, 4, 4),
-    Tile(16, 128, 4, 4),
-)
+ACTIVATED = PLAIN[1:]
 TWO_SUMS = (
     Tile(128, 64, 8, 4),
     Tile(64, 128, 8, 4),
