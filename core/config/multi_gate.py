@@ -104,7 +104,7 @@ class MultiGateConfig(OpenConfig):
             num_tasks=num_tasks,
             balance=self.balance,
             expert_dropout=self.expert_dropout,
-            feature_gate=self._feature_gate(dim, groups),
+            feature_gate=FeatureGate(dim, groups.num_dense, self.feature_gate) if self.feature_gate else None,
             dim=dim,
         )
 
@@ -126,9 +126,6 @@ class MultiGateConfig(OpenConfig):
 
     def _gates(self, dim: int, groups: ExpertGroups, shared_gate: bool = False) -> DenseGates:
         return DenseGates(dim, groups, shared_gate=shared_gate, init_scale=self.init_scale, terms=DENSE_GATE_TERMS)
-
-    def _feature_gate(self, dim: int, groups: ExpertGroups) -> FeatureGate | None:
-        return FeatureGate(dim, groups.num_dense, self.feature_gate) if self.feature_gate else None
 
     def out_dim(self, dim: int) -> int:
         """Return D_out, the width of each task's output."""

@@ -192,7 +192,7 @@ class MultiGateMoE(MultiGateLayer):
 
     def _compute(self, examples: Examples) -> Tensor:
         x_GTD = examples.x_TD.unsqueeze(0)
-        mixed = _mix(self, self.groups, self.router, self.experts, self.feature_gate, x_GTD, examples)
+        mixed = _mix(self, self.router, self.experts, self.feature_gate, x_GTD, examples)
         return mixed.task_tTH.expand(self.num_tasks, -1, -1)
 
     def routers(self) -> dict[str, Router]:
@@ -238,7 +238,7 @@ class PLELayer(MultiGateLayer):
         for i, experts in enumerate(self.experts):
             feature_gate = None if self.feature_gates is None else cast(FeatureGate, self.feature_gates[i])
             gates = cast(DenseGates, self.router[i])
-            mixed = _mix(self, self.groups, gates, cast(Experts, experts), feature_gate, x_GTD, examples, f"level{i}")
+            mixed = _mix(self, gates, cast(Experts, experts), feature_gate, x_GTD, examples, f"level{i}")
             if mixed.shared_TH is not None:
                 x_GTD = torch.cat((mixed.shared_TH.unsqueeze(0), mixed.task_tTH))
         return mixed.task_tTH
@@ -393,7 +393,6 @@ def _active_params(experts: Experts, groups: ExpertGroups) -> int:
 
 def _mix(
     layer: MultiGateMoE | PLELayer,
-    groups: ExpertGroups,
     gates: DenseGates,
     experts: Experts,
     feature_gate: FeatureGate | None,
@@ -404,13 +403,14 @@ def _mix(
     """Compute one level: all experts compute, all gates weight.
 
     Args:
-        layer: the layer, for its tape and its dropout.
+        layer: the layer, for its groups, its tape and its dropout.
         x_GTD: (1, T, D), one input for all, or (1 + t, T, D): the shared representation, then the tasks'.
         prefix: start of the entries' ends.
     """
-    T, (t, s) = x_GTD.shape[1], (groups.num_tasks, groups.num_shared)
+    groups, T = layer.groups, x_GTD.shape[1]
+    t, s = groups.num_tasks, groups.num_shared
     logits = gates(x_GTD, examples.domain_T)
-    h_TnH, h_TdH = _expert_outputs(layer, groups, experts, feature_gate, x_GTD, examples)
+    h_TnH, h_TdH = _expert_outputs(layer, experts, feature_gate, x_GTD, examples)
     # Weighted sums in float32 at least: half precision would round each gate.
     dtype = h_TnH.dtype
     h_TnH = h_TnH.to(torch.promote_types(dtype, torch.float32))
@@ -418,10 +418,11 @@ def _mix(
     def weights(logits: Tensor, gate_names: list[str]) -> Tensor:
         """Return the softmax over the last axis of (T, gates, E), and record it."""
         clean = logits.softmax(-1)
+        real_T = examples.real_T
+        of_real = clean if real_T is None else clean.masked_fill(~real_T[:, None, None], 0.0)
         for k, name in enumerate(gate_names):
             names = groups.names(None if name == SHARED else k)
-            clean_real = _of_real(clean, examples.real_T)
-            routing = DenseRouting(clean_real, k, T, logits, examples.real_T, names, examples.x_BSD.shape[0])
+            routing = DenseRouting(of_real, k, T, logits, real_T, names, examples.x_BSD.shape[0])
             layer.record_pass(routing, examples.context, end=f"{prefix}.{name}".lstrip("."), router=gates)
         if not (layer.training and layer.expert_dropout):
             return clean
@@ -454,19 +455,15 @@ def _mix(
         return Mixed(y_TtH.to(dtype).transpose(0, 1), shared_TH)
 
 
-def _of_real(gates: Tensor, real_T: Tensor | None) -> Tensor:
-    return gates if real_T is None else gates.masked_fill(~real_T[:, None, None], 0.0)
-
-
 def _expert_outputs(
-    layer: MultiGateLayer,
-    groups: ExpertGroups,
+    layer: MultiGateMoE | PLELayer,
     experts: Experts,
     feature_gate: FeatureGate | None,
     x_GTD: Tensor,
     examples: Examples,
 ) -> tuple[Tensor, Tensor | None]:
     """Return (T, n, H) of the experts that compute every example, and (T, d, H) of those of its domain."""
+    groups = layer.groups
     # With one input for all the experts are one group.
     counts = groups.counts if x_GTD.shape[0] > 1 else (groups.num_dense,)
     if feature_gate is None:
