@@ -1,4 +1,4 @@
-"""Whether ``torch.func``, forward-mode differentiation or a tracer is at work.
+"""Functions that tell when ``torch.func``, forward-mode differentiation or a tracer is at work.
 
 A custom op has a backward of its own and nothing else: ``torch.func.jvp`` of one is zero without a word, and
 ``torch.func.grad`` or ``torch.autograd.forward_ad`` end inside torch. The oracle is made of torch's own operations.

@@ -110,7 +110,7 @@ class MoELayer(nn.Module):
 
     @property
     def is_recorded(self) -> bool:
-        """Whether a tape listens. Without one, what is made for it alone can be left out."""
+        """True while a tape listens. Without one, what is made for it alone can be left out."""
         return bool(self._tapes)
 
     def record_pass(

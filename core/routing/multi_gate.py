@@ -16,8 +16,8 @@ from .smooth import DENSE_TERMS
 
 @dataclass(frozen=True)
 class ExpertGroups:
-    """How the experts of a level belong to tasks and domains. They are in this order: the shared ones, then each
-    task's own and those of its self-gate, then each domain's own.
+    """The numbers of a level's experts that belong to tasks and domains. The experts stand in this order: the shared
+    ones, then each task's own and those of its self-gate, then each domain's own.
 
     Attributes:
         num_tasks: number of gates, t; 1 where all tasks share one.

@@ -269,7 +269,7 @@ class RouterConfig(OpenConfig):
 
     @property
     def is_causal(self) -> bool:
-        """Whether a later token never changes an earlier one's output, capacity aside, as a causal decoder needs.
+        """True where a later token never changes an earlier one's output, capacity aside, as a causal decoder needs.
         It is False where this fails in training alone, too."""
         return True
 
@@ -281,23 +281,23 @@ class RouterConfig(OpenConfig):
 
     @property
     def reads_position(self) -> bool:
-        """Whether a token's place in its sequence decides its experts."""
+        """True where a token's place in its sequence decides its experts."""
         return False
 
     @property
     def reads_batch_index(self) -> bool:
-        """Whether a sequence's place in the batch decides its experts."""
+        """True where a sequence's place in the batch decides its experts."""
         return False
 
     @property
     def decodes_stepwise(self) -> bool:
-        """Whether a token that comes alone, its prefix computed before, takes the experts it has in the sequence."""
+        """True where a token that comes alone, its prefix computed before, takes the experts it has in the sequence."""
         return self.depends_on == "token" and not (self.reads_position or self.reads_batch_index)
 
     @property
     def has_exact_gradient(self) -> bool:
-        """Whether the gradient is the derivative of the output. It is not where a gradient is stopped, or passes
-        straight through a step."""
+        """True where the gradient is the derivative of the output, and none is stopped or passes straight through a
+        step."""
         return True
 
     @property

@@ -17,7 +17,7 @@ PRIORITIES = ("position", "score", "random")
 
 @dataclass(frozen=True)
 class Capacity:
-    """How many tokens an expert takes, and whom first.
+    """The limits of the experts' loads, and the order in which tokens are served.
 
     Attributes:
         factor: each expert of a group takes ``ceil(factor * K * tokens in group / E)`` pairs in training; None: all.

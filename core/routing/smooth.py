@@ -263,7 +263,7 @@ class DenseToSparseRouter(PairRouter):
 
     @property
     def temperature(self) -> Tensor:
-        """The temperature, float32 (): ``tau_start (tau_end / tau_start)^(steps / anneal_steps)``, then ``tau_end``."""
+        """The temperature, which is ``tau_start (tau_end / tau_start)^(steps / anneal_steps)``, then ``tau_end``."""
         config = self.config
         share = (self.num_steps.to(torch.float32) / config.anneal_steps).clamp_max(1.0)
         return config.tau_start * (share * math.log(config.tau_end / config.tau_start)).exp()

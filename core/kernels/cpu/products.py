@@ -55,7 +55,7 @@ _lock = threading.Lock()
 
 @functools.cache
 def is_served_badly() -> bool:
-    """Whether this is a processor with AVX-512 that MKL does not use it on, and torch has the other way."""
+    """Return whether MKL leaves the AVX-512 of this processor unused, and torch has the other way."""
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkl.is_available():
         return False
     return cpu_field("vendor_id") == "AuthenticAMD" and hasattr(torch.ops.mkldnn, "_linear_pointwise")

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Tile:
-    """How one launch is cut up.
+    """The way in which one launch is cut up.
 
     Attributes:
         m, n: rows and columns of an output tile.
