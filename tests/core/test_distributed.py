@@ -10,18 +10,16 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
+from two_ranks import WORLD, on_two_ranks
 
 from core import (
     FFN,
@@ -37,7 +35,6 @@ from core import (
 )
 from core.routing.balance import TERMS
 
-WORLD = 2
 # Every term, so heavy that the aux loss makes most of the gradient.
 BALANCE = Balance(**{name: 0.1 if name == "router_z" else 1.0 for name in TERMS})
 # "fsdp": fully_shard of each block and the root.
@@ -106,14 +103,14 @@ def run(net: nn.Module, x: Tensor, valid: Tensor, factor: float = 1.0) -> Outcom
 
 
 def gradients(net: nn.Module) -> Outcome:
-    found = {}
+    grads = {}
     for name, p in net.named_parameters():
         grad = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
-        found[name.removeprefix("module.")] = grad.clone()
-    return found
+        grads[name.removeprefix("module.")] = grad.clone()
+    return grads
 
 
-def mine(tensors: tuple[Tensor, ...], rank: int) -> list[Tensor]:
+def share_of(tensors: tuple[Tensor, ...], rank: int) -> list[Tensor]:
     """This rank's half of the batch; the whole one where ``rank`` is -1."""
     return list(tensors) if rank < 0 else [t.chunk(WORLD)[rank] for t in tensors]
 
@@ -131,8 +128,7 @@ def wrap(net: Net, kind: str) -> nn.Module:
 
 def one_step(rank: int, kind: str, noise: str, checkpointed: bool = False, factor: float = 1.0) -> Outcome:
     net = wrap(model(noise, checkpointed), kind)
-    found = run(net, *mine(batch(), rank), factor)
-    return found | gradients(net)
+    return run(net, *share_of(batch(), rank), factor) | gradients(net)
 
 
 def accumulation(rank: int, kind: str) -> Outcome:
@@ -141,9 +137,9 @@ def accumulation(rank: int, kind: str) -> Outcome:
     for micro in range(2):
         if isinstance(net, DistributedDataParallel) and micro == 0:
             with net.no_sync():
-                run(net, *mine(batch(micro), rank), 0.5)
+                run(net, *share_of(batch(micro), rank), 0.5)
         else:
-            run(net, *mine(batch(micro), rank), 0.5)
+            run(net, *share_of(batch(micro), rank), 0.5)
     return gradients(net)
 
 
@@ -166,14 +162,14 @@ def idle_rank(rank: int, kind: str) -> Outcome:
     x, valid = batch()
     valid[2:] = False
     net = wrap(model("fixed"), kind)
-    return run(net, *mine((x, valid), rank)) | gradients(net)
+    return run(net, *share_of((x, valid), rank)) | gradients(net)
 
 
 def fused_gate(rank: int, kind: str) -> Outcome:
     """The Triton backend, checkpointed; one process computes by the oracle."""
     backend = "eager" if rank < 0 else "triton"
     net = wrap(model(None, True, backend), kind)
-    return run(net, *mine(batch(), rank)) | gradients(net)
+    return run(net, *share_of(batch(), rank)) | gradients(net)
 
 
 class Towers(nn.Module):
@@ -203,7 +199,7 @@ TOKENS = (torch.eye(3)[None, [0, 0, 0, 1]], torch.eye(3)[None, [1, 1]])
 
 
 def other_passes(rank: int, name: str, scope: str = "global") -> str | Tensor:
-    """What ``aux_losses`` says of the passes of this rank; of those of both, in one process."""
+    """Return the loss of this rank's passes, or the error; for -1 that of both ranks' passes in one process."""
     passes, _ = PASSES[name]
     net = Towers(balance=Balance(load_balancing=1.0, router_z=0.0, scope=scope))
     with record(net) as tape:
@@ -229,8 +225,8 @@ LAYERS: dict[str, tuple[tuple[dict[str, int], ...], str | None]] = {
 
 
 def other_layers(rank: int, name: str) -> tuple[str, list[list[float]]]:
-    """What ``update_expert_bias`` says of the layers of this rank, as a pipeline gives each its own, and their biases
-    after it; rank 0 sends 8 tokens to expert 0 and rank 1 to expert 1."""
+    """Return the error of ``update_expert_bias``, or "", and the biases after it. Each rank has layers of its own, as
+    in a pipeline; rank 0 sends 8 tokens to expert 0 and rank 1 to expert 1."""
     layers, _ = LAYERS[name]
     router = TokenChoice(1, expert_bias=True, bias_update_rate=0.125)
     net = nn.ModuleDict({key: MoEConfig(E, router, FFN(4)).build(E) for key, E in layers[rank].items()})
@@ -241,10 +237,10 @@ def other_layers(rank: int, name: str) -> tuple[str, list[list[float]]]:
             layer(torch.eye(E)[[rank] * 8])
     try:
         update_expert_bias(net, tape)
-        said = ""
+        message = ""
     except RuntimeError as error:
-        said = str(error)
-    return said, [layer.router.expert_bias.tolist() for layer in net.values()]
+        message = str(error)
+    return message, [layer.router.expert_bias.tolist() for layer in net.values()]
 
 
 def sharded_params(rank: int) -> tuple[int, int]:
@@ -289,46 +285,32 @@ CASES = [
 ]
 
 
-def worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store", WORLD)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD)
-    try:
-        outcomes = {case: SCENARIOS[case[0]](rank, case[1]) for case in CASES}
-        torch.save(outcomes, f"{folder}/rank{rank}.pt")
-        said = {name: other_passes(rank, name) for name in PASSES}
-        said["by rank"] = other_passes(rank, "one and none", "rank")
-        layers = {name: other_layers(rank, name) for name in LAYERS}
-        found = {"said": said, "layers": layers, "params": sharded_params(rank), "figures": telemetry(rank)}
-        torch.save(found, f"{folder}/said{rank}.pt")
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
+def work(rank: int) -> dict[str, object]:
+    losses = {name: other_passes(rank, name) for name in PASSES}
+    return {
+        "steps": {case: SCENARIOS[case[0]](rank, case[1]) for case in CASES},
+        "losses": losses | {"by rank": other_passes(rank, "one and none", "rank")},
+        "layers": {name: other_layers(rank, name) for name in LAYERS},
+        "params": sharded_params(rank),
+        "figures": telemetry(rank),
+    }
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where each rank has written what it found."""
-    folder: Path = tmp_path_factory.mktemp("ranks")
-    mp.spawn(worker, args=(str(folder),), nprocs=WORLD)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def ranks(folder: Path) -> list[dict[tuple[str, str], Outcome]]:
-    """What each rank found, by scenario and wrapper."""
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(WORLD)]
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict]]:
+    """The results of ``work`` on each rank."""
+    return on_two_ranks(work, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("name, kind", [case for case in CASES if case[0] != "bias"])
 def test_two_ranks_equal_one_process_on_the_whole_batch(ranks, name, kind):
     expected = SCENARIOS[name](-1, "none")
     for rank in range(WORLD):
-        found = ranks[rank][name, kind]
-        assert found.keys() == expected.keys()
+        actual = ranks[rank]["steps"][name, kind]
+        assert actual.keys() == expected.keys()
         for key, tensor in expected.items():
             bound = 1e-6 * max(1.0, tensor.abs().max().item())
-            error = (found[key] - tensor).abs().max().item()
+            error = (actual[key] - tensor).abs().max().item()
             assert error <= bound, f"rank {rank}, {key}: off by {error:.1e} of {tensor.abs().max().item():.1e}"
 
 
@@ -337,7 +319,7 @@ def test_the_loss_is_not_a_mean_of_the_ranks_own_losses():
     halves = []
     for rank in range(WORLD):
         net = model("fixed")
-        halves.append(run(net, *mine(batch(), rank)) | gradients(net))
+        halves.append(run(net, *share_of(batch(), rank)) | gradients(net))
     whole = one_step(-1, "none", "fixed")
     for key in ("load_balancing", "importance", "load", "blocks.0.router.gate.weight"):
         mean = (halves[0][key] + halves[1][key]) / 2
@@ -348,68 +330,65 @@ def test_bias_moves_by_the_loads_of_all_ranks(ranks):
     # Loads 4, 6, 0 around 10/3. Rank 0 alone would raise expert 1: 4, 0, 0 around 4/3.
     assert bias_step(-1, "none")["bias"].tolist() == [-0.125, -0.125, 0.125]
     for rank in range(WORLD):
-        assert ranks[rank]["bias", "ddp"]["bias"].tolist() == [-0.125, -0.125, 0.125]
+        assert ranks[rank]["steps"]["bias", "ddp"]["bias"].tolist() == [-0.125, -0.125, 0.125]
 
 
 def test_a_scaled_loss_scales_gradients_on_every_rank_exactly(ranks):
     for kind in WRAPS:
-        for name, grad in ranks[0]["fixed", kind].items():
+        for name, grad in ranks[0]["steps"]["fixed", kind].items():
             if "." in name:  # parameters; the logged losses are not scaled
-                assert torch.equal(ranks[0]["scaled", kind][name], grad * 2.0**16), name
+                assert torch.equal(ranks[0]["steps"]["scaled", kind][name], grad * 2.0**16), name
 
 
 @pytest.mark.parametrize("name", PASSES)
-def test_ranks_with_different_passes_all_say_so_and_none_waits(folder, name):
-    said = [torch.load(folder / f"said{rank}.pt", weights_only=True)["said"][name] for rank in range(WORLD)]
+def test_ranks_with_different_passes_all_say_so_and_none_waits(ranks, name):
+    losses = [each["losses"][name] for each in ranks]
     _, message = PASSES[name]
     if message is None:
         expected = other_passes(-1, name)
-        for found in said:
-            torch.testing.assert_close(found, expected)
+        for loss in losses:
+            torch.testing.assert_close(loss, expected)
     else:
-        for found in said:
-            assert re.search(f"^the ranks recorded different passes, .*: {message}", found), found
-            assert "\n" not in found
+        for error in losses:
+            assert re.search(f"^the ranks recorded different passes, .*: {message}", error), error
+            assert "\n" not in error
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_ranks_with_different_layers_all_say_so_and_move_no_bias(folder, name):
+def test_ranks_with_different_layers_all_say_so_and_move_no_bias(ranks, name):
     for rank in range(WORLD):
-        said, biases = torch.load(folder / f"said{rank}.pt", weights_only=True)["layers"][name]
+        error, biases = ranks[rank]["layers"][name]
         layers, message = LAYERS[name]
         if message is None:
-            assert said == ""
+            assert error == ""
             # Loads 8, 8, 0, 0 around 4, or 8, 8 and six times 0 around 2.
             assert biases == [[-0.125, -0.125, *[0.125] * (E - 2)] for E in layers[rank].values()]
         else:
-            assert re.search(f"^the ranks train different layers, .*: {message}; every rank needs", said), said
-            assert "\n" not in said
+            assert re.search(f"^the ranks train different layers, .*: {message}; every rank needs", error), error
+            assert "\n" not in error
             assert biases == [[0.0] * E for E in layers[rank].values()]
 
 
-def test_sharded_parameters_count_as_whole(folder):
+def test_sharded_parameters_count_as_whole(ranks):
     # Stem 8 * 8 + 8; a block: gate 8 * 4, shared gate 8, experts of 2 * 8 * 12 = 192, of which a token takes 2 of 4
     # and the shared one.
     by_hand = 72 + 2 * (32 + 8 + 3 * 192)
-    for rank in range(WORLD):
-        assert torch.load(folder / f"said{rank}.pt", weights_only=True)["params"] == (by_hand, by_hand)
+    assert [each["params"] for each in ranks] == [(by_hand, by_hand)] * WORLD
 
 
-def test_losses_of_each_rank_alone_may_be_of_different_passes(folder):
-    said = [torch.load(folder / f"said{rank}.pt", weights_only=True)["said"]["by rank"] for rank in range(WORLD)]
+def test_losses_of_each_rank_alone_may_be_of_different_passes(ranks):
     layer = Towers(balance=Balance(load_balancing=1.0, router_z=0.0))
     with record(layer) as tape:
         layer(TOKENS[0], "b")
-    torch.testing.assert_close(said[0], aux_losses(tape).total.detach())
-    assert said[1] == 0
+    torch.testing.assert_close(ranks[0]["losses"]["by rank"], aux_losses(tape).total.detach())
+    assert ranks[1]["losses"]["by rank"] == 0
 
 
-def test_figures_are_those_of_the_ranks_tokens_together(folder):
+def test_figures_are_those_of_the_ranks_tokens_together(ranks):
     expected = telemetry(-1)
     # Tower a has loads 3, 1, 0 and 0, 2, 0: 3, 3, 0 around 2. The mean of the ranks' own figures would be
     # (3 / (4 / 3) + 2 / (2 / 3)) / 2 = 2.625, and (1 + 2) / 2 dead experts.
     assert (expected[0]["load_imbalance"], expected[0]["dead_experts"]) == (1.5, 1.0)
-    for rank in range(WORLD):
-        found = torch.load(folder / f"said{rank}.pt", weights_only=True)["figures"]
-        for mine, whole in zip(found, expected, strict=True):
-            assert mine == pytest.approx(whole)
+    for each in ranks:
+        for figures, whole in zip(each["figures"], expected, strict=True):
+            assert figures == pytest.approx(whole)

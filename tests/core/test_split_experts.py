@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import copy
 import pickle
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from all_to_all import split_experts
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from two_ranks import WORLD, on_two_ranks
 
 from core import (
     FFN,
@@ -33,7 +32,7 @@ from core import (
     active_params,
 )
 
-WORLD, D = 2, 6
+D = 6
 Outcome = dict[str, Tensor]
 
 ROUTED = {
@@ -103,7 +102,7 @@ def on_a_rank(kind: str, name: str, rank: int, mesh: DeviceMesh) -> Outcome:
 
 
 def facts(rank: int, mesh: DeviceMesh) -> dict[str, object]:
-    """What a layer and its experts say of a split, and what it refuses."""
+    """Return the figures of a layer whose experts are split, and the messages with which layers refuse a split."""
     layer, merged, soft = build("ffn"), build("merged"), MoEConfig(4, SoftSlots(2), FFN(5)).build(D)
     whole = layer.experts.w_in[2 * rank].detach().clone()
     for other in (layer, merged, soft):
@@ -131,53 +130,44 @@ def facts(rank: int, mesh: DeviceMesh) -> dict[str, object]:
     }
 
 
-def worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", WORLD), rank=rank, world_size=WORLD)
-    try:
-        mesh = init_device_mesh("cpu", (WORLD,))
-        outcomes = {case: on_a_rank(*case, rank, mesh) for case in CASES}
-        torch.save({"outcomes": outcomes, "facts": facts(rank, mesh)}, f"{folder}/rank{rank}.pt")
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
+def work(rank: int) -> dict[str, object]:
+    mesh = init_device_mesh("cpu", (WORLD,))
+    return {"outcomes": {case: on_a_rank(*case, rank, mesh) for case in CASES}, "facts": facts(rank, mesh)}
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict]]:
-    folder: Path = tmp_path_factory.mktemp("ranks")
-    mp.spawn(worker, args=(str(folder),), nprocs=WORLD)
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(WORLD)]
+    return on_two_ranks(work, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("kind, name", CASES)
 def test_two_ranks_equal_one_process_in_output_and_gradients(ranks, kind, name):
     expected = step(build(name), -1)
-    found = [r["outcomes"][kind, name] for r in ranks]
+    outcomes = [r["outcomes"][kind, name] for r in ranks]
     sequences = -3 if expected["y"].ndim == 4 else 0  # (t, B, S, H) of a layer of tasks, else (B, S, D)
     for key, tensor in expected.items():
         if key in ("y", "x.grad"):
-            parts = [torch.cat([f[key] for f in found], sequences if key == "y" else 0)]
+            parts = [torch.cat([f[key] for f in outcomes], sequences if key == "y" else 0)]
         else:
-            parts = [f[key] for f in found]
+            parts = [f[key] for f in outcomes]
         for part in parts:
             torch.testing.assert_close(part, tensor, rtol=1e-5, atol=1e-6, msg=lambda m, k=key: f"{k}: {m}")
 
 
 def test_a_split_layer_counts_the_experts_of_both_ranks(ranks):
     # An expert of D = 6, F = 5 with biases has 2 * 30 + 5 + 6 = 71 parameters, the gate 4 * 6; a token takes 2 of 4.
-    for found in (r["facts"] for r in ranks):
-        assert found["experts"] == (4, 4, 2)
-        assert found["parameters"] == (4 * 71, 2 * 71 + 24, 2 * 71 + 24)
-        assert found["shapes"]
-        assert found["first is kept"]
-        assert found["started"]
-        assert found["copies"]
+    for known in (r["facts"] for r in ranks):
+        assert known["experts"] == (4, 4, 2)
+        assert known["parameters"] == (4 * 71, 2 * 71 + 24, 2 * 71 + 24)
+        assert known["shapes"]
+        assert known["first is kept"]
+        assert known["started"]
+        assert known["copies"]
 
 
 def test_what_needs_all_experts_here_is_refused_where_they_are_split(ranks):
-    for found in (r["facts"] for r in ranks):
-        assert found["refused"] == {
+    for known in (r["facts"] for r in ranks):
+        assert known["refused"] == {
             "merged": "2 of 4 experts are here: they compute rows alone, not 'merged'",
             "soft slots": "rows are sorted by 4 experts, and 2 are here",
         }
