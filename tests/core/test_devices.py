@@ -99,9 +99,9 @@ def test_a_layer_on_the_meta_device_gives_shapes(name, training):
     layer, args = build(name)
     expected = layer.train(training)(*args)
     layer.to("meta")
-    found = layer(*(to_meta(arg) for arg in args))
-    assert (found.shape, found.dtype, found.device.type) == (expected.shape, expected.dtype, "meta")
-    found.sum().backward()
+    y = layer(*(to_meta(arg) for arg in args))
+    assert (y.shape, y.dtype, y.device.type) == (expected.shape, expected.dtype, "meta")
+    y.sum().backward()
     experts = next(p for key, p in layer.named_parameters() if "experts" in key)
     assert experts.grad.shape == experts.shape
     assert experts.grad.is_meta

@@ -1,4 +1,4 @@
-"""What ``import core`` loads beside torch, and that what it leaves out is there when it is needed."""
+"""``import core`` loads little beside torch, and the parts that it leaves out are there when they are needed."""
 
 from __future__ import annotations
 

@@ -159,7 +159,7 @@ def test_every_kernel_tile_and_flag_builds_for_three_cards(dtype):
 
 
 def test_every_flag_of_every_kernel_is_met_both_ways(reports):
-    """By the constants in their source: what may be on or off is compiled on and off."""
+    """Each constant of a kernel's source that may be on or off is compiled on and off."""
     values: dict[tuple[str, str], set] = {}
     for kernel, constants in reports["constants"]:
         for name, value in constants.items():

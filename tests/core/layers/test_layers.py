@@ -39,7 +39,7 @@ def whole_numbers(*shape: int) -> Tensor:
 
 
 def naive(layer: MoE, x: Tensor) -> Tensor:
-    """The definition, token by token: top-k of the logits, softmax of the chosen, the sum over experts."""
+    """Compute the definition, token by token: top-k of the logits, softmax of the chosen, the sum over experts."""
     experts, K = layer.experts, layer.router.config.top_k
     act = {"gelu": F.gelu, "silu": F.silu, "relu": F.relu}[experts.activation]
     out = []

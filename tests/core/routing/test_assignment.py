@@ -19,7 +19,7 @@ from core.testing import Property, properties
 
 
 def best_sum(scores_TE: Tensor) -> float:
-    """The optimum: every expert has floor(T / E) places that must be filled and one that may be, T mod E of those."""
+    """Return the optimum: experts have floor(T / E) places to fill, and T mod E of them one more."""
     scores = scores_TE.double().numpy()
     (T, E), least = scores.shape, len(scores_TE) // scores_TE.shape[1]
     must = np.repeat(np.arange(E), least)

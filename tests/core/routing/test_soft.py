@@ -29,7 +29,7 @@ def expert(experts: FFNExperts, e: int) -> dict[str, Tensor]:
 
 
 def naive_slots(layer: SoftMoE, x: Tensor) -> Tensor:
-    """The definition, sequence by sequence and slot by slot."""
+    """Compute the definition, sequence by sequence and slot by slot."""
     phi, scale = layer.router.phi, layer.router.scale
     E, P, _ = phi.shape
     out = []
@@ -51,7 +51,7 @@ def naive_slots(layer: SoftMoE, x: Tensor) -> Tensor:
 
 
 def naive_merge(layer: MergedMoE, x: Tensor) -> Tensor:
-    """The definition, sequence by sequence and segment by segment."""
+    """Compute the definition, sequence by sequence and segment by segment."""
     config, gate = layer.router.config, layer.router.gate.weight
     E = gate.shape[0]
     out = []

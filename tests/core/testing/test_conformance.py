@@ -63,7 +63,7 @@ VARIANTS: dict[type[RouterConfig], dict[str, RouterConfig]] = {
 
 
 def routers_of_core(base: type = RouterConfig) -> list[type[RouterConfig]]:
-    """Every router config of the tree: a new one is checked without a line here."""
+    """Return every router config of the tree: a new one is checked without a line here."""
     below = [kind for sub in base.__subclasses__() for kind in (sub, *routers_of_core(sub))]
     kinds = [kind for kind in below if kind.__module__.startswith("core.") and hasattr(kind, "router_class")]
     return list(dict.fromkeys(kinds))

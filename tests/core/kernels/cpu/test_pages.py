@@ -29,7 +29,7 @@ def buffer(megabytes: float, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
 
 
 def advised(address: int) -> bool:
-    """Whether the mapping that holds ``address`` carries the flag of MADV_HUGEPAGE."""
+    """Return whether the mapping that holds ``address`` carries the flag of MADV_HUGEPAGE."""
     inside = False
     for line in SMAPS.read_text().splitlines():
         head = line.split()[0]
