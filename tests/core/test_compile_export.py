@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Iterator
 
 import pytest
 import torch
 import torch._dynamo
+from stepped import assert_same, step
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -24,11 +24,11 @@ from core import (
     RoutingContext,
     SwiGLU,
     TokenChoice,
-    aux_loss,
     record,
     update_expert_bias,
 )
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 BALANCE = Balance(load_balancing=1.0, router_z=0.1, importance=1.0)
 CONFIGS = {
     "dropless": MoEConfig(4, TokenChoice(2), FFN(12), balance=BALANCE),
@@ -46,35 +46,8 @@ CONFIGS = {
 VALID = RoutingContext(valid_BS=torch.tensor([[True] * 6, [True] * 4 + [False] * 2]))
 
 
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 def build(name: str, backend: str) -> nn.Module:
     return MoEConfig(**{**vars(CONFIGS[name]), "backend": backend}).build(8)
-
-
-def step(model: nn.Module, run: nn.Module, x: Tensor, context: RoutingContext | None = None) -> dict[str, Tensor]:
-    """Output, loss, decision and gradients of one training step of ``run``, a compiled or plain ``model``."""
-    model.zero_grad()
-    x = x.clone().requires_grad_()
-    with record(model) as tape:
-        y = run(x, context)
-    (entry,) = tape.entries
-    loss = aux_loss(tape)
-    (y.square().sum() + loss).backward()
-    found = {"y": y.detach(), "aux": loss.detach(), "dx": x.grad, "ids": entry.routing.expert_ids_N}
-    found |= {"gates": entry.routing.gates_N.detach(), "load": entry.routing.tokens_per_expert_E}
-    return found | {name: p.grad.clone() for name, p in model.named_parameters()}
-
-
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
 # Tracing follows the config and the backend by themselves: each config takes one backend, and each backend two configs.
@@ -88,7 +61,7 @@ def test_compiled_layer_equals_eager_in_output_loss_gradients_and_tape(name, bac
     layer = build(name, backend)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     x = torch.randn(2, 6, 8)
-    assert_same(step(layer, compiled, x, VALID), step(layer, layer, x, VALID))
+    assert_same(step(layer, x, VALID, compiled), step(layer, x, VALID))
 
 
 def test_one_graph_serves_every_number_of_tokens_and_every_tape():
@@ -98,7 +71,7 @@ def test_one_graph_serves_every_number_of_tokens_and_every_tape():
     compiles = []
     for shape in ((2, 6, 8), (3, 5, 8), (4, 33, 8)):
         x = torch.randn(shape)
-        assert_same(step(layer, compiled, x), step(layer, layer, x))
+        assert_same(step(layer, x, run=compiled), step(layer, x))
         compiles.append(counter.frame_count)
     assert compiles[-1] == compiles[0] > 0  # the first call alone compiles, maybe in two attempts
 
@@ -118,10 +91,10 @@ def test_the_compiled_layer_sees_the_moved_bias():
     layer = build("deepseek", "cpu")
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     x = torch.randn(2, 6, 8)
-    before = step(layer, compiled, x)
+    before = step(layer, x, run=compiled)
     layer.router.expert_bias += 5 * torch.eye(8)[int(before["load"].argmin())]
-    after = step(layer, compiled, x)
-    assert_same(after, step(layer, layer, x))
+    after = step(layer, x, run=compiled)
+    assert_same(after, step(layer, x))
     assert not torch.equal(before["ids"], after["ids"])
 
 
@@ -131,9 +104,9 @@ def test_random_routing_compiles_without_a_graph_break():
     layer = config.build(8)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     x = torch.randn(2, 6, 8)
-    found = [step(layer, compiled, x) for _ in range(2)]
-    assert not torch.equal(found[0]["y"], found[1]["y"])  # the noise is drawn at each call
-    for each in found:
+    steps = [step(layer, x, run=compiled) for _ in range(2)]
+    assert not torch.equal(steps[0]["y"], steps[1]["y"])  # the noise is drawn at each call
+    for each in steps:
         # Capacity ceil(0.7 * 2 * 12 / 4) = 5.
         assert int(each["load"].max()) <= 5
         assert all(tensor.isfinite().all() for tensor in each.values())
@@ -161,15 +134,15 @@ def test_a_compiled_model_with_autocast_keeps_its_router_in_float32():
     [("cpu", "cpu_expert_ffn", "cpu_expert_ffn_backward"), ("grouped", "grouped_mm", "grouped_mm_dw")],
 )
 def test_a_compiled_layer_runs_the_ops_of_its_backend_forward_and_backward(backend, forward, backward):
-    found = []
+    graphs = []
 
     def keep(graph, _):
-        found.append({str(node.target) for node in graph.graph.nodes})
+        graphs.append({str(node.target) for node in graph.graph.nodes})
         return make_boxed_func(graph.forward)
 
     compiler = aot_autograd(fw_compiler=keep, bw_compiler=keep)
     torch.compile(build("switch", backend), fullgraph=True, backend=compiler)(torch.randn(2, 6, 8)).sum().backward()
-    for ops, name in zip(found, (forward, backward), strict=True):
+    for ops, name in zip(graphs, (forward, backward), strict=True):
         assert f"moesaic.{name}.default" in ops
 
 
@@ -178,7 +151,7 @@ def test_inductor_equals_eager():
     layer = build("switch", "cpu")
     compiled = torch.compile(layer, fullgraph=True)
     x = torch.randn(2, 6, 8)
-    assert_same(step(layer, compiled, x), step(layer, layer, x))
+    assert_same(step(layer, x, run=compiled), step(layer, x))
 
 
 @each_config
@@ -199,28 +172,18 @@ class Checkpointed(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList([build("dropless", "cpu"), build("dropless", "cpu")])
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: RoutingContext | None = None) -> Tensor:
         for block in self.blocks:
-            x = x + checkpoint(block, x, use_reentrant=False)
+            x = x + checkpoint(block, x, context, use_reentrant=False)
         return x
 
 
 def test_a_model_compiled_around_its_checkpoints_is_one_graph_while_it_is_recorded(monkeypatch):
     monkeypatch.setattr(torch._dynamo.config, "skip_fwd_side_effects_in_bwd_under_checkpoint", True)
     model, counter = Checkpointed(), CompileCounterWithBackend("aot_eager")
-    x, found = torch.randn(2, 6, 8), []
-    for run in (model, torch.compile(model, backend=counter, fullgraph=True)):
-        model.zero_grad()
-        with record(model) as tape:
-            y = run(x)
-        assert [entry.name for entry in tape.entries] == ["blocks.0", "blocks.1"]
-        loss = aux_loss(tape)
-        (y.square().sum() + loss).backward()
-        found.append(
-            {"y": y.detach(), "aux": loss.detach(), **{n: p.grad.clone() for n, p in model.named_parameters()}}
-        )
+    x = torch.randn(2, 6, 8)
+    assert_same(step(model, x, run=torch.compile(model, backend=counter, fullgraph=True)), step(model, x))
     assert counter.frame_count == 1
-    assert_same(found[1], found[0])
 
 
 def test_a_layer_with_a_context_is_exported_by_its_own_signature_saved_and_loaded(tmp_path):

@@ -21,8 +21,6 @@ from core import (
     SwiGLU,
     Threshold,
     TokenChoice,
-    aux_loss,
-    record,
 )
 
 D, TASKS, DOMAINS = 9, 3, 4
@@ -83,24 +81,6 @@ def context(name: str, B: int, valid_B: Tensor | None = None) -> RoutingContext 
 
 def examples(B: int, seed: int = 5) -> Tensor:
     return torch.randn(B, D, generator=torch.Generator().manual_seed(seed))
-
-
-def step(layer: nn.Module, x: Tensor, known: RoutingContext | None = None, run=None) -> dict[str, Tensor]:
-    """Return output, auxiliary loss and all gradients of one pass."""
-    layer.zero_grad()
-    x = x.clone().requires_grad_()
-    with record(layer) as tape:
-        y = (layer if run is None else run)(x, known)
-    weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype)
-    ((y * weight).sum() + aux_loss(tape)).backward()
-    results = {"y": y.detach(), "aux": aux_loss(tape).detach(), "dx": x.grad}
-    return results | {n: p.grad.clone() for n, p in layer.named_parameters() if p.grad is not None}
-
-
-def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], rtol: float = 1e-4, atol: float = 1e-5) -> None:
-    assert actual.keys() == expected.keys()
-    for name, value in expected.items():
-        torch.testing.assert_close(actual[name], value, rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def expert(layer_experts, e: int, x: Tensor) -> Tensor:

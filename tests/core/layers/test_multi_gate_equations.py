@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gated import ALL, SPARSE, TASKS, D, assert_same, build, copied, examples, expert, step
+from gated import ALL, SPARSE, TASKS, D, build, copied, examples, expert
+from stepped import assert_same, step
 from torch import nn
 
 import core

@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Iterator
 
 import pytest
 import torch
 import torch._dynamo
-from gated import ALL, DOMAIN, TASKS, D, assert_same, build, context, examples, step
+from gated import ALL, DOMAIN, TASKS, D, build, context, examples
+from stepped import assert_same, step
 from torch import Tensor, nn
 
 from core import MLP, MMoE, RoutingContext, TokenChoice, record
@@ -103,7 +103,7 @@ def test_padding_may_hold_nan_and_is_zero_and_nowhere(name, training):
     if "null" not in name:
         torch.testing.assert_close(actual["y"][:, valid], kept["y"], rtol=1e-4, atol=1e-5)
     assert all(value.isfinite().all() for value in actual.values())
-    assert_same(dict(layer.named_buffers()), dict(other.named_buffers()))
+    assert_same(dict(layer.named_buffers()), dict(other.named_buffers()), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -153,13 +153,6 @@ def test_copies_pickles_and_states_are_the_same_layer(name):
     assert torch.equal(fresh(x, known), y)
 
 
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("name", ["home ple", "domain mmoe", "shared top-k"])
 def test_the_compiled_layer_equals_eager(name):
@@ -168,7 +161,7 @@ def test_the_compiled_layer_equals_eager(name):
     x, known = examples(6), context(name, 6)
     other = copy.deepcopy(layer)
     assert_same(step(layer, x, known, compiled), step(other, x, known), rtol=1e-5, atol=1e-5)
-    assert_same(dict(layer.named_buffers()), dict(other.named_buffers()))
+    assert_same(dict(layer.named_buffers()), dict(other.named_buffers()), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.usefixtures("fresh_compiler")

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import copy
-import io
-import json
 from dataclasses import replace
 
 import pytest
 import torch
 from softened import BACKENDS, EXPERTS, LORY, ROUTERS, build
+from stepped import assert_same, step
 from torch import Tensor, nn
 
-import core
 from core import (
     FFN,
     Balance,
@@ -181,23 +179,14 @@ def test_a_bfloat16_layer_runs_and_trains(router):
 
 
 # The conformance suite compiles and exports every router; here are a backward and a single segment of any size.
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("router", [SoftSlots(2), LORY], ids=str)
 def test_a_compiled_layer_trains_as_the_plain_one_at_other_numbers_of_tokens(router):
-    torch._dynamo.reset()
     layer = build(router)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
     for shape in ((3, 9, 8), (2, 12, 8)):
         x = torch.randn(shape)
-        steps = []
-        for run in (compiled, layer):
-            layer.zero_grad()
-            with record(layer) as tape:
-                y = run(x)
-            y.square().sum().backward()
-            steps.append([y, tape.entries[0].routing.evidence.scores_TE] + [p.grad.clone() for p in layer.parameters()])
-        for of_compiled, of_plain in zip(*steps, strict=True):
-            torch.testing.assert_close(of_compiled, of_plain, rtol=1e-4, atol=1e-5)
-    torch._dynamo.reset()
+        assert_same(step(layer, x, run=compiled), step(layer, x), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("router", [SoftSlots(2), LORY], ids=str)
@@ -211,23 +200,6 @@ def test_exports_with_other_numbers_of_tokens(router):
     for shape in ((2, 7, 8), (1, least, 8), (5, 40, 8)):
         x = torch.randn(shape)
         torch.testing.assert_close(program(x), layer(x), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("router", ROUTERS, ids=str)
-def test_a_state_dict_comes_back_and_so_does_the_plain_form(router, monkeypatch):
-    for kind in (SoftSlots, Merge):
-        monkeypatch.setattr(core, kind.__name__, kind, raising=False)
-    config = MoEConfig(4, router, SwiGLU(12), num_shared_experts=1)
-    assert MoEConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
-    layer, twin = config.build(8), config.build(8)
-    file = io.BytesIO()
-    torch.save(layer.state_dict(), file)
-    file.seek(0)
-    x = torch.randn(2, 7, 8)
-    assert not torch.equal(twin(x), layer(x))
-    twin.load_state_dict(torch.load(file, weights_only=True))
-    assert torch.equal(twin(x), layer(x))
-    assert torch.equal(copy.deepcopy(layer)(x), layer(x))
 
 
 def test_state_dict_has_the_documented_names_and_shapes():

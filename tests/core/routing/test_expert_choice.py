@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 
 import pytest
 import torch
+from routed import built, logits_of
+from stepped import assert_same, step
 from torch import Tensor, nn
 
-import core
 from core import (
     FFN,
     Balance,
@@ -34,15 +34,7 @@ BACKENDS = ["eager", "cpu", "grouped", "triton"]
 
 
 def router(num_experts: int, factor: float, group: str | int = "sequence") -> ExpertChoiceRouter:
-    built = ExpertChoice(factor).build(num_experts, num_experts, Capacity(group=group))
-    with torch.no_grad():
-        built.gate.weight.copy_(torch.eye(num_experts))
-    return built
-
-
-def probabilities(*rows: tuple[float, ...]) -> Tensor:
-    """(1, S, E) logits whose softmaxes are ``rows``."""
-    return torch.tensor(rows).log()[None]
+    return built(ExpertChoice(factor), num_experts, limit=Capacity(group=group))
 
 
 def chosen(routing: Routing, num_experts: int) -> list[list[int]]:
@@ -66,7 +58,7 @@ def naive(layer: MoE, x: Tensor, groups: list[list[int]], factor: float) -> Tens
     return y.reshape(x.shape)
 
 
-TABLE = probabilities((0.7, 0.2, 0.1), (0.6, 0.3, 0.1), (0.5, 0.1, 0.4))
+TABLE = logits_of((0.7, 0.2, 0.1), (0.6, 0.3, 0.1), (0.5, 0.1, 0.4))
 
 
 def test_each_expert_takes_its_best_tokens_and_the_gate_is_the_score():
@@ -81,7 +73,7 @@ def test_each_expert_takes_its_best_tokens_and_the_gate_is_the_score():
 
 def test_a_token_may_have_no_expert_or_all():
     # ceil(1 * 3 / 2) = 2 places. Expert 0 likes tokens 0 and 1, expert 1 tokens 2 and 1: token 1 has both.
-    assert chosen(router(2, 1.0)(probabilities((0.9, 0.1), (0.8, 0.2), (0.3, 0.7))), 2) == [[0, 1], [2, 1]]
+    assert chosen(router(2, 1.0)(logits_of((0.9, 0.1), (0.8, 0.2), (0.3, 0.7))), 2) == [[0, 1], [2, 1]]
     # Scores of one expert only compare tokens: all experts like token 0 best, and token 1 has none.
     routing = router(3, 0.5)(torch.tensor([[[0.0, 0.0, 0.0], [9.0, -9.0, -9.0]]]))
     # ceil(0.5 * 2 / 3) = 1: expert 0 takes token 1 (score 1), experts 1 and 2 token 0 (1/3 each).
@@ -171,12 +163,6 @@ def test_no_token_and_one_token(group, shape, backend):
     assert tape.entries[0].routing.tokens_per_expert_E.tolist() == [min(x.numel() // 8, 1)] * 3
 
 
-def test_padding_alone_is_computed_by_nobody():
-    layer = MoEConfig(3, ExpertChoice(2.0), FFN(12, bias=True)).build(8)
-    y = layer(torch.randn(2, 4, 8), RoutingContext(valid_BS=torch.zeros(2, 4, dtype=torch.bool)))
-    assert y.abs().max() == 0
-
-
 @pytest.mark.parametrize("group", ["sequence", "batch", 5])
 def test_gradients_equal_finite_differences_in_float64(group):
     layer = MoEConfig(3, ExpertChoice(1.5), SwiGLU(6, bias=True), group=group, backend="eager").build(4).double()
@@ -241,41 +227,15 @@ def test_costs_equal_numel_and_the_counter(backend):
     assert MoEConfig(4, ExpertChoice(9.0), FFN(12)).flops_per_token(8) == 64 + 4 * 384
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_under_autocast_the_router_stays_in_float32(backend):
-    layer = MoEConfig(4, ExpertChoice(), FFN(16), backend=backend).build(8)
-    x = torch.randn(2, 6, 8)
-    with record(layer) as tape:
-        expected = layer(x)
-        with torch.autocast("cpu", torch.bfloat16):
-            y = layer(x)
-    plain, cast = (entry.routing for entry in tape.entries)
-    assert torch.equal(cast.gates_N, plain.gates_N)
-    assert torch.equal(cast.token_index_N, plain.token_index_N)
-    assert y.dtype == torch.bfloat16
-    assert (y - expected).abs().max() < 4 * 2**-8 * expected.abs().max()
-    y.sum().backward()
-    assert all(p.grad.abs().max() > 0 for p in layer.parameters())
-
-
 # The conformance suite compiles and exports the layer with its default group, with padding.
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("group", ["sequence", "batch", 5])
 def test_a_compiled_layer_trains_as_the_plain_one_at_other_numbers_of_tokens(group):
-    torch._dynamo.reset()
     layer = MoEConfig(4, ExpertChoice(1.5), FFN(12), group=group).build(8)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
     for shape in ((3, 9, 8), (2, 12, 8)):
         x = torch.randn(shape)
-        steps = []
-        for run in (compiled, layer):
-            layer.zero_grad()
-            with record(layer) as tape:
-                y = run(x)
-            (y.square().sum() + aux_loss(tape)).backward()
-            steps.append([y, tape.entries[0].routing.token_index_N] + [p.grad.clone() for p in layer.parameters()])
-        for of_compiled, of_plain in zip(*steps, strict=True):
-            torch.testing.assert_close(of_compiled, of_plain, rtol=1e-5, atol=1e-6)
-    torch._dynamo.reset()
+        assert_same(step(layer, x, run=compiled), step(layer, x))
 
 
 @pytest.mark.parametrize("group", ["sequence", "batch", 5])
@@ -288,14 +248,6 @@ def test_exports_with_other_numbers_of_tokens(group):
     for shape in ((2, 12, 8), (1, 8, 8), (5, 40, 8)):
         x = torch.randn(shape)
         torch.testing.assert_close(program(x), layer(x), rtol=1e-5, atol=1e-6)
-
-
-def test_plain_form_comes_back_equal(monkeypatch):
-    monkeypatch.setattr(core, "ExpertChoice", ExpertChoice, raising=False)
-    config = MoEConfig(4, ExpertChoice(1.25), SwiGLU(12), group=16)
-    plain = json.loads(json.dumps(config.to_dict()))
-    assert plain["router"] == {"class_path": "core.ExpertChoice", "init_args": vars(ExpertChoice(1.25))}
-    assert MoEConfig.from_dict(plain) == config
 
 
 def test_state_dict_has_the_gate_and_the_experts():
@@ -341,11 +293,11 @@ def test_a_causal_decoder_refuses_it_because_a_later_token_changes_an_earlier_on
         ValueError, match=r"router ExpertChoice \(arXiv 2202\.09368\) lets later tokens change earlier ones"
     ):
         config.build(8, causal=True)
-    built = router(2, 1.0)
-    x = probabilities((0.6, 0.4), (0.2, 0.8))
-    later = torch.cat((x[:, :1], probabilities((0.9, 0.1))), 1)
-    assert chosen(built(x), 2) == [[0], [1]]
-    assert chosen(built(later), 2) == [[1], [0]]  # token 0 goes to the other expert
+    chooser = router(2, 1.0)
+    x = logits_of((0.6, 0.4), (0.2, 0.8))
+    later = torch.cat((x[:, :1], logits_of((0.9, 0.1))), 1)
+    assert chosen(chooser(x), 2) == [[0], [1]]
+    assert chosen(chooser(later), 2) == [[1], [0]]  # token 0 goes to the other expert
 
 
 def test_one_expert_does_not_choose_among_tokens():
