@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch._dynamo
+from stepped import assert_same, step
 from torch import Tensor
 from torch.autograd import gradcheck
 from torch.func import functional_call
 
-from core import FFN, Balance, MoEConfig, RoutingContext, TokenChoice, aux_losses, record
+from core import FFN, Balance, MoEConfig, RoutingContext, TokenChoice
 from core.routing.adaptive import DynamicThreshold, NullExperts, Threshold, TokenRounding
+from core.routing.assignment import Base, Sinkhorn
 from core.routing.groups import Ensemble, Hierarchical, Prototypes
+from core.routing.learned import Attention, Cosine, Stable
+from core.routing.per_sequence import Sentence, Task
+from core.routing.smooth import Dense, DenseToSparse, DSelectK
 
 D, E = 6, 8
 CONFIGS = {
@@ -26,15 +29,10 @@ CONFIGS = {
     "token-rounding": TokenRounding(2, tile=3),
     "token-rounding-1": TokenRounding(1, tile=4),
     "ensemble": Ensemble(2, top_k=2),
+    "base": Base(),
+    "sinkhorn": Sinkhorn(),
 }
 every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-
-
-@pytest.fixture
-def _fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def layer_of(config, **options):
@@ -44,44 +42,48 @@ def layer_of(config, **options):
     return MoEConfig(E, config, FFN(12), balance=balance, **options).build(D)
 
 
-def step(layer, run, x: Tensor, context: RoutingContext | None = None) -> dict[str, Tensor]:
-    """Output, loss, decision and gradients of one step."""
-    layer.zero_grad()
-    x = x.clone().requires_grad_()
-    with record(layer) as tape:
-        y = run(x, context)
-    loss = aux_losses(tape).total
-    (y.square().sum() + loss).backward()
-    routing = tape.entries[0].routing
-    results = {"y": y.detach(), "aux": loss.detach(), "dx": x.grad, "gates": routing.gates_N.detach()}
-    results |= {"ids": routing.expert_ids_N, "load": routing.tokens_per_expert_E}
-    return results | {name: p.grad.clone() for name, p in layer.named_parameters() if p.grad is not None}
+# Routers with the number of their experts: all whose gates' gradient is their derivative. Those of DynamicThreshold are
+# steps, and it has tests of its own.
+DIFFERENTIABLE = {
+    **{name: (config, E) for name, config in CONFIGS.items() if name != "dynamic-threshold"},
+    "sinkhorn-2": (Sinkhorn(top_k=2), 4),
+    "cosine": (Cosine(), 5),
+    "cosine-1": (Cosine(top_k=1), 5),
+    "attention": (Attention(), 5),
+    "attention-1": (Attention(top_k=1, normalize=False), 5),
+    "stable": (Stable(5, 3), 3),
+    "sentence": (Sentence(), 5),
+    "sentence-1": (Sentence(top_k=1), 5),
+    "task": (Task(3), 5),
+    "task-1": (Task(3, top_k=1), 5),
+    "dense": (Dense(), 5),
+    "dselect-k": (DSelectK(), 4),
+    "dselect-k of five": (DSelectK(), 5),
+    "static dselect-k": (DSelectK(per_token=False, max_k=2), 5),
+    "dense to sparse": (DenseToSparse(max_k=3), 5),
+}
 
 
-def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert actual.keys() == expected.keys()
-    for name, tensor in expected.items():
-        torch.testing.assert_close(actual[name], tensor, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
-
-
-@pytest.mark.parametrize("name", [n for n in CONFIGS if n != "dynamic-threshold"])
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
 @pytest.mark.parametrize("training", [True, False])
-def test_gates_scores_and_logits_pass_gradcheck(name, training):
-    # DynamicThreshold's gradient is not that of its gates, which are steps: it has tests of its own.
-    router = CONFIGS[name].build(D, E).double().train(training)
+def test_gates_and_all_that_losses_read_pass_gradcheck(name, training):
+    config, num_experts = DIFFERENTIABLE[name]
+    router = config.build(D, num_experts).double().train(training)
     names = [n for n, _ in router.named_parameters()]
+    context = RoutingContext(torch.rand(2, 5) < 0.8, token_ids_BS=torch.randint(5, (2, 5)), task_ids_B=torch.arange(2))
 
     def run(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-        routing = functional_call(router, dict(zip(names, weights, strict=True)), (x,))
+        torch.manual_seed(0)
+        routing = functional_call(router, dict(zip(names, weights, strict=True)), (x, context))
         evidence = routing.evidence
-        outputs = (routing.gates_N, evidence.scores_TE, evidence.balance_scores, evidence.logits_TE)
+        read = (evidence.scores_TE, evidence.balance_scores, evidence.logits_TE, *(evidence.extra or {}).values())
+        unread = 0 * sum(tensor.sum() for tensor in (x, *weights))  # of an input that a router does not read
         # Infinite where a token cannot reach an expert.
-        return tuple(out.nan_to_num(neginf=0.0) for out in outputs if out is not None)
+        return routing.gates_N + unread, *(out.nan_to_num(neginf=0.0) for out in read if out is not None)
 
     x = torch.randn(2, 5, D, dtype=torch.float64, requires_grad=True)
     weights = [p.detach().clone().requires_grad_() for p in router.parameters()]
-    routing = router(x)
-    assert routing.gates_N.dtype == torch.float64
+    assert router(x, context).gates_N.dtype == torch.float64
     assert gradcheck(run, (x, *weights))
 
 
@@ -89,13 +91,13 @@ def test_gates_scores_and_logits_pass_gradcheck(name, training):
 def test_scores_of_a_token_sum_to_one_or_are_brought_to_it(config):
     routing = config.build(D, E)(torch.randn(2, 7, D))
     assert routing.evidence.scores_TE.shape == (14, E)
-    if not isinstance(config, DynamicThreshold):  # sigmoid scores; the losses divide by their sum
+    if not isinstance(config, (DynamicThreshold, Base, Sinkhorn)):  # sigmoid scores; the losses divide by their sum
         torch.testing.assert_close(routing.evidence.scores_TE.sum(-1), torch.ones(14))
     if routing.evidence.balance_scores is not None:
         torch.testing.assert_close(routing.evidence.balance_scores.sum(-1), torch.ones(14))
 
 
-@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.usefixtures("fresh_compiler")
 @every_config
 def test_compiled_without_a_graph_break_equals_eager(config):
     layer = layer_of(config)
@@ -103,16 +105,16 @@ def test_compiled_without_a_graph_break_equals_eager(config):
     for batch, length in ((3, 6), (2, 20)):
         x = torch.randn(batch, length, D)
         context = RoutingContext(valid_BS=torch.rand(batch, length) < 0.8)
-        assert_same(step(layer, compiled, x, context), step(layer, layer, x, context))
+        assert_same(step(layer, x, context, compiled), step(layer, x, context))
 
 
-@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.usefixtures("fresh_compiler")
 def test_a_random_second_compiles_without_a_graph_break():
     # Second gates are about 0.45 at the start, each kept with that probability.
     layer = layer_of(Threshold(1.0))
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     x = torch.randn(2, 40, D)
-    steps = [step(layer, compiled, x) for _ in range(2)]
+    steps = [step(layer, x, run=compiled) for _ in range(2)]
     assert not torch.equal(steps[0]["ids"], steps[1]["ids"])
 
 
