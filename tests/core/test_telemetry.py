@@ -6,15 +6,14 @@ import math
 
 import pytest
 import torch
+from layered import identity_gate
 
 from core import MoEConfig, RoutingContext, RoutingStats, TokenChoice, record
 
 
 def stats(x: list[list[float]], valid: list[bool] | None = None, **options):
     """Return the statistics of one pass of a layer whose logits are its input, one sequence."""
-    layer = MoEConfig(len(x[0]), **options).build(len(x[0]))
-    with torch.no_grad():
-        layer.router.gate.weight.copy_(torch.eye(len(x[0])))
+    layer = identity_gate(MoEConfig(len(x[0]), **options).build(len(x[0])))
     context = None if valid is None else RoutingContext(valid_BS=torch.tensor([valid]))
     with record(layer) as tape:
         layer(torch.tensor([x]), context)

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from layered import identity_gate
 from stepped import assert_same, step
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -320,9 +321,7 @@ def test_masking_leaves_routing_losses_and_figures_as_they_are():
 
 def test_a_masked_pair_gives_its_expert_and_its_gate_no_gradient():
     # A token with logits 2 and 1 takes both experts; over the seeds each pair is masked or not, and the other too.
-    layer = MoEConfig(2, TokenChoice(2), FFN(4), expert_output_masking=0.5).build(2)
-    with torch.no_grad():
-        layer.router.gate.weight.copy_(torch.eye(2))
+    layer = identity_gate(MoEConfig(2, TokenChoice(2), FFN(4), expert_output_masking=0.5).build(2))
     x = torch.tensor([[[2.0, 1.0]]])
     seen = set()
     for seed in range(16):

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from layered import identity_gate
 from routed import built, gates, ids, logits_of, terms_of
 
 from core import FFN, Balance, MoEConfig, Routing, RoutingContext, RoutingStats, Tape, TokenChoice, aux_losses, record
@@ -124,9 +125,7 @@ def test_padding_is_not_in_the_load_of_the_null_experts():
 
 
 def test_a_token_of_null_experts_alone_comes_out_zero_and_has_no_gradient_but_the_losses():
-    layer = MoEConfig(2, NullExperts(2, 2), FFN(8)).build(4).eval()
-    with torch.no_grad():
-        layer.router.gate.weight.copy_(torch.eye(4))
+    layer = identity_gate(MoEConfig(2, NullExperts(2, 2), FFN(8)).build(4)).eval()
     x = logits_of(*NULLS).requires_grad_()
     y = layer(x)
     assert y[0, 2].abs().max() == 0
@@ -341,9 +340,7 @@ def test_rounding_equals_the_loops(tile, T):
 
 
 def test_batch_mates_change_a_token_in_training_alone():
-    layer = MoEConfig(2, TokenRounding(1, 4), FFN(8)).build(2)
-    with torch.no_grad():
-        layer.router.gate.weight.copy_(torch.eye(2))
+    layer = identity_gate(MoEConfig(2, TokenRounding(1, 4), FFN(8)).build(2))
     x = logits_of(*HALVES)
     more = torch.cat((x, logits_of(*((0.95, 0.05),) * 2)), 1)
     # With two more tokens of its own expert 0 has 5 of 8, so 4: it keeps its own best four and leaves token 3 out.

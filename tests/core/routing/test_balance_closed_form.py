@@ -8,6 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
+from layered import identity_gate
 from torch import Tensor
 
 from core import (
@@ -363,10 +364,7 @@ def test_adaptive_weight_by_hand():
 def adaptive_layer(**options: float) -> torch.nn.Module:
     """Two experts, logits are the input; each takes half the tokens."""
     balance = Balance(load_balancing=0.008, router_z=0, adaptive=True, **options)  # type: ignore[arg-type]
-    layer = MoEConfig(2, TokenChoice(1), FFN(4), capacity_factor=1.0, balance=balance).build(2)
-    with torch.no_grad():
-        layer.router.gate.weight.copy_(torch.eye(2))
-    return layer
+    return identity_gate(MoEConfig(2, TokenChoice(1), FFN(4), capacity_factor=1.0, balance=balance).build(2))
 
 
 def test_a_step_moves_the_adaptive_weight_by_the_drop_rate_of_the_tape():
