@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 import torch._dynamo
-from stepped import assert_same, step
+from stepped import assert_exports, assert_same, step
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -156,13 +156,7 @@ def test_inductor_equals_eager():
 
 @each_config
 def test_exported_layer_equals_eager_at_other_numbers_of_tokens(name, backend):
-    layer = build(name, backend).eval()
-    batch, length = torch.export.Dim("batch", min=1, max=64), torch.export.Dim("length", min=1, max=512)
-    exported = torch.export.export(layer, (torch.randn(2, 6, 8),), dynamic_shapes={"x": {0: batch, 1: length}})
-    program = exported.module()
-    for shape in ((2, 6, 8), (1, 1, 8), (5, 40, 8)):
-        x = torch.randn(shape)
-        torch.testing.assert_close(program(x), layer(x), rtol=1e-5, atol=1e-6)
+    assert_exports(build(name, backend).eval(), 8)
 
 
 class Checkpointed(nn.Module):

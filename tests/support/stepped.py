@@ -1,4 +1,4 @@
-"""A training step of a layer as tensors by name, and how two steps are compared."""
+"""A training step of a layer as tensors by name, how two steps are compared, and a layer against its export."""
 
 from __future__ import annotations
 
@@ -44,3 +44,14 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], rtol: fl
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(actual[name], value, rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def assert_exports(
+    layer: nn.Module, dim: int, length: int = 6, least: int = 1, rtol: float = 1e-5, atol: float = 1e-6
+) -> None:
+    """The exported layer equals ``layer`` at any number of sequences and of tokens from ``least`` on."""
+    sizes = {0: torch.export.Dim("batch", min=1, max=64), 1: torch.export.Dim("length", min=least, max=512)}
+    program = torch.export.export(layer, (torch.randn(2, length, dim),), dynamic_shapes={"x": sizes}).module()
+    for shape in ((2, length, dim), (1, least, dim), (5, 40, dim)):
+        x = torch.randn(shape)
+        torch.testing.assert_close(program(x), layer(x), rtol=rtol, atol=atol)

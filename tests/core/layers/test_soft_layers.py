@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from softened import BACKENDS, EXPERTS, LORY, ROUTERS, build
-from stepped import assert_same, step
+from stepped import assert_exports, assert_same, step
 from torch import Tensor, nn
 
 from core import (
@@ -191,15 +191,10 @@ def test_a_compiled_layer_trains_as_the_plain_one_at_other_numbers_of_tokens(rou
 
 @pytest.mark.parametrize("router", [SoftSlots(2), LORY], ids=str)
 def test_exports_with_other_numbers_of_tokens(router):
-    layer = build(router, num_shared_experts=1).eval()
     # A program of one segment alone differs from one of several: segments have 3 tokens.
     least = 4 if getattr(router, "kind", "") == "lory" else 1
-    batch, length = torch.export.Dim("batch", min=1, max=64), torch.export.Dim("length", min=least, max=512)
-    exported = torch.export.export(layer, (torch.randn(2, 7, 8),), dynamic_shapes={"x": {0: batch, 1: length}})
-    program = exported.module()
-    for shape in ((2, 7, 8), (1, least, 8), (5, 40, 8)):
-        x = torch.randn(shape)
-        torch.testing.assert_close(program(x), layer(x), rtol=1e-4, atol=1e-5)
+    layer = build(router, num_shared_experts=1).eval()
+    assert_exports(layer, 8, length=7, least=least, rtol=1e-4, atol=1e-5)
 
 
 def test_state_dict_has_the_documented_names_and_shapes():
