@@ -33,14 +33,15 @@ def python(*arguments: str) -> str:
     return done.stdout
 
 
-FLOAT32_PRODUCTS = (*KERNELS["products"], *KERNELS["sums"])
 WITHOUT_PRODUCTS = (*KERNELS["sort"], *KERNELS["gate"])
+SIMPLE = ("column_sums", "gate_grad", "sum_of_k", "sum_grad")
 REPORTS = {
-    "bfloat16": ["--dtypes", "bfloat16", "--widths", "whole"],
-    "float32": ["--arch", "80", "--dtypes", "float32", "--widths", "whole", "--kernels", *FLOAT32_PRODUCTS],
-    "eights": ["--arch", "80", "--dtypes", "bfloat16", "--widths", "eights"],
-    "odd": ["--arch", "80", "--dtypes", "bfloat16", "--widths", "odd"],
-    "without products": ["--dtypes", "float32", "--widths", "whole", "--kernels", *WITHOUT_PRODUCTS],
+    "bfloat16": ["--arch", "80", "--dtypes", "bfloat16", "--widths", "whole"],
+    "newer cards": ["--arch", "90", "100", "--dtypes", "bfloat16", "--widths", "whole", "--kernels", "hidden_grad"],
+    "float32": ["--arch", "80", "--dtypes", "float32", "--widths", "whole", "--kernels", "linear", "sum_of_any"],
+    "eights": ["--arch", "80", "--dtypes", "bfloat16", "--widths", "eights", "--kernels", "linear", *SIMPLE],
+    "odd": ["--arch", "80", "--dtypes", "bfloat16", "--widths", "odd", "--kernels", "linear", *SIMPLE],
+    "without products": ["--arch", "90", "--dtypes", "float32", "--widths", "whole", "--kernels", *WITHOUT_PRODUCTS],
 }
 """Options of ``compile_kernels``, by the name of its report."""
 SCRIPT = """
@@ -104,25 +105,31 @@ def written(tile: tuning.Tile) -> str:
 
 
 def check_tiles(rows: list[dict], tuned: dict[str, tuple[tuning.Tile, ...]], archs: tuple[int, ...]) -> None:
-    """Every tile of every kernel is there, for each card; and every kernel of the products and sums."""
+    """Assert that every tile of every kernel of ``tuned`` is there, for each card."""
     actual = {(r["kernel"], r["tile"], r["arch"]) for r in rows}
     for name, tiles in tuned.items():
         kernel = "products." + ("up" if name.startswith("up") else name)
         for tile, arch in itertools.product(tiles, archs):
             assert (kernel, written(tile), arch) in actual, (name, tile, arch)
+
+
+def test_every_kernel_and_tile_builds_in_bfloat16(reports):
+    rows = reports["bfloat16"]
+    check(rows, "bfloat16")
+    check_tiles(rows, tuning.HALF_TILES, (80,))
     assert {r["kernel"] for r in rows} >= {f"{f}.{k}" for f in ("products", "sums") for k in KERNELS[f]}
 
 
-def test_every_kernel_and_tile_builds_for_three_cards_in_bfloat16(reports):
-    rows = reports["bfloat16"]
+def test_products_run_on_the_tensor_cores_of_newer_cards(reports):
+    rows = reports["newer cards"]
     check(rows, "bfloat16")
-    check_tiles(rows, tuning.HALF_TILES, compile_kernels.ARCHS)
+    assert {r["arch"] for r in rows if r["tensor_cores"]} == {90, 100}
 
 
-def test_every_kernel_and_tile_builds_in_float32(reports):
+def test_products_in_float32_run_on_no_tensor_core(reports):
     rows = reports["float32"]
     check(rows, "float32")
-    check_tiles(rows, tuning.FULL_TILES, (80,))
+    check_tiles(rows, {"linear": tuning.FULL_TILES["linear"]}, (80,))
 
 
 def test_no_tile_spills_where_rows_are_not_of_whole_tiles(reports):
@@ -130,9 +137,9 @@ def test_no_tile_spills_where_rows_are_not_of_whole_tiles(reports):
     for widths, tuned in (("eights", tuning.UNEVEN_TILES), ("odd", tuning.RAGGED_TILES)):
         rows = reports[widths]
         check(rows, "bfloat16")
-        check_tiles(rows, tuned, (80,))
-        widest = {row["kernel"]: row["widest"] for row in rows}
-        for kernel in ("products.column_sums", "products.gate_grad", "sums.sum_of_k", "sums.sum_grad"):
+        check_tiles(rows, {"linear": tuned["linear"]}, (80,))
+        widest = {row["kernel"].split(".")[1]: row["widest"] for row in rows}
+        for kernel in SIMPLE:
             assert (widest[kernel] == 16) == (widths == "eights"), kernel
 
 
@@ -145,7 +152,7 @@ def test_kernels_are_not_compiled_anew_for_another_number_of_tokens(reports):
     assert by_tokens[4096] == by_tokens[4095] == by_tokens[1]
 
 
-def test_what_sees_no_dtype_of_products_builds_for_three_cards(reports):
+def test_kernels_that_multiply_nothing_build(reports):
     rows = reports["without products"]
     check(rows, "float32")
     assert {r["kernel"] for r in rows} == {f"{f}.{k}" for f in ("sort", "gate") for k in KERNELS[f]}
@@ -155,7 +162,12 @@ def test_what_sees_no_dtype_of_products_builds_for_three_cards(reports):
 @pytest.mark.parametrize("dtype", compile_kernels.PRODUCTS)
 def test_every_kernel_tile_and_flag_builds_for_three_cards(dtype):
     printed = python("-m", "benchmarks.compile_kernels", "--json", "--dtypes", dtype)
-    check([json.loads(line) for line in printed.splitlines()], dtype)
+    rows = [json.loads(line) for line in printed.splitlines()]
+    check(rows, dtype)
+    half = (tuning.HALF_TILES, tuning.UNEVEN_TILES, tuning.RAGGED_TILES)
+    full = (tuning.FULL_TILES, tuning.FULL_RAGGED_TILES)
+    for tuned in {"tf32": (), "float32": full}.get(dtype, half):
+        check_tiles(rows, tuned, compile_kernels.ARCHS)
 
 
 def test_every_flag_of_every_kernel_is_met_both_ways(reports):
