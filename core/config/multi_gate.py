@@ -84,7 +84,7 @@ class MultiGateConfig(OpenConfig):
         Args:
             dim: D.
             num_tasks: t.
-            num_domains: number of scenarios; the gates then see a learned vector of the example's, and the layer needs
+            num_domains: number of domains; the gates then see a learned vector of the example's, and the layer needs
                 ``context.domain_ids_B``. 0: none.
 
         Raises:

@@ -19,7 +19,7 @@ class RoutingContext:
         valid_BS: bool (B, S), True for real tokens. Padding is never routed, counted or in a loss.
         token_ids_BS: int64 (B, S), vocabulary ids; patch positions in vision.
         task_ids_B: int64 (B,), the task of each sequence; a language pair is a task.
-        domain_ids_B: int64 (B,), the domain or scenario of each sequence.
+        domain_ids_B: int64 (B,), the domain of each sequence (papers on recommenders call it a scenario).
         domain_weights_BE: float32 (B, number of domains), a mixture of domains for each sequence, such as a posterior.
         modality_BS: int64 (B, S), the modality of each token.
     """

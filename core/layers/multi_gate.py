@@ -60,7 +60,7 @@ class MultiGateLayer(MoELayer):
 
     Args:
         num_tasks: t.
-        num_domains: scenarios whose id ``context.domain_ids_B`` holds; 0: the layer does not ask.
+        num_domains: number of domains whose id ``context.domain_ids_B`` holds; 0: the layer does not ask.
         balance: loss weights, for each gate.
         dim: width of the examples; None: as wide as the parts take them.
     """
