@@ -203,6 +203,19 @@ def test_shards_are_read(tmp_path):
     assert sharded.read(path)["state_dict"]["w"].tolist() == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("module", [b"pathlib", b"pathlib._local"])
+def test_shards_that_any_version_of_python_wrote_are_read(tmp_path, module):
+    path, table = shards(tmp_path)
+    metadata = pickle.loads(table.read_bytes())
+    metadata.storage_meta.checkpoint_id = "HERE"
+    text = pickle.dumps(metadata, protocol=2)
+    # A global by the lines of its module and name, called with a tuple of one text.
+    here = b"X\x04\x00\x00\x00HERE"
+    assert text.count(here) == 1
+    table.write_bytes(text.replace(here, b"c" + module + b"\nPurePosixPath\n" + here + b"\x85R"))
+    assert sharded.read(path)["state_dict"]["w"].tolist() == [0, 1, 2, 3]
+
+
 def _pickled_build(target: bytes, state: bytes) -> bytes:
     """Return a pickle, by hand, that pushes a global and a dict of one entry, and sets the entry on the global."""
     return b"\x80\x02" + b"c" + target + b"}" + state + b"sb" + b"."
