@@ -59,6 +59,10 @@ class Rows:
         """Return the rows themselves, (R, D), for simple experts and a user's own."""
         return self.x if self.gathered else self.x.index_select(0, self.row_index_R)
 
+    def materialized(self) -> Rows:
+        """Return these rows with ``x`` (R, D): a copy of the token of each row."""
+        return self if self.gathered else replace(self, x=self.materialize(), gathered=True)
+
     def weighted_input(self) -> Rows:
         """Return the rows times their gates, with gates of 1 from here on: ``f(g x)`` in place of ``g f(x)``."""
         x_RD = (self.materialize() * self.gates_R[:, None]).to(self.x.dtype)

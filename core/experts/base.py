@@ -39,6 +39,8 @@ class Experts(nn.Module):
 
     num_experts: int
     backend: str = "auto"
+    takes_index: ClassVar[bool] = False
+    """``compute_rows`` reads the token of each row by ``row_index_R``; others are given rows that are copies."""
 
     def forward(self, x: Any, way: Way = "rows", *args: Any) -> Any:
         """Compute in one of the ways: ``Rows`` to ``Rows``, tokens to tokens.
@@ -54,13 +56,16 @@ class Experts(nn.Module):
             raise ValueError(f"rows are sorted by {x.offsets_E.shape[0]} experts, and {local} are here")
         if way != "rows" and local != self.num_experts:
             raise ValueError(f"{local} of {self.num_experts} experts are here: they compute rows alone, not {way!r}")
+        if way == "rows" and not self.takes_index:
+            x = x.materialized()
         return getattr(self, f"compute_{way}")(x, *args)
 
     def compute_rows(self, rows: Rows) -> Rows:
         """Return the rows computed.
 
-        A subclass may read ``rows.materialize()``, (R, D) rows sorted by expert, and ``rows.offsets_E``, and return
-        ``rows.with_output(y_RD)``: the dispatcher weights and sums. ``FFNExperts`` does it all by itself.
+        A subclass reads ``rows.x``, (R, D) rows sorted by expert, and ``rows.offsets_E``, and returns
+        ``rows.with_output(y_RD)``: the dispatcher weights and sums. One that ``takes_index``, as ``FFNExperts``, may
+        get (T, D) tokens with an index into them, and may weight and sum by itself.
         """
         raise NotImplementedError
 
@@ -165,6 +170,13 @@ class ExpertConfig(OpenConfig):
     """
 
     layer_kind: ClassVar[str] = "rows"
+
+    def check(self, num_experts: int) -> None:
+        """Raise a ``ValueError`` where there cannot be this many experts."""
+
+    def of_each(self, num_experts: int) -> tuple[ExpertConfig, ...]:
+        """Return the config of each expert: this one, unless their kinds are mixed."""
+        return (self,) * num_experts
 
     def build(self, num_experts: int, dim: int, out_dim: int | None = None) -> Experts:
         raise NotImplementedError

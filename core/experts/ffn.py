@@ -21,6 +21,8 @@ class FFNExperts(Experts):
     ``b_out`` (E, D_out) with bias.
     """
 
+    takes_index = True
+
     def __init__(
         self,
         num_experts: int,

@@ -90,7 +90,7 @@ class MLPExperts(Experts):
         return x, w, b
 
     def compute_rows(self, rows: Rows) -> Rows:
-        h_RF = rows.materialize()
+        h_RF = rows.x
         expert_R = expert_of_rows(h_RF, rows.offsets_E)
         for i in range(len(self.hidden_dims)):
             h_RF, w, b = self._linear(h_RF, i)
