@@ -1,8 +1,9 @@
-"""Named checks of the properties that every router keeps, for users' own gates and for those of ``core``.
+"""Named checks of the properties that every router and every kind of experts keeps, a user's own and those of ``core``.
 
-    from core.testing import check_router, properties
+    from core.testing import check_expert, check_router, properties
 
     check_router(MyGate(top_k=2))
+    check_expert(MyExpert(hidden_dim=12))
 
 or, a line of the report for each property::
 
@@ -10,19 +11,23 @@ or, a line of the report for each property::
     def test_my_gate(prop):
         prop.check()
 
-Which checks apply follows from the facts of its config: ``is_causal``, ``depends_on``, ``reads_position``,
+Which checks of a router apply follows from the facts of its config: ``is_causal``, ``depends_on``, ``reads_position``,
 ``reads_batch_index``, ``has_exact_gradient``, ``needs``, ``layer_kind``, ``layer_options``, ``terms``, and its costs.
 Everything runs on the CPU, on small sizes, and leaves the global random generator as it was.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
+from ..experts import ExpertConfig
 from ..routing.router import RouterConfig
-from . import batch_mates, compiling, decisions, losses_and_costs, outputs, saving
+from . import batch_mates, compiling, decisions, experts, losses_and_costs, outputs, saving
+from .check import Check
+from .expert_case import ExpertCase
 from .router_case import RouterCase, seeded
 
 CHECKS = [
@@ -37,7 +42,7 @@ CHECKS = [
 
 @dataclass(frozen=True)
 class Property:
-    """One named check of one router.
+    """One named check of one router, or of one kind of experts.
 
     Attributes:
         name: the property in words.
@@ -51,21 +56,26 @@ class Property:
         return self.name
 
 
-def properties(router: RouterConfig, *, num_experts: int = 8, dim: int = 16, seed: int = 0) -> list[Property]:
-    """Return the properties that this router claims, each to be checked by itself.
+def properties(
+    config: RouterConfig | ExpertConfig, *, num_experts: int = 8, dim: int = 16, seed: int = 0
+) -> list[Property]:
+    """Return the properties that this config claims, each to be checked by itself.
 
     Args:
-        router: any router config that fits ``num_experts``.
+        config: any router or expert config that fits ``num_experts``.
         num_experts: E.
         dim: D of the tokens.
         seed: seed of weights and tokens.
 
     Raises:
-        ValueError: the router does not fit ``num_experts``.
+        ValueError: the config does not fit ``num_experts``.
     """
-    case = RouterCase(router, num_experts, dim, seed)
-    case.config()
-    return [Property(check.name, partial(_run, case, check.run)) for check in CHECKS if check.applies(case)]
+    if isinstance(config, RouterConfig):
+        case = RouterCase(config, num_experts, dim, seed)
+        case.config()
+        return _properties(case, CHECKS)
+    config.check(num_experts)
+    return _properties(ExpertCase(config, num_experts, dim, seed), experts.CHECKS)
 
 
 def check_router(router: RouterConfig, *, num_experts: int = 8, dim: int = 16, seed: int = 0) -> None:
@@ -74,7 +84,19 @@ def check_router(router: RouterConfig, *, num_experts: int = 8, dim: int = 16, s
     Raises:
         AssertionError: properties do not hold; the message names each, with the values.
     """
-    claimed = properties(router, num_experts=num_experts, dim=dim, seed=seed)
+    _check_all(router, properties(router, num_experts=num_experts, dim=dim, seed=seed))
+
+
+def check_expert(expert: ExpertConfig, *, num_experts: int = 4, dim: int = 16, seed: int = 0) -> None:
+    """Check every property that this kind of experts claims. See ``properties``.
+
+    Raises:
+        AssertionError: properties do not hold; the message names each, with the values.
+    """
+    _check_all(expert, properties(expert, num_experts=num_experts, dim=dim, seed=seed))
+
+
+def _check_all(config: RouterConfig | ExpertConfig, claimed: list[Property]) -> None:
     failures = []
     for prop in claimed:
         try:
@@ -83,12 +105,16 @@ def check_router(router: RouterConfig, *, num_experts: int = 8, dim: int = 16, s
             failures.append(f"{prop.name}: {type(error).__name__}: {error}")
     if failures:
         lines = "\n  ".join(failures)
-        raise AssertionError(f"{len(failures)} of {len(claimed)} properties of {router} do not hold:\n  {lines}")
+        raise AssertionError(f"{len(failures)} of {len(claimed)} properties of {config} do not hold:\n  {lines}")
 
 
-def _run(case: RouterCase, run: Callable[[RouterCase], None]) -> None:
+def _properties(case: Any, checks: Sequence[Check[Any]]) -> list[Property]:
+    return [Property(check.name, partial(_run, case, check.run)) for check in checks if check.applies(case)]
+
+
+def _run(case: RouterCase | ExpertCase, run: Callable[[Any], None]) -> None:
     with seeded(case.seed):
         run(case)
 
 
-__all__ = ["CHECKS", "Property", "check_router", "properties"]
+__all__ = ["CHECKS", "Property", "check_expert", "check_router", "properties"]

@@ -11,7 +11,7 @@ from ..routing.selection import PRIORITIES
 from .check import Checks, close, hold, step
 from .router_case import FIELDS, RouterCase, take, with_padding_holding
 
-CHECKS = Checks()
+CHECKS: Checks[RouterCase] = Checks()
 
 
 @CHECKS.keeps("padding comes out as zero and may hold anything")

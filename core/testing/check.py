@@ -4,37 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..contract import Decision, RoutingContext, record
 from ..layers import MoE, aux_loss
-from .router_case import RouterCase, seeded
+from .router_case import seeded
 
 FLOAT32 = 2e-6
 """Bound of an error in float32, over the largest element: sums of a few hundred products, each off by at most 6e-8."""
 
 
+Case = TypeVar("Case")
+"""A ``RouterCase`` or an ``ExpertCase``."""
+
+
 @dataclass(frozen=True)
-class Check:
-    """A property of every router that ``applies`` to: ``run`` raises an ``AssertionError`` where it does not hold."""
+class Check(Generic[Case]):
+    """A property of every case that ``applies`` to: ``run`` raises an ``AssertionError`` where it does not hold."""
 
     name: str
-    applies: Callable[[RouterCase], bool]
-    run: Callable[[RouterCase], None]
+    applies: Callable[[Case], bool]
+    run: Callable[[Case], None]
 
 
-class Checks(list[Check]):
+class Checks(list[Check[Case]]):
     """Checks in the order they are written in."""
 
     def keeps(
-        self, name: str, applies: Callable[[RouterCase], bool] = lambda case: True
-    ) -> Callable[[Callable[[RouterCase], None]], Callable[[RouterCase], None]]:
+        self, name: str, applies: Callable[[Case], bool] = lambda case: True
+    ) -> Callable[[Callable[[Case], None]], Callable[[Case], None]]:
         """Return a decorator that adds a function as the check of this name."""
 
-        def add(run: Callable[[RouterCase], None]) -> Callable[[RouterCase], None]:
+        def add(run: Callable[[Case], None]) -> Callable[[Case], None]:
             self.append(Check(name, applies, run))
             return run
 
@@ -61,10 +65,9 @@ def step(layer: MoE, x: Tensor, context: RoutingContext | None, run: Any = None,
     """Return one step's output, auxiliary loss, loads and gradients, from the same random numbers each time."""
     layer.zero_grad()
     x = x.detach().clone().requires_grad_()
-    with seeded(seed):
-        weight = torch.randn(*x.shape[:-1], x.shape[-1], dtype=x.dtype)
-        with record(layer) as tape:
-            y = (layer if run is None else run)(x, context)
+    with seeded(seed), record(layer) as tape:
+        y = (layer if run is None else run)(x, context)
+    weight = torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(seed))
     (entry,) = tape.entries
     loss = aux_loss(tape)
     ((y * weight).sum() + loss).backward()

@@ -9,7 +9,7 @@ from ..contract import RoutingContext
 from .check import Checks, close, same_step, step
 from .router_case import FIELDS, SIZES, RouterCase
 
-CHECKS = Checks()
+CHECKS: Checks[RouterCase] = Checks()
 
 
 @CHECKS.keeps("torch.compile goes through without a graph break, to the same step")

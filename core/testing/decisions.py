@@ -14,7 +14,7 @@ from ..routing.selection import PRIORITIES, Capacity, group_tokens
 from .check import Checks, hold, step
 from .router_case import RouterCase, seeded
 
-CHECKS = Checks()
+CHECKS: Checks[RouterCase] = Checks()
 
 
 @CHECKS.keeps("the pairs are counted, within range, and padding is in none", lambda c: c.is_pairs)

@@ -11,7 +11,7 @@ from ..telemetry import RoutingStats
 from .check import Checks, hold
 from .router_case import RouterCase
 
-CHECKS = Checks()
+CHECKS: Checks[RouterCase] = Checks()
 
 
 @CHECKS.keeps("the balance losses are finite, and each that applies is there")

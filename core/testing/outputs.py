@@ -15,7 +15,7 @@ from ..layers import aux_loss
 from .check import Checks, close, hold, same_step, step, tensors
 from .router_case import RouterCase, seeded
 
-CHECKS = Checks()
+CHECKS: Checks[RouterCase] = Checks()
 
 
 @CHECKS.keeps("the output is the sum of its pairs", lambda c: c.is_pairs)

@@ -14,7 +14,7 @@ from ..config import MoEConfig
 from .check import Checks, hold
 from .router_case import RouterCase
 
-CHECKS = Checks()
+CHECKS: Checks[RouterCase] = Checks()
 
 
 @CHECKS.keeps("the plain form of the config comes back equal")

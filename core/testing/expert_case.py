@@ -1,0 +1,94 @@
+"""``ExpertCase``: the experts, rows and layers of the checks of experts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import MoEConfig
+from ..contract import Routing, RoutingContext
+from ..experts import ExpertConfig, Experts
+from ..layers import MoE
+from ..routing.token_choice import TokenChoice
+from .router_case import seeded
+
+
+@dataclass(frozen=True)
+class ExpertCase:
+    """A kind of experts to be checked, with the sizes and the seed of its layers and tokens."""
+
+    expert: ExpertConfig
+    num_experts: int
+    dim: int
+    seed: int
+
+    def config(self, **options: Any) -> MoEConfig:
+        router = TokenChoice(top_k=min(2, self.num_experts))
+        return MoEConfig(self.num_experts, **{"router": router, "expert": self.expert, **options})
+
+    def layer(self, *, training: bool = False, **options: Any) -> MoE:
+        """Return a layer with each weight moved from its initial value, which may be 0 or equal for all."""
+        with seeded(self.seed):
+            return _moved(self.config(**options).build(self.dim)).train(training)
+
+    def experts(self, num_experts: int | None = None, *, training: bool = False) -> Experts:
+        with seeded(self.seed):
+            count = self.num_experts if num_experts is None else num_experts
+            return _moved(self.expert.build(count, self.dim)).train(training)
+
+    def one(self, e: int, experts: Experts) -> Experts:
+        """Return expert ``e`` of ``experts`` as experts of their own, of which there is one."""
+        kind = self.expert.of_each(self.num_experts)[e]
+        alone = kind.build(1, self.dim, self.expert.out_dim(self.dim)).to(_dtype(experts)).train(experts.training)
+        own = {**dict(alone.named_parameters()), **dict(alone.named_buffers())}
+        weights = experts.weights_of(e)
+        assert own.keys() == weights.keys(), f"weights_of({e}) has {sorted(weights)}, an expert {sorted(own)}"
+        with torch.no_grad():
+            for name, value in own.items():
+                value[0] = weights[name]
+        return alone
+
+    def tokens(self, T: int = 12, offset: int = 0) -> Tensor:
+        """Return tokens (T, D); another ``offset`` gives other tokens."""
+        return torch.randn(T, self.dim, generator=torch.Generator().manual_seed(self.seed + 100 + offset))
+
+    def batch(self, B: int = 3, S: int = 6) -> Tensor:
+        return self.tokens(B * S).unflatten(0, (B, S))
+
+    def padding(self) -> RoutingContext:
+        """Return the context of a batch with two places of padding, and one sequence of padding alone."""
+        return RoutingContext(torch.tensor([[True] * 6, [True] * 4 + [False] * 2, [False] * 6]))
+
+    def routing(self, T: int = 12, K: int = 2, dtype: torch.dtype = torch.float32) -> Routing:
+        """Return a routing of T tokens in which some places are empty, and of four experts or more the last is idle."""
+        generator = torch.Generator().manual_seed(self.seed + 300)
+        E = self.num_experts
+        busy = E - 1 if E >= 4 else E
+        ids_TK = torch.stack([torch.randperm(max(busy, K), generator=generator)[:K] for _ in range(T)])
+        ids_TK[ids_TK >= busy] = E
+        ids_TK[::5, -1] = E
+        gates_TK = torch.rand(T, K, generator=generator).to(dtype).masked_fill(ids_TK == E, 0.0)
+        counts_E = torch.bincount(ids_TK.flatten(), minlength=E + 1)[:E]
+        return Routing(
+            token_index_N=torch.arange(T * K) // K,
+            expert_ids_N=ids_TK.flatten(),
+            gates_N=gates_TK.flatten(),
+            tokens_per_expert_E=counts_E,
+            chosen_per_expert_E=counts_E,
+            num_tokens=T,
+            top_k=K,
+        )
+
+
+def _dtype(experts: Experts) -> torch.dtype:
+    return next((p.dtype for p in experts.parameters()), torch.float32)
+
+
+def _moved(module: Any) -> Any:
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return module

@@ -1,0 +1,325 @@
+"""Checks of experts: what each computes, its costs, and what it keeps through copies, graphs and half precision."""
+
+from __future__ import annotations
+
+import copy
+import io
+import itertools
+import json
+import pickle
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import MoEConfig
+from ..dispatch import LocalDispatcher
+from ..experts import Experts
+from ..flops import count_flops
+from ..routing.token_choice import TokenChoice
+from .check import Checks, close, hold, same_step, step
+from .expert_case import ExpertCase
+
+CHECKS: Checks[ExpertCase] = Checks()
+FLOAT64 = 1e-12
+
+
+def computed(experts: Experts, x_TD: Tensor, case: ExpertCase, gates_N: Tensor | None = None) -> Tensor:
+    """Return the tokens after the experts of ``case.routing``, (T, D_out), by the dispatcher."""
+    dispatcher, routing = LocalDispatcher(), case.routing(len(x_TD), dtype=x_TD.dtype)
+    if gates_N is not None:
+        routing = type(routing)(**{**vars(routing), "gates_N": gates_N})
+    dispatcher.backend = experts.backend
+    return dispatcher.combine(experts(dispatcher.dispatch(x_TD, routing)))
+
+
+@CHECKS.keeps("an expert computes its rows as it does alone, in output and all gradients")
+def _(case: ExpertCase) -> None:
+    for training in (False, True):
+        experts = case.experts(training=training).double()
+        alone = [case.one(e, experts) for e in range(case.num_experts)]
+        routing = case.routing(dtype=torch.float64)
+        x, x_alone = (case.tokens().double().requires_grad_() for _ in range(2))
+        gates, gates_alone = (routing.gates_N.clone().requires_grad_() for _ in range(2))
+        state = torch.random.get_rng_state()
+        y = computed(experts, x, case, gates)
+        if training and not torch.equal(torch.random.get_rng_state(), state):
+            continue  # dropout: alone, an expert would draw other numbers
+        expected = torch.zeros_like(y)
+        for e, expert in enumerate(alone):
+            # All rows of an expert at once: norms may take statistics over them.
+            own = (routing.expert_ids_N == e).nonzero()[:, 0]
+            if len(own):
+                token = routing.token_index_N[own]
+                f = expert(x_alone[token], "each")[:, 0]
+                expected = expected.index_add(0, token, f * gates_alone[own, None])
+        close(y, expected, "the output", FLOAT64)
+        if not (y.requires_grad and expected.requires_grad):
+            hold(not expected.any(), "the output has no gradient, and is not zero")
+            continue
+        weight = torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(3))
+        (y * weight).sum().backward()
+        (expected * weight).sum().backward()
+        pairs: list[tuple[str, Tensor | None, Tensor | None]] = [("the tokens", x.grad, x_alone.grad)]
+        pairs.append(("the gates", gates.grad, gates_alone.grad))
+        for e, expert in enumerate(alone):
+            grads = gradients_of(experts, e)
+            pairs += [(f"{n} of expert {e}", grads[n], _first(p.grad)) for n, p in expert.named_parameters()]
+        for name, actual, wanted in pairs:
+            if actual is None or wanted is None:  # no row, no gradient, which is as good as zero
+                given = wanted if actual is None else actual
+                hold(given is None or not given.any(), f"there is a gradient of {name} on one side alone")
+            else:
+                close(actual, wanted, f"the gradient of {name}", FLOAT64)
+
+
+def gradients_of(experts: Experts, e: int) -> dict[str, Tensor | None]:
+    """Return the gradients of expert ``e``'s parameters by the names that ``weights_of`` gives them."""
+    grads: dict[str, Tensor | None] = {}
+    stacked = {p.data_ptr(): p for p in experts.parameters()}
+    for name, view in experts.weights_of(e).items():
+        owner = next((p for p in stacked.values() if _holds(p, view)), None)
+        row = None if owner is None else (view.data_ptr() - owner.data_ptr()) // (owner[0].numel() * owner.itemsize)
+        grads[name] = None if owner is None or row is None or owner.grad is None else owner.grad[row]
+    return grads
+
+
+def _holds(parameter: Tensor, view: Tensor) -> bool:
+    start, size = parameter.data_ptr(), parameter.numel() * parameter.itemsize
+    return start <= view.data_ptr() < start + size
+
+
+def _first(grad: Tensor | None) -> Tensor | None:
+    return None if grad is None else grad[0]
+
+
+@CHECKS.keeps("every backend gives the oracle's output and gradients")
+def _(case: ExpertCase) -> None:
+    for training, backend in itertools.product((False, True), ("cpu", "grouped")):
+        expected = step(case.layer(backend="eager", training=training), case.batch(), case.padding())
+        try:
+            same_step(step(case.layer(backend=backend, training=training), case.batch(), case.padding()), expected)
+        except AssertionError as error:
+            raise AssertionError(f"backend={backend!r}, training={training}: {error}") from None
+
+
+@CHECKS.keeps("an expert that no token takes has no gradient, and padding reaches nobody")
+def _(case: ExpertCase) -> None:
+    x, context = case.batch(), case.padding()
+    assert context.valid_BS is not None
+    layer = case.layer(training=True)
+    expected = step(layer, x, context)
+    held = x.masked_fill(~context.valid_BS[..., None], torch.nan)
+    same = step(layer, held, context)
+    for name, value in same.items():
+        hold(value.isfinite().all() or name == "gradient of tokens", f"{name} is not finite with NaN in padding")
+        if name != "gradient of tokens":
+            close(value, expected[name], f"{name} with NaN in padding")
+    experts = case.experts(training=True)
+    y = computed(experts, case.tokens().requires_grad_(), case)
+    if case.num_experts >= 4 and y.requires_grad:
+        y.sum().backward()
+        for name, grad in gradients_of(experts, case.num_experts - 1).items():
+            hold(grad is None or not grad.any(), f"{name} of an idle expert has a gradient")
+
+
+@CHECKS.keeps("without tokens, with one and with padding alone there is an output and a gradient")
+def _(case: ExpertCase) -> None:
+    for training, (B, S, padding) in itertools.product((False, True), ((0, 4, 0), (2, 0, 0), (1, 1, 0), (2, 3, 1))):
+        layer = case.layer(training=training)
+        x = case.batch(B, S).requires_grad_()
+        context = type(case.padding())(torch.zeros(B, S, dtype=torch.bool)) if padding else None
+        y = layer(x, context)
+        width = case.expert.out_dim(case.dim)
+        hold(y.shape == (B, S, width), f"tokens {tuple(x.shape)} come out as {tuple(y.shape)}, not {width} wide")
+        hold(y.isfinite().all(), f"the output of {B} sequences of {S} tokens is not finite")
+        if y.requires_grad:
+            y.sum().backward()
+        for name, parameter in layer.named_parameters():
+            hold(parameter.grad is None or parameter.grad.isfinite().all(), f"the gradient of {name} is not finite")
+
+
+@CHECKS.keeps("all tokens through each expert, and summed, are its rows")
+def _(case: ExpertCase) -> None:
+    experts = case.experts()
+    x_TD = case.tokens(7)
+    alone = torch.stack([case.one(e, experts)(x_TD, "each")[:, 0] for e in range(case.num_experts)], 1)
+    close(experts(x_TD, "each"), alone, "the output of each expert")
+    close(experts(x_TD, "dense"), alone.sum(1), "the sum of all experts", 2e-5)
+
+
+def _merges(case: ExpertCase) -> bool:
+    try:
+        case.experts()(case.tokens(4)[None], "merged", torch.full((1, case.num_experts), 1.0 / case.num_experts))
+    except NotImplementedError:
+        return False
+    return True
+
+
+@CHECKS.keeps("a merged expert is the one whose parameters are the weighted sum", _merges)
+def _(case: ExpertCase) -> None:
+    experts, x_GSD = case.experts(), case.batch(2, 5)
+    weights_GE = torch.rand(2, case.num_experts, generator=torch.Generator().manual_seed(1)).softmax(-1)
+    y_GSD = experts(x_GSD, "merged", weights_GE)
+    for g, weights_E in enumerate(weights_GE):
+        merged = case.one(0, experts)
+        with torch.no_grad():
+            for name, parameter in merged.named_parameters():
+                stack = torch.stack([experts.weights_of(e)[name] for e in range(case.num_experts)])
+                parameter[0] = torch.tensordot(weights_E, stack, 1)
+        close(y_GSD[g], merged(x_GSD[g], "each")[:, 0], f"the output of group {g}", 1e-5)
+
+
+@CHECKS.keeps("weights_of gives views of one expert, and init_each starts each by itself")
+def _(case: ExpertCase) -> None:
+    experts, x_TD = case.experts(), case.tokens(5)
+    hold(experts.num_local_experts == case.num_experts, f"num_local_experts is {experts.num_local_experts}")
+    before = experts(x_TD, "each").detach()
+    own = experts.weights_of(0)
+    parameters = {n for n, _ in case.one(0, experts).named_parameters()}
+    with torch.no_grad():
+        for name in parameters:
+            own[name].add_(1.0)
+    after = experts(x_TD, "each").detach()
+    hold(torch.equal(after[:, 1:], before[:, 1:]), "writing to expert 0 changes another expert")
+    hold(not parameters or not torch.equal(after[:, 0], before[:, 0]), "writing to expert 0 changes nothing")
+    shapes: list[tuple[int, ...]] = []
+
+    def fill(matrix: Tensor) -> None:
+        shapes.append(tuple(matrix.shape))
+        matrix.fill_(0.5)
+
+    experts.init_each(fill)
+    hold(all(len(shape) >= 2 for shape in shapes), f"init_each fills {shapes}, which are no matrices")
+    for out_of_range in (-1, case.num_experts):
+        try:
+            experts.weights_of(out_of_range)
+        except ValueError:
+            continue
+        raise AssertionError(f"weights_of({out_of_range}) is no ValueError")
+
+
+@CHECKS.keeps("num_params and active_params are the sums of numel")
+def _(case: ExpertCase) -> None:
+    config = case.config()
+    layer = config.build(case.dim)
+    counted = sum(p.numel() for p in layer.parameters())
+    hold(config.num_params(case.dim) == counted, f"num_params is {config.num_params(case.dim)}, counted {counted}")
+    routed = sum(p.numel() for p in layer.experts.parameters())
+    active = counted - routed + round(routed * config.router.pairs_per_token(case.num_experts) / case.num_experts)
+    stated = config.active_params(case.dim)
+    hold(abs(stated - active) <= 1, f"active_params is {stated}, counted {active}")
+
+
+@CHECKS.keeps("flops_per_row is what a counter counts")
+def _(case: ExpertCase) -> None:
+    experts, x_TD = case.experts(), case.tokens()
+    counts = case.routing().tokens_per_expert_E.tolist()
+    kinds = case.expert.of_each(case.num_experts)
+    expected = sum(n * kind.flops_per_row(case.dim) for n, kind in zip(counts, kinds, strict=True))
+    counted = count_flops(computed, experts, x_TD, case)
+    hold(counted == expected, f"{counts} rows cost {counted}, expected {expected}")
+
+
+@CHECKS.keeps("gates may scale the input")
+def _(case: ExpertCase) -> None:
+    router = TokenChoice(top_k=1, score_func="sigmoid", gates_on="input")
+    layer = case.layer(router=router).double()
+    x = case.batch(2, 4).double()
+    y_TD = layer(x).flatten(0, 1)
+    routing = layer.router(x)
+    for t, (e, gate) in enumerate(zip(routing.expert_ids_N.tolist(), routing.gates_N.tolist(), strict=True)):
+        expected = case.one(e, layer.experts)(gate * x.flatten(0, 1)[t : t + 1], "each")[0, 0]
+        close(y_TD[t], expected, f"token {t}", 1e-6)
+
+
+@CHECKS.keeps("nothing is random in evaluation, and the same seed gives the same training step")
+def _(case: ExpertCase) -> None:
+    layer = case.layer()
+    state = torch.random.get_rng_state()
+    first = layer(case.batch())
+    hold(torch.equal(torch.random.get_rng_state(), state), "a forward in evaluation draws random numbers")
+    hold(torch.equal(layer(case.batch()), first), "two forwards in evaluation differ")
+    steps = [step(case.layer(training=True), case.batch(), case.padding()) for _ in range(2)]
+    for name, value in steps[0].items():
+        hold(torch.equal(steps[1][name], value), f"{name} differs between two training steps of one seed")
+
+
+@CHECKS.keeps("the plain form of the config comes back equal")
+def _(case: ExpertCase) -> None:
+    config = case.config()
+    plain = json.loads(json.dumps(config.to_dict()))
+    hold(MoEConfig.from_dict(plain) == config, f"{MoEConfig.from_dict(plain)} is not {config}")
+
+
+@CHECKS.keeps("saved, loaded, copied and pickled, a layer gives the same output")
+def _(case: ExpertCase) -> None:
+    layer, x = case.layer(), case.batch()
+    expected, file = layer(x), io.BytesIO()
+    torch.save(layer.state_dict(), file)
+    file.seek(0)
+    loaded = ExpertCase(case.expert, case.num_experts, case.dim, case.seed + 1).layer()
+    loaded.load_state_dict(torch.load(file, weights_only=True))
+    copies = {"loaded": loaded, "copied": copy.deepcopy(layer), "pickled": pickle.loads(pickle.dumps(layer))}
+    for how, other in copies.items():
+        hold(torch.equal(other(x), expected), f"a {how} layer gives another output")
+
+
+@CHECKS.keeps("built on the meta device, emptied and reset, experts start as any others")
+def _(case: ExpertCase) -> None:
+    fresh = case.expert.build(case.num_experts, case.dim)
+    with torch.device("meta"):
+        experts = case.expert.build(case.num_experts, case.dim)
+    experts.to_empty(device="cpu")
+    state = {**dict(experts.named_parameters()), **dict(experts.named_buffers())}
+    expected = {**dict(fresh.named_parameters()), **dict(fresh.named_buffers())}
+    hold(state.keys() == expected.keys(), f"there are {sorted(state)}, expected {sorted(expected)}")
+    with torch.no_grad():
+        for value in state.values():
+            value.fill_(77)  # what memory may hold
+        for module in experts.modules():
+            reset: Any = getattr(module, "reset_parameters", None)
+            if reset is not None:
+                reset()
+    for name, value in state.items():
+        start = expected[name].detach()
+        if bool((start != start.flatten()[:1]).any()):  # drawn: of the same size
+            largest, before = float(value.detach().abs().max()), float(start.abs().max())
+            hold(largest <= 10 * before, f"{name} has {largest:.2g} where new experts have {before:.2g} at most")
+        else:
+            hold(torch.equal(value, start), f"{name} is not as in new experts")
+
+
+@CHECKS.keeps("half precision and autocast give the float32 output, rounded")
+def _(case: ExpertCase) -> None:
+    x = case.batch().bfloat16().float()
+    layer = case.layer().bfloat16().float()  # the numbers that half precision holds
+    expected = layer(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under_autocast = layer(x)
+    close(under_autocast.float(), expected, "the output under autocast", 3e-2)
+    y = layer.bfloat16()(x.bfloat16())
+    hold(y.dtype == torch.bfloat16, f"a bfloat16 layer puts out {y.dtype}")
+    close(y.float(), expected, "the output in bfloat16", 3e-2)
+
+
+@CHECKS.keeps("torch.compile goes through without a graph break, to the same step")
+def _(case: ExpertCase) -> None:
+    for training in (True, False):
+        torch._dynamo.reset()
+        layer = case.layer(training=training)
+        expected = step(layer, case.batch(), case.padding())
+        try:
+            compiled = torch.compile(layer, backend="eager", fullgraph=True)
+            same_step(step(layer, case.batch(), case.padding(), run=compiled), expected)
+        finally:
+            torch._dynamo.reset()
+
+
+@CHECKS.keeps("torch.export goes through, for any number of tokens")
+def _(case: ExpertCase) -> None:
+    layer, dynamic = case.layer(), torch.export.Dim.DYNAMIC  # raises where a size is fixed
+    program = torch.export.export(layer, (case.batch(3, 6),), dynamic_shapes=({0: dynamic, 1: dynamic}, None)[:1])
+    for B, S in ((3, 6), (2, 7)):
+        x = case.batch(B, S)
+        close(program.module()(x), layer(x), f"the output of {B} sequences of {S} tokens")
