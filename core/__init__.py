@@ -13,9 +13,9 @@ from .contract import (
     Tape,
     record,
 )
-from .experts import FFN, GEGLU, MLP, ExpertConfig, Experts, MLPExperts, SwiGLU
+from .experts import FFN, GEGLU, MLP, Constant, Copy, ExpertConfig, Experts, Mixed, MLPExperts, SwiGLU, Zero
 from .flops import count_flops
-from .kernels import resolve_backend
+from .kernels import expert_linear, resolve_backend
 from .layers import (
     AuxLosses,
     MergedMoE,
@@ -64,6 +64,8 @@ __all__ = [
     "Balance",
     "Base",
     "Choice",
+    "Constant",
+    "Copy",
     "Cosine",
     "Domain",
     "DomainRandom",
@@ -85,6 +87,7 @@ __all__ = [
     "Merge",
     "MergeRouting",
     "MergedMoE",
+    "Mixed",
     "MoE",
     "MoEConfig",
     "MoELayer",
@@ -119,12 +122,14 @@ __all__ = [
     "TokenChoice",
     "TokenRounding",
     "Tokens",
+    "Zero",
     "active_params",
     "aux_loss",
     "aux_losses",
     "consistency_loss",
     "count_flops",
     "domain_posterior",
+    "expert_linear",
     "is_registered",
     "moe_layers",
     "record",

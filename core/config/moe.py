@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -47,6 +48,7 @@ class MoEConfig:
         priority: order of service where capacity is short: "position", "score" (batch-prioritised) or "random".
         group: tokens that compete for capacity: "batch", "sequence", a number of tokens; None: the router's default.
         num_shared_experts: experts that every token takes besides.
+        shared_expert: kind of the shared experts, such as one of another width (Qwen2-MoE); None: as ``expert``.
         balance: weights of the balance losses.
         backend: kernels that compute: "auto", "eager", "cpu", "grouped" or "triton".
         shared_gate: how the shared experts' output s joins the routed one, r: "none": ``r + s``; "mix": ``(1 - g) s +
@@ -73,6 +75,7 @@ class MoEConfig:
     priority: str = "position"
     group: str | int | None = None
     num_shared_experts: int = 0
+    shared_expert: ExpertConfig | None = None
     balance: Balance = Balance()
     backend: str = "auto"
     shared_gate: str = "none"
@@ -88,9 +91,11 @@ class MoEConfig:
         check_part("router", self.router, RouterConfig, "TokenChoice(top_k=2)")
         check_part("expert", self.expert, ExpertConfig, "FFN()")
         check_part("balance", self.balance, Balance, "Balance()")
+        self._check_shared_expert()
         check_backend(self.backend)
         self.layer_class()
         self.router.check(self.num_experts)
+        self.expert.check(self.num_experts)
         self._check_options()
         self._check_shared_gate()
         terms = self.router.terms | ({"gate_budget"} if self.shared_gate == "mix" else set())
@@ -112,6 +117,14 @@ class MoEConfig:
         below_one("expert_output_masking", self.expert_output_masking)
         if self.expert_output_masking and self.router.layer_kind != "pairs":
             raise ValueError(f"expert_output_masking={self.expert_output_masking} does not apply to {router}")
+
+    def _check_shared_expert(self) -> None:
+        if self.shared_expert is not None:
+            check_part("shared_expert", self.shared_expert, ExpertConfig, "FFN()")
+            if not self.num_shared_experts:
+                raise ValueError(f"shared_expert={self.shared_expert} needs num_shared_experts, which is 0")
+        if self.num_shared_experts:
+            (self.shared_expert or self.expert).check(self.num_shared_experts)
 
     def _check_shared_gate(self) -> None:
         one_of("shared_gate", self.shared_gate, ("none", *KINDS))
@@ -154,7 +167,7 @@ class MoEConfig:
             self.expert.build(self.num_experts, dim, out_dim),
             self.balance,
             self.make_dispatcher(),
-            shared_experts=self.expert.build(shared, dim, out_dim) if shared else None,
+            shared_experts=(self.shared_expert or self.expert).build(shared, dim, out_dim) if shared else None,
             shared_gate=SharedGate(dim, self.shared_gate, self.shared_gate_dropout) if has_gate else None,
             expert_output_masking=self.expert_output_masking,
             pairs_per_token=self.router.pairs_per_token(self.num_experts),
@@ -181,13 +194,13 @@ class MoEConfig:
 
     def num_params(self, dim: int, out_dim: int | None = None) -> int:
         """Return the parameters of the layer, equal to the sum of ``numel`` of the built one."""
-        experts = self.num_experts + self.num_shared_experts
-        return self._gate_params(dim) + experts * self.expert.num_params(dim, out_dim)
+        routed = sum(kind.num_params(dim, out_dim) for kind in self.expert.of_each(self.num_experts))
+        return self._gate_params(dim) + routed + self._shared(lambda kind: kind.num_params(dim, out_dim))
 
     def active_params(self, dim: int, out_dim: int | None = None) -> int:
-        """Return the parameters that one token touches."""
-        experts = self.router.pairs_per_token(self.num_experts) + self.num_shared_experts
-        return self._gate_params(dim) + round(experts * self.expert.num_params(dim, out_dim))
+        """Return the parameters that one token touches; of experts of several kinds, at balance."""
+        routed = self.router.pairs_per_token(self.num_experts) * self._mean(lambda kind: kind.num_params(dim, out_dim))
+        return self._gate_params(dim) + round(routed + self._shared(lambda kind: kind.num_params(dim, out_dim)))
 
     def flops_per_token(self, dim: int, out_dim: int | None = None, *, tokens_per_sequence: int | None = None) -> int:
         """Return the forward FLOPs of a token and its router. A capacity factor below 1 bounds the experts' part.
@@ -210,12 +223,21 @@ class MoEConfig:
             dim,
             self.expert.out_dim(dim) if out_dim is None else out_dim,
             self.num_experts,
-            self.expert.num_params(dim, out_dim),
+            round(self._mean(lambda kind: kind.num_params(dim, out_dim))),
             tokens_per_group,
         )
-        experts = (rows + self.num_shared_experts) * self.expert.flops_per_row(dim, out_dim)
+        experts = rows * self._mean(lambda kind: kind.flops_per_row(dim, out_dim))
+        experts += self._shared(lambda kind: kind.flops_per_row(dim, out_dim))
         gates = self.router.flops_per_token(dim, self.num_experts) + (0 if self.shared_gate == "none" else 2 * dim)
         return gates + round(experts + layer)
+
+    def _mean(self, cost: Callable[[ExpertConfig], int]) -> float:
+        """Return the mean cost of a routed expert."""
+        return sum(map(cost, self.expert.of_each(self.num_experts))) / self.num_experts
+
+    def _shared(self, cost: Callable[[ExpertConfig], int]) -> int:
+        """Return the cost of all shared experts."""
+        return self.num_shared_experts * cost(self.shared_expert or self.expert)
 
     def _gate_params(self, dim: int) -> int:
         """Return the parameters of the router and of the shared gate."""

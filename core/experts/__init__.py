@@ -1,7 +1,22 @@
 """Experts with stacked parameters: one tensor holds a weight of all E experts. A config lies beside what it builds."""
 
 from .base import ExpertConfig, Experts
+from .costless import Constant, Copy, Zero
 from .ffn import FFN, GEGLU, FFNExperts, SwiGLU
+from .mixed import Mixed
 from .mlp import MLP, MLPExperts
 
-__all__ = ["FFN", "GEGLU", "MLP", "ExpertConfig", "Experts", "FFNExperts", "MLPExperts", "SwiGLU"]
+__all__ = [
+    "FFN",
+    "GEGLU",
+    "MLP",
+    "Constant",
+    "Copy",
+    "ExpertConfig",
+    "Experts",
+    "FFNExperts",
+    "MLPExperts",
+    "Mixed",
+    "SwiGLU",
+    "Zero",
+]
