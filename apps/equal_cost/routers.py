@@ -142,6 +142,7 @@ def variants(module: Comparable, names: Iterable[str]) -> Mapping[str, Baseline]
         ValueError: two overlays share a name, or the module has no layer whose router could be another.
     """
     from apps.equal_cost.comparable import Baseline
+    from apps.equal_cost.widths import hidden_width
     from apps.nets.place import misfit
 
     names, layers = list(names), module.routed_layers()
@@ -163,9 +164,7 @@ def variants(module: Comparable, names: Iterable[str]) -> Mapping[str, Baseline]
         if problem:
             systems[system] = Baseline(None, problem)
             continue
-        if hasattr(config.expert, "hidden_dims"):
-            width = f"dims {', '.join(map(str, config.expert.hidden_dims))}"
-        else:
-            width = f"dim {config.expert.hidden_dim}"
-        systems[system] = Baseline(variant, f"{type(config.router).__name__}, expert hidden {width}")
+        systems[system] = Baseline(
+            variant, f"{type(config.router).__name__}, expert hidden {hidden_width(config.expert)}"
+        )
     return systems

@@ -56,7 +56,8 @@ def same_width(a: int, b: int) -> bool:
 
 
 def widened(expert: core.ExpertConfig, width: int, times: int = 1) -> core.ExpertConfig:
-    """Return ``expert`` with another hidden dim. All layers of an ``MLP`` grow by the factor of the first.
+    """Return ``expert`` with another hidden dim. All layers of an ``MLP``, and all kinds of ``Mixed`` experts, grow by
+    the factor of the first.
 
     Args:
         expert: configuration of the experts.
@@ -66,6 +67,14 @@ def widened(expert: core.ExpertConfig, width: int, times: int = 1) -> core.Exper
     Raises:
         ValueError: ``expert`` has neither ``hidden_dims`` nor ``hidden_dim``.
     """
+    if isinstance(expert, core.Mixed):
+        widths = [getattr(kind, "hidden_dim", None) for kind in expert.experts]
+        first = next((w for w in widths if w is not None), None)
+        if first is None:
+            raise ValueError("none of the Mixed experts has a hidden_dim to widen")
+        kinds = zip(expert.experts, widths, strict=True)
+        wider = tuple(k if w is None else widened(k, max(1, round(width * w / first))) for k, w in kinds)
+        return dataclasses.replace(expert, experts=wider)
     if isinstance(expert, core.MLP):
         first = expert.hidden_dims[0]
         dims = tuple(max(1, round(width * w / first)) for w in expert.hidden_dims * times)
@@ -73,6 +82,15 @@ def widened(expert: core.ExpertConfig, width: int, times: int = 1) -> core.Exper
     if not hasattr(expert, "hidden_dim"):
         raise ValueError(f"{type(expert).__name__} has neither hidden_dims nor hidden_dim to widen")
     return dataclasses.replace(expert, hidden_dim=width)  # type: ignore[call-arg]
+
+
+def hidden_width(expert: core.ExpertConfig) -> str:
+    """Return the hidden widths of an expert for a table: "dim 64", or "dims 64, 32" of several layers or kinds."""
+    if isinstance(expert, core.Mixed):
+        widths = [w for w in (getattr(kind, "hidden_dim", None) for kind in expert.experts) if w is not None]
+    else:
+        widths = list(getattr(expert, "hidden_dims", None) or [getattr(expert, "hidden_dim", None)])
+    return f"dim{'s' if len(widths) > 1 else ''} {', '.join(map(str, widths))}"
 
 
 def nearest_width(cost: Callable[[int], float], target: float) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..contract import check_kinds, check_part
 from ..contract.checks import at_least_one, below_one, not_negative, one_of, positive, whole
-from ..experts import MLP, ExpertConfig
+from ..experts import MLP, ExpertConfig, Mixed
 from ..kernels import check_backend
 from ..layers import MultiGateLayer, MultiGateMoE, PLELayer, SelectedMultiGateMoE, SparseMultiGateMoE
 from ..layers.multi_gate import FeatureGate
@@ -63,6 +63,8 @@ class MultiGateConfig(OpenConfig):
             raise ValueError(
                 f"{type(self.expert).__name__} computes {self.expert.layer_kind}: not in multi-gate layers"
             )
+        if isinstance(self.expert, Mixed):
+            raise ValueError("Mixed experts are of several kinds: not in multi-gate layers, whose experts are alike")
         at_least_one("num_experts", self.num_experts)
         for name in ("feature_gate", "self_gate", "num_domain_experts"):
             not_negative(name, getattr(self, name))

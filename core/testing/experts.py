@@ -93,6 +93,21 @@ def _first(grad: Tensor | None) -> Tensor | None:
     return None if grad is None else grad[0]
 
 
+@CHECKS.keeps("the gradient is the derivative of the output, in float64")
+def _(case: ExpertCase) -> None:
+    experts, x = case.experts().double(), case.tokens(5).double().requires_grad_()
+    named = {n: p for n, p in experts.named_parameters() if p.requires_grad}
+
+    def output(x: Tensor, *weights: Tensor) -> Tensor:
+        moved = dict(zip(named, weights, strict=True))
+        y: Tensor = torch.func.functional_call(experts, moved, (x, "each"))
+        return y
+
+    if output(x, *named.values()).requires_grad:
+        weights = [p.detach().clone().requires_grad_() for p in named.values()]
+        torch.autograd.gradcheck(output, (x, *weights), fast_mode=True)
+
+
 @CHECKS.keeps("every backend gives the oracle's output and gradients")
 def _(case: ExpertCase) -> None:
     for training, backend in itertools.product((False, True), ("cpu", "grouped")):

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
+import torch
+from torch import nn
+from torch.autograd.gradcheck import GradcheckError
 
 import core
-from core import FFN, GEGLU, MLP, Constant, Copy, ExpertConfig, Mixed, SwiGLU, Zero
-from core.testing import Property, properties
+from core import FFN, GEGLU, MLP, Constant, Copy, ExpertConfig, Experts, Mixed, Rows, SwiGLU, Zero, expert_linear
+from core.testing import Property, check_expert, properties
 
 CASES: dict[str, ExpertConfig] = {
     "FFN": FFN(12),
@@ -46,3 +51,96 @@ def kinds(base: type = ExpertConfig) -> set[type]:
 def test_every_kind_of_experts_is_public_and_checked():
     assert {kind for kind in kinds() if getattr(core, kind.__name__, None) is not kind} == set()
     assert kinds() == {type(config) for config in CASES.values()}
+
+
+# Experts of one's own with one fault each.
+
+
+class OwnExperts(Experts):
+    def __init__(self, num_experts: int, dim: int, fault: str) -> None:
+        super().__init__()
+        self.num_experts, self.fault = num_experts, fault
+        self.w = nn.Parameter(torch.randn(num_experts, dim, dim))
+        self.scale = nn.Parameter(torch.ones(num_experts, 1))
+        self.register_buffer("calls", torch.zeros(num_experts))
+
+    def reset_parameters(self) -> None:
+        if self.fault != "is not reset":
+            nn.init.normal_(self.w)
+        nn.init.ones_(self.scale)
+        self.calls.zero_()
+
+    def compute_rows(self, rows: Rows) -> Rows:
+        fault, w, offsets_E = self.fault, self.w, rows.offsets_E
+        if fault == "takes the next expert's weights":
+            w = w.roll(1, 0)
+        if fault == "multiplies in float32":
+            return rows.with_output(expert_linear(rows.x.float(), w.float(), offsets_E))
+        y_RD = expert_linear(rows.x.to(w.dtype), w, offsets_E, backend=self.backend)
+        scale_R1 = self.scale.repeat_interleave(offsets_E.diff(prepend=offsets_E.new_zeros(1)), 0)
+        y_RD = torch.cat((y_RD[: len(scale_R1)] * scale_R1, y_RD[len(scale_R1) :]))
+        if fault == "sees the other rows":
+            y_RD = y_RD - y_RD.mean()
+        if fault == "stops a gradient":
+            y_RD = y_RD.detach() + 0 * y_RD
+        if fault == "is random in evaluation":
+            y_RD = y_RD * torch.rand(())
+        if fault == "lets padding through":
+            y_RD = y_RD + 0 * rows.x.sum()
+        return rows.with_output(y_RD)
+
+
+@dataclass(frozen=True)
+class Own(ExpertConfig):
+    """A square product, scaled, whose faults are to be found."""
+
+    fault: str = ""
+
+    def build(self, num_experts: int, dim: int, out_dim: int | None = None) -> OwnExperts:
+        return OwnExperts(num_experts, dim, self.fault)
+
+    def num_params(self, dim: int, out_dim: int | None = None) -> int:
+        return dim * dim + (self.fault != "forgets a parameter")
+
+    def flops_per_row(self, dim: int, out_dim: int | None = None) -> int:
+        return dim * dim * (1 if self.fault == "counts a multiply-add as one" else 2)
+
+
+ALONE = "an expert computes its rows as it does alone, in output and all gradients"
+FOUND_BY = {
+    "takes the next expert's weights": ALONE,
+    "sees the other rows": ALONE,
+    "stops a gradient": "the gradient is the derivative of the output, in float64",
+    "forgets a parameter": "num_params and active_params are the sums of numel",
+    "counts a multiply-add as one": "flops_per_row is what a counter counts",
+    "is random in evaluation": "nothing is random in evaluation, and the same seed gives the same training step",
+    "is not reset": "built on the meta device, emptied and reset, experts start as any others",
+    "multiplies in float32": "half precision and autocast give the float32 output, rounded",
+    "lets padding through": "an expert that no token takes has no gradient, and padding reaches nobody",
+}
+
+
+@pytest.mark.parametrize("fault", FOUND_BY)
+def test_a_fault_is_found_by_the_property_that_it_breaks(fault):
+    for config, has_fault in ((Own(), False), (Own(fault), True)):
+        (prop,) = [p for p in properties(config, num_experts=4) if p.name == FOUND_BY[fault]]
+        if has_fault:
+            with pytest.raises((AssertionError, GradcheckError)):
+                prop.check()
+        else:
+            prop.check()
+
+
+def test_check_expert_names_each_property_that_fails():
+    with pytest.raises(AssertionError) as error:
+        check_expert(Own("forgets a parameter"), dim=8)
+    lines = str(error.value).splitlines()
+    assert "properties of Own(fault='forgets a parameter') do not hold" in lines[0]
+    names = [line.strip().split(":")[0] for line in lines[1:]]
+    assert FOUND_BY["forgets a parameter"] in names
+    assert ALONE not in names
+
+
+def test_experts_that_do_not_fit_are_refused_before_anything_is_checked():
+    with pytest.raises(ValueError, match="sum to 2, not to num_experts=4"):
+        properties(Mixed((FFN(), Zero()), (1, 1)), num_experts=4)
