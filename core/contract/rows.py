@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .routing import RoutingContext
+
 
 @dataclass(frozen=True)
 class RowPlan:
@@ -43,6 +45,7 @@ class Rows:
         num_tokens: T.
         plan: notes of the dispatcher for itself.
         gathered, weighted, combined: whether that step is done already.
+        context: what the layer got, for experts that read it (``Experts.reads_context``).
     """
 
     x: Tensor
@@ -54,6 +57,21 @@ class Rows:
     gathered: bool = False
     weighted: bool = False
     combined: bool = False
+    context: RoutingContext | None = None
+
+    def of_context(self, name: str) -> Tensor:
+        """Return a field of the context for the token of each row, (R, ...).
+
+        Raises:
+            ValueError: the layer got no such field.
+        """
+        value: Tensor | None = None if self.context is None else getattr(self.context, name)
+        if value is None:
+            raise ValueError(f"the experts need context.{name}, which is None")
+        if name.endswith("BS"):
+            return value.flatten().index_select(0, self.row_index_R)
+        tokens_per_sequence = self.num_tokens // max(value.shape[0], 1)
+        return value.index_select(0, self.row_index_R // max(tokens_per_sequence, 1))
 
     def materialize(self) -> Tensor:
         """Return the rows themselves, (R, D), for simple experts and a user's own."""

@@ -41,13 +41,16 @@ class Experts(nn.Module):
     backend: str = "auto"
     takes_index: ClassVar[bool] = False
     """``compute_rows`` reads the token of each row by ``row_index_R``; others are given rows that are copies."""
+    reads_context: ClassVar[bool] = False
+    """``compute_rows`` reads ``rows.of_context(...)``: such experts are for an ``MoE`` alone, whose rows are tokens."""
 
     def forward(self, x: Any, way: Way = "rows", *args: Any) -> Any:
         """Compute in one of the ways: ``Rows`` to ``Rows``, tokens to tokens.
 
         Raises:
             ValueError: a parameter is on another device than the tokens, rows are sorted by another number of experts
-                than are here, or a way other than "rows" meets experts that are split over ranks.
+                than are here, a way other than "rows" meets experts that are split over ranks, or experts that read
+                the context do not get one.
         """
         tokens, local = x.x if way == "rows" else x, self.num_local_experts
         for tensors in (self._parameters, self._buffers):
@@ -56,6 +59,10 @@ class Experts(nn.Module):
             raise ValueError(f"rows are sorted by {x.offsets_E.shape[0]} experts, and {local} are here")
         if way != "rows" and local != self.num_experts:
             raise ValueError(f"{local} of {self.num_experts} experts are here: they compute rows alone, not {way!r}")
+        if self.reads_context and (way != "rows" or x.context is None):
+            raise ValueError(
+                f"{type(self).__name__} reads the context of each token, which this layer does not hand on"
+            )
         if way == "rows" and not self.takes_index:
             x = x.materialized()
         return getattr(self, f"compute_{way}")(x, *args)

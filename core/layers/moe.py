@@ -270,7 +270,7 @@ class MoE(MoELayer):
         gate = None if self.shared_gate is None else self.shared_gate(x)
         gate_T = None if gate is None else gate.flatten()
         self.record_pass(routing, context, shared_gate=self.shared_gate, shared_gate_T=gate_T)
-        y_BSD = self._compute(x_BSD, routing)
+        y_BSD = self._compute(x_BSD, routing, context)
         y = y_BSD.reshape(*x.shape[:-1], y_BSD.shape[-1])
         if self.shared_experts is None:
             return y
@@ -279,9 +279,11 @@ class MoE(MoELayer):
             return y + shared
         return self.shared_gate.combine(gate, y, shared)
 
-    def _compute(self, x_BSD: Tensor, routing: Any) -> Tensor:
+    def _compute(self, x_BSD: Tensor, routing: Any, context: RoutingContext | None) -> Tensor:
         """Return (B, S, D) tokens after the routed experts, (B, S, D_out)."""
         rows = self.dispatcher.dispatch(x_BSD.flatten(0, 1), routing)
+        if self.experts.reads_context:
+            rows = replace(rows, context=RoutingContext() if context is None else context)
         if self.router.gates_on == "input":
             rows = rows.weighted_input()
         if self.training and self.expert_output_masking:
@@ -300,7 +302,7 @@ class SoftMoE(MoE):
 
     default_dispatcher = SlotDispatcher
 
-    def _compute(self, x_BSD: Tensor, routing: SlotRouting) -> Tensor:
+    def _compute(self, x_BSD: Tensor, routing: SlotRouting, context: RoutingContext | None) -> Tensor:
         return self.dispatcher.combine(self.experts(self.dispatcher.dispatch(x_BSD, routing)))
 
 
@@ -310,7 +312,7 @@ class MergedMoE(MoE):
     Nothing is dispatched, and the experts' backend is not asked.
     """
 
-    def _compute(self, x_BSD: Tensor, routing: MergeRouting) -> Tensor:
+    def _compute(self, x_BSD: Tensor, routing: MergeRouting, context: RoutingContext | None) -> Tensor:
         B, S, D = x_BSD.shape
         J, L = routing.groups_per_sequence, routing.tokens_per_group
         real_BS1 = None if routing.valid_T is None else routing.valid_T.unflatten(0, (B, S)).unsqueeze(-1)
