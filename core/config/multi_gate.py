@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from ..contract import check_kinds, check_part
@@ -36,6 +37,8 @@ class MultiGateConfig(OpenConfig):
             several by a softmax of their own; 0: none.
         num_domain_experts: experts of each domain alone, beside the others in every task's gate (M3oE, arXiv
             2404.18465); they compute their domain's examples only. Needs domains when it is built.
+        gate_hidden_dims: widths of the hidden layers, with ReLU, of each gate; (): gates are linear.
+        gate_bias: whether the gates' logits have a learned bias.
         init_scale: variance of the gates' initial weights times D.
         balance: weights of the balance losses of each gate; dense gates have ``importance``, ``mutual_information``,
             ``local_entropy``, ``global_entropy`` and ``router_z``, all 0 as they are published.
@@ -51,6 +54,8 @@ class MultiGateConfig(OpenConfig):
     feature_gate: int = field(default=0, kw_only=True)
     self_gate: int = field(default=0, kw_only=True)
     num_domain_experts: int = field(default=0, kw_only=True)
+    gate_hidden_dims: tuple[int, ...] = field(default=(), kw_only=True)
+    gate_bias: bool = field(default=False, kw_only=True)
     init_scale: float = field(default=0.1, kw_only=True)
     balance: Balance = field(default=Balance(router_z=0.0), kw_only=True)
     backend: str = field(default="auto", kw_only=True)
@@ -68,6 +73,8 @@ class MultiGateConfig(OpenConfig):
         at_least_one("num_experts", self.num_experts)
         for name in ("feature_gate", "self_gate", "num_domain_experts"):
             not_negative(name, getattr(self, name))
+        for width in self.gate_hidden_dims:
+            at_least_one("gate_hidden_dims", width)
         below_one("expert_dropout", self.expert_dropout)
         positive("init_scale", self.init_scale)
         check_backend(self.backend)
@@ -127,7 +134,15 @@ class MultiGateConfig(OpenConfig):
         return ExpertGroups(num_tasks, self.num_experts, 0, self.self_gate, self.num_domain_experts, num_domains)
 
     def _gates(self, dim: int, groups: ExpertGroups, shared_gate: bool = False) -> DenseGates:
-        return DenseGates(dim, groups, shared_gate=shared_gate, init_scale=self.init_scale, terms=DENSE_GATE_TERMS)
+        return DenseGates(
+            dim,
+            groups,
+            shared_gate=shared_gate,
+            hidden_dims=self.gate_hidden_dims,
+            bias=self.gate_bias,
+            init_scale=self.init_scale,
+            terms=DENSE_GATE_TERMS,
+        )
 
     def out_dim(self, dim: int) -> int:
         """Return D_out, the width of each task's output."""
@@ -158,17 +173,28 @@ class MultiGateConfig(OpenConfig):
             feature = 4 * width * groups.num_dense * self.feature_gate
             # Each weight is a row of the gates' product, and then weights one output.
             weights = _weights_per_example(groups, shared_gate)
-            total += 2 * weights * (width + self.expert.out_dim(width)) + experts + feature
+            total += 2 * weights * (self._gate_width(width) + self.expert.out_dim(width)) + experts + feature
+            total += 2 * (groups.num_tasks + shared_gate) * sum(i * o for i, o in self._gate_layers(width))
         return total
 
     def _params(self, dim: int, groups: ExpertGroups, experts: int) -> int:
         """Return the parameters of all levels with this number of experts in each."""
         total = 0
         for width, shared_gate in self._levels(dim):
-            rows = _weights_per_example(groups, shared_gate) + groups.num_domains
+            weights = _weights_per_example(groups, shared_gate)
+            hidden = sum(i * o + o for i, o in self._gate_layers(width))
+            total += weights * (self._gate_width(width) + self.gate_bias) + (groups.num_tasks + shared_gate) * hidden
             feature = 2 * groups.num_dense * self.feature_gate
-            total += width * (rows + feature) + experts * self.expert.num_params(width)
+            total += width * (groups.num_domains + feature) + experts * self.expert.num_params(width)
         return total
+
+    def _gate_width(self, width: int) -> int:
+        """Return the width of what a gate's last product reads."""
+        return (width, *self.gate_hidden_dims)[-1]
+
+    def _gate_layers(self, width: int) -> list[tuple[int, int]]:
+        """Return the widths in and out of a gate's hidden layers."""
+        return list(pairwise((width, *self.gate_hidden_dims)))
 
     def _levels(self, dim: int) -> list[tuple[int, bool]]:
         """Return the width of each level's input, and whether its shared representation goes on."""
@@ -210,8 +236,8 @@ class MMoE(MultiGateConfig):
 
     Attributes:
         router: any that chooses pairs (``TokenChoice``, ``DSelectK``, ``ExpertChoice``, ``Threshold``, ...); None:
-            softmax gates over all experts. Not together with ``feature_gate``, ``self_gate``, ``num_domain_experts``;
-            ``expert_dropout`` is of the gates of "shared".
+            softmax gates over all experts. Not together with ``feature_gate``, ``self_gate``, ``num_domain_experts``,
+            ``gate_hidden_dims``, ``gate_bias``; ``expert_dropout`` is of the gates of "shared".
         selection: "task" or "shared".
     """
 
@@ -234,7 +260,7 @@ class MMoE(MultiGateConfig):
         at_least_one("num_experts", self.num_experts)
         router.check(self.num_experts)
         router.check_group("batch")
-        options = ["feature_gate", "self_gate", "num_domain_experts"]
+        options = ["feature_gate", "self_gate", "num_domain_experts", "gate_hidden_dims", "gate_bias"]
         for name in options if self.selection == "shared" else [*options, "expert_dropout"]:
             if getattr(self, name):
                 raise ValueError(f"{name}={getattr(self, name)} does not apply with a router")

@@ -121,7 +121,7 @@ class MultiGateLayer(MoELayer):
 
 
 @dataclass(frozen=True)
-class Mixed:
+class LevelOutputs:
     """The outputs of a level: ``task_tTH`` (t, T, H), and ``shared_TH`` (T, H) where it has a gate for it."""
 
     task_tTH: Tensor
@@ -399,7 +399,7 @@ def _mix(
     x_GTD: Tensor,
     examples: Examples,
     prefix: str = "",
-) -> Mixed:
+) -> LevelOutputs:
     """Compute one level: all experts compute, all gates weight.
 
     Args:
@@ -452,7 +452,7 @@ def _mix(
                 seen.append(h_TdH)
             gates_T1E = weights(logits.shared_TE.unsqueeze(1), [SHARED]).to(h_TnH.dtype)
             shared_TH = torch.bmm(gates_T1E, torch.cat(seen, 1)).squeeze(1).to(dtype)
-        return Mixed(y_TtH.to(dtype).transpose(0, 1), shared_TH)
+        return LevelOutputs(y_TtH.to(dtype).transpose(0, 1), shared_TH)
 
 
 def _expert_outputs(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -114,13 +115,20 @@ class DomainEmbedding(nn.Module):
 class DenseGates(Router):
     """All softmax gates of a level: ``g_k(x) = softmax(W_k (x + e_domain))`` (MMoE, KDD 2018; PLE, RecSys 2020).
 
-    Parameters: ``weight`` (t, E, D); ``self_weight`` (t, L, D) with self-gates; ``shared_weight`` (E of all, D) with a
-    gate of the shared representation; ``domain.weight`` (domains, D) where domains are known.
+    With hidden layers a gate is a small network: ``g_k(x) = softmax(W_k relu(H_k x + c_k) + b_k)``.
+
+    Parameters, with W the width of the last hidden layer, or D: ``weight`` (t, E, W); ``self_weight`` (t, L, W) with
+    self-gates; ``shared_weight`` (E of all, W) with a gate of the shared representation; ``bias`` (t, E), ``self_bias``
+    (t, L) and ``shared_bias`` (E of all) with biases; ``hidden_weight_i`` (gates, in, out) and ``hidden_bias_i``
+    (gates, out) of hidden layer i, the shared representation's gate last; ``domain.weight`` (domains, D) where domains
+    are known.
 
     Args:
         dim: D.
         groups: numbers of shared, tasks' and domains' experts.
         shared_gate: whether the shared representation has a gate.
+        hidden_dims: widths of each gate's hidden layers.
+        bias: whether the logits have a bias.
         init_scale: variance of the initial weights times D.
         terms: names of the balance terms that apply.
     """
@@ -131,15 +139,23 @@ class DenseGates(Router):
         groups: ExpertGroups,
         *,
         shared_gate: bool = False,
+        hidden_dims: tuple[int, ...] = (),
+        bias: bool = False,
         init_scale: float = 0.1,
         terms: frozenset[str] = DENSE_TERMS | {"router_z"},
     ) -> None:
         super().__init__()
-        self.terms, self.init_scale = terms, init_scale
-        t, L = groups.num_tasks, groups.num_self
-        self.weight = nn.Parameter(torch.empty(t, groups.per_gate, dim))
-        self.self_weight = nn.Parameter(torch.empty(t, L, dim)) if L else None
-        self.shared_weight = nn.Parameter(torch.empty(groups.per_shared_gate, dim)) if shared_gate else None
+        self.terms, self.init_scale, self.num_hidden = terms, init_scale, len(hidden_dims)
+        t, L, num_gates, W = groups.num_tasks, groups.num_self, groups.num_tasks + shared_gate, (dim, *hidden_dims)[-1]
+        for i, (width, out) in enumerate(pairwise((dim, *hidden_dims))):
+            self.register_parameter(f"hidden_weight_{i}", nn.Parameter(torch.empty(num_gates, width, out)))
+            self.register_parameter(f"hidden_bias_{i}", nn.Parameter(torch.empty(num_gates, out)))
+        self.weight = nn.Parameter(torch.empty(t, groups.per_gate, W))
+        self.self_weight = nn.Parameter(torch.empty(t, L, W)) if L else None
+        self.shared_weight = nn.Parameter(torch.empty(groups.per_shared_gate, W)) if shared_gate else None
+        self.bias = nn.Parameter(torch.empty(t, groups.per_gate)) if bias else None
+        self.self_bias = nn.Parameter(torch.empty(t, L)) if bias and L else None
+        self.shared_bias = nn.Parameter(torch.empty(groups.per_shared_gate)) if bias and shared_gate else None
         self.domain = DomainEmbedding(groups.num_domains, dim) if groups.num_domains else None
         self.reset_parameters()
 
@@ -147,7 +163,19 @@ class DenseGates(Router):
         for weight in (self.weight, self.self_weight, self.shared_weight):
             if weight is not None:
                 init_gate_(weight, self.init_scale)
+        for bias in (self.bias, self.self_bias, self.shared_bias):
+            if bias is not None:
+                nn.init.zeros_(bias)
+        for w, b in self._hidden():
+            bound = w.shape[1] ** -0.5  # as nn.Linear
+            nn.init.uniform_(w, -bound, bound)
+            nn.init.uniform_(b, -bound, bound)
         super().reset_parameters()
+
+    def _hidden(self) -> list[tuple[Tensor, Tensor]]:
+        return [
+            (getattr(self, f"hidden_weight_{i}"), getattr(self, f"hidden_bias_{i}")) for i in range(self.num_hidden)
+        ]
 
     def forward(self, x_GTD: Tensor, domain_T: Tensor | None = None) -> GateLogits:  # type: ignore[override]
         """Return the logits, computed outside autocast and at least in float32.
@@ -162,20 +190,43 @@ class DenseGates(Router):
             if self.domain is not None:
                 assert domain_T is not None
                 x_GTD = self.domain(x_GTD, domain_T)
-            w_tED = self.weight if self.self_weight is None else torch.cat((self.weight, self.self_weight), 1)
-            (t, E, _), per_gate, shared_TE = w_tED.shape, self.weight.shape[1], None
-            if x_GTD.shape[0] == 1:
-                w = w_tED.flatten(0, 1)
-                w = w if self.shared_weight is None else torch.cat((w, self.shared_weight))
-                logits = F.linear(x_GTD[0], w.to(x_GTD.dtype))
-                logits_TtE = logits[:, : t * E].unflatten(1, (t, E))
-                shared_TE = None if self.shared_weight is None else logits[:, t * E :]
-            else:
-                logits_TtE = torch.bmm(x_GTD[1:], w_tED.to(x_GTD.dtype).transpose(1, 2)).transpose(0, 1)
-                if self.shared_weight is not None:
-                    shared_TE = F.linear(x_GTD[0], self.shared_weight.to(x_GTD.dtype))
-            self_TtL = None if self.self_weight is None else logits_TtE[..., per_gate:]
-            return GateLogits(logits_TtE[..., :per_gate], self_TtL, shared_TE)
+            if self.num_hidden:
+                x_GTD = self._through_hidden(x_GTD)
+            return self._logits(x_GTD)
+
+    def _through_hidden(self, x_GTD: Tensor) -> Tensor:
+        """Return each gate's last hidden layer, (1 + t, T, W): that of the shared representation's gate comes first."""
+        num_gates = self._hidden()[0][0].shape[0]
+        has_shared = self.shared_weight is not None
+        if x_GTD.shape[0] == 1:
+            h_gTW = x_GTD.expand(num_gates, -1, -1)
+        else:
+            h_gTW = torch.cat((x_GTD[1:], x_GTD[:1])) if has_shared else x_GTD[1:]
+        for w, b in self._hidden():
+            h_gTW = torch.baddbmm(b.to(h_gTW.dtype)[:, None], h_gTW, w.to(h_gTW.dtype)).relu()
+        # Without a gate of the shared representation nobody reads the first place.
+        return torch.cat((h_gTW[-1:], h_gTW[:-1])) if has_shared else torch.cat((h_gTW[:1], h_gTW))
+
+    def _logits(self, x_GTD: Tensor) -> GateLogits:
+        w_tED = self.weight if self.self_weight is None else torch.cat((self.weight, self.self_weight), 1)
+        (t, E, _), per_gate, shared_TE = w_tED.shape, self.weight.shape[1], None
+        if x_GTD.shape[0] == 1:
+            w = w_tED.flatten(0, 1)
+            w = w if self.shared_weight is None else torch.cat((w, self.shared_weight))
+            logits = F.linear(x_GTD[0], w.to(x_GTD.dtype))
+            logits_TtE = logits[:, : t * E].unflatten(1, (t, E))
+            shared_TE = None if self.shared_weight is None else logits[:, t * E :]
+        else:
+            logits_TtE = torch.bmm(x_GTD[1:], w_tED.to(x_GTD.dtype).transpose(1, 2)).transpose(0, 1)
+            if self.shared_weight is not None:
+                shared_TE = F.linear(x_GTD[0], self.shared_weight.to(x_GTD.dtype))
+        self_TtL = None if self.self_weight is None else _plus(logits_TtE[..., per_gate:], self.self_bias)
+        shared_TE = None if shared_TE is None else _plus(shared_TE, self.shared_bias)
+        return GateLogits(_plus(logits_TtE[..., :per_gate], self.bias), self_TtL, shared_TE)
+
+
+def _plus(logits: Tensor, bias: Tensor | None) -> Tensor:
+    return logits if bias is None else logits + bias.to(logits.dtype)
 
 
 class GateRouters(Router):

@@ -9,7 +9,7 @@ from stepped import assert_same, step
 from torch import nn
 
 import core
-from core import CGC, MLP, PLE, MMoE, MoEConfig, RoutingContext, TokenChoice, record
+from core import CGC, MLP, PLE, MMoE, MoEConfig, OMoE, RoutingContext, TokenChoice, record
 
 # The equations.
 
@@ -70,6 +70,36 @@ def test_ple_equals_its_equations():
             assert gates.shared_weight is None
         tasks = new
     torch.testing.assert_close(y, torch.stack(tasks), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [MMoE, OMoE, CGC, PLE])
+def test_gates_with_a_hidden_layer_and_biases_equal_their_equation(kind):
+    options = {"num_task_experts": 1} if issubclass(kind, CGC) else {}
+    config = kind(2, MLP((6,)), **options, gate_hidden_dims=(5,), gate_bias=True)
+    layer, x = config.build(D, 2), examples(4)
+    assert config.num_params(D, 2) == sum(p.numel() for p in layer.parameters())
+    assert config.flops_per_token(D, 2) * 4 == core.count_flops(layer, x)
+    gates = layer.router[0] if kind is PLE else layer.router
+    with torch.no_grad():
+        for bias in (gates.bias, gates.shared_bias):
+            if bias is not None:
+                bias.normal_()
+    logits = gates(x[None])
+    for k in range(gates.weight.shape[0]):
+        hidden = (x @ gates.hidden_weight_0[k] + gates.hidden_bias_0[k]).relu()
+        torch.testing.assert_close(logits.task_TtE[:, k], hidden @ gates.weight[k].T + gates.bias[k])
+    if kind is PLE:  # the shared representation's gate is the last
+        hidden = (x @ gates.hidden_weight_0[2] + gates.hidden_bias_0[2]).relu()
+        torch.testing.assert_close(logits.shared_TE, hidden @ gates.shared_weight.T + gates.shared_bias)
+        assert layer.router[1].shared_weight is None
+    step(layer, x)
+    assert all(p.grad is not None for p in layer.parameters())
+
+
+def test_a_router_takes_the_place_of_gates_with_hidden_layers():
+    for options in ({"gate_hidden_dims": (4,)}, {"gate_bias": True}):
+        with pytest.raises(ValueError, match="does not apply with a router"):
+            MMoE(4, router=TokenChoice(2), **options)
 
 
 @pytest.mark.parametrize("count", [1, 2])
