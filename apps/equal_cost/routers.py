@@ -1,7 +1,8 @@
 """Routers by name: ``configs/routing/NAME.yaml`` are overlays that put a router into any config with MoE layers.
 
-``moesaic compare --routers`` and ``moesaic bench routing`` read them, so a router's settings are written once. torch is
-imported only where a layer is made.
+``moesaic compare --routers`` and ``moesaic bench routing`` read them, so a router's settings are written once. A file
+may put other experts into the layers as well, as those of ``configs/experts`` do. torch is imported only where a layer
+is made.
 """
 
 from __future__ import annotations
@@ -76,21 +77,24 @@ def read(name: str) -> dict[str, Any]:
     """Return the fields of ``MoEConfig`` or ``MMoE`` that an overlay sets.
 
     Raises:
-        ValueError: the file has no ``model.init_args.moe.router``.
+        ValueError: the file has neither ``model.init_args.moe.router`` nor ``model.init_args.moe.expert``.
     """
     path = path_of(name)
     try:
-        values = yaml.safe_load(path.read_text())["model"]["init_args"]["moe"]
-        values["router"]["class_path"]
-    except (KeyError, TypeError):
-        raise ValueError(f"{path} has no model.init_args.moe.router with a class_path") from None
-    return dict(values)
+        values = dict(yaml.safe_load(path.read_text())["model"]["init_args"]["moe"])
+        for part in values.keys() & {"router", "expert"}:
+            values[part]["class_path"]
+    except (KeyError, TypeError, ValueError):
+        values = {}
+    if not values.keys() & {"router", "expert"}:
+        raise ValueError(f"{path} has no model.init_args.moe.router or moe.expert with a class_path")
+    return values
 
 
 def with_router(moe: Layers, name: str) -> Layers:
     """Return ``moe`` with the overlay over it; a multi-gate layer gets the router for its gates.
 
-    Balance weights that the overlay does not set are the defaults.
+    Where the router is another, balance weights that the overlay does not set are the defaults.
 
     Raises:
         ValueError: the overlay's values do not fit ``moe``.
@@ -98,7 +102,9 @@ def with_router(moe: Layers, name: str) -> Layers:
     import core
 
     plain = moe.to_dict()
-    values = {"balance": {}, **read(name)}
+    values = read(name)
+    if "router" in values:
+        values = {"balance": {}, **values}
     if isinstance(moe, core.MoEConfig):
         return core.MoEConfig.from_dict({**plain, **values})
     return core.MultiGateConfig.from_dict({**plain, "init_args": {**plain["init_args"], **values}})
@@ -164,7 +170,6 @@ def variants(module: Comparable, names: Iterable[str]) -> Mapping[str, Baseline]
         if problem:
             systems[system] = Baseline(None, problem)
             continue
-        systems[system] = Baseline(
-            variant, f"{type(config.router).__name__}, expert hidden {hidden_width(config.expert)}"
-        )
+        kinds = f"{type(config.router).__name__}, {type(config.expert).__name__}"
+        systems[system] = Baseline(variant, f"{kinds}, expert hidden {hidden_width(config.expert)}")
     return systems
