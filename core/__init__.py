@@ -44,6 +44,7 @@ from .routing.fixed import DomainRandom, Hash, Random
 from .routing.groups import Ensemble, Hierarchical, Prototypes
 from .routing.learned import Attention, Cosine, Stable
 from .routing.per_sequence import Domain, Sentence, Task, domain_posterior
+from .routing.relu import ReLURouting
 from .routing.router import PairRouter, Router, RouterConfig, Tokens
 from .routing.selection import Capacity, Choice
 from .routing.smooth import Dense, DenseToSparse, DSelectK
@@ -101,6 +102,7 @@ __all__ = [
     "PairRouter",
     "Prototypes",
     "Random",
+    "ReLURouting",
     "Router",
     "RouterConfig",
     "Routing",

@@ -27,6 +27,9 @@ class Evidence:
             ``importance`` losses read in place of ``scores_TE`` and ``Routing.chosen_per_expert_E``, where they judge
             more than the E experts (null experts), or another choice than the computed one.
         sums: sums over the real tokens for the balance losses, where a kernel made them: see ``kernels.eager.TopK``.
+        sparse_scores: float32 (T, E), not negative, scores that the loss ``sparsity`` of a router's own holds down.
+        counts: float32 (n,), the pass's part of the numbers that ``Router.after_counts`` reads once a step; they are
+            added up over passes and ranks, and stay on ``Tape.loads``.
     """
 
     scores_TE: Tensor | None = None
@@ -37,6 +40,8 @@ class Evidence:
     balance_scores: Tensor | None = None
     balance_chosen: Tensor | None = None
     sums: Mapping[str, Tensor] | None = None
+    sparse_scores: Tensor | None = None
+    counts: Tensor | None = None
 
 
 NO_EVIDENCE = Evidence()

@@ -216,8 +216,9 @@ class DenseRouting:
 
 @dataclass(frozen=True)
 class Loads:
-    """The counts of a decision (see ``Decision``), which stand for it on the tape of ``Tape.loads``: all that
-    ``update_expert_bias`` reads."""
+    """The counts of a decision (see ``Decision`` and ``Evidence``), which stand for it on the tape of ``Tape.loads``:
+    all that ``update_expert_bias`` reads."""
 
     tokens_per_expert_E: Tensor
     chosen_per_expert_E: Tensor
+    counts: Tensor | None = None

@@ -28,7 +28,7 @@ class Entry:
         needs_grad: whether the router trains and gradients were wanted when the tape was opened.
         has_grad: whether gradients were on during the pass.
         load_balancing_weight: the layer's adaptive weight of that term, (); None where ``balance`` has it.
-        extra_weights: the router's weights of ``Evidence.extra``.
+        extra_weights: the router's weights of losses of its own; those that move between steps are tensors, ().
         shared_gate_T: float32 (T,), the gate between the routed path and the shared experts, without dropout; padding
             may hold any finite value. None: there is no such gate.
     """
@@ -41,7 +41,7 @@ class Entry:
     needs_grad: bool = False
     has_grad: bool = True
     load_balancing_weight: Tensor | None = None
-    extra_weights: Mapping[str, float] = field(default_factory=dict)
+    extra_weights: Mapping[str, float | Tensor] = field(default_factory=dict)
     shared_gate_T: Tensor | None = None
 
     def detach(self) -> Entry:
@@ -51,7 +51,9 @@ class Entry:
 
     def loads(self) -> Entry:
         """Return the pass with its loads alone."""
-        loads = Loads(self.routing.tokens_per_expert_E, self.routing.chosen_per_expert_E)
+        routing = self.routing
+        counts = routing.counts if isinstance(routing, Loads) else routing.evidence.counts
+        loads = Loads(routing.tokens_per_expert_E, routing.chosen_per_expert_E, counts)
         return replace(self, routing=loads, context=None, needs_grad=False, shared_gate_T=None)
 
 

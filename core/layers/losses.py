@@ -60,7 +60,8 @@ def aux_losses(tape: Tape) -> AuxLosses:
                 "use checkpoint(..., use_reentrant=False), or freeze its router"
             )
         given = {**entry.balance.weights(), **entry.extra_weights}
-        wanted = frozenset(t for t, weight in given.items() if t in entry.terms and weight > 0)
+        # A weight that moves is a tensor, which the host does not read.
+        wanted = frozenset(t for t, w in given.items() if t in entry.terms and (isinstance(w, Tensor) or w > 0))
         if wanted:
             entries.append((entry, wanted))
             sums.append(balance_sums(entry.routing, wanted, entry.balance, entry.context, entry.shared_gate_T))
@@ -73,9 +74,12 @@ def aux_losses(tape: Tape) -> AuxLosses:
     total: Tensor | None = None
     seen: dict[str, list[Tensor]] = {}
     for (entry, wanted), entry_sums in zip(entries, sums, strict=True):
-        factors: dict[str, float | Tensor] = {**entry.balance.weights(), **entry.extra_weights}
+        own = {
+            n: w.clone() if isinstance(w, Tensor) else w for n, w in entry.extra_weights.items()
+        }  # they move in place
+        factors: dict[str, float | Tensor] = {**entry.balance.weights(), **own}
         if entry.load_balancing_weight is not None:
-            factors["load_balancing"] = entry.load_balancing_weight.clone()  # it moves in place
+            factors["load_balancing"] = entry.load_balancing_weight.clone()
         # A term of weight 0 is not wanted: it could be NaN.
         for name, value in balance_terms(entry_sums, wanted, entry.balance).items():
             seen.setdefault(name, []).append(value.detach())
@@ -152,8 +156,9 @@ def _check_ranks_agree(
 
 
 def update_expert_bias(model: nn.Module, tape: Tape) -> None:
-    """Move the selection biases by the loads on the tape, and the adaptive weights of ``Balance`` by its drop rates,
-    and tell each router that a step is over, for what it anneals: once per optimizer step, in training.
+    """Move the selection biases by the loads on the tape, the adaptive weights of ``Balance`` by its drop rates and
+    those of a router's own by its counts, and tell each router that a step is over, for what it anneals: once per
+    optimizer step, in training.
 
     Under accumulation give it the micro-batches' loads merged: ``steps = steps.merge(tape.loads())``. The loads of all
     ranks are added in one collective, so all of them call it, with the same layers: one small collective checks it. A
@@ -173,11 +178,14 @@ def update_expert_bias(model: nn.Module, tape: Tape) -> None:
     routers = {entry_name(name, end): r for name, m in layers.items() for end, r in m.routers().items()}
     each: dict[int, Router] = {id(r): r for r in routers.values()}
     loads = {key: torch.zeros_like(r.expert_bias) for key, r in each.items() if r.expert_bias is not None}
+    counts = {
+        key: next(r.buffers()).new_zeros(r.num_counts, dtype=torch.float32) for key, r in each.items() if r.num_counts
+    }
     drops = {n: m.load_balancing_weight.new_zeros(2) for n, m in layers.items() if m.load_balancing_weight is not None}
     if several_ranks():
         first = {id(r): name for name, r in reversed(routers.items())}
-        names = [*(first[key] for key in loads), *drops]
-        sums = [*({"load": t} for t in loads.values()), *({"drops": t} for t in drops.values())]
+        names = [*(first[key] for key in (*loads, *counts)), *drops]
+        sums = [{kind: t} for kind, of in (("load", loads), ("counts", counts), ("drops", drops)) for t in of.values()]
         _check_ranks_agree(
             names,
             sums,
@@ -186,20 +194,27 @@ def update_expert_bias(model: nn.Module, tape: Tape) -> None:
         )
     for router in each.values():
         router.after_step()
-    if not loads and not drops:
+    if not loads and not counts and not drops:
         return
     for entry in tape.entries:
         key = id(routers.get(entry.name))
         if key in loads:
             loads[key] += entry.routing.chosen_per_expert_E
+        if key in counts:
+            of_pass = entry.routing.counts if isinstance(entry.routing, Loads) else entry.routing.evidence.counts
+            if of_pass is not None:
+                counts[key] += of_pass
         if entry.name in drops:
             chosen_E, computed_E = entry.routing.chosen_per_expert_E, entry.routing.tokens_per_expert_E
             drops[entry.name] += torch.stack((chosen_E.sum() - computed_E.sum(), chosen_E.sum()))
     if several_ranks():
-        added = iter(sum_over_ranks([*loads.values(), *drops.values()]))
-        loads, drops = {key: next(added) for key in loads}, {n: next(added) for n in drops}
+        added = iter(sum_over_ranks([*loads.values(), *counts.values(), *drops.values()]))
+        loads, counts = {key: next(added) for key in loads}, {key: next(added) for key in counts}
+        drops = {n: next(added) for n in drops}
     for key, load in loads.items():
         each[key].update_expert_bias(load)
+    for key, count in counts.items():
+        each[key].after_counts(count)
     for name, (dropped, chosen) in drops.items():
         weight = layers[name].load_balancing_weight
         assert weight is not None

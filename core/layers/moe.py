@@ -156,7 +156,7 @@ class MoELayer(nn.Module):
                 terms=terms,
                 needs_grad=needs_grad and tape.grad_wanted,
                 has_grad=torch.is_grad_enabled(),
-                extra_weights=router.extra_weights,
+                extra_weights={**router.extra_weights, **router.moving_weights()},
                 load_balancing_weight=self.load_balancing_weight,
                 shared_gate_T=shared_gate_T,
             )

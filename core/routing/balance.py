@@ -116,6 +116,18 @@ def smooth_load(logits_TE: Tensor, threshold_TE: Tensor, noise_std: float | Tens
     return torch.special.ndtr((logits_TE - threshold_TE) / noise_std)
 
 
+def sparsity_loss(score_sum_E: Tensor, positive_E: Tensor, num_tokens: Tensor | float) -> Tensor:
+    """Return ``E * sum_e f_e m_e``, with ``f_e`` the share of tokens whose score of e is positive and ``m_e`` the mean
+    score: an L1 norm that weighs the scores of busy experts more (ReMoE, arXiv 2412.14711).
+
+    Args:
+        score_sum_E: (E,), sum over tokens of the scores, which are not negative.
+        positive_E: (E,), number of tokens with a positive score.
+        num_tokens: number of real tokens.
+    """
+    return len(score_sum_E) * (mean_over(positive_E, num_tokens) * mean_over(score_sum_E, num_tokens)).sum()
+
+
 # The terms say which sums a loss is a function of, and how a pass gives them.
 
 
@@ -264,6 +276,13 @@ def _smooth_loads(one: Pass) -> dict[str, Tensor]:
     return {"load": one.total(smooth_load(logits_TE, threshold_TE, noise))}
 
 
+def _sparse_scores(one: Pass) -> dict[str, Tensor]:
+    scores_TE = one.evidence.sparse_scores
+    if scores_TE is None:
+        return {}
+    return {"sparse_score": one.total(scores_TE), "positive": one.total((scores_TE > 0).to(scores_TE.dtype))}
+
+
 def _gate_distance(one: Pass) -> dict[str, Tensor]:
     if one.shared_gate_T is None:
         return {}
@@ -325,6 +344,15 @@ TERMS: dict[str, Term] = {
     ),
 }
 """The balance losses by name, in the order they are added. Each is a field of ``Balance``, its weight."""
+OWN_TERMS: dict[str, Term] = {
+    "sparsity": Term(
+        "sparse_score",
+        _sparse_scores,
+        lambda sums, _: sparsity_loss(sums["sparse_score"], sums["positive"], sums["num_tokens"][0]),
+    ),
+}
+"""Losses of a router's own that are more than a mean over tokens, by name. Their weights are in its
+``extra_weights``, not in ``Balance``."""
 SCORE_TERMS = frozenset(name for name, term in TERMS.items() if term.of_scores)
 """The terms that apply wherever a gate has learned scores of all experts."""
 
@@ -457,7 +485,7 @@ def balance_sums(
     valid_T = routing.valid_T
     tokens = chosen_E.new_full((), routing.num_tokens) if valid_T is None else valid_T.sum().to(torch.float32)
     sums = {"num_tokens": tokens.reshape(1), "chosen": chosen_E}
-    for name, term in TERMS.items():
+    for name, term in (TERMS | OWN_TERMS).items():
         if name in wanted and (one.evidence.scores_TE is not None or not term.of_scores):
             sums |= term.take(one)
     for name, value_T in (one.evidence.extra or {}).items():
@@ -468,7 +496,8 @@ def balance_sums(
 
 def balance_terms(sums: dict[str, Tensor], wanted: frozenset[str], balance: Balance = Balance()) -> dict[str, Tensor]:
     """Return the ``wanted`` terms that ``sums`` allow, unweighted; ``balance`` holds their options."""
-    terms = {name: t.loss(sums, balance) for name, t in TERMS.items() if name in wanted and t.key in sums}
+    every = TERMS | OWN_TERMS
+    terms = {name: t.loss(sums, balance) for name, t in every.items() if name in wanted and t.key in sums}
     extra = {name.removeprefix(EXTRA): total for name, total in sums.items() if name.startswith(EXTRA)}
     return terms | {name: mean_over(total[0], sums["num_tokens"][0]) for name, total in extra.items()}
 

@@ -101,6 +101,7 @@ class Router(nn.Module):
         extra_weights: weights of ``Evidence.extra`` by name; the names are among ``terms`` too.
         backend: name of the kernels that choose and count.
         expert_bias: float32 (E,) buffer added to the scores for the choice alone, or None.
+        num_counts: length of ``Evidence.counts`` where ``after_counts`` reads them, else 0.
     """
 
     capacity: Capacity = Capacity()
@@ -110,6 +111,7 @@ class Router(nn.Module):
     backend: str = "auto"
     extra_weights: Mapping[str, float] = MappingProxyType({})
     expert_bias: Tensor | None
+    num_counts: int = 0
 
     def __init__(self) -> None:
         super().__init__()
@@ -149,6 +151,14 @@ class Router(nn.Module):
 
     def update_expert_bias(self, chosen_per_expert_E: Tensor) -> None:
         """Move the selection bias by one step; a router without one does nothing."""
+
+    def moving_weights(self) -> dict[str, Tensor]:
+        """Return the weights of losses of the router's own that move between steps, float32 () buffers by name; the
+        names are among ``extra_weights`` too."""
+        return {}
+
+    def after_counts(self, counts: Tensor) -> None:
+        """Move what follows the step's counts: ``Evidence.counts`` (num_counts,), added up over passes and ranks."""
 
     def after_step(self) -> None:
         """Move what anneals; ``core.update_expert_bias`` calls it once per optimizer step, in training."""

@@ -19,6 +19,7 @@ from core import (
     Hash,
     Merge,
     Random,
+    ReLURouting,
     RouterConfig,
     RoutingContext,
     SoftSlots,
@@ -50,6 +51,10 @@ VARIANTS: dict[type[RouterConfig], dict[str, RouterConfig]] = {
     Ensemble: {"ensemble": Ensemble(top_k=2)},
     TokenRounding: {"token rounding": TokenRounding(tile=4)},
     Hash: {"hash": Hash(7), "hash, balanced": Hash(7, "balanced", top_k=2)},
+    ReLURouting: {
+        "remoe": ReLURouting(2),
+        "rankmixer": ReLURouting(2, max_k=4, dense_training=True),
+    },
     Random: {"random": Random(2), "random, averaged": Random(evaluation="average", per="sequence")},
     DomainRandom: {"domain, random": DomainRandom(num_domains=4, vocab_size=7)},
     SoftSlots: {"soft slots": SoftSlots(2)},
