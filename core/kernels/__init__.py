@@ -25,6 +25,7 @@ from . import cpu, eager, grouped, triton_ops
 from .cpu.products import Linear, linear
 from .eager import (
     ACTIVATIONS,
+    SCORE_FUNCS,
     FFNWeights,
     RowIndex,
     Sorted,
@@ -149,6 +150,7 @@ __all__ = [
     "BACKENDS",
     "FFNWeights",
     "Linear",
+    "SCORE_FUNCS",
     "RowIndex",
     "accumulate_dtype",
     "check_backend",

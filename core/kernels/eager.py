@@ -15,6 +15,13 @@ from torch import Tensor
 from .transforms import check_not_mapped
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
+SCORE_FUNCS: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda logits: logits.softmax(-1),
+    "sigmoid": torch.sigmoid,
+    # The floor keeps the gradient finite where the softplus is 0 in float32.
+    "sqrt_softplus": lambda logits: F.softplus(logits).clamp_min(1e-30).sqrt(),
+}
+"""The score functions of ``topk_gate``, of logits (..., E). Each is monotone: scores have the order of the logits."""
 _ACCUMULATE = {torch.bfloat16: torch.float32, torch.float16: torch.float32}
 
 
@@ -125,7 +132,7 @@ def topk_gate(
     Args:
         logits_TE: float32 (T, E).
         top_k: experts per token.
-        score_func: "softmax" or "sigmoid".
+        score_func: a key of ``SCORE_FUNCS``: "softmax", "sigmoid" or "sqrt_softplus".
         normalize: a token's gates are divided by their sum; for softmax scores: the softmax of the chosen logits.
         bias_E: float32 (E,), added to the scores for the choice alone (aux-loss-free balancing, arXiv 2408.15664).
         num_groups, limited_groups: the choice is limited to the best ``limited_groups`` of ``num_groups`` equal groups
@@ -135,7 +142,7 @@ def topk_gate(
         scale: factor on the gates.
         valid_T: bool (T,), False for padding: for a backend that counts and sums on the way.
     """
-    scores_TE = logits_TE.softmax(-1) if score_func == "softmax" else logits_TE.sigmoid()
+    scores_TE = SCORE_FUNCS[score_func](logits_TE)
     choice_TE = logits_TE.detach() if bias_E is None else scores_TE.detach() + bias_E
     if limited_groups < num_groups:
         # Above the -inf of experts outside the groups, whatever the logits are.

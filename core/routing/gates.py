@@ -102,6 +102,30 @@ class NoisyGate(LinearGate):
         return F.softplus(F.linear(x_TD, self.noise_weight.to(x_TD.dtype))).clamp_min(1e-6)
 
 
+class NormedGate(LinearGate):
+    """A linear gate of the token at a root mean square of 1: ``logits = (x / rms(x) * s / sqrt(D)) W^T + b``, with a
+    learned ``s`` (D,) that starts at 1 (Gemma 4, as its implementations have it).
+
+    The weights start with ``sqrt(D)`` times the deviation of a linear gate's, so that the logits are as large.
+    """
+
+    eps = 1e-6
+
+    def __init__(self, dim: int, num_experts: int, init_scale: float = 0.1, bias: bool = False) -> None:
+        super().__init__(dim, num_experts, init_scale * dim, bias)
+        self.input_scale = nn.Parameter(torch.ones(dim))
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if "input_scale" in self._parameters:  # the base class resets before there is one
+            nn.init.ones_(self.input_scale)
+
+    def forward(self, x_TD: Tensor, kept_TD: Tensor | None = None) -> Tensor:
+        check_devices(x_TD, type(self).__name__, self._parameters)
+        rms_T1 = (x_TD.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+        return super().forward(x_TD * rms_T1 * (self.input_scale.to(x_TD.dtype) * x_TD.shape[-1] ** -0.5))
+
+
 class CosineGate(nn.Module):
     """``logits = cos(P x, e) / temperature`` in a space of few dimensions (X-MoE, arXiv 2204.09179).
 

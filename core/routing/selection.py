@@ -98,6 +98,8 @@ class Choice:
         evidence: logits, scores and the like for the losses and the statistics; None: the gate has none.
         priority_T: float32 (T,), the higher is served first under priority "score"; None: the largest score.
         chosen_per_expert_E: int64 (E,), real tokens that chose each expert, where a kernel counted them on the way.
+        kept_sum: number that the gates of a token's computed pairs are brought to sum to; None: they are left as they
+            are.
     """
 
     expert_ids_TK: Tensor
@@ -105,6 +107,7 @@ class Choice:
     evidence: Evidence | None = None
     priority_T: Tensor | None = None
     chosen_per_expert_E: Tensor | None = None
+    kept_sum: float | None = None
 
 
 def select_pairs(
@@ -154,6 +157,9 @@ def select_pairs(
         expert_ids_N = expert_ids_TK.masked_fill(full_TK, E).flatten()
         tokens_E = count_experts(expert_ids_N, E)
     gates_N = choice.gates_TK.flatten().masked_fill(expert_ids_N == E, 0.0)
+    if choice.kept_sum is not None:
+        gates_TK = gates_N.view(T, K)
+        gates_N = (choice.kept_sum * gates_TK / gates_TK.sum(-1, keepdim=True).clamp_min(1e-20)).flatten()
     return Routing(
         token_index_N=torch.arange(T * K, device=device) // K,
         expert_ids_N=expert_ids_N,

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..contract import Evidence
 from ..contract.checks import below_one, divides, one_of, positive
-from ..kernels import topk_gate
+from ..kernels import SCORE_FUNCS, topk_gate
 from .balance import SCORE_TERMS, expert_bias_step
-from .gates import LinearGate, NoisyGate
+from .gates import LinearGate, NoisyGate, NormedGate
 from .router import LinearGateConfig, PairRouter, Tokens
 from .selection import Capacity, Choice
 from .top_k import TopKConfig
@@ -29,6 +29,12 @@ class TokenChoiceRouter(PairRouter):
         self.gates_on = config.gates_on
         if config.expert_bias:
             self.expert_bias = torch.zeros(num_experts, dtype=torch.float32)
+        self.expert_scale = nn.Parameter(torch.ones(num_experts)) if config.expert_scale else None
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if self.expert_scale is not None:
+            nn.init.ones_(self.expert_scale)
 
     def choose(self, tokens: Tokens) -> Choice:
         config, x_TD = self.config, tokens.x_TD
@@ -46,7 +52,7 @@ class TokenChoiceRouter(PairRouter):
             noisy_TE,
             config.top_k,
             score_func=config.score_func,
-            normalize=config.normalizes,
+            normalize=config.normalizes and config.normalize != "kept",
             bias_E=self.expert_bias,
             num_groups=config.num_groups,
             limited_groups=config.limited_groups,
@@ -56,6 +62,12 @@ class TokenChoiceRouter(PairRouter):
             backend=self.backend,
         )
         expert_ids_TK, chosen_E, sums = best.expert_ids_TK, best.chosen_per_expert_E, best.sums
+        gates_TK = best.gates_TK
+        if config.norm_order != 1.0:
+            norm_T1 = torch.linalg.vector_norm(gates_TK, config.norm_order, -1, keepdim=True)
+            gates_TK = gates_TK / norm_T1.clamp_min(1e-20) * config.scale
+        if self.expert_scale is not None:
+            gates_TK = gates_TK * self.expert_scale.to(gates_TK.dtype)[expert_ids_TK]
         if self.training and config.second == "random":
             # GShard, algorithm 1: with probability 2 * g2, so a second expert of gate 1/2 always stays.
             g2_T = best.gates_TK[:, 1].detach() / config.scale
@@ -65,15 +77,16 @@ class TokenChoiceRouter(PairRouter):
         if noise_std is not None:
             # The losses see the clean logits, as V-MoE's importance and load losses do; noise only explores.
             sums = None
-            scores_TE = logits_TE.softmax(-1) if config.score_func == "softmax" else logits_TE.sigmoid()
+            scores_TE = SCORE_FUNCS[config.score_func](logits_TE)
             threshold_TE = _noise_threshold(noisy_TE, config)
         return Choice(
             expert_ids_TK,
-            best.gates_TK,
+            gates_TK,
             Evidence(scores_TE, logits_TE, noise_std, threshold_TE, sums=sums),
             # Under noise the scores of the losses are clean ones, and the choice's come first.
             priority_T=None if noise_std is None else best.scores_TE.amax(-1),
             chosen_per_expert_E=chosen_E,
+            kept_sum=config.scale if config.normalize == "kept" else None,
         )
 
     @torch.no_grad()
@@ -131,13 +144,19 @@ class TokenChoice(TopKConfig, LinearGateConfig):
     DeepSeek-V3               ``TokenChoice(top_k=8, score_func="sigmoid", expert_bias=True, num_groups=8,
                               limited_groups=4, scale=2.5)``
     Skywork-MoE               ``TokenChoice(top_k=2, logit_norm=1.0)``
+    DBRX                      ``TokenChoice(top_k=4, norm_order=p)``, with p its ``moe_normalize_expert_weights``
+    DeepSeek-V4               ``TokenChoice(top_k=6, score_func="sqrt_softplus", expert_bias=True, scale=1.5)``
+    Gemma 4                   ``TokenChoice(top_k=8, input_norm=True, expert_scale=True)``
+    NLLB-MoE                  ``TokenChoice(top_k=2, normalize="kept")``
     ========================  ==========================================================================================
 
     Attributes:
         top_k: experts per token, K.
-        score_func: "softmax" or "sigmoid" of the logits.
+        score_func: "softmax", "sigmoid", or "sqrt_softplus", ``sqrt(log(1 + exp(l)))``, of the logits.
         normalize: True: the gates of a token sum to 1 (softmax after the selection). False: its scores over all E
             experts (softmax before). None: True for K > 1, False for K = 1, where it would cut the router's gradient.
+            "kept": those scores, divided by their sum over the experts of the token that compute it, so that the gates
+            sum to 1 after a capacity dropped some of them (NLLB-MoE).
         noise: normal noise on the logits in training: None, "fixed" (V-MoE) or "learned" (Shazeer).
         noise_std: standard deviation of the fixed noise, times E: the noise has ``noise_std / E``.
         jitter_eps: half-width of the factor U(1 - eps, 1 + eps) on the router's input in training.
@@ -154,13 +173,16 @@ class TokenChoice(TopKConfig, LinearGateConfig):
         init_scale: variance of the gate's initial weights times D.
         logit_norm: lambda of Skywork-MoE (arXiv 2406.06563): a token's logits are brought to mean 0 and this standard
             deviation before noise and softmax; the larger, the sharper the gates. None: left as they are.
+        norm_order: p of the norm that ``normalize=True`` brings to 1, ``(sum g^p)^(1/p)``; 1: the sum (DBRX has a p).
+        input_norm: whether the gate reads ``x / rms(x) * s / sqrt(D)`` with a learned s (D,) (Gemma 4).
+        expert_scale: whether a learned factor (E,) multiplies each expert's gate, after ``normalize`` (Gemma 4).
     """
 
     router_class = TokenChoiceRouter
 
     top_k: int = 2
     score_func: str = "softmax"
-    normalize: bool | None = None
+    normalize: bool | str | None = None
     noise: str | None = None
     noise_std: float = 1.0
     jitter_eps: float = 0.0
@@ -175,14 +197,28 @@ class TokenChoice(TopKConfig, LinearGateConfig):
     gate_bias: bool = False
     init_scale: float = 0.1
     logit_norm: float | None = None
+    norm_order: float = 1.0
+    input_norm: bool = False
+    expert_scale: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_of("score_func", self.score_func, ("softmax", "sigmoid"))
+        one_of("score_func", self.score_func, tuple(SCORE_FUNCS))
         one_of("noise", self.noise, (None, "fixed", "learned"))
         one_of("second", self.second, ("always", "random"))
         one_of("group_score", self.group_score, ("top2", "max"))
         one_of("gates_on", self.gates_on, ("output", "input"))
+        if isinstance(self.normalize, str):
+            one_of("normalize", self.normalize, ("kept",))
+        positive("norm_order", self.norm_order)
+        if self.norm_order != 1.0 and (self.normalize == "kept" or not self.normalizes):
+            raise ValueError(f"norm_order={self.norm_order} needs normalize=True, not {self.normalize!r}")
+        if self.expert_scale and self.normalize == "kept":
+            raise ValueError(
+                "expert_scale=True multiplies normalized gates: not with normalize='kept', which comes last"
+            )
+        if self.input_norm and self.noise == "learned":
+            raise ValueError("input_norm=True is not for noise='learned', whose deviation reads the token as it is")
         if self.second == "random" and self.top_k != 2:
             raise ValueError(f"second='random' needs top_k=2, not top_k={self.top_k}")
         below_one("jitter_eps", self.jitter_eps)
@@ -196,6 +232,8 @@ class TokenChoice(TopKConfig, LinearGateConfig):
             raise ValueError(f"limited_groups={self.limited_groups} is not between 1 and num_groups={self.num_groups}")
 
     def make_gate(self, dim: int, num_experts: int) -> LinearGate:
+        if self.input_norm:
+            return NormedGate(dim, num_experts, self.init_scale, self.gate_bias)
         gate = NoisyGate if self.noise == "learned" else LinearGate
         return gate(dim, num_experts, self.init_scale, self.gate_bias)
 
@@ -218,4 +256,4 @@ class TokenChoice(TopKConfig, LinearGateConfig):
 
     def num_params(self, dim: int, num_experts: int) -> int:
         weights = dim * num_experts * (2 if self.noise == "learned" else 1)
-        return weights + (num_experts if self.gate_bias else 0)
+        return weights + num_experts * (self.gate_bias + self.expert_scale) + (dim if self.input_norm else 0)

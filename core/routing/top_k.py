@@ -16,17 +16,19 @@ from .selection import Choice
 class TopKConfig(FixedKConfig):
     """Base of their configs, which have the fields ``top_k`` and ``normalize``, as in ``TokenChoice``."""
 
-    normalize: bool | None
+    normalize: bool | str | None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.top_k == 1 and self.normalize:
-            raise ValueError("normalize=True with top_k=1 makes every gate 1: the router would get no gradient")
+            raise ValueError(
+                f"normalize={self.normalize!r} with top_k=1 makes every gate 1: the router would get no gradient"
+            )
 
     @property
     def normalizes(self) -> bool:
         """The value of ``normalize`` with its default filled in: True for K > 1, False for K = 1."""
-        return self.top_k > 1 if self.normalize is None else self.normalize
+        return self.top_k > 1 if self.normalize is None else bool(self.normalize)
 
     @property
     def terms(self) -> frozenset[str]:

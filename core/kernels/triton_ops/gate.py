@@ -201,7 +201,7 @@ def topk_gate(
     scale: float = 1.0,
     valid_T: Tensor | None = None,
 ) -> TopK:
-    """Choose as ``eager.topk_gate`` does.
+    """Choose as ``eager.topk_gate`` does, which itself computes the scores "sqrt_softplus".
 
     Raises:
         ValueError: ``top_k`` is not in 1 to E, an unknown ``score_func``, or a bias or mask of another shape.
@@ -210,10 +210,11 @@ def topk_gate(
     check_shapes(bias_E=(bias_E, (E,)), valid_T=(valid_T, (T,)))
     if not 1 <= top_k <= E:
         raise ValueError(f"top_k={top_k} is not in 1 to {E}, the experts")
-    if score_func not in ("softmax", "sigmoid"):
-        raise ValueError(f"score_func={score_func!r} is not 'softmax' or 'sigmoid'")
+    if score_func not in eager.SCORE_FUNCS:
+        raise ValueError(f"score_func={score_func!r} is not one of {', '.join(eager.SCORE_FUNCS)}")
     if logits_TE.shape[1] > MAX_EXPERTS:
         warn_once(f"the fused gate takes at most {MAX_EXPERTS} experts, not {logits_TE.shape[1]}: using 'eager'")
+    if logits_TE.shape[1] > MAX_EXPERTS or score_func == "sqrt_softplus":
         return eager.topk_gate(
             logits_TE,
             top_k,

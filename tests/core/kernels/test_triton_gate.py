@@ -53,6 +53,16 @@ def test_gate_equals_the_oracle_in_choice_gates_sums_and_gradients(name, biased,
         torch.testing.assert_close(u, t.float(), rtol=1e-5, atol=1e-5)
 
 
+def test_scores_that_the_kernel_has_not_are_the_oracles():
+    logits = torch.randn(9, 6)
+    a, b = (k.topk_gate(logits, 2, score_func="sqrt_softplus", scale=1.5) for k in (eager, triton_ops))
+    assert torch.equal(a.expert_ids_TK, b.expert_ids_TK)
+    assert torch.equal(a.gates_TK, b.gates_TK)
+    assert b.sums is None
+    with pytest.raises(ValueError, match="score_func='tanh' is not one of softmax, sigmoid, sqrt_softplus"):
+        triton_ops.topk_gate(logits, 2, score_func="tanh")
+
+
 @pytest.mark.parametrize("experts", [3, 20])
 def test_counts_and_sums_are_those_of_many_blocks_of_tokens(monkeypatch, experts):
     monkeypatch.setattr(gate, "BLOCKS_AT_A_TIME", 2)

@@ -327,3 +327,17 @@ def test_a_wrong_option_is_refused(config, arguments, message):
 def test_a_router_that_does_not_fit_its_experts_is_refused(config, num_experts, message):
     with pytest.raises(ValueError, match=message):
         MoEConfig(num_experts, config)
+
+
+def test_one_temperature_and_no_threshold_are_gumbel_gates_of_all_experts():
+    # GG-MoE: softmax((l + gumbel) / tau). For tau = 1 and two experts the first gate is the sigmoid of a logistic
+    # variable around log(0.8 / 0.2), above 1/2 with probability 0.8; 4 sigma of 10000 draws is 0.016.
+    config = DenseToSparse(tau_start=1.0, tau_end=1.0, threshold=0.0)
+    x = logits_of((0.8, 0.2))
+    routing = built(config, 2, training=True)(x.expand(1, 10_000, 2))
+    assert routing.tokens_per_expert_E.tolist() == [10_000, 10_000]
+    drawn = torch.tensor(gates(routing))
+    assert drawn.sum(-1).tolist() == pytest.approx([1.0] * 10_000)
+    first = torch.tensor(ids(routing))[:, 0] == 0
+    assert first.float().mean().item() == pytest.approx(0.8, abs=0.016)
+    assert gates(built(config, 2)(x)) == [pytest.approx([0.8, 0.2])]

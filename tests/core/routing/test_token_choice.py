@@ -345,3 +345,96 @@ def test_a_gate_that_chooses_an_expert_that_is_not_there_is_told(chosen):
         ValueError, match=rf"a gate chose expert {chosen}, which is not in range\(4\) or 4 for an empty"
     ):
         Lost(6, 4, Plain(), Capacity())(torch.randn(1, 3, 6))
+
+
+# Settings of published models.
+
+
+def test_the_score_of_deepseek_v4_is_the_root_of_a_softplus():
+    # log(1 + e^l) of l = log(e^4 - 1), log(e - 1) and log(e^0.25 - 1): 4, 1, 1/4; their roots 2, 1, 1/2.
+    x = torch.tensor([[[math.log(math.exp(p) - 1) for p in (4.0, 1.0, 0.25)]]])
+    routing = router(3, top_k=2, score_func="sqrt_softplus", scale=1.5)(x)
+    assert routing.evidence.scores_TE[0].tolist() == pytest.approx([2, 1, 0.5])
+    assert gates(routing) == pytest.approx([1.0, 0.5])  # 1.5 * 2/3 and 1.5 * 1/3
+    assert gates(router(3, top_k=2, score_func="sqrt_softplus", normalize=False)(x)) == pytest.approx([2, 1])
+
+
+def test_the_root_of_a_softplus_has_a_finite_gradient_where_it_is_nothing():
+    x = torch.tensor([[[-200.0, -1e4, 90.0]]], requires_grad=True)
+    router(3, top_k=3, score_func="sqrt_softplus", normalize=False)(x).gates_N.sum().backward()
+    assert x.grad.isfinite().all()
+    # d sqrt(l) / dl = 1 / (2 sqrt(90)) where the softplus is the identity.
+    assert x.grad[0, 0, 2].item() == pytest.approx(0.5 / math.sqrt(90))
+
+
+def test_gates_are_divided_by_the_norm_of_the_order_given():
+    # Probabilities 0.4 and 0.3 of the chosen: over 0.5, their Euclidean norm. Over 0.7, their sum.
+    x = logits_of((0.3, 0.4, 0.2, 0.1))
+    assert gates(router(4, top_k=2, norm_order=2.0)(x)) == pytest.approx([0.8, 0.6])
+    assert gates(router(4, top_k=2, norm_order=2.0, scale=3.0)(x)) == pytest.approx([2.4, 1.8])
+    assert gates(router(4, top_k=2, norm_order=1.0)(x)) == pytest.approx([4 / 7, 3 / 7])
+
+
+def test_the_gate_of_gemma_4_reads_a_normalised_token_and_scales_each_experts_gate():
+    config = TokenChoice(2, input_norm=True, expert_scale=True)
+    built = config.build(4, 4)
+    with torch.no_grad():
+        built.gate.weight.copy_(torch.eye(4))
+        built.gate.input_scale.copy_(torch.tensor([2.0, 1.0, 1.0, 1.0]))
+        built.expert_scale.copy_(torch.tensor([0.5, 1.0, 3.0, 1.0]))
+    # rms of (2, 0, 2, 2 sqrt 2) = sqrt(16 / 4) = 2: (1, 0, 1, sqrt 2), times s / sqrt(4): (1, 0, 1/2, 0.7071).
+    routing = built(torch.tensor([[[2.0, 0.0, 2.0, 2 * math.sqrt(2)]]]))
+    assert routing.evidence.logits_TE[0].tolist() == pytest.approx([1, 0, 0.5, 0.70711], abs=1e-5)
+    assert ids(routing) == [[0, 3]]
+    # Softmax of 1 and 0.70711: 0.57272 and 0.42728; times 1/2 and 1.
+    assert gates(routing) == pytest.approx([0.28636, 0.42728], abs=1e-4)
+    assert config.num_params(4, 4) == 16 + 4 + 4
+    longer = built(torch.tensor([[[20.0, 0.0, 20.0, 20 * math.sqrt(2)]]]))
+    assert gates(longer) == pytest.approx(gates(routing), abs=1e-5)
+
+
+def test_the_normalised_gate_starts_with_logits_as_large_as_those_of_a_linear_gate():
+    x = torch.randn(1, 500, 256)
+    plain, normed = (TokenChoice(2, input_norm=norm).build(256, 16)(x).evidence.logits_TE for norm in (False, True))
+    assert normed.std().item() == pytest.approx(plain.std().item(), rel=0.1)
+
+
+def test_kept_gates_sum_to_one_over_the_experts_that_capacity_left():
+    x = logits_of((0.6, 0.3, 0.1), (0.5, 0.2, 0.3))
+    routing = router(3, Capacity(factor=0.75), top_k=2, normalize="kept")(x)
+    # ceil(0.75 * 2 * 2 / 3) = 1. Token 1 lost expert 0 and keeps expert 2: 0.3 / 0.3. Token 0: 0.6 / 0.9, 0.3 / 0.9.
+    assert ids(routing) == [[0, 1], [3, 2]]
+    assert gates(routing) == pytest.approx([2 / 3, 1 / 3, 0, 1])
+    before = router(3, Capacity(factor=0.75), top_k=2)(x)
+    assert gates(before) == pytest.approx([2 / 3, 1 / 3, 0, 3 / 8])  # 0.3 / 0.8
+    # Without a capacity the two are equal, and ``scale`` comes last.
+    assert gates(router(3, top_k=2, normalize="kept", scale=0.8)(x)) == pytest.approx([8 / 15, 4 / 15, 0.5, 0.3])
+
+
+def test_a_token_that_lost_every_expert_has_gates_of_zero_and_a_finite_gradient():
+    x = logits_of((0.6, 0.4), (0.6, 0.4)).requires_grad_()
+    routing = router(2, Capacity(factor=0.5), top_k=2, normalize="kept")(x)
+    assert ids(routing) == [[0, 1], [2, 2]]
+    assert gates(routing) == pytest.approx([0.6, 0.4, 0, 0])
+    routing.gates_N.square().sum().backward()
+    assert x.grad.isfinite().all()
+    assert x.grad[0, 1].abs().max() == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"score_func": "tanh"}, "score_func='tanh' is not one of softmax, sigmoid, sqrt_softplus"),
+        ({"norm_order": 0.0}, "norm_order=0.0 is not a positive number"),
+        ({"norm_order": 2.0, "normalize": False}, "norm_order=2.0 needs normalize=True, not False"),
+        ({"norm_order": 2.0, "normalize": "kept"}, "norm_order=2.0 needs normalize=True, not 'kept'"),
+        ({"norm_order": 2.0, "top_k": 1}, "norm_order=2.0 needs normalize=True, not None"),
+        ({"normalize": "sum"}, "normalize='sum' is not one of kept"),
+        ({"normalize": "kept", "top_k": 1}, "normalize='kept' with top_k=1 makes every gate 1"),
+        ({"normalize": "kept", "expert_scale": True}, "not with normalize='kept'"),
+        ({"input_norm": True, "noise": "learned"}, "input_norm=True is not for noise='learned'"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        TokenChoice(**options)
