@@ -110,6 +110,21 @@ def top_k_ids(values: Tensor, k: int) -> Tensor:
     return values.argsort(dim=-1, descending=True, stable=True)[..., :k].contiguous()
 
 
+def gates_of(logits_TE: Tensor, scores_TE: Tensor, expert_ids_TK: Tensor, score_func: str, normalize: bool) -> Tensor:
+    """Return the gates (T, K) of chosen experts: their scores, with ``normalize`` divided by their sum.
+
+    Args:
+        logits_TE, scores_TE: (T, E), the scores by ``score_func``.
+        expert_ids_TK: int64 (T, K).
+        score_func: a key of ``SCORE_FUNCS``; of "softmax" the chosen logits are read, which do not underflow.
+        normalize: whether a token's gates are divided by their sum.
+    """
+    if normalize and score_func == "softmax":
+        return logits_TE.gather(-1, expert_ids_TK).softmax(-1)
+    gates_TK = scores_TE.gather(-1, expert_ids_TK)
+    return gates_TK / gates_TK.sum(-1, keepdim=True).clamp_min(1e-20) if normalize else gates_TK
+
+
 def topk_gate(
     logits_TE: Tensor,
     top_k: int,
@@ -156,11 +171,7 @@ def topk_gate(
         # -inf and not 0: a biased score may be negative, and must still win over an expert outside the groups.
         choice_TE = grouped.masked_fill(~keep.unsqueeze(-1), -torch.inf).flatten(-2)
     expert_ids_TK = top_k_ids(choice_TE, top_k)
-    gates_TK = scores_TE.gather(-1, expert_ids_TK)
-    if normalize and score_func == "softmax":
-        gates_TK = logits_TE.gather(-1, expert_ids_TK).softmax(-1)
-    elif normalize:
-        gates_TK = gates_TK / gates_TK.sum(-1, keepdim=True).clamp_min(1e-20)
+    gates_TK = gates_of(logits_TE, scores_TE, expert_ids_TK, score_func, normalize)
     return TopK(scores_TE, expert_ids_TK, gates_TK * scale if scale != 1.0 else gates_TK)
 
 

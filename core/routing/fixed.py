@@ -1,4 +1,4 @@
-"""Gates that learn nothing: ``Hash`` by token id, ``Random``, and ``DomainRandom`` by domain and token id."""
+"""Choices that are not learned: ``Hash`` by token id, ``Random``, and ``DomainRandom`` by domain and token id."""
 
 from __future__ import annotations
 
@@ -10,8 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..contract.checks import at_least_one, divides, one_of
+from ..contract import Evidence
+from ..contract.checks import at_least_one, divides, one_of, positive
+from ..kernels import SCORE_FUNCS
+from ..kernels.eager import gates_of
 from .clusters import balanced_clusters
+from .gates import LinearGate
 from .router import FixedKConfig, PairRouter, RouterConfig, Tokens
 from .selection import Capacity, Choice
 
@@ -90,7 +94,13 @@ class HashRouter(PairRouter):
         if not self._made:
             raise ValueError("Hash(kind='clustered') has no table yet: call router.fit_clusters(embeddings) first")
         expert_TK = self.table.index_select(0, tokens.ids("token_ids_BS", self.config.vocab_size).flatten())
-        return Choice(expert_TK, tokens.x_TD.new_full(expert_TK.shape, 1.0 / self.config.top_k))
+        config = self.config
+        if config.score_func is None:
+            return Choice(expert_TK, tokens.x_TD.new_full(expert_TK.shape, 1.0 / config.top_k))
+        logits_TE = tokens.logits(self.gate)
+        scores_TE = SCORE_FUNCS[config.score_func](logits_TE)
+        gates_TK = gates_of(logits_TE, scores_TE, expert_TK, config.score_func, normalize=config.top_k > 1)
+        return Choice(expert_TK, gates_TK * config.scale, Evidence(scores_TE, logits_TE))
 
     def fit(self, counts: Sequence[float] | Tensor) -> None:
         """Make a balanced table for the frequencies of the training text. Call it before training: it moves tokens.
@@ -147,7 +157,8 @@ class HashRouter(PairRouter):
 
 @dataclass(frozen=True)
 class Hash(FixedKConfig):
-    """A token's expert is a fixed function of its id (Hash layers, arXiv 2106.04426), at gate 1.
+    """A token's expert is a fixed function of its id (Hash layers, arXiv 2106.04426), at gate 1, or with ``score_func``
+    at a learned gate, as in the first layers of DeepSeek-V4.
 
     Attributes:
         vocab_size: token ids are in ``range(vocab_size)``; in vision, the number of patches.
@@ -155,6 +166,10 @@ class Hash(FixedKConfig):
             as many tokens; "clustered": after ``router.fit_clusters(embeddings)``, like tokens together.
         top_k: different experts per token, each at gate 1 / K. The kind "clustered" has 1.
         seed: seed of the table.
+        score_func: score of the logits ``x W^T`` that the gates are: "softmax", "sigmoid" or "sqrt_softplus"; for K > 1
+            they are divided by their sum. None: nothing is learned.
+        scale: factor on the learned gates.
+        init_scale: variance of the gate's initial weights times D.
     """
 
     paper = "2106.04426"
@@ -165,11 +180,19 @@ class Hash(FixedKConfig):
     kind: str = "random"
     top_k: int = 1
     seed: int = 0
+    score_func: str | None = None
+    scale: float = 1.0
+    init_scale: float = 0.1
 
     def __post_init__(self) -> None:
         at_least_one("vocab_size", self.vocab_size)
         super().__post_init__()
         one_of("kind", self.kind, HASHES)
+        one_of("score_func", self.score_func, (None, *SCORE_FUNCS))
+        positive("scale", self.scale)
+        positive("init_scale", self.init_scale)
+        if self.score_func is None and self.scale != 1.0:
+            raise ValueError(f"scale={self.scale} is a factor on learned gates, and score_func is None")
         if self.kind == "clustered" and self.top_k != 1:
             raise ValueError(f"top_k={self.top_k} is not 1, and a token is in one cluster")
 
@@ -177,6 +200,20 @@ class Hash(FixedKConfig):
         super().check(num_experts)
         if self.kind == "clustered" and num_experts > self.vocab_size:
             raise ValueError(f"num_experts={num_experts} clusters exceed vocab_size={self.vocab_size}")
+
+    @property
+    def terms(self) -> frozenset[str]:
+        # No gate moves a token, so there is nothing to balance.
+        return frozenset({"router_z"}) if self.score_func else frozenset()
+
+    def make_gate(self, dim: int, num_experts: int) -> LinearGate | None:
+        return LinearGate(dim, num_experts, self.init_scale) if self.score_func else None
+
+    def num_params(self, dim: int, num_experts: int) -> int:
+        return dim * num_experts if self.score_func else 0
+
+    def flops_per_token(self, dim: int, num_experts: int) -> int:
+        return 2 * self.num_params(dim, num_experts)
 
 
 class RandomRouter(PairRouter):

@@ -36,6 +36,26 @@ def test_a_hash_is_its_table_at_gate_1():
     assert routing.evidence.scores_TE is None
 
 
+def test_a_hash_with_learned_gates_takes_the_tables_experts_at_their_scores():
+    built = Hash(2, top_k=2, score_func="sqrt_softplus", scale=1.5).build(3, 3)
+    built.table.copy_(torch.tensor([[2, 0], [1, 2]]))
+    with torch.no_grad():
+        built.gate.weight.copy_(torch.eye(3))
+    # Logits log(e^s^2 - 1) have the scores s: 1, 3, 2. Experts 2 and 0: 1.5 * 2/3 and 1.5 * 1/3; 1 and 2: 3/5, 2/5.
+    x = torch.tensor([[[math.log(math.exp(s * s) - 1) for s in (1.0, 3.0, 2.0)]] * 2]).squeeze(0)[None]
+    routing = built(x, by_id([[0, 1]]))
+    assert ids(routing) == [[2, 0], [1, 2]]
+    assert routing.gates_N.tolist() == pytest.approx([1.0, 0.5, 0.9, 0.6])
+    assert routing.evidence.scores_TE[0].tolist() == pytest.approx([1, 3, 2])
+    assert Hash(2, score_func="sigmoid").num_params(6, 4) == 24
+    # One expert's gate is its score, for a gate of 1 would learn nothing.
+    one = Hash(2, score_func="sigmoid").build(3, 3)
+    one.table.fill_(1)
+    with torch.no_grad():
+        one.gate.weight.copy_(torch.eye(3))
+    assert one(torch.tensor([[[0.0, 1.0, 5.0]]]), by_id([[0]])).gates_N.item() == pytest.approx(0.731059)
+
+
 def test_a_token_keeps_its_expert_whatever_is_around_it():
     built = Hash(50).build(6, 8)
     alone = built(torch.randn(1, 1, 6), by_id([[17]])).expert_ids_N
@@ -321,6 +341,8 @@ def test_an_id_out_of_range_is_refused():
     [
         (lambda: Hash(0), r"vocab_size=0 is not at least 1"),
         (lambda: Hash(5, "md5"), r"kind='md5' is not one of random, balanced, clustered"),
+        (lambda: Hash(5, score_func="tanh"), r"score_func='tanh' is not one of None, softmax, sigmoid, sqrt_softplus"),
+        (lambda: Hash(5, scale=2.0), r"scale=2.0 is a factor on learned gates, and score_func is None"),
         (lambda: Hash(5, top_k=0), r"top_k=0 is not at least 1"),
         (lambda: Hash(5, "clustered", top_k=2), r"top_k=2 is not 1, and a token is in one cluster"),
         (lambda: Hash(5, top_k=5).build(6, 4), r"top_k=5 exceeds num_experts=4"),

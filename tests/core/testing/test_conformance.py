@@ -54,7 +54,12 @@ VARIANTS: dict[type[RouterConfig], dict[str, RouterConfig]] = {
     },
     Ensemble: {"ensemble": Ensemble(top_k=2)},
     TokenRounding: {"token rounding": TokenRounding(tile=4)},
-    Hash: {"hash": Hash(7), "hash, balanced": Hash(7, "balanced", top_k=2)},
+    Hash: {
+        "hash": Hash(7),
+        "hash, balanced": Hash(7, "balanced", top_k=2),
+        "hash, learned gates": Hash(7, top_k=3, score_func="sqrt_softplus", scale=1.5),
+        "hash, learned gate": Hash(7, score_func="sigmoid"),
+    },
     ReLURouting: {
         "remoe": ReLURouting(2),
         "rankmixer": ReLURouting(2, max_k=4, dense_training=True),
