@@ -12,7 +12,7 @@ from ..contract import Evidence, Routing, RoutingContext
 from ..contract.checks import at_least_one, at_most_experts, not_negative, one_of, positive
 from ..kernels import topk_gate
 from ..kernels.eager import capacity_ranks, check_devices, count_experts, outside_autocast, top_k_ids
-from .balance import SCORE_TERMS
+from .balance import CHOICE_TERMS, SCORE_TERMS
 from .gates import LinearGate
 from .router import LinearGateConfig, PairRouter, RouterConfig, Tokens
 from .selection import Choice
@@ -56,7 +56,7 @@ class Threshold(LinearGateConfig):
 
     paper = "2202.08906"
     router_class = ThresholdRouter
-    terms = SCORE_TERMS | {"router_z", "sequence_balance"}
+    terms = SCORE_TERMS | CHOICE_TERMS | {"router_z"}
 
     threshold: float = 0.2
     second: str = "random"

@@ -261,6 +261,28 @@ def _sequences(one: Pass) -> dict[str, Tensor]:
     return {"sequence_loss": losses_B.sum().reshape(1), "num_sequences": count.reshape(1)}
 
 
+def _first_choices(one: Pass) -> dict[str, Tensor]:
+    evidence = one.evidence
+    if evidence.scores_TE is None or not isinstance(one.routing, Routing):
+        return {}
+    share_TE = one.share_TE
+    # Logits have the order of the scores, and the lowest of equal experts is taken, as everywhere.
+    ranked_TE = share_TE if evidence.logits_TE is None else evidence.logits_TE
+    first_T1 = top_k_ids(ranked_TE.detach(), 1)
+    chosen_TE = torch.zeros_like(share_TE).scatter_(-1, first_T1, 1.0)
+    return {"score": one.score_E, "first_chosen": one.total(chosen_TE)}
+
+
+def _sparse_gates(one: Pass) -> dict[str, Tensor]:
+    routing = one.routing
+    if not isinstance(routing, Routing):
+        return {}
+    E = routing.tokens_per_expert_E.shape[0]
+    # Pairs that are not computed have the id E, and gates of 0.
+    gate_E = routing.gates_N.new_zeros(E + 1).index_add(0, routing.expert_ids_N, routing.gates_N)[:E]
+    return {"gate": gate_E}
+
+
 def _squares(one: Pass) -> dict[str, Tensor]:
     logits_TE = one.evidence.logits_TE
     if logits_TE is None:
@@ -335,6 +357,12 @@ TERMS: dict[str, Term] = {
         _sequences,
         lambda sums, _: mean_over(sums["sequence_loss"][0], sums["num_sequences"][0]),
     ),
+    "first_choice": Term(
+        "first_chosen",
+        _first_choices,
+        lambda sums, _: load_balancing_loss(sums["score"], sums["first_chosen"], sums["num_tokens"][0]),
+    ),
+    "gate_importance": Term("gate", _sparse_gates, lambda sums, _: squared_cv(sums["gate"])),
     "router_z": Term("square", _squares, lambda sums, _: mean_over(sums["square"][0], sums["num_tokens"][0])),
     "load": Term("load", _smooth_loads, lambda sums, _: squared_cv(sums["load"])),
     "gate_budget": Term(
@@ -355,6 +383,8 @@ OWN_TERMS: dict[str, Term] = {
 ``extra_weights``, not in ``Balance``."""
 SCORE_TERMS = frozenset(name for name, term in TERMS.items() if term.of_scores)
 """The terms that apply wherever a gate has learned scores of all experts."""
+CHOICE_TERMS = frozenset({"sequence_balance", "first_choice", "gate_importance"})
+"""The terms that apply besides where each token takes its K best experts by itself."""
 
 
 @register_config
@@ -367,8 +397,7 @@ class Balance:
         load_balancing: ``E * sum_e f_e P_e`` (Switch, arXiv 2101.03961, eq. 4); 1 at balance.
         router_z: mean of ``logsumexp(logits)^2`` (ST-MoE, arXiv 2202.08906, eq. 5).
         importance: squared coefficient of variation of the experts' summed scores, which are those of all experts and
-            not the gates of the chosen ones (V-MoE, arXiv 2106.05974, section A.1, and its code; arXiv 1701.06538, eq.
-            7, sums the sparse gates).
+            not the gates of the chosen ones (V-MoE, arXiv 2106.05974, section A.1, and its code).
         load: squared coefficient of variation of the experts' smooth load, which needs noise on the logits
             (arXiv 1701.06538, eq. 11).
         mutual_information: minus the mutual information of token and expert (ModuleFormer, arXiv 2306.04640), or, with
@@ -377,6 +406,10 @@ class Balance:
         global_entropy: ``max(0, entropy_threshold - entropy of the mean scores)``, summed over modalities (LIMoE).
         sequence_balance: ``load_balancing`` within each sequence, the mean over sequences; the choice is the top-k of
             the scores without bias or noise (DeepSeek-V3, arXiv 2412.19437, eq. 17-20, where the weight is 1e-4).
+        first_choice: ``load_balancing`` with the shares of first choices alone, the best by the scores without bias or
+            noise, in place of all K (GShard, arXiv 2006.16668, algorithm 1).
+        gate_importance: squared coefficient of variation of the experts' summed gates, which are 0 for experts that a
+            token did not take, or that were full (arXiv 1701.06538, eq. 6-7).
         gate_budget: mean of ``|g - budget|``, g being the share of the routed path that ``MoEConfig.shared_gate="mix"``
             gives a token (NLLB, arXiv 2207.04672).
         num_tasks: number of tasks in ``context.task_ids_B`` for ``mutual_information``; 0: it is of tokens.
@@ -406,6 +439,8 @@ class Balance:
     local_entropy: float = 0.0
     global_entropy: float = 0.0
     sequence_balance: float = 0.0
+    first_choice: float = 0.0
+    gate_importance: float = 0.0
     gate_budget: float = 0.0
     num_tasks: int = 0
     num_modalities: int = 1

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..contract import Evidence
 from ..contract.checks import at_least_one, positive
-from .balance import SCORE_TERMS
+from .balance import CHOICE_TERMS, SCORE_TERMS
 from .gates import AttentionGate, CosineGate, TokenIdGate
 from .router import LinearGateConfig, PairRouter, Tokens
 from .selection import Capacity, Choice
@@ -170,7 +170,7 @@ class Stable(LinearGateConfig):
 
     paper = "2204.08396"
     router_class = StableRouter
-    terms = SCORE_TERMS | {"router_z", "sequence_balance"}
+    terms = SCORE_TERMS | CHOICE_TERMS | {"router_z"}
     needs = ("token_ids_BS",)
 
     vocab_size: int

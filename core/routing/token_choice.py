@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..contract import Evidence
 from ..contract.checks import below_one, divides, one_of, positive
 from ..kernels import SCORE_FUNCS, topk_gate
-from .balance import SCORE_TERMS, expert_bias_step
+from .balance import CHOICE_TERMS, SCORE_TERMS, expert_bias_step
 from .gates import LinearGate, NoisyGate, NormedGate
 from .router import LinearGateConfig, PairRouter, Tokens
 from .selection import Capacity, Choice
@@ -249,7 +249,7 @@ class TokenChoice(TopKConfig, LinearGateConfig):
     @property
     def terms(self) -> frozenset[str]:
         # Normalized logits have no size for the z-loss to hold down.
-        terms = SCORE_TERMS | ({"sequence_balance"} if self.logit_norm else {"sequence_balance", "router_z"})
+        terms = SCORE_TERMS | CHOICE_TERMS | (set() if self.logit_norm else {"router_z"})
         # The smooth load asks what noise on the logits would choose; a bias or group limit chooses by more than them.
         plain = not self.expert_bias and self.limited_groups == self.num_groups
         return terms | {"load"} if self.noise and plain else terms

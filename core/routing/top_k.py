@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..contract import Evidence
 from ..kernels import topk_gate
-from .balance import SCORE_TERMS
+from .balance import CHOICE_TERMS, SCORE_TERMS
 from .router import FixedKConfig, PairRouter, Tokens
 from .selection import Choice
 
@@ -32,7 +32,7 @@ class TopKConfig(FixedKConfig):
 
     @property
     def terms(self) -> frozenset[str]:
-        return SCORE_TERMS | {"router_z", "sequence_balance"}
+        return SCORE_TERMS | CHOICE_TERMS | {"router_z"}
 
 
 class TopKRouter(PairRouter):

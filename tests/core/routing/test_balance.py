@@ -10,7 +10,19 @@ import torch
 from routed import built, logits_of, terms_of
 from torch import Tensor
 
-from core import Balance, Entry, Evidence, MoEConfig, Routing, Tape, TokenChoice, aux_loss, aux_losses
+from core import (
+    Balance,
+    Capacity,
+    Entry,
+    Evidence,
+    MoEConfig,
+    Routing,
+    RoutingContext,
+    Tape,
+    TokenChoice,
+    aux_loss,
+    aux_losses,
+)
 from core.routing.balance import (
     TERMS,
     balance_sums,
@@ -68,10 +80,43 @@ def test_load_balancing_loss_does_not_depend_on_the_number_of_experts_a_token_ta
 
 def test_importance_is_of_the_scores_of_all_experts_as_in_v_moe():
     # Scores (0.5, 0.3, 0.2) and (0.2, 0.3, 0.5) sum to 0.7, 0.6, 0.7: mean 2/3, variance (2 / 900 + 4 / 900) / 3 =
-    # 0.002222, over 4/9: 0.005. Shazeer's gates of the chosen, 0.5, 0, 0.5, would have 0.5.
+    # 0.002222, over 4/9: 0.005. Shazeer's gates of the chosen, 0.5, 0, 0.5, have 0.5.
     routing = built(TokenChoice(1), 3)(logits_of((0.5, 0.3, 0.2), (0.2, 0.3, 0.5)))
-    terms = terms_of(routing, "importance")
-    assert terms["importance"] == pytest.approx(0.005)
+    # Mean 1/3, variance (2 / 36 + 1 / 9) / 3 = 1/18, over 1/9.
+    terms = terms_of(routing, "importance", "gate_importance")
+    assert terms == pytest.approx({"importance": 0.005, "gate_importance": 0.5})
+
+
+def test_gate_importance_is_of_the_gates_that_are_computed():
+    # Gates 5/8 and 3/8 of experts 0 and 1; 5/8 and 3/8 of 2 and 1: sums 5/8, 6/8, 5/8. Mean 2/3, variance
+    # (2 * (1/24)^2 + (1/12)^2) / 3 = (2 + 4) / 576 / 3 = 1/288, over 4/9: 1/128.
+    x = logits_of((0.5, 0.3, 0.2), (0.2, 0.3, 0.5))
+    assert terms_of(built(TokenChoice(2), 3)(x), "gate_importance")["gate_importance"] == pytest.approx(1 / 128)
+    # ceil(0.5 * 2 * 2 / 3) = 1: the second token loses expert 1. 5/8, 3/8, 5/8: mean 13/24, variance 1/72.
+    full = built(TokenChoice(2), 3, limit=Capacity(factor=0.5))(x)
+    assert terms_of(full, "gate_importance")["gate_importance"] == pytest.approx((1 / 72) / (13 / 24) ** 2)
+
+
+def test_first_choice_counts_the_best_expert_of_each_token_alone():
+    # Scores sum to 0.95, 0.7, 0.35. All pairs, K = 2: shares 2/4, 2/4, 0: 3 * (0.95 + 0.7) / 2 / 2 = 1.2375. First
+    # choices: 1/2, 1/2, 0, the same. With the second token the other way round: 2/2 of expert 0 alone.
+    one = built(TokenChoice(2), 3)(logits_of((0.6, 0.25, 0.15), (0.35, 0.45, 0.2)))
+    other = built(TokenChoice(2), 3)(logits_of((0.6, 0.25, 0.15), (0.45, 0.35, 0.2)))
+    names = ("load_balancing", "first_choice")
+    assert terms_of(one, *names) == pytest.approx({"load_balancing": 3 * 1.65 / 4, "first_choice": 3 * 1.65 / 4})
+    # 3 * 1.05 / 2 of the sums 1.05, 0.6, 0.35.
+    assert terms_of(other, *names) == pytest.approx({"load_balancing": 3 * 1.65 / 4, "first_choice": 3 * 1.05 / 2})
+    # For K = 1 they are one.
+    single = terms_of(built(TokenChoice(1), 3)(logits_of((0.6, 0.25, 0.15), (0.35, 0.45, 0.2))), *names)
+    assert single["first_choice"] == pytest.approx(single["load_balancing"])
+
+
+def test_padding_is_in_neither_first_choices_nor_gates():
+    x = logits_of((0.5, 0.3, 0.2), (0.2, 0.3, 0.5))
+    padded = torch.cat((x, torch.full((1, 2, 3), torch.nan)), 1)
+    router, names = built(TokenChoice(2), 3), ("first_choice", "gate_importance")
+    valid = RoutingContext(valid_BS=torch.tensor([[True, True, False, False]]))
+    assert terms_of(router(padded, valid), *names) == pytest.approx(terms_of(router(x), *names))
 
 
 def test_importance_loss_by_hand():
