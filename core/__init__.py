@@ -13,6 +13,7 @@ from .contract import (
     Tape,
     record,
 )
+from .convert import freeze_experts, grow_experts
 from .experts import FFN, GEGLU, MLP, Constant, Copy, ExpertConfig, Experts, Mixed, MLPExperts, SwiGLU, Zero
 from .flops import count_flops
 from .kernels import expert_linear, resolve_backend
@@ -132,6 +133,8 @@ __all__ = [
     "count_flops",
     "domain_posterior",
     "expert_linear",
+    "freeze_experts",
+    "grow_experts",
     "is_registered",
     "moe_layers",
     "record",

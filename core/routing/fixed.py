@@ -174,6 +174,7 @@ class Hash(FixedKConfig):
 
     paper = "2106.04426"
     router_class = HashRouter
+    can_grow = False
     needs = ("token_ids_BS",)
 
     vocab_size: int
@@ -261,6 +262,7 @@ class Random(FixedKConfig):
 
     paper = "2110.04260"
     router_class = RandomRouter
+    can_grow = False
 
     top_k: int = 1
     per: str = "token"
@@ -323,6 +325,7 @@ class DomainRandom(RouterConfig):
 
     paper = "2303.10845"
     router_class = DomainRandomRouter
+    can_grow = False
     needs = ("token_ids_BS", "domain_ids_B")
 
     num_domains: int

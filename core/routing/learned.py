@@ -75,6 +75,7 @@ class Attention(TopKConfig):
 
     paper = "2405.17976"
     router_class = TopKRouter
+    can_grow = False
 
     top_k: int = 2
     normalize: bool | None = None

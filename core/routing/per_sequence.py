@@ -108,6 +108,7 @@ class Task(TopKConfig):
 
     paper = "2110.03742"
     router_class = TaskRouter
+    can_grow = False
     terms = SEQUENCE_TERMS
     needs = ("task_ids_B",)
 
@@ -256,6 +257,7 @@ class Domain(RouterConfig):
 
     paper = "2108.05036"
     router_class = DomainRouter
+    can_grow = False
 
     num_domains: int
     top_k: int | None = None

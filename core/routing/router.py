@@ -341,6 +341,12 @@ class RouterConfig(OpenConfig):
         """The ``LAYER_OPTIONS`` that have a meaning with this router; ``MoEConfig`` refuses the others."""
         return LAYER_OPTIONS
 
+    @property
+    def can_grow(self) -> bool:
+        """True where a row of the gate stands for each expert alone, so that ``core.grow_experts`` can add rows and
+        leave the others' logits as they are: not where a table, a code or the other experts decide."""
+        return True
+
     # Costs.
 
     def pairs_per_token(self, num_experts: int) -> float:

@@ -201,6 +201,7 @@ class DSelectK(RouterConfig):
 
     paper = "2106.03760"
     router_class = DSelectKRouter
+    can_grow = False
     terms = DENSE_TERMS
 
     top_k: int = 2

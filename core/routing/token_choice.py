@@ -254,6 +254,11 @@ class TokenChoice(TopKConfig, LinearGateConfig):
         plain = not self.expert_bias and self.limited_groups == self.num_groups
         return terms | {"load"} if self.noise and plain else terms
 
+    @property
+    def can_grow(self) -> bool:
+        """A normalised logit depends on those of the other experts."""
+        return self.logit_norm is None
+
     def num_params(self, dim: int, num_experts: int) -> int:
         weights = dim * num_experts * (2 if self.noise == "learned" else 1)
         return weights + num_experts * (self.gate_bias + self.expert_scale) + (dim if self.input_norm else 0)

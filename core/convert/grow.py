@@ -1,0 +1,262 @@
+"""``grow_experts`` adds experts to a layer that may be trained, and ``freeze_experts`` keeps some of them as they are.
+
+The gate of the larger layer is built anew from the router's config. An axis of one of its tensors that is longer than
+before counts the experts, so that no name of a parameter is asked for, and a gate of yours grows as well.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..contract.checks import at_least_one, one_of
+from ..experts import Experts
+from ..layers import MoE
+from ..routing.router import Router, RouterConfig
+
+STARTS = ("fresh", "copy")
+
+
+@torch.no_grad()
+def grow_experts(
+    layer: MoE,
+    n: int,
+    freeze: bool = False,
+    *,
+    start: str = "fresh",
+    loads_E: Tensor | Sequence[float] | None = None,
+    init: Callable[[Tensor], Any] | None = None,
+) -> tuple[int, ...]:
+    """Add n routed experts to a layer, in place: Lifelong-MoE (arXiv 2305.12281), or any larger E in mid-training.
+
+    The experts' stacked tensors, the gate's rows and the selection bias grow, by new parameters: make the optimizer
+    after it. The layer then has the tensors of one that is built for E + n experts, and its ``state_dict`` loads into
+    such a layer. A router that sees groups of experts gets as many new ones in each group, at the group's end;
+    else the new experts are the last ones.
+
+    A token that chooses no new expert comes out as before. Three quantities know all experts, and so the new ones as
+    well: gates that are a softmax over all E, of which the new experts take their share; the capacity, a share of the
+    tokens for each; and soft slots and merged experts, where no expert is ever left out.
+
+    Args:
+        layer: ``MoE``, ``SoftMoE`` or ``MergedMoE``, whose router a ``RouterConfig`` has built.
+        n: number of experts to add.
+        freeze: the old experts and their rows of the gate stay as they are: see ``freeze_experts``.
+        start: what the new experts begin as: "fresh", as such experts are built; "copy", copies of the most used ones,
+            the first copy of the most used, within its group. Rows of the gate are fresh either way: equal rows would
+            choose equally, and a copy would stay one.
+        loads_E: (E,), how often each expert was chosen, as ``Routing.chosen_per_expert_E`` says it; for "copy".
+        init: fills one (in, out) matrix of a fresh expert in place, as in ``Experts.init_each``; None: the start that
+            experts have of themselves. The networks of the apps begin theirs otherwise (``nn.init.xavier_uniform_``).
+
+    Returns:
+        the indices of the new experts.
+
+    Raises:
+        ValueError: ``n`` is below 1; the layer is of another kind; its router goes by a fixed table, or otherwise not
+            by a row of a gate for each expert; groups, domains or options of the router that do not fit E + n; experts
+            of several kinds, or split over ranks; "copy" without loads, or loads of another number.
+
+    Example::
+
+        with core.record(model) as tape:
+            model(batch)
+        loads_E = tape.entries[0].routing.chosen_per_expert_E
+        new = core.grow_experts(layer, 2, freeze=True, start="copy", loads_E=loads_E)
+    """
+    at_least_one("n", n)
+    one_of("start", start, STARTS)
+    router, experts = _parts(layer)
+    E, config = experts.num_experts, router.config
+    larger = config.build(_width(layer), E + n, router.capacity)
+    groups = _num_groups(config)
+    kept = [e // (E // groups) * ((E + n) // groups) + e % (E // groups) for e in range(E)]
+    new = tuple(sorted({*range(E + n)} - {*kept}))
+    sources = _sources(loads_E, E, n, groups) if start == "copy" else None
+    if sources is None and loads_E is not None:
+        raise ValueError(f"loads_E is for start='copy', not for {start!r}")
+    grown = _grown_router(router, larger, E, n, kept)
+    _grow_stacked(experts, n, kept, new, sources, init)
+    for module, name, value in grown:
+        setattr(module, name, value)
+    for module in router.modules():
+        if hasattr(module, "num_experts"):
+            module.num_experts = E + n
+    experts.num_experts = layer.num_experts = E + n
+    layer.pairs_per_token = config.pairs_per_token(E + n)
+    if freeze:
+        freeze_experts(layer, kept)
+    return new
+
+
+def freeze_experts(layer: MoE, experts: Collection[int]) -> None:
+    """Keep experts of a layer, and their rows of the gate, as they are while the others go on learning.
+
+    Parameters are stacked, so that a part of one cannot have ``requires_grad=False``: a hook on each sets the gradient
+    of the frozen rows to zero. What a gate has for all experts in common, such as a projection, gets
+    ``requires_grad=False``; shared experts are not touched.
+
+    Hooks stay through ``load_state_dict``, ``to`` and ``train``. They are no part of a ``state_dict``, a copy or a
+    pickle: call this again on the layer that is loaded into, before ``DistributedDataParallel`` or FSDP2 wraps it. An
+    optimizer moves a row by more than its gradient where it decays weights, or has a momentum from before: give these
+    parameters no weight decay, and an optimizer that is new.
+
+    Args:
+        layer: as ``grow_experts`` takes it.
+        experts: indices in ``range(E)``; all others learn.
+
+    Raises:
+        ValueError: an index is out of range, or a layer that ``grow_experts`` refuses.
+    """
+    router, stacked = _parts(layer)
+    E = stacked.num_experts
+    for e in experts:
+        if not 0 <= e < E:
+            raise ValueError(f"expert {e} is not in range({E})")
+    learning = torch.tensor([e not in set(experts) for e in range(E)])
+    for parameter in stacked.parameters():
+        _mask_gradient(parameter, 0, learning)
+    more = _num_groups(router.config)
+    larger = router.config.build(_width(layer), E + more, router.capacity)
+    for (name, parameter), other in zip(router.named_parameters(), larger.parameters(), strict=True):
+        axis = _axis_of_experts(name, parameter, other, E, more)
+        if axis is None:
+            parameter.requires_grad_(False)
+            continue
+        # What stands past the experts, as null experts do, is as old as they are.
+        rest = torch.zeros(parameter.shape[axis] - E, dtype=torch.bool)
+        _mask_gradient(parameter, axis, torch.cat((learning, rest)))
+
+
+def _mask_gradient(parameter: Tensor, axis: int, learning: Tensor) -> None:
+    """Let the gradient of these rows along an axis alone through."""
+    if not parameter.requires_grad:
+        return
+    shape = [-1 if i == axis else 1 for i in range(parameter.ndim)]
+    mask = learning.to(parameter.device).reshape(shape)
+
+    def only_learning(grad: Tensor) -> Tensor:
+        return torch.where(mask.to(grad.device), grad, 0)
+
+    parameter.register_hook(only_learning)
+
+
+def _parts(layer: MoE) -> tuple[Any, Experts]:
+    """Return the router and the experts of a layer that can grow, or raise the ``ValueError`` that says why not."""
+    if not isinstance(layer, MoE):
+        raise ValueError(f"a {type(layer).__name__} does not grow: core.MoE and its subclasses do")
+    router, experts = layer.router, layer.experts
+    config = getattr(router, "config", None)
+    if not isinstance(router, Router) or not isinstance(config, RouterConfig):
+        raise ValueError(f"router {type(router).__name__} cannot grow: it has no RouterConfig to be built from again")
+    if not config.can_grow:
+        raise ValueError(f"router {config.source()} cannot grow: no row of a gate stands for each expert alone")
+    if any(isinstance(m, Experts) and m is not experts for m in experts.modules()):
+        raise ValueError(f"{type(experts).__name__} of several kinds cannot grow: their counts are fixed")
+    if experts.num_local_experts != experts.num_experts:
+        here = f"{experts.num_local_experts} of {experts.num_experts}"
+        raise ValueError(f"{here} experts are here: a layer grows before it is split over ranks")
+    return router, experts
+
+
+def _width(layer: MoE) -> int:
+    if layer.dim is None:
+        raise ValueError("dim=None: a layer grows where its width is known, as that of MoEConfig.build")
+    return layer.dim
+
+
+def _num_groups(config: RouterConfig) -> int:
+    """Return into how many equal groups a router cuts the experts."""
+    names = ("num_groups", "num_prototypes", "num_members")
+    return next((getattr(config, name) for name in names if hasattr(config, name)), 1)
+
+
+def _sources(loads_E: Tensor | Sequence[float] | None, E: int, n: int, groups: int) -> list[int]:
+    """Return the old expert that each new one is a copy of: the most used of its group, then the next one."""
+    if loads_E is None:
+        raise ValueError("start='copy' needs loads_E, how often each expert was chosen")
+    loads = [float(load) for load in loads_E]
+    if len(loads) != E:
+        raise ValueError(f"loads_E has {len(loads)} numbers for {E} experts")
+    size, sources = E // groups, []
+    for g in range(groups):
+        by_load = sorted(range(g * size, (g + 1) * size), key=lambda e: -loads[e])
+        sources += [by_load[i % size] for i in range(n // groups)]
+    return sources
+
+
+def _axis_of_experts(name: str, old: Tensor, larger: Tensor, E: int, n: int) -> int | None:
+    """Return the axis of a tensor of the router that counts the experts; None where there is none."""
+    if old.shape == larger.shape:
+        return None
+    longer = [i for i, (a, b) in enumerate(zip(old.shape, larger.shape, strict=True)) if a != b]
+    if len(longer) > 1 or larger.shape[longer[0]] - old.shape[longer[0]] != n or old.shape[longer[0]] < E:
+        raise ValueError(
+            f"the router's {name} would grow from {tuple(old.shape)} to {tuple(larger.shape)}, by more than a row for "
+            "each new expert: an option that follows from E by default has to be given"
+        )
+    return longer[0]
+
+
+def _grown_router(
+    router: Router, larger: Router, E: int, n: int, kept: list[int]
+) -> list[tuple[nn.Module, str, Tensor]]:
+    """Return the tensors of the router that grow: the module and the name of each, and its larger value."""
+    modules = dict(router.named_modules())
+    grown: list[tuple[nn.Module, str, Tensor]] = []
+    for path, new in larger.named_modules():
+        for name, fresh in (*new._parameters.items(), *new._buffers.items()):
+            old = getattr(modules[path], name)
+            if old is None or fresh is None:
+                continue
+            axis = _axis_of_experts(f"{path}.{name}".lstrip("."), old, fresh, E, n)
+            if axis is None:
+                continue
+            # Past the experts there may be more, as null experts.
+            places = [*kept, *range(E + n, fresh.shape[axis])]
+            value = fresh.detach().to(device=old.device, dtype=old.dtype)
+            if new is larger and name == "expert_bias":
+                value = old.mean().expand(fresh.shape).clone()  # neither favoured nor starved at first
+            value = value.index_copy(axis, torch.tensor(places, device=old.device), old.detach())
+            grown.append((modules[path], name, _like(value, old)))
+    return grown
+
+
+def _like(value: Tensor, old: Tensor) -> Tensor:
+    return nn.Parameter(value, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else value
+
+
+def _grow_stacked(
+    experts: Experts,
+    n: int,
+    kept: list[int],
+    new: tuple[int, ...],
+    sources: list[int] | None,
+    init: Callable[[Tensor], Any] | None,
+) -> None:
+    """Make every stacked tensor larger by n rows."""
+    E = experts.num_experts
+    fresh: list[dict[str, Tensor]] = []
+    while sources is None and len(fresh) < n:
+        drawn = copy.deepcopy(experts)
+        for module in drawn.modules():
+            reset: Any = getattr(module, "reset_parameters", None)
+            if reset is not None:
+                reset()
+        if init is not None:
+            drawn.init_each(init)
+        fresh += [drawn.weights_of(e) for e in range(E)]
+    rows = fresh[:n] if sources is None else [experts.weights_of(e) for e in sources]
+    for path, module in list(experts.named_modules()):
+        for name, old in (*module._parameters.items(), *module._buffers.items()):
+            if old is None:
+                continue
+            whole = f"{path}.{name}".lstrip(".")
+            value = old.new_empty(E + n, *old.shape[1:])
+            value[torch.tensor(kept, device=old.device)] = old.detach()
+            value[torch.tensor(new, device=old.device)] = torch.stack([row[whole] for row in rows]).to(old.dtype)
+            setattr(module, name, _like(value, old))

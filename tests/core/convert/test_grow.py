@@ -1,0 +1,261 @@
+"""A grown layer computes what it did before where no new expert is chosen, and what is frozen stays."""
+
+from __future__ import annotations
+
+import io
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import core
+from core import MoEConfig, TokenChoice
+
+D = 8
+
+
+def built(config: MoEConfig, seed: int = 0) -> core.MoE:
+    torch.manual_seed(seed)
+    return config.build(D)
+
+
+def tokens(B: int = 2, S: int = 12) -> Tensor:
+    return torch.randn(B, S, D, generator=torch.Generator().manual_seed(5))
+
+
+def out_of_reach(layer: core.MoE, new: tuple[int, ...]) -> None:
+    """Give the new rows of a linear gate a bias that no token chooses."""
+    with torch.no_grad():
+        layer.router.gate.bias[list(new)] = -1e4
+
+
+def test_two_experts_and_a_third():
+    # Expert e multiplies by e + 1. A token (a, 0) has the logits a of expert 0 and -a of expert 1, so (1, 0) takes
+    # expert 0 and (-1, 0) expert 1; the third expert's row is (0, 9), which no token with 0 there prefers to a = 1.
+    class Times(core.Experts):
+        def __init__(self) -> None:
+            super().__init__()
+            self.num_experts = 2
+            self.factor = nn.Parameter(torch.tensor([1.0, 2.0]))
+
+        def compute_rows(self, rows: core.Rows) -> core.Rows:
+            counts = torch.diff(rows.offsets_E, prepend=rows.offsets_E.new_zeros(1))
+            return rows.with_output(rows.x * self.factor.repeat_interleave(counts)[:, None])
+
+        def reset_parameters(self) -> None:
+            nn.init.constant_(self.factor, 3.0)
+
+    config = TokenChoice(1, score_func="sigmoid")
+    layer = core.MoE(config.build(2, 2), Times(), pairs_per_token=1.0, dim=2)
+    with torch.no_grad():
+        layer.router.gate.weight.copy_(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]))
+    x_TD = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
+    p = 1 / (1 + torch.tensor(-1.0).exp())  # sigmoid(1), the gate of both
+    assert torch.allclose(layer(x_TD), torch.stack((p * x_TD[0], p * 2 * x_TD[1])))
+
+    assert core.grow_experts(layer, 1) == (2,)
+    with torch.no_grad():
+        layer.router.gate.weight[2] = torch.tensor([0.0, 9.0])
+    assert layer.experts.factor.tolist() == [1.0, 2.0, 3.0]
+    assert torch.allclose(layer(x_TD), torch.stack((p * x_TD[0], p * 2 * x_TD[1])))
+    assert torch.allclose(layer(torch.tensor([[0.0, 1.0]])), torch.tensor([[0.0, 3.0]]), atol=1e-3)  # sigmoid(9) * 3
+
+
+GROWING = {
+    "TokenChoice": (TokenChoice(2, gate_bias=True), 3),
+    "learned noise, a selection bias": (TokenChoice(2, gate_bias=True, noise="learned", expert_bias=True), 2),
+    "sigmoid": (TokenChoice(2, score_func="sigmoid", normalize=False, gate_bias=True), 1),
+    "groups": (TokenChoice(2, gate_bias=True, num_groups=2, limited_groups=1), 2),
+}
+
+
+@pytest.mark.parametrize(("router", "n"), GROWING.values(), ids=GROWING)
+@pytest.mark.parametrize("start", ["fresh", "copy"])
+def test_tokens_that_choose_no_new_expert_come_out_as_before(router, n, start):
+    layer = built(MoEConfig(4, router, core.FFN(6, bias=True), num_shared_experts=1)).eval()
+    x, old = tokens(), [layer.experts.weights_of(e)["w_in"].clone() for e in range(4)]
+    expected = layer(x)
+    loads = [1.0, 9.0, 3.0, 4.0] if start == "copy" else None
+    new = core.grow_experts(layer, n, start=start, loads_E=loads)
+    kept = [e for e in range(4 + n) if e not in new]
+    assert new == ((2, 5) if router.num_groups == 2 else tuple(range(4, 4 + n)))  # each group's end
+    assert all(torch.equal(layer.experts.weights_of(e)["w_in"], w) for e, w in zip(kept, old, strict=True))
+    out_of_reach(layer, new)
+    torch.testing.assert_close(layer(x), expected)
+    if start == "copy":  # of 1, the most used, then of 3; within groups (0, 1) and (2, 3): of 1 and of 3
+        for e, source in zip(new, (1, 3, 2), strict=False):
+            assert torch.equal(layer.experts.weights_of(e)["w_in"], old[source])
+
+
+def test_gates_over_all_experts_give_the_new_ones_their_share():
+    layer = built(MoEConfig(4, TokenChoice(2, normalize=False))).eval()
+    x = tokens()
+    before = layer(x)
+    core.grow_experts(layer, 4)
+    with torch.no_grad():
+        layer.router.gate.weight[4:] = layer.router.gate.weight[:4]
+        layer.experts.w_out[4:] = layer.experts.w_out[:4]
+        layer.experts.w_in[4:] = layer.experts.w_in[:4]
+    # Each row of the gate is there twice: a token takes its best expert and the copy, at half of the gate each.
+    best = built(MoEConfig(4, TokenChoice(1, normalize=False))).eval()
+    best.load_state_dict({k: v[:4] for k, v in layer.state_dict().items()})
+    torch.testing.assert_close(layer(x), best(x))
+    assert not torch.allclose(layer(x), before)
+
+
+ROUTERS = {
+    "TokenChoice": TokenChoice(2, expert_bias=True),
+    "Prototypes": core.Prototypes(2),
+    "Hierarchical": core.Hierarchical(num_groups=2, top_groups=1, top_k=1),
+    "Ensemble": core.Ensemble(2, 1),
+    "Cosine": core.Cosine(2, proj_dim=3),
+    "Stable": core.Stable(20),
+    "Threshold": core.Threshold(),
+    "NullExperts": core.NullExperts(2, 3),
+    "DynamicThreshold": core.DynamicThreshold(2),
+    "TokenRounding": core.TokenRounding(2, tile=2),
+    "Base": core.Base(),
+    "Sinkhorn": core.Sinkhorn(),
+    "Dense": core.Dense(),
+    "DenseToSparse": core.DenseToSparse(),
+    "Sentence": core.Sentence(),
+    "ExpertChoice": core.ExpertChoice(),
+    "SoftSlots": core.SoftSlots(),
+    "Merge": core.Merge("smear"),
+}
+
+
+@pytest.mark.parametrize("router", ROUTERS.values(), ids=ROUTERS)
+def test_a_grown_layer_trains_and_loads_into_one_that_is_built_larger(router):
+    config = MoEConfig(4, router, core.SwiGLU(6, bias=True))
+    layer = built(config)
+    x, context = tokens(), core.RoutingContext(token_ids_BS=torch.arange(24).view(2, 12) % 20)
+    core.grow_experts(layer, 2, freeze=True)
+    larger = built(MoEConfig(6, router, core.SwiGLU(6, bias=True)), seed=1)
+    file = io.BytesIO()
+    torch.save(layer.state_dict(), file)
+    file.seek(0)
+    larger.load_state_dict(torch.load(file, weights_only=True))
+    assert torch.equal(larger.eval()(x, context), layer.eval()(x, context))
+    assert (larger.num_experts, larger.pairs_per_token) == (layer.num_experts, layer.pairs_per_token)
+    assert core.active_params(larger) == core.active_params(layer)
+    state = {k: v.clone() for k, v in layer.state_dict().items()}
+    optimizer = torch.optim.AdamW([p for p in layer.parameters() if p.requires_grad], lr=0.1, weight_decay=0.0)
+    layer.train()(x, context).square().sum().backward()
+    optimizer.step()
+    for e in range(6):
+        is_new = e >= 4 if getattr(router, "num_groups", getattr(router, "num_prototypes", 1)) == 1 else e in (2, 5)
+        if isinstance(router, core.Ensemble):
+            is_new = e in (2, 5)
+        for name, value in layer.experts.weights_of(e).items():
+            assert is_new or torch.equal(value, state[f"experts.{name}"][e]), f"{name} of expert {e}"
+
+
+def test_frozen_experts_and_rows_of_the_gate_stay_and_new_ones_learn():
+    layer = built(MoEConfig(3, TokenChoice(2), core.FFN(6)))
+    new = core.grow_experts(layer, 2, freeze=True)
+    layer.load_state_dict(layer.state_dict())  # hooks are not of the state, and stay
+    layer.double().float()
+    before = {k: v.clone() for k, v in layer.state_dict().items()}
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, weight_decay=0.0)
+    for _ in range(3):
+        optimizer.zero_grad()
+        layer(tokens()).square().sum().backward()
+        optimizer.step()
+    for name, value in layer.state_dict().items():
+        assert torch.equal(value[:3], before[name][:3]), name
+        assert all(not torch.equal(value[e], before[name][e]) for e in new), name
+    again = built(MoEConfig(5, TokenChoice(2), core.FFN(6)))
+    again.load_state_dict(layer.state_dict())
+    core.freeze_experts(again, range(3))  # a state has no hooks: they are put on the layer that is loaded into
+    again(tokens()).square().sum().backward()
+    assert not again.experts.w_in.grad[:3].any()
+    assert again.experts.w_in.grad[3:].any()
+
+
+def test_what_a_gate_has_for_all_experts_is_frozen_as_a_whole():
+    layer = built(MoEConfig(4, core.Cosine(2, proj_dim=3), core.FFN(6)))
+    core.grow_experts(layer, 1, freeze=True)
+    assert [n for n, p in layer.router.named_parameters() if p.requires_grad] == ["gate.weight"]
+
+
+def test_a_new_selection_bias_is_the_mean_and_nothing_is_drawn_twice():
+    layer = built(MoEConfig(2, TokenChoice(1, expert_bias=True), core.FFN(6)))
+    layer.router.expert_bias.copy_(torch.tensor([1.0, 3.0]))
+    core.grow_experts(layer, 3, init=nn.init.ones_)
+    assert layer.router.expert_bias.tolist() == [1.0, 3.0, 2.0, 2.0, 2.0]
+    assert bool((layer.experts.w_in[2:] == 1).all())
+    fresh = built(MoEConfig(2, TokenChoice(1), core.FFN(6)))
+    core.grow_experts(fresh, 3)
+    assert len({w.sum().item() for w in fresh.experts.w_in.detach()}) == 5
+
+
+def test_batch_statistics_and_half_precision_grow():
+    layer = built(MoEConfig(2, TokenChoice(1), core.MLP((6, D), norm="batch"))).bfloat16()
+    core.grow_experts(layer, 1)
+    assert layer.experts.running_var_0[2].eq(1).all()
+    assert {p.dtype for p in layer.parameters()} == {torch.bfloat16}
+    assert layer(tokens().bfloat16()).isfinite().all()
+
+
+def test_experts_without_parameters_grow():
+    layer = built(MoEConfig(2, TokenChoice(1), core.Copy()))
+    core.grow_experts(layer, 2)
+    assert layer(tokens()).shape == (2, 12, D)
+
+
+def test_a_grown_layer_compiles():
+    layer = built(MoEConfig(3, TokenChoice(2), core.FFN(6)))
+    core.grow_experts(layer, 1, freeze=True)
+    expected = layer(tokens())
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        actual = torch.compile(layer, fullgraph=True, backend="aot_eager")(tokens())
+    torch.testing.assert_close(actual, expected)
+    actual.sum().backward()
+    assert not layer.experts.w_in.grad[:3].any()
+
+
+REFUSED = {
+    "hash": (MoEConfig(4, core.Hash(20)), {}, "router Hash (arXiv 2106.04426) cannot grow"),
+    "task": (MoEConfig(4, core.Task(3)), {}, "router Task (arXiv 2110.03742) cannot grow"),
+    "domain": (MoEConfig(4, core.Domain(4)), {}, "router Domain (arXiv 2108.05036) cannot grow"),
+    "random": (MoEConfig(4, core.Random()), {}, "cannot grow"),
+    "codes": (MoEConfig(4, core.DSelectK()), {}, "cannot grow"),
+    "logits of all": (MoEConfig(4, TokenChoice(logit_norm=1.0)), {}, "router TokenChoice cannot grow"),
+    "groups": (MoEConfig(4, core.Prototypes(2)), {"n": 1}, "num_prototypes=2 does not divide num_experts=5"),
+    "a default": (MoEConfig(4, core.Cosine(2)), {}, "gate.projection would grow from (2, 8) to (3, 8)"),
+    "several kinds": (MoEConfig(2, expert=core.Mixed((core.FFN(4), core.Zero()), (1, 1))), {}, "several kinds"),
+    "none": (MoEConfig(4), {"n": 0}, "n=0 is not at least 1"),
+    "a start": (MoEConfig(4), {"start": "warm"}, "start='warm'"),
+    "no loads": (MoEConfig(4), {"start": "copy"}, "start='copy' needs loads_E"),
+    "loads": (MoEConfig(4), {"start": "copy", "loads_E": [1.0]}, "loads_E has 1 numbers for 4 experts"),
+    "idle loads": (MoEConfig(4), {"loads_E": [1.0] * 4}, "loads_E is for start='copy'"),
+}
+
+
+@pytest.mark.parametrize(("config", "options", "message"), REFUSED.values(), ids=REFUSED)
+def test_refused_in_one_line_and_left_as_it_was(config, options, message):
+    layer = built(config)
+    shapes = {k: v.shape for k, v in layer.state_dict().items()}
+    with pytest.raises(ValueError) as error:
+        core.grow_experts(layer, **{"n": 2, **options})
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert {k: v.shape for k, v in layer.state_dict().items()} == shapes
+    assert layer.experts.num_experts == config.num_experts
+
+
+def test_other_layers_and_routers_are_refused():
+    with pytest.raises(ValueError, match=r"does not grow: core\.MoE and its subclasses do"):
+        core.grow_experts(core.MMoE(4).build(D, 2), 1)
+
+    class Mine(core.Router):
+        num_experts = 4
+
+    with pytest.raises(ValueError, match="router Mine cannot grow: it has no RouterConfig"):
+        core.grow_experts(core.MoE(Mine(), core.FFN(4).build(4, D), pairs_per_token=1.0, dim=D), 1)
+    with pytest.raises(ValueError, match=r"expert 4 is not in range\(4\)"):
+        core.freeze_experts(built(MoEConfig(4)), [4])
