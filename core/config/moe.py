@@ -57,6 +57,10 @@ class MoEConfig:
         shared_gate_dropout: probability, with "mix" in training, that a token's g is 0: the shared experts alone.
         expert_output_masking: in training each computed pair is left out of its token's sum with this probability, and
             the others are divided by 1 minus it (NLLB, arXiv 2207.04672); losses, loads and capacity stay as they are.
+        expert_dropout: probability in training that a token cannot choose an expert, drawn anew for each token and
+            expert before the choice (SiRA, arXiv 2311.09179); the gates are those of the choice among the rest, of
+            which at least K stay. The dropout inside an expert that Switch fine-tunes with (arXiv 2101.03961) is
+            another method.
 
     Example::
 
@@ -81,6 +85,7 @@ class MoEConfig:
     shared_gate: str = "none"
     shared_gate_dropout: float = 0.0
     expert_output_masking: float = 0.0
+    expert_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         if self.group is not None:
@@ -117,6 +122,10 @@ class MoEConfig:
         below_one("expert_output_masking", self.expert_output_masking)
         if self.expert_output_masking and self.router.layer_kind != "pairs":
             raise ValueError(f"expert_output_masking={self.expert_output_masking} does not apply to {router}")
+        below_one("expert_dropout", self.expert_dropout)
+        if self.expert_dropout and not self.router.drops_experts:
+            why = "it is for routers that choose by their logits alone"
+            raise ValueError(f"expert_dropout={self.expert_dropout} does not apply to {router}: {why}")
 
     def _check_shared_expert(self) -> None:
         if self.shared_expert is not None:
@@ -173,6 +182,7 @@ class MoEConfig:
             pairs_per_token=self.router.pairs_per_token(self.num_experts),
             dim=dim,
         )
+        layer.router.expert_dropout = self.expert_dropout
         layer.backend = self.backend
         return layer
 

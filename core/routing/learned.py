@@ -33,6 +33,7 @@ class Cosine(TopKConfig):
 
     paper = "2204.09179"
     router_class = TopKRouter
+    drops_experts = True
 
     top_k: int = 2
     proj_dim: int | None = None
@@ -76,6 +77,7 @@ class Attention(TopKConfig):
     paper = "2405.17976"
     router_class = TopKRouter
     can_grow = False
+    drops_experts = True
 
     top_k: int = 2
     normalize: bool | None = None

@@ -100,6 +100,8 @@ class Router(nn.Module):
         gates_on: side of the experts that the gates scale, "output" or "input".
         extra_weights: weights of ``Evidence.extra`` by name; the names are among ``terms`` too.
         backend: name of the kernels that choose and count.
+        expert_dropout: probability in training that a token cannot choose an expert, where ``drops_experts`` says that
+            the router heeds it; ``MoEConfig.build`` sets it.
         expert_bias: float32 (E,) buffer added to the scores for the choice alone, or None.
         num_counts: length of ``Evidence.counts`` where ``after_counts`` reads them, else 0.
     """
@@ -109,6 +111,7 @@ class Router(nn.Module):
     needs: tuple[str, ...] = ()
     gates_on: str = "output"
     backend: str = "auto"
+    expert_dropout: float = 0.0
     extra_weights: Mapping[str, float] = MappingProxyType({})
     expert_bias: Tensor | None
     num_counts: int = 0
@@ -340,6 +343,12 @@ class RouterConfig(OpenConfig):
     def layer_options(self) -> frozenset[str]:
         """The ``LAYER_OPTIONS`` that have a meaning with this router; ``MoEConfig`` refuses the others."""
         return LAYER_OPTIONS
+
+    @property
+    def drops_experts(self) -> bool:
+        """True where ``MoEConfig.expert_dropout`` has a meaning: the logits alone decide, and the router masks them by
+        ``top_k.without_some``."""
+        return False
 
     @property
     def can_grow(self) -> bool:

@@ -15,7 +15,7 @@ from .balance import CHOICE_TERMS, SCORE_TERMS, expert_bias_step
 from .gates import LinearGate, NoisyGate, NormedGate
 from .router import LinearGateConfig, PairRouter, Tokens
 from .selection import Capacity, Choice
-from .top_k import TopKConfig
+from .top_k import TopKConfig, without_some
 
 
 class TokenChoiceRouter(PairRouter):
@@ -48,6 +48,9 @@ class TokenChoiceRouter(PairRouter):
             learned = self.gate.noise_std(x_TD)
             noise_std = config.noise_std / self.num_experts if learned is None else learned
             noisy_TE = logits_TE + torch.randn_like(logits_TE) * noise_std
+        drops = self.training and self.expert_dropout > 0
+        if drops:
+            noisy_TE = without_some(noisy_TE, self.expert_dropout, config.top_k)
         best = topk_gate(
             noisy_TE,
             config.top_k,
@@ -74,17 +77,19 @@ class TokenChoiceRouter(PairRouter):
             second_T = torch.where(2 * g2_T > torch.rand_like(g2_T), expert_ids_TK[:, 1], self.num_experts)
             expert_ids_TK, chosen_E = torch.stack((expert_ids_TK[:, 0], second_T), -1), None
         scores_TE, threshold_TE = best.scores_TE, None
-        if noise_std is not None:
+        is_clean = noise_std is None and not drops
+        if not is_clean:
             # The losses see the clean logits, as V-MoE's importance and load losses do; noise only explores.
             sums = None
             scores_TE = SCORE_FUNCS[config.score_func](logits_TE)
+        if noise_std is not None:
             threshold_TE = _noise_threshold(noisy_TE, config)
         return Choice(
             expert_ids_TK,
             gates_TK,
             Evidence(scores_TE, logits_TE, noise_std, threshold_TE, sums=sums),
-            # Under noise the scores of the losses are clean ones, and the choice's come first.
-            priority_T=None if noise_std is None else best.scores_TE.amax(-1),
+            # The scores of the losses are clean ones, and the choice's come first.
+            priority_T=None if is_clean else best.scores_TE.amax(-1),
             chosen_per_expert_E=chosen_E,
             kept_sum=config.scale if config.normalize == "kept" else None,
         )
@@ -253,6 +258,11 @@ class TokenChoice(TopKConfig, LinearGateConfig):
         # The smooth load asks what noise on the logits would choose; a bias or group limit chooses by more than them.
         plain = not self.expert_bias and self.limited_groups == self.num_groups
         return terms | {"load"} if self.noise and plain else terms
+
+    @property
+    def drops_experts(self) -> bool:
+        """Noise, a bias and groups choose by more than the logits that a dropout could mask."""
+        return self.noise is None and not self.expert_bias and self.limited_groups == self.num_groups
 
     @property
     def can_grow(self) -> bool:

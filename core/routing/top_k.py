@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import cast
 
+import torch
 from torch import Tensor
 
 from ..contract import Evidence
@@ -35,11 +37,27 @@ class TopKConfig(FixedKConfig):
         return SCORE_TERMS | CHOICE_TERMS | {"router_z"}
 
 
+def without_some(logits_TE: Tensor, rate: float, keep: int) -> Tensor:
+    """Return the logits with each one at -inf with probability ``rate``; at least ``keep`` of a token's stay."""
+    draw_TE = torch.rand_like(logits_TE)
+    least_T1 = draw_TE.topk(keep, dim=-1).values[:, -1:]
+    return logits_TE.masked_fill((draw_TE < rate) & (draw_TE < least_T1), -torch.inf)
+
+
 class TopKRouter(PairRouter):
     """Each token takes the ``top_k`` experts of its highest logits, which ``gate`` computes from it."""
 
     def choose(self, tokens: Tokens) -> Choice:
-        return self.choose_from(tokens.logits(self.gate), tokens.valid_T)
+        logits_TE = tokens.logits(self.gate)
+        if not (self.training and self.expert_dropout):
+            return self.choose_from(logits_TE, tokens.valid_T)
+        top_k = cast(TopKConfig, self.config).top_k
+        choice = self.choose_from(without_some(logits_TE, self.expert_dropout, top_k), tokens.valid_T)
+        assert choice.evidence is not None
+        scores_TE = choice.evidence.scores_TE
+        assert scores_TE is not None
+        # The losses see the clean logits, as under noise.
+        return replace(choice, evidence=Evidence(logits_TE.softmax(-1), logits_TE), priority_T=scores_TE.amax(-1))
 
     def choose_from(self, logits_TE: Tensor, valid_T: Tensor | None = None) -> Choice:
         """Return the choice of each row of logits; ``valid_T`` marks the real ones."""
