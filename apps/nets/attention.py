@@ -27,6 +27,30 @@ class Mask:
     bias: Tensor | None = None
     causal: bool = False
 
+    def of_tokens(self, index_BC: Tensor, real_BC: Tensor | None, num_heads: int) -> Mask:
+        """Return the mask of some tokens of each sequence among themselves.
+
+        Args:
+            index_BC: int64 (B, C), their places, the real ones first and in ascending order.
+            real_BC: bool (B, C), False for those that nobody may see; None: all are real.
+            num_heads: H.
+        """
+        if self.bias is None:
+            assert self.causal or real_BC is None
+            return self  # a causal query sees none of what stands after it
+        B = len(index_BC)
+        query, key = index_BC[:, None, :, None], index_BC[:, None, None, :]
+        if len(self.bias) == 1:
+            bias_BHCC = self.bias[0][query, key]
+        else:
+            bias_BHLL = self.bias.unflatten(0, (B, num_heads))
+            b = torch.arange(B, device=key.device)[:, None, None, None]
+            h = torch.arange(num_heads, device=key.device)[:, None, None]
+            bias_BHCC = bias_BHLL[b, h, query, key]
+        if real_BC is not None:
+            bias_BHCC = bias_BHCC.masked_fill(~real_BC[:, None, None], hidden_score(bias_BHCC.dtype))
+        return Mask(bias_BHCC.expand(B, num_heads, -1, -1).flatten(0, 1))
+
 
 def hidden_score(dtype: torch.dtype) -> float:
     """Return the score that hides a key: not -inf, or a sentence of padding alone would become NaN."""

@@ -68,6 +68,8 @@ class Cache:
         self.task_ids_R, self.domain_ids_R = task_ids_R, domain_ids_R
         self.length = self.extent = self._most = 0
         self.relative_HT: Tensor | None = None
+        # By layer, the slots whose keys its tokens do not see, (N, capacity): of tokens that passed by the layer.
+        self._hidden_NS: dict[int, Tensor] = {}
         # The slot of each position of a row's past. With one copy a sentence it is the position.
         self._slot_NKT = torch.zeros(self.num_sentences, 1, store.shape[3], dtype=torch.int64, device=store.device)
         self._place: tuple[Tensor, Tensor, Tensor] | None = None
@@ -141,6 +143,27 @@ class Cache:
             bias_NHKS.scatter_(3, seen_NHKT, relative_HT[:, None].expand(N, H, K, T))
         return bias_NHKS.expand(N, Hkv * G, K, S).reshape(N * Hkv, G * K, S)
 
+    def hide(self, layer: int, hidden_R: Tensor) -> None:
+        """Say for each row whether the key of its newest position is hidden from later ones, in one layer."""
+        N, size = self.num_sentences, self.store.shape[3]
+        kept_NS = self._hidden_NS.get(layer)
+        if kept_NS is None or kept_NS.shape[1] < size:
+            grown_NS = torch.zeros(N, size, dtype=torch.bool, device=self.store.device)
+            if kept_NS is not None:
+                grown_NS[:, : kept_NS.shape[1]] = kept_NS
+            self._hidden_NS[layer] = kept_NS = grown_NS
+        kept_NS.scatter_(1, self._slot_NKT[:, :, self.length], hidden_R.view(N, self.copies))
+
+    def bias_in(self, layer: int, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """Return ``self_bias`` with what is hidden in one layer."""
+        if layer not in self._hidden_NS:
+            return bias
+        hidden_NS = self._hidden_NS[layer][:, : self.extent]
+        hidden_N1S = hidden_NS.repeat_interleave(self.num_kv_heads, 0)[:, None]
+        if bias is None:
+            bias = self.store.new_zeros(hidden_N1S.shape, dtype=dtype)
+        return bias.masked_fill(hidden_N1S, torch.finfo(dtype).min)
+
     def select(self, index: Tensor) -> Cache:
         """Keep these rows, in this order: row r goes on from row ``index[r]``. Changes the cache, and returns it.
 
@@ -196,6 +219,7 @@ class Cache:
             store = store.index_select(2, sentence_N)
             self.memory = None if self.memory is None else self.memory.index_select(2, sentence_N)
         self.store = store.flatten(2, 3)
+        self._hidden_NS = {layer: of.index_select(0, sentence_N) for layer, of in self._hidden_NS.items()}
         if self.memory_bias is not None:
             self.memory_bias = self.memory_bias.unflatten(0, (N, Hkv)).index_select(0, sentence_N).flatten(0, 1)
         self.task_ids_R = _select(self.task_ids_R, row_NK.flatten())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from apps.nets.attention import CrossAttention, Mask, SelfAttention, padding_mas
 from apps.nets.blocks import feed
 from apps.nets.config import TransformerConfig
 from apps.nets.decode_cache import Cache, has_numbers
+from apps.nets.depths import DepthGate, Entered
 from apps.nets.packing import Packing
 from apps.nets.positions import RelativeBias, added_positions, rotations
 
@@ -89,12 +90,21 @@ class Layer(nn.Module):
         ffn: FFN or MoE layer.
         cross: there is a memory.
         mixing: stands in place of self-attention, under its interface; None: self-attention.
+        depth_gate: chooses the tokens that enter the layer; None: all of them do.
     """
 
     def __init__(
-        self, config: TransformerConfig, ffn: nn.Module, *, cross: bool = False, mixing: nn.Module | None = None
+        self,
+        config: TransformerConfig,
+        ffn: nn.Module,
+        *,
+        cross: bool = False,
+        mixing: nn.Module | None = None,
+        depth_gate: DepthGate | None = None,
     ) -> None:
         super().__init__()
+        self.num_heads = config.shape.num_heads
+        self.depth_gate = depth_gate
         self.mixing_norm = build_norm(config)
         self.mixing: Any = SelfAttention(config) if mixing is None else mixing
         self.cross_norm = build_norm(config) if cross else None
@@ -104,6 +114,18 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, given: Pass) -> Tensor:
         """Map (B, L, D) to (B, L, D), or (T, D) to (T, D) where the pass has a packing."""
+        if self.depth_gate is not None:
+            return self.depth_gate.enter(x, given.context, lambda x_BCD, own: self._whole(x_BCD, self._of(given, own)))
+        return self._whole(x, given)
+
+    def _of(self, given: Pass, entered: Entered) -> Pass:
+        """Return the inputs of the tokens that enter the layer, which see each other alone."""
+        mask = given.mask.of_tokens(entered.index_BC, entered.real_BC, self.num_heads)
+        turns = None if given.rotations is None else given.rotations[:, entered.index_BC]
+        return Pass(mask, entered.context, turns)
+
+    def _whole(self, x: Tensor, given: Pass) -> Tensor:
+        """Map the tokens that enter the layer."""
         x = self.mix(x, given)
         if given.memory_BSD is not None:
             x = self.look(x, given)
@@ -148,6 +170,30 @@ class Layer(nn.Module):
         context: core.RoutingContext,
     ) -> Tensor:
         """Map one position, (R, D), to (R, D), without dropout. ``index`` is the layer's place in the cache."""
+        if self.depth_gate is None:
+            return self._whole_step(x_RD, index, cache, bias, rotations, context)
+        entered = self.depth_gate(x_RD[:, None], context)
+        enters_R = entered.enters_BS[:, 0]
+        cache.hide(index, ~enters_R)
+        if entered.index_BC.shape[1] == 0:  # on a CPU it is known that no row enters
+            return x_RD
+        # All rows are computed: a batch of some of them would need its own slots.
+        bias = cache.bias_in(index, bias, product_dtype(x_RD))
+        context = replace(context, valid_BS=entered.enters_BS)
+        y_RD = self._whole_step(x_RD, index, cache, bias, rotations, context)
+        added_RD = (y_RD - x_RD) * entered.gate_BC
+        return x_RD + added_RD.masked_fill(~enters_R[:, None], 0.0).to(x_RD.dtype)
+
+    def _whole_step(
+        self,
+        x_RD: Tensor,
+        index: int,
+        cache: Cache,
+        bias: Tensor | None,
+        rotations: Tensor | None,
+        context: core.RoutingContext,
+    ) -> Tensor:
+        """Map one position of the rows that enter the layer; the others come out as anything."""
         x_RD = x_RD + self.mixing.step(self.mixing_norm(x_RD), cache, index, bias, rotations)
         if cache.memory is not None:
             norm, attention = self._cross()
@@ -163,9 +209,18 @@ class Stack(nn.Module):
         ffns: FFN or MoE layer of each layer.
         causal: a position sees those before it alone.
         cross: the layers attend to a memory as well.
+        depth_gates: of each layer, chooses the tokens that enter it; None: all enter all layers.
     """
 
-    def __init__(self, config: TransformerConfig, ffns: Sequence[nn.Module], *, causal: bool, cross: bool) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        ffns: Sequence[nn.Module],
+        *,
+        causal: bool,
+        cross: bool,
+        depth_gates: Sequence[DepthGate | None] | None = None,
+    ) -> None:
         super().__init__()
         self.config, self.causal = config, causal
         self.num_heads, self.num_kv_heads = config.shape.num_heads, config.shape.num_kv_heads
@@ -173,7 +228,10 @@ class Stack(nn.Module):
         self.positions = added_positions(config)
         self.relative = RelativeBias(config, causal) if config.positions == "relative" else None
         self.embed_dropout = nn.Dropout(config.dropout if config.embed_dropout is None else config.embed_dropout)
-        self.layers: Sequence[Layer] = nn.ModuleList([Layer(config, ffn, cross=cross) for ffn in ffns])  # type: ignore[assignment]
+        gates = [None] * len(ffns) if depth_gates is None else depth_gates
+        self.layers: Sequence[Layer] = nn.ModuleList(  # type: ignore[assignment]
+            [Layer(config, ffn, cross=cross, depth_gate=gate) for ffn, gate in zip(ffns, gates, strict=True)]
+        )
         self.norm = build_norm(config)
 
     def forward(

@@ -18,6 +18,7 @@ from apps.nets.attention import CrossAttention, SelfAttention, key_bias, product
 from apps.nets.blocks import FFNConfig, ffn_configs, resolve_blocks
 from apps.nets.config import TransformerConfig
 from apps.nets.decode_cache import Cache, Memory
+from apps.nets.depths import DepthGate, MixtureOfDepths, depth_gates
 from apps.nets.layers import Stack
 from apps.nets.place import Place, check_fits
 from apps.nets.positions import Learned, RelativeBias
@@ -256,6 +257,8 @@ class LanguageModel(_Decoding):
         ffn: what ``moe_blocks`` have: an MoE layer, whose router must be causal, or another dense FFN; None: that of
             the other blocks.
         moe_blocks: which blocks, as in ``TranslationModel``.
+        depths: gates of the blocks that few tokens enter, with a predictor; None: all tokens enter all blocks.
+        depth_blocks: which blocks those are.
 
     Raises:
         ValueError: a value out of its range, or a combination that cannot be built.
@@ -268,16 +271,25 @@ class LanguageModel(_Decoding):
         vocab: int,
         ffn: FFNConfig | None = None,
         moe_blocks: Blocks = "all",
+        depths: MixtureOfDepths | None = None,
+        depth_blocks: Blocks = "every2",
     ) -> None:
         super().__init__()
         _check(vocab=vocab)
+        if depths is not None and not depths.predictor:
+            raise ValueError(
+                "depths.predictor=False lets later tokens change earlier ones: a causal decoder needs "
+                "depths.predictor=true"
+            )
         self.config, self.moe, self.vocab = config, ffn if isinstance(ffn, core.MoEConfig) else None, vocab
         depth = config.shape.decoder_layers
         self.moe_blocks = () if ffn is None else resolve_blocks(moe_blocks, depth, optional=True)
         if ffn is not None and not self.moe_blocks:
             raise ValueError(f"moe_blocks={moe_blocks!r} names no block: leave moe out for a dense model")
         self.embed = nn.Embedding(vocab, config.shape.dim, padding_idx=PAD_ID)
-        self.decoder = _stack(config, depth, ffn, self.moe_blocks, causal=True, cross=False)
+        self.depths = depths
+        gates = depth_gates(depths, depth_blocks, depth, config.shape.dim)
+        self.decoder = _stack(config, depth, ffn, self.moe_blocks, causal=True, cross=False, gates=gates)
         self.output = cpu.Linear(config.shape.dim, vocab, bias=False) if config.tie == "none" else None
         self.reset_parameters()
 
@@ -311,9 +323,11 @@ def _stack(
     *,
     causal: bool,
     cross: bool,
+    gates: Sequence[DepthGate | None] | None = None,
 ) -> Stack:
     configs = ffn_configs(config.dense_ffn, depth, ffn, moe_blocks)
-    return Stack(config, [c.build(config.shape.dim, causal=causal) for c in configs], causal=causal, cross=cross)
+    ffns = [c.build(config.shape.dim, causal=causal) for c in configs]
+    return Stack(config, ffns, causal=causal, cross=cross, depth_gates=gates)
 
 
 def _check(**vocabularies: int | None) -> None:

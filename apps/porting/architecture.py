@@ -42,7 +42,13 @@ class Architecture:
 
     @classmethod
     def of(cls, model: Model, model_type: str, vocabulary: Vocabulary) -> Architecture:
-        """Return the architecture of a model of ours."""
+        """Return the architecture of a model of ours.
+
+        Raises:
+            ValueError: tokens pass by some of its layers.
+        """
+        if isinstance(model, LanguageModel) and model.depths is not None:
+            raise ValueError(f"depths={model.depths}: every token enters every layer of a {model_type}")
         layers: tuple[tuple[int, ...], tuple[int, ...]]
         if isinstance(model, LanguageModel):
             layers = (), model.moe_blocks

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import core
 from apps.base.evaluation import in_evaluation
+from apps.nets.depths import by_capacity
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,13 @@ def measure_cost(module: Any, batch: Any, replaced: Sequence[str] = (), as_evalu
         for name in dropped
     ]
     try:
-        limits = contextlib.nullcontext() if as_evaluated else core.set_capacity_factor(module, None)
         # A table on other ranks leaves an empty weight, whose empty rows need a gradient for the counter.
         empty = any(p.numel() == 0 for p in module.parameters())
         generators = torch.random.fork_rng(devices=cuda_devices(module))
-        with in_evaluation(module), torch.set_grad_enabled(empty), generators, limits:
+        with contextlib.ExitStack() as as_trained, in_evaluation(module), torch.set_grad_enabled(empty), generators:
+            if not as_evaluated:
+                as_trained.enter_context(core.set_capacity_factor(module, None))
+                as_trained.enter_context(by_capacity(module))
             total: float = core.count_flops(module, *inputs)
             for hook in hooks:
                 hook.remove()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import core
+from apps.nets.depths import DepthGate
 from apps.report import plots
 from apps.vision.few_shot import hard_labels
 
@@ -73,7 +74,8 @@ def capacity_sweep(
                 with core.record(model) as tape:
                     logits: list[Tensor] = []
                     flops += core.count_flops(lambda x, out=logits: out.append(model(x)), batch.image.to(device))
-                stats = core.RoutingStats.from_tape(tape).layers.values()
+                layers = core.RoutingStats.from_tape(tape).layers
+                stats = [s for name, s in layers.items() if not isinstance(model.get_submodule(name), DepthGate)]
                 computed += sum(int(s.tokens_per_expert.sum()) for s in stats)
                 chosen += sum(int(s.chosen_per_expert.sum()) for s in stats)
                 right += int((logits[0].argmax(-1).cpu() == hard_labels(batch.label).cpu()).sum())

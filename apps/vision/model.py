@@ -27,6 +27,7 @@ import core
 from apps.base.checks import check_at_least, check_name
 from apps.base.messages import first_line
 from apps.nets.blocks import FFNConfig, feed, ffn_configs, resolve_blocks
+from apps.nets.depths import DepthGate, MixtureOfDepths, depth_gates
 from core.kernels import cpu
 
 _logger = logging.getLogger(__name__)
@@ -139,10 +140,24 @@ class ViTConfig:
 
 
 class MoEBlock(Block):
-    """timm's pre-norm block, whose ``mlp`` may be an MoE layer, which gets the routing context."""
+    """timm's pre-norm block, whose ``mlp`` may be an MoE layer, which gets the routing context.
+
+    Attributes:
+        depth_gate: chooses the tokens that enter the block; None: all of them do.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.depth_gate: DepthGate | None = None
 
     def forward(self, x: Tensor, context: core.RoutingContext | None = None) -> Tensor:
         """Map (B, S, D) to (B, S, D). Without a context, token ids are the positions in ``x``."""
+        if self.depth_gate is None:
+            return self._whole(x, context)
+        context = core.RoutingContext(token_ids_BS=_positions(x)) if context is None else context
+        return self.depth_gate.enter(x, context, lambda x_BCD, entered: self._whole(x_BCD, entered.context))
+
+    def _whole(self, x: Tensor, context: core.RoutingContext | None) -> Tensor:
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
         h = self.norm2(x)
         h = feed(self.mlp, h, core.RoutingContext(token_ids_BS=_positions(h)) if context is None else context)
@@ -178,6 +193,8 @@ class VMoE(VisionTransformer):
         num_classes: classes; 0 leaves the head out.
         ffn: FFN of ``moe_blocks``: an MoE layer, or another dense FFN; None: that of the other blocks.
         moe_blocks: which blocks; see ``apps.nets.blocks.resolve_blocks``. "last2" is V-MoE's Last-2.
+        depths: gates of the blocks that few tokens enter; None: all tokens enter all blocks.
+        depth_blocks: which blocks those are.
 
     Token ids in the context are positions in the full sequence: prefix tokens first, then the patches row by row.
 
@@ -200,7 +217,11 @@ class VMoE(VisionTransformer):
         num_classes: int,
         ffn: FFNConfig | None = None,
         moe_blocks: str | Sequence[int] = "last2",
+        depths: MixtureOfDepths | None = None,
+        depth_blocks: str | Sequence[int] = "every2",
     ) -> None:
+        if depths is not None and depths.predictor:
+            raise ValueError("depths.predictor=True is for causal decoders: a vision transformer sees whole images")
         check_at_least(1, image_size=image_size, in_chans=in_chans)
         check_at_least(0, num_classes=num_classes)
         if image_size % vit.patch_size:
@@ -241,6 +262,8 @@ class VMoE(VisionTransformer):
         if vit.fused_attn is not None:
             for block in self.blocks:
                 block.attn.fused_attn = vit.fused_attn
+        for block, gate in zip(self.blocks, depth_gates(depths, depth_blocks, vit.num_blocks, vit.dim), strict=True):
+            block.depth_gate = gate
         cpu.convert_linear(self)
         self.vit = vit
         self.moe = ffn if isinstance(ffn, core.MoEConfig) else None
@@ -385,7 +408,9 @@ def load_pretrained_weights(model: VMoE, source: str | Path) -> LoadReport:
 
 
 def _in_trunk(name: str, model: VMoE) -> bool:
-    """Return whether the model needs that tensor: it is of no head, replaced FFN or block beyond the last."""
+    """Return whether the model needs that tensor: it is of no head, gate, replaced FFN or block beyond the last."""
+    if ".depth_gate." in name:
+        return False
     block = re.match(r"blocks\.(\d+)\.(mlp\.)?", name)
     if block is None:
         return not name.startswith("head.")

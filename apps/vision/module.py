@@ -21,6 +21,7 @@ from apps.base.evaluation import in_evaluation
 from apps.equal_cost.comparable import Baseline, Comparable, RoutedLayers
 from apps.equal_cost.twins import dense_twins
 from apps.nets.blocks import one_ffn
+from apps.nets.depths import MixtureOfDepths
 from apps.nets.place import Place
 from apps.train.module import OptimizerConfig, SparseModule, TaskOutput
 from apps.vision.encoding import ImageEncoding, normalize
@@ -82,6 +83,8 @@ class VisionClassifier(SparseModule, Comparable):
         moe_blocks: which blocks: "lastN" (V-MoE's Last-N: the last N of every second block), "everyN", "all", or
             indices.
         dense_ffn: the FFN of those blocks in a dense model, as in the baselines; None: that of the others.
+        depths: gates of the blocks that few tokens enter (Mixture-of-Depths); None: all tokens enter all blocks.
+        depth_blocks: which blocks those are, named as in ``moe_blocks``.
         image_size: height and width of the images in pixels; the command line takes it from the data.
         in_chans: channels of an image; the command line takes it from the data.
         num_classes: number of classes; the command line takes it from the data.
@@ -113,6 +116,8 @@ class VisionClassifier(SparseModule, Comparable):
         moe: core.MoEConfig | None = None,
         moe_blocks: str | list[int] = "last2",
         dense_ffn: core.DenseFFN | None = None,
+        depths: MixtureOfDepths | None = None,
+        depth_blocks: str | list[int] = "every2",
         image_size: int = 28,
         in_chans: int = 1,
         num_classes: int = 10,
@@ -139,6 +144,8 @@ class VisionClassifier(SparseModule, Comparable):
             num_classes=num_classes,
             ffn=one_ffn(moe, dense_ffn),
             moe_blocks=moe_blocks,
+            depths=depths,
+            depth_blocks=depth_blocks,
         )
         self.model.set_grad_checkpointing(grad_checkpointing)
 

@@ -90,7 +90,10 @@ class PatchRouting:
             name = layer_label(entry.name)
             counts = expert_label_counts(entry.routing, label_B, model.num_classes)
             self.counts[name] = self.counts.get(name, 0) + counts
-            ids_BP = expert_of_token(entry.routing).unflatten(0, (len(label_B), -1))[picks, model.num_prefix_tokens :]
+            ids_BS = expert_of_token(entry.routing).unflatten(0, (len(label_B), -1))
+            if ids_BS.shape[1] != model.num_prefix_tokens + model.patch_embed.num_patches:
+                continue  # few tokens enter the block: they have no places in a picture
+            ids_BP = ids_BS[picks, model.num_prefix_tokens :]
             self.experts.setdefault(name, []).extend(ids_BP.unflatten(1, model.patch_embed.grid_size).cpu().numpy())
         self.images += list(batch.image[picks].permute(0, 2, 3, 1).float().cpu().numpy())
         self.labels += label_B[picks].tolist()
@@ -158,7 +161,8 @@ class VisionReport(Report):
                 for batch in self._first(trainer, self.config.routing_examples):
                     routing.add(model, batch, pl_module.device, self.config.images)
             # Expert choice has a capacity of its own; soft slots and merged experts have none.
-            if self.config.capacity_factors and "capacity_factor" in model.moe.router.layer_options:
+            has_capacity = model.moe is not None and "capacity_factor" in model.moe.router.layer_options
+            if self.config.capacity_factors and has_capacity:
                 points = capacity_sweep(
                     model,
                     lambda: self._first(trainer, self.config.sweep_images),

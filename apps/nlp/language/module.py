@@ -14,6 +14,7 @@ import core
 from apps.data.subwords import PAD_ID, Subwords
 from apps.nets.blocks import one_ffn
 from apps.nets.config import TransformerConfig
+from apps.nets.depths import MixtureOfDepths
 from apps.nets.place import Place
 from apps.nets.transformer import LanguageModel
 from apps.nlp.decode import DecodeConfig, generate_ids
@@ -95,6 +96,9 @@ class LanguageModeler(TextModule):
         moe: the MoE layer that replaces the FFN of some layers; None: a dense model. Its router must be causal.
         moe_blocks: which layers: "everyN" (every N-th), "lastN", "all", "none" or indices.
         dense_ffn: the FFN of those blocks in a dense model, as in the baselines; None: that of the others.
+        depths: gates of the layers that few tokens enter (Mixture-of-Depths), which need ``predictor: true``; None:
+            all tokens enter all layers.
+        depth_blocks: which layers those are, named as in ``moe_blocks``.
         label_smoothing: share of the target spread evenly over the vocabulary, in training.
         decode: how a prompt is continued in a prediction.
         optimizer: learning rate, weight decay and schedule.
@@ -120,6 +124,8 @@ class LanguageModeler(TextModule):
         moe: core.MoEConfig | None = None,
         moe_blocks: str | list[int] = _LAYERS,
         dense_ffn: core.DenseFFN | None = None,
+        depths: MixtureOfDepths | None = None,
+        depth_blocks: str | list[int] = "every2",
         label_smoothing: float = 0.0,
         decode: DecodeConfig = _DECODE,
         optimizer: OptimizerConfig | None = None,
@@ -149,6 +155,8 @@ class LanguageModeler(TextModule):
             vocab=self.subwords.size("target"),
             ffn=one_ffn(moe, dense_ffn),
             moe_blocks=moe_blocks,
+            depths=depths,
+            depth_blocks=depth_blocks,
         )
         self._put_in_place(Place(type(self).__name__, ("token_ids_BS",), is_causal=True))
 

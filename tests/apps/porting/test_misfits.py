@@ -10,6 +10,7 @@ from published_models import EXPERTS, MODELS, NLLB, VOCAB, checkpoint, same_weig
 from published_shapes import MIXTRAL, T5
 
 import core
+from apps.nets.depths import MixtureOfDepths
 from apps.nets.transformer import LanguageModel, TranslationModel
 from apps.porting import (
     from_published,
@@ -141,3 +142,9 @@ def test_what_our_models_lack_is_named(name, changes, message):
     config, tensors = to_published(MODELS[name]())
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         from_published({**config, **changes}, tensors)
+
+
+def test_layers_that_few_tokens_enter_are_no_part_of_a_published_model():
+    model = LanguageModel(MIXTRAL, vocab=VOCAB, depths=MixtureOfDepths(0.5, predictor=True))
+    with pytest.raises(ValueError, match=r"depths=MixtureOfDepths\(.*\): every token enters every layer of a mistral"):
+        to_published(model)

@@ -20,6 +20,7 @@ from torch.testing import assert_close
 import core
 from apps.compare.systems import find_systems
 from apps.data.subwords import EOS_ID, PAD_ID, SubwordConfig
+from apps.nets.depths import MixtureOfDepths
 from apps.nlp.decode import DecodeConfig
 from apps.nlp.language.data import TextBatch, TextData, TextSize
 from apps.nlp.language.module import Block, LanguageMetrics, LanguageModeler
@@ -226,3 +227,17 @@ def test_prompts_after_the_first_few_are_continued_alike(data):
     module = modeler(data).eval()
     stream = module.predict_stream(text_data(Path(data.root), text=["one two", "three", "two"]))
     assert list(stream.predict(1)) == list(stream.predict(0))[1:]
+
+
+def test_layers_that_few_tokens_enter_learn_and_continue_a_text(data, tmp_path):
+    depths = MixtureOfDepths(0.5, predictor=True)
+    greedy = DecodeConfig("greedy", max_length_ratio=0.0, max_length_extra=8)
+    module = modeler(data, depths=depths, depth_blocks=[1], decode=greedy)
+    made = trainer(tmp_path, max_epochs=25, check_val_every_n_epoch=25)
+    made.fit(module, data)
+    again = LanguageModeler.load_from_checkpoint(tmp_path / "last.ckpt").eval()
+    assert again.model.depths == depths
+    lines = printed(again, text_data(Path(data.root), text=["one two", "spring"]))
+    assert lines == ["one two three four", "spring summer autumn winter"]
+    with pytest.raises(ValueError, match=r"depths\.predictor=False lets later tokens change earlier ones"):
+        modeler(data, depths=MixtureOfDepths(0.5))
