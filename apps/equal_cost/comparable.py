@@ -105,8 +105,9 @@ class Comparable:
         layers = self.routed_layers()
         if layers is None or not isinstance(layers.config, core.MoEConfig):
             return "sparse"
-        pairs = layers.config.router.pairs_per_token(layers.config.num_experts)
-        return "sparse" if pairs < layers.config.num_experts else "MoE, all experts"
+        moe = layers.config.split(layers.dim)
+        pairs = moe.router.pairs_per_token(moe.num_experts)
+        return "sparse" if pairs < moe.num_experts else "MoE, all experts"
 
     def baselines(self) -> Mapping[str, Baseline]:
         """Return the models to compare this one with, by name."""

@@ -128,9 +128,10 @@ class Variant:
         layers = self.module.routed_layers()
         assert layers is not None
         moe = with_router(layers.config, self.name)
+        parts = getattr(moe, "granularity", 1)  # it has to divide the width
 
         def at(width: int) -> Layers:
-            return dataclasses.replace(moe, expert=widened(moe.expert, width))
+            return dataclasses.replace(moe, expert=widened(moe.expert, width * parts))
 
         def cost(width: int) -> float:
             return at(width).flops_per_token(layers.dim, **layers.flops_arguments)
@@ -171,5 +172,7 @@ def variants(module: Comparable, names: Iterable[str]) -> Mapping[str, Baseline]
             systems[system] = Baseline(None, problem)
             continue
         kinds = f"{type(config.router).__name__}, {type(config.expert).__name__}"
-        systems[system] = Baseline(variant, f"{kinds}, expert hidden {hidden_width(config.expert)}")
+        parts = getattr(config, "granularity", 1)
+        expert = config.expert if parts == 1 else config.expert.narrowed(parts, layers.dim)
+        systems[system] = Baseline(variant, f"{kinds}, expert hidden {hidden_width(expert)}")
     return systems

@@ -56,7 +56,8 @@ class Architecture:
             layers = model.encoder_moe_blocks, model.decoder_moe_blocks
         encoder, decoder = layers if model.moe else ((), ())
         is_language_model = isinstance(model, LanguageModel)
-        return cls(model_type, model.config, vocabulary, model.moe, encoder, decoder, is_language_model)
+        moe = None if model.moe is None else model.moe.split(model.config.shape.dim)
+        return cls(model_type, model.config, vocabulary, moe, encoder, decoder, is_language_model)
 
     def build(self) -> Model:
         """Return our model, with new weights."""

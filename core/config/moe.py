@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from ..contract import check_kinds, check_part
@@ -61,6 +61,9 @@ class MoEConfig:
             expert before the choice (SiRA, arXiv 2311.09179); the gates are those of the choice among the rest, of
             which at least K stay. The dropout inside an expert that Switch fine-tunes with (arXiv 2101.03961) is
             another method.
+        granularity: g, which makes the experts finer at the same cost (DeepSeekMoE, arXiv 2401.06066): g E experts of
+            width F / g, of which a token takes g K. Shared experts that are as the routed ones are of that width too,
+            and their number stays.
 
     Example::
 
@@ -86,6 +89,7 @@ class MoEConfig:
     shared_gate_dropout: float = 0.0
     expert_output_masking: float = 0.0
     expert_dropout: float = 0.0
+    granularity: int = 1
 
     def __post_init__(self) -> None:
         if self.group is not None:
@@ -98,9 +102,11 @@ class MoEConfig:
         check_part("balance", self.balance, Balance, "Balance()")
         self._check_shared_expert()
         check_backend(self.backend)
+        at_least_one("granularity", self.granularity)
         self.layer_class()
-        self.router.check(self.num_experts)
-        self.expert.check(self.num_experts)
+        fine = self.split()
+        fine.router.check(fine.num_experts)
+        fine.expert.check(fine.num_experts)
         self._check_options()
         self._check_shared_gate()
         terms = self.router.terms | ({"gate_budget"} if self.shared_gate == "mix" else set())
@@ -147,6 +153,30 @@ class MoEConfig:
             if value and self.shared_gate != "mix":
                 raise ValueError(f"{name}={value} needs shared_gate='mix', not {self.shared_gate!r}")
 
+    def split(self, dim: int | None = None) -> MoEConfig:
+        """Return the layer that ``granularity`` means, written out: all its experts, and a granularity of 1.
+
+        Args:
+            dim: D of the tokens; None: a width that depends on it stays as it is.
+
+        Raises:
+            ValueError: the granularity does not divide the experts' width, or they or the router cannot be split.
+        """
+        times = self.granularity
+        if times == 1:
+            return self
+        top_k = getattr(self.router, "top_k", None)
+        if not isinstance(top_k, int) or self.router.layer_kind != "pairs":
+            raise ValueError(f"granularity={times} multiplies top_k, which {self.router.source()} does not have")
+        fine = replace(
+            self,
+            num_experts=times * self.num_experts,
+            router=replace(self.router, top_k=times * top_k),  # type: ignore[call-arg]
+            expert=self.expert.narrowed(times, dim),
+            granularity=1,
+        )
+        return fine
+
     def capacity(self) -> Capacity:
         """Return the capacity limits, with the router's default group filled in."""
         group = self.router.default_group if self.group is None else self.group
@@ -161,7 +191,8 @@ class MoEConfig:
             causal: the layer stands in a causal decoder, where a later token must not change an earlier one.
 
         Raises:
-            ValueError: ``dim`` or ``out_dim`` is below 1, or the router is not causal and has to be.
+            ValueError: ``dim`` or ``out_dim`` is below 1, the router is not causal and has to be, or the granularity
+                does not divide the experts' width.
         """
         if causal and not self.router.is_causal:
             raise ValueError(
@@ -170,6 +201,8 @@ class MoEConfig:
         at_least_one("dim", dim)
         if out_dim is not None:
             at_least_one("out_dim", out_dim)
+        if self.granularity > 1:
+            return self.split(dim).build(dim, out_dim)
         shared, has_gate = self.num_shared_experts, self.shared_gate != "none"
         layer = self.layer_class()(
             self.router.build(dim, self.num_experts, self.capacity()),
@@ -204,11 +237,15 @@ class MoEConfig:
 
     def num_params(self, dim: int, out_dim: int | None = None) -> int:
         """Return the parameters of the layer, equal to the sum of ``numel`` of the built one."""
+        if self.granularity > 1:
+            return self.split(dim).num_params(dim, out_dim)
         routed = sum(kind.num_params(dim, out_dim) for kind in self.expert.of_each(self.num_experts))
         return self._gate_params(dim) + routed + self._shared(lambda kind: kind.num_params(dim, out_dim))
 
     def active_params(self, dim: int, out_dim: int | None = None) -> int:
         """Return the parameters that one token touches; of experts of several kinds, at balance."""
+        if self.granularity > 1:
+            return self.split(dim).active_params(dim, out_dim)
         routed = self.router.pairs_per_token(self.num_experts) * self._mean(lambda kind: kind.num_params(dim, out_dim))
         return self._gate_params(dim) + round(routed + self._shared(lambda kind: kind.num_params(dim, out_dim)))
 
@@ -226,6 +263,8 @@ class MoEConfig:
         """
         if tokens_per_sequence is not None:
             at_least_one("tokens_per_sequence", tokens_per_sequence)
+        if self.granularity > 1:
+            return self.split(dim).flops_per_token(dim, out_dim, tokens_per_sequence=tokens_per_sequence)
         group = self.capacity().group
         tokens_per_group = group if isinstance(group, int) else tokens_per_sequence if group == "sequence" else None
         rows = self.router.rows_per_token(self.num_experts, tokens_per_group) * min(1.0, self.capacity_factor or 1.0)

@@ -185,6 +185,18 @@ class ExpertConfig(OpenConfig):
         """Return the config of each expert: this one, unless their kinds are mixed."""
         return (self,) * num_experts
 
+    def narrowed(self, times: int, dim: int | None = None) -> ExpertConfig:
+        """Return experts of a ``times``-th of the hidden width, for ``MoEConfig.granularity``.
+
+        Args:
+            times: g, by which the width is divided.
+            dim: D of the tokens; None: a width that depends on it stays as it is.
+
+        Raises:
+            ValueError: ``times`` does not divide the width, or these experts have none.
+        """
+        raise ValueError(f"granularity={times} divides hidden_dim, which {type(self).__name__} does not have")
+
     def build(self, num_experts: int, dim: int, out_dim: int | None = None) -> Experts:
         raise NotImplementedError
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -132,6 +132,14 @@ class FFN(ExpertConfig):
     def hidden(self, dim: int) -> int:
         """Return F for this model dim, the default filled in."""
         return 4 * dim if self.hidden_dim is None else self.hidden_dim
+
+    def narrowed(self, times: int, dim: int | None = None) -> FFN:
+        if dim is None and self.hidden_dim is None:
+            return self
+        hidden = self.hidden(dim or 0)
+        if hidden % times:
+            raise ValueError(f"granularity={times} does not divide hidden_dim={hidden} of {type(self).__name__}")
+        return replace(self, hidden_dim=hidden // times)
 
     def matrices(self) -> int:
         """Return the number of products that widen to F."""

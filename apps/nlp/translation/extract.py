@@ -53,9 +53,9 @@ def dense_of_task(model: TranslationModel, task: int) -> TranslationModel:
     Raises:
         ValueError: there is no such task, or no dense FFN is what the experts of a task are.
     """
-    moe = model.moe
-    if moe is None:
+    if model.moe is None:
         raise ValueError("the model is dense already: it has no tasks to take out")
+    moe = model.moe.split(model.config.shape.dim)
     if not isinstance(moe.router, core.Task):
         raise ValueError(f"router {moe.router.source()} does not decide by the task alone, as Task does")
     if not isinstance(moe.expert, core.FFN):
@@ -84,6 +84,7 @@ def dense_of_task(model: TranslationModel, task: int) -> TranslationModel:
 
 def _dense_ffn(moe: core.MoEConfig, transformer: TransformerConfig) -> core.DenseFFN:
     """Return the FFN of all experts that a token takes, side by side."""
+    moe = moe.split(transformer.shape.dim)
     assert isinstance(moe.router, core.Task)
     expert = moe.expert
     assert isinstance(expert, core.FFN)

@@ -50,3 +50,24 @@ def test_a_model_that_computes_every_expert_is_not_called_sparse(router, heading
 def test_flops_of_routed_layers_are_those_of_their_config():
     # A router of 2 * 8 * 4 FLOPs a token, two of four experts with 2 * 2 * 8 * 8 each.
     assert RoutedLayers(MOE, 8, Place("Tiny")).flops_per_token() == 2 * 8 * 4 + 2 * 2 * 2 * 8 * 8
+
+
+class WithLayers(Routed):
+    """A module whose layers a comparison may change."""
+
+    def with_moe(self, moe: core.MoEConfig) -> core.MoEConfig:
+        return moe
+
+
+def test_fine_grained_layers_keep_their_granularity_under_another_router():
+    module = WithLayers(3, moe=MOE)
+    module.moe_config = core.MoEConfig(4, core.TokenChoice(2), core.FFN(24), granularity=3)
+    assert module.heading == "sparse"
+    systems = routers.variants(module, ["switch", "expert_choice"])
+    # A token takes 3 * 1 experts of width w in place of 3 * 2 of width 8: w is 16 at equal FLOPs.
+    assert systems["router_switch"].note == "TokenChoice, expert hidden dim 16"
+    moe = systems["router_switch"].build()
+    assert (moe.granularity, moe.router.top_k, moe.expert.hidden_dim) == (3, 1, 48)
+    assert moe.flops_per_token(8) == module.moe_config.flops_per_token(8)
+    assert systems["router_expert_choice"].build is None
+    assert systems["router_expert_choice"].note.startswith("granularity=3 multiplies top_k, which ExpertChoice")

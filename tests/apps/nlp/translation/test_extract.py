@@ -54,6 +54,7 @@ def task_model(expert=RELU, router=TASK, layers=("every2", "all"), options=None,
         ({"expert": dataclasses.replace(RELU, bias=True), "num_shared_experts": 2}, 48),
         ({"router": dataclasses.replace(TASK, normalize=False), "options": {"tie": "none", "bias": False}}, 24),
         ({"expert": core.SwiGLU(hidden_dim=8), "options": {"gated": True, "activation": "silu"}}, 16),
+        ({"granularity": 2, "num_shared_experts": 1}, 30),  # 4 of width 6, and a shared one
         # The other layers stay as they are: relu and no gate, or no bias.
         ({"expert": core.SwiGLU(hidden_dim=8)}, 16),
         ({"expert": dataclasses.replace(RELU, bias=True), "options": {"bias": False}}, 24),
