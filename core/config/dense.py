@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from ..contract import check_kinds
 from ..contract.checks import at_least_one, below_one, one_of
-from ..layers import DENSE_ACTIVATIONS, FeedForward
+from ..kernels import ACTIVATIONS
+from ..layers import FeedForward
 from ..registry import register_config
 
 
@@ -41,7 +42,7 @@ class DenseFFN:
         check_kinds(self)
         if self.hidden_dim is not None:
             at_least_one("hidden_dim", self.hidden_dim)
-        one_of("activation", self.activation, tuple(DENSE_ACTIVATIONS))
+        one_of("activation", self.activation, tuple(ACTIVATIONS))
         below_one("dropout", self.dropout)
 
     def hidden(self, dim: int) -> int:

@@ -227,7 +227,7 @@ class MLP(ExpertConfig):
 
     Attributes:
         hidden_dims: widths of the layers.
-        activation: "relu", "gelu" or "silu" (Swish).
+        activation: "relu", "gelu", "silu" (Swish) or "gelu_tanh" (GELU's approximation).
         norm: None; "batch": over the tokens that an expert computes, each expert by itself; "layer": over the features.
         dropout: probability that a feature of a layer is zero in training.
 

@@ -1,6 +1,6 @@
 """The layers, and what a model's layers have in common: losses, bias updates, parameter counts."""
 
-from .dense import DENSE_ACTIVATIONS, FeedForward
+from .dense import FeedForward
 from .losses import AuxLosses, aux_loss, aux_losses, update_expert_bias
 from .moe import MergedMoE, MoE, MoELayer, SoftMoE, active_params, moe_layers, set_capacity_factor
 from .multi_gate import MultiGateLayer, MultiGateMoE, PLELayer, SelectedMultiGateMoE, SparseMultiGateMoE
@@ -8,7 +8,6 @@ from .shared import SharedGate
 
 __all__ = [
     "AuxLosses",
-    "DENSE_ACTIVATIONS",
     "FeedForward",
     "MergedMoE",
     "MoE",

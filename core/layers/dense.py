@@ -2,19 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import ACTIVATIONS, Linear
-
-DENSE_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    **ACTIVATIONS,
-    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
-}
-"""Those of the experts, and GELU's approximation, which published dense models have."""
 
 
 class FeedForward(nn.Module):
@@ -24,7 +14,7 @@ class FeedForward(nn.Module):
         dim: D.
         hidden_dim: F.
         out_dim: width of the output.
-        activation: a key of ``DENSE_ACTIVATIONS``.
+        activation: a key of ``ACTIVATIONS``.
         gated, bias: as in ``DenseFFN``.
         dropout: of the hidden layer.
     """
@@ -41,7 +31,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) to (..., D_out)."""
-        act = DENSE_ACTIVATIONS[self.activation]
+        act = ACTIVATIONS[self.activation]
         h = act(self.w_in(x)) if self.w_gate is None else act(self.w_gate(x)) * self.w_in(x)
         return self.w_out(self.dropout(h))
 

@@ -17,6 +17,8 @@ EXPERTS = {
     "relu+bias": ("relu", False, True),
     "gelu+bias": ("gelu", False, True),
     "silu+bias": ("silu", False, True),
+    "gelu_tanh+bias": ("gelu_tanh", False, True),
+    "geglu_tanh": ("gelu_tanh", True, False),
     "geglu": ("gelu", True, False),
     "swiglu": ("silu", True, False),
     "geglu+bias": ("gelu", True, True),

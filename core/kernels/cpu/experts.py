@@ -46,6 +46,8 @@ def supports(device: torch.device, dtype: torch.dtype) -> bool:
 def _activation_backward(grad: Tensor, pre: Tensor, activation: str) -> Tensor:
     if activation == "gelu":
         return torch.ops.aten.gelu_backward(grad, pre)
+    if activation == "gelu_tanh":
+        return torch.ops.aten.gelu_backward(grad, pre, approximate="tanh")
     if activation == "silu":
         return torch.ops.aten.silu_backward(grad, pre)
     return torch.ops.aten.threshold_backward(grad, pre, 0)
