@@ -15,6 +15,20 @@ from .contract import (
 )
 from .convert import freeze_experts, grow_experts
 from .experts import FFN, GEGLU, MLP, Constant, Copy, ExpertConfig, Experts, Mixed, MLPExperts, SwiGLU, Zero
+from .experts import (
+    FFN,
+    GEGLU,
+    MLP,
+    ClampedSwiGLU,
+    Constant,
+    Copy,
+    ExpertConfig,
+    Experts,
+    Mixed,
+    MLPExperts,
+    SwiGLU,
+    Zero,
+)
 from .flops import count_flops
 from .kernels import expert_linear, resolve_backend
 from .layers import (
@@ -66,6 +80,7 @@ __all__ = [
     "Balance",
     "Base",
     "Choice",
+    "ClampedSwiGLU",
     "Constant",
     "Copy",
     "Cosine",

@@ -144,6 +144,7 @@ def _essence_of_moe(moe: core.MoEConfig | None, dim: int) -> dict[str, Any]:
         "moe.expert": expert,
         "moe.num_shared_experts": moe.num_shared_experts,
         "moe.shared_gate": moe.shared_gate,
+        "moe.output_bias": moe.output_bias,
     }
 
 

@@ -64,6 +64,7 @@ class MoEConfig:
         granularity: g, which makes the experts finer at the same cost (DeepSeekMoE, arXiv 2401.06066): g E experts of
             width F / g, of which a token takes g K. Shared experts that are as the routed ones are of that width too,
             and their number stays.
+        output_bias: a learned vector is added to the output of every token (JetMoE, arXiv 2404.07413).
 
     Example::
 
@@ -90,6 +91,7 @@ class MoEConfig:
     expert_output_masking: float = 0.0
     expert_dropout: float = 0.0
     granularity: int = 1
+    output_bias: bool = False
 
     def __post_init__(self) -> None:
         if self.group is not None:
@@ -212,6 +214,7 @@ class MoEConfig:
             shared_experts=(self.shared_expert or self.expert).build(shared, dim, out_dim) if shared else None,
             shared_gate=SharedGate(dim, self.shared_gate, self.shared_gate_dropout) if has_gate else None,
             expert_output_masking=self.expert_output_masking,
+            bias_dim=(self.expert.out_dim(dim) if out_dim is None else out_dim) if self.output_bias else None,
             pairs_per_token=self.router.pairs_per_token(self.num_experts),
             dim=dim,
         )
@@ -240,14 +243,14 @@ class MoEConfig:
         if self.granularity > 1:
             return self.split(dim).num_params(dim, out_dim)
         routed = sum(kind.num_params(dim, out_dim) for kind in self.expert.of_each(self.num_experts))
-        return self._gate_params(dim) + routed + self._shared(lambda kind: kind.num_params(dim, out_dim))
+        return self._own_params(dim, out_dim) + routed + self._shared(lambda kind: kind.num_params(dim, out_dim))
 
     def active_params(self, dim: int, out_dim: int | None = None) -> int:
         """Return the parameters that one token touches; of experts of several kinds, at balance."""
         if self.granularity > 1:
             return self.split(dim).active_params(dim, out_dim)
         routed = self.router.pairs_per_token(self.num_experts) * self._mean(lambda kind: kind.num_params(dim, out_dim))
-        return self._gate_params(dim) + round(routed + self._shared(lambda kind: kind.num_params(dim, out_dim)))
+        return self._own_params(dim, out_dim) + round(routed + self._shared(lambda kind: kind.num_params(dim, out_dim)))
 
     def flops_per_token(self, dim: int, out_dim: int | None = None, *, tokens_per_sequence: int | None = None) -> int:
         """Return the forward FLOPs of a token and its router. A capacity factor below 1 bounds the experts' part.
@@ -288,9 +291,10 @@ class MoEConfig:
         """Return the cost of all shared experts."""
         return self.num_shared_experts * cost(self.shared_expert or self.expert)
 
-    def _gate_params(self, dim: int) -> int:
-        """Return the parameters of the router and of the shared gate."""
-        return self.router.num_params(dim, self.num_experts) + (0 if self.shared_gate == "none" else dim)
+    def _own_params(self, dim: int, out_dim: int | None) -> int:
+        """Return the parameters of the router, of the shared gate and of the output's bias."""
+        bias = (self.expert.out_dim(dim) if out_dim is None else out_dim) if self.output_bias else 0
+        return self.router.num_params(dim, self.num_experts) + (0 if self.shared_gate == "none" else dim) + bias
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain dicts, lists and numbers, as in YAML: parts that may be of several classes name theirs."""

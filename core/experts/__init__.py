@@ -1,6 +1,7 @@
 """Experts with stacked parameters: one tensor holds a weight of all E experts. A config lies beside what it builds."""
 
 from .base import ExpertConfig, Experts
+from .clamped import ClampedSwiGLU
 from .costless import Constant, Copy, Zero
 from .ffn import FFN, GEGLU, FFNExperts, SwiGLU
 from .mixed import Mixed
@@ -10,6 +11,7 @@ __all__ = [
     "FFN",
     "GEGLU",
     "MLP",
+    "ClampedSwiGLU",
     "Constant",
     "Copy",
     "ExpertConfig",

@@ -197,6 +197,16 @@ class ExpertConfig(OpenConfig):
         """
         raise ValueError(f"granularity={times} divides hidden_dim, which {type(self).__name__} does not have")
 
+    def divided(self, hidden: int, times: int) -> int:
+        """Return a ``times``-th of a hidden width.
+
+        Raises:
+            ValueError: ``times`` does not divide it.
+        """
+        if hidden % times:
+            raise ValueError(f"granularity={times} does not divide hidden_dim={hidden} of {type(self).__name__}")
+        return hidden // times
+
     def build(self, num_experts: int, dim: int, out_dim: int | None = None) -> Experts:
         raise NotImplementedError
 

@@ -112,7 +112,7 @@ class FFN(ExpertConfig):
 
     Attributes:
         hidden_dim: F; None: 4 * dim.
-        activation: "relu", "gelu" or "silu".
+        activation: "relu", "gelu", "silu" or "gelu_tanh" (GELU's approximation).
         bias: with ``b_in`` and ``b_out``.
 
     Raises:
@@ -136,10 +136,7 @@ class FFN(ExpertConfig):
     def narrowed(self, times: int, dim: int | None = None) -> FFN:
         if dim is None and self.hidden_dim is None:
             return self
-        hidden = self.hidden(dim or 0)
-        if hidden % times:
-            raise ValueError(f"granularity={times} does not divide hidden_dim={hidden} of {type(self).__name__}")
-        return replace(self, hidden_dim=hidden // times)
+        return replace(self, hidden_dim=self.divided(self.hidden(dim or 0), times))
 
     def matrices(self) -> int:
         """Return the number of products that widen to F."""

@@ -214,6 +214,7 @@ class MoE(MoELayer):
         shared_gate: gate between them and the routed output; None: their sum.
         expert_output_masking: probability in training that a pair's output is left out; the others are divided by
             1 minus it.
+        bias_dim: width of a bias that is added to every token's output; None: there is none.
         pairs_per_token: experts a token takes, for ``active_params``.
 
     Raises:
@@ -230,6 +231,7 @@ class MoE(MoELayer):
         *,
         shared_gate: SharedGate | None = None,
         expert_output_masking: float = 0.0,
+        bias_dim: int | None = None,
         pairs_per_token: float,
         dim: int | None = None,
     ) -> None:
@@ -241,6 +243,13 @@ class MoE(MoELayer):
         chosen_among = getattr(router, "num_experts", self.num_experts)
         if chosen_among != self.num_experts:
             raise ValueError(f"the router chooses among {chosen_among} experts, and there are {self.num_experts}")
+        self.output_bias = None if bias_dim is None else nn.Parameter(torch.zeros(bias_dim))
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        bias = getattr(self, "output_bias", None)  # not there yet while the base class is made
+        if bias is not None:
+            nn.init.zeros_(bias)
 
     def forward(self, x: Tensor, context: RoutingContext | None = None) -> Tensor:
         """Run the layer.
@@ -272,12 +281,10 @@ class MoE(MoELayer):
         self.record_pass(routing, context, shared_gate=self.shared_gate, shared_gate_T=gate_T)
         y_BSD = self._compute(x_BSD, routing, context)
         y = y_BSD.reshape(*x.shape[:-1], y_BSD.shape[-1])
-        if self.shared_experts is None:
-            return y
-        shared = self.shared_experts(x, "dense")
-        if self.shared_gate is None or gate is None:
-            return y + shared
-        return self.shared_gate.combine(gate, y, shared)
+        if self.shared_experts is not None:
+            shared = self.shared_experts(x, "dense")
+            y = y + shared if self.shared_gate is None or gate is None else self.shared_gate.combine(gate, y, shared)
+        return y if self.output_bias is None else y + self.output_bias.to(y.dtype)
 
     def _compute(self, x_BSD: Tensor, routing: Any, context: RoutingContext | None) -> Tensor:
         """Return (B, S, D) tokens after the routed experts, (B, S, D_out)."""

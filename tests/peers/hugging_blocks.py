@@ -10,7 +10,7 @@ import torch
 from hugging import GATES, QWEN, D, E, F, S, tensor_of
 from torch import Tensor, nn
 
-from core import FFN, MoEConfig, SwiGLU, TokenChoice
+from core import FFN, ClampedSwiGLU, MoEConfig, SwiGLU, TokenChoice
 
 Read = Callable[[Tensor], Tensor]
 
@@ -57,6 +57,30 @@ def qwen2_layout(block: Any, read: Read) -> dict[str, Tensor]:
         **routed(block, read),
         **shared_swiglu(block.shared_expert, 2, read),
         "shared_gate.weight": read(block.shared_expert_gate.weight),
+    }
+
+
+def gpt_oss_layout(block: Any, read: Read) -> dict[str, Tensor]:
+    """(E, D, 2F), of which every second column is the gate's."""
+    experts = block.experts
+    gate_up, bias = read(experts.gate_up_proj), read(experts.gate_up_proj_bias)
+    return {
+        "router.gate.weight": read(block.router.weight),
+        "router.gate.bias": read(block.router.bias),
+        "experts.w_gate": gate_up[..., ::2],
+        "experts.w_in": gate_up[..., 1::2],
+        "experts.w_out": read(experts.down_proj),
+        "experts.b_gate": bias[..., ::2],
+        "experts.b_in": bias[..., 1::2],
+        "experts.b_out": read(experts.down_proj_bias),
+    }
+
+
+def jetmoe_layout(block: Any, read: Read) -> dict[str, Tensor]:
+    return {
+        "router.gate.weight": read(block.router.layer.weight),
+        "output_bias": read(block.bias),
+        **swiglu("experts", read(block.input_linear.weight), read(block.output_linear.weight)),
     }
 
 
@@ -146,6 +170,29 @@ BLOCKS = {
         {**GATES["llama4"].options, "intermediate_size": F, "num_experts_per_tok": 2},
         moe(TokenChoice(top_k=2, score_func="sigmoid", normalize=False, gates_on="input"), num_shared_experts=1),
         llama4_layout,
+    ),
+    # Limits of 1: those of the published weights would be out of reach of random ones.
+    "gpt-oss": Block(
+        "gpt_oss",
+        "GptOssMLP",
+        "GptOssConfig",
+        {**GATES["gpt-oss"].options, "intermediate_size": F, "swiglu_limit": 1.0},
+        moe(GATES["gpt-oss"].ours, expert=ClampedSwiGLU(F, bias=True, limit=1.0, alpha=1.702, shift=1.0)),
+        gpt_oss_layout,
+    ),
+    "jetmoe": Block(
+        "jetmoe",
+        "JetMoeMoE",
+        "JetMoeConfig",
+        {
+            "hidden_size": D,
+            "intermediate_size": F,
+            "num_local_experts": E,
+            "num_experts_per_tok": 2,
+            "activation_function": "silu",
+        },
+        moe(TokenChoice(top_k=2), output_bias=True),
+        jetmoe_layout,
     ),
     "switch": Block(
         "switch_transformers",

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hugging import GATES, B, D, E, F, S, T, config_of, modeling, randomize, tensor_of
-from hugging_blocks import BLOCKS, load
+from hugging import B, D, E, F, S, T, config_of, modeling, randomize, tensor_of
+from hugging_blocks import BLOCKS, load, swiglu
+
+from core import ClampedSwiGLU, MoEConfig, TokenChoice
 
 
 @pytest.mark.parametrize("name", BLOCKS)
@@ -32,15 +34,15 @@ def test_blocks_give_the_same_output_and_gradients(name):
         )
 
 
-def test_gpt_oss_experts_fed_by_our_router_give_the_block():
-    # Its clamped SwiGLU is no expert of ours: the experts stay theirs.
-    module = modeling("gpt_oss")
-    config = config_of("GptOssConfig", **GATES["gpt-oss"].options, intermediate_size=F)
-    peer = randomize(module.GptOssMLP(config), std=0.3).eval()
-    router = GATES["gpt-oss"].ours.build(D, E)
-    router.gate.weight.data.copy_(peer.router.weight)
-    router.gate.bias.data.copy_(peer.router.bias)
+def test_the_clamped_experts_of_deepseek_v4_are_ours():
+    # With a router of ours: theirs scores by the root of a softplus.
+    module = modeling("deepseek_v4")
+    config = config_of("DeepseekV4Config", hidden_size=D, n_routed_experts=E, moe_intermediate_size=F, swiglu_limit=0.5)
+    peer = randomize(module.DeepseekV4Experts(config), std=0.3).eval()
+    layer = MoEConfig(E, TokenChoice(top_k=3), ClampedSwiGLU(F, limit=0.5)).build(D)
+    weights = swiglu("experts", peer.gate_up_proj.detach(), peer.down_proj.detach())
+    load(layer, {"router.gate.weight": layer.router.gate.weight.detach(), **weights})
     x = torch.randn(B, S, D)
-    routing = router(x)
-    y = peer.experts(x.view(T, D), routing.expert_ids_N.view(T, 4), routing.gates_N.view(T, 4))
-    torch.testing.assert_close(y.view(B, S, D), peer(x)[0], rtol=1e-5, atol=1e-5)
+    routing = layer.router(x)
+    expected = peer(x.view(T, D), routing.expert_ids_N.view(T, 3), routing.gates_N.view(T, 3))
+    torch.testing.assert_close(layer(x).view(T, D), expected, rtol=1e-5, atol=1e-5)

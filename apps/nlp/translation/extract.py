@@ -62,6 +62,8 @@ def dense_of_task(model: TranslationModel, task: int) -> TranslationModel:
         raise ValueError(f"expert {type(moe.expert).__name__} is not a dense FFN: FFN, SwiGLU and GEGLU are")
     if moe.shared_gate != "none":
         raise ValueError(f"shared_gate={moe.shared_gate!r} weights the experts token by token: no dense FFN does")
+    if moe.output_bias:
+        raise ValueError("output_bias=True is added beside the experts: no dense FFN has a place for it")
     layers = core.moe_layers(model)
     if any(layer.router.capacity.ratio(training=False) is not None for layer in layers.values()):
         raise ValueError("with a capacity what an expert computes depends on the batch: set it to None before")

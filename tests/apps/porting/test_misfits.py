@@ -101,6 +101,14 @@ def test_another_vocabulary_is_refused(tmp_path):
             "moe.num_shared_experts=1 cannot be said in switch_transformers, which has 0",
         ),
         (
+            lambda: switch_model(ffn=replace(EXPERTS, output_bias=True)),
+            "moe.output_bias=True cannot be said in switch_transformers, which has False",
+        ),
+        (
+            lambda: switch_model(ffn=replace(EXPERTS, expert=core.ClampedSwiGLU(32))),
+            "expert ClampedSwiGLU cannot be said in switch_transformers, which has FFN or SwiGLU",
+        ),
+        (
             lambda: switch_model(ffn=replace(EXPERTS, router=core.Hash(VOCAB))),
             "router Hash cannot be said in switch_transformers, which has TokenChoice",
         ),

@@ -12,12 +12,18 @@ from torch.autograd.gradcheck import GradcheckError
 import core
 from core import FFN, GEGLU, MLP, Constant, Copy, ExpertConfig, Experts, Mixed, Rows, SwiGLU, Zero, expert_linear
 from core.testing import Property, check_expert, properties
+from core import FFN, GEGLU, MLP, ClampedSwiGLU, Constant, Copy, ExpertConfig, Mixed, SwiGLU, Zero
+from core.testing import Property, properties
 
 CASES: dict[str, ExpertConfig] = {
     "FFN": FFN(12),
     "FFN with bias": FFN(12, "relu", bias=True),
     "SwiGLU": SwiGLU(12),
     "GEGLU with bias": GEGLU(12, bias=True),
+    "FFN, approximate GELU": FFN(12, "gelu_tanh"),
+    "GPT-OSS": ClampedSwiGLU(12, bias=True, limit=1.0, alpha=1.702, shift=1.0),
+    "DeepSeek-V4": ClampedSwiGLU(12, limit=0.5),
+    "SwiGLU with a bias of its gate": ClampedSwiGLU(bias=True, limit=None),
     "MLP": MLP((12, 10), dropout=0.1),
     "MLP, layer norm": MLP((12,), norm="layer"),
     "MLP, batch norm": MLP((12,), norm="batch"),

@@ -84,6 +84,7 @@ def test_a_dense_model_says_what_the_sparse_one_says_of_a_task(given, width):
         (lambda: task_model(num_shared_experts=1, shared_gate="mix"), "shared_gate='mix' weights the experts token by"),
         (lambda: task_model(eval_capacity_factor=1.0), "with a capacity what an expert computes depends on the batch"),
         (lambda: task_model(core.MLP(hidden_dims=(16,))), "expert MLP is not a dense FFN"),
+        (lambda: task_model(output_bias=True), "output_bias=True is added beside the experts"),
     ],
 )
 def test_what_no_dense_model_says_is_refused(model, message):
