@@ -20,6 +20,7 @@ from .experts import (
     GEGLU,
     MLP,
     ClampedSwiGLU,
+    AttentionExperts,
     Constant,
     Copy,
     ExpertConfig,
@@ -32,6 +33,7 @@ from .experts import (
 from .flops import count_flops
 from .kernels import expert_linear, resolve_backend
 from .layers import (
+    AttentionMoE,
     AuxLosses,
     MergedMoE,
     MoE,
@@ -76,6 +78,8 @@ __all__ = [
     "DenseToSparse",
     "DSelectK",
     "Attention",
+    "AttentionExperts",
+    "AttentionMoE",
     "AuxLosses",
     "Balance",
     "Base",

@@ -11,7 +11,7 @@ from ..contract.checks import at_least_one, below_one, not_negative, one_of
 from ..dispatch import Dispatcher
 from ..experts import FFN, ExpertConfig
 from ..kernels import check_backend
-from ..layers import MergedMoE, MoE, SharedGate, SoftMoE
+from ..layers import AttentionMoE, MergedMoE, MoE, SharedGate, SoftMoE
 from ..layers.shared import KINDS
 from ..registry import register_config
 from ..routing.balance import Balance
@@ -24,6 +24,7 @@ LAYERS: dict[tuple[str, str], type[MoE]] = {
     ("pairs", "rows"): MoE,
     ("slots", "rows"): SoftMoE,
     ("merged", "rows"): MergedMoE,
+    ("pairs", "attention"): AttentionMoE,
 }
 """The layer of each kind of decision (``RouterConfig.layer_kind``) and of experts (``ExpertConfig.layer_kind``).
 
@@ -141,7 +142,12 @@ class MoEConfig:
             if not self.num_shared_experts:
                 raise ValueError(f"shared_expert={self.shared_expert} needs num_shared_experts, which is 0")
         if self.num_shared_experts:
-            (self.shared_expert or self.expert).check(self.num_shared_experts)
+            shared = self.shared_expert or self.expert
+            shared.check(self.num_shared_experts)
+            for kind in (shared, self.expert):
+                if kind.layer_kind != "rows":
+                    name, does = type(kind).__name__, kind.layer_kind
+                    raise ValueError(f"num_shared_experts={self.num_shared_experts} with {name}, which computes {does}")
 
     def _check_shared_gate(self) -> None:
         one_of("shared_gate", self.shared_gate, ("none", *KINDS))
@@ -185,7 +191,7 @@ class MoEConfig:
         return Capacity(self.capacity_factor, self.eval_capacity_factor, self.priority, group)
 
     def build(self, dim: int, out_dim: int | None = None, *, causal: bool = False) -> MoE:
-        """Build the layer for tokens of width ``dim``: ``MoE``, or its subclass ``SoftMoE`` or ``MergedMoE``.
+        """Build the layer for tokens of width ``dim``: ``MoE``, or its subclass for slots, merging or attention.
 
         Args:
             dim: D of the tokens.
@@ -220,6 +226,8 @@ class MoEConfig:
         )
         layer.router.expert_dropout = self.expert_dropout
         layer.backend = self.backend
+        if isinstance(layer, AttentionMoE):
+            layer.causal = causal
         return layer
 
     def make_dispatcher(self) -> Dispatcher:
@@ -259,10 +267,10 @@ class MoEConfig:
             dim: D.
             out_dim: width of the output; None: as ``dim``.
             tokens_per_sequence: S. Soft slots and merged experts cost so much a sequence, and need it; expert choice
-                rounds its capacity up by it; other routers do not ask.
+                rounds its capacity up by it; other routers do not ask. Attention experts need it too.
 
         Raises:
-            ValueError: the router needs ``tokens_per_sequence``, or it is below 1.
+            ValueError: the router or the experts need ``tokens_per_sequence``, or it is below 1.
         """
         if tokens_per_sequence is not None:
             at_least_one("tokens_per_sequence", tokens_per_sequence)
@@ -270,7 +278,9 @@ class MoEConfig:
             return self.split(dim).flops_per_token(dim, out_dim, tokens_per_sequence=tokens_per_sequence)
         group = self.capacity().group
         tokens_per_group = group if isinstance(group, int) else tokens_per_sequence if group == "sequence" else None
-        rows = self.router.rows_per_token(self.num_experts, tokens_per_group) * min(1.0, self.capacity_factor or 1.0)
+        rows = self.router.rows_per_token(self.num_experts, tokens_per_group)
+        shared_parts = self.expert.layer_flops_per_token(dim, rows, tokens_per_sequence)
+        rows *= min(1.0, self.capacity_factor or 1.0)
         layer = self.router.layer_flops_per_token(
             dim,
             self.expert.out_dim(dim) if out_dim is None else out_dim,
@@ -281,7 +291,7 @@ class MoEConfig:
         experts = rows * self._mean(lambda kind: kind.flops_per_row(dim, out_dim))
         experts += self._shared(lambda kind: kind.flops_per_row(dim, out_dim))
         gates = self.router.flops_per_token(dim, self.num_experts) + (0 if self.shared_gate == "none" else 2 * dim)
-        return gates + round(experts + layer)
+        return gates + round(experts + layer + shared_parts)
 
     def _mean(self, cost: Callable[[ExpertConfig], int]) -> float:
         """Return the mean cost of a routed expert."""
@@ -292,9 +302,10 @@ class MoEConfig:
         return self.num_shared_experts * cost(self.shared_expert or self.expert)
 
     def _own_params(self, dim: int, out_dim: int | None) -> int:
-        """Return the parameters of the router, of the shared gate and of the output's bias."""
+        """Return the parameters of the router, the shared gate and the output's bias, and those that all experts share."""
         bias = (self.expert.out_dim(dim) if out_dim is None else out_dim) if self.output_bias else 0
-        return self.router.num_params(dim, self.num_experts) + (0 if self.shared_gate == "none" else dim) + bias
+        gates = self.router.num_params(dim, self.num_experts) + (0 if self.shared_gate == "none" else dim)
+        return gates + bias + self.expert.layer_params(dim)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain dicts, lists and numbers, as in YAML: parts that may be of several classes name theirs."""

@@ -1,5 +1,6 @@
 """Experts with stacked parameters: one tensor holds a weight of all E experts. A config lies beside what it builds."""
 
+from .attention import AttentionExperts
 from .base import ExpertConfig, Experts
 from .clamped import ClampedSwiGLU
 from .costless import Constant, Copy, Zero
@@ -12,6 +13,7 @@ __all__ = [
     "GEGLU",
     "MLP",
     "ClampedSwiGLU",
+    "AttentionExperts",
     "Constant",
     "Copy",
     "ExpertConfig",

@@ -13,16 +13,17 @@ from ..contract import Rows
 from ..kernels import check_devices, linear
 from ..registry import OpenConfig
 
-Way = Literal["rows", "dense", "each", "merged"]
+Way = Literal["rows", "dense", "each", "merged", "queries", "outputs"]
 
 
 class Experts(nn.Module):
-    """Base of all experts. A layer asks them in one of four ways, always by a call, so that hooks run (FSDP2's too):
+    """Base of all experts. A layer asks them in one of these ways, always by a call, so that hooks run (FSDP2's too):
 
         experts(rows)                           rows sorted by expert, computed
         experts(x, "dense")                     every token through every expert, summed: shared experts
         experts(x, "each", counts, real_T)      every token through each expert: layers of several gates
         experts(x, "merged", weights_GE)        groups of tokens through an expert of weighted parameters
+        experts(rows, "queries"), "outputs"     the products before and after attention: ``AttentionHeads`` alone
 
     A subclass sets ``num_experts`` and writes ``compute_rows``; the base class does "dense" by "each" and "each" by
     rows, where a subclass may do better, and cannot do "merged" for it. See ``FFNExperts``.
@@ -49,21 +50,22 @@ class Experts(nn.Module):
 
         Raises:
             ValueError: a parameter is on another device than the tokens, rows are sorted by another number of experts
-                than are here, a way other than "rows" meets experts that are split over ranks, or experts that read
+                than are here, a way that takes tokens meets experts that are split over ranks, or experts that read
                 the context do not get one.
         """
-        tokens, local = x.x if way == "rows" else x, self.num_local_experts
+        of_rows, local = isinstance(x, Rows), self.num_local_experts
+        tokens = x.x if of_rows else x
         for tensors in (self._parameters, self._buffers):
             check_devices(tokens, type(self).__name__, tensors)
-        if way == "rows" and x.offsets_E.shape[0] != local:
+        if of_rows and x.offsets_E.shape[0] != local:
             raise ValueError(f"rows are sorted by {x.offsets_E.shape[0]} experts, and {local} are here")
-        if way != "rows" and local != self.num_experts:
+        if not of_rows and local != self.num_experts:
             raise ValueError(f"{local} of {self.num_experts} experts are here: they compute rows alone, not {way!r}")
-        if self.reads_context and (way != "rows" or x.context is None):
+        if self.reads_context and (not of_rows or x.context is None):
             raise ValueError(
                 f"{type(self).__name__} reads the context of each token, which this layer does not hand on"
             )
-        if way == "rows" and not self.takes_index:
+        if of_rows and not self.takes_index:
             x = x.materialized()
         return getattr(self, f"compute_{way}")(x, *args)
 
@@ -221,6 +223,23 @@ class ExpertConfig(OpenConfig):
     def flops_per_row(self, dim: int, out_dim: int | None = None) -> int:
         """Return the forward FLOPs of one expert on one row, two a multiply-add; activations are not counted."""
         raise NotImplementedError
+
+    def layer_params(self, dim: int) -> int:
+        """Return the parameters that all experts of a layer share, such as those of keys and values."""
+        return 0
+
+    def layer_flops_per_token(self, dim: int, rows_per_token: float, tokens_per_sequence: int | None) -> float:
+        """Return the forward FLOPs of a token in what the experts of a layer share.
+
+        Args:
+            dim: D.
+            rows_per_token: experts that a token takes, before capacity.
+            tokens_per_sequence: S.
+
+        Raises:
+            ValueError: they depend on ``tokens_per_sequence``, which is None.
+        """
+        return 0.0
 
 
 def local_tensor(t: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """The layers, and what a model's layers have in common: losses, bias updates, parameter counts."""
 
+from .attention import AttentionMoE
 from .dense import FeedForward
 from .losses import AuxLosses, aux_loss, aux_losses, update_expert_bias
 from .moe import MergedMoE, MoE, MoELayer, SoftMoE, active_params, moe_layers, set_capacity_factor
@@ -7,6 +8,7 @@ from .multi_gate import MultiGateLayer, MultiGateMoE, PLELayer, SelectedMultiGat
 from .shared import SharedGate
 
 __all__ = [
+    "AttentionMoE",
     "AuxLosses",
     "FeedForward",
     "MergedMoE",

@@ -265,13 +265,8 @@ class MoE(MoELayer):
             ValueError: ``x`` has one dimension or another width than ``dim``, or ``valid_BS`` is of another shape or
                 not bool.
         """
-        if x.ndim < 2:
-            raise ValueError(f"x has shape {tuple(x.shape)}: an MoE layer needs at least (tokens, dim)")
-        self._check_width(x)
-        x_BSD = x.unsqueeze(0) if x.ndim == 2 else x.flatten(0, -3)
+        x_BSD = self._sequences(x, context)
         valid_BS = None if context is None else context.valid_BS
-        if valid_BS is not None:
-            check_valid(valid_BS, (x_BSD.shape[:2],), "tokens")
         routing = self.router(x_BSD, context)
         if self.shared_experts is not None and valid_BS is not None:
             # Padding may hold NaN, which would reach the weight gradients.
@@ -285,6 +280,16 @@ class MoE(MoELayer):
             shared = self.shared_experts(x, "dense")
             y = y + shared if self.shared_gate is None or gate is None else self.shared_gate.combine(gate, y, shared)
         return y if self.output_bias is None else y + self.output_bias.to(y.dtype)
+
+    def _sequences(self, x: Tensor, context: RoutingContext | None) -> Tensor:
+        """Return the tokens as (B, S, D), checked with the padding's shape."""
+        if x.ndim < 2:
+            raise ValueError(f"x has shape {tuple(x.shape)}: an MoE layer needs at least (tokens, dim)")
+        self._check_width(x)
+        x_BSD = x.unsqueeze(0) if x.ndim == 2 else x.flatten(0, -3)
+        if context is not None and context.valid_BS is not None:
+            check_valid(context.valid_BS, (x_BSD.shape[:2],), "tokens")
+        return x_BSD
 
     def _compute(self, x_BSD: Tensor, routing: Any, context: RoutingContext | None) -> Tensor:
         """Return (B, S, D) tokens after the routed experts, (B, S, D_out)."""

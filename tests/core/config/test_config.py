@@ -245,15 +245,15 @@ def test_a_layers_backend_is_that_of_all_its_parts_and_is_changed_in_one_place()
 
 
 def test_experts_of_a_kind_of_their_own_name_their_layer(monkeypatch):
-    class Attending(MoE):
-        """The layer of experts that attend."""
+    class Waves(MoE):
+        """The layer of experts that wave."""
 
-    monkeypatch.setattr(FFN, "layer_kind", "attention")
-    with pytest.raises(ValueError, match=r"^FFN computes attention: not with the pairs of TokenChoice"):
+    monkeypatch.setattr(FFN, "layer_kind", "waves")
+    with pytest.raises(ValueError, match=r"^FFN computes waves: not with the pairs of TokenChoice"):
         MoEConfig(4)
-    with pytest.raises(ValueError, match=r"^FFN computes attention: not in multi-gate layers$"):
+    with pytest.raises(ValueError, match=r"^FFN computes waves: not in multi-gate layers$"):
         MMoE(4, FFN())
-    monkeypatch.setitem(LAYERS, ("pairs", "attention"), Attending)
-    assert type(MoEConfig(4).build(8)) is Attending
-    with pytest.raises(ValueError, match=r"^FFN computes attention: not with the slots of SoftSlots"):
+    monkeypatch.setitem(LAYERS, ("pairs", "waves"), Waves)
+    assert type(MoEConfig(4).build(8)) is Waves
+    with pytest.raises(ValueError, match=r"^FFN computes waves: not with the slots of SoftSlots"):
         MoEConfig(4, SoftSlots())

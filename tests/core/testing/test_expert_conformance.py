@@ -150,3 +150,5 @@ def test_check_expert_names_each_property_that_fails():
 def test_experts_that_do_not_fit_are_refused_before_anything_is_checked():
     with pytest.raises(ValueError, match="sum to 2, not to num_experts=4"):
         properties(Mixed((FFN(), Zero()), (1, 1)), num_experts=4)
+    # Those of another kind have a layer of their own, and its tests.
+    assert {kind for kind in kinds() if kind.layer_kind == "rows"} == {type(config) for config in CASES.values()}
