@@ -32,7 +32,9 @@ OTHERS = [p for p in FILES if p not in ROUTING]
 OVERLAYS = [p for p in OTHERS if "class_path" not in (yaml.safe_load(p.read_text()).get("model") or {})]
 WHOLE = [p for p in OTHERS if p not in OVERLAYS]
 BASE = ROOT / "configs" / "vision" / "digits.yaml"
+TEXT_BASE = ROOT / "configs" / "nlp" / "text_mixtral_like.yaml"  # for overlays with options of a text model
 TABLE_BASE = ROOT / "configs" / "recsys" / "synthetic.yaml"  # for overlays with options of a recommender
+SPECIAL_BASES = {"embedding:": TABLE_BASE, "attention_moe:": TEXT_BASE}
 
 
 def name(path: Path) -> str:
@@ -87,7 +89,9 @@ def test_a_configuration_builds(path, monkeypatch, tmp_path):
 @pytest.mark.parametrize("path", OVERLAYS, ids=name)
 def test_an_overlay_builds_over_a_configuration(path, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    base = TABLE_BASE if "embedding:" in path.read_text() else BASE
+    base = next((b for word, b in SPECIAL_BASES.items() if word in path.read_text()), BASE)
+    if base is TEXT_BASE:
+        no_data(monkeypatch)
     with quiet():
         cli = build("fit", ["--config", str(base), "--config", str(path)])
     assert cli.run_dir == Path("runs") / f"{base.stem}-{path.stem}"

@@ -221,7 +221,10 @@ class Cache:
         self.store = store.flatten(2, 3)
         self._hidden_NS = {layer: of.index_select(0, sentence_N) for layer, of in self._hidden_NS.items()}
         if self.memory_bias is not None:
-            self.memory_bias = self.memory_bias.unflatten(0, (N, Hkv)).index_select(0, sentence_N).flatten(0, 1)
+            assert self.memory is not None
+            # Attention experts may have other numbers of heads than the cross-attention.
+            of_sentences = self.memory_bias.unflatten(0, (N, self.memory.shape[3]))
+            self.memory_bias = of_sentences.index_select(0, sentence_N).flatten(0, 1)
         self.task_ids_R = _select(self.task_ids_R, row_NK.flatten())
         self.domain_ids_R = _select(self.domain_ids_R, row_NK.flatten())
 

@@ -16,6 +16,7 @@ from apps.nets.blocks import feed
 from apps.nets.config import TransformerConfig
 from apps.nets.decode_cache import Cache, has_numbers
 from apps.nets.depths import DepthGate, Entered
+from apps.nets.expert_attention import ExpertAttention, attention_experts
 from apps.nets.packing import Packing
 from apps.nets.positions import RelativeBias, added_positions, rotations
 
@@ -133,7 +134,9 @@ class Layer(nn.Module):
 
     def mix(self, x: Tensor, given: Pass) -> Tensor:
         """Return x with the mixing of the positions added."""
-        return x + self.dropout(self.mixing(self.mixing_norm(x), given.mask, given.rotations, given.packing))
+        # Experts need to know the tokens beside the packing that others ask for.
+        known = given.context if isinstance(self.mixing, ExpertAttention) else given.packing
+        return x + self.dropout(self.mixing(self.mixing_norm(x), given.mask, given.rotations, known))
 
     def look(self, x_BLD: Tensor, given: Pass) -> Tensor:
         """Return x with the cross-attention added."""
@@ -194,7 +197,8 @@ class Layer(nn.Module):
         context: core.RoutingContext,
     ) -> Tensor:
         """Map one position of the rows that enter the layer; the others come out as anything."""
-        x_RD = x_RD + self.mixing.step(self.mixing_norm(x_RD), cache, index, bias, rotations)
+        known = (context,) if isinstance(self.mixing, ExpertAttention) else ()
+        x_RD = x_RD + self.mixing.step(self.mixing_norm(x_RD), cache, index, bias, rotations, *known)
         if cache.memory is not None:
             norm, attention = self._cross()
             x_RD = x_RD + attention.step(norm(x_RD), cache.memory[index], cache.copies, cache.memory_bias)
@@ -210,6 +214,7 @@ class Stack(nn.Module):
         causal: a position sees those before it alone.
         cross: the layers attend to a memory as well.
         depth_gates: of each layer, chooses the tokens that enter it; None: all enter all layers.
+        attention: the attention experts of all layers; None: they have ``SelfAttention``.
     """
 
     def __init__(
@@ -220,17 +225,25 @@ class Stack(nn.Module):
         causal: bool,
         cross: bool,
         depth_gates: Sequence[DepthGate | None] | None = None,
+        attention: core.MoEConfig | None = None,
     ) -> None:
         super().__init__()
         self.config, self.causal = config, causal
+        self.head_dim = config.shape.head_dim if attention is None else attention_experts(attention).head_dim
+        # All heads of experts have the mask of one.
+        self.masked_heads = config.shape.num_heads if attention is None else 1
         self.num_heads, self.num_kv_heads = config.shape.num_heads, config.shape.num_kv_heads
         self.embed_scale = config.shape.dim**0.5 if config.scale_embeddings else 1.0
         self.positions = added_positions(config)
         self.relative = RelativeBias(config, causal) if config.positions == "relative" else None
         self.embed_dropout = nn.Dropout(config.dropout if config.embed_dropout is None else config.embed_dropout)
         gates = [None] * len(ffns) if depth_gates is None else depth_gates
+        mixings = [None if attention is None else ExpertAttention(config, attention, causal=causal) for _ in ffns]
         self.layers: Sequence[Layer] = nn.ModuleList(  # type: ignore[assignment]
-            [Layer(config, ffn, cross=cross, depth_gate=gate) for ffn, gate in zip(ffns, gates, strict=True)]
+            [
+                Layer(config, ffn, cross=cross, mixing=mixing, depth_gate=gate)
+                for ffn, mixing, gate in zip(ffns, mixings, gates, strict=True)
+            ]
         )
         self.norm = build_norm(config)
 
@@ -275,7 +288,7 @@ class Stack(nn.Module):
         # Padding comes after the real tokens, so a causal mask hides it from them already.
         mask = self_mask(
             x_BLD,
-            self.num_heads,
+            self.masked_heads,
             valid_BL=None if self.causal else context.valid_BS,
             causal=self.causal,
             relative_HLL=None if self.relative is None else self.relative(L),
@@ -294,7 +307,7 @@ class Stack(nn.Module):
     def _rotations(self, start: int, length: int, like: Tensor) -> Tensor | None:
         if self.config.positions != "rotary":
             return None
-        return rotations(start, length, self.config.shape.head_dim, self.config.rotary_base, like)
+        return rotations(start, length, self.head_dim, self.config.rotary_base, like)
 
     def step(self, x_RD: Tensor, token_R: Tensor, valid_R: Tensor, cache: Cache) -> Tensor:
         """Map the next position's (R, D) embeddings to the (R, D) normed output; the cache grows by it."""

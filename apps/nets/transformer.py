@@ -19,6 +19,7 @@ from apps.nets.blocks import FFNConfig, ffn_configs, resolve_blocks
 from apps.nets.config import TransformerConfig
 from apps.nets.decode_cache import Cache, Memory
 from apps.nets.depths import DepthGate, MixtureOfDepths, depth_gates
+from apps.nets.expert_attention import ExpertAttention, attention_experts, check_attention
 from apps.nets.layers import Stack
 from apps.nets.place import Place, check_fits
 from apps.nets.positions import Learned, RelativeBias
@@ -36,6 +37,7 @@ class _Decoding(nn.Module):
 
     config: TransformerConfig
     moe: core.MoEConfig | None
+    attention_moe: core.MoEConfig | None
     decoder: Stack
     output: nn.Linear | None
 
@@ -71,13 +73,20 @@ class _Decoding(nn.Module):
         Raises:
             ValueError: it goes by more than the token itself and its sentence's task and domain.
         """
-        if self.moe is not None and core.moe_layers(self.decoder):
-            check_fits(Place(type(self).__name__, decodes_stepwise=True), self.moe.router)
+        place = Place(type(self).__name__, decodes_stepwise=True)
+        if self.moe is not None and any(isinstance(layer.ffn, core.MoELayer) for layer in self.decoder.layers):
+            check_fits(place, self.moe.router)
+        if self.attention_moe is not None:
+            check_fits(place, self.attention_moe.router)
 
     def _new_cache(self, num_sentences: int, like: Tensor, **kept: Tensor | None) -> Cache:
         shape = self.config.shape
-        size = (shape.decoder_layers, 2, num_sentences * shape.num_kv_heads, SLOTS, shape.head_dim)
-        return Cache(like.new_empty(size, dtype=product_dtype(like)), shape.num_kv_heads, shape.group, **kept)
+        heads, group, width = shape.num_kv_heads, shape.group, shape.head_dim
+        if self.attention_moe is not None:  # one set of keys and values, whichever experts read them
+            expert = attention_experts(self.attention_moe)
+            heads, group, width = expert.heads_per_expert, 1, expert.head_dim
+        size = (shape.decoder_layers, 2, num_sentences * heads, SLOTS, width)
+        return Cache(like.new_empty(size, dtype=product_dtype(like)), heads, group, **kept)
 
     @torch.no_grad()
     def step(self, token_R: Tensor, cache: Cache) -> Tensor:
@@ -121,6 +130,9 @@ class _Decoding(nn.Module):
         for module in self.modules():
             if isinstance(module, core.Experts):
                 module.init_each(nn.init.xavier_uniform_)
+        for module in self.modules():
+            if isinstance(module, ExpertAttention):
+                module.reset_heads()
         if self.output is not None:
             nn.init.normal_(self.output.weight, std=self.config.shape.dim**-0.5)
 
@@ -136,6 +148,7 @@ class TranslationModel(_Decoding):
         encoder_moe_blocks, decoder_moe_blocks: which blocks: "everyN", "lastN", "all", "none" or indices, as
             ``apps.nets.blocks.resolve_blocks`` has them; "every2" is blocks 1, 3, 5, ... Without ``ffn`` they are not
             asked.
+        attention_moe: attention experts in place of the self-attention of all blocks; None: there are none.
 
     Raises:
         ValueError: a value out of its range, or a combination that cannot be built.
@@ -155,8 +168,10 @@ class TranslationModel(_Decoding):
         ffn: FFNConfig | None = None,
         encoder_moe_blocks: Blocks = "every2",
         decoder_moe_blocks: Blocks = "every2",
+        attention_moe: core.MoEConfig | None = None,
     ) -> None:
         super().__init__()
+        _check_moe(config, ffn, attention_moe)
         _check(source_vocab=source_vocab, target_vocab=target_vocab)
         if target_vocab is not None and config.tie in ("all", "inputs"):
             raise ValueError(
@@ -164,6 +179,7 @@ class TranslationModel(_Decoding):
                 "data.tokenizer.joint=false makes, tie is 'decoder' or 'none'"
             )
         self.config, self.moe = config, ffn if isinstance(ffn, core.MoEConfig) else None
+        self.attention_moe = attention_moe
         shape = config.shape
         self.source_vocab = source_vocab
         self.target_vocab = source_vocab if target_vocab is None else target_vocab
@@ -180,8 +196,12 @@ class TranslationModel(_Decoding):
         self.target_embed = (
             None if config.tie in ("all", "inputs") else nn.Embedding(self.target_vocab, shape.dim, padding_idx=PAD_ID)
         )
-        self.encoder = _stack(config, shape.encoder_layers, ffn, self.encoder_moe_blocks, causal=False, cross=False)
-        self.decoder = _stack(config, shape.decoder_layers, ffn, self.decoder_moe_blocks, causal=True, cross=True)
+        self.encoder = _stack(
+            config, shape.encoder_layers, ffn, self.encoder_moe_blocks, attention_moe, causal=False, cross=False
+        )
+        self.decoder = _stack(
+            config, shape.decoder_layers, ffn, self.decoder_moe_blocks, attention_moe, causal=True, cross=True
+        )
         own_output = config.tie in ("inputs", "none")
         self.output = cpu.Linear(shape.dim, self.target_vocab, bias=False) if own_output else None
         self.reset_parameters()
@@ -259,6 +279,7 @@ class LanguageModel(_Decoding):
         moe_blocks: which blocks, as in ``TranslationModel``.
         depths: gates of the blocks that few tokens enter, with a predictor; None: all tokens enter all blocks.
         depth_blocks: which blocks those are.
+        attention_moe: as in ``TranslationModel``.
 
     Raises:
         ValueError: a value out of its range, or a combination that cannot be built.
@@ -273,15 +294,20 @@ class LanguageModel(_Decoding):
         moe_blocks: Blocks = "all",
         depths: MixtureOfDepths | None = None,
         depth_blocks: Blocks = "every2",
+        attention_moe: core.MoEConfig | None = None,
     ) -> None:
         super().__init__()
+        _check_moe(config, ffn, attention_moe)
         _check(vocab=vocab)
+        if depths is not None and attention_moe is not None:
+            raise ValueError("depths and attention_moe do not go together: attention experts see all tokens of a layer")
         if depths is not None and not depths.predictor:
             raise ValueError(
                 "depths.predictor=False lets later tokens change earlier ones: a causal decoder needs "
                 "depths.predictor=true"
             )
         self.config, self.moe, self.vocab = config, ffn if isinstance(ffn, core.MoEConfig) else None, vocab
+        self.attention_moe = attention_moe
         depth = config.shape.decoder_layers
         self.moe_blocks = () if ffn is None else resolve_blocks(moe_blocks, depth, optional=True)
         if ffn is not None and not self.moe_blocks:
@@ -289,7 +315,7 @@ class LanguageModel(_Decoding):
         self.embed = nn.Embedding(vocab, config.shape.dim, padding_idx=PAD_ID)
         self.depths = depths
         gates = depth_gates(depths, depth_blocks, depth, config.shape.dim)
-        self.decoder = _stack(config, depth, ffn, self.moe_blocks, causal=True, cross=False, gates=gates)
+        self.decoder = _stack(config, depth, ffn, self.moe_blocks, attention_moe, causal=True, cross=False, gates=gates)
         self.output = cpu.Linear(config.shape.dim, vocab, bias=False) if config.tie == "none" else None
         self.reset_parameters()
 
@@ -320,6 +346,7 @@ def _stack(
     depth: int,
     ffn: FFNConfig | None,
     moe_blocks: tuple[int, ...],
+    attention: core.MoEConfig | None,
     *,
     causal: bool,
     cross: bool,
@@ -327,7 +354,14 @@ def _stack(
 ) -> Stack:
     configs = ffn_configs(config.dense_ffn, depth, ffn, moe_blocks)
     ffns = [c.build(config.shape.dim, causal=causal) for c in configs]
-    return Stack(config, ffns, causal=causal, cross=cross, depth_gates=gates)
+    return Stack(config, ffns, causal=causal, cross=cross, attention=attention, depth_gates=gates)
+
+
+def _check_moe(config: TransformerConfig, ffn: FFNConfig | None, attention: core.MoEConfig | None) -> None:
+    check_attention(config, attention)
+    if isinstance(ffn, core.MoEConfig) and ffn.expert.layer_kind != "rows":
+        name = type(ffn.expert).__name__
+        raise ValueError(f"moe.expert is {name}, which is no FFN: AttentionExperts stand in attention_moe")
 
 
 def _check(**vocabularies: int | None) -> None:

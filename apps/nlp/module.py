@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -56,17 +57,25 @@ class TextModule(SparseModule, Comparable):
         ema_decay: float | None,
         average_last: int | None,
         pretrained: str | None,
+        attention_moe: core.MoEConfig | None,
     ) -> None:
         super().__init__(optimizer=optimizer, ema_decay=ema_decay, average_last=average_last)
         if not 0.0 <= label_smoothing < 1.0:
             raise ValueError(f"label_smoothing={label_smoothing} is not in [0, 1)")
         if subwords is None:
             raise ValueError("subwords=None: they come from the data (data.subwords)")
+        if pretrained is not None and attention_moe is not None:
+            raise ValueError(f"pretrained={pretrained!r} has no weights for the heads of attention_moe")
         self.subwords, self.transformer, self.moe = subwords, transformer or TransformerConfig(), moe
+        self.attention_moe = attention_moe
         self.label_smoothing, self.decode, self.pretrained = label_smoothing, decode, pretrained
 
-    def _put_in_place(self, place: Place) -> None:
+    def _put_in_place(self, place: Place, decodes_stepwise: bool = False) -> None:
         """Say where the routers work, and refuse one that cannot work there.
+
+        Args:
+            place: where those in place of FFNs work.
+            decodes_stepwise: as in ``Place``, of those of the decoder's attention.
 
         Raises:
             ValueError: as ``check_fits`` and ``check_layers``.
@@ -74,7 +83,10 @@ class TextModule(SparseModule, Comparable):
         self.place = place
         if self.moe is not None:
             check_fits(place, self.moe.router, self.moe.balance)
-            check_layers(place, self.model)
+        if self.attention_moe is not None:
+            in_decoder = dataclasses.replace(place, is_causal=True, decodes_stepwise=decodes_stepwise)
+            check_fits(in_decoder, self.attention_moe.router, self.attention_moe.balance)
+        check_layers(place, self.model)
 
     # ---- the loss
 
@@ -231,6 +243,12 @@ class TextModule(SparseModule, Comparable):
         self.starts_afresh = False
 
     # ---- comparisons
+
+    @property
+    def moe_block_names(self) -> tuple[str, ...]:
+        """Return the names of the MoE layers in place of FFNs: a comparison leaves the attention as it is."""
+        layers = core.moe_layers(self)
+        return tuple(name for name, layer in layers.items() if not isinstance(layer, core.AttentionMoE))
 
     def routed_layers(self) -> RoutedLayers | None:
         return None if self.moe is None else RoutedLayers(self.moe, self.transformer.shape.dim, self.place)

@@ -74,6 +74,8 @@ def gate_weights(routing: Any) -> Tensor:
 
 
 def layer_label(layer: str) -> str:
-    """Return "block 3" for ``blocks.3.mlp`` and "decoder 3" for ``decoder.layers.3.ffn``; other names as they are."""
+    """Return "block 3" for ``blocks.3.mlp``, "decoder 3" for ``decoder.layers.3.ffn`` and "decoder 3 attention" for
+    ``decoder.layers.3.mixing.heads``; other names as they are."""
     match = re.search(r"(?:^|\.)(?:blocks|(encoder|decoder)\.layers)\.(\d+)\.", layer)
-    return f"{match[1] or 'block'} {match[2]}" if match else layer
+    part = " attention" if layer.endswith(".mixing.heads") else ""
+    return f"{match[1] or 'block'} {match[2]}{part}" if match else layer

@@ -95,6 +95,8 @@ class LanguageModeler(TextModule):
         transformer: the network around the MoE layers; of its layers the decoder's count.
         moe: the MoE layer that replaces the FFN of some layers; None: a dense model. Its router must be causal.
         moe_blocks: which layers: "everyN" (every N-th), "lastN", "all", "none" or indices.
+        attention_moe: experts in place of the self-attention of all layers, whose expert is ``core.AttentionExperts``;
+            None: there are none.
         dense_ffn: the FFN of those blocks in a dense model, as in the baselines; None: that of the others.
         depths: gates of the layers that few tokens enter (Mixture-of-Depths), which need ``predictor: true``; None:
             all tokens enter all layers.
@@ -132,6 +134,7 @@ class LanguageModeler(TextModule):
         ema_decay: float | None = None,
         average_last: int | None = None,
         pretrained: str | None = None,
+        attention_moe: core.MoEConfig | None = None,
     ) -> None:
         published = published_network(pretrained, transformer, dense_ffn, is_language_model=True)
         if published is not None:  # kept for the checkpoint, which is read without the folder
@@ -148,6 +151,7 @@ class LanguageModeler(TextModule):
             ema_decay=ema_decay,
             average_last=average_last,
             pretrained=pretrained,
+            attention_moe=attention_moe,
         )
         self.moe_blocks = moe_blocks
         self.model = LanguageModel(
@@ -157,6 +161,7 @@ class LanguageModeler(TextModule):
             moe_blocks=moe_blocks,
             depths=depths,
             depth_blocks=depth_blocks,
+            attention_moe=attention_moe,
         )
         self._put_in_place(Place(type(self).__name__, ("token_ids_BS",), is_causal=True))
 

@@ -55,6 +55,8 @@ def dense_of_task(model: TranslationModel, task: int) -> TranslationModel:
     """
     if model.moe is None:
         raise ValueError("the model is dense already: it has no tasks to take out")
+    if model.attention_moe is not None:
+        raise ValueError("attention_moe chooses heads token by token: no dense model does")
     moe = model.moe.split(model.config.shape.dim)
     if not isinstance(moe.router, core.Task):
         raise ValueError(f"router {moe.router.source()} does not decide by the task alone, as Task does")

@@ -68,6 +68,8 @@ class Translator(TextModule):
         transformer: the network around the MoE layers.
         moe: the MoE layer that replaces the FFN of some layers; None: a dense model.
         encoder_moe_blocks, decoder_moe_blocks: which layers: "everyN" (every N-th), "lastN", "all", "none" or indices.
+        attention_moe: experts in place of the self-attention of all layers, whose expert is ``core.AttentionExperts``;
+            None: there are none.
         dense_ffn: the FFN of those blocks in a dense model, as in the baselines; None: that of the others.
         tasks: what a task is to routers that ask for one: the language "pair", or the "source" or the "target"
             language. The target language is the domain.
@@ -113,6 +115,7 @@ class Translator(TextModule):
         average_last: int | None = None,
         pretrained: str | None = None,
         report: TranslationReportConfig | None = _REPORT,
+        attention_moe: core.MoEConfig | None = None,
     ) -> None:
         published = published_network(pretrained, transformer, dense_ffn, is_language_model=False)
         if published is not None:  # kept for the checkpoint, which is read without the folder
@@ -131,6 +134,7 @@ class Translator(TextModule):
             ema_decay=ema_decay,
             average_last=average_last,
             pretrained=pretrained,
+            attention_moe=attention_moe,
         )
         check_name("val_decode", val_decode, ["greedy", "as_test"])
         self.bleu_tokenizers = bleu_tokenizers(pairs, bleu_tokenize)
@@ -147,6 +151,7 @@ class Translator(TextModule):
             ffn=one_ffn(moe, dense_ffn),
             encoder_moe_blocks=encoder_moe_blocks,
             decoder_moe_blocks=decoder_moe_blocks,
+            attention_moe=attention_moe,
         )
         self._put_in_place(
             Place(
@@ -157,7 +162,8 @@ class Translator(TextModule):
                 num_tasks=len(set(task_P)),
                 num_domains=len(set(domain_P)),
                 data=f"the pairs {', '.join(self.pairs)} by tasks={tasks!r}",
-            )
+            ),
+            decodes_stepwise=True,
         )
         self._references: list[str] | None = None
         # The model in another dtype, for the length of one pass: a list, so that it is no part of the module.

@@ -22,6 +22,12 @@ KINDS = {
         **{"positions": "relative", "relative_buckets": 8, "relative_max_distance": 16},
         **{"num_heads": 4, "head_dim": 8, "num_kv_heads": 2},
     },
+    "attention experts": {"positions": "rotary", "num_heads": 4},
+    "attention experts, unequal numbers": {"positions": "learned"},
+}
+ATTENTION = {
+    "attention experts": core.MoEConfig(4, core.TokenChoice(2), core.AttentionExperts(6, 3)),
+    "attention experts, unequal numbers": core.MoEConfig(3, core.Threshold(0.4), core.AttentionExperts(4, 1)),
 }
 
 
@@ -29,7 +35,8 @@ def build(kind="sinusoidal"):
     torch.manual_seed(0)
     config = TransformerConfig("nano", dim=16, hidden_dim=16, **KINDS[kind])
     moe = core.MoEConfig(4, core.Task(num_tasks=2, top_k=2))
-    return TranslationModel(config, source_vocab=VOCAB, ffn=moe).double().eval()
+    model = TranslationModel(config, source_vocab=VOCAB, ffn=moe, attention_moe=ATTENTION.get(kind))
+    return model.double().eval()
 
 
 class Search:

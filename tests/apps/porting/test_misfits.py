@@ -113,6 +113,12 @@ def test_another_vocabulary_is_refused(tmp_path):
             "router Hash cannot be said in switch_transformers, which has TokenChoice",
         ),
         (
+            lambda: LanguageModel(
+                MIXTRAL, vocab=VOCAB, attention_moe=core.MoEConfig(4, expert=core.AttentionExperts(4))
+            ),
+            "attention_moe cannot be said in mistral, whose heads are fixed",
+        ),
+        (
             lambda: TranslationModel(T5, source_vocab=VOCAB, ffn=core.DenseFFN(64)),
             "encoder.layers.1.ffn.w_in.weight of shape (64, 64) is (128, 64) in t5",
         ),

@@ -166,6 +166,44 @@ def test_baselines_cost_what_they_say(data):
     assert module.with_moe(core.MoEConfig(2)).moe.num_experts == 2
 
 
+ATTENTION = core.MoEConfig(
+    4, core.TokenChoice(2), core.AttentionExperts(8, 2), balance=core.Balance(load_balancing=0.01)
+)
+
+
+def test_attention_experts_train_beside_the_others_and_a_comparison_leaves_them(data, tmp_path):
+    module = modeler(data, attention_moe=ATTENTION, decode=DecodeConfig("beam", beam_size=3, max_length_extra=4))
+    assert list(core.moe_layers(module)) == [
+        *("model.decoder.layers.0.mixing.heads", "model.decoder.layers.1.mixing.heads", "model.decoder.layers.1.ffn")
+    ]
+    assert module.moe_block_names == ("model.decoder.layers.1.ffn",)
+    systems = {s.name: s for s in find_systems(module, TextBatch(torch.randint(4, 290, (3, 17)), torch.arange(3)))}
+    assert systems["dense_equal_flops"].replaced_ratio == pytest.approx(1, abs=0.05)
+    dense = module.baselines()["dense_equal_flops"].build()
+    assert [type(layer) for layer in core.moe_layers(dense).values()] == [core.AttentionMoE] * 2
+    made = trainer(tmp_path, limit_val_batches=2)
+    before = module.model.decoder.layers[0].mixing.heads.experts.w_q.detach().clone()
+    made.fit(module, data)
+    assert math.isfinite(made.callback_metrics["val/perplexity"])
+    assert not torch.equal(module.model.decoder.layers[0].mixing.heads.experts.w_q, before)
+    again = LanguageModeler.load_from_checkpoint(tmp_path / "last.ckpt")
+    assert again.attention_moe == ATTENTION
+    prompts = ["one two", "spring"]
+    assert again.predict(prompts) == module.eval().predict(prompts)
+    alone = modeler(data, None, attention_moe=ATTENTION)
+    assert alone.routed_layers() is None
+    assert alone.baselines() == {}
+
+
+def test_attention_experts_that_do_not_fit_are_refused(data):
+    for router, message in (
+        (core.Task(num_tasks=2), r"router Task \(.*\) needs context.task_ids_B, which"),
+        (core.ExpertChoice(), "lets later tokens change earlier ones: not for a causal decoder"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            modeler(data, attention_moe=dataclasses.replace(ATTENTION, router=router, balance=core.Balance()))
+
+
 def test_alternatives_come_with_a_prediction_and_as_lines_of_their_own(data):
     module = modeler(data, decode=DecodeConfig(beam_size=3, num_best=2, max_length_extra=4)).eval()
     prompt = text_data(Path(data.root), text="one two")

@@ -92,6 +92,14 @@ def test_what_no_dense_model_says_is_refused(model, message):
         dense_of_task(model(), 0)
 
 
+def test_a_model_with_attention_experts_is_refused():
+    heads = core.MoEConfig(4, expert=core.AttentionExperts(4))
+    moe = core.MoEConfig(4, TASK, RELU)
+    model = TranslationModel(TransformerConfig("nano", dim=16), source_vocab=20, ffn=moe, attention_moe=heads)
+    with pytest.raises(ValueError, match=r"^attention_moe chooses heads token by token: no dense model does$"):
+        dense_of_task(model, 0)
+
+
 def test_a_task_that_there_is_not_is_refused():
     with pytest.raises(ValueError, match=r"task=3 is not in range\(3\)"):
         dense_of_task(task_model(), 3)

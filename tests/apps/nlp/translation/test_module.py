@@ -476,6 +476,30 @@ def test_a_checkpoint_brings_its_subwords_along(data, tmp_path):
     assert torch.equal(again.model.source_embed.weight, module.model.source_embed.weight)
 
 
+def test_attention_experts_train_translate_and_are_in_the_report(data, tmp_path):
+    attention = core.MoEConfig(4, core.TokenChoice(2), core.AttentionExperts(8, 2))
+    module = translator(data, attention_moe=attention)
+    made = Trainer(
+        max_steps=3,
+        limit_val_batches=1,
+        limit_test_batches=2,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=str(tmp_path),
+    )
+    made.fit(module, data)
+    made.test(module, data, verbose=False)
+    assert 0 <= made.callback_metrics["test/bleu"] <= 100
+    assert len(module.predict(["red blue", "green"], beam_size=3)) == 2
+    with pytest.raises(ValueError, match="a token's experts depend on its place; take another router for the decoder"):
+        translator(data, attention_moe=dataclasses.replace(attention, router=core.Random()))
+    with pytest.raises(ValueError, match=r"^pretrained='nowhere' has no weights for the heads of attention_moe$"):
+        translator(data, attention_moe=attention, transformer=TRANSFORMER, pretrained="nowhere")
+
+
 def test_it_learns_to_copy(data, tmp_path, capsys):
     # The whole path: files, subwords, training, validation, test, report, a prediction in order.
     module = translator(data, decode=DecodeConfig(beam_size=2), average_last=2)

@@ -1,0 +1,131 @@
+"""Self-attention of experts: heads that are chosen token by token, with keys and values that all of them share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+import core
+from apps.nets.attention import Mask, attend, attention_weights
+from apps.nets.config import TransformerConfig
+from apps.nets.decode_cache import Cache
+from apps.nets.positions import rotate
+
+
+def attention_experts(moe: core.MoEConfig) -> core.AttentionExperts:
+    """Return the experts of an ``attention_moe``.
+
+    Raises:
+        ValueError: they do not attend.
+    """
+    if not isinstance(moe.expert, core.AttentionExperts):
+        raise ValueError(f"attention_moe.expert is {type(moe.expert).__name__}, and must be AttentionExperts")
+    return moe.expert
+
+
+def check_attention(config: TransformerConfig, moe: core.MoEConfig | None) -> None:
+    """Refuse attention experts that cannot stand in a transformer.
+
+    Raises:
+        ValueError: experts that do not attend, positions that are biases of fixed heads, or an odd head that is to be
+            rotated.
+    """
+    if moe is None:
+        return
+    expert = attention_experts(moe)
+    if config.positions == "relative":
+        raise ValueError("positions='relative' has a bias for each head, which attention_moe's chosen heads have not")
+    if config.positions == "rotary" and expert.head_dim % 2:
+        raise ValueError(f"attention_moe.expert.head_dim={expert.head_dim} must be even for positions='rotary'")
+
+
+class ExpertAttention(nn.Module):
+    """A ``core.AttentionMoE`` in place of ``SelfAttention``, with the transformer's positions, dropout and cache.
+
+    Args:
+        config: the transformer: its rotations, score scale and dropout; its numbers of heads are not asked.
+        moe: the attention experts and their router.
+        causal: the stack is.
+    """
+
+    def __init__(self, config: TransformerConfig, moe: core.MoEConfig, *, causal: bool) -> None:
+        super().__init__()
+        check_attention(config, moe)
+        self.dropout = config.attn_dropout
+        head_dim = attention_experts(moe).head_dim
+        self.scale = head_dim**-0.5 if config.attention_scale is None else config.attention_scale
+        heads = moe.build(config.shape.dim, causal=causal)
+        assert isinstance(heads, core.AttentionMoE)
+        self.heads = heads
+
+    def reset_heads(self) -> None:
+        """Start queries, keys and values Xavier-uniform, each at ``1 / sqrt(2)`` of the usual scale."""
+        for weight in (*self.heads.kv.weight.chunk(2), *self.heads.experts.w_q):
+            nn.init.xavier_uniform_(weight, gain=2**-0.5)
+
+    def forward(self, x_BLD: Tensor, mask: Mask, rotations: Tensor | None, context: core.RoutingContext) -> Tensor:
+        """Map (B, L, D) to (B, L, D).
+
+        Args:
+            x_BLD: the tokens.
+            mask: for one head, the same for all.
+            rotations: those of ``positions.rotations``.
+            context: what the router may know of the tokens.
+        """
+
+        def attended(q_BLPhd: Tensor, k_BLhd: Tensor, v_BLhd: Tensor) -> Tensor:
+            q_BLPhd, k_BLhd = _rotated(q_BLPhd, k_BLhd, rotations)
+            P, h = q_BLPhd.shape[2:4]
+            own = mask
+            if mask.bias is not None and len(mask.bias) > 1:
+                own = Mask(mask.bias.repeat_interleave(P * h, 0), mask.causal)
+            q = q_BLPhd.permute(0, 3, 2, 1, 4).flatten(1, 2)
+            k, v = (t_BLhd.transpose(1, 2).repeat_interleave(P, 1) for t_BLhd in (k_BLhd, v_BLhd))
+            y = attend(q, k, v, own, self.scale, self.dropout if self.training else 0.0)
+            return y.unflatten(1, (h, P)).permute(0, 3, 2, 1, 4)
+
+        return self.heads(x_BLD, context, attend=attended)
+
+    def step(
+        self,
+        x_RD: Tensor,
+        cache: Cache,
+        layer: int,
+        bias: Tensor | None,
+        rotations: Tensor | None,
+        context: core.RoutingContext,
+    ) -> Tensor:
+        """Compute the next position of each row; the cache holds the one set of keys and values.
+
+        Args:
+            x_RD: (R, D).
+            cache: as in ``SelfAttention.step``, with the experts' heads and one query a key.
+            layer: of the stack: this one.
+            bias: ``cache.self_bias``.
+            rotations: of this position.
+            context: of (R, 1) tokens.
+
+        Returns:
+            (R, D).
+        """
+
+        def attended(q_R1Phd: Tensor, k_R1hd: Tensor, v_R1hd: Tensor) -> Tensor:
+            q_R1Phd, k_R1hd = _rotated(q_R1Phd, k_R1hd, rotations)
+            (R, _, P, h, d), K = q_R1Phd.shape, cache.copies
+            keys, values = cache.write(layer, torch.cat((k_R1hd, v_R1hd), 1))
+            N = R // K
+            q = q_R1Phd.reshape(N, K, P, h, d).permute(0, 3, 2, 1, 4).reshape(N * h, P * K, d)
+            # One query of each copy has the mask that its others have.
+            own = None if bias is None else bias.unsqueeze(1).expand(-1, P, -1, -1).flatten(1, 2)
+            y = torch.bmm(attention_weights(q, keys, Mask(own), self.scale), values)
+            return y.view(N, h, P, K, d).permute(0, 3, 2, 1, 4).reshape(R, 1, P, h, d)
+
+        return self.heads(x_RD.unsqueeze(1), context, attend=attended).squeeze(1)
+
+
+def _rotated(q_BLPhd: Tensor, k_BLhd: Tensor, rotations: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return queries and keys, turned by their positions where these are rotary."""
+    if rotations is None:
+        return q_BLPhd, k_BLhd
+    q_BLHd = rotate(q_BLPhd.flatten(2, 3), rotations.to(q_BLPhd.dtype))
+    return q_BLHd.unflatten(2, q_BLPhd.shape[2:4]), rotate(k_BLhd, rotations.to(k_BLhd.dtype))
