@@ -302,7 +302,7 @@ class MoEConfig:
         return self.num_shared_experts * cost(self.shared_expert or self.expert)
 
     def _own_params(self, dim: int, out_dim: int | None) -> int:
-        """Return the parameters of the router, the shared gate and the output's bias, and those that all experts share."""
+        """Return the parameters of router, shared gate and output's bias, and those that all experts share."""
         bias = (self.expert.out_dim(dim) if out_dim is None else out_dim) if self.output_bias else 0
         gates = self.router.num_params(dim, self.num_experts) + (0 if self.shared_gate == "none" else dim)
         return gates + bias + self.expert.layer_params(dim)

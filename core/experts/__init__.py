@@ -5,12 +5,14 @@ from .base import ExpertConfig, Experts
 from .clamped import ClampedSwiGLU
 from .costless import Constant, Copy, Zero
 from .ffn import FFN, GEGLU, FFNExperts, SwiGLU
+from .low_rank import IA3, LoRA
 from .mixed import Mixed
 from .mlp import MLP, MLPExperts
 
 __all__ = [
     "FFN",
     "GEGLU",
+    "IA3",
     "MLP",
     "ClampedSwiGLU",
     "AttentionExperts",
@@ -19,6 +21,7 @@ __all__ = [
     "ExpertConfig",
     "Experts",
     "FFNExperts",
+    "LoRA",
     "MLPExperts",
     "Mixed",
     "SwiGLU",

@@ -26,6 +26,7 @@ from .cpu.products import Linear, linear
 from .eager import (
     ACTIVATIONS,
     SCORE_FUNCS,
+    ALL_ACTIVATIONS,
     FFNWeights,
     RowIndex,
     Sorted,
@@ -147,6 +148,7 @@ def combine(y_RD: Tensor, rows: RowIndex, gates_R: Tensor | None, num_tokens: in
 
 __all__ = [
     "ACTIVATIONS",
+    "ALL_ACTIVATIONS",
     "BACKENDS",
     "FFNWeights",
     "Linear",

@@ -21,7 +21,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
 }
-"""``gelu_tanh`` is GELU's approximation, which some published models have."""
+"""Those that a feed-forward expert may have; ``gelu_tanh`` is GELU's approximation."""
 SCORE_FUNCS: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda logits: logits.softmax(-1),
     "sigmoid": torch.sigmoid,
@@ -29,6 +29,8 @@ SCORE_FUNCS: dict[str, Callable[[Tensor], Tensor]] = {
     "sqrt_softplus": lambda logits: F.softplus(logits).clamp_min(1e-30).sqrt(),
 }
 """The score functions of ``topk_gate``, of logits (..., E). Each is monotone: scores have the order of the logits."""
+ALL_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {**ACTIVATIONS, "identity": torch.clone}
+"""Those that kernels know: also none, as between the two products of low-rank experts. A copy, for it is written to."""
 _ACCUMULATE = {torch.bfloat16: torch.float32, torch.float16: torch.float32}
 
 
@@ -319,12 +321,12 @@ def expert_ffn(x: Tensor, rows: RowIndex, gates_R: Tensor, weights: FFNWeights, 
         rows: the token and the expert of each row.
         gates_R: (R,), the weight of each row.
         weights: the experts, which compute ``f_e``.
-        activation: a key of ``ACTIVATIONS``.
+        activation: a key of ``ALL_ACTIVATIONS``.
 
     Returns:
         (T, D_out), in the dtype of ``x``. Tokens without a row are zero.
     """
-    act, (w_in, w_out, b_in, b_out, w_gate) = ACTIVATIONS[activation], weights
+    act, (w_in, w_out, b_in, b_out, w_gate) = ALL_ACTIVATIONS[activation], weights
     y = torch.zeros(x.shape[0], w_out.shape[-1], dtype=accumulate_dtype(x.dtype), device=x.device)
     start = 0
     for e, end in enumerate(rows.offsets_E.tolist()):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .eager import (
-    ACTIVATIONS,
+    ALL_ACTIVATIONS,
     FFNWeights,
     RowIndex,
     accumulate_dtype,
@@ -132,7 +132,7 @@ def expert_linear(x_RD: Tensor, w: Tensor, offsets_E: Tensor, b: Tensor | None =
 
 def expert_ffn(x: Tensor, rows: RowIndex, gates_R: Tensor, weights: FFNWeights, activation: str) -> Tensor:
     """Compute ``eager.expert_ffn`` in grouped products over rows gathered once."""
-    act, (w_in, w_out, b_in, b_out, w_gate) = ACTIVATIONS[activation], weights
+    act, (w_in, w_out, b_in, b_out, w_gate) = ALL_ACTIVATIONS[activation], weights
     index_R, offsets_E = rows.row_index_R, rows.offsets_E
     x_R = x if index_R is None else x.index_select(0, index_R)
     live_R = torch.arange(x_R.shape[0], device=x.device) < offsets_E[-1]

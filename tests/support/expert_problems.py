@@ -14,6 +14,7 @@ EXPERTS = {
     "relu": ("relu", False, False),
     "gelu": ("gelu", False, False),
     "silu": ("silu", False, False),
+    "identity": ("identity", False, False),
     "relu+bias": ("relu", False, True),
     "gelu+bias": ("gelu", False, True),
     "silu+bias": ("silu", False, True),

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from .. import eager, grouped
-from ..eager import ACTIVATIONS, FFNWeights, RowIndex, accumulate_dtype
+from ..eager import ALL_ACTIVATIONS, FFNWeights, RowIndex, accumulate_dtype
 from ..transforms import is_watched
 from .pages import new_empty
 from .products import addmm_, is_served_badly, mm
@@ -50,6 +50,8 @@ def _activation_backward(grad: Tensor, pre: Tensor, activation: str) -> Tensor:
         return torch.ops.aten.gelu_backward(grad, pre, approximate="tanh")
     if activation == "silu":
         return torch.ops.aten.silu_backward(grad, pre)
+    if activation == "identity":
+        return grad
     return torch.ops.aten.threshold_backward(grad, pre, 0)
 
 
@@ -160,7 +162,7 @@ def _expert_ffn(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     R, width, D_out = gates_R.shape[0], w_in.shape[-1], w_out.shape[-1]
-    act, tile = ACTIVATIONS[activation], _tile(x.dtype)
+    act, tile = ALL_ACTIVATIONS[activation], _tile(x.dtype)
     ends = offsets_E.tolist()
     # Padding is among the pairs, but is no row.
     if not keep and not _is_half(x.dtype) and (not ends or ends[-1] * max(width, x.shape[-1]) <= FEW):
@@ -205,7 +207,7 @@ def _few_rows(
 ) -> Tensor:
     """Compute ``_expert_ffn`` with one gather, one activation and one sum for the rows of all experts."""
     w_in, w_out, b_in, b_out, w_gate = weights
-    act, r = ACTIVATIONS[activation], ends[-1] if ends else 0
+    act, r = ALL_ACTIVATIONS[activation], ends[-1] if ends else 0
 
     def linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         out = rows.new_empty(r, weight.shape[-1])
@@ -261,7 +263,7 @@ def _cpu_expert_ffn_backward(
 
     ``wants`` has an entry for each of the last five; a gradient that is not wanted is empty.
     """
-    act, tile = ACTIVATIONS[activation], _tile(x.dtype)
+    act, tile = ALL_ACTIVATIONS[activation], _tile(x.dtype)
     index_R = None if row_index_R is None else _past_the_end(row_index_R, tile)
     x_full, dy_full = (_past_the_end(t, tile) if index_R is None else t for t in (x, dy))
     gates = gates_R.unsqueeze(-1)

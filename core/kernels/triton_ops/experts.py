@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import grouped
-from ..eager import ACTIVATIONS, FFNWeights, RowIndex, check_shapes, check_width
+from ..eager import ALL_ACTIVATIONS, FFNWeights, RowIndex, check_shapes, check_width
 from ..fallback import warn_once
 from . import products
 from .environment import MAX_EXPERTS
@@ -183,8 +183,8 @@ def expert_ffn(x: Tensor, rows: RowIndex, gates_R: Tensor, weights: FFNWeights, 
         offsets_E=(offsets_E, (E,)),
         gates_R=(gates_R, (x if index_R is None else index_R).shape[:1]),
     )
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation={activation!r} is not one of {', '.join(ACTIVATIONS)}")
+    if activation not in ALL_ACTIVATIONS:
+        raise ValueError(f"activation={activation!r} is not one of {', '.join(ALL_ACTIVATIONS)}")
     if _beyond(*weights, dtype=x.dtype):
         return grouped.expert_ffn(x, rows, gates_R, weights, activation)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, gates_R, *weights))

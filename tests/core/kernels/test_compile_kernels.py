@@ -12,6 +12,7 @@ import pytest
 from places import ROOT
 
 from benchmarks import compile_kernels
+from core.kernels import ALL_ACTIVATIONS
 from core.kernels.triton_ops import tuning
 
 pytest.importorskip("triton")
@@ -179,7 +180,7 @@ def test_every_flag_of_every_kernel_is_met_both_ways(reports):
     one_way = {f"{kernel} {name}" for (kernel, name), met in values.items() if met in ({True}, {False})}
     # Widths of 2041 make the products uneven; the interpreter alone converts half precision by itself.
     assert not {name for name in one_way if name.split()[1] not in ("EVEN_K", "UPCAST")}
-    assert values["products.up", "ACT"] == values["products.hidden_grad", "ACT"] == {"relu", "gelu", "silu"}
+    assert values["products.up", "ACT"] == values["products.hidden_grad", "ACT"] == {*ALL_ACTIVATIONS}
     assert values["products.linear", "PRECISION"] == {"ieee", "tf32"}
 
 

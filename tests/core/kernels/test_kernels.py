@@ -68,7 +68,7 @@ def library(request, monkeypatch) -> str:
     return request.param
 
 
-@pytest.mark.parametrize("expert", ["gelu", "relu+bias", "swiglu", "geglu+bias"])
+@pytest.mark.parametrize("expert", ["gelu", "identity", "relu+bias", "swiglu", "geglu+bias"])
 @pytest.mark.parametrize("tokens", [0, 7, 33, 600])
 @pytest.mark.parametrize("widths", [(16, 24, 12), (30, 7, 30)])
 def test_cpu_equals_the_oracle_by_either_library(library, expert, tokens, widths):
@@ -77,7 +77,7 @@ def test_cpu_equals_the_oracle_by_either_library(library, expert, tokens, widths
     assert_same(p.run("cpu", torch.float32), p.run("eager", torch.float64), FLOAT32)
 
 
-@pytest.mark.parametrize("expert", ["gelu", "relu+bias", "swiglu", "geglu+bias"])
+@pytest.mark.parametrize("expert", ["gelu", "identity", "relu+bias", "swiglu", "geglu+bias"])
 @pytest.mark.parametrize("H", [8, 24])
 @pytest.mark.parametrize("load", ["one", "empty", "spread"])
 def test_cpu_blocks_of_an_expert_add_up(library, monkeypatch, expert, H, load):
@@ -183,7 +183,9 @@ def test_bfloat16_gradients_summed_over_blocks_are_as_exact_as_dense_ones(expert
         assert error <= 1.5 * dense[name], f"{name}: {error:.2e}, a dense FFN's {dense[name]:.2e}"
 
 
-GRADCHECK = [(expert, H) for expert in ("gelu", "silu+bias", "relu", "geglu+bias", "swiglu") for H in (2, 5)]
+GRADCHECK = [
+    (expert, H) for expert in ("gelu", "silu+bias", "relu", "identity", "geglu+bias", "swiglu") for H in (2, 5)
+]
 
 
 @pytest.mark.parametrize("backend", ["eager", "cpu"])
@@ -213,7 +215,7 @@ def test_gradients_of_the_oracles_combine_pass_gradcheck():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("expert", ["gelu+bias", "swiglu"])
+@pytest.mark.parametrize("expert", ["gelu+bias", "swiglu", "identity"])
 def test_a_second_backward_through_the_same_graph_gives_the_same_gradients(backend, expert):
     p = problem(20, expert=expert)
     ids_N = p.expert_ids_TK.flatten()
@@ -235,7 +237,7 @@ def poison_freed_memory(*shapes: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("expert", ["gelu", "gelu+bias", "swiglu", "swiglu+bias"])
+@pytest.mark.parametrize("expert", ["gelu", "gelu+bias", "identity", "swiglu", "swiglu+bias"])
 @pytest.mark.parametrize("token_major", [True, False])
 def test_nan_in_rows_past_the_last_offset_reaches_neither_output_nor_gradients(backend, expert, token_major):
     # The last four of 12 tokens are NaN, with NaN gates, and are routed nowhere.

@@ -119,7 +119,7 @@ def test_vmap_over_a_choice_is_refused_and_over_experts_of_equal_loads_it_is_not
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("activation", ["relu", "gelu", "silu"])
+@pytest.mark.parametrize("activation", ["relu", "gelu", "silu", "identity"])
 @pytest.mark.parametrize("gated", [False, True])
 def test_second_derivatives_of_the_cpu_op_are_those_of_differences_also_of_undefined_gradients(activation, gated, bias):
     # Tokens 0 to 3 with two experts each; expert 1 has no rows.

@@ -13,6 +13,7 @@ import core
 from core import FFN, GEGLU, MLP, Constant, Copy, ExpertConfig, Experts, Mixed, Rows, SwiGLU, Zero, expert_linear
 from core.testing import Property, check_expert, properties
 from core import FFN, GEGLU, MLP, ClampedSwiGLU, Constant, Copy, ExpertConfig, Mixed, SwiGLU, Zero
+from core import FFN, GEGLU, IA3, MLP, Constant, Copy, ExpertConfig, LoRA, Mixed, SwiGLU, Zero
 from core.testing import Property, properties
 
 CASES: dict[str, ExpertConfig] = {
@@ -27,12 +28,16 @@ CASES: dict[str, ExpertConfig] = {
     "MLP": MLP((12, 10), dropout=0.1),
     "MLP, layer norm": MLP((12,), norm="layer"),
     "MLP, batch norm": MLP((12,), norm="batch"),
+    "LoRA": LoRA(4, alpha=6.0),
+    "LoRA, dropout": LoRA(3, dropout=0.2),
+    "IA3": IA3(),
     "Zero": Zero(),
     "Copy": Copy(),
     "Constant": Constant(),
     "Constant, mixed in": Constant(mix=True),
     "Mixed": Mixed((FFN(12), Zero(), SwiGLU(8)), (2, 1, 1)),
     "Mixed, MoE++": Mixed((FFN(12, bias=True), Copy(), Constant(mix=True), Zero()), (1, 1, 1, 1)),
+    "Mixed, low rank": Mixed((LoRA(2, alpha=3.0), IA3()), (2, 2)),
 }
 
 

@@ -80,6 +80,8 @@ def activation(x, ACT: tl.constexpr):
         return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     elif ACT == "gelu_tanh":  # (1 + tanh(z)) / 2 is sigmoid(2 z), z = sqrt(2 / pi) (x + 0.044715 x^3)
         return x * tl.sigmoid(x * (1.5957691216057308 + 0.0713548162726009 * x * x))
+    elif ACT == "identity":
+        return x
     else:
         return x * tl.sigmoid(x)
 
@@ -95,6 +97,8 @@ def activation_grad(x, ACT: tl.constexpr):
     elif ACT == "gelu_tanh":
         s = tl.sigmoid(x * (1.5957691216057308 + 0.0713548162726009 * x * x))
         return s + x * s * (1.0 - s) * (1.5957691216057308 + 0.2140644488178027 * x * x)
+    elif ACT == "identity":
+        return tl.zeros_like(x) + 1.0
     else:
         s = tl.sigmoid(x)
         return s * (1.0 + x * (1.0 - s))
