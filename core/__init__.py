@@ -21,6 +21,11 @@ from .experts import (
     MLP,
     AttentionExperts,
     ClampedSwiGLU,
+from .experts import (
+    FFN,
+    GEGLU,
+    MLP,
+    PEER,
     Constant,
     Copy,
     ExpertConfig,
@@ -28,6 +33,9 @@ from .experts import (
     LoRA,
     Mixed,
     MLPExperts,
+    Mixed,
+    MLPExperts,
+    NeuronExperts,
     SwiGLU,
     Zero,
 )
@@ -41,6 +49,7 @@ from .layers import (
     MoELayer,
     MultiGateLayer,
     MultiGateMoE,
+    NeuronMoE,
     PLELayer,
     SelectedMultiGateMoE,
     SoftMoE,
@@ -52,6 +61,7 @@ from .layers import (
     set_capacity_factor,
     update_expert_bias,
 )
+from .optim import RowAdam
 from .registry import is_registered, register_config, registered_config
 from .routing.adaptive import DynamicThreshold, NullExperts, Threshold, TokenRounding
 from .routing.assignment import Base, Sinkhorn
@@ -63,6 +73,7 @@ from .routing.groups import Ensemble, Hierarchical, Prototypes
 from .routing.learned import Attention, Cosine, Stable
 from .routing.per_sequence import Domain, Sentence, Task, domain_posterior
 from .routing.relu import ReLURouting
+from .routing.product_keys import ProductKeys
 from .routing.router import PairRouter, Router, RouterConfig, Tokens
 from .routing.selection import Capacity, Choice
 from .routing.smooth import Dense, DenseToSparse, DSelectK
@@ -129,11 +140,18 @@ __all__ = [
     "MultiGateConfig",
     "MultiGateLayer",
     "MultiGateMoE",
+    "NeuronExperts",
+    "NeuronMoE",
     "NullExperts",
     "OMoE",
     "PairRouter",
     "PLE",
     "PLELayer",
+    "PEER",
+    "PLE",
+    "PLELayer",
+    "PairRouter",
+    "ProductKeys",
     "Prototypes",
     "Random",
     "record",
@@ -146,6 +164,7 @@ __all__ = [
     "Routing",
     "RoutingContext",
     "RoutingStats",
+    "RowAdam",
     "Rows",
     "SelectedMultiGateMoE",
     "Sentence",

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # (convert needs config), without a cycle. `core/__init__.py` is above them all: nothing inside core imports it.
 ROWS = (
     ("contract", "kernels", "registry"),
-    ("routing", "experts", "dispatch", "flops"),
+    ("routing", "experts", "dispatch", "flops", "optim"),
     ("layers",),
     ("config", "parallel", "offload", "quant", "convert", "telemetry", "testing"),
 )

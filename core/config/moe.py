@@ -11,7 +11,7 @@ from ..contract.checks import at_least_one, below_one, not_negative, one_of
 from ..dispatch import Dispatcher
 from ..experts import FFN, ExpertConfig
 from ..kernels import check_backend
-from ..layers import AttentionMoE, MergedMoE, MoE, SharedGate, SoftMoE
+from ..layers import AttentionMoE, MergedMoE, MoE, NeuronMoE, SharedGate, SoftMoE
 from ..layers.shared import KINDS
 from ..registry import register_config
 from ..routing.balance import Balance
@@ -25,6 +25,8 @@ LAYERS: dict[tuple[str, str], type[MoE]] = {
     ("slots", "rows"): SoftMoE,
     ("merged", "rows"): MergedMoE,
     ("pairs", "attention"): AttentionMoE,
+    ("pairs", "neurons"): NeuronMoE,
+    ("slots", "neurons"): SoftMoE,
 }
 """The layer of each kind of decision (``RouterConfig.layer_kind``) and of experts (``ExpertConfig.layer_kind``).
 

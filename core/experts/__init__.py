@@ -8,6 +8,7 @@ from .ffn import FFN, GEGLU, FFNExperts, SwiGLU
 from .low_rank import IA3, LoRA
 from .mixed import Mixed
 from .mlp import MLP, MLPExperts
+from .peer import PEER, NeuronExperts
 
 __all__ = [
     "FFN",
@@ -16,6 +17,7 @@ __all__ = [
     "MLP",
     "ClampedSwiGLU",
     "AttentionExperts",
+    "PEER",
     "Constant",
     "Copy",
     "ExpertConfig",
@@ -24,6 +26,7 @@ __all__ = [
     "LoRA",
     "MLPExperts",
     "Mixed",
+    "NeuronExperts",
     "SwiGLU",
     "Zero",
 ]

@@ -7,6 +7,11 @@
     expert_linear(x_RD, w, ...)          one product of each row with its expert's matrix
     combine(y_RD, ...)                   sum over the rows of each token
 
+Two more are the same on every backend but ``eager``, which copies all that it picks (``table_rows.py``)::
+
+    neurons(x_TD, u, v, ids_TK, ...)     experts of one neuron, picked out of two tables
+    best_keys(q_RQ, keys_nQ, K)          the keys with the largest products
+
 ``eager`` is the oracle and reads like the equations. ``cpu``, ``grouped`` and ``triton`` are held to it in output and
 gradients. The functions here take a backend's name, resolve it and hand on; ``triton`` leaves what is beyond its limits
 to ``grouped`` or ``eager``. Experts, dispatchers and layers use these functions, and the few helpers that are exported
@@ -21,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import cpu, eager, grouped, triton_ops
+from . import cpu, eager, grouped, table_rows, triton_ops
 from .cpu.products import Linear, linear
 from .eager import (
     ACTIVATIONS,
@@ -146,6 +151,28 @@ def combine(y_RD: Tensor, rows: RowIndex, gates_R: Tensor | None, num_tokens: in
     return y_TD
 
 
+def neurons(
+    x_TD: Tensor,
+    u: Tensor,
+    v: Tensor,
+    ids_TK: Tensor,
+    gates_TK: Tensor,
+    activation: str,
+    *,
+    row_sparse: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """Run ``table_rows.neurons``, with "eager" the plain one."""
+    plain = resolve_backend(backend, x_TD.device, torch.float32) == "eager"
+    return table_rows.neurons(x_TD, u, v, ids_TK, gates_TK, activation, row_sparse=row_sparse, plain=plain)
+
+
+def best_keys(q_RQ: Tensor, keys_nQ: Tensor, top_k: int, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """Run ``table_rows.best_keys``, with "eager" the plain one."""
+    plain = resolve_backend(backend, q_RQ.device, torch.float32) == "eager"
+    return table_rows.best_keys(q_RQ, keys_nQ, top_k, plain=plain)
+
+
 __all__ = [
     "ACTIVATIONS",
     "ALL_ACTIVATIONS",
@@ -155,6 +182,7 @@ __all__ = [
     "SCORE_FUNCS",
     "RowIndex",
     "accumulate_dtype",
+    "best_keys",
     "check_backend",
     "check_devices",
     "combine",
@@ -163,6 +191,7 @@ __all__ = [
     "expert_linear",
     "expert_of_rows",
     "linear",
+    "neurons",
     "outside_autocast",
     "queue_ranks",
     "resolve_backend",

@@ -5,6 +5,7 @@ from .dense import FeedForward
 from .losses import AuxLosses, aux_loss, aux_losses, update_expert_bias
 from .moe import MergedMoE, MoE, MoELayer, SoftMoE, active_params, moe_layers, set_capacity_factor
 from .multi_gate import MultiGateLayer, MultiGateMoE, PLELayer, SelectedMultiGateMoE, SparseMultiGateMoE
+from .neurons import NeuronMoE
 from .shared import SharedGate
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "MoELayer",
     "MultiGateLayer",
     "MultiGateMoE",
+    "NeuronMoE",
     "PLELayer",
     "SelectedMultiGateMoE",
     "SharedGate",

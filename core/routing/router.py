@@ -314,6 +314,16 @@ class RouterConfig(OpenConfig):
         return True
 
     @property
+    def moves_statistics(self) -> bool:
+        """True where a forward in training moves running statistics, as batch norm does."""
+        return False
+
+    @property
+    def repeats_experts(self) -> bool:
+        """True where a token may take an expert twice, as by two heads."""
+        return False
+
+    @property
     def needs(self) -> tuple[str, ...]:
         """The fields of ``RoutingContext`` without which the router cannot decide."""
         return ()

@@ -12,7 +12,8 @@ or, a line of the report for each property::
         prop.check()
 
 Which checks of a router apply follows from the facts of its config: ``is_causal``, ``depends_on``, ``reads_position``,
-``reads_batch_index``, ``has_exact_gradient``, ``needs``, ``layer_kind``, ``layer_options``, ``terms``, and its costs.
+``reads_batch_index``, ``has_exact_gradient``, ``moves_statistics``, ``repeats_experts``, ``needs``, ``layer_kind``,
+``layer_options``, ``terms``, and its costs.
 Everything runs on the CPU, on small sizes, and leaves the global random generator as it was.
 """
 

@@ -18,6 +18,7 @@ from core import (
     Evidence,
     Hash,
     Merge,
+    ProductKeys,
     Random,
     ReLURouting,
     RouterConfig,
@@ -54,6 +55,10 @@ VARIANTS: dict[type[RouterConfig], dict[str, RouterConfig]] = {
     },
     Ensemble: {"ensemble": Ensemble(top_k=2)},
     TokenRounding: {"token rounding": TokenRounding(tile=4)},
+    ProductKeys: {
+        "product keys": ProductKeys(top_k=3, heads=2),
+        "product keys, batch norm": ProductKeys(top_k=4, heads=2, query_dim=6, query_norm="batch", shared_keys=False),
+    },
     Hash: {
         "hash": Hash(7),
         "hash, balanced": Hash(7, "balanced", top_k=2),
@@ -92,7 +97,8 @@ def cases() -> list[object]:
     params = []
     for kind in routers_of_core():
         for name, config in (VARIANTS.get(kind) or with_defaults(kind)).items():
-            params += [pytest.param(prop, id=f"{name}: {prop}") for prop in properties(config)]
+            sizes = {"num_experts": 9} if kind is ProductKeys else {}  # E is a square
+            params += [pytest.param(prop, id=f"{name}: {prop}") for prop in properties(config, **sizes)]
     return params
 
 

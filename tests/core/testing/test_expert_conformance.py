@@ -14,6 +14,7 @@ from core import FFN, GEGLU, MLP, Constant, Copy, ExpertConfig, Experts, Mixed, 
 from core.testing import Property, check_expert, properties
 from core import FFN, GEGLU, MLP, ClampedSwiGLU, Constant, Copy, ExpertConfig, Mixed, SwiGLU, Zero
 from core import FFN, GEGLU, IA3, MLP, Constant, Copy, ExpertConfig, LoRA, Mixed, SwiGLU, Zero
+from core import FFN, GEGLU, MLP, PEER, Constant, Copy, ExpertConfig, Mixed, SwiGLU, Zero
 from core.testing import Property, properties
 
 CASES: dict[str, ExpertConfig] = {
@@ -35,6 +36,8 @@ CASES: dict[str, ExpertConfig] = {
     "Copy": Copy(),
     "Constant": Constant(),
     "Constant, mixed in": Constant(mix=True),
+    "PEER": PEER(),
+    "PEER, ReLU": PEER("relu"),
     "Mixed": Mixed((FFN(12), Zero(), SwiGLU(8)), (2, 1, 1)),
     "Mixed, MoE++": Mixed((FFN(12, bias=True), Copy(), Constant(mix=True), Zero()), (1, 1, 1, 1)),
     "Mixed, low rank": Mixed((LoRA(2, alpha=3.0), IA3()), (2, 2)),
