@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .contract.checks import not_negative, positive
 
-ROWS = 1 << 19
+ROWS = 1 << 18
 """Numbers of a chunk of rows on a CPU: with its state it stays in the cache."""
 
 
@@ -77,16 +77,16 @@ class RowAdam(torch.optim.Optimizer):
         size = group["lr"] * scale / (1 - beta1**step)
         decay, eps = 1 - group["lr"] * group["weight_decay"], group["eps"] * scale
 
-        def moved(p: Tensor, m: Tensor, v: Tensor, g: Tensor) -> None:
+        def moved(p: Tensor, m: Tensor, v: Tensor, root: Tensor, g: Tensor) -> None:
             m.lerp_(g, 1 - beta1)
             v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
             if decay != 1:
                 p.mul_(decay)
-            p.addcdiv_(m, v.sqrt().add_(eps), value=-size)
+            p.addcdiv_(m, torch.sqrt(v, out=root).add_(eps), value=-size)
 
         tables = parameter, state["exp_avg"], state["exp_avg_sq"]
         if not grad.is_sparse:
-            moved(*tables, grad)
+            moved(*tables, torch.empty_like(parameter), grad)
             return
         if grad.sparse_dim() != 1:
             raise ValueError(f"a sparse gradient has {grad.sparse_dim()} sparse dimensions: it must be one of rows")
@@ -106,7 +106,10 @@ def _coalesced(grad: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _each_chunk(
-    tables: tuple[Tensor, ...], row_U: Tensor, grad_U: Tensor, fn: Callable[[Tensor, Tensor, Tensor, Tensor], None]
+    tables: tuple[Tensor, ...],
+    row_U: Tensor,
+    grad_U: Tensor,
+    fn: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None],
 ) -> None:
     """Copy the rows out of the tables, change them by ``fn`` and write them back, on a CPU a chunk at a time.
 
@@ -115,13 +118,13 @@ def _each_chunk(
     """
     total = row_U.shape[0]
     size = max(1, ROWS // max(grad_U[0].numel(), 1)) if total and row_U.device.type == "cpu" else max(total, 1)
-    buffers = [table.new_empty(min(size, total), *table.shape[1:]) for table in tables]
+    buffers = [tables[0].new_empty(min(size, total), *tables[0].shape[1:]) for _ in range(4)]
     for start in range(0, total, size):
         row_C = row_U[start : start + size]
         copies = [b[: row_C.shape[0]] for b in buffers]
-        for table, copy in zip(tables, copies, strict=True):
+        p, m, v, root = copies
+        for table, copy in zip(tables, (p, m, v), strict=True):
             torch.index_select(table, 0, row_C, out=copy)
-        p, m, v = copies
-        fn(p, m, v, grad_U[start : start + size])
-        for table, copy in zip(tables, copies, strict=True):
+        fn(p, m, v, root, grad_U[start : start + size])
+        for table, copy in zip(tables, (p, m, v), strict=True):
             table.index_copy_(0, row_C, copy)

@@ -1,12 +1,14 @@
-"""The benchmark of the layer: what others install must not take the table down."""
+"""The benchmarks of layers: what others install must not take a table down, and a small run gives a row."""
 
 from __future__ import annotations
+
+import argparse
 
 import pytest
 import torch
 from torch import nn
 
-from benchmarks import layer
+from benchmarks import layer, peer
 
 
 class Broken(nn.Module):
@@ -28,3 +30,11 @@ def test_a_peer_that_fails_is_named_and_the_others_are_measured(monkeypatch, cap
         "peer does not run in torch.float32: TypeError: forward() takes no such thing",
         "another is not built: ValueError: hidden_size=8 is too small",
     ]
+
+
+def test_the_benchmark_of_one_neuron_experts_prints_a_row_with_recall_1():
+    args = argparse.Namespace(tokens=32, dim=8, heads=2, top_k=3, rounds=2, recall_tokens=8)
+    cells = [cell.strip() for cell in peer.measure(49, args).strip("|").split("|")]
+    assert cells[0] == "49"
+    assert cells[6] == "1.0000"
+    assert len(cells) == 9

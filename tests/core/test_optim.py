@@ -61,7 +61,9 @@ def test_dense_gradients_are_moved_as_by_adamw():
 def test_one_step_by_hand():
     # The first step has m / (1 - b1) = g and v / (1 - b2) = g^2: each number moves by lr g / (|g| + eps) = lr sign(g).
     table = torch.nn.Parameter(torch.zeros(3, 2))
-    table.grad = torch.sparse_coo_tensor(torch.tensor([[2]]), torch.tensor([[4.0, -0.5]]), (3, 2))
+    table.grad = torch.sparse_coo_tensor(
+        torch.tensor([[2]]), torch.tensor([[4.0, -0.5]]), (3, 2), check_invariants=True
+    )
     core.RowAdam([table], lr=0.25).step()
     torch.testing.assert_close(table.detach(), torch.tensor([[0.0, 0.0], [0.0, 0.0], [-0.25, 0.25]]))
 

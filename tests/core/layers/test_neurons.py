@@ -148,3 +148,19 @@ def test_compiled_and_exported_it_is_the_same():
     program = torch.export.export(layer, (x,), dynamic_shapes=({0: dynamic, 1: dynamic},))
     other = torch.randn(3, 7, 8)
     torch.testing.assert_close(program.module()(other), layer(other))
+
+
+def test_no_picked_row_is_kept_for_the_backward():
+    layer = built(core.MoEConfig(25, ProductKeys(top_k=3, heads=2), PEER())).train()
+    x = torch.randn(2, 20, 8, requires_grad=True)
+    kept: list[int] = []
+    parameters = {p.data_ptr() for p in layer.parameters()}
+
+    def pack(t: Tensor) -> Tensor:
+        if t.data_ptr() not in parameters:
+            kept.append(t.numel())
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        layer(x)
+    assert max(kept) < 40 * 6 * 8  # tokens x pairs x width
