@@ -73,12 +73,12 @@ def measure(num_experts: int, args: argparse.Namespace) -> str:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     state = 3 * 4 * config.num_params(args.dim) / 2**30
     with torch.no_grad():
-        found = recall(layer.router, torch.randn(args.recall_tokens, args.dim))
+        share = recall(layer.router, torch.randn(args.recall_tokens, args.dim))
     low, high = steps[len(steps) // 4], steps[-1 - len(steps) // 4]
     return (
         f"| {num_experts:,} | {forward * 1e3:.0f} | {backward * 1e3:.0f} | {step * 1e3:.0f} | "
         f"{statistics.median(steps) * 1e3:.0f} ({low * 1e3:.0f}-{high * 1e3:.0f}) | "
-        f"{statistics.median(processor[1:]) * 1e3:.0f} | {touched:,} | {found:.4f} | {state:.2f} | {peak:.2f} |"
+        f"{statistics.median(processor[1:]) * 1e3:.0f} | {touched:,} | {share:.4f} | {state:.2f} | {peak:.2f} |"
     )
 
 

@@ -11,22 +11,22 @@ from .mlp import MLP, MLPExperts
 from .peer import PEER, NeuronExperts
 
 __all__ = [
-    "FFN",
-    "GEGLU",
-    "IA3",
-    "MLP",
-    "ClampedSwiGLU",
     "AttentionExperts",
-    "PEER",
+    "ClampedSwiGLU",
     "Constant",
     "Copy",
     "ExpertConfig",
     "Experts",
+    "FFN",
     "FFNExperts",
+    "GEGLU",
+    "IA3",
     "LoRA",
+    "MLP",
     "MLPExperts",
     "Mixed",
     "NeuronExperts",
+    "PEER",
     "SwiGLU",
     "Zero",
 ]

@@ -112,7 +112,7 @@ class LoRA(ExpertConfig):
 
     @property
     def scale(self) -> float:
-        """The factor on the output."""
+        """Return the factor on the output."""
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
     def build(self, num_experts: int, dim: int, out_dim: int | None = None) -> LoRAExperts:

@@ -30,8 +30,8 @@ from . import cpu, eager, grouped, table_rows, triton_ops
 from .cpu.products import Linear, linear
 from .eager import (
     ACTIVATIONS,
-    SCORE_FUNCS,
     ALL_ACTIVATIONS,
+    SCORE_FUNCS,
     FFNWeights,
     RowIndex,
     Sorted,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..contract import Routing
+from ..contract import Routing, RoutingContext
 from ..dispatch import LocalDispatcher
 from .moe import MoE
 
@@ -17,12 +17,12 @@ class NeuronMoE(MoE):
     (gates on the input, masked outputs, a dispatcher to other ranks, pairs that are not token-major) it is ``MoE``.
     """
 
-    def _compute(self, x_BSD: Tensor, routing: Routing) -> Tensor:
+    def _compute(self, x_BSD: Tensor, routing: Routing, context: RoutingContext | None) -> Tensor:
         T, K = routing.num_tokens, routing.top_k
         moves = self.router.gates_on == "input" or routing.input_index_N is not None
         moves = moves or (self.training and self.expert_output_masking > 0)
         if K is None or moves or type(self.dispatcher) is not LocalDispatcher:
-            return super()._compute(x_BSD, routing)
+            return super()._compute(x_BSD, routing, context)
         ids_TK, gates_TK = (t.view(T, K) for t in (routing.expert_ids_N, routing.gates_N))
         y_TD: Tensor = self.experts(x_BSD.flatten(0, 1), "picked", ids_TK, gates_TK)
         return y_TD.unflatten(0, x_BSD.shape[:2])

@@ -51,8 +51,8 @@ class ProductKeysRouter(PairRouter):
         Each place (i', j') with i' <= i and j' <= j has a sum that is no smaller, so that a place needs
         ``(i + 1) (j + 1) <= K``.
         """
-        K, found = self.config.top_k, min(self.config.top_k, self.num_keys)
-        places = [(i, j) for i in range(found) for j in range(found) if (i + 1) * (j + 1) <= K]
+        K, per_half = self.config.top_k, min(self.config.top_k, self.num_keys)
+        places = [(i, j) for i in range(per_half) for j in range(per_half) if (i + 1) * (j + 1) <= K]
         return torch.tensor(places, dtype=torch.int64, device="cpu").t()
 
     def reset_parameters(self) -> None:
@@ -72,8 +72,8 @@ class ProductKeysRouter(PairRouter):
         check_devices(x_TD, type(self).__name__, self._parameters)
         q_TC = self._norm(F.linear(x_TD, self.w_query.to(x_TD.dtype)), tokens)
         q_TH2Q = q_TC.unflatten(1, (H, 2, self.keys.shape[-1]))
-        found = min(K, n)
-        halves = [self._best(q_TH2Q[:, :, half], self.keys[half].to(x_TD.dtype), found) for half in (0, 1)]
+        per_half = min(K, n)
+        halves = [self._best(q_TH2Q[:, :, half], self.keys[half].to(x_TD.dtype), per_half) for half in (0, 1)]
         (first, i_THK), (second, j_THK) = halves
         place_i, place_j = self.pair_index_2P
         # Of all K^2 sums of two sorted lists the best K are among these few.

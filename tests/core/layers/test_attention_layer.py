@@ -38,14 +38,14 @@ NEEDED = {"vocab_size": 7, "num_tasks": 3, "num_domains": 8}
 
 def pair_routers(base: type = RouterConfig) -> dict[str, RouterConfig]:
     """Return a config of every router of the tree that makes pairs, by its name."""
-    found: dict[str, RouterConfig] = {}
+    configs: dict[str, RouterConfig] = {}
     for kind in base.__subclasses__():
-        found |= pair_routers(kind)
+        configs |= pair_routers(kind)
         if kind.__module__.startswith("core.") and hasattr(kind, "router_class"):
             config = kind(**{f.name: NEEDED[f.name] for f in fields(kind) if f.default is MISSING})
             if config.layer_kind == "pairs" and kind is not TokenRounding:  # whose tile is more than these tokens
-                found[kind.__name__] = config
-    return found
+                configs[kind.__name__] = config
+    return configs
 
 
 ROUTERS = pair_routers() | {
@@ -99,7 +99,7 @@ def slow(
 def compare(layer: AttentionMoE, x: Tensor, context: RoutingContext, mask: Tensor | None = None) -> None:
     """Hold a step of the layer to the slow loop, in output and all gradients."""
     weight = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(1))
-    found = []
+    results = []
     for fast in (True, False):
         copied, own = copy.deepcopy(layer), x.clone().requires_grad_()
         with seeded(3), record(copied) as tape:
@@ -111,8 +111,8 @@ def compare(layer: AttentionMoE, x: Tensor, context: RoutingContext, mask: Tenso
             y = slow(copied, own, routing, context.valid_BS, mask)
         (y * weight).sum().backward()
         grads = {"the tokens": own.grad, **{n: p.grad for n, p in copied.named_parameters()}}
-        found.append((y.detach(), grads, entry.routing))
-    (y, grads, routing), (expected, wanted, _) = found
+        results.append((y.detach(), grads, entry.routing))
+    (y, grads, routing), (expected, wanted, _) = results
     close(y, expected, "the output", 1e-12)
     assert (routing.expert_ids_N < layer.num_experts).any()
     for name, value in wanted.items():

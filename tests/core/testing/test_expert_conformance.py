@@ -10,12 +10,25 @@ from torch import nn
 from torch.autograd.gradcheck import GradcheckError
 
 import core
-from core import FFN, GEGLU, MLP, Constant, Copy, ExpertConfig, Experts, Mixed, Rows, SwiGLU, Zero, expert_linear
+from core import (
+    FFN,
+    GEGLU,
+    IA3,
+    MLP,
+    PEER,
+    ClampedSwiGLU,
+    Constant,
+    Copy,
+    ExpertConfig,
+    Experts,
+    LoRA,
+    Mixed,
+    Rows,
+    SwiGLU,
+    Zero,
+    expert_linear,
+)
 from core.testing import Property, check_expert, properties
-from core import FFN, GEGLU, MLP, ClampedSwiGLU, Constant, Copy, ExpertConfig, Mixed, SwiGLU, Zero
-from core import FFN, GEGLU, IA3, MLP, Constant, Copy, ExpertConfig, LoRA, Mixed, SwiGLU, Zero
-from core import FFN, GEGLU, MLP, PEER, Constant, Copy, ExpertConfig, Mixed, SwiGLU, Zero
-from core.testing import Property, properties
 
 CASES: dict[str, ExpertConfig] = {
     "FFN": FFN(12),
