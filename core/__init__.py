@@ -72,6 +72,7 @@ from .routing.router import PairRouter, Router, RouterConfig, Tokens
 from .routing.selection import Capacity, Choice
 from .routing.smooth import Dense, DenseToSparse, DSelectK
 from .routing.soft import Merge, SoftSlots
+from .routing.sparse_mixer import SparseMixer
 from .routing.token_choice import TokenChoice
 from .telemetry import LayerStats, RoutingStats
 
@@ -149,6 +150,7 @@ __all__ = [
     "SoftMoE",
     "SoftSlots",
     "SparseMultiGateMoE",
+    "SparseMixer",
     "Stable",
     "SwiGLU",
     "Tape",
