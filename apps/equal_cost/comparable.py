@@ -79,12 +79,21 @@ class RoutedLayers:
         dim: width D of the tokens that reach them.
         place: inputs of a router there, and the rules it must keep.
         flops_arguments: further arguments of ``config.flops_per_token``, such as the length of a sequence.
+        num_sharing: number of layers that share one set of experts; 1: each has its own.
     """
 
     config: core.MoEConfig | core.MultiGateConfig
     dim: int
     place: Place
     flops_arguments: Mapping[str, int] = field(default_factory=dict)
+    num_sharing: int = 1
+
+    def num_params(self) -> float:
+        """Return the parameters of a layer, and of shared experts its part of them."""
+        assert isinstance(self.config, core.MoEConfig)
+        config, total = self.config, self.config.num_params(self.dim)
+        own = config.router.num_params(self.dim, config.num_experts) + self.dim * (config.shared_gate != "none")
+        return own + (total - own) / self.num_sharing
 
     def flops_per_token(self) -> float:
         return self.config.flops_per_token(self.dim, **self.flops_arguments)

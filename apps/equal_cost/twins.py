@@ -39,7 +39,7 @@ def dense_twins(sparse: Comparable, dense: core.DenseFFN) -> dict[str, Baseline]
     if layers is None:
         return {}
     assert isinstance(layers.config, core.MoEConfig)
-    widths = equal_widths("dense", dense, layers.dim, layers.flops_per_token(), layers.config.num_params(layers.dim))
+    widths = equal_widths("dense", dense, layers.dim, layers.flops_per_token(), layers.num_params())
     says = f"FFN hidden dim {{width}} in place of experts, {dense.hidden(layers.dim)} elsewhere"
     return baselines_of(widths, lambda width: DenseTwin(sparse, dataclasses.replace(dense, hidden_dim=width)), says)
 

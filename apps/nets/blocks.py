@@ -29,6 +29,28 @@ def ffn_configs(dense: core.DenseFFN, depth: int, ffn: FFNConfig | None, moe_blo
     return [dense if ffn is None or i not in moe_blocks else ffn for i in range(depth)]
 
 
+def share_experts(model: nn.Module, ffn: FFNConfig | None) -> None:
+    """Give all MoE layers of a model the experts of the first one, in place: one set of experts for all blocks
+    (WideNet, arXiv 2107.11817). Each layer keeps its own router and gate on the shared experts, each block its norms.
+    ``core.grow_experts`` is for layers that have experts of their own.
+
+    Args:
+        model: its MoE layers are of one config.
+        ffn: that config; a dense FFN, as in a baseline, is left as it is.
+
+    Raises:
+        ValueError: there is no ``ffn``.
+    """
+    if ffn is None:
+        raise ValueError("share_experts=True needs moe, whose experts all blocks share")
+    first: core.MoE | None = None
+    for layer in core.moe_layers(model).values():
+        if not isinstance(layer, core.MoE):
+            continue
+        first = layer if first is None else first
+        layer.experts, layer.shared_experts = first.experts, first.shared_experts
+
+
 def feed(ffn: nn.Module, x: Tensor, context: core.RoutingContext, packing: Packing | None = None) -> Tensor:
     """Return the output of a block's FFN; an MoE layer reads the routing context besides.
 

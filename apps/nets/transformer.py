@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import core
 from apps.data.subwords import BOS_ID, EOS_ID, PAD_ID
+from apps.nets import blocks
 from apps.nets.attention import CrossAttention, SelfAttention, key_bias, product_dtype
 from apps.nets.blocks import FFNConfig, ffn_configs, resolve_blocks
 from apps.nets.config import TransformerConfig
@@ -280,6 +281,7 @@ class LanguageModel(_Decoding):
         depths: gates of the blocks that few tokens enter, with a predictor; None: all tokens enter all blocks.
         depth_blocks: which blocks those are.
         attention_moe: as in ``TranslationModel``.
+        share_experts: all MoE layers have one set of experts; see ``apps.nets.blocks.share_experts``.
 
     Raises:
         ValueError: a value out of its range, or a combination that cannot be built.
@@ -295,6 +297,7 @@ class LanguageModel(_Decoding):
         depths: MixtureOfDepths | None = None,
         depth_blocks: Blocks = "every2",
         attention_moe: core.MoEConfig | None = None,
+        share_experts: bool = False,
     ) -> None:
         super().__init__()
         _check_moe(config, ffn, attention_moe)
@@ -316,6 +319,9 @@ class LanguageModel(_Decoding):
         self.depths = depths
         gates = depth_gates(depths, depth_blocks, depth, config.shape.dim)
         self.decoder = _stack(config, depth, ffn, self.moe_blocks, attention_moe, causal=True, cross=False, gates=gates)
+        self.shares_experts = share_experts
+        if share_experts:
+            blocks.share_experts(self.decoder, ffn)
         self.output = cpu.Linear(config.shape.dim, vocab, bias=False) if config.tie == "none" else None
         self.reset_parameters()
 

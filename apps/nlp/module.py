@@ -251,7 +251,10 @@ class TextModule(SparseModule, Comparable):
         return tuple(name for name, layer in layers.items() if not isinstance(layer, core.AttentionMoE))
 
     def routed_layers(self) -> RoutedLayers | None:
-        return None if self.moe is None else RoutedLayers(self.moe, self.transformer.shape.dim, self.place)
+        if self.moe is None:
+            return None
+        sharing = len(self.model.moe_blocks) if getattr(self.model, "shares_experts", False) else 1
+        return RoutedLayers(self.moe, self.transformer.shape.dim, self.place, num_sharing=sharing)
 
     def with_moe(self, moe: core.MoEConfig) -> Self:
         if self.pretrained is not None:

@@ -45,13 +45,15 @@ class Architecture:
         """Return the architecture of a model of ours.
 
         Raises:
-            ValueError: tokens pass by some of its layers, or its attention has experts, which none of the published
-                ones here has.
+            ValueError: tokens pass by some of its layers, layers share their experts, or its attention has experts,
+                which none of the published ones here has.
         """
         if isinstance(model, LanguageModel) and model.depths is not None:
             raise ValueError(f"depths={model.depths}: every token enters every layer of a {model_type}")
         if model.attention_moe is not None:
             raise ValueError(f"attention_moe cannot be said in {model_type}, whose heads are fixed")
+        if isinstance(model, LanguageModel) and model.shares_experts:
+            raise ValueError(f"share_experts=True: every layer of a {model_type} has experts of its own")
         layers: tuple[tuple[int, ...], tuple[int, ...]]
         if isinstance(model, LanguageModel):
             layers = (), model.moe_blocks

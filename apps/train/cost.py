@@ -96,7 +96,10 @@ def measure_cost(module: Any, batch: Any, replaced: Sequence[str] = (), as_evalu
         active_params=core.active_params(module),
         flops_per_example=total / examples,
         replaced_flops_per_example=inside / examples if replaced else None,
-        replaced_params=sum(p.numel() for name in replaced for p in modules[name].parameters()) if replaced else None,
+        # Experts that several blocks share are there once.
+        replaced_params=sum({id(p): p.numel() for name in replaced for p in modules[name].parameters()}.values())
+        if replaced
+        else None,
         unit=module.cost_unit(batch),
     )
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 import core
 from apps.base.checks import check_at_least, check_name
 from apps.base.messages import first_line
+from apps.nets import blocks
 from apps.nets.blocks import FFNConfig, feed, ffn_configs, resolve_blocks
 from apps.nets.depths import DepthGate, MixtureOfDepths, depth_gates
 from core.kernels import cpu
@@ -195,6 +196,7 @@ class VMoE(VisionTransformer):
         moe_blocks: which blocks; see ``apps.nets.blocks.resolve_blocks``. "last2" is V-MoE's Last-2.
         depths: gates of the blocks that few tokens enter; None: all tokens enter all blocks.
         depth_blocks: which blocks those are.
+        share_experts: all MoE layers have one set of experts; see ``apps.nets.blocks.share_experts``.
 
     Token ids in the context are positions in the full sequence: prefix tokens first, then the patches row by row.
 
@@ -219,6 +221,7 @@ class VMoE(VisionTransformer):
         moe_blocks: str | Sequence[int] = "last2",
         depths: MixtureOfDepths | None = None,
         depth_blocks: str | Sequence[int] = "every2",
+        share_experts: bool = False,
     ) -> None:
         if depths is not None and depths.predictor:
             raise ValueError("depths.predictor=True is for causal decoders: a vision transformer sees whole images")
@@ -264,6 +267,9 @@ class VMoE(VisionTransformer):
                 block.attn.fused_attn = vit.fused_attn
         for block, gate in zip(self.blocks, depth_gates(depths, depth_blocks, vit.num_blocks, vit.dim), strict=True):
             block.depth_gate = gate
+        self.shares_experts = share_experts
+        if share_experts:
+            blocks.share_experts(self, ffn)
         cpu.convert_linear(self)
         self.vit = vit
         self.moe = ffn if isinstance(ffn, core.MoEConfig) else None

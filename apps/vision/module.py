@@ -85,6 +85,7 @@ class VisionClassifier(SparseModule, Comparable):
         dense_ffn: the FFN of those blocks in a dense model, as in the baselines; None: that of the others.
         depths: gates of the blocks that few tokens enter (Mixture-of-Depths); None: all tokens enter all blocks.
         depth_blocks: which blocks those are, named as in ``moe_blocks``.
+        share_experts: all MoE layers have one set of experts, and each its own router (WideNet).
         image_size: height and width of the images in pixels; the command line takes it from the data.
         in_chans: channels of an image; the command line takes it from the data.
         num_classes: number of classes; the command line takes it from the data.
@@ -118,6 +119,7 @@ class VisionClassifier(SparseModule, Comparable):
         dense_ffn: core.DenseFFN | None = None,
         depths: MixtureOfDepths | None = None,
         depth_blocks: str | list[int] = "every2",
+        share_experts: bool = False,
         image_size: int = 28,
         in_chans: int = 1,
         num_classes: int = 10,
@@ -146,6 +148,7 @@ class VisionClassifier(SparseModule, Comparable):
             moe_blocks=moe_blocks,
             depths=depths,
             depth_blocks=depth_blocks,
+            share_experts=share_experts,
         )
         self.model.set_grad_checkpointing(grad_checkpointing)
 
@@ -269,7 +272,8 @@ class VisionClassifier(SparseModule, Comparable):
     def routed_layers(self) -> RoutedLayers | None:
         arguments = {"tokens_per_sequence": self.tokens_per_image}
         place = Place(type(self).__name__, ("token_ids_BS",))
-        return None if self.moe is None else RoutedLayers(self.moe, self.vit.dim, place, arguments)
+        sharing = len(self.model.moe_blocks) if self.model.shares_experts else 1
+        return None if self.moe is None else RoutedLayers(self.moe, self.vit.dim, place, arguments, sharing)
 
     def with_moe(self, moe: core.MoEConfig) -> VisionClassifier:
         return self.twin(moe=moe, dense_ffn=None)

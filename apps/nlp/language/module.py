@@ -101,6 +101,7 @@ class LanguageModeler(TextModule):
         depths: gates of the layers that few tokens enter (Mixture-of-Depths), which need ``predictor: true``; None:
             all tokens enter all layers.
         depth_blocks: which layers those are, named as in ``moe_blocks``.
+        share_experts: all MoE layers have one set of experts, and each its own router (WideNet).
         label_smoothing: share of the target spread evenly over the vocabulary, in training.
         decode: how a prompt is continued in a prediction.
         optimizer: learning rate, weight decay and schedule.
@@ -128,6 +129,7 @@ class LanguageModeler(TextModule):
         dense_ffn: core.DenseFFN | None = None,
         depths: MixtureOfDepths | None = None,
         depth_blocks: str | list[int] = "every2",
+        share_experts: bool = False,
         label_smoothing: float = 0.0,
         decode: DecodeConfig = _DECODE,
         optimizer: OptimizerConfig | None = None,
@@ -162,6 +164,7 @@ class LanguageModeler(TextModule):
             depths=depths,
             depth_blocks=depth_blocks,
             attention_moe=attention_moe,
+            share_experts=share_experts,
         )
         self._put_in_place(Place(type(self).__name__, ("token_ids_BS",), is_causal=True))
 

@@ -162,3 +162,9 @@ def test_layers_that_few_tokens_enter_are_no_part_of_a_published_model():
     model = LanguageModel(MIXTRAL, vocab=VOCAB, depths=MixtureOfDepths(0.5, predictor=True))
     with pytest.raises(ValueError, match=r"depths=MixtureOfDepths\(.*\): every token enters every layer of a mistral"):
         to_published(model)
+
+
+def test_experts_that_layers_share_are_no_part_of_a_published_model():
+    model = LanguageModel(MIXTRAL, vocab=VOCAB, ffn=core.MoEConfig(4, expert=core.SwiGLU(8)), share_experts=True)
+    with pytest.raises(ValueError, match="share_experts=True: every layer of a mixtral has experts of its own"):
+        to_published(model)
