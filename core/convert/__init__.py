@@ -1,4 +1,4 @@
-"""What turns a layer that is built, and may be trained, into another one: so far, one with more experts."""
+"""Conversions of a layer that is built, and may be trained, into another one: so far, one with more experts."""
 
 from .grow import freeze_experts, grow_experts
 
