@@ -75,28 +75,38 @@ class RoutedLayers:
     """The MoE layers of a model, as a comparison of routers needs to know them.
 
     Attributes:
-        config: configuration of the layers.
+        config: configuration of the layers, or a list with that of each.
         dim: width D of the tokens that reach them.
         place: inputs of a router there, and the rules it must keep.
         flops_arguments: further arguments of ``config.flops_per_token``, such as the length of a sequence.
         num_sharing: number of layers that share one set of experts; 1: each has its own.
     """
 
-    config: core.MoEConfig | core.MultiGateConfig
+    config: core.MoEConfig | core.MultiGateConfig | Sequence[core.MoEConfig]
     dim: int
     place: Place
     flops_arguments: Mapping[str, int] = field(default_factory=dict)
     num_sharing: int = 1
 
     def num_params(self) -> float:
-        """Return the parameters of a layer, and of shared experts its part of them."""
-        assert isinstance(self.config, core.MoEConfig)
-        config, total = self.config, self.config.num_params(self.dim)
-        own = config.router.num_params(self.dim, config.num_experts) + self.dim * (config.shared_gate != "none")
-        return own + (total - own) / self.num_sharing
+        """Return the parameters of a layer, and of shared experts its part of them; of different layers the mean."""
+        each = []
+        for config in self.configs:
+            assert isinstance(config, core.MoEConfig)
+            total = config.num_params(self.dim)
+            own = config.router.num_params(self.dim, config.num_experts) + self.dim * (config.shared_gate != "none")
+            each.append(own + (total - own) / self.num_sharing)
+        return sum(each) / len(each)
+
+    @property
+    def configs(self) -> Sequence[core.MoEConfig | core.MultiGateConfig]:
+        """The configuration of each layer, or the one of all."""
+        return (self.config,) if isinstance(self.config, core.MoEConfig | core.MultiGateConfig) else self.config
 
     def flops_per_token(self) -> float:
-        return self.config.flops_per_token(self.dim, **self.flops_arguments)
+        """Return the FLOPs of a token in a layer; of different layers the mean."""
+        each = [config.flops_per_token(self.dim, **self.flops_arguments) for config in self.configs]
+        return sum(each) / len(each)
 
 
 class Comparable:
@@ -112,11 +122,15 @@ class Comparable:
     def heading(self) -> str:
         """Return what tables call this model: a model that computes every expert is not called sparse."""
         layers = self.routed_layers()
-        if layers is None or not isinstance(layers.config, core.MoEConfig):
+        if layers is None:
             return "sparse"
-        moe = layers.config.split(layers.dim)
-        pairs = moe.router.pairs_per_token(moe.num_experts)
-        return "sparse" if pairs < moe.num_experts else "MoE, all experts"
+        for config in layers.configs:
+            if not isinstance(config, core.MoEConfig):
+                return "sparse"
+            moe = config.split(layers.dim)
+            if moe.router.pairs_per_token(moe.num_experts) < moe.num_experts:
+                return "sparse"
+        return "MoE, all experts"
 
     def baselines(self) -> Mapping[str, Baseline]:
         """Return the models to compare this one with, by name."""

@@ -8,7 +8,7 @@ is made.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -127,6 +127,7 @@ class Variant:
 
         layers = self.module.routed_layers()
         assert layers is not None
+        assert not isinstance(layers.config, Sequence)
         moe = with_router(layers.config, self.name)
         parts = getattr(moe, "granularity", 1)  # it has to divide the width
 
@@ -157,6 +158,10 @@ def variants(module: Comparable, names: Iterable[str]) -> Mapping[str, Baseline]
         return {}
     if layers is None:
         raise ValueError(f"--routers {names[0]}: {type(module).__name__} has no layer to put it into")
+    if isinstance(layers.config, Sequence):
+        raise ValueError(
+            f"--routers {names[0]}: moe lists {len(layers.config)} layers; routers are compared where all are one"
+        )
     if not hasattr(layers.config, "router"):
         kind = type(layers.config).__name__
         raise ValueError(f"--routers {names[0]}: {kind} takes no router in place of its gates, MMoE does")

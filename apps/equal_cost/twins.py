@@ -33,12 +33,11 @@ class DenseTwin:
 def dense_twins(sparse: Comparable, dense: core.DenseFFN) -> dict[str, Baseline]:
     """Return dense models of equal active FLOPs and of equal parameters.
 
-    The other blocks of ``sparse`` have the FFN ``dense``; only the FFNs in place of experts are wider.
+    The other blocks of ``sparse`` have the FFN ``dense``; only the FFNs in place of experts are wider, all alike.
     """
     layers = sparse.routed_layers()
     if layers is None:
         return {}
-    assert isinstance(layers.config, core.MoEConfig)
     widths = equal_widths("dense", dense, layers.dim, layers.flops_per_token(), layers.num_params())
     says = f"FFN hidden dim {{width}} in place of experts, {dense.hidden(layers.dim)} elsewhere"
     return baselines_of(widths, lambda width: DenseTwin(sparse, dataclasses.replace(dense, hidden_dim=width)), says)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import overload
 
 from torch import Tensor, nn
 
@@ -11,25 +12,83 @@ from apps.nets.packing import Packing
 
 FFNConfig = core.MoEConfig | core.DenseFFN
 """What the FFN of a block may be: both have ``build(dim, causal=...)`` and the same costs."""
+MoEs = core.MoEConfig | Sequence[core.MoEConfig]
+"""The MoE layer of all sparse blocks of a model, or one for each, from the first such block to the last."""
 
 
-def one_ffn(moe: core.MoEConfig | None, dense_ffn: core.DenseFFN | None) -> FFNConfig | None:
+def moe_configs(moe: FFNConfig | MoEs | None) -> tuple[core.MoEConfig, ...]:
+    """Return the different MoE layers of a model: one for all sparse blocks, one for each, or none.
+
+    Raises:
+        ValueError: an empty list, or one of other things.
+    """
+    if moe is None or isinstance(moe, core.DenseFFN):
+        return ()
+    if isinstance(moe, core.MoEConfig):
+        return (moe,)
+    if not isinstance(moe, Sequence) or not moe or not all(isinstance(one, core.MoEConfig) for one in moe):
+        raise ValueError(f"moe={moe!r} is neither one MoEConfig nor a list of one for each sparse block")
+    return tuple(moe)
+
+
+@overload
+def one_ffn(moe: core.MoEConfig | None, dense_ffn: core.DenseFFN | None) -> FFNConfig | None: ...
+
+
+@overload
+def one_ffn(moe: MoEs | None, dense_ffn: core.DenseFFN | None) -> FFNConfig | MoEs | None: ...
+
+
+def one_ffn(moe: MoEs | None, dense_ffn: core.DenseFFN | None) -> FFNConfig | MoEs | None:
     """Return what the FFN of a module's ``moe_blocks`` is; None: that of the other blocks.
 
     Raises:
-        ValueError: both are given.
+        ValueError: both are given, or as ``moe_configs``.
     """
     if moe is not None and dense_ffn is not None:
         raise ValueError(f"dense_ffn={dense_ffn} is for a dense model: with moe, set moe.expert")
-    return moe or dense_ffn
+    moe_configs(moe)
+    return dense_ffn if moe is None else moe
 
 
-def ffn_configs(dense: core.DenseFFN, depth: int, ffn: FFNConfig | None, moe_blocks: Sequence[int]) -> list[FFNConfig]:
-    """Return what the FFN of each of ``depth`` blocks is: ``ffn`` in ``moe_blocks``, ``dense`` in the others."""
-    return [dense if ffn is None or i not in moe_blocks else ffn for i in range(depth)]
+def ffns_of(ffn: FFNConfig | MoEs | None, *stacks: Sequence[int]) -> list[list[FFNConfig]]:
+    """Return the FFN of each sparse block of each stack: the same one, or those of a list in turn.
+
+    Args:
+        ffn: of all sparse blocks, or a list with one for each; None: there is none.
+        stacks: the sparse blocks of each stack, as an encoder's and then a decoder's.
+
+    Raises:
+        ValueError: the list has another length than there are sparse blocks.
+    """
+    num_blocks = sum(map(len, stacks))
+    if ffn is None:
+        return [[] for _ in stacks]
+    if isinstance(ffn, FFNConfig):
+        return [[ffn] * len(blocks) for blocks in stacks]
+    configs = moe_configs(ffn)
+    if len(configs) != num_blocks:
+        named = " and ".join(str(list(blocks)) for blocks in stacks)
+        raise ValueError(f"moe lists {len(configs)} layers for {num_blocks} sparse blocks, {named}: it needs one each")
+    each = iter(configs)
+    return [[next(each) for _ in blocks] for blocks in stacks]
 
 
-def share_experts(model: nn.Module, ffn: FFNConfig | None) -> None:
+def ffn_configs(
+    dense: core.DenseFFN, depth: int, ffns: FFNConfig | MoEs | None, moe_blocks: Sequence[int]
+) -> list[FFNConfig]:
+    """Return what the FFN of each of ``depth`` blocks is: ``ffns`` in ``moe_blocks``, ``dense`` in the others.
+
+    Raises:
+        ValueError: as ``ffns_of``.
+    """
+    if ffns is None:
+        return [dense] * depth
+    own = dict(zip(moe_blocks, ffns_of(ffns, moe_blocks)[0], strict=True))
+    return [own.get(i, dense) for i in range(depth)]
+
+
+def share_experts(model: nn.Module, ffn: FFNConfig | MoEs | None) -> None:
     """Give all MoE layers of a model the experts of the first one, in place: one set of experts for all blocks
     (WideNet, arXiv 2107.11817). Each layer keeps its own router and gate on the shared experts, each block its norms.
     ``core.grow_experts`` is for layers that have experts of their own.
@@ -39,10 +98,12 @@ def share_experts(model: nn.Module, ffn: FFNConfig | None) -> None:
         ffn: that config; a dense FFN, as in a baseline, is left as it is.
 
     Raises:
-        ValueError: there is no ``ffn``.
+        ValueError: there is no ``ffn``, or it is a list.
     """
     if ffn is None:
         raise ValueError("share_experts=True needs moe, whose experts all blocks share")
+    if len(moe_configs(ffn)) > 1:
+        raise ValueError("share_experts=True needs one moe for all blocks, not a list with one for each")
     first: core.MoE | None = None
     for layer in core.moe_layers(model).values():
         if not isinstance(layer, core.MoE):

@@ -16,7 +16,7 @@ import core
 from apps.data.subwords import BOS_ID, EOS_ID, PAD_ID
 from apps.nets import blocks
 from apps.nets.attention import CrossAttention, SelfAttention, key_bias, product_dtype
-from apps.nets.blocks import FFNConfig, ffn_configs, resolve_blocks
+from apps.nets.blocks import FFNConfig, MoEs, ffns_of, moe_configs, resolve_blocks
 from apps.nets.config import TransformerConfig
 from apps.nets.decode_cache import Cache, Memory
 from apps.nets.depths import DepthGate, MixtureOfDepths, depth_gates
@@ -37,7 +37,10 @@ class _Decoding(nn.Module):
     """The base of models with a decoder: the read-out, and decoding step by step."""
 
     config: TransformerConfig
-    moe: core.MoEConfig | None
+    moes: tuple[core.MoEConfig, ...]
+    """The MoE layers: the one of all sparse blocks, or one for each in their order; none in a dense model."""
+    decoder_moes: tuple[core.MoEConfig, ...]
+    """Those of the decoder's blocks."""
     attention_moe: core.MoEConfig | None
     decoder: Stack
     output: nn.Linear | None
@@ -75,8 +78,8 @@ class _Decoding(nn.Module):
             ValueError: it goes by more than the token itself and its sentence's task and domain.
         """
         place = Place(type(self).__name__, decodes_stepwise=True)
-        if self.moe is not None and any(isinstance(layer.ffn, core.MoELayer) for layer in self.decoder.layers):
-            check_fits(place, self.moe.router)
+        for moe in self.decoder_moes:
+            check_fits(place, moe.router)
         if self.attention_moe is not None:
             check_fits(place, self.attention_moe.router)
 
@@ -145,7 +148,8 @@ class TranslationModel(_Decoding):
         config: the transformer.
         source_vocab: V of the source, or of both.
         target_vocab: V of the target; None: one joint vocabulary.
-        ffn: what the chosen blocks have: an MoE layer, or another dense FFN; None: that of the other blocks.
+        ffn: what the chosen blocks have: an MoE layer, a list with one for each block, the encoder's first, or another
+            dense FFN; None: that of the other blocks.
         encoder_moe_blocks, decoder_moe_blocks: which blocks: "everyN", "lastN", "all", "none" or indices, as
             ``apps.nets.blocks.resolve_blocks`` has them; "every2" is blocks 1, 3, 5, ... Without ``ffn`` they are not
             asked.
@@ -166,7 +170,7 @@ class TranslationModel(_Decoding):
         *,
         source_vocab: int,
         target_vocab: int | None = None,
-        ffn: FFNConfig | None = None,
+        ffn: FFNConfig | MoEs | None = None,
         encoder_moe_blocks: Blocks = "every2",
         decoder_moe_blocks: Blocks = "every2",
         attention_moe: core.MoEConfig | None = None,
@@ -179,7 +183,7 @@ class TranslationModel(_Decoding):
                 f"tie={config.tie!r} (model.transformer.tie) needs a joint vocabulary: with two, which "
                 "data.tokenizer.joint=false makes, tie is 'decoder' or 'none'"
             )
-        self.config, self.moe = config, ffn if isinstance(ffn, core.MoEConfig) else None
+        self.config, self.moes = config, moe_configs(ffn)
         self.attention_moe = attention_moe
         shape = config.shape
         self.source_vocab = source_vocab
@@ -197,11 +201,13 @@ class TranslationModel(_Decoding):
         self.target_embed = (
             None if config.tie in ("all", "inputs") else nn.Embedding(self.target_vocab, shape.dim, padding_idx=PAD_ID)
         )
+        of_encoder, of_decoder = ffns_of(ffn, self.encoder_moe_blocks, self.decoder_moe_blocks)
+        self.decoder_moes = tuple(c for c in of_decoder if isinstance(c, core.MoEConfig))
         self.encoder = _stack(
-            config, shape.encoder_layers, ffn, self.encoder_moe_blocks, attention_moe, causal=False, cross=False
+            config, shape.encoder_layers, of_encoder, self.encoder_moe_blocks, attention_moe, causal=False, cross=False
         )
         self.decoder = _stack(
-            config, shape.decoder_layers, ffn, self.decoder_moe_blocks, attention_moe, causal=True, cross=True
+            config, shape.decoder_layers, of_decoder, self.decoder_moe_blocks, attention_moe, causal=True, cross=True
         )
         own_output = config.tie in ("inputs", "none")
         self.output = cpu.Linear(shape.dim, self.target_vocab, bias=False) if own_output else None
@@ -275,8 +281,8 @@ class LanguageModel(_Decoding):
     Args:
         config: the transformer; ``decoder_layers`` deep. ``tie``: all but "none" tie the output to the embedding.
         vocab: V.
-        ffn: what ``moe_blocks`` have: an MoE layer, whose router must be causal, or another dense FFN; None: that of
-            the other blocks.
+        ffn: what ``moe_blocks`` have: an MoE layer, whose router must be causal, a list with one for each block, or
+            another dense FFN; None: that of the other blocks.
         moe_blocks: which blocks, as in ``TranslationModel``.
         depths: gates of the blocks that few tokens enter, with a predictor; None: all tokens enter all blocks.
         depth_blocks: which blocks those are.
@@ -292,7 +298,7 @@ class LanguageModel(_Decoding):
         config: TransformerConfig,
         *,
         vocab: int,
-        ffn: FFNConfig | None = None,
+        ffn: FFNConfig | MoEs | None = None,
         moe_blocks: Blocks = "all",
         depths: MixtureOfDepths | None = None,
         depth_blocks: Blocks = "every2",
@@ -309,7 +315,7 @@ class LanguageModel(_Decoding):
                 "depths.predictor=False lets later tokens change earlier ones: a causal decoder needs "
                 "depths.predictor=true"
             )
-        self.config, self.moe, self.vocab = config, ffn if isinstance(ffn, core.MoEConfig) else None, vocab
+        self.config, self.moes, self.vocab = config, moe_configs(ffn), vocab
         self.attention_moe = attention_moe
         depth = config.shape.decoder_layers
         self.moe_blocks = () if ffn is None else resolve_blocks(moe_blocks, depth, optional=True)
@@ -318,7 +324,11 @@ class LanguageModel(_Decoding):
         self.embed = nn.Embedding(vocab, config.shape.dim, padding_idx=PAD_ID)
         self.depths = depths
         gates = depth_gates(depths, depth_blocks, depth, config.shape.dim)
-        self.decoder = _stack(config, depth, ffn, self.moe_blocks, attention_moe, causal=True, cross=False, gates=gates)
+        (of_decoder,) = ffns_of(ffn, self.moe_blocks)
+        self.decoder_moes = tuple(c for c in of_decoder if isinstance(c, core.MoEConfig))
+        self.decoder = _stack(
+            config, depth, of_decoder, self.moe_blocks, attention_moe, causal=True, cross=False, gates=gates
+        )
         self.shares_experts = share_experts
         if share_experts:
             blocks.share_experts(self.decoder, ffn)
@@ -350,7 +360,7 @@ class LanguageModel(_Decoding):
 def _stack(
     config: TransformerConfig,
     depth: int,
-    ffn: FFNConfig | None,
+    ffns: Sequence[FFNConfig],
     moe_blocks: tuple[int, ...],
     attention: core.MoEConfig | None,
     *,
@@ -358,16 +368,18 @@ def _stack(
     cross: bool,
     gates: Sequence[DepthGate | None] | None = None,
 ) -> Stack:
-    configs = ffn_configs(config.dense_ffn, depth, ffn, moe_blocks)
-    ffns = [c.build(config.shape.dim, causal=causal) for c in configs]
-    return Stack(config, ffns, causal=causal, cross=cross, attention=attention, depth_gates=gates)
+    own = dict(zip(moe_blocks, ffns, strict=True))
+    configs = [own.get(i, config.dense_ffn) for i in range(depth)]
+    built = [c.build(config.shape.dim, causal=causal) for c in configs]
+    return Stack(config, built, causal=causal, cross=cross, attention=attention, depth_gates=gates)
 
 
-def _check_moe(config: TransformerConfig, ffn: FFNConfig | None, attention: core.MoEConfig | None) -> None:
+def _check_moe(config: TransformerConfig, ffn: FFNConfig | MoEs | None, attention: core.MoEConfig | None) -> None:
     check_attention(config, attention)
-    if isinstance(ffn, core.MoEConfig) and ffn.expert.layer_kind != "rows":
-        name = type(ffn.expert).__name__
-        raise ValueError(f"moe.expert is {name}, which is no FFN: AttentionExperts stand in attention_moe")
+    for moe in moe_configs(ffn):
+        if moe.expert.layer_kind != "rows":
+            name = type(moe.expert).__name__
+            raise ValueError(f"moe.expert is {name}, which is no FFN: AttentionExperts stand in attention_moe")
 
 
 def _check(**vocabularies: int | None) -> None:

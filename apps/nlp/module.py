@@ -49,7 +49,7 @@ class TextModule(SparseModule, Comparable):
         self,
         subwords: Subwords | None,
         transformer: TransformerConfig | None,
-        moe: core.MoEConfig | None,
+        moe: core.MoEConfig | list[core.MoEConfig] | None,
         *,
         label_smoothing: float,
         decode: DecodeConfig,
@@ -81,8 +81,9 @@ class TextModule(SparseModule, Comparable):
             ValueError: as ``check_fits`` and ``check_layers``.
         """
         self.place = place
-        if self.moe is not None:
-            check_fits(place, self.moe.router, self.moe.balance)
+        anywhere = dataclasses.replace(place, is_causal=False, decodes_stepwise=False)
+        for moe in self.model.moes:
+            check_fits(place if moe in self.model.decoder_moes else anywhere, moe.router, moe.balance)
         if self.attention_moe is not None:
             in_decoder = dataclasses.replace(place, is_causal=True, decodes_stepwise=decodes_stepwise)
             check_fits(in_decoder, self.attention_moe.router, self.attention_moe.balance)

@@ -229,7 +229,7 @@ def _vocab_sizes(model: Model) -> tuple[int, ...]:
 
 def _model_type(model: Model) -> str:
     """Return the published architecture that has all that the model has."""
-    config, moe = model.config, model.moe
+    config, moe = model.config, model.moes[0] if model.moes else None
     if isinstance(model, LanguageModel):
         if moe is None:
             return "qwen2" if config.has_qkv_bias else "mistral"

@@ -59,9 +59,11 @@ class Architecture:
             layers = (), model.moe_blocks
         else:
             layers = model.encoder_moe_blocks, model.decoder_moe_blocks
-        encoder, decoder = layers if model.moe else ((), ())
+        if len(model.moes) > 1:
+            raise ValueError(f"moe lists {len(model.moes)} layers: published models have one for all sparse blocks")
+        encoder, decoder = layers if model.moes else ((), ())
         is_language_model = isinstance(model, LanguageModel)
-        moe = None if model.moe is None else model.moe.split(model.config.shape.dim)
+        moe = model.moes[0].split(model.config.shape.dim) if model.moes else None
         return cls(model_type, model.config, vocabulary, moe, encoder, decoder, is_language_model)
 
     def build(self) -> Model:

@@ -27,7 +27,7 @@ import core
 from apps.base.checks import check_at_least, check_name
 from apps.base.messages import first_line
 from apps.nets import blocks
-from apps.nets.blocks import FFNConfig, feed, ffn_configs, resolve_blocks
+from apps.nets.blocks import FFNConfig, MoEs, feed, ffn_configs, moe_configs, resolve_blocks
 from apps.nets.depths import DepthGate, MixtureOfDepths, depth_gates
 from core.kernels import cpu
 
@@ -192,7 +192,8 @@ class VMoE(VisionTransformer):
         image_size: height and width of the images in pixels.
         in_chans: channels of an image.
         num_classes: classes; 0 leaves the head out.
-        ffn: FFN of ``moe_blocks``: an MoE layer, or another dense FFN; None: that of the other blocks.
+        ffn: FFN of ``moe_blocks``: an MoE layer, a list with one for each block, or another dense FFN; None: that of
+            the other blocks.
         moe_blocks: which blocks; see ``apps.nets.blocks.resolve_blocks``. "last2" is V-MoE's Last-2.
         depths: gates of the blocks that few tokens enter; None: all tokens enter all blocks.
         depth_blocks: which blocks those are.
@@ -217,7 +218,7 @@ class VMoE(VisionTransformer):
         image_size: int,
         in_chans: int,
         num_classes: int,
-        ffn: FFNConfig | None = None,
+        ffn: FFNConfig | MoEs | None = None,
         moe_blocks: str | Sequence[int] = "last2",
         depths: MixtureOfDepths | None = None,
         depth_blocks: str | Sequence[int] = "every2",
@@ -272,7 +273,7 @@ class VMoE(VisionTransformer):
             blocks.share_experts(self, ffn)
         cpu.convert_linear(self)
         self.vit = vit
-        self.moe = ffn if isinstance(ffn, core.MoEConfig) else None
+        self.moes = moe_configs(ffn)
         self.moe_blocks = sparse
         self._scale_pos_embed()
 
@@ -401,7 +402,7 @@ def load_pretrained_weights(model: VMoE, source: str | Path) -> LoadReport:
     if differences:
         raise ValueError(f"pretrained={source} is of another architecture than model.vit: {', '.join(differences)}")
     model.load_state_dict(fits, strict=False)
-    sparse = tuple(f"blocks.{i}.mlp." for i in model.moe_blocks) if model.moe is not None else ()
+    sparse = tuple(f"blocks.{i}.mlp." for i in model.moe_blocks) if model.moes else ()
     report = LoadReport(
         loaded=tuple(fits),
         missing=tuple(n for n in missing if not n.startswith(sparse)),

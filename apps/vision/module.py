@@ -79,7 +79,8 @@ class VisionClassifier(SparseModule, Comparable):
 
     Args:
         vit: the transformer.
-        moe: the MoE layer that replaces the FFN of some blocks; None: a dense model.
+        moe: the MoE layer that replaces the FFN of some blocks, or a list with one for each of them; None: a dense
+            model.
         moe_blocks: which blocks: "lastN" (V-MoE's Last-N: the last N of every second block), "everyN", "all", or
             indices.
         dense_ffn: the FFN of those blocks in a dense model, as in the baselines; None: that of the others.
@@ -114,7 +115,7 @@ class VisionClassifier(SparseModule, Comparable):
     def __init__(
         self,
         vit: ViTConfig | None = None,
-        moe: core.MoEConfig | None = None,
+        moe: core.MoEConfig | list[core.MoEConfig] | None = None,
         moe_blocks: str | list[int] = "last2",
         dense_ffn: core.DenseFFN | None = None,
         depths: MixtureOfDepths | None = None,

@@ -161,7 +161,7 @@ class VisionReport(Report):
                 for batch in self._first(trainer, self.config.routing_examples):
                     routing.add(model, batch, pl_module.device, self.config.images)
             # Expert choice has a capacity of its own; soft slots and merged experts have none.
-            has_capacity = model.moe is not None and "capacity_factor" in model.moe.router.layer_options
+            has_capacity = bool(model.moes) and all("capacity_factor" in moe.router.layer_options for moe in model.moes)
             if self.config.capacity_factors and has_capacity:
                 points = capacity_sweep(
                     model,

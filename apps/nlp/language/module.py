@@ -93,7 +93,8 @@ class LanguageModeler(TextModule):
     Args:
         subwords: of the text; the command line takes them from the data.
         transformer: the network around the MoE layers; of its layers the decoder's count.
-        moe: the MoE layer that replaces the FFN of some layers; None: a dense model. Its router must be causal.
+        moe: the MoE layer that replaces the FFN of some layers, or a list with one for each of them; None: a dense
+            model. Routers must be causal.
         moe_blocks: which layers: "everyN" (every N-th), "lastN", "all", "none" or indices.
         attention_moe: experts in place of the self-attention of all layers, whose expert is ``core.AttentionExperts``;
             None: there are none.
@@ -124,7 +125,7 @@ class LanguageModeler(TextModule):
         self,
         subwords: Subwords | None = None,
         transformer: TransformerConfig | None = None,
-        moe: core.MoEConfig | None = None,
+        moe: core.MoEConfig | list[core.MoEConfig] | None = None,
         moe_blocks: str | list[int] = _LAYERS,
         dense_ffn: core.DenseFFN | None = None,
         depths: MixtureOfDepths | None = None,

@@ -26,12 +26,11 @@ def dense_of_pair(sparse: Translator, pair: str) -> Translator:
     """
     check_name("pair", pair, sparse.pairs)
     model = dense_of_task(sparse.model, int(sparse.task_P[sparse.pairs.index(pair)]))  # type: ignore[index]
-    assert sparse.moe is not None
     dense = sparse.twin(
         pairs=(pair,),
         moe=None,
         transformer=sparse.transformer,
-        dense_ffn=_dense_ffn(sparse.moe, sparse.transformer),
+        dense_ffn=_dense_ffn(sparse.model.moes[0], sparse.transformer),
         pretrained=None,
         bleu_tokenize=sparse.bleu_tokenizers[pair],
     )
@@ -53,11 +52,13 @@ def dense_of_task(model: TranslationModel, task: int) -> TranslationModel:
     Raises:
         ValueError: there is no such task, or no dense FFN is what the experts of a task are.
     """
-    if model.moe is None:
+    if not model.moes:
         raise ValueError("the model is dense already: it has no tasks to take out")
     if model.attention_moe is not None:
         raise ValueError("attention_moe chooses heads token by token: no dense model does")
-    moe = model.moe.split(model.config.shape.dim)
+    if len(model.moes) > 1:
+        raise ValueError(f"moe lists {len(model.moes)} layers: one dense FFN stands for layers that are alike")
+    moe = model.moes[0].split(model.config.shape.dim)
     if not isinstance(moe.router, core.Task):
         raise ValueError(f"router {moe.router.source()} does not decide by the task alone, as Task does")
     if not isinstance(moe.expert, core.FFN):

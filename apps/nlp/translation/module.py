@@ -66,7 +66,8 @@ class Translator(TextModule):
         subwords: of both languages; the command line takes them from the data.
         pairs: language pairs, such as "en-de"; the command line takes them from the data.
         transformer: the network around the MoE layers.
-        moe: the MoE layer that replaces the FFN of some layers; None: a dense model.
+        moe: the MoE layer that replaces the FFN of some layers, or a list with one for each of them, the encoder's
+            first; None: a dense model.
         encoder_moe_blocks, decoder_moe_blocks: which layers: "everyN" (every N-th), "lastN", "all", "none" or indices.
         attention_moe: experts in place of the self-attention of all layers, whose expert is ``core.AttentionExperts``;
             None: there are none.
@@ -101,7 +102,7 @@ class Translator(TextModule):
         subwords: Subwords | None = None,
         pairs: Sequence[str] = (),
         transformer: TransformerConfig | None = None,
-        moe: core.MoEConfig | None = None,
+        moe: core.MoEConfig | list[core.MoEConfig] | None = None,
         encoder_moe_blocks: str | list[int] = _LAYERS,
         decoder_moe_blocks: str | list[int] = _LAYERS,
         dense_ffn: core.DenseFFN | None = None,

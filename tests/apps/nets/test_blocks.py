@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import core
-from apps.nets.blocks import feed, ffn_configs, one_ffn, resolve_blocks
+from apps.nets.blocks import feed, ffn_configs, ffns_of, moe_configs, one_ffn, resolve_blocks
 from apps.nets.packing import Packing
 
 
@@ -83,3 +83,38 @@ def test_an_moe_layer_gets_packed_tokens_by_sequence():
         assert torch.equal(feed(layer, x_TD, context, packing), padded.flatten(0, 1)[index_T])
         dense = core.DenseFFN(8).build(4)
         assert torch.equal(feed(dense, x_TD, context, packing), dense(x_TD))
+
+
+FEW, MANY = core.MoEConfig(2), core.MoEConfig(8)
+
+
+def test_a_list_has_a_layer_for_each_sparse_block_in_their_order():
+    dense = core.DenseFFN()
+    assert ffn_configs(dense, 4, [FEW, MANY], (1, 3)) == [dense, FEW, dense, MANY]
+    # Of two stacks the first one's blocks come first.
+    assert ffns_of([FEW, FEW, MANY], (0, 1), (1,)) == [[FEW, FEW], [MANY]]
+    assert ffns_of(MANY, (0, 1), (1,)) == [[MANY, MANY], [MANY]]
+    assert ffns_of(None, (), ()) == [[], []]
+    assert (moe_configs(None), moe_configs(FEW), moe_configs([FEW, MANY])) == ((), (FEW,), (FEW, MANY))
+    assert one_ffn([FEW, MANY], None) == [FEW, MANY]
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (
+            lambda: ffn_configs(core.DenseFFN(), 4, [FEW, MANY], (1, 2, 3)),
+            r"^moe lists 2 layers for 3 sparse blocks, \[1, 2, 3\]: it needs one each$",
+        ),
+        (
+            lambda: ffns_of([FEW], (1,), (0, 1)),
+            r"^moe lists 1 layers for 3 sparse blocks, \[1\] and \[0, 1\]: it needs one each$",
+        ),
+        (lambda: one_ffn([], None), r"^moe=\[\] is neither one MoEConfig nor a list of one for each sparse block$"),
+        (lambda: one_ffn([FEW, 3], None), r"^moe=\[.*, 3\] is neither one MoEConfig nor a list"),
+        (lambda: one_ffn([FEW], core.DenseFFN()), r"is for a dense model: with moe, set moe\.expert$"),
+    ],
+)
+def test_a_list_of_another_length_or_of_other_things_is_one_line(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()

@@ -101,6 +101,10 @@ def test_another_vocabulary_is_refused(tmp_path):
             "moe.num_shared_experts=1 cannot be said in switch_transformers, which has 0",
         ),
         (
+            lambda: switch_model(ffn=[EXPERTS] * 2),
+            "moe lists 2 layers: published models have one for all sparse blocks",
+        ),
+        (
             lambda: switch_model(ffn=replace(EXPERTS, output_bias=True)),
             "moe.output_bias=True cannot be said in switch_transformers, which has False",
         ),

@@ -1,5 +1,6 @@
 """VisionClassifier: its loss, its baselines, and a run through Lightning."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -13,6 +14,7 @@ from torch.testing import assert_close
 
 import core
 from apps.cli import main
+from apps.equal_cost import routers
 from apps.train.module import OptimizerConfig, parameter_groups
 from apps.vision.batch import ImageBatch
 from apps.vision.data import VisionData
@@ -180,6 +182,29 @@ def test_baselines_cost_what_they_say_in_moe_blocks_and_elsewhere_the_same():
         assert dense.model.blocks[0].mlp.fc1.out_features == 32
         assert dense.optimizer_config == sparse.optimizer_config
     assert "FFN hidden dim 34 in place of experts, 32 elsewhere" in baselines["dense_equal_flops"].note
+
+
+PYRAMID = [MOE, dataclasses.replace(MOE, num_experts=8)]
+
+
+def test_each_sparse_block_may_have_a_layer_of_its_own(tmp_path):
+    sparse = build(PYRAMID, moe_blocks="all")
+    assert [layer.num_experts for layer in core.moe_layers(sparse).values()] == [4, 8]
+    # FLOPs a token: 2*8*4 = 64 and 2*8*8 = 128 of the gates, 1024 each of the experts: 1120 in the mean, 4*8 * 35.
+    # Parameters: 1056 and 64 + 8 * 2*8*16 = 2112: 1584 in the mean; 2*8*F + F + 8 = 1584 gives F = 92.7.
+    assert sparse.heading == "sparse"
+    twins = [baseline.build() for baseline in sparse.baselines().values()]
+    assert [[block.mlp.fc1.out_features for block in twin.model.blocks] for twin in twins] == [[35, 35], [93, 93]]
+    with pytest.raises(ValueError, match=r"^--routers hash: moe lists 2 layers; routers are compared where all"):
+        routers.variants(sparse, ["hash"])
+    with pytest.raises(ValueError, match=r"^moe lists 2 layers for 1 sparse blocks, \[1\]: it needs one each$"):
+        build(PYRAMID)
+    fit = quiet_trainer(tmp_path, max_steps=2, limit_val_batches=1, num_sanity_val_steps=0)
+    fit.fit(sparse, datamodule=VisionData("digits", batch_size=8, subset=32, seed=0))
+    fit.save_checkpoint(tmp_path / "m.ckpt")
+    again = VisionClassifier.load_from_checkpoint(tmp_path / "m.ckpt")
+    assert again.moe == PYRAMID
+    assert_close(again.eval()(batch().image), sparse.eval()(batch().image))
 
 
 @pytest.mark.parametrize("router", [SoftSlots(2), Merge("smear"), ExpertChoice(1.5)], ids=str)

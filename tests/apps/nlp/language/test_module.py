@@ -204,6 +204,19 @@ def test_attention_experts_that_do_not_fit_are_refused(data):
             modeler(data, attention_moe=dataclasses.replace(ATTENTION, router=router, balance=core.Balance()))
 
 
+def test_each_sparse_block_may_have_a_layer_of_its_own(data):
+    moe = [core.MoEConfig(2, core.TokenChoice(1), core.FFN(16)), core.MoEConfig(6, core.TokenChoice(1), core.FFN(16))]
+    module = modeler(data, moe, moe_blocks="all")
+    assert [layer.num_experts for layer in core.moe_layers(module).values()] == [2, 6]
+    tokens = F.pad(torch.randint(4, 290, (3, 17)), (0, 5))
+    systems = {s.name: s for s in find_systems(module, TextBatch(tokens, torch.arange(3)))}
+    assert systems["dense_equal_flops"].replaced_ratio == pytest.approx(1, abs=0.05)
+    assert systems["dense_equal_params"].params_ratio == pytest.approx(1, abs=0.05)
+    assert module.eval().predict(["one two"], max_length_extra=2)[0].startswith("one two")
+    with pytest.raises(ValueError, match=r"router ExpertChoice .* lets later tokens change earlier ones"):
+        modeler(data, [core.MoEConfig(2), core.MoEConfig(2, core.ExpertChoice())], moe_blocks="all")
+
+
 def test_alternatives_come_with_a_prediction_and_as_lines_of_their_own(data):
     module = modeler(data, decode=DecodeConfig(beam_size=3, num_best=2, max_length_extra=4)).eval()
     prompt = text_data(Path(data.root), text="one two")

@@ -84,6 +84,10 @@ def test_a_dense_model_says_what_the_sparse_one_says_of_a_task(given, width):
         (lambda: task_model(num_shared_experts=1, shared_gate="mix"), "shared_gate='mix' weights the experts token by"),
         (lambda: task_model(eval_capacity_factor=1.0), "with a capacity what an expert computes depends on the batch"),
         (lambda: task_model(core.MLP(hidden_dims=(16,))), "expert MLP is not a dense FFN"),
+        (
+            lambda: build([core.MoEConfig(4, TASK, RELU), core.MoEConfig(8, TASK, RELU)], ("all", "none")),
+            "moe lists 2 layers: one dense FFN stands for layers that are alike",
+        ),
         (lambda: task_model(output_bias=True), "output_bias=True is added beside the experts"),
     ],
 )

@@ -260,6 +260,24 @@ def test_a_baseline_pickles_and_has_the_rest_of_the_sparse_model(data):
     assert sparse.moe_block_names == ("model.decoder.layers.1.ffn",)
 
 
+def test_a_list_of_layers_runs_through_the_encoder_and_then_the_decoder(data):
+    # The encoder's router may see later tokens.
+    moe = [core.MoEConfig(4, core.ExpertChoice(), core.FFN(16)), core.MoEConfig(8, core.TokenChoice(1), core.FFN(16))]
+    module = translator(data, moe, encoder_moe_blocks=[0])
+    layers = core.moe_layers(module)
+    assert {name: layer.num_experts for name, layer in layers.items()} == {
+        "model.encoder.layers.0.ffn": 4,
+        "model.decoder.layers.1.ffn": 8,
+    }
+    batch = a_batch(data)
+    assert len(module.eval().translate(batch, module.decode).ids) == len(batch.index_B)
+    assert "dense_equal_flops" in module.baselines()
+    with pytest.raises(ValueError, match=r"router ExpertChoice .* lets later tokens change earlier ones"):
+        translator(data, moe[::-1], encoder_moe_blocks=[0])
+    with pytest.raises(ValueError, match=r"^moe lists 1 layers for 2 sparse blocks, \[0\] and \[1\]: it needs one"):
+        translator(data, moe[:1], encoder_moe_blocks=[0])
+
+
 def test_a_router_in_place_of_the_config_s(two):
     module = translator(two)
     assert module.with_moe(core.MoEConfig(4, router=core.Task(num_tasks=2))).moe.router.num_tasks == 2
