@@ -1,4 +1,4 @@
-"""The benchmarks of layers: what others install must not take a table down, and a small run gives a row."""
+"""The benchmarks of layers: what others install must not take a table down, and what is compared is equal."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import layer, peer
+from benchmarks import layer, lora_experts, peer
 
 
 class Broken(nn.Module):
@@ -38,3 +38,13 @@ def test_the_benchmark_of_one_neuron_experts_prints_a_row_with_recall_1():
     assert cells[0] == "49"
     assert cells[7] == "1.0000"
     assert len(cells) == 10
+
+
+def test_low_rank_experts_are_compared_at_equal_outputs_and_gradients(capsys):
+    sizes = ["--tokens", "256", "--dim", "16", "--out_dim", "24", "--experts", "4", "--rank", "2"]
+    assert lora_experts.main([*sizes, "--rounds", "2", "--threads", "1", "--no_peak"]) == 0
+    _machine, _head, _rule, *rows = capsys.readouterr().out.splitlines()
+    names = [row.split("|")[1].strip() for row in rows]
+    assert names == [*lora_experts.SYSTEMS, *(f"{name}, and the linear" for name in lora_experts.SYSTEMS)]
+    with pytest.raises(SystemExit):
+        lora_experts.main(["--tokens", "100"])
