@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 from ..contract import check_kinds, check_part
-from ..contract.checks import at_least_one, below_one, not_negative, one_of, positive, whole
+from ..contract.checks import at_least_one, below_one, not_negative, one_of, positive, sequence, whole
 from ..experts import MLP, ExpertConfig, Mixed
 from ..kernels import check_backend
 from ..layers import MultiGateLayer, MultiGateMoE, PLELayer, SelectedMultiGateMoE, SparseMultiGateMoE
@@ -73,6 +73,7 @@ class MultiGateConfig(OpenConfig):
         at_least_one("num_experts", self.num_experts)
         for name in ("feature_gate", "self_gate", "num_domain_experts"):
             not_negative(name, getattr(self, name))
+        sequence("gate_hidden_dims", self.gate_hidden_dims)
         for width in self.gate_hidden_dims:
             at_least_one("gate_hidden_dims", width)
         below_one("expert_dropout", self.expert_dropout)

@@ -44,6 +44,12 @@ def whole(name: str, value: int) -> None:
         raise ValueError(f"{name}={value!r} is not a whole number")
 
 
+def sequence(name: str, value: object) -> None:
+    """Raise a ``ValueError`` where ``value`` is neither a tuple nor a list."""
+    if not isinstance(value, (tuple, list)):
+        raise ValueError(f"{name}={value!r} is not a list")
+
+
 def at_least_one(name: str, value: int) -> None:
     whole(name, value)
     if value < 1:

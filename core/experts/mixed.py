@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..contract import Rows, check_kinds, check_part
-from ..contract.checks import at_least_one
+from ..contract.checks import at_least_one, sequence
 from ..kernels import RowIndex, combine
 from .base import ExpertConfig, Experts
 
@@ -113,6 +113,8 @@ class Mixed(ExpertConfig):
 
     def __post_init__(self) -> None:
         check_kinds(self)
+        for name in ("experts", "counts"):
+            sequence(name, getattr(self, name))
         if not self.experts or len(self.experts) != len(self.counts):
             raise ValueError(f"counts={self.counts} has {len(self.counts)} numbers for {len(self.experts)} experts")
         for expert, count in zip(self.experts, self.counts, strict=True):

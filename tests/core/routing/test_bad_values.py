@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import core
 from core import CGC, MLP, PLE, Balance, Capacity, MMoE, MoEConfig, RoutingContext, aux_loss, record
 from core.routing.router import RouterConfig
 
-NEEDED: dict[str, dict[str, int]] = {
+NEEDED: dict[str, dict[str, Any]] = {
     "Task": {"num_tasks": 3},
     "Domain": {"num_domains": 8},
     "Hash": {"vocab_size": 7},
@@ -22,6 +23,7 @@ NEEDED: dict[str, dict[str, int]] = {
     "MoEConfig": {"num_experts": 8},
     "MMoE": {"num_experts": 8},
     "OMoE": {"num_experts": 8},
+    "Mixed": {"experts": (core.FFN(), core.Zero()), "counts": (7, 1)},
 }
 ABSTRACT = {"RouterConfig", "ExpertConfig", "MultiGateConfig"}
 
