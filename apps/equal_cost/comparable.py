@@ -100,7 +100,7 @@ class RoutedLayers:
 
     @property
     def configs(self) -> Sequence[core.MoEConfig | core.MultiGateConfig]:
-        """The configuration of each layer, or the one of all."""
+        """Return the configuration of each layer, or the one of all."""
         return (self.config,) if isinstance(self.config, core.MoEConfig | core.MultiGateConfig) else self.config
 
     def flops_per_token(self) -> float:

@@ -65,7 +65,7 @@ def test_fine_grained_layers_keep_their_granularity_under_another_router():
     assert module.heading == "sparse"
     systems = routers.variants(module, ["switch", "expert_choice"])
     # A token takes 3 * 1 experts of width w in place of 3 * 2 of width 8: w is 16 at equal FLOPs.
-    assert systems["router_switch"].note == "TokenChoice, expert hidden dim 16"
+    assert systems["router_switch"].note == "TokenChoice, FFN, expert hidden dim 16"
     moe = systems["router_switch"].build()
     assert (moe.granularity, moe.router.top_k, moe.expert.hidden_dim) == (3, 1, 48)
     assert moe.flops_per_token(8) == module.moe_config.flops_per_token(8)

@@ -17,6 +17,7 @@ from core import (
     Balance,
     ExpertChoice,
     MoEConfig,
+    ProductKeys,
     RouterConfig,
     Routing,
     RoutingContext,
@@ -43,7 +44,8 @@ def pair_routers(base: type = RouterConfig) -> dict[str, RouterConfig]:
         configs |= pair_routers(kind)
         if kind.__module__.startswith("core.") and hasattr(kind, "router_class"):
             config = kind(**{f.name: NEEDED[f.name] for f in fields(kind) if f.default is MISSING})
-            if config.layer_kind == "pairs" and kind is not TokenRounding:  # whose tile is more than these tokens
+            # The tile of TokenRounding is more than these tokens, and ProductKeys asks for a square number of experts.
+            if config.layer_kind == "pairs" and kind not in (TokenRounding, ProductKeys):
                 configs[kind.__name__] = config
     return configs
 

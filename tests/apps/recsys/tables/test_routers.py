@@ -16,6 +16,8 @@ from apps.recsys.tables.module import MultiTaskRecommender
 DOMAINS = 8  # as configs/routing/domain.yaml
 OTHER_IDS = {
     "domain_random": "needs context.token_ids_BS, which MultiTaskRecommender does not give",
+    "nllb": "num_domain_experts, num_experts, router, selection, self_gate",  # which has no capacity_factor
+    "hash_gates": "needs context.token_ids_BS, which MultiTaskRecommender does not give",
     "hash": "needs context.token_ids_BS, which MultiTaskRecommender does not give",
     "hash_balanced": "needs context.token_ids_BS, which MultiTaskRecommender does not give",
     "stable": "needs context.token_ids_BS, which MultiTaskRecommender does not give",
@@ -144,6 +146,6 @@ def test_a_comparison_has_a_line_for_each_router(tmp_path):
     assert lines == ["| router", "| ---", "| the config's", "| top2"]
     assert f"hash: left out: router Hash (arXiv 2106.04426) {OTHER_IDS['hash']}." in page
     (_, top2) = json.loads((tmp_path / "out" / "results.json").read_text())["summary"]["rows"]
-    assert top2["system"]["note"].startswith("TokenChoice, MLP, expert hidden dims ")
+    assert top2["system"]["note"].startswith("TokenChoice, MLP, expert hidden dim ")
     assert top2["system"]["replaced_ratio"] == pytest.approx(1, abs=0.05)
     assert 1 <= top2["routing"]["load_imbalance"] <= 8
