@@ -93,9 +93,9 @@ class RoutedLayers:
         each = []
         for config in self.configs:
             assert isinstance(config, core.MoEConfig)
-            total = config.num_params(self.dim)
-            own = config.router.num_params(self.dim, config.num_experts) + self.dim * (config.shared_gate != "none")
-            each.append(own + (total - own) / self.num_sharing)
+            config = config.split(self.dim)
+            own = config.own_params(self.dim)
+            each.append(own + (config.num_params(self.dim) - own) / self.num_sharing)
         return sum(each) / len(each)
 
     @property

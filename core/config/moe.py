@@ -253,14 +253,14 @@ class MoEConfig:
         if self.granularity > 1:
             return self.split(dim).num_params(dim, out_dim)
         routed = sum(kind.num_params(dim, out_dim) for kind in self.expert.of_each(self.num_experts))
-        return self._own_params(dim, out_dim) + routed + self._shared(lambda kind: kind.num_params(dim, out_dim))
+        return self.own_params(dim, out_dim) + routed + self._shared(lambda kind: kind.num_params(dim, out_dim))
 
     def active_params(self, dim: int, out_dim: int | None = None) -> int:
         """Return the parameters that one token touches; of experts of several kinds, at balance."""
         if self.granularity > 1:
             return self.split(dim).active_params(dim, out_dim)
         routed = self.router.pairs_per_token(self.num_experts) * self._mean(lambda kind: kind.num_params(dim, out_dim))
-        return self._own_params(dim, out_dim) + round(routed + self._shared(lambda kind: kind.num_params(dim, out_dim)))
+        return self.own_params(dim, out_dim) + round(routed + self._shared(lambda kind: kind.num_params(dim, out_dim)))
 
     def flops_per_token(self, dim: int, out_dim: int | None = None, *, tokens_per_sequence: int | None = None) -> int:
         """Return the forward FLOPs of a token and its router. A capacity factor below 1 bounds the experts' part.
@@ -303,7 +303,7 @@ class MoEConfig:
         """Return the cost of all shared experts."""
         return self.num_shared_experts * cost(self.shared_expert or self.expert)
 
-    def _own_params(self, dim: int, out_dim: int | None) -> int:
+    def own_params(self, dim: int, out_dim: int | None = None) -> int:
         """Return the parameters of router, shared gate and output's bias, and those that all experts share."""
         bias = (self.expert.out_dim(dim) if out_dim is None else out_dim) if self.output_bias else 0
         gates = self.router.num_params(dim, self.num_experts) + (0 if self.shared_gate == "none" else dim)
