@@ -31,7 +31,7 @@ from .check import Check
 from .expert_case import ExpertCase
 from .router_case import RouterCase, seeded
 
-CHECKS = [
+CHECKS: list[Check[Any]] = [
     *decisions.CHECKS,
     *outputs.CHECKS,
     *batch_mates.CHECKS,
@@ -76,7 +76,8 @@ def properties(
         case.config()
         return _properties(case, CHECKS)
     config.check(num_experts)
-    return _properties(ExpertCase(config, num_experts, dim, seed), experts.CHECKS)
+    of_experts = ExpertCase(config, num_experts, dim, seed)
+    return _properties(of_experts, experts.CHECKS) + _properties(of_experts, saving.CHECKS)
 
 
 def check_router(router: RouterConfig, *, num_experts: int = 8, dim: int = 16, seed: int = 0) -> None:

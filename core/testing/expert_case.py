@@ -12,6 +12,7 @@ from ..config import MoEConfig
 from ..contract import Routing, RoutingContext
 from ..experts import ExpertConfig, Experts
 from ..layers import MoE
+from ..routing.balance import Balance
 from ..routing.token_choice import TokenChoice
 from .router_case import seeded
 
@@ -28,6 +29,10 @@ class ExpertCase:
     def config(self, **options: Any) -> MoEConfig:
         router = TokenChoice(top_k=min(2, self.num_experts))
         return MoEConfig(self.num_experts, **{"router": router, "expert": self.expert, **options})
+
+    def full_config(self) -> MoEConfig:
+        """Return the config of the check of a new layer: experts alone, since some cannot be shared ones."""
+        return self.config()
 
     def layer(self, *, training: bool = False, **options: Any) -> MoE:
         """Return a layer with each weight moved from its initial value, which may be 0 or equal for all."""
@@ -57,6 +62,14 @@ class ExpertCase:
 
     def batch(self, B: int = 3, S: int = 6) -> Tensor:
         return self.tokens(B * S).unflatten(0, (B, S))
+
+    def balance(self) -> Balance:
+        """Return the weights of the balance losses, which experts have none of."""
+        return Balance()
+
+    def padded(self) -> tuple[Tensor, RoutingContext]:
+        """Return a batch and its padding."""
+        return self.batch(), self.padding()
 
     def padding(self) -> RoutingContext:
         """Return the context of a batch with two places of padding, and one sequence of padding alone."""

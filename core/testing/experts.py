@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-import io
 import itertools
-import json
-import pickle
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..config import MoEConfig
 from ..dispatch import LocalDispatcher
 from ..experts import Experts
 from ..flops import count_flops
@@ -258,51 +252,6 @@ def _(case: ExpertCase) -> None:
     steps = [step(case.layer(training=True), case.batch(), case.padding()) for _ in range(2)]
     for name, value in steps[0].items():
         hold(torch.equal(steps[1][name], value), f"{name} differs between two training steps of one seed")
-
-
-@CHECKS.keeps("the plain form of the config comes back equal")
-def _(case: ExpertCase) -> None:
-    config = case.config()
-    plain = json.loads(json.dumps(config.to_dict()))
-    hold(MoEConfig.from_dict(plain) == config, f"{MoEConfig.from_dict(plain)} is not {config}")
-
-
-@CHECKS.keeps("saved, loaded, copied and pickled, a layer gives the same output")
-def _(case: ExpertCase) -> None:
-    layer, x = case.layer(), case.batch()
-    expected, file = layer(x), io.BytesIO()
-    torch.save(layer.state_dict(), file)
-    file.seek(0)
-    loaded = ExpertCase(case.expert, case.num_experts, case.dim, case.seed + 1).layer()
-    loaded.load_state_dict(torch.load(file, weights_only=True))
-    copies = {"loaded": loaded, "copied": copy.deepcopy(layer), "pickled": pickle.loads(pickle.dumps(layer))}
-    for how, other in copies.items():
-        hold(torch.equal(other(x), expected), f"a {how} layer gives another output")
-
-
-@CHECKS.keeps("built on the meta device, emptied and reset, experts start as any others")
-def _(case: ExpertCase) -> None:
-    fresh = case.expert.build(case.num_experts, case.dim)
-    with torch.device("meta"):
-        experts = case.expert.build(case.num_experts, case.dim)
-    experts.to_empty(device="cpu")
-    state = {**dict(experts.named_parameters()), **dict(experts.named_buffers())}
-    expected = {**dict(fresh.named_parameters()), **dict(fresh.named_buffers())}
-    hold(state.keys() == expected.keys(), f"there are {sorted(state)}, expected {sorted(expected)}")
-    with torch.no_grad():
-        for value in state.values():
-            value.fill_(77)  # what memory may hold
-        for module in experts.modules():
-            reset: Any = getattr(module, "reset_parameters", None)
-            if reset is not None:
-                reset()
-    for name, value in state.items():
-        start = expected[name].detach()
-        if bool((start != start.flatten()[:1]).any()):  # drawn: of the same size
-            largest, before = float(value.detach().abs().max()), float(start.abs().max())
-            hold(largest <= 10 * before, f"{name} has {largest:.2g} where new experts have {before:.2g} at most")
-        else:
-            hold(torch.equal(value, start), f"{name} is not as in new experts")
 
 
 @CHECKS.keeps("half precision and autocast give the float32 output, rounded")

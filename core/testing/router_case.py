@@ -49,6 +49,10 @@ class RouterCase:
     def config(self, **options: Any) -> MoEConfig:
         return MoEConfig(self.num_experts, self.router, FFN(HIDDEN, bias=True), **options)
 
+    def full_config(self) -> MoEConfig:
+        """Return the config of the check of a new layer: with a shared expert beside the routed ones."""
+        return self.config(num_shared_experts=1)
+
     def layer(self, *, training: bool = False, **options: Any) -> MoE:
         """Return a layer with each router weight moved from its initial value, which may be 0 or equal for all."""
         with seeded(self.seed):

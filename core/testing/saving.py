@@ -1,4 +1,4 @@
-"""Checks of a config and a layer's state, written and read again."""
+"""Checks of a config and a layer's state, written and read again: those of routers and of experts."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ import torch
 
 from ..config import MoEConfig
 from .check import Checks, hold
+from .expert_case import ExpertCase
 from .router_case import RouterCase
 
-CHECKS: Checks[RouterCase] = Checks()
+CHECKS: Checks[RouterCase | ExpertCase] = Checks()
 
 
 @CHECKS.keeps("the plain form of the config comes back equal")
-def _(case: RouterCase) -> None:
+def _(case: RouterCase | ExpertCase) -> None:
     config = case.config(balance=case.balance())
     plain = json.loads(json.dumps(config.to_dict()))
     hold(MoEConfig.from_dict(plain) == config, f"{MoEConfig.from_dict(plain)} is not {config}")
 
 
 @CHECKS.keeps("saved, loaded, copied and pickled, a layer gives the same output")
-def _(case: RouterCase) -> None:
+def _(case: RouterCase | ExpertCase) -> None:
     layer = case.layer()
     x, context = case.padded()
     expected = layer(x, context)
@@ -40,8 +41,8 @@ def _(case: RouterCase) -> None:
 
 
 @CHECKS.keeps("built on the meta device, emptied and reset, a layer starts as any other")
-def _(case: RouterCase) -> None:
-    config = case.config(num_shared_experts=1)
+def _(case: RouterCase | ExpertCase) -> None:
+    config = case.full_config()
     fresh = config.build(case.dim)
     with torch.device("meta"):
         layer = config.build(case.dim)

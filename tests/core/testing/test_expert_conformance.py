@@ -143,7 +143,7 @@ FOUND_BY = {
     "forgets a parameter": "num_params and active_params are the sums of numel",
     "counts a multiply-add as one": "flops_per_row is what a counter counts",
     "is random in evaluation": "nothing is random in evaluation, and the same seed gives the same training step",
-    "is not reset": "built on the meta device, emptied and reset, experts start as any others",
+    "is not reset": "built on the meta device, emptied and reset, a layer starts as any other",
     "multiplies in float32": "half precision and autocast give the float32 output, rounded",
     "lets padding through": "an expert that no token takes has no gradient, and padding reaches nobody",
 }
