@@ -74,20 +74,33 @@ def path_of(name: str) -> Path:
 
 
 def read(name: str) -> dict[str, Any]:
-    """Return the fields of ``MoEConfig`` or ``MMoE`` that an overlay sets.
+    """Return the options of the model that an overlay sets.
 
     Raises:
-        ValueError: the file has neither ``model.init_args.moe.router`` nor ``model.init_args.moe.expert``.
+        ValueError: the file has no ``model.init_args``.
     """
     path = path_of(name)
     try:
-        values = dict(yaml.safe_load(path.read_text())["model"]["init_args"]["moe"])
-        for part in values.keys() & {"router", "expert"}:
-            values[part]["class_path"]
-    except (KeyError, TypeError, ValueError):
-        values = {}
-    if not values.keys() & {"router", "expert"}:
-        raise ValueError(f"{path} has no model.init_args.moe.router or moe.expert with a class_path")
+        return dict(yaml.safe_load(path.read_text())["model"]["init_args"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} has no model.init_args, whose moe.router or moe.expert it would set") from error
+
+
+def layer_fields(name: str) -> dict[str, Any]:
+    """Return the fields of ``MoEConfig`` or ``MMoE`` that an overlay sets.
+
+    Raises:
+        ValueError: the file sets something else, or a router or expert without a ``class_path``.
+    """
+    options = read(name)
+    values = options.pop("moe", None)
+    if options:
+        raise ValueError(f"it sets model.init_args.{next(iter(options))}, and routers are compared by moe alone")
+    if not isinstance(values, dict) or not values:
+        raise ValueError("it sets no fields of one model.init_args.moe for all layers")
+    for part in sorted(values.keys() & {"router", "expert"}):
+        if not isinstance(values[part], dict) or "class_path" not in values[part]:
+            raise ValueError(f"its model.init_args.moe.{part} has no class_path")
     return values
 
 
@@ -97,12 +110,12 @@ def with_router(moe: Layers, name: str) -> Layers:
     Where the router is another, balance weights that the overlay does not set are the defaults.
 
     Raises:
-        ValueError: the overlay's values do not fit ``moe``.
+        ValueError: the overlay sets something else, or its values do not fit ``moe``.
     """
     import core
 
     plain = moe.to_dict()
-    values = read(name)
+    values = layer_fields(name)
     if "router" in values:
         values = {"balance": {}, **values}
     if isinstance(moe, core.MoEConfig):
@@ -120,18 +133,23 @@ class Variant:
     def config(self) -> Layers:
         """Return the layers with the router, and with experts as wide as makes a token cost the same.
 
+        Where the routed experts have no hidden dim, as low-rank updates have none, the shared ones are widened.
+
         Raises:
-            ValueError: the overlay does not fit the layers, or the experts have no hidden dim.
+            ValueError: the overlay does not fit the layers, or none of the experts has a hidden dim.
         """
-        from apps.equal_cost.widths import nearest_width, widened
+        from apps.equal_cost.widths import has_width, nearest_width, widened
 
         layers = self.module.routed_layers()
         assert layers is not None
         assert not isinstance(layers.config, Sequence)
         moe = with_router(layers.config, self.name)
         parts = getattr(moe, "granularity", 1)  # it has to divide the width
+        shared = getattr(moe, "shared_expert", None)
 
         def at(width: int) -> Layers:
+            if shared is not None and has_width(shared) and not has_width(moe.expert):
+                return dataclasses.replace(moe, shared_expert=widened(shared, width))  # type: ignore[call-arg]
             return dataclasses.replace(moe, expert=widened(moe.expert, width * parts))
 
         def cost(width: int) -> float:
@@ -150,7 +168,6 @@ def variants(module: Comparable, names: Iterable[str]) -> Mapping[str, Baseline]
         ValueError: two overlays share a name, or the module has no layer whose router could be another.
     """
     from apps.equal_cost.comparable import Baseline
-    from apps.equal_cost.widths import hidden_width
     from apps.nets.place import misfit
 
     names, layers = list(names), module.routed_layers()
@@ -176,8 +193,17 @@ def variants(module: Comparable, names: Iterable[str]) -> Mapping[str, Baseline]
         if problem:
             systems[system] = Baseline(None, problem)
             continue
-        kinds = f"{type(config.router).__name__}, {type(config.expert).__name__}"
-        parts = getattr(config, "granularity", 1)
-        expert = config.expert if parts == 1 else config.expert.narrowed(parts, layers.dim)
-        systems[system] = Baseline(variant, f"{kinds}, expert hidden {hidden_width(expert)}")
+        systems[system] = Baseline(variant, _description(config, layers.dim))
     return systems
+
+
+def _description(config: Any, dim: int) -> str:
+    """Return the kinds of router and experts, and the hidden width that was chosen."""
+    from apps.equal_cost.widths import has_width, hidden_width
+
+    kinds = f"{type(config.router).__name__}, {type(config.expert).__name__}"
+    if not has_width(config.expert):
+        return f"{kinds}, shared expert hidden {hidden_width(config.shared_expert)}"
+    parts = getattr(config, "granularity", 1)
+    expert = config.expert if parts == 1 else config.expert.narrowed(parts, dim)
+    return f"{kinds}, expert hidden {hidden_width(expert)}"

@@ -55,6 +55,13 @@ def same_width(a: int, b: int) -> bool:
     return abs(a - b) <= 0.01 * max(a, b)
 
 
+def has_width(expert: core.ExpertConfig) -> bool:
+    """Return whether an expert has a hidden dim that ``widened`` can change; of several kinds, whether one has."""
+    if isinstance(expert, core.Mixed):
+        return any(map(has_width, expert.experts))
+    return hasattr(expert, "hidden_dim") or hasattr(expert, "hidden_dims")
+
+
 def widened(expert: core.ExpertConfig, width: int, times: int = 1) -> core.ExpertConfig:
     """Return ``expert`` with another hidden dim. All layers of an ``MLP``, and all kinds of ``Mixed`` experts, grow by
     the factor of the first.
@@ -79,7 +86,7 @@ def widened(expert: core.ExpertConfig, width: int, times: int = 1) -> core.Exper
         first = expert.hidden_dims[0]
         dims = tuple(max(1, round(width * w / first)) for w in expert.hidden_dims * times)
         return dataclasses.replace(expert, hidden_dims=dims)
-    if not hasattr(expert, "hidden_dim"):
+    if not has_width(expert):
         raise ValueError(f"{type(expert).__name__} has neither hidden_dims nor hidden_dim to widen")
     return dataclasses.replace(expert, hidden_dim=width)  # type: ignore[call-arg]
 

@@ -362,7 +362,7 @@ def test_an_overlay_without_a_router_is_named(config, tmp_path, capsys):
     (tmp_path / "bad.yaml").write_text("model: {}")
     argv = ["compare", str(config), "--output", str(tmp_path / "o"), "--routers", str(tmp_path / "bad.yaml")]
     assert moesaic(argv) == 1
-    assert "bad.yaml has no model.init_args.moe.router or moe.expert with a class_path" in capsys.readouterr().err
+    assert "bad.yaml has no model.init_args, whose moe.router or moe.expert it would set" in capsys.readouterr().err
 
 
 def test_all_routers_of_an_installation_without_any_are_refused(config, tmp_path, capsys, monkeypatch):
