@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
 
 import pytest
 import torch
 from torch import nn
 
-from benchmarks import layer, lora_experts, peer
+from benchmarks import experts, layer, lora_experts, peer
 
 
 class Broken(nn.Module):
@@ -48,3 +49,33 @@ def test_low_rank_experts_are_compared_at_equal_outputs_and_gradients(capsys):
     assert names == [*lora_experts.SYSTEMS, *(f"{name}, and the linear" for name in lora_experts.SYSTEMS)]
     with pytest.raises(SystemExit):
         lora_experts.main(["--tokens", "100"])
+
+
+def test_every_kind_of_experts_costs_a_token_the_same():
+    shape = experts.Shape()
+    ffn = 2 * 4 * shape.D * shape.F + 2 * shape.D * 8
+    assert experts.at_equal_flops("ffn", shape).flops_per_token(shape.D) == ffn
+    for kind in experts.KINDS:
+        cost = experts.at_equal_flops(kind, shape).flops_per_token(shape.D, tokens_per_sequence=shape.S)
+        assert abs(cost / ffn - 1) < 0.02, kind
+
+
+def test_the_benchmark_of_experts_prints_a_row_for_the_dense_ffn_and_each_kind(capsys, tmp_path):
+    argv = [
+        "--small",
+        "--rounds",
+        "2",
+        "--threads",
+        "1",
+        "--kinds",
+        "ffn",
+        "ia3",
+        "--json",
+        str(tmp_path / "rows.json"),
+    ]
+    assert experts.main(argv) == 0
+    _machine, _head, _rule, *rows = capsys.readouterr().out.splitlines()
+    assert [row.split("|")[1].strip() for row in rows] == ["dense", "ffn", "ia3"]
+    saved = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    # A dense FFN of width 2 F = 512 at D = 128 with its biases, and 8 experts of F = 256 with the router's 8 D.
+    assert [row["num_params"] for row in saved[:2]] == [2 * 128 * 512 + 512 + 128, 8 * 2 * 128 * 256 + 8 * 128]
