@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import io
-from dataclasses import MISSING, fields
 
 import pytest
 import torch
+from pair_routers import PAIR_ROUTERS
 from torch import Tensor
 
 from core import (
@@ -17,13 +17,11 @@ from core import (
     Balance,
     ExpertChoice,
     MoEConfig,
-    ProductKeys,
     RouterConfig,
     Routing,
     RoutingContext,
     SoftSlots,
     TokenChoice,
-    TokenRounding,
     active_params,
     aux_loss,
     count_flops,
@@ -34,27 +32,6 @@ from core.testing.check import FLOAT32, close, same_step, step
 from core.testing.router_case import RouterCase, seeded
 
 D, E, HEAD, HEADS = 8, 8, 4, 2
-NEEDED = {"vocab_size": 7, "num_tasks": 3, "num_domains": 8}
-
-
-def pair_routers(base: type = RouterConfig) -> dict[str, RouterConfig]:
-    """Return a config of every router of the tree that makes pairs, by its name."""
-    configs: dict[str, RouterConfig] = {}
-    for kind in base.__subclasses__():
-        configs |= pair_routers(kind)
-        if kind.__module__.startswith("core.") and hasattr(kind, "router_class"):
-            config = kind(**{f.name: NEEDED[f.name] for f in fields(kind) if f.default is MISSING})
-            # The tile of TokenRounding is more than these tokens, and ProductKeys asks for a square number of experts.
-            if config.layer_kind == "pairs" and kind not in (TokenRounding, ProductKeys):
-                configs[kind.__name__] = config
-    return configs
-
-
-ROUTERS = pair_routers() | {
-    "gates on the input": TokenChoice(2, score_func="sigmoid", gates_on="input"),
-    "deepseek": TokenChoice(3, score_func="sigmoid", expert_bias=True),
-    "small tiles": TokenRounding(tile=4),
-}
 
 
 def build(router: RouterConfig = TokenChoice(2), causal: bool = False, **options) -> AttentionMoE:
@@ -125,15 +102,15 @@ def compare(layer: AttentionMoE, x: Tensor, context: RoutingContext, mask: Tenso
             close(actual, value, f"the gradient of {name}", 1e-10)
 
 
-@pytest.mark.parametrize("name", ROUTERS)
+@pytest.mark.parametrize("name", PAIR_ROUTERS)
 def test_every_router_gives_the_slow_loop_s_output_and_gradients(name):
-    case = RouterCase(ROUTERS[name], E, D, 0)
+    case = RouterCase(PAIR_ROUTERS[name], E, D, 0)
     x, context = case.padded()
     for options in ({}, {"capacity_factor": 0.6}):
-        if options and "capacity_factor" not in ROUTERS[name].layer_options:
+        if options and "capacity_factor" not in PAIR_ROUTERS[name].layer_options:
             continue
         for training in (False, True):
-            compare(build(ROUTERS[name], **options).train(training), x.double(), context)
+            compare(build(PAIR_ROUTERS[name], **options).train(training), x.double(), context)
 
 
 @pytest.mark.parametrize("causal", [False, True])
