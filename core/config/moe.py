@@ -11,7 +11,7 @@ from ..contract.checks import at_least_one, below_one, not_negative, one_of
 from ..dispatch import Dispatcher
 from ..experts import FFN, ExpertConfig
 from ..kernels import check_backend
-from ..layers import AttentionMoE, MergedMoE, MoE, NeuronMoE, SharedGate, SoftMoE
+from ..layers import AttentionMoE, MergedMoE, MoE, NeuronMoE, PatchMoE, SharedGate, SoftMoE
 from ..layers.shared import KINDS
 from ..registry import register_config
 from ..routing.balance import Balance
@@ -27,6 +27,7 @@ LAYERS: dict[tuple[str, str], type[MoE]] = {
     ("pairs", "attention"): AttentionMoE,
     ("pairs", "neurons"): NeuronMoE,
     ("slots", "neurons"): SoftMoE,
+    ("pairs", "patches"): PatchMoE,
 }
 """The layer of each kind of decision (``RouterConfig.layer_kind``) and of experts (``ExpertConfig.layer_kind``).
 
@@ -193,7 +194,7 @@ class MoEConfig:
         return Capacity(self.capacity_factor, self.eval_capacity_factor, self.priority, group)
 
     def build(self, dim: int, out_dim: int | None = None, *, causal: bool = False) -> MoE:
-        """Build the layer for tokens of width ``dim``: ``MoE``, or its subclass for slots, merging or attention.
+        """Build the layer for tokens of width ``dim``: ``MoE``, or its subclass of ``LAYERS``.
 
         Args:
             dim: D of the tokens.
@@ -201,13 +202,16 @@ class MoEConfig:
             causal: the layer stands in a causal decoder, where a later token must not change an earlier one.
 
         Raises:
-            ValueError: ``dim`` or ``out_dim`` is below 1, the router is not causal and has to be, or the granularity
-                does not divide the experts' width.
+            ValueError: ``dim`` or ``out_dim`` is below 1, router or experts are not causal and have to be, or the
+                granularity does not divide the experts' width.
         """
         if causal and not self.router.is_causal:
             raise ValueError(
                 f"router {self.router.source()} lets later tokens change earlier ones: not for a causal decoder"
             )
+        if causal and not self.expert.is_causal:
+            name = type(self.expert).__name__
+            raise ValueError(f"{name} shows a token those after it: not for a causal decoder")
         at_least_one("dim", dim)
         if out_dim is not None:
             at_least_one("out_dim", out_dim)
@@ -215,7 +219,7 @@ class MoEConfig:
             return self.split(dim).build(dim, out_dim)
         shared, has_gate = self.num_shared_experts, self.shared_gate != "none"
         layer = self.layer_class()(
-            self.router.build(dim, self.num_experts, self.capacity()),
+            self.router.build(self.expert.row_dim(dim), self.num_experts, self.capacity()),
             self.expert.build(self.num_experts, dim, out_dim),
             self.balance,
             self.make_dispatcher(),
@@ -225,6 +229,7 @@ class MoEConfig:
             bias_dim=(self.expert.out_dim(dim) if out_dim is None else out_dim) if self.output_bias else None,
             pairs_per_token=self.router.pairs_per_token(self.num_experts),
             dim=dim,
+            **self.expert.layer_arguments(),
         )
         layer.router.expert_dropout = self.expert_dropout
         layer.backend = self.backend
@@ -269,18 +274,21 @@ class MoEConfig:
             dim: D.
             out_dim: width of the output; None: as ``dim``.
             tokens_per_sequence: S. Soft slots and merged experts cost so much a sequence, and need it; expert choice
-                rounds its capacity up by it; other routers do not ask. Attention experts need it too.
+                rounds its capacity up by it; other routers do not ask. Attention experts need it too. Without it, no
+                token is counted as one of a prefix, which no expert takes.
 
         Raises:
-            ValueError: the router or the experts need ``tokens_per_sequence``, or it is below 1.
+            ValueError: the router or the experts need ``tokens_per_sequence``, it is below 1, or the experts' patches
+                do not divide it.
         """
         if tokens_per_sequence is not None:
             at_least_one("tokens_per_sequence", tokens_per_sequence)
         if self.granularity > 1:
             return self.split(dim).flops_per_token(dim, out_dim, tokens_per_sequence=tokens_per_sequence)
+        length = None if tokens_per_sequence is None else self.expert.rows_per_sequence(tokens_per_sequence)
         group = self.capacity().group
-        tokens_per_group = group if isinstance(group, int) else tokens_per_sequence if group == "sequence" else None
-        rows = self.router.rows_per_token(self.num_experts, tokens_per_group)
+        rows_per_group = group if isinstance(group, int) else length if group == "sequence" else None
+        rows = self.router.rows_per_token(self.num_experts, rows_per_group)
         shared_parts = self.expert.layer_flops_per_token(dim, rows, tokens_per_sequence)
         rows *= min(1.0, self.capacity_factor or 1.0)
         layer = self.router.layer_flops_per_token(
@@ -288,12 +296,17 @@ class MoEConfig:
             self.expert.out_dim(dim) if out_dim is None else out_dim,
             self.num_experts,
             round(self._mean(lambda kind: kind.num_params(dim, out_dim))),
-            tokens_per_group,
+            rows_per_group,
         )
         experts = rows * self._mean(lambda kind: kind.flops_per_row(dim, out_dim))
         experts += self._shared(lambda kind: kind.flops_per_row(dim, out_dim))
-        gates = self.router.flops_per_token(dim, self.num_experts) + (0 if self.shared_gate == "none" else 2 * dim)
-        return gates + round(experts + layer + shared_parts)
+        gates = self.router.flops_per_token(self.expert.row_dim(dim), self.num_experts)
+        gates += 0 if self.shared_gate == "none" else 2 * dim
+        # What the router decides on at once: a token, or a patch of several.
+        per_decision = gates + round(experts + layer + shared_parts)
+        if tokens_per_sequence is None or length is None:
+            return round(per_decision / self.expert.tokens_per_row)
+        return round(per_decision * length / tokens_per_sequence)
 
     def _mean(self, cost: Callable[[ExpertConfig], int]) -> float:
         """Return the mean cost of a routed expert."""
@@ -306,7 +319,8 @@ class MoEConfig:
     def own_params(self, dim: int, out_dim: int | None = None) -> int:
         """Return the parameters of router, shared gate and output's bias, and those that all experts share."""
         bias = (self.expert.out_dim(dim) if out_dim is None else out_dim) if self.output_bias else 0
-        gates = self.router.num_params(dim, self.num_experts) + (0 if self.shared_gate == "none" else dim)
+        gates = self.router.num_params(self.expert.row_dim(dim), self.num_experts)
+        gates += 0 if self.shared_gate == "none" else dim
         return gates + bias + self.expert.layer_params(dim)
 
     def to_dict(self) -> dict[str, Any]:

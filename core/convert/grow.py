@@ -164,9 +164,9 @@ def _parts(layer: MoE) -> tuple[Any, Experts]:
 
 
 def _width(layer: MoE) -> int:
-    if layer.dim is None:
+    if layer.row_dim is None:
         raise ValueError("dim=None: a layer grows where its width is known, as that of MoEConfig.build")
-    return layer.dim
+    return layer.row_dim
 
 
 def _num_groups(config: RouterConfig) -> int:

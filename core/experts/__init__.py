@@ -3,6 +3,7 @@
 from .attention import AttentionExperts
 from .base import ExpertConfig, Experts
 from .clamped import ClampedSwiGLU
+from .convolution import Convolution, ConvolutionExperts
 from .costless import Constant, Copy, Zero
 from .ffn import FFN, GEGLU, FFNExperts, SwiGLU
 from .low_rank import IA3, LoRA
@@ -14,6 +15,8 @@ __all__ = [
     "AttentionExperts",
     "ClampedSwiGLU",
     "Constant",
+    "Convolution",
+    "ConvolutionExperts",
     "Copy",
     "ExpertConfig",
     "Experts",

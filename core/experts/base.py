@@ -176,9 +176,11 @@ class ExpertConfig(OpenConfig):
     Attributes:
         layer_kind: "rows": experts compute each row by itself, whatever the layer. Experts that need more than a row,
             such as attention, name a kind of their own, whose layers stand in ``core.config.LAYERS``.
+        is_causal: False where an expert shows a token those after it, so that no causal decoder can have it.
     """
 
     layer_kind: ClassVar[str] = "rows"
+    is_causal: ClassVar[bool] = True
 
     def check(self, num_experts: int) -> None:
         """Raise a ``ValueError`` where there cannot be this many experts."""
@@ -208,6 +210,27 @@ class ExpertConfig(OpenConfig):
         if hidden % times:
             raise ValueError(f"granularity={times} does not divide hidden_dim={hidden} of {type(self).__name__}")
         return hidden // times
+
+    @property
+    def tokens_per_row(self) -> int:
+        """The tokens that make a row: what the router decides on at once, and an expert takes. 1, but for patches."""
+        return 1
+
+    def row_dim(self, dim: int) -> int:
+        """Return the width of a row of tokens of width ``dim``, which is the router's dim."""
+        return self.tokens_per_row * dim
+
+    def rows_per_sequence(self, num_tokens: int) -> int:
+        """Return the rows that a sequence of so many tokens makes.
+
+        Raises:
+            ValueError: so many tokens do not make whole rows.
+        """
+        return num_tokens
+
+    def layer_arguments(self) -> dict[str, Any]:
+        """Return arguments of the layer's constructor beside those of ``MoE``."""
+        return {}
 
     def build(self, num_experts: int, dim: int, out_dim: int | None = None) -> Experts:
         raise NotImplementedError

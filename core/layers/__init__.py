@@ -6,6 +6,7 @@ from .losses import AuxLosses, aux_loss, aux_losses, update_expert_bias
 from .moe import MergedMoE, MoE, MoELayer, SoftMoE, active_params, moe_layers, set_capacity_factor
 from .multi_gate import MultiGateLayer, MultiGateMoE, PLELayer, SelectedMultiGateMoE, SparseMultiGateMoE
 from .neurons import NeuronMoE
+from .patches import PatchMoE
 from .shared import SharedGate
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "MultiGateMoE",
     "NeuronMoE",
     "PLELayer",
+    "PatchMoE",
     "SelectedMultiGateMoE",
     "SharedGate",
     "SoftMoE",

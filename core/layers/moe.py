@@ -92,6 +92,11 @@ class MoELayer(nn.Module):
             raise ValueError(f"x has width {x.shape[-1]}, the layer is for dim={self.dim}")
 
     @property
+    def row_dim(self) -> int | None:
+        """The width of what the router sees: ``dim``, but for layers whose experts take several tokens at once."""
+        return self.dim
+
+    @property
     def backend(self) -> str:
         """The backend whose kernels route, move and compute. Setting it sets it for all parts of the layer."""
         return self.dispatcher.backend

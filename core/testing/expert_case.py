@@ -57,11 +57,14 @@ class ExpertCase:
         return alone
 
     def tokens(self, T: int = 12, offset: int = 0) -> Tensor:
-        """Return tokens (T, D); another ``offset`` gives other tokens."""
-        return torch.randn(T, self.dim, generator=torch.Generator().manual_seed(self.seed + 100 + offset))
+        """Return T rows, which are tokens unless a row is made of several; another ``offset`` gives other ones."""
+        width = self.expert.row_dim(self.dim)
+        return torch.randn(T, width, generator=torch.Generator().manual_seed(self.seed + 100 + offset))
 
     def batch(self, B: int = 3, S: int = 6) -> Tensor:
-        return self.tokens(B * S).unflatten(0, (B, S))
+        """Return B sequences of S rows as a layer takes them: (B, S, D), or longer by the tokens that make a row, which
+        follow one another, as patches do in a grid that is one patch wide."""
+        return self.tokens(B * S).reshape(B, S * self.expert.tokens_per_row, self.dim)
 
     def balance(self) -> Balance:
         """Return the weights of the balance losses, which experts have none of."""
@@ -72,8 +75,9 @@ class ExpertCase:
         return self.batch(), self.padding()
 
     def padding(self) -> RoutingContext:
-        """Return the context of a batch with two places of padding, and one sequence of padding alone."""
-        return RoutingContext(torch.tensor([[True] * 6, [True] * 4 + [False] * 2, [False] * 6]))
+        """Return the context of a batch with two rows of padding, and one sequence of padding alone."""
+        valid_BS = torch.tensor([[True] * 6, [True] * 4 + [False] * 2, [False] * 6])
+        return RoutingContext(valid_BS.repeat_interleave(self.expert.tokens_per_row, 1))
 
     def routing(self, T: int = 12, K: int = 2, dtype: torch.dtype = torch.float32) -> Routing:
         """Return a routing of T tokens in which some places are empty, and of four experts or more the last is idle."""

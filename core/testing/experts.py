@@ -137,10 +137,11 @@ def _(case: ExpertCase) -> None:
     for training, (B, S, padding) in itertools.product((False, True), ((0, 4, 0), (2, 0, 0), (1, 1, 0), (2, 3, 1))):
         layer = case.layer(training=training)
         x = case.batch(B, S).requires_grad_()
-        context = type(case.padding())(torch.zeros(B, S, dtype=torch.bool)) if padding else None
+        context = type(case.padding())(torch.zeros(x.shape[:2], dtype=torch.bool)) if padding else None
         y = layer(x, context)
         width = case.expert.out_dim(case.dim)
-        hold(y.shape == (B, S, width), f"tokens {tuple(x.shape)} come out as {tuple(y.shape)}, not {width} wide")
+        shape = tuple(y.shape)
+        hold(shape == (*x.shape[:2], width), f"tokens {tuple(x.shape)} come out as {shape}, not {width} wide")
         hold(y.isfinite().all(), f"the output of {B} sequences of {S} tokens is not finite")
         if y.requires_grad:
             y.sum().backward()
@@ -235,11 +236,12 @@ def _(case: ExpertCase) -> None:
     router = TokenChoice(top_k=1, score_func="sigmoid", gates_on="input")
     layer = case.layer(router=router).double()
     x = case.batch(2, 4).double()
-    y_TD = layer(x).flatten(0, 1)
-    routing = layer.router(x)
+    y_TD = layer(x).reshape(8, -1)  # the tokens of a row lie side by side
+    x_TD = x.reshape(8, -1)
+    routing = layer.router(x_TD.unflatten(0, (2, 4)))
     for t, (e, gate) in enumerate(zip(routing.expert_ids_N.tolist(), routing.gates_N.tolist(), strict=True)):
-        expected = case.one(e, layer.experts)(gate * x.flatten(0, 1)[t : t + 1], "each")[0, 0]
-        close(y_TD[t], expected, f"token {t}", 1e-6)
+        expected = case.one(e, layer.experts)(gate * x_TD[t : t + 1], "each")[0, 0]
+        close(y_TD[t], expected, f"row {t}", 1e-6)
 
 
 @CHECKS.keeps("nothing is random in evaluation, and the same seed gives the same training step")
