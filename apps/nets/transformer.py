@@ -379,7 +379,8 @@ def _check_moe(config: TransformerConfig, ffn: FFNConfig | MoEs | None, attentio
     for moe in moe_configs(ffn):
         if moe.expert.layer_kind != "rows":
             name = type(moe.expert).__name__
-            raise ValueError(f"moe.expert is {name}, which is no FFN: AttentionExperts stand in attention_moe")
+            hint = ": AttentionExperts stand in attention_moe" if moe.expert.layer_kind == "attention" else ""
+            raise ValueError(f"moe.expert is {name}, which is no FFN{hint}")
 
 
 def _check(**vocabularies: int | None) -> None:

@@ -184,6 +184,30 @@ def build_ffn(ffn: FFNConfig, dim: int) -> nn.Module:
     return Mlp(dim, ffn.hidden(dim), act_layer=act, bias=ffn.bias, drop=ffn.dropout)
 
 
+def _check_grid(ffn: FFNConfig, vit: ViTConfig, image_size: int, *, enters_all: bool) -> None:
+    """Refuse convolution experts of a block whose tokens are not those of a whole image.
+
+    Args:
+        ffn: FFN of the block.
+        vit: the transformer.
+        image_size: height and width of the images in pixels.
+        enters_all: whether all tokens enter the block.
+
+    Raises:
+        ValueError: naming what does not go together.
+    """
+    if not (isinstance(ffn, core.MoEConfig) and isinstance(ffn.expert, core.Convolution)):
+        return
+    given, prefix = ffn.expert.prefix_tokens, vit.has_class_token + vit.reg_tokens
+    if given != prefix:
+        raise ValueError(f"prefix_tokens={given} of Convolution is not {prefix}, the class and register tokens of vit")
+    if vit.patch_drop:
+        raise ValueError(f"vit.patch_drop={vit.patch_drop} with Convolution, which needs all patches of an image")
+    if not enters_all:
+        raise ValueError("depth_blocks names a block with Convolution experts, which need all patches of an image")
+    ffn.expert.rows_per_sequence(prefix + (image_size // vit.patch_size) ** 2)
+
+
 class VMoE(VisionTransformer):
     """timm's VisionTransformer with MoE layers in chosen blocks.
 
@@ -232,6 +256,9 @@ class VMoE(VisionTransformer):
             raise ValueError(f"image_size={image_size} is not divisible by patch_size={vit.patch_size}")
         sparse = () if ffn is None else resolve_blocks(moe_blocks, vit.num_blocks)
         configs = ffn_configs(vit.dense_ffn, vit.num_blocks, ffn, sparse)
+        gates = depth_gates(depths, depth_blocks, vit.num_blocks, vit.dim)
+        for config, gate in zip(configs, gates, strict=True):
+            _check_grid(config, vit, image_size, enters_all=gate is None)
 
         def block_fn(*, mlp_layer: Any, depth: int, **kwargs: Any) -> MoEBlock:
             # timm hands every block the same FFN and mlp_ratio; each block's own is bound here instead.
@@ -266,7 +293,7 @@ class VMoE(VisionTransformer):
         if vit.fused_attn is not None:
             for block in self.blocks:
                 block.attn.fused_attn = vit.fused_attn
-        for block, gate in zip(self.blocks, depth_gates(depths, depth_blocks, vit.num_blocks, vit.dim), strict=True):
+        for block, gate in zip(self.blocks, gates, strict=True):
             block.depth_gate = gate
         self.shares_experts = share_experts
         if share_experts:

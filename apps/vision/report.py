@@ -91,10 +91,14 @@ class PatchRouting:
             counts = expert_label_counts(entry.routing, label_B, model.num_classes)
             self.counts[name] = self.counts.get(name, 0) + counts
             ids_BS = expert_of_token(entry.routing).unflatten(0, (len(label_B), -1))
-            if ids_BS.shape[1] != model.num_prefix_tokens + model.patch_embed.num_patches:
+            layer, size = model.get_submodule(entry.name), model.patch_embed.grid_size
+            if isinstance(layer, core.PatchMoE):
+                ids_BHW = layer.grid.spread(ids_BS[picks], *size)  # the router chose for several patches at once
+            elif ids_BS.shape[1] == model.num_prefix_tokens + model.patch_embed.num_patches:
+                ids_BHW = ids_BS[picks, model.num_prefix_tokens :].unflatten(1, size)
+            else:
                 continue  # few tokens enter the block: they have no places in a picture
-            ids_BP = ids_BS[picks, model.num_prefix_tokens :]
-            self.experts.setdefault(name, []).extend(ids_BP.unflatten(1, model.patch_embed.grid_size).cpu().numpy())
+            self.experts.setdefault(name, []).extend(ids_BHW.cpu().numpy())
         self.images += list(batch.image[picks].permute(0, 2, 3, 1).float().cpu().numpy())
         self.labels += label_B[picks].tolist()
 

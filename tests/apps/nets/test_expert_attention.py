@@ -206,3 +206,10 @@ def test_attention_experts_are_no_ffn():
     for build in (translation_model, language_model):
         with pytest.raises(ValueError, match=message):
             build(None, moe=ATTENTION)
+
+
+def test_convolution_experts_are_no_ffn_of_a_text_model():
+    moe = core.MoEConfig(4, core.TokenChoice(2), core.Convolution())
+    for build in (translation_model, language_model):
+        with pytest.raises(ValueError, match=r"^moe.expert is Convolution, which is no FFN$"):
+            build(None, moe=moe)
