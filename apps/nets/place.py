@@ -79,6 +79,10 @@ def _misfits(place: Place, router: core.RouterConfig, balance: core.Balance | No
         tasks = getattr(part, "num_tasks", None)
         if tasks and place.num_tasks is not None and tasks != place.num_tasks:
             yield f"{owner} has num_tasks={tasks}, which does not fit {place.data}: they have {place.num_tasks}"
+    types = balance.num_types if balance is not None and balance.localized else None
+    if types is not None and place.num_tasks is not None and types != place.num_tasks:
+        unfit = f"does not fit {place.data}: they have {place.num_tasks}"
+        yield f"moe.balance has expert_types of {types} tasks, which {unfit}"
     domains = getattr(router, "num_domains", None)
     if domains is not None and place.num_domains is not None and domains < place.num_domains:
         yield f"{name} has num_domains={domains}, which does not fit {place.data}: they have {place.num_domains}"

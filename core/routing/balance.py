@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..contract import Decision, Routing, RoutingContext, check_kinds
-from ..contract.checks import at_least_one, below_one, clean_ids, not_negative, one_of, positive
+from ..contract.checks import at_least_one, below_one, clean_ids, not_negative, one_of, positive, sequence, whole
 from ..kernels.eager import top_k_ids
 from ..registry import register_config
 
@@ -128,6 +128,15 @@ def sparsity_loss(score_sum_E: Tensor, positive_E: Tensor, num_tokens: Tensor | 
     return len(score_sum_E) * (mean_over(positive_E, num_tokens) * mean_over(score_sum_E, num_tokens)).sum()
 
 
+def localized_loss(total: Tensor, square: Tensor, count: Tensor | float) -> Tensor:
+    """Return the variance over the mean of ``count`` values, from the sums of them and of their squares; 0 without any.
+
+    For the weighted importances of experts in sequences it is LoRAMoE's localized balance (arXiv 2312.09979).
+    """
+    mean = mean_over(total, count)
+    return (mean_over(square, count) - mean.square()) / mean.clamp_min(1e-20)
+
+
 # The terms say which sums a loss is a function of, and how a pass gives them.
 
 
@@ -151,6 +160,13 @@ class Pass:
     def total(self, per_token: Tensor) -> Tensor:
         """Return the sum over the real tokens."""
         return per_token.sum(0) if self.valid_T is None else (per_token * _like(self.valid_T, per_token)).sum(0)
+
+    def num_sequences(self, name: str) -> int:
+        """Return the number of sequences: where the routing does not know it, that of the context's field ``name``."""
+        if self.routing.num_sequences is not None:
+            return self.routing.num_sequences
+        ids, T = None if self.context is None else getattr(self.context, name), self.routing.num_tokens
+        return ids.shape[0] if ids is not None and ids.ndim and ids.shape[0] and T % ids.shape[0] == 0 else T
 
     @cached_property
     def share_TE(self) -> Tensor:
@@ -261,6 +277,30 @@ def _sequences(one: Pass) -> dict[str, Tensor]:
     return {"sequence_loss": losses_B.sum().reshape(1), "num_sequences": count.reshape(1)}
 
 
+def _localized(one: Pass) -> dict[str, Tensor]:
+    balance, share_TE = one.balance, one.share_TE
+    type_TG = _members(one, balance.num_types, "task_ids_B")
+    type_E = torch.tensor(balance.expert_types, device=share_TE.device)
+    is_type_GE = (type_E == torch.arange(balance.num_types, device=share_TE.device)[:, None]).to(share_TE.dtype)
+    real_T1 = share_TE.new_ones(len(share_TE), 1) if one.valid_T is None else _like(one.valid_T, share_TE)
+    # 1 + delta where the expert is of the sample's type, else 1 - delta: one type a sample, so one term of the sum.
+    factor_TE = real_T1 * (1 - balance.localized_delta) + 2 * balance.localized_delta * type_TG @ is_type_GE
+    B = one.num_sequences("task_ids_B")
+    of_sequence = (B, len(share_TE) // max(B, 1))
+    importance_BE = (share_TE * factor_TE).unflatten(0, of_sequence).sum(1)
+    count = real_T1.unflatten(0, of_sequence).any(1).sum().to(share_TE.dtype)
+    return {
+        "localized": importance_BE.sum().reshape(1),
+        "localized_square": importance_BE.square().sum().reshape(1),
+        "num_samples": count.reshape(1),
+    }
+
+
+def _localized_balance(sums: dict[str, Tensor], balance: Balance) -> Tensor:
+    count = sums["num_samples"][0] * len(balance.expert_types)
+    return localized_loss(sums["localized"][0], sums["localized_square"][0], count)
+
+
 def _first_choices(one: Pass) -> dict[str, Tensor]:
     evidence = one.evidence
     if evidence.scores_TE is None or not isinstance(one.routing, Routing):
@@ -323,9 +363,7 @@ def _members(one: Pass, count: int, name: str) -> Tensor:
             raise ValueError(f"the balance losses need context.{name}, which is None")
         if T == 0:
             return scores_TE.new_zeros(0, count)
-        B = one.routing.num_sequences
-        if B is None:  # then the ids tell the number of sequences, where it divides the tokens
-            B = ids.shape[0] if ids.ndim and ids.shape[0] and T % ids.shape[0] == 0 else T
+        B = one.num_sequences(name)
         ids = clean_ids(ids, name, count, (B, T // B), valid_T)
         # A task is one number a sequence, a modality one a token.
         ids_T = ids.repeat_interleave(T // B) if ids.ndim == 1 else ids.flatten()
@@ -352,6 +390,9 @@ TERMS: dict[str, Term] = {
         "modality_entropy", _modality_entropies, _local_entropy, of_scores=True, needs=_modality_needs
     ),
     "global_entropy": Term("modality_score", _modality_scores, _global_entropy, of_scores=True, needs=_modality_needs),
+    "localized": Term(
+        "localized", _localized, _localized_balance, of_scores=True, needs=lambda balance: ("task_ids_B",)
+    ),
     "sequence_balance": Term(
         "sequence_loss",
         _sequences,
@@ -406,6 +447,9 @@ class Balance:
         global_entropy: ``max(0, entropy_threshold - entropy of the mean scores)``, summed over modalities (LIMoE).
         sequence_balance: ``load_balancing`` within each sequence, the mean over sequences; the choice is the top-k of
             the scores without bias or noise (DeepSeek-V3, arXiv 2412.19437, eq. 17-20, where the weight is 1e-4).
+        localized: variance over mean of the importance of each expert in each sequence, ``Z = (1 + delta) Q`` where
+            the expert is of the sequence's type and ``(1 - delta) Q`` elsewhere, with Q the sum of its scores over the
+            sequence; the type is ``context.task_ids_B`` (LoRAMoE, arXiv 2312.09979).
         first_choice: ``load_balancing`` with the shares of first choices alone, the best by the scores without bias or
             noise, in place of all K (GShard, arXiv 2006.16668, algorithm 1).
         gate_importance: squared coefficient of variation of the experts' summed gates, which are 0 for experts that a
@@ -417,6 +461,9 @@ class Balance:
         local_entropy_modality: the only modality whose local entropy counts (LIMoE: text); None: all.
         entropy_threshold: entropy in nats; ``log(n)`` asks for about n experts a modality; None: ``log(E)``.
         budget: share of the routed path that ``gate_budget`` asks for, in [0, 1].
+        localized_delta: delta of ``localized``, in (-1, 1). The loss is 0 where experts of a sequence's type have
+            ``(1 - delta) / (1 + delta)`` times the importance of the others: by a negative delta they have more.
+        expert_types: type of each expert, for ``localized``; types are the tasks, from 0 on.
         scope: "global": a term is a function of the tokens of all ranks; "rank": of each rank's own, with the mean of
             the ranks as its gradient (as Switch and most others do; cheaper, and stricter where a rank has few tokens).
         adaptive: whether the layer's weight of ``load_balancing``, which starts at that field, follows the drop rate:
@@ -438,6 +485,7 @@ class Balance:
     mutual_information: float = 0.0
     local_entropy: float = 0.0
     global_entropy: float = 0.0
+    localized: float = 0.0
     sequence_balance: float = 0.0
     first_choice: float = 0.0
     gate_importance: float = 0.0
@@ -447,6 +495,8 @@ class Balance:
     local_entropy_modality: int | None = None
     entropy_threshold: float | None = None
     budget: float = 0.8
+    localized_delta: float = 0.1
+    expert_types: tuple[int, ...] = ()
     scope: str = "global"
     adaptive: bool = False
     adaptive_scale: float = 0.2
@@ -470,6 +520,14 @@ class Balance:
         below_one("balance.adaptive_momentum", self.adaptive_momentum)
         if not 0 <= self.budget <= 1:
             raise ValueError(f"balance.budget={self.budget} is not in [0, 1]")
+        if not -1 < self.localized_delta < 1:
+            raise ValueError(f"balance.localized_delta={self.localized_delta} is not in (-1, 1)")
+        sequence("balance.expert_types", self.expert_types)
+        for kind in self.expert_types:
+            whole("balance.expert_types", kind)
+            not_negative("balance.expert_types", kind)
+        if self.localized and not self.expert_types:
+            raise ValueError(f"balance.localized={self.localized} needs expert_types, the type of each expert")
         one_of("balance.scope", self.scope, ("global", "rank"))
         if self.adaptive and self.load_balancing == 0:
             raise ValueError("balance.adaptive=True moves load_balancing, which is 0: its term would be left out")
@@ -479,18 +537,35 @@ class Balance:
         return {name: getattr(self, name) for name in TERMS}
 
     @property
+    def num_types(self) -> int:
+        """Return the number of types that ``expert_types`` names: they are in ``range(num_types)``."""
+        return max(self.expert_types, default=-1) + 1
+
+    @property
     def needs(self) -> tuple[str, ...]:
         """Return the fields of ``RoutingContext`` that the terms of positive weight read."""
         weights = self.weights()
         return tuple(dict.fromkeys(n for name, term in TERMS.items() if weights[name] for n in term.needs(self)))
 
-    def check(self, terms: frozenset[str], router: str) -> None:
-        """Raise a ``ValueError`` for a term that was set by hand and does not apply to the router."""
+    def check(self, terms: frozenset[str], router: str, num_experts: int | None = None) -> None:
+        """Raise a ``ValueError`` for a term that was set by hand and does not apply to the router.
+
+        Args:
+            terms: names of the terms that apply.
+            router: names the router in the message.
+            num_experts: E; None: the layer's gates differ in their experts, whose types one list cannot name.
+        """
         for f in fields(self):
             weight = getattr(self, f.name)
             if f.name in TERMS and weight and weight != f.default and f.name not in terms:
                 why = " without noise on its logits, or with a bias or group limits" if f.name == "load" else ""
                 raise ValueError(f"balance.{f.name}={weight} does not apply to {router}{why}")
+        if self.localized and num_experts is None:
+            raise ValueError(
+                f"balance.localized={self.localized} does not apply to {router}: it is for MoEConfig's layers"
+            )
+        if self.localized and len(self.expert_types) != num_experts:
+            raise ValueError(f"balance.expert_types has {len(self.expert_types)} types for num_experts={num_experts}")
         if self.adaptive and "load_balancing" not in terms:
             raise ValueError(f"balance.adaptive=True moves load_balancing, which does not apply to {router}")
 

@@ -85,7 +85,8 @@ class RouterCase:
     def balance(self) -> Balance:
         """Return weights of 1 for every term that applies."""
         weights: dict[str, Any] = {name: float(name in self.router.terms) for name in TERMS}
-        return Balance(**weights)
+        types = getattr(self.router, "num_tasks", IDS)
+        return Balance(**weights, expert_types=tuple((types - 1 - e) % types for e in range(self.num_experts)))
 
 
 @contextmanager

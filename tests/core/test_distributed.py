@@ -36,7 +36,7 @@ from core import (
 from core.routing.balance import TERMS
 
 # Every term, so heavy that the aux loss makes most of the gradient.
-BALANCE = Balance(**{name: 0.1 if name == "router_z" else 1.0 for name in TERMS})
+BALANCE = Balance(**{name: 0.1 if name == "router_z" else 1.0 for name in TERMS}, expert_types=(0, 0, 1, 1))
 # "fsdp": fully_shard of each block and the root.
 WRAPS = ("ddp", "fsdp")
 
@@ -95,7 +95,8 @@ def model(noise: str | None, checkpointed: bool = False, backend: str = "auto") 
 def run(net: nn.Module, x: Tensor, valid: Tensor, factor: float = 1.0) -> Outcome:
     """Forward and backward of task and aux loss; the loss and its terms."""
     with noise_of_the_token(), record(net) as tape:
-        y = net(x, RoutingContext(valid_BS=valid))
+        # The task of a sequence is a function of it: the same however the batch is split over ranks.
+        y = net(x, RoutingContext(valid_BS=valid, task_ids_B=(x[:, 0, 0] > 0).long()))
         losses = aux_losses(tape)
         ((y.square().mean() + losses.total) * factor).backward()  # inside both: a checkpoint draws the noise again
     assert len(tape) == 2

@@ -46,6 +46,10 @@ def test_balance_losses_need_their_context_too():
     assert problem == "moe.balance needs context.task_ids_B, which Net does not give"
     tasks = misfit(Place("Net", num_tasks=3), core.TokenChoice(), balance)
     assert tasks == "moe.balance has num_tasks=2, which does not fit the data: they have 3"
+    localized = core.Balance(localized=0.1, expert_types=(0, 1))
+    types = misfit(Place("Net", num_tasks=3), core.TokenChoice(), localized)
+    assert types == "moe.balance has expert_types of 2 tasks, which does not fit the data: they have 3"
+    assert misfit(Place("Net", num_tasks=2), core.TokenChoice(), localized) is None
 
 
 def test_what_is_not_known_of_a_place_refuses_nothing():

@@ -14,8 +14,10 @@ from torch import Tensor
 from core import (
     FFN,
     Balance,
+    Dense,
     Entry,
     Evidence,
+    MMoE,
     MoEConfig,
     Routing,
     RoutingContext,
@@ -35,6 +37,7 @@ from core.routing.balance import (
     entropy,
     global_entropy_loss,
     local_entropy_loss,
+    localized_loss,
     mean_over,
     mutual_information_loss,
     sequence_losses,
@@ -188,10 +191,66 @@ def test_sequence_balance_judges_the_scores_and_not_the_bias():
     assert term("sequence_balance", router(x)).item() == before.item()
 
 
-@pytest.mark.parametrize("name", NEW)
+def test_localized_balance_by_hand():
+    # Sequences 0 and 1 of two tokens: importances (1.4, 0.6) and (0.8, 1.2). Expert 0 is of type 0, expert 1 of type 1,
+    # and so are the sequences. With delta 0.5: Z = (1.5 * 1.4, 0.5 * 0.6, 0.5 * 0.8, 1.5 * 1.2) = (2.1, 0.3, 0.4, 1.8).
+    # Mean 4.6 / 4 = 1.15, mean of squares (4.41 + 0.09 + 0.16 + 3.24) / 4 = 1.975; (1.975 - 1.3225) / 1.15 = 0.567391.
+    decided = routing([[0.9, 0.1], [0.5, 0.5], [0.2, 0.8], [0.6, 0.4]], sequences=2)
+    options = {"expert_types": (0, 1), "localized_delta": 0.5}
+    context = RoutingContext(task_ids_B=torch.tensor([0, 1]))
+    assert localized_loss(torch.tensor(4.6), torch.tensor(7.9), 4).item() == pytest.approx(0.567391, abs=1e-6)
+    assert term("localized", decided, context, **options).item() == pytest.approx(0.567391, abs=1e-6)
+    # Of the other types it is Z = (0.7, 0.9, 1.2, 0.6): mean 0.85, squares 3.1 / 4; (0.775 - 0.7225) / 0.85.
+    other = RoutingContext(task_ids_B=torch.tensor([1, 0]))
+    assert term("localized", decided, other, **options).item() == pytest.approx(0.061765, abs=1e-6)
+
+
+@pytest.mark.parametrize(("delta", "own"), [(0.5, 0.25), (0.0, 0.5), (-0.5, 0.75)])
+def test_localized_balance_is_zero_where_shares_are_as_the_delta_asks(delta, own):
+    # (1 + delta) own = (1 - delta) (1 - own): with 0.5 it is 1.5 * 0.25 = 0.5 * 0.75.
+    decided = routing([[own, 1 - own], [1 - own, own]], sequences=2)
+    context = RoutingContext(task_ids_B=torch.tensor([0, 1]))
+    loss = term("localized", decided, context, expert_types=(0, 1), localized_delta=delta)
+    assert loss.item() == pytest.approx(0.0, abs=1e-6)
+
+
+def test_localized_balance_is_that_of_a_loop():
+    scores_TE, tasks, types = torch.rand(12, 5).softmax(-1), [2, 0, 1, 2], (0, 0, 2, 1, 2)
+    values = [
+        sum(scores_TE[3 * b + s, e].item() for s in range(3)) * (1.2 if types[e] == tasks[b] else 0.8)
+        for b in range(4)
+        for e in range(5)
+    ]
+    mean = sum(values) / 20
+    expected = sum((z - mean) ** 2 for z in values) / 20 / mean
+    context = RoutingContext(task_ids_B=torch.tensor(tasks))
+    decided = routing(scores_TE, sequences=4)
+    loss = term("localized", decided, context, expert_types=types, localized_delta=0.2)
+    assert loss.item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_localized_balance_trains_the_router_towards_the_types():
+    balance = Balance(**OFF, localized=1.0, localized_delta=-0.6, expert_types=(0, 0, 1, 1))
+    layer = identity_gate(MoEConfig(4, Dense(), FFN(4), balance=balance).build(8))
+    x, context = torch.randn(8, 6, 8), RoutingContext(task_ids_B=torch.arange(8) % 2)
+    x[..., 4], x[..., 5] = 1 - 2.0 * (torch.arange(8) % 2)[:, None], 0.0
+    optimizer = torch.optim.Adam(layer.router.parameters(), lr=0.1)
+    for _ in range(60):
+        with record(layer) as tape:
+            layer(x, context)
+        optimizer.zero_grad()
+        aux_loss(tape).backward()
+        optimizer.step()
+    scores_BE = layer.router(x).evidence.scores_TE.unflatten(0, (8, 6)).mean(1)
+    # (1 - 0.6) own = (1 + 0.6) other, two experts of each: 0.4 and 0.1.
+    expected = torch.tensor([[0.4, 0.4, 0.1, 0.1], [0.1, 0.1, 0.4, 0.4]]).repeat(4, 1)
+    torch.testing.assert_close(scores_BE, expected, rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize("name", [*NEW, "localized"])
 def test_padding_is_in_no_term_whatever_its_ids(name):
     scores = torch.rand(6, 3).softmax(-1)
-    options = {"num_tasks": 2, "num_modalities": 2}
+    options = {"num_tasks": 2, "num_modalities": 2, "expert_types": (0, 1, 1)}
     tasks, modality = torch.tensor([0, 1]), torch.tensor([[0, 1, 1], [1, 0, 0]])
     expected = term(
         name, routing(scores, sequences=2), RoutingContext(task_ids_B=tasks, modality_BS=modality), **options
@@ -212,11 +271,11 @@ def test_padding_is_in_no_term_whatever_its_ids(name):
     assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
 
 
-@pytest.mark.parametrize("name", NEW)
+@pytest.mark.parametrize("name", [*NEW, "localized"])
 @pytest.mark.parametrize("grouped", [False, True])
 def test_sums_of_two_ranks_add_up_to_the_whole(name, grouped):
     scores = torch.rand(12, 4).softmax(-1)
-    balance = Balance(num_tasks=3 if grouped else 0, num_modalities=2 if grouped else 1)
+    balance = Balance(num_tasks=3 if grouped else 0, num_modalities=2 if grouped else 1, expert_types=(0, 2, 1, 1))
     tasks, modality = torch.tensor([0, 2, 1, 2]), torch.randint(2, (4, 3))
     valid = torch.rand(12) < 0.8
 
@@ -279,6 +338,7 @@ def test_a_term_trains_the_router_and_stays_finite_where_scores_are_zero(name):
         ({"mutual_information": 1.0, "num_tasks": 2}, "task_ids_B"),
         ({"local_entropy": 1.0, "num_modalities": 2}, "modality_BS"),
         ({"global_entropy": 1.0, "num_modalities": 2}, "modality_BS"),
+        ({"localized": 1.0, "expert_types": (0, 0, 1, 1)}, "task_ids_B"),
     ],
 )
 def test_a_term_without_its_context_is_refused_naming_the_field(options, missing):
@@ -325,7 +385,7 @@ def test_what_is_switched_off_needs_no_context():
 def test_a_term_of_the_scores_is_refused_where_the_router_has_none(name):
     assert name in TokenChoice().terms
     with pytest.raises(ValueError, match=rf"balance.{name}=0.5 does not apply to Hash"):
-        Balance(**{name: 0.5}).check(frozenset(), "Hash")
+        Balance(**{name: 0.5}, expert_types=(0, 1)).check(frozenset(), "Hash", 2)
 
 
 @pytest.mark.parametrize(
@@ -337,6 +397,11 @@ def test_a_term_of_the_scores_is_refused_where_the_router_has_none(name):
         ({"entropy_threshold": 0.0}, r"balance.entropy_threshold=0.0 is not a positive number"),
         ({"adaptive_scale": -1.0}, r"balance.adaptive_scale=-1.0 is not a positive number"),
         ({"adaptive_momentum": 1.0}, r"balance.adaptive_momentum=1.0 is not in \[0, 1\)"),
+        ({"localized": 1.0}, r"balance.localized=1.0 needs expert_types, the type of each expert"),
+        ({"localized_delta": 1.0}, r"balance.localized_delta=1.0 is not in \(-1, 1\)"),
+        ({"expert_types": (0, -1)}, r"balance.expert_types=-1 is not a finite number >= 0"),
+        ({"expert_types": (0, 0.5)}, r"balance.expert_types=0.5 is not a whole number"),
+        ({"expert_types": 2}, r"balance.expert_types=2 is not a list"),
         ({"scope": "node"}, r"balance.scope='node' is not one of global, rank"),
         ({"adaptive": True, "load_balancing": 0.0}, r"balance.adaptive=True moves load_balancing, which is 0"),
     ],
@@ -344,6 +409,20 @@ def test_a_term_of_the_scores_is_refused_where_the_router_has_none(name):
 def test_an_option_out_of_its_range_is_refused_with_the_rule(options, message):
     with pytest.raises(ValueError, match=message):
         Balance(**options)
+
+
+def test_expert_types_are_one_for_each_expert_of_one_gate():
+    balance = Balance(localized=1.0, expert_types=(0, 1, 1))
+    with pytest.raises(ValueError, match=r"balance.expert_types has 3 types for num_experts=4"):
+        MoEConfig(4, balance=balance)
+    with pytest.raises(ValueError, match=r"balance.localized=1.0 does not apply to MMoE"):
+        MMoE(3, balance=balance)
+    assert MoEConfig.from_dict(MoEConfig(3, balance=balance).to_dict()).balance == balance
+    # Finer experts are more of them.
+    finer = MoEConfig(
+        2, TokenChoice(1), FFN(8), granularity=2, balance=Balance(localized=1.0, expert_types=(0, 0, 1, 1))
+    )
+    assert finer.split(4).num_experts == 4
 
 
 def test_adaptive_needs_the_term_that_it_moves_and_a_drop_rate():
