@@ -115,7 +115,8 @@ class MoEConfig:
         fine.expert.check(fine.num_experts)
         self._check_options()
         self._check_shared_gate()
-        terms = self.router.terms | ({"gate_budget"} if self.shared_gate == "mix" else set())
+        terms = self.router.terms | self.layer_class().own_terms
+        terms |= {"gate_budget"} if self.shared_gate == "mix" else set()
         self.balance.check(terms, self.router.source(), fine.num_experts)
         if self.balance.adaptive and self.capacity_factor is None:
             raise ValueError("balance.adaptive=True follows the drop rate, which is 0 without a capacity_factor")

@@ -26,7 +26,8 @@ class Evidence:
         balance_scores, balance_chosen: float32 (T, M) and (M,), scores and counts that the ``load_balancing`` and
             ``importance`` losses read in place of ``scores_TE`` and ``Routing.chosen_per_expert_E``, where they judge
             more than the E experts (null experts), or another choice than the computed one.
-        sums: sums over the real tokens for the balance losses, where a kernel made them: see ``kernels.eager.TopK``.
+        sums: sums for the balance losses that were made elsewhere: over the real tokens by a kernel, see
+            ``kernels.eager.TopK``, or over rows by the layer, see ``MoE``.
         sparse_scores: float32 (T, E), not negative, scores that the loss ``sparsity`` of a router's own holds down.
         counts: float32 (n,), the pass's part of the numbers that ``Router.after_counts`` reads once a step; they are
             added up over passes and ranks, and stay on ``Tape.loads``.

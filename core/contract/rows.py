@@ -81,6 +81,26 @@ class Rows:
         """Return these rows with ``x`` (R, D): a copy of the token of each row."""
         return self if self.gathered else replace(self, x=self.materialize(), gathered=True)
 
+    def sampled(self, count: int) -> tuple[Rows, Tensor]:
+        """Return at most ``count`` rows, evenly spaced in the order of the experts, with gates of 1, and bool (count,),
+        False for copies of the row before and for rows that are not computed.
+
+        Each expert has its share of them, and no random number is drawn.
+        """
+        R = self.row_index_R.shape[0]
+        live = self.offsets_E[-1].to(torch.int64)
+        place_S = torch.arange(min(count, R), device=self.x.device)
+        row_S = place_S * live // max(min(count, R), 1)
+        kept_S = (row_S < live) & (row_S != torch.cat((row_S.new_full((1,), -1), row_S))[:-1])
+        token_S = self.row_index_R.index_select(0, row_S)
+        x_SD = self.x.index_select(0, row_S if self.gathered else token_S)
+        offsets_E = torch.searchsorted(row_S, self.offsets_E.to(torch.int64)).to(torch.int32)
+        gates_S = torch.ones_like(self.gates_R[: row_S.shape[0]])
+        sample = replace(
+            self, x=x_SD, row_index_R=token_S, offsets_E=offsets_E, gates_R=gates_S, plan=None, gathered=True
+        )
+        return sample, kept_S
+
     def weighted_input(self) -> Rows:
         """Return the rows times their gates, with gates of 1 from here on: ``f(g x)`` in place of ``g f(x)``."""
         x_RD = (self.materialize() * self.gates_R[:, None]).to(self.x.dtype)

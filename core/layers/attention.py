@@ -42,6 +42,7 @@ class AttentionMoE(MoE):
     """
 
     experts: AttentionHeads
+    own_terms = frozenset()
 
     def __init__(self, *args: Any, dim: int, **options: Any) -> None:
         super().__init__(*args, dim=dim, **options)

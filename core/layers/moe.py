@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..contract import Decision, Entry, MergeRouting, RoutingContext, SlotRouting, Tape
+from ..contract import Decision, Entry, MergeRouting, Routing, RoutingContext, Rows, SlotRouting, Tape
 from ..contract.checks import check_tensor
 from ..dispatch import Dispatcher, LocalDispatcher, SlotDispatcher
 from ..experts import Experts
 from ..flops import register_formulas
-from ..kernels import check_backend
-from ..routing.balance import Balance
+from ..kernels import check_backend, expert_of_rows, outside_autocast
+from ..routing.balance import Balance, contrast_losses
 from ..routing.router import Router
 from ..routing.soft import in_segments
 from .shared import SharedGate
@@ -49,6 +49,8 @@ class MoELayer(nn.Module):
     balance: Balance
     load_balancing_weight: Tensor | None
     default_dispatcher: ClassVar[type[Dispatcher]] = LocalDispatcher
+    own_terms: ClassVar[frozenset[str]] = frozenset()
+    """Balance terms that apply by the layer, whatever its router."""
 
     def __init__(
         self, balance: Balance = Balance(), dim: int | None = None, dispatcher: Dispatcher | None = None
@@ -146,7 +148,9 @@ class MoELayer(nn.Module):
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             return  # an activation checkpoint repeats the forward inside the backward: counted already
         router = self.router if router is None else router
-        terms, pulled = router.terms, list(router.parameters())
+        terms, pulled = router.terms | self.own_terms, list(router.parameters())
+        if self.balance.contrast and self.own_terms:
+            pulled = [*pulled, *self.experts.parameters()]
         if shared_gate is not None:
             terms = terms | shared_gate.terms
             if self.balance.gate_budget:
@@ -173,7 +177,7 @@ class MoELayer(nn.Module):
             return None
         parts = [m for m in self.modules() if isinstance(m, (Router, SharedGate))]
         given = {**self.balance.weights(), **{k: v for m in parts for k, v in getattr(m, "extra_weights", {}).items()}}
-        if not any(given.get(term, 0.0) > 0 for m in parts for term in m.terms):
+        if not any(given.get(term, 0.0) > 0 for terms in (self.own_terms, *(m.terms for m in parts)) for term in terms):
             return None
         tensors = (*self.parameters(), *self.buffers())
         return tensors[0].device if tensors else torch.device("cpu")
@@ -223,8 +227,11 @@ class MoE(MoELayer):
         pairs_per_token: experts a token takes, for ``active_params``.
 
     Raises:
-        ValueError: the router chooses among another number of experts than there are, those of other ranks included.
+        ValueError: the router chooses among another number of experts than there are, those of other ranks included;
+            or ``balance.contrast`` with experts that gather statistics, since it computes some rows twice.
     """
+
+    own_terms = frozenset({"contrast"})
 
     def __init__(
         self,
@@ -248,6 +255,9 @@ class MoE(MoELayer):
         chosen_among = getattr(router, "num_experts", self.num_experts)
         if chosen_among != self.num_experts:
             raise ValueError(f"the router chooses among {chosen_among} experts, and there are {self.num_experts}")
+        if balance.contrast and any(True for _ in experts.buffers()):
+            name = type(experts).__name__
+            raise ValueError(f"balance.contrast={balance.contrast} computes rows twice, and {name} gathers statistics")
         self.output_bias = None if bias_dim is None else nn.Parameter(torch.zeros(bias_dim))
 
     def reset_parameters(self) -> None:
@@ -278,6 +288,8 @@ class MoE(MoELayer):
             x = x.masked_fill(~valid_BS.reshape(*x.shape[:-1], 1), 0.0)
         gate = None if self.shared_gate is None else self.shared_gate(x)
         gate_T = None if gate is None else gate.flatten()
+        if self.training and self.balance.contrast:
+            routing = self._contrasted(x_BSD, routing, context)
         self.record_pass(routing, context, shared_gate=self.shared_gate, shared_gate_T=gate_T)
         y_BSD = self._compute(x_BSD, routing, context)
         y = y_BSD.reshape(*x.shape[:-1], y_BSD.shape[-1])
@@ -298,15 +310,32 @@ class MoE(MoELayer):
 
     def _compute(self, x_BSD: Tensor, routing: Any, context: RoutingContext | None) -> Tensor:
         """Return (B, S, D) tokens after the routed experts, (B, S, D_out)."""
-        rows = self.dispatcher.dispatch(x_BSD.flatten(0, 1), routing)
-        if self.experts.reads_context:
-            rows = replace(rows, context=RoutingContext() if context is None else context)
-        if self.router.gates_on == "input":
-            rows = rows.weighted_input()
+        rows = self._dispatched(x_BSD, routing, context)
         if self.training and self.expert_output_masking:
             # On the rows and not in the routing: losses, loads and capacity are those of the choice.
             rows = replace(rows, gates_R=F.dropout(rows.gates_R, self.expert_output_masking))
         return self.dispatcher.combine(self.experts(rows)).unflatten(0, x_BSD.shape[:2])
+
+    def _dispatched(self, x_BSD: Tensor, routing: Routing, context: RoutingContext | None) -> Rows:
+        """Return the experts' rows of (B, S, D) tokens."""
+        rows = self.dispatcher.dispatch(x_BSD.flatten(0, 1), routing)
+        if self.experts.reads_context:
+            rows = replace(rows, context=RoutingContext() if context is None else context)
+        return rows.weighted_input() if self.router.gates_on == "input" else rows
+
+    def _contrasted(self, x_BSD: Tensor, routing: Routing, context: RoutingContext | None) -> Routing:
+        """Return the routing with the sums of the term ``contrast`` in its evidence, which are of a sample of rows.
+
+        The sample is computed by itself, since kernels that sum the experts' outputs at once hand no row out.
+        """
+        sample, kept_S = self._dispatched(x_BSD, routing, context).sampled(self.balance.contrast_rows)
+        expert_S = expert_of_rows(sample.gates_R, sample.offsets_E)
+        y_SD = self.experts(sample).x
+        with outside_autocast(x_BSD.device):
+            loss_S, has_loss_S = contrast_losses(y_SD, expert_S, kept_S, self.balance.contrast_temperature)
+        sums = {"contrast": loss_S.sum().reshape(1), "num_contrasts": has_loss_S.sum().to(loss_S.dtype).reshape(1)}
+        evidence = replace(routing.evidence, sums={**(routing.evidence.sums or {}), **sums})
+        return replace(routing, evidence=evidence)
 
     def active_expert_params(self) -> int:
         return round(self.all_expert_params() * min(self.pairs_per_token / self.num_experts, 1.0))
@@ -318,6 +347,7 @@ class SoftMoE(MoE):
     """
 
     default_dispatcher = SlotDispatcher
+    own_terms = frozenset()
 
     def _compute(self, x_BSD: Tensor, routing: SlotRouting, context: RoutingContext | None) -> Tensor:
         return self.dispatcher.combine(self.experts(self.dispatcher.dispatch(x_BSD, routing)))
@@ -328,6 +358,8 @@ class MergedMoE(MoE):
 
     Nothing is dispatched, and the experts' backend is not asked.
     """
+
+    own_terms = frozenset()
 
     def _compute(self, x_BSD: Tensor, routing: MergeRouting, context: RoutingContext | None) -> Tensor:
         B, S, D = x_BSD.shape

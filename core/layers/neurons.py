@@ -17,6 +17,8 @@ class NeuronMoE(MoE):
     (gates on the input, masked outputs, a dispatcher to other ranks, pairs that are not token-major) it is ``MoE``.
     """
 
+    own_terms = frozenset()
+
     def _compute(self, x_BSD: Tensor, routing: Routing, context: RoutingContext | None) -> Tensor:
         T, K = routing.num_tokens, routing.top_k
         moves = self.router.gates_on == "input" or routing.input_index_N is not None

@@ -137,6 +137,32 @@ def localized_loss(total: Tensor, square: Tensor, count: Tensor | float) -> Tens
     return (mean_over(square, count) - mean.square()) / mean.clamp_min(1e-20)
 
 
+def contrast_losses(y_SD: Tensor, expert_S: Tensor, kept_S: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Return the contrast of each expert's outputs with those of the others, float32 (S,), and which rows have one.
+
+    For row i, with the similarities ``s_ij = u_i . u_j / temperature`` and ``u = y / sqrt(1 + |y|^2)``, it is the mean
+    over the other rows p of its expert of ``-log(exp(s_ip) / sum over j != i of exp(s_ij))``, as in MoELoRA (arXiv
+    2402.12851): outputs of one expert attract each other, and those of different experts repel. Long outputs are
+    compared by their direction; one of zero, as that of a new low-rank update, has none, and its gradient is bounded.
+
+    Args:
+        y_SD: (S, D) outputs.
+        expert_S: int64 (S,), the expert of each.
+        kept_S: bool (S,), False for rows that are left out.
+        temperature: positive.
+    """
+    y_SD = torch.where(kept_S[:, None], y_SD.to(torch.float32), 0)
+    u_SD = y_SD * (1 + y_SD.square().sum(-1, keepdim=True)).rsqrt()
+    is_other_SS = kept_S & ~torch.eye(len(u_SD), dtype=torch.bool, device=u_SD.device)
+    is_same_SS = is_other_SS & (expert_S == expert_S[:, None])
+    similar_SS = (u_SD @ u_SD.T / temperature).masked_fill(~is_other_SS, torch.finfo(torch.float32).min)
+    log_share_SS = similar_SS.log_softmax(-1)
+    num_same_S = is_same_SS.sum(-1)
+    has_loss_S = kept_S & (num_same_S > 0)
+    loss_S = -torch.where(is_same_SS, log_share_SS, 0).sum(-1) / num_same_S.clamp_min(1)
+    return torch.where(has_loss_S, loss_S, 0), has_loss_S
+
+
 # The terms say which sums a loss is a function of, and how a pass gives them.
 
 
@@ -313,6 +339,10 @@ def _first_choices(one: Pass) -> dict[str, Tensor]:
     return {"score": one.score_E, "first_chosen": one.total(chosen_TE)}
 
 
+def _contrasts(one: Pass) -> dict[str, Tensor]:
+    return {name: one.known[name] for name in ("contrast", "num_contrasts") if name in one.known}
+
+
 def _sparse_gates(one: Pass) -> dict[str, Tensor]:
     routing = one.routing
     if not isinstance(routing, Routing):
@@ -404,6 +434,7 @@ TERMS: dict[str, Term] = {
         lambda sums, _: load_balancing_loss(sums["score"], sums["first_chosen"], sums["num_tokens"][0]),
     ),
     "gate_importance": Term("gate", _sparse_gates, lambda sums, _: squared_cv(sums["gate"])),
+    "contrast": Term("contrast", _contrasts, lambda sums, _: mean_over(sums["contrast"][0], sums["num_contrasts"][0])),
     "router_z": Term("square", _squares, lambda sums, _: mean_over(sums["square"][0], sums["num_tokens"][0])),
     "load": Term("load", _smooth_loads, lambda sums, _: squared_cv(sums["load"])),
     "gate_budget": Term(
@@ -454,6 +485,7 @@ class Balance:
             noise, in place of all K (GShard, arXiv 2006.16668, algorithm 1).
         gate_importance: squared coefficient of variation of the experts' summed gates, which are 0 for experts that a
             token did not take, or that were full (arXiv 1701.06538, eq. 6-7).
+        contrast: mean of ``contrast_losses`` over rows of the pass, in training (MoELoRA, arXiv 2402.12851); in nats.
         gate_budget: mean of ``|g - budget|``, g being the share of the routed path that ``MoEConfig.shared_gate="mix"``
             gives a token (NLLB, arXiv 2207.04672).
         num_tasks: number of tasks in ``context.task_ids_B`` for ``mutual_information``; 0: it is of tokens.
@@ -463,6 +495,8 @@ class Balance:
         budget: share of the routed path that ``gate_budget`` asks for, in [0, 1].
         localized_delta: delta of ``localized``, in (-1, 1). The loss is 0 where experts of a sequence's type have
             ``(1 - delta) / (1 + delta)`` times the importance of the others: by a negative delta they have more.
+        contrast_temperature: temperature of ``contrast``.
+        contrast_rows: most rows of a pass that ``contrast`` compares; the same number is computed twice.
         expert_types: type of each expert, for ``localized``; types are the tasks, from 0 on.
         scope: "global": a term is a function of the tokens of all ranks; "rank": of each rank's own, with the mean of
             the ranks as its gradient (as Switch and most others do; cheaper, and stricter where a rank has few tokens).
@@ -489,6 +523,7 @@ class Balance:
     sequence_balance: float = 0.0
     first_choice: float = 0.0
     gate_importance: float = 0.0
+    contrast: float = 0.0
     gate_budget: float = 0.0
     num_tasks: int = 0
     num_modalities: int = 1
@@ -497,6 +532,8 @@ class Balance:
     budget: float = 0.8
     localized_delta: float = 0.1
     expert_types: tuple[int, ...] = ()
+    contrast_temperature: float = 0.1
+    contrast_rows: int = 256
     scope: str = "global"
     adaptive: bool = False
     adaptive_scale: float = 0.2
@@ -514,7 +551,8 @@ class Balance:
             raise ValueError(
                 f"balance.local_entropy_modality={only} is not below num_modalities={self.num_modalities}, or negative"
             )
-        for name in ("adaptive_scale", "adaptive_max", "entropy_threshold"):
+        at_least_one("balance.contrast_rows", self.contrast_rows)
+        for name in ("adaptive_scale", "adaptive_max", "entropy_threshold", "contrast_temperature"):
             if getattr(self, name) is not None:
                 positive(f"balance.{name}", getattr(self, name))
         below_one("balance.adaptive_momentum", self.adaptive_momentum)

@@ -35,8 +35,9 @@ from core import (
 )
 from core.routing.balance import TERMS
 
-# Every term, so heavy that the aux loss makes most of the gradient.
-BALANCE = Balance(**{name: 0.1 if name == "router_z" else 1.0 for name in TERMS}, expert_types=(0, 0, 1, 1))
+# Every term, so heavy that the aux loss makes most of the gradient; but for the contrast of a rank's own rows.
+WEIGHTS = {name: 0.1 if name == "router_z" else 1.0 for name in TERMS if name != "contrast"}
+BALANCE = Balance(**WEIGHTS, expert_types=(0, 0, 1, 1))
 # "fsdp": fully_shard of each block and the root.
 WRAPS = ("ddp", "fsdp")
 
