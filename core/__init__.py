@@ -13,7 +13,7 @@ from .contract import (
     Tape,
     record,
 )
-from .convert import freeze_experts, grow_experts
+from .convert import average_experts, freeze_experts, grow_experts
 from .experts import (
     FFN,
     GEGLU,
@@ -40,6 +40,7 @@ from .kernels import expert_linear, resolve_backend
 from .layers import (
     AttentionMoE,
     AuxLosses,
+    AveragedMoE,
     MergedMoE,
     MoE,
     MoELayer,
@@ -84,6 +85,7 @@ __all__ = [
     "AttentionExperts",
     "AttentionMoE",
     "AuxLosses",
+    "AveragedMoE",
     "Balance",
     "Base",
     "CGC",
@@ -168,6 +170,7 @@ __all__ = [
     "Zero",
     "active_params",
     "aux_loss",
+    "average_experts",
     "aux_losses",
     "consistency_loss",
     "count_flops",

@@ -11,7 +11,7 @@ from ..contract.checks import at_least_one, below_one, not_negative, one_of
 from ..dispatch import Dispatcher
 from ..experts import FFN, ExpertConfig
 from ..kernels import check_backend
-from ..layers import AttentionMoE, MergedMoE, MoE, NeuronMoE, PatchMoE, SharedGate, SoftMoE
+from ..layers import AttentionMoE, AveragedMoE, MergedMoE, MoE, NeuronMoE, PatchMoE, SharedGate, SoftMoE
 from ..layers.shared import KINDS
 from ..registry import register_config
 from ..routing.balance import Balance
@@ -24,6 +24,7 @@ LAYERS: dict[tuple[str, str], type[MoE]] = {
     ("pairs", "rows"): MoE,
     ("slots", "rows"): SoftMoE,
     ("merged", "rows"): MergedMoE,
+    ("averaged", "rows"): AveragedMoE,
     ("pairs", "attention"): AttentionMoE,
     ("pairs", "neurons"): NeuronMoE,
     ("slots", "neurons"): SoftMoE,

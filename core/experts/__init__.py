@@ -1,7 +1,7 @@
 """Experts with stacked parameters: one tensor holds a weight of all E experts. A config lies beside what it builds."""
 
 from .attention import AttentionExperts
-from .base import ExpertConfig, Experts
+from .base import ExpertConfig, Experts, check_merges
 from .clamped import ClampedSwiGLU
 from .convolution import Convolution, ConvolutionExperts
 from .costless import Constant, Copy, Zero
@@ -32,4 +32,5 @@ __all__ = [
     "PEER",
     "SwiGLU",
     "Zero",
+    "check_merges",
 ]

@@ -265,6 +265,15 @@ class ExpertConfig(OpenConfig):
         return 0.0
 
 
+def check_merges(experts: Experts) -> None:
+    """Raise a ``ValueError`` where there is no expert of the mean parameters: no ``compute_merged``, or statistics."""
+    name = type(experts).__name__
+    if type(experts).compute_merged is Experts.compute_merged:
+        raise ValueError(f"{name} cannot be merged: it has no method compute_merged")
+    if any(True for _ in experts.buffers()):
+        raise ValueError(f"{name} with statistics of its tokens cannot be merged: a mean has none")
+
+
 def local_tensor(t: Tensor) -> Tensor:
     """Return the part of a stacked tensor that this process holds: of a ``DTensor`` its shard, else the whole.
 

@@ -3,7 +3,7 @@
 from .attention import AttentionMoE
 from .dense import FeedForward
 from .losses import AuxLosses, aux_loss, aux_losses, update_expert_bias
-from .moe import MergedMoE, MoE, MoELayer, SoftMoE, active_params, moe_layers, set_capacity_factor
+from .moe import AveragedMoE, MergedMoE, MoE, MoELayer, SoftMoE, active_params, moe_layers, set_capacity_factor
 from .multi_gate import MultiGateLayer, MultiGateMoE, PLELayer, SelectedMultiGateMoE, SparseMultiGateMoE
 from .neurons import NeuronMoE
 from .patches import PatchMoE
@@ -12,6 +12,7 @@ from .shared import SharedGate
 __all__ = [
     "AttentionMoE",
     "AuxLosses",
+    "AveragedMoE",
     "FeedForward",
     "MergedMoE",
     "MoE",

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..contract import Decision, Entry, MergeRouting, Routing, RoutingContext, Rows, SlotRouting, Tape
 from ..contract.checks import check_tensor
 from ..dispatch import Dispatcher, LocalDispatcher, SlotDispatcher
-from ..experts import Experts
+from ..experts import Experts, check_merges
 from ..flops import register_formulas
 from ..kernels import check_backend, expert_of_rows, outside_autocast
 from ..routing.balance import Balance, contrast_losses
@@ -378,6 +378,35 @@ class MergedMoE(MoE):
         else:
             y_BSD = self.experts(x_BSD, "merged", routing.weights_GE)
         return y_BSD if real_BS1 is None else y_BSD.masked_fill(~real_BS1, 0.0)
+
+
+class AveragedMoE(MoE):
+    """Experts by pairs in training, and in evaluation one whose parameters are the mean of theirs (AdaMix, arXiv
+    2205.12410). Built from ``Random(evaluation="merged")``.
+
+    The mean is taken once a call; ``core.average_experts`` takes it for good.
+
+    Raises:
+        ValueError: the experts cannot be merged.
+    """
+
+    def __init__(self, router: Router, experts: Experts, *args: Any, **options: Any) -> None:
+        check_merges(experts)
+        super().__init__(router, experts, *args, **options)
+
+    def _compute(self, x_BSD: Tensor, routing: Any, context: RoutingContext | None) -> Tensor:
+        if isinstance(routing, Routing):
+            return super()._compute(x_BSD, routing, context)
+        valid_T = routing.valid_T
+        x_1TD = x_BSD.flatten(0, 1).unsqueeze(0)
+        if valid_T is not None:
+            # Padding may hold NaN, which would reach the weight gradients.
+            x_1TD = x_1TD.masked_fill(~valid_T[:, None], 0.0)
+        E = self.num_experts
+        y_1TD: Tensor = self.experts(x_1TD, "merged", x_1TD.new_full((1, E), 1.0 / E, dtype=torch.float32))
+        if valid_T is not None:
+            y_1TD = y_1TD.masked_fill(~valid_T[:, None], 0.0)
+        return y_1TD.unflatten(1, x_BSD.shape[:2])[0]
 
 
 def moe_layers(model: nn.Module) -> dict[str, MoELayer]:

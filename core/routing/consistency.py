@@ -7,7 +7,8 @@ from torch import Tensor
 
 def consistency_loss(logits_a: Tensor, logits_b: Tensor, valid: Tensor | None = None) -> Tensor:
     """Return the mean over predictions of ``(KL(p_a || p_b) + KL(p_b || p_a)) / 2``, p the softmax of the logits (THOR,
-    arXiv 2110.04260). Added to the task's loss of both passes, it makes random experts agree; it is 0 where they do.
+    arXiv 2110.04260; AdaMix, arXiv 2205.12410). Added to the task's loss of both passes, it makes random experts agree;
+    it is 0 where they do.
 
     Args:
         logits_a, logits_b: (..., classes), finite, from two passes of the same batch in training.

@@ -10,18 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..contract import Evidence
+from ..contract import Evidence, MergeRouting, RoutingContext
 from ..contract.checks import at_least_one, divides, one_of, positive
 from ..kernels import SCORE_FUNCS
 from ..kernels.eager import gates_of
 from .clusters import balanced_clusters
 from .gates import LinearGate
-from .router import FixedKConfig, PairRouter, RouterConfig, Tokens
+from .router import LAYER_OPTIONS, FixedKConfig, PairRouter, RouterConfig, Tokens
 from .selection import Capacity, Choice
 
 HASHES = ("random", "balanced", "clustered")
 SPANS = ("token", "sequence", "batch")
-EVALUATIONS = ("fixed", "average")
+EVALUATIONS = ("fixed", "average", "merged")
 
 
 def random_table(vocab_size: int, num_experts: int, top_k: int, seed: int) -> Tensor:
@@ -218,9 +218,24 @@ class Hash(FixedKConfig):
 
 
 class RandomRouter(PairRouter):
-    """The router of ``Random``: random experts in training, a fixed choice in evaluation."""
+    """The router of ``Random``: random experts in training, a fixed choice or equal weights of all in evaluation."""
 
     config: Random
+
+    def forward(self, x: Tensor, context: RoutingContext | None = None) -> Any:
+        if self.training or self.config.evaluation != "merged":
+            return super().forward(x, context)
+        B, S, _ = x.shape
+        valid_BS = None if context is None else context.valid_BS
+        count = torch.full((), B * S, device=x.device) if valid_BS is None else valid_BS.sum()
+        return MergeRouting(
+            weights_GE=x.new_full((B, self.num_experts), 1.0 / self.num_experts, dtype=torch.float32),
+            tokens_per_group=S,
+            groups_per_sequence=1,
+            tokens_per_expert_E=count.expand(self.num_experts),
+            num_tokens=B * S,
+            valid_T=None if valid_BS is None else valid_BS.flatten(),
+        )
 
     def choose(self, tokens: Tokens) -> Choice:
         config, x_TD = self.config, tokens.x_TD
@@ -252,12 +267,13 @@ class Random(FixedKConfig):
     ``top_k=1`` and adds ``consistency_loss`` of the two outputs, so that any expert will do.
 
     In evaluation the choice is fixed: with "fixed" position s of a sequence takes the experts ``s K + k mod E``; with
-    "average" every token takes all experts at gate 1 / E, at E / K times the cost.
+    "average" every token takes all experts at gate 1 / E, at E / K times the cost; with "merged" all tokens take one
+    expert, whose parameters are the mean of all experts' (AdaMix, arXiv 2205.12410, which draws ``per="batch"``).
 
     Attributes:
         top_k: experts per token, K.
         per: unit of one draw, "token", "sequence" or "batch".
-        evaluation: "fixed" or "average".
+        evaluation: "fixed", "average" or "merged".
     """
 
     paper = "2110.04260"
@@ -276,6 +292,15 @@ class Random(FixedKConfig):
     @property
     def reads_position(self) -> bool:
         return self.evaluation == "fixed"
+
+    @property
+    def layer_kind(self) -> str:
+        return "averaged" if self.evaluation == "merged" else "pairs"
+
+    @property
+    def layer_options(self) -> frozenset[str]:
+        # A merged expert has no capacity, and what training drops at random would be another method.
+        return frozenset({"backend"}) if self.evaluation == "merged" else LAYER_OPTIONS
 
 
 class DomainRandomRouter(PairRouter):

@@ -345,8 +345,8 @@ class RouterConfig(OpenConfig):
 
     @property
     def layer_kind(self) -> str:
-        """The kind of layer that carries the decision out: "pairs" (``MoE``), "slots" (``SoftMoE``) or "merged"
-        (``MergedMoE``)."""
+        """The kind of layer that carries the decision out: "pairs" (``MoE``), "slots" (``SoftMoE``), "merged"
+        (``MergedMoE``) or "averaged" (``AveragedMoE``: pairs in training, one merged expert in evaluation)."""
         return "pairs"
 
     @property

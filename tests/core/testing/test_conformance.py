@@ -69,7 +69,11 @@ VARIANTS: dict[type[RouterConfig], dict[str, RouterConfig]] = {
         "remoe": ReLURouting(2),
         "rankmixer": ReLURouting(2, max_k=4, dense_training=True),
     },
-    Random: {"random": Random(2), "random, averaged": Random(evaluation="average", per="sequence")},
+    Random: {
+        "random": Random(2),
+        "random, averaged": Random(evaluation="average", per="sequence"),
+        "random, merged": Random(evaluation="merged", per="batch"),
+    },
     DomainRandom: {"domain, random": DomainRandom(num_domains=4, vocab_size=7)},
     SoftSlots: {"soft slots": SoftSlots(2)},
     Merge: {
