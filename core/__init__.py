@@ -13,7 +13,7 @@ from .contract import (
     Tape,
     record,
 )
-from .convert import average_experts, freeze_experts, grow_experts
+from .convert import adapt, average_experts, freeze_experts, grow_experts
 from .experts import (
     FFN,
     GEGLU,
@@ -38,6 +38,7 @@ from .experts import (
 from .flops import count_flops
 from .kernels import expert_linear, resolve_backend
 from .layers import (
+    AdaptedLinear,
     AttentionMoE,
     AuxLosses,
     AveragedMoE,
@@ -81,6 +82,7 @@ from .routing.token_choice import TokenChoice
 from .telemetry import LayerStats, RoutingStats
 
 __all__ = [
+    "AdaptedLinear",
     "Attention",
     "AttentionExperts",
     "AttentionMoE",
@@ -169,6 +171,7 @@ __all__ = [
     "Tokens",
     "Zero",
     "active_params",
+    "adapt",
     "aux_loss",
     "average_experts",
     "aux_losses",

@@ -220,6 +220,7 @@ class MoEConfig:
         if self.granularity > 1:
             return self.split(dim).build(dim, out_dim)
         shared, has_gate = self.num_shared_experts, self.shared_gate != "none"
+        width = self.expert.out_dim(dim) if out_dim is None else out_dim
         layer = self.layer_class()(
             self.router.build(self.expert.row_dim(dim), self.num_experts, self.capacity()),
             self.expert.build(self.num_experts, dim, out_dim),
@@ -228,11 +229,12 @@ class MoEConfig:
             shared_experts=(self.shared_expert or self.expert).build(shared, dim, out_dim) if shared else None,
             shared_gate=SharedGate(dim, self.shared_gate, self.shared_gate_dropout) if has_gate else None,
             expert_output_masking=self.expert_output_masking,
-            bias_dim=(self.expert.out_dim(dim) if out_dim is None else out_dim) if self.output_bias else None,
+            bias_dim=width if self.output_bias else None,
             pairs_per_token=self.router.pairs_per_token(self.num_experts),
             dim=dim,
             **self.expert.layer_arguments(),
         )
+        layer.out_dim = width
         layer.router.expert_dropout = self.expert_dropout
         layer.backend = self.backend
         if isinstance(layer, AttentionMoE):

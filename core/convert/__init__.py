@@ -1,6 +1,7 @@
-"""Conversions of a layer that is built, and may be trained, into another one: one with more experts, or with one."""
+"""Conversions of what is built, and may be trained: more experts in a layer, one in place of all, updates beside it."""
 
+from .adapt import adapt
 from .grow import freeze_experts, grow_experts
 from .merge import OneExpert, average_experts
 
-__all__ = ["OneExpert", "average_experts", "freeze_experts", "grow_experts"]
+__all__ = ["OneExpert", "adapt", "average_experts", "freeze_experts", "grow_experts"]

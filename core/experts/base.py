@@ -181,6 +181,8 @@ class ExpertConfig(OpenConfig):
 
     layer_kind: ClassVar[str] = "rows"
     is_causal: ClassVar[bool] = True
+    follows_base: ClassVar[bool] = False
+    """In ``core.adapt`` the experts take what the frozen layer puts out; others take its input and are added to it."""
 
     def check(self, num_experts: int) -> None:
         """Raise a ``ValueError`` where there cannot be this many experts."""

@@ -188,6 +188,8 @@ class IA3(ExpertConfig):
         ValueError: in ``build``, where the output has another width than the input.
     """
 
+    follows_base = True
+
     def build(self, num_experts: int, dim: int, out_dim: int | None = None) -> IA3Experts:
         if out_dim not in (None, dim):
             raise ValueError(f"out_dim={out_dim} is not dim={dim}: IA3() scales what it takes in")

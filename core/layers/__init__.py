@@ -1,5 +1,6 @@
 """The layers, and what a model's layers have in common: losses, bias updates, parameter counts."""
 
+from .adapted import AdaptedLinear
 from .attention import AttentionMoE
 from .dense import FeedForward
 from .losses import AuxLosses, aux_loss, aux_losses, update_expert_bias
@@ -10,6 +11,7 @@ from .patches import PatchMoE
 from .shared import SharedGate
 
 __all__ = [
+    "AdaptedLinear",
     "AttentionMoE",
     "AuxLosses",
     "AveragedMoE",

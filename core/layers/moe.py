@@ -41,6 +41,7 @@ class MoELayer(nn.Module):
 
     Attributes:
         router, experts, dispatcher: the parts.
+        out_dim: width of the output, where ``MoEConfig`` built the layer; else None.
         load_balancing_weight: float32 () buffer where ``balance.adaptive``, else None.
     """
 
@@ -48,6 +49,7 @@ class MoELayer(nn.Module):
     experts: Experts
     balance: Balance
     load_balancing_weight: Tensor | None
+    out_dim: int | None = None
     default_dispatcher: ClassVar[type[Dispatcher]] = LocalDispatcher
     own_terms: ClassVar[frozenset[str]] = frozenset()
     """Balance terms that apply by the layer, whatever its router."""
