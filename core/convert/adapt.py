@@ -76,7 +76,7 @@ def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     parent = model.get_submodule(path)
     if isinstance(parent, nn.MultiheadAttention):
         raise ValueError(
-            f"module {name!r} is part of an nn.MultiheadAttention, which reads its weight and calls it not"
+            f"module {name!r} is part of an nn.MultiheadAttention, which reads its weight and never calls it"
         )
     return parent, child
 
