@@ -138,6 +138,7 @@ class Variant:
         Raises:
             ValueError: the overlay does not fit the layers, or none of the experts has a hidden dim.
         """
+        import core
         from apps.equal_cost.widths import has_width, nearest_width, widened
 
         layers = self.module.routed_layers()
@@ -145,11 +146,10 @@ class Variant:
         assert not isinstance(layers.config, Sequence)
         moe = with_router(layers.config, self.name)
         parts = getattr(moe, "granularity", 1)  # it has to divide the width
-        shared = getattr(moe, "shared_expert", None)
 
         def at(width: int) -> Layers:
-            if shared is not None and has_width(shared) and not has_width(moe.expert):
-                return dataclasses.replace(moe, shared_expert=widened(shared, width))  # type: ignore[call-arg]
+            if isinstance(moe, core.MoEConfig) and moe.shared_expert is not None and not has_width(moe.expert):
+                return dataclasses.replace(moe, shared_expert=widened(moe.shared_expert, width))
             return dataclasses.replace(moe, expert=widened(moe.expert, width * parts))
 
         def cost(width: int) -> float:
