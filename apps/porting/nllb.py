@@ -35,6 +35,7 @@ from apps.porting.parts import Part, Parts, cross_attention, linear, self_attent
 SPARSE = "nllb-moe"
 UNK = 3
 SECOND = {"all": "always", "random": "random"}
+BEFORE_DROPPING = "normalize_router_prob_before_dropping"
 
 
 def sparse_layers(step: int, depth: int) -> tuple[int, ...]:
@@ -47,7 +48,8 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Architectu
 
     ``moe_token_dropout`` p leaves expert outputs out in training without making up for it, and evaluation multiplies by
     1 - p. Ours makes up for it, so gates of ``scale = 1 - p`` give both. Capacity is not carried over: theirs has none
-    in evaluation, where ``moe_eval_capacity_token_fraction`` is 1.
+    in evaluation, where ``moe_eval_capacity_token_fraction`` is 1. For a capacity of yours it is read whether gates are
+    normalised before it drops pairs, or after.
     """
     model_type = config["model_type"]
     for name in ("ffn_dim", "attention_heads"):
@@ -90,7 +92,13 @@ def _moe(config: Mapping[str, Any], act: str) -> core.MoEConfig:
     check_name("second_expert_policy", policy, [*SECOND])
     return core.MoEConfig(
         needed(config, "num_experts"),
-        core.TokenChoice(top_k=2, second=SECOND[policy], scale=1 - masking, gate_bias=config.get("router_bias", False)),
+        core.TokenChoice(
+            top_k=2,
+            normalize=True if config.get(BEFORE_DROPPING, False) else "kept",
+            second=SECOND[policy],
+            scale=1 - masking,
+            gate_bias=config.get("router_bias", False),
+        ),
         core.FFN(config["encoder_ffn_dim"], act, bias=True),
         priority="score" if config.get("batch_prioritized_routing") else "position",
         expert_output_masking=masking,
@@ -128,6 +136,7 @@ def write(architecture: Architecture) -> dict[str, Any]:
             num_experts=moe.num_experts,
             moe_token_dropout=masking if router.scale == 1 - masking else 1 - router.scale,
             second_expert_policy="random" if router.second == "random" else "all",
+            normalize_router_prob_before_dropping=router.normalize != "kept",
             batch_prioritized_routing=moe.priority == "score",
             router_bias=router.gate_bias,
             router_aux_loss_coef=moe.balance.load_balancing / 2,
@@ -177,11 +186,7 @@ _DEFAULTS = {**_IDS, "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0}
 FAMILY = Family(
     defaults={
         "m2m_100": _DEFAULTS,
-        SPARSE: {
-            **_DEFAULTS,
-            "moe_eval_capacity_token_fraction": 1.0,
-            "normalize_router_prob_before_dropping": True,
-        },
+        SPARSE: {**_DEFAULTS, "moe_eval_capacity_token_fraction": 1.0},
     },
     vocabulary=lambda config: read_specials({**_IDS, "decoder_start_token_id": 2, **config}, UNK),
     read=read,

@@ -176,6 +176,15 @@ GATES = {
         {"gate.weight": "classifier.weight"},
         dense=lambda out: out[1],
     ),
+    "nllb-kept": Gate(
+        "nllb_moe",
+        "NllbMoeTop2Router",
+        "NllbMoeConfig",
+        {"d_model": D, "num_experts": E},
+        TokenChoice(top_k=2, normalize="kept"),
+        {"gate.weight": "classifier.weight"},
+        dense=lambda out: out[1],
+    ),
 }
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from hugging import ours_TE
 from ported import VOCAB, Pair, PortedInDouble, check_own, double, modeling, randomize
 
 import core
@@ -81,6 +82,22 @@ def test_their_block_is_another_model():
     if torch.allclose(theirs, ours):
         pytest.skip("NLLB-MoE block: the installed version runs all experts")
     assert (ours - theirs).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("before", [True, False])
+@torch.no_grad()
+def test_gates_are_normalised_before_or_after_drops_as_the_configuration_says(before):
+    # Each of 4 experts takes 2 * 16 / 4 = 8 pairs of 16 tokens: a factor of 1, where the published one drops none.
+    config = transformers.NllbMoeConfig(**NLLB, normalize_router_prob_before_dropping=before)
+    pair = Pair.of(randomize(transformers.NllbMoeForConditionalGeneration(config), std=0.7))
+    theirs = pair.theirs.model.encoder.layers[1].ffn.router
+    theirs.moe_eval_capacity_token_fraction, theirs.expert_capacity = -1.0, None
+    x = torch.randn(1, 16, 16) + 0.5  # so that some experts are full
+    with core.set_capacity_factor(pair.ours, 1.0):
+        routing = pair.ours.encoder.layers[1].ffn.router(x)
+    their_gates_TE = theirs(x[0])[1]
+    assert (their_gates_TE > 0).sum() < 32
+    torch.testing.assert_close(ours_TE(routing, 4), their_gates_TE)
 
 
 @pytest.mark.usefixtures("all_experts")

@@ -54,10 +54,11 @@ def test_switch_drops_the_same_tokens_of_each_sequence(capacity):
     torch.testing.assert_close(ours_TE(router(x)), theirs_TE)
 
 
+@pytest.mark.parametrize("name", ["nllb", "nllb-kept"])
 @pytest.mark.parametrize("priority", ["position", "score"])
-def test_nllb_drops_the_same_pairs_by_position_and_by_score(priority):
+def test_nllb_drops_the_same_pairs_by_position_and_by_score(name, priority):
     # Capacity 2 * ceil(T / E) is a factor of 1 where E divides T; 4 is then a factor of 0.4 of T = 40 and K = 2.
-    gate, x = GATES["nllb"], torch.randn(1, 40, D)
+    gate, x = GATES[name], torch.randn(1, 40, D)
     peer, router = pair_of_gates(
         gate,
         Capacity(0.4, priority=priority),
@@ -68,6 +69,9 @@ def test_nllb_drops_the_same_pairs_by_position_and_by_score(priority):
     theirs_TE = gate.dense(peer(x[0]))
     assert (theirs_TE > 0).sum() < 80
     torch.testing.assert_close(ours_TE(router(x)), theirs_TE)
+    whole_T = (theirs_TE > 0).any(-1)
+    is_one_T = torch.isclose(theirs_TE.sum(-1)[whole_T], torch.ones(()))
+    assert is_one_T.all() if name == "nllb-kept" else not is_one_T.all()
 
 
 def test_nllb_routes_no_padding():

@@ -6,7 +6,8 @@ import re
 from dataclasses import replace
 
 import pytest
-from published_models import EXPERTS, MODELS, NLLB, VOCAB, checkpoint, same_weights, switch_model
+import torch
+from published_models import EXPERTS, MODELS, NLLB, VOCAB, checkpoint, same_weights, switch_model, two_of_four
 from published_shapes import MIXTRAL, T5
 
 import core
@@ -16,6 +17,7 @@ from apps.porting import (
     from_published,
     load_pretrained,
     load_pretrained_weights,
+    save_pretrained,
     to_published,
 )
 
@@ -32,6 +34,19 @@ def test_weights_go_into_a_model_that_is_built_as_theirs(tmp_path):
     model = switch_model(replace(T5, dropout=0.3, ffn_dropout=0.2), ffn=moe)
     load_pretrained_weights(model, tmp_path)
     assert same_weights(model, load_pretrained(tmp_path))
+
+
+def test_nllb_gates_normalised_after_drops_are_written_so_and_are_no_misfit(tmp_path):
+    # Without a capacity nothing is dropped, so that the logits are the same.
+    before = TranslationModel(NLLB, source_vocab=VOCAB, ffn=two_of_four()).eval()
+    kept = replace(two_of_four(), router=core.TokenChoice(top_k=2, normalize="kept"))
+    after = TranslationModel(NLLB, source_vocab=VOCAB, ffn=kept).eval()
+    name = "normalize_router_prob_before_dropping"
+    assert [to_published(model)[0][name] for model in (before, after)] == [True, False]
+    save_pretrained(before, tmp_path)
+    load_pretrained_weights(after, tmp_path)
+    ids = torch.randint(4, VOCAB, (2, 7))
+    torch.testing.assert_close(after(ids, ids), before(ids, ids), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
