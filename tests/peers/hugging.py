@@ -36,7 +36,8 @@ def randomize(module: nn.Module, std: float = 0.5) -> Any:
     """The peers leave their weights empty or zero: a model's ``init_weights`` would fill them."""
     with torch.no_grad():
         for weight in (*module.parameters(), *module.buffers()):
-            weight.normal_(std=std)
+            if weight.is_floating_point():
+                weight.normal_(std=std)
     return module
 
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from hugging import GATES, QWEN, D, E, F, S, tensor_of
+from hugging import DEEPSEEK, GATES, QWEN, D, E, F, S, config_of, modeling, randomize, tensor_of
 from torch import Tensor, nn
 
-from core import FFN, ClampedSwiGLU, MoEConfig, SwiGLU, TokenChoice
+from core import FFN, ClampedSwiGLU, Copy, Hash, Mixed, MoEConfig, RouterConfig, SparseMixer, SwiGLU, TokenChoice
 
 Read = Callable[[Tensor], Tensor]
 
@@ -31,12 +31,16 @@ def shared_swiglu(mlp: Any, num: int, read: Read) -> dict[str, Tensor]:
     }
 
 
-def routed(block: Any, read: Read) -> dict[str, Tensor]:
-    experts = block.experts
+def gated(gate: Any, experts: Any, read: Read) -> dict[str, Tensor]:
+    """A linear gate and two tensors of experts."""
     return {
-        "router.gate.weight": read(block.gate.weight),
+        "router.gate.weight": read(gate.weight),
         **swiglu("experts", read(experts.gate_up_proj), read(experts.down_proj)),
     }
+
+
+def routed(block: Any, read: Read) -> dict[str, Tensor]:
+    return gated(block.gate, block.experts, read)
 
 
 def with_shared(num: int) -> Callable[[Any, Read], dict[str, Tensor]]:
@@ -84,6 +88,55 @@ def jetmoe_layout(block: Any, read: Read) -> dict[str, Tensor]:
     }
 
 
+def phimoe_layout(block: Any, read: Read) -> dict[str, Tensor]:
+    return gated(block.router, block.experts, read)
+
+
+def dbrx_layout(block: Any, read: Read) -> dict[str, Tensor]:
+    """(E * F, D) each, all of them as of an ``nn.Linear`` from D to F."""
+    mlp = block.experts.mlp
+    w_gate, w_in, w_out = (read(w).unflatten(0, (E, F)) for w in (mlp.w1, mlp.v1, mlp.w2))
+    return {
+        "router.gate.weight": read(block.router.layer.weight),
+        "experts.w_gate": w_gate.mT,
+        "experts.w_in": w_in.mT,
+        "experts.w_out": w_out,
+    }
+
+
+def longcat_layout(block: Any, read: Read) -> dict[str, Tensor]:
+    """The first product has places for the experts that copy, which nobody reads."""
+    experts = block.experts
+    return {
+        "router.gate.weight": read(block.router.classifier.weight),
+        **swiglu("experts.parts.0", read(experts.gate_up_proj)[:E], read(experts.down_proj)),
+    }
+
+
+class Gemma4Block(nn.Module):
+    """Router and experts of a Gemma 4 layer on the same tokens: in the model, the experts' are normalised with a scale
+    of their own."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        module = modeling("gemma4")
+        self.router, self.experts = module.Gemma4TextRouter(config), module.Gemma4TextExperts(config)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        x_TD = x_BSD.flatten(0, 1)
+        _, gates_TK, expert_ids_TK = self.router(x_TD)
+        y_TD: Tensor = self.experts(x_TD, expert_ids_TK, gates_TK)
+        return y_TD.view_as(x_BSD)
+
+
+def gemma4_layout(block: Any, read: Read) -> dict[str, Tensor]:
+    return {
+        **gated(block.router.proj, block.experts, read),
+        "router.gate.input_scale": read(block.router.scale),
+        "router.expert_scale": read(block.router.per_expert_scale),
+    }
+
+
 def switch_layout(block: Any, read: Read) -> dict[str, Tensor]:
     experts = [block.experts[f"expert_{e}"] for e in range(E)]
     return {
@@ -95,19 +148,44 @@ def switch_layout(block: Any, read: Read) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Block:
-    """A peer's block, ours, and the peer's weights in our layout."""
+    """A peer's block, ours, and the peer's weights in our layout.
+
+    ``block`` is the name of the peer's class, or what makes it of its configuration; ``args`` are further arguments.
+    """
 
     model: str
-    block: str
+    block: str | Callable[[Any], nn.Module]
     config: str
     options: dict[str, Any]
     ours: MoEConfig
     layout: Callable[[Any, Read], dict[str, Tensor]] = routed
+    args: tuple[Any, ...] = ()
+
+    def pair(self, **options: Any) -> tuple[Any, Any]:
+        """The peer's block and ours with the same weights, both in evaluation."""
+        config = config_of(self.config, **{**self.options, **options})
+        block = getattr(modeling(self.model), self.block) if isinstance(self.block, str) else self.block
+        peer = randomize(block(config, *self.args), std=0.3).eval()
+        layer = self.ours.build(D).eval()
+        load(layer, self.layout(peer, lambda p: p.detach()))
+        for name, bias in peer.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                layer.router.expert_bias.copy_(bias)
+        return peer, layer
 
 
-def moe(router: TokenChoice, **options: Any) -> MoEConfig:
+def moe(router: RouterConfig, **options: Any) -> MoEConfig:
     return MoEConfig(E, router, **{"expert": SwiGLU(F), **options})
 
+
+VOCAB = 50
+V4 = {
+    **DEEPSEEK,
+    "vocab_size": VOCAB,
+    "moe_intermediate_size": F,
+    "swiglu_limit": 0.5,
+    "routed_scaling_factor": 1.5,
+}
 
 BLOCKS = {
     "mixtral": Block(
@@ -201,6 +279,89 @@ BLOCKS = {
         {"d_model": D, "d_ff": F, "num_experts": E, "expert_capacity": 2, "dropout_rate": 0.0},
         moe(TokenChoice(top_k=1), expert=FFN(F, "relu"), capacity_factor=2 * E / S, group="sequence"),
         switch_layout,
+    ),
+    # A distance of 0.6 to the best, where the published 0.02 would leave each gate at 1.
+    "phimoe": Block(
+        "phimoe",
+        "PhimoeSparseMoeBlock",
+        "PhimoeConfig",
+        {"hidden_size": D, "intermediate_size": F, "num_local_experts": E, "router_jitter_noise": 0.3},
+        moe(SparseMixer(jitter_eps=0.3)),
+        phimoe_layout,
+    ),
+    **{
+        f"dbrx-{p}": Block(
+            "dbrx",
+            "DbrxFFN",
+            "DbrxConfig",
+            {
+                "d_model": D,
+                "ffn_config": {
+                    "hidden_size": D,
+                    "ffn_hidden_size": F,
+                    "moe_num_experts": E,
+                    "moe_top_k": 3,
+                    "moe_normalize_expert_weights": p,
+                },
+            },
+            moe(TokenChoice(top_k=3, norm_order=p)),
+            dbrx_layout,
+        )
+        for p in (1.0, 2.0)
+    },
+    "longcat-flash": Block(
+        "longcat_flash",
+        "LongcatFlashMoE",
+        "LongcatFlashConfig",
+        {
+            "hidden_size": D,
+            "expert_ffn_hidden_size": F,
+            "n_routed_experts": E,
+            "zero_expert_num": 4,
+            "moe_topk": 5,
+            "routed_scaling_factor": 6.0,
+        },
+        MoEConfig(
+            E + 4,
+            TokenChoice(top_k=5, normalize=False, expert_bias=True, scale=6.0),
+            Mixed((SwiGLU(F), Copy()), (E, 4)),
+        ),
+        longcat_layout,
+    ),
+    "gemma4": Block(
+        "gemma4",
+        Gemma4Block,
+        "Gemma4TextConfig",
+        {"hidden_size": D, "num_experts": E, "top_k_experts": 3, "moe_intermediate_size": F},
+        moe(TokenChoice(top_k=3, input_norm=True, expert_scale=True), expert=SwiGLU(F, "gelu_tanh")),
+        gemma4_layout,
+    ),
+    "deepseek-v4": Block(
+        "deepseek_v4",
+        "DeepseekV4SparseMoeBlock",
+        "DeepseekV4Config",
+        V4,
+        moe(
+            TokenChoice(top_k=3, score_func="sqrt_softplus", expert_bias=True, scale=1.5),
+            expert=ClampedSwiGLU(F, limit=0.5),
+            num_shared_experts=1,
+        ),
+        with_shared(1),
+        args=(3,),
+    ),
+    # The first layers choose by a table of token ids.
+    "deepseek-v4-hash": Block(
+        "deepseek_v4",
+        "DeepseekV4SparseMoeBlock",
+        "DeepseekV4Config",
+        V4,
+        moe(
+            Hash(VOCAB, top_k=3, score_func="sqrt_softplus", scale=1.5),
+            expert=ClampedSwiGLU(F, limit=0.5),
+            num_shared_experts=1,
+        ),
+        with_shared(1),
+        args=(0,),
     ),
 }
 

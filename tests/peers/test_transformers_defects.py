@@ -7,7 +7,22 @@ from typing import Any
 
 import pytest
 import torch
-from hugging import GATES, B, D, E, F, S, T, config_of, modeling, ours_TE, pair_of_gates, randomize, skip_if_mended
+from hugging import (
+    GATES,
+    B,
+    D,
+    E,
+    F,
+    S,
+    T,
+    combine_TE,
+    config_of,
+    modeling,
+    ours_TE,
+    pair_of_gates,
+    randomize,
+    skip_if_mended,
+)
 from hugging_blocks import BLOCKS, load, moe
 
 from core import FFN, MoEConfig, RoutingContext, TokenChoice
@@ -169,6 +184,35 @@ def test_their_jitter_overwrites_the_tokens_and_reaches_the_experts(name):
     ratio = their_x / x
     assert 0.5 <= ratio.min() < 0.6
     assert 1.4 < ratio.max() <= 1.5
+
+
+def test_phimoe_jitters_its_input_twice():
+    # Once in the block and once in its router, both in place: the factors of 0.5 to 1.5 become 0.25 to 2.25.
+    peer, _ = BLOCKS["phimoe"].pair(input_jitter_noise=0.5)
+    x = torch.randn(B, S, D)
+    their_x = x.clone()
+    with torch.no_grad():
+        peer.train()(their_x)
+    skip_if_mended(their_x, x, "PhiMoE: jitter")
+    ratio = their_x / x
+    if 0.5 <= ratio.min() and ratio.max() <= 1.5:
+        pytest.skip("PhiMoE: jitters once")
+    assert 0.25 <= ratio.min() < 0.4
+    assert 1.8 < ratio.max() <= 2.25
+
+
+@torch.no_grad()
+def test_longcat_flash_adds_no_router_bias():
+    # router_bias=True makes a bias, and the forward multiplies by the weight alone.
+    peer, layer = BLOCKS["longcat-flash"].pair(router_bias=True)
+    biased = MoEConfig(layer.num_experts, replace(BLOCKS["longcat-flash"].ours.router, gate_bias=True)).build(D).router
+    biased.gate.weight.copy_(peer.router.classifier.weight)
+    biased.gate.bias.copy_(peer.router.classifier.bias)
+    biased.expert_bias.copy_(layer.router.expert_bias)
+    x = torch.randn(B, S, D)
+    theirs_TE = combine_TE(*peer.router(x)[:0:-1], layer.num_experts)
+    skip_if_mended(theirs_TE, ours_TE(biased(x), layer.num_experts), "LongCat-Flash router bias")
+    torch.testing.assert_close(theirs_TE, ours_TE(layer.router(x), layer.num_experts))
 
 
 def test_deepseek_v2_does_not_heed_norm_topk_prob():

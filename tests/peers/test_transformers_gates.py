@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hugging import GATES, B, D, E, S, T, ours_TE, pair_of_gates, tensor_of
+from hugging import GATES, B, D, E, S, T, config_of, modeling, ours_TE, pair_of_gates, randomize, tensor_of
 
-from core import RoutingContext, TokenChoice
+from core import RoutingContext, SparseMixer, TokenChoice
 from core.routing.selection import Capacity
 
 
@@ -80,3 +80,30 @@ def test_nllb_routes_no_padding():
     valid = torch.arange(S) < torch.tensor([S, 5, 9])[:, None]
     theirs_TE = gate.dense(peer(x.flatten(0, 1), (~valid).flatten().long()))
     torch.testing.assert_close(ours_TE(router(x, RoutingContext(valid_BS=valid))), theirs_TE)
+
+
+@pytest.mark.parametrize("draw", [0.5, 0.9])
+def test_sparse_mixer_draws_the_experts_of_phimoe_with_its_gates_and_gradients(draw, monkeypatch):
+    # In training an expert is drawn by Gumbel noise of the same random state. One that is not the best counts whole
+    # where the peer draws more than 0.75 and we less than 0.25, else by a third, which the peer writes 0.3333.
+    config = config_of("PhimoeConfig", hidden_size=D, num_local_experts=E, router_jitter_noise=0.3)
+    peer = randomize(modeling("phimoe").PhimoeTopKRouter(config)).train()
+    router = SparseMixer(jitter_eps=0.3).build(D, E).train()
+    router.gate.weight.data.copy_(peer.weight)
+    x_TD = torch.randn(500, D)
+
+    monkeypatch.setattr(torch, "rand_like", lambda like: torch.full_like(like, 1 - draw))
+    torch.manual_seed(1)
+    routing = router(x_TD[None])
+    monkeypatch.setattr(torch, "rand_like", lambda like: torch.full_like(like, draw))
+    monkeypatch.setattr(torch.Tensor, "uniform_", lambda drawn: drawn)
+    torch.manual_seed(1)
+    _, their_gates_TK, their_ids_TK = peer(x_TD)
+    assert torch.equal(routing.expert_ids_N.view(-1, 2), their_ids_TK)
+    assert (their_ids_TK[:, 0] != peer.eval()(x_TD)[2][:, 0]).sum() > 100
+    torch.testing.assert_close(routing.gates_N.view(-1, 2), their_gates_TK, rtol=2e-4, atol=0)
+
+    weights_TK = torch.randn(500, 2)
+    got = torch.autograd.grad((routing.gates_N.view(-1, 2) * weights_TK).sum(), router.gate.weight)
+    wanted = torch.autograd.grad((their_gates_TK * weights_TK).sum(), peer.weight)
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
