@@ -53,7 +53,8 @@ class MoEConfig:
         priority: order of service where capacity is short: "position", "score" (batch-prioritised) or "random".
         group: tokens that compete for capacity: "batch", "sequence", a number of tokens; None: the router's default.
         num_shared_experts: experts that every token takes besides.
-        shared_expert: kind of the shared experts, such as one of another width (Qwen2-MoE); None: as ``expert``.
+        shared_expert: kind of the shared experts, such as one of another width (Qwen2-MoE), or an FFN beside ``PEER``
+            (Doge); None: as ``expert``.
         balance: weights of the balance losses.
         backend: kernels that compute: "auto", "eager", "cpu", "grouped" or "triton".
         shared_gate: how the shared experts' output s joins the routed one, r: "none": ``r + s``; "mix": ``(1 - g) s +
@@ -149,8 +150,8 @@ class MoEConfig:
         if self.num_shared_experts:
             shared = self.shared_expert or self.expert
             shared.check(self.num_shared_experts)
-            for kind in (shared, self.expert):
-                if kind.layer_kind != "rows":
+            for kind, allowed in ((shared, ("rows",)), (self.expert, ("rows", "neurons"))):
+                if kind.layer_kind not in allowed:
                     name, does = type(kind).__name__, kind.layer_kind
                     raise ValueError(f"num_shared_experts={self.num_shared_experts} with {name}, which computes {does}")
 

@@ -109,6 +109,17 @@ def test_any_router_of_pairs_and_soft_slots_take_these_experts():
         core.MoEConfig(6, core.Merge("smear"), PEER())
 
 
+def test_a_shared_ffn_is_added_to_the_neurons():
+    config = core.MoEConfig(25, ProductKeys(3, 2), PEER(), num_shared_experts=1, shared_expert=core.SwiGLU(12))
+    layer, x = built(config).eval(), torch.randn(2, 6, 8)
+    torch.testing.assert_close(layer(x), by_loop(layer, x) + layer.shared_experts(x, "dense"))
+    assert config.num_params(8) == sum(p.numel() for p in layer.parameters())
+    assert config.active_params(8) == core.active_params(layer)
+    assert core.count_flops(layer, x) == 12 * config.flops_per_token(8)
+    with pytest.raises(ValueError, match=r"^num_shared_experts=1 with PEER, which computes neurons$"):
+        core.MoEConfig(25, ProductKeys(3, 2), PEER(), num_shared_experts=1)
+
+
 def test_the_tape_has_the_load_of_every_expert():
     config = core.MoEConfig(2**14, ProductKeys(top_k=4, heads=2), PEER())
     layer = built(config)
