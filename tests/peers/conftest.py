@@ -3,7 +3,7 @@
 They need no network and no trained weights. How to run them (peers in a folder of their own, since no app needs them)::
 
     pip install --target peers --no-deps transformers tokenizers regex st-moe-pytorch colt5-attention soft-moe-pytorch \
-        einops beartype PEER-pytorch einx frozendict
+        einops beartype PEER-pytorch einx frozendict deepctr-torch
     PYTHONPATH=peers python -m pytest tests/peers -n 0
 
 Where a peer is wrong, a test asserts its value and ours side by side, and is skipped once the peer gives ours.
@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))  # for helpers that stand here, as ``ported``
-pytest.register_assert_rewrite("ported")
+sys.path.insert(0, str(Path(__file__).parent))  # for helpers that stand here, as ``ported`` and ``beside``
+pytest.register_assert_rewrite("ported", "beside")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

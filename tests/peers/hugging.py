@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from beside import tensor_of
 from torch import Tensor, nn
 
 from core import Routing, TokenChoice
@@ -187,12 +188,6 @@ GATES = {
         dense=lambda out: out[1],
     ),
 }
-
-
-def tensor_of(module: nn.Module, name: str) -> Tensor:
-    for part in name.split("."):
-        module = getattr(module, part)
-    return module
 
 
 def pair_of_gates(gate: Gate, limit: Capacity = Capacity(), **options: Any) -> tuple[Any, Any]:

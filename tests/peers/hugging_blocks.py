@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from hugging import DEEPSEEK, GATES, QWEN, D, E, F, S, config_of, modeling, randomize, tensor_of
+from beside import Layout, Read, load
+from hugging import DEEPSEEK, GATES, QWEN, D, E, F, S, config_of, modeling, randomize
 from torch import Tensor, nn
 
 from core import FFN, ClampedSwiGLU, Copy, Hash, Mixed, MoEConfig, RouterConfig, SparseMixer, SwiGLU, TokenChoice
-
-Read = Callable[[Tensor], Tensor]
 
 
 def swiglu(prefix: str, gate_up: Tensor, down: Tensor) -> dict[str, Tensor]:
@@ -43,7 +42,7 @@ def routed(block: Any, read: Read) -> dict[str, Tensor]:
     return gated(block.gate, block.experts, read)
 
 
-def with_shared(num: int) -> Callable[[Any, Read], dict[str, Tensor]]:
+def with_shared(num: int) -> Layout:
     return lambda block, read: routed(block, read) | shared_swiglu(block.shared_experts, num, read)
 
 
@@ -158,7 +157,7 @@ class Block:
     config: str
     options: dict[str, Any]
     ours: MoEConfig
-    layout: Callable[[Any, Read], dict[str, Tensor]] = routed
+    layout: Layout = routed
     args: tuple[Any, ...] = ()
 
     def pair(self, **options: Any) -> tuple[Any, Any]:
@@ -364,11 +363,3 @@ BLOCKS = {
         args=(0,),
     ),
 }
-
-
-def load(layer: nn.Module, weights: dict[str, Tensor]) -> None:
-    names = {name for name, _ in layer.named_parameters()}
-    assert set(weights) == names
-    with torch.no_grad():
-        for name, value in weights.items():
-            tensor_of(layer, name).copy_(value)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hugging import B, D, F, S, T, config_of, modeling, randomize, skip_if_mended, tensor_of
-from hugging_blocks import load, shared_swiglu
+from beside import check_same, load
+from hugging import B, D, F, S, T, config_of, modeling, randomize, skip_if_mended
+from hugging_blocks import shared_swiglu
 
 import core
 
@@ -50,16 +51,7 @@ def by_token(peer, x_BSD):
 
 def test_token_by_token_output_and_gradients_are_equal():
     peer, layer = pair()
-    x = torch.randn(B, S, D).double()
-    ours_x, their_x = x.clone().requires_grad_(), x.clone().requires_grad_()
-    y, their_y = layer(ours_x), by_token(peer, their_x)
-    torch.testing.assert_close(y, their_y)
-    weights = torch.randn_like(y)
-    (y * weights).sum().backward()
-    (their_y * weights).sum().backward()
-    torch.testing.assert_close(ours_x.grad, their_x.grad)
-    for name, wanted in layout(peer, lambda p: p.grad).items():
-        torch.testing.assert_close(tensor_of(layer, name).grad, wanted, msg=lambda m, n=name: f"{n}: {m}")
+    check_same(layer, peer, layout, torch.randn(B, S, D).double(), layer, lambda x: by_token(peer, x))
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from beside import load
 from hugging import (
     GATES,
     B,
@@ -23,7 +24,7 @@ from hugging import (
     randomize,
     skip_if_mended,
 )
-from hugging_blocks import BLOCKS, load, moe
+from hugging_blocks import BLOCKS, moe
 
 from core import FFN, MoEConfig, RoutingContext, TokenChoice
 from core.routing.selection import Capacity

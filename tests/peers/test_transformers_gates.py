@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hugging import GATES, B, D, E, S, T, config_of, modeling, ours_TE, pair_of_gates, randomize, tensor_of
+from beside import tensor_of
+from hugging import GATES, B, D, E, S, T, config_of, modeling, ours_TE, pair_of_gates, randomize
 
 from core import RoutingContext, SparseMixer, TokenChoice
 from core.routing.selection import Capacity
