@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from apps.nets.config import TransformerConfig
 from apps.nets.decode_cache import Cache
+from apps.nets.norms import RMSNorm
 from apps.nets.packing import Packing
 from apps.nets.positions import rotate
 from core.kernels import cpu
@@ -218,8 +219,13 @@ class SelfAttention(_Attention):
 
     def __init__(self, config: TransformerConfig, *, project: bool = True, fused: bool = True) -> None:
         super().__init__(config, project=project, fused=fused)
-        width = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+        d = self.head_dim
+        width = (self.num_heads + 2 * self.num_kv_heads) * d
         self.qkv = cpu.Linear(config.shape.dim, width, bias=config.has_qkv_bias)
+        self.q_norm, self.k_norm = (
+            None if config.qk_norm == "none" else RMSNorm(d if config.qk_norm == "head" else heads * d, config.norm_eps)
+            for heads in (self.num_heads, self.num_kv_heads)
+        )
 
     def _projections(self) -> list[Tensor]:
         H, Hkv, d = self.num_heads, self.num_kv_heads, self.head_dim
@@ -232,11 +238,13 @@ class SelfAttention(_Attention):
         H, Hkv = self.num_heads, self.num_kv_heads
         qkv = self.qkv(x) if packing is None else packing.pad(self.qkv(x))
         heads = qkv.unflatten(-1, (H + 2 * Hkv, self.head_dim))
-        if rotations is None:
-            q, k, v = heads.split((H, Hkv, Hkv), dim=-2)
-            return q, k, v
         qk, v = heads.split((H + Hkv, Hkv), dim=-2)
-        q, k = rotate(qk, rotations.to(qk.dtype)).split((H, Hkv), dim=-2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = qk.split((H, Hkv), dim=-2)
+            qk = torch.cat((_normed(self.q_norm, q), _normed(self.k_norm, k)), dim=-2)
+        if rotations is not None:
+            qk = rotate(qk, rotations.to(qk.dtype))
+        q, k = qk.split((H, Hkv), dim=-2)
         return q, k, v
 
     def forward(self, x: Tensor, mask: Mask, rotations: Tensor | None = None, packing: Packing | None = None) -> Tensor:
@@ -270,6 +278,13 @@ class SelfAttention(_Attention):
         q_RHd, k_RHd, v_RHd = self._heads(x_RD, rotations)
         keys, values = cache.write(layer, torch.stack((k_RHd, v_RHd), 1))
         return self._step(q_RHd, keys, values, cache.copies, bias)
+
+
+def _normed(norm: RMSNorm, x_BLHd: Tensor) -> Tensor:
+    """Return queries or keys by head, (B, L, H, d), normed over as many numbers as the norm is wide: d or H d."""
+    x = x_BLHd.flatten(-2).unflatten(-1, (-1, norm.normalized_shape[0]))
+    # Under autocast the heads are in half precision, and the norm's weight is not.
+    return norm(x.to(norm.weight.dtype)).view(x_BLHd.shape).to(x_BLHd.dtype)
 
 
 class CrossAttention(_Attention):

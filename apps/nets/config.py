@@ -34,6 +34,7 @@ SIZES: Mapping[str, Size] = MappingProxyType(
 
 POSITIONS = ("sinusoidal", "learned", "rotary", "relative", "none")
 NORMS = ("layer", "rms")
+QK_NORMS = ("none", "head", "all")
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
 TIES = ("all", "inputs", "decoder", "none")
 STARTS = ("bos", "eos")
@@ -85,6 +86,9 @@ class TransformerConfig:
         gated: the dense FFNs are ``(act(x w_gate) * (x w_in)) w_out``: GEGLU, SwiGLU (arXiv 2002.05202).
         bias: of all products but the output's, and of LayerNorm.
         qkv_bias: of queries, keys and values; None: as ``bias``.
+        qk_norm: RMSNorm of the queries and keys of self-attention before their rotations, which keeps the scores from
+            growing (arXiv 2302.05442): "head": of each head, with one scale for all (Qwen3); "all": of all heads as
+            one vector (OLMoE, arXiv 2409.02060); "none".
         tie: which embeddings are one parameter. "all": source, target, output, which needs a joint vocabulary;
             "inputs": source and target; "decoder": target and output; "none".
         start: whose embedding the decoder reads for ``BOS_ID``: "bos", its own; "eos", that of ``EOS_ID``, with which
@@ -121,6 +125,7 @@ class TransformerConfig:
     gated: bool = False
     bias: bool = True
     qkv_bias: bool | None = None
+    qk_norm: Literal["none", "head", "all"] = "none"
     tie: Literal["all", "inputs", "decoder", "none"] = "all"
     start: Literal["bos", "eos"] = "bos"
     scale_embeddings: bool = True
@@ -136,6 +141,7 @@ class TransformerConfig:
             ("size", tuple(SIZES)),
             ("positions", POSITIONS),
             ("norm", NORMS),
+            ("qk_norm", QK_NORMS),
             ("activation", ACTIVATIONS),
             ("tie", TIES),
             ("start", STARTS),

@@ -27,14 +27,16 @@ def check_attention(config: TransformerConfig, moe: core.MoEConfig | None) -> No
     """Refuse attention experts that cannot stand in a transformer.
 
     Raises:
-        ValueError: experts that do not attend, positions that are biases of fixed heads, or an odd head that is to be
-            rotated.
+        ValueError: experts that do not attend, positions that are biases of fixed heads, an odd head that is to be
+            rotated, or norms of queries and keys.
     """
     if moe is None:
         return
     expert = attention_experts(moe)
     if config.positions == "relative":
         raise ValueError("positions='relative' has a bias for each head, which attention_moe's chosen heads have not")
+    if config.qk_norm != "none":
+        raise ValueError(f"qk_norm={config.qk_norm!r} is of fixed heads, and attention_moe's are chosen")
     if config.positions == "rotary" and expert.head_dim % 2:
         raise ValueError(f"attention_moe.expert.head_dim={expert.head_dim} must be even for positions='rotary'")
 

@@ -15,7 +15,7 @@ import core
 from apps.base.evaluation import in_evaluation
 from apps.base.messages import warn_once
 from apps.data.subwords import BOS_ID, PAD_ID
-from apps.nets.layers import RMSNorm
+from apps.nets.norms import RMSNorm
 from apps.nlp.decode.config import DecodeConfig
 from apps.nlp.decode.search import Hypotheses, search
 from core.kernels import cpu

@@ -26,7 +26,8 @@ from apps.base.checks import check_at_least, check_name
 from apps.nets.attention import Mask, SelfAttention, self_mask
 from apps.nets.blocks import FFNConfig, ffn_configs, resolve_blocks
 from apps.nets.config import TransformerConfig
-from apps.nets.layers import Layer, Pass, build_norm
+from apps.nets.layers import Layer, Pass
+from apps.nets.norms import build_norm
 from apps.nets.packing import Packing
 from apps.nets.place import Place, check_fits
 from core.kernels import cpu

@@ -136,11 +136,13 @@ def test_weights_are_shares_of_the_real_keys():
     assert_close(y, attention(x_BLD, memory_BSD, mask))
 
 
-@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("kv_heads, qk_norm", [(4, "none"), (2, "head"), (2, "all"), (1, "none")])
 @pytest.mark.parametrize("rotary", [False, True])
-def test_a_step_is_the_last_position_of_the_sequence(kv_heads, rotary):
+def test_a_step_is_the_last_position_of_the_sequence(kv_heads, qk_norm, rotary):
     torch.manual_seed(0)
-    options = config(num_kv_heads=kv_heads, positions="relative", relative_buckets=4, relative_max_distance=3)
+    options = config(
+        num_kv_heads=kv_heads, positions="relative", relative_buckets=4, relative_max_distance=3, qk_norm=qk_norm
+    )
     attention, relative = SelfAttention(options).double(), RelativeBias(options, causal=True).double()
     torch.nn.init.normal_(relative.weight)
     x_BLD = torch.randn(3, 5, 8, dtype=torch.float64)
@@ -191,9 +193,10 @@ def test_weights_are_dropped_in_training_alone():
     assert torch.equal(attention(x_BLD, Mask()), attention(x_BLD, Mask()))
 
 
-def test_autocast_computes_as_half_precision_does():
+@pytest.mark.parametrize("qk_norm", ["none", "head"])
+def test_autocast_computes_as_half_precision_does(qk_norm):
     torch.manual_seed(0)
-    attention = SelfAttention(config())
+    attention = SelfAttention(config(qk_norm=qk_norm))
     x_BLD = torch.randn(2, 5, 8)
     with torch.autocast("cpu", torch.bfloat16):
         mask = self_mask(x_BLD, 4, valid_BL=None, causal=True, relative_HLL=None)
@@ -211,4 +214,27 @@ def test_rotations_are_of_queries_and_keys_alone():
     turns = rotations(0, 3, 2, 10.0, x)
     q, k, v = attention.qkv(x).unflatten(-1, (3, 4, 2)).unbind(2)
     y = attend(*(z.transpose(1, 2) for z in (rotate(q, turns), rotate(k, turns), v)), Mask(), 2**-0.5)
+    assert_close(attention(x, Mask(), turns), attention.out(y.transpose(1, 2).flatten(2)))
+
+
+@pytest.mark.parametrize("qk_norm, numbers", [("head", 2), ("all", 8)])
+def test_queries_and_keys_are_normed_before_their_rotations(qk_norm, numbers):
+    # Over the 2 numbers of each head, or the 8 of all four; keys of one head have 2 either way.
+    torch.manual_seed(0)
+    attention = SelfAttention(config(num_kv_heads=1, qk_norm=qk_norm, norm_eps=0.01)).double()
+    q_norm, k_norm = attention.q_norm.weight, attention.k_norm.weight
+    assert (q_norm.shape, k_norm.shape) == ((numbers,), (2,))
+    for weight in (q_norm, k_norm):
+        torch.nn.init.normal_(weight)
+    x = torch.randn(2, 3, 8, dtype=torch.float64)
+    turns = rotations(0, 3, 2, 10.0, x)
+    q, k, v = attention.qkv(x).split((8, 2, 2), -1)
+
+    def normed(z, width, weight):
+        z = z.unflatten(-1, (-1, width))
+        return (z / (z.square().mean(-1, keepdim=True) + 0.01).sqrt() * weight).flatten(-2)
+
+    q, k = normed(q, numbers, q_norm).unflatten(-1, (4, 2)), normed(k, 2, k_norm).unflatten(-1, (1, 2))
+    q, k, v = rotate(q, turns), rotate(k, turns).expand(-1, -1, 4, -1), v.unflatten(-1, (1, 2)).expand(-1, -1, 4, -1)
+    y = attend(*(z.transpose(1, 2) for z in (q, k, v)), Mask(), 2**-0.5)
     assert_close(attention(x, Mask(), turns), attention.out(y.transpose(1, 2).flatten(2)))

@@ -36,6 +36,7 @@ def test_heads_may_be_of_any_width():
         ({"size": "huge"}, "size='huge' is not one of nano, tiny, small, base, big"),
         ({"positions": "alibi"}, "positions='alibi' is not one of sinusoidal, learned, rotary, relative, none"),
         ({"norm": "batch"}, "norm='batch' is not one of layer, rms"),
+        ({"qk_norm": "query"}, "qk_norm='query' is not one of none, head, all"),
         (
             {"activation": "tanh"},
             "activation='tanh' is not one of relu, gelu, gelu_tanh, silu; did you mean 'gelu_tanh'?",

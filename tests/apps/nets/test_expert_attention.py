@@ -181,6 +181,7 @@ def test_every_parameter_is_trained(kind):
     "attention, options, message",
     [
         (MOE, {}, "^attention_moe.expert is FFN, and must be AttentionExperts$"),
+        (ATTENTION, {"qk_norm": "head"}, "^qk_norm='head' is of fixed heads, and attention_moe's are chosen$"),
         (ATTENTION, {"positions": "relative"}, "^positions='relative' has a bias for each head, which attention_moe's"),
         (
             core.MoEConfig(4, core.TokenChoice(2), core.AttentionExperts(5)),

@@ -1,4 +1,4 @@
-"""Norms of a stack."""
+"""RMSNorm against its equation, and inside ``steady``."""
 
 import copy
 
@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from apps.nets.config import TransformerConfig
-from apps.nets.layers import RMSNorm, build_norm
+from apps.nets.norms import RMSNorm, build_norm
 
 
 @pytest.fixture
