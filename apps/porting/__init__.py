@@ -1,4 +1,5 @@
-"""Published checkpoints as our models, and back: T5, Switch, M2M-100, NLLB-MoE, Mixtral, Qwen2-MoE, GLM-4.5's layout.
+"""Published checkpoints as our models, and back: T5, Switch, M2M-100, NLLB-MoE, Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE,
+GLM-4.5's layout.
 
 A family has a file, with three pure functions: its configuration in our terms, ours in its, and a table of the
 parameters that leads both ways. A folder's ``config.json`` and weights are read as they are, without transformers.
@@ -58,7 +59,8 @@ def subwords_of(path: str | Path, targets: Sequence[str] = ()) -> Subwords:
             pieces ``<2xx>``, a single one has as well.
 
     Raises:
-        ValueError: as ``config_of``, or subwords of another kind: M2M-100, NLLB and Qwen have such; no id for a tag.
+        ValueError: as ``config_of``, or subwords of another kind, as M2M-100, NLLB, Qwen and OLMoE have; no id for a
+            tag.
     """
     path = Path(path).expanduser()
     if path.is_file():
@@ -232,9 +234,11 @@ def _model_type(model: Model) -> str:
     config, moe = model.config, model.moes[0] if model.moes else None
     if isinstance(model, LanguageModel):
         if moe is None:
-            return "qwen2" if config.has_qkv_bias else "mistral"
+            return "qwen3" if config.qk_norm == "head" else "qwen2" if config.has_qkv_bias else "mistral"
         if getattr(moe.router, "score_func", None) == "sigmoid":
             return "glm4_moe"
+        if config.qk_norm != "none":
+            return "qwen3_moe" if config.qk_norm == "head" else "olmoe"
         return "qwen2_moe" if config.has_qkv_bias or moe.num_shared_experts else "mixtral"
     if config.positions == "relative":
         return "t5" if moe is None else "switch_transformers"

@@ -106,6 +106,7 @@ class Architecture:
         for name in ("positions", "norm", "norm_eps", "bias", "tie", "start", "scale_embeddings", "logits_scale"):
             values[name] = getattr(config, name)
         values["qkv_bias"] = config.has_qkv_bias
+        values["qk_norm"] = config.qk_norm
         values["attention_scale"] = config.score_scale
         of_positions = {
             "sinusoidal": ("position_offset",),

@@ -1,10 +1,12 @@
-"""Decoders with rotary positions: Mixtral (arXiv 2401.04088), Qwen2-MoE, their dense parents Mistral and Qwen2, and
-GLM-4.5 (arXiv 2508.06471), whose experts are DeepSeek-V3's."""
+"""Decoders with rotary positions: Mixtral (arXiv 2401.04088), Qwen2-MoE, Qwen3-MoE (arXiv 2505.09388), their dense
+parents Mistral, Qwen2 and Qwen3, OLMoE (arXiv 2409.02060), and GLM-4.5 (arXiv 2508.06471), whose experts are
+DeepSeek-V3's."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -26,11 +28,13 @@ NAMES = {
     "mixtral": "MixtralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen2_moe": "Qwen2MoeForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "olmoe": "OlmoeForCausalLM",
     "glm4_moe": "Glm4MoeForCausalLM",
 }
-_PROJ = ("gate_proj", "up_proj", "down_proj")
-EXPERTS = {"mixtral": ("w1", "w3", "w2"), "qwen2_moe": _PROJ, "glm4_moe": _PROJ}
-"""Their names of ``w_gate``, ``w_in``, ``w_out``."""
+QK_NORMS: dict[str, Literal["head", "all"]] = {"qwen3": "head", "qwen3_moe": "head", "olmoe": "all"}
+WITHOUT_UNK = ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "olmoe")
 
 
 def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Architecture:
@@ -38,7 +42,7 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Architectu
     model_type = config["model_type"]
     _check_attention(config)
     vocabulary, start = _read_specials(config)
-    is_qwen = model_type.startswith("qwen2")
+    is_qwen2 = model_type.startswith("qwen2")
     rope = config.get("rope_parameters") or {}
     tied = config.get("tie_word_embeddings", False)
     transformer = TransformerConfig(
@@ -55,7 +59,8 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Architectu
         activation=activation(config.get("hidden_act", "silu")),
         gated=True,
         bias=False,
-        qkv_bias=config.get("qkv_bias", True) if is_qwen else bool(config.get("attention_bias", False)),
+        qkv_bias=config.get("qkv_bias", True) if is_qwen2 else bool(config.get("attention_bias", False)),
+        qk_norm="head" if config.get("use_qk_norm", False) else QK_NORMS.get(model_type, "none"),
         tie="all" if tied else "none",
         start=start,
         scale_embeddings=False,
@@ -65,8 +70,10 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Architectu
     moe = None
     if model_type == "mixtral":
         moe, layers = _mixtral(config, transformer), tuple(range(transformer.shape.decoder_layers))
-    elif model_type == "qwen2_moe":
+    elif model_type in ("qwen2_moe", "qwen3_moe"):
         moe, layers = _qwen(config, transformer), _qwen_layers(config)
+    elif model_type == "olmoe":
+        moe, layers = _olmoe(config, transformer), tuple(range(transformer.shape.decoder_layers))
     elif model_type == "glm4_moe":
         first = config.get("first_k_dense_replace", 1)
         moe, layers = _glm(config, transformer), tuple(range(first, transformer.shape.decoder_layers))
@@ -87,17 +94,19 @@ def _check_attention(config: Mapping[str, Any]) -> None:
         part = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 0.5))
         if part != 1.0:
             raise ValueError(f"partial_rotary_factor={part}: rotary positions are of whole heads in our models")
-        if config.get("use_qk_norm", False):
-            raise ValueError("use_qk_norm=True: our models have no norms of queries and keys")
+    if config["model_type"] in QK_NORMS and config.get("attention_bias", False):
+        raise ValueError("attention_bias=True: our models have no bias after attention where other products have none")
+    if config.get("clip_qkv") is not None:
+        raise ValueError(f"clip_qkv={config['clip_qkv']}: queries, keys and values are not clipped in our models")
 
 
 def _read_specials(config: Mapping[str, Any]) -> tuple[Vocabulary, Any]:
     """Return the vocabulary, and our ``TransformerConfig.start``.
 
-    Mistral's unknown is id 0, which byte fallback leaves unused; Qwen has none, and unused ids at the end.
+    Mistral's unknown is id 0, which byte fallback leaves unused; Qwen and OLMoE have none, and unused ids at the end.
     """
     size = config["vocab_size"]
-    unk, spare = (None, size - 1) if config["model_type"].startswith("qwen2") else (0, 0)
+    unk, spare = (None, size - 1) if config["model_type"] in WITHOUT_UNK else (0, 0)
     eos, bos, pad = (special_id(config, f"{name}_token_id") for name in ("eos", "bos", "pad"))
     start = "eos" if eos is not None and bos in (None, eos) else "bos"
     bos = None if bos == eos else bos
@@ -117,20 +126,28 @@ def _mixtral(config: Mapping[str, Any], transformer: TransformerConfig) -> core.
 
 
 def _qwen(config: Mapping[str, Any], transformer: TransformerConfig) -> core.MoEConfig:
-    top_k, hidden_dim = config.get("num_experts_per_tok", 4), needed(config, "moe_intermediate_size")
+    hidden_dim = needed(config, "moe_intermediate_size")
+    moe = _normalized_on_demand(config, core.SwiGLU(hidden_dim, transformer.activation))
+    if config["model_type"] == "qwen3_moe":
+        return moe
     shared = needed(config, "shared_expert_intermediate_size")
     if shared % hidden_dim:
         raise ValueError(
             f"shared_expert_intermediate_size={shared} is not a multiple of moe_intermediate_size={hidden_dim}"
         )
-    return core.MoEConfig(
-        needed(config, "num_experts"),
-        core.TokenChoice(top_k=top_k, normalize=config.get("norm_topk_prob", False)),
-        core.SwiGLU(hidden_dim, transformer.activation),
-        num_shared_experts=shared // hidden_dim,
-        shared_gate="scale",
-        balance=_balance(config, top_k),
-    )
+    return replace(moe, num_shared_experts=shared // hidden_dim, shared_gate="scale")
+
+
+def _olmoe(config: Mapping[str, Any], transformer: TransformerConfig) -> core.MoEConfig:
+    return _normalized_on_demand(config, core.SwiGLU(config["intermediate_size"], transformer.activation))
+
+
+def _normalized_on_demand(config: Mapping[str, Any], expert: core.SwiGLU) -> core.MoEConfig:
+    top_k = needed(config, "num_experts_per_tok")
+    router = core.TokenChoice(top_k=top_k, normalize=config.get("norm_topk_prob", False))
+    # transformers 5 saves Qwen3-MoE's number under another name than it was published with.
+    name = "num_experts" if "num_experts" in config else "num_local_experts"
+    return core.MoEConfig(needed(config, name), router, expert, balance=_balance(config, top_k))
 
 
 def _glm(config: Mapping[str, Any], transformer: TransformerConfig) -> core.MoEConfig:
@@ -184,12 +201,17 @@ def write(architecture: Architecture) -> dict[str, Any]:
     }
     if config.head_dim is not None:
         written["head_dim"] = config.head_dim
-    if model_type.startswith("qwen2"):
+    if model_type.startswith("qwen"):
         written["use_sliding_window"] = False
-    if model_type == "glm4_moe":
+    if model_type in ("glm4_moe", "olmoe"):
         del written["sliding_window"]
+    if model_type in QK_NORMS:
+        written["attention_bias"] = False
+    if model_type == "olmoe":
+        written["clip_qkv"] = None
+    if model_type == "glm4_moe":
         written["rope_parameters"] |= {"partial_rotary_factor": 1.0}
-        written |= {"partial_rotary_factor": 1.0, "use_qk_norm": False}
+        written |= {"partial_rotary_factor": 1.0, "use_qk_norm": config.qk_norm == "head"}
         written["attention_bias"] = config.has_qkv_bias
     if moe is None:
         return written
@@ -219,16 +241,16 @@ def write(architecture: Architecture) -> dict[str, Any]:
             "topk_group": router.limited_groups,
             "routed_scaling_factor": router.scale,
         }
-    return {
-        **written,
-        "num_experts": moe.num_experts,
-        "moe_intermediate_size": hidden_dim,
-        "shared_expert_intermediate_size": hidden_dim * moe.num_shared_experts,
-        "norm_topk_prob": router.normalizes,
-        "qkv_bias": config.has_qkv_bias,
-        "mlp_only_layers": dense,
-        "decoder_sparse_step": 1,
-    }
+    written |= {"num_experts": moe.num_experts, "norm_topk_prob": router.normalizes}
+    if model_type == "olmoe":
+        return {**written, "intermediate_size": hidden_dim}
+    written |= {"moe_intermediate_size": hidden_dim, "mlp_only_layers": dense, "decoder_sparse_step": 1}
+    if model_type == "qwen2_moe":
+        written["shared_expert_intermediate_size"] = hidden_dim * moe.num_shared_experts
+        written["qkv_bias"] = config.has_qkv_bias
+    if model_type == "qwen3_moe":
+        written["num_local_experts"] = moe.num_experts
+    return written
 
 
 def parts(architecture: Architecture) -> Parts:
@@ -248,6 +270,9 @@ def parts(architecture: Architecture) -> Parts:
         ours, theirs = f"decoder.layers.{i}", f"model.layers.{i}"
         norm, products = f"{theirs}.input_layernorm", f"{theirs}.self_attn.{{}}_proj"
         table += self_attention(ours, norm, products, "o", rows, bias=False, qkv_bias=config.has_qkv_bias)
+        if config.qk_norm != "none":
+            for name in ("q_norm", "k_norm"):
+                table.append(same(f"{ours}.mixing.{name}.weight", f"{theirs}.self_attn.{name}.weight"))
         table += linear(f"{ours}.ffn_norm", f"{theirs}.post_attention_layernorm", bias=False)
         if i in architecture.decoder_moe_blocks:
             table += _experts(architecture, f"{ours}.ffn", theirs)
@@ -257,16 +282,20 @@ def parts(architecture: Architecture) -> Parts:
     return Parts(tuple(table), aliases)
 
 
-def _block(model_type: str) -> str:
-    return "block_sparse_moe" if model_type == "mixtral" else "mlp"
+def _names(model_type: str) -> tuple[str, tuple[str, str, str]]:
+    """Return their names of a sparse layer, and of ``w_gate``, ``w_in`` and ``w_out`` in it."""
+    if model_type == "mixtral":
+        return "block_sparse_moe", ("w1", "w3", "w2")
+    return "mlp", ("gate_proj", "up_proj", "down_proj")
 
 
 def _experts(architecture: Architecture, ours: str, layer: str) -> list[Part]:
     moe, model_type = architecture.moe, architecture.model_type
     assert moe is not None
-    theirs = f"{layer}.{_block(model_type)}"
+    block, names = _names(model_type)
+    theirs = f"{layer}.{block}"
     table = linear(f"{ours}.router.gate", f"{theirs}.gate", bias=False)
-    for our, name in zip(("w_gate", "w_in", "w_out"), EXPERTS[model_type], strict=True):
+    for our, name in zip(("w_gate", "w_in", "w_out"), names, strict=True):
         experts = [f"{theirs}.experts.{e}.{name}.weight" for e in range(moe.num_experts)]
         table.append(stacked(f"{ours}.experts.{our}", experts))
     if moe.router.expert_bias:  # type: ignore[attr-defined]  # a TokenChoice, as sparse_parts has checked
@@ -282,6 +311,9 @@ def _experts(architecture: Architecture, ours: str, layer: str) -> list[Part]:
     return table
 
 
+_OTHERS = ("mlp.shared_expert_gate.weight", "mlp.shared_experts.up_proj.weight", "self_attn.q_norm.weight")
+
+
 def published(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """Return tensors by their published names; transformers 5 holds a layer's experts in two tensors."""
     fused = "mlp.experts.gate_up_proj"
@@ -290,10 +322,10 @@ def published(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         return tensors
     renamed = dict(tensors)
     for layer in layers:
-        shared = {"mlp.shared_expert_gate.weight": "qwen2_moe", "mlp.shared_experts.up_proj.weight": "glm4_moe"}
-        model_type = next((kind for name, kind in shared.items() if f"{layer}{name}" in renamed), "mixtral")
-        gate_name, in_name, out_name = EXPERTS[model_type]
-        block = f"{layer}{_block(model_type)}"
+        # Mixtral has neither shared experts nor norms of queries and keys; all others have.
+        is_other = any(f"{layer}{name}" in renamed for name in _OTHERS)
+        block, (gate_name, in_name, out_name) = _names("other" if is_other else "mixtral")
+        block = f"{layer}{block}"
         gates = renamed.pop(f"{layer}{fused}")
         outs = renamed.pop(f"{layer}mlp.experts.down_proj")
         for e, (w, out) in enumerate(zip(gates, outs, strict=True)):

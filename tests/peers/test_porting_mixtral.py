@@ -1,4 +1,5 @@
-"""Mixtral, Qwen2-MoE and their dense parents of transformers as our language models, and back. Versions seen: 5.24.
+"""Mixtral, Qwen2-MoE, Qwen3-MoE, their dense parents, OLMoE and GLM-4.5's layout of transformers as our language
+models, and back. Versions seen: 5.24.
 
 Theirs takes norms, rotations and router scores in float32 whatever the model's dtype is: there is no test in float64.
 """
@@ -34,6 +35,14 @@ EXPERTS = {
     "moe_intermediate_size": 12,
     "shared_expert_intermediate_size": 36,
 }
+QWEN3 = {**QWEN, **{name: EXPERTS[name] for name in ("num_experts", "num_experts_per_tok", "moe_intermediate_size")}}
+OLMOE = {
+    **{name: value for name, value in MISTRAL.items() if name != "sliding_window"},
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "pad_token_id": 1,
+    "eos_token_id": VOCAB - 5,
+}
 GLM = {
     **{name: value for name, value in MISTRAL.items() if name != "sliding_window"},
     "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 1.0},
@@ -55,7 +64,13 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "qwen2-moe": ("qwen2_moe", "Qwen2Moe", {**QWEN, **EXPERTS}),
     "qwen2-moe-normalized": ("qwen2_moe", "Qwen2Moe", {**QWEN, **EXPERTS, "norm_topk_prob": True}),
     "qwen2-moe-some-dense": ("qwen2_moe", "Qwen2Moe", {**QWEN, **EXPERTS, "mlp_only_layers": [0]}),
+    "qwen3": ("qwen3", "Qwen3", {**QWEN, "head_dim": 6}),
+    "qwen3-moe": ("qwen3_moe", "Qwen3Moe", {**QWEN3, "norm_topk_prob": True, "head_dim": 6}),
+    "qwen3-moe-some-dense": ("qwen3_moe", "Qwen3Moe", {**QWEN3, "mlp_only_layers": [0], "tie_word_embeddings": True}),
+    "olmoe": ("olmoe", "Olmoe", OLMOE),
+    "olmoe-normalized": ("olmoe", "Olmoe", {**OLMOE, "norm_topk_prob": True, "num_key_value_heads": 4}),
     "glm4-moe": ("glm4_moe", "Glm4Moe", GLM),
+    "glm4-moe-normed": ("glm4_moe", "Glm4Moe", {**GLM, "use_qk_norm": True}),
     "glm4-moe-tied-groups": (
         "glm4_moe",
         "Glm4Moe",

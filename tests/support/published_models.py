@@ -45,6 +45,17 @@ MODELS: dict[str, Callable[[], Any]] = {
     "mixtral": lambda: LanguageModel(
         MIXTRAL, vocab=VOCAB, ffn=core.MoEConfig(4, core.TokenChoice(top_k=2), core.SwiGLU(24))
     ),
+    "qwen3_moe": lambda: LanguageModel(
+        replace(MIXTRAL, qk_norm="head"),
+        vocab=VOCAB,
+        ffn=core.MoEConfig(4, core.TokenChoice(top_k=2), core.SwiGLU(24)),
+        moe_blocks="last1",
+    ),
+    "olmoe": lambda: LanguageModel(
+        replace(MIXTRAL, qk_norm="all"),
+        vocab=VOCAB,
+        ffn=core.MoEConfig(4, core.TokenChoice(top_k=3, normalize=False), core.SwiGLU(24)),
+    ),
     "glm4_moe": lambda: LanguageModel(
         MIXTRAL,
         vocab=VOCAB,

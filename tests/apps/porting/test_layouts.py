@@ -46,7 +46,7 @@ def test_which_layers_have_experts():
 
 
 def test_experts_held_in_two_tensors_are_taken_apart():
-    # Gate and up, (E, 2F, D) with E = 2, F = 1, D = 1, and down, (E, D, F).
+    # Gate and up, (E, 2F, D) with E = 2, F = 1, D = 1, and down, (E, D, F). Mixtral has no norm of queries.
     fused = {
         "model.layers.0.mlp.experts.gate_up_proj": torch.tensor([[[1.0], [2.0]], [[3.0], [4.0]]]),
         "model.layers.0.mlp.experts.down_proj": torch.tensor([[[5.0]], [[6.0]]]),
@@ -62,6 +62,9 @@ def test_experts_held_in_two_tensors_are_taken_apart():
         f"{block}.experts.1.w2.weight": [6],
         f"{block}.gate.weight": [7, 8],
     }
+    norm = {"model.layers.0.self_attn.q_norm.weight": torch.ones(2)}
+    names = {name.rpartition("experts.1.")[2] for name in mixtral.published(fused | norm) if "experts.1." in name}
+    assert names == {"gate_proj.weight", "up_proj.weight", "down_proj.weight"}
 
 
 def test_masked_expert_outputs_of_nllb_are_made_up_for():

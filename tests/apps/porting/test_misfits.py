@@ -145,6 +145,10 @@ def test_another_vocabulary_is_refused(tmp_path):
             lambda: LanguageModel(replace(MIXTRAL, norm="layer"), vocab=VOCAB),
             "norm='layer' cannot be said in mistral, which has 'rms'",
         ),
+        (
+            lambda: LanguageModel(replace(MIXTRAL, qk_norm="all"), vocab=VOCAB),
+            "qk_norm='all' cannot be said in mistral, which has 'none'",
+        ),
     ],
 )
 def test_what_published_architectures_lack_is_named(build, message):
@@ -160,6 +164,8 @@ def test_what_published_architectures_lack_is_named(build, message):
         ("mistral", {"hidden_act": "quick_gelu"}, "activation='quick_gelu' is not one of relu, gelu"),
         ("mistral", {"hidden_size": None}, "config.json of a mistral says no hidden_size"),
         ("mixtral", {"num_experts_per_tok": 1}, "normalize=True with top_k=1 makes every gate 1"),
+        ("olmoe", {"clip_qkv": 8.0}, "clip_qkv=8.0: queries, keys and values are not clipped in our models"),
+        ("qwen3_moe", {"attention_bias": True}, "attention_bias=True: our models have no bias after attention"),
         ("m2m_100", {"encoder_ffn_dim": 7}, "encoder_ffn_dim=7 is not decoder_ffn_dim=128: here they are one"),
         ("nllb-moe", {"second_expert_policy": "sampling"}, "second_expert_policy='sampling' is not one of all, random"),
         ("t5", {"d_model": "16"}, "config.json of a t5 says d_model='16', which is no whole number"),
