@@ -282,9 +282,9 @@ def parts(architecture: Architecture) -> Parts:
     return Parts(tuple(table), aliases)
 
 
-def _names(model_type: str) -> tuple[str, tuple[str, str, str]]:
+def _names(is_mixtral: bool) -> tuple[str, tuple[str, str, str]]:
     """Return their names of a sparse layer, and of ``w_gate``, ``w_in`` and ``w_out`` in it."""
-    if model_type == "mixtral":
+    if is_mixtral:
         return "block_sparse_moe", ("w1", "w3", "w2")
     return "mlp", ("gate_proj", "up_proj", "down_proj")
 
@@ -292,7 +292,7 @@ def _names(model_type: str) -> tuple[str, tuple[str, str, str]]:
 def _experts(architecture: Architecture, ours: str, layer: str) -> list[Part]:
     moe, model_type = architecture.moe, architecture.model_type
     assert moe is not None
-    block, names = _names(model_type)
+    block, names = _names(model_type == "mixtral")
     theirs = f"{layer}.{block}"
     table = linear(f"{ours}.router.gate", f"{theirs}.gate", bias=False)
     for our, name in zip(("w_gate", "w_in", "w_out"), names, strict=True):
@@ -312,6 +312,7 @@ def _experts(architecture: Architecture, ours: str, layer: str) -> list[Part]:
 
 
 _OTHERS = ("mlp.shared_expert_gate.weight", "mlp.shared_experts.up_proj.weight", "self_attn.q_norm.weight")
+"""Tensors of which each model but Mixtral has one in every sparse layer: of shared experts or norms of queries."""
 
 
 def published(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -322,9 +323,8 @@ def published(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         return tensors
     renamed = dict(tensors)
     for layer in layers:
-        # Mixtral has neither shared experts nor norms of queries and keys; all others have.
-        is_other = any(f"{layer}{name}" in renamed for name in _OTHERS)
-        block, (gate_name, in_name, out_name) = _names("other" if is_other else "mixtral")
+        is_mixtral = not any(f"{layer}{name}" in renamed for name in _OTHERS)
+        block, (gate_name, in_name, out_name) = _names(is_mixtral)
         block = f"{layer}{block}"
         gates = renamed.pop(f"{layer}{fused}")
         outs = renamed.pop(f"{layer}mlp.experts.down_proj")

@@ -161,7 +161,7 @@ class Block:
     args: tuple[Any, ...] = ()
 
     def pair(self, **options: Any) -> tuple[Any, Any]:
-        """The peer's block and ours with the same weights, both in evaluation."""
+        """Return the peer's block and ours with the same weights, both in evaluation."""
         config = config_of(self.config, **{**self.options, **options})
         block = getattr(modeling(self.model), self.block) if isinstance(self.block, str) else self.block
         peer = randomize(block(config, *self.args), std=0.3).eval()
