@@ -32,7 +32,7 @@ from core import (
     record,
 )
 from core.memory import kept_bytes
-from core.routing.balance import contrast_losses
+from core.routing.balance import balance_sums, balance_terms, contrast_losses
 
 ALONE = {"load_balancing": 0.0, "router_z": 0.0}
 OUTPUT = torch.tensor([[0.75, 0.0], [0.75, 0.0], [0.0, 0.75], [torch.nan, 0.0]])
@@ -163,6 +163,28 @@ def test_a_checkpointed_layer_has_the_same_gradient():
         (y.square().sum() + aux_losses(tape).total).backward()
         grads.append([p.grad for p in layer.parameters()])
     torch.testing.assert_close(*grads)
+
+
+def test_the_mean_is_over_the_rows_of_all_ranks():
+    layer = built(TokenChoice(2))
+    with record(layer) as tape:
+        layer(torch.randn(1, 3, 8))
+        layer(torch.randn(1, 9, 8))
+    wanted = frozenset({"contrast"})
+    first, second = (balance_sums(entry.routing, wanted) for entry in tape.entries)
+    added = balance_terms({name: first[name] + second[name] for name in first}, wanted)["contrast"]
+    (of_first, of_second), (n, m) = zip(*((s["contrast"], s["num_contrasts"]) for s in (first, second)), strict=True)
+    assert 0 < n < m <= 18
+    torch.testing.assert_close(added, ((of_first + of_second) / (n + m))[0])
+
+
+def test_under_autocast_it_is_that_of_rounded_outputs_in_float32():
+    layer, x = built(TokenChoice(2), LoRA(4), contrast_temperature=1.0), torch.randn(2, 5, 8)
+    expected = contrast(layer, x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = contrast(layer, x)
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(actual, expected, rtol=2e-2, atol=0)
 
 
 def test_it_is_compiled_without_a_break(fresh_compiler):
