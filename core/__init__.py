@@ -70,6 +70,7 @@ from .routing.expert_choice import ExpertChoice
 from .routing.fixed import DomainRandom, Hash, Random
 from .routing.groups import Ensemble, Hierarchical, Prototypes
 from .routing.learned import Attention, Cosine, Stable
+from .routing.mixed_tokens import MixtureOfTokens
 from .routing.per_sequence import Domain, Sentence, Task, domain_posterior
 from .routing.product_keys import ProductKeys
 from .routing.relu import ReLURouting
@@ -127,6 +128,7 @@ __all__ = [
     "MergeRouting",
     "MergedMoE",
     "Mixed",
+    "MixtureOfTokens",
     "MoE",
     "MoEConfig",
     "MoELayer",

@@ -13,6 +13,7 @@ its second expert was left out) keeps its row with the expert id ``E``: it sorts
 
 from .checks import check_kinds, check_part
 from .evidence import Evidence
+from .groups import TokenGroups
 from .routing import Decision, DenseRouting, Loads, MergeRouting, Routing, RoutingContext, SlotRouting
 from .rows import RowPlan, Rows, SlotPlan
 from .tape import Entry, Tape, device_of_ranks, record, several_ranks, sum_over_ranks, unwrapped_modules
@@ -31,6 +32,7 @@ __all__ = [
     "SlotPlan",
     "SlotRouting",
     "Tape",
+    "TokenGroups",
     "check_kinds",
     "check_part",
     "device_of_ranks",

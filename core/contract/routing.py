@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .evidence import NO_EVIDENCE, Evidence
+from .groups import TokenGroups
 
 
 @dataclass(frozen=True)
@@ -98,13 +99,16 @@ class SlotRouting:
     """Soft slots: each of an expert's P slots is a weighted mean of the tokens of a group (arXiv 2308.00951).
 
     A group is a sequence, so ``G = B`` and ``T = G * S``. No slot is ever left out, so both counts are of all of them.
+    With ``across`` a group is the tokens at one position of several sequences (arXiv 2310.15961).
 
     Attributes:
-        dispatch_GSEP: float32 (G, S, E, P), the share of each token in each slot: sums to 1 over the real tokens S.
-        combine_GSEP: float32 (G, S, E, P), the share of each slot in each token: sums to 1 over E and P.
-            Padding has 0 in both.
+        dispatch_GSEP: float32 (G, S, E, P), the share of each token in each slot: sums to 1 over the group's real
+            tokens.
+        combine_GSEP: float32 (G, S, E, P), the share of each slot in each token: sums to 1 over E and P, but with
+            ``across``, where it is ``dispatch_GSEP``. Padding has 0 in both.
         tokens_per_expert_E: int64 (E,), slots each expert computes for the groups that have a real token.
         num_tokens, valid_T: as in ``Decision``.
+        across: the groups of tokens that share slots; None: they are the sequences.
     """
 
     dispatch_GSEP: Tensor
@@ -112,6 +116,7 @@ class SlotRouting:
     tokens_per_expert_E: Tensor
     num_tokens: int
     valid_T: Tensor | None = None
+    across: TokenGroups | None = None
 
     @property
     def chosen_per_expert_E(self) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .groups import TokenGroups
 from .routing import RoutingContext
 
 
@@ -28,9 +29,10 @@ class RowPlan:
 
 @dataclass(frozen=True)
 class SlotPlan:
-    """The slot dispatcher's way back from slots to tokens: ``SlotRouting.combine_GSEP``."""
+    """The slot dispatcher's way back from slots to tokens: ``combine_GSEP`` and ``across`` of ``SlotRouting``."""
 
     combine_GSEP: Tensor
+    across: TokenGroups | None = None
 
 
 @dataclass(frozen=True)

@@ -10,32 +10,44 @@ from .base import Dispatcher
 
 
 class SlotDispatcher(Dispatcher):
-    """Soft slots: the rows of an expert are its slots of all groups, G * P of them, each a mean over its group.
+    """Soft slots: the rows of an expert are its slots of all groups, each a mean over its group.
 
-    Tokens come and go by group, (G, S, D). Sums over tokens and slots run in their dtype (autocast's, where it is on).
+    Tokens come and go by sequence, (G, S, D). Sums over tokens and slots run in their dtype (autocast's, where it is
+    on). An expert has G * P slots, or N * P, where there are N groups of tokens across the sequences.
     """
 
     def dispatch(self, x: Tensor, routing: SlotRouting) -> Rows:
         dispatch_GSEP = routing.dispatch_GSEP
-        G, S, E, P = dispatch_GSEP.shape
+        G, S, E, _ = dispatch_GSEP.shape
         if routing.valid_T is not None:
             # Padding has share 0 but may hold NaN.
             x = x.masked_fill(~routing.valid_T.unflatten(0, (G, S))[:, :, None], 0.0)
-        slots_EGPD = torch.einsum("gsep,gsd->egpd", dispatch_GSEP.to(x.dtype), x)
-        R, device = E * G * P, x.device
+        shares, groups = dispatch_GSEP.to(x.dtype), routing.across
+        if groups is None:
+            slots = torch.einsum("gsep,gsd->egpd", shares, x)
+        else:
+            is_empty_gN11 = ~groups.is_filled(x.device)[:, :, None, None]
+            shares_gNEP = groups.part(shares.flatten(0, 1)).masked_fill(is_empty_gN11, 0.0)
+            slots = torch.einsum("gnep,gnd->enpd", shares_gNEP, groups.part(x.flatten(0, 1)))
+        slots_ECD = slots.flatten(1, 2)
+        C, device = slots_ECD.shape[1], x.device
         return Rows(
-            x=slots_EGPD.reshape(R, x.shape[-1]),
-            row_index_R=torch.arange(R, device=device),
-            offsets_E=torch.arange(1, E + 1, dtype=torch.int32, device=device) * (G * P),
+            x=slots_ECD.flatten(0, 1),
+            row_index_R=torch.arange(E * C, device=device),
+            offsets_E=torch.arange(1, E + 1, dtype=torch.int32, device=device) * C,
             # The experts weight each row by its gate: here the combine weights do.
-            gates_R=torch.ones(R, dtype=dispatch_GSEP.dtype, device=device),
+            gates_R=torch.ones(E * C, dtype=dispatch_GSEP.dtype, device=device),
             num_tokens=routing.num_tokens,
-            plan=SlotPlan(routing.combine_GSEP),
+            plan=SlotPlan(routing.combine_GSEP, groups),
             gathered=True,
         )
 
     def combine(self, rows: Rows) -> Tensor:
-        combine_GSEP = rows.plan.combine_GSEP
-        G, _, E, P = combine_GSEP.shape
-        y_EGPD = rows.x.reshape(E, G, P, rows.x.shape[-1])
-        return torch.einsum("gsep,egpd->gsd", combine_GSEP.to(rows.x.dtype), y_EGPD)
+        combine_GSEP, groups = rows.plan.combine_GSEP, rows.plan.across
+        G, S, E, P = combine_GSEP.shape
+        shares = combine_GSEP.to(rows.x.dtype)
+        if groups is None:
+            return torch.einsum("gsep,egpd->gsd", shares, rows.x.reshape(E, G, P, rows.x.shape[-1]))
+        y_ENPD = rows.x.reshape(E, groups.num_groups, P, rows.x.shape[-1])
+        y_gND = torch.einsum("gnep,enpd->gnd", groups.part(shares.flatten(0, 1)), y_ENPD)
+        return groups.join(y_gND).unflatten(0, (G, S))

@@ -248,6 +248,22 @@ class DSelectK(RouterConfig):
         return 2 * self.num_params(dim, num_experts) if self.per_token else 0
 
 
+def falling_temperature(num_steps: Tensor, start: float, end: float, anneal_steps: int) -> Tensor:
+    """Return the temperature after so many steps, float32 (): ``start (end / start)^(steps / anneal_steps)``, then
+    ``end``."""
+    share = (num_steps.to(torch.float32) / anneal_steps).clamp_max(1.0)
+    return start * (share * math.log(end / start)).exp()
+
+
+def check_temperatures(tau_start: float, tau_end: float, anneal_steps: int) -> None:
+    """Raise a ``ValueError`` where a temperature does not fall from one positive number to another."""
+    positive("tau_start", tau_start)
+    positive("tau_end", tau_end)
+    if tau_end > tau_start:
+        raise ValueError(f"tau_end={tau_end} is above tau_start={tau_start}: the temperature has to fall")
+    at_least_one("anneal_steps", anneal_steps)
+
+
 class DenseToSparseRouter(PairRouter):
     """The router of ``DenseToSparse``: all experts above a threshold, at a falling temperature.
 
@@ -264,10 +280,9 @@ class DenseToSparseRouter(PairRouter):
 
     @property
     def temperature(self) -> Tensor:
-        """The temperature, which is ``tau_start (tau_end / tau_start)^(steps / anneal_steps)``, then ``tau_end``."""
+        """The temperature of this step; see ``falling_temperature``."""
         config = self.config
-        share = (self.num_steps.to(torch.float32) / config.anneal_steps).clamp_max(1.0)
-        return config.tau_start * (share * math.log(config.tau_end / config.tau_start)).exp()
+        return falling_temperature(self.num_steps, config.tau_start, config.tau_end, config.anneal_steps)
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
@@ -326,11 +341,7 @@ class DenseToSparse(LinearGateConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("tau_start", "tau_end"):
-            positive(name, getattr(self, name))
-        if self.tau_end > self.tau_start:
-            raise ValueError(f"tau_end={self.tau_end} is above tau_start={self.tau_start}: the temperature has to fall")
-        at_least_one("anneal_steps", self.anneal_steps)
+        check_temperatures(self.tau_start, self.tau_end, self.anneal_steps)
         below_one("threshold", self.threshold)
         if self.max_k is not None:
             at_least_one("max_k", self.max_k)

@@ -26,7 +26,7 @@ def check_sequence_group(group: str | int, router: str) -> None:
         raise ValueError(f"group={group!r} would mix a sequence with its neighbours: {router} takes 'sequence' alone")
 
 
-def _by_sequence(x: Tensor, context: RoutingContext | None) -> tuple[Tensor, Tensor | None]:
+def by_sequence(x: Tensor, context: RoutingContext | None) -> tuple[Tensor, Tensor | None]:
     """Return the (B, S, D) tokens in float32 with padding cleared, and ``valid_BS``.
 
     ``Tokens`` would flatten them, and ``torch.export`` cannot unflatten a view at any length.
@@ -58,7 +58,7 @@ class SlotRouter(Router):
     def forward(self, x: Tensor, context: RoutingContext | None = None) -> SlotRouting:
         with outside_autocast(x.device):
             check_devices(x, type(self).__name__, self._parameters)
-            x_BSD, valid_BS = _by_sequence(x, context)
+            x_BSD, valid_BS = by_sequence(x, context)
             (B, S, _), (E, P, _) = x_BSD.shape, self.phi.shape
             phi_ND = F.normalize(self.phi.to(x_BSD.dtype).flatten(0, 1), dim=-1) * self.scale.to(x_BSD.dtype)
             logits_BSN = F.linear(F.normalize(x_BSD, dim=-1), phi_ND)
@@ -154,7 +154,7 @@ class MergeRouter(Router):
     def forward(self, x: Tensor, context: RoutingContext | None = None) -> MergeRouting:
         config = self.config
         with outside_autocast(x.device):
-            x_BSD, valid_BS = _by_sequence(x, context)
+            x_BSD, valid_BS = by_sequence(x, context)
             B, S, _ = x_BSD.shape
             J, L = config.segments(S)
             real_BS = x_BSD.new_ones(B, S) if valid_BS is None else valid_BS.to(x_BSD.dtype)

@@ -123,6 +123,7 @@ ROUTERS = {
     "ExpertChoice": core.ExpertChoice(),
     "SoftSlots": core.SoftSlots(),
     "Merge": core.Merge("smear"),
+    "MixtureOfTokens": core.MixtureOfTokens(group_size=2),
 }
 
 

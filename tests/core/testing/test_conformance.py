@@ -18,6 +18,7 @@ from core import (
     Evidence,
     Hash,
     Merge,
+    MixtureOfTokens,
     ProductKeys,
     Random,
     ReLURouting,
@@ -76,6 +77,10 @@ VARIANTS: dict[type[RouterConfig], dict[str, RouterConfig]] = {
     },
     DomainRandom: {"domain, random": DomainRandom(num_domains=4, vocab_size=7)},
     SoftSlots: {"soft slots": SoftSlots(2)},
+    MixtureOfTokens: {
+        "mixture of tokens": MixtureOfTokens(group_size=2),
+        "mixture of tokens, annealed": MixtureOfTokens(group_size=2, tau_start=2.0, tau_end=0.5, anneal_steps=3),
+    },
     Merge: {
         "smear": Merge("smear", expert_dropout=0.3),
         "meo": Merge("meo"),

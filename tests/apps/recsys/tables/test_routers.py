@@ -26,6 +26,7 @@ OTHER_IDS = {
         name: f"router {source} chooses no experts for an example, it mixes: not for MMoE"
         for name, source in {
             "lory": "Merge(kind='lory') (arXiv 2405.03133)",
+            "mixture_of_tokens": "MixtureOfTokens (arXiv 2310.15961)",
             "meo": "Merge(kind='meo') (arXiv 2310.09832)",
             "smear": "Merge(kind='smear') (arXiv 2306.03745)",
             "soft_slots": "SoftSlots (arXiv 2308.00951)",
