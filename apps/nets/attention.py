@@ -232,11 +232,12 @@ class SelfAttention(_Attention):
         return list(self.qkv.weight.split((H * d, Hkv * d, Hkv * d)))
 
     def _heads(
-        self, x: Tensor, rotations: Tensor | None, packing: Packing | None = None
+        self, x: Tensor, rotations: Tensor | None, packing: Packing | None = None, seen: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries, keys and values of (B, L, D) tokens, each (B, L, heads, d)."""
         H, Hkv = self.num_heads, self.num_kv_heads
-        qkv = self.qkv(x) if packing is None else packing.pad(self.qkv(x))
+        qkv = self.qkv(x) if seen is None else self._products(x, seen)
+        qkv = qkv if packing is None else packing.pad(qkv)
         heads = qkv.unflatten(-1, (H + 2 * Hkv, self.head_dim))
         qk, v = heads.split((H + Hkv, Hkv), dim=-2)
         if self.q_norm is not None and self.k_norm is not None:
@@ -247,7 +248,21 @@ class SelfAttention(_Attention):
         q, k = qk.split((H, Hkv), dim=-2)
         return q, k, v
 
-    def forward(self, x: Tensor, mask: Mask, rotations: Tensor | None = None, packing: Packing | None = None) -> Tensor:
+    def _products(self, x: Tensor, seen: Tensor) -> Tensor:
+        """Return the queries of ``x`` beside the keys and values of ``seen``."""
+        sizes = (self.num_heads * self.head_dim, 2 * self.num_kv_heads * self.head_dim)
+        biases = (None, None) if self.qkv.bias is None else self.qkv.bias.split(sizes)
+        each = zip((x, seen), self.qkv.weight.split(sizes), biases, strict=True)
+        return torch.cat([cpu.linear(tokens, weight, bias) for tokens, weight, bias in each], -1)
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Mask,
+        rotations: Tensor | None = None,
+        packing: Packing | None = None,
+        seen: Tensor | None = None,
+    ) -> Tensor:
         """Map (B, L, D) to (B, L, D), or with ``packing`` (T, D) to (T, D).
 
         Args:
@@ -255,13 +270,20 @@ class SelfAttention(_Attention):
             mask: of the (B, L) layout.
             rotations: those of ``positions.rotations``.
             packing: where the T tokens lie.
+            seen: shaped as ``x``, what keys and values are made of; None: ``x``.
         """
-        q, k, v = self._heads(x, rotations, packing)
+        q, k, v = self._heads(x, rotations, packing, seen)
         y_BLC = self._attend(q.transpose(1, 2), self._for_queries(k), self._for_queries(v), mask)
         return self.out(y_BLC if packing is None else packing.pack(y_BLC))
 
     def step(
-        self, x_RD: Tensor, cache: Cache, layer: int, bias: Tensor | None, rotations: Tensor | None = None
+        self,
+        x_RD: Tensor,
+        cache: Cache,
+        layer: int,
+        bias: Tensor | None,
+        rotations: Tensor | None = None,
+        seen_RD: Tensor | None = None,
     ) -> Tensor:
         """Compute the next position of each row.
 
@@ -271,11 +293,12 @@ class SelfAttention(_Attention):
             layer: of the stack: this one.
             bias: ``cache.self_bias``.
             rotations: of this position.
+            seen_RD: as ``seen`` of ``forward``.
 
         Returns:
             (R, D).
         """
-        q_RHd, k_RHd, v_RHd = self._heads(x_RD, rotations)
+        q_RHd, k_RHd, v_RHd = self._heads(x_RD, rotations, seen=seen_RD)
         keys, values = cache.write(layer, torch.stack((k_RHd, v_RHd), 1))
         return self._step(q_RHd, keys, values, cache.copies, bias)
 

@@ -65,7 +65,14 @@ class ExpertAttention(nn.Module):
         for weight in (*self.heads.kv.weight.chunk(2), *self.heads.experts.w_q):
             nn.init.xavier_uniform_(weight, gain=2**-0.5)
 
-    def forward(self, x_BLD: Tensor, mask: Mask, rotations: Tensor | None, context: core.RoutingContext) -> Tensor:
+    def forward(
+        self,
+        x_BLD: Tensor,
+        mask: Mask,
+        rotations: Tensor | None,
+        context: core.RoutingContext,
+        seen_BLD: Tensor | None = None,
+    ) -> Tensor:
         """Map (B, L, D) to (B, L, D).
 
         Args:
@@ -73,6 +80,7 @@ class ExpertAttention(nn.Module):
             mask: for one head, the same for all.
             rotations: those of ``positions.rotations``.
             context: what the router may know of the tokens.
+            seen_BLD: what keys and values are made of; None: the tokens.
         """
 
         def attended(q_BLPhd: Tensor, k_BLhd: Tensor, v_BLhd: Tensor) -> Tensor:
@@ -86,7 +94,7 @@ class ExpertAttention(nn.Module):
             y = attend(q, k, v, own, self.scale, self.dropout if self.training else 0.0)
             return y.unflatten(1, (h, P)).permute(0, 3, 2, 1, 4)
 
-        return self.heads(x_BLD, context, attend=attended)
+        return self.heads(x_BLD, context, attend=attended, seen=seen_BLD)
 
     def step(
         self,
@@ -96,6 +104,7 @@ class ExpertAttention(nn.Module):
         bias: Tensor | None,
         rotations: Tensor | None,
         context: core.RoutingContext,
+        seen_RD: Tensor | None = None,
     ) -> Tensor:
         """Compute the next position of each row; the cache holds the one set of keys and values.
 
@@ -106,6 +115,7 @@ class ExpertAttention(nn.Module):
             bias: ``cache.self_bias``.
             rotations: of this position.
             context: of (R, 1) tokens.
+            seen_RD: as in ``forward``.
 
         Returns:
             (R, D).
@@ -122,7 +132,8 @@ class ExpertAttention(nn.Module):
             y = torch.bmm(attention_weights(q, keys, Mask(own), self.scale), values)
             return y.view(N, h, P, K, d).permute(0, 3, 2, 1, 4).reshape(R, 1, P, h, d)
 
-        return self.heads(x_RD.unsqueeze(1), context, attend=attended).squeeze(1)
+        seen_R1D = None if seen_RD is None else seen_RD.unsqueeze(1)
+        return self.heads(x_RD.unsqueeze(1), context, attend=attended, seen=seen_R1D).squeeze(1)
 
 
 def _rotated(q_BLPhd: Tensor, k_BLhd: Tensor, rotations: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -72,11 +72,17 @@ class Layer(nn.Module):
         self.ffn_norm, self.ffn = build_norm(config), ffn
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, given: Pass) -> Tensor:
-        """Map (B, L, D) to (B, L, D), or (T, D) to (T, D) where the pass has a packing."""
+    def forward(self, x: Tensor, given: Pass, seen: Tensor | None = None) -> Tensor:
+        """Map (B, L, D) to (B, L, D), or (T, D) to (T, D) where the pass has a packing.
+
+        Args:
+            x: the tokens.
+            given: what all layers share.
+            seen: shaped as ``x``, what self-attention looks at, where no token passes by; None: ``x``.
+        """
         if self.depth_gate is not None:
             return self.depth_gate.enter(x, given.context, lambda x_BCD, own: self._whole(x_BCD, self._of(given, own)))
-        return self._whole(x, given)
+        return self._whole(x, given, seen)
 
     def _of(self, given: Pass, entered: Entered) -> Pass:
         """Return the inputs of the tokens that enter the layer, which see each other alone."""
@@ -84,18 +90,19 @@ class Layer(nn.Module):
         turns = None if given.rotations is None else given.rotations[:, entered.index_BC]
         return Pass(mask, entered.context, turns)
 
-    def _whole(self, x: Tensor, given: Pass) -> Tensor:
+    def _whole(self, x: Tensor, given: Pass, seen: Tensor | None = None) -> Tensor:
         """Map the tokens that enter the layer."""
-        x = self.mix(x, given)
+        x = self.mix(x, given, seen)
         if given.memory_BSD is not None:
             x = self.look(x, given)
         return self.feed(x, given)
 
-    def mix(self, x: Tensor, given: Pass) -> Tensor:
-        """Return x with the mixing of the positions added."""
+    def mix(self, x: Tensor, given: Pass, seen: Tensor | None = None) -> Tensor:
+        """Return x with the mixing of the positions added, whose keys and values are of ``seen``; None: of x."""
         # Experts need to know the tokens beside the packing that others ask for.
         known = given.context if isinstance(self.mixing, ExpertAttention) else given.packing
-        return x + self.dropout(self.mixing(self.mixing_norm(x), given.mask, given.rotations, known))
+        keys = () if seen is None else (self.mixing_norm(seen),)
+        return x + self.dropout(self.mixing(self.mixing_norm(x), given.mask, given.rotations, known, *keys))
 
     def look(self, x_BLD: Tensor, given: Pass) -> Tensor:
         """Return x with the cross-attention added."""
@@ -130,10 +137,14 @@ class Layer(nn.Module):
         bias: Tensor | None,
         rotations: Tensor | None,
         context: core.RoutingContext,
+        seen_RD: Tensor | None = None,
     ) -> Tensor:
-        """Map one position, (R, D), to (R, D), without dropout. ``index`` is the layer's place in the cache."""
+        """Map one position, (R, D), to (R, D), without dropout.
+
+        ``index`` is the layer's place in the cache, and ``seen_RD`` is as in ``forward``.
+        """
         if self.depth_gate is None:
-            return self._whole_step(x_RD, index, cache, bias, rotations, context)
+            return self._whole_step(x_RD, index, cache, bias, rotations, context, seen_RD)
         entered = self.depth_gate(x_RD[:, None], context)
         enters_R = entered.enters_BS[:, 0]
         cache.hide(index, ~enters_R)
@@ -154,10 +165,12 @@ class Layer(nn.Module):
         bias: Tensor | None,
         rotations: Tensor | None,
         context: core.RoutingContext,
+        seen_RD: Tensor | None = None,
     ) -> Tensor:
         """Map one position of the rows that enter the layer; the others come out as anything."""
-        known = (context,) if isinstance(self.mixing, ExpertAttention) else ()
-        x_RD = x_RD + self.mixing.step(self.mixing_norm(x_RD), cache, index, bias, rotations, *known)
+        more = (context,) if isinstance(self.mixing, ExpertAttention) else ()
+        more = more if seen_RD is None else (*more, self.mixing_norm(seen_RD))
+        x_RD = x_RD + self.mixing.step(self.mixing_norm(x_RD), cache, index, bias, rotations, *more)
         if cache.memory is not None:
             norm, attention = self._cross()
             x_RD = x_RD + attention.step(norm(x_RD), cache.memory[index], cache.copies, cache.memory_bias)
@@ -215,9 +228,13 @@ class Stack(nn.Module):
     ) -> Tensor:
         """Map (B, L, D) embeddings to the (B, L, D) normed output. ``context.valid_BS`` marks the real tokens."""
         x_BLD, given = self._prepare(x_BLD, context, memory_BSD, memory_valid_BS)
+        return self.norm(self._through(x_BLD, given))
+
+    def _through(self, x_BLD: Tensor, given: Pass) -> Tensor:
+        """Map (B, L, D) tokens through the layers."""
         for layer in self.layers:
             x_BLD = layer(x_BLD, given)
-        return self.norm(x_BLD)
+        return x_BLD
 
     def cross_attention(
         self, x_BLD: Tensor, context: core.RoutingContext, memory_BSD: Tensor, memory_valid_BS: Tensor
@@ -285,7 +302,14 @@ class Stack(nn.Module):
             task_ids_B=cache.task_ids_R,
             domain_ids_B=cache.domain_ids_R,
         )
-        for i, layer in enumerate(self.layers):
-            x_RD = layer.step(x_RD, i, cache, bias, turns, context)
+        x_RD = self._step_through(x_RD, cache, bias, turns, context)
         cache.length = t + 1
         return self.norm(x_RD)
+
+    def _step_through(
+        self, x_RD: Tensor, cache: Cache, bias: Tensor | None, rotations: Tensor | None, context: core.RoutingContext
+    ) -> Tensor:
+        """Map one position through the layers; see ``Layer.step``."""
+        for i, layer in enumerate(self.layers):
+            x_RD = layer.step(x_RD, i, cache, bias, rotations, context)
+        return x_RD

@@ -56,6 +56,7 @@ class AttentionMoE(MoE):
         *,
         mask: Tensor | None = None,
         attend: Attend | None = None,
+        seen: Tensor | None = None,
     ) -> Tensor:
         """Run the layer.
 
@@ -65,16 +66,20 @@ class AttentionMoE(MoE):
             mask: bool (S, S) or (B, S, S), True where a query (the first S) may see a key; None: all.
             attend: computes the attention in place of the layer, which then heeds neither ``mask`` nor ``causal`` nor
                 the padding: for positions in queries and keys, or keys of earlier tokens that are kept.
+            seen: shaped as ``x``, what keys and values are made of, finite where the context calls a token padding;
+                None: ``x``.
 
         Returns:
             (..., S, D_out).
 
         Raises:
-            ValueError: as ``MoE.forward``, or ``mask`` is of another shape or not bool.
+            ValueError: as ``MoE.forward``, ``mask`` is of another shape or not bool, or ``seen`` of another shape.
         """
         x_BSD = self._sequences(x, context)
         B, S, _ = x_BSD.shape
         _check_mask(mask, B, S)
+        if seen is not None and seen.shape != x.shape:
+            raise ValueError(f"seen has shape {tuple(seen.shape)}, the tokens {tuple(x.shape)}")
         routing = self.router(x_BSD, context)
         self.record_pass(routing, context)
         valid_BS = None if context is None else context.valid_BS
@@ -87,7 +92,8 @@ class AttentionMoE(MoE):
         h, d = self.experts.heads_per_expert, self.experts.head_dim
         if place_N is not None:
             q_NC = q_NC.new_zeros(B * S * P, h * d).index_add(0, place_N, q_NC)
-        k_BShd, v_BShd = self.kv(x_BSD).unflatten(-1, (2, h, d)).unbind(2)
+        seen_BSD = x_BSD if seen is None else seen.reshape(x_BSD.shape)
+        k_BShd, v_BShd = self.kv(seen_BSD).unflatten(-1, (2, h, d)).unbind(2)
         q_BSPhd = q_NC.view(B, S, P, h, d)
         if attend is None:
             y_BSPhd = attention(q_BSPhd, k_BShd, v_BShd, valid_BS, mask, self.causal)

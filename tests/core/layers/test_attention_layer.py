@@ -75,6 +75,25 @@ def slow(
     return torch.stack(y_TD).unflatten(0, (B, S))
 
 
+def test_keys_and_values_are_made_of_other_states():
+    layer = build(causal=True)
+    x, seen = torch.randn(2, 2, 5, D, dtype=torch.float64)
+    y = layer(x, seen=seen)
+    # One query at a time: the keys are those of ``seen`` up to its place.
+    routing, (w_k, w_v) = layer.router(x), layer.kv.weight.split(HEADS * HEAD)
+    expected = torch.zeros_like(x).flatten(0, 1)
+    for t, e, gate in zip(routing.token_index_N.tolist(), routing.expert_ids_N.tolist(), routing.gates_N, strict=True):
+        b, s = divmod(t, 5)
+        q = (x[b, s] @ layer.experts.w_q[e]).view(HEADS, HEAD)
+        k, v = ((seen[b, : s + 1] @ w.T).view(s + 1, HEADS, HEAD) for w in (w_k, w_v))
+        weights = (torch.einsum("hd,shd->hs", q, k) / HEAD**0.5).softmax(-1)
+        expected[t] += gate * torch.einsum("hs,shd->hd", weights, v).flatten() @ layer.experts.w_out[e]
+    torch.testing.assert_close(y.flatten(0, 1), expected)
+    torch.testing.assert_close(layer(x, seen=x), layer(x))
+    with pytest.raises(ValueError, match=r"^seen has shape \(2, 4, 8\), the tokens \(2, 5, 8\)$"):
+        layer(x, seen=seen[:, :4])
+
+
 def compare(layer: AttentionMoE, x: Tensor, context: RoutingContext, mask: Tensor | None = None) -> None:
     """Hold a step of the layer to the slow loop, in output and all gradients."""
     weight = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(1))
