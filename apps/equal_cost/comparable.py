@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 from lightning.pytorch import LightningDataModule
 
 import core
-from apps.nets.depths import DepthGate
+from apps.nets.depths import TokenGate
 from apps.nets.place import Place
 
 
@@ -140,7 +140,7 @@ class Comparable:
     def moe_block_names(self) -> tuple[str, ...]:
         """Return dotted names of the blocks that a baseline replaces: the MoE layers, or the blocks around them."""
         layers = core.moe_layers(self)  # type: ignore[arg-type]
-        return tuple(name for name, layer in layers.items() if not isinstance(layer, DepthGate))
+        return tuple(name for name, layer in layers.items() if not isinstance(layer, TokenGate))
 
     def routed_layers(self) -> RoutedLayers | None:
         """Return the layers whose router may be another; None where there are none."""

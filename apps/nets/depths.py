@@ -64,20 +64,43 @@ class MixtureOfDepths:
         return 2 * dim + (2 * self.hidden_dim(dim) * (dim + 1) if self.predictor else 0)
 
 
-class DepthRouter(core.Router):
-    """Decides which tokens enter a block: one expert, the block, and the gate r as its weight.
+class TokenRouter(core.Router):
+    """The base of the routers that decide which tokens enter a block: the block is their one expert.
 
     Attributes:
-        gate: the module of r.
-        predictor: the module that foretells the choice from a token alone; None: there is none.
-        by_capacity: whether the largest r decide in evaluation too, as in training.
+        by_capacity: whether as many tokens enter in evaluation as in training.
     """
 
     num_experts = 1
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_capacity = False
+
+
+class TokenGate(core.MoELayer):
+    """The base of the gates before a block. On the tape a gate is a layer of one expert, whose load is the number of
+    tokens that enter; the block itself is no part of it."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim=dim)
+        self.experts = nn.ModuleList()  # type: ignore[assignment]
+
+    def active_expert_params(self) -> int:
+        return 0
+
+
+class DepthRouter(TokenRouter):
+    """Decides which tokens enter a block, with the gate r as their weight.
+
+    Attributes:
+        gate: the module of r.
+        predictor: the module that foretells the choice from a token alone; None: there is none.
+    """
+
     def __init__(self, dim: int, config: MixtureOfDepths) -> None:
         super().__init__()
-        self.config, self.by_capacity = config, False
+        self.config = config
         self.gate = LinearGate(dim, 1)
         hidden = config.hidden_dim(dim)
         self.predictor = (
@@ -174,18 +197,14 @@ class Entered:
     context: core.RoutingContext
 
 
-class DepthGate(core.MoELayer):
-    """The gate of a block; it stands in the block, whose parameters keep their names. See ``MixtureOfDepths``.
-
-    On the tape it is a layer of one expert, whose load is the number of tokens that enter.
-    """
+class DepthGate(TokenGate):
+    """The gate of a block; it stands in the block, whose parameters keep their names. See ``MixtureOfDepths``."""
 
     router: DepthRouter
 
     def __init__(self, dim: int, config: MixtureOfDepths) -> None:
-        super().__init__(dim=dim)
+        super().__init__(dim)
         self.router = DepthRouter(dim, config)
-        self.experts = nn.ModuleList()  # type: ignore[assignment]  # the block itself is no part of its gate
 
     def forward(self, x: Tensor, context: core.RoutingContext) -> Entered:
         """Choose among (B, S, D) tokens."""
@@ -206,9 +225,6 @@ class DepthGate(core.MoELayer):
         of_tokens = {k: v.gather(1, index_BC) for k, v in taken.items() if v is not None and k.endswith("_BS")}
         own = replace(context, **{**of_tokens, "valid_BS": real_BC})
         return Entered(enters_BS, index_BC, real_BC, routing.gates_N.view(B, S).gather(1, index_BC), own)
-
-    def active_expert_params(self) -> int:
-        return 0
 
     def enter(self, x: Tensor, context: core.RoutingContext, block: Callable[[Tensor, Entered], Tensor]) -> Tensor:
         """Return (B, S, D) tokens after the block that some of them enter.
@@ -248,8 +264,9 @@ def depth_gates(
 
 @contextlib.contextmanager
 def by_capacity(model: nn.Module) -> Iterator[None]:
-    """Inside, as many tokens enter in evaluation as in training, whatever a predictor says: to count the FLOPs."""
-    routers = [m for m in model.modules() if isinstance(m, DepthRouter)]
+    """Inside, as many tokens enter a block in evaluation as in training, whatever a router foretells: to count the
+    FLOPs."""
+    routers = [m for m in model.modules() if isinstance(m, TokenRouter)]
     before = [router.by_capacity for router in routers]
     for router in routers:
         router.by_capacity = True

@@ -15,6 +15,7 @@ from apps.data.subwords import PAD_ID, Subwords
 from apps.equal_cost.comparable import Baseline, Comparable, RoutedLayers
 from apps.equal_cost.twins import dense_twins
 from apps.nets.config import TransformerConfig
+from apps.nets.depths import TokenGate
 from apps.nets.loss import linear_cross_entropy, target_scores
 from apps.nets.place import Place, check_fits, check_layers
 from apps.nlp.decode import DecodeConfig, in_dtype
@@ -247,9 +248,9 @@ class TextModule(SparseModule, Comparable):
 
     @property
     def moe_block_names(self) -> tuple[str, ...]:
-        """Return the names of the MoE layers in place of FFNs: a comparison leaves the attention as it is."""
+        """Return the names of the MoE layers in place of FFNs: a comparison leaves attention and gates of blocks."""
         layers = core.moe_layers(self)
-        return tuple(name for name, layer in layers.items() if not isinstance(layer, core.AttentionMoE))
+        return tuple(n for n, layer in layers.items() if not isinstance(layer, core.AttentionMoE | TokenGate))
 
     def routed_layers(self) -> RoutedLayers | None:
         if self.moe is None:

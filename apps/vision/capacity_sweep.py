@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import core
-from apps.nets.depths import DepthGate
+from apps.nets.depths import TokenGate
 from apps.report import plots
 from apps.vision.few_shot import hard_labels
 
@@ -75,7 +75,7 @@ def capacity_sweep(
                     logits: list[Tensor] = []
                     flops += core.count_flops(lambda x, out=logits: out.append(model(x)), batch.image.to(device))
                 layers = core.RoutingStats.from_tape(tape).layers
-                stats = [s for name, s in layers.items() if not isinstance(model.get_submodule(name), DepthGate)]
+                stats = [s for name, s in layers.items() if not isinstance(model.get_submodule(name), TokenGate)]
                 computed += sum(int(s.tokens_per_expert.sum()) for s in stats)
                 chosen += sum(int(s.chosen_per_expert.sum()) for s in stats)
                 right += int((logits[0].argmax(-1).cpu() == hard_labels(batch.label).cpu()).sum())

@@ -292,3 +292,8 @@ def test_layers_that_few_tokens_enter_learn_and_continue_a_text(data, tmp_path):
     assert lines == ["one two three four", "spring summer autumn winter"]
     with pytest.raises(ValueError, match=r"depths\.predictor=False lets later tokens change earlier ones"):
         modeler(data, depths=MixtureOfDepths(0.5))
+
+
+def test_a_gate_of_a_layer_is_no_block_that_a_comparison_replaces(data):
+    module = modeler(data, depths=MixtureOfDepths(0.5, predictor=True), depth_blocks=[1])
+    assert module.moe_block_names == ("model.decoder.layers.1.ffn",)
