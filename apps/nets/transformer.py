@@ -24,6 +24,7 @@ from apps.nets.expert_attention import ExpertAttention, attention_experts, check
 from apps.nets.layers import Stack
 from apps.nets.place import Place, check_fits
 from apps.nets.positions import Learned, RelativeBias
+from apps.nets.universal import Universal, UniversalStack
 from core.kernels import cpu
 
 __all__ = ["Cache", "LanguageModel", "Memory", "TranslationModel"]
@@ -288,6 +289,8 @@ class LanguageModel(_Decoding):
         depth_blocks: which blocks those are.
         attention_moe: as in ``TranslationModel``.
         share_experts: all MoE layers have one set of experts; see ``apps.nets.blocks.share_experts``.
+        universal: one layer for all ``decoder_layers`` steps, until a token halts; it is the only block that
+            ``moe_blocks`` can name, and ``depths`` and ``share_experts`` do not go with it. None: a layer for each.
 
     Raises:
         ValueError: a value out of its range, or a combination that cannot be built.
@@ -304,10 +307,13 @@ class LanguageModel(_Decoding):
         depth_blocks: Blocks = "every2",
         attention_moe: core.MoEConfig | None = None,
         share_experts: bool = False,
+        universal: Universal | None = None,
     ) -> None:
         super().__init__()
         _check_moe(config, ffn, attention_moe)
         _check(vocab=vocab)
+        if universal is not None:
+            _check_universal(depths, ffn, share_experts)
         if depths is not None and attention_moe is not None:
             raise ValueError("depths and attention_moe do not go together: attention experts see all tokens of a layer")
         if depths is not None and not depths.predictor:
@@ -317,18 +323,23 @@ class LanguageModel(_Decoding):
             )
         self.config, self.moes, self.vocab = config, moe_configs(ffn), vocab
         self.attention_moe = attention_moe
-        depth = config.shape.decoder_layers
+        depth = config.shape.decoder_layers if universal is None else 1
         self.moe_blocks = () if ffn is None else resolve_blocks(moe_blocks, depth, optional=True)
         if ffn is not None and not self.moe_blocks:
             raise ValueError(f"moe_blocks={moe_blocks!r} names no block: leave moe out for a dense model")
         self.embed = nn.Embedding(vocab, config.shape.dim, padding_idx=PAD_ID)
-        self.depths = depths
+        self.depths, self.universal = depths, universal
         gates = depth_gates(depths, depth_blocks, depth, config.shape.dim)
         (of_decoder,) = ffns_of(ffn, self.moe_blocks)
         self.decoder_moes = tuple(c for c in of_decoder if isinstance(c, core.MoEConfig))
-        self.decoder = _stack(
-            config, depth, of_decoder, self.moe_blocks, attention_moe, causal=True, cross=False, gates=gates
-        )
+        if universal is None:
+            self.decoder = _stack(
+                config, depth, of_decoder, self.moe_blocks, attention_moe, causal=True, cross=False, gates=gates
+            )
+        else:
+            (own,) = of_decoder or (config.dense_ffn,)
+            built, steps = own.build(config.shape.dim, causal=True), config.shape.decoder_layers
+            self.decoder = UniversalStack(config, built, universal, steps=steps, attention=attention_moe)
         self.shares_experts = share_experts
         if share_experts:
             blocks.share_experts(self.decoder, ffn)
@@ -372,6 +383,15 @@ def _stack(
     configs = [own.get(i, config.dense_ffn) for i in range(depth)]
     built = [c.build(config.shape.dim, causal=causal) for c in configs]
     return Stack(config, built, causal=causal, cross=cross, attention=attention, depth_gates=gates)
+
+
+def _check_universal(depths: MixtureOfDepths | None, ffn: FFNConfig | MoEs | None, share_experts: bool) -> None:
+    if depths is not None:
+        raise ValueError("universal and depths do not go together: one says by itself how deep a token goes")
+    if len(moe_configs(ffn)) > 1:
+        raise ValueError(f"universal has one layer for all steps: moe lists {len(moe_configs(ffn))}")
+    if share_experts:
+        raise ValueError("share_experts=True has no meaning with universal, whose one layer has the experts already")
 
 
 def _check_moe(config: TransformerConfig, ffn: FFNConfig | MoEs | None, attention: core.MoEConfig | None) -> None:

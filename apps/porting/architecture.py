@@ -45,11 +45,13 @@ class Architecture:
         """Return the architecture of a model of ours.
 
         Raises:
-            ValueError: tokens pass by some of its layers, layers share their experts, or its attention has experts,
-                which none of the published ones here has.
+            ValueError: tokens pass by some of its layers or use one again, layers share their experts, or its attention
+                has experts, which none of the published ones here has.
         """
         if isinstance(model, LanguageModel) and model.depths is not None:
             raise ValueError(f"depths={model.depths}: every token enters every layer of a {model_type}")
+        if isinstance(model, LanguageModel) and model.universal is not None:
+            raise ValueError(f"universal={model.universal}: a {model_type} has a layer for each step of depth")
         if model.attention_moe is not None:
             raise ValueError(f"attention_moe cannot be said in {model_type}, whose heads are fixed")
         if isinstance(model, LanguageModel) and model.shares_experts:

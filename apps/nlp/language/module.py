@@ -17,6 +17,7 @@ from apps.nets.config import TransformerConfig
 from apps.nets.depths import MixtureOfDepths
 from apps.nets.place import Place
 from apps.nets.transformer import LanguageModel
+from apps.nets.universal import Universal
 from apps.nlp.decode import DecodeConfig, generate_ids
 from apps.nlp.foreseen import PieceMetrics, perplexity, read_ids, token_metrics
 from apps.nlp.language.data import TextBatch, TextSize, prompt_batches
@@ -103,6 +104,8 @@ class LanguageModeler(TextModule):
             all tokens enter all layers.
         depth_blocks: which layers those are, named as in ``moe_blocks``.
         share_experts: all MoE layers have one set of experts, and each its own router (WideNet).
+        universal: one layer for as many steps as ``transformer`` has layers, until a token halts (Sparse Universal
+            Transformer); it is the only block that ``moe_blocks`` can name. None: a layer for each.
         label_smoothing: share of the target spread evenly over the vocabulary, in training.
         decode: how a prompt is continued in a prediction.
         optimizer: learning rate, weight decay and schedule.
@@ -138,6 +141,7 @@ class LanguageModeler(TextModule):
         average_last: int | None = None,
         pretrained: str | None = None,
         attention_moe: core.MoEConfig | None = None,
+        universal: Universal | None = None,
     ) -> None:
         published = published_network(pretrained, transformer, dense_ffn, is_language_model=True)
         if published is not None:  # kept for the checkpoint, which is read without the folder
@@ -166,6 +170,7 @@ class LanguageModeler(TextModule):
             depth_blocks=depth_blocks,
             attention_moe=attention_moe,
             share_experts=share_experts,
+            universal=universal,
         )
         self._put_in_place(Place(type(self).__name__, ("token_ids_BS",), is_causal=True))
 

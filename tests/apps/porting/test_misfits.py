@@ -13,6 +13,7 @@ from published_shapes import MIXTRAL, T5
 import core
 from apps.nets.depths import MixtureOfDepths
 from apps.nets.transformer import LanguageModel, TranslationModel
+from apps.nets.universal import Universal
 from apps.porting import (
     from_published,
     load_pretrained,
@@ -186,6 +187,12 @@ def test_what_our_models_lack_is_named(name, changes, message):
 def test_layers_that_few_tokens_enter_are_no_part_of_a_published_model():
     model = LanguageModel(MIXTRAL, vocab=VOCAB, depths=MixtureOfDepths(0.5, predictor=True))
     with pytest.raises(ValueError, match=r"depths=MixtureOfDepths\(.*\): every token enters every layer of a mistral"):
+        to_published(model)
+
+
+def test_a_layer_that_is_used_again_is_no_part_of_a_published_model():
+    model = LanguageModel(MIXTRAL, vocab=VOCAB, universal=Universal())
+    with pytest.raises(ValueError, match=r"universal=Universal\(.*\): a mistral has a layer for each step of depth"):
         to_published(model)
 
 

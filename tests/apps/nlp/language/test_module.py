@@ -21,6 +21,7 @@ import core
 from apps.compare.systems import find_systems
 from apps.data.subwords import EOS_ID, PAD_ID, SubwordConfig
 from apps.nets.depths import MixtureOfDepths
+from apps.nets.universal import Universal
 from apps.nlp.decode import DecodeConfig
 from apps.nlp.language.data import TextBatch, TextData, TextSize
 from apps.nlp.language.module import Block, LanguageMetrics, LanguageModeler
@@ -292,6 +293,23 @@ def test_layers_that_few_tokens_enter_learn_and_continue_a_text(data, tmp_path):
     assert lines == ["one two three four", "spring summer autumn winter"]
     with pytest.raises(ValueError, match=r"depths\.predictor=False lets later tokens change earlier ones"):
         modeler(data, depths=MixtureOfDepths(0.5))
+
+
+def test_a_layer_that_is_used_again_learns_and_continues_a_text(data, tmp_path):
+    universal = Universal(threshold=0.9, depth_penalty=0.001)
+    greedy = DecodeConfig("greedy", max_length_ratio=0.0, max_length_extra=8)
+    module = modeler(data, universal=universal, moe_blocks="all", decode=greedy)
+    # A comparison leaves the gate that halts as it is, and counts the layer at each of its steps.
+    assert module.moe_block_names == ("model.decoder.layers.0.ffn",)
+    batch = TextBatch(torch.randint(4, 290, (3, 17)), torch.arange(3))
+    (dense,) = [s for s in find_systems(module, batch) if s.name == "dense_equal_flops"]
+    assert dense.replaced_ratio == pytest.approx(1, abs=0.05)
+    made = trainer(tmp_path, max_epochs=25, check_val_every_n_epoch=25)
+    made.fit(module, data)
+    again = LanguageModeler.load_from_checkpoint(tmp_path / "last.ckpt").eval()
+    assert again.model.universal == universal
+    lines = printed(again, text_data(Path(data.root), text=["one two", "spring"]))
+    assert lines == ["one two three four", "spring summer autumn winter"]
 
 
 def test_a_gate_of_a_layer_is_no_block_that_a_comparison_replaces(data):
