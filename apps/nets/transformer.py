@@ -313,7 +313,7 @@ class LanguageModel(_Decoding):
         _check_moe(config, ffn, attention_moe)
         _check(vocab=vocab)
         if universal is not None:
-            _check_universal(depths, ffn, share_experts)
+            _check_universal(config, depths, ffn, share_experts)
         if depths is not None and attention_moe is not None:
             raise ValueError("depths and attention_moe do not go together: attention experts see all tokens of a layer")
         if depths is not None and not depths.predictor:
@@ -385,7 +385,11 @@ def _stack(
     return Stack(config, built, causal=causal, cross=cross, attention=attention, depth_gates=gates)
 
 
-def _check_universal(depths: MixtureOfDepths | None, ffn: FFNConfig | MoEs | None, share_experts: bool) -> None:
+def _check_universal(
+    config: TransformerConfig, depths: MixtureOfDepths | None, ffn: FFNConfig | MoEs | None, share_experts: bool
+) -> None:
+    if config.shape.decoder_layers < 2:
+        raise ValueError("decoder_layers=1 is one step: universal uses a layer again, for at least 2")
     if depths is not None:
         raise ValueError("universal and depths do not go together: one says by itself how deep a token goes")
     if len(moe_configs(ffn)) > 1:
