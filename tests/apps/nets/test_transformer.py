@@ -100,7 +100,7 @@ def test_steps_equal_the_whole_sequence_with_every_router_that_a_decoder_accepts
             continue
         for t in range(TARGET.shape[1]):
             assert_close(model.step(TARGET[:, t], cache)[real_BL[:, t]], logits_BLV[:, t][real_BL[:, t]], msg=name)
-    assert set(refused) == {"ensemble", "lory", "random"}
+    assert set(refused) == {"ensemble", "lory", "mixture_of_tokens", "random"}
     assert refused["lory"] == (
         "router Merge(kind='lory') (arXiv 2405.03133) trains and scores, but cannot decode step by step: a token's "
         "experts depend on other tokens; take another router for the decoder"
