@@ -132,7 +132,12 @@ class MultiGateConfig(OpenConfig):
         return self._groups(num_tasks, num_domains)
 
     def _groups(self, num_tasks: int, num_domains: int) -> ExpertGroups:
-        return ExpertGroups(num_tasks, self.num_experts, 0, self.self_gate, self.num_domain_experts, num_domains)
+        own = self._own_experts(num_tasks)
+        return ExpertGroups(num_tasks, self.num_experts, own, self.self_gate, self.num_domain_experts, num_domains)
+
+    def _own_experts(self, num_tasks: int) -> tuple[int, ...]:
+        """Return the numbers of experts of each task alone."""
+        return (0,) * num_tasks
 
     def _gates(self, dim: int, groups: ExpertGroups, shared_gate: bool = False) -> DenseGates:
         return DenseGates(
@@ -216,7 +221,7 @@ class MultiGateConfig(OpenConfig):
 
 
 def _weights_per_example(groups: ExpertGroups, shared_gate: bool) -> int:
-    tasks = groups.num_tasks * (groups.per_gate + groups.num_self)
+    tasks = sum(groups.per_gate) + groups.num_tasks * groups.num_self
     return tasks + (groups.per_shared_gate if shared_gate else 0)
 
 
@@ -355,26 +360,30 @@ class CGC(MultiGateConfig):
     et al., RecSys 2020, eq. 1-3).
 
     Attributes:
-        num_task_experts: experts of each task alone; 0: this is MMoE.
+        num_task_experts: experts of each task alone: one number for all tasks, or a list with one a task. 0: this is
+            MMoE.
     """
 
     num_experts: int = 4
-    num_task_experts: int = 2
+    num_task_experts: int | tuple[int, ...] = 2
 
     def __post_init__(self) -> None:
         check_kinds(self)
-        not_negative("num_task_experts", self.num_task_experts)
+        if isinstance(self.num_task_experts, list):  # from YAML and from a checkpoint
+            object.__setattr__(self, "num_task_experts", tuple(self.num_task_experts))
+        own = self.num_task_experts if isinstance(self.num_task_experts, tuple) else (self.num_task_experts,)
+        for count in own:
+            whole("num_task_experts", count)
+            not_negative("num_task_experts", count)
         super().__post_init__()
 
-    def _groups(self, num_tasks: int, num_domains: int) -> ExpertGroups:
-        return ExpertGroups(
-            num_tasks,
-            self.num_experts,
-            self.num_task_experts,
-            self.self_gate,
-            self.num_domain_experts,
-            num_domains,
-        )
+    def _own_experts(self, num_tasks: int) -> tuple[int, ...]:
+        if isinstance(self.num_task_experts, int):
+            return (self.num_task_experts,) * num_tasks
+        if len(self.num_task_experts) != num_tasks:
+            counts = list(self.num_task_experts)
+            raise ValueError(f"num_task_experts={counts} has {len(counts)} numbers for {num_tasks} tasks")
+        return self.num_task_experts
 
 
 @dataclass(frozen=True)

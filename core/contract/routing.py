@@ -180,7 +180,8 @@ class MergeRouting:
 class DenseRouting:
     """Softmax gates over all experts they reach, one gate a task (MMoE, KDD 2018): all experts compute every example.
 
-    A layer records one for each of its gates; they share ``gates_BtE`` and differ in ``gate``.
+    A layer records one for each of its gates. Gates of one size share ``gates_BtE`` and differ in ``gate``; of several
+    sizes, each is the only one of its own ``gates_BtE``.
 
     Attributes:
         gates_BtE: float32 (B, t, E), the weight of each expert in each task's output, without expert dropout. Sums to 1

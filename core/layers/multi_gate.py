@@ -423,6 +423,9 @@ def _mix(
         for k, name in enumerate(gate_names):
             names = groups.names(None if name == SHARED else k)
             routing = DenseRouting(of_real, k, T, logits, real_T, names, examples.x_BSD.shape[0])
+            if name != SHARED and not groups.is_even:
+                gates_T1E, logits_T1E = groups.unpadded(of_real, k), groups.unpadded(logits, k)
+                routing = replace(routing, gates_BtE=gates_T1E, gate=0, logits_BtE=logits_T1E)
             layer.record_pass(routing, examples.context, end=f"{prefix}.{name}".lstrip("."), router=gates)
         if not (layer.training and layer.expert_dropout):
             return clean
@@ -432,27 +435,47 @@ def _mix(
         names = [f"task{k}" for k in range(t)] if layer.num_tasks == t else ["tasks"]
         gates_TtE = weights(logits.task_TtE, names).to(h_TnH.dtype)
         y_TtH = torch.bmm(gates_TtE[..., :s], h_TnH[:, :s])
-        if groups.num_task + groups.num_self:
-            own_TtL = gates_TtE[..., s : s + groups.num_task]
+        own_TtL = gates_TtE[..., s : s + groups.most_own]
+        if groups.most_own + groups.num_self:
+            self_TtL = None
             if logits.self_TtL is not None:
                 # One expert is switched, several are mixed.
                 self_TtL = logits.self_TtL.sigmoid() if groups.num_self == 1 else logits.self_TtL.softmax(-1)
-                own_TtL = torch.cat((own_TtL, self_TtL.to(h_TnH.dtype)), -1)
-            h_TtLH = h_TnH[:, s:].unflatten(1, (t, -1))
-            y_TtH = y_TtH + torch.matmul(own_TtL.unsqueeze(2), h_TtLH).squeeze(2)
+                self_TtL = self_TtL.to(h_TnH.dtype)
+            y_TtH = y_TtH + _own_sums(own_TtL, self_TtL, h_TnH[:, s:], groups)
         if h_TdH is not None:
             h_TdH = h_TdH.to(h_TnH.dtype)
-            y_TtH = y_TtH + torch.bmm(gates_TtE[..., s + groups.num_task :], h_TdH)
+            y_TtH = y_TtH + torch.bmm(gates_TtE[..., s + groups.most_own :], h_TdH)
         shared_TH = None
         if logits.shared_TE is not None:
             seen = [h_TnH[:, :s]]
-            if groups.num_task:
-                seen.append(h_TnH[:, s:].unflatten(1, (t, -1))[:, :, : groups.num_task].flatten(1, 2))
+            h_own = h_TnH[:, s:].split(groups.counts[1:], 1)
+            seen += [h_TlH[:, :n] for h_TlH, n in zip(h_own, groups.num_task, strict=True) if n]
             if h_TdH is not None:
                 seen.append(h_TdH)
             gates_T1E = weights(logits.shared_TE.unsqueeze(1), [SHARED]).to(h_TnH.dtype)
             shared_TH = torch.bmm(gates_T1E, torch.cat(seen, 1)).squeeze(1).to(dtype)
         return LevelOutputs(y_TtH.to(dtype).transpose(0, 1), shared_TH)
+
+
+def _own_sums(own_TtL: Tensor, self_TtL: Tensor | None, h_TlH: Tensor, groups: ExpertGroups) -> Tensor:
+    """Return the weighted sums of each task's own experts and those of its self-gate, (T, t, H).
+
+    Args:
+        own_TtL: weights of the own experts, padded to the most that a task has.
+        self_TtL: weights of the self-gates' experts; None without them.
+        h_TlH: outputs of all tasks' own experts and those of their self-gates, task by task.
+        groups: numbers of experts.
+    """
+    if groups.is_even:
+        weights_TtL = own_TtL if self_TtL is None else torch.cat((own_TtL, self_TtL), -1)
+        return torch.matmul(weights_TtL.unsqueeze(2), h_TlH.unflatten(1, (groups.num_tasks, -1))).squeeze(2)
+    sums = []
+    for k, (n, h_TLH) in enumerate(zip(groups.num_task, h_TlH.split(groups.counts[1:], 1), strict=True)):
+        own_TL = own_TtL[:, k, :n]
+        weights_TL = own_TL if self_TtL is None else torch.cat((own_TL, self_TtL[:, k]), -1)
+        sums.append(torch.bmm(weights_TL.unsqueeze(1), h_TLH).squeeze(1))
+    return torch.stack(sums, 1)
 
 
 def _expert_outputs(

@@ -23,7 +23,7 @@ class ExpertGroups:
     Attributes:
         num_tasks: number of gates, t; 1 where all tasks share one.
         num_shared: number of experts that every gate may use.
-        num_task: number of experts of each task alone.
+        num_task: numbers of experts of each task alone, one a task.
         num_self: number of experts of each task outside its softmax (HoME's self-gate).
         num_domain: number of experts of each domain alone.
         num_domains: number of domains; 0: the gates know no domain.
@@ -31,7 +31,7 @@ class ExpertGroups:
 
     num_tasks: int
     num_shared: int
-    num_task: int = 0
+    num_task: tuple[int, ...]
     num_self: int = 0
     num_domain: int = 0
     num_domains: int = 0
@@ -39,7 +39,7 @@ class ExpertGroups:
     @property
     def counts(self) -> tuple[int, ...]:
         """The numbers of experts that compute every example, by input: the shared ones, and those of each task."""
-        return (self.num_shared, *(self.num_task + self.num_self,) * self.num_tasks)
+        return (self.num_shared, *(n + self.num_self for n in self.num_task))
 
     @property
     def num_dense(self) -> int:
@@ -52,14 +52,36 @@ class ExpertGroups:
         return self.num_dense + self.num_domains * self.num_domain
 
     @property
-    def per_gate(self) -> int:
-        """The number of experts of a task's gate."""
-        return self.num_shared + self.num_task + self.num_domain
+    def is_even(self) -> bool:
+        """Whether all tasks have the same number of experts of their own."""
+        return len(set(self.num_task)) == 1
+
+    @property
+    def most_own(self) -> int:
+        """The number of own experts of the task that has most."""
+        return max(self.num_task)
+
+    @property
+    def per_gate(self) -> tuple[int, ...]:
+        """The numbers of experts of the tasks' gates, one a task."""
+        return tuple(self.num_shared + n + self.num_domain for n in self.num_task)
 
     @property
     def per_shared_gate(self) -> int:
         """The number of experts of the shared representation's gate (PLE): all but the self-gates'."""
-        return self.num_shared + self.num_tasks * self.num_task + self.num_domain
+        return self.num_shared + sum(self.num_task) + self.num_domain
+
+    def padded(self, logits_TE: Tensor, task: int) -> Tensor:
+        """Return the logits of one task's gate with -inf in place of the own experts that it has fewer than the task
+        that has most: (T, E of the largest gate)."""
+        end = self.num_shared + self.num_task[task]
+        missing = logits_TE.new_full((logits_TE.shape[0], self.most_own - self.num_task[task]), -torch.inf)
+        return torch.cat((logits_TE[:, :end], missing, logits_TE[:, end:]), 1)
+
+    def unpadded(self, values_TtE: Tensor, task: int) -> Tensor:
+        """Return what ``padded`` padded, of all tasks (T, t, E of the largest gate), for one of them: (T, 1, E)."""
+        values_T1E, end = values_TtE[:, task : task + 1], self.num_shared + self.num_task[task]
+        return torch.cat((values_T1E[..., :end], values_T1E[..., self.num_shared + self.most_own :]), -1)
 
     def names(self, task: int | None = None) -> tuple[str, ...]:
         """Return the names of the experts that one task's gate mixes, in the gate's order; with ``task=None`` those of
@@ -67,7 +89,7 @@ class ExpertGroups:
         tasks = range(self.num_tasks) if task is None else (task,)
         return (
             *(f"shared{i}" for i in range(self.num_shared)),
-            *(f"task{k}.{i}" for k in tasks for i in range(self.num_task)),
+            *(f"task{k}.{i}" for k in tasks for i in range(self.num_task[k])),
             *(f"domain.{i}" for i in range(self.num_domain)),
         )
 
@@ -77,7 +99,7 @@ class GateLogits:
     """The logits of a level's gates for T examples, in float32.
 
     Attributes:
-        task_TtE: (T, t, E), logits of the tasks' gates.
+        task_TtE: (T, t, E), logits of the tasks' gates; padded where tasks have other numbers of own experts.
         self_TtL: (T, t, L), logits of the self-gates; None without them.
         shared_TE: (T, E of all), logits of the shared representation's gate; None without it.
     """
@@ -117,11 +139,11 @@ class DenseGates(Router):
 
     With hidden layers a gate is a small network: ``g_k(x) = softmax(W_k relu(H_k x + c_k) + b_k)``.
 
-    Parameters, with W the width of the last hidden layer, or D: ``weight`` (t, E, W); ``self_weight`` (t, L, W) with
-    self-gates; ``shared_weight`` (E of all, W) with a gate of the shared representation; ``bias`` (t, E), ``self_bias``
-    (t, L) and ``shared_bias`` (E of all) with biases; ``hidden_weight_i`` (gates, in, out) and ``hidden_bias_i``
-    (gates, out) of hidden layer i, the shared representation's gate last; ``domain.weight`` (domains, D) where domains
-    are known.
+    Parameters, with W the width of the last hidden layer, or D: ``weight`` (t, E, W), or (sum of the gates' E, W) where
+    the tasks have other numbers of own experts; ``self_weight`` (t, L, W) with self-gates; ``shared_weight``
+    (E of all, W) with a gate of the shared representation; ``bias``, as ``weight`` without W, ``self_bias`` (t, L) and
+    ``shared_bias`` (E of all) with biases; ``hidden_weight_i`` (gates, in, out) and ``hidden_bias_i`` (gates, out) of
+    hidden layer i, the shared representation's gate last; ``domain.weight`` (domains, D) where domains are known.
 
     Args:
         dim: D.
@@ -145,15 +167,16 @@ class DenseGates(Router):
         terms: frozenset[str] = DENSE_TERMS | {"router_z"},
     ) -> None:
         super().__init__()
-        self.terms, self.init_scale, self.num_hidden = terms, init_scale, len(hidden_dims)
+        self.groups, self.terms, self.init_scale, self.num_hidden = groups, terms, init_scale, len(hidden_dims)
+        weights = (groups.num_tasks, groups.per_gate[0]) if groups.is_even else (sum(groups.per_gate),)
         t, L, num_gates, W = groups.num_tasks, groups.num_self, groups.num_tasks + shared_gate, (dim, *hidden_dims)[-1]
         for i, (width, out) in enumerate(pairwise((dim, *hidden_dims))):
             self.register_parameter(f"hidden_weight_{i}", nn.Parameter(torch.empty(num_gates, width, out)))
             self.register_parameter(f"hidden_bias_{i}", nn.Parameter(torch.empty(num_gates, out)))
-        self.weight = nn.Parameter(torch.empty(t, groups.per_gate, W))
+        self.weight = nn.Parameter(torch.empty(*weights, W))
         self.self_weight = nn.Parameter(torch.empty(t, L, W)) if L else None
         self.shared_weight = nn.Parameter(torch.empty(groups.per_shared_gate, W)) if shared_gate else None
-        self.bias = nn.Parameter(torch.empty(t, groups.per_gate)) if bias else None
+        self.bias = nn.Parameter(torch.empty(*weights)) if bias else None
         self.self_bias = nn.Parameter(torch.empty(t, L)) if bias and L else None
         self.shared_bias = nn.Parameter(torch.empty(groups.per_shared_gate)) if bias and shared_gate else None
         self.domain = DomainEmbedding(groups.num_domains, dim) if groups.num_domains else None
@@ -208,6 +231,8 @@ class DenseGates(Router):
         return torch.cat((h_gTW[-1:], h_gTW[:-1])) if has_shared else torch.cat((h_gTW[:1], h_gTW))
 
     def _logits(self, x_GTD: Tensor) -> GateLogits:
+        if not self.groups.is_even:
+            return self._uneven_logits(x_GTD)
         w_tED = self.weight if self.self_weight is None else torch.cat((self.weight, self.self_weight), 1)
         (t, E, _), per_gate, shared_TE = w_tED.shape, self.weight.shape[1], None
         if x_GTD.shape[0] == 1:
@@ -223,6 +248,21 @@ class DenseGates(Router):
         self_TtL = None if self.self_weight is None else _plus(logits_TtE[..., per_gate:], self.self_bias)
         shared_TE = None if shared_TE is None else _plus(shared_TE, self.shared_bias)
         return GateLogits(_plus(logits_TtE[..., :per_gate], self.bias), self_TtL, shared_TE)
+
+    def _uneven_logits(self, x_GTD: Tensor) -> GateLogits:
+        """Return the logits of gates of several sizes: one product a task."""
+        groups, dtype = self.groups, x_GTD.dtype
+        x_kTD = x_GTD.expand(1 + groups.num_tasks, -1, -1)  # the shared representation's first
+        biases = [None] * groups.num_tasks if self.bias is None else self.bias.to(dtype).split(groups.per_gate)
+        task_TtE, self_TtL, shared_TE = [], [], None
+        for k, (w, b) in enumerate(zip(self.weight.to(dtype).split(groups.per_gate), biases, strict=True)):
+            task_TtE.append(groups.padded(_plus(F.linear(x_kTD[1 + k], w), b), k))
+            if self.self_weight is not None:
+                self_TtL.append(F.linear(x_kTD[1 + k], self.self_weight[k].to(dtype)))
+        if self.shared_weight is not None:
+            shared_TE = _plus(F.linear(x_kTD[0], self.shared_weight.to(dtype)), self.shared_bias)
+        own_TtL = _plus(torch.stack(self_TtL, 1), self.self_bias) if self_TtL else None
+        return GateLogits(torch.stack(task_TtE, 1), own_TtL, shared_TE)
 
 
 def _plus(logits: Tensor, bias: Tensor | None) -> Tensor:

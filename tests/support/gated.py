@@ -34,6 +34,9 @@ DENSE: dict[str, MultiGateConfig] = {
     "ple without own": PLE(3, MLP((6,)), 0, 2),
     "home mmoe": MMoE(5, **HOME),
     "home ple": PLE(2, num_task_experts=2, **HOME),
+    "uneven cgc": CGC(3, MLP((6,)), (2, 0, 1)),
+    "uneven ple": PLE(2, MLP((6,)), (1, 3, 2), 3, gate_bias=True),
+    "uneven home ple": PLE(2, num_task_experts=(0, 1, 2), **HOME),
     "one self gate": CGC(3, MLP((6,)), 0, self_gate=1),
     "ffn": MMoE(4, FFN(12, bias=True)),
     "swiglu ple": PLE(2, SwiGLU(12), 1, 2),
@@ -41,6 +44,7 @@ DENSE: dict[str, MultiGateConfig] = {
 DOMAIN: dict[str, MultiGateConfig] = {
     "domain mmoe": MMoE(3, MLP((6,)), num_domain_experts=2),
     "domain ple": PLE(2, MLP((6,), norm="batch"), 1, 2, num_domain_experts=1, self_gate=1),
+    "uneven domain ple": PLE(2, MLP((6,)), (1, 0, 2), 2, num_domain_experts=2, self_gate=1, gate_hidden_dims=(5,)),
     "domain gates": CGC(3, MLP((6,)), 1),
 }
 SPARSE: dict[str, MultiGateConfig] = {

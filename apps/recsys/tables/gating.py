@@ -208,7 +208,7 @@ def _all_names(groups: Any) -> Iterator[str]:
     """Yield the names of all experts of a level in their order, those of the self-gates and of every domain too."""
     yield from (f"shared{i}" for i in range(groups.num_shared))
     for k in range(groups.num_tasks):
-        yield from (f"task{k}.{i}" for i in range(groups.num_task))
+        yield from (f"task{k}.{i}" for i in range(groups.num_task[k]))
         yield from (f"self{k}.{i}" for i in range(groups.num_self))
     yield from (f"domain{d}.{i}" for d in range(groups.num_domains) for i in range(groups.num_domain))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -54,6 +55,8 @@ def test_a_dict_of_another_class_is_refused():
 @pytest.mark.parametrize("name", ALL)
 def test_parameters_equal_the_formulas(name, num_tasks):
     config, domains = ALL[name], DOMAINS if name in DOMAIN else 0
+    if isinstance(own := getattr(config, "num_task_experts", 0), tuple):
+        config = replace(config, num_task_experts=own[-num_tasks:])
     layer = config.build(D, num_tasks, domains)
     assert sum(p.numel() for p in layer.parameters()) == config.num_params(D, num_tasks, domains)
     assert active_params(layer) == config.active_params(D, num_tasks, domains)
@@ -89,6 +92,10 @@ def test_costs_by_hand():
     cgc = ALL["cgc"]
     assert cgc.num_params(9, 3) == 9 * 60 + 3 * 5 * 9
     assert cgc.flops_per_token(9, 3) == 2 * (9 * 54 + 15 * 9 + 15 * 6)
+    # CGC of 2, 0 and 1 own experts: 6 experts of 60, gates over 5, 3 and 4.
+    uneven = ALL["uneven cgc"]
+    assert uneven.num_params(9, 3) == uneven.active_params(9, 3) == 6 * 60 + 12 * 9
+    assert uneven.flops_per_token(9, 3) == 2 * (6 * 54 + 12 * 9 + 12 * 6)
     # Sparse: 8 experts of 60; each of 3 tasks routes (2 * 9 * 8) and computes 2 rows of 2 * 54.
     sparse = ALL["top-k"]
     assert sparse.num_params(9, 3) == 8 * 60 + 3 * 72
@@ -117,6 +124,9 @@ def test_many_small_experts_cost_a_part_of_the_dense_layer():
     [
         (lambda: MMoE(0), "num_experts=0 is not at least 1"),
         (lambda: CGC(2, num_task_experts=-1), "num_task_experts=-1 is not a finite number >= 0"),
+        (lambda: CGC(2, num_task_experts=(1, -1)), "num_task_experts=-1 is not a finite number >= 0"),
+        (lambda: CGC(2, num_task_experts=[1, 0.5]), "num_task_experts=0.5 is not a whole number"),
+        (lambda: PLE(2, num_task_experts=[1, 2]).build(D, 3), r"num_task_experts=\[1, 2\] has 2 numbers for 3 tasks"),
         (lambda: PLE(num_levels=0), "num_levels=0 is not at least 1"),
         (lambda: MMoE(expert_dropout=1.0), "expert_dropout=1.0 is not in"),
         (lambda: MMoE(self_gate=-1), "self_gate=-1 is not a finite number >= 0"),

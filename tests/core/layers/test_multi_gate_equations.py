@@ -38,38 +38,79 @@ def test_a_gate_that_is_one_hot_gives_that_experts_output():
         torch.testing.assert_close(y[task], expert(layer.experts, e, x), rtol=1e-5, atol=1e-6)
 
 
-def test_cgc_equals_its_equation():
-    layer, x = build("cgc"), examples(5)
-    y = layer(x)
+def own_experts(config: CGC) -> list[range]:
+    """Return the numbers of each task's own experts within its level; those of its self-gate are left out."""
+    counts, first, own = config.num_task_experts, config.num_experts, []
+    for count in counts if isinstance(counts, tuple) else (counts,) * TASKS:
+        own.append(range(first, first + count))
+        first += count + config.self_gate
+    return own
+
+
+def gate_rows(gates, own: list[range], num_shared: int) -> list[torch.Tensor]:
+    """Return each task's rows of the gates' weights, whether they are stacked or one after another."""
+    return list(gates.weight.flatten(0, -2).split([num_shared + len(experts) for experts in own]))
+
+
+@pytest.mark.parametrize("name", ["cgc", "uneven cgc"])
+def test_cgc_equals_its_equation(name):
+    layer, x, own = build(name), examples(5), own_experts(ALL[name])
+    y, rows = layer(x), gate_rows(layer.router, own, 3)
     for task in range(TASKS):
-        # Experts: three shared, then two of each task.
-        own = [0, 1, 2, 3 + 2 * task, 4 + 2 * task]
-        gates = (x @ layer.router.weight[task].T).softmax(-1)
-        expected = sum(gates[:, [i]] * expert(layer.experts, e, x) for i, e in enumerate(own))
+        # Experts: three shared, then the task's own.
+        gates = (x @ rows[task].T).softmax(-1)
+        expected = sum(gates[:, [i]] * expert(layer.experts, e, x) for i, e in enumerate((0, 1, 2, *own[task])))
         torch.testing.assert_close(y[task], expected, rtol=1e-5, atol=1e-6)
 
 
-def test_ple_equals_its_equations():
-    layer, x = build("ple"), examples(5)
+@pytest.mark.parametrize("name", ["ple", "uneven ple"])
+def test_ple_equals_its_equations(name):
+    layer, x, own = build(name), examples(5), own_experts(ALL[name])
     y = layer(x)
-    # Two shared experts, two of each of three tasks. Level by level: inputs of the tasks and of the shared ones.
+    # Two shared experts, and each task's own. Level by level: inputs of the tasks and of the shared ones.
     tasks, shared = [x] * TASKS, x
     for level in range(3):
         gates, experts = layer.router[level], layer.experts[level]
+        rows, biases = gate_rows(gates, own, 2), [0.0] * TASKS
+        if gates.bias is not None:
+            biases = gates.bias.flatten().split([len(w) for w in rows])
         outputs = [expert(experts, e, shared) for e in (0, 1)]
-        outputs += [expert(experts, 2 + 2 * k + i, tasks[k]) for k in range(TASKS) for i in range(2)]
+        outputs += [expert(experts, e, tasks[k]) for k in range(TASKS) for e in own[k]]
         new = []
         for k in range(TASKS):
-            own = (0, 1, 2 + 2 * k, 3 + 2 * k)
-            g = (tasks[k] @ gates.weight[k].T).softmax(-1)
-            new.append(sum(g[:, [i]] * outputs[e] for i, e in enumerate(own)))
+            g = (tasks[k] @ rows[k].T + biases[k]).softmax(-1)
+            new.append(sum(g[:, [i]] * outputs[e] for i, e in enumerate((0, 1, *own[k]))))
         if level < 2:
-            g = (shared @ gates.shared_weight.T).softmax(-1)
+            logits = shared @ gates.shared_weight.T
+            g = (logits if gates.shared_bias is None else logits + gates.shared_bias).softmax(-1)
             shared = sum(g[:, [e]] * output for e, output in enumerate(outputs))
         else:
             assert gates.shared_weight is None
         tasks = new
     torch.testing.assert_close(y, torch.stack(tasks), rtol=1e-5, atol=1e-5)
+
+
+def test_a_list_of_equal_numbers_is_that_number():
+    one, listed = (CGC(3, MLP((6,)), own).build(D, TASKS) for own in (2, (2, 2, 2)))
+    copied(listed, one.state_dict())
+    assert_same(step(one, examples(6)), step(listed, examples(6)), rtol=0, atol=0)
+
+
+def test_uneven_self_gates_and_domains_equal_their_equation():
+    # Two shared experts; own, self-gate's: task 0 has 1 and 1, task 1 none and 1, task 2 has 2 and 1; then 2 a domain.
+    config = CGC(2, MLP((6,)), (1, 0, 2), num_domain_experts=2, self_gate=1)
+    torch.manual_seed(0)
+    layer, x, domains = config.build(D, TASKS, 3), examples(4), [2, 0, 1, 2]
+    y, own = layer(x, RoutingContext(domain_ids_B=torch.tensor(domains))), own_experts(config)
+    assert own == [range(2, 3), range(4, 4), range(5, 7)]
+    rows = layer.router.weight.split([5, 4, 6])
+    for b, d in enumerate(domains):
+        for k in range(TASKS):
+            ids = (0, 1, *own[k], 8 + 2 * d, 9 + 2 * d)
+            outputs = torch.stack([expert(layer.experts, e, x[b]) for e in ids])
+            switch = (layer.router.self_weight[k, 0] @ x[b]).sigmoid()
+            expected = (rows[k] @ x[b]).softmax(-1) @ outputs + switch * expert(layer.experts, own[k].stop, x[b])
+            torch.testing.assert_close(y[k, b], expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", [MMoE, OMoE, CGC, PLE])
@@ -242,15 +283,16 @@ def test_mmoe_of_equal_gates_is_omoe_is_a_dense_mixture():
     torch.testing.assert_close(omoe(x), mixture(x).expand(TASKS, -1, -1), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["cgc", "ple", "home ple"])
+@pytest.mark.parametrize("name", ["cgc", "ple", "home ple", "uneven ple", "uneven home ple"])
 def test_a_tasks_gradient_reaches_its_own_and_the_shared_experts_alone(name):
     layer, config = build(name), ALL[name]
     layer.eval()  # batch statistics would couple nothing here, but one expert's rows are all examples
     layer(examples(6))[1].square().sum().backward()
     experts = layer.experts[-1] if isinstance(layer.experts, nn.ModuleList) else layer.experts
     touched = experts.w_0.grad.flatten(1).any(1).tolist()
-    own, shared = config.num_task_experts + config.self_gate, config.num_experts
-    assert touched == [True] * shared + [False] * own + [True] * own + [False] * own
+    own = own_experts(config)[1]
+    reached = {*range(config.num_experts), *range(own.start, own.stop + config.self_gate)}
+    assert touched == [e in reached for e in range(len(touched))]
 
 
 def test_a_tasks_gradient_reaches_its_own_gate_and_chosen_experts_alone():

@@ -78,6 +78,19 @@ def test_dense_entries_hold_the_gates_and_the_experts_names():
     assert not second.detach().routing.gates_BtE.requires_grad
 
 
+def test_gates_of_several_sizes_are_recorded_without_padding():
+    # Own experts: 2, none and 1 beside the three that all share.
+    layer, x = build("uneven cgc"), examples(5)
+    with record(layer) as tape:
+        layer(x)
+    second, third = tape.entries[1:]
+    assert second.routing.expert_names == ("shared0", "shared1", "shared2")
+    assert third.routing.expert_names == ("shared0", "shared1", "shared2", "task2.0")
+    logits = x @ layer.router.weight[8:].T
+    torch.testing.assert_close(third.routing.evidence.logits_TE, logits)
+    torch.testing.assert_close(third.routing.evidence.scores_TE, logits.softmax(-1))
+
+
 def test_names_of_a_shared_gates_experts():
     with record(layer := build("domain ple")) as tape:
         layer(examples(5), context("domain ple", 5))

@@ -31,7 +31,10 @@ model:
   init_args:
     shared:
       class_path: core.CGC
-      init_args: {num_experts: 2, num_task_experts: 1, expert: {class_path: core.MLP, init_args: {hidden_dims: [8]}}}
+      init_args:
+        num_experts: 2
+        num_task_experts: [1, 2]
+        expert: {class_path: core.MLP, init_args: {hidden_dims: [8]}}
     embedding: {dim: 4}
     dense: {kind: quantile}
     weighting: {weights: {click: 2.0}}

@@ -70,10 +70,11 @@ def test_reading_leaves_nothing_behind():
         (core.MMoE(3, MLP), ["shared0", "shared1", "shared2"]),
         (core.CGC(2, MLP, num_task_experts=1), ["shared0", "shared1", "task0.0", "task1.0"]),
         (core.CGC(1, MLP, num_task_experts=1, self_gate=1), ["shared0", "task0.0", "self0.0", "task1.0", "self1.0"]),
+        (core.CGC(1, MLP, num_task_experts=(0, 2)), ["shared0", "task1.0", "task1.1"]),
         (core.MMoE(3, MLP, router=core.TokenChoice(top_k=3)), ["0", "1", "2"]),
         (core.MMoE(3, MLP, router=core.TokenChoice(top_k=3), selection="shared"), ["shared0", "shared1", "shared2"]),
     ],
-    ids=["mmoe", "cgc", "self_gate", "sparse", "selected"],
+    ids=["mmoe", "cgc", "self_gate", "uneven", "sparse", "selected"],
 )
 def test_a_dead_expert_is_found_whichever_it_is(shared, names):
     for dead, name in enumerate(names):
