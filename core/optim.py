@@ -90,19 +90,19 @@ class RowAdam(torch.optim.Optimizer):
             return
         if grad.sparse_dim() != 1:
             raise ValueError(f"a sparse gradient has {grad.sparse_dim()} sparse dimensions: it must be one of rows")
-        _each_chunk(tables, *_coalesced(grad), moved)
+        grad = coalesced(grad)
+        _each_chunk(tables, grad._indices()[0], grad._values(), moved)
 
 
-def _coalesced(grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the rows of a sparse gradient, each once, and their values.
+def coalesced(grad: Tensor) -> Tensor:
+    """Return a sparse gradient of rows in which each row stands once.
 
     Autograd hands a gradient on without the mark that it is coalesced, and sorting and copying it again takes longer
-    than a look at the order of its rows.
+    than a look at the order of its rows. So the result may lack the mark.
     """
     row_U = grad._indices()[0]
-    if not grad.is_coalesced() and not bool((row_U[1:] > row_U[:-1]).all()):
-        grad = grad.coalesce()
-    return grad._indices()[0], grad._values()
+    in_order = grad.is_coalesced() or bool((row_U[1:] > row_U[:-1]).all())
+    return grad if in_order else grad.coalesce()
 
 
 def _each_chunk(tables: tuple[Tensor, ...], row_U: Tensor, grad_U: Tensor, fn: Callable[..., None]) -> None:

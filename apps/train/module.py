@@ -23,6 +23,7 @@ from apps.train.finite import check_loss
 from apps.train.linked import LinkedModule
 from apps.train.measures import ModelSize, Throughput
 from apps.train.optimizers import OptimizerConfig, build_optimizer, parameter_groups
+from apps.train.row_gradients import check_processes, clip_with_rows
 
 Stage = Literal["train", "val", "test"]
 
@@ -261,10 +262,23 @@ class SparseModule(LinkedModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         config = self.optimizer_config
+        if self._trainer is not None:
+            check_processes(self, self._trainer.world_size)
         optimizer = build_optimizer(self, config)
         # The state of a LambdaLR holds no plain function, so a resumed run follows its own flags.
         scheduler = LambdaLR(optimizer, lambda step: config.factor(step, self._total_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        parameters = (p for group in optimizer.param_groups for p in group["params"])
+        algorithm = gradient_clip_algorithm or "norm"
+        if not (gradient_clip_val and clip_with_rows(parameters, gradient_clip_val, algorithm)):
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         # In on_train_batch_end it would be too late: Lightning calls the callbacks' hook, which may save, first.

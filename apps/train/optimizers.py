@@ -1,4 +1,5 @@
-"""The optimizer of every app: AdamW, or Muon with AdamW beside it, over groups of routers, experts and the rest."""
+"""The optimizer of every app: AdamW, Muon with AdamW beside it, or Adam of the rows with a gradient, over groups of
+routers, experts and the rest."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from torch import nn
 import core
 from apps.base.checks import check_at_least, check_name
 from apps.train.muon import MuonAdamW
+from apps.train.row_gradients import row_sparse_module
 
 
 @core.register_config
@@ -22,7 +24,9 @@ class OptimizerConfig:
 
     Attributes:
         name: "adamw"; or "muon" for the matrices inside the network, with AdamW for embeddings, the read-out, routers,
-            biases and norms. Muon's steps have the size of AdamW's, so that ``lr`` means the same.
+            biases and norms. Muon's steps have the size of AdamW's, so that ``lr`` means the same. Or "row_adam"
+            (``core.RowAdam``), which moves the rows of a table that have a gradient alone, for ``PEER`` with
+            ``row_sparse``; all other parameters it moves as AdamW.
         lr: peak learning rate.
         weight_decay: decoupled weight decay; biases, norms and other 1-d parameters have none.
         betas: decay rates of Adam's two moments.
@@ -43,7 +47,7 @@ class OptimizerConfig:
         ValueError: a value outside its range.
     """
 
-    name: Literal["adamw", "muon"] = "adamw"
+    name: Literal["adamw", "muon", "row_adam"] = "adamw"
     lr: float = 1e-3
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.999)
@@ -60,10 +64,10 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))  # a list in YAML and in a checkpoint
-        check_name("optimizer.name", self.name, ("adamw", "muon"))
+        check_name("optimizer.name", self.name, ("adamw", "muon", "row_adam"))
         check_name("optimizer.schedule", self.schedule, ("cosine", "inverse_sqrt", "constant"))
-        if self.name == "muon" and self.fused:
-            raise ValueError("optimizer.fused=True is a kernel of AdamW's; optimizer.name='muon' has none")
+        if self.name != "adamw" and self.fused:
+            raise ValueError(f"optimizer.fused=True is a kernel of AdamW's; optimizer.name={self.name!r} has none")
         if not 0 <= self.muon_momentum < 1:
             raise ValueError(f"optimizer.muon_momentum={self.muon_momentum} must lie in [0, 1)")
         if not self.lr > 0:
@@ -98,13 +102,25 @@ class OptimizerConfig:
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """Return the optimizer of ``parameter_groups(model, config)``."""
+    """Return the optimizer of ``parameter_groups(model, config)``.
+
+    Raises:
+        ValueError: an optimizer other than ``RowAdam`` would get sparse gradients of rows.
+    """
+    sparse = row_sparse_module(model)
+    if sparse is not None and config.name != "row_adam":
+        raise ValueError(
+            f"optimizer.name={config.name!r} takes no sparse gradients, which {sparse} makes: set optimizer.name to "
+            "'row_adam', or the experts' row_sparse to false"
+        )
     groups = parameter_groups(model, config)
     options: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "weight_decay": 0.0}
     if config.fused:
         options["fused"] = True
     if config.name == "muon":
         return MuonAdamW(groups, momentum=config.muon_momentum, **options)
+    if config.name == "row_adam":
+        return core.RowAdam(groups, **options)
     return torch.optim.AdamW(groups, **options)
 
 

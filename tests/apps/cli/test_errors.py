@@ -39,7 +39,7 @@ from apps.cli.errors import reduce_message
         (["--trainer.gradient_clip_val", "x"], "trainer.gradient_clip_val=x is not one of int, float"),
         (["--seed_everything", "abc"], "seed_everything=abc is not one of bool, int"),
         (["--trainer.precision", "half"], "trainer.precision=half is not one of 64, 32, 16, transformer-engine, "),
-        (["--model.optimizer.name", "sgd"], "model.optimizer.name=sgd is not one of adamw, muon"),
+        (["--model.optimizer.name", "sgd"], "model.optimizer.name=sgd is not one of adamw, muon, row_adam"),
         (["--trainer.max_epochs"], "trainer.max_epochs"),
         (["--nonsense", "1"], "nonsense does not exist"),
         (["stray"], "unexpected argument 'stray': options are written --key value"),
