@@ -25,6 +25,7 @@ from core import (
     FFN,
     Balance,
     MoEConfig,
+    ReLURouting,
     RoutingContext,
     RoutingStats,
     TokenChoice,
@@ -159,6 +160,20 @@ def bias_step(rank: int, kind: str) -> Outcome:
     return {"bias": layer.router.expert_bias.clone()}
 
 
+def l1_step(rank: int, kind: str) -> Outcome:
+    """Rank 0 sends 4 tokens that take both experts, rank 1 sends 12 that take none; one process sees all 16."""
+    layer = MoEConfig(2, ReLURouting(1, l1_start=0.5, l1_factor=2.0)).build(2)
+    with torch.no_grad():
+        layer.router.gate.weight.copy_(torch.eye(2))
+    halves = [torch.ones(4, 2), -torch.ones(12, 2)]
+    x = torch.cat(halves) if rank < 0 else halves[rank]
+    net = DistributedDataParallel(layer) if kind == "ddp" else layer
+    with record(net) as tape:
+        net(x)
+    update_expert_bias(net, tape)
+    return {"weight": layer.router.l1_weight.clone()}
+
+
 def idle_rank(rank: int, kind: str) -> Outcome:
     """Rank 1 has padding alone."""
     x, valid = batch()
@@ -276,6 +291,7 @@ SCENARIOS: dict[str, Callable[[int, str], Outcome]] = {
     "accumulation": accumulation,
     "idle rank": idle_rank,
     "bias": bias_step,
+    "l1": l1_step,
 }
 if importlib.util.find_spec("triton"):
     SCENARIOS["fused gate"] = fused_gate
@@ -283,7 +299,7 @@ CASES = [
     (name, kind)
     for name in SCENARIOS
     for kind in WRAPS
-    if (name, kind) not in {("accumulation", "fsdp"), ("bias", "fsdp")}
+    if (name, kind) not in {("accumulation", "fsdp"), ("bias", "fsdp"), ("l1", "fsdp")}
 ]
 
 
@@ -304,7 +320,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict]]:
     return on_two_ranks(work, tmp_path_factory.mktemp("ranks"))
 
 
-@pytest.mark.parametrize("name, kind", [case for case in CASES if case[0] != "bias"])
+@pytest.mark.parametrize("name, kind", [case for case in CASES if case[0] not in ("bias", "l1")])
 def test_two_ranks_equal_one_process_on_the_whole_batch(ranks, name, kind):
     expected = SCENARIOS[name](-1, "none")
     for rank in range(WORLD):
@@ -333,6 +349,13 @@ def test_bias_moves_by_the_loads_of_all_ranks(ranks):
     assert bias_step(-1, "none")["bias"].tolist() == [-0.125, -0.125, 0.125]
     for rank in range(WORLD):
         assert ranks[rank]["steps"]["bias", "ddp"]["bias"].tolist() == [-0.125, -0.125, 0.125]
+
+
+def test_the_weight_of_an_l1_norm_follows_the_share_of_all_ranks(ranks):
+    # 8 positive gates of 32, below K / E = 1/2: the weight is halved. Rank 0 alone (8 of 8) would double it, and the
+    # mean of the ranks' shares, 1/2, would leave it.
+    assert l1_step(-1, "none")["weight"].item() == 0.25
+    assert [rank["steps"]["l1", "ddp"]["weight"].item() for rank in ranks] == [0.25, 0.25]
 
 
 def test_a_scaled_loss_scales_gradients_on_every_rank_exactly(ranks):
