@@ -14,6 +14,7 @@ from .contract import (
     record,
 )
 from .convert import adapt, average_experts, freeze_experts, grow_experts
+from .convert import freeze_experts, grow_experts, hold_experts
 from .experts import (
     FFN,
     GEGLU,
@@ -183,6 +184,7 @@ __all__ = [
     "expert_linear",
     "freeze_experts",
     "grow_experts",
+    "hold_experts",
     "is_registered",
     "moe_layers",
     "record",

@@ -1,4 +1,5 @@
-"""``grow_experts`` adds experts to a layer that may be trained, and ``freeze_experts`` keeps some of them as they are.
+"""``grow_experts`` adds experts to a layer that may be trained; ``freeze_experts`` and ``hold_experts`` keep some of
+them as they are.
 
 The gate of the larger layer is built anew from the router's config. An axis of one of its tensors that is longer than
 before counts the experts, so that no name of a parameter is asked for, and a gate of yours grows as well.
@@ -7,8 +8,8 @@ before counts the experts, so that no name of a parameter is asked for, and a ga
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -102,8 +103,8 @@ def freeze_experts(layer: MoE, experts: Collection[int]) -> None:
 
     Hooks stay through ``load_state_dict``, ``to`` and ``train``. They are no part of a ``state_dict``, a copy or a
     pickle: call this again on the layer that is loaded into, before ``DistributedDataParallel`` or FSDP2 wraps it. An
-    optimizer moves a row by more than its gradient where it decays weights, or has a momentum from before: give these
-    parameters no weight decay, and an optimizer that is new.
+    optimizer moves a row by more than its gradient where it decays weights, or has a momentum from before: see
+    ``hold_experts``.
 
     Args:
         layer: as ``grow_experts`` takes it.
@@ -112,24 +113,81 @@ def freeze_experts(layer: MoE, experts: Collection[int]) -> None:
     Raises:
         ValueError: an index is out of range, or a layer that ``grow_experts`` refuses.
     """
+    for part in _parts_of_experts(layer, experts):
+        if part.axis is None:
+            part.parameter.requires_grad_(False)
+        else:
+            _mask_gradient(part.parameter, part.axis, part.learning)
+
+
+def hold_experts(optimizer: torch.optim.Optimizer, layer: MoE, experts: Collection[int]) -> None:
+    """Put the rows of frozen experts back after each step of an optimizer, which may decay weights or have a momentum.
+
+    A step then copies these rows twice. New experts are decayed as the optimizer says.
+
+    Args:
+        optimizer: any that steps the parameters of the layer.
+        layer: as ``grow_experts`` takes it.
+        experts: indices in ``range(E)``, those of ``freeze_experts``.
+
+    Raises:
+        ValueError: as ``freeze_experts``.
+
+    Example::
+
+        core.freeze_experts(layer, range(8))
+        core.hold_experts(optimizer, layer, range(8))
+    """
+    held = [
+        (part.parameter, part.axis, (~part.learning).nonzero().flatten())
+        for part in _parts_of_experts(layer, experts)
+        if part.axis is not None and part.parameter.requires_grad
+    ]
+    kept: list[list[Tensor]] = []  # a stack: the step of an optimizer may call that of its base class
+
+    def before(*step: Any) -> None:
+        kept.append([p.detach().index_select(axis, row.to(p.device)) for p, axis, row in held])
+
+    def after(*step: Any) -> None:
+        with torch.no_grad():
+            for (p, axis, row), value in zip(held, kept.pop(), strict=True):
+                p.index_copy_(axis, row.to(p.device), value)
+
+    optimizer.register_step_pre_hook(before)
+    optimizer.register_step_post_hook(after)
+
+
+class _PartOfExperts(NamedTuple):
+    """A parameter with rows of experts.
+
+    Attributes:
+        parameter: one of the experts or the router.
+        axis: the axis that counts the experts; None for what a gate has for all experts in common.
+        learning: bool (length of the axis,), False where the row stays as it is.
+    """
+
+    parameter: Tensor
+    axis: int | None
+    learning: Tensor
+
+
+def _parts_of_experts(layer: MoE, frozen: Collection[int]) -> Iterator[_PartOfExperts]:
+    """Yield every parameter of a layer's experts and router, with the rows of the frozen experts."""
     router, stacked = _parts(layer)
     E = stacked.num_experts
-    for e in experts:
+    for e in frozen:
         if not 0 <= e < E:
             raise ValueError(f"expert {e} is not in range({E})")
-    learning = torch.tensor([e not in set(experts) for e in range(E)])
+    learning = torch.tensor([e not in set(frozen) for e in range(E)])
     for parameter in stacked.parameters():
-        _mask_gradient(parameter, 0, learning)
+        yield _PartOfExperts(parameter, 0, learning)
     more = _num_groups(router.config)
     larger = router.config.build(_width(layer), E + more, router.capacity)
     for (name, parameter), other in zip(router.named_parameters(), larger.parameters(), strict=True):
         axis = _axis_of_experts(name, parameter, other, E, more)
-        if axis is None:
-            parameter.requires_grad_(False)
-            continue
         # What stands past the experts, as null experts do, is as old as they are.
-        rest = torch.zeros(parameter.shape[axis] - E, dtype=torch.bool)
-        _mask_gradient(parameter, axis, torch.cat((learning, rest)))
+        past = 0 if axis is None else parameter.shape[axis] - E
+        yield _PartOfExperts(parameter, axis, torch.cat((learning, torch.zeros(past, dtype=torch.bool))))
 
 
 def _mask_gradient(parameter: Tensor, axis: int, learning: Tensor) -> None:

@@ -175,6 +175,52 @@ def test_frozen_experts_and_rows_of_the_gate_stay_and_new_ones_learn():
     assert again.experts.w_in.grad[3:].any()
 
 
+def momentum_from_before(parameters):
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.1)
+
+
+def decay(parameters):
+    return torch.optim.AdamW(parameters, lr=0.1, weight_decay=0.5)
+
+
+@pytest.mark.parametrize("make", [momentum_from_before, decay])
+def test_held_experts_stay_under_any_optimizer_and_new_ones_are_decayed(make):
+    layer = built(MoEConfig(5, core.NullExperts(2, 2), core.FFN(6)))
+    optimizer, frozen = make(layer.parameters()), (0, 2)
+
+    def steps() -> None:
+        for _ in range(2):
+            optimizer.zero_grad()
+            layer(tokens()).square().sum().backward()
+            optimizer.step()
+
+    steps()  # the optimizer has a state of all experts
+    core.freeze_experts(layer, frozen)
+    core.hold_experts(optimizer, layer, frozen)
+    before = {k: v.clone() for k, v in layer.state_dict().items()}
+    steps()
+    for name, value in layer.state_dict().items():
+        assert all(torch.equal(value[e], before[name][e]) for e in frozen), name
+        assert all(not torch.equal(value[e], before[name][e]) for e in (1, 3, 4)), name
+    gate = next(n for n, v in before.items() if v.shape[0] == 7)
+    assert torch.equal(layer.state_dict()[gate][5:], before[gate][5:])  # null experts are as old
+
+
+def test_a_step_within_a_step_holds_experts():
+    class Twice(torch.optim.SGD):
+        def step(self, closure=None):
+            super().step(closure)
+            return super().step()
+
+    layer = built(MoEConfig(2, TokenChoice(1), core.FFN(6)))
+    optimizer, before = Twice(layer.parameters(), lr=0.1, weight_decay=0.5), layer.experts.w_in.detach().clone()
+    core.hold_experts(optimizer, layer, [1])
+    layer(tokens()).square().sum().backward()
+    optimizer.step()
+    assert torch.equal(layer.experts.w_in[1], before[1])
+    assert not torch.equal(layer.experts.w_in[0], before[0])
+
+
 def test_what_a_gate_has_for_all_experts_is_frozen_as_a_whole():
     layer = built(MoEConfig(4, core.Cosine(2, proj_dim=3), core.FFN(6)))
     core.grow_experts(layer, 1, freeze=True)
