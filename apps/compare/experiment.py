@@ -65,6 +65,11 @@ class Experiment:
             raise UsageError(
                 "trainer.fast_dev_run: a comparison needs whole runs; use few steps, as configs/debug.yaml"
             )
+        if getattr(model, "grow", None) is not None:
+            raise UsageError(
+                "model.grow: a comparison trains all models from scratch, and the baselines have no trained model to "
+                "grow from; set it to null"
+            )
         self._cli.datamodule = data
         self._cli._check_links()
         self.monitor, self.monitor_mode = model.monitor, model.monitor_mode

@@ -22,6 +22,7 @@ from apps.nlp.decode import DecodeConfig, in_dtype
 from apps.nlp.foreseen import of_mean_length, per_sentence
 from apps.nlp.predict import Candidate, Line, as_text, identity_of, in_order, num_lines
 from apps.porting import Architecture, config_of, load_pretrained_weights, subwords_of
+from apps.train.growing import GrowConfig
 from apps.train.module import OptimizerConfig, SparseModule, TaskOutput
 from apps.train.predicting import Prediction, PredictionStream
 from core.config.plain import to_plain
@@ -57,14 +58,17 @@ class TextModule(SparseModule, Comparable):
         optimizer: OptimizerConfig | None,
         ema_decay: float | None,
         average_last: int | None,
+        grow: GrowConfig | None,
         pretrained: str | None,
         attention_moe: core.MoEConfig | None,
     ) -> None:
-        super().__init__(optimizer=optimizer, ema_decay=ema_decay, average_last=average_last)
+        super().__init__(optimizer=optimizer, ema_decay=ema_decay, average_last=average_last, grow=grow)
         if not 0.0 <= label_smoothing < 1.0:
             raise ValueError(f"label_smoothing={label_smoothing} is not in [0, 1)")
         if subwords is None:
             raise ValueError("subwords=None: they come from the data (data.subwords)")
+        if pretrained is not None and grow is not None:
+            raise ValueError(f"pretrained={pretrained!r} with grow: a training begins with the weights of one model")
         if pretrained is not None and attention_moe is not None:
             raise ValueError(f"pretrained={pretrained!r} has no weights for the heads of attention_moe")
         self.subwords, self.transformer, self.moe = subwords, transformer or TransformerConfig(), moe

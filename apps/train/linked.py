@@ -91,6 +91,14 @@ class LinkedModule(LightningModule):
             checkpoint["encoding"] = self.encoding_state
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.adopt_encoding(checkpoint)
+
+    def adopt_encoding(self, checkpoint: Mapping[str, Any]) -> None:
+        """Take the encoding of a checkpoint's data, and give it to the trainer's data, if there are any.
+
+        Raises:
+            ValueError: the data do not fit the model.
+        """
         self._encoding = checkpoint.get("encoding")
         if self._data() is not None:
             self._link()

@@ -6,9 +6,9 @@ An app subclasses ``SparseModule`` and brings a network, a task loss and metrics
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 from lightning.pytorch import Callback
@@ -20,6 +20,7 @@ import core
 from apps.base.checks import check_at_least
 from apps.train.averaging import WeightAverage, WeightEMA
 from apps.train.finite import check_loss
+from apps.train.growing import GrowConfig, freeze, grow_from, hold
 from apps.train.linked import LinkedModule
 from apps.train.measures import ModelSize, Throughput
 from apps.train.optimizers import OptimizerConfig, build_optimizer, parameter_groups
@@ -80,6 +81,7 @@ class SparseModule(LinkedModule):
             checkpoint are then the average. None for no average.
         average_last: number of last epochs at whose ends the weights are averaged into ``average.ckpt``, which a
             comparison tests. None for no such file.
+        grow: trained model of fewer experts with whose weights a training begins that resumes none. None for none.
 
     Raises:
         ValueError: ema_decay outside (0, 1), average_last below 1, or both.
@@ -112,6 +114,7 @@ class SparseModule(LinkedModule):
         optimizer: OptimizerConfig | None = None,
         ema_decay: float | None = None,
         average_last: int | None = None,
+        grow: GrowConfig | None = None,
     ) -> None:
         super().__init__()
         if ema_decay is not None and not 0 < ema_decay < 1:
@@ -120,12 +123,17 @@ class SparseModule(LinkedModule):
         if ema_decay is not None and average_last is not None:
             raise ValueError(f"average_last={average_last} with ema_decay={ema_decay}: the weights have one average")
         self.optimizer_config = optimizer or OptimizerConfig()
-        self.ema_decay, self.average_last = ema_decay, average_last
+        self.ema_decay, self.average_last, self.grow = ema_decay, average_last, grow
+        self._frozen: Mapping[str, Sequence[int]] = {}
         self._stage_metrics = nn.ModuleDict()
         self._tape: core.Tape | None = None
         self._stats: core.RoutingStats | None = None
         self._total_steps = math.inf
         self.num_trained = 0
+
+    def twin(self, **changed: Any) -> Self:
+        without = {"grow": None} if "grow" in self._arguments else {}  # a twin has other layers
+        return super().twin(**{**without, **changed})
 
     # ---- what a subclass brings
 
@@ -265,6 +273,7 @@ class SparseModule(LinkedModule):
         if self._trainer is not None:
             check_processes(self, self._trainer.world_size)
         optimizer = build_optimizer(self, config)
+        hold(optimizer, self, self._frozen)
         # The state of a LambdaLR holds no plain function, so a resumed run follows its own flags.
         scheduler = LambdaLR(optimizer, lambda step: config.factor(step, self._total_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -317,12 +326,31 @@ class SparseModule(LinkedModule):
     # ---- set-up and passes
 
     def setup(self, stage: str) -> None:
+        if stage == "fit" and self.grow is not None and self.starts_afresh:
+            loader = getattr(self._data(), "val_dataloader", None)
+            batches = loader() if loader is not None and self.grow.start == "copy" else None
+            self._freeze(grow_from(self, self.grow, batches))
         metrics: Any = self.build_metrics()
         if metrics is not None and not len(self._stage_metrics):
             for name in ("val", "test"):
                 own = metrics.clone(prefix=f"{name}/") if hasattr(metrics, "items") else metrics.clone()
                 self._stage_metrics[name] = own
         super().setup(stage)
+
+    def _freeze(self, old_experts: Mapping[str, Sequence[int]]) -> None:
+        """Freeze the experts that were there before the model grew, if it is to be so."""
+        if self.grow is not None and self.grow.freeze:
+            self._frozen = dict(old_experts)
+            freeze(self, self._frozen)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        if self._frozen:
+            checkpoint["frozen_experts"] = {name: list(experts) for name, experts in self._frozen.items()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self._freeze(checkpoint.get("frozen_experts", {}))
 
     def configure_callbacks(self) -> list[Callback]:
         callbacks: list[Callback] = []

@@ -23,6 +23,7 @@ from apps.equal_cost.twins import dense_twins
 from apps.nets.blocks import one_ffn
 from apps.nets.depths import MixtureOfDepths
 from apps.nets.place import Place
+from apps.train.growing import GrowConfig
 from apps.train.module import OptimizerConfig, SparseModule, TaskOutput
 from apps.vision.encoding import ImageEncoding, normalize
 from apps.vision.few_shot import hard_labels
@@ -96,6 +97,7 @@ class VisionClassifier(SparseModule, Comparable):
         grad_checkpointing: recompute the blocks in the backward, to save memory.
         optimizer: learning rate, weight decay and schedule.
         ema_decay: decay of the moving average of the weights; None: none.
+        grow: trained model of fewer experts with whose weights a training begins; None: none.
         report: the report that a test adds to the accuracy; None: nothing.
 
     Raises:
@@ -129,9 +131,12 @@ class VisionClassifier(SparseModule, Comparable):
         grad_checkpointing: bool = False,
         optimizer: OptimizerConfig | None = None,
         ema_decay: float | None = None,
+        grow: GrowConfig | None = None,
         report: VisionReportConfig | None = _REPORT,
     ) -> None:
-        super().__init__(optimizer=optimizer, ema_decay=ema_decay)
+        super().__init__(optimizer=optimizer, ema_decay=ema_decay, grow=grow)
+        if pretrained is not None and grow is not None:
+            raise ValueError(f"pretrained={pretrained!r} with grow: a training begins with the weights of one model")
         if not 0.0 <= label_smoothing < 1.0:
             raise ValueError(f"label_smoothing={label_smoothing} is not in [0, 1)")
         if num_classes < 2:

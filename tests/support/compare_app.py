@@ -19,6 +19,7 @@ from apps.data.loader import ResumableLoader
 from apps.equal_cost.comparable import Baseline, Comparable, ExampleDifference, RoutedLayers
 from apps.equal_cost.search import Search
 from apps.nets.place import Place
+from apps.train.growing import GrowConfig
 from apps.train.module import OptimizerConfig, SparseModule, TaskOutput
 
 D, TOKENS, CLASSES = 8, 4, 3
@@ -34,7 +35,7 @@ class TinyModel(SparseModule, Comparable):
             "centroids" (no torch model), "tuned_centroids" (one with settings), "none" (one that cannot exist).
         further: metrics for the table beside top1; the module logs "top2" too.
         explodes_from: least learning rate that gives a NaN loss.
-        optimizer, ema_decay, average_last: as in ``SparseModule``.
+        optimizer, ema_decay, average_last, grow: as in ``SparseModule``.
         keeps_examples: whether a comparison has the result of each test point.
     """
 
@@ -52,8 +53,9 @@ class TinyModel(SparseModule, Comparable):
         ema_decay: float | None = None,
         average_last: int | None = None,
         keeps_examples: bool = False,
+        grow: GrowConfig | None = None,
     ) -> None:
-        super().__init__(optimizer=optimizer, ema_decay=ema_decay, average_last=average_last)
+        super().__init__(optimizer=optimizer, ema_decay=ema_decay, average_last=average_last, grow=grow)
         self.keeps_examples, self._tested = keeps_examples, []
         self.moe, self.offers, self.explodes_from = moe, offers or ["dense_equal_flops"], explodes_from
         self.further = tuple(further or ())

@@ -17,6 +17,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 import core
 from apps.data.loader import ResumableLoader
+from apps.train.growing import GrowConfig
 from apps.train.module import OptimizerConfig, SparseModule, TaskOutput
 from apps.train.predicting import Prediction, PredictionStream
 
@@ -44,7 +45,7 @@ class TinyModule(SparseModule):
         dropout: probability.
         explode_at: optimizer step, from 0, whose loss is NaN.
         seconds: sleep in each step.
-        optimizer, ema_decay, average_last: as in ``SparseModule``.
+        optimizer, ema_decay, average_last, grow: as in ``SparseModule``.
     """
 
     data_arguments: ClassVar[tuple[str, ...]] = ("num_classes",)
@@ -60,8 +61,9 @@ class TinyModule(SparseModule):
         optimizer: OptimizerConfig | None = None,
         ema_decay: float | None = None,
         average_last: int | None = None,
+        grow: GrowConfig | None = None,
     ) -> None:
-        super().__init__(optimizer=optimizer, ema_decay=ema_decay, average_last=average_last)
+        super().__init__(optimizer=optimizer, ema_decay=ema_decay, average_last=average_last, grow=grow)
         if width % 2:
             raise ValueError(f"width={width} is not even")
         self.num_classes, self.explode_at, self.seconds = num_classes, explode_at, seconds

@@ -23,6 +23,7 @@ from apps.nlp.foreseen import PieceMetrics, perplexity, read_ids, token_metrics
 from apps.nlp.language.data import TextBatch, TextSize, prompt_batches
 from apps.nlp.module import TextModule, published_network
 from apps.nlp.predict import Candidate, check_one, checked_texts, decoding
+from apps.train.growing import GrowConfig
 from apps.train.module import OptimizerConfig, Stage, TaskOutput
 
 _LAYERS = "all"
@@ -111,6 +112,7 @@ class LanguageModeler(TextModule):
         optimizer: learning rate, weight decay and schedule.
         ema_decay: of the moving average of the weights; None: none.
         average_last: epochs whose weights at their end are averaged at last; None: none.
+        grow: trained model of fewer experts with whose weights a training begins; None: none.
         pretrained: folder of a published checkpoint, as `apps.porting` reads it: its weights are those with which
             the first training or test begins that no checkpoint gives its own; ``data.tokenizer.path`` takes its
             subwords. Where ``transformer`` is None its network is taken; a given one must be the same, but for dropout.
@@ -139,6 +141,7 @@ class LanguageModeler(TextModule):
         optimizer: OptimizerConfig | None = None,
         ema_decay: float | None = None,
         average_last: int | None = None,
+        grow: GrowConfig | None = None,
         pretrained: str | None = None,
         attention_moe: core.MoEConfig | None = None,
         universal: Universal | None = None,
@@ -157,6 +160,7 @@ class LanguageModeler(TextModule):
             optimizer=optimizer,
             ema_decay=ema_decay,
             average_last=average_last,
+            grow=grow,
             pretrained=pretrained,
             attention_moe=attention_moe,
         )

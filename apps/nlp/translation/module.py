@@ -25,6 +25,7 @@ from apps.nlp.predict import Candidate, check_one, checked_texts, decoding, sour
 from apps.nlp.text.batch import TranslationBatch
 from apps.nlp.translation.metrics import Sentence, TranslationMetrics, bleu_tokenizers, signatures
 from apps.nlp.translation.report import TranslationReport, TranslationReportConfig, examples, side_by_side
+from apps.train.growing import GrowConfig
 from apps.train.module import OptimizerConfig, Stage, TaskOutput
 
 _DECODE = DecodeConfig()
@@ -82,6 +83,7 @@ class Translator(TextModule):
         optimizer: learning rate, weight decay and schedule.
         ema_decay: of the moving average of the weights; None: none.
         average_last: epochs whose weights at their end are averaged at last; None: none.
+        grow: trained model of fewer experts with whose weights a training begins; None: none.
         pretrained: folder of a published checkpoint, as `apps.porting` reads it: its weights are those with which
             the first training or test begins that no checkpoint gives its own; ``data.tokenizer.path`` takes its
             subwords. Where ``transformer`` is None its network is taken; a given one must be the same, but for dropout.
@@ -114,6 +116,7 @@ class Translator(TextModule):
         optimizer: OptimizerConfig | None = None,
         ema_decay: float | None = None,
         average_last: int | None = None,
+        grow: GrowConfig | None = None,
         pretrained: str | None = None,
         report: TranslationReportConfig | None = _REPORT,
         attention_moe: core.MoEConfig | None = None,
@@ -134,6 +137,7 @@ class Translator(TextModule):
             optimizer=optimizer,
             ema_decay=ema_decay,
             average_last=average_last,
+            grow=grow,
             pretrained=pretrained,
             attention_moe=attention_moe,
         )

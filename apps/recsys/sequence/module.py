@@ -22,6 +22,7 @@ from apps.nets.place import Place, check_fits, check_layers
 from apps.recsys.metrics import RankingMetrics
 from apps.recsys.sequence import scoring
 from apps.recsys.sequence.model import HistoryModel, HistoryModelConfig, check_ids, last_of
+from apps.train.growing import GrowConfig
 from apps.train.module import OptimizerConfig, SparseModule, TaskOutput
 from core.config.plain import from_plain
 
@@ -71,6 +72,7 @@ class NextItemRecommender(SparseModule, Comparable):
         top_k: number of items that a prediction names.
         optimizer: learning rate, weight decay and schedule.
         ema_decay: decay of the moving average of the weights; None: there is no average.
+        grow: trained model of fewer experts with whose weights a training begins; None: none.
 
     Raises:
         ValueError: a value is out of its range, or the parts do not fit together.
@@ -97,11 +99,13 @@ class NextItemRecommender(SparseModule, Comparable):
         top_k: int = 10,
         optimizer: OptimizerConfig | None = None,
         ema_decay: float | None = None,
+        grow: GrowConfig | None = None,
     ) -> None:
         sequence = from_plain(sequence, HistoryModelConfig, "sequence")
         moe, dense_ffn = from_plain(moe, core.MoEConfig, "moe"), from_plain(dense_ffn, core.DenseFFN, "dense_ffn")
         optimizer = from_plain(optimizer, OptimizerConfig, "optimizer")
-        super().__init__(optimizer=optimizer, ema_decay=ema_decay)
+        grow = from_plain(grow, GrowConfig, "grow")
+        super().__init__(optimizer=optimizer, ema_decay=ema_decay, grow=grow)
         check_at_least(1, top_k=top_k)
         self.sequence, self.moe, self.moe_blocks = sequence or HistoryModelConfig(), moe, moe_blocks
         self.num_items, self.max_length = num_items, max_length
