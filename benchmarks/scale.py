@@ -35,8 +35,9 @@ from apps.recsys.encoding.features import CategoricalFeature, Features
 from apps.recsys.tables.batch import TableBatch
 from apps.recsys.tables.embedding import EmbeddingConfig
 from apps.recsys.tables.module import MultiTaskRecommender
-from apps.recsys.tables.sharding import is_split, tables
+from apps.recsys.tables.sharding import tables
 from apps.recsys.tables.strategy import TorchRecStrategy
+from apps.train.torchrec_rows import is_split
 
 SHARDINGS = ("table_wise", "row_wise", "column_wise")
 

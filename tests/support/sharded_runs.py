@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.plugins import MixedPrecision
+from sharded_neurons import train_on_a_part
 
 import core
 from apps.recsys.schema import SplitConfig, TableConfig, TaskConfig
@@ -206,6 +207,7 @@ def worker(rank: int, folder: str, port: int) -> None:
     results |= _resumed(root) | _tested(root) | _refused(root)
     _fit_deferred(root)
     _fit_copies(root)
+    results["neurons"] = train_on_a_part(root / "neurons.ckpt")
     torch.save(results, root / f"rank{rank}.pt")
     dist.barrier()
 

@@ -12,8 +12,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 import torch.distributed as dist
-from fbgemm_gpu.split_embedding_configs import EmbOptimType
-from torch import Tensor, nn
+from torch import nn
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder, ShardedEmbeddingBagCollection
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
@@ -28,18 +27,13 @@ from torchrec.distributed.types import ShardingPlan
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from apps.base.checks import check_name
+from apps.train.torchrec_rows import OPTIMIZERS, is_split
 
 Sharding = Literal["auto", "table_wise", "row_wise", "column_wise", "table_row_wise", "data_parallel"]
 ComputeKernel = Literal["fused", "fused_uvm", "fused_uvm_caching"]
 
 # What the planner may choose by itself does not change the result, but for the order of sums.
 _AUTO = ("table_wise", "row_wise", "table_row_wise")
-OPTIMIZERS = {
-    "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
-    "adagrad": EmbOptimType.EXACT_ADAGRAD,
-    "sgd": EmbOptimType.EXACT_SGD,
-    "adam": EmbOptimType.ADAM,
-}
 _GIB = 2**30
 
 
@@ -202,17 +196,6 @@ def tables(module: nn.Module) -> dict[str, Any]:
     return {f"{path}.{name}": value for path, c in collections_by_path for name, value in c.state_dict().items()}
 
 
-@torch.no_grad()
-def copy_rows(target: Any, full: Tensor) -> None:
-    """Copy the part of the whole table ``full`` that this process holds of ``target``, one of ``tables``."""
-    if not is_split(target):
-        target.copy_(full)
-        return
-    for part in target.local_shards():
-        (row, column), (rows, columns) = part.metadata.shard_offsets, part.metadata.shard_sizes
-        part.tensor.copy_(full[row : row + rows, column : column + columns])
-
-
 def draw_rows(target: Any, name: str, owner: nn.Module) -> None:
     """Start the rows that this process holds of a table that no process holds whole.
 
@@ -235,8 +218,3 @@ def draw_rows(target: Any, name: str, owner: nn.Module) -> None:
         entropy = [torch.initial_seed(), zlib.crc32(name.encode()), row, column]
         seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)
         draw(rows, row, torch.Generator(rows.device).manual_seed(seed))
-
-
-def is_split(value: Any) -> bool:
-    """Tell whether a value of a state dict is spread over the processes."""
-    return hasattr(value, "local_shards")

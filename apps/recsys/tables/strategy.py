@@ -31,9 +31,10 @@ from apps.base.checks import check_name
 from apps.base.files import delete
 from apps.recsys.tables import sharding
 from apps.recsys.tables.embedding import EmbeddingConfig, check_rows_are_stepped, set_lr
-from apps.recsys.tables.sharding import OPTIMIZERS, ComputeKernel, Sharding, ShardingConfig
+from apps.recsys.tables.sharding import ComputeKernel, Sharding, ShardingConfig
 from apps.train import sharded
 from apps.train.averaging import WeightEMA
+from apps.train.torchrec_rows import OPTIMIZERS, copy_rows, is_split
 
 
 class TorchRecStrategy(DDPStrategy):
@@ -176,8 +177,8 @@ class TorchRecStrategy(DDPStrategy):
                 if full.is_meta:
                     sharding.draw_rows(target, name, module.get_submodule(path.rpartition(".")[0]))
                 else:
-                    sharding.copy_rows(target, full)
-        split = [value for value in rows.values() if sharding.is_split(value)]
+                    copy_rows(target, full)
+        split = [value for value in rows.values() if is_split(value)]
         here = sum(part.tensor.numel() for value in split for part in value.local_shards())
         self.num_params_elsewhere = sum(value.size().numel() for value in split) - here
         if fitting:
@@ -227,13 +228,13 @@ class TorchRecStrategy(DDPStrategy):
         """Return the state dict without the sharded tables, which ``save_checkpoint`` writes beside it."""
         assert self.lightning_module is not None
         state = self.lightning_module.state_dict()
-        return {k: _plain(v) for k, v in state.items() if not sharding.is_split(v)}
+        return {k: _plain(v) for k, v in state.items() if not is_split(v)}
 
     def _split(self, with_state: bool) -> dict[str, Any]:
         """Return the sharded tensors by their names in ``apps.train.sharded``."""
         assert self.lightning_module is not None
         tables = sharding.tables(self.lightning_module)
-        tensors = {f"{sharded.WEIGHT}{name}": value for name, value in tables.items() if sharding.is_split(value)}
+        tensors = {f"{sharded.WEIGHT}{name}": value for name, value in tables.items() if is_split(value)}
         if with_state:
             for parameter, values in self.fused_optimizer.state_dict()["state"].items():
                 tensors |= {f"{sharded.STATE}{parameter}/{name}": value for name, value in values.items()}
@@ -271,7 +272,7 @@ class TorchRecStrategy(DDPStrategy):
         for name, target in sharding.tables(module).items():
             full = state.pop(name, None)
             if full is not None:
-                sharding.copy_rows(target, full)
+                copy_rows(target, full)
         rest = {name: value for name, value in own.items() if name not in sharding.tables(module)}
         wrong = sorted(rest.keys() ^ state.keys())
         if strict and wrong:

@@ -21,6 +21,7 @@ import sharded_runs as runs
 import torch
 import torch.multiprocessing as mp
 from places import ROOT, environment
+from sharded_neurons import batch, layer, train_on_whole_batches
 from sharded_runs import COPIES, SHARDINGS, WORLD, losses, module, train, weights
 from torch import nn
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
@@ -106,6 +107,23 @@ def test_the_parameters_of_other_processes_are_counted(ranks):
     assert [r["elsewhere row_wise"] for r in ranks] == [8 * (3 + 16 + 3), 8 * (4 + 17 + 3)]
     assert sum(r["elsewhere table_wise"] for r in ranks) == 8 * (7 + 33 + 6)
     assert [r["elsewhere data_parallel"] for r in ranks] == [0, 0]
+
+
+def test_the_tables_of_peer_train_as_on_one_process(folder, ranks):
+    start, plain, own = layer(), train_on_whole_batches(), [rank["neurons"] for rank in ranks]
+    assert [r["u"].shape[0] for r in own] == [5, 4]
+    expected = {"u": plain.experts.u, "v": plain.experts.v}
+    for name, table in expected.items():
+        rows = torch.cat([r[name] for r in own])
+        torch.testing.assert_close(rows, table.detach(), rtol=TOLERANCE, atol=1e-6)
+        assert not torch.allclose(rows, getattr(start.experts, name), rtol=0, atol=1e-3)  # the steps would show
+        assert torch.equal(sharded.read(folder / "neurons.ckpt")["state_dict"][f"embeddings.{name}.weight"], rows)
+    for name, value in plain.router.named_parameters():
+        for r in own:
+            torch.testing.assert_close(r[f"router.{name}"], value.detach(), rtol=TOLERANCE, atol=1e-6)
+    for rank, r in enumerate(own):  # processes with other numbers of tokens
+        y = plain(batch(9)[: 1 + rank]).detach().flatten(0, 1)
+        torch.testing.assert_close(r["output"], y, rtol=TOLERANCE, atol=1e-6)
 
 
 # ---- checkpoints
