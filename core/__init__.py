@@ -13,8 +13,7 @@ from .contract import (
     Tape,
     record,
 )
-from .convert import adapt, average_experts, freeze_experts, grow_experts
-from .convert import freeze_experts, grow_experts, hold_experts
+from .convert import adapt, average_experts, freeze_experts, grow_experts, hold_experts
 from .experts import (
     FFN,
     GEGLU,
