@@ -41,6 +41,8 @@ class Request:
         model_class: the model's class, where it is named.
         output: the file of the predictions; None: the run's own.
         overwrite: whether an earlier file of predictions is replaced.
+        grown_from: contents of the checkpoint that ``model.grow`` names, where the run begins with its weights and
+            loads no other; or None.
     """
 
     command: str
@@ -52,6 +54,7 @@ class Request:
     model_class: type | None
     output: Path | None = None
     overwrite: bool = False
+    grown_from: Mapping[str, Any] | None = None
 
     @classmethod
     def read(cls, command: str, argv: list[str], announce: Callable[[str], None] | None = None) -> Request:
@@ -123,12 +126,19 @@ class Request:
             config = merge(remembered(loaded, config, _find_class("model", flags, config), checkpoint), config)
             config = _with_remembered_data(config, flags, loaded)
             _check_superseded(config, flags, checkpoint)
+        smaller = _grown_from(config, flags) if command == "fit" and loaded is None else None
+        grown_from = None if smaller is None else read_checkpoint(smaller, shapes_only=True)
+        if smaller is not None and grown_from is not None:
+            config = _with_remembered_data(config, flags, grown_from)
+            _check_superseded(config, flags, smaller)
         for part in ("model", "data"):
             config = _with_stand_ins(part, flags, config)
         config, rest = _with_own_defaults(config, flags)
         flags = rest if not asks_for_help(flags) else flags
         model_class = _find_class("model", flags, config)
-        return cls(command, tuple(flags), config, run_dir, checkpoint, loaded, model_class, output, overwrite)
+        return cls(
+            command, tuple(flags), config, run_dir, checkpoint, loaded, model_class, output, overwrite, grown_from
+        )
 
     @contextlib.contextmanager
     def config_file(self) -> Iterator[str | None]:
@@ -152,6 +162,15 @@ def _config_beside(which: str | None) -> Path | None:
     except FileNotFoundError:  # reported below, after the checks of the options
         return None
     return path if path.is_file() else None
+
+
+def _grown_from(config: Mapping[str, Any], flags: list[str]) -> Path | None:
+    """Return the checkpoint that ``model.grow`` names; None where there is none."""
+    path = dict(given(flags)).get("model.grow.checkpoint") or at(config, ("model", "init_args", "grow", "checkpoint"))
+    try:
+        return None if path is None else find_checkpoint(str(path))
+    except FileNotFoundError:  # the training that needs it says so
+        return None
 
 
 def _with_remembered_data(config: Mapping[str, Any], flags: list[str], checkpoint: Mapping[str, Any]) -> dict[str, Any]:

@@ -134,7 +134,7 @@ class SparseCLI(LightningCLI):
     def _create_data(self, kind: type[LightningDataModule], *args: Any, **kwargs: Any) -> LightningDataModule:
         """Make the data, with the checkpoint's encoding before the model takes its arguments from them."""
         data = kind(*args, **kwargs)
-        adopt, checkpoint = getattr(data, "adopt", None), self.request.loaded or {}
+        adopt, checkpoint = getattr(data, "adopt", None), self.request.loaded or self.request.grown_from or {}
         model = self.request.model_class
         own = None if model is None else class_path(model)
         if adopt is not None and "encoding" in checkpoint and checkpoint.get("module_class") == own:

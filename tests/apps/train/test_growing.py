@@ -135,6 +135,24 @@ def test_another_kind_of_model_and_a_fixed_table_are_refused(trained, tmp_path):
         grow_from(module, GrowConfig(str(tmp_path)), None)
 
 
+def test_a_grown_model_keeps_the_encoding_of_the_data_it_was_trained_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    named = CONFIG.replace("TinyModule", "NamingModule").replace(
+        "tiny_app.TinyData, init_args: {n: 24}", "tiny_app.NamedData"
+    )
+    (tmp_path / "tiny.yaml").write_text(named)
+    (tmp_path / "names.txt").write_text("red green blue")
+    assert main(["fit", "--config", "tiny.yaml", "--run_dir", "few"]) == 0
+    (tmp_path / "names.txt").write_text("one two three")
+    grow = ["--model.moe.num_experts", "5", "--model.grow.checkpoint", "few"]
+    assert main(["fit", "--config", "tiny.yaml", *grow, "--run_dir", "more"]) == 0
+    assert load(tmp_path / "more/checkpoints/last.ckpt")["hyper_parameters"]["names"]["words"] == [
+        "red",
+        "green",
+        "blue",
+    ]
+
+
 def test_the_command_line_grows_tests_and_resumes(tmp_path):
     (tmp_path / "tiny.yaml").write_text(CONFIG)
     overlay = f"model: {{init_args: {{moe: {{num_experts: 6}}, grow: {{checkpoint: {tmp_path / 'few'}}}}}}}"
