@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import pytest
 
@@ -11,8 +12,10 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-def pytest_configure(config: pytest.Config) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
     # Triton's kernels run on the CPU, one program after the other, on a machine with a card too: whichever of the two
-    # it is holds for the whole process.
-    chosen = config.getoption("markexpr")
-    os.environ["TRITON_INTERPRET"] = "0" if "gpu" in chosen and "not gpu" not in chosen else "1"
+    # it is holds for the whole process. A folder's conftest.py may import Triton before pytest_configure. xdist's
+    # workers have the choice of the process that started them.
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        chosen = parser.parse_known_args(sys.argv[1:]).markexpr or ""
+        os.environ["TRITON_INTERPRET"] = "0" if "gpu" in chosen and "not gpu" not in chosen else "1"
