@@ -6,6 +6,7 @@ from .clamped import ClampedSwiGLU
 from .convolution import Convolution, ConvolutionExperts
 from .costless import Constant, Copy, Zero
 from .ffn import FFN, GEGLU, FFNExperts, SwiGLU
+from .general import GeneralFFN
 from .low_rank import IA3, LoRA
 from .mixed import Mixed
 from .mlp import MLP, MLPExperts
@@ -23,6 +24,7 @@ __all__ = [
     "FFN",
     "FFNExperts",
     "GEGLU",
+    "GeneralFFN",
     "IA3",
     "LoRA",
     "MLP",
