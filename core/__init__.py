@@ -13,7 +13,7 @@ from .contract import (
     Tape,
     record,
 )
-from .convert import adapt, average_experts, freeze_experts, grow_experts, hold_experts
+from .convert import adapt, average_experts, freeze_experts, grow_experts, hold_experts, sparsify, summary
 from .experts import (
     FFN,
     GEGLU,
@@ -193,5 +193,7 @@ __all__ = [
     "registered_config",
     "resolve_backend",
     "set_capacity_factor",
+    "sparsify",
+    "summary",
     "update_expert_bias",
 ]

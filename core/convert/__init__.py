@@ -1,7 +1,38 @@
-"""Conversions of what is built, and may be trained: more experts in a layer, one in place of all, updates beside it."""
+"""Conversions of what is built, and may be trained: a dense model made sparse, more experts in a layer, one in place of
+all, updates beside it."""
 
 from .adapt import adapt
+from .feed_forward import FeedForwardPart, activation_name, affine, feed_forward_part
 from .grow import freeze_experts, grow_experts, hold_experts
 from .merge import OneExpert, average_experts
+from .readers import read_ffn, recognised_ffns, register_ffn
+from .sparse_ffn import SparseFFN, put_layer
+from .sparsify import matching_parts, sparsify
+from .starts import STARTS, CopyStart, RandomStart, Start
+from .summary import Summary, summary
 
-__all__ = ["OneExpert", "adapt", "average_experts", "freeze_experts", "grow_experts", "hold_experts"]
+__all__ = [
+    "STARTS",
+    "CopyStart",
+    "FeedForwardPart",
+    "OneExpert",
+    "RandomStart",
+    "SparseFFN",
+    "Start",
+    "Summary",
+    "activation_name",
+    "adapt",
+    "affine",
+    "average_experts",
+    "feed_forward_part",
+    "freeze_experts",
+    "grow_experts",
+    "hold_experts",
+    "matching_parts",
+    "put_layer",
+    "read_ffn",
+    "recognised_ffns",
+    "register_ffn",
+    "sparsify",
+    "summary",
+]
