@@ -138,7 +138,7 @@ def _essence_of_moe(moe: core.MoEConfig | None, dim: int) -> dict[str, Any]:
         # In evaluation there is no noise, and the start of the weights is past.
         router = replace(
             router,
-            normalize=router.normalizes,
+            normalize=router.normalize if router.normalize == "unit" else router.normalizes,
             noise=None,
             noise_std=1.0,
             jitter_eps=0.0,

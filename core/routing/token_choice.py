@@ -69,6 +69,8 @@ class TokenChoiceRouter(PairRouter):
         if config.norm_order != 1.0:
             norm_T1 = torch.linalg.vector_norm(gates_TK, config.norm_order, -1, keepdim=True)
             gates_TK = gates_TK / norm_T1.clamp_min(1e-20) * config.scale
+        if config.normalize == "unit":
+            gates_TK = gates_TK - gates_TK.detach() + config.scale
         if self.expert_scale is not None:
             gates_TK = gates_TK * self.expert_scale.to(gates_TK.dtype)[expert_ids_TK]
         if self.training and config.second == "random":
@@ -161,7 +163,8 @@ class TokenChoice(TopKConfig, LinearGateConfig):
         normalize: True: the gates of a token sum to 1 (softmax after the selection). False: its scores over all E
             experts (softmax before). None: True for K > 1, False for K = 1, where it would cut the router's gradient.
             "kept": those scores, divided by their sum over the experts of the token that compute it, so that the gates
-            sum to 1 after a capacity dropped some of them (NLLB-MoE).
+            sum to 1 after a capacity dropped some of them (NLLB-MoE). "unit": every gate is 1, with the gradient of the
+            score, which goes straight through: the output is the sum of the chosen experts.
         noise: normal noise on the logits in training: None, "fixed" (V-MoE) or "learned" (Shazeer).
         noise_std: standard deviation of the fixed noise, times E: the noise has ``noise_std / E``.
         jitter_eps: half-width of the factor U(1 - eps, 1 + eps) on the router's input in training.
@@ -214,7 +217,7 @@ class TokenChoice(TopKConfig, LinearGateConfig):
         one_of("group_score", self.group_score, ("top2", "max"))
         one_of("gates_on", self.gates_on, ("output", "input"))
         if isinstance(self.normalize, str):
-            one_of("normalize", self.normalize, ("kept",))
+            one_of("normalize", self.normalize, ("kept", "unit"))
         positive("norm_order", self.norm_order)
         if self.norm_order != 1.0 and (self.normalize == "kept" or not self.normalizes):
             raise ValueError(f"norm_order={self.norm_order} needs normalize=True, not {self.normalize!r}")
@@ -258,6 +261,11 @@ class TokenChoice(TopKConfig, LinearGateConfig):
         # The smooth load asks what noise on the logits would choose; a bias or group limit chooses by more than them.
         plain = not self.expert_bias and self.limited_groups == self.num_groups
         return terms | {"load"} if self.noise and plain else terms
+
+    @property
+    def has_exact_gradient(self) -> bool:
+        """Unit gates are constants, and their gradient goes straight through."""
+        return self.normalize != "unit"
 
     @property
     def drops_experts(self) -> bool:

@@ -22,15 +22,15 @@ class TopKConfig(FixedKConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.top_k == 1 and self.normalize:
+        if self.top_k == 1 and self.normalize and self.normalize != "unit":
             raise ValueError(
                 f"normalize={self.normalize!r} with top_k=1 makes every gate 1: the router would get no gradient"
             )
 
     @property
     def normalizes(self) -> bool:
-        """The value of ``normalize`` with its default filled in: True for K > 1, False for K = 1."""
-        return self.top_k > 1 if self.normalize is None else bool(self.normalize)
+        """Whether gates are divided by their sum: ``normalize``, by default True for K > 1 and False for K = 1."""
+        return self.top_k > 1 if self.normalize is None else bool(self.normalize) and self.normalize != "unit"
 
     @property
     def terms(self) -> frozenset[str]:

@@ -411,6 +411,17 @@ def test_kept_gates_sum_to_one_over_the_experts_that_capacity_left():
     assert gates(router(3, top_k=2, normalize="kept", scale=0.8)(x)) == pytest.approx([8 / 15, 4 / 15, 0.5, 0.3])
 
 
+def test_unit_gates_are_one_and_have_the_gradient_of_the_score():
+    x = logits_of((0.3, 0.5, 0.2))
+    built = router(3, top_k=1, normalize="unit")
+    routing = built(x)
+    assert (ids(routing), gates(routing)) == ([[1]], [1.0])
+    routing.gates_N.sum().backward()
+    # As for Switch: d gate / d logit is s (1 - s) = 0.25 at s = 0.5, times the input log 0.5 of that expert.
+    assert built.gate.weight.grad[1, 1].item() == pytest.approx(0.25 * math.log(0.5))
+    assert gates(router(3, top_k=2, normalize="unit", scale=0.5)(x)) == [0.5, 0.5]
+
+
 def test_a_token_that_lost_every_expert_has_gates_of_zero_and_a_finite_gradient():
     x = logits_of((0.6, 0.4), (0.6, 0.4)).requires_grad_()
     routing = router(2, Capacity(factor=0.5), top_k=2, normalize="kept")(x)

@@ -53,6 +53,7 @@ VARIANTS: dict[type[RouterConfig], dict[str, RouterConfig]] = {
         "dbrx": TokenChoice(3, norm_order=2.0),
         "gemma-4": TokenChoice(3, input_norm=True, expert_scale=True),
         "nllb": TokenChoice(2, normalize="kept", scale=0.8),
+        "unit gates": TokenChoice(1, normalize="unit"),
     },
     Ensemble: {"ensemble": Ensemble(top_k=2)},
     TokenRounding: {"token rounding": TokenRounding(tile=4)},
