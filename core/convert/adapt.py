@@ -10,6 +10,7 @@ from torch import nn
 from ..config import MoEConfig
 from ..contract import check_part
 from ..layers import AdaptedLinear, MoE
+from .names import matching_names
 
 
 def adapt(model: nn.Module, moe: MoEConfig, modules: str | Sequence[str] | None = None) -> nn.Module:
@@ -22,8 +23,8 @@ def adapt(model: nn.Module, moe: MoEConfig, modules: str | Sequence[str] | None 
         model: any module, which is changed in place, or one ``nn.Linear``.
         moe: the updates. With ``LoRA`` the adapted model begins with the outputs of the trained one; with ``IA3`` it
             does so where the gates of a token sum to 1.
-        modules: pattern of the dotted names of linear layers, as ``fnmatch`` reads it, or several; None: ``model`` is
-            an ``nn.Linear``.
+        modules: pattern of the dotted names of linear layers, or several, as ``fnmatch`` reads it: ``*`` also stands
+            for several names, so that ``*.q_proj`` is every layer of that name. None: ``model`` is an ``nn.Linear``.
 
     Returns:
         ``model``, or the adapted linear layer.
@@ -47,7 +48,8 @@ def adapt(model: nn.Module, moe: MoEConfig, modules: str | Sequence[str] | None 
     # All are made before the first is put in: a refusal leaves the model as it was.
     places: list[tuple[nn.Module, str, nn.Linear]] = []
     updates: dict[nn.Linear, MoE] = {}
-    for name in _names(model, [modules] if isinstance(modules, str) else modules):
+    linear_layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    for name in filter(None, matching_names(model, modules, linear_layers, "linear layers", fnmatchcase)):
         linear = _linear(f"module {name!r}", model.get_submodule(name))
         places.append((*_place(model, name), linear))
         if linear not in updates:
@@ -57,17 +59,6 @@ def adapt(model: nn.Module, moe: MoEConfig, modules: str | Sequence[str] | None 
     for parent, child, linear in places:
         setattr(parent, child, adapted[linear])
     return model
-
-
-def _names(model: nn.Module, patterns: Sequence[str]) -> list[str]:
-    """Return the names of the modules that the patterns name, in the model's order."""
-    every = dict(model.named_modules(remove_duplicate=False))
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in every):
-            linear = [name for name, module in every.items() if isinstance(module, nn.Linear)]
-            some = ", ".join(linear[:4]) + (", ..." if len(linear) > 4 else "") if linear else "none"
-            raise ValueError(f"modules={pattern!r} names no module; the model's linear layers are {some}")
-    return [name for name in every if name and any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
 def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
