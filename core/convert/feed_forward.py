@@ -79,7 +79,8 @@ class FeedForwardPart:
     def build(self) -> Experts:
         """Return experts, of which there is one, with copies of the weights, on their device and in their dtype."""
         like = next(iter(self.weights.values()))
-        experts = self.expert.build(1, self.dim, self.out_dim).to(like.device, like.dtype)
+        with torch.random.fork_rng(devices=[]):  # what is drawn is written over
+            experts = self.expert.build(1, self.dim, self.out_dim).to(like.device, like.dtype)
         copy_weights(experts, 0, self.weights)
         return experts
 

@@ -14,6 +14,8 @@ def matches(name: str, pattern: str) -> bool:
     ``blocks.*.mlp`` matches ``blocks.0.mlp``, and neither ``blocks.0.attn.mlp`` nor ``teacher.blocks.0.mlp``. Within a
     part the pattern is one of ``fnmatch``: ``linear[12]``, ``expert_*``. The empty pattern names the model itself.
     """
+    if not name or not pattern:
+        return name == pattern
     parts, wanted = name.split("."), pattern.split(".")
     return len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))
 
