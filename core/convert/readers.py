@@ -112,22 +112,21 @@ class _Names:
     act: str
     w_gate: str | None = None
     packed: bool = False
-    hidden_dropout: str = ""
-    output_dropout: str = ""
+    hidden_dropout: tuple[str, ...] = ()
+    output_dropout: tuple[str, ...] = ()
 
 
 _BY_NAMES = (
-    _Names("fc1", "fc2", "act", hidden_dropout="drop1", output_dropout="drop2"),  # timm Mlp, GatedMlp
-    _Names("fc1", "fc2", "act", packed=True, hidden_dropout="drop1", output_dropout="drop2"),  # timm GluMlp
-    _Names("fc1_x", "fc2", "act", w_gate="fc1_g", hidden_dropout="drop1", output_dropout="drop2"),  # timm SwiGLU
-    _Names("fc1", "fc2", "act", hidden_dropout="drop"),  # timm ConvMlp
+    _Names("fc1", "fc2", "act", hidden_dropout=("drop1", "drop"), output_dropout=("drop2",)),  # timm Mlp, ConvMlp
+    _Names("fc1", "fc2", "act", packed=True, hidden_dropout=("drop1",), output_dropout=("drop2",)),  # timm GluMlp
+    _Names("fc1_x", "fc2", "act", w_gate="fc1_g", hidden_dropout=("drop1",), output_dropout=("drop2",)),  # timm SwiGLU
     _Names("fc1", "fc2", "activation_fn"),  # transformers' ViT, CLIP, SigLIP, Phi
-    _Names("wi", "wo", "act", hidden_dropout="dropout"),  # T5
-    _Names("wi_1", "wo", "act", w_gate="wi_0", hidden_dropout="dropout"),  # T5 v1.1
+    _Names("wi", "wo", "act", hidden_dropout=("dropout",)),  # T5
+    _Names("wi_1", "wo", "act", w_gate="wi_0", hidden_dropout=("dropout",)),  # T5 v1.1
     _Names("up_proj", "down_proj", "act_fn", w_gate="gate_proj"),  # Llama, Mistral, Qwen, Gemma
     _Names("gate_up_proj", "down_proj", "activation_fn", packed=True),  # Phi-3
-    _Names("c_fc", "c_proj", "act", output_dropout="dropout"),  # GPT-2
-    _Names("lin1", "lin2", "activation", output_dropout="dropout"),  # DistilBERT
+    _Names("c_fc", "c_proj", "act", output_dropout=("dropout",)),  # GPT-2
+    _Names("lin1", "lin2", "activation", output_dropout=("dropout",)),  # DistilBERT
     _Names("dense_h_to_4h", "dense_4h_to_h", "act"),  # GPT-NeoX
 )
 
@@ -147,15 +146,14 @@ def _read_by_names(module: nn.Module) -> FeedForwardPart | None:
     gate = affine(children[names.w_gate]) if names.w_gate else None
     if names.packed:
         gate, into = _halves(into, gate_first=not getattr(module, "gate_last", False))
-    dropouts = {name: children[name] for name in (names.hidden_dropout, names.output_dropout) if name in children}
-    _check_no_more(module, {*needed, names.act, *dropouts})
+    _check_no_more(module, {*needed, names.act, *names.hidden_dropout, *names.output_dropout})
     return feed_forward_part(
         into,
         out,
         gate,
         activation=getattr(module, names.act),
-        hidden_dropout=_rate(dropouts.get(names.hidden_dropout)),
-        output_dropout=_rate(dropouts.get(names.output_dropout)),
+        hidden_dropout=max((_rate(children.get(name)) for name in names.hidden_dropout), default=0.0),
+        output_dropout=max((_rate(children.get(name)) for name in names.output_dropout), default=0.0),
         layout="channels_first" if is_pointwise(children[names.w_in]) else "tokens",
     )
 

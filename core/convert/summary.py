@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..experts import ExpertConfig
 from ..flops import count_flops
 from ..layers import active_params
 from .readers import recognised_ffns
@@ -60,7 +61,7 @@ class Summary:
         for layer in self.replaced:
             after = "by the sequence" if layer.flops_after is None else f"{layer.flops_after:,}"
             lines.append(
-                f"  {layer.name}: {layer.experts} in place of {layer.replaced}, start {layer.start}; "
+                f"  {layer.name or 'the model'}: {layer.experts} for a {layer.replaced}, start={layer.start!r}; "
                 f"FLOPs a token {layer.flops_before:,} -> {after}"
             )
         lines.append(
@@ -109,8 +110,14 @@ def _replaced(name: str, layer: SparseFFN) -> Replaced:
         flops = layer.config.flops_per_token(layer.dim, layer.out_dim)
     except ValueError:  # soft slots and merged experts cost so much a sequence
         flops = None
-    experts = f"{layer.moe.num_experts} experts {layer.config.expert}"
+    experts = f"{layer.moe.num_experts} {_short(layer.config.expert)}"
     return Replaced(name, layer.replaced, experts, layer.start, layer.dense_flops, flops)
+
+
+def _short(config: ExpertConfig) -> str:
+    """Return a config with those of its fields that are not at their defaults."""
+    given = (f"{f.name}={getattr(config, f.name)!r}" for f in fields(config) if getattr(config, f.name) != f.default)
+    return f"{type(config).__name__}({', '.join(given)})"
 
 
 @torch.no_grad()

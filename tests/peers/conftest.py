@@ -3,7 +3,7 @@
 They need no network and no trained weights. How to run them (peers in a folder of their own, since no app needs them)::
 
     pip install --target peers --no-deps transformers tokenizers regex st-moe-pytorch colt5-attention soft-moe-pytorch \
-        einops beartype PEER-pytorch einx frozendict deepctr-torch
+        einops beartype PEER-pytorch einx frozendict deepctr-torch open_clip_torch ftfy wcwidth torch-rechub
     PYTHONPATH=peers python -m pytest tests/peers -n 0
 
 Where a peer is wrong, a test asserts its value and ours side by side, and is skipped once the peer gives ours.

@@ -1,0 +1,70 @@
+"""What a summary says: which networks were replaced, parameters, and FLOPs a token and of the whole."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from core import Merge, MoEConfig, TokenChoice, count_flops, sparsify, summary
+
+
+def net() -> nn.Sequential:
+    def ffn():
+        return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 4))
+
+    return nn.Sequential(ffn(), ffn(), nn.Linear(4, 3))
+
+
+def test_numbers_by_hand():
+    dense = net()
+    result = summary(sparsify(dense, MoEConfig(3, TokenChoice(2)), "0"), torch.randn(5, 4))
+    assert (len(result.replaced), result.recognised) == (1, 2)
+    # An FFN has 4 * 6 + 6 + 6 * 4 + 4 = 58 parameters and 2 * (24 + 24) = 96 FLOPs a token; the head 15 and 24.
+    assert (result.params_before, result.params_after) == (2 * 58 + 15, 4 * 58 + 3 * 4 + 15)
+    assert result.active_params == 3 * 58 + 3 * 4 + 15
+    (layer,) = result.replaced
+    assert (layer.flops_before, layer.flops_after) == (96, 2 * 96 + 2 * 3 * 4)
+    assert (result.flops_before, result.flops_after) == (5 * (96 + 96 + 24), 5 * (216 + 96 + 24))
+    assert result.flops_before == count_flops(dense, torch.randn(5, 4))
+    experts = "3 FFN(hidden_dim=6, activation='relu', bias=True)"
+    assert str(result).splitlines() == [
+        "1 of 2 feed-forward networks are sparse",
+        f"  0: {experts} for a Sequential, start='copy'; FLOPs a token 96 -> 216",
+        "parameters 131 -> 259, of which a token touches 201",
+        "FLOPs of these inputs 1,080 -> 1,680",
+    ]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_whole_of_an_encoder_with_its_attention(training):
+    dense = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 12, batch_first=True), 2, enable_nested_tensor=False)
+    sparse = sparsify(dense, MoEConfig(3, TokenChoice(2)), "layers.0").train(training)
+    x = torch.randn(2, 5, 8)
+    result = summary(sparse, x)
+    # In training torch calls no fused block, which counts no FLOPs.
+    assert result.flops_before == count_flops(dense.train(), x)
+    assert result.flops_after - result.flops_before == 10 * (2 * 8 * 3 + 2 * 2 * 8 * 12)
+    assert sparse.training is training
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_a_map_counts_its_positions():
+    dense = nn.Sequential(nn.Conv2d(4, 6, 1), nn.ReLU(), nn.Conv2d(6, 4, 1))
+    result = summary(sparsify(dense, MoEConfig(3, TokenChoice(2)), ""), torch.randn(2, 4, 3, 5))
+    assert (result.flops_before, result.flops_after) == (30 * 96, 30 * 216)
+    assert str(result).splitlines()[1].startswith("  the model: 3 FFN(")
+
+
+def test_costs_by_the_sequence_are_said_to_be_such():
+    (layer,) = summary(sparsify(net(), MoEConfig(3, Merge()), "0")).replaced
+    assert layer.flops_after is None
+
+
+def test_a_model_in_which_nothing_was_replaced_is_refused():
+    with pytest.raises(
+        ValueError, match=r"no network of the model was made sparse; its feed-forward networks are 0, 1"
+    ):
+        summary(net())
+    with pytest.raises(ValueError, match=r"its feed-forward networks are none"):
+        summary(nn.Linear(3, 3))
