@@ -8,16 +8,19 @@ from .merge import OneExpert, average_experts
 from .readers import read_ffn, recognised_ffns, register_ffn
 from .sparse_ffn import SparseFFN, put_layer
 from .sparsify import matching_parts, sparsify
-from .starts import STARTS, CopyStart, RandomStart, Start
+from .starts import STARTS, CopyStart, DropStart, GranularStart, RandomStart, SplitStart, Start
 from .summary import Summary, summary
 
 __all__ = [
     "STARTS",
     "CopyStart",
+    "DropStart",
     "FeedForwardPart",
+    "GranularStart",
     "OneExpert",
     "RandomStart",
     "SparseFFN",
+    "SplitStart",
     "Start",
     "Summary",
     "activation_name",

@@ -5,8 +5,9 @@ A *reader* makes one from a module: see ``core.convert.register_ffn`` in ``reade
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -222,6 +223,18 @@ def copy_weights(experts: Experts, e: int, weights: Mapping[str, Tensor]) -> Non
         tensor.copy_(weights[name])
 
 
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation within the ``with`` block; after it each of its modules has its own mode again."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
 @torch.no_grad()
 def check_part(module: nn.Module, part: FeedForwardPart) -> None:
     """Check that an expert with the part's weights computes what the module computes, on a few random tokens.
@@ -237,16 +250,11 @@ def check_part(module: nn.Module, part: FeedForwardPart) -> None:
     draw = torch.Generator().manual_seed(0)
     x_TD = torch.randn(8, part.dim, generator=draw).to(like.device, like.dtype)
     dense = module.forward if part.dense is None else part.dense
-    modes = {m: m.training for m in module.modules()}
-    module.eval()
-    try:
+    with evaluating(module):
         if part.layout == "channels_first":
             y_TD = dense(x_TD.view(2, 2, 2, part.dim).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).flatten(0, 2)
         else:
             y_TD = dense(x_TD)
-    finally:
-        for m, mode in modes.items():
-            m.training = mode
     read_TD = part.build().eval()(x_TD, "dense")
     tolerance = 1e-4 if torch.finfo(like.dtype).eps < 1e-6 else 0.03
     if y_TD.shape != read_TD.shape or (y_TD - read_TD).norm() > tolerance * y_TD.norm():

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +15,14 @@ from ..config import MoEConfig
 from ..contract import MergeRouting, Routing, check_part
 from ..contract.checks import not_negative, whole
 from ..layers import AveragedMoE, MoE, set_capacity_factor
-from .feed_forward import FeedForwardPart, copy_weights
+from .feed_forward import FeedForwardPart, copy_weights, evaluating
 from .names import matches, matching_names
 from .readers import named_part, recognised_ffns
 from .sparse_ffn import SparseFFN, put_layer
 from .starts import Start, outputs_of, start_of
+
+MAX_TOKENS = 4096
+"""Tokens of one forward that a start looks at."""
 
 
 def sparsify(
@@ -30,6 +35,7 @@ def sparsify(
     seed: int = 0,
     exact: bool = True,
     causal: bool = False,
+    inputs: Tensor | Sequence[Any] | Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """Return a copy of a dense model in which feed-forward networks are MoE layers.
 
@@ -48,12 +54,17 @@ def sparsify(
             a network is spread over the modules of a block, as in ``nn.TransformerEncoderLayer`` and in BERT, the
             pattern names the block. "" names the model itself.
         start: what experts begin as, a name of ``core.convert.STARTS`` or a ``core.convert.Start``: "copy", copies of
-            the network (arXiv 2212.05055); "random", new ones, of any kind that ``moe.expert`` names.
+            the network (arXiv 2212.05055); "granular", narrow experts in virtual groups (2410.07524), with
+            ``moe.granularity``; "drop", copies with some of their hidden units drawn anew (2502.19261); "split", the
+            hidden units divided among the experts (2110.01786); "random", new ones, of any kind that ``moe.expert``
+            names. ``GranularStart`` and its like say more.
         noise: standard deviation of normal noise on each matrix of an expert, relative to that of the matrix.
         seed: of the gates' and random experts' start, and of the noise. torch's own random state is not touched.
         exact: a router whose gates do not sum to a constant is refused, since the copy would begin with outputs
-            scaled by them. False: it begins so.
+            scaled by them. False: it begins so, with outputs that are right on the average of normal tokens.
         causal: the model is a causal decoder, so that a router that looks ahead is refused.
+        inputs: arguments of one call of the model, for ``SplitStart("coactivation")``: a tensor, a sequence, or a
+            mapping of names.
 
     Returns:
         the copy; a ``SparseFFN`` where the model itself is the network.
@@ -61,7 +72,8 @@ def sparsify(
     Raises:
         ValueError: a pattern names no module, a module that is no feed-forward network or one that no expert computes,
             or two name the same; a weight is frozen, or tied to another module's; the router needs a context, or its
-            gates do not sum to a constant; ``moe`` sets experts that are not the network's.
+            gates do not sum to a constant; ``moe`` sets experts that are not the network's; or inputs are missing, or
+            without a meaning.
 
     Example::
 
@@ -76,7 +88,10 @@ def sparsify(
     if moe.router.needs:
         needed = ", ".join(f"context.{name}" for name in moe.router.needs)
         raise ValueError(f"router {moe.router.source()} needs {needed}, which no feed-forward network is called with")
+    if begun.needs_tokens != (inputs is not None):
+        raise ValueError(f"{begun} {'needs' if begun.needs_tokens else 'does not read'} inputs of the model")
     parts = matching_parts(model, modules)
+    tokens = {} if inputs is None else _tokens_of(model, parts, inputs)
     # All layers are made before the copy: a refusal costs no memory.
     layers: dict[str, SparseFFN] = {}
     generator = torch.Generator().manual_seed(seed)
@@ -85,9 +100,12 @@ def sparsify(
         for name, part in parts.items():
             module = model.get_submodule(name)
             try:
-                layer, config = _layer(part, moe, begun, noise, exact, causal, generator)
+                config = begun.config(moe, part)
+                layer = config.build(part.dim, part.out_dim, causal=causal)
+                _begin(layer, config, part, begun, exact, generator, tokens.get(name))
             except ValueError as error:
                 raise ValueError(f"module {name!r}: {error}") from None
+            _add_noise(layer, noise, generator)
             sparse = SparseFFN(layer, part, config, begun.name, type(module).__name__)
             layers[name] = sparse.train(module.training)
     result = copy.deepcopy(model)
@@ -135,55 +153,96 @@ def _check_weights(model: nn.Module, parts: dict[str, FeedForwardPart]) -> None:
                 raise ValueError(f"module {name!r}: its weight {names[0]} is frozen: requires_grad is False")
 
 
-def _layer(
-    part: FeedForwardPart,
-    moe: MoEConfig,
-    start: Start,
-    noise: float,
-    exact: bool,
-    causal: bool,
-    generator: torch.Generator,
-) -> tuple[MoE, MoEConfig]:
-    """Return the layer that takes the place of a network, and its config."""
-    config = start.config(moe, part)
-    layer = config.build(part.dim, part.out_dim, causal=causal)
-    if layer.experts.reads_context:
-        raise ValueError(f"{type(config.expert).__name__} reads the context, which no feed-forward network is given")
-    total = _gate_sum(layer, start.even_gates) if start.keeps_output else None
-    if start.keeps_output and exact and total is None:
-        gates = "are not equal" if start.even_gates else "do not sum to a constant"
-        raise ValueError(
-            f"the gates of a token by {moe.router} {gates}, so that start={start.name!r} does not begin with the "
-            "network's output: take TokenChoice with normalize=True, or normalize='unit' for one expert or a split; or "
-            "exact=False"
-        )
-    like = next(iter(part.weights.values()))
-    layer.to(like.device, like.dtype)
-    start.fill(part, layer, generator)
-    if start.keeps_output and layer.shared_experts is not None:
-        copy_weights(layer.shared_experts, 0, part.weights)
-    _scale_and_vary(layer, 1.0 if total is None else start.total_gate(layer) / total, noise, generator)
-    return layer, config
+@torch.no_grad()
+def _tokens_of(
+    model: nn.Module, parts: Mapping[str, FeedForwardPart], inputs: Tensor | Sequence[Any] | Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """Return tokens (T, D) that each network is called with in one forward of the model, the first of them."""
+    tokens: dict[str, Tensor] = {}
+
+    def keep(name: str, layout: str, x: Tensor) -> None:
+        x_TD = x.flatten(2).transpose(1, 2).flatten(0, 1) if layout == "channels_first" else x.flatten(0, -2)
+        tokens[name] = x_TD[:MAX_TOKENS]
+
+    hooks = []
+    for name, part in parts.items():
+        called = model.get_submodule(".".join(filter(None, (name, part.at))))
+        hook = functools.partial(keep, name, part.layout)
+        hooks.append(called.register_forward_pre_hook(lambda module, args, hook=hook: hook(args[0])))
+    try:
+        with evaluating(model):
+            if isinstance(inputs, Mapping):
+                model(**inputs)
+            else:
+                model(*((inputs,) if isinstance(inputs, Tensor) else inputs))
+    finally:
+        for handle in hooks:
+            handle.remove()
+    silent = next((name for name in parts if name not in tokens), None)
+    if silent is not None:
+        raise ValueError(f"module {silent!r} is not called in a forward of these inputs")
+    return tokens
 
 
 @torch.no_grad()
-def _gate_sum(layer: MoE, even: bool) -> float | None:
-    """Return what the gates of a token sum to in evaluation without a capacity; None where tokens differ.
+def _begin(
+    layer: MoE,
+    config: MoEConfig,
+    part: FeedForwardPart,
+    start: Start,
+    exact: bool,
+    generator: torch.Generator,
+    x_TD: Tensor | None,
+) -> None:
+    """Write the experts of a new layer that takes the place of a network, and move it to where that is."""
+    if layer.experts.reads_context:
+        raise ValueError(f"{type(config.expert).__name__} reads the context, which no feed-forward network is given")
+    gates = _gates_of(layer) if start.keeps_output else None
+    fits = gates is not None and gates.are_constant and (gates.are_even or not start.even_gates)
+    if start.keeps_output and exact and not fits:
+        what = "are not equal" if start.even_gates else "do not sum to a constant"
+        raise ValueError(
+            f"the gates of a token by {config.router.source()} {what}, so that start={start.name!r} does not begin "
+            "with the network's output: take TokenChoice with normalize=True, for one expert a token or a split with "
+            "normalize='unit', or exact=False"
+        )
+    like = next(iter(part.weights.values()))
+    layer.to(like.device, like.dtype)
+    start.fill(part, layer, generator, x_TD)
+    if start.keeps_output and layer.shared_experts is not None:
+        copy_weights(layer.shared_experts, 0, part.weights)
+    if gates is not None:
+        _scale_outputs(layer, start.total_gate(part, layer) / gates.total)
+
+
+class _Gates(NamedTuple):
+    """The gates that a new router gives to tokens.
+
+    Attributes:
+        total: mean of the sums over a token's gates.
+        are_constant: all tokens have this sum.
+        are_even: all gates are equal.
+    """
+
+    total: float
+    are_constant: bool
+    are_even: bool
+
+
+@torch.no_grad()
+def _gates_of(layer: MoE) -> _Gates | None:
+    """Return the gates of normal tokens in evaluation without a capacity; None where they weight no expert's output.
 
     Args:
         layer: a layer as it starts, on the CPU.
-        even: whether the gates of a token have to be equal as well.
     """
     router = layer.router
     if isinstance(layer, AveragedMoE):
-        return 1.0
+        return _Gates(1.0, True, True)
     if router.gates_on != "output" or layer.dim is None:
         return None
-    x_BSD = torch.randn(2, 16, layer.dim)
-    mode = router.training
-    with set_capacity_factor(layer, None):
-        routing = router.eval()(x_BSD)
-    router.train(mode)
+    with set_capacity_factor(layer, None), evaluating(router):
+        routing = router(torch.randn(2, 16, layer.dim))
     if isinstance(routing, MergeRouting):
         sums, gates_N = routing.weights_GE.sum(1), routing.weights_GE.flatten()
     elif isinstance(routing, Routing):
@@ -192,25 +251,32 @@ def _gate_sum(layer: MoE, even: bool) -> float | None:
     else:
         return None
 
-    def is_even(values: Tensor) -> bool:
-        return bool(values.max() - values.min() <= 1e-5 * values.abs().max()) and bool(values.max() > 0)
+    def are_equal(values: Tensor) -> bool:
+        return bool(values.max() - values.min() <= 1e-5 * values.abs().max())
 
-    return float(sums.mean()) if is_even(sums) and (not even or is_even(gates_N)) else None
+    return _Gates(float(sums.mean()), are_equal(sums), are_equal(gates_N)) if sums.mean() > 0 else None
+
+
+def _scale_outputs(layer: MoE, scale: float) -> None:
+    """Multiply the experts' outputs by a number, unless it is 1 but for rounding."""
+    if abs(scale - 1.0) <= 1e-6:
+        return
+    for e in range(layer.num_experts):
+        outputs = outputs_of(layer.experts.weights_of(e))
+        if not outputs:
+            name = type(layer.experts).__name__
+            raise ValueError(
+                f"gates that sum to {1 / scale:g} scale the output, and {name} has no last product to undo it"
+            )
+        for tensor in outputs:
+            tensor.mul_(scale)
 
 
 @torch.no_grad()
-def _scale_and_vary(layer: MoE, scale: float, noise: float, generator: torch.Generator) -> None:
-    """Multiply the experts' outputs by a number, and add noise to their matrices."""
-    for e in range(layer.num_experts):
-        weights = layer.experts.weights_of(e)
-        if abs(scale - 1.0) > 1e-6:
-            outputs = outputs_of(weights)
-            if not outputs:
-                name = type(layer.experts).__name__
-                raise ValueError(f"the gates of a token sum to 1 / {scale:g}, and {name} have no last product to scale")
-            for tensor in outputs:
-                tensor.mul_(scale)
-        for tensor in weights.values() if noise else ():
+def _add_noise(layer: MoE, noise: float, generator: torch.Generator) -> None:
+    """Add normal noise to each matrix of each expert, relative to the deviation of the matrix."""
+    for e in range(layer.num_experts if noise else 0):
+        for tensor in layer.experts.weights_of(e).values():
             if tensor.ndim == 2:
                 drawn = torch.randn(tensor.shape, generator=generator)
                 tensor.add_(drawn.to(tensor) * (noise * tensor.std()))

@@ -1,8 +1,9 @@
 """What the experts of a sparse layer begin as, given the feed-forward network whose place it takes.
 
-A start is a config with two methods: ``config`` says which experts the layer has, and ``fill`` writes their weights
-and, where the method asks for it, the rows of the gate. ``core.sparsify`` does what all have in common: it scales the
-outputs by what the gates of a token sum to, and adds noise.
+A start is a config with three methods: ``config`` says which experts the layer has, ``total_gate`` what the gates of a
+token have to sum to, and ``fill`` writes the experts' weights and, where the method asks for it, the rows of the gate.
+``core.sparsify`` does what all have in common: it scales the outputs of experts where the gates sum to another number,
+and adds noise.
 """
 
 from __future__ import annotations
@@ -14,24 +15,35 @@ import torch
 from torch import Tensor
 
 from ..config import MoEConfig
+from ..contract import check_kinds
+from ..contract.checks import one_of
 from ..experts import FFN
 from ..layers import MoE
 from ..registry import OpenConfig
+from ..routing.gates import LinearGate
 from .feed_forward import FeedForwardPart, copy_weights
+from .neurons import activity_of, balanced_clusters, keys_of, random_groups
 
 
 @dataclass(frozen=True)
 class Start(OpenConfig):
-    """Base of the starts. A subclass has a ``name``, ``fill``, and where it needs them ``config`` and ``mean_gate``.
+    """Base of the starts. A subclass has a ``name``, ``fill``, and where it needs them ``config`` and ``total_gate``.
 
     Attributes:
         keeps_output: the sparse layer begins with the output of the dense network, where the gates allow it.
         even_gates: this holds only where all gates of a token are equal.
+        divides: experts are narrower than the network, so that ``granularity`` has a meaning.
+        needs_tokens: ``fill`` reads tokens that the network was called with.
     """
 
     name: ClassVar[str] = ""
     keeps_output: ClassVar[bool] = True
     even_gates: ClassVar[bool] = False
+    divides: ClassVar[bool] = False
+
+    @property
+    def needs_tokens(self) -> bool:
+        return False
 
     def config(self, moe: MoEConfig, part: FeedForwardPart) -> MoEConfig:
         """Return the config of the layer: ``moe`` with experts of the network's kind and width.
@@ -44,7 +56,7 @@ class Start(OpenConfig):
                 f"expert={moe.expert}: with start={self.name!r} experts are as the network, {part.expert}: leave "
                 "moe.expert at its default, or give start='random'"
             )
-        if moe.granularity > 1:
+        if moe.granularity > 1 and not self.divides:
             raise ValueError(
                 f"granularity={moe.granularity} makes experts narrower than the network: not with start={self.name!r}"
             )
@@ -56,17 +68,18 @@ class Start(OpenConfig):
         shared = part.expert if moe.num_shared_experts else None
         return replace(moe, expert=part.expert, shared_expert=shared)
 
-    def total_gate(self, layer: MoE) -> float:
+    def total_gate(self, part: FeedForwardPart, layer: MoE) -> float:
         """Return what the gates of a token have to sum to so that the layer's output is the network's."""
         return 1.0
 
-    def fill(self, part: FeedForwardPart, layer: MoE, generator: torch.Generator) -> None:
-        """Write the weights of the routed experts, in place.
+    def fill(self, part: FeedForwardPart, layer: MoE, generator: torch.Generator, x_TD: Tensor | None) -> None:
+        """Write the weights of the routed experts, in place; gradients are off.
 
         Args:
             part: the network.
             layer: the layer of ``config``, on the network's device and in its dtype.
             generator: of the CPU, for what is drawn.
+            x_TD: tokens that the network was called with, where ``needs_tokens``; else None.
         """
         raise NotImplementedError
 
@@ -77,9 +90,157 @@ class CopyStart(Start):
 
     name = "copy"
 
-    def fill(self, part: FeedForwardPart, layer: MoE, generator: torch.Generator) -> None:
+    def fill(self, part: FeedForwardPart, layer: MoE, generator: torch.Generator, x_TD: Tensor | None) -> None:
         for e in range(layer.num_experts):
             copy_weights(layer.experts, e, part.weights)
+
+
+@dataclass(frozen=True)
+class DropStart(Start):
+    """Copies, in each of which a share of the hidden units is drawn anew (Drop-Upcycling, arXiv 2502.19261).
+
+    The units differ from expert to expert. Their columns of ``w_in`` and ``w_gate`` and their rows of ``w_out`` are
+    drawn from a normal distribution with the mean and the deviation of what they were; biases stay.
+
+    Attributes:
+        ratio: share of the units. The paper finds 0.5 best.
+
+    Raises:
+        ValueError: ``ratio`` is not in [0, 1].
+    """
+
+    name = "drop"
+
+    ratio: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_kinds(self)
+        if not 0 <= self.ratio <= 1:
+            raise ValueError(f"ratio={self.ratio} is not in [0, 1]")
+
+    def fill(self, part: FeedForwardPart, layer: MoE, generator: torch.Generator, x_TD: Tensor | None) -> None:
+        F = part.hidden_dim
+        for e in range(layer.num_experts):
+            copy_weights(layer.experts, e, part.weights)
+            unit_N = torch.randperm(F, generator=generator)[: round(self.ratio * F)]
+            for name, tensor in layer.experts.weights_of(e).items():
+                if tensor.ndim != 2 or not unit_N.numel():
+                    continue
+                axis = 0 if name == "w_out" else 1
+                old = tensor.index_select(axis, unit_N.to(tensor.device)).float()
+                drawn = torch.randn(old.shape, generator=generator).to(old.device) * old.std(correction=0) + old.mean()
+                tensor.index_copy_(axis, unit_N.to(tensor.device), drawn.to(tensor.dtype))
+
+
+@dataclass(frozen=True)
+class GranularStart(Start):
+    """Narrow experts in virtual groups (arXiv 2410.07524): ``MoEConfig(E, TokenChoice(K), granularity=g)``.
+
+    The network's hidden units are cut into g shards. There are E copies of each, and g experts in a row are a group of
+    all shards, whose rows of the gate are equal: the g K best experts of a token are K whole groups. Outputs are scaled
+    by g, for the gates of a group share what one copy would have. The paper scales both matrices, with the same
+    product; this scales the last one, whatever the activation.
+
+    Raises:
+        ValueError: ``granularity`` is 1, or the router has no linear gate.
+    """
+
+    name = "granular"
+    divides = True
+
+    def config(self, moe: MoEConfig, part: FeedForwardPart) -> MoEConfig:
+        if moe.granularity == 1:
+            raise ValueError("start='granular' needs granularity above 1, into which the network is cut")
+        return super().config(moe, part).split(part.dim)
+
+    def total_gate(self, part: FeedForwardPart, layer: MoE) -> float:
+        return part.hidden_dim / layer.experts.weights_of(0)["w_out"].shape[0]
+
+    def fill(self, part: FeedForwardPart, layer: MoE, generator: torch.Generator, x_TD: Tensor | None) -> None:
+        gate, g = _linear_gate(layer, self.name), round(self.total_gate(part, layer))
+        shards_gN = torch.arange(part.hidden_dim).view(g, -1)
+        for e in range(layer.num_experts):
+            copy_weights(layer.experts, e, _units_of(part, shards_gN[e % g], 1 / g))
+        for rows in (gate.weight, gate.bias):
+            if rows is not None:
+                rows.copy_(rows[::g].repeat_interleave(g, 0))
+
+
+@dataclass(frozen=True)
+class SplitStart(Start):
+    """The hidden units are divided among the experts (MoEfication, arXiv 2110.01786; LLaMA-MoE, arXiv 2406.16554).
+
+    An expert has an E-th of the units, and the network is the sum of all experts. With ``top_k=E`` and gates of 1
+    (``TokenChoice(E, normalize="unit")``) the layer is the network; with fewer experts a token it comes close where few
+    units answer a token, as with ReLU. ``b_out`` counts once for a token.
+
+    Attributes:
+        by: how the units are grouped: "clusters" of like columns of ``w_in`` (``w_gate`` where gated); "coactivation",
+            clusters of units that answer the same tokens of ``sparsify(inputs=...)``; "random".
+
+    But for "random" a row of a linear gate begins as the mean of its expert's columns (arXiv 2310.10908), so that a
+    token prefers experts that answer it.
+
+    Raises:
+        ValueError: ``by`` is another word.
+    """
+
+    name = "split"
+    even_gates = True
+
+    by: str = "clusters"
+
+    def __post_init__(self) -> None:
+        check_kinds(self)
+        one_of("by", self.by, ("clusters", "coactivation", "random"))
+
+    @property
+    def needs_tokens(self) -> bool:
+        return self.by == "coactivation"
+
+    def config(self, moe: MoEConfig, part: FeedForwardPart) -> MoEConfig:
+        config, E, F = super().config(moe, part), moe.num_experts, part.hidden_dim
+        if F % E:
+            raise ValueError(f"num_experts={E} does not divide the network's {F} hidden units")
+        return replace(config, expert=part.expert.narrowed(E, part.dim))
+
+    def total_gate(self, part: FeedForwardPart, layer: MoE) -> float:
+        return layer.pairs_per_token
+
+    def fill(self, part: FeedForwardPart, layer: MoE, generator: torch.Generator, x_TD: Tensor | None) -> None:
+        E, F = layer.num_experts, part.hidden_dim
+        if any(t.is_meta for t in part.weights.values()):
+            return
+        if self.by == "random":
+            units_EN = random_groups(F, E, generator)
+        else:
+            features = keys_of(part) if x_TD is None else activity_of(part, x_TD)
+            units_EN = balanced_clusters(features, E, generator)
+        for e, unit_N in enumerate(units_EN):
+            copy_weights(layer.experts, e, _units_of(part, unit_N, 1 / layer.pairs_per_token))
+        gate = getattr(layer.router, "gate", None)
+        if self.by != "random" and isinstance(gate, LinearGate):
+            gate.weight.copy_(keys_of(part)[units_EN].mean(1))
+
+
+def _units_of(part: FeedForwardPart, unit_N: Tensor, share: float) -> dict[str, Tensor]:
+    """Return the tensors of an expert with these hidden units, and with this share of ``b_out``."""
+    weights: dict[str, Tensor] = {}
+    for name, tensor in part.weights.items():
+        if name == "b_out":
+            weights[name] = tensor * share
+        else:
+            weights[name] = tensor.index_select(0 if name == "w_out" else -1, unit_N.to(tensor.device))
+    return weights
+
+
+def _linear_gate(layer: MoE, start: str) -> LinearGate:
+    gate = getattr(layer.router, "gate", None)
+    if not isinstance(gate, LinearGate) or gate.weight.shape[0] != layer.num_experts:
+        raise ValueError(
+            f"start={start!r} needs a router with a linear gate, and {type(layer.router).__name__} has none"
+        )
+    return gate
 
 
 @dataclass(frozen=True)
@@ -88,15 +249,18 @@ class RandomStart(Start):
 
     name = "random"
     keeps_output = False
+    divides = True
 
     def config(self, moe: MoEConfig, part: FeedForwardPart) -> MoEConfig:
         return replace(moe, expert=part.expert) if moe.expert == FFN() else moe
 
-    def fill(self, part: FeedForwardPart, layer: MoE, generator: torch.Generator) -> None:
+    def fill(self, part: FeedForwardPart, layer: MoE, generator: torch.Generator, x_TD: Tensor | None) -> None:
         pass
 
 
-STARTS: dict[str, Start] = {start.name: start for start in (CopyStart(), RandomStart())}
+STARTS: dict[str, Start] = {
+    start.name: start for start in (CopyStart(), GranularStart(), DropStart(), SplitStart(), RandomStart())
+}
 """The starts with their default options, by name."""
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from ..experts import ExpertConfig
 from ..flops import count_flops
 from ..layers import active_params
+from .feed_forward import evaluating
 from .readers import recognised_ffns
 from .sparse_ffn import SparseFFN
 
@@ -128,21 +129,18 @@ def _flops(model: nn.Module, inputs: tuple[Any, ...], layers: dict[str, SparseFF
     """
     calls: list[tuple[SparseFFN, tuple[Any, ...]]] = []
     hooks = [m.register_forward_pre_hook(lambda m, args: calls.append((m, args))) for m in layers.values()]
-    modes = {m: m.training for m in model.modules()}
     fused = torch.backends.mha.get_fastpath_enabled()  # torch's fused attention counts no FLOPs
-    model.eval()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        after = count_flops(model, *inputs)
-        of_layers, of_networks = 0, 0
-        for layer, args in calls[:]:
-            of_layers += count_flops(layer.forward, *args)
-            axis = 1 if layer.layout == "channels_first" else -1
-            of_networks += layer.dense_flops * (args[0].numel() // args[0].shape[axis])
+        with evaluating(model):
+            after = count_flops(model, *inputs)
+            of_layers, of_networks = 0, 0
+            for layer, args in calls:
+                of_layers += count_flops(layer.forward, *args)
+                axis = 1 if layer.layout == "channels_first" else -1
+                of_networks += layer.dense_flops * (args[0].numel() // args[0].shape[axis])
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
         for hook in hooks:
             hook.remove()
-        for m, mode in modes.items():
-            m.training = mode
     return after - of_layers + of_networks, after

@@ -267,7 +267,10 @@ def test_one_expert_by_its_score_begins_scaled_and_is_refused_unless_asked_for()
         sparsify(dense, moe, "")
     sparse = sparsify(dense, moe, "", exact=False)
     gate_T = sparse.moe.router.gate(x).softmax(-1).amax(-1)
-    torch.testing.assert_close(sparse(x), gate_T[:, None] * dense(x))
+    ratio_T = (sparse(x) / dense(x)).mean(-1)
+    # Outputs are scaled by one number, so that they are right where the gate is as on average.
+    torch.testing.assert_close(ratio_T / ratio_T[0], gate_T / gate_T[0])
+    assert 0.7 < ratio_T.mean() < 1.4
 
 
 def test_noise_is_relative_to_each_matrix():
