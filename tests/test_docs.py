@@ -156,3 +156,9 @@ def test_the_page_of_images_runs(tmp_path, monkeypatch, capsys):
     (source,) = blocks(VISION, "python")
     exec(compile(source, "vision.md", "exec"), {})
     assert "path='b.png', class_name='" in capsys.readouterr().out
+
+
+def test_the_page_of_your_model_runs(capsys):
+    page = (ROOT / "docs" / "your_model.md").read_text(encoding="utf-8")
+    exec(compile("\n".join(blocks(page, "python")), "your_model.md", "exec"), {})
+    assert capsys.readouterr().out.startswith("12 of 12 feed-forward networks are sparse\n")

@@ -80,7 +80,7 @@ class FeedForwardPart:
     def build(self) -> Experts:
         """Return experts, of which there is one, with copies of the weights, on their device and in their dtype."""
         like = next(iter(self.weights.values()))
-        with torch.random.fork_rng(devices=[]):  # what is drawn is written over
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):  # what is drawn is written over
             experts = self.expert.build(1, self.dim, self.out_dim).to(like.device, like.dtype)
         copy_weights(experts, 0, self.weights)
         return experts
@@ -248,7 +248,7 @@ def check_part(module: nn.Module, part: FeedForwardPart) -> None:
         return
     like = next(iter(part.weights.values()))
     draw = torch.Generator().manual_seed(0)
-    x_TD = torch.randn(8, part.dim, generator=draw).to(like.device, like.dtype)
+    x_TD = torch.randn(8, part.dim, generator=draw, device="cpu").to(like.device, like.dtype)
     dense = module.forward if part.dense is None else part.dense
     with evaluating(module):
         if part.layout == "channels_first":
@@ -256,7 +256,7 @@ def check_part(module: nn.Module, part: FeedForwardPart) -> None:
         else:
             y_TD = dense(x_TD)
     read_TD = part.build().eval()(x_TD, "dense")
-    tolerance = 1e-4 if torch.finfo(like.dtype).eps < 1e-6 else 0.03
+    tolerance = 0.01 if torch.finfo(like.dtype).eps < 1e-6 else 0.05  # products may round to TF32
     if y_TD.shape != read_TD.shape or (y_TD - read_TD).norm() > tolerance * y_TD.norm():
         raise ValueError(
             f"a {type(module).__name__} computes something else than {part.expert}, which its parts look like: "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -41,7 +41,7 @@ def matching_names(
     Raises:
         ValueError: a pattern is no text or names no module, or there is no pattern.
     """
-    listed = [patterns] if isinstance(patterns, str) else list(patterns)
+    listed = [patterns] if isinstance(patterns, str) else list(patterns) if isinstance(patterns, Iterable) else []
     if not listed or not all(isinstance(pattern, str) for pattern in listed):
         raise ValueError(f"modules={patterns!r} is neither a pattern of module names nor a list of them")
     names = [name for name, _ in model.named_modules(remove_duplicate=False)]

@@ -95,7 +95,7 @@ def sparsify(
     # All layers are made before the copy: a refusal costs no memory.
     layers: dict[str, SparseFFN] = {}
     generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)
         for name, part in parts.items():
             module = model.get_submodule(name)
