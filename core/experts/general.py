@@ -118,7 +118,7 @@ class GeneralFFNExperts(Experts):
 @dataclass(frozen=True)
 class GeneralFFN(ExpertConfig):
     """``dropout(act(x w_in + b_in)) w_out + b_out``, or gated ``dropout(act(x w_gate + b_gate) * (x w_in + b_in)) w_out
-    + b_out``, with any of the biases. ``FFN``, ``SwiGLU`` and ``GEGLU`` are faster where they can compute this.
+    + b_out``, with any of the biases. ``FFN``, ``SwiGLU`` and ``GEGLU`` have fused kernels for what they compute.
 
     Attributes:
         hidden_dim: F; None: 4 * dim, or where gated 8/3 * dim, up to the next multiple of 8.

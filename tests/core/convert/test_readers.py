@@ -165,6 +165,7 @@ def test_activations_are_recognised_by_what_they_compute(act, name):
     [
         (Named(norm=nn.LayerNorm(6)), r"module 'net': a Named has a LayerNorm as 'norm', which no expert of one has"),
         (Named(drop2=nn.AlphaDropout(0.1)), r"a AlphaDropout stands where nn.Dropout is expected"),
+        (Named(dropout=0.1), r"a Named has dropout=0.1, and no module that says where it applies"),
         (Named(act=nn.PReLU()), r"its activation PReLU is none of relu, gelu, silu"),
         (Reversed(width=6), r"a Reversed computes something else than FFN\("),
         (nn.Linear(4, 4), r"module 'net' is a Linear, which is no feed-forward network"),
