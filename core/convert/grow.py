@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from ..contract.checks import at_least_one, one_of
 from ..experts import Experts
 from ..layers import MoE
-from ..routing.router import Router, RouterConfig
+from ..routing.router import Router
+from .parts import axis_of_experts, like, num_groups, parts_of, set_num_experts, width_of
 
 STARTS = ("fresh", "copy")
 
@@ -71,10 +72,10 @@ def grow_experts(
     """
     at_least_one("n", n)
     one_of("start", start, STARTS)
-    router, experts = _parts(layer)
+    router, experts = parts_of(layer, "grow")
     E, config = experts.num_experts, router.config
-    larger = config.build(_width(layer), E + n, router.capacity)
-    groups = _num_groups(config)
+    larger = config.build(width_of(layer), E + n, router.capacity)
+    groups = num_groups(config)
     kept = [e // (E // groups) * ((E + n) // groups) + e % (E // groups) for e in range(E)]
     new = tuple(sorted({*range(E + n)} - {*kept}))
     sources = _sources(loads_E, E, n, groups) if start == "copy" else None
@@ -84,11 +85,7 @@ def grow_experts(
     _grow_stacked(experts, n, kept, new, sources, init)
     for module, name, value in grown:
         setattr(module, name, value)
-    for module in router.modules():
-        if hasattr(module, "num_experts"):
-            module.num_experts = E + n
-    experts.num_experts = layer.num_experts = E + n
-    layer.pairs_per_token = config.pairs_per_token(E + n)
+    set_num_experts(layer, E + n)
     if freeze:
         freeze_experts(layer, kept)
     return new
@@ -173,7 +170,7 @@ class _PartOfExperts(NamedTuple):
 
 def _parts_of_experts(layer: MoE, frozen: Collection[int]) -> Iterator[_PartOfExperts]:
     """Yield every parameter of a layer's experts and router, with the rows of the frozen experts."""
-    router, stacked = _parts(layer)
+    router, stacked = parts_of(layer, "grow")
     E = stacked.num_experts
     for e in frozen:
         if not 0 <= e < E:
@@ -181,10 +178,10 @@ def _parts_of_experts(layer: MoE, frozen: Collection[int]) -> Iterator[_PartOfEx
     learning = torch.tensor([e not in set(frozen) for e in range(E)])
     for parameter in stacked.parameters():
         yield _PartOfExperts(parameter, 0, learning)
-    more = _num_groups(router.config)
-    larger = router.config.build(_width(layer), E + more, router.capacity)
+    more = num_groups(router.config)
+    larger = router.config.build(width_of(layer), E + more, router.capacity)
     for (name, parameter), other in zip(router.named_parameters(), larger.parameters(), strict=True):
-        axis = _axis_of_experts(name, parameter, other, E, more)
+        axis = axis_of_experts(name, parameter, other, E, E + more)
         # What stands past the experts, as null experts do, is as old as they are.
         past = 0 if axis is None else parameter.shape[axis] - E
         yield _PartOfExperts(parameter, axis, torch.cat((learning, torch.zeros(past, dtype=torch.bool))))
@@ -203,36 +200,6 @@ def _mask_gradient(parameter: Tensor, axis: int, learning: Tensor) -> None:
     parameter.register_hook(only_learning)
 
 
-def _parts(layer: MoE) -> tuple[Any, Experts]:
-    """Return the router and the experts of a layer that can grow, or raise the ``ValueError`` that says why not."""
-    if not isinstance(layer, MoE):
-        raise ValueError(f"a {type(layer).__name__} does not grow: core.MoE and its subclasses do")
-    router, experts = layer.router, layer.experts
-    config = getattr(router, "config", None)
-    if not isinstance(router, Router) or not isinstance(config, RouterConfig):
-        raise ValueError(f"router {type(router).__name__} cannot grow: it has no RouterConfig to be built from again")
-    if not config.can_grow:
-        raise ValueError(f"router {config.source()} cannot grow: no row of a gate stands for each expert alone")
-    if any(isinstance(m, Experts) and m is not experts for m in experts.modules()):
-        raise ValueError(f"{type(experts).__name__} of several kinds cannot grow: their counts are fixed")
-    if experts.num_local_experts != experts.num_experts:
-        here = f"{experts.num_local_experts} of {experts.num_experts}"
-        raise ValueError(f"{here} experts are here: a layer grows before it is split over ranks")
-    return router, experts
-
-
-def _width(layer: MoE) -> int:
-    if layer.row_dim is None:
-        raise ValueError("dim=None: a layer grows where its width is known, as that of MoEConfig.build")
-    return layer.row_dim
-
-
-def _num_groups(config: RouterConfig) -> int:
-    """Return into how many equal groups a router cuts the experts."""
-    names = ("num_groups", "num_prototypes", "num_members")
-    return next((getattr(config, name) for name in names if hasattr(config, name)), 1)
-
-
 def _sources(loads_E: Tensor | Sequence[float] | None, E: int, n: int, groups: int) -> list[int]:
     """Return the old expert that each new one is a copy of: the most used of its group, then the next one."""
     if loads_E is None:
@@ -247,19 +214,6 @@ def _sources(loads_E: Tensor | Sequence[float] | None, E: int, n: int, groups: i
     return sources
 
 
-def _axis_of_experts(name: str, old: Tensor, larger: Tensor, E: int, n: int) -> int | None:
-    """Return the axis of a tensor of the router that counts the experts; None where there is none."""
-    if old.shape == larger.shape:
-        return None
-    longer = [i for i, (a, b) in enumerate(zip(old.shape, larger.shape, strict=True)) if a != b]
-    if len(longer) > 1 or larger.shape[longer[0]] - old.shape[longer[0]] != n or old.shape[longer[0]] < E:
-        raise ValueError(
-            f"the router's {name} would grow from {tuple(old.shape)} to {tuple(larger.shape)}, by more than a row for "
-            "each new expert: an option that follows from E by default has to be given"
-        )
-    return longer[0]
-
-
 def _grown_router(
     router: Router, larger: Router, E: int, n: int, kept: list[int]
 ) -> list[tuple[nn.Module, str, Tensor]]:
@@ -271,7 +225,7 @@ def _grown_router(
             old = getattr(modules[path], name)
             if old is None or fresh is None:
                 continue
-            axis = _axis_of_experts(f"{path}.{name}".lstrip("."), old, fresh, E, n)
+            axis = axis_of_experts(f"{path}.{name}".lstrip("."), old, fresh, E, E + n)
             if axis is None:
                 continue
             # Past the experts there may be more, as null experts.
@@ -280,12 +234,8 @@ def _grown_router(
             if new is larger and name == "expert_bias":
                 value = old.mean().expand(fresh.shape).clone()  # neither favoured nor starved at first
             value = value.index_copy(axis, torch.tensor(places, device=old.device), old.detach())
-            grown.append((modules[path], name, _like(value, old)))
+            grown.append((modules[path], name, like(value, old)))
     return grown
-
-
-def _like(value: Tensor, old: Tensor) -> Tensor:
-    return nn.Parameter(value, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else value
 
 
 def _grow_stacked(
@@ -317,4 +267,4 @@ def _grow_stacked(
             value = old.new_empty(E + n, *old.shape[1:])
             value[torch.tensor(kept, device=old.device)] = old.detach()
             value[torch.tensor(new, device=old.device)] = torch.stack([row[whole] for row in rows]).to(old.dtype)
-            setattr(module, name, _like(value, old))
+            setattr(module, name, like(value, old))
