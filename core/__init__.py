@@ -1,6 +1,6 @@
 """moesaic's engine: mixture-of-experts layers on PyTorch."""
 
-from .config import CGC, PLE, DenseFFN, MMoE, MoEConfig, MultiGateConfig, OMoE
+from .config import CGC, DenseFFN, MMoE, MoEConfig, MultiGateConfig, OMoE, PLE
 from .contract import (
     DenseRouting,
     Entry,
@@ -13,13 +13,18 @@ from .contract import (
     Tape,
     record,
 )
-from .convert import adapt, average_experts, freeze_experts, grow_experts, hold_experts, sparsify, summary
+from .convert import (
+    OneExpert,
+    adapt,
+    average_experts,
+    densify,
+    freeze_experts,
+    grow_experts,
+    hold_experts,
+    sparsify,
+    summary,
+)
 from .experts import (
-    FFN,
-    GEGLU,
-    IA3,
-    MLP,
-    PEER,
     AttentionExperts,
     ClampedSwiGLU,
     Constant,
@@ -28,11 +33,16 @@ from .experts import (
     Copy,
     ExpertConfig,
     Experts,
+    FFN,
+    GEGLU,
     GeneralFFN,
+    IA3,
     LoRA,
-    Mixed,
+    MLP,
     MLPExperts,
+    Mixed,
     NeuronExperts,
+    PEER,
     SwiGLU,
     Zero,
 )
@@ -49,8 +59,8 @@ from .layers import (
     MultiGateLayer,
     MultiGateMoE,
     NeuronMoE,
-    PatchMoE,
     PLELayer,
+    PatchMoE,
     SelectedMultiGateMoE,
     SoftMoE,
     SparseMultiGateMoE,
@@ -77,7 +87,7 @@ from .routing.product_keys import ProductKeys
 from .routing.relu import ReLURouting
 from .routing.router import PairRouter, Router, RouterConfig, Tokens
 from .routing.selection import Capacity, Choice
-from .routing.smooth import Dense, DenseToSparse, DSelectK
+from .routing.smooth import DSelectK, Dense, DenseToSparse
 from .routing.soft import Merge, SoftSlots
 from .routing.sparse_mixer import SparseMixer
 from .routing.token_choice import TokenChoice
@@ -141,6 +151,7 @@ __all__ = [
     "NeuronMoE",
     "NullExperts",
     "OMoE",
+    "OneExpert",
     "PEER",
     "PLE",
     "PLELayer",
@@ -181,6 +192,7 @@ __all__ = [
     "average_experts",
     "consistency_loss",
     "count_flops",
+    "densify",
     "domain_posterior",
     "expert_linear",
     "freeze_experts",

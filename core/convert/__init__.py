@@ -1,7 +1,8 @@
-"""Conversions of what is built, and may be trained: a dense model made sparse, more experts in a layer, one in place of
-all, updates beside it."""
+"""Conversions of what is built, and may be trained: a dense model made sparse and back, more experts or fewer, one in
+place of all, updates beside it."""
 
 from .adapt import adapt
+from .densify import densify
 from .feed_forward import FeedForwardPart, activation_name, affine, feed_forward_part
 from .grow import freeze_experts, grow_experts, hold_experts
 from .merge import OneExpert, average_experts
@@ -12,13 +13,13 @@ from .starts import STARTS, CopyStart, DropStart, GranularStart, RandomStart, Sp
 from .summary import Summary, summary
 
 __all__ = [
-    "STARTS",
     "CopyStart",
     "DropStart",
     "FeedForwardPart",
     "GranularStart",
     "OneExpert",
     "RandomStart",
+    "STARTS",
     "SparseFFN",
     "SplitStart",
     "Start",
@@ -27,6 +28,7 @@ __all__ = [
     "adapt",
     "affine",
     "average_experts",
+    "densify",
     "feed_forward_part",
     "freeze_experts",
     "grow_experts",

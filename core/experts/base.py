@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -44,6 +45,11 @@ class Experts(nn.Module):
     """``compute_rows`` reads the token of each row by ``row_index_R``; others are given rows that are copies."""
     reads_context: ClassVar[bool] = False
     """``compute_rows`` reads ``rows.of_context(...)``: such experts are for an ``MoE`` alone, whose rows are tokens."""
+    hidden_axes: ClassVar[Mapping[str, int]] = MappingProxyType({})
+    """The axis of hidden units in each stacked tensor that has one, where an expert is a sum over hidden units: several
+    experts side by side are then one wider expert. Empty where they are not."""
+    linear_in: ClassVar[frozenset[str]] = frozenset()
+    """The stacked tensors in which, taken together, the output is linear: scaled by a gate, they scale the output."""
 
     def forward(self, x: Any, way: Way = "rows", *args: Any) -> Any:
         """Compute in one of the ways: ``Rows`` to ``Rows``, tokens to tokens.

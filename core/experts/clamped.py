@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,9 @@ class ClampedSwiGLUExperts(Experts):
     Parameters: ``w_in``, ``w_gate`` (E, D, F), ``w_out`` (E, F, D_out); with bias ``b_in``, ``b_gate`` (E, F) and
     ``b_out`` (E, D_out).
     """
+
+    hidden_axes = MappingProxyType({"w_in": 2, "w_gate": 2, "b_in": 1, "b_gate": 1, "w_out": 1})
+    linear_in = frozenset({"w_out", "b_out"})
 
     def __init__(self, config: ClampedSwiGLU, num_experts: int, dim: int, out_dim: int) -> None:
         super().__init__()

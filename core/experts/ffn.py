@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,8 @@ class FFNExperts(Experts):
     """
 
     takes_index = True
+    hidden_axes = MappingProxyType({"w_in": 2, "w_gate": 2, "b_in": 1, "w_out": 1})
+    linear_in = frozenset({"w_out", "b_out"})
 
     def __init__(
         self,

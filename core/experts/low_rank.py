@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,8 @@ class LoRAExperts(Experts):
     """
 
     takes_index = True
+    hidden_axes = MappingProxyType({"w_a": 2, "w_b": 1})
+    linear_in = frozenset({"w_b"})
 
     def __init__(
         self, num_experts: int, dim: int, out_dim: int, rank: int, *, scale: float = 1.0, dropout: float = 0.0
@@ -135,6 +138,7 @@ class IA3Experts(Experts):
     """
 
     takes_index = True
+    linear_in = frozenset({"v"})
 
     def __init__(self, num_experts: int, dim: int) -> None:
         super().__init__()

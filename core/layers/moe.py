@@ -24,7 +24,7 @@ from ..routing.soft import in_segments
 from .shared import SharedGate
 
 
-def _nothing(module: nn.Module, args: Any) -> None:
+def nothing(module: nn.Module, args: Any) -> None:
     """Do nothing before a layer's forward, but be a hook on it."""
 
 
@@ -67,7 +67,7 @@ class MoELayer(nn.Module):
         self.register_buffer("load_balancing_weight", weight)
         # ``nn.TransformerEncoderLayer`` computes its own feed-forward block in evaluation, whatever ``_ff_block`` says,
         # unless there is a hook on it or in it.
-        self.register_forward_pre_hook(_nothing)
+        self.register_forward_pre_hook(nothing)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -1,0 +1,196 @@
+"""A dense layer in the place of a sparse one: by hand, and equal to it where its experts are equal."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import core
+from core import MoEConfig, TokenChoice, densify
+
+D = 8
+LOADS = [1.0, 2.0, 0.0, 1.0]
+
+
+def built(expert: core.ExpertConfig, router: core.RouterConfig | None = None, **options) -> core.MoE:
+    return MoEConfig(4, router or TokenChoice(2), expert, **options).build(D).eval()
+
+
+def made_equal(layer: core.MoE) -> core.MoE:
+    """Give all experts the weights of the first."""
+    with torch.no_grad():
+        for e in range(1, 4):
+            for name, weight in layer.experts.weights_of(e).items():
+                weight.copy_(layer.experts.weights_of(0)[name])
+    return layer
+
+
+def scalar_experts(w_in: list[float], w_out: list[float]) -> core.MoE:
+    """Return a layer of width 1, whose expert e is ``w_out[e] * relu(w_in[e] * x)``."""
+    layer = MoEConfig(len(w_in), TokenChoice(1), core.FFN(1, activation="relu")).build(1)
+    with torch.no_grad():
+        layer.experts.w_in.copy_(torch.tensor(w_in).reshape(-1, 1, 1))
+        layer.experts.w_out.copy_(torch.tensor(w_out).reshape(-1, 1, 1))
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("how", "loads", "expected"),
+    [
+        ("average", None, 2.0 * 5.0),  # the means of (1, 3) and (4, 6), at x = 1
+        ("use", [3.0, 1.0], 1.5 * 4.5),  # three quarters of the first, a quarter of the second
+        ("most_used", [3.0, 1.0], 1.0 * 4.0),
+        ("most_used", torch.tensor([1, 3]), 3.0 * 6.0),
+        ("sum", None, 4.0 * 10.0),
+        ("svd", None, 4.0 * 10.0),  # a matrix of one number is its own approximation
+    ],
+)
+def test_two_experts_of_one_unit(how, loads, expected):
+    dense = densify(scalar_experts([1.0, 3.0], [4.0, 6.0]), how, loads)
+    assert dense(torch.ones(1, 1)).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_largest_units_stand_side_by_side():
+    layer = MoEConfig(2, TokenChoice(1), core.FFN(2, activation="relu", bias=True)).build(1)
+    with torch.no_grad():
+        layer.experts.w_in.copy_(torch.tensor([[[1.0, -2.0]], [[5.0, 1.0]]]))
+        layer.experts.w_out.copy_(torch.tensor([[[3.0], [4.0]], [[1.0], [9.0]]]))
+        layer.experts.b_in.copy_(torch.tensor([[0.1, 0.2], [0.3, 0.4]]))
+        layer.experts.b_out.copy_(torch.tensor([[1.0], [3.0]]))
+    # Products of norms: 1 * 3 and 2 * 4 in expert 0, 5 * 1 and 1 * 9 in expert 1: the second unit of each.
+    one = densify(layer, "top_k").expert.weights_of(0)
+    assert one["w_in"].tolist() == [[-2.0, 1.0]]
+    assert one["w_out"].tolist() == [[4.0], [9.0]]
+    assert one["b_in"].tolist() == pytest.approx([0.2, 0.4])
+    assert one["b_out"].tolist() == [2.0]  # the mean
+
+
+def test_units_that_no_other_expert_has_are_gathered_whole():
+    # Expert e has all its weight in unit e, so that the gathered expert is the sum of all.
+    layer = built(core.SwiGLU(4))
+    with torch.no_grad():
+        for e in range(4):
+            own = layer.experts.weights_of(e)["w_out"]
+            own[[f for f in range(4) if f != e]] = 0.0
+    x = torch.randn(3, 5, D)
+    expected = layer.experts(x, "dense")
+    torch.testing.assert_close(densify(layer, "top_k")(x), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_singular_values_sum_the_best_approximations():
+    layer = built(core.FFN(8, bias=True))
+    one = densify(layer, "svd").expert.weights_of(0)
+    expected = torch.zeros(D, 8, dtype=torch.float64)
+    for e in range(4):  # rank 8 / 4 = 2
+        u, s, v = torch.linalg.svd(layer.experts.w_in[e].detach().double())
+        expected += s[0] * u[:, :1] @ v[:1] + s[1] * u[:, 1:2] @ v[1:2]
+    torch.testing.assert_close(one["w_in"].double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(one["b_out"], layer.experts.b_out.mean(0))
+
+
+@pytest.mark.parametrize("how", ["average", "use", "most_used"])
+@pytest.mark.parametrize(
+    "expert",
+    [core.FFN(12, bias=True), core.SwiGLU(6), core.ClampedSwiGLU(6, bias=True), core.MLP((6, D)), core.LoRA(2)],
+    ids=lambda e: type(e).__name__,
+)
+def test_equal_experts_become_themselves(expert, how):
+    layer = made_equal(built(expert, num_shared_experts=1, shared_gate="mix", output_bias=True))
+    nn.init.normal_(layer.output_bias)
+    x = torch.randn(2, 5, D)
+    dense = densify(layer, how, LOADS if how != "average" else None)
+    torch.testing.assert_close(dense(x), layer(x), rtol=1e-6, atol=1e-6)
+    assert dense(x, core.RoutingContext()).shape == x.shape  # called as a MoE layer is
+
+
+def test_a_model_becomes_dense_in_place_and_may_use_a_layer_twice():
+    block = nn.Sequential(built(core.FFN(6)))
+    model = nn.ModuleDict({"first": block, "again": block, "last": built(core.FFN(4))})
+    assert densify(model, "use", {"first.0": LOADS, "last": LOADS}) is model
+    assert not core.moe_layers(model)
+    assert model["first"][0] is model["again"][0]
+    assert isinstance(model["last"], core.OneExpert)
+
+
+def test_it_trains_in_the_dtype_and_mode_of_the_layer():
+    dense = densify(built(core.FFN(6)).double().train(), "svd")
+    dense(torch.randn(2, 3, D, dtype=torch.float64)).sum().backward()
+    assert dense.training
+    assert all(p.grad is not None for p in dense.parameters())
+
+
+@pytest.mark.parametrize("kind", [core.FFN(6, bias=True), core.FFN(6), core.GEGLU(6, bias=True)], ids=str)
+def test_one_feed_forward_network_computes_the_same(kind):
+    dense = densify(built(kind, num_shared_experts=2))
+    x = torch.randn(2, 5, D)
+    ffn = dense.feed_forward()
+    assert isinstance(ffn, core.layers.FeedForward)
+    assert ffn.w_in.out_features == 18
+    torch.testing.assert_close(ffn(x), dense(x), rtol=1e-5, atol=1e-6)
+
+
+def test_an_encoder_layer_of_torch_computes_the_dense_layer_in_evaluation_too():
+    class Sparse(nn.TransformerEncoderLayer):
+        def __init__(self) -> None:
+            super().__init__(D, 2, 16, dropout=0.0, batch_first=True)
+            self.moe = made_equal(built(core.FFN(6)))
+
+        def _ff_block(self, x: Tensor) -> Tensor:
+            return self.moe(x)
+
+    layer, x = Sparse().eval(), torch.randn(2, 5, D)
+    with torch.no_grad():
+        expected = layer(x)
+        torch.testing.assert_close(densify(layer)(x), expected, rtol=1e-5, atol=1e-6)
+
+
+REFUSED = {
+    "no layer": (lambda: densify(nn.Linear(2, 2)), "a Linear without MoE layers has no experts"),
+    "how": (lambda: densify(built(core.FFN(6)), "mean"), "how='mean' is not one of average, use, most_used"),
+    "no loads": (lambda: densify(built(core.FFN(6)), "use"), "loads are needed"),
+    "idle loads": (lambda: densify(built(core.FFN(6)), "sum", LOADS), "loads are for how='use'"),
+    "few loads": (lambda: densify(built(core.FFN(6)), "use", [1.0]), "have shape (1,) for 4 experts"),
+    "no use": (lambda: densify(built(core.FFN(6)), "use", [0.0] * 4), "not finite, not negative and not all 0"),
+    "a name": (
+        lambda: densify(nn.Sequential(built(core.FFN(6))), "use", {"1": LOADS}),
+        "loads have no layer '0'; they have '1'",
+    ),
+    "no mean": (lambda: densify(built(core.Copy())), "CopyExperts cannot be merged"),
+    "no units": (lambda: densify(built(core.MLP((D,))), "top_k"), "MLPExperts have no hidden units"),
+    "tasks": (lambda: densify(core.MMoE(4).build(D, 2)), "is a MultiGateMoE: core.MoE and its subclasses become dense"),
+    "a gate": (
+        lambda: densify(built(core.FFN(6), num_shared_experts=1, shared_gate="mix")).feed_forward(),
+        "a shared_gate weights the experts token by token",
+    ),
+    "a bias": (lambda: densify(built(core.FFN(6), output_bias=True)).feed_forward(), "output_bias is added beside"),
+    "no FFN": (lambda: densify(built(core.MLP((D,)))).feed_forward(), "MLPExperts are no dense FFN"),
+    "unlike": (
+        lambda: densify(
+            built(core.FFN(6), num_shared_experts=1, shared_expert=core.FFN(6, activation="relu"))
+        ).feed_forward(),
+        "another activation, gate or bias",
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), REFUSED.values(), ids=REFUSED)
+def test_refused_in_one_line(make, message):
+    with pytest.raises(ValueError) as error:
+        make()
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_refusal_leaves_the_model_as_it_was():
+    model = nn.Sequential(built(core.FFN(6)), built(core.Copy()))
+    with pytest.raises(ValueError, match="CopyExperts cannot be merged"):
+        densify(model)
+    assert len(core.moe_layers(model)) == 2
+
+
+def test_two_layers_with_the_same_experts_are_refused():
+    model = nn.Sequential(built(core.FFN(6)), built(core.FFN(6)))
+    model[1].experts = model[0].experts
+    with pytest.raises(ValueError, match="layers '0' and '1' share their experts"):
+        densify(model)
