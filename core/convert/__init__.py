@@ -2,6 +2,7 @@
 place of all, updates beside it."""
 
 from .adapt import adapt
+from .cut_out import cut_out
 from .densify import densify
 from .feed_forward import FeedForwardPart, activation_name, affine, feed_forward_part
 from .grow import freeze_experts, grow_experts, hold_experts
@@ -28,6 +29,7 @@ __all__ = [
     "adapt",
     "affine",
     "average_experts",
+    "cut_out",
     "densify",
     "feed_forward_part",
     "freeze_experts",

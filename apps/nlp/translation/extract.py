@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import core
 from apps.base.checks import check_name
@@ -68,8 +67,7 @@ def dense_of_task(model: TranslationModel, task: int) -> TranslationModel:
     if moe.output_bias:
         raise ValueError("output_bias=True is added beside the experts: no dense FFN has a place for it")
     layers = core.moe_layers(model)
-    if any(layer.router.capacity.ratio(training=False) is not None for layer in layers.values()):
-        raise ValueError("with a capacity what an expert computes depends on the batch: set it to None before")
+    cut_out = {name: core.cut_out(layer, task=task) for name, layer in layers.items()}
     dense = TranslationModel(
         model.config,
         source_vocab=model.source_vocab,
@@ -79,10 +77,10 @@ def dense_of_task(model: TranslationModel, task: int) -> TranslationModel:
         ffn=_dense_ffn(moe, model.config),
     )
     weights = dict(model.state_dict())
-    for name, layer in layers.items():
+    for name in layers:
         weights = {key: value for key, value in weights.items() if not key.startswith(f"{name}.")}
-        own = _dense_weights(layer, task, dense.get_submodule(name))
-        weights.update({f"{name}.{key}": value for key, value in own.items()})
+        own: Any = cut_out[name]
+        weights.update({f"{name}.{key}": value for key, value in own.feed_forward().state_dict().items()})
     dense.to(next(model.parameters())).load_state_dict(weights)
     return dense.train(model.training)
 
@@ -95,26 +93,3 @@ def _dense_ffn(moe: core.MoEConfig, transformer: TransformerConfig) -> core.Dens
     assert isinstance(expert, core.FFN)
     hidden_dim = (moe.router.top_k + moe.num_shared_experts) * expert.hidden(transformer.shape.dim)
     return core.DenseFFN(hidden_dim, expert.activation, gated=expert.matrices() == 2, bias=expert.bias)
-
-
-def _dense_weights(layer: core.MoELayer, task: int, ffn: torch.nn.Module) -> dict[str, Tensor]:
-    """Return the parameters of ``ffn`` as one FFN of the task's experts, each by its gate, and of the shared ones."""
-    chosen = layer.router.experts_of(task)  # type: ignore[operator]
-    routed: Any = layer.experts
-    experts = [routed.weights_of(e) for e in chosen.expert_ids_K.tolist()]
-    gates = [*chosen.gates_K.unbind()]
-    shared: Any = layer.shared_experts
-    if shared is not None:
-        experts += [shared.weights_of(e) for e in range(shared.num_local_experts)]
-        gates += [chosen.gates_K.new_ones(())] * shared.num_local_experts
-    weights = {name: torch.zeros_like(value) for name, value in ffn.state_dict().items()}
-    for name in experts[0]:
-        kind, _, product = name.partition("_")  # "w" or "b", then "in", "gate" or "out"
-        tensors = [own[name] for own in experts]
-        if product == "out":
-            tensors = [tensor * gate for tensor, gate in zip(tensors, gates, strict=True)]
-        if kind == "w":
-            weights[f"w_{product}.weight"] = torch.cat(tensors, 0 if product == "out" else 1).T
-        else:
-            weights[f"w_{product}.bias"] = torch.stack(tensors).sum(0) if product == "out" else torch.cat(tensors)
-    return weights
