@@ -11,11 +11,13 @@ from .readers import read_ffn, recognised_ffns, register_ffn
 from .sparse_ffn import SparseFFN, put_layer
 from .sparsify import matching_parts, sparsify
 from .starts import STARTS, CopyStart, DropStart, GranularStart, RandomStart, SplitStart, Start
+from .statistics import ExpertStatistics, expert_statistics
 from .summary import Summary, summary
 
 __all__ = [
     "CopyStart",
     "DropStart",
+    "ExpertStatistics",
     "FeedForwardPart",
     "GranularStart",
     "OneExpert",
@@ -31,6 +33,7 @@ __all__ = [
     "average_experts",
     "cut_out",
     "densify",
+    "expert_statistics",
     "feed_forward_part",
     "freeze_experts",
     "grow_experts",

@@ -7,21 +7,11 @@ import warnings
 
 import pytest
 import torch
-from torch import Tensor, nn
+from shrinking import ROUTERS, D, built, tokens
+from torch import nn
 
 import core
 from core import MoEConfig, TokenChoice
-
-D = 8
-
-
-def built(config: MoEConfig, seed: int = 0) -> core.MoE:
-    torch.manual_seed(seed)
-    return config.build(D)
-
-
-def tokens(B: int = 2, S: int = 12) -> Tensor:
-    return torch.randn(B, S, D, generator=torch.Generator().manual_seed(5))
 
 
 def out_of_reach(layer: core.MoE, new: tuple[int, ...]) -> None:
@@ -102,29 +92,6 @@ def test_gates_over_all_experts_give_the_new_ones_their_share():
     best.load_state_dict({k: v[:4] for k, v in layer.state_dict().items()})
     torch.testing.assert_close(layer(x), best(x))
     assert not torch.allclose(layer(x), before)
-
-
-ROUTERS = {
-    "TokenChoice": TokenChoice(2, expert_bias=True),
-    "Prototypes": core.Prototypes(2),
-    "Hierarchical": core.Hierarchical(num_groups=2, top_groups=1, top_k=1),
-    "Ensemble": core.Ensemble(2, 1),
-    "Cosine": core.Cosine(2, proj_dim=3),
-    "Stable": core.Stable(20),
-    "Threshold": core.Threshold(),
-    "NullExperts": core.NullExperts(2, 3),
-    "DynamicThreshold": core.DynamicThreshold(2),
-    "TokenRounding": core.TokenRounding(2, tile=2),
-    "Base": core.Base(),
-    "Sinkhorn": core.Sinkhorn(),
-    "Dense": core.Dense(),
-    "DenseToSparse": core.DenseToSparse(),
-    "Sentence": core.Sentence(),
-    "ExpertChoice": core.ExpertChoice(),
-    "SoftSlots": core.SoftSlots(),
-    "Merge": core.Merge("smear"),
-    "MixtureOfTokens": core.MixtureOfTokens(group_size=2),
-}
 
 
 @pytest.mark.parametrize("router", ROUTERS.values(), ids=ROUTERS)
