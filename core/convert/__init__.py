@@ -7,6 +7,7 @@ from .densify import densify
 from .feed_forward import FeedForwardPart, activation_name, affine, feed_forward_part
 from .grow import freeze_experts, grow_experts, hold_experts
 from .merge import OneExpert, average_experts
+from .prune import keep_experts, merge_experts, prune_experts
 from .readers import read_ffn, recognised_ffns, register_ffn
 from .sparse_ffn import SparseFFN, put_layer
 from .sparsify import matching_parts, sparsify
@@ -38,7 +39,10 @@ __all__ = [
     "freeze_experts",
     "grow_experts",
     "hold_experts",
+    "keep_experts",
     "matching_parts",
+    "merge_experts",
+    "prune_experts",
     "put_layer",
     "read_ffn",
     "recognised_ffns",

@@ -30,7 +30,7 @@ def parts_of(layer: nn.Module, verb: str) -> tuple[Any, Experts]:
     if not isinstance(router, Router) or not isinstance(config, RouterConfig):
         name = type(router).__name__
         raise ValueError(f"router {name} cannot {verb}: it has no RouterConfig to be built from again")
-    if not config.can_grow:
+    if not (config.can_grow if verb == "grow" else config.can_shrink):
         raise ValueError(f"router {config.source()} cannot {verb}: no row of a gate stands for each expert alone")
     if any(isinstance(m, Experts) and m is not experts for m in experts.modules()):
         raise ValueError(f"{type(experts).__name__} of several kinds cannot {verb}: their counts are fixed")
@@ -113,6 +113,34 @@ def num_groups(config: RouterConfig) -> int:
     """Return into how many equal groups a router cuts the experts."""
     names = ("num_groups", "num_prototypes", "num_members")
     return next((getattr(config, name) for name in names if hasattr(config, name)), 1)
+
+
+def reseated(router: Any, other: Any, rows: Callable[[Tensor], Tensor]) -> list[tuple[nn.Module, str, Tensor]]:
+    """Return the tensors of a router with other rows for its experts: the module and the name of each, and its value.
+
+    Args:
+        router: for E experts.
+        other: a router of the same config for another number of experts, which shows where the rows are.
+        rows: takes a tensor whose first axis counts the E experts to one with the new rows.
+
+    Raises:
+        ValueError: as ``axis_of_experts``.
+    """
+    E, modules = router.num_experts, dict(router.named_modules())
+    values: list[tuple[nn.Module, str, Tensor]] = []
+    for path, module in other.named_modules():
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            old = getattr(modules[path], name)
+            if old is None or tensor is None:
+                continue
+            axis = axis_of_experts(f"{path}.{name}".lstrip("."), old, tensor, E, other.num_experts)
+            if axis is None:
+                continue
+            first = old.detach().movedim(axis, 0)
+            # Past the experts there may be more, as null experts.
+            value = torch.cat((rows(first[:E]), first[E:])).movedim(0, axis).contiguous()
+            values.append((modules[path], name, like(value, old)))
+    return values
 
 
 def axis_of_experts(name: str, old: Tensor, new: Tensor, E: int, new_E: int) -> int | None:

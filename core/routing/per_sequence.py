@@ -109,6 +109,7 @@ class Task(TopKConfig):
     paper = "2110.03742"
     router_class = TaskRouter
     can_grow = False
+    can_shrink = True
     terms = SEQUENCE_TERMS
     needs = ("task_ids_B",)
 

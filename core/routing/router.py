@@ -366,6 +366,12 @@ class RouterConfig(OpenConfig):
         leave the others' logits as they are: not where a table, a code or the other experts decide."""
         return True
 
+    @property
+    def can_shrink(self) -> bool:
+        """True where the logits of an expert can be taken away and leave the others' as they are, so that
+        ``core.prune_experts`` can."""
+        return self.can_grow
+
     # Costs.
 
     def pairs_per_token(self, num_experts: int) -> float:
