@@ -2,6 +2,7 @@
 place of all, updates beside it."""
 
 from .adapt import adapt
+from .adapters import merge_adapters
 from .cut_out import cut_out
 from .densify import densify
 from .feed_forward import FeedForwardPart, activation_name, affine, feed_forward_part
@@ -41,6 +42,7 @@ __all__ = [
     "hold_experts",
     "keep_experts",
     "matching_parts",
+    "merge_adapters",
     "merge_experts",
     "prune_experts",
     "put_layer",

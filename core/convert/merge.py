@@ -37,6 +37,11 @@ class OneExpert(nn.Module):
         # As in ``MoELayer``: torch's encoder layer computes its own feed-forward block unless there is a hook in it.
         self.register_forward_pre_hook(nothing)
 
+    @property
+    def experts(self) -> Experts:
+        """The expert, by the name that a MoE layer has for its experts."""
+        return self.expert
+
     @classmethod
     def in_place_of(cls, layer: MoE, expert: Experts) -> OneExpert:
         """Return the layer of ``expert`` beside copies of what else a MoE layer has, in its mode.

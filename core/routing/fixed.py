@@ -293,6 +293,10 @@ class Random(FixedKConfig):
     def reads_position(self) -> bool:
         return self.evaluation == "fixed"
 
+    def constant_gates(self, num_experts: int) -> tuple[float, ...] | None:
+        takes_all = self.evaluation == "average" or (self.evaluation == "fixed" and self.top_k == num_experts)
+        return (1.0 / num_experts,) * num_experts if takes_all else None
+
     @property
     def layer_kind(self) -> str:
         return "averaged" if self.evaluation == "merged" else "pairs"

@@ -372,6 +372,11 @@ class RouterConfig(OpenConfig):
         ``core.prune_experts`` can."""
         return self.can_grow
 
+    def constant_gates(self, num_experts: int) -> tuple[float, ...] | None:
+        """Return the gate of each expert where every token has the same gates in evaluation, capacity aside; None where
+        they may differ."""
+        return None
+
     # Costs.
 
     def pairs_per_token(self, num_experts: int) -> float:

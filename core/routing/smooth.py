@@ -66,6 +66,9 @@ class Dense(LinearGateConfig):
     def check(self, num_experts: int) -> None:
         at_most_experts("eval_top_k", self.eval_top_k, num_experts)
 
+    def constant_gates(self, num_experts: int) -> tuple[float, ...] | None:
+        return (1.0,) if num_experts == 1 else None
+
     def pairs_per_token(self, num_experts: int) -> float:
         return float(num_experts)
 

@@ -277,6 +277,10 @@ class TokenChoice(TopKConfig, LinearGateConfig):
         """A normalised logit depends on those of the other experts."""
         return self.logit_norm is None
 
+    def constant_gates(self, num_experts: int) -> tuple[float, ...] | None:
+        is_whole = num_experts == 1 and self.score_func == "softmax"
+        return (self.scale,) if is_whole and self.gates_on == "output" and not self.expert_scale else None
+
     def num_params(self, dim: int, num_experts: int) -> int:
         weights = dim * num_experts * (2 if self.noise == "learned" else 1)
         return weights + num_experts * (self.gate_bias + self.expert_scale) + (dim if self.input_norm else 0)

@@ -1,0 +1,161 @@
+"""Updates that are the same for every token become a part of the linear layer, with equal outputs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+import core
+from core import IA3, Dense, LoRA, MoEConfig, Random, RoutingContext, Task, TokenChoice, adapt, merge_adapters
+
+CONSTANT = {
+    "one expert": MoEConfig(1, TokenChoice(1), LoRA(2, alpha=6.0)),
+    "a scale": MoEConfig(1, TokenChoice(1, scale=2.5), LoRA(2)),
+    "dense": MoEConfig(1, Dense(), LoRA(2)),
+    "shared updates": MoEConfig(1, TokenChoice(1), LoRA(2), num_shared_experts=2, output_bias=True),
+    "outputs averaged": MoEConfig(4, Random(evaluation="average"), LoRA(2)),
+    "weights averaged": MoEConfig(4, Random(evaluation="merged"), LoRA(2, alpha=6.0)),
+    "all at once": MoEConfig(2, Random(2), LoRA(2)),
+    "a vector": MoEConfig(1, TokenChoice(1), IA3()),
+    "vectors averaged": MoEConfig(4, Random(evaluation="average"), IA3()),
+}
+
+
+def model() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(6, 10), nn.GELU(), nn.Linear(10, 6, bias=False))
+
+
+def trained(net: nn.Module) -> nn.Module:
+    """Move the updates away from their start."""
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            if "updates" in name:
+                parameter.normal_()
+    return net.eval()
+
+
+def test_a_low_rank_update_and_a_vector_by_hand():
+    base = nn.Linear(1, 1)
+    nn.init.constant_(base.weight, 3.0)
+    nn.init.constant_(base.bias, 5.0)
+    for expert, values, expected in (
+        (LoRA(1, alpha=2.0), {"w_a": 7.0, "w_b": 11.0}, (3 + 2 * 7 * 11, 5)),
+        (IA3(), {"v": 4.0}, (3 * 4, 5 * 4)),
+    ):
+        adapted = adapt(base, MoEConfig(1, TokenChoice(1), expert))
+        for name, value in values.items():
+            nn.init.constant_(getattr(adapted.updates.experts, name), value)
+        merged = merge_adapters(adapted)
+        assert type(merged) is nn.Linear
+        assert (merged.weight.item(), merged.bias.item()) == expected
+        assert (base.weight.item(), base.bias.item()) == (3, 5)
+
+
+@pytest.mark.parametrize("moe", CONSTANT.values(), ids=CONSTANT)
+def test_a_merged_layer_is_the_adapted_one_in_evaluation(moe):
+    net = trained(adapt(model(), moe, "0").double())
+    x = torch.randn(2, 5, 6, dtype=torch.float64)
+    expected = net(x)
+    assert not torch.allclose(expected, model().double()(x))
+    assert merge_adapters(net) is net
+    assert_close(net(x), expected, rtol=1e-12, atol=1e-12)
+    assert net.state_dict().keys() == model().state_dict().keys()
+    assert not any(p.requires_grad for p in net.parameters())
+
+
+def test_half_precision_and_a_layer_in_two_places():
+    net = model()
+    net = nn.ModuleList([net, net[0]])
+    trained(adapt(net, MoEConfig(1, TokenChoice(1), LoRA(2)), ["0.0", "1"]).bfloat16())
+    x = torch.randn(2, 5, 6, dtype=torch.bfloat16)
+    expected = net[1](x)
+    merge_adapters(net)
+    assert net[0][0] is net[1]
+    assert net[1].weight.dtype == torch.bfloat16
+    assert_close(net[1](x), expected, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("expert", [LoRA(2), IA3()], ids=str)
+def test_the_updates_of_one_task_are_taken_out_and_merged(expert):
+    dim = 10 if isinstance(expert, IA3) else 6
+    updates = MoEConfig(4, Task(3, 2), expert).build(dim, 10)
+    adapted = trained(core.AdaptedLinear(nn.Linear(6, 10), updates, after=isinstance(expert, IA3)).double())
+    x = torch.randn(2, 5, 6, dtype=torch.float64)
+    expected = adapted(x, RoutingContext(task_ids_B=torch.tensor([1, 1])))
+    merged = merge_adapters(core.cut_out(adapted, task=1))
+    assert_close(merged(x), expected, rtol=1e-12, atol=1e-12)
+
+
+REFUSED = {
+    "none": (lambda: model(), "a Sequential without adapted layers has no updates to merge"),
+    "by token": (
+        lambda: adapt(model(), MoEConfig(4, TokenChoice(2), LoRA(2)), "0"),
+        "the updates of '0' cannot be merged: router TokenChoice gives tokens gates of their own",
+    ),
+    "a gate": (
+        lambda: adapt(model(), MoEConfig(1, TokenChoice(1, score_func="sigmoid"), LoRA(2)), "0"),
+        "gives tokens gates of their own",
+    ),
+    "positions": (
+        lambda: adapt(model(), MoEConfig(4, Random(), LoRA(2)), "0"),
+        "router Random (arXiv 2110.04260) gives tokens gates of their own",
+    ),
+    "a capacity": (
+        lambda: adapt(model(), MoEConfig(1, TokenChoice(1), LoRA(2), capacity_factor=0.5), "0"),
+        "with a capacity tokens are dropped",
+    ),
+    "a shared gate": (
+        lambda: adapt(model(), MoEConfig(1, TokenChoice(1), LoRA(2), num_shared_experts=1, shared_gate="scale"), "0"),
+        "a shared_gate weights the updates token by token",
+    ),
+    "no bias": (
+        lambda: adapt(model(), MoEConfig(1, TokenChoice(1), LoRA(2), output_bias=True), "2"),
+        "output_bias is added to a layer without a bias",
+    ),
+    "no linear updates": (
+        lambda: adapt(model(), MoEConfig(1, TokenChoice(1), core.FFN(4)), "0"),
+        "FFNExperts are no part of a linear layer: LoRA and IA3 are",
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), REFUSED.values(), ids=REFUSED)
+def test_refused_in_one_line(make, message):
+    net = make()
+    with pytest.raises(ValueError) as error:
+        merge_adapters(net)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_refusal_leaves_the_model_as_it_was():
+    net = adapt(model(), MoEConfig(1, TokenChoice(1), LoRA(2)), "0")
+    net[2] = adapt(net[2], MoEConfig(2, TokenChoice(1), LoRA(2)))
+    with pytest.raises(ValueError, match="the updates of '2' cannot be merged"):
+        merge_adapters(net)
+    assert isinstance(net[0], core.AdaptedLinear)
+
+
+@pytest.mark.parametrize(
+    ("router", "E", "gates"),
+    [
+        (Random(2, evaluation="average"), 3, (1 / 3,) * 3),
+        (Random(3), 3, (1 / 3,) * 3),
+        (Random(2), 3, None),
+        (TokenChoice(1, scale=2.0), 1, (2.0,)),
+        (TokenChoice(1, score_func="sigmoid"), 1, None),
+        (TokenChoice(3), 3, None),
+        (Dense(), 1, (1.0,)),
+        (Dense(), 3, None),
+    ],
+    ids=str,
+)
+def test_gates_that_a_router_calls_constant_are_those_of_every_token(router, E, gates):
+    layer = MoEConfig(E, router, LoRA(2)).build(6).eval()
+    assert router.constant_gates(E) == gates
+    routing = layer.router(torch.randn(2, 6, 6) * 9)
+    gate_TE = torch.zeros(12, E).index_put((routing.token_index_N, routing.expert_ids_N), routing.gates_N)
+    every_TE = gate_TE[:1].expand(12, -1) if gates is None else torch.tensor(gates).expand(12, -1)
+    assert torch.allclose(gate_TE, every_TE) == (gates is not None)
