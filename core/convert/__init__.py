@@ -8,6 +8,7 @@ from .densify import densify
 from .feed_forward import FeedForwardPart, activation_name, affine, feed_forward_part
 from .grow import freeze_experts, grow_experts, hold_experts
 from .merge import OneExpert, average_experts
+from .models import average_models, average_states
 from .prune import keep_experts, merge_experts, prune_experts
 from .readers import read_ffn, recognised_ffns, register_ffn
 from .sparse_ffn import SparseFFN, put_layer
@@ -33,6 +34,8 @@ __all__ = [
     "adapt",
     "affine",
     "average_experts",
+    "average_models",
+    "average_states",
     "cut_out",
     "densify",
     "expert_statistics",
