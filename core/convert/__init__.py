@@ -8,7 +8,7 @@ from .densify import densify
 from .feed_forward import FeedForwardPart, activation_name, affine, feed_forward_part
 from .grow import freeze_experts, grow_experts, hold_experts
 from .merge import OneExpert, average_experts
-from .models import average_models, average_states
+from .models import average_models, average_states, mix_models
 from .prune import keep_experts, merge_experts, prune_experts
 from .readers import read_ffn, recognised_ffns, register_ffn
 from .sparse_ffn import SparseFFN, put_layer
@@ -47,6 +47,7 @@ __all__ = [
     "matching_parts",
     "merge_adapters",
     "merge_experts",
+    "mix_models",
     "prune_experts",
     "put_layer",
     "read_ffn",

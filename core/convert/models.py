@@ -1,4 +1,4 @@
-"""Several trained models of one architecture as one: the average of their parameters."""
+"""Several trained models of one architecture as one: their mean, or a sparse model with their networks as experts."""
 
 from __future__ import annotations
 
@@ -7,6 +7,13 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+
+from ..config import MoEConfig
+from ..contract import check_part
+from ..experts import FFN
+from .feed_forward import copy_weights
+from .sparse_ffn import SparseFFN
+from .sparsify import matching_parts, sparsify
 
 State = Mapping[str, Tensor]
 
@@ -61,6 +68,58 @@ def average_states(states: Sequence[State], weights: Sequence[float] | None = No
         _check_like(states[0], state, i)
     share_N = _shares(weights, len(states))
     return {name: _mean(name, [state[name] for state in states], share_N) for name in states[0]}
+
+
+@torch.no_grad()
+def mix_models(
+    models: Sequence[nn.Module],
+    moe: MoEConfig,
+    modules: str | Sequence[str],
+    weights: Sequence[float] | None = None,
+    *,
+    seed: int = 0,
+    causal: bool = False,
+) -> nn.Module:
+    """Return a sparse model whose experts are the feed-forward networks of dense models (Branch-Train-MiX, arXiv
+    2403.07816).
+
+    Expert e of each layer is the network of ``models[e]``. All else is the mean of the models, by ``average_models``,
+    and the routers are new: the paper then trains the whole on all domains.
+
+    Args:
+        models: dense models of one architecture; they stay as they are.
+        moe: the layers, with ``num_experts`` equal to the number of models, the default ``expert`` and no shared ones.
+        modules: pattern of the dotted names of the networks, or several, as in ``core.sparsify``.
+        weights: of the mean, as in ``average_models``.
+        seed: of the routers' start.
+        causal: as in ``core.sparsify``.
+
+    Raises:
+        ValueError: ``moe`` has another number of experts, another kind, shared ones or a granularity; or as
+            ``core.sparsify`` and ``average_models``.
+
+    Example::
+
+        moe = core.MoEConfig(3, core.TokenChoice(2))
+        sparse = core.mix_models([law, medicine, news], moe, modules="blocks.*.mlp")
+    """
+    check_part("moe", moe, MoEConfig, "MoEConfig(3, TokenChoice(2))")
+    if moe.num_experts != len(models):
+        raise ValueError(f"num_experts={moe.num_experts} is not the number of models, {len(models)}")
+    for name, value, default in (
+        ("expert", moe.expert, FFN()),
+        ("granularity", moe.granularity, 1),
+        ("num_shared_experts", moe.num_shared_experts, 0),
+    ):
+        if value != default:
+            raise ValueError(f"{name}={value}: the experts are the models' networks, and there are no others")
+    sparse = sparsify(average_models(models, weights), moe, modules, "random", seed=seed, causal=causal)
+    for e, model in enumerate(models):
+        for name, part in matching_parts(model, modules).items():
+            layer = sparse.get_submodule(".".join(filter(None, (name, part.at))))
+            assert isinstance(layer, SparseFFN)
+            copy_weights(layer.moe.experts, e, part.weights)
+    return sparse
 
 
 def _shares(weights: Sequence[float] | None, num_models: int) -> list[float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +39,8 @@ class GeneralFFNExperts(Experts):
     ``b_in``, ``b_gate`` (E, F) and ``b_out`` (E, D_out) that the config asks for.
     """
 
+    hidden_axes = MappingProxyType({"w_in": 2, "w_gate": 2, "b_in": 1, "b_gate": 1, "w_out": 1})
+    linear_in = frozenset({"w_out", "b_out"})
     w_in: Tensor
     w_gate: Tensor | None
 

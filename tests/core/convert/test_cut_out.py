@@ -9,6 +9,7 @@ from torch.testing import assert_close
 
 import core
 from core import FFN, Domain, MoEConfig, RoutingContext, Task, TokenChoice, cut_out
+from core.experts import GeneralFFN
 
 D = 8
 
@@ -23,7 +24,15 @@ def built(router: core.RouterConfig, expert: core.ExpertConfig, **options) -> co
 
 @pytest.mark.parametrize("top_k", [1, 2, 4])
 @pytest.mark.parametrize(
-    "expert", [FFN(6, bias=True), core.SwiGLU(6), core.ClampedSwiGLU(6, bias=True), core.LoRA(2)], ids=str
+    "expert",
+    [
+        FFN(6, bias=True),
+        core.SwiGLU(6),
+        core.ClampedSwiGLU(6, bias=True),
+        GeneralFFN(6, "tanh", gated=True, bias_gate=True, dropout=0.5),
+        core.LoRA(2),
+    ],
+    ids=str,
 )
 def test_a_task_is_a_dense_layer(expert, top_k):
     layer = built(Task(3, top_k), expert, num_shared_experts=1, output_bias=True)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from shrinking import tokens
 from torch import Tensor, nn
+from torch.testing import assert_close
 
 import core
 from core import MoEConfig, TokenChoice, densify
@@ -75,7 +77,7 @@ def test_units_that_no_other_expert_has_are_gathered_whole():
             own[[f for f in range(4) if f != e]] = 0.0
     x = torch.randn(3, 5, D)
     expected = layer.experts(x, "dense")
-    torch.testing.assert_close(densify(layer, "top_k")(x), expected, rtol=1e-5, atol=1e-6)
+    assert_close(densify(layer, "top_k")(x), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_singular_values_sum_the_best_approximations():
@@ -85,8 +87,8 @@ def test_singular_values_sum_the_best_approximations():
     for e in range(4):  # rank 8 / 4 = 2
         u, s, v = torch.linalg.svd(layer.experts.w_in[e].detach().double())
         expected += s[0] * u[:, :1] @ v[:1] + s[1] * u[:, 1:2] @ v[1:2]
-    torch.testing.assert_close(one["w_in"].double(), expected, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(one["b_out"], layer.experts.b_out.mean(0))
+    assert_close(one["w_in"].double(), expected, rtol=1e-5, atol=1e-6)
+    assert_close(one["b_out"], layer.experts.b_out.mean(0))
 
 
 @pytest.mark.parametrize("how", ["average", "use", "most_used"])
@@ -100,7 +102,7 @@ def test_equal_experts_become_themselves(expert, how):
     nn.init.normal_(layer.output_bias)
     x = torch.randn(2, 5, D)
     dense = densify(layer, how, LOADS if how != "average" else None)
-    torch.testing.assert_close(dense(x), layer(x), rtol=1e-6, atol=1e-6)
+    assert_close(dense(x), layer(x), rtol=1e-6, atol=1e-6)
     assert dense(x, core.RoutingContext()).shape == x.shape  # called as a MoE layer is
 
 
@@ -127,7 +129,7 @@ def test_one_feed_forward_network_computes_the_same(kind):
     ffn = dense.feed_forward()
     assert isinstance(ffn, core.layers.FeedForward)
     assert ffn.w_in.out_features == 18
-    torch.testing.assert_close(ffn(x), dense(x), rtol=1e-5, atol=1e-6)
+    assert_close(ffn(x), dense(x), rtol=1e-5, atol=1e-6)
 
 
 def test_an_encoder_layer_of_torch_computes_the_dense_layer_in_evaluation_too():
@@ -142,7 +144,28 @@ def test_an_encoder_layer_of_torch_computes_the_dense_layer_in_evaluation_too():
     layer, x = Sparse().eval(), torch.randn(2, 5, D)
     with torch.no_grad():
         expected = layer(x)
-        torch.testing.assert_close(densify(layer)(x), expected, rtol=1e-5, atol=1e-6)
+        assert_close(densify(layer)(x), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("how", ["average", "use", "most_used"])
+def test_a_dense_model_made_sparse_is_dense_again(how):
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.LayerNorm(D)
+            self.mlp = nn.Sequential(nn.Linear(D, 12), nn.Tanh(), nn.Dropout(0.5), nn.Linear(12, D))
+
+        def forward(self, x):
+            return x + self.mlp(self.norm(x))
+
+    dense, x = nn.Sequential(Block(), nn.TransformerEncoderLayer(D, 2, 16, batch_first=True)).eval(), tokens()
+    sparse = core.sparsify(dense, MoEConfig(4, TokenChoice(2)), ["0.mlp", "1"]).eval()
+    names = core.moe_layers(sparse)
+    again = densify(sparse, how, dict.fromkeys(names, LOADS) if how != "average" else None)
+    assert len(names) == 2
+    assert not core.moe_layers(again)
+    with torch.no_grad():
+        assert_close(again(x), dense(x), rtol=1e-5, atol=1e-6)
 
 
 REFUSED = {

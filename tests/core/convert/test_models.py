@@ -10,7 +10,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import core
-from core import average_models, average_states
+from core import MoEConfig, TokenChoice, average_models, average_states, mix_models
 
 
 def net(value: float, counted: int = 0) -> nn.Module:
@@ -47,6 +47,66 @@ def test_tables_have_to_be_the_same():
     assert torch.equal(average_models(models[:2]).router.table, table)
     with pytest.raises(ValueError, match=r"router\.table holds whole numbers that differ: they have no mean"):
         average_models(models)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.mlp = nn.LayerNorm(6), nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 6))
+
+    def forward(self, x):
+        return x + self.mlp(self.norm(x))
+
+
+def branches(n: int) -> list[nn.Module]:
+    """Return models that differ in their feed-forward networks alone."""
+    seed = nn.Sequential(Block(), nn.Linear(6, 6), Block()).eval()
+    models = [copy.deepcopy(seed) for _ in range(n)]
+    for model in models:
+        for block in (model[0], model[2]):
+            for parameter in block.mlp.parameters():
+                nn.init.normal_(parameter)
+    return models
+
+
+def test_the_networks_of_three_models_become_the_experts_of_one():
+    models, x = branches(3), torch.randn(2, 5, 6)
+    before = [copy.deepcopy(model.state_dict()) for model in models]
+    sparse = mix_models(models, MoEConfig(3, TokenChoice(2)), "*.mlp")
+    assert len(core.moe_layers(sparse)) == 2
+    for e, model in enumerate(models):
+        assert_close(core.cut_out(copy.deepcopy(sparse), expert=e)(x), model(x), rtol=1e-5, atol=1e-6)
+        assert_close(model.state_dict(), before[e])
+    assert sparse(x).isfinite().all()
+
+
+def test_what_is_no_network_is_averaged_and_equal_models_stay_what_they_are():
+    models = branches(2)
+    nn.init.constant_(models[0][1].weight, 1.0)
+    nn.init.constant_(models[1][1].weight, 4.0)
+    moe = MoEConfig(2, TokenChoice(2))
+    sparse = mix_models(models, moe, "*.mlp", weights=[2.0, 1.0])
+    assert_close(sparse[1].weight, torch.full((6, 6), 2.0))
+    one, x = models[0], torch.randn(2, 5, 6)
+    assert_close(mix_models([one, copy.deepcopy(one)], moe, "*.mlp")(x), one(x), rtol=1e-5, atol=1e-5)
+    again = mix_models(models, moe, "*.mlp", weights=[2.0, 1.0])  # the routers' start has a seed
+    assert_close(again.state_dict(), sparse.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("moe", "modules", "message"),
+    [
+        (MoEConfig(3), "*.mlp", "num_experts=3 is not the number of models, 2"),
+        (MoEConfig(2, expert=core.SwiGLU()), "*.mlp", r"expert=SwiGLU\(.*\): the experts are the models' networks"),
+        (MoEConfig(2, num_shared_experts=1), "*.mlp", "num_shared_experts=1: the experts are the models' networks"),
+        (MoEConfig(2, granularity=2), "*.mlp", "granularity=2: the experts are the models' networks"),
+        (MoEConfig(2), "*.ffn", r"modules='\*.ffn' names no module"),
+        (MoEConfig(2), "*.norm", "module '0.norm' is a LayerNorm, which is no feed-forward network"),
+    ],
+)
+def test_models_that_do_not_mix_are_refused(moe, modules, message):
+    with pytest.raises(ValueError, match=message):
+        mix_models(branches(2), moe, modules)
 
 
 @pytest.mark.parametrize(
