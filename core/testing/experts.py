@@ -7,6 +7,7 @@ import itertools
 import torch
 from torch import Tensor
 
+from ..convert.merge import joined
 from ..dispatch import LocalDispatcher
 from ..experts import Experts
 from ..flops import count_flops
@@ -178,6 +179,14 @@ def _(case: ExpertCase) -> None:
                 stack = torch.stack([experts.weights_of(e)[name] for e in range(case.num_experts)])
                 parameter[0] = torch.tensordot(weights_E, stack, 1)
         close(y_GSD[g], merged(x_GSD[g], "each")[:, 0], f"the output of group {g}", 1e-5)
+
+
+@CHECKS.keeps("experts joined into one are their sum, each by its gate", lambda case: bool(case.experts().linear_in))
+def _(case: ExpertCase) -> None:
+    experts, x_TD = case.experts().double(), case.tokens(7).double()
+    chosen, gates_K = [case.num_experts - 1, 0], torch.tensor([0.25, -1.5], dtype=torch.float64)
+    expected = sum(gate * case.one(e, experts)(x_TD, "dense") for e, gate in zip(chosen, gates_K, strict=True))
+    close(joined(experts, chosen, gates_K)(x_TD, "dense"), expected, "the output", FLOAT64)
 
 
 @CHECKS.keeps("weights_of gives views of one expert, and init_each starts each by itself")
