@@ -146,6 +146,16 @@ def average_experts(layer: MoE, weights_E: Tensor | Sequence[float] | None = Non
     return OneExpert.in_place_of(layer, restack(copy.deepcopy(layer.experts), 1, mean))
 
 
+def can_join(experts: Experts) -> bool:
+    """Return whether several of these experts are one: all their tensors have hidden units, or are linear in the
+    output."""
+    return bool(experts.linear_in) and _names(experts) <= {*experts.hidden_axes, *experts.linear_in}
+
+
+def _names(experts: Experts) -> set[str]:
+    return {name for name, _ in (*experts.named_parameters(), *experts.named_buffers())}
+
+
 @torch.no_grad()
 def joined(experts: Experts, expert_ids: Sequence[int], gates_K: Tensor) -> Experts:
     """Return one expert that puts out ``sum over k of gates_K[k] * f_{expert_ids[k]}(x)``, whose tensors are copies.
@@ -171,14 +181,13 @@ def joined(experts: Experts, expert_ids: Sequence[int], gates_K: Tensor) -> Expe
         assert isinstance(part, Experts)
         return joined(part, [e - experts.bounds[kind] for e in expert_ids], gates_K)
     axes, linear = experts.hidden_axes, experts.linear_in
-    names = {name for name, _ in (*experts.named_parameters(), *experts.named_buffers())}
-    if not linear or not names <= {*axes, *linear}:
+    if not can_join(experts):
         if len(expert_ids) > 1 or float(gates_K[0]) != 1.0:
             what = f"{len(expert_ids)} of them" if len(expert_ids) > 1 else f"one at a gate of {float(gates_K[0]):.4g}"
             raise ValueError(f"{type(experts).__name__} cannot be joined into one expert: {what}")
         linear = frozenset()
     one = copy.deepcopy(experts)
-    for name in names:
+    for name in _names(experts):
         path, _, last = name.rpartition(".")
         module, stacked = one.get_submodule(path), getattr(one.get_submodule(path), last)
         rows = stacked.detach()[list(expert_ids)]

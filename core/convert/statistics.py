@@ -121,7 +121,7 @@ class _Sums:
 
     def add(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Add the rows that the experts are about to compute."""
-        if self._computing or not isinstance(args[0], Rows):
+        if self._computing or not isinstance(args[0], Rows) or args[1:] not in ((), ("rows",)):
             return
         self._computing = True
         try:

@@ -7,7 +7,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from ..convert.merge import joined
+from ..convert.merge import can_join, joined
 from ..dispatch import LocalDispatcher
 from ..experts import Experts
 from ..flops import count_flops
@@ -181,7 +181,7 @@ def _(case: ExpertCase) -> None:
         close(y_GSD[g], merged(x_GSD[g], "each")[:, 0], f"the output of group {g}", 1e-5)
 
 
-@CHECKS.keeps("experts joined into one are their sum, each by its gate", lambda case: bool(case.experts().linear_in))
+@CHECKS.keeps("experts joined into one are their sum, each by its gate", lambda case: can_join(case.experts()))
 def _(case: ExpertCase) -> None:
     experts, x_TD = case.experts().double(), case.tokens(7).double()
     chosen, gates_K = [case.num_experts - 1, 0], torch.tensor([0.25, -1.5], dtype=torch.float64)

@@ -108,5 +108,7 @@ def test_refused_in_one_line(router, expert, given, message):
 def test_a_capacity_and_other_layers_are_refused():
     with pytest.raises(ValueError, match="with a capacity what an expert computes depends on the batch"):
         cut_out(built(Task(2), FFN(6), capacity_factor=1.0), task=0)
+    with pytest.raises(ValueError, match="no layer of one expert takes the place of a PatchMoE"):
+        cut_out(built(TokenChoice(1), core.Convolution(5, columns=4)), expert=0)
     with pytest.raises(ValueError, match=r"is a MultiGateMoE: core\.MoE and its subclasses are cut out of"):
         cut_out(core.MMoE(4).build(D, 2), expert=0)

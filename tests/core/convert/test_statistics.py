@@ -113,6 +113,8 @@ def test_slots_are_rows_too():
         (lambda: nn.Linear(2, 2), [], "a Linear without MoE layers has no experts"),
         (lambda: built(MoEConfig(4)), [], "layer '' computed no rows of experts in these batches"),
         (lambda: built(MoEConfig(4, core.Merge())), [tokens()], "layer '' computed no rows"),
+        (lambda: built(MoEConfig(4, expert=core.AttentionExperts(4))), [tokens()], "layer '' computed no rows"),
+        (lambda: built(MoEConfig(4, expert=core.PEER())), [tokens()], "layer '' computed no rows"),
     ],
 )
 def test_what_has_no_statistics_is_refused(model, batches, message):
