@@ -33,7 +33,7 @@ SCORES: dict[str, Callable[[ExpertStatistics], Tensor]] = {
     "spread": lambda s: s.spread_E,
 }
 
-Rows = Callable[[Tensor], Tensor]
+Picked = Callable[[Tensor], Tensor]
 Statistics = Mapping[str, ExpertStatistics] | ExpertStatistics
 
 
@@ -276,7 +276,7 @@ class _Change(NamedTuple):
         set_num_experts(self.layer, self.num_experts)
 
 
-def _changed(layer: MoE, num_experts: int, rows: Rows) -> _Change:
+def _changed(layer: MoE, num_experts: int, rows: Picked) -> _Change:
     """Return the change of a layer to fewer experts, whose tensors are ``rows`` of those before."""
     router, experts = parts_of(layer, "shrink")
     fewer = router.config.build(width_of(layer), num_experts, router.capacity)
@@ -307,6 +307,6 @@ def _with_constants(layer: MoE, kept: tuple[int, ...], mean_ED: Tensor) -> _Chan
     return _Change(layer, mixed, reseated(router, other, _picked([*kept, *gone])), E)
 
 
-def _picked(index: Sequence[int]) -> Rows:
+def _picked(index: Sequence[int]) -> Picked:
     """Return a function that picks rows of a tensor by its first axis."""
     return lambda stacked: stacked.index_select(0, torch.tensor(index, device=stacked.device))
