@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 
 import pytest
 import torch
 from torch import nn
 
-from benchmarks import experts, layer, lora_experts, peer
+import core
+from benchmarks import experts, fewer_experts, layer, lora_experts, peer
 
 
 class Broken(nn.Module):
@@ -79,3 +81,16 @@ def test_the_benchmark_of_experts_prints_a_row_for_the_dense_ffn_and_each_kind(c
     saved = json.loads((tmp_path / "rows.json").read_text())["rows"]
     # A dense FFN of width 2 F = 512 at D = 128 with its biases, and 8 experts of F = 256 with the router's 8 D.
     assert [row["num_params"] for row in saved[:2]] == [2 * 128 * 512 + 512 + 128, 8 * 2 * 128 * 256 + 8 * 128]
+
+
+def test_each_conversion_to_fewer_experts_leaves_a_smaller_model_of_the_same_widths():
+    model, x = nn.Sequential(core.MoEConfig(8, core.TokenChoice(2), core.FFN(32)).build(4)), torch.randn(2, 30, 4)
+    statistics = core.expert_statistics(model, [x], every_token=True)
+    sizes = []
+    for _name, convert in fewer_experts.conversions([0.5]):
+        converted = copy.deepcopy(model)
+        convert(converted, statistics)
+        assert converted(x).shape == x.shape
+        sizes.append(sum(p.numel() for p in converted.parameters()))
+    # 256 numbers an expert and 4 a row of the gate: 8 experts, half of them, half with 4 vectors, and one without gate.
+    assert sizes == [2080, *[1040] * 5, 4 * 256 + 8 * 4 + 4 * 4, 1040, *[256] * 6]
