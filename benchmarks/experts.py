@@ -26,7 +26,7 @@ from torch import nn
 
 import core
 from apps.base.machine import machine_line
-from apps.equal_cost.widths import nearest_width
+from core.convert import nearest_width
 from core.memory import kept_bytes
 
 

@@ -1,1 +1,1 @@
-"""Models of equal cost: solved widths, dense twins, and routers by name."""
+"""Models of equal cost: dense twins, and routers by name."""

@@ -139,7 +139,7 @@ class Variant:
             ValueError: the overlay does not fit the layers, or none of the experts has a hidden dim.
         """
         import core
-        from apps.equal_cost.widths import has_width, nearest_width, widened
+        from core.convert import has_width, nearest_width, widened
 
         layers = self.module.routed_layers()
         assert layers is not None
@@ -199,7 +199,7 @@ def variants(module: Comparable, names: Iterable[str]) -> Mapping[str, Baseline]
 
 def _description(config: Any, dim: int) -> str:
     """Return the kinds of router and experts, and the hidden width that was chosen."""
-    from apps.equal_cost.widths import has_width, hidden_width
+    from core.convert import has_width, hidden_width
 
     kinds = f"{type(config.router).__name__}, {type(config.expert).__name__}"
     if not has_width(config.expert):

@@ -9,7 +9,7 @@ from typing import Any
 
 import core
 from apps.equal_cost.comparable import Baseline, Comparable
-from apps.equal_cost.widths import SolvedWidth, equal_widths, same_width
+from core.convert import SolvedWidth, same_width, solve_width
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,24 @@ class DenseTwin:
 
     def __call__(self) -> Any:
         return self.sparse.twin(moe=None, dense_ffn=self.ffn, **self.changed)
+
+
+def equal_widths(
+    prefix: str, dense: core.DenseFFN, dim: int, flops: float, params: float, each: str = ""
+) -> dict[str, SolvedWidth]:
+    """Return the hidden dims at which ``dense`` costs ``flops`` a token, and at which it has ``params`` parameters.
+
+    Their names are "<prefix>_equal_flops" and "<prefix>_equal_params". ``each`` ends the unit in a message, as " a
+    block".
+    """
+
+    def at(width: int) -> core.DenseFFN:
+        return dataclasses.replace(dense, hidden_dim=width)
+
+    return {
+        f"{prefix}_equal_flops": solve_width(lambda width: at(width).flops_per_token(dim), flops, f"flops{each}"),
+        f"{prefix}_equal_params": solve_width(lambda width: at(width).num_params(dim), params, f"params{each}"),
+    }
 
 
 def dense_twins(sparse: Comparable, dense: core.DenseFFN) -> dict[str, Baseline]:

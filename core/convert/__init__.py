@@ -16,6 +16,7 @@ from .sparsify import matching_parts, sparsify
 from .starts import STARTS, CopyStart, DropStart, GranularStart, RandomStart, SplitStart, Start
 from .statistics import ExpertStatistics, expert_statistics
 from .summary import Summary, summary
+from .widths import SolvedWidth, has_width, hidden_width, nearest_width, same_width, solve_width, widened
 
 __all__ = [
     "CopyStart",
@@ -26,6 +27,7 @@ __all__ = [
     "OneExpert",
     "RandomStart",
     "STARTS",
+    "SolvedWidth",
     "SparseFFN",
     "SplitStart",
     "Start",
@@ -42,17 +44,23 @@ __all__ = [
     "feed_forward_part",
     "freeze_experts",
     "grow_experts",
+    "has_width",
+    "hidden_width",
     "hold_experts",
     "keep_experts",
     "matching_parts",
     "merge_adapters",
     "merge_experts",
     "mix_models",
+    "nearest_width",
     "prune_experts",
     "put_layer",
     "read_ffn",
     "recognised_ffns",
     "register_ffn",
+    "same_width",
+    "solve_width",
     "sparsify",
     "summary",
+    "widened",
 ]

@@ -14,8 +14,7 @@ import core
 from apps.base.checks import check_at_least
 from apps.base.evaluation import in_evaluation
 from apps.equal_cost.comparable import Baseline, Comparable, RoutedLayers
-from apps.equal_cost.twins import DenseTwin, baselines_of
-from apps.equal_cost.widths import SolvedWidth, equal_widths
+from apps.equal_cost.twins import DenseTwin, baselines_of, equal_widths
 from apps.nets.blocks import FFNConfig, one_ffn
 from apps.nets.loss import linear_cross_entropy
 from apps.nets.place import Place, check_fits, check_layers
@@ -25,6 +24,7 @@ from apps.recsys.sequence.model import HistoryModel, HistoryModelConfig, check_i
 from apps.train.growing import GrowConfig
 from apps.train.module import OptimizerConfig, SparseModule, TaskOutput
 from core.config.plain import from_plain
+from core.convert import SolvedWidth
 
 CUTOFF = 10
 """Number of best items that the hit rate and the NDCG judge."""

@@ -11,11 +11,11 @@ from typing import Any
 import core
 from apps.equal_cost.comparable import Baseline
 from apps.equal_cost.twins import baselines_of
-from apps.equal_cost.widths import SolvedWidth, solve_width, widened
 from apps.recsys.encoding.features import Features
 from apps.recsys.tables.bottoms import SharedBottom, SingleTask
 from apps.recsys.tables.estimators import HistGradientBoosting, HistGradientBoostingUntuned, LogisticRegression
 from apps.recsys.tables.weighting import WeightingConfig
+from core.convert import SolvedWidth, solve_width, widened
 
 BOTTOMS = {
     "shared_bottom": (SharedBottom, "one network of width {width} for all tasks"),

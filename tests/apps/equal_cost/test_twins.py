@@ -1,11 +1,11 @@
-"""Widths of equal cost, by hand."""
+"""Dense FFNs of equal cost, by hand."""
 
 from __future__ import annotations
 
 import pytest
 
 import core
-from apps.equal_cost.widths import equal_widths, hidden_width, same_width, widened
+from apps.equal_cost.twins import equal_widths
 
 
 # D = 4. Plain: 2 * 2 * 4 F FLOPs, 2 * 4 F parameters, with biases F + 4 more. Gated: 3 in place of 2 matrices, 2 F + 4.
@@ -23,20 +23,3 @@ def test_a_cost_between_two_widths_is_refused_where_neither_is_near():
     widths = equal_widths("dense", core.DenseFFN(), 4, 24, 94, each=" a block")
     assert widths["dense_equal_flops"].problem == "no whole width comes within 5% of 24 flops a block"
     assert equal_widths("dense", core.DenseFFN(), 4, 163, 94)["dense_equal_flops"] == (10, "")
-
-
-def test_widths_within_a_percent_are_the_same_model():
-    assert same_width(100, 101)
-    assert not same_width(100, 102)
-
-
-def test_all_kinds_of_mixed_experts_grow_alike():
-    mixed = core.Mixed((core.FFN(8), core.Zero(), core.SwiGLU(4)), (2, 1, 1))
-    assert widened(mixed, 16) == core.Mixed((core.FFN(16), core.Zero(), core.SwiGLU(8)), (2, 1, 1))
-    assert [hidden_width(kind) for kind in (mixed, core.FFN(8), core.MLP((8, 4)))] == [
-        "dims 8, 4",
-        "dim 8",
-        "dims 8, 4",
-    ]
-    with pytest.raises(ValueError, match="none of the Mixed experts has a hidden_dim"):
-        widened(core.Mixed((core.Zero(), core.Copy()), (1, 1)), 16)
