@@ -16,6 +16,7 @@ from .sparsify import matching_parts, sparsify
 from .starts import STARTS, CopyStart, DropStart, GranularStart, RandomStart, SplitStart, Start
 from .statistics import ExpertStatistics, expert_statistics
 from .summary import Summary, summary
+from .twin import TwinWidth, dense_twin, twin_widths
 from .widths import SolvedWidth, has_width, hidden_width, nearest_width, same_width, solve_width, widened
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "SplitStart",
     "Start",
     "Summary",
+    "TwinWidth",
     "activation_name",
     "adapt",
     "affine",
@@ -39,6 +41,7 @@ __all__ = [
     "average_models",
     "average_states",
     "cut_out",
+    "dense_twin",
     "densify",
     "expert_statistics",
     "feed_forward_part",
@@ -62,5 +65,6 @@ __all__ = [
     "solve_width",
     "sparsify",
     "summary",
+    "twin_widths",
     "widened",
 ]

@@ -166,6 +166,30 @@ def affine(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     raise ValueError(f"a {type(module).__name__} is no linear layer")
 
 
+@torch.no_grad()
+def set_affine(module: nn.Module, w: Tensor, b: Tensor | None) -> None:
+    """Give a linear layer another matrix and bias, of any size: the inverse of ``affine``.
+
+    Args:
+        module: one that ``affine`` takes.
+        w: (in, out).
+        b: (out,), or None where the layer has no bias.
+    """
+    if isinstance(module, nn.Linear):
+        module.in_features, module.out_features = w.shape
+        weight = w.t()
+    elif isinstance(module, nn.Conv2d):
+        module.in_channels, module.out_channels = w.shape
+        weight = w.t()[:, :, None, None]
+    else:
+        for name, size in zip(("nx", "nf"), w.shape, strict=True):
+            setattr(module, name, size)
+        weight = w
+    module.weight = nn.Parameter(weight.contiguous())
+    if b is not None:
+        module.bias = nn.Parameter(b)
+
+
 def is_linear(module: object) -> bool:
     """Return whether ``affine`` takes the module."""
     return isinstance(module, nn.Linear) or is_pointwise(module) or _is_conv1d(module)
