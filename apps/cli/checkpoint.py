@@ -81,7 +81,9 @@ def check_fits(checkpoint: Mapping[str, Any], model: LightningModule, path: Path
     if not wrong:
         return
     there, here = checkpoint.get("hyper_parameters", {}), getattr(model, "hparams", {})
-    shapeless = ("model.optimizer", "model.ema_decay", "model.average_last", "model.grow", "model.report")
+    shapeless = tuple(
+        f"model.{name}" for name in ("optimizer", "ema_decay", "average_last", "grow", "distil", "report")
+    )
     differing = [row for row in differences(there, here, "model") if not row[0].startswith(shapeless)]
     tensor = wrong[0]
     detail = f"{tensor} is {saved.get(tensor, 'missing')} there and {own.get(tensor, 'missing')} here"

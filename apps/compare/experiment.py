@@ -70,6 +70,8 @@ class Experiment:
                 "model.grow: a comparison trains all models from scratch, and the baselines have no trained model to "
                 "grow from; set it to null"
             )
+        if getattr(model, "distil", None) is not None:
+            raise UsageError("model.distil: a comparison trains all models on the labels alone; set it to null")
         self._cli.datamodule = data
         self._cli._check_links()
         self.monitor, self.monitor_mode = model.monitor, model.monitor_mode

@@ -1,7 +1,8 @@
-"""Cross-entropy over a large vocabulary of items or subwords, without all logits in memory at once."""
+"""Losses over a large vocabulary of items or subwords, without all logits in memory at once."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -92,11 +93,81 @@ def linear_cross_entropy(h: Tensor, weight: Tensor, target: Tensor, label_smooth
     Returns:
         (), float32, or float64 where ``h`` is.
     """
+    dtype = _dtype_of_products(h, weight)
+    with torch.autocast(h.device.type, enabled=False):
+        return _LinearCrossEntropy.apply(h, weight, target, label_smoothing, dtype)
+
+
+def _dtype_of_products(h: Tensor, weight: Tensor) -> torch.dtype:
     kind = h.device.type
     autocast = torch.is_autocast_enabled(kind)
-    dtype = torch.get_autocast_dtype(kind) if autocast else torch.promote_types(h.dtype, weight.dtype)
-    with torch.autocast(kind, enabled=False):
-        return _LinearCrossEntropy.apply(h, weight, target, label_smoothing, dtype)
+    return torch.get_autocast_dtype(kind) if autocast else torch.promote_types(h.dtype, weight.dtype)
+
+
+class _LinearDivergence(torch.autograd.Function):
+    """As in ``_LinearCrossEntropy``, the gradient of a chunk is worked out while its logits are there."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, h_TD: Tensor, weight_VD: Tensor, teacher: OutputLogits, temperature: float, dtype: torch.dtype
+    ) -> Tensor:
+        T, V = len(h_TD), len(weight_VD)
+        exact = torch.float64 if dtype == torch.float64 else torch.float32
+        wants_h, wants_weight = ctx.needs_input_grad[:2]
+        h, weight, teacher_h = h_TD.to(dtype), weight_VD.to(dtype), teacher.h_TD.to(dtype)
+        weight_DV, teacher_DV = weight.t().contiguous(), teacher.weight_VD.to(dtype).t().contiguous()
+        dh_TD = torch.empty_like(h_TD) if wants_h else None
+        dweight_VD = torch.zeros_like(weight, dtype=exact) if wants_weight else None
+        total = torch.zeros((), dtype=exact, device=h_TD.device)
+        count, rows = max(T, 1), max(1, _CHUNK_ELEMENTS // max(V, 1))
+        for start in range(0, T, rows):
+            part = slice(start, start + rows)
+            log_q_tV = (mm(h[part], weight_DV).to(exact) / temperature).log_softmax(-1)
+            log_p_tV = (mm(teacher_h[part], teacher_DV).to(exact) / temperature).log_softmax(-1)
+            p_tV = log_p_tV.exp()
+            total += (p_tV * (log_p_tV - log_q_tV)).sum()
+            if not (wants_h or wants_weight):
+                continue
+            d_tV = (log_q_tV.exp_().sub_(p_tV) / temperature).to(dtype)
+            if dh_TD is not None:
+                dh_TD[part] = mm(d_tV, weight) / count
+            if dweight_VD is not None:
+                dweight_VD += mm(d_tV.t(), h[part])
+        ctx.grads = dh_TD, None if dweight_VD is None else (dweight_VD / count).to(weight_VD.dtype)
+        return total / count
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        scaled = (None if g is None else g * grad.to(g.dtype) for g in ctx.grads)
+        return *scaled, None, None, None  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class OutputLogits:
+    """The logits ``h W^T`` of T targets over a vocabulary, not computed yet.
+
+    Attributes:
+        h_TD: (T, D).
+        weight_VD: (V, D).
+    """
+
+    h_TD: Tensor
+    weight_VD: Tensor
+
+    def divergence(self, teacher: OutputLogits, temperature: float) -> Tensor:
+        """Return the mean over the T targets of ``KL(teacher || self)``, (), in chunks of rows; 0 without rows.
+
+        The dtypes are those of ``linear_cross_entropy``. One backward, which gives the teacher no gradient.
+
+        Args:
+            teacher: logits of the same targets; its D may be another.
+            temperature: divides both logits.
+        """
+        h, weight = self.h_TD, self.weight_VD
+        dtype = _dtype_of_products(h, weight)
+        with torch.autocast(h.device.type, enabled=False):
+            return _LinearDivergence.apply(h, weight, teacher, temperature, dtype)
 
 
 class TargetScores(NamedTuple):

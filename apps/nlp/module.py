@@ -16,14 +16,15 @@ from apps.equal_cost.comparable import Baseline, Comparable, RoutedLayers
 from apps.equal_cost.twins import dense_twins
 from apps.nets.config import TransformerConfig
 from apps.nets.depths import TokenGate
-from apps.nets.loss import linear_cross_entropy, target_scores
+from apps.nets.loss import OutputLogits, linear_cross_entropy, target_scores
 from apps.nets.place import Place, check_fits, check_layers
 from apps.nlp.decode import DecodeConfig, in_dtype
 from apps.nlp.foreseen import of_mean_length, per_sentence
 from apps.nlp.predict import Candidate, Line, as_text, identity_of, in_order, num_lines
 from apps.porting import Architecture, config_of, load_pretrained_weights, subwords_of
+from apps.train.distilling import DistilConfig
 from apps.train.growing import GrowConfig
-from apps.train.module import OptimizerConfig, SparseModule, TaskOutput
+from apps.train.module import OptimizerConfig, SparseModule, TaskOutput, check_one_start
 from apps.train.predicting import Prediction, PredictionStream
 from core.config.plain import to_plain
 
@@ -59,16 +60,16 @@ class TextModule(SparseModule, Comparable):
         ema_decay: float | None,
         average_last: int | None,
         grow: GrowConfig | None,
+        distil: DistilConfig | None,
         pretrained: str | None,
         attention_moe: core.MoEConfig | None,
     ) -> None:
-        super().__init__(optimizer=optimizer, ema_decay=ema_decay, average_last=average_last, grow=grow)
+        super().__init__(optimizer=optimizer, ema_decay=ema_decay, average_last=average_last, grow=grow, distil=distil)
         if not 0.0 <= label_smoothing < 1.0:
             raise ValueError(f"label_smoothing={label_smoothing} is not in [0, 1)")
         if subwords is None:
             raise ValueError("subwords=None: they come from the data (data.subwords)")
-        if pretrained is not None and grow is not None:
-            raise ValueError(f"pretrained={pretrained!r} with grow: a training begins with the weights of one model")
+        check_one_start(pretrained, grow, distil)
         if pretrained is not None and attention_moe is not None:
             raise ValueError(f"pretrained={pretrained!r} has no weights for the heads of attention_moe")
         self.subwords, self.transformer, self.moe = subwords, transformer or TransformerConfig(), moe
@@ -96,21 +97,32 @@ class TextModule(SparseModule, Comparable):
 
     # ---- the loss
 
-    def token_loss(self, h_BLD: Tensor, ids_BL: Tensor) -> TaskOutput:
+    def hidden(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Return the decoder's output after each token but the last, (B, L - 1, D), and what it was to say, int64
+        (B, L)."""
+        raise NotImplementedError
+
+    def distribution(self, batch: Any) -> OutputLogits:
+        """Return the logits of the tokens after the first, padding left out."""
+        return self._distribution(*self.hidden(batch))
+
+    def _distribution(self, h_BLD: Tensor, ids_BL: Tensor) -> OutputLogits:
+        h_TD = h_BLD[ids_BL[:, 1:] != PAD_ID] * self.transformer.logits_scale
+        return OutputLogits(h_TD, self.model.output_weight)
+
+    def token_loss(self, batch: Any) -> TaskOutput:
         """Return the mean cross-entropy of the tokens after the first, padding left out.
 
         In evaluation it has no label smoothing, and ``outputs`` is the ``Foreseen`` of each row.
-
-        Args:
-            h_BLD: (B, L - 1, D), the decoder's output after each token but the last.
-            ids_BL: int64 (B, L), what was read and is to be said.
         """
-        target_BL = ids_BL[:, 1:]
+        h_BLD, ids_BL = self.hidden(batch)
+        target_BL, B = ids_BL[:, 1:], len(ids_BL)
         real_BL = target_BL != PAD_ID
-        h_TD = h_BLD[real_BL] * self.transformer.logits_scale
-        target_T, weight_VD, B = target_BL[real_BL], self.model.output_weight, len(ids_BL)
+        predicted, target_T = self._distribution(h_BLD, ids_BL), target_BL[real_BL]
+        h_TD, weight_VD = predicted.h_TD, predicted.weight_VD
         if self.training:
-            return TaskOutput(linear_cross_entropy(h_TD, weight_VD, target_T, self.label_smoothing), None, None, B)
+            loss = linear_cross_entropy(h_TD, weight_VD, target_T, self.label_smoothing)
+            return TaskOutput(loss, None, None, B, distribution=predicted)
         scores = target_scores(h_TD, weight_VD, target_T)
         loss = scores.nll_T.sum() / max(len(target_T), 1)  # without a token 0, as in training
         return TaskOutput(loss, per_sentence(scores, real_BL), None, B, weight=len(target_T))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 import core
 from apps.base.checks import check_at_least
 from apps.train.averaging import WeightAverage, WeightEMA
+from apps.train.distilling import DistilConfig, Distribution, Teacher
 from apps.train.finite import check_loss
 from apps.train.growing import GrowConfig, freeze, grow_from, hold
 from apps.train.linked import LinkedModule
@@ -41,6 +42,7 @@ class TaskOutput:
         terms: parts of the loss to log, each (); empty where the loss is one term.
         groups: user of each example, int64 (B,): third argument of the metrics' ``update``; None for no such metrics.
         weight: weight of this batch in an epoch's mean, such as its tokens; None for ``num_examples``.
+        distribution: in training, what the model predicts, which a teacher's prediction is compared with.
     """
 
     loss: Tensor
@@ -50,6 +52,7 @@ class TaskOutput:
     terms: Mapping[str, Tensor] = field(default_factory=dict)
     groups: Tensor | None = None
     weight: int | None = None
+    distribution: Distribution | None = None
 
 
 class TrainingLoss(NamedTuple):
@@ -71,7 +74,8 @@ class TrainingLoss(NamedTuple):
 class SparseModule(LinkedModule):
     """A LightningModule for a network that may have MoE layers, and its training.
 
-    A subclass brings ``forward``, ``task_loss`` and ``example_inputs``, and may bring ``build_metrics``. The weighted
+    A subclass brings ``forward``, ``task_loss`` and ``example_inputs``, and may bring ``build_metrics`` and, to be
+    taught by a trained model, ``distribution``. The weighted
     auxiliary loss of all MoE layers is added to the loss that ``training_step`` returns, so that gradient accumulation
     and AMP scale it as they scale the task's.
 
@@ -82,9 +86,11 @@ class SparseModule(LinkedModule):
         average_last: number of last epochs at whose ends the weights are averaged into ``average.ckpt``, which a
             comparison tests. None for no such file.
         grow: trained model of fewer experts with whose weights a training begins that resumes none. None for none.
+        distil: trained model whose predictions a training learns beside the labels. None for none.
 
     Raises:
-        ValueError: ema_decay outside (0, 1), average_last below 1, or both.
+        ValueError: ema_decay outside (0, 1), average_last below 1, or both; two models to begin with; or a teacher of a
+            model that has no ``distribution``.
     """
 
     monitor: ClassVar[str] = "val/loss"
@@ -115,6 +121,7 @@ class SparseModule(LinkedModule):
         ema_decay: float | None = None,
         average_last: int | None = None,
         grow: GrowConfig | None = None,
+        distil: DistilConfig | None = None,
     ) -> None:
         super().__init__()
         if ema_decay is not None and not 0 < ema_decay < 1:
@@ -123,7 +130,14 @@ class SparseModule(LinkedModule):
         if ema_decay is not None and average_last is not None:
             raise ValueError(f"average_last={average_last} with ema_decay={ema_decay}: the weights have one average")
         self.optimizer_config = optimizer or OptimizerConfig()
-        self.ema_decay, self.average_last, self.grow = ema_decay, average_last, grow
+        if distil is not None and type(self).distribution is SparseModule.distribution:
+            raise ValueError(
+                f"distil={distil}: a {type(self).__name__} has no method distribution(batch) to compare by"
+            )
+        if distil is not None and distil.copy and grow is not None:
+            raise ValueError("distil.copy=True with grow: a training begins with the weights of one model")
+        self.ema_decay, self.average_last, self.grow, self.distil = ema_decay, average_last, grow, distil
+        self._teacher: Teacher | None = None
         self._frozen: Mapping[str, Sequence[int]] = {}
         self._stage_metrics = nn.ModuleDict()
         self._tape: core.Tape | None = None
@@ -132,14 +146,18 @@ class SparseModule(LinkedModule):
         self.num_trained = 0
 
     def twin(self, **changed: Any) -> Self:
-        without = {"grow": None} if "grow" in self._arguments else {}  # a twin has other layers
-        return super().twin(**{**without, **changed})
+        without = [name for name in ("grow", "distil") if name in self._arguments]  # a twin has other layers
+        return super().twin(**{**dict.fromkeys(without), **changed})
 
     # ---- what a subclass brings
 
     def task_loss(self, batch: Any) -> TaskOutput:
         """Return the loss of a batch, without the auxiliary loss of its MoE layers."""
         raise NotImplementedError(f"{type(self).__name__} must define task_loss(batch)")
+
+    def distribution(self, batch: Any) -> Distribution:
+        """Return what the model predicts of the targets of a batch, as the ``TaskOutput`` of a training has it."""
+        raise NotImplementedError(f"{type(self).__name__} must define distribution(batch)")
 
     def judged(self, batch: Any, out: TaskOutput, stage: Stage) -> TaskOutput:
         """Return ``out`` with arguments of the metrics that ``task_loss`` does not give, such as decoded texts.
@@ -184,12 +202,23 @@ class SparseModule(LinkedModule):
     # ---- steps
 
     def training_loss(self, batch: Any) -> TrainingLoss:
-        """Return the loss that a step minimises: the task's plus the weighted balance losses of all MoE layers."""
+        """Return the loss that a step minimises: the task's, with the teacher's part where there is one, plus the
+        weighted balance losses of all MoE layers."""
         with core.record(self) as tape:
             out = self.task_loss(batch)
+        out = self._taught(batch, out)
         aux = core.aux_losses(tape)
         total = out.loss + self.aux_weight * aux.total if len(tape) else out.loss
         return TrainingLoss(total, out, aux, tape)
+
+    def _taught(self, batch: Any, out: TaskOutput) -> TaskOutput:
+        """Return ``out`` with the labels' loss and the teacher's in their shares."""
+        if self._teacher is None:
+            return out
+        assert out.distribution is not None
+        share, divergence = self._teacher.config.weight, self._teacher.divergence(out.distribution, batch)
+        terms = {**out.terms, "label_loss": out.loss.detach(), "teacher_loss": divergence.detach()}
+        return replace(out, loss=(1 - share) * out.loss + share * divergence, terms=terms)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         loss, out, aux, tape = self.training_loss(batch)
@@ -301,6 +330,8 @@ class SparseModule(LinkedModule):
         # has read the checkpoint, and the loader's position would never be restored.
         self._total_steps = float(self.trainer.estimated_stepping_batches)
         self._restore_own_rates()
+        if self._teacher is not None:
+            self._teacher.model.to(self.device, self.dtype)
         # Lightning saves that a callback ended the training, but never reads it: a resumed run would do another epoch.
         for callback in self.trainer.early_stopping_callbacks:
             if callback is not None and callback.stopping_reason != EarlyStoppingReason.NOT_STOPPED:
@@ -330,6 +361,8 @@ class SparseModule(LinkedModule):
             loader = getattr(self._data(), "val_dataloader", None)
             batches = loader() if loader is not None and self.grow.start == "copy" else None
             self._freeze(grow_from(self, self.grow, batches))
+        if stage == "fit" and self.distil is not None:
+            self._teacher = Teacher(self, self.distil)
         metrics: Any = self.build_metrics()
         if metrics is not None and not len(self._stage_metrics):
             for name in ("val", "test"):
@@ -390,6 +423,17 @@ class SparseModule(LinkedModule):
             return values
         mean = self.trainer.strategy.reduce(torch.stack([v.float() for v in values.values()]), reduce_op="mean")
         return dict(zip(values, mean.unbind(), strict=True))
+
+
+def check_one_start(pretrained: str | None, grow: GrowConfig | None, distil: DistilConfig | None) -> None:
+    """Refuse published weights for a training that begins with those of another model.
+
+    Raises:
+        ValueError: naming both.
+    """
+    other = "grow" if grow is not None else "distil.copy=True" if distil is not None and distil.copy else None
+    if pretrained is not None and other is not None:
+        raise ValueError(f"pretrained={pretrained!r} with {other}: a training begins with the weights of one model")
 
 
 def routing_metrics(stats: core.RoutingStats, prefix: str = "routing") -> dict[str, Tensor]:

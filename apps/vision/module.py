@@ -23,8 +23,9 @@ from apps.equal_cost.twins import dense_twins
 from apps.nets.blocks import one_ffn
 from apps.nets.depths import MixtureOfDepths
 from apps.nets.place import Place
+from apps.train.distilling import ClassLogits, DistilConfig
 from apps.train.growing import GrowConfig
-from apps.train.module import OptimizerConfig, SparseModule, TaskOutput
+from apps.train.module import OptimizerConfig, SparseModule, TaskOutput, check_one_start
 from apps.vision.encoding import ImageEncoding, normalize
 from apps.vision.few_shot import hard_labels
 from apps.vision.image_files import to_pixels
@@ -98,6 +99,7 @@ class VisionClassifier(SparseModule, Comparable):
         optimizer: learning rate, weight decay and schedule.
         ema_decay: decay of the moving average of the weights; None: none.
         grow: trained model of fewer experts with whose weights a training begins; None: none.
+        distil: trained model whose predictions a training learns beside the labels; None: none.
         report: the report that a test adds to the accuracy; None: nothing.
 
     Raises:
@@ -132,11 +134,11 @@ class VisionClassifier(SparseModule, Comparable):
         optimizer: OptimizerConfig | None = None,
         ema_decay: float | None = None,
         grow: GrowConfig | None = None,
+        distil: DistilConfig | None = None,
         report: VisionReportConfig | None = _REPORT,
     ) -> None:
-        super().__init__(optimizer=optimizer, ema_decay=ema_decay, grow=grow)
-        if pretrained is not None and grow is not None:
-            raise ValueError(f"pretrained={pretrained!r} with grow: a training begins with the weights of one model")
+        super().__init__(optimizer=optimizer, ema_decay=ema_decay, grow=grow, distil=distil)
+        check_one_start(pretrained, grow, distil)
         if not 0.0 <= label_smoothing < 1.0:
             raise ValueError(f"label_smoothing={label_smoothing} is not in [0, 1)")
         if num_classes < 2:
@@ -164,10 +166,15 @@ class VisionClassifier(SparseModule, Comparable):
 
     def task_loss(self, batch: Any) -> TaskOutput:
         """Return the cross-entropy against class numbers or, under mixup and cutmix, shares of classes."""
-        logits = self(batch.image).float()
+        predicted = self.distribution(batch)
+        logits = predicted.logits_NC
         smoothing = self.label_smoothing if self.training else 0.0
         loss = F.cross_entropy(logits, batch.label, label_smoothing=smoothing)
-        return TaskOutput(loss, logits, hard_labels(batch.label), len(logits))
+        return TaskOutput(loss, logits, hard_labels(batch.label), len(logits), distribution=predicted)
+
+    def distribution(self, batch: Any) -> ClassLogits:
+        """Return the logits of the images' classes."""
+        return ClassLogits(self(batch.image).float())
 
     def example_inputs(self, batch: Any) -> tuple[Tensor]:
         return (batch.image,)

@@ -19,6 +19,7 @@ from apps.data.loader import ResumableLoader
 from apps.equal_cost.comparable import Baseline, Comparable, ExampleDifference, RoutedLayers
 from apps.equal_cost.search import Search
 from apps.nets.place import Place
+from apps.train.distilling import ClassLogits, DistilConfig
 from apps.train.growing import GrowConfig
 from apps.train.module import OptimizerConfig, SparseModule, TaskOutput
 
@@ -35,7 +36,7 @@ class TinyModel(SparseModule, Comparable):
             "centroids" (no torch model), "tuned_centroids" (one with settings), "none" (one that cannot exist).
         further: metrics for the table beside top1; the module logs "top2" too.
         explodes_from: least learning rate that gives a NaN loss.
-        optimizer, ema_decay, average_last, grow: as in ``SparseModule``.
+        optimizer, ema_decay, average_last, grow, distil: as in ``SparseModule``.
         keeps_examples: whether a comparison has the result of each test point.
     """
 
@@ -54,8 +55,9 @@ class TinyModel(SparseModule, Comparable):
         average_last: int | None = None,
         keeps_examples: bool = False,
         grow: GrowConfig | None = None,
+        distil: DistilConfig | None = None,
     ) -> None:
-        super().__init__(optimizer=optimizer, ema_decay=ema_decay, average_last=average_last, grow=grow)
+        super().__init__(optimizer=optimizer, ema_decay=ema_decay, average_last=average_last, grow=grow, distil=distil)
         self.keeps_examples, self._tested = keeps_examples, []
         self.moe, self.offers, self.explodes_from = moe, offers or ["dense_equal_flops"], explodes_from
         self.further = tuple(further or ())
@@ -75,6 +77,9 @@ class TinyModel(SparseModule, Comparable):
         if self.training and self.optimizer_config.lr >= self.explodes_from:
             loss = loss * float("nan")
         return TaskOutput(loss, logits, y, len(y))
+
+    def distribution(self, batch: Any) -> ClassLogits:
+        return ClassLogits(self(batch[0]))
 
     def example_inputs(self, batch: Any) -> tuple[Any, ...]:
         return (batch[0],)

@@ -17,6 +17,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 import core
 from apps.data.loader import ResumableLoader
+from apps.train.distilling import ClassLogits, DistilConfig
 from apps.train.growing import GrowConfig
 from apps.train.module import OptimizerConfig, SparseModule, TaskOutput
 from apps.train.predicting import Prediction, PredictionStream
@@ -45,7 +46,7 @@ class TinyModule(SparseModule):
         dropout: probability.
         explode_at: optimizer step, from 0, whose loss is NaN.
         seconds: sleep in each step.
-        optimizer, ema_decay, average_last, grow: as in ``SparseModule``.
+        optimizer, ema_decay, average_last, grow, distil: as in ``SparseModule``.
     """
 
     data_arguments: ClassVar[tuple[str, ...]] = ("num_classes",)
@@ -62,8 +63,9 @@ class TinyModule(SparseModule):
         ema_decay: float | None = None,
         average_last: int | None = None,
         grow: GrowConfig | None = None,
+        distil: DistilConfig | None = None,
     ) -> None:
-        super().__init__(optimizer=optimizer, ema_decay=ema_decay, average_last=average_last, grow=grow)
+        super().__init__(optimizer=optimizer, ema_decay=ema_decay, average_last=average_last, grow=grow, distil=distil)
         if width % 2:
             raise ValueError(f"width={width} is not even")
         self.num_classes, self.explode_at, self.seconds = num_classes, explode_at, seconds
@@ -79,11 +81,15 @@ class TinyModule(SparseModule):
         x, y = batch
         if self.training and self.seconds:
             time.sleep(self.seconds)
-        logits = self(x)
+        predicted = self.distribution(batch)
+        logits = predicted.logits_NC
         loss = nn.functional.cross_entropy(logits, y)
         if self.training and self.global_step == self.explode_at:
             loss = loss * float("nan")
-        return TaskOutput(loss, logits, y, len(y))
+        return TaskOutput(loss, logits, y, len(y), distribution=predicted)
+
+    def distribution(self, batch: Any) -> ClassLogits:
+        return ClassLogits(self(batch[0]))
 
     def example_inputs(self, batch: Any) -> tuple[Any, ...]:
         return (batch[0],)

@@ -23,6 +23,7 @@ from apps.nlp.foreseen import PieceMetrics, perplexity, read_ids, token_metrics
 from apps.nlp.language.data import TextBatch, TextSize, prompt_batches
 from apps.nlp.module import TextModule, published_network
 from apps.nlp.predict import Candidate, check_one, checked_texts, decoding
+from apps.train.distilling import DistilConfig
 from apps.train.growing import GrowConfig
 from apps.train.module import OptimizerConfig, Stage, TaskOutput
 
@@ -113,6 +114,7 @@ class LanguageModeler(TextModule):
         ema_decay: of the moving average of the weights; None: none.
         average_last: epochs whose weights at their end are averaged at last; None: none.
         grow: trained model of fewer experts with whose weights a training begins; None: none.
+        distil: trained model whose predictions a training learns beside the labels; None: none.
         pretrained: folder of a published checkpoint, as `apps.porting` reads it: its weights are those with which
             the first training or test begins that no checkpoint gives its own; ``data.tokenizer.path`` takes its
             subwords. Where ``transformer`` is None its network is taken; a given one must be the same, but for dropout.
@@ -142,6 +144,7 @@ class LanguageModeler(TextModule):
         ema_decay: float | None = None,
         average_last: int | None = None,
         grow: GrowConfig | None = None,
+        distil: DistilConfig | None = None,
         pretrained: str | None = None,
         attention_moe: core.MoEConfig | None = None,
         universal: Universal | None = None,
@@ -161,6 +164,7 @@ class LanguageModeler(TextModule):
             ema_decay=ema_decay,
             average_last=average_last,
             grow=grow,
+            distil=distil,
             pretrained=pretrained,
             attention_moe=attention_moe,
         )
@@ -186,12 +190,15 @@ class LanguageModeler(TextModule):
 
     def task_loss(self, batch: TextBatch) -> TaskOutput:
         """Return the loss of each block's tokens after its first; in evaluation ``outputs`` are ``Block``s."""
-        out = self.token_loss(self.model.hidden(read_ids(batch.tokens_BL)), batch.tokens_BL)
+        out = self.token_loss(batch)
         if out.outputs is None:
             return out
         columns = (batch.index_B, *out.outputs)
         blocks = [Block(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
         return dataclasses.replace(out, outputs=blocks)
+
+    def hidden(self, batch: TextBatch) -> tuple[Tensor, Tensor]:
+        return self.model.hidden(read_ids(batch.tokens_BL)), batch.tokens_BL
 
     def example_inputs(self, batch: TextBatch) -> tuple[Tensor]:
         return (read_ids(batch.tokens_BL),)

@@ -25,6 +25,7 @@ from apps.nlp.predict import Candidate, check_one, checked_texts, decoding, sour
 from apps.nlp.text.batch import TranslationBatch
 from apps.nlp.translation.metrics import Sentence, TranslationMetrics, bleu_tokenizers, signatures
 from apps.nlp.translation.report import TranslationReport, TranslationReportConfig, examples, side_by_side
+from apps.train.distilling import DistilConfig
 from apps.train.growing import GrowConfig
 from apps.train.module import OptimizerConfig, Stage, TaskOutput
 
@@ -84,6 +85,7 @@ class Translator(TextModule):
         ema_decay: of the moving average of the weights; None: none.
         average_last: epochs whose weights at their end are averaged at last; None: none.
         grow: trained model of fewer experts with whose weights a training begins; None: none.
+        distil: trained model whose predictions a training learns beside the labels; None: none.
         pretrained: folder of a published checkpoint, as `apps.porting` reads it: its weights are those with which
             the first training or test begins that no checkpoint gives its own; ``data.tokenizer.path`` takes its
             subwords. Where ``transformer`` is None its network is taken; a given one must be the same, but for dropout.
@@ -117,6 +119,7 @@ class Translator(TextModule):
         ema_decay: float | None = None,
         average_last: int | None = None,
         grow: GrowConfig | None = None,
+        distil: DistilConfig | None = None,
         pretrained: str | None = None,
         report: TranslationReportConfig | None = _REPORT,
         attention_moe: core.MoEConfig | None = None,
@@ -138,6 +141,7 @@ class Translator(TextModule):
             ema_decay=ema_decay,
             average_last=average_last,
             grow=grow,
+            distil=distil,
             pretrained=pretrained,
             attention_moe=attention_moe,
         )
@@ -189,8 +193,11 @@ class Translator(TextModule):
 
     def task_loss(self, batch: TranslationBatch) -> TaskOutput:
         """Return the loss of the references; ``judged`` adds the translations."""
+        return self.token_loss(batch)
+
+    def hidden(self, batch: TranslationBatch) -> tuple[Tensor, Tensor]:
         memory = self.model.encode(batch.source_BS, *self._ids(batch))
-        return self.token_loss(self.model.decode(read_ids(batch.target_BL), memory), batch.target_BL)
+        return self.model.decode(read_ids(batch.target_BL), memory), batch.target_BL
 
     def judged(self, batch: TranslationBatch, out: TaskOutput, stage: Stage) -> TaskOutput:
         """Return ``out`` with the batch's ``Sentence``s, translated, as its outputs."""

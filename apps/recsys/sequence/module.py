@@ -16,11 +16,12 @@ from apps.base.evaluation import in_evaluation
 from apps.equal_cost.comparable import Baseline, Comparable, RoutedLayers
 from apps.equal_cost.twins import DenseTwin, baselines_of, equal_widths
 from apps.nets.blocks import FFNConfig, one_ffn
-from apps.nets.loss import linear_cross_entropy
+from apps.nets.loss import OutputLogits, linear_cross_entropy
 from apps.nets.place import Place, check_fits, check_layers
 from apps.recsys.metrics import RankingMetrics
 from apps.recsys.sequence import scoring
 from apps.recsys.sequence.model import HistoryModel, HistoryModelConfig, check_ids, last_of
+from apps.train.distilling import DistilConfig
 from apps.train.growing import GrowConfig
 from apps.train.module import OptimizerConfig, SparseModule, TaskOutput
 from core.config.plain import from_plain
@@ -73,6 +74,7 @@ class NextItemRecommender(SparseModule, Comparable):
         optimizer: learning rate, weight decay and schedule.
         ema_decay: decay of the moving average of the weights; None: there is no average.
         grow: trained model of fewer experts with whose weights a training begins; None: none.
+        distil: trained model whose predictions a training learns beside the next items; None: none.
 
     Raises:
         ValueError: a value is out of its range, or the parts do not fit together.
@@ -100,12 +102,13 @@ class NextItemRecommender(SparseModule, Comparable):
         optimizer: OptimizerConfig | None = None,
         ema_decay: float | None = None,
         grow: GrowConfig | None = None,
+        distil: DistilConfig | None = None,
     ) -> None:
         sequence = from_plain(sequence, HistoryModelConfig, "sequence")
         moe, dense_ffn = from_plain(moe, core.MoEConfig, "moe"), from_plain(dense_ffn, core.DenseFFN, "dense_ffn")
         optimizer = from_plain(optimizer, OptimizerConfig, "optimizer")
-        grow = from_plain(grow, GrowConfig, "grow")
-        super().__init__(optimizer=optimizer, ema_decay=ema_decay, grow=grow)
+        grow, distil = from_plain(grow, GrowConfig, "grow"), from_plain(distil, DistilConfig, "distil")
+        super().__init__(optimizer=optimizer, ema_decay=ema_decay, grow=grow, distil=distil)
         check_at_least(1, top_k=top_k)
         self.sequence, self.moe, self.moe_blocks = sequence or HistoryModelConfig(), moe, moe_blocks
         self.num_items, self.max_length = num_items, max_length
@@ -136,20 +139,22 @@ class NextItemRecommender(SparseModule, Comparable):
         target_T = batch.targets_BS.flatten()[index_T]
         check_ids(batch.targets_BS, self.num_items, "target", "none")
         has_T = target_T > 0
-        all_have = bool(has_T.all())
-        loss = linear_cross_entropy(
-            h_TD if all_have else h_TD[has_T],
-            self.model.output_weight,
-            (target_T if all_have else target_T[has_T]) - 1,
-        )
+        rows = _rows(has_T)
+        predicted = OutputLogits(h_TD[rows], self.model.output_weight)
+        loss = linear_cross_entropy(predicted.h_TD, predicted.weight_VD, target_T[rows] - 1)
         if self.training:
-            return TaskOutput(loss, None, None, len(batch.items_BS))
+            return TaskOutput(loss, None, None, len(batch.items_BS), distribution=predicted)
         kept_B = packing.last_B >= 0
         last_target_B = target_T.new_zeros(packing.num_rows)
         last_target_B[kept_B] = target_T[packing.last_B[kept_B]]
         kept_B = last_target_B > 0
         scores_BI = self._candidates(self.model.scores(last_of(h_TD, packing)), batch)[kept_B]
         return TaskOutput(loss, scores_BI, last_target_B[kept_B], len(batch.items_BS))
+
+    def distribution(self, batch: Any) -> OutputLogits:
+        """Return the logits of all items at the positions that have a target."""
+        h_TD, _, index_T = self.model.encode(batch.items_BS)
+        return OutputLogits(h_TD[_rows(batch.targets_BS.flatten()[index_T] > 0)], self.model.output_weight)
 
     def _candidates(self, scores_BI: Tensor, batch: Any) -> Tensor:
         """Return the scores, with -inf for items that may not be recommended."""
@@ -252,6 +257,11 @@ class NextItemRecommender(SparseModule, Comparable):
 
     def with_moe(self, moe: core.MoEConfig) -> NextItemRecommender:
         return self.twin(moe=moe, dense_ffn=None)
+
+
+def _rows(has_T: Tensor) -> Tensor | slice:
+    """Return an index of the marked rows; where all are, a slice, which copies nothing."""
+    return slice(None) if bool(has_T.all()) else has_T
 
 
 def baseline_widths(

@@ -28,6 +28,7 @@ from apps.recsys.tables.model import Ensemble, InteractionConfig, MultiTaskModel
 from apps.recsys.tables.report import RecommenderReport, RecommenderReportConfig, TrainingChecks
 from apps.recsys.tables.tasks import HeadConfig
 from apps.recsys.tables.weighting import WeightingConfig
+from apps.train.distilling import DistilConfig
 from apps.train.module import OptimizerConfig, SparseModule, TaskOutput
 from core.config.plain import from_plain
 
@@ -55,6 +56,7 @@ class MultiTaskRecommender(SparseModule, Comparable):
         report: what a test adds to the metrics; None: nothing.
         optimizer: learning rate, weight decay and schedule.
         ema_decay: decay of the moving average of the weights; None: there is no average.
+        distil: trained model whose probabilities a training learns beside the labels; None: none.
 
     Raises:
         ValueError: no features, no task, a value out of its range, or parts that do not go together.
@@ -91,6 +93,7 @@ class MultiTaskRecommender(SparseModule, Comparable):
         report: RecommenderReportConfig | None = _REPORT,
         optimizer: OptimizerConfig | None = None,
         ema_decay: float | None = None,
+        distil: DistilConfig | None = None,
     ) -> None:
         features = from_plain(features, Features, "features")
         shared = from_plain(shared, core.MultiGateConfig, "shared")
@@ -101,7 +104,8 @@ class MultiTaskRecommender(SparseModule, Comparable):
         weighting = from_plain(weighting, WeightingConfig, "weighting")
         report = from_plain(report, RecommenderReportConfig, "report")
         optimizer = from_plain(optimizer, OptimizerConfig, "optimizer")
-        super().__init__(optimizer=optimizer, ema_decay=ema_decay)
+        distil = from_plain(distil, DistilConfig, "distil")
+        super().__init__(optimizer=optimizer, ema_decay=ema_decay, distil=distil)
         if features is None:
             raise ValueError("features=None: the columns and tasks come from the data, such as TableData(...).features")
         if not features.tasks:
@@ -156,8 +160,8 @@ class MultiTaskRecommender(SparseModule, Comparable):
 
         A task without a label in the batch has the loss 0 there.
         """
-        logits = self.model(batch).float()
-        label_Bt = self.members[0].head.labels(batch.label_Bt)
+        predicted = self.distribution(batch)
+        logits, label_Bt = predicted.logits, predicted.label_Bt
         loss_t = masked_bce(logits, label_Bt)
         tasks = self.features.tasks
         terms = {f"loss_{name}": value for name, value in zip(tasks, loss_t.detach().unbind(), strict=True)}
@@ -172,7 +176,11 @@ class MultiTaskRecommender(SparseModule, Comparable):
             loss = loss + value
             terms[name] = value.detach()
         outputs = logits if logits.ndim == 2 else mean_logit(logits)
-        return TaskOutput(loss, outputs, label_Bt, len(batch), terms, batch.group_B)
+        return TaskOutput(loss, outputs, label_Bt, len(batch), terms, batch.group_B, distribution=predicted)
+
+    def distribution(self, batch: TableBatch) -> TaskLogits:
+        """Return the tasks' logits, and the labels, which say where a task counts."""
+        return TaskLogits(self.model(batch).float(), self.members[0].head.labels(batch.label_Bt))
 
     def _head_losses(self, logits: Tensor) -> Mapping[str, Tensor]:
         if logits.ndim == 2:
@@ -327,6 +335,36 @@ class MultiTaskRecommender(SparseModule, Comparable):
         return self.twin(shared=moe)
 
 
+@dataclasses.dataclass(frozen=True)
+class TaskLogits:
+    """The logits of binary tasks.
+
+    Attributes:
+        logits: (B, t), or (M, B, t) of an ensemble.
+        label_Bt: 0, 1, or NaN for no label.
+    """
+
+    logits: Tensor
+    label_Bt: Tensor
+
+    def divergence(self, teacher: TaskLogits, temperature: float) -> Tensor:
+        """Return the sum over the tasks of ``p log(p / q) + (1 - p) log((1 - p) / (1 - q))``, its mean over the
+        examples that have a label of the task. Each member of an ensemble learns the teacher's mean probability p."""
+        given_Bt = teacher.logits if teacher.logits.ndim == 2 else mean_logit(teacher.logits)
+        z, z_Bt = self.logits / temperature, given_Bt / temperature
+        yes, no = (p.sigmoid() * (F.logsigmoid(p) - F.logsigmoid(q)) for p, q in ((z_Bt, z), (-z_Bt, -z)))
+        return labelled_mean(yes + no, self.label_Bt).sum()
+
+
+def labelled_mean(value: Tensor, label_Bt: Tensor) -> Tensor:
+    """Return the mean of (B, t) or (M, B, t) values over the labelled examples of each task, (t,); 0 without any."""
+    has_Bt = label_Bt == label_Bt
+    value = torch.where(has_Bt, value, 0.0)
+    if value.ndim == 3:
+        value = value.mean(0)
+    return value.sum(0) / has_Bt.sum(0).clamp_min(1)
+
+
 def masked_bce(logits: Tensor, label_Bt: Tensor) -> Tensor:
     """Return the mean binary cross-entropy of each task over the examples that have a label, (t,); 0 without any.
 
@@ -334,13 +372,8 @@ def masked_bce(logits: Tensor, label_Bt: Tensor) -> Tensor:
         logits: (B, t), or (M, B, t) of an ensemble, whose members' losses are averaged.
         label_Bt: 0, 1, or NaN for no label.
     """
-    has_Bt = label_Bt == label_Bt
-    loss = F.binary_cross_entropy_with_logits(
-        logits, label_Bt.nan_to_num(0.0).expand_as(logits), weight=has_Bt.to(logits.dtype), reduction="none"
-    )
-    if loss.ndim == 3:
-        loss = loss.mean(0)
-    return loss.sum(0) / has_Bt.sum(0).clamp_min(1)
+    target = label_Bt.nan_to_num(0.0).expand_as(logits)
+    return labelled_mean(F.binary_cross_entropy_with_logits(logits, target, reduction="none"), label_Bt)
 
 
 def last_weight(shared: torch.nn.Module) -> tuple[Tensor, int]:

@@ -292,6 +292,7 @@ def test_a_workers_error_is_the_commands(config, tmp_path):
         (["--model.moe.num_experts", "1"], "top_k=2 exceeds num_experts=1"),
         (["--trainer.fast_dev_run", "true"], "a comparison needs whole runs"),
         (["--model.grow.checkpoint", "runs/few"], "model.grow: a comparison trains all models from scratch"),
+        (["--model.distil.teacher", "runs/large"], "model.distil: a comparison trains all models on the labels alone"),
     ],
 )
 def test_bad_input_is_one_line(config, tmp_path, capsys, argv, message):

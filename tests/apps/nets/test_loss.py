@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from apps.nets import loss
-from apps.nets.loss import linear_cross_entropy, target_scores
+from apps.nets.loss import OutputLogits, linear_cross_entropy, target_scores
 
 
 def inputs(T=37, D=8, V=11, dtype=torch.float64):
@@ -103,3 +103,62 @@ def test_scores_of_each_target(elements, monkeypatch):
     assert_close(scores.nll_T, F.cross_entropy(logits, target, reduction="none"), rtol=0, atol=1e-12)
     assert torch.equal(scores.is_first_T, logits.argmax(-1) == target)
     assert 0 < int(scores.is_first_T.sum()) < len(target)
+
+
+# ---- a teacher's logits
+
+
+def teacher(T=37, D=5, V=11):
+    g = torch.Generator().manual_seed(1)
+    return OutputLogits(*(torch.randn(n, D, generator=g, dtype=torch.float64) for n in (T, V)))
+
+
+def plain_divergence(h, weight, given, temperature):
+    """Return the mean over the rows of sum p log(p / q), row by row."""
+    rows = []
+    for own, own_teacher in zip(h @ weight.t(), given.h_TD @ given.weight_VD.t(), strict=True):
+        p, log_q = (own_teacher / temperature).softmax(-1), (own / temperature).log_softmax(-1)
+        rows.append((p * (p.log() - log_q)).sum())
+    return torch.stack(rows).mean()
+
+
+def test_a_divergence_by_hand():
+    # h = 1: the student's shares 1/6, 2/6, 3/6, the teacher's 1/3 each.
+    weight = torch.tensor([[1.0], [2.0], [3.0]]).log()
+    given = OutputLogits(torch.ones(1, 2), torch.zeros(3, 2))
+    cost = OutputLogits(torch.ones(1, 1), weight).divergence(given, 1.0)
+    assert float(cost) == pytest.approx((math.log(2) + math.log(1) + math.log(2 / 3)) / 3, rel=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("elements", [1, 50, 2**21], ids=["row_by_row", "chunks_of_4", "at_once"])
+def test_a_divergence_and_its_gradients_are_those_of_the_plain_one(elements, temperature, monkeypatch):
+    monkeypatch.setattr(loss, "_CHUNK_ELEMENTS", elements)
+    (h, weight, _), given = inputs(), teacher()
+    cost, plain = (
+        OutputLogits(h, weight).divergence(given, temperature),
+        plain_divergence(h, weight, given, temperature),
+    )
+    assert_close(cost, plain, rtol=0, atol=1e-12)
+    for ours, theirs in zip(
+        torch.autograd.grad(3 * cost, (h, weight)), torch.autograd.grad(3 * plain, (h, weight)), strict=True
+    ):
+        assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+def test_a_divergence_without_rows_is_nothing_and_moves_nothing():
+    h, weight = torch.zeros(0, 4, requires_grad=True), torch.ones(3, 4, requires_grad=True)
+    cost = OutputLogits(h, weight).divergence(OutputLogits(torch.zeros(0, 2), torch.ones(3, 2)), 1.0)
+    cost.backward()
+    assert float(cost.detach()) == 0.0
+    assert not weight.grad.any()
+
+
+def test_a_divergence_under_autocast_is_near_the_exact_one():
+    (h, weight, _), given = inputs(dtype=torch.float32), teacher()
+    given = OutputLogits(given.h_TD.float(), given.weight_VD.float())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cost = OutputLogits(h, weight).divergence(given, 1.0)
+    cost.backward()
+    assert {cost.dtype, h.grad.dtype, weight.grad.dtype} == {torch.float32}
+    assert float(cost.detach()) == pytest.approx(float(plain_divergence(h, weight, given, 1.0).detach()), rel=0.02)

@@ -10,11 +10,13 @@ import pytest
 import torch
 from PIL import Image
 from quiet_trainer import quiet_trainer
+from taught import divergence, kl, saved, taught
 from torch.testing import assert_close
 
 import core
 from apps.cli import main
 from apps.equal_cost import routers
+from apps.train.distilling import DistilConfig
 from apps.train.module import OptimizerConfig, parameter_groups
 from apps.vision.batch import ImageBatch
 from apps.vision.data import VisionData
@@ -36,6 +38,28 @@ def build(moe=MOE, **kwargs):
 def batch(n=4, label=None):
     image = torch.randn(n, 1, 8, 8, generator=torch.Generator().manual_seed(1))
     return ImageBatch(image, torch.arange(n) if label is None else label, torch.arange(n))
+
+
+# ---- a teacher
+
+
+def test_a_dense_model_learns_the_classes_of_a_sparse_one(tmp_path):
+    teacher = build(num_classes=3).eval()
+    with torch.no_grad():
+        teacher.model.head.weight.mul_(20.0)  # it is sure of some classes
+    module = build(None, num_classes=3, distil=DistilConfig(saved(teacher, tmp_path / "t.ckpt"), 0.5, copy=True))
+    one = batch(4, torch.tensor([0, 1, 2, 0]))
+    with torch.no_grad():
+        soft = kl(teacher(one.image), module(one.image), 2.0).float()
+    assert_close(divergence(module, teacher, one, 2.0).detach(), soft, rtol=1e-4, atol=0)
+    loss, out, *_ = taught(module).training_loss(one)
+    assert torch.equal(module.model.head.weight, teacher.model.head.weight)
+    half = (out.terms["label_loss"] + out.terms["teacher_loss"]) / 2
+    assert_close(loss.detach(), half)
+    with pytest.raises(ValueError, match="its num_classes is 3, and this run's is 4"):
+        taught(build(None, num_classes=4, distil=module.distil))
+    with pytest.raises(ValueError, match=r"pretrained='vit' with distil\.copy=True"):
+        build(None, pretrained="vit", distil=module.distil)
 
 
 # ---- the loss

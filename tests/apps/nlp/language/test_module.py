@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from copying import MOE, TRANSFORMER
 from lightning.pytorch import Trainer
 from predicted import printed, written
+from taught import kl, saved, taught
 from torch.testing import assert_close
 
 import core
@@ -26,6 +27,7 @@ from apps.nlp.decode import DecodeConfig
 from apps.nlp.language.data import TextBatch, TextData, TextSize
 from apps.nlp.language.module import Block, LanguageMetrics, LanguageModeler
 from apps.train.checkpoints import AtomicCheckpointIO, BestAndLast
+from apps.train.distilling import DistilConfig
 from apps.train.module import OptimizerConfig
 from core.layers import FeedForward
 
@@ -77,6 +79,25 @@ def trainer(folder: Path, **options) -> Trainer:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+
+
+def test_a_teacher_says_each_token_but_padding(data, tmp_path):
+    teacher = modeler(data).eval()
+    module = modeler(data, None, distil=DistilConfig(saved(teacher, tmp_path / "t.ckpt"), 0.5))
+    tokens_BL = torch.tensor([[5, 6, 7, 8], [9, 10, PAD_ID, PAD_ID]])
+    one = TextBatch(tokens_BL, torch.arange(2))
+    with torch.no_grad():
+        given, own = (m(tokens_BL[:, :-1])[tokens_BL[:, 1:] != PAD_ID] for m in (teacher, module))
+    assert len(own) == 4
+    out = module.train().task_loss(one)
+    soft = out.distribution.divergence(teacher.distribution(one), 2.0)
+    assert_close(soft.detach(), kl(given, own, 2.0).float(), rtol=1e-4, atol=0)
+    loss, out, *_ = taught(module).training_loss(one)
+    mixed = (out.terms["label_loss"] + out.terms["teacher_loss"]) / 2
+    assert_close(loss.detach(), mixed)
+    other = dataclasses.replace(data.subwords, languages=("xx",))
+    with pytest.raises(ValueError, match=rf"its subwords\.digest is '{data.subwords.digest}', and this run's is"):
+        taught(LanguageModeler(other, TRANSFORMER, distil=module.distil))
 
 
 def test_the_loss_is_the_mean_over_the_tokens_after_the_first(data):

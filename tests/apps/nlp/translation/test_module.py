@@ -16,6 +16,7 @@ from copying import MOE, TRANSFORMER, copy_data, translator
 from lightning.pytorch import Trainer
 from predicted import printed
 from resuming import Stop, differences
+from taught import kl, saved, taught
 from torch.testing import assert_close
 
 import apps.nlp.translation.module as module_file
@@ -31,6 +32,7 @@ from apps.nlp.translation.metrics import corpus_score
 from apps.nlp.translation.module import Translator, task_numbers
 from apps.nlp.translation.report import TranslationReportConfig
 from apps.train.checkpoints import AtomicCheckpointIO, BestAndLast
+from apps.train.distilling import DistilConfig
 from apps.train.finite import NonFiniteError
 from apps.train.module import OptimizerConfig
 from apps.train.resume import GeneratorState
@@ -74,6 +76,21 @@ def trainer(folder: Path, **options) -> Trainer:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+
+
+def test_a_teacher_says_each_token_but_padding(data, tmp_path):
+    teacher = translator(data).eval()
+    module = translator(data, None, distil=DistilConfig(saved(teacher, tmp_path / "t.ckpt"), 0.5))
+    data.setup("fit")
+    one = next(iter(data.train_dataloader()))
+    real_BL = one.target_BL[:, 1:] != PAD_ID
+    with torch.no_grad():
+        given, own = (m(*module.example_inputs(one))[real_BL] for m in (teacher, module))
+    soft = module.train().task_loss(one).distribution.divergence(teacher.distribution(one), 1.0)
+    assert_close(soft.detach(), kl(given, own, 1.0).float(), rtol=1e-4, atol=0)
+    loss, out, *_ = taught(module).training_loss(one)
+    mixed = (out.terms["label_loss"] + out.terms["teacher_loss"]) / 2
+    assert_close(loss.detach(), mixed)
 
 
 def a_batch(data) -> TranslationBatch:

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningDataModule, Trainer
+from taught import kl, saved, taught
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
@@ -15,6 +16,7 @@ from apps.compare.systems import find_systems
 from apps.recsys.sequence.data import HistoryBatch
 from apps.recsys.sequence.model import HistoryModelConfig
 from apps.recsys.sequence.module import NextItemRecommender, baseline_widths
+from apps.train.distilling import DistilConfig
 from apps.train.module import OptimizerConfig, parameter_groups
 
 TINY = HistoryModelConfig(dim=8, depth=2, num_heads=2, hidden_dim=16, dropout=0.0, embed_dropout=0.0)
@@ -50,6 +52,25 @@ def test_the_loss_is_the_mean_over_the_positions_with_a_target():
         expected = F.cross_entropy(logits_TV[:8], torch.tensor([1, 4, 1, 5, 9, 2, 6, 5]) - 1)
     assert_close(out.loss, expected)
     assert out.num_examples == 3
+
+
+def test_a_teacher_says_all_items_at_the_positions_with_a_target(tmp_path):
+    teacher = build().eval()
+    with torch.no_grad():
+        teacher.model.item_embed.weight.mul_(20.0)  # it is sure of some items
+    module = build(None, sequence=SASREC, distil=DistilConfig(saved(teacher, tmp_path / "t.ckpt")))
+    with torch.no_grad():
+        given, own = (m.model.encode(TRAIN.items_BS)[0] @ m.model.output_weight.t() for m in (teacher, module.eval()))
+    assert_close(
+        module.distribution(TRAIN).divergence(teacher.distribution(TRAIN), 2.0).detach(),
+        kl(given[:8], own[:8], 2.0).float(),
+        rtol=1e-5,
+        atol=0,
+    )
+    _, out, *_ = taught(module).train().training_loss(TRAIN)
+    assert float(out.terms["teacher_loss"]) > 0
+    with pytest.raises(ValueError, match="its num_items is 9, and this run's is 7"):
+        taught(build(None, num_items=7, distil=module.distil))
 
 
 def test_untrained_the_loss_is_about_that_of_a_guess():

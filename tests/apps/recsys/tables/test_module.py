@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.plugins import MixedPrecision
 from made_table import MadeTable, batch, features
+from taught import divergence, saved, taught
 from torch.testing import assert_close
 
 import core
@@ -19,9 +20,10 @@ from apps.recsys.tables.bottoms import SharedBottom, SingleTask
 from apps.recsys.tables.dense import DenseConfig
 from apps.recsys.tables.embedding import EmbeddingConfig
 from apps.recsys.tables.model import InteractionConfig
-from apps.recsys.tables.module import MultiTaskRecommender, last_weight, masked_bce
+from apps.recsys.tables.module import MultiTaskRecommender, TaskLogits, last_weight, masked_bce
 from apps.recsys.tables.tasks import HeadConfig
 from apps.recsys.tables.weighting import WeightingConfig
+from apps.train.distilling import DistilConfig
 from apps.train.module import OptimizerConfig, parameter_groups
 
 NAN = math.nan
@@ -67,6 +69,36 @@ def test_missing_labels_are_in_no_loss():
     loss_t.sum().backward()
     # (p - y) over the labelled: click -1/2 of one, nothing of the other; buy 1/4 and -1/4.
     assert_close(z_Bt.grad, torch.tensor([[-0.5, 0.25], [0.0, -0.25]]))
+
+
+def test_a_teacher_counts_where_a_task_has_a_label():
+    # Click: the teacher says 3/4, the student 1/2, for the first example; the second has no label. Buy: 1/2 and 1/2.
+    label_Bt = torch.tensor([[1.0, 0.0], [NAN, 1.0]])
+    z_Bt = torch.zeros(2, 2, requires_grad=True)
+    teacher = TaskLogits(torch.tensor([[math.log(3), 0.0], [9.0, 0.0]]), label_Bt)
+    cost = TaskLogits(z_Bt, label_Bt).divergence(teacher, 1.0)
+    assert_close(cost.detach(), torch.tensor(0.75 * math.log(1.5) + 0.25 * math.log(0.5)))
+    cost.backward()
+    assert_close(z_Bt.grad, torch.tensor([[0.5 - 0.75, 0.0], [0.0, 0.0]]))
+    # At T = 2 the odds are sqrt(3).
+    p = math.sqrt(3) / (1 + math.sqrt(3))
+    cost = TaskLogits(z_Bt, label_Bt).divergence(teacher, 2.0)
+    assert_close(cost.detach(), torch.tensor(p * math.log(2 * p) + (1 - p) * math.log(2 - 2 * p)))
+
+
+def test_each_member_of_an_ensemble_learns_the_teacher_s_mean_probability(tmp_path):
+    teacher, of = build(num_members=2).eval(), batch(6)
+    module = build(SharedBottom(), 1, num_members=3, distil=DistilConfig(saved(teacher, tmp_path / "t.ckpt"), 0.5))
+    with torch.no_grad():
+        p_Bt, q_MBt = teacher.model(of).sigmoid().mean(0).double(), module.eval().model(of).sigmoid().double()
+    both = p_Bt * (p_Bt / q_MBt).log() + (1 - p_Bt) * ((1 - p_Bt) / (1 - q_MBt)).log()
+    soft = both.mean((0, 1)).sum().float()
+    assert_close(divergence(module, teacher, of, 1.0).detach(), soft, rtol=1e-3, atol=1e-7)
+    loss, out, aux, _ = taught(module).train().training_loss(of)
+    mixed = (out.terms["label_loss"] + out.terms["teacher_loss"]) / 2
+    assert_close(out.loss.detach(), mixed)
+    with pytest.raises(ValueError, match=r"targets: its features\.num_domains is 0, and this run's is 2"):
+        taught(build(features=features(num_domains=2), distil=module.distil))
 
 
 def test_a_task_without_a_label_costs_nothing():
