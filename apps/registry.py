@@ -29,6 +29,9 @@ DATASETS = ("apps.vision.datasets", "apps.recsys.datasets", "apps.nlp.text.datas
 
 TRAINER = {
     "BestAndLast": "apps.train.checkpoints",
+    "ExpertAveraging": "apps.train.schedules",
+    "GrowingTopK": "apps.train.schedules",
+    "SharedStart": "apps.train.schedules",
     "TorchRecStrategy": "apps.recsys.tables.strategy",
 }
 """The module of each callback and strategy of the trainer."""
