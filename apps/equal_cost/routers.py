@@ -79,11 +79,15 @@ def read(name: str) -> dict[str, Any]:
     Raises:
         ValueError: the file has no ``model.init_args``.
     """
-    path = path_of(name)
     try:
-        return dict(yaml.safe_load(path.read_text())["model"]["init_args"])
+        return dict(_sections(name)["model"]["init_args"])
     except (KeyError, TypeError, ValueError) as error:
+        path = path_of(name)
         raise ValueError(f"{path} has no model.init_args, whose moe.router or moe.expert it would set") from error
+
+
+def _sections(name: str) -> Any:
+    return yaml.safe_load(path_of(name).read_text())
 
 
 def layer_fields(name: str) -> dict[str, Any]:
@@ -96,6 +100,8 @@ def layer_fields(name: str) -> dict[str, Any]:
     values = options.pop("moe", None)
     if options:
         raise ValueError(f"it sets model.init_args.{next(iter(options))}, and routers are compared by moe alone")
+    if other := next((key for key in _sections(name) if key != "model"), None):
+        raise ValueError(f"it sets {other}, and routers are compared by moe alone")
     if not isinstance(values, dict) or not values:
         raise ValueError("it sets no fields of one model.init_args.moe for all layers")
     for part in sorted(values.keys() & {"router", "expert"}):

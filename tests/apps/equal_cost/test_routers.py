@@ -43,6 +43,10 @@ def test_an_overlay_of_experts_keeps_router_and_balance(tmp_path: Path):
             "it sets model.init_args.share_experts, and routers are compared",
         ),
         ("model: {init_args: {moe: [{num_experts: 3}]}}", "it sets no fields of one model.init_args.moe for all"),
+        (
+            "{model: {init_args: {moe: {num_experts: 3}}}, trainer: {max_epochs: 1}}",
+            "it sets trainer, and routers are compared by moe alone",
+        ),
         ("model: {init_args: {moe: {expert: 3}}}", "its model.init_args.moe.expert has no class_path"),
     ],
 )
