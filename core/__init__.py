@@ -1,6 +1,6 @@
 """moesaic's engine: mixture-of-experts layers on PyTorch."""
 
-from .config import CGC, DenseFFN, MMoE, MoEConfig, MultiGateConfig, OMoE, PLE
+from .config import CGC, PLE, DenseFFN, MMoE, MoEConfig, MultiGateConfig, OMoE
 from .contract import (
     DenseRouting,
     Entry,
@@ -36,6 +36,11 @@ from .convert import (
     summary,
 )
 from .experts import (
+    FFN,
+    GEGLU,
+    IA3,
+    MLP,
+    PEER,
     AttentionExperts,
     ClampedSwiGLU,
     Constant,
@@ -44,16 +49,11 @@ from .experts import (
     Copy,
     ExpertConfig,
     Experts,
-    FFN,
-    GEGLU,
     GeneralFFN,
-    IA3,
     LoRA,
-    MLP,
-    MLPExperts,
     Mixed,
+    MLPExperts,
     NeuronExperts,
-    PEER,
     SwiGLU,
     Zero,
 )
@@ -70,8 +70,8 @@ from .layers import (
     MultiGateLayer,
     MultiGateMoE,
     NeuronMoE,
-    PLELayer,
     PatchMoE,
+    PLELayer,
     SelectedMultiGateMoE,
     SoftMoE,
     SparseMultiGateMoE,
@@ -98,7 +98,7 @@ from .routing.product_keys import ProductKeys
 from .routing.relu import ReLURouting
 from .routing.router import PairRouter, Router, RouterConfig, Tokens
 from .routing.selection import Capacity, Choice
-from .routing.smooth import DSelectK, Dense, DenseToSparse
+from .routing.smooth import Dense, DenseToSparse, DSelectK
 from .routing.soft import Merge, SoftSlots
 from .routing.sparse_mixer import SparseMixer
 from .routing.token_choice import TokenChoice

@@ -42,7 +42,7 @@ class DistilConfig:
     """
 
     teacher: str
-    weight: float = 0.75
+    weight: float = 0.25
     temperature: float = 1.0
     copy: bool = False
 

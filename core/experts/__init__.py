@@ -5,12 +5,12 @@ from .base import ExpertConfig, Experts, check_merges
 from .clamped import ClampedSwiGLU
 from .convolution import Convolution, ConvolutionExperts
 from .costless import Constant, Copy, Zero
-from .ffn import FFN, FFNExperts, GEGLU, SwiGLU
+from .ffn import FFN, GEGLU, FFNExperts, SwiGLU
 from .general import GeneralFFN
 from .low_rank import IA3, LoRA
 from .mixed import Mixed
 from .mlp import MLP, MLPExperts
-from .peer import NeuronExperts, PEER
+from .peer import PEER, NeuronExperts
 
 __all__ = [
     "AttentionExperts",
