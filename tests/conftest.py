@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
+from collections.abc import Generator
 
 import pytest
 
 # One thread for each of xdist's workers and the processes that they start: more would wait for each other. Torch reads
 # it when it is imported, which the conftest.py of a folder below may do before pytest_configure.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Imports leave hardly any garbage, and looking for it is a quarter of their time. Collection is on again for the tests.
+gc.disable()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -19,3 +23,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     if "PYTEST_XDIST_WORKER" not in os.environ:
         chosen = parser.parse_known_args(sys.argv[1:]).markexpr or ""
         os.environ["TRITON_INTERPRET"] = "0" if "gpu" in chosen and "not gpu" not in chosen else "1"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    try:
+        return (yield)
+    finally:
+        # What is imported by now stays to the end, half a million objects of torch and others: a collection in a test
+        # need not walk through them, which was half of a comparison's time.
+        gc.freeze()
+        gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # for what Python frees at its end
