@@ -124,11 +124,14 @@ def _dispatch(args: list[str]) -> int:
         if rest in (["-h"], ["--help"]):
             print(_training_help(command))
             return 0
-        from apps.base.quiet import quiet
-        from apps.cli.request import Request
+        from apps.base.imports import importing
 
-        with quiet():  # libraries talk when a model's class is imported
-            request = Request.read(command, rest, announce=lambda line: _announce(command, line))
+        with importing():
+            from apps.base.quiet import quiet
+            from apps.cli.request import Request
+
+            with quiet():  # libraries talk when a model's class is imported
+                request = Request.read(command, rest, announce=lambda line: _announce(command, line))
         if "--help_all" in rest or any(".help" in flag for flag in rest):
             from apps.cli.help import show
             from apps.cli.train import TRAINER_DEFAULTS

@@ -14,10 +14,12 @@ from collections.abc import Sequence
 
 def main(argv: Sequence[str]) -> int:
     """Run ``moesaic compare ARGV``."""
+    from apps.base.imports import importing
     from apps.compare.options import Command
 
     Command.read(argv)  # a wrong one ends here, before torch is imported
 
-    from apps.compare.command import run
+    with importing():
+        from apps.compare.command import run
 
     return run(argv)
