@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import multiprocessing
 import os
@@ -23,6 +24,12 @@ from places import ROOT
 from apps.cli import main as moesaic
 from apps.compare import command, display, measure, training, work
 from apps.equal_cost import routers
+
+
+@pytest.fixture(autouse=True)
+def _read_once(monkeypatch):
+    """Commands of one test with the same arguments share an experiment: reading them takes as long as training."""
+    monkeypatch.setattr(command, "Experiment", functools.cache(command.Experiment))
 
 
 def test_compare_end_to_end_and_again(config, tmp_path, monkeypatch, capsys):
