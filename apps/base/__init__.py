@@ -1,1 +1,1 @@
-"""Every room uses this one, which knows nothing of models: files, messages, the machine, quiet libraries."""
+"""Every room uses this one, which knows nothing of models: files, messages, the machine, quiet libraries, imports."""
