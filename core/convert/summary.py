@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import nn
 
 from ..experts import ExpertConfig
 from ..flops import count_flops
-from ..layers import active_params
+from ..layers import MoE, active_params
 from .feed_forward import evaluating
 from .readers import recognised_ffns
 from .sparse_ffn import SparseFFN
@@ -18,7 +18,7 @@ from .sparse_ffn import SparseFFN
 
 @dataclass(frozen=True)
 class Replaced:
-    """One feed-forward network that is an MoE layer now.
+    """One feed-forward network that was made an MoE layer.
 
     Attributes:
         name: dotted name of the ``SparseFFN``.
@@ -27,6 +27,7 @@ class Replaced:
         start: what they began as.
         flops_before, flops_after: forward FLOPs of a token, router included; ``flops_after`` is None where it depends
             on the length of a sequence.
+        is_dense: ``densify`` has put one expert in the place of all.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Replaced:
     start: str
     flops_before: int
     flops_after: int | None
+    is_dense: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,8 @@ class Summary:
     flops_after: int | None = None
 
     def __str__(self) -> str:
-        lines = [f"{len(self.replaced)} of {self.recognised} feed-forward networks are sparse"]
+        sparse = sum(not layer.is_dense for layer in self.replaced)
+        lines = [f"{sparse} of {self.recognised} feed-forward networks are sparse"]
         for layer in self.replaced:
             after = "by the sequence" if layer.flops_after is None else f"{layer.flops_after:,}"
             lines.append(
@@ -107,11 +110,16 @@ def summary(model: nn.Module, *inputs: Any) -> Summary:
 
 
 def _replaced(name: str, layer: SparseFFN) -> Replaced:
+    if not isinstance(layer.moe, MoE):  # ``densify`` has put one expert in its place
+        flops = count_flops(layer.moe, layer.weight.new_zeros(1, 1, layer.dim))
+        return Replaced(name, layer.replaced, "a dense network", layer.start, layer.dense_flops, flops, True)
+    # A layer that has grown or was pruned has another number of experts than it was built with.
+    config = replace(layer.config, num_experts=layer.moe.num_experts)
     try:
-        flops = layer.config.flops_per_token(layer.dim, layer.out_dim)
+        flops = config.flops_per_token(layer.dim, layer.out_dim)
     except ValueError:  # soft slots and merged experts cost so much a sequence
         flops = None
-    experts = f"{layer.moe.num_experts} {_short(layer.config.expert)}"
+    experts = f"{layer.moe.num_experts} {_short(config.expert)}"
     return Replaced(name, layer.replaced, experts, layer.start, layer.dense_flops, flops)
 
 

@@ -6,7 +6,17 @@ import pytest
 import torch
 from torch import nn
 
-from core import Merge, MoEConfig, TokenChoice, count_flops, sparsify, summary
+from core import (
+    Merge,
+    MoEConfig,
+    TokenChoice,
+    count_flops,
+    densify,
+    expert_statistics,
+    prune_experts,
+    sparsify,
+    summary,
+)
 
 
 def net() -> nn.Sequential:
@@ -68,3 +78,17 @@ def test_a_model_in_which_nothing_was_replaced_is_refused():
         summary(net())
     with pytest.raises(ValueError, match=r"its feed-forward networks are none"):
         summary(nn.Linear(3, 3))
+
+
+def test_a_layer_that_lost_experts_and_one_that_is_dense_again():
+    """A token's FFN is 4 D F = 1,024 FLOPs; 2 of 4 experts and the gate's 2 D E are 2,112, of 2 experts 2,080."""
+    dense = nn.Sequential(nn.LayerNorm(8), nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8)))
+    sparse = sparsify(dense, MoEConfig(4, TokenChoice(2)), "1")
+    assert "1: 4 FFN(hidden_dim=32, bias=True) for a Sequential" in str(summary(sparse))
+    prune_experts(sparse, expert_statistics(sparse, [torch.randn(2, 6, 8)]), 2)
+    (pruned,) = summary(sparse).replaced
+    assert (pruned.experts, pruned.flops_after) == ("2 FFN(hidden_dim=32, bias=True)", 2080)
+    densify(sparse)
+    after = summary(sparse)
+    assert str(after).startswith("0 of 1 feed-forward networks are sparse")
+    assert (after.replaced[0].flops_after, after.params_after) == (1024, after.params_before)
