@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 import core
 from apps.base.checks import check_at_least
 from apps.train.averaging import WeightAverage, WeightEMA
+from apps.train.balanced import BalancedModule, Stage
 from apps.train.distilling import DistilConfig, Distribution, Teacher
 from apps.train.finite import check_loss
 from apps.train.growing import GrowConfig, freeze, grow_from, hold
@@ -26,8 +27,6 @@ from apps.train.linked import LinkedModule
 from apps.train.measures import ModelSize, Throughput
 from apps.train.optimizers import OptimizerConfig, build_optimizer, parameter_groups
 from apps.train.row_gradients import check_processes, clip_with_rows
-
-Stage = Literal["train", "val", "test"]
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ class TrainingLoss(NamedTuple):
     tape: core.Tape
 
 
-class SparseModule(LinkedModule):
+class SparseModule(BalancedModule, LinkedModule):
     """A LightningModule for a network that may have MoE layers, and its training.
 
     A subclass brings ``forward``, ``task_loss`` and ``example_inputs``, and may bring ``build_metrics`` and, to be
@@ -100,9 +99,6 @@ class SparseModule(LinkedModule):
 
     readout: ClassVar[tuple[str, ...]] = ()
     """Dotted names of the modules that make the outputs of the last hidden state; Muon leaves them to AdamW."""
-
-    aux_weight: float = 1.0
-    """Weight of the layers' balance losses relative to the task's loss."""
 
     reports: bool = True
     """Whether size, speed and the reports of ``report_callbacks`` are made; a comparison sets it to False."""
@@ -140,8 +136,6 @@ class SparseModule(LinkedModule):
         self._teacher: Teacher | None = None
         self._frozen: Mapping[str, Sequence[int]] = {}
         self._stage_metrics = nn.ModuleDict()
-        self._tape: core.Tape | None = None
-        self._stats: core.RoutingStats | None = None
         self._total_steps = math.inf
         self.num_trained = 0
 
@@ -224,22 +218,18 @@ class SparseModule(LinkedModule):
         loss, out, aux, tape = self.training_loss(batch)
         terms = {"task loss": out.loss, **out.terms, **aux.terms}
         check_loss(loss, terms, self.global_step + 1, self.optimizer_config.lr)
-        # Only loads are kept: logits and scores of every micro-batch would stay until the optimizer's step.
-        self._tape = tape.loads() if self._tape is None else self._tape.merge(tape.loads())
+        self.keep_loads(tape)
         # Values are logged by step: Lightning does not save the running mean of an unfinished epoch.
         own = {"loss": out.loss.detach(), **{name: value.detach() for name, value in out.terms.items()}}
         # Most steps log nothing: a call of log() costs as much as a tenth of a recommender's step.
-        shown = self._logs_this_step() or self.trainer.is_last_batch
+        shown = self.logs_this_step() or self.trainer.is_last_batch
         if shown:
             own = self._mean_over_processes(own)
         task_loss = own.pop("loss")
         if shown:
             self.log("train/loss", task_loss, prog_bar=True, batch_size=out.num_examples)
-        if self._logs_this_step():
-            terms = {f"train/{name}": value for name, value in {**own, **aux.terms}.items()}
-            if core.moe_layers(self):  # a rank with an empty tape takes part in the sums too
-                terms["train/aux_loss"] = aux.total
-                terms |= routing_metrics(core.RoutingStats.from_tape(tape).all_reduce())
+        if self.logs_this_step():
+            terms = {**{f"train/{name}": v for name, v in own.items()}, **self.balance_values(tape, aux)}
             self.log_dict({k: v.detach() for k, v in terms.items()}, batch_size=1)
         self.num_trained += out.num_examples
         return loss
@@ -259,9 +249,7 @@ class SparseModule(LinkedModule):
         out = self.judged(batch, out, stage)
         shown = {"prog_bar": stage == "val", "batch_size": out.weight or out.num_examples}
         self.log(f"{stage}/loss", out.loss, on_epoch=True, sync_dist=True, **shown)
-        if len(tape):
-            stats = core.RoutingStats.from_tape(tape)
-            self._stats = stats if self._stats is None else self._stats + stats
+        self.count_routing(tape)
         if stage in self._stage_metrics:
             metrics: Any = self._stage_metrics[stage]
             metrics.update(out.outputs, out.targets, *(() if out.groups is None else (out.groups,)))
@@ -285,16 +273,6 @@ class SparseModule(LinkedModule):
             self.log_dict(part, prog_bar=shown, sync_dist=True)
         metrics.reset()
 
-    def _log_stats(self, stage: Stage) -> None:
-        """Log the figures of the whole pass: the imbalance of the sum over batches and ranks, not a mean."""
-        stats, self._stats = self._stats, None
-        if stats is None and not core.moe_layers(self):
-            return
-        # A rank without a batch takes part in the sums.
-        stats = (stats or core.RoutingStats({})).all_reduce()
-        if stats.layers:
-            self.log_dict(routing_metrics(stats, prefix=f"{stage}/routing"), sync_dist=True)
-
     # ---- optimizer
 
     def configure_optimizers(self) -> dict[str, Any]:
@@ -317,13 +295,6 @@ class SparseModule(LinkedModule):
         algorithm = gradient_clip_algorithm or "norm"
         if not (gradient_clip_val and clip_with_rows(parameters, gradient_clip_val, algorithm)):
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
-
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        # In on_train_batch_end it would be too late: Lightning calls the callbacks' hook, which may save, first.
-        super().optimizer_step(*args, **kwargs)
-        tape, self._tape = self._tape, None
-        if tape is not None:  # an empty one counts too: other ranks may have passes, and wait
-            core.update_expert_bias(self, tape)
 
     def on_train_start(self) -> None:
         # In configure_optimizers, asking for the number of steps would make Lightning set up the data loader before it
@@ -412,10 +383,7 @@ class SparseModule(LinkedModule):
 
     def _end_pass(self, stage: Stage) -> None:
         self._log_metrics(stage)
-        self._log_stats(stage)
-
-    def _logs_this_step(self) -> bool:
-        return (self.global_step + 1) % self.trainer.log_every_n_steps == 0
+        self.log_routing(stage)
 
     def _mean_over_processes(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the mean of each value, (), over processes with batches of the same size, in one collective."""
@@ -434,15 +402,3 @@ def check_one_start(pretrained: str | None, grow: GrowConfig | None, distil: Dis
     other = "grow" if grow is not None else "distil.copy=True" if distil is not None and distil.copy else None
     if pretrained is not None and other is not None:
         raise ValueError(f"pretrained={pretrained!r} with {other}: a training begins with the weights of one model")
-
-
-def routing_metrics(stats: core.RoutingStats, prefix: str = "routing") -> dict[str, Tensor]:
-    """Return the figures of each layer, ``{prefix}/{layer}/{figure}``, and their means, ``{prefix}/{figure}``."""
-    metrics: dict[str, Tensor] = {}
-    figures: dict[str, list[float]] = {}
-    for layer, layer_stats in stats.layers.items():
-        for name, value in layer_stats.figures().items():
-            metrics[f"{prefix}/{layer}/{name}"] = torch.tensor(value)
-            figures.setdefault(name, []).append(value)
-    metrics |= {f"{prefix}/{name}": torch.tensor(sum(v) / len(v)) for name, v in figures.items()}
-    return metrics

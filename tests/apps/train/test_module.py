@@ -14,8 +14,8 @@ from trainings import MOE, fit, rows
 
 import core
 from apps.train.averaging import WeightEMA
+from apps.train.balanced import routing_metrics
 from apps.train.measures import ModelSize, Throughput
-from apps.train.module import routing_metrics
 from apps.train.optimizers import OptimizerConfig
 
 BIAS_ROUTER = core.TokenChoice(top_k=2, expert_bias=True)

@@ -1,0 +1,82 @@
+"""``BalancedModule`` does what MoE layers ask of a training and of an evaluation, whatever the task is."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+import core
+
+Stage = Literal["train", "val", "test"]
+
+
+class BalancedModule(LightningModule):
+    """A LightningModule with MoE layers inside: their balance losses, selection biases and figures.
+
+    A subclass records a tape around its task's loss in each step (``core.record``), and hands it to ``keep_loads`` in a
+    training step and to ``count_routing`` in an evaluation.
+    """
+
+    aux_weight: float = 1.0
+    """Weight of the layers' balance losses relative to the task's loss."""
+
+    _tape: core.Tape | None = None
+    _stats: core.RoutingStats | None = None
+
+    def keep_loads(self, tape: core.Tape) -> None:
+        """Keep the experts' loads of a training step until the optimizer's step moves the selection biases."""
+        # Only loads are kept: logits and scores of every micro-batch would stay until the optimizer's step.
+        self._tape = tape.loads() if self._tape is None else self._tape.merge(tape.loads())
+
+    def balance_values(self, tape: core.Tape, aux: core.AuxLosses) -> dict[str, Tensor]:
+        """Return what the log has of a training step's MoE layers, by name; empty for a model without any."""
+        values = {f"train/{name}": value for name, value in aux.terms.items()}
+        if core.moe_layers(self):  # a rank with an empty tape takes part in the sums too
+            values["train/aux_loss"] = aux.total
+            values |= routing_metrics(core.RoutingStats.from_tape(tape).all_reduce())
+        return values
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        # In on_train_batch_end it would be too late: Lightning calls the callbacks' hook, which may save, first.
+        super().optimizer_step(*args, **kwargs)
+        self._update_biases()
+
+    def _update_biases(self) -> None:
+        tape, self._tape = self._tape, None
+        if tape is not None:  # an empty one counts too: other ranks may have passes, and wait
+            core.update_expert_bias(self, tape)
+
+    def count_routing(self, tape: core.Tape) -> None:
+        """Add the passes of an evaluation step to the figures of its epoch."""
+        if len(tape):
+            stats = core.RoutingStats.from_tape(tape)
+            self._stats = stats if self._stats is None else self._stats + stats
+
+    def log_routing(self, stage: Stage) -> None:
+        """Log the figures of the whole pass: the imbalance of the sum over batches and ranks, not a mean."""
+        stats, self._stats = self._stats, None
+        if stats is None and not core.moe_layers(self):
+            return
+        # A rank without a batch takes part in the sums.
+        stats = (stats or core.RoutingStats({})).all_reduce()
+        if stats.layers:
+            self.log_dict(routing_metrics(stats, prefix=f"{stage}/routing"), sync_dist=True)
+
+    def logs_this_step(self) -> bool:
+        """Return whether the trainer logs the training step that runs."""
+        return (self.global_step + 1) % self.trainer.log_every_n_steps == 0
+
+
+def routing_metrics(stats: core.RoutingStats, prefix: str = "routing") -> dict[str, Tensor]:
+    """Return the figures of each layer, ``{prefix}/{layer}/{figure}``, and their means, ``{prefix}/{figure}``."""
+    metrics: dict[str, Tensor] = {}
+    figures: dict[str, list[float]] = {}
+    for layer, layer_stats in stats.layers.items():
+        for name, value in layer_stats.figures().items():
+            metrics[f"{prefix}/{layer}/{name}"] = torch.tensor(value)
+            figures.setdefault(name, []).append(value)
+    metrics |= {f"{prefix}/{name}": torch.tensor(sum(v) / len(v)) for name, v in figures.items()}
+    return metrics
