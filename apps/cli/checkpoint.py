@@ -15,7 +15,8 @@ from apps.cli.configs import differences
 from apps.cli.usage import named_class_path
 from apps.registry import class_path
 from apps.train.loading import module_class
-from core.config.plain import arguments_from_plain
+from apps.train.sparsified import SparsifiedModule, SparsifyConfig, check_sparsified
+from core.config.plain import arguments_from_plain, to_plain
 
 
 def remembered(
@@ -75,6 +76,7 @@ def check_fits(checkpoint: Mapping[str, Any], model: LightningModule, path: Path
     other = checkpoint.get("module_class", kind)
     if other != kind:
         raise ValueError(f"{path} is of a {other}, and this run's model is a {kind}")
+    check_sparsified(checkpoint, model, path)
     saved = {k: tuple(v.shape) for k, v in checkpoint["state_dict"].items() if isinstance(v, Tensor)}
     own = {k: tuple(v.shape) for k, v in model.state_dict().items() if isinstance(v, Tensor)}
     wrong = [k for k in {**own, **saved} if saved.get(k) != own.get(k)]
@@ -85,6 +87,9 @@ def check_fits(checkpoint: Mapping[str, Any], model: LightningModule, path: Path
         f"model.{name}" for name in ("optimizer", "ema_decay", "average_last", "grow", "distil", "report")
     )
     differing = [row for row in differences(there, here, "model") if not row[0].startswith(shapeless)]
+    if isinstance(model, SparsifiedModule):
+        section = to_plain(model.sparsify, SparsifyConfig)
+        differing += differences(checkpoint["sparsify"], section, "sparsify")
     tensor = wrong[0]
     detail = f"{tensor} is {saved.get(tensor, 'missing')} there and {own.get(tensor, 'missing')} here"
     if differing:

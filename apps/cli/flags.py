@@ -13,7 +13,7 @@ from apps.cli import UsageError
 from apps.cli.configs import at, merge
 from apps.cli.errors import unknown_option
 
-SECTIONS = ("seed_everything", "trainer", "model", "data", "ckpt_path", "weights_only")
+SECTIONS = ("seed_everything", "trainer", "model", "data", "sparsify", "ckpt_path", "weights_only")
 """The parts of a configuration, which are the first words of options."""
 ASKING = ("print_config", "help", "h", "help_all")
 """Options that ask for a text and run nothing."""

@@ -140,6 +140,11 @@ class Request:
             command, tuple(flags), config, run_dir, checkpoint, loaded, model_class, output, overwrite, grown_from
         )
 
+    @property
+    def sparsifies(self) -> bool:
+        """Return whether there is a section ``sparsify``."""
+        return self.config.get("sparsify") is not None
+
     @contextlib.contextmanager
     def config_file(self) -> Iterator[str | None]:
         """Write the merged configuration to a file for the parser, and remove it in the end."""
@@ -239,13 +244,17 @@ def _with_own_defaults(config: Mapping[str, Any], flags: list[str]) -> tuple[dic
         # {"model": {"expert": {"class_path": "core.SwiGLU", "init_args": {"activation": "silu", ...}}}}, []
     """
 
-    def names_class(merged: Mapping[str, Any], names: list[str], value: str) -> bool:
+    def is_taken(merged: Mapping[str, Any], names: list[str], value: str) -> bool:
         model = merged.get("model")
         inside = names[0] == "model" and len(names) > 1 and isinstance(model, Mapping) and "class_path" in model
-        return inside and _config_class(value) is not None
+        return names[0] == "sparsify" or (inside and _config_class(value) is not None)
 
-    merged, rest = with_flags(config, flags, names_class, lambda value: {"class_path": value})
-    return {k: _filled(v) if k == "model" else v for k, v in merged.items()}, rest
+    def plain(value: str) -> Any:
+        return yaml.safe_load(value) if _config_class(value) is None else {"class_path": value}
+
+    # All flags of sparsify are laid over the file's: the parser would take an abbreviated one.
+    merged, rest = with_flags(config, flags, is_taken, plain)
+    return {k: _filled(v) if k in ("model", "sparsify") else v for k, v in merged.items()}, rest
 
 
 def _filled(value: Any) -> Any:

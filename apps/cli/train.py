@@ -21,6 +21,7 @@ from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import CheckpointIO
 
+import core
 from apps.base.files import replacing
 from apps.base.quiet import quiet
 from apps.cli import UsageError
@@ -39,6 +40,7 @@ from apps.train.predicting import PredictionStream
 from apps.train.progress import progress
 from apps.train.resume import GeneratorState
 from apps.train.run_folder import RunFolder, check_free, check_own, is_unused, mark
+from apps.train.sparsified import SparsifyConfig, sparsified
 from apps.train.stopping import StopsSoon
 from core.config.plain import to_plain
 from core.registry import OpenConfig
@@ -111,6 +113,8 @@ class SparseCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         for name in getattr(self.request.model_class, "data_arguments", ()):
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
+        if self.request.sparsifies:
+            parser.add_argument("--sparsify", type=SparsifyConfig | None, default=None)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config = parser.parse_args(args)
@@ -125,6 +129,9 @@ class SparseCLI(LightningCLI):
         created = [(self._create_data, LightningDataModule, True)]
         self.config_init = self.parser.instantiate(self.config, instantiators=created)
         self.datamodule, self.model = (self._get(self.config_init, part) for part in ("data", "model"))
+        section = self._get(self.config_init, "sparsify")
+        if section is not None:
+            self.model = sparsified(self.model, section)
         self.trainer = self.instantiate_trainer()
         self._check_links()
         if self.ckpt_path is not None and self.request.loaded is not None:
@@ -223,6 +230,8 @@ class SparseCLI(LightningCLI):
 
     def _fit(self, arguments: dict[str, Any]) -> None:
         start = time.monotonic()
+        if self.request.sparsifies and self.trainer.is_global_zero:
+            print(core.summary(self.model))
         with contextlib.ExitStack() as stack:
             stops = StopsSoon()
             self.trainer.callbacks.insert(0, stops)

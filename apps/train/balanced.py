@@ -23,13 +23,13 @@ class BalancedModule(LightningModule):
     aux_weight: float = 1.0
     """Weight of the layers' balance losses relative to the task's loss."""
 
-    _tape: core.Tape | None = None
-    _stats: core.RoutingStats | None = None
+    _moe_tape: core.Tape | None = None
+    _moe_stats: core.RoutingStats | None = None
 
     def keep_loads(self, tape: core.Tape) -> None:
         """Keep the experts' loads of a training step until the optimizer's step moves the selection biases."""
         # Only loads are kept: logits and scores of every micro-batch would stay until the optimizer's step.
-        self._tape = tape.loads() if self._tape is None else self._tape.merge(tape.loads())
+        self._moe_tape = tape.loads() if self._moe_tape is None else self._moe_tape.merge(tape.loads())
 
     def balance_values(self, tape: core.Tape, aux: core.AuxLosses) -> dict[str, Tensor]:
         """Return what the log has of a training step's MoE layers, by name; empty for a model without any."""
@@ -45,7 +45,7 @@ class BalancedModule(LightningModule):
         self._update_biases()
 
     def _update_biases(self) -> None:
-        tape, self._tape = self._tape, None
+        tape, self._moe_tape = self._moe_tape, None
         if tape is not None:  # an empty one counts too: other ranks may have passes, and wait
             core.update_expert_bias(self, tape)
 
@@ -53,11 +53,11 @@ class BalancedModule(LightningModule):
         """Add the passes of an evaluation step to the figures of its epoch."""
         if len(tape):
             stats = core.RoutingStats.from_tape(tape)
-            self._stats = stats if self._stats is None else self._stats + stats
+            self._moe_stats = stats if self._moe_stats is None else self._moe_stats + stats
 
     def log_routing(self, stage: Stage) -> None:
         """Log the figures of the whole pass: the imbalance of the sum over batches and ranks, not a mean."""
-        stats, self._stats = self._stats, None
+        stats, self._moe_stats = self._moe_stats, None
         if stats is None and not core.moe_layers(self):
             return
         # A rank without a batch takes part in the sums.

@@ -377,7 +377,7 @@ class SparseModule(BalancedModule, LinkedModule):
         self._end_pass("test")
 
     def _start_pass(self, stage: Stage) -> None:
-        self._stats = None
+        self._moe_stats = None
         if stage in self._stage_metrics:  # an interrupted pass leaves its part behind
             self._stage_metrics[stage].reset()  # type: ignore[operator]
 

@@ -1,0 +1,217 @@
+"""A LightningModule of the user's own, made sparse: the section ``sparsify`` of a configuration.
+
+``core.sparsify`` replaces networks of the module. Then the module gets a subclass of its class that adds to each step
+what MoE layers ask for; the user's own steps, optimizers and hooks stay as they are.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+import core
+from apps.base.checks import check_name
+from apps.registry import class_path
+from apps.train.balanced import BalancedModule
+from core.config.plain import to_plain
+from core.convert import Start
+
+Step = Callable[..., Any]
+
+
+@core.register_config
+@dataclass(frozen=True)
+class SparsifyConfig:
+    """The feed-forward networks of a module that become MoE layers, and what a comparison has to be told of the module.
+
+    Attributes:
+        modules: pattern of the networks' dotted names, or several: ``blocks.*.mlp``; see ``core.sparsify``.
+        moe: the layers.
+        start: what the experts begin as: a name of ``core.convert.STARTS``, or a start with options.
+        noise: relative standard deviation of normal noise on the experts' matrices.
+        exact: a router whose gates would scale the outputs of the dense model is refused.
+        causal: the model is a causal decoder.
+        seed: of gates, random experts and noise; None: it follows from ``seed_everything``.
+        metric: name under which the module logs its quality in validation, such as ``val_acc``: it decides which
+            checkpoint is the best, and a comparison compares it. None: the module's attribute ``monitor``.
+        mode: whether a larger ("max") or a smaller ("min") metric is better.
+        test_metric: name of that metric in a test; None: the name in validation, with "test" for a "val" at its start.
+        learning_rate: argument of the model's constructor that a comparison searches; None: ``lr`` or
+            ``learning_rate``, whichever the constructor has.
+        examples: key, index or attribute of a batch whose length, or value, is its number of examples; None: the
+            common length of its tensors.
+
+    Raises:
+        ValueError: a mode that is neither.
+    """
+
+    modules: str | list[str]
+    moe: core.MoEConfig
+    start: str | Start = "copy"
+    noise: float = 0.0
+    exact: bool = True
+    causal: bool = False
+    seed: int | None = None
+    metric: str | None = None
+    mode: Literal["max", "min"] = "max"
+    test_metric: str | None = None
+    learning_rate: str | None = None
+    examples: str | int | None = None
+
+    def __post_init__(self) -> None:
+        check_name("sparsify.mode", self.mode, ("max", "min"))
+
+
+class SparsifiedModule(BalancedModule):
+    """What is added to a user's class by ``adopt``: everything else in it is the user's.
+
+    The balance losses are added to the loss that ``training_step`` returns, so that gradient accumulation and AMP scale
+    them as they scale the task's.
+
+    Attributes:
+        sparsify: the section of the configuration.
+    """
+
+    sparsify: SparsifyConfig
+
+    def balanced(self, result: Any, tape: core.Tape) -> Any:
+        """Return what a training step has returned, with the balance losses added to its loss.
+
+        Args:
+            result: a loss (), a mapping with the key "loss", or None where the step skips its batch.
+            tape: record of the layers' passes in the step.
+        """
+        aux = core.aux_losses(tape)
+        if result is None:
+            return None
+        self.keep_loads(tape)
+        if self.logs_this_step():
+            self.log_dict({k: v.detach() for k, v in self.balance_values(tape, aux).items()}, batch_size=1)
+        if not len(tape):
+            return result
+        added = self.aux_weight * aux.total
+        if isinstance(result, Tensor):
+            return result + added
+        if isinstance(result, Mapping) and isinstance(result.get("loss"), Tensor):
+            return {**result, "loss": result["loss"] + added}
+        return result  # Lightning says what is wrong with it
+
+    def on_validation_epoch_start(self) -> None:
+        self._moe_stats = None
+        super().on_validation_epoch_start()
+
+    def on_validation_epoch_end(self) -> None:
+        super().on_validation_epoch_end()
+        self.log_routing("val")
+
+    def on_test_epoch_start(self) -> None:
+        self._moe_stats = None
+        super().on_test_epoch_start()
+
+    def on_test_epoch_end(self) -> None:
+        super().on_test_epoch_end()
+        self.log_routing("test")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["sparsify"] = to_plain(self.sparsify, SparsifyConfig)
+
+
+def sparsified(
+    module: LightningModule, config: SparsifyConfig, base: type[SparsifiedModule] = SparsifiedModule
+) -> LightningModule:
+    """Return a copy of a LightningModule in which networks are MoE layers, and which trains them.
+
+    Args:
+        module: a module of the user's own, which has just been made; it stays as it is.
+        config: what becomes sparse, and how.
+        base: what is added to its class.
+
+    Raises:
+        ValueError: as ``core.sparsify``; or the module is of the suite, or optimizes by hand.
+    """
+    if isinstance(module, BalancedModule):
+        raise ValueError(
+            f"sparsify is for a model of your own: {type(module).__name__} has MoE layers by its own options"
+        )
+    if not module.automatic_optimization:
+        raise ValueError(
+            f"sparsify: {type(module).__name__} optimizes by hand (automatic_optimization=False), so there is no "
+            "returned loss that balance losses could be added to: use core.sparsify, core.record and core.aux_losses "
+            "in your own training_step"
+        )
+    seed = int(torch.randint(2**31, ())) if config.seed is None else config.seed
+    sparse = core.sparsify(
+        module,
+        config.moe,
+        config.modules,
+        config.start,
+        noise=config.noise,
+        seed=seed,
+        exact=config.exact,
+        causal=config.causal,
+    )
+    if not isinstance(sparse, LightningModule):
+        raise ValueError(f"sparsify.modules={config.modules!r} names the whole model: name a part of it")
+    return adopt(sparse, config, base)
+
+
+def adopt(
+    module: LightningModule, config: SparsifyConfig, base: type[SparsifiedModule] = SparsifiedModule
+) -> LightningModule:
+    """Give a module's class what ``base`` adds to it, in place, and return the module.
+
+    The new class has the name of the old one, as ``torch.distributed.fsdp.fully_shard`` does with its own.
+    """
+    kind = type(module)
+    steps = {
+        name: wrap(getattr(kind, name))
+        for name, wrap in _WRAPPERS.items()
+        if getattr(kind, name) is not getattr(LightningModule, name)  # Lightning asks whether a module has a step
+    }
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+    module.__class__ = type(kind.__name__, (base, kind), {**names, **steps})
+    assert isinstance(module, SparsifiedModule)
+    module.sparsify = config
+    if config.metric is not None:
+        module.monitor, module.monitor_mode = config.metric, config.mode  # type: ignore[assignment]
+    return module
+
+
+def check_sparsified(checkpoint: Mapping[str, Any], module: LightningModule, path: Any) -> None:
+    """Raise a ``ValueError`` where a checkpoint is of a module made sparse, and this one is not, or the other way."""
+    there, here = "sparsify" in checkpoint, isinstance(module, SparsifiedModule)
+    if there and not here:
+        raise ValueError(f"{path} is of a model made sparse: give the section sparsify of its configuration")
+    if here and not there:
+        raise ValueError(f"{path} is of a {class_path(type(module))} that was not made sparse: leave sparsify out")
+
+
+def _training(step: Step) -> Step:
+    @functools.wraps(step)
+    def training_step(self: SparsifiedModule, *args: Any, **kwargs: Any) -> Any:
+        with core.record(self) as tape:
+            result = step(self, *args, **kwargs)
+        return self.balanced(result, tape)
+
+    return training_step
+
+
+def _evaluation(step: Step) -> Step:
+    @functools.wraps(step)
+    def evaluation_step(self: SparsifiedModule, *args: Any, **kwargs: Any) -> Any:
+        with core.record(self) as tape:
+            result = step(self, *args, **kwargs)
+        self.count_routing(tape)
+        return result
+
+    return evaluation_step
+
+
+_WRAPPERS = {"training_step": _training, "validation_step": _evaluation, "test_step": _evaluation}
