@@ -29,6 +29,7 @@ from apps.compare.systems import SPARSE, System, find_systems, label
 from apps.compare.training import interruptible
 from apps.compare.work import Work, moment, result_files
 from apps.equal_cost import routers
+from apps.equal_cost.own_model import OwnModel
 
 
 def run(argv: Sequence[str]) -> int:
@@ -110,6 +111,8 @@ def _systems(experiment: Experiment, options: Options, output: Path, display: Di
         loader = data.val_dataloader()
         if not len(loader):
             raise ValueError("the data has no validation split, which the learning rates are chosen by (data.val_size)")
+        if options.rounds and isinstance(sparse, OwnModel):
+            sparse.configure_optimizers()  # refused now, and not after the training
         systems = find_systems(sparse, next(iter(loader)), options.baselines, options.routers)
     write_json(output / "systems.json", [asdict(s) for s in systems])
     for system in systems:
@@ -144,7 +147,7 @@ def _report(
         systems,
         results,
         plan.seeds,
-        metric=f"test/{experiment.monitor.partition('/')[2]}",
+        metric=experiment.test_monitor,
         higher_is_better=experiment.monitor_mode == "max",
         further=experiment.shown_metrics,
         average_last=experiment.average_last,
@@ -198,7 +201,7 @@ def _facts(plan: Plan, numbers: Mapping[str, Any]) -> list[str]:
     share = "" if plan.options.search_share == 1 else f" and {plan.options.search_share:g} of the training"
     searched = f"Learning rates tried for each system, with seed {plan.search_seed}{share}: {rates}."
     return [
-        searched if len(plan.rates) > 1 else f"One learning rate for all: {rates}.",
+        searched if len(plan.rates) > 1 else f"One learning rate for all: {rates or 'that of the model'}.",
         f"Seeds {', '.join(map(str, plan.seeds))}.",
         f"{numbers['date']}, on {machine['device']} ({machine['threads']} threads, {machine['jobs']} runs at a time), "
         f"torch {machine['torch']}, Python {machine['python']}.",

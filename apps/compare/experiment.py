@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,9 @@ from apps.cli import UsageError
 from apps.cli.train import Request, SparseCLI
 from apps.compare.systems import SPARSE, candidates
 from apps.equal_cost.comparable import Comparable
-from apps.train.module import SparseModule
+from apps.equal_cost.own_model import OwnModel, own_model
+from apps.train.module import OptimizerConfig, SparseModule
+from core.config.plain import to_plain
 
 # Trainer options that a comparison sets itself.
 _OWN = ("callbacks", "logger", "default_root_dir", "plugins", "enable_progress_bar", "enable_model_summary",
@@ -50,14 +53,18 @@ class Experiment:
         request = Request.read("fit", [a for a in arguments if not a.startswith(_ROUTERS)])
         if request.checkpoint is not None:
             raise UsageError(f"--ckpt_path {request.checkpoint}: a comparison trains every model from its start")
-        for needed in (SparseModule, Comparable):
+        for needed in () if request.sparsifies else (SparseModule, Comparable):
             if request.model_class is not None and not issubclass(request.model_class, needed):
                 name = request.model_class.__name__
-                raise UsageError(f"{name} is no {needed.__name__}: compare asks a module for its baselines")
+                raise UsageError(
+                    f"{name} is no {needed.__name__}: compare asks a module for its baselines; a LightningModule of "
+                    "your own needs the section sparsify (docs/your_model.md)"
+                )
         self._cli = _Parsed(request)
         self._parser, self._config = self._cli._parser("fit"), self._cli.config["fit"]
         seed = self._config.get("seed_everything")
         self.seed = seed if isinstance(seed, int) and not isinstance(seed, bool) else 0
+        self._rate_name = self._find_rate()
         made = self._make()
         model, data = made["model"], made["data"]
         self.trainer_options = {k: v for k, v in made["trainer"].items() if k not in _OWN} | {"devices": 1}
@@ -75,20 +82,54 @@ class Experiment:
         self._cli.datamodule = data
         self._cli._check_links()
         self.monitor, self.monitor_mode = model.monitor, model.monitor_mode
-        self.rate = model.optimizer_config.lr
+        self.test_monitor = model.test_monitor
+        self.rate: float | None = self._configured_rate(model)
         self.shown_metrics = tuple(model.shown_metrics)
         self.average_last: int | None = model.average_last
         self.replaced = tuple(model.moe_block_names)
-        self.modules = (type(model).__module__, type(data).__module__)
+        self.modules = (type(model.module).__module__, type(data).__module__)
 
-    def _make(self) -> Any:
-        return self._parser.instantiate(self._config)
+    def _make(self, rate: float | None = None) -> Any:
+        """Return model, data and trainer options; a user's own model is made with the learning rate and made sparse."""
+        config = self._config
+        if self._rate_name is not None and rate is not None:
+            config = config.clone()
+            config[self._rate_name] = rate
+        made = self._parser.instantiate(config)
+        section = made.get("sparsify")
+        if section is not None:
+            made["model"] = own_model(made["model"], section)
+        return made
+
+    def _find_rate(self) -> str | None:
+        """Return the option of a user's own model that is its learning rate; None: it has none, or is of the suite.
+
+        Raises:
+            ValueError: the section names one that the model does not have.
+        """
+        section = self._config.get("sparsify")
+        if section is None:
+            return None
+        named = section["learning_rate"]
+        for name in ("lr", "learning_rate") if named is None else (named,):
+            value = self._config.get(f"model.init_args.{name}")
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                return f"model.init_args.{name}"
+        if named is not None:
+            raise ValueError(f"sparsify.learning_rate={named!r} is no argument of the model that has a number")
+        return None
+
+    def _configured_rate(self, model: Any) -> float | None:
+        if isinstance(model, OwnModel):
+            return None if self._rate_name is None else float(self._config[self._rate_name])
+        return float(model.optimizer_config.lr)
 
     def plain(self) -> dict[str, Any]:
         """Return model, data, trainer and seed as plain values, without options that a comparison sets itself."""
         values = yaml.safe_load(self._parser.dump(self._config, skip_unset=False))
         trainer = {k: v for k, v in values["trainer"].items() if k not in _OWN or k == "callbacks"}
-        return {"model": values["model"], "data": values["data"], "trainer": trainer, "seed": self.seed}
+        own = {"sparsify": values["sparsify"]} if values.get("sparsify") is not None else {}
+        return {"model": values["model"], "data": values["data"], **own, "trainer": trainer, "seed": self.seed}
 
     def data(self) -> LightningDataModule:
         return self._make()["data"]
@@ -102,13 +143,16 @@ class Experiment:
         return [c for c in given if not isinstance(c, (Checkpoint, EarlyStopping, ProgressBar, Timer))]
 
     def module(self, system: str) -> Any:
-        """Return a new, untrained model of ``system``: a ``SparseModule``, or an ``Estimator``."""
+        """Return a new, untrained model of ``system``: a ``SparseModule``, an ``OwnModel``, or an ``Estimator``."""
         return self.build(system)[0]
 
-    def build(self, system: str) -> tuple[Any, LightningDataModule]:
-        """Return a new, untrained model of ``system``, whose weights depend only on the generators, and new data."""
+    def build(self, system: str, rate: float | None = None) -> tuple[Any, LightningDataModule]:
+        """Return a new, untrained model of ``system``, whose weights depend only on the generators, and new data.
+
+        Its learning rate is ``rate``; None: the configuration's.
+        """
         state = torch.get_rng_state()
-        made = self._make()
+        made = self._make(rate)
         model, data = made["model"], made["data"]
         if system != SPARSE:
             build = candidates(model, self.routers)[system].build
@@ -117,6 +161,10 @@ class Experiment:
             model = build()
             del made, build
             gc.collect()
+        if rate is not None and isinstance(model, SparseModule):
+            model.optimizer_config = dataclasses.replace(model.optimizer_config, lr=rate)
+            if "optimizer" in model.hparams:
+                model.hparams["optimizer"] = to_plain(model.optimizer_config, OptimizerConfig)
         return model, data
 
 

@@ -27,6 +27,7 @@ from lightning.pytorch.utilities import move_data_to_device
 from apps.base.messages import first_line
 from apps.compare.experiment import Experiment
 from apps.compare.parallel import answering, start, worker_context
+from apps.equal_cost.own_model import OwnModel
 from apps.train.cost import measure_cost, num_examples
 from apps.train.module import SparseModule
 
@@ -155,18 +156,19 @@ class _Bench:
         self.eval_batch: Any = move_data_to_device(next(iter(data.val_dataloader())), self.device)
         _release()
         base = _memory(self.device, peak=False)
-        module = experiment.module(job.system)
+        self.model: Any = experiment.module(job.system)
+        module = self.model.module
         state = torch.load(job.checkpoint, map_location="cpu", weights_only=True)["state_dict"]
         module.load_state_dict({k: v for k, v in state.items() if k in module.state_dict()})
         del state
         self.module: Any = self.precision.convert_module(module.to(self.device))
-        self.optimizer = _optimizer(self.module)
+        self.optimizer = _optimizer(self.model)
         self.facts: dict[str, Any] = {"base_memory_bytes": base}
         own = {name for name, _ in module.named_modules()}
         replaced = job.replaced if own.issuperset(job.replaced) else ()
         with self.precision.forward_context():
-            self.facts["cost"] = asdict(measure_cost(module, self.eval_batch, replaced, as_evaluated=True))
-        counts = [num_examples(module.example_inputs(b)) for b in self.train_batches]
+            self.facts["cost"] = asdict(measure_cost(self.model, self.eval_batch, replaced, as_evaluated=True))
+        counts = [num_examples(self.model.example_inputs(b)) for b in self.train_batches]
         # Batches of a token budget differ in their number of examples: a round takes all of them.
         self.cycle = 1 if len(set(counts)) == 1 else len(counts)
         self.batches = itertools.cycle(self.train_batches)
@@ -184,7 +186,7 @@ class _Bench:
     def _train_step(self) -> int:
         batch = next(self.batches)
         with self.precision.forward_context():
-            loss = self.module.training_loss(batch)
+            loss = self.model.training_loss(batch)
         self.optimizer.zero_grad(set_to_none=True)
         loss.total.backward()
         self.optimizer.step()
@@ -197,9 +199,9 @@ class _Bench:
         return self._round(self._infer)
 
     def _infer(self) -> int:
-        inputs = self.module.example_inputs(self.eval_batch)
+        inputs = self.model.example_inputs(self.eval_batch)
         with self.precision.forward_context():
-            self.module(*inputs)
+            self.model(*inputs)
         return num_examples(inputs)
 
     def memory(self) -> int:
@@ -218,12 +220,15 @@ class _Bench:
                 return examples / seconds
 
 
-def _optimizer(module: SparseModule) -> torch.optim.Optimizer:
-    """Return the module's optimizer without its schedule, which needs a trainer."""
-    configured: Any = module.configure_optimizers()
+def _optimizer(model: SparseModule | OwnModel) -> torch.optim.Optimizer:
+    """Return the model's optimizer without its schedule, which needs a trainer."""
+    configured: Any = model.configure_optimizers()
+    while isinstance(configured, (list, tuple)) and configured:  # optimizers, or these and schedulers
+        configured = configured[0]
     optimizer = configured["optimizer"] if isinstance(configured, dict) else configured
     if not isinstance(optimizer, torch.optim.Optimizer):
-        raise ValueError(f"configure_optimizers of {type(module).__name__} gives {type(optimizer).__name__}, not one")
+        kind = type(model.module).__name__
+        raise ValueError(f"configure_optimizers of {kind} gives {type(optimizer).__name__}, not one")
     return optimizer
 
 

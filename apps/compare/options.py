@@ -66,8 +66,19 @@ class Options:
         if not (self.baseline_minutes > 0 and math.isfinite(self.baseline_minutes)):
             raise ValueError(f"baseline_minutes={self.baseline_minutes:g} must be a positive number")
 
-    def rates(self, configured: float) -> tuple[float, ...]:
-        """Return the learning rates to try, ascending, to three digits."""
+    def rates(self, configured: float | None) -> tuple[float, ...]:
+        """Return the learning rates to try, ascending, to three digits; none where the configured one is None.
+
+        Raises:
+            ValueError: rates are given, and the model's has no name.
+        """
+        if configured is None:
+            if self.learning_rates:
+                raise ValueError(
+                    f"learning_rates={self.learning_rates[0]:g}: no argument of the model is called lr or "
+                    "learning_rate; name it by sparsify.learning_rate"
+                )
+            return ()
         tried = self.learning_rates or tuple(float(f"{factor * configured:.3g}") for factor in SEARCH_FACTORS)
         return tuple(sorted(tried))
 

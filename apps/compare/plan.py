@@ -22,8 +22,8 @@ class Plan:
         config: resolved configuration, in plain values.
         options: options of the command.
         overlays: contents of each overlay of ``options.routers``, by the system's name.
-        rates: learning rates of the search.
-        configured_rate: learning rate of the configuration.
+        rates: learning rates of the search; empty where the model's has no name.
+        configured_rate: learning rate of the configuration; None: the model's has no name, and none is searched.
         seeds: seeds of the final runs.
         search_seed: seed of the search; it differs from ``seeds``, so that no rate is chosen for their data order.
     """
@@ -32,12 +32,12 @@ class Plan:
     options: Options
     overlays: dict[str, Any]
     rates: tuple[float, ...]
-    configured_rate: float
+    configured_rate: float | None
     seeds: tuple[int, ...]
     search_seed: int
 
     @classmethod
-    def make(cls, config: dict[str, Any], options: Options, configured_rate: float, seed: int) -> Plan:
+    def make(cls, config: dict[str, Any], options: Options, configured_rate: float | None, seed: int) -> Plan:
         """Return the plan of a configuration, or raise the ValueError of a wrong overlay."""
         seeds = tuple(range(seed, seed + options.num_seeds))
         overlays = {system: routers.read(name) for system, name in routers.by_system(options.routers).items()}

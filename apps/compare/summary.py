@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -371,6 +372,11 @@ def flops_trained(row: Row) -> float | None:
 def flops_unit(summary: Summary) -> str:
     """Return the unit that the FLOPs are counted for, such as "an image"."""
     return next((row.system.cost.unit for row in summary.rows if row.system.cost), "an example")
+
+
+def short_name(metric: str) -> str:
+    """Return a test metric's name without the split: "top1" of "test/top1", "acc" of "test_acc"."""
+    return re.sub(r"^test[/_.-]", "", metric)
 
 
 def number(value: float, percent: bool, signed: bool = False, half_width: float | None = None) -> str:

@@ -12,6 +12,7 @@ from torch import nn
 
 from apps.equal_cost import routers
 from apps.equal_cost.comparable import Baseline, Comparable
+from apps.equal_cost.own_model import OwnModel
 from apps.train.cost import Cost, cuda_devices, measure_cost
 from apps.train.module import SparseModule
 
@@ -110,7 +111,7 @@ def find_systems(
     """Return the sparse model and its baselines with their measured costs; those that may not be trained say why.
 
     Args:
-        sparse: untrained ``SparseModule`` that is ``Comparable``.
+        sparse: untrained ``SparseModule`` that is ``Comparable``, or an ``OwnModel``.
         batch: batch of its data.
         wanted, router_names: arguments of ``candidates``.
 
@@ -125,7 +126,7 @@ def find_systems(
     own = {"flops_ratio": 1.0, "replaced_ratio": 1.0, "params_ratio": 1.0}
     systems = [System(SPARSE, sparse.note, cost, **own, heading=sparse.heading)]  # type: ignore[arg-type]
     for name, baseline in baselines.items():
-        systems.append(_measured(name, baseline, batch, cost, replaced, sparse.device))
+        systems.append(_measured(name, baseline, batch, cost, replaced, sparse.module.device))
         gc.collect()  # frees the model that was counted
     if all(s.refused for s in systems[1:]):
         reasons = "; ".join(f"{s.name}: {s.refused}" for s in systems[1:]) or "the module has no baselines"
@@ -146,13 +147,13 @@ def _measured(
         if not is_router:
             raise
         return System(name, baseline.note, refused=str(error))
-    if not isinstance(model, SparseModule):
+    if not isinstance(model, SparseModule | OwnModel):
         return System(name, baseline.note, tunes=getattr(model, "tunes", False))
-    model.to(device)
-    if is_router and (problem := _trial(model, batch)):
+    model.module.to(device)
+    if is_router and isinstance(model, SparseModule) and (problem := _trial(model, batch)):
         return System(name, baseline.note, refused=problem)
     try:
-        cost = measure_cost(model, batch, replaced if claim(name) else _shared(model, replaced))
+        cost = measure_cost(model, batch, replaced if claim(name) else _shared(model.module, replaced))
         refused = check_equal(name, sparse, cost)
     except ValueError as error:
         cost, refused = measure_cost(model, batch), f"not called equal: {error}"

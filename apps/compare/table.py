@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from apps.compare.summary import Row, Summary, flops, flops_trained, flops_unit, notes, number
+from apps.compare.summary import Row, Summary, flops, flops_trained, flops_unit, notes, number, short_name
 from apps.report import plots
 from apps.report.intervals import Interval
 from apps.report.tables import print_table
@@ -75,7 +75,7 @@ def router_cells(summary: Summary) -> list[list[str]]:
 
 
 def _metric(summary: Summary) -> str:
-    return summary.metric.partition("/")[2]
+    return short_name(summary.metric)
 
 
 def _compared(title: str, share: bool, pair: Callable[[Row], Pair], own: str = "") -> list[Line]:
@@ -244,6 +244,6 @@ def picture(title: str, summary: Summary, path: Path) -> Path | None:
             series.append(plots.Series(row.system.title, [cost], [row.test.mean], None if half is None else [half]))
     if not series:
         return None
-    metric = f"test {summary.metric.partition('/')[2]}"
+    metric = f"test {_metric(summary)}"
     drawn = plots.quality_against_flops(series, metric, title, percent=summary.percent, unit=flops_unit(summary))
     return plots.save_picture(drawn, path)

@@ -22,14 +22,14 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from apps.base.quiet import quiet
 from apps.compare.experiment import Experiment
 from apps.compare.files import read_json, write_json
+from apps.equal_cost.own_model import OwnModel
 from apps.equal_cost.search import Search
 from apps.train.averaging import AVERAGE, FOLDER
 from apps.train.checkpoints import AtomicCheckpointIO, BestAndLast
 from apps.train.finite import NonFiniteError
-from apps.train.module import OptimizerConfig, SparseModule
+from apps.train.module import SparseModule
 from apps.train.resume import GeneratorState
 from apps.train.stopping import on_sigterm
-from core.config.plain import to_plain
 
 CHECKPOINT = "last.ckpt"
 TRIED = "tried.json"
@@ -173,12 +173,8 @@ def train(
     started, cpu = time.time(), time.process_time()
     with quiet(own_notes=False):
         seed_everything(unit.seed, verbose=False)
-        module, data = experiment.build(unit.system)
-        if isinstance(module, SparseModule):
-            assert unit.rate is not None
-            module.optimizer_config = dataclasses.replace(module.optimizer_config, lr=unit.rate)
-            if "optimizer" in module.hparams:
-                module.hparams["optimizer"] = to_plain(module.optimizer_config, OptimizerConfig)
+        module, data = experiment.build(unit.system, unit.rate)
+        if isinstance(module, SparseModule | OwnModel):
             try:
                 result |= _fit(experiment, module, data, unit, folder, progress)
             except NonFiniteError as error:
@@ -201,10 +197,9 @@ def train(
     return result
 
 
-def _fit(
-    experiment: Experiment, module: SparseModule, data: Any, unit: Unit, folder: Path, progress: Progress
-) -> dict[str, Any]:
-    curve = Curve(module.monitor, progress)
+def _fit(experiment: Experiment, model: Any, data: Any, unit: Unit, folder: Path, progress: Progress) -> dict[str, Any]:
+    module = model.module
+    curve = Curve(model.monitor, progress)
     last = folder / CHECKPOINT
     module.starts_afresh = not last.exists()
     module.reports = False  # pictures and checks are not part of a comparison
@@ -225,7 +220,7 @@ def _fit(
     steps = trainer.global_step
     if not steps or not last.exists():
         raise ValueError(f"{unit.name}: the training has no step (trainer options {experiment.trainer_options})")
-    averages = module.average_last is not None
+    averages = model.average_last is not None
     # A run that is resumed after its last step has the averaged weights only in the checkpoint.
     tested = folder / AVERAGE if averages else last
     where: dict[str, Any] = {"datamodule": data, "ckpt_path": str(tested), "verbose": False, "weights_only": True}
@@ -244,16 +239,18 @@ def _fit(
     if unit.final:
         with interruptible(trainer):
             logged = trainer.test(module, **where)
-        name = f"test/{module.monitor.partition('/')[2]}"
-        result["test"] = {k: float(v) for k, v in logged[0].items() if k.count("/") == 1}
+        name = model.test_monitor
+        values = {k: float(v) for part in logged for k, v in part.items()}
+        # Values of a part, such as a layer's routing, have one more level in their names.
+        result["test"] = {k: v for k, v in values.items() if k.count("/") <= 1 or k == name}
         if name not in result["test"]:
-            raise ValueError(f"{type(module).__name__} monitors {module.monitor!r}, but a test logs no {name!r}")
+            raise ValueError(f"{type(module).__name__} monitors {model.monitor!r}, but a test logs no {name!r}")
         result["test_quality"] = result["test"][name]
-        examples = module.examples_of_test()
+        examples = model.examples_of_test()
         if examples:
             write_json(folder / EXAMPLES, examples)
         # These are means over the layers; the names of a layer's figures have one more level.
-        of_routing = {k: v for k, v in logged[0].items() if k.startswith("test/routing/") and k.count("/") == 2}
+        of_routing = {k: v for k, v in values.items() if k.startswith("test/routing/") and k.count("/") == 2}
         result["routing"] = {k.rpartition("/")[2]: float(v) for k, v in of_routing.items()}
     return result
 

@@ -18,7 +18,7 @@ from apps.compare.measure import Job, measure
 from apps.compare.parallel import train_all
 from apps.compare.plan import Plan, at_edge
 from apps.compare.stats import choose
-from apps.compare.summary import Results, tuned
+from apps.compare.summary import Results, short_name, tuned
 from apps.compare.systems import System
 from apps.compare.training import Unit, train
 
@@ -88,7 +88,7 @@ class Work:
             return tuned(result)
         if result["quality"] is None:
             return f"diverged ({result['diverged']})"
-        metric = self.experiment.monitor.partition("/")[2]
+        metric = short_name(self.experiment.test_monitor)
         text = f"validation {metric} {result['quality']:.4g}"
         if "test_quality" in result:
             text += f", test {result['test_quality']:.4g}"
@@ -100,7 +100,8 @@ class Work:
         if system.cost is None:
             return None, False
         if not searched:
-            return rates[0], False
+            return (rates[0] if rates else None), False
+        assert self.plan.configured_rate is not None
         higher_is_better = self.experiment.monitor_mode == "max"
         try:
             index = choose(rates, [r["quality"] for r in searched], self.plan.configured_rate, higher_is_better)

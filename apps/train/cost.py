@@ -45,7 +45,8 @@ def measure_cost(module: Any, batch: Any, replaced: Sequence[str] = (), as_evalu
     """Count parameters, and FLOPs of one forward of ``batch``, as in training or as in evaluation.
 
     Args:
-        module: ``SparseModule`` with ``cost_inputs`` and ``cost_unit``; it and the generators are left as they were.
+        module: ``SparseModule``, or another callable with ``cost_inputs``, ``cost_unit`` and the ``module`` that it
+            runs; it and the generators are left as they were.
         batch: batch of the data module, on the module's device.
         replaced: dotted names of the blocks that a baseline replaces: the MoE layers, or the blocks around them.
         as_evaluated: count the products under the module's evaluation capacity. Else count as in training, by the rule
@@ -57,6 +58,7 @@ def measure_cost(module: Any, batch: Any, replaced: Sequence[str] = (), as_evalu
     """
     inputs = module.cost_inputs(batch)
     examples = num_examples(inputs)
+    forward, unit, module = module, module.cost_unit(batch), module.module
     modules = dict(module.named_modules())
     missing = [name for name in replaced if name not in modules]
     if missing:
@@ -80,7 +82,7 @@ def measure_cost(module: Any, batch: Any, replaced: Sequence[str] = (), as_evalu
             if not as_evaluated:
                 as_trained.enter_context(core.set_capacity_factor(module, None))
                 as_trained.enter_context(by_capacity(module))
-            total: float = core.count_flops(module, *inputs)
+            total: float = core.count_flops(forward, *inputs)
             for hook in hooks:
                 hook.remove()
             inside: float = sum(core.count_flops(m, *args, **kwargs) for m, args, kwargs in calls)
@@ -100,7 +102,7 @@ def measure_cost(module: Any, batch: Any, replaced: Sequence[str] = (), as_evalu
         replaced_params=sum({id(p): p.numel() for name in replaced for p in modules[name].parameters()}.values())
         if replaced
         else None,
-        unit=module.cost_unit(batch),
+        unit=unit,
     )
 
 

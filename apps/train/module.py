@@ -143,6 +143,11 @@ class SparseModule(BalancedModule, LinkedModule):
         without = [name for name in ("grow", "distil") if name in self._arguments]  # a twin has other layers
         return super().twin(**{**dict.fromkeys(without), **changed})
 
+    @property
+    def module(self) -> Self:
+        """Return what a trainer trains; a model of the user's own is asked by an object around it."""
+        return self
+
     # ---- what a subclass brings
 
     def task_loss(self, batch: Any) -> TaskOutput:

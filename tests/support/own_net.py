@@ -30,11 +30,15 @@ class Net(LightningModule):
         lr: learning rate of plain gradient descent.
         returns: what ``training_step`` returns: "tensor", "dict", or "none" on every second batch.
         by_hand: the step optimizes by itself.
+        asks_trainer: ``validation_step`` asks the trainer.
     """
 
-    def __init__(self, lr: float = 0.1, returns: str = "tensor", by_hand: bool = False) -> None:
+    def __init__(
+        self, lr: float = 0.1, returns: str = "tensor", by_hand: bool = False, asks_trainer: bool = False
+    ) -> None:
         super().__init__()
         self.lr, self.returns, self.automatic_optimization = lr, returns, not by_hand
+        self.asks_trainer = asks_trainer
         self.embed = nn.Linear(2, 8)
         self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))])
         self.head = nn.Linear(8, 3)
@@ -53,6 +57,8 @@ class Net(LightningModule):
         return {"loss": loss, "beside": 1} if self.returns == "dict" else loss
 
     def validation_step(self, batch):
+        if self.asks_trainer:
+            assert self.trainer.max_epochs is not None
         self.log("val_acc", (self(batch[0]).argmax(1) == batch[1]).float().mean())
 
     def test_step(self, batch):
@@ -60,6 +66,13 @@ class Net(LightningModule):
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), self.lr)
+
+
+class Unnamed(Net):
+    """The same module, whose learning rate no argument of the constructor names."""
+
+    def __init__(self) -> None:
+        super().__init__(lr=0.05)
 
 
 class Unvalidated(LightningModule):

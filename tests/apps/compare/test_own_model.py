@@ -1,0 +1,101 @@
+"""``moesaic compare`` of a LightningModule of the user's own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from commands import fails
+from own_net import CONFIG, SPARSIFY
+
+from apps.cli import main
+from apps.compare.experiment import Experiment, arguments
+from apps.compare.measure import Job, _Bench
+from apps.compare.options import Options
+from apps.compare.plan import Plan
+
+FEW = ("--seeds", "1", "--rounds", "0", "--trainer.max_epochs", "1")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("own") / "own.yaml"
+    path.write_text(CONFIG + SPARSIFY)
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(config: Path) -> Path:
+    """The folder of a finished comparison with one seed at one learning rate."""
+    assert main(["compare", str(config), "--output", str(config.parent / "out"), *FEW, "--learning_rates", "0.2"]) == 0
+    return config.parent / "out"
+
+
+def test_sparse_and_dense_models_are_trained_tested_and_compared(whole) -> None:
+    results = json.loads((whole / "results.json").read_text())
+    rows = results["summary"]["rows"]
+    assert [row["system"]["name"] for row in rows] == ["sparse", "dense_equal_flops", "dense_equal_params"]
+    assert results["summary"]["metric"] == "test_acc"
+    assert results["summary"]["percent"] is True
+    assert all(len(results["finals"][row["system"]["name"]]) == 1 for row in rows)
+    assert all(0 <= run["test_quality"] <= 1 for runs in results["finals"].values() for run in runs)
+    assert results["finals"]["sparse"][0]["routing"]["load_imbalance"] >= 1
+    page = (whole / "table.md").read_text()
+    assert "| test acc, % |" in page
+    assert "Against dense, equal FLOPs" in page
+
+
+def test_every_model_begins_as_the_dense_one_and_has_the_rate_of_its_unit(config) -> None:
+    experiment = Experiment(arguments(config, [], ()))
+    assert experiment.rate == 0.1
+    x = torch.randn(4, 2)
+    outputs = []
+    for system in ("sparse", "dense_equal_flops"):
+        torch.manual_seed(7)
+        model, _ = experiment.build(system, 0.3)
+        assert model.module.lr == 0.3
+        outputs.append(model.module.eval()(x))
+    torch.testing.assert_close(*outputs, rtol=1e-6, atol=1e-6)
+
+
+def test_speed_is_that_of_the_modules_own_steps(whole, config) -> None:
+    experiment = Experiment(arguments(config, [], ()))
+    checkpoint = next((whole / "units" / "sparse").glob("*/last.ckpt"))
+    bench = _Bench(Job(experiment.arguments, "sparse", str(checkpoint), experiment.replaced, 1))
+    assert bench.facts["cost"]["replaced_flops_per_example"] == 1088
+    assert bench.facts["examples_per_step"] == 16
+    before = [p.clone() for p in bench.module.parameters()]
+    assert bench.train() > 0
+    assert any(not torch.equal(a, b) for a, b in zip(before, bench.module.parameters(), strict=True))
+    assert bench.inference() > 0
+
+
+def test_without_the_name_of_a_learning_rate_none_is_searched(config) -> None:
+    path = config.parent / "unnamed.yaml"
+    path.write_text(CONFIG.replace("own_net.Net", "own_net.Unnamed") + SPARSIFY)
+    experiment = Experiment(arguments(path, [], ()))
+    assert experiment.rate is None
+    plan = Plan.make(experiment.plain(), Options(num_seeds=2), experiment.rate, seed=0)
+    assert plan.search_units("sparse") == []
+    assert [unit.name for unit in plan.final_units("sparse", None)] == ["sparse/final-seed0", "sparse/final-seed1"]
+    rule = "no argument of the model is called lr or learning_rate; name it by sparsify.learning_rate"
+    with pytest.raises(ValueError, match=rule):
+        Options(learning_rates=(0.1, 0.2)).rates(experiment.rate)
+
+
+def test_what_a_comparison_has_to_be_told_is_asked_for_in_one_line(config, capsys) -> None:
+    asked = (str(config), "--output", str(config.parent / "asked"), *FEW)
+    line = fails(capsys, 1, "compare", *asked, "--sparsify.metric", "null")
+    assert line.startswith("sparsify.metric is missing")
+    line = fails(capsys, 1, "compare", *asked, "--sparsify.metric", "val_accuracy")
+    assert line.startswith("validation logs no 'val_accuracy'; it logs ")
+    assert "val_acc" in line.split("it logs ")[1].split(", ")
+    line = fails(capsys, 1, "compare", *asked, "--sparsify.learning_rate", "step_size")
+    assert "sparsify.learning_rate='step_size' is no argument of the model that has a number" in line
+    bare = config.parent / "bare.yaml"
+    bare.write_text(CONFIG)
+    line = fails(capsys, 2, "compare", str(bare), *asked[1:])
+    assert "Net is no SparseModule" in line
+    assert "needs the section sparsify" in line
