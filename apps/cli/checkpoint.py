@@ -88,7 +88,7 @@ def check_fits(checkpoint: Mapping[str, Any], model: LightningModule, path: Path
     )
     differing = [row for row in differences(there, here, "model") if not row[0].startswith(shapeless)]
     if isinstance(model, SparsifiedModule):
-        section = to_plain(model.sparsify, SparsifyConfig)
+        section = to_plain(model.sparsify_config, SparsifyConfig)
         differing += differences(checkpoint["sparsify"], section, "sparsify")
     tensor = wrong[0]
     detail = f"{tensor} is {saved.get(tensor, 'missing')} there and {own.get(tensor, 'missing')} here"

@@ -54,7 +54,7 @@ class OwnModel(Comparable):
     metric_signatures: Mapping[str, str] = {}
 
     def __init__(self, module: SparsifiedModule, dense: LightningModule) -> None:
-        self.module, self.dense, self.section = module, dense, module.sparsify
+        self.module, self.dense, self.section = module, dense, module.sparsify_config
         name = type(module).__name__
         for step in ("training_step", "validation_step", "test_step"):
             if not hasattr(getattr(type(module), step), "__wrapped__"):
@@ -181,7 +181,7 @@ class Twin:
         dense, module = self.sparse.dense, self.sparse.module
         twin = core.dense_twin(dense, like=module, cost=self.cost, seed=int(torch.randint(2**31, ())))
         assert isinstance(twin, LightningModule)
-        return OwnModel(adopt(twin, module.sparsify), dense)
+        return OwnModel(adopt(twin, module.sparsify_config), dense)
 
 
 def own_model(module: LightningModule, section: SparsifyConfig) -> OwnModel:

@@ -7,7 +7,7 @@ what MoE layers ask for; the user's own steps, optimizers and hooks stay as they
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -75,10 +75,10 @@ class SparsifiedModule(BalancedModule):
     them as they scale the task's.
 
     Attributes:
-        sparsify: the section of the configuration.
+        sparsify_config: the section of the configuration.
     """
 
-    sparsify: SparsifyConfig
+    sparsify_config: SparsifyConfig
 
     def balanced(self, result: Any, tape: core.Tape) -> Any:
         """Return what a training step has returned, with the balance losses added to its loss.
@@ -120,7 +120,7 @@ class SparsifiedModule(BalancedModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        checkpoint["sparsify"] = to_plain(self.sparsify, SparsifyConfig)
+        checkpoint["sparsify"] = to_plain(self.sparsify_config, SparsifyConfig)
 
 
 def sparsified(
@@ -134,7 +134,7 @@ def sparsified(
         base: what is added to its class.
 
     Raises:
-        ValueError: as ``core.sparsify``; or the module is of the suite, or optimizes by hand.
+        ValueError: as ``core.sparsify`` and ``adopt``; or the module is of the suite, or optimizes by hand.
     """
     if isinstance(module, BalancedModule):
         raise ValueError(
@@ -167,9 +167,15 @@ def adopt(
 ) -> LightningModule:
     """Give a module's class what ``base`` adds to it, in place, and return the module.
 
-    The new class has the name of the old one, as ``torch.distributed.fsdp.fully_shard`` does with its own.
+    The new class has the name of the old one, and is its subclass, as with ``torch.distributed.fsdp.fully_shard``.
+
+    Raises:
+        ValueError: the module has an attribute with the name of one that is added.
     """
     kind = type(module)
+    for name in _added_names(base):
+        if hasattr(module, name):
+            raise ValueError(f"sparsify adds {name!r} to {kind.__name__}, which has an attribute of that name: rename it")
     steps = {
         name: wrap(getattr(kind, name))
         for name, wrap in _WRAPPERS.items()
@@ -178,7 +184,7 @@ def adopt(
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
     module.__class__ = type(kind.__name__, (base, kind), {**names, **steps})
     assert isinstance(module, SparsifiedModule)
-    module.sparsify = config
+    module.sparsify_config = config
     if config.metric is not None:
         module.monitor, module.monitor_mode = config.metric, config.mode  # type: ignore[assignment]
     return module
@@ -191,6 +197,14 @@ def check_sparsified(checkpoint: Mapping[str, Any], module: LightningModule, pat
         raise ValueError(f"{path} is of a model made sparse: give the section sparsify of its configuration")
     if here and not there:
         raise ValueError(f"{path} is of a {class_path(type(module))} that was not made sparse: leave sparsify out")
+
+
+def _added_names(base: type[SparsifiedModule]) -> Iterator[str]:
+    """Yield the names that a class has beyond those of ``LightningModule``."""
+    for owner in base.__mro__:
+        if owner is LightningModule:
+            return
+        yield from (name for name in vars(owner) if not hasattr(LightningModule, name))
 
 
 def _training(step: Step) -> Step:

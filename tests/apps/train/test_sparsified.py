@@ -115,6 +115,13 @@ def test_what_cannot_be_made_sparse_is_refused(module, modules, rule) -> None:
         sparsified(module(), SparsifyConfig(modules, LAYERS))
 
 
+def test_a_name_that_the_module_needs_itself_is_not_taken_away() -> None:
+    net = Net()
+    net.aux_weight = 0.4
+    with pytest.raises(ValueError, match="sparsify adds 'aux_weight' to Net, which has an attribute of that name"):
+        sparsified(net, CONFIG)
+
+
 def test_a_mode_that_is_neither_is_refused() -> None:
     with pytest.raises(ValueError, match="mode"):
         SparsifyConfig("blocks.*", LAYERS, mode="most")
