@@ -24,8 +24,13 @@ def count_flops(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
     register_formulas()
     from torch.utils.flop_counter import FlopCounterMode
 
-    with FlopCounterMode(display=False) as counter:
-        fn(*args, **kwargs)
+    fused = torch.backends.mha.get_fastpath_enabled()  # torch's fused encoder layers count no FLOPs
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with FlopCounterMode(display=False) as counter:
+            fn(*args, **kwargs)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
     return int(counter.get_total_flops())
 
 
