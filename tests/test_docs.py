@@ -162,3 +162,24 @@ def test_the_page_of_your_model_runs(capsys):
     page = (ROOT / "docs" / "your_model.md").read_text(encoding="utf-8")
     exec(compile("\n".join(blocks(page, "python")), "your_model.md", "exec"), {})
     assert capsys.readouterr().out.startswith("4 of 4 feed-forward networks are sparse\n")
+
+
+def test_the_lightning_module_of_ones_own_is_trained_tested_and_compared(tmp_path, monkeypatch, capsys):
+    page = (
+        (ROOT / "docs" / "your_model.md").read_text(encoding="utf-8").partition("## A LightningModule of your own")[2]
+    )
+    (source,), (config,) = blocks(page, "python"), blocks(page, "yaml")
+    assert source.count("\n") <= 80
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    Path("my_model.py").write_text(source)
+    Path("my_model.yaml").write_text(config)
+    few = ["--trainer.max_epochs", "1", "--trainer.accelerator", "cpu"]
+    commands = [shlex.split(line) for block in blocks(page, "sh") for line in block.splitlines()]
+    assert [words[2] for words in commands] == ["fit", "test", "compare"]
+    for words in commands:
+        alone = ["--seeds", "1", "--rounds", "0", "--learning_rates", "0.003"] if words[2] == "compare" else []
+        assert main([*words[2:], *few, *alone]) == 0
+    shown = capsys.readouterr().out
+    assert "2 of 2 feed-forward networks are sparse" in shown
+    assert "Against dense, equal FLOPs" in shown

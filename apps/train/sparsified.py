@@ -175,7 +175,9 @@ def adopt(
     kind = type(module)
     for name in _added_names(base):
         if hasattr(module, name):
-            raise ValueError(f"sparsify adds {name!r} to {kind.__name__}, which has an attribute of that name: rename it")
+            raise ValueError(
+                f"sparsify adds {name!r} to {kind.__name__}, which has an attribute of that name: rename it"
+            )
     steps = {
         name: wrap(getattr(kind, name))
         for name, wrap in _WRAPPERS.items()
