@@ -174,7 +174,7 @@ def test_the_lightning_module_of_ones_own_is_trained_tested_and_compared(tmp_pat
     monkeypatch.syspath_prepend(str(tmp_path))
     Path("my_model.py").write_text(source)
     Path("my_model.yaml").write_text(config)
-    few = ["--trainer.max_epochs", "1", "--trainer.accelerator", "cpu"]
+    few = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2", "--trainer.accelerator", "cpu"]
     commands = [shlex.split(line) for block in blocks(page, "sh") for line in block.splitlines()]
     assert [words[2] for words in commands] == ["fit", "test", "compare"]
     for words in commands:

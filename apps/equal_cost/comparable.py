@@ -117,12 +117,6 @@ class Comparable:
     """
 
     note: str = ""
-    monitor: str
-
-    @property
-    def test_monitor(self) -> str:
-        """Return the name under which a test logs the metric that is compared."""
-        return f"test/{self.monitor.partition('/')[2]}"
 
     @property
     def heading(self) -> str:

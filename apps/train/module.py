@@ -144,6 +144,11 @@ class SparseModule(BalancedModule, LinkedModule):
         return super().twin(**{**dict.fromkeys(without), **changed})
 
     @property
+    def test_monitor(self) -> str:
+        """Return the name under which a test logs the monitored metric."""
+        return f"test/{self.monitor.partition('/')[2]}"
+
+    @property
     def module(self) -> Self:
         """Return what a trainer trains; a model of the user's own is asked by an object around it."""
         return self

@@ -110,6 +110,14 @@ class SparsifiedModule(BalancedModule):
         super().on_validation_epoch_end()
         self.log_routing("val")
 
+    def on_validation_end(self) -> None:
+        super().on_validation_end()
+        metric, trainer = self.sparsify_config.metric, self.trainer
+        if metric is not None and not trainer.sanity_checking and metric not in trainer.callback_metrics:
+            # Otherwise no checkpoint would ever be the best, without a word.
+            logged = ", ".join(sorted(trainer.callback_metrics))
+            raise ValueError(f"sparsify.metric={metric!r} is not what validation logs, which is {logged}")
+
     def on_test_epoch_start(self) -> None:
         self._moe_stats = None
         super().on_test_epoch_start()

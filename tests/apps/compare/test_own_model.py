@@ -91,7 +91,6 @@ def test_what_a_comparison_has_to_be_told_is_asked_for_in_one_line(config, capsy
     assert line.startswith("sparsify.metric is missing")
     line = fails(capsys, 1, "compare", *asked, "--sparsify.metric", "val_accuracy")
     assert line.startswith("validation logs no 'val_accuracy'; it logs ")
-    assert "val_acc" in line.split("it logs ")[1].split(", ")
     line = fails(capsys, 1, "compare", *asked, "--sparsify.learning_rate", "step_size")
     assert "sparsify.learning_rate='step_size' is no argument of the model that has a number" in line
     bare = config.parent / "bare.yaml"
