@@ -92,6 +92,15 @@ def test_attention_equals_its_two_products_written_out():
     assert count_flops(F.scaled_dot_product_attention, q, k, v) == written_out
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_an_encoder_layer_of_torch_is_counted_in_evaluation_too(training):
+    # T = 6 tokens, D = 8, F = 16: four projections 8 T D^2, two products of attention 4 T T D, the network 4 T D F.
+    layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0).train(training)
+    with torch.no_grad():
+        assert count_flops(layer, torch.randn(1, 6, 8)) == 8 * 6 * 64 + 4 * 36 * 8 + 4 * 6 * 8 * 16
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
 @pytest.mark.parametrize("backend", ["cpu", "grouped"])
 def test_every_pair_counts_where_offsets_are_fake(backend):
     config = MoEConfig(E, expert=FFN(12), capacity_factor=0.5, backend=backend)
