@@ -53,6 +53,11 @@ class Experiment:
         request = Request.read("fit", [a for a in arguments if not a.startswith(_ROUTERS)])
         if request.checkpoint is not None:
             raise UsageError(f"--ckpt_path {request.checkpoint}: a comparison trains every model from its start")
+        if self.routers and request.sparsifies:
+            raise UsageError(
+                f"--routers {self.routers[0]}: routers are compared in the suite's own models; with sparsify give a "
+                "configuration for each"
+            )
         for needed in () if request.sparsifies else (SparseModule, Comparable):
             if request.model_class is not None and not issubclass(request.model_class, needed):
                 name = request.model_class.__name__

@@ -5,7 +5,7 @@ Training asks none of this. A module that is to be compared takes ``Comparable``
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -109,6 +109,17 @@ class RoutedLayers:
         return sum(each) / len(each)
 
 
+def heading_of(layers: Iterable[tuple[core.MoEConfig | core.MultiGateConfig, int]]) -> str:
+    """Return what tables call a model with these layers, each given with the width D of its tokens."""
+    for config, dim in layers:
+        if not isinstance(config, core.MoEConfig):
+            return "sparse"
+        moe = config.split(dim)
+        if moe.router.pairs_per_token(moe.num_experts) < moe.num_experts:
+            return "sparse"
+    return "MoE, all experts"
+
+
 class Comparable:
     """A module that ``moesaic compare`` can ask. Every answer has a default, so a subclass gives those it has.
 
@@ -124,13 +135,7 @@ class Comparable:
         layers = self.routed_layers()
         if layers is None:
             return "sparse"
-        for config in layers.configs:
-            if not isinstance(config, core.MoEConfig):
-                return "sparse"
-            moe = config.split(layers.dim)
-            if moe.router.pairs_per_token(moe.num_experts) < moe.num_experts:
-                return "sparse"
-        return "MoE, all experts"
+        return heading_of((config, layers.dim) for config in layers.configs)
 
     def baselines(self) -> Mapping[str, Baseline]:
         """Return the models to compare this one with, by name."""

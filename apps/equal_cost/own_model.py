@@ -17,10 +17,10 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor
 
 import core
-from apps.equal_cost.comparable import Baseline, Comparable
+from apps.equal_cost.comparable import Baseline, Comparable, heading_of
 from apps.train.module import TaskOutput, TrainingLoss
 from apps.train.sparsified import SparsifiedModule, SparsifyConfig, adopt, sparsified
-from core.convert import matching_parts, same_width, twin_widths
+from core.convert import SparseFFN, matching_parts, same_width, twin_widths
 
 
 @dataclass(frozen=True)
@@ -138,6 +138,10 @@ class OwnModel(Comparable):
             ) from error
 
     # ---- what a comparison asks
+
+    @property
+    def heading(self) -> str:
+        return heading_of((m.config, m.dim) for m in self.module.modules() if isinstance(m, SparseFFN))
 
     @property
     def moe_block_names(self) -> tuple[str, ...]:

@@ -93,6 +93,8 @@ def test_what_a_comparison_has_to_be_told_is_asked_for_in_one_line(config, capsy
     assert line.startswith("validation logs no 'val_accuracy'; it logs ")
     line = fails(capsys, 1, "compare", *asked, "--sparsify.learning_rate", "step_size")
     assert "sparsify.learning_rate='step_size' is no argument of the model that has a number" in line
+    line = fails(capsys, 2, "compare", *asked, "--routers", "switch")
+    assert line.startswith("--routers switch: routers are compared in the suite's own models")
     bare = config.parent / "bare.yaml"
     bare.write_text(CONFIG)
     line = fails(capsys, 2, "compare", str(bare), *asked[1:])

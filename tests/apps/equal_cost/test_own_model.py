@@ -53,6 +53,32 @@ def test_the_twins_cost_as_much_and_begin_as_the_dense_model(batch) -> None:
         torch.testing.assert_close(twin(batch[0]), dense(batch[0]), rtol=1e-6, atol=1e-6)
 
 
+class Encoder(Net):
+    """Four tokens a point in a layer of torch's, whose feed-forward network is spread over the layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)])
+        self.embed, self.head = nn.Linear(2, 32), nn.Linear(32, 3)
+
+    def forward(self, x):
+        return self.head(self.blocks[0](self.embed(x).unflatten(1, (4, 8))).flatten(1))
+
+
+def test_a_network_that_is_spread_over_its_block_is_measured_with_the_block(batch) -> None:
+    sparse, flops, params = find_systems(own_model(Encoder(), SECTION), batch)
+    # A token has 4 projections of 128 FLOPs, 4 * 4 * 8 in attention, and 1088 as above: 4 tokens.
+    assert sparse.cost.replaced_flops_per_example == 4 * (512 + 128 + 1088)
+    assert flops.replaced_ratio == 1.0
+    assert not params.refused
+
+
+def test_a_model_that_computes_all_experts_is_not_called_sparse() -> None:
+    assert own_model(Net(), SECTION).heading == "sparse"
+    every = replace(SECTION, moe=core.MoEConfig(2, core.TokenChoice(2)))
+    assert own_model(Net(), every).heading == "MoE, all experts"
+
+
 def test_twins_of_one_width_are_one_baseline() -> None:
     # One expert that every token takes costs as much by FLOPs as by parameters, but for the router.
     one = replace(SECTION, moe=core.MoEConfig(1, core.TokenChoice(1)), exact=False)
