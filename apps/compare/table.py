@@ -149,10 +149,10 @@ def legend(summary: Summary) -> list[str]:
     lines = [
         f"Means of {n} seed{'s' if n > 1 else ''}, ± half a 95 % interval (Student's t); differences are paired by "
         f"seed. Test data was read once a seed, with the weights {summary.weights}.",
-        f"FLOPs: of one forward of {flops_unit(summary)}, the same figure as moesaic fit gives: in the first batch of "
-        "the validation, without padding, products alone, two a multiply-add, counted by torch.utils.flop_counter. 'x "
-        f"{summary.rows[0].system.title}' is over that model's: those of the blocks that differ, then those of the "
-        "whole model.",
+        f"FLOPs: of one forward of {flops_unit(summary)} (moesaic fit gives the same figure, for models of the suite), "
+        "in the first batch of the validation, without padding, products alone, two a multiply-add, counted by "
+        f"torch.utils.flop_counter. 'x {summary.rows[0].system.title}' is over that model's: those of the blocks that "
+        "differ, then those of the whole model.",
     ]
     if len(summary.systems()) > 1:
         lines.append(

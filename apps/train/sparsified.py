@@ -131,15 +131,12 @@ class SparsifiedModule(BalancedModule):
         checkpoint["sparsify"] = to_plain(self.sparsify_config, SparsifyConfig)
 
 
-def sparsified(
-    module: LightningModule, config: SparsifyConfig, base: type[SparsifiedModule] = SparsifiedModule
-) -> LightningModule:
+def sparsified(module: LightningModule, config: SparsifyConfig) -> SparsifiedModule:
     """Return a copy of a LightningModule in which networks are MoE layers, and which trains them.
 
     Args:
         module: a module of the user's own, which has just been made; it stays as it is.
         config: what becomes sparse, and how.
-        base: what is added to its class.
 
     Raises:
         ValueError: as ``core.sparsify`` and ``adopt``; or the module is of the suite, or optimizes by hand.
@@ -167,13 +164,11 @@ def sparsified(
     )
     if not isinstance(sparse, LightningModule):
         raise ValueError(f"sparsify.modules={config.modules!r} names the whole model: name a part of it")
-    return adopt(sparse, config, base)
+    return adopt(sparse, config)
 
 
-def adopt(
-    module: LightningModule, config: SparsifyConfig, base: type[SparsifiedModule] = SparsifiedModule
-) -> LightningModule:
-    """Give a module's class what ``base`` adds to it, in place, and return the module.
+def adopt(module: LightningModule, config: SparsifyConfig) -> SparsifiedModule:
+    """Give a module's class what ``SparsifiedModule`` adds to it, in place, and return the module.
 
     The new class has the name of the old one, and is its subclass, as with ``torch.distributed.fsdp.fully_shard``.
 
@@ -181,7 +176,7 @@ def adopt(
         ValueError: the module has an attribute with the name of one that is added.
     """
     kind = type(module)
-    for name in _added_names(base):
+    for name in _added_names():
         if hasattr(module, name):
             raise ValueError(
                 f"sparsify adds {name!r} to {kind.__name__}, which has an attribute of that name: rename it"
@@ -192,7 +187,7 @@ def adopt(
         if getattr(kind, name) is not getattr(LightningModule, name)  # Lightning asks whether a module has a step
     }
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
-    module.__class__ = type(kind.__name__, (base, kind), {**names, **steps})
+    module.__class__ = type(kind.__name__, (SparsifiedModule, kind), {**names, **steps})
     assert isinstance(module, SparsifiedModule)
     module.sparsify_config = config
     if config.metric is not None:
@@ -209,9 +204,9 @@ def check_sparsified(checkpoint: Mapping[str, Any], module: LightningModule, pat
         raise ValueError(f"{path} is of a {class_path(type(module))} that was not made sparse: leave sparsify out")
 
 
-def _added_names(base: type[SparsifiedModule]) -> Iterator[str]:
-    """Yield the names that a class has beyond those of ``LightningModule``."""
-    for owner in base.__mro__:
+def _added_names() -> Iterator[str]:
+    """Yield the names that ``SparsifiedModule`` has beyond those of ``LightningModule``."""
+    for owner in SparsifiedModule.__mro__:
         if owner is LightningModule:
             return
         yield from (name for name in vars(owner) if not hasattr(LightningModule, name))
