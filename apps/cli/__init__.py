@@ -31,6 +31,7 @@ RUN_OPTIONS = (
     ("KEY.SUBKEY VALUE", "", "any value in it, such as --data.batch_size 64 or --model.moe.num_experts 4"),
     ("run_dir DIR", "runs/<config name>", "where logs, checkpoints and the configuration go"),
     ("ckpt_path WHICH", "", "last, best, a file, or a run's folder (its best); fit goes on from it"),
+    ("weights RUN", "", "fit begins anew with the weights of another run; --run_dir is the new one's"),
     ("seed_everything N", "0", "seed of weights, order and transforms"),
     ("trainer.max_epochs N", "", "and whatever else Lightning's Trainer takes"),
     ("print_config", "", "print the whole configuration, with the defaults in force, and run nothing"),

@@ -41,8 +41,9 @@ class Request:
         model_class: the model's class, where it is named.
         output: the file of the predictions; None: the run's own.
         overwrite: whether an earlier file of predictions is replaced.
-        grown_from: contents of the checkpoint that ``model.grow`` names, where the run begins with its weights and
-            loads no other; or None.
+        weights: the checkpoint of ``--weights``, with whose weights a training begins anew, or None.
+        begun_with: contents of the checkpoint that ``--weights`` or ``model.grow`` names, where the run begins with its
+            weights and loads no other; or None.
     """
 
     command: str
@@ -54,7 +55,8 @@ class Request:
     model_class: type | None
     output: Path | None = None
     overwrite: bool = False
-    grown_from: Mapping[str, Any] | None = None
+    weights: Path | None = None
+    begun_with: Mapping[str, Any] | None = None
 
     @classmethod
     def read(cls, command: str, argv: list[str], announce: Callable[[str], None] | None = None) -> Request:
@@ -71,12 +73,14 @@ class Request:
             ValueError: the checkpoint is damaged, or the data are missing.
         """
         argv, overwrite = switch(argv, "overwrite")
-        flags, options = take(argv, ("config", "c", "run_dir", "ckpt_path", "output"))
+        flags, options = take(argv, ("config", "c", "run_dir", "ckpt_path", "weights", "output"))
         output = Path(options["output"][-1]) if options["output"] else None
         flags = with_long_flags(verbatim(flags, ("data.text", "data.init_args.text")))
         paths = [shipped(Path(p)) for p in options["config"] + options["c"]]
         which = options["ckpt_path"][-1] if options["ckpt_path"] else None
-        beside = None if paths else _config_beside(which)
+        given_weights = options["weights"][-1] if options["weights"] else None
+        usage.check_weights(command, given_weights, bool(options["run_dir"]))
+        beside = None if paths else _config_beside(which if which not in (None, *NAMES) else given_weights)
         config: dict[str, Any] = {}
         for path in paths:
             layer = read_config(path)
@@ -92,7 +96,7 @@ class Request:
         config.pop("ckpt_path", None)
         run_dir = Path(run_dir) if run_dir else Path("runs") / ("-".join(p.stem for p in paths) or "unnamed")
         usage.check_options(command, flags, {} if beside is not None else config)
-        usage.check_complete(command, which, flags, config)
+        usage.check_complete(command, which or given_weights, flags, config)
         usage.check_run_dir(run_dir)
         if not asks(flags):
             usage.check_output(command, output, overwrite)
@@ -126,18 +130,34 @@ class Request:
             config = merge(remembered(loaded, config, _find_class("model", flags, config), checkpoint), config)
             config = _with_remembered_data(config, flags, loaded)
             _check_superseded(config, flags, checkpoint)
-        smaller = _grown_from(config, flags) if command == "fit" and loaded is None else None
-        grown_from = None if smaller is None else read_checkpoint(smaller, shapes_only=True)
-        if smaller is not None and grown_from is not None:
-            config = _with_remembered_data(config, flags, grown_from)
-            _check_superseded(config, flags, smaller)
+        if command == "fit" and loaded is not None and "converted" in loaded:
+            raise UsageError(f"{checkpoint} is converted and has no optimizer to go on with: begin anew, --weights")
+        # A run that goes on has its weights from its own checkpoint.
+        weights = find_checkpoint(given_weights) if given_weights is not None and loaded is None else None
+        start = weights or (_grown_from(config, flags) if command == "fit" and loaded is None else None)
+        begun_with = None if start is None else read_checkpoint(start, shapes_only=True)
+        if start is not None and begun_with is not None:
+            if weights is not None:
+                config = merge(remembered(begun_with, config, _find_class("model", flags, config), start), config)
+            config = _with_remembered_data(config, flags, begun_with)
+            _check_superseded(config, flags, start)
         for part in ("model", "data"):
             config = _with_stand_ins(part, flags, config)
         config, rest = _with_own_defaults(config, flags)
         flags = rest if not asks_for_help(flags) else flags
         model_class = _find_class("model", flags, config)
         return cls(
-            command, tuple(flags), config, run_dir, checkpoint, loaded, model_class, output, overwrite, grown_from
+            command,
+            tuple(flags),
+            config,
+            run_dir,
+            checkpoint,
+            loaded,
+            model_class,
+            output,
+            overwrite,
+            weights,
+            begun_with,
         )
 
     @property

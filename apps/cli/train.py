@@ -11,6 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -135,13 +136,28 @@ class SparseCLI(LightningCLI):
         self.trainer = self.instantiate_trainer()
         self._check_links()
         if self.ckpt_path is not None and self.request.loaded is not None:
-            check_fits(self.request.loaded, self.model, self.ckpt_path)
+            self._check_fits(self.request.loaded, self.ckpt_path)
             self.model.starts_afresh = False  # Lightning loads the checkpoint only after the model's setup
+        elif self.request.weights is not None:
+            self._begin_with(self.request.weights)
+
+    def _check_fits(self, checkpoint: Mapping[str, Any], path: Path) -> None:
+        """Give the model the updates that its checkpoint has, and refuse a checkpoint that does not fit it."""
+        if hasattr(self.model, "adapt_linears"):
+            self.model.adapt_linears(checkpoint)
+        check_fits(checkpoint, self.model, path)
+
+    def _begin_with(self, path: Path) -> None:
+        """Load the weights of a checkpoint, with which a training begins anew."""
+        checkpoint = read_checkpoint(path)
+        self._check_fits(checkpoint, path)
+        self.model.on_load_checkpoint(checkpoint)
+        self.model.load_state_dict(checkpoint["state_dict"])
 
     def _create_data(self, kind: type[LightningDataModule], *args: Any, **kwargs: Any) -> LightningDataModule:
         """Make the data, with the checkpoint's encoding before the model takes its arguments from them."""
         data = kind(*args, **kwargs)
-        adopt, checkpoint = getattr(data, "adopt", None), self.request.loaded or self.request.grown_from or {}
+        adopt, checkpoint = getattr(data, "adopt", None), self.request.loaded or self.request.begun_with or {}
         model = self.request.model_class
         own = None if model is None else class_path(model)
         if adopt is not None and "encoding" in checkpoint and checkpoint.get("module_class") == own:

@@ -128,6 +128,21 @@ def check_run_dir(run_dir: Path) -> None:
             return
 
 
+def check_weights(command: str, weights: str | None, has_run_dir: bool) -> None:
+    """Raise a ``UsageError`` for ``--weights`` of a command that trains nothing, or without a folder for its run.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint.
+    """
+    if weights is None:
+        return
+    if command != "fit":
+        raise UsageError(f"weights is an option of fit, not of {command}: give --ckpt_path {weights}")
+    if not has_run_dir:
+        raise UsageError(f"weights={weights} begins a run of its own: give --run_dir, a folder for it")
+    find_in_run(Path(weights))
+
+
 def check_output(command: str, output: Path | None, overwrite: bool) -> None:
     """Raise a ``UsageError`` for a file of predictions that cannot be written, or would replace an earlier one."""
     if command != "predict":

@@ -27,6 +27,7 @@ from apps.train.linked import LinkedModule
 from apps.train.measures import ModelSize, Throughput
 from apps.train.optimizers import OptimizerConfig, build_optimizer, parameter_groups
 from apps.train.row_gradients import check_processes, clip_with_rows
+from core.config.plain import from_plain
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,7 @@ class SparseModule(BalancedModule, LinkedModule):
         self.ema_decay, self.average_last, self.grow, self.distil = ema_decay, average_last, grow, distil
         self._teacher: Teacher | None = None
         self._frozen: Mapping[str, Sequence[int]] = {}
+        self._adapted: Mapping[str, Any] | None = None
         self._stage_metrics = nn.ModuleDict()
         self._total_steps = math.inf
         self.num_trained = 0
@@ -359,11 +361,32 @@ class SparseModule(BalancedModule, LinkedModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
+        if self._adapted is not None:
+            checkpoint["adapted"] = dict(self._adapted)
         if self._frozen:
             checkpoint["frozen_experts"] = {name: list(experts) for name, experts in self._frozen.items()}
 
+    def adapt_linears(self, checkpoint: Mapping[str, Any]) -> None:
+        """Freeze the model and put the updates beside its linear layers that a checkpoint's ``adapted`` names.
+
+        Nothing happens where it names none, or the updates are there. Their tensors are part of the ``state_dict``.
+
+        Args:
+            checkpoint: contents, whose ``adapted`` has ``moe``, a ``core.MoEConfig`` as plain values, and ``modules``,
+                the patterns of ``core.adapt``.
+
+        Raises:
+            ValueError: as ``core.adapt``, or the values are no such config.
+        """
+        adapted = checkpoint.get("adapted")
+        if adapted is None or self._adapted is not None:
+            return
+        core.adapt(self, from_plain(adapted["moe"], core.MoEConfig, "adapted.moe"), adapted["modules"])
+        self._adapted = adapted
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
+        self.adapt_linears(checkpoint)
         self._freeze(checkpoint.get("frozen_experts", {}))
 
     def configure_callbacks(self) -> list[Callback]:
