@@ -21,10 +21,10 @@ _TRAINING = {
 }
 _OTHERS = {
     "compare": ("apps.compare", "train sparse and dense models of equal cost, and compare them"),
+    "convert": ("apps.convert", "make a trained run sparse, dense, smaller, or several runs one"),
     "bench": ("apps.bench", "measure the speed of a layer on this machine"),
     "data": ("apps.cli.data", "list the datasets, or fetch one"),
 }
-_PLANNED = ("convert",)
 
 RUN_OPTIONS = (
     ("config FILE", "", "a configuration; may be given again: a later file overrides an earlier one"),
@@ -144,8 +144,6 @@ def _dispatch(args: list[str]) -> int:
         return run(request)
     if command in _OTHERS:
         return int(importlib.import_module(_OTHERS[command][0]).main(rest))
-    if command in _PLANNED:
-        raise UsageError(f"moesaic {command} is not available in this version")
     names = [*_TRAINING, *_OTHERS]
     near = difflib.get_close_matches(command, names, n=1)
     suggestion = f"; did you mean {near[0]!r}?" if near else ""

@@ -89,7 +89,7 @@ def test_what_cannot_run_is_one_line_that_names_the_value(config, capsys, flags,
 
 
 def test_other_wrong_commands(capsys):
-    assert "not available in this version" in fails(capsys, 2, "convert", "upcycle")
+    assert "arguments are required: --ckpt_path" in fails(capsys, 2, "convert", "upcycle")
     assert "'fashion_mnist'" in fails(capsys, 1, "data", "prepare", "fashion_mnits")
     assert "list|prepare" in fails(capsys, 2, "data")
 

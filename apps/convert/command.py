@@ -1,0 +1,77 @@
+"""The whole of ``moesaic convert``: read a run, convert it, write the new one, and show both."""
+
+from __future__ import annotations
+
+from apps.base.quiet import quiet
+from apps.convert.figures import Figures, Trial, counted, table, weight_bytes
+from apps.convert.kinds import BY_LOAD, KINDS, Request
+from apps.convert.options import Options
+from apps.convert.runs import CONFIG, Run, new_run, write_run
+
+
+def run(options: Options) -> int:
+    """Run the conversion and print its table."""
+    with quiet():
+        before, after = convert(options)
+    print(table(before, after))
+    print(f"{options.output}: moesaic fit --weights {options.output} --run_dir NEW trains it on")
+    return 0
+
+
+def convert(options: Options) -> tuple[Figures, Figures]:
+    """Write the converted run, and return the figures before and after.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint.
+        ValueError: the run cannot be converted so; nothing is written.
+        OSError: the new run cannot be written; nothing of it is left.
+    """
+    first, *others = (Run.read(path, options.config) for path in options.runs)
+    if options.batches and first.config is None:
+        raise ValueError(
+            f"no config.yaml lies beside {first.file}, and the batches come from its data: give --config FILE, or "
+            "--batches 0"
+        )
+    num_bytes = weight_bytes(first.state)
+    statistics = None
+    module = first.mapped()
+    if options.batches:
+        trial = Trial(first.file, options.config, options.data, options.batches)
+        before = trial.figures(num_bytes)
+        if _needs_statistics(options):
+            pair = getattr(options.values, "pair", None)
+            merges = bool(getattr(options.values, "merge", False))
+            statistics = trial.statistics(None if pair is None else module.part(pair).select, merges)
+        del trial
+    else:
+        before = counted(first.outline(first.arguments()), num_bytes)
+    request = Request(first, module, options.values, statistics, tuple(others))
+    conversion = KINDS[options.kind](request)
+    outline = first.outline(conversion.arguments)
+    outline.adapt_linears(conversion.extra)
+    layout = conversion.layout(first, outline)
+    with new_run(options.output) as folder:
+        file = write_run(
+            folder,
+            first,
+            conversion.arguments,
+            layout,
+            conversion.values(first.state),
+            data=conversion.data,
+            extra={**conversion.extra, "converted": options.kind},
+            run_dir=options.output,
+        )
+        # It is read as any other run before it has its name.
+        new_bytes = weight_bytes(layout)
+        if options.batches:
+            after = Trial(file, folder / CONFIG, options.data, options.batches).figures(new_bytes)
+        else:
+            after = counted(outline, new_bytes)
+    return before, after
+
+
+def _needs_statistics(options: Options) -> bool:
+    """Return whether a conversion reads how the experts are used."""
+    values = options.values
+    by_use = options.kind == "densify" and values.how in BY_LOAD
+    return by_use or options.kind == "prune" or (options.kind == "specialise" and values.keep is not None)

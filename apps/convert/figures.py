@@ -1,0 +1,136 @@
+"""What a run is on disk, costs and scores, and a table of two runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import core
+from apps.cli.train import SparseCLI, build
+from apps.train.cost import measure_cost, megaflops
+from apps.train.module import SparseModule
+
+_QUIET = (
+    "--trainer.accelerator=cpu",
+    "--trainer.devices=1",
+    "--trainer.num_nodes=1",
+    "--trainer.strategy=auto",
+    "--trainer.logger=false",
+    "--trainer.enable_progress_bar=false",
+)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Figures of a run.
+
+    Attributes:
+        bytes: size of its weights on disk, without an optimizer's state.
+        num_params, active_params: parameters, and those that one token touches.
+        flops: forward FLOPs of an example of the validation, or None.
+        unit: what the FLOPs are counted for.
+        score: the monitored value on the validation batches, or None.
+        metric: its name.
+    """
+
+    bytes: int
+    num_params: int
+    active_params: int
+    flops: float | None = None
+    unit: str = ""
+    score: float | None = None
+    metric: str = ""
+
+
+class Trial:
+    """A run on the first batches of its validation data, on the CPU, as ``moesaic validate`` makes both.
+
+    Args:
+        checkpoint: the run's checkpoint.
+        config: configuration, where none lies beside it.
+        data: further words of the command line.
+        batches: number of validation batches.
+
+    Raises:
+        ValueError: the model or the data are refused.
+    """
+
+    def __init__(self, checkpoint: Path, config: Path | None, data: Sequence[str], batches: int) -> None:
+        words = [] if config is None else ["--config", str(config)]
+        limit = f"--trainer.limit_val_batches={batches}"
+        self.batches = batches
+        self.cli: SparseCLI = build("validate", [*words, "--ckpt_path", str(checkpoint), *_QUIET, limit, *data])
+        self.cli.model.reports = False
+        self.model: Any = self.cli.model
+
+    @torch.no_grad()
+    def figures(self, num_bytes: int) -> Figures:
+        """Return the run's figures; its model is loaded with them."""
+        arguments: dict[str, Any] = {"datamodule": self.cli.datamodule, "ckpt_path": str(self.cli.ckpt_path)}
+        (metrics,) = self.cli.trainer.validate(self.model, **arguments, verbose=False, weights_only=True)
+        cost = measure_cost(self.model, next(self._batches()))
+        metric = self.model.monitor
+        score = metrics.get(metric)
+        return Figures(num_bytes, cost.num_params, cost.active_params, cost.flops_per_example, cost.unit, score, metric)
+
+    def statistics(
+        self, select: Callable[[Any], Any] | None = None, every_token: bool = False
+    ) -> dict[str, core.ExpertStatistics]:
+        """Return the statistics of the experts over the batches; ``figures`` has loaded the model.
+
+        Args:
+            select: returns the examples of a batch that count, or None; None: all count.
+            every_token: as in ``core.expert_statistics``.
+
+        Raises:
+            ValueError: no example is selected, or as ``core.expert_statistics``.
+        """
+        batches = [batch if select is None else select(batch) for batch in self._batches()]
+        batches = [batch for batch in batches if batch is not None]
+        if not batches:
+            raise ValueError(f"the first {self.batches} validation batches have no example of it: take more --batches")
+
+        def run(model: Any, batch: Any) -> None:
+            model(*model.example_inputs(batch))
+
+        return core.expert_statistics(self.model, batches, run, every_token=every_token)
+
+    def _batches(self) -> Iterator[Any]:
+        return islice(iter(self.cli.datamodule.val_dataloader()), self.batches)
+
+
+def counted(outline: SparseModule, num_bytes: int) -> Figures:
+    """Return the figures of a model without a pass over data."""
+    return Figures(num_bytes, sum(p.numel() for p in outline.parameters()), core.active_params(outline))
+
+
+def weight_bytes(state: Mapping[str, torch.Tensor]) -> int:
+    """Return the bytes of tensors; tied ones are there once."""
+    places = {
+        (v.untyped_storage().data_ptr(), v.storage_offset()): v.numel() * v.element_size() for v in state.values()
+    }
+    return sum(places.values())
+
+
+def table(before: Figures, after: Figures) -> str:
+    """Return both runs' figures as a table."""
+    flops = f"MFLOPs {before.unit}"
+    rows = [
+        ("weights, MB", before.bytes / 1e6, after.bytes / 1e6, "{:,.2f}"),
+        ("parameters", before.num_params, after.num_params, "{:,}"),
+        ("active parameters", before.active_params, after.active_params, "{:,}"),
+        (flops, before.flops, after.flops, ""),
+        (before.metric, before.score, after.score, "{:.4f}"),
+    ]
+    shown = [("", "before", "after")]
+    for name, a, b, form in rows:
+        if a is not None and b is not None:
+            old, new = (form.format(v) if form else megaflops(v) for v in (a, b))
+            shown.append((name, old, new))
+    widths = [max(len(row[i]) for row in shown) for i in range(3)]
+    return "\n".join(f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}" for a, b, c in shown)

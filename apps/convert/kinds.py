@@ -1,0 +1,396 @@
+"""What each conversion changes: the model's arguments, and the tensors of some modules, made one module at a time."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import core
+from apps.cli.configs import read_config, shipped
+from apps.convert.runs import Run, model_section
+from apps.nets.blocks import moe_configs
+from apps.train.module import SparseModule
+from core.convert import FeedForwardPart, SparseFFN, read_ffn
+from core.convert.parts import layers_with_experts
+from core.convert.prune import number_to_keep
+from core.convert.starts import start_of
+
+Statistics = Mapping[str, core.ExpertStatistics]
+Tensors = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A converted model that is to be written.
+
+    Attributes:
+        arguments: of its constructor.
+        replaced: by the dotted name of a module, or of one tensor, what makes the new tensors by their names below it;
+            "" is the tensor itself. All other tensors stay as they are.
+        data: arguments of the data that change.
+        extra: further entries of the checkpoint.
+    """
+
+    arguments: dict[str, Any]
+    replaced: Mapping[str, Callable[[], Tensors]]
+    data: Mapping[str, Any] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def values(self, state: Tensors) -> Iterator[tuple[str, Tensor]]:
+        """Yield each tensor of the new model with its name, those that stay first."""
+        for name, value in state.items():
+            if self.owner(name) is None:
+                yield name, value
+        for prefix, make in self.replaced.items():
+            yield from _named(prefix, make)
+
+    def layout(self, run: Run, outline: SparseModule) -> dict[str, Tensor]:
+        """Return tensors without contents of the shapes and dtypes of the new model.
+
+        Args:
+            run: the run that is converted.
+            outline: the new model.
+
+        Raises:
+            ValueError: a tensor that stays is not the new model's.
+        """
+        places: dict[Any, Tensor] = {}
+        old, layout = run.state, {}
+        floats = {value.dtype for value in old.values() if value.is_floating_point()}
+        for name, new in outline.state_dict().items():
+            if not isinstance(new, Tensor):
+                continue
+            if self.owner(name) is not None:
+                # A run of one precision keeps it.
+                dtype = next(iter(floats)) if new.is_floating_point() and len(floats) == 1 else new.dtype
+                layout[name] = torch.empty(new.shape, dtype=dtype)
+                continue
+            value = old.get(name)
+            if value is None or value.shape != new.shape:
+                there = "missing" if value is None else tuple(value.shape)
+                raise ValueError(f"the converted model has {name} of {tuple(new.shape)}, and {run.file} {there}")
+            # Tied tensors stay one.
+            key = (value.untyped_storage().data_ptr(), value.storage_offset(), value.shape)
+            layout[name] = places.setdefault(key, torch.empty(value.shape, dtype=value.dtype))
+        lost = next((name for name in old if name not in layout and self.owner(name) is None), None)
+        if lost is not None:
+            raise ValueError(f"the converted model has no place for {lost} of {run.file}")
+        return layout
+
+    def owner(self, name: str) -> str | None:
+        """Return the replaced module or tensor that a name belongs to; None: it stays."""
+        return next((p for p in self.replaced if name == p or name.startswith(f"{p}.")), None)
+
+
+def _named(prefix: str, make: Callable[[], Tensors]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of one module by their full names; none of them outlives this call."""
+    for name, value in make().items():
+        yield f"{prefix}.{name}" if name else prefix, value.detach()
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be converted, and how.
+
+    Attributes:
+        run: the run.
+        module: its model, with tensors that are mapped.
+        options: those of the kind, by name.
+        statistics: of the experts, by layer; None: no batches were asked for, or the kind reads none.
+        others: further runs, to be merged.
+    """
+
+    run: Run
+    module: SparseModule
+    options: argparse.Namespace
+    statistics: Statistics | None = None
+    others: tuple[Run, ...] = ()
+
+
+def sparse_layers(request: Request) -> dict[str, core.MoE]:
+    """Return the MoE layers of a model whose arguments have ``moe``, by name.
+
+    Raises:
+        ValueError: there are none, they share experts, are of several gates, or replace attention.
+    """
+    layers: dict[str, core.MoE] = {}
+    for name, layer in layers_with_experts(request.module).items():
+        if not isinstance(layer, core.MoE):
+            raise ValueError(f"layer {name!r} is a {type(layer).__name__}: core.MoE and its subclasses are converted")
+        layers[name] = layer
+    run, arguments = request.run, request.run.arguments()
+    if arguments.get("attention_moe") is not None:
+        raise ValueError(f"{run.file} has attention_moe, whose experts no conversion changes")
+    if arguments.get("moe") is None:
+        raise ValueError(f"{run.kind.__name__} has no argument moe that says what its experts are")
+    return layers
+
+
+def densified(request: Request) -> Conversion:
+    """Return one feed-forward network in the place of each MoE layer, made of all its experts."""
+    how, statistics = request.options.how, request.statistics
+    if how in BY_LOAD and statistics is None:
+        raise ValueError(f"--batches 0 leaves out the loads that --how {how} needs")
+
+    def one(name: str, layer: core.MoE) -> nn.Module:
+        return core.densify(layer, how, statistics[name].loads_E if statistics and how in BY_LOAD else None)
+
+    return _dense(request, one)
+
+
+def pruned(request: Request) -> Conversion:
+    """Return fewer experts in each layer: those of the highest scores, or clusters of like ones."""
+    options, layers = request.options, sparse_layers(request)
+    statistics = request.statistics
+    constants, merged = bool(getattr(options, "constants", False)), bool(getattr(options, "merge", False))
+    if statistics is None:
+        raise ValueError("--batches 0 leaves out the statistics that say which experts stay")
+    if constants and merged:
+        raise ValueError("--constants with --merge: an expert that goes is merged or becomes a constant")
+
+    def fewer(name: str, layer: core.MoE) -> Tensors:
+        if merged:
+            core.merge_experts(layer, statistics[name], options.keep)
+        else:
+            core.prune_experts(layer, statistics[name], options.keep, options.by, constants=constants)
+        return layer.state_dict()
+
+    arguments = request.run.arguments()
+    given = arguments["moe"]
+    configs = moe_configs(given)
+    each = configs if len(configs) > 1 else configs * len(layers)
+    smaller = [
+        _with_fewer(config, layer, options.keep, constants) for config, layer in zip(each, layers.values(), strict=True)
+    ]
+    arguments["moe"] = smaller if isinstance(given, list) else smaller[0]
+    return Conversion(arguments, {name: partial(fewer, name, layer) for name, layer in layers.items()})
+
+
+def upcycled(request: Request) -> Conversion:
+    """Return MoE layers in the place of dense networks, whose experts begin as these."""
+    options = request.options
+    arguments, moe = _with_moe(request)
+    start = start_of(options.start)
+
+    def sparse(name: str, seed: int) -> Tensors:
+        network = request.module.get_submodule(name)
+        layer = core.sparsify(
+            network, moe, "", options.start, noise=options.noise, seed=seed, exact=not options.inexact
+        )
+        assert isinstance(layer, SparseFFN)
+        return layer.moe.state_dict()
+
+    return _sparse(request, arguments, lambda part: start.config(moe, part), sparse)
+
+
+def merged(request: Request) -> Conversion:
+    """Return the mean of several runs, or a sparse model whose experts are their networks."""
+    options, runs = request.options, (request.run, *request.others)
+    for other in request.others:
+        _check_alike(request.run, other)
+    states = [run.state for run in runs]
+
+    def mean(name: str) -> Tensors:
+        return {"": core.average_states([{name: state[name]} for state in states], options.weights)[name]}
+
+    if options.how == "average":
+        if options.moe is not None:
+            raise ValueError(f"--moe {options.moe} is for --how btx, not for the mean")
+        return Conversion(request.run.arguments(), {name: partial(mean, name) for name in states[0]})
+    arguments, moe = _with_moe(request)
+    modules = [request.module, *(run.mapped() for run in request.others)]
+
+    def mixed(name: str, seed: int) -> Tensors:
+        layer = core.mix_models([m.get_submodule(name) for m in modules], moe, "", options.weights, seed=seed)
+        assert isinstance(layer, SparseFFN)
+        return layer.moe.state_dict()
+
+    conversion = _sparse(request, arguments, lambda part: replace(moe, expert=part.expert), mixed)
+    means = {name: partial(mean, name) for name in states[0] if conversion.owner(name) is None}
+    return replace(conversion, replaced={**conversion.replaced, **means})
+
+
+def adapted(request: Request) -> Conversion:
+    """Return the frozen model with trainable updates beside linear layers of it."""
+    options, run = request.options, request.run
+    plain = model_section(read_config(shipped(Path(options.moe)))).get("moe")
+    if plain is None:
+        raise ValueError(f"{options.moe} has no model.moe, which says what the updates are")
+    extra = {"adapted": {"moe": plain, "modules": list(options.modules)}}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(options.seed)
+        request.module.adapt_linears(extra)
+    layers = {name: m for name, m in request.module.named_modules() if isinstance(m, core.AdaptedLinear)}
+    return Conversion(run.arguments(), {name: layer.state_dict for name, layer in layers.items()}, extra=extra)
+
+
+def specialised(request: Request) -> Conversion:
+    """Return the network of one part of the data, or the experts that it uses most."""
+    options = request.options
+    named = {w: getattr(options, w) for w in ("task", "domain", "expert") if getattr(options, w) is not None}
+    if options.keep is not None:
+        if named:
+            raise ValueError(f"--keep {options.keep} with --{next(iter(named))}: experts are cut out or pruned by use")
+        return pruned(request)
+    if options.pair is not None:
+        named["task"] = request.module.part(options.pair).task
+    if len(named) != 1 or (options.pair is not None and options.task is not None):
+        raise ValueError("one of --task, --domain, --expert, --pair and --keep says what the model is for")
+
+    def one(name: str, layer: core.MoE) -> nn.Module:
+        return core.cut_out(layer, **named)
+
+    if options.pair is None:
+        return _dense(request, one)
+    part = request.module.part(options.pair)
+    return replace(_dense(request, one, **part.arguments), data=part.data)
+
+
+KINDS: dict[str, Callable[[Request], Conversion]] = {
+    "upcycle": upcycled,
+    "densify": densified,
+    "prune": pruned,
+    "merge": merged,
+    "adapt": adapted,
+    "specialise": specialised,
+}
+BY_LOAD = ("use", "most_used")
+
+
+def _dense(request: Request, one: Callable[[str, core.MoE], Any], **changed: Any) -> Conversion:
+    """Return a model with a dense network for each MoE layer.
+
+    Args:
+        request: of a sparse run.
+        one: returns the ``OneExpert`` for a layer, by the layer's name.
+        changed: other arguments of the model.
+
+    Raises:
+        ValueError: the networks are not alike, or no dense network is what a layer becomes.
+    """
+    arguments, layers = request.run.arguments(), sparse_layers(request)
+    dropout = max(float(getattr(config.expert, "dropout", 0.0)) for config in moe_configs(arguments["moe"]))
+    ffns: dict[core.DenseFFN, str] = {}
+    for name, layer in layers.items():
+        made: Any = one(name, layer).feed_forward()
+        gated, bias = made.w_gate is not None, made.w_in.bias is not None
+        ffn = core.DenseFFN(made.w_in.out_features, made.activation, gated=gated, bias=bias, dropout=dropout)
+        ffns.setdefault(ffn, name)
+    if len(ffns) > 1:
+        (a, first), (b, second), *_ = ffns.items()
+        raise ValueError(f"{first!r} becomes {a} and {second!r} {b}: one dense_ffn stands for layers that are alike")
+    arguments |= {"moe": None, "dense_ffn": next(iter(ffns)), **changed}
+    outline = request.run.outline(arguments)
+
+    def network(name: str) -> Tensors:
+        made = one(name, layers[name]).feed_forward()
+        return _filled(outline.get_submodule(name), made.w_in.weight.dtype, name, made)
+
+    return Conversion(arguments, {name: partial(network, name) for name in layers})
+
+
+@torch.no_grad()
+def _filled(outline: nn.Module, dtype: torch.dtype, name: str, network: nn.Module) -> Tensors:
+    """Return the tensors of a dense network of the model's own class that computes what ``network`` does.
+
+    Args:
+        outline: the network without values, such as timm's ``Mlp``.
+        dtype: of the tensors.
+        name: of the network, for the message.
+        network: the suite's dense layer.
+
+    Raises:
+        ValueError: the model's network is of another form.
+    """
+    own = copy.deepcopy(outline).to(dtype).to_empty(device="cpu")
+    place, source = read_ffn(own), read_ffn(network)
+    assert source is not None
+    shapes = [None if part is None else {k: v.shape for k, v in part.weights.items()} for part in (place, source)]
+    if place is None or shapes[0] != shapes[1]:
+        raise ValueError(f"module {name!r} is a {type(own).__name__} in a dense model, which is not {source.expert}")
+    for key, value in place.weights.items():  # views of the network's own tensors
+        value.copy_(source.weights[key])
+    return own.state_dict()
+
+
+def _with_fewer(config: core.MoEConfig, layer: core.MoE, keep: int | float, constants: bool) -> core.MoEConfig:
+    """Return the config of a layer with fewer experts, or with constants for some."""
+    E, config = layer.num_experts, config.split(layer.row_dim) if layer.row_dim is not None else config
+    kept = number_to_keep(keep, E)
+    if constants and kept < E:
+        return replace(config, expert=core.Mixed((config.expert, core.Constant()), (kept, E - kept)))
+    return replace(config, num_experts=kept)
+
+
+def _with_moe(request: Request) -> tuple[dict[str, Any], core.MoEConfig]:
+    """Return the arguments of a dense run with the MoE layers of an overlay, and their config."""
+    run, file = request.run, request.options.moe
+    if file is None:
+        raise ValueError("--moe FILE is needed: an overlay that says what the MoE layers are")
+    if run.arguments().get("moe") is not None:
+        raise ValueError(f"{run.file} is sparse already: its moe is set")
+    arguments = run.arguments(read_config(shipped(Path(file))))
+    moe = arguments.get("moe")
+    if not isinstance(moe, core.MoEConfig):
+        raise ValueError(f"{file} has no model.moe of one config, which all networks become")
+    return {**arguments, **({"dense_ffn": None} if "dense_ffn" in arguments else {})}, moe
+
+
+def _sparse(
+    request: Request,
+    arguments: dict[str, Any],
+    config: Callable[[FeedForwardPart], core.MoEConfig],
+    tensors: Callable[[str, int], Tensors],
+) -> Conversion:
+    """Return a model with an MoE layer for each network in whose place the arguments put one.
+
+    Args:
+        request: of a dense run.
+        arguments: of the sparse model, whose experts are not the network's yet.
+        config: returns the layer for a network.
+        tensors: returns the layer's tensors, by the network's name and a seed.
+
+    Raises:
+        ValueError: what stands there is no feed-forward network, or two networks differ.
+    """
+    configs: list[core.MoEConfig] = []
+    names = list(core.moe_layers(request.run.outline(arguments)))
+    if arguments.get("share_experts"):
+        raise ValueError("share_experts=True has one set of experts for networks that differ")
+    for name in names:
+        part = read_ffn(request.module.get_submodule(name))
+        if part is None:
+            kind = type(request.module.get_submodule(name)).__name__
+            raise ValueError(f"module {name!r} is a {kind}, and no feed-forward network that becomes experts")
+        configs.append(config(part))
+    alike = all(one == configs[0] for one in configs)
+    arguments = {**arguments, "moe": configs[0] if alike else configs}
+    seed = request.options.seed
+    return Conversion(arguments, {name: partial(tensors, name, seed + i) for i, name in enumerate(names)})
+
+
+def _check_alike(first: Run, other: Run) -> None:
+    """Raise a ``ValueError`` where two runs are of other models, or read their data otherwise."""
+    if first.kind is not other.kind:
+        raise ValueError(f"{other.file} is of a {other.kind.__name__}, and {first.file} of a {first.kind.__name__}")
+    here, there = first.state, other.state
+    name = next((n for n in {**here, **there} if n not in here or n not in there), None)
+    if name is not None:
+        lacking = first.file if name not in here else other.file
+        raise ValueError(f"{lacking} lacks {name}: runs of one architecture are merged")
+    for argument in first.kind.data_arguments:
+        own, given = (run.checkpoint["hyper_parameters"].get(argument) for run in (first, other))
+        if own != given:
+            raise ValueError(f"{other.file} has another {argument} than {first.file}: their numbers mean other things")
+    if first.checkpoint.get("encoding") != other.checkpoint.get("encoding"):
+        raise ValueError(
+            f"{other.file} encodes its data otherwise than {first.file}: begin both with the weights of one run"
+        )

@@ -1,0 +1,165 @@
+"""A trained run as a conversion reads it, and the folder of the new run."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from apps.base.files import delete, temporary_path
+from apps.cli.configs import merge, read_config
+from apps.convert.streaming import write_checkpoint
+from apps.registry import class_path
+from apps.train.checkpoint_paths import find_checkpoint
+from apps.train.contents import read_checkpoint
+from apps.train.loading import module_class
+from apps.train.module import SparseModule
+from apps.train.run_folder import mark
+from core.config.plain import arguments_from_plain, arguments_to_plain
+
+_KEPT = ("pytorch-lightning_version", "hparams_name", "module_class", "encoding")
+"""Entries of a checkpoint that a converted one keeps: the optimizer's state and the steps are the old model's."""
+_STARTS = ("pretrained", "grow", "distil")
+"""Arguments that name other models to begin with, which a converted model does not."""
+CONFIG = "config.yaml"
+_WEIGHTS = Path("checkpoints") / "best.ckpt"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained run.
+
+    Attributes:
+        file: its checkpoint.
+        checkpoint: the contents, whose tensors are mapped and not read yet.
+        kind: class of the model.
+        config: configuration that lies beside it, or that the user has named; None: there is none.
+    """
+
+    file: Path
+    checkpoint: Mapping[str, Any]
+    kind: type[SparseModule]
+    config: Mapping[str, Any] | None
+
+    @classmethod
+    def read(cls, path: Path, config: Path | None = None) -> Run:
+        """Read a run's folder or a checkpoint.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: the file is damaged, of an unknown model, or of one that ``moesaic convert adapt`` has made.
+        """
+        file = find_checkpoint(path)
+        checkpoint = read_checkpoint(file)
+        if "adapted" in checkpoint:
+            raise ValueError(f"{file} has updates beside its linear layers: convert the run that was adapted")
+        beside = file.parent.parent / CONFIG
+        named = config or (beside if beside.is_file() else None)
+        return cls(file, checkpoint, module_class(checkpoint, file), None if named is None else read_config(named))
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """The tensors of the model, by name."""
+        return {name: value for name, value in self.checkpoint["state_dict"].items() if isinstance(value, Tensor)}
+
+    def arguments(self, overlay: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Return the arguments of the model without other models to begin with.
+
+        Args:
+            overlay: a configuration whose model section is laid over them.
+
+        Raises:
+            ValueError: a value that the model does not take.
+        """
+        plain = dict(self.checkpoint.get("hyper_parameters") or {})
+        plain |= {name: None for name in _STARTS if name in plain}
+        if overlay is not None:
+            plain = merge(plain, model_section(overlay))
+        return arguments_from_plain(self.kind, plain, f"{self.file}: model")
+
+    def outline(self, arguments: Mapping[str, Any]) -> SparseModule:
+        """Return the model of some arguments on the meta device: it has shapes, and no values."""
+        with torch.device("meta"):
+            return self.kind(**arguments)
+
+    def mapped(self) -> SparseModule:
+        """Return the trained model with its tensors mapped from the file, which is not for running."""
+        module = self.outline(self.arguments())
+        module.load_state_dict(self.checkpoint["state_dict"], assign=True)
+        return module.eval()
+
+    def written_arguments(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Return arguments as the plain values of a checkpoint and a configuration."""
+        return arguments_to_plain(self.kind, arguments)
+
+
+def model_section(overlay: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the model's arguments that a configuration gives."""
+    section = overlay.get("model") or {}
+    given = section.get("init_args", section) if isinstance(section, Mapping) else {}
+    return {name: value for name, value in (given or {}).items() if name != "class_path"}
+
+
+@contextlib.contextmanager
+def new_run(output: Path) -> Iterator[Path]:
+    """Make a folder beside ``output``, and move it there once the block has ended without an error."""
+    temporary = temporary_path(output)
+    delete(temporary)  # a kill has left it
+    try:
+        (temporary / _WEIGHTS.parent).mkdir(parents=True)
+        mark(temporary)
+        yield temporary
+        if output.exists():
+            raise ValueError(f"{output} has appeared meanwhile: it stays as it is")
+        temporary.rename(output)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            delete(temporary)
+        raise
+
+
+def write_run(
+    folder: Path,
+    run: Run,
+    arguments: Mapping[str, Any],
+    layout: Mapping[str, Tensor],
+    values: Iterator[tuple[str, Tensor]],
+    *,
+    data: Mapping[str, Any],
+    extra: Mapping[str, Any],
+    run_dir: Path,
+) -> Path:
+    """Write a converted run, and return its checkpoint.
+
+    Args:
+        folder: the new run's folder.
+        run: the run that was converted.
+        arguments: those of the converted model.
+        layout, values: as in ``write_checkpoint``.
+        data: arguments of the data that change in the configuration.
+        extra: further entries of the checkpoint; ``converted`` says what made it.
+        run_dir: where the folder will be.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    plain = run.written_arguments(arguments)
+    kept = {name: run.checkpoint[name] for name in _KEPT if name in run.checkpoint}
+    rest = {**kept, "epoch": 0, "global_step": 0, "hyper_parameters": plain, **extra}
+    file = folder / _WEIGHTS
+    write_checkpoint(file, rest, layout, values)
+    if run.config is not None:
+        config = dict(run.config)
+        config["model"] = {"class_path": class_path(run.kind), "init_args": plain}
+        if data and isinstance(config.get("data"), Mapping):
+            config["data"] = merge(config["data"], {"init_args": dict(data)})
+        config.pop("ckpt_path", None)
+        config["run_dir"] = str(run_dir)
+        (folder / CONFIG).write_text(yaml.safe_dump(config, sort_keys=False))
+    return file

@@ -1,0 +1,67 @@
+"""A checkpoint written tensor by tensor: its file is laid out first, and then filled through a memory map.
+
+Beside the source, which is mapped too, one tensor or one converted layer is in memory at a time.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apps.base.files import naming
+
+
+def write_checkpoint(
+    path: Path, rest: Mapping[str, Any], layout: Mapping[str, Tensor], values: Iterable[tuple[str, Tensor]]
+) -> None:
+    """Write a checkpoint whose tensors are made one after another.
+
+    Args:
+        path: the file, in a folder that exists.
+        rest: the contents beside ``state_dict``.
+        layout: tensors of any contents for the ``state_dict``; names with one tensor share it in the file.
+        values: the value of each name; all names occur.
+
+    Raises:
+        OSError: the file cannot be written, as on a full disk.
+        ValueError: a value has another shape than the layout.
+    """
+    with naming(path):
+        try:
+            with torch.serialization.skip_data():
+                torch.save({**rest, "state_dict": dict(layout)}, path)
+        except RuntimeError as error:  # torch does not say why its zip file cannot be written
+            raise OSError(f"cannot write {path}: the disk may be full") from error
+        if hasattr(os, "posix_fallocate"):
+            with open(path, "r+b") as file:
+                # The file has holes so far: a full disk has to show here, and not in a write through the map.
+                os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+    with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
+        mapped = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    _fill({name: value for name, value in mapped.items() if name != "state_dict"}, rest)
+    for name, value in values:
+        place = mapped["state_dict"][name]
+        if place.shape != value.shape:
+            raise ValueError(f"{name} has shape {tuple(value.shape)}, and its place {tuple(place.shape)}")
+        place.copy_(value)
+        del value  # before the next one is made
+    with open(path, "r+b") as file:
+        os.fsync(file.fileno())
+
+
+def _fill(places: Any, values: Any) -> None:
+    """Copy each tensor of nested values to its place in values of the same form."""
+    if isinstance(values, Tensor):
+        places.copy_(values)
+    elif isinstance(values, Mapping):
+        for name, value in values.items():
+            _fill(places[name], value)
+    elif isinstance(values, (list, tuple)):
+        for place, value in zip(places, values, strict=True):
+            _fill(place, value)
