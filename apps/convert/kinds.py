@@ -390,7 +390,18 @@ def _check_alike(first: Run, other: Run) -> None:
         own, given = (run.checkpoint["hyper_parameters"].get(argument) for run in (first, other))
         if own != given:
             raise ValueError(f"{other.file} has another {argument} than {first.file}: their numbers mean other things")
-    if first.checkpoint.get("encoding") != other.checkpoint.get("encoding"):
+    if not _equal(first.checkpoint.get("encoding"), other.checkpoint.get("encoding")):
         raise ValueError(
             f"{other.file} encodes its data otherwise than {first.file}: begin both with the weights of one run"
         )
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Return whether two values of plain ones and tensors are equal."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    return bool(a == b)

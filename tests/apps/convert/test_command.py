@@ -1,0 +1,173 @@
+"""Each conversion of a run of two blocks, the second one sparse, and what a user may get wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from commands import fails, full_disk
+from converted import IMAGES
+from torch.testing import assert_close
+
+import apps
+import core
+from apps.cli import main
+from apps.train.contents import read_checkpoint
+
+LAYER = "model.blocks.1.mlp"
+
+
+def convert(kind, *runs, output, batches=0, **options):
+    """Run a conversion that has to succeed, and return the new model and its tensors."""
+    words = [word for name, value in options.items() for word in (f"--{name}", *str(value).split())]
+    argv = ["convert", kind, "--ckpt_path", *map(str, runs), "--output", str(output), "--batches", str(batches)]
+    assert main([*argv, *words]) == 0
+    return apps.load(output), state_of(output)
+
+
+def state_of(run):
+    return read_checkpoint(Path(run) / "checkpoints" / "best.ckpt")["state_dict"]
+
+
+@torch.no_grad()
+def outputs(model):
+    return model(IMAGES)
+
+
+def test_a_pruned_run_is_shown_beside_the_old_one_and_tested_as_any_other(runs, tmp_path, capsys):
+    new, state = convert("prune", runs / "sparse", output=tmp_path / "new", keep=2, by="use", batches=1)
+    table = capsys.readouterr().out
+    num_params = sum(p.numel() for p in apps.load(runs / "sparse").parameters())
+    # The gate (8 x 4) and four experts of 8 x 16 + 16 + 16 x 8 + 8 lose half.
+    assert [f"{num_params:,}", f"{num_params - 16 - 2 * 280:,}"] in [line.split()[1:] for line in table.splitlines()]
+    for row in ("weights, MB", "active parameters", "MFLOPs an image", "val/top1"):
+        assert f"\n{row} " in table
+    assert new.moe.num_experts == 2
+    assert state[f"{LAYER}.experts.w_in"].shape == (2, 8, 16)
+    assert main(["test", "--ckpt_path", str(tmp_path / "new"), "--trainer.limit_test_batches", "1"]) == 0
+    assert 0 <= json.loads((tmp_path / "new" / "test.json").read_text())["test/top1"] <= 1
+    config = yaml.safe_load((tmp_path / "new" / "config.yaml").read_text())
+    assert config["run_dir"] == str(tmp_path / "new")
+    assert config["model"]["init_args"]["moe"]["num_experts"] == 2
+
+
+def test_a_dense_run_has_the_mean_of_the_experts(runs, tmp_path):
+    new, state = convert("densify", runs / "sparse", output=tmp_path / "new")
+    old = state_of(runs / "sparse")
+    assert new.moe is None
+    assert_close(state[f"{LAYER}.fc1.weight"], old[f"{LAYER}.experts.w_in"].mean(0).t())
+    assert_close(state[f"{LAYER}.fc2.bias"], old[f"{LAYER}.experts.b_out"].mean(0))
+    dense = apps.load(runs / "sparse")
+    dense.model = core.densify(dense.model)
+    assert_close(outputs(new), outputs(dense))
+
+
+@pytest.mark.parametrize("start", ["copy", "drop"])
+def test_an_upcycled_run_begins_as_the_dense_one(runs, tmp_path, start):
+    moe = runs / "moe.yaml"
+    new, state = convert("upcycle", runs / "dense", output=tmp_path / "new", moe=moe, start=start)
+    assert new.moe.num_experts == 2
+    assert new.moe.expert == core.FFN(hidden_dim=32, bias=True)
+    same = torch.equal(*state[f"{LAYER}.experts.w_in"])
+    assert same == (start == "copy")
+    assert torch.allclose(outputs(new), outputs(apps.load(runs / "dense")), atol=1e-5) == same
+
+
+def test_the_mean_of_two_runs(runs, tmp_path):
+    _, state = convert("merge", runs / "dense", runs / "other", output=tmp_path / "new", weights="1 3")
+    a, b = state_of(runs / "dense"), state_of(runs / "other")
+    assert state.keys() == a.keys()
+    assert not torch.equal(a["model.head.weight"], b["model.head.weight"])
+    for name, value in state.items():
+        assert_close(value, 0.25 * a[name] + 0.75 * b[name])
+
+
+def test_two_runs_as_the_experts_of_one(runs, tmp_path):
+    options = {"how": "btx", "moe": runs / "moe.yaml"}
+    new, state = convert("merge", runs / "dense", runs / "other", output=tmp_path / "new", **options)
+    a, b = state_of(runs / "dense"), state_of(runs / "other")
+    for e, own in enumerate((a, b)):
+        assert_close(state[f"{LAYER}.experts.w_in"][e], own[f"{LAYER}.fc1.weight"].t(), rtol=0, atol=0)
+    assert_close(state["model.head.weight"], (a["model.head.weight"] + b["model.head.weight"]) / 2)
+    assert new.moe.num_experts == 2
+
+
+def test_updates_train_and_nothing_else(runs, tmp_path):
+    options = {"moe": runs / "lora.yaml", "modules": "*.attn.qkv"}
+    new, before = convert("adapt", runs / "dense", output=tmp_path / "new", **options)
+    assert_close(outputs(new), outputs(apps.load(runs / "dense")))
+    assert all(p.requires_grad == (".updates." in name) for name, p in new.named_parameters())
+    assert main(["fit", "--weights", str(tmp_path / "new"), "--run_dir", str(tmp_path / "tuned")]) == 0
+    after = state_of(tmp_path / "tuned")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all(".updates." in name for name in changed)
+    assert not torch.equal(outputs(apps.load(tmp_path / "tuned")), outputs(new))
+    argv = ["convert", "densify", "--ckpt_path", str(tmp_path / "tuned"), "--output", str(tmp_path / "on")]
+    assert main([*argv, "--batches", "0"]) == 1
+
+
+def test_one_expert_as_a_dense_run(runs, tmp_path):
+    new, _ = convert("specialise", runs / "sparse", output=tmp_path / "new", expert=2)
+    dense = apps.load(runs / "sparse")
+    dense.model = core.cut_out(dense.model, expert=2)
+    assert_close(outputs(new), outputs(dense))
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "message"),
+    [
+        (["prune", "--keep", "two"], 2, "'two' is neither a whole number nor a share such as 0.5"),
+        (["prune", "--keep", "2"], 1, "--batches 0 leaves out the statistics"),
+        (["prune", "--keep", "2", "--kept", "3"], 2, "--kept is no option of moesaic convert prune"),
+        (["densify", "--how", "mean"], 1, "how='mean' is not one of average, use"),
+        (["densify", "--how", "use"], 1, "--batches 0 leaves out the loads that --how use needs"),
+        (["upcycle", "--moe", "moe.yaml"], 1, "is sparse already"),
+        (["upcycle", "--moe", "missing.yaml"], 2, "no configuration missing.yaml"),
+        (["specialise"], 1, "one of --task, --domain, --expert, --pair and --keep"),
+        (["specialise", "--task", "0"], 1, "does not decide by the task alone"),
+        (["specialise", "--pair", "en-de"], 1, "a VisionClassifier knows no parts of its data by name"),
+        (["merge"], 2, "is one run: merge takes two or more"),
+        (["melt"], 2, "invalid choice: 'melt'"),
+    ],
+)
+def test_what_cannot_be_converted_is_one_line(runs, tmp_path, monkeypatch, capsys, argv, code, message):
+    monkeypatch.chdir(runs)
+    run = ["--ckpt_path", "sparse", "--output", str(tmp_path / "new"), "--batches", "0"]
+    assert message in fails(capsys, code, "convert", *argv[:1], *run, *argv[1:])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_runs_of_other_models_are_not_merged(runs, tmp_path, capsys):
+    argv = ["convert", "merge", "--ckpt_path", str(runs / "dense"), str(runs / "sparse"), "--batches", "0"]
+    assert f"lacks {LAYER}." in fails(capsys, 1, *argv, "--output", str(tmp_path / "new"))
+
+
+def test_nothing_is_overwritten_and_a_full_disk_leaves_nothing(runs, tmp_path, capsys):
+    argv = ["convert", "densify", "--ckpt_path", str(runs / "sparse"), "--batches", "0", "--output"]
+    (tmp_path / "there").mkdir()
+    line = fails(capsys, 2, *argv, str(tmp_path / "there"))
+    assert line.endswith("exists: it stays as it is; give a new folder")
+    with full_disk(4096):
+        assert "best.ckpt" in fails(capsys, 1, *argv, str(tmp_path / "new"))
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
+def test_a_checkpoint_without_a_configuration_has_no_batches(runs, tmp_path, capsys):
+    bare = tmp_path / "bare.ckpt"
+    bare.write_bytes((runs / "sparse" / "checkpoints" / "best.ckpt").read_bytes())
+    argv = ["convert", "densify", "--ckpt_path", str(bare), "--output", str(tmp_path / "new")]
+    assert "give --config FILE, or --batches 0" in fails(capsys, 1, *argv)
+    assert main([*argv, "--batches", "0"]) == 0
+    assert apps.load(tmp_path / "new").moe is None
+
+
+def test_a_converted_checkpoint_is_not_gone_on_with(runs, tmp_path, capsys):
+    convert("densify", runs / "sparse", output=tmp_path / "new")
+    assert main(["fit", "--ckpt_path", str(tmp_path / "new"), "--run_dir", str(tmp_path / "on")]) == 2
+    assert "is converted and has no optimizer to go on with: begin anew, --weights" in capsys.readouterr().err
+    assert "is an option of fit" in fails(capsys, 2, "test", "--weights", str(tmp_path / "new"))
+    assert "give --run_dir" in fails(capsys, 2, "fit", "--weights", str(tmp_path / "new"))

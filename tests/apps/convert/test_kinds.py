@@ -1,0 +1,101 @@
+"""What a conversion changes, with statistics of a few random images."""
+
+from __future__ import annotations
+
+import argparse
+
+import pytest
+import torch
+from converted import EXPERT, IMAGES, MOE
+from copying import copy_data, translator
+from lightning.pytorch import Trainer
+from torch.testing import assert_close
+
+import apps
+import core
+from apps.cli import main
+from apps.convert.kinds import Request, pruned
+from apps.convert.runs import Run
+from apps.nlp.translation.extract import dense_of_pair
+from apps.nlp.translation.module import Translator
+
+LAYER = "model.blocks.1.mlp"
+OPTIONS = {"keep": 2, "by": "use", "constants": False, "merge": False}
+
+
+def request(runs, **options):
+    """Return the request to prune the sparse run."""
+    run = Run.read(runs / "sparse")
+    model = apps.load(runs / "sparse")
+    statistics = core.expert_statistics(model, [IMAGES], every_token=True)
+    return Request(run, run.mapped(), argparse.Namespace(**{**OPTIONS, **options}), statistics)
+
+
+def test_the_experts_of_most_rows_stay(runs):
+    asked = request(runs)
+    conversion = pruned(asked)
+    assert asked.statistics is not None
+    kept = asked.statistics[LAYER].loads_E.topk(2).indices.sort().values
+    old = asked.run.state
+    new = dict(conversion.values(old))
+    assert conversion.arguments["moe"].num_experts == 2
+    for name in ("experts.w_in", "experts.b_out", "router.gate.weight"):
+        assert_close(new[f"{LAYER}.{name}"], old[f"{LAYER}.{name}"][kept], rtol=0, atol=0)
+    assert all(torch.equal(old[name], new[name]) for name in old if not name.startswith(LAYER))
+    layout = conversion.layout(asked.run, asked.run.outline(conversion.arguments))
+    assert {name: value.shape for name, value in layout.items()} == {name: value.shape for name, value in new.items()}
+
+
+def test_constants_are_experts_of_the_config(runs):
+    asked = request(runs, keep=3, constants=True)
+    conversion = pruned(asked)
+    assert conversion.arguments["moe"].expert == core.Mixed((EXPERT, core.Constant()), (3, 1))
+    layout = conversion.layout(asked.run, asked.run.outline(conversion.arguments))
+    assert dict(conversion.values(asked.run.state)).keys() == layout.keys()
+
+
+def test_like_experts_are_merged(runs):
+    asked = request(runs, keep=0.5, merge=True)
+    conversion = pruned(asked)
+    assert conversion.arguments["moe"] == core.MoEConfig(2, MOE.router, EXPERT)
+    assert dict(conversion.values(asked.run.state))[f"{LAYER}.experts.w_in"].shape == (2, 8, 16)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"keep": 5}, "keep=5 exceeds num_experts=4"),
+        ({"keep": 1.5}, "keep=1.5 is neither a whole number nor a share between 0 and 1"),
+        ({"constants": True, "merge": True}, "an expert that goes is merged or becomes a constant"),
+    ],
+)
+def test_what_cannot_be_pruned_is_refused(runs, options, message):
+    with pytest.raises(ValueError, match=message):
+        pruned(request(runs, **options))
+
+
+def test_one_pair_of_a_translator_is_the_dense_model_of_the_pair(tmp_path):
+    data = copy_data(tmp_path, ("de", "fr"))
+    torch.manual_seed(0)
+    moe = core.MoEConfig(4, core.Task(num_tasks=2, top_k=2), core.FFN(hidden_dim=16, activation="relu"))
+    sparse = translator(data, moe)
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
+    trainer.strategy.connect(sparse)
+    trainer.save_checkpoint(tmp_path / "best.ckpt")
+    argv = ["convert", "specialise", "--ckpt_path", str(tmp_path / "best.ckpt"), "--batches", "0"]
+    assert main([*argv, "--pair", "en-fr", "--output", str(tmp_path / "new")]) == 0
+    dense = apps.load(tmp_path / "new")
+    assert isinstance(dense, Translator)
+    assert dense.pairs == ("en-fr",)
+    expected = dense_of_pair(sparse, "en-fr")
+    assert_close(dense.state_dict(), expected.state_dict())
+
+
+def test_the_examples_of_a_pair(tmp_path):
+    data = copy_data(tmp_path, ("de", "fr"))
+    (batch, *_) = data.val_dataloader()
+    part = translator(data, None).part("en-fr")
+    chosen = part.select(batch)
+    assert part.task == 1
+    assert chosen.pair_B.tolist() == [1] * int((batch.pair_B == 1).sum())
+    assert part.select(batch._replace(pair_B=torch.zeros_like(batch.pair_B))) is None
