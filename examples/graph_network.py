@@ -19,13 +19,10 @@ from apps.report.intervals import mean_interval
 class GraphNetwork(nn.Module):
     """In each step a node adds the mean of its neighbours to itself, and then what a small network makes of the sum."""
 
-    def __init__(self, features: int, classes: int, dim: int = 64, steps: int = 2) -> None:
+    def __init__(self, features: int, classes: int, dim: int = 64) -> None:
         super().__init__()
         self.embed, self.head = nn.Linear(features, dim), nn.Linear(dim, classes)
-        self.mlps = nn.ModuleList(
-            nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Dropout(0.1), nn.Linear(2 * dim, dim))
-            for _ in range(steps)
-        )
+        self.mlps = nn.ModuleList(nn.Sequential(nn.Linear(dim, 128), nn.GELU(), nn.Linear(128, dim)) for _ in range(2))
 
     def forward(self, x_NF: Tensor, source_M: Tensor, target_M: Tensor) -> Tensor:
         x_ND = self.embed(x_NF)
