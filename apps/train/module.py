@@ -26,6 +26,7 @@ from apps.train.growing import GrowConfig, freeze, grow_from, hold
 from apps.train.linked import LinkedModule
 from apps.train.measures import ModelSize, Throughput
 from apps.train.optimizers import OptimizerConfig, build_optimizer, parameter_groups
+from apps.train.parts import DataPart
 from apps.train.row_gradients import check_processes, clip_with_rows
 from core.config.plain import from_plain
 
@@ -170,6 +171,14 @@ class SparseModule(BalancedModule, LinkedModule):
 
         Only validation and test call this; no pass in here counts as routing of the evaluation."""
         return out
+
+    def part(self, name: str) -> DataPart:
+        """Return what one part of the data is to the model, such as a translator's pair of languages.
+
+        Raises:
+            ValueError: there is none of this name, or the model knows no parts.
+        """
+        raise ValueError(f"a {type(self).__name__} knows no parts of its data by name, such as {name!r}")
 
     def example_inputs(self, batch: Any) -> tuple[Any, ...]:
         """Return the arguments of ``forward`` in a batch, for predictions and for counting FLOPs."""

@@ -236,14 +236,18 @@ def _requests(model: nn.Module, statistics: Statistics, keep: int | float) -> It
             raise ValueError(f"statistics of layer {name!r} are a {type(own).__name__}, not of core.expert_statistics")
         if len(own.loads_E) != E:
             raise ValueError(f"statistics of layer {name!r} are of {len(own.loads_E)} experts, and it has {E}")
-        number = _number(keep, E)
+        number = number_to_keep(keep, E)
         if number % groups:
             raise ValueError(f"keep={number} is not the same number for each of {groups} groups of experts")
         yield _Request(name, layer, own, groups, number // groups)
 
 
-def _number(keep: int | float, num_experts: int) -> int:
-    """Return the number of experts to keep."""
+def number_to_keep(keep: int | float, num_experts: int) -> int:
+    """Return the number of experts that ``keep``, a number or a share, leaves of so many.
+
+    Raises:
+        ValueError: as ``prune_experts``.
+    """
     if isinstance(keep, float):
         if not 0 < keep < 1:
             raise ValueError(f"keep={keep} is neither a whole number nor a share between 0 and 1")

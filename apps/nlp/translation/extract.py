@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 import core
-from apps.base.checks import check_name
 from apps.nets.config import TransformerConfig
 from apps.nets.transformer import TranslationModel
 from apps.nlp.translation.module import Translator
@@ -23,15 +22,14 @@ def dense_of_pair(sparse: Translator, pair: str) -> Translator:
     Raises:
         ValueError: another pair, or as ``dense_of_task``.
     """
-    check_name("pair", pair, sparse.pairs)
-    model = dense_of_task(sparse.model, int(sparse.task_P[sparse.pairs.index(pair)]))  # type: ignore[index]
+    part = sparse.part(pair)
+    model = dense_of_task(sparse.model, part.task)
     dense = sparse.twin(
-        pairs=(pair,),
+        **part.arguments,
         moe=None,
         transformer=sparse.transformer,
         dense_ffn=_dense_ffn(sparse.model.moes[0], sparse.transformer),
         pretrained=None,
-        bleu_tokenize=sparse.bleu_tokenizers[pair],
     )
     dense.model = model
     return dense.train(sparse.training)

@@ -28,6 +28,7 @@ from apps.nlp.translation.report import TranslationReport, TranslationReportConf
 from apps.train.distilling import DistilConfig
 from apps.train.growing import GrowConfig
 from apps.train.module import OptimizerConfig, Stage, TaskOutput
+from apps.train.parts import DataPart
 
 _DECODE = DecodeConfig()
 _REPORT = TranslationReportConfig()
@@ -247,6 +248,18 @@ class Translator(TextModule):
 
     def example_inputs(self, batch: TranslationBatch) -> tuple[Tensor, ...]:
         return (batch.source_BS, read_ids(batch.target_BL), *self._ids(batch))
+
+    def part(self, name: str) -> DataPart:
+        """Return one pair of languages: its task, and a translator of it alone."""
+        check_name("pair", name, self.pairs)
+        place = self.pairs.index(name)
+
+        def select(batch: TranslationBatch) -> TranslationBatch | None:
+            chosen_B = batch.pair_B == place
+            return TranslationBatch(*(rows[chosen_B] for rows in batch)) if bool(chosen_B.any()) else None
+
+        alone = {"pairs": (name,), "bleu_tokenize": self.bleu_tokenizers[name]}
+        return DataPart(task_numbers(self.pairs, self.tasks)[0][place], alone, {"pairs": [name]}, select)
 
     def cost_unit(self, batch: TranslationBatch) -> str:
         source_BS, read_BL, *_ = self.cost_inputs(batch)
