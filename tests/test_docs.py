@@ -73,7 +73,9 @@ def exists(name: str) -> bool:
 @pytest.mark.parametrize("page", ALL_PAGES, ids=page_id)
 def test_paths_and_dotted_names_exist(page):
     text = page.read_text(encoding="utf-8")
-    paths = re.findall(r"(?<![\w/.])(?:apps|core|tests|configs|benchmarks|examples|packaging)/[\w./*{}<>-]*", text)
+    paths = re.findall(
+        r"(?<![\w/.])(?:apps|core|tests|configs|benchmarks|examples(?=/\w+\.py)|packaging)/[\w./*{}<>-]*", text
+    )
     missing = [p for p in paths if not PLACEHOLDER.search(p) and not (ROOT / p.rstrip(".")).exists()]
     names = re.findall(r"(?<![\w/.-])(?:apps|core)(?:\.[A-Za-z_]\w*)+(?!/)", text)
     missing += [n for n in names if not PLACEHOLDER.search(n) and not n.endswith(".py") and not exists(n)]
