@@ -28,7 +28,7 @@ test: $(READY) ## run the tests, without those marked slow or gpu
 
 peers: $(READY) ## install transformers and other peers, and run the tests of equality with them
 	$(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check $(PIP_ARGS) -e ".[peers]"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests/peers $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests/peers tests/examples $(ARGS)
 
 lint: $(READY) ## ruff check, ruff format --check, mypy
 	$(BIN)/ruff check .
