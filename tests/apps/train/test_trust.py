@@ -21,6 +21,7 @@ from apps.train import sharded
 from apps.train.loading import check_beside
 from apps.vision.data import VisionData
 from apps.vision.module import VisionClassifier
+from core import registry
 from core.config.plain import arguments_from_plain
 
 
@@ -43,7 +44,10 @@ def folder(tmp_path, monkeypatch):
         "@dataclass(frozen=True)\nclass Router(core.TokenChoice):\n    pass\n"
         "class Module:\n    pass\n"
     )
-    yield tmp_path
+    with monkeypatch.context() as patch:
+        # A test that imports the module registers its class, which the next one must not know.
+        patch.setattr(registry, "_REGISTERED", dict(registry._REGISTERED))
+        yield tmp_path
     sys.modules.pop("planted", None)
 
 

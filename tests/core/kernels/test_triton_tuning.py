@@ -26,8 +26,9 @@ def test_the_kernels_of_these_tests_are_interpreted_on_a_machine_with_a_card_too
 ):
     plugin = pytestconfig.pluginmanager.getplugin(str(pytestconfig.rootpath / "tests" / "conftest.py"))
     monkeypatch.setenv("TRITON_INTERPRET", "unset")  # and put back afterwards
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    plugin.pytest_configure(SimpleNamespace(getoption=lambda _: chosen))
+    plugin.pytest_addoption(SimpleNamespace(parse_known_args=lambda _: SimpleNamespace(markexpr=chosen)))
     assert os.environ["TRITON_INTERPRET"] == interpreted
 
 
