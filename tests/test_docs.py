@@ -169,7 +169,7 @@ def test_the_page_of_your_model_runs(capsys):
 def test_the_lightning_module_of_ones_own_is_trained_tested_and_compared(tmp_path, monkeypatch, capsys):
     page = (
         (ROOT / "docs" / "your_model.md").read_text(encoding="utf-8").partition("## A LightningModule of your own")[2]
-    )
+    ).partition("\n## ")[0]
     (source,), (config,) = blocks(page, "python"), blocks(page, "yaml")
     assert source.count("\n") <= 80
     monkeypatch.chdir(tmp_path)
