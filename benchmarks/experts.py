@@ -69,6 +69,7 @@ KINDS: dict[str, Callable[[int], core.MoEConfig]] = {
     "peer": lambda width: core.MoEConfig(
         128**2, core.ProductKeys(top_k=width, heads=8, query_dim=256), core.PEER(row_sparse=True)
     ),
+    "convolution": lambda width: core.MoEConfig(8, core.ExpertChoice(capacity_factor=2.0), core.Convolution(width)),
     "attention": lambda width: _layer(core.AttentionExperts(head_dim=width, heads_per_expert=2)),
 }
 """The layer of each kind at a width."""
