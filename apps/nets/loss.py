@@ -105,7 +105,7 @@ def _dtype_of_products(h: Tensor, weight: Tensor) -> torch.dtype:
 
 
 class _LinearDivergence(torch.autograd.Function):
-    """As in ``_LinearCrossEntropy``, the gradient of a chunk is worked out while its logits are there."""
+    """The function works out the gradient of a chunk while its logits are there, as ``_LinearCrossEntropy`` does."""
 
     @staticmethod
     def forward(

@@ -69,7 +69,7 @@ class Net(LightningModule):
 
 
 class Unnamed(Net):
-    """The same module, whose learning rate no argument of the constructor names."""
+    """A module whose learning rate no argument of the constructor names."""
 
     def __init__(self) -> None:
         super().__init__(lr=0.05)
