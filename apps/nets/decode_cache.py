@@ -126,6 +126,11 @@ class Cache:
         keys, values = store[:, :, : self.extent]
         return keys, values
 
+    def clear(self, layer: int) -> None:
+        """Write zeros in the place of keys and values that nobody reads: later products take 0 times what is there, and
+        fresh memory may hold NaN."""
+        self.store[layer][self._place] = 0.0
+
     def self_bias(self, dtype: torch.dtype) -> Tensor | None:
         """Return the bias of the scores of the newest position, which ``append`` has made: (N * Hkv, G * K, S),
         in the dtype of the products."""

@@ -149,6 +149,7 @@ class Layer(nn.Module):
         enters_R = entered.enters_BS[:, 0]
         cache.hide(index, ~enters_R)
         if entered.index_BC.shape[1] == 0:  # on a CPU it is known that no row enters
+            cache.clear(index)
             return x_RD
         # All rows are computed: a batch of some of them would need its own slots.
         bias = cache.bias_in(index, bias, product_dtype(x_RD))

@@ -185,6 +185,16 @@ def test_decoding_by_the_predictor_equals_the_sequence(positions, moe, monkeypat
             assert_close(logits_RV.view(3, 2, VOCAB)[real, k], logits_BLV[real, t])
 
 
+def test_positions_that_no_row_enters_leave_nothing_of_the_memory_before_them():
+    model = language_model(seed=3)
+    for text_L in TEXT:
+        text_L = text_L[text_L != PAD_ID]
+        cache = model.start(1)
+        cache.store.fill_(torch.nan)
+        logits_LV = torch.cat([model.step(token_1, cache) for token_1 in text_L.split(1)])
+        assert_close(logits_LV, model(text_L[None])[0])
+
+
 def test_rows_of_a_search_go_on_from_the_past_that_they_are_given():
     # Rows are swapped, a sentence leaves, and each row still equals its own text as a sequence.
     model = language_model(seed=3)
