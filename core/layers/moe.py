@@ -18,7 +18,8 @@ from ..dispatch import Dispatcher, LocalDispatcher, SlotDispatcher
 from ..experts import Experts, check_merges
 from ..flops import register_formulas
 from ..kernels import check_backend, expert_of_rows, outside_autocast
-from ..routing.balance import Balance, contrast_losses
+from ..routing.balance import Balance
+from ..routing.balance_losses import contrast_losses
 from ..routing.router import Router
 from ..routing.soft import in_segments
 from .shared import SharedGate

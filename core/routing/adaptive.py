@@ -12,7 +12,7 @@ from ..contract import Evidence, Routing, RoutingContext
 from ..contract.checks import at_least_one, at_most_experts, not_negative, one_of, positive
 from ..kernels import topk_gate
 from ..kernels.eager import capacity_ranks, check_devices, count_experts, outside_autocast, top_k_ids
-from .balance import CHOICE_TERMS, SCORE_TERMS
+from .balance_terms import CHOICE_TERMS, SCORE_TERMS
 from .gates import LinearGate
 from .router import LinearGateConfig, PairRouter, RouterConfig, Tokens
 from .selection import Choice

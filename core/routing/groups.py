@@ -12,7 +12,7 @@ import torch
 from ..contract import Evidence
 from ..contract.checks import at_least_one, divides, positive
 from ..kernels import topk_gate
-from .balance import SCORE_TERMS
+from .balance_terms import SCORE_TERMS
 from .gates import LinearGate
 from .router import LinearGateConfig, PairRouter, RouterConfig, Tokens
 from .selection import Capacity, Choice

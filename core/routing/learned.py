@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..contract import Evidence
 from ..contract.checks import at_least_one, positive
-from .balance import CHOICE_TERMS, SCORE_TERMS
+from .balance_terms import CHOICE_TERMS, SCORE_TERMS
 from .gates import AttentionGate, CosineGate, TokenIdGate
 from .router import LinearGateConfig, PairRouter, Tokens
 from .selection import Capacity, Choice

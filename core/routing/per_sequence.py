@@ -11,7 +11,7 @@ from torch import Tensor
 from ..contract import RoutingContext
 from ..contract.checks import at_least_one, check_tensor, positive
 from ..kernels.eager import top_k_ids
-from .balance import SCORE_TERMS
+from .balance_terms import SCORE_TERMS
 from .gates import TableGate
 from .router import LinearGateConfig, PairRouter, RouterConfig, Tokens
 from .selection import Capacity, Choice

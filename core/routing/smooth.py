@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from ..contract import Evidence
 from ..contract.checks import at_least_one, at_most_experts, below_one, not_negative, positive
 from ..kernels.eager import check_devices, top_k_ids
-from .balance import SCORE_TERMS, entropy
+from .balance_losses import entropy
+from .balance_terms import SCORE_TERMS
 from .gates import init_gate_
 from .router import LinearGateConfig, PairRouter, RouterConfig, Tokens
 from .selection import Capacity, Choice

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..contract import Evidence
 from ..kernels.eager import top_k_ids
-from .balance import CHOICE_TERMS, SCORE_TERMS
+from .balance_terms import CHOICE_TERMS, SCORE_TERMS
 from .router import LinearGateConfig, PairRouter, Tokens
 from .selection import Choice
 

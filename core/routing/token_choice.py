@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ..contract import Evidence
 from ..contract.checks import below_one, divides, one_of, positive
 from ..kernels import SCORE_FUNCS, topk_gate
-from .balance import CHOICE_TERMS, SCORE_TERMS, expert_bias_step
+from .balance import expert_bias_step
+from .balance_terms import CHOICE_TERMS, SCORE_TERMS
 from .gates import LinearGate, NoisyGate, NormedGate
 from .router import LinearGateConfig, PairRouter, Tokens
 from .selection import Capacity, Choice

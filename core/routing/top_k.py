@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..contract import Evidence
 from ..kernels import topk_gate
-from .balance import CHOICE_TERMS, SCORE_TERMS
+from .balance_terms import CHOICE_TERMS, SCORE_TERMS
 from .router import FixedKConfig, PairRouter, Tokens
 from .selection import Choice
 

@@ -24,7 +24,8 @@ from core import (
 )
 from core.kernels import BACKENDS, eager
 from core.kernels.eager import top_k_ids
-from core.routing.balance import Balance, balance_sums
+from core.routing.balance import Balance
+from core.routing.balance_terms import balance_sums
 from core.routing.expert_choice import choose_tokens
 
 SIGMOID = {"score_func": "sigmoid", "normalize": False}

@@ -23,16 +23,9 @@ from core import (
     aux_loss,
     aux_losses,
 )
-from core.routing.balance import (
-    TERMS,
-    balance_sums,
-    balance_terms,
-    expert_bias_step,
-    load_balancing_loss,
-    mean_over,
-    smooth_load,
-    squared_cv,
-)
+from core.routing.balance import expert_bias_step
+from core.routing.balance_losses import load_balancing_loss, mean_over, smooth_load, squared_cv
+from core.routing.balance_terms import TERMS, balance_sums, balance_terms
 
 ALL = frozenset(TERMS) - {"localized"}  # which needs the types of experts and sequences
 SCORES = [[0.5, 0.3, 0.2], [0.6, 0.1, 0.3], [0.2, 0.7, 0.1]]  # summed over tokens: 1.3, 1.1, 0.6
@@ -63,6 +56,10 @@ def routing(
 
 def tape_of(*routings: Routing, balance: Balance, terms: frozenset[str] = ALL) -> Tape:
     return Tape(tuple(Entry(f"layer{i}", r, None, balance, terms) for i, r in enumerate(routings)))
+
+
+def test_every_term_has_its_weight():
+    assert Balance().weights().keys() == TERMS.keys()
 
 
 def test_load_balancing_loss_by_hand():

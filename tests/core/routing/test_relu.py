@@ -8,7 +8,7 @@ from layered import identity_gate
 from routed import built, gates, ids
 
 from core import FFN, MoEConfig, RoutingContext, Tape, aux_losses, record, update_expert_bias
-from core.routing.balance import sparsity_loss
+from core.routing.balance_losses import sparsity_loss
 from core.routing.relu import ReLURouting, next_l1_weight
 
 # Two tokens, three experts. Positive: 0 and 2; 0.
