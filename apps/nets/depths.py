@@ -48,7 +48,7 @@ class MixtureOfDepths:
 
     def build(self, dim: int) -> DepthGate:
         """Return the gate of one block."""
-        return DepthGate(dim, self)
+        return DepthGate(dim, DepthRouter(dim, self))
 
     def hidden_dim(self, dim: int) -> int:
         """Return the width of the predictor's hidden layer, D / 4."""
@@ -82,9 +82,10 @@ class TokenGate(core.MoELayer):
     """The base of the gates before a block. On the tape a gate is a layer of one expert, whose load is the number of
     tokens that enter; the block itself is no part of it."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, router: TokenRouter) -> None:
         super().__init__(dim=dim)
         self.experts = nn.ModuleList()  # type: ignore[assignment]
+        self.router = router
 
     def active_expert_params(self) -> int:
         return 0
@@ -201,10 +202,6 @@ class DepthGate(TokenGate):
     """The gate of a block; it stands in the block, whose parameters keep their names. See ``MixtureOfDepths``."""
 
     router: DepthRouter
-
-    def __init__(self, dim: int, config: MixtureOfDepths) -> None:
-        super().__init__(dim)
-        self.router = DepthRouter(dim, config)
 
     def forward(self, x: Tensor, context: core.RoutingContext) -> Entered:
         """Choose among (B, S, D) tokens."""

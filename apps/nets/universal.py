@@ -50,7 +50,7 @@ class Universal:
 
     def build(self, dim: int) -> HaltingGate:
         """Return the gate that breaks the sticks."""
-        return HaltingGate(dim, self)
+        return HaltingGate(dim, HaltingRouter(dim, self))
 
     def num_params(self, dim: int) -> int:
         """Return the parameters of the gate."""
@@ -116,10 +116,6 @@ class HaltingGate(TokenGate):
     """The gate after each step but the last; see ``Universal``. Its load is the number of tokens that go on."""
 
     router: HaltingRouter
-
-    def __init__(self, dim: int, config: Universal) -> None:
-        super().__init__(dim)
-        self.router = HaltingRouter(dim, config)
 
     def start(self, h_BLD: Tensor, context: core.RoutingContext) -> Sticks:
         """Return whole sticks, before the first step."""
