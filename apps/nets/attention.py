@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apps.nets.config import TransformerConfig
-from apps.nets.decode_cache import Cache
+from apps.nets.decode_cache import Step
 from apps.nets.norms import RMSNorm
 from apps.nets.packing import Packing
 from apps.nets.positions import rotate
@@ -276,31 +276,21 @@ class SelfAttention(_Attention):
         y_BLC = self._attend(q.transpose(1, 2), self._for_queries(k), self._for_queries(v), mask)
         return self.out(y_BLC if packing is None else packing.pack(y_BLC))
 
-    def step(
-        self,
-        x_RD: Tensor,
-        cache: Cache,
-        layer: int,
-        bias: Tensor | None,
-        rotations: Tensor | None = None,
-        seen_RD: Tensor | None = None,
-    ) -> Tensor:
+    def step(self, x_RD: Tensor, layer: int, given: Step, seen_RD: Tensor | None = None) -> Tensor:
         """Compute the next position of each row.
 
         Args:
             x_RD: (R, D).
-            cache: keeps keys and values of this position too, in the slots that ``append`` chose.
             layer: of the stack: this one.
-            bias: ``cache.self_bias``.
-            rotations: of this position.
+            given: what all layers share.
             seen_RD: as ``seen`` of ``forward``.
 
         Returns:
             (R, D).
         """
-        q_RHd, k_RHd, v_RHd = self._heads(x_RD, rotations, seen=seen_RD)
-        keys, values = cache.write(layer, torch.stack((k_RHd, v_RHd), 1))
-        return self._step(q_RHd, keys, values, cache.copies, bias)
+        q_RHd, k_RHd, v_RHd = self._heads(x_RD, given.rotations, seen=seen_RD)
+        keys, values = given.cache.write(layer, torch.stack((k_RHd, v_RHd), 1))
+        return self._step(q_RHd, keys, values, given.cache.copies, given.bias)
 
 
 def _normed(norm: RMSNorm, x_BLHd: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import core
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -232,6 +234,23 @@ class Cache:
             self.memory_bias = of_sentences.index_select(0, sentence_N).flatten(0, 1)
         self.task_ids_R = _select(self.task_ids_R, row_NK.flatten())
         self.domain_ids_R = _select(self.domain_ids_R, row_NK.flatten())
+
+
+@dataclass(frozen=True)
+class Step:
+    """The inputs that all layers of a stack share as they map the next position of R rows.
+
+    Attributes:
+        cache: keeps keys and values of this position too, in the slots that ``append`` chose.
+        context: what the MoE layers may know of the (R, 1) tokens.
+        bias: ``cache.self_bias``.
+        rotations: of this position, where positions are rotary.
+    """
+
+    cache: Cache
+    context: core.RoutingContext
+    bias: Tensor | None = None
+    rotations: Tensor | None = None
 
 
 def has_numbers(tensor: Tensor) -> bool:

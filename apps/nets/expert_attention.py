@@ -8,7 +8,7 @@ from torch import Tensor, nn
 import core
 from apps.nets.attention import Mask, attend, attention_weights
 from apps.nets.config import TransformerConfig
-from apps.nets.decode_cache import Cache
+from apps.nets.decode_cache import Step
 from apps.nets.positions import rotate
 
 
@@ -96,25 +96,14 @@ class ExpertAttention(nn.Module):
 
         return self.heads(x_BLD, context, attend=attended, seen=seen_BLD)
 
-    def step(
-        self,
-        x_RD: Tensor,
-        cache: Cache,
-        layer: int,
-        bias: Tensor | None,
-        rotations: Tensor | None,
-        context: core.RoutingContext,
-        seen_RD: Tensor | None = None,
-    ) -> Tensor:
-        """Compute the next position of each row; the cache holds the one set of keys and values.
+    def step(self, x_RD: Tensor, layer: int, given: Step, seen_RD: Tensor | None = None) -> Tensor:
+        """Compute the next position of each row.
 
         Args:
             x_RD: (R, D).
-            cache: as in ``SelfAttention.step``, with the experts' heads and one query a key.
             layer: of the stack: this one.
-            bias: ``cache.self_bias``.
-            rotations: of this position.
-            context: of (R, 1) tokens.
+            given: what all layers share; the cache holds the one set of keys and values, with the experts' heads and
+                one query a key.
             seen_RD: as in ``forward``.
 
         Returns:
@@ -122,9 +111,9 @@ class ExpertAttention(nn.Module):
         """
 
         def attended(q_R1Phd: Tensor, k_R1hd: Tensor, v_R1hd: Tensor) -> Tensor:
-            q_R1Phd, k_R1hd = _rotated(q_R1Phd, k_R1hd, rotations)
-            (R, _, P, h, d), K = q_R1Phd.shape, cache.copies
-            keys, values = cache.write(layer, torch.cat((k_R1hd, v_R1hd), 1))
+            q_R1Phd, k_R1hd = _rotated(q_R1Phd, k_R1hd, given.rotations)
+            (R, _, P, h, d), K, bias = q_R1Phd.shape, given.cache.copies, given.bias
+            keys, values = given.cache.write(layer, torch.cat((k_R1hd, v_R1hd), 1))
             N = R // K
             q = q_R1Phd.reshape(N, K, P, h, d).permute(0, 3, 2, 1, 4).reshape(N * h, P * K, d)
             # One query of each copy has the mask that its others have.
@@ -133,7 +122,7 @@ class ExpertAttention(nn.Module):
             return y.view(N, h, P, K, d).permute(0, 3, 2, 1, 4).reshape(R, 1, P, h, d)
 
         seen_R1D = None if seen_RD is None else seen_RD.unsqueeze(1)
-        return self.heads(x_RD.unsqueeze(1), context, attend=attended, seen=seen_R1D).squeeze(1)
+        return self.heads(x_RD.unsqueeze(1), given.context, attend=attended, seen=seen_R1D).squeeze(1)
 
 
 def _rotated(q_BLPhd: Tensor, k_BLhd: Tensor, rotations: Tensor | None) -> tuple[Tensor, Tensor]:

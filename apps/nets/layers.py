@@ -13,7 +13,7 @@ import core
 from apps.nets.attention import CrossAttention, Mask, SelfAttention, padding_mask, product_dtype, self_mask
 from apps.nets.blocks import feed
 from apps.nets.config import TransformerConfig
-from apps.nets.decode_cache import Cache, has_numbers
+from apps.nets.decode_cache import Cache, Step, has_numbers
 from apps.nets.depths import DepthGate, Entered
 from apps.nets.expert_attention import ExpertAttention, attention_experts
 from apps.nets.norms import build_norm
@@ -129,53 +129,34 @@ class Layer(nn.Module):
         assert self.cross_attn is not None
         return self.cross_norm, self.cross_attn
 
-    def step(
-        self,
-        x_RD: Tensor,
-        index: int,
-        cache: Cache,
-        bias: Tensor | None,
-        rotations: Tensor | None,
-        context: core.RoutingContext,
-        seen_RD: Tensor | None = None,
-    ) -> Tensor:
+    def step(self, x_RD: Tensor, index: int, given: Step, seen_RD: Tensor | None = None) -> Tensor:
         """Map one position, (R, D), to (R, D), without dropout.
 
         ``index`` is the layer's place in the cache, and ``seen_RD`` is as in ``forward``.
         """
         if self.depth_gate is None:
-            return self._whole_step(x_RD, index, cache, bias, rotations, context, seen_RD)
-        entered = self.depth_gate(x_RD[:, None], context)
+            return self._whole_step(x_RD, index, given, seen_RD)
+        cache, entered = given.cache, self.depth_gate(x_RD[:, None], given.context)
         enters_R = entered.enters_BS[:, 0]
         cache.hide(index, ~enters_R)
         if entered.index_BC.shape[1] == 0:  # on a CPU it is known that no row enters
             cache.clear(index)
             return x_RD
         # All rows are computed: a batch of some of them would need its own slots.
-        bias = cache.bias_in(index, bias, product_dtype(x_RD))
-        context = replace(context, valid_BS=entered.enters_BS)
-        y_RD = self._whole_step(x_RD, index, cache, bias, rotations, context)
+        bias = cache.bias_in(index, given.bias, product_dtype(x_RD))
+        own = replace(given, bias=bias, context=replace(given.context, valid_BS=entered.enters_BS))
+        y_RD = self._whole_step(x_RD, index, own)
         added_RD = (y_RD - x_RD) * entered.gate_BC
         return x_RD + added_RD.masked_fill(~enters_R[:, None], 0.0).to(x_RD.dtype)
 
-    def _whole_step(
-        self,
-        x_RD: Tensor,
-        index: int,
-        cache: Cache,
-        bias: Tensor | None,
-        rotations: Tensor | None,
-        context: core.RoutingContext,
-        seen_RD: Tensor | None = None,
-    ) -> Tensor:
+    def _whole_step(self, x_RD: Tensor, index: int, given: Step, seen_RD: Tensor | None = None) -> Tensor:
         """Map one position of the rows that enter the layer; the others come out as anything."""
-        more = (context,) if isinstance(self.mixing, ExpertAttention) else ()
-        more = more if seen_RD is None else (*more, self.mixing_norm(seen_RD))
-        x_RD = x_RD + self.mixing.step(self.mixing_norm(x_RD), cache, index, bias, rotations, *more)
+        cache, keys_RD = given.cache, None if seen_RD is None else self.mixing_norm(seen_RD)
+        x_RD = x_RD + self.mixing.step(self.mixing_norm(x_RD), index, given, keys_RD)
         if cache.memory is not None:
             norm, attention = self._cross()
             x_RD = x_RD + attention.step(norm(x_RD), cache.memory[index], cache.copies, cache.memory_bias)
-        return x_RD + feed(self.ffn, self.ffn_norm(x_RD).unsqueeze(1), context).squeeze(1)
+        return x_RD + feed(self.ffn, self.ffn_norm(x_RD).unsqueeze(1), given.context).squeeze(1)
 
 
 class Stack(nn.Module):
@@ -303,14 +284,12 @@ class Stack(nn.Module):
             task_ids_B=cache.task_ids_R,
             domain_ids_B=cache.domain_ids_R,
         )
-        x_RD = self._step_through(x_RD, cache, bias, turns, context)
+        x_RD = self._step_through(x_RD, Step(cache, context, bias, turns))
         cache.length = t + 1
         return self.norm(x_RD)
 
-    def _step_through(
-        self, x_RD: Tensor, cache: Cache, bias: Tensor | None, rotations: Tensor | None, context: core.RoutingContext
-    ) -> Tensor:
+    def _step_through(self, x_RD: Tensor, given: Step) -> Tensor:
         """Map one position through the layers; see ``Layer.step``."""
         for i, layer in enumerate(self.layers):
-            x_RD = layer.step(x_RD, i, cache, bias, rotations, context)
+            x_RD = layer.step(x_RD, i, given)
         return x_RD

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import core
 from apps.nets.config import TransformerConfig
-from apps.nets.decode_cache import Cache, has_numbers
+from apps.nets.decode_cache import Step, has_numbers
 from apps.nets.depths import TokenGate, TokenRouter
 from apps.nets.layers import Pass, Stack
 from core.kernels import cpu
@@ -186,16 +186,14 @@ class UniversalStack(Stack):
             h_BLD, s_BLD = _next(layer(h_BLD, own, s_BLD), h_BLD, s_BLD, sticks, self.training)
         return s_BLD
 
-    def _step_through(
-        self, x_RD: Tensor, cache: Cache, bias: Tensor | None, rotations: Tensor | None, context: core.RoutingContext
-    ) -> Tensor:
-        layer, sticks = self.layers[0], self.halting.start(x_RD[:, None], context)
-        h_RD = s_RD = layer.step(x_RD, 0, cache, bias, rotations, context)
+    def _step_through(self, x_RD: Tensor, given: Step) -> Tensor:
+        layer, sticks = self.layers[0], self.halting.start(x_RD[:, None], given.context)
+        h_RD = s_RD = layer.step(x_RD, 0, given)
         # Each step has keys of its own: those of a token that has halted are still seen by later ones.
         for i in range(1, self.steps):
-            sticks = self.halting(h_RD[:, None], sticks, context)
-            own = replace(context, valid_BS=sticks.runs_BL)
-            new_R1D = layer.step(h_RD, i, cache, bias, rotations, own, s_RD)[:, None]
+            sticks = self.halting(h_RD[:, None], sticks, given.context)
+            own = replace(given, context=replace(given.context, valid_BS=sticks.runs_BL))
+            new_R1D = layer.step(h_RD, i, own, s_RD)[:, None]
             h_R1D, s_R1D = _next(new_R1D, h_RD[:, None], s_RD[:, None], sticks, False)
             h_RD, s_RD = h_R1D[:, 0], s_R1D[:, 0]
         return s_RD

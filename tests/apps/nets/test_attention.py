@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+import core
 from apps.nets.attention import (
     CrossAttention,
     Mask,
@@ -17,7 +18,7 @@ from apps.nets.attention import (
     self_mask,
 )
 from apps.nets.config import TransformerConfig
-from apps.nets.decode_cache import Cache
+from apps.nets.decode_cache import Cache, Step
 from apps.nets.positions import RelativeBias, rotate, rotations
 
 
@@ -154,7 +155,8 @@ def test_a_step_is_the_last_position_of_the_sequence(kv_heads, qk_norm, rotary):
     for t in range(5):
         cache.append()
         bias = relative.last(t + 1).unflatten(0, (kv_heads, -1)).repeat(3, 1, 1)
-        y_RD = attention.step(x_BLD[:, t], cache, 1, bias, None if turns is None else turns[:, t : t + 1])
+        given = Step(cache, core.RoutingContext(), bias, None if turns is None else turns[:, t : t + 1])
+        y_RD = attention.step(x_BLD[:, t], 1, given)
         assert_close(y_RD, expected[:, t])
         cache.length += 1
     assert store[0].isnan().all()  # another layer's
