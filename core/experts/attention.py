@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from ..contract import Rows, check_kinds
 from ..contract.checks import at_least_one
 from ..kernels import expert_linear
-from .base import ExpertConfig, Experts, autocast_together
+from .base import ExpertConfig, Experts, autocast_together, init_linear_
 
 
 class AttentionHeads(Experts):
@@ -33,9 +32,8 @@ class AttentionHeads(Experts):
 
     def reset_parameters(self) -> None:
         """Start each matrix as ``nn.Linear`` does: U(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
-        for weight in (self.w_q, self.w_out):
-            bound = 1 / math.sqrt(weight.shape[1])
-            nn.init.uniform_(weight, -bound, bound)
+        init_linear_(self.w_q)
+        init_linear_(self.w_out)
 
     def compute_queries(self, rows: Rows) -> Rows:
         """Return the queries of (R, D) rows, (R, h * d)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -297,6 +298,15 @@ def local_tensor(t: Tensor) -> Tensor:
     return local
 
 
+def init_linear_(weight: Tensor, bias: Tensor | None = None) -> None:
+    """Start each expert's part of (E, fan_in, F) weights and of their bias as ``nn.Linear`` does, U(-1/sqrt(fan_in),
+    1/sqrt(fan_in))."""
+    bound = 1 / math.sqrt(weight.shape[1])
+    nn.init.uniform_(weight, -bound, bound)
+    if bias is not None:
+        nn.init.uniform_(bias, -bound, bound)
+
+
 def first_linear(x_GTD: Tensor, w: Tensor, b: Tensor | None, counts: tuple[int, ...]) -> Tensor:
     """``x_g w_e + b_e`` of every token and expert, each with its group's input: one product where the inputs allow it.
 
@@ -326,6 +336,11 @@ def next_linear(h_TnF: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
     h_nTF = h_TnF.transpose(0, 1)
     y_nTF = torch.bmm(h_nTF, w) if b is None else torch.baddbmm(b.unsqueeze(1), h_nTF, w)
     return y_nTF.transpose(0, 1)
+
+
+def merged_linear(x_GSD: Tensor, w_GDF: Tensor, b_GF: Tensor | None) -> Tensor:
+    """``x_g w_g + b_g`` of each group of tokens, with weights of its own: (G, S, D) to (G, S, F)."""
+    return x_GSD @ w_GDF if b_GF is None else x_GSD @ w_GDF + b_GF[:, None]
 
 
 def weighted_sum(weights_GE: Tensor, w: Tensor | None) -> Tensor | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
@@ -12,7 +11,16 @@ from torch import Tensor, nn
 from ..contract import Rows, check_kinds
 from ..contract.checks import at_least_one, positive
 from ..kernels import expert_linear, outside_autocast
-from .base import ExpertConfig, Experts, autocast_together, first_linear, next_linear, weighted_sum
+from .base import (
+    ExpertConfig,
+    Experts,
+    autocast_together,
+    first_linear,
+    init_linear_,
+    merged_linear,
+    next_linear,
+    weighted_sum,
+)
 
 
 class ClampedSwiGLUExperts(Experts):
@@ -41,10 +49,7 @@ class ClampedSwiGLUExperts(Experts):
     def reset_parameters(self) -> None:
         """Start each expert as ``nn.Linear`` does: U(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
         for weight, bias in ((self.w_in, self.b_in), (self.w_gate, self.b_gate), (self.w_out, self.b_out)):
-            bound = 1 / math.sqrt(weight.shape[1])
-            nn.init.uniform_(weight, -bound, bound)
-            if bias is not None:
-                nn.init.uniform_(bias, -bound, bound)
+            init_linear_(weight, bias)
 
     def biases(self) -> list[Tensor]:
         return [b for b in (self.b_in, self.b_out, self.b_gate) if b is not None]
@@ -79,11 +84,8 @@ class ClampedSwiGLUExperts(Experts):
         with outside_autocast(x.device):
             mixed = [weighted_sum(weights, w) for w in self._weights()]
         x, w_in, w_out, w_gate, b_in, b_out, b_gate = autocast_together(x, *mixed)
-
-        def product(rows: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-            return rows @ w if b is None else rows @ w + b[:, None]
-
-        return product(self._gated(product(x, w_gate, b_gate), product(x, w_in, b_in)), w_out, b_out)
+        h = self._gated(merged_linear(x, w_gate, b_gate), merged_linear(x, w_in, b_in))
+        return merged_linear(h, w_out, b_out)
 
     def extra_repr(self) -> str:
         E, D, H = self.w_in.shape

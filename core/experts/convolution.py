@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from ..contract import Rows, check_kinds
 from ..contract.checks import at_least_one, one_of
 from ..kernels import ACTIVATIONS, expert_linear
-from .base import ExpertConfig, Experts, autocast_together
+from .base import ExpertConfig, Experts, autocast_together, init_linear_
 from .patch_grid import PatchGrid
 
 
@@ -40,10 +39,7 @@ class ConvolutionExperts(Experts):
     def reset_parameters(self) -> None:
         """Start each expert as ``nn.Conv2d`` does: U(-1/sqrt(fan_in), 1/sqrt(fan_in)), of k * k taps a channel."""
         for weight, bias in ((self.w_in, self.b_in), (self.w_out, self.b_out)):
-            bound = 1 / math.sqrt(weight.shape[1])
-            nn.init.uniform_(weight, -bound, bound)
-            if bias is not None:
-                nn.init.uniform_(bias, -bound, bound)
+            init_linear_(weight, bias)
 
     def biases(self) -> list[Tensor]:
         return [b for b in (self.b_in, self.b_out) if b is not None]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
@@ -12,7 +11,16 @@ from torch import Tensor, nn
 from ..contract import Rows, check_kinds
 from ..contract.checks import at_least_one, one_of
 from ..kernels import ACTIVATIONS, FFNWeights, RowIndex, expert_ffn, linear, outside_autocast
-from .base import ExpertConfig, Experts, autocast_together, first_linear, next_linear, weighted_sum
+from .base import (
+    ExpertConfig,
+    Experts,
+    autocast_together,
+    first_linear,
+    init_linear_,
+    merged_linear,
+    next_linear,
+    weighted_sum,
+)
 
 
 class FFNExperts(Experts):
@@ -51,10 +59,7 @@ class FFNExperts(Experts):
         """Start each expert as ``nn.Linear`` does: U(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
         for weight, bias in ((self.w_in, self.b_in), (self.w_gate, None), (self.w_out, self.b_out)):
             if weight is not None:
-                bound = 1 / math.sqrt(weight.shape[1])
-                nn.init.uniform_(weight, -bound, bound)
-                if bias is not None:
-                    nn.init.uniform_(bias, -bound, bound)
+                init_linear_(weight, bias)
 
     def biases(self) -> list[Tensor]:
         return [b for b in (self.b_in, self.b_out) if b is not None]
@@ -96,12 +101,9 @@ class FFNExperts(Experts):
             mixed = [weighted_sum(weights, w) for w in self._weights()]
         x, w_in, w_out, b_in, b_out, w_gate = autocast_together(x, *mixed)
         act = ACTIVATIONS[self.activation]
-        h = x @ w_in
-        if b_in is not None:
-            h = h + b_in[:, None]
+        h = merged_linear(x, w_in, b_in)
         h = act(h) if w_gate is None else act(x @ w_gate) * h
-        y: Tensor = h @ w_out
-        return y if b_out is None else y + b_out[:, None]
+        return merged_linear(h, w_out, b_out)
 
     def extra_repr(self) -> str:
         E, D, H = self.w_in.shape

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -14,7 +13,16 @@ from torch import Tensor, nn
 from ..contract import Rows, check_kinds
 from ..contract.checks import at_least_one, below_one, one_of
 from ..kernels import ACTIVATIONS, expert_linear, outside_autocast
-from .base import ExpertConfig, Experts, autocast_together, first_linear, next_linear, weighted_sum
+from .base import (
+    ExpertConfig,
+    Experts,
+    autocast_together,
+    first_linear,
+    init_linear_,
+    merged_linear,
+    next_linear,
+    weighted_sum,
+)
 
 GENERAL_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     **ACTIVATIONS,
@@ -63,10 +71,7 @@ class GeneralFFNExperts(Experts):
         for name in ("in", "gate", "out"):
             weight, bias = self._of(name)
             if weight is not None:
-                bound = 1 / math.sqrt(weight.shape[1])
-                nn.init.uniform_(weight, -bound, bound)
-                if bias is not None:
-                    nn.init.uniform_(bias, -bound, bound)
+                init_linear_(weight, bias)
 
     def biases(self) -> list[Tensor]:
         return [b for _, b in map(self._of, ("in", "out", "gate")) if b is not None]
@@ -102,12 +107,8 @@ class GeneralFFNExperts(Experts):
         with outside_autocast(x.device):
             mixed = [weighted_sum(weights, w) for w in self._weights()]
         x, w_in, b_in, w_gate, b_gate, w_out, b_out = autocast_together(x, *mixed)
-
-        def product(rows: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-            return rows @ w if b is None else rows @ w + b[:, None]
-
-        gate = None if w_gate is None else product(x, w_gate, b_gate)
-        return product(self._hidden(product(x, w_in, b_in), gate), w_out, b_out)
+        gate = None if w_gate is None else merged_linear(x, w_gate, b_gate)
+        return merged_linear(self._hidden(merged_linear(x, w_in, b_in), gate), w_out, b_out)
 
     def extra_repr(self) -> str:
         E, D, H = self.w_in.shape

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -13,7 +12,16 @@ from torch import Tensor, nn
 from ..contract import Rows, check_kinds
 from ..contract.checks import at_least_one, below_one, positive
 from ..kernels import FFNWeights, RowIndex, combine, expert_ffn, expert_of_rows, outside_autocast
-from .base import ExpertConfig, Experts, autocast_together, first_linear, local_tensor, next_linear, weighted_sum
+from .base import (
+    ExpertConfig,
+    Experts,
+    autocast_together,
+    first_linear,
+    init_linear_,
+    local_tensor,
+    next_linear,
+    weighted_sum,
+)
 
 
 class LoRAExperts(Experts):
@@ -37,8 +45,7 @@ class LoRAExperts(Experts):
 
     def reset_parameters(self) -> None:
         """Start ``w_b`` at zero, so that the output is zero, and ``w_a`` at U(-1/sqrt(D), 1/sqrt(D))."""
-        bound = 1 / math.sqrt(self.w_a.shape[1])
-        nn.init.uniform_(self.w_a, -bound, bound)
+        init_linear_(self.w_a)
         nn.init.zeros_(self.w_b)
 
     def biases(self) -> list[Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -19,6 +18,7 @@ from .base import (
     Experts,
     autocast_together,
     first_linear,
+    init_linear_,
     local_tensor,
     next_linear,
     weighted_sum,
@@ -65,11 +65,7 @@ class MLPExperts(Experts):
     def reset_parameters(self) -> None:
         """Start each layer as ``nn.Linear`` does, U(-1/sqrt(fan_in), 1/sqrt(fan_in)), and norms as torch's do."""
         for i in range(len(self.hidden_dims)):
-            bound = 1 / math.sqrt(getattr(self, f"w_{i}").shape[1])
-            for name in ("w", "b"):
-                parameter = getattr(self, f"{name}_{i}")
-                if parameter is not None:
-                    nn.init.uniform_(parameter, -bound, bound)
+            init_linear_(getattr(self, f"w_{i}"), getattr(self, f"b_{i}"))
             for name, start in (("norm_weight", 1.0), ("norm_bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0)):
                 tensor = getattr(self, f"{name}_{i}")
                 if tensor is not None:
