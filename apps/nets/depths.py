@@ -77,6 +77,31 @@ class TokenRouter(core.Router):
         super().__init__()
         self.by_capacity = False
 
+    def routing(
+        self, enters_BS: Tensor, gate_BS: Tensor, valid_BS: Tensor | None, extra: dict[str, Tensor] | None
+    ) -> core.Routing:
+        """Return the routing of the tokens that enter.
+
+        Args:
+            enters_BS: bool (B, S), which they are.
+            gate_BS: (B, S), the weights of all.
+            valid_BS: bool (B, S), True for real tokens; None: all are.
+            extra: losses of the router's own, (B * S,) each.
+        """
+        (B, S), enters_T, count_1 = enters_BS.shape, enters_BS.flatten(), enters_BS.sum()[None]
+        return core.Routing(
+            token_index_N=torch.arange(B * S, device=enters_BS.device),
+            expert_ids_N=torch.where(enters_T, 0, 1),
+            gates_N=gate_BS.flatten().masked_fill(~enters_T, 0.0),
+            tokens_per_expert_E=count_1,
+            chosen_per_expert_E=count_1,
+            num_tokens=B * S,
+            top_k=1,
+            valid_T=None if valid_BS is None else valid_BS.flatten(),
+            num_sequences=B,
+            evidence=core.Evidence(extra=extra),
+        )
+
 
 class TokenGate(core.MoELayer):
     """The base of the gates before a block. On the tape a gate is a layer of one expert, whose load is the number of
@@ -139,19 +164,7 @@ class DepthRouter(TokenRouter):
             if self.training and foretold_BS is not None:
                 of_choice_BS = F.binary_cross_entropy_with_logits(foretold_BS, enters_BS.to(r_BS), reduction="none")
                 extra = {LOSS: of_choice_BS.flatten()}
-            enters_T, count_1 = enters_BS.flatten(), enters_BS.sum()[None]
-            return core.Routing(
-                token_index_N=torch.arange(B * S, device=x.device),
-                expert_ids_N=torch.where(enters_T, 0, 1),
-                gates_N=r_BS.flatten().masked_fill(~enters_T, 0.0),
-                tokens_per_expert_E=count_1,
-                chosen_per_expert_E=count_1,
-                num_tokens=B * S,
-                top_k=1,
-                valid_T=None if valid_BS is None else valid_BS.flatten(),
-                num_sequences=B,
-                evidence=core.Evidence(extra=extra),
-            )
+            return self.routing(enters_BS, r_BS, valid_BS, extra)
 
     def _largest(self, r_BS: Tensor, valid_BS: Tensor | None) -> Tensor:
         """Return which tokens are among the largest of their sequence, bool (B, S); the earlier of equal ones."""

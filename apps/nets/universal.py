@@ -130,24 +130,9 @@ class HaltingGate(TokenGate):
         left_BL = before.left_BL - halts_BL
         runs_BL = before.runs_BL & self.router.goes_on(left_BL)
         halted_BLD = before.halted_BLD + halts_BL[..., None].to(h_BLD.dtype) * h_BLD
-        self.record_pass(self._routing(left_BL, runs_BL, context), context)
+        extra = {LOSS: left_BL.flatten()} if self.training and self.router.extra_weights else None
+        self.record_pass(self.router.routing(runs_BL, left_BL, context.valid_BS, extra), context)
         return Sticks(left_BL, halted_BLD, runs_BL)
-
-    def _routing(self, left_BL: Tensor, runs_BL: Tensor, context: core.RoutingContext) -> core.Routing:
-        (B, L), runs_T, count_1 = left_BL.shape, runs_BL.flatten(), runs_BL.sum()[None]
-        penalised = self.training and bool(self.router.extra_weights)
-        return core.Routing(
-            token_index_N=torch.arange(B * L, device=left_BL.device),
-            expert_ids_N=torch.where(runs_T, 0, 1),
-            gates_N=left_BL.flatten().masked_fill(~runs_T, 0.0),
-            tokens_per_expert_E=count_1,
-            chosen_per_expert_E=count_1,
-            num_tokens=B * L,
-            top_k=1,
-            valid_T=None if context.valid_BS is None else context.valid_BS.flatten(),
-            num_sequences=B,
-            evidence=core.Evidence(extra={LOSS: left_BL.flatten()} if penalised else None),
-        )
 
 
 class UniversalStack(Stack):
