@@ -12,6 +12,7 @@ from ..experts.low_rank import IA3Experts, LoRAExperts
 from ..layers import AdaptedLinear, AveragedMoE, MoE
 from ..routing.router import RouterConfig
 from .merge import OneExpert, average_experts, joined
+from .parts import replace_modules
 
 
 @torch.no_grad()
@@ -46,13 +47,7 @@ def merge_adapters(model: nn.Module) -> nn.Module:
                 raise ValueError(f"the updates of {name!r} cannot be merged: {error}") from None
     if not merged:
         raise ValueError(f"a {type(model).__name__} without adapted layers has no updates to merge")
-    if model in merged:
-        return merged[model]
-    for parent in list(model.modules()):
-        for child, inner in parent._modules.items():
-            if inner in merged:
-                setattr(parent, child, merged[inner])
-    return model
+    return replace_modules(model, merged)
 
 
 def _merged(adapted: AdaptedLinear) -> nn.Linear:

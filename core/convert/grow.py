@@ -18,7 +18,7 @@ from ..contract.checks import at_least_one, one_of
 from ..experts import Experts
 from ..layers import MoE
 from ..routing.router import Router
-from .parts import axis_of_experts, like, num_groups, parts_of, set_num_experts, width_of
+from .parts import axis_of_experts, like, num_groups, parts_of, set_num_experts, tensors_of_experts, width_of
 
 STARTS = ("fresh", "copy")
 
@@ -81,7 +81,7 @@ def grow_experts(
     sources = _sources(loads_E, E, n, groups) if start == "copy" else None
     if sources is None and loads_E is not None:
         raise ValueError(f"loads_E is for start='copy', not for {start!r}")
-    grown = _grown_router(router, larger, E, n, kept)
+    grown = _grown_router(router, larger, E + n, kept)
     _grow_stacked(experts, n, kept, new, sources, init)
     for module, name, value in grown:
         setattr(module, name, value)
@@ -215,26 +215,18 @@ def _sources(loads_E: Tensor | Sequence[float] | None, E: int, n: int, groups: i
 
 
 def _grown_router(
-    router: Router, larger: Router, E: int, n: int, kept: list[int]
+    router: Router, larger: Router, num_experts: int, kept: list[int]
 ) -> list[tuple[nn.Module, str, Tensor]]:
     """Return the tensors of the router that grow: the module and the name of each, and its larger value."""
-    modules = dict(router.named_modules())
     grown: list[tuple[nn.Module, str, Tensor]] = []
-    for path, new in larger.named_modules():
-        for name, fresh in (*new._parameters.items(), *new._buffers.items()):
-            old = getattr(modules[path], name)
-            if old is None or fresh is None:
-                continue
-            axis = axis_of_experts(f"{path}.{name}".lstrip("."), old, fresh, E, E + n)
-            if axis is None:
-                continue
-            # Past the experts there may be more, as null experts.
-            places = [*kept, *range(E + n, fresh.shape[axis])]
-            value = fresh.detach().to(device=old.device, dtype=old.dtype)
-            if new is larger and name == "expert_bias":
-                value = old.mean().expand(fresh.shape).clone()  # neither favoured nor starved at first
-            value = value.index_copy(axis, torch.tensor(places, device=old.device), old.detach())
-            grown.append((modules[path], name, like(value, old)))
+    for module, name, old, fresh, axis in tensors_of_experts(router, larger):
+        # Past the experts there may be more, as null experts.
+        places = [*kept, *range(num_experts, fresh.shape[axis])]
+        value = fresh.detach().to(device=old.device, dtype=old.dtype)
+        if module is router and name == "expert_bias":
+            value = old.mean().expand(fresh.shape).clone()  # neither favoured nor starved at first
+        value = value.index_copy(axis, torch.tensor(places, device=old.device), old.detach())
+        grown.append((module, name, like(value, old)))
     return grown
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -78,11 +78,16 @@ def replace_layers(model: nn.Module, make: Callable[[str, MoELayer], nn.Module])
     made: dict[nn.Module, nn.Module] = {}
     for name, layer in layers_with_experts(model).items():
         made[layer] = make(name, layer)
+    return replace_modules(model, made)
+
+
+def replace_modules(model: nn.Module, made: Mapping[nn.Module, nn.Module]) -> nn.Module:
+    """Put the values of ``made`` in the places of its keys, and return ``model``, or what stands in its place."""
     if model in made:
         return made[model]
     for parent in list(model.modules()):
         for child, module in parent._modules.items():
-            if module in made:
+            if module is not None and module in made:
                 setattr(parent, child, made[module])
     return model
 
@@ -126,21 +131,32 @@ def reseated(router: Any, other: Any, rows: Callable[[Tensor], Tensor]) -> list[
     Raises:
         ValueError: as ``axis_of_experts``.
     """
-    E, modules = router.num_experts, dict(router.named_modules())
+    E = router.num_experts
     values: list[tuple[nn.Module, str, Tensor]] = []
-    for path, module in other.named_modules():
-        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            old = getattr(modules[path], name)
-            if old is None or tensor is None:
-                continue
-            axis = axis_of_experts(f"{path}.{name}".lstrip("."), old, tensor, E, other.num_experts)
-            if axis is None:
-                continue
-            first = old.detach().movedim(axis, 0)
-            # Past the experts there may be more, as null experts.
-            value = torch.cat((rows(first[:E]), first[E:])).movedim(0, axis).contiguous()
-            values.append((modules[path], name, like(value, old)))
+    for module, name, old, _, axis in tensors_of_experts(router, other):
+        first = old.detach().movedim(axis, 0)
+        # Past the experts there may be more, as null experts.
+        value = torch.cat((rows(first[:E]), first[E:])).movedim(0, axis).contiguous()
+        values.append((module, name, like(value, old)))
     return values
+
+
+def tensors_of_experts(router: Any, other: Any) -> Iterator[tuple[nn.Module, str, Tensor, Tensor, int]]:
+    """Yield the tensors of a router that have a row for each expert: the module and the name of each, its value, that
+    of ``other``, a router of the same config for another number of experts, and the axis that counts the experts.
+
+    Raises:
+        ValueError: as ``axis_of_experts``.
+    """
+    modules = dict(router.named_modules())
+    for path, module in other.named_modules():
+        for name, new in (*module._parameters.items(), *module._buffers.items()):
+            old = getattr(modules[path], name)
+            if old is None or new is None:
+                continue
+            axis = axis_of_experts(f"{path}.{name}".lstrip("."), old, new, router.num_experts, other.num_experts)
+            if axis is not None:
+                yield modules[path], name, old, new, axis
 
 
 def axis_of_experts(name: str, old: Tensor, new: Tensor, E: int, new_E: int) -> int | None:
