@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from ..contract import Rows, check_kinds
 from ..contract.checks import at_least_one
 from ..kernels import expert_linear
-from .base import ExpertConfig, Experts, autocast_together, init_linear_
+from .base import ExpertConfig, Experts
+from .products import autocast_together, init_linear_
 
 
 class AttentionHeads(Experts):

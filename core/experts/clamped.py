@@ -11,16 +11,8 @@ from torch import Tensor, nn
 from ..contract import Rows, check_kinds
 from ..contract.checks import at_least_one, positive
 from ..kernels import expert_linear, outside_autocast
-from .base import (
-    ExpertConfig,
-    Experts,
-    autocast_together,
-    first_linear,
-    init_linear_,
-    merged_linear,
-    next_linear,
-    weighted_sum,
-)
+from .base import ExpertConfig, Experts
+from .products import autocast_together, first_linear, init_linear_, merged_linear, next_linear, weighted_sum
 
 
 class ClampedSwiGLUExperts(Experts):

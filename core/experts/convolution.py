@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from ..contract import Rows, check_kinds
 from ..contract.checks import at_least_one, one_of
 from ..kernels import ACTIVATIONS, expert_linear
-from .base import ExpertConfig, Experts, autocast_together, init_linear_
+from .base import ExpertConfig, Experts
 from .patch_grid import PatchGrid
+from .products import autocast_together, init_linear_
 
 
 class ConvolutionExperts(Experts):

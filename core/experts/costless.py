@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..contract import Rows, check_kinds
 from ..kernels import expert_linear, expert_of_rows
-from .base import ExpertConfig, Experts, autocast_together, local_tensor
+from .base import ExpertConfig, Experts, local_tensor
+from .products import autocast_together
 
 
 class ZeroExperts(Experts):

@@ -11,16 +11,8 @@ from torch import Tensor, nn
 from ..contract import Rows, check_kinds
 from ..contract.checks import at_least_one, one_of
 from ..kernels import ACTIVATIONS, FFNWeights, RowIndex, expert_ffn, linear, outside_autocast
-from .base import (
-    ExpertConfig,
-    Experts,
-    autocast_together,
-    first_linear,
-    init_linear_,
-    merged_linear,
-    next_linear,
-    weighted_sum,
-)
+from .base import ExpertConfig, Experts
+from .products import autocast_together, first_linear, init_linear_, merged_linear, next_linear, weighted_sum
 
 
 class FFNExperts(Experts):

@@ -12,16 +12,8 @@ from torch import Tensor, nn
 from ..contract import Rows, check_kinds
 from ..contract.checks import at_least_one, below_one, positive
 from ..kernels import FFNWeights, RowIndex, combine, expert_ffn, expert_of_rows, outside_autocast
-from .base import (
-    ExpertConfig,
-    Experts,
-    autocast_together,
-    first_linear,
-    init_linear_,
-    local_tensor,
-    next_linear,
-    weighted_sum,
-)
+from .base import ExpertConfig, Experts, local_tensor
+from .products import autocast_together, first_linear, init_linear_, next_linear, weighted_sum
 
 
 class LoRAExperts(Experts):

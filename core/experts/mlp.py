@@ -13,16 +13,8 @@ from torch import Tensor, nn
 from ..contract import Rows, check_kinds
 from ..contract.checks import below_one, one_of
 from ..kernels import ACTIVATIONS, expert_linear, expert_of_rows, outside_autocast
-from .base import (
-    ExpertConfig,
-    Experts,
-    autocast_together,
-    first_linear,
-    init_linear_,
-    local_tensor,
-    next_linear,
-    weighted_sum,
-)
+from .base import ExpertConfig, Experts, local_tensor
+from .products import autocast_together, first_linear, init_linear_, next_linear, weighted_sum
 
 EPS = 1e-5
 MOMENTUM = 0.1

@@ -13,7 +13,7 @@ from .. import kernels
 from ..contract import DenseRouting, RoutingContext
 from ..dispatch import join_tasks, split_pairs
 from ..experts import Experts
-from ..experts.base import autocast_together, first_linear, next_linear
+from ..experts.products import autocast_together, first_linear, next_linear
 from ..routing.balance import Balance
 from ..routing.multi_gate import (
     DenseGates,
