@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import base64
 import copy
 import json
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import core
-from benchmarks import experts, fewer_experts, layer, lora_experts, peer
+from benchmarks import experts, fewer_experts, layer, lora_experts, peer, upcycling
 
 
 class Broken(nn.Module):
@@ -94,3 +96,61 @@ def test_each_conversion_to_fewer_experts_leaves_a_smaller_model_of_the_same_wid
         sizes.append(sum(p.numel() for p in converted.parameters()))
     # 256 numbers an expert and 4 a row of the gate: 8 experts, half of them, half with 4 vectors, and one without gate.
     assert sizes == [2080, *[1040] * 5, 4 * 256 + 8 * 4 + 4 * 4, 1040, *[256] * 6]
+
+
+def upcycled(task, tmp_path, *argv):
+    path = tmp_path / "figures.json"
+    options = ["--task", task, "--small", "--json", str(path), "--weights", str(tmp_path)]
+    assert upcycling.main([*options, *argv]) == 0
+    return path, json.loads(path.read_text())["entries"]
+
+
+def check_equal_flops(entries, half_trained):
+    """Check that each row is there once, that rows of a budget train for equal FLOPs, and how far each has changed."""
+    rows = {entry["row"]: entry for entry in entries}
+    assert list(rows) == [*half_trained, *upcycling.ROWS]
+    for name, row in upcycling.ROWS.items():
+        first = rows["dense" if row.budget == "dense" else "copy"]["training_flops"]
+        step = rows[name]["training_flops"] / rows[name]["steps"]
+        assert abs(rows[name]["training_flops"] - first) <= step / 2, name
+        changed = rows[name]["changed_at_step_0"]
+        begins_equal = name in ("dense", "dense_longer", "twin", "copy", "granular")
+        assert changed < 1e-6 if begins_equal else changed > 1e-4, name
+
+
+def test_upcycling_trains_each_row_for_equal_flops_and_a_second_run_fills_what_is_missing(tmp_path, capsys):
+    path, entries = upcycled("fashion_mnist", tmp_path, "--seeds", "3", "--steps", "5")
+    check_equal_flops(entries, ["half_trained"])
+    content = json.loads(path.read_text())
+    dropped = [e for e in content["entries"] if e["row"] not in ("copy", "twin")]
+    path.write_text(json.dumps({**content, "entries": dropped}))
+    again = upcycled("fashion_mnist", tmp_path, "--seeds", "3", "--steps", "5")[1]
+    first, second = ({e["row"]: {**e, "cpu_seconds": 0} for e in run} for run in (entries, again))
+    assert second == first
+    capsys.readouterr()
+    assert upcycling.main(["--task", "fashion_mnist", "--table", "--json", str(path)]) == 0
+    _machine, _head, _rule, *rows, _note = capsys.readouterr().out.splitlines()
+    assert [row.split("|")[1].strip() for row in rows[1:]] == [row.title for row in upcycling.ROWS.values()]
+    with pytest.raises(ValueError, match="is of other settings"):
+        upcycled("fashion_mnist", tmp_path, "--steps", "6")
+
+
+def test_upcycling_of_a_sentence_encoder(tmp_path):
+    pytest.importorskip("transformers")
+    check_equal_flops(upcycled("titles", tmp_path, "--seeds", "0")[1], [])
+
+
+def test_differences_of_upcycled_models_are_paired_by_seed_and_by_test_example():
+    def entry(row, seed, right):
+        return {"row": row, "seed": seed, "right": base64.b64encode(np.packbits(right).tobytes()).decode()}
+
+    entries = [entry("copy", 0, [1, 1, 1, 0]), entry("copy", 1, [1, 1, 0, 0]), entry("copy", 2, [1, 1, 1, 1])]
+    entries += [entry("twin", 1, [1, 0, 0, 0]), entry("twin", 0, [1, 0, 0, 0])]
+    content = {"settings": {"test_examples": 4}, "entries": entries}
+    seeds, examples = upcycling.differences(content, "copy", "twin")
+    # Seed 0: 75 - 25 points, seed 1: 50 - 25. The examples' means over both seeds are 0, 100, 50 and 0.
+    assert (seeds.mean, seeds.count) == (37.5, 2)
+    assert seeds.half_width == pytest.approx(12.706204736 * 12.5, rel=1e-9)
+    assert (examples.mean, examples.count) == (37.5, 4)
+    assert examples.half_width == pytest.approx(3.182446305 * (6875 / 3) ** 0.5 / 2, rel=1e-9)
+    assert upcycling.differences(content, "copy", "drop") is None
