@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import yaml
-from jsonargparse import ArgumentError, set_parsing_settings
+from jsonargparse import ArgumentError, Namespace, set_parsing_settings
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -29,7 +29,7 @@ from apps.cli import UsageError
 from apps.cli.checkpoint import check_fits
 from apps.cli.configs import differences
 from apps.cli.errors import reduce_message
-from apps.cli.flags import take
+from apps.cli.flags import asks, take
 from apps.cli.predictions import PredictionFile, print_stream, write_stream
 from apps.cli.request import Request
 from apps.cli.usage import check_new
@@ -118,7 +118,13 @@ class SparseCLI(LightningCLI):
             parser.add_argument("--sparsify", type=SparsifyConfig | None, default=None)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        self.config = parser.parse_args(args)
+        if asks(self.request.flags):  # the parser above the commands prints what is in force
+            self.config = parser.parse_args(args)
+            return
+        # It would read all that the command's own parser has read once more, which is as long again.
+        command, *rest = args
+        config = self._subcommand_parsers[command].parse_args(rest)
+        self.config = Namespace({"subcommand": command, command: config})
 
     def _parse_ckpt_path(self) -> None:
         """Do nothing: ``Request`` has merged the two, and Lightning would let the checkpoint win over the flags."""
