@@ -18,7 +18,7 @@ from core.routing.learned import Attention, Cosine, Stable
 from core.routing.per_sequence import Sentence, Task
 from core.routing.smooth import Dense, DenseToSparse, DSelectK
 
-D, E = 6, 8
+D, E = 4, 8
 CONFIGS = {
     "prototypes": Prototypes(4),
     "threshold": Threshold(0.4, second="threshold"),
@@ -70,7 +70,7 @@ def test_gates_and_all_that_losses_read_pass_gradcheck(name, training):
     config, num_experts = DIFFERENTIABLE[name]
     router = config.build(D, num_experts).double().train(training)
     names = [n for n, _ in router.named_parameters()]
-    context = RoutingContext(torch.rand(2, 5) < 0.8, token_ids_BS=torch.randint(5, (2, 5)), task_ids_B=torch.arange(2))
+    context = RoutingContext(torch.rand(2, 4) < 0.8, token_ids_BS=torch.randint(5, (2, 4)), task_ids_B=torch.arange(2))
 
     def run(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
         torch.manual_seed(0)
@@ -81,7 +81,7 @@ def test_gates_and_all_that_losses_read_pass_gradcheck(name, training):
         # Infinite where a token cannot reach an expert.
         return routing.gates_N + unread, *(out.nan_to_num(neginf=0.0) for out in read if out is not None)
 
-    x = torch.randn(2, 5, D, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(2, 4, D, dtype=torch.float64, requires_grad=True)
     weights = [p.detach().clone().requires_grad_() for p in router.parameters()]
     assert router(x, context).gates_N.dtype == torch.float64
     assert gradcheck(run, (x, *weights))
