@@ -193,7 +193,10 @@ def _rate(dropout: object) -> float:
 
 
 def _read_block(module: nn.Module) -> FeedForwardPart | None:
-    """Read a block whose network is spread over several children: BERT's and its like."""
+    """Read a block whose network is spread over several children: that of BERT, BART or ALBERT, and their like."""
+    for names in _IN_BLOCKS:
+        if names.is_of(module):
+            return _read_in_block(module, names)
     into, out = getattr(module, "intermediate", None), getattr(module, "output", None)
     dense, act = getattr(into, "dense", None), getattr(into, "intermediate_act_fn", None)
     last = getattr(out, "dense", None)
@@ -209,6 +212,53 @@ def _read_block(module: nn.Module) -> FeedForwardPart | None:
         at="intermediate",
         emptied=("output.dense",),
         dense=lambda x: last(into(x)),
+    )
+
+
+@dataclass(frozen=True)
+class _NamesInBlock:
+    """Names of a block's own children that compute ``w_out(act(w_in(x)))`` beside its attention.
+
+    Attributes:
+        attention: the attention; without it the module is no block.
+        w_in, w_out, act: the linear layers, the only ones, and the activation.
+        hidden_dropout: attribute with the probability of the dropout behind the activation, where there is one.
+    """
+
+    attention: str
+    w_in: str
+    w_out: str
+    act: str
+    hidden_dropout: str | None = None
+
+    def is_of(self, module: nn.Module) -> bool:
+        """Return whether a module has children of these names."""
+        linear = {name for name, child in module.named_children() if is_linear(child)}
+        attention = getattr(module, self.attention, None)
+        act = getattr(module, self.act, None)
+        return linear == {self.w_in, self.w_out} and isinstance(attention, nn.Module) and callable(act)
+
+
+_IN_BLOCKS = (
+    # BART, mBART, Pegasus, Marian, M2M-100, OPT, Whisper
+    _NamesInBlock("self_attn", "fc1", "fc2", "activation_fn", "activation_dropout"),
+    _NamesInBlock("attention", "ffn", "ffn_output", "activation"),  # ALBERT
+)
+
+
+def _read_in_block(module: nn.Module, names: _NamesInBlock) -> FeedForwardPart:
+    """Read a block that has the layers of its network beside its attention."""
+    into, out, act = (getattr(module, name) for name in (names.w_in, names.w_out, names.act))
+    dropout = getattr(module, names.hidden_dropout, None) if names.hidden_dropout else None
+    return feed_forward_part(
+        affine(into),
+        affine(out),
+        activation=act,
+        hidden_dropout=float(dropout or 0.0),
+        at=names.w_in,
+        emptied=(names.act, names.w_out),
+        settings={} if dropout is None else {str(names.hidden_dropout): 0.0},  # the experts have it
+        dense=lambda x: out(act(into(x))),
     )
 
 

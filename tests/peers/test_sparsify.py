@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from core import MLP, MoEConfig, TokenChoice, moe_layers, sparsify, summary
+from core import MLP, GeneralFFN, MoEConfig, TokenChoice, dense_twin, moe_layers, sparsify, summary
 
 MOE = MoEConfig(4, TokenChoice(2))
 
@@ -97,6 +97,14 @@ SIZES = {
 T5 = {"vocab_size": 20, "d_model": 16, "d_ff": 24, "d_kv": 8, "num_layers": 2, "num_heads": 2}
 GPT2 = {"vocab_size": 20, "n_embd": 16, "n_layer": 2, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0}
 DISTIL = {"vocab_size": 20, "dim": 16, "hidden_dim": 24, "n_layers": 2, "n_heads": 2}
+ALBERT = {**SIZES, "embedding_size": 8, "num_hidden_groups": 2}
+BART = {
+    **{f"{side}_{name}": 2 for side in ("encoder", "decoder") for name in ("layers", "attention_heads")},
+    **{"vocab_size": 20, "d_model": 16, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "pad_token_id": 0},
+    **{"bos_token_id": 0, "eos_token_id": 0, "decoder_start_token_id": 0, "activation_dropout": 0.1},
+}
+OPT = {**SIZES, "ffn_dim": 24, "word_embed_proj_dim": 16}
+BART_BLOCKS = ["encoder.layers.*", "decoder.layers.*"]
 T5_BLOCKS = [f"{side}.block.*.layer.*.DenseReluDense" for side in ("encoder", "decoder")]
 
 
@@ -105,6 +113,10 @@ T5_BLOCKS = [f"{side}.block.*.layer.*.DenseReluDense" for side in ("encoder", "d
     [
         ("Bert", SIZES, "encoder.layer.*"),
         ("Roberta", SIZES, "encoder.layer.*"),
+        ("Albert", ALBERT, "encoder.albert_layer_groups.*.albert_layers.*"),
+        ("Bart", BART, BART_BLOCKS),
+        ("Marian", BART, BART_BLOCKS),
+        ("OPT", OPT, "decoder.layers.*"),
         ("T5", T5, T5_BLOCKS),
         ("T5", {**T5, "feed_forward_proj": "gated-gelu"}, T5_BLOCKS),
         ("Llama", {**SIZES, "mlp_bias": True}, "layers.*.mlp"),
@@ -119,8 +131,20 @@ T5_BLOCKS = [f"{side}.block.*.layer.*.DenseReluDense" for side in ("encoder", "d
 def test_transformers(kind, options, modules):
     transformers = pytest.importorskip("transformers")
     dense = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**options))
-    inputs = {"input_ids": IDS, **({"decoder_input_ids": IDS} if kind == "T5" else {})}
-    check_begins_and_trains(dense, lambda model: last(model(**inputs)), modules, 4 if kind == "T5" else 2)
+    both = kind in ("T5", "Bart", "Marian")
+    inputs = {"input_ids": IDS, **({"decoder_input_ids": IDS} if both else {})}
+    check_begins_and_trains(dense, lambda model: last(model(**inputs)), modules, 4 if both else 2)
+
+
+def test_the_hidden_dropout_of_bart_goes_into_the_experts():
+    transformers = pytest.importorskip("transformers")
+    dense = transformers.BartModel(transformers.BartConfig(**BART))
+    block = sparsify(dense, MOE, BART_BLOCKS).encoder.layers[0]
+    assert block.fc1.config.expert == GeneralFFN(24, "gelu", dropout=0.1)
+    assert block.activation_dropout == 0.0
+    twin = dense_twin(dense, sparsify(dense, MOE, BART_BLOCKS)).encoder.layers[0]
+    # Two experts of 24 units, and a gate of 4 x 16 that costs as much as two units.
+    assert (twin.fc1.out_features, twin.fc2.in_features, twin.activation_dropout) == (50, 50, 0.1)
 
 
 @pytest.mark.parametrize("quick_gelu", [False, True])

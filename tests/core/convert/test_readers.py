@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from core import FFN, GEGLU, MLP, DenseFFN, GeneralFFN, MoEConfig, SwiGLU
+from core import FFN, GEGLU, MLP, DenseFFN, GeneralFFN, MoEConfig, SwiGLU, sparsify
 from core.convert import activation_name, affine, feed_forward_part, read_ffn, readers, recognised_ffns, register_ffn
 from core.convert.readers import named_part
 
@@ -45,6 +45,18 @@ class Reversed(Named):
 
     def forward(self, x):
         return self.fc2(self.fc1(self.act(x)))
+
+
+class Block(Named):
+    """A block with the names of BART's, of which the network is only a part."""
+
+    def __init__(self, act, **more):
+        super().__init__(self_attn=nn.Identity(), activation_dropout=0.2, **more)
+        self.activation_fn = act
+
+    def forward(self, x):
+        x = x + self.self_attn(x)
+        return x + self.fc2(F.dropout(self.activation_fn(self.fc1(x)), self.activation_dropout, self.training))
 
 
 def sequence(*middle: nn.Module, last: nn.Module | None = None) -> nn.Sequential:
@@ -122,6 +134,18 @@ def test_blocks_of_torch_s_transformer_are_read_whole():
     assert (part.expert, part.layout) == (GeneralFFN(12, "relu", dropout=0.1), "sequence_first")
     assert (part.at, part.emptied) == ("linear1", ("activation", "dropout", "linear2"))
     assert named_part("net", decoder).expert == FFN(12, bias=True)
+
+
+@pytest.mark.parametrize("act", [nn.GELU(), F.gelu])
+def test_a_block_with_a_network_s_layers_beside_its_attention_is_read_whole(act):
+    block, x = Block(act), torch.randn(3, 4)
+    part = named_part("net", block)
+    assert (part.expert, part.at) == (GeneralFFN(6, "gelu", dropout=0.2), "fc1")
+    assert part.emptied == ("activation_fn", "fc2")
+    sparse = sparsify(block, MoEConfig(2), "")
+    assert sparse.activation_dropout == 0.0
+    torch.testing.assert_close(sparse.eval()(x), block.eval()(x))
+    assert read_ffn(Block(nn.Softmax(0), third=nn.Linear(4, 4))) is None  # a third layer is another network
 
 
 def test_networks_of_a_model_are_listed_by_name():
