@@ -7,6 +7,7 @@ from .cut_out import cut_out
 from .densify import densify
 from .feed_forward import FeedForwardPart, activation_name, affine, feed_forward_part
 from .grow import freeze_experts, grow_experts, hold_experts
+from .importance import unit_importances
 from .merge import OneExpert, average_experts
 from .models import average_models, average_states, mix_models
 from .prune import keep_experts, merge_experts, prune_experts
@@ -66,5 +67,6 @@ __all__ = [
     "sparsify",
     "summary",
     "twin_widths",
+    "unit_importances",
     "widened",
 ]

@@ -68,6 +68,12 @@ class FeedForwardPart:
             raise ValueError(f"a {type(self.expert).__name__} is a stack of layers, which has no one hidden width")
         return int(self.weights["w_out"].shape[0])
 
+    def replaced_in(self, module: nn.Module) -> nn.ModuleList:
+        """Return the modules whose work a new layer does, of the module that was read."""
+        children = dict(module.named_modules())
+        # An activation may be a function, which is no child.
+        return nn.ModuleList(children[child] for child in (self.at, *self.emptied) if child in children)
+
     def num_params(self) -> int:
         """Return the parameters of one expert."""
         return self.expert.num_params(self.dim, self.out_dim)

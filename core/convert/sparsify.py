@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from ..config import MoEConfig
 from ..contract import MergeRouting, Routing, check_part
-from ..contract.checks import not_negative, whole
+from ..contract.checks import check_tensor, not_negative, whole
 from ..layers import AveragedMoE, MoE, set_capacity_factor
 from .feed_forward import FeedForwardPart, copy_weights, evaluating
 from .names import matches, matching_names
+from .parts import value_of_layer
 from .readers import named_part, recognised_ffns
 from .sparse_ffn import SparseFFN, put_layer
 from .starts import Start, outputs_of, start_of
@@ -36,6 +37,7 @@ def sparsify(
     exact: bool = True,
     causal: bool = False,
     inputs: Tensor | Sequence[Any] | Mapping[str, Any] | None = None,
+    importances: Tensor | Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
     """Return a copy of a dense model in which feed-forward networks are MoE layers.
 
@@ -65,6 +67,8 @@ def sparsify(
         causal: the model is a causal decoder, so that a router that looks ahead is refused.
         inputs: arguments of one call of the model, for ``SplitStart("coactivation")``: a tensor, a sequence, or a
             mapping of names.
+        importances: for ``SplitStart("importance")``, those of each network's hidden units (F,), by its name, as
+            ``core.convert.unit_importances`` returns them; or of the one network that the model is.
 
     Returns:
         the copy; a ``SparseFFN`` where the model itself is the network.
@@ -88,10 +92,13 @@ def sparsify(
     if moe.router.needs:
         needed = ", ".join(f"context.{name}" for name in moe.router.needs)
         raise ValueError(f"router {moe.router.source()} needs {needed}, which no feed-forward network is called with")
-    if begun.needs_tokens != (inputs is not None):
-        raise ValueError(f"{begun} {'needs' if begun.needs_tokens else 'does not read'} inputs of the model")
+    for argument, given in (("inputs", inputs), ("importances", importances)):
+        if (begun.reads == argument) != (given is not None):
+            raise ValueError(f"{begun} {'needs' if given is None else 'does not read'} {argument} of the model")
     parts = matching_parts(model, modules)
-    tokens = {} if inputs is None else _tokens_of(model, parts, inputs)
+    known = {} if inputs is None else _tokens_of(model, parts, inputs)
+    if importances is not None:
+        known = {name: _importances_of(name, part, importances) for name, part in parts.items()}
     # All layers are made before the copy: a refusal costs no memory.
     layers: dict[str, SparseFFN] = {}
     generator = torch.Generator().manual_seed(seed)
@@ -102,7 +109,7 @@ def sparsify(
             try:
                 config = begun.config(moe, part)
                 layer = config.build(part.dim, part.out_dim, causal=causal)
-                _begin(layer, config, part, begun, exact, generator, tokens.get(name))
+                _begin(layer, config, part, begun, exact, generator, known.get(name))
             except ValueError as error:
                 raise ValueError(f"module {name!r}: {error}") from None
             _add_noise(layer, noise, generator)
@@ -142,10 +149,7 @@ def _check_weights(model: nn.Module, parts: dict[str, FeedForwardPart]) -> None:
             if parameter is not None:
                 owners.setdefault(id(parameter), []).append(f"{path}.{name}".lstrip("."))
     for name, part in parts.items():
-        children = dict(model.get_submodule(name).named_modules())
-        # An activation may be a function, which is no child.
-        replaced = [children[child] for child in (part.at, *part.emptied) if child in children]
-        for parameter in nn.ModuleList(replaced).parameters():
+        for parameter in part.replaced_in(model.get_submodule(name)).parameters():
             names = owners[id(parameter)]
             if len(names) > 1:
                 raise ValueError(f"module {name!r}: its weight is tied: {' and '.join(names)} are one")
@@ -184,6 +188,18 @@ def _tokens_of(
     return tokens
 
 
+def _importances_of(name: str, part: FeedForwardPart, importances: Tensor | Mapping[str, Tensor]) -> Tensor:
+    """Return the importances (F,) of a network's hidden units, on the CPU."""
+    importance_F = value_of_layer(importances, name, "importances")
+    check_tensor(f"importances of module {name!r}", importance_F)
+    if importance_F.shape != (part.hidden_dim,) or not importance_F.isfinite().all():
+        raise ValueError(
+            f"importances of module {name!r} have shape {tuple(importance_F.shape)}: they are {part.hidden_dim} "
+            "finite numbers, one for each hidden unit"
+        )
+    return importance_F.detach().cpu()
+
+
 @torch.no_grad()
 def _begin(
     layer: MoE,
@@ -192,7 +208,7 @@ def _begin(
     start: Start,
     exact: bool,
     generator: torch.Generator,
-    x_TD: Tensor | None,
+    known: Tensor | None,
 ) -> None:
     """Write the experts of a new layer that takes the place of a network, and move it to where that is."""
     if layer.experts.reads_context:
@@ -208,7 +224,7 @@ def _begin(
         )
     like = next(iter(part.weights.values()))
     layer.to(like.device, like.dtype)
-    start.fill(part, layer, generator, x_TD)
+    start.fill(part, layer, generator, known)
     if start.keeps_output and layer.shared_experts is not None:
         copy_weights(layer.shared_experts, 0, part.weights)
     if gates is not None:

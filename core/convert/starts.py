@@ -23,6 +23,7 @@ from ..registry import OpenConfig
 from ..routing.gates import LinearGate
 from .feed_forward import FeedForwardPart, copy_weights
 from .neurons import activity_of, balanced_clusters, keys_of, random_groups
+from .widths import widened
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Start(OpenConfig):
         keeps_output: the sparse layer begins with the output of the dense network, where the gates allow it.
         even_gates: this holds only where all gates of a token are equal.
         divides: experts are narrower than the network, so that ``granularity`` has a meaning.
-        needs_tokens: ``fill`` reads tokens that the network was called with.
+        reads: argument of ``sparsify`` that ``fill`` reads, "inputs" or "importances"; "": none.
     """
 
     name: ClassVar[str] = ""
@@ -42,8 +43,8 @@ class Start(OpenConfig):
     divides: ClassVar[bool] = False
 
     @property
-    def needs_tokens(self) -> bool:
-        return False
+    def reads(self) -> str:
+        return ""
 
     def config(self, moe: MoEConfig, part: FeedForwardPart) -> MoEConfig:
         """Return the config of the layer: ``moe`` with experts of the network's kind and width.
@@ -72,14 +73,15 @@ class Start(OpenConfig):
         """Return what the gates of a token have to sum to so that the layer's output is the network's."""
         return 1.0
 
-    def fill(self, part: FeedForwardPart, layer: MoE, generator: torch.Generator, x_TD: Tensor | None) -> None:
+    def fill(self, part: FeedForwardPart, layer: MoE, generator: torch.Generator, known: Tensor | None) -> None:
         """Write the weights of the routed experts, in place; gradients are off.
 
         Args:
             part: the network.
             layer: the layer of ``config``, on the network's device and in its dtype.
             generator: of the CPU, for what is drawn.
-            x_TD: tokens that the network was called with, where ``needs_tokens``; else None.
+            known: what ``reads`` names: of "inputs", the tokens (T, D) that the network was called with; of
+                "importances", those of its hidden units (F,). None: nothing is read.
         """
         raise NotImplementedError
 
@@ -90,7 +92,7 @@ class CopyStart(Start):
 
     name = "copy"
 
-    def fill(self, part: FeedForwardPart, layer: MoE, generator: torch.Generator, x_TD: Tensor | None) -> None:
+    def fill(self, part: FeedForwardPart, layer: MoE, generator: torch.Generator, known: Tensor | None) -> None:
         for e in range(layer.num_experts):
             copy_weights(layer.experts, e, part.weights)
 
@@ -118,7 +120,7 @@ class DropStart(Start):
         if not 0 <= self.ratio <= 1:
             raise ValueError(f"ratio={self.ratio} is not in [0, 1]")
 
-    def fill(self, part: FeedForwardPart, layer: MoE, generator: torch.Generator, x_TD: Tensor | None) -> None:
+    def fill(self, part: FeedForwardPart, layer: MoE, generator: torch.Generator, known: Tensor | None) -> None:
         F = part.hidden_dim
         for e in range(layer.num_experts):
             copy_weights(layer.experts, e, part.weights)
@@ -156,7 +158,7 @@ class GranularStart(Start):
     def total_gate(self, part: FeedForwardPart, layer: MoE) -> float:
         return part.hidden_dim / layer.experts.weights_of(0)["w_out"].shape[0]
 
-    def fill(self, part: FeedForwardPart, layer: MoE, generator: torch.Generator, x_TD: Tensor | None) -> None:
+    def fill(self, part: FeedForwardPart, layer: MoE, generator: torch.Generator, known: Tensor | None) -> None:
         gate, g = _linear_gate(layer, self.name), round(self.total_gate(part, layer))
         shards_gN = torch.arange(part.hidden_dim).view(g, -1)
         for e in range(layer.num_experts):
@@ -174,50 +176,70 @@ class SplitStart(Start):
     (``TokenChoice(E, normalize="unit")``) the layer is the network; with fewer experts a token it comes close where few
     units answer a token, as with ReLU. ``b_out`` counts once for a token.
 
+    With ``shared`` every expert also has the network's most important units (MoEBERT, arXiv 2204.07675), which count
+    once for a token too: their outputs are divided by its number of experts. MoEBERT keeps the width of an expert and
+    drops the least important units; here no unit is lost, and an expert is ``shared + (F - shared) / E`` wide.
+
     Attributes:
         by: how the units are grouped: "clusters" of like columns of ``w_in`` (``w_gate`` where gated); "coactivation",
-            clusters of units that answer the same tokens of ``sparsify(inputs=...)``; "random".
+            clusters of units that answer the same tokens of ``sparsify(inputs=...)``; "importance", dealt one by one
+            from the most important one down, by ``sparsify(importances=...)``; "random".
+        shared: number of the most important units that every expert has, with ``by="importance"``.
 
-    But for "random" a row of a linear gate begins as the mean of its expert's columns (arXiv 2310.10908), so that a
+    But for "random" a row of a linear gate begins as the mean of its expert's own columns (arXiv 2310.10908), so that a
     token prefers experts that answer it.
 
     Raises:
-        ValueError: ``by`` is another word.
+        ValueError: ``by`` is another word, ``shared`` is negative, or set where nothing says what is important.
     """
 
     name = "split"
     even_gates = True
 
     by: str = "clusters"
+    shared: int = 0
 
     def __post_init__(self) -> None:
         check_kinds(self)
-        one_of("by", self.by, ("clusters", "coactivation", "random"))
+        one_of("by", self.by, ("clusters", "coactivation", "importance", "random"))
+        if self.shared < 0:
+            raise ValueError(f"shared={self.shared} is not at least 0")
+        if self.shared and self.by != "importance":
+            raise ValueError(f"shared={self.shared} is the number of the most important units: by='importance' alone")
 
     @property
-    def needs_tokens(self) -> bool:
-        return self.by == "coactivation"
+    def reads(self) -> str:
+        return {"coactivation": "inputs", "importance": "importances"}.get(self.by, "")
 
     def config(self, moe: MoEConfig, part: FeedForwardPart) -> MoEConfig:
-        config, E, F = super().config(moe, part), moe.num_experts, part.hidden_dim
-        if F % E:
-            raise ValueError(f"num_experts={E} does not divide the network's {F} hidden units")
-        return replace(config, expert=part.expert.narrowed(E, part.dim))
+        config, E, own = super().config(moe, part), moe.num_experts, part.hidden_dim - self.shared
+        if own < E or own % E:
+            less = f" less shared={self.shared}" if self.shared else ""
+            raise ValueError(f"num_experts={E} does not divide the network's {part.hidden_dim} hidden units{less}")
+        return replace(config, expert=widened(part.expert, self.shared + own // E))
 
     def total_gate(self, part: FeedForwardPart, layer: MoE) -> float:
         return layer.pairs_per_token
 
-    def fill(self, part: FeedForwardPart, layer: MoE, generator: torch.Generator, x_TD: Tensor | None) -> None:
-        E, F = layer.num_experts, part.hidden_dim
+    def fill(self, part: FeedForwardPart, layer: MoE, generator: torch.Generator, known: Tensor | None) -> None:
+        E = layer.num_experts
         if any(t.is_meta for t in part.weights.values()):
             return
+        shared_N = torch.empty(0, dtype=torch.long)
         if self.by == "random":
-            units_EN = random_groups(F, E, generator)
+            units_EN = random_groups(part.hidden_dim, E, generator)
+        elif self.by == "importance":
+            assert known is not None
+            shared_N, own_N = known.argsort(descending=True, stable=True).tensor_split([self.shared])
+            units_EN = own_N.view(-1, E).t()
         else:
-            features = keys_of(part) if x_TD is None else activity_of(part, x_TD)
+            features = keys_of(part) if known is None else activity_of(part, known)
             units_EN = balanced_clusters(features, E, generator)
+        share = 1 / layer.pairs_per_token
         for e, unit_N in enumerate(units_EN):
-            copy_weights(layer.experts, e, _units_of(part, unit_N, 1 / layer.pairs_per_token))
+            weights = _units_of(part, torch.cat((shared_N, unit_N)), share)
+            weights["w_out"][: len(shared_N)] *= share
+            copy_weights(layer.experts, e, weights)
         gate = getattr(layer.router, "gate", None)
         if self.by != "random" and isinstance(gate, LinearGate):
             gate.weight.copy_(keys_of(part)[units_EN].mean(1))
@@ -254,7 +276,7 @@ class RandomStart(Start):
     def config(self, moe: MoEConfig, part: FeedForwardPart) -> MoEConfig:
         return replace(moe, expert=part.expert) if moe.expert == FFN() else moe
 
-    def fill(self, part: FeedForwardPart, layer: MoE, generator: torch.Generator, x_TD: Tensor | None) -> None:
+    def fill(self, part: FeedForwardPart, layer: MoE, generator: torch.Generator, known: Tensor | None) -> None:
         pass
 
 

@@ -175,7 +175,7 @@ class Halves(Start):
 
     name = "halves"
 
-    def fill(self, part, layer, generator, x_TD):
+    def fill(self, part, layer, generator, known):
         for e in range(layer.num_experts):
             for name, tensor in layer.experts.weights_of(e).items():
                 tensor.copy_(part.weights[name] * (0.5 if name in ("w_out", "b_out") else 1.0))
@@ -194,7 +194,7 @@ def test_a_start_of_one_s_own():
         (MoEConfig(4, Cosine(2), granularity=2), "granular", r"start='granular' needs a router with a linear gate"),
         (MoEConfig(5, TokenChoice(5, normalize="unit")), "split", r"num_experts=5 does not divide the network's 24"),
         (MoEConfig(4, TokenChoice(4)), "split", r"are not equal, so that start='split' .* normalize='unit'"),
-        (ALL, SplitStart("coactivation"), r"SplitStart\(by='coactivation'\) needs inputs of the model"),
+        (ALL, SplitStart("coactivation"), r"SplitStart\(by='coactivation', shared=0\) needs inputs of the model"),
         (MoEConfig(4, granularity=2), "drop", r"granularity=2 makes experts narrower than the network"),
     ],
 )  # fmt: skip
@@ -206,7 +206,7 @@ def test_bad_input(moe, start, message):
 def test_bad_options():
     with pytest.raises(ValueError, match=r"ratio=1.5 is not in \[0, 1\]"):
         DropStart(1.5)
-    with pytest.raises(ValueError, match=r"by='metis' is not one of clusters, coactivation, random"):
+    with pytest.raises(ValueError, match=r"by='metis' is not one of clusters, coactivation, importance, random"):
         SplitStart("metis")
     with pytest.raises(ValueError, match=r"CopyStart\(\) does not read inputs"):
         sparsify(network(), MoEConfig(4), "", inputs=torch.randn(3, 8))
